@@ -1,6 +1,6 @@
-"""MaskGIT in PyTorch Lightning: a VQGAN tokenizer, a masked token transformer, parallel decoding.
+"""MaskGIT in PyTorch Lightning: a VQGAN tokenizer, a masked token transformer and parallel decoding.
 
-The public names are imported when they are first used, so that ``import maskgit_pl`` and ``maskgit --help`` stay quick.
+The public names are imported when they are first used, so that ``import maskgit_pl`` and ``maskgit --help`` stay fast.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``python -m maskgit_pl``: the console script."""
+"""Runs the console script ``maskgit`` for ``python -m maskgit_pl``."""
 
 import sys
 

@@ -1,6 +1,6 @@
-"""Checks of values that a user or a file gave, with one grammar for every message: ``NAME must RULE, got VALUE``.
+"""Checks of values from users and files. Every message has the form ``NAME must RULE, got VALUE``.
 
-Used by dataclasses in ``__post_init__`` and by everything that reads a file that a stranger may have written.
+Used by configuration dataclasses in ``__post_init__`` and by all readers of untrusted files.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ def check_integer(name: str, value: object, interval: str) -> int:
     """Checks that ``value`` is an integer in ``interval``.
 
     Args:
-        name: Name of the value, as the user knows it.
+        name: Name of the value for the message, such as a flag.
         value: The value. A bool is not an integer.
-        interval: In mathematical notation, such as ``"[1, 1024]"``, ``"[0, inf)"`` or ``"[0, 2**32)"``.
+        interval: Interval in mathematical notation, such as ``"[1, 1024]"``, ``"[0, inf)"`` or ``"[0, 2**32)"``.
 
     Returns:
         ``value``.
@@ -73,9 +73,9 @@ def check_number(name: str, value: object, interval: str) -> float:
     """Checks that ``value`` is a finite number in ``interval``.
 
     Args:
-        name: Name of the value, as the user knows it.
+        name: Name of the value for the message, such as a flag.
         value: An int or a float. A bool is not a number.
-        interval: In mathematical notation, such as ``"[0, 1)"`` or ``"(0, inf)"``.
+        interval: Interval in mathematical notation, such as ``"[0, 1)"`` or ``"(0, inf)"``.
 
     Returns:
         ``value``.
@@ -103,7 +103,7 @@ def check_seed(name: str, value: object) -> int:
 
 
 def check_sha256(name: str, value: object) -> str:
-    """Checks that ``value`` is a sha256 in hex.
+    """Checks that ``value`` is a SHA-256 in hex.
 
     Returns:
         ``value``.
@@ -112,7 +112,7 @@ def check_sha256(name: str, value: object) -> str:
         ValueError: if it is not.
     """
     if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
-        raise ValueError(f"{name} must be a sha256 of 64 hex digits, got {shorten(value)}")
+        raise ValueError(f"{name} must be a SHA-256 of 64 hex digits, got {shorten(value)}")
     return value
 
 
@@ -123,7 +123,7 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> str:
         ``value``.
 
     Raises:
-        ValueError: if it is none of them. The message lists the choices and names the closest.
+        ValueError: if it is not. The message lists the choices and names the closest one.
     """
     if not isinstance(value, str) or value not in choices:
         hint = did_you_mean(value, choices) if isinstance(value, str) else ""
@@ -132,13 +132,13 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> str:
 
 
 def check_keys(where: str, given: Collection[str], *, known: Collection[str], required: Collection[str] = ()) -> None:
-    """Checks the keys of a mapping that a file holds.
+    """Checks the keys of a mapping from a file.
 
     Args:
         where: File and key of the mapping, for the message.
         given: Keys of the mapping.
-        known: Keys that may be there.
-        required: Keys that must be there.
+        known: Allowed keys.
+        required: Keys that must not be missing.
 
     Raises:
         ValueError: if a key is unknown (the message names the closest known key) or a required key is missing.
@@ -153,18 +153,18 @@ def check_keys(where: str, given: Collection[str], *, known: Collection[str], re
 
 
 def check_class_names(where: str, names: object, num_classes: int) -> tuple[str, ...]:
-    """Checks the names of the classes that a file holds.
+    """Checks the class names from a file.
 
     Args:
         where: File and key, for the message.
-        names: A list of strings.
-        num_classes: How many there must be.
+        names: Value from the file, which must be a list of strings.
+        num_classes: Required number of names.
 
     Returns:
         ``names``.
 
     Raises:
-        ValueError: if they are anything else.
+        ValueError: if ``names`` is anything else.
     """
     if not isinstance(names, list | tuple) or len(names) != num_classes or not all(isinstance(n, str) for n in names):
         raise ValueError(f"{where} must be a list of {num_classes} strings, one for each class, got {shorten(names)}")
@@ -175,17 +175,17 @@ def build_dataclass(kind: type[T], values: object, where: str) -> T:
     """Builds a dataclass from the plain values of a file, after checking its keys and the types of its values.
 
     Args:
-        kind: A dataclass. Its ``__post_init__`` checks ranges.
-        values: What the file holds. JSON lists are accepted for tuples.
+        kind: Dataclass whose ``__post_init__`` checks ranges.
+        values: Mapping from the file. JSON lists are accepted for tuples.
         where: File and key of ``values``, for the message.
 
     Raises:
         ValueError: if ``values`` is not a mapping, has unknown or missing keys or values of another type, or if
-            ``kind`` refuses a value. The message begins with ``where``.
+            ``kind`` raises a ``ValueError``. The message begins with ``where``.
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{where} must be a mapping, got {shorten(values)}")
-    every = fields(kind)  # type: ignore[arg-type]  # a dataclass, which a type variable cannot say
+    every = fields(kind)  # type: ignore[arg-type]  # a type variable cannot be bound to dataclasses
     own: dict[str, Field[Any]] = {field.name: field for field in every if field.init}
     required = [n for n, field in own.items() if field.default is MISSING and field.default_factory is MISSING]
     check_keys(where, values, known=own, required=required)
@@ -201,10 +201,10 @@ def build_dataclass(kind: type[T], values: object, where: str) -> T:
 
 
 def _schemas(kind: type) -> dict[str, Schema]:
-    """Schemas of the annotations that are plain types; classes of other packages may have others, and check them."""
+    """Returns the schemas of the annotations that are plain types. Plug-ins may have others, and check them."""
     try:
         hints = get_type_hints(kind)
-    except NameError:  # names that are imported for type checkers alone
+    except NameError:  # names that are imported for type checkers only
         return {}
     schemas = {}
     for name, hint in hints.items():
@@ -214,6 +214,7 @@ def _schemas(kind: type) -> dict[str, Schema]:
 
 
 def _hint(value: object, schema: Schema) -> str:
+    """Returns ``; did you mean 'x'?`` for a value close to one of an enum, else an empty string."""
     close = did_you_mean(value, [str(choice) for choice in schema.get("enum", ())]) if isinstance(value, str) else ""
     return f"; {close}" if close else ""
 
@@ -223,6 +224,7 @@ def _is_finite(value: int | float) -> bool:
 
 
 def _contains(interval: str, value: int | float) -> bool:
+    # Round brackets exclude the end, square brackets include it.
     low, high = (_end(word) for word in interval[1:-1].split(","))
     above = low < value if interval[0] == "(" else low <= value
     below = value < high if interval[-1] == ")" else value <= high

@@ -1,21 +1,21 @@
-"""Errors that end a command, their exit codes, and what is printed of them.
+"""Errors that end a command, their exit codes, and the text that is printed for them.
 
 | exit code | meaning |
 |---|---|
-| 0 | done |
-| 2 | bad input: one line that says what is wrong and the way out |
-| 70 | a fault of ours, of a library or of a plug-in (with a traceback), a hang, or a data worker that was killed |
-| 74 | cannot write: checkpoints, or what a command prints as its result (stdout on a full disk) |
-| 75 | stopped by a signal or one Ctrl-C, and saved: the same command resumes the run |
-| 76 | data budget exceeded, or data changed while a run reads it |
-| 77 | losses or gradients are not finite |
-| 130 | ended at once by Ctrl-C: the second one in training, the first one in every other command |
+| 0 | success |
+| 2 | bad input: one line names the fault and what to do |
+| 70 | internal error of this package, a library or a plug-in (with a traceback), a hang, a killed worker |
+| 74 | cannot write checkpoints, or the output of a command (stdout on a full disk) |
+| 75 | stopped by a signal or one Ctrl-C after saving; the same command resumes the run |
+| 76 | too many unreadable images, or the data changed during the run |
+| 77 | non-finite losses or gradients |
+| 130 | stopped immediately by Ctrl-C: the second one in training, the first one in all other commands |
 
-Bad input is told from a fault of ours by where an error was raised. A ``ValueError`` is bad input if a ``raise``
-statement of this package raised it: its text was written for the user. One that comes out of a library or of an
-expression is a fault, as is every ``TypeError``, ``KeyError``, ``IndexError`` and ``AttributeError``. So where a user's
-input can make a library raise a ``ValueError``, the caller of the library catches it and raises one of ours. A file
-that is not there, is there already, is a folder, or may not be read or written is bad input wherever it is opened.
+The place where an error was raised separates bad input from internal errors. A ``ValueError`` is bad input if a
+``raise`` statement of this package raised it, because its text was written for the user. A ``ValueError`` from a
+library or from an expression is an internal error, and so is every ``TypeError``, ``KeyError``, ``IndexError`` and
+``AttributeError``. If user input can make a library raise a ``ValueError``, the caller catches it and raises one of its
+own. A file that does not exist, exists already, is a folder, or has the wrong permissions is bad input anywhere.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class RunError(RuntimeError):
-    """Ends a command with ``exit_code`` and its text, without a traceback.
+    """An error that ends a command with ``exit_code`` and its text, without a traceback.
 
     Attributes:
-        exit_code: Of the process.
-        on_all_ranks: Whether all ranks of a run end with it together, so that one of them says it for all.
+        exit_code: Exit code of the process.
+        on_all_ranks: True if all ranks of a run raise it together, so that one of them prints it for all.
     """
 
     exit_code: int
@@ -68,50 +68,50 @@ class RunError(RuntimeError):
 
 
 class CannotWriteError(RunError):
-    """Checkpoints cannot be written, several times in a row."""
+    """An error after several failed attempts in a row to write a checkpoint."""
 
     exit_code = 74
 
 
 class PreemptedError(RunError):
-    """A signal asked the run to stop: it is saved, and the same command goes on."""
+    """A stop by a signal. The run is saved, and the same command resumes it."""
 
     exit_code = 75
 
 
 class DataBudgetError(RunError):
-    """More images cannot be read than the budget allows."""
+    """An error for more unreadable images than the budget allows."""
 
     exit_code = 76
     on_all_ranks = False
 
 
 class DataChangedError(RunError):
-    """A shard, an index or a token store that a run reads was cut, replaced or removed meanwhile."""
+    """An error for a shard, an index or a token store that was cut, replaced or removed while a run reads it."""
 
     exit_code = 76
     on_all_ranks = False
 
 
 class DataWorkerError(RunError):
-    """A process that loads data was killed."""
+    """An error for a killed data worker."""
 
     exit_code = INTERNAL_ERROR
     on_all_ranks = False
 
 
 class NonFiniteError(RunError):
-    """Losses or gradients are not finite, several steps in a row."""
+    """An error for non-finite losses or gradients in several steps in a row."""
 
     exit_code = 77
 
 
 class PeerError(RunError):
-    """Another rank ends the run.
+    """The end of a run on this rank because another rank ends it.
 
     Args:
-        exit_code: With which it ends.
-        text: Why.
+        exit_code: Exit code of the other rank.
+        text: Reason, for the user.
     """
 
     on_all_ranks = False
@@ -122,14 +122,14 @@ class PeerError(RunError):
 
 
 def is_user_error(error: BaseException) -> bool:
-    """Returns whether an error that was caught is bad input, with a text for the user; see the module's docstring."""
+    """Returns True if a caught error is bad input, whose text is for the user. The module docstring has the rule."""
     if isinstance(error, ValueError):
         return _is_raised_by_us(error)
     return isinstance(error, _FILE_ERRORS) or (isinstance(error, OSError) and error.errno in _BAD_NAMES)
 
 
 def exit_code_of(error: BaseException) -> int:
-    """Returns the exit code of a command that ends with an error that was caught."""
+    """Returns the exit code of a command that a caught error ends."""
     if isinstance(error, RunError):
         return error.exit_code
     if is_user_error(error):
@@ -140,37 +140,39 @@ def exit_code_of(error: BaseException) -> int:
 
 
 def describe_error(error: BaseException, command: str, *, with_traceback: bool = False) -> str:
-    """Returns what a command prints on stderr when it ends with an error.
+    """Returns the text that a command prints on stderr when an error ends it.
 
     Args:
-        error: The error that was caught.
-        command: The command's words up to its name, such as ``"maskgit train"``.
-        with_traceback: True prints the traceback of every error. That of an internal error is always printed.
+        error: Caught error.
+        command: Name of the command, such as ``"maskgit train"``.
+        with_traceback: True adds the traceback. Internal errors always have it.
 
     Returns:
-        Lines that end with a newline: the last one is for the user.
+        Lines that end with a newline. The last line is for the user.
     """
     stack = "".join(traceback.format_exception(error))
     if exit_code_of(error) == INTERNAL_ERROR and not isinstance(error, RunError):
         kind = type(error).__name__
         return (
-            f"{stack}{command}: {kind}: this is a fault of maskgit_pl or of a library, not of your input; please "
-            "report it with the traceback above and the output of `maskgit --version`\n"
+            f"{stack}{command}: {kind}: internal error of maskgit_pl or of a library; please report it with the "
+            "traceback above and the output of `maskgit --version`\n"
         )
     text = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
-    lines = "\n".join(printable(line, limit=None) for line in text.split("\n"))  # names of strangers may be in it
+    lines = "\n".join(
+        printable(line, limit=None) for line in text.split("\n")
+    )  # the text may contain names from untrusted files
     return f"{stack if with_traceback else ''}{command}: {lines}\n"
 
 
 def error_of_exit(stop: SystemExit) -> BaseException | None:
-    """Returns the error that ``sys.exit`` in a command stands for; None if this package called it, or argparse for it.
+    """Returns the error that a ``sys.exit`` in a command stands for; None if this package called it.
 
-    A library or a plug-in may not end a command: it would look as if all was done. Lightning exits after Ctrl-C.
+    A library or a plug-in must not end a command, because that would look like success. Lightning exits after Ctrl-C.
     """
     culprit = _who_exits(stop.__traceback__)
     if culprit == __package__:
         return None
-    if isinstance(stop.__context__, KeyboardInterrupt):  # what Lightning makes of it
+    if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C into an exit
         return stop.__context__
     error = RuntimeError(f"sys.exit({stop.code!r}) was called by {culprit}, which may not end a command")
     error.__cause__ = stop
@@ -178,7 +180,7 @@ def error_of_exit(stop: SystemExit) -> BaseException | None:
 
 
 def _who_exits(place: TracebackType | None) -> str:
-    """Returns the package whose code called ``sys.exit``, or had argparse call it."""
+    """Returns the package whose code called ``sys.exit``, directly or through argparse."""
     packages = [str(__package__)]
     while place is not None:
         packages.append(str(place.tb_frame.f_globals.get("__name__")).partition(".")[0])
@@ -187,11 +189,12 @@ def _who_exits(place: TracebackType | None) -> str:
 
 
 def _is_raised_by_us(error: BaseException) -> bool:
-    """Returns whether a ``raise`` statement of this package raised an error."""
+    """Returns True if a ``raise`` statement of this package raised the error."""
     place = error.__traceback__
     if place is None:
         return False
     while place.tb_next is not None:
         place = place.tb_next
+    # The last instruction tells a raise statement from an expression such as int("x") in the same frame.
     package = str(place.tb_frame.f_globals.get("__name__")).partition(".")[0]
     return package == __package__ and place.tb_frame.f_code.co_code[place.tb_lasti] == dis.opmap["RAISE_VARARGS"]

@@ -1,6 +1,6 @@
-"""Files and folders that are written whole or not at all, hashes, JSON from strangers, and sizes in bytes for people.
+"""Atomic writes of files and folders, hashes, and checked reading of untrusted JSON.
 
-Used wherever something is kept on disk: a reader never finds half a file, or half a folder, under its name.
+Used by everything that writes to disk: a file or folder has its name only when all of it is on disk.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ __all__ = [
 ]
 
 MAX_JSON_BYTES = 1_000_000
-_BLOCK = 2**20  # bytes that are hashed at a time
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of renameat2(2)
+_BLOCK = 2**20  # bytes that are read at a time for a hash
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # arguments of renameat2(2)
 
 
 def check_writable(name: str, path: Path, *, is_folder: bool = False) -> None:
-    """Checks, before any work, that a file or folder can be written; nothing is left on disk.
+    """Checks, before any work, that a file or folder can be written. Leaves nothing on disk.
 
     Args:
-        name: What to call it in the error, such as ``--out``.
-        path: The file or folder; neither it nor its folder needs to exist.
+        name: Name of the setting for the error, such as ``--out``.
+        path: File or folder to write later. Neither it nor the folders above it need to exist.
         is_folder: True for a folder.
 
     Raises:
-        ValueError: if there is a folder in place of the file or the other way round, or the nearest folder that exists
-            cannot be written to.
+        ValueError: if a folder has the name of the file or the other way round, or the nearest existing folder is not
+            writable.
     """
     if path.exists() and path.is_dir() != is_folder:
         here, wanted = ("file", "folder") if is_folder else ("folder", "file")
@@ -61,52 +61,57 @@ def check_writable(name: str, path: Path, *, is_folder: bool = False) -> None:
     folder = path if is_folder else path.parent
     existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     try:
-        with tempfile.TemporaryFile(dir=existing):  # permissions do not say it of every file system
+        with tempfile.TemporaryFile(dir=existing):  # permission bits are not reliable on all file systems
             pass
     except OSError as error:
-        raise ValueError(
-            f"{name} must lie in a folder that can be written to, got {path} ({existing}: {error.strerror})"
-        ) from error
+        raise ValueError(f"{name} must be in a writable folder, got {path} ({existing}: {error.strerror})") from error
 
 
 @contextmanager
 def write_atomically(path: Path, *, partial_in: Path | None = None) -> Iterator[IO[bytes]]:
-    """Opens a file to write bytes to, which takes its name when all of it is on disk.
+    """Opens a binary file that gets its name when all of it is on disk.
 
-    After an error nothing is left, and what was there under that name is as it was.
+    1. Writes to a hidden partial file.
+    2. Flushes it to the disk with ``fsync``.
+    3. Renames it to ``path``, which is atomic.
+
+    After an error, the partial file is removed and an older file at ``path`` is unchanged.
 
     Args:
-        path: The file; replaced if it is there.
-        partial_in: Folder of the same file system that holds the file until it is whole. None: that of ``path``.
+        path: File to write; an existing one is replaced.
+        partial_in: Folder of the partial file on the same file system; that of ``path`` by default.
+
+    Yields:
+        The stream to write to.
     """
-    partial = (partial_in or path.parent) / f".{path.name}.{uuid.uuid4().hex}.partial"  # no other host's either
+    partial = (partial_in or path.parent) / f".{path.name}.{uuid.uuid4().hex}.partial"  # unique over all hosts
     try:
-        with open(partial, "wb") as file:
+        with open(partial, "wb") as file:  # 1.
             yield file
-            file.flush()
+            file.flush()  # 2.
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        os.replace(partial, path)  # 3.
     finally:
         partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file of UTF-8 text, whole or not at all; see ``write_atomically``."""
+    """Writes a file of UTF-8 text atomically. See ``write_atomically``."""
     with write_atomically(path) as file:
         file.write(text.encode())
 
 
 @contextmanager
 def write_folder(folder: Path) -> Iterator[Path]:
-    """Gives an empty folder to write to, which takes the place of ``folder`` when all of it is on disk.
+    """Makes an empty folder to write to, which replaces ``folder`` when all of it is on disk.
 
-    After an error nothing is left, and what was there under that name is as it was.
+    After an error, the new folder is removed and an older one at ``folder`` is unchanged.
 
     Args:
-        folder: Replaced if it is there. Folders above it are made.
+        folder: Folder to write; an existing one is replaced. Folders above it are made.
 
     Yields:
-        A folder beside it.
+        The new folder, beside ``folder``.
     """
     fresh = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -121,38 +126,41 @@ def write_folder(folder: Path) -> Iterator[Path]:
 
 
 def replace_folder(fresh: Path, folder: Path) -> None:
-    """Gives a folder the name of another one, which is removed. A kill leaves one of the two whole under that name.
+    """Replaces a folder by another one, so that after a kill one of the two is complete at ``folder``.
 
-    Where the file system cannot exchange two names (NFS cannot), a kill between two renames leaves neither under it:
-    the new folder keeps its old name, and the old one lies in ``.NAME.old-PID``.
+    1. Without an old folder: renames the new one.
+    2. With an old folder: exchanges the two names in one system call.
+    3. On a file system without that call (NFS): renames the old folder to ``.NAME.old-PID``, then the new one. A kill
+       between the two leaves no folder at ``folder``; both exist under their other names.
+    4. Removes the old folder.
 
     Args:
-        fresh: The new folder, whose files are on disk.
-        folder: The name that it takes, on the same file system.
+        fresh: New folder, whose files are on disk.
+        folder: Path to replace, on the same file system.
 
     Raises:
-        OSError: if it cannot be renamed. What was there under that name is there again.
+        OSError: if the new folder cannot be renamed. The old folder is back at ``folder`` then.
     """
     sync(fresh)
     old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-    if not folder.exists():
+    if not folder.exists():  # 1.
         fresh.rename(folder)
-    elif _exchange(fresh, folder):
+    elif _exchange(fresh, folder):  # 2.
         old = fresh
-    else:
+    else:  # 3.
         folder.rename(old)
         try:
             fresh.rename(folder)
         except OSError:
             old.rename(folder)
             raise
-    sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    sync(folder.parent)  # the names are on disk
+    shutil.rmtree(old, ignore_errors=True)  # 4.
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchanges two names in one step. False, and nothing has happened, where the system has no such call."""
-    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # of Linux; Python has no name for it
+    """Exchanges two names atomically. Returns False and does nothing if the system has no such call."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # a call of Linux that Python does not offer
     if rename is None:
         return False
     failed: int = rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
@@ -160,30 +168,30 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file, whole or not at all, and waits until it is on disk.
+    """Writes a safetensors file atomically.
 
-    safetensors leaves a file of mode 0600 whatever the umask is; this one has the permissions of any new file.
+    The file has the permissions of any new file. safetensors itself ignores the umask and uses mode 0600.
 
     Args:
-        file: Replaced if it is there.
-        tensors: Contiguous, on the CPU.
-        metadata: Of the file's header.
+        file: File to write; an existing one is replaced.
+        tensors: Contiguous tensors on the CPU by name.
+        metadata: Metadata for the header of the file.
 
     Raises:
-        OSError: if the disk is full or the folder is not writable. Nothing is left behind.
+        OSError: if the disk is full or the folder is not writable. The partial file is removed.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}.partial")
     try:
-        partial.touch()
+        partial.touch()  # the mode of a new file follows the umask
         mode = stat.S_IMODE(partial.stat().st_mode)
         save_file(dict(tensors), partial, metadata=None if metadata is None else dict(metadata))
         partial.chmod(mode)
         sync(partial)
         os.replace(partial, file)
-    except SafetensorError as error:  # whatever the system said
+    except SafetensorError as error:  # hides the errno of the system
         needed, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(file.parent).free
         code = errno.ENOSPC if free < needed else errno.EIO
         raise OSError(code, f"{error}; it needs {size_text(needed)}, {size_text(free)} are free", str(file)) from error
@@ -192,7 +200,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, metadata: Mappin
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on disk."""
+    """Waits until a file, or the list of names in a folder, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -201,18 +209,18 @@ def sync(path: Path) -> None:
 
 
 def open_regular(path: str | Path) -> int:
-    """Opens a file to read it.
+    """Opens a regular file for reading.
 
     Args:
-        path: A regular file, or a link to one.
+        path: Regular file, or a link to one.
 
     Returns:
-        The descriptor; the caller closes it.
+        The file descriptor, which the caller closes.
 
     Raises:
         OSError: if it cannot be opened or is not a regular file.
     """
-    # O_NONBLOCK: opening a FIFO would wait for a writer. It has no effect on regular files.
+    # Without O_NONBLOCK, opening a FIFO would wait for a writer. It has no effect on regular files.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
@@ -223,13 +231,13 @@ def open_regular(path: str | Path) -> int:
 
 
 def sha256_of(file: str | Path | int) -> str:
-    """Returns the sha256 of a file in hex, read a block at a time.
+    """Returns the SHA-256 of a file in hex, with the memory of one block.
 
     Args:
         file: Path of a regular file, or the descriptor of an open one, whose position is neither used nor changed.
 
     Raises:
-        OSError: if it cannot be read, or is not a regular file.
+        OSError: if the file cannot be read or is not a regular file.
     """
     descriptor = file if isinstance(file, int) else open_regular(file)
     try:
@@ -244,21 +252,21 @@ def sha256_of(file: str | Path | int) -> str:
 
 
 def read_json(file: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """Reads a JSON file that a stranger may have written.
+    """Reads an untrusted JSON file.
 
     Args:
-        file: The file. Its root must be a mapping.
-        max_bytes: Size above which it is not read.
+        file: File whose root must be a mapping.
+        max_bytes: Largest size that is read.
 
     Returns:
-        Plain values. Numbers are finite.
+        The mapping, with plain values and finite numbers.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is not a regular file, larger than ``max_bytes``, not UTF-8, not JSON, nested too deep, not a
             mapping, has a key twice, or holds NaN or infinity. The message is one line that names the file.
     """
-    if file.exists() and not file.is_file():  # a FIFO would be waited for
+    if file.exists() and not file.is_file():  # reading a FIFO would block
         raise ValueError(f"{file} must be a regular file")
     size = file.stat().st_size
     if size > max_bytes:
@@ -267,14 +275,15 @@ def read_json(file: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
 
 
 def parse_json(text: bytes | str, where: str) -> dict[str, Any]:
-    """Parses JSON that a stranger may have written.
+    """Parses untrusted JSON.
 
     Args:
-        text: UTF-8.
-        where: Name of the file, for the message.
+        text: UTF-8 text.
+        where: Name of the file for the message.
 
     Raises:
-        ValueError: as ``read_json``, for what the text says.
+        ValueError: if the text is not UTF-8, not JSON, nested too deep, not a mapping, has a key twice, or holds NaN or
+            infinity.
     """
     try:
         content = json.loads(
@@ -286,7 +295,7 @@ def parse_json(text: bytes | str, where: str) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError(f"{where} is nested too deep") from error
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise ValueError(f"{where} is not JSON that can be read: {' '.join(str(error).split())[:200]}") from error
+        raise ValueError(f"{where} is not valid JSON: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{where} must hold a mapping, got a {type(content).__name__}")
     return content
@@ -295,7 +304,7 @@ def parse_json(text: bytes | str, where: str) -> dict[str, Any]:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        raise ValueError("a key stands twice in one mapping")
+        raise ValueError("a key appears twice in one mapping")
     return content
 
 
@@ -307,7 +316,7 @@ def _finite_float(word: str) -> float:
 
 
 def size_text(count: float) -> str:
-    """Bytes for people, in three digits: ``1.34 GB``, ``512 bytes``."""
+    """Returns a number of bytes with a unit and three digits, such as ``1.34 GB`` or ``512 bytes``."""
     for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= factor:
             size = count / factor

@@ -1,4 +1,4 @@
-"""Texts of flags as numbers, names and mappings."""
+"""Parses the text of flags: numbers, names and mappings. Used by the command line before torch is imported."""
 
 from __future__ import annotations
 
@@ -11,39 +11,40 @@ __all__ = ["parse_features", "parse_json_spec", "parse_list", "parse_numbers", "
 
 
 def parse_numbers(flag: str, text: str) -> tuple[int, ...]:
-    """Parses whole numbers, such as numbers of steps: ``4,8,16``, ``4-16``, or both; each once, in the order given.
+    """Parses positive integers and ranges, such as ``4,8,16`` or ``4-16``. Duplicates are dropped, the order is kept.
 
     Args:
-        flag: Name of the flag, for the error.
-        text: What was written.
+        flag: Name of the flag for the error.
+        text: Value of the flag.
 
     Raises:
-        ValueError: if there is none, or something else, a number below 1, or a range that falls.
+        ValueError: if there is no number, a word is not a number, a number is below 1, or a range is reversed.
     """
     found: list[int] = []
     for word in filter(None, map(str.strip, text.split(","))):
         first, dash, last = word.partition("-")
         if not (first.isdigit() and (last.isdigit() or not dash)):
-            raise ValueError(f"{flag} {text}: numbers such as 4,8,16 or a range such as 4-16 are needed, got {word!r}")
+            raise ValueError(f"{flag} must be numbers such as 4,8,16 or a range such as 4-16, got {word!r} in {text}")
         low, high = int(first), int(last or first)
         if not 1 <= low <= high:
-            raise ValueError(f"{flag} {text}: numbers of at least 1 that rise are needed, got {word!r}")
+            raise ValueError(f"{flag} must be numbers >= 1 and rising ranges, got {word!r} in {text}")
         found += range(low, high + 1)
     if not found:
-        raise ValueError(f"{flag} {text!r}: at least one number is needed, such as 8")
+        raise ValueError(f"{flag} must have at least one number such as 8, got {text!r}")
     return tuple(dict.fromkeys(found))
 
 
 def parse_specs(flag: str, text: str) -> list[str | dict[str, Any]]:
-    """Parses names and mappings, separated by commas: ``confidence, {name: remdm, eta: 0.4}``.
+    """Parses names and mappings separated by commas, such as ``confidence, {name: remdm, eta: 0.4}``.
 
     Args:
-        flag: Name of the flag, for the error.
-        text: What was written.
+        flag: Name of the flag for the error.
+        text: Value of the flag.
 
     Raises:
-        ValueError: if there is none, or one is neither.
+        ValueError: if the text is empty, or a part is neither a name nor a mapping.
     """
+    # Splits at the commas that are not inside a mapping or a list.
     words, depth = [""], 0
     for letter in text:
         depth += (letter in "{[") - (letter in "}]")
@@ -53,22 +54,22 @@ def parse_specs(flag: str, text: str) -> list[str | dict[str, Any]]:
             words[-1] += letter
     specs = [parse_spec(flag, word.strip()) for word in words if word.strip()]
     if not specs:
-        raise ValueError(f"{flag} {text!r}: at least one name is needed")
+        raise ValueError(f"{flag} must have at least one name, got {text!r}")
     for spec in specs:
         if not isinstance(spec, str | dict):
-            raise ValueError(f"{flag} {text}: names or mappings are needed, got {spec!r}")
+            raise ValueError(f"{flag} must be names or mappings, got {spec!r} in {text}")
     return specs
 
 
 def parse_spec(flag: str, text: str) -> Any:
-    """Parses one name, number or mapping; ``{"name": "remdm"}`` and ``{name: remdm}`` are the same.
+    """Parses one name, number or mapping. ``{"name": "remdm"}`` and ``{name: remdm}`` are the same.
 
     Args:
-        flag: Name of the flag, for the error.
-        text: What was written, in YAML.
+        flag: Name of the flag for the error.
+        text: Value of the flag in YAML.
 
     Raises:
-        ValueError: if it is a mapping that cannot be read.
+        ValueError: if the text is not valid YAML or has another type.
     """
     import yaml
 
@@ -77,55 +78,53 @@ def parse_spec(flag: str, text: str) -> Any:
     except (yaml.YAMLError, RecursionError) as error:
         why = " ".join(str(error).split())
         raise ValueError(
-            f"{flag} {shorten(text)}: a name or a mapping such as '{{name: remdm, eta: 0.4}}' is needed ({why})"
+            f"{flag} must be a name or a mapping such as '{{name: remdm, eta: 0.4}}', got {shorten(text)} ({why})"
         ) from error
     if not isinstance(spec, str | dict | int | float) or isinstance(spec, bool):
-        raise ValueError(
-            f"{flag} {text}: a name or a mapping such as '{{name: remdm, eta: 0.4}}' is needed, got {spec!r}"
-        )
+        raise ValueError(f"{flag} must be a name or a mapping such as '{{name: remdm, eta: 0.4}}', got {spec!r}")
     return spec
 
 
 def parse_features(text: str) -> list[str | dict[str, Any]]:
-    """Parses the feature networks of ``--features``; a name, ``NAME=PATH``, ``timm:MODEL=FILE`` or a mapping each.
+    """Parses the feature networks of ``--features``: names, ``NAME=PATH``, ``timm:MODEL=FILE`` or mappings.
 
     Raises:
-        ValueError: if there is none, one comes twice, or one is neither.
+        ValueError: if the text is empty, a network is given twice, or a part has another form.
     """
     specs = parse_specs("--features", text)
     names = [str(spec if isinstance(spec, str) else spec.get("name")).partition("=")[0] for spec in specs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"--features {text}: each network once is enough, got {', '.join(twice)} twice")
+        raise ValueError(f"--features must name each network once, got {', '.join(twice)} twice")
     return specs
 
 
 def parse_json_spec(flag: str, text: str) -> str | dict[str, Any]:
-    """Parses the name, or the mapping in JSON, of a plug-in.
+    """Parses the name of a plug-in, or a JSON mapping with its name and arguments.
 
     Raises:
-        ValueError: if it looks like JSON and is no mapping with a name.
+        ValueError: if the text begins like JSON but is not a mapping with a name.
     """
     if not text.lstrip().startswith(("{", "[", '"')):
         return text
-    example = 'write a name, or a mapping such as \'{"name": "...", "argument": 0.1}\''
+    rule = f'{flag} must be a name or a JSON mapping such as \'{{"name": "NAME", "argument": 0.1}}\''
     try:
         mapping = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{flag} {text}: not JSON ({error}); {example}") from error
+        raise ValueError(f"{rule}, got {text} ({error})") from error
     if not isinstance(mapping, dict) or not isinstance(mapping.get("name"), str):
-        raise ValueError(f"{flag} {text}: a mapping with a name is needed; {example}")
+        raise ValueError(f"{rule}, got {text}")
     return mapping
 
 
 def parse_list(flag: str, text: str, kind: type[int] | type[float]) -> tuple[float, ...]:
-    """Parses numbers with commas between them.
+    """Parses numbers separated by commas.
 
     Raises:
-        ValueError: if a word is no number of this kind.
+        ValueError: if a word is not a number of this kind.
     """
     try:
         return tuple(kind(word) for word in text.split(","))
     except ValueError as error:
-        what = "whole numbers" if kind is int else "numbers"
-        raise ValueError(f"{flag} must be {what} with commas between them, got {text}") from error
+        what = "integers" if kind is int else "numbers"
+        raise ValueError(f"{flag} must be {what} separated by commas, got {text}") from error

@@ -1,4 +1,4 @@
-"""Locks of files and folders against other processes."""
+"""Locks of files and folders, so that only one process at a time writes to them."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ __all__ = ["hold_lock"]
 log = logging.getLogger(__name__)
 
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT)
-_locks: set[int] = set()  # descriptors of the locks that this process holds
+_locks: set[int] = set()  # file descriptors of the locks that this process holds
 
 
 @contextmanager
 def hold_lock(target: Path, *, hint: str, rank: int | None = None) -> Iterator[None]:
-    """Holds a file or folder against other processes while it is written.
+    """Locks a file or folder against other processes while it is written.
 
     The lock is ``flock`` on the file ``.NAME.lock`` beside the target, which is removed at the end. The kernel releases
-    it when the process ends, however it ends, so that a lock of a killed job never blocks its restart. It holds between
-    the nodes of a cluster on NFS, on GPFS, and on Lustre mounted with ``flock``. On a file system without locks a
-    warning is logged. Where no lock file can be made, nothing is locked: the target cannot be replaced there either.
-    What the lock file says (process, host, time) is only for the message.
+    it at every end of the process, so that a killed job never blocks its restart. The lock holds between the nodes of a
+    cluster on NFS, on GPFS, and on Lustre mounted with ``flock``. A file system without locks gives a warning. If no
+    lock file can be made, nothing is locked, because the target cannot be written there either. The content of the
+    lock file (process, host, time) is used in the message only.
 
     Args:
-        target: The file or folder; it need not exist.
-        hint: What the user can do besides waiting, for the message.
-        rank: Of processes that share the work on the target; each has a lock of its own. None if it is not shared.
+        target: File or folder to lock, which need not exist.
+        hint: Advice for the message besides waiting, such as ``"give another --out"``.
+        rank: Rank of a process that shares the work on the target with others, each with its own lock; None for
+            exclusive work.
 
     Raises:
-        ValueError: if another process holds it.
+        ValueError: if another process holds the lock.
     """
     name = target.name if rank is None else f"{target.name}.rank{rank}"
     path = target.absolute().with_name(f".{name}.lock")
@@ -48,18 +49,22 @@ def hold_lock(target: Path, *, hint: str, rank: int | None = None) -> Iterator[N
     try:
         yield
     finally:
-        if descriptor in _locks:  # False in a process that was forked meanwhile
+        if descriptor in _locks:  # False in a process that was forked inside the with block
             with suppress(OSError):
-                path.unlink()  # before it is released: nobody else can hold it then
+                path.unlink()  # before the release, while no other process can hold it
             _locks.remove(descriptor)
             os.close(descriptor)
             for folder in new_folders:
-                with suppress(OSError):  # something was written to it
+                with suppress(OSError):  # not empty
                     folder.rmdir()
 
 
 def _take(path: Path, target: Path, hint: str) -> int | None:
-    """Opens a lock file and locks it; None where there can be none."""
+    """Opens a lock file and locks it; returns its descriptor, or None if it cannot be made.
+
+    A lock file can be removed by its holder between the open and the lock. The lock is then on a file without a name,
+    and the next round opens the new file.
+    """
     while (descriptor := _open_lock(path)) is not None:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -69,19 +74,19 @@ def _take(path: Path, target: Path, hint: str) -> int | None:
             holder = "".join(letter for letter in said if letter.isprintable()) or "another process"
             raise ValueError(f"{target} is in use by {holder}; wait until it ends, or {hint}") from error
         except OSError:
-            log.warning("%s: this file system has no locks; see to it that only one process writes to it", target)
+            log.warning("%s: this file system has no locks; make sure that only one process writes to it", target)
             return descriptor
         if _is_at(path, descriptor):
-            with suppress(OSError):  # a full disk, or the file of another user
+            with suppress(OSError):  # a full disk, or a file of another user
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, _own_name().encode())
             return descriptor
-        os.close(descriptor)  # who held it has removed it meanwhile
+        os.close(descriptor)  # its holder has removed the file
     return None
 
 
 def _open_lock(path: Path) -> int | None:
-    for flags in (os.O_RDWR | os.O_CREAT, os.O_RDONLY):  # read only: it is another user's
+    for flags in (os.O_RDWR | os.O_CREAT, os.O_RDONLY):  # read only if the file belongs to another user
         try:
             return os.open(path, flags | os.O_NOFOLLOW, 0o666)
         except OSError as error:
@@ -91,7 +96,7 @@ def _open_lock(path: Path) -> int | None:
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
-    """Returns whether an open lock file still has its name."""
+    """Returns True if an open lock file still has its name."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
@@ -104,7 +109,7 @@ def _own_name() -> str:
 
 
 def _leave_locks_to_parent() -> None:
-    """Closes the locks in a forked process: data workers that outlive a killed run for a moment must not hold them."""
+    """Closes the locks in a forked process, because a data worker can outlive a killed run for a moment."""
     for descriptor in _locks:
         os.close(descriptor)
     _locks.clear()

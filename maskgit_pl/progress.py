@@ -1,7 +1,7 @@
-"""Progress of long work: bars on a terminal, a line now and then in a log.
+"""Progress of long work: bars on a terminal, log lines every 15 seconds elsewhere.
 
-Used by every command that makes, reads or measures something for longer than a few seconds; a training run has
-``maskgit_pl.training.progress``. Lines go to the log, not to what a command prints as its result.
+Used by every command that works for longer than a few seconds. Training runs use ``maskgit_pl.training.progress``. The
+lines go to the log, not to the output of a command.
 """
 
 from __future__ import annotations
@@ -22,39 +22,39 @@ __all__ = ["Bars", "named_bars", "no_bars", "progress_bars"]
 log = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 15.0
-_SECONDS_BETWEEN_UPDATES = 0.1  # of a bar; an update costs more than a small image
-_SHOWN_BARS = 10  # finished ones go where there are more
+_SECONDS_BETWEEN_UPDATES = 0.1  # an update of a bar costs more than a small image
+_SHOWN_BARS = 10  # with more bars, finished ones are hidden
 
 
 class Bars(Protocol):
-    """A function that makes a bar."""
+    """The type of a function that makes a progress bar."""
 
     def __call__(self, title: str, total: int, *, done: int = 0, unit: str = "") -> Callable[[int], None]:
-        """Makes the bar of one piece of work.
+        """Makes the bar of a task.
 
         Args:
-            title: What is done.
-            total: How much there is to do.
-            done: How much of it was done before; it does not count for the speed.
-            unit: What is counted, such as ``"images"``.
+            title: Title of the bar.
+            total: Amount of work.
+            done: Amount done by an earlier run, which does not count for the speed.
+            unit: Unit of the amounts, such as ``"images"``.
 
         Returns:
-            What is to be called with each amount that is done.
+            A function to call with each finished amount.
         """
         ...
 
 
 def no_bars(title: str, total: int, *, done: int = 0, unit: str = "") -> Callable[[int], None]:
-    """Makes a bar that is not shown."""
+    """Returns a function that shows nothing, with the signature of ``Bars``."""
     return lambda count: None
 
 
 @contextmanager
 def progress_bars(*, shown: bool = True) -> Iterator[Bars]:
-    """Yields what makes bars; both bars and lines tell the speed and the time left.
+    """Yields a function that makes bars. Bars and log lines show the speed and the time left.
 
     Args:
-        shown: False on all ranks but one.
+        shown: False on all ranks except one.
     """
     if not shown:
         yield no_bars
@@ -71,10 +71,10 @@ def progress_bars(*, shown: bool = True) -> Iterator[Bars]:
 
 @contextmanager
 def named_bars(unit: str) -> Iterator[Callable[[str, int, int], None]]:
-    """Yields ``advance(title, count, total)``: adds to the bar of that title, which is made when its work begins.
+    """Yields ``advance(title, count, total)``, which adds to the bar of a title and makes it at the first call.
 
     Args:
-        unit: What is counted, such as ``"images"``.
+        unit: Unit of the amounts, such as ``"images"``.
     """
     with progress_bars() as bars:
         made: dict[str, Callable[[int], None]] = {}
@@ -88,7 +88,7 @@ def named_bars(unit: str) -> Iterator[Callable[[str, int, int], None]]:
 
 
 class _Bar:
-    """A bar of rich, which is updated a few times a second."""
+    """A rich progress bar that is updated at most ten times per second."""
 
     def __init__(self, progress: Progress, title: str, total: int, *, done: int, unit: str) -> None:
         self.progress, self.total, self.done, self.unit = progress, total, done, unit
@@ -107,7 +107,7 @@ class _Bar:
 
 
 class _Lines:
-    """Lines of a log; speed and time left follow the pace since the line before."""
+    """A log line every 15 seconds. Speed and time left are those since the line before."""
 
     def __init__(self, title: str, total: int, *, done: int = 0, unit: str = "") -> None:
         self.title, self.total, self.done, self.unit = title, total, done, unit
@@ -126,5 +126,5 @@ class _Lines:
 
 
 def _speed(speed: float, unit: str) -> str:
-    """Returns ``0.50 images/s``, ``37 images/s`` or, without a unit, ``37/s``."""
+    """Returns a speed such as ``0.50 images/s`` or ``37 images/s``; without a unit ``37/s``."""
     return f"{speed:.{2 if speed < 10 else 0}f} {unit}".rstrip() + "/s"

@@ -1,7 +1,7 @@
-"""JSON Schema of annotations of plain types, and the check of plain values against it.
+"""JSON Schemas of type annotations, and checks of plain values against them.
 
-Used for what files hold: recipes, config.json, decoding.json. Imports nothing heavy, so that a wrong key is answered at
-once. The schemas are JSON Schema 2020-12, which editors understand.
+Used for recipes, ``config.json`` and ``decoding.json``. Imports nothing heavy, so that a wrong key is reported
+immediately. The schemas are JSON Schema 2020-12, which editors understand.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ _NAMES = {
     "null": "null",
     "object": "a mapping",
 }
+# Python counts a bool as an int; JSON Schema does not.
 _FITS: dict[str, Callable[[object], bool]] = {
     "integer": lambda value: isinstance(value, int) and not isinstance(value, bool),
     "number": lambda value: isinstance(value, int | float) and not isinstance(value, bool),
@@ -38,10 +39,10 @@ def schema_of(annotation: Any) -> Schema:
     """Returns the JSON Schema of an annotation.
 
     Args:
-        annotation: Of plain types, dataclasses, ``Literal``, unions, tuples, sequences, mappings, ``Any``.
+        annotation: A plain type, dataclass, ``Literal``, union, tuple, sequence, mapping or ``Any``.
 
     Raises:
-        TypeError: if the annotation is of none of these.
+        TypeError: if the annotation is of another kind.
     """
     origin, arguments = get_origin(annotation), get_args(annotation)
     if annotation is Any:
@@ -72,13 +73,14 @@ def _length(count: int) -> Schema:
 
 
 def fits(value: object, schema: Schema) -> bool:
-    """Returns whether a plain value fits a schema of ``schema_of``; keys of mappings are not compared.
+    """Returns True if a plain value fits a schema of ``schema_of``. Keys of mappings are not compared.
 
     An integer fits ``number``, a tuple fits ``array``, and a bool fits only ``boolean``.
     """
     if "anyOf" in schema:
         return any(fits(value, each) for each in schema["anyOf"])
     if "enum" in schema:
+        # 1 == True in Python, so types are compared too.
         return any(value == choice and type(value) is type(choice) for choice in schema["enum"])
     if schema.get("type") == "array":
         return isinstance(value, list | tuple) and _items_fit(value, schema)
@@ -92,7 +94,7 @@ def _items_fit(values: Sequence[object], schema: Schema) -> bool:
 
 
 def describe(schema: Schema) -> str:
-    """Returns what a schema accepts, in words, such as ``"an integer or null"``."""
+    """Returns the values that a schema accepts in words, such as ``"an integer or null"``."""
     if "anyOf" in schema:
         return " or ".join(describe(each) for each in schema["anyOf"])
     if "enum" in schema:

@@ -1,12 +1,12 @@
-"""Standard streams that end no command, wherever they lead.
+"""Standard streams on which writing never fails, so that a lost terminal or a full disk ends no command.
 
-| stdout or stderr | what happens |
+| stdout or stderr | effect |
 |---|---|
-| closed: ``>&-`` | what would be printed is dropped; the command does its work and ends with its own exit code |
-| read no more: ``head``, a terminal that was closed | the same |
-| on a full disk | the same; stderr says so once, and exit code 0 becomes 74 if results were lost, not only log lines |
+| closed with ``>&-`` | output is dropped; the command finishes with its own exit code |
+| no reader any more (``head``, a closed terminal) | the same |
+| on a full disk | the same, with one line on stderr; exit code 0 becomes 74 if results were lost, not only log lines |
 
-A training must survive its terminal, and a command that lists something is done before anyone could stop it.
+Used by ``cli.main``: a training must survive the end of its terminal.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ __all__ = ["Terminal"]
 
 
 class Terminal:
-    """The standard streams of this process, replaced once by such that end no command.
+    """Replaces the standard streams of this process by streams on which writing never fails.
 
-    Streams that somebody else has put in place (a test, a notebook) are left alone.
+    Streams that a test or a notebook has replaced already are kept.
 
     Attributes:
-        log: For lines of a log; in order with what is printed on ``sys.stdout``.
+        log: Stream for log lines, in order with the output on ``sys.stdout``.
     """
 
     def __init__(self) -> None:
@@ -43,27 +43,27 @@ class Terminal:
             self.log = _text(log, sys.__stdout__)
 
     def has_lost_results(self) -> bool:
-        """Returns whether something printed on stdout could not be written, though somebody would read it."""
+        """Returns True if output on stdout could not be written although it has a reader, such as on a full disk."""
         sys.stdout.flush()
         return self._stdout.has_lost
 
 
 class _Sink(io.FileIO):
-    """A standard stream to which writing never fails; what cannot be written is dropped.
+    """A raw standard stream on which writing never fails. Bytes that cannot be written are dropped.
 
     Args:
-        number: 1 or 2.
+        number: File descriptor, 1 for stdout or 2 for stderr.
     """
 
-    _said = False  # of all: once a process
+    _said = False  # shared by all streams: one line per process
 
     def __init__(self, number: int) -> None:
         super().__init__(number, "w", closefd=False)
         self.has_lost = False
-        self._gone = (errno.EPIPE, errno.EIO) if self.isatty() else (errno.EPIPE,)  # what a closed terminal answers
+        self._gone = (errno.EPIPE, errno.EIO) if self.isatty() else (errno.EPIPE,)  # a closed terminal gives EIO
 
     def write(self, data: Buffer, /) -> int:
-        """Writes what can be written."""
+        """Writes the data, or drops it after an error, and returns its length."""
         try:
             return super().write(data)
         except OSError as error:
@@ -75,21 +75,21 @@ class _Sink(io.FileIO):
     def _say(self, error: OSError) -> None:
         if not _Sink._said and self.fileno() == 1:
             _Sink._said = True
-            sys.stderr.write(f"maskgit: stdout cannot be written ({error}); the command runs on, output is lost\n")
+            sys.stderr.write(f"maskgit: cannot write to stdout ({error}); the command continues, its output is lost\n")
 
 
 def _text(sink: _Sink, before: TextIO | None) -> io.TextIOWrapper:
-    """Returns a text stream with the encoding of the one before; characters that it lacks are escaped."""
+    """Returns a text stream with the encoding of the replaced one. Characters outside the encoding are escaped."""
     errors = "backslashreplace" if before is None or before.errors == "strict" else before.errors
     encoding = "utf-8" if before is None else before.encoding
     return io.TextIOWrapper(io.BufferedWriter(sink), encoding=encoding, errors=errors, line_buffering=True)
 
 
 def _open_closed_files() -> None:
-    """Opens ``/dev/null`` in place of closed standard streams; the next file would take their number and text."""
+    """Opens ``/dev/null`` for closed standard streams, or the next opened file would get their number and output."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
-            null = os.open(os.devnull, os.O_RDWR)  # the lowest free number: this one
-            os.set_inheritable(null, True)  # noqa: FBT003  # it takes no keywords
+            null = os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+            os.set_inheritable(null, True)  # noqa: FBT003  # the function takes no keywords

@@ -68,7 +68,7 @@ class Observer(Callback):
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Wraps the methods that draw masks or mirrored images, and the one that records the losses of stage 1."""
         name = "tokens_and_mask" if hasattr(module, "tokens_and_mask") else "_prepare_images"
-        draw, record = getattr(module, name), getattr(module, "_record", None)
+        draw, record = getattr(module, name), None if name == "tokens_and_mask" else module._log_metrics
 
         def drawing(*args: Any, **kwargs: Any) -> Any:
             made = draw(*args, **kwargs)
@@ -83,7 +83,7 @@ class Observer(Callback):
 
         setattr(module, name, drawing)
         if record is not None:
-            module._record = recording
+            module._log_metrics = recording
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, _: int) -> None:
         if outputs:  # stage 2: Lightning has divided it by the accumulation
@@ -124,9 +124,9 @@ def _run(
     from maskgit_pl.cli import main
     from maskgit_pl.runs.build import StageRun
 
-    own = StageRun._our_callbacks
+    own = StageRun._build_callbacks
     more = [Observer(file), Injection(faults)]
-    StageRun._our_callbacks = lambda run: [*own(run), *more]  # type: ignore[method-assign]
+    StageRun._build_callbacks = lambda run: [*own(run), *more]  # type: ignore[method-assign]
     if prepare is not None:
         prepare()
     sys.argv = ["maskgit", *words]

@@ -60,7 +60,7 @@ def test_a_seed_is_an_integer_of_32_bits(value: object) -> None:
 @pytest.mark.parametrize("value", ["0" * 63, "0" * 65, "G" * 64, "A" * 64, None, 1])
 def test_a_sha256_has_64_hex_digits(value: object) -> None:
     assert check_sha256("hash", "0a" * 32) == "0a" * 32
-    with pytest.raises(ValueError, match=r"^hash must be a sha256 of 64 hex digits, got"):
+    with pytest.raises(ValueError, match=r"^hash must be a SHA-256 of 64 hex digits, got"):
         check_sha256("hash", value)
 
 

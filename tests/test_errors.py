@@ -71,7 +71,7 @@ def test_errors_of_libraries_and_expressions_are_internal(call):
     assert exit_code_of(error) == 70
     text = describe_error(error, "maskgit sample")
     assert text.startswith("Traceback")
-    assert "fault of maskgit_pl" in text.splitlines()[-1]
+    assert "internal error of maskgit_pl" in text.splitlines()[-1]
 
 
 def test_a_value_error_that_was_never_raised_is_not_the_users():

@@ -115,7 +115,7 @@ def test_refuses_a_tokenizer_that_the_transformer_does_not_know(tiny_pretrained,
     other = pretrained.load_tokenizer(tmp_path / "mixed" / "tokenizer")
     weights = {name: tensor + 1 for name, tensor in other.network.state_dict().items()}
     pretrained.save_tokenizer(tmp_path / "mixed" / "tokenizer", other.network.config, weights, image_size=8)
-    with pytest.raises(ValueError, match="transformer: it knows the tokens of the tokenizer with fingerprint"):
+    with pytest.raises(ValueError, match="transformer must be used with the tokenizer that it was trained with"):
         MaskGIT.from_pretrained(tmp_path / "mixed")
 
 
@@ -130,14 +130,14 @@ def test_missing_folders_are_named(tmp_path) -> None:
     ("classes", "error", "message"),
     [
         (["Trousers"], ValueError, "class 'Trousers': did you mean 'Trouser'"),
-        ([3], ValueError, r"class 3: a number in \[0, 3\)"),
-        ([-1], ValueError, "class -1"),
-        ([True], TypeError, "class True"),
-        ([1.5], TypeError, "class 1.5"),
+        ([3], ValueError, r"class must be an index in \[0, 3\)"),
+        ([-1], ValueError, "class must be an index .* got -1"),
+        ([True], TypeError, "class must be .* got True"),
+        ([1.5], TypeError, "class must be .* got 1.5"),
         ("Trousers", ValueError, "class 'Trousers': did you mean 'Trouser'"),
-        (3, ValueError, r"class 3: a number in \[0, 3\)"),
-        (True, TypeError, "class True"),
-        (1.5, TypeError, "classes: numbers or names are needed, got 1.5"),
+        (3, ValueError, r"class must be an index in \[0, 3\)"),
+        (True, TypeError, "class must be .* got True"),
+        (1.5, TypeError, "classes must be class indices or names, got 1.5"),
         ([], ValueError, "at least one"),
     ],
 )
@@ -154,10 +154,10 @@ def test_unknown_classes_are_refused_by_name(pipe, classes, error, message) -> N
         ({"guidance_scale": -1.0}, "guidance_scale must be a number in"),
         ({"guidance_scale": math.nan}, "guidance_scale must be a finite number in"),
         ({"choice_temperature": -1.0}, "choice_temperature must be a number in"),
-        ({"seed": [1, 2]}, "seed: one number, or one for each of the 1 images"),
-        ({"seed": -1}, "seed: numbers in"),
-        ({"seed": 2**32}, "seed: numbers in"),
-        ({"batch_size": 0}, "batch_size: at least 1"),
+        ({"seed": [1, 2]}, "seed must be one number or one for each of the 1 images"),
+        ({"seed": -1}, "seed and the seeds after it must be in"),
+        ({"seed": 2**32}, "seed and the seeds after it must be in"),
+        ({"batch_size": 0}, "batch_size must be >= 1"),
         ({"output_type": "pill"}, "did you mean 'pil'"),
     ],
 )
@@ -169,7 +169,7 @@ def test_settings_out_of_range_are_refused(pipe, settings, message) -> None:
 def test_a_name_of_two_classes_is_refused(tiny_pretrained, tmp_path) -> None:
     twice = MaskGIT.from_pretrained(tiny_pretrained)
     object.__setattr__(twice.transformer, "class_names", ("crane", "boat", "crane"))
-    with pytest.raises(ValueError, match=r"the name of classes \[0, 2\]"):
+    with pytest.raises(ValueError, match=r"give one of the indices \[0, 2\]"):
         twice.generate(["crane"])
 
 
@@ -292,7 +292,7 @@ def test_colour_is_edited_and_larger_images_are_cut_where_asked(tmp_path) -> Non
     middle = fit_square(large, image_size=8, crop=None)
     assert torch.equal(made[0, :, 4:], middle[:, 4:])
     assert not torch.equal(made[0, :, :4], middle[:, :4])
-    with pytest.raises(ValueError, match="model's 8 x 8 pixels are needed, got 16 x 16"):
+    with pytest.raises(ValueError, match="8 x 8 pixels of the model, got 16 x 16"):
         pipe.edit_class(large, (0, 0, 8, 4), 1)
 
 
@@ -307,18 +307,26 @@ def test_a_pipeline_in_bfloat16_edits(tiny_pretrained) -> None:
     ("options", "error", "message"),
     [
         ({"classes": ["Trousers"]}, ValueError, "did you mean 'Trouser'"),
-        ({"mask": torch.zeros(8, 8, dtype=torch.bool)}, ValueError, "mask of image: something to generate is needed"),
-        ({"mask": box_pixels(size=9)}, ValueError, "mask of image: the image's 8 x 8 pixels are needed, got 9 x 9"),
-        ({"image": picture(size=9), "mask": box_pixels(size=9)}, ValueError, "model's 8 x 8 pixels .* got 9 x 9"),
-        ({"image": [picture()] * 2, "classes": [0, 1, 2]}, ValueError, "image: one, or one for each of the 3 classes"),
-        ({"mask": [box_pixels()] * 2, "classes": [0, 1, 2]}, ValueError, "mask: one, or one for each of the 3"),
-        ({"image": [picture(), picture()[:, :4]], "classes": [0, 1]}, ValueError, "image 1: the image's 8 x 4"),
-        ({"dilation": -1}, ValueError, "dilation: at least 0"),
-        ({"blend": -1.0}, ValueError, "blend: a blur of at least 0"),
+        ({"mask": torch.zeros(8, 8, dtype=torch.bool)}, ValueError, "mask of image must not be empty"),
+        ({"mask": box_pixels(size=9)}, ValueError, "mask of image must have 8 x 8 pixels like the image, got 9 x 9"),
+        ({"image": picture(size=9), "mask": box_pixels(size=9)}, ValueError, "8 x 8 pixels of the model, got 9 x 9"),
+        (
+            {"image": [picture()] * 2, "classes": [0, 1, 2]},
+            ValueError,
+            "image must be one image, or one for each of the 3 classes",
+        ),
+        (
+            {"mask": [box_pixels()] * 2, "classes": [0, 1, 2]},
+            ValueError,
+            "mask must be one mask, or one for each of the 3",
+        ),
+        ({"image": [picture(), picture()[:, :4]], "classes": [0, 1]}, ValueError, "image 1 must have 8 x 4"),
+        ({"dilation": -1}, ValueError, "dilation must be >= 0"),
+        ({"blend": -1.0}, ValueError, "blend must be >= 0"),
         ({"num_steps": 17}, ValueError, "num_steps must be <= 16"),
-        ({"batch_size": 0}, ValueError, "batch_size: at least 1"),
+        ({"batch_size": 0}, ValueError, "batch_size must be >= 1"),
         ({"output_type": "pill"}, ValueError, "did you mean 'pil'"),
-        ({"seed": -1}, ValueError, "seed: numbers in"),
+        ({"seed": -1}, ValueError, "seed and the seeds after it must be in"),
         ({"num_stesp": 3}, TypeError, "option 'num_stesp': did you mean 'num_steps'"),
     ],
 )
@@ -329,9 +337,9 @@ def test_what_cannot_be_edited_is_refused(pipe, options, error, message) -> None
 
 
 def test_a_box_and_a_number_of_variants_that_are_none_are_refused(pipe) -> None:
-    with pytest.raises(ValueError, match="box 0,0,9,2: it must lie within the image"):
+    with pytest.raises(ValueError, match="box must lie in the image"):
         pipe.edit_class(picture(), (0, 0, 9, 2), 1)
-    with pytest.raises(ValueError, match="variants: at least 1"):
+    with pytest.raises(ValueError, match="variants must be >= 1"):
         pipe.edit_class(picture(), BOX, 1, variants=0)
 
 
@@ -390,7 +398,7 @@ def test_no_class_is_a_class_where_the_model_was_trained_with_it(pipe, tmp_path)
     assert pipe.class_ids([None, 1]) == [3, 1]
     assert not torch.equal(images(pipe, [None] * 4), images(pipe, [0] * 4))
     bare = MaskGIT.from_pretrained(save_tiny_pretrained(tmp_path / "bare", class_dropout=0.0))
-    with pytest.raises(ValueError, match="class None: this model has no null class"):
+    with pytest.raises(ValueError, match="class must not be None: the model was trained without a null class"):
         bare.generate([None])
 
 
@@ -404,7 +412,7 @@ def test_a_model_without_a_null_class_is_guided_by_a_negative_class(tmp_path) ->
     assert not torch.equal(images(bare, [1] * 4, guidance_scale=3.0, negative_classes="Trouser"), plain)
     one_each = images(bare, [1] * 4, guidance_scale=3.0, negative_classes=[2] * 4)
     assert torch.equal(images(bare, [1] * 4, guidance_scale=3.0, negative_classes="Trouser"), one_each)
-    with pytest.raises(ValueError, match="negative_classes: one, or one for each of the 2 classes, is needed, got 3"):
+    with pytest.raises(ValueError, match="negative_classes must be one class, or one for each of the 2 classes, got 3"):
         bare.generate([0, 1], negative_classes=[0, 1, 2])
 
 
@@ -503,16 +511,16 @@ def test_windows_of_a_panorama_have_noise_of_their_own(pipe) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda pipe: pipe.outpaint(picture()), "left, right, up, down: pixels to add on at least one side"),
-        (lambda pipe: pipe.outpaint(picture(), right=-2), "right: at least 0 pixels are needed, got -2"),
-        (lambda pipe: pipe.outpaint(picture(), right=3), "right: a multiple of the 2 pixels of a token .* take 2 or 4"),
-        (lambda pipe: pipe.outpaint(picture(size=7), right=2), "height of the image: a multiple of the 2 pixels"),
-        (lambda pipe: pipe.outpaint(picture(size=2), right=2), "height: at least the 8 pixels of the model's images"),
-        (lambda pipe: pipe.outpaint(picture(), right=2, overlap=1.0), r"overlap: a share in \(0, 1\)"),
-        (lambda pipe: pipe.panorama([0], 6), "width: at least the 8 pixels of the model's images are needed, got 6"),
+        (lambda pipe: pipe.outpaint(picture()), "one of left, right, up and down must be > 0"),
+        (lambda pipe: pipe.outpaint(picture(), right=-2), "right must be >= 0 pixels, got -2"),
+        (lambda pipe: pipe.outpaint(picture(), right=3), "right must be a multiple of 2 pixels, .* use 2 or 4"),
+        (lambda pipe: pipe.outpaint(picture(size=7), right=2), "height of the image must be a multiple of 2 pixels"),
+        (lambda pipe: pipe.outpaint(picture(size=2), right=2), "height must be >= 8 pixels"),
+        (lambda pipe: pipe.outpaint(picture(), right=2, overlap=1.0), r"overlap must be a fraction in \(0, 1\)"),
+        (lambda pipe: pipe.panorama([0], 6), "width must be >= 8 pixels, the size of the model's images, got 6"),
         (
             lambda pipe: pipe.panorama([0], 9),
-            "width: a multiple of the 2 pixels of a token is needed, got 9; take 8 or",
+            "width must be a multiple of 2 pixels, the size of a token, got 9; use 8 or",
         ),
     ],
 )

@@ -13,7 +13,9 @@ import yaml
 from tests.conftest import flags
 
 TINY = Path(__file__).parent / "tiny"
-LOST = "maskgit: stdout cannot be written ([Errno 28] No space left on device); the command runs on, output is lost\n"
+LOST = (
+    "maskgit: cannot write to stdout ([Errno 28] No space left on device); the command continues, its output is lost\n"
+)
 TO = {"closed": "{}>&-", "full": "{}>/dev/full", "gone": "{}> >(true)"}
 WAYS = [(stream, how) for stream in ("stdout", "stderr") for how in TO]
 

@@ -1,4 +1,8 @@
-"""The console script ``maskgit``: one file a command, imported when it is called."""
+"""The console script ``maskgit``: builds the parser of all commands, runs one, and turns errors into exit codes.
+
+Each command has a file of its own in this folder, with ``add_parser`` and ``run``. These files import only what the
+parser needs, so that ``--help`` and wrong flags are answered without torch; ``run`` imports the rest.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import argparse
 import logging
 import os
 import sys
+import textwrap
 import warnings
 from collections.abc import Sequence
 from typing import Any, TextIO
@@ -66,26 +71,43 @@ _RENAMED_FLAGS = {  # flags of version 0.1.0 that have other names now
 }
 
 
+class _HelpFormatter(argparse.HelpFormatter):
+    """A formatter that breaks no line inside ``--num-steps`` or a command of an example, which people copy."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if text.startswith("Example: "):
+            return text.replace("Example: ", "Example:\n  ", 1)
+        lines = self._split_lines(text, width - len(indent))
+        return "\n".join(indent + line for line in lines)
+
+
 class _Parser(argparse.ArgumentParser):
-    """A parser that takes no abbreviated flags; so are those of its commands."""
+    """A parser that takes no abbreviated flags. Its subparsers have this class too."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)
+        super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **options)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Returns the parser of the console script, every command in it."""
+    """Returns the parser of the console script with all commands."""
     return _parser_and_commands()[0]
 
 
 def _parser_and_commands() -> tuple[argparse.ArgumentParser, list[str]]:
     parser: argparse.ArgumentParser = _Parser(
         prog="maskgit",
-        description="MaskGIT: train a tokenizer and a masked token transformer, generate images in a few steps.",
+        description="MaskGIT in PyTorch Lightning: train a VQGAN tokenizer and a masked token transformer, and "
+        "generate images in a few parallel decoding steps.",
+        epilog="Each command has its own --help. Start with `make demo` of the README.",
     )
     parser.add_argument("--version", action="version", version=f"maskgit_pl {__version__}")
-    parser.add_argument("--traceback", action="store_true", help="print the traceback of an error")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.add_argument(
+        "--traceback", action="store_true", help="print the traceback when a command ends with an error"
+    )
+    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
     for command in _COMMANDS:
         command.add_parser(commands)
     return parser, list(commands.choices)
@@ -95,23 +117,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Args:
-        argv: Words after ``maskgit``; those of the process by default. Without words, the help is printed.
+        argv: Command line without ``maskgit``; ``sys.argv[1:]`` by default. An empty one prints the help.
 
     Returns:
-        Exit code of the process; ``maskgit_pl.errors`` lists them.
+        The exit code of the process. ``maskgit_pl.errors`` lists all codes.
 
     Raises:
-        SystemExit: by argparse: 0 after ``--help`` and ``--version``, 2 after words that it does not know.
+        SystemExit: raised by argparse, with 0 after ``--help`` and ``--version``, and with 2 for unknown arguments.
     """
-    # Threads that spin for work starve each other where other programs run too: a training step on two busy cores took
-    # 1.8 s with spinning threads and 0.1 s with waiting ones. Read when torch is imported, which happens in a command.
+    # OpenMP threads that spin while they wait slow each other down on a busy machine: a training step on two busy cores
+    # took 1.8 s with spinning threads and 0.1 s with sleeping ones. torch reads the variable when it is imported, which
+    # happens inside a command.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    warnings.filterwarnings("ignore", message=".*`srun` command is available")  # Lightning's, on a login node
+    warnings.filterwarnings("ignore", message=".*`srun` command is available")  # from Lightning, on a login node
     terminal = Terminal()
     _log_to(terminal.log)
     try:
         code = _run(_parse(sys.argv[1:] if argv is None else argv))
-    except SystemExit as stop:  # argparse's own
+    except SystemExit as stop:  # raised by argparse
         if not stop.code and terminal.has_lost_results():
             raise SystemExit(CannotWriteError.exit_code) from stop
         raise
@@ -119,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _log_to(stream: TextIO) -> None:
-    """Prints our own messages, plain; other libraries' handlers are left alone."""
+    """Prints the log of this package as plain lines, and leaves the handlers of other libraries as they are."""
     ours = logging.getLogger("maskgit_pl")
     if not ours.handlers:
         handler = logging.StreamHandler(stream)
@@ -139,8 +162,10 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         parser.print_help()
         parser.exit()
     for word in words:
-        if word.startswith("-") and word.endswith("=--"):  # argparse makes an empty list of it
+        if word.startswith("-") and word.endswith("=--"):  # argparse would read an empty list
             parser.exit(BAD_INPUT, f"maskgit: {word.removesuffix('=--')} must have a value, got '--'\n")
+    # --traceback may stand anywhere, also after the command. What argparse does not know is a key of a recipe
+    # (--trainer.max_steps) for the commands that take overrides, and a mistake for all others.
     args, rest = parser.parse_known_args([word for word in words if word != "--traceback"])
     for flag in (word.partition("=")[0] for word in rest):
         if flag in _RENAMED_FLAGS:
@@ -153,14 +178,14 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def _new_flag(flag: str, command: str) -> str:
-    """Returns the present name of a flag of version 0.1.0."""
+    """Returns the current name of a flag of version 0.1.0."""
     if command == "train-classifier" and flag == "--steps":  # training steps; elsewhere they are decoding steps
         return "--max-steps"
     return _RENAMED_FLAGS[flag]
 
 
 def _run(args: argparse.Namespace) -> int:
-    """Runs the command that was parsed, and prints what it ends with if that is an error."""
+    """Runs the parsed command and returns its exit code; prints the error that ends it."""
     try:
         code: int = args.run(args)
         return code

@@ -1,4 +1,4 @@
-"""``maskgit ablation``: trains a model for every mask schedule of the paper, then writes Table 3 and Figure 8."""
+"""``maskgit ablation``: trains a transformer with each mask schedule of the paper, and writes Table 3 and Figure 8."""
 
 from __future__ import annotations
 
@@ -23,27 +23,38 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Adds the command to ``maskgit``."""
     parser = subparsers.add_parser(
         "ablation",
-        help="train a model for every mask schedule, then Table 3 and Figure 8",
-        description="Train a transformer for every mask schedule of the paper's Table 3 under the same budget, decode "
-        "each at several T, and write Table 3 and Figure 8. What is trained or measured already is not done again. "
-        "Further flags set single values of the recipes, e.g. --trainer.max_steps 2000.",
+        help="train a transformer with each mask schedule; write Table 3 and Figure 8",
+        description="Train a transformer with each mask schedule of Table 3 on the same budget, decode each "
+        "at several numbers of steps T, and write Table 3 and Figure 8. Finished runs and recorded measurements are "
+        "reused. Further flags override single recipe values, such as --trainer.max_steps 2000.",
     )
     add_report_arguments(parser)
     parser.add_argument("--schedules", default=_SCHEDULES, metavar="A,B,...",
-                        help=f"recipes, one for each schedule (default: {_SCHEDULES})")  # fmt: skip
-    parser.add_argument("--recipe", default="", help="recipes that stand before the schedule's, in one word")
-    parser.add_argument("--dataset", default=DEFAULT_DATASET, help=f"name of the data set (default: {DEFAULT_DATASET})")
-    parser.add_argument("--runs-folder", type=Path, default=Path("runs"), metavar="DIR", help="(default: runs)")
-    parser.add_argument("--cluster", default="single", help="file of recipes/cluster (default: single)")
-    parser.add_argument("--tokenizer", type=Path, help="pretrained tokenizer folder (default: the data set's only one)")
-    parser.add_argument("--num-steps", metavar="T,...", help="(default: 2,3,4,6,8,12,16,24, up to N/2)")
+                        help=f"recipes to train, one for each mask schedule (default: {_SCHEDULES})")  # fmt: skip
+    parser.add_argument("--recipe", default="", metavar="NAME", help="recipes that the schedule's recipe overrides; "
+                        "several in quotes")  # fmt: skip
+    parser.add_argument(
+        "--dataset", default=DEFAULT_DATASET, metavar="NAME", help=f"name of the data set (default: {DEFAULT_DATASET})"
+    )
+    parser.add_argument(
+        "--runs-folder", type=Path, default=Path("runs"), metavar="DIR", help="folder of all runs (default: runs)"
+    )
+    parser.add_argument(
+        "--cluster", default="single", metavar="NAME", help="machines: a file of recipes/cluster (default: single)"
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="pretrained tokenizer (default: the only one of the data set)"
+    )
+    parser.add_argument(
+        "--num-steps", metavar="T,...", help="numbers of decoding steps (default: 2,3,4,6,8,12,16,24, up to N/2)"
+    )
     parser.set_defaults(run=run, takes_overrides=True)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains what is missing, measures what is missing, and writes."""
+    """Trains and measures what is missing, then writes the pages."""
     steps, options = read_num_steps_flag(args), read_report_flags(args)
-    if args.device is not None:  # before the first hour is spent, like the recipes
+    if args.device is not None:  # checked before hours of training, like the recipes
         read_device_flag(args)
     runs = train_schedules(
         [name.strip() for name in args.schedules.split(",") if name.strip()],
@@ -62,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _command(args: argparse.Namespace) -> str:
-    """Returns the command that makes the same ablation again."""
+    """Returns the command that repeats this ablation, for the page."""
     flags = {
         "dataset": args.dataset,
         "schedules": None if args.schedules == _SCHEDULES else args.schedules,

@@ -1,4 +1,4 @@
-"""``maskgit compare``: every token selector on one model, with the same noise, as tables and a sheet of images."""
+"""``maskgit compare``: measures every token selector on one model with the same noise."""
 
 from __future__ import annotations
 
@@ -18,23 +18,26 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "compare",
         help="measure every token selector on one model",
-        description="Measure token selectors at several numbers of steps, with the same noise for all; write "
-        "comparison.md and .csv and a sheet of images. What the ledger holds is not measured again.",
+        description="Measure token selectors at several numbers of steps, with the same noise for all, and write "
+        "comparison.md, comparison.csv and a sheet of images. Measurements that the ledger holds are reused.",
+        epilog="Example: maskgit compare runs/fashion-mnist-cosine --selectors confidence,halton --num-steps 4,8",
     )
     add_measured_run_arguments(parser)
     parser.add_argument(
         "--selectors",
         default="all",
         metavar="A,B,...",
-        help="names, or mappings such as '{name: remdm, eta: 0.4}', separated by commas (default: all, remdm with each "
-        "strategy); names take the model's own choice temperature",
+        help="names, or mappings such as '{name: remdm, eta: 0.4}' (default: all, remdm with each strategy); a name "
+        "uses the model's own choice temperature",
     )
     parser.add_argument(
         "--num-steps",
         metavar="T,...",
-        help="decoding steps, or a range (default: 4,8,16,32, as far as there are tokens)",
+        help="numbers of decoding steps, or a range such as 4-16 (default: 4,8,16,32, up to N)",
     )
-    parser.add_argument("--num-images", type=int, default=1000, metavar="N", help="images a row (default: 1000)")
+    parser.add_argument(
+        "--num-images", type=int, default=1000, metavar="N", help="images generated for each row (default: 1000)"
+    )
     guidance = parser.add_mutually_exclusive_group()
     guidance.add_argument(
         "--guidance", metavar="NAME", help="name or mapping of a guidance schedule (default: the model's own)"
@@ -44,13 +47,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--out",
         type=Path,
         metavar="DIR",
-        help="pages and ledger (default: RUN/comparison, and the ledger of RUN/evaluation)",
+        help="folder of the pages and the ledger (default: RUN/comparison, and the ledger of RUN/evaluation)",
     )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures what was not measured yet, writes, and prints a table."""
+    """Measures what the ledger does not hold, writes the pages, and prints a table."""
     check_at_least(args, num_images=1, batch_size=1)
     numbers = read_num_steps_flag(args)
     selectors = None if args.selectors == "all" else parse_specs("--selectors", args.selectors)
@@ -72,7 +75,5 @@ def run(args: argparse.Namespace) -> int:
 
     Console().print(made.table())
     known = len(made.results) - made.num_measured
-    print(
-        f"{made.folder}: {made.num_measured} rows measured, {known} known before; comparison.md, .csv and selectors.png"
-    )
+    print(f"{made.folder}: measured {made.num_measured} rows, reused {known}; comparison.md, .csv and selectors.png")
     return 0

@@ -1,6 +1,6 @@
-"""``maskgit data``: make shards from images, index shards that are there, verify them, count what they hold.
+"""``maskgit data``: makes shards from images, indexes existing shards, verifies them and counts their images.
 
-Imported to build the parser, so torch, PIL and webdataset are imported by the commands alone.
+The functions that run a command import torch, PIL and webdataset: this file is imported to build the parser.
 """
 
 from __future__ import annotations
@@ -23,48 +23,71 @@ _Parsers = argparse._SubParsersAction
 
 def add_parser(subparsers: _Parsers[argparse.ArgumentParser]) -> None:
     """Adds ``data make``, ``data index``, ``data verify`` and ``data stats``."""
-    parser = subparsers.add_parser("data", help="make, index and verify shards, and show what is in them")
-    commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
+    parser = subparsers.add_parser(
+        "data",
+        help="make, index, verify and count shards of images",
+        description="Make shards from images, index existing shards, verify them, and count their images.",
+    )
+    commands = parser.add_subparsers(title="commands", dest="data_command", required=True, metavar="COMMAND")
     for add in (_add_make, _add_index, _add_verify, _add_stats):
         add(commands)
 
 
 def _add_make(commands: _Parsers[argparse.ArgumentParser]) -> None:
-    make = commands.add_parser("make", help="image folders, IDX or parquet files -> shards with train and val splits")
-    make.add_argument(
-        "source", type=Path, metavar="SOURCE", help="folder: one sub-folder a class, or IDX files, or parquet files"
+    make = commands.add_parser(
+        "make",
+        help="write image folders, IDX or parquet files as shards",
+        description="Write images as shards with a train and a val split. The source is a folder with one sub-folder "
+        "per class (train/ and val/ above them are kept as splits), IDX files, or parquet files.",
+        epilog="Example: maskgit data make photos --out data/shards/photos --image-size 64",
     )
-    make.add_argument("--out", type=Path, required=True, metavar="DIR", help="data folder to make")
+    make.add_argument("source", type=Path, metavar="SOURCE", help="folder of images, IDX files or parquet files")
+    make.add_argument("--out", type=Path, required=True, metavar="DIR", help="data folder to write")
     make.add_argument(
-        "--val-fraction", type=float, default=0.1, metavar="F", help="val share of a source without val (default 0.1)"
+        "--val-fraction",
+        type=float,
+        default=0.1,
+        metavar="F",
+        help="val fraction of a source without a val split (default: 0.1)",
     )
     make.add_argument(
-        "--image-size", type=int, metavar="PIXELS", help="crop to a square and resize (default: keep the files)"
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help="crop to a square and resize to this edge (default: keep the files)",
     )
-    make.add_argument("--shard-size", type=int, default=10_000, metavar="N", help="samples a shard (default 10000)")
+    make.add_argument("--shard-size", type=int, default=10_000, metavar="N", help="images per shard (default: 10000)")
     make.add_argument(
-        "--label-field", default="label", metavar="NAME", help="parquet column of the class numbers (default label)"
+        "--label-field", default="label", metavar="NAME", help="parquet column with the class indices (default: label)"
     )
-    make.add_argument("--lenient", action="store_true", help="leave out images that cannot be read, and list them")
-    _add_class_names(make, "where the source has none")
+    make.add_argument("--lenient", action="store_true", help="skip and list images that cannot be read")
+    _add_class_names(make, "default: those of the source")
     _add_workers(make)
     make.set_defaults(run=_make)
 
 
 def _add_index(commands: _Parsers[argparse.ArgumentParser]) -> None:
-    index = commands.add_parser("index", help="manifests for WebDataset tars made elsewhere")
-    index.add_argument(
-        "shards", metavar="DIR|PATTERN", help="folder of tars, or a glob or brace expression of them, in quotes"
+    index = commands.add_parser(
+        "index",
+        help="write the manifests of existing WebDataset tars",
+        description="Write the manifests of WebDataset tars that another program made. The tars are not changed.",
+        epilog="Example: maskgit data index 'imagenet/imagenet-{train,val}-*.tar'",
     )
-    index.add_argument("--train", metavar="PATTERN", help="tars of train, in the folder (default: those not val)")
-    index.add_argument("--val", metavar="PATTERN", help="tars of val (default: those whose names say val or test)")
+    index.add_argument("shards", metavar="DIR|PATTERN", help="folder of tars, or a quoted glob or brace pattern")
+    index.add_argument("--train", metavar="PATTERN", help="train tars in the folder (default: all except val)")
+    index.add_argument("--val", metavar="PATTERN", help="val tars (default: those with val or test in their names)")
     index.add_argument(
-        "--val-fraction", type=float, metavar="F", help="share of the tars that become val, the last ones (default 0.1)"
+        "--val-fraction",
+        type=float,
+        metavar="F",
+        help="without val tars: fraction of the tars, the last ones, that become val (default: 0.1)",
     )
     labels = index.add_mutually_exclusive_group()
-    labels.add_argument("--label-field", metavar="NAME", help="labels from this field of .json (default: from .cls)")
-    labels.add_argument("--no-labels", action="store_true", help="one class for all images")
-    index.add_argument("--lenient", action="store_true", help="leave samples with a fault out, and count them")
+    labels.add_argument(
+        "--label-field", metavar="NAME", help="read labels from this field of .json (default: from .cls)"
+    )
+    labels.add_argument("--no-labels", action="store_true", help="put all images into one class")
+    index.add_argument("--lenient", action="store_true", help="skip and count damaged samples")
     _add_class_names(index, "default: numbers")
     _add_workers(index)
     index.set_defaults(run=_index)
@@ -72,30 +95,40 @@ def _add_index(commands: _Parsers[argparse.ArgumentParser]) -> None:
 
 def _add_verify(commands: _Parsers[argparse.ArgumentParser]) -> None:
     verify = commands.add_parser(
-        "verify", help="read all shards, or all of a token store, and name each file that is bad"
+        "verify",
+        help="read every shard or token file and list the damaged ones",
+        description="Read every shard of a data folder, or every file of a token store, compare them with the "
+        "manifests, and list the damaged ones.",
     )
-    verify.add_argument("folder", type=Path, metavar="DIR", help="data folder, or token store")
-    verify.add_argument("--decode", action="store_true", help="decode every image too")
+    verify.add_argument("folder", type=Path, metavar="DIR", help="data folder or token store")
+    verify.add_argument("--decode", action="store_true", help="also decode every image")
     _add_workers(verify)
     verify.set_defaults(run=_verify)
 
 
 def _add_stats(commands: _Parsers[argparse.ArgumentParser]) -> None:
-    stats = commands.add_parser("stats", help="classes, sizes and bytes of a data folder")
+    stats = commands.add_parser(
+        "stats",
+        help="count the classes, images and bytes of a data folder",
+        description="Print the number of images, classes, sizes and bytes of a data folder.",
+    )
     stats.add_argument("folder", type=Path, metavar="DIR", help="data folder")
-    stats.add_argument("--out", type=Path, metavar="PNG", help="draw a few images of each class")
+    stats.add_argument("--out", type=Path, metavar="FILE.png", help="draw the first images of each class")
     stats.set_defaults(run=_stats)
 
 
 def _add_class_names(parser: argparse.ArgumentParser, when: str) -> None:
     parser.add_argument(
-        "--class-names", metavar="A,B,...|FILE", help=f"names of the classes in order, or a file of one a line ({when})"
+        "--class-names", metavar="A,B,...|FILE", help=f"class names in order, or a file with one name per line ({when})"
     )
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--num-workers", type=int, metavar="N", help="processes (default: one a core, fewer for little data)"
+        "--num-workers",
+        type=int,
+        metavar="N",
+        help="worker processes (default: one per CPU core, fewer for little data)",
     )
 
 
@@ -108,7 +141,7 @@ def make(
     lenient: bool = False,
     workers: int | None = 1,
 ) -> None:
-    """Makes a data folder with a progress bar, and says what it holds; the scripts in ``data/`` end here too."""
+    """Makes a data folder with a progress bar and prints its content. The scripts in ``data/`` call it too."""
     from maskgit_pl.shards.manifest import read_manifest_summary
     from maskgit_pl.shards.report import describe_data, unreadable_lines
     from maskgit_pl.shards.writer import make_shards
@@ -123,7 +156,7 @@ def make(
             workers=workers,
             on_samples=lambda split, count: advance(split, count, source.counts[split]),
         )
-    print(describe_data(out, read_manifest_summary(out), "made" if made else "there already, nothing to do"))
+    print(describe_data(out, read_manifest_summary(out), "made" if made else "complete already, nothing to do"))
     for line in [*source.left_out, *unreadable_lines(out)]:
         print(f"  left out: {line}")
 
@@ -166,7 +199,7 @@ def _index(args: argparse.Namespace) -> int:
         )
     print(describe_data(folder, read_manifest_summary(folder), "indexed"))
     if names is not None and args.class_names is None:
-        print("  class names: those of the manifest that was there")
+        print("  class names: kept from the existing manifest")
     print("\n".join(index_lines(folder, shards, how, indexed)))
     return 0
 
@@ -216,7 +249,7 @@ def _stats(args: argparse.Namespace) -> int:
         from maskgit_pl.imaging.contact_sheet import draw_contact_sheet
 
         draw_contact_sheet(statistics, args.out)
-        print(f"{args.out}: the first images of each class")
+        print(f"{args.out}: first images of each class")
     return 0
 
 

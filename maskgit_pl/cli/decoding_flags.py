@@ -1,6 +1,6 @@
-"""The flags that say how to decode, one for each field of ``DecodingConfig``, shared by every command that generates.
+"""Decoding flags, one for each field of ``DecodingConfig``. Used by every command that generates images.
 
-They are read, and refused, before torch is imported.
+They are read and checked before torch is imported.
 """
 
 from __future__ import annotations
@@ -13,39 +13,54 @@ from maskgit_pl.checks import check_seed
 from maskgit_pl.cli.flags import add_device_argument, check_at_least, format_flag, use_flag_names
 from maskgit_pl.decoding.config import DecodingConfig
 from maskgit_pl.flag_values import parse_json_spec, parse_list
-from maskgit_pl.text import argument_docs
 
 if TYPE_CHECKING:
     from maskgit_pl.pipeline.outline import Outline
 
 __all__ = ["add_decoding_arguments", "check_seed_and_batch", "read_decoding_flags"]
 
-_OF_PLUG_INS = {  # settings that replace one argument of a plug-in
-    "guidance_scale": "Scale of the guidance schedule, at least 0; 0 is no guidance.",
-    "choice_temperature": "Scale of the Gumbel noise that the token selector adds to the confidence, at least 0.",
+_HELP = {
+    "num_steps": "number of decoding steps T",
+    "token_selector": 'token selector: a name such as halton, or \'{"name": "remdm", "eta": 0.1}\'',
+    "guidance": 'guidance schedule: a name such as cosine, or \'{"name": "linear", "scale": 2}\'',
+    "sampling_temperature": "softmax temperature of the codes; A,B goes from A at the first step to B at the last",
+    "top_k": "sample from the N most likely codes only",
+    "top_p": "sample from the most likely codes with a total probability of X only",
+    "tokens_per_step": "number of tokens decided at each step, in place of the mask schedule",
+    "mask_schedule": "mask schedule: a name such as cosine (default: that of the training)",
+    "context_cache": "recompute keys and values of all tokens only every N steps; 1 is exact, more is faster and "
+    "approximate",
+    "guidance_scale": "scale of the guidance schedule, at least 0; 0 switches guidance off",
+    "choice_temperature": "scale of the Gumbel noise on the confidence; 0 keeps the most confident tokens",
 }
+_PLUG_IN_ARGUMENTS = ("guidance_scale", "choice_temperature")  # settings that replace one argument of a plug-in
 
 
 def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds a flag for each field of ``DecodingConfig``, and those of the seed, the batch and the device."""
-    parser.add_argument("--seed", type=int, default=0, help="of the first image; image i has seed + i (default: 0)")
-    parser.add_argument("--batch-size", type=int, default=100, metavar="N", help="images at a time (default: 100)")
+    """Adds ``--seed``, ``--batch-size``, ``--device``, and a flag for each field of ``DecodingConfig``."""
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of the first image; image i has seed + i (default: 0)"
+    )
+    parser.add_argument("--batch-size", type=int, default=100, metavar="N", help="images per batch (default: 100)")
     add_device_argument(parser)
-    group = parser.add_argument_group("decoding", "what is left out is the model's own")
-    docs = {**argument_docs(DecodingConfig), **_OF_PLUG_INS}
+    group = parser.add_argument_group("decoding", "Defaults are the model's own settings.")
     for name, hint in _types().items():
         member, metavar = _member(hint)
         kind = member if member in (int, float) else str
-        text = docs[name].replace("``", "").replace("%", "%%")
-        group.add_argument(format_flag(name), type=kind, metavar=metavar, help=text)
-    group.add_argument("--int8", action="store_true", help="a transformer of 8 bits, on a CPU; approximate")
+        group.add_argument(format_flag(name), type=kind, metavar=metavar, help=_HELP[name])
     group.add_argument(
-        "--decoding", type=Path, metavar="FILE.json", help="all of it, as decoding.json has it; the others change parts"
+        "--int8", action="store_true", help="8-bit linear layers in the transformer, on a CPU; approximate"
+    )
+    group.add_argument(
+        "--decoding",
+        type=Path,
+        metavar="FILE.json",
+        help="read all settings from a decoding.json; other flags override it",
     )
 
 
 def check_seed_and_batch(args: argparse.Namespace) -> None:
-    """Checks the flags that do not depend on the model."""
+    """Checks ``--seed`` and ``--batch-size``, which do not depend on the model."""
     check_seed("--seed", args.seed)
     check_at_least(args, batch_size=1)
 
@@ -53,12 +68,12 @@ def check_seed_and_batch(args: argparse.Namespace) -> None:
 def read_decoding_flags(
     args: argparse.Namespace, outline: Outline, *, has_negative_class: bool = False
 ) -> DecodingConfig:
-    """Reads how to decode from the flags of ``add_decoding_arguments``; the last check before torch is needed.
+    """Reads the decoding settings from the flags of ``add_decoding_arguments``, and checks them without torch.
 
     Args:
-        args: The flags.
-        outline: Facts of the model.
-        has_negative_class: True if negative classes are named.
+        args: Flags of ``add_decoding_arguments``.
+        outline: Sizes, classes and default settings of the model.
+        has_negative_class: True if ``--negative-class`` is given.
     """
     settings = {name: _value(name, getattr(args, name), hint) for name, hint in _types().items()}
     with use_flag_names(args):
@@ -68,12 +83,12 @@ def read_decoding_flags(
 
 
 def _types() -> dict[str, Any]:
-    """Returns the type of each setting by its name."""
-    return {**get_type_hints(DecodingConfig), **dict.fromkeys(_OF_PLUG_INS, float)}
+    """Returns the annotation of each setting by its name."""
+    return {**get_type_hints(DecodingConfig), **dict.fromkeys(_PLUG_IN_ARGUMENTS, float)}
 
 
 def _member(hint: Any) -> tuple[Any, str]:
-    """Returns the member of a union that says how a flag is read, and its placeholder: a spec, a list or a number."""
+    """Returns the member of a union by which a flag is parsed, and the placeholder for the help."""
     members = get_args(hint) or (hint,)
     origins = {get_origin(member) or member: member for member in members}
     for kind, metavar in ((dict, "NAME"), (tuple, "A,B,..."), (int, "N"), (float, "X")):
@@ -83,7 +98,7 @@ def _member(hint: Any) -> tuple[Any, str]:
 
 
 def _value(name: str, given: Any, hint: Any) -> Any:
-    """Returns the value of a flag; lists and specs are text."""
+    """Returns the parsed value of a flag. argparse leaves lists and specs as text."""
     member, _ = _member(hint)
     if given is None or member in (int, float):
         return given

@@ -1,4 +1,4 @@
-"""``maskgit doctor tokenizer|transformer``: checks whether a run will start and fit, before nodes are asked for."""
+"""``maskgit doctor tokenizer|transformer``: checks that a run can start and fits, before it asks for nodes."""
 
 from __future__ import annotations
 
@@ -32,33 +32,42 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Adds the command to ``maskgit``."""
     parser = subparsers.add_parser(
         "doctor",
-        help="check a run before it is started: recipe, data, batch, memory, disk, network",
-        description="Check a run before it is started, on any machine and without training: recipe, data, batch, "
-        "memory, disk, network, Slurm. Takes the words of `maskgit train`. Ends with 0 if all is well, else with 2.",
+        help="check a run before it starts: recipe, data, batch, memory, disk, network",
+        description="Check a run before it starts, on any machine and without training: recipe, data, batch, memory, "
+        "disk, network, Slurm. Takes the arguments of `maskgit train`. The exit code is 0 if all checks pass, else 2.",
+        epilog="Example: maskgit doctor transformer --recipe paper-256 --cluster fsdp --nodes 4 --devices 8",
     )
-    parser.add_argument("stage", choices=("tokenizer", "transformer"))
+    parser.add_argument("stage", choices=("tokenizer", "transformer"), help="stage of the run")
     add_run_arguments(parser)
-    machines = parser.add_argument_group("the machines")
-    machines.add_argument("--nodes", type=int, metavar="N", help="machines (default: the recipe's)")
-    machines.add_argument("--devices", type=int, metavar="M", help="devices of each (default: the recipe's)")
-    machines.add_argument("--device", choices=GPUS, help="a card whose memory and peak are known")
-    machines.add_argument("--device-memory", type=_size, metavar="SIZE", help="memory of a device, e.g. 80GB or 24GiB")
-    machines.add_argument("--device-flops", type=_size, metavar="RATE", help="FLOP/s that training reaches, e.g. 150T")
+    machines = parser.add_argument_group("machines")
+    machines.add_argument("--nodes", type=int, metavar="N", help="number of nodes (default: the recipe's)")
+    machines.add_argument("--devices", type=int, metavar="M", help="devices of each node (default: the recipe's)")
+    machines.add_argument("--device", choices=GPUS, help="GPU whose memory and peak FLOP/s are known")
     machines.add_argument(
-        "--utilization", type=float, default=0.4, help="share of the card's peak that training reaches (default: 0.4)"
+        "--device-memory", type=_size, metavar="SIZE", help="memory of a device, such as 80GB or 24GiB"
+    )
+    machines.add_argument(
+        "--device-flops", type=_size, metavar="RATE", help="FLOP/s that training reaches, such as 150T"
+    )
+    machines.add_argument(
+        "--utilization",
+        type=float,
+        default=0.4,
+        metavar="F",
+        help="fraction of the peak that training reaches (default: 0.4)",
     )
     machines.add_argument(
         "--bandwidth", type=_size, metavar="RATE",
-        help="bytes a second of a device within a node (default: 100G), of a node's network ports between nodes (25G)",
+        help="bytes/s of a device within a node (default: 100G), or of a node's network ports (default: 25G)",
     )  # fmt: skip
     machines.add_argument(
-        "--net-port", type=int, metavar="PORT", help="port of rank 0 (default: MASTER_PORT, or Slurm's)"
+        "--net-port", type=int, metavar="PORT", help="TCP port of rank 0 (default: MASTER_PORT, or Slurm's)"
     )
     parser.set_defaults(run=run, takes_overrides=True)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints each check as it is made, the costs, and again what fails; returns 2 if something does."""
+    """Prints each check when it is made, then the costs, then all failures; returns 2 if a check fails."""
     from rich.console import Console
 
     console = Console(highlight=False, soft_wrap=True)
@@ -109,7 +118,7 @@ def _print_check(console: Console, check: Check) -> None:
 
 
 def _list(console: Console, rows: Sequence[tuple[str, str, str]], *, widths: tuple[int, int]) -> None:
-    """Prints verdict, name and text in columns of these widths; long texts are wrapped within theirs."""
+    """Prints verdict, name and text in columns, and wraps long texts within their column."""
     from rich.text import Text
 
     width = console.width if console.is_terminal else 120
@@ -124,7 +133,7 @@ def _list(console: Console, rows: Sequence[tuple[str, str, str]], *, widths: tup
 
 
 def _map_of_ranks(shares: Shares) -> Table:
-    """Returns a table of the samples of a step that each rank gets, or each node if there are many ranks."""
+    """Returns a table of the samples that each rank reads in a step; of each node if there are many ranks."""
     from rich.box import SIMPLE
     from rich.table import Table
 

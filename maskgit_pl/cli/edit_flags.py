@@ -1,4 +1,4 @@
-"""Flags of the commands that change an image, or make one larger than the model's."""
+"""Flags of the editing commands ``inpaint``, ``edit``, ``outpaint`` and ``panorama``."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ __all__ = ["add_overlap_argument", "add_variant_arguments", "check_overlap_flag"
 
 
 def add_variant_arguments(parser: argparse.ArgumentParser, *, dilation: int, class_required: bool = False) -> None:
-    """Adds the flags of all commands that change an image."""
+    """Adds the flags of ``inpaint``, ``edit`` and ``outpaint``."""
     suffix = "" if class_required else " (default: no class)"
     parser.add_argument(
-        "--class", dest="class_", required=class_required, metavar="NAME", help=f"name or number of its class{suffix}"
+        "--class", dest="class_", required=class_required, metavar="NAME", help=f"class name or index{suffix}"
     )
-    parser.add_argument("--variants", type=int, default=4, metavar="N", help="results (default: 4)")
+    parser.add_argument("--variants", type=int, default=4, metavar="N", help="number of results (default: 4)")
     parser.add_argument(
         "--blend",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="soften the seam; --no-blend keeps every pixel outside of the region as it is (default: --blend)",
+        help="blur the seam; --no-blend keeps every pixel outside the region unchanged (default: --blend)",
     )
-    text = f"tokens by which the region grows (default: {dilation})"
+    text = f"tokens by which the region grows on each side (default: {dilation})"
     parser.add_argument("--dilation", type=int, default=dilation, metavar="N", help=text)
 
 
 def read_edit_flags(args: argparse.Namespace, label: int | None) -> dict[str, Any]:
-    """Returns the options of ``MaskGIT``'s editing methods that the flags say."""
+    """Returns the options of ``MaskGIT``'s editing methods from the flags."""
     return {
         "classes": [label] * args.variants,
         "seed": args.seed,
@@ -40,14 +40,18 @@ def read_edit_flags(args: argparse.Namespace, label: int | None) -> dict[str, An
 
 
 def make_captions(args: argparse.Namespace) -> Sequence[str]:
-    """Returns the text of each variant in pictures."""
+    """Returns the caption of each variant, for pictures."""
     return [f"seed {args.seed + number}" for number in range(args.variants)]
 
 
 def add_overlap_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds the flag that says how much of a window is known before it is decoded."""
+    """Adds ``--overlap`` for commands that fill a canvas window by window."""
     parser.add_argument(
-        "--overlap", type=float, default=0.5, metavar="S", help="share of a window that is known first (default: 0.5)"
+        "--overlap",
+        type=float,
+        default=0.5,
+        metavar="F",
+        help="fraction of a window that is known before it is decoded (default: 0.5)",
     )
 
 

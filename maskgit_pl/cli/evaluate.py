@@ -1,4 +1,4 @@
-"""``maskgit evaluate``: numbers and pictures of a trained model, beside real images."""
+"""``maskgit evaluate``: measures a trained model against the real images of the val split."""
 
 from __future__ import annotations
 
@@ -28,38 +28,43 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "evaluate",
         help="measure a trained model on the val split",
         description="Measure reconstruction, generated images in the features of several networks, likelihood and "
-        "speed; write evaluation.json and pictures. Several processes that torchrun starts share the work.",
+        "speed, and write evaluation.json and pictures. Processes that torchrun starts share the work.",
+        epilog="Example: maskgit evaluate runs/fashion-mnist-cosine --num-images 2000 --features classifier",
     )
     add_measured_run_arguments(parser)
-    parser.add_argument("--num-images", type=int, default=1000, metavar="N", help="images generated (default: 1000)")
-    parser.add_argument("--num-steps", type=int, metavar="T", help="decoding steps (default: the model's own)")
+    parser.add_argument(
+        "--num-images", type=int, default=1000, metavar="N", help="number of generated images (default: 1000)"
+    )
+    parser.add_argument(
+        "--num-steps", type=int, metavar="T", help="number of decoding steps (default: the model's own)"
+    )
     add_feature_arguments(parser)
-    parser.add_argument("--lpips", metavar="vgg=FILE", help="also LPIPS of the reconstructions; the backbone is vgg, "
-                        "alex or squeeze")  # fmt: skip
+    parser.add_argument("--lpips", metavar="vgg=FILE", help="also measure LPIPS of the reconstructions; the backbone "
+                        "is vgg, alex or squeeze")  # fmt: skip
     parser.add_argument("--likelihood-images", type=int, default=2000, metavar="N",
-                        help="real images whose likelihood is measured (default: 2000)")  # fmt: skip
+                        help="number of real images for the likelihood (default: 2000)")  # fmt: skip
     parser.add_argument("--cas", action="store_true", help="also measure the classification accuracy score")
     add_cas_arguments(parser)
     add_worker_argument(parser)
-    parser.add_argument("--resume", action="store_true", help="keep what a stopped evaluation has measured")
+    parser.add_argument("--resume", action="store_true", help="keep the measurements of an interrupted evaluation")
     parser.add_argument(
         "--out",
         type=Path,
         metavar="FILE.json",
-        help="the numbers; pictures go beside it (default: RUN/evaluation.json)",
+        help="results; pictures are written beside it (default: RUN/evaluation.json)",
     )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures, writes, and prints a table."""
+    """Measures, writes the results, and prints a table."""
     check_at_least(args, num_images=1, likelihood_images=2, batch_size=1, num_workers=0)
     check_outputs(args, out=".json")
     cas = read_cas_flags(args)
     features = parse_features(args.features)
     from maskgit_pl.evaluation import CASConfig, EvaluationOptions, evaluate
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and args.device is None:  # a GPU of this process's own
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and args.device is None:  # one GPU for each process
         from maskgit_pl.devices import default_device
 
         args.device = default_device(local_rank=local_rank())
@@ -88,5 +93,5 @@ def run(args: argparse.Namespace) -> int:
         from rich.console import Console
 
         Console().print(report.table())
-        print(f"{report.file}: the numbers; samples.png, reconstructions.png and decoding.gif beside it")
+        print(f"{report.file}: results; beside it samples.png, reconstructions.png and decoding.gif")
     return 0

@@ -1,4 +1,4 @@
-"""The flags that the commands that measure have in common."""
+"""Flags of the commands that measure: ``evaluate``, ``compare``, ``tune``, ``ablation``, ``table`` and ``figure``."""
 
 from __future__ import annotations
 
@@ -31,57 +31,67 @@ _FEATURES = "classifier,lite0"
 
 
 def add_measured_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the run that is measured, on what and where."""
+    """Adds the run to measure, and the data, seed, batch size and device."""
     parser.add_argument("folder", type=Path, metavar="RUN", help="run folder (runs/NAME) or pretrained folder")
     _add_measuring_arguments(parser)
 
 
 def _add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", type=Path, metavar="DIR", help="data folder (default: what the run was trained on)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first image; image i has seed + i (default: 0)")
-    parser.add_argument("--batch-size", type=int, default=100, metavar="N", help="images at a time (default: 100)")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="data folder (default: that of the training)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of the first image; image i has seed + i (default: 0)"
+    )
+    parser.add_argument("--batch-size", type=int, default=100, metavar="N", help="images per batch (default: 100)")
     add_device_argument(parser)
     parser.add_argument(
-        "--classifier", type=Path, metavar="DIR", help="where the judge is kept (default: runs/DATA-classifier/small)"
+        "--classifier",
+        type=Path,
+        metavar="DIR",
+        help="folder of the classifier that judges images (default: runs/DATA-classifier/small)",
     )
 
 
 def read_measuring_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the fields of ``evaluation.MeasurementOptions`` that the flags give."""
+    """Returns the fields of ``evaluation.MeasurementOptions`` from the flags."""
     return {"seed": args.seed, "batch_size": args.batch_size, "device": args.device, "classifier": args.classifier}
 
 
 def read_num_steps_flag(args: argparse.Namespace) -> tuple[int, ...] | None:
-    """Returns the numbers of ``--num-steps``; None where it is left out."""
+    """Returns the numbers of ``--num-steps``, or None if it is not given."""
     return None if args.num_steps is None else parse_numbers("--num-steps", args.num_steps)
 
 
 def add_feature_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the feature networks, and what is compared with in them."""
+    """Adds ``--features`` and ``--reference``."""
     parser.add_argument(
         "--features",
         default=_FEATURES,
         metavar="A,B,...",
-        help="feature networks: classifier, lite0, inception[=FILE], timm:MODEL=FILE, or mappings (default: "
-        f"{_FEATURES}); the first one chooses where there is something to choose",
+        help="feature networks: classifier, lite0, inception[=FILE], timm:MODEL=FILE, or mappings; the first one ranks "
+        f"results (default: {_FEATURES})",
     )
     parser.add_argument(
-        "--reference", type=Path, metavar="FILE.npz", help="ADM's statistics or images in place of the val split"
+        "--reference",
+        type=Path,
+        metavar="FILE.npz",
+        help="reference statistics or images of ADM, in place of the val split",
     )
 
 
 def add_cas_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the training of the classification accuracy score, as far as the paper's scale."""
-    parser.add_argument("--cas-model", metavar="NAME", help="timm network of the classification accuracy score, or "
-                        "none to leave it out (default: resnet50, or resnet18 below 64 pixels)")  # fmt: skip
-    parser.add_argument("--cas-max-steps", type=int, metavar="N", help="its training steps (default: 500)")
-    parser.add_argument("--cas-batch-size", type=int, metavar="N", help="images of a step (default: 64)")
-    parser.add_argument("--cas-learning-rate", type=float, metavar="X", help="its peak (default: 1e-3)")
-    parser.add_argument("--cas-precision", choices=("32-true", "bf16-mixed"), help="(default: 32-true)")
+    """Adds the flags of the classification accuracy score (CAS), up to the scale of the paper."""
+    parser.add_argument("--cas-model", metavar="NAME", help="timm network of the classification accuracy score (CAS), "
+                        "or none to skip it (default: resnet50, or resnet18 below 64 pixels)")  # fmt: skip
+    parser.add_argument("--cas-max-steps", type=int, metavar="N", help="training steps of that network (default: 500)")
+    parser.add_argument("--cas-batch-size", type=int, metavar="N", help="images per training step (default: 64)")
+    parser.add_argument("--cas-learning-rate", type=float, metavar="X", help="peak learning rate (default: 1e-3)")
+    parser.add_argument(
+        "--cas-precision", choices=("32-true", "bf16-mixed"), help="training precision (default: 32-true)"
+    )
 
 
 def read_cas_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the fields of ``evaluation.CASConfig`` that the flags of ``add_cas_arguments`` give, checked."""
+    """Returns the fields of ``evaluation.CASConfig`` from the flags of ``add_cas_arguments``, after checks."""
     check_at_least(args, cas_max_steps=1, cas_batch_size=2)
     if args.cas_learning_rate is not None:
         check_number("--cas-learning-rate", args.cas_learning_rate, "(0, inf)")
@@ -96,28 +106,30 @@ def read_cas_flags(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_worker_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds the number of processes that read."""
+    """Adds ``--num-workers``."""
     parser.add_argument("--num-workers", type=int, default=0, metavar="N",
-                        help="processes that read real images and those of CAS (default: 0)")  # fmt: skip
+                        help="processes that read images (default: 0)")  # fmt: skip
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that ``read_report_flags`` reads."""
+    """Adds the flags of the commands that write tables and figures; ``read_report_flags`` reads them."""
     _add_measuring_arguments(parser)
-    parser.add_argument("--num-images", type=int, default=1000, metavar="N", help="images a row (default: 1000)")
+    parser.add_argument(
+        "--num-images", type=int, default=1000, metavar="N", help="images generated for each row (default: 1000)"
+    )
     add_feature_arguments(parser)
     parser.add_argument(
         "--results",
         type=Path,
         default=Path("results"),
         metavar="DIR",
-        help="ledger and pages; what is in the ledger is not measured again (default: results)",
+        help="folder of the pages and the ledger, whose measurements are reused (default: results)",
     )
     add_worker_argument(parser)
 
 
 def read_report_flags(args: argparse.Namespace, **beside: Any) -> ReportOptions:
-    """Returns the options that the flags of ``add_report_arguments`` give, checked, and further ones."""
+    """Returns the options from the flags of ``add_report_arguments``, after checks, and further ones."""
     from maskgit_pl.evaluation.reports import ReportOptions
 
     check_at_least(args, num_images=2, batch_size=1, num_workers=0)
@@ -134,7 +146,7 @@ def read_report_flags(args: argparse.Namespace, **beside: Any) -> ReportOptions:
 
 
 def write_page(page: Page) -> None:
-    """Writes a page to its folder, prints it, and says where it is."""
+    """Writes a page to its folder, and prints the page and its files."""
     from rich.console import Console
     from rich.markdown import Markdown
 

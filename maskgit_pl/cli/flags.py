@@ -1,4 +1,4 @@
-"""Flags that many commands have, and the checks of their values. Imported by the other files of flags."""
+"""Flags that many commands share, and checks of their values. Imported by the other files of flags."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ __all__ = [
     "use_flag_names",
 ]
 
-FOLDER = ""  # in place of a file's ending
+FOLDER = ""  # used in place of a file suffix
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds the flag that ``read_device_flag`` reads."""
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps ... (default: a GPU if there is one)")
+    """Adds ``--device``, which ``read_device_flag`` reads."""
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps ... (default: a GPU if there is one)")
 
 
 def read_device_flag(args: argparse.Namespace, *, default: str | None = None) -> str:
-    """Returns the device that ``--device`` names, checked to be there; the default, or a GPU if there is one."""
+    """Returns the device of ``--device`` if it is available; without the flag, ``default`` or a GPU or the CPU."""
     from maskgit_pl.devices import check_device, default_device
 
     if args.device is None:
@@ -40,35 +40,36 @@ def read_device_flag(args: argparse.Namespace, *, default: str | None = None) ->
 
 
 def format_flag(name: str) -> str:
-    """Returns the flag of a setting: ``--num-steps`` for ``num_steps``."""
+    """Returns the flag of a setting, such as ``--num-steps`` for ``num_steps``."""
     return f"--{name.replace('_', '-')}"
 
 
 def check_at_least(args: argparse.Namespace, **least: int) -> None:
-    """Refuses numbers that are too small, or not finite; None is a flag that was left out.
+    """Checks lower bounds of numbers. A flag that is not given (None) is not checked.
 
     Args:
-        args: The flags.
-        least: By the name of the flag, such as ``num_steps=1`` for ``--num-steps``.
+        args: Parsed flags.
+        least: Smallest allowed value of each flag, such as ``num_steps=1`` for ``--num-steps``.
 
     Raises:
-        ValueError: with the first of them.
+        ValueError: if a number is smaller, or not finite.
     """
     for name, bound in least.items():
         value = getattr(args, name)
         if value is not None and not bound <= value < math.inf:
-            raise ValueError(f"{format_flag(name)}: at least {bound} is needed, got {value}")
+            raise ValueError(f"{format_flag(name)} must be >= {bound}, got {value}")
 
 
 def check_outputs(args: argparse.Namespace, **endings: str) -> None:
-    """Refuses outputs that cannot be written, or whose name says another format than what is written.
+    """Checks, before any work, that outputs can be written and that their suffixes name the format that is written.
 
     Args:
-        args: The flags. One that was left out (None) is not checked.
-        endings: The ending of each flag's file; ``FOLDER`` for a folder.
+        args: Parsed flags. One that is not given (None) is not checked.
+        endings: Suffix of each flag's file, such as ``.png``; ``FOLDER`` for a folder.
 
     Raises:
-        ValueError: if two flags name the same file; see also ``files.check_writable``.
+        ValueError: if a suffix is wrong, two flags name the same file, or an output cannot be written
+            (``files.check_writable``).
     """
     named: dict[Path, str] = {}
     for name, ending in endings.items():
@@ -84,7 +85,7 @@ def check_outputs(args: argparse.Namespace, **endings: str) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder that is not there, and says so."""
+    """Makes a missing folder and prints its name."""
     if not folder.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         print(f"{folder}: new folder")
@@ -92,13 +93,16 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def use_flag_names(args: argparse.Namespace) -> Iterator[None]:
-    """Makes a TypeError or ValueError that begins with a setting (``num_steps: ...``) begin with its flag."""
+    """Makes a TypeError or ValueError that begins with a setting (``num_steps must ...``) begin with its flag.
+
+    Library functions name their own arguments in errors. The user of a command knows the flags.
+    """
     try:
         yield
     except (TypeError, ValueError) as error:
         name = re.split(r"[^a-z_]", str(error), maxsplit=1)[0]
-        is_flag = name in args and not callable(getattr(args, name))  # ``run`` is the command itself
-        if not is_flag:  # the error is of something else, and stays as it was raised
+        is_flag = name in args and not callable(getattr(args, name))  # ``run`` is the function of the command
+        if not is_flag:  # the error is about something else
             raise
         text = format_flag(name) + str(error).removeprefix(name)
         raise (TypeError if isinstance(error, TypeError) else ValueError)(text) from error

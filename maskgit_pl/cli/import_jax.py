@@ -1,4 +1,4 @@
-"""``maskgit import-jax``: a pretrained folder from checkpoints of the released JAX code."""
+"""``maskgit import-jax``: converts checkpoints of the released JAX code to a pretrained folder."""
 
 from __future__ import annotations
 
@@ -14,31 +14,32 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Adds the command to ``maskgit``."""
     parser = subparsers.add_parser(
         "import-jax",
-        help="make a pretrained folder from released JAX checkpoints",
-        description="Make a pretrained folder, as training writes it, from checkpoints of google-research/maskgit.",
+        help="convert released JAX checkpoints to a pretrained folder",
+        description="Convert checkpoints of google-research/maskgit to a pretrained folder. Nothing in them is "
+        "executed.",
     )
     parser.add_argument(
-        "--tokenizer", type=Path, required=True, metavar="FILE", help="e.g. tokenizer_imagenet256_checkpoint"
+        "--tokenizer", type=Path, required=True, metavar="FILE", help="such as tokenizer_imagenet256_checkpoint"
     )
-    parser.add_argument("--transformer", type=Path, metavar="FILE", help="e.g. maskgit_imagenet256_checkpoint")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the pretrained folder")
+    parser.add_argument("--transformer", type=Path, metavar="FILE", help="such as maskgit_imagenet256_checkpoint")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="pretrained folder to write")
     parser.add_argument(
         "--image-size",
         type=int,
         metavar="256|512",
-        help="edge of the images in px (default: what the transformer's grid says; 256 without a transformer)",
+        help="edge of the images in pixels (default: from the transformer's grid; 256 without a transformer)",
     )
     parser.add_argument(
         "--class-names",
         type=Path,
         metavar="FILE",
-        help="names of the classes, one a line (default: ImageNet's where there are 1000, else numbers)",
+        help="file with one class name per line (default: ImageNet's names for 1000 classes, else numbers)",
     )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Reads, checks and writes."""
+    """Reads the checkpoints, checks them and writes the folder."""
     check_out(args.out)
     check_flax_file(args.tokenizer)
     if args.transformer is not None:

@@ -1,4 +1,4 @@
-"""``maskgit inpaint`` and ``maskgit edit``: a part of an image generated again, as another class with ``edit``."""
+"""``maskgit inpaint`` and ``maskgit edit``: regenerate part of an image, with ``edit`` as another class."""
 
 from __future__ import annotations
 
@@ -22,22 +22,35 @@ __all__ = ["add_parser", "run"]
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds both commands to ``maskgit``."""
-    inpaint = subparsers.add_parser("inpaint", help="generate a part of an image anew")
-    edit = subparsers.add_parser("edit", help="generate a part of an image anew, as a class")
+    inpaint = subparsers.add_parser(
+        "inpaint",
+        help="regenerate part of an image",
+        description="Generate the tokens under a box or a mask again, and paste the result into the image.",
+        epilog="Example: maskgit inpaint runs/fashion-mnist-cosine sneaker.png --box 0,0,28,14 --out inpainted.png",
+    )
+    edit = subparsers.add_parser(
+        "edit",
+        help="turn part of an image into another class",
+        description="Turn what is in a box or under a mask into another class, and paste the result into the image.",
+        epilog="Example: maskgit edit runs/fashion-mnist-cosine sneaker.png --box 0,4,28,16 --class 'Ankle boot'",
+    )
     for parser in (inpaint, edit):
         add_model_argument(parser)
         parser.add_argument("image", type=Path, metavar="IMAGE", help="JPEG, PNG or WebP file")
         parser.add_argument(
             "--box",
             metavar="L,T,R,B",
-            help="what to generate: left,top,right,bottom in pixels of IMAGE as it is (before --fit), or in percent of "
-            "its width and height, such as 10%%,20%%,60%%,80%%",
+            help="region to generate: left,top,right,bottom in pixels of IMAGE before --fit, or in percent of its "
+            "width and height, such as 10%%,20%%,60%%,80%%",
         )
         parser.add_argument(
-            "--mask", type=Path, metavar="FILE.png", help="or: a picture of IMAGE's size, white where to generate"
+            "--mask",
+            type=Path,
+            metavar="FILE.png",
+            help="region to generate: a picture of the size of IMAGE, white inside the region",
         )
         parser.add_argument(
-            "--fit", action="store_true", help="cut IMAGE to the square in its middle and resize it to the model's size"
+            "--fit", action="store_true", help="crop IMAGE to the central square and resize it to the size of the model"
         )
         add_variant_arguments(parser, dilation=1, class_required=parser is edit)
         add_decoding_arguments(parser)
@@ -46,7 +59,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Edits and writes."""
+    """Edits the image and writes the results."""
     check_seed_and_batch(args)
     check_at_least(args, variants=1, dilation=0)
     check_outputs(args, **PICTURES)
@@ -73,23 +86,23 @@ def run(args: argparse.Namespace) -> int:
         made = pipe.inpaint(
             image, mask, output_type="pt", callback=after_step, decoding=decoding, **read_edit_flags(args, label)
         )
-    variants = cast("Tensor", made)  # as "pt" says
+    variants = cast("Tensor", made)  # output_type "pt"
     unknown = editing.token_mask(mask, factor=outline.token_size, dilation=args.dilation)
     region = editing.pixel_region(unknown, factor=outline.token_size, height=size, width=size)
     described, texts = outline.describe_class(label), make_captions(args)
     title = f"{args.image.name}: {described}"
     sheet = edit_sheet(image, variants, mask=mask, region=region, title=title, captions=texts)
-    said = f"{len(variants)} variants of {described}, {int(unknown.sum())} of {unknown.numel()} tokens generated"
+    summary = f"{len(variants)} variants of {described}, {int(unknown.sum())} of {unknown.numel()} tokens generated"
     labels = [label] * len(variants)
-    write_generated(pipe, variants, args, sheet=sheet, said=said, labels=labels, steps=steps, captions=texts)
+    write_generated(pipe, variants, args, sheet=sheet, summary=summary, labels=labels, steps=steps, captions=texts)
     return 0
 
 
 def _read_region(args: argparse.Namespace) -> tuple[ImageHeader, list[int] | None]:
-    """Returns the header of the image and the box in pixels, if there is one, checked without the model."""
+    """Returns the header of the image and the box in pixels (None with ``--mask``), checked without the model."""
     if (args.box is None) == (args.mask is None):
         got = "neither" if args.box is None else "both"
-        raise ValueError(f"--box, --mask: one of the two is needed, got {got}; they say what to generate")
+        raise ValueError(f"one of --box and --mask must be given, got {got}; they name the region to generate")
     from maskgit_pl.editing import check_box, check_mask_file, parse_box, read_image_header
 
     image = read_image_header(args.image)

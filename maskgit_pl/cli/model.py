@@ -1,4 +1,4 @@
-"""The model that a command uses: the argument that names it, its facts without torch, and the model itself."""
+"""The model of a command: its argument, its sizes and classes read without torch, and the loaded pipeline."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ __all__ = ["add_classes_argument", "add_model_argument", "find_model", "open_pip
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds the argument that names the model."""
+    """Adds the positional argument RUN that names the model."""
     parser.add_argument(
         "folder", type=Path, metavar="RUN", help="run folder (runs/NAME), pretrained folder, or owner/name on the Hub"
     )
 
 
 def add_classes_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds the flag that names classes."""
+    """Adds ``--classes``."""
     parser.add_argument(
-        "--classes", default="all", metavar="A,B,...", help="numbers or names, or all (default: all, at most 10)"
+        "--classes", default="all", metavar="A,B,...", help="class names or indices, or all (default: all, at most 10)"
     )
 
 
 def find_model(args: argparse.Namespace) -> tuple[Path, Outline]:
-    """Returns the folder with ``tokenizer/`` and ``transformer/`` of the model, and its facts, without torch."""
+    """Returns the folder with ``tokenizer/`` and ``transformer/``, and the model's outline, without torch."""
     from maskgit_pl.pipeline.outline import Outline
     from maskgit_pl.pipeline.sharing import find_folder
 
     folder = find_folder(args.folder)
     outline = Outline.read(folder)
-    if outline is None:  # loading the model says what is wrong with it
+    if outline is None:  # a damaged folder: loading the model raises the error that names the fault
         from maskgit_pl.pipeline import MaskGIT
 
         outline = MaskGIT.from_pretrained(folder).outline
@@ -44,12 +44,12 @@ def find_model(args: argparse.Namespace) -> tuple[Path, Outline]:
 
 
 def open_pipe(folder: Path, args: argparse.Namespace, *, device: str | None = None) -> MaskGIT:
-    """Loads the model to the device that ``--device`` names, with a transformer of 8 bits if ``--int8`` asks for it.
+    """Loads the model to the device of ``--device``, with an 8-bit transformer if ``--int8`` is given.
 
     Args:
         folder: The folder with ``tokenizer/`` and ``transformer/``.
-        args: The flags of ``decoding.add_decoding_arguments``.
-        device: Default in place of the usual one.
+        args: Flags of ``decoding_flags.add_decoding_arguments``.
+        device: Default device; None for a GPU if there is one, else the CPU.
     """
     place = read_device_flag(args, default="cpu" if args.int8 else device)
     from maskgit_pl.pipeline import MaskGIT

@@ -1,4 +1,4 @@
-"""``maskgit outpaint``: an image extended beyond its borders."""
+"""``maskgit outpaint``: extends an image beyond its borders."""
 
 from __future__ import annotations
 
@@ -30,12 +30,20 @@ _SIDES = ("left", "right", "up", "down")
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to ``maskgit``."""
-    parser = subparsers.add_parser("outpaint", help="extend an image beyond its borders")
+    parser = subparsers.add_parser(
+        "outpaint",
+        help="extend an image beyond its borders",
+        description="Extend an image beyond its borders: a window slides over a larger canvas and fills it. The number "
+        "of pixels to add must be a multiple of the pixels of a token.",
+        epilog="Example: maskgit outpaint runs/fashion-mnist-cosine bag.png --up 8 --class Bag --out taller.png",
+    )
     add_model_argument(parser)
     parser.add_argument("image", type=Path, metavar="IMAGE", help="JPEG, PNG or WebP file, of any size")
     for side in _SIDES:
-        parser.add_argument(f"--{side}", type=int, default=0, metavar="PIXELS", help="to add on this side")
-    parser.add_argument("--all", type=int, metavar="PIXELS", help="to add on each side that is not named")
+        parser.add_argument(
+            f"--{side}", type=int, default=0, metavar="PIXELS", help="pixels to add on this side (default: 0)"
+        )
+    parser.add_argument("--all", type=int, metavar="PIXELS", help="pixels to add on each side that is not given")
     add_overlap_argument(parser)
     add_variant_arguments(parser, dilation=0)
     add_decoding_arguments(parser)
@@ -44,7 +52,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Outpaints and writes."""
+    """Extends the image and writes the results."""
     added = _read_margins(args)
     check_overlap_flag(args)
     check_seed_and_batch(args)
@@ -68,25 +76,25 @@ def run(args: argparse.Namespace) -> int:
         made = pipe.outpaint(
             image, overlap=args.overlap, output_type="pt", callback=after_step, decoding=decoding, **options
         )
-    variants = cast("Tensor", made)  # as "pt" says
+    variants = cast("Tensor", made)  # output_type "pt"
     outside, original = added.outside(header.height, header.width), added.pad(image, size=1)
     described, texts = outline.describe_class(label), make_captions(args)
     title = f"{args.image.name}: {described}"
     sheet = edit_sheet(original, variants, mask=outside, region=outside, title=title, captions=texts)
-    said = f"{len(variants)} variants of {described}, {variants.shape[-1]} x {variants.shape[-2]} pixels"
+    summary = f"{len(variants)} variants of {described}, {variants.shape[-1]} x {variants.shape[-2]} pixels"
     labels = [label] * len(variants)
-    write_generated(pipe, variants, args, sheet=sheet, said=said, labels=labels, steps=steps, captions=texts)
+    write_generated(pipe, variants, args, sheet=sheet, summary=summary, labels=labels, steps=steps, captions=texts)
     return 0
 
 
 def _read_margins(args: argparse.Namespace) -> Margins:
-    """Returns the pixels to add on each side, checked without the image."""
+    """Returns the pixels to add on each side from the flags, checked without the image."""
     from maskgit_pl.editing import Margins  # imports neither torch nor PIL
 
     sides = {side: getattr(args, side) or (args.all or 0) for side in _SIDES}
     for side, pixels in sides.items():
         if pixels < 0:
-            raise ValueError(f"--{side}: at least 0 pixels are needed, got {pixels}")
+            raise ValueError(f"--{side} must be >= 0 pixels, got {pixels}")
     if not any(sides.values()):
-        raise ValueError("--left, --right, --up, --down, --all: pixels to add are needed, got none")
+        raise ValueError("one of --left, --right, --up, --down and --all must be > 0 pixels, got none")
     return Margins(**sides)

@@ -1,4 +1,4 @@
-"""The files of the commands that generate: their flags, the checks before any work, and what is written and said."""
+"""Output files of the commands that generate images: their flags, and the functions that write them."""
 
 from __future__ import annotations
 
@@ -24,25 +24,27 @@ PICTURES = {"out": ".png", "gif": ".gif", "filmstrip": ".png", "images": FOLDER}
 
 
 def add_output_arguments(parser: argparse.ArgumentParser, *, out: str, default: Path | None = None) -> None:
-    """Adds the flags that name the files of a command that generates.
+    """Adds the flags of the files that a command writes.
 
     Args:
-        parser: The command's.
-        out: Name of the picture of all images, for the help.
-        default: The same as a path; None if the command chooses it.
+        parser: Parser of the command.
+        out: Default of ``--out`` as the help shows it.
+        default: Default of ``--out``; None if the command chooses it.
     """
     parser.add_argument(
-        "--out", type=Path, default=default, metavar="FILE.png", help=f"all in one picture (default: {out})"
+        "--out", type=Path, default=default, metavar="FILE.png", help=f"picture of all images (default: {out})"
     )
-    parser.add_argument("--images", type=Path, metavar="DIR", help="also write each image into a file of its own")
+    parser.add_argument(
+        "--images", type=Path, metavar="DIR", help="also write each image to its own file in this folder"
+    )
     parser.add_argument("--gif", type=Path, metavar="FILE.gif", help="also write an animation of the decoding")
     parser.add_argument(
-        "--filmstrip", type=Path, metavar="FILE.png", help="also write the decoding of the first image, step by step"
+        "--filmstrip", type=Path, metavar="FILE.png", help="also write the decoding of the first image step by step"
     )
 
 
 def wants_decoding(args: argparse.Namespace) -> bool:
-    """Returns whether ``--gif`` or ``--filmstrip`` asks for the decoding."""
+    """Returns True if ``--gif`` or ``--filmstrip`` is given."""
     return args.gif is not None or args.filmstrip is not None
 
 
@@ -50,15 +52,15 @@ def wants_decoding(args: argparse.Namespace) -> bool:
 def record_steps(
     title: str, *, is_recording: bool, total: int | None = None
 ) -> Iterator[tuple[Callable[[DecodingStep], None], list[DecodingStep]]]:
-    """Shows progress, and records the steps of the first images.
+    """Shows a progress bar, and records the decoding steps of the first images.
 
     Args:
         title: Text of the progress bar.
-        is_recording: False only shows progress.
-        total: Number of steps of all batches; None if it is not known.
+        is_recording: True records steps, False only shows the bar.
+        total: Number of steps of all batches; None if it is unknown.
 
     Yields:
-        The callback of ``MaskGIT``'s methods, and the steps.
+        The ``callback`` for a method of ``MaskGIT``, and the list of recorded steps.
     """
     from rich.progress import Progress
 
@@ -82,28 +84,28 @@ def write_generated(
     args: argparse.Namespace,
     *,
     sheet: Image.Image,
-    said: str,
+    summary: str,
     labels: Sequence[int | None],
     steps: Sequence[DecodingStep],
     captions: Sequence[str],
 ) -> None:
-    """Writes all images as one picture, and what ``--images``, ``--gif`` and ``--filmstrip`` ask for.
+    """Writes all images as one picture, and the files of ``--images``, ``--gif`` and ``--filmstrip``.
 
     Args:
-        pipe: The model.
+        pipe: Model that decodes tokens for the animation and the filmstrip.
         images: (n, C, H, W) uint8.
-        args: The flags of ``add_output_arguments``, and ``--seed``.
-        sheet: The picture of all images.
-        said: Text about it.
-        labels: Class of each image; None is "no class".
-        steps: Decoding steps of a few images.
+        args: Flags of ``add_output_arguments``, and ``--seed``.
+        sheet: Picture of all images.
+        summary: Text printed beside the name of that picture.
+        labels: (n) classes; None is "no class".
+        steps: Recorded decoding steps of a few images.
         captions: Text above each image of the animation.
     """
     from maskgit_pl.imaging import save_animation, save_filmstrip, save_images, save_png
 
     make_folder(args.out.parent)
     save_png(sheet, args.out)
-    print(f"{args.out}: {said}")
+    print(f"{args.out}: {summary}")
     if args.images is not None:
         make_folder(args.images)
         save_images(images, labels, args.images, seed=args.seed)
@@ -113,8 +115,8 @@ def write_generated(
     if args.gif is not None:
         make_folder(args.gif.parent)
         save_animation(steps, decode, args.gif, grid=grid, captions=captions)
-        print(f"{args.gif}: how {len(steps[0].tokens)} of them are decoded")
+        print(f"{args.gif}: decoding of {len(steps[0].tokens)} images")
     if args.filmstrip is not None:
         make_folder(args.filmstrip.parent)
         save_filmstrip(steps, decode, args.filmstrip, grid=grid)
-        print(f"{args.filmstrip}: how the first of them is decoded")
+        print(f"{args.filmstrip}: decoding of the first image")

@@ -1,4 +1,4 @@
-"""``maskgit panorama``: images of any width, made by a window that slides over them."""
+"""``maskgit panorama``: generates images of any width, window by window."""
 
 from __future__ import annotations
 
@@ -17,16 +17,24 @@ if TYPE_CHECKING:
 
 __all__ = ["add_parser", "run"]
 
-_TILE_SIZE = 84  # pixels: small pictures are shown as large as in the other sheets
+_TILE_SIZE = 84  # pixels: enlarges small images as the other sheets do (imaging.layout.TILE_SIZE)
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to ``maskgit``."""
-    parser = subparsers.add_parser("panorama", help="generate images of any width")
+    parser = subparsers.add_parser(
+        "panorama",
+        help="generate images of any width",
+        description="Generate images that are larger than those of the training: a window slides over a canvas of "
+        "tokens and fills it.",
+        epilog="Example: maskgit panorama runs/fashion-mnist-cosine --classes Bag --width 112",
+    )
     add_model_argument(parser)
     add_classes_argument(parser)
-    parser.add_argument("--width", type=int, required=True, metavar="PIXELS", help="of each image")
-    parser.add_argument("--height", type=int, metavar="PIXELS", help="of each image (default: the model's)")
+    parser.add_argument("--width", type=int, required=True, metavar="PIXELS", help="width of each image")
+    parser.add_argument(
+        "--height", type=int, metavar="PIXELS", help="height of each image (default: the model's image size)"
+    )
     add_overlap_argument(parser)
     add_decoding_arguments(parser)
     add_output_arguments(parser, out="panorama.png", default=Path("panorama.png"))
@@ -34,7 +42,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generates and writes."""
+    """Generates the images and writes them."""
     check_overlap_flag(args)
     check_seed_and_batch(args)
     check_outputs(args, **PICTURES)
@@ -62,10 +70,10 @@ def run(args: argparse.Namespace) -> int:
             callback=after_step,
             decoding=decoding,
         )
-    images = cast("Tensor", made)  # as "pt" says
+    images = cast("Tensor", made)  # output_type "pt"
     names = [outline.class_names[label] for label in labels]
     scale = max(1, _TILE_SIZE // height)
     sheet = image_grid(images, columns=1, row_captions=names, scale=scale)
-    said = f"{len(images)} images of {args.width} x {height} pixels"
-    write_generated(pipe, images, args, sheet=sheet, said=said, labels=labels, steps=steps, captions=names)
+    summary = f"{len(images)} images of {args.width} x {height} pixels"
+    write_generated(pipe, images, args, sheet=sheet, summary=summary, labels=labels, steps=steps, captions=names)
     return 0

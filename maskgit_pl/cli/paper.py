@@ -1,4 +1,4 @@
-"""``maskgit table`` and ``maskgit figure``: the paper's tables and figures with our rows in them."""
+"""``maskgit table`` and ``maskgit figure``: the paper's tables and figures with measurements of our models."""
 
 from __future__ import annotations
 
@@ -28,34 +28,43 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Adds both commands to ``maskgit``."""
     table = subparsers.add_parser(
         "table",
-        help="the paper's Table 1, 2 or 3 with our rows",
-        description="Measure what a table of the paper needs and is not in the ledger yet; write the table as Markdown "
-        "and CSV, with the paper's rows, and a sheet of images. 1: class-conditional generation. 2: outpainting and "
-        "inpainting. 3: mask schedules, a run for each (`maskgit ablation` trains them).",
+        help="write Table 1, 2 or 3 of the paper with our rows",
+        description="Write a table of the paper as Markdown and CSV, with the rows of the paper and of the runs, and a "
+        "sheet of images. 1: class-conditional generation. 2: outpainting and inpainting. 3: mask schedules, one run "
+        "for each (`maskgit ablation` trains them). Measurements that the ledger holds are reused.",
+        epilog="Example: maskgit table 1 runs/fashion-mnist-cosine --num-images 2000",
     )
-    table.add_argument("number", type=int, choices=(1, 2, 3), help="of the table")
+    table.add_argument("number", type=int, choices=(1, 2, 3), help="number of the table in the paper")
     _add_runs(table)
     add_report_arguments(table)
     add_cas_arguments(table)
-    table.add_argument("--cas-images", type=int, metavar="N", help="images it is trained on (default: as --num-images)")
-    table.add_argument("--num-steps", metavar="T,...", help="of Table 3 (default: 2,3,4,6,8,12,16,24, up to N/2)")
+    table.add_argument(
+        "--cas-images",
+        type=int,
+        metavar="N",
+        help="number of images that the CAS network is trained on (default: --num-images)",
+    )
+    table.add_argument("--num-steps", metavar="T,...", help="decoding steps T of Table 3 (default: "
+                       "2,3,4,6,8,12,16,24, up to N/2)")  # fmt: skip
     table.set_defaults(run=run_table)
 
     figure = subparsers.add_parser(
         "figure",
-        help="the paper's Figure 4 or 8 with our measurements",
-        description="Draw a figure of the paper. 4: time of an image, autoregressive decoding against MaskGIT, by the "
-        "number of tokens, in networks of random weights; a run gives its sizes. 8: mask schedules, and quality "
-        "against T, a run for each.",
+        help="draw Figure 4 or 8 of the paper with our measurements",
+        description="Draw a figure of the paper. 4: time per image of autoregressive decoding and of MaskGIT "
+        "against the number of tokens, with random weights; a run sets the sizes of the networks. 8: mask "
+        "schedules, and quality against the number of steps T, one run for each schedule.",
+        epilog="Example: maskgit figure 4 --num-tokens 16,64,256",
     )
-    figure.add_argument("number", type=int, choices=(4, 8), help="of the figure")
+    figure.add_argument("number", type=int, choices=(4, 8), help="number of the figure in the paper")
     _add_runs(figure)
     add_report_arguments(figure)
-    figure.add_argument("--num-steps", metavar="T,...", help="of Figure 8 (default: 2,3,4,6,8,12,16,24, up to N/2)")
-    figure.add_argument("--num-tokens", metavar="N,...", default=_NUM_TOKENS, help="of Figure 4 (default: "
-                        f"{_NUM_TOKENS})")  # fmt: skip
+    figure.add_argument("--num-steps", metavar="T,...", help="decoding steps T of Figure 8 (default: "
+                        "2,3,4,6,8,12,16,24, up to N/2)")  # fmt: skip
+    figure.add_argument("--num-tokens", metavar="N,...", default=_NUM_TOKENS,
+                        help=f"tokens per image in Figure 4 (default: {_NUM_TOKENS})")  # fmt: skip
     for name in _SIZES:
-        figure.add_argument(format_flag(name), type=int, metavar="N", help="of Figure 4's transformer "
+        figure.add_argument(format_flag(name), type=int, metavar="N", help="size of the transformer in Figure 4 "
                             "(default: the run's, or one small enough for a CPU)")  # fmt: skip
     figure.set_defaults(run=run_figure)
 
@@ -67,7 +76,7 @@ def _add_runs(parser: argparse.ArgumentParser) -> None:
 
 
 def run_table(args: argparse.Namespace) -> int:
-    """Measures what is missing, and writes the table."""
+    """Measures what the ledger does not hold, and writes the table."""
     steps = read_num_steps_flag(args)
     check_at_least(args, cas_images=1)
     how = read_cas_flags(args)
@@ -87,14 +96,14 @@ def run_table(args: argparse.Namespace) -> int:
 
 
 def run_figure(args: argparse.Namespace) -> int:
-    """Measures what is missing, and draws."""
+    """Measures what the ledger does not hold, and draws the figure."""
     if args.number == 8:
         steps, options = read_num_steps_flag(args), read_report_flags(args)
         with use_flag_names(args), progress_bars() as bars:
             page = reports.figure_8(args.runs, options, num_steps=steps, bars=bars)
     else:
         if len(args.runs) > 1:
-            raise ValueError(f"figure 4 must have at most one run, whose sizes are timed, got {len(args.runs)}")
+            raise ValueError(f"figure 4 must have at most one RUN, which sets the sizes, got {len(args.runs)}")
         numbers = parse_numbers("--num-tokens", args.num_tokens)
         check_at_least(args, **dict.fromkeys(_SIZES, 1))
         sizes = {name: getattr(args, name) for name in _SIZES if getattr(args, name) is not None}

@@ -1,4 +1,4 @@
-"""``maskgit sample``: images of classes, as a picture, as files, as an animation of their decoding, or by thousands."""
+"""``maskgit sample``: generates images as a picture, as files, as an animation, or thousands in one ``.npz`` file."""
 
 from __future__ import annotations
 
@@ -22,33 +22,57 @@ if TYPE_CHECKING:
 __all__ = ["add_parser", "run"]
 
 _PER_CLASS = 8
-_ANIMATED = 4  # images side by side in an animation
-_MAX_CLASSES = 10  # of ``all``, in a picture
+_ANIMATED = 4  # number of images side by side in an animation
+_MAX_CLASSES = 10  # number of classes that ``--classes all`` shows in a picture
 _OUT = Path("samples.png")
-_BULK = ("num_images", "seed", "part_size", "batch_size", "rank", "world_size")  # flags of ``generate_many``
+_BULK = (
+    "num_images",
+    "seed",
+    "part_size",
+    "batch_size",
+    "rank",
+    "world_size",
+)  # options of ``generate_many`` that are flags
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to ``maskgit``."""
-    parser = subparsers.add_parser("sample", help="generate images of classes")
+    parser = subparsers.add_parser(
+        "sample",
+        help="generate images of classes",
+        description="Generate images of classes and write them as one picture, as single files, as an animation of the "
+        "decoding, or with --num-images as one .npz file.",
+        epilog="Example: maskgit sample runs/fashion-mnist-cosine --classes Sneaker,Bag --num-steps 8 --gif bags.gif",
+    )
     add_model_argument(parser)
     add_classes_argument(parser)
-    parser.add_argument("--per-class", type=int, metavar="N", help="images of each class (default: 8)")
+    parser.add_argument("--per-class", type=int, metavar="N", help="number of images of each class (default: 8)")
     add_decoding_arguments(parser)
-    parser.add_argument("--negative-class", metavar="NAME", help="what guidance pushes away from (default: no class)")
+    parser.add_argument(
+        "--negative-class", metavar="NAME", help="class that guidance moves away from (default: no class)"
+    )
     add_output_arguments(parser, out="samples.png; FILE.npz with --num-images")
-    group = parser.add_argument_group("many images", "into one .npz file, as evaluators read it; a second call resumes")
-    group.add_argument("--num-images", type=int, metavar="N", help="spread evenly over the classes (all: all of them)")
-    group.add_argument("--part-size", type=int, default=500, metavar="N", help="images of a part (default: 500)")
-    group.add_argument("--rank", type=int, metavar="R", help="this process's number (default: of torchrun or Slurm)")
+    group = parser.add_argument_group(
+        "many images", "One .npz file, as evaluators read it. The same command resumes after a stop."
+    )
+    group.add_argument("--num-images", type=int, metavar="N", help="number of images, spread evenly over the classes")
     group.add_argument(
-        "--world-size", type=int, metavar="W", help="how many processes share the work (default: of torchrun or Slurm)"
+        "--part-size", type=int, default=500, metavar="N", help="images written to disk at a time (default: 500)"
+    )
+    group.add_argument(
+        "--rank", type=int, metavar="R", help="index of this process, from 0 (default: from torchrun or Slurm)"
+    )
+    group.add_argument(
+        "--world-size",
+        type=int,
+        metavar="W",
+        help="number of processes that share the work (default: from torchrun or Slurm)",
     )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generates and writes."""
+    """Generates the images and writes them."""
     check_seed_and_batch(args)
     bulk = None if args.num_images is None else _bulk_options(args)
     if bulk is None:
@@ -70,25 +94,25 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_picture(args: argparse.Namespace) -> None:
     if args.rank is not None or args.world_size is not None:
-        raise ValueError("--rank, --world-size: they go with --num-images only; say how many images")
+        raise ValueError("--rank and --world-size must be given with --num-images")
     if args.out is not None and args.out.suffix == ".npz":
-        raise ValueError(f"--out {args.out}: such a file is written with --num-images; say how many images")
+        raise ValueError(f"--out must end in .png without --num-images, got {args.out}")
     check_at_least(args, per_class=1)
     args.out = args.out or _OUT
     check_outputs(args, **PICTURES)
 
 
 def _bulk_options(args: argparse.Namespace) -> dict[str, int]:
-    """Returns the options of ``generate_many`` that the flags say, checked."""
+    """Returns the options of ``generate_many`` from the flags, after checks."""
     for flag in ("per_class", "images", "gif", "filmstrip"):
         if getattr(args, flag) is not None:
-            raise ValueError(f"{format_flag(flag)}: it does not go with --num-images; leave one of them out")
+            raise ValueError(f"{format_flag(flag)} must not be given with --num-images")
     if (args.rank is None) != (args.world_size is None):
-        raise ValueError("--rank, --world-size: both are needed, or neither, got one")
+        raise ValueError("--rank and --world-size must be given together, got only one")
     if args.rank is None:
         args.rank, args.world_size = launcher_rank()
     if args.out is None or args.out.suffix != ".npz":
-        raise ValueError(f"--out: a file that ends in .npz is needed with --num-images, got {args.out}")
+        raise ValueError(f"--out must end in .npz with --num-images, got {args.out}")
     check_outputs(args, out=".npz")
     from maskgit_pl.pipeline.bulk_plan import BulkOptions
 
@@ -99,12 +123,12 @@ def _bulk_options(args: argparse.Namespace) -> dict[str, int]:
 
 
 def _generate_bulk(pipe: MaskGIT, out: Path, options: dict[str, Any]) -> None:
-    """Generates this process's share, and the file once all are there; says what was done."""
+    """Generates the images of this process, writes the file when all parts are complete, and prints a summary."""
     from maskgit_pl.pipeline.bulk import generate_many
 
-    advance: list[Callable[[int], None]] = []  # of the bar, once it is known how many images there are
+    advance: list[Callable[[int], None]] = []  # set by on_start, which knows the number of images
     make_folder(out.parent)
-    lock = hold_lock(out, hint="name another --out", rank=options["rank"])
+    lock = hold_lock(out, hint="give another --out", rank=options["rank"])
     with lock, progress_bars() as bars:
         result = generate_many(
             pipe,
@@ -116,18 +140,19 @@ def _generate_bulk(pipe: MaskGIT, out: Path, options: dict[str, Any]) -> None:
     count, classes = options["num_images"], len(options["classes"])
     if result.missing_parts:
         who = f"rank {options['rank']} of {options['world_size']}"
-        print(f"{out}: {who} has its {result.made + result.found} images; parts to come: {result.missing_parts}")
+        done = result.made + result.found
+        print(f"{out}: {who} finished its {done} images; other ranks have {result.missing_parts} parts left")
     elif result.made == 0:
-        print(f"{out}: complete with {count} images; nothing was to be made")
+        print(f"{out}: already complete with {count} images")
     else:
         steps = options["decoding"].num_steps
-        print(f"{out}: {count} images of {classes} classes, {steps} steps each; {result.made} made now")
+        print(f"{out}: {count} images of {classes} classes in {steps} steps; {result.made} generated by this process")
 
 
 def _generate_picture(
     pipe: MaskGIT, classes: list[int], negative: int | None, decoding: DecodingConfig, args: argparse.Namespace
 ) -> None:
-    """Generates ``--per-class`` images of each class and writes what was asked for."""
+    """Generates ``--per-class`` images of each class and writes the requested files."""
     from maskgit_pl.imaging import image_grid
 
     per_class = args.per_class or _PER_CLASS
@@ -151,6 +176,6 @@ def _generate_picture(
         else []
     )
     sheet = image_grid(images, columns=per_class, row_captions=[pipe.class_names[label] for label in classes])
-    said = f"{len(images)} images of {len(classes)} classes, {decoding.num_steps} steps each"
+    summary = f"{len(images)} images of {len(classes)} classes in {decoding.num_steps} steps"
     captions = [pipe.class_names[labels[row]] for row in shown]
-    write_generated(pipe, images, args, sheet=sheet, said=said, labels=labels, steps=steps, captions=captions)
+    write_generated(pipe, images, args, sheet=sheet, summary=summary, labels=labels, steps=steps, captions=captions)

@@ -1,4 +1,4 @@
-"""``maskgit schedules``: a table of the tokens that each mask schedule keeps, and the paper's figure."""
+"""``maskgit schedules``: lists the mask schedules, with the number of known tokens after each decoding step."""
 
 from __future__ import annotations
 
@@ -17,20 +17,25 @@ __all__ = ["add_parser", "run"]
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to ``maskgit``."""
-    parser = subparsers.add_parser("schedules", help="tokens kept after each step, for every mask schedule")
-    parser.add_argument("--num-tokens", type=int, default=256, metavar="N", help="tokens of an image (default: 256)")
-    parser.add_argument("--num-steps", type=int, default=8, metavar="T", help="decoding steps (default: 8)")
+    parser = subparsers.add_parser(
+        "schedules",
+        help="list the mask schedules",
+        description="Print the number of known tokens after each decoding step, for each mask schedule.",
+        epilog="Example: maskgit schedules --num-tokens 49 --schedules cosine,linear --out schedules.png",
+    )
+    parser.add_argument("--num-tokens", type=int, default=256, metavar="N", help="tokens per image (default: 256)")
+    parser.add_argument("--num-steps", type=int, default=8, metavar="T", help="number of decoding steps (default: 8)")
     parser.add_argument(
         "--schedules",
         metavar="A,B,...",
         help="names, or mappings such as '{name: pow, exponent: 3}' (default: every schedule without arguments)",
     )
-    parser.add_argument("--out", type=Path, metavar="FILE.png", help="draw the mask ratio against progress")
+    parser.add_argument("--out", type=Path, metavar="FILE.png", help="also draw the mask ratio against progress")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the table, and draws the figure if it is asked for."""
+    """Prints the table, and draws the figure of ``--out``."""
     check_at_least(args, num_tokens=1, num_steps=1)
     check_outputs(args, out=".png")
     from maskgit_pl.decoding.limits import check_num_steps

@@ -1,4 +1,4 @@
-"""``maskgit tokenize``: turns the images of a data set into a token store for stage 2."""
+"""``maskgit tokenize``: encodes the images of a data set to a token store for stage 2."""
 
 from __future__ import annotations
 
@@ -16,33 +16,60 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Adds the command to ``maskgit``."""
     parser = subparsers.add_parser(
         "tokenize",
-        help="turn images into tokens, once",
-        description="Turn images into tokens, once. The same command resumes what was interrupted. Under torchrun "
-        "and srun the processes share the work; elsewhere --rank and --world-size say so. Flags that set values of the "
-        "recipe are taken as by `maskgit train transformer`.",
+        help="encode the images of a data set to tokens, once",
+        description="Encode the images of a data set to a token store, once for all runs with the same tokenizer. The "
+        "same command resumes after a stop. Processes of torchrun or srun share the work; without a launcher, set "
+        "--rank and --world-size. Further flags override recipe values, as in `maskgit train transformer`.",
+        epilog="Example: maskgit tokenize --dataset fashion-mnist --run fashion-mnist-cosine",
     )
     add_run_arguments(parser)
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: what there is)")
-    parser.add_argument("--batch-size", type=int, default=256, help="images at a time (default: 256)")
     parser.add_argument(
-        "--num-workers", type=int, help="processes that decode (default: none on a CPU, at most 8 beside a GPU)"
+        "--device", default="auto", metavar="NAME", help="cpu, cuda, ... (default: a GPU if there is one)"
     )
-    parser.add_argument("--crops", type=int, help="crops of each image, the central one first (default: 1)")
-    parser.add_argument("--flip", action="store_true", default=None, help="add a mirrored copy of each training image")
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), help="of the tokenizer (default: float32)")
+    parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="images per batch (default: 256)")
     parser.add_argument(
-        "--part-size", type=int, default=1024, help="images put on disk at a time: what a kill costs (default: 1024)"
+        "--num-workers",
+        type=int,
+        metavar="N",
+        help="processes that read images (default: 0 on a CPU, up to 8 for a GPU)",
     )
     parser.add_argument(
-        "--unreadable-budget", type=float, default=1e-4, help="share of unreadable images allowed (default: 1e-4)"
+        "--crops", type=int, metavar="N", help="crops of each image, the central one first (default: 1)"
     )
-    parser.add_argument("--rank", type=int, help="which of the processes that share the work this is, from 0")
-    parser.add_argument("--world-size", type=int, help="how many processes share the work")
+    parser.add_argument(
+        "--flip", action="store_true", default=None, help="also encode a mirrored copy of each training image"
+    )
+    parser.add_argument(
+        "--precision", choices=("float32", "bfloat16"), help="precision of the tokenizer (default: float32)"
+    )
+    parser.add_argument(
+        "--part-size",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="images written to disk at a time; a kill loses at most these (default: 1024)",
+    )
+    parser.add_argument(
+        "--unreadable-budget",
+        type=float,
+        default=1e-4,
+        metavar="F",
+        help="allowed fraction of unreadable images (default: 1e-4)",
+    )
+    parser.add_argument(
+        "--rank", type=int, metavar="R", help="index of this process, from 0 (default: from torchrun or Slurm)"
+    )
+    parser.add_argument(
+        "--world-size",
+        type=int,
+        metavar="W",
+        help="number of processes that share the work (default: from torchrun or Slurm)",
+    )
     parser.set_defaults(run=run, stage="transformer", takes_overrides=True)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Makes the token store of a run, with bars."""
+    """Writes the token store of a run, with progress bars."""
     recipe = read_recipe_flags(args)
     process = find_process_rank(args.rank, args.world_size)
     options = TokenizeOptions(
@@ -67,14 +94,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _make_bars(bars: Bars, process: ProcessRank) -> OnRows:
-    """Returns what shows a bar for each split."""
+    """Returns a callback that shows a progress bar for each split."""
     name = "" if process.world_size == 1 else f"rank {process.rank} of {process.world_size}: "
     shown: dict[str, Callable[[int], None]] = {}
 
     def on_rows(split: str, rows: int, total: int) -> None:
         if split in shown:
             shown[split](rows)
-        else:  # what an earlier run has done
+        else:  # the rows that an earlier run encoded
             shown[split] = bars(f"{name}tokens of {split}", total, done=rows, unit="images")
 
     return on_rows

@@ -1,4 +1,4 @@
-"""``maskgit train tokenizer|transformer``: trains a stage by recipe, or resumes where the last run stopped."""
+"""``maskgit train tokenizer|transformer``: trains a stage from a recipe, or resumes it from its last checkpoint."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Adds the command to ``maskgit``."""
     parser = subparsers.add_parser(
         "train",
-        help="train a stage by recipe",
-        description="Train a stage by recipe. Further flags set single values, e.g. --trainer.max_steps 2000.",
+        help="train the tokenizer or the transformer from a recipe",
+        description="Train a stage from a recipe, or resume it from its last checkpoint. Further flags override single "
+        "recipe values, such as --trainer.max_steps 2000; --print-config lists them all.",
+        epilog="Example: maskgit train transformer --recipe cosine --run fashion-mnist-cosine --trainer.max_steps 2000",
     )
-    parser.add_argument("stage", choices=("tokenizer", "transformer"))
+    parser.add_argument("stage", choices=("tokenizer", "transformer"), help="stage to train")
     add_run_arguments(parser)
-    parser.add_argument("--print-config", action="store_true", help="print the complete recipe of the run, and end")
+    parser.add_argument("--print-config", action="store_true", help="print the complete recipe of the run and exit")
     parser.set_defaults(run=run, takes_overrides=True)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains, or prints the recipe."""
+    """Trains the stage, or prints its recipe."""
     with interruption.catch_stop_signals(until="exit"):
         recipe = read_recipe_flags(args)
         folders = read_folder_flags(args, recipe)

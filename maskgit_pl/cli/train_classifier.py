@@ -1,4 +1,4 @@
-"""``maskgit train-classifier``: a classifier of the data set at hand, which measures what a model generates."""
+"""``maskgit train-classifier``: trains a classifier of a data set, whose features measure generated images."""
 
 from __future__ import annotations
 
@@ -17,37 +17,53 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Adds the command to ``maskgit``."""
     parser = subparsers.add_parser(
         "train-classifier",
-        help="train a classifier of a data set, to measure with",
-        description="Train a classifier on the train split of a data folder, print how often it is right on the val "
-        "split, and keep it in a folder that `--features classifier=DIR` of other commands takes. One that is there, "
-        "of the same data and flags, is not trained again.",
+        help="train a classifier of a data set for evaluation",
+        description="Train a classifier on the train split of a data folder, print its accuracy on the val split, and "
+        "write it to a folder for `--features classifier=DIR` of other commands. An existing classifier of the same "
+        "data and settings is reused.",
+        epilog="Example: maskgit train-classifier --data data/shards/fashion-mnist --model resnet18",
     )
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="data folder")
     parser.add_argument(
-        "--model", default="small", metavar="NAME", help="small, or timm's name of a network, e.g. resnet18 "
+        "--model", default="small", metavar="NAME", help="small, or the name of a timm network such as resnet18 "
         "(default: small)",
     )  # fmt: skip
-    parser.add_argument("--max-steps", type=int, metavar="N", help="training steps (default: 900; 1000 for timm's)")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="images of a step (default: 128; 64 for timm's)")
-    parser.add_argument("--learning-rate", type=float, metavar="X", help="its peak (default: 4e-3; 1e-3 for timm's)")
+    parser.add_argument("--max-steps", type=int, metavar="N", help="training steps (default: 900, for timm 1000)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images per step (default: 128, for timm 64)")
+    parser.add_argument(
+        "--learning-rate", type=float, metavar="X", help="peak learning rate (default: 4e-3, for timm 1e-3)"
+    )
     parser.add_argument(
         "--flip-probability",
         type=float,
         default=0.0,
         metavar="P",
-        help="share of the images that is mirrored (default: 0)",
+        help="probability of mirroring an image (default: 0)",
     )
-    parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), default="32-true", help="(default: 32-true)")
-    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="edge (default: that of the images)")
-    parser.add_argument("--num-workers", type=int, default=0, metavar="N", help="processes that read (default: 0)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, order and flips (default: 0)")
+    parser.add_argument(
+        "--precision",
+        choices=("32-true", "bf16-mixed"),
+        default="32-true",
+        help="training precision (default: 32-true)",
+    )
+    parser.add_argument(
+        "--image-size", type=int, metavar="PIXELS", help="edge of the images in pixels (default: that of the data)"
+    )
+    parser.add_argument(
+        "--num-workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of weights, order and flips (default: 0)"
+    )
     add_device_argument(parser)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="(default: runs/DATA-classifier/NAME)")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="classifier folder (default: runs/DATA-classifier/NAME)"
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains what is not there yet, and prints its accuracy."""
+    """Trains the classifier if it does not exist, and prints its accuracy."""
     for name, interval in (("max_steps", "[1, inf)"), ("batch_size", "[2, inf)")):
         if getattr(args, name) is not None:
             check_integer(format_flag(name), getattr(args, name), interval)
@@ -69,6 +85,6 @@ def run(args: argparse.Namespace) -> int:
     with use_flag_names(args), progress_bars() as bars:
         made = train_classifier(args.data, config=config, bars=bars, **where)
     accuracy = made.accuracy
-    print(f"{made.folder}: {'there already' if made.is_reused else 'trained'}; on {accuracy.images} real val images:")
+    print(f"{made.folder}: {'reused' if made.is_reused else 'trained'}; on {accuracy.images} real val images:")
     print(f"  top-1 {accuracy.top1:.2%}" + (f", top-5 {accuracy.top5:.2%}" if made.num_classes > 5 else ""))
     return 0

@@ -1,4 +1,4 @@
-"""``maskgit tune``: searches for a better way to decode a model, and writes it beside the weights."""
+"""``maskgit tune``: searches for better decoding settings of a model, and writes them beside the weights."""
 
 from __future__ import annotations
 
@@ -22,43 +22,52 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Adds the command to ``maskgit``."""
     parser = subparsers.add_parser(
         "tune",
-        help="search for a better way to decode a model",
-        description="Search token selector, temperature, truncation, guidance and T on the val split; confirm the best "
-        "with fresh noise; write decoding.json beside the weights, which every command uses from then on, and a page "
-        "and a figure. A command that was stopped goes on where it was.",
+        help="search for better decoding settings of a model",
+        description="Search token selector, temperatures, truncation, guidance and number of steps T on the val split, "
+        "confirm the best settings with new noise, and write decoding.json beside the weights, a page and a figure. "
+        "Every command uses decoding.json from then on. The same command resumes after a stop.",
+        epilog="Example: maskgit tune runs/fashion-mnist-cosine --trials 40 --metric fid",
     )
     add_measured_run_arguments(parser)
-    parser.add_argument("--trials", type=int, default=40, metavar="N", help="trials at most (default: 40)")
-    parser.add_argument("--seconds", type=float, metavar="S", help="no further trial after so many (default: no limit)")
+    parser.add_argument("--trials", type=int, default=40, metavar="N", help="maximum number of trials (default: 40)")
     parser.add_argument(
-        "--metric", default="fid", help="fid, kid (in the features of the data's own classifier) or agreement "
-        "(default: fid)",
+        "--seconds", type=float, metavar="S", help="start no further trial after this time (default: no limit)"
+    )
+    parser.add_argument(
+        "--metric", default="fid", metavar="NAME", help="fid or kid in the features of the data's own classifier, or "
+        "agreement with it (default: fid)",
     )  # fmt: skip
-    parser.add_argument("--search", default="random", help="random or grid (default: random)")
-    parser.add_argument("--num-steps", metavar="T,...", help="T to choose from, or a range (default: 4,6,8,12,16)")
+    parser.add_argument("--search", default="random", metavar="NAME", help="random or grid (default: random)")
+    parser.add_argument(
+        "--num-steps",
+        metavar="T,...",
+        help="numbers of decoding steps to try, or a range such as 4-16 (default: 4,6,8,12,16)",
+    )
     parser.add_argument(
         "--selectors",
         default="all",
         metavar="A,B,...",
-        help="names, or mappings such as '{name: remdm, strategy: loop}', whose arguments then stay (default: all)",
+        help="names, or mappings such as '{name: remdm, strategy: loop}', whose arguments are fixed (default: all)",
     )
-    parser.add_argument("--num-images", type=int, default=500, metavar="N", help="images of a trial (default: 500)")
+    parser.add_argument(
+        "--num-images", type=int, default=500, metavar="N", help="images generated for each trial (default: 500)"
+    )
     parser.add_argument(
         "--out",
         type=Path,
         metavar="DIR",
-        help="page, figure and ledger (default: RUN/tuning, and the ledger of RUN/evaluation)",
+        help="folder of the page, the figure and the ledger (default: RUN/tuning, and the ledger of RUN/evaluation)",
     )
     parser.add_argument(
-        "--plot-images", type=int, metavar="N", help="images of a point of the figure (default: as of a trial)"
+        "--plot-images", type=int, metavar="N", help="images for each point of the figure (default: --num-images)"
     )
-    parser.add_argument("--no-plot", action="store_true", help="without the figure, which takes longer than the search")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be tried, and end")
+    parser.add_argument("--no-plot", action="store_true", help="skip the figure, which takes longer than the search")
+    parser.add_argument("--dry-run", action="store_true", help="print the trials and exit")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Searches, confirms, writes, draws."""
+    """Searches, confirms the best settings, and writes them with a page and a figure."""
     numbers = read_num_steps_flag(args)
     selectors = None if args.selectors == "all" else parse_specs("--selectors", args.selectors)
     check_at_least(args, trials=1, num_images=2, plot_images=2, batch_size=1)
@@ -95,16 +104,16 @@ def run(args: argparse.Namespace) -> int:
 
     Console().print(make_table(result))
     if result.decoding_file is None:
-        print(f"the model is decoded in the best way of {len(result.trials)} trials already: nothing is changed")
+        print(f"the current settings are the best of {len(result.trials)} trials; decoding.json is unchanged")
     else:
         kept = (
-            f"; the one before is kept as {result.old_decoding_file.name}"
+            f"; the previous settings are in {result.old_decoding_file.name}"
             if result.old_decoding_file is not None
             else ""
         )
-        print(f"{result.decoding_file}: how this model is decoded from now on{kept}")
+        print(f"{result.decoding_file}: new decoding settings of this model{kept}")
     files = ["tuning.md", "tuning.csv", *(["tuning.png"] if result.figure else [])]
-    print(f"{result.folder}: {result.num_measured} measured now; {', '.join(files)}")
+    print(f"{result.folder}: measured {result.num_measured} trials; {', '.join(files)}")
     return 0
 
 
@@ -114,7 +123,7 @@ def _print_trials(trials: Sequence[DecodingConfig], num_images: int) -> None:
 
     from maskgit_pl.evaluation.decodings import describe_decoding
 
-    table = Table(title=f"what would be tried, {num_images} images each")
+    table = Table(title=f"trials, {num_images} images each")
     table.add_column("trial", justify="right")
     table.add_column("decoding")
     for number, decoding in enumerate(trials):

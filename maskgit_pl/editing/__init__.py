@@ -1,8 +1,8 @@
-"""Editing: which tokens of an image are generated again, and how the result is put back into the image.
+"""Editing: functions that turn boxes and masks into tokens to regenerate, and paste the result into the image.
 
-A part of an image is edited by masking its tokens and decoding them again, for the same class or another one. This
-folder holds what that needs beside the decoder, as functions of masks and pixels; ``MaskGIT.inpaint`` puts them
-together. PIL and torch are imported when a function needs them, so that the command line refuses a wrong box at once.
+An edit masks some tokens of an image and decodes them again, for the same class or another one. The functions of this
+folder work on masks and pixels; ``pipeline.edit.Editor`` joins them with the decoder. PIL and torch are imported inside
+the functions, so that the command line checks a box without them.
 """
 
 from maskgit_pl.editing.canvas import Margins, Window, check_canvas, check_overlap, windows

@@ -1,4 +1,7 @@
-"""Canvases larger than the model's images: what is added around an image, and the windows that fill it."""
+"""Canvases larger than the images of the model: the pixels added around an image, and the windows that fill a canvas.
+
+Used by outpainting and panoramas.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,14 @@ __all__ = ["Margins", "Window", "check_canvas", "check_overlap", "windows"]
 
 @dataclass(frozen=True)
 class Margins:
-    """Pixels that are added around an image, on each side."""
+    """Numbers of pixels that are added to an image on each side.
+
+    Args:
+        left: Pixels on the left, at least 0.
+        right: Pixels on the right, at least 0.
+        up: Pixels above, at least 0.
+        down: Pixels below, at least 0.
+    """
 
     left: int
     right: int
@@ -25,28 +35,29 @@ class Margins:
     down: int
 
     def check(self, size: Sequence[int], *, factor: int, least: int) -> None:
-        """Refuses what cannot be added to an image.
+        """Checks that the pixels can be added to an image.
 
         Args:
-            size: Height and width (H, W) of the image.
-            factor: Pixels along an edge of a token.
-            least: Height and width that the result has at least: those of the model's images.
+            size: (H, W) of the image in pixels.
+            factor: Height and width of a token in pixels.
+            least: Smallest height and width of the result in pixels: the image size of the model.
 
         Raises:
-            ValueError: if a side is negative, all are 0, a size is not whole tokens, or the result is too small.
+            ValueError: if a side is negative, all sides are 0, a size is not a multiple of ``factor``, or the result is
+                too small.
         """
         sides = asdict(self)
         for name, value in sides.items():
             if value < 0:
-                raise ValueError(f"{name}: at least 0 pixels are needed, got {value}")
+                raise ValueError(f"{name} must be >= 0 pixels, got {value}")
         if not any(sides.values()):
-            raise ValueError("left, right, up, down: pixels to add on at least one side are needed, got none")
+            raise ValueError("one of left, right, up and down must be > 0 pixels, got none")
         for name, value in {**sides, "height of the image": size[0], "width of the image": size[1]}.items():
             _check_whole_tokens(name, value, factor)
         check_canvas(size[0] + self.up + self.down, size[1] + self.left + self.right, factor=factor, least=least)
 
     def outside(self, height: int, width: int) -> Tensor:
-        """Returns (H + up + down, W + left + right) bool: False where the image (H, W) lies."""
+        """Returns (H + up + down, W + left + right) bool, False inside the image (H, W)."""
         import torch
 
         mask = torch.ones(height + self.up + self.down, width + self.left + self.right, dtype=torch.bool)
@@ -55,20 +66,20 @@ class Margins:
 
     @property
     def sides(self) -> tuple[int, int, int, int]:
-        """The four numbers of pixels: (left, right, up, down)."""
+        """The numbers (left, right, up, down)."""
         return self.left, self.right, self.up, self.down
 
     def at_most(self, pixels: int) -> Margins:
-        """Returns the same sides, none wider than ``pixels``."""
+        """Returns the margins with each side clipped to ``pixels``."""
         return Margins(*(min(side, pixels) for side in self.sides))
 
     def pad(self, image: Tensor, *, size: int, mode: Literal["constant", "replicate"] = "constant") -> Tensor:
-        """Lays an image on its canvas.
+        """Pads an image, or its grid of tokens, to the size of the canvas.
 
         Args:
-            image: (C, H, W), or (H, W) in mode ``constant``, of any type; of float type in mode ``replicate``.
-            size: Pixels along an edge of its elements.
-            mode: ``constant`` is 0 outside, ``replicate`` repeats the last elements.
+            image: (C, H, W), or (H, W) in mode ``constant``, of any dtype; of a float dtype in mode ``replicate``.
+            size: Height and width of an element in pixels: 1 for pixels, ``factor`` for tokens.
+            mode: ``constant`` pads with 0, ``replicate`` repeats the last elements.
 
         Returns:
             (..., H + up + down, W + left + right) elements.
@@ -79,20 +90,21 @@ class Margins:
 
 
 def check_canvas(height: int, width: int, *, factor: int, least: int) -> None:
-    """Refuses a picture that is no whole number of tokens, or smaller than the model's.
+    """Checks the size of a canvas.
 
     Args:
         height: H in pixels.
         width: W in pixels.
-        factor: Pixels along an edge of a token.
-        least: Height and width of the model's images.
+        factor: Height and width of a token in pixels.
+        least: Image size of the model in pixels.
 
     Raises:
-        ValueError: if it is. The message names the nearest sizes.
+        ValueError: if a side is smaller than ``least`` or not a multiple of ``factor``. The message names the nearest
+            sizes.
     """
     for name, value in (("height", height), ("width", width)):
         if value < least:
-            raise ValueError(f"{name}: at least the {least} pixels of the model's images are needed, got {value}")
+            raise ValueError(f"{name} must be >= {least} pixels, the size of the model's images, got {value}")
         if least % factor or value != least:
             _check_whole_tokens(name, value, factor)
 
@@ -101,29 +113,29 @@ def _check_whole_tokens(name: str, value: int, factor: int) -> None:
     if value % factor:
         lower = value - value % factor
         raise ValueError(
-            f"{name}: a multiple of the {factor} pixels of a token is needed, got {value}; take {lower} or "
+            f"{name} must be a multiple of {factor} pixels, the size of a token, got {value}; use {lower} or "
             f"{lower + factor}"
         )
 
 
 def check_overlap(overlap: float) -> None:
-    """Checks a share of a window.
+    """Checks ``overlap``, a fraction of a window.
 
     Raises:
         ValueError: if it is not in (0, 1).
     """
     if not 0 < overlap < 1:
-        raise ValueError(f"overlap: a share in (0, 1) is needed, got {overlap}")
+        raise ValueError(f"overlap must be a fraction in (0, 1), got {overlap}")
 
 
 @dataclass(frozen=True)
 class Window:
-    """A part of a canvas of tokens, as large as what the transformer sees.
+    """A part of a canvas of tokens with the size of the grid of the transformer.
 
     Args:
-        top: First row.
-        left: First column.
-        unknown: (h, w) bool: the tokens to decode in it.
+        top: First row on the canvas.
+        left: First column on the canvas.
+        unknown: (h, w) bool, True for the tokens to decode.
     """
 
     top: int
@@ -132,7 +144,7 @@ class Window:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Rows and columns (h, w)."""
+        """The number of rows and columns (h, w)."""
         return self.unknown.shape[0], self.unknown.shape[1]
 
     def square(self, values: Tensor) -> Tensor:
@@ -141,31 +153,35 @@ class Window:
 
     @property
     def index(self) -> tuple[slice, slice, slice]:
-        """The index of the window in a batch of canvases (B, R, C)."""
+        """The index of the window into a batch of canvases (B, R, C)."""
         height, width = self.size
         return slice(None), slice(self.top, self.top + height), slice(self.left, self.left + width)
 
 
 def windows(unknown: Tensor, *, size: tuple[int, int], overlap: float) -> Iterator[Window]:
-    """Yields the windows that fill a canvas, one after the other.
+    """Yields the windows that fill a canvas, one after the other, until no token is unknown.
 
-    A window is chosen among those with enough known tokens: the one with the most unknown tokens, of several the first
-    in raster order. Enough is ``overlap`` of a window, or the most that any window has.
+    1. Counts the unknown tokens in each possible window.
+    2. Keeps the windows with enough known tokens as context: a fraction of ``overlap``, or as many as the window with
+       the most known tokens has, if that is less.
+    3. Yields the window with the most unknown tokens among them, the first one in raster order if several have as many.
 
     Args:
-        unknown: (R, C) bool: the tokens to decode; at least one window in size.
+        unknown: (R, C) bool, True for the tokens to decode. R >= h and C >= w.
         size: (h, w) of a window.
-        overlap: In (0, 1).
+        overlap: Fraction of a window in (0, 1).
 
     Yields:
-        Windows; when all are decoded, nothing is unknown.
+        Windows. When all of them are decoded, nothing is unknown.
     """
     left = unknown.clone()
     while bool(left.any()):
-        # (R - h + 1, C - w + 1): unknown tokens of each window
+        # 1. (R - h + 1, C - w + 1): number of unknown tokens of each window
         counts = left.float().unfold(0, size[0], 1).unfold(1, size[1], 1).sum((-1, -2))
+        # 2. A window without unknown tokens is never chosen: -1 known tokens.
         known = (size[0] * size[1] - counts).masked_fill(counts == 0, -1)
         enough = min(math.ceil(overlap * size[0] * size[1]), int(known.max()))
+        # 3. argmax returns the first maximum in raster order.
         place = int(counts.masked_fill(known < enough, -1).flatten().argmax())
         top, column = divmod(place, counts.shape[1])
         window = left[top : top + size[0], column : column + size[1]]

@@ -1,4 +1,4 @@
-"""Images and masks of any source as pixels of the model's size."""
+"""Reads images and masks from files, PIL images, tensors and arrays, and fits them to the size of the model."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ __all__ = [
 ImageLike: TypeAlias = Union[str, Path, "Image.Image", "Tensor", "npt.NDArray[Any]"]
 MaskLike: TypeAlias = ImageLike
 
-_WHITE = 128  # from this grey value on, a pixel of a mask picture is to be generated
+_WHITE = 128  # pixels of a mask picture with at least this grey value are generated
 
 
 def read_image_header(path: Path, *, name: str = "image") -> ImageHeader:
-    """Reads what the header of an image file says, without torch.
+    """Reads the size and format of an image file from its header, without torch.
 
     Args:
-        path: A JPEG, PNG or WebP file.
-        name: What to call it in an error.
+        path: JPEG, PNG or WebP file.
+        name: Word for the image in an error.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -53,35 +53,35 @@ def read_image_header(path: Path, *, name: str = "image") -> ImageHeader:
 
 
 def check_mask_file(path: Path, image: ImageHeader) -> None:
-    """Refuses a picture of a mask whose size is not the image's, without torch.
+    """Checks that a mask file is a picture of the size of the image, without torch.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is not an image, or has another size.
+        ValueError: if it is not a picture, or has another size.
     """
     mask = read_image_header(path, name="mask")
     if (mask.height, mask.width) != (image.height, image.width):
         raise ValueError(
-            f"mask {path}: the image's {image.width} x {image.height} pixels are needed, got "
+            f"mask {path} must have the {image.width} x {image.height} pixels of the image, got "
             f"{mask.width} x {mask.height}; resize the mask"
         )
 
 
 def image_pixels(image: ImageLike, *, channels: int, name: str = "image") -> Tensor:
-    """Reads an image as the tokenizer sees it: upright, grey or RGB, alpha laid over white.
+    """Reads an image for the tokenizer: rotated upright, converted to grey or RGB, transparency over white.
 
     Args:
-        image: A JPEG, PNG or WebP file; a PIL picture; uint8 pixels as a tensor (C, H, W) or an array (H, W) or
-            (H, W, C), C up to 4.
+        image: JPEG, PNG or WebP file, PIL image, or uint8 pixels as a tensor (C, H, W) or an array (H, W) or (H, W, C)
+            with C = 1, 3 or 4.
         channels: 1 for grey, 3 for RGB.
-        name: What to call it in an error where it is no file.
+        name: Word for the image in an error, if it is not a file.
 
     Returns:
         (channels, H, W) uint8.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is not an image, too large to be read, or not uint8 pixels of such a shape.
+        ValueError: if it is not an image, has too many pixels, or is not uint8 of one of these shapes.
     """
     from PIL import Image
 
@@ -97,16 +97,18 @@ def image_pixels(image: ImageLike, *, channels: int, name: str = "image") -> Ten
 
 
 def mask_pixels(mask: MaskLike, *, name: str = "mask") -> Tensor:
-    """Reads a mask as (H, W) bool, True = to be generated.
+    """Reads a mask.
 
     Args:
-        mask: A file or PIL picture, white where pixels are to be generated (from grey value 128 on); or a bool tensor
-            or array (H, W).
-        name: What to call it in an error where it is no file.
+        mask: File or PIL image, white (grey value >= 128) where pixels are generated, or a bool tensor or array (H, W).
+        name: Word for the mask in an error, if it is not a file.
+
+    Returns:
+        (H, W) bool, True where pixels are generated.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is not an image, or an array that is not (H, W) bool.
+        ValueError: if it is neither a picture nor (H, W) bool.
     """
     import torch
     from PIL import Image
@@ -116,49 +118,48 @@ def mask_pixels(mask: MaskLike, *, name: str = "mask") -> Tensor:
     made = torch.as_tensor(mask).cpu()
     if made.dtype != torch.bool or made.ndim != 2:
         raise ValueError(
-            f"{name}: (H, W) bool is needed, got {tuple(made.shape)} {made.dtype}; of grey values take mask >= {_WHITE}"
+            f"{name} must be (H, W) bool, got {tuple(made.shape)} {made.dtype}; for grey values use mask >= {_WHITE}"
         )
     return made
 
 
 def check_fits(height: int, width: int, *, image_size: int, fit: bool, name: str = "image") -> None:
-    """Refuses an image of another size than the model's, unless it is to be fit_to_model.
+    """Checks that an image has the size of the model, unless it will be fitted.
 
     Args:
         height: H of the image.
         width: W of the image.
-        image_size: Height and width that are needed.
-        fit: True allows another size; see ``fit_to_model``.
-        name: What to call the image in an error.
+        image_size: Image size of the model in pixels.
+        fit: True accepts any size. See ``fit_to_model``.
+        name: Word for the image in an error.
 
     Raises:
         ValueError: if the sizes differ and ``fit`` is False.
     """
     if not fit and (height, width) != (image_size, image_size):
         raise ValueError(
-            f"{name}: the model's {image_size} x {image_size} pixels are needed, got {width} x {height}; fit=True "
-            "(--fit) cuts out the middle and resizes it"
+            f"{name} must have the {image_size} x {image_size} pixels of the model, got {width} x {height}; fit=True "
+            "(--fit) crops and resizes it"
         )
 
 
 def fit_to_model(
     image: Tensor, mask: Tensor, *, image_size: int, fit: bool, name: str = "image"
 ) -> tuple[Tensor, Tensor]:
-    """Returns an image and its mask at the size of the model.
+    """Crops and resizes an image and its mask to the size of the model.
 
     Args:
         image: (C, H, W) uint8.
         mask: (H, W) bool.
-        image_size: Height and width that are needed.
-        fit: True cuts the largest square out of the middle of both and resizes it.
-        name: What to call the image in an error.
+        image_size: S, the image size of the model in pixels.
+        fit: True crops both to the central square and resizes it; False accepts images of size S only.
+        name: Word for the image in an error.
 
     Returns:
-        (C, image_size, image_size) uint8 and (image_size, image_size) bool; a pixel of the mask is True where any of
-        those that it stands for is.
+        (C, S, S) uint8 and (S, S) bool. A pixel of the new mask is True if any pixel of the old mask that it covers is.
 
     Raises:
-        ValueError: if the two sizes differ, they are not the model's without ``fit``, or the mask is False everywhere.
+        ValueError: if image and mask differ in size, their size is not S without ``fit``, or the mask is all False.
     """
     import torch.nn.functional as F
 
@@ -167,20 +168,21 @@ def fit_to_model(
     height, width = image.shape[-2:]
     if mask.shape != image.shape[-2:]:
         raise ValueError(
-            f"mask of {name}: the image's {width} x {height} pixels are needed, got {mask.shape[1]} x {mask.shape[0]}"
+            f"mask of {name} must have {width} x {height} pixels like the image, got {mask.shape[1]} x {mask.shape[0]}"
         )
     check_fits(height, width, image_size=image_size, fit=fit, name=name)
     if not bool(mask.any()):
-        raise ValueError(f"mask of {name}: something to generate is needed, got none; paint it white, or name a box")
+        raise ValueError(f"mask of {name} must not be empty; paint the region to generate white, or give a box")
     square = fit_square(mask[None].to(image.dtype), image_size=min(height, width), crop=None)
+    # Max pooling keeps a masked pixel when the mask becomes smaller; resizing could lose it.
     cut = F.adaptive_max_pool2d(square.float(), image_size)[0] > 0
     if not bool(cut.any()):
-        raise ValueError(f"mask of {name}: all of it lies outside the square in the middle; crop the image yourself")
+        raise ValueError(f"mask of {name} lies outside the central square that is cut out; crop the image yourself")
     return fit_square(image, image_size=image_size, crop=None), cut
 
 
 def _pixels(image: Tensor | npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
-    """Converts a tensor (C, H, W) or array (H, W) or (H, W, C) to an array (H, W) or (H, W, C > 1), checked."""
+    """Checks a tensor (C, H, W) or array (H, W) or (H, W, C), and converts it to an array (H, W) or (H, W, C > 1)."""
     import numpy as np
     from torch import Tensor
 
@@ -193,6 +195,6 @@ def _pixels(image: Tensor | npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
         pixels = pixels[..., None]
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] not in (1, 3, 4) or pixels.size == 0:
         raise ValueError(
-            f"{name}: uint8 pixels are needed, a tensor (C, H, W) or an array (H, W, C) with C = 1, 3 or 4, got {shown}"
+            f"{name} must be uint8, a tensor (C, H, W) or an array (H, W, C) with C = 1, 3 or 4, got {shown}"
         )
     return np.ascontiguousarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)

@@ -1,4 +1,6 @@
-"""Regions of an image as tokens: boxes, masks, and the seam along which an edit is pasted back.
+"""Regions of an edit: boxes and masks in pixels, the tokens that they cover, and the seam of the result.
+
+Used by ``pipeline.edit`` and the editing commands.
 
 Source: paper, section on class-conditional image editing; google-research/maskgit, the editing functions of its demo.
 """
@@ -32,52 +34,49 @@ __all__ = [
 
 Box: TypeAlias = Sequence[int]
 
-_STEPS_SKIPPED = 6  # one step in so many: 2 of the released 12
-_EDGE = re.compile(r"(?P<number>-?[0-9]{1,9}(\.[0-9]{1,9})?)(?P<percent>%)?")  # of a box
+_STEPS_SKIPPED = 6  # an edit skips one sixth of the steps: the released code skips 2 of 12
+_EDGE = re.compile(r"(?P<number>-?[0-9]{1,9}(\.[0-9]{1,9})?)(?P<percent>%)?")  # one edge of a box
 
 
 def check_box(box: Box, *, height: int, width: int) -> None:
-    """Refuses a box that is not a part of an image.
+    """Checks that a box lies within an image.
 
     Args:
-        box: (left, top, right, bottom) in pixels; right and bottom are the first ones outside.
-        height: H of the image.
-        width: W of the image.
+        box: (left, top, right, bottom) in pixels; right and bottom are exclusive.
+        height: H of the image in pixels.
+        width: W of the image in pixels.
 
     Raises:
-        ValueError: if it is not four numbers, empty, reversed, or not within the image.
-        TypeError: if a number is not whole.
+        ValueError: if it does not have four numbers, is empty or reversed, or leaves the image.
+        TypeError: if a number is not an integer.
     """
     shown = ",".join(map(str, box))
     if len(box) != 4:
-        raise ValueError(f"box {shown}: four numbers left,top,right,bottom are needed, got {len(box)}")
+        raise ValueError(f"box must have four numbers left,top,right,bottom, got {shown}")
     if any(isinstance(edge, bool) or not hasattr(edge, "__index__") for edge in box):
-        raise TypeError(f"box {shown}: whole numbers of pixels are needed; round them")
+        raise TypeError(f"box must have integers, got {shown}; round the pixels")
     left, top, right, bottom = box
     for low, high, names in ((left, right, "left < right"), (top, bottom, "top < bottom")):
         if low >= high:
-            raise ValueError(
-                f"box {shown}: {names} is needed, got {low} and {high}; the order is left,top,right,bottom"
-            )
+            raise ValueError(f"box must be left,top,right,bottom with {names}, got {shown}")
     if left < 0 or top < 0 or right > width or bottom > height:
         raise ValueError(
-            f"box {shown}: it must lie within the image, left and top at least 0, right at most {width} and bottom at "
-            f"most {height}"
+            f"box must lie in the image, with left and top >= 0, right <= {width} and bottom <= {height}, got {shown}"
         )
 
 
 def parse_box(text: str, *, height: int, width: int) -> list[int]:
-    """Returns the box that a text names: four edges with commas, in whole pixels or in percent of the image.
+    """Parses a box: four edges separated by commas, each in whole pixels or in percent of the image.
 
-    Of percentages, left and top are rounded down, right and bottom up.
+    Percentages of left and top are rounded down to pixels, those of right and bottom up.
 
     Args:
-        text: Such as ``0,0,14,28`` or ``10%,20%,60%,80%``: left, top, right, bottom.
-        height: H of the image.
-        width: W of the image.
+        text: left,top,right,bottom such as ``0,0,14,28`` or ``10%,20%,60%,80%``.
+        height: H of the image in pixels.
+        width: W of the image in pixels.
 
     Raises:
-        ValueError: if it is anything else. ``check_box`` checks that the box lies within the image.
+        ValueError: if the text has another form. ``check_box`` checks that the box lies within the image.
     """
     edges = [_EDGE.fullmatch(word.strip()) for word in text.split(",")]
     box = []
@@ -88,14 +87,14 @@ def parse_box(text: str, *, height: int, width: int) -> list[int]:
         box.append(int(number) if edge["percent"] is None else to_pixels(Fraction(number) * length / 100))
     if len(edges) != 4 or len(box) != 4:
         raise ValueError(
-            f"box must be left,top,right,bottom in whole pixels or in percent, got {text}; write such as 0,0,14,28 "
-            "or 10%,20%,60%,80%"
+            f"box must be left,top,right,bottom in whole pixels or in percent, such as 0,0,14,28 or 10%,20%,60%,80%, "
+            f"got {text}"
         )
     return box
 
 
 def box_mask(box: Box, *, height: int, width: int) -> Tensor:
-    """Returns the pixels of a box: (H, W) bool; arguments and errors as ``check_box``."""
+    """Returns (H, W) bool, True inside a box. See ``check_box`` for arguments and errors."""
     import torch
 
     check_box(box, height=height, width=width)
@@ -106,47 +105,51 @@ def box_mask(box: Box, *, height: int, width: int) -> Tensor:
 
 
 def token_mask(mask: Tensor, *, factor: int, dilation: int = 0) -> Tensor:
-    """Returns the tokens to be generated again: those with any masked pixel, and their neighbours.
+    """Returns the tokens to generate again: those with a masked pixel, and their neighbours.
 
     Args:
-        mask: (H, W) bool, True = to be generated.
-        factor: Pixels along an edge of a token.
-        dilation: Tokens by which the region grows on each side, diagonals too, at least 0; it ends at the border.
+        mask: (H, W) bool, True where pixels are generated.
+        factor: Height and width of a token in pixels.
+        dilation: Number of tokens by which the region grows on each side and diagonally, at least 0.
 
     Returns:
-        (h, w) bool with h = ceil(H / factor), w = ceil(W / factor).
+        (h, w) bool with h = ceil(H / factor) and w = ceil(W / factor).
 
     Raises:
         ValueError: if ``dilation`` is negative.
 
-    Source: released code: the box in tokens, and one more on each side. It rounds a box's position and size down, so
-    that a box between tokens may lose its last pixels; here none is lost.
+    Source: released code, which takes the tokens of the box and one more on each side. It rounds position and size of
+    the box down, so that a box between tokens may lose its last pixels; here no pixel is lost.
     """
     import torch.nn.functional as F
 
     if dilation < 0:
-        raise ValueError(f"dilation: at least 0 tokens are needed, got {dilation}")
-    bottom, right = -mask.shape[0] % factor, -mask.shape[1] % factor  # what the last tokens cover beyond the image
+        raise ValueError(f"dilation must be >= 0 tokens, got {dilation}")
+    bottom, right = (
+        -mask.shape[0] % factor,
+        -mask.shape[1] % factor,
+    )  # pixels that the last tokens cover beyond the image
     whole = F.pad(mask.float(), (0, right, 0, bottom))
     tokens = reduce(whole, "(h fh) (w fw) -> 1 h w", "max", fh=factor, fw=factor)
-    if dilation > 0:
+    if dilation > 0:  # max pooling of a bool mask is a dilation
         tokens = F.max_pool2d(tokens, 2 * dilation + 1, stride=1, padding=dilation)
     return tokens[0] > 0
 
 
 def pixel_region(tokens: Tensor, *, factor: int, height: int, width: int) -> Tensor:
-    """Returns the pixels that tokens cover: (h, w) bool -> (H, W) bool; other arguments as ``token_mask``."""
+    """Returns the pixels that tokens cover: (h, w) bool -> (H, W) bool. See ``token_mask`` for ``factor``."""
     return repeat(tokens, "h w -> (h fh) (w fw)", fh=factor, fw=factor)[:height, :width]
 
 
 def first_step(tokens: Tensor, *, num_steps: int) -> int:
-    """Returns the decoding step at which an edit starts: floor(T / 6), or 0 if nothing is known.
+    """Returns the first decoding step of an edit: floor(T / 6), or 0 if all tokens are masked.
 
-    The first steps of a generation decide few tokens because they lack context; an edit has it from the start.
+    The first steps of a generation decide few tokens, because they have little context. An edit has context from the
+    start.
 
     Args:
-        tokens: Token mask, bool of any shape.
-        num_steps: T.
+        tokens: Bool mask of any shape, True for the tokens to decode.
+        num_steps: Number of decoding steps T.
 
     Source: released code: step 2 of 12.
     """
@@ -154,29 +157,30 @@ def first_step(tokens: Tensor, *, num_steps: int) -> int:
 
 
 def seam_radius(image_size: int) -> float:
-    """Returns the released blur of the seam in pixels, max(0, image_size / 16 - 1): about one token of the paper's."""
+    """Returns the blur of the seam in the released code: max(0, image_size / 16 - 1) pixels."""
     return max(0.0, image_size / 16 - 1)
 
 
 def seam(region: Tensor, *, radius: float) -> Tensor:
-    """Returns the share of the edited image in each pixel: the region, blurred.
+    """Returns the weight of the edited image in each pixel: the blurred region.
 
     Args:
-        region: (H, W) bool.
-        radius: Standard deviation of the blur in pixels, at least 0; the border's values go on beyond it.
+        region: (H, W) bool, True where tokens were generated.
+        radius: Standard deviation of the Gaussian blur in pixels, at least 0. Beyond the image, the values at its
+            border are repeated.
 
     Returns:
         (H, W) float32 in [0, 1].
 
     Raises:
-        ValueError: if the radius is negative or not finite.
+        ValueError: if ``radius`` is negative or not finite.
     """
     import numpy as np
     import torch
     from PIL import Image, ImageFilter
 
     if not 0 <= radius < math.inf:
-        raise ValueError(f"blend: a blur of at least 0 pixels is needed, got {radius}; 0 gives a hard edge")
+        raise ValueError(f"blend must be >= 0 pixels and finite, got {radius}; 0 gives a hard edge")
     if radius == 0:
         return region.float()
     picture = Image.fromarray(region.cpu().numpy().astype(np.uint8) * 255)
@@ -184,17 +188,17 @@ def seam(region: Tensor, *, radius: float) -> Tensor:
 
 
 def composite(original: Tensor, edited: Tensor, weight: Tensor) -> Tensor:
-    """Pastes a part of an edited image into the original.
+    """Pastes part of an edited image into the original: original + weight * (edited - original).
 
     Args:
         original: (C, H, W) uint8.
         edited: (C, H, W) uint8.
-        weight: (H, W) float32 in [0, 1] of ``seam``: 0 leaves the original's value, bit by bit, and 1 takes the other.
+        weight: (H, W) float32 in [0, 1] from ``seam``. 0 keeps the original bit by bit, 1 takes the edited image.
 
     Returns:
         (C, H, W) uint8.
 
-    Source: released code, which blurs the token mask, enlarged to the image.
+    Source: released code, which blurs the token mask after enlarging it to the image.
     """
     mixed = original + weight * (edited.float() - original)
     return mixed.round().to(original.dtype)

@@ -1,4 +1,4 @@
-"""Pictures for people: pixels, grids of images, figures of decoding. Pillow and torch only, no Lightning."""
+"""Pictures: conversions of pixels, grids of images, and figures of decoding. Uses Pillow and torch, no Lightning."""
 
 from maskgit_pl.imaging.decoding_figures import decoding_filmstrip, decoding_frames, select_steps
 from maskgit_pl.imaging.grids import edit_sheet, image_grid, reconstruction_grid, save_gif, save_images, save_png

@@ -1,4 +1,4 @@
-"""A picture of a data set: a few images of each class. Drawn by ``maskgit data stats --out``."""
+"""Draws a few images of each class of a data set, for ``maskgit data stats --out``."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from maskgit_pl.shards.stats import DataStatistics, images_of_classes
 
 __all__ = ["draw_contact_sheet"]
 
-_MOST_ROWS = 40  # classes
-_COLUMNS = 8
-_SIDE = 84  # pixels of an image, at most
+_MOST_ROWS = 40  # number of classes
+_COLUMNS = 8  # number of images of each class
+_SIDE = 84  # largest height and width of an image in pixels
 _LONGEST_CAPTION = 32  # characters
 
 
 def draw_contact_sheet(statistics: DataStatistics, out: Path) -> None:
-    """Draws a row of images for each class; of many classes, for some that are spread evenly.
+    """Draws a row of images for each class, or for 40 evenly spread classes if there are more.
 
     Args:
-        statistics: Of the data folder.
+        statistics: Statistics of the data folder.
         out: PNG file to write.
     """
     summary = statistics.summary
     side = min(_SIDE, summary.images.height[0], summary.images.width[0])
     side = _SIDE if min(summary.images.height[1], summary.images.width[1]) > _SIDE else side
     shown = np.unique(np.linspace(0, summary.num_classes - 1, min(_MOST_ROWS, summary.num_classes)).round().astype(int))
+    # Classes with fewer images than columns end with white tiles.
     paper = torch.full((summary.channels, side, side), 255, dtype=torch.uint8)
     tiles = []
     for files in images_of_classes(statistics.manifests["train"], shown.tolist(), each=_COLUMNS):

@@ -1,4 +1,4 @@
-"""Decoding shown step by step, as an animation or as a filmstrip."""
+"""Draws decoding step by step, as the frames of an animation or as a filmstrip."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from maskgit_pl.imaging.layout import MASKED, NEW, PANEL_SIZE, PAPER, REMASKED, 
 
 __all__ = ["decoding_filmstrip", "decoding_frames", "select_steps"]
 
-_MAX_COLUMNS = 12  # of a filmstrip
-_MAX_FRAMES = 64  # of an animation
+_MAX_COLUMNS = 12  # number of steps in a filmstrip
+_MAX_FRAMES = 64  # number of steps in an animation
 
 
 def select_steps(steps: Sequence[DecodingStep], kind: Literal["animation", "filmstrip"]) -> list[DecodingStep]:
-    """Returns the steps that a picture shows, the first and the last among them; no others need be decoded."""
+    """Returns the steps that a picture shows, evenly spread with the first and the last. Only these must be decoded."""
     most = _MAX_FRAMES if kind == "animation" else _MAX_COLUMNS
     return [steps[number] for number in _spread(len(steps), most)]
 
@@ -32,17 +32,17 @@ def decoding_frames(
     captions: Sequence[str] = (),
     num_steps: int | None = None,
 ) -> list[Image.Image]:
-    """Draws one picture a decoding step: above, what is decided; below, the image of all tokens that the step drew.
+    """Draws a frame for each decoding step: above, the decided tokens; below, the image of all tokens of the step.
 
-    Above, masked tokens are grey, tokens kept at this step have an orange frame and tokens masked again a blue one, and
-    decided ones are their part of the image.
+    In the upper row, masked tokens are grey, tokens kept at this step have an orange frame, tokens masked again have a
+    blue frame, and decided tokens show their part of the image.
 
     Args:
-        steps: The steps of a run over a few images.
-        images: For each step, its tokens decoded: (n, C, H, W) uint8.
-        grid: Rows and columns of tokens.
-        captions: Text above the images; empty for none.
-        num_steps: T, if the steps are some of them; None if they are all.
+        steps: Decoding steps of n images.
+        images: Decoded tokens of each step, (n, C, H, W) uint8.
+        grid: Rows and columns of tokens (h, w).
+        captions: Text above each image; empty for none.
+        num_steps: Number of decoding steps T, if ``steps`` are only some of them; None if they are all.
 
     Source: paper, Figure 2.
     """
@@ -58,22 +58,28 @@ def decoding_frames(
 def decoding_filmstrip(
     steps: Sequence[DecodingStep], images: Sequence[Tensor], *, grid: tuple[int, int], row: int = 0
 ) -> Image.Image:
-    """Draws the decoding of one image, a column a step: mask, confidence, what is newly kept, the image.
+    """Draws the decoding of one image, with a column for each step.
 
-    The mask before the step is grey. Confidence is the probability of each code when it was last drawn, from dark (0)
-    to bright (the highest that was drawn, which stands beside the row). Newly kept tokens have an orange frame, tokens
-    masked again a blue one. The image is that of all tokens that the step drew. Of many steps at most 12 are shown, the
-    first and the last among them.
+    The four rows show, from above:
+
+    1. The mask before the step, in grey.
+    2. Confidence, the probability of each code when it was last drawn, from dark (0) to bright (the highest value,
+       which the caption of the row names).
+    3. Newly kept tokens in an orange frame, and tokens masked again in a blue frame.
+    4. The image of all tokens of the step.
+
+    At most 12 steps are shown, evenly spread with the first and the last.
 
     Args:
-        steps: The steps of a run.
-        images: For each step, its tokens decoded: (n, C, H, W) uint8.
-        grid: Rows and columns of tokens.
-        row: Number of the image in the run.
+        steps: Decoding steps of n images.
+        images: Decoded tokens of each step, (n, C, H, W) uint8.
+        grid: Rows and columns of tokens (h, w).
+        row: Index of the image in [0, n).
     """
     shown = _spread(len(steps), _MAX_COLUMNS)
     chosen = [(steps[number], images[number][row]) for number in shown]
     scale = scale_to(images[0], PANEL_SIZE)
+    # The highest confidence that was drawn is the brightest colour. 1e-9 avoids a division by zero.
     top = max(1e-9, *(float((step.confidence * step.was_masked)[row].max()) for step, _ in chosen))
     rows = [
         [_cells_panel(image, grid, filled=step.was_masked[row]) for step, image in chosen],
@@ -98,14 +104,14 @@ def _describe(step: DecodingStep, num_steps: int) -> str:
 
 
 def _spread(count: int, most: int) -> list[int]:
-    """Returns at most ``most`` of range(count), evenly spread, the first and the last among them."""
+    """Returns at most ``most`` numbers of range(count), evenly spread, with the first and the last."""
     if count <= most:
         return list(range(count))
     return [round(place * (count - 1) / (most - 1)) for place in range(most)]
 
 
 def _token_panel(step: DecodingStep, row: int, image: Tensor, grid: tuple[int, int]) -> Image.Image:
-    """Draws an image (C, H, W) uint8 with masked tokens grey, and frames around tokens just kept or masked again."""
+    """Draws an image (C, H, W) uint8 with masked tokens in grey, and tokens just kept or masked again in a frame."""
     was, still = step.was_masked[row], step.still_masked[row]
     return _cells_panel(image, grid, filled=still, framed={NEW: was & ~still, REMASKED: still & ~was})
 
@@ -117,7 +123,7 @@ def _cells_panel(
     filled: Tensor,
     framed: Mapping[tuple[int, int, int], Tensor] | None = None,
 ) -> Image.Image:
-    """Draws an image (C, H, W) uint8 with tokens filled grey or framed in a colour; (N,) bool each."""
+    """Draws an image (C, H, W) uint8 with tokens filled in grey or framed in a colour, each given as (N,) bool."""
     scale = scale_to(image, PANEL_SIZE)
     panel, boxes = enlarge(image, scale), _boxes(image.shape[-2:], grid, scale)
     draw = ImageDraw.Draw(panel)
@@ -132,7 +138,7 @@ def _cells_panel(
 
 
 def _heat_panel(values: Tensor, image: Tensor, grid: tuple[int, int]) -> Image.Image:
-    """Draws values (N,) float of the tokens as colours, from dark (0) to bright (1); as large as the image's panel."""
+    """Draws values (N,) float in [0, 1] of the tokens as colours from dark to bright, as large as the image."""
     from matplotlib import colormaps
 
     scale = scale_to(image, PANEL_SIZE)
@@ -145,9 +151,9 @@ def _heat_panel(values: Tensor, image: Tensor, grid: tuple[int, int]) -> Image.I
 
 
 def _boxes(size: Sequence[int], grid: tuple[int, int], scale: int) -> list[tuple[int, int, int, int]]:
-    """Returns (left, top, right, bottom), all included, of the tokens of an image (H, W) enlarged ``scale`` times.
+    """Returns (left, top, right, bottom), all inclusive, of each token in an image (H, W) enlarged by ``scale``.
 
-    In raster order. Tokens at the right and below may go beyond the image.
+    The tokens are in raster order. Those in the last row and column may reach beyond the image.
     """
     height, width = (math.ceil(pixels / cells) * scale for pixels, cells in zip(size, grid, strict=True))
     return [

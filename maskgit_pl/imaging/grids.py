@@ -1,4 +1,4 @@
-"""Grids of images, sheets of edits, and the files that they are written to."""
+"""Draws grids of images and sheets of edits, and writes PNG and GIF files."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def image_grid(
     column_captions: Sequence[str] = (),
     scale: int | None = None,
 ) -> Image.Image:
-    """Lays images out in rows, enlarged without smoothing so that a person sees their pixels.
+    """Lays images out in rows, enlarged without smoothing so that their pixels are visible.
 
     Args:
-        images: (n, C, H, W) uint8, C = 1 or 3, n at least 1; the last row may be short.
-        columns: Images of a row.
-        row_captions: Text left of the rows; empty for none.
-        column_captions: Text above the columns; empty for none.
-        scale: Factor of enlargement; None enlarges small images to about 84 px.
+        images: (n, C, H, W) uint8 with C = 1 or 3 and n >= 1. The last row may be short.
+        columns: Number of images per row, at least 1.
+        row_captions: Text left of each row; empty for none.
+        column_captions: Text above each column; empty for none.
+        scale: Factor of the enlargement, at least 1; None enlarges small images to about 84 px.
 
     Raises:
         ValueError: if there are no images, fewer than one column, or more captions than rows or columns.
@@ -45,15 +45,15 @@ def image_grid(
 
 
 def reconstruction_grid(originals: Tensor, reconstructions: Tensor, *, columns: int = 8) -> Image.Image:
-    """Lays originals out in rows, each above the row of their reconstructions.
+    """Lays out rows of originals, each above the row of their reconstructions.
 
     Args:
         originals: (n, C, H, W) uint8.
         reconstructions: (n, C, H, W) uint8.
-        columns: Images of a row.
+        columns: Number of images per row.
     """
     columns = min(columns, len(originals))
-    starts = range(0, len(originals) // columns * columns, columns)  # whole rows only
+    starts = range(0, len(originals) // columns * columns, columns)  # an incomplete last row is left out
     rows = [part[start : start + columns] for start in starts for part in (originals, reconstructions)]
     return image_grid(torch.cat(rows), columns=columns, row_captions=["original", "reconstruction"] * len(starts))
 
@@ -61,15 +61,15 @@ def reconstruction_grid(originals: Tensor, reconstructions: Tensor, *, columns: 
 def edit_sheet(
     original: Tensor, variants: Tensor, *, mask: Tensor, region: Tensor, title: str, captions: Sequence[str]
 ) -> Image.Image:
-    """Lays an edit out in one row: the original, the original with the region grey and the mask outlined, the variants.
+    """Lays out an edit in one row: original, masked image (region grey, mask outlined), and variants.
 
     Args:
-        original: (C, H, W) uint8, C = 1 or 3.
+        original: (C, H, W) uint8 with C = 1 or 3.
         variants: (n, C, H, W) uint8.
-        mask: (H, W) bool: the pixels that were named.
-        region: (H, W) bool: the pixels that were generated, the mask and its surroundings.
+        mask: (H, W) bool, the pixels that the user named.
+        region: (H, W) bool, the pixels that were generated: the mask and its surroundings.
         title: Text above the row.
-        captions: One for each variant.
+        captions: Text above each variant.
     """
     colour = original.expand(3, -1, -1)
     edge = _outline(mask)
@@ -82,20 +82,20 @@ def edit_sheet(
 
 
 def save_png(picture: Image.Image, path: Path) -> None:
-    """Writes a PNG file, whole or not at all; folders above it are made."""
+    """Writes a PNG file atomically, and makes the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with write_atomically(path) as file:
         picture.save(file, format="PNG")
 
 
 def save_images(images: Tensor, labels: Sequence[int | None], folder: Path, *, seed: int) -> None:
-    """Writes each image into a PNG file that is named after its class and its seed.
+    """Writes each image to a PNG file named after its class and its seed.
 
     Args:
         images: (n, C, H, W) uint8.
-        labels: Class of each; None is "no class".
-        folder: Made if it is not there.
-        seed: Seed of the first image; image i has seed + i.
+        labels: Class of each image; None is "no class".
+        folder: Folder of the files, which is made if it does not exist.
+        seed: Seed of the first image. Image i has seed + i.
     """
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
         name = "no-class" if label is None else f"class-{label:04d}"
@@ -103,15 +103,16 @@ def save_images(images: Tensor, labels: Sequence[int | None], folder: Path, *, s
 
 
 def save_gif(frames: Sequence[Image.Image], path: Path, *, milliseconds: int = 600, last: int = 2400) -> None:
-    """Writes frames as an endless GIF, whole or not at all; folders above it are made.
+    """Writes frames as a looping GIF atomically, and makes the folders above it.
 
     Args:
-        frames: At least one, all of one size.
-        path: The file.
-        milliseconds: Duration of a frame.
-        last: Duration of the last frame, in milliseconds.
+        frames: At least one frame. All have the same size.
+        path: File to write.
+        milliseconds: Duration of each frame but the last.
+        last: Duration of the last frame in milliseconds.
     """
     durations = [milliseconds] * (len(frames) - 1) + [last]
+    # 128 colours per frame keep the file small.
     first, *rest = [frame.quantize(128) for frame in frames]
     path.parent.mkdir(parents=True, exist_ok=True)
     with write_atomically(path) as file:
@@ -120,17 +121,18 @@ def save_gif(frames: Sequence[Image.Image], path: Path, *, milliseconds: int = 6
 
 def _count_rows(images: Tensor, columns: int, row_captions: Sequence[str], column_captions: Sequence[str]) -> int:
     if images.ndim != 4 or images.dtype != torch.uint8 or len(images) == 0:
-        raise ValueError(f"images: (n, C, H, W) uint8 with n >= 1 are needed, got {tuple(images.shape)} {images.dtype}")
+        raise ValueError(f"images must be (n, C, H, W) uint8 with n >= 1, got {tuple(images.shape)} {images.dtype}")
     if columns < 1:
-        raise ValueError(f"columns: at least 1 is needed, got {columns}")
+        raise ValueError(f"columns must be >= 1, got {columns}")
     rows = math.ceil(len(images) / columns)
     for name, captions, most in (("row", row_captions, rows), ("column", column_captions, columns)):
         if len(captions) > most:
-            raise ValueError(f"{name}_captions: at most {most}, one a {name}, are needed, got {len(captions)}")
+            raise ValueError(f"{name}_captions must be at most {most}, one per {name}, got {len(captions)}")
     return rows
 
 
 def _outline(mask: Tensor) -> Tensor:
-    """Returns (H, W) bool: the masked pixels with a neighbour outside; beyond the border is outside too."""
+    """Returns (H, W) bool, True for masked pixels with a neighbour outside the mask or outside the image."""
+    # A 3 x 3 max pooling of the outside reaches each pixel that has a neighbour outside.
     outside = F.pad(mask.logical_not()[None].float(), (1, 1, 1, 1), value=1.0)
     return mask & (F.max_pool2d(outside, 3, stride=1)[0] > 0)

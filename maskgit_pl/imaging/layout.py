@@ -1,4 +1,4 @@
-"""Tiles, captions and titles on one page, from which every picture of this folder is built."""
+"""Lays out tiles, captions and titles on a page. All pictures of this folder use it."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ __all__ = [
     "scale_to",
 ]
 
-TILE_SIZE = 84  # pixels along an edge: 28 px images are shown three times as large
-PANEL_SIZE = 168  # the same for the pictures of decoding, where single tokens must be seen
+TILE_SIZE = 84  # smallest edge of an image in pixels: images of 28 px are enlarged three times
+PANEL_SIZE = 168  # the same for pictures of decoding, in which single tokens must be visible
+# RGB. MASKED fills masked tokens; NEW and REMASKED frame tokens just kept and just masked again.
 PAPER, INK, MASKED, NEW, REMASKED = (255, 255, 255), (40, 40, 40), (176, 176, 176), (230, 90, 20), (40, 110, 220)
-_GAP, _MARGIN, _FONT_SIZE = 4, 8, 14
+_GAP, _MARGIN, _FONT_SIZE = 4, 8, 14  # pixels
 
 
 def scale_to(images: Tensor, wanted: int) -> int:
-    """Returns the smallest whole factor that brings the longer edge to at least ``wanted`` pixels."""
+    """Returns the smallest integer factor that enlarges the longer edge to at least ``wanted`` pixels."""
     return max(1, math.ceil(wanted / max(images.shape[-2:])))
 
 
 def enlarge(image: Tensor, scale: int) -> Image.Image:
-    """Returns an image (C, H, W) uint8 as an RGB picture, ``scale`` times as large, without smoothing."""
+    """Returns an image (C, H, W) uint8 as an RGB picture, enlarged ``scale`` times without smoothing."""
     picture = to_pil(image).convert("RGB")
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
@@ -50,10 +51,11 @@ def lay_out(
     row_captions: Sequence[str] = (),
     column_captions: Sequence[str] = (),
 ) -> Image.Image:
-    """Lays out tiles of one size in raster order, with captions to the left and above."""
+    """Lays out tiles of the same size in raster order, with captions on the left and above."""
     font = ImageFont.load_default(_FONT_SIZE)
     row_captions, column_captions = (list(map(printable, texts)) for texts in (row_captions, column_captions))
     width, height = tiles[0].size
+    # The longest caption sets the left margin.
     left = _MARGIN + math.ceil(max((font.getlength(text) + _MARGIN for text in row_captions), default=0))
     top = _MARGIN + (_FONT_SIZE + _MARGIN if column_captions else 0)
     size = left + columns * (width + _GAP) - _GAP + _MARGIN, top + rows * (height + _GAP) - _GAP + _MARGIN
@@ -71,7 +73,7 @@ def lay_out(
 
 
 def add_title(picture: Image.Image, title: str) -> Image.Image:
-    """Returns a picture with a line of text above it, widened where the text is wider."""
+    """Returns a picture with a line of text above it. The picture is widened for a wider text."""
     font, title = ImageFont.load_default(_FONT_SIZE), printable(title)
     height = _FONT_SIZE + _MARGIN
     width = max(picture.width, math.ceil(font.getlength(title)) + 2 * _MARGIN)
@@ -82,7 +84,7 @@ def add_title(picture: Image.Image, title: str) -> Image.Image:
 
 
 def _shorten(text: str, width: int, font: Any) -> str:
-    """Returns the text, cut with an ellipsis if it is wider than ``width`` pixels."""
+    """Returns a text, shortened with an ellipsis if it is wider than ``width`` pixels."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:

@@ -1,4 +1,4 @@
-"""Pixels as tensors and as pictures."""
+"""Converts pixels between tensors and PIL images."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ def to_unit_range(images: Tensor) -> Tensor:
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """Converts (C, H, W) uint8, C = 1 or 3, to a grey (L) or RGB picture of that size."""
+    """Converts (C, H, W) uint8 with C = 1 or 3 to a grey (L) or RGB image."""
     pixels = rearrange(image.cpu().numpy(), "c h w -> h w c")
     return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))

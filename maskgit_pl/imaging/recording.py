@@ -1,4 +1,4 @@
-"""Decoding steps kept while a model generates, and the animation and the filmstrip that are made of them."""
+"""Records decoding steps while a model generates, and writes them as an animation or a filmstrip."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ __all__ = ["StepRecorder", "save_animation", "save_filmstrip"]
 
 Decode: TypeAlias = Callable[[Tensor], Tensor]
 
-_FRAME, _ANIMATION, _SHORTEST = 600, 9600, 40  # milliseconds: of a frame, of all of them at most, of a frame at least
+_FRAME, _ANIMATION, _SHORTEST = 600, 9600, 40  # milliseconds: a frame, at most all frames together, at least a frame
 
 
 class StepRecorder:
-    """A callback of ``MaskGIT.generate`` that keeps the steps of the first batch, of its first images.
+    """A callback of ``MaskGIT.generate`` that keeps the decoding steps of the first images of the first batch.
 
     Args:
-        max_images: Images whose steps are kept.
+        max_images: Number of images whose steps are kept.
 
     Attributes:
-        steps: The steps so far.
+        steps: Steps recorded so far.
     """
 
     def __init__(self, *, max_images: int = 4) -> None:
@@ -37,6 +37,8 @@ class StepRecorder:
 
     def __call__(self, step: DecodingStep) -> None:
         self._batch_size = self._batch_size or len(step.tokens)
+        # Steps of later batches are ignored: the first batch is complete when no token is masked, and another batch may
+        # have another size.
         is_complete = bool(self.steps) and not bool(self.steps[-1].still_masked.any())
         if is_complete or len(step.tokens) != self._batch_size:
             return
@@ -47,13 +49,13 @@ class StepRecorder:
 def save_animation(
     steps: Sequence[DecodingStep], decode: Decode, path: Path, *, grid: tuple[int, int], captions: Sequence[str]
 ) -> None:
-    """Writes a decoding as a GIF of at most about ten seconds.
+    """Writes decoding steps as a GIF of at most about ten seconds.
 
     Args:
-        steps: Steps of a run over a few images.
-        decode: Decodes tokens (n, N) int64 to images (n, C, H, W) uint8.
-        path: The file.
-        grid: Rows and columns of tokens.
+        steps: Decoding steps of a few images.
+        decode: Function that decodes tokens (n, N) int64 to images (n, C, H, W) uint8.
+        path: File to write.
+        grid: Rows and columns of tokens (h, w).
         captions: Text above each image.
     """
     shown = select_steps(steps, "animation")
@@ -63,6 +65,6 @@ def save_animation(
 
 
 def save_filmstrip(steps: Sequence[DecodingStep], decode: Decode, path: Path, *, grid: tuple[int, int]) -> None:
-    """Writes the decoding of the first image as a PNG, a column a step; arguments as of ``save_animation``."""
+    """Writes the decoding of the first image as a PNG with a column for each step. See ``save_animation``."""
     shown = select_steps(steps, "filmstrip")
     save_png(decoding_filmstrip(shown, [decode(step.tokens[:1]) for step in shown], grid=grid), path)

@@ -1,8 +1,9 @@
-"""Thousands of images in one file, made in parts that several processes share and that a killed run resumes from.
+"""``generate_many``: thousands of images in one ``.npz`` file, generated in parts that processes share.
 
-Every image is a function of its index: image i has seed + i and the class that its place among all images gives it. So
-parts can be made in any order, by any process, again and again. The file is what evaluators of class-conditional models
-read: ``arr_0`` (n, H, W, 3) uint8 and ``arr_1`` (n,) int64, not compressed.
+Used by ``maskgit sample --num-images`` and by the evaluation. Image i is a function of its index: it has seed + i, and
+its class follows from its place among all images. Any process can therefore generate any part at any time, and a killed
+run resumes from the parts on disk. The file has the layout that evaluators of class-conditional models read: ``arr_0``
+(n, H, W, 3) uint8 and ``arr_1`` (n,) int64, not compressed.
 
 Source of the layout: openai/guided-diffusion, ``classifier_sample.py`` and ``evaluations/evaluator.py``.
 """
@@ -24,7 +25,7 @@ import torch
 from torch import nn
 
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.files import write_atomically
+from maskgit_pl.files import size_text, write_atomically
 from maskgit_pl.networks.int8 import Int8Linear
 from maskgit_pl.networks.weight_file import tensors_digest
 from maskgit_pl.old_names import restore_tensor
@@ -35,8 +36,8 @@ from maskgit_pl.pipeline.options import StepCallback, read_options
 __all__ = ["BulkOptions", "BulkResult", "generate_many", "is_finished"]
 
 _PLAN = "plan.json"
-_CHANNELS = 3  # in the file, grey or not
-_SPARE = 1 << 20  # labels, headers and the plan
+_CHANNELS = 3  # of an image in the file; evaluators read grey images as RGB
+_SPARE = 1 << 20  # bytes reserved for labels, headers and the plan
 _log = logging.getLogger(__name__)
 
 
@@ -45,10 +46,10 @@ class BulkResult:
     """The result of a call of ``generate_many``.
 
     Attributes:
-        file: The file.
+        file: Path of the ``.npz`` file.
         made: Number of images that this call generated.
-        found: Number of images of this process's share that were there before.
-        missing_parts: Number of parts that other processes have yet to make; 0 if the file is complete.
+        found: Number of images of this process that existed before the call.
+        missing_parts: Number of parts that other processes have not finished; 0 if the file is complete.
     """
 
     file: Path
@@ -68,9 +69,9 @@ def generate_many(
 ) -> BulkResult:
     """Generates many images into one file; a second call resumes, or does nothing if the file is complete.
 
-    1. The plan of all images is made, checked, and compared with that of the file or of its parts.
-    2. Complete parts lie in ``FILE.parts``; those of this process that are missing are generated, one after the other.
-    3. The process that finds all parts puts them together and removes them.
+    1. Makes the plan of all images, checks it, and compares it with the plan in the file or in ``FILE.parts``.
+    2. Generates the missing parts of this process one by one and writes each to ``FILE.parts``.
+    3. The process that finds all parts complete joins them to the file and removes them.
 
     Example::
 
@@ -78,48 +79,52 @@ def generate_many(
         generate_many(pipe, "samples.npz", num_images=50_000, num_steps=8)
 
     Args:
-        pipe: The model.
-        file: ``.npz``; it appears when it is complete.
-        on_start: Called before the first image with the number of images of this process, and of those that are there.
-        on_images: Called after each batch with the number of its images.
+        pipe: Model that generates the images.
+        file: Path that ends in ``.npz``. The file appears when it is complete.
+        on_start: Called before the first image as ``on_start(total, found)``: the number of images of this process, and
+            how many of them exist already.
+        on_images: Called after each batch with its number of images.
         on_step: Called after each decoding step of each batch.
-        options: Fields of ``BulkOptions``, and settings of decoding as ``MaskGIT.generate`` takes them.
+        options: Fields of ``BulkOptions``, and the decoding settings of ``MaskGIT.generate``.
 
     Raises:
-        ValueError: if a number is out of range, a class is unknown, parts or a file are of another plan, or there is
-            too little space.
-        FileExistsError: if the file holds something else.
-        TypeError: as ``MaskGIT.generate``.
+        ValueError: if a number is out of range, a class is unknown, the file or its parts have another plan, or there
+            is too little disk space.
+        FileExistsError: if the file is not one of ``generate_many``.
+        TypeError: see ``MaskGIT.generate``.
     """
     file = Path(file)
     if file.suffix != ".npz":
-        raise ValueError(f"file {file}: a name that ends in .npz is needed")
+        raise ValueError(f"file must end in .npz, got {file}")
     bulk, decoding = read_options(BulkOptions, options, pipe.decoding)
-    plan = _plan(pipe, bulk, decoding)  # 1
+    # 1. The plan, and the check that what is on disk has the same one.
+    plan = _plan(pipe, bulk, decoding)
     work = _Work(file, plan)
     if is_finished(file, plan):
-        shutil.rmtree(work.folder, ignore_errors=True)  # of a run that was killed before it could
+        shutil.rmtree(work.folder, ignore_errors=True)  # left by a run that was killed in step 3
         return BulkResult(file, 0, plan.count, 0)
     work.begin()
+    # 2. Parts go to processes in turn: rank r has the parts r, r + world_size, ...
     own = range(bulk.rank, plan.num_parts, bulk.world_size)
     missing = [part for part in own if not work.has(part)]
     found, to_make = (sum(len(plan.rows(part)) for part in parts) for parts in (set(own) - set(missing), missing))
-    _log.info("%s: sampling %d images, %d of them are there", file, found + to_make, found)
+    _log.info("%s: sampling %d images, %d of them exist already", file, found + to_make, found)
     if on_start is not None:
         on_start(found + to_make, found)
-    for part in missing:  # 2
+    for part in missing:
         batches = _images(
             pipe, plan, decoding, part=part, batch_size=bulk.batch_size, on_images=on_images, on_step=on_step
         )
         work.keep(part, np.concatenate(list(batches)))
-    return BulkResult(file, to_make, found, work.finish())  # 3
+    # 3. Joins the parts if no process has any left to do.
+    return BulkResult(file, to_make, found, work.finish())
 
 
 def is_finished(file: Path, plan: BulkPlan) -> bool:
-    """Returns whether a file is there and holds the images of a plan.
+    """Returns True if a file exists and holds the images of a plan.
 
     Raises:
-        FileExistsError: if something else is there.
+        FileExistsError: if the file was not written by ``generate_many``.
         ValueError: if it holds images of another plan.
     """
     if not file.exists():
@@ -131,13 +136,13 @@ def is_finished(file: Path, plan: BulkPlan) -> bool:
         text = b""
     known = read_plan(text)
     if known is None:
-        raise FileExistsError(f"{file}: something else is there; name another file, or take it away")
+        raise FileExistsError(f"{file} exists and was not written by generate_many; delete it, or name another file")
     check_same(file, known, plan)
     return True
 
 
 def _plan(pipe: MaskGIT, options: BulkOptions, decoding: DecodingConfig) -> BulkPlan:
-    """Returns the plan, after everything in it that a decoder could refuse."""
+    """Returns the plan after all checks of its classes and decoding settings."""
     classes = range(len(pipe.class_names)) if options.classes is None else options.classes
     labels = pipe.class_ids(classes)
     negative = None if options.negative_class is None else pipe.class_ids(options.negative_class)[0]
@@ -158,14 +163,14 @@ def _plan(pipe: MaskGIT, options: BulkOptions, decoding: DecodingConfig) -> Bulk
 
 
 def _digest(network: nn.Module) -> str:
-    """Returns the sha256 of a network's weights in their own type."""
+    """Returns the SHA-256 of the weights of a network in their dtype."""
     return tensors_digest(_weights(network))
 
 
 def _weights(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from ((restore_tensor(name), tensor) for name, tensor in network.state_dict().items())
     for name, module in network.named_modules():
-        if isinstance(module, Int8Linear):  # it has no state dict; its sums tell its weights
+        if isinstance(module, Int8Linear):  # has no state dict; these tensors depend on all its weights
             yield f"{name}.int8", torch.stack([module.scales, module.row_sums, module.bias])
 
 
@@ -179,7 +184,7 @@ def _images(
     on_images: Callable[[int], object] | None,
     on_step: StepCallback | None,
 ) -> Iterator[npt.NDArray[np.uint8]]:
-    """Yields the images of a part, batch by batch: (b, H, W, C) uint8."""
+    """Yields the images of a part batch by batch, (b, H, W, C) uint8."""
     rows = plan.rows(part)
     for first in range(0, len(rows), batch_size):
         batch = rows[first : first + batch_size]
@@ -197,12 +202,17 @@ def _images(
 
 
 def _class(pipe: MaskGIT, label: int) -> int | None:
-    """Returns a label as ``generate`` takes it: the null class is None."""
+    """Returns the class of a label for ``generate``, which takes None for the null class."""
     return None if label == len(pipe.class_names) else label
 
 
 class _Work:
-    """The folder of parts beside the file."""
+    """The folder ``FILE.parts`` of the finished parts.
+
+    Args:
+        file: File to write in the end.
+        plan: Plan of all images.
+    """
 
     def __init__(self, file: Path, plan: BulkPlan) -> None:
         self.file, self.plan = file, plan
@@ -221,20 +231,20 @@ class _Work:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"{self.folder}: no such folder can be made ({error}); name another file") from error
+            raise ValueError(f"cannot make the folder {self.folder} ({error}); name another file") from error
         if not os.access(self.folder, os.W_OK):
-            raise ValueError(f"{self.folder}: it cannot be written to; name another file")
+            raise ValueError(f"cannot write to the folder {self.folder}; name another file")
         plan = self.folder / _PLAN
         if not plan.exists():
             with write_atomically(plan) as stream:
                 stream.write(self.plan.text)
-        known = read_plan(plan.read_bytes())  # perhaps another process's, written at the same time
+        known = read_plan(plan.read_bytes())  # another process may have written it in the meantime
         if known is None:
-            raise ValueError(f"{plan}: it is no plan of this version; take {self.folder} away")
+            raise ValueError(f"{plan} is not a plan of this version; delete {self.folder}")
         check_same(self.folder, known, self.plan)
 
     def _check_space(self) -> None:
-        """Checks the room for the missing parts and the file; parts are removed when the file is there."""
+        """Checks the disk space for the missing parts and the file, which exist at the same time until the end."""
         plan = self.plan
         place = next(parent for parent in (self.folder, *self.folder.absolute().parents) if parent.is_dir())
         missing = sum(len(plan.rows(part)) for part in range(plan.num_parts) if not self.part(part).exists())
@@ -243,12 +253,12 @@ class _Work:
         free = shutil.disk_usage(place).free
         if needed > free:
             raise ValueError(
-                f"{self.file}: {needed} bytes of space are needed, for parts and the file, got {free} free; make room, "
-                "or name a file elsewhere"
+                f"{self.file} and its parts need {size_text(needed)} of disk space, {size_text(free)} are free; free "
+                "some, or name a file elsewhere"
             )
 
     def has(self, part: int) -> bool:
-        """Returns whether a part is there, whole, and one of this plan."""
+        """Returns True if a part exists, is not damaged, and belongs to this plan."""
         path = self.part(part)
         if not path.exists():
             return False
@@ -258,7 +268,7 @@ class _Work:
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             known = False
         if not known:
-            _log.warning("%s: not whole, or not of this plan; it is made again", path)
+            _log.warning("%s: damaged or of another plan; generating it again", path)
         return known
 
     def keep(self, part: int, images: npt.NDArray[np.uint8]) -> None:
@@ -267,17 +277,17 @@ class _Work:
             np.savez(stream, images=images, labels=labels, plan=np.array(self.plan.digest))
 
     def finish(self) -> int:
-        """Puts the file together once all parts are there, and removes them; returns the number of missing parts.
+        """Joins the parts to the file and removes them if all are complete; returns the number of missing parts.
 
-        Two processes that do so at once write the same bytes; the slower one finds that nothing is left to do.
+        Two processes that join at the same time write the same bytes. The slower one finds the file complete.
         """
         missing = sum(not self.has(part) for part in range(self.plan.num_parts))
         if missing == 0:
             try:
                 self._put_together()
-            except FileNotFoundError:
+            except FileNotFoundError:  # another process has joined and removed the parts
                 missing = 1
-        if missing and not is_finished(self.file, self.plan):  # else another process was quicker
+        if missing and not is_finished(self.file, self.plan):  # False if another process has written the file
             return missing
         shutil.rmtree(self.folder, ignore_errors=True)
         return 0
@@ -287,7 +297,10 @@ class _Work:
             self._write(stream)
 
     def _write(self, stream: IO[bytes]) -> None:
-        """Writes part by part, so that it takes the memory of one."""
+        """Writes the ``.npz`` file part by part, with the memory of one part.
+
+        numpy writes an array only as a whole, so the zip members and their headers are written here.
+        """
         plan = self.plan
         labels = np.array([plan.label(row) for row in range(plan.count)], dtype=np.int64)
         header = {"descr": "|u1", "fortran_order": False, "shape": (plan.count, *plan.image[:2], _CHANNELS)}
@@ -298,7 +311,7 @@ class _Work:
                 for part in range(plan.num_parts):
                     with np.load(self.part(part), allow_pickle=False) as arrays:
                         images = arrays["images"]
-                    grey = plan.image[2] == 1
+                    grey = plan.image[2] == 1  # (b, H, W, 1) -> (b, H, W, 3)
                     member.write((np.repeat(images, _CHANNELS, axis=-1) if grey else images).tobytes())
             with archive.open(zipfile.ZipInfo("arr_1.npy"), "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, labels, allow_pickle=False)

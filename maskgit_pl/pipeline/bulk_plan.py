@@ -1,4 +1,4 @@
-"""Options of ``generate_many``, and the plan of all images, which each part and the file carry."""
+"""Options of ``generate_many``, and the plan of all images, which every part and the file contain."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from maskgit_pl.pipeline.classes import Classes
 __all__ = ["BulkOptions", "BulkPlan", "check_same", "read_plan"]
 
 _FORMAT, _VERSION = "maskgit_pl.samples", 1
-_SEEDS = 2**32
-_LONGEST_COMMENT = 65535  # of a zip file
+_SEEDS = 2**32  # number of seeds
+_LONGEST_COMMENT = 65535  # bytes of the comment of a zip file, which holds the plan
 
 
 @dataclass(frozen=True, kw_only=True)
 class BulkOptions:
-    """Options of ``generate_many`` beside the settings of decoding.
+    """Options of ``generate_many`` besides the decoding settings.
 
     Args:
         num_images: Number of images, at least 1.
-        classes: Indices or names, over which the images are spread evenly; all classes by default.
+        classes: Indices or names. The images are spread evenly over them. All classes by default.
         seed: Seed of the first image; image i has seed + i.
-        negative_class: Class that guidance pushes away from, an index or a name; by default "no class".
-        part_size: Images of a part, which are in memory at once.
-        batch_size: Images decoded at a time. A resumed run may have another: tokens do not depend on it, pixels up to
-            rounding.
-        rank: Number of this process: it makes the parts rank, rank + world_size, ...
-        world_size: Number of processes that share the work. They need no connection, only the folder.
+        negative_class: Index or name of the class that guidance moves away from; "no class" by default.
+        part_size: Number of images of a part, which are in memory at the same time.
+        batch_size: Number of images decoded at a time. A resumed run may use another: tokens do not depend on it, and
+            pixels differ by rounding only.
+        rank: Index of this process in [0, world_size). It generates the parts rank, rank + world_size, ...
+        world_size: Number of processes that share the work. They share a folder and need no network.
 
     Raises:
         ValueError: if a number is out of range.
@@ -51,32 +51,32 @@ class BulkOptions:
     def __post_init__(self) -> None:
         for name in ("num_images", "part_size", "batch_size", "world_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}: at least 1 is needed, got {getattr(self, name)}")
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if not 0 <= self.rank < self.world_size:
-            raise ValueError(f"rank: a number in [0, {self.world_size}) is needed, the world's size, got {self.rank}")
+            raise ValueError(f"rank must be in [0, {self.world_size}), the world size, got {self.rank}")
         if self.seed < 0 or self.seed + self.num_images > _SEEDS:
             last = self.seed + self.num_images - 1
-            raise ValueError(f"seed: seeds in [0, 2**32) are needed, got {self.seed} to {last}; begin lower")
+            raise ValueError(f"seed and all seeds after it must be in [0, 2**32), got {self.seed} to {last}")
 
 
 @dataclass(frozen=True)
 class BulkPlan:
-    """A description of all images, so that a part is never taken for one of other images.
+    """A description of all images. Parts and files carry it, so that images of different plans are never mixed.
 
     Args:
         count: Number of images, at least 1.
         seed: Seed of the first image.
-        part_size: Images of a part, at least 1; the last one may have fewer.
-        classes: Labels, each at most once; the images are spread over them evenly, class by class.
-        negative_class: The label that guidance pushes away from; None is "no class".
+        part_size: Number of images of a part, at least 1. The last part may have fewer.
+        classes: Labels, each at most once. The images are spread evenly over them, class by class.
+        negative_class: Label that guidance moves away from; None is "no class".
         decoding: ``DecodingConfig`` in plain values.
-        mask_schedule: Mask schedule of the model.
-        image: Height, width and channels.
-        tokenizer: Digest of the tokenizer's weights.
-        transformer: Digest of the transformer's weights.
+        mask_schedule: ``repr`` of the mask schedule of the model.
+        image: (H, W, C) of an image.
+        tokenizer: SHA-256 of the weights of the tokenizer.
+        transformer: SHA-256 of the weights of the transformer.
 
     Raises:
-        ValueError: if a class is named twice, or there are too many for the file.
+        ValueError: if a class is given twice, or there are too many classes for the file.
     """
 
     count: int
@@ -92,32 +92,32 @@ class BulkPlan:
 
     def __post_init__(self) -> None:
         if len(set(self.classes)) != len(self.classes):
-            raise ValueError("classes: each at most once, since images are spread evenly, got one several times")
+            raise ValueError("classes must be different, because the images are spread evenly over them, got one twice")
         if len(self.text) > _LONGEST_COMMENT:
-            raise ValueError(f"classes: fewer are needed, got {len(self.classes)}; make several files")
+            raise ValueError(f"classes must be fewer for one file, got {len(self.classes)}; write several files")
 
     @cached_property
     def text(self) -> bytes:
-        """As JSON: the content of ``plan.json``, and the comment of the finished file."""
+        """The plan as JSON: the content of ``plan.json`` and the comment of the finished file."""
         return json.dumps({"format": _FORMAT, "version": _VERSION, **asdict(self)}).encode()
 
     @property
     def digest(self) -> str:
-        """The sha256 that stands in each of the parts."""
+        """The SHA-256 of ``text``, which every part contains."""
         return hashlib.sha256(self.text).hexdigest()
 
     @property
     def num_parts(self) -> int:
-        """Number of parts."""
+        """The number of parts."""
         return -(-self.count // self.part_size)
 
     @property
     def image_bytes(self) -> int:
-        """Bytes of an image in a part."""
+        """The number of bytes of an image in a part."""
         return self.image[0] * self.image[1] * self.image[2]
 
     def rows(self, part: int) -> range:
-        """Returns the numbers of the images of a part."""
+        """Returns the indices of the images of a part."""
         return range(part * self.part_size, min((part + 1) * self.part_size, self.count))
 
     def label(self, row: int) -> int:
@@ -126,7 +126,7 @@ class BulkPlan:
 
 
 def read_plan(text: bytes) -> dict[str, Any] | None:
-    """Parses a plan of this version; None if it is something else."""
+    """Parses a plan of this version; returns None for any other text."""
     try:
         content = json.loads(text)
     except ValueError:
@@ -136,7 +136,7 @@ def read_plan(text: bytes) -> dict[str, Any] | None:
 
 
 def check_same(place: Path, known: Mapping[str, Any], plan: BulkPlan) -> None:
-    """Refuses to mix images of two plans.
+    """Raises if two plans differ, so that their images are not mixed.
 
     Raises:
         ValueError: if they differ. The message lists each difference as ``key old -> new``.
@@ -146,8 +146,8 @@ def check_same(place: Path, known: Mapping[str, Any], plan: BulkPlan) -> None:
                if old.get(key) != new.get(key)]  # fmt: skip
     if changed:
         raise ValueError(
-            f"{place}: it holds other images, got {', '.join(changed)}; set them back, name another file, or take it "
-            "away"
+            f"{place} holds images of other settings: {', '.join(changed)}. Use the same settings, name another file, "
+            "or delete it"
         )
 
 

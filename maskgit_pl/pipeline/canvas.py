@@ -1,4 +1,7 @@
-"""A canvas of tokens, larger than what the transformer sees, that is filled window by window."""
+"""A canvas of tokens that is larger than the grid of the transformer and is filled window by window.
+
+Used by ``Editor.outpaint`` and ``Editor.panorama``.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,9 @@ class Canvas:
     """The state of a canvas while it is filled.
 
     Attributes:
-        tokens: (B, R, C) int64, 0 where unknown.
-        unknown: (R, C) bool, on the CPU.
-        confidence: (B, R, C) float32, see ``DecodingStep``.
+        tokens: (B, R, C) int64 codes, 0 where unknown.
+        unknown: (R, C) bool on the CPU, True where no window has decided yet.
+        confidence: (B, R, C) float32. See ``DecodingStep``.
     """
 
     tokens: Tensor
@@ -29,21 +32,28 @@ class Canvas:
 
     @classmethod
     def of(cls, tokens: Tensor, unknown: Tensor, *, count: int, device: torch.device) -> Canvas:
-        """Returns ``count`` equal canvases of tokens (R, C) int64, any value where ``unknown`` (R, C) bool."""
+        """Returns ``count`` equal canvases.
+
+        Args:
+            tokens: (R, C) int64, any value where ``unknown``.
+            unknown: (R, C) bool.
+            count: B, the number of canvases.
+            device: Device of the tokens.
+        """
         known = tokens.masked_fill(unknown, 0).to(device)
         every = known.expand(count, *known.shape).clone()
         return cls(every, unknown.clone(), torch.ones(every.shape, device=device))
 
     def window(self, window: Window, *, mask_token_id: int) -> Tensor:
-        """Returns what the transformer sees: (B, h w) int64, ``mask_token_id`` where unknown."""
+        """Returns the input of the transformer: (B, h w) int64, ``mask_token_id`` where unknown."""
         hidden = window.unknown.to(self.tokens.device)
         return self.tokens[window.index].masked_fill(hidden, mask_token_id).flatten(1)
 
     def step(self, window: Window, step: DecodingStep) -> DecodingStep:
-        """Returns a step of a window as one of the whole canvas; tokens of later windows are masked."""
+        """Returns a decoding step of a window as a step of the whole canvas. Tokens of later windows are masked."""
 
         def place(values: Tensor, background: Tensor) -> Tensor:
-            whole = background.clone()
+            whole = background.clone()  # (B, R, C)
             whole[window.index] = window.square(values)
             return whole.flatten(1)
 
@@ -58,9 +68,10 @@ class Canvas:
         )
 
     def keep(self, window: Window, last: DecodingStep) -> None:
-        """Takes the tokens of a window's last step."""
+        """Copies the tokens of the last step of a window to the canvas."""
         self.tokens[window.index] = window.square(last.tokens)
         hidden = window.unknown.to(self.tokens.device)
+        # Tokens that were known before the window keep the confidence of the window that decided them.
         kept = self.confidence[window.index]
         self.confidence[window.index] = window.square(last.confidence).where(hidden, kept)
         self.unknown[window.index[1:]] = False

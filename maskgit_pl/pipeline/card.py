@@ -1,4 +1,4 @@
-"""The model card of a pretrained folder: ``README.md``, drawn from what its ``config.json`` says, which it also writes.
+"""The model card of a pretrained folder: writes ``config.json`` with all facts of the model, and ``README.md`` from it.
 
 Used by ``MaskGIT.save_pretrained``, by training when it exports, and by the commands that measure a run.
 """
@@ -33,8 +33,8 @@ __all__ = ["model_card", "refresh_card", "write_card"]
 
 _log = logging.getLogger(__name__)
 
-_TASK = "unconditional-image-generation"  # the Hub has none for images of classes
-_NAMES_SHOWN = 20
+_TASK = "unconditional-image-generation"  # the Hub has no task for class-conditional images
+_NAMES_SHOWN = 20  # number of class names in the table
 _LONGEST_EXAMPLE = 80  # characters of a class name in the example
 _SHARED_FIGURE = re.compile(
     r"samples\.exported[a-z_]*\.(fid|sfid|kid|is|precision|recall|density|coverage)/([\w.:-]+)", re.ASCII
@@ -52,18 +52,18 @@ def write_card(
     """Writes ``config.json`` and ``README.md`` into a folder that has both stages.
 
     Args:
-        folder: Has ``tokenizer/`` and ``transformer/``.
-        run: The run that made it; None looks beside it (``run_of``).
-        known: Content of an older ``config.json`` of these weights, kept where no run says it anew.
-        license: Of the weights, in the Hub's spelling, such as ``apache-2.0``; None leaves it open.
-        name: The name to load it by on the card, such as ``owner/name``.
+        folder: Folder with ``tokenizer/`` and ``transformer/``.
+        run: Run folder that the weights come from; None looks beside the folder (``run_of``).
+        known: Content of an older ``config.json`` of the same weights. Its facts are kept if there is no run.
+        license: License of the weights as the Hub spells it, such as ``apache-2.0``; None leaves it open.
+        name: Name for ``from_pretrained`` in the example on the card, such as ``owner/name``.
 
     Returns:
         The content of ``config.json``.
 
     Raises:
         FileNotFoundError: if a stage or the run is missing.
-        ValueError: if a file of the folder is not of its format.
+        ValueError: if a file of the folder has another format.
     """
     folder = Path(folder)
     run = run_of(folder) if run is None else Path(run)
@@ -82,9 +82,9 @@ def write_card(
 
 
 def refresh_card(folder: Path) -> None:
-    """Rewrites the card of a run after its figures or its decoding changed; does nothing for other folders.
+    """Rewrites the card of a run after its metrics or decoding settings changed; does nothing for other folders.
 
-    An error becomes a warning: the measurement that came before it must not be lost.
+    An error is logged as a warning, because the measurement before it must not be lost.
     """
     if run_of(folder) is None:
         return
@@ -93,18 +93,18 @@ def refresh_card(folder: Path) -> None:
         written = json.loads(config.read_text()) if config.is_file() else {}
         write_card(folder, license=written.get("license"))
     except Exception as error:
-        _log.warning("%s: no model card (%s: %s)", folder, type(error).__name__, error)
+        _log.warning("%s: cannot write the model card (%s: %s)", folder, type(error).__name__, error)
 
 
 def model_card(folder: Path, content: Mapping[str, Any], *, name: str | None = None) -> str:
-    """Returns the text of ``README.md``, YAML metadata first.
+    """Returns the text of ``README.md``, which begins with the YAML metadata of the Hub.
 
-    Words that came with data or weights (class names, licence, names of runs and recipes) are escaped: they are shown
-    as they are, and are never markup or metadata keys.
+    Words from data or weights (class names, license, names of runs and recipes) are escaped, so that they cannot act
+    as markup or as metadata keys.
 
     Args:
-        folder: Whose classes it names.
-        content: What ``config.json`` holds.
+        folder: Pretrained folder, which names the classes.
+        content: Content of ``config.json``.
         name: See ``write_card``.
     """
     classes: list[str] = read_config(folder / "transformer", "transformer")["class_names"]
@@ -126,15 +126,15 @@ def _metadata(content: Mapping[str, Any]) -> list[str]:
         model_name=(printable(run["name"]) or "MaskGIT") if results else None,
         eval_results=results or None,
     )
-    missing = [] if known else ["# license: to be filled in by who knows it, of the weights and of their data"]
+    missing = [] if known else ["# license: unknown; add the license of the weights and of their data"]
     return ["---", *missing, data.to_yaml(), "---", ""]
 
 
 def _eval_results(run: Mapping[str, Any]) -> Iterator[EvalResult]:
-    """Yields what the Hub lists of a run: figures of images that were decoded as the model is shared.
+    """Yields the metrics that the Hub lists: those of images generated with the settings of the shared model.
 
-    A metric carries the name of its feature network, ``fid/classifier``; only those of Inception have the plain name
-    ``fid`` that other models are listed under. The metric's name states the number of images, which FID depends on.
+    The type of a metric names its feature network, such as ``fid/classifier``. Only metrics of Inception have the plain
+    type ``fid``, with which other models are listed. The name states the number of images, because FID depends on it.
     """
     from huggingface_hub import EvalResult
 
@@ -166,10 +166,12 @@ def _introduction(content: Mapping[str, Any], classes: list[str], name: str) -> 
     shown = ", ".join(markdown(each) for each in classes[:_NAMES_SHOWN])
     more = f" and {len(classes) - _NAMES_SHOWN} more" if len(classes) > _NAMES_SHOWN else ""
     parameters = content["parameters"]
-    how = "tuned for these weights" if content["decoding_is_tuned"] else "as the model was exported"
-    causal = content["attention"] == "causal"
-    kind = "The autoregressive baseline of MaskGIT" if causal else "MaskGIT"
-    steps = "one token after the other" if causal else f"in {content['decoding']['num_steps']} parallel steps"
+    origin = "tuned for these weights" if content["decoding_is_tuned"] else "from the training recipe"
+    is_autoregressive = content["attention"] == "causal"
+    kind = "The autoregressive baseline of MaskGIT" if is_autoregressive else "MaskGIT"
+    steps = (
+        "one token after the other" if is_autoregressive else f"in {content['decoding']['num_steps']} parallel steps"
+    )
     example = python_string(classes[0]) if len(classes[0]) <= _LONGEST_EXAMPLE else "0"
     return [
         f"# {title}",
@@ -183,16 +185,16 @@ def _introduction(content: Mapping[str, Any], classes: list[str], name: str) -> 
         f'pipe.generate([{example}], seed=0)[0].save("image.png")',
         "```",
         "",
-        "| what | |",
+        "| property | value |",
         "|---|---|",
         f"| classes | {shown}{more} |",
-        f"| no class | {'yes: `None`' if content['class_dropout'] else 'none: it was trained without class dropout'} |",
-        f"| tokens of an image | {grid[0]} x {grid[1]}, of {content['codebook_size']} codes |",
+        f"| no class | {'yes, `None`' if content['class_dropout'] else 'no, trained without class dropout'} |",
+        f"| tokens per image | {grid[0]} x {grid[1]}, of {content['codebook_size']} codes |",
         *(f"| parameters, {stage} | {parameters[stage]:,} |" for stage in STAGES),
         f"| attention | {content['attention']} |",
-        *([] if causal else [f"| mask schedule | {_format_value(content['mask_schedule'])} |"]),
-        f"| decoding, {how} | {_format_value(content['decoding'])} |",
-        *(f"| sha256, {stage} | {code_span(content['fingerprints'][stage])} |" for stage in STAGES),
+        *([] if is_autoregressive else [f"| mask schedule | {_format_value(content['mask_schedule'])} |"]),
+        f"| decoding ({origin}) | {_format_value(content['decoding'])} |",
+        *(f"| fingerprint, {stage} | {code_span(content['fingerprints'][stage])} |" for stage in STAGES),
         "",
     ]
 
@@ -208,20 +210,28 @@ def _run(content: Mapping[str, Any]) -> list[str]:
             lines += _row(key, [run[stage][part].get(key) for stage in STAGES])
     measured = run["measured"]
     if measured:
-        how = _format_value({**measured["protocol"], "device": measured.get("device")})
-        lines += ["", "## Measured", "", f"By `maskgit evaluate`: {how}.", "", "| figure | value |", "|---|---|"]
+        protocol = _format_value({**measured["protocol"], "device": measured.get("device")})
+        lines += [
+            "",
+            "## Evaluation",
+            "",
+            f"Measured by `maskgit evaluate`: {protocol}.",
+            "",
+            "| metric | value |",
+            "|---|---|",
+        ]
         lines += [f"| {markdown(key)} | {_format_value(value)} |" for key, value in measured["figures"].items()]
     return [*lines, ""]
 
 
 def _row(title: str, values: list[Any]) -> list[str]:
-    """Returns a row with a cell for each stage; none where neither has a value."""
+    """Returns a table row with a cell for each stage; no row if neither stage has a value."""
     cells = ["" if value is None else _format_value(value) for value in values]
     return [f"| {title} | {' | '.join(cells)} |"] if any(cells) else []
 
 
 def _format_value(value: Any) -> str:
-    """Returns Markdown of a value: four digits, a registered name before its arguments, nothing of what is not set."""
+    """Returns a value as Markdown: floats with four digits, a registered name before its arguments, no None."""
     if isinstance(value, Mapping):
         parts = [
             f"{markdown(key)} {_format_value(part)}"

@@ -1,4 +1,4 @@
-"""Classes as users name them, by index or by name, and the labels that they stand for. Needs no torch."""
+"""Maps classes that a user gives by index or by name to labels. Used by ``MaskGIT`` and the commands, without torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Classes", "class_ids", "parse_class", "parse_classes"]
 
 Classes: TypeAlias = int | str | Sequence[int | str | None]
 
-_MAX_LISTED = 20  # with more classes, an error lists only the nearest names
+_MAX_LISTED = 20  # with more classes, an error lists the nearest names only
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 
 
@@ -22,32 +22,32 @@ def class_ids(classes: Classes, names: Sequence[str], *, null_label: int | None)
     """Returns the labels of classes given by index or by name; None is "no class".
 
     Args:
-        classes: A list, or one index or name.
-        names: Names of all classes.
-        null_label: Label of "no class"; None if the model has none.
+        classes: A list of indices in [0, number of classes), names and None; or a single index or name.
+        names: Names of all classes in order.
+        null_label: Label of "no class"; None if the model was trained without it.
 
     Raises:
-        ValueError: if there are none, one is unknown, a name is that of several classes, or "no class" is asked of a
-            model without it.
+        ValueError: if the list is empty, a class is unknown, a name belongs to several classes, or None is given to
+            a model that was trained without "no class".
         TypeError: if a class is neither an integer nor a string.
     """
-    if isinstance(classes, str | Integral):  # numpy's integers too
+    if isinstance(classes, str | Integral):  # integers of numpy too
         classes = [classes]
     if not isinstance(classes, Iterable):
-        raise TypeError(f"classes: numbers or names are needed, got {classes!r}")
+        raise TypeError(f"classes must be class indices or names, got {classes!r}")
     classes = list(classes)
     if len(classes) == 0:
-        raise ValueError("classes: at least one is needed, got none")
+        raise ValueError("classes must have at least one class, got none")
     return [_class_id(wanted, names, null_label) for wanted in classes]
 
 
 def parse_class(word: str, names: Sequence[str]) -> int | str:
-    """Returns the class that a word of a command line names; names take precedence over indices."""
+    """Returns the class of a command line argument. Class names take precedence over indices."""
     return int(word) if word not in names and _INTEGER.fullmatch(word) else word
 
 
 def parse_classes(text: str, names: Sequence[str], *, max_shown: int) -> list[int | str]:
-    """Returns the classes that a list with commas names; ``all`` is at most ``max_shown``, evenly spread."""
+    """Returns the classes of a comma-separated list. ``all`` gives at most ``max_shown`` classes, evenly spread."""
     if text == "all" and text not in names:
         shown = min(len(names), max_shown)
         return [number * len(names) // shown for number in range(shown)]
@@ -58,16 +58,16 @@ def _class_id(wanted: int | str | None, names: Sequence[str], null_label: int | 
     if wanted is None:
         if null_label is None:
             raise ValueError(
-                "class None: this model has no null class (it was trained with class_dropout 0); name a class"
+                "class must not be None: the model was trained without a null class (class_dropout 0); name a class"
             )
         return null_label
     if isinstance(wanted, str):
         return _find_class(wanted, names)
     if isinstance(wanted, bool) or not hasattr(wanted, "__index__"):
-        raise TypeError(f"class {wanted!r}: a number or a name is needed, got {type(wanted).__name__}")
-    number = wanted.__index__()  # numpy's integers too
+        raise TypeError(f"class must be an index or a name, got {wanted!r} ({type(wanted).__name__})")
+    number = wanted.__index__()  # integers of numpy too
     if not 0 <= number < len(names):
-        raise ValueError(f"class {number}: a number in [0, {len(names)}) or a name is needed")
+        raise ValueError(f"class must be an index in [0, {len(names)}) or a name, got {number}")
     return number
 
 
@@ -78,5 +78,5 @@ def _find_class(wanted: str, names: Sequence[str]) -> int:
         close = difflib.get_close_matches(wanted, names, n=5, cutoff=0.3)
         raise ValueError(f"class {wanted!r}: {nearest(wanted, names if len(names) <= _MAX_LISTED else close)}")
     if len(found) > 1:
-        raise ValueError(f"class {wanted!r}: the name of classes {found}; use one of the numbers")
+        raise ValueError(f"class {wanted!r} is the name of several classes; give one of the indices {found}")
     return found[0]

@@ -1,6 +1,6 @@
-"""The facts that a pretrained folder states in its top-level ``config.json``, gathered from its files and its run's.
+"""Collects the facts in the top-level ``config.json`` of a pretrained folder from its files and from its run.
 
-The model card (``card``) is drawn from them. Used by ``MaskGIT`` and by training when it exports.
+The model card (``card``) shows them. Used by ``MaskGIT`` and by training when it exports.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 STAGES = ("tokenizer", "transformer")
-# Keys of a run's complete recipe that a card shows. The others stand in config.yaml.
+# Keys of the recipe that a card shows. config.yaml of the run has all of them.
 SETTINGS = (
     "trainer.max_steps",
     "trainer.precision",
@@ -53,17 +53,17 @@ SETTINGS = (
 )
 VERSIONS = ("maskgit_pl", "commit", "python", "torch", "lightning", "accelerators", "world_size")
 _PROTOCOL = ("num_images", "num_steps", "seed", "split", "reference")
-_NOT_FIGURES = ("protocol", "model", "environment")  # sections of evaluation.json that say how, not how well
+_NOT_FIGURES = ("protocol", "model", "environment")  # sections of evaluation.json that hold no metrics
 
 
 @dataclass(frozen=True)
 class RunOrigin:
-    """The folder that a pipeline was read from, with what it says beyond weights, for the folder that it is saved to.
+    """The folder that a pipeline was loaded from, whose facts go to the folder that it is saved to.
 
     Args:
-        folder: The folder; None for a pipeline that was built from networks.
-        known: Its ``config.json``; empty where it has none.
-        tuned: How its ``decoding.json`` was found; empty where it has none.
+        folder: Pretrained folder; None for a pipeline that was built from networks.
+        known: Content of its ``config.json``; empty if there is none.
+        tuned: Record of the search in its ``decoding.json``; empty if there is none.
     """
 
     folder: Path | None = None
@@ -72,48 +72,48 @@ class RunOrigin:
 
     @classmethod
     def of(cls, folder: Path, *, tuned: bool) -> RunOrigin:
-        """Reads a folder; older folders have no ``config.json``.
+        """Reads the facts of a pretrained folder. Older folders have no ``config.json``.
 
         Args:
-            folder: The folder.
-            tuned: True if the pipeline decodes by its ``decoding.json``.
+            folder: Pretrained folder.
+            tuned: True if the pipeline uses the settings of its ``decoding.json``.
 
         Raises:
-            ValueError: if a file is not of its format.
+            ValueError: if a file has another format.
         """
         known = read_config(folder, "pipeline") if (folder / "config.json").is_file() else {}
         return cls(folder, known, (_json(folder / "decoding.json").get("tuned") or {}) if tuned else {})
 
     def weights(self) -> dict[str, str]:
-        """Returns the folder's ``fingerprints``; empty without a folder, or after it was removed."""
+        """Returns the ``fingerprints`` of the folder; empty if there is no folder any more."""
         there = self.folder is not None and all((self.folder / stage).is_dir() for stage in STAGES)
         return fingerprints(self.folder) if self.folder is not None and there else {}
 
     def facts(self, weights: Mapping[str, str]) -> Mapping[str, Any]:
-        """Returns the content of ``config.json`` if it is of exactly these weights; otherwise nothing."""
+        """Returns the content of ``config.json`` if it describes exactly these weights, else an empty mapping."""
         return self.known if self.known.get("fingerprints") == weights else {}
 
     def run(self) -> Path | None:
-        """Returns the run that the folder lies in, or None."""
+        """Returns the run folder above the folder, or None."""
         return None if self.folder is None else run_of(self.folder)
 
 
 def fingerprints(folder: Path) -> dict[str, str]:
-    """Returns the sha256, hexadecimal, of the weights of each stage."""
+    """Returns the SHA-256 of the weights of each stage, in hex."""
     return {stage: fingerprint(folder / stage) for stage in STAGES}
 
 
 def run_of(folder: Path) -> Path | None:
-    """Returns the run folder of ``RUN/pretrained``; None for a pretrained folder elsewhere."""
+    """Returns the run folder of ``RUN/pretrained``; None for any other pretrained folder."""
     return folder.parent if (folder.parent / "transformer" / "config.yaml").is_file() else None
 
 
 def describe_folder(folder: Path) -> dict[str, Any]:
-    """Describes a folder that has both stages, in plain values.
+    """Describes a pretrained folder with both stages in plain values.
 
     Raises:
         FileNotFoundError: if a stage is missing.
-        ValueError: if a file is not of its format.
+        ValueError: if a file has another format.
     """
     tokenizer, transformer = (read_config(folder / stage, stage) for stage in ("tokenizer", "transformer"))
     sizes, network = VQGANConfig(**tokenizer["network"]), TransformerConfig(**transformer["network"])
@@ -140,7 +140,7 @@ def describe_folder(folder: Path) -> dict[str, Any]:
 
 
 def _parameters(build: Callable[[], nn.Module]) -> int:
-    with torch.device("meta"):  # shapes only, without memory
+    with torch.device("meta"):  # parameters with shapes only, without memory
         network = build()
     return sum(parameter.numel() for parameter in network.parameters())
 
@@ -152,15 +152,15 @@ def check_run(run: Path) -> None:
         FileNotFoundError: if there is no such folder.
     """
     if not run.is_dir():
-        raise FileNotFoundError(f"run {run}: no such folder; name the one that training wrote, or leave it out")
+        raise FileNotFoundError(f"run {run}: no such folder; name a run folder that training wrote, or leave it out")
 
 
 def describe_run(run: Path, *, weights: Mapping[str, str]) -> dict[str, Any]:
-    """Describes how a run's weights were trained and measured, from those of its files that exist.
+    """Describes the training and the evaluation of a run, from those of its files that exist.
 
     Args:
-        run: ``runs/RUN``.
-        weights: ``fingerprints`` of the folder; figures that were measured with other weights are left out.
+        run: Run folder, ``runs/RUN``.
+        weights: ``fingerprints`` of the pretrained folder. Metrics of other weights are left out.
 
     Raises:
         FileNotFoundError: if there is no such folder.
@@ -171,10 +171,10 @@ def describe_run(run: Path, *, weights: Mapping[str, str]) -> dict[str, Any]:
 
 
 def check_run_facts(run: Any) -> Mapping[str, Any] | None:
-    """Returns what an older ``config.json`` says of a run, after checking that ``describe_run`` could have written it.
+    """Checks the entry ``run`` of an older ``config.json`` and returns it.
 
     Raises:
-        ValueError: if it is of another form.
+        ValueError: if ``describe_run`` could not have written it.
     """
 
     def has(tree: Any, **kinds: type) -> bool:
@@ -184,19 +184,19 @@ def check_run_facts(run: Any) -> Mapping[str, Any] | None:
         return None
     good = has(run, name=str) and all(has(run.get(s), recipe=list, settings=dict, environment=dict) for s in STAGES)
     if not good or (run.get("measured") is not None and not has(run["measured"], protocol=dict, figures=dict)):
-        raise ValueError(f"config.json: run must be as save_pretrained writes it, got {shorten(run)}; leave it out")
+        raise ValueError(f"config.json: run must be an entry that save_pretrained wrote, got {shorten(run)}; delete it")
     return {**run, "measured": run.get("measured")}
 
 
 def _stage(folder: Path) -> dict[str, Any]:
-    """Returns recipe, settings and versions of a stage."""
-    import yaml  # only a run has a recipe; loading a model needs none
+    """Returns the recipe names, settings and versions of a stage of a run."""
+    import yaml  # loading a model without a run does not need yaml
 
     file = folder / "config.yaml"
     recipe = yaml.safe_load(file.read_text()) if file.is_file() else None
     recipe = rename_tree(recipe, f"recipe {file}") if isinstance(recipe, dict) else {}
     values = {key: _value(recipe, key) for key in SETTINGS}
-    if values["data.path"] is not None:  # the card does not publish paths of that machine
+    if values["data.path"] is not None:  # a card must not publish paths of the machine
         values["data.path"] = Path(values["data.path"]).name
     environment = _json(folder / "environment.json")
     return {
@@ -207,11 +207,12 @@ def _stage(folder: Path) -> dict[str, Any]:
 
 
 def _read_figures(file: Path, weights: Mapping[str, str]) -> dict[str, Any] | None:
+    """Returns protocol, device and metrics of ``evaluation.json``; None if it was measured with other weights."""
     metrics = _json(file)
     model = metrics.get("model", {})
     if model.get("tokenizer_fingerprint") != weights["tokenizer"]:
         return None
-    if not weights["transformer"].startswith(model.get("transformer_digest", "")):  # older files do not say it
+    if not weights["transformer"].startswith(model.get("transformer_digest", "")):  # older files have no digest
         return None
     figures = {key: value for key, value in metrics.items() if key not in _NOT_FIGURES}
     protocol = metrics.get("protocol", {})
@@ -223,7 +224,7 @@ def _read_figures(file: Path, weights: Mapping[str, str]) -> dict[str, Any] | No
 
 
 def _figures(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, float]]:
-    """Yields every number of a tree, under its path."""
+    """Yields every number of a tree with its dotted path."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from _figures(value, f"{path}{key}.")
@@ -238,16 +239,16 @@ def _value(tree: Any, path: str) -> Any:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """Returns the mapping that a file holds; an empty one where there is no file."""
+    """Returns the mapping in a JSON file; an empty one if there is no file."""
     try:
         content = json.loads(file.read_text()) if file.is_file() else {}
     except ValueError as error:
-        raise ValueError(f"{file}: not JSON ({error})") from error
+        raise ValueError(f"{file} is not JSON ({error})") from error
     return content if isinstance(content, dict) else {}
 
 
 def _words_after(flag: str, command: list[str]) -> list[str]:
-    """Returns the words that follow a flag of a command line, up to the next flag."""
+    """Returns the arguments of a flag in a command line, up to the next flag."""
     command = [part for word in command for part in (word.split("=", 1) if word.startswith(f"{flag}=") else [word])]
     words = command[command.index(flag) + 1 :] if flag in command else []
     until = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))

@@ -1,4 +1,4 @@
-"""``Editor``: parts of an image generated again, images beyond their borders, panoramas."""
+"""``Editor``: inpainting, class editing, outpainting and panoramas. The base class of ``MaskGIT``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["Editor"]
 
 
 class Editor(Generator):
-    """Generates images of classes, and edits images; arguments as of ``Generator``."""
+    """Generates images of classes, and edits images. See ``Generator`` for the arguments."""
 
     def inpaint(
         self,
@@ -41,7 +41,7 @@ class Editor(Generator):
         output_type: OutputType = "pil",
         **options: Any,
     ) -> Images:
-        """Generates the masked part of images again, one result for each class.
+        """Regenerates the masked part of images, one result for each class.
 
         Example::
 
@@ -49,31 +49,35 @@ class Editor(Generator):
             variants = pipe.inpaint("sneaker.png", "mask.png", classes=["Sneaker"] * 4)
             variants[0].save("inpainted.png")
 
-        The tokens under the mask and their neighbours are decoded again while all others stay; the result is pasted
-        into the image. It depends only on its image, mask, class, seed and the settings.
+        1. Encodes the images, and masks the tokens under the mask and their neighbours.
+        2. Decodes the masked tokens. All other tokens stay.
+        3. Pastes the decoded image into the original along a blurred seam.
+
+        A result depends on its image, mask, class, seed and the settings only, not on the batch.
 
         Args:
-            image: One image for all results, or a list of one for each: files, PIL pictures, or uint8 pixels, a tensor
-                (C, H, W) or an array (H, W) or (H, W, C).
-            mask: One mask or a list, as ``image``: files or pictures, white where pixels are to be generated, or
-                (H, W) bool.
-            classes: Class of each result, an index or a name; None is one result of "no class", for models trained
-                with it.
+            image: One image for all results, or a list with one for each: a file, a PIL image, or uint8 pixels as a
+                tensor (C, H, W) or an array (H, W) or (H, W, C).
+            mask: One mask for all results, or a list with one for each: a file or a PIL image, white where pixels
+                are generated, or (H, W) bool.
+            classes: Class of each result, an index or a name. None gives one result of "no class", if the model was
+                trained with it.
             output_type: See ``generate``.
-            options: Those of ``generate``, and ``dilation``, ``blend`` and ``fit`` of ``EditOptions``. Of T steps the
-                first floor(T / 6) are left out, except for a full mask.
+            options: Options of ``generate``, and ``dilation``, ``blend`` and ``fit`` of ``EditOptions``. The first
+                floor(T / 6) of T steps are skipped, except for a full mask.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if an image or a mask cannot be read, has another size or is empty; a class is unknown; a number
-                is out of range; or a list has another length than ``classes``.
-            TypeError: as ``generate``.
+            ValueError: if an image or a mask cannot be read, has another size or is empty, a class is unknown, a number
+                is out of range, or the length of a list differs from that of ``classes``.
+            TypeError: see ``generate``.
 
-        Source: paper, section on class-conditional image editing; released code, its functions for editing.
+        Source: paper, section on class-conditional image editing; released code, its editing functions.
         """
         self.transformer.schedule_for("inpaint")
         read, request = self._edit_request(classes, output_type, options)
         count, config = len(request.labels), self.transformer.network.config
+        # 1. (n, C, H, W) pixels -> (n, N) tokens, then one row for each result.
         edits = Edit.all_of(image, mask, count=count, tokenizer=self.tokenizer, options=read)
         originals = torch.stack([edit.original for edit in edits])
         tokens = self.tokenizer.encode(originals, batch_size=request.batch_size)
@@ -81,6 +85,7 @@ class Editor(Generator):
             edits, tokens = edits * count, tokens.expand(count, -1)
         unknown = torch.stack([edit.unknown.flatten() for edit in edits])
         tokens = tokens.masked_fill(unknown, config.mask_token_id)
+        # 2. Rows with the same first step are decoded together.  3. Each is pasted into its original.
         results = torch.empty(count, *edits[0].original.shape, dtype=torch.uint8)
         first_steps = [editing.first_step(edit.unknown, num_steps=request.decoding.num_steps) for edit in edits]
         for first_step, rows in rows_by_first_step(first_steps, request.batch_size):
@@ -99,7 +104,7 @@ class Editor(Generator):
         output_type: OutputType = "pil",
         **options: Any,
     ) -> Images:
-        """Turns what is in a box or under a mask into something of another class; everything else stays.
+        """Turns what is in a box or under a mask into another class. The rest of the image stays.
 
         Example::
 
@@ -108,23 +113,23 @@ class Editor(Generator):
             boots[0].save("boot.png")
 
         Args:
-            image: A file, a PIL picture or pixels, as of ``inpaint``.
-            region: (left, top, right, bottom) in pixels of the image, or a mask as of ``inpaint``.
-            class_: Index or name.
-            variants: Number of results; variant i has seed + i.
+            image: A file, a PIL image or uint8 pixels. See ``inpaint``.
+            region: (left, top, right, bottom) in pixels of the image, or a mask. See ``inpaint``.
+            class_: Index or name of the class.
+            variants: Number of results, at least 1. Variant i has seed + i.
             output_type: See ``generate``.
             options: See ``inpaint``.
 
         Raises:
-            ValueError: if the box is empty or not within the image, or as ``inpaint``.
+            ValueError: if the box is empty or not within the image. See also ``inpaint``.
             FileNotFoundError: if there is no such file.
-            TypeError: as ``inpaint``.
+            TypeError: see ``inpaint``.
 
         Source: paper, section on class-conditional image editing.
         """
         self.transformer.schedule_for("edit_class")
         if variants < 1:
-            raise ValueError(f"variants: at least 1 is needed, got {variants}")
+            raise ValueError(f"variants must be >= 1, got {variants}")
         mask: MaskLike = cast("MaskLike", region)
         if isinstance(region, list | tuple):
             image = editing.image_pixels(image, channels=self.tokenizer.network.config.in_channels)
@@ -151,27 +156,30 @@ class Editor(Generator):
             pipe = MaskGIT.from_pretrained("pretrained/places512")
             wide = pipe.outpaint("landscape.png", right=256)
 
-        The image's tokens lie on a larger canvas, which is filled window by window; then it is decoded to pixels at
-        once, and the image pasted back.
+        1. Places the tokens of the image on a larger canvas.
+        2. Fills the canvas window by window; each window overlaps known tokens.
+        3. Decodes the whole canvas to pixels, and pastes the original image into it.
 
         Args:
-            image: A file, a PIL picture or pixels, as of ``inpaint``; of any size, smaller or larger than the model's.
-            left: Pixels to add on this side. All four, and the image's own size, are multiples of a token's edge, and
-                the result is at least as large as the model's images.
-            right: As ``left``.
-            up: As ``left``.
-            down: As ``left``.
+            image: A file, a PIL image or uint8 pixels (see ``inpaint``), smaller or larger than the images of the
+                model.
+            left: Pixels to add on the left. All four numbers and the size of the image are multiples of the pixels of
+                a token, and the result is at least as large as the images of the model.
+            right: Pixels to add on the right.
+            up: Pixels to add above.
+            down: Pixels to add below.
             classes: See ``inpaint``.
-            overlap: Share of a window that is known before it is decoded, in (0, 1), as far as there is that much.
+            overlap: Fraction of a window that is known before it is decoded, in (0, 1); less if no window has so many
+                known tokens.
             output_type: See ``generate``.
-            options: Those of ``inpaint`` without ``fit``; ``dilation``, 0 by default, is the number of the image's
-                tokens along the border that are decoded again. With ``blend=0`` all pixels of the image stay.
+            options: Options of ``inpaint`` without ``fit``. ``dilation``, 0 by default, is the number of tokens along
+                the border of the image that are decoded again. With ``blend=0`` all pixels of the image stay.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if it is not an image, nothing is to be added, sizes are not whole tokens, a class is unknown,
-                or a number is out of range.
-            TypeError: as ``generate``.
+            ValueError: if the file is not an image, all sides are 0, a size is not a multiple of the pixels of a token,
+                a class is unknown, or a number is out of range.
+            TypeError: see ``generate``.
 
         Source: paper, Figure 1 and Table 2.
         """
@@ -181,10 +189,13 @@ class Editor(Generator):
         pixels = editing.image_pixels(image, channels=self.tokenizer.network.config.in_channels)
         added = Margins(left, right, up, down)
         added.check(pixels.shape[-2:], factor=factor, least=size)
+        # 1. (H, W) pixels -> (R, C) canvas of tokens, unknown outside the image.
         mask = added.outside(*pixels.shape[-2:])
         unknown = editing.token_mask(mask, factor=factor, dilation=read.dilation or 0)
         tokens = added.pad(self._encode_within(pixels, added), size=factor)
+        # 2. (n, C, H, W): the filled canvases as pixels.
         filled = self._fill(request, tokens, unknown, overlap)
+        # 3. The weight is 1 outside the image and 0 inside, with a blurred edge.
         weight = editing.seam(mask, radius=editing.seam_radius(size) if read.blend is None else read.blend)
         original = added.pad(pixels, size=1)
         return as_output(output_type, torch.stack([editing.composite(original, edited, weight) for edited in filled]))
@@ -199,7 +210,7 @@ class Editor(Generator):
         output_type: OutputType = "pil",
         **options: Any,
     ) -> Images:
-        """Generates images of any width with a window that slides over them, one for each class.
+        """Generates images of any width window by window, one for each class.
 
         Example::
 
@@ -208,15 +219,16 @@ class Editor(Generator):
 
         Args:
             classes: See ``generate``.
-            width: In pixels; a multiple of a token's edge, at least the model's image size.
-            height: In pixels, as ``width``; the model's image size by default.
+            width: Width in pixels, a multiple of the pixels of a token, at least the image size of the model.
+            height: Height in pixels, with the same rule; the image size of the model by default.
             overlap: See ``outpaint``.
             output_type: See ``generate``.
             options: See ``generate``.
 
         Raises:
-            ValueError: if sizes are not whole tokens or too small, a class is unknown, or a number is out of range.
-            TypeError: as ``generate``.
+            ValueError: if a size is too small or not a multiple of the pixels of a token, a class is unknown, or a
+                number is out of range.
+            TypeError: see ``generate``.
 
         Source: paper, Figure 1.
         """
@@ -239,50 +251,58 @@ class Editor(Generator):
         return read, self._request([None] if classes is None else classes, read, decoding)
 
     def _fill(self, request: Request, tokens: Tensor, unknown: Tensor, overlap: float) -> Tensor:
-        """Fills a canvas window by window.
+        """Fills a canvas window by window, and decodes it to pixels.
+
+        1. Places the known tokens on a canvas for each result of a batch.
+        2. For each window: decodes its unknown tokens with the known ones as context, and copies them to the canvas.
+        3. Decodes the tokens of the whole canvas.
 
         Args:
-            request: Labels, seeds and decoding.
+            request: Labels, seeds and decoding settings.
             tokens: (R, C) int64, any value where ``unknown``.
             unknown: (R, C) bool.
             overlap: See ``outpaint``.
 
         Returns:
-            (n, C, H, W) uint8: an image for each result.
+            (n, C, H, W) uint8, an image for each result.
         """
         config = self.transformer.network.config
         editing.check_overlap(overlap)
         filled = []
         for rows in request.batches():
+            # 1. (B, R, C) tokens.
             canvas = Canvas.of(tokens, unknown, count=len(rows), device=self.device)
             seeds = torch.tensor(request.part(rows).seeds)
             for number, window in enumerate(editing.windows(unknown, size=config.grid, overlap=overlap)):
                 first = editing.first_step(window.unknown, num_steps=request.decoding.num_steps)
                 known = canvas.window(window, mask_token_id=config.mask_token_id)
-                # each window has noise of its own, or they would repeat one another
+                # 2. Each window has its own noise: with the same noise, windows would repeat one another.
                 own = seeds if number == 0 else random_bits("window", seed=seeds, index=number)[:, 0]
                 part = request.part(rows, seeds=own.tolist())
-                start = None if bool(window.unknown.all()) else known
+                start = None if bool(window.unknown.all()) else known  # None: a window without context
                 for step in self._decode(part, range(len(rows)), tokens=start, first_step=first):
                     on_canvas = canvas.step(window, step)
                     if request.callback is not None:
                         request.callback(on_canvas)
                 canvas.keep(window, step)
+            # 3. (B, R C) tokens -> (B, C, H, W) pixels. The grid is not that of the model's images.
             filled.append(self.tokenizer.decode(canvas.tokens.flatten(1), grid=(unknown.shape[0], unknown.shape[1])))
         return torch.cat(filled)
 
     def _encode_within(self, pixels: Tensor, added: Margins) -> Tensor:
-        """Encodes an image that is to be extended: (C, H, W) uint8 -> tokens (h, w) int64 on the CPU.
+        """Encodes an image that will be extended: (C, H, W) uint8 -> tokens (h, w) int64 on the CPU.
 
-        Its last pixels are repeated beyond the borders before it is encoded, so that the tokens at a border are those
-        of a place in the middle of a picture. Otherwise, what is decoded next to them is too bright or too dark.
+        The pixels at the border are repeated outwards before the image is encoded. Its border tokens then look like
+        tokens inside an image. Without this, pixels that are decoded next to them are too bright or too dark.
         """
         config = self.tokenizer.network.config
         factor = config.downsampling_factor
+        # Half an image of repeated pixels, in whole tokens, is enough context on each side.
         around = added.at_most(self.tokenizer.image_size // 2 // factor * factor)
         repeated = around.pad(pixels.float(), size=1, mode="replicate").to(pixels.dtype)
         tokens = self.tokenizer.encode(repeated[None])
         rows, columns = config.grid((repeated.shape[-2], repeated.shape[-1]))
         grid = rearrange(tokens, "1 (h w) -> h w", h=rows)
+        # Keeps the tokens of the image itself.
         left, right, up, down = (side // factor for side in around.sides)
         return grid[up : rows - down, left : columns - right]

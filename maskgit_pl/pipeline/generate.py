@@ -1,4 +1,4 @@
-"""``Generator``: images of classes from a tokenizer and a transformer. ``MaskGIT`` also edits, and is shared."""
+"""``Generator``: generates images of classes with a tokenizer and a transformer. The base class of ``Editor``."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Generator:
     Args:
         tokenizer: Decodes tokens to images.
         transformer: Predicts the tokens of a class.
-        decoding: Way of decoding in place of the transformer's own.
+        decoding: Decoding settings; by default those that were exported with the transformer.
 
     Raises:
         ValueError: if the transformer was trained on the tokens of another tokenizer.
@@ -66,9 +66,9 @@ class Generator:
     ) -> None:
         if transformer.tokenizer_fingerprint != tokenizer.fingerprint:
             raise ValueError(
-                "transformer: it knows the tokens of the tokenizer with fingerprint "
-                f"{transformer.tokenizer_fingerprint[:12]}, got one with {tokenizer.fingerprint[:12]}; "
-                "use the tokenizer it was trained with, or train it again on this one"
+                "transformer must be used with the tokenizer that it was trained with, whose fingerprint is "
+                f"{transformer.tokenizer_fingerprint[:12]}, got {tokenizer.fingerprint[:12]}; load that tokenizer, or "
+                "train the transformer on this one"
             )
         self.tokenizer = tokenizer
         self.transformer = transformer
@@ -82,12 +82,12 @@ class Generator:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names of the classes; class i is ``class_names[i]``."""
+        """The names of the classes in the order of their indices."""
         return self.transformer.class_names
 
     @property
     def decoding(self) -> DecodingConfig:
-        """The way images are decoded unless a call says otherwise."""
+        """The default decoding settings of ``generate`` and the editing methods."""
         return self._decoding or self.transformer.decoding
 
     @property
@@ -97,7 +97,7 @@ class Generator:
 
     @property
     def outline(self) -> Outline:
-        """The facts of the model by which a request is checked: classes, sizes and decoding."""
+        """The classes, sizes and default settings of the model, by which a request is checked."""
         config, tokenizer = self.transformer.network.config, self.tokenizer
         return Outline(
             self.class_names,
@@ -114,14 +114,14 @@ class Generator:
         """Moves both networks, and casts them if a ``dtype`` is given.
 
         Args:
-            device: Such as ``cpu``, ``cuda`` or ``cuda:1``.
-            dtype: Such as ``torch.bfloat16``; None keeps the type.
+            device: Device such as ``cpu``, ``cuda`` or ``cuda:1``.
+            dtype: Type of the weights such as ``torch.bfloat16``; None keeps it.
 
         Returns:
-            The pipeline itself.
+            The pipeline itself, for chaining.
 
         Raises:
-            ValueError: if there is no such device here, or the transformer is in int8.
+            ValueError: if the device is not available, or the transformer is in int8.
         """
         if str(device) != "cpu" or dtype is not None:
             self._check_not_int8("moved or cast")
@@ -143,23 +143,26 @@ class Generator:
     def generate(self, classes: Classes, *, output_type: OutputType = "pil", **options: Any) -> Images:
         """Generates one image for each class.
 
-        An image depends only on its class, its seed and the settings, not on the batch that it is decoded in. An
-        autoregressive model draws one token a step; it takes guidance and how codes are sampled, and refuses settings
-        that say in which order or how many at a time.
+        An image depends on its class, its seed and the settings only, not on the batch that it is decoded in. An
+        autoregressive model draws one token per step. It takes guidance, ``sampling_temperature``, ``top_k`` and
+        ``top_p``, and refuses settings of parallel decoding.
 
         Args:
-            classes: Indices in [0, number of classes) or names, in a list or a single one; None in a list is "no
+            classes: Indices in [0, number of classes) or names, as a list or a single one. None in a list is "no
                 class", if the model was trained with it.
-            output_type: ``"pil"``: grey or RGB pictures; ``"pt"``: (n, C, H, W) uint8 on the CPU; ``"np"``:
+            output_type: ``"pil"`` for grey or RGB PIL images, ``"pt"`` for (n, C, H, W) uint8 on the CPU, ``"np"`` for
                 (n, H, W, C) uint8.
-            options: ``seed``, ``batch_size``, ``callback`` and others of ``GenerateOptions``; ``decoding``, a whole
-                ``DecodingConfig``; and settings that replace parts of it: ``num_steps`` and all other fields of
-                ``DecodingConfig``, ``guidance_scale``, ``choice_temperature``.
+            options: ``seed``, ``batch_size``, ``callback`` and ``negative_classes`` (see ``GenerateOptions``);
+                ``decoding``, a ``DecodingConfig``; and single settings that override it: its fields such as
+                ``num_steps``, ``guidance_scale`` and ``choice_temperature``.
+
+        Returns:
+            n images in the form of ``output_type``.
 
         Raises:
             ValueError: if a class is unknown or a number is out of range.
-            TypeError: if a class is neither a number nor a name, an option is unknown, or a schedule does not take a
-                setting.
+            TypeError: if a class is neither an index nor a name, an option is unknown, or a plug-in does not take an
+                argument.
         """
         check_output_type(output_type)
         read, decoding = read_options(GenerateOptions, options, self.decoding)
@@ -168,45 +171,45 @@ class Generator:
         return as_output(output_type, torch.cat(parts))
 
     def steps(self, classes: Classes, *, seed: Seeds = 0, **options: Any) -> Iterator[DecodingStep]:
-        """Yields the decoding steps of one batch, for pictures of them; arguments as of ``generate``.
+        """Yields the decoding steps of one batch. See ``generate`` for the arguments.
 
-        ``pipe.tokenizer.decode(step.tokens)`` is the image at a step.
+        ``pipe.tokenizer.decode(step.tokens)`` gives the images at a step.
         """
         read, decoding = read_options(GenerateOptions, {"seed": seed, **options}, self.decoding)
         request = self._request(classes, read, decoding)
         return self._decode(request, range(len(request.labels)))
 
     def class_ids(self, classes: Classes) -> list[int]:
-        """Returns the labels of classes given by index or by name; None is "no class"; errors as of ``generate``."""
+        """Returns the labels of classes given by index or by name. None is "no class". See ``generate`` for errors."""
         return self.outline.class_ids(classes)
 
     def decoding_with(self, **settings: Any) -> DecodingConfig:
-        """Returns the model's own way of decoding with some settings replaced; names as of ``generate``.
+        """Returns the default decoding settings with some of them replaced. See ``generate`` for their names.
 
         Raises:
-            TypeError: if there is no such setting.
+            TypeError: if a setting is unknown.
             ValueError: if a value is out of range.
         """
         return self.outline.decoding_with(**settings)
 
     def check_decoding(self, decoding: DecodingConfig) -> None:
-        """Refuses, before time is spent, a way of decoding that the model cannot follow.
+        """Checks that the model can use decoding settings.
 
-        Guidance without a null class is not refused: with negative classes there is no need of it.
+        Guidance of a model without a null class passes, because it works with negative classes.
 
         Raises:
-            TypeError: if a part does not take its arguments.
-            ValueError: if a name is unknown, a number is out of range, there are more steps than tokens, or an
-                autoregressive model cannot follow.
+            TypeError: if a plug-in does not take an argument.
+            ValueError: if a name is unknown, a number is out of range, there are more steps than tokens, or a setting
+                of parallel decoding is given to an autoregressive model.
         """
         self.outline.check_decoding(decoding)
         num_tokens, schedule = self.transformer.network.config.num_tokens, self.transformer.mask_schedule
         if schedule is not None:
-            decoding.build_decoder(schedule).plan([num_tokens], num_tokens)  # a plug-in may refuse its counts
+            decoding.build_decoder(schedule).plan([num_tokens], num_tokens)  # the counts of a plug-in may be wrong
 
     def _check_not_int8(self, what: str) -> None:
         if any(isinstance(module, Int8Linear) for module in self.transformer.network.modules()):
-            raise ValueError(f"pipeline in int8: it cannot be {what}; take the one that quantize() was called on")
+            raise ValueError(f"a pipeline in int8 cannot be {what}; use the pipeline that quantize() was called on")
 
     def _request(self, classes: Classes, options: GenerateOptions, decoding: DecodingConfig) -> Request:
         return Request.of(classes, options, decoding, class_ids=self.class_ids)
@@ -214,7 +217,14 @@ class Generator:
     def _decode(
         self, request: Request, rows: Sequence[int], *, tokens: Tensor | None = None, first_step: int = 0
     ) -> Iterator[DecodingStep]:
-        """Decodes some of the results; ``tokens`` (len(rows), N) int64 to start from."""
+        """Yields the decoding steps of some results.
+
+        Args:
+            request: Labels, seeds and decoding settings of all results.
+            rows: Indices of the B results to decode.
+            tokens: (B, N) int64 to start from; None starts from masked tokens only.
+            first_step: First step in [0, T).
+        """
         network, part = self.transformer.network, request.part(rows)
         scales, negative_labels = part.decoding.scales(), part.negative_labels
         if isinstance(network, AutoregressiveTransformer):
@@ -245,7 +255,7 @@ class Generator:
         )
 
     def _images(self, steps: Iterator[DecodingStep], callback: StepCallback | None) -> Tensor:
-        """Returns the images of the last step: (B, C, H, W) uint8 on the CPU."""
+        """Returns the images of the last step, (B, C, H, W) uint8 on the CPU."""
         for step in steps:
             if callback is not None:
                 callback(step)

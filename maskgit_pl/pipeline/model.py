@@ -1,4 +1,4 @@
-"""``MaskGIT``: generates and edits images of classes, is read from a folder or the Hub and written to it."""
+"""``MaskGIT``: the pipeline that users load, from a run, a folder or the Hub, and save or share."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class MaskGIT(Editor):
     Args:
         tokenizer: Encodes images to tokens and decodes tokens to images.
         transformer: Predicts the tokens of a class.
-        mask_schedule: Name or mapping of the transformer's mask schedule, as in a recipe, None for an autoregressive
-            one; ``save_pretrained`` writes it.
-        decoding: Way of decoding in place of the transformer's own.
+        mask_schedule: Name or mapping of the mask schedule of the training, which ``save_pretrained`` writes; None for
+            an autoregressive model.
+        decoding: Decoding settings; by default those that were exported with the transformer.
 
     Raises:
         ValueError: if the transformer was trained on the tokens of another tokenizer.
@@ -74,21 +74,21 @@ class MaskGIT(Editor):
         token: str | bool | None = None,
         decoding: DecodingConfig | Path | str | None = None,
     ) -> MaskGIT:
-        """Reads the model of a run, a folder with ``tokenizer`` and ``transformer``, or a repository of the Hub.
+        """Loads the model of a run, a pretrained folder, or a repository of the Hugging Face Hub.
 
         Args:
-            path_or_hub_id: A run folder (``runs/RUN``), a pretrained folder, or ``owner/name``; nothing of what is
-                fetched is executed.
-            revision: Branch, tag or commit of a repository, as of ``sharing.find_folder``.
-            cache_dir: Folder of fetched files, as of ``sharing.find_folder``.
-            local_files_only: True looks only in the cache, as of ``sharing.find_folder``.
-            token: For repositories that are not public, as of ``sharing.find_folder``.
-            decoding: Way of decoding unless ``generate`` is told otherwise, or a file that says so; by default the
-                folder's ``decoding.json`` if it was tuned, else as the transformer was exported.
+            path_or_hub_id: Run folder (``runs/RUN``), folder with ``tokenizer/`` and ``transformer/``, or
+                ``owner/name`` on the Hub. Downloaded files are read as data and never executed.
+            revision: Branch, tag or commit of a repository; its main branch by default.
+            cache_dir: Folder of downloaded files; the cache of the Hub by default.
+            local_files_only: True reads only from the cache.
+            token: Access token for repositories that are not public; True is the token of ``hf auth login``.
+            decoding: Default decoding settings, or a file with them. Without it, those of ``decoding.json`` in the
+                folder (``maskgit tune`` writes it), else those exported with the transformer.
 
         Raises:
             FileNotFoundError: if a folder, repository or file is missing.
-            ValueError: if a folder is not what it should be, or the two do not belong together.
+            ValueError: if a file is damaged, or the transformer was trained with another tokenizer.
         """
         folder = find_folder(
             path_or_hub_id, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
@@ -113,14 +113,14 @@ class MaskGIT(Editor):
         license: str | None = None,  # noqa: A002  # the Hub's word
         name: str | None = None,
     ) -> None:
-        """Writes what ``from_pretrained`` reads, ``config.json`` and a model card.
+        """Writes the files that ``from_pretrained`` reads, ``config.json`` and a model card.
 
         Args:
-            folder: The folder; an older pipeline in it is replaced.
-            run: The run that made the weights, for the card; by default the one that they were read from, if they are
-                still the same.
-            license: License of the weights, as the Hub spells it; left open in the card if nobody knows it.
-            name: Name to load it by, for the card, such as ``owner/name``.
+            folder: Folder to write. A pipeline in it is replaced.
+            run: Run folder that the weights come from, for the card; by default the run that they were loaded from, if
+                they have not changed.
+            license: License of the weights as the Hub spells it; None leaves it open in the card.
+            name: Name for ``from_pretrained`` in the card, such as ``owner/name``.
 
         Raises:
             FileNotFoundError: if there is no such run.
@@ -153,21 +153,21 @@ class MaskGIT(Editor):
         run: Path | str | None = None,
         license: str | None = None,  # noqa: A002  # the Hub's word
     ) -> str:
-        """Uploads what ``save_pretrained`` writes to a repository of the Hub.
+        """Uploads the files of ``save_pretrained`` to a repository of the Hub.
 
         Args:
-            hub_id: ``owner/name``; it is made if it does not exist.
-            private: True makes a new repository private; None is the owner's default.
-            token: Token of the owner; the one that was logged in with by default.
+            hub_id: Repository ``owner/name``, which is created if it does not exist.
+            private: True creates a private repository; None is the default of the owner.
+            token: Access token of the owner; the token of ``hf auth login`` by default.
             run: See ``save_pretrained``.
             license: See ``save_pretrained``.
 
         Returns:
-            The repository's address.
+            URL of the repository.
 
         Raises:
-            ValueError: if it is not ``owner/name``.
-            ConnectionError: if the Hub cannot be reached or refuses.
+            ValueError: if ``hub_id`` is not ``owner/name``.
+            ConnectionError: if the Hub cannot be reached or refuses the upload.
         """
         check_hub_id(hub_id)
         with TemporaryDirectory() as folder:
@@ -175,12 +175,12 @@ class MaskGIT(Editor):
             return upload(Path(folder), hub_id, private=private, token=token)
 
     def quantize(self) -> MaskGIT:
-        """Returns the same pipeline on a CPU with a transformer of 8-bit linear layers: approximate, and faster.
+        """Returns the pipeline with 8-bit linear layers in the transformer, which is approximate and faster on a CPU.
 
-        It shares the tokenizer with this one, and can be neither moved nor saved.
+        The new pipeline shares the tokenizer with this one. It can be neither moved nor saved.
 
         Raises:
-            ValueError: if the networks are not on the CPU, or torch has no 8-bit products.
+            ValueError: if the networks are not on the CPU, or torch has no 8-bit matrix product.
         """
         transformer = replace(self.transformer, network=int8.quantize(self.transformer.network))
         made = MaskGIT(self.tokenizer, transformer, mask_schedule=self._mask_schedule_spec, decoding=self._decoding)
@@ -188,7 +188,7 @@ class MaskGIT(Editor):
         return made
 
     def __repr__(self) -> str:
-        """Returns what the model is, in one line."""
+        """Returns classes, image size, tokens, steps and device in one line."""
         tokenizer, transformer = self.tokenizer.network.config, self.transformer.network.config
         size, (rows, columns) = self.tokenizer.image_size, transformer.grid
         colours = "grey" if tokenizer.in_channels == 1 else "RGB"

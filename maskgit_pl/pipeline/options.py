@@ -1,7 +1,7 @@
-"""Options of ``MaskGIT``'s methods: names, types, and the checks that come before any work.
+"""Options of the methods of ``MaskGIT``: their names, types and checks.
 
-A method takes the options of its dataclass and the settings of ``DecodingConfig`` as keyword arguments. torch is
-imported only by ``as_output``: the command line makes the same checks before it loads anything.
+A method takes the fields of its options class and the decoding settings as keyword arguments. Only ``as_output``
+imports torch, so that the command line can make the same checks before it loads a model.
 """
 
 from __future__ import annotations
@@ -53,19 +53,19 @@ _ARGUMENTS = {
     "choice_temperature": ("token_selector", "choice_temperature", "[0, inf)"),
 }
 SETTINGS = (*(field.name for field in dataclasses.fields(DecodingConfig)), *_ARGUMENTS)
-"""Names of all settings of decoding: the fields of ``DecodingConfig``, ``guidance_scale``, ``choice_temperature``."""
+"""The names of all decoding settings: the fields of ``DecodingConfig``, ``guidance_scale``, ``choice_temperature``."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
-    """Options of a generation beside the settings of decoding.
+    """Options of ``MaskGIT.generate`` besides the decoding settings.
 
     Args:
-        seed: Result i has seed + i; or one seed for each, in [0, 2**32).
-        negative_classes: Classes that guidance pushes away from: one for all results, or one for each, an index or a
-            name; "no class" by default.
-        batch_size: Results decoded at a time, at least 1; it changes no result.
-        callback: Called after each step of each batch.
+        seed: Seed of the first result in [0, 2**32), result i has seed + i; or a list with one seed for each.
+        negative_classes: Index or name of the class that guidance moves away from, or a list with one for each result;
+            "no class" by default.
+        batch_size: Number of results decoded at a time, at least 1. It changes no token.
+        callback: Called after each decoding step of each batch.
 
     Raises:
         ValueError: if ``batch_size`` is below 1.
@@ -78,19 +78,19 @@ class GenerateOptions:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
-            raise ValueError(f"batch_size: at least 1 is needed, got {self.batch_size}")
+            raise ValueError(f"batch_size must be >= 1, got {self.batch_size}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EditOptions(GenerateOptions):
-    """Options of an edit beside the settings of decoding.
+    """Options of the editing methods besides the decoding settings.
 
     Args:
-        dilation: Tokens by which the region grows on each side, at least 0. By default 1 inside an image, as in the
-            released code (the seam then lies outside of the mask), and 0 beyond its borders.
-        blend: Blur of the seam in pixels; 0 leaves every pixel outside of the region as it was, bit by bit. None is
-            the released code's, ``editing.seam_radius``.
-        fit: True cuts images and masks of another size to the square in the middle and resizes it.
+        dilation: Number of tokens by which the region grows on each side, at least 0. By default 1 inside an image, as
+            in the released code (the seam then lies outside the mask), and 0 beyond its borders.
+        blend: Standard deviation of the blur of the seam in pixels. 0 keeps every pixel outside the region bit by bit.
+            None is the blur of the released code, ``editing.seam_radius``.
+        fit: True crops images and masks of another size to the central square and resizes it.
     """
 
     dilation: int | None = None
@@ -99,18 +99,18 @@ class EditOptions(GenerateOptions):
 
 
 def read_options(kind: type[Options], given: Mapping[str, Any], own: DecodingConfig) -> tuple[Options, DecodingConfig]:
-    """Splits keyword arguments into options and settings of decoding.
+    """Splits keyword arguments into options and decoding settings.
 
     Args:
         kind: Dataclass of the options.
-        given: Fields of ``kind``, names of ``SETTINGS``, and ``decoding``.
-        own: The model's own decoding; the settings replace parts of it.
+        given: Keyword arguments: fields of ``kind``, names of ``SETTINGS``, and ``decoding``.
+        own: Default decoding settings of the model.
 
     Returns:
-        The options, and how to decode.
+        The options and the decoding settings.
 
     Raises:
-        TypeError: if a name is none of them. The message names the nearest one.
+        TypeError: if a name is unknown. The message names the nearest one.
         ValueError: if a value is out of range.
     """
     names = [field.name for field in dataclasses.fields(kind)]
@@ -120,16 +120,17 @@ def read_options(kind: type[Options], given: Mapping[str, Any], own: DecodingCon
 
 
 def replace_settings(own: DecodingConfig, settings: Mapping[str, Any]) -> DecodingConfig:
-    """Returns a way of decoding with some settings replaced.
+    """Returns decoding settings with some of them replaced.
 
-    ``tokens_per_step`` without ``num_steps`` sets both; another ``num_steps`` without a list removes that of ``own``.
+    ``tokens_per_step`` without ``num_steps`` sets both. A new ``num_steps`` without ``tokens_per_step`` removes that of
+    ``own``, which has another length.
 
     Args:
-        own: What is replaced.
-        settings: Values by names of ``SETTINGS``; None keeps the setting. ``decoding`` stands in place of ``own``.
+        own: Settings to start from.
+        settings: New values by the names of ``SETTINGS``. None keeps a setting. ``decoding`` replaces ``own``.
 
     Raises:
-        TypeError: if there is no such setting.
+        TypeError: if a setting is unknown.
         ValueError: if a value is out of range.
     """
     _check_names(settings, [*SETTINGS, "decoding"])
@@ -139,6 +140,7 @@ def replace_settings(own: DecodingConfig, settings: Mapping[str, Any]) -> Decodi
         given.setdefault("num_steps", len(given["tokens_per_step"]))
     elif given.get("num_steps", config.num_steps) != config.num_steps:
         given["tokens_per_step"] = None
+    # guidance_scale and choice_temperature are arguments of plug-ins: they go into the spec of the plug-in.
     for name, (part, argument, interval) in _ARGUMENTS.items():
         if name in given:
             value = check_number(name, given.pop(name), interval)
@@ -156,7 +158,7 @@ def _with_argument(spec: str | dict[str, Any] | None, argument: str, value: floa
     """Returns the spec of a plug-in with one argument replaced."""
     if spec is None:  # an autoregressive model, whose decoder refuses it
         return {argument: value}
-    if not isinstance(spec, str | Mapping):  # the registry says what is wrong with it
+    if not isinstance(spec, str | Mapping):  # the registry raises the error for it
         return spec
     return {**({"name": spec} if isinstance(spec, str) else spec), argument: value}
 
@@ -165,27 +167,27 @@ def seed_list(seed: Seeds, count: int) -> list[int]:
     """Returns the seed of each of ``count`` results.
 
     Raises:
-        ValueError: if one is out of range, or a list has another length.
+        ValueError: if a seed is out of range, or the length of a list is not ``count``.
     """
     seeds = [seed + number for number in range(count)] if isinstance(seed, int) else [int(value) for value in seed]
     if len(seeds) != count:
-        raise ValueError(f"seed: one number, or one for each of the {count} images, is needed, got {len(seeds)}")
+        raise ValueError(f"seed must be one number or one for each of the {count} images, got {len(seeds)}")
     if min(seeds) < 0 or max(seeds) >= 2**32:
-        raise ValueError(f"seed: numbers in [0, 2**32) are needed, got {min(seeds)} to {max(seeds)}")
+        raise ValueError(f"seed and the seeds after it must be in [0, 2**32), got {min(seeds)} to {max(seeds)}")
     return seeds
 
 
 def check_output_type(output_type: str) -> None:
-    """Checks the form of images that is asked for.
+    """Checks that ``output_type`` is one of ``OutputType``.
 
     Raises:
-        ValueError: if there is no such form. The message names the nearest one.
+        ValueError: if it is not. The message names the nearest one.
     """
     check_choice("output_type", output_type, get_args(OutputType))
 
 
 def as_output(output_type: OutputType, images: Tensor) -> Images:
-    """Returns (n, C, H, W) uint8 images in the form that is asked for."""
+    """Converts (n, C, H, W) uint8 images to ``output_type``."""
     from maskgit_pl.imaging import to_pil
 
     if output_type == "pt":

@@ -1,7 +1,7 @@
-"""The facts of a model by which a request is checked: classes, sizes and decoding.
+"""``Outline``: classes, sizes and default settings of a model, by which requests are checked.
 
-``MaskGIT`` knows them from its networks. The command line reads them from the JSON files of a pretrained folder,
-without torch, and so refuses an unknown class or too many steps before it loads anything.
+``MaskGIT`` has it from its networks. The command line reads it from the JSON files of a pretrained folder without
+torch, and reports an unknown class or too many steps before it loads the model.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ __all__ = ["Outline"]
 
 @dataclass(frozen=True)
 class Outline:
-    """The facts of a model by which a request is checked.
+    """Classes, sizes and default settings of a model, by which requests are checked.
 
     Args:
-        class_names: One for each class.
-        null_label: The label of "no class"; None for a model without it.
-        num_tokens: N, tokens of an image.
-        is_autoregressive: Whether the model draws one token after the other.
-        decoding: How images are decoded unless a request says otherwise.
-        image_size: Height and width of the model's images, in pixels.
-        token_size: Pixels along an edge of a token.
-        channels: 1 for grey images, 3 for RGB.
+        class_names: Names of the classes in order.
+        null_label: Label of "no class"; None if the model was trained without it.
+        num_tokens: N, the number of tokens per image.
+        is_autoregressive: True if the model draws one token after the other.
+        decoding: Default decoding settings.
+        image_size: Height and width of the images in pixels.
+        token_size: Height and width of a token in pixels.
+        channels: C, 1 for grey and 3 for RGB.
     """
 
     class_names: tuple[str, ...]
@@ -55,7 +55,7 @@ class Outline:
             folder: The folder with ``tokenizer/`` and ``transformer/``.
 
         Returns:
-            The outline, or None if a file is not as it must be: ``MaskGIT.from_pretrained`` says what is wrong with it.
+            The outline, or None if a file is damaged; ``MaskGIT.from_pretrained`` then raises the error.
         """
         try:
             tokenizer, transformer = (
@@ -80,37 +80,37 @@ class Outline:
             return None
 
     def class_ids(self, classes: Classes) -> list[int]:
-        """Returns the labels of classes given by id or by name; errors as of ``classes.class_ids``."""
+        """Returns the labels of classes given by index or by name. See ``classes.class_ids`` for errors."""
         return class_ids(classes, self.class_names, null_label=self.null_label)
 
     def parse_class(self, word: str | None) -> int | None:
-        """Returns the label of the class that a word of a command line names; None is "no class", and stays None.
+        """Returns the label of the class of a command line argument. None is "no class" and stays None.
 
         Raises:
-            ValueError: if it is unknown, or the model was trained without "no class".
+            ValueError: if the class is unknown, or None is given to a model that was trained without "no class".
         """
         (label,) = self.class_ids([None if word is None else parse_class(word, self.class_names)])
         return None if word is None else label
 
     def parse_classes(self, text: str, *, max_shown: int = 10) -> list[int]:
-        """Returns the labels that a list with commas names; errors as of ``class_ids``.
+        """Returns the labels of a comma-separated list of classes. See ``class_ids`` for errors.
 
         Args:
-            text: Indices or names; ``all`` is at most ``max_shown`` classes, evenly spread.
-            max_shown: See ``text``.
+            text: Indices or names, or ``all`` for at most ``max_shown`` classes, evenly spread.
+            max_shown: Maximum number of classes of ``all``.
         """
         return self.class_ids(parse_classes(text, self.class_names, max_shown=max_shown))
 
     def describe_class(self, label: int | None) -> str:
-        """Returns the words for a label: ``class NAME``, or ``no class``."""
+        """Returns ``class NAME`` or ``no class``, for messages and titles."""
         return "no class" if label is None else f"class {printable(self.class_names[label])}"
 
     def decoding_with(self, **settings: Any) -> DecodingConfig:
-        """Returns the model's own way of decoding with some settings replaced; see ``options.replace_settings``."""
+        """Returns the default settings with some of them replaced. See ``options.replace_settings``."""
         return replace_settings(self.decoding, settings)
 
     def check_parallel(self, task: str) -> None:
-        """Refuses an autoregressive model for a task; errors as of ``decoding.limits.check_parallel``."""
+        """Raises for an autoregressive model. See ``decoding.limits.check_parallel``."""
         check_parallel(task, is_autoregressive=self.is_autoregressive)
 
     def check_decoding(self, decoding: DecodingConfig, *, has_negative_class: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""Requests to ``MaskGIT`` after their checks: results with labels and seeds, and images with what is to be edited."""
+"""Checked requests to ``MaskGIT``: labels and seeds of the results, and the images and masks of edits."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ __all__ = ["Edit", "Request", "rows_by_first_step", "slices"]
 
 @dataclass(frozen=True)
 class Request:
-    """A decoding to be made.
+    """The results that a call of ``MaskGIT`` generates.
 
     Attributes:
         labels: Label of each result.
-        seeds: Its seed, in [0, 2**32).
-        negative_labels: Label that guidance pushes it away from; None is "no class".
-        decoding: How all of them are decoded.
-        batch_size: Results decoded at a time.
-        callback: Called after each step of each batch.
+        seeds: Seed of each result, in [0, 2**32).
+        negative_labels: Label that guidance moves each result away from; None is "no class" for all.
+        decoding: Decoding settings of all results.
+        batch_size: Number of results decoded at a time.
+        callback: Called after each decoding step of each batch.
     """
 
     labels: list[int]
@@ -49,13 +49,13 @@ class Request:
         *,
         class_ids: Callable[[Classes], list[int]],
     ) -> Request:
-        """Reads the arguments of ``MaskGIT.generate``; errors as there.
+        """Makes the request from the arguments of ``MaskGIT.generate``, and checks them.
 
         Args:
-            classes: Classes of the results, as indices or names.
+            classes: Classes of the results as indices or names.
             options: Seeds, negative classes, batch size and callback.
-            decoding: How to decode.
-            class_ids: Maps indices and names to labels.
+            decoding: Decoding settings.
+            class_ids: Function that maps indices and names to labels.
         """
         labels = class_ids(classes)
         negative = options.negative_classes
@@ -63,7 +63,7 @@ class Request:
             negative = [negative] * len(labels) if isinstance(negative, int | str) else list(negative)
             if len(negative) != len(labels):
                 raise ValueError(
-                    f"negative_classes: one, or one for each of the {len(labels)} classes, is needed, got "
+                    f"negative_classes must be one class, or one for each of the {len(labels)} classes, got "
                     f"{len(negative)}"
                 )
         return cls(
@@ -76,12 +76,12 @@ class Request:
         )
 
     def batches(self) -> list[list[int]]:
-        """Returns the numbers of the results, batch by batch."""
+        """Returns the indices of the results batch by batch."""
         count = len(self.labels)
         return [list(range(count)[part]) for part in slices(count, self.batch_size)]
 
     def part(self, rows: Sequence[int], *, seeds: Sequence[int] | None = None) -> Request:
-        """Returns the request for some of the results, with other seeds if they are given."""
+        """Returns the request for some of the results, with other seeds if ``seeds`` is given."""
         negative = None if self.negative_labels is None else [self.negative_labels[row] for row in rows]
         own = [self.seeds[row] for row in rows] if seeds is None else list(seeds)
         return replace(self, labels=[self.labels[row] for row in rows], seeds=own, negative_labels=negative)
@@ -89,12 +89,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Edit:
-    """One image to be edited.
+    """One image to edit.
 
     Attributes:
-        original: (C, H, W) uint8.
-        unknown: (h, w) bool: tokens to be generated again.
-        weight: (H, W) float32 in [0, 1]: share of the edited image in each pixel.
+        original: (C, H, W) uint8 pixels.
+        unknown: (h, w) bool, True where tokens are generated again.
+        weight: (H, W) float32 in [0, 1], the weight of the edited image in each pixel.
     """
 
     original: Tensor
@@ -111,7 +111,7 @@ class Edit:
         tokenizer: PretrainedTokenizer,
         options: EditOptions,
     ) -> list[Edit]:
-        """Returns the edits of ``MaskGIT.inpaint``: one for all ``count`` results, or one for each; errors as there."""
+        """Returns the edits of ``MaskGIT.inpaint`` (see there for errors): one for all results, or one for each."""
         dilation = 1 if options.dilation is None else options.dilation
         radius = editing.seam_radius(tokenizer.image_size) if options.blend is None else options.blend
         images, masks = _as_list("image", image, count), _as_list("mask", mask, count)
@@ -119,6 +119,7 @@ class Edit:
         config, size = tokenizer.network.config, tokenizer.image_size
         edits = []
         for place in range(number):
+            # One image goes with every mask, and one mask with every image.
             given, given_mask = images[place % len(images)], masks[place % len(masks)]
             of_place = f"image {place}" if number > 1 else "image"
             name = f"image {printable(str(given))}" if isinstance(given, str | Path) else of_place
@@ -132,12 +133,12 @@ class Edit:
 
 
 def slices(count: int, size: int) -> Iterator[slice]:
-    """Returns slices of ``count`` things, ``size`` at a time."""
+    """Returns slices of range(``count``), each at most ``size`` long."""
     return (slice(first, first + size) for first in range(0, count, size))
 
 
 def rows_by_first_step(first_steps: Sequence[int], batch_size: int) -> Iterator[tuple[int, list[int]]]:
-    """Yields rows that are decoded together, with the step at which they start."""
+    """Yields a first step and the rows that are decoded together from it, at most ``batch_size`` at a time."""
     for first_step in sorted(set(first_steps)):
         rows = [row for row, own in enumerate(first_steps) if own == first_step]
         for part in slices(len(rows), batch_size):
@@ -145,9 +146,9 @@ def rows_by_first_step(first_steps: Sequence[int], batch_size: int) -> Iterator[
 
 
 def _as_list(name: str, given: ImageLike | Sequence[ImageLike], count: int) -> list[ImageLike]:
-    """Returns one image or mask for all results, or one for each of the ``count``, as a list."""
+    """Returns a list of one image or mask for all results, or of one for each of the ``count`` results."""
     if not isinstance(given, list | tuple):
         return [cast("ImageLike", given)]
     if len(given) not in (1, count):
-        raise ValueError(f"{name}: one, or one for each of the {count} classes, is needed, got {len(given)}")
+        raise ValueError(f"{name} must be one {name}, or one for each of the {count} classes, got {len(given)}")
     return list(given)

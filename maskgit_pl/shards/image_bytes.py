@@ -25,10 +25,10 @@ __all__ = [
     "PNG_MAGIC",
     "Reason",
     "UnreadableImageError",
+    "check_complete",
     "check_jpeg",
     "check_png",
     "check_size",
-    "check_whole",
     "image_error",
     "is_plain_png",
     "kind_of_fault",
@@ -98,7 +98,7 @@ def read_image_file(path: str | Path, *, name: str) -> bytes:
         return file.read(status.st_size)
 
 
-def check_whole(data: bytes, *, name: str) -> None:
+def check_complete(data: bytes, *, name: str) -> None:
     """Checks that an image is not truncated, without decoding it.
 
     PNG is checked by its chunks and their checksums, JPEG by its end marker, WebP by the length in its header.

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from maskgit_pl.files import open_regular
 
-__all__ = ["is_whole", "map_array"]
+__all__ = ["has_all_bytes", "map_array"]
 
 
 def map_array(path: Path) -> npt.NDArray[Any]:
@@ -37,7 +37,7 @@ def map_array(path: Path) -> npt.NDArray[Any]:
     return array
 
 
-def is_whole(array: npt.NDArray[Any]) -> bool:
+def has_all_bytes(array: npt.NDArray[Any]) -> bool:
     """Returns whether the file of a mapped array still has all its bytes.
 
     Reading beyond the end of a truncated file would kill the process with SIGBUS.

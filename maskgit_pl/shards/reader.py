@@ -16,7 +16,7 @@ import numpy.typing as npt
 from maskgit_pl.errors import DataChangedError
 from maskgit_pl.files import open_regular
 from maskgit_pl.shards.manifest import Manifest
-from maskgit_pl.shards.mapped_array import is_whole
+from maskgit_pl.shards.mapped_array import has_all_bytes
 from maskgit_pl.shards.tar import BLOCK
 
 __all__ = ["ShardReader"]
@@ -53,7 +53,7 @@ class ShardReader:
             # checked here: on a GPU, a wrong label would be an index error without a name
             self._check_labels(rows)
             self._index = rows
-        if not is_whole(self._index):
+        if not has_all_bytes(self._index):
             raise self._data_changed_error(f"{self.manifest.split}.npy", "the file was truncated")
         return self._index
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from maskgit_pl.shards.image_bytes import UnreadableImageError, check_whole
+from maskgit_pl.shards.image_bytes import UnreadableImageError, check_complete
 from maskgit_pl.shards.images import parse_image_header
 from maskgit_pl.shards.manifest import Split
 
@@ -86,7 +86,7 @@ def read_sample(read: Callable[[], bytes], *, label: int, name: str) -> Sample |
         data = read()
         # the image's own format decides the extension; the pixels are not decoded
         header = parse_image_header(data, name=name)
-        check_whole(data, name=name)
+        check_complete(data, name=name)
     except UnreadableImageError as error:
         return UnreadableSample(str(error))
     except OSError as error:

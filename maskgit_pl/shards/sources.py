@@ -212,7 +212,7 @@ def _list_files(folder: Path, classes: Sequence[str], left_out: _LeftOut) -> lis
         elif label is not None and path.suffix[1:].lower() not in IMAGE_EXTENSIONS:
             left_out.setdefault(path.suffix.lower() or "without an ending", []).append(relative)
         elif label is not None and not path.is_file():
-            left_out.setdefault("that are no regular files", []).append(relative)
+            left_out.setdefault("that are not regular files", []).append(relative)
         elif label is not None:  # without a label, the file is in a hidden folder
             files.append(_File(path, label, hashlib.sha256(os.fsencode(relative)).digest()))
     if not files:

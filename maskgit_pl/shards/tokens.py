@@ -29,7 +29,7 @@ from maskgit_pl.errors import DataChangedError
 from maskgit_pl.files import read_json, sha256_of
 from maskgit_pl.old_names import rename_config
 from maskgit_pl.shards.manifest import Split
-from maskgit_pl.shards.mapped_array import is_whole, map_array
+from maskgit_pl.shards.mapped_array import has_all_bytes, map_array
 
 __all__ = [
     "DESCRIPTION_FILE",
@@ -168,7 +168,7 @@ class TokenReader:
         """
         # checked for each batch, since reading a truncated map would kill the process
         tokens, labels = self.arrays()
-        if not (is_whole(tokens) and is_whole(labels)):
+        if not (has_all_bytes(tokens) and has_all_bytes(labels)):
             raise self._data_changed_error("a file was truncated")
         # take() gathers whole rows 1.3 times as fast as indexing; (B, N)
         codes, classes = tokens.take(indices * self.views + views, axis=0), labels[indices]

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from maskgit_pl.files import open_regular
-from maskgit_pl.shards.image_bytes import UnreadableImageError, check_whole
+from maskgit_pl.shards.image_bytes import UnreadableImageError, check_complete
 from maskgit_pl.shards.images import decode_image
 from maskgit_pl.shards.manifest import Manifest, Shard, Split, index_sha256, load_manifest, splits_of, union
 from maskgit_pl.shards.parallel import choose_workers, run_jobs
@@ -218,7 +218,7 @@ def _find_bad_images(path: Path, shard: Shard, rows: npt.NDArray[np.void], *, de
             member = os.pread(descriptor, 100, offset - BLOCK).rstrip(b"\0").decode("utf-8", "surrogateescape")
             name = f"{shard.name}:{printable(member)}"
             try:
-                check_whole(data, name=name)
+                check_complete(data, name=name)
                 if decode:
                     decode_image(data, channels=3, name=name)
             except UnreadableImageError as error:

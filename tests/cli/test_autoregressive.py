@@ -107,7 +107,7 @@ def test_it_samples_with_an_animation_in_time_and_a_filmstrip(call, tiny_autoreg
         "--gif", tmp_path / "decoding.gif", "--filmstrip", tmp_path / "strip.png",
     )  # fmt: skip
     assert code == 0, said
-    assert "4 images of 2 classes, 16 steps each" in said
+    assert "4 images of 2 classes in 16 steps" in said
     with Image.open(tmp_path / "decoding.gif") as frames:
         assert frames.n_frames == 16
     assert (tmp_path / "strip.png").is_file()

@@ -89,19 +89,19 @@ def test_an_edit_shows_how_it_was_decoded(tiny_pretrained: Path, image: Path, tm
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["outpaint", "RUN", "IMAGE"], "--left, --right, --up, --down, --all: pixels to add are needed, got none"),
-        (["outpaint", "RUN", "IMAGE", "--right", "-4"], "--right: at least 0 pixels are needed, got -4"),
-        (["outpaint", "RUN", "IMAGE", "--right", "4", "--overlap", "1"], "--overlap: a share in (0, 1) is needed"),
-        (["outpaint", "RUN", "IMAGE", "--right", "4", "--variants", "0"], "--variants: at least 1"),
+        (["outpaint", "RUN", "IMAGE"], "one of --left, --right, --up, --down and --all must be > 0 pixels, got none"),
+        (["outpaint", "RUN", "IMAGE", "--right", "-4"], "--right must be >= 0 pixels, got -4"),
+        (["outpaint", "RUN", "IMAGE", "--right", "4", "--overlap", "1"], "--overlap must be a fraction in (0, 1)"),
+        (["outpaint", "RUN", "IMAGE", "--right", "4", "--variants", "0"], "--variants must be >= 1"),
         (["outpaint", "RUN", "nowhere.png", "--right", "4"], "image nowhere.png: no such file"),
         (
             ["outpaint", "RUN", "IMAGE", "--right", "3"],
-            "--right: a multiple of the 2 pixels of a token is needed, got 3",
+            "--right must be a multiple of 2 pixels, the size of a token, got 3",
         ),
-        (["inpaint", "RUN", "IMAGE"], "--box, --mask: one of the two is needed, got neither"),
-        (["panorama", "RUN", "--width", "6"], "--width: at least the 8 pixels of the model's images are needed, got 6"),
+        (["inpaint", "RUN", "IMAGE"], "one of --box and --mask must be given, got neither"),
+        (["panorama", "RUN", "--width", "6"], "--width must be >= 8 pixels, the size of the model's images, got 6"),
         (["panorama", "RUN", "--width", "20", "--classes", "Trousers"], "class 'Trousers': did you mean 'Trouser'"),
-        (["panorama", "RUN", "--width", "20", "--overlap", "0"], "--overlap: a share in (0, 1) is needed, got 0.0"),
+        (["panorama", "RUN", "--width", "20", "--overlap", "0"], "--overlap must be a fraction in (0, 1), got 0.0"),
     ],
 )
 def test_bad_input_is_answered_in_one_line(

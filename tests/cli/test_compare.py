@@ -43,12 +43,12 @@ def test_measures_every_selector_and_a_second_run_measures_nothing(
     assert len(table(out)) == 20
     with Image.open(out / "selectors.png") as picture:
         assert picture.height > 10 * 84
-    assert "20 rows measured, 0 known before" in capsys.readouterr().out
+    assert "measured 20 rows, reused 0" in capsys.readouterr().out
 
     monkeypatch.setattr(evaluator, "generate_images", lambda *args, **options: pytest.fail("measured again"))
     assert call(*words) == 0
     assert ledger(run_folder / "evaluation") == rows
-    assert "0 rows measured, 20 known before" in capsys.readouterr().out
+    assert "measured 0 rows, reused 20" in capsys.readouterr().out
 
 
 def test_a_run_that_was_stopped_goes_on_and_finds_what_an_unbroken_one_finds(
@@ -82,18 +82,18 @@ def test_a_run_that_was_stopped_goes_on_and_finds_what_an_unbroken_one_finds(
     ("words", "match"),
     [
         (("--num-steps", "4,17"), "--num-steps must be <= 16, the tokens per image, got 17"),
-        (("--num-steps", "4,0"), "numbers of at least 1 that rise are needed, got '0'"),
-        (("--num-steps", "many"), "--num-steps many: numbers such as 4,8,16"),
+        (("--num-steps", "4,0"), "must be numbers >= 1 and rising ranges, got '0'"),
+        (("--num-steps", "many"), "--num-steps must be numbers such as 4,8,16"),
         (("--selectors", "halton,confidnce"), "did you mean 'confidence'"),
-        (("--selectors", ","), "at least one name is needed"),
+        (("--selectors", ","), "must have at least one name"),
         (("--selectors", "{name: remdm"), "a name or a mapping such as"),
         (("--selectors", "{name: remdm, strategy: lop}"), "did you mean 'loop'"),
         (("--selectors", "halton,halton"), "must be different, got halton twice"),
-        (("--selectors", "4"), "names or mappings are needed, got 4"),
+        (("--selectors", "4"), "must be names or mappings, got 4"),
         (("--guidance-scale", "-1"), "scale must be a number in [0, 10000], got -1.0"),
         (("--guidance", "{name: linear, scal: 1}"), "scal"),
         (("--num-images", "5"), "--num-images must be >= 6 (2 per class), got 5"),
-        (("--batch-size", "0"), "--batch-size: at least 1 is needed, got 0"),
+        (("--batch-size", "0"), "--batch-size must be >= 1, got 0"),
         (("--data", "nowhere"), "no such folder"),
     ],
 )

@@ -163,7 +163,7 @@ def test_index_prints_splits_counts_and_what_is_not_read(tmp_path, capsys):
     ]
     assert read_manifest_summary(folder).classes == ("tench, Tinca tinca", "goldfish")
     call("index", folder)
-    assert "  class names: those of the manifest that was there" in capsys.readouterr().out
+    assert "  class names: kept from the existing manifest" in capsys.readouterr().out
     assert read_manifest_summary(folder).classes == ("tench, Tinca tinca", "goldfish")
 
 

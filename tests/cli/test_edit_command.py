@@ -80,7 +80,7 @@ def test_dilation_reaches_the_edit(tiny_pretrained: Path, tmp_path: Path, capsys
 def test_a_larger_image_is_cut_where_asked(tiny_pretrained: Path, tmp_path: Path) -> None:
     Image.fromarray(pixels(12, 20).numpy()).save(tmp_path / "large.png")
     words = [tmp_path / "large.png", "--box", "4,0,16,6", "--class", "1", "--out", tmp_path / "edited.png"]
-    with pytest.raises(ValueError, match=r"large\.png: the model's 8 x 8 pixels are needed, got 20 x 12.*--fit"):
+    with pytest.raises(ValueError, match=r"large\.png must have the 8 x 8 pixels of the model, got 20 x 12.*--fit"):
         call(tiny_pretrained, *words)
     assert not (tmp_path / "edited.png").exists()
     assert call(tiny_pretrained, *words, "--fit") == 0
@@ -103,34 +103,34 @@ def test_a_box_is_that_of_the_image_before_it_is_fitted(tiny_pretrained: Path, t
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--class", "1"], "--box, --mask: one of the two is needed, got neither"),
-        (["--class", "1", "--box", "0,0,1,1", "--mask", "m.png"], "--box, --mask: one of the two is needed, got both"),
+        (["--class", "1"], "one of --box and --mask must be given, got neither"),
+        (["--class", "1", "--box", "0,0,1,1", "--mask", "m.png"], "one of --box and --mask must be given, got both"),
         (
             ["--class", "1", "--box", "0,0,1"],
-            "--box must be left,top,right,bottom in whole pixels or in percent, got 0,0,1;",
+            "10%,20%,60%,80%, got 0,0,1",
         ),
         (
             ["--class", "1", "--box", "0,0,1,x"],
-            "--box must be left,top,right,bottom in whole pixels or in percent, got 0,0,1,x;",
+            "10%,20%,60%,80%, got 0,0,1,x",
         ),
         (
             ["--class", "1", "--box", "0,0,1.5,2"],
-            "--box must be left,top,right,bottom in whole pixels or in percent, got 0,0,1.5,2;",
+            "10%,20%,60%,80%, got 0,0,1.5,2",
         ),
-        (["--class", "1", "--box", "0,0,9,2"], "box 0,0,9,2: it must lie within the image"),
-        (["--class", "1", "--box=-1,0,4,2"], "box -1,0,4,2: it must lie within the image"),
-        (["--class", "1", "--box", "4,0,0,2"], "box 4,0,0,2: left < right is needed"),
-        (["--class", "1", "--box", "0,2,4,2"], "box 0,2,4,2: top < bottom is needed"),
-        (["--class", "1", "--box", "0,0,4,2", "--variants", "0"], "--variants: at least 1"),
-        (["--class", "1", "--box", "0,0,4,2", "--dilation", "-1"], "--dilation: at least 0"),
-        (["--class", "1", "--mask", "SMALL"], "small.png: the image's 8 x 8 pixels are needed, got 4 x 6"),
+        (["--class", "1", "--box", "0,0,9,2"], "box must lie in the image"),
+        (["--class", "1", "--box=-1,0,4,2"], "box must lie in the image"),
+        (["--class", "1", "--box", "4,0,0,2"], "box must be left,top,right,bottom with left < right, got 4,0,0,2"),
+        (["--class", "1", "--box", "0,2,4,2"], "box must be left,top,right,bottom with top < bottom, got 0,2,4,2"),
+        (["--class", "1", "--box", "0,0,4,2", "--variants", "0"], "--variants must be >= 1"),
+        (["--class", "1", "--box", "0,0,4,2", "--dilation", "-1"], "--dilation must be >= 0"),
+        (["--class", "1", "--mask", "SMALL"], "small.png must have the 8 x 8 pixels of the image, got 4 x 6"),
         (["--class", "1", "--mask", "NOWHERE"], "nowhere.png: no such file"),
         (["--class", "1", "--mask", "TEXT"], "text.png must be a JPEG, PNG or WebP file"),
-        (["--class", "1", "--mask", "BLACK"], "something to generate is needed, got none"),
+        (["--class", "1", "--mask", "BLACK"], "must not be empty"),
         (["--class", "Trousers", "--box", "0,0,4,2"], "class 'Trousers': did you mean 'Trouser'"),
-        (["--class", "17", "--box", "0,0,4,2"], "class 17: a number in [0, 3)"),
+        (["--class", "17", "--box", "0,0,4,2"], "class must be an index in [0, 3) or a name, got 17"),
         (["--class", "1", "--box", "0,0,4,2", "--num-steps", "17"], "--num-steps must be <= 16"),
-        (["--class", "1", "--box", "0,0,4,2", "--batch-size", "0"], "--batch-size: at least 1"),
+        (["--class", "1", "--box", "0,0,4,2", "--batch-size", "0"], "--batch-size must be >= 1"),
     ],
 )
 def test_bad_input_is_answered_in_one_line(

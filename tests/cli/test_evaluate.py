@@ -135,7 +135,7 @@ def free_port() -> int:
 def test_unknown_or_doubled_networks_are_refused_before_any_work(run_folder: Path, tiny_shards: Path) -> None:
     with pytest.raises(ValueError, match="unknown feature network 'clasifier'"):
         call(run_folder, "--data", tiny_shards, "--features", "clasifier")
-    with pytest.raises(ValueError, match="each network once is enough, got lite0 twice"):
+    with pytest.raises(ValueError, match="must name each network once, got lite0 twice"):
         call(run_folder, "--data", tiny_shards, "--features", "lite0,classifier,lite0")
     with pytest.raises(ValueError, match="MASKGIT_INCEPTION"):
         call(run_folder, "--data", tiny_shards, "--features", f"inception={run_folder}/nowhere.pth")

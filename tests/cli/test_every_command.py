@@ -118,7 +118,7 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_any_work(
 ) -> None:
     (tmp_path / "file").touch()
     said = refusal(command, flag, tmp_path / "file" / f"a.{ending}")
-    assert f"{flag} must lie in a folder that can be written to, got" in said
+    assert f"{flag} must be in a writable folder, got" in said
     assert f"({tmp_path / 'file'}: Not a directory)" in said
     (tmp_path / f"folder.{ending}").mkdir()
     assert f"{flag} must be a file, got the folder" in refusal(command, flag, tmp_path / f"folder.{ending}")

@@ -94,7 +94,7 @@ def test_bad_input_is_answered_in_one_line(checkpoint, tmp_path, capsys):
             [file, "--out", tmp_path / "there"],
             "there must be a new or empty folder, got one with content",
         ),
-        ([file, "--out", tmp_path / "new", "--image-size", 0], "--image-size: at least 1 is needed, got 0"),
+        ([file, "--out", tmp_path / "new", "--image-size", 0], "--image-size must be >= 1, got 0"),
         ([tmp_path / "nowhere.pt", "--out", tmp_path / "new"], "nowhere.pt: no such file"),
     ):
         assert main(["import-taming", *map(str, words)]) == 2

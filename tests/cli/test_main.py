@@ -107,7 +107,7 @@ def test_a_fault_of_ours_is_no_bad_input(capsys, monkeypatch, error):
     assert code == 70
     assert text.startswith("Traceback")
     assert "maskgit schedules: " in text.splitlines()[-1]
-    assert "fault of maskgit_pl" in text.splitlines()[-1]
+    assert "internal error of maskgit_pl" in text.splitlines()[-1]
 
 
 def test_ctrl_c_ends_a_command_with_one_line_and_130(capsys, monkeypatch):

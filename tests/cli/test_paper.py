@@ -148,8 +148,8 @@ def test_figure_4_times_the_sizes_of_a_run_or_of_flags(runs: list[Path], tmp_pat
     assert "--device cpu" in page
     assert f"torch {torch.__version__}" in page
     for words, match in (
-        ([*runs], "figure 4 must have at most one run"),
-        (["--depth", 0], "--depth: at least 1"),
+        ([*runs], "figure 4 must have at most one RUN"),
+        (["--depth", 0], "--depth must be >= 1"),
         (["--embed-dim", 17], "num_heads"),
     ):
         with pytest.raises(ValueError, match=match):

@@ -26,7 +26,7 @@ def test_it_trains_once_and_says_how_good_it_is(tiny_shards, tmp_path, capsys):
     kept = (tmp_path / "judge" / "model.safetensors").stat().st_mtime_ns
     assert call(tiny_shards, *words) == 0
     second = capsys.readouterr().out
-    assert "there already" in second
+    assert "reused" in second
     assert second.splitlines()[-1] == first.splitlines()[-1]
     assert (tmp_path / "judge" / "model.safetensors").stat().st_mtime_ns == kept
 

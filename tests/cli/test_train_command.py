@@ -150,7 +150,7 @@ def test_a_fault_in_the_card_costs_no_export(train, runs, monkeypatch):
     monkeypatch.setattr(stage_module, "write_card", broken)
     answer = train("transformer")
     assert answer.code == 0
-    assert "no model card (RuntimeError: no card today)" in answer.out
+    assert "cannot write the model card (RuntimeError: no card today)" in answer.out
     assert (runs / "one" / "pretrained" / "transformer" / "config.json").is_file()
 
 
@@ -254,7 +254,7 @@ def test_a_run_is_repeated_from_its_config(train, maskgit, runs, tiny_shards):
     assert again.read_text().replace("/two/", "/one/") == config.read_text()
     weights = [fingerprint(runs / name / "pretrained" / "transformer") for name in ("one", "two")]
     assert weights[0] == weights[1]
-    refused(maskgit(*words, "--recipe", "log"), "leave --recipe out")
+    refused(maskgit(*words, "--recipe", "log"), "leave out --recipe")
     refused(maskgit(*words[:-1], "nowhere.yaml"), "--config nowhere.yaml: no such file")
     refused(maskgit("train", "tokenizer", "--runs-folder", runs, "--run", "two", "--config", config), "unknown key")
 
@@ -363,7 +363,7 @@ def test_help_answers_in_a_second_without_torch():
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         times.append(time.monotonic() - start)
         assert done.returncode == 0, done.stderr
-        assert "train a stage by recipe" in done.stdout
+        assert "train the tokenizer or the transformer from a recipe" in done.stdout
     assert min(times) < 1
 
 

@@ -50,7 +50,7 @@ def test_writes_a_recipe_that_the_model_follows_from_then_on(run_folder: Path, t
     assert (run_folder / "tuning" / "tuning.md").read_text().startswith("# Search for a decoding\n")
     with Image.open(run_folder / "tuning" / "tuning.png") as picture:
         assert picture.width > 1000
-    assert "decoding.json: how this model is decoded from now on" in capsys.readouterr().out
+    assert "decoding.json: new decoding settings of this model" in capsys.readouterr().out
 
 
 def test_a_second_run_measures_nothing_and_keeps_the_recipe(
@@ -97,7 +97,7 @@ def test_a_search_that_was_stopped_goes_on_to_the_same_recipe(
 def test_one_trial_is_the_model_s_own_and_changes_nothing(run_folder: Path, tiny_shards: Path, capsys) -> None:
     call(run_folder, "--data", tiny_shards, "--num-images", 6, "--trials", 1, "--no-plot")
     assert not (run_folder / "pretrained" / "decoding.json").exists()
-    assert "nothing is changed" in capsys.readouterr().out
+    assert "decoding.json is unchanged" in capsys.readouterr().out
     assert "Nothing was changed" in (run_folder / "tuning" / "tuning.md").read_text()
 
 
@@ -113,17 +113,17 @@ def test_a_dry_run_prints_the_trials_and_touches_nothing(run_folder: Path, tiny_
 @pytest.mark.parametrize(
     ("words", "match"),
     [
-        (("--trials", "0"), "--trials: at least 1 is needed, got 0"),
+        (("--trials", "0"), "--trials must be >= 1, got 0"),
         (("--seconds", "0"), "--seconds must be a"),
         (("--seconds", "nan"), "--seconds must be a"),
         (("--metric", "fdi"), "did you mean 'fid'"),
         (("--search", "bayes"), "--search must be one of random, grid, got 'bayes'"),
         (("--num-steps", "4-17"), "--num-steps must be <= 16, the tokens per image, got 17"),
-        (("--num-steps", "x"), "--num-steps x"),
+        (("--num-steps", "x"), "--num-steps must be numbers such as 4,8,16 or a range such as 4-16, got 'x'"),
         (("--selectors", "halton,margn"), "did you mean 'margin'"),
         (("--num-images", "5"), "--num-images must be >= 6 (2 per class), got 5"),
         (("--plot-images", "5"), "--plot-images must be >= 6 (2 per class), got 5"),
-        (("--plot-images", "0"), "--plot-images: at least 2"),
+        (("--plot-images", "0"), "--plot-images must be >= 2"),
         (("--seed", "-1"), "--seed must be an integer in [0, 2147483647], got -1"),
         (("--data", "nowhere"), "no such folder"),
     ],
@@ -168,4 +168,4 @@ def test_compare_finds_what_tune_has_measured(run_folder: Path, tiny_shards: Pat
     save_decoding(run_folder / "pretrained", DecodingConfig(4, "halton"))
     call_command(tune, *words, "--trials", 1, "--no-plot")
     call_command(compare, *words, "--num-steps", 4, "--selectors", "halton")
-    assert "0 rows measured, 1 known before" in capsys.readouterr().out
+    assert "measured 0 rows, reused 1" in capsys.readouterr().out

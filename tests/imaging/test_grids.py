@@ -32,8 +32,8 @@ def test_large_images_keep_their_size_and_captions_make_room() -> None:
     [
         (random_images(0), 1, [], "n >= 1"),
         (random_images(1).float(), 1, [], "uint8"),
-        (random_images(1), 0, [], "columns: at least 1"),
-        (random_images(2), 2, ["a", "b"], "row_captions: at most 1"),
+        (random_images(1), 0, [], "columns must be >= 1"),
+        (random_images(2), 2, ["a", "b"], "row_captions must be at most 1"),
     ],
 )
 def test_refuses_what_cannot_be_laid_out(images: torch.Tensor, columns: int, captions: list[str], message: str) -> None:

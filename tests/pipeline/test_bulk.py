@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from maskgit_pl.files import size_text
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline import bulk as bulk_module
 from maskgit_pl.pipeline.bulk import BulkOptions, generate_many
@@ -128,7 +129,7 @@ def test_a_run_goes_on_with_what_is_there(pipe: MaskGIT, tmp_path: Path, out: Pa
     result = generate_many(
         pipe, out, num_images=10, part_size=2, batch_size=2, on_start=lambda total, found: starts.append((total, found))
     )
-    assert "part-000001.npz: not whole" in caplog.text
+    assert "part-000001.npz: damaged" in caplog.text
     assert starts == [(10, 2)]
     assert (result.made, result.found) == (8, 2)
     generate_many(pipe, tmp_path / "whole.npz", num_images=10, part_size=2, batch_size=2)
@@ -148,13 +149,13 @@ def test_a_finished_file_is_left_as_it_is(pipe: MaskGIT, out: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seed": 6}, "got seed 5 -> 6; set them back"),
-        ({"num_images": 9}, "got count 8 -> 9"),
-        ({"part_size": 3}, "got part_size 4 -> 3"),
-        ({"classes": [0]}, r"got classes \[0, 1, 2\] -> \[0\]"),
-        ({"num_steps": 2}, "got decoding.num_steps 4 -> 2"),
-        ({"token_selector": "margin"}, "got decoding.token_selector confidence -> margin"),
-        ({"negative_class": 0}, "got negative_class None -> 0"),
+        ({"seed": 6}, "settings: seed 5 -> 6. Use the same settings"),
+        ({"num_images": 9}, "settings: count 8 -> 9"),
+        ({"part_size": 3}, "settings: part_size 4 -> 3"),
+        ({"classes": [0]}, r"settings: classes \[0, 1, 2\] -> \[0\]"),
+        ({"num_steps": 2}, "settings: decoding.num_steps 4 -> 2"),
+        ({"token_selector": "margin"}, "settings: decoding.token_selector confidence -> margin"),
+        ({"negative_class": 0}, "settings: negative_class None -> 0"),
     ],
 )
 def test_other_images_are_not_mixed_in(pipe: MaskGIT, tmp_path: Path, changes, message) -> None:
@@ -170,7 +171,7 @@ def test_other_images_are_not_mixed_in(pipe: MaskGIT, tmp_path: Path, changes, m
 def test_other_weights_are_another_plan(pipe: MaskGIT, tmp_path: Path) -> None:
     generate_many(pipe, tmp_path / "begun.npz", num_images=4, part_size=2, world_size=2)
     other = MaskGIT.from_pretrained(save_tiny_pretrained(tmp_path / "other", seed=1))
-    with pytest.raises(ValueError, match=r"begun\.npz\.parts: it holds other images, got tokenizer .* transformer"):
+    with pytest.raises(ValueError, match=r"begun\.npz\.parts holds images of other settings: tokenizer .* transformer"):
         generate_many(other, tmp_path / "begun.npz", num_images=4, part_size=2, world_size=2)
     half = MaskGIT.from_pretrained(tmp_path / "other").to("cpu", dtype=torch.bfloat16)
     assert bulk_module._digest(half.transformer.network) != bulk_module._digest(other.transformer.network)
@@ -208,13 +209,13 @@ def test_another_process_may_be_quicker_to_put_the_file_together(pipe: MaskGIT, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_images": 0}, "num_images: at least 1 is needed, got 0"),
-        ({"part_size": 0}, "part_size: at least 1"),
-        ({"batch_size": 0}, "batch_size: at least 1"),
-        ({"rank": 2, "world_size": 2}, r"rank: a number in \[0, 2\) is needed, the world's size, got 2"),
-        ({"world_size": 0}, "world_size: at least 1"),
-        ({"seed": 2**32 - 4}, r"seed: seeds in \[0, 2\*\*32\) are needed, got 4294967292 to 4294967296"),
-        ({"classes": [1, 1]}, "classes: each at most once"),
+        ({"num_images": 0}, "num_images must be >= 1, got 0"),
+        ({"part_size": 0}, "part_size must be >= 1"),
+        ({"batch_size": 0}, "batch_size must be >= 1"),
+        ({"rank": 2, "world_size": 2}, r"rank must be in \[0, 2\), the world size, got 2"),
+        ({"world_size": 0}, "world_size must be >= 1"),
+        ({"seed": 2**32 - 4}, r"seed and all seeds after it must be in \[0, 2\*\*32\), got 4294967292 to 4294967296"),
+        ({"classes": [1, 1]}, "classes must be different"),
         ({"classes": ["Trousers"]}, "did you mean 'Trouser'"),
         ({"num_steps": 17}, "num_steps must be <= 16"),
         ({"token_selector": "confidnce"}, "did you mean 'confidence'"),
@@ -227,24 +228,24 @@ def test_wrong_input_is_refused_and_nothing_written(pipe: MaskGIT, tmp_path: Pat
 
 
 def test_places_that_cannot_take_the_file_are_refused(pipe: MaskGIT, tmp_path: Path, monkeypatch) -> None:
-    with pytest.raises(ValueError, match=r"a name that ends in \.npz is needed"):
+    with pytest.raises(ValueError, match=r"file must end in \.npz"):
         generate_many(pipe, tmp_path / "samples.png", num_images=1)
     (tmp_path / "text").write_text("no folder")
-    with pytest.raises(ValueError, match=r"no such folder can be made .* name another file"):
+    with pytest.raises(ValueError, match=r"cannot make the folder .* name another file"):
         generate_many(pipe, tmp_path / "text" / "samples.npz", num_images=1)
     np.savez(tmp_path / "foreign.npz", a=np.zeros(1))
-    with pytest.raises(FileExistsError, match=r"foreign\.npz: something else is there"):
+    with pytest.raises(FileExistsError, match=r"foreign\.npz exists and was not written by generate_many"):
         generate_many(pipe, tmp_path / "foreign.npz", num_images=1)
     monkeypatch.setattr(os, "access", lambda *args: False)
-    with pytest.raises(ValueError, match=r"samples\.npz\.parts: it cannot be written to"):
+    with pytest.raises(ValueError, match=r"cannot write to the folder .*samples\.npz\.parts"):
         generate_many(pipe, tmp_path / "samples.npz", num_images=1)
 
 
-def test_too_little_space_is_told_in_bytes_before_anything_is_made(pipe: MaskGIT, out: Path, monkeypatch) -> None:
+def test_too_little_space_is_told_before_anything_is_made(pipe: MaskGIT, out: Path, monkeypatch) -> None:
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     needed = 100 * 64 * (1 + 3) + (1 << 20)
-    with pytest.raises(ValueError, match=f"{needed} bytes of space are needed, for parts and the file, got 1000 free"):
+    with pytest.raises(ValueError, match=f"need {size_text(needed)} of disk space, 1 kB are free"):
         generate_many(pipe, out, num_images=100)
     assert not out.parent.exists()
 
@@ -311,7 +312,7 @@ def test_killed_and_shared_runs_write_the_very_same_file(tiny_pretrained: Path, 
     assert not killed.exists()
     left = len(list(parts.glob("part-*.npz")))
     assert 3 <= left < 20
-    assert "400 images of 3 classes, 4 steps each; 400 made now" in ended(unbroken)
+    assert "400 images of 3 classes in 4 steps; 400 generated by this process" in ended(unbroken)
     assert f"sampling 400 images, {20 * left} of them are there" in ended(start(tiny_pretrained, killed))
     assert killed.read_bytes() == whole.read_bytes()
     both = [start(tiny_pretrained, shared, "--rank", rank, "--world-size", 2) for rank in (0, 1)]

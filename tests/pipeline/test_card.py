@@ -184,7 +184,7 @@ def test_a_pipeline_is_saved_when_its_folder_is_gone(tmp_path: Path) -> None:
 
 def test_papers_that_are_no_json_are_named(run: Path) -> None:
     (run / "evaluation.json").write_text("{")
-    with pytest.raises(ValueError, match=r"evaluation\.json: not JSON"):
+    with pytest.raises(ValueError, match=r"evaluation\.json is not JSON"):
         write_card(run / "pretrained")
 
 
@@ -192,7 +192,7 @@ def test_a_run_may_be_named(run: Path, tiny_pretrained: Path, tmp_path: Path) ->
     pipe = MaskGIT.from_pretrained(tiny_pretrained)
     pipe.save_pretrained(tmp_path / "named", run=run)
     assert json.loads((tmp_path / "named" / "config.json").read_text())["run"]["name"] == run.name
-    with pytest.raises(FileNotFoundError, match="nowhere: no such folder; name the one that training wrote"):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder; name a run folder that training wrote"):
         pipe.save_pretrained(tmp_path / "none", run=tmp_path / "nowhere")
     assert not (tmp_path / "none").exists()
 
@@ -215,7 +215,7 @@ def test_a_card_follows_figures_that_are_measured_anew_and_keeps_its_licence(run
     assert "license: apache-2.0" in card
     (run / "evaluation.json").write_text("{")
     refresh_card(run / "pretrained")
-    assert "no model card" in caplog.text
+    assert "cannot write the model card" in caplog.text
     assert (run / "pretrained" / "README.md").read_text() == card
 
 
@@ -304,7 +304,7 @@ def test_figures_of_a_strangers_run_and_data_are_listed_under_their_printed_name
 )
 def test_facts_of_another_form_are_refused(shared: tuple[Path, dict], run: object) -> None:
     folder, facts = shared
-    with pytest.raises(ValueError, match=r"config.json: run must be as save_pretrained writes it, got"):
+    with pytest.raises(ValueError, match=r"config.json: run must be an entry that save_pretrained wrote, got"):
         write_card(folder, known={"run": run})
     if isinstance(run, dict):
         with pytest.raises(ValueError, match=r"config.json: run must be"):

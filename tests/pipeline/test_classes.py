@@ -21,5 +21,5 @@ def test_all_is_as_many_classes_as_are_shown_evenly_spread(most, shown):
 
 def test_no_class_is_the_null_class_of_models_that_have_it():
     assert class_ids([None, "t-SHIRT"], NAMES, null_label=3) == [3, 1]
-    with pytest.raises(ValueError, match="class None: this model has no null class"):
+    with pytest.raises(ValueError, match="class must not be None: the model was trained without a null class"):
         class_ids([None], NAMES, null_label=None)

@@ -77,7 +77,7 @@ def test_a_run_folder_is_read_like_its_pretrained_folder(tiny_pretrained: Path) 
 
 def test_a_stage_that_is_missing_is_named_with_what_makes_it(tiny_pretrained: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_pretrained / "tokenizer", tmp_path / "one" / "pretrained" / "tokenizer")
-    with pytest.raises(FileNotFoundError, match=r"no transformer in .*; `maskgit train transformer` makes it"):
+    with pytest.raises(FileNotFoundError, match=r"no transformer in .*; `maskgit train transformer` writes it"):
         MaskGIT.from_pretrained(tmp_path / "one")
 
 
@@ -85,7 +85,7 @@ def test_a_repository_that_is_not_in_the_cache_is_told_in_one_line(tmp_path: Pat
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError) as caught:
         MaskGIT.from_pretrained("owner/name", cache_dir=tmp_path / "cache", local_files_only=True)
-    assert str(caught.value).startswith("hub owner/name: no such folder here, not in the cache")
+    assert str(caught.value).startswith("hub owner/name: no such folder, not in the cache")
     assert "or name a folder, such as runs/RUN/pretrained" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -125,7 +125,7 @@ def test_a_repository_of_something_else_is_refused(tmp_path: Path, monkeypatch) 
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "model.safetensors").write_bytes(b"")
     cached(tmp_path / "cache", tmp_path / "other")
-    with pytest.raises(ValueError, match=r"hub owner/name: no tokenizer/config.json there; a repository that push_to"):
+    with pytest.raises(ValueError, match=r"push_to_hub wrote, but tokenizer/config\.json is missing"):
         sharing.find_folder("owner/name", cache_dir=tmp_path / "cache", local_files_only=True)
 
 
@@ -211,12 +211,12 @@ def test_what_is_put_on_the_hub_is_a_whole_pipeline(tiny_pretrained: Path, tmp_p
     assert (seen["private"], seen["token"]) == (True, None)
     assert 'from_pretrained("owner/name")' in seen["card"]
     assert "\nlicense: mit\n" in seen["card"]
-    with pytest.raises(ValueError, match="hub name: owner/name is needed"):
+    with pytest.raises(ValueError, match="hub_id must be owner/name"):
         pipe.push_to_hub("name")
 
 
 def test_a_hub_that_is_not_to_be_asked_ends_in_one_line(tiny_pretrained: Path, monkeypatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ConnectionError, match="hub owner/name: nothing was put there") as caught:
+    with pytest.raises(ConnectionError, match="hub owner/name: nothing was uploaded") as caught:
         sharing.upload(tiny_pretrained, "owner/name", private=None, token=None)
     assert "\n" not in str(caught.value)

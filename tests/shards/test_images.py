@@ -15,7 +15,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from maskgit_pl.shards.images import (
     UnreadableImageError,
-    check_whole,
+    check_complete,
     decode_image,
     encode_png,
     fit_square,
@@ -233,11 +233,11 @@ def test_a_file_that_has_no_end_is_refused_before_it_is_read(make, tmp_path):
 @pytest.mark.parametrize("progressive", [False, True])
 def test_every_cut_of_an_image_is_found_without_decoding_it(kind, progressive):
     data = save(Image.fromarray(noise(24, 24, 3)), kind, progressive=progressive)
-    check_whole(data, name="x")
-    check_whole(data + b"\n", name="x")
+    check_complete(data, name="x")
+    check_complete(data + b"\n", name="x")
     for length in (*range(12, len(data), 37), len(data) - 1):
         with pytest.raises(UnreadableImageError, match=rf"x is truncated after {length} bytes"):
-            check_whole(data[:length], name="x")
+            check_complete(data[:length], name="x")
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
@@ -253,7 +253,7 @@ def test_bytes_that_were_cut_or_changed_give_an_image_or_the_one_error(kind, pro
     read = (
         lambda data: parse_image_header(data, name="x"),
         lambda data: decode_image(data, channels=3, name="x"),
-        lambda data: check_whole(data, name="x"),
+        lambda data: check_complete(data, name="x"),
     )
     for bad in spoilt:
         for each in read:
@@ -265,7 +265,7 @@ def test_a_png_that_is_damaged_in_its_pixels_is_found_without_decoding_it():
     data = bytearray(save(Image.fromarray(noise(24, 24, 3)), "PNG"))
     data[len(data) // 2] ^= 1
     with pytest.raises(UnreadableImageError, match="x is damaged in its IDAT chunk"):
-        check_whole(bytes(data), name="x")
+        check_complete(bytes(data), name="x")
 
 
 _MEASURE = """

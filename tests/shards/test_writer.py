@@ -351,7 +351,7 @@ def test_files_that_are_no_images_of_a_class_are_counted_and_named(tree):
         "4 .gif (cat/a.gif, cat/b.GIF, dog/c.gif, ...)",
         "2 outside the class folders (loose.png, x\\n.md)",
         "1 symbolic links to folders, which are not followed (alias)",
-        "1 that are no regular files (dog/fifo.png)",
+        "1 that are not regular files (dog/fifo.png)",
         "1 without an ending (cat/README)",
     )
     assert sum(source.counts.values()) == 60
