@@ -189,9 +189,7 @@ def test_tensors_get_the_names_of_today_part_by_part(old, new):
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_tensor_with_both_names_is_refused(order):
     names = ["words.weight", "token_embedding.weight"][::order]
-    with pytest.raises(
-        ValueError, match=r"^weights a: tensor token_embedding\.weight must be there once, got it under"
-    ):
+    with pytest.raises(ValueError, match=r"^weights a: tensor token_embedding\.weight must occur once, got it by"):
         rename_tensors(dict.fromkeys(names, 0), "weights a")
 
 
