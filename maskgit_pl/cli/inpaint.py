@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
     check_seed_and_batch(args)
     check_at_least(args, variants=1, dilation=0)
     check_outputs(args, **PICTURES)
+    # Cheap checks come first: region, model files, size, settings. The weights are loaded after all of them.
     header, box = _read_region(args)
     folder, outline = find_model(args)
     label = outline.parse_class(args.class_)
@@ -87,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
             image, mask, output_type="pt", callback=after_step, decoding=decoding, **read_edit_flags(args, label)
         )
     variants = cast("Tensor", made)  # output_type "pt"
+    # The sheet shows the box or mask of the user, and the larger region of whole tokens that was generated.
     unknown = editing.token_mask(mask, factor=outline.token_size, dilation=args.dilation)
     region = editing.pixel_region(unknown, factor=outline.token_size, height=size, width=size)
     described, texts = outline.describe_class(label), make_captions(args)

@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
             image, overlap=args.overlap, output_type="pt", callback=after_step, decoding=decoding, **options
         )
     variants = cast("Tensor", made)  # output_type "pt"
+    # (H + up + down, W + left + right): True outside the image, and the image on the canvas.
     outside, original = added.outside(header.height, header.width), added.pad(image, size=1)
     described, texts = outline.describe_class(label), make_captions(args)
     title = f"{args.image.name}: {described}"
@@ -91,6 +92,7 @@ def _read_margins(args: argparse.Namespace) -> Margins:
     """Returns the pixels to add on each side from the flags, checked without the image."""
     from maskgit_pl.editing import Margins  # imports neither torch nor PIL
 
+    # --all fills in the sides that are 0 or not given.
     sides = {side: getattr(args, side) or (args.all or 0) for side in _SIDES}
     for side, pixels in sides.items():
         if pixels < 0:

@@ -67,6 +67,7 @@ def record_steps(
     from maskgit_pl.imaging import StepRecorder
 
     record = StepRecorder()
+    # The bar disappears at the end, so that only the names of the files stay on the terminal.
     with Progress(transient=True) as progress:
         bar = progress.add_task(title, total=total)
 
@@ -110,6 +111,7 @@ def write_generated(
         make_folder(args.images)
         save_images(images, labels, args.images, seed=args.seed)
         print(f"{args.images}: {len(images)} files")
+    # A canvas of outpaint or panorama has another grid than the images of the model.
     grid = pipe.tokenizer.network.config.grid((images.shape[-2], images.shape[-1]))
     decode = partial(pipe.tokenizer.decode, grid=grid)
     if args.gif is not None:

@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     labels = outline.parse_classes(args.classes)
     from maskgit_pl.editing import check_canvas
 
+    # The size and the settings are checked before torch is imported.
     height = outline.image_size if args.height is None else args.height
     with use_flag_names(args):
         check_canvas(height, args.width, factor=outline.token_size, least=outline.image_size)

@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
     bulk = None if args.num_images is None else _bulk_options(args)
     if bulk is None:
         _check_picture(args)
+    # The checks below read JSON files only. open_pipe, after them, loads torch and the weights.
     folder, outline = find_model(args)
     max_shown = _MAX_CLASSES if bulk is None else len(outline.class_names)
     labels = outline.parse_classes(args.classes, max_shown=max_shown)
@@ -87,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from maskgit_pl.devices import default_device
 
+    # Each process of a node uses the GPU of its local rank.
     pipe = open_pipe(folder, args, device=default_device(local_rank=local_rank()))
     _generate_bulk(pipe, args.out, {**bulk, "classes": labels, "negative_class": negative, "decoding": decoding})
     return 0
@@ -109,6 +111,7 @@ def _bulk_options(args: argparse.Namespace) -> dict[str, int]:
             raise ValueError(f"{format_flag(flag)} must not be given with --num-images")
     if (args.rank is None) != (args.world_size is None):
         raise ValueError("--rank and --world-size must be given together, got only one")
+    # torchrun and Slurm set the ranks in the environment.
     if args.rank is None:
         args.rank, args.world_size = launcher_rank()
     if args.out is None or args.out.suffix != ".npz":
@@ -156,7 +159,9 @@ def _generate_picture(
     from maskgit_pl.imaging import image_grid
 
     per_class = args.per_class or _PER_CLASS
+    # One row of the picture for each class.
     labels = [label for label in classes for _ in range(per_class)]
+    # The bar counts decoding steps of all batches.
     total = -(-len(labels) // args.batch_size) * decoding.num_steps
     with record_steps("sampling", is_recording=False, total=total) as (after_step, _):
         images = pipe.generate(
@@ -170,6 +175,7 @@ def _generate_picture(
         )
     shown = range(0, len(labels), per_class if len(classes) > 1 else 1)[:_ANIMATED]  # the first image of each class
     seeds = [args.seed + row for row in shown]
+    # The first images of the classes lie in different batches, so they are decoded again for the animation.
     steps = (
         list(pipe.steps([labels[row] for row in shown], seed=seeds, negative_classes=negative, decoding=decoding))
         if wants_decoding(args)

@@ -61,6 +61,7 @@ class Outline:
             tokenizer, transformer = (
                 rename_config(read_json(folder / part / "config.json"), part) for part in ("tokenizer", "transformer")
             )
+            # Untrusted files: any missing key or wrong type leads to None.
             tuned = folder / "decoding.json"
             network, vqgan = transformer["network"], tokenizer["network"]
             rows, columns = (_size(number) for number in network["grid"])
@@ -73,6 +74,7 @@ class Outline:
                 if tuned.is_file()
                 else build_dataclass(DecodingConfig, transformer["decoding"], ""),
                 _size(tokenizer["image_size"]),
+                # Each level after the first halves height and width.
                 _size(vqgan["patch_size"]) * 2 ** (_size(len(vqgan["channel_multipliers"])) - 1),
                 _size(vqgan["in_channels"]),
             )
