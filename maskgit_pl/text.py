@@ -12,7 +12,15 @@ import logging
 import re
 import unicodedata
 
-__all__ = ["PrintableFormatter", "argument_docs", "code_span", "markdown", "plain_label", "printable", "python_string"]
+__all__ = [
+    "PrintableFormatter",
+    "argument_docs",
+    "code_span",
+    "markdown",
+    "plain_label",
+    "printable",
+    "python_string",
+]
 
 _MAX_SHOWN = 200  # characters of a text
 _MAX_LABEL = 60  # characters; longer labels leave no room for the axes

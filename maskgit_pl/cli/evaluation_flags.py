@@ -95,7 +95,7 @@ def read_cas_flags(args: argparse.Namespace) -> dict[str, Any]:
     check_at_least(args, cas_max_steps=1, cas_batch_size=2)
     if args.cas_learning_rate is not None:
         check_number("--cas-learning-rate", args.cas_learning_rate, "(0, inf)")
-    # None is left out, so that CASConfig has its own defaults.
+    # Flags that are not given are left out, so that the defaults of CASConfig apply.
     given = {
         "model": args.cas_model,
         "max_steps": args.cas_max_steps,

@@ -11,6 +11,7 @@ from maskgit_pl.cli.edit_flags import add_variant_arguments, make_captions, read
 from maskgit_pl.cli.flags import check_at_least, check_outputs, use_flag_names
 from maskgit_pl.cli.model import add_model_argument, find_model, open_pipe
 from maskgit_pl.cli.outputs import PICTURES, add_output_arguments, record_steps, wants_decoding, write_generated
+from maskgit_pl.runs.units import count_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,7 +95,8 @@ def run(args: argparse.Namespace) -> int:
     described, texts = outline.describe_class(label), make_captions(args)
     title = f"{args.image.name}: {described}"
     sheet = edit_sheet(image, variants, mask=mask, region=region, title=title, captions=texts)
-    summary = f"{len(variants)} variants of {described}, {int(unknown.sum())} of {unknown.numel()} tokens generated"
+    tokens = f"{int(unknown.sum())} of {unknown.numel()} tokens generated"
+    summary = f"{count_text(len(variants), 'variant')} of {described}, {tokens}"
     labels = [label] * len(variants)
     write_generated(pipe, variants, args, sheet=sheet, summary=summary, labels=labels, steps=steps, captions=texts)
     return 0

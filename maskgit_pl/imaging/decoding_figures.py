@@ -92,7 +92,7 @@ def decoding_filmstrip(
         [panel for panels in rows for panel in panels],
         rows=4,
         columns=len(chosen),
-        row_captions=["mask", f"confidence to {top:.2f}", "newly kept", "image"],
+        row_captions=["mask", f"confidence 0 to {top:.2f}", "newly kept", "image"],
         column_captions=captions,
     )
 

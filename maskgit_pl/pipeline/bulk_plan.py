@@ -143,7 +143,7 @@ def check_same(place: Path, known: Mapping[str, Any], plan: BulkPlan) -> None:
     Raises:
         ValueError: if they differ. The message lists each difference as ``key old -> new``.
     """
-    # JSON turns tuples into lists, so the new plan takes the same way before the comparison.
+    # JSON turns tuples into lists, so the new plan is converted too before the comparison.
     old, new = dict(_flat(known)), dict(_flat(json.loads(plan.text)))
     changed = [f"{key} {_short(old.get(key))} -> {_short(new.get(key))}" for key in sorted({*old, *new})
                if old.get(key) != new.get(key)]  # fmt: skip

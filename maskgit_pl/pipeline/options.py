@@ -158,7 +158,7 @@ def _check_names(given: Mapping[str, Any], known: Sequence[str]) -> None:
 
 def _with_argument(spec: str | dict[str, Any] | None, argument: str, value: float) -> str | dict[str, Any]:
     """Returns the spec of a plug-in with one argument replaced."""
-    if spec is None:  # an autoregressive model, whose decoder refuses it
+    if spec is None:  # an autoregressive model, whose decoder raises the error
         return {argument: value}
     if not isinstance(spec, str | Mapping):  # the registry raises the error for it
         return spec

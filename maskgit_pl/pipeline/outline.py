@@ -116,7 +116,7 @@ class Outline:
         check_parallel(task, is_autoregressive=self.is_autoregressive)
 
     def check_decoding(self, decoding: DecodingConfig, *, has_negative_class: bool = True) -> None:
-        """Refuses a way of decoding that the model cannot follow; see ``DecodingConfig.check``."""
+        """Raises if the model cannot use decoding settings. See ``DecodingConfig.check``."""
         decoding.check(self.num_tokens, is_autoregressive=self.is_autoregressive, has_negative_class=has_negative_class)
 
 

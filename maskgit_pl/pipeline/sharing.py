@@ -14,7 +14,7 @@ from pathlib import Path
 
 __all__ = ["check_hub_id", "find_folder", "local_folder", "upload"]
 
-# Files that a pipeline needs; of others, the Hub may hold any number and size.
+# Files that a pipeline needs. Other files of a repository may be large and are not downloaded.
 _READ = tuple(
     f"{stage}/{file}" for stage in ("tokenizer", "transformer") for file in ("config.json", "model.safetensors")
 )
