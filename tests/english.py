@@ -34,7 +34,7 @@ PHRASES = {  # pattern -> what to write
     r"\b(go|goes|going|went|gone) on\b": "resume, continue",
     r"\bto the last (bit|digit)\b": "bit-exact, bit by bit",
     r"\bbefall\w*": "happen",
-    r"\bprocessors?\b": "CPU",
+    r"(?-i:\bprocessors?\b)": "CPU",
     r"\bcannot be had\b": "is not available",
     r"\bbehind\b": "after",
     r"\b(whoever|whatever|whichever)\b": "any; the caller; say it",

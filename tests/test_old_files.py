@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from maskgit_pl import MaskGIT
 from maskgit_pl.cli import main
+from maskgit_pl.evaluation.digests import model_digests, shorten_digest
 from maskgit_pl.old_names import rename_tensors
 from maskgit_pl.pretrained import load_transformer
 from maskgit_pl.runs.recipe import Recipe
@@ -84,6 +85,18 @@ def test_maskgit_sample_gives_the_images_of_version_0_1_0(outputs, tmp_path):
     with np.load(tmp_path / "two.npz") as file:
         images = torch.from_numpy(file["arr_0"])  # (2, H, W, 3)
     assert torch.equal(images[..., :1].permute(0, 3, 1, 2), outputs["samples"])
+
+
+def test_images_of_version_0_1_0_are_found_complete(tmp_path, capsys):
+    shutil.copy(OLD / "expected" / "two.npz", tmp_path / "two.npz")
+    words = ["sample", str(OLD / "pretrained"), "--num-images=2", "--classes=0,2", "--seed=0", "--device=cpu"]
+    assert main([*words, f"--out={tmp_path / 'two.npz'}"]) == 0
+    assert "complete with 2 images" in capsys.readouterr().out
+
+
+def test_the_digest_that_finds_a_model_in_the_ledger_has_not_changed():
+    pipe = MaskGIT.from_pretrained(OLD / "pretrained")
+    assert shorten_digest(model_digests(pipe, OLD / "pretrained")["config"]) == "23a499dd2099e114"
 
 
 def test_a_token_store_of_version_0_1_0_is_read():

@@ -62,7 +62,7 @@ PAGES = {"table-1": TABLES, "table-2": TABLES, "table-3": TABLES, "figure-4": RE
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_the_page_is_what_the_ledger_makes(name: str) -> None:
+def test_the_page_is_the_one_that_the_ledger_gives(name: str) -> None:
     made = page(name)
     for ending, text in (("md", made.markdown), ("csv", made.csv)):
         file = PAGES[name] / f"{name}.{ending}"
@@ -70,7 +70,7 @@ def test_the_page_is_what_the_ledger_makes(name: str) -> None:
 
 
 @pytest.mark.parametrize("file", ["results/ledger.jsonl", "docs/decoding/ledger.jsonl"])
-def test_a_ledger_that_is_shipped_can_be_read(file: str) -> None:
+def test_a_shipped_ledger_can_be_read(file: str) -> None:
     assert len(Ledger(RESULTS.parent / file).rows("samples")) > 40
 
 

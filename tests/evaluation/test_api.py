@@ -25,7 +25,7 @@ def test_importing_the_package_and_its_functions_imports_nothing_heavy() -> None
 
 
 @pytest.mark.parametrize("name", evaluation.__all__)
-def test_every_public_name_is_there_and_no_module_has_it(name: str) -> None:
+def test_every_public_name_exists_and_differs_from_all_modules(name: str) -> None:
     assert getattr(evaluation, name) is not None
     folder = Path(evaluation.__file__).parent
     assert not (folder / f"{name}.py").exists()

@@ -84,7 +84,7 @@ def test_the_score_is_a_function_of_images_and_seed(data: ShardData) -> None:
     assert first == second
 
 
-def test_real_images_are_chosen_by_their_numbers_in_the_train_split(data: ShardData) -> None:
+def test_real_images_are_chosen_by_their_index_in_the_train_split(data: ShardData) -> None:
     images, labels = real(data)
     chosen = torch.randperm(60, generator=torch.Generator().manual_seed(0))[:40]
     config = replace(QUICK, max_steps=20)
@@ -119,7 +119,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_generated_images_are_taken_in_any_order(tmp_path: Path, channels) -> None:
+def test_generated_images_are_read_in_any_order(tmp_path: Path, channels) -> None:
     pixels = torch.randint(0, 256, (9, channels, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     as_saved = pixels.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
     for save in (np.savez, np.savez_compressed):
@@ -147,7 +147,7 @@ def test_a_network_of_timm_is_tested_too(data: ShardData, monkeypatch: pytest.Mo
     ("shape", "label", "match"),
     [((4, 1, 9, 9), 0, r"\(1, 8, 8\)"), ((4, 2, 8, 8), 0, r"\(1, 8, 8\)"), ((4, 1, 8, 8), 3, r"labels in \[0, 2\]")],
 )
-def test_images_that_are_not_the_datas_are_refused(data: ShardData, shape, label, match) -> None:
+def test_images_with_another_shape_than_the_data_are_refused(data: ShardData, shape, label, match) -> None:
     images = torch.zeros(shape, dtype=torch.uint8)
     with pytest.raises(ValueError, match=match):
         classification_accuracy(taught(images, torch.full((4,), label), data), data, QUICK)

@@ -59,7 +59,7 @@ def test_learns_to_tell_brightness_on_held_out_images(data: ShardData) -> None:
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
-def test_a_kept_classifier_has_the_permissions_of_any_new_file(data: ShardData, tmp_path: Path, mask: int) -> None:
+def test_a_stored_classifier_has_the_permissions_of_any_new_file(data: ShardData, tmp_path: Path, mask: int) -> None:
     before = os.umask(mask)
     try:
         obtain_classifier(tmp_path / "made", data, config=ClassifierConfig(width=4, max_steps=1, batch=20))
@@ -69,7 +69,7 @@ def test_a_kept_classifier_has_the_permissions_of_any_new_file(data: ShardData, 
     assert modes == dict.fromkeys(("config.json", "model.safetensors"), 0o666 & ~mask)
 
 
-def test_a_kept_classifier_that_is_not_finite_is_refused_by_tensor(data: ShardData, tmp_path: Path) -> None:
+def test_a_stored_classifier_with_non_finite_weights_is_refused_by_tensor(data: ShardData, tmp_path: Path) -> None:
     config = ClassifierConfig(width=4, max_steps=1, batch=20)
     obtain_classifier(tmp_path, data, config=config)
     file = tmp_path / "model.safetensors"
@@ -84,7 +84,7 @@ def test_training_is_repeatable(data: ShardData) -> None:
         assert torch.equal(tensor, second.state_dict()[name]), name
 
 
-def test_a_second_run_reads_what_the_first_one_kept(data: ShardData, tmp_path: Path, monkeypatch) -> None:
+def test_a_second_run_reads_the_stored_classifier(data: ShardData, tmp_path: Path, monkeypatch) -> None:
     first = obtain_classifier(tmp_path / "judge", data, config=QUICK)
     with monkeypatch.context() as patch:
         patch.setattr(module, "fit_classifier", lambda *args, **options: pytest.fail("trained again"))
@@ -118,7 +118,7 @@ def test_a_classifier_of_an_older_kind_is_trained_again(data: ShardData, tmp_pat
     assert not is_trained(tmp_path, data, replace(config, model="resnet18"))
 
 
-def test_images_teach_the_same_wherever_they_are_read_from(data: ShardData) -> None:
+def test_training_does_not_depend_on_where_images_are_read_from(data: ShardData) -> None:
     config = ClassifierConfig(width=4, max_steps=5, batch=20, flip_probability=0.5)
     made = [fit_classifier(source, config=config) for source in (data, trained_on(data))]
     made.append(fit_classifier(data, chosen=torch.arange(60), config=config))
@@ -126,7 +126,7 @@ def test_images_teach_the_same_wherever_they_are_read_from(data: ShardData) -> N
         assert all(torch.equal(tensor, other.state_dict()[name]) for other in made[1:]), name
 
 
-def test_only_the_chosen_images_teach(data: ShardData) -> None:
+def test_only_the_chosen_images_are_trained_on(data: ShardData) -> None:
     config = ClassifierConfig(width=8, max_steps=150, batch=20)
     labels = data.batches("train", InOrder(60)).__getitems__(range(60)).labels
     judge = fit_classifier(data, chosen=(labels != 1).nonzero()[:, 0], config=config)
@@ -144,7 +144,7 @@ def test_flips_and_seeds_make_another_classifier(data: ShardData) -> None:
     assert not torch.equal(plain, seeded)
 
 
-def test_a_network_of_timm_is_trained_and_kept_alike(data: ShardData, tmp_path: Path, monkeypatch) -> None:
+def test_a_network_of_timm_is_trained_and_stored(data: ShardData, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(module, "available_cores", lambda: 1)
     config = ClassifierConfig(model="resnet18", max_steps=2, batch=4)
     trained = obtain_classifier(tmp_path, data, config=config)
@@ -167,12 +167,12 @@ def test_numbers_of_the_training_are_bounded(changes: dict, match: str) -> None:
         ClassifierConfig(**changes)
 
 
-def test_a_key_of_a_stranger_that_is_nested_deep_is_no_key(data: ShardData, tmp_path: Path) -> None:
+def test_a_deeply_nested_key_of_a_stranger_is_ignored(data: ShardData, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"a": ' + "[" * 100_000)
     assert not is_trained(tmp_path, data, QUICK)
 
 
-def test_accuracy_counts_the_likeliest_and_the_five_likeliest() -> None:
+def test_accuracy_counts_the_top_1_and_the_top_5() -> None:
     logits = torch.eye(8)[[0, 1, 2, 3]] + torch.arange(8, 0, -1) / 100  # after the first: 0, 1, 2, 3, 4 ...
     accuracy = Accuracy.from_hits(count_hits(logits, torch.tensor([0, 0, 4, 7])), 4)
     assert accuracy == Accuracy(top1=1 / 4, top5=3 / 4, images=4)
@@ -186,6 +186,6 @@ def test_accuracy_counts_the_likeliest_and_the_five_likeliest() -> None:
         (torch.zeros(0, 1, 8, 8, dtype=torch.uint8), [], "at least one"),
     ],
 )
-def test_images_that_cannot_be_learnt_from_are_refused(images, labels, match) -> None:
+def test_invalid_training_images_are_refused(images, labels, match) -> None:
     with pytest.raises(ValueError, match=match):
         in_memory(images, torch.tensor(labels, dtype=torch.int64), ("a", "b"))

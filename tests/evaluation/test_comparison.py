@@ -48,7 +48,7 @@ def test_every_registered_selector_is_compared_and_remdm_with_each_strategy() ->
     assert {"remdm cap", "remdm rescale", "remdm confidence", "remdm loop"} <= set(labels)
 
 
-def test_names_take_the_model_s_choice_temperature_and_mappings_stay() -> None:
+def test_names_take_the_model_s_choice_temperature_and_mappings_do_not() -> None:
     found = label_selectors(["margin", "halton"], OWN)
     assert found == {"margin": {"name": "margin", "choice_temperature": 9.0}, "halton": "halton"}
     remdm = label_selectors(None, OWN)["remdm loop"]
@@ -58,7 +58,7 @@ def test_names_take_the_model_s_choice_temperature_and_mappings_stay() -> None:
     assert label_selectors(["margin"], "halton") == {"margin": "margin"}  # there is none to take
 
 
-def test_unknown_selectors_and_the_same_one_twice_are_refused() -> None:
+def test_unknown_and_repeated_selectors_are_refused() -> None:
     with pytest.raises(ValueError, match="did you mean 'confidence'"):
         label_selectors(["confidnce"], OWN)
     with pytest.raises(ValueError, match="token selectors must be different, got margin twice"):
@@ -67,7 +67,7 @@ def test_unknown_selectors_and_the_same_one_twice_are_refused() -> None:
         label_selectors([{"name": "margin", "eta": 1}], OWN)
 
 
-def test_tables_show_every_row_and_the_least_distance_of_each_t_in_bold() -> None:
+def test_tables_show_every_row_and_the_lowest_distance_of_each_t_in_bold() -> None:
     page = COMPARISON.page("maskgit compare runs/x").markdown
     assert "| confidence | 5.00 | **2.00** |" in page
     assert "| random | **4.00** | 3.00 |" in page
@@ -84,7 +84,7 @@ def test_tables_show_every_row_and_the_least_distance_of_each_t_in_bold() -> Non
     assert "class agreement" in stream.getvalue()
 
 
-def test_a_time_that_is_not_known_is_an_empty_cell() -> None:
+def test_an_unknown_time_is_an_empty_cell() -> None:
     row = replace(ROWS[0], numbers={name: value for name, value in numbers(1.0).items() if "seconds" not in name})
     made = replace(COMPARISON, results=(row,))
     assert "| 4.0 |  |" in made.page("").markdown

@@ -12,7 +12,7 @@ def run(
     return search(measure, space, SearchPlan(metric, 12, 10, **options, current=current))
 
 
-def test_the_best_are_confirmed_with_fresh_noise_and_twice_the_images_the_own_decoding_among_them() -> None:
+def test_the_best_trials_and_the_own_decoding_are_measured_again_with_other_noise_and_twice_the_images() -> None:
     measure = FakeMeasure()
     found = run(measure)
     assert len(found.trials) == 12
@@ -24,7 +24,7 @@ def test_the_best_are_confirmed_with_fresh_noise_and_twice_the_images_the_own_de
     assert found.winner.number == ranked[0].number
 
 
-def test_the_result_is_never_worse_than_the_own_decoding_where_it_was_confirmed() -> None:
+def test_the_winner_is_never_worse_than_the_own_decoding_in_the_second_measurement() -> None:
     best = DecodingConfig(4, guidance={"name": "constant", "scale": 0.0})
     for seed in range(5):
         space = SearchSpace(best, SPACE.selectors, (4,), 256, can_guide=True)
@@ -33,7 +33,7 @@ def test_the_result_is_never_worse_than_the_own_decoding_where_it_was_confirmed(
     assert run(FakeMeasure(), SearchSpace(best, SPACE.selectors, (4,), 256, can_guide=True)).winner.numbers[FID] == 1
 
 
-def test_the_trial_that_is_in_use_is_confirmed_though_others_were_luckier() -> None:
+def test_the_current_decoding_is_measured_again_even_if_other_trials_are_better() -> None:
     found = run(FakeMeasure())
     last = max(found.trials, key=lambda trial: trial.numbers[FID])
     again = run(FakeMeasure(), current=last.decoding)
@@ -45,7 +45,7 @@ def test_the_trial_that_is_in_use_is_confirmed_though_others_were_luckier() -> N
     assert len(run(FakeMeasure(), current=found.winner.decoding).confirmed) == 4
 
 
-def test_more_is_better_where_the_metric_says_so() -> None:
+def test_the_direction_of_the_metric_decides_what_is_better() -> None:
     class Agreement(FakeMeasure):
         def __call__(self, decoding: DecodingConfig, *rest: Any) -> dict[str, float]:
             measured = super().__call__(decoding, *rest)
@@ -55,7 +55,7 @@ def test_more_is_better_where_the_metric_says_so() -> None:
     assert found.winner.numbers["class_agreement"] == max(trial.numbers["class_agreement"] for trial in found.trials)
 
 
-def test_a_budget_of_seconds_ends_the_trials_but_not_the_confirmation() -> None:
+def test_a_time_limit_ends_the_trials_but_not_the_second_measurement() -> None:
     found = run(FakeMeasure(), seconds=1e-9)
     assert [trial.number for trial in found.trials] == [0]
     assert found.winner == found.before

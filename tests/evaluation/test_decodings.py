@@ -2,11 +2,11 @@ from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.decodings import choose_plot_steps, decoding_key, describe_decoding, with_steps
 
 
-def test_other_steps_leave_a_list_of_tokens_out() -> None:
+def test_another_number_of_steps_drops_the_tokens_per_step() -> None:
     assert with_steps(DecodingConfig(2, tokens_per_step=(1, 15)), 3) == DecodingConfig(3)
 
 
-def test_decodings_are_told_apart_by_what_is_not_the_default() -> None:
+def test_the_key_of_a_decoding_is_its_fields_without_defaults() -> None:
     assert decoding_key(DecodingConfig()) == decoding_key(DecodingConfig(sampling_temperature=1.0, top_k=None))
     assert decoding_key(DecodingConfig()) != decoding_key(DecodingConfig(sampling_temperature=0.9))
     changed = decoding_key(DecodingConfig(4, sampling_temperature=(1.2, 0.8)))
@@ -15,7 +15,7 @@ def test_decodings_are_told_apart_by_what_is_not_the_default() -> None:
     assert DecodingConfig(**changed).num_steps == 4
 
 
-def test_a_decoding_is_told_without_what_is_as_usual() -> None:
+def test_the_description_of_a_decoding_leaves_defaults_out() -> None:
     assert describe_decoding(DecodingConfig(8)) == "T 8, confidence, guidance constant"
     told = describe_decoding(
         DecodingConfig(

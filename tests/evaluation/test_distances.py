@@ -35,13 +35,13 @@ def column(*numbers: float) -> torch.Tensor:
     return torch.tensor(numbers, dtype=torch.float64)[:, None]
 
 
-def test_gaussians_that_differ_in_their_means_alone_are_apart_by_its_square() -> None:
+def test_gaussians_with_equal_covariances_differ_by_the_squared_distance_of_their_means() -> None:
     covariance = [[2.0, 0.5], [0.5, 1.0]]
     assert frechet_distance(gaussian([1, 2], covariance), gaussian([4, -2], covariance)) == pytest.approx(25)
     assert frechet_distance(gaussian([1, 2], covariance), gaussian([1, 2], covariance)) == pytest.approx(0, abs=1e-12)
 
 
-def test_commuting_covariances_are_apart_by_their_roots() -> None:
+def test_commuting_covariances_differ_by_their_square_roots() -> None:
     turn = torch.linalg.qr(normal(5, 0, width=5)).Q
     one, other = torch.tensor([1.0, 4, 9, 0, 2]).double(), torch.tensor([4.0, 1, 9, 3, 0]).double()
     expected = (one.sqrt() - other.sqrt()).square().sum()
@@ -71,7 +71,7 @@ def test_features_with_the_exact_statistics_of_gaussians_have_their_distance() -
     assert frechet_distance(*sets) == pytest.approx(12 - 2 * math.sqrt(12 + 2 * math.sqrt(35)), rel=1e-9)
 
 
-def test_fewer_images_than_features_have_a_distance_too() -> None:
+def test_fewer_images_than_features_also_have_a_distance() -> None:
     made, real = normal(5, 0, width=30), normal(8, 1, width=30)
     theirs = fid_statistics_to_metric(fid_features_to_statistics(made), fid_features_to_statistics(real), False)
     ours = frechet_distance(Statistics.from_features(made), Statistics.from_features(real))
@@ -86,7 +86,7 @@ def test_features_of_other_widths_are_refused() -> None:
         distances(one, Reference.from_features(other))
 
 
-def test_kernel_distance_is_torch_fidelity_s() -> None:
+def test_kernel_distance_equals_that_of_torch_fidelity() -> None:
     made, real = normal(60, 0, scale=1.2), normal(60, 1)  # one subset is all of them
     theirs = kid_features_to_metric(made, real, kid_subsets=1, kid_subset_size=60, verbose=False)
     assert kernel_distance(made, real)[0] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-9)
@@ -144,7 +144,7 @@ def as_dealt(count: int) -> torch.Tensor:
         return torch.randperm(count)
 
 
-def test_inception_score_is_torch_fidelity_s() -> None:
+def test_inception_score_equals_that_of_torch_fidelity() -> None:
     logits = normal(200, 0, width=7, scale=3)
     theirs = isc_features_to_metric(logits[as_dealt(200)], splits=10, shuffle=False)
     mean, deviation = inception_score(logits)
@@ -152,7 +152,7 @@ def test_inception_score_is_torch_fidelity_s() -> None:
     assert deviation == pytest.approx(theirs["inception_score_std"] * math.sqrt(10 / 9), rel=1e-9)
 
 
-def test_inception_score_is_the_number_of_classes_where_each_is_clear() -> None:
+def test_inception_score_is_the_number_of_classes_if_each_image_is_certain() -> None:
     one_of_four = torch.eye(4).repeat(500, 1) * 100
     assert inception_score(one_of_four)[0] == pytest.approx(4, rel=0.02)
     assert inception_score(torch.zeros(200, 4))[0] == pytest.approx(1)
@@ -190,7 +190,7 @@ def test_identical_sets_cover_each_other() -> None:
     assert density_coverage(real, real) == (1, 1)
 
 
-def test_density_and_coverage_of_one_kind_are_what_the_paper_expects() -> None:
+def test_density_and_coverage_of_equal_distributions_are_the_expected_values() -> None:
     density, coverage = density_coverage(normal(1500, 0), normal(1500, 1))
     assert density == pytest.approx(1, abs=0.05)
     assert coverage == pytest.approx(1 - 2**-5, abs=0.02)  # Naeem et al., lemma 2, for as many of both
@@ -207,7 +207,7 @@ def test_a_dropped_mode_costs_coverage_and_an_outlier_among_real_images_earns_no
     assert density_coverage(between, outlier)[0] < 0.25
 
 
-def test_every_number_is_given_that_can_be() -> None:
+def test_every_possible_metric_is_returned() -> None:
     real = ImageFeatures("classifier", normal(30, 0), normal(30, 1), normal(30, 2, width=4))
     made = ImageFeatures("classifier", normal(20, 3), normal(20, 4), normal(20, 5, width=4))
     whole = distances(made, Reference.from_features(real))
@@ -229,7 +229,7 @@ def test_every_number_is_given_that_can_be() -> None:
     }
 
 
-def test_measuring_leaves_torch_s_generator_alone() -> None:
+def test_measuring_does_not_change_the_generator_of_torch() -> None:
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
@@ -271,7 +271,7 @@ def test_kid_is_the_unbiased_discrepancy_of_the_cubic_kernel() -> None:
     assert deviation == pytest.approx(0, abs=1e-9)
 
 
-def test_kid_of_two_sets_of_one_kind_is_about_nothing_and_does_not_fall_with_their_number() -> None:
+def test_kid_of_equal_distributions_is_about_zero_for_any_number_of_images() -> None:
     def normal(count: int, seed: int) -> torch.Tensor:
         return torch.randn(count, 6, generator=torch.Generator().manual_seed(seed))
 

@@ -44,7 +44,7 @@ def test_grids_that_have_no_half_are_rounded(pipe: MaskGIT, edge: int) -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_nothing_of_the_hidden_part_reaches_the_result(pipe: MaskGIT, images: torch.Tensor, task: Task) -> None:
+def test_the_hidden_part_does_not_influence_the_result(pipe: MaskGIT, images: torch.Tensor, task: Task) -> None:
     hidden = make_hidden_mask(task, pipe.tokenizer)
     others = torch.where(hidden, 255 - images, images)
     assert torch.equal(edit(task, pipe, images, LABELS), edit(task, pipe, others, LABELS))

@@ -150,7 +150,7 @@ KINDS: dict[str, tuple[Callable[[Evaluator, EvaluatedModel, Case], Row], set[str
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_is_reused_where_nothing_changed_and_measured_anew_where_anything_did(
+def test_a_row_is_reused_if_nothing_changed_and_measured_again_if_anything_changed(
     folder: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "classification_accuracy", lambda *_, **__: Accuracy(0.5, 1.0, 24))
@@ -176,7 +176,7 @@ def test_a_row_is_reused_where_nothing_changed_and_measured_anew_where_anything_
     assert rows(Case()) == count
 
 
-def test_two_references_of_as_many_images_give_two_rows_that_name_them(folder: Path, tmp_path: Path) -> None:
+def test_two_references_of_equal_size_give_two_rows_that_name_them(folder: Path, tmp_path: Path) -> None:
     first, second = (measure("samples", Case(reference=name), folder, tmp_path) for name in ("a.npz", "b.npz"))
     assert first["real_images"] == second["real_images"] == 24
     assert first["fid"] != second["fid"]
@@ -185,7 +185,7 @@ def test_two_references_of_as_many_images_give_two_rows_that_name_them(folder: P
     assert (val["split"], val["reference_file"]) == ("val", "")
 
 
-def test_a_reference_that_does_not_say_where_it_is_from_is_refused() -> None:
+def test_a_reference_without_an_origin_is_refused() -> None:
     features = extract([few()], [(pictures(6), torch.arange(6))])["classifier"]
     with pytest.raises(ValueError, match="reference of classifier: origin must be given"):
         FeatureMetrics(few(), Reference.from_features(features))
@@ -214,7 +214,7 @@ def opened(folder: Path, ledger: Ledger) -> tuple[Evaluator, EvaluatedModel]:
     return evaluator, EvaluatedModel("run", MaskGIT.from_pretrained(pretrained), pretrained, ledger.file.parent)
 
 
-def test_the_images_measured_are_those_that_the_seed_says(folder: Path, tmp_path: Path) -> None:
+def test_the_measured_images_have_the_given_seeds(folder: Path, tmp_path: Path) -> None:
     evaluator, model = opened(folder, Ledger(tmp_path / "ledger.jsonl"))
     made = evaluator.generate(model, DECODING, num_images=12, seed=3, title="")
     assert made.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
@@ -223,7 +223,7 @@ def test_the_images_measured_are_those_that_the_seed_says(folder: Path, tmp_path
     assert made.steps_taken == 2
 
 
-def test_numbers_are_those_of_the_network_s_features(folder: Path, tmp_path: Path) -> None:
+def test_values_are_those_of_the_features_of_the_network(folder: Path, tmp_path: Path) -> None:
     evaluator, model = opened(folder, Ledger(tmp_path / "ledger.jsonl"))
     made = evaluator.generate(model, DECODING, num_images=12, seed=0, title="")
     images = made.read(range(12))
@@ -240,7 +240,7 @@ def test_numbers_are_those_of_the_network_s_features(folder: Path, tmp_path: Pat
     assert not list(tmp_path.glob("*.npz"))  # forgotten
 
 
-def test_the_floor_is_the_distance_of_as_many_real_images(folder: Path, tmp_path: Path) -> None:
+def test_the_floor_is_the_distance_of_the_same_number_of_real_images(folder: Path, tmp_path: Path) -> None:
     evaluator, _ = opened(folder, Ledger(tmp_path / "ledger.jsonl"))
     floor, again, all_of_them = (evaluator.measure_real(num_images=count)["classifier"] for count in (30, 30, 1000))
     assert floor == again
@@ -254,7 +254,7 @@ def test_a_selector_that_ends_early_takes_fewer_steps(folder: Path, tmp_path: Pa
     assert collect_numbers(evaluator.measure_samples(model, decoding, num_images=6, seed=0))["steps_taken"] == 1
 
 
-def test_what_is_measured_is_counted_and_a_second_evaluator_measures_nothing(folder: Path, tmp_path: Path) -> None:
+def test_new_measurements_are_counted_and_a_second_evaluator_measures_nothing(folder: Path, tmp_path: Path) -> None:
     counts = []
     for _ in range(2):
         evaluator, model = opened(folder, Ledger(tmp_path / "ledger.jsonl"))

@@ -35,7 +35,7 @@ def test_features_are_those_of_each_image_in_order() -> None:
     assert not found.pooled.requires_grad
 
 
-def test_images_are_put_into_the_order_of_their_numbers() -> None:
+def test_images_are_sorted_by_index() -> None:
     batches = list(iter_image_batches(read, 23, batch_size=5))
     one, other = (extract([few()], order)["classifier"] for order in (batches, reversed(batches)))
     assert torch.equal(one.pooled, other.pooled)
@@ -57,7 +57,7 @@ def test_several_networks_see_the_same_images_once() -> None:
     assert extract([], iter_image_batches(counted, 23)) == {}
 
 
-def test_whole_batches_are_dealt_to_ranks_by_number(monkeypatch) -> None:
+def test_whole_batches_are_assigned_to_ranks_in_turn(monkeypatch) -> None:
     shares = []
     for rank in range(2):
         monkeypatch.setattr("maskgit_pl.distributed.rank_and_world", lambda rank=rank: (rank, 2))
@@ -124,7 +124,7 @@ def in_two_processes(rank: int, folder: str, shards: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks_measure_what_one_does_to_the_last_bit(tiny_shards: Path, tmp_path: Path) -> None:
+def test_two_ranks_are_bit_exact_with_one(tiny_shards: Path, tmp_path: Path) -> None:
     mp.spawn(in_two_processes, (str(tmp_path), str(tiny_shards)), nprocs=2)
     alone = measured(tmp_path / "alone", tiny_shards)
     assert alone["codebook_usage"] > 1 / 16

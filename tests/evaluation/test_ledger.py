@@ -16,7 +16,7 @@ def row(**values: Any) -> dict[str, Any]:
     return LIKELIHOOD | values
 
 
-def test_what_was_measured_is_found_again_to_the_last_bit(tmp_path: Path) -> None:
+def test_a_measurement_is_found_again_bit_exact(tmp_path: Path) -> None:
     value = 0.1 + 0.2
     Ledger(tmp_path / "deep" / "ledger.jsonl").add("likelihood", row(data="a, b", masked_nll=value, note=None))
     again = Ledger(tmp_path / "deep" / "ledger.jsonl")
@@ -30,7 +30,7 @@ def test_what_was_measured_is_found_again_to_the_last_bit(tmp_path: Path) -> Non
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["ledger.jsonl"]
 
 
-def test_the_last_of_equal_measurements_counts_and_none_is_lost(tmp_path: Path) -> None:
+def test_the_last_of_equal_measurements_counts_and_all_are_kept(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.jsonl")
     for value in (1.0, 2.0):
         ledger.add("likelihood", row(masked_nll=value))
@@ -38,7 +38,7 @@ def test_the_last_of_equal_measurements_counts_and_none_is_lost(tmp_path: Path) 
     assert len(Ledger(tmp_path / "ledger.jsonl").rows("likelihood")) == 2
 
 
-def test_later_rows_may_bring_columns(tmp_path: Path) -> None:
+def test_later_rows_may_have_new_columns(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.jsonl")
     ledger.add("likelihood", row(masked_nll=1.0))
     ledger.add("likelihood", row(exact_bits_per_token=5.0))
@@ -48,7 +48,7 @@ def test_later_rows_may_bring_columns(tmp_path: Path) -> None:
     assert not has_column(rows[1:], "masked_nll")
 
 
-def test_a_process_that_does_not_write_still_remembers(tmp_path: Path) -> None:
+def test_a_process_that_does_not_write_finds_its_own_rows(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.jsonl", writes=False)
     ledger.add("likelihood", row())
     assert ledger.find("likelihood", row()) is not None
@@ -66,7 +66,7 @@ def test_a_ledger_that_is_not_reused_finds_only_what_it_added(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", KEYS["likelihood"])
-def test_a_row_that_does_not_say_everything_stays_and_is_never_found(tmp_path: Path, name: str) -> None:
+def test_a_row_without_a_key_column_is_kept_but_never_found(tmp_path: Path, name: str) -> None:
     file = tmp_path / "ledger.jsonl"
     less = {key: value for key, value in row(masked_nll=1.0).items() if key != name or key == "num_images"}
     less |= {"num_images": 11} if name == "num_images" else {}  # no line lacks it
@@ -91,7 +91,7 @@ def test_mappings_and_tuples_are_found_as_json_gives_them_back(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("cut", [1, 20])
-def test_a_line_that_was_cut_off_is_forgotten_and_the_next_one_is_whole(tmp_path: Path, cut: int) -> None:
+def test_an_incomplete_last_line_is_removed_before_the_next_one(tmp_path: Path, cut: int) -> None:
     file = tmp_path / "ledger.jsonl"
     ledger = Ledger(file)
     for seed in (1, 2):
@@ -104,7 +104,7 @@ def test_a_line_that_was_cut_off_is_forgotten_and_the_next_one_is_whole(tmp_path
     assert [each["masked_nll"] for each in Ledger(file).rows("likelihood")] == [1, 3]
 
 
-def test_a_ledger_that_was_cut_off_in_its_first_line_begins_anew(tmp_path: Path) -> None:
+def test_a_ledger_with_only_an_incomplete_line_starts_empty(tmp_path: Path) -> None:
     file = tmp_path / "ledger.jsonl"
     for text in ("", '{"measurement": "like'):
         file.write_text(text)
@@ -175,13 +175,13 @@ def test_counts_are_integers(tmp_path: Path) -> None:
             Ledger(file)
 
 
-def test_a_number_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
+def test_a_non_finite_value_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="masked_nll must be a finite number"):
         Ledger(tmp_path / "ledger.jsonl").add("likelihood", row(masked_nll=float("nan")))
     assert not (tmp_path / "ledger.jsonl").exists()
 
 
-def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+def test_a_ledger_that_is_not_a_regular_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "ledger.jsonl")
     for file in (tmp_path, tmp_path / "ledger.jsonl"):
         with pytest.raises(ValueError, match="must be a regular file"):

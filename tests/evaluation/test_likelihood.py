@@ -116,7 +116,7 @@ def test_the_standard_error_is_that_of_other_seeds():
     assert 0.75 < float(scores.square().mean().sqrt()) < 1.3
 
 
-def test_draws_of_each_count_equally_often_are_exact_where_only_the_count_matters():
+def test_taking_each_count_equally_often_is_exact_if_only_the_count_matters():
     costs = torch.tensor([0.0, 0.3, 1.0, 2.5, 4.0])  # nats of a token by how many are masked
 
     def network(tokens: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ def test_masked_nll_is_the_mean_over_the_schedules_masks(name):
     assert abs(estimate.mean - exact) < 4 * estimate.standard_error + 1e-4
 
 
-def test_masked_nll_of_the_linear_schedule_is_the_bound_of_a_token():
+def test_masked_nll_of_the_linear_schedule_is_the_bound_per_token():
     table, tokens = Table(4, 3), all_rows(4, 3).repeat(3, 1)
     linear = mask_schedules.build("linear")
     masked = masked_nll(table, tokens, no_labels(tokens), mask_schedule=linear, mask_token_id=MASK)
@@ -163,7 +163,7 @@ def test_masked_nll_of_the_linear_schedule_is_the_bound_of_a_token():
 
 
 @pytest.mark.parametrize("codebook_size", [2, 16])
-def test_uniform_guesses_cost_log_k_nats_a_token(codebook_size):
+def test_a_uniform_distribution_costs_log_k_nats_per_token(codebook_size):
     tokens = torch.randint(codebook_size, (7, 5), generator=torch.Generator().manual_seed(0))
     exact = exact_nll(
         lambda tokens, labels: torch.zeros(*tokens.shape, codebook_size), tokens, no_labels(tokens), batch_size=3
@@ -180,7 +180,7 @@ def test_uniform_guesses_cost_log_k_nats_a_token(codebook_size):
     assert bound.nats.mean == pytest.approx(5 * math.log(codebook_size))
 
 
-def test_the_exact_likelihood_is_the_joint_distributions():
+def test_the_exact_likelihood_is_that_of_the_joint_distribution():
     table, rows = Table(4, 2), all_rows(4, 2)
 
     def causal(tokens: Tensor, labels: Tensor) -> Tensor:
@@ -254,7 +254,7 @@ def in_two_processes(rank: int, folder: str, pretrained: Path, shards: Path) -> 
     dist.destroy_process_group()
 
 
-def test_two_ranks_measure_what_one_does_to_the_last_bit(tiny_pretrained: Path, tiny_shards: Path, tmp_path: Path):
+def test_two_ranks_are_bit_exact_with_one(tiny_pretrained: Path, tiny_shards: Path, tmp_path: Path):
     mp.spawn(in_two_processes, (str(tmp_path), tiny_pretrained, tiny_shards), nprocs=2)
     alone = [[one.mean, one.standard_error] for one in measured(tiny_pretrained, tiny_shards)]
     for rank in (0, 1):

@@ -49,7 +49,7 @@ def test_no_other_file_is_called_lpips(backbone, monkeypatch, tmp_path: Path) ->
         load_lpips(f"{name}={tmp_path / 'other.pth'}", sha256="")
 
 
-def test_what_is_missing_is_said() -> None:
+def test_errors_name_the_missing_file_or_backbone() -> None:
     with pytest.raises(
         ValueError,
         match=r"lpips must be vgg=FILE .*, got 'vgg'; download the file from https://\S+/vgg16-397923af\.pth",

@@ -12,7 +12,7 @@ from maskgit_pl.evaluation.metric_names import (
 )
 
 
-def test_a_name_of_a_network_becomes_a_title_and_a_value_as_the_title_says() -> None:
+def test_names_become_titles_and_values_have_their_factor() -> None:
     assert metric_name("kid", "lite0") == "kid/lite0"
     assert title("kid/lite0") == "KID x 1000 (lite0)"
     assert format_value("kid/lite0", 0.012345) == "12.35"

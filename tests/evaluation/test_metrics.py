@@ -27,7 +27,7 @@ def test_diversity_of_real_images_is_one_and_of_identical_images_zero() -> None:
     assert diversity(torch.ones(60, 5), labels, features, labels) == 0
 
 
-def test_diversity_looks_within_classes_and_takes_as_many_of_both() -> None:
+def test_diversity_is_within_classes_and_from_the_same_number_of_both() -> None:
     labels = torch.tensor([0, 0, 1, 1])
     apart = torch.tensor([[0.0], [1.0], [100.0], [101.0]])
     assert diversity(apart, labels, apart * 2, labels) == pytest.approx(0.5)

@@ -25,7 +25,7 @@ class Canary:
 
 
 @pytest.mark.parametrize("save", SAVE)
-def test_samples_are_read_a_few_at_a_time(tmp_path: Path, save: str) -> None:
+def test_samples_are_read_in_parts(tmp_path: Path, save: str) -> None:
     SAVE[save](tmp_path / "samples.npz", IMAGES, np.arange(7))
     samples = open_samples(tmp_path / "samples.npz")
     assert len(samples) == 7
@@ -43,7 +43,7 @@ def test_labels_may_be_missing_and_columns_may_lie_first(tmp_path: Path) -> None
     assert np.array_equal(samples.read(range(7)).permute(0, 2, 3, 1).numpy(), IMAGES)
 
 
-def test_grey_images_are_grey(tmp_path: Path) -> None:
+def test_grey_images_have_one_channel_and_colour_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "grey.npz", np.repeat(IMAGES[..., :1], 3, axis=3))
     assert open_samples(tmp_path / "grey.npz").read(range(7), channels=1).shape == (7, 1, 4, 5)
     np.savez(tmp_path / "colour.npz", IMAGES)
@@ -72,7 +72,7 @@ def test_other_arrays_are_refused_by_name(tmp_path: Path, arrays: dict, match: s
 
 
 @pytest.mark.parametrize("save", SAVE)
-def test_objects_are_never_made(tmp_path: Path, save: str) -> None:
+def test_objects_are_never_unpickled(tmp_path: Path, save: str) -> None:
     file, canary = tmp_path / "samples.npz", tmp_path / "canary"
     SAVE[save](file, arr_0=IMAGES, extra=np.array([Canary(canary)], dtype=object))
     with pytest.raises(ValueError, match="array 'extra': it must hold plain numbers, got objects"):
@@ -149,12 +149,12 @@ def test_small_files_that_expand_are_refused_in_one_line_without_memory(tmp_path
     assert peak < 20 * 2**20
 
 
-def test_of_two_arrays_of_one_name_the_one_that_was_checked_is_read(tmp_path: Path) -> None:
+def test_of_two_arrays_with_one_name_the_checked_one_is_read(tmp_path: Path) -> None:
     (tmp_path / "samples.npz").write_bytes(npz(*(array_header((1, 1, 1, 3)) + bytes([value] * 3) for value in (1, 2))))
     assert open_samples(tmp_path / "samples.npz").images.ravel().tolist() == [2, 2, 2]
 
 
-def test_what_is_no_such_file_is_refused(tmp_path: Path) -> None:
+def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "whole.npz", IMAGES)
     content = (tmp_path / "whole.npz").read_bytes()
     for name, damaged in (("cut", content[:-40]), ("text", b"nonsense"), ("empty", b"")):

@@ -3,7 +3,7 @@ from pathlib import Path
 from maskgit_pl.evaluation.pages import Page, markdown_table
 
 
-def test_a_table_has_as_many_cells_everywhere() -> None:
+def test_all_lines_of_a_table_have_the_same_number_of_cells() -> None:
     lines = markdown_table(["a", "b", "c"], [["x", "1", "2"]], left=1)
     assert lines == ["| a | b | c |", "|---|---:|---:|", "| x | 1 | 2 |"]
 

@@ -49,7 +49,7 @@ def test_psnr_is_its_formula() -> None:
         psnr(float("nan"))
 
 
-def test_a_tokenizer_that_loses_nothing_has_infinite_psnr() -> None:
+def test_a_lossless_tokenizer_has_infinite_psnr() -> None:
     measured = measure_reconstruction(tokenizer(), [batch_of(pixels(0, 4, 8, 8))])
     assert measured.psnr_db == math.inf
     assert measured.images == 4

@@ -51,7 +51,7 @@ def test_statistics_are_mean_and_unbiased_covariance() -> None:
         Statistics.from_features(features[:1])
 
 
-def test_a_split_is_seen_once_and_then_read(data: ShardData, tmp_path: Path) -> None:
+def test_a_split_is_extracted_once_and_then_read(data: ShardData, tmp_path: Path) -> None:
     made, count = obtain(tmp_path / "deep", data)
     again, second = obtain(tmp_path / "deep", data)
     assert (count, second) == (24, 0)
@@ -84,7 +84,7 @@ def test_networks_that_are_missing_share_one_pass(data: ShardData, tmp_path: Pat
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "text", "foreign", "nan", "objects"])
-def test_a_file_that_is_not_what_was_kept_is_made_again(
+def test_a_damaged_or_foreign_file_is_computed_again(
     data: ShardData, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     made, _ = obtain(tmp_path, data)
@@ -138,7 +138,7 @@ def test_images_of_a_file_are_a_reference_for_any_network(tmp_path: Path) -> Non
     assert sum(seen) == 40
 
 
-def test_statistics_of_a_file_are_inception_s_and_images_give_the_rest(tmp_path: Path, monkeypatch) -> None:
+def test_statistics_of_a_file_belong_to_inception_and_images_give_the_rest(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(module, "_POOLED", 6)
     monkeypatch.setattr(module, "_SPATIAL", 5)
     (mu, sigma), (mu_s, sigma_s) = gaussian(6, 0), gaussian(5, 1)
@@ -165,7 +165,7 @@ def test_statistics_of_a_file_are_inception_s_and_images_give_the_rest(tmp_path:
     assert "sfid" not in distances(generated, read_references(tmp_path / "pooled.npz", [inception])["inception"])
 
 
-def test_a_file_without_images_serves_inception_alone(tmp_path: Path, monkeypatch) -> None:
+def test_a_file_without_images_is_only_for_inception(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(module, "_POOLED", 6)
     mu, sigma = gaussian(6, 0)
     np.savez(tmp_path / "reference.npz", mu=mu, sigma=sigma)
@@ -203,7 +203,7 @@ def test_other_statistics_are_refused_by_name(tmp_path: Path, monkeypatch, chang
         read_references(tmp_path / "reference.npz", [few("inception")])
 
 
-def test_objects_among_statistics_are_never_made(tmp_path: Path) -> None:
+def test_objects_among_statistics_are_never_unpickled(tmp_path: Path) -> None:
     np.savez(tmp_path / "reference.npz", mu=np.array([Canary(tmp_path / "canary")], dtype=object))
     with pytest.raises(ValueError, match="array 'mu': it must hold plain numbers, got objects"):
         read_references(tmp_path / "reference.npz", [few("inception")])

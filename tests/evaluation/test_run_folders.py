@@ -20,7 +20,7 @@ def pipe(tiny_pretrained: Path) -> MaskGIT:
     return MaskGIT.from_pretrained(tiny_pretrained)
 
 
-def test_a_run_says_what_data_it_was_trained_on(tmp_path: Path, tiny_shards: Path) -> None:
+def test_a_run_records_its_data(tmp_path: Path, tiny_shards: Path) -> None:
     save_tiny_pretrained(tmp_path / "run" / "pretrained")
     with pytest.raises(FileNotFoundError, match="choose them with --data"):
         find_run(tmp_path / "run")
@@ -47,9 +47,7 @@ def test_a_run_says_what_data_it_was_trained_on(tmp_path: Path, tiny_shards: Pat
         (DecodingConfig(4, guidance={"name": "constant", "scale": -1.0}), "scale must be a number in"),
     ],
 )
-def test_a_decoding_that_cannot_be_is_refused_before_any_work(
-    pipe: MaskGIT, decoding: DecodingConfig, match: str
-) -> None:
+def test_an_invalid_decoding_is_refused_before_any_work(pipe: MaskGIT, decoding: DecodingConfig, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         check_model_decoding(pipe, decoding)
 
@@ -61,7 +59,7 @@ def test_guidance_of_a_model_without_a_null_class_is_refused_before_any_work(tmp
         check_model_decoding(pipe, DecodingConfig(4, guidance={"name": "constant", "scale": 1.0}))
 
 
-def test_all_classes_have_as_many_images_at_least_two() -> None:
+def test_all_classes_have_the_same_number_of_images_at_least_two() -> None:
     assert [round_to_classes(count, 3) for count in (6, 7, 14)] == [6, 6, 12]
     with pytest.raises(ValueError, match=r"^plot_images must be >= 20 \(2 per class\), got 19"):
         round_to_classes(19, 10, name="plot_images")

@@ -17,7 +17,7 @@ ENTROPY = Trial(1, DecodingConfig(4, "entropy"), numbers(1.0))
 PLAIN = Trial(0, OWN, numbers(2.0))
 
 
-def test_the_schedule_of_the_training_is_one_of_the_lines_whether_it_has_a_name_or_not() -> None:
+def test_the_training_schedule_is_one_of_the_lines_with_or_without_a_name() -> None:
     own, specs = schedule_specs(mask_schedules.build("cosine"))
     assert own == "cosine"
     assert specs["cosine"] is None

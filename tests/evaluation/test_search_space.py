@@ -7,7 +7,7 @@ from maskgit_pl.schedules import mask_schedules
 from tests.evaluation.searching import OWN, SPACE
 
 
-def test_trials_are_a_function_of_seed_and_number() -> None:
+def test_a_trial_depends_only_on_seed_and_index() -> None:
     first, second = ([SPACE.trial(number, seed=3) for number in range(20)] for _ in range(2))
     assert first == second
     assert SPACE.trial(0, seed=3) == SPACE.trial(0, seed=4) == OWN
@@ -35,7 +35,7 @@ def test_every_trial_can_be_decoded_and_all_parts_are_searched() -> None:
     assert any(not any(each.scales()) for each in made)
 
 
-def test_arguments_that_a_mapping_names_stay_and_a_model_without_null_class_keeps_its_guidance() -> None:
+def test_arguments_in_a_mapping_are_fixed_and_a_model_without_null_class_keeps_its_guidance() -> None:
     own = DecodingConfig(4)
     space = SearchSpace(own, ({"name": "remdm", "strategy": "loop", "eta": 0.33},), (4,), 256, can_guide=False)
     for method in ("random", "grid"):
@@ -47,7 +47,7 @@ def test_arguments_that_a_mapping_names_stay_and_a_model_without_null_class_keep
             assert decoding.guidance == own.guidance
 
 
-def test_a_grid_visits_each_place_once_and_ends() -> None:
+def test_a_grid_search_visits_each_point_once_and_ends() -> None:
     space = SearchSpace(OWN, ("halton", "margin"), (2, 4), 256, can_guide=True)
     size = 2 * (1 + 3) * 4 * 3
     made = [space.trial(number, seed=0, method="grid") for number in range(1, size + 2)]
@@ -56,7 +56,7 @@ def test_a_grid_visits_each_place_once_and_ends() -> None:
     assert made[:-1] != [space.trial(number, seed=1, method="grid") for number in range(1, size + 1)]
 
 
-def test_a_search_that_wrote_its_recipe_goes_on_from_where_it_began() -> None:
+def test_a_search_that_wrote_its_winner_is_resumed_with_its_first_trial() -> None:
     assert SPACE.resume([], trials=12, seed=0) == SPACE
     begun = [OWN, DecodingConfig(3)]  # this search, and an older one
     tuned = replace(SPACE, baseline=SPACE.trial(5, seed=0))

@@ -3,7 +3,7 @@ import pytest
 from maskgit_pl.evaluation.tuning import TuningOptions, tune
 
 
-def test_what_cannot_be_is_refused_before_the_run_is_looked_for() -> None:
+def test_invalid_options_are_refused_before_the_run_is_opened() -> None:
     with pytest.raises(ValueError, match="metric must be one of fid, kid, agreement, got 'fdi'; did you mean 'fid'"):
         tune("nowhere", metric="fdi")
     with pytest.raises(ValueError, match="search must be one of random, grid, got 'gird'; did you mean 'grid'"):

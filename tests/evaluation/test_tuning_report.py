@@ -14,7 +14,7 @@ from tests.test_text import structure
 REAL = {FID: 0.5, "kid/classifier": 0.001, "class_agreement": 0.9, "num_images": 20}
 
 
-def test_the_page_says_what_won_and_how_good_it_was_before() -> None:
+def test_the_page_names_the_winner_and_the_value_before() -> None:
     own, other = Trial(0, OWN, numbers(2.0)), Trial(7, DecodingConfig(8, "halton"), numbers(1.5))
     result = SearchResult((own, other), (own, other), other, 20, 0, FID)
     page = make_page(result, REAL, command="maskgit tune runs/x", figure=CURVES).markdown
@@ -30,7 +30,7 @@ def test_the_page_says_what_won_and_how_good_it_was_before() -> None:
     assert "json" not in page
 
 
-def test_the_table_shows_what_was_measured_again_also_where_the_time_is_not_known() -> None:
+def test_the_table_shows_the_second_measurement_also_without_times() -> None:
     own = Trial(0, OWN, {name: value for name, value in numbers(2.0).items() if name != "seconds_per_image"})
     stream = io.StringIO()
     Console(file=stream, width=200).print(make_table(SearchResult((own,), (own,), own, 20, 0, FID)))

@@ -45,7 +45,7 @@ def test_a_table_is_a_page_that_is_written_when_asked_to(run: Path, options: rep
     assert sorted(each.name for each in page.folder.iterdir()) == ["table-1.csv", "table-1.md", "table-1.png"]
 
 
-def test_figure_4_takes_sizes_of_a_run_and_others(run: Path, tmp_path: Path) -> None:
+def test_figure_4_takes_sizes_of_a_run_or_of_flags(run: Path, tmp_path: Path) -> None:
     timed = reports.TimingOptions(num_tokens=(4,), sizes={"depth": 2}, results=tmp_path, device="cpu")
     page = reports.figure_4(run, timed)
     assert {row["network"] for row in page.rows} == {"2 layers x 16, MLP 32, 2 heads, 16 codes, 3 classes"}
@@ -53,7 +53,7 @@ def test_figure_4_takes_sizes_of_a_run_and_others(run: Path, tmp_path: Path) -> 
     assert f"maskgit figure 4 {run} --num-tokens 4 --depth 2 --device cpu" in page.markdown
 
 
-def test_what_is_wrong_is_refused(run: Path, options: reports.ReportOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_input_is_refused(run: Path, options: reports.ReportOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="num_images must be >= 2, got 1"):
         replace(options, num_images=1)
     with pytest.raises(ValueError, match="table 2 must have at least one run"):

@@ -14,7 +14,7 @@ def figure(results: list[ScheduleResult], *, floor: float | None = None, dataset
 
 
 @pytest.mark.parametrize("name", ["cosine", "log", "linear"])
-def test_known_tokens_rise_to_all(name: str) -> None:
+def test_the_number_of_known_tokens_rises_to_all(name: str) -> None:
     known = count_known_tokens(mask_schedules.build(name), num_tokens=256, num_steps=8)
     assert all(before < after for before, after in pairwise(known))
     assert known[-1] == 256
@@ -36,7 +36,7 @@ def test_the_figure_is_drawn_for_any_schedules_and_floor(floor: float | None) ->
         assert picture.width > 1.5 * picture.height
 
 
-def test_names_are_not_read_as_mathematics_and_none_is_left_out() -> None:
+def test_names_are_not_read_as_mathematics_and_all_are_drawn() -> None:
     built = mask_schedules.build("cosine")
     names = ["$x^{2$ $", "_hidden", "two\nlines" + 1000 * "x"]
     results = [ScheduleResult(name, name, 4, {2: 2.0, 4: 1.0}, {}, {}, built) for name in names]

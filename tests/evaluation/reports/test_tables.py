@@ -42,7 +42,7 @@ def result(schedule: str, fid: float, *, best: int = 8) -> ScheduleResult:
     return ScheduleResult(schedule, f"shoes-{schedule}", best, {4: fid + 1, best: fid - 0.1}, fresh, likelihood, built)
 
 
-def test_numbers_stand_under_their_network_and_never_beside_another_s() -> None:
+def test_each_network_has_a_table_of_its_own() -> None:
     page = make_generation_page(
         [row("MaskGIT", "classifier", fid=1.234, **{"is": 5.5}), row(REAL, "classifier", fid=0.1, **{"is": 9.0}),
          row("MaskGIT", "lite0", fid=77.7), row(REAL, "lite0", fid=66.6)],
@@ -72,7 +72,7 @@ def test_every_published_row_is_printed() -> None:
         assert f"| {edited.model} | {edited.size} | {edited.fid:.2f} | {edited.inception_score:.2f} |" in page
 
 
-def test_pages_say_what_was_compared_with_and_what_judged() -> None:
+def test_pages_name_the_reference_and_the_feature_networks() -> None:
     digests = {
         "reference": "0123456789abcdef",
         "judge": "fedcba9876543210",
@@ -97,7 +97,7 @@ def test_pages_say_what_was_compared_with_and_what_judged() -> None:
     assert "feature networks: lite0 not recorded." in old
 
 
-def test_table_3_shows_ours_beside_the_paper_s_in_the_paper_s_order() -> None:
+def test_table_3_shows_our_values_next_to_the_paper_s_in_its_order() -> None:
     page = make_schedule_page([result("cosine", 2.0), result("log", 9.0, best=24)], command="maskgit ablation").markdown
     assert page.index("| `cosine`") < page.index("| `log`")
     assert cells(page, "| `cosine`") == [
@@ -106,7 +106,7 @@ def test_table_3_shows_ours_beside_the_paper_s_in_the_paper_s_order() -> None:
     ]  # fmt: skip
 
 
-def test_a_schedule_that_the_paper_does_not_have_gets_a_row_too() -> None:
+def test_a_schedule_that_the_paper_does_not_have_also_gets_a_row() -> None:
     page = make_schedule_page([result("cosine", 2.0), result("sine", 3.0)], command="x").markdown
     assert cells(page, "| `sine`")[-4:] == ["", "", "", ""]
     read = list(csv.DictReader(io.StringIO(make_schedule_page([result("sine", 3.0)], command="x").csv)))
@@ -126,7 +126,7 @@ def test_the_paper_s_order_is_judged_pair_by_pair(fids: dict[str, float], verdic
 
 
 @pytest.mark.parametrize("name", FORMULAS)
-def test_the_formulas_that_are_printed_are_the_schedules(name: str) -> None:
+def test_the_printed_formulas_are_those_of_the_schedules(name: str) -> None:
     formula = FORMULAS[name].replace("^", "**").replace("-log2(r)", "-log2(max(r, 1 / N))").replace("(N) (", "(N) * (")
     formula = formula.replace("pi r", "pi * r")
     names = {"log2": math.log2, "cos": math.cos, "pi": math.pi, "max": max, "N": 49, "__builtins__": {}}

@@ -37,7 +37,7 @@ def test_every_method_is_timed_at_every_n_and_a_second_call_measures_nothing(tmp
     assert measure(file, sizes=TINY, num_tokens=(4, 16), on_point=again.append) == again == made
 
 
-def test_a_point_is_kept_as_soon_as_it_is_measured_and_the_rest_goes_on(tmp_path):
+def test_each_point_is_written_immediately_and_a_second_call_measures_the_rest(tmp_path):
     file = tmp_path / "ledger.jsonl"
 
     def stop(point: Timing) -> None:
@@ -54,7 +54,7 @@ def test_a_point_is_kept_as_soon_as_it_is_measured_and_the_rest_goes_on(tmp_path
     assert len(file.read_text().splitlines()) == 6
 
 
-def test_slow_methods_run_less_often_in_turn_with_the_quick_ones(tmp_path, monkeypatch):
+def test_slow_methods_have_fewer_runs_in_turn_with_fast_ones(tmp_path, monkeypatch):
     order: list[str] = []
     costs = dict(zip(METHODS, (0.75, 4.0, 30.0), strict=True))
     monkeypatch.setattr(timing, "_MAX_RUNS", 15)
@@ -76,7 +76,7 @@ def test_all_methods_decode_whole_images_and_a_cache_changes_none():
 
 
 @pytest.mark.parametrize("changed", ["torch", "dtype", "device", "network"])
-def test_a_point_of_another_machine_version_or_network_is_measured_anew(tmp_path, changed):
+def test_a_point_of_another_machine_version_or_network_is_measured_again(tmp_path, changed):
     file = tmp_path / "ledger.jsonl"
     measure(file, sizes=TINY, num_tokens=(4,))
     rows = list(map(json.loads, file.read_text().splitlines()))
@@ -92,7 +92,7 @@ def test_the_sizes_of_a_pretrained_transformer_are_timed(tiny_pretrained, tmp_pa
 
 
 @pytest.mark.parametrize("count", [0, -4, 2, 50])
-def test_a_number_of_tokens_that_is_no_square_is_refused(tmp_path, count):
+def test_a_number_of_tokens_that_is_not_a_square_is_refused(tmp_path, count):
     with pytest.raises(ValueError, match=f"num_tokens must be squares, such as 16 or 256, got {count}"):
         measure(tmp_path / "ledger.jsonl", sizes=TINY, num_tokens=(4, count))
     assert not (tmp_path / "ledger.jsonl").exists()

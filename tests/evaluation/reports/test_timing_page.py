@@ -21,7 +21,7 @@ def timings() -> list[Timing]:
     ]
 
 
-def test_the_figure_has_the_three_lines_and_the_page_their_factors(timings):
+def test_the_figure_has_three_lines_and_the_page_their_ratios(timings):
     made = make_timing_page(timings, command="maskgit figure 4")
     pixels = np.asarray(Image.open(io.BytesIO(made.pictures["figure-4.png"])).convert("RGB"))
     for colour in COLOURS:
