@@ -1,8 +1,8 @@
-"""Names that were others in version 0.1.0: the one table of old names, and their translation.
+"""Translates names of version 0.1.0 to today's; the only tables of old names are here.
 
-Everything that a file or a flag names is translated where it is read: recipe keys (recipes, flags, ``config.yaml`` of a
-run, the settings and the optimiser state of a checkpoint), keys of ``config.json`` and ``store.json``, and names of
-tensors. All other code knows the new names only, and checks what it reads after the translation.
+Names are translated where a file or a flag is read: recipe keys (recipes, flags, ``config.yaml`` of a run, settings of
+a checkpoint), keys of ``config.json`` and ``store.json``, and names of tensors. All other code knows only today's
+names, and checks what it reads after the translation.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ __all__ = [
     "rename_tensors",
     "rename_token_selector",
     "rename_tree",
+    "restore_config",
+    "restore_tensor",
 ]
 
 Value = TypeVar("Value")
@@ -70,7 +72,7 @@ _CLUSTERS = {"cpu": "single"}  # old file of recipes/cluster -> new file
 
 
 def rename_tree(tree: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """Returns a tree of recipe values with new names in place of old ones, and warns once about those it had.
+    """Returns a tree of recipe values with new names instead of old ones, and warns once about the old ones.
 
     Args:
         tree: Nested mappings of plain values; it is not changed.
@@ -85,7 +87,7 @@ def rename_tree(tree: Mapping[str, Any], origin: str) -> dict[str, Any]:
 
 
 def rename_config(content: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """Returns the content of ``config.json`` or ``store.json`` with new names in place of old ones, without a warning.
+    """Returns the content of ``config.json`` or ``store.json`` with new names instead of old ones, without a warning.
 
     Args:
         content: The mapping that the file holds; it is not changed.
@@ -98,7 +100,7 @@ def rename_config(content: Mapping[str, Any], origin: str) -> dict[str, Any]:
 
 
 def rename_keys(keys: Iterable[str], origin: str) -> list[str]:
-    """Returns dotted keys of a recipe with new names in place of old ones, and warns once about those it had.
+    """Returns dotted keys of a recipe with new names instead of old ones, and warns once about the old ones.
 
     Args:
         keys: Dotted keys of one origin, such as ``model.learning_rate.peak``.
@@ -111,13 +113,13 @@ def rename_keys(keys: Iterable[str], origin: str) -> list[str]:
     pairs = {old: new for old, new in _RECIPE.items() if any(_is_at(key, old) for key in given)}
     for old, new in pairs.items():
         if any(_is_at(key, new) for key in given):
-            raise ValueError(_both(origin, old, new))
+            raise ValueError(_format_clash(origin, old, new))
     _warn(origin, pairs)
     return [_rename_key(key) for key in given]
 
 
 def rename_settings(settings: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """Returns settings under dotted keys with new names in place of old ones; see ``rename_keys``."""
+    """Returns settings by dotted keys with new names instead of old ones; see ``rename_keys``."""
     return dict(zip(rename_keys(settings, origin), settings.values(), strict=True))
 
 
@@ -153,7 +155,7 @@ def rename_cluster(name: str) -> str:
 
 
 def rename_tensor(name: str) -> str:
-    """Returns the new name of a tensor; names that were never others stay.
+    """Returns the new name of a tensor; other names are returned as they are.
 
     Args:
         name: Name in a state dict, or a place in a checkpoint such as ``/state_dict/transformer.words.weight``.
@@ -162,10 +164,10 @@ def rename_tensor(name: str) -> str:
 
 
 def rename_tensors(tensors: Mapping[str, Value], origin: str) -> dict[str, Value]:
-    """Returns what a file has for each tensor, by new names.
+    """Returns a mapping of tensors with new names instead of old ones.
 
     Args:
-        tensors: Anything by the names in the file.
+        tensors: Values, such as tensors or headers, by the names in a file.
         origin: The file, for messages.
 
     Raises:
@@ -175,16 +177,34 @@ def rename_tensors(tensors: Mapping[str, Value], origin: str) -> dict[str, Value
     for name, value in tensors.items():
         new = rename_tensor(name)
         if new in renamed or (new != name and new in tensors):
-            raise ValueError(f"{origin}: tensor {new} must be there once, got it under its old name too")
+            raise ValueError(f"{origin}: tensor {new} must occur once, got it by its old name too")
         renamed[new] = value
     return renamed
 
 
+def restore_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a network's configuration by their names in version 0.1.0.
+
+    Digests that identify a model in ledgers and file names are made of these, so that they stay valid.
+    """
+    old_names = {new: old for old, new in _NETWORK.items()}
+    return {old_names.get(name, name): value for name, value in config.items()}
+
+
+def restore_tensor(name: str) -> str:
+    """Returns the name of a tensor in version 0.1.0, of which digests of weights are made; see ``restore_config``."""
+    old_parts = {new: old for old, new in _TENSORS.items()}
+    return ".".join(old_parts.get(part, part) for part in name.split("."))
+
+
 def _rename(tree: Mapping[str, Any], names: Mapping[str, str], origin: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Returns a copy of a tree with the new ones of some dotted keys, and the keys that were old, with their new names.
+    """Renames dotted keys of a tree.
+
+    Returns:
+        A copy of the tree, and the old keys that it had with their new names.
 
     Raises:
-        ValueError: if something has both names.
+        ValueError: if a value has both names.
     """
     renamed: dict[str, Any] = _copy(tree)
     found = {}
@@ -194,10 +214,11 @@ def _rename(tree: Mapping[str, Any], names: Mapping[str, str], origin: str) -> t
         if holder is None or leaf not in holder:
             continue
         found[old] = new
+        # The new place may be in a group that the tree does not have yet.
         new_group, new_leaf = _split(new)
         new_holder = _group(renamed, new_group, make=True)
         if new_holder is None or new_leaf in new_holder:
-            raise ValueError(_both(origin, old, new))
+            raise ValueError(_format_clash(origin, old, new))
         new_holder[new_leaf] = holder.pop(leaf)
     return renamed, found
 
@@ -212,7 +233,7 @@ def _split(key: str) -> tuple[list[str], str]:
 
 
 def _group(tree: dict[str, Any], parts: Iterable[str], *, make: bool = False) -> dict[str, Any] | None:
-    """Returns the mapping at a dotted key, empty ones made on the way if asked for; None where there is none."""
+    """Returns the mapping at the parts of a dotted key, or None. With ``make``, missing mappings are added."""
     node: Any = tree
     for part in parts:
         node = node.setdefault(part, {}) if make else node.get(part)
@@ -232,7 +253,7 @@ def _rename_key(key: str) -> str:
     return key
 
 
-def _both(origin: str, old: str, new: str) -> str:
+def _format_clash(origin: str, old: str, new: str) -> str:
     return f"{origin}: {old} is the old name of {new}, and both are given; leave {old} out"
 
 
@@ -243,5 +264,5 @@ def _warn(origin: str, pairs: Mapping[str, str]) -> None:
 
 @cache
 def _warn_once(text: str) -> None:
-    """Warns once in a process, however often a file is read."""
+    """Warns once per process, also if a file is read again."""
     _log.warning("%s", text)

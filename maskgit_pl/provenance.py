@@ -39,7 +39,7 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return device.type
-    # On Linux, platform.processor() is often empty.
+    # On Linux, the platform module often has no name of the CPU.
     lines = _CPUINFO.read_text().splitlines() if _CPUINFO.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     threads = torch.get_num_threads()

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from maskgit_pl import MaskGIT
 from maskgit_pl.cli import main
+from maskgit_pl.evaluation.digests import model_digests, shorten_digest
 from maskgit_pl.old_names import rename_tensors
 from maskgit_pl.pretrained import load_transformer
 from maskgit_pl.runs.recipe import Recipe
@@ -86,6 +87,18 @@ def test_maskgit_sample_gives_the_images_of_version_0_1_0(outputs, tmp_path):
     assert torch.equal(images[..., :1].permute(0, 3, 1, 2), outputs["samples"])
 
 
+def test_images_of_version_0_1_0_are_found_complete(tmp_path, capsys):
+    shutil.copy(OLD / "expected" / "two.npz", tmp_path / "two.npz")
+    words = ["sample", str(OLD / "pretrained"), "--num-images=2", "--classes=0,2", "--seed=0", "--device=cpu"]
+    assert main([*words, f"--out={tmp_path / 'two.npz'}"]) == 0
+    assert "complete with 2 images" in capsys.readouterr().out
+
+
+def test_the_digest_that_finds_a_model_in_the_ledger_has_not_changed():
+    pipe = MaskGIT.from_pretrained(OLD / "pretrained")
+    assert shorten_digest(model_digests(pipe, OLD / "pretrained")["config"]) == "23a499dd2099e114"
+
+
 def test_a_token_store_of_version_0_1_0_is_read():
     assert read_description(OLD / "runs" / "old" / "tokens").codebook_size == 16
 
@@ -128,3 +141,24 @@ def test_recipes_of_version_0_1_0_are_read():
     for stage, key, value in (("tokenizer", "num_res_blocks", 1), ("transformer", "embed_dim", 16)):
         files = [RECIPES / stage / "base.yaml", OLD / "recipe" / f"{stage}.yaml"]
         assert Recipe.from_files(stage, files).get(f"model.network.{key}") == value
+
+
+def test_a_checkpoint_is_read_by_the_names_of_today_piece_by_piece():
+    keys = []
+    state = FolderCheckpointIO().load_pieces(
+        OLD / "runs/old/transformer/checkpoints/step-00000002", lambda key, saved: keys.append(key) or saved.read_all()
+    )
+    assert {f"/state_dict/{name}" for name in state["state_dict"]} <= set(keys)
+    assert "transformer.token_embedding.weight" in state["state_dict"]
+    groups = state["optimizer_states"][0]["param_groups"]
+    names = [name for group in groups for name in group["param_names"]]
+    assert set(names) == {name for name in state["state_dict"] if name.startswith("transformer.")}
+
+
+def test_a_checkpoint_with_both_names_of_a_tensor_is_refused(tmp_path):
+    tensors = {"transformer.words.weight": torch.zeros(1), "transformer.token_embedding.weight": torch.ones(1)}
+    FolderCheckpointIO().save_checkpoint({"state_dict": tensors}, tmp_path / "step-00000001")
+    with pytest.raises(
+        ValueError, match=r"checkpoint .*step-00000001: tensor \S+token_embedding\.weight must occur once"
+    ):
+        FolderCheckpointIO().load_checkpoint(tmp_path / "step-00000001")

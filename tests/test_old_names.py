@@ -18,6 +18,8 @@ from maskgit_pl.old_names import (
     rename_tensor,
     rename_tensors,
     rename_tree,
+    restore_config,
+    restore_tensor,
 )
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.recipe_schema import load_schema
@@ -181,14 +183,13 @@ def test_keys_of_config_json_and_store_json_get_the_names_of_today_without_a_war
 def test_tensors_get_the_names_of_today_part_by_part(old, new):
     assert rename_tensor(old) == new
     assert rename_tensor(new) == new
+    assert old.startswith("/") or restore_tensor(new) == old
 
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_tensor_with_both_names_is_refused(order):
     names = ["words.weight", "token_embedding.weight"][::order]
-    with pytest.raises(
-        ValueError, match=r"^weights a: tensor token_embedding\.weight must be there once, got it under"
-    ):
+    with pytest.raises(ValueError, match=r"^weights a: tensor token_embedding\.weight must occur once, got it by"):
         rename_tensors(dict.fromkeys(names, 0), "weights a")
 
 
@@ -201,3 +202,8 @@ def test_the_decoding_of_an_autoregressive_model_has_no_selector_where_it_was_ra
     assert rename_measurement({"method": "sequential, KV cache"}) == {"method": "autoregressive, KV cache"}
     for row in ({"model": "MaskGIT", "decoding": {"token_selector": "halton"}}, {"decoding": {"num_steps": 3}}, {}):
         assert rename_measurement(row) == row
+
+
+def test_digests_are_made_of_the_old_names_of_a_configuration():
+    new = rename_config({"network": {"num_codes": 16, "width": 8, "depth": 1}}, "config.json")["network"]
+    assert restore_config(new) == {"num_codes": 16, "width": 8, "depth": 1}

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from maskgit_pl.old_names import restore_config
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pretrained import fingerprint
 
@@ -40,9 +41,9 @@ def model_digests(pipe: MaskGIT, pretrained: Path) -> dict[str, str]:
     tokenizer, transformer = pipe.tokenizer, pipe.transformer
     # The same weights can be read with another configuration, e.g. another mask schedule, and then give other images.
     config = {
-        "tokenizer": asdict(tokenizer.network.config),
+        "tokenizer": restore_config(asdict(tokenizer.network.config)),
         "image_size": tokenizer.image_size,
-        "transformer": asdict(transformer.network.config),
+        "transformer": restore_config(asdict(transformer.network.config)),
         "mask_schedule": repr(transformer.mask_schedule),
         "class_names": list(transformer.class_names),
     }

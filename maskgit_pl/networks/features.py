@@ -49,7 +49,7 @@ class FeatureNetworkSpec(Protocol):
 
     @property
     def knows_classes(self) -> bool:
-        """The answer to whether its classes are those of the images, so that an inception score is meaningful."""
+        """A flag: True if its classes are those of the images, so that an inception score is meaningful."""
         ...
 
     def create(self) -> nn.Module:

@@ -266,11 +266,11 @@ def _build_value(value: Any, annotation: Any, where: str) -> Any:
 
 
 def _describe_missing_devices(given: TrainerSettings, error: Exception) -> str:
-    said = " ".join(str(error).split()).rstrip(".")
+    reason = " ".join(str(error).split()).rstrip(".")
     return (
         f"trainer: accelerator {given.accelerator!r} with devices {given.devices!r} is not available on this machine "
-        f"({said}); choose others with --trainer.accelerator (auto takes what is available) and --trainer.devices, or "
-        "use a machine that has them, with a torch that is built for them"
+        f"({reason}); choose others with --trainer.accelerator (auto takes what is available) and --trainer.devices, "
+        "or use a machine that has them, with a torch that is built for them"
     )
 
 

@@ -122,24 +122,24 @@ class Peers:
 
     def read_ending(self) -> Ending | None:
         """Returns the reason that a rank has announced, or None."""
-        return _in_time(self._under_lock(self._get_ending))
+        return _with_timeout(self._under_lock(self._get_ending))
 
     def announce(self, ending: Ending) -> None:
         """Announces to all ranks why they end; only the first announcement is kept."""
-        _in_time(self._under_lock(lambda: self._store.compare_set(_ENDING, "", json.dumps(ending))))
+        _with_timeout(self._under_lock(lambda: self._store.compare_set(_ENDING, "", json.dumps(ending))))
 
     def leave(self) -> None:
         """Ends the checks, as this rank ends as planned; no other rank then considers it lost."""
-        _in_time(self._under_lock(self._leave))
+        _with_timeout(self._under_lock(self._leave))
 
     def describe_silent(self) -> str:
         """Returns a text that names the ranks without new beats, empty if there are none; takes some seconds."""
-        before = _in_time(self._under_lock(self._read_beats))
+        before = _with_timeout(self._under_lock(self._read_beats))
         # This rank keeps beating, since the other ranks may be in the same function.
         for _ in range(_SILENT_BEATS if before else 0):
             time.sleep(_SILENT_SECONDS / _SILENT_BEATS)
-            _in_time(self._under_lock(self._write_beat))
-        after = _in_time(self._under_lock(self._read_beats)) if before else None
+            _with_timeout(self._under_lock(self._write_beat))
+        after = _with_timeout(self._under_lock(self._read_beats)) if before else None
         if before is None or after is None:
             return f"{_STORE} does not answer"
         silent = [
@@ -174,15 +174,15 @@ class Peers:
             for rank, (key, begun) in enumerate(zip(self._beat_keys, has_begun, strict=True))
         ]
 
-    def _under_lock(self, ask: Callable[[], T]) -> Callable[[], T | None]:
-        """Wraps ``ask`` in the lock; the wrapped function returns None if the store does not answer."""
+    def _under_lock(self, request: Callable[[], T]) -> Callable[[], T | None]:
+        """Wraps ``request`` in the lock; the wrapped function returns None if the store does not answer."""
 
-        def locked() -> T | None:
+        def call() -> T | None:
             with contextlib.suppress(RuntimeError), self._lock:
-                return ask()
+                return request()
             return None
 
-        return locked
+        return call
 
     def _reconnect_store(self) -> None:
         """Connects to the store again, or counts a refusal (step 5 of the protocol)."""
@@ -239,10 +239,10 @@ class Peers:
             self._connection = None
 
 
-def _in_time(ask: Callable[[], T]) -> T | None:
-    """Returns the result of ``ask``, or None after some seconds; the store's own timeout is not reliable."""
+def _with_timeout(request: Callable[[], T]) -> T | None:
+    """Returns the result of ``request``, or None after some seconds; the store's own timeout is not reliable."""
     answer: list[T] = []
-    thread = threading.Thread(target=lambda: answer.append(ask()), name="store", daemon=True)
+    thread = threading.Thread(target=lambda: answer.append(request()), name="store", daemon=True)
     thread.start()
     thread.join(_STORE_SECONDS)
     return answer[0] if answer else None

@@ -32,7 +32,7 @@ class _PlainLoader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
-            fault = "is not a word" if not isinstance(key, str) else "stands twice" if key in seen else None
+            fault = "is not a string" if not isinstance(key, str) else "appears twice" if key in seen else None
             if fault is not None:
                 text = f"the key {shorten(key)} {fault}"
                 raise yaml.constructor.ConstructorError(None, None, text, key_node.start_mark)

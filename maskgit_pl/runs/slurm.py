@@ -283,8 +283,8 @@ def _refuse_second_job(plan: Plan) -> None:
     command = ["squeue", "--noheader", "--format=%i|%T|%k"]
     listed = subprocess.run(command, env=_environment_outside_job(), capture_output=True, text=True, check=False)
     if listed.returncode:
-        said = " ".join(listed.stderr.split())
-        raise ValueError(f"squeue cannot read the queue: {said}; submit on a machine where Slurm responds")
+        reason = " ".join(listed.stderr.split())
+        raise ValueError(f"squeue cannot read the queue: {reason}; submit on a machine where Slurm responds")
     # The comment comes last, since it may contain the separator.
     jobs = [_Job(*line.split("|", 2)) for line in listed.stdout.splitlines() if line.count("|") >= 2]
     for job in jobs:

@@ -157,8 +157,8 @@ def _log_start(run: StageRun, plan: Plan, newest: Path | None) -> None:
 def _is_exported(plan: Plan, step: int) -> bool:
     """Returns True if the pretrained folder of the run holds the weights of this step, not of an earlier one."""
     try:
-        said: object = json.loads((plan.stage_folder / _EXPORTED).read_text())
-        return said == {"step": step, "sha256": fingerprint(plan.folder / "pretrained" / plan.stage)}
+        record: object = json.loads((plan.stage_folder / _EXPORTED).read_text())
+        return record == {"step": step, "sha256": fingerprint(plan.folder / "pretrained" / plan.stage)}
     except (OSError, ValueError):
         return False
 
@@ -172,8 +172,8 @@ def _export(module: LightningModule, data: ShardData, plan: Plan, folder: Path, 
         if module.global_rank == 0:
             _describe(folder)
     if module.global_rank == 0 and folder == plan.folder / "pretrained":
-        said = {"step": step, "sha256": fingerprint(folder / plan.stage)}
-        write_text(plan.stage_folder / _EXPORTED, json.dumps(said))
+        record = {"step": step, "sha256": fingerprint(folder / plan.stage)}
+        write_text(plan.stage_folder / _EXPORTED, json.dumps(record))
     if module.global_rank == 0:
         log.info("exported %s", folder)
 

@@ -250,7 +250,7 @@ class Watchdog(Callback):
 def _format_stacks() -> str:
     """Returns the stacks of all threads as text.
 
-    ``faulthandler`` is not used: it writes to a stream that may block, and stops all threads meanwhile.
+    ``faulthandler`` is not used: it writes to a stream that may block, and it stops all threads.
     """
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     return "".join(

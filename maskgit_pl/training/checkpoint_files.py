@@ -85,13 +85,13 @@ class FolderCheckpointIO(CheckpointIO):
         writers = [each for each, size in enumerate(sizes) if size]
         try:
             # 2. Check the disk space and make the temporary folder.
-            on_all_ranks(lambda: _make_room(temporary, sum(sizes)) if rank == 0 else None)
+            on_all_ranks(lambda: _make_temporary_folder(temporary, sum(sizes)) if rank == 0 else None)
             # 3. Write the tensor files.
             written = on_all_ranks(
                 lambda: _write_tensors(temporary, pieces, writers.index(rank), len(writers)) if rank in writers else {}
             )
             # 4. Write the plain values and the marker, and rename the folder.
-            on_all_ranks(lambda: _complete(temporary, target, state, written) if rank == 0 else None)
+            on_all_ranks(lambda: _finish(temporary, target, state, written) if rank == 0 else None)
         finally:
             # 5. After step 4 the temporary folder no longer exists.
             if rank == 0:
@@ -121,11 +121,11 @@ class FolderCheckpointIO(CheckpointIO):
         """
         folder = Path(path)
         rank, world_size = rank_and_world()
-        files = _files(folder)
+        files = _read_marker(folder)
         # Each rank hashes a part of the files.
         on_all_ranks(lambda: _verify(folder, sorted(files)[rank::world_size], files))
         with TensorPieces(folder, [name for name in sorted(files) if name != _STATE], rank) as pieces:
-            return _state(folder, lambda key: read(rename_tensor(key), SavedTensor(key, pieces)))
+            return _read_state(folder, lambda key: read(rename_tensor(key), SavedTensor(key, pieces)))
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Deletes a checkpoint. The marker goes first, so that a partly deleted checkpoint is never used."""
@@ -163,14 +163,14 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: if the file has changed.
     """
-    _verify(folder, [_STATE], _files(folder))
-    settings = _state(folder, lambda _: None).get(SETTINGS)
+    _verify(folder, [_STATE], _read_marker(folder))
+    settings = _read_state(folder, lambda _: None).get(SETTINGS)
     if settings is not None and not isinstance(settings, dict):
         raise ValueError(f"checkpoint {folder}: {SETTINGS} must be a mapping, got {shorten(settings)}")
     return settings
 
 
-def _make_room(folder: Path, needed: int) -> None:
+def _make_temporary_folder(folder: Path, needed: int) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     free = shutil.disk_usage(folder.parent).free
@@ -184,15 +184,15 @@ def _write_tensors(folder: Path, pieces: Mapping[str, tuple[Tensor, int]], numbe
     """Writes a tensor file, and returns its entry for the marker."""
     file = folder / f"tensors-{number:05d}-of-{count:05d}.safetensors"
     tensors = {key: rows.detach().cpu().contiguous().clone() for key, (rows, _) in pieces.items()}
-    # Only pieces that do not begin at row 0 are recorded, so that files without shards have no such record.
+    # Pieces that begin at row 0 need no entry.
     starts = {key: start for key, (_, start) in pieces.items() if start}
     write_tensors(file, tensors, metadata={FIRST_ROWS: json.dumps(starts)})
     return {file.name: _describe_file(file)}
 
 
-def _complete(temporary: Path, target: Path, state: Any, written: Sequence[Mapping[str, Any]]) -> None:
+def _finish(temporary: Path, target: Path, state: Any, written: Sequence[Mapping[str, Any]]) -> None:
     write_text(temporary / _STATE, json.dumps(state))
-    files = {name: said for each in written for name, said in each.items()}
+    files = {name: entry for each in written for name, entry in each.items()}
     files[_STATE] = _describe_file(temporary / _STATE)
     write_text(temporary / _MARKER, json.dumps({"format": _FORMAT, "version": _VERSION, "files": files}))
     replace_folder(temporary, target)
@@ -202,7 +202,7 @@ def _describe_file(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
 
 
-def _files(folder: Path) -> dict[str, Any]:
+def _read_marker(folder: Path) -> dict[str, Any]:
     """Returns the entry of each file in the marker.
 
     Raises:
@@ -229,22 +229,22 @@ def _files(folder: Path) -> dict[str, Any]:
     files = marker["files"]
     if not isinstance(files, dict) or _STATE not in files:
         raise ValueError(f"{where}: files must be a mapping with {_STATE}, got {shorten(files)}")
-    for name, said in files.items():
-        _check_file(name, said, where)
+    for name, entry in files.items():
+        _check_file(name, entry, where)
     return files
 
 
-def _check_file(name: str, said: Any, where: str) -> None:
+def _check_file(name: str, entry: Any, where: str) -> None:
     """Checks an entry of a marker: the name of a file in the folder, its size and its hash."""
     if not _FILE_NAME.fullmatch(name):
         raise ValueError(f"{where}: files must be {_STATE} and tensors*.safetensors, got {shorten(name)}")
-    if not isinstance(said, dict):
-        raise ValueError(f"{where}: {name} must be a mapping, got {shorten(said)}")
-    check_keys(f"{where}: {name}", said, known=said, required=("bytes", "sha256"))
-    check_integer(f"{where}: {name}.bytes", said["bytes"], "[0, inf)")
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where}: {name} must be a mapping, got {shorten(entry)}")
+    check_keys(f"{where}: {name}", entry, known=entry, required=("bytes", "sha256"))
+    check_integer(f"{where}: {name}.bytes", entry["bytes"], "[0, inf)")
 
 
-def _state(folder: Path, read: Callable[[str], Any]) -> dict[str, Any]:
+def _read_state(folder: Path, read: Callable[[str], Any]) -> dict[str, Any]:
     """Returns the values of a checkpoint, with the result of ``read`` in place of each tensor.
 
     Raises:

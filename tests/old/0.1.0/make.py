@@ -107,6 +107,12 @@ def make_expected() -> None:
     save_file({name: array.contiguous() for name, array in arrays.items()}, "expected/outputs.safetensors")
 
 
+def make_npz() -> None:
+    """Writes two images into one file."""
+    words = ["--num-images", "2", "--classes", "0,2", "--seed", "0", "--device", "cpu", "--out", "expected/two.npz"]
+    assert main(["sample", "pretrained", *words]) == 0
+
+
 def make(v010: Path) -> None:
     """Fills the working directory."""
     make_shards(Path("shards"))
@@ -119,6 +125,7 @@ def make(v010: Path) -> None:
     train("transformer")
     shutil.move("runs/old/pretrained", "pretrained")
     make_expected()
+    make_npz()
     for stage in ("tokenizer", "transformer"):
         Path("recipe").mkdir(exist_ok=True)
         shutil.move(f"recipes/{stage}/old.yaml", f"recipe/{stage}.yaml")
