@@ -61,6 +61,7 @@ class Outline:
             tokenizer, transformer = (
                 rename_config(read_json(folder / part / "config.json"), part) for part in ("tokenizer", "transformer")
             )
+            # Untrusted files: any missing key or wrong type leads to None.
             tuned = folder / "decoding.json"
             network, vqgan = transformer["network"], tokenizer["network"]
             rows, columns = (_size(number) for number in network["grid"])
@@ -73,6 +74,7 @@ class Outline:
                 if tuned.is_file()
                 else build_dataclass(DecodingConfig, transformer["decoding"], ""),
                 _size(tokenizer["image_size"]),
+                # Each level after the first halves height and width.
                 _size(vqgan["patch_size"]) * 2 ** (_size(len(vqgan["channel_multipliers"])) - 1),
                 _size(vqgan["in_channels"]),
             )
@@ -114,7 +116,7 @@ class Outline:
         check_parallel(task, is_autoregressive=self.is_autoregressive)
 
     def check_decoding(self, decoding: DecodingConfig, *, has_negative_class: bool = True) -> None:
-        """Refuses a way of decoding that the model cannot follow; see ``DecodingConfig.check``."""
+        """Raises if the model cannot use decoding settings. See ``DecodingConfig.check``."""
         decoding.check(self.num_tokens, is_autoregressive=self.is_autoregressive, has_negative_class=has_negative_class)
 
 

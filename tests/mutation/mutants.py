@@ -506,7 +506,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     *_of(
         "training/checkpoints.py",
-        "cli/test_going_on",
+        "cli/test_resume_command",
         ("checkpoint[SETTINGS] = self.settings", "pass"),
     ),
     *_of(
