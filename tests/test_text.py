@@ -40,7 +40,7 @@ def structure(page: str) -> list[str]:
 
 
 def shown(page: str) -> str:
-    """What a reader sees of a page."""
+    """The text that a reader sees of a page."""
     return "".join(token.content for token in flat(PARSER.parse(page)) if token.type in ("text", "code_inline"))
 
 
