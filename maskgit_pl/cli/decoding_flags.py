@@ -115,6 +115,6 @@ def _read_file(file: Path | None) -> DecodingConfig | None:
         return None
     if not file.is_file():
         raise FileNotFoundError(f"--decoding {file}: no such file; `maskgit tune` writes RUN/pretrained/decoding.json")
-    from maskgit_pl.decoding.recipe_file import read_recipe
+    from maskgit_pl.decoding.settings_file import read_settings_file
 
-    return read_recipe(file)[0]
+    return read_settings_file(file)[0]

@@ -13,7 +13,7 @@ from typing import Any
 from maskgit_pl.checks import build_dataclass, check_integer
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.limits import check_parallel
-from maskgit_pl.decoding.recipe_file import read_recipe
+from maskgit_pl.decoding.settings_file import read_settings_file
 from maskgit_pl.files import read_json
 from maskgit_pl.old_names import rename_config
 from maskgit_pl.pipeline.classes import Classes, class_ids, parse_class, parse_classes
@@ -70,7 +70,7 @@ class Outline:
                 _size(network["num_classes"]) if network["class_dropout"] > 0 else None,
                 rows * columns,
                 network["attention"] == "causal",
-                read_recipe(tuned)[0]
+                read_settings_file(tuned)[0]
                 if tuned.is_file()
                 else build_dataclass(DecodingConfig, transformer["decoding"], ""),
                 _size(tokenizer["image_size"]),
