@@ -141,3 +141,24 @@ def test_recipes_of_version_0_1_0_are_read():
     for stage, key, value in (("tokenizer", "num_res_blocks", 1), ("transformer", "embed_dim", 16)):
         files = [RECIPES / stage / "base.yaml", OLD / "recipe" / f"{stage}.yaml"]
         assert Recipe.from_files(stage, files).get(f"model.network.{key}") == value
+
+
+def test_a_checkpoint_is_read_by_the_names_of_today_piece_by_piece():
+    keys = []
+    state = FolderCheckpointIO().load_pieces(
+        OLD / "runs/old/transformer/checkpoints/step-00000002", lambda key, saved: keys.append(key) or saved.read_all()
+    )
+    assert {f"/state_dict/{name}" for name in state["state_dict"]} <= set(keys)
+    assert "transformer.token_embedding.weight" in state["state_dict"]
+    groups = state["optimizer_states"][0]["param_groups"]
+    names = [name for group in groups for name in group["param_names"]]
+    assert set(names) == {name for name in state["state_dict"] if name.startswith("transformer.")}
+
+
+def test_a_checkpoint_with_both_names_of_a_tensor_is_refused(tmp_path):
+    tensors = {"transformer.words.weight": torch.zeros(1), "transformer.token_embedding.weight": torch.ones(1)}
+    FolderCheckpointIO().save_checkpoint({"state_dict": tensors}, tmp_path / "step-00000001")
+    with pytest.raises(
+        ValueError, match=r"checkpoint .*step-00000001: tensor \S+token_embedding\.weight must occur once"
+    ):
+        FolderCheckpointIO().load_checkpoint(tmp_path / "step-00000001")

@@ -124,7 +124,7 @@ def test_every_command_of_the_console_script_runs_something():
 
 
 def shards(folder, tars_of):
-    """Two train shards and one of val, in img2dataset's names."""
+    """Writes two train shards and one val shard, with the names of img2dataset."""
     folder.mkdir()
     for number in range(3):
         with tarfile.open(folder / f"{number:05d}.tar", "w") as archive:
