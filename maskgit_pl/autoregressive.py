@@ -57,7 +57,7 @@ class AutoregressiveModel(TokenModel):
     The loss is the mean cross-entropy of each token, given the tokens before it.
 
     Args:
-        config: Network, optimiser, tokenizer and loss.
+        config: Network, optimizer, tokenizer and loss.
     """
 
     config: AutoregressiveConfig

@@ -35,6 +35,7 @@ _MAX_SHOWN = 80  # characters of a value in a message
 
 def shorten(value: object) -> str:
     """Returns ``repr(value)``, at most 80 characters long, with control characters escaped."""
+    # A long list would fill the terminal, and repr() of it takes time.
     if isinstance(value, list | tuple | dict | set) and len(value) > _MAX_SHOWN:
         return f"a {type(value).__name__} of {len(value)}"
     try:
@@ -194,6 +195,7 @@ def build_dataclass(kind: type[T], values: object, where: str) -> T:
         schema = schemas.get(key, {})
         if not fits(value, schema):
             raise ValueError(f"{where}.{key} must be {describe(schema)}, got {shorten(value)}{_hint(value, schema)}")
+    # __post_init__ knows its fields, not the file: the message gets the place in front.
     try:
         return kind(**values)
     except ValueError as error:
@@ -232,6 +234,7 @@ def _contains(interval: str, value: int | float) -> bool:
 
 
 def _end(word: str) -> float:
+    # "2**32" and "inf" are both allowed.
     base, _, exponent = word.partition("**")
     end: float = float(base) ** float(exponent or 1)
     return end

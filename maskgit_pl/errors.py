@@ -134,6 +134,7 @@ def exit_code_of(error: BaseException) -> int:
         return error.exit_code
     if is_user_error(error):
         return BAD_INPUT
+    # A full disk is no bad input: the same command works later or elsewhere.
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         return CannotWriteError.exit_code
     return INTERRUPTED if isinstance(error, KeyboardInterrupt) else INTERNAL_ERROR
@@ -169,6 +170,7 @@ def error_of_exit(stop: SystemExit) -> BaseException | None:
 
     A library or a plug-in must not end a command, because that would look like success. Lightning exits after Ctrl-C.
     """
+    # The traceback of SystemExit tells who called sys.exit.
     culprit = _who_exits(stop.__traceback__)
     if culprit == __package__:
         return None
@@ -182,6 +184,7 @@ def error_of_exit(stop: SystemExit) -> BaseException | None:
 def _who_exits(place: TracebackType | None) -> str:
     """Returns the package whose code called ``sys.exit``, directly or through argparse."""
     packages = [str(__package__)]
+    # From the command down to the call of sys.exit; argparse exits on behalf of its caller.
     while place is not None:
         packages.append(str(place.tb_frame.f_globals.get("__name__")).partition(".")[0])
         place = place.tb_next
@@ -193,6 +196,7 @@ def _is_raised_by_us(error: BaseException) -> bool:
     place = error.__traceback__
     if place is None:
         return False
+    # The innermost frame is the one that raised.
     while place.tb_next is not None:
         place = place.tb_next
     # The last instruction tells a raise statement from an expression such as int("x") in the same frame.

@@ -58,6 +58,7 @@ def check_writable(name: str, path: Path, *, is_folder: bool = False) -> None:
     if path.exists() and path.is_dir() != is_folder:
         here, wanted = ("file", "folder") if is_folder else ("folder", "file")
         raise ValueError(f"{name} must be a {wanted}, got the {here} {path}")
+    # The nearest folder that exists decides: the ones below it are made later.
     folder = path if is_folder else path.parent
     existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     try:
@@ -113,11 +114,13 @@ def write_folder(folder: Path) -> Iterator[Path]:
     Yields:
         The new folder, beside ``folder``.
     """
+    # A folder of the same name is left by a killed process with the same PID.
     fresh = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     try:
         yield fresh
+        # A rename may reach the disk before the content of the files, so the content is synced first.
         for path in fresh.rglob("*"):
             sync(path)
         replace_folder(fresh, folder)
@@ -242,6 +245,7 @@ def sha256_of(file: str | Path | int) -> str:
     descriptor = file if isinstance(file, int) else open_regular(file)
     try:
         digest, offset = hashlib.sha256(), 0
+        # pread leaves the position of the descriptor as it is; another reader may use it.
         while block := os.pread(descriptor, _BLOCK, offset):
             digest.update(block)
             offset += len(block)
@@ -294,7 +298,8 @@ def parse_json(text: bytes | str, where: str) -> dict[str, Any]:
         )
     except RecursionError as error:
         raise ValueError(f"{where} is nested too deep") from error
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+    # JSONDecodeError and UnicodeDecodeError are ValueErrors too.
+    except ValueError as error:
         raise ValueError(f"{where} is not valid JSON: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{where} must hold a mapping, got a {type(content).__name__}")
@@ -317,6 +322,7 @@ def _finite_float(word: str) -> float:
 
 def size_text(count: float) -> str:
     """Returns a number of bytes with a unit and three digits, such as ``1.34 GB`` or ``512 bytes``."""
+    # Decimal units, as disks are sold and as df -H prints them.
     for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= factor:
             size = count / factor

@@ -39,8 +39,10 @@ def hold_lock(target: Path, *, hint: str, rank: int | None = None) -> Iterator[N
     Raises:
         ValueError: if another process holds the lock.
     """
+    # Ranks that share the work have a lock each, which stops only a second process of the same rank.
     name = target.name if rank is None else f"{target.name}.rank{rank}"
     path = target.absolute().with_name(f".{name}.lock")
+    # Folders that are made for the lock file are removed at the end if they are empty.
     new_folders = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = _take(path, target, hint)
@@ -69,6 +71,7 @@ def _take(path: Path, target: Path, hint: str) -> int | None:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            # The holder has written its PID, host and start. They are untrusted text in a shared folder.
             said = os.read(descriptor, 1000).decode(errors="replace")
             os.close(descriptor)
             holder = "".join(letter for letter in said if letter.isprintable()) or "another process"

@@ -67,7 +67,7 @@ class MaskedTokenModel(TokenModel):
     """The LightningModule that trains a ``MaskedTransformer`` to predict masked tokens.
 
     Args:
-        config: Network, mask schedule, optimiser, tokenizer and loss.
+        config: Network, mask schedule, optimizer, tokenizer and loss.
 
     Source: paper, training objective.
     """

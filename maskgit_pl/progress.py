@@ -58,6 +58,7 @@ def progress_bars(*, shown: bool = True) -> Iterator[Bars]:
     """
     if not shown:
         yield no_bars
+    # A bar in a log file would be thousands of lines.
     elif not sys.stdout.isatty():
         yield _Lines
     else:
@@ -103,6 +104,7 @@ class _Bar:
         self.updated = now
         task = self.progress.tasks[self.task]
         self.progress.update(self.task, completed=self.done, speed=_speed(task.speed or 0.0, self.unit))
+        # More than ten bars would scroll the terminal: finished ones are hidden then.
         self.progress.update(self.task, visible=not task.finished or len(self.progress.tasks) < _SHOWN_BARS)
 
 
@@ -115,6 +117,7 @@ class _Lines:
 
     def __call__(self, count: int) -> None:
         self.done += count
+        # Only the work since the last line counts, so that a slow start does not distort the time left.
         now, made = time.monotonic(), self.done - self.done_before
         if now - self.told < _SECONDS_BETWEEN_LINES or not made:
             return

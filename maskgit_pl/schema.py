@@ -51,6 +51,7 @@ def schema_of(annotation: Any) -> Schema:
         annotation = type(None)
     if annotation in _TYPES:
         return {"type": _TYPES[annotation]}
+    # A dataclass is a mapping with exactly its fields.
     if isinstance(annotation, type) and is_dataclass(annotation):
         hints = get_type_hints(annotation)
         properties = {field.name: schema_of(hints[field.name]) for field in fields(annotation) if field.init}
@@ -59,6 +60,7 @@ def schema_of(annotation: Any) -> Schema:
         return {"enum": list(arguments)}
     if origin in (Union, types.UnionType):
         return {"anyOf": [schema_of(each) for each in arguments]}
+    # tuple[float, float] has a fixed length; tuple[int, ...] is handled as a sequence below.
     if origin is tuple and arguments[-1:] != (Ellipsis,):
         return {"type": "array", "prefixItems": [schema_of(each) for each in arguments], **_length(len(arguments))}
     if isinstance(origin, type) and issubclass(origin, Mapping):

@@ -32,10 +32,12 @@ class Terminal:
     """
 
     def __init__(self) -> None:
+        # Without this, a library that opens a file would get number 1 and the output of the command.
         _open_closed_files()
         self._stderr = _Sink(2)
         if sys.stderr in (None, sys.__stderr__):
             sys.stderr = _text(self._stderr, sys.__stderr__)
+        # Two sinks on the same descriptor: lost log lines do not count as lost results.
         self._stdout, log = _Sink(1), _Sink(1)
         self.log: TextIO = sys.stdout
         if sys.stdout in (None, sys.__stdout__):

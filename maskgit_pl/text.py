@@ -6,13 +6,19 @@ name is accepted and none can forge a heading, a link, a table cell or a line of
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import re
 import unicodedata
 
-__all__ = ["PrintableFormatter", "argument_docs", "code_span", "markdown", "plain_label", "printable", "python_string"]
+__all__ = [
+    "PrintableFormatter",
+    "code_span",
+    "markdown",
+    "plain_label",
+    "printable",
+    "python_string",
+]
 
 _MAX_SHOWN = 200  # characters of a text
 _MAX_LABEL = 60  # characters; longer labels leave no room for the axes
@@ -24,7 +30,6 @@ _SPECIAL = re.compile(
     r"|(?<!\S)[-+=]",  # lists and underlined headings, at any word, because a line may be wrapped there
     re.IGNORECASE,
 )
-_ARGUMENT = re.compile(r" {4}(?P<name>\w+): (?P<text>.*)")
 _NUMBERED = re.compile(r"(?<!\S)(\d{1,9})([.)])(?!\S)")
 
 
@@ -38,6 +43,7 @@ def printable(text: object, *, limit: int | None = _MAX_SHOWN) -> str:
         text: Any object; its ``str`` is used.
         limit: Maximum number of characters; None for all. Longer texts end in ``...``.
     """
+    # The limit comes first: a text of a gigabyte is not escaped as a whole.
     full = str(text)
     shown = full if limit is None else full[:limit]
     line = "".join(map(_printable_character, shown))
@@ -55,6 +61,7 @@ class PrintableFormatter(logging.Formatter):
 def _printable_character(character: str) -> str:
     if character.isprintable():
         return character
+    # Zs: all spaces, such as the no-break space. Line and paragraph separators are in other categories.
     if unicodedata.category(character) == "Zs":
         return " "
     return repr(character)[1:-1]
@@ -85,15 +92,3 @@ def plain_label(text: object) -> str:
     """
     label = printable(text, limit=_MAX_LABEL).replace("$", r"\$")
     return f" {label}" if label.startswith("_") else label
-
-
-def argument_docs(kind: type) -> dict[str, str]:
-    """Returns the text of each argument in the ``Args`` section of the docstring of a class, as one line."""
-    section = inspect.cleandoc(kind.__doc__ or "").partition("Args:\n")[2].partition("\n\n")[0]
-    found: dict[str, str] = {}
-    for line in section.splitlines():
-        if argument := _ARGUMENT.fullmatch(line):
-            found[argument["name"]] = argument["text"]
-        elif found:
-            found[list(found)[-1]] += f" {line.strip()}"
-    return found

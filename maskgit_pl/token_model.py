@@ -98,7 +98,7 @@ class TokenModel(LightningModule):
     of logged values (``_assign_bins``) and the decoding of images (``_decode``).
 
     Args:
-        config: Network, optimiser, tokenizer and loss.
+        config: Network, optimizer, tokenizer and loss.
         transformer: The network, with initial weights.
         decoding: Decoding settings for sample images, and of the exported model.
 
@@ -213,7 +213,7 @@ class TokenModel(LightningModule):
         """Does nothing: ``optimizer_step`` leaves no gradients."""
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Optimizer | Any, *args: Any, **kwargs: Any) -> None:
-        """Runs Lightning's closure (forward and backward pass), the optimiser step, and the update of the average."""
+        """Runs Lightning's closure (forward and backward pass), the optimizer step, and the update of the average."""
         # 8. Step, free, average.
         super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
         optimizer.zero_grad()  # Lightning would keep the gradients in memory through the next forward pass

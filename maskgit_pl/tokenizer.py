@@ -1,6 +1,6 @@
 """Stage 1: trains the VQGAN that turns images into tokens and back.
 
-Optimisation is manual, because a GAN has two optimisers. A training step is one global batch. For each of its
+Optimization is manual, because a GAN has two optimizers. A training step is one global batch. For each of its
 micro-batches (the code repeats the numbers):
 
 1. Convert the images to float32 in [0, 1], and flip some of them.
@@ -92,11 +92,11 @@ class CodebookUsage(Metric):
 class Tokenizer(LightningModule):
     """The LightningModule of stage 1. Its ``ema_network`` has the averaged weights, which are evaluated and exported.
 
-    The module accumulates and clips gradients itself. Only the generator's optimiser advances ``global_step``, so
+    The module accumulates and clips gradients itself. Only the generator's optimizer advances ``global_step``, so
     ``max_steps`` counts global batches.
 
     Args:
-        config: Network, losses and optimiser.
+        config: Network, losses and optimizer.
         accumulation: Micro-batches of a global batch on each rank, >= 1. It depends on the number of devices, and may
             be set until training starts.
 
@@ -168,7 +168,7 @@ class Tokenizer(LightningModule):
     # Training
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """Adds the gradients of one micro-batch. The last one of a global batch steps both optimisers."""
+        """Adds the gradients of one micro-batch. The last one of a global batch steps both optimizers."""
         images = self._prepare_images(batch, flip_probability=self.config.flip_probability)  # 1
         is_last = len(self._pending.tokens) + 1 == self.accumulation
         with self._sync_gradients(is_last=is_last):
@@ -180,7 +180,7 @@ class Tokenizer(LightningModule):
             self._log_metrics({f"train/{name}": value for name, value in metrics.items()}, bar="train/reconstruction")
 
     def replay_step(self, batch: Batch, *, step: int) -> dict[str, Tensor]:
-        """Adds the gradients of one micro-batch to both networks, without a Trainer and without an optimiser step.
+        """Adds the gradients of one micro-batch to both networks, without a Trainer and without an optimizer step.
 
         It computes the same as ``training_step`` without flips. ``estimates`` measures memory and FLOPs with it.
 
@@ -243,17 +243,15 @@ class Tokenizer(LightningModule):
         real_logits = self._run_network("discriminator", real)
         return AdversarialStep(config, real, real_logits, self.discriminator(image))
 
-    # Optimiser step
+    # Optimizer step
 
     def _step_optimizers(self) -> None:
-        """Makes one step of both optimisers for a global batch, then updates the statistics (5 to 7)."""
+        """Makes one step of both optimizers for a global batch, then updates the statistics (5 to 7)."""
         step, optimizers = self.global_step, self.optimizers()
         generator, *rest = optimizers if isinstance(optimizers, list) else [optimizers]
         assert isinstance(generator, LightningOptimizer)
-        active = [generator]
-        # The discriminator steps first: the generator's step advances global_step, on which the loss depends.
-        if self._has_adversarial_loss(step):
-            active = [*rest, generator]
+        # The discriminator has no gradients, and does not step, before its start step.
+        active = [*rest, generator] if self._has_adversarial_loss(step) else [generator]
         self._set_learning_rate(step)
         # 5. Clip, and vote.
         norms = [clip_gradients(optimizer.optimizer, self.config.gradient_clip) for optimizer in active]
@@ -263,7 +261,7 @@ class Tokenizer(LightningModule):
             if is_skipped:
                 optimizer.zero_grad()  # without gradients the step changes neither weights nor moments
             # Lightning counts each step of a LightningOptimizer in global_step. The discriminator steps its plain
-            # optimiser, which is not counted, so max_steps counts global batches.
+            # optimizer, which is not counted, so max_steps counts global batches.
             (optimizer if optimizer is generator else optimizer.optimizer).step()
             optimizer.zero_grad()
         # 7. Statistics. A skipped step leaves them as they are.

@@ -106,7 +106,7 @@ class AdversarialConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """The configuration of ``Tokenizer``: network, losses, optimiser and execution.
+    """The configuration of ``Tokenizer``: network, losses, optimizer and execution.
 
     Args:
         network: Sizes of the VQGAN.

@@ -287,7 +287,7 @@ def as_torchrun(rank: int, ranks: int, port: int) -> dict[str, str]:
 
 
 def trained_state(state: dict[str, Any]) -> dict[str, Any]:
-    """Returns the leaves of the state that a run resumes: weights, averages, optimisers, learning rates, step."""
+    """Returns the leaves of the state that a run resumes: weights, averages, optimizers, learning rates, step."""
     kept = ("state_dict", "optimizer_states", "lr_schedulers", "global_step")
     return dict(leaves({name: state[name] for name in kept}))
 

@@ -314,7 +314,7 @@ def test_a_mask_of_nothing_is_refused() -> None:
 
 
 def filled_by(unknown: torch.Tensor, *, size: tuple[int, int], overlap: float) -> list[tuple[int, int, int]]:
-    """(top, left, unknown tokens) of each window; checks that each is within the canvas and decodes nothing twice."""
+    """Returns (top, left, unknown tokens) of each window, after checks: inside the canvas, and no token twice."""
     left, found = unknown.clone(), []
     for window in editing.windows(unknown, size=size, overlap=overlap):
         part = left[window.index[1:]]

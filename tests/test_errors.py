@@ -1,4 +1,4 @@
-"""Which errors are bad input, and with which code and words a command ends."""
+"""Errors that are bad input, and the exit code and text of a command."""
 
 import errno
 import json
@@ -86,7 +86,7 @@ def test_a_full_disk_preemption_and_ctrl_c_have_codes_of_their_own():
 
 
 def _refuse(shared: str, job: int) -> None:
-    """In a worker: our own refusal, or an error of a library."""
+    """Raises one of our own errors, or one of a library, in a worker."""
     if shared == "ours":
         checks.check_integer("job", job, "[9, 9]")
     int("many")

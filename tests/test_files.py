@@ -113,7 +113,7 @@ def test_a_file_is_there_when_all_is_written_and_never_half(tmp_path: Path) -> N
 
 @pytest.fixture(params=["one step", "two steps"])
 def swap(request, monkeypatch) -> str:
-    """How a folder takes the place of another one: in one step, or in two where the file system can do no other."""
+    """The way that a folder replaces another one: in one step, or in two on a file system without exchange."""
     if request.param == "two steps":
         monkeypatch.setattr(files, "_exchange", lambda one, other: False)
     return request.param

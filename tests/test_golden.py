@@ -112,7 +112,7 @@ class RecordedBatch(LightningDataModule):
 
 
 class Seen(Callback):
-    """The loss of each micro-batch, as it enters the step, and the gradients that the optimiser gets."""
+    """The loss of each micro-batch, as it enters the step, and the gradients that the optimizer gets."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []

@@ -24,7 +24,7 @@ def test_a_target_that_another_process_holds_is_refused_by_its_number_and_host(t
         assert other.wait() == 0
     with hold_lock(target, hint=""):
         assert os.listdir(target.parent) == [".tokenizer.lock"]
-    assert os.listdir(tmp_path) == []  # the lock leaves nothing behind, folders that it made included
+    assert os.listdir(tmp_path) == []  # no lock file and no new folder is left
 
 
 @pytest.mark.parametrize("how", ["plain", "fork"])

@@ -482,7 +482,7 @@ def test_half_of_an_image_is_completed_as_in_the_papers_table_2(pipe) -> None:
     made, steps = recorded(pipe.outpaint, half, right=4, classes=[1], blend=0)
     assert made.shape == (1, 1, 8, 8)
     assert torch.equal(made[0, ..., :4], half)
-    repeated = torch.cat([half, half[..., -1:].expand(-1, -1, 4)], dim=-1)  # as if the picture went on
+    repeated = torch.cat([half, half[..., -1:].expand(-1, -1, 4)], dim=-1)  # as if the picture continued
     known = tokens_of(pipe, repeated).unflatten(0, (4, 4))[:, :2]
     assert torch.equal(steps[-1].tokens[0].unflatten(0, (4, 4))[:, :2], known)
 

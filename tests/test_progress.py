@@ -9,7 +9,7 @@ from maskgit_pl.progress import named_bars, progress_bars
 
 @pytest.fixture
 def clock(monkeypatch) -> list[float]:
-    """Seconds that the clock shows, one after the other."""
+    """Yields the seconds of a fake clock, one after the other."""
     seconds: list[float] = []
     monkeypatch.setattr(progress.time, "monotonic", lambda: seconds.pop(0))
     return seconds
@@ -17,7 +17,7 @@ def clock(monkeypatch) -> list[float]:
 
 @pytest.fixture
 def lines(monkeypatch, caplog) -> pytest.LogCaptureFixture:
-    """What is logged where there is no terminal."""
+    """The log lines without a terminal."""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
     monkeypatch.setattr(logging.getLogger("maskgit_pl"), "propagate", True)
     caplog.set_level(logging.INFO, "maskgit_pl")

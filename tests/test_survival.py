@@ -115,12 +115,14 @@ def report() -> Iterator[Report]:
 
 HEAD = f"""# Fault injection: results
 
-`SURVIVAL=docs/survival.md make test WORKERS=0 ARGS=tests/test_survival.py` writes this page. It injects each fault into
-a real run and records the exit code and the message.
+Tests inject each fault below into a real run and record the exit code and the message. This page is written by
+`SURVIVAL=docs/survival.md make test WORKERS=0 ARGS=tests/test_survival.py`.
 
 A run is `maskgit train` in its own processes: two ranks, unless the row says otherwise. "Exact" means that the same
-command resumed the run, and that its final weights, averages and optimiser states were bit-exact: equal (`torch.equal`)
-to those of a run without a fault. The messages are as printed, but with shortened paths.
+command resumed the run, and that its final weights, averages and optimizer states were bit-exact: equal (`torch.equal`)
+to those of a run without a fault. The messages are as printed, but with shortened paths. Messages about non-finite
+values count the steps before the one that failed: a fault in step 5 is reported as `step 4`. A negative exit code is
+the signal that ended the process.
 
 Other pages and tests cover bit-exact resume ([reproducibility.md](reproducibility.md)), Slurm
 ([slurm-transcript.md](slurm-transcript.md)), and memory and open files over 2,000 steps (`tests/test_memory.py`).

@@ -55,6 +55,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Measures what the ledger does not hold, writes the pages, and prints a table."""
     check_at_least(args, num_images=1, batch_size=1)
+    # Flags are parsed before torch is imported; the library checks the names of selectors and schedules.
     numbers = read_num_steps_flag(args)
     selectors = None if args.selectors == "all" else parse_specs("--selectors", args.selectors)
     guidance = args.guidance_scale if args.guidance is None else parse_spec("--guidance", args.guidance)

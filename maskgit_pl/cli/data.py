@@ -146,6 +146,7 @@ def make(
     from maskgit_pl.shards.report import describe_data, unreadable_lines
     from maskgit_pl.shards.writer import make_shards
 
+    # The lock is held until the manifest is written, so that two commands never write to the same folder.
     with hold_lock(out, hint="give another --out"), named_bars("samples") as advance:
         made = make_shards(
             source,
@@ -185,7 +186,9 @@ def _index(args: argparse.Namespace) -> int:
 
     folder, found = locate_shards(args.shards)
     shards, how = split_shards(folder, found, train=args.train, val=args.val, val_fraction=args.val_fraction)
+    # Without --class-names, the names of an existing manifest are kept, unless all images get one class.
     names = _class_names(args) or (None if args.no_labels else find_class_names(folder))
+    # The three kinds of labels as the index reads them.
     labels = "none" if args.no_labels else f"json:{args.label_field}" if args.label_field else "cls"
     with named_bars("shards") as advance:
         indexed = index_shards(
@@ -209,6 +212,7 @@ def _verify(args: argparse.Namespace) -> int:
     from maskgit_pl.shards.tokens import is_store
     from maskgit_pl.shards.verify import verify_shards
 
+    # A token store has another manifest and no images.
     if is_store(args.folder):
         return _verify_store(args.folder, decode=args.decode)
     with named_bars("shards") as advance:

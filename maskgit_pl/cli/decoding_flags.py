@@ -91,6 +91,7 @@ def _member(hint: Any) -> tuple[Any, str]:
     """Returns the member of a union by which a flag is parsed, and the placeholder for the help."""
     members = get_args(hint) or (hint,)
     origins = {get_origin(member) or member: member for member in members}
+    # In the order of generality: str | dict is a spec, float | tuple is a list, the rest are numbers.
     for kind, metavar in ((dict, "NAME"), (tuple, "A,B,..."), (int, "N"), (float, "X")):
         if kind in origins:
             return origins[kind], metavar
@@ -104,6 +105,7 @@ def _value(name: str, given: Any, hint: Any) -> Any:
         return given
     if get_origin(member) is dict:
         return parse_json_spec(format_flag(name), given)
+    # A single temperature is a number, two are a pair (first step, last step).
     numbers = parse_list(format_flag(name), given, get_args(member)[0])
     return numbers[0] if len(numbers) == 1 and float in get_args(hint) else numbers
 
@@ -113,6 +115,6 @@ def _read_file(file: Path | None) -> DecodingConfig | None:
         return None
     if not file.is_file():
         raise FileNotFoundError(f"--decoding {file}: no such file; `maskgit tune` writes RUN/pretrained/decoding.json")
-    from maskgit_pl.decoding.recipe_file import read_recipe
+    from maskgit_pl.decoding.settings_file import read_settings_file
 
-    return read_recipe(file)[0]
+    return read_settings_file(file)[0]

@@ -121,6 +121,7 @@ def _list(console: Console, rows: Sequence[tuple[str, str, str]], *, widths: tup
     """Prints verdict, name and text in columns, and wraps long texts within their column."""
     from rich.text import Text
 
+    # A log file has no width: 120 columns.
     width = console.width if console.is_terminal else 120
     verdict_width, name_width = widths
     indent = (verdict_width + 2 if verdict_width else 0) + name_width + 2

@@ -78,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
         cas=CASConfig(**cas) if args.cas and args.cas_model != "none" else None,
         resume=args.resume,
     )
+    # All ranks measure; rank 0 shows the progress and prints the table.
     first = os.environ.get("RANK", "0") == "0"
     with use_flag_names(args), progress_bars(shown=first) as bars:
         report = evaluate(

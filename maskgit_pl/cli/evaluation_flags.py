@@ -95,6 +95,7 @@ def read_cas_flags(args: argparse.Namespace) -> dict[str, Any]:
     check_at_least(args, cas_max_steps=1, cas_batch_size=2)
     if args.cas_learning_rate is not None:
         check_number("--cas-learning-rate", args.cas_learning_rate, "(0, inf)")
+    # Flags that are not given are left out, so that the defaults of CASConfig apply.
     given = {
         "model": args.cas_model,
         "max_steps": args.cas_max_steps,
@@ -152,5 +153,6 @@ def write_page(page: Page) -> None:
 
     files = page.write()
     console = Console()
+    # Rich draws tables on a terminal; a file gets the Markdown itself.
     console.print(Markdown(page.markdown)) if console.is_terminal else print(page.markdown)
     print(f"{page.folder}: {', '.join(file.name for file in files)}")

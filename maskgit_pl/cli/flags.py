@@ -100,6 +100,7 @@ def use_flag_names(args: argparse.Namespace) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError) as error:
+        # "num_steps must be ..." -> num_steps; "height of the image must ..." -> height, no flag of the command.
         name = re.split(r"[^a-z_]", str(error), maxsplit=1)[0]
         is_flag = name in args and not callable(getattr(args, name))  # ``run`` is the function of the command
         if not is_flag:  # the error is about something else

@@ -11,6 +11,7 @@ from maskgit_pl.cli.edit_flags import add_variant_arguments, make_captions, read
 from maskgit_pl.cli.flags import check_at_least, check_outputs, use_flag_names
 from maskgit_pl.cli.model import add_model_argument, find_model, open_pipe
 from maskgit_pl.cli.outputs import PICTURES, add_output_arguments, record_steps, wants_decoding, write_generated
+from maskgit_pl.runs.units import count_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
     check_seed_and_batch(args)
     check_at_least(args, variants=1, dilation=0)
     check_outputs(args, **PICTURES)
+    # Cheap checks come first: region, model files, size, settings. The weights are loaded after all of them.
     header, box = _read_region(args)
     folder, outline = find_model(args)
     label = outline.parse_class(args.class_)
@@ -87,12 +89,14 @@ def run(args: argparse.Namespace) -> int:
             image, mask, output_type="pt", callback=after_step, decoding=decoding, **read_edit_flags(args, label)
         )
     variants = cast("Tensor", made)  # output_type "pt"
+    # The sheet shows the box or mask of the user, and the larger region of whole tokens that was generated.
     unknown = editing.token_mask(mask, factor=outline.token_size, dilation=args.dilation)
     region = editing.pixel_region(unknown, factor=outline.token_size, height=size, width=size)
     described, texts = outline.describe_class(label), make_captions(args)
     title = f"{args.image.name}: {described}"
     sheet = edit_sheet(image, variants, mask=mask, region=region, title=title, captions=texts)
-    summary = f"{len(variants)} variants of {described}, {int(unknown.sum())} of {unknown.numel()} tokens generated"
+    tokens = f"{int(unknown.sum())} of {unknown.numel()} tokens generated"
+    summary = f"{count_text(len(variants), 'variant')} of {described}, {tokens}"
     labels = [label] * len(variants)
     write_generated(pipe, variants, args, sheet=sheet, summary=summary, labels=labels, steps=steps, captions=texts)
     return 0

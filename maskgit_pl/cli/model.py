@@ -51,6 +51,7 @@ def open_pipe(folder: Path, args: argparse.Namespace, *, device: str | None = No
         args: Flags of ``decoding_flags.add_decoding_arguments``.
         device: Default device; None for a GPU if there is one, else the CPU.
     """
+    # int8 works on the CPU only, so it is the default device with --int8.
     place = read_device_flag(args, default="cpu" if args.int8 else device)
     from maskgit_pl.pipeline import MaskGIT
 

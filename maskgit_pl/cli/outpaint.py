@@ -17,6 +17,7 @@ from maskgit_pl.cli.edit_flags import (
 from maskgit_pl.cli.flags import check_at_least, check_outputs, use_flag_names
 from maskgit_pl.cli.model import add_model_argument, find_model, open_pipe
 from maskgit_pl.cli.outputs import PICTURES, add_output_arguments, record_steps, wants_decoding, write_generated
+from maskgit_pl.runs.units import count_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,11 +78,14 @@ def run(args: argparse.Namespace) -> int:
             image, overlap=args.overlap, output_type="pt", callback=after_step, decoding=decoding, **options
         )
     variants = cast("Tensor", made)  # output_type "pt"
+    # (H + up + down, W + left + right): True outside the image, and the image on the canvas.
     outside, original = added.outside(header.height, header.width), added.pad(image, size=1)
     described, texts = outline.describe_class(label), make_captions(args)
     title = f"{args.image.name}: {described}"
     sheet = edit_sheet(original, variants, mask=outside, region=outside, title=title, captions=texts)
-    summary = f"{len(variants)} variants of {described}, {variants.shape[-1]} x {variants.shape[-2]} pixels"
+    summary = (
+        f"{count_text(len(variants), 'variant')} of {described}, {variants.shape[-1]} x {variants.shape[-2]} pixels"
+    )
     labels = [label] * len(variants)
     write_generated(pipe, variants, args, sheet=sheet, summary=summary, labels=labels, steps=steps, captions=texts)
     return 0
@@ -91,6 +95,7 @@ def _read_margins(args: argparse.Namespace) -> Margins:
     """Returns the pixels to add on each side from the flags, checked without the image."""
     from maskgit_pl.editing import Margins  # imports neither torch nor PIL
 
+    # --all fills in the sides that are 0 or not given.
     sides = {side: getattr(args, side) or (args.all or 0) for side in _SIDES}
     for side, pixels in sides.items():
         if pixels < 0:

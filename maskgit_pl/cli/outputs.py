@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maskgit_pl.cli.flags import FOLDER, make_folder
+from maskgit_pl.runs.units import count_text
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -67,6 +68,7 @@ def record_steps(
     from maskgit_pl.imaging import StepRecorder
 
     record = StepRecorder()
+    # The bar disappears at the end, so that only the names of the files stay on the terminal.
     with Progress(transient=True) as progress:
         bar = progress.add_task(title, total=total)
 
@@ -109,13 +111,14 @@ def write_generated(
     if args.images is not None:
         make_folder(args.images)
         save_images(images, labels, args.images, seed=args.seed)
-        print(f"{args.images}: {len(images)} files")
+        print(f"{args.images}: {count_text(len(images), 'file')}")
+    # A canvas of outpaint or panorama has another grid than the images of the model.
     grid = pipe.tokenizer.network.config.grid((images.shape[-2], images.shape[-1]))
     decode = partial(pipe.tokenizer.decode, grid=grid)
     if args.gif is not None:
         make_folder(args.gif.parent)
         save_animation(steps, decode, args.gif, grid=grid, captions=captions)
-        print(f"{args.gif}: decoding of {len(steps[0].tokens)} images")
+        print(f"{args.gif}: decoding of {count_text(len(steps[0].tokens), 'image')}")
     if args.filmstrip is not None:
         make_folder(args.filmstrip.parent)
         save_filmstrip(steps, decode, args.filmstrip, grid=grid)

@@ -11,6 +11,7 @@ from maskgit_pl.cli.edit_flags import add_overlap_argument, check_overlap_flag
 from maskgit_pl.cli.flags import check_outputs, use_flag_names
 from maskgit_pl.cli.model import add_classes_argument, add_model_argument, find_model, open_pipe
 from maskgit_pl.cli.outputs import PICTURES, add_output_arguments, record_steps, wants_decoding, write_generated
+from maskgit_pl.runs.units import count_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     labels = outline.parse_classes(args.classes)
     from maskgit_pl.editing import check_canvas
 
+    # The size and the settings are checked before torch is imported.
     height = outline.image_size if args.height is None else args.height
     with use_flag_names(args):
         check_canvas(height, args.width, factor=outline.token_size, least=outline.image_size)
@@ -74,6 +76,6 @@ def run(args: argparse.Namespace) -> int:
     names = [outline.class_names[label] for label in labels]
     scale = max(1, _TILE_SIZE // height)
     sheet = image_grid(images, columns=1, row_captions=names, scale=scale)
-    summary = f"{len(images)} images of {args.width} x {height} pixels"
+    summary = f"{count_text(len(images), 'image')} of {args.width} x {height} pixels"
     write_generated(pipe, images, args, sheet=sheet, summary=summary, labels=labels, steps=steps, captions=names)
     return 0

@@ -82,6 +82,7 @@ def run_table(args: argparse.Namespace) -> int:
     how = read_cas_flags(args)
     from maskgit_pl.evaluation import CASConfig
 
+    # "none" skips the score, for which a network is trained.
     cas = None if args.cas_model == "none" else CASConfig(**how)
     options = read_report_flags(args, cas=cas, cas_images=args.cas_images)
     with use_flag_names(args), progress_bars() as bars:
@@ -106,6 +107,7 @@ def run_figure(args: argparse.Namespace) -> int:
             raise ValueError(f"figure 4 must have at most one RUN, which sets the sizes, got {len(args.runs)}")
         numbers = parse_numbers("--num-tokens", args.num_tokens)
         check_at_least(args, **dict.fromkeys(_SIZES, 1))
+        # Sizes that are not given come from the run, or from a small default.
         sizes = {name: getattr(args, name) for name in _SIZES if getattr(args, name) is not None}
         timed = reports.TimingOptions(numbers, sizes, args.results, args.device)
         with use_flag_names(args), progress_bars() as bars:

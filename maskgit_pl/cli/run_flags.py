@@ -56,6 +56,7 @@ def read_recipe_flags(args: argparse.Namespace) -> Recipe:
         return Recipe.read(
             args.stage, names=args.recipe, dataset=args.dataset, cluster=args.cluster, overrides=args.overrides
         )
+    # The config.yaml holds the complete recipe of the old run; only flags may change it.
     if args.recipe or not args.run_name:
         raise ValueError(
             "--config repeats a run with its own recipe: leave out --recipe, and name the new run with --run"

@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
         table.add_column(str(step), justify="right")
     for name, schedule in schedules.items():
         known = count_known_tokens(schedule, num_tokens=args.num_tokens, num_steps=args.num_steps)
+        # Names of plug-ins are untrusted: no markup of Rich, no control characters.
         table.add_row(escape(printable(name)), *map(str, known))
     Console().print(table)
     if args.out is not None:

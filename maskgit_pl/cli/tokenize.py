@@ -96,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
 def _make_bars(bars: Bars, process: ProcessRank) -> OnRows:
     """Returns a callback that shows a progress bar for each split."""
     name = "" if process.world_size == 1 else f"rank {process.rank} of {process.world_size}: "
+    # The bar of a split is made at the first call, when its number of rows is known.
     shown: dict[str, Callable[[int], None]] = {}
 
     def on_rows(split: str, rows: int, total: int) -> None:

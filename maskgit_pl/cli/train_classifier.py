@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
     from maskgit_pl.evaluation import train_classifier
     from maskgit_pl.evaluation.classifier_config import default_training
 
+    # Flags that are not given keep the defaults of the network.
     given = {"max_steps": args.max_steps, "batch": args.batch_size, "peak_rate": args.learning_rate}
     config = replace(
         default_training(args.model),

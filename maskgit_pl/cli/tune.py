@@ -83,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
             plot=not args.no_plot,
             plot_images=args.plot_images,
         )
+        # plan_trials makes the same choices as the search, without a measurement.
         if args.dry_run:
             _print_trials(
                 plan_trials(args.folder, data=args.data, trials=args.trials, options=options), args.num_images
@@ -103,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
     from maskgit_pl.evaluation.tuning_report import make_table
 
     Console().print(make_table(result))
+    # Without a better trial, the files of the model stay as they are.
     if result.decoding_file is None:
         print(f"the current settings are the best of {len(result.trials)} trials; decoding.json is unchanged")
     else:

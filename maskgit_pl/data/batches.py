@@ -103,7 +103,7 @@ class ImageBatches(Dataset[Batch]):
         """
         rows = self.order(positions)
         side, count = self.image_size, len(self.reader)
-        # channels-last, as images are decoded: the copy into a row is a plain copy of memory
+        # Channels-last, as images are decoded: the copy into a row is a plain copy of memory.
         content = torch.empty((len(positions), side, side, self.in_channels), dtype=torch.uint8).permute(0, 3, 1, 2)
         skipped = [
             self._load(content[row], index, crop)
@@ -122,7 +122,7 @@ class ImageBatches(Dataset[Batch]):
         Args:
             index: Number of the sample in its split.
         """
-        # workers report only the number of an image; the reason is found here, once per image
+        # Workers report only the number of an image; the reason is found here, once per image.
         name = self.reader.name(index)
         try:
             decode_image(self.reader.read(index), channels=self.in_channels, name=name)
@@ -304,7 +304,7 @@ class StepLoader(DataLoader[Batch]):
     unreadable: UnreadableImages | None = None
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # any iterator serves
-        # super().__iter__() runs here and not at the first next(), since the sampler reads the step now
+        # super().__iter__() runs here and not at the first next(), since the sampler reads the step now.
         if not self.num_workers:
             return self._count_unreadable(super().__iter__())
         with _translate_worker_errors():
@@ -315,7 +315,7 @@ class StepLoader(DataLoader[Batch]):
     def _from_workers(self, batches: Iterator[Batch | _WorkerFailure]) -> Iterator[Batch]:
         while True:
             with _translate_worker_errors():
-                # a worker may have died while the training process did something else
+                # A worker may have died while the training process did something else.
                 if _WorkerDeathHandler.error is not None:
                     raise _WorkerDeathHandler.error
                 batch = next(batches, None)
@@ -356,7 +356,7 @@ def make_loader(
         pin_memory: See ``torch.utils.data.DataLoader``.
         unreadable_budget: Fraction of unreadable images that may be replaced, in [0, 1]; see ``UnreadableImages``.
     """
-    # the sampler yields whole ranges, so torch calls __getitems__ once per batch
+    # The sampler yields whole ranges, so torch calls __getitems__ once per batch.
     made = StepLoader(
         _ErrorForwardingDataset(dataset) if num_workers else dataset,
         batch_sampler=cast("Sampler[list[int]]", order),  # our __getitems__ takes a range
@@ -384,6 +384,6 @@ def flip(images: Tensor, *, probability: float, seed: int, index: Tensor, epoch:
     Returns:
         (B, C, H, W) of the same dtype.
     """
-    # integer arithmetic without rounding, so the choice is the same on any device
+    # Integer arithmetic without rounding, so the choice is the same on any device.
     chosen = random_uniform("flip", seed=seed, index=index, epoch=epoch)[:, 0] < probability
     return torch.where(chosen.to(images.device)[:, None, None, None], images.flip(-1), images)

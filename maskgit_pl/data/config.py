@@ -111,7 +111,7 @@ def expand_urls(name: str, urls: str | Sequence[str]) -> list[str]:
     Raises:
         ValueError: if there are no URLs or too many, or one has another scheme.
     """
-    # counted before and after each pattern: a list of patterns may also be too long
+    # Counted before and after each pattern: a list of patterns may also be too long.
     patterns = [urls] if isinstance(urls, str) else list(urls)
     found: list[str] = []
     for pattern in patterns:
@@ -123,7 +123,7 @@ def expand_urls(name: str, urls: str | Sequence[str]) -> list[str]:
             raise ValueError(f"data.stream.{name} must name at most {MAX_NAMES} shards, got more")
     if not found or not all(found):
         raise ValueError(f"data.stream.{name} must have at least 1 URL and no empty one, got {patterns}")
-    # a recipe may come from elsewhere: "pipe:" would run a command
+    # A recipe may come from elsewhere: "pipe:" would run a command.
     for url in found:
         scheme = re.match(r"([A-Za-z][\w+.-]*):", url)
         if scheme is not None and (scheme[1].lower() not in _SCHEMES or "::" in url):
@@ -179,7 +179,7 @@ class ShardDataConfig:
     unreadable_budget: float = 1e-4
 
     def __post_init__(self) -> None:
-        # all values are checked here, before data is read or a process group starts
+        # All values are checked here, before data is read or a process group starts.
         check_crop(self.crop)
         check_budget(self.unreadable_budget)
         check_window(self.shuffle_window)

@@ -58,7 +58,7 @@ class IndexedDataset(Dataset[Batch]):
         check_integer("image_size", self.image_size, "[1, 8192]")
         if self.in_channels not in (1, 3):
             raise ValueError(f"in_channels must be 1 or 3, got {shorten(self.in_channels)}")
-        # the dataclass is frozen: a plain assignment would raise an error
+        # The dataclass is frozen: a plain assignment would raise an error.
         object.__setattr__(self, "num_samples", len(cast("Sized", self.dataset)))
         check_integer("number of samples", self.num_samples, "[1, 4294967296]")
 
@@ -129,7 +129,7 @@ class IndexedDataModule(StepDataModule):
         check_integer("validation_batch", validation_batch, BATCH_SIZE_RANGE)
         check_integer("num_workers", num_workers, "[0, 1024]")
         check_seed("seed", seed)
-        # validation keeps the dataset's order, with central or random crops as given
+        # Validation keeps the dataset's order, with central or random crops as given.
         self.train = replace(train, order=ShuffledStream(len(train), seed), seed=seed)
         self.validation = None if validation is None else replace(validation, order=None)
         self.global_batch = global_batch
@@ -150,7 +150,7 @@ class IndexedDataModule(StepDataModule):
                 accumulated batches or would replace the sampler.
         """
         self._check_trainer()
-        # the Trainer knows the number of ranks only now, so the division is checked here
+        # The Trainer knows the number of ranks only now, so the division is checked here.
         micro_batches = self._world_size * self.accumulation
         if self.global_batch % micro_batches:
             raise ValueError(
@@ -187,7 +187,7 @@ class IndexedDataModule(StepDataModule):
                 "Trainer(use_distributed_sampler=) must be False on several devices, got True; the data module divides "
                 "the samples among the ranks itself"
             )
-        # with manual optimization (the tokenizer), the module accumulates itself
+        # With manual optimization (the tokenizer), the module accumulates itself.
         module = self.trainer.lightning_module
         wanted = self.accumulation if module.automatic_optimization else 1
         if self.trainer.accumulate_grad_batches != wanted:

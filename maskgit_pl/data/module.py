@@ -53,7 +53,7 @@ class ShardData(StepDataModule):
     @property
     def class_names(self) -> tuple[str, ...]:
         """The class names; label i is ``class_names[i]``."""
-        # a stream may name its own classes; else the folder's are used
+        # A stream may name its own classes; else the folder's are used.
         named = None if self.stream is None else self.stream.class_names
         return self.summary.classes if named is None else named
 
@@ -109,7 +109,7 @@ class ShardData(StepDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Returns the micro-batches of this rank, from the Trainer's step to the end of the epoch."""
-        # micro-batch and accumulation depend on the number of ranks
+        # Micro-batch and accumulation depend on the number of ranks.
         per_device, accumulation = split_batch(
             self.config.global_batch, self.config.max_batch_per_device, self._world_size
         )
@@ -155,7 +155,7 @@ class ShardData(StepDataModule):
         """
         if self._tokens is not None:
             return TokenBatches(self._tokens[split], order, seed=self.config.seed)
-        # without ``setup``, as in the evaluation, shards are opened and checked here
+        # Without ``setup``, as in the evaluation, shards are opened and checked here.
         if split not in self._readers:
             self._readers[split] = ShardReader(load_manifest(self.config.path, split))
         return ImageBatches(
@@ -207,7 +207,7 @@ class ShardData(StepDataModule):
     def _tokens(self) -> dict[Split, TokenReader] | None:
         if self.token_store is None:
             return None
-        # the values that the store must share with the data and the settings of this run
+        # The values that the store must share with the data and the settings of this run.
         return open_store(
             self.token_store,
             data=self.summary.fingerprint,

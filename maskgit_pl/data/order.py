@@ -66,7 +66,7 @@ def split_batch(global_batch: int, max_per_device: int, world_size: int) -> tupl
             f"data.global_batch must be a multiple of the {world_size} ranks, got {global_batch}; "
             f"use {choices}, or run on {', '.join(devices)} ranks"
         )
-    # the largest divisor of per_rank up to max_per_device: divisors come in pairs around the square root
+    # The largest divisor of per_rank up to max_per_device: divisors come in pairs around the square root.
     per_rank = global_batch // world_size
     low = [size for size in range(1, math.isqrt(per_rank) + 1) if per_rank % size == 0]
     per_device = max(size for size in (*low, *(per_rank // size for size in low)) if size <= max_per_device)
@@ -178,7 +178,7 @@ class WindowedStream:
         place = start + _permute(place - start, size, self.seed, epoch, window=number, cached=size <= self.max_cached)
         slot = torch.searchsorted(layout.shard_ends, place, right=True)
         shard = layout.shards[slot]
-        # first sample of the shard, plus the offset inside the shard
+        # First sample of the shard, plus the offset inside the shard.
         return self._firsts[shard] + place - (layout.shard_ends[slot] - self._sizes[shard])
 
     def _layout(self, epoch: int) -> _Layout:
@@ -298,7 +298,7 @@ class TrainBatchSampler(Sampler[range]):
 
     def __iter__(self) -> Iterator[range]:
         start = self.current_step()  # read now, not at the first next()
-        # a resumed run finishes its epoch
+        # A resumed run finishes its epoch.
         end = (start // self.steps_per_epoch + 1) * self.steps_per_epoch
         return (self._positions(step, micro) for step in range(start, end) for micro in range(self.accumulation))
 

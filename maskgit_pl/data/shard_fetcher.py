@@ -126,7 +126,7 @@ class ShardFetcher:
             return None
         future: Future[tuple[int, ShardScan]] = Future()
         self._alive = time.monotonic()
-        # a daemon: a thread that waits for the network does not keep the process alive
+        # A daemon: a thread that waits for the network does not keep the process alive.
         Thread(target=self._fetch, args=(url, future), daemon=True).start()
         return url, epoch, future
 
@@ -141,7 +141,7 @@ class ShardFetcher:
             try:
                 return future.result(timeout=max(0.01, self._alive + patience - time.monotonic()))
             except NotYetError:
-                # the deadline moves with every block that arrives
+                # The deadline moves with every block that arrives.
                 if time.monotonic() - self._alive >= patience:
                     raise StreamError(f"stream {url}: no data for {patience:g} s (data.stream.stall_seconds)") from None
 
@@ -152,7 +152,7 @@ class ShardFetcher:
             future.set_exception(error)
 
     def _shard(self, url: str) -> tuple[int, ShardScan]:
-        # local shards are read in place
+        # Local shards are read in place.
         local = _local_path(url)
         if local is not None:
             try:
@@ -190,7 +190,7 @@ class ShardFetcher:
     def _download(self, url: str, file: IO[bytes]) -> None:
         import fsspec  # type: ignore[import-untyped]  # has no types
 
-        # an earlier attempt may have left a part
+        # An earlier attempt may have left a part.
         file.seek(0)
         file.truncate()
         size = 0

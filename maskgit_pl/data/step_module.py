@@ -18,7 +18,7 @@ class StepDataModule(LightningDataModule):
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Moves the tensors of a batch; Lightning's own method would search it recursively."""
-        # non_blocking: copies from pinned memory overlap with computation
+        # non_blocking: copies from pinned memory overlap with computation.
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
 
     def _current_step(self) -> int:

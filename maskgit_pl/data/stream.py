@@ -96,7 +96,7 @@ class StreamBatches(Dataset[Batch]):
             self._samples = self._shuffle()
         position = torch.arange(positions.start, positions.stop)
         index = position % 2**32  # random_bits takes indices below 2**32
-        # the samples come in the worker's own order; positions only number the rows
+        # The samples come in the worker's own order; positions only number the rows.
         rows = [self._next(int(number)) for number in index]
         labels, epochs = (torch.tensor([getattr(sample, name) for _, sample in rows]) for name in ("label", "epoch"))
         content = torch.stack([image for image, _ in rows])
@@ -150,7 +150,7 @@ class StreamBatches(Dataset[Batch]):
     def _read(self, urls: Iterator[tuple[str, int]]) -> Iterator[StreamSample]:
         assert self._skipped is not None
         for shard in ShardFetcher(urls, self.stream, self.labels):
-            # the scan found these by their headers; it names only the first
+            # The scan found these by their headers; it names only the first.
             if BAD_IMAGE in shard.scan.faults:
                 bad = shard.scan.faults[BAD_IMAGE]
                 for number in range(bad.count):

@@ -142,7 +142,7 @@ def tokenize(
         return "found"
     readers = {split: ShardReader(load_manifest(path, split)) for split in description.samples}
     parts = StoreParts(store, description, part_size=config.part_size)
-    # every world_size-th part, so that all ranks have equally many
+    # Every world_size-th part, so that all ranks have equally many.
     share = parts.parts()[config.rank :: config.world_size]
     for split, reader in readers.items():
         reading = _PartReader(reader, description.image_size, in_channels, config)
@@ -175,7 +175,7 @@ class _PartReader:
 
     def by_part(self, parts: Sequence[Part]) -> Iterator[tuple[Part, Iterator[Batch]]]:
         """Yields each part with its batches, crop by crop. Consume the batches of a part before the next part."""
-        # one loader per crop and not per part: its workers keep decoding at the border between parts
+        # One loader per crop and not per part: its workers keep decoding at the border between parts.
         for crop in sorted({part.crop for part in parts}):
             order = _PartOrder([part for part in parts if part.crop == crop], self.config.batch_size)
             batches = self._batches(order, crop)

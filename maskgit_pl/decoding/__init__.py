@@ -38,11 +38,11 @@ if TYPE_CHECKING:
         Predictor,
         build_class_predictor,
     )
-    from maskgit_pl.decoding.recipe_file import RECIPE_FORMAT, read_recipe
     from maskgit_pl.decoding.sampling import CodeSampling
+    from maskgit_pl.decoding.settings_file import SETTINGS_FORMAT, read_settings_file
 
 __all__ = [
-    "RECIPE_FORMAT",
+    "SETTINGS_FORMAT",
     "AutoregressiveClassPredictor",
     "AutoregressiveDecoder",
     "AutoregressiveDecoding",
@@ -66,7 +66,7 @@ __all__ = [
     "check_parallel",
     "decode_autoregressive",
     "decode_classes",
-    "read_recipe",
+    "read_settings_file",
 ]
 
 _NAMES = {
@@ -87,7 +87,7 @@ _NAMES = {
         "Predictor",
         "build_class_predictor",
     ),
-    "recipe_file": ("RECIPE_FORMAT", "read_recipe"),
+    "settings_file": ("SETTINGS_FORMAT", "read_settings_file"),
     "sampling": ("CodeSampling",),
     "autoregressive": (
         "AutoregressiveClassPredictor",

@@ -87,10 +87,13 @@ class TokenSelector(ABC):
 
     @abstractmethod
     def __call__(self, candidates: Candidates) -> Tensor:
-        """Returns finite scores (B, M) float32; the tokens with the highest scores are kept."""
+        """Returns finite scores (B, M) float32; the tokens with the highest scores are kept.
+
+        Columns that only pad a row are scored too, and ignored.
+        """
 
     def sharpness(self, progress: float) -> float:
-        """Returns the positive factor of the logits that codes are drawn from, at a ``progress`` in (0, 1]."""
+        """Returns the positive number by which logits are multiplied before codes are drawn; ``progress`` in (0, 1]."""
         return 1.0
 
     def schedule_progress(self, progress: Tensor) -> Tensor:
@@ -234,13 +237,13 @@ class Halton(TokenSelector):
             raise ValueError(
                 "token selector halton requires the grid of tokens, got None; call steps(grid=(rows, columns))"
             )
-        turns = _halton_turns(candidates.grid, self.seed, candidates.positions.device)
-        return -turns[candidates.positions]
+        ranks = _halton_ranks(candidates.grid, self.seed, candidates.positions.device)
+        return -ranks[candidates.positions]
 
 
 @lru_cache(maxsize=16)
-def _halton_turns(grid: tuple[int, int], seed: int | None, device: torch.device) -> Tensor:
-    """Returns the place of each position in the Halton order, (N,) float32 in [0, N)."""
+def _halton_ranks(grid: tuple[int, int], seed: int | None, device: torch.device) -> Tensor:
+    """Returns the rank of each position in the Halton order, (N,) float32 in [0, N)."""
     import torch
 
     from maskgit_pl.randomness import random_bits

@@ -92,6 +92,7 @@ def image_pixels(image: ImageLike, *, channels: int, name: str = "image") -> Ten
         if not Path(image).exists():
             raise FileNotFoundError(f"image {shown}: no such file; name a JPEG, PNG or WebP file")
         return decode_image(read_image_file(image, name=shown), channels=channels, name=shown)
+    # Tensors and arrays go through PIL, so that all sources are converted in the same way.
     picture = image if isinstance(image, Image.Image) else Image.fromarray(_pixels(image, name))
     return from_pil(picture, channels=channels, name=f"({name})")
 
@@ -173,6 +174,7 @@ def fit_to_model(
     check_fits(height, width, image_size=image_size, fit=fit, name=name)
     if not bool(mask.any()):
         raise ValueError(f"mask of {name} must not be empty; paint the region to generate white, or give a box")
+    # (1, S', S') with S' = min(H, W): crops the mask without resizing it.
     square = fit_square(mask[None].to(image.dtype), image_size=min(height, width), crop=None)
     # Max pooling keeps a masked pixel when the mask becomes smaller; resizing could lose it.
     cut = F.adaptive_max_pool2d(square.float(), image_size)[0] > 0
@@ -189,6 +191,7 @@ def _pixels(image: Tensor | npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
     shown = f"{tuple(image.shape)} {image.dtype}"
     if isinstance(image, Tensor):
         image = image.cpu().numpy()
+        # torch has channels first, numpy and PIL have them last.
         image = rearrange(image, "c h w -> h w c") if image.ndim == 3 else image
     pixels = np.asarray(image)
     if pixels.ndim == 2:

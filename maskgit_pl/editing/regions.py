@@ -78,11 +78,13 @@ def parse_box(text: str, *, height: int, width: int) -> list[int]:
     Raises:
         ValueError: if the text has another form. ``check_box`` checks that the box lies within the image.
     """
+    # Percentages of left and right refer to the width, those of top and bottom to the height.
     edges = [_EDGE.fullmatch(word.strip()) for word in text.split(",")]
     box = []
     for edge, length, to_pixels in zip(edges, (width, height, width, height), (floor, floor, ceil, ceil), strict=False):
         if edge is None or (edge["percent"] is None and "." in edge["number"]):
             break
+        # Fraction keeps 33.3% of 1000 pixels exact, so that rounding is not off by one.
         number = edge["number"]
         box.append(int(number) if edge["percent"] is None else to_pixels(Fraction(number) * length / 100))
     if len(edges) != 4 or len(box) != 4:
@@ -129,6 +131,7 @@ def token_mask(mask: Tensor, *, factor: int, dilation: int = 0) -> Tensor:
         -mask.shape[0] % factor,
         -mask.shape[1] % factor,
     )  # pixels that the last tokens cover beyond the image
+    # Pads with "not masked" to whole tokens, then takes the maximum over the pixels of each token.
     whole = F.pad(mask.float(), (0, right, 0, bottom))
     tokens = reduce(whole, "(h fh) (w fw) -> 1 h w", "max", fh=factor, fw=factor)
     if dilation > 0:  # max pooling of a bool mask is a dilation
@@ -183,6 +186,7 @@ def seam(region: Tensor, *, radius: float) -> Tensor:
         raise ValueError(f"blend must be >= 0 pixels and finite, got {radius}; 0 gives a hard edge")
     if radius == 0:
         return region.float()
+    # The released code blurs with PIL, on 8 bits.
     picture = Image.fromarray(region.cpu().numpy().astype(np.uint8) * 255)
     return torch.from_numpy(np.array(picture.filter(ImageFilter.GaussianBlur(radius)))).float() / 255
 

@@ -48,13 +48,13 @@ def block_group(config: TransformerConfig) -> Group:
 
 
 def root_group(config: TransformerConfig) -> Group:
-    """Returns the tensors outside the blocks: token embedding V D (tied), positions S D, norms, head D^2."""
+    """Returns the tensors outside the blocks: token embedding V D (tied), positions (N + 1) D, norms, head D^2."""
     d, v = config.embed_dim, config.vocabulary_size
     return Group(((v, d), (config.num_tokens + 1, d), (d,), (d,), (d, d), (d,), (d,), (d,), (v,)))
 
 
 def num_parameters(config: TransformerConfig) -> int:
-    """Returns the number of parameters: L (4 D^2 + 2 D F + 9 D + F) + (V + S) D + D^2 + 5 D + V."""
+    """Returns the number of parameters: L (4 D^2 + 2 D F + 9 D + F) + (V + N + 1) D + D^2 + 5 D + V."""
     return config.depth * block_group(config).numel + root_group(config).numel
 
 

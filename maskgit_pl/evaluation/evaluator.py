@@ -351,7 +351,7 @@ class Evaluator:
         rows: dict[str, Row | None] = {}
         for label in self.networks if networks is None else networks:
             # A row with the fast metrics must not answer a request for all of them.
-            having = self.networks[label].last_number(keys["num_images"], metrics)
+            having = self.networks[label].last_metric(keys["num_images"], metrics)
             rows[label] = self.ledger.find(kind, {**keys, **self._network_columns(kind, label)}, having=having)
         return rows
 

@@ -64,7 +64,7 @@ class FeatureMetrics:
             return None
         return class_agreement(features.logits.argmax(1), self.labels)
 
-    def last_number(self, num_images: int, metrics: Metrics) -> str:
+    def last_metric(self, num_images: int, metrics: Metrics) -> str:
         """Returns the metric that is present only in a complete row, by which the ledger recognises one.
 
         Args:

@@ -8,12 +8,12 @@ from torch import Tensor
 __all__ = ["class_agreement", "diversity", "mean_pairwise_distance"]
 
 
-def class_agreement(predicted: Tensor, asked: Tensor) -> float:
+def class_agreement(predicted: Tensor, requested: Tensor) -> float:
     """Computes the fraction of images that the classifier assigns to the requested class.
 
     Args:
         predicted: (n,) int64: classes that the classifier predicts.
-        asked: (n,) int64: classes that the images were generated for.
+        requested: (n,) int64: classes that the images were generated for.
 
     Returns:
         The fraction, in [0, 1].
@@ -21,12 +21,12 @@ def class_agreement(predicted: Tensor, asked: Tensor) -> float:
     Raises:
         ValueError: if the shapes differ, or there are no images.
     """
-    if predicted.shape != asked.shape or asked.numel() == 0:
+    if predicted.shape != requested.shape or requested.numel() == 0:
         raise ValueError(
             "class agreement: predictions and requested classes must have the same shape (n,) with n >= 1, got "
-            f"{tuple(predicted.shape)} and {tuple(asked.shape)}"
+            f"{tuple(predicted.shape)} and {tuple(requested.shape)}"
         )
-    return float((predicted == asked).double().mean())
+    return float((predicted == requested).double().mean())
 
 
 def mean_pairwise_distance(features: Tensor) -> float:

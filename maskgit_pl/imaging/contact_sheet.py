@@ -29,6 +29,7 @@ def draw_contact_sheet(statistics: DataStatistics, out: Path) -> None:
     summary = statistics.summary
     side = min(_SIDE, summary.images.height[0], summary.images.width[0])
     side = _SIDE if min(summary.images.height[1], summary.images.width[1]) > _SIDE else side
+    # With many classes, the shown ones are evenly spread over the indices.
     shown = np.unique(np.linspace(0, summary.num_classes - 1, min(_MOST_ROWS, summary.num_classes)).round().astype(int))
     # Classes with fewer images than columns end with white tiles.
     paper = torch.full((summary.channels, side, side), 255, dtype=torch.uint8)

@@ -92,7 +92,7 @@ def decoding_filmstrip(
         [panel for panels in rows for panel in panels],
         rows=4,
         columns=len(chosen),
-        row_captions=["mask", f"confidence to {top:.2f}", "newly kept", "image"],
+        row_captions=["mask", f"confidence 0 to {top:.2f}", "newly kept", "image"],
         column_captions=captions,
     )
 
@@ -107,6 +107,7 @@ def _spread(count: int, most: int) -> list[int]:
     """Returns at most ``most`` numbers of range(count), evenly spread, with the first and the last."""
     if count <= most:
         return list(range(count))
+    # Rounding keeps 0 and count - 1 exactly.
     return [round(place * (count - 1) / (most - 1)) for place in range(most)]
 
 
@@ -130,6 +131,7 @@ def _cells_panel(
     for box, masked in zip(boxes, filled.tolist(), strict=True):
         if masked:
             draw.rectangle(box, fill=MASKED, outline=PAPER)
+    # Frames are drawn last, so that no fill covers them.
     for colour, tokens in (framed or {}).items():
         for box, wanted in zip(boxes, tokens.tolist(), strict=True):
             if wanted:

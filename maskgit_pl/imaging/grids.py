@@ -54,6 +54,7 @@ def reconstruction_grid(originals: Tensor, reconstructions: Tensor, *, columns: 
     """
     columns = min(columns, len(originals))
     starts = range(0, len(originals) // columns * columns, columns)  # an incomplete last row is left out
+    # Rows alternate: originals, then their reconstructions.
     rows = [part[start : start + columns] for start in starts for part in (originals, reconstructions)]
     return image_grid(torch.cat(rows), columns=columns, row_captions=["original", "reconstruction"] * len(starts))
 
@@ -71,6 +72,7 @@ def edit_sheet(
         title: Text above the row.
         captions: Text above each variant.
     """
+    # Grey images become RGB, because the outline is orange.
     colour = original.expand(3, -1, -1)
     edge = _outline(mask)
     masked = colour.clone()

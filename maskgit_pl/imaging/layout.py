@@ -63,6 +63,7 @@ def lay_out(
     draw = ImageDraw.Draw(page)
     for number, tile in enumerate(tiles):
         page.paste(tile, (left + number % columns * (width + _GAP), top + number // columns * (height + _GAP)))
+    # Anchors of Pillow: "rm" is right and vertically centred, "mm" centred in both directions.
     for row, text in enumerate(row_captions):
         middle = top + row * (height + _GAP) + height // 2
         draw.text((left - _MARGIN, middle), text, INK, font, anchor="rm")

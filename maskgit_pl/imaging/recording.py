@@ -60,6 +60,7 @@ def save_animation(
     """
     shown = select_steps(steps, "animation")
     images = [decode(step.tokens) for step in shown]
+    # More frames are shown for a shorter time each, so that the animation stays under ten seconds.
     frames = decoding_frames(shown, images, grid=grid, captions=captions[: len(images[0])], num_steps=len(steps))
     save_gif(frames, path, milliseconds=max(_SHORTEST, min(_FRAME, _ANIMATION // len(frames))))
 

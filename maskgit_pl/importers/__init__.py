@@ -1,1 +1,1 @@
-"""Weights that others released, as pretrained folders."""
+"""Importers: convert weights that other projects released to pretrained folders."""

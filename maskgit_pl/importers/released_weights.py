@@ -66,7 +66,7 @@ _HEADS = "heads head_width -> (heads head_width)"
 
 
 def parameters(arrays: Arrays) -> dict[str, Array]:
-    """Returns the collection ``params`` of a checkpoint without the prefix; others are named in the log.
+    """Returns the collection ``params`` of a checkpoint without the prefix. Other collections are named in the log.
 
     Raises:
         ValueError: if there is none.
@@ -94,7 +94,7 @@ def transformer_config(arrays: Arrays, *, codebook_size: int) -> TransformerConf
         ValueError: if it is not a transformer of the released code, not of this tokenizer, or its grid is not square.
     """
     _check_kind(arrays, "transformer")
-    words, width = _shape(arrays, _MARKS["transformer"], axes=2)
+    vocabulary_size, embed_dim = _shape(arrays, _MARKS["transformer"], axes=2)
     positions, _ = _shape(arrays, "Embed_0/position_embeddings/embedding", axes=2)
     _, num_heads, _ = _shape(arrays, "TransformerLayer_0/Attention_0/self_attention/query/kernel", axes=3)
     _, mlp_dim = _shape(arrays, "TransformerLayer_0/Mlp_0/intermediate_output/kernel", axes=2)
@@ -104,17 +104,17 @@ def transformer_config(arrays: Arrays, *, codebook_size: int) -> TransformerConf
             f"transformer positions must be 1 plus a square number (257, 1025, ...), got {positions}; only square "
             "grids can be imported"
         )
-    num_classes = words - codebook_size - 1  # codes, classes, mask token
+    num_classes = vocabulary_size - codebook_size - 1  # codes, classes, mask token
     if num_classes < 1:
         raise ValueError(
             f"transformer vocabulary must hold {codebook_size} codes of the tokenizer, >= 1 class and the mask token, "
-            f"got {words}; this transformer was not trained with this tokenizer"
+            f"got {vocabulary_size}; this transformer was not trained with this tokenizer"
         )
     return TransformerConfig(
         codebook_size=codebook_size,
         num_classes=num_classes,
         grid=(edge, edge),
-        embed_dim=width,
+        embed_dim=embed_dim,
         depth=_count(arrays, "TransformerLayer_"),
         num_heads=num_heads,
         mlp_dim=mlp_dim,

@@ -138,7 +138,7 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def update(self, tokens: Sequence[Tensor], features: Sequence[Tensor], *, seed: int, step: int) -> None:
-        """Updates what gradients do not train from a global batch; called once after each optimiser step.
+        """Updates what gradients do not train from a global batch; called once after each optimizer step.
 
         Args:
             tokens: ``QuantizerOutput.tokens`` of this rank's micro-batches, in order.
@@ -149,7 +149,7 @@ class Quantizer(nn.Module):
 
 
 class GradientQuantizer(Quantizer):
-    """A quantizer whose codes are a parameter that the optimiser trains; see ``GradientQuantizerSpec``."""
+    """A quantizer whose codes are a parameter that the optimizer trains; see ``GradientQuantizerSpec``."""
 
     def __init__(self, spec: GradientQuantizerSpec, *, codebook_size: int, code_dim: int) -> None:
         super().__init__(codebook_size=codebook_size, code_dim=code_dim)

@@ -1,6 +1,6 @@
 """The block of both transformers: post-norm attention and feed-forward, with the ways to run it at some positions.
 
-Used by ``transformer`` (bidirectional attention) and ``causal``.
+Used by ``transformer`` (bidirectional attention) and ``autoregressive`` (causal attention).
 
 Shapes: B images, S positions of the sequence, D embedding dimension.
 

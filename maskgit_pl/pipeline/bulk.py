@@ -143,6 +143,7 @@ def is_finished(file: Path, plan: BulkPlan) -> bool:
 
 def _plan(pipe: MaskGIT, options: BulkOptions, decoding: DecodingConfig) -> BulkPlan:
     """Returns the plan after all checks of its classes and decoding settings."""
+    # Everything that changes a pixel is in the plan, so that images of two plans are never mixed.
     classes = range(len(pipe.class_names)) if options.classes is None else options.classes
     labels = pipe.class_ids(classes)
     negative = None if options.negative_class is None else pipe.class_ids(options.negative_class)[0]
@@ -234,6 +235,7 @@ class _Work:
             raise ValueError(f"cannot make the folder {self.folder} ({error}); name another file") from error
         if not os.access(self.folder, os.W_OK):
             raise ValueError(f"cannot write to the folder {self.folder}; name another file")
+        # Processes that start at the same time write the same plan; the last one stays.
         plan = self.folder / _PLAN
         if not plan.exists():
             with write_atomically(plan) as stream:
@@ -246,6 +248,7 @@ class _Work:
     def _check_space(self) -> None:
         """Checks the disk space for the missing parts and the file, which exist at the same time until the end."""
         plan = self.plan
+        # The file system is that of the nearest existing folder.
         place = next(parent for parent in (self.folder, *self.folder.absolute().parents) if parent.is_dir())
         missing = sum(len(plan.rows(part)) for part in range(plan.num_parts) if not self.part(part).exists())
         whole = plan.count * plan.image[0] * plan.image[1] * _CHANNELS
@@ -304,6 +307,7 @@ class _Work:
         plan = self.plan
         labels = np.array([plan.label(row) for row in range(plan.count)], dtype=np.int64)
         header = {"descr": "|u1", "fortran_order": False, "shape": (plan.count, *plan.image[:2], _CHANNELS)}
+        # An .npz file is a zip archive of .npy files. The plan is its comment, which numpy ignores.
         with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
             archive.comment = plan.text
             with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:

@@ -54,6 +54,7 @@ class BulkOptions:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank must be in [0, {self.world_size}), the world size, got {self.rank}")
+        # The last image has the largest seed.
         if self.seed < 0 or self.seed + self.num_images > _SEEDS:
             last = self.seed + self.num_images - 1
             raise ValueError(f"seed and all seeds after it must be in [0, 2**32), got {self.seed} to {last}")
@@ -122,6 +123,7 @@ class BulkPlan:
 
     def label(self, row: int) -> int:
         """Returns the label of an image."""
+        # Image i belongs to class floor(i * classes / images): class by class, evenly.
         return self.classes[row * len(self.classes) // self.count]
 
 
@@ -141,6 +143,7 @@ def check_same(place: Path, known: Mapping[str, Any], plan: BulkPlan) -> None:
     Raises:
         ValueError: if they differ. The message lists each difference as ``key old -> new``.
     """
+    # JSON turns tuples into lists, so the new plan is converted too before the comparison.
     old, new = dict(_flat(known)), dict(_flat(json.loads(plan.text)))
     changed = [f"{key} {_short(old.get(key))} -> {_short(new.get(key))}" for key in sorted({*old, *new})
                if old.get(key) != new.get(key)]  # fmt: skip

@@ -36,6 +36,7 @@ _log = logging.getLogger(__name__)
 _TASK = "unconditional-image-generation"  # the Hub has no task for class-conditional images
 _NAMES_SHOWN = 20  # number of class names in the table
 _LONGEST_EXAMPLE = 80  # characters of a class name in the example
+# Figures of evaluation.json that the Hub lists: metric and feature network of the exported settings.
 _SHARED_FIGURE = re.compile(
     r"samples\.exported[a-z_]*\.(fid|sfid|kid|is|precision|recall|density|coverage)/([\w.:-]+)", re.ASCII
 )
@@ -66,6 +67,7 @@ def write_card(
         ValueError: if a file of the folder has another format.
     """
     folder = Path(folder)
+    # Facts of a run come from the run itself, if there is one, else from the older config.json.
     run = run_of(folder) if run is None else Path(run)
     known = known or {}
     content = describe_folder(folder)
@@ -126,6 +128,7 @@ def _metadata(content: Mapping[str, Any]) -> list[str]:
         model_name=(printable(run["name"]) or "MaskGIT") if results else None,
         eval_results=results or None,
     )
+    # A comment in the YAML is visible to the author of the model and ignored by the Hub.
     missing = [] if known else ["# license: unknown; add the license of the weights and of their data"]
     return ["---", *missing, data.to_yaml(), "---", ""]
 
@@ -145,6 +148,7 @@ def _eval_results(run: Mapping[str, Any]) -> Iterator[EvalResult]:
     protocol = measured["protocol"]
     for key, value in measured["figures"].items():
         found = _SHARED_FIGURE.fullmatch(key)
+        # YAML and the Hub have no use for NaN and infinity.
         if found is None or not isinstance(value, float) or not math.isfinite(value):
             continue
         metric, network = found.groups()
@@ -163,6 +167,7 @@ def _introduction(content: Mapping[str, Any], classes: list[str], name: str) -> 
     size, grid = content["image_size"], content["grid"]
     title = markdown((content.get("run") or {}).get("name", "MaskGIT"))
     colour = "grey" if content["in_channels"] == 1 else "colour"
+    # Class names come from the data: markdown() escapes them.
     shown = ", ".join(markdown(each) for each in classes[:_NAMES_SHOWN])
     more = f" and {len(classes) - _NAMES_SHOWN} more" if len(classes) > _NAMES_SHOWN else ""
     parameters = content["parameters"]
@@ -172,6 +177,7 @@ def _introduction(content: Mapping[str, Any], classes: list[str], name: str) -> 
     steps = (
         "one token after the other" if is_autoregressive else f"in {content['decoding']['num_steps']} parallel steps"
     )
+    # A long class name would not fit into the code block: the index 0 names the same class.
     example = python_string(classes[0]) if len(classes[0]) <= _LONGEST_EXAMPLE else "0"
     return [
         f"# {title}",

@@ -72,9 +72,11 @@ def _class_id(wanted: int | str | None, names: Sequence[str], null_label: int | 
 
 
 def _find_class(wanted: str, names: Sequence[str]) -> int:
+    # An exact match wins; without one, the case of letters is ignored.
     found = [number for number, name in enumerate(names) if name == wanted]
     found = found or [number for number, name in enumerate(names) if name.casefold() == wanted.casefold()]
     if not found:
+        # 1,000 names of ImageNet would fill the terminal: only close ones are listed.
         close = difflib.get_close_matches(wanted, names, n=5, cutoff=0.3)
         raise ValueError(f"class {wanted!r}: {nearest(wanted, names if len(names) <= _MAX_LISTED else close)}")
     if len(found) > 1:

@@ -115,6 +115,7 @@ def describe_folder(folder: Path) -> dict[str, Any]:
         FileNotFoundError: if a stage is missing.
         ValueError: if a file has another format.
     """
+    # Only the JSON files are read: the description needs no weights in memory.
     tokenizer, transformer = (read_config(folder / stage, stage) for stage in ("tokenizer", "transformer"))
     sizes, network = VQGANConfig(**tokenizer["network"]), TransformerConfig(**transformer["network"])
     tuned = read_decoding(folder)
@@ -195,6 +196,7 @@ def _stage(folder: Path) -> dict[str, Any]:
     file = folder / "config.yaml"
     recipe = yaml.safe_load(file.read_text()) if file.is_file() else None
     recipe = rename_tree(recipe, f"recipe {file}") if isinstance(recipe, dict) else {}
+    # Settings that a stage does not have are None here and left out below.
     values = {key: _value(recipe, key) for key in SETTINGS}
     if values["data.path"] is not None:  # a card must not publish paths of the machine
         values["data.path"] = Path(values["data.path"]).name
@@ -214,6 +216,7 @@ def _read_figures(file: Path, weights: Mapping[str, str]) -> dict[str, Any] | No
         return None
     if not weights["transformer"].startswith(model.get("transformer_digest", "")):  # older files have no digest
         return None
+    # What remains after the sections about the protocol are metrics.
     figures = {key: value for key, value in metrics.items() if key not in _NOT_FIGURES}
     protocol = metrics.get("protocol", {})
     return {
@@ -249,6 +252,7 @@ def _json(file: Path) -> dict[str, Any]:
 
 def _words_after(flag: str, command: list[str]) -> list[str]:
     """Returns the arguments of a flag in a command line, up to the next flag."""
+    # --flag=a and --flag a are the same.
     command = [part for word in command for part in (word.split("=", 1) if word.startswith(f"{flag}=") else [word])]
     words = command[command.index(flag) + 1 :] if flag in command else []
     until = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))

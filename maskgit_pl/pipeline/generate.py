@@ -64,6 +64,7 @@ class Generator:
         *,
         decoding: DecodingConfig | None = None,
     ) -> None:
+        # The same codes mean other patches in another tokenizer: the images would be noise without an error.
         if transformer.tokenizer_fingerprint != tokenizer.fingerprint:
             raise ValueError(
                 "transformer must be used with the tokenizer that it was trained with, whose fingerprint is "
@@ -123,11 +124,13 @@ class Generator:
         Raises:
             ValueError: if the device is not available, or the transformer is in int8.
         """
+        # The int8 layers have no state dict and run on the CPU only.
         if str(device) != "cpu" or dtype is not None:
             self._check_not_int8("moved or cast")
         device = check_device(device)
         for network in (self.tokenizer.network, self.transformer.network):
             network.to(device=device, dtype=dtype)
+        # The cached logits of the first step belong to the old device and dtype.
         self._first_step.clear()
         return self
 
@@ -167,6 +170,7 @@ class Generator:
         check_output_type(output_type)
         read, decoding = read_options(GenerateOptions, options, self.decoding)
         request = self._request(classes, read, decoding)
+        # Each batch: (B, N) tokens of its last step -> (B, C, H, W) pixels.
         parts = [self._images(self._decode(request, rows), request.callback) for rows in request.batches()]
         return as_output(output_type, torch.cat(parts))
 
@@ -203,6 +207,7 @@ class Generator:
                 of parallel decoding is given to an autoregressive model.
         """
         self.outline.check_decoding(decoding)
+        # The outline has no mask schedule: the schedule of the training is checked here.
         num_tokens, schedule = self.transformer.network.config.num_tokens, self.transformer.mask_schedule
         if schedule is not None:
             decoding.build_decoder(schedule).plan([num_tokens], num_tokens)  # the counts of a plug-in may be wrong
@@ -237,6 +242,7 @@ class Generator:
                 scales=scales,
                 negative_labels=negative_labels,
             )
+        # The first step of a class without context is the same for all seeds, so its logits are cached.
         model = ConditionalModel.from_network(
             network,
             self.device,

@@ -93,6 +93,7 @@ class MaskGIT(Editor):
         folder = find_folder(
             path_or_hub_id, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
         )
+        # decoding.json is found by `maskgit tune`; an argument takes precedence over it.
         own = decoding is None
         if decoding is None:
             decoding = read_decoding(folder)
@@ -129,12 +130,14 @@ class MaskGIT(Editor):
         self._check_not_int8("saved")
         if run is not None:
             check_run(Path(run))
+        # The folder may be the one that was loaded: its fingerprints are read before it is overwritten.
         folder, before = Path(folder), self._origin.weights()
         self._save_networks(folder)
         if self._decoding is not None:
             save_decoding(folder, self._decoding, tuned=self._origin.tuned)
         else:
             (folder / "decoding.json").unlink(missing_ok=True)
+        # Facts of the run are kept only if the weights are still those of the run.
         after = fingerprints(folder)
         write_card(
             folder,
@@ -170,6 +173,7 @@ class MaskGIT(Editor):
             ConnectionError: if the Hub cannot be reached or refuses the upload.
         """
         check_hub_id(hub_id)
+        # The upload takes a folder, so the pipeline is written to a temporary one first.
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, run=run, license=license, name=hub_id)
             return upload(Path(folder), hub_id, private=private, token=token)

@@ -113,6 +113,7 @@ def read_options(kind: type[Options], given: Mapping[str, Any], own: DecodingCon
         TypeError: if a name is unknown. The message names the nearest one.
         ValueError: if a value is out of range.
     """
+    # One namespace for both, so that a mistyped option is never taken for a setting.
     names = [field.name for field in dataclasses.fields(kind)]
     _check_names(given, [*names, *SETTINGS, "decoding"])
     options = kind(**{name: value for name, value in given.items() if name in names})
@@ -136,6 +137,7 @@ def replace_settings(own: DecodingConfig, settings: Mapping[str, Any]) -> Decodi
     _check_names(settings, [*SETTINGS, "decoding"])
     given = {name: value for name, value in settings.items() if value is not None}
     config: DecodingConfig = given.pop("decoding", own)
+    # The list has one number for each step, so the two settings must agree.
     if "tokens_per_step" in given:
         given.setdefault("num_steps", len(given["tokens_per_step"]))
     elif given.get("num_steps", config.num_steps) != config.num_steps:
@@ -156,7 +158,7 @@ def _check_names(given: Mapping[str, Any], known: Sequence[str]) -> None:
 
 def _with_argument(spec: str | dict[str, Any] | None, argument: str, value: float) -> str | dict[str, Any]:
     """Returns the spec of a plug-in with one argument replaced."""
-    if spec is None:  # an autoregressive model, whose decoder refuses it
+    if spec is None:  # an autoregressive model, whose decoder raises the error
         return {argument: value}
     if not isinstance(spec, str | Mapping):  # the registry raises the error for it
         return spec

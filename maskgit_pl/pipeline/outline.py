@@ -13,7 +13,7 @@ from typing import Any
 from maskgit_pl.checks import build_dataclass, check_integer
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.limits import check_parallel
-from maskgit_pl.decoding.recipe_file import read_recipe
+from maskgit_pl.decoding.settings_file import read_settings_file
 from maskgit_pl.files import read_json
 from maskgit_pl.old_names import rename_config
 from maskgit_pl.pipeline.classes import Classes, class_ids, parse_class, parse_classes
@@ -61,6 +61,7 @@ class Outline:
             tokenizer, transformer = (
                 rename_config(read_json(folder / part / "config.json"), part) for part in ("tokenizer", "transformer")
             )
+            # Untrusted files: any missing key or wrong type leads to None.
             tuned = folder / "decoding.json"
             network, vqgan = transformer["network"], tokenizer["network"]
             rows, columns = (_size(number) for number in network["grid"])
@@ -69,10 +70,11 @@ class Outline:
                 _size(network["num_classes"]) if network["class_dropout"] > 0 else None,
                 rows * columns,
                 network["attention"] == "causal",
-                read_recipe(tuned)[0]
+                read_settings_file(tuned)[0]
                 if tuned.is_file()
                 else build_dataclass(DecodingConfig, transformer["decoding"], ""),
                 _size(tokenizer["image_size"]),
+                # Each level after the first halves height and width.
                 _size(vqgan["patch_size"]) * 2 ** (_size(len(vqgan["channel_multipliers"])) - 1),
                 _size(vqgan["in_channels"]),
             )
@@ -114,7 +116,7 @@ class Outline:
         check_parallel(task, is_autoregressive=self.is_autoregressive)
 
     def check_decoding(self, decoding: DecodingConfig, *, has_negative_class: bool = True) -> None:
-        """Refuses a way of decoding that the model cannot follow; see ``DecodingConfig.check``."""
+        """Raises if the model cannot use decoding settings. See ``DecodingConfig.check``."""
         decoding.check(self.num_tokens, is_autoregressive=self.is_autoregressive, has_negative_class=has_negative_class)
 
 

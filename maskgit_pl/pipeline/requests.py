@@ -126,6 +126,7 @@ class Edit:
             pixels = editing.image_pixels(given, channels=config.in_channels, name=name)
             wanted = editing.mask_pixels(given_mask, name=f"mask of {name}")
             pixels, wanted = editing.fit_to_model(pixels, wanted, image_size=size, fit=options.fit, name=name)
+            # (S, S) mask in pixels -> (h, w) tokens -> (S, S) region in pixels, which is larger than the mask.
             unknown = editing.token_mask(wanted, factor=config.downsampling_factor, dilation=dilation)
             region = editing.pixel_region(unknown, factor=config.downsampling_factor, height=size, width=size)
             edits.append(cls(pixels, unknown, editing.seam(region, radius=radius)))
@@ -139,6 +140,7 @@ def slices(count: int, size: int) -> Iterator[slice]:
 
 def rows_by_first_step(first_steps: Sequence[int], batch_size: int) -> Iterator[tuple[int, list[int]]]:
     """Yields a first step and the rows that are decoded together from it, at most ``batch_size`` at a time."""
+    # A batch shares its steps, so rows with different first steps cannot be in one.
     for first_step in sorted(set(first_steps)):
         rows = [row for row, own in enumerate(first_steps) if own == first_step]
         for part in slices(len(rows), batch_size):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 __all__ = ["check_hub_id", "find_folder", "local_folder", "upload"]
 
+# Files that a pipeline needs. Other files of a repository may be large and are not downloaded.
 _READ = tuple(
     f"{stage}/{file}" for stage in ("tokenizer", "transformer") for file in ("config.json", "model.safetensors")
 )
@@ -74,6 +75,7 @@ def local_folder(path: Path | str) -> Path:
         hint = _nearest_folder(folder)
         advice = f"did you mean {hint}?" if hint else "train one with `make demo`, or name another folder"
         raise FileNotFoundError(f"run {folder}: no such folder; {advice}")
+    # A run has the folder pretrained/; a pretrained folder has the stages itself.
     found = folder / "pretrained" if (folder / "pretrained").is_dir() else folder
     for part in ("tokenizer", "transformer"):
         if not (found / part / "config.json").is_file():
@@ -141,6 +143,7 @@ def _fetch(
         ) from error
     except (HfHubHTTPError, HFValidationError) as error:
         raise FileNotFoundError(f"hub {hub_id}: {' '.join(str(error).split())}; try again, {advice}") from error
+    # A repository of another kind downloads without an error.
     missing = [file for file in _READ if not (Path(folder) / file).is_file()]
     if missing:
         raise ValueError(

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from maskgit_pl.decoding import RECIPE_FORMAT, DecodingConfig, read_recipe
+from maskgit_pl.decoding import SETTINGS_FORMAT, DecodingConfig, read_settings_file
 from maskgit_pl.files import sha256_of, write_text
 from maskgit_pl.schedules import mask_schedules
 
@@ -40,7 +40,7 @@ def save_decoding(
     """
     file = Path(folder) / _DECODING
     content = {
-        "format": RECIPE_FORMAT,
+        "format": SETTINGS_FORMAT,
         "version": _VERSION,
         "decoding": asdict(decoding),
         "transformer": sha256_of(file.parent / "transformer" / WEIGHTS_FILE),
@@ -98,7 +98,7 @@ def load_decoding(file: Path | str) -> DecodingConfig:
 
 def _decoding_file(file: Path) -> tuple[dict[str, Any], DecodingConfig]:
     """Returns the content of a file, and the configuration in it."""
-    decoding, content = read_recipe(file)
+    decoding, content = read_settings_file(file)
     return content, validate_decoding(decoding, f"decoding {file}: decoding")
 
 

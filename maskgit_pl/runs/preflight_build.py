@@ -76,9 +76,8 @@ class _ZeroWeights(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Calls ``func``, but replaces random initialization by zeros."""
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "").endswith(
-            ("normal_", "uniform_")
-        ):  # methods of tensors, and functions of torch.nn.init
+        # Methods of tensors, and functions of torch.nn.init.
+        if getattr(func, "__name__", "").endswith(("normal_", "uniform_")):
             with torch.no_grad():
                 return (args[0] if args else kwargs["tensor"]).zero_()
         return func(*args, **kwargs)

@@ -48,8 +48,8 @@ class TrainerSettings:
         limit_val_batches: Maximum number of validation batches per rank, or a fraction of all; None uses all.
         num_sanity_val_steps: Number of validation batches before the first step.
         log_every_n_steps: Steps between log entries.
-        gradient_clip_val: Maximum gradient norm, or absolute value, in stage 2; None disables clipping.
-        gradient_clip_algorithm: ``norm`` or ``value``; None means the norm.
+        gradient_clip_val: Maximum gradient norm in stage 2; None disables clipping. Stage 1: ``model.gradient_clip``.
+        gradient_clip_algorithm: ``norm`` or None, which means the norm. The models reject ``value``.
         deterministic: True allows only deterministic kernels.
         benchmark: True lets cuDNN benchmark its convolutions; None leaves it to Lightning.
         detect_anomaly: True lets autograd check each backward pass for NaN, which is slow.

@@ -57,7 +57,7 @@ class TokenizeOptions:
     """The options of a token store.
 
     Args:
-        crops: Crops per training image, beginning with the center crop. None: those of the existing store, else 1.
+        crops: Crops per training image, beginning with the central crop. None: those of the existing store, else 1.
         flip: True adds the mirrored training images. None: that of the existing store, else False.
         precision: Precision of the tokenizer. None: that of the existing store, else ``"float32"``.
         device: ``"cpu"``, ``"cuda:1"``, ...; ``"auto"`` takes a GPU if there is one.

@@ -10,8 +10,9 @@ _FACTORS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 
 
 def count_text(count: int, noun: str) -> str:
-    """Formats a count with its noun, such as ``1 node`` or ``1,024 nodes``."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+    """Formats a count with its noun, such as ``1 node``, ``1,024 nodes`` or ``2 classes``."""
+    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{ending}"
 
 
 def duration_text(seconds: float) -> str:

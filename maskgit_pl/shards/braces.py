@@ -70,7 +70,7 @@ def _count_choices(inner: str) -> int:
         return _steps(int(match[1]), int(match[2]), match[3])
     if match := _LETTERS.fullmatch(inner):
         return _steps(_ALPHABET.index(match[1]), _ALPHABET.index(match[2]), match[3])
-    # a list: its parts may contain braces again
+    # A list: its parts may contain braces again.
     commas = [place for place, mark, depth in _marks(inner) if mark == "," and depth == 0]
     ends = zip([-1, *commas], [*commas, len(inner)], strict=True)
     return sum(count_names(inner[before + 1 : end]) for before, end in ends)

@@ -53,5 +53,5 @@ def find_class_names(folder: Path) -> list[str] | None:
         names = read_manifest_summary(folder).classes
     except (FileNotFoundError, ValueError):
         return None
-    # numbers and the name of unlabelled data were not given by a user
+    # Numbers and the name of unlabelled data were not given by a user.
     return None if names == tuple(map(str, range(len(names)))) or len(names) == 1 else list(names)

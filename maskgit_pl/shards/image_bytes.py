@@ -49,7 +49,7 @@ _MAX_FILLER = 1_000  # bytes between these segments
 _MAX_MARKERS = 20_000  # of a JPEG, including the markers between its scans
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 JPEG_MAGIC = b"\xff\xd8\xff"
-# markers of a JPEG that have a segment, and the end marker; not 0xFF00 (a data byte) and restart markers
+# Markers of a JPEG that have a segment, and the end marker; not 0xFF00 (a data byte) and restart markers.
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 _SCAN, _END_OF_IMAGE, _APP1 = 0xDA, 0xD9, 0xE1
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # the segments that state the size and the coding
@@ -115,7 +115,7 @@ def check_complete(data: bytes, *, name: str) -> None:
         for chunk in png_chunks(data):
             if chunk.end + 4 > len(data):  # 4 bytes of checksum
                 break
-            # an upper-case first letter marks a critical chunk; the pixels do not depend on others
+            # An upper-case first letter marks a critical chunk; the pixels do not depend on others.
             if chunk.name[:1].isupper() and not chunk.is_intact(data):
                 part = printable(chunk.name.decode("latin1"))
                 raise UnreadableImageError(f"image {name} is damaged in its {part} chunk")
@@ -188,7 +188,7 @@ class _Chunk(NamedTuple):
 def png_chunks(data: bytes) -> Iterator[_Chunk]:
     """Yields the chunks of a PNG up to ``IEND`` or the end of the bytes; the last may be truncated."""
     place = len(PNG_MAGIC)
-    # each chunk: length (4 bytes), name (4), content, checksum (4)
+    # Each chunk: length (4 bytes), name (4), content, checksum (4).
     while place + 8 <= len(data):
         length, name = struct.unpack_from(">I4s", data, place)
         yield _Chunk(name, place + 8, place + 8 + length)

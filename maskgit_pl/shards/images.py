@@ -304,7 +304,7 @@ def _decode_by_libpng(data: bytes, mode: Any, name: str) -> Tensor:
     from torchvision.io import decode_png as decode
 
     try:
-        # bytearray: torch warns of sharing memory that is read-only
+        # bytearray: torch warns of sharing memory that is read-only.
         pixels: Tensor = decode(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode)
     except RuntimeError as error:
         raise _decode_error(name, error) from error

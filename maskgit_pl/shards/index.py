@@ -59,7 +59,7 @@ def locate_shards(place: str) -> tuple[Path, list[Path]]:
         if _URL.match(place):
             kind = place.partition(":")[0]
             raise ValueError(f"shards {place!r} must be local files, got {kind}:; download the shards first")
-        # the folder ends at the first component with a wildcard
+        # The folder ends at the first component with a wildcard.
         parts = folder.parts
         magic = next((n for n, part in enumerate(parts) if re.search(r"[*?\[{]", part)), len(parts) - 1)
         folder, pattern = Path(*parts[:magic]), "/".join(parts[magic:])
@@ -68,7 +68,10 @@ def locate_shards(place: str) -> tuple[Path, list[Path]]:
         return folder, find_shards(folder, pattern)
     shards = _glob(folder, "*.tar") or _glob(folder, "*/*.tar")
     if not shards:
-        raise ValueError(f"data folder {folder} must contain *.tar files, got none; give a pattern of the shards")
+        raise ValueError(
+            f"data folder {folder} must contain *.tar files, got none; name the tars with a pattern, or convert images "
+            f"with `maskgit data make {folder} --out DIR`"
+        )
     return folder, shards
 
 
@@ -124,7 +127,7 @@ def split_shards(
         ValueError: if a shard would be in both splits, or a split would be empty.
     """
     fraction = 0.1 if val_fraction is None else val_fraction
-    check_number("val fraction", fraction, "(0, 1)")
+    check_number("val_fraction", fraction, "(0, 1)")
     train_shards = None if train is None else find_shards(folder, train)
     val_shards, how = (None, "") if val is None else (find_shards(folder, val), f"val is {val}")
     pool = shards if train_shards is None else train_shards
@@ -136,7 +139,7 @@ def split_shards(
     # 2. train
     if train_shards is None:
         rest = [shard for shard in pool if shard not in set(val_shards)]
-        # if some shards are named train, other shards (such as test, beside val) belong to no split
+        # If some shards are named train, other shards (such as test, beside val) belong to no split.
         train_shards = [shard for shard in rest if _has_word(folder, shard, _TRAIN)] or rest
     elif how.startswith("the last"):
         train_shards = [shard for shard in train_shards if shard not in set(val_shards)]
@@ -193,7 +196,7 @@ def index_shards(
     if labels == "none":
         classes = _only_class(classes)
     options = Labels(labels, None if classes is None else tuple(classes))
-    # one process reads 256 MiB in about 10 seconds
+    # One process reads 256 MiB in about 10 seconds.
     workers = choose_workers(workers, work=sum(path.stat().st_size for of in shards.values() for path in of) / 2**28)
     names = {split: [path.relative_to(folder).as_posix() for path in paths] for split, paths in shards.items()}
     # 1. Scan.
@@ -231,7 +234,7 @@ def _make_manifest(
         raise ValueError(
             f"data {folder}, split {split}: {len(scans)} shards must hold at least 1 complete sample, got 0"
         )
-    # a scan of one tar has shard number 0 in every row
+    # A scan of one tar has shard number 0 in every row.
     rows["shard"] = np.repeat(np.arange(len(scans)), [len(scan.rows) for scan in scans.values()])
     shards = tuple(Shard(name, scan.bytes, len(scan.rows), scan.sha256) for name, scan in scans.items())
     images = union([scan.images for scan in scans.values() if scan.images is not None])
@@ -390,7 +393,7 @@ def _take_last(shards: Sequence[Path], fraction: float, folder: Path) -> tuple[l
             f"data folder {folder} must have at least 2 shards, since whole shards become val, got {len(shards)}; give "
             "others with --val, or make smaller shards"
         )
-    # at least one shard for each split
+    # At least one shard for each split.
     count = min(max(1, round(fraction * len(shards))), len(shards) - 1)
     return list(shards[-count:]), f"the last {count} of {len(shards)} shards are val (--val-fraction {fraction:g})"
 
@@ -429,7 +432,7 @@ def _read_progress(path: Path, folder: Path, labels: Labels) -> dict[str, ShardS
         return {}
     with open(path, "rb") as file:
         lines = _whole_lines(file)
-        # other labels or class names would give other rows
+        # Other labels or class names would give other rows.
         if next(lines, None) != _options_to_json(labels):
             return {}
         known = ((line, _reuse_scan(folder, line)) for line in lines)

@@ -52,7 +52,7 @@ FORMAT = 1
 _MAX_MANIFEST_BYTES = 2**28  # enough for a million shards
 _MAX_SIDE = 2**26  # pixels; an image has at most 64 million
 _BLOCK_ROWS = 2**20  # rows of an index that are checked at a time
-# offset and size are those of the image's bytes inside the tar, so that one pread reads them
+# Offset and size are those of the image's bytes inside the tar, so that one pread reads them.
 INDEX_DTYPE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("label", "<i4")])
 
 
@@ -196,7 +196,7 @@ def read_manifest_summary(folder: str | Path) -> DataSummary:
         FileNotFoundError: if the folder or its train manifest is missing.
         ValueError: if a manifest is invalid, or the splits have different classes.
     """
-    # without any manifest, reading that of train raises the right error
+    # Without any manifest, reading that of train raises the right error.
     manifests = [load_manifest(folder, split, check=False) for split in splits_of(folder) or ("train",)]
     first = manifests[0]
     for other in manifests[1:]:
@@ -235,7 +235,10 @@ def load_manifest(folder: str | Path, split: Split, *, check: bool = True) -> Ma
             "or get the default data with `python data/fashion_mnist.py`"
         )
     if not path.exists():
-        raise FileNotFoundError(f"data folder {folder} has no manifest {path.name}; {_remake_hint(folder)}")
+        raise FileNotFoundError(
+            f"data folder {folder} has no manifest {path.name}; {_remake_hint(folder)} if it holds shards, or convert "
+            f"images with `maskgit data make {folder} --out DIR`"
+        )
     manifest = _from_json(path, folder, split)
     if check:
         check_shards(manifest)
@@ -267,7 +270,7 @@ def check_shards(*manifests: Manifest) -> None:
         ValueError: if an index differs from its manifest, or a shard is missing, cannot be read, or has another length
             or another header. The message lists all such shards.
     """
-    # all faults of all splits in one message, so that they can be repaired together
+    # All faults of all splits in one message, so that they can be repaired together.
     faults = [fault for manifest in manifests for fault in _faults(manifest)]
     if faults:
         folder, total = manifests[0].folder, sum(len(manifest.shards) for manifest in manifests)
@@ -310,12 +313,12 @@ def _check_index(manifest: Manifest, rows: npt.NDArray[np.void]) -> None:
             f"index {path} changed since it was made: sha256 {manifest.index_sha256[:12]} expected, got "
             f"{actual[:12]}; {hint}"
         )
-    # the hash protects against accidents; a hostile folder may have a matching hash, so check the ranges too
+    # The hash protects against accidents; a hostile folder may have a matching hash, so check the ranges too.
     lengths = np.array([shard.bytes for shard in manifest.shards], np.uint64)
     for start in range(0, len(rows), _BLOCK_ROWS):
         block = rows[start : start + _BLOCK_ROWS]
         shard, offset, size = block["shard"], block["offset"], block["size"]
-        # a header precedes every payload; compare differences, since offset + size might overflow
+        # A header precedes every payload; compare differences, since offset + size might overflow.
         bad = (shard >= len(lengths)) | (offset < BLOCK)
         bad |= offset > lengths[np.minimum(shard, len(lengths) - 1)]
         bad |= size > lengths[np.minimum(shard, len(lengths) - 1)] - np.where(bad, 0, offset)
@@ -338,7 +341,7 @@ def _faults(manifest: Manifest) -> Iterator[str]:
 
 
 def _to_json(manifest: Manifest) -> dict[str, Any]:
-    # written only if they differ from the default, so that the fingerprint of older data does not change
+    # Written only if they differ from the default, so that the fingerprint of older data does not change.
     unusual: dict[str, Any] = {}
     if manifest.labels != "cls":
         unusual["labels"] = manifest.labels
@@ -367,7 +370,7 @@ def _from_json(path: Path, folder: Path, split: Split) -> Manifest:
         check_keys(str(path), content, known=_KNOWN, required=_REQUIRED)
         _check_types(path, content)
         shards = tuple(_shard(fields, f"{path}: shards[{number}]") for number, fields in enumerate(content["shards"]))
-        # split and samples repeat other facts, for people who read the file; they must agree
+        # The keys split and samples repeat other facts, for people who read the file; they must agree.
         samples = sum(shard.samples for shard in shards)
         check_integer(f"{path}: samples of all shards", samples, "[1, 4294967296]")
         for key, expected in (("split", split), ("samples", samples)):
@@ -426,7 +429,7 @@ def _image_range(fields: object, where: str) -> ImageRange:
 
 
 def _is_inside(name: str) -> bool:
-    # a manifest may be hostile: no path may leave the folder or hide in it
+    # A manifest may be hostile: no path may leave the folder or hide in it.
     path = PurePosixPath(name)
     return not (path.is_absolute() or ".." in path.parts or path.name.startswith(".")) and name.isprintable()
 

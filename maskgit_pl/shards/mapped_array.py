@@ -42,7 +42,7 @@ def has_all_bytes(array: npt.NDArray[Any]) -> bool:
 
     Reading beyond the end of a truncated file would kill the process with SIGBUS.
     """
-    # views of a mapped array have it as a base
+    # Views of a mapped array have it as a base.
     mapped = array
     while isinstance(mapped.base, np.ndarray):
         mapped = mapped.base

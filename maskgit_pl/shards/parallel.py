@@ -57,13 +57,13 @@ def run_jobs(
         ValueError: if ``workers`` is not an integer of at least 1.
     """
     check_integer("workers", workers, "[1, inf)")
-    # one process: the results come in the order of the jobs, and starting another would take a second
+    # One process: the results come in the order of the jobs, and starting another would take a second.
     workers = min(workers, len(jobs))
     if workers <= 1:
         for job in jobs:
             yield job, function(shared, job)
         return
-    # spawn: a forked copy of a process with threads (torch's, the progress bar's) may deadlock
+    # spawn: a forked copy of a process with threads (torch's, the progress bar's) may deadlock.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_init_worker, initargs=(shared,))
     others = set(multiprocessing.active_children())

@@ -61,11 +61,11 @@ class ParquetFolder:
     def __init__(
         self, folder: Path, *, classes: Sequence[str] | None, val_fraction: float = 0.1, label_field: str = "label"
     ) -> None:
-        check_number("val fraction", val_fraction, "(0, 1)")
+        check_number("val_fraction", val_fraction, "(0, 1)")
         self.folder = folder
         self.label_field = label_field
         self._paths, of_split = _files_of_splits(folder)
-        # only footers and labels are read here; images are read by ``samples``
+        # Only footers and labels are read here; images are read by ``samples``.
         opened = [_open_file(path) for path in self._paths]
         count = sum(file.metadata.num_rows for file in opened)
         if count > _MAX_ROWS:
@@ -129,7 +129,7 @@ class ParquetFolder:
             split: [(number, row) for number in numbers for row in range(len(self._labels[number]))]
             for split, numbers in of_split.items()
         }
-        # without val files, the hash of a row's name chooses val, as for image folders
+        # Without val files, the hash of a row's name chooses val, as for image folders.
         if "val" not in rows:
             chosen = [is_val(self._digest(number, row), val_fraction) for number, row in rows["train"]]
             every = rows["train"]
@@ -167,7 +167,7 @@ def _open_file(path: Path) -> ParquetFile:
         raise ValueError(f'{_file_label(path)} requires pyarrow; pip install "maskgit_pl[parquet]"') from error
     if not path.is_file():
         raise ValueError(f"{_file_label(path)} must be a regular file")
-    # a file ends with the length of its footer (4 bytes) and the magic bytes; pyarrow would read a footer of any size
+    # A file ends with the length of its footer (4 bytes) and the magic bytes; pyarrow would read a footer of any size.
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - 8))
         end = file.read(8)
@@ -226,7 +226,7 @@ def _image_column(file: ParquetFile, path: Path) -> str:
             kind = kind.field("bytes").type
         return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
-    # the usual names first, else the first column of bytes
+    # The usual names first, else the first column of bytes.
     schema = file.schema_arrow
     found = [field.name for field in schema if holds_bytes(field.type)]
     chosen = [name for name in _IMAGE_COLUMNS if name in found] or found
@@ -281,7 +281,7 @@ def _read_labels(file: ParquetFile, path: Path, label_field: str, classes: Seque
     if not pa.types.is_integer(schema.field(label_field).type):
         kind = schema.field(label_field).type
         raise ValueError(f"{_file_label(path)}: column {label_field!r} must hold class numbers, got {kind}")
-    # before pyarrow decompresses any page
+    # Before pyarrow decompresses any page.
     for group in range(file.num_row_groups):
         _check_pages(file, path, group, label_field)
     try:
@@ -316,7 +316,7 @@ def _read_images(path: Path, image_field: str, rows: npt.NDArray[np.int64]) -> I
 def _read_group(
     file: ParquetFile, path: Path, image_field: str, group: int, start: int, wanted: set[int]
 ) -> Iterator[tuple[int, Any]]:
-    # a batch holds at most _BYTES_AT_ONCE, even if every row repeats the largest page
+    # A batch holds at most _BYTES_AT_ONCE, even if every row repeats the largest page.
     largest = _check_pages(file, path, group, image_field)
     rows_at_once = min(_ROWS_AT_ONCE, 1 + _BYTES_AT_ONCE // max(1, largest))
     row = start

@@ -13,7 +13,7 @@ import os
 __all__ = ["largest_page"]
 
 _WINDOW = 2**14  # bytes that are read for a header; its statistics have at most 8 kB
-# type codes of the compact protocol; the two booleans have no bytes of their own
+# Type codes of the compact protocol; the two booleans have no bytes of their own.
 _BOOLEANS, _BYTE, _INTEGERS, _DOUBLE, _BINARY, _STRUCT = (1, 2), 3, (4, 5, 6), 7, 8, 12
 _MAX_DEPTH = 4  # of structs in a header
 
@@ -30,7 +30,7 @@ def largest_page(descriptor: int, start: int, length: int) -> int:
         ValueError: if a header is damaged or a page is longer than the chunk.
     """
     place, end, largest = start, start + length, 0
-    # the pages follow each other: header, content, header, content ...
+    # The pages follow each other: header, content, header, content ...
     while place < end:
         reader = _Reader(os.pread(descriptor, min(_WINDOW, end - place), place))
         try:
@@ -60,7 +60,7 @@ class _Reader:
         """
         fields, number = dict[int, int](), 0
         while (head := self._byte()) != 0:
-            # low 4 bits: type; high 4 bits: difference from the last field number, 0 if the number follows
+            # Low 4 bits: type; high 4 bits: difference from the last field number, 0 if the number follows.
             kind = head & 0x0F
             number = number + (head >> 4) if head >> 4 else _decode_zigzag(self._varint())
             if kind in _INTEGERS:

@@ -46,7 +46,7 @@ def _fault_of(descriptor: int, size: int, rows: npt.NDArray[np.void]) -> str | N
     if actual != size:
         return f"{size} bytes expected, {actual} found"
     for offset, length in _ends(rows):
-        # a valid checksum, and the length of the payload in the index
+        # A valid checksum, and the length of the payload in the index.
         found = header_size(os.pread(descriptor, BLOCK, offset))
         if found is None or length not in (None, found):
             stated = "" if length is None else f" of {length} bytes"

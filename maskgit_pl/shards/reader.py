@@ -50,7 +50,7 @@ class ShardReader:
         """
         if self._index is None:
             rows = self.manifest.index()
-            # checked here: on a GPU, a wrong label would be an index error without a name
+            # Checked here: on a GPU, a wrong label would be an index error without a name.
             self._check_labels(rows)
             self._index = rows
         if not has_all_bytes(self._index):
@@ -94,7 +94,7 @@ class ShardReader:
         return self._name(*self.index[index].item()[:2])
 
     def _name(self, shard: int, offset: int) -> str:
-        # the member's header is the block before its payload; fields of ustar: name, magic, prefix
+        # The member's header is the block before its payload; fields of ustar: name, magic, prefix.
         header = self._pread(shard, BLOCK, offset - BLOCK) if offset >= BLOCK else b""
         member, magic, prefix = header[:100], header[257:262], header[345:500]
         if magic != b"ustar":
@@ -145,13 +145,13 @@ class ShardReader:
                 raise self._data_changed_error(shard.name, f"{shard.bytes} bytes expected, got {length}")
             self._files[number] = descriptor
             if len(self._files) > _MAX_OPEN:
-                # the first is the least recently used
+                # The first is the least recently used.
                 os.close(self._files.popitem(last=False)[1])
         self._files.move_to_end(number)
         return self._files[number]
 
     def __getstate__(self) -> dict[str, Any]:
-        # descriptors and maps are not valid in another process
+        # Descriptors and maps are not valid in another process.
         return {"manifest": self.manifest, "_index": None, "_files": OrderedDict()}
 
     def __del__(self) -> None:

@@ -87,7 +87,7 @@ def describe_bad_files(bad: Sequence[BadFile], source: str) -> str:
         bad: The files, at least one.
         source: Name of the description, such as ``"the manifest"``.
     """
-    # the last column is not padded: reasons are long
+    # The last column is not padded: reasons are long.
     rows = [("file", "expected", "found", "reason"), *bad]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = ["  ".join([*map(str.ljust, row[:3], widths), row[3]]) for row in rows]
@@ -126,7 +126,7 @@ def statistics_lines(folder: Path, statistics: DataStatistics) -> Iterator[str]:
 def _class_table(statistics: DataStatistics) -> Iterator[str]:
     names, splits = [printable(name) for name in statistics.summary.classes], list(statistics.classes)
     width = max(map(len, ["class", *names]))
-    # columns are right-aligned; each is as wide as its header or its largest number
+    # Columns are right-aligned; each is as wide as its header or its largest number.
     digits = {split: max(len(split), len(str(statistics.classes[split].max()))) for split in splits}
     yield "  ".join(["label", "class".ljust(width), *(split.rjust(digits[split]) for split in splits)])
     for label, name in enumerate(names):
@@ -150,6 +150,6 @@ def _size_lines(statistics: DataStatistics) -> Iterator[str]:
     largest_bar = max(bar.images for bar in bars)
     spans = [f"{bar.low}-{bar.high}" if bar.low < bar.high else str(bar.low) for bar in bars]
     for span, bar in zip(spans, bars, strict=True):
-        # rounded up, so that every bar with images is visible
+        # Rounded up, so that every bar with images is visible.
         stroke = "#" * -(-_LONGEST_BAR * bar.images // largest_bar)
         yield f"  {span.rjust(max(map(len, spans)))}  {stroke} {bar.images}".rstrip()

@@ -84,7 +84,7 @@ def read_sample(read: Callable[[], bytes], *, label: int, name: str) -> Sample |
     """
     try:
         data = read()
-        # the image's own format decides the extension; the pixels are not decoded
+        # The image's own format decides the extension; the pixels are not decoded.
         header = parse_image_header(data, name=name)
         check_complete(data, name=name)
     except UnreadableImageError as error:
@@ -103,5 +103,5 @@ def is_val(digest: bytes, fraction: float) -> bool:
         digest: Hash of the sample's name, at least 8 bytes.
         fraction: Fraction of the samples that are val, in (0, 1).
     """
-    # the last 8 bytes as a uniform integer in [0, 2^64)
+    # The last 8 bytes as a uniform integer in [0, 2^64).
     return int.from_bytes(digest[-8:], "big") < math.ceil(fraction * 2**64)

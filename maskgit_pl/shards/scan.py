@@ -208,7 +208,7 @@ def scan_shard(path: Path, labels: Labels, *, lenient: bool = True) -> ShardScan
         try:
             for member in read_members(descriptor):
                 scan.take(member)
-            # a second pass over the file, only if the hash will be used
+            # A second pass over the file, only if the hash will be used.
             if scan.has_no_faults() or lenient:
                 digest = sha256_of(descriptor)
         except DamagedTarError as error:
@@ -241,7 +241,7 @@ class _Scanner:
         self.descriptor, self.shard, self.labels, self.lenient = descriptor, shard, labels, lenient
         self.label_extension = labels.extension
         self.sample = _Sample()
-        # rows of (hash of the key, place, offset, size, label, shape, faults): 56 bytes per sample; an object takes 500
+        # Rows of (hash of the key, place, offset, size, label, shape, faults): 56 bytes per sample, an object 500.
         self.table = array("q")
         self.first: dict[str, str] = {}  # fault -> message about the first sample with it
         self.ignored: Counter[str] = Counter()
@@ -284,7 +284,7 @@ class _Scanner:
         """
         if not damage:  # else the last sample may lack members
             self._finish()
-        # a view, since a copy of millions of samples costs memory; NumPy does not take an empty buffer
+        # A view, since a copy of millions of samples costs memory; NumPy does not take an empty buffer.
         table = np.frombuffer(self.table or array("q", [0]), np.int64)[: len(self.table)].reshape(-1, 7)
         keys, _, offsets, sizes, labels, shapes, bits = table.T  # each (n,) int64
         # 5. Find repeated keys; samples with a fault get no row.
@@ -321,7 +321,7 @@ class _Scanner:
             self.sample.shape = _pack(header)
 
     def _take_label(self, member: Member) -> None:
-        # a bad label leaves -1 and counts as a label too
+        # A bad label leaves -1 and counts as a label too.
         if self.sample.label >= 0 or self.sample.faults & _BIT[BAD_LABEL]:
             self._add_fault(TWO_LABELS, member)
             return
@@ -345,7 +345,7 @@ class _Scanner:
         self.sample = _Sample()
         has_label = sample.label >= 0 or bool(sample.faults & _BIT[BAD_LABEL])
         is_sample = sample.offset >= 0 or has_label or bool(sample.faults)
-        # captions and metadata beside an image are normal; all other members are counted as ignored
+        # Captions and metadata beside an image are normal; all other members are counted as ignored.
         for extension in sample.other:
             if not is_sample or extension not in ("txt", "json", "cls"):
                 self.ignored[f".{extension}"] += 1
@@ -363,7 +363,7 @@ class _Scanner:
         if self.num_faulty > _MAX_FAULTY and not self.lenient:
             first = next(iter(self.first.values()), printable(sample.key))
             raise DamagedTarError(f"more than {_MAX_FAULTY} samples have a fault (first {first})")
-        # hashes are compared within this process only
+        # Hashes are compared within this process only.
         key = hash(sample.key)
         self.table.extend((key, sample.place, sample.offset, sample.size, sample.label, sample.shape, sample.faults))
 

@@ -53,10 +53,14 @@ def open_source(
         FileNotFoundError: if the folder does not exist.
         ValueError: if the folder is not a valid source.
     """
-    # the kind of a folder follows from its files
+    # The kind of a folder follows from its files.
     folder = Path(path)
     if not folder.is_dir():
-        raise FileNotFoundError(f"source {printable(folder)} does not exist")
+        fault = "must be a folder, got a file" if folder.exists() else "does not exist"
+        raise FileNotFoundError(
+            f"source {printable(folder)} {fault}; name a folder with one sub-folder of images per class, or a folder "
+            "of IDX or parquet files"
+        )
     if any(folder.glob("*-images*idx3*")):
         return IdxFiles(folder, classes=classes)
     if any(folder.glob("*.parquet")) or any(folder.glob("*/*.parquet")):
@@ -96,21 +100,21 @@ class ImageFolder:
     """
 
     def __init__(self, folder: Path, *, val_fraction: float = 0.1) -> None:
-        check_number("val fraction", val_fraction, "(0, 1)")
+        check_number("val_fraction", val_fraction, "(0, 1)")
         self.folder = folder
         self.classes: tuple[str, ...]
-        # the first of these names is the val split; without it, or without train/, sub-folders are classes
+        # The first of these names is the val split; without it, or without train/, sub-folders are classes.
         val = next((folder / name for name in _VAL_FOLDERS if (folder / name).is_dir()), None)
         if (folder / "train").is_dir() and val is not None:
             self.classes, self._files, self._left_out = _read_split_tree(folder, val)
-            self._split_by = f"{folder.name}/{val.name}"
         else:
             self.classes, self._files, self._left_out = _read_plain_tree(folder, val_fraction)
-            self._split_by = f"hash, {val_fraction}"
+        count = sum(map(len, self._files.values()))
         for split, files in self._files.items():
-            if not files:
+            if not files:  # only without split folders: a hash puts few files into one split
                 raise ValueError(
-                    f"source {printable(folder)}: the {split} split must have files, got none ({self._split_by})"
+                    f"source {printable(folder)}: the {split} split must have files, got none of {count} at a val "
+                    f"fraction of {val_fraction:g}; add images, set --val-fraction, or make the folders train/ and val/"
                 )
 
     @property
@@ -155,7 +159,7 @@ def _format_files(kind: str, names: Sequence[str]) -> str:
 
 
 def _read_split_tree(folder: Path, val: Path) -> tuple[tuple[str, ...], dict[Split, list[_File]], _LeftOut]:
-    # labels are numbered by train's classes; val may lack some of them
+    # Labels are numbered by train's classes; val may lack some of them.
     classes = _class_names(folder / "train")
     unknown = sorted(set(_class_names(val)) - set(classes))
     if unknown:
@@ -181,7 +185,7 @@ def _read_plain_tree(folder: Path, val_fraction: float) -> tuple[tuple[str, ...]
 def _class_names(folder: Path) -> tuple[str, ...]:
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     shown = printable(folder)
-    # the most common mistake is a flat folder of images
+    # The most common mistake is a flat folder of images.
     if not names:
         count = sum(path.suffix[1:].lower() in IMAGE_EXTENSIONS for path in folder.iterdir())
         raise ValueError(
@@ -200,7 +204,7 @@ def _list_files(folder: Path, classes: Sequence[str], left_out: _LeftOut) -> lis
     """Returns the images of a split in the order of their hashes, and adds the names of other files to ``left_out``."""
     files = []
     labels = {name: label for label, name in enumerate(classes)}
-    # sorted, so that notes about other files have a fixed order
+    # Sorted, so that notes about other files have a fixed order.
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder).as_posix()
         label = labels.get(relative.split("/")[0])
@@ -289,7 +293,7 @@ class _IdxSplit:
 
 
 def _read_idx_split(folder: Path, split: Split) -> _IdxSplit:
-    # the digest covers decompressed bytes: a recompressed file is the same data
+    # The digest covers decompressed bytes: a recompressed file is the same data.
     digest = hashlib.sha256()
     images = _read_idx(_find_idx(folder, split, "images*idx3"), 3, digest)
     labels = _read_idx(_find_idx(folder, split, "labels*idx1"), 1, digest)

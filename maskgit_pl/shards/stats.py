@@ -86,7 +86,7 @@ def images_of_classes(manifest: Manifest, labels: list[int], *, each: int) -> It
 
 def _sizes(manifest: Manifest) -> npt.NDArray[np.int64]:
     """Returns heights and widths, (n, 2) int64, of images that are spread evenly over the split."""
-    # reading a header costs a read of the whole image, so only some images are read
+    # Reading a header costs a read of the whole image, so only some images are read.
     reader = ShardReader(manifest)
     indices = np.unique(np.linspace(0, len(reader) - 1, min(HEADERS, len(reader))).round().astype(int)).tolist()
     headers = [parse_image_header(reader.read(index), name=reader.name(index)) for index in indices]
@@ -96,7 +96,7 @@ def _sizes(manifest: Manifest) -> npt.NDArray[np.int64]:
 
 def _histogram(sides: npt.NDArray[np.int64], bins: int = 8) -> tuple[SizeCount, ...]:
     low, high = int(sides.min()), int(sides.max())
-    # bins of whole pixels; small ranges have fewer than ``bins``
+    # Bins of whole pixels; small ranges have fewer than ``bins``.
     edges = np.unique(np.linspace(low, high + 1, bins + 1).round().astype(int)).tolist()
     counts, _ = np.histogram(sides, edges)
     spans = zip(edges[:-1], edges[1:], counts.tolist(), strict=True)

@@ -24,9 +24,9 @@ BLOCK = 512
 _END = bytes(2 * BLOCK)  # a tar ends with two blocks of zeros
 _WINDOW_BYTES = 128 * BLOCK  # read ahead: 64 KiB
 _MAX_EXTENDED_BYTES = 2**20  # of a long name or a pax header; a path has at most 4,096
-# the first bytes of compressed files, to name the format in the error
+# The first bytes of compressed files, to name the format in the error.
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-# type flags of ustar; flags that are not listed are treated as devices
+# Type flags of ustar; flags that are not listed are treated as devices.
 _KINDS: Mapping[bytes, Literal["file", "folder", "link", "device"]] = {
     b"0": "file", b"\0": "file", b"7": "file", b"5": "folder", b"1": "link", b"2": "link",
     b"3": "device", b"4": "device", b"6": "device",
@@ -130,7 +130,7 @@ class _Window:
         if not 0 <= place <= len(self.data) - BLOCK:
             self._read(offset)
             place = 0
-        # the window begins at a header and offsets advance by whole blocks, so ``place`` is a multiple of BLOCK
+        # The window begins at a header and offsets advance by whole blocks, so ``place`` is a multiple of BLOCK.
         block, total = self.data[place : place + BLOCK], self.sums[place // BLOCK]
         if total == 0:
             return None
@@ -227,7 +227,7 @@ def _number(field: bytes) -> int:
 
 def _name(header: bytes) -> str:
     name = _text(header[:100])
-    # only ustar has a prefix; GNU's magic is "ustar " and its headers have times in this place
+    # Only ustar has a prefix; GNU's magic is "ustar " and its headers have times in this place.
     if header[257:263] == b"ustar\0" and header[345]:
         return f"{_text(header[345:500])}/{name}"
     return name
@@ -266,7 +266,7 @@ def _pax_size(value: bytes, offset: int) -> int:
 def _member(name: str, kind_byte: bytes, size: int, offset: int, *, is_sparse: bool) -> Member:
     kind = _KINDS.get(kind_byte)
     if kind != "file":
-        # links, folders and devices have no payload, even if the header states a size; unknown types may have one
+        # Links, folders and devices have no payload, even if the header states a size; unknown types may have one.
         return Member(name, kind or "device", 0 if kind else size, offset)
     if name[-1:] == "/":  # a folder in tars older than ustar
         return Member(name, "folder", size, offset)

@@ -71,7 +71,7 @@ class StoreParts:
         self.folder = Path(folder)
         self.description = description
         self.part_size = part_size
-        # the name of the folder identifies what its parts belong to
+        # The name of the folder identifies what its parts belong to.
         content = [_to_json(description, version=_PARTS_FORMAT), part_size]
         key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         self._parts = self.folder / f".parts-{key[:16]}"
@@ -188,7 +188,7 @@ class StoreParts:
             if labels.shape != tokens.shape[:1] or labels.dtype != np.int64:
                 raise ValueError(f"{tokens.shape[:1]} labels expected, got {labels.shape} of {labels.dtype}")
             self._check_ranges(tokens, labels)
-        # a damaged part is removed, so that the same command makes it again
+        # A damaged part is removed, so that the same command makes it again.
         except (EOFError, ValueError) as error:
             path.unlink(missing_ok=True)
             raise ValueError(

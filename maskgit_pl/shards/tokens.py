@@ -166,11 +166,11 @@ class TokenReader:
         Raises:
             DataChangedError: if an array was truncated or changed after it was opened.
         """
-        # checked for each batch, since reading a truncated map would kill the process
+        # Checked for each batch, since reading a truncated map would kill the process.
         tokens, labels = self.arrays()
         if not (has_all_bytes(tokens) and has_all_bytes(labels)):
             raise self._data_changed_error("a file was truncated")
-        # take() gathers whole rows 1.3 times as fast as indexing; (B, N)
+        # take() gathers whole rows 1.3 times as fast as indexing; (B, N).
         codes, classes = tokens.take(indices * self.views + views, axis=0), labels[indices]
         if codes.max(initial=0) >= self.description.codebook_size:
             raise self._data_changed_error(
@@ -209,7 +209,7 @@ class TokenReader:
         """
         limits = (self.description.codebook_size, len(self.description.classes))
         for path, array, limit in zip(array_paths(self.folder, self.split), self.arrays(), limits, strict=True):
-            # a value out of range says more than a wrong hash, and is also found in stores without hashes
+            # A value out of range says more than a wrong hash, and is also found in stores without hashes.
             outside = _first_outside(array, limit)
             if outside is not None:
                 row, value = outside
@@ -272,7 +272,7 @@ def read_description(folder: str | Path) -> StoreDescription:
         raise FileNotFoundError(f"token store {folder} does not exist or is not finished; {REMAKE_HINT}")
     try:
         content = rename_config(read_json(path, max_bytes=_MAX_DESCRIPTION_BYTES), str(path))
-        # format 1 has no hashes; format 2 always has them
+        # Format 1 has no hashes; format 2 always has them.
         version = content.pop("format", None)
         if version not in _FORMATS:
             raise ValueError(f"{path}: format must be one of {_FORMATS}, got {shorten(version)}")
@@ -366,7 +366,7 @@ def _first_outside(array: npt.NDArray[Any], limit: int) -> tuple[int, int] | Non
         array: (n,) or (n, N) integers.
         limit: Upper limit of the values, exclusive.
     """
-    # in blocks: an array may be larger than the memory
+    # In blocks: an array may be larger than the memory.
     step = max(1, _BLOCK_VALUES // max(1, array[:1].size))
     for start in range(0, len(array), step):
         block = array[start : start + step]

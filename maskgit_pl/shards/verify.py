@@ -197,7 +197,7 @@ def _find_wrong_row(manifest: Manifest, shard: Shard, number: int, rows: npt.NDA
         stated = manifest.index()[start : start + shard.samples]
     except ValueError:
         return None  # _find_bad_index reports it
-    # a scan of one tar has shard number 0 in every row
+    # A scan of one tar has shard number 0 in every row.
     actual = rows.copy()
     actual["shard"] = number
     wrong = np.flatnonzero(np.asarray(stated) != actual)

@@ -72,7 +72,7 @@ def make_shards(
     """
     folder = Path(folder)
     workers = choose_workers(workers, work=sum(source.counts.values()) / _SAMPLES)
-    for name, value in (("size", size), ("shard size", shard_size), ("workers", workers)):
+    for name, value in (("image_size", size), ("shard_size", shard_size), ("num_workers", workers)):
         check_integer(name, 1 if value is None else value, "[1, inf)")
     # 1.
     record = describe(source, size=size, shard_size=shard_size)
@@ -200,7 +200,7 @@ def _partial_folder(folder: Path, record: dict[str, Any]) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         write_text(partial / RECORD, json.dumps(record, indent=1) + "\n")
-    # half-written shards of a killed run
+    # Half-written shards of a killed run.
     for left in partial.glob(".writing-*"):
         shutil.rmtree(left, ignore_errors=True)
     return partial
@@ -242,10 +242,10 @@ def _write_shard(
         write_split(samples, writing, split, shard_size=plan.shard_size, on_sample=on_sample, first_shard=shard)
         (path,) = writing.iterdir()
         sync(path)
-        # the list is written before the rename: a shard that exists has its list
+        # The list is written before the rename: a shard that exists has its list.
         if left_out:
             write_text(plan.left_out_path(split, shard), "".join(f"{sample.error}\n" for sample in left_out))
-        # a shard without readable images does not become a file
+        # A shard without readable images does not become a file.
         if len(left_out) < len(plan.places(split, shard)):
             os.replace(path, plan.path(split, shard))
     finally:

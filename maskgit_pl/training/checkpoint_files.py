@@ -264,7 +264,7 @@ def _read_state(folder: Path, read: Callable[[str], Any]) -> dict[str, Any]:
 
 
 def _rename(state: dict[str, Any], origin: str) -> None:
-    """Gives tensors that a checkpoint of version 0.1.0 has under old names, and their optimiser state, the new ones."""
+    """Gives tensors that a checkpoint of version 0.1.0 has under old names, and their optimizer state, the new ones."""
     weights = state.get("state_dict")
     if isinstance(weights, dict):
         state["state_dict"] = rename_tensors({str(name): tensor for name, tensor in weights.items()}, origin)

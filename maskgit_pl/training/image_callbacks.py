@@ -46,8 +46,8 @@ class ReconstructionPictures(Callback):
 class SamplePictures(Callback):
     """A callback that writes ``samples.png`` after each validation of stage 2, always with the same classes and seeds.
 
-    Every rank samples, since sharded networks must run the same number of forward passes on each rank. Only rank 0
-    decodes and writes.
+    Every rank samples tokens, since sharded networks must run the same number of forward passes on each rank. Only rank
+    0 turns the tokens into pixels and writes the picture.
 
     Args:
         folder: Folder of the stage.

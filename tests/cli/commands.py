@@ -1,4 +1,4 @@
-"""How tests call a command, and the image that they edit."""
+"""A function that calls a command, and the image that tests edit."""
 
 import argparse
 from types import ModuleType
@@ -16,5 +16,5 @@ def call_command(module: ModuleType, *words: object, command: str | None = None)
 
 
 def pixels(height: int = 8, width: int = 8) -> torch.Tensor:
-    """(H, W) uint8, always the same."""
+    """Returns (H, W) uint8, always the same."""
     return torch.randint(0, 256, (height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

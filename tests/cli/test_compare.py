@@ -17,7 +17,7 @@ def call(*words: object) -> int:
 
 
 def ledger(folder: Path) -> list[Row]:
-    """Rows of generated images, in the order of the file."""
+    """Returns the ledger rows of generated images, in the order of the file."""
     return [row for row in Ledger(folder / "ledger.jsonl").rows("samples") if row["run"]]
 
 

@@ -82,7 +82,7 @@ def test_user_errors_say_what_is_wrong(tree, tmp_path):
         call("make", tmp_path / "nowhere", "--out", tmp_path / "out")
     with pytest.raises(ValueError, match="names of its sub-folders"):
         call("make", tree, "--out", tmp_path / "out", "--class-names", "a,b")
-    with pytest.raises(ValueError, match="val fraction"):
+    with pytest.raises(ValueError, match="val_fraction"):
         call("make", tree, "--out", tmp_path / "out", "--val-fraction", "2")
     with pytest.raises(ValueError, match="got none"):
         call("index", tree)
@@ -124,7 +124,7 @@ def test_every_command_of_the_console_script_runs_something():
 
 
 def shards(folder, tars_of):
-    """Two train shards and one of val, in img2dataset's names."""
+    """Writes two train shards and one val shard, with the names of img2dataset."""
     folder.mkdir()
     for number in range(3):
         with tarfile.open(folder / f"{number:05d}.tar", "w") as archive:

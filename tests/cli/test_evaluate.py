@@ -96,13 +96,13 @@ def test_an_evaluation_that_was_stopped_goes_on(
     assert len(ledger.read_text().splitlines()) == len(kept.splitlines()) + 1  # the likelihood
     assert {file: file.stat().st_mtime_ns for file in images} == images
     resumed = json.loads((run_folder / "evaluation.json").read_text())
-    call(*words)  # anew
+    call(*words)  # measures again
     assert len(ledger.read_text().splitlines()) == 2 * (len(kept.splitlines()) + 1)  # nothing is lost
-    anew = json.loads((run_folder / "evaluation.json").read_text())
-    for report in (resumed, anew):
+    again = json.loads((run_folder / "evaluation.json").read_text())
+    for report in (resumed, again):
         for samples in report["samples"].values():
             samples.pop("seconds_per_image", None)
-    assert resumed == anew
+    assert resumed == again
 
 
 @pytest.mark.slow

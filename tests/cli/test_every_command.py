@@ -37,7 +37,7 @@ WORDS = {
 def parsers(
     parser: argparse.ArgumentParser, words: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, argparse.ArgumentParser]]:
-    """Every command by its words, those with commands of their own included."""
+    """Yields every command with its words, including subcommands."""
     yield " ".join(words), parser
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -218,7 +218,7 @@ def test_what_needs_no_weights_is_refused_without_torch(
 
 
 def texts() -> Iterator[tuple[str, str]]:
-    """Every text of the package with the file that it stands in, and the help of every command."""
+    """Yields every text of the package with its file, and the help of every command."""
     for file in sorted((ROOT / "maskgit_pl").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -237,7 +237,7 @@ def named(tool: str) -> set[tuple[str, str]]:
 
 
 def fault(command: str) -> str | None:
-    """What is wrong with the words of a command; placeholders and values in capitals stand for anything."""
+    """Returns the fault of a command line; placeholders and values in capitals match anything."""
     parser, words = COMMANDS[""], command.split()
     for number, word in enumerate(words):
         inner = next((each.choices for each in parser._actions if isinstance(each, argparse._SubParsersAction)), None)

@@ -20,7 +20,7 @@ LOAD = {"tokenizer": load_tokenizer, "transformer": load_transformer}
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory) -> Path:
-    """Shards and a pretrained tokenizer."""
+    """Makes shards and a pretrained tokenizer."""
     folder = tmp_path_factory.mktemp("given")
     save_uneven_shards(folder / "shards", (1, 7, 22))
     save_tiny_pretrained(folder / "pretrained")
@@ -36,7 +36,7 @@ def words(stage: str, given: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def run(given, tmp_path_factory) -> Path:
-    """Both stages, trained to step 4, with checkpoints of steps 2 and 4."""
+    """Trains both stages to step 4, with checkpoints of steps 2 and 4."""
     runs = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         ours = logging.getLogger("maskgit_pl")

@@ -35,7 +35,7 @@ def train(tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Recorded weights of the released code at a small size: 8 px in colour, 4 x 4 tokens of 64 codes, 10 classes."""
+    """Imports recorded weights of the released code at a small size: 8 px RGB, 4 x 4 tokens of 64 codes, 10 classes."""
     out = tmp_path_factory.mktemp("imported") / "pretrained"
     import_jax(GOLDEN / "vqvae_checkpoint.msgpack", out, transformer=GOLDEN / "transformer_n16_checkpoint.msgpack")
     return out
@@ -68,7 +68,7 @@ def test_a_transformer_goes_on_with_the_tokenizer_that_it_knows(train, tiny_pret
 def test_a_run_that_has_begun_goes_on_from_its_own_weights(train, tiny_pretrained, tmp_path):
     train("tokenizer", "--pretrained", tiny_pretrained)
     first = weights(tmp_path / "runs" / "tuned" / "pretrained" / "tokenizer")
-    still = "--model.optimizer.learning_rate.warmup_steps=1000000000"  # a run that goes on keeps its peak
+    still = "--model.optimizer.learning_rate.warmup_steps=1000000000"  # a resumed run keeps its peak
     assert train("tokenizer", "--pretrained", tiny_pretrained, still, "--trainer.max_steps=2") == 0
     second = weights(tmp_path / "runs" / "tuned" / "pretrained" / "tokenizer")
     given = weights(tiny_pretrained / "tokenizer")

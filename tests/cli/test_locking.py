@@ -23,7 +23,7 @@ def training(shards: Path, runs: Path, *more: str) -> list[str]:
 
 
 def is_refused(words: list[str], target: Path, capsys: pytest.CaptureFixture[str], *, rank: int | None = None) -> None:
-    """While another process holds the target, the command ends with one line, and afterwards it runs."""
+    """Checks that the command ends with one line while another process holds the target, and runs afterwards."""
     with holder(target, rank=rank) as other:
         assert main(words) == 2
         error = capsys.readouterr().err

@@ -13,7 +13,7 @@ from maskgit_pl.cli import main, schedules
 
 
 def answer(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr."""
+    """Returns exit code, stdout and stderr."""
     try:
         code = main(words)
     except SystemExit as stop:  # argparse's own
@@ -146,7 +146,7 @@ def test_ctrl_c_ends_data_make_and_its_workers_with_one_line(tmp_path: Path):
 
 
 def make_images(folder: Path) -> None:
-    """Two classes of images, many of them."""
+    """Writes many images of two classes."""
     from PIL import Image
 
     for name in ("a", "b"):
@@ -156,7 +156,7 @@ def make_images(folder: Path) -> None:
 
 
 def wait_for(found, seconds: float = 60.0) -> None:
-    """Until something is there."""
+    """Waits until a file exists."""
     begun = time.monotonic()
     while not found():
         assert time.monotonic() - begun < seconds

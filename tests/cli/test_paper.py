@@ -22,7 +22,7 @@ TINY = Path(__file__).parents[1] / "tiny"
 
 @pytest.fixture
 def runs(tmp_path: Path) -> list[Path]:
-    """Two runs of other weights; the second is of another schedule."""
+    """Makes two runs with different weights; the second one has another schedule."""
     for seed, name in enumerate(("shoes-square", "shoes-cosine")):
         save_tiny_pretrained(tmp_path / "runs" / name / "pretrained", seed=seed)
     config = tmp_path / "runs" / "shoes-cosine" / "pretrained" / "transformer" / "config.json"

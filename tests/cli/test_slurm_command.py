@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Answer(NamedTuple):
-    """What the command gave back."""
+    """The result of a command."""
 
     code: int
     out: str
@@ -65,7 +65,7 @@ def test_a_dry_run_prints_what_would_be_submitted_and_writes_nothing(submit, tmp
     options = words[words.index("sbatch") + 1 : script]
     assert {"--nodes=2", "--ntasks-per-node=1", "--partition=gpu", "--cpus-per-task=1"} <= set(options)
     assert options[-2:] == ["--mem=0", "--exclusive"]  # the user's words come last
-    assert not any(option.startswith("--gpus") for option in options)  # the tiny recipes want a processor
+    assert not any(option.startswith("--gpus") for option in options)  # the tiny recipes use a CPU
     assert "--trainer.max_steps=1" in words[script:]
     assert not (tmp_path / "runs").exists()
 

@@ -42,7 +42,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, list
 
 @pytest.fixture
 def train(server, tiny_pretrained: Path, tmp_path: Path) -> Callable[..., int]:
-    """Trains a stage of the run ``one`` on streams alone, without a data folder."""
+    """Trains a stage of the run ``one`` on streams only, without a data folder."""
 
     def call(stage: str, *more: str) -> int:
         tiny = flags(yaml.safe_load((TINY / f"{stage}.yaml").read_text()))

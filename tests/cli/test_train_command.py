@@ -27,7 +27,7 @@ TINY = Path(__file__).parents[1] / "tiny"
 
 
 class Answer(NamedTuple):
-    """What a command gave back."""
+    """The result of a command."""
 
     code: int
     out: str
@@ -73,12 +73,12 @@ def train(maskgit, tiny_shards: Path, tiny_pretrained: Path, runs: Path) -> Call
 
 
 def files(folder: Path) -> dict[str, int]:
-    """Every file below a folder, with the time of its last change."""
+    """Returns every file below a folder with the time of its last change."""
     return {str(file): file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
 
 
 def refused(answer: Answer, *parts: str) -> None:
-    """One line that says what is wrong, exit 2."""
+    """Checks for exit code 2 and one line that names the fault."""
     assert answer.code == 2, answer
     assert len(answer.error.splitlines()) == 1, answer.error
     for part in parts:
@@ -137,7 +137,7 @@ def test_a_run_writes_what_it_was_and_where_it_ran(train, runs, tiny_pretrained)
     assert environment["world_size"] == 1
     assert {"command", "commit", "python", "torch", "lightning", "maskgit_pl"} <= environment.keys()
     own = runs / "one" / "pretrained" / "tokenizer"
-    assert fingerprint(own) == fingerprint(tiny_pretrained / "tokenizer")  # a run's folder stands alone
+    assert fingerprint(own) == fingerprint(tiny_pretrained / "tokenizer")  # a run folder is complete
     of_all = json.loads((runs / "one" / "pretrained" / "config.json").read_text())
     assert of_all["run"]["transformer"]["settings"]["trainer.max_steps"] == 1
     assert "# one\n" in (runs / "one" / "pretrained" / "README.md").read_text()
@@ -208,7 +208,7 @@ def test_a_missing_tokenizer_is_answered_with_how_to_make_it(train, maskgit, run
 
 @pytest.fixture
 def stage_two(maskgit, runs) -> Callable[..., Answer]:
-    """``maskgit train transformer`` on a data folder, without a tokenizer that is named."""
+    """Calls ``maskgit train transformer`` on a data folder without ``--tokenizer``."""
 
     def call(shards: Path, *more: object) -> Answer:
         tiny = flags(yaml.safe_load((TINY / "transformer.yaml").read_text()))

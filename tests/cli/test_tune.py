@@ -24,7 +24,7 @@ def call(*words: object) -> int:
 
 
 def lines(folder: Path) -> list[Row]:
-    """Rows of generated images, in the order of the file."""
+    """Returns the ledger rows of generated images, in the order of the file."""
     return [row for row in Ledger(folder / "evaluation" / "ledger.jsonl").rows("samples") if row["run"]]
 
 

@@ -5,11 +5,11 @@ from maskgit_pl.evaluation.metrics import class_agreement, diversity, mean_pairw
 
 
 def test_agreement_of_a_perfect_classifier_is_one() -> None:
-    asked = torch.tensor([0, 1, 2, 2])
-    assert class_agreement(asked, asked) == 1
-    assert class_agreement(torch.tensor([0, 1, 0, 0]), asked) == 0.5
+    requested = torch.tensor([0, 1, 2, 2])
+    assert class_agreement(requested, requested) == 1
+    assert class_agreement(torch.tensor([0, 1, 0, 0]), requested) == 0.5
     with pytest.raises(ValueError, match="must have the same shape"):
-        class_agreement(asked, asked[:2])
+        class_agreement(requested, requested[:2])
 
 
 def test_mean_pairwise_distance_is_over_all_pairs() -> None:

@@ -269,7 +269,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "decoding/test_selectors",
         ("return candidates.gumbel\n", "return candidates.drawn_log_probs\n"),
         ("_radical_inverse(point, 3)", "_radical_inverse(point, 5)"),
-        ("return -turns[candidates.positions]", "return turns[candidates.positions]"),
+        ("return -ranks[candidates.positions]", "return ranks[candidates.positions]"),
         ("order.roll(", "order.sort().values.roll("),
         ("(first - second).clamp(min=1e-20).log()", "first.clamp(min=1e-20).log()"),
         ("return -candidates.entropies", "return candidates.entropies"),
@@ -506,7 +506,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     *_of(
         "training/checkpoints.py",
-        "cli/test_going_on",
+        "cli/test_resume_command",
         ("checkpoint[SETTINGS] = self.settings", "pass"),
     ),
     *_of(
@@ -633,7 +633,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *_of(
         "evaluation/metrics.py",
         "evaluation/test_metrics",
-        ("(predicted == asked).double().mean()", "(predicted != asked).double().mean()"),
+        ("(predicted == requested).double().mean()", "(predicted != requested).double().mean()"),
         ("real[real_labels == label]", "real"),
         ("min(len(ours), len(theirs), per_class)", "len(ours)"),
         ("float(of_generated / of_real)", "float(of_real / of_generated)"),

@@ -1,4 +1,4 @@
-"""Many images in one file: a function of their index, whoever makes them and however often that is stopped."""
+"""``generate_many``: images depend on their index only, with any number of processes and after any stop."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""What a folder says of itself stands in its files and in the run's, and nowhere else."""
+"""The model card takes all its facts from the files of the folder and of its run."""
 
 import ast
 import json
@@ -169,7 +169,7 @@ def test_facts_go_with_the_weights_and_not_with_others(run: Path, tmp_path: Path
 def test_facts_of_older_weights_do_not_go_with_newer_ones(run: Path, tmp_path: Path) -> None:
     write_card(run / "pretrained", license="mit")
     shutil.copytree(run / "pretrained", tmp_path / "again")
-    save_tiny_pretrained(tmp_path / "again", seed=1)  # weights alone, as an older version exports them
+    save_tiny_pretrained(tmp_path / "again", seed=1)  # only weights, as an older version exports them
     MaskGIT.from_pretrained(tmp_path / "again").save_pretrained(tmp_path / "copy")
     content = json.loads((tmp_path / "copy" / "config.json").read_text())
     assert (content["run"], content["license"]) == (None, None)
@@ -236,7 +236,7 @@ def replaced(tree: object, word: str) -> object:
 
 
 def card_of(folder: Path, facts: dict, word: str) -> tuple[dict, str]:
-    """Metadata and body of the card of a folder whose every word is one."""
+    """Returns metadata and body of the card of a folder that has the given word in every place."""
     file = folder / "transformer" / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, "class_names": [word, f"{word} 2", f"{word} 3"]}))

@@ -1,4 +1,4 @@
-"""What the files of a model say of it, against what its networks say."""
+"""The outline from the files of a model equals that from its networks."""
 
 import json
 import shutil

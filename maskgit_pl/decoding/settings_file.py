@@ -1,4 +1,4 @@
-"""The reader of ``decoding.json``, the decoding settings that ``maskgit tune`` writes beside a model's weights.
+"""The reader of ``decoding.json``, the decoding settings that ``maskgit tune`` writes next to a model's weights.
 
 Used by ``pretrained`` and by the command line. It does not import torch.
 """
@@ -12,12 +12,12 @@ from maskgit_pl.checks import build_dataclass, check_keys, shorten
 from maskgit_pl.decoding.config import DecodingConfig
 from maskgit_pl.files import read_json
 
-__all__ = ["RECIPE_FORMAT", "read_recipe"]
+__all__ = ["SETTINGS_FORMAT", "read_settings_file"]
 
-RECIPE_FORMAT, _VERSION = "maskgit_pl.decoding", 1
+SETTINGS_FORMAT, _VERSION = "maskgit_pl.decoding", 1
 
 
-def read_recipe(file: Path) -> tuple[DecodingConfig, dict[str, Any]]:
+def read_settings_file(file: Path) -> tuple[DecodingConfig, dict[str, Any]]:
     """Reads the decoding settings of a file.
 
     Args:
@@ -32,10 +32,10 @@ def read_recipe(file: Path) -> tuple[DecodingConfig, dict[str, Any]]:
             type.
     """
     content = read_json(file)
-    if (content.get("format"), content.get("version")) != (RECIPE_FORMAT, _VERSION):
+    if (content.get("format"), content.get("version")) != (SETTINGS_FORMAT, _VERSION):
         found = f"{shorten(content.get('format'))}, version {shorten(content.get('version'))}"
         raise ValueError(
-            f"decoding {file}: format must be {RECIPE_FORMAT!r}, version {_VERSION}, got {found}; `maskgit tune RUN` "
+            f"decoding {file}: format must be {SETTINGS_FORMAT!r}, version {_VERSION}, got {found}; `maskgit tune RUN` "
             "writes such a file, RUN/pretrained/decoding.json"
         )
     check_keys(f"decoding {file}", content, known=content, required=("decoding",))

@@ -1,4 +1,4 @@
-"""A run goes on with the settings that it began with, or not at all."""
+"""A run resumes with the settings that it began with, or not at all."""
 
 import logging
 import shutil
@@ -31,7 +31,7 @@ def begun(request, tmp_path_factory, tiny_shards, tiny_pretrained):
 
 
 def quietly(patch: pytest.MonkeyPatch) -> None:
-    """Logging and environment are as before afterwards."""
+    """Restores logging and environment afterwards."""
     ours = logging.getLogger("maskgit_pl")
     for name in ("propagate", "level"):
         patch.setattr(ours, name, getattr(ours, name))
@@ -113,7 +113,7 @@ def test_other_data_are_refused_and_the_same_data_elsewhere_are_not(begun, go_on
 
 def test_another_tokenizer_is_refused_and_the_same_one_elsewhere_is_not(begun, go_on, tiny_pretrained, tmp_path):
     if begun[0] == "tokenizer":
-        return  # stage 2 alone has one
+        return  # only stage 2 has one
     (tmp_path / "elsewhere").symlink_to(tiny_pretrained)
     assert go_on(f"--tokenizer={tmp_path / 'elsewhere' / 'tokenizer'}")[0] == 0
     other = save_tiny_pretrained(tmp_path / "other", seed=3) / "tokenizer"
