@@ -6,7 +6,6 @@ name is accepted and none can forge a heading, a link, a table cell or a line of
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import re
@@ -14,7 +13,6 @@ import unicodedata
 
 __all__ = [
     "PrintableFormatter",
-    "argument_docs",
     "code_span",
     "markdown",
     "plain_label",
@@ -32,7 +30,6 @@ _SPECIAL = re.compile(
     r"|(?<!\S)[-+=]",  # lists and underlined headings, at any word, because a line may be wrapped there
     re.IGNORECASE,
 )
-_ARGUMENT = re.compile(r" {4}(?P<name>\w+): (?P<text>.*)")
 _NUMBERED = re.compile(r"(?<!\S)(\d{1,9})([.)])(?!\S)")
 
 
@@ -95,16 +92,3 @@ def plain_label(text: object) -> str:
     """
     label = printable(text, limit=_MAX_LABEL).replace("$", r"\$")
     return f" {label}" if label.startswith("_") else label
-
-
-def argument_docs(kind: type) -> dict[str, str]:
-    """Returns the text of each argument in the ``Args`` section of the docstring of a class, as one line."""
-    # The section ends at the first empty line.
-    section = inspect.cleandoc(kind.__doc__ or "").partition("Args:\n")[2].partition("\n\n")[0]
-    found: dict[str, str] = {}
-    for line in section.splitlines():
-        if argument := _ARGUMENT.fullmatch(line):
-            found[argument["name"]] = argument["text"]
-        elif found:
-            found[list(found)[-1]] += f" {line.strip()}"
-    return found

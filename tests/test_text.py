@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 from maskgit_pl.imaging import image_grid
 from maskgit_pl.text import (
     PrintableFormatter,
-    argument_docs,
     code_span,
     markdown,
     plain_label,
@@ -120,20 +119,3 @@ def test_plots_and_pictures_take_every_word() -> None:
 
 def test_entities_are_shown_as_they_were_written() -> None:
     assert html.unescape(markdown("&lt;b&gt;")) == "&lt;b&gt;"
-
-
-def test_arguments_are_read_off_a_docstring() -> None:
-    class Documented:
-        """A class.
-
-        Args:
-            one: The first,
-                over two lines.
-            two: The second.
-
-        Raises:
-            ValueError: if it is wrong.
-        """
-
-    assert argument_docs(Documented) == {"one": "The first, over two lines.", "two": "The second."}
-    assert argument_docs(type("Plain", (), {})) == {}
