@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 # `make help` prints the lines that begin with "#:".
 #: DATASET|Name of the data set (default: fashion-mnist)
 #: DATA|Folder of its shards (default: data/shards/DATASET)
-#: IMAGES|Folder of your own images, which `make data` converts
+#: IMAGES|Folder of your own images, one sub-folder per class, which `make data` converts
 #: RECIPE|Recipes, merged from left to right (default: cosine)
 #: RUN|Name of the run folder in runs/ (default: DATASET-RECIPE)
 #: CLUSTER|single, ddp or fsdp (default: single; on Slurm: ddp)
@@ -20,7 +20,7 @@ STAMP := $(VENV)/.installed
 #: NODES|Number of nodes
 #: DEVICES|Number of devices per node
 #: TIME|Time limit of a Slurm job
-#: CLASSES|Classes that `make sample` generates (default: all)
+#: CLASSES|Names or indices of the classes that `make sample` generates (default: all)
 #: NUM_STEPS|Decoding steps of `make sample` (default: those of the model)
 #: SEED|Seed of the first image (default: 0)
 #: IMAGE|Image file that `make edit` changes
@@ -47,7 +47,7 @@ SEED ?= 0
 ARGS ?=
 WORKERS ?= auto
 
-# A variable of version 0.1.0 would be ignored without this line.
+# An old name of a variable would be ignored without this line.
 $(if $(filter command line,$(origin STEPS)),$(error STEPS is now called NUM_STEPS))
 
 # Flags that select the run. RECIPE may name several recipes, merged from left to right: RECIPE='paper-256 log'.
@@ -69,7 +69,7 @@ $(STAMP): pyproject.toml
 install: $(STAMP) ## Create .venv with the package and the development tools
 
 data: $(STAMP) ## Download DATASET and write its shards; for your own images: DATASET=name IMAGES=folder
-	@$(if $(IMAGES),$(BIN)/maskgit data make "$(IMAGES)" --out "$(DATA)",$(if $(wildcard data/$(subst -,_,$(DATASET)).py),$(BIN)/python data/$(subst -,_,$(DATASET)).py --out "$(DATA)",test -d "$(DATA)" || { echo "data $(DATA): no such folder; set IMAGES=folder to convert your own images" >&2; exit 2; }))
+	@$(if $(IMAGES),$(BIN)/maskgit data make "$(IMAGES)" --out "$(DATA)",$(if $(wildcard data/$(subst -,_,$(DATASET)).py),$(BIN)/python data/$(subst -,_,$(DATASET)).py --out "$(DATA)",test -d "$(DATA)" || { echo "data $(DATA): no such folder; set IMAGES=folder to convert your own images, or DATASET to a data set that can be downloaded (fashion-mnist, blue-marble)" >&2; exit 2; }))
 
 doctor: $(STAMP) ## Check a run before you start it: STAGE=transformer RECIPE=paper-256 CLUSTER=fsdp NODES=4 DEVICES=8
 	@$(BIN)/maskgit doctor $(STAGE) $(OF_RUN) --cluster $(CLUSTER) $(MACHINES) $(ARGS)
@@ -113,7 +113,7 @@ train-classifier: $(STAMP) ## Train a classifier on DATA, to evaluate generated 
 ablation: $(STAMP) ## Train every mask schedule of the paper on DATASET, then write Table 3 and Figure 8 (resumes)
 	@$(BIN)/maskgit ablation --dataset "$(DATASET)" --data "$(DATA)" --cluster $(CLUSTER) $(ARGS)
 
-demo: ## Run everything: data, both stages, pictures and metrics
+demo: ## Run everything: data, both stages, pictures and metrics; for your own images: DATASET=name IMAGES=folder
 	@$(MAKE) --no-print-directory data
 	@$(MAKE) --no-print-directory train-tokenizer CLUSTER=$(CLUSTER)
 	@$(MAKE) --no-print-directory train-transformer CLUSTER=$(CLUSTER)

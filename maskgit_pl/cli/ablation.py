@@ -46,7 +46,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--tokenizer", type=Path, metavar="DIR", help="pretrained tokenizer (default: the only one of the data set)"
     )
     parser.add_argument(
-        "--num-steps", metavar="T,...", help="numbers of decoding steps (default: 2,3,4,6,8,12,16,24, up to N/2)"
+        "--num-steps",
+        metavar="T,...",
+        help="numbers of decoding steps (default: 2,3,4,6,8,12,16,24, at most half the tokens)",
     )
     parser.set_defaults(run=run, takes_overrides=True)
 

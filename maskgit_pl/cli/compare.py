@@ -33,7 +33,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--num-steps",
         metavar="T,...",
-        help="numbers of decoding steps, or a range such as 4-16 (default: 4,8,16,32, up to N)",
+        help="numbers of decoding steps, or a range such as 4-16 (default: 4,8,16,32, at most the tokens per image)",
     )
     parser.add_argument(
         "--num-images", type=int, default=1000, metavar="N", help="images generated for each row (default: 1000)"

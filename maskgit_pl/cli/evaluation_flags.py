@@ -52,7 +52,7 @@ def _add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_measuring_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the fields of ``evaluation.MeasurementOptions`` from the flags."""
+    """Returns the fields of ``evaluation.run_folders.MeasurementOptions`` from the flags."""
     return {"seed": args.seed, "batch_size": args.batch_size, "device": args.device, "classifier": args.classifier}
 
 

@@ -45,7 +45,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="number of images that the CAS network is trained on (default: --num-images)",
     )
     table.add_argument("--num-steps", metavar="T,...", help="decoding steps T of Table 3 (default: "
-                       "2,3,4,6,8,12,16,24, up to N/2)")  # fmt: skip
+                       "2,3,4,6,8,12,16,24, at most half the tokens)")  # fmt: skip
     table.set_defaults(run=run_table)
 
     figure = subparsers.add_parser(
@@ -60,7 +60,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     _add_runs(figure)
     add_report_arguments(figure)
     figure.add_argument("--num-steps", metavar="T,...", help="decoding steps T of Figure 8 (default: "
-                        "2,3,4,6,8,12,16,24, up to N/2)")  # fmt: skip
+                        "2,3,4,6,8,12,16,24, at most half the tokens)")  # fmt: skip
     figure.add_argument("--num-tokens", metavar="N,...", default=_NUM_TOKENS,
                         help=f"tokens per image in Figure 4 (default: {_NUM_TOKENS})")  # fmt: skip
     for name in _SIZES:

@@ -64,8 +64,8 @@ class TransformerConfig:
         dropout: Dropout probability of embeddings, attention probabilities and both outputs of a block, in [0, 1).
         class_dropout: Fraction of training samples whose class is replaced by the null class, in [0, 1). Above 0 the
             vocabulary has a null class, which classifier-free guidance needs.
-        attention: ``bidirectional``: a token attends to all others; ``causal``: to those before it in raster order.
-            Both have the same weights.
+        attention: ``bidirectional``: a token attends to all tokens; ``causal``: to itself and those before it in raster
+            order. Both have the same weights.
 
     Raises:
         ValueError: if a size is out of range, or the attention is unknown.

@@ -65,7 +65,7 @@ class GenerateOptions:
         negative_classes: Index or name of the class that guidance moves away from, or a list with one for each result;
             "no class" by default.
         batch_size: Number of results decoded at a time, at least 1. It changes no token.
-        callback: Called after each decoding step of each batch.
+        callback: Called with a ``decoding.DecodingStep`` after each decoding step of each batch.
 
     Raises:
         ValueError: if ``batch_size`` is below 1.

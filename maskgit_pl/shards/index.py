@@ -68,7 +68,10 @@ def locate_shards(place: str) -> tuple[Path, list[Path]]:
         return folder, find_shards(folder, pattern)
     shards = _glob(folder, "*.tar") or _glob(folder, "*/*.tar")
     if not shards:
-        raise ValueError(f"data folder {folder} must contain *.tar files, got none; give a pattern of the shards")
+        raise ValueError(
+            f"data folder {folder} must contain *.tar files, got none; name the tars with a pattern, or convert images "
+            f"with `maskgit data make {folder} --out DIR`"
+        )
     return folder, shards
 
 
@@ -124,7 +127,7 @@ def split_shards(
         ValueError: if a shard would be in both splits, or a split would be empty.
     """
     fraction = 0.1 if val_fraction is None else val_fraction
-    check_number("val fraction", fraction, "(0, 1)")
+    check_number("val_fraction", fraction, "(0, 1)")
     train_shards = None if train is None else find_shards(folder, train)
     val_shards, how = (None, "") if val is None else (find_shards(folder, val), f"val is {val}")
     pool = shards if train_shards is None else train_shards

@@ -235,7 +235,10 @@ def load_manifest(folder: str | Path, split: Split, *, check: bool = True) -> Ma
             "or get the default data with `python data/fashion_mnist.py`"
         )
     if not path.exists():
-        raise FileNotFoundError(f"data folder {folder} has no manifest {path.name}; {_remake_hint(folder)}")
+        raise FileNotFoundError(
+            f"data folder {folder} has no manifest {path.name}; {_remake_hint(folder)} if it holds shards, or convert "
+            f"images with `maskgit data make {folder} --out DIR`"
+        )
     manifest = _from_json(path, folder, split)
     if check:
         check_shards(manifest)

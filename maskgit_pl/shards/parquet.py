@@ -61,7 +61,7 @@ class ParquetFolder:
     def __init__(
         self, folder: Path, *, classes: Sequence[str] | None, val_fraction: float = 0.1, label_field: str = "label"
     ) -> None:
-        check_number("val fraction", val_fraction, "(0, 1)")
+        check_number("val_fraction", val_fraction, "(0, 1)")
         self.folder = folder
         self.label_field = label_field
         self._paths, of_split = _files_of_splits(folder)

@@ -56,7 +56,11 @@ def open_source(
     # The kind of a folder follows from its files.
     folder = Path(path)
     if not folder.is_dir():
-        raise FileNotFoundError(f"source {printable(folder)} does not exist")
+        fault = "must be a folder, got a file" if folder.exists() else "does not exist"
+        raise FileNotFoundError(
+            f"source {printable(folder)} {fault}; name a folder with one sub-folder of images per class, or a folder "
+            "of IDX or parquet files"
+        )
     if any(folder.glob("*-images*idx3*")):
         return IdxFiles(folder, classes=classes)
     if any(folder.glob("*.parquet")) or any(folder.glob("*/*.parquet")):
@@ -96,21 +100,21 @@ class ImageFolder:
     """
 
     def __init__(self, folder: Path, *, val_fraction: float = 0.1) -> None:
-        check_number("val fraction", val_fraction, "(0, 1)")
+        check_number("val_fraction", val_fraction, "(0, 1)")
         self.folder = folder
         self.classes: tuple[str, ...]
         # The first of these names is the val split; without it, or without train/, sub-folders are classes.
         val = next((folder / name for name in _VAL_FOLDERS if (folder / name).is_dir()), None)
         if (folder / "train").is_dir() and val is not None:
             self.classes, self._files, self._left_out = _read_split_tree(folder, val)
-            self._split_by = f"{folder.name}/{val.name}"
         else:
             self.classes, self._files, self._left_out = _read_plain_tree(folder, val_fraction)
-            self._split_by = f"hash, {val_fraction}"
+        count = sum(map(len, self._files.values()))
         for split, files in self._files.items():
-            if not files:
+            if not files:  # only without split folders: a hash puts few files into one split
                 raise ValueError(
-                    f"source {printable(folder)}: the {split} split must have files, got none ({self._split_by})"
+                    f"source {printable(folder)}: the {split} split must have files, got none of {count} at a val "
+                    f"fraction of {val_fraction:g}; add images, set --val-fraction, or make the folders train/ and val/"
                 )
 
     @property

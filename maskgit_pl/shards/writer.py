@@ -72,7 +72,7 @@ def make_shards(
     """
     folder = Path(folder)
     workers = choose_workers(workers, work=sum(source.counts.values()) / _SAMPLES)
-    for name, value in (("size", size), ("shard size", shard_size), ("workers", workers)):
+    for name, value in (("image_size", size), ("shard_size", shard_size), ("num_workers", workers)):
         check_integer(name, 1 if value is None else value, "[1, inf)")
     # 1.
     record = describe(source, size=size, shard_size=shard_size)

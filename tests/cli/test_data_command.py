@@ -82,7 +82,7 @@ def test_user_errors_say_what_is_wrong(tree, tmp_path):
         call("make", tmp_path / "nowhere", "--out", tmp_path / "out")
     with pytest.raises(ValueError, match="names of its sub-folders"):
         call("make", tree, "--out", tmp_path / "out", "--class-names", "a,b")
-    with pytest.raises(ValueError, match="val fraction"):
+    with pytest.raises(ValueError, match="val_fraction"):
         call("make", tree, "--out", tmp_path / "out", "--val-fraction", "2")
     with pytest.raises(ValueError, match="got none"):
         call("index", tree)

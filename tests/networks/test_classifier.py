@@ -134,7 +134,7 @@ def test_folders_of_something_else_are_refused(tmp_path):
     kept(tmp_path, ClassifierSizes(1, 8, 3, width=4))
     config = json.loads((tmp_path / "config.json").read_text())
     for broken, match in (
-        ("{", "not JSON that can be read"),
+        ("{", "is not valid JSON"),
         ("[]", "must hold a mapping"),
         (json.dumps({"width": 24, "seed": 0}), "format must be 'maskgit_pl.classifier', got None; train it again"),
         (json.dumps({**config, "version": 2}), "version must be 1, got 2"),

@@ -119,7 +119,7 @@ def test_shards_that_would_be_both_or_none_are_refused(tars, tmp_path):
         split_shards(*locate_shards(str(tmp_path)), train="*.tar", val="a.tar")
     with pytest.raises(ValueError, match="train must have at least 1 shard"):
         split_shards(*locate_shards(str(tmp_path)), val="*.tar")
-    with pytest.raises(ValueError, match="val fraction"):
+    with pytest.raises(ValueError, match="val_fraction"):
         split_shards(*locate_shards(str(tmp_path)), val_fraction=1.5)
 
 
