@@ -33,7 +33,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--data", type=Path, metavar="DIR", help="data folder (default: data/shards/DATASET)")
     parser.add_argument(
-        "--cluster", default="single", metavar="NAME", help="machines: a file of recipes/cluster (default: single)"
+        "--cluster", default="single", metavar="NAME", help="machines: a file of recipes/cluster (default: %(default)s)"
     )
     parser.add_argument("--run", dest="run_name", metavar="NAME", help="name of the run (default: DATASET-RECIPE)")
     parser.add_argument(

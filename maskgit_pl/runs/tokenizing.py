@@ -56,10 +56,12 @@ class ProcessRank(NamedTuple):
 class TokenizeOptions:
     """The options of a token store.
 
+    If ``crops``, ``flip`` and ``precision`` are all None, an existing store of the run keeps its own.
+
     Args:
-        crops: Crops per training image, beginning with the central crop. None: those of the existing store, else 1.
-        flip: True adds the mirrored training images. None: that of the existing store, else False.
-        precision: Precision of the tokenizer. None: that of the existing store, else ``"float32"``.
+        crops: Crops per training image, beginning with the central crop. Default: 1.
+        flip: True adds the mirrored training images. Default: False.
+        precision: Precision of the tokenizer. Default: ``"float32"``.
         device: ``"cpu"``, ``"cuda:1"``, ...; ``"auto"`` takes a GPU if there is one.
         batch_size: Images per batch of the tokenizer.
         num_workers: Processes that decode images. None: 0 on a CPU, up to 8 with a GPU.
@@ -147,7 +149,7 @@ def find_process_rank(rank: int | None = None, world_size: int | None = None) ->
 
 
 def _describe(options: TokenizeOptions, folder: Path, shards: Path, tokenizer: PretrainedTokenizer) -> StoreDescription:
-    """Describes the wanted store. A run with a store keeps its crops, flips and precision unless options set others."""
+    """Describes the wanted store. A run with a store keeps its crops, flips and precision if the options set none."""
     from maskgit_pl.data import describe_store
     from maskgit_pl.shards.tokens import read_description
 
