@@ -129,12 +129,12 @@ def test_missing_folders_are_named(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("classes", "error", "message"),
     [
-        (["Trousers"], ValueError, "class 'Trousers': did you mean 'Trouser'"),
+        (["Trousers"], ValueError, "unknown class 'Trousers': did you mean 'Trouser'"),
         ([3], ValueError, r"class must be an index in \[0, 3\)"),
         ([-1], ValueError, "class must be an index .* got -1"),
         ([True], TypeError, "class must be .* got True"),
         ([1.5], TypeError, "class must be .* got 1.5"),
-        ("Trousers", ValueError, "class 'Trousers': did you mean 'Trouser'"),
+        ("Trousers", ValueError, "unknown class 'Trousers': did you mean 'Trouser'"),
         (3, ValueError, r"class must be an index in \[0, 3\)"),
         (True, TypeError, "class must be .* got True"),
         (1.5, TypeError, "classes must be class indices or names, got 1.5"),

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskgit_pl.cli.flags import check_outputs
+from maskgit_pl.cli.flags import check_outputs, use_flag_names
 from maskgit_pl.locks import hold_lock
 from maskgit_pl.progress import named_bars
 
@@ -166,15 +166,16 @@ def _make(args: argparse.Namespace) -> int:
     from maskgit_pl.shards.sources import open_source
 
     names = _class_names(args)
-    source = open_source(args.source, classes=names, val_fraction=args.val_fraction, label_field=args.label_field)
-    make(
-        source,
-        args.out,
-        size=args.image_size,
-        shard_size=args.shard_size,
-        lenient=args.lenient,
-        workers=args.num_workers,
-    )
+    with use_flag_names(args):
+        source = open_source(args.source, classes=names, val_fraction=args.val_fraction, label_field=args.label_field)
+        make(
+            source,
+            args.out,
+            size=args.image_size,
+            shard_size=args.shard_size,
+            lenient=args.lenient,
+            workers=args.num_workers,
+        )
     return 0
 
 

@@ -78,7 +78,7 @@ def _find_class(wanted: str, names: Sequence[str]) -> int:
     if not found:
         # 1,000 names of ImageNet would fill the terminal: only close ones are listed.
         close = difflib.get_close_matches(wanted, names, n=5, cutoff=0.3)
-        raise ValueError(f"class {wanted!r}: {nearest(wanted, names if len(names) <= _MAX_LISTED else close)}")
+        raise ValueError(f"unknown class {wanted!r}: {nearest(wanted, names if len(names) <= _MAX_LISTED else close)}")
     if len(found) > 1:
         raise ValueError(f"class {wanted!r} is the name of several classes; give one of the indices {found}")
     return found[0]

@@ -96,7 +96,8 @@ class ImageFolder:
         val_fraction: Fraction of the files that become val if there are no split folders, in (0, 1).
 
     Raises:
-        ValueError: if there are no images or no classes, val has a class that train lacks, or a split has no files.
+        ValueError: if there are no images or no classes, val has a class that train lacks, one split folder stands
+            without the other, or a split has no files.
     """
 
     def __init__(self, folder: Path, *, val_fraction: float = 0.1) -> None:
@@ -108,6 +109,7 @@ class ImageFolder:
         if (folder / "train").is_dir() and val is not None:
             self.classes, self._files, self._left_out = _read_split_tree(folder, val)
         else:
+            _check_no_half_split(folder)
             self.classes, self._files, self._left_out = _read_plain_tree(folder, val_fraction)
         count = sum(map(len, self._files.values()))
         for split, files in self._files.items():
@@ -169,6 +171,18 @@ def _read_split_tree(folder: Path, val: Path) -> tuple[tuple[str, ...], dict[Spl
     left_out: _LeftOut = {"beside the folders of the splits": beside} if beside else {}
     train, held_out = (_list_files(part, classes, left_out) for part in (folder / "train", val))
     return classes, {"train": train, "val": held_out}, left_out
+
+
+def _check_no_half_split(folder: Path) -> None:
+    """Raises if one split folder stands without the other: it would become a class that is named like a split."""
+    for name in ("train", *_VAL_FOLDERS):
+        # A class may be called train too: it has images in it, not folders.
+        if (folder / name).is_dir() and any(path.is_dir() for path in (folder / name).iterdir()):
+            other = "val/ (or test/)" if name == "train" else "train/"
+            raise ValueError(
+                f"source {printable(folder)} must have {other} beside {name}/, got no such folder; add it, or name "
+                f"{printable(folder / name)} to take the val split from its images"
+            )
 
 
 def _read_plain_tree(folder: Path, val_fraction: float) -> tuple[tuple[str, ...], dict[Split, list[_File]], _LeftOut]:

@@ -100,7 +100,10 @@ def test_an_edit_shows_how_it_was_decoded(tiny_pretrained: Path, image: Path, tm
         ),
         (["inpaint", "RUN", "IMAGE"], "one of --box and --mask must be given, got neither"),
         (["panorama", "RUN", "--width", "6"], "--width must be >= 8 pixels, the size of the model's images, got 6"),
-        (["panorama", "RUN", "--width", "20", "--classes", "Trousers"], "class 'Trousers': did you mean 'Trouser'"),
+        (
+            ["panorama", "RUN", "--width", "20", "--classes", "Trousers"],
+            "unknown class 'Trousers': did you mean 'Trouser'",
+        ),
         (["panorama", "RUN", "--width", "20", "--overlap", "0"], "--overlap must be a fraction in (0, 1), got 0.0"),
     ],
 )

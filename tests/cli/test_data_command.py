@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -82,10 +83,31 @@ def test_user_errors_say_what_is_wrong(tree, tmp_path):
         call("make", tmp_path / "nowhere", "--out", tmp_path / "out")
     with pytest.raises(ValueError, match="names of its sub-folders"):
         call("make", tree, "--out", tmp_path / "out", "--class-names", "a,b")
-    with pytest.raises(ValueError, match="val_fraction"):
+    with pytest.raises(ValueError, match=r"--val-fraction must be"):
         call("make", tree, "--out", tmp_path / "out", "--val-fraction", "2")
     with pytest.raises(ValueError, match="got none"):
         call("index", tree)
+
+
+@pytest.mark.parametrize(("split", "other"), [("train", "val"), ("val", "train"), ("test", "train")])
+def test_one_split_folder_without_the_other_is_refused(tree, tmp_path, split, other):
+    folder = tmp_path / "half"
+    shutil.copytree(tree, folder / split)
+    with pytest.raises(ValueError, match=rf"half must have {other}/.* beside {split}/"):
+        call("make", folder, "--out", tmp_path / "out")
+
+
+def test_a_class_may_be_called_train(tree, tmp_path):
+    folder = tmp_path / "vehicles"
+    shutil.copytree(tree, folder)
+    (folder / read_class(tree)).rename(folder / "train")
+    call("make", folder, "--out", tmp_path / "out", "--val-fraction", "0.5")
+    assert "train" in read_manifest_summary(tmp_path / "out").classes
+
+
+def read_class(tree):
+    """Returns the name of the first class of an image folder."""
+    return min(path.name for path in tree.iterdir() if path.is_dir())
 
 
 def test_parser_needs_no_heavy_import():

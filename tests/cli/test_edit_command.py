@@ -127,7 +127,7 @@ def test_a_box_is_that_of_the_image_before_it_is_fitted(tiny_pretrained: Path, t
         (["--class", "1", "--mask", "NOWHERE"], "nowhere.png: no such file"),
         (["--class", "1", "--mask", "TEXT"], "text.png must be a JPEG, PNG or WebP file"),
         (["--class", "1", "--mask", "BLACK"], "must not be empty"),
-        (["--class", "Trousers", "--box", "0,0,4,2"], "class 'Trousers': did you mean 'Trouser'"),
+        (["--class", "Trousers", "--box", "0,0,4,2"], "unknown class 'Trousers': did you mean 'Trouser'"),
         (["--class", "17", "--box", "0,0,4,2"], "class must be an index in [0, 3) or a name, got 17"),
         (["--class", "1", "--box", "0,0,4,2", "--num-steps", "17"], "--num-steps must be <= 16"),
         (["--class", "1", "--box", "0,0,4,2", "--batch-size", "0"], "--batch-size must be >= 1"),
