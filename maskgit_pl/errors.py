@@ -159,9 +159,8 @@ def describe_error(error: BaseException, command: str, *, with_traceback: bool =
             "traceback above and the output of `maskgit --version`\n"
         )
     text = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
-    lines = "\n".join(
-        printable(line, limit=None) for line in text.split("\n")
-    )  # the text may contain names from untrusted files
+    # The text may contain names from untrusted files.
+    lines = "\n".join(printable(line, limit=None) for line in text.split("\n"))
     return f"{stack if with_traceback else ''}{command}: {lines}\n"
 
 

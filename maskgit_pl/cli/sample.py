@@ -26,6 +26,7 @@ _PER_CLASS = 8
 _ANIMATED = 4  # number of images side by side in an animation
 _MAX_CLASSES = 10  # number of classes that ``--classes all`` shows in a picture
 _OUT = Path("samples.png")
+# Options of ``generate_many`` that are flags.
 _BULK = (
     "num_images",
     "seed",
@@ -33,7 +34,7 @@ _BULK = (
     "batch_size",
     "rank",
     "world_size",
-)  # options of ``generate_many`` that are flags
+)
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -127,10 +127,8 @@ def token_mask(mask: Tensor, *, factor: int, dilation: int = 0) -> Tensor:
 
     if dilation < 0:
         raise ValueError(f"dilation must be >= 0 tokens, got {dilation}")
-    bottom, right = (
-        -mask.shape[0] % factor,
-        -mask.shape[1] % factor,
-    )  # pixels that the last tokens cover beyond the image
+    # Pixels that the last tokens cover beyond the image.
+    bottom, right = -mask.shape[0] % factor, -mask.shape[1] % factor
     # Pads with "not masked" to whole tokens, then takes the maximum over the pixels of each token.
     whole = F.pad(mask.float(), (0, right, 0, bottom))
     tokens = reduce(whole, "(h fh) (w fw) -> 1 h w", "max", fh=factor, fw=factor)

@@ -28,11 +28,8 @@ __all__ = ["ImportedTokenizer", "Layout", "import_taming", "layout_of", "tokeniz
 
 _GROUPS = 32  # groups of every GroupNorm in both projects
 _CODEBOOK = "quantize.embedding.weight"
-_WEIGHTS = (
-    "state_dict",
-    "ema",
-    "model",
-)  # entries that hold the tensors; as in LlamaGen, its average comes before "model"
+# Entries that hold the tensors; as in LlamaGen, its average comes before "model".
+_WEIGHTS = ("state_dict", "ema", "model")
 _NOT_THE_NETWORK = (  # names, or beginnings that end in a dot
     "loss.",  # discriminator and perceptual network of Lightning checkpoints
     "discriminator.",
@@ -41,12 +38,8 @@ _NOT_THE_NETWORK = (  # names, or beginnings that end in a dot
     "quantize.embedding.cluster_size",
     "quantize.embedding.embed_avg",
 )
-_RECORDS = (
-    "pytorch_lightning.",
-    "lightning.",
-    "argparse.Namespace",
-    "omegaconf.",
-)  # what programs store beside weights
+# Classes that training programs store beside weights.
+_RECORDS = ("pytorch_lightning.", "lightning.", "argparse.Namespace", "omegaconf.")
 _GUMBEL = ("quantize.embed.weight", "quantize.proj.weight")
 _TRANSFORMER = re.compile(r"(^|\.)(transformer|first_stage_model|tok_emb|tok_embeddings|layers\.0)\.")
 _OUTER = {  # our layers outside the levels -> both projects'

@@ -291,9 +291,8 @@ class MaskedTransformer(Transformer):
         class_position = torch.zeros_like(positions[:, :1])
         computed = torch.cat([positions + 1, newly_known + 1, class_position], dim=1)
         rows = self._sequence(tokens, labels).gather(1, computed)  # (B, M + P + 1)
-        x = self.embedding_norm(
-            self.token_embedding(rows) + self.position_embedding(computed)
-        )  # no dropout: for inference
+        # No dropout: this is for inference.
+        x = self.embedding_norm(self.token_embedding(rows) + self.position_embedding(computed))
         for block, key_value in zip(blocks, cache.key_values, strict=True):
             num_queries = positions.shape[1] if block is blocks[-1] else None
             x = block.forward_cached(x, computed, key_value, num_queries=num_queries)
