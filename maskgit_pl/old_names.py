@@ -14,9 +14,11 @@ from functools import cache
 from typing import Any, TypeVar
 
 __all__ = [
+    "OLD_GUIDANCE_SCHEDULES",
     "rename_cluster",
     "rename_config",
     "rename_decoding",
+    "rename_flag",
     "rename_keys",
     "rename_measurement",
     "rename_settings",
@@ -69,6 +71,29 @@ _TENSORS = {
 }
 _TENSOR_PART = re.compile(rf"(?<![^./])({'|'.join(_TENSORS)})(?![^.])")  # a whole part between dots
 _CLUSTERS = {"cpu": "single"}  # old file of recipes/cluster -> new file
+OLD_GUIDANCE_SCHEDULES = {"column-normalised": "linear"}  # both computed the same
+"""Guidance schedules of version 0.1.0 that have other names now: old name -> new name."""
+# Old flag -> new flag, of all commands.
+_FLAGS = {
+    "--batch": "--batch-size",
+    "--cas-batch": "--cas-batch-size",
+    "--cas-samples": "--cas-images",
+    "--cas-steps": "--cas-max-steps",
+    "--flip": "--flip-probability",
+    "--guidance-schedule": "--guidance",
+    "--likelihood-samples": "--likelihood-images",
+    "--num-ranks": "--world-size",
+    "--num-samples": "--num-images",
+    "--part-samples": "--part-size",
+    "--plot": "--out",
+    "--runs": "--runs-folder",
+    "--schedule": "--schedules",
+    "--selector": "--token-selector",
+    "--size": "--image-size",
+    "--steps": "--num-steps",
+    "--temperature": "--choice-temperature",
+    "--workers": "--num-workers",
+}
 
 
 def rename_tree(tree: Mapping[str, Any], origin: str) -> dict[str, Any]:
@@ -152,6 +177,13 @@ def rename_cluster(name: str) -> str:
     if new != name:
         _warn("--cluster", {name: new})
     return new
+
+
+def rename_flag(flag: str, command: str) -> str:
+    """Returns the present name of a flag of a command; a name that did not change is returned as it is."""
+    if command == "train-classifier" and flag == "--steps":  # training steps; elsewhere they are decoding steps
+        return "--max-steps"
+    return _FLAGS.get(flag, flag)
 
 
 def rename_tensor(name: str) -> str:

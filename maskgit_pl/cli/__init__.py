@@ -39,6 +39,7 @@ from maskgit_pl.cli import (
     tune,
 )
 from maskgit_pl.errors import BAD_INPUT, CannotWriteError, describe_error, error_of_exit, exit_code_of
+from maskgit_pl.old_names import rename_flag
 from maskgit_pl.terminal import Terminal
 from maskgit_pl.text import PrintableFormatter
 
@@ -48,27 +49,6 @@ _COMMANDS = (
     data, doctor, train, slurm, tokenize, export, sample, inpaint, outpaint, panorama, evaluate, compare, tune,
     ablation, paper, train_classifier, schedules, import_jax, import_taming,
 )  # fmt: skip
-
-_RENAMED_FLAGS = {  # flags of version 0.1.0 that have other names now
-    "--batch": "--batch-size",
-    "--cas-batch": "--cas-batch-size",
-    "--cas-samples": "--cas-images",
-    "--cas-steps": "--cas-max-steps",
-    "--flip": "--flip-probability",
-    "--guidance-schedule": "--guidance",
-    "--likelihood-samples": "--likelihood-images",
-    "--num-ranks": "--world-size",
-    "--num-samples": "--num-images",
-    "--part-samples": "--part-size",
-    "--plot": "--out",
-    "--runs": "--runs-folder",
-    "--schedule": "--schedules",
-    "--selector": "--token-selector",
-    "--size": "--image-size",
-    "--steps": "--num-steps",
-    "--temperature": "--choice-temperature",
-    "--workers": "--num-workers",
-}
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -168,20 +148,13 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     # (--trainer.max_steps) for the commands that take overrides, and a mistake for all others.
     args, rest = parser.parse_known_args([word for word in words if word != "--traceback"])
     for flag in (word.partition("=")[0] for word in rest):
-        if flag in _RENAMED_FLAGS:
-            parser.exit(BAD_INPUT, f"maskgit {args.command}: {flag} is now {_new_flag(flag, args.command)}\n")
+        if (new := rename_flag(flag, args.command)) != flag:
+            parser.exit(BAD_INPUT, f"maskgit {args.command}: {flag} is now {new}\n")
     if rest and not getattr(args, "takes_overrides", False):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.overrides = rest
     args.traceback = "--traceback" in words
     return args
-
-
-def _new_flag(flag: str, command: str) -> str:
-    """Returns the current name of a flag of version 0.1.0."""
-    if command == "train-classifier" and flag == "--steps":  # training steps; elsewhere they are decoding steps
-        return "--max-steps"
-    return _RENAMED_FLAGS[flag]
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from maskgit_pl.checks import check_number
 from maskgit_pl.decoding.plan import step_progress
+from maskgit_pl.old_names import OLD_GUIDANCE_SCHEDULES
 from maskgit_pl.registry import Registry
 
 __all__ = ["GuidanceSchedule", "guidance_scales", "guidance_schedules"]
@@ -50,7 +51,7 @@ guidance_schedules: Registry[GuidanceSchedule] = Registry(
     "guidance schedule",
     "maskgit_pl.guidance_schedules",
     check=check_guidance_schedule,
-    renamed={"column-normalised": "linear"},  # a name of version 0.1.0 for the same function
+    renamed=OLD_GUIDANCE_SCHEDULES,
 )
 
 
