@@ -167,7 +167,7 @@ class Evaluator:
                     "samples", keys | remark | taken, label, generated.read, generated.labels, metrics
                 )
             if not keep:
-                delete_generated(self._samples_file(model, decoding, num_images, seed))
+                delete_generated(_samples_file(model, decoding, num_images, seed))
         return {label: row for label, row in rows.items() if row is not None}
 
     def generate(
@@ -176,19 +176,13 @@ class Evaluator:
         """Generates the images of a measurement into a file, which exists until ``delete_generated``."""
         return generate_images(
             model.pipe,
-            self._samples_file(model, decoding, num_images, seed),
+            _samples_file(model, decoding, num_images, seed),
             decoding,
             num_images=num_images,
             seed=seed,
             batch_size=self.batch_size,
             on_images=self.bars(title, num_images),
         )
-
-    def _samples_file(self, model: EvaluatedModel, decoding: DecodingConfig, num_images: int, seed: int) -> Path:
-        # The name contains everything that determines the images, so that another measurement has another file.
-        digests = {name: model.identity[name] for name in ("tokenizer", "transformer", "config")}
-        key = [digests, decoding_key(decoding), num_images, seed]
-        return model.folder / f"samples-{shorten_digest(digest_of(key))}.npz"
 
     def measure_real(
         self, *, num_images: int, networks: Sequence[str] | None = None, metrics: Metrics = "all"
@@ -410,6 +404,13 @@ def collect_numbers(rows: Mapping[str, Row]) -> dict[str, float]:
             if value is not None:
                 found[name if name in _OF_IMAGES else metric_name(name, label)] = value
     return found
+
+
+def _samples_file(model: EvaluatedModel, decoding: DecodingConfig, num_images: int, seed: int) -> Path:
+    # The name contains everything that determines the images, so that another measurement has another file.
+    digests = {name: model.identity[name] for name in ("tokenizer", "transformer", "config")}
+    key = [digests, decoding_key(decoding), num_images, seed]
+    return model.folder / f"samples-{shorten_digest(digest_of(key))}.npz"
 
 
 def _in_bits(name: str, found: ImageLikelihood) -> dict[str, float]:

@@ -292,10 +292,8 @@ def open_evaluator(
         references = obtain_references(folders.references, data, extractors, on_images=on_images)
         labels = read_real_labels(data)
     else:
-        references, labels = (
-            read_references(reference, extractors, folder=folders.references, on_images=on_images),
-            None,
-        )
+        references = read_references(reference, extractors, folder=folders.references, on_images=on_images)
+        labels = None
     return Evaluator(
         data,
         dataset=folders.data.name,

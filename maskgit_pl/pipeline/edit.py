@@ -45,7 +45,7 @@ class Editor(Generator):
 
         Example::
 
-            pipe = MaskGIT.from_pretrained("runs/demo/pretrained")
+            pipe = MaskGIT.from_pretrained("runs/fashion-mnist-cosine")
             variants = pipe.inpaint("sneaker.png", "mask.png", classes=["Sneaker"] * 4)
             variants[0].save("inpainted.png")
 
@@ -60,8 +60,7 @@ class Editor(Generator):
                 tensor (C, H, W) or an array (H, W) or (H, W, C).
             mask: One mask for all results, or a list with one for each: a file or a PIL image, white where pixels
                 are generated, or (H, W) bool.
-            classes: Class of each result, an index or a name. None gives one result of "no class", if the model was
-                trained with it.
+            classes: Index or name of the class of each result. None gives one result of "no class" (see ``generate``).
             output_type: See ``generate``.
             options: Options of ``generate``, and ``dilation``, ``blend`` and ``fit`` of ``EditOptions``. The first
                 floor(T / 6) of T steps are skipped, except for a full mask.
@@ -108,7 +107,7 @@ class Editor(Generator):
 
         Example::
 
-            pipe = MaskGIT.from_pretrained("runs/demo/pretrained")
+            pipe = MaskGIT.from_pretrained("runs/fashion-mnist-cosine")
             boots = pipe.edit_class("sneaker.png", (0, 4, 28, 16), "Ankle boot", variants=4)
             boots[0].save("boot.png")
 
@@ -153,24 +152,21 @@ class Editor(Generator):
 
         Example::
 
-            pipe = MaskGIT.from_pretrained("pretrained/places512")
-            wide = pipe.outpaint("landscape.png", right=256)
+            wide = MaskGIT.from_pretrained("pretrained/places512").outpaint("landscape.png", right=256)
 
         1. Places the tokens of the image on a larger canvas.
         2. Fills the canvas window by window; each window overlaps known tokens.
         3. Decodes the whole canvas to pixels, and pastes the original image into it.
 
         Args:
-            image: A file, a PIL image or uint8 pixels (see ``inpaint``), smaller or larger than the images of the
-                model.
+            image: A file, a PIL image or uint8 pixels (see ``inpaint``) of any size.
             left: Pixels to add on the left. All four numbers and the size of the image are multiples of the pixels of
                 a token, and the result is at least as large as the images of the model.
             right: Pixels to add on the right.
             up: Pixels to add above.
             down: Pixels to add below.
             classes: See ``inpaint``.
-            overlap: Fraction of a window that is known before it is decoded, in (0, 1); less if no window has so many
-                known tokens.
+            overlap: Fraction of a window that is known before it is decoded, in (0, 1); less if no window has as much.
             output_type: See ``generate``.
             options: Options of ``inpaint`` without ``fit``. ``dilation``, 0 by default, is the number of tokens along
                 the border of the image that are decoded again. With ``blend=0`` all pixels of the image stay.

@@ -36,7 +36,7 @@ class MaskGIT(Editor):
 
     Example::
 
-        pipe = MaskGIT.from_pretrained("runs/demo")
+        pipe = MaskGIT.from_pretrained("runs/fashion-mnist-cosine")
         images = pipe.generate(["Sneaker", "Bag", 0], num_steps=8, seed=0)
         images[0].save("sneaker.png")
 

@@ -55,11 +55,12 @@ _POLLS = 20  # polls of the child processes within a tick
 class Watchdog(Callback):
     """A callback that ends the process with exit code 70 if a run makes no progress.
 
-    The limit in training is max(``seconds``, 20 x the median step). It is 18 x ``seconds`` during set-up, validation,
-    saving and export, and in the first steps. Time in which the process is stopped (SIGSTOP) does not count.
+    The limit in training is max(``seconds``, 20 x the median step); with gradient accumulation, a step here is a
+    micro-batch. The limit is 18 x ``seconds`` during set-up, validation, saving and export, and in the first steps.
+    Time in which the process is stopped (SIGSTOP) does not count.
 
-    Each rank that still runs then writes the stacks of all its threads to ``stacks.txt`` (``stacks-rank1.txt`` ...) in
-    the folder of the stage, and to stderr.
+    Before the process ends, each rank that still runs writes the stacks of all its threads to ``stacks.txt``
+    (``stacks-rank1.txt`` ...) in the folder of the stage, and to stderr.
 
     If the process of another rank has ended, or fails with an error that only that rank has, this process also ends
     within seconds.
