@@ -6,15 +6,14 @@ Faults that would silently lose samples are rejected in one list, or left out an
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +22,6 @@ from maskgit_pl.checks import check_number
 from maskgit_pl.shards.braces import expand_braces
 from maskgit_pl.shards.manifest import (
     INDEX_DTYPE,
-    ImageRange,
     Manifest,
     Shard,
     Split,
@@ -32,11 +30,11 @@ from maskgit_pl.shards.manifest import (
     union,
 )
 from maskgit_pl.shards.parallel import choose_workers, run_jobs
-from maskgit_pl.shards.scan import NO_LABEL, Fault, Labels, ShardScan, format_counts, scan_shard
+from maskgit_pl.shards.scan import NO_LABEL, Labels, ShardScan, format_counts, scan_shard
+from maskgit_pl.shards.scan_progress import PROGRESS, read_progress, start_progress, write_scan
 
 __all__ = ["IndexResult", "find_shards", "index_shards", "locate_shards", "split_shards"]
 
-PROGRESS = ".index.partial"
 UNLABELLED = "image"  # name of the only class of data without labels
 _MAX_COUNTS_BYTES = 64 * 2**20  # of sizes.json and *_stats.json
 _VAL, _TEST, _TRAIN = r"val|valid|validation", r"test", r"train|training"
@@ -253,7 +251,7 @@ def _scan_all(
     on_shard: Callable[[Split, int], object],
 ) -> tuple[dict[str, ShardScan], Path]:
     path = folder / PROGRESS
-    known = _read_progress(path, folder, labels)
+    known = read_progress(path, folder, labels)
     split_of = {name: split for split, of_split in names.items() for name in of_split}
     scans = {name: known[name] for name in split_of if name in known}
     for name in scans:
@@ -263,11 +261,11 @@ def _scan_all(
         if known:
             file.write(b"\n")  # a killed run may have left half a line
         else:
-            _write_line(file, _options_to_json(labels))
+            start_progress(file, labels)
         for name, scan in run_jobs(_scan_by_name, (folder, labels, lenient), jobs, workers=workers):
             scans[name] = scan
             if scan.sha256:
-                _write_line(file, {"name": name, **_scan_to_json(scan)})
+                write_scan(file, name, scan)
             on_shard(split_of[name], len(names[split_of[name]]))
     return {name: scans[name] for name in split_of}, path
 
@@ -411,63 +409,3 @@ def _sum_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     for of_shard in counts:
         total.update(of_shard)
     return dict(sorted(total.items()))
-
-
-def _options_to_json(labels: Labels) -> dict[str, Any]:
-    return {"format": 1, "labels": labels.source, "classes": None if labels.classes is None else list(labels.classes)}
-
-
-def _write_line(file: IO[bytes], content: Mapping[str, Any]) -> None:
-    file.write((json.dumps(content) + "\n").encode())
-    file.flush()
-
-
-def _scan_to_json(scan: ShardScan) -> dict[str, Any]:
-    return asdict(scan) | {"rows": base64.b64encode(scan.rows.tobytes()).decode()}
-
-
-def _read_progress(path: Path, folder: Path, labels: Labels) -> dict[str, ShardScan]:
-    """Returns the scans of an interrupted run, if it had the same options, of shards that have not changed since."""
-    if not path.is_file():
-        return {}
-    with open(path, "rb") as file:
-        lines = _whole_lines(file)
-        # Other labels or class names would give other rows.
-        if next(lines, None) != _options_to_json(labels):
-            return {}
-        known = ((line, _reuse_scan(folder, line)) for line in lines)
-        return {line["name"]: scan for line, scan in known if scan is not None}
-
-
-def _whole_lines(file: IO[bytes]) -> Iterator[dict[str, Any]]:
-    for line in file:
-        try:
-            yield json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-
-
-def _reuse_scan(folder: Path, line: dict[str, Any]) -> ShardScan | None:
-    try:
-        return _scan_from_json(folder, line)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # the shard is gone or the line is damaged
-        return None
-
-
-def _scan_from_json(folder: Path, line: dict[str, Any]) -> ShardScan | None:
-    status = os.stat(folder / line["name"])
-    if (status.st_size, status.st_mtime_ns) != (line["bytes"], line["mtime_ns"]):
-        return None
-    images = line["images"]
-    return ShardScan(
-        bytes=line["bytes"],
-        mtime_ns=line["mtime_ns"],
-        sha256=line["sha256"],
-        rows=np.frombuffer(base64.b64decode(line["rows"]), INDEX_DTYPE),
-        images=None
-        if images is None
-        else ImageRange(*(tuple(images[name]) for name in ("height", "width", "channels"))),
-        num_keys=line["num_keys"],
-        faults={fault: Fault(**found) for fault, found in line["faults"].items()},
-        ignored=line["ignored"],
-    )

@@ -1,0 +1,89 @@
+"""The file of an unfinished index run, with one line per scanned shard: a repeated run scans only the rest.
+
+Used by ``index``. The first line holds the options; the scans of other options are not used.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from maskgit_pl.shards.manifest import INDEX_DTYPE, ImageRange
+from maskgit_pl.shards.scan import Fault, Labels, ShardScan
+
+__all__ = ["PROGRESS", "read_progress", "start_progress", "write_scan"]
+
+PROGRESS = ".index.partial"
+
+
+def start_progress(file: IO[bytes], labels: Labels) -> None:
+    """Writes the line of the options to a new file."""
+    _write_line(file, _options_to_json(labels))
+
+
+def write_scan(file: IO[bytes], name: str, scan: ShardScan) -> None:
+    """Writes the line of a scanned shard."""
+    _write_line(file, {"name": name, **asdict(scan), "rows": base64.b64encode(scan.rows.tobytes()).decode()})
+
+
+def read_progress(path: Path, folder: Path, labels: Labels) -> dict[str, ShardScan]:
+    """Returns the scans of an interrupted run, if it had the same options, of shards that have not changed since."""
+    if not path.is_file():
+        return {}
+    with open(path, "rb") as file:
+        lines = _whole_lines(file)
+        # Other labels or class names would give other rows.
+        if next(lines, None) != _options_to_json(labels):
+            return {}
+        known = ((line, _reuse_scan(folder, line)) for line in lines)
+        return {line["name"]: scan for line, scan in known if scan is not None}
+
+
+def _options_to_json(labels: Labels) -> dict[str, Any]:
+    return {"format": 1, "labels": labels.source, "classes": None if labels.classes is None else list(labels.classes)}
+
+
+def _write_line(file: IO[bytes], content: Mapping[str, Any]) -> None:
+    file.write((json.dumps(content) + "\n").encode())
+    file.flush()
+
+
+def _whole_lines(file: IO[bytes]) -> Iterator[dict[str, Any]]:
+    for line in file:
+        try:
+            yield json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+
+
+def _reuse_scan(folder: Path, line: dict[str, Any]) -> ShardScan | None:
+    try:
+        return _scan_from_json(folder, line)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # the shard is gone or the line is damaged
+        return None
+
+
+def _scan_from_json(folder: Path, line: dict[str, Any]) -> ShardScan | None:
+    status = os.stat(folder / line["name"])
+    if (status.st_size, status.st_mtime_ns) != (line["bytes"], line["mtime_ns"]):
+        return None
+    images = line["images"]
+    return ShardScan(
+        bytes=line["bytes"],
+        mtime_ns=line["mtime_ns"],
+        sha256=line["sha256"],
+        rows=np.frombuffer(base64.b64decode(line["rows"]), INDEX_DTYPE),
+        images=None
+        if images is None
+        else ImageRange(*(tuple(images[name]) for name in ("height", "width", "channels"))),
+        num_keys=line["num_keys"],
+        faults={fault: Fault(**found) for fault, found in line["faults"].items()},
+        ignored=line["ignored"],
+    )
