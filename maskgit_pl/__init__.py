@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from maskgit_pl.tokenizer_config import TokenizerConfig
     from maskgit_pl.training.optimizers import LearningRate, OptimizerConfig
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "AutoregressiveConfig",
     "AutoregressiveDecoder",
