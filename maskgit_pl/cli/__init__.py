@@ -151,10 +151,23 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         if (new := rename_flag(flag, args.command)) != flag:
             parser.exit(BAD_INPUT, f"maskgit {args.command}: {flag} is now {new}\n")
     if rest and not getattr(args, "takes_overrides", False):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        # Dashes are not compared: they would make all flags alike.
+        hint = did_you_mean(rest[0].partition("=")[0].lstrip("-"), _flags_of(parser, words)).replace(" '", " '--")
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint and f'; {hint}'}")
     args.overrides = rest
     args.traceback = "--traceback" in words
     return args
+
+
+def _flags_of(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
+    """Returns the flags of the command that ``words`` name, without dashes."""
+    # ``data make`` has two names: each leads to the parser of the next one.
+    for word in words:
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction) and word in action.choices:
+                parser = action.choices[word]
+                break
+    return [flag.removeprefix("--") for flag in parser._option_string_actions if flag.startswith("--")]
 
 
 def _run(args: argparse.Namespace) -> int:

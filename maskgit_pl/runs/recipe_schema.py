@@ -49,7 +49,7 @@ class TrainerSettings:
         num_sanity_val_steps: Number of validation batches before the first step.
         log_every_n_steps: Steps between log entries.
         gradient_clip_val: Maximum gradient norm in stage 2; None disables clipping. Stage 1: ``model.gradient_clip``.
-        gradient_clip_algorithm: ``norm`` or None, which means the norm. The models reject ``value``.
+        gradient_clip_algorithm: ``norm`` or None, which means the norm. Lightning's ``value`` is not offered.
         deterministic: True allows only deterministic kernels.
         benchmark: True lets cuDNN benchmark its convolutions; None leaves it to Lightning.
         detect_anomaly: True lets autograd check each backward pass for NaN, which is slow.
@@ -69,7 +69,7 @@ class TrainerSettings:
     num_sanity_val_steps: int | None = None
     log_every_n_steps: int = 50
     gradient_clip_val: float | None = None
-    gradient_clip_algorithm: Literal["norm", "value"] | None = None
+    gradient_clip_algorithm: Literal["norm"] | None = None
     deterministic: bool | Literal["warn"] | None = None
     benchmark: bool | None = None
     detect_anomaly: bool = False

@@ -41,6 +41,21 @@ def test_every_command_is_known(capsys):
         assert answer(capsys, command, "--help")[0] == 0
 
 
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (("sample", "runs/x", "--num-inference-steps", "8"), "; did you mean '--num-steps'?"),
+        (("data", "make", "x", "--out", "y", "--val-fractoin=1"), "; did you mean '--val-fraction'?"),
+        (("sample", "runs/x", "--foo"), ""),
+    ],
+)
+def test_an_unknown_flag_is_answered_with_the_nearest(capsys, words, hint):
+    code, _, error = answer(capsys, *words)
+    assert code == 2
+    assert error.endswith(f"{hint}\n")
+    assert ("did you mean" in error) is bool(hint)
+
+
 def test_a_value_that_argparse_drops_is_refused(capsys):
     assert answer(capsys, "schedules", "--num-steps=--") == (
         2,
