@@ -418,7 +418,7 @@ def test_no_rank_steps_when_one_cannot(bench, report, stage, what):
     assert weights[3] == weights[4] == weights[5] != weights[6] != weights[2]
     said = line(texts[0], "step 4: non-finite .*; no rank updates its weights")
     if what == "nan loss":
-        assert "the loss of rank 1" in said
+        assert "loss on rank 1" in said
     report.add(
         "non-finite values",
         f"{stage}: {what} on rank 1 in steps 5 and 6",

@@ -97,7 +97,7 @@ def test_offline_the_hub_is_not_asked(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
-    assert done.stderr.splitlines()[-1].startswith("FileNotFoundError: hub owner/name: no such folder here, not in")
+    assert done.stderr.splitlines()[-1].startswith("FileNotFoundError: hub owner/name: no such folder, not in")
 
 
 def cached(cache: Path, folder: Path) -> None:
