@@ -96,7 +96,7 @@ sample: $(STAMP) ## Generate images of RUN: CLASSES=0,3,7 NUM_STEPS=16 SEED=0
 	@$(BIN)/maskgit sample "runs/$(RUN)" --classes "$(CLASSES)" $(if $(NUM_STEPS),--num-steps $(NUM_STEPS)) --seed $(SEED) --out "runs/$(RUN)/sampled.png" $(ARGS)
 
 edit: $(STAMP) ## Regenerate a region of an image: IMAGE=file ARGS="--box L,T,R,B --class NAME --out FILE.png"
-	@$(BIN)/maskgit edit "runs/$(RUN)" "$(IMAGE)" $(ARGS)
+	@$(if $(IMAGE),$(BIN)/maskgit edit "runs/$(RUN)" "$(IMAGE)" $(ARGS),echo "IMAGE must name an image file: make edit IMAGE=photo.jpg ARGS=..." >&2; exit 2)
 
 evaluate: $(STAMP) ## Evaluate RUN; write evaluation.json and pictures
 	@$(BIN)/maskgit evaluate "runs/$(RUN)" --data "$(DATA)" $(ARGS)

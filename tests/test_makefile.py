@@ -49,6 +49,12 @@ def test_an_unknown_benchmark_is_answered_with_the_list():
     assert "stage2_step" in run_make("benchmark", "NAME=nope").stdout
 
 
+def test_edit_without_an_image_says_so():
+    assert "IMAGE must name an image file" in run_make("edit").stdout
+    printed = run_make("edit", "IMAGE=my photo.jpg", "ARGS=--box 0,4,28,16 --class Bag").stdout
+    assert 'maskgit edit "runs/fashion-mnist-cosine" "my photo.jpg" --box 0,4,28,16 --class Bag' in printed
+
+
 def test_slurm_jobs_use_ddp_unless_a_cluster_is_given():
     assert "--cluster ddp" in run_make("submit-transformer").stdout
     assert "--cluster fsdp" in run_make("submit-transformer", "CLUSTER=fsdp").stdout
