@@ -8,13 +8,12 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "maskgit_pl"
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
-MOST_OF_FILE, MOST_OF_CLASS, MOST_OF_FUNCTION = 450, 300, 60  # lines with docstrings, without comments
+MOST_OF_FILE, MOST_OF_CLASS, MOST_OF_FUNCTION = 450, 300, 60  # lines, docstrings among them
 MOST_PARAMETERS = 8  # fields of a dataclass aside
 
 
 def too_large(source: str) -> Iterator[str]:
     """Names each thing that is larger than it may be, with its size."""
-    source = "\n".join(line for line in source.splitlines() if not line.lstrip().startswith("#"))
     if (lines := len(source.splitlines())) > MOST_OF_FILE:
         yield f"file: {lines} lines"
     for node in ast.walk(ast.parse(source)):
@@ -53,10 +52,5 @@ def test_the_check_finds(source):
 
 
 def test_the_check_lets_pass():
-    source = (
-        "# why\n" * 9
-        + "class A:\n    def f(self, a, b, c, d, e, f, g, h):\n"
-        + "        x = 1\n" * 59
-        + "x = 1\n" * 389
-    )
+    source = "class A:\n    def f(self, a, b, c, d, e, f, g, h):\n" + "        x = 1\n" * 59 + "x = 1\n" * 389
     assert list(too_large(source)) == []

@@ -429,8 +429,7 @@ def _image_range(fields: object, where: str) -> ImageRange:
 
 
 def _is_inside(name: str) -> bool:
-    # A manifest may be hostile: no path may leave the folder or hide in it.
-    path = PurePosixPath(name)
+    path = PurePosixPath(name)  # a manifest may be hostile: no path may leave the folder or hide in it
     return not (path.is_absolute() or ".." in path.parts or path.name.startswith(".")) and name.isprintable()
 
 

@@ -54,8 +54,7 @@ _LABEL = re.compile(rb"\s*(0|[1-9][0-9]{0,8})\s*")
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f]|^/|(?:^|/)\.\.(?:/|$)")  # control characters, paths out of a folder
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 
-# Kinds of faults of a sample. In messages, each text follows a count: "3 without a label".
-# The texts are keys of ``left_out`` in manifests, whose fingerprint depends on them: do not change them.
+# Faults of a sample, after a count in messages. Keys of ``left_out``: a manifest's fingerprint depends on these words.
 NO_IMAGE, NO_LABEL = "without an image", "without a label"
 TWO_IMAGES, TWO_LABELS = "with two images", "with two labels"
 REPEATED, INTERLEAVED = "of a key that comes twice", "whose members do not lie side by side"

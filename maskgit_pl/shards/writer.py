@@ -74,8 +74,7 @@ def make_shards(
     workers = choose_workers(workers, work=sum(source.counts.values()) / _SAMPLES)
     for name, value in (("image_size", size), ("shard_size", shard_size), ("num_workers", workers)):
         check_integer(name, 1 if value is None else value, "[1, inf)")
-    # 1.
-    record = describe(source, size=size, shard_size=shard_size)
+    record = describe(source, size=size, shard_size=shard_size)  # 1.
     if is_made_from(folder, record):
         return False
     if folder.is_dir() and any(folder.iterdir()):
