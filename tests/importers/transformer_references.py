@@ -199,7 +199,9 @@ def randomise(network: nn.Module, *, seed: int = 0) -> nn.Module:
     """Draws every weight, also those that start at zero or one, at sizes that keep activations near 1."""
     generator = torch.Generator().manual_seed(seed)
     for name, weight in network.named_parameters():
-        scale = weight.shape[1] ** -0.5 if weight.dim() > 1 and "emb" not in name else 0.3
+        scale = weight.shape[-1] ** -0.5 if weight.dim() > 1 else 0.1
+        if "emb" in name:  # the head of Halton-MaskGIT multiplies by this table: its logits have a size near 1
+            scale *= 0.6
         weight.data = scale * torch.randn(weight.shape, generator=generator) + ("norm" in name or ".ln" in name)
     return network.eval().requires_grad_(requires_grad=False)
 
