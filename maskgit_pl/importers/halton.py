@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -189,11 +190,33 @@ def _decoding(config: BackboneConfig) -> DecodingConfig:
     assert isinstance(config, AdaLNConfig)
     published = _PUBLISHED.get((config.embed_dim, config.depth))
     scale = None if published is None else published.guidance_scale
+    num_steps = min(_STEPS, config.num_tokens)
     return DecodingConfig(
-        num_steps=min(_STEPS, config.num_tokens),
+        num_steps=num_steps,
         token_selector="halton",
         guidance={"name": "constant", "scale": _EXAMPLE_SCALE if scale is None else scale},
+        tokens_per_step=_tokens_per_step(num_steps, config.num_tokens),
     )
+
+
+def _tokens_per_step(num_steps: int, num_tokens: int) -> tuple[int, ...]:
+    """Computes the number of tokens that each step decides: floor(N (1 - 2 / pi arccos(t / T))) after t steps.
+
+    It is the schedule ``arccos`` but for rounding: at least t tokens are decided after t steps.
+
+    Args:
+        num_steps: T.
+        num_tokens: N.
+
+    Returns:
+        T integers >= 1 that sum to N.
+
+    Source: Sampler/halton_sampler.py, in float32 as there: for N = 576 and T = 32, 191 tokens after 16 steps, not 192.
+    """
+    steps = range(1, num_steps + 1)
+    left = torch.tensor([step / num_steps for step in steps]).acos() / (math.pi / 2)
+    decided = [0, *(max(step, int(ratio)) for step, ratio in zip(steps, (1 - left) * num_tokens, strict=True))]
+    return tuple(after - before for before, after in pairwise(decided))
 
 
 HALTON = TransformerLayout(

@@ -251,6 +251,28 @@ def test_the_steps_of_maskgil_decide_the_tokens_that_its_sampler_decides():
 
 
 @pytest.mark.parametrize("side", [16, 24])
+@pytest.mark.parametrize("name", HALTON_SIZES)
+def test_the_steps_of_halton_maskgit_decide_the_tokens_that_its_sampler_decides(name, side):
+    # The sampler's count after t steps, by its description.
+    count = side**2
+    after = [max(t, int((1 - torch.arccos(torch.tensor(t / 32)) / (math.pi * 0.5)) * count)) for t in range(33)]
+    size, blocks, heads = HALTON_SIZES[name]
+    tensors = published(Halton, size, blocks, heads, side=side).state_dict()
+    got = HALTON.decoding(HALTON.read_config(tensors, (16, 16), None)).tokens_per_step
+    assert [sum(got[:t]) for t in range(33)] == after
+    assert after[-1] == count
+
+
+@pytest.mark.parametrize("side", [4, 5, 6, 8])
+def test_small_grids_have_steps_too(side):
+    for kind, layout in ((Halton, HALTON), (MaskGIL, MASKGIL)):
+        tensors = published(kind, 32, 1, 4, side=side).state_dict()
+        decoding = layout.decoding(layout.read_config(tensors, (side, side), 4))
+        decoding.check(side**2, is_autoregressive=False)
+        assert decoding.num_steps == min(32, side**2)
+
+
+@pytest.mark.parametrize("side", [16, 24])
 def test_the_order_of_the_halton_selector_is_that_of_their_sampler(side):
     # Theirs, by its description: 10,000 points of bases 2 (rows) and 3 (columns) from 1/2 and 1/3 on, first visits.
     def inverse(number, base):
