@@ -1,7 +1,7 @@
 """The layout of Halton-MaskGIT's class-to-image transformer. Used by ``importers.transformers``.
 
-Our ``adaln`` backbone has norms without weights, since the modulation behind them scales and shifts anyway. The weights
-of theirs are folded into it: w x (1 + s) + t = x (1 + s') + t with s' = w s + w - 1, and s is linear in the condition.
+Our ``adaln`` backbone has norms without weights, since the modulation that follows scales and shifts anyway. Their
+weights are folded into it: w x (1 + s) + t = x (1 + s') + t with s' = w s + w - 1, and s is linear in the condition.
 
 Source: arXiv:2503.17076; valeoai/Halton-MaskGIT, ``Network/transformer.py``, ``Trainer/cls_trainer.py``, README.
 """
