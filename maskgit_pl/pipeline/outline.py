@@ -71,7 +71,7 @@ class Outline:
                 tuple(map(str, transformer["class_names"])),
                 _size(network["num_classes"]) if network["class_dropout"] > 0 else None,
                 rows * columns,
-                network["attention"] == "causal",
+                network.get("attention") == "causal",
                 read_settings_file(tuned)[0]
                 if tuned.is_file()
                 else build_dataclass(DecodingConfig, transformer["decoding"], ""),

@@ -7,7 +7,6 @@ import torch
 from PIL import Image
 
 from maskgit_pl import pretrained
-from maskgit_pl.networks.autoregressive import build_transformer
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.bulk import generate_many
@@ -25,7 +24,7 @@ def save_weaker(folder, strong, *, class_dropout=0.1, **changes):
     config = TransformerConfig(**sizes, embed_dim=8, depth=1, num_heads=1, mlp_dim=8, class_dropout=class_dropout)
     with torch.random.fork_rng():
         torch.manual_seed(9)
-        weights = peak_predictions(build_transformer(config)).state_dict()
+        weights = peak_predictions(config.create()).state_dict()
     pretrained.save_transformer(
         folder / "transformer",
         config,
