@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from maskgit_pl.shards.index import find_shards, index_shards, locate_shards, split_shards
+from maskgit_pl.shards.labels import parse_label
 from maskgit_pl.shards.manifest import load_manifest, read_manifest_summary
 from maskgit_pl.shards.reader import ShardReader
-from maskgit_pl.shards.scan import parse_label
 from maskgit_pl.shards.scan_progress import PROGRESS
 
 
