@@ -215,24 +215,10 @@ def index_shards(
     # 2. and 3. Compare counts, and reject faults.
     miscounts = _find_miscounts(folder, names, scans)
     raise_faults(folder, scans, [] if lenient else miscounts, lenient=lenient, labels=labels, kind=kind)
-    if classes is None:
-        largest = max((int(scan.rows["label"].max()) for scan in scans.values() if len(scan.rows)), default=0)
-        classes = [str(label) for label in range(largest + 1)]
-    # All manifests are made before the first is written: an error leaves none.
-    made = {
-        split: _make_manifest(folder, split, {name: scans[name] for name in of_split}, classes, labels)
-        for split, of_split in names.items()
-    }
-    for split, (manifest, rows) in made.items():
-        # 4. and 5.
-        if kind is not None:
-            array = _save_vectors(folder, split, {name: scans[name] for name in names[split]}, kind)
-            manifest = replace(manifest, vectors=array)
-        save_manifest(manifest, rows)
-        made[split] = manifest, rows
+    # 4. and 5. Copy the vectors and write the manifests.
+    manifests = _save_all(folder, names, scans, labels=labels, classes=classes or _number_classes(scans), kind=kind)
     progress.unlink(missing_ok=True)
     ignored = {split: _sum_counts(scans[name].ignored for name in of_split) for split, of_split in names.items()}
-    manifests = {split: manifest for split, (manifest, _) in made.items()}
     return IndexResult(manifests, ignored, tuple(f"{name}: {fault}" for name, fault in miscounts))
 
 
@@ -240,6 +226,33 @@ def _only_class(classes: Sequence[str] | None) -> Sequence[str]:
     if classes is not None and len(classes) != 1:
         raise ValueError(f"class names: data without labels must have 1 name, got {len(classes)}")
     return classes or (UNLABELLED,)
+
+
+def _number_classes(scans: Mapping[str, ShardScan]) -> list[str]:
+    """Returns numbers as class names, up to the largest label."""
+    largest = max((int(scan.rows["label"].max()) for scan in scans.values() if len(scan.rows)), default=0)
+    return [str(label) for label in range(largest + 1)]
+
+
+def _save_all(
+    folder: Path,
+    names: Mapping[Split, Sequence[str]],
+    scans: Mapping[str, ShardScan],
+    *,
+    labels: str,
+    classes: Sequence[str],
+    kind: VectorKind | None,
+) -> dict[Split, Manifest]:
+    """Writes index, vectors and manifest of each split."""
+    by_split = {split: {name: scans[name] for name in of_split} for split, of_split in names.items()}
+    # All manifests are made before the first is written: an error leaves none.
+    made = {split: _make_manifest(folder, split, of_split, classes, labels) for split, of_split in by_split.items()}
+    manifests = {}
+    for split, (manifest, rows) in made.items():
+        vectors = None if kind is None else _save_vectors(folder, split, by_split[split], kind)
+        manifests[split] = replace(manifest, vectors=vectors)
+        save_manifest(manifests[split], rows)
+    return manifests
 
 
 def _make_manifest(
