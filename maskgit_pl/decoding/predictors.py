@@ -23,7 +23,8 @@ from maskgit_pl.checks import check_integer
 from maskgit_pl.decoding.autoguidance import AutoguidedPredictor, apply_guidance
 from maskgit_pl.decoding.limits import check_guidance
 from maskgit_pl.decoding.predictor_protocols import CachingNetwork, ConditionalNetwork, Predictor
-from maskgit_pl.networks.transformer import ContextCache, Transformer
+from maskgit_pl.networks.backbone import Backbone
+from maskgit_pl.networks.transformer import ContextCache
 
 __all__ = [
     "AutoguidedPredictor",
@@ -217,7 +218,7 @@ class FirstStepPredictor:
 
 
 NetworkT = TypeVar("NetworkT", covariant=True)
-TransformerT = TypeVar("TransformerT", bound=Transformer)
+BackboneT = TypeVar("BackboneT", bound=Backbone)
 
 
 @dataclass(frozen=True)
@@ -248,13 +249,13 @@ class ConditionalModel(Generic[NetworkT]):
 
     @staticmethod
     def from_network(
-        network: TransformerT,
+        network: BackboneT,
         device: torch.device,
         *,
         first_step_logits: FirstStepLogits | None = None,
         context_cache: int = 1,
-    ) -> ConditionalModel[TransformerT]:
-        """Returns the model of a ``Transformer``, whose configuration holds the grid and the ids."""
+    ) -> ConditionalModel[BackboneT]:
+        """Returns the model of a ``Backbone``, whose configuration holds the grid and the ids."""
         config = network.config
         return ConditionalModel(
             network, config.grid, config.mask_token_id, config.null_label, device, first_step_logits, context_cache
