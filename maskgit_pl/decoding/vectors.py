@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["VectorNetwork", "check_vectors"]
+__all__ = ["VectorNetwork", "check_condition_vectors"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class VectorNetwork:
         return logits
 
 
-def check_vectors(
+def check_condition_vectors(
     vectors: Tensor | None, labels: Sequence[int], *, condition_dim: int, null_label: int | None
 ) -> Tensor | None:
     """Checks the vectors of a request against the network.
