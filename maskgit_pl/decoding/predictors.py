@@ -245,7 +245,7 @@ class ConditionalModel(Generic[NetworkT]):
     device: torch.device
     first_step_logits: FirstStepLogits | None = None
     context_cache: int = 1
-    negative: ConditionalModel[NetworkT] | None = None
+    negative: ConditionalModel[ConditionalNetwork] | None = None
 
     @staticmethod
     def from_network(
