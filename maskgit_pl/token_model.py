@@ -8,7 +8,8 @@ does for each micro-batch (the code repeats the numbers):
    position): ceil(ratio N) positions with ratio = max(gamma(u), min_mask_ratio). AutoregressiveModel predicts all
    tokens.
 3. Take the tokens (B, N) of the batch, or flip some of its images and encode them with the frozen tokenizer.
-4. Replace each label by the null class with probability ``class_dropout``, a function of (seed, sample, epoch).
+4. Replace each label by the null class with probability ``class_dropout``, a function of (seed, sample, epoch). The
+   null class also hides the vector of the sample, if the network is conditioned on vectors.
 5. Replace the masked tokens by the mask token (``_mask_tokens``; causal attention keeps all tokens), and compute logits
    at the M predicted tokens only.
 6. Compute the loss, with label smoothing: the mean over rows of (sum of the row's cross-entropies / their number).
@@ -139,8 +140,8 @@ class TokenModel(LightningModule):
         """Returns the group of each of the M predicted tokens in the logs, (M,) int64 in [0, 4)."""
 
     @abstractmethod
-    def _decode(self, labels: Sequence[int], seeds: Sequence[int]) -> Iterator[DecodingStep]:
-        """Decodes one image for each label and seed with the averaged network, which is in evaluation mode."""
+    def _decode(self, labels: Sequence[int], seeds: Sequence[int], vectors: Tensor | None) -> Iterator[DecodingStep]:
+        """Decodes one image for each label, seed and vector with the averaged network, which is in evaluation mode."""
 
     @property
     def averaged_network(self) -> Backbone:
@@ -228,7 +229,12 @@ class TokenModel(LightningModule):
         labels = self._drop_classes(batch)  # 4
         # 5, 6
         loss, token_loss, hits = self._compute_losses(
-            self.transformer, tokens, labels, mask, smoothing=self.config.label_smoothing
+            self.transformer,
+            tokens,
+            labels,
+            mask,
+            vectors=batch.vectors_for(self.config.network.condition_dim),
+            smoothing=self.config.label_smoothing,
         )
         self._accumulate_bins(mask, token_loss, hits)
         is_logged = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # set late
@@ -241,7 +247,14 @@ class TokenModel(LightningModule):
         tokens, mask = self.tokens_and_mask(batch)
         # Rows that only pad the last batch do not count.
         mask = mask & batch.valid.unsqueeze(1)
-        _, token_loss, hits = self._compute_losses(self.averaged_network, tokens, batch.labels, mask, smoothing=0.0)
+        _, token_loss, hits = self._compute_losses(
+            self.averaged_network,
+            tokens,
+            batch.labels,
+            mask,
+            vectors=batch.vectors_for(self.config.network.condition_dim),
+            smoothing=0.0,
+        )
         self._validation_loss.update(token_loss)
         self._validation_accuracy.update(hits)
 
@@ -262,11 +275,19 @@ class TokenModel(LightningModule):
         return self._encode(batch), mask
 
     @torch.no_grad()
-    def sample(self, labels: Sequence[int], seeds: Sequence[int]) -> Iterator[DecodingStep]:
-        """Decodes one image for each label and seed with the averaged network, and yields after each step."""
+    def sample(
+        self, labels: Sequence[int], seeds: Sequence[int], vectors: Tensor | None = None
+    ) -> Iterator[DecodingStep]:
+        """Decodes one image for each label and seed with the averaged network, and yields after each step.
+
+        Args:
+            labels: Label of each image.
+            seeds: Seed of each image, in [0, 2**32).
+            vectors: (B, C) float, vector of each image; None for a network without conditioning vectors.
+        """
         # Without an average this is the network that trains, so its mode is restored afterwards.
         self.averaged_network.eval()
-        yield from self._decode(labels, seeds)
+        yield from self._decode(labels, seeds, vectors)
         self.transformer.train(self.training)
 
     def start_from(self, folder: Path) -> None:
@@ -330,11 +351,20 @@ class TokenModel(LightningModule):
         return [self.transformer] if self.ema_network is None else [self.transformer, self.ema_network]
 
     def _compute_losses(
-        self, network: Backbone, tokens: Tensor, labels: Tensor, mask: Tensor, *, smoothing: float
+        self,
+        network: Backbone,
+        tokens: Tensor,
+        labels: Tensor,
+        mask: Tensor,
+        *,
+        vectors: Tensor | None,
+        smoothing: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Computes the scalar loss, and of each predicted token the NLL (M,) and the hit (M,), 1 if argmax is right."""
         vocabulary = self.config.loss_vocabulary
-        logits = network.forward_masked(self._mask_tokens(tokens, mask), labels, mask, vocabulary=vocabulary)  # (M, V)
+        logits = network.forward_masked(
+            self._mask_tokens(tokens, mask), labels, mask, vectors=vectors, vocabulary=vocabulary
+        )  # (M, V)
         rows = mask.nonzero()[:, 0]  # (M,): the row of each predicted token
         targets = tokens[mask]  # (M,)
         loss, token_loss = masked_cross_entropy(logits, targets, rows, num_rows=len(tokens), label_smoothing=smoothing)
