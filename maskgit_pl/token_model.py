@@ -53,6 +53,7 @@ from maskgit_pl.pretrained import (
     weights_for,
 )
 from maskgit_pl.randomness import random_bits, random_uniform
+from maskgit_pl.training.binned_means import NUM_BINS, BinnedMeans
 from maskgit_pl.training.checkpoints import full_state
 from maskgit_pl.training.compile_and_checkpointing import ActivationCheckpointing, Compiled, prepare_blocks
 from maskgit_pl.training.ema import frozen_copy, update_ema
@@ -61,9 +62,6 @@ from maskgit_pl.training.stop_and_nonfinite import StepCheck, clip_gradients
 from maskgit_pl.training.strategies import check_precision, shard_blocks
 
 __all__ = ["NUM_BINS", "TokenModel", "TokenModelConfig", "check_decoding", "check_tokenizer"]
-
-NUM_BINS = 4
-"""The number of groups of predicted tokens whose losses are logged separately."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,7 @@ class TokenModel(LightningModule):
         self._tokenizer: PretrainedTokenizer | None = None
         self._validation_loss = MeanMetric()
         self._validation_accuracy = MeanMetric()
-        self._bin_sums = torch.zeros(NUM_BINS, 3)  # of predicted tokens: count, summed loss, summed hits
+        self._bins = BinnedMeans(self.binned_by)
 
     @abstractmethod
     def _draw_mask(self, batch: Batch) -> Tensor:
@@ -236,7 +234,7 @@ class TokenModel(LightningModule):
             vectors=batch.vectors_for(self.config.network.condition_dim),
             smoothing=self.config.label_smoothing,
         )
-        self._accumulate_bins(mask, token_loss, hits)
+        self._bins.add(self._assign_bins(mask), token_loss, hits)
         is_logged = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # set late
         if is_logged and (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:  # the step's last micro-batch
             self._log_training(loss.detach())
@@ -357,7 +355,7 @@ class TokenModel(LightningModule):
         labels: Tensor,
         mask: Tensor,
         *,
-        vectors: Tensor | None,
+        vectors: Tensor | None = None,
         smoothing: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Computes the scalar loss, and of each predicted token the NLL (M,) and the hit (M,), 1 if argmax is right."""
@@ -378,24 +376,9 @@ class TokenModel(LightningModule):
         word = random_bits("dropout", seed=self.config.seed, index=place, epoch=self.trainer.global_step)
         torch.manual_seed(int(word))
 
-    def _accumulate_bins(self, mask: Tensor, token_loss: Tensor, hits: Tensor) -> None:
-        """Adds the count, the loss and the hits of predicted tokens to the sums of their groups."""
-        values = torch.stack([torch.ones_like(hits), token_loss.detach(), hits], dim=1)  # (M, 3)
-        self._bin_sums = self._bin_sums.to(values.device).index_add(0, self._assign_bins(mask), values)
-
     def _log_training(self, loss: Tensor) -> None:
         """Logs the means of each group since the last call, over this rank's tokens only."""
-        # One copy to the host for all values: each copy waits for the device.
-        value, *sums = torch.cat([loss.reshape(1), self._bin_sums.flatten()]).tolist()
-        self._bin_sums = torch.zeros_like(self._bin_sums)
-        bins = list(zip(sums[::3], sums[1::3], sums[2::3], strict=True))
-        accuracy = sum(hits for *_, hits in bins) / sum(count for count, *_ in bins)
-        metrics = {"train/loss": value, "train/accuracy": accuracy}
-        for number, (count, summed_loss, hits) in enumerate(bins):
-            if count:
-                name = f"{self.binned_by}-{number / NUM_BINS:.2f}-{(number + 1) / NUM_BINS:.2f}"
-                metrics[f"train/loss/{name}"] = summed_loss / count
-                metrics[f"train/accuracy/{name}"] = hits / count
+        metrics = self._bins.take(loss)
         self.log("train/loss", loss, prog_bar=True, logger=False)
         finite = {name: each for name, each in metrics.items() if math.isfinite(each)}
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
