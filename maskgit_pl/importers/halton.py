@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from maskgit_pl.decoding import DecodingConfig
@@ -70,7 +71,8 @@ def _read_config(tensors: Mapping[str, Tensor], grid: tuple[int, int], num_heads
     depth = count_blocks(tensors, _BLOCKS)
     inner, _ = shape_of(tensors, f"{_BLOCKS}0.attn.wq.weight")
     published = _PUBLISHED.get((embed_dim, depth))
-    heads = find_num_heads(num_heads, published and published.num_heads, embed_dim=embed_dim, depth=depth)
+    known = None if published is None else published.num_heads
+    heads = find_num_heads(num_heads, known, embed_dim=embed_dim, depth=depth)
     # Their heads have the size D // heads, so that "small" has 6 heads of size 85 for D = 512.
     if heads > embed_dim or heads * (embed_dim // heads) != inner:
         raise ValueError(
@@ -171,8 +173,9 @@ def _modulation(ours: str, theirs: Mapping[str, Tensor], layer: str, norms: tupl
         norms: Their names of the norms, in the order of the rows.
     """
     # Parts (norms, shift / scale / gate, D, D + 1): the last column is the bias.
+    dim = theirs[f"{layer}.weight"].shape[1]
     rows = torch.cat([theirs[f"{layer}.weight"], theirs[f"{layer}.bias"].unsqueeze(1)], dim=1)
-    parts = rows.unflatten(0, (len(norms), -1, rows.shape[1] - 1)).clone()
+    parts = rearrange(rows, "(norms parts d) columns -> norms parts d columns", norms=len(norms), d=dim).clone()
     for shift_scale_gate, norm in zip(parts, norms, strict=True):
         gain = theirs[f"{norm}.weight"].unsqueeze(1)
         one_and_scale = shift_scale_gate[1].clone()

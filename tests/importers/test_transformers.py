@@ -15,6 +15,7 @@ from maskgit_pl.decoding.selectors import halton_order
 from maskgit_pl.importers.halton import HALTON
 from maskgit_pl.importers.maskgil import MASKGIL
 from maskgit_pl.importers.transformers import import_transformer, transformer_layout_of
+from maskgit_pl.networks.adaln import AdaLNConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pretrained import load_tokenizer, load_transformer, save_tokenizer
@@ -486,6 +487,15 @@ def test_heads_that_do_not_fit_are_refused(heads, tokenizer, tmp_path):
     file = save_checkpoint(MaskGIL(**SMALL), tmp_path / "b.pth")
     with pytest.raises(ValueError, match="multiple of num_heads"):
         import_transformer(file, tmp_path / "out", tokenizer=tokenizer(), num_heads=heads)
+
+
+def test_heads_of_a_size_of_their_own_must_divide_it():
+    sizes = {"codebook_size": 24, "num_classes": 5, "grid": (4, 4), "embed_dim": 40, "num_heads": 6}
+    assert AdaLNConfig(**sizes, attention_dim=36).head_dim == 6
+    with pytest.raises(ValueError, match="transformer attention_dim must be a multiple of num_heads 6, got 40"):
+        AdaLNConfig(**sizes, attention_dim=40)
+    with pytest.raises(ValueError, match=r"transformer attention_dim must be an integer in \[1, 65536\], got 0"):
+        AdaLNConfig(**sizes, attention_dim=0)
 
 
 def test_a_tokenizer_with_another_codebook_is_refused(tokenizer, tmp_path):
