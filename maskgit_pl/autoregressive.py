@@ -82,7 +82,7 @@ class AutoregressiveModel(TokenModel):
         position_bins = torch.arange(mask.shape[1], device=mask.device) * NUM_BINS // mask.shape[1]  # (N,)
         return position_bins.expand_as(mask)[mask]  # (M,)
 
-    def _decode(self, labels: Sequence[int], seeds: Sequence[int]) -> Iterator[DecodingStep]:
+    def _decode(self, labels: Sequence[int], seeds: Sequence[int], vectors: Tensor | None) -> Iterator[DecodingStep]:
         return decode_autoregressive(
             ConditionalModel.from_network(cast("AutoregressiveTransformer", self.averaged_network), self.device),
             labels,
