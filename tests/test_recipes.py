@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from maskgit_pl.networks.autoregressive import AutoregressiveTransformer
-from maskgit_pl.networks.transformer import TransformerConfig
+from maskgit_pl.networks.backbone import build_config
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import load_tokenizer, load_transformer
 from maskgit_pl.runs.layers import merge
@@ -24,6 +24,7 @@ TRANSFORMERS = sorted(file.stem for file in (RECIPES / "transformer").glob("*.ya
 PARAMETERS = {
     ("tokenizer", "paper-256"): 54_515_587,
     ("tokenizer", "paper-512"): 54_515_587,
+    ("transformer", "bert"): 851_084,
     ("transformer", "paper-256"): 172_457_193,
     ("transformer", "paper-512"): 173_047_017,
 }
@@ -62,9 +63,9 @@ def test_a_transformer_recipe_builds_at_full_size(name):
     tree = merge(map(read_yaml, layers("transformer", name)))
     sizes = {"codebook_size": 256, "num_classes": 10, "grid": (7, 7), **tree["model"]["network"]}
     with torch.device("meta"):
-        network = TransformerConfig(**sizes).create()
+        network = build_config(sizes, "network").create()
     count = sum(parameter.numel() for parameter in network.parameters())
-    assert count == PARAMETERS.get(("transformer", name), 851_084)
+    assert count == PARAMETERS.get(("transformer", name), 1_272_961)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -90,7 +91,7 @@ def test_a_tokenizer_recipe_trains_a_step(name, tiny_shards, tmp_path):
 def test_the_autoregressive_baseline_of_the_paper_has_the_size_of_its_model(names):
     tree = merge(read_yaml(RECIPES / "transformer" / f"{name}.yaml") for name in ("base", *names))
     with torch.device("meta"):
-        network = TransformerConfig(**tree["model"]["network"]).create()
+        network = build_config(tree["model"]["network"], "network").create()
     assert type(network) is AutoregressiveTransformer
     assert sum(parameter.numel() for parameter in network.parameters()) == PARAMETERS["transformer", names[-2]]
 
@@ -122,7 +123,7 @@ def test_a_transformer_recipe_trains_a_step(name, tiny_shards, tiny_pretrained, 
         assert (model.decoding.num_steps, model.decoding.token_selector) == (16, None)
     else:
         assert type(model.mask_schedule).__module__ == "maskgit_pl.schedules"
-    if name not in {"base", "paper-256", "paper-512", "blue-marble", "own-images", "autoregressive"}:
+    if name not in {"base", "paper-256", "paper-512", "blue-marble", "own-images", "autoregressive", "bert"}:
         assert yaml.safe_load((RECIPES / "transformer" / f"{name}.yaml").read_text())["model"]["mask_schedule"] == name
     assert (tmp_path / "transformer" / "samples.png").is_file()
     assert (tmp_path / "transformer" / "config.yaml").is_file()
