@@ -43,7 +43,7 @@ Vocabulary = Literal["codes", "all"]
 DEFAULT_BACKBONE = "bert"
 """The backbone of recipes and files that name none."""
 
-BUILT_IN = {"bert": "maskgit_pl.networks.transformer"}
+BUILT_IN = {"adaln": "maskgit_pl.networks.adaln", "bert": "maskgit_pl.networks.transformer"}
 """The backbones of this package: name and module, which is imported when a backbone is looked up."""
 
 LARGEST_GRID = 256
