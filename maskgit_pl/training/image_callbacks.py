@@ -81,8 +81,8 @@ class SamplePictures(Callback):
             return
         model = cast("_Samples", pl_module)
         # Every rank runs all steps: with FSDP2, each forward pass is a collective.
-        vectors = None if self.find_vectors is None else self.find_vectors(self.labels)
-        *_, last = model.sample(self.labels, self.seeds, vectors)
+        vectors = {} if self.find_vectors is None else {"vectors": self.find_vectors(self.labels)}
+        *_, last = model.sample(self.labels, self.seeds, **vectors)
         if trainer.is_global_zero:
             images = model.tokenizer.decode(last.tokens)
             picture = image_grid(images, columns=self.images_per_class, row_captions=self.captions)
