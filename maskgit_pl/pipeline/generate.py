@@ -20,7 +20,7 @@ from maskgit_pl.decoding import (
 )
 from maskgit_pl.decoding.vectors import check_condition_vectors
 from maskgit_pl.devices import check_device
-from maskgit_pl.networks.autoregressive import AutoregressiveTransformer
+from maskgit_pl.networks.backbone import AutoregressiveBackbone
 from maskgit_pl.networks.int8 import Int8Linear
 from maskgit_pl.pipeline.classes import Classes
 from maskgit_pl.pipeline.negative import NegativeModel, NegativeModelLike
@@ -116,7 +116,7 @@ class Generator:
             self.class_names,
             config.null_label,
             config.num_tokens,
-            isinstance(self.transformer.network, AutoregressiveTransformer),
+            isinstance(self.transformer.network, AutoregressiveBackbone),
             self.decoding,
             tokenizer.image_size,
             tokenizer.network.config.downsampling_factor,
@@ -271,7 +271,7 @@ class Generator:
         """
         network, part = self.transformer.network, request.part(rows)
         scales, negative_labels = part.decoding.scales(), part.negative_labels
-        if isinstance(network, AutoregressiveTransformer):
+        if isinstance(network, AutoregressiveBackbone):
             assert tokens is None
             return decode_autoregressive(
                 ConditionalModel.from_network(network, self.device),
