@@ -22,7 +22,8 @@ arXiv:2302.05442; registers arXiv:2309.16588; rotary positions arXiv:2104.09864.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass
+from importlib import import_module
 from typing import Literal, cast, get_args
 
 import torch
@@ -31,8 +32,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from maskgit_pl.checks import check_choice, check_integer, check_number
-from maskgit_pl.networks.backbone import Backbone, BackboneConfig, Vocabulary, backbones
+from maskgit_pl.networks.backbone import Attention, Backbone, BackboneConfig, Vocabulary, backbones
 from maskgit_pl.networks.rotary import Positions, rotate, rotation_table
+from maskgit_pl.networks.transformer_block import KVCache
 
 __all__ = ["AdaLNConfig", "AdaLNTransformer"]
 
@@ -67,8 +69,13 @@ class AdaLNConfig(BackboneConfig):
             norms have weights.
         qk_norm: True normalizes queries and keys over all heads, without weights.
         tied_head: True multiplies by the token embedding for the logits; False learns another table.
+<<<<<<< HEAD
         attention_dim: Size of all attention heads together, a multiple of ``num_heads``; None for D. Halton-MaskGIT's
             "small" has 6 heads of 85 numbers for D = 512.
+=======
+        attention: ``bidirectional``: a token attends to all tokens; ``causal``: to itself and those before it in raster
+            order, without registers. Both have the same weights.
+>>>>>>> integrate
 
     Raises:
         ValueError: if a size is out of range or an option is unknown.
@@ -84,8 +91,14 @@ class AdaLNConfig(BackboneConfig):
     conditioning: Conditioning = "adaln"
     qk_norm: bool = True
     tied_head: bool = True
+<<<<<<< HEAD
     attention_dim: int | None = None
     backbone: str = field(default="adaln", kw_only=True)
+=======
+    _: KW_ONLY
+    backbone: str = "adaln"
+    attention: Attention = "bidirectional"
+>>>>>>> integrate
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,6 +113,12 @@ class AdaLNConfig(BackboneConfig):
         check_choice("transformer positions", self.positions, get_args(Positions))
         check_choice("transformer conditioning", self.conditioning, get_args(Conditioning))
         check_number("transformer rotary_base", self.rotary_base, "(1, 1e9]")
+        check_choice("transformer attention", self.attention, get_args(Attention))
+        if self.attention == "causal" and (self.num_registers or self.positions == "rotary-raster"):
+            raise ValueError(
+                "transformer attention 'causal' must have num_registers 0 and positions 'learned' or 'rotary', got "
+                f"{self.num_registers} and {self.positions!r}"
+            )
         # Pairs of numbers are rotated; ``rotary`` uses half of them for rows and half for columns.
         unit = {"learned": 1, "rotary": 4, "rotary-raster": 2}[self.positions]
         if self.head_dim % unit:
@@ -118,9 +137,18 @@ class AdaLNConfig(BackboneConfig):
         """The number of rows of the token embedding: codes, then the mask token. Classes have a table of their own."""
         return self.codebook_size + 1
 
+    @property
+    def has_class_token(self) -> bool:
+        """Returns True if the class is a token of the sequence, after the image's tokens."""
+        return self.conditioning == "token" and self.attention == "bidirectional"
+
     def create(self) -> AdaLNTransformer:
-        """Builds the network with initial weights."""
-        return AdaLNTransformer(self)
+        """Creates the network whose attention the configuration names, with initial weights."""
+        if self.attention == "bidirectional":
+            return AdaLNTransformer(self)
+        # networks.adaln_autoregressive imports this module.
+        module = import_module("maskgit_pl.networks.adaln_autoregressive")
+        return cast("AdaLNTransformer", module.AutoregressiveAdaLN(self))
 
 
 class AdaLNBlock(nn.Module):
@@ -134,6 +162,7 @@ class AdaLNBlock(nn.Module):
         super().__init__()
         dim, hidden, is_modulated = config.embed_dim, config.mlp_dim, config.conditioning == "adaln"
         self.num_heads, self.dropout, self.qk_norm = config.num_heads, config.dropout, config.qk_norm
+        self.is_causal = config.attention == "causal"
         # Modulated norms need no weights: the scale of the condition has a bias.
         self.modulation = nn.Linear(dim, 6 * dim) if is_modulated else None
         self.attention_norm = nn.RMSNorm(dim, eps=_EPS, elementwise_affine=not is_modulated)
@@ -153,6 +182,7 @@ class AdaLNBlock(nn.Module):
         *,
         mask: Tensor | None = None,
         positions: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """Returns the output of the block, at all positions or at some.
 
@@ -161,7 +191,8 @@ class AdaLNBlock(nn.Module):
             condition: (B, D): the condition c; not used with ``conditioning: token``.
             rotation: (S, D / heads / 2, 2): cosines and sines of the rotary positions; None for learned positions.
             mask: (B, S) bool: return only the M rows where it is True.
-            positions: (B, M) int64 in [0, S): return only these rows.
+            positions: (B, M) int64 in [0, S): return only these rows; not with causal attention.
+            cache: Keys and values of the rows before x, to which those of x are added; x is then one row, or the first.
 
         Returns:
             (B, S, D), (M, D) with a mask, or (B, M, D) with positions.
@@ -175,7 +206,7 @@ class AdaLNBlock(nn.Module):
             x, asking = x.gather(1, index), normed.gather(1, index)
             attended = self._attend(asking, normed, rotation, positions)
         else:
-            attended = self._attend(normed, normed, rotation)
+            attended = self._attend(normed, normed, rotation, cache=cache)
         if mask is not None:  # the rest works on rows, so all others can be dropped here
             rows = mask.nonzero()[:, 0]
             x, attended = x[mask], attended[mask]
@@ -185,7 +216,15 @@ class AdaLNBlock(nn.Module):
         hidden = F.dropout(F.silu(gate) * value, self.dropout, self.training)
         return _add(x, self.fc2(hidden), parts[5])
 
-    def _attend(self, asking: Tensor, answering: Tensor, rotation: Tensor | None, at: Tensor | None = None) -> Tensor:
+    def _attend(
+        self,
+        asking: Tensor,
+        answering: Tensor,
+        rotation: Tensor | None,
+        at: Tensor | None = None,
+        *,
+        cache: KVCache | None = None,
+    ) -> Tensor:
         """Computes attention (B, M, D) of rows (B, M, D), at the positions ``at`` (B, M) or all, to (B, S, D)."""
         query = self.query(asking)
         key, value = self.key_value(answering).chunk(2, dim=-1)
@@ -198,7 +237,15 @@ class AdaLNBlock(nn.Module):
             # At some positions each image has rows of its own; they are the same for all heads.
             own = rotation if at is None else rotation[at].unsqueeze(1)
             query, key = rotate(query, own), rotate(key, rotation)
-        attended = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout if self.training else 0.0)
+        if cache is not None:
+            key, value = cache.extend(torch.stack([key, value]))
+        attended = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=self.is_causal and query.shape[2] > 1,  # a single new row attends to all rows so far
+        )
         return rearrange(attended, "b heads m d -> b m (heads d)")
 
 
@@ -273,14 +320,17 @@ class AdaLNTransformer(Backbone):
         embedded = self._embed_condition(labels, vectors)
         x = self._embed(tokens, embedded)
         condition = F.silu(embedded)
-        rotation = None
-        if self.position_embedding is None:
-            kind = self.config.positions
-            rotation = rotation_table(kind, self.config.grid, x.shape[1], self.config.head_dim, self.config.rotary_base)
-            rotation = rotation.to(x.device)
+        rotation = self._rotation(x.shape[1], x.device)
         for block in self.blocks[:-1]:
             x = block(x, condition, rotation)
         return x, condition, rotation
+
+    def _rotation(self, length: int, device: torch.device) -> Tensor | None:
+        """Returns the rotary table of a sequence of ``length`` positions, or None with learned positions."""
+        config = self.config
+        if config.positions == "learned":
+            return None
+        return rotation_table(config.positions, config.grid, length, config.head_dim, config.rotary_base).to(device)
 
     def _embed_condition(self, labels: Tensor, vectors: Tensor | None) -> Tensor:
         """Embeds labels (B,) int64 and vectors (B, C): (B, D). The null label hides the vector."""
@@ -304,7 +354,7 @@ class AdaLNTransformer(Backbone):
         if self.position_embedding is not None:
             x = x + self.position_embedding.weight
         parts = [x]
-        if self.config.conditioning == "token":
+        if self.config.has_class_token:
             parts.append(condition.unsqueeze(1))
         if self.register_embedding is not None:
             parts.append(self.register_embedding.weight.expand(len(x), -1, -1))
