@@ -17,6 +17,7 @@ from torch import Tensor
 from maskgit_pl.data import Batch
 from maskgit_pl.decoding import AutoregressiveDecoding, ConditionalModel, DecodingStep, decode_autoregressive
 from maskgit_pl.networks.autoregressive import AutoregressiveTransformer
+from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.token_model import NUM_BINS, TokenModel, TokenModelConfig, check_decoding
 
 __all__ = ["AutoregressiveConfig", "AutoregressiveModel"]
@@ -43,6 +44,7 @@ class AutoregressiveConfig(TokenModelConfig):
         ValueError: if a number is out of range, a name is unknown, or guidance is set without a null class.
     """
 
+    network: TransformerConfig
     _: KW_ONLY
     decoding: AutoregressiveDecoding = AutoregressiveDecoding()  # noqa: RUF009  # frozen
 

@@ -162,7 +162,7 @@ class TruncatedNormalRatio(MaskRatio):
     def __call__(self, u: Tensor, mask_schedule: MaskSchedule, num_tokens: int) -> Tensor:
         below, above = self._bounds()
         probability = below + (above - below) * u.double()  # float32 has no digits left near probability 1
-        ratio = self.mean + self.std * torch.special.ndtri(probability)
+        ratio: Tensor = self.mean + self.std * torch.special.ndtri(probability)
         return ratio.float().clamp(self.low, self.high)
 
 

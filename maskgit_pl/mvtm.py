@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from maskgit_pl.losses import token_cross_entropy
 from maskgit_pl.mask_positions import mask_positions
 from maskgit_pl.mask_ratios import mask_ratios
 from maskgit_pl.masking import MaskSampler
-from maskgit_pl.networks.transformer import MaskedTransformer
+from maskgit_pl.networks.backbone import create_network
 from maskgit_pl.objectives import Objective, TokenLosses, objectives
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
 from maskgit_pl.token_model import NUM_BINS, TokenModel, TokenModelConfig, check_decoding
@@ -34,7 +34,7 @@ class MaskedTokenConfig(TokenModelConfig):
     """The configuration of ``MaskedTokenModel``.
 
     Args:
-        network: Sizes of the transformer, with bidirectional attention.
+        network: Configuration of the backbone, with bidirectional attention.
         optimizer: Settings of AdamW and its learning rate.
         tokenizer: Path of the pretrained tokenizer folder.
         label_smoothing: Label smoothing of the training loss, in [0, 1).
@@ -71,6 +71,11 @@ class MaskedTokenConfig(TokenModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.network.attention != "bidirectional":
+            raise ValueError(
+                f"network.attention must be 'bidirectional' for MaskedTokenModel, got {self.network.attention!r}; "
+                "AutoregressiveModel trains a causal transformer"
+            )
         check_integer("global_batch", self.global_batch, "[1, 4294967296]")
         check_number("min_mask_ratio", self.min_mask_ratio, "[0, 1]")
         self.build_objective(self.build_sampler(mask_schedules.build(self.mask_schedule)))
@@ -109,7 +114,7 @@ class MaskedTokenConfig(TokenModelConfig):
 
 
 class MaskedTokenModel(TokenModel):
-    """The LightningModule that trains a ``MaskedTransformer`` to predict masked tokens.
+    """The LightningModule that trains a backbone to predict masked tokens.
 
     Args:
         config: Network, mask schedule, optimizer, tokenizer and loss.
@@ -121,7 +126,7 @@ class MaskedTokenModel(TokenModel):
     binned_by = "mask-ratio"
 
     def __init__(self, config: MaskedTokenConfig) -> None:
-        super().__init__(config, MaskedTransformer(config.network), config.decoding)
+        super().__init__(config, create_network(config.network), config.decoding)
         self.mask_schedule_spec = config.mask_schedule
         self.mask_schedule = mask_schedules.build(config.mask_schedule)
         self.mask_sampler = config.build_sampler(self.mask_schedule)
@@ -219,7 +224,7 @@ class MaskedTokenModel(TokenModel):
 
     def _decode(self, labels: Sequence[int], seeds: Sequence[int]) -> Iterator[DecodingStep]:
         return decode_classes(
-            ConditionalModel.from_network(cast("MaskedTransformer", self.averaged_network), self.device),
+            ConditionalModel.from_network(self.averaged_network, self.device),
             labels,
             seeds,
             decoder=self.decoder,

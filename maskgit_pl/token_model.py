@@ -43,7 +43,7 @@ from maskgit_pl.data import Batch, flip
 from maskgit_pl.decoding import DecodingConfig, DecodingStep
 from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.losses import masked_cross_entropy
-from maskgit_pl.networks.transformer import Transformer, TransformerConfig, Vocabulary
+from maskgit_pl.networks.backbone import Backbone, BackboneConfig, Vocabulary
 from maskgit_pl.pretrained import (
     PretrainedTokenizer,
     load_tokenizer,
@@ -69,7 +69,7 @@ NUM_BINS = 4
 class TokenModelConfig:
     """The common fields of both models' configurations, which document them."""
 
-    network: TransformerConfig
+    network: BackboneConfig
     optimizer: OptimizerConfig
     tokenizer: str
     _: KW_ONLY
@@ -110,7 +110,7 @@ class TokenModel(LightningModule):
     binned_by: str  # the quantity that ``_assign_bins`` groups by, in the names of logged values
     _skips_update = False
 
-    def __init__(self, config: TokenModelConfig, transformer: Transformer, decoding: DecodingConfig) -> None:
+    def __init__(self, config: TokenModelConfig, transformer: Backbone, decoding: DecodingConfig) -> None:
         super().__init__()
         self.config = config
         self.decoding = decoding
@@ -143,7 +143,7 @@ class TokenModel(LightningModule):
         """Decodes one image for each label and seed with the averaged network, which is in evaluation mode."""
 
     @property
-    def averaged_network(self) -> Transformer:
+    def averaged_network(self) -> Backbone:
         """The network that is sampled, evaluated and exported: the average, or the trained one if there is none."""
         return self.transformer if self.ema_network is None else self.ema_network
 
@@ -323,7 +323,7 @@ class TokenModel(LightningModule):
         chance = random_uniform("class-dropout", seed=self.config.seed, index=batch.index, epoch=batch.epoch)[:, 0]
         return batch.labels.masked_fill(chance < network.class_dropout, network.null_label)
 
-    def _networks(self) -> list[Transformer]:
+    def _networks(self) -> list[Backbone]:
         """Returns the trained network, and the average if there is one."""
         return [self.transformer] if self.ema_network is None else [self.transformer, self.ema_network]
 
@@ -334,7 +334,7 @@ class TokenModel(LightningModule):
         return self._compute_losses(self.transformer, tokens, labels, mask, smoothing=self.config.label_smoothing)
 
     def _compute_losses(
-        self, network: Transformer, tokens: Tensor, labels: Tensor, mask: Tensor, *, smoothing: float
+        self, network: Backbone, tokens: Tensor, labels: Tensor, mask: Tensor, *, smoothing: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Computes the scalar loss, and of each predicted token the NLL (M,) and the hit (M,), 1 if argmax is right."""
         vocabulary = self.config.loss_vocabulary
@@ -381,7 +381,7 @@ class TokenModel(LightningModule):
             logger.log_metrics(metrics, step=step)
 
 
-def check_decoding(decoding: DecodingConfig, network: TransformerConfig, *, is_autoregressive: bool) -> None:
+def check_decoding(decoding: DecodingConfig, network: BackboneConfig, *, is_autoregressive: bool) -> None:
     """Checks that a network supports decoding settings.
 
     Raises:
@@ -399,7 +399,7 @@ def check_decoding(decoding: DecodingConfig, network: TransformerConfig, *, is_a
         )
 
 
-def check_tokenizer(config: TransformerConfig, tokenizer: PretrainedTokenizer) -> None:
+def check_tokenizer(config: BackboneConfig, tokenizer: PretrainedTokenizer) -> None:
     """Checks that a transformer has the codebook size and the grid of a tokenizer.
 
     Raises:

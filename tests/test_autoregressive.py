@@ -115,5 +115,5 @@ def test_what_does_not_go_together_is_refused(tiny_pretrained):
         )
     with pytest.raises(ValueError, match="must be 'causal' for AutoregressiveTransformer, got 'bidirectional'"):
         model(tiny_pretrained, network=replace(CONFIG, attention="bidirectional"))
-    with pytest.raises(ValueError, match="must be 'bidirectional' for MaskedTransformer, got 'causal'"):
+    with pytest.raises(ValueError, match="must be 'bidirectional' for MaskedTokenModel, got 'causal'"):
         masked_model(CONFIG, tiny_pretrained / "tokenizer")

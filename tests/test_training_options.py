@@ -125,10 +125,10 @@ def test_a_model_that_has_seen_wrong_tokens_gives_them_low_probabilities(name):
     for corruption in (None, {"name": name, "fraction": 0.2}):
         module = model(
             network=replace(CONFIG, dropout=0.0, class_dropout=0.0, embed_dim=32), corruption=corruption,
-            objective=objective, label_smoothing=0.0, ema_decay=0.0, global_batch=3,
+            objective=objective, label_smoothing=0.0, ema_decay=0.0, global_batch=3, mask_ratio={"name": "uniform", "high": 0.4},
         )  # fmt: skip
-        optimizer = torch.optim.Adam(module.transformer.parameters(), lr=3e-3)
-        for step in range(150):
+        optimizer = torch.optim.Adam(module.transformer.parameters(), lr=5e-3)
+        for step in range(250):
             now = given._replace(epoch=given.epoch + step, position=given.position + 3 * step)
             mask = module.mask_sampler.mask(16, index=now.index, epoch=now.epoch, position=now.position, global_batch=3)
             loss, *_ = module._compute_training_losses(now, now.content, now.labels, mask)

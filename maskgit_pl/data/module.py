@@ -22,7 +22,14 @@ from maskgit_pl.data.order import (
 from maskgit_pl.data.step_module import StepDataModule
 from maskgit_pl.data.stream import StreamBatches, StreamEval
 from maskgit_pl.shards.images import Crop
-from maskgit_pl.shards.manifest import DataSummary, Split, load_manifest, load_manifests, read_manifest_summary
+from maskgit_pl.shards.manifest import (
+    DataSummary,
+    Split,
+    check_vectors,
+    load_manifest,
+    load_manifests,
+    read_manifest_summary,
+)
 from maskgit_pl.shards.reader import ShardReader
 from maskgit_pl.shards.tokens import StoreDescription, TokenReader, check_origin, open_store
 
@@ -63,6 +70,22 @@ class ShardData(StepDataModule):
         return len(self.class_names)
 
     @property
+    def vector_dim(self) -> int:
+        """The size C of the vectors that batches have; 0 if ``data.vectors`` is False.
+
+        Raises:
+            ValueError: if ``data.vectors`` is True and the samples of the data folder have no vectors.
+        """
+        if not self.config.vectors:
+            return 0
+        if self.summary.vectors is None:
+            raise ValueError(
+                f"data.vectors must be false for {self.config.path}, whose samples have no vectors, got true; make the "
+                "data with a .npy file beside each image (see data/README.md)"
+            )
+        return self.summary.vectors.dim
+
+    @property
     def store(self) -> StoreDescription | None:
         """The description of the token store; None for other sources."""
         return None if self._tokens is None else next(iter(self._tokens.values())).description
@@ -94,13 +117,16 @@ class ShardData(StepDataModule):
 
         Raises:
             FileNotFoundError: if the data folder, a manifest or the store is missing.
-            ValueError: if shards differ from the manifest, the store is damaged or made from other data, or the batch
-                cannot be divided evenly among the ranks.
+            ValueError: if shards differ from the manifest, the store is damaged or made from other data, the samples
+                have no vectors, or the batch cannot be divided evenly among the ranks.
         """
+        _ = self.vector_dim
         if self.config.source != "tokens":
             for split, manifest in load_manifests(self.config.path, self._splits_of_folder).items():
                 self._readers[split] = ShardReader(manifest)
                 _ = self._readers[split].index  # checks the labels
+                if self.config.vectors:
+                    check_vectors(manifest)
         else:
             for split in self._splits_of_folder:
                 load_manifest(self.config.path, split, check=False)
@@ -154,7 +180,10 @@ class ShardData(StepDataModule):
             A dataset whose ``__getitems__(range of positions)`` returns a ``Batch``.
         """
         if self._tokens is not None:
-            return TokenBatches(self._tokens[split], order, seed=self.config.seed)
+            reader = self._tokens[split]
+            return TokenBatches(
+                reader, order, seed=self.config.seed, vectors=reader.vector_reader if self.vector_dim else None
+            )
         # Without ``setup``, as in the evaluation, shards are opened and checked here.
         if split not in self._readers:
             self._readers[split] = ShardReader(load_manifest(self.config.path, split))
@@ -165,6 +194,7 @@ class ShardData(StepDataModule):
             in_channels=self.config.in_channels,
             crop=crop,
             seed=self.config.seed,
+            vectors=self._readers[split].vector_reader if self.vector_dim else None,
         )
 
     @property

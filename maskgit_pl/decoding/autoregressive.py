@@ -164,7 +164,7 @@ def decode_autoregressive(
     Raises:
         ValueError: if a scale is positive, the network has no null class and ``negative_labels`` is None.
     """
-    negative_labels = model.fill_negative_labels(negative_labels, len(labels))
+    negative_labels = model.fill_negative_labels(negative_labels, labels)
     predictor = AutoregressiveClassPredictor(
         model.network,
         torch.tensor(list(labels), device=model.device),

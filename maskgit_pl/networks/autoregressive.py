@@ -13,15 +13,11 @@ from typing import cast
 
 from torch import Tensor
 
-from maskgit_pl.networks.transformer import (
-    MaskedTransformer,
-    Transformer,
-    TransformerConfig,
-    Vocabulary,
-)
+from maskgit_pl.networks.backbone import Vocabulary
+from maskgit_pl.networks.transformer import Transformer
 from maskgit_pl.networks.transformer_block import Block, KVCache
 
-__all__ = ["AutoregressiveTransformer", "build_transformer"]
+__all__ = ["AutoregressiveTransformer"]
 
 
 class AutoregressiveTransformer(Transformer):
@@ -40,12 +36,15 @@ class AutoregressiveTransformer(Transformer):
     attention = "causal"
     entry_points = ("forward_masked", "forward_next")
 
-    def forward(self, tokens: Tensor, labels: Tensor, *, vocabulary: Vocabulary = "codes") -> Tensor:
+    def forward(
+        self, tokens: Tensor, labels: Tensor, *, vectors: Tensor | None = None, vocabulary: Vocabulary = "codes"
+    ) -> Tensor:
         """Returns the logits of all tokens in one pass, each from the tokens before it.
 
         Args:
             tokens: (B, N) int64 in [0, K).
             labels: (B,) int64 in [0, num_classes), or ``null_label``.
+            vectors: None: the transformer knows classes only.
             vocabulary: Columns of the result: the K codes, or the whole vocabulary.
 
         Returns:
@@ -54,7 +53,13 @@ class AutoregressiveTransformer(Transformer):
         return self._head(self._hidden(tokens, labels), vocabulary)
 
     def forward_masked(
-        self, tokens: Tensor, labels: Tensor, mask: Tensor, *, vocabulary: Vocabulary = "codes"
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        mask: Tensor,
+        *,
+        vectors: Tensor | None = None,
+        vocabulary: Vocabulary = "codes",
     ) -> Tensor:
         """Returns the logits of the tokens where ``mask`` is True. The head runs at these only.
 
@@ -62,6 +67,7 @@ class AutoregressiveTransformer(Transformer):
             tokens: (B, N) int64 in [0, K).
             labels: (B,) int64 in [0, num_classes), or ``null_label``.
             mask: (B, N) bool.
+            vectors: None: the transformer knows classes only.
             vocabulary: Columns of the result: the K codes, or the whole vocabulary.
 
         Returns:
@@ -100,8 +106,3 @@ class AutoregressiveTransformer(Transformer):
         for block in self.blocks:
             x = block(x)
         return x
-
-
-def build_transformer(config: TransformerConfig) -> MaskedTransformer | AutoregressiveTransformer:
-    """Builds the transformer whose attention a configuration names, with initial weights."""
-    return AutoregressiveTransformer(config) if config.attention == "causal" else MaskedTransformer(config)

@@ -13,6 +13,7 @@ from maskgit_pl import editing
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.editing import ImageLike, MaskLike
 from maskgit_pl.pipeline.classes import Classes
+from maskgit_pl.pipeline.negative import NegativeModel
 from maskgit_pl.pipeline.options import EditOptions, GenerateOptions, StepCallback, seed_list
 from maskgit_pl.pretrained import PretrainedTokenizer
 from maskgit_pl.text import printable
@@ -31,6 +32,7 @@ class Request:
         decoding: Decoding settings of all results.
         batch_size: Number of results decoded at a time.
         callback: Called after each decoding step of each batch.
+        negative_model: Weaker model from which guidance moves away; None for guidance by classes.
     """
 
     labels: list[int]
@@ -39,6 +41,7 @@ class Request:
     decoding: DecodingConfig
     batch_size: int
     callback: StepCallback | None
+    negative_model: NegativeModel | None = None
 
     @classmethod
     def of(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from maskgit_pl.networks.transformer import TransformerConfig
+from maskgit_pl.networks.backbone import BackboneConfig
 from maskgit_pl.pretrained.networks import PretrainedTransformer
 
 __all__ = ["weights_for"]
 
 
-def weights_for(config: TransformerConfig, pretrained: PretrainedTransformer) -> dict[str, Tensor]:
+def weights_for(config: BackboneConfig, pretrained: PretrainedTransformer) -> dict[str, Tensor]:
     """Returns the weights of a pretrained transformer for a network of the same sizes and any number of classes.
 
     Rows of the codes and of the mask token are copied, and those of the classes if their number is the same. Rows that
@@ -44,7 +44,7 @@ def weights_for(config: TransformerConfig, pretrained: PretrainedTransformer) ->
     return weights | {name: _fit_rows(weights[name], old, config) for name in ("token_embedding.weight", "head_bias")}
 
 
-def _fit_rows(table: Tensor, old: TransformerConfig, new: TransformerConfig) -> Tensor:
+def _fit_rows(table: Tensor, old: BackboneConfig, new: BackboneConfig) -> Tensor:
     """Converts rows (old vocabulary, ...) to (new vocabulary, ...)."""
     # Order of the vocabulary: codes, classes, the null class if there is one, the mask token.
     codes, classes = table[: old.codebook_size], table[old.codebook_size : old.codebook_size + old.num_classes]

@@ -22,6 +22,7 @@ from maskgit_pl.checks import build_dataclass
 from maskgit_pl.data import ShardData, ShardDataConfig, split_batch
 from maskgit_pl.data.config import check_stream
 from maskgit_pl.errors import is_user_error
+from maskgit_pl.networks.backbone import BackboneConfig, build_config
 from maskgit_pl.old_names import rename_settings
 from maskgit_pl.pretrained import fingerprint, read_config
 from maskgit_pl.runs.plan import Plan
@@ -255,6 +256,8 @@ def _build_value(value: Any, annotation: Any, where: str) -> Any:
     kind = dataclass_in(annotation)
     if kind is None or value is None:
         return tuple(value) if isinstance(value, list) and get_origin(annotation) is tuple else value
+    if kind is BackboneConfig:
+        return build_config(value, where)
     values = _build_arguments(kind, value, where)
     try:
         return kind(**values)

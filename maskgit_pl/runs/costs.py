@@ -26,6 +26,7 @@ from maskgit_pl.estimates.transformer import (
     transformer_activations,
 )
 from maskgit_pl.mvtm import MaskedTokenModel
+from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.token_model import TokenModel
 from maskgit_pl.tokenizer import Tokenizer
@@ -110,12 +111,18 @@ class TransformerCosts(Costs):
 
     @property
     def groups(self) -> tuple[list[Group], Group]:
-        config = self.module.config.network
+        config = self._network
         return [block_group(config)] * config.depth, root_group(config)
 
     @property
     def averaged(self) -> int:
         return self.trained if self.module.config.ema_decay > 0 else 0
+
+    @property
+    def _network(self) -> TransformerConfig:
+        network = self.module.config.network
+        assert isinstance(network, TransformerConfig)
+        return network
 
     @cached_property
     def _encoding(self) -> tuple[int, Replay]:
@@ -133,7 +140,7 @@ class TransformerCosts(Costs):
     def activations(self, per_device: int) -> Activations:
         """Returns the activations of a micro-batch whose tokens are all masked, the largest that there can be."""
         made = transformer_activations(
-            self.module.config.network, batch=per_device, precision=self.precision, checkpointing=self.checkpointing
+            self._network, batch=per_device, precision=self.precision, checkpointing=self.checkpointing
         )
         encoding = self._encoding[1].peak_of(per_device) if self.encodes else 0  # ends before the network starts
         return Activations(made.kept, made.casts, max(made.working, encoding - made.kept))
@@ -146,7 +153,7 @@ class TransformerCosts(Costs):
         )  # fmt: skip
 
     def flops(self, global_batch: int) -> tuple[float, float]:
-        config, module = self.module.config.network, self.module
+        config, module = self._network, self.module
         share = float(config.num_tokens)
         if isinstance(module, MaskedTokenModel):
             ratio = module.config.min_mask_ratio
