@@ -165,7 +165,11 @@ class MaskedTokenModel(TokenModel):
             predicted = torch.ones_like(mask)
         # 2.
         logits = self.transformer.forward_masked(
-            self._mask_tokens(seen, mask), labels, predicted, vocabulary=config.loss_vocabulary
+            self._mask_tokens(seen, mask),
+            labels,
+            predicted,
+            vectors=batch.vectors_for(config.network.condition_dim),
+            vocabulary=config.loss_vocabulary,
         )  # (M, V)
         targets = tokens[predicted]  # (M,)
         losses, nll = token_cross_entropy(logits, targets, label_smoothing=config.label_smoothing)
@@ -184,9 +188,11 @@ class MaskedTokenModel(TokenModel):
     ) -> tuple[Tensor, Tensor]:
         """Replaces some visible tokens; returns the tokens (B, N) and the replaced positions (B, N) bool."""
         network = self.averaged_network.eval()
+        vectors = batch.vectors_for(self.config.network.condition_dim)
 
         def predict(replaced: Tensor) -> Tensor:
-            return network.forward_masked(self._mask_tokens(tokens, mask | replaced), labels, replaced)
+            hidden = self._mask_tokens(tokens, mask | replaced)
+            return network.forward_masked(hidden, labels, replaced, vectors=vectors)
 
         seen, replaced = corruption.corrupt(
             tokens,
@@ -222,9 +228,11 @@ class MaskedTokenModel(TokenModel):
         row_bins = ((mask.float().mean(1) * NUM_BINS).ceil().long() - 1).clamp(0, NUM_BINS - 1)  # (B,)
         return row_bins.unsqueeze(1).expand_as(mask)[mask]  # (M,)
 
-    def _decode(self, labels: Sequence[int], seeds: Sequence[int]) -> Iterator[DecodingStep]:
+    def _decode(self, labels: Sequence[int], seeds: Sequence[int], vectors: Tensor | None) -> Iterator[DecodingStep]:
         return decode_classes(
-            ConditionalModel.from_network(self.averaged_network, self.device),
+            ConditionalModel.from_network(self.averaged_network, self.device).bind(
+                None if vectors is None else vectors.to(self.device)
+            ),
             labels,
             seeds,
             decoder=self.decoder,
