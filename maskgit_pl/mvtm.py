@@ -119,9 +119,9 @@ class MaskedTokenModel(TokenModel):
         row_bins = ((mask.float().mean(1) * NUM_BINS).ceil().long() - 1).clamp(0, NUM_BINS - 1)  # (B,)
         return row_bins.unsqueeze(1).expand_as(mask)[mask]  # (M,)
 
-    def _decode(self, labels: Sequence[int], seeds: Sequence[int]) -> Iterator[DecodingStep]:
+    def _decode(self, labels: Sequence[int], seeds: Sequence[int], vectors: Tensor | None) -> Iterator[DecodingStep]:
         return decode_classes(
-            ConditionalModel.from_network(self.averaged_network, self.device),
+            ConditionalModel.from_network(self.averaged_network, self.device).bind(vectors),
             labels,
             seeds,
             decoder=self.decoder,

@@ -60,6 +60,26 @@ class Batch(NamedTuple):
     replacement: Tensor = _NONE_REPLACED
     vectors: Tensor | None = None
 
+    def vectors_for(self, condition_dim: int) -> Tensor | None:
+        """Returns the vectors for a network with conditioning vectors of a given size.
+
+        Args:
+            condition_dim: Size C of the vectors of the network; 0 for a network without vectors.
+
+        Returns:
+            (B, C) float32; None for a network without vectors.
+
+        Raises:
+            ValueError: if the batch has no vectors, or vectors of another size.
+        """
+        found = 0 if self.vectors is None else self.vectors.shape[1]
+        if condition_dim not in (0, found):
+            raise ValueError(
+                f"condition_dim of the network must be {found}, the size of the vectors of the data, got "
+                f"{condition_dim}; set data.vectors: true, or give the data a vector for each image"
+            )
+        return self.vectors if condition_dim else None
+
 
 class ImageBatches(Dataset[Batch]):
     """A dataset of whole batches of images, decoded and cropped in the worker.

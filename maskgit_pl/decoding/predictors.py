@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from maskgit_pl.checks import check_integer
 from maskgit_pl.decoding.autoguidance import AutoguidedPredictor, apply_guidance
 from maskgit_pl.decoding.limits import check_guidance
 from maskgit_pl.decoding.predictor_protocols import CachingNetwork, ConditionalNetwork, Predictor
+from maskgit_pl.decoding.vectors import VectorConditionalNetwork, VectorNetwork
 from maskgit_pl.networks.backbone import Backbone
 from maskgit_pl.networks.transformer import ContextCache
 
@@ -226,7 +227,7 @@ class ConditionalModel(Generic[NetworkT]):
     """A class-conditional network with the facts that decoding needs; ``from_network`` reads most of them from it.
 
     Args:
-        network: The network: a ``ConditionalNetwork``, or an ``AutoregressiveTransformer`` for
+        network: The network: a ``ConditionalNetwork``, or an ``AutoregressiveBackbone`` for
             ``decode_autoregressive``.
         grid: Rows and columns of tokens; N is their product.
         mask_token_id: Id of the mask token.
@@ -236,6 +237,7 @@ class ConditionalModel(Generic[NetworkT]):
         context_cache: Calls from one full pass to the next, >= 1. See ``CachedPredictor``; 1 is exact.
         negative: Weaker model of the same tokens, which guidance pushes images away from (``AutoguidedPredictor``);
             None pushes them away from the negative or null class.
+        condition_dim: Size C of the vector of an image; 0 for a network without vectors.
     """
 
     network: NetworkT
@@ -246,6 +248,7 @@ class ConditionalModel(Generic[NetworkT]):
     first_step_logits: FirstStepLogits | None = None
     context_cache: int = 1
     negative: ConditionalModel[ConditionalNetwork] | None = None
+    condition_dim: int = 0
 
     @staticmethod
     def from_network(
@@ -258,13 +261,36 @@ class ConditionalModel(Generic[NetworkT]):
         """Returns the model of a ``Backbone``, whose configuration holds the grid and the ids."""
         config = network.config
         return ConditionalModel(
-            network, config.grid, config.mask_token_id, config.null_label, device, first_step_logits, context_cache
+            network,
+            config.grid,
+            config.mask_token_id,
+            config.null_label,
+            device,
+            first_step_logits,
+            context_cache,
+            condition_dim=config.condition_dim,
         )
 
     @property
     def num_tokens(self) -> int:
         """The number of tokens per image, N."""
         return self.grid[0] * self.grid[1]
+
+    def bind(self, vectors: Tensor | None) -> ConditionalModel[ConditionalNetwork]:
+        """Returns the model for a batch whose images have vectors. A negative model without vectors stays as it is.
+
+        Args:
+            vectors: (B, C) float on the network's device; None for a network without vectors, which stays as it is.
+        """
+        model = cast("ConditionalModel[ConditionalNetwork]", self)
+        if vectors is None:
+            return model
+        negative = (
+            None if self.negative is None else self.negative.bind(vectors if self.negative.condition_dim else None)
+        )
+        network = VectorNetwork(cast("VectorConditionalNetwork", self.network), vectors)
+        # The logits of the first step are cached by class, which a vector makes wrong.
+        return replace(model, network=network, first_step_logits=None, negative=negative)
 
     def fill_negative_labels(self, given: Sequence[int] | None, labels: Sequence[int]) -> Sequence[int] | None:
         """Returns the labels of the negative half of guidance.
@@ -297,7 +323,8 @@ def build_class_predictor(
         negative_labels: Class that guidance pushes each image away from; None uses the null class, or with a negative
             model the class of the image.
         scales: Guidance scale of each call, >= 0; empty for no guidance.
-        all_masked: True if all tokens start masked. Images of a class then share the logits of the first call.
+        all_masked: True if all tokens start masked. Images of a class then share the logits of the first call, unless
+            each has a vector (``ConditionalModel.bind``).
 
     Raises:
         ValueError: if a scale is positive and there is no class to push images away from, or ``context_cache`` is out
@@ -306,7 +333,7 @@ def build_class_predictor(
     """
     negative_labels = model.fill_negative_labels(negative_labels, labels)
     check_guidance(scales, has_negative_class=negative_labels is not None)
-    if not all_masked:
+    if not all_masked or isinstance(model.network, VectorNetwork):
         return _build_guided(model, labels, negative_labels, scales)
     logits = _first_logits(model, labels, negative_labels, scales[0] if scales else 0)
     return FirstStepPredictor(logits, _build_guided(model, labels, negative_labels, scales[1:]))

@@ -9,12 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["VectorNetwork", "check_condition_vectors"]
+__all__ = ["VectorConditionalNetwork", "VectorNetwork", "check_condition_vectors"]
+
+
+class VectorConditionalNetwork(Protocol):
+    """A network that computes the logits of the codes at some positions, given tokens, labels and vectors."""
+
+    def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor, *, vectors: Tensor | None = None) -> Tensor:
+        """Computes logits (B, M, K) at positions (B, M) of tokens (B, N) for labels (B,) and vectors (B, C)."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +36,13 @@ class VectorNetwork:
         vectors: (B, C) float on the network's device.
     """
 
-    network: Any
+    network: VectorConditionalNetwork
     vectors: Tensor
 
     def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
         """Computes logits (b, M, K) at positions (b, M) of tokens (b, N) for labels (b,), with b = B or 2 B."""
         vectors = self.vectors.repeat(len(tokens) // len(self.vectors), 1)  # (b, C)
-        logits: Tensor = self.network.forward_at(tokens, labels, positions, vectors=vectors)
-        return logits
+        return self.network.forward_at(tokens, labels, positions, vectors=vectors)
 
 
 def check_condition_vectors(

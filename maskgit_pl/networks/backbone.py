@@ -11,7 +11,7 @@ Shapes: B images, N tokens per image, K codebook size, V columns of the logits, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from functools import lru_cache
 from typing import ClassVar, Literal
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from maskgit_pl.checks import check_integer, check_keys, check_number, shorten
+from maskgit_pl.networks.transformer_block import KVCache
 from maskgit_pl.registry import Registry
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "DEFAULT_BACKBONE",
     "LARGEST_GRID",
     "Attention",
+    "AutoregressiveBackbone",
     "Backbone",
     "BackboneConfig",
     "Vocabulary",
@@ -43,7 +45,7 @@ Vocabulary = Literal["codes", "all"]
 DEFAULT_BACKBONE = "bert"
 """The backbone of recipes and files that name none."""
 
-BUILT_IN = {"bert": "maskgit_pl.networks.transformer"}
+BUILT_IN = {"adaln": "maskgit_pl.networks.adaln", "bert": "maskgit_pl.networks.transformer"}
 """The backbones of this package: name and module, which is imported when a backbone is looked up."""
 
 LARGEST_GRID = 256
@@ -229,6 +231,33 @@ class Backbone(nn.Module):
         """
         logits = self.forward(tokens, labels, vectors=vectors)
         return logits.gather(1, positions.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
+
+
+class AutoregressiveBackbone(Backbone):
+    """The base of networks with causal attention, which predict each token from those before it in raster order.
+
+    ``forward`` and ``forward_masked`` compute all tokens in one pass; the mask token is not part of their input.
+    """
+
+    entry_points: ClassVar[tuple[str, ...]] = ("forward_masked", "forward_next")
+
+    @abstractmethod
+    def forward_next(self, tokens: Tensor, labels: Tensor, *, cache: Sequence[KVCache] | None = None) -> Tensor:
+        """Returns the logits of the next token.
+
+        Args:
+            tokens: (B, t) int64 in [0, K): the tokens before it, t in [0, N).
+            labels: (B,) int64 in [0, num_classes), or ``null_label``.
+            cache: Cache of this decoding run from ``create_cache``, changed in place; each call has one token more than
+                the call before. None computes all rows at each call.
+
+        Returns:
+            (B, K) float: logits of the codes.
+        """
+
+    def create_cache(self) -> list[KVCache]:
+        """Returns an empty cache for each block, for one run of ``forward_next``."""
+        return [KVCache(self.config.num_tokens) for _ in self.blocks]
 
 
 def _check_config(name: str, config: BackboneConfig) -> None:

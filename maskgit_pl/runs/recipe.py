@@ -183,9 +183,8 @@ def _find_kind(stage: Stage, files: Sequence[Layer], words: Sequence[str]) -> Ki
     if stage == "tokenizer":
         return "tokenizer"
     merged = merge({"network": each} for each in network if isinstance(each, Mapping)).get("network", {})
-    # Only one backbone has causal attention; others refuse the key.
-    is_causal = merged.get("attention") == "causal" and merged.get("backbone", DEFAULT_BACKBONE) == DEFAULT_BACKBONE
-    return "autoregressive" if is_causal else "transformer"
+    # Backbones without causal attention refuse the key.
+    return "autoregressive" if merged.get("attention") == "causal" else "transformer"
 
 
 def _schema_of(kind: Kind, tree: Mapping[str, Any], origin: str) -> Schema:
