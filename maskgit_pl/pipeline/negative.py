@@ -117,8 +117,8 @@ class NegativeModel:
                 )
         if other.condition_dim not in (0, own.condition_dim):
             raise ValueError(
-                f"negative_model must take vectors of size {own.condition_dim}, as the model that generates, or none, "
-                f"got size {other.condition_dim}; choose another checkpoint of the same run"
+                f"negative_model must be trained without vectors, or with vectors of {own.condition_dim} values as the "
+                f"model that generates, got {other.condition_dim}; choose another checkpoint of the same run"
             )
         if self.transformer.class_names != model.class_names:
             raise ValueError(

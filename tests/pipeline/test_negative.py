@@ -110,7 +110,7 @@ def test_a_model_without_a_null_class_can_be_guided(tmp_path):
         ({"fingerprint": "f" * 64}, "same tokenizer, whose fingerprint is .*, got ffffffffffff"),
         ({"codebook_size": 8}, "negative_model must have codebook_size 16, .* got 8"),
         ({"grid": (2, 4)}, r"negative_model must have grid \(4, 4\), .* got \(2, 4\)"),
-        ({"backbone": {"backbone": "adaln", "condition_dim": 5}}, "vectors of size 0, .* got size 5"),
+        ({"backbone": {"backbone": "adaln", "condition_dim": 5}}, "with vectors of 0 values .* got 5"),
         ({"class_names": ("Bag", "T-shirt", "Trouser")}, "negative_model must have the classes .*Ankle boot.*got.*Bag"),
         ({"attention": "causal"}, "the negative model is autoregressive"),
     ],
