@@ -736,7 +736,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "importers/maskgil.py",
         "importers/test_transformers",
         ("codes_and_mask = config.codebook_size + 1", "codes_and_mask = config.codebook_size"),
-        ("math.acos(1 - step / max(1, num_steps - 1))", "math.acos(1 - step / num_steps)"),
+        ("max(1, round(num_tokens * share / total))", "max(1, int(num_tokens * share / total))"),
         ("counts[-1] += num_tokens - sum(counts)", "counts[0] += num_tokens - sum(counts)"),
         ('positions="rotary-raster"', 'positions="rotary"'),
         ("qk_norm=False", "qk_norm=True"),
