@@ -109,18 +109,9 @@ def evaluate(
     # Checks without torch come first, so that a wrong argument is answered immediately.
     check_integer("num_images", num_images, "[1, inf)")
     folders = find_run(run, data=data, classifier=options.classifier)
-    if options.accept_classifier is not None and not (options.accept_classifier / "config.json").is_file():
-        raise FileNotFoundError(
-            f"accept_classifier {options.accept_classifier}: no classifier there; `maskgit train-classifier DATA` "
-            "trains one"
-        )
     outline = read_outline(folders)
     outline.check_decoding(outline.decoding_with(num_steps=options.num_steps))
-    if options.accept_rate is not None and num_images % len(outline.class_names):
-        raise ValueError(
-            f"num_images must be a multiple of {len(outline.class_names)}, the number of classes, with accept_rate, "
-            f"got {num_images}"
-        )
+    _check_acceptance(options, num_images, len(outline.class_names))
     from maskgit_pl.distributed import process_group, rank_and_world
     from maskgit_pl.evaluation.evaluation_report import make_report
 
@@ -141,6 +132,18 @@ def evaluate(
             report.save()
             refresh_card(folders.pretrained)
     return report
+
+
+def _check_acceptance(options: EvaluationOptions, num_images: int, num_classes: int) -> None:
+    if options.accept_classifier is not None and not (options.accept_classifier / "config.json").is_file():
+        raise FileNotFoundError(
+            f"accept_classifier {options.accept_classifier}: no classifier there; `maskgit train-classifier DATA` "
+            "trains one"
+        )
+    if options.accept_rate is not None and num_images % num_classes:
+        raise ValueError(
+            f"num_images must be a multiple of {num_classes}, the number of classes, with accept_rate, got {num_images}"
+        )
 
 
 def _open(
