@@ -268,16 +268,11 @@ class Evaluator:
         if transformer.mask_schedule is None:
             exact = exact_nll(transformer.network, tokens, labels, batch_size=self.batch_size, on_images=bar)
             return _in_bits("exact", exact)
-        options: dict[str, Any] = {
-            "mask_token_id": transformer.network.config.mask_token_id,
-            "draws": MaskDraws(draws, seed),
-            "batch_size": self.batch_size,
-            "on_images": bar,
-        }
-        schedule = transformer.mask_schedule
+        options: dict[str, Any] = {"draws": MaskDraws(draws, seed), "batch_size": self.batch_size, "on_images": bar}
+        options["mask_token_id"] = transformer.network.config.mask_token_id
         vectors = read_real_vectors(self.data, model.pipe, num_images=count)
         network, conditions = bind_conditions(transformer.network, labels, vectors)
-        part = masked_nll(network, tokens, conditions, mask_schedule=schedule, **options)
+        part = masked_nll(network, tokens, conditions, mask_schedule=transformer.mask_schedule, **options)
         bound = negative_elbo(network, tokens, conditions, **options)
         return {"masked_nll": part.mean, "masked_nll_error": part.standard_error, **_in_bits("elbo", bound)}
 
@@ -353,11 +348,9 @@ class Evaluator:
 
     def _edit(self, model: EvaluatedModel, task: Task, count: int, seed: int) -> dict[str, Tensor]:
         originals, labels = self.read_real_images("val", count)
-        bar = self.bars(f"{model.run}: {task}", count)
+        options: dict[str, Any] = {"batch_size": self.batch_size, "on_images": self.bars(f"{model.run}: {task}", count)}
         vectors = read_real_vectors(self.data, model.pipe, num_images=count)
-        edited = edit(
-            task, model.pipe, originals, labels, vectors=vectors, seed=seed, batch_size=self.batch_size, on_images=bar
-        )
+        edited = edit(task, model.pipe, originals, labels, vectors=vectors, seed=seed, **options)
         return {EDITED: edited, MASKED: hide_pixels(task, model.pipe.tokenizer, originals), UNEDITED: originals}
 
     def _find_rows(
