@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from maskgit_pl.data import Batch
 from maskgit_pl.decoding import AutoregressiveDecoding, ConditionalModel, DecodingStep, decode_autoregressive
-from maskgit_pl.networks.autoregressive import AutoregressiveTransformer
-from maskgit_pl.networks.transformer import TransformerConfig
+from maskgit_pl.networks.backbone import CausalNetwork, create_network
 from maskgit_pl.token_model import NUM_BINS, TokenModel, TokenModelConfig, check_decoding
 
 __all__ = ["AutoregressiveConfig", "AutoregressiveModel"]
@@ -28,7 +26,7 @@ class AutoregressiveConfig(TokenModelConfig):
     """The configuration of ``AutoregressiveModel``.
 
     Args:
-        network: Sizes of the transformer, with causal attention.
+        network: Configuration of the backbone, with causal attention.
         optimizer: Settings of AdamW and its learning rate.
         tokenizer: Path of the pretrained tokenizer folder.
         label_smoothing: Label smoothing of the training loss, in [0, 1).
@@ -44,17 +42,21 @@ class AutoregressiveConfig(TokenModelConfig):
         ValueError: if a number is out of range, a name is unknown, or guidance is set without a null class.
     """
 
-    network: TransformerConfig
     _: KW_ONLY
     decoding: AutoregressiveDecoding = AutoregressiveDecoding()  # noqa: RUF009  # frozen
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.network.attention != "causal":
+            raise ValueError(
+                f"network.attention must be 'causal' for AutoregressiveModel, got {self.network.attention!r}; "
+                "MaskedTokenModel trains a bidirectional network"
+            )
         check_decoding(self.decoding.to_config(self.network.num_tokens), self.network, is_autoregressive=True)
 
 
 class AutoregressiveModel(TokenModel):
-    """The LightningModule that trains an ``AutoregressiveTransformer``.
+    """The LightningModule that trains a causal network to predict the next token.
 
     The loss is the mean cross-entropy of each token, given the tokens before it.
 
@@ -68,7 +70,7 @@ class AutoregressiveModel(TokenModel):
     def __init__(self, config: AutoregressiveConfig) -> None:
         num_tokens = config.network.num_tokens
         decoding = config.decoding.to_config(num_tokens)
-        super().__init__(config, AutoregressiveTransformer(config.network), decoding)
+        super().__init__(config, create_network(config.network), decoding)
         self.decoder = decoding.build_autoregressive_decoder(num_tokens)
 
     def _draw_mask(self, batch: Batch) -> Tensor:
@@ -83,8 +85,10 @@ class AutoregressiveModel(TokenModel):
         return position_bins.expand_as(mask)[mask]  # (M,)
 
     def _decode(self, labels: Sequence[int], seeds: Sequence[int], vectors: Tensor | None) -> Iterator[DecodingStep]:
+        network = self.averaged_network
+        assert isinstance(network, CausalNetwork)
         return decode_autoregressive(
-            ConditionalModel.from_network(cast("AutoregressiveTransformer", self.averaged_network), self.device),
+            ConditionalModel.from_network(network, self.device),
             labels,
             seeds,
             decoder=self.decoder,

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, fields
 from functools import lru_cache
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ __all__ = [
     "Attention",
     "Backbone",
     "BackboneConfig",
+    "CausalNetwork",
     "Vocabulary",
     "backbones",
     "build_config",
@@ -231,6 +232,17 @@ class Backbone(nn.Module):
         return logits.gather(1, positions.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
 
 
+@runtime_checkable
+class CausalNetwork(Protocol):
+    """What a backbone with causal attention has besides; ``decoding.decode_autoregressive`` uses it."""
+
+    def forward_next(self, tokens: Tensor, labels: Tensor, *, cache: Any = None) -> Tensor:
+        """Returns the logits (B, K) of the next token after tokens (B, t); ``cache`` is from ``create_cache``."""
+
+    def create_cache(self) -> Any:
+        """Returns an empty cache for one run of ``forward_next``, which changes it in place."""
+
+
 def _check_config(name: str, config: BackboneConfig) -> None:
     """Checks the contract of a registered configuration.
 
@@ -323,6 +335,11 @@ def _check_contract(config: BackboneConfig) -> None:
             raise ValueError(f"{where}: create must return a Backbone, got {type(network).__name__}")
         if getattr(network, "config", None) != config:
             raise ValueError(f"{where}: the config of the network must be the one that creates it")
+        if config.attention == "causal" and not isinstance(network, CausalNetwork):
+            raise ValueError(
+                f"{where}: a causal network must have the methods forward_next and create_cache, got "
+                f"{type(network).__name__}"
+            )
         batch = 2
         tokens = torch.zeros(batch, config.num_tokens, dtype=torch.int64)
         labels = torch.zeros(batch, dtype=torch.int64)

@@ -19,7 +19,7 @@ from maskgit_pl.decoding import (
     decode_classes,
 )
 from maskgit_pl.devices import check_device
-from maskgit_pl.networks.autoregressive import AutoregressiveTransformer
+from maskgit_pl.networks.backbone import CausalNetwork
 from maskgit_pl.networks.int8 import Int8Linear
 from maskgit_pl.pipeline.classes import Classes
 from maskgit_pl.pipeline.negative import NegativeModel, NegativeModelLike
@@ -115,7 +115,7 @@ class Generator:
             self.class_names,
             config.null_label,
             config.num_tokens,
-            isinstance(self.transformer.network, AutoregressiveTransformer),
+            config.attention == "causal",
             self.decoding,
             tokenizer.image_size,
             tokenizer.network.config.downsampling_factor,
@@ -263,7 +263,7 @@ class Generator:
         """
         network, part = self.transformer.network, request.part(rows)
         scales, negative_labels = part.decoding.scales(), part.negative_labels
-        if isinstance(network, AutoregressiveTransformer):
+        if isinstance(network, CausalNetwork):
             assert tokens is None
             return decode_autoregressive(
                 ConditionalModel.from_network(network, self.device),

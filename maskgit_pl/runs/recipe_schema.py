@@ -167,7 +167,7 @@ def build_schema(kind: Kind) -> Schema:
 
     models = {"tokenizer": TokenizerConfig, "transformer": MaskedTokenConfig, "autoregressive": AutoregressiveConfig}
     groups = {name: schema_of(each) for name, each in (("data", ShardDataConfig), ("model", models[kind]))}
-    if kind == "transformer":
+    if kind != "tokenizer":
         groups["model"]["properties"]["network"] = _network_schema()
     run = schema_of(RunSettings)
     properties = {**groups, "trainer": schema_of(TrainerSettings), **run["properties"]}
@@ -189,7 +189,7 @@ def _network_schema() -> Schema:
     names = sorted(BUILT_IN)
     known = {name: {"title": f"backbone {name}", **schema_of(config_class(name))} for name in names}
     for name, each in known.items():
-        each["properties"]["backbone"] = {"const": name}
+        each["properties"]["backbone"] = {"enum": [name]}
     every: dict[str, list[Schema]] = {}
     for each in known.values():
         for key, schema in each["properties"].items():
@@ -225,7 +225,7 @@ def load_backbone_schema(kind: Kind, backbone: str) -> Schema:
         ValueError: if no backbone has this name.
     """
     schema = load_schema(kind)
-    if kind != "transformer":
+    if kind == "tokenizer":
         return schema
     network = schema["properties"]["model"]["properties"]["network"]
     built_in = network["$defs"]
