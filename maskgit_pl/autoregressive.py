@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from maskgit_pl.checks import check_choice
 from maskgit_pl.data import Batch
 from maskgit_pl.decoding import AutoregressiveDecoding, ConditionalModel, DecodingStep, decode_autoregressive
-from maskgit_pl.networks.backbone import CausalNetwork, create_network
+from maskgit_pl.networks.backbone import AutoregressiveBackbone, create_network
 from maskgit_pl.token_model import NUM_BINS, TokenModel, TokenModelConfig, check_decoding
 
 __all__ = ["AutoregressiveConfig", "AutoregressiveModel"]
@@ -47,16 +49,12 @@ class AutoregressiveConfig(TokenModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.network.attention != "causal":
-            raise ValueError(
-                f"network.attention must be 'causal' for AutoregressiveModel, got {self.network.attention!r}; "
-                "MaskedTokenModel trains a bidirectional network"
-            )
+        check_choice("network.attention", self.network.attention, ("causal",))
         check_decoding(self.decoding.to_config(self.network.num_tokens), self.network, is_autoregressive=True)
 
 
 class AutoregressiveModel(TokenModel):
-    """The LightningModule that trains a causal network to predict the next token.
+    """The LightningModule that trains an ``AutoregressiveBackbone``.
 
     The loss is the mean cross-entropy of each token, given the tokens before it.
 
@@ -85,10 +83,8 @@ class AutoregressiveModel(TokenModel):
         return position_bins.expand_as(mask)[mask]  # (M,)
 
     def _decode(self, labels: Sequence[int], seeds: Sequence[int], vectors: Tensor | None) -> Iterator[DecodingStep]:
-        network = self.averaged_network
-        assert isinstance(network, CausalNetwork)
         return decode_autoregressive(
-            ConditionalModel.from_network(network, self.device),
+            ConditionalModel.from_network(cast("AutoregressiveBackbone", self.averaged_network), self.device),
             labels,
             seeds,
             decoder=self.decoder,

@@ -121,7 +121,9 @@ class MaskedTokenModel(TokenModel):
 
     def _decode(self, labels: Sequence[int], seeds: Sequence[int], vectors: Tensor | None) -> Iterator[DecodingStep]:
         return decode_classes(
-            ConditionalModel.from_network(self.averaged_network, self.device).bind(vectors),
+            ConditionalModel.from_network(self.averaged_network, self.device).bind(
+                None if vectors is None else vectors.to(self.device)
+            ),
             labels,
             seeds,
             decoder=self.decoder,

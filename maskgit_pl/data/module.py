@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from maskgit_pl.data.batches import Batch, ImageBatches, StepLoader, TokenBatches, make_loader
@@ -32,6 +37,7 @@ from maskgit_pl.shards.manifest import (
 )
 from maskgit_pl.shards.reader import ShardReader
 from maskgit_pl.shards.tokens import StoreDescription, TokenReader, check_origin, open_store
+from maskgit_pl.shards.vectors import VectorReader
 
 __all__ = ["ShardData"]
 
@@ -184,18 +190,59 @@ class ShardData(StepDataModule):
             return TokenBatches(
                 reader, order, seed=self.config.seed, vectors=reader.vector_reader if self.vector_dim else None
             )
-        # Without ``setup``, as in the evaluation, shards are opened and checked here.
-        if split not in self._readers:
-            self._readers[split] = ShardReader(load_manifest(self.config.path, split))
+        images = self._shard_reader(split)
         return ImageBatches(
-            self._readers[split],
+            images,
             order,
             image_size=self.config.image_size,
             in_channels=self.config.in_channels,
             crop=crop,
             seed=self.config.seed,
-            vectors=self._readers[split].vector_reader if self.vector_dim else None,
+            vectors=images.vector_reader if self.vector_dim else None,
         )
+
+    def _shard_reader(self, split: Split) -> ShardReader:
+        # Without ``setup``, as in the evaluation, shards are opened and checked here.
+        if split not in self._readers:
+            self._readers[split] = ShardReader(load_manifest(self.config.path, split))
+        return self._readers[split]
+
+    def labels_and_vectors(self, split: Split) -> tuple[npt.NDArray[np.int64], VectorReader]:
+        """Returns the labels (n,) of all samples of a split, and the reader of their vectors.
+
+        Raises:
+            ValueError: if the samples have no vectors.
+        """
+        reader: TokenReader | ShardReader
+        if self._tokens is not None:
+            reader = self._tokens[split]
+            labels = reader.arrays()[1]
+        else:
+            reader = self._shard_reader(split)
+            labels = reader.index["label"].astype(np.int64)
+        if reader.vector_reader is None:
+            raise ValueError(f"data {self.config.path} must have a vector for each image, got none (data/README.md)")
+        return labels, reader.vector_reader
+
+    def vectors_of(self, labels: Sequence[int]) -> Tensor:
+        """Returns vectors of val samples for labels, such as those of sample pictures, for data with vectors.
+
+        Each class takes its samples in turn. A class without val samples takes those of all classes.
+
+        Args:
+            labels: B labels.
+
+        Returns:
+            (B, C) float32.
+        """
+        own, vectors = self.labels_and_vectors("val")
+        chosen, taken = [], Counter[int]()
+        for label in labels:
+            rows = np.flatnonzero(own == label)
+            rows = rows if len(rows) else np.arange(len(own))
+            chosen.append(rows[taken[label] % len(rows)])
+            taken[label] += 1
+        return torch.from_numpy(vectors.read(np.array(chosen)))
 
     @property
     def _splits_of_folder(self) -> tuple[Split, ...]:

@@ -24,7 +24,7 @@ from maskgit_pl.decoding.noise import Noise, SeededNoise
 from maskgit_pl.decoding.plan import step_progress
 from maskgit_pl.decoding.predictors import ConditionalModel, apply_guidance
 from maskgit_pl.decoding.sampling import CodeSampling
-from maskgit_pl.networks.backbone import CausalNetwork
+from maskgit_pl.networks.backbone import AutoregressiveBackbone
 
 __all__ = ["AutoregressiveClassPredictor", "AutoregressiveDecoder", "AutoregressivePredictor", "decode_autoregressive"]
 
@@ -115,7 +115,7 @@ class AutoregressiveClassPredictor:
 
     def __init__(
         self,
-        network: CausalNetwork,
+        network: AutoregressiveBackbone,
         labels: Tensor,
         *,
         negative_labels: Tensor | None = None,
@@ -138,7 +138,7 @@ class AutoregressiveClassPredictor:
 
 
 def decode_autoregressive(
-    model: ConditionalModel[CausalNetwork],
+    model: ConditionalModel[AutoregressiveBackbone],
     labels: Sequence[int],
     seeds: Sequence[int],
     *,

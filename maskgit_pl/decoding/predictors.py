@@ -227,7 +227,7 @@ class ConditionalModel(Generic[NetworkT]):
     """A class-conditional network with the facts that decoding needs; ``from_network`` reads most of them from it.
 
     Args:
-        network: The network: a ``ConditionalNetwork``, or a ``CausalNetwork`` for
+        network: The network: a ``ConditionalNetwork``, or an ``AutoregressiveBackbone`` for
             ``decode_autoregressive``.
         grid: Rows and columns of tokens; N is their product.
         mask_token_id: Id of the mask token.

@@ -51,7 +51,7 @@ def check_condition_vectors(
     """Checks the vectors of a request against the network.
 
     Args:
-        vectors: (n, C) float; None if none are given.
+        vectors: (n, C) float, or (C,) for all images; None if none are given.
         labels: Label of each image; the null label hides its vector.
         condition_dim: C of the network; 0 if it takes no vectors.
         null_label: Label of "no class and no vector"; None if the network has none.
@@ -60,20 +60,25 @@ def check_condition_vectors(
         (n, C) float32, zeros if all labels are the null label; None for a network without vectors.
 
     Raises:
-        ValueError: if vectors are missing or not wanted, have another shape, or are not finite.
+        ValueError: if vectors are missing or not wanted, have another shape, are not finite, or would all be hidden.
     """
     if not condition_dim:
         if vectors is not None:
             raise ValueError("vectors must not be given to a model that was trained without vectors; leave them out")
         return None
     expected = len(labels), condition_dim
+    is_hidden = all(label == null_label for label in labels)
     if vectors is None:
-        if any(label != null_label for label in labels):
+        if not is_hidden:
             raise ValueError(
                 f"vectors must be given: the model was trained with a vector of {condition_dim} values for each image, "
                 f"got none; give an array of shape {expected}, or generate images of no class (None)"
             )
         return torch.zeros(expected)
+    if is_hidden:
+        raise ValueError("classes must be given with vectors, since no class (None) hides the vector, got none")
+    if vectors.ndim == 1:
+        vectors = vectors.expand(len(labels), -1)
     if tuple(vectors.shape) != expected:
         raise ValueError(
             f"vectors must have shape {expected}, one row of the {condition_dim} values that the model was trained "

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maskgit_pl.networks.adaln import AdaLNTransformer
-from maskgit_pl.networks.backbone import Vocabulary
+from maskgit_pl.networks.backbone import AutoregressiveBackbone, Vocabulary
 from maskgit_pl.networks.transformer_block import KVCache
 
 __all__ = ["AutoregressiveAdaLN"]
 
 
-class AutoregressiveAdaLN(AdaLNTransformer):
+class AutoregressiveAdaLN(AdaLNTransformer, AutoregressiveBackbone):
     """Predicts the code of each token from the class and the tokens before it, in raster order.
 
     The sequence is [start, x_1 .. x_{N-1}], and the output at each position predicts the next token. The start is the
@@ -31,7 +31,7 @@ class AutoregressiveAdaLN(AdaLNTransformer):
         config: Sizes and options, with causal attention.
     """
 
-    entry_points = ("forward_masked", "forward_next")
+    entry_points = AutoregressiveBackbone.entry_points
 
     def forward(
         self, tokens: Tensor, labels: Tensor, *, vectors: Tensor | None = None, vocabulary: Vocabulary = "codes"
@@ -53,29 +53,10 @@ class AutoregressiveAdaLN(AdaLNTransformer):
         x, condition = self._run(tokens[:, :-1], labels, vectors)
         return self._head(x[mask], condition[mask.nonzero()[:, 0]], vocabulary)
 
-    def forward_next(
-        self,
-        tokens: Tensor,
-        labels: Tensor,
-        *,
-        cache: Sequence[KVCache] | None = None,
-        vectors: Tensor | None = None,
-    ) -> Tensor:
-        """Returns the logits (B, K) of the next token.
-
-        Args:
-            tokens: (B, t) int64 in [0, K): the tokens before it, t in [0, N).
-            labels: (B,) int64 in [0, num_classes), or ``null_label``.
-            cache: Cache of this decoding run from ``create_cache``, changed in place; each call has one token more than
-                the call before. None computes all rows at each call.
-            vectors: (B, C) float; None without conditioning vectors.
-        """
-        x, condition = self._run(tokens, labels, vectors, cache)
+    def forward_next(self, tokens: Tensor, labels: Tensor, *, cache: Sequence[KVCache] | None = None) -> Tensor:
+        """Returns the logits (B, K) of the next token; see ``AutoregressiveBackbone``."""
+        x, condition = self._run(tokens, labels, None, cache)
         return self._head(x[:, -1], condition, "codes")
-
-    def create_cache(self) -> list[KVCache]:
-        """Returns an empty cache for each block, for one run of ``forward_next``."""
-        return [KVCache(self.config.num_tokens) for _ in self.blocks]
 
     def _run(
         self, tokens: Tensor, labels: Tensor, vectors: Tensor | None, cache: Sequence[KVCache] | None = None

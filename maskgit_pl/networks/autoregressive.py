@@ -13,14 +13,14 @@ from typing import cast
 
 from torch import Tensor
 
-from maskgit_pl.networks.backbone import Vocabulary
+from maskgit_pl.networks.backbone import AutoregressiveBackbone, Vocabulary
 from maskgit_pl.networks.transformer import Transformer
 from maskgit_pl.networks.transformer_block import Block, KVCache
 
 __all__ = ["AutoregressiveTransformer"]
 
 
-class AutoregressiveTransformer(Transformer):
+class AutoregressiveTransformer(Transformer, AutoregressiveBackbone):
     """Predicts the code of each token from the class and the tokens before it, in raster order.
 
     The sequence is [class, x_1 .. x_{N-1}], and the output at each position predicts the next token. The weights have
@@ -34,7 +34,7 @@ class AutoregressiveTransformer(Transformer):
     """
 
     attention = "causal"
-    entry_points = ("forward_masked", "forward_next")
+    entry_points = AutoregressiveBackbone.entry_points
 
     def forward(
         self, tokens: Tensor, labels: Tensor, *, vectors: Tensor | None = None, vocabulary: Vocabulary = "codes"
@@ -77,17 +77,7 @@ class AutoregressiveTransformer(Transformer):
         return self._head(self._hidden(tokens, labels)[mask], vocabulary)
 
     def forward_next(self, tokens: Tensor, labels: Tensor, *, cache: Sequence[KVCache] | None = None) -> Tensor:
-        """Returns the logits of the next token.
-
-        Args:
-            tokens: (B, t) int64 in [0, K): the tokens before it, t in [0, N).
-            labels: (B,) int64 in [0, num_classes), or ``null_label``.
-            cache: Cache of this decoding run from ``create_cache``, changed in place; each call has one token more than
-                the call before. None computes all rows at each call.
-
-        Returns:
-            (B, K) float: logits of the codes.
-        """
+        """Returns the logits (B, K) of the next token; see ``AutoregressiveBackbone``."""
         blocks = cast("Sequence[Block]", self.blocks)
         # The cache holds the rows before ``first``; only the new rows are computed.
         first = cache[0].num_rows if cache is not None else 0
@@ -95,10 +85,6 @@ class AutoregressiveTransformer(Transformer):
         for number, block in enumerate(blocks):
             x = block(x) if cache is None else block.forward_next(x, cache[number])
         return self._head(x[:, -1], "codes")
-
-    def create_cache(self) -> list[KVCache]:
-        """Returns an empty cache for each block, for one run of ``forward_next``."""
-        return [KVCache(self.config.num_tokens) for _ in self.blocks]
 
     def _hidden(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Returns the input (B, N, D) of the head."""

@@ -11,15 +11,16 @@ Shapes: B images, N tokens per image, K codebook size, V columns of the logits, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from functools import lru_cache
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from maskgit_pl.checks import check_integer, check_keys, check_number, shorten
+from maskgit_pl.networks.transformer_block import KVCache
 from maskgit_pl.registry import Registry
 
 __all__ = [
@@ -27,9 +28,9 @@ __all__ = [
     "DEFAULT_BACKBONE",
     "LARGEST_GRID",
     "Attention",
+    "AutoregressiveBackbone",
     "Backbone",
     "BackboneConfig",
-    "CausalNetwork",
     "Vocabulary",
     "backbones",
     "build_config",
@@ -232,15 +233,31 @@ class Backbone(nn.Module):
         return logits.gather(1, positions.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
 
 
-@runtime_checkable
-class CausalNetwork(Protocol):
-    """What a backbone with causal attention has besides; ``decoding.decode_autoregressive`` uses it."""
+class AutoregressiveBackbone(Backbone):
+    """The base of networks with causal attention, which predict each token from those before it in raster order.
 
-    def forward_next(self, tokens: Tensor, labels: Tensor, *, cache: Any = None) -> Tensor:
-        """Returns the logits (B, K) of the next token after tokens (B, t); ``cache`` is from ``create_cache``."""
+    ``forward`` and ``forward_masked`` compute all tokens in one pass; the mask token is not part of their input.
+    """
 
-    def create_cache(self) -> Any:
-        """Returns an empty cache for one run of ``forward_next``, which changes it in place."""
+    entry_points: ClassVar[tuple[str, ...]] = ("forward_masked", "forward_next")
+
+    @abstractmethod
+    def forward_next(self, tokens: Tensor, labels: Tensor, *, cache: Sequence[KVCache] | None = None) -> Tensor:
+        """Returns the logits of the next token.
+
+        Args:
+            tokens: (B, t) int64 in [0, K): the tokens before it, t in [0, N).
+            labels: (B,) int64 in [0, num_classes), or ``null_label``.
+            cache: Cache of this decoding run from ``create_cache``, changed in place; each call has one token more than
+                the call before. None computes all rows at each call.
+
+        Returns:
+            (B, K) float: logits of the codes.
+        """
+
+    def create_cache(self) -> list[KVCache]:
+        """Returns an empty cache for each block, for one run of ``forward_next``."""
+        return [KVCache(self.config.num_tokens) for _ in self.blocks]
 
 
 def _check_config(name: str, config: BackboneConfig) -> None:
@@ -335,9 +352,9 @@ def _check_contract(config: BackboneConfig) -> None:
             raise ValueError(f"{where}: create must return a Backbone, got {type(network).__name__}")
         if getattr(network, "config", None) != config:
             raise ValueError(f"{where}: the config of the network must be the one that creates it")
-        if config.attention == "causal" and not isinstance(network, CausalNetwork):
+        if config.attention == "causal" and not isinstance(network, AutoregressiveBackbone):
             raise ValueError(
-                f"{where}: a causal network must have the methods forward_next and create_cache, got "
+                f"{where}: create must return an AutoregressiveBackbone for causal attention, got "
                 f"{type(network).__name__}"
             )
         batch = 2

@@ -18,8 +18,9 @@ from maskgit_pl.decoding import (
     decode_autoregressive,
     decode_classes,
 )
+from maskgit_pl.decoding.vectors import check_condition_vectors
 from maskgit_pl.devices import check_device
-from maskgit_pl.networks.backbone import CausalNetwork
+from maskgit_pl.networks.backbone import AutoregressiveBackbone
 from maskgit_pl.networks.int8 import Int8Linear
 from maskgit_pl.pipeline.classes import Classes
 from maskgit_pl.pipeline.negative import NegativeModel, NegativeModelLike
@@ -115,7 +116,7 @@ class Generator:
             self.class_names,
             config.null_label,
             config.num_tokens,
-            config.attention == "causal",
+            isinstance(self.transformer.network, AutoregressiveBackbone),
             self.decoding,
             tokenizer.image_size,
             tokenizer.network.config.downsampling_factor,
@@ -238,7 +239,14 @@ class Generator:
         )
         if negative is not None:
             negative.check_labels(request.negative_labels or request.labels)
-        return replace(request, negative_model=negative)
+        config = self.transformer.network.config
+        vectors = check_condition_vectors(
+            None if options.vectors is None else torch.as_tensor(options.vectors),
+            request.labels,
+            condition_dim=config.condition_dim,
+            null_label=config.null_label,
+        )
+        return replace(request, negative_model=negative, vectors=vectors)
 
     def _open_negative(self, given: NegativeModelLike) -> NegativeModel:
         """Returns the negative model, checked and on the device of the pipeline."""
@@ -263,7 +271,7 @@ class Generator:
         """
         network, part = self.transformer.network, request.part(rows)
         scales, negative_labels = part.decoding.scales(), part.negative_labels
-        if isinstance(network, CausalNetwork):
+        if isinstance(network, AutoregressiveBackbone):
             assert tokens is None
             return decode_autoregressive(
                 ConditionalModel.from_network(network, self.device),
@@ -284,7 +292,7 @@ class Generator:
             negative = part.negative_model.conditional_model(context_cache=part.decoding.context_cache)
             model = replace(model, negative=negative)
         return decode_classes(
-            model,
+            model.bind(None if part.vectors is None else part.vectors.to(self.device)),
             part.labels,
             part.seeds,
             decoder=part.decoding.build_decoder(self.transformer.mask_schedule),

@@ -115,6 +115,11 @@ class NegativeModel:
                     f"negative_model must have {name} {getattr(own, name)}, as the model that generates, got "
                     f"{getattr(other, name)}; choose another checkpoint of the same run"
                 )
+        if other.condition_dim not in (0, own.condition_dim):
+            raise ValueError(
+                f"negative_model must be trained without vectors, or with vectors of {own.condition_dim} values as the "
+                f"model that generates, got {other.condition_dim}; choose another checkpoint of the same run"
+            )
         if self.transformer.class_names != model.class_names:
             raise ValueError(
                 f"negative_model must have the classes {list(model.class_names[:10])} of the model that generates, got "

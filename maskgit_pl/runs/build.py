@@ -77,6 +77,7 @@ def build(plan: Plan) -> StageRun:
     if isinstance(module, TokenModel):
         trainer.accumulate_grad_batches = accumulation
         _check_classes(module, data)
+        _check_vectors(module, data)
         tokenizer = module.tokenizer  # raises if it does not fit the model
         data.require_tokenizer(
             tokenizer.fingerprint, grid=tokenizer.grid, codebook_size=tokenizer.network.config.codebook_size
@@ -97,6 +98,15 @@ def _check_classes(module: TokenModel, data: ShardData) -> None:
         raise ValueError(
             f"model.network.num_classes must be {data.num_classes}, the classes of {data.config.path}, got "
             f"{num_classes}; leave the key out or use other data"
+        )
+
+
+def _check_vectors(module: TokenModel, data: ShardData) -> None:
+    condition_dim, vector_dim = module.config.network.condition_dim, data.vector_dim
+    if condition_dim != vector_dim:
+        what = f"the size of the vectors of {data.config.path}" if vector_dim else "without data.vectors: true"
+        raise ValueError(
+            f"model.network.condition_dim must be {vector_dim}, {what}, got {condition_dim}; leave the key out"
         )
 
 
@@ -233,7 +243,11 @@ class StageRun:
         if self.stage == "tokenizer":
             pictures = ReconstructionPictures(self.folder)
         else:
-            pictures = SamplePictures(self.folder, class_names=self.datamodule.class_names)
+            pictures = SamplePictures(
+                self.folder,
+                class_names=self.datamodule.class_names,
+                find_vectors=self.datamodule.vectors_of if self.datamodule.config.vectors else None,
+            )
         step_check, unreadable = StepCheck(self.folder, self.checkpoints), UnreadableReport(self.folder)
         return [step_check, self.watchdog, self.checkpoints, progress, pictures, unreadable]
 

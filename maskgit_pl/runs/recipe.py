@@ -184,6 +184,7 @@ def _find_kind(stage: Stage, files: Sequence[Layer], words: Sequence[str]) -> Ki
     if stage == "tokenizer":
         return "tokenizer"
     merged = merge({"network": each} for each in network if isinstance(each, Mapping)).get("network", {})
+    # Backbones without causal attention refuse the key.
     return "autoregressive" if merged.get("attention") == "causal" else "transformer"
 
 

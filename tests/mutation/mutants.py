@@ -557,8 +557,8 @@ MUTANTS: tuple[Mutant, ...] = (
         ("and not self._skips_update:", "and True:"),
         ("            optimizer.zero_grad()  # without", "            pass  # without"),
         (
-            "self.averaged_network, tokens, batch.labels",
-            "self.transformer, tokens, batch.labels",
+            "            self.averaged_network,\n            tokens,\n            batch.labels",
+            "            self.transformer,\n            tokens,\n            batch.labels",
         ),
         ("labels = self._drop_classes(batch)", "labels = batch.labels"),
         ("chance < network.class_dropout", "chance > network.class_dropout"),
