@@ -86,8 +86,8 @@ def _add_variant_arguments(parser: argparse.ArgumentParser) -> None:
                        "repeat the flag for further keys. decoding.KEY needs no training")  # fmt: skip
     group.add_argument("--recipes", metavar="'A;B;C D'", help="sets of recipes to compare, separated by semicolons; "
                        "the first one is the base")  # fmt: skip
-    group.add_argument("--grid", action="store_true", default=None, help="compare all combinations (default: change one "
-                       "key of the base at a time)")  # fmt: skip
+    group.add_argument("--grid", action="store_true", default=None, help="compare all combinations (default: change "
+                       "one key of the base at a time)")  # fmt: skip
     group.add_argument("--seeds", metavar="N,...", help=f"training seeds of each variant (default: {_SEEDS})")
     group.add_argument("--stage", choices=("tokenizer", "transformer"), help="stage to train (default: transformer)")
     group.add_argument("--stage-2", action="store_true", default=None, help="with --stage tokenizer: train a "

@@ -57,7 +57,8 @@ _COUNTS = ("parameters", "num_images", "real_images", "num_steps", "num_tokens",
            "training_steps", "classifier_seed", "runs", "steps", "max_steps", "place")  # fmt: skip
 _NUMBERS = ("fid", "sfid", "kid", "kid_deviation", "is", "is_deviation", "precision", "recall", "density", "coverage",
             "class_agreement", "diversity", "steps_taken", "seconds_per_image", "least", "top1", "top5", "rfid",
-            "psnr_db", "ssim", "codebook_usage", "perplexity", "seconds_per_step", "training_seconds")  # fmt: skip
+            "psnr_db", "ssim", "codebook_usage", "perplexity", "seconds_per_step", "planned_seconds",
+            "training_seconds")  # fmt: skip
 _ESTIMATES = ("masked_nll", "elbo_", "exact_")  # prefixes of columns that are numbers
 _TYPES: dict[str, tuple[type, str]] = {  # other columns that are not text
     "decoding": (dict, "a mapping"), "training": (dict, "a mapping"), "knows_classes": (bool, "true or false"),

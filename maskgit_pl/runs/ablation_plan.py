@@ -77,7 +77,7 @@ class Factor:
 
     @property
     def is_of_decoding(self) -> bool:
-        """True if the key affects only the decoding, so that it needs no training."""
+        """Tells if the key affects only the decoding, so that it needs no training."""
         return is_of_decoding(self.key)
 
 
@@ -134,6 +134,12 @@ class Variant:
     names: str
     changes: Mapping[str, str]
     recipe: Recipe
+
+    @property
+    def trained_label(self) -> str:
+        """The label without the changes of the decoding."""
+        words = [*([f"recipe {self.names}"] if self.names else []), *_label_changes(self.trained)]
+        return ", ".join(word for word in words if word) or "base"
 
     @property
     def trained(self) -> dict[str, str]:
@@ -334,7 +340,7 @@ def _flatten(key: str, value: Any, text: str) -> Iterator[tuple[str, str]]:
 
 
 def short_name(key: str) -> str:
-    """Returns a recipe key without the groups before it: ``learning_rate.peak`` for ``model.optimizer.learning_rate.peak``."""
+    """Returns a recipe key without its groups: ``guidance.scale`` for ``model.decoding.guidance.scale``."""
     parts = key.split(".")
     while len(parts) > 1 and parts[0] in _GROUPS:
         parts = parts[1:]

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -202,9 +202,12 @@ class AblationRuns:
 
     def folder_of(self, variant: ResolvedVariant, seed: int, max_steps: int) -> Path:
         """Returns the folder of a run; its name contains a hash of everything that determines the weights."""
-        words = re.sub(r"[^A-Za-z0-9_.]+", "-", variant.label).strip("-")[:60]
         key = {"recipe": variant.digest, "seed": seed, "max_steps": max_steps, "threads": self.threads}
-        return self._folder / f"{self.config.dataset}-{words}-seed{seed}-{_digest(key)[:8]}"
+        ending = f"seed{seed}-{_digest(key)[:12]}"
+        # Another ablation may have trained the same run under another label.
+        found = next(iter(sorted(self._folder.glob(f"*-{ending}"))), None)
+        words = re.sub(r"[^A-Za-z0-9_.]+", "-", variant.variant.trained_label).strip("-")[:60]
+        return found or self._folder / f"{self.config.dataset}-{words}-{ending}"
 
     @property
     def _folder(self) -> Path:
@@ -297,19 +300,25 @@ def _distinct(resolved: Sequence[ResolvedVariant], *, is_grid: bool) -> tuple[li
     Raises:
         ValueError: if fewer than two variants are left, or two combinations are the same.
     """
-    found: dict[str, ResolvedVariant] = {}
-    for each in resolved:
-        key = _digest([each.recipe, each.max_steps, repr(each.decoding)])
-        if key in found and found[key] is not resolved[0]:
+    base, *others = resolved
+    base_key = _key_of(base)
+    found = {} if is_grid else {base_key: base}
+    for each in others:
+        key = _key_of(each)
+        if not is_grid and key == base_key:
+            continue  # the value of the base
+        if key in found:
             raise ValueError(f"variants must be different, got {found[key].label} and {each.label}, which are the same")
-        found.setdefault(key, each)
-        if is_grid and found[key] is resolved[0] and each is not resolved[0]:
-            found[key] = each  # the combination with the values of the base
-    base = next(iter(found.values()))
-    variants = [each for each in found.values() if not is_grid or each is not resolved[0]]
+        found[key] = each
+    variants = list(found.values())
     if len(variants) < 2:
         raise ValueError(f"an ablation must have at least two variants, got only {variants[0].label}; add a value")
-    return variants, variants.index(base) if base in variants else 0
+    return variants, list(found).index(base_key) if base_key in found else 0
+
+
+def _key_of(variant: ResolvedVariant) -> str:
+    decoding = None if variant.decoding is None else asdict(variant.decoding)
+    return _digest([variant.recipe, variant.max_steps, decoding])
 
 
 def read_training_time(folder: Path) -> TrainingTime | None:
@@ -360,4 +369,13 @@ def _last_line(file: Path) -> str:
 
 
 def _digest(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(_canonical(values), sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _canonical(values: Any) -> Any:
+    """Returns plain values in which equal numbers have one form: 1.0 becomes 1."""
+    if isinstance(values, Mapping):
+        return {key: _canonical(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_canonical(value) for value in values]
+    return int(values) if isinstance(values, float) and values.is_integer() else values

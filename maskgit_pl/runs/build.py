@@ -236,7 +236,8 @@ class StageRun:
             pictures = SamplePictures(self.folder, class_names=self.datamodule.class_names)
         step_check, unreadable = StepCheck(self.folder, self.checkpoints), UnreadableReport(self.folder)
         clock = StepClock(self.folder)
-        return [clock, step_check, self.watchdog, self.checkpoints, progress, pictures, unreadable]
+        # The clock comes last, so that it does not count the pictures after a validation.
+        return [step_check, self.watchdog, self.checkpoints, progress, pictures, unreadable, clock]
 
 
 def _build_arguments(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:

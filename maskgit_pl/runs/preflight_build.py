@@ -62,7 +62,7 @@ def build_for_preflight(plan: Plan, checks: CheckList, *, is_complete: bool) -> 
 
 
 def build_without_weights(plan: Plan) -> StageRun:
-    """Builds module and data of a run with weights of zero and without a Trainer, which checks all values of its recipe.
+    """Builds module and data of a run without a Trainer and with weights of zero. Checks all values of its recipe.
 
     Data and tokenizer may be missing. No file is written, and the process-wide settings of torch stay as they are.
 

@@ -48,7 +48,10 @@ def draw_ablation(summary: Summary) -> bytes:
     for row in panels:
         row[0].set_yticks(range(len(labels)), [_shorten(label) for label in labels], fontsize=9)
         row[0].set_ylim(len(labels) - 0.4, -0.6)  # the first variant on top
-    words = {"reference": f"reference: {_shorten(summary.protocol.reference)}", "better": "better", "worse": "worse",
+    protocol = summary.protocol
+    seeds = f"seeds {', '.join(map(str, protocol.seeds))}"
+    page.suptitle(plain_label(f"{protocol.dataset}, budget {protocol.budget}, {seeds}"), fontsize=11)
+    words = {"reference": f"reference: {_shorten(protocol.reference)}", "better": "better", "worse": "worse",
              "unclear": "ranges overlap"}  # fmt: skip
     handles = [Line2D([], [], color=_COLOURS[key], marker="o", label=text) for key, text in words.items()]
     page.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
@@ -56,10 +59,10 @@ def draw_ablation(summary: Summary) -> bytes:
 
 
 def _choose_metrics(summary: Summary) -> list[str]:
-    """Returns the metrics of the panels: each kind once, in the first network, without times."""
+    """Returns the metrics of the panels: each kind once, in the first network."""
     chosen: dict[str, str] = {}
-    for name in summary.metrics:
-        if name != "seconds_per_image" and any(name in found for found in summary.spreads.values()):
+    for name in summary.compared:
+        if any(name in found for found in summary.spreads.values()):
             chosen.setdefault(name.partition("/")[0], name)
     return list(chosen.values())[:_PANELS]
 

@@ -258,6 +258,7 @@ class _Ablation:
             columns |= _describe_time(run.time)
         if self.runs.config.budget.unit == "seconds":
             columns["seconds_per_step"] = self._seconds_per_step(variant)
+            columns["planned_seconds"] = columns["seconds_per_step"] * max_steps
         return columns
 
     def _measure_samples(self, run: TrainedRun, variant: ResolvedVariant, seed: int) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The page of an ablation, made from its rows of the ledger: results, differences from the base, and training budgets."""
+"""The page of an ablation, made from ledger rows: results, differences from the base, and training budgets."""
 
 from __future__ import annotations
 
@@ -10,12 +10,22 @@ from maskgit_pl.evaluation.metric_names import direction, find_metric, format_va
 from maskgit_pl.evaluation.pages import Page, heading, markdown_table, paragraph
 from maskgit_pl.evaluation.reports.ablation_figure import draw_ablation
 from maskgit_pl.evaluation.reports.ablation_summary import Spread, Summary, chance_of_separation, summarize
-from maskgit_pl.text import code_span, markdown
+from maskgit_pl.text import markdown
 
-__all__ = ["make_ablation_page"]
+__all__ = ["ablation_markdown", "make_ablation_page"]
 
-_COLUMNS = ("variant", "seed", "run", "parameters", "max_steps", "global_batch", "seconds_per_step", "training_seconds",
+_COLUMNS = ("variant", "seed", "run", "parameters", "max_steps", "global_batch", "seconds_per_step", "planned_seconds",
+            "training_seconds",
             "kind", "device", "failure")  # fmt: skip
+
+_TRAINING = {  # columns of the table of trainings
+    "parameters": "parameters",
+    "max_steps": "steps",
+    "global_batch": "batch",
+    "seconds_per_step": "pilot, s per step",
+    "planned_seconds": "planned, s",
+    "training_seconds": "measured, s",
+}
 
 
 def make_ablation_page(name: str, rows: Sequence[Row]) -> Page:
@@ -31,44 +41,48 @@ def make_ablation_page(name: str, rows: Sequence[Row]) -> Page:
     if not rows:
         raise ValueError(f"ablation {name}: there must be at least one row, got none; run it without --page-only first")
     summary = summarize(rows)
+    pictures = {f"{name}.png": draw_ablation(summary)} if summary.spreads else {}
+    return Page(name, ablation_markdown(name, summary), [_flatten(row) for row in rows], pictures)
+
+
+def ablation_markdown(name: str, summary: Summary) -> str:
+    """Returns the text of the page; see ``make_ablation_page``."""
     lines = heading(f"Ablation: {markdown(name.removeprefix('ablation-'))}", summary.protocol.command)
     lines += [*_explain(summary), ""]
-    pictures: dict[str, bytes] = {}
     if summary.spreads:
-        pictures[f"{name}.png"] = draw_ablation(summary)
         lines += ["## Results", "", *_result_lines(summary), "", f"![results]({name}.png)", ""]
         lines += [f"## Difference from {markdown(summary.protocol.reference)}", "", *_difference_lines(summary), ""]
     lines += ["## Training", "", *_training_lines(summary), ""]
     if summary.failures or summary.missing:
         lines += ["## Failed or missing", "", *_failure_lines(summary), ""]
     lines += paragraph(f"Measured on: {_long(summary.protocol.machine)}.")
-    return Page(name, "\n".join(lines) + "\n", [_flatten(row) for row in rows], pictures)
+    return "\n".join(lines) + "\n"
 
 
 def _explain(summary: Summary) -> list[str]:
     protocol = summary.protocol
-    base = ", ".join(f"{code_span(key)} {code_span(_text(value))}" for key, value in protocol.base.items())
+    base = ", ".join(f"{markdown(key)} {markdown(_text(value))}" for key, value in protocol.base.items())
     seeds = ", ".join(map(str, protocol.seeds))
     what = f"Each variant was trained with the seeds {seeds}" if len(protocol.seeds) > 1 else (
         f"Each variant was trained with the seed {seeds} only, so that nothing is known about the spread"
     )  # fmt: skip
     lines = paragraph(
         f"{what} ({markdown(protocol.stage)} on {markdown(protocol.dataset)}), with the budget",
-        f"{code_span(protocol.budget)} for each run. {_explain_budget(summary)}",
+        f"{markdown(protocol.budget)} for each run. {_explain_budget(summary)}",
         f"Base: {base}." if base else "",
     )
     if protocol.stage == "transformer":
         lines += ["", *paragraph(
             f"{protocol.num_images} images of each run, evenly distributed over the classes, are compared with",
-            f"{markdown(protocol.compared)}. Seeds differ in initial weights, order of the data, masks, and the noise of",
-            "decoding; the variants of a seed share them. Decoding, unless it is varied:",
+            f"{markdown(protocol.compared)}. Seeds differ in initial weights, order of the data, masks, and the noise",
+            "of decoding; the variants of a seed share them. Decoding, unless it is varied:",
             f"{_long(protocol.decoding)}. Bits per token are the order-agnostic bound of the likelihood of real",
             "images (the exact value of an autoregressive model), which depends neither on the mask schedule nor on",
             "the decoding.",
         )]  # fmt: skip
     else:
         lines += ["", *paragraph(
-            "The tokenizers reconstruct all images of the val split. Bits per token and the FID of transformers are not",
+            "The tokenizers reconstruct all images of the val split. Bits per token and FID of transformers are not",
             "comparable between tokenizers with other codes.",
         )]  # fmt: skip
     return lines
@@ -121,7 +135,7 @@ def _cell(name: str, spread: Spread | None) -> str:
 def _embolden(summary: Summary, rows: Sequence[Sequence[str]]) -> list[list[str]]:
     """Returns the rows with the best mean of each metric in bold."""
     made = [list(row) for row in rows]
-    for column, name in enumerate(summary.metrics, start=1):
+    for column, name in enumerate(summary.compared, start=1):  # the first columns
         means = {label: found[name].mean for label, found in summary.spreads.items() if name in found}
         best = (max if find_metric(name).higher_is_better else min)(means.values(), default=None)
         for place, label in enumerate(summary.protocol.variants):
@@ -139,16 +153,16 @@ def _difference_lines(summary: Summary) -> list[str]:
     for label in protocol.variants:
         found = summary.spreads.get(label)
         if found is not None and label != protocol.reference:
-            rows.append([markdown(label), *(_difference(name, found, reference) for name in summary.metrics)])
+            rows.append([markdown(label), *(_difference(name, found, reference) for name in summary.compared)])
     chance = chance_of_separation(len(protocol.seeds))
     lines = paragraph(
         "Difference of the means. `better` and `worse`: the ranges of the seeds do not overlap; `unclear`: they do.",
-        f"Two equal variants with {len(protocol.seeds)} seeds each would be separated by chance in {chance:.0%} of the"
+        f"Two equal variants with {len(protocol.seeds)} seeds each would differ randomly in {chance:.0%} of the"
         " comparisons of one metric."
         if len(protocol.seeds) > 1
         else "With one seed, every difference is unclear.",
     )
-    headings = ["variant", *(markdown(title(name)) for name in summary.metrics)]
+    headings = ["variant", *(markdown(title(name)) for name in summary.compared)]
     return [*lines, "", *markdown_table(headings, rows), "", *_conclude(summary, reference)]
 
 
@@ -176,27 +190,29 @@ def _conclude(summary: Summary, reference: Mapping[str, Spread]) -> list[str]:
 
 
 def _training_lines(summary: Summary) -> list[str]:
-    rows = []
-    for row in summary.rows:
-        pilot, seconds = read_number(row, "seconds_per_step"), read_number(row, "training_seconds")
-        planned = None if pilot is None else pilot * float(row["max_steps"])
-        rows.append(
-            [
-                markdown(row["variant"]),
-                markdown(row["seed"]),
-                "" if row.get("parameters") is None else f"{row['parameters'] / 1e6:.2f}M",
-                markdown(row.get("max_steps") or ""),
-                "" if pilot is None else f"{pilot:.4f}",
-                "" if planned is None else f"{planned:.1f}",
-                "" if seconds is None else f"{seconds:.1f}",
-            ]
-        )
-    kinds = ", ".join(dict.fromkeys(str(row["kind"]) for row in summary.rows if row.get("kind"))) or "not recorded"
-    devices = ", ".join(dict.fromkeys(str(row["device"]) for row in summary.rows if row.get("device")))
+    # Variants that differ only in their decoding share a run, which has one line.
+    runs = {row["run"]: row for row in reversed(summary.rows) if row.get("run")}
+    trained = [row for row in summary.rows if row.get("run") and runs[row["run"]] is row]
+    shown = [name for name in _TRAINING if any(row.get(name) is not None for row in trained)]
+    rows = [
+        [markdown(row["variant"]), markdown(row["seed"]), *(_training_cell(row, name) for name in shown)]
+        for row in trained
+    ]
+    kinds = ", ".join(dict.fromkeys(str(row["kind"]) for row in trained if row.get("kind"))) or "not recorded"
+    devices = ", ".join(dict.fromkeys(str(row["device"]) for row in trained if row.get("device")))
     text = f"Seconds are {markdown(kinds)} seconds of the training steps, without start-up and validation."
     text += f" Trained on: {markdown(devices)}." if devices else ""
-    headings = ["variant", "seed", "parameters", "steps", "pilot, s per step", "planned, s", "measured, s"]
+    headings = ["variant", "seed", *(_TRAINING[name] for name in shown)]
     return [*paragraph(text), "", *markdown_table(headings, rows)]
+
+
+def _training_cell(row: Row, name: str) -> str:
+    value = read_number(row, name) if name != "global_batch" else None
+    if value is None:
+        return markdown(row.get(name) or "")
+    if name == "parameters":
+        return f"{value / 1e6:.2f}M"
+    return f"{value:.0f}" if name == "max_steps" else f"{value:.4f}" if name == "seconds_per_step" else f"{value:.1f}"
 
 
 def _failure_lines(summary: Summary) -> list[str]:

@@ -1,4 +1,4 @@
-"""The protocol of an ablation, which is part of each of its ledger rows, so that a page can be made from the rows alone."""
+"""The protocol of an ablation: a part of each of its ledger rows, so that a page can be made from the rows only."""
 
 from __future__ import annotations
 

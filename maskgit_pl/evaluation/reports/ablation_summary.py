@@ -1,4 +1,4 @@
-"""The statistics of an ablation: mean and range over seeds, and whether a difference exceeds the spread of the seeds."""
+"""The statistics of an ablation: mean and range over seeds, and differences that exceed the spread of the seeds."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Summary:
     """The results of an ablation.
 
     Args:
-        protocol: What the variants share.
+        protocol: Settings that the variants share.
         rows: Rows of the ledger, sorted by variant and seed.
         metrics: Names of the metrics, in the order of tables and figures.
         spreads: Values by variant and metric; a variant without any result is missing.
@@ -91,6 +91,11 @@ class Summary:
         found = {(row["variant"], row["seed"]) for row in self.rows}
         protocol = self.protocol
         return [(each, seed) for each in protocol.variants for seed in protocol.seeds if (each, seed) not in found]
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """The metrics in which variants are compared; times of a machine with other work are not."""
+        return tuple(name for name in self.metrics if name != "seconds_per_image")
 
     @property
     def ranking_metric(self) -> str:
@@ -135,7 +140,7 @@ def _place(name: str, first: str) -> tuple[int, bool, str]:
 
 
 def chance_of_separation(seeds: int) -> float:
-    """Returns the probability that the ranges of two equal variants do not overlap by chance.
+    """Returns the probability that the ranges of two equal variants are apart randomly.
 
     Formula: 2 n! n! / (2 n)! for n seeds each, since all orders of the 2 n values are equally likely.
 
