@@ -14,9 +14,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from maskgit_pl.checks import check_choice
 from maskgit_pl.data import Batch
 from maskgit_pl.decoding import AutoregressiveDecoding, ConditionalModel, DecodingStep, decode_autoregressive
-from maskgit_pl.networks.autoregressive import AutoregressiveTransformer
+from maskgit_pl.networks.backbone import AutoregressiveBackbone
 from maskgit_pl.token_model import NUM_BINS, TokenModel, TokenModelConfig, check_decoding
 
 __all__ = ["AutoregressiveConfig", "AutoregressiveModel"]
@@ -48,11 +49,12 @@ class AutoregressiveConfig(TokenModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choice("network.attention", self.network.attention, ("causal",))
         check_decoding(self.decoding.to_config(self.network.num_tokens), self.network, is_autoregressive=True)
 
 
 class AutoregressiveModel(TokenModel):
-    """The LightningModule that trains an ``AutoregressiveTransformer``.
+    """The LightningModule that trains an ``AutoregressiveBackbone``.
 
     The loss is the mean cross-entropy of each token, given the tokens before it.
 
@@ -66,7 +68,7 @@ class AutoregressiveModel(TokenModel):
     def __init__(self, config: AutoregressiveConfig) -> None:
         num_tokens = config.network.num_tokens
         decoding = config.decoding.to_config(num_tokens)
-        super().__init__(config, AutoregressiveTransformer(config.network), decoding)
+        super().__init__(config, config.network.create(), decoding)
         self.decoder = decoding.build_autoregressive_decoder(num_tokens)
 
     def _draw_mask(self, batch: Batch) -> Tensor:
@@ -80,9 +82,9 @@ class AutoregressiveModel(TokenModel):
         position_bins = torch.arange(mask.shape[1], device=mask.device) * NUM_BINS // mask.shape[1]  # (N,)
         return position_bins.expand_as(mask)[mask]  # (M,)
 
-    def _decode(self, labels: Sequence[int], seeds: Sequence[int]) -> Iterator[DecodingStep]:
+    def _decode(self, labels: Sequence[int], seeds: Sequence[int], vectors: Tensor | None) -> Iterator[DecodingStep]:
         return decode_autoregressive(
-            ConditionalModel.from_network(cast("AutoregressiveTransformer", self.averaged_network), self.device),
+            ConditionalModel.from_network(cast("AutoregressiveBackbone", self.averaged_network), self.device),
             labels,
             seeds,
             decoder=self.decoder,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from maskgit_pl.checks import check_integer, check_number
 from maskgit_pl.data import Batch
 from maskgit_pl.decoding import ConditionalModel, DecodingConfig, DecodingStep, decode_classes
 from maskgit_pl.masking import MaskSampler
-from maskgit_pl.networks.transformer import MaskedTransformer
+from maskgit_pl.networks.backbone import create_network
 from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.token_model import NUM_BINS, TokenModel, TokenModelConfig, check_decoding
 
@@ -28,7 +28,7 @@ class MaskedTokenConfig(TokenModelConfig):
     """The configuration of ``MaskedTokenModel``.
 
     Args:
-        network: Sizes of the transformer, with bidirectional attention.
+        network: Configuration of the backbone, with bidirectional attention.
         optimizer: Settings of AdamW and its learning rate.
         tokenizer: Path of the pretrained tokenizer folder.
         label_smoothing: Label smoothing of the training loss, in [0, 1).
@@ -57,6 +57,11 @@ class MaskedTokenConfig(TokenModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.network.attention != "bidirectional":
+            raise ValueError(
+                f"network.attention must be 'bidirectional' for MaskedTokenModel, got {self.network.attention!r}; "
+                "AutoregressiveModel trains a causal transformer"
+            )
         check_integer("global_batch", self.global_batch, "[1, 4294967296]")
         mask_schedules.build(self.mask_schedule)
         check_number("min_mask_ratio", self.min_mask_ratio, "[0, 1]")
@@ -64,7 +69,7 @@ class MaskedTokenConfig(TokenModelConfig):
 
 
 class MaskedTokenModel(TokenModel):
-    """The LightningModule that trains a ``MaskedTransformer`` to predict masked tokens.
+    """The LightningModule that trains a backbone to predict masked tokens.
 
     Args:
         config: Network, mask schedule, optimizer, tokenizer and loss.
@@ -76,7 +81,7 @@ class MaskedTokenModel(TokenModel):
     binned_by = "mask-ratio"
 
     def __init__(self, config: MaskedTokenConfig) -> None:
-        super().__init__(config, MaskedTransformer(config.network), config.decoding)
+        super().__init__(config, create_network(config.network), config.decoding)
         self.mask_schedule_spec = config.mask_schedule
         self.mask_schedule = mask_schedules.build(config.mask_schedule)
         self.mask_sampler = MaskSampler(self.mask_schedule, config.seed, config.min_mask_ratio)
@@ -114,9 +119,11 @@ class MaskedTokenModel(TokenModel):
         row_bins = ((mask.float().mean(1) * NUM_BINS).ceil().long() - 1).clamp(0, NUM_BINS - 1)  # (B,)
         return row_bins.unsqueeze(1).expand_as(mask)[mask]  # (M,)
 
-    def _decode(self, labels: Sequence[int], seeds: Sequence[int]) -> Iterator[DecodingStep]:
+    def _decode(self, labels: Sequence[int], seeds: Sequence[int], vectors: Tensor | None) -> Iterator[DecodingStep]:
         return decode_classes(
-            ConditionalModel.from_network(cast("MaskedTransformer", self.averaged_network), self.device),
+            ConditionalModel.from_network(self.averaged_network, self.device).bind(
+                None if vectors is None else vectors.to(self.device)
+            ),
             labels,
             seeds,
             decoder=self.decoder,

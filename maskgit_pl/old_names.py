@@ -214,13 +214,18 @@ def rename_tensors(tensors: Mapping[str, Value], origin: str) -> dict[str, Value
     return renamed
 
 
+_NEW_FIELDS = (("backbone", "bert"), ("condition_dim", 0))  # of networks, with the only behavior of version 0.1.0
+
+
 def restore_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of a network's configuration by their names in version 0.1.0.
 
-    Digests that identify a model in ledgers and file names are made of these, so that they stay valid.
+    Digests that identify a model in ledgers and file names are made of these, so that they stay valid. Fields that the
+    version did not have are left out if their value is what the version did.
     """
     old_names = {new: old for old, new in _NETWORK.items()}
-    return {old_names.get(name, name): value for name, value in config.items()}
+    kept = {name: value for name, value in config.items() if (name, value) not in _NEW_FIELDS}
+    return {old_names.get(name, name): value for name, value in kept.items()}
 
 
 def restore_tensor(name: str) -> str:

@@ -11,10 +11,11 @@ import inspect
 import logging
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import is_dataclass
 from functools import cache
+from importlib import import_module
 from importlib.metadata import EntryPoint, distributions
 from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, TypeVar, cast
@@ -25,7 +26,7 @@ from maskgit_pl.text import printable
 T = TypeVar("T")
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 
-__all__ = ["PluginError", "Registry", "describe", "nearest"]
+__all__ = ["PluginError", "Registry", "describe", "nearest", "plugin_names"]
 
 _log = logging.getLogger(__name__)
 
@@ -72,6 +73,8 @@ class Registry(Generic[T]):
         group: Entry point group of other packages' factories, such as ``"maskgit_pl.mask_schedules"``.
         check: Function of the name and a new object that raises ``ValueError`` if the object breaks its contract.
         renamed: Names of older versions, each with its new name. They are accepted but not listed.
+        modules: Modules that register built-in parts when they are imported, which happens at the first look-up. For
+            parts whose modules import the module of the registry.
     """
 
     def __init__(
@@ -81,11 +84,13 @@ class Registry(Generic[T]):
         *,
         check: Callable[[str, T], None] | None = None,
         renamed: Mapping[str, str] = MappingProxyType({}),
+        modules: Sequence[str] = (),
     ) -> None:
         self.kind = kind
         self.group = group
         self._check = check
         self._renamed = renamed
+        self._modules = modules
         self._factories: dict[str, Callable[..., T]] = {}
         self._loaded: dict[str, Callable[..., T] | PluginError] = {}  # by the name of the entry point
 
@@ -106,13 +111,31 @@ class Registry(Generic[T]):
 
     def names(self) -> list[str]:
         """Returns all names that ``build`` accepts, sorted. Plug-ins are included, and not loaded."""
+        self._import_modules()
         return sorted({*self._factories, *self._plugins()})
 
-    def build(self, spec: str | Mapping[str, Any]) -> T:
+    def factory(self, name: str) -> Callable[..., T]:
+        """Returns the factory that is registered as ``name``, without building anything.
+
+        Raises:
+            ValueError: if the name is unknown.
+            PluginError: if the code of a plug-in raises an error or exits when it is imported.
+        """
+        self._import_modules()
+        # Built-in names do not read the metadata of all installed packages.
+        plugins = {} if name in self._factories and name not in self._loaded else self._plugins()
+        if name in plugins:
+            return self._load(name, plugins[name])
+        if name not in self._factories:
+            raise ValueError(f"unknown {self.kind} {shorten(name)}: {nearest(name, self.names())}")
+        return self._factories[name]
+
+    def build(self, spec: str | Mapping[str, Any], *, where: str | None = None) -> T:
         """Builds an object and checks it.
 
         Args:
             spec: Name, or mapping with the key ``name`` and the arguments of the factory.
+            where: File and key of the arguments for error messages; None for the kind and the name.
 
         Raises:
             ValueError: if the spec is neither, the name is unknown or missing, an argument is unknown, missing, of a
@@ -121,28 +144,29 @@ class Registry(Generic[T]):
         """
         name, arguments = self._parse(spec)
         name = self._renamed.get(name, name)
-        # Built-in names do not read the metadata of all installed packages.
-        plugins = {} if name in self._factories and name not in self._loaded else self._plugins()
-        if name in plugins:
-            factory = self._load(name, plugins[name])
-            with self._guard(name, plugins[name], "built"):
-                return self._make(name, factory, arguments)
-        if name not in self._factories:
-            raise ValueError(f"unknown {self.kind} {shorten(name)}: {nearest(name, self.names())}")
-        return self._make(name, self._factories[name], arguments)
+        factory = self.factory(name)
+        where = where or f"{self.kind} {shorten(name)}"
+        announced = self._plugins().get(name) if name in self._loaded else None
+        if announced is None:
+            return self._make(name, factory, arguments, where)
+        with self._guard(name, announced, "built", where):
+            return self._make(name, factory, arguments, where)
 
     def build_all(self) -> dict[str, T]:
         """Builds all objects that require no argument, by name. Warns of plug-ins that fail, and leaves them out."""
         built = {}
-        plugins = self._plugins()
         for name in self.names():
             try:
-                factory = self._factories[name] if name in self._factories else self._load(name, plugins[name])
-                if _needs_no_argument(factory):
+                if _needs_no_argument(self.factory(name)):
                     built[name] = self.build(name)
             except PluginError as error:
                 _warn(str(error))
         return built
+
+    def _import_modules(self) -> None:
+        """Imports the modules of the built-in parts; only the first call takes time."""
+        for module in self._modules:
+            import_module(module)
 
     def _parse(self, spec: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         if isinstance(spec, str):
@@ -156,8 +180,7 @@ class Registry(Generic[T]):
             raise ValueError(f"{self.kind} must have the key 'name' ({known}), got {shorten(dict(spec))}")
         return name, arguments
 
-    def _make(self, name: str, factory: Callable[..., T], arguments: dict[str, Any]) -> T:
-        where = f"{self.kind} {shorten(name)}"
+    def _make(self, name: str, factory: Callable[..., T], arguments: dict[str, Any], where: str) -> T:
         made: T
         if isinstance(factory, type) and is_dataclass(factory):
             made = cast(T, build_dataclass(factory, arguments, where))
@@ -178,7 +201,7 @@ class Registry(Generic[T]):
         # A failed import leaves some of its modules in ``sys.modules``; a second one could fail in another way.
         if name not in self._loaded:
             try:
-                with self._guard(name, announced, "loaded"):
+                with self._guard(name, announced, "loaded", f"{self.kind} {shorten(name)}"):
                     self._loaded[name] = self._import(announced)
             except PluginError as error:
                 self._loaded[name] = error
@@ -196,9 +219,8 @@ class Registry(Generic[T]):
         return factory  # type: ignore[no-any-return]
 
     @contextmanager
-    def _guard(self, name: str, announced: list[_Plugin], what: str) -> Iterator[None]:
+    def _guard(self, name: str, announced: list[_Plugin], what: str, where: str) -> Iterator[None]:
         """Turns any error of a package's code into a ``PluginError``, and sends its output to stderr."""
-        where = f"{self.kind} {shorten(name)}"
         try:
             with redirect_stdout(sys.stderr):
                 yield
@@ -207,7 +229,11 @@ class Registry(Generic[T]):
         except BaseException as error:  # includes SystemExit: a package must not end the command
             text = _one_line(error)
             is_ours = text.startswith(f"ValueError: {where}")  # an argument or the contract: the text names the part
-            text = text.removeprefix("ValueError: ") if is_ours else f"{where} cannot be {what}: {text}"
+            text = (
+                text.removeprefix("ValueError: ")
+                if is_ours
+                else f"{self.kind} {shorten(name)} cannot be {what}: {text}"
+            )
             raise PluginError(f"{text}; announced by {' and '.join(map(str, announced))}") from error
 
     def _plugins(self) -> dict[str, list[_Plugin]]:
@@ -232,6 +258,11 @@ def _needs_no_argument(factory: Callable[..., Any]) -> bool:
     except ValueError:  # a class of C code has no signature
         return True
     return True
+
+
+def plugin_names(group: str) -> list[str]:
+    """Returns the sorted names that installed packages announce in an entry point group. Imports no package."""
+    return sorted({plugin.point.name for plugin in _find_plugins(group)})
 
 
 def _find_plugins(group: str) -> Iterator[_Plugin]:

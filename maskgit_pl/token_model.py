@@ -8,7 +8,8 @@ does for each micro-batch (the code repeats the numbers):
    position): ceil(ratio N) positions with ratio = max(gamma(u), min_mask_ratio). AutoregressiveModel predicts all
    tokens.
 3. Take the tokens (B, N) of the batch, or flip some of its images and encode them with the frozen tokenizer.
-4. Replace each label by the null class with probability ``class_dropout``, a function of (seed, sample, epoch).
+4. Replace each label by the null class with probability ``class_dropout``, a function of (seed, sample, epoch). The
+   null class also hides the vector of the sample, if the network is conditioned on vectors.
 5. Replace the masked tokens by the mask token (``_mask_tokens``; causal attention keeps all tokens), and compute logits
    at the M predicted tokens only.
 6. Compute the loss, with label smoothing: the mean over rows of (sum of the row's cross-entropies / their number).
@@ -43,7 +44,7 @@ from maskgit_pl.data import Batch, flip
 from maskgit_pl.decoding import DecodingConfig, DecodingStep
 from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.losses import masked_cross_entropy
-from maskgit_pl.networks.transformer import Transformer, TransformerConfig, Vocabulary
+from maskgit_pl.networks.backbone import Backbone, BackboneConfig, Vocabulary
 from maskgit_pl.pretrained import (
     PretrainedTokenizer,
     load_tokenizer,
@@ -52,6 +53,7 @@ from maskgit_pl.pretrained import (
     weights_for,
 )
 from maskgit_pl.randomness import random_bits, random_uniform
+from maskgit_pl.training.binned_means import NUM_BINS, BinnedMeans
 from maskgit_pl.training.checkpoints import full_state
 from maskgit_pl.training.compile_and_checkpointing import ActivationCheckpointing, Compiled, prepare_blocks
 from maskgit_pl.training.ema import frozen_copy, update_ema
@@ -61,15 +63,12 @@ from maskgit_pl.training.strategies import check_precision, shard_blocks
 
 __all__ = ["NUM_BINS", "TokenModel", "TokenModelConfig", "check_decoding", "check_tokenizer"]
 
-NUM_BINS = 4
-"""The number of groups of predicted tokens whose losses are logged separately."""
-
 
 @dataclass(frozen=True)
 class TokenModelConfig:
     """The common fields of both models' configurations, which document them."""
 
-    network: TransformerConfig
+    network: BackboneConfig
     optimizer: OptimizerConfig
     tokenizer: str
     _: KW_ONLY
@@ -110,7 +109,7 @@ class TokenModel(LightningModule):
     binned_by: str  # the quantity that ``_assign_bins`` groups by, in the names of logged values
     _skips_update = False
 
-    def __init__(self, config: TokenModelConfig, transformer: Transformer, decoding: DecodingConfig) -> None:
+    def __init__(self, config: TokenModelConfig, transformer: Backbone, decoding: DecodingConfig) -> None:
         super().__init__()
         self.config = config
         self.decoding = decoding
@@ -124,7 +123,7 @@ class TokenModel(LightningModule):
         self._tokenizer: PretrainedTokenizer | None = None
         self._validation_loss = MeanMetric()
         self._validation_accuracy = MeanMetric()
-        self._bin_sums = torch.zeros(NUM_BINS, 3)  # of predicted tokens: count, summed loss, summed hits
+        self._bins = BinnedMeans(self.binned_by)
 
     @abstractmethod
     def _draw_mask(self, batch: Batch) -> Tensor:
@@ -139,11 +138,11 @@ class TokenModel(LightningModule):
         """Returns the group of each of the M predicted tokens in the logs, (M,) int64 in [0, 4)."""
 
     @abstractmethod
-    def _decode(self, labels: Sequence[int], seeds: Sequence[int]) -> Iterator[DecodingStep]:
-        """Decodes one image for each label and seed with the averaged network, which is in evaluation mode."""
+    def _decode(self, labels: Sequence[int], seeds: Sequence[int], vectors: Tensor | None) -> Iterator[DecodingStep]:
+        """Decodes one image for each label, seed and vector with the averaged network, which is in evaluation mode."""
 
     @property
-    def averaged_network(self) -> Transformer:
+    def averaged_network(self) -> Backbone:
         """The network that is sampled, evaluated and exported: the average, or the trained one if there is none."""
         return self.transformer if self.ema_network is None else self.ema_network
 
@@ -228,9 +227,14 @@ class TokenModel(LightningModule):
         labels = self._drop_classes(batch)  # 4
         # 5, 6
         loss, token_loss, hits = self._compute_losses(
-            self.transformer, tokens, labels, mask, smoothing=self.config.label_smoothing
+            self.transformer,
+            tokens,
+            labels,
+            mask,
+            vectors=batch.vectors_for(self.config.network.condition_dim),
+            smoothing=self.config.label_smoothing,
         )
-        self._accumulate_bins(mask, token_loss, hits)
+        self._bins.add(self._assign_bins(mask), token_loss, hits)
         is_logged = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # set late
         if is_logged and (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:  # the step's last micro-batch
             self._log_training(loss.detach())
@@ -241,7 +245,14 @@ class TokenModel(LightningModule):
         tokens, mask = self.tokens_and_mask(batch)
         # Rows that only pad the last batch do not count.
         mask = mask & batch.valid.unsqueeze(1)
-        _, token_loss, hits = self._compute_losses(self.averaged_network, tokens, batch.labels, mask, smoothing=0.0)
+        _, token_loss, hits = self._compute_losses(
+            self.averaged_network,
+            tokens,
+            batch.labels,
+            mask,
+            vectors=batch.vectors_for(self.config.network.condition_dim),
+            smoothing=0.0,
+        )
         self._validation_loss.update(token_loss)
         self._validation_accuracy.update(hits)
 
@@ -262,11 +273,19 @@ class TokenModel(LightningModule):
         return self._encode(batch), mask
 
     @torch.no_grad()
-    def sample(self, labels: Sequence[int], seeds: Sequence[int]) -> Iterator[DecodingStep]:
-        """Decodes one image for each label and seed with the averaged network, and yields after each step."""
+    def sample(
+        self, labels: Sequence[int], seeds: Sequence[int], vectors: Tensor | None = None
+    ) -> Iterator[DecodingStep]:
+        """Decodes one image for each label and seed with the averaged network, and yields after each step.
+
+        Args:
+            labels: Label of each image.
+            seeds: Seed of each image, in [0, 2**32).
+            vectors: (B, C) float, vector of each image; None for a network without conditioning vectors.
+        """
         # Without an average this is the network that trains, so its mode is restored afterwards.
         self.averaged_network.eval()
-        yield from self._decode(labels, seeds)
+        yield from self._decode(labels, seeds, vectors)
         self.transformer.train(self.training)
 
     def start_from(self, folder: Path) -> None:
@@ -325,16 +344,25 @@ class TokenModel(LightningModule):
         chance = random_uniform("class-dropout", seed=self.config.seed, index=batch.index, epoch=batch.epoch)[:, 0]
         return batch.labels.masked_fill(chance < network.class_dropout, network.null_label)
 
-    def _networks(self) -> list[Transformer]:
+    def _networks(self) -> list[Backbone]:
         """Returns the trained network, and the average if there is one."""
         return [self.transformer] if self.ema_network is None else [self.transformer, self.ema_network]
 
     def _compute_losses(
-        self, network: Transformer, tokens: Tensor, labels: Tensor, mask: Tensor, *, smoothing: float
+        self,
+        network: Backbone,
+        tokens: Tensor,
+        labels: Tensor,
+        mask: Tensor,
+        *,
+        vectors: Tensor | None = None,
+        smoothing: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Computes the scalar loss, and of each predicted token the NLL (M,) and the hit (M,), 1 if argmax is right."""
         vocabulary = self.config.loss_vocabulary
-        logits = network.forward_masked(self._mask_tokens(tokens, mask), labels, mask, vocabulary=vocabulary)  # (M, V)
+        logits = network.forward_masked(
+            self._mask_tokens(tokens, mask), labels, mask, vectors=vectors, vocabulary=vocabulary
+        )  # (M, V)
         rows = mask.nonzero()[:, 0]  # (M,): the row of each predicted token
         targets = tokens[mask]  # (M,)
         loss, token_loss = masked_cross_entropy(logits, targets, rows, num_rows=len(tokens), label_smoothing=smoothing)
@@ -348,24 +376,9 @@ class TokenModel(LightningModule):
         word = random_bits("dropout", seed=self.config.seed, index=place, epoch=self.trainer.global_step)
         torch.manual_seed(int(word))
 
-    def _accumulate_bins(self, mask: Tensor, token_loss: Tensor, hits: Tensor) -> None:
-        """Adds the count, the loss and the hits of predicted tokens to the sums of their groups."""
-        values = torch.stack([torch.ones_like(hits), token_loss.detach(), hits], dim=1)  # (M, 3)
-        self._bin_sums = self._bin_sums.to(values.device).index_add(0, self._assign_bins(mask), values)
-
     def _log_training(self, loss: Tensor) -> None:
         """Logs the means of each group since the last call, over this rank's tokens only."""
-        # One copy to the host for all values: each copy waits for the device.
-        value, *sums = torch.cat([loss.reshape(1), self._bin_sums.flatten()]).tolist()
-        self._bin_sums = torch.zeros_like(self._bin_sums)
-        bins = list(zip(sums[::3], sums[1::3], sums[2::3], strict=True))
-        accuracy = sum(hits for *_, hits in bins) / sum(count for count, *_ in bins)
-        metrics = {"train/loss": value, "train/accuracy": accuracy}
-        for number, (count, summed_loss, hits) in enumerate(bins):
-            if count:
-                name = f"{self.binned_by}-{number / NUM_BINS:.2f}-{(number + 1) / NUM_BINS:.2f}"
-                metrics[f"train/loss/{name}"] = summed_loss / count
-                metrics[f"train/accuracy/{name}"] = hits / count
+        metrics = self._bins.take(loss)
         self.log("train/loss", loss, prog_bar=True, logger=False)
         finite = {name: each for name, each in metrics.items() if math.isfinite(each)}
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
@@ -377,7 +390,7 @@ class TokenModel(LightningModule):
             logger.log_metrics(metrics, step=step)
 
 
-def check_decoding(decoding: DecodingConfig, network: TransformerConfig, *, is_autoregressive: bool) -> None:
+def check_decoding(decoding: DecodingConfig, network: BackboneConfig, *, is_autoregressive: bool) -> None:
     """Checks that a network supports decoding settings.
 
     Raises:
@@ -395,7 +408,7 @@ def check_decoding(decoding: DecodingConfig, network: TransformerConfig, *, is_a
         )
 
 
-def check_tokenizer(config: TransformerConfig, tokenizer: PretrainedTokenizer) -> None:
+def check_tokenizer(config: BackboneConfig, tokenizer: PretrainedTokenizer) -> None:
     """Checks that a transformer has the codebook size and the grid of a tokenizer.
 
     Raises:

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from maskgit_pl.decoding import AutoregressiveDecoding, DecodingConfig
-from maskgit_pl.networks.autoregressive import build_transformer
 from maskgit_pl.networks.transformer import Attention, Transformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import PretrainedTokenizer, fingerprint, save_tokenizer, save_transformer
@@ -57,7 +56,7 @@ def random_transformer(config: TransformerConfig) -> Transformer:
     """Builds a frozen network with peaked random weights of seed 0."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return peak_predictions(build_transformer(config)).eval().requires_grad_(False)
+        return peak_predictions(config.create()).eval().requires_grad_(False)
 
 
 def tiny_tokenizer() -> PretrainedTokenizer:
@@ -90,7 +89,7 @@ def save_tiny_pretrained(
         )
         tokenizer = VQGAN(vqgan)
         config = TransformerConfig(16, 3, (4, 4), 16, 1, 2, 32, class_dropout=class_dropout, attention=attention)
-        transformer = peak_predictions(build_transformer(config))
+        transformer = peak_predictions(config.create())
     save_tokenizer(folder / "tokenizer", vqgan, tokenizer.state_dict(), image_size=8)
     guidance = {"name": "linear", "scale": 1.0} if class_dropout else "constant"
     causal = attention == "causal"

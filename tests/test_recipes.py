@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from maskgit_pl.networks.autoregressive import AutoregressiveTransformer, build_transformer
+from maskgit_pl.networks.autoregressive import AutoregressiveTransformer
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import load_tokenizer, load_transformer
@@ -62,7 +62,7 @@ def test_a_transformer_recipe_builds_at_full_size(name):
     tree = merge(map(read_yaml, layers("transformer", name)))
     sizes = {"codebook_size": 256, "num_classes": 10, "grid": (7, 7), **tree["model"]["network"]}
     with torch.device("meta"):
-        network = build_transformer(TransformerConfig(**sizes))
+        network = TransformerConfig(**sizes).create()
     count = sum(parameter.numel() for parameter in network.parameters())
     assert count == PARAMETERS.get(("transformer", name), 851_084)
 
@@ -90,7 +90,7 @@ def test_a_tokenizer_recipe_trains_a_step(name, tiny_shards, tmp_path):
 def test_the_autoregressive_baseline_of_the_paper_has_the_size_of_its_model(names):
     tree = merge(read_yaml(RECIPES / "transformer" / f"{name}.yaml") for name in ("base", *names))
     with torch.device("meta"):
-        network = build_transformer(TransformerConfig(**tree["model"]["network"]))
+        network = TransformerConfig(**tree["model"]["network"]).create()
     assert type(network) is AutoregressiveTransformer
     assert sum(parameter.numel() for parameter in network.parameters()) == PARAMETERS["transformer", names[-2]]
 

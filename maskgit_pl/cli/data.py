@@ -61,6 +61,7 @@ def _add_make(commands: _Parsers[argparse.ArgumentParser]) -> None:
         "--label-field", default="label", metavar="NAME", help="parquet column with the class indices (default: label)"
     )
     make.add_argument("--lenient", action="store_true", help="skip and list images that cannot be read")
+    _add_vectors(make, "files beside the images")
     _add_class_names(make, "default: those of the source")
     _add_workers(make)
     make.set_defaults(run=_make)
@@ -88,6 +89,7 @@ def _add_index(commands: _Parsers[argparse.ArgumentParser]) -> None:
     )
     labels.add_argument("--no-labels", action="store_true", help="put all images into one class")
     index.add_argument("--lenient", action="store_true", help="skip and count damaged samples")
+    _add_vectors(index, "members")
     _add_class_names(index, "default: numbers")
     _add_workers(index)
     index.set_defaults(run=_index)
@@ -120,6 +122,12 @@ def _add_stats(commands: _Parsers[argparse.ArgumentParser]) -> None:
 def _add_class_names(parser: argparse.ArgumentParser, when: str) -> None:
     parser.add_argument(
         "--class-names", metavar="A,B,...|FILE", help=f"class names in order, or a file with one name per line ({when})"
+    )
+
+
+def _add_vectors(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        "--no-vectors", action="store_true", help=f"ignore .npy {what} (default: they are the images' vectors)"
     )
 
 
@@ -167,7 +175,13 @@ def _make(args: argparse.Namespace) -> int:
 
     names = _class_names(args)
     with use_flag_names(args):
-        source = open_source(args.source, classes=names, val_fraction=args.val_fraction, label_field=args.label_field)
+        source = open_source(
+            args.source,
+            classes=names,
+            val_fraction=args.val_fraction,
+            label_field=args.label_field,
+            vectors=not args.no_vectors,
+        )
         make(
             source,
             args.out,
@@ -197,6 +211,7 @@ def _index(args: argparse.Namespace) -> int:
             shards,
             classes=names,
             labels=labels,
+            vectors=not args.no_vectors,
             lenient=args.lenient,
             workers=args.num_workers,
             on_shard=lambda split, total: advance(split, 1, total),

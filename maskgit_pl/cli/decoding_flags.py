@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from maskgit_pl.checks import check_seed
 from maskgit_pl.cli.flags import add_device_argument, check_at_least, format_flag, use_flag_names
+from maskgit_pl.cli.negative_flags import add_negative_model_argument, check_negative_model_flag
 from maskgit_pl.decoding.config import DecodingConfig
 from maskgit_pl.flag_values import parse_json_spec, parse_list
 
@@ -57,6 +58,7 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.json",
         help="read all settings from a decoding.json; other flags override it",
     )
+    add_negative_model_argument(group)
 
 
 def check_seed_and_batch(args: argparse.Namespace) -> None:
@@ -76,9 +78,12 @@ def read_decoding_flags(
         has_negative_class: True if ``--negative-class`` is given.
     """
     settings = {name: _value(name, getattr(args, name), hint) for name, hint in _types().items()}
+    has_negative = has_negative_class or outline.null_label is not None or outline.has_negative_model
+    has_negative = has_negative or args.negative_model is not None
     with use_flag_names(args):
         decoding = outline.decoding_with(**settings, decoding=_read_file(args.decoding))
-        outline.check_decoding(decoding, has_negative_class=has_negative_class or outline.null_label is not None)
+        outline.check_decoding(decoding, has_negative_class=has_negative)
+    check_negative_model_flag(args)
     return decoding
 
 

@@ -55,5 +55,5 @@ def open_pipe(folder: Path, args: argparse.Namespace, *, device: str | None = No
     place = read_device_flag(args, default="cpu" if args.int8 else device)
     from maskgit_pl.pipeline import MaskGIT
 
-    pipe = MaskGIT.from_pretrained(folder).to(place)
+    pipe = MaskGIT.from_pretrained(folder, decoding=args.decoding, negative_model=args.negative_model).to(place)
     return pipe.quantize() if args.int8 else pipe

@@ -27,6 +27,7 @@ from maskgit_pl.shards.images import Crop, UnreadableImageError, check_crop, dec
 from maskgit_pl.shards.reader import ShardReader
 from maskgit_pl.shards.tokens import TokenReader
 from maskgit_pl.shards.unreadable import MAX_IN_A_ROW, Unreadable, UnreadableImages
+from maskgit_pl.shards.vectors import VectorReader
 
 __all__ = ["Batch", "ImageBatches", "StepLoader", "TokenBatches", "draw_crops", "flip", "make_loader"]
 
@@ -47,6 +48,7 @@ class Batch(NamedTuple):
         valid: (B,) bool; False for a row that only fills up the last validation batch.
         replacement: (B,) int64, number of the sample that is shown, with its label, in place of an unreadable one; -1
             if the sample itself is shown.
+        vectors: (B, C) float32, vector of each sample shown; None if the data module reads no vectors.
     """
 
     content: Tensor
@@ -56,6 +58,27 @@ class Batch(NamedTuple):
     position: Tensor
     valid: Tensor
     replacement: Tensor = _NONE_REPLACED
+    vectors: Tensor | None = None
+
+    def vectors_for(self, condition_dim: int) -> Tensor | None:
+        """Returns the vectors for a network with conditioning vectors of a given size.
+
+        Args:
+            condition_dim: Size C of the vectors of the network; 0 for a network without vectors.
+
+        Returns:
+            (B, C) float32; None for a network without vectors.
+
+        Raises:
+            ValueError: if the batch has no vectors, or vectors of another size.
+        """
+        found = 0 if self.vectors is None else self.vectors.shape[1]
+        if condition_dim not in (0, found):
+            raise ValueError(
+                f"condition_dim of the network must be {found}, the size of the vectors of the data, got "
+                f"{condition_dim}; set data.vectors: true, or give the data a vector for each image"
+            )
+        return self.vectors if condition_dim else None
 
 
 class ImageBatches(Dataset[Batch]):
@@ -68,6 +91,7 @@ class ImageBatches(Dataset[Batch]):
         in_channels: 1 for grey, 3 for RGB.
         crop: ``"center"``, or ``"random"`` for another crop of each sample in each epoch.
         seed: Seed of the random crops, in [0, 2**32).
+        vectors: Reader of the vectors; None reads no vectors.
     """
 
     def __init__(
@@ -79,6 +103,7 @@ class ImageBatches(Dataset[Batch]):
         in_channels: int,
         crop: Crop = "center",
         seed: int = 0,
+        vectors: VectorReader | None = None,
     ) -> None:
         check_crop(crop)
         self.reader = reader
@@ -87,13 +112,14 @@ class ImageBatches(Dataset[Batch]):
         self.in_channels = in_channels
         self.crop = crop
         self.seed = seed
+        self.vectors = vectors
 
     def __getitems__(self, positions: range) -> Batch:
         """Returns the batch at some positions.
 
         1. Map the positions to samples.
         2. Decode each sample into its row, or the next readable sample.
-        3. Take the labels of the samples shown.
+        3. Take the labels and vectors of the samples shown.
 
         Args:
             positions: Consecutive positions of the stream; B is their number.
@@ -114,7 +140,8 @@ class ImageBatches(Dataset[Batch]):
         num_skipped = torch.tensor(skipped)  # (B,) unreadable samples before the readable one; 0 in most rows
         shown = (rows.index + num_skipped) % count
         labels = torch.from_numpy(self.reader.labels(shown.numpy()))
-        return Batch(content, labels, *rows, replacement=shown.masked_fill(num_skipped == 0, -1))
+        replacement = shown.masked_fill(num_skipped == 0, -1)
+        return Batch(content, labels, *rows, replacement=replacement, vectors=_read_vectors(self.vectors, shown))
 
     def explain(self, index: int) -> Unreadable:
         """Reads an unreadable image again and describes its fault.
@@ -179,19 +206,26 @@ class TokenBatches(Dataset[Batch]):
         reader: The split of the store.
         order: Maps positions to samples.
         seed: Seed of the view of a sample in an epoch, if the store has several views.
+        vectors: Reader of the vectors; None reads no vectors.
     """
 
-    def __init__(self, reader: TokenReader, order: Order, *, seed: int = 0) -> None:
+    def __init__(
+        self, reader: TokenReader, order: Order, *, seed: int = 0, vectors: VectorReader | None = None
+    ) -> None:
         self.reader = reader
         self.order = order
         self.seed = seed
+        self.vectors = vectors
 
     def __getitems__(self, positions: range) -> Batch:
         """Returns the batch at some positions; content is (B, N) int64."""
         rows = self.order(positions)
         tokens, labels = self.reader.read(rows.index.numpy(), self._views(rows))
         none_replaced = torch.full_like(rows.index, -1)
-        return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), *rows, replacement=none_replaced)
+        vectors = _read_vectors(self.vectors, rows.index)
+        return Batch(
+            torch.from_numpy(tokens), torch.from_numpy(labels), *rows, replacement=none_replaced, vectors=vectors
+        )
 
     def _views(self, rows: Rows) -> npt.NDArray[np.int64] | int:
         """Returns the view of each row, (B,) int64, a function of (seed, index, epoch); 0 if there is only one view."""
@@ -199,6 +233,11 @@ class TokenBatches(Dataset[Batch]):
             return 0
         words = random_bits("view", seed=self.seed, index=rows.index, epoch=rows.epoch)[:, 0]
         return (words % self.reader.views).numpy()
+
+
+def _read_vectors(reader: VectorReader | None, index: Tensor) -> Tensor | None:
+    """Returns the vectors (B, C) float32 of samples (B,), or None without a reader."""
+    return None if reader is None else torch.from_numpy(reader.read(index.numpy()))
 
 
 class _WorkerFailure(NamedTuple):

@@ -13,7 +13,7 @@ from maskgit_pl.checks import check_choice, check_integer, check_number, check_s
 from maskgit_pl.data.order import BATCH_SIZE_RANGE, check_window
 from maskgit_pl.shards.braces import MAX_NAMES, expand_braces
 from maskgit_pl.shards.images import Crop, check_crop
-from maskgit_pl.shards.scan import MAX_CLASSES, Labels
+from maskgit_pl.shards.labels import MAX_CLASSES, Labels
 from maskgit_pl.shards.unreadable import check_budget
 
 __all__ = ["ShardDataConfig", "StreamConfig", "check_stream", "expand_urls"]
@@ -157,6 +157,7 @@ class ShardDataConfig:
         stream: The shards of ``"stream"``; see ``StreamBatches`` for its limits.
         unreadable_budget: Fraction of the images seen that may be unreadable and replaced, in [0, 1]. Above 0, 10
             different images are always allowed; 0 allows none. See ``UnreadableImages``.
+        vectors: True reads the vector of each sample, which conditions the network of stage 2 together with the class.
 
     Raises:
         ValueError: if a value is out of range, or a setting of the source is missing.
@@ -177,6 +178,7 @@ class ShardDataConfig:
     shuffle_window: int | None = None
     stream: StreamConfig | None = None
     unreadable_budget: float = 1e-4
+    vectors: bool = False
 
     def __post_init__(self) -> None:
         # All values are checked here, before data is read or a process group starts.
@@ -195,6 +197,11 @@ class ShardDataConfig:
         check_choice("data.source", self.source, ("images", "tokens", "stream"))
         if self.source == "stream":
             check_stream(self.stream, self.validation_samples)
+            if self.vectors:
+                raise ValueError(
+                    "data.vectors must be false for data.source: stream, which reads no vectors, got true; index the "
+                    "shards with `maskgit data index`, and use data.source: images or tokens"
+                )
         if self.source == "tokens":
             self._check_tokens()
 

@@ -33,8 +33,9 @@ class IndexedDataset(Dataset[Batch]):
 
     Args:
         dataset: A dataset with ``len(dataset)`` samples; ``dataset[i]`` is an image and its label, an int. An image is
-            a PIL image, a uint8 tensor (C, H, W) or (H, W), or a uint8 array (H, W) or (H, W, C). An item must depend
-            only on its index: with random transforms, a resumed run would differ.
+            a PIL image, a uint8 tensor (C, H, W) or (H, W), or a uint8 array (H, W) or (H, W, C). An item may have a
+            third part, the vector of the image: a float tensor or array, of the same length for all items. An item must
+            depend only on its index: with random transforms, a resumed run would differ.
         image_size: Side of the images in pixels; the largest square is cropped and resized.
         in_channels: 1 for grey, 3 for RGB.
         crop: Place of the square: ``"center"``, or ``"random"``, a function of (seed, index, epoch).
@@ -78,13 +79,20 @@ class IndexedDataset(Dataset[Batch]):
             TypeError: if an image has another type than those of ``dataset``.
         """
         rows = (InOrder(self.num_samples) if self.order is None else self.order)(positions)
-        images, labels = [], []
+        images, labels, vectors = [], [], []
         for index, place in zip(rows.index.tolist(), draw_crops(rows, self.crop, self.seed), strict=True):
-            image, label = self.dataset[index]
+            image, label, *others = self.dataset[index]
             pixels = _to_pixels(image, channels=self.in_channels, name=f"sample {index}")
             images.append(fit_square(pixels, image_size=self.image_size, crop=place))
             labels.append(int(label))
-        return Batch(torch.stack(images), torch.tensor(labels), *rows, replacement=torch.full_like(rows.index, -1))
+            vectors += [torch.as_tensor(vector, dtype=torch.float32) for vector in others]
+        return Batch(
+            torch.stack(images),
+            torch.tensor(labels),
+            *rows,
+            replacement=torch.full_like(rows.index, -1),
+            vectors=torch.stack(vectors) if vectors else None,
+        )
 
 
 class IndexedDataModule(StepDataModule):

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from maskgit_pl.data.batches import Batch, ImageBatches, StepLoader, TokenBatches, make_loader
@@ -22,9 +27,17 @@ from maskgit_pl.data.order import (
 from maskgit_pl.data.step_module import StepDataModule
 from maskgit_pl.data.stream import StreamBatches, StreamEval
 from maskgit_pl.shards.images import Crop
-from maskgit_pl.shards.manifest import DataSummary, Split, load_manifest, load_manifests, read_manifest_summary
+from maskgit_pl.shards.manifest import (
+    DataSummary,
+    Split,
+    check_vectors,
+    load_manifest,
+    load_manifests,
+    read_manifest_summary,
+)
 from maskgit_pl.shards.reader import ShardReader
 from maskgit_pl.shards.tokens import StoreDescription, TokenReader, check_origin, open_store
+from maskgit_pl.shards.vectors import VectorReader
 
 __all__ = ["ShardData"]
 
@@ -63,6 +76,22 @@ class ShardData(StepDataModule):
         return len(self.class_names)
 
     @property
+    def vector_dim(self) -> int:
+        """The size C of the vectors that batches have; 0 if ``data.vectors`` is False.
+
+        Raises:
+            ValueError: if ``data.vectors`` is True and the samples of the data folder have no vectors.
+        """
+        if not self.config.vectors:
+            return 0
+        if self.summary.vectors is None:
+            raise ValueError(
+                f"data.vectors must be false for {self.config.path}, whose samples have no vectors, got true; make the "
+                "data with a .npy file beside each image (see data/README.md)"
+            )
+        return self.summary.vectors.dim
+
+    @property
     def store(self) -> StoreDescription | None:
         """The description of the token store; None for other sources."""
         return None if self._tokens is None else next(iter(self._tokens.values())).description
@@ -94,13 +123,16 @@ class ShardData(StepDataModule):
 
         Raises:
             FileNotFoundError: if the data folder, a manifest or the store is missing.
-            ValueError: if shards differ from the manifest, the store is damaged or made from other data, or the batch
-                cannot be divided evenly among the ranks.
+            ValueError: if shards differ from the manifest, the store is damaged or made from other data, the samples
+                have no vectors, or the batch cannot be divided evenly among the ranks.
         """
+        _ = self.vector_dim
         if self.config.source != "tokens":
             for split, manifest in load_manifests(self.config.path, self._splits_of_folder).items():
                 self._readers[split] = ShardReader(manifest)
                 _ = self._readers[split].index  # checks the labels
+                if self.config.vectors:
+                    check_vectors(manifest)
         else:
             for split in self._splits_of_folder:
                 load_manifest(self.config.path, split, check=False)
@@ -154,18 +186,63 @@ class ShardData(StepDataModule):
             A dataset whose ``__getitems__(range of positions)`` returns a ``Batch``.
         """
         if self._tokens is not None:
-            return TokenBatches(self._tokens[split], order, seed=self.config.seed)
-        # Without ``setup``, as in the evaluation, shards are opened and checked here.
-        if split not in self._readers:
-            self._readers[split] = ShardReader(load_manifest(self.config.path, split))
+            reader = self._tokens[split]
+            return TokenBatches(
+                reader, order, seed=self.config.seed, vectors=reader.vector_reader if self.vector_dim else None
+            )
+        images = self._shard_reader(split)
         return ImageBatches(
-            self._readers[split],
+            images,
             order,
             image_size=self.config.image_size,
             in_channels=self.config.in_channels,
             crop=crop,
             seed=self.config.seed,
+            vectors=images.vector_reader if self.vector_dim else None,
         )
+
+    def _shard_reader(self, split: Split) -> ShardReader:
+        # Without ``setup``, as in the evaluation, shards are opened and checked here.
+        if split not in self._readers:
+            self._readers[split] = ShardReader(load_manifest(self.config.path, split))
+        return self._readers[split]
+
+    def labels_and_vectors(self, split: Split) -> tuple[npt.NDArray[np.int64], VectorReader]:
+        """Returns the labels (n,) of all samples of a split, and the reader of their vectors.
+
+        Raises:
+            ValueError: if the samples have no vectors.
+        """
+        reader: TokenReader | ShardReader
+        if self._tokens is not None:
+            reader = self._tokens[split]
+            labels = reader.arrays()[1]
+        else:
+            reader = self._shard_reader(split)
+            labels = reader.index["label"].astype(np.int64)
+        if reader.vector_reader is None:
+            raise ValueError(f"data {self.config.path} must have a vector for each image, got none (data/README.md)")
+        return labels, reader.vector_reader
+
+    def vectors_of(self, labels: Sequence[int]) -> Tensor:
+        """Returns vectors of val samples for labels, such as those of sample pictures, for data with vectors.
+
+        Each class takes its samples in turn. A class without val samples takes those of all classes.
+
+        Args:
+            labels: B labels.
+
+        Returns:
+            (B, C) float32.
+        """
+        own, vectors = self.labels_and_vectors("val")
+        chosen, taken = [], Counter[int]()
+        for label in labels:
+            rows = np.flatnonzero(own == label)
+            rows = rows if len(rows) else np.arange(len(own))
+            chosen.append(rows[taken[label] % len(rows)])
+            taken[label] += 1
+        return torch.from_numpy(vectors.read(np.array(chosen)))
 
     @property
     def _splits_of_folder(self) -> tuple[Split, ...]:

@@ -25,7 +25,8 @@ from torch import Tensor
 from maskgit_pl.data.config import StreamConfig
 from maskgit_pl.files import open_regular
 from maskgit_pl.shards.images import load_square
-from maskgit_pl.shards.scan import BAD_IMAGE, Labels, ShardScan, scan_shard
+from maskgit_pl.shards.labels import Labels
+from maskgit_pl.shards.scan import BAD_IMAGE, ShardScan, scan_shard
 from maskgit_pl.shards.tar import BLOCK
 from maskgit_pl.text import printable
 
@@ -215,7 +216,7 @@ class ShardFetcher:
         """
         path = Path(f"/dev/fd/{descriptor}")  # the file has no other name
         try:
-            scan = scan_shard(path, self.labels)
+            scan = scan_shard(path, self.labels, vectors=False)
             if scan.damage:
                 raise StreamError(f"stream {url}: a shard must be a complete, uncompressed tar, got: {scan.damage}")
             wrong = [

@@ -19,7 +19,10 @@ class StepDataModule(LightningDataModule):
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Moves the tensors of a batch; Lightning's own method would search it recursively."""
         # non_blocking: copies from pinned memory overlap with computation.
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
+        moved = {
+            name: tensor.to(device, non_blocking=True) for name, tensor in batch._asdict().items() if tensor is not None
+        }
+        return Batch(**moved)
 
     def _current_step(self) -> int:
         return 0 if self.trainer is None else self.trainer.global_step

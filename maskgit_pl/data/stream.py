@@ -22,7 +22,8 @@ from maskgit_pl.data.config import ShardDataConfig, check_stream, expand_urls
 from maskgit_pl.data.shard_fetcher import ShardFetcher, StreamError, StreamSample
 from maskgit_pl.randomness import permutation, random_uniform
 from maskgit_pl.shards.images import Reason, UnreadableImageError
-from maskgit_pl.shards.scan import BAD_IMAGE, Labels
+from maskgit_pl.shards.labels import Labels
+from maskgit_pl.shards.scan import BAD_IMAGE
 from maskgit_pl.shards.unreadable import Unreadable, UnreadableImages
 
 __all__ = ["StreamBatches", "StreamEval"]

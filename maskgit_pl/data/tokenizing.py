@@ -88,6 +88,7 @@ def describe_store(
     if crops > 1:
         _check_crops(summary.images)
     samples = cast("dict[Split, int]", dict(summary.samples))
+    kind = summary.vectors
     return StoreDescription(
         grid,
         codebook_size,
@@ -99,6 +100,8 @@ def describe_store(
         crops,
         flip,
         precision,
+        vector_dim=0 if kind is None else kind.dim,
+        vector_dtype="" if kind is None else kind.dtype,
     )
 
 
@@ -156,10 +159,10 @@ def tokenize(
         for part, batches in reading.by_part(left):
             encoded = []
             for batch in batches:
-                encoded.append((_encode(batch.content, encode, mirrors), batch.labels))
+                columns = [_encode(batch.content, encode, mirrors), batch.labels]
+                encoded.append(columns if batch.vectors is None else [*columns, batch.vectors])
                 on_rows(split, mirrors * len(batch.labels), total)
-            tokens, labels = (torch.cat(column).numpy() for column in zip(*encoded, strict=True))
-            parts.write(part, tokens, labels)
+            parts.write(part, *(torch.cat(column).numpy() for column in zip(*encoded, strict=True)))
     # 3. Join the parts.
     return "made" if parts.finish() else "incomplete"
 
@@ -189,6 +192,7 @@ class _PartReader:
             image_size=self.image_size,
             in_channels=self.in_channels,
             crop="random" if crop else "center",
+            vectors=self.reader.vector_reader,
         )
         return iter(
             make_loader(

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from maskgit_pl.decoding.limits import check_parallel
     from maskgit_pl.decoding.noise import Noise, SeededNoise
     from maskgit_pl.decoding.predictors import (
+        AutoguidedPredictor,
         CachedPredictor,
         CachingNetwork,
         ClassPredictor,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SETTINGS_FORMAT",
+    "AutoguidedPredictor",
     "AutoregressiveClassPredictor",
     "AutoregressiveDecoder",
     "AutoregressiveDecoding",
@@ -76,6 +78,7 @@ _NAMES = {
     "limits": ("check_parallel",),
     "noise": ("Noise", "SeededNoise"),
     "predictors": (
+        "AutoguidedPredictor",
         "CachedPredictor",
         "CachingNetwork",
         "ClassPredictor",

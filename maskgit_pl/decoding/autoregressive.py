@@ -24,7 +24,7 @@ from maskgit_pl.decoding.noise import Noise, SeededNoise
 from maskgit_pl.decoding.plan import step_progress
 from maskgit_pl.decoding.predictors import ConditionalModel, apply_guidance
 from maskgit_pl.decoding.sampling import CodeSampling
-from maskgit_pl.networks.autoregressive import AutoregressiveTransformer
+from maskgit_pl.networks.backbone import AutoregressiveBackbone
 
 __all__ = ["AutoregressiveClassPredictor", "AutoregressiveDecoder", "AutoregressivePredictor", "decode_autoregressive"]
 
@@ -115,7 +115,7 @@ class AutoregressiveClassPredictor:
 
     def __init__(
         self,
-        network: AutoregressiveTransformer,
+        network: AutoregressiveBackbone,
         labels: Tensor,
         *,
         negative_labels: Tensor | None = None,
@@ -138,7 +138,7 @@ class AutoregressiveClassPredictor:
 
 
 def decode_autoregressive(
-    model: ConditionalModel[AutoregressiveTransformer],
+    model: ConditionalModel[AutoregressiveBackbone],
     labels: Sequence[int],
     seeds: Sequence[int],
     *,
@@ -164,7 +164,7 @@ def decode_autoregressive(
     Raises:
         ValueError: if a scale is positive, the network has no null class and ``negative_labels`` is None.
     """
-    negative_labels = model.fill_negative_labels(negative_labels, len(labels))
+    negative_labels = model.fill_negative_labels(negative_labels, labels)
     predictor = AutoregressiveClassPredictor(
         model.network,
         torch.tensor(list(labels), device=model.device),

@@ -1,28 +1,34 @@
 """Predictors: the sources of the logits of ``ParallelDecoder``.
 
 ``build_class_predictor`` composes them, from the inside out: ``ClassPredictor`` or ``CachedPredictor`` runs the
-network, ``GuidedPredictor`` adds classifier-free guidance, and ``FirstStepPredictor`` shares the first step between
-images of a class.
+network, ``GuidedPredictor`` adds classifier-free guidance or ``AutoguidedPredictor`` guidance by a second network, and
+``FirstStepPredictor`` shares the first step between images of a class.
 
-Source of guidance: Ho and Salimans, arXiv:2207.12598; of its use with masked tokens: Muse, arXiv:2301.00704.
+Source of guidance: Ho and Salimans, arXiv:2207.12598; of its use with masked tokens: Muse, arXiv:2301.00704; of
+guidance by a second network: Karras et al., arXiv:2406.02507.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Generic, Protocol, TypeVar, runtime_checkable
+from typing import Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from maskgit_pl.checks import check_integer
+from maskgit_pl.decoding.autoguidance import AutoguidedPredictor, apply_guidance
 from maskgit_pl.decoding.limits import check_guidance
-from maskgit_pl.networks.transformer import ContextCache, Transformer
+from maskgit_pl.decoding.predictor_protocols import CachingNetwork, ConditionalNetwork, Predictor
+from maskgit_pl.decoding.vectors import VectorConditionalNetwork, VectorNetwork
+from maskgit_pl.networks.backbone import Backbone
+from maskgit_pl.networks.transformer import ContextCache
 
 __all__ = [
+    "AutoguidedPredictor",
     "CachedPredictor",
     "CachingNetwork",
     "ClassPredictor",
@@ -35,56 +41,6 @@ __all__ = [
     "apply_guidance",
     "build_class_predictor",
 ]
-
-
-class Predictor(Protocol):
-    """A source of the logits of masked tokens. It serves one decoding run: it may count its calls and keep caches."""
-
-    def __call__(self, tokens: Tensor, positions: Tensor, newly_known: Tensor) -> Tensor:
-        """Predicts the codes at masked positions.
-
-        Args:
-            tokens: (B, N) int64: codes in [0, K), and ``mask_token_id`` at unknown positions.
-            positions: (B, M) int64 in [0, N): the masked positions. Rows with fewer masked tokens are padded with known
-                positions, whose logits are ignored.
-            newly_known: (B, P) int64 in [0, N): positions decided since the last call, padded with known ones. P is 0
-                at the first call.
-
-        Returns:
-            (B, M, K) float: logits of the codes.
-        """
-
-
-class ConditionalNetwork(Protocol):
-    """A network that computes the logits of the codes at some positions, given tokens and labels."""
-
-    def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
-        """Computes logits (B, M, K) at positions (B, M) of tokens (B, N) for labels (B,), all int64."""
-
-
-@runtime_checkable
-class CachingNetwork(ConditionalNetwork, Protocol):
-    """A network that can reuse the keys and values of positions whose tokens do not change."""
-
-    def forward_cached(
-        self, tokens: Tensor, labels: Tensor, positions: Tensor, newly_known: Tensor, *, cache: ContextCache
-    ) -> Tensor:
-        """Computes the logits of ``forward_at``; see ``networks.transformer.MaskedTransformer.forward_cached``."""
-
-
-def apply_guidance(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Applies classifier-free guidance: conditional + scale (conditional - unconditional).
-
-    Args:
-        conditional: Logits of any shape.
-        unconditional: Logits of the same shape.
-        scale: Guidance scale >= 0; 0 returns the conditional logits.
-
-    Returns:
-        float32 logits of that shape.
-    """
-    # u + (1 + s) (c - u) = c + s (c - u), in one kernel.
-    return torch.lerp(unconditional.float(), conditional.float(), 1 + scale)
 
 
 @dataclass(frozen=True)
@@ -263,7 +219,7 @@ class FirstStepPredictor:
 
 
 NetworkT = TypeVar("NetworkT", covariant=True)
-TransformerT = TypeVar("TransformerT", bound=Transformer)
+BackboneT = TypeVar("BackboneT", bound=Backbone)
 
 
 @dataclass(frozen=True)
@@ -271,7 +227,7 @@ class ConditionalModel(Generic[NetworkT]):
     """A class-conditional network with the facts that decoding needs; ``from_network`` reads most of them from it.
 
     Args:
-        network: The network: a ``ConditionalNetwork``, or an ``AutoregressiveTransformer`` for
+        network: The network: a ``ConditionalNetwork``, or an ``AutoregressiveBackbone`` for
             ``decode_autoregressive``.
         grid: Rows and columns of tokens; N is their product.
         mask_token_id: Id of the mask token.
@@ -279,6 +235,9 @@ class ConditionalModel(Generic[NetworkT]):
         device: Device of the network.
         first_step_logits: Cache of the first step's logits, shared between runs; None computes them once per batch.
         context_cache: Calls from one full pass to the next, >= 1. See ``CachedPredictor``; 1 is exact.
+        negative: Weaker model of the same tokens, which guidance pushes images away from (``AutoguidedPredictor``);
+            None pushes them away from the negative or null class.
+        condition_dim: Size C of the vector of an image; 0 for a network without vectors.
     """
 
     network: NetworkT
@@ -288,19 +247,28 @@ class ConditionalModel(Generic[NetworkT]):
     device: torch.device
     first_step_logits: FirstStepLogits | None = None
     context_cache: int = 1
+    negative: ConditionalModel[ConditionalNetwork] | None = None
+    condition_dim: int = 0
 
     @staticmethod
     def from_network(
-        network: TransformerT,
+        network: BackboneT,
         device: torch.device,
         *,
         first_step_logits: FirstStepLogits | None = None,
         context_cache: int = 1,
-    ) -> ConditionalModel[TransformerT]:
-        """Returns the model of a ``Transformer``, whose configuration holds the grid and the ids."""
+    ) -> ConditionalModel[BackboneT]:
+        """Returns the model of a ``Backbone``, whose configuration holds the grid and the ids."""
         config = network.config
         return ConditionalModel(
-            network, config.grid, config.mask_token_id, config.null_label, device, first_step_logits, context_cache
+            network,
+            config.grid,
+            config.mask_token_id,
+            config.null_label,
+            device,
+            first_step_logits,
+            context_cache,
+            condition_dim=config.condition_dim,
         )
 
     @property
@@ -308,9 +276,35 @@ class ConditionalModel(Generic[NetworkT]):
         """The number of tokens per image, N."""
         return self.grid[0] * self.grid[1]
 
-    def fill_negative_labels(self, given: Sequence[int] | None, count: int) -> Sequence[int] | None:
-        """Returns the given negative labels, or ``count`` times the null label, or None if there is neither."""
-        return [self.null_label] * count if given is None and self.null_label is not None else given
+    def bind(self, vectors: Tensor | None) -> ConditionalModel[ConditionalNetwork]:
+        """Returns the model for a batch whose images have vectors. A negative model without vectors stays as it is.
+
+        Args:
+            vectors: (B, C) float on the network's device; None for a network without vectors, which stays as it is.
+        """
+        model = cast("ConditionalModel[ConditionalNetwork]", self)
+        if vectors is None:
+            return model
+        negative = (
+            None if self.negative is None else self.negative.bind(vectors if self.negative.condition_dim else None)
+        )
+        network = VectorNetwork(cast("VectorConditionalNetwork", self.network), vectors)
+        # The logits of the first step are cached by class, which a vector makes wrong.
+        return replace(model, network=network, first_step_logits=None, negative=negative)
+
+    def fill_negative_labels(self, given: Sequence[int] | None, labels: Sequence[int]) -> Sequence[int] | None:
+        """Returns the labels of the negative half of guidance.
+
+        Args:
+            given: Negative label of each image; None if none are named.
+            labels: Label of each image.
+
+        Returns:
+            ``given``; without it ``labels`` if there is a negative model, else null labels, else None.
+        """
+        if given is None and self.negative is not None:
+            return labels
+        return [self.null_label] * len(labels) if given is None and self.null_label is not None else given
 
 
 def build_class_predictor(
@@ -326,39 +320,71 @@ def build_class_predictor(
     Args:
         model: The network. ``context_cache`` above 1 makes the predictor approximate.
         labels: Class of each image.
-        negative_labels: Class that guidance pushes each image away from; None uses the null class.
+        negative_labels: Class that guidance pushes each image away from; None uses the null class, or with a negative
+            model the class of the image.
         scales: Guidance scale of each call, >= 0; empty for no guidance.
-        all_masked: True if all tokens start masked. Images of a class then share the logits of the first call.
+        all_masked: True if all tokens start masked. Images of a class then share the logits of the first call, unless
+            each has a vector (``ConditionalModel.bind``).
 
     Raises:
         ValueError: if a scale is positive and there is no class to push images away from, or ``context_cache`` is out
             of range.
         TypeError: if ``context_cache`` is above 1 and the network cannot keep keys and values.
     """
+    negative_labels = model.fill_negative_labels(negative_labels, labels)
+    check_guidance(scales, has_negative_class=negative_labels is not None)
+    if not all_masked or isinstance(model.network, VectorNetwork):
+        return _build_guided(model, labels, negative_labels, scales)
+    logits = _first_logits(model, labels, negative_labels, scales[0] if scales else 0)
+    return FirstStepPredictor(logits, _build_guided(model, labels, negative_labels, scales[1:]))
+
+
+def _build_guided(
+    model: ConditionalModel[ConditionalNetwork],
+    labels: Sequence[int],
+    negative_labels: Sequence[int] | None,
+    scales: Sequence[float],
+) -> Predictor:
+    """Builds the predictor without the shared first step; see ``build_class_predictor``."""
     build_predictor: Callable[[ConditionalNetwork, Tensor], Predictor] = ClassPredictor
     if model.context_cache != 1:
         build_predictor = partial(CachedPredictor, context_cache=model.context_cache)
-    negative_labels = model.fill_negative_labels(negative_labels, len(labels))
-    check_guidance(scales, has_negative_class=negative_labels is not None)
-
-    def build_guided(scales: Sequence[float]) -> Predictor:
-        positive = torch.tensor(list(labels), device=model.device)
-        if negative_labels is None or not any(scale > 0 for scale in scales):
-            return build_predictor(model.network, positive)
-        negative = torch.tensor(list(negative_labels), device=model.device)
+    positive = torch.tensor(list(labels), device=model.device)
+    if negative_labels is None or not any(scale > 0 for scale in scales):
+        return build_predictor(model.network, positive)
+    negative = torch.tensor(list(negative_labels), device=model.device)
+    if model.negative is None:
         return GuidedPredictor(
             model.network, positive, negative_labels=negative, scales=scales, build_predictor=build_predictor
         )
+    return AutoguidedPredictor(
+        partial(build_predictor, model.network, positive),
+        partial(build_predictor, model.negative.network, negative),
+        mask_token_ids=(model.mask_token_id, model.negative.mask_token_id),
+        scales=scales,
+    )
 
-    if not all_masked:
-        return build_guided(scales)
-    first_step = model.first_step_logits or FirstStepLogits(
+
+def _first_logits(
+    model: ConditionalModel[ConditionalNetwork],
+    labels: Sequence[int],
+    negative_labels: Sequence[int] | None,
+    scale: float,
+) -> Tensor:
+    """Returns the guided logits of the first step, (B, N, K)."""
+    # The caches hold unguided logits, so they serve all scales.
+    first_step = _obtain_first_step(model)
+    if negative_labels is None or scale == 0:
+        return first_step(labels, device=model.device)
+    if model.negative is not None:
+        negative = _obtain_first_step(model.negative)(negative_labels, device=model.device)
+        return apply_guidance(first_step(labels, device=model.device), negative, scale)
+    conditional, unconditional = first_step([*labels, *negative_labels], device=model.device).chunk(2)
+    return apply_guidance(conditional, unconditional, scale)
+
+
+def _obtain_first_step(model: ConditionalModel[ConditionalNetwork]) -> FirstStepLogits:
+    """Returns the model's cache of the first step's logits, or an empty one."""
+    return model.first_step_logits or FirstStepLogits(
         model.network, num_tokens=model.num_tokens, mask_token_id=model.mask_token_id
     )
-    # The cache holds unguided logits, so it serves all scales.
-    if negative_labels is not None and scales and scales[0] > 0:
-        conditional, unconditional = first_step([*labels, *negative_labels], device=model.device).chunk(2)
-        logits = apply_guidance(conditional, unconditional, scales[0])
-    else:
-        logits = first_step(labels, device=model.device)
-    return FirstStepPredictor(logits, build_guided(scales[1:]))

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 
 from maskgit_pl.estimates.transformer import Precision
 
-__all__ = ["LiveBytes", "Replay", "fake_tensors", "replay"]
+__all__ = ["LiveBytes", "Replay", "fake_tensors", "replay", "run_backward"]
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class _AutocastOfGPU(TorchFunctionMode):
         if func in (Tensor.backward, torch.autograd.backward):
             # The mode is off while it handles a call, but checkpointed blocks run their forward pass here.
             with self:
-                return _run_backward(args[0])
+                return run_backward(args[0])
         if func in _IN_BFLOAT16:
             args, kwargs = tree_map_only(Tensor, self._half, (args, kwargs))
         elif func in _IN_FLOAT32:
@@ -185,8 +185,8 @@ class _AutocastOfGPU(TorchFunctionMode):
         return self.casts[id(tensor)]
 
 
-def _run_backward(losses: Tensor | tuple[Tensor, ...]) -> None:
-    """Runs autograd as ``loss.backward()`` does, which cannot be called while the mode handles that call."""
+def run_backward(losses: Tensor | tuple[Tensor, ...]) -> None:
+    """Runs ``loss.backward()`` inside the function modes, which are off while they handle a call of that method."""
     losses = (losses,) if isinstance(losses, Tensor) else losses
     ones = tuple(torch.ones_like(loss) for loss in losses)
     engine = torch.autograd.Variable._execution_engine

@@ -256,7 +256,7 @@ def compare(
         check_num_steps(number, outline.num_tokens)
     for spec in selectors or ():
         token_selectors.build(spec)
-    pipe = open_model(folders, options.device)
+    pipe = open_model(folders, options.device, negative_model=options.negative_model)
     # Few steps first, since they are fast: a command that is stopped early has complete comparisons.
     steps = sorted(num_steps or default_steps(outline.num_tokens, _STEPS))
     assert pipe.decoding.token_selector is not None  # the model is not autoregressive
@@ -269,7 +269,8 @@ def compare(
     comparison = replace(comparison, folder=out or folders.run / "comparison")
     flags = {"num_images": num_images, "seed": options.seed, "selectors": selectors, "num_steps": num_steps}
     flag = "guidance_scale" if isinstance(options.guidance, int | float) else "guidance"
-    page = comparison.page(command_line(["maskgit compare", run], flags | {flag: options.guidance}))
+    given = flags | {flag: options.guidance, "negative_model": options.negative_model}
+    page = comparison.page(command_line(["maskgit compare", run], given))
     shown = {each.label: each.decoding for each in comparison.results if each.num_steps == comparison.sheet_steps}
     advance = bars("sheet of images", len(shown))
     # The ledger keeps no images: those of the sheet are generated for it.

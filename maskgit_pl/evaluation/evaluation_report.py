@@ -116,6 +116,7 @@ def make_report(model: EvaluatedModel, evaluator: Evaluator, measured: Measureme
             "reference": _describe_reference(networks.values()),
             "mask_schedule": repr(pipe.transformer.mask_schedule),
             "decoding": asdict(measured.decoding),
+            **_describe_negative(pipe),
             "features": {label: _describe_network(network) for label, network in networks.items()},
         },
         "reconstruction": measured.reconstruction.numbers(),
@@ -148,6 +149,14 @@ def _describe_network(network: FeatureMetrics) -> dict[str, Any]:
         "real_images": None if features is None else len(features),
         "reference": origin.digest,
     }
+
+
+def _describe_negative(pipe: MaskGIT) -> dict[str, Any]:
+    """Returns the folder and the digest of the model that guidance moves away from; nothing without one."""
+    negative = pipe.negative_model
+    if negative is None:
+        return {}
+    return {"negative_model": {"folder": str(negative.folder), "digest": negative.digest}}
 
 
 def _describe_reference(networks: Iterable[FeatureMetrics]) -> str:

@@ -90,6 +90,13 @@ class EvaluatedModel:
             **{name: shorten_digest(digest) for name, digest in model_digests(pipe, self.pretrained).items()},
         }
 
+    def decoding_key(self, decoding: DecodingConfig) -> dict[str, Any]:
+        """Returns the ledger key of images of a decoding: that of the decoding, and the digest of a negative model."""
+        key, negative = decoding_key(decoding), self.pipe.negative_model
+        if negative is not None and any(decoding.scales()):  # without guidance it changes nothing
+            key["negative_model"] = shorten_digest(negative.digest)
+        return key
+
 
 class Evaluator:
     """An evaluator of models on the same data with the same networks.
@@ -387,7 +394,7 @@ class Evaluator:
     ) -> dict[str, Any]:
         columns = _NO_DECODING
         if model is not None and decoding is not None:
-            columns = {"num_steps": decoding.num_steps, "decoding": decoding_key(decoding)}
+            columns = {"num_steps": decoding.num_steps, "decoding": model.decoding_key(decoding)}
         return {**self._model_columns(model), "num_images": num_images, "seed": seed, **columns}
 
 
@@ -409,7 +416,7 @@ def collect_numbers(rows: Mapping[str, Row]) -> dict[str, float]:
 def _samples_file(model: EvaluatedModel, decoding: DecodingConfig, num_images: int, seed: int) -> Path:
     # The name contains everything that determines the images, so that another measurement has another file.
     digests = {name: model.identity[name] for name in ("tokenizer", "transformer", "config")}
-    key = [digests, decoding_key(decoding), num_images, seed]
+    key = [digests, model.decoding_key(decoding), num_images, seed]
     return model.folder / f"samples-{shorten_digest(digest_of(key))}.npz"
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MeasurementOptions",
     "RunFolders",
+    "can_guide",
     "check_data",
     "check_model_decoding",
     "create_evaluated_model",
@@ -57,6 +58,8 @@ class MeasurementOptions:
         num_workers: Number of processes that read real images.
         classifier: Folder of the classifier of the data, which is trained if it is missing; None for
             ``runs/DATA-classifier/small``.
+        negative_model: Weaker model that guidance moves away from (see ``pipeline.GenerateOptions``); None for that of
+            the model's ``decoding.json``, if it names one. Only functions that measure a single run take it.
 
     Raises:
         ValueError: if ``batch_size`` is less than 1.
@@ -67,6 +70,7 @@ class MeasurementOptions:
     device: str | None = None
     num_workers: int = 0
     classifier: Path | None = None
+    negative_model: Path | str | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -162,21 +166,28 @@ def round_to_classes(num_images: int, num_classes: int, *, name: str = "num_imag
     return num_images - num_images % num_classes
 
 
-def open_model(folders: RunFolders, device: str | None = None) -> MaskGIT:
+def open_model(folders: RunFolders, device: str | None = None, *, negative_model: Path | str | None = None) -> MaskGIT:
     """Reads the model of a run.
 
     Args:
         folders: The run's folders.
         device: Device of the model; None for a GPU if there is one.
+        negative_model: See ``MeasurementOptions``.
 
     Raises:
-        ValueError: if the device does not exist, or a file of the model is invalid.
+        FileNotFoundError: if the negative model does not exist.
+        ValueError: if the device does not exist, a file of the model is invalid, or the negative model predicts other
+            tokens.
     """
+    if negative_model is not None:
+        from maskgit_pl.pipeline.sharing import find_transformer
+
+        find_transformer(negative_model)  # before torch is imported
     from maskgit_pl.devices import check_device, default_device
     from maskgit_pl.pipeline import MaskGIT
 
     place = default_device() if device is None else str(check_device(device))
-    return MaskGIT.from_pretrained(folders.pretrained).to(place)
+    return MaskGIT.from_pretrained(folders.pretrained, negative_model=negative_model).to(place)
 
 
 def open_data(folders: RunFolders, pipe: MaskGIT, *, num_workers: int = 0) -> ShardData:
@@ -238,14 +249,19 @@ def check_model_decoding(pipe: MaskGIT, decoding: DecodingConfig) -> None:
     Raises:
         TypeError: if a selector or schedule does not accept its arguments.
         ValueError: if a name is unknown, a number is out of range, there are more steps than tokens, or there is
-            guidance for a model without a null class.
+            guidance for a model without a null class and without a negative model.
     """
     pipe.check_decoding(decoding)
-    if any(decoding.scales()) and pipe.transformer.network.config.null_label is None:
+    if any(decoding.scales()) and not can_guide(pipe):
         raise ValueError(
             f"guidance {decoding.guidance}: the scale must be 0, because this model has no null class (it was trained "
-            "with class_dropout 0); for guidance, train with model.network.class_dropout 0.1"
+            "with class_dropout 0); for guidance, train with model.network.class_dropout 0.1, or give --negative-model"
         )
+
+
+def can_guide(pipe: MaskGIT) -> bool:
+    """Returns True if guidance has something to move away from: a null class or a negative model."""
+    return pipe.transformer.network.config.null_label is not None or pipe.negative_model is not None
 
 
 def open_evaluator(

@@ -23,6 +23,7 @@ from maskgit_pl.evaluation.pages import command_line
 from maskgit_pl.evaluation.run_folders import (
     MeasurementOptions,
     RunFolders,
+    can_guide,
     check_model_decoding,
     create_evaluated_model,
     default_steps,
@@ -173,7 +174,7 @@ def _open(run: Path | str, data: Path | None, options: TuningOptions) -> tuple[R
         check_num_steps(number, outline.num_tokens)
     for spec in options.selectors or ():
         token_selectors.build(spec)
-    pipe = open_model(folders, options.device)
+    pipe = open_model(folders, options.device, negative_model=options.negative_model)
     from maskgit_pl.evaluation.comparison import list_selectors
     from maskgit_pl.evaluation.search_space import SearchSpace
 
@@ -182,7 +183,7 @@ def _open(run: Path | str, data: Path | None, options: TuningOptions) -> tuple[R
         tuple(options.selectors or (spec for _, spec in list_selectors())),
         tuple(options.num_steps or default_steps(outline.num_tokens, _STEPS)),
         pipe.tokenizer.network.config.codebook_size,
-        can_guide=pipe.transformer.network.config.null_label is not None,
+        can_guide=can_guide(pipe),
     )
     # Every selector and number of steps is checked before the first trial.
     for decoding in space.iter_selectors_and_steps():
@@ -195,8 +196,12 @@ def _iter_first_trials(evaluator: Evaluator, model: EvaluatedModel, seed: int) -
     for row in reversed(evaluator.ledger.rows("samples")):
         same_model = all(row.get(name) == model.identity[name] for name in ("tokenizer", "transformer", "config"))
         if same_model and (row.get("purpose"), row.get("seed")) == ("trial 0", seed):
+            # The key holds the digest of a negative model beside the fields of the decoding.
+            given = {name: value for name, value in row["decoding"].items() if name != "negative_model"}
             with suppress(ValueError, TypeError):  # a decoding of another version
-                yield build_dataclass(DecodingConfig, row["decoding"], "trial 0")
+                decoding = build_dataclass(DecodingConfig, given, "trial 0")
+                if model.decoding_key(decoding) == row["decoding"]:
+                    yield decoding
 
 
 def _save_decoding(
@@ -204,10 +209,14 @@ def _save_decoding(
 ) -> SearchResult:
     """Writes the winner to ``decoding.json`` next to the weights, if the model has another decoding."""
     from maskgit_pl.pipeline.card import refresh_card
-    from maskgit_pl.pretrained import save_decoding
+    from maskgit_pl.pretrained import read_negative_model, save_decoding
     from maskgit_pl.provenance import describe_environment
 
-    if result.winner.decoding == pipe.decoding:
+    file = folders.pretrained / "decoding.json"
+    negative = None if pipe.negative_model is None else pipe.negative_model.folder
+    recorded = read_negative_model(file)
+    is_recorded = negative is None if recorded is None else negative is not None and recorded.samefile(negative)
+    if result.winner.decoding == pipe.decoding and is_recorded:
         return result
     tuned = {
         "metric": result.metric,
@@ -222,9 +231,9 @@ def _save_decoding(
         "commit": describe_environment()["commit"],
     }
     # The previous decoding is kept next to it, and the model card shows the new one.
-    old = save_decoding(folders.pretrained, result.winner.decoding, tuned=tuned)
+    old = save_decoding(folders.pretrained, result.winner.decoding, tuned=tuned, negative_model=negative)
     refresh_card(folders.pretrained)
-    return replace(result, decoding_file=folders.pretrained / "decoding.json", old_decoding_file=old)
+    return replace(result, decoding_file=file, old_decoding_file=old)
 
 
 def _write_page(evaluator: Evaluator, result: SearchResult, figure: ScheduleCurves | None, command: str) -> None:
@@ -250,7 +259,8 @@ def _write_page(evaluator: Evaluator, result: SearchResult, figure: ScheduleCurv
 
 def _command(run: Path | str, trials: int, metric: str, num_images: int, options: TuningOptions) -> str:
     given = {"trials": trials, "metric": metric, "num_images": num_images, "seed": options.seed}
-    given |= {name: getattr(options, name) for name in ("seconds", "num_steps", "plot_images", "selectors")}
+    names = ("seconds", "num_steps", "plot_images", "selectors", "negative_model")
+    given |= {name: getattr(options, name) for name in names}
     return command_line(
         ["maskgit tune", run], given | {"search": None if options.search == "random" else options.search}
     )

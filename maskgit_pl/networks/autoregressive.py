@@ -13,18 +13,14 @@ from typing import cast
 
 from torch import Tensor
 
-from maskgit_pl.networks.transformer import (
-    MaskedTransformer,
-    Transformer,
-    TransformerConfig,
-    Vocabulary,
-)
+from maskgit_pl.networks.backbone import AutoregressiveBackbone, Vocabulary
+from maskgit_pl.networks.transformer import Transformer
 from maskgit_pl.networks.transformer_block import Block, KVCache
 
-__all__ = ["AutoregressiveTransformer", "build_transformer"]
+__all__ = ["AutoregressiveTransformer"]
 
 
-class AutoregressiveTransformer(Transformer):
+class AutoregressiveTransformer(Transformer, AutoregressiveBackbone):
     """Predicts the code of each token from the class and the tokens before it, in raster order.
 
     The sequence is [class, x_1 .. x_{N-1}], and the output at each position predicts the next token. The weights have
@@ -38,14 +34,17 @@ class AutoregressiveTransformer(Transformer):
     """
 
     attention = "causal"
-    entry_points = ("forward_masked", "forward_next")
+    entry_points = AutoregressiveBackbone.entry_points
 
-    def forward(self, tokens: Tensor, labels: Tensor, *, vocabulary: Vocabulary = "codes") -> Tensor:
+    def forward(
+        self, tokens: Tensor, labels: Tensor, *, vectors: Tensor | None = None, vocabulary: Vocabulary = "codes"
+    ) -> Tensor:
         """Returns the logits of all tokens in one pass, each from the tokens before it.
 
         Args:
             tokens: (B, N) int64 in [0, K).
             labels: (B,) int64 in [0, num_classes), or ``null_label``.
+            vectors: None: the transformer knows classes only.
             vocabulary: Columns of the result: the K codes, or the whole vocabulary.
 
         Returns:
@@ -54,7 +53,13 @@ class AutoregressiveTransformer(Transformer):
         return self._head(self._hidden(tokens, labels), vocabulary)
 
     def forward_masked(
-        self, tokens: Tensor, labels: Tensor, mask: Tensor, *, vocabulary: Vocabulary = "codes"
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        mask: Tensor,
+        *,
+        vectors: Tensor | None = None,
+        vocabulary: Vocabulary = "codes",
     ) -> Tensor:
         """Returns the logits of the tokens where ``mask`` is True. The head runs at these only.
 
@@ -62,6 +67,7 @@ class AutoregressiveTransformer(Transformer):
             tokens: (B, N) int64 in [0, K).
             labels: (B,) int64 in [0, num_classes), or ``null_label``.
             mask: (B, N) bool.
+            vectors: None: the transformer knows classes only.
             vocabulary: Columns of the result: the K codes, or the whole vocabulary.
 
         Returns:
@@ -71,17 +77,7 @@ class AutoregressiveTransformer(Transformer):
         return self._head(self._hidden(tokens, labels)[mask], vocabulary)
 
     def forward_next(self, tokens: Tensor, labels: Tensor, *, cache: Sequence[KVCache] | None = None) -> Tensor:
-        """Returns the logits of the next token.
-
-        Args:
-            tokens: (B, t) int64 in [0, K): the tokens before it, t in [0, N).
-            labels: (B,) int64 in [0, num_classes), or ``null_label``.
-            cache: Cache of this decoding run from ``create_cache``, changed in place; each call has one token more than
-                the call before. None computes all rows at each call.
-
-        Returns:
-            (B, K) float: logits of the codes.
-        """
+        """Returns the logits (B, K) of the next token; see ``AutoregressiveBackbone``."""
         blocks = cast("Sequence[Block]", self.blocks)
         # The cache holds the rows before ``first``; only the new rows are computed.
         first = cache[0].num_rows if cache is not None else 0
@@ -90,18 +86,9 @@ class AutoregressiveTransformer(Transformer):
             x = block(x) if cache is None else block.forward_next(x, cache[number])
         return self._head(x[:, -1], "codes")
 
-    def create_cache(self) -> list[KVCache]:
-        """Returns an empty cache for each block, for one run of ``forward_next``."""
-        return [KVCache(self.config.num_tokens) for _ in self.blocks]
-
     def _hidden(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Returns the input (B, N, D) of the head."""
         x = self._embed(self._sequence(tokens[:, :-1], labels))  # (B, N, D): nothing follows the last token
         for block in self.blocks:
             x = block(x)
         return x
-
-
-def build_transformer(config: TransformerConfig) -> MaskedTransformer | AutoregressiveTransformer:
-    """Builds the transformer whose attention a configuration names, with initial weights."""
-    return AutoregressiveTransformer(config) if config.attention == "causal" else MaskedTransformer(config)

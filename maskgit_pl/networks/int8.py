@@ -12,8 +12,9 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from maskgit_pl.networks.autoregressive import build_transformer
-from maskgit_pl.networks.transformer import Transformer
+from maskgit_pl.checks import shorten
+from maskgit_pl.networks.backbone import Backbone, is_plugin
+from maskgit_pl.networks.transformer_block import QKVProjection
 
 __all__ = ["Int8Linear", "quantize"]
 
@@ -31,16 +32,16 @@ class Int8Linear(nn.Module):
 
     Args:
         weight: (out, in) float.
-        bias: (out,) float.
+        bias: (out,) float; None for a layer without bias.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         weight = weight.detach().float()
         self.scales = (weight.abs().amax(1) / _LARGEST_WEIGHT).clamp(min=_SMALLEST_SCALE)
         rounded = (weight / self.scales.unsqueeze(1)).round()
         self.row_sums = rounded.sum(1) * self.scales
-        self.bias = bias.detach().float().clone()
+        self.bias = torch.zeros_like(self.scales) if bias is None else bias.detach().float().clone()
         self.zeros = torch.zeros_like(self.scales, dtype=torch.int32)
         self.packed = torch.ops.onednn.qlinear_prepack(rounded.to(torch.int8), None)
 
@@ -62,47 +63,76 @@ class Int8QKVProjection(nn.Module):
 
     Args:
         weight: (3 D, D) float.
-        bias: (3 D,) float.
+        bias: (3 D,) float; None for a projection without bias.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         embed_dim = weight.shape[1]
-        self.query = Int8Linear(weight[:embed_dim], bias[:embed_dim])
-        self.key_value = Int8Linear(weight[embed_dim:], bias[embed_dim:])
+        self.query = Int8Linear(weight[:embed_dim], None if bias is None else bias[:embed_dim])
+        self.key_value = Int8Linear(weight[embed_dim:], None if bias is None else bias[embed_dim:])
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns queries, keys and values (B, S, 3 D) of x (B, S, D)."""
         return torch.cat([self.query(x), self.key_value(x)], dim=-1)
 
 
-AnyTransformer = TypeVar("AnyTransformer", bound=Transformer)
+AnyBackbone = TypeVar("AnyBackbone", bound=Backbone)
 
 
-def quantize(network: AnyTransformer) -> AnyTransformer:
+def quantize(network: AnyBackbone) -> AnyBackbone:
     """Returns a copy of a network for inference, whose blocks have 8-bit linear layers.
 
     The copy cannot be saved, copied or moved to another device.
 
     Args:
-        network: Transformer on the CPU; it is not changed.
+        network: Network on the CPU; it is not changed.
 
     Raises:
-        ValueError: if the network is on another device, or torch is built without oneDNN.
+        ValueError: if the network is on another device, its blocks have no linear layers or use the weights of one
+            directly, or torch is built without oneDNN.
     """
-    device = network.head_bias.device
+    device = next(network.parameters()).device
     if device.type != "cpu":
         raise ValueError(f"int8: the network must be on the CPU, got one on {device}; move it, or use bfloat16")
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # torch: untyped
         raise ValueError("int8: torch must be built with oneDNN, got one without; decode in float32")
+    linear = {name: part for name, part in network.blocks.named_modules(prefix="blocks") if isinstance(part, nn.Linear)}
+    if not linear:
+        raise ValueError(
+            f"int8: the blocks of the backbone must have linear layers, got none in {network.config.backbone!r}; "
+            "decode in float32 or bfloat16"
+        )
     # The skeleton takes no memory; its linear layers are replaced, and the other weights assigned.
     with torch.device("meta"):
-        copy = cast("AnyTransformer", build_transformer(network.config))
-    last = f"blocks.{network.config.depth - 1}.qkv"
-    for name, module in network.blocks.named_modules(prefix="blocks"):
-        if isinstance(module, nn.Linear):
-            made = Int8QKVProjection if name == last else Int8Linear
-            copy.set_submodule(name, made(module.weight, module.bias))
+        copy = cast("AnyBackbone", network.config.create())
+    last = f"blocks.{len(network.blocks) - 1}."
+    for name, module in linear.items():
+        is_split = isinstance(module, QKVProjection) and name.startswith(last)
+        copy.set_submodule(name, (Int8QKVProjection if is_split else Int8Linear)(module.weight, module.bias))
     weights = network.state_dict()
     copy.load_state_dict({name: weights[name].float().clone() for name in copy.state_dict()}, assign=True)
-    return copy.eval().requires_grad_(requires_grad=False)
+    copy.eval().requires_grad_(requires_grad=False)
+    if is_plugin(network.config):
+        _try_out(copy)
+    return copy
+
+
+@torch.inference_mode()
+def _try_out(network: Backbone) -> None:
+    """Runs a quantized network once.
+
+    Raises:
+        ValueError: if a block does more with a linear layer than call it.
+    """
+    config = network.config
+    tokens = torch.full((1, config.num_tokens), config.mask_token_id)
+    labels, positions = torch.zeros(1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
+    vectors = torch.zeros(1, config.condition_dim) if config.condition_dim else None
+    try:
+        network.forward_at(tokens, labels, positions, vectors=vectors)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"int8: the blocks of the backbone must only call their linear layers, got {type(error).__name__} in "
+            f"{config.backbone!r} ({shorten(str(error))}); decode in float32 or bfloat16"
+        ) from error

@@ -10,16 +10,17 @@ Source: paper, implementation details; google-research/maskgit, ``maskgit_transf
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal, cast, get_args
+from dataclasses import KW_ONLY, dataclass, field
+from importlib import import_module
+from typing import ClassVar, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskgit_pl.checks import check_choice, check_integer, check_number, shorten
+from maskgit_pl.checks import check_choice, check_integer
+from maskgit_pl.networks.backbone import LARGEST_GRID, Attention, Backbone, BackboneConfig, Vocabulary, backbones
 from maskgit_pl.networks.transformer_block import LAYER_NORM_EPS, Block
 
 __all__ = [
@@ -32,15 +33,7 @@ __all__ = [
     "Vocabulary",
 ]
 
-Attention = Literal["bidirectional", "causal"]
-Vocabulary = Literal["codes", "all"]
-
-LARGEST_GRID = 256
-"""Largest number of rows or columns of a token grid: 65,536 tokens, 256 times those of a released image."""
-
 _LARGEST = {  # well above any existing network: a larger number is a mistake, or an attack on the memory
-    "codebook_size": 2**24,
-    "num_classes": 100_000,
     "embed_dim": 2**16,
     "depth": 1024,
     "num_heads": 1024,
@@ -49,21 +42,23 @@ _LARGEST = {  # well above any existing network: a larger number is a mistake, o
 _INIT_STD = 0.02  # released code, also BERT's
 
 
+@backbones.register("bert")
 @dataclass(frozen=True)
-class TransformerConfig:
-    """Sizes of the transformer. The defaults are the released ones.
+class TransformerConfig(BackboneConfig):
+    """The configuration of the backbone ``bert``. The default sizes are the released ones.
 
     Args:
-        codebook_size: K, size of the tokenizer's codebook.
-        num_classes: Number of classes, >= 1 (1 for data without classes).
-        grid: Rows and columns (h, w) of the token grid; N = h w.
+        codebook_size: See ``BackboneConfig``.
+        num_classes: See ``BackboneConfig``.
+        grid: See ``BackboneConfig``.
         embed_dim: D, a multiple of ``num_heads``.
         depth: Number of blocks.
         num_heads: Number of attention heads.
         mlp_dim: Hidden size of the MLP of each block.
+        backbone: ``bert``.
+        class_dropout: See ``BackboneConfig``.
         dropout: Dropout probability of embeddings, attention probabilities and both outputs of a block, in [0, 1).
-        class_dropout: Fraction of training samples whose class is replaced by the null class, in [0, 1). Above 0 the
-            vocabulary has a null class, which classifier-free guidance needs.
+        condition_dim: 0: the class is the only condition.
         attention: ``bidirectional``: a token attends to all tokens; ``causal``: to itself and those before it in raster
             order. Both have the same weights.
 
@@ -71,52 +66,36 @@ class TransformerConfig:
         ValueError: if a size is out of range, or the attention is unknown.
     """
 
-    codebook_size: int
-    num_classes: int
-    grid: tuple[int, int]
     embed_dim: int = 768
     depth: int = 24
     num_heads: int = 16
     mlp_dim: int = 3072
-    dropout: float = 0.1
-    class_dropout: float = 0.1
+    _: KW_ONLY
+    backbone: str = "bert"
     attention: Attention = "bidirectional"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "grid", tuple(self.grid))  # a list in recipes and config.json
+        super().__post_init__()
         for name, most in _LARGEST.items():
             check_integer(f"transformer {name}", getattr(self, name), f"[1, {most}]")
-        if len(self.grid) != 2:
-            raise ValueError(f"transformer grid must be two numbers (rows, columns), got {shorten(self.grid)}")
-        for side in self.grid:
-            check_integer("transformer grid", side, f"[1, {LARGEST_GRID}]")
         if self.embed_dim % self.num_heads:
             raise ValueError(
                 f"transformer embed_dim must be a multiple of num_heads {self.num_heads}, got {self.embed_dim}"
             )
-        for name in ("dropout", "class_dropout"):
-            check_number(f"transformer {name}", getattr(self, name), "[0, 1)")
         check_choice("transformer attention", self.attention, get_args(Attention))
+        if self.condition_dim:
+            raise ValueError(
+                f"transformer condition_dim must be 0 for the backbone bert, which knows classes only, got "
+                f"{self.condition_dim}; use the backbone adaln for conditioning vectors"
+            )
 
-    @property
-    def num_tokens(self) -> int:
-        """The number of tokens of an image, N."""
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def null_label(self) -> int | None:
-        """The label that stands for "no class"; None if class dropout is 0."""
-        return self.num_classes if self.class_dropout > 0 else None
-
-    @property
-    def vocabulary_size(self) -> int:
-        """The number of rows of the token embedding: codes, classes, the null class if there is one, the mask token."""
-        return self.codebook_size + self.num_classes + (self.null_label is not None) + 1
-
-    @property
-    def mask_token_id(self) -> int:
-        """The id of the mask token: the last row of the token embedding."""
-        return self.vocabulary_size - 1
+    def create(self) -> Transformer:
+        """Creates the transformer whose attention the configuration names, with initial weights."""
+        if self.attention == "bidirectional":
+            return MaskedTransformer(self)
+        # networks.autoregressive imports this module.
+        module = import_module("maskgit_pl.networks.autoregressive")
+        return cast("Transformer", module.AutoregressiveTransformer(self))
 
 
 @dataclass
@@ -130,7 +109,7 @@ class ContextCache:
     key_values: list[Tensor] = field(default_factory=list)
 
 
-class Transformer(nn.Module):
+class Transformer(Backbone):
     """The base of both transformers: embeddings, blocks and a head that is tied to the token embedding.
 
     The sequence is [class, tokens in raster order]. All weights start from a normal truncated to two standard
@@ -141,29 +120,24 @@ class Transformer(nn.Module):
 
     Attributes:
         attention: Attention that the class computes.
-        entry_points: Methods that are called besides ``forward``. FSDP gathers the weights for them too.
 
     Raises:
         ValueError: if the configuration names the other attention.
     """
 
     attention: ClassVar[Attention]
-    entry_points: ClassVar[tuple[str, ...]]
-
-    @abstractmethod
-    def forward_masked(
-        self, tokens: Tensor, labels: Tensor, mask: Tensor, *, vocabulary: Vocabulary = "codes"
-    ) -> Tensor:
-        """Returns the logits (number of True, V) of the tokens where ``mask`` (B, N) bool is True, for training."""
+    config: TransformerConfig
+    vocabulary_tables = ("token_embedding.weight", "head_bias")
+    position_tables = ("position_embedding.weight",)
 
     def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         if config.attention != self.attention:
             raise ValueError(
                 f"transformer attention must be {self.attention!r} for {type(self).__name__}, got "
-                f"{config.attention!r}; networks.autoregressive.build_transformer builds the class for either"
+                f"{config.attention!r}; config.create() builds the class for either"
             )
-        self.config = config
+        del self.blocks  # set below, in the order of older checkpoints
         # The order of the modules decides the initial weights. One row of positions more than tokens: the class.
         self.token_embedding = nn.Embedding(config.vocabulary_size, config.embed_dim)
         self.position_embedding = nn.Embedding(config.num_tokens + 1, config.embed_dim)
@@ -213,12 +187,15 @@ class MaskedTransformer(Transformer):
     attention = "bidirectional"
     entry_points = ("forward_masked", "forward_at", "forward_cached")
 
-    def forward(self, tokens: Tensor, labels: Tensor, *, vocabulary: Vocabulary = "codes") -> Tensor:
+    def forward(
+        self, tokens: Tensor, labels: Tensor, *, vectors: Tensor | None = None, vocabulary: Vocabulary = "codes"
+    ) -> Tensor:
         """Returns the logits of all tokens.
 
         Args:
             tokens: (B, N) int64.
             labels: (B,) int64.
+            vectors: None: the transformer knows classes only.
             vocabulary: Columns of the result: the K codes, or the whole vocabulary.
 
         Returns:
@@ -228,7 +205,13 @@ class MaskedTransformer(Transformer):
         return self._head(x[:, 1:], vocabulary)
 
     def forward_masked(
-        self, tokens: Tensor, labels: Tensor, mask: Tensor, *, vocabulary: Vocabulary = "codes"
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        mask: Tensor,
+        *,
+        vectors: Tensor | None = None,
+        vocabulary: Vocabulary = "codes",
     ) -> Tensor:
         """Returns the logits of the tokens where ``mask`` is True. The head and the last MLP run at these tokens only.
 
@@ -236,6 +219,7 @@ class MaskedTransformer(Transformer):
             tokens: (B, N) int64.
             labels: (B,) int64.
             mask: (B, N) bool.
+            vectors: None: the transformer knows classes only.
             vocabulary: Columns of the result: the K codes, or the whole vocabulary.
 
         Returns:
@@ -244,13 +228,14 @@ class MaskedTransformer(Transformer):
         after_class = F.pad(mask, (1, 0))  # (B, 1 + N): no logits of the class
         return self._head(self.blocks[-1](self._hidden(tokens, labels), after_class), vocabulary)
 
-    def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+    def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor, *, vectors: Tensor | None = None) -> Tensor:
         """Returns the logits at M positions of each image. The head and the last block's queries run at these only.
 
         Args:
             tokens: (B, N) int64.
             labels: (B,) int64.
             positions: (B, M) int64 in [0, N).
+            vectors: None: the transformer knows classes only.
 
         Returns:
             (B, M, K) float: logits of the codes.

@@ -160,6 +160,9 @@ def _plan(pipe: MaskGIT, options: BulkOptions, decoding: DecodingConfig) -> Bulk
         image=(size, size, pipe.tokenizer.network.config.in_channels),
         tokenizer=_digest(pipe.tokenizer.network),
         transformer=_digest(pipe.transformer.network),
+        negative_model=pipe.negative_model.digest
+        if pipe.negative_model is not None and any(decoding.scales())
+        else None,
     )
 
 

@@ -75,6 +75,7 @@ class BulkPlan:
         image: (H, W, C) of an image.
         tokenizer: SHA-256 of the weights of the tokenizer.
         transformer: SHA-256 of the weights of the transformer.
+        negative_model: SHA-256 of the weights of the model that guidance moves away from; None without one.
 
     Raises:
         ValueError: if a class is given twice, or there are too many classes for the file.
@@ -90,6 +91,7 @@ class BulkPlan:
     image: tuple[int, int, int]
     tokenizer: str
     transformer: str
+    negative_model: str | None = None
 
     def __post_init__(self) -> None:
         if len(set(self.classes)) != len(self.classes):
@@ -100,7 +102,11 @@ class BulkPlan:
     @cached_property
     def text(self) -> bytes:
         """The plan as JSON: the content of ``plan.json`` and the comment of the finished file."""
-        return json.dumps({"format": _FORMAT, "version": _VERSION, **asdict(self)}).encode()
+        content = {"format": _FORMAT, "version": _VERSION, **asdict(self)}
+        # Left out, so that the plans of files without one stay as they are.
+        if self.negative_model is None:
+            del content["negative_model"]
+        return json.dumps(content).encode()
 
     @property
     def digest(self) -> str:

@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 from maskgit_pl.checks import shorten
-from maskgit_pl.networks.autoregressive import build_transformer
-from maskgit_pl.networks.transformer import TransformerConfig
+from maskgit_pl.networks.backbone import build_config, create_network
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.old_names import rename_tree
 from maskgit_pl.pretrained import fingerprint, read_config, read_decoding
@@ -117,7 +116,7 @@ def describe_folder(folder: Path) -> dict[str, Any]:
     """
     # Only the JSON files are read: the description needs no weights in memory.
     tokenizer, transformer = (read_config(folder / stage, stage) for stage in ("tokenizer", "transformer"))
-    sizes, network = VQGANConfig(**tokenizer["network"]), TransformerConfig(**transformer["network"])
+    sizes, network = VQGANConfig(**tokenizer["network"]), build_config(transformer["network"], f"{folder}: network")
     tuned = read_decoding(folder)
     return {
         "format": "maskgit_pl.pipeline",
@@ -130,8 +129,9 @@ def describe_folder(folder: Path) -> dict[str, Any]:
         "class_dropout": network.class_dropout,
         "parameters": {
             "tokenizer": _parameters(lambda: VQGAN(sizes)),
-            "transformer": _parameters(lambda: build_transformer(network)),
+            "transformer": _parameters(lambda: create_network(network)),
         },
+        "backbone": network.backbone,
         "attention": network.attention,
         "mask_schedule": transformer["mask_schedule"],
         "decoding": transformer["decoding"] if tuned is None else asdict(tuned),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
@@ -17,10 +18,12 @@ from maskgit_pl.decoding import (
     decode_autoregressive,
     decode_classes,
 )
+from maskgit_pl.decoding.vectors import check_condition_vectors
 from maskgit_pl.devices import check_device
-from maskgit_pl.networks.autoregressive import AutoregressiveTransformer
+from maskgit_pl.networks.backbone import AutoregressiveBackbone
 from maskgit_pl.networks.int8 import Int8Linear
 from maskgit_pl.pipeline.classes import Classes
+from maskgit_pl.pipeline.negative import NegativeModel, NegativeModelLike
 from maskgit_pl.pipeline.options import (
     GenerateOptions,
     Images,
@@ -52,9 +55,11 @@ class Generator:
         tokenizer: Decodes tokens to images.
         transformer: Predicts the tokens of a class.
         decoding: Decoding settings; by default those that were exported with the transformer.
+        negative_model: Default of the option ``negative_model``; see ``GenerateOptions``.
 
     Raises:
-        ValueError: if the transformer was trained on the tokens of another tokenizer.
+        ValueError: if the transformer was trained on the tokens of another tokenizer, or the negative model predicts
+            other tokens.
     """
 
     def __init__(
@@ -63,6 +68,7 @@ class Generator:
         transformer: PretrainedTransformer,
         *,
         decoding: DecodingConfig | None = None,
+        negative_model: NegativeModelLike | None = None,
     ) -> None:
         # The same codes mean other patches in another tokenizer: the images would be noise without an error.
         if transformer.tokenizer_fingerprint != tokenizer.fingerprint:
@@ -80,6 +86,7 @@ class Generator:
             num_tokens=config.num_tokens,
             mask_token_id=config.mask_token_id,
         )
+        self._negative_model = None if negative_model is None else self._open_negative(negative_model)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -90,6 +97,11 @@ class Generator:
     def decoding(self) -> DecodingConfig:
         """The default decoding settings of ``generate`` and the editing methods."""
         return self._decoding or self.transformer.decoding
+
+    @property
+    def negative_model(self) -> NegativeModel | None:
+        """The default negative model of guidance; None for guidance by classes."""
+        return self._negative_model
 
     @property
     def device(self) -> torch.device:
@@ -104,11 +116,12 @@ class Generator:
             self.class_names,
             config.null_label,
             config.num_tokens,
-            isinstance(self.transformer.network, AutoregressiveTransformer),
+            isinstance(self.transformer.network, AutoregressiveBackbone),
             self.decoding,
             tokenizer.image_size,
             tokenizer.network.config.downsampling_factor,
             tokenizer.network.config.in_channels,
+            self._negative_model is not None,
         )
 
     def to(self, device: torch.device | str, *, dtype: torch.dtype | None = None) -> Self:
@@ -130,6 +143,8 @@ class Generator:
         device = check_device(device)
         for network in (self.tokenizer.network, self.transformer.network):
             network.to(device=device, dtype=dtype)
+        if self._negative_model is not None:
+            self._negative_model.to(device, dtype=dtype)
         # The cached logits of the first step belong to the old device and dtype.
         self._first_step.clear()
         return self
@@ -155,7 +170,7 @@ class Generator:
                 class", if the model was trained with it.
             output_type: ``"pil"`` for grey or RGB PIL images, ``"pt"`` for (n, C, H, W) uint8 on the CPU, ``"np"`` for
                 (n, H, W, C) uint8.
-            options: ``seed``, ``batch_size``, ``callback`` and ``negative_classes`` (see ``GenerateOptions``);
+            options: Fields of ``GenerateOptions`` such as ``seed``, ``batch_size`` and ``negative_model``;
                 ``decoding``, a ``DecodingConfig``; and single settings that override it: its fields such as
                 ``num_steps``, ``guidance_scale`` and ``choice_temperature``.
 
@@ -163,7 +178,8 @@ class Generator:
             n images in the form of ``output_type``.
 
         Raises:
-            ValueError: if a class is unknown or a number is out of range.
+            FileNotFoundError: if ``negative_model`` names no model.
+            ValueError: if a class is unknown, a number is out of range, or ``negative_model`` predicts other tokens.
             TypeError: if a class is neither an index nor a name, an option is unknown, or a plug-in does not take an
                 argument.
         """
@@ -217,7 +233,30 @@ class Generator:
             raise ValueError(f"a pipeline in int8 cannot be {what}; use the pipeline that quantize() was called on")
 
     def _request(self, classes: Classes, options: GenerateOptions, decoding: DecodingConfig) -> Request:
-        return Request.of(classes, options, decoding, class_ids=self.class_ids)
+        request = Request.of(classes, options, decoding, class_ids=self.class_ids)
+        negative = (
+            self._negative_model if options.negative_model is None else self._open_negative(options.negative_model)
+        )
+        if negative is not None:
+            negative.check_labels(request.negative_labels or request.labels)
+        config = self.transformer.network.config
+        vectors = check_condition_vectors(
+            None if options.vectors is None else torch.as_tensor(options.vectors),
+            request.labels,
+            condition_dim=config.condition_dim,
+            null_label=config.null_label,
+        )
+        return replace(request, negative_model=negative, vectors=vectors)
+
+    def _open_negative(self, given: NegativeModelLike) -> NegativeModel:
+        """Returns the negative model, checked and on the device of the pipeline."""
+        negative = NegativeModel.of(given)
+        negative.check(self.transformer)
+        if negative.folder is not None and negative is not given:  # read here, so that no one else uses it
+            weight = next(self.transformer.network.parameters())
+            negative.to(weight.device, dtype=weight.dtype)
+        negative.check_device(self.device)
+        return negative
 
     def _decode(
         self, request: Request, rows: Sequence[int], *, tokens: Tensor | None = None, first_step: int = 0
@@ -232,7 +271,7 @@ class Generator:
         """
         network, part = self.transformer.network, request.part(rows)
         scales, negative_labels = part.decoding.scales(), part.negative_labels
-        if isinstance(network, AutoregressiveTransformer):
+        if isinstance(network, AutoregressiveBackbone):
             assert tokens is None
             return decode_autoregressive(
                 ConditionalModel.from_network(network, self.device),
@@ -249,8 +288,11 @@ class Generator:
             first_step_logits=self._first_step,
             context_cache=part.decoding.context_cache,
         )
+        if part.negative_model is not None:
+            negative = part.negative_model.conditional_model(context_cache=part.decoding.context_cache)
+            model = replace(model, negative=negative)
         return decode_classes(
-            model,
+            model.bind(None if part.vectors is None else part.vectors.to(self.device)),
             part.labels,
             part.seeds,
             decoder=part.decoding.build_decoder(self.transformer.mask_schedule),

@@ -13,6 +13,7 @@ from maskgit_pl.networks import int8
 from maskgit_pl.pipeline.card import write_card
 from maskgit_pl.pipeline.description import RunOrigin, check_run, fingerprints
 from maskgit_pl.pipeline.edit import Editor
+from maskgit_pl.pipeline.negative import NegativeModelLike
 from maskgit_pl.pipeline.sharing import check_hub_id, find_folder, upload
 from maskgit_pl.pretrained import (
     PretrainedTokenizer,
@@ -23,7 +24,9 @@ from maskgit_pl.pretrained import (
     load_transformer,
     read_config,
     read_decoding,
+    read_negative_model,
     save_decoding,
+    save_negative_model,
     save_tokenizer,
     save_transformer,
 )
@@ -46,9 +49,11 @@ class MaskGIT(Editor):
         mask_schedule: Name or mapping of the mask schedule of the training, which ``save_pretrained`` writes; None for
             an autoregressive model.
         decoding: Decoding settings; by default those that were exported with the transformer.
+        negative_model: Default of the option ``negative_model``; see ``GenerateOptions``.
 
     Raises:
-        ValueError: if the transformer was trained on the tokens of another tokenizer.
+        ValueError: if the transformer was trained on the tokens of another tokenizer, or the negative model predicts
+            other tokens.
     """
 
     def __init__(
@@ -58,8 +63,9 @@ class MaskGIT(Editor):
         *,
         mask_schedule: str | Mapping[str, Any] | None,
         decoding: DecodingConfig | None = None,
+        negative_model: NegativeModelLike | None = None,
     ) -> None:
-        super().__init__(tokenizer, transformer, decoding=decoding)
+        super().__init__(tokenizer, transformer, decoding=decoding, negative_model=negative_model)
         self._mask_schedule_spec = mask_schedule
         self._origin = RunOrigin()
 
@@ -73,6 +79,7 @@ class MaskGIT(Editor):
         local_files_only: bool = False,
         token: str | bool | None = None,
         decoding: DecodingConfig | Path | str | None = None,
+        negative_model: NegativeModelLike | None = None,
     ) -> MaskGIT:
         """Loads the model of a run, a pretrained folder, or a repository of the Hugging Face Hub.
 
@@ -85,16 +92,21 @@ class MaskGIT(Editor):
             token: Access token for repositories that are not public; True is the token of ``hf auth login``.
             decoding: Default decoding settings, or a file with them. Without it, those of ``decoding.json`` in the
                 folder (``maskgit tune`` writes it), else those exported with the transformer.
+            negative_model: Default of the option ``negative_model`` (see ``GenerateOptions``). Without it, the one that
+                the file of decoding settings names.
 
         Raises:
             FileNotFoundError: if a folder, repository or file is missing.
-            ValueError: if a file is damaged, or the transformer was trained with another tokenizer.
+            ValueError: if a file is damaged, the transformer was trained with another tokenizer, or the negative model
+                predicts other tokens.
         """
         folder = find_folder(
             path_or_hub_id, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
         )
         # decoding.json is found by `maskgit tune`; an argument takes precedence over it.
         own = decoding is None
+        if negative_model is None and not isinstance(decoding, DecodingConfig):
+            negative_model = read_negative_model(folder / "decoding.json" if own else Path(str(decoding)))
         if decoding is None:
             decoding = read_decoding(folder)
         elif not isinstance(decoding, DecodingConfig):
@@ -102,7 +114,7 @@ class MaskGIT(Editor):
         origin = RunOrigin.of(folder, tuned=own)
         tokenizer, transformer = load_tokenizer(folder / "tokenizer"), load_transformer(folder / "transformer")
         spec = read_config(folder / "transformer", "transformer")["mask_schedule"]
-        pipe = cls(tokenizer, transformer, mask_schedule=spec, decoding=decoding)
+        pipe = cls(tokenizer, transformer, mask_schedule=spec, decoding=decoding, negative_model=negative_model)
         pipe._origin = origin
         return pipe
 
@@ -125,7 +137,7 @@ class MaskGIT(Editor):
 
         Raises:
             FileNotFoundError: if there is no such run.
-            ValueError: if the transformer is in int8.
+            ValueError: if the transformer is in int8, or the negative model was not read from a folder.
         """
         self._check_not_int8("saved")
         if run is not None:
@@ -133,8 +145,9 @@ class MaskGIT(Editor):
         # The folder may be the one that was loaded: its fingerprints are read before it is overwritten.
         folder, before = Path(folder), self._origin.weights()
         self._save_networks(folder)
-        if self._decoding is not None:
-            save_decoding(folder, self._decoding, tuned=self._origin.tuned)
+        negative = None if self._negative_model is None else save_negative_model(folder, self._negative_model.folder)
+        if self._decoding is not None or negative is not None:
+            save_decoding(folder, self.decoding, tuned=self._origin.tuned, negative_model=negative)
         else:
             (folder / "decoding.json").unlink(missing_ok=True)
         # Facts of the run are kept only if the weights are still those of the run.
@@ -187,7 +200,13 @@ class MaskGIT(Editor):
             ValueError: if the networks are not on the CPU, or torch has no 8-bit matrix product.
         """
         transformer = replace(self.transformer, network=int8.quantize(self.transformer.network))
-        made = MaskGIT(self.tokenizer, transformer, mask_schedule=self._mask_schedule_spec, decoding=self._decoding)
+        made = MaskGIT(
+            self.tokenizer,
+            transformer,
+            mask_schedule=self._mask_schedule_spec,
+            decoding=self._decoding,
+            negative_model=self._negative_model,
+        )
         made._origin = self._origin
         return made
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from maskgit_pl.decoding import DecodingStep
+    from maskgit_pl.pipeline.negative import NegativeModelLike
 
 __all__ = [
     "SETTINGS",
@@ -64,6 +65,11 @@ class GenerateOptions:
         seed: Seed of the first result in [0, 2**32), result i has seed + i; or a list with one seed for each.
         negative_classes: Index or name of the class that guidance moves away from, or a list with one for each result;
             "no class" by default.
+        negative_model: Weaker model of the same tokens from which guidance moves away, in place of "no class": a run or
+            pretrained folder, a repository of the Hub, or a ``MaskGIT`` on the same device. By default the pipeline's
+            own, if it has one.
+        vectors: (n, C) float array or tensor with the vector of each result, or (C,) for all, for a model that was
+            trained with vectors of C values.
         batch_size: Number of results decoded at a time, at least 1. It changes no token.
         callback: Called with a ``decoding.DecodingStep`` after each decoding step of each batch.
 
@@ -73,6 +79,8 @@ class GenerateOptions:
 
     seed: Seeds = 0
     negative_classes: int | str | Classes | None = None
+    negative_model: NegativeModelLike | None = None
+    vectors: npt.ArrayLike | Tensor | None = None
     batch_size: int = 64
     callback: StepCallback | None = None
 

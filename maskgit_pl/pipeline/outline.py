@@ -36,6 +36,7 @@ class Outline:
         image_size: Height and width of the images in pixels.
         token_size: Height and width of a token in pixels.
         channels: C, 1 for grey and 3 for RGB.
+        has_negative_model: True if the pipeline has a negative model for guidance.
     """
 
     class_names: tuple[str, ...]
@@ -46,6 +47,7 @@ class Outline:
     image_size: int
     token_size: int
     channels: int
+    has_negative_model: bool = False
 
     @classmethod
     def read(cls, folder: Path) -> Outline | None:
@@ -69,7 +71,7 @@ class Outline:
                 tuple(map(str, transformer["class_names"])),
                 _size(network["num_classes"]) if network["class_dropout"] > 0 else None,
                 rows * columns,
-                network["attention"] == "causal",
+                network.get("attention") == "causal",
                 read_settings_file(tuned)[0]
                 if tuned.is_file()
                 else build_dataclass(DecodingConfig, transformer["decoding"], ""),
@@ -77,6 +79,7 @@ class Outline:
                 # Each level after the first halves height and width.
                 _size(vqgan["patch_size"]) * 2 ** (_size(len(vqgan["channel_multipliers"])) - 1),
                 _size(vqgan["in_channels"]),
+                tuned.is_file() and read_json(tuned).get("negative_model") is not None,
             )
         except (OSError, ValueError, KeyError, TypeError):
             return None

@@ -13,6 +13,7 @@ from maskgit_pl import editing
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.editing import ImageLike, MaskLike
 from maskgit_pl.pipeline.classes import Classes
+from maskgit_pl.pipeline.negative import NegativeModel
 from maskgit_pl.pipeline.options import EditOptions, GenerateOptions, StepCallback, seed_list
 from maskgit_pl.pretrained import PretrainedTokenizer
 from maskgit_pl.text import printable
@@ -31,6 +32,8 @@ class Request:
         decoding: Decoding settings of all results.
         batch_size: Number of results decoded at a time.
         callback: Called after each decoding step of each batch.
+        negative_model: Weaker model from which guidance moves away; None for guidance by classes.
+        vectors: (n, C) float32, vector of each result; None for a model without vectors.
     """
 
     labels: list[int]
@@ -39,6 +42,8 @@ class Request:
     decoding: DecodingConfig
     batch_size: int
     callback: StepCallback | None
+    negative_model: NegativeModel | None = None
+    vectors: Tensor | None = None
 
     @classmethod
     def of(
@@ -84,7 +89,9 @@ class Request:
         """Returns the request for some of the results, with other seeds if ``seeds`` is given."""
         negative = None if self.negative_labels is None else [self.negative_labels[row] for row in rows]
         own = [self.seeds[row] for row in rows] if seeds is None else list(seeds)
-        return replace(self, labels=[self.labels[row] for row in rows], seeds=own, negative_labels=negative)
+        vectors = None if self.vectors is None else self.vectors[list(rows)]
+        labels = [self.labels[row] for row in rows]
+        return replace(self, labels=labels, seeds=own, negative_labels=negative, vectors=vectors)
 
 
 @dataclass(frozen=True)

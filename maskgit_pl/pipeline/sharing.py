@@ -12,13 +12,13 @@ import re
 from difflib import get_close_matches
 from pathlib import Path
 
-__all__ = ["check_hub_id", "find_folder", "local_folder", "upload"]
+__all__ = ["check_hub_id", "find_folder", "find_transformer", "local_folder", "upload"]
 
 # Files that a pipeline needs. Other files of a repository may be large and are not downloaded.
 _READ = tuple(
     f"{stage}/{file}" for stage in ("tokenizer", "transformer") for file in ("config.json", "model.safetensors")
 )
-_FILES = (*_READ, "config.json", "decoding.json")
+_FILES = (*_READ, "config.json", "decoding.json", "negative/config.json", "negative/model.safetensors")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _OUR_FOLDERS = ("runs", "pretrained")  # a name in one of these folders is a path, even if it does not exist
 
@@ -56,6 +56,27 @@ def find_folder(
             token=token,
         )
     return local_folder(path_or_hub_id)
+
+
+def find_transformer(path_or_hub_id: Path | str) -> Path:
+    """Returns the transformer folder of a run, of a pretrained folder, or of a repository of the Hub.
+
+    A negative model needs no tokenizer, so that ``maskgit export --stage transformer`` is enough.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    path = Path(path_or_hub_id)
+    for folder in (path / "pretrained" / "transformer", path / "transformer", path):
+        if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
+            return folder
+    try:
+        return find_folder(path_or_hub_id) / "transformer"
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"negative_model {path_or_hub_id} must be a run or a pretrained folder with a transformer: {error}; "
+            "`maskgit export RUN --stage transformer --step N --out DIR` writes one from an early checkpoint"
+        ) from error
 
 
 def local_folder(path: Path | str) -> Path:

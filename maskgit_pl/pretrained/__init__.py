@@ -6,7 +6,13 @@ beside the two, from ``maskgit tune``, replaces the decoding of the transformer'
 """
 
 from maskgit_pl.networks.weight_file import load_weights
-from maskgit_pl.pretrained.decoding_file import load_decoding, read_decoding, save_decoding
+from maskgit_pl.pretrained.decoding_file import (
+    load_decoding,
+    read_decoding,
+    read_negative_model,
+    save_decoding,
+    save_negative_model,
+)
 from maskgit_pl.pretrained.fine_tuning import weights_for
 from maskgit_pl.pretrained.folder import (
     fingerprint,
@@ -29,7 +35,9 @@ __all__ = [
     "load_weights",
     "read_config",
     "read_decoding",
+    "read_negative_model",
     "save_decoding",
+    "save_negative_model",
     "save_tokenizer",
     "save_transformer",
     "weights_for",

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from maskgit_pl.checks import shorten
 from maskgit_pl.decoding import SETTINGS_FORMAT, DecodingConfig, read_settings_file
-from maskgit_pl.files import sha256_of, write_text
+from maskgit_pl.files import read_json, sha256_of, write_text
 from maskgit_pl.schedules import mask_schedules
 
-__all__ = ["load_decoding", "read_decoding", "save_decoding", "validate_decoding"]
+__all__ = [
+    "load_decoding",
+    "read_decoding",
+    "read_negative_model",
+    "save_decoding",
+    "save_negative_model",
+    "validate_decoding",
+]
 
 WEIGHTS_FILE = "model.safetensors"
 _DECODING = "decoding.json"
@@ -23,7 +32,11 @@ _log = logging.getLogger(__name__)
 
 
 def save_decoding(
-    folder: Path | str, decoding: DecodingConfig, *, tuned: Mapping[str, Any] | None = None
+    folder: Path | str,
+    decoding: DecodingConfig,
+    *,
+    tuned: Mapping[str, Any] | None = None,
+    negative_model: Path | None = None,
 ) -> Path | None:
     """Writes ``decoding.json``, by which the images of this folder are decoded from then on.
 
@@ -31,6 +44,8 @@ def save_decoding(
         folder: Folder such as ``runs/RUN/pretrained``.
         decoding: Configuration of decoding.
         tuned: Record of the search that found it, in plain values, for people.
+        negative_model: Transformer folder from which guidance moves away; None for guidance by classes. It is recorded
+            relative to ``folder``, with the SHA-256 of its weights.
 
     Returns:
         The copy of an older ``decoding.json``; None if there was none.
@@ -46,6 +61,9 @@ def save_decoding(
         "transformer": sha256_of(file.parent / "transformer" / WEIGHTS_FILE),
         "tuned": dict(tuned or {}),
     }
+    if negative_model is not None:
+        place = Path(os.path.relpath(negative_model.resolve(), file.parent.resolve())).as_posix()
+        content["negative_model"] = {"folder": place, "transformer": sha256_of(negative_model / WEIGHTS_FILE)}
     old = file.with_name(f"{_DECODING}.old") if file.is_file() else None
     if old is not None:
         shutil.copyfile(file, old)  # a copy: the folder is never without one
@@ -82,6 +100,64 @@ def read_decoding(folder: Path | str) -> DecodingConfig | None:
             weights[:12],
         )
     return decoding
+
+
+def read_negative_model(file: Path) -> Path | None:
+    """Returns the transformer folder from which guidance moves away; None if there is no file or it names none.
+
+    A negative model with other weights than those of the search is used too, with a warning.
+
+    Args:
+        file: Path of a ``decoding.json``.
+
+    Raises:
+        FileNotFoundError: if the folder does not exist.
+        ValueError: if the file is not JSON, or its entry ``negative_model`` is wrong.
+    """
+    if not file.is_file():
+        return None
+    entry = read_json(file).get("negative_model")
+    if entry is None:
+        return None
+    where = f"decoding {file}: negative_model"
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) for name in ("folder", "transformer")):
+        raise ValueError(f"{where} must be a mapping with the texts folder and transformer, got {shorten(entry)}")
+    folder = file.parent / str(entry["folder"])
+    weights = folder / WEIGHTS_FILE
+    if not weights.is_file():
+        raise FileNotFoundError(
+            f"{where}: no transformer in {folder}; copy it there, name another with --negative-model, or delete the "
+            "file to decode as the model was exported"
+        )
+    if sha256_of(weights) != entry["transformer"]:
+        _log.warning("%s: %s has other weights than those of the search; run `maskgit tune` again", where, folder)
+    return folder
+
+
+def save_negative_model(folder: Path | str, source: Path | None) -> Path:
+    """Copies a transformer folder to ``negative/`` in a pretrained folder, so that the pipeline can be shared.
+
+    Args:
+        folder: Pretrained folder.
+        source: Transformer folder of the negative model; None if the model came from memory.
+
+    Returns:
+        The copy.
+
+    Raises:
+        ValueError: if ``source`` is None.
+    """
+    if source is None:
+        raise ValueError(
+            "negative_model must be read from a folder to be saved with the pipeline, got a model from memory; save it "
+            "with save_pretrained, and name that folder"
+        )
+    target = Path(folder) / "negative"
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", WEIGHTS_FILE):
+        if not (target / name).exists() or not (target / name).samefile(source / name):
+            shutil.copyfile(source / name, target / name)
+    return target
 
 
 def load_decoding(file: Path | str) -> DecodingConfig:

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from maskgit_pl.checks import build_dataclass, check_class_names, check_integer, check_keys, shorten
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.files import read_json, sha256_of, write_folder, write_tensors, write_text
-from maskgit_pl.networks.autoregressive import build_transformer
-from maskgit_pl.networks.transformer import TransformerConfig
+from maskgit_pl.networks.backbone import BackboneConfig, build_config, create_network
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.networks.weight_file import check_fit, check_tensor, load_weights, read_tensor_header, read_tensors
 from maskgit_pl.old_names import rename_config, rename_tensors
@@ -47,7 +46,7 @@ def save_tokenizer(folder: Path, config: VQGANConfig, weights: Mapping[str, Tens
 
 def save_transformer(
     folder: Path,
-    config: TransformerConfig,
+    config: BackboneConfig,
     weights: Mapping[str, Tensor],
     *,
     mask_schedule: str | dict[str, Any] | None,
@@ -60,7 +59,7 @@ def save_transformer(
     Args:
         folder: Folder such as ``runs/RUN/pretrained/transformer``.
         config: Sizes of the network.
-        weights: State dict of the transformer that ``config`` names.
+        weights: State dict of the network that ``config`` creates.
         mask_schedule: Name or mapping of the mask schedule, as in a recipe; None for an autoregressive transformer.
         decoding: See ``PretrainedTransformer``.
         class_names: See ``PretrainedTransformer``.
@@ -105,7 +104,7 @@ def load_transformer(folder: Path | str) -> PretrainedTransformer:
     folder = Path(folder)
     config = _transformer(read_config(folder, "transformer"), folder)
     return PretrainedTransformer(
-        _read_network(lambda: build_transformer(config.network), folder, num_blocks=config.network.depth),
+        _read_network(lambda: create_network(config.network), folder, num_blocks=config.network.num_blocks),
         config.mask_schedule,
         config.decoding,
         config.class_names,
@@ -178,7 +177,7 @@ def _tokenizer(content: Mapping[str, Any], folder: Path) -> _TokenizerConfig:
 class _TransformerConfig:
     """The content of a transformer's ``config.json``."""
 
-    network: TransformerConfig
+    network: BackboneConfig
     mask_schedule: MaskSchedule | None
     decoding: DecodingConfig
     class_names: tuple[str, ...]
@@ -189,7 +188,7 @@ def _transformer(content: Mapping[str, Any], folder: Path) -> _TransformerConfig
     file = folder / _CONFIG
     names = ("network", "mask_schedule", "decoding", "class_names", "tokenizer_fingerprint")
     check_keys(str(file), content, known=content, required=names)
-    network = build_dataclass(TransformerConfig, content["network"], f"{file}: network")
+    network = build_config(content["network"], f"{file}: network")
     decoding = build_dataclass(DecodingConfig, content["decoding"], f"{file}: decoding")
     return _TransformerConfig(
         network,

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from maskgit_pl.decoding import DecodingConfig, check_parallel
-from maskgit_pl.networks.autoregressive import AutoregressiveTransformer
-from maskgit_pl.networks.transformer import MaskedTransformer
+from maskgit_pl.networks.backbone import Backbone
 from maskgit_pl.networks.vqgan import VQGAN
 from maskgit_pl.schedules import MaskSchedule
 
@@ -90,7 +89,7 @@ class PretrainedTransformer:
         tokenizer_fingerprint: Fingerprint of the tokenizer whose tokens it predicts.
     """
 
-    network: MaskedTransformer | AutoregressiveTransformer
+    network: Backbone
     mask_schedule: MaskSchedule | None
     decoding: DecodingConfig
     class_names: tuple[str, ...]

@@ -22,6 +22,7 @@ from maskgit_pl.checks import build_dataclass
 from maskgit_pl.data import ShardData, ShardDataConfig, split_batch
 from maskgit_pl.data.config import check_stream
 from maskgit_pl.errors import is_user_error
+from maskgit_pl.networks.backbone import BackboneConfig, build_config
 from maskgit_pl.old_names import rename_settings
 from maskgit_pl.pretrained import fingerprint, read_config
 from maskgit_pl.runs.plan import Plan
@@ -77,6 +78,7 @@ def build(plan: Plan) -> StageRun:
     if isinstance(module, TokenModel):
         trainer.accumulate_grad_batches = accumulation
         _check_classes(module, data)
+        _check_vectors(module, data)
         tokenizer = module.tokenizer  # raises if it does not fit the model
         data.require_tokenizer(
             tokenizer.fingerprint, grid=tokenizer.grid, codebook_size=tokenizer.network.config.codebook_size
@@ -97,6 +99,15 @@ def _check_classes(module: TokenModel, data: ShardData) -> None:
         raise ValueError(
             f"model.network.num_classes must be {data.num_classes}, the classes of {data.config.path}, got "
             f"{num_classes}; leave the key out or use other data"
+        )
+
+
+def _check_vectors(module: TokenModel, data: ShardData) -> None:
+    condition_dim, vector_dim = module.config.network.condition_dim, data.vector_dim
+    if condition_dim != vector_dim:
+        what = f"the size of the vectors of {data.config.path}" if vector_dim else "without data.vectors: true"
+        raise ValueError(
+            f"model.network.condition_dim must be {vector_dim}, {what}, got {condition_dim}; leave the key out"
         )
 
 
@@ -233,7 +244,11 @@ class StageRun:
         if self.stage == "tokenizer":
             pictures = ReconstructionPictures(self.folder)
         else:
-            pictures = SamplePictures(self.folder, class_names=self.datamodule.class_names)
+            pictures = SamplePictures(
+                self.folder,
+                class_names=self.datamodule.class_names,
+                find_vectors=self.datamodule.vectors_of if self.datamodule.config.vectors else None,
+            )
         step_check, unreadable = StepCheck(self.folder, self.checkpoints), UnreadableReport(self.folder)
         clock = StepClock(self.folder)
         # The clock comes last, so that it does not count the pictures after a validation.
@@ -258,6 +273,8 @@ def _build_value(value: Any, annotation: Any, where: str) -> Any:
     kind = dataclass_in(annotation)
     if kind is None or value is None:
         return tuple(value) if isinstance(value, list) and get_origin(annotation) is tuple else value
+    if kind is BackboneConfig:
+        return build_config(value, where)
     values = _build_arguments(kind, value, where)
     try:
         return kind(**values)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import nn
 
 from maskgit_pl.data import Batch
+from maskgit_pl.estimates.backbone import masked_token_flops, replay_backbone
 from maskgit_pl.estimates.replay import Replay, fake_tensors, replay
 from maskgit_pl.estimates.run import Memory, checkpoint_bytes, estimate_memory
 from maskgit_pl.estimates.sharding import FLOAT, HALF, Group, Strategy, Traffic, ddp_traffic, fsdp_traffic, group_of
@@ -18,18 +19,19 @@ from maskgit_pl.estimates.transformer import (
     Activations,
     Checkpointing,
     Precision,
-    block_group,
     mean_num_masked,
     recomputed_flops,
-    root_group,
     step_flops,
     transformer_activations,
 )
 from maskgit_pl.mvtm import MaskedTokenModel
+from maskgit_pl.networks.backbone import BackboneConfig
+from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.token_model import TokenModel
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.tokenizer_config import AdversarialConfig, TokenizerConfig
+from maskgit_pl.training.compile_and_checkpointing import prepare_blocks
 
 __all__ = ["Costs", "TokenizerCosts", "TransformerCosts"]
 
@@ -96,7 +98,7 @@ class Costs:
 
 @dataclass(kw_only=True)
 class TransformerCosts(Costs):
-    """The costs of stage 2, by closed formulas.
+    """The costs of stage 2: by closed formulas for the transformer of the paper, from replays for other backbones.
 
     Args:
         module: The module that would be trained.
@@ -108,14 +110,21 @@ class TransformerCosts(Costs):
     tokenizer: tuple[VQGANConfig, int] | None = None
     encodes: bool = False
 
-    @property
+    @cached_property
     def groups(self) -> tuple[list[Group], Group]:
-        config = self.module.config.network
-        return [block_group(config)] * config.depth, root_group(config)
+        with torch.device("meta"):
+            network = self._config.create()
+        in_blocks = {id(parameter) for parameter in network.blocks.parameters()}
+        others = [parameter for parameter in network.parameters() if id(parameter) not in in_blocks]
+        return [group_of([block]) for block in network.blocks], Group(tuple(tuple(each.shape) for each in others))
 
     @property
     def averaged(self) -> int:
         return self.trained if self.module.config.ema_decay > 0 else 0
+
+    @property
+    def _config(self) -> BackboneConfig:
+        return self.module.config.network
 
     @cached_property
     def _encoding(self) -> tuple[int, Replay]:
@@ -130,11 +139,31 @@ class TransformerCosts(Costs):
             images = torch.empty(1, config.in_channels, size, size)
             return weights, replay(lambda: network.encode(images), [network], precision=self.precision)
 
+    def _replay(self, checkpointing: Checkpointing) -> Replay:
+        """Returns the replay of one image in the backbone; each is made once."""
+        if checkpointing not in self._replays:
+            self._replays[checkpointing] = replay_backbone(
+                self._config,
+                vocabulary=self.module.config.loss_vocabulary,
+                precision=self.precision,
+                prepare=partial(prepare_blocks, activation_checkpointing=checkpointing),
+            )
+        return self._replays[checkpointing]
+
+    @cached_property
+    def _replays(self) -> dict[Checkpointing, Replay]:
+        return {}
+
     def activations(self, per_device: int) -> Activations:
         """Returns the activations of a micro-batch whose tokens are all masked, the largest that there can be."""
-        made = transformer_activations(
-            self.module.config.network, batch=per_device, precision=self.precision, checkpointing=self.checkpointing
-        )
+        config = self._config
+        if isinstance(config, TransformerConfig):
+            made = transformer_activations(
+                config, batch=per_device, precision=self.precision, checkpointing=self.checkpointing
+            )
+        else:
+            step = self._replay(self.checkpointing)
+            made = Activations(step.peak_of(per_device) - step.casts, step.casts, 0)
         encoding = self._encoding[1].peak_of(per_device) if self.encodes else 0  # ends before the network starts
         return Activations(made.kept, made.casts, max(made.working, encoding - made.kept))
 
@@ -146,16 +175,24 @@ class TransformerCosts(Costs):
         )  # fmt: skip
 
     def flops(self, global_batch: int) -> tuple[float, float]:
-        config, module = self.module.config.network, self.module
+        config, module = self._config, self.module
         share = float(config.num_tokens)
         if isinstance(module, MaskedTokenModel):
             ratio = module.config.min_mask_ratio
             share = mean_num_masked(module.mask_schedule, config.num_tokens, min_mask_ratio=ratio)
-        masked = share * global_batch
-        encoding = self._encoding[1].flops * global_batch if self.encodes else 0
-        useful = step_flops(config, images=global_batch, masked=masked) + encoding
-        again = recomputed_flops(config, images=global_batch, masked=masked) if self.checkpointing == "blocks" else 0
-        return useful, useful + again
+        useful, again = self._network_flops(share)
+        encoding = self._encoding[1].flops if self.encodes else 0
+        return (useful + encoding) * global_batch, (useful + again + encoding) * global_batch
+
+    def _network_flops(self, masked: float) -> tuple[float, float]:
+        """Returns the FLOPs of an image with a mean number of masked tokens: useful, and of recomputation."""
+        config, is_repeated = self._config, self.checkpointing == "blocks"
+        if isinstance(config, TransformerConfig):
+            again = recomputed_flops(config, images=1, masked=masked) if is_repeated else 0.0
+            return step_flops(config, images=1, masked=masked), again
+        whole = self._replay("none").flops
+        saved = (config.num_tokens - masked) * masked_token_flops(config)
+        return whole - saved, float(self._replay("blocks").flops - whole) if is_repeated else 0.0
 
     def checkpoint(self) -> int:
         return checkpoint_bytes(self.trained, averaged=self.averaged, tensors=self.num_tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +27,9 @@ def export(
     replace: bool = False,
 ) -> Path:
     """Writes the averaged weights of a checkpoint as a pretrained folder, as training does at its end.
+
+    A transformer that is written to another folder than ``RUN/pretrained`` gets a copy of its tokenizer there, so that
+    the folder can be sampled from, or serve as the negative model of guidance.
 
     Args:
         run: A name in ``runs/``, or a folder.
@@ -56,6 +60,8 @@ def export(
 
     with hold_lock(out, hint="give another --out"):
         for plan, checkpoint in zip(plans, chosen, strict=True):
+            if plan.tokenizer is not None and not (out / "tokenizer").exists():
+                shutil.copytree(plan.tokenizer, out / "tokenizer")
             export_checkpoint(plan, checkpoint, out)
     return out
 
@@ -99,5 +105,8 @@ def _checkpoint(plan: Plan, step: int | None) -> Path:
     if not found or step not in {None, *found}:
         there = ", ".join(map(str, found)) or "none"
         wanted = "a complete checkpoint" if step is None else f"a complete checkpoint of step {step}"
-        raise FileNotFoundError(f"{plan.checkpoints} must hold {wanted}, got steps: {there}; name one with --step")
+        raise FileNotFoundError(
+            f"{plan.checkpoints} must hold {wanted}, got steps: {there}; name one with --step, or the other stage with "
+            "--stage"
+        )
     return found[max(found) if step is None else step]

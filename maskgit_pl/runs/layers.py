@@ -6,7 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Layer", "merge", "remove_key", "value_at"]
+__all__ = ["DEFAULT_BACKBONE", "Layer", "merge", "remove_key", "value_at"]
+
+DEFAULT_BACKBONE = "bert"
+"""The backbone of recipes that name none; ``networks.backbone`` has the same."""
+
+_COMMON = ("codebook_size", "num_classes", "grid", "class_dropout", "dropout", "condition_dim")  # to all backbones
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,10 @@ def merge(trees: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
     A mapping with the key ``name`` specifies a registered object and replaces the earlier value. A mapping without
     ``name`` adds arguments to the object that an earlier tree names.
+
+    A mapping with the key ``backbone`` (``model.network``) that names another backbone than the earlier trees drops the
+    keys of the old one, except those that all backbones have: codebook_size, num_classes, grid, class_dropout, dropout
+    and condition_dim. The keys of the new one start from its defaults.
     """
     result: dict[str, Any] = {}
     for tree in trees:
@@ -43,7 +52,10 @@ def _override(old: Any, new: Any) -> Any:
     # The earlier tree names the object without arguments.
     if isinstance(old, str):
         return {"name": old, **new}
-    return merge([old if isinstance(old, Mapping) else {}, new])
+    kept = old if isinstance(old, Mapping) else {}
+    if "backbone" in new and new["backbone"] != kept.get("backbone", DEFAULT_BACKBONE):
+        kept = {key: value for key, value in kept.items() if key in _COMMON}
+    return merge([kept, new])
 
 
 def value_at(tree: Any, key: str) -> Any:

@@ -16,14 +16,16 @@ from typing import Any
 
 from maskgit_pl.old_names import rename_keys, rename_tree
 from maskgit_pl.runs.flags import Overrides, flag_layer, flag_words, split_flags
-from maskgit_pl.runs.layers import Layer, merge, remove_key, value_at
+from maskgit_pl.runs.layers import DEFAULT_BACKBONE, Layer, merge, remove_key, value_at
 from maskgit_pl.runs.recipe_checks import check_layer
 from maskgit_pl.runs.recipe_files import DEFAULT_DATASET, Stage, read_run_config, recipe_files
-from maskgit_pl.runs.recipe_schema import Kind, load_schema
+from maskgit_pl.runs.recipe_schema import Kind, load_backbone_schema, load_schema
 from maskgit_pl.runs.safe_yaml import parse_yaml, read_yaml
+from maskgit_pl.schema import Schema
 
 __all__ = ["Recipe"]
 
+_BACKBONE, _ATTENTION = "model.network.backbone", "model.network.attention"
 # Keys that have no meaning with causal attention, which masks nothing and samples one token after another.
 _MASKED_ONLY = (
     "model.mask_schedule",
@@ -133,19 +135,21 @@ class Recipe:
         # Files are shared with masked models, so their masking keys are dropped; flags must not have any.
         if kind == "autoregressive":
             layers, left_out = _drop_masking_keys(layers)
-        # Each layer is checked on its own, so that a message can name the file.
-        schema = load_schema(kind)
-        for layer in layers:
-            check_layer(layer, schema)
+        # Each layer is checked on its own, so that a message can name the file, with the keys of its backbone: that of
+        # the last layer up to itself that names one.
+        for number, layer in enumerate(layers, start=1):
+            check_layer(layer, _schema_of(kind, merge(each.tree for each in layers[:number]), layer.origin))
         base = merge([layer.tree for layer in layers])
         files = tuple(layer.origin for layer in layers)
         return cls(stage, kind, base, files=files, left_out=left_out).with_overrides(words)
 
     def with_overrides(self, overrides: Overrides) -> Recipe:
         """Returns the recipe with more overrides, checked as in ``read``."""
-        schema, words = load_schema(self.kind), flag_words(overrides)
-        given = list(split_flags(words))
+        words = flag_words(overrides)
+        given = sorted(split_flags(words), key=lambda pair: pair[0] != _BACKBONE)  # the backbone decides on other keys
         keys = rename_keys((key for key, _ in given), "flags")
+        named = [flag_layer(key, text, load_schema(self.kind)).tree for key, text in given if key == _BACKBONE]
+        schema = _schema_of(self.kind, merge([self.tree, *named]), f"flag --{_BACKBONE}")
         added = [flag_layer(key, text, schema) for key, (_, text) in zip(keys, given, strict=True)]
         for layer in added:
             if self.kind == "autoregressive":
@@ -171,14 +175,31 @@ class Recipe:
 def _find_kind(stage: Stage, files: Sequence[Layer], words: Sequence[str]) -> Kind:
     """Returns the kind of module that files and flags select."""
     # Flags count, too, and the last one wins. They are parsed again with the schema of this kind.
-    attention = value_at(merge([layer.tree for layer in files]), "model.network.attention")
-    for key, text in split_flags(words):
-        if key == "model.network.attention":
+    network = [value_at(layer.tree, "model.network") for layer in files]
+    for key, text in sorted(split_flags(words), key=lambda pair: pair[0] != _BACKBONE):
+        if key in (_BACKBONE, _ATTENTION):
             with suppress(ValueError):  # invalid YAML raises later, where the flag is read
-                attention = parse_yaml(text)
+                network.append({key.rpartition(".")[2]: parse_yaml(text)})
     if stage == "tokenizer":
         return "tokenizer"
-    return "autoregressive" if attention == "causal" else "transformer"
+    merged = merge({"network": each} for each in network if isinstance(each, Mapping)).get("network", {})
+    # Backbones without causal attention refuse the key.
+    return "autoregressive" if merged.get("attention") == "causal" else "transformer"
+
+
+def _schema_of(kind: Kind, tree: Mapping[str, Any], origin: str) -> Schema:
+    """Returns the schema of a layer on top of others, which depends on the backbone of the merged ``tree``.
+
+    Raises:
+        ValueError: if no backbone has this name. The message names the layer.
+    """
+    backbone = value_at(tree, _BACKBONE)
+    if not isinstance(backbone, str):  # the default, or of a wrong type, which any schema reports
+        backbone = DEFAULT_BACKBONE
+    try:
+        return load_backbone_schema(kind, backbone)
+    except ValueError as error:
+        raise ValueError(f"{origin}: {_BACKBONE}: {error}") from error
 
 
 def _drop_masking_keys(files: Sequence[Layer]) -> tuple[list[Layer], dict[str, list[str]]]:

@@ -64,9 +64,10 @@ def _check_tree(node: Any, schema: Schema, root: Schema, path: str = "") -> None
     if isinstance(node, dict) and group is not None:
         for key, value in node.items():
             where = f"{path}.{key}" if path else key
-            if where in DERIVED_KEYS or key not in group:
+            is_open = schema.get("additionalProperties") is True and isinstance(key, str)
+            if where in DERIVED_KEYS or (key not in group and not is_open):
                 raise ValueError(_explain_unknown_key(where, root))
-            _check_tree(value, group[key], root, where)
+            _check_tree(value, group.get(key, {}), root, where)
     elif isinstance(node, dict) and "name" not in node and _takes_spec(schema):
         return  # arguments of an object that an earlier layer names
     elif not fits(node, schema):
@@ -83,6 +84,10 @@ def _explain_unknown_key(key: str, root: Schema) -> str:
     close = [beside[each] for each in get_close_matches(leaf, beside, n=1)]
     # Second: the same name in another group.
     close += [name for name in known if name.rpartition(".")[2] == leaf]
+    kind = (schema_at(root, group.split(".")) or {}).get("title", "")
+    if kind.startswith("backbone"):
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        return f"unknown key {key!r}: {hint}keys of {kind}: {', '.join(sorted(beside))}"
     if not close:
         return f"unknown key {key!r}; base.yaml of recipes/tokenizer and recipes/transformer shows the keys"
     return f"unknown key {key!r}: did you mean {close[0]!r}?"
@@ -109,7 +114,7 @@ def schema_at(schema: Schema, parts: Sequence[str]) -> Schema | None:
         if group is None:
             return {} if _takes_spec(schema) else None
         if part not in group:
-            return None
+            return {} if schema.get("additionalProperties") is True else None
         schema = group[part]
     return schema
 

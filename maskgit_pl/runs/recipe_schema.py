@@ -13,7 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from maskgit_pl.checks import check_choice, check_integer, check_number
+from maskgit_pl.checks import check_choice, check_integer, check_number, shorten
+from maskgit_pl.registry import nearest, plugin_names
 from maskgit_pl.schema import Schema, schema_of
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "RunSettings",
     "TrainerSettings",
     "build_schema",
+    "load_backbone_schema",
     "load_schema",
     "parameters_of",
     "write_schemas",
@@ -30,6 +32,7 @@ __all__ = [
 Kind = Literal["tokenizer", "transformer", "autoregressive"]
 _KINDS: tuple[Kind, ...] = ("tokenizer", "transformer", "autoregressive")
 _FOLDER = Path(__file__).parent / "schemas"
+_BACKBONES = "maskgit_pl.backbones"  # entry point group of networks.backbone
 _INT64 = 2**63 - 1  # largest count that Lightning and torch can store
 
 
@@ -164,6 +167,8 @@ def build_schema(kind: Kind) -> Schema:
 
     models = {"tokenizer": TokenizerConfig, "transformer": MaskedTokenConfig, "autoregressive": AutoregressiveConfig}
     groups = {name: schema_of(each) for name, each in (("data", ShardDataConfig), ("model", models[kind]))}
+    if kind != "tokenizer":
+        groups["model"]["properties"]["network"] = _network_schema()
     run = schema_of(RunSettings)
     properties = {**groups, "trainer": schema_of(TrainerSettings), **run["properties"]}
     return {
@@ -174,11 +179,68 @@ def build_schema(kind: Kind) -> Schema:
     }
 
 
+def _network_schema() -> Schema:
+    """Returns the schema of ``model.network``, whose keys depend on the backbone.
+
+    ``$defs`` has the keys of each built-in backbone. A file that names none may have the keys of any of them.
+    """
+    from maskgit_pl.networks.backbone import BUILT_IN, config_class
+
+    names = sorted(BUILT_IN)
+    known = {name: {"title": f"backbone {name}", **schema_of(config_class(name))} for name in names}
+    for name, each in known.items():
+        each["properties"]["backbone"] = {"const": name}
+    every: dict[str, list[Schema]] = {}
+    for each in known.values():
+        for key, schema in each["properties"].items():
+            if schema not in every.setdefault(key, []):
+                every[key].append(schema)
+    properties = {key: found[0] if len(found) == 1 else {"anyOf": found} for key, found in every.items()}
+    properties["backbone"] = {"type": "string", "examples": names}
+    choices = [
+        {
+            "if": {"properties": {"backbone": {"const": name}}, "required": ["backbone"]},
+            "then": {"$ref": f"#/properties/model/properties/network/$defs/{name}"},
+        }
+        for name in names
+    ]
+    # Other packages' backbones have other keys, so unknown keys are left to the checks of a run.
+    return {"type": "object", "properties": properties, "allOf": choices, "$defs": known}
+
+
 @cache
 def load_schema(kind: Kind) -> Schema:
     """Reads the schema of a recipe from its file, without importing torch."""
     content: Schema = json.loads((_FOLDER / f"{kind}.json").read_text())
     return content
+
+
+@cache
+def load_backbone_schema(kind: Kind, backbone: str) -> Schema:
+    """Reads the schema of a recipe, with the keys of one backbone only. Imports neither torch nor a plug-in.
+
+    The keys of a plug-in are not known here; building its configuration checks them.
+
+    Raises:
+        ValueError: if no backbone has this name.
+    """
+    schema = load_schema(kind)
+    if kind == "tokenizer":
+        return schema
+    network = schema["properties"]["model"]["properties"]["network"]
+    built_in = network["$defs"]
+    if backbone in built_in:
+        own = built_in[backbone]
+    else:
+        known = [*built_in, *plugin_names(_BACKBONES)]
+        if backbone not in known:
+            raise ValueError(f"unknown backbone {shorten(backbone)}: {nearest(backbone, known)}")
+        common = set.intersection(*(set(each["properties"]) for each in built_in.values()))
+        own = {"type": "object", "properties": {key: network["properties"][key] for key in common}}
+        own["additionalProperties"] = True
+    model = schema["properties"]["model"]
+    model = {**model, "properties": {**model["properties"], "network": own}}
+    return {**schema, "properties": {**schema["properties"], "model": model}}
 
 
 def write_schemas() -> None:

@@ -19,6 +19,7 @@ from lightning.pytorch import LightningModule
 from maskgit_pl.autoregressive import AutoregressiveConfig, AutoregressiveModel
 from maskgit_pl.data import ShardDataConfig
 from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
+from maskgit_pl.networks.backbone import DEFAULT_BACKBONE, BackboneConfig, config_class
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pretrained import read_config
 from maskgit_pl.runs.layers import merge
@@ -62,6 +63,9 @@ def _values_of_data_and_tokenizer(plan: Plan) -> dict[str, Any]:
         "num_classes": _num_classes(plan),
         "grid": list(grid),
     }
+    if plan.recipe.get("data.vectors"):  # without vectors, ``ShardData`` reports it
+        kind = read_manifest_summary(plan.shards).vectors
+        network |= {} if kind is None else {"condition_dim": kind.dim}
     return {"data": data, "model": {"tokenizer": str(plan.tokenizer), "network": network}}
 
 
@@ -81,9 +85,10 @@ def _values_of_pretrained(stage: Stage, pretrained: Path) -> dict[str, Any]:
         network = dict(config["network"])
         data = {"image_size": config["image_size"], "in_channels": network.pop("in_channels")}
         return {"data": data, "model": {"network": network}}
-    # Not those that tokenizer and data determine (codebook, classes, grid), which must fit anyway.
-    network = {name: config["network"][name] for name in ("embed_dim", "depth", "num_heads", "mlp_dim")}
-    return {"model": {"network": network}}
+    # Not those that tokenizer and data determine, nor those of training. The attention selects the kind of recipe.
+    own = {*BackboneConfig.transferable, "codebook_size", "attention"}
+    network = {name: value for name, value in config["network"].items() if name not in own}
+    return {"model": {"network": {"backbone": DEFAULT_BACKBONE, **network}}}
 
 
 def resolve(kind: str, tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,10 +124,18 @@ def _resolve_group(known: Mapping[str, Parameter], given: Mapping[str, Any]) -> 
         kind = dataclass_in(parameter.annotation)
         if value is MISSING and kind is None:  # a required key: building the dataclass will report it
             continue
-        if kind is not None and value is not None:
+        if kind is BackboneConfig:
+            value = _resolve_network({} if value is MISSING else value)
+        elif kind is not None and value is not None:
             value = _resolve_group(parameters_of(kind), {} if value is MISSING else value)
         found[name] = value
     return found
+
+
+def _resolve_network(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds the defaults of the backbone that ``given`` names. Unknown keys stay, for ``build_config`` to report."""
+    kind = config_class(given.get("backbone", DEFAULT_BACKBONE))
+    return {**_resolve_group(parameters_of(kind), given), **given}
 
 
 def _drop_derived_keys(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,27 +11,32 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from maskgit_pl.checks import check_number
+from maskgit_pl.files import write_atomically
 from maskgit_pl.shards.braces import expand_braces
+from maskgit_pl.shards.index_faults import raise_faults
+from maskgit_pl.shards.labels import Labels
 from maskgit_pl.shards.manifest import (
     INDEX_DTYPE,
     Manifest,
     Shard,
     Split,
+    VectorArray,
     index_sha256,
     save_manifest,
     union,
 )
 from maskgit_pl.shards.parallel import choose_workers, run_jobs
-from maskgit_pl.shards.scan import NO_LABEL, Labels, ShardScan, format_counts, scan_shard
+from maskgit_pl.shards.scan import ShardScan, require_vectors, scan_shard
 from maskgit_pl.shards.scan_progress import PROGRESS, read_progress, start_progress, write_scan
+from maskgit_pl.shards.vectors import VectorKind, load_vectors, vectors_path, write_vectors
 
 __all__ = ["IndexResult", "find_shards", "index_shards", "locate_shards", "split_shards"]
 
@@ -166,6 +171,7 @@ def index_shards(
     *,
     classes: Sequence[str] | None = None,
     labels: str = "cls",
+    vectors: bool = True,
     lenient: bool = False,
     workers: int | None = 1,
     on_shard: Callable[[Split, int], object] = lambda split, total: None,
@@ -176,13 +182,16 @@ def index_shards(
        resumes with the shards that are left; a shard is scanned again if its length or modification time differs.
     2. Compare the counts with files beside the tars.
     3. Reject all faults in one error, unless ``lenient``.
-    4. Write the manifests and remove ``.index.partial``.
+    4. Copy the vectors of each split into one array, if the samples have vectors.
+    5. Write the manifests and remove ``.index.partial``.
 
     Args:
         folder: The data folder: parent of the shards; the manifests are written to it.
         shards: The tars of each split, in the order in which samples are numbered.
         classes: Class names; None names the classes by their numbers, up to the largest label.
-        labels: Source of the labels: ``"cls"``, ``"json:FIELD"`` or ``"none"``; see ``scan.Labels``.
+        labels: Source of the labels: ``"cls"``, ``"json:FIELD"`` or ``"none"``; see ``labels.Labels``.
+        vectors: True to read ``.npy`` members as vectors, which either all samples or none must have; False ignores
+            them.
         lenient: True leaves out samples with a fault; False rejects them.
         workers: Number of processes; the result does not depend on it. None: one per core, fewer for little data.
         on_shard: Called with the split of each finished shard and the split's number of shards (for a progress bar).
@@ -198,23 +207,18 @@ def index_shards(
     workers = choose_workers(workers, work=sum(path.stat().st_size for of in shards.values() for path in of) / 2**28)
     names = {split: [path.relative_to(folder).as_posix() for path in paths] for split, paths in shards.items()}
     # 1. Scan.
-    scans, progress = _scan_all(folder, names, options, lenient=lenient, workers=workers, on_shard=on_shard)
+    task = _ScanTask(folder, options, lenient, vectors)
+    scans, progress = _scan_all(task, names, workers=workers, on_shard=on_shard)
+    kind = _find_kind(scans)
+    if kind is not None:
+        scans = {name: require_vectors(scan) for name, scan in scans.items()}
     # 2. and 3. Compare counts, and reject faults.
     miscounts = _find_miscounts(folder, names, scans)
-    _raise_faults(folder, scans, [] if lenient else miscounts, lenient=lenient, labels=labels)
-    if classes is None:
-        largest = max((int(scan.rows["label"].max()) for scan in scans.values() if len(scan.rows)), default=0)
-        classes = [str(label) for label in range(largest + 1)]
-    # 4. All manifests are made before the first is written: an error leaves none.
-    made = {
-        split: _make_manifest(folder, split, {name: scans[name] for name in of_split}, classes, labels)
-        for split, of_split in names.items()
-    }
-    for manifest, rows in made.values():
-        save_manifest(manifest, rows)
+    raise_faults(folder, scans, [] if lenient else miscounts, lenient=lenient, labels=labels, kind=kind)
+    # 4. and 5. Copy the vectors and write the manifests.
+    manifests = _save_all(folder, names, scans, labels=labels, classes=classes or _number_classes(scans), kind=kind)
     progress.unlink(missing_ok=True)
     ignored = {split: _sum_counts(scans[name].ignored for name in of_split) for split, of_split in names.items()}
-    manifests = {split: manifest for split, (manifest, _) in made.items()}
     return IndexResult(manifests, ignored, tuple(f"{name}: {fault}" for name, fault in miscounts))
 
 
@@ -222,6 +226,33 @@ def _only_class(classes: Sequence[str] | None) -> Sequence[str]:
     if classes is not None and len(classes) != 1:
         raise ValueError(f"class names: data without labels must have 1 name, got {len(classes)}")
     return classes or (UNLABELLED,)
+
+
+def _number_classes(scans: Mapping[str, ShardScan]) -> list[str]:
+    """Returns numbers as class names, up to the largest label."""
+    largest = max((int(scan.rows["label"].max()) for scan in scans.values() if len(scan.rows)), default=0)
+    return [str(label) for label in range(largest + 1)]
+
+
+def _save_all(
+    folder: Path,
+    names: Mapping[Split, Sequence[str]],
+    scans: Mapping[str, ShardScan],
+    *,
+    labels: str,
+    classes: Sequence[str],
+    kind: VectorKind | None,
+) -> dict[Split, Manifest]:
+    """Writes index, vectors and manifest of each split."""
+    by_split = {split: {name: scans[name] for name in of_split} for split, of_split in names.items()}
+    # All manifests are made before the first is written: an error leaves none.
+    made = {split: _make_manifest(folder, split, of_split, classes, labels) for split, of_split in by_split.items()}
+    manifests = {}
+    for split, (manifest, rows) in made.items():
+        vectors = None if kind is None else _save_vectors(folder, split, by_split[split], kind)
+        manifests[split] = replace(manifest, vectors=vectors)
+        save_manifest(manifests[split], rows)
+    return manifests
 
 
 def _make_manifest(
@@ -241,17 +272,36 @@ def _make_manifest(
     return Manifest(folder, split, shards, tuple(classes), images, digest, labels, left_out), rows
 
 
+def _find_kind(scans: Mapping[str, ShardScan]) -> VectorKind | None:
+    """Returns the kind of the vectors of the first shard that has some; None if there are no vectors."""
+    return next((scan.vector_kind for scan in scans.values() if scan.vector_kind is not None), None)
+
+
+def _save_vectors(folder: Path, split: Split, scans: Mapping[str, ShardScan], kind: VectorKind) -> VectorArray:
+    """Copies the vectors of all shards of a split into one array, in the order of the samples."""
+    blocks = (block for name, scan in scans.items() for block in load_vectors(folder / name, scan.vectors, kind))
+    with write_atomically(vectors_path(folder, split)) as file:
+        return VectorArray(kind, write_vectors(file, kind, sum(len(scan.vectors) for scan in scans.values()), blocks))
+
+
+class _ScanTask(NamedTuple):
+    """The argument that all workers share."""
+
+    folder: Path
+    labels: Labels
+    lenient: bool
+    vectors: bool
+
+
 def _scan_all(
-    folder: Path,
+    task: _ScanTask,
     names: Mapping[Split, Sequence[str]],
-    labels: Labels,
     *,
-    lenient: bool,
     workers: int,
     on_shard: Callable[[Split, int], object],
 ) -> tuple[dict[str, ShardScan], Path]:
-    path = folder / PROGRESS
-    known = read_progress(path, folder, labels)
+    path = task.folder / PROGRESS
+    known = read_progress(path, task.folder, task.labels, vectors=task.vectors)
     split_of = {name: split for split, of_split in names.items() for name in of_split}
     scans = {name: known[name] for name in split_of if name in known}
     for name in scans:
@@ -261,8 +311,8 @@ def _scan_all(
         if known:
             file.write(b"\n")  # a killed run may have left half a line
         else:
-            start_progress(file, labels)
-        for name, scan in run_jobs(_scan_by_name, (folder, labels, lenient), jobs, workers=workers):
+            start_progress(file, task.labels, vectors=task.vectors)
+        for name, scan in run_jobs(_scan_by_name, task, jobs, workers=workers):
             scans[name] = scan
             if scan.sha256:
                 write_scan(file, name, scan)
@@ -270,39 +320,12 @@ def _scan_all(
     return {name: scans[name] for name in split_of}, path
 
 
-def _scan_by_name(shared: tuple[Path, Labels, bool], name: str) -> ShardScan:
-    folder, labels, lenient = shared
+def _scan_by_name(task: _ScanTask, name: str) -> ShardScan:
     try:
-        return scan_shard(folder / name, labels, lenient=lenient)
+        return scan_shard(task.folder / name, task.labels, lenient=task.lenient, vectors=task.vectors)
     except OSError as error:
-        return ShardScan(0, 0, "", np.zeros(0, INDEX_DTYPE), None, 0, {}, {}, damage=str(error.strerror))
-
-
-def _raise_faults(
-    folder: Path, scans: Mapping[str, ShardScan], miscounts: Iterable[tuple[str, str]], *, lenient: bool, labels: str
-) -> None:
-    """Raises one error that lists all faults of all shards, if there are any."""
-    faults: dict[str, list[str]] = {}
-    for name, scan in scans.items():
-        if scan.damage:
-            faults[name] = [scan.damage]
-        elif not lenient:
-            faults[name] = [f"{found.count} {fault} (first {found.first})" for fault, found in scan.faults.items()]
-        if not (scan.damage or scan.num_keys or scan.faults):
-            found_members = f"only {format_counts(scan.ignored)}" if scan.ignored else "no members"
-            faults.setdefault(name, []).append(f"no image samples, {found_members}")
-    for name, fault in miscounts:
-        faults.setdefault(name, []).append(fault)
-    listed = [f"{name}: {'; '.join(of_shard)}" for name, of_shard in faults.items() if of_shard]
-    if not listed:
-        return
-    hint = "restore damaged tars"
-    if not lenient and any(scan.faults for scan in scans.values()):
-        hint += "; --lenient leaves out samples with a fault and counts them"
-    if labels == "cls" and any(NO_LABEL in scan.faults for scan in scans.values()):
-        hint += "; --label-field NAME reads labels from .json, --no-labels trains without labels"
-    lines = "\n  ".join(listed)
-    raise ValueError(f"data {folder}: {len(listed)} of {len(scans)} shards are rejected:\n  {lines}\n{hint}")
+        none = np.zeros(0, INDEX_DTYPE), np.zeros(0, np.int64)
+        return ShardScan(0, 0, "", none[0], None, 0, {}, {}, none[1], damage=str(error.strerror))
 
 
 def _find_miscounts(

@@ -4,8 +4,10 @@ A data folder contains ordinary WebDataset tars and, for each split, two files::
 
     train-000000.tar ...    samples: KEY.png|.jpg|.jpeg|.webp and KEY.cls (a decimal class number)
     train.json              format, shards (name, bytes, samples, sha256), class names, range of image sizes;
-                            the source of the labels, if it is not .cls; counts of samples left out, if there are any
+                            the source of the labels, if it is not .cls; counts of samples left out, if there are any;
+                            size, type and sha256 of the vectors, if there are any
     train.npy               one row per sample, see INDEX_DTYPE; memory-mapped
+    train-vectors.npy       one vector per sample, if the samples have KEY.npy; memory-mapped, see ``vectors``
 
 Used by everything that reads data. Imports neither torch nor PIL, so that summaries are fast.
 """
@@ -17,17 +19,27 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from maskgit_pl.checks import build_dataclass, check_integer, check_keys, check_sha256, shorten
-from maskgit_pl.files import read_json, write_atomically, write_text
+from maskgit_pl.checks import check_integer, check_keys, check_sha256, shorten
+from maskgit_pl.files import read_json, sha256_of, write_atomically, write_text
 from maskgit_pl.shards.mapped_array import map_array
 from maskgit_pl.shards.quick_check import find_fault
+from maskgit_pl.shards.shard_facts import (
+    ImageRange,
+    Shard,
+    VectorArray,
+    parse_image_range,
+    parse_shard,
+    parse_vector_array,
+    union,
+)
 from maskgit_pl.shards.tar import BLOCK
+from maskgit_pl.shards.vectors import VectorKind, VectorReader, vectors_path
 
 __all__ = [
     "INDEX_DTYPE",
@@ -36,7 +48,9 @@ __all__ = [
     "Manifest",
     "Shard",
     "Split",
+    "VectorArray",
     "check_shards",
+    "check_vectors",
     "data_fingerprint",
     "index_sha256",
     "load_manifest",
@@ -50,52 +64,9 @@ __all__ = [
 Split = Literal["train", "val"]
 FORMAT = 1
 _MAX_MANIFEST_BYTES = 2**28  # enough for a million shards
-_MAX_SIDE = 2**26  # pixels; an image has at most 64 million
 _BLOCK_ROWS = 2**20  # rows of an index that are checked at a time
 # Offset and size are those of the image's bytes inside the tar, so that one pread reads them.
 INDEX_DTYPE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("label", "<i4")])
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A tar in a manifest.
-
-    Args:
-        name: Path inside the data folder.
-        bytes: Length of the file.
-        samples: Number of samples in it.
-        sha256: Hash of the whole file, hex.
-
-    Raises:
-        ValueError: if a value is out of range, or the name leaves the folder.
-    """
-
-    name: str
-    bytes: int
-    samples: int
-    sha256: str
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not _is_inside(self.name):
-            raise ValueError(f"name must be a path inside the data folder, got {shorten(self.name)}")
-        check_integer("bytes", self.bytes, "[0, 1125899906842624]")  # 1 PiB
-        check_integer("samples", self.samples, "[0, 4294967296]")
-        check_sha256("sha256", self.sha256)
-
-
-@dataclass(frozen=True)
-class ImageRange:
-    """The range of image sizes in a split.
-
-    Args:
-        height: Smallest and largest height in pixels, after the EXIF orientation.
-        width: Smallest and largest width.
-        channels: Numbers of channels that occur, sorted: 1, 3, and 4 for images with alpha.
-    """
-
-    height: tuple[int, int]
-    width: tuple[int, int]
-    channels: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -111,6 +82,7 @@ class Manifest:
         index_sha256: Hash of the rows of the index file, hex.
         labels: Source of the labels: ``"cls"``, ``"json:FIELD"`` or ``"none"``.
         left_out: Number of samples in the tars but not in the index, by kind of fault.
+        vectors: The array of the vectors; None if the samples have none.
     """
 
     folder: Path
@@ -121,6 +93,7 @@ class Manifest:
     index_sha256: str
     labels: str = "cls"
     left_out: Mapping[str, int] = field(default_factory=dict)
+    vectors: VectorArray | None = None
 
     @property
     def samples(self) -> int:
@@ -156,6 +129,12 @@ class Manifest:
             )
         return rows
 
+    def vector_reader(self) -> VectorReader:
+        """Returns a reader of the vectors, for data that have vectors."""
+        assert self.vectors is not None
+        path, hint = vectors_path(self.folder, self.split), _remake_hint(self.folder)
+        return VectorReader(path, self.samples, self.vectors.kind, hint=hint)
+
 
 @dataclass(frozen=True)
 class DataSummary:
@@ -166,12 +145,14 @@ class DataSummary:
         samples: Number of samples of each split.
         images: Range of the image sizes over all splits.
         fingerprint: SHA-256, hex, of all manifests.
+        vectors: Size and type of the vectors of the samples; None if they have none.
     """
 
     classes: tuple[str, ...]
     samples: Mapping[str, int]
     images: ImageRange
     fingerprint: str
+    vectors: VectorKind | None = None
 
     @property
     def num_classes(self) -> int:
@@ -199,14 +180,21 @@ def read_manifest_summary(folder: str | Path) -> DataSummary:
     # Without any manifest, reading that of train raises the right error.
     manifests = [load_manifest(folder, split, check=False) for split in splits_of(folder) or ("train",)]
     first = manifests[0]
+    kinds = [None if manifest.vectors is None else manifest.vectors.kind for manifest in manifests]
     for other in manifests[1:]:
         if other.classes != first.classes:
             raise ValueError(f"data {folder}: both splits must have the same classes; {_remake_hint(Path(folder))}")
+    if len(set(kinds)) > 1:
+        raise ValueError(
+            f"data {folder}: both splits must have vectors of the same size and type, got "
+            f"{' and '.join(map(str, kinds))}; {_remake_hint(Path(folder))}"
+        )
     return DataSummary(
         classes=first.classes,
         samples={manifest.split: manifest.samples for manifest in manifests},
         images=union([manifest.images for manifest in manifests]),
         fingerprint=hashlib.sha256("".join(manifest.fingerprint for manifest in manifests).encode()).hexdigest(),
+        vectors=kinds[0],
     )
 
 
@@ -282,6 +270,24 @@ def check_shards(*manifests: Manifest) -> None:
         )
 
 
+def check_vectors(manifest: Manifest) -> None:
+    """Compares the hash of the array of vectors with the manifest, in 0.5 to 1 s per GB.
+
+    A changed value would not be noticed later. Runs that use the vectors call it at their start.
+
+    Raises:
+        ValueError: if it differs.
+    """
+    assert manifest.vectors is not None
+    path = vectors_path(manifest.folder, manifest.split)
+    actual = sha256_of(path)
+    if actual != manifest.vectors.sha256:
+        raise ValueError(
+            f"vectors {path} changed since they were indexed: sha256 {manifest.vectors.sha256[:12]} expected, got "
+            f"{actual[:12]}; {_remake_hint(manifest.folder)}"
+        )
+
+
 def save_manifest(manifest: Manifest, rows: npt.NDArray[np.void]) -> None:
     """Writes the two files of a split, each atomically; the JSON last, since it makes the split valid.
 
@@ -333,6 +339,11 @@ def _check_index(manifest: Manifest, rows: npt.NDArray[np.void]) -> None:
 def _faults(manifest: Manifest) -> Iterator[str]:
     rows, end = manifest.index(), 0
     _check_index(manifest, rows)
+    if manifest.vectors is not None:
+        try:
+            manifest.vector_reader().array()
+        except (FileNotFoundError, ValueError) as error:
+            yield str(error)
     for shard in manifest.shards:
         start, end = end, end + shard.samples
         fault = find_fault(manifest.folder / shard.name, shard.bytes, rows[start:end])
@@ -347,6 +358,9 @@ def _to_json(manifest: Manifest) -> dict[str, Any]:
         unusual["labels"] = manifest.labels
     if manifest.left_out:
         unusual["left_out"] = dict(manifest.left_out)
+    if manifest.vectors is not None:
+        kind, digest = manifest.vectors.kind, manifest.vectors.sha256
+        unusual |= {"vector_dim": kind.dim, "vector_dtype": kind.dtype, "vectors_sha256": digest}
     return unusual | {
         "format": FORMAT,
         "split": manifest.split,
@@ -359,7 +373,9 @@ def _to_json(manifest: Manifest) -> dict[str, Any]:
 
 
 _REQUIRED = ("format", "classes", "images", "index_sha256", "shards")
-_KNOWN = (*_REQUIRED, "split", "samples", "labels", "left_out")
+_KNOWN = (
+    *_REQUIRED, "split", "samples", "labels", "left_out", "vector_dim", "vector_dtype", "vectors_sha256"
+)  # fmt: skip
 
 
 def _from_json(path: Path, folder: Path, split: Split) -> Manifest:
@@ -369,7 +385,9 @@ def _from_json(path: Path, folder: Path, split: Split) -> Manifest:
             raise ValueError(f"{path}: format must be {FORMAT}, got {shorten(content.get('format'))}")
         check_keys(str(path), content, known=_KNOWN, required=_REQUIRED)
         _check_types(path, content)
-        shards = tuple(_shard(fields, f"{path}: shards[{number}]") for number, fields in enumerate(content["shards"]))
+        shards = tuple(
+            parse_shard(fields, f"{path}: shards[{number}]") for number, fields in enumerate(content["shards"])
+        )
         # The keys split and samples repeat other facts, for people who read the file; they must agree.
         samples = sum(shard.samples for shard in shards)
         check_integer(f"{path}: samples of all shards", samples, "[1, 4294967296]")
@@ -381,10 +399,11 @@ def _from_json(path: Path, folder: Path, split: Split) -> Manifest:
             split=split,
             shards=shards,
             classes=tuple(content["classes"]),
-            images=_image_range(content["images"], f"{path}: images"),
+            images=parse_image_range(content["images"], f"{path}: images"),
             index_sha256=check_sha256(f"{path}: index_sha256", content["index_sha256"]),
             labels=content.get("labels", "cls"),
             left_out=content.get("left_out", {}),
+            vectors=parse_vector_array(content, str(path)),
         )
     except ValueError as error:
         raise ValueError(f"manifest {error}; {_remake_hint(folder)}") from error
@@ -403,47 +422,6 @@ def _check_types(path: Path, content: Mapping[str, Any]) -> None:
         raise ValueError(f"{path}: left_out must be a mapping of counts, got {shorten(left_out)}")
     for fault, count in left_out.items():
         check_integer(f"{path}: left_out[{shorten(fault)}]", count, "[0, 4294967296]")
-
-
-def _shard(fields: object, where: str) -> Shard:
-    """Builds a shard from JSON. ``build_dataclass`` is too slow for many shards."""
-    if not isinstance(fields, dict):
-        raise ValueError(f"{where} must be a mapping, got {shorten(fields)}")
-    if fields.keys() != {"name", "bytes", "samples", "sha256"}:
-        names = ("name", "bytes", "samples", "sha256")
-        check_keys(where, fields, known=names, required=names)
-    try:
-        return Shard(**fields)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def _image_range(fields: object, where: str) -> ImageRange:
-    made = build_dataclass(ImageRange, fields, where)
-    for name, (low, high) in (("height", made.height), ("width", made.width)):
-        check_integer(f"{where}.{name}", low, f"[1, {_MAX_SIDE}]")
-        check_integer(f"{where}.{name}", high, f"[{low}, {_MAX_SIDE}]")
-    if not made.channels or not set(made.channels) <= {1, 3, 4}:
-        raise ValueError(f"{where}.channels must be a subset of 1, 3 and 4, got {shorten(made.channels)}")
-    return ImageRange(*(tuple(sizes) for sizes in (made.height, made.width, made.channels)))  # type: ignore[arg-type]
-
-
-def _is_inside(name: str) -> bool:
-    path = PurePosixPath(name)  # a manifest may be hostile: no path may leave the folder or hide in it
-    return not (path.is_absolute() or ".." in path.parts or path.name.startswith(".")) and name.isprintable()
-
-
-def union(ranges: Sequence[ImageRange]) -> ImageRange:
-    """Returns the smallest range that contains all given ranges.
-
-    Args:
-        ranges: At least one range.
-    """
-    return ImageRange(
-        height=(min(r.height[0] for r in ranges), max(r.height[1] for r in ranges)),
-        width=(min(r.width[0] for r in ranges), max(r.width[1] for r in ranges)),
-        channels=tuple(sorted({channel for r in ranges for channel in r.channels})),
-    )
 
 
 def _remake_hint(folder: Path) -> str:

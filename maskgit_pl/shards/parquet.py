@@ -21,10 +21,10 @@ import numpy.typing as npt
 from maskgit_pl.checks import check_number
 from maskgit_pl.files import size_text
 from maskgit_pl.shards.image_bytes import MAX_IMAGE_BYTES, UnreadableImageError
+from maskgit_pl.shards.labels import MAX_CLASSES
 from maskgit_pl.shards.manifest import Split
 from maskgit_pl.shards.parquet_pages import largest_page
 from maskgit_pl.shards.samples import Sample, UnreadableSample, is_val, read_sample
-from maskgit_pl.shards.scan import MAX_CLASSES
 from maskgit_pl.text import printable
 
 if TYPE_CHECKING:

@@ -30,10 +30,14 @@ class ShardReader:
 
     Args:
         manifest: The split.
+
+    Attributes:
+        vector_reader: Reader of the vectors; None if the samples have none.
     """
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
+        self.vector_reader = None if manifest.vectors is None else manifest.vector_reader()
         self._index: npt.NDArray[np.void] | None = None
         self._files: OrderedDict[int, int] = OrderedDict()  # shard number -> descriptor, most recently used last
 
@@ -152,7 +156,7 @@ class ShardReader:
 
     def __getstate__(self) -> dict[str, Any]:
         # Descriptors and maps are not valid in another process.
-        return {"manifest": self.manifest, "_index": None, "_files": OrderedDict()}
+        return {**self.__dict__, "_index": None, "_files": OrderedDict()}
 
     def __del__(self) -> None:
         self.close()

@@ -50,7 +50,8 @@ def describe_data(folder: Path, summary: DataSummary, done: str) -> str:
     size = " x ".join(str(low) if low == high else f"{low}-{high}" for low, high in (heights, widths))
     colour = "grey" if summary.channels == 1 else "colour"
     classes = "1 class" if summary.num_classes == 1 else f"{summary.num_classes} classes"
-    return f"{folder}: {done}: {counts}; {classes}; {size} pixels, {colour}"
+    vectors = "" if summary.vectors is None else f"; vectors of {summary.vectors}"
+    return f"{folder}: {done}: {counts}; {classes}; {size} pixels, {colour}{vectors}"
 
 
 def unreadable_lines(folder: Path) -> Iterator[str]:

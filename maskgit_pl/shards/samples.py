@@ -26,12 +26,14 @@ class Sample(NamedTuple):
         extension: ``"png"``, ``"jpg"`` or ``"webp"``.
         label: Class in [0, num_classes).
         name: The sample's name in error messages.
+        vector: Bytes of the ``.npy`` file of its vector; None if it has none.
     """
 
     data: bytes
     extension: str
     label: int
     name: str
+    vector: bytes | None = None
 
 
 class UnreadableSample(NamedTuple):

@@ -1,10 +1,11 @@
-"""Scan of one tar: the position of each image, its label, and a count of each kind of fault.
+"""Scan of one tar: the position of each image and vector, its label, and a count of each kind of fault.
 
 Used by ``index``, which writes manifests from scans, by ``verify``, which compares both, and by streams.
 
 1. Walk the members of the tar; see ``tar.read_members``.
 2. Group consecutive members by key, as webdataset does: the key is the name up to the first dot of its last component.
-3. Read the header of each image and each label, within limits on their size; no other member is read.
+3. Read the header of each image, each label and each vector (``.npy``), within limits on their size; no other member
+   is read.
 4. Note the faults of each sample as bits, and close the sample when the key changes.
 5. At the end, find keys that occur more than once, and count the faults.
 
@@ -13,44 +14,43 @@ Names are used as keys only, never as paths.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from array import array
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from maskgit_pl.checks import shorten
 from maskgit_pl.files import open_regular, sha256_of
 from maskgit_pl.shards.image_bytes import MAX_IMAGE_BYTES, UnreadableImageError
 from maskgit_pl.shards.images import ImageHeader, parse_image_header
+from maskgit_pl.shards.labels import Labels
 from maskgit_pl.shards.manifest import INDEX_DTYPE, ImageRange
 from maskgit_pl.shards.tar import BLOCK, DamagedTarError, Member, read_members
+from maskgit_pl.shards.vectors import MAX_VECTOR_BYTES, VECTOR_EXTENSION, VectorKind, parse_vector
 from maskgit_pl.text import printable
 
 __all__ = [
+    "BAD_VECTOR",
     "IMAGE_EXTENSIONS",
-    "MAX_CLASSES",
     "NO_LABEL",
+    "NO_VECTOR",
     "Fault",
-    "Labels",
     "ShardScan",
     "format_counts",
-    "parse_label",
+    "require_vectors",
     "scan_shard",
 ]
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-MAX_CLASSES = 100_000  # upper limit if no class names are given
 _MAX_LABEL_BYTES = 64  # a .cls member has one number
 _MAX_JSON_BYTES = 2**20
+_COLUMNS = 8  # of the scanner's table
 _MAX_FAULTY = _MAX_IGNORED = 100_000  # more than this is a wrong file, not a few bad samples
-_LABEL = re.compile(rb"\s*(0|[1-9][0-9]{0,8})\s*")
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f]|^/|(?:^|/)\.\.(?:/|$)")  # control characters, paths out of a folder
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 
@@ -60,91 +60,19 @@ TWO_IMAGES, TWO_LABELS = "with two images", "with two labels"
 REPEATED, INTERLEAVED = "of a key that comes twice", "whose members do not lie side by side"
 BAD_IMAGE, BAD_LABEL = "with an image that cannot be read", "with a label that is no class"
 BAD_NAME, BAD_KIND = "with an unsafe member name", "with a link, a device or a sparse file"
+TWO_VECTORS, BAD_VECTOR = "with two vectors", "with a vector that cannot be used"
+NO_VECTOR = "without a vector"  # a fault only if other samples have vectors; see ``require_vectors``
 _FAULTS = (
-    NO_IMAGE, NO_LABEL, TWO_IMAGES, TWO_LABELS, REPEATED, INTERLEAVED, BAD_IMAGE, BAD_LABEL, BAD_NAME, BAD_KIND
+    NO_IMAGE, NO_LABEL, TWO_IMAGES, TWO_LABELS, REPEATED, INTERLEAVED, BAD_IMAGE, BAD_LABEL, BAD_NAME, BAD_KIND,
+    TWO_VECTORS, BAD_VECTOR,
 )  # fmt: skip
 _BIT = {fault: 1 << number for number, fault in enumerate(_FAULTS)}  # a sample's faults are one integer
-
-
-@dataclass(frozen=True)
-class Labels:
-    """The source of labels.
-
-    Args:
-        source: ``"cls"``: a ``.cls`` member with a decimal class number. ``"json:FIELD"``: that field of the ``.json``
-            member, a class number or a class name. ``"none"``: no labels; all images have class 0.
-        classes: Class names; None if they are unknown, then any number below 100,000 is a class.
-
-    Raises:
-        ValueError: if ``source`` is none of these.
-    """
-
-    source: str = "cls"
-    classes: tuple[str, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"cls|none|json:.+", self.source):
-            raise ValueError(f"labels must be cls, json:FIELD or none, got {shorten(self.source)}")
-
-    @property
-    def extension(self) -> str | None:
-        """The extension of the members that hold labels; None without labels."""
-        return None if self.source == "none" else self.source.partition(":")[0]
-
-    def read(self, data: bytes, *, name: str) -> int:
-        """Reads a class number from the bytes of a label member.
-
-        Args:
-            data: Bytes of the ``.cls`` or ``.json`` member.
-            name: The member's name in error messages.
-
-        Raises:
-            ValueError: if the bytes are not a class.
-        """
-        if self.source == "cls":
-            return parse_label(data, name=name, num_classes=self._num_classes)
-        field_name = self.source.partition(":")[2]
-        try:
-            value = json.loads(data)[field_name]
-        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-            raise ValueError(f"label {name} must be a JSON object with {field_name!r}, got {data[:40]!r}") from error
-        if isinstance(value, str) and value in (self.classes or ()):
-            return (self.classes or ()).index(value)
-        if type(value) is not int:  # bool is a subclass of int
-            raise ValueError(
-                f"label {name}: {field_name!r} must be a class number or one of the class names, got {value!r:.40}"
-            )
-        return parse_label(str(value).encode(), name=name, num_classes=self._num_classes)
-
-    @property
-    def _num_classes(self) -> int:
-        return MAX_CLASSES if self.classes is None else len(self.classes)
 
 
 def format_counts(ignored: Mapping[str, int]) -> str:
     """Returns the five most frequent extensions with their counts, safe to print: ``12 .txt, 3 .npy``."""
     listed = [f"{count} {printable(extension)}" for extension, count in Counter(ignored).most_common(5)]
     return ", ".join(listed + [f"{len(ignored) - 5} more kinds"] * (len(ignored) > 5))
-
-
-def parse_label(data: bytes, *, name: str, num_classes: int | None = None) -> int:
-    """Reads a class number from the bytes of a ``.cls`` member; unlike ``int()``, rejects ``1_000`` and ``-1``.
-
-    Args:
-        data: Bytes of the member.
-        name: The member's name in error messages.
-        num_classes: Number of classes; None if unknown.
-
-    Raises:
-        ValueError: if it is not a decimal number, or not in [0, num_classes).
-    """
-    match = _LABEL.fullmatch(data)
-    if match is None:
-        raise ValueError(f"label {name} must be a decimal class number, got {data[:40]!r}")
-    label = int(match[1])
-    if num_classes is not None and label >= num_classes:
-        raise ValueError(f"label {name} must be a class in [0, {num_classes}), got {label}")
-    return label
 
 
 @dataclass(frozen=True)
@@ -173,6 +101,9 @@ class ShardScan:
         num_keys: Number of samples that have an image, with or without a fault.
         faults: Faults of the other samples.
         ignored: Number of members that belong to no sample, by extension.
+        vectors: (n,) int64: position of the first value of each sample's vector in the file, -1 without a vector.
+        vector_kind: Size and type of the vectors; None if there are none.
+        without_vector: Name of the first sample of ``rows`` without a vector; empty if there is none.
         damage: The reason if the file is not a complete tar, else empty.
     """
 
@@ -184,17 +115,31 @@ class ShardScan:
     num_keys: int
     faults: dict[str, Fault]
     ignored: dict[str, int]
+    vectors: npt.NDArray[np.int64]
+    vector_kind: VectorKind | None = None
+    without_vector: str = ""
     damage: str = ""
 
 
-def scan_shard(path: Path, labels: Labels, *, lenient: bool = True) -> ShardScan:
-    """Scans a tar: reads its labels and image headers, and hashes it.
+def require_vectors(scan: ShardScan) -> ShardScan:
+    """Returns a scan whose samples without a vector have a fault, for data whose other samples have vectors."""
+    has_vector = scan.vectors >= 0
+    count = int((~has_vector).sum())
+    if not count:
+        return scan
+    faults = scan.faults | {NO_VECTOR: Fault(count, scan.without_vector)}
+    return replace(scan, rows=scan.rows[has_vector], vectors=scan.vectors[has_vector], faults=faults)
+
+
+def scan_shard(path: Path, labels: Labels, *, lenient: bool = True, vectors: bool = True) -> ShardScan:
+    """Scans a tar: reads its labels, image headers and vectors, and hashes it.
 
     Args:
         path: The tar.
         labels: Source of the labels.
         lenient: True if samples with a fault will be left out. False if they will be rejected; then the scan stops
             after 100,000 of them, and a shard with faults is not hashed.
+        vectors: True to read ``.npy`` members as vectors; False ignores them.
 
     Raises:
         OSError: if the file cannot be opened or read, or is not a regular file.
@@ -202,7 +147,7 @@ def scan_shard(path: Path, labels: Labels, *, lenient: bool = True) -> ShardScan
     descriptor = open_regular(path)
     try:
         status = os.fstat(descriptor)
-        scan = _Scanner(descriptor, path.name, labels, lenient=lenient)
+        scan = _Scanner(descriptor, path.name, labels, lenient=lenient, vectors=vectors)
         damage, digest = "", ""
         try:
             for member in read_members(descriptor):
@@ -220,7 +165,7 @@ def scan_shard(path: Path, labels: Labels, *, lenient: bool = True) -> ShardScan
 class _Sample:
     """A sample: consecutive members with the same key."""
 
-    __slots__ = ("faults", "key", "label", "offset", "other", "place", "shape", "size")
+    __slots__ = ("faults", "key", "label", "offset", "other", "place", "shape", "size", "vector")
 
     def __init__(self, key: str = "", place: int = -1) -> None:
         self.key = key
@@ -229,6 +174,7 @@ class _Sample:
         self.size = 0
         self.label = -1
         self.shape = -1  # height, width and channels of the image, packed; see _pack
+        self.vector = -1  # offset of the first value of the vector; -1 without a vector
         self.faults = 0  # bits, see _BIT
         self.other: list[str] = []  # extensions of members that are neither image nor label
 
@@ -236,11 +182,15 @@ class _Sample:
 class _Scanner:
     """A collector of samples, member by member. A tar may have millions, so time and memory per sample matter here."""
 
-    def __init__(self, descriptor: int, shard: str, labels: Labels, *, lenient: bool) -> None:
+    def __init__(self, descriptor: int, shard: str, labels: Labels, *, lenient: bool, vectors: bool) -> None:
         self.descriptor, self.shard, self.labels, self.lenient = descriptor, shard, labels, lenient
         self.label_extension = labels.extension
+        self.vector_extension = VECTOR_EXTENSION if vectors else None
+        self.vector_kind: VectorKind | None = None  # of the first vector
+        self.without_vector = ""
         self.sample = _Sample()
-        # Rows of (hash of the key, place, offset, size, label, shape, faults): 56 bytes per sample, an object 500.
+        # Rows of (hash of the key, place, offset, size, label, shape, vector, faults): 64 bytes per sample, an object
+        # 500.
         self.table = array("q")
         self.first: dict[str, str] = {}  # fault -> message about the first sample with it
         self.ignored: Counter[str] = Counter()
@@ -257,16 +207,18 @@ class _Scanner:
         if key != self.sample.key or self.sample.place < 0:
             self._finish()
             self.sample = _Sample(key, member.offset)
-        # 3. Read images and labels; note the extension of any other member.
+        # 3. Read images, labels and vectors; note the extension of any other member.
         is_image = extension in IMAGE_EXTENSIONS
-        if not is_image and extension != self.label_extension:
+        if not is_image and extension not in (self.label_extension, self.vector_extension):
             self.sample.other.append(extension)
         elif fault := _member_fault(member):
             self._add_fault(fault, member)
         elif is_image:
             self._take_image(member)
-        else:
+        elif extension == self.label_extension:
             self._take_label(member)
+        else:
+            self._take_vector(member)
 
     def has_no_faults(self) -> bool:
         """Returns whether there are samples and none has a fault; call it after the last member."""
@@ -284,8 +236,8 @@ class _Scanner:
         if not damage:  # else the last sample may lack members
             self._finish()
         # A view, since a copy of millions of samples costs memory; NumPy does not take an empty buffer.
-        table = np.frombuffer(self.table or array("q", [0]), np.int64)[: len(self.table)].reshape(-1, 7)
-        keys, _, offsets, sizes, labels, shapes, bits = table.T  # each (n,) int64
+        table = np.frombuffer(self.table or array("q", [0]), np.int64)[: len(self.table)].reshape(-1, _COLUMNS)
+        keys, _, offsets, sizes, labels, shapes, vectors, bits = table.T  # each (n,) int64
         # 5. Find repeated keys; samples with a fault get no row.
         bits, repeated = self._mark_repeated(keys, bits, table)
         whole = bits == 0
@@ -301,6 +253,9 @@ class _Scanner:
             num_keys=len(np.unique(keys[offsets >= 0])),
             faults=self._count(bits, table) | repeated,
             ignored=dict(self.ignored),
+            vectors=vectors[whole],
+            vector_kind=self.vector_kind,
+            without_vector=self.without_vector,
             damage=damage,
         )
 
@@ -333,6 +288,23 @@ class _Scanner:
         except ValueError as error:
             self._add_fault(BAD_LABEL, member, str(error))
 
+    def _take_vector(self, member: Member) -> None:
+        if self.sample.vector >= 0 or self.sample.faults & _BIT[BAD_VECTOR]:
+            self._add_fault(TWO_VECTORS, member)
+            return
+        if member.size > MAX_VECTOR_BYTES:
+            self._add_fault(BAD_VECTOR, member, f"size must be at most {MAX_VECTOR_BYTES} bytes, got {member.size}")
+            return
+        name = self._member_label(member)
+        try:
+            kind, start = parse_vector(self._payload(member), name=name)
+            if kind != (self.vector_kind or kind):
+                raise ValueError(f"vector {name} must have {self.vector_kind} as those before it, got {kind}")
+        except ValueError as error:
+            self._add_fault(BAD_VECTOR, member, str(error))
+        else:
+            self.sample.vector, self.vector_kind = member.offset + start, kind
+
     def _payload(self, member: Member) -> bytes:
         return os.pread(self.descriptor, member.size, member.offset)
 
@@ -342,8 +314,30 @@ class _Scanner:
         if sample.place < 0:
             return
         self.sample = _Sample()
+        if not self._count_ignored(sample):
+            return
         has_label = sample.label >= 0 or bool(sample.faults & _BIT[BAD_LABEL])
-        is_sample = sample.offset >= 0 or has_label or bool(sample.faults)
+        if self.label_extension is None:
+            sample.label, has_label = 0, True
+        # 4. Missing members are reported only for samples without another fault.
+        if not sample.faults:
+            sample.faults = (0 if has_label else _BIT[NO_LABEL]) | (0 if sample.offset >= 0 else _BIT[NO_IMAGE])
+        self.num_faulty += sample.faults != 0
+        if sample.vector < 0 and not sample.faults and not self.without_vector:
+            self.without_vector = self._member_label_at(sample.place)
+        if self.num_faulty > _MAX_FAULTY and not self.lenient:
+            first = next(iter(self.first.values()), printable(sample.key))
+            raise DamagedTarError(f"more than {_MAX_FAULTY} samples have a fault (first {first})")
+        # Hashes are compared within this process only.
+        key = hash(sample.key)
+        position = (key, sample.place, sample.offset, sample.size)
+        self.table.extend((*position, sample.label, sample.shape, sample.vector, sample.faults))
+
+    def _count_ignored(self, sample: _Sample) -> bool:
+        """Counts the members that are not read, and returns whether the others are a sample."""
+        is_sample = sample.offset >= 0 or sample.label >= 0 or bool(sample.faults)
+        if sample.vector >= 0 and not is_sample:
+            sample.other.append(VECTOR_EXTENSION)
         # Captions and metadata beside an image are normal; all other members are counted as ignored.
         for extension in sample.other:
             if not is_sample or extension not in ("txt", "json", "cls"):
@@ -351,20 +345,7 @@ class _Scanner:
                 self.num_ignored += 1
         if self.num_ignored > _MAX_IGNORED:
             raise DamagedTarError(f"more than {_MAX_IGNORED} members are not images: {format_counts(self.ignored)}")
-        if not is_sample:
-            return
-        if self.label_extension is None:
-            sample.label, has_label = 0, True
-        # 4. Missing members are reported only for samples without another fault.
-        if not sample.faults:
-            sample.faults = (0 if has_label else _BIT[NO_LABEL]) | (0 if sample.offset >= 0 else _BIT[NO_IMAGE])
-        self.num_faulty += sample.faults != 0
-        if self.num_faulty > _MAX_FAULTY and not self.lenient:
-            first = next(iter(self.first.values()), printable(sample.key))
-            raise DamagedTarError(f"more than {_MAX_FAULTY} samples have a fault (first {first})")
-        # Hashes are compared within this process only.
-        key = hash(sample.key)
-        self.table.extend((key, sample.place, sample.offset, sample.size, sample.label, sample.shape, sample.faults))
+        return is_sample
 
     def _add_fault(self, fault: str, member: Member, reason: str = "") -> None:
         self.sample.faults |= _BIT[fault]
@@ -386,7 +367,7 @@ class _Scanner:
         Args:
             keys: (n,) int64, hash of each sample's key.
             bits: (n,) int64, faults of each sample.
-            table: (n, 7) int64, all columns.
+            table: (n, 8) int64, all columns.
 
         Returns:
             The faults with these marks, (n,) int64, and a count of each kind; a key counts once.

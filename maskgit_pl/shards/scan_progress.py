@@ -15,39 +15,43 @@ from typing import IO, Any
 
 import numpy as np
 
+from maskgit_pl.shards.labels import Labels
 from maskgit_pl.shards.manifest import INDEX_DTYPE, ImageRange
-from maskgit_pl.shards.scan import Fault, Labels, ShardScan
+from maskgit_pl.shards.scan import Fault, ShardScan
+from maskgit_pl.shards.vectors import VectorKind
 
 __all__ = ["PROGRESS", "read_progress", "start_progress", "write_scan"]
 
 PROGRESS = ".index.partial"
 
 
-def start_progress(file: IO[bytes], labels: Labels) -> None:
+def start_progress(file: IO[bytes], labels: Labels, *, vectors: bool) -> None:
     """Writes the line of the options to a new file."""
-    _write_line(file, _options_to_json(labels))
+    _write_line(file, _options_to_json(labels, vectors=vectors))
 
 
 def write_scan(file: IO[bytes], name: str, scan: ShardScan) -> None:
     """Writes the line of a scanned shard."""
-    _write_line(file, {"name": name, **asdict(scan), "rows": base64.b64encode(scan.rows.tobytes()).decode()})
+    arrays = {field: base64.b64encode(getattr(scan, field).tobytes()).decode() for field in ("rows", "vectors")}
+    _write_line(file, {"name": name, **asdict(scan), **arrays})
 
 
-def read_progress(path: Path, folder: Path, labels: Labels) -> dict[str, ShardScan]:
+def read_progress(path: Path, folder: Path, labels: Labels, *, vectors: bool) -> dict[str, ShardScan]:
     """Returns the scans of an interrupted run, if it had the same options, of shards that have not changed since."""
     if not path.is_file():
         return {}
     with open(path, "rb") as file:
         lines = _whole_lines(file)
         # Other labels or class names would give other rows.
-        if next(lines, None) != _options_to_json(labels):
+        if next(lines, None) != _options_to_json(labels, vectors=vectors):
             return {}
         known = ((line, _reuse_scan(folder, line)) for line in lines)
         return {line["name"]: scan for line, scan in known if scan is not None}
 
 
-def _options_to_json(labels: Labels) -> dict[str, Any]:
-    return {"format": 1, "labels": labels.source, "classes": None if labels.classes is None else list(labels.classes)}
+def _options_to_json(labels: Labels, *, vectors: bool) -> dict[str, Any]:
+    classes = None if labels.classes is None else list(labels.classes)
+    return {"format": 2, "labels": labels.source, "classes": classes, "vectors": vectors}
 
 
 def _write_line(file: IO[bytes], content: Mapping[str, Any]) -> None:
@@ -86,4 +90,7 @@ def _scan_from_json(folder: Path, line: dict[str, Any]) -> ShardScan | None:
         num_keys=line["num_keys"],
         faults={fault: Fault(**found) for fault, found in line["faults"].items()},
         ignored=line["ignored"],
+        vectors=np.frombuffer(base64.b64decode(line["vectors"]), np.int64),
+        vector_kind=None if line["vector_kind"] is None else VectorKind(*line["vector_kind"]),
+        without_vector=line["without_vector"],
     )

@@ -23,11 +23,13 @@ import numpy.typing as npt
 
 from maskgit_pl.checks import check_number
 from maskgit_pl.files import size_text
+from maskgit_pl.shards.folder_vectors import FolderVectors
 from maskgit_pl.shards.image_bytes import read_image_file
 from maskgit_pl.shards.images import encode_png
 from maskgit_pl.shards.manifest import Split
 from maskgit_pl.shards.samples import Sample, Source, UnreadableSample, is_val, read_sample
 from maskgit_pl.shards.scan import IMAGE_EXTENSIONS
+from maskgit_pl.shards.vectors import VECTOR_EXTENSION
 from maskgit_pl.text import printable
 
 __all__ = ["IdxFiles", "ImageFolder", "Sample", "Source", "open_source"]
@@ -39,7 +41,12 @@ _MAX_LISTED = 3  # names of files that are left out
 
 
 def open_source(
-    path: str | Path, *, classes: Sequence[str] | None = None, val_fraction: float = 0.1, label_field: str = "label"
+    path: str | Path,
+    *,
+    classes: Sequence[str] | None = None,
+    val_fraction: float = 0.1,
+    label_field: str = "label",
+    vectors: bool = True,
 ) -> Source:
     """Opens a folder as a source: IDX or parquet files if it contains any, else an image folder.
 
@@ -48,6 +55,7 @@ def open_source(
         classes: Class names, if the files have none.
         val_fraction: Fraction of the samples that become val if the files have no splits, in (0, 1).
         label_field: Column of the labels in parquet files.
+        vectors: True to take the ``.npy`` files beside the images of an image folder as their vectors.
 
     Raises:
         FileNotFoundError: if the folder does not exist.
@@ -71,7 +79,7 @@ def open_source(
         raise ValueError(
             f"source {printable(folder)}: class names must not be given, since they are the names of its sub-folders"
         )
-    return ImageFolder(folder, val_fraction=val_fraction)
+    return ImageFolder(folder, val_fraction=val_fraction, vectors=vectors)
 
 
 _LeftOut = dict[str, list[str]]  # names of files that are not samples, by kind
@@ -83,6 +91,7 @@ class _File(NamedTuple):
     path: Path
     label: int
     digest: bytes  # of the path relative to the split's root; determines order and split
+    vector: Path | None = None  # the file NAME.npy beside NAME.jpg
 
 
 class ImageFolder:
@@ -91,26 +100,31 @@ class ImageFolder:
     The bytes of the files do not change. A hash of each file's path inside the folder determines its order and, without
     split folders, its split. So each shard has mixed classes, and adding a file never moves others between splits.
 
+    A file ``NAME.npy`` beside an image ``NAME.jpg`` is the image's vector; see ``vectors``. If one image has a vector,
+    all must have one, of the same size and type.
+
     Args:
         folder: The folder.
         val_fraction: Fraction of the files that become val if there are no split folders, in (0, 1).
+        vectors: True to read vectors; False leaves out all ``.npy`` files.
 
     Raises:
         ValueError: if there are no images or no classes, val has a class that train lacks, one split folder stands
             without the other, or a split has no files.
     """
 
-    def __init__(self, folder: Path, *, val_fraction: float = 0.1) -> None:
+    def __init__(self, folder: Path, *, val_fraction: float = 0.1, vectors: bool = True) -> None:
         check_number("val_fraction", val_fraction, "(0, 1)")
         self.folder = folder
         self.classes: tuple[str, ...]
         # The first of these names is the val split; without it, or without train/, sub-folders are classes.
         val = next((folder / name for name in _VAL_FOLDERS if (folder / name).is_dir()), None)
         if (folder / "train").is_dir() and val is not None:
-            self.classes, self._files, self._left_out = _read_split_tree(folder, val)
+            self.classes, self._files, self._left_out = _read_split_tree(folder, val, vectors=vectors)
         else:
             _check_no_half_split(folder)
-            self.classes, self._files, self._left_out = _read_plain_tree(folder, val_fraction)
+            self.classes, self._files, self._left_out = _read_plain_tree(folder, val_fraction, vectors=vectors)
+        self._vectors = FolderVectors.of([file.vector for files in self._files.values() for file in files])
         count = sum(map(len, self._files.values()))
         for split, files in self._files.items():
             if not files:  # only without split folders: a hash puts few files into one split
@@ -126,11 +140,17 @@ class ImageFolder:
 
     def describe(self) -> dict[str, Any]:
         """Returns class names, and a hash of the paths and lengths of the files of each split."""
-        return {
+        described: dict[str, Any] = {
             "kind": "image folder",
             "classes": list(self.classes),
             "files": {split: self._digest(files) for split, files in self._files.items()},
         }
+        # Without vectors, the record of a folder that was made earlier must not change.
+        if self._vectors is not None:
+            described["vectors"] = {
+                split: self._vectors.digest([file.vector for file in files]) for split, files in self._files.items()
+            }
+        return described
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -146,7 +166,10 @@ class ImageFolder:
         """
         for file in self._files[split][places.start : places.stop]:
             name = printable(file.path)
-            yield read_sample(partial(read_image_file, file.path, name=name), label=file.label, name=name)
+            sample = read_sample(partial(read_image_file, file.path, name=name), label=file.label, name=name)
+            if self._vectors is not None and isinstance(sample, Sample):
+                sample = self._vectors.add_to(sample, file.path, file.vector)
+            yield sample
 
     def _digest(self, files: list[_File]) -> str:
         digest = hashlib.sha256()
@@ -160,7 +183,9 @@ def _format_files(kind: str, names: Sequence[str]) -> str:
     return f"{len(names)} {printable(kind)} ({', '.join(listed)})"
 
 
-def _read_split_tree(folder: Path, val: Path) -> tuple[tuple[str, ...], dict[Split, list[_File]], _LeftOut]:
+def _read_split_tree(
+    folder: Path, val: Path, *, vectors: bool
+) -> tuple[tuple[str, ...], dict[Split, list[_File]], _LeftOut]:
     # Labels are numbered by train's classes; val may lack some of them.
     classes = _class_names(folder / "train")
     unknown = sorted(set(_class_names(val)) - set(classes))
@@ -169,7 +194,7 @@ def _read_split_tree(folder: Path, val: Path) -> tuple[tuple[str, ...], dict[Spl
         raise ValueError(f"source {printable(folder)}: train/ must have all classes of {val.name}/; it lacks {names}")
     beside = sorted(path.name for path in folder.iterdir() if path.name not in ("train", val.name))
     left_out: _LeftOut = {"beside the folders of the splits": beside} if beside else {}
-    train, held_out = (_list_files(part, classes, left_out) for part in (folder / "train", val))
+    train, held_out = (_list_files(part, classes, left_out, vectors=vectors) for part in (folder / "train", val))
     return classes, {"train": train, "val": held_out}, left_out
 
 
@@ -185,10 +210,12 @@ def _check_no_half_split(folder: Path) -> None:
             )
 
 
-def _read_plain_tree(folder: Path, val_fraction: float) -> tuple[tuple[str, ...], dict[Split, list[_File]], _LeftOut]:
+def _read_plain_tree(
+    folder: Path, val_fraction: float, *, vectors: bool
+) -> tuple[tuple[str, ...], dict[Split, list[_File]], _LeftOut]:
     classes = _class_names(folder)
     left_out: _LeftOut = {}
-    files = _list_files(folder, classes, left_out)
+    files = _list_files(folder, classes, left_out, vectors=vectors)
     splits: dict[Split, list[_File]] = {
         "train": [file for file in files if not is_val(file.digest, val_fraction)],
         "val": [file for file in files if is_val(file.digest, val_fraction)],
@@ -214,9 +241,9 @@ def _class_names(folder: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _list_files(folder: Path, classes: Sequence[str], left_out: _LeftOut) -> list[_File]:
+def _list_files(folder: Path, classes: Sequence[str], left_out: _LeftOut, *, vectors: bool) -> list[_File]:
     """Returns the images of a split in the order of their hashes, and adds the names of other files to ``left_out``."""
-    files = []
+    files, others = list[_File](), _LeftOut()
     labels = {name: label for label, name in enumerate(classes)}
     # Sorted, so that notes about other files have a fixed order.
     for path in sorted(folder.rglob("*")):
@@ -224,20 +251,43 @@ def _list_files(folder: Path, classes: Sequence[str], left_out: _LeftOut) -> lis
         label = labels.get(relative.split("/")[0])
         if path.is_dir():
             if path.is_symlink():
-                left_out.setdefault("symbolic links to folders, which are not followed", []).append(relative)
+                others.setdefault("symbolic links to folders, which are not followed", []).append(relative)
         elif "/" not in relative:
-            left_out.setdefault("outside the class folders", []).append(relative)
+            others.setdefault("outside the class folders", []).append(relative)
         elif label is not None and path.suffix[1:].lower() not in IMAGE_EXTENSIONS:
-            left_out.setdefault(path.suffix.lower() or "without an ending", []).append(relative)
+            others.setdefault(path.suffix.lower() or "without an ending", []).append(relative)
         elif label is not None and not path.is_file():
-            left_out.setdefault("that are not regular files", []).append(relative)
+            others.setdefault("that are not regular files", []).append(relative)
         elif label is not None:  # without a label, the file is in a hidden folder
             files.append(_File(path, label, hashlib.sha256(os.fsencode(relative)).digest()))
+    if vectors:
+        files = _take_vectors(folder, files, others)
+    _extend(left_out, others)
     if not files:
         kinds = ", ".join(f".{extension}" for extension in IMAGE_EXTENSIONS)
         got = ", ".join(_format_files(kind, names) for kind, names in left_out.items()) or "none"
         raise ValueError(f"source {printable(folder)} must hold {kinds} files in its class folders, got {got}")
     return sorted(files, key=lambda file: file.digest)
+
+
+def _extend(left_out: _LeftOut, others: _LeftOut) -> None:
+    for kind, names in others.items():
+        left_out.setdefault(kind, []).extend(names)
+
+
+def _take_vectors(folder: Path, files: Sequence[_File], left_out: _LeftOut) -> list[_File]:
+    """Returns files with the vectors beside them, and removes these vectors from ``left_out``."""
+    kind = f".{VECTOR_EXTENSION}"
+    names = set(left_out.pop(kind, []))
+    taken = {
+        file.path: file.path.with_suffix(kind)
+        for file in files
+        if file.path.with_suffix(kind).relative_to(folder).as_posix() in names
+    }
+    unused = sorted(names - {path.relative_to(folder).as_posix() for path in taken.values()})
+    if unused:
+        left_out[kind] = unused
+    return [file._replace(vector=taken.get(file.path)) for file in files]
 
 
 class IdxFiles:

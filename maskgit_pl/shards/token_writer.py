@@ -36,6 +36,7 @@ from maskgit_pl.shards.tokens import (
     plain_description,
     read_description,
 )
+from maskgit_pl.shards.vectors import vectors_path, write_vectors
 
 __all__ = ["Part", "StoreParts"]
 
@@ -49,6 +50,12 @@ class Part(NamedTuple):
     crop: int
     start: int
     stop: int
+
+
+class _Rows(NamedTuple):
+    tokens: Tokens
+    labels: npt.NDArray[np.int64]
+    vectors: npt.NDArray[Any] | None
 
 
 class StoreParts:
@@ -95,13 +102,20 @@ class StoreParts:
         """Returns whether a part is on disk."""
         return self._path(part).is_file()
 
-    def write(self, part: Part, tokens: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> None:
+    def write(
+        self,
+        part: Part,
+        tokens: npt.NDArray[np.int64],
+        labels: npt.NDArray[np.int64],
+        vectors: npt.NDArray[np.float32] | None = None,
+    ) -> None:
         """Writes a part.
 
         Args:
             part: One of ``parts()``.
             tokens: (stop - start, mirrors, N) integers in [0, codebook_size).
             labels: (stop - start,) int64 in [0, num_classes).
+            vectors: (stop - start, C) float32, if the description has vectors.
 
         Raises:
             ValueError: if a shape is wrong, or a token or a label is out of range.
@@ -112,15 +126,18 @@ class StoreParts:
                 f"tokens of {part} must be {shape} and labels {shape[:1]}, got {tokens.shape} and {labels.shape}"
             )
         self._check_ranges(tokens, labels)
+        self._check_vectors(part, vectors)
         with self._replace_file(self._path(part)) as file:
             np.save(file, tokens.astype(self.description.dtype), allow_pickle=False)
             np.save(file, labels.astype(np.int64), allow_pickle=False)
+            if vectors is not None:  # float16 vectors come back to the same bits
+                np.save(file, vectors.astype(self.description.vector_dtype), allow_pickle=False)
 
     def finish(self) -> bool:
         """Joins the parts into the store, if all are on disk.
 
         1. If a part is missing, return whether another process has finished the store.
-        2. Join the parts of each split into its two arrays.
+        2. Join the parts of each split into its arrays.
         3. Write ``store.json`` with the hashes of the arrays.
         4. Remove the parts, if the store is complete.
 
@@ -138,8 +155,8 @@ class StoreParts:
                 return is_complete(self.folder, self.description)
             for split in self.description.samples:  # 2.
                 self._join(split)
-            paths = [path for split in self.description.samples for path in array_paths(self.folder, split)]
-            described = _to_json(self.description) | {"sha256": {path.stem: sha256_of(path) for path in paths}}
+            hashes = {path.stem: sha256_of(path) for path in self.description.files(self.folder)}
+            described = _to_json(self.description) | {"sha256": hashes}
             with self._replace_file(self.folder / DESCRIPTION_FILE) as file:  # 3.
                 file.write((json.dumps(described, indent=1) + "\n").encode())
         except FileNotFoundError:
@@ -157,7 +174,7 @@ class StoreParts:
             return False
 
     def _join(self, split: Split) -> None:
-        """Writes the two arrays of a split, with the samples of one part in memory at a time."""
+        """Writes the arrays of a split, with the samples of one part in memory at a time."""
         count, views = self.description.samples[split], self.description.views(split)
         starts = [part.start for part in self.parts() if part.split == split and part.crop == 0]
         tokens_path, labels_path = array_paths(self.folder, split)
@@ -170,24 +187,32 @@ class StoreParts:
             _write_header(file, (count,), np.dtype(np.int64))
             for start in starts:
                 file.write(self._rows(split, start)[1].tobytes())
+        if self.description.vectors is not None:
+            blocks = (vectors for start in starts if (vectors := self._rows(split, start)[2]) is not None)
+            with self._replace_file(vectors_path(self.folder, split)) as file:
+                write_vectors(file, self.description.vectors, count, blocks)
 
-    def _rows(self, split: Split, start: int) -> tuple[Tokens, npt.NDArray[np.int64]]:
-        """Returns tokens (samples, crops, mirrors, N) and labels (samples,) of a part's samples, for all crops."""
+    def _rows(self, split: Split, start: int) -> _Rows:
+        """Returns tokens (samples, crops, mirrors, N), labels and vectors of a part's samples, for all crops."""
         stop = min(start + self.part_size, self.description.samples[split])
         parts = [Part(split, crop, start, stop) for crop in range(self.description.crops_of(split))]
         read = [self._read(part) for part in parts]
-        return np.stack([tokens for tokens, _ in read], axis=1), read[0][1]
+        return _Rows(np.stack([rows.tokens for rows in read], axis=1), *read[0][1:])
 
-    def _read(self, part: Part) -> tuple[Tokens, npt.NDArray[np.int64]]:
+    def _read(self, part: Part) -> _Rows:
         path = self._path(part)
+        vectors = None
         try:
             with open(path, "rb") as file:
                 tokens, labels = np.load(file, allow_pickle=False), np.load(file, allow_pickle=False)
+                if self.description.vectors is not None:
+                    vectors = np.load(file, allow_pickle=False)
             if tokens.shape != self._shape(part) or tokens.dtype != self.description.dtype:
                 raise ValueError(f"{self._shape(part)} expected, got {tokens.shape} of {tokens.dtype}")
             if labels.shape != tokens.shape[:1] or labels.dtype != np.int64:
                 raise ValueError(f"{tokens.shape[:1]} labels expected, got {labels.shape} of {labels.dtype}")
             self._check_ranges(tokens, labels)
+            self._check_vectors(part, vectors)
         # A damaged part is removed, so that the same command makes it again.
         except (EOFError, ValueError) as error:
             path.unlink(missing_ok=True)
@@ -195,7 +220,14 @@ class StoreParts:
                 f"token store {self.folder}: its part {path.name} is damaged ({error}) and was removed; "
                 "run the same command again to make it"
             ) from error
-        return tokens, labels
+        return _Rows(tokens, labels, vectors)
+
+    def _check_vectors(self, part: Part, vectors: npt.NDArray[Any] | None) -> None:
+        dim = self.description.vector_dim
+        expected = (part.stop - part.start, dim) if dim else None
+        found = None if vectors is None else vectors.shape
+        if found != expected:
+            raise ValueError(f"vectors of {part} must be {expected}, got {found}")
 
     def _check_ranges(self, tokens: npt.NDArray[Any], labels: npt.NDArray[Any]) -> None:
         ranges = (("tokens", tokens, self.description.codebook_size), ("labels", labels, len(self.description.classes)))

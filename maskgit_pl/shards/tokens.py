@@ -5,6 +5,7 @@ A store is a folder::
     train-tokens.npy    (n V, N) uint16, or uint32 if the codebook has more than 65,536 codes; row i V + v is view v
                         of sample i
     train-labels.npy    (n,) int64
+    train-vectors.npy   (n, C) float16 or float32, if the samples have vectors; row i is that of sample i
     val-...             the same, with one view
     store.json          grid, codebook size, views, fingerprints of the tokenizer and of the data, and the SHA-256 of
                         each array's file; written last
@@ -30,6 +31,7 @@ from maskgit_pl.files import read_json, sha256_of
 from maskgit_pl.old_names import rename_config
 from maskgit_pl.shards.manifest import Split
 from maskgit_pl.shards.mapped_array import has_all_bytes, map_array
+from maskgit_pl.shards.vectors import MAX_VECTOR_DIM, VECTOR_DTYPES, VectorKind, VectorReader, vectors_path
 
 __all__ = [
     "DESCRIPTION_FILE",
@@ -72,6 +74,8 @@ class StoreDescription:
         crops: Crops of each training image: the central one, then random ones.
         flip: True if each training crop is also stored mirrored.
         precision: Precision of the tokenizer's computation, ``"float32"`` or ``"bfloat16"``.
+        vector_dim: Size C of the vectors of the samples; 0 without vectors.
+        vector_dtype: Type of the vectors, ``"float16"`` or ``"float32"``; empty without vectors.
         sha256: Hash of each array's file by its name, ``{"train-tokens": hex, ...}``; empty in stores of format 1.
             Comparison of descriptions ignores it.
 
@@ -89,6 +93,8 @@ class StoreDescription:
     crops: int = 1
     flip: bool = False
     precision: str = "float32"
+    vector_dim: int = 0
+    vector_dtype: str = ""
     sha256: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
@@ -103,8 +109,10 @@ class StoreDescription:
             check_integer(f"samples.{split}", count, "[1, 4294967296]")
         if not self.samples or not self.classes:
             raise ValueError("samples and classes must not be empty")
+        check_integer("vector_dim", self.vector_dim, f"[0, {MAX_VECTOR_DIM}]")
+        check_choice("vector_dtype", self.vector_dtype, VECTOR_DTYPES if self.vector_dim else ("",))
         if self.sha256:
-            names = [path.stem for split in self.samples for path in array_paths(Path(), split)]
+            names = [path.stem for path in self.files(Path())]
             check_keys("sha256", self.sha256, known=names, required=names)
             for name in names:
                 check_sha256(f"sha256.{name}", self.sha256[name])
@@ -118,6 +126,16 @@ class StoreDescription:
     def dtype(self) -> np.dtype[Any]:
         """The dtype of the tokens: uint16 if it can represent every code, else uint32."""
         return np.dtype(np.uint16 if self.codebook_size <= 2**16 else np.uint32)
+
+    @property
+    def vectors(self) -> VectorKind | None:
+        """The size and type of the vectors; None without vectors."""
+        return VectorKind(self.vector_dim, self.vector_dtype) if self.vector_dim else None
+
+    def files(self, folder: Path) -> list[Path]:
+        """Returns the paths of all arrays of a store in a folder."""
+        paths = [path for split in self.samples for path in array_paths(folder, split)]
+        return paths + [vectors_path(folder, split) for split in self.samples if self.vector_dim]
 
     def crops_of(self, split: Split) -> int:
         """Returns the number of crops of each image of a split; val has only the central crop."""
@@ -139,6 +157,10 @@ class TokenReader:
         folder: The store.
         split: ``"train"`` or ``"val"``.
         description: The store's description.
+
+    Attributes:
+        views: Rows of each sample, V.
+        vector_reader: Reader of the vectors; None if the samples have none.
     """
 
     def __init__(self, folder: Path, split: Split, description: StoreDescription) -> None:
@@ -146,6 +168,10 @@ class TokenReader:
         self.split: Split = split
         self.description = description
         self.views = description.views(split)
+        self.vector_reader: VectorReader | None = None
+        if description.vectors is not None:
+            path, count = vectors_path(folder, split), description.samples[split]
+            self.vector_reader = VectorReader(path, count, description.vectors, hint=REMAKE_HINT)
         self._arrays: tuple[Tokens, npt.NDArray[np.int64]] | None = None
 
     def __len__(self) -> int:
@@ -201,7 +227,7 @@ class TokenReader:
         return self._arrays
 
     def bad_arrays(self) -> Iterator[BadArray]:
-        """Yields the arrays with values out of range or another hash; reads both arrays completely.
+        """Yields the arrays with values out of range or another hash; reads all arrays completely.
 
         Raises:
             FileNotFoundError: if a file is missing.
@@ -215,12 +241,16 @@ class TokenReader:
                 row, value = outside
                 yield BadArray(path.name, f"values in [0, {limit})", f"{value} in row {row}", "out of range")
                 continue
-            expected = self.description.sha256.get(path.stem)
-            actual = None if expected is None else self._sha256(path)
-            if expected is not None and expected != actual:
-                yield BadArray(
-                    path.name, f"sha256 {expected[:12]}", f"sha256 {actual:.12}", "changed since it was made"
-                )
+            yield from self._wrong_hash(path)
+        if self.vector_reader is not None:
+            self.vector_reader.array()
+            yield from self._wrong_hash(self.vector_reader.path)
+
+    def _wrong_hash(self, path: Path) -> Iterator[BadArray]:
+        expected = self.description.sha256.get(path.stem)
+        actual = None if expected is None else self._sha256(path)
+        if expected is not None and expected != actual:
+            yield BadArray(path.name, f"sha256 {expected[:12]}", f"sha256 {actual:.12}", "changed since it was made")
 
     def _sha256(self, path: Path) -> str:
         try:
@@ -315,7 +345,8 @@ def open_store(folder: str | Path, **origin: object) -> dict[Split, TokenReader]
 
 def plain_description(description: StoreDescription) -> dict[str, Any]:
     """Returns a description in plain values, with the keys of ``store.json`` and without its hashes."""
-    fields = {name: value for name, value in asdict(description).items() if name != "sha256"}
+    unused = {"sha256"} if description.vector_dim else {"sha256", "vector_dim", "vector_dtype"}
+    fields = {name: value for name, value in asdict(description).items() if name not in unused}
     # Both formats name it "num_codes": folders of stores and of their parts are named by hashes of these keys.
     return {"num_codes" if name == "codebook_size" else name: value for name, value in fields.items()}
 

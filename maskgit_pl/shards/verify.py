@@ -14,14 +14,16 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from maskgit_pl.files import open_regular
+from maskgit_pl.files import open_regular, sha256_of
 from maskgit_pl.shards.image_bytes import UnreadableImageError, check_complete
 from maskgit_pl.shards.images import decode_image
+from maskgit_pl.shards.labels import Labels
 from maskgit_pl.shards.manifest import Manifest, Shard, Split, index_sha256, load_manifest, splits_of, union
 from maskgit_pl.shards.parallel import choose_workers, run_jobs
-from maskgit_pl.shards.scan import Labels, ShardScan, scan_shard
+from maskgit_pl.shards.scan import ShardScan, require_vectors, scan_shard
 from maskgit_pl.shards.tar import BLOCK
 from maskgit_pl.shards.tokens import TokenReader, read_description
+from maskgit_pl.shards.vectors import load_vectors, vectors_path
 from maskgit_pl.text import printable
 
 __all__ = ["BadFile", "StoreVerification", "Verification", "verify_shards", "verify_store"]
@@ -74,11 +76,12 @@ def verify_store(folder: str | Path) -> StoreVerification:
         reader = TokenReader(Path(folder), split, description)
         try:
             tokens, labels = reader.arrays()
+            vectors = 0 if reader.vector_reader is None else reader.vector_reader.array().nbytes
             bad += [BadFile(*array) for array in reader.bad_arrays()]
         except (FileNotFoundError, ValueError) as error:
-            bad.append(BadFile(f"{split}-*.npy", "two valid arrays", "an invalid array", str(error)))
+            bad.append(BadFile(f"{split}-*.npy", "valid arrays", "an invalid array", str(error)))
             continue
-        rows, size = rows + len(tokens), size + tokens.nbytes + labels.nbytes
+        rows, size = rows + len(tokens), size + tokens.nbytes + labels.nbytes + vectors
     return StoreVerification(rows, size, bool(description.sha256), tuple(bad))
 
 
@@ -99,7 +102,7 @@ def verify_shards(
 ) -> Verification:
     """Compares lengths, hashes, headers, offsets and labels of all shards with the manifests.
 
-    1. Compare each index file with its manifest.
+    1. Compare each index file and each array of vectors with its manifest.
     2. Scan every shard in parallel, as ``index`` does, and compare the result with the manifest.
     3. If nothing differs, compare the range of image sizes, which depends on all shards.
 
@@ -116,7 +119,7 @@ def verify_shards(
     folder = Path(folder)
     manifests = {split: load_manifest(folder, split, check=False) for split in splits_of(folder) or ("train",)}
     # 1.
-    bad = {split: list(_find_bad_index(manifest)) for split, manifest in manifests.items()}
+    bad = {split: [*_find_bad_index(manifest), *_find_bad_vectors(manifest)] for split, manifest in manifests.items()}
     jobs = [(split, number) for split, manifest in manifests.items() for number in range(len(manifest.shards))]
     # 2. Jobs finish in any order; the report has the order of the manifests.
     found: dict[tuple[Split, int], tuple[BadFile | None, ShardScan | None]] = {}
@@ -146,6 +149,20 @@ def _find_bad_index(manifest: Manifest) -> Iterator[BadFile]:
         yield BadFile(name, _short(manifest.index_sha256), _short(actual), "index changed since it was made")
 
 
+def _find_bad_vectors(manifest: Manifest) -> Iterator[BadFile]:
+    if manifest.vectors is None:
+        return
+    path, expected = vectors_path(manifest.folder, manifest.split), manifest.vectors
+    try:
+        manifest.vector_reader().array()
+        actual = sha256_of(path)
+    except (OSError, ValueError) as error:
+        yield BadFile(path.name, f"{manifest.samples} vectors of {expected.kind}", "unreadable", str(error))
+        return
+    if actual != expected.sha256:
+        yield BadFile(path.name, _short(expected.sha256), _short(actual), "vectors changed since they were indexed")
+
+
 def _find_bad_summary(
     manifests: dict[Split, Manifest], scans: Sequence[ShardScan | None], jobs: Sequence[tuple[Split, int]]
 ) -> Iterator[BadFile]:
@@ -168,9 +185,11 @@ def _verify_shard(task: _Task, job: tuple[Split, int]) -> tuple[BadFile | None, 
     manifest = task.manifests[split]
     shard, path = manifest.shards[number], manifest.folder / manifest.shards[number].name
     try:
-        scan = scan_shard(path, Labels(manifest.labels, manifest.classes))
+        scan = scan_shard(path, Labels(manifest.labels, manifest.classes), vectors=manifest.vectors is not None)
     except OSError as error:
         return BadFile(shard.name, f"{shard.bytes} bytes", "none", str(error.strerror)), None
+    if manifest.vectors is not None:
+        scan = require_vectors(scan)
     fault = _find_difference(manifest, shard, number, scan)
     if fault is None:
         fault = _find_bad_images(path, shard, scan.rows, decode=task.decode)
@@ -188,7 +207,7 @@ def _find_difference(manifest: Manifest, shard: Shard, number: int, scan: ShardS
         return BadFile(shard.name, _short(shard.sha256), _short(scan.sha256), f"changed after indexing, {what}")
     if len(scan.rows) != shard.samples:
         return BadFile(shard.name, f"{shard.samples} samples", f"{len(scan.rows)} samples", "the manifest is wrong")
-    return _find_wrong_row(manifest, shard, number, scan.rows)
+    return _find_wrong_row(manifest, shard, number, scan.rows) or _find_wrong_vector(manifest, shard, number, scan)
 
 
 def _find_wrong_row(manifest: Manifest, shard: Shard, number: int, rows: npt.NDArray[np.void]) -> BadFile | None:
@@ -206,6 +225,27 @@ def _find_wrong_row(manifest: Manifest, shard: Shard, number: int, rows: npt.NDA
     row = int(wrong[0])
     where = f"{len(wrong)} rows of {manifest.split}.npy are wrong, the first is {start + row}"
     return BadFile(shard.name, str(stated[row]), str(actual[row]), where)
+
+
+def _find_wrong_vector(manifest: Manifest, shard: Shard, number: int, scan: ShardScan) -> BadFile | None:
+    """Compares the vectors of a shard with their rows of the array of the split."""
+    if manifest.vectors is None:
+        return None
+    kind = manifest.vectors.kind
+    if scan.vector_kind != kind:
+        return BadFile(shard.name, str(kind), str(scan.vector_kind), "vectors of another size or type")
+    try:
+        array = manifest.vector_reader().array()
+    except (FileNotFoundError, ValueError):
+        return None  # _find_bad_vectors reports it
+    row = sum(earlier.samples for earlier in manifest.shards[:number])
+    for block in load_vectors(manifest.folder / shard.name, scan.vectors, kind):
+        wrong = (array[row : row + len(block)] != block).any(axis=1)
+        if wrong.any():
+            place = f"row {row + int(wrong.argmax())} of {vectors_path(Path(), manifest.split)}"
+            return BadFile(shard.name, f"the vector in {place}", "another vector", "the array is wrong")
+        row += len(block)
+    return None
 
 
 def _find_bad_images(path: Path, shard: Shard, rows: npt.NDArray[np.void], *, decode: bool) -> BadFile | None:

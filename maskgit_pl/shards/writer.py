@@ -24,6 +24,7 @@ from maskgit_pl.shards.index import find_shards, index_shards
 from maskgit_pl.shards.manifest import Split, load_manifest, splits_of
 from maskgit_pl.shards.parallel import choose_workers, run_jobs
 from maskgit_pl.shards.samples import Sample, Source, UnreadableSample
+from maskgit_pl.shards.vectors import VECTOR_EXTENSION
 from maskgit_pl.text import printable
 
 __all__ = ["LEFT_OUT", "RECORD", "is_made_from", "make_shards", "write_split"]
@@ -161,7 +162,9 @@ def write_split(
     )
     with writer:
         for number, sample in enumerate(samples, first_shard * shard_size):
-            writer.write({"__key__": f"{number:08d}", sample.extension: sample.data, "cls": sample.label})
+            content = {"__key__": f"{number:08d}", sample.extension: sample.data, "cls": sample.label}
+            # webdataset writes bytes as they are.
+            writer.write(content if sample.vector is None else {**content, VECTOR_EXTENSION: sample.vector})
             on_sample(split)
 
 
@@ -288,6 +291,7 @@ def _list_left_out(plan: _Plan, *, lenient: bool) -> None:
         raise ValueError(
             f"{len(lines)} of {sum(source.counts.values())} images cannot be read:\n{_format_lines(lines)}\n"
             "replace or remove them, or leave them out with --lenient"
+            + ("; --no-vectors ignores .npy files" if any("vector" in line for line in lines) else "")
         )
     write_text(plan.folder / LEFT_OUT, "".join(f"{line}\n" for line in lines))
     for path in plan.folder.glob(".left-out-*"):

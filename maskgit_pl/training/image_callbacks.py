@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -47,17 +47,28 @@ class SamplePictures(Callback):
     """A callback that writes ``samples.png`` after each validation of stage 2, always with the same classes and seeds.
 
     Every rank samples tokens, since sharded networks must run the same number of forward passes on each rank. Only rank
-    0 turns the tokens into pixels and writes the picture.
+    0 turns the tokens into pixels and writes the picture. A network with conditioning vectors gets those of validation
+    samples of the classes.
 
     Args:
         folder: Folder of the stage.
         class_names: Names of all classes; up to 10 evenly spaced classes are shown.
         images_per_class: Images per class, at most 8.
         seed: Seed of the first image; image i has seed + i.
+        find_vectors: Returns the vectors (B, C) of B labels; None for a network without conditioning vectors.
     """
 
-    def __init__(self, folder: Path, *, class_names: Sequence[str], images_per_class: int = 8, seed: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        class_names: Sequence[str],
+        images_per_class: int = 8,
+        seed: int = 0,
+        find_vectors: Callable[[Sequence[int]], Tensor] | None = None,
+    ) -> None:
         self.folder = folder
+        self.find_vectors = find_vectors
         shown = min(len(class_names), _MOST_CLASSES)
         self.classes = [number * len(class_names) // shown for number in range(shown)]
         self.captions = [class_names[label] for label in self.classes]
@@ -70,7 +81,8 @@ class SamplePictures(Callback):
             return
         model = cast("_Samples", pl_module)
         # Every rank runs all steps: with FSDP2, each forward pass is a collective.
-        *_, last = model.sample(self.labels, self.seeds)
+        vectors = {} if self.find_vectors is None else {"vectors": self.find_vectors(self.labels)}
+        *_, last = model.sample(self.labels, self.seeds, **vectors)
         if trainer.is_global_zero:
             images = model.tokenizer.decode(last.tokens)
             picture = image_grid(images, columns=self.images_per_class, row_captions=self.captions)
@@ -85,7 +97,9 @@ class _Samples(Protocol):
     @property
     def tokenizer(self) -> PretrainedTokenizer: ...
 
-    def sample(self, labels: Sequence[int], seeds: Sequence[int]) -> Iterator[DecodingStep]: ...
+    def sample(
+        self, labels: Sequence[int], seeds: Sequence[int], vectors: Tensor | None = None
+    ) -> Iterator[DecodingStep]: ...
 
 
 def _publish(picture: Image.Image, folder: Path, name: str, trainer: Trainer) -> None:

@@ -13,6 +13,7 @@ from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation import evaluator
 from maskgit_pl.pretrained import save_decoding
 from tests.cli.commands import call_command
+from tests.conftest import save_tiny_pretrained
 
 
 def call(*words: object) -> int:
@@ -103,6 +104,25 @@ def test_an_evaluation_that_was_stopped_goes_on(
         for samples in report["samples"].values():
             samples.pop("seconds_per_image", None)
     assert resumed == again
+
+
+@pytest.mark.usefixtures("quick_judge")
+def test_a_negative_model_is_named_in_the_report_and_changes_only_the_guided_images(
+    run_folder: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    weaker = save_tiny_pretrained(tmp_path / "weaker", seed=0)
+    words = (run_folder, "--data", tiny_shards, "--num-images", 6, "--num-steps", 2)
+    reports = []
+    for more in ((), ("--negative-model", weaker)):
+        assert call(*words, *more) == 0
+        reports.append(json.loads((run_folder / "evaluation.json").read_text()))
+    assert "negative_model" not in reports[0]["protocol"]
+    named = reports[1]["protocol"]["negative_model"]
+    assert named["folder"] == str(weaker / "transformer")
+    plain, guided = ({name: each["fid/classifier"] for name, each in report["samples"].items()} for report in reports)
+    assert plain["without_guidance"] == guided["without_guidance"]
+    # The negative model is the model itself: guidance by it is none.
+    assert guided["exported_guidance"] == pytest.approx(guided["without_guidance"], rel=1e-4)
 
 
 @pytest.mark.slow

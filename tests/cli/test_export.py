@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from maskgit_pl.cli import main
+from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pretrained import load_tokenizer, load_transformer
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO
 from tests.conftest import flags, save_tiny_pretrained, save_uneven_shards
@@ -124,3 +125,15 @@ def test_the_shards_of_two_ranks_become_one_file(given, tmp_path):
     assert made["sharded"].keys() == made["whole"].keys()
     for key, tensor in made["whole"].items():
         torch.testing.assert_close(made["sharded"][key], tensor, atol=1e-5, rtol=1e-5)
+
+
+def test_an_early_checkpoint_is_a_whole_model_that_can_be_sampled_and_guide_a_later_one(run, tmp_path):
+    early = tmp_path / "early"
+    assert main(["export", str(run), "--stage=transformer", "--step=2", f"--out={early}"]) == 0
+    pipe, weaker = MaskGIT.from_pretrained(run), MaskGIT.from_pretrained(early)
+    assert weaker.tokenizer.fingerprint == pipe.tokenizer.fingerprint
+    settings = {"output_type": "pt", "guidance_scale": 3.0, "negative_model": early}
+    assert torch.equal(weaker.generate([0, 1], **settings), weaker.generate([0, 1], output_type="pt", guidance_scale=0))
+    words = ["sample", str(run), "--guidance-scale=3", f"--out={tmp_path / 'made.png'}", "--per-class=1"]
+    assert main([*words, f"--negative-model={early}"]) == 0
+    assert (tmp_path / "made.png").is_file()

@@ -13,6 +13,7 @@ from maskgit_pl.evaluation.ledger import Ledger, Row
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pretrained import fingerprint, read_decoding, save_decoding
 from tests.cli.commands import call_command
+from tests.conftest import save_tiny_pretrained
 
 FID = "fid/classifier"
 
@@ -169,3 +170,29 @@ def test_compare_finds_what_tune_has_measured(run_folder: Path, tiny_shards: Pat
     call_command(tune, *words, "--trials", 1, "--no-plot")
     call_command(compare, *words, "--num-steps", 4, "--selectors", "halton")
     assert "measured 0 rows, reused 1" in capsys.readouterr().out
+
+
+def test_a_search_with_a_negative_model_records_it_next_to_the_settings(
+    run_folder: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    weaker = save_tiny_pretrained(tmp_path / "weaker")
+    weights = load_file(weaker / "transformer" / "model.safetensors")
+    save_file({name: 0.5 * tensor for name, tensor in weights.items()}, weaker / "transformer" / "model.safetensors")
+    words = (run_folder, "--data", tiny_shards, "--num-images", 6, "--trials", 3, "--num-steps", 2, "--no-plot")
+    call(*words)
+    plain = lines(run_folder)
+    assert call(*words, "--negative-model", weaker) == 0
+    guided = lines(run_folder)[len(plain) :]
+    assert {len(line["decoding"].get("negative_model", "")) for line in guided} == {16}
+    assert all("negative_model" not in line["decoding"] for line in plain)
+    content = json.loads((run_folder / "pretrained" / "decoding.json").read_text())
+    assert (run_folder / "pretrained" / content["negative_model"]["folder"]).samefile(weaker / "transformer")
+    assert content["negative_model"]["transformer"] == fingerprint(weaker / "transformer")
+    assert f"--negative-model {weaker}" in (run_folder / "tuning" / "tuning.md").read_text()
+    pipe = MaskGIT.from_pretrained(run_folder)
+    assert pipe.negative_model is not None
+    # The same search is found in the ledger, also with the model that decoding.json now names.
+    call(*words)
+    assert lines(run_folder) == plain + guided
+    with pytest.raises(FileNotFoundError, match=r"--negative-model .*nowhere must be a run"):
+        call(*words, "--negative-model", tmp_path / "nowhere")

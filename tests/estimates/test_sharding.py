@@ -13,7 +13,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from benchmarks.collectives import CountedCollectives
 from maskgit_pl.estimates.sharding import FLOAT, HALF, Group, all_reduce_bytes, ddp_traffic, fsdp_traffic, group_of
 from maskgit_pl.estimates.transformer import block_group, root_group
-from maskgit_pl.networks.autoregressive import build_transformer
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.training.compile_and_checkpointing import prepare_blocks
 from maskgit_pl.training.strategies import shard_blocks
@@ -33,7 +32,7 @@ def world() -> Iterator:
 
 
 def sharded(mesh, checkpointing="none", precision="32-true"):
-    network = build_transformer(CONFIG)
+    network = CONFIG.create()
     prepare_blocks(network.blocks, activation_checkpointing=checkpointing)
     shard_blocks(network, network.blocks, mesh, precision=precision)
     return network
@@ -70,7 +69,7 @@ def test_traffic_of_fsdp(world, ranks, checkpointing, precision):
 
 def test_traffic_of_ddp(world):
     world(8)
-    network = DistributedDataParallel(build_transformer(CONFIG), gradient_as_bucket_view=True)
+    network = DistributedDataParallel(CONFIG.create(), gradient_as_bucket_view=True)
     counted = CountedCollectives()
     counted.follow(network)
     with network.no_sync():
@@ -108,7 +107,7 @@ def test_shards_cover_a_group_and_padding_shows_where_ranks_do_not_divide_rows()
 
 
 def test_frozen_weights_are_in_no_group():
-    network = build_transformer(CONFIG)
+    network = CONFIG.create()
     network.token_embedding.requires_grad_(False)
     assert (
         group_of([network]).numel

@@ -18,7 +18,6 @@ from maskgit_pl.estimates.transformer import (
     transformer_activations,
 )
 from maskgit_pl.losses import masked_cross_entropy
-from maskgit_pl.networks.autoregressive import build_transformer
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.training.compile_and_checkpointing import prepare_blocks
@@ -44,7 +43,7 @@ def test_parameters_of_the_released_sizes(config, released):
 @pytest.mark.parametrize("config", [PAPER_256, *CONFIGS.values()])
 def test_groups_are_the_tensors_that_fsdp_gathers_together(config):
     with torch.device("meta"):
-        network = build_transformer(config)
+        network = config.create()
     for block in network.blocks:
         assert shapes(block.parameters()) == sorted(block_group(config).shapes)
     in_blocks = {id(parameter) for block in network.blocks for parameter in block.parameters()}
@@ -69,7 +68,7 @@ def forward(network, tokens, labels, mask):
 
 def measured(config, precision, checkpointing):
     """Returns the bytes that a real step keeps between its passes, those that autograd reports, and the peak."""
-    network = build_transformer(config)
+    network = config.create()
     prepare_blocks(network.blocks, activation_checkpointing=checkpointing)
     batch = batch_of(config)
     for parameter in network.parameters():
@@ -114,7 +113,7 @@ def test_recomputed_blocks_keep_less_and_all_tokens_masked_is_the_most():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_flops_are_those_that_torch_counts(name, checkpointing):
     config = CONFIGS[name]
-    network = build_transformer(config)
+    network = config.create()
     prepare_blocks(network.blocks, activation_checkpointing=checkpointing)
     tokens, labels, mask = batch_of(config)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):

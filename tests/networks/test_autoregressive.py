@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskgit_pl.networks.autoregressive import AutoregressiveTransformer, build_transformer
+from maskgit_pl.networks.autoregressive import AutoregressiveTransformer
 from maskgit_pl.networks.int8 import quantize
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.networks.transformer_block import KVCache
@@ -28,9 +28,9 @@ LABELS = torch.tensor([0, 2, 3])  # the last is the null class
 
 
 def test_it_has_the_weights_of_the_bidirectional_one_by_name_and_number(network):
-    masked = build_transformer(dataclasses.replace(CONFIG, attention="bidirectional"))
+    masked = dataclasses.replace(CONFIG, attention="bidirectional").create()
     assert type(masked) is MaskedTransformer
-    assert type(build_transformer(CONFIG)) is AutoregressiveTransformer
+    assert type(CONFIG.create()) is AutoregressiveTransformer
     shapes = [{name: w.shape for name, w in made.state_dict().items()} for made in (masked, network)]
     assert shapes[0] == shapes[1]
 

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from maskgit_pl.shards.index import find_shards, index_shards, locate_shards, split_shards
+from maskgit_pl.shards.labels import parse_label
 from maskgit_pl.shards.manifest import load_manifest, read_manifest_summary
 from maskgit_pl.shards.reader import ShardReader
-from maskgit_pl.shards.scan import parse_label
 from maskgit_pl.shards.scan_progress import PROGRESS
 
 
@@ -256,7 +256,9 @@ def test_code_in_members_is_never_run_and_is_counted(tars, tmp_path):
     pickle = b"cposix\nsystem\n(S'touch " + str(canary).encode() + b"'\ntR."
     members = [(f"0000.{kind}", pickle) for kind in ("pkl", "pyd", "pth", "npy")]
     path = tars.write(tmp_path / "x.tar", [*tars.samples(1), *members, ("other.pkl", pickle)])
-    indexed = index_shards(tmp_path, {"train": [path]})
+    with pytest.raises(ValueError, match=r"x\.tar:0000\.npy must be a \.npy file"):
+        index_shards(tmp_path, {"train": [path]})
+    indexed = index_shards(tmp_path, {"train": [path]}, vectors=False)
     assert indexed.ignored["train"] == {".npy": 1, ".pkl": 2, ".pth": 1, ".pyd": 1}
     assert not canary.exists()
 

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 
-from maskgit_pl.networks.autoregressive import build_transformer
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.training.compile_and_checkpointing import prepare_blocks
@@ -23,7 +22,7 @@ SIZES = {
 
 def transformer(attention="bidirectional", dropout=0.1):
     torch.manual_seed(0)
-    return build_transformer(TransformerConfig(**SIZES, attention=attention, dropout=dropout))
+    return TransformerConfig(**SIZES, attention=attention, dropout=dropout).create()
 
 
 def loss_of_tokens(network, seed=1):

@@ -1,0 +1,97 @@
+"""Memory and FLOPs of a training step of any backbone, from replays with one fake image.
+
+The transformer of the paper has closed formulas (``transformer``); all other backbones are measured here. The backbone
+must have no operation whose result has a size that depends on values, except in ``forward_masked``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from maskgit_pl.estimates.replay import Replay, fake_tensors, replay, run_backward
+from maskgit_pl.estimates.transformer import Precision
+from maskgit_pl.networks.backbone import Backbone, BackboneConfig, Vocabulary
+
+__all__ = ["masked_token_flops", "replay_backbone"]
+
+
+def replay_backbone(
+    config: BackboneConfig,
+    *,
+    vocabulary: Vocabulary = "all",
+    precision: Precision = "32-true",
+    prepare: Callable[[nn.ModuleList], None] = lambda blocks: None,
+) -> Replay:
+    """Replays forward and backward pass of one image whose tokens are all masked; n images cost n times as much.
+
+    Args:
+        config: Configuration of the backbone.
+        vocabulary: Columns of the softmax of the loss.
+        precision: Precision of the Trainer.
+        prepare: Changes the blocks before the step, for activation checkpointing.
+    """
+    network = _build_empty(config)
+    prepare(network.blocks)
+    with fake_tensors(network):
+        # Gradients exist between steps, so they must not count as allocations of the replay.
+        for parameter in network.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        tokens, labels, vectors = _one_image(config)
+
+        def step() -> None:
+            logits = network(tokens, labels, vectors=vectors, vocabulary=vocabulary)
+            run_backward(F.log_softmax(logits.float(), dim=-1).mean())
+
+        with _FusedAttention():
+            return replay(step, [network], precision=precision)
+
+
+class _FusedAttention(TorchFunctionMode):
+    """A function mode without dropout in attention: on a GPU a fused kernel draws it, on a CPU it needs S x S masks."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Calls ``func``, for attention with a dropout of 0."""
+        kwargs = dict(kwargs or {})
+        if func is F.scaled_dot_product_attention and "dropout_p" in kwargs:
+            kwargs["dropout_p"] = 0.0
+        return func(*args, **kwargs)
+
+
+def masked_token_flops(config: BackboneConfig) -> float:
+    """Returns the FLOPs that a step saves for each token that is not masked: those of the head, for example.
+
+    They are those by which ``forward_at`` gets cheaper, three times: the backward pass costs twice the forward pass.
+
+    Args:
+        config: Configuration of the backbone.
+    """
+    if config.num_tokens == 1:
+        return 0.0
+    network = _build_empty(config).eval()
+    with fake_tensors(network), torch.no_grad():
+        tokens, labels, vectors = _one_image(config)
+
+        def count(num_positions: int) -> int:
+            positions = torch.zeros(1, num_positions, dtype=torch.int64)
+            return replay(lambda: network.forward_at(tokens, labels, positions, vectors=vectors), [network]).flops
+
+        return 3 * (count(config.num_tokens) - count(1)) / (config.num_tokens - 1)
+
+
+def _build_empty(config: BackboneConfig) -> Backbone:
+    with torch.device("meta"):
+        return config.create()
+
+
+def _one_image(config: BackboneConfig) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns tokens (1, N), the label (1,) and the vector (1, C) of one image."""
+    tokens, labels = torch.zeros(1, config.num_tokens, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    return tokens, labels, torch.zeros(1, config.condition_dim) if config.condition_dim else None

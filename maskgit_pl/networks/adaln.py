@@ -1,0 +1,381 @@
+"""The ``adaln`` backbone: a pre-norm transformer whose condition scales, shifts and gates every layer (adaLN-zero).
+
+``mvtm.MaskedTokenModel`` trains it, and the predictors of ``decoding`` call ``forward_at``. With its options it is the
+network of Halton-MaskGIT (``conditioning: adaln``) or of MaskGIL (``conditioning: token``, a LLaMA block).
+
+With the condition c = SiLU(class embedding + projected vector), a block computes
+
+    shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = W c + b                        all zeros at the start
+    x = x + gate_1 proj(attention(norm(x) (1 + scale_1) + shift_1))
+    x = x + gate_2 fc2(SiLU(g) v),  (g, v) = fc1(norm(x) (1 + scale_2) + shift_2)       SwiGLU
+
+where norm(x) = x / sqrt(mean(x^2) + 1e-5) (RMSNorm). Queries and keys are normalized in the same way.
+
+Shapes: B images, N tokens, S positions of the sequence (tokens in raster order, then the class token if there is one,
+then registers), D embedding dimension, C size of a conditioning vector, V columns.
+
+Source: DiT, arXiv:2212.09748 (adaLN-zero); Halton-MaskGIT, arXiv:2503.17076, ``Network/transformer.py``; MaskGIL,
+arXiv:2507.13032, ``Network/gpt.py``; RMSNorm arXiv:1910.07467; SwiGLU arXiv:2002.05202; norm of queries and keys
+arXiv:2302.05442; registers arXiv:2309.16588; rotary positions arXiv:2104.09864.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from importlib import import_module
+from typing import Literal, cast, get_args
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from maskgit_pl.checks import check_choice, check_integer, check_number
+from maskgit_pl.networks.backbone import Attention, Backbone, BackboneConfig, Vocabulary, backbones
+from maskgit_pl.networks.rotary import Positions, rotate, rotation_table
+from maskgit_pl.networks.transformer_block import KVCache
+
+__all__ = ["AdaLNConfig", "AdaLNTransformer"]
+
+Conditioning = Literal["adaln", "token"]
+
+_LARGEST = {  # well above any existing network: a larger number is a mistake, or an attack on the memory
+    "embed_dim": 2**16,
+    "depth": 1024,
+    "num_heads": 1024,
+    "mlp_dim": 2**20,
+}
+_EPS = 1e-5  # of every RMSNorm; both released networks
+_INIT_STD = 0.02  # of embeddings; both released networks
+
+
+@backbones.register("adaln")
+@dataclass(frozen=True)
+class AdaLNConfig(BackboneConfig):
+    """Sizes and options of the ``adaln`` backbone; see ``BackboneConfig`` for the common ones.
+
+    Args:
+        embed_dim: D, a multiple of ``num_heads``.
+        depth: Number of blocks.
+        num_heads: Number of attention heads.
+        mlp_dim: Hidden size of the SwiGLU MLP, which has 3 D ``mlp_dim`` weights. 8 / 3 D costs as much as an ordinary
+            MLP of 4 D.
+        num_registers: Number of learned tokens that are added to the sequence and predict nothing, in [0, 1024].
+        positions: ``learned``: an embedding for each token; ``rotary``: queries and keys are rotated by row and column,
+            which fits any grid; ``rotary-raster``: rotated by the raster order as in the released MaskGIL code.
+        rotary_base: Largest wavelength of the rotary positions in units of 2 pi tokens, > 1.
+        conditioning: ``adaln``: the condition modulates every block; ``token``: it is a token of the sequence, and the
+            norms have weights.
+        qk_norm: True normalizes queries and keys over all heads, without weights.
+        tied_head: True multiplies by the token embedding for the logits; False learns another table.
+        attention: ``bidirectional``: a token attends to all tokens; ``causal``: to itself and those before it in raster
+            order, without registers. Both have the same weights.
+
+    Raises:
+        ValueError: if a size is out of range or an option is unknown.
+    """
+
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_dim: int = 2048
+    num_registers: int = 1
+    positions: Positions = "learned"
+    rotary_base: float = 10_000.0
+    conditioning: Conditioning = "adaln"
+    qk_norm: bool = True
+    tied_head: bool = True
+    _: KW_ONLY
+    backbone: str = "adaln"
+    attention: Attention = "bidirectional"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, most in _LARGEST.items():
+            check_integer(f"transformer {name}", getattr(self, name), f"[1, {most}]")
+        check_integer("transformer num_registers", self.num_registers, "[0, 1024]")
+        if self.embed_dim % self.num_heads:
+            raise ValueError(
+                f"transformer embed_dim must be a multiple of num_heads {self.num_heads}, got {self.embed_dim}"
+            )
+        check_choice("transformer positions", self.positions, get_args(Positions))
+        check_choice("transformer conditioning", self.conditioning, get_args(Conditioning))
+        check_number("transformer rotary_base", self.rotary_base, "(1, 1e9]")
+        check_choice("transformer attention", self.attention, get_args(Attention))
+        if self.attention == "causal" and (self.num_registers or self.positions == "rotary-raster"):
+            raise ValueError(
+                "transformer attention 'causal' must have num_registers 0 and positions 'learned' or 'rotary', got "
+                f"{self.num_registers} and {self.positions!r}"
+            )
+        # Pairs of numbers are rotated; ``rotary`` uses half of them for rows and half for columns.
+        unit = {"learned": 1, "rotary": 4, "rotary-raster": 2}[self.positions]
+        if self.head_dim % unit:
+            raise ValueError(
+                f"transformer embed_dim / num_heads must be a multiple of {unit} for positions {self.positions!r}, got "
+                f"{self.head_dim}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """The size of an attention head, D / ``num_heads``."""
+        return self.embed_dim // self.num_heads
+
+    @property
+    def vocabulary_size(self) -> int:
+        """The number of rows of the token embedding: codes, then the mask token. Classes have a table of their own."""
+        return self.codebook_size + 1
+
+    @property
+    def has_class_token(self) -> bool:
+        """Returns True if the class is a token of the sequence, after the image's tokens."""
+        return self.conditioning == "token" and self.attention == "bidirectional"
+
+    def create(self) -> AdaLNTransformer:
+        """Creates the network whose attention the configuration names, with initial weights."""
+        if self.attention == "bidirectional":
+            return AdaLNTransformer(self)
+        # networks.adaln_autoregressive imports this module.
+        module = import_module("maskgit_pl.networks.adaln_autoregressive")
+        return cast("AdaLNTransformer", module.AutoregressiveAdaLN(self))
+
+
+class AdaLNBlock(nn.Module):
+    """A pre-norm block of attention and SwiGLU; see the module for its formulas.
+
+    Args:
+        config: Sizes and options.
+    """
+
+    def __init__(self, config: AdaLNConfig) -> None:
+        super().__init__()
+        dim, hidden, is_modulated = config.embed_dim, config.mlp_dim, config.conditioning == "adaln"
+        self.num_heads, self.dropout, self.qk_norm = config.num_heads, config.dropout, config.qk_norm
+        self.is_causal = config.attention == "causal"
+        # Modulated norms need no weights: the scale of the condition has a bias.
+        self.modulation = nn.Linear(dim, 6 * dim) if is_modulated else None
+        self.attention_norm = nn.RMSNorm(dim, eps=_EPS, elementwise_affine=not is_modulated)
+        self.query = nn.Linear(dim, dim, bias=False)
+        self.key_value = nn.Linear(dim, 2 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim, bias=False)
+        self.mlp_norm = nn.RMSNorm(dim, eps=_EPS, elementwise_affine=not is_modulated)
+        self.fc1 = nn.Linear(dim, 2 * hidden, bias=False)  # rows of the weight: the gate g, then the value v
+        self.fc2 = nn.Linear(hidden, dim, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        condition: Tensor,
+        rotation: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Returns the output of the block, at all positions or at some.
+
+        Args:
+            x: (B, S, D).
+            condition: (B, D): the condition c; not used with ``conditioning: token``.
+            rotation: (S, D / heads / 2, 2): cosines and sines of the rotary positions; None for learned positions.
+            mask: (B, S) bool: return only the M rows where it is True.
+            positions: (B, M) int64 in [0, S): return only these rows; not with causal attention.
+            cache: Keys and values of the rows before x, to which those of x are added; x is then one row, or the first.
+
+        Returns:
+            (B, S, D), (M, D) with a mask, or (B, M, D) with positions.
+        """
+        parts: Sequence[Tensor | None] = [None] * 6
+        if self.modulation is not None:
+            parts = self.modulation(condition).unsqueeze(1).chunk(6, dim=-1)  # 6 times (B, 1, D)
+        normed = _modulate(self.attention_norm(x), *parts[:2])
+        if positions is not None:
+            index = positions.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+            x, asking = x.gather(1, index), normed.gather(1, index)
+            attended = self._attend(asking, normed, rotation, positions)
+        else:
+            attended = self._attend(normed, normed, rotation, cache=cache)
+        if mask is not None:  # the rest works on rows, so all others can be dropped here
+            rows = mask.nonzero()[:, 0]
+            x, attended = x[mask], attended[mask]
+            parts = [None if part is None else part[rows, 0] for part in parts]
+        x = _add(x, F.dropout(self.proj(attended), self.dropout, self.training), parts[2])
+        gate, value = self.fc1(_modulate(self.mlp_norm(x), *parts[3:5])).chunk(2, dim=-1)
+        hidden = F.dropout(F.silu(gate) * value, self.dropout, self.training)
+        return _add(x, self.fc2(hidden), parts[5])
+
+    def _attend(
+        self,
+        asking: Tensor,
+        answering: Tensor,
+        rotation: Tensor | None,
+        at: Tensor | None = None,
+        *,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Computes attention (B, M, D) of rows (B, M, D), at the positions ``at`` (B, M) or all, to (B, S, D)."""
+        query = self.query(asking)
+        key, value = self.key_value(answering).chunk(2, dim=-1)
+        if self.qk_norm:  # over all heads
+            query, key = (F.rms_norm(each, each.shape[-1:], eps=_EPS) for each in (query, key))
+        query, key, value = (
+            rearrange(each, "b s (heads d) -> b heads s d", heads=self.num_heads) for each in (query, key, value)
+        )
+        if rotation is not None:
+            # At some positions each image has rows of its own; they are the same for all heads.
+            own = rotation if at is None else rotation[at].unsqueeze(1)
+            query, key = rotate(query, own), rotate(key, rotation)
+        if cache is not None:
+            key, value = cache.extend(torch.stack([key, value]))
+        attended = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=self.is_causal and query.shape[2] > 1,  # a single new row attends to all rows so far
+        )
+        return rearrange(attended, "b heads m d -> b m (heads d)")
+
+
+class AdaLNTransformer(Backbone):
+    """Predicts the codes of masked tokens from the visible ones, the class and, if there is one, a vector.
+
+    Args:
+        config: Sizes and options.
+    """
+
+    config: AdaLNConfig
+    vocabulary_tables = ("token_embedding.weight", "head_embedding.weight", "head_bias")
+    class_tables = ("class_embedding.weight",)
+    position_tables = ("position_embedding.weight",)
+
+    def __init__(self, config: AdaLNConfig) -> None:
+        super().__init__(config)
+        dim, has_null = config.embed_dim, config.null_label is not None
+        # The order of the modules decides the initial weights.
+        self.token_embedding = nn.Embedding(config.vocabulary_size, dim)
+        self.class_embedding = nn.Embedding(config.num_classes + has_null, dim)  # the null class last
+        self.position_embedding = nn.Embedding(config.num_tokens, dim) if config.positions == "learned" else None
+        self.register_embedding = nn.Embedding(config.num_registers, dim) if config.num_registers else None
+        self.vector_proj = nn.Linear(config.condition_dim, dim) if config.condition_dim else None
+        self.null_vector = (
+            nn.Parameter(torch.zeros(config.condition_dim)) if config.condition_dim and has_null else None
+        )
+        self.blocks.extend(AdaLNBlock(config) for _ in range(config.depth))
+        is_modulated = config.conditioning == "adaln"
+        self.head_modulation = nn.Linear(dim, 2 * dim) if is_modulated else None
+        self.head_norm = nn.RMSNorm(dim, eps=_EPS, elementwise_affine=not is_modulated)
+        self.head_embedding = None if config.tied_head else nn.Embedding(config.vocabulary_size, dim)
+        self.head_bias = nn.Parameter(torch.zeros(config.vocabulary_size))
+        self.apply(_initialise)
+        for module in (self.head_modulation, *(block.modulation for block in self._blocks())):
+            if module is not None:  # adaLN-zero: each block starts as the identity
+                nn.init.zeros_(module.weight)
+
+    def forward(
+        self, tokens: Tensor, labels: Tensor, *, vectors: Tensor | None = None, vocabulary: Vocabulary = "codes"
+    ) -> Tensor:
+        """Returns the logits (B, N, V) of all tokens; see ``Backbone``."""
+        x, condition, rotation = self._before_last(tokens, labels, vectors)
+        x = self.blocks[-1](x, condition, rotation)[:, : tokens.shape[1]]
+        return self._head(x, condition.unsqueeze(1), vocabulary)
+
+    def forward_masked(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        mask: Tensor,
+        *,
+        vectors: Tensor | None = None,
+        vocabulary: Vocabulary = "codes",
+    ) -> Tensor:
+        """Returns the logits (number of True, V) where ``mask`` is True. The last MLP and the head run there only."""
+        x, condition, rotation = self._before_last(tokens, labels, vectors)
+        in_sequence = F.pad(mask, (0, x.shape[1] - mask.shape[1]))  # no logits of class token and registers
+        x = self.blocks[-1](x, condition, rotation, mask=in_sequence)
+        return self._head(x, condition[mask.nonzero()[:, 0]], vocabulary)
+
+    def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor, *, vectors: Tensor | None = None) -> Tensor:
+        """Returns the logits (B, M, K) at ``positions``. The last block's queries and the head run there only."""
+        x, condition, rotation = self._before_last(tokens, labels, vectors)
+        x = self.blocks[-1](x, condition, rotation, positions=positions)
+        return self._head(x, condition.unsqueeze(1), "codes")
+
+    def _before_last(
+        self, tokens: Tensor, labels: Tensor, vectors: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Returns the input (B, S, D) of the last block, the condition (B, D), and the rotary table or None."""
+        embedded = self._embed_condition(labels, vectors)
+        x = self._embed(tokens, embedded)
+        condition = F.silu(embedded)
+        rotation = self._rotation(x.shape[1], x.device)
+        for block in self.blocks[:-1]:
+            x = block(x, condition, rotation)
+        return x, condition, rotation
+
+    def _rotation(self, length: int, device: torch.device) -> Tensor | None:
+        """Returns the rotary table of a sequence of ``length`` positions, or None with learned positions."""
+        config = self.config
+        if config.positions == "learned":
+            return None
+        return rotation_table(config.positions, config.grid, length, config.head_dim, config.rotary_base).to(device)
+
+    def _embed_condition(self, labels: Tensor, vectors: Tensor | None) -> Tensor:
+        """Embeds labels (B,) int64 and vectors (B, C): (B, D). The null label hides the vector."""
+        embedded: Tensor = self.class_embedding(labels)
+        if self.vector_proj is None:
+            return embedded
+        if vectors is None:
+            raise ValueError(
+                f"vectors must be given to a network with condition_dim {self.config.condition_dim}, got None"
+            )
+        vectors = vectors.to(embedded.dtype)
+        if self.null_vector is not None:
+            is_null = labels.eq(self.config.num_classes).unsqueeze(1)  # (B, 1)
+            vectors = torch.where(is_null, self.null_vector, vectors)
+        projected: Tensor = self.vector_proj(vectors)
+        return embedded + projected
+
+    def _embed(self, tokens: Tensor, condition: Tensor) -> Tensor:
+        """Embeds tokens (B, N), and adds the class token and the registers: (B, S, D)."""
+        x = self.token_embedding(tokens)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding.weight
+        parts = [x]
+        if self.config.has_class_token:
+            parts.append(condition.unsqueeze(1))
+        if self.register_embedding is not None:
+            parts.append(self.register_embedding.weight.expand(len(x), -1, -1))
+        return torch.cat(parts, dim=1)
+
+    def _head(self, x: Tensor, condition: Tensor, vocabulary: Vocabulary) -> Tensor:
+        """Computes the logits (..., V) of hidden states (..., D), given the condition (..., D)."""
+        rows = self.config.codebook_size if vocabulary == "codes" else self.config.vocabulary_size
+        x = self.head_norm(x)
+        if self.head_modulation is not None:
+            x = _modulate(x, *self.head_modulation(condition).chunk(2, dim=-1))
+        table = self.token_embedding if self.head_embedding is None else self.head_embedding
+        return F.linear(x, table.weight[:rows], self.head_bias[:rows])
+
+    def _blocks(self) -> Sequence[AdaLNBlock]:
+        return cast("Sequence[AdaLNBlock]", self.blocks)
+
+
+def _modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
+    """Returns x (1 + scale) + shift, or x without a modulation."""
+    return x if shift is None or scale is None else torch.addcmul(shift, x, 1 + scale)
+
+
+def _add(x: Tensor, change: Tensor, gate: Tensor | None) -> Tensor:
+    """Returns x + gate change, or x + change without a gate."""
+    return x + change if gate is None else torch.addcmul(x, change, gate)
+
+
+def _initialise(module: nn.Module) -> None:
+    """Draws the initial weights of a layer as in the released code of Halton-MaskGIT."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=_INIT_STD)

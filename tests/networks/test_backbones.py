@@ -1,0 +1,421 @@
+"""The contract of a backbone, for every registered name and its options; see ``networks.backbone``."""
+
+import copy
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.networks.backbone import (
+    DEFAULT_BACKBONE,
+    Backbone,
+    BackboneConfig,
+    backbones,
+    build_config,
+    create_network,
+)
+from maskgit_pl.networks.int8 import quantize
+from maskgit_pl.pipeline import MaskGIT
+from maskgit_pl.pretrained import fingerprint, load_transformer, save_tokenizer, save_transformer, weights_for
+from maskgit_pl.runs import layers
+from maskgit_pl.training.compile_and_checkpointing import prepare_blocks
+from maskgit_pl.training.optimizers import parameter_groups
+from tests.modules import masked_model
+from tests.networks.backbone_cases import all_configs, create, inputs, small_config, with_dropout
+from tests.short_runs import data, fit
+
+CASES = all_configs()
+NAMES = backbones.names()
+over_all = pytest.mark.parametrize("config", CASES)
+
+
+def test_a_recipe_without_a_backbone_means_the_transformer_of_the_paper():
+    assert DEFAULT_BACKBONE == layers.DEFAULT_BACKBONE == "bert"
+    values = {"codebook_size": 16, "num_classes": 3, "grid": [4, 4]}
+    assert build_config(values, "test") == build_config({**values, "backbone": "bert"}, "test")
+
+
+@over_all
+def test_logits_have_a_row_for_each_token_and_a_column_for_each_code(config):
+    tokens, labels, _, vectors = inputs(config)
+    network = create(config)
+    logits = network(tokens, labels, vectors=vectors)
+    assert (logits.shape, logits.dtype) == ((4, 12, 16), torch.float32)
+    every = network(tokens, labels, vectors=vectors, vocabulary="all")
+    assert every.shape[:2] == (4, 12)
+    torch.testing.assert_close(every[..., :16], logits, rtol=0, atol=1e-5)
+
+
+@over_all
+@pytest.mark.parametrize("vocabulary", ["codes", "all"])
+def test_masked_tokens_have_the_logits_of_the_whole_forward_pass(config, vocabulary):
+    tokens, labels, mask, vectors = inputs(config)
+    network = create(config)
+    whole = network(tokens, labels, vectors=vectors, vocabulary=vocabulary)
+    masked = network.forward_masked(tokens, labels, mask, vectors=vectors, vocabulary=vocabulary)
+    torch.testing.assert_close(masked, whole[mask], rtol=0, atol=1e-5)
+
+
+@over_all
+def test_any_positions_have_the_logits_of_the_whole_forward_pass(config):
+    tokens, labels, _, vectors = inputs(config)
+    network = create(config)
+    positions = torch.tensor([[3, 0, 11], [1, 1, 2], [5, 4, 3], [0, 11, 7]])
+    found = network.forward_at(tokens, labels, positions, vectors=vectors)
+    whole = network(tokens, labels, vectors=vectors)
+    for row, places in enumerate(positions):
+        torch.testing.assert_close(found[row], whole[row, places], rtol=0, atol=1e-5)
+
+
+@over_all
+def test_a_row_does_not_depend_on_the_rest_of_its_batch(config):
+    tokens, labels, _, vectors = inputs(config)
+    network = create(config)
+    whole = network(tokens, labels, vectors=vectors)
+    one = network(tokens[2:3], labels[2:3], vectors=None if vectors is None else vectors[2:3])
+    torch.testing.assert_close(one, whole[2:3], rtol=0, atol=1e-5)
+
+
+@over_all
+def test_every_token_the_class_and_the_vector_change_the_logits(config):
+    tokens, labels, _, vectors = inputs(config)
+    network = create(config)
+    before = network(tokens, labels, vectors=vectors)
+    for place in range(config.num_tokens):
+        other = tokens.clone()
+        other[:, place] = (tokens[:, place] + 1) % config.codebook_size
+        far = (place + 6) % config.num_tokens
+        change = network(other, labels, vectors=vectors)[:, far] - before[:, far]
+        assert change.abs().amax(-1).min() > 1e-6, f"token {place} must reach token {far}"
+    assert (network(tokens, (labels + 1) % 3, vectors=vectors) - before).abs().amax((1, 2)).min() > 1e-4
+    if vectors is not None:
+        assert (network(tokens, labels, vectors=vectors + 1) - before).abs().amax((1, 2)).min() > 1e-4
+
+
+@over_all
+def test_the_null_label_hides_the_vector(config):
+    if config.null_label is None or not config.condition_dim:
+        return
+    tokens, labels, _, vectors = inputs(config)
+    network, hidden = create(config), labels.clone()
+    hidden[::2] = config.null_label
+    one, other = (network(tokens, hidden, vectors=each) for each in (vectors, vectors * 3 + 1))
+    assert torch.equal(one[::2], other[::2])
+    assert not torch.allclose(one[1::2], other[1::2], atol=1e-3)
+    # The null vector is learned, so it is not the same as a vector of zeros.
+    zeros = network(tokens, labels, vectors=torch.zeros_like(vectors))
+    assert not torch.allclose(zeros[::2], one[::2], atol=1e-3)
+
+
+@over_all
+def test_gradients_reach_every_parameter(config):
+    tokens, labels, mask, vectors = inputs(config)
+    network = create(config).train()
+    if config.null_label is not None:
+        labels[0] = config.null_label
+    logits = network.forward_masked(tokens, labels, mask, vectors=vectors, vocabulary="all")
+    torch.nn.functional.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long)).backward()
+    missing = [name for name, each in network.named_parameters() if each.grad is None or not each.grad.any()]
+    assert missing == []
+
+
+@over_all
+def test_weights_start_the_same_and_are_all_in_the_state_dict(config):
+    torch.manual_seed(0)
+    first = config.create()
+    torch.manual_seed(0)
+    second = config.create()
+    assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
+    with torch.device("meta"):
+        empty = config.create()
+    empty.load_state_dict(first.state_dict(), assign=True)
+    tensors = [*empty.parameters(), *empty.buffers()]
+    tensors += [each for part in empty.modules() for each in vars(part).values() if isinstance(each, torch.Tensor)]
+    assert not any(tensor.is_meta for tensor in tensors)
+    tokens, labels, _, vectors = inputs(config)
+    assert torch.equal(empty.eval()(tokens, labels, vectors=vectors), first.eval()(tokens, labels, vectors=vectors))
+
+
+@over_all
+def test_weights_take_no_memory_on_the_meta_device(config):
+    with torch.device("meta"):
+        network = config.create()
+        tokens, labels = torch.zeros(2, 12, dtype=torch.long), torch.zeros(2, dtype=torch.long)
+        vectors = torch.zeros(2, config.condition_dim) if config.condition_dim else None
+        assert network(tokens, labels, vectors=vectors).shape == (2, 12, 16)
+    assert all(each.is_meta for each in network.state_dict().values())
+    assert config.num_blocks <= len(network.state_dict())
+
+
+@over_all
+def test_bfloat16_weights_give_finite_logits_near_those_of_float32(config):
+    tokens, labels, _, vectors = inputs(config)
+    network = create(config)
+    whole = network(tokens, labels, vectors=vectors)
+    half = copy.deepcopy(network).to(torch.bfloat16)(tokens, labels, vectors=vectors)
+    assert half.isfinite().all()
+    assert (half.float() - whole).abs().max() < 0.1 * whole.abs().max()
+
+
+@over_all
+def test_8_bit_logits_are_near_those_of_float32(config):
+    tokens, labels, _, vectors = inputs(config)
+    network = create(config)
+    whole = network(tokens, labels, vectors=vectors)
+    rounded = quantize(network)(tokens, labels, vectors=vectors)
+    assert 0 < (rounded - whole).abs().max() < 0.1 * whole.abs().max()
+    positions = torch.arange(3).expand(4, 3)
+    assert quantize(network).forward_at(tokens, labels, positions, vectors=vectors).isfinite().all()
+
+
+def gradients(network: Backbone, config: BackboneConfig) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    tokens, labels, mask, vectors = inputs(config)
+    network.zero_grad()
+    torch.manual_seed(3)
+    logits = network.forward_masked(tokens, labels, mask, vectors=vectors, vocabulary="all")
+    loss = logits.square().mean()
+    loss.backward()
+    return loss.detach(), {name: each.grad.clone() for name, each in network.named_parameters()}
+
+
+def same(one, other, **options) -> None:
+    torch.testing.assert_close(one[0], other[0], **options)
+    for name, gradient in one[1].items():
+        torch.testing.assert_close(gradient, other[1][name], **options)
+
+
+@over_all
+def test_checkpointed_blocks_give_bit_equal_losses_and_gradients(config):
+    config = with_dropout(config)
+    network = create(config).train()
+    plain = gradients(network, config)
+    prepare_blocks(network.blocks, activation_checkpointing="blocks")
+    same(gradients(network, config), plain, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@over_all
+def test_compiled_blocks_give_the_same_losses_and_gradients(config, monkeypatch):
+    network = create(config).train()
+    plain = gradients(network, config)
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compiled(function, backend="aot_eager"))
+    prepare_blocks(network.blocks, compiled="blocks")
+    same(gradients(network, config), plain, rtol=1e-4, atol=1e-6)
+
+
+@over_all
+def test_only_matrices_of_linear_and_convolutional_layers_decay(config):
+    network = create(config)
+    decayed, others = (dict(group["params"]) for group in parameter_groups(network, 0.1))
+    assert decayed
+    assert all(each.ndim > 1 for each in decayed.values())
+    rows = {id(part.weight) for part in network.modules() if isinstance(part, nn.Embedding | nn.LayerNorm | nn.RMSNorm)}
+    assert not rows & {id(each) for each in decayed.values()}
+    assert len(decayed) + len(others) == len(list(network.parameters()))
+
+
+# Through the package
+
+
+def save(folder: Path, network: Backbone) -> Path:
+    from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
+
+    vqgan = VQGANConfig(
+        1, base_channels=8, channel_multipliers=(1, 1), num_res_blocks=1, num_groups=2, codebook_size=16, code_dim=4
+    )
+    save_tokenizer(folder / "tokenizer", vqgan, VQGAN(vqgan).state_dict(), image_size=8)
+    save_transformer(
+        folder / "transformer",
+        network.config,
+        network.state_dict(),
+        mask_schedule="cosine",
+        decoding=DecodingConfig(num_steps=4),
+        class_names=("a", "b", "c"),
+        tokenizer_fingerprint=fingerprint(folder / "tokenizer"),
+    )
+    return folder
+
+
+@over_all
+def test_a_saved_network_is_loaded_with_its_configuration_and_weights(config, tmp_path):
+    network = create(config)
+    loaded = load_transformer(save(tmp_path, network) / "transformer").network
+    assert loaded.config == config
+    assert type(loaded) is type(network)
+    tokens, labels, _, vectors = inputs(config)
+    assert torch.equal(loaded(tokens, labels, vectors=vectors), network(tokens, labels, vectors=vectors))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_steps_of_training_export_a_model_that_generates_and_edits(name, tmp_path, tiny_shards):
+    config = small_config(name, grid=[4, 4], dropout=0.1)
+    given = save(tmp_path / "given", create(config))
+    module = masked_model(config, given / "tokenizer", decoding=DecodingConfig(num_steps=4))
+    before = {key: value.clone() for key, value in module.transformer.state_dict().items()}
+    fit(module, data(tiny_shards), steps=2, folder=tmp_path / "checkpoints")
+    assert any(not torch.equal(value, before[key]) for key, value in module.transformer.state_dict().items())
+    module.export(tmp_path / "out", class_names=("a", "b", "c"))
+    pipe = MaskGIT.from_pretrained(tmp_path / "out")
+    images = pipe.generate([0, 1, 2], num_steps=3, seed=0)
+    assert [image.size for image in images] == [(8, 8)] * 3
+    left_half = torch.arange(64).reshape(8, 8) % 8 < 4
+    (edited,) = pipe.inpaint(images[0], left_half, classes=[1], seed=0, num_steps=2)
+    assert edited.size == (8, 8)
+
+
+# Another grid and other classes
+
+GRIDS = [(3, 4), (6, 8), (4, 6), (2, 2), (5, 3)]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@over_all
+def test_weights_follow_to_another_grid(config, grid, tmp_path):
+    network = create(config)
+    given = load_transformer(save(tmp_path, network) / "transformer")
+    other = replace(config, grid=grid)
+    made = other.create().eval()
+    made.load_state_dict(weights_for(other, given))
+    tokens, labels, _, vectors = inputs(other)
+    logits = made(tokens, labels, vectors=vectors)
+    assert logits.shape == (4, grid[0] * grid[1], 16)
+    assert logits.isfinite().all()
+    if grid == config.grid:
+        assert torch.equal(logits, network(tokens, labels, vectors=vectors))
+        return
+    # All tokens masked: the larger grid predicts what the smaller one predicts at the same place of the image.
+    tokens, everywhere = torch.full_like(tokens, other.mask_token_id), torch.full((4, 12), config.mask_token_id)
+    small = network(everywhere, labels, vectors=vectors).transpose(1, 2).unflatten(2, config.grid)
+    resized = nn.functional.interpolate(small, size=grid, mode="bilinear").flatten(2).transpose(1, 2)
+    large = made(tokens, labels, vectors=vectors)
+    assert nn.functional.cosine_similarity(large.flatten(1), resized.flatten(1)).min() > 0.5
+
+
+@over_all
+def test_weights_follow_to_other_classes_and_to_class_dropout(config, tmp_path):
+    network = create(config)
+    given = load_transformer(save(tmp_path, network) / "transformer")
+    other = replace(config, num_classes=5, class_dropout=0.1 if config.null_label is None else 0.0)
+    made = other.create().eval()
+    made.load_state_dict(weights_for(other, given))
+    tokens, _, _, vectors = inputs(other)
+    logits = [made(tokens, torch.full((4,), label), vectors=vectors) for label in range(5)]
+    assert all(torch.equal(each, logits[0]) for each in logits)  # each class starts as the mean of the old ones
+    assert logits[0].isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_another_backbone_or_size_is_refused_by_its_key(name, tmp_path):
+    config = small_config(name)
+    given = load_transformer(save(tmp_path, create(config)) / "transformer")
+    if "depth" in {each.name for each in fields(config)}:
+        with pytest.raises(
+            ValueError, match=r"model\.network\.depth must be 2, as in the pretrained transformer, got 3"
+        ):
+            weights_for(replace(config, depth=3), given)
+    for other in set(NAMES) - {name}:
+        with pytest.raises(ValueError, match=rf"model\.network\.backbone must be {name}, as in the .* got {other};"):
+            weights_for(small_config(other), given)
+
+
+# Plug-ins
+
+
+@dataclass(frozen=True)
+class LinearConfig(BackboneConfig):
+    """A network of one matrix, with faults to choose from."""
+
+    backbone: str = "linear"
+    fault: str = ""
+
+    def create(self) -> Any:
+        return nn.Linear(1, 1) if self.fault == "module" else Linear(self)
+
+
+class Linear(Backbone):
+    def __init__(self, config: LinearConfig) -> None:
+        super().__init__(replace(config, num_classes=7) if config.fault == "config" else config)
+        self.table = nn.Embedding(config.vocabulary_size, config.codebook_size - (config.fault == "columns"))
+        self.own = nn.Embedding(config.num_tokens, config.codebook_size)
+
+    def forward(self, tokens, labels, *, vectors=None, vocabulary="codes"):
+        logits = self.table(tokens) + self.table(labels + self.config.codebook_size).unsqueeze(1)
+        return logits[:, 1:] if self.config.fault == "rows" else logits
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("module", "create must return a Backbone, got Linear"),
+        ("config", "the config of the network must be the one that creates it"),
+        ("columns", r"forward must return logits of shape \(B, N, K\) = \(2, 12, 16\), got \(2, 12, 15\)"),
+        ("rows", r"forward must return logits of shape \(B, N, K\) = \(2, 12, 16\), got \(2, 11, 16\)"),
+    ],
+)
+def test_a_plugin_that_breaks_the_contract_is_refused_by_name(fault, said):
+    create_network(LinearConfig(16, 3, (3, 4)))
+    with pytest.raises(ValueError, match=f"^backbone 'linear': {said}"):
+        create_network(LinearConfig(16, 3, (3, 4), fault=fault))
+
+
+def test_a_network_of_one_method_has_all_others():
+    config = LinearConfig(16, 3, (3, 4))
+    network = create(config)
+    tokens, labels, mask, _ = inputs(config)
+    whole = network(tokens, labels)
+    assert torch.equal(network.forward_masked(tokens, labels, mask), whole[mask])
+    assert torch.equal(network.forward_at(tokens, labels, torch.arange(12).expand(4, 12)), whole)
+    assert len(network.blocks) == 0
+
+
+def test_a_network_without_linear_layers_is_refused_by_int8():
+    with pytest.raises(
+        ValueError, match=r"^int8: the blocks of the backbone must have linear layers, got none in 'linear'"
+    ):
+        quantize(create(LinearConfig(16, 3, (3, 4))))
+
+
+def test_tables_that_a_plugin_does_not_declare_cannot_follow_another_grid():
+    config = LinearConfig(16, 3, (3, 4))
+    from maskgit_pl.pretrained import PretrainedTransformer
+
+    given = PretrainedTransformer(create(config), None, DecodingConfig(num_steps=1), ("a", "b", "c"), "")
+    assert weights_for(config, given).keys() == {"table.weight", "own.weight"}
+    with pytest.raises(ValueError, match=r"model\.network\.grid must be .* does not list it in .*position_tables"):
+        weights_for(replace(config, grid=(4, 4)), given)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"backbone": "bret"}, r"^here: unknown backbone 'bret': did you mean 'bert'\? known: "),
+        ({"backbone": 3}, r"^here\.backbone must be a string, got 3"),
+        ({"num_blocks": 3}, r"^here: unknown key 'num_blocks'"),
+        ({"condition_dim": 4}, r"condition_dim must be 0 for the backbone bert, .* use the backbone adaln"),
+        ({"class_dropout": 1.0}, r"^here: transformer class_dropout must be a number in \[0, 1\), got 1\.0"),
+    ],
+)
+def test_wrong_values_are_answered_with_their_place(values, said):
+    with pytest.raises(ValueError, match=said):
+        build_config({"codebook_size": 16, "num_classes": 3, "grid": [3, 4], **values}, "here")
+    with pytest.raises(ValueError, match="here must be a mapping"):
+        build_config("bert", "here")
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"bert"}))
+def test_only_the_transformer_of_the_paper_has_causal_attention(name):
+    values = {"codebook_size": 16, "num_classes": 3, "grid": [3, 4], "backbone": name, "attention": "causal"}
+    with pytest.raises(ValueError, match=f"^here: backbone '{name}': unknown key 'attention'.*known keys: "):
+        build_config(values, "here")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_configuration_is_not_built_under_the_name_of_another(name):
+    kind = type(small_config(name))
+    with pytest.raises(ValueError, match=f"transformer backbone must be '{name}' for {kind.__name__}, got 'other'"):
+        kind(16, 3, (3, 4), backbone="other")

@@ -1,0 +1,200 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from maskgit_pl import pretrained
+from maskgit_pl.networks.transformer import TransformerConfig
+from maskgit_pl.pipeline import MaskGIT
+from maskgit_pl.pipeline.bulk import generate_many
+from maskgit_pl.pipeline.outline import Outline
+from maskgit_pl.pretrained import load_transformer, read_negative_model, save_decoding
+from tests.conftest import CLASSES, peak_predictions, save_tiny_pretrained
+
+
+def save_weaker(folder, strong, *, class_dropout=0.1, **changes):
+    """Saves a smaller transformer for the tokens of another model: an early checkpoint without a tokenizer."""
+    like = load_transformer(strong / "transformer")
+    sizes = {"codebook_size": 16, "num_classes": 3, "grid": (4, 4), "attention": "bidirectional"} | {
+        name: value for name, value in changes.items() if name in ("codebook_size", "num_classes", "grid", "attention")
+    }
+    config = TransformerConfig(**sizes, embed_dim=8, depth=1, num_heads=1, mlp_dim=8, class_dropout=class_dropout)
+    with torch.random.fork_rng():
+        torch.manual_seed(9)
+        weights = peak_predictions(config.create()).state_dict()
+    pretrained.save_transformer(
+        folder / "transformer",
+        config,
+        weights,
+        mask_schedule="cosine" if config.attention == "bidirectional" else None,
+        decoding=like.decoding if config.attention == "bidirectional" else like.decoding.__class__(16, None),
+        class_names=changes.get("class_names", CLASSES),
+        tokenizer_fingerprint=changes.get("fingerprint", like.tokenizer_fingerprint),
+    )
+    return folder
+
+
+@pytest.fixture
+def weaker(tiny_pretrained, tmp_path):
+    return save_weaker(tmp_path / "early", tiny_pretrained)
+
+
+@pytest.fixture
+def pipe(tiny_pretrained) -> MaskGIT:
+    return MaskGIT.from_pretrained(tiny_pretrained)
+
+
+def tokens(pipe: MaskGIT, classes=(0, 1, 2), **options) -> torch.Tensor:
+    return list(pipe.steps(list(classes), **options))[-1].tokens
+
+
+def test_a_model_that_guides_itself_gives_the_unguided_images(pipe, tiny_pretrained):
+    plain = tokens(pipe, guidance_scale=0)
+    assert not torch.equal(plain, tokens(pipe, guidance_scale=4.0))
+    for same in (tiny_pretrained, str(tiny_pretrained / "transformer"), pipe):
+        assert torch.equal(plain, tokens(pipe, guidance_scale=4.0, negative_model=same))
+
+
+def test_a_folder_a_pipeline_and_the_default_of_the_pipeline_give_the_same_images(pipe, tiny_pretrained, weaker):
+    made = tokens(pipe, guidance_scale=2.0, negative_model=weaker)
+    assert not torch.equal(made, tokens(pipe, guidance_scale=2.0))
+    assert torch.equal(made, tokens(pipe, guidance_scale=2.0, negative_model=load_transformer(weaker / "transformer")))
+    own = MaskGIT.from_pretrained(tiny_pretrained, negative_model=weaker)
+    assert torch.equal(made, tokens(own, guidance_scale=2.0))
+    assert torch.equal(tokens(own, guidance_scale=2.0, negative_model=pipe), tokens(pipe, guidance_scale=0))
+
+
+def test_editing_takes_a_negative_model(pipe, weaker):
+    image = Image.fromarray(np.full((8, 8), 90, np.uint8))
+    mask = torch.zeros(8, 8, dtype=torch.bool)
+    mask[:, 4:] = True
+    options = {"classes": [1, 2], "output_type": "pt", "guidance_scale": 3.0, "blend": 0.0, "dilation": 0}
+    guided = pipe.inpaint(image, mask, negative_model=weaker, **options)
+    plain = pipe.inpaint(image, mask, **options)
+    assert not torch.equal(guided, plain)
+    assert torch.equal(guided[..., :4], plain[..., :4])
+    assert torch.equal(
+        pipe.inpaint(image, mask, negative_model=pipe, **options),
+        pipe.inpaint(image, mask, **options | {"guidance_scale": 0}),
+    )
+
+
+def test_a_model_without_a_null_class_can_be_guided(tmp_path):
+    folder = save_tiny_pretrained(tmp_path / "strong", class_dropout=0.0)
+    pipe = MaskGIT.from_pretrained(folder)
+    with pytest.raises(ValueError, match="no null class"):
+        tokens(pipe, guidance_scale=1.0)
+    assert tokens(pipe, guidance_scale=1.0, negative_model=save_weaker(tmp_path / "weak", folder)).max() < 16
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fingerprint": "f" * 64}, "same tokenizer, whose fingerprint is .*, got ffffffffffff"),
+        ({"codebook_size": 8}, "negative_model must have codebook_size 16, .* got 8"),
+        ({"grid": (2, 4)}, r"negative_model must have grid \(4, 4\), .* got \(2, 4\)"),
+        ({"class_names": ("Bag", "T-shirt", "Trouser")}, "negative_model must have the classes .*Ankle boot.*got.*Bag"),
+        ({"attention": "causal"}, "the negative model is autoregressive"),
+    ],
+)
+def test_refuses_a_model_of_other_tokens(pipe, tiny_pretrained, tmp_path, changes, message):
+    other = save_weaker(tmp_path / "other", tiny_pretrained, **changes)
+    with pytest.raises(ValueError, match=message):
+        pipe.generate([0], negative_model=other)
+    with pytest.raises(ValueError, match=message):
+        MaskGIT.from_pretrained(tiny_pretrained, negative_model=other)
+
+
+def test_refuses_what_is_no_model(pipe, tmp_path, tiny_autoregressive, weaker):
+    with pytest.raises(FileNotFoundError, match=r"negative_model .*nowhere must be a run .*maskgit export RUN"):
+        pipe.generate([0], negative_model=tmp_path / "nowhere")
+    with pytest.raises(TypeError, match=r"negative_model must be a folder, .* got int"):
+        pipe.generate([0], negative_model=3)
+    with pytest.raises(ValueError, match="the model that generates is autoregressive"):
+        MaskGIT.from_pretrained(tiny_autoregressive).generate([0], negative_model=weaker)
+
+
+def test_no_class_needs_a_null_class_in_the_negative_model(pipe, tiny_pretrained, tmp_path):
+    weak = save_weaker(tmp_path / "weak", tiny_pretrained, class_dropout=0.0)
+    with pytest.raises(ValueError, match="negative_model must have a null class"):
+        pipe.generate([None], negative_model=weak)
+    with pytest.raises(ValueError, match="negative_model must have a null class"):
+        pipe.generate([0], negative_model=weak, negative_classes=[None])
+    assert len(pipe.generate([0], negative_model=weak, negative_classes=[1])) == 1
+
+
+def test_decoding_json_records_the_negative_model_and_moves_with_the_folders(tiny_pretrained, weaker, tmp_path):
+    shutil.copytree(tiny_pretrained, tmp_path / "pretrained")
+    pipe = MaskGIT.from_pretrained(tmp_path / "pretrained", negative_model=weaker)
+    decoding = pipe.decoding_with(guidance_scale=2.0)
+    save_decoding(tmp_path / "pretrained", decoding, negative_model=pipe.negative_model.folder)
+    content = json.loads((tmp_path / "pretrained" / "decoding.json").read_text())
+    assert content["negative_model"]["folder"] == "../early/transformer"
+    expected = tokens(pipe, guidance_scale=2.0)
+    assert Outline.read(tmp_path / "pretrained").has_negative_model
+    (tmp_path / "moved").mkdir()
+    for name in ("pretrained", "early"):
+        shutil.move(tmp_path / name, tmp_path / "moved" / name)
+    again = MaskGIT.from_pretrained(tmp_path / "moved" / "pretrained")
+    assert torch.equal(tokens(again), expected)
+    shutil.rmtree(tmp_path / "moved" / "early")
+    with pytest.raises(FileNotFoundError, match=r"negative_model: no transformer in .*early.*delete the file"):
+        MaskGIT.from_pretrained(tmp_path / "moved" / "pretrained")
+
+
+def test_a_changed_negative_model_is_named_in_a_warning(tiny_pretrained, weaker, tmp_path, caplog):
+    shutil.copytree(tiny_pretrained, tmp_path / "pretrained")
+    pipe = MaskGIT.from_pretrained(tmp_path / "pretrained", negative_model=weaker)
+    save_decoding(tmp_path / "pretrained", pipe.decoding, negative_model=pipe.negative_model.folder)
+    assert read_negative_model(tmp_path / "pretrained" / "decoding.json").samefile(weaker / "transformer")
+    assert not caplog.records
+    shutil.copy(tiny_pretrained / "transformer" / "model.safetensors", weaker / "transformer")
+    read_negative_model(tmp_path / "pretrained" / "decoding.json")
+    assert "has other weights than those of the search" in caplog.text
+
+
+@pytest.mark.parametrize("entry", ["early", 3, {"folder": "early"}, {"folder": 1, "transformer": "a"}])
+def test_refuses_a_record_that_is_none(tmp_path, entry):
+    file = tmp_path / "decoding.json"
+    file.write_text(json.dumps({"negative_model": entry}))
+    with pytest.raises(ValueError, match="negative_model must be a mapping with the texts folder and transformer"):
+        read_negative_model(file)
+
+
+def test_a_saved_pipeline_holds_its_negative_model(tiny_pretrained, weaker, tmp_path):
+    pipe = MaskGIT.from_pretrained(tiny_pretrained, negative_model=weaker)
+    pipe.save_pretrained(tmp_path / "copy")
+    shutil.rmtree(weaker)
+    again = MaskGIT.from_pretrained(tmp_path / "copy")
+    assert torch.equal(tokens(again, guidance_scale=3.0), tokens(pipe, guidance_scale=3.0))
+    again.save_pretrained(tmp_path / "copy")  # into its own folder
+    assert MaskGIT.from_pretrained(tmp_path / "copy").negative_model is not None
+    from_memory = MaskGIT.from_pretrained(tiny_pretrained, negative_model=pipe)
+    with pytest.raises(ValueError, match="negative_model must be read from a folder to be saved"):
+        from_memory.save_pretrained(tmp_path / "other")
+
+
+def test_a_cast_or_quantized_pipeline_keeps_its_negative_model(tiny_pretrained, weaker):
+    pipe = MaskGIT.from_pretrained(tiny_pretrained, negative_model=weaker).to("cpu", dtype=torch.bfloat16)
+    assert next(pipe.negative_model.transformer.network.parameters()).dtype == torch.bfloat16
+    assert tokens(pipe, guidance_scale=2.0).max() < 16
+    quantized = MaskGIT.from_pretrained(tiny_pretrained, negative_model=weaker).quantize()
+    assert tokens(quantized, guidance_scale=2.0).max() < 16
+
+
+def test_many_images_are_not_mixed_with_those_of_another_negative_model(pipe, tiny_pretrained, weaker, tmp_path):
+    file = tmp_path / "made.npz"
+    generate_many(pipe, file, num_images=6, part_size=3)
+    guided = MaskGIT.from_pretrained(tiny_pretrained, negative_model=weaker)
+    with pytest.raises(ValueError, match="negative_model None -> "):
+        generate_many(guided, file, num_images=6, part_size=3)
+    other = tmp_path / "other.npz"
+    generate_many(guided, other, num_images=6, part_size=3)
+    with np.load(file) as first, np.load(other) as second:
+        assert (first["arr_0"] != second["arr_0"]).any()
+    # Without guidance the negative model changes nothing, and is not part of the plan.
+    generate_many(guided, tmp_path / "plain.npz", num_images=6, part_size=3, guidance_scale=0)
+    assert generate_many(pipe, tmp_path / "plain.npz", num_images=6, part_size=3, guidance_scale=0).made == 0

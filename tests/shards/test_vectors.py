@@ -1,0 +1,280 @@
+"""Vectors of images: what is accepted and refused, and their way from files through shards and back."""
+
+import io
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from maskgit_pl.errors import DataChangedError
+from maskgit_pl.shards.images import decode_image, encode_png
+from maskgit_pl.shards.index import find_shards, index_shards
+from maskgit_pl.shards.manifest import check_vectors, load_manifest, read_manifest_summary
+from maskgit_pl.shards.reader import ShardReader
+from maskgit_pl.shards.scan_progress import PROGRESS
+from maskgit_pl.shards.sources import open_source
+from maskgit_pl.shards.vectors import VectorKind, parse_vector, read_vector_file
+from maskgit_pl.shards.verify import verify_shards
+from maskgit_pl.shards.writer import make_shards
+
+DIM = 5
+
+
+def npy(array: object, **options: bool) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, **options)
+    return file.getvalue()
+
+
+def vector(number: int, dtype: str = "float16") -> np.ndarray:
+    return (number + np.arange(DIM) / 8).astype(dtype)
+
+
+def write_images(folder: Path, *, count: int = 8, dtype: str = "float16") -> Path:
+    """Writes images of two classes, whose first pixel is their number, with a vector beside each."""
+    for number in range(count):
+        place = folder / "ab"[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = torch.full((1, 4, 4), number, dtype=torch.uint8)
+        (place / f"{number}.png").write_bytes(encode_png(pixels))
+        np.save(place / f"{number}.npy", vector(number, dtype))
+    return folder
+
+
+def make(source: Path, out: Path, **options: object) -> Path:
+    make_shards(open_source(source, val_fraction=0.3), out, shard_size=3, **options)
+    return out
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vectors")
+    return make(write_images(folder / "images", count=20), folder / "shards")
+
+
+HUGE_HEADER = b"\x93NUMPY\x02\x00" + (2**31).to_bytes(4, "little") + b"{'descr': '<f4'}"
+HOSTILE = {
+    "pickle": (pickle.dumps([1]), r"must be a \.npy file"),
+    "objects": (
+        npy(np.array([{}], dtype=object), allow_pickle=True),
+        "must hold float16 or float32 values, got pickled Python objects",
+    ),
+    "a header of 2 GiB": (HUGE_HEADER, r"must be a \.npy file"),
+    "a header that is code": (npy(vector(0)).replace(b"'descr'", b"exit(1)"), r"must be a \.npy file"),
+    "empty": (b"", r"must be a \.npy file"),
+    "NaN": (npy(np.array([1, np.nan, 2], np.float32)), "must have finite values, got nan at place 1"),
+    "infinity": (npy(np.array([np.inf], np.float16)), "must have finite values, got inf at place 0"),
+    "float64": (npy(np.zeros(3)), "must hold little-endian float16 or float32 values, got <f8"),
+    "integers": (npy(np.zeros(3, np.int64)), "must hold little-endian float16 or float32 values, got <i8"),
+    "big-endian": (npy(np.zeros(3, ">f4")), "must hold little-endian float16 or float32 values, got >f4"),
+    "two dimensions": (npy(np.zeros((1, 3), np.float32)), r"must have 1 dimension, got shape \(1, 3\)"),
+    "a number": (npy(np.float32(1)), r"must have 1 dimension, got shape \(\)"),
+    "no values": (npy(np.zeros(0, np.float32)), "must have 1 to 65536 values, got 0"),
+    "too many values": (npy(np.zeros(2**16 + 1, np.float16)), "must have 1 to 65536 values, got 65537"),
+    "truncated": (npy(vector(0))[:-1], "must hold 5 float16 values, 10 bytes, got 9 bytes"),
+    "longer": (npy(vector(0)) + b"x", "must hold 5 float16 values, 10 bytes, got 11 bytes"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_file_that_is_no_vector_is_refused_by_name(kind: str) -> None:
+    data, message = HOSTILE[kind]
+    with pytest.raises(ValueError, match=rf"vector a/1\.npy {message}"):
+        parse_vector(data, name="a/1.npy")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("version", [(1, 0), (2, 0)])
+def test_values_start_where_the_header_says(dtype: str, version: tuple[int, int]) -> None:
+    file = io.BytesIO()
+    np.lib.format.write_array(file, vector(3, dtype), version=version)
+    kind, start = parse_vector(file.getvalue(), name="v")
+    assert kind == VectorKind(DIM, dtype)
+    assert np.array_equal(np.frombuffer(file.getvalue(), dtype, offset=start), vector(3, dtype))
+
+
+def test_no_more_of_a_file_is_read_than_a_vector_can_have(tmp_path: Path) -> None:
+    with open(tmp_path / "large.npy", "wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(ValueError, match="vector large must have at most 266240 bytes, got more"):
+        read_vector_file(tmp_path / "large.npy", name="large")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_each_image_keeps_its_vector_through_make_verify_and_read(tmp_path: Path, dtype: str) -> None:
+    folder = make(write_images(tmp_path / "images", count=20, dtype=dtype), tmp_path / "shards", size=4)
+    assert read_manifest_summary(folder).vectors == VectorKind(DIM, dtype)
+    assert verify_shards(folder).bad == ()
+    seen = set()
+    for split in ("train", "val"):
+        manifest = load_manifest(folder, split)
+        check_vectors(manifest)
+        reader = ShardReader(manifest)
+        for index in range(len(reader)):
+            number = int(decode_image(reader.read(index), channels=1, name="")[0, 0, 0])
+            (read,) = reader.vector_reader.read(np.array([index]))
+            assert read.dtype == np.float32
+            assert np.array_equal(read, vector(number, dtype).astype(np.float32))
+            seen.add(number)
+    assert seen == set(range(20))
+
+
+def test_other_vectors_of_the_same_images_are_other_data(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", count=20)
+    first = open_source(images, val_fraction=0.3).describe()
+    assert open_source(images, val_fraction=0.3).describe() == first
+    np.save(images / "a" / "0.npy", vector(77))
+    assert open_source(images, val_fraction=0.3).describe() != first
+
+
+def test_without_vectors_the_record_and_the_fingerprint_are_those_of_plain_images(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", count=20)
+    make_shards(open_source(images, val_fraction=0.3, vectors=False), tmp_path / "ignored")
+    for path in images.rglob("*.npy"):
+        path.unlink()
+    make_shards(open_source(images, val_fraction=0.3), tmp_path / "plain")
+    assert read_manifest_summary(tmp_path / "ignored") == read_manifest_summary(tmp_path / "plain")
+    assert "vector" not in (tmp_path / "plain" / "train.json").read_text()
+    assert "vectors" not in json.loads((tmp_path / "plain" / "made_from.json").read_text())["source"]
+
+
+def test_an_image_without_a_vector_is_named_or_left_out(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", count=20)
+    (images / "a" / "0.npy").unlink()
+    (images / "b" / "1.npy").write_bytes(npy(np.zeros(DIM + 1, np.float16)))
+    with pytest.raises(ValueError, match=r"must have the vector 0\.npy beside it, got none") as error:
+        make(images, tmp_path / "shards")
+    assert "1.npy must have 5 float16 values" in str(error.value)
+    assert "--no-vectors" in str(error.value)
+    folder = make(images, tmp_path / "shards", lenient=True)
+    assert sum(read_manifest_summary(folder).samples.values()) == 18
+
+
+def tar_folder(tmp_path: Path, tars, members: dict[str, list[tuple[str, bytes]]]) -> Path:
+    for split, extra in members.items():
+        samples = [member for member in tars.samples(3) if member[0] not in dict(extra)]
+        by_key = sorted([*samples, *extra], key=lambda member: member[0].split(".")[0])
+        tars.write(tmp_path / f"{split}-0.tar", by_key)
+    return tmp_path
+
+
+def index(folder: Path, **options: object):
+    return index_shards(folder, {split: find_shards(folder, f"{split}-*.tar") for split in ("train", "val")}, **options)
+
+
+def three(**changed: bytes) -> list[tuple[str, bytes]]:
+    """Returns a vector member for each of three samples, some of them replaced."""
+    return [(f"{n:04d}.npy", changed.get(f"k{n}", npy(vector(n)))) for n in range(3)]
+
+
+def test_vectors_of_existing_tars_are_indexed(tmp_path: Path, tars) -> None:
+    folder = tar_folder(tmp_path, tars, {"train": three(), "val": three()})
+    manifest = index(folder).manifests["val"]
+    assert manifest.vectors.kind == VectorKind(DIM, "float16")
+    read = ShardReader(load_manifest(folder, "val")).vector_reader.read(np.arange(3))
+    assert np.array_equal(read, [vector(n) for n in range(3)])
+    assert not (folder / PROGRESS).exists()
+
+
+def test_all_faulty_vectors_are_listed_with_the_way_out(tmp_path: Path, tars) -> None:
+    bad = npy(np.zeros((1, DIM), np.float16))
+    folder = tar_folder(tmp_path, tars, {"train": three(k1=bad), "val": three()[:2]})
+    with pytest.raises(ValueError, match="1 with a vector that cannot be used") as error:
+        index(folder)
+    for part in ("train-0.tar:0001.npy must have 1 dimension", "1 without a vector (first val-0.tar:0002", "--lenient",
+                 "--no-vectors ignores .npy members"):  # fmt: skip
+        assert part in str(error.value)
+    kept = index(folder, lenient=True).manifests
+    assert {split: manifest.samples for split, manifest in kept.items()} == {"train": 2, "val": 2}
+    assert kept["val"].left_out == {"without a vector": 1}
+    assert verify_shards(folder).bad == ()
+    ignored = index(folder, vectors=False)
+    assert ignored.manifests["train"].vectors is None
+    assert ignored.ignored == {"train": {".npy": 3}, "val": {".npy": 2}}
+
+
+def test_vectors_of_two_sizes_are_refused_within_and_between_shards(tmp_path: Path, tars) -> None:
+    other = npy(vector(0, "float32"))
+    folder = tar_folder(tmp_path, tars, {"train": three(k2=other), "val": three()})
+    with pytest.raises(ValueError, match=r"0002\.npy must have 5 float16 values as those before it, got 5 float32"):
+        index(folder)
+    tar_folder(tmp_path, tars, {"val": [(name, other) for name, _ in three()], "train": three()})
+    with pytest.raises(ValueError, match="vectors must have 5 float16 values, as those of the first shard, got 5 flo"):
+        index(folder, lenient=True)
+
+
+def test_two_vectors_of_a_sample_are_a_fault(tmp_path: Path, tars) -> None:
+    folder = tar_folder(tmp_path, tars, {"train": [*three(), ("0001.npy", npy(vector(1)))], "val": three()})
+    with pytest.raises(ValueError, match="1 with two vectors"):
+        index(folder)
+
+
+def copy(folder: Path, to: Path) -> Path:
+    return shutil.copytree(folder, to)
+
+
+def test_verify_names_changed_vectors(shards: Path, tmp_path: Path) -> None:
+    folder = copy(shards, tmp_path / "shards")
+    array = np.load(folder / "train-vectors.npy")
+    array[1, 2] += 1
+    np.save(folder / "train-vectors.npy", array)
+    load_manifest(folder, "train")  # the quick check does not read it
+    (bad, wrong) = verify_shards(folder).bad
+    assert (bad.name, bad.reason) == ("train-vectors.npy", "vectors changed since they were indexed")
+    assert "row 1 of train-vectors.npy" in wrong.expected
+    with pytest.raises(ValueError, match=r"train-vectors\.npy changed since they were indexed"):
+        check_vectors(load_manifest(folder, "train"))
+
+
+def test_a_missing_or_truncated_array_is_found_before_it_is_read(shards: Path, tmp_path: Path) -> None:
+    folder = copy(shards, tmp_path / "shards")
+    reader = ShardReader(load_manifest(folder, "train")).vector_reader
+    reader.read(np.array([0]))
+    with open(folder / "train-vectors.npy", "r+b") as file:
+        file.truncate(130)
+    with pytest.raises(DataChangedError, match="was truncated"):
+        reader.read(np.array([0]))
+    with pytest.raises(ValueError, match=r"train-vectors\.npy"):
+        load_manifest(folder, "train")
+    (folder / "train-vectors.npy").unlink()
+    with pytest.raises(ValueError, match=r"train-vectors\.npy do not exist"):
+        load_manifest(folder, "train")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("vector_dim", 0, "must be given together, got no vector_dim"),
+        ("vector_dim", 70_000, r"vector_dim must be an integer in \[1, 65536\]"),
+        ("vector_dim", "5", "vector_dim must be an integer"),
+        ("vector_dtype", "float64", "vector_dtype must be one of"),
+        ("vectors_sha256", "x", "vectors_sha256 must be"),
+        ("vector_dim", DIM + 1, "train-vectors.npy must be"),
+    ],
+)
+def test_a_hostile_manifest_is_refused(shards: Path, tmp_path: Path, key: str, value: object, message: str) -> None:
+    folder = copy(shards, tmp_path / "shards")
+    content = json.loads((folder / "train.json").read_text())
+    (folder / "train.json").write_text(json.dumps(content | {key: value}))
+    with pytest.raises(ValueError, match=message):
+        load_manifest(folder, "train")
+
+
+def test_an_interrupted_index_run_keeps_the_vectors_it_has_scanned(tmp_path: Path, tars) -> None:
+    folder = tar_folder(tmp_path, tars, {"train": three(), "val": three()})
+    calls = []
+
+    def stop(split: str, total: int) -> None:
+        calls.append(split)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        index(folder, on_shard=stop)
+    assert '"vectors"' in (folder / PROGRESS).read_text()
+    resumed = index(folder).manifests["train"]
+    assert resumed == index(folder).manifests["train"]

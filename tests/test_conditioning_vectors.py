@@ -1,0 +1,261 @@
+"""A vector for each image conditions the network: training, decoding with guidance, and the pipeline."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from maskgit_pl import MaskGIT
+from maskgit_pl.data import Batch, ShardData, TokenizingConfig, describe_store, tokenize
+from maskgit_pl.decoding import ConditionalModel, DecodingConfig, FirstStepLogits
+from maskgit_pl.decoding.predictors import build_class_predictor
+from maskgit_pl.networks.adaln import AdaLNConfig, AdaLNTransformer
+from maskgit_pl.networks.transformer import TransformerConfig
+from maskgit_pl.pretrained import fingerprint, save_transformer
+from maskgit_pl.shards.images import encode_png
+from maskgit_pl.shards.index import find_shards, index_shards
+from maskgit_pl.shards.samples import Sample
+from maskgit_pl.shards.writer import write_split
+from maskgit_pl.training.optimizers import LearningRate
+from tests.modules import masked_model
+from tests.shards.test_vectors import npy
+from tests.short_runs import data, fit
+
+DIM, KINDS, CPU = 4, 3, torch.device("cpu")
+VECTORS = torch.randn(KINDS, DIM, generator=torch.Generator().manual_seed(1)).numpy()  # one for each kind of image
+
+
+def config(**options: object) -> AdaLNConfig:
+    sizes = {"embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_dim": 32, "dropout": 0.0, "condition_dim": DIM}
+    return AdaLNConfig(16, 3, (4, 4), **{**sizes, **options})
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data of one class, whose images are of three kinds that only their vectors tell apart."""
+    folder = tmp_path_factory.mktemp("vectors")
+    for split, count in (("train", 48), ("val", 24)):
+        kinds = [number % KINDS for number in range(count)]
+        samples = (
+            Sample(encode_png(torch.full((1, 8, 8), 5 * kind, dtype=torch.uint8)), "png", 0, "", npy(VECTORS[kind]))
+            for kind in kinds
+        )
+        write_split(samples, folder, split, shard_size=20)
+    index_shards(
+        folder, {split: find_shards(folder, f"{split}-*.tar") for split in ("train", "val")}, classes=("a", "b", "c")
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tokens that are all 0, all 5 or all 10: the kind of the image."""
+    folder = tmp_path_factory.mktemp("store")
+    description = describe_store(shards, grid=(4, 4), codebook_size=16, tokenizer="f" * 64, image_size=8)
+    tokenize(
+        shards,
+        folder,
+        description,
+        encode=lambda images: images[:, 0, ::2, ::2].flatten(1).long(),
+        in_channels=1,
+        config=TokenizingConfig(batch_size=16),
+    )
+    return folder
+
+
+def source(shards: Path, store: Path, **options: object) -> ShardData:
+    return data(shards, store, **{"vectors": True, **options})
+
+
+def train(shards: Path, store: Path, pretrained: Path, folder: Path, **options: object):
+    torch.manual_seed(0)
+    network = config(**({} if options.get("vectors", True) else {"condition_dim": 0}))
+    module = masked_model(network, pretrained / "tokenizer", rate=LearningRate(1e-2), ema_decay=0.0, label_smoothing=0)
+    data_module = source(shards, store, **options)
+    seen = fit(module, data_module, steps=60, folder=folder)
+    return module, float(np.mean([float.fromhex(loss) for loss in seen.losses[-20:]]))
+
+
+@pytest.fixture(scope="module")
+def trained(shards, store, tiny_pretrained, tmp_path_factory):
+    return train(shards, store, tiny_pretrained, tmp_path_factory.mktemp("with"))
+
+
+def test_a_network_learns_that_the_vector_decides_the_image(shards, store, tiny_pretrained, trained, tmp_path) -> None:
+    _, with_vectors = trained
+    _, without = train(shards, store, tiny_pretrained, tmp_path, vectors=False)
+    assert with_vectors < 0.5 * without
+
+
+def test_samples_have_the_kind_of_their_vector(trained) -> None:
+    module, _ = trained
+    *_, last = module.sample([0] * 6, range(6), torch.from_numpy(VECTORS).repeat(2, 1))
+    assert last.tokens.float().mean(1).div(5).round().int().tolist() == [0, 1, 2] * 2
+
+
+def test_class_dropout_hides_the_vector_with_the_class(trained) -> None:
+    module, _ = trained
+    null = module.config.network.null_label
+    tokens, mask = torch.full((2, 16), 3), torch.ones(2, 16, dtype=torch.bool)
+    labels = torch.tensor([null, null])
+    logits = module.transformer.forward_masked(tokens, labels, mask, vectors=torch.randn(2, DIM)).view(2, 16, -1)
+    torch.testing.assert_close(logits[0], logits[1])
+
+
+def test_a_batch_without_the_vectors_of_the_network_is_refused() -> None:
+    index = torch.arange(2)
+    batch = Batch(torch.zeros(2, 16), index, index, index, index, index >= 0)
+    assert batch.vectors_for(0) is None
+    with pytest.raises(ValueError, match=r"condition_dim of the network must be 0, .* got 4; set data\.vectors: true"):
+        batch.vectors_for(DIM)
+    batch = batch._replace(vectors=torch.zeros(2, 3))
+    assert batch.vectors_for(0) is None
+    with pytest.raises(ValueError, match="condition_dim of the network must be 3"):
+        batch.vectors_for(DIM)
+
+
+def test_bert_refuses_vectors_by_name() -> None:
+    with pytest.raises(ValueError, match=r"condition_dim must be 0 for the backbone bert.* use the backbone adaln"):
+        TransformerConfig(16, 3, (4, 4), condition_dim=DIM)
+
+
+@pytest.fixture(scope="module")
+def network() -> AdaLNTransformer:
+    """A frozen network with peaked random weights, in which every condition matters."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = config().create()
+        for parameter in made.parameters():
+            parameter.data = torch.randn_like(parameter) * 0.3
+    return made.eval().requires_grad_(False)
+
+
+def conditional(network: AdaLNTransformer, **options: object) -> ConditionalModel[AdaLNTransformer]:
+    return ConditionalModel.from_network(network, CPU, **options)
+
+
+@pytest.fixture(scope="module")
+def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(16, (3, 16), generator=generator)
+    positions = torch.stack([torch.randperm(16, generator=generator)[:5] for _ in range(3)])
+    return tokens.scatter(1, positions, 16), positions, torch.randn(3, DIM, generator=generator)
+
+
+@pytest.mark.parametrize("negative", [None, [0, 0, 1]])
+def test_guidance_is_the_two_forwards_by_hand(network, batch, negative: list[int] | None) -> None:
+    tokens, positions, vectors = batch
+    none = positions[:, :0]
+    labels, null = torch.tensor([2, 1, 2]), torch.full((3,), network.config.null_label)
+    predictor = build_class_predictor(
+        conditional(network).bind(vectors), labels.tolist(), negative_labels=negative, scales=[0.0, 1.5, 1.5]
+    )
+    given = network.forward_at(tokens, labels, positions, vectors=vectors)
+    # A negative class keeps the vector; the null label hides it, whatever it is.
+    other = null if negative is None else torch.tensor(negative)
+    hidden = network.forward_at(tokens, other, positions, vectors=torch.randn(3, DIM) if negative is None else vectors)
+    torch.testing.assert_close(predictor(tokens, positions, none), given)
+    for _ in range(2):
+        torch.testing.assert_close(predictor(tokens, positions, none), given + 1.5 * (given - hidden))
+
+
+def test_the_first_step_is_never_shared_between_images_of_a_class(network, batch) -> None:
+    *_, vectors = batch
+    cache = FirstStepLogits(network, num_tokens=16, mask_token_id=16)
+    model = conditional(network, first_step_logits=cache).bind(vectors)
+    predictor = build_class_predictor(model, [1, 1, 1], scales=[2.0], all_masked=True)
+    everything = torch.arange(16).expand(3, 16)
+    logits = predictor(torch.full((3, 16), 16), everything, everything[:, :0])
+    assert (logits[0] - logits[1]).abs().max() > 0.1
+    assert not cache._known
+
+
+def test_a_negative_model_gets_the_vectors_if_it_was_trained_with_them(network, batch) -> None:
+    tokens, positions, vectors = batch
+    plain = config(condition_dim=0).create().eval()
+    labels = torch.tensor([0, 1, 2])
+    for weaker, arguments in ((network, {"vectors": vectors}), (plain, {})):
+        model = conditional(network)
+        model = ConditionalModel(**{**vars(model), "negative": conditional(weaker)}).bind(vectors)
+        predictor = build_class_predictor(model, labels.tolist(), scales=[1.0])
+        given = network.forward_at(tokens, labels, positions, vectors=vectors)
+        other = weaker.forward_at(tokens, labels, positions, **arguments)
+        torch.testing.assert_close(predictor(tokens, positions, positions[:, :0]), 2 * given - other)
+
+
+@pytest.fixture(scope="module")
+def pretrained(network, tiny_pretrained, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pipe") / "pretrained"
+    shutil.copytree(tiny_pretrained / "tokenizer", folder / "tokenizer")
+    save_transformer(
+        folder / "transformer",
+        network.config,
+        network.state_dict(),
+        mask_schedule="cosine",
+        decoding=DecodingConfig(num_steps=4, guidance={"name": "linear", "scale": 1.0}),
+        class_names=("a", "b", "c"),
+        tokenizer_fingerprint=fingerprint(folder / "tokenizer"),
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipe(pretrained: Path) -> MaskGIT:
+    return MaskGIT.from_pretrained(pretrained)
+
+
+def test_an_image_follows_its_vector_in_any_batch(pipe: MaskGIT) -> None:
+    vectors = np.random.default_rng(0).normal(size=(4, DIM)).astype(np.float16)
+    whole = pipe.generate(["a", "b", "c", "a"], vectors=vectors, output_type="np", seed=3)
+    alone = pipe.generate(["c"], vectors=vectors[2:3], output_type="np", seed=5)
+    assert np.abs(whole[2].astype(int) - alone[0]).max() <= 1
+    parts = pipe.generate(
+        ["a", "b", "c", "a"], vectors=torch.from_numpy(vectors), output_type="np", seed=3, batch_size=3
+    )
+    assert np.abs(whole.astype(int) - parts).max() <= 1
+    other = pipe.generate(["a", "b", "c", "a"], vectors=vectors[::-1].copy(), output_type="np", seed=3)
+    assert not np.array_equal(whole[0], other[0])
+    one = pipe.generate(["a", "b"], vectors=vectors[1], output_type="np")
+    assert np.array_equal(one, pipe.generate(["a", "b"], vectors=vectors[[1, 1]], output_type="np"))
+
+
+def test_no_class_needs_no_vector(pipe: MaskGIT) -> None:
+    assert len(pipe.generate([None, None])) == 2
+
+
+@pytest.mark.parametrize(
+    ("classes", "vectors", "message"),
+    [
+        (["a"], None, r"vectors must be given: .* a vector of 4 values for each image, got none; .* shape \(1, 4\)"),
+        (["a"], np.zeros((1, 5)), r"vectors must have shape \(1, 4\), .* got \(1, 5\)"),
+        (["a", "b"], np.zeros((1, 4)), r"vectors must have shape \(2, 4\), .* got \(1, 4\)"),
+        (["a"], np.full((1, 4), np.nan), "vectors must be finite"),
+        ([None], np.zeros((1, 4)), "classes must be given with vectors"),
+    ],
+)
+def test_wrong_vectors_are_refused_with_what_to_give(pipe: MaskGIT, classes, vectors, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pipe.generate(classes, vectors=vectors)
+
+
+def test_a_model_without_vectors_refuses_them(tiny_pretrained: Path) -> None:
+    with pytest.raises(ValueError, match="trained without vectors; leave them out"):
+        MaskGIT.from_pretrained(tiny_pretrained).generate([0], vectors=np.zeros((1, 4)))
+
+
+def test_edits_follow_a_vector(pipe: MaskGIT) -> None:
+    image, mask = Image.new("L", (8, 8), 90), Image.new("L", (8, 8), 0)
+    mask.paste(255, (0, 0, 4, 8))
+    made = [
+        np.array(pipe.inpaint(image, mask, classes=["a"], vectors=np.full((1, DIM), value), blend=0)[0])
+        for value in (-3.0, 3.0)
+    ]
+    assert not np.array_equal(*made)
+    assert np.array_equal(made[0][:, 6:], np.array(image)[:, 6:])
+    wide = pipe.panorama(["a"], 16, vectors=np.ones((1, DIM)))
+    assert wide[0].size == (16, 8)
+    with pytest.raises(TypeError, match="context_cache must be 1"):
+        pipe.generate(["a"], vectors=np.ones((1, DIM)), context_cache=2)
