@@ -22,8 +22,10 @@ __all__ = [
     "generator_loss",
     "lecam_loss",
     "masked_cross_entropy",
+    "mean_over_rows",
     "r1_penalty",
     "reconstruction_loss",
+    "token_cross_entropy",
 ]
 
 AdversarialLoss = Literal["hinge", "non-saturating"]
@@ -52,15 +54,29 @@ def masked_cross_entropy(
 
     Source: released code, ``weighted_sequence_cross_entropy`` (it gives NaN for a row without masked tokens).
     """
+    losses, nll = token_cross_entropy(logits, targets, label_smoothing=label_smoothing)
+    return mean_over_rows(losses, rows, num_rows=num_rows), nll.detach()
+
+
+def token_cross_entropy(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Computes the cross-entropy of each token; see ``masked_cross_entropy`` for the arguments.
+
+    Returns:
+        (M,) float32 cross-entropies with label smoothing, and without.
+    """
     log_probabilities = F.log_softmax(logits.float(), dim=-1)
     nll = -log_probabilities.gather(1, targets.unsqueeze(1)).squeeze(1)  # (M,)
-    losses = nll
-    if label_smoothing > 0:
-        # -sum_v target_v log p_v, with the uniform part as a mean over the V columns.
-        losses = (1 - label_smoothing) * nll - label_smoothing * log_probabilities.mean(-1)
-    counts = torch.bincount(rows, minlength=num_rows)  # (B,): masked tokens of each row
-    loss = (losses / counts[rows]).sum() / num_rows
-    return loss, nll.detach()
+    if label_smoothing == 0:
+        return nll, nll
+    # -sum_v target_v log p_v, with the uniform part as a mean over the V columns.
+    losses = (1 - label_smoothing) * nll - label_smoothing * log_probabilities.mean(-1)
+    return losses, nll
+
+
+def mean_over_rows(losses: Tensor, rows: Tensor, *, num_rows: int) -> Tensor:
+    """Computes the mean over B rows of the mean loss of each row's tokens, a scalar; a row without tokens adds 0."""
+    counts = torch.bincount(rows, minlength=num_rows)  # (B,): tokens of each row
+    return (losses / counts[rows]).sum() / num_rows
 
 
 def reconstruction_loss(reconstruction: Tensor, images: Tensor, *, kind: ReconstructionLoss) -> Tensor:

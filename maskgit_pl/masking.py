@@ -1,6 +1,7 @@
 """The masks of training, drawn from the mask schedule that decoding follows too.
 
-``MaskSampler`` is used by ``mvtm.MaskedTokenModel``; ``random_mask`` also by ``evaluation.likelihood``.
+``MaskSampler`` is used by ``mvtm.MaskedTokenModel`` and, as ``random_mask``, by ``evaluation.likelihood``. The
+distribution of the ratio is one of ``mask_ratios``, the rule for the positions one of ``mask_positions``.
 """
 
 from __future__ import annotations
@@ -11,31 +12,12 @@ import torch
 from torch import Tensor
 
 from maskgit_pl.checks import check_number
+from maskgit_pl.mask_positions import Grid, MaskPositions, UniformPositions, random_mask
+from maskgit_pl.mask_ratios import MaskRatio, ScheduleRatio
 from maskgit_pl.randomness import random_bits, random_uniform
 from maskgit_pl.schedules import MaskSchedule, num_masked
 
 __all__ = ["MaskSampler", "random_mask"]
-
-
-def random_mask(count: Tensor, num_tokens: int, *, seed: int, index: Tensor, epoch: Tensor | int = 0) -> Tensor:
-    """Draws uniformly random masks with a given number of positions, a function of (seed, index, epoch) only.
-
-    Args:
-        count: (B,) int64 in [0, N]: masked positions of each row.
-        num_tokens: N, tokens per image.
-        seed: Seed in [0, 2**32).
-        index: (B,) int64 in [0, 2**32): sample index.
-        epoch: (B,) int64 or an integer, in [0, 2**32); each epoch gives other masks.
-
-    Returns:
-        (B, N) bool, True = masked.
-    """
-    # Sorting random keys gives a uniformly random order of the positions; its first `count` are masked. A stable sort
-    # breaks ties by position, so the mask is bit-exact on every device.
-    keys = random_bits("mask", seed=seed, index=index, epoch=epoch, count=num_tokens)  # (B, N)
-    order = keys.argsort(dim=1, stable=True)
-    is_first = torch.arange(num_tokens, device=keys.device) < count.unsqueeze(1)  # (B, N): columns in that order
-    return torch.zeros_like(is_first).scatter(1, order, is_first)
 
 
 @dataclass(frozen=True)
@@ -47,8 +29,8 @@ class MaskSampler:
     1. Draw u, uniform on [0, 1). The u of a global batch of G samples are stratified: u = (pi(slot) + v) / G, with a
        random permutation pi for each step and v uniform on (0, 1). Together they cover [0, 1) evenly, which lowers the
        variance of the gradient.
-    2. Compute the mask ratio max(gamma(u), min_mask_ratio).
-    3. Mask ceil(ratio N) positions, chosen uniformly.
+    2. Compute the mask ratio max(gamma(u), min_mask_ratio), or with another distribution than gamma(u).
+    3. Mask ceil(ratio N) positions, chosen uniformly or by another rule.
 
     The masks depend on (seed, sample, epoch, position) only, so they are equal for every number of ranks.
 
@@ -56,6 +38,8 @@ class MaskSampler:
         mask_schedule: gamma: the schedule object that the decoder holds too.
         seed: Seed in [0, 2**32).
         min_mask_ratio: Lower bound of the ratio, in [0, 1]. Ratios below it are raised to it, not rescaled.
+        mask_ratio: The distribution of the ratio.
+        mask_positions: The rule that chooses the positions.
 
     Raises:
         ValueError: if ``min_mask_ratio`` is out of range.
@@ -66,18 +50,51 @@ class MaskSampler:
     mask_schedule: MaskSchedule
     seed: int
     min_mask_ratio: float = 0.0
+    mask_ratio: MaskRatio = ScheduleRatio()  # noqa: RUF009  # frozen
+    mask_positions: MaskPositions = UniformPositions()  # noqa: RUF009  # frozen
 
     def __post_init__(self) -> None:
         check_number("min_mask_ratio", self.min_mask_ratio, "[0, 1]")
 
     def ratio(self, num_tokens: int, *, index: Tensor, epoch: Tensor, position: Tensor, global_batch: int) -> Tensor:
         """Draws mask ratios, (B,) float32 in [0, 1]; see ``mask`` for the arguments."""
-        # 1.
+        progress = self._draw_progress(index, epoch, position, global_batch)  # 1.
+        return self._ratio_at(progress, num_tokens)  # 2.
+
+    def slope(self, num_tokens: int, *, index: Tensor, epoch: Tensor, position: Tensor, global_batch: int) -> Tensor:
+        """Computes |d ratio / du| for the ratios of ``ratio``, (B,) float32 >= 0; infinite where the curve is vertical.
+
+        It is the inverse of the density of the ratio, so that a weight of ``slope`` turns an expectation under the
+        drawn ratios into one under uniform ratios.
+
+        Raises:
+            ValueError: if the ratio cannot be differentiated.
+        """
+        with torch.enable_grad():
+            progress = self._draw_progress(index, epoch, position, global_batch).requires_grad_()
+            ratio = self._ratio_at(progress, num_tokens)
+            if not ratio.requires_grad:
+                raise ValueError(
+                    f"mask_ratio must be differentiable for this objective, got {self.mask_ratio} and "
+                    f"{self.mask_schedule}; compute the ratio by torch operations on u, or choose another one"
+                )
+            (slope,) = torch.autograd.grad(ratio.sum(), progress)
+        return slope.abs()
+
+    def covers_all_counts(self, num_tokens: int) -> bool:
+        """Returns True if every number of masked tokens from 1 to N can be drawn."""
+        ends = self._ratio_at(torch.tensor([0.0, 1.0]), num_tokens)
+        low, high = (float(end) * num_tokens for end in (ends.min(), ends.max()))
+        return low <= 1 and high > num_tokens - 1 + 1e-3  # ceil gives 1 and N
+
+    def _draw_progress(self, index: Tensor, epoch: Tensor, position: Tensor, global_batch: int) -> Tensor:
+        """Draws u, (B,) float32 in [0, 1]."""
         stratum = self._draw_stratum(position, global_batch)
         jitter = random_uniform("mask-ratio", seed=self.seed, index=index, epoch=epoch)[:, 0]
-        progress = ((stratum + jitter) / global_batch).clamp(max=1.0)
-        # 2.
-        return self.mask_schedule(progress, num_tokens).clamp(min=self.min_mask_ratio)
+        return ((stratum + jitter) / global_batch).clamp(max=1.0)
+
+    def _ratio_at(self, progress: Tensor, num_tokens: int) -> Tensor:
+        return self.mask_ratio(progress, self.mask_schedule, num_tokens).clamp(min=self.min_mask_ratio)
 
     def _draw_stratum(self, position: Tensor, global_batch: int) -> Tensor:
         """Returns pi(slot), (B,) int64 in [0, G): the number of random keys of the step below the key of the slot."""
@@ -88,7 +105,16 @@ class MaskSampler:
         keys = words * global_batch + torch.arange(global_batch, device=words.device)  # (B, G)
         return (keys < keys.gather(1, slot.unsqueeze(1))).sum(1)
 
-    def mask(self, num_tokens: int, *, index: Tensor, epoch: Tensor, position: Tensor, global_batch: int) -> Tensor:
+    def mask(
+        self,
+        num_tokens: int,
+        *,
+        index: Tensor,
+        epoch: Tensor,
+        position: Tensor,
+        global_batch: int,
+        grid: Grid | None = None,
+    ) -> Tensor:
         """Draws the masks of a batch.
 
         Args:
@@ -97,10 +123,14 @@ class MaskSampler:
             epoch: (B,) int64 in [0, 2**32): epoch of each sample.
             position: (B,) int64: position in the training stream, step * global_batch + slot.
             global_batch: G, samples per step over all ranks.
+            grid: Rows and columns of tokens, for rules that depend on the place.
 
         Returns:
             (B, N) bool, True = masked; each row has 1 to N masked positions.
+
+        Raises:
+            ValueError: if the rule for the positions requires a grid and ``grid`` is None.
         """
         ratio = self.ratio(num_tokens, index=index, epoch=epoch, position=position, global_batch=global_batch)
         count = num_masked(ratio, num_tokens, rounding="ceil")  # 3.
-        return random_mask(count, num_tokens, seed=self.seed, index=index, epoch=epoch)
+        return self.mask_positions.mask(count, num_tokens, grid=grid, seed=self.seed, index=index, epoch=epoch)

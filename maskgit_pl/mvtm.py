@@ -10,14 +10,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from maskgit_pl.checks import check_integer, check_number
+from maskgit_pl.corruption import Corruption, corruptions
 from maskgit_pl.data import Batch
 from maskgit_pl.decoding import ConditionalModel, DecodingConfig, DecodingStep, decode_classes
+from maskgit_pl.losses import token_cross_entropy
+from maskgit_pl.mask_positions import mask_positions
+from maskgit_pl.mask_ratios import mask_ratios
 from maskgit_pl.masking import MaskSampler
 from maskgit_pl.networks.backbone import create_network
-from maskgit_pl.schedules import mask_schedules
+from maskgit_pl.objectives import Objective, TokenLosses, objectives
+from maskgit_pl.schedules import MaskSchedule, mask_schedules
 from maskgit_pl.token_model import NUM_BINS, TokenModel, TokenModelConfig, check_decoding
 
 __all__ = ["MaskedTokenConfig", "MaskedTokenModel"]
@@ -42,17 +48,25 @@ class MaskedTokenConfig(TokenModelConfig):
             stratified; see ``MaskSampler``.
         mask_schedule: Name or mapping of a registered mask schedule, for training and decoding.
         min_mask_ratio: Lower bound of the mask ratio in training, in [0, 1].
+        mask_ratio: Name or mapping of a registered distribution of the mask ratio in training.
+        mask_positions: Name or mapping of a registered rule for the positions that are masked in training.
+        objective: Name or mapping of a registered objective, the loss of the training.
+        corruption: Name or mapping of a registered corruption of visible tokens in training; None for none.
         decoding: Decoding settings for sample images, and of the exported model.
 
     Raises:
-        ValueError: if a number is out of range, a name is unknown, there are more decoding steps than tokens, or
-            guidance is set without a null class.
+        ValueError: if a number is out of range, a name is unknown, there are more decoding steps than tokens, guidance
+            is set without a null class, or the objective ``elbo`` is given mask ratios that leave out some counts.
     """
 
     _: KW_ONLY
     global_batch: int
     mask_schedule: str | dict[str, Any] = "cosine"
     min_mask_ratio: float = 0.0
+    mask_ratio: str | dict[str, Any] = "schedule"
+    mask_positions: str | dict[str, Any] = "uniform"
+    objective: str | dict[str, Any] = "masked_cross_entropy"
+    corruption: str | dict[str, Any] | None = None
     decoding: DecodingConfig = DecodingConfig()  # noqa: RUF009  # frozen
 
     def __post_init__(self) -> None:
@@ -63,9 +77,40 @@ class MaskedTokenConfig(TokenModelConfig):
                 "AutoregressiveModel trains a causal transformer"
             )
         check_integer("global_batch", self.global_batch, "[1, 4294967296]")
-        mask_schedules.build(self.mask_schedule)
         check_number("min_mask_ratio", self.min_mask_ratio, "[0, 1]")
+        self.build_objective(self.build_sampler(mask_schedules.build(self.mask_schedule)))
+        self.build_corruption()
         check_decoding(self.decoding, self.network, is_autoregressive=False)
+
+    def build_sampler(self, mask_schedule: MaskSchedule) -> MaskSampler:
+        """Builds the sampler of the masks, which holds ``mask_schedule``."""
+        return MaskSampler(
+            mask_schedule,
+            self.seed,
+            self.min_mask_ratio,
+            mask_ratios.build(self.mask_ratio),
+            mask_positions.build(self.mask_positions),
+        )
+
+    def build_objective(self, sampler: MaskSampler) -> Objective:
+        """Builds the objective, and checks that it can be used with the mask ratios of ``sampler``."""
+        objective = objectives.build(self.objective)
+        if not objective.needs_slopes:
+            return objective
+        if not sampler.covers_all_counts(self.network.num_tokens):
+            raise ValueError(
+                f"objective {self.objective!r} must be used with mask ratios that give every count from 1 to "
+                f"{self.network.num_tokens}, got mask_ratio {self.mask_ratio!r}, mask_schedule {self.mask_schedule!r} "
+                f"and min_mask_ratio {self.min_mask_ratio:g}; use mask_ratio uniform, or schedule with cosine or "
+                "linear, and min_mask_ratio 0"
+            )
+        index = torch.zeros(1, dtype=torch.int64)
+        sampler.slope(self.network.num_tokens, index=index, epoch=index, position=index, global_batch=1)
+        return objective
+
+    def build_corruption(self) -> Corruption | None:
+        """Builds the corruption of visible tokens, if there is one."""
+        return None if self.corruption is None else corruptions.build(self.corruption)
 
 
 class MaskedTokenModel(TokenModel):
@@ -84,19 +129,83 @@ class MaskedTokenModel(TokenModel):
         super().__init__(config, create_network(config.network), config.decoding)
         self.mask_schedule_spec = config.mask_schedule
         self.mask_schedule = mask_schedules.build(config.mask_schedule)
-        self.mask_sampler = MaskSampler(self.mask_schedule, config.seed, config.min_mask_ratio)
+        self.mask_sampler = config.build_sampler(self.mask_schedule)
+        self.objective = config.build_objective(self.mask_sampler)
+        self.corruption = config.build_corruption()
         self.decoder = config.decoding.build_decoder(self.mask_schedule)
 
     def _draw_mask(self, batch: Batch) -> Tensor:
         if self.training:  # validation batches may have other sizes
             self._check_batch(len(batch.labels))
         return self.mask_sampler.mask(
-            self.config.network.num_tokens,
+            self.config.network.num_tokens, **self._place(batch), grid=self.config.network.grid
+        )
+
+    def _place(self, batch: Batch) -> dict[str, Any]:
+        """Returns the arguments of the mask sampler that say which samples of the training a batch holds."""
+        place = {"index": batch.index, "epoch": batch.epoch, "position": batch.position}
+        return {**place, "global_batch": self.config.global_batch}
+
+    def _compute_training_losses(
+        self, batch: Batch, tokens: Tensor, labels: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Computes the loss of the objective, and of each masked token the NLL (M,) and the hit (M,).
+
+        1. Replace some visible tokens, if there is a corruption.
+        2. Compute logits at masked tokens, at replaced ones, and at all others if the objective weights them.
+        3. Compute the objective.
+        """
+        config, weight = self.config, self.objective.visible_weight
+        seen, predicted, weights = tokens, mask, None
+        if self.corruption is not None:  # 1.
+            seen, replaced = self._corrupt(self.corruption, batch, tokens, labels, mask)
+            predicted = mask | replaced
+        if weight > 0:
+            weights = torch.full(tokens.shape, weight, device=mask.device).masked_fill(predicted, 1.0).flatten()
+            predicted = torch.ones_like(mask)
+        # 2.
+        logits = self.transformer.forward_masked(
+            self._mask_tokens(seen, mask),
+            labels,
+            predicted,
+            vectors=batch.vectors_for(config.network.condition_dim),
+            vocabulary=config.loss_vocabulary,
+        )  # (M, V)
+        targets = tokens[predicted]  # (M,)
+        losses, nll = token_cross_entropy(logits, targets, label_smoothing=config.label_smoothing)
+        hits = (logits.detach().argmax(-1) == targets).float()
+        # 3.
+        is_masked = None if predicted is mask else mask[predicted]
+        slopes = self.mask_sampler.slope(tokens.shape[1], **self._place(batch)) if self.objective.needs_slopes else None
+        rows = predicted.nonzero()[:, 0]
+        loss = self.objective(TokenLosses(losses, rows, len(tokens), is_masked, weights, slopes))
+        nll = nll.detach()
+        return (loss, nll, hits) if is_masked is None else (loss, nll[is_masked], hits[is_masked])
+
+    @torch.no_grad()
+    def _corrupt(
+        self, corruption: Corruption, batch: Batch, tokens: Tensor, labels: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Replaces some visible tokens; returns the tokens (B, N) and the replaced positions (B, N) bool."""
+        network = self.averaged_network.eval()
+        vectors = batch.vectors_for(self.config.network.condition_dim)
+
+        def predict(replaced: Tensor) -> Tensor:
+            hidden = self._mask_tokens(tokens, mask | replaced)
+            return network.forward_masked(hidden, labels, replaced, vectors=vectors)
+
+        seen, replaced = corruption.corrupt(
+            tokens,
+            mask,
+            num_codes=self.config.network.codebook_size,
+            predict=predict,
+            seed=self.config.seed,
             index=batch.index,
             epoch=batch.epoch,
-            position=batch.position,
-            global_batch=self.config.global_batch,
         )
+        self.transformer.train(self.training)  # without an average, it is the network that drew
+        torch.clear_autocast_cache()  # casts of weights made without gradients would cut the graph
+        return seen, replaced
 
     def _check_batch(self, rows: int) -> None:
         """Checks the size of the batches against ``config.global_batch``: other sizes would leave strata empty.

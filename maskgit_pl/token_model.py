@@ -226,14 +226,7 @@ class TokenModel(LightningModule):
         tokens, mask = self.tokens_and_mask(batch)  # 2, 3
         labels = self._drop_classes(batch)  # 4
         # 5, 6
-        loss, token_loss, hits = self._compute_losses(
-            self.transformer,
-            tokens,
-            labels,
-            mask,
-            vectors=batch.vectors_for(self.config.network.condition_dim),
-            smoothing=self.config.label_smoothing,
-        )
+        loss, token_loss, hits = self._compute_training_losses(batch, tokens, labels, mask)
         self._bins.add(self._assign_bins(mask), token_loss, hits)
         is_logged = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # set late
         if is_logged and (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:  # the step's last micro-batch
@@ -347,6 +340,13 @@ class TokenModel(LightningModule):
     def _networks(self) -> list[Backbone]:
         """Returns the trained network, and the average if there is one."""
         return [self.transformer] if self.ema_network is None else [self.transformer, self.ema_network]
+
+    def _compute_training_losses(
+        self, batch: Batch, tokens: Tensor, labels: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Computes the results of ``_compute_losses`` for the trained network; a subclass may train on another loss."""
+        vectors, smoothing = batch.vectors_for(self.config.network.condition_dim), self.config.label_smoothing
+        return self._compute_losses(self.transformer, tokens, labels, mask, vectors=vectors, smoothing=smoothing)
 
     def _compute_losses(
         self,

@@ -113,7 +113,7 @@ def test_what_does_not_go_together_is_refused(tiny_pretrained):
             network=replace(CONFIG, class_dropout=0.0),
             decoding=AutoregressiveDecoding({"name": "constant", "scale": 1.0}),
         )
-    with pytest.raises(ValueError, match="network.attention must be one of causal, got 'bidirectional'"):
+    with pytest.raises(ValueError, match="attention must be one of causal, got 'bidirectional'"):
         model(tiny_pretrained, network=replace(CONFIG, attention="bidirectional"))
     with pytest.raises(ValueError, match="must be 'bidirectional' for MaskedTokenModel, got 'causal'"):
         masked_model(CONFIG, tiny_pretrained / "tokenizer")

@@ -27,11 +27,16 @@ FLOORS = {  # a file or a folder -> its floor; a folder's files stand on its flo
     "distributed": 0,
     "old_names": 0,
     "randomness": 0,
+    "halton": 0,
     "schedules": 1,
     "networks": 1,
+    "mask_ratios": 2,
+    "mask_positions": 2,
     "masking": 2,
     "decoding": 2,
     "losses": 2,
+    "objectives": 3,
+    "corruption": 3,
     "shards": 2,
     "pretrained": 3,
     "editing": 3,
@@ -200,7 +205,7 @@ def forbidden_loads(module: str, node: ast.Call, named: dict[str | None, str]) -
 
 def test_the_package_is_read():
     assert {"registry", "shards/index", "runs/recipe", "networks/transformer"} <= set(MODULES)
-    assert own("masking") == {"checks", "randomness", "schedules"}
+    assert own("masking") == {"checks", "mask_positions", "mask_ratios", "randomness", "schedules"}
     assert "torch" in {name.split(".")[0] for name in imported("randomness")}
 
 

@@ -74,7 +74,7 @@ class RecordedMasks:
 
     masks: Tensor  # (samples, N) bool
 
-    def mask(self, num_tokens: int, *, index: Tensor, epoch: Tensor, position: Tensor, global_batch: int) -> Tensor:
+    def mask(self, num_tokens: int, *, index: Tensor, **place: object) -> Tensor:
         return self.masks[index]
 
 

@@ -20,6 +20,7 @@ from tests.test_readme import PAGES, ROOT, RUN_IN_ORDER, python_blocks, save_sma
 PARSED_ONLY = {
     "import-jax": "reads weights that others released",
     "import-taming": "reads weights that others released",
+    "import-transformer": "reads weights that others released",
     "table": "measures whole runs",
     "tune": "measures whole runs",
     "compare": "measures whole runs",

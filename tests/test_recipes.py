@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from maskgit_pl.networks.autoregressive import AutoregressiveTransformer
-from maskgit_pl.networks.transformer import TransformerConfig
+from maskgit_pl.networks.backbone import build_config
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import load_tokenizer, load_transformer
 from maskgit_pl.runs.layers import merge
@@ -16,6 +16,7 @@ from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.safe_yaml import read_yaml
 from maskgit_pl.runs.stage import fit_stage
+from maskgit_pl.schedules import mask_schedules
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 TINY = Path(__file__).parent / "tiny"
@@ -24,10 +25,18 @@ TRANSFORMERS = sorted(file.stem for file in (RECIPES / "transformer").glob("*.ya
 PARAMETERS = {
     ("tokenizer", "paper-256"): 54_515_587,
     ("tokenizer", "paper-512"): 54_515_587,
+    ("transformer", "adaln-t"): 23_148_929,
+    ("transformer", "adaln-s"): 69_544_449,
+    ("transformer", "adaln-b"): 142_450_433,
+    ("transformer", "adaln-l"): 479_933_441,
+    ("transformer", "bert"): 851_084,
     ("transformer", "paper-256"): 172_457_193,
     ("transformer", "paper-512"): 173_047_017,
 }
-BELOW = {"paper-512": ["paper-256"]}  # what a recipe says it is laid over
+BELOW = {
+    "paper-512": ["paper-256"],
+    **{f"adaln-{size}": ["adaln-b"] for size in "tsl"},
+}  # what a recipe says it is laid over
 
 
 def layers(stage: str, name: str) -> list[Path]:
@@ -45,12 +54,14 @@ def test_a_recipe_opens_with_what_it_is(file):
             assert any(line.startswith(f"# {word} ") for line in comments), word
 
 
-SOURCE = re.compile(r"# \[(config|code|magvit|paper|ours)\]")
+SOURCE = re.compile(r"# \[(config|code|magvit|paper|halton|ours)\]")
 
 
-@pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
-@pytest.mark.parametrize("name", ["paper-256", "paper-512"])
-def test_every_number_of_a_paper_recipe_has_its_source(stage, name):
+SOURCED = [(stage, f"paper-{size}") for stage in ("tokenizer", "transformer") for size in (256, 512)]
+
+
+@pytest.mark.parametrize(("stage", "name"), [*SOURCED, *(("transformer", f"adaln-{size}") for size in "tsbl")])
+def test_every_number_of_a_published_recipe_has_its_source(stage, name):
     lines = [line for line in (RECIPES / stage / f"{name}.yaml").read_text().splitlines() if line[:1] not in ("#", "")]
     numbers = [line for line in lines if re.search(r":.*\d", line.split("#")[0])]
     assert len(numbers) >= 2
@@ -62,9 +73,9 @@ def test_a_transformer_recipe_builds_at_full_size(name):
     tree = merge(map(read_yaml, layers("transformer", name)))
     sizes = {"codebook_size": 256, "num_classes": 10, "grid": (7, 7), **tree["model"]["network"]}
     with torch.device("meta"):
-        network = TransformerConfig(**sizes).create()
+        network = build_config(sizes, "network").create()
     count = sum(parameter.numel() for parameter in network.parameters())
-    assert count == PARAMETERS.get(("transformer", name), 851_084)
+    assert count == PARAMETERS.get(("transformer", name), 1_272_961)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -90,7 +101,7 @@ def test_a_tokenizer_recipe_trains_a_step(name, tiny_shards, tmp_path):
 def test_the_autoregressive_baseline_of_the_paper_has_the_size_of_its_model(names):
     tree = merge(read_yaml(RECIPES / "transformer" / f"{name}.yaml") for name in ("base", *names))
     with torch.device("meta"):
-        network = TransformerConfig(**tree["model"]["network"]).create()
+        network = build_config(tree["model"]["network"], "network").create()
     assert type(network) is AutoregressiveTransformer
     assert sum(parameter.numel() for parameter in network.parameters()) == PARAMETERS["transformer", names[-2]]
 
@@ -122,7 +133,7 @@ def test_a_transformer_recipe_trains_a_step(name, tiny_shards, tiny_pretrained, 
         assert (model.decoding.num_steps, model.decoding.token_selector) == (16, None)
     else:
         assert type(model.mask_schedule).__module__ == "maskgit_pl.schedules"
-    if name not in {"base", "paper-256", "paper-512", "blue-marble", "own-images", "autoregressive"}:
+    if name in mask_schedules.names():
         assert yaml.safe_load((RECIPES / "transformer" / f"{name}.yaml").read_text())["model"]["mask_schedule"] == name
     assert (tmp_path / "transformer" / "samples.png").is_file()
     assert (tmp_path / "transformer" / "config.yaml").is_file()

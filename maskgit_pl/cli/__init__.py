@@ -26,6 +26,7 @@ from maskgit_pl.cli import (
     export,
     import_jax,
     import_taming,
+    import_transformer,
     inpaint,
     outpaint,
     panorama,
@@ -47,7 +48,7 @@ __all__ = ["build_parser", "main"]
 
 _COMMANDS = (
     data, doctor, train, slurm, tokenize, export, sample, inpaint, outpaint, panorama, evaluate, compare, tune,
-    ablation, paper, train_classifier, schedules, import_jax, import_taming,
+    ablation, paper, train_classifier, schedules, import_jax, import_taming, import_transformer,
 )  # fmt: skip
 
 

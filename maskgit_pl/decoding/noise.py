@@ -13,7 +13,23 @@ from torch import Tensor
 
 from maskgit_pl.randomness import gumbel, random_uniform
 
-__all__ = ["Noise", "SeededNoise"]
+__all__ = ["Noise", "SeededNoise", "draw_codes"]
+
+
+def draw_codes(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Draws codes by inverting the cumulative distribution of the softmax.
+
+    Args:
+        logits: (..., K) float32.
+        uniform: (...) float32 in (0, 1): one random number for each code.
+
+    Returns:
+        (...) int64 in [0, K).
+    """
+    cumulative = logits.softmax(-1).cumsum(-1)  # (..., K)
+    # In float32 the last cumulative probability is not exactly 1; the scaled threshold never exceeds it.
+    threshold = uniform.unsqueeze(-1) * cumulative[..., -1:]  # (..., 1)
+    return torch.searchsorted(cumulative, threshold).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
 
 class Noise(Protocol):
@@ -44,10 +60,7 @@ class SeededNoise:
 
     def draw(self, logits: Tensor, positions: Tensor, step: int) -> Tensor:
         """Draws codes by inverting the cumulative distribution, with one uniform number per position."""
-        cumulative = logits.softmax(-1).cumsum(-1)  # (B, M, K)
-        # In float32 the last cumulative probability is not exactly 1; the scaled threshold never exceeds it.
-        threshold = self._uniform(positions, step).unsqueeze(-1) * cumulative[..., -1:]  # (B, M, 1)
-        return torch.searchsorted(cumulative, threshold).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+        return draw_codes(logits, self._uniform(positions, step))
 
     def gumbel(self, positions: Tensor, step: int) -> Tensor:
         """Returns Gumbel noise (B, M) float32 from one uniform number per position."""

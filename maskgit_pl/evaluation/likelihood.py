@@ -145,8 +145,10 @@ def masked_nll(
         # The sampler stratifies r over the positions of a global batch. Here the draws of one image form that batch,
         # and each draw is an epoch, so that its mask differs.
         draw_of_row = torch.full_like(index, draw)
-        place = {"index": index, "epoch": draw_of_row, "position": index * draws.count + draw_of_row}
-        return sampler.mask(tokens.shape[1], **place, global_batch=draws.count)
+        position = index * draws.count + draw_of_row
+        return sampler.mask(
+            tokens.shape[1], index=index, epoch=draw_of_row, position=position, global_batch=draws.count
+        )
 
     values = _masked_row_nll(
         network, tokens, labels, mask, mask_token_id, draws=draws.count, batch_size=batch_size, on_images=on_images

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.files import write_folder
+from maskgit_pl.importers.class_names import choose_class_names
 from maskgit_pl.importers.files import check_flax_file, check_out
 from maskgit_pl.importers.flax import read_flax
 from maskgit_pl.importers.released_weights import (
@@ -31,7 +32,6 @@ log = logging.getLogger(__name__)
 _TOKENIZER_SIZE = 256  # px, without a transformer: the smaller of the two released sizes
 _STEPS, _STEPS_OF_LARGE_GRIDS, _LARGE_GRID = 8, 12, 32  # paper, tables 1 and 2: 8 steps at 256 px, 12 at 512 px
 _CHOICE_TEMPERATURE = 4.5
-_IMAGENET_CLASSES = 1000
 
 
 def import_jax(
@@ -76,7 +76,7 @@ def import_jax(
         return
     config, weights = _read_transformer(transformer, vqgan)
     size = _image_size(config, vqgan, image_size)
-    names = _class_names(class_names, config.num_classes)
+    names = choose_class_names(class_names, config.num_classes)
     with write_folder(out) as fresh:
         save_tokenizer(fresh / "tokenizer", vqgan, vqgan_weights, image_size=size)
         save_transformer(
@@ -135,29 +135,6 @@ def _decoding(config: TransformerConfig) -> DecodingConfig:
         token_selector={"name": "confidence", "choice_temperature": _CHOICE_TEMPERATURE},
         guidance={"name": "constant", "scale": 0.0},
     )
-
-
-def _class_names(given: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
-    if given is None:
-        return _imagenet_names() if num_classes == _IMAGENET_CLASSES else tuple(map(str, range(num_classes)))
-    names = tuple(given)
-    if len(names) != num_classes:
-        raise ValueError(
-            f"class names must be {num_classes}, one for each class of the transformer, got {len(names)}; change "
-            "the list, or leave it out"
-        )
-    empty = next((number for number, name in enumerate(names) if not name.strip()), None)
-    if empty is not None:
-        raise ValueError(f"class names must not be empty, got an empty one for class {empty}")
-    return names
-
-
-def _imagenet_names() -> tuple[str, ...]:
-    """Returns the first name of each class of ILSVRC 2012, in the order of its synset ids."""
-    from timm.data.imagenet_info import ImageNetInfo
-
-    info = ImageNetInfo()
-    return tuple(info.index_to_description(number).partition(",")[0].strip() for number in range(_IMAGENET_CLASSES))
 
 
 def _write_tokenizer(out: Path, config: VQGANConfig, weights: Mapping[str, Tensor], size: int) -> None:

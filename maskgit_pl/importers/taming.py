@@ -6,10 +6,9 @@ inferred from the shapes of the tensors. No file is executed: torch's loader for
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maskgit_pl.files import write_folder
-from maskgit_pl.importers.files import check_out, check_torch_file
+from maskgit_pl.importers.files import check_out
+from maskgit_pl.importers.torch_file import name_some, read_checkpoint
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.networks.weight_file import check_archive, check_held, check_tensor, read_tensors
+from maskgit_pl.networks.weight_file import check_held, check_tensor
 from maskgit_pl.pretrained import save_tokenizer
 
 __all__ = ["ImportedTokenizer", "Layout", "import_taming", "layout_of", "tokenizer_config", "tokenizer_weights"]
@@ -38,8 +38,6 @@ _NOT_THE_NETWORK = (  # names, or beginnings that end in a dot
     "quantize.embedding.cluster_size",
     "quantize.embedding.embed_avg",
 )
-# Classes that training programs store beside weights.
-_RECORDS = ("pytorch_lightning.", "lightning.", "argparse.Namespace", "omegaconf.")
 _GUMBEL = ("quantize.embed.weight", "quantize.proj.weight")
 _TRANSFORMER = re.compile(r"(^|\.)(transformer|first_stage_model|tok_emb|tok_embeddings|layers\.0)\.")
 _OUTER = {  # our layers outside the levels -> both projects'
@@ -163,7 +161,7 @@ def import_taming(file: Path, out: Path, *, image_size: int = 256) -> ImportedTo
             downsampling factor does not divide the size.
     """
     check_out(out)
-    contents, beside = _read(file)
+    contents, beside = read_checkpoint(file, entries=_WEIGHTS)
     try:
         tensors, ignored = _network_tensors(contents)
         check_held(tensors, file.stat().st_size)
@@ -194,7 +192,9 @@ def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
     found = [layout for layout in _LAYOUTS if any(name.startswith(layout.encoder_levels) for name in tensors)]
     if not found:
         kind = "a transformer" if any(map(_TRANSFORMER.search, tensors)) else "something else"
-        raise ValueError(f"it must be a tokenizer of taming-transformers or LlamaGen, got {kind} ({_some(tensors)})")
+        raise ValueError(
+            f"it must be a tokenizer of taming-transformers or LlamaGen, got {kind} ({name_some(tensors)})"
+        )
     if _CODEBOOK not in tensors:
         raise ValueError(f"tensor {_CODEBOOK} must be there: it is the codebook; name a tokenizer")
     return found[0]
@@ -258,10 +258,10 @@ def tokenizer_weights(tensors: Mapping[str, Tensor], config: VQGANConfig) -> dic
     theirs = {name: _their_name(name, parts) for name in wanted}
     missing = [name for name in theirs.values() if name not in tensors]
     if missing:
-        raise ValueError(f"tensors are missing: {_some(missing)}")
+        raise ValueError(f"tensors are missing: {name_some(missing)}")
     left_over = tensors.keys() - set(theirs.values())
     if left_over:
-        raise ValueError(f"tensors are not in the network: {_some(sorted(left_over))}")
+        raise ValueError(f"tensors are not in the network: {name_some(sorted(left_over))}")
     for name, shape in wanted.items():
         if tensors[theirs[name]].shape != shape:
             got = tuple(tensors[theirs[name]].shape)
@@ -321,80 +321,6 @@ def _level_parts(name: str, config: VQGANConfig, layout: Layout, *, level: int, 
             yield f"{name}.attn.{block}"
 
 
-def _read(file: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Returns the state dict of a checkpoint, and the names of the other entries beside it."""
-    kind = check_torch_file(file)
-    try:
-        if kind == "safetensors":
-            return dict(read_tensors(file)), ()
-        if kind == "zip":
-            with file.open("rb") as stream:
-                check_archive(stream, file.stat().st_size)
-        content = _load_tensors(file, mmap=kind == "zip")
-    except pickle.UnpicklingError as error:
-        raise ValueError(_refusal(file, str(error))) from error
-    except Exception as error:  # the loaders raise many types, depending on where a file is damaged
-        raise ValueError(f"checkpoint {file}: cannot be read ({_first_line(error)}); download it again") from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"checkpoint {file} must hold a state dict, got {type(content).__name__}")
-    # The first entry that holds tensors; without one, the file itself is the state dict.
-    for name in _WEIGHTS:
-        if isinstance(content.get(name), Mapping) and content[name]:
-            return dict(content[name]), tuple(str(other) for other in content if other != name)
-    return dict(content), ()
-
-
-class _Record:
-    """A stand-in for an object of a training program: it accepts any arguments and keeps nothing."""
-
-    def __new__(cls, *args: object, **kwargs: object) -> _Record:
-        return super().__new__(cls)
-
-    def __setstate__(self, state: object) -> None:
-        return
-
-
-def _load_tensors(file: Path, *, mmap: bool) -> Any:
-    """Reads a file with torch's loader for tensors, and with a stand-in for each known class of training programs.
-
-    Lightning before 1.7 keyed its callbacks' states by their classes, and LlamaGen stores its arguments. The classes
-    are never imported.
-
-    1. Load with the stand-ins so far.
-    2. If the loader names a class of ``_RECORDS`` that has no stand-in, make one, and try again.
-    """
-    stand_ins: list[tuple[type, str]] = []
-    while True:
-        # 1.
-        try:
-            with torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]  # torch's type lacks the pairs
-                return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-        except pickle.UnpicklingError as error:
-            # 2.
-            name = _find_unknown_class(str(error))
-            if name is None or not name.startswith(_RECORDS) or any(name == known for _, known in stand_ins):
-                raise
-            stand_ins.append((type(name.rpartition(".")[2], (_Record,), {}), name))
-
-
-def _find_unknown_class(text: str) -> str | None:
-    """Returns the class that torch's loader for tensors names in its refusal, if there is one."""
-    found = re.search(r"GLOBAL (\S+)", text)
-    return None if found is None else found[1]
-
-
-def _refusal(file: Path, text: str) -> str:
-    """Returns the message for a file that torch's loader refuses, with the way out."""
-    found = _find_unknown_class(text)
-    if found is None:
-        return f"checkpoint {file}: damaged, or not a file of torch.save; download it again"
-    return (
-        f"checkpoint {file} must hold tensors only, got also {found}, a Python object; on a machine that trusts the "
-        "file, load it with the program that wrote it and save only the weights: "
-        'torch.save({"state_dict": checkpoint["state_dict"]}, "weights.ckpt")'
-    )
-
-
 def _network_tensors(contents: Mapping[str, Any]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Returns the network's tensors, and the names of known others with their counts."""
     # Only known others are ignored: an unknown tensor means another network.
@@ -429,14 +355,3 @@ def _shape(tensors: Mapping[str, Tensor], name: str, *, axes: int) -> tuple[int,
     if len(shape) != axes:
         raise ValueError(f"tensor {name} must have {axes} axes, got shape {shape}")
     return shape
-
-
-def _some(names: Iterable[str]) -> str:
-    """Lists the first few names, and the number of the others."""
-    shown = list(names)
-    more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
-    return ", ".join(shown[:3]) + more
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

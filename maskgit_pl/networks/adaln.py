@@ -56,7 +56,7 @@ class AdaLNConfig(BackboneConfig):
     """Sizes and options of the ``adaln`` backbone; see ``BackboneConfig`` for the common ones.
 
     Args:
-        embed_dim: D, a multiple of ``num_heads``.
+        embed_dim: D, a multiple of ``num_heads`` unless ``attention_dim`` is given.
         depth: Number of blocks.
         num_heads: Number of attention heads.
         mlp_dim: Hidden size of the SwiGLU MLP, which has 3 D ``mlp_dim`` weights. 8 / 3 D costs as much as an ordinary
@@ -69,8 +69,13 @@ class AdaLNConfig(BackboneConfig):
             norms have weights.
         qk_norm: True normalizes queries and keys over all heads, without weights.
         tied_head: True multiplies by the token embedding for the logits; False learns another table.
+<<<<<<< HEAD
+        attention_dim: Size of all attention heads together, a multiple of ``num_heads``; None for D. Halton-MaskGIT's
+            "small" has 6 heads of 85 numbers for D = 512.
+=======
         attention: ``bidirectional``: a token attends to all tokens; ``causal``: to itself and those before it in raster
             order, without registers. Both have the same weights.
+>>>>>>> integrate
 
     Raises:
         ValueError: if a size is out of range or an option is unknown.
@@ -86,19 +91,25 @@ class AdaLNConfig(BackboneConfig):
     conditioning: Conditioning = "adaln"
     qk_norm: bool = True
     tied_head: bool = True
+<<<<<<< HEAD
+    attention_dim: int | None = None
+    backbone: str = field(default="adaln", kw_only=True)
+=======
     _: KW_ONLY
     backbone: str = "adaln"
     attention: Attention = "bidirectional"
+>>>>>>> integrate
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, most in _LARGEST.items():
             check_integer(f"transformer {name}", getattr(self, name), f"[1, {most}]")
         check_integer("transformer num_registers", self.num_registers, "[0, 1024]")
-        if self.embed_dim % self.num_heads:
-            raise ValueError(
-                f"transformer embed_dim must be a multiple of num_heads {self.num_heads}, got {self.embed_dim}"
-            )
+        if self.attention_dim is not None:
+            check_integer("transformer attention_dim", self.attention_dim, f"[1, {_LARGEST['embed_dim']}]")
+        name, heads_dim = ("attention_dim", self.attention_dim) if self.attention_dim else ("embed_dim", self.embed_dim)
+        if heads_dim % self.num_heads:
+            raise ValueError(f"transformer {name} must be a multiple of num_heads {self.num_heads}, got {heads_dim}")
         check_choice("transformer positions", self.positions, get_args(Positions))
         check_choice("transformer conditioning", self.conditioning, get_args(Conditioning))
         check_number("transformer rotary_base", self.rotary_base, "(1, 1e9]")
@@ -112,14 +123,14 @@ class AdaLNConfig(BackboneConfig):
         unit = {"learned": 1, "rotary": 4, "rotary-raster": 2}[self.positions]
         if self.head_dim % unit:
             raise ValueError(
-                f"transformer embed_dim / num_heads must be a multiple of {unit} for positions {self.positions!r}, got "
+                f"transformer {name} / num_heads must be a multiple of {unit} for positions {self.positions!r}, got "
                 f"{self.head_dim}"
             )
 
     @property
     def head_dim(self) -> int:
-        """The size of an attention head, D / ``num_heads``."""
-        return self.embed_dim // self.num_heads
+        """The size of an attention head."""
+        return (self.attention_dim or self.embed_dim) // self.num_heads
 
     @property
     def vocabulary_size(self) -> int:
@@ -155,9 +166,10 @@ class AdaLNBlock(nn.Module):
         # Modulated norms need no weights: the scale of the condition has a bias.
         self.modulation = nn.Linear(dim, 6 * dim) if is_modulated else None
         self.attention_norm = nn.RMSNorm(dim, eps=_EPS, elementwise_affine=not is_modulated)
-        self.query = nn.Linear(dim, dim, bias=False)
-        self.key_value = nn.Linear(dim, 2 * dim, bias=False)
-        self.proj = nn.Linear(dim, dim, bias=False)
+        heads_dim = config.num_heads * config.head_dim  # D, unless attention_dim is given
+        self.query = nn.Linear(dim, heads_dim, bias=False)
+        self.key_value = nn.Linear(dim, 2 * heads_dim, bias=False)
+        self.proj = nn.Linear(heads_dim, dim, bias=False)
         self.mlp_norm = nn.RMSNorm(dim, eps=_EPS, elementwise_affine=not is_modulated)
         self.fc1 = nn.Linear(dim, 2 * hidden, bias=False)  # rows of the weight: the gate g, then the value v
         self.fc2 = nn.Linear(hidden, dim, bias=False)

@@ -30,6 +30,10 @@ _BACKBONE, _ATTENTION = "model.network.backbone", "model.network.attention"
 _MASKED_ONLY = (
     "model.mask_schedule",
     "model.min_mask_ratio",
+    "model.mask_ratio",
+    "model.mask_positions",
+    "model.objective",
+    "model.corruption",
     "model.decoding.num_steps",
     "model.decoding.token_selector",
     "model.decoding.tokens_per_step",

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from maskgit_pl.decoding import DecodingConfig, DecodingStep, ParallelDecoder, SeededNoise
-from maskgit_pl.decoding.selectors import Candidates, Confidence, Decided, TokenSelector, halton_order, token_selectors
+from maskgit_pl.decoding.selectors import Candidates, Confidence, Decided, TokenSelector, token_selectors
+from maskgit_pl.halton import halton_order
 from maskgit_pl.schedules import mask_schedules
 
 NUM_CODES, MASK, GRID = 7, 7, (3, 8)

@@ -1,0 +1,177 @@
+"""The interface of token selectors, the rules that choose the tokens that a decoding step keeps, and their registry.
+
+``selectors`` holds the built-in ones. Used by ``decoding.ParallelDecoder``. The mask schedule sets the number of tokens
+that stay masked. The selector scores the candidates, and those with the lowest scores are masked again. A selector may
+also sharpen the distribution that codes are drawn from, mask or replace tokens that earlier steps decided, or set the
+number of tokens to keep.
+
+Functions import torch where they need it, so the command line can refuse an unknown name immediately.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar
+
+from maskgit_pl.checks import check_number, shorten
+from maskgit_pl.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Candidates", "Decided", "TokenSelector", "token_selectors"]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The draws of one decoding step, which a selector scores: M positions per row, with padding.
+
+    Args:
+        log_probs: (B, M, K) float32: log-softmax of the logits at temperature 1.
+        tokens: (B, M) int64 in [0, K): the codes drawn.
+        positions: (B, M) int64 in [0, N): the position of each code.
+        gumbel: (B, M) float32: standard Gumbel noise, a function of image, step and position.
+        progress: (t + 1) / T, in (0, 1].
+        grid: Rows and columns of tokens; None if not given.
+    """
+
+    log_probs: Tensor
+    tokens: Tensor
+    positions: Tensor
+    gumbel: Tensor
+    progress: float
+    grid: tuple[int, int] | None = None
+
+    @cached_property
+    def drawn_log_probs(self) -> Tensor:
+        """The log-probabilities of the codes drawn, (B, M) float32."""
+        return self.log_probs.gather(-1, self.tokens.unsqueeze(-1)).squeeze(-1)
+
+    @cached_property
+    def entropies(self) -> Tensor:
+        """The entropies -sum_k p_k log p_k of the distributions in nats, (B, M) float32."""
+        # A code of probability 0 has log p = -inf; the clamp makes 0 log 0 equal to 0 in place of NaN.
+        return -(self.log_probs.exp() * self.log_probs.clamp(min=-1e30)).sum(-1)
+
+
+@dataclass(frozen=True)
+class Decided:
+    """The tokens that earlier steps decided, which a selector may mask again: all N positions of a row.
+
+    Args:
+        confidence: (B, N) float32 in [0, 1]: the probability that each code had when it was drawn. Undecided positions
+            are ignored.
+        gumbel: (B, N) float32: standard Gumbel noise, a function of image, step and position.
+        progress: (t + 1) / T, in (0, 1].
+    """
+
+    confidence: Tensor
+    gumbel: Tensor
+    progress: float
+
+
+class TokenSelector(ABC):
+    """A rule that scores candidates. The candidates with the highest scores are kept.
+
+    Subclasses are frozen dataclasses. ``__call__`` is enough; the defaults of the other methods do nothing.
+
+    Attributes:
+        follows_schedule: True if the mask schedule sets the number of tokens that stay masked. False if the selector
+            sets it (``num_kept``): the counts then depend on the data, so each step waits for the device.
+    """
+
+    follows_schedule: ClassVar[bool] = True
+
+    @abstractmethod
+    def __call__(self, candidates: Candidates) -> Tensor:
+        """Returns finite scores (B, M) float32; the tokens with the highest scores are kept.
+
+        Columns that only pad a row are scored too, and ignored.
+        """
+
+    def sharpness(self, progress: float) -> float:
+        """Returns the positive number by which logits are multiplied before codes are drawn; ``progress`` in (0, 1]."""
+        return 1.0
+
+    def schedule_progress(self, progress: Tensor) -> Tensor:
+        """Maps the progress of each step to progress of the mask schedule.
+
+        Args:
+            progress: (T,) float32 in (0, 1], rising.
+
+        Returns:
+            (T,) float32 in (0, 1], never falling.
+        """
+        return progress
+
+    def num_remasked(self, *, decided: int, planned: int, progress: float) -> int:
+        """Returns the number of tokens of a row that are masked again although earlier steps decided them.
+
+        It is called on the host before the loop. The decoder clips the result to [0, decided].
+
+        Args:
+            decided: Number of tokens of the row that earlier steps decided.
+            planned: Number of tokens that the schedule leaves masked after the step.
+            progress: (t + 1) / T, in (0, 1].
+        """
+        return 0
+
+    def remasking_scores(self, decided: Decided) -> Tensor:
+        """Returns finite scores (B, N) float32; the decided tokens with the highest scores are masked again."""
+        raise TypeError(
+            f"token selector {type(self).__name__} must define remasking_scores(), since it masks decided tokens again"
+        )
+
+    def num_kept(self, candidates: Candidates, scores: Tensor, valid: Tensor) -> Tensor:
+        """Returns the number of tokens of each row to keep; called if ``follows_schedule`` is False.
+
+        Args:
+            candidates: The draws.
+            scores: (B, M) float32: this selector's scores.
+            valid: (B, M) bool: False where a position only pads its row.
+
+        Returns:
+            (B,) int64; the decoder keeps at least 1.
+        """
+        raise TypeError(f"token selector {type(self).__name__} must define num_kept(), since follows_schedule is False")
+
+
+def check_token_selector(name: str, selector: TokenSelector) -> None:
+    """Checks the contract of a selector at the first, a middle and the last of 8 steps on a grid of 2 x 2 tokens.
+
+    Scores must be finite (B, M) float tensors, and the sharpness must be finite and positive.
+
+    Raises:
+        ValueError: if the selector breaks the contract. The message has the name, the rule and the value.
+    """
+    if not isinstance(selector, TokenSelector):
+        raise ValueError(f"token selector {name!r} must be a TokenSelector, got {shorten(selector)}")
+    import torch
+
+    for progress in (1 / 8, 1 / 2, 1.0):
+        log_probs = torch.linspace(-3, 3, 24).view(2, 4, 3).log_softmax(-1)
+        positions = torch.arange(4).expand(2, 4)
+        gumbel = torch.linspace(-2, 8, 8).view(2, 4)
+        candidates = Candidates(log_probs, log_probs.argmin(-1), positions, gumbel, progress, grid=(2, 2))
+        scores, sharpness = selector(candidates), selector.sharpness(progress)
+        if not isinstance(scores, torch.Tensor) or scores.shape != (2, 4) or not scores.is_floating_point():
+            raise ValueError(
+                f"token selector {name!r}: scores must be a float tensor (B, M), got {_describe_result(scores)}"
+            )
+        if not scores.isfinite().all():
+            raise ValueError(f"token selector {name!r}: scores must be finite (at progress {progress:g})")
+        check_number(f"token selector {name!r}: sharpness at progress {progress:g}", sharpness, "(0, inf)")
+
+
+def _describe_result(value: object) -> str:
+    """Returns dtype and shape of a tensor, or the value."""
+    from torch import Tensor
+
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else shorten(value)
+
+
+token_selectors: Registry[TokenSelector] = Registry(
+    "token selector", "maskgit_pl.token_selectors", check=check_token_selector
+)

@@ -1,0 +1,119 @@
+"""Reads checkpoints that other training programs wrote with torch.save or safetensors. Used by the importers.
+
+No file is executed: torch's loader for tensors reads it, and known records of training programs are skipped.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from maskgit_pl.importers.files import check_torch_file
+from maskgit_pl.networks.weight_file import check_archive, read_tensors
+
+__all__ = ["name_some", "read_checkpoint"]
+
+# Classes that training programs store beside weights.
+_RECORDS = ("pytorch_lightning.", "lightning.", "argparse.Namespace", "omegaconf.")
+
+
+def read_checkpoint(file: Path, *, entries: Sequence[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Reads the state dict of a checkpoint.
+
+    Args:
+        file: A file of torch.save or safetensors.
+        entries: Names of the entries that may hold the state dict; the first that does is read. A file without such an
+            entry is a state dict itself.
+
+    Returns:
+        The state dict, whose values are not checked, and the names of the other entries.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is of another format, damaged, or holds a Python object.
+    """
+    kind = check_torch_file(file)
+    try:
+        if kind == "safetensors":
+            return dict(read_tensors(file)), ()
+        if kind == "zip":
+            with file.open("rb") as stream:
+                check_archive(stream, file.stat().st_size)
+        content = _load_tensors(file, mmap=kind == "zip")
+    except pickle.UnpicklingError as error:
+        raise ValueError(_refusal(file, str(error))) from error
+    except Exception as error:  # the loaders raise many types, depending on where a file is damaged
+        raise ValueError(f"checkpoint {file}: cannot be read ({_first_line(error)}); download it again") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"checkpoint {file} must hold a state dict, got {type(content).__name__}")
+    for name in entries:
+        if isinstance(content.get(name), Mapping) and content[name]:
+            return dict(content[name]), tuple(str(other) for other in content if other != name)
+    return dict(content), ()
+
+
+class _Record:
+    """A stand-in for an object of a training program: it accepts any arguments and keeps nothing."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> _Record:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: object) -> None:
+        return
+
+
+def _load_tensors(file: Path, *, mmap: bool) -> Any:
+    """Reads a file with torch's loader for tensors, and with a stand-in for each known class of training programs.
+
+    Lightning before 1.7 keyed its callbacks' states by their classes, and LlamaGen stores its arguments. The classes
+    are never imported.
+
+    1. Load with the stand-ins so far.
+    2. If the loader names a class of ``_RECORDS`` that has no stand-in, make one, and try again.
+    """
+    stand_ins: list[tuple[type, str]] = []
+    while True:
+        # 1.
+        try:
+            with torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]  # torch's type lacks the pairs
+                return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        except pickle.UnpicklingError as error:
+            # 2.
+            name = _find_unknown_class(str(error))
+            if name is None or not name.startswith(_RECORDS) or any(name == known for _, known in stand_ins):
+                raise
+            stand_ins.append((type(name.rpartition(".")[2], (_Record,), {}), name))
+
+
+def _find_unknown_class(text: str) -> str | None:
+    """Returns the class that torch's loader for tensors names in its refusal, if there is one."""
+    found = re.search(r"GLOBAL (\S+)", text)
+    return None if found is None else found[1]
+
+
+def _refusal(file: Path, text: str) -> str:
+    """Returns the message for a file that torch's loader refuses, with the way out."""
+    found = _find_unknown_class(text)
+    if found is None:
+        return f"checkpoint {file}: damaged, or not a file of torch.save; download it again"
+    return (
+        f"checkpoint {file} must hold tensors only, got also {found}, a Python object; on a machine that trusts the "
+        "file, load it with the program that wrote it and save only the weights: "
+        'torch.save({"state_dict": checkpoint["state_dict"]}, "weights.ckpt")'
+    )
+
+
+def name_some(names: Iterable[str]) -> str:
+    """Lists the first few names, and the number of the others."""
+    shown = list(names)
+    more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
+    return ", ".join(shown[:3]) + more
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,519 @@
+"""Transformers of Halton-MaskGIT and MaskGIL come out as they go in: the same logits, sizes read off the file.
+
+``pytest -s`` prints the largest differences of logits, which docs/released-weights.md quotes.
+"""
+
+import math
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from maskgit_pl.decoding.selectors import halton_order
+from maskgit_pl.importers.halton import HALTON
+from maskgit_pl.importers.maskgil import MASKGIL
+from maskgit_pl.importers.transformers import import_transformer, transformer_layout_of
+from maskgit_pl.networks.adaln import AdaLNConfig
+from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
+from maskgit_pl.pipeline import MaskGIT
+from maskgit_pl.pretrained import load_tokenizer, load_transformer, save_tokenizer
+from tests.importers.transformer_references import (
+    HALTON_SIZES,
+    MASKGIL_SIZES,
+    Halton,
+    MaskGIL,
+    randomise,
+    save_checkpoint,
+)
+
+SMALL = {"codes": 24, "classes": 5, "side": 4, "size": 32, "blocks": 2, "heads": 4}
+HALTON_NETWORKS = {
+    "small": {},
+    "no registers": {"registers": 0},
+    "three registers, one block": {"registers": 3, "blocks": 1},
+    "heads that do not divide D": {"size": 40, "heads": 6, "side": 3},
+    "one class": {"classes": 1, "size": 64},
+}
+MASKGIL_NETWORKS = {
+    "small": {},
+    "one block": {"blocks": 1},
+    "wide": {"size": 96, "heads": 6},
+    "one class": {"classes": 1},
+}
+CASES = [
+    *(pytest.param(Halton, changes, id=f"Halton-MaskGIT, {name}") for name, changes in HALTON_NETWORKS.items()),
+    *(pytest.param(MaskGIL, changes, id=f"MaskGIL, {name}") for name, changes in MASKGIL_NETWORKS.items()),
+]
+
+
+def sizes(**changes):
+    return {**SMALL, **changes}
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    """Returns a function that writes a tokenizer of some codes for square grids, and returns its folder."""
+
+    def save(*, codes=SMALL["codes"], side=SMALL["side"]):
+        torch.manual_seed(0)
+        config = VQGANConfig(
+            3, base_channels=32, channel_multipliers=(1, 1), num_res_blocks=1, codebook_size=codes, code_dim=4
+        )
+        save_tokenizer(tmp_path / "own", config, VQGAN(config).state_dict(), image_size=2 * side)
+        return tmp_path / "own"
+
+    return save
+
+
+def draw(network, *, batch=3, side, seed=1):
+    """Returns tokens (B, N) with some masked ones, and labels (B,) with that of no class."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(network.codes + 1, (batch, side**2), generator=generator)
+    tokens[0] = network.codes  # all masked, as at the first step
+    labels = torch.randint(network.classes, (batch,), generator=generator)
+    labels[-1] = network.classes
+    return tokens, labels
+
+
+@pytest.mark.parametrize(("kind", "changes"), CASES)
+def test_logits_are_those_of_the_original(kind, changes, tokenizer, tmp_path):
+    original = randomise(kind(**sizes(**changes)))
+    side, heads = sizes(**changes)["side"], sizes(**changes)["heads"]
+    made = import_transformer(
+        save_checkpoint(original, tmp_path / "a.pth"), tmp_path / "out", tokenizer=tokenizer(side=side), num_heads=heads
+    )
+    network = MaskGIT.from_pretrained(tmp_path / "out").transformer.network
+    assert made.config == network.config
+    tokens, labels = draw(original, side=side)
+    expected = original(tokens, labels)
+    got = network(tokens, labels, vocabulary="all")
+    difference = float((got - expected).abs().max())
+    print(f"{kind.__name__:8} {changes or 'small'}: largest difference {difference:.1e} of logits up to "
+          f"{float(expected.abs().max()):.1f}")  # fmt: skip
+    assert expected.std() > 0.5  # a network that computes something
+    assert difference < 1e-5
+    positions = torch.tensor([[0, 3], [2, 1], [5, 8]])
+    at = expected.gather(1, positions[..., None].expand(-1, -1, original.codes + 1))[..., :-1]
+    torch.testing.assert_close(network.forward_at(tokens, labels, positions), at, rtol=0, atol=1e-5)
+    mask = tokens == original.codes
+    torch.testing.assert_close(network.forward_masked(tokens, labels, mask), expected[mask][:, :-1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "layout"), [(Halton, HALTON), (MaskGIL, MASKGIL)])
+def test_every_tensor_of_the_file_changes_the_logits(kind, layout):
+    original = randomise(kind(**SMALL))
+    tokens, labels = draw(original, side=4)
+
+    def logits():
+        tensors = {name: tensor for name, tensor in original.state_dict().items() if name != "head.weight"}
+        config = layout.read_config(tensors, (4, 4), 4)
+        network = config.create().eval()
+        network.load_state_dict(layout.read_weights(tensors, config))
+        return network(tokens, labels, vocabulary="all").detach()
+
+    before = logits()
+    for number, (name, weight) in enumerate(original.named_parameters()):
+        # A constant factor would vanish in a norm.
+        change = 0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(number))
+        weight.add_(change)
+        assert not torch.allclose(before, logits(), atol=1e-3), name
+        weight.sub_(change)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [
+        pytest.param(Halton, HALTON_SIZES["tiny"], id="Halton-MaskGIT tiny"),
+        pytest.param(Halton, HALTON_SIZES["small"], id="Halton-MaskGIT small"),
+        pytest.param(MaskGIL, MASKGIL_SIZES["B"], id="MaskGIL-B"),
+    ],
+)
+def test_logits_are_those_of_the_original_at_published_sizes(kind, size, tokenizer, tmp_path):
+    embed_dim, blocks, heads = size
+    original = kind(codes=16384, classes=1000, side=16, size=embed_dim, blocks=blocks, heads=heads)
+    original = randomise(original)
+    file = save_checkpoint(original, tmp_path / "a.pth")
+    import_transformer(file, tmp_path / "out", tokenizer=tokenizer(codes=16384, side=16))
+    network = load_transformer(tmp_path / "out" / "transformer").network
+    tokens, labels = draw(original, side=16)
+    expected = original(tokens, labels)
+    difference = float((network(tokens, labels, vocabulary="all") - expected).abs().max())
+    print(f"{kind.__name__} of size {embed_dim}, {blocks} blocks: largest difference {difference:.1e} of logits up to "
+          f"{float(expected.abs().max()):.1f}")  # fmt: skip
+    assert expected.std() > 0.5
+    assert difference < 2e-5  # sums of up to 2048 products
+
+
+@pytest.mark.parametrize("kind", [Halton, MaskGIL])
+def test_classes_keep_their_order_and_no_class_comes_last(kind, tokenizer, tmp_path):
+    original = randomise(kind(**sizes(classes=4)))
+    names = ["cat", "dog", "owl", "fox"]
+    file = save_checkpoint(original, tmp_path / "a.pth")
+    import_transformer(file, tmp_path / "out", tokenizer=tokenizer(), num_heads=4, class_names=names)
+    transformer = load_transformer(tmp_path / "out" / "transformer")
+    assert transformer.class_names == tuple(names)
+    assert transformer.network.config.null_label == 4
+    tokens, _ = draw(original, batch=1, side=4)
+    logits = [transformer.network(tokens, torch.tensor([label]), vocabulary="all") for label in range(5)]
+    for label, got in enumerate(logits):
+        others = [(got - original(tokens, torch.tensor([other]))).abs().max() for other in range(5)]
+        assert min(range(5), key=lambda other: others[other]) == label
+    assert all((logits[0] - other).abs().max() > 0.1 for other in logits[1:])
+
+
+@pytest.mark.parametrize("kind", [Halton, MaskGIL])
+def test_images_are_generated_with_guidance_and_their_tokens_are_the_pixels(kind, tokenizer, tmp_path):
+    own = tokenizer()
+    file = save_checkpoint(randomise(kind(**SMALL)), tmp_path / "a.pth")
+    made = import_transformer(file, tmp_path / "out", tokenizer=own, num_heads=4)
+    pipe = MaskGIT.from_pretrained(tmp_path / "out")
+    images = pipe.generate([0, 4], seed=3)
+    assert [image.size for image in images] == [(8, 8)] * 2
+    assert images[0].tobytes() != images[1].tobytes()
+    unguided = pipe.generate([0, 4], seed=3, guidance_scale=0.0)
+    assert any(a.tobytes() != b.tobytes() for a, b in zip(images, unguided, strict=True))
+    # The tokenizer went along, in raster order: tokens decode to the same pixels as before.
+    tokens = torch.arange(16).unsqueeze(0)
+    copied, source = load_tokenizer(tmp_path / "out" / "tokenizer"), load_tokenizer(own)
+    assert torch.equal(copied.decode(tokens), source.decode(tokens))
+    assert torch.equal(copied.encode(copied.decode(tokens)), source.encode(source.decode(tokens)))
+    assert made.image_size == 8
+
+
+# Published sizes, without memory.
+
+
+def published(kind, size, blocks, heads, **changes):
+    with torch.device("meta"):
+        return kind(codes=16384, classes=1000, size=size, blocks=blocks, heads=heads, **changes)
+
+
+def count(tensors):
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "millions", "scale"),
+    [("tiny", 16, 23, 1.5), ("small", 16, 69, 1.0), ("base", 16, 142, 0.7), ("small", 24, 70, 1.0),
+     ("base", 24, 142, 0.7), ("large", 24, 480, 0.5)],
+)  # fmt: skip
+def test_the_published_halton_networks_are_read_off(name, side, millions, scale):
+    size, blocks, heads = HALTON_SIZES[name]
+    original = published(Halton, size, blocks, heads, side=side)
+    tensors = original.state_dict()
+    del tensors["head.weight"]
+    assert round(count(tensors) / 1e6) == millions  # README: 23, 69, 142, 480 million
+    assert transformer_layout_of(tensors) is HALTON
+    config = HALTON.read_config(tensors, (16, 16), None)
+    assert (config.codebook_size, config.num_classes, config.grid) == (16384, 1000, (side, side))
+    assert (config.embed_dim, config.depth, config.num_heads, config.num_registers) == (size, blocks, heads, 1)
+    assert config.mlp_dim == original.transformer.layers[0].ff.w1.out_features
+    # Two gains of each block and the last norm's gain and bias are folded into the modulation.
+    assert count(HALTON.read_weights(tensors, config)) == count(tensors) - 2 * size * (blocks + 1)
+    check_fits(config, HALTON.read_weights(tensors, config))
+    decoding = HALTON.decoding(config)
+    assert (decoding.num_steps, decoding.token_selector) == (32, "halton")
+    assert decoding.guidance == {"name": "constant", "scale": scale}
+
+
+@pytest.mark.parametrize(("name", "millions"), [("B", 111), ("L", 343), ("XL", 775), ("XXL", 1411)])
+def test_the_published_maskgil_networks_are_read_off(name, millions):
+    size, blocks, heads = MASKGIL_SIZES[name]
+    tensors = published(MaskGIL, size, blocks, heads, side=16).state_dict()
+    assert round(count(tensors) / 1e6) == millions  # README: 111M, 343M, 775M, 1.4B
+    assert transformer_layout_of(tensors) is MASKGIL
+    config = MASKGIL.read_config(tensors, (16, 16), None)
+    assert (config.codebook_size, config.num_classes, config.grid) == (16384, 1000, (16, 16))
+    assert (config.embed_dim, config.depth, config.num_heads) == (size, blocks, heads)
+    check_fits(config, MASKGIL.read_weights(tensors, config))
+    decoding = MASKGIL.decoding(config)
+    assert decoding.guidance == {"name": "linear", "scale": 4.0}
+    assert decoding.token_selector == {"name": "confidence", "choice_temperature": 4.5}
+
+
+def check_fits(config, weights):
+    with torch.device("meta"):
+        own = config.create().state_dict()
+    assert {name: value.shape for name, value in weights.items()} == {name: value.shape for name, value in own.items()}
+
+
+def test_the_steps_of_maskgil_decide_the_tokens_that_its_sampler_decides():
+    # The sampler's list, by its description: shares arccos(r) for r from 1 to 0, rounded, at least one, the rest last.
+    shares = torch.linspace(1, 0, 32).acos()
+    expected = (shares / shares.sum() * 256).round().clamp(min=1)
+    expected[-1] += 256 - expected.sum()
+    with torch.device("meta"):
+        tensors = published(MaskGIL, 768, 12, 12, side=16).state_dict()
+    got = MASKGIL.decoding(MASKGIL.read_config(tensors, (16, 16), None)).tokens_per_step
+    assert list(got) == expected.int().tolist()
+
+
+@pytest.mark.parametrize("side", [16, 24])
+@pytest.mark.parametrize("name", HALTON_SIZES)
+def test_the_steps_of_halton_maskgit_decide_the_tokens_that_its_sampler_decides(name, side):
+    # The sampler's count after t steps, by its description.
+    count = side**2
+    after = [max(t, int((1 - torch.arccos(torch.tensor(t / 32)) / (math.pi * 0.5)) * count)) for t in range(33)]
+    size, blocks, heads = HALTON_SIZES[name]
+    tensors = published(Halton, size, blocks, heads, side=side).state_dict()
+    got = HALTON.decoding(HALTON.read_config(tensors, (16, 16), None)).tokens_per_step
+    assert [sum(got[:t]) for t in range(33)] == after
+    assert after[-1] == count
+
+
+@pytest.mark.parametrize("side", [4, 5, 6, 8])
+def test_small_grids_have_steps_too(side):
+    for kind, layout in ((Halton, HALTON), (MaskGIL, MASKGIL)):
+        tensors = published(kind, 32, 1, 4, side=side).state_dict()
+        decoding = layout.decoding(layout.read_config(tensors, (side, side), 4))
+        decoding.check(side**2, is_autoregressive=False)
+        assert decoding.num_steps == min(32, side**2)
+
+
+@pytest.mark.parametrize("side", [16, 24])
+def test_the_order_of_the_halton_selector_is_that_of_their_sampler(side):
+    # Theirs, by its description: 10,000 points of bases 2 (rows) and 3 (columns) from 1/2 and 1/3 on, first visits.
+    def inverse(number, base):
+        digits = []
+        while number:
+            number, digit = divmod(number, base)
+            digits.append(digit)
+        return sum(digit * base ** (len(digits) - 1 - place) for place, digit in enumerate(digits)) / base ** len(
+            digits
+        )
+
+    cells = [(math.floor(side * inverse(i, 2)), math.floor(side * inverse(i, 3))) for i in range(1, 10_001)]
+    visited = list(dict.fromkeys(cells))
+    assert len(visited) == side**2
+    assert halton_order((side, side)) == [row * side + column for row, column in visited]
+
+
+# Other files with the same tensors.
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_prefixes_of_wrappers_are_removed(prefix, tokenizer, tmp_path):
+    original = randomise(Halton(**SMALL))
+    file = save_checkpoint(original, tmp_path / "a.pth", prefix=prefix)
+    import_transformer(file, tmp_path / "out", tokenizer=tokenizer(), num_heads=4)
+    tokens, labels = draw(original, side=4)
+    got = load_transformer(tmp_path / "out" / "transformer").network(tokens, labels)
+    torch.testing.assert_close(got, original(tokens, labels)[..., :-1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["plain", "safetensors", "before torch 1.6", "bfloat16", "untied copy", "no copy"])
+def test_other_files_with_the_same_tensors_are_read(form, tokenizer, tmp_path):
+    original = randomise(Halton(**SMALL))
+    weights = {name: value.clone() for name, value in original.state_dict().items()}  # two equal tables
+    file = tmp_path / ("a.safetensors" if form == "safetensors" else "a.pt")
+    if form == "safetensors":
+        save_file(weights, file)
+    elif form == "bfloat16":
+        torch.save({name: value.bfloat16() for name, value in original.state_dict().items()}, file)
+    elif form == "no copy":
+        torch.save({name: value for name, value in weights.items() if name != "head.weight"}, file)
+    else:
+        torch.save(weights, file, _use_new_zipfile_serialization=form != "before torch 1.6")
+    import_transformer(file, tmp_path / "out", tokenizer=tokenizer(), num_heads=4)
+    got = load_transformer(tmp_path / "out" / "transformer").network.state_dict()
+    assert all(value.dtype == torch.float32 for value in got.values())
+    torch.testing.assert_close(got["head_bias"], weights["head.bias"], rtol=0, atol=1e-2)
+
+
+def test_the_state_of_the_optimizer_is_named_and_skipped(tokenizer, tmp_path):
+    original = Halton(**SMALL)
+    optimizer = torch.optim.AdamW(original.parameters())
+    original(*draw(original, side=4)).sum().backward()
+    optimizer.step()
+    file = save_checkpoint(original, tmp_path / "a.pth", optimizer_state_dict=optimizer.state_dict())
+    made = import_transformer(file, tmp_path / "out", tokenizer=tokenizer(), num_heads=4)
+    assert made.ignored == ("iter", "global_epoch", "optimizer_state_dict")
+
+
+def test_the_image_size_follows_from_the_grid_of_the_transformer(tokenizer, tmp_path):
+    file = save_checkpoint(randomise(Halton(**SMALL)), tmp_path / "a.pth")
+    import_transformer(
+        file, tmp_path / "out", tokenizer=tokenizer(side=16), num_heads=4
+    )  # a tokenizer of larger images
+    assert load_tokenizer(tmp_path / "out" / "tokenizer").image_size == 8
+
+
+def test_a_pretrained_folder_names_its_tokenizer_too(tokenizer, tmp_path):
+    (tmp_path / "pretrained").mkdir()
+    tokenizer().rename(tmp_path / "pretrained" / "tokenizer")
+    file = save_checkpoint(randomise(Halton(**SMALL)), tmp_path / "a.pth")
+    import_transformer(file, tmp_path / "out", tokenizer=tmp_path / "pretrained", num_heads=4)
+    assert MaskGIT.from_pretrained(tmp_path / "out").generate([1])
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_hostile_file_runs_nothing(old, tokenizer, tmp_path):
+    canary = tmp_path / "canary"
+
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(canary),)
+
+    content = {"model_state_dict": Halton(**SMALL).state_dict(), "args": SimpleNamespace(x=Hostile())}
+    torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=not old)
+    with pytest.raises(ValueError, match=r"must hold tensors only, got also .*, a Python object"):
+        import_transformer(tmp_path / "a.pth", tmp_path / "out", tokenizer=tokenizer(), num_heads=4)
+    assert not canary.exists()
+    assert not (tmp_path / "out").exists()
+
+
+def changed(kind=Halton, **values):
+    """Writes a checkpoint with other tensors; None removes one. Dots of names are spelled as two underscores."""
+
+    def write(path):
+        weights = {name: value.clone() for name, value in kind(**SMALL).state_dict().items()}
+        weights.pop("head.weight", None)
+        for name, value in values.items():
+            key = name.replace("__", ".")
+            weights.pop(key, None)
+            if value is not None:
+                weights[key] = value
+        torch.save({"model_state_dict": weights}, path)
+
+    return write
+
+
+LAYER = "transformer__layers__1__"
+REFUSED = {
+    "web page": (lambda path: path.write_text("<html>Sign in</html>"), "web page; the download"),
+    "LFS pointer": (
+        lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n"),
+        "Git LFS pointer.*git lfs pull",
+    ),
+    "cut off": (
+        lambda path: path.write_bytes(save_checkpoint(Halton(**SMALL), path).read_bytes()[:-100]),
+        "cut off; download it again",
+    ),
+    "tokenizer": (
+        lambda path: torch.save({"model": {"encoder.conv_in.weight": torch.zeros(4)}}, path),
+        r"got a tokenizer: use maskgit import-taming \(encoder\.conv_in\.weight\)",
+    ),
+    "something else": (
+        lambda path: torch.save({f"fc{n}.weight": torch.zeros(1) for n in range(5)}, path),
+        r"must be a transformer of Halton-MaskGIT or MaskGIL, got something else \(fc0.weight, .* and 2 more\)",
+    ),
+    "number among tensors": (changed(scale=1.0), "entry scale must be a tensor, got float"),
+    "twice": (changed(module__head__bias=torch.zeros(25)), r"tensor head\.bias must be there once, got it twice"),
+    "missing": (changed(**{f"{LAYER}ff__w3__weight": None}), r"missing: transformer\.layers\.1\.ff\.w3\.weight"),
+    "missing size": (changed(tok_emb__weight=None), r"missing: tok_emb\.weight"),
+    "missing of MaskGIL": (
+        changed(MaskGIL, layers__1__ffn_norm__weight=None),
+        r"missing: layers\.1\.ffn_norm\.weight",
+    ),
+    "left over": (
+        changed(**{f"{LAYER}attn__wq__bias": torch.zeros(32)}),
+        r"not in the network: transformer\.layers\.1\.attn\.wq\.bias",
+    ),
+    "left over of MaskGIL": (
+        changed(MaskGIL, cls_embedding__embedding_table__weight=torch.zeros(6, 32)),
+        r"not in the network: cls_embedding\.embedding_table\.weight",
+    ),
+    "a gap in the blocks": (
+        changed(**{f"transformer__layers__3__{rest}": torch.zeros(1) for rest in ("ln1__weight", "ln2__weight")}),
+        r"missing: transformer\.layers\.2\.",
+    ),
+    "wrong shape": (
+        changed(**{f"{LAYER}attn__wo__weight": torch.zeros(32, 16)}),
+        r"transformer\.layers\.1\.attn\.wo\.weight must have shape \(32, 32\), got \(32, 16\)",
+    ),
+    "wrong axes": (changed(pos_emb__weight=torch.zeros(16)), r"pos_emb\.weight must be a matrix, got shape \(16,\)"),
+    "no square": (changed(pos_emb__weight=torch.zeros(15, 32)), "must have a square number of rows, got 15"),
+    "not finite": (
+        changed(**{f"{LAYER}mlp__1__weight": torch.full((192, 32), math.nan)}),
+        r"transformer\.layers\.1\.mlp\.1\.weight' must hold finite numbers, got nan",
+    ),
+    "integers": (
+        changed(MaskGIL, output__weight=torch.zeros(25, 32, dtype=torch.int64)),
+        r"output\.weight' must be floating point .*, got torch\.int64",
+    ),
+    "one number that repeats": (  # 4 GB in a small file
+        changed(pos_emb__weight=torch.ones(1).expand(1 << 22, 256)),
+        r"pos_emb\.weight' must be stored in full, got 4\.29 GB made of 4 bytes that repeat",
+    ),
+    "another head": (
+        changed(head__weight=torch.ones(25, 32)),
+        r"tensor head\.weight must equal tok_emb\.weight: the network has one table for both",
+    ),
+    "a head that repeats one number": (
+        changed(head__weight=torch.ones(1).expand(1 << 22, 256)),
+        r"head\.weight' must be stored in full",
+    ),
+    "patches": (
+        lambda path: save_checkpoint(Halton(**SMALL, patch=2), path),
+        r"must read one token per position, got one that joins 2 x 2 tokens \(tensor in_proj\.weight, option proj 2\)",
+    ),
+    "no classes": (
+        changed(MaskGIL, tok_emb__weight=torch.zeros(26, 32)),
+        r"tok_emb\.weight must have rows for 24 codes, the mask token, classes, and no class, got 26",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_no_such_transformer_is_refused_in_one_line_and_nothing_is_written(case, tokenizer, tmp_path):
+    write, message = REFUSED[case]
+    file = tmp_path / "file.pth"
+    write(file)
+    with pytest.raises(ValueError, match=message) as refusal:
+        import_transformer(file, tmp_path / "out", tokenizer=tokenizer(), num_heads=4)
+    assert "\n" not in str(refusal.value)
+    assert str(refusal.value).startswith(f"checkpoint {file}")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", [Halton, MaskGIL])
+def test_heads_that_no_tensor_tells_must_be_given(kind, tokenizer, tmp_path):
+    file = save_checkpoint(kind(**SMALL), tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"heads must be given for a network of 2 blocks of size 32.*add --num-heads"):
+        import_transformer(file, tmp_path / "out", tokenizer=tokenizer())
+
+
+@pytest.mark.parametrize("heads", [6, 33])
+def test_heads_that_do_not_fit_are_refused(heads, tokenizer, tmp_path):
+    file = save_checkpoint(Halton(**SMALL), tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=f"--num-heads must fit the 32 rows of tensor .*wq.weight, .*, got {heads}"):
+        import_transformer(file, tmp_path / "out", tokenizer=tokenizer(), num_heads=heads)
+    file = save_checkpoint(MaskGIL(**SMALL), tmp_path / "b.pth")
+    with pytest.raises(ValueError, match="multiple of num_heads"):
+        import_transformer(file, tmp_path / "out", tokenizer=tokenizer(), num_heads=heads)
+
+
+def test_heads_of_a_size_of_their_own_must_divide_it():
+    sizes = {"codebook_size": 24, "num_classes": 5, "grid": (4, 4), "embed_dim": 40, "num_heads": 6}
+    assert AdaLNConfig(**sizes, attention_dim=36).head_dim == 6
+    with pytest.raises(ValueError, match="transformer attention_dim must be a multiple of num_heads 6, got 40"):
+        AdaLNConfig(**sizes, attention_dim=40)
+    with pytest.raises(ValueError, match=r"transformer attention_dim must be an integer in \[1, 65536\], got 0"):
+        AdaLNConfig(**sizes, attention_dim=0)
+
+
+def test_a_tokenizer_with_another_codebook_is_refused(tokenizer, tmp_path):
+    file = save_checkpoint(Halton(**SMALL), tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"tokenizer .* must have the 24 codes of the transformer, got 16; name"):
+        import_transformer(file, tmp_path / "out", tokenizer=tokenizer(codes=16), num_heads=4)
+    assert not (tmp_path / "out").exists()
+
+
+def test_class_names_are_counted(tokenizer, tmp_path):
+    file = save_checkpoint(Halton(**SMALL), tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="class names must be 5, one for each class of the transformer, got 2"):
+        import_transformer(file, tmp_path / "out", tokenizer=tokenizer(), num_heads=4, class_names=["a", "b"])
+
+
+def test_what_was_there_is_kept(tokenizer, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("kept")
+    with pytest.raises(FileExistsError, match="must be a new or empty folder, got one with content"):
+        import_transformer(tmp_path / "a.pth", tmp_path / "out", tokenizer=tokenizer())
+    assert (tmp_path / "out" / "mine").read_text() == "kept"

@@ -1,0 +1,160 @@
+"""Training with other mask ratios, positions, objectives and corruption: steps by hand, resume, and what is refused."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from maskgit_pl.data import Batch
+from maskgit_pl.mvtm import MaskedTokenModel
+from maskgit_pl.networks.transformer import TransformerConfig
+from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
+from maskgit_pl.training.optimizers import LearningRate
+from tests.modules import masked_model
+from tests.short_runs import data, fit
+
+CONFIG = TransformerConfig(16, 3, (4, 4), embed_dim=16, depth=2, num_heads=2, mlp_dim=32, dropout=0.1)
+ALL = {
+    "mask_ratio": "truncated_normal",
+    "mask_positions": "blocks",
+    "objective": {"name": "masked_cross_entropy", "visible_weight": 0.5},
+    "corruption": {"name": "model", "fraction": 0.3},
+}
+VARIANTS = [
+    ALL,
+    {"objective": "elbo", "corruption": "uniform", "mask_positions": "halton"},
+    {"mask_ratio": {"name": "beta", "a": 1.5}, "corruption": "model", "ema_decay": 0.0},
+]
+
+
+def model(**options) -> MaskedTokenModel:
+    torch.manual_seed(0)
+    return masked_model(
+        options.pop("network", CONFIG), "unused", rate=LearningRate(1e-2), **{"ema_decay": 0.9, **options}
+    )
+
+
+def batch(rows: int = 8) -> Batch:
+    index = torch.arange(rows)
+    tokens = torch.randint(16, (rows, 16), generator=torch.Generator().manual_seed(5))
+    return Batch(tokens, index % 3, index, torch.zeros_like(index), index, index >= 0)
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_a_resumed_run_equals_a_straight_one_to_the_last_bit(tiny_shards, tiny_pretrained, tmp_path, options):
+    def made() -> MaskedTokenModel:
+        torch.manual_seed(0)
+        options_ = {"ema_decay": 0.9, **options}
+        return masked_model(CONFIG, tiny_pretrained / "tokenizer", rate=LearningRate(1e-2), **options_)
+
+    straight = fit(made(), data(tiny_shards), steps=8, folder=tmp_path / "a", every=7)
+    first = fit(made(), data(tiny_shards), steps=5, folder=tmp_path / "b")
+    second = fit(made(), data(tiny_shards), steps=8, folder=tmp_path / "b", resume=newest_checkpoint(tmp_path / "b"))
+    assert first.losses + second.losses == straight.losses
+    ends = [FolderCheckpointIO().load_checkpoint(newest_checkpoint(tmp_path / run)) for run in "ab"]
+    for name, tensor in ends[0]["state_dict"].items():
+        assert torch.equal(tensor, ends[1]["state_dict"][name]), name
+
+
+def losses_of(module: MaskedTokenModel, given: Batch):
+    mask = module.mask_sampler.mask(
+        16, index=given.index, epoch=given.epoch, position=given.position, global_batch=8, grid=(4, 4)
+    )
+    return mask, *module._compute_training_losses(given, given.content, given.labels, mask)
+
+
+def test_the_weighted_loss_by_hand():
+    network, given = replace(CONFIG, dropout=0.0), batch()
+    module = model(network=network, objective=ALL["objective"], label_smoothing=0.0)
+    mask, loss, nll, hits = losses_of(module, given)
+    logits = module.transformer(given.content.masked_fill(mask, network.mask_token_id), given.labels, vocabulary="all")
+    each = cross_entropy(logits.transpose(1, 2), given.content, reduction="none")
+    weights = torch.where(mask, 1.0, 0.5)
+    torch.testing.assert_close(loss, ((each * weights).sum(1) / weights.sum(1)).mean())
+    torch.testing.assert_close(nll, each[mask])  # logs are of masked tokens only
+    assert len(hits) == int(mask.sum())
+
+
+@pytest.mark.parametrize("name", ["uniform", "model"])
+def test_the_original_is_asked_for_where_a_token_was_replaced(name):
+    network, given = replace(CONFIG, dropout=0.0), batch()
+    module = model(network=network, corruption={"name": name, "fraction": 0.4}, label_smoothing=0.0)
+    mask, loss, *_ = losses_of(module, given)
+    seen, replaced = module._corrupt(module.corruption, given, given.content, given.labels, mask)
+    assert replaced.any()
+    assert (seen != given.content)[replaced].any()
+    logits = module.transformer(seen.masked_fill(mask, network.mask_token_id), given.labels, vocabulary="all")
+    each, asked = cross_entropy(logits.transpose(1, 2), given.content, reduction="none"), mask | replaced
+    torch.testing.assert_close(loss, ((each * asked).sum(1) / asked.sum(1)).mean())
+    assert module.transformer.training
+
+
+def test_the_defaults_are_the_plain_loss_to_the_last_bit():
+    module, given = model(network=replace(CONFIG, dropout=0.0)), batch()
+    mask, loss, nll, hits = losses_of(module, given)
+    plain = module._compute_losses(module.transformer, given.content, given.labels, mask, smoothing=0.1)
+    for mine, other in zip((loss, nll, hits), plain, strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_drawing_codes_does_not_cut_the_graph_in_mixed_precision():
+    module, given = model(corruption="model", ema_decay=0.0, network=replace(CONFIG, dropout=0.0)), batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        _, loss, *_ = losses_of(module, given)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in module.transformer.parameters())
+
+
+def right_probability(module: MaskedTokenModel, given: Batch) -> tuple[float, float]:
+    """The probabilities that the network gives to wrong visible tokens and to right ones, at their own positions."""
+    wrong = torch.zeros(given.content.shape, dtype=torch.bool)
+    wrong[:, 5] = True
+    seen = torch.where(wrong, given.content.roll(1, 0), given.content)  # the token of another image
+    with torch.no_grad():
+        probabilities = module.transformer.eval()(seen, given.labels).softmax(-1)
+    current = probabilities.gather(-1, seen.unsqueeze(-1)).squeeze(-1)
+    return float(current[wrong].mean()), float(current[~wrong].mean())
+
+
+@pytest.mark.parametrize("name", ["uniform", "model"])
+def test_a_model_that_has_seen_wrong_tokens_gives_them_low_probabilities(name):
+    """Three images of one class are learnt by heart; then one token of each is that of another image."""
+    given, found = batch(rows=3)._replace(labels=torch.zeros(3, dtype=torch.int64)), {}
+    objective = {"name": "masked_cross_entropy", "visible_weight": 1.0}
+    for corruption in (None, {"name": name, "fraction": 0.2}):
+        module = model(
+            network=replace(CONFIG, dropout=0.0, class_dropout=0.0, embed_dim=32), corruption=corruption,
+            objective=objective, label_smoothing=0.0, ema_decay=0.0, global_batch=3,
+            mask_ratio={"name": "uniform", "high": 0.4},
+        )  # fmt: skip
+        optimizer = torch.optim.Adam(module.transformer.parameters(), lr=5e-3)
+        for step in range(250):
+            now = given._replace(epoch=given.epoch + step, position=given.position + 3 * step)
+            mask = module.mask_sampler.mask(16, index=now.index, epoch=now.epoch, position=now.position, global_batch=3)
+            loss, *_ = module._compute_training_losses(now, now.content, now.labels, mask)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        found[corruption is not None] = right_probability(module, given)
+    (plain_wrong, _), (wrong, right) = found[False], found[True]
+    assert wrong < 0.7 * plain_wrong
+    assert wrong < 0.7 * right
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"objective": "elbo", "min_mask_ratio": 0.2}, "every count from 1 to 16, got .*min_mask_ratio 0.2; use"),
+        ({"objective": "elbo", "mask_ratio": "truncated_normal"}, "objective 'elbo' must be used with mask ratios"),
+        ({"objective": "elbo", "mask_schedule": "exp"}, "mask_schedule 'exp'"),
+        ({"objective": "elb"}, "unknown objective 'elb': did you mean 'elbo'"),
+        ({"corruption": "unifrm"}, "unknown corruption 'unifrm': did you mean 'uniform'"),
+        ({"corruption": {"name": "uniform", "fraction": 2}}, "fraction must be a number in"),
+        ({"mask_ratio": "bta"}, "unknown mask ratio 'bta': did you mean 'beta'"),
+        ({"mask_positions": "block"}, "unknown mask positions 'block': did you mean 'blocks'"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_the_first_step(options, text):
+    with pytest.raises(ValueError, match=text):
+        model(**options)
