@@ -65,7 +65,7 @@ def test_schedules_are_searched_named_on_the_page_and_written(run_folder: Path, 
     out = capsys.readouterr().out
     assert "6 images each; 84 images with the second" in " ".join(out.split())
     MaskGIT.from_pretrained(run_folder).generate([0])
-    with pytest.raises(ValueError, match="Did you mean 'cosine'"):
+    with pytest.raises(ValueError, match="did you mean 'cosine'"):
         call(*words, "--schedules", "cosin")
 
 
