@@ -26,7 +26,7 @@ PARAMETERS = {
     ("tokenizer", "paper-256"): 54_515_587,
     ("tokenizer", "paper-512"): 54_515_587,
     ("transformer", "adaln-t"): 23_148_929,
-    ("transformer", "adaln-s"): 69_544_449,
+    ("transformer", "adaln-s"): 69_495_297,
     ("transformer", "adaln-b"): 142_450_433,
     ("transformer", "adaln-l"): 479_933_441,
     ("transformer", "bert"): 851_084,

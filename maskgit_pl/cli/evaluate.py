@@ -45,6 +45,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
                         help="number of real images for the likelihood (default: 2000)")  # fmt: skip
     parser.add_argument("--cas", action="store_true", help="also measure the classification accuracy score")
     add_cas_arguments(parser)
+    parser.add_argument("--accept-rate", type=float, metavar="X", help="also measure the best fraction X of each "
+                        "class by the probability of a classifier, of 1 / X times as many images")  # fmt: skip
+    parser.add_argument("--accept-classifier", type=Path, metavar="DIR", help="classifier of --accept-rate, which "
+                        "should not be the one that judges (default: the one that judges)")  # fmt: skip
     add_worker_argument(parser)
     parser.add_argument("--resume", action="store_true", help="keep the measurements of an interrupted evaluation")
     parser.add_argument(
@@ -68,16 +72,19 @@ def run(args: argparse.Namespace) -> int:
         from maskgit_pl.devices import default_device
 
         args.device = default_device(local_rank=local_rank())
-    options = EvaluationOptions(
-        **read_measuring_flags(args),
-        num_workers=args.num_workers,
-        num_steps=args.num_steps,
-        reference=args.reference,
-        lpips=args.lpips,
-        likelihood_images=args.likelihood_images,
-        cas=CASConfig(**cas) if args.cas and args.cas_model != "none" else None,
-        resume=args.resume,
-    )
+    with use_flag_names(args):
+        options = EvaluationOptions(
+            **read_measuring_flags(args),
+            num_workers=args.num_workers,
+            num_steps=args.num_steps,
+            reference=args.reference,
+            lpips=args.lpips,
+            likelihood_images=args.likelihood_images,
+            cas=CASConfig(**cas) if args.cas and args.cas_model != "none" else None,
+            resume=args.resume,
+            accept_rate=args.accept_rate,
+            accept_classifier=args.accept_classifier,
+        )
     # All ranks measure; rank 0 shows the progress and prints the table.
     first = os.environ.get("RANK", "0") == "0"
     with use_flag_names(args), progress_bars(shown=first) as bars:

@@ -96,7 +96,7 @@ def write_generated(
     Args:
         pipe: Model that decodes tokens for the animation and the filmstrip.
         images: (n, C, H, W) uint8.
-        args: Flags of ``add_output_arguments``, and ``--seed``.
+        args: Flags of ``add_output_arguments``, and ``--seed``: one number, or the seed of each image.
         sheet: Picture of all images.
         summary: Text printed beside the name of that picture.
         labels: (n) classes; None is "no class".

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.evaluation.acceptance import num_candidates
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, collect_numbers
 from maskgit_pl.evaluation.feature_metrics import CLASSIFIER, FeatureMetrics
 from maskgit_pl.evaluation.ledger import Row
@@ -18,6 +19,7 @@ from maskgit_pl.evaluation.metric_names import NETWORK_METRICS, format_value, me
 from maskgit_pl.evaluation.reconstruction import Reconstruction
 from maskgit_pl.files import write_text
 from maskgit_pl.pipeline import MaskGIT
+from maskgit_pl.pipeline.acceptance import Acceptance
 from maskgit_pl.provenance import describe_environment
 
 if TYPE_CHECKING:
@@ -37,11 +39,12 @@ class Measurements:
         decoding: Decoding of the model.
         num_images: Number of generated images.
         seed: Seed of the first image.
-        samples: Rows of the ledger by guidance (``exported_guidance``, ``without_guidance``) and network.
+        samples: Rows of the ledger by images (``exported_guidance``, ``without_guidance``, ``accepted``) and network.
         real: Rows of the same number of real images, by network.
         reconstruction: Reconstruction error of the tokenizer.
         likelihood: Row of the likelihood.
         cas: Rows of the classification accuracy score by training images; empty if it was not measured.
+        acceptance: Rejection sampling of the ``accepted`` images; None if there are none.
     """
 
     decoding: DecodingConfig
@@ -52,6 +55,7 @@ class Measurements:
     reconstruction: Reconstruction
     likelihood: Row
     cas: Mapping[str, Row] = field(default_factory=dict)
+    acceptance: Acceptance | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,8 @@ class Report:
                 cells = [format_value(name, column[name]) if name in column else "" for column in columns]
                 table.add_row(title(name), *cells, end_section=name == shown[-1])
         _add_model_rows(table, self.content)
+        if "acceptance" in self.content:
+            table.caption = _describe_acceptance(self.content["acceptance"])
         return table
 
 
@@ -133,6 +139,16 @@ def make_report(model: EvaluatedModel, evaluator: Evaluator, measured: Measureme
             "accuracy_on_real_images": classifier.accuracy,
             "real_images": len(classifier.labels),
         }
+    if measured.acceptance is not None:
+        count = num_candidates(measured.acceptance, measured.num_images, len(pipe.class_names))
+        digest = measured.acceptance.digest
+        report["acceptance"] = {
+            "accept_rate": measured.num_images / count,
+            "num_candidates": count,
+            "classifier": measured.acceptance.name,
+            "digest": digest,
+            "also_judges": [label for label, network in networks.items() if network.extractor.digest == digest],
+        }
     if measured.cas:
         names = ("top1", "top5", "classifier", "training_images", "training_steps", "real_images")
         report["classification_accuracy_score"] = {
@@ -149,6 +165,21 @@ def _describe_network(network: FeatureMetrics) -> dict[str, Any]:
         "real_images": None if features is None else len(features),
         "reference": origin.digest,
     }
+
+
+def _describe_acceptance(acceptance: Mapping[str, Any]) -> str:
+    """Returns a sentence about the accepted images; it warns if their classifier also judges them."""
+    text = (
+        f"accepted: the best {acceptance['accept_rate']:.1%} of {acceptance['num_candidates']} candidates by "
+        f"classifier {acceptance['classifier']}"
+    )
+    if acceptance["also_judges"]:
+        text += (
+            ", which also judges them: their class agreement and the metrics of "
+            f"{', '.join(acceptance['also_judges'])} are better than the images are; compare precision, recall and "
+            "diversity, and use another --accept-classifier"
+        )
+    return text
 
 
 def _describe_negative(pipe: MaskGIT) -> dict[str, Any]:

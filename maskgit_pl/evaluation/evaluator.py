@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from maskgit_pl.data import ShardData
 from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.evaluation.acceptance import num_candidates
 from maskgit_pl.evaluation.cas import classification_accuracy
 from maskgit_pl.evaluation.classifier_config import CASConfig
 from maskgit_pl.evaluation.classifier_training import TrainingImages
@@ -41,6 +42,7 @@ from maskgit_pl.evaluation.likelihood import (
 from maskgit_pl.evaluation.metric_names import NETWORK_METRICS, metric_name
 from maskgit_pl.evaluation.reference import ReferenceOrigin, draw_order
 from maskgit_pl.pipeline import MaskGIT
+from maskgit_pl.pipeline.acceptance import Acceptance
 from maskgit_pl.progress import Bars, no_bars
 from maskgit_pl.provenance import describe_environment, device_name
 
@@ -65,12 +67,14 @@ class EvaluatedModel:
         pipe: The model.
         pretrained: Folder that the model was read from.
         folder: Folder of the generated images, such as ``RUN/evaluation``.
+        acceptance: Rejection sampling of the generated images; None for all images. Edited images are not rejected.
     """
 
     run: str
     pipe: MaskGIT
     pretrained: Path
     folder: Path
+    acceptance: Acceptance | None = None
 
     @property
     def kind(self) -> str:
@@ -91,8 +95,10 @@ class EvaluatedModel:
         }
 
     def decoding_key(self, decoding: DecodingConfig) -> dict[str, Any]:
-        """Returns the ledger key of images of a decoding: that of the decoding, and the digest of a negative model."""
+        """Returns the ledger key of images: that of the decoding, and the negative model and acceptance if any."""
         key, negative = decoding_key(decoding), self.pipe.negative_model
+        if self.acceptance is not None:
+            key |= {"accept_rate": self.acceptance.rate, "classifier": shorten_digest(self.acceptance.digest)}
         if negative is not None and any(decoding.scales()):  # without guidance it changes nothing
             key["negative_model"] = shorten_digest(negative.digest)
         return key
@@ -188,7 +194,8 @@ class Evaluator:
             num_images=num_images,
             seed=seed,
             batch_size=self.batch_size,
-            on_images=self.bars(title, num_images),
+            acceptance=model.acceptance,
+            on_images=self.bars(title, num_candidates(model.acceptance, num_images, len(model.pipe.class_names))),
         )
 
     def measure_real(

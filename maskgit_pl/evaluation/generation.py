@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -19,8 +20,10 @@ from torch import Tensor
 
 from maskgit_pl.decoding import DecodingConfig, DecodingStep
 from maskgit_pl.distributed import barrier, rank_and_world
+from maskgit_pl.evaluation.acceptance import generate_accepted, num_candidates
 from maskgit_pl.evaluation.npz import SampleFile, open_samples
 from maskgit_pl.pipeline import MaskGIT
+from maskgit_pl.pipeline.acceptance import Acceptance
 from maskgit_pl.pipeline.bulk import generate_many
 
 __all__ = ["GeneratedImages", "delete_generated", "generate_images"]
@@ -95,6 +98,7 @@ def generate_images(
     num_images: int,
     seed: int = 0,
     batch_size: int = 100,
+    acceptance: Acceptance | None = None,
     on_images: Callable[[int], object] = lambda count: None,
 ) -> GeneratedImages:
     """Generates images of all classes, evenly distributed. Images in the file or in its parts are kept.
@@ -106,8 +110,8 @@ def generate_images(
         num_images: Number of images of all ranks.
         seed: Seed of the first image; image i has ``seed + i``.
         batch_size: Images per batch.
-        on_images: Called first with the number of images that this rank found, then after each batch with its number
-            of images.
+        acceptance: Rejection sampling; None for all images. Times and ``on_images`` then count all candidates.
+        on_images: Called first with the number of images that this rank found, then after each batch with its number.
 
     Raises:
         ValueError: see ``generate_many``, e.g. if the file holds images of other settings.
@@ -118,11 +122,11 @@ def generate_images(
 
     def count_steps(step: DecodingStep) -> None:
         nonlocal taken
-        # One count for each image that still had a masked token before the step.
-        taken += int(step.was_masked.any(1).sum())
+        taken += int(step.was_masked.any(1).sum())  # images that still had a masked token before the step
 
     start = time.perf_counter()
-    result = generate_many(
+    make = generate_many if acceptance is None else partial(generate_accepted, acceptance=acceptance)
+    result = make(
         pipe,
         file,
         num_images=num_images,
@@ -144,7 +148,8 @@ def generate_images(
     # Times and steps are those of images that this call made; images from an earlier call have none.
     if not result.made:
         return GeneratedImages(samples, channels, samples.labels, None)
-    return GeneratedImages(samples, channels, samples.labels, seconds / result.made, taken / result.made)
+    each = seconds / result.made * num_candidates(acceptance, num_images, len(pipe.class_names)) / num_images
+    return GeneratedImages(samples, channels, samples.labels, each, taken / result.made)
 
 
 def delete_generated(file: Path) -> None:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maskgit_pl.checks import check_integer
+from maskgit_pl.checks import check_integer, check_number
 from maskgit_pl.evaluation.classifier_config import CASConfig
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
 from maskgit_pl.evaluation.run_folders import (
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from maskgit_pl.evaluation.evaluation_report import Measurements, Report
     from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
     from maskgit_pl.evaluation.reconstruction import Reconstruction
+    from maskgit_pl.pipeline.acceptance import Acceptance
 
 __all__ = ["FEATURES", "EvaluationOptions", "evaluate"]
 
@@ -50,6 +51,9 @@ class EvaluationOptions(MeasurementOptions):
         lpips: ``vgg=FILE``, ``alex=FILE`` or ``squeeze=FILE`` for the LPIPS of the reconstructions; None leaves it out.
         likelihood_images: Number of real images for the likelihood, >= 2.
         cas: Training of the classification accuracy score; None leaves it out.
+        accept_rate: Also measure images that rejection sampling accepts at this rate, in (0, 1]; None leaves it out.
+        accept_classifier: Folder of the classifier that accepts images; None for the classifier of the data, which also
+            judges them: its values are then better than the images are.
         resume: True to reuse rows and images of an earlier evaluation; False to measure everything again.
     """
 
@@ -58,11 +62,19 @@ class EvaluationOptions(MeasurementOptions):
     lpips: str | None = None
     likelihood_images: int = 2000
     cas: CASConfig | None = None
+    accept_rate: float | None = None
+    accept_classifier: Path | None = None
     resume: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_integer("likelihood_images", self.likelihood_images, "[2, inf)")
+        if self.accept_rate is not None:
+            check_number("accept_rate", self.accept_rate, "(0, 1]")
+        elif self.accept_classifier is not None:
+            raise ValueError(
+                f"accept_classifier must be given with accept_rate, got only {self.accept_classifier}; give the rate"
+            )
 
 
 def evaluate(
@@ -99,6 +111,7 @@ def evaluate(
     folders = find_run(run, data=data, classifier=options.classifier)
     outline = read_outline(folders)
     outline.check_decoding(outline.decoding_with(num_steps=options.num_steps))
+    _check_acceptance(options, num_images, len(outline.class_names))
     from maskgit_pl.distributed import process_group, rank_and_world
     from maskgit_pl.evaluation.evaluation_report import make_report
 
@@ -107,7 +120,8 @@ def evaluate(
         evaluator, model, rebuilt = _open(folders, num_images, features, options, bars)
         decoding = model.pipe.decoding_with(num_steps=options.num_steps)
         file = out or folders.run / "evaluation.json"
-        report = make_report(model, evaluator, _measure(evaluator, model, decoding, num_images, rebuilt, options), file)
+        measured = _measure(folders, evaluator, model, decoding, num_images, rebuilt, options)
+        report = make_report(model, evaluator, measured, file)
         title = f"{model.run}: pictures"
         generated = evaluator.generate(model, decoding, num_images=num_images, seed=options.seed, title=title)
         if rank_and_world()[0] == 0:
@@ -118,6 +132,18 @@ def evaluate(
             report.save()
             refresh_card(folders.pretrained)
     return report
+
+
+def _check_acceptance(options: EvaluationOptions, num_images: int, num_classes: int) -> None:
+    if options.accept_classifier is not None and not (options.accept_classifier / "config.json").is_file():
+        raise FileNotFoundError(
+            f"accept_classifier {options.accept_classifier}: no classifier there; `maskgit train-classifier DATA` "
+            "trains one"
+        )
+    if options.accept_rate is not None and num_images % num_classes:
+        raise ValueError(
+            f"num_images must be a multiple of {num_classes}, the number of classes, with accept_rate, got {num_images}"
+        )
 
 
 def _open(
@@ -169,6 +195,7 @@ def _delete_images(folder: Path) -> None:
 
 
 def _measure(
+    folders: RunFolders,
     evaluator: Evaluator,
     model: EvaluatedModel,
     decoding: DecodingConfig,
@@ -179,6 +206,9 @@ def _measure(
     """Measures generated images with and without guidance, real images, the likelihood and the CAS."""
     from maskgit_pl.evaluation.evaluation_report import Measurements
 
+    accepted = None  # a wrong classifier is answered before anything is generated
+    if options.accept_rate is not None:
+        accepted = replace(model, acceptance=_open_acceptance(folders, evaluator, model, options))
     decodings, seed = {"exported_guidance": decoding}, options.seed
     if any(decoding.scales()):
         decodings["without_guidance"] = model.pipe.decoding_with(decoding=decoding, guidance_scale=0)
@@ -186,10 +216,32 @@ def _measure(
         name: evaluator.measure_samples(model, each, num_images=num_images, seed=seed, keep=True)
         for name, each in decodings.items()
     }
+    if accepted is not None:
+        samples["accepted"] = evaluator.measure_samples(accepted, decoding, num_images=num_images, seed=seed, keep=True)
     real = evaluator.measure_real(num_images=num_images)
     likelihood = evaluator.measure_likelihood(model, num_images=options.likelihood_images, draws=_DRAWS)
     cas: dict[str, Row] = {}
     if options.cas is not None:
-        cas["generated_images"] = evaluator.measure_cas(model, decoding, options.cas, num_images=num_images, seed=seed)
+        trained_on = {"generated_images": model, **({} if accepted is None else {"accepted_images": accepted})}
+        for name, each in trained_on.items():
+            cas[name] = evaluator.measure_cas(each, decoding, options.cas, num_images=num_images, seed=seed)
         cas["real_images"] = evaluator.measure_cas(None, None, options.cas, num_images=num_images, seed=seed)
-    return Measurements(decoding, num_images, seed, samples, real, rebuilt, likelihood, cas)
+    acceptance = None if accepted is None else accepted.acceptance
+    return Measurements(decoding, num_images, seed, samples, real, rebuilt, likelihood, cas, acceptance)
+
+
+def _open_acceptance(
+    folders: RunFolders, evaluator: Evaluator, model: EvaluatedModel, options: EvaluationOptions
+) -> Acceptance:
+    """Reads the classifier that accepts images; that of the data is trained if it is missing."""
+    from maskgit_pl.evaluation import classifier_training
+    from maskgit_pl.pipeline.acceptance import Acceptance
+
+    assert options.accept_rate is not None
+    folder = options.accept_classifier
+    if folder is None:
+        folder = folders.classifier
+        classifier_training.obtain_classifier(folder, evaluator.data)
+    acceptance = Acceptance.load(folder, options.accept_rate, device=model.pipe.device)
+    acceptance.check_classes(model.pipe.class_names)
+    return acceptance

@@ -90,18 +90,19 @@ def save_png(picture: Image.Image, path: Path) -> None:
         picture.save(file, format="PNG")
 
 
-def save_images(images: Tensor, labels: Sequence[int | None], folder: Path, *, seed: int) -> None:
+def save_images(images: Tensor, labels: Sequence[int | None], folder: Path, *, seed: int | Sequence[int]) -> None:
     """Writes each image to a PNG file named after its class and its seed.
 
     Args:
         images: (n, C, H, W) uint8.
         labels: Class of each image; None is "no class".
         folder: Folder of the files, which is made if it does not exist.
-        seed: Seed of the first image. Image i has seed + i.
+        seed: Seed of the first image, and image i has seed + i; or the seed of each image.
     """
-    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+    seeds = range(seed, seed + len(images)) if isinstance(seed, int) else seed
+    for image, label, own in zip(images, labels, seeds, strict=True):
         name = "no-class" if label is None else f"class-{label:04d}"
-        save_png(to_pil(image), folder / f"{name}-seed-{seed + number:06d}.png")
+        save_png(to_pil(image), folder / f"{name}-seed-{own:06d}.png")
 
 
 def save_gif(frames: Sequence[Image.Image], path: Path, *, milliseconds: int = 600, last: int = 2400) -> None:

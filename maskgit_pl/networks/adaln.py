@@ -69,13 +69,10 @@ class AdaLNConfig(BackboneConfig):
             norms have weights.
         qk_norm: True normalizes queries and keys over all heads, without weights.
         tied_head: True multiplies by the token embedding for the logits; False learns another table.
-<<<<<<< HEAD
         attention_dim: Size of all attention heads together, a multiple of ``num_heads``; None for D. Halton-MaskGIT's
             "small" has 6 heads of 85 numbers for D = 512.
-=======
         attention: ``bidirectional``: a token attends to all tokens; ``causal``: to itself and those before it in raster
             order, without registers. Both have the same weights.
->>>>>>> integrate
 
     Raises:
         ValueError: if a size is out of range or an option is unknown.
@@ -91,14 +88,10 @@ class AdaLNConfig(BackboneConfig):
     conditioning: Conditioning = "adaln"
     qk_norm: bool = True
     tied_head: bool = True
-<<<<<<< HEAD
     attention_dim: int | None = None
-    backbone: str = field(default="adaln", kw_only=True)
-=======
     _: KW_ONLY
     backbone: str = "adaln"
     attention: Attention = "bidirectional"
->>>>>>> integrate
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -33,7 +33,7 @@ from maskgit_pl.pipeline.bulk_plan import BulkOptions, BulkPlan, check_same, rea
 from maskgit_pl.pipeline.model import MaskGIT
 from maskgit_pl.pipeline.options import StepCallback, read_options
 
-__all__ = ["BulkOptions", "BulkResult", "generate_many", "is_finished"]
+__all__ = ["BulkOptions", "BulkResult", "generate_many", "is_finished", "make_plan", "write_samples"]
 
 _PLAN = "plan.json"
 _CHANNELS = 3  # of an image in the file; evaluators read grey images as RGB
@@ -98,7 +98,7 @@ def generate_many(
         raise ValueError(f"file must end in .npz, got {file}")
     bulk, decoding = read_options(BulkOptions, options, pipe.decoding)
     # 1. The plan, and the check that what is on disk has the same one.
-    plan = _plan(pipe, bulk, decoding)
+    plan = make_plan(pipe, bulk, decoding)
     work = _Work(file, plan)
     if is_finished(file, plan):
         shutil.rmtree(work.folder, ignore_errors=True)  # left by a run that was killed in step 3
@@ -141,7 +141,7 @@ def is_finished(file: Path, plan: BulkPlan) -> bool:
     return True
 
 
-def _plan(pipe: MaskGIT, options: BulkOptions, decoding: DecodingConfig) -> BulkPlan:
+def make_plan(pipe: MaskGIT, options: BulkOptions, decoding: DecodingConfig) -> BulkPlan:
     """Returns the plan after all checks of its classes and decoding settings."""
     # Everything that changes a pixel is in the plan, so that images of two plans are never mixed.
     classes = range(len(pipe.class_names)) if options.classes is None else options.classes
@@ -299,26 +299,44 @@ class _Work:
         return 0
 
     def _put_together(self) -> None:
-        with write_atomically(self.file, partial_in=self.folder) as stream:
-            self._write(stream)
-
-    def _write(self, stream: IO[bytes]) -> None:
-        """Writes the ``.npz`` file part by part, with the memory of one part.
-
-        numpy writes an array only as a whole, so the zip members and their headers are written here.
-        """
         plan = self.plan
         labels = np.array([plan.label(row) for row in range(plan.count)], dtype=np.int64)
-        header = {"descr": "|u1", "fortran_order": False, "shape": (plan.count, *plan.image[:2], _CHANNELS)}
-        # An .npz file is a zip archive of .npy files. The plan is its comment, which numpy ignores.
-        with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            archive.comment = plan.text
-            with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
-                np.lib.format.write_array_header_1_0(member, header)
-                for part in range(plan.num_parts):
-                    with np.load(self.part(part), allow_pickle=False) as arrays:
-                        images = arrays["images"]
-                    grey = plan.image[2] == 1  # (b, H, W, 1) -> (b, H, W, 3)
-                    member.write((np.repeat(images, _CHANNELS, axis=-1) if grey else images).tobytes())
-            with archive.open(zipfile.ZipInfo("arr_1.npy"), "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, labels, allow_pickle=False)
+        with write_atomically(self.file, partial_in=self.folder) as stream:
+            write_samples(stream, plan, map(self._read, range(plan.num_parts)), labels)
+
+    def _read(self, part: int) -> npt.NDArray[np.uint8]:
+        with np.load(self.part(part), allow_pickle=False) as arrays:
+            images: npt.NDArray[np.uint8] = arrays["images"]
+        return images
+
+
+def write_samples(
+    stream: IO[bytes],
+    plan: BulkPlan,
+    parts: Iterable[npt.NDArray[np.uint8]],
+    labels: npt.NDArray[np.int64],
+    **arrays: npt.NDArray[Any],
+) -> None:
+    """Writes the ``.npz`` file of a plan part by part, with the memory of one part.
+
+    numpy writes an array only as a whole, so the zip members and their headers are written here.
+
+    Args:
+        stream: File to write to.
+        plan: Plan of the images, which becomes the comment of the file.
+        parts: All images, in parts (b, H, W, C) of any size; grey ones are repeated to three channels.
+        labels: (n,) int64.
+        arrays: Further arrays by name.
+    """
+    header = {"descr": "|u1", "fortran_order": False, "shape": (plan.count, *plan.image[:2], _CHANNELS)}
+    # An .npz file is a zip archive of .npy files. The plan is its comment, which numpy ignores.
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        archive.comment = plan.text
+        with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
+            np.lib.format.write_array_header_1_0(member, header)
+            for images in parts:
+                grey = images.shape[-1] == 1  # (b, H, W, 1) -> (b, H, W, 3)
+                member.write((np.repeat(images, _CHANNELS, axis=-1) if grey else images).tobytes())
+        for name, values in {"arr_1": labels, **arrays}.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, values, allow_pickle=False)

@@ -76,6 +76,8 @@ class BulkPlan:
         tokenizer: SHA-256 of the weights of the tokenizer.
         transformer: SHA-256 of the weights of the transformer.
         negative_model: SHA-256 of the weights of the model that guidance moves away from; None without one.
+        accept_rate: Fraction of the candidates that are kept; None without rejection sampling.
+        classifier: SHA-256 of the classifier that ranks candidates; None without rejection sampling.
 
     Raises:
         ValueError: if a class is given twice, or there are too many classes for the file.
@@ -92,6 +94,8 @@ class BulkPlan:
     tokenizer: str
     transformer: str
     negative_model: str | None = None
+    accept_rate: float | None = None
+    classifier: str | None = None
 
     def __post_init__(self) -> None:
         if len(set(self.classes)) != len(self.classes):
@@ -103,9 +107,10 @@ class BulkPlan:
     def text(self) -> bytes:
         """The plan as JSON: the content of ``plan.json`` and the comment of the finished file."""
         content = {"format": _FORMAT, "version": _VERSION, **asdict(self)}
-        # Left out, so that the plans of files without one stay as they are.
-        if self.negative_model is None:
-            del content["negative_model"]
+        # Left out where they are None, so that the plans of older files stay as they are.
+        for name in ("negative_model", "accept_rate", "classifier"):
+            if content[name] is None:
+                del content[name]
         return json.dumps(content).encode()
 
     @property

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from maskgit_pl.cli import evaluate
 from maskgit_pl.decoding import DecodingConfig
@@ -123,6 +125,50 @@ def test_a_negative_model_is_named_in_the_report_and_changes_only_the_guided_ima
     assert plain["without_guidance"] == guided["without_guidance"]
     # The negative model is the model itself: guidance by it is none.
     assert guided["exported_guidance"] == pytest.approx(guided["without_guidance"], rel=1e-4)
+
+
+def test_accepted_images_are_measured_beside_all_and_a_judge_that_chose_them_is_named(
+    run_folder: Path, tiny_shards: Path, judge: Path, quick_judge, tmp_path: Path, capsys
+) -> None:
+    words = (run_folder, "--data", tiny_shards, "--num-images", 12, "--num-steps", 2, "--accept-rate", 0.5)
+    assert call(*words) == 0
+    report = json.loads((run_folder / "evaluation.json").read_text())
+    assert list(report["samples"]) == ["exported_guidance", "without_guidance", "accepted"]
+    accepted, others = report["samples"]["accepted"], report["samples"]["exported_guidance"]
+    assert accepted["class_agreement"] >= others["class_agreement"]
+    assert accepted["fid/classifier"] != others["fid/classifier"]
+    assert {"precision/classifier", "recall/classifier", "diversity"} <= set(accepted)
+    recorded = report["acceptance"]
+    assert (recorded["accept_rate"], recorded["num_candidates"]) == (0.5, 24)
+    assert recorded["also_judges"] == ["classifier"]
+    out = " ".join(capsys.readouterr().out.split())
+    assert "the best 50.0% of 24 candidates by classifier" in out
+    assert "which also judges them" in out
+    assert not list((run_folder / "evaluation").glob("*candidates*"))
+    # Another classifier than the one that judges.
+    other = tmp_path / "other"
+    shutil.copytree(judge, other)
+    weights = load_file(other / "model.safetensors")
+    save_file({**weights, "head.bias": weights["head.bias"] + 0.1}, other / "model.safetensors")
+    assert call(*words, "--accept-classifier", other) == 0
+    report = json.loads((run_folder / "evaluation.json").read_text())
+    assert report["acceptance"]["also_judges"] == []
+    assert report["acceptance"]["classifier"] == str(other)
+    assert "which also judges" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--accept-rate", 0), "--accept-rate must be a number in"),
+        (("--accept-rate", 0.5, "--num-images", 13), "--num-images must be a multiple of 3"),
+        (("--accept-classifier", "runs/x"), "--accept-classifier must be given with accept_rate"),
+    ],
+)
+def test_refuses_an_acceptance_that_cannot_be(run_folder: Path, tiny_shards: Path, words, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(run_folder, "--data", tiny_shards, *words)
+    assert not (run_folder / "evaluation").exists()
 
 
 @pytest.mark.slow

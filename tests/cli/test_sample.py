@@ -1,5 +1,6 @@
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -7,16 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from maskgit_pl.cli import main, sample
 from maskgit_pl.cli.decoding_flags import read_decoding_flags
 from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.networks.classifier import ClassifierSizes, create_classifier, describe_classifier
 from maskgit_pl.pipeline import MaskGIT, sharing
 from maskgit_pl.pipeline.options import SETTINGS
 from maskgit_pl.pipeline.outline import Outline
 from maskgit_pl.pipeline.sharing import local_folder
 from tests.cli.commands import call_command
+from tests.conftest import CLASSES
 
 
 def call(*words: object) -> int:
@@ -281,3 +286,69 @@ def test_a_model_of_the_hub_is_named_by_its_id(tiny_pretrained: Path, tmp_path: 
     for path in ("runs/nowhere", "nowhere"):
         with pytest.raises(FileNotFoundError, match="no such folder; train one"):
             call(path)
+
+
+def save_classifier(folder: Path, class_names: tuple[str, ...] = CLASSES) -> Path:
+    sizes = ClassifierSizes(1, 8, 3, width=4)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        weights = create_classifier(sizes).state_dict()
+    folder.mkdir()
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(describe_classifier(sizes, class_names)))
+    return folder
+
+
+def test_accepted_images_are_those_of_the_printed_seeds(tiny_pretrained: Path, tmp_path: Path, capsys) -> None:
+    classifier = save_classifier(tmp_path / "classifier")
+    words = (tiny_pretrained, "--per-class", 2, "--accept-rate", 0.5, "--classifier", classifier, "--device", "cpu")
+    assert call_command(sample, *words, "--out", tmp_path / "best.png", "--images", tmp_path / "best") == 0
+    out = capsys.readouterr().out
+    assert f"accepted 6 of 12 candidates (50.0%) by {classifier}" in out
+    seeds = [int(word) for word in re.search("seeds: ([0-9, ]+)", out)[1].split(",")]
+    pipe = MaskGIT.from_pretrained(tiny_pretrained)
+    expected = pipe.generate([0, 0, 1, 1, 2, 2], seed=seeds, output_type="np")[..., 0]
+    labels = [0, 0, 1, 1, 2, 2]
+    files = [
+        tmp_path / "best" / f"class-{label:04d}-seed-{seed:06d}.png" for label, seed in zip(labels, seeds, strict=True)
+    ]
+    made = np.stack([np.asarray(Image.open(file).convert("L")) for file in files])
+    assert np.abs(made.astype(int) - expected).max() <= 1
+
+
+def test_many_accepted_images_come_with_their_seeds(tiny_pretrained: Path, tmp_path: Path, capsys) -> None:
+    classifier = save_classifier(tmp_path / "classifier")
+    words = (tiny_pretrained, "--num-images", 6, "--accept-rate", 0.25, "--device", "cpu")
+    out = tmp_path / "best.npz"
+    assert call_command(sample, *words, "--classifier", classifier, "--out", out) == 0
+    assert "accepted 6 of 24 candidates (25.0%)" in capsys.readouterr().out
+    with np.load(out) as arrays:
+        assert arrays["seeds"].shape == (6,)
+        assert len(set(arrays["seeds"])) == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--accept-rate", 2), "--accept-rate must be a number in"),
+        (("--classifier", "x"), "--classifier must be given with --accept-rate"),
+        (("--accept-rate", 0.5), "--accept-rate: .* name a classifier with --classifier"),
+        (("--accept-rate", 0.5, "--classifier", "nowhere"), "--classifier nowhere: no classifier there"),
+        (
+            ("--accept-rate", 0.5, "--num-images", 7, "--out", "made.npz", "--classifier", "CLASSIFIER"),
+            "--num-images must be a multiple of 3",
+        ),
+        (("--accept-rate", 0.5, "--classifier", "OTHER"), "must know the classes of the model"),
+    ],
+)
+def test_refuses_an_acceptance_that_cannot_be(
+    tiny_pretrained: Path, tmp_path: Path, words, message, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folders = {
+        "CLASSIFIER": save_classifier(tmp_path / "classifier"),
+        "OTHER": save_classifier(tmp_path / "other", ("Bag", *CLASSES[1:])),
+    }
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        call_command(sample, tiny_pretrained, "--device", "cpu", *(folders.get(word, word) for word in words))
+    assert not list(tmp_path.glob("*.npz")) + list(tmp_path.glob("*.png"))

@@ -254,7 +254,7 @@ def test_the_file_is_put_together_in_the_memory_of_a_part(pipe: MaskGIT, tmp_pat
     import tracemalloc
 
     options = BulkOptions(classes=[0], num_images=4000, part_size=100)
-    plan = bulk_module._plan(pipe, options, pipe.decoding)
+    plan = bulk_module.make_plan(pipe, options, pipe.decoding)
     work = bulk_module._Work(tmp_path / "samples.npz", plan)
     work.begin()
     for part in range(plan.num_parts):

@@ -7,12 +7,16 @@ import torch
 from PIL import Image
 
 from maskgit_pl import pretrained
+from maskgit_pl.networks.backbone import backbones, build_config
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.bulk import generate_many
 from maskgit_pl.pipeline.outline import Outline
 from maskgit_pl.pretrained import load_transformer, read_negative_model, save_decoding
 from tests.conftest import CLASSES, peak_predictions, save_tiny_pretrained
+
+SMALL = {"bert": {"embed_dim": 8, "depth": 1, "num_heads": 1, "mlp_dim": 8}}
+SMALL["adaln"] = {"embed_dim": 16, "depth": 1, "num_heads": 1, "mlp_dim": 16}
 
 
 def save_weaker(folder, strong, *, class_dropout=0.1, **changes):
@@ -22,6 +26,8 @@ def save_weaker(folder, strong, *, class_dropout=0.1, **changes):
         name: value for name, value in changes.items() if name in ("codebook_size", "num_classes", "grid", "attention")
     }
     config = TransformerConfig(**sizes, embed_dim=8, depth=1, num_heads=1, mlp_dim=8, class_dropout=class_dropout)
+    if "backbone" in changes:
+        config = build_config({"codebook_size": 16, "num_classes": 3, "grid": [4, 4], **changes["backbone"]}, "network")
     with torch.random.fork_rng():
         torch.manual_seed(9)
         weights = peak_predictions(config.create()).state_dict()
@@ -67,6 +73,14 @@ def test_a_folder_a_pipeline_and_the_default_of_the_pipeline_give_the_same_image
     assert torch.equal(tokens(own, guidance_scale=2.0, negative_model=pipe), tokens(pipe, guidance_scale=0))
 
 
+@pytest.mark.parametrize("name", sorted(backbones.names()))
+def test_the_networks_may_be_of_any_two_backbones(pipe, tiny_pretrained, tmp_path, name):
+    weak = save_weaker(tmp_path / "weak", tiny_pretrained, backbone={"backbone": name, **SMALL.get(name, {})})
+    made = tokens(pipe, guidance_scale=2.0, negative_model=weak)
+    assert made.max() < 16
+    assert not torch.equal(made, tokens(pipe, guidance_scale=0))
+
+
 def test_editing_takes_a_negative_model(pipe, weaker):
     image = Image.fromarray(np.full((8, 8), 90, np.uint8))
     mask = torch.zeros(8, 8, dtype=torch.bool)
@@ -96,6 +110,7 @@ def test_a_model_without_a_null_class_can_be_guided(tmp_path):
         ({"fingerprint": "f" * 64}, "same tokenizer, whose fingerprint is .*, got ffffffffffff"),
         ({"codebook_size": 8}, "negative_model must have codebook_size 16, .* got 8"),
         ({"grid": (2, 4)}, r"negative_model must have grid \(4, 4\), .* got \(2, 4\)"),
+        ({"backbone": {"backbone": "adaln", "condition_dim": 5}}, "with vectors of 0 values .* got 5"),
         ({"class_names": ("Bag", "T-shirt", "Trouser")}, "negative_model must have the classes .*Ankle boot.*got.*Bag"),
         ({"attention": "causal"}, "the negative model is autoregressive"),
     ],

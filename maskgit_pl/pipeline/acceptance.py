@@ -1,0 +1,196 @@
+"""Rejection sampling: of more images than are wanted, keep those that a classifier assigns to their class most surely.
+
+The images of a class that are generated are its candidates; the fraction that is kept is the acceptance rate. Candidate
+j has seed + j, class by class, so that the candidates are the images of an ordinary call with more images. A classifier
+that selects images must not judge them: class agreement and distances in its own features are then better than the
+images are. ``maskgit sample`` and ``evaluate`` use this.
+
+Source: Razavi et al. (VQ-VAE-2), arXiv:1906.00446, section on classifier-based rejection sampling; MaskGIT reports
+FID 4.02 (256 px) and 4.46 (512 px) with acceptance rate 0.05.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from maskgit_pl.checks import check_number
+from maskgit_pl.networks.classifier import FrozenClassifier, load_classifier
+from maskgit_pl.networks.feature_network import weights_digest
+from maskgit_pl.pipeline.classes import Classes
+from maskgit_pl.pipeline.generate import Generator
+
+__all__ = ["Acceptance", "AcceptedSeeds", "check_accept_rate", "choose_seeds"]
+
+_ROUNDING = 1e-9  # 7 / 0.07 is 100.00000000000001 in floating point
+_BATCH = 50  # images that are classified at a time
+
+
+def check_accept_rate(rate: float) -> float:
+    """Returns an acceptance rate after a check that it is in (0, 1]."""
+    return check_number("accept_rate", rate, "(0, 1]")
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """The rule by which candidates are kept: the most probable fraction of each class.
+
+    Args:
+        rate: Fraction of the candidates of a class that is kept, in (0, 1].
+        classifier: Classifier whose probability of the requested class ranks the candidates.
+        name: Name of the classifier for records and messages, such as its folder.
+
+    Raises:
+        ValueError: if ``rate`` is out of range.
+    """
+
+    rate: float
+    classifier: FrozenClassifier
+    name: str = "classifier"
+
+    def __post_init__(self) -> None:
+        check_accept_rate(self.rate)
+
+    @classmethod
+    def load(cls, folder: Path | str, rate: float, *, device: torch.device | str = "cpu") -> Acceptance:
+        """Reads the classifier of a folder that ``maskgit train-classifier`` or an evaluation wrote.
+
+        Raises:
+            FileNotFoundError: if there are no weights.
+            ValueError: if ``rate`` is out of range, or the folder holds no classifier.
+        """
+        check_accept_rate(rate)
+        return cls(rate, load_classifier(Path(folder)).to(device), str(folder))
+
+    @cached_property
+    def digest(self) -> str:
+        """The SHA-256 in hex of the layers and weights of the classifier."""
+        return weights_digest(self.classifier)
+
+    def check_classes(self, class_names: Sequence[str]) -> None:
+        """Checks that the classes of the classifier are those of the model, in the same order.
+
+        Raises:
+            ValueError: if they differ.
+        """
+        if tuple(class_names) != self.classifier.class_names:
+            raise ValueError(
+                f"classifier {self.name} must know the classes of the model {list(class_names[:10])}, got "
+                f"{list(self.classifier.class_names[:10])}; train one on its data with `maskgit train-classifier DATA`"
+            )
+
+    def num_candidates(self, count: int) -> int:
+        """Returns how many candidates of a class are generated to keep ``count`` of them."""
+        return max(count, math.ceil(count / self.rate - _ROUNDING))
+
+    @torch.no_grad()
+    def log_probs(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Computes log p(requested class | image).
+
+        Args:
+            images: (n, C, H, W) uint8.
+            labels: (n,) int64 in [0, num_classes).
+
+        Returns:
+            (n,) float32 on the CPU.
+        """
+        device = next(self.classifier.parameters()).device
+        logits = [self.classifier(part.to(device)).logits.float().cpu() for part in torch.split(images, _BATCH)]
+        return F.log_softmax(torch.cat(logits), dim=1).gather(1, labels.cpu().unsqueeze(1)).squeeze(1)
+
+    def choose(self, log_probs: Tensor, labels: Tensor, counts: Mapping[int, int]) -> Tensor:
+        """Chooses the most probable candidates of each class; of equal ones the first.
+
+        Args:
+            log_probs: (n,) float: see ``log_probs``.
+            labels: (n,) int64: class of each candidate.
+            counts: Number of candidates to keep by class.
+
+        Returns:
+            Indices of the kept candidates in ascending order, int64.
+        """
+        kept = []
+        for label, count in counts.items():
+            rows = (labels == label).nonzero().squeeze(1)
+            kept.append(rows[log_probs[rows].argsort(descending=True, stable=True)[:count]])
+        return torch.cat(kept).sort().values
+
+
+@dataclass(frozen=True)
+class AcceptedSeeds:
+    """The seeds of accepted images, in the order of the classes that were asked for.
+
+    Args:
+        seeds: Seed of each image, for ``MaskGIT.generate(classes, seed=seeds)``.
+        log_probs: Logarithm of the probability of its class for each image.
+        num_candidates: Number of images that were generated to choose from.
+    """
+
+    seeds: list[int]
+    log_probs: list[float]
+    num_candidates: int
+
+    @property
+    def accept_rate(self) -> float:
+        """The fraction of the candidates that was accepted."""
+        return len(self.seeds) / self.num_candidates
+
+
+def choose_seeds(
+    pipe: Generator,
+    classes: Classes,
+    acceptance: Acceptance,
+    *,
+    seed: int = 0,
+    batch_size: int = 64,
+    on_images: Callable[[int], object] = lambda count: None,
+    **options: Any,
+) -> AcceptedSeeds:
+    """Generates candidates, and chooses the seeds of those to keep.
+
+    Example::
+
+        pipe = MaskGIT.from_pretrained("runs/fashion-mnist-cosine")
+        acceptance = Acceptance.load("runs/fashion-mnist-classifier/small", 0.5)
+        chosen = choose_seeds(pipe, ["Bag"] * 8, acceptance)
+        images = pipe.generate(["Bag"] * 8, seed=chosen.seeds)
+
+    Args:
+        pipe: The model.
+        classes: Class of each image to keep, as for ``MaskGIT.generate``; "no class" has no probability.
+        acceptance: Classifier and acceptance rate.
+        seed: Seed of the first candidate; candidate j has seed + j, class by class in the order of ``classes``.
+        batch_size: Candidates generated at a time.
+        on_images: Called after each batch with its number of candidates.
+        options: Decoding settings and other options of ``MaskGIT.generate``, the same for all images.
+
+    Raises:
+        ValueError: if the classifier has other classes than the model, or a class is "no class" or unknown.
+    """
+    acceptance.check_classes(pipe.class_names)
+    labels = pipe.class_ids(classes)
+    if max(labels) >= len(pipe.class_names):
+        raise ValueError("classes must not be None with accept_rate, which ranks by the class; name a class")
+    counts = Counter(labels)  # in the order of first appearance
+    candidates = [label for label, count in counts.items() for _ in range(acceptance.num_candidates(count))]
+    scores = []
+    for first in range(0, len(candidates), batch_size):
+        batch = candidates[first : first + batch_size]
+        images = pipe.generate(batch, output_type="pt", seed=seed + first, batch_size=len(batch), **options)
+        scores.append(acceptance.log_probs(images, torch.tensor(batch)))
+        on_images(len(batch))
+    log_probs = torch.cat(scores)
+    rows = cast("list[int]", acceptance.choose(log_probs, torch.tensor(candidates), counts).tolist())
+    # The kept candidates of a class go to its places in turn.
+    waiting = {label: iter([row for row in rows if candidates[row] == label]) for label in counts}
+    ordered = [next(waiting[label]) for label in labels]
+    return AcceptedSeeds([seed + row for row in ordered], log_probs[ordered].tolist(), len(candidates))

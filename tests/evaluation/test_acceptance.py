@@ -1,0 +1,94 @@
+"""Accepted images in a file: the best candidates, whoever makes them and whatever stops them."""
+
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from maskgit_pl.evaluation.acceptance import generate_accepted, num_candidates
+from maskgit_pl.networks.classifier import ClassifierSizes, FrozenClassifier, create_classifier
+from maskgit_pl.pipeline import MaskGIT
+from maskgit_pl.pipeline.acceptance import Acceptance
+from maskgit_pl.pipeline.bulk import generate_many
+from tests.conftest import CLASSES
+
+OPTIONS = {"num_images": 6, "part_size": 4, "batch_size": 3, "seed": 5}
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_pretrained: Path) -> MaskGIT:
+    return MaskGIT.from_pretrained(tiny_pretrained)
+
+
+@pytest.fixture(scope="module")
+def acceptance() -> Acceptance:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = create_classifier(ClassifierSizes(1, 8, 3, width=4))
+    return Acceptance(0.25, FrozenClassifier(network, CLASSES))
+
+
+def read(file: Path) -> dict[str, np.ndarray]:
+    with np.load(file, allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def test_the_file_holds_the_best_candidates_with_their_seeds(pipe, acceptance, tmp_path):
+    scored = []
+    result = generate_accepted(pipe, tmp_path / "best.npz", acceptance, on_scored=scored.append, **OPTIONS)
+    assert (result.made, result.missing_parts, result.file) == (24, 0, tmp_path / "best.npz")
+    assert [path.name for path in tmp_path.iterdir()] == ["best.npz"]
+    assert sum(scored) == 24 == num_candidates(acceptance, 6, 3)
+    generate_many(pipe, tmp_path / "all.npz", **OPTIONS | {"num_images": 24})
+    best, everything = read(tmp_path / "best.npz"), read(tmp_path / "all.npz")
+    assert best["arr_1"].tolist() == [0, 0, 1, 1, 2, 2]
+    rows = best["seeds"] - 5
+    assert (best["arr_0"] == everything["arr_0"][rows]).all()
+    images = torch.from_numpy(everything["arr_0"]).permute(0, 3, 1, 2)[:, :1]
+    log_probs = acceptance.log_probs(images, torch.from_numpy(everything["arr_1"]))
+    for label in range(3):
+        own = log_probs[everything["arr_1"] == label]
+        kept = best["log_probs"][best["arr_1"] == label]
+        assert sorted(kept) == pytest.approx(own.sort().values[-2:].tolist(), abs=1e-4)
+    with zipfile.ZipFile(tmp_path / "best.npz") as archive:
+        plan = json.loads(archive.comment)
+    assert (plan["accept_rate"], plan["classifier"], plan["count"]) == (0.25, acceptance.digest, 6)
+
+
+def test_a_second_call_does_nothing_and_another_rate_is_refused(pipe, acceptance, tmp_path):
+    file = tmp_path / "best.npz"
+    generate_accepted(pipe, file, acceptance, **OPTIONS)
+    before = file.stat().st_mtime_ns
+    assert generate_accepted(pipe, file, acceptance, **OPTIONS).made == 0
+    assert file.stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match=r"accept_rate 0.25 -> 0.5"):
+        generate_accepted(pipe, file, Acceptance(0.5, acceptance.classifier), **OPTIONS)
+    with pytest.raises(ValueError, match=r"accept_rate 0.25 -> None"):
+        generate_many(pipe, file, **OPTIONS)
+
+
+def test_processes_share_the_candidates(pipe, acceptance, tmp_path):
+    generate_accepted(pipe, tmp_path / "one.npz", acceptance, **OPTIONS)
+    results = [
+        generate_accepted(pipe, tmp_path / "two.npz", acceptance, rank=rank, world_size=2, **OPTIONS)
+        for rank in range(2)
+    ]
+    assert [result.missing_parts > 0 for result in results] == [True, False]
+    one, two = read(tmp_path / "one.npz"), read(tmp_path / "two.npz")
+    assert all((one[name] == two[name]).all() for name in one)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_images": 7}, "num_images must be a multiple of 3, the number of classes, with accept_rate, got 7"),
+        ({"classes": [0, None]}, "classes must not be None with accept_rate"),
+    ],
+)
+def test_refuses_before_anything_is_generated(pipe, acceptance, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        generate_accepted(pipe, tmp_path / "best.npz", acceptance, **OPTIONS | changes)
+    assert not list(tmp_path.iterdir())
