@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 #: DATASET|Name of the data set (default: fashion-mnist)
 #: DATA|Folder of its shards (default: data/shards/DATASET)
 #: IMAGES|Folder of your own images, one sub-folder per class, which `make data` converts
-#: RECIPE|Recipes, merged from left to right (default: cosine)
+#: RECIPE|Recipes, merged from left to right (default: adaln)
 #: RUN|Name of the run folder in runs/ (default: DATASET-RECIPE)
 #: CLUSTER|single, ddp or fsdp (default: single; on Slurm: ddp)
 #: TOKENIZER|Pretrained tokenizer for stage 2 (default: that of the run)
@@ -28,7 +28,7 @@ STAMP := $(VENV)/.installed
 #: WORKERS|Processes that run the tests (default: auto)
 #: ARGS|Any further flags of the command
 DATASET ?= fashion-mnist
-RECIPE ?= cosine
+RECIPE ?= adaln
 CLUSTER ?= single
 RUN ?= $(DATASET)-$(subst $(eval ) ,-,$(strip $(RECIPE)))
 DATA ?= data/shards/$(DATASET)

@@ -52,7 +52,7 @@ def test_an_unknown_benchmark_is_answered_with_the_list():
 def test_edit_without_an_image_says_so():
     assert "IMAGE must name an image file" in run_make("edit").stdout
     printed = run_make("edit", "IMAGE=my photo.jpg", "ARGS=--box 0,4,28,16 --class Bag").stdout
-    assert 'maskgit edit "runs/fashion-mnist-cosine" "my photo.jpg" --box 0,4,28,16 --class Bag' in printed
+    assert 'maskgit edit "runs/fashion-mnist-adaln" "my photo.jpg" --box 0,4,28,16 --class Bag' in printed
 
 
 def test_slurm_jobs_use_ddp_unless_a_cluster_is_given():

@@ -78,7 +78,7 @@ def test_the_first_example_takes_three_lines():
 
 @pytest.mark.slow
 def test_the_examples_run_one_after_the_other(tmp_path: Path):
-    save_small_model(tmp_path / "runs/fashion-mnist-cosine/pretrained")
+    save_small_model(tmp_path / "runs/fashion-mnist-adaln/pretrained")
     code = "\n".join(BLOCKS)
     ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
@@ -90,7 +90,7 @@ def test_the_examples_run_one_after_the_other(tmp_path: Path):
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[0])
 def test_the_examples_name_the_demos_run(block: str):
     for path in re.findall(r'"(runs/[^"]+)"', block):
-        assert path == "runs/fashion-mnist-cosine"
+        assert path == "runs/fashion-mnist-adaln"
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)])

@@ -20,7 +20,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="measure every token selector on one model",
         description="Measure token selectors at several numbers of steps, with the same noise for all, and write "
         "comparison.md, comparison.csv and a sheet of images. Measurements that the ledger holds are reused.",
-        epilog="Example: maskgit compare runs/fashion-mnist-cosine --selectors confidence,halton --num-steps 4,8",
+        epilog="Example: maskgit compare runs/fashion-mnist-adaln --selectors confidence,halton --num-steps 4,8",
     )
     add_measured_run_arguments(parser)
     parser.add_argument(

@@ -29,7 +29,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="measure a trained model on the val split",
         description="Measure reconstruction, generated images in the features of several networks, likelihood and "
         "speed, and write evaluation.json and pictures. Processes that torchrun starts share the work.",
-        epilog="Example: maskgit evaluate runs/fashion-mnist-cosine --num-images 2000 --features classifier",
+        epilog="Example: maskgit evaluate runs/fashion-mnist-adaln --num-images 2000 --features classifier",
     )
     add_measured_run_arguments(parser)
     parser.add_argument(

@@ -27,13 +27,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "inpaint",
         help="regenerate part of an image",
         description="Generate the tokens under a box or a mask again, and paste the result into the image.",
-        epilog="Example: maskgit inpaint runs/fashion-mnist-cosine sneaker.png --box 0,0,28,14 --out inpainted.png",
+        epilog="Example: maskgit inpaint runs/fashion-mnist-adaln sneaker.png --box 0,0,28,14 --out inpainted.png",
     )
     edit = subparsers.add_parser(
         "edit",
         help="turn part of an image into another class",
         description="Turn what is in a box or under a mask into another class, and paste the result into the image.",
-        epilog="Example: maskgit edit runs/fashion-mnist-cosine sneaker.png --box 0,4,28,16 --class 'Ankle boot'",
+        epilog="Example: maskgit edit runs/fashion-mnist-adaln sneaker.png --box 0,4,28,16 --class 'Ankle boot'",
     )
     for parser in (inpaint, edit):
         add_model_argument(parser)

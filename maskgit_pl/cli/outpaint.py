@@ -36,7 +36,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="extend an image beyond its borders",
         description="Extend an image beyond its borders: a window slides over a larger canvas and fills it. The number "
         "of pixels to add must be a multiple of the pixels of a token.",
-        epilog="Example: maskgit outpaint runs/fashion-mnist-cosine bag.png --up 8 --class Bag --out taller.png",
+        epilog="Example: maskgit outpaint runs/fashion-mnist-adaln bag.png --up 8 --class Bag --out taller.png",
     )
     add_model_argument(parser)
     parser.add_argument("image", type=Path, metavar="IMAGE", help="JPEG, PNG or WebP file, of any size")

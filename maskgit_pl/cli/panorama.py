@@ -28,7 +28,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="generate images of any width",
         description="Generate images that are larger than those of the training: a window slides over a canvas of "
         "tokens and fills it.",
-        epilog="Example: maskgit panorama runs/fashion-mnist-cosine --classes Bag --width 112",
+        epilog="Example: maskgit panorama runs/fashion-mnist-adaln --classes Bag --width 112",
     )
     add_model_argument(parser)
     add_classes_argument(parser)

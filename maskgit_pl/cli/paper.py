@@ -32,7 +32,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Write a table of the paper as Markdown and CSV, with the rows of the paper and of the runs, and a "
         "sheet of images. 1: class-conditional generation. 2: outpainting and inpainting. 3: mask schedules, one run "
         "for each (`maskgit ablation` trains them). Measurements that the ledger holds are reused.",
-        epilog="Example: maskgit table 1 runs/fashion-mnist-cosine --num-images 2000",
+        epilog="Example: maskgit table 1 runs/fashion-mnist-adaln --num-images 2000",
     )
     table.add_argument("number", type=int, choices=(1, 2, 3), help="number of the table in the paper")
     _add_runs(table)

@@ -53,7 +53,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="generate images of classes",
         description="Generate images of classes and write them as one picture, as single files, as an animation of the "
         "decoding, or with --num-images as one .npz file.",
-        epilog="Example: maskgit sample runs/fashion-mnist-cosine --classes Sneaker,Bag --num-steps 8 --gif bags.gif",
+        epilog="Example: maskgit sample runs/fashion-mnist-adaln --classes Sneaker,Bag --num-steps 8 --gif bags.gif",
     )
     add_model_argument(parser)
     add_classes_argument(parser)

@@ -21,7 +21,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "same command resumes after a stop. Processes of torchrun or srun share the work; without a launcher, set "
         "--rank and --world-size. Without --crops, --flip and --precision, an existing store of the run keeps its own. "
         "Further flags override recipe values, as in `maskgit train transformer`.",
-        epilog="Example: maskgit tokenize --dataset fashion-mnist --run fashion-mnist-cosine",
+        epilog="Example: maskgit tokenize --dataset fashion-mnist --run fashion-mnist-adaln",
     )
     add_run_arguments(parser)
     parser.add_argument(

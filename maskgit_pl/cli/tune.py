@@ -26,7 +26,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Search token selector, temperatures, truncation, guidance and number of steps T on the val split, "
         "confirm the best settings with new noise, and write decoding.json beside the weights, a page and a figure. "
         "Every command uses decoding.json from then on. The same command resumes after a stop.",
-        epilog="Example: maskgit tune runs/fashion-mnist-cosine --trials 40 --metric fid",
+        epilog="Example: maskgit tune runs/fashion-mnist-adaln --trials 40 --metric fid",
     )
     add_measured_run_arguments(parser)
     parser.add_argument("--trials", type=int, default=40, metavar="N", help="maximum number of trials (default: 40)")

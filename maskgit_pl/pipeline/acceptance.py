@@ -159,7 +159,7 @@ def choose_seeds(
 
     Example::
 
-        pipe = MaskGIT.from_pretrained("runs/fashion-mnist-cosine")
+        pipe = MaskGIT.from_pretrained("runs/fashion-mnist-adaln")
         acceptance = Acceptance.load("runs/fashion-mnist-classifier/small", 0.5)
         chosen = choose_seeds(pipe, ["Bag"] * 8, acceptance)
         images = pipe.generate(["Bag"] * 8, seed=chosen.seeds)

@@ -75,7 +75,7 @@ def generate_many(
 
     Example::
 
-        pipe = MaskGIT.from_pretrained("runs/fashion-mnist-cosine")
+        pipe = MaskGIT.from_pretrained("runs/fashion-mnist-adaln")
         generate_many(pipe, "samples.npz", num_images=50_000, num_steps=8)
 
     Args:

@@ -45,7 +45,7 @@ class Editor(Generator):
 
         Example::
 
-            pipe = MaskGIT.from_pretrained("runs/fashion-mnist-cosine")
+            pipe = MaskGIT.from_pretrained("runs/fashion-mnist-adaln")
             variants = pipe.inpaint("sneaker.png", "mask.png", classes=["Sneaker"] * 4)
             variants[0].save("inpainted.png")
 
@@ -107,7 +107,7 @@ class Editor(Generator):
 
         Example::
 
-            pipe = MaskGIT.from_pretrained("runs/fashion-mnist-cosine")
+            pipe = MaskGIT.from_pretrained("runs/fashion-mnist-adaln")
             boots = pipe.edit_class("sneaker.png", (0, 4, 28, 16), "Ankle boot", variants=4)
             boots[0].save("boot.png")
 

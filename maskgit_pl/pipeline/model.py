@@ -39,7 +39,7 @@ class MaskGIT(Editor):
 
     Example::
 
-        pipe = MaskGIT.from_pretrained("runs/fashion-mnist-cosine")
+        pipe = MaskGIT.from_pretrained("runs/fashion-mnist-adaln")
         images = pipe.generate(["Sneaker", "Bag", 0], num_steps=8, seed=0)
         images[0].save("sneaker.png")
 

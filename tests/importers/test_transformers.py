@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from maskgit_pl.decoding.selectors import halton_order
+from maskgit_pl.halton import halton_order
 from maskgit_pl.importers.halton import HALTON
 from maskgit_pl.importers.maskgil import MASKGIL
 from maskgit_pl.importers.transformers import import_transformer, transformer_layout_of

@@ -4,7 +4,7 @@
 
     from maskgit_pl.evaluation import reports
 
-    page = reports.table_1(["runs/fashion-mnist-cosine"], reports.ReportOptions(num_images=2000))
+    page = reports.table_1(["runs/fashion-mnist-adaln"], reports.ReportOptions(num_images=2000))
     page.write()                              # results/fashion-mnist/table-1.md, .csv and .png
 
 The rows that the ledger lacks are measured. The names are imported on first use.

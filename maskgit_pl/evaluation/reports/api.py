@@ -112,7 +112,7 @@ def figure_4(run: Path | str | None = None, options: TimingOptions | None = None
 
 def _open(task: str, runs: Runs, options: ReportOptions, command: str, bars: Bars) -> OpenedModels:
     if not runs:
-        raise ValueError(f"{task} must have at least one run, such as runs/fashion-mnist-cosine, got none")
+        raise ValueError(f"{task} must have at least one run, such as runs/fashion-mnist-adaln, got none")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"{task} must run in one process; start it without torchrun, or use `maskgit evaluate`")
     folders = [find_run(run, data=options.data, classifier=options.classifier) for run in runs]
