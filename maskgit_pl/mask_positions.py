@@ -136,8 +136,8 @@ class BlockPositions(MaskPositions):
     """Rectangles of random size and place, one after another, until the count is reached; the last one is cut.
 
     Height and width of a rectangle are independent: uniform on the integers between ``min_side * max_side`` and
-    ``max_side`` times the rows and columns, rounded up. Its place is uniform. At most 32 rectangles are drawn per image.
-    Positions outside of all rectangles are masked last, in random order.
+    ``max_side`` times the rows and columns, rounded up. Its place is uniform. At most 32 rectangles are drawn per
+    image. Positions outside of all rectangles are masked last, in random order.
 
     Args:
         max_side: Largest side as a fraction of the grid's side, in (0, 1].

@@ -6,7 +6,7 @@ Used by ``decoder.ParallelDecoder`` if ``TokenSelector.needs_decided_logits``. E
     2. Draw. A code is drawn for each of these positions that is masked. Decided positions keep their current code.
     3. Score. The selector scores draws and decided tokens alike, both by the current logits.
     4. Replace. A selector may give decided positions another code.
-    5. Mask. The tokens with the lowest scores are masked, as many as the plan says, whichever step decided them.
+    5. Mask. The tokens with the lowest scores are masked, as many as the plan says, new or old.
 
 The number of masked tokens follows the plan, so all shapes are known before the loop, and nothing waits for the device.
 

@@ -16,7 +16,7 @@ from maskgit_pl.decoding.token_selector import Candidates, Decided, token_select
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Edit", "PathPlanning", "ReMDM", "Remasking"]
+__all__ = ["PathPlanning", "ReMDM", "Remasking", "TokenEditing"]
 
 _LEAST_LOG_PROB = -1e4  # of a decided code whose probability is now 0; finite scores are required
 _KEPT = 1e30  # score of a decided token that is never masked again
@@ -106,7 +106,7 @@ class PathPlanning(Confidence):
 
     Draws and decided tokens compete by log p + choice_temperature (1 - progress) Gumbel, with p the current probability
     of the code at its position. The log p of decided tokens is multiplied by ``penalty``. As many tokens as the
-    schedule says are kept, whichever step decided them.
+    schedule says are kept, new or old.
 
     The network sees a decided token when it judges it. One that was trained on masked tokens only has not learnt to do
     so: train it with ``corruption``, or with ``visible_weight`` above 0 (``docs/objectives.md``). Each step computes
@@ -137,7 +137,7 @@ class PathPlanning(Confidence):
 
 @token_selectors.register("edit")
 @dataclass(frozen=True)
-class Edit(Confidence):
+class TokenEditing(Confidence):
     """A selector that replaces decided tokens in place where another code is now very likely.
 
     Draws are kept by the rule of ``confidence``. A decided token becomes the most likely code of its position if that

@@ -54,7 +54,7 @@ class StepRules(Protocol):
 
     @property
     def num_steps(self) -> int:
-        """T."""
+        """The number of steps, T."""
 
 
 class DecodingRun:
