@@ -38,6 +38,7 @@ from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_chec
 from maskgit_pl.training.checkpoints import Checkpoints
 from maskgit_pl.training.image_callbacks import ReconstructionPictures, SamplePictures
 from maskgit_pl.training.progress import ProgressLines
+from maskgit_pl.training.step_clock import StepClock
 from maskgit_pl.training.stop_and_nonfinite import StepCheck
 from maskgit_pl.training.strategies import build_strategy, check_accelerator, check_precision, check_strategy
 from maskgit_pl.training.tensorboard_logger import RunLogger
@@ -66,8 +67,8 @@ def build(plan: Plan) -> StageRun:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hide its tips and device lists
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=f".*{message}")
-    # Only initial weights use this seed: all other random numbers follow from the recipe's seed.
-    torch.manual_seed(0)
+    # Only initial weights use torch's generator: all other random numbers are functions of the recipe's seed.
+    torch.manual_seed(plan.recipe.get("data.seed") or 0)
     run = StageRun(plan.recipe, merge_values(plan), plan.stage_folder)
     run.add_trainer()
     module, data, trainer = run.model, run.datamodule, run.trainer
@@ -249,7 +250,9 @@ class StageRun:
                 find_vectors=self.datamodule.vectors_of if self.datamodule.config.vectors else None,
             )
         step_check, unreadable = StepCheck(self.folder, self.checkpoints), UnreadableReport(self.folder)
-        return [step_check, self.watchdog, self.checkpoints, progress, pictures, unreadable]
+        clock = StepClock(self.folder)
+        # The clock comes last, so that it does not count the pictures after a validation.
+        return [step_check, self.watchdog, self.checkpoints, progress, pictures, unreadable, clock]
 
 
 def _build_arguments(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:

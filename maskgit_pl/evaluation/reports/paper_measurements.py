@@ -18,8 +18,8 @@ from maskgit_pl.evaluation.editing_tasks import edit, hide_pixels
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
 from maskgit_pl.evaluation.pages import Page, choose_classes, image_to_png
-from maskgit_pl.evaluation.reports.ablation import ablate, check_budgets
 from maskgit_pl.evaluation.reports.options import ReportOptions
+from maskgit_pl.evaluation.reports.schedule_ablation import ablate, check_budgets
 from maskgit_pl.evaluation.reports.schedule_figures import draw_figure_8
 from maskgit_pl.evaluation.reports.tables import TASKS, make_editing_page, make_generation_page, make_schedule_page
 from maskgit_pl.evaluation.run_folders import (
