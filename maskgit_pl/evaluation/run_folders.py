@@ -199,11 +199,13 @@ def open_data(folders: RunFolders, pipe: MaskGIT, *, num_workers: int = 0) -> Sh
         num_workers: Number of processes that read the images.
 
     Raises:
-        ValueError: if the classes of the data are not the model's.
+        ValueError: if the classes of the data are not the model's, or it needs vectors that the data do not have.
     """
     channels = pipe.tokenizer.network.config.in_channels
     data = open_images(folders.data, pipe.tokenizer.image_size, channels, num_workers=num_workers)
     check_data(pipe, data)
+    if pipe.transformer.network.config.condition_dim:  # generated images take vectors of real ones of their class
+        pipe.vector_pool = data.vector_pool("val")
     return data
 
 

@@ -6,7 +6,7 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -17,6 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.profilers import PassThroughProfiler
+from torch import Tensor
 
 from maskgit_pl.checks import build_dataclass
 from maskgit_pl.data import ShardData, ShardDataConfig, split_batch
@@ -229,6 +230,9 @@ class StageRun:
                 "(make: PRETRAINED=) starts it from existing weights"
             )
 
+    def _find_vectors(self, labels: Sequence[int], seeds: Sequence[int]) -> Tensor:
+        return self.datamodule.vector_pool("val").draw(labels, seeds)
+
     def _build_callbacks(self) -> list[Callback]:
         self.checkpoints = Checkpoints(
             self.folder / "checkpoints",
@@ -247,7 +251,7 @@ class StageRun:
             pictures = SamplePictures(
                 self.folder,
                 class_names=self.datamodule.class_names,
-                find_vectors=self.datamodule.vectors_of if self.datamodule.config.vectors else None,
+                find_vectors=self._find_vectors if self.datamodule.config.vectors else None,
             )
         step_check, unreadable = StepCheck(self.folder, self.checkpoints), UnreadableReport(self.folder)
         clock = StepClock(self.folder)
