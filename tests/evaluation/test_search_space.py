@@ -25,7 +25,7 @@ def test_every_trial_can_be_decoded_and_all_parts_are_searched() -> None:
     selectors = {
         each.token_selector if isinstance(each.token_selector, str) else each.token_selector["name"] for each in made
     }
-    assert selectors == {"confidence", "random", "halton", "margin", "entropy", "moment", "remdm"}
+    assert selectors == {"confidence", "random", "halton", "margin", "entropy", "moment", "remdm", "p2", "edit"}
     assert {each.num_steps for each in made} == {2, 4, 8}
     temperatures = [each.sampling_temperature for each in made]
     assert any(isinstance(value, tuple) for value in temperatures)

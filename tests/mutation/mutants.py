@@ -173,7 +173,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ("* 0x846CA68B & _WORD", "* 0x846CA68D & _WORD"),
     ),
     *_of(
-        "decoding/decoder.py",
+        "decoding/run.py",
         "decoding/test_decoder decoding/test_sampling decoding/test_selectors",
         ("scores = scores.where(is_masked, torch.inf)", "scores = scores.where(is_masked, -torch.inf)"),
         ("drawn = drawn.where(is_masked, self.tokens.gather(1, positions))", "pass"),
@@ -185,16 +185,15 @@ MUTANTS: tuple[Mutant, ...] = (
         ("sharpness=self.selector.sharpness(progress)", "sharpness=1.0"),
         ("log_probs=logits.log_softmax(-1)", "log_probs=(2 * logits).log_softmax(-1)"),
         ("gumbel=self.noise.gumbel(positions, step),", "gumbel=self.noise.gumbel(positions, 0),"),
-        ("newly_known = _select_decided(num_masked, counts.undecided, positions)", "newly_known = positions[:, :0]"),
+        ("newly_known = select_decided(num_masked, counts.undecided, positions)", "newly_known = positions[:, :0]"),
         (
-            "positions = _sort_masked_first(self.masked, num_masked) if has_remasked",
-            "positions = _sort_masked_first(self.masked, num_masked) if True",
+            "positions = sort_masked_first(self.masked, num_masked) if has_remasked",
+            "positions = sort_masked_first(self.masked, num_masked) if True",
             "the same positions in another order: the tokens are the same",
         ),
         ("is_decided = self.unknown & ~self.masked", "is_decided = self.unknown"),
         ("scores.masked_fill(~is_decided, -torch.inf)", "scores"),
         ("gumbel=self.noise.gumbel(every_position, step)", "gumbel=self.noise.gumbel(every_position, 0)"),
-        ("if min(counts) == positions.shape[1] else _mark", "if True else _mark"),
         ("if max(num_masked) == 0:", "if False:"),
     ),
     *_of(
@@ -302,6 +301,18 @@ MUTANTS: tuple[Mutant, ...] = (
         ("scores = -positions.float()", "scores = positions.float()"),
     ),
     *_of(
+        "decoding/columns.py",
+        "decoding/test_decoder decoding/test_selectors",
+        ("if min(counts) == positions.shape[1] else mark", "if True else mark"),
+    ),
+    *_of(
+        "decoding/correction.py",
+        "decoding/test_correction decoding/test_selectors",
+        ("scores.where(is_unknown, ", "scores.where(is_unknown | True, "),
+        ("probability.where(is_new, old)", "probability"),
+        ("is_decided if is_unknown is None else is_decided & is_unknown", "is_decided"),
+    ),
+    *_of(
         "halton.py",
         "decoding/test_selectors",
         ("_radical_inverse(point, 3)", "_radical_inverse(point, 5)"),
@@ -334,6 +345,9 @@ MUTANTS: tuple[Mutant, ...] = (
         ("rising = progress / self.start * self.hold", "rising = progress"),
         ("ending.clamp(min=self.hold)", "ending"),
         ("decided.gumbel - decided.confidence if", "decided.gumbel + decided.confidence if"),
+        ("(self.penalty * log_probs)", "log_probs"),
+        ("likeliest.indices.where(is_sure, candidates.tokens)", "likeliest.indices"),
+        ("scores.masked_fill(candidates.is_decided, _KEPT)", "scores"),
     ),
     *_of(
         "decoding/guidance.py",
