@@ -813,4 +813,36 @@ MUTANTS: tuple[Mutant, ...] = (
         ("if network.codebook_size != config.codebook_size:", "if network.codebook_size < config.codebook_size - 100:"),
         ("check_tensor(name, tensor)", "pass"),
     ),
+    *_of(
+        "runs/ablation_plan.py",
+        "runs/test_ablation_plan",
+        ("round(self.amount / seconds_per_step)", "round(self.amount * seconds_per_step)"),
+        ('return key == _DECODING or key.startswith(f"{_DECODING}.")', "return key.startswith(_DECODING[:5])"),
+        (
+            "if self.budget.amount is not None:\n            refused",
+            "if self.budget.amount is None:\n            refused",
+        ),
+    ),
+    *_of(
+        "runs/ablation_runs.py",
+        "cli/test_ablation",
+        ('_OF_A_RUN = ("data.seed", "model.seed", "trainer.max_steps")', '_OF_A_RUN = ("data.seed", "model.seed")'),
+        ('"model.decoding", "data.path",', '"data.path",'),
+        ("list(found).index(base_key) if base_key in found else 0", "0"),
+    ),
+    *_of(
+        "evaluation/reports/ablation_summary.py",
+        "evaluation/reports/test_ablation_page",
+        ("self.low <= reference.high and", "self.low < reference.high and"),
+        ("return 2 / comb(2 * seeds, seeds)", "return 1 / comb(2 * seeds, seeds)"),
+        (
+            'return "better" if is_better(name, self.mean, reference.mean) else "worse"',
+            'return "better" if self.mean < reference.mean else "worse"',
+        ),
+    ),
+    *_of(
+        "evaluation/reports/ablation_protocol.py",
+        "evaluation/reports/test_ablation_page",
+        ('if row["plan"] == own[-1]["plan"]', 'if row["plan"]'),
+    ),
 )
