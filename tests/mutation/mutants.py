@@ -538,6 +538,16 @@ MUTANTS: tuple[Mutant, ...] = (
         ("np.stack([rows.tokens for rows in read], axis=1)", "np.stack([rows.tokens for rows in read], axis=2)"),
     ),
     *_of(
+        "decoding/vectors.py",
+        "test_conditioning_vectors",
+        ("(seed - self.first_seed) % len(own)", "seed % len(own)"),
+        (
+            "self.vectors.repeat(len(tokens) // len(self.vectors), 1)",
+            "self.vectors.repeat_interleave(len(tokens) // len(self.vectors), 0)",
+        ),
+        ("if not vectors.isfinite().all():", "if vectors.isinf().any():"),
+    ),
+    *_of(
         "shards/vectors.py",
         "shards/test_vectors",
         ("if dtype.hasobject:", "if False:", "the check of the dtype below refuses objects too, in other words"),
