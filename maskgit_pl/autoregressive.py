@@ -17,7 +17,7 @@ from torch import Tensor
 from maskgit_pl.checks import check_choice
 from maskgit_pl.data import Batch
 from maskgit_pl.decoding import AutoregressiveDecoding, ConditionalModel, DecodingStep, decode_autoregressive
-from maskgit_pl.networks.backbone import AutoregressiveBackbone
+from maskgit_pl.networks.backbone import AutoregressiveBackbone, create_network
 from maskgit_pl.token_model import NUM_BINS, TokenModel, TokenModelConfig, check_decoding
 
 __all__ = ["AutoregressiveConfig", "AutoregressiveModel"]
@@ -28,7 +28,7 @@ class AutoregressiveConfig(TokenModelConfig):
     """The configuration of ``AutoregressiveModel``.
 
     Args:
-        network: Sizes of the transformer, with causal attention.
+        network: Configuration of the backbone, with causal attention.
         optimizer: Settings of AdamW and its learning rate.
         tokenizer: Path of the pretrained tokenizer folder.
         label_smoothing: Label smoothing of the training loss, in [0, 1).
@@ -68,7 +68,7 @@ class AutoregressiveModel(TokenModel):
     def __init__(self, config: AutoregressiveConfig) -> None:
         num_tokens = config.network.num_tokens
         decoding = config.decoding.to_config(num_tokens)
-        super().__init__(config, config.network.create(), decoding)
+        super().__init__(config, create_network(config.network), decoding)
         self.decoder = decoding.build_autoregressive_decoder(num_tokens)
 
     def _draw_mask(self, batch: Batch) -> Tensor:

@@ -7,7 +7,16 @@ from typing import Any
 
 from maskgit_pl.checks import shorten
 
-__all__ = ["parse_features", "parse_json_spec", "parse_list", "parse_numbers", "parse_spec", "parse_specs"]
+__all__ = [
+    "parse_features",
+    "parse_integers",
+    "parse_json_spec",
+    "parse_list",
+    "parse_numbers",
+    "parse_spec",
+    "parse_specs",
+    "split_values",
+]
 
 
 def parse_numbers(flag: str, text: str) -> tuple[int, ...]:
@@ -34,6 +43,30 @@ def parse_numbers(flag: str, text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def parse_integers(flag: str, text: str) -> tuple[int, ...]:
+    """Parses integers separated by commas, such as ``0,1``.
+
+    Raises:
+        ValueError: if there is none, or a word is not an integer.
+    """
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words or not all(word.isdecimal() for word in words):
+        raise ValueError(f"{flag} must be integers >= 0 such as 0,1, got {text!r}")
+    return tuple(map(int, words))
+
+
+def split_values(text: str) -> list[str]:
+    """Splits a text at the commas that are not inside a mapping or a list. Empty parts are dropped."""
+    words, depth = [""], 0
+    for letter in text:
+        depth += (letter in "{[") - (letter in "}]")
+        if letter == "," and depth == 0:
+            words.append("")
+        else:
+            words[-1] += letter
+    return [word.strip() for word in words if word.strip()]
+
+
 def parse_specs(flag: str, text: str) -> list[str | dict[str, Any]]:
     """Parses names and mappings separated by commas, such as ``confidence, {name: remdm, eta: 0.4}``.
 
@@ -44,15 +77,7 @@ def parse_specs(flag: str, text: str) -> list[str | dict[str, Any]]:
     Raises:
         ValueError: if the text is empty, or a part is neither a name nor a mapping.
     """
-    # Splits at the commas that are not inside a mapping or a list.
-    words, depth = [""], 0
-    for letter in text:
-        depth += (letter in "{[") - (letter in "}]")
-        if letter == "," and depth == 0:
-            words.append("")
-        else:
-            words[-1] += letter
-    specs = [parse_spec(flag, word.strip()) for word in words if word.strip()]
+    specs = [parse_spec(flag, word) for word in split_values(text)]
     if not specs:
         raise ValueError(f"{flag} must have at least one name, got {text!r}")
     for spec in specs:

@@ -135,13 +135,13 @@ def random_mask(count: Tensor, num_tokens: int, *, seed: int, index: Tensor, epo
 class BlockPositions(MaskPositions):
     """Rectangles of random size and place, one after another, until the count is reached; the last one is cut.
 
-    Height and width of a rectangle are independent and uniform on the integers from ``min_side`` to ``max_side`` times
-    the rows and columns, rounded up; its place is uniform. At most 32 rectangles are drawn per image. Positions outside
-    of all rectangles are masked last, in random order.
+    Height and width of a rectangle are independent: uniform on the integers between ``min_side * max_side`` and
+    ``max_side`` times the rows and columns, rounded up. Its place is uniform. At most 32 rectangles are drawn per
+    image. Positions outside of all rectangles are masked last, in random order.
 
     Args:
-        min_side: Smallest side as a fraction of the grid's side, in (0, 1].
-        max_side: Largest side as a fraction of the grid's side, in [min_side, 1].
+        max_side: Largest side as a fraction of the grid's side, in (0, 1].
+        min_side: Smallest side as a fraction of the largest one, in (0, 1].
 
     Raises:
         ValueError: if a number is out of range.
@@ -149,12 +149,12 @@ class BlockPositions(MaskPositions):
     Source: the idea is that of blockwise masking, BEiT, arXiv:2106.08254; the sizes are not.
     """
 
-    min_side: float = 0.25
     max_side: float = 0.5
+    min_side: float = 0.5
 
     def __post_init__(self) -> None:
+        check_number("max_side", self.max_side, "(0, 1]")
         check_number("min_side", self.min_side, "(0, 1]")
-        check_number("max_side", self.max_side, f"[{self.min_side}, 1]")
 
     def order(self, num_tokens: int, *, grid: Grid | None, seed: int, index: Tensor, epoch: Tensor | int) -> Tensor:
         grid = _check_grid("blocks", grid, num_tokens)
@@ -176,7 +176,7 @@ class BlockPositions(MaskPositions):
     def _covers(self, u_size: Tensor, u_place: Tensor, places: Tensor, side: int) -> Tensor:
         """Returns (B, blocks, N) bool: True where an interval of random size and place covers ``places`` (N,)."""
         # Products of a float32 and an integer, rounded down: bit-exact on every device.
-        least, most = (math.ceil(fraction * side) for fraction in (self.min_side, self.max_side))
+        least, most = (math.ceil(fraction * side) for fraction in (self.min_side * self.max_side, self.max_side))
         size = least + (u_size * (most - least + 1)).floor().long().clamp(max=most - least)  # (B, blocks, 1)
         start = (u_place * (side - size + 1)).floor().long().clamp(min=0).minimum(side - size)
         return (places >= start) & (places < start + size)

@@ -150,7 +150,7 @@ class TruncatedNormalRatio(MaskRatio):
         below, above = self._bounds()
         if above - below < _LEAST_MASS:
             raise ValueError(
-                f"mean and std must give [low, high] a probability of at least {_LEAST_MASS:g}, got "
+                f"mean must be so close to [low, high] that its probability is at least {_LEAST_MASS:g}, got "
                 f"{above - below:.2g} for {self}; move mean towards [low, high], or raise std"
             )
 

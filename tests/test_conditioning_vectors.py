@@ -12,8 +12,11 @@ from maskgit_pl import MaskGIT
 from maskgit_pl.data import Batch, ShardData, TokenizingConfig, describe_store, tokenize
 from maskgit_pl.decoding import ConditionalModel, DecodingConfig, FirstStepLogits
 from maskgit_pl.decoding.predictors import build_class_predictor
+from maskgit_pl.decoding.vectors import VectorPool
+from maskgit_pl.evaluation.likelihood import bind_conditions, negative_elbo
 from maskgit_pl.networks.adaln import AdaLNConfig, AdaLNTransformer
 from maskgit_pl.networks.transformer import TransformerConfig
+from maskgit_pl.pipeline.bulk import generate_many
 from maskgit_pl.pretrained import fingerprint, save_transformer
 from maskgit_pl.shards.images import encode_png
 from maskgit_pl.shards.index import find_shards, index_shards
@@ -259,3 +262,45 @@ def test_edits_follow_a_vector(pipe: MaskGIT) -> None:
     assert wide[0].size == (16, 8)
     with pytest.raises(TypeError, match="context_cache must be 1"):
         pipe.generate(["a"], vectors=np.ones((1, DIM)), context_cache=2)
+
+
+def test_a_pool_gives_the_vectors_of_a_class_in_turn() -> None:
+    vectors = torch.arange(10.0).reshape(5, 2)
+    pool = VectorPool(vectors, torch.tensor([0, 1, 0, 1, 0]), first_seed=7)
+    assert pool.draw([0, 0, 0, 0, 1, 1], [7, 8, 9, 10, 7, 8])[:, 0].tolist() == [0, 4, 8, 0, 2, 6]
+    assert pool.draw([2, 2], [7, 11])[:, 0].tolist() == [0, 8]
+    assert VectorPool(vectors).draw([3, 3], [0, 4])[:, 0].tolist() == [0, 8]
+    assert len({VectorPool(vectors, first_seed=seed).digest for seed in (0, 1)} | {pool.digest}) == 3
+    for wrong in ((torch.zeros(0, 2),), (torch.zeros(3),), (vectors, torch.zeros(4))):
+        with pytest.raises(ValueError, match="must"):
+            VectorPool(*wrong)
+
+
+def test_many_images_take_the_vectors_of_the_pool_and_are_never_mixed_with_others(pretrained, tmp_path) -> None:
+    pipe = MaskGIT.from_pretrained(pretrained)
+    with pytest.raises(ValueError, match="vectors must be given"):
+        generate_many(pipe, tmp_path / "a.npz", num_images=4)
+    shutil.rmtree(tmp_path / "a.npz.parts")
+    vectors = torch.randn(4, DIM, generator=torch.Generator().manual_seed(0))
+    pipe.vector_pool = VectorPool(vectors)
+    generate_many(pipe, tmp_path / "a.npz", num_images=4, classes=["b"], seed=8, batch_size=3)
+    with np.load(tmp_path / "a.npz") as made:
+        images = made["arr_0"][..., :1]
+    direct = pipe.generate(["b"] * 4, vectors=vectors, seed=8, output_type="np")
+    assert np.abs(images.astype(int) - direct).max() <= 1
+    pipe.vector_pool = VectorPool(vectors + 1)
+    with pytest.raises(ValueError, match="holds images of other settings: vectors"):
+        generate_many(pipe, tmp_path / "a.npz", num_images=4, classes=["b"], seed=8)
+
+
+def test_likelihoods_use_the_vector_of_each_image(network, batch) -> None:
+    *_, vectors = batch
+    tokens, labels = torch.randint(16, (3, 16), generator=torch.Generator().manual_seed(2)), torch.tensor([0, 1, 2])
+    predictor, conditions = bind_conditions(network, labels, vectors)
+    mask = torch.ones(2, 16, dtype=torch.bool)
+    rows = torch.tensor([2, 0])
+    expected = network.forward_masked(tokens[rows], labels[rows], mask, vectors=vectors[rows])
+    torch.testing.assert_close(predictor(tokens[rows], conditions[rows], mask), expected)
+    bound = negative_elbo(predictor, tokens, conditions, mask_token_id=16)
+    other, conditions = bind_conditions(network, labels, -vectors)
+    assert negative_elbo(other, tokens, conditions, mask_token_id=16).nats.mean != bound.nats.mean

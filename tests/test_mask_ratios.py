@@ -107,7 +107,7 @@ def test_whether_all_counts_can_be_drawn(spec, covers):
         ("normal", "unknown mask ratio 'normal': .*known: beta, schedule, truncated_normal, uniform"),
         ({"name": "uniform", "low": 0.7, "high": 0.3}, r"high must be a number in \(0.7, 1\], got 0.3"),
         ({"name": "beta", "a": 0}, r"a must be a number in \[0.5, 100\], got 0"),
-        ({"name": "truncated_normal", "mean": -1, "std": 0.01}, "mean and std must give .*; move mean"),
+        ({"name": "truncated_normal", "mean": -1, "std": 0.01}, "mean must be so close .*; move mean"),
         ({"name": "truncated_normal", "sd": 0.1}, "'sd'.*did you mean 'std'"),
     ],
 )

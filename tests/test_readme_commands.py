@@ -34,7 +34,7 @@ PARSED_ONLY = {
     "data": "reads a data set",
     "train-classifier": "trains",
 }
-OTHER_DATA = ("pretrained/imagenet256", "data/shards/mine", "runs/RUN")
+OTHER_DATA = ("pretrained/imagenet256", "data/shards/mine", "runs/mine", "runs/RUN")
 MAKE_ONLY = ("demo", "test", "benchmark", "help", "install", "test-slurm", "mutants", "lint", "format")
 RECORDED = ("docs/slurm-transcript.md", "results/")  # pages that commands print, of the time of the recording
 COMMAND = r"(?:make|maskgit|\.venv/bin/maskgit) (?!\w+:)"  # without lines that a command printed

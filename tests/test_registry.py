@@ -7,11 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from maskgit_pl.corruption import Corruption, corruptions
 from maskgit_pl.decoding import ParallelDecoder, SeededNoise
 from maskgit_pl.decoding.guidance import GuidanceSchedule, guidance_scales, guidance_schedules
 from maskgit_pl.decoding.selectors import TokenSelector, token_selectors
+from maskgit_pl.mask_positions import MaskPositions, mask_positions
+from maskgit_pl.mask_ratios import MaskRatio, mask_ratios
+from maskgit_pl.masking import MaskSampler
 from maskgit_pl.networks.features import feature_networks
 from maskgit_pl.networks.quantizers import quantizers
+from maskgit_pl.objectives import Objective, TokenLosses, objectives
 from maskgit_pl.registry import PluginError, Registry, describe, nearest
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
 from tests.installed_packages import install
@@ -169,7 +174,10 @@ FAULTS = {  # source of the module, and the message
     "factory-exits": ("def made(): raise SystemExit", "cannot be built: SystemExit"),
     "wrong-type": ("def made(): return 5", ".*5|'int' object is not callable"),
 }
-REGISTRIES = (mask_schedules, token_selectors, guidance_schedules, quantizers, feature_networks)
+REGISTRIES = (
+    mask_schedules, token_selectors, guidance_schedules, quantizers, feature_networks, mask_ratios, mask_positions,
+    objectives, corruptions,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -308,6 +316,15 @@ def works(made: object) -> bool:
             tokens, noise, mask_token_id=5, grid=(4, 4),
         )  # fmt: skip
         return bool((last.tokens < 5).all())
+    if isinstance(made, MaskRatio | MaskPositions):
+        kind = "mask_ratio" if isinstance(made, MaskRatio) else "mask_positions"
+        sampler, slot = MaskSampler(mask_schedules.build("cosine"), 0, **{kind: made}), torch.arange(8)
+        mask = sampler.mask(16, index=slot, epoch=slot, position=slot, global_batch=8, grid=(4, 4))
+        return bool(mask.any(1).all())
+    if isinstance(made, Objective):
+        return bool(made(TokenLosses(torch.ones(2), torch.arange(2), 2, slopes=torch.ones(2))).isfinite())
+    if isinstance(made, Corruption):
+        return 0 < made.fraction < 1
     if hasattr(made, "label"):
         return isinstance(made.label, str)  # a feature network reads files when it is made
     quantizer = made.create(codebook_size=4, code_dim=2)

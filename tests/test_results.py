@@ -12,7 +12,7 @@ import pytest
 
 from maskgit_pl.evaluation.ledger import REAL, Ledger, Row
 from maskgit_pl.evaluation.pages import Page
-from maskgit_pl.evaluation.reports.ablation import ScheduleResult
+from maskgit_pl.evaluation.reports.schedule_ablation import ScheduleResult
 from maskgit_pl.evaluation.reports.tables import make_editing_page, make_generation_page, make_schedule_page
 from maskgit_pl.evaluation.reports.timing import METHODS, Timing, timing_of
 from maskgit_pl.evaluation.reports.timing_page import make_timing_page

@@ -54,7 +54,7 @@ def check_acceptance_flags(args: argparse.Namespace) -> None:
             raise FileNotFoundError(f"--accept-rate: {error}; or name a classifier with --classifier") from error
     if not (args.classifier / "config.json").is_file():
         raise FileNotFoundError(
-            f"--classifier {args.classifier}: no classifier there; `maskgit train-classifier DATA` trains one"
+            f"--classifier {args.classifier}: no classifier there; `maskgit train-classifier --data DATA` trains one"
         )
 
 

@@ -19,6 +19,7 @@ from maskgit_pl.cli.decoding_flags import add_decoding_arguments, check_seed_and
 from maskgit_pl.cli.flags import check_at_least, check_outputs, format_flag, make_folder, use_flag_names
 from maskgit_pl.cli.model import add_classes_argument, add_model_argument, find_model, open_pipe
 from maskgit_pl.cli.outputs import PICTURES, add_output_arguments, record_steps, wants_decoding, write_generated
+from maskgit_pl.cli.vector_flags import add_vectors_argument, give_vectors, read_vectors_flag
 from maskgit_pl.launcher import launcher_rank, local_rank
 from maskgit_pl.locks import hold_lock
 from maskgit_pl.progress import progress_bars
@@ -63,6 +64,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--negative-class", metavar="NAME", help="class that guidance moves away from (default: no class)"
     )
     add_acceptance_arguments(parser)
+    add_vectors_argument(parser)
     add_output_arguments(parser, out="samples.png; FILE.npz with --num-images")
     group = parser.add_argument_group(
         "many images", "One .npz file, as evaluators read it. The same command resumes after a stop."
@@ -101,13 +103,19 @@ def run(args: argparse.Namespace) -> int:
             f"--num-images must be a multiple of {len(labels)}, the number of classes, with --accept-rate, got "
             f"{bulk['num_images']}"
         )
+    vectors = read_vectors_flag(args, outline)
     if bulk is None:
-        _generate_picture(open_pipe(folder, args), labels, negative, decoding, args)
+        pipe = open_pipe(folder, args)
+        give_vectors(pipe, vectors, seed=args.seed)
+        # One image for each vector.
+        args.per_class = args.per_class or (_PER_CLASS if vectors is None else len(vectors))
+        _generate_picture(pipe, labels, negative, decoding, args)
         return 0
     from maskgit_pl.devices import default_device
 
     # Each process of a node uses the GPU of its local rank.
     pipe = open_pipe(folder, args, device=default_device(local_rank=local_rank()))
+    give_vectors(pipe, vectors, seed=args.seed)
     options = {**bulk, "classes": labels, "negative_class": negative, "decoding": decoding}
     _generate_bulk(pipe, args.out, options, open_acceptance(pipe, args))
     return 0
@@ -183,7 +191,7 @@ def _generate_picture(
     """Generates ``--per-class`` images of each class and writes the requested files."""
     from maskgit_pl.imaging import image_grid
 
-    per_class = args.per_class or _PER_CLASS
+    per_class: int = args.per_class
     # One row of the picture for each class.
     labels = [label for label in classes for _ in range(per_class)]
     # The bar counts decoding steps of all batches.

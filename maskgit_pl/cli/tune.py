@@ -23,9 +23,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "tune",
         help="search for better decoding settings of a model",
-        description="Search token selector, temperatures, truncation, guidance and number of steps T on the val split, "
-        "confirm the best settings with new noise, and write decoding.json beside the weights, a page and a figure. "
-        "Every command uses decoding.json from then on. The same command resumes after a stop.",
+        description="Search token selector, temperatures, truncation, guidance, mask schedule and number of steps T on "
+        "the val split, confirm the best settings with new noise, and write decoding.json beside the weights, a page "
+        "and a figure. Every command uses decoding.json from then on. The same command resumes after a stop.",
         epilog="Example: maskgit tune runs/fashion-mnist-adaln --trials 40 --metric fid",
     )
     add_measured_run_arguments(parser)
@@ -50,6 +50,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="names, or mappings such as '{name: remdm, strategy: loop}', whose arguments are fixed (default: all)",
     )
     parser.add_argument(
+        "--schedules",
+        default="all",
+        metavar="A,B,...",
+        help="mask schedules to try besides the model's own: names, mappings such as '{name: pow, exponent: 2.5}', pow "
+        "with any exponent, free for any number of tokens per step; own keeps the model's (default: all)",
+    )
+    parser.add_argument(
         "--num-images", type=int, default=500, metavar="N", help="images generated for each trial (default: 500)"
     )
     parser.add_argument(
@@ -70,6 +77,9 @@ def run(args: argparse.Namespace) -> int:
     """Searches, confirms the best settings, and writes them with a page and a figure."""
     numbers = read_num_steps_flag(args)
     selectors = None if args.selectors == "all" else parse_specs("--selectors", args.selectors)
+    schedules = {"all": None, "own": ()}.get(args.schedules, args.schedules)
+    if schedules:
+        schedules = parse_specs("--schedules", schedules)
     check_at_least(args, trials=1, num_images=2, plot_images=2, batch_size=1)
     from maskgit_pl.evaluation import TuningOptions, plan_trials, tune
 
@@ -79,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
             search=args.search,
             num_steps=numbers,
             selectors=selectors,
+            schedules=schedules,
             seconds=args.seconds,
             plot=not args.no_plot,
             plot_images=args.plot_images,
@@ -123,9 +134,13 @@ def _print_trials(trials: Sequence[DecodingConfig], num_images: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from maskgit_pl.evaluation.decoding_search import FINALISTS
     from maskgit_pl.evaluation.decodings import describe_decoding
 
-    table = Table(title=f"trials, {num_images} images each")
+    # The second measurement has the model's own decoding and the best trials, with twice as many images.
+    confirmed = min(len(trials), FINALISTS + 1)
+    total = (len(trials) + 2 * confirmed) * num_images
+    table = Table(title=f"trials, {num_images} images each; {total} images with the second measurement")
     table.add_column("trial", justify="right")
     table.add_column("decoding")
     for number, decoding in enumerate(trials):

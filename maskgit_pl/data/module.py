@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -26,6 +24,7 @@ from maskgit_pl.data.order import (
 )
 from maskgit_pl.data.step_module import StepDataModule
 from maskgit_pl.data.stream import StreamBatches, StreamEval
+from maskgit_pl.decoding.vectors import VectorPool
 from maskgit_pl.shards.images import Crop
 from maskgit_pl.shards.manifest import (
     DataSummary,
@@ -37,7 +36,6 @@ from maskgit_pl.shards.manifest import (
 )
 from maskgit_pl.shards.reader import ShardReader
 from maskgit_pl.shards.tokens import StoreDescription, TokenReader, check_origin, open_store
-from maskgit_pl.shards.vectors import VectorReader
 
 __all__ = ["ShardData"]
 
@@ -207,42 +205,28 @@ class ShardData(StepDataModule):
             self._readers[split] = ShardReader(load_manifest(self.config.path, split))
         return self._readers[split]
 
-    def labels_and_vectors(self, split: Split) -> tuple[npt.NDArray[np.int64], VectorReader]:
-        """Returns the labels (n,) of all samples of a split, and the reader of their vectors.
+    def read_vectors(self, split: Split, index: npt.NDArray[np.int64]) -> Tensor:
+        """Returns the vectors (B, C) float32 of samples (B,) of a split.
 
         Raises:
             ValueError: if the samples have no vectors.
         """
-        reader: TokenReader | ShardReader
-        if self._tokens is not None:
-            reader = self._tokens[split]
-            labels = reader.arrays()[1]
-        else:
-            reader = self._shard_reader(split)
-            labels = reader.index["label"].astype(np.int64)
+        reader = self._tokens[split] if self._tokens is not None else self._shard_reader(split)
         if reader.vector_reader is None:
             raise ValueError(f"data {self.config.path} must have a vector for each image, got none (data/README.md)")
-        return labels, reader.vector_reader
+        return torch.from_numpy(reader.vector_reader.read(index))
 
-    def vectors_of(self, labels: Sequence[int]) -> Tensor:
-        """Returns vectors of val samples for labels, such as those of sample pictures, for data with vectors.
+    def vector_pool(self, split: Split) -> VectorPool:
+        """Returns all vectors of a split with their labels, for images that are generated without the data.
 
-        Each class takes its samples in turn. A class without val samples takes those of all classes.
-
-        Args:
-            labels: B labels.
-
-        Returns:
-            (B, C) float32.
+        Raises:
+            ValueError: if the samples have no vectors.
         """
-        own, vectors = self.labels_and_vectors("val")
-        chosen, taken = [], Counter[int]()
-        for label in labels:
-            rows = np.flatnonzero(own == label)
-            rows = rows if len(rows) else np.arange(len(own))
-            chosen.append(rows[taken[label] % len(rows)])
-            taken[label] += 1
-        return torch.from_numpy(vectors.read(np.array(chosen)))
+        if self._tokens is not None:
+            labels = self._tokens[split].arrays()[1]
+        else:
+            labels = self._shard_reader(split).index["label"].astype(np.int64)
+        return VectorPool(self.read_vectors(split, np.arange(len(labels))), torch.tensor(labels))
 
     @property
     def _splits_of_folder(self) -> tuple[Split, ...]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     )
     from maskgit_pl.decoding.classes import decode_classes
     from maskgit_pl.decoding.config import AutoregressiveDecoding, DecodingConfig
-    from maskgit_pl.decoding.decoder import DecodingStep, ParallelDecoder
+    from maskgit_pl.decoding.decoder import ParallelDecoder
     from maskgit_pl.decoding.limits import check_parallel
     from maskgit_pl.decoding.noise import Noise, SeededNoise
     from maskgit_pl.decoding.predictors import (
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         Predictor,
         build_class_predictor,
     )
+    from maskgit_pl.decoding.run import DecodingStep
     from maskgit_pl.decoding.sampling import CodeSampling
     from maskgit_pl.decoding.settings_file import SETTINGS_FORMAT, read_settings_file
 
@@ -74,7 +75,8 @@ __all__ = [
 _NAMES = {
     "classes": ("decode_classes",),
     "config": ("AutoregressiveDecoding", "DecodingConfig"),
-    "decoder": ("DecodingStep", "ParallelDecoder"),
+    "decoder": ("ParallelDecoder",),
+    "run": ("DecodingStep",),
     "limits": ("check_parallel",),
     "noise": ("Noise", "SeededNoise"),
     "predictors": (

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from maskgit_pl.decoding.decoder import DecodingStep, ParallelDecoder
+from maskgit_pl.decoding.decoder import ParallelDecoder
 from maskgit_pl.decoding.noise import SeededNoise
 from maskgit_pl.decoding.predictors import ConditionalModel, ConditionalNetwork, build_class_predictor
+from maskgit_pl.decoding.run import DecodingStep
 
 __all__ = ["decode_classes"]
 

@@ -14,6 +14,7 @@ from maskgit_pl.decoding.limits import check_guidance, check_num_steps, check_to
 from maskgit_pl.decoding.sampling import CodeSampling, Temperature
 from maskgit_pl.decoding.selectors import TokenSelector, token_selectors
 from maskgit_pl.old_names import rename_token_selector
+from maskgit_pl.registry import describe
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
 
 if TYPE_CHECKING:
@@ -135,6 +136,11 @@ class DecodingConfig:
         if self.mask_schedule is not None:
             mask_schedules.build(self.mask_schedule)
         selector = self._build_selector()
+        if selector.needs_decided_logits and self.context_cache != 1:
+            raise ValueError(
+                f"context_cache must be 1 for token selector {describe(self.token_selector)}, which computes all "
+                f"tokens in each step, got {self.context_cache}; leave it out"
+            )
         if self.tokens_per_step is not None:
             check_token_counts(self.tokens_per_step, self.num_steps, selector)
 

@@ -11,6 +11,9 @@ Used by ``classes.decode_classes``. Each step processes all images of the batch 
 
 The last step keeps all of its draws. They are the result.
 
+A selector with ``needs_decided_logits`` compares the draws with the tokens that earlier steps decided; see
+``correction``.
+
 Shapes: B images, N tokens per image, K codes, M the largest number of masked tokens of an image in the batch. Images
 with fewer masked tokens are padded to M with known positions. Padding never changes a code, a confidence or an order.
 
@@ -25,37 +28,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from maskgit_pl.decoding.correction import CorrectingRun
 from maskgit_pl.decoding.limits import check_num_steps, check_token_counts, check_token_sum
 from maskgit_pl.decoding.noise import Noise
-from maskgit_pl.decoding.plan import StepCounts, count_by_list, count_by_schedule, plan_steps, step_progress
+from maskgit_pl.decoding.plan import StepCounts, count_by_list, count_by_schedule, plan_steps
 from maskgit_pl.decoding.predictors import Predictor
+from maskgit_pl.decoding.run import DecodingRun, DecodingStep
 from maskgit_pl.decoding.sampling import CodeSampling
-from maskgit_pl.decoding.selectors import Candidates, Decided, TokenSelector
+from maskgit_pl.decoding.selectors import TokenSelector
 from maskgit_pl.schedules import MaskSchedule
 
-__all__ = ["DecodingStep", "ParallelDecoder"]
-
-
-@dataclass(frozen=True)
-class DecodingStep:
-    """One step of a decoding run.
-
-    Args:
-        step: t, counted from 0.
-        tokens: (B, N) int64 in [0, K): all tokens after the draw, before any is masked again.
-        was_masked: (B, N) bool, True = masked before the step.
-        still_masked: (B, N) bool, True = masked after the step; all False at the last step.
-        scores: (B, N) float32: the selector's scores where ``was_masked``, +inf elsewhere.
-        confidence: (B, N) float32 in [0, 1]: the probability that each code had when it was last drawn; 1 for codes
-            that were given.
-    """
-
-    step: int
-    tokens: Tensor
-    was_masked: Tensor
-    still_masked: Tensor
-    scores: Tensor
-    confidence: Tensor
+__all__ = ["ParallelDecoder"]
 
 
 @dataclass(frozen=True)
@@ -150,7 +133,8 @@ class ParallelDecoder:
         masked = tokens == mask_token_id
         at_start = list(num_masked) if num_masked is not None else masked.sum(1).tolist()
         plan = self.plan(at_start, tokens.shape[1], first_step=first_step)
-        run = _DecodingRun(self, predictor, noise, mask_token_id=mask_token_id, grid=grid, tokens=tokens, masked=masked)
+        kind = CorrectingRun if self.token_selector.needs_decided_logits else DecodingRun
+        run = kind(self, predictor, noise, mask_token_id=mask_token_id, grid=grid, tokens=tokens, masked=masked)
         yield from run.steps(plan, first_step)
 
     def decode(
@@ -161,162 +145,3 @@ class ParallelDecoder:
         for step in self.steps(predictor, tokens, noise, mask_token_id=mask_token_id, first_step=first_step):
             last = step.tokens
         return last
-
-
-class _DecodingRun:
-    """The state of one decoding run; see ``ParallelDecoder.steps`` for the arguments.
-
-    Attributes:
-        tokens: (B, N) int64: codes in [0, K), and ``mask_token_id`` where ``masked``.
-        masked: (B, N) bool.
-        unknown: (B, N) bool, True = masked at the start. All other tokens were given and are never masked.
-        confidence: (B, N) float32 in [0, 1]: the probability that each code had when it was last drawn; 1 for given
-            codes.
-        no_scores: (B, N) float32: +inf, the score of a position that a step does not draw.
-    """
-
-    def __init__(
-        self,
-        decoder: ParallelDecoder,
-        predictor: Predictor,
-        noise: Noise,
-        *,
-        mask_token_id: int,
-        grid: tuple[int, int] | None,
-        tokens: Tensor,
-        masked: Tensor,
-    ) -> None:
-        self.selector, self.sampling, self.num_steps = decoder.token_selector, decoder.sampling, decoder.num_steps
-        self.predictor, self.noise = predictor, noise
-        self.mask_token_id, self.grid = mask_token_id, grid
-        self.tokens, self.masked, self.unknown = tokens, masked, masked
-        self.confidence = torch.ones(tokens.shape, device=tokens.device)
-        self.no_scores = torch.full_like(self.confidence, torch.inf)
-
-    def steps(self, plan: Sequence[StepCounts], first_step: int) -> Iterator[DecodingStep]:
-        """Runs the loop of the module docstring, with the counts of ``plan`` or of the selector."""
-        num_masked = plan[0].before
-        positions = _sort_masked_first(self.masked, num_masked)  # (B, M)
-        newly_known = positions[:, :0]  # (B, 0): no step has decided a token yet
-        for step, counts in enumerate(plan, start=first_step):
-            if max(num_masked) == 0:  # a selector may finish early
-                return
-            # 1. Predict. Softmax and scores are computed in float32 for every dtype of the network.
-            logits = self.predictor(self.tokens, positions, newly_known).float()  # (B, M, K)
-            # 2. Draw.
-            candidates = self._draw(logits, positions, step)
-            drawn, probability = candidates.tokens, candidates.drawn_log_probs.exp()  # (B, M)
-            # 3. Score.
-            scores = self.selector(candidates)  # (B, M)
-            is_masked = _mark_masked_columns(num_masked, positions)  # (B, M); None if no row is padded
-            if is_masked is not None:  # padding keeps its code and confidence, and +inf sorts it last
-                scores = scores.where(is_masked, torch.inf)
-                drawn = drawn.where(is_masked, self.tokens.gather(1, positions))
-                probability = probability.where(is_masked, self.confidence.gather(1, positions))
-            self.confidence = self.confidence.scatter(1, positions, probability)
-            scores_by_position = self.no_scores.scatter(1, positions, scores)  # (B, N)
-            # 4. Count. A selector with its own counts treats the plan as an upper bound.
-            if not self.selector.follows_schedule and step < self.num_steps - 1:
-                counts = self._count_by_selector(candidates, scores, is_masked, num_masked)
-            # 5. Remask. Lowest scores first. The sort is stable, so equal scores give the same result on every device.
-            order = scores.argsort(dim=1, stable=True)
-            positions = positions.gather(1, order)
-            all_drawn = self.tokens.scatter(1, candidates.positions, drawn)  # (B, N)
-            was_masked = self.masked
-            self.tokens = _mask_first(all_drawn, positions, counts.undecided, self.mask_token_id)
-            has_remasked = max(counts.remasked) > 0
-            if has_remasked:
-                self._mask_decided(counts.remasked, step)
-            self.masked = self.tokens == self.mask_token_id
-            yield DecodingStep(step, all_drawn, was_masked, self.masked, scores_by_position, self.confidence)
-            # The columns are sorted by score, so those that stay masked come first: they need no second sort, except
-            # when the selector has masked positions that are not among the columns.
-            newly_known = _select_decided(num_masked, counts.undecided, positions)
-            num_masked = counts.after
-            positions = _sort_masked_first(self.masked, num_masked) if has_remasked else positions[:, : max(num_masked)]
-
-    def _draw(self, logits: Tensor, positions: Tensor, step: int) -> Candidates:
-        """Draws a code for each of ``positions`` (B, M) from ``logits`` (B, M, K)."""
-        # Selectors and the mask schedule count progress to the end of the step, in (0, 1]. Sampling temperature and
-        # guidance run from 0 at the first step to 1 at the last (``step_progress``).
-        progress = (step + 1) / self.num_steps
-        drawn = self.sampling.draw(
-            logits,
-            self.noise,
-            positions,
-            step=step,
-            progress=step_progress(step, self.num_steps),
-            sharpness=self.selector.sharpness(progress),
-        )
-        return Candidates(
-            log_probs=logits.log_softmax(-1),
-            tokens=drawn,
-            positions=positions,
-            gumbel=self.noise.gumbel(positions, step),
-            progress=progress,
-            grid=self.grid,
-        )
-
-    def _count_by_selector(
-        self, candidates: Candidates, scores: Tensor, is_masked: Tensor | None, num_masked: list[int]
-    ) -> StepCounts:
-        """Reads the counts that the selector sets from the device; the step waits here, and only here."""
-        valid = torch.ones_like(scores, dtype=torch.bool) if is_masked is None else is_masked
-        kept: list[int] = self.selector.num_kept(candidates, scores, valid).tolist()
-        return StepCounts.from_kept(num_masked, kept)
-
-    def _mask_decided(self, counts: list[int], step: int) -> None:
-        """Masks the ``counts[b]`` tokens of row b with the highest remasking scores that earlier steps decided."""
-        # ``self.masked`` still is the mask before this step, so the draws of this step are not among them.
-        is_decided = self.unknown & ~self.masked  # (B, N)
-        every_position = torch.arange(is_decided.shape[1], device=is_decided.device).expand_as(is_decided)
-        scores = self.selector.remasking_scores(
-            Decided(
-                confidence=self.confidence,
-                gumbel=self.noise.gumbel(every_position, step),
-                progress=(step + 1) / self.num_steps,
-            )
-        )  # (B, N)
-        order = scores.masked_fill(~is_decided, -torch.inf).argsort(dim=1, descending=True, stable=True)
-        self.tokens = _mask_first(self.tokens, order, counts, self.mask_token_id)
-
-
-def _sort_masked_first(masked: Tensor, counts: list[int]) -> Tensor:
-    """Returns (B, M) int64: the masked positions of each row in raster order, then known positions as padding."""
-    num_tokens = masked.shape[1]
-    if min(counts) == num_tokens:  # all tokens are masked: the order is known without a sort
-        return torch.arange(num_tokens, device=masked.device).expand(masked.shape)
-    return masked.logical_not().argsort(dim=1, stable=True)[:, : max(counts)]
-
-
-def _mark_masked_columns(counts: list[int], positions: Tensor) -> Tensor | None:
-    """Returns (B, M) bool: False in the columns that pad a row beyond counts[b]; None if no row is padded."""
-    return None if min(counts) == positions.shape[1] else _mark_first_columns(counts, positions)
-
-
-def _mark_first_columns(counts: list[int], like: Tensor) -> Tensor:
-    """Returns (B, M) bool in the shape of ``like``: True in the first counts[b] columns of row b."""
-    limit = torch.tensor(counts).to(like.device, non_blocking=True)
-    return torch.arange(like.shape[1], device=like.device) < limit.unsqueeze(1)
-
-
-def _mask_first(tokens: Tensor, positions: Tensor, counts: list[int], mask_token_id: int) -> Tensor:
-    """Masks tokens (B, N) at the first counts[b] positions of row b."""
-    if min(counts) == max(counts):  # the usual case: slicing copies no counts to the device
-        return tokens.scatter(1, positions[:, : counts[0]], mask_token_id)
-    kept = tokens.gather(1, positions).masked_fill(_mark_first_columns(counts, positions), mask_token_id)
-    return tokens.scatter(1, positions, kept)
-
-
-def _select_decided(before: list[int], after: list[int], positions: Tensor) -> Tensor:
-    """Returns the positions that a step decided, (B, P) int64: columns after[b] to before[b] of row b.
-
-    Rows that decided fewer than P are padded with later columns, which hold known positions.
-    """
-    decided = max(b - a for b, a in zip(before, after, strict=True))
-    if min(after) == max(after):
-        return positions[:, after[0] : after[0] + decided]
-    start = torch.tensor(after).to(positions.device, non_blocking=True).unsqueeze(1)
-    # At the right end of the columns there are no later ones: the row repeats its last position.
-    columns = (start + torch.arange(decided, device=positions.device)).clamp(max=positions.shape[1] - 1)
-    return positions.gather(1, columns)

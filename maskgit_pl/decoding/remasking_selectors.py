@@ -7,16 +7,19 @@ unknown name immediately.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from maskgit_pl.checks import check_choice, check_number
 from maskgit_pl.decoding.scoring_selectors import Confidence
-from maskgit_pl.decoding.token_selector import Decided, token_selectors
+from maskgit_pl.decoding.token_selector import Candidates, Decided, token_selectors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ReMDM", "Remasking"]
+__all__ = ["PathPlanning", "ReMDM", "Remasking", "TokenEditing"]
+
+_LEAST_LOG_PROB = -1e4  # of a decided code whose probability is now 0; finite scores are required
+_KEPT = 1e30  # score of a decided token that is never masked again
 
 Remasking = Literal["cap", "rescale", "confidence", "loop"]
 
@@ -94,3 +97,73 @@ class ReMDM(Confidence):
     def remasking_scores(self, decided: Decided) -> Tensor:
         # Gumbel noise minus p: the largest are a sample without replacement with weights exp(-p).
         return decided.gumbel - decided.confidence if self.strategy == "confidence" else decided.gumbel
+
+
+@token_selectors.register("p2")
+@dataclass(frozen=True)
+class PathPlanning(Confidence):
+    """A selector that masks decided tokens again if their current probability is low, by the rule of P2.
+
+    Draws and decided tokens compete by log p + choice_temperature (1 - progress) Gumbel, with p the current probability
+    of the code at its position. The log p of decided tokens is multiplied by ``penalty``. As many tokens as the
+    schedule says are kept, new or old.
+
+    The network sees a decided token when it judges it. One that was trained on masked tokens only has not learnt to do
+    so: train it with ``corruption``, or with ``visible_weight`` above 0 (``docs/objectives.md``). Each step computes
+    logits at all tokens, which costs more than ``confidence`` in late steps.
+
+    Args:
+        choice_temperature: Scale of the Gumbel noise, >= 0; the source draws codes with noise, and adds none here.
+        penalty: Factor of the log-probability of decided tokens, >= 0; above 1 more of them are masked again, 0 keeps
+            all.
+
+    Source: Peng et al., arXiv:2502.03540, self-planning; ``penalty`` is its stochasticity eta.
+    """
+
+    needs_decided_logits: ClassVar[bool] = True
+    penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("penalty", self.penalty, "[0, 1000000]")
+
+    def __call__(self, candidates: Candidates) -> Tensor:
+        log_probs = candidates.drawn_log_probs.clamp(min=_LEAST_LOG_PROB)
+        if candidates.is_decided is not None:
+            log_probs = (self.penalty * log_probs).where(candidates.is_decided, log_probs)
+        noise_scale = self.choice_temperature * (1 - candidates.progress)
+        return log_probs.add(candidates.gumbel, alpha=noise_scale)
+
+
+@token_selectors.register("edit")
+@dataclass(frozen=True)
+class TokenEditing(Confidence):
+    """A selector that replaces decided tokens in place where another code is now very likely.
+
+    Draws are kept by the rule of ``confidence``. A decided token becomes the most likely code of its position if that
+    has a probability of at least ``threshold``. See ``p2`` for the training that it requires, and for its cost.
+
+    Args:
+        choice_temperature: Scale of the Gumbel noise, >= 0.
+        threshold: Probability from which the most likely code replaces a decided one, in (0, 1].
+
+    Source: token editing of LLaDA2.1, arXiv:2602.08676; for images, NLD-Image, arXiv:2606.29814. The default threshold
+    is ours.
+    """
+
+    needs_decided_logits: ClassVar[bool] = True
+    replaces_decided: ClassVar[bool] = True
+    threshold: float = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("threshold", self.threshold, "(0, 1]")
+
+    def __call__(self, candidates: Candidates) -> Tensor:
+        scores = super().__call__(candidates)
+        return scores if candidates.is_decided is None else scores.masked_fill(candidates.is_decided, _KEPT)
+
+    def replacements(self, candidates: Candidates) -> Tensor:
+        likeliest = candidates.log_probs.max(-1)  # (B, M) values and codes
+        is_sure = likeliest.values.exp() >= self.threshold
+        return likeliest.indices.where(is_sure, candidates.tokens)

@@ -5,7 +5,7 @@ Used by ``decoding.DecodingConfig``, by the evaluation, and by packages that add
 
 from __future__ import annotations
 
-from maskgit_pl.decoding.remasking_selectors import Remasking, ReMDM
+from maskgit_pl.decoding.remasking_selectors import PathPlanning, Remasking, ReMDM, TokenEditing
 from maskgit_pl.decoding.scoring_selectors import Confidence, EntropyBounded, Halton, Margin, Moment, Random
 from maskgit_pl.decoding.token_selector import Candidates, Decided, TokenSelector, token_selectors
 
@@ -17,9 +17,11 @@ __all__ = [
     "Halton",
     "Margin",
     "Moment",
+    "PathPlanning",
     "Random",
     "ReMDM",
     "Remasking",
+    "TokenEditing",
     "TokenSelector",
     "token_selectors",
 ]

@@ -30,11 +30,12 @@ class Candidates:
 
     Args:
         log_probs: (B, M, K) float32: log-softmax of the logits at temperature 1.
-        tokens: (B, M) int64 in [0, K): the codes drawn.
+        tokens: (B, M) int64 in [0, K): the codes drawn, or the current codes where ``is_decided``.
         positions: (B, M) int64 in [0, N): the position of each code.
         gumbel: (B, M) float32: standard Gumbel noise, a function of image, step and position.
         progress: (t + 1) / T, in (0, 1].
         grid: Rows and columns of tokens; None if not given.
+        is_decided: (B, M) bool, True = decided by an earlier step; None unless ``needs_decided_logits``.
     """
 
     log_probs: Tensor
@@ -43,10 +44,11 @@ class Candidates:
     gumbel: Tensor
     progress: float
     grid: tuple[int, int] | None = None
+    is_decided: Tensor | None = None
 
     @cached_property
     def drawn_log_probs(self) -> Tensor:
-        """The log-probabilities of the codes drawn, (B, M) float32."""
+        """The log-probabilities of ``tokens``, (B, M) float32."""
         return self.log_probs.gather(-1, self.tokens.unsqueeze(-1)).squeeze(-1)
 
     @cached_property
@@ -80,9 +82,15 @@ class TokenSelector(ABC):
     Attributes:
         follows_schedule: True if the mask schedule sets the number of tokens that stay masked. False if the selector
             sets it (``num_kept``): the counts then depend on the data, so each step waits for the device.
+        needs_decided_logits: True if the candidates of each step are all tokens that were masked at the start, with
+            their current probabilities, decided or not (``Candidates.is_decided``). Those with the lowest scores are
+            masked, so that decided tokens compete with new draws. ``num_remasked`` is not used then.
+        replaces_decided: True if ``replacements`` gives decided tokens other codes; requires ``needs_decided_logits``.
     """
 
     follows_schedule: ClassVar[bool] = True
+    needs_decided_logits: ClassVar[bool] = False
+    replaces_decided: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, candidates: Candidates) -> Tensor:
@@ -124,6 +132,15 @@ class TokenSelector(ABC):
             f"token selector {type(self).__name__} must define remasking_scores(), since it masks decided tokens again"
         )
 
+    def replacements(self, candidates: Candidates) -> Tensor:
+        """Returns codes (B, M) int64 in [0, K) for decided positions; called if ``replaces_decided`` is True.
+
+        Where a code is to stay, it is that of ``candidates.tokens``. Undecided positions are ignored.
+        """
+        raise TypeError(
+            f"token selector {type(self).__name__} must define replacements(), since replaces_decided is True"
+        )
+
     def num_kept(self, candidates: Candidates, scores: Tensor, valid: Tensor) -> Tensor:
         """Returns the number of tokens of each row to keep; called if ``follows_schedule`` is False.
 
@@ -150,11 +167,13 @@ def check_token_selector(name: str, selector: TokenSelector) -> None:
         raise ValueError(f"token selector {name!r} must be a TokenSelector, got {shorten(selector)}")
     import torch
 
+    _check_attributes(name, selector)
+    is_decided = torch.arange(8).view(2, 4) % 3 == 0 if selector.needs_decided_logits else None
     for progress in (1 / 8, 1 / 2, 1.0):
         log_probs = torch.linspace(-3, 3, 24).view(2, 4, 3).log_softmax(-1)
         positions = torch.arange(4).expand(2, 4)
         gumbel = torch.linspace(-2, 8, 8).view(2, 4)
-        candidates = Candidates(log_probs, log_probs.argmin(-1), positions, gumbel, progress, grid=(2, 2))
+        candidates = Candidates(log_probs, log_probs.argmin(-1), positions, gumbel, progress, (2, 2), is_decided)
         scores, sharpness = selector(candidates), selector.sharpness(progress)
         if not isinstance(scores, torch.Tensor) or scores.shape != (2, 4) or not scores.is_floating_point():
             raise ValueError(
@@ -163,6 +182,21 @@ def check_token_selector(name: str, selector: TokenSelector) -> None:
         if not scores.isfinite().all():
             raise ValueError(f"token selector {name!r}: scores must be finite (at progress {progress:g})")
         check_number(f"token selector {name!r}: sharpness at progress {progress:g}", sharpness, "(0, inf)")
+
+
+def _check_attributes(name: str, selector: TokenSelector) -> None:
+    """Checks that the attributes of a selector do not contradict one another.
+
+    Raises:
+        ValueError: if they do.
+    """
+    if selector.needs_decided_logits and not selector.follows_schedule:
+        raise ValueError(
+            f"token selector {name!r}: follows_schedule must be True with needs_decided_logits, got False; the counts "
+            "of masked tokens must be known before the loop"
+        )
+    if selector.replaces_decided and not selector.needs_decided_logits:
+        raise ValueError(f"token selector {name!r}: needs_decided_logits must be True with replaces_decided, got False")
 
 
 def _describe_result(value: object) -> str:

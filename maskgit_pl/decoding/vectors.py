@@ -7,14 +7,16 @@ Shapes: B images, C size of a vector.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["VectorConditionalNetwork", "VectorNetwork", "check_condition_vectors"]
+__all__ = ["VectorConditionalNetwork", "VectorNetwork", "VectorPool", "check_condition_vectors"]
 
 
 class VectorConditionalNetwork(Protocol):
@@ -43,6 +45,61 @@ class VectorNetwork:
         """Computes logits (b, M, K) at positions (b, M) of tokens (b, N) for labels (b,), with b = B or 2 B."""
         vectors = self.vectors.repeat(len(tokens) // len(self.vectors), 1)  # (b, C)
         return self.network.forward_at(tokens, labels, positions, vectors=vectors)
+
+
+@dataclass(frozen=True)
+class VectorPool:
+    """Vectors from which images that are given none take theirs, such as those of the val split of the data.
+
+    The image of seed s takes row (s - ``first_seed``) mod n of the n vectors of its class: it depends on its class and
+    its seed only, and the images of a class with consecutive seeds take its vectors in turn.
+
+    Args:
+        vectors: (m, C) float32.
+        labels: (m,) int64, class of each vector; None if every class takes all vectors. A class without vectors takes
+            all of them too.
+        first_seed: Seed of the image that takes the first vector.
+
+    Raises:
+        ValueError: if there are no vectors, or their shape differs from that of the labels.
+    """
+
+    vectors: Tensor
+    labels: Tensor | None = None
+    first_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.vectors.ndim != 2 or not len(self.vectors):
+            raise ValueError(f"vectors must have shape (m, C) with m >= 1, got {tuple(self.vectors.shape)}")
+        if self.labels is not None and self.labels.shape != self.vectors.shape[:1]:
+            raise ValueError(f"labels must be one for each of {len(self.vectors)} vectors, got {len(self.labels)}")
+
+    @cached_property
+    def digest(self) -> str:
+        """The SHA-256, hex, of vectors, labels and first seed, which identifies the pool in plans and ledgers."""
+        digest = hashlib.sha256(f"{tuple(self.vectors.shape)} {self.first_seed}".encode())
+        for tensor in (self.vectors, self.labels):
+            digest.update(b"" if tensor is None else tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def draw(self, labels: Sequence[int], seeds: Sequence[int]) -> Tensor:
+        """Returns the vectors (n, C) of n images with their labels and seeds."""
+        rows = [self._rows(label) for label in labels]
+        chosen = [own[(seed - self.first_seed) % len(own)] for own, seed in zip(rows, seeds, strict=True)]
+        return self.vectors[torch.stack(chosen)]
+
+    def _rows(self, label: int) -> Tensor:
+        """Returns the rows of the vectors of a class, in order."""
+        if label not in self._rows_of_label:
+            found = torch.arange(len(self.vectors))
+            if self.labels is not None and bool((self.labels == label).any()):
+                found = (self.labels == label).nonzero()[:, 0]
+            self._rows_of_label[label] = found
+        return self._rows_of_label[label]
+
+    @cached_property
+    def _rows_of_label(self) -> dict[int, Tensor]:
+        return {}
 
 
 def check_condition_vectors(

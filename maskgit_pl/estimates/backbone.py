@@ -7,6 +7,7 @@ must have no operation whose result has a size that depends on values, except in
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,10 +16,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from maskgit_pl.estimates.replay import Replay, fake_tensors, replay, run_backward
+from maskgit_pl.estimates.sharding import group_of
 from maskgit_pl.estimates.transformer import Precision
 from maskgit_pl.networks.backbone import Backbone, BackboneConfig, Vocabulary
 
 __all__ = ["masked_token_flops", "replay_backbone"]
+
+_LONGEST = 4  # blocks of a network that is replayed as a whole
 
 
 def replay_backbone(
@@ -30,12 +34,50 @@ def replay_backbone(
 ) -> Replay:
     """Replays forward and backward pass of one image whose tokens are all masked; n images cost n times as much.
 
+    Equal blocks cost the same, so that a network with many of them is extrapolated from those of 3 and 4 blocks.
+
     Args:
         config: Configuration of the backbone.
         vocabulary: Columns of the softmax of the loss.
         precision: Precision of the Trainer.
         prepare: Changes the blocks before the step, for activation checkpointing.
     """
+
+    def of(depth: int | None = None) -> Replay:
+        made = config if depth is None else _with_depth(config, depth)
+        return _replay(made, vocabulary=vocabulary, precision=precision, prepare=prepare)
+
+    if config.num_blocks <= _LONGEST or not _has_equal_blocks(config):
+        return of()
+    shorter, longer = of(_LONGEST - 1), of(_LONGEST)
+    more = config.num_blocks - _LONGEST
+    peak, flops, casts = (
+        new + more * (new - old)
+        for old, new in zip(
+            (shorter.peak, shorter.flops, shorter.casts), (longer.peak, longer.flops, longer.casts), strict=True
+        )
+    )
+    return Replay(peak, flops, casts)
+
+
+def _with_depth(config: BackboneConfig, depth: int) -> BackboneConfig:
+    changes: dict[str, Any] = {"depth": depth}
+    return replace(config, **changes)
+
+
+def _has_equal_blocks(config: BackboneConfig) -> bool:
+    """Returns True if the field ``depth`` counts the blocks, and these have tensors of the same shapes."""
+    blocks = _build_empty(config).blocks
+    return len(blocks) == config.num_blocks and len({group_of([block]) for block in blocks}) == 1
+
+
+def _replay(
+    config: BackboneConfig,
+    *,
+    vocabulary: Vocabulary,
+    precision: Precision,
+    prepare: Callable[[nn.ModuleList], None],
+) -> Replay:
     network = _build_empty(config)
     prepare(network.blocks)
     with fake_tensors(network):
@@ -75,6 +117,8 @@ def masked_token_flops(config: BackboneConfig) -> float:
     """
     if config.num_tokens == 1:
         return 0.0
+    if config.num_blocks > 2 and _has_equal_blocks(config):  # only the last block and the head are cheaper
+        config = _with_depth(config, 2)
     network = _build_empty(config).eval()
     with fake_tensors(network), torch.no_grad():
         tokens, labels, vectors = _one_image(config)

@@ -201,11 +201,16 @@ class Comparison:
             f"{self.accuracy:.1%} of the real val images. The last line shows {self.counts['train']} real training",
             "images instead of generated ones. The lowest distance of each T is bold. If the class agreement is above",
             "that of real images, the generated images are more typical than real ones; their diversity is then low.",
-            f"The mask schedule is that of the training, {markdown(self.model['mask_schedule'])}. `ledger.jsonl` has",
+            f"The mask schedule is {self._describe_schedule()}. `ledger.jsonl` has",
             "the decoding, commit and device of each row. First digits of the SHA-256 of the weights:",
             f"tokenizer {model['tokenizer']}, transformer {model['transformer']}, classifier {model['judge']}.",
             f"Times are wall-clock times on one machine ({markdown(self.model['device'])}).",
         )
+
+    def _describe_schedule(self) -> str:
+        own = self.results[0].decoding.mask_schedule
+        trained = f"that of the training, {markdown(self.model['mask_schedule'])}"
+        return trained if own is None else f"{markdown(describe(own))} of decoding.json, not {trained}"
 
     def _format_distances(self) -> list[str]:
         numbers = sorted({row.num_steps for row in self.results})

@@ -61,6 +61,7 @@ def edit(
     images: Tensor,
     labels: Tensor,
     *,
+    vectors: Tensor | None = None,
     seed: int = 0,
     batch_size: int = 100,
     on_images: Callable[[int], object] = lambda count: None,
@@ -72,6 +73,7 @@ def edit(
         pipe: The model; its own decoding is used.
         images: (n, C, H, H) uint8, of the model's image size.
         labels: (n,) int64: classes of the images.
+        vectors: (n, C) float: vectors of the images; None for a model without vectors.
         seed: Seed of the first image; image i has ``seed + i``.
         batch_size: Images per batch of inpainting; outpainting takes one image at a time.
         on_images: Called with the number of images that were edited.
@@ -85,8 +87,11 @@ def edit(
         # Outpainting extends an image, so that the right half is cut off first.
         added = int(make_hidden_mask(task, pipe.tokenizer)[0].sum())
         for row, (image, label) in enumerate(zip(images, classes, strict=True)):
+            own = None if vectors is None else vectors[row]
             edited.append(
-                pipe.outpaint(image[..., :-added], right=added, classes=[label], seed=seed + row, output_type="pt")
+                pipe.outpaint(
+                    image[..., :-added], right=added, classes=[label], vectors=own, seed=seed + row, output_type="pt"
+                )
             )
             on_images(1)
         return torch.cat([torch.as_tensor(result) for result in edited])
@@ -97,7 +102,7 @@ def edit(
         edited.append(
             pipe.inpaint(
                 list(known[rows]), mask, classes=classes[rows], seed=seed + first, batch_size=batch_size,
-                output_type="pt",
+                output_type="pt", vectors=None if vectors is None else vectors[rows],
             )
         )  # fmt: skip
         on_images(len(classes[rows]))

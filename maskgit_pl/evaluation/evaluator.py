@@ -34,13 +34,14 @@ from maskgit_pl.evaluation.ledger import REAL, Ledger, Row, read_number
 from maskgit_pl.evaluation.likelihood import (
     ImageLikelihood,
     MaskDraws,
+    bind_conditions,
     encode_real_images,
     exact_nll,
     masked_nll,
     negative_elbo,
 )
 from maskgit_pl.evaluation.metric_names import NETWORK_METRICS, metric_name
-from maskgit_pl.evaluation.reference import ReferenceOrigin, draw_order
+from maskgit_pl.evaluation.reference import ReferenceOrigin, draw_order, read_real_vectors
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.acceptance import Acceptance
 from maskgit_pl.progress import Bars, no_bars
@@ -99,6 +100,8 @@ class EvaluatedModel:
         key, negative = decoding_key(decoding), self.pipe.negative_model
         if self.acceptance is not None:
             key |= {"accept_rate": self.acceptance.rate, "classifier": shorten_digest(self.acceptance.digest)}
+        if self.pipe.vector_pool is not None:
+            key["vectors"] = shorten_digest(self.pipe.vector_pool.digest)
         if negative is not None and any(decoding.scales()):  # without guidance it changes nothing
             key["negative_model"] = shorten_digest(negative.digest)
         return key
@@ -265,15 +268,12 @@ class Evaluator:
         if transformer.mask_schedule is None:
             exact = exact_nll(transformer.network, tokens, labels, batch_size=self.batch_size, on_images=bar)
             return _in_bits("exact", exact)
-        options: dict[str, Any] = {
-            "mask_token_id": transformer.network.config.mask_token_id,
-            "draws": MaskDraws(draws, seed),
-            "batch_size": self.batch_size,
-            "on_images": bar,
-        }
-        schedule = transformer.mask_schedule
-        part = masked_nll(transformer.network.forward_masked, tokens, labels, mask_schedule=schedule, **options)
-        bound = negative_elbo(transformer.network.forward_masked, tokens, labels, **options)
+        options: dict[str, Any] = {"draws": MaskDraws(draws, seed), "batch_size": self.batch_size, "on_images": bar}
+        options["mask_token_id"] = transformer.network.config.mask_token_id
+        vectors = read_real_vectors(self.data, model.pipe, num_images=count)
+        network, conditions = bind_conditions(transformer.network, labels, vectors)
+        part = masked_nll(network, tokens, conditions, mask_schedule=transformer.mask_schedule, **options)
+        bound = negative_elbo(network, tokens, conditions, **options)
         return {"masked_nll": part.mean, "masked_nll_error": part.standard_error, **_in_bits("elbo", bound)}
 
     def measure_cas(
@@ -348,8 +348,9 @@ class Evaluator:
 
     def _edit(self, model: EvaluatedModel, task: Task, count: int, seed: int) -> dict[str, Tensor]:
         originals, labels = self.read_real_images("val", count)
-        bar = self.bars(f"{model.run}: {task}", count)
-        edited = edit(task, model.pipe, originals, labels, seed=seed, batch_size=self.batch_size, on_images=bar)
+        options: dict[str, Any] = {"batch_size": self.batch_size, "on_images": self.bars(f"{model.run}: {task}", count)}
+        vectors = read_real_vectors(self.data, model.pipe, num_images=count)
+        edited = edit(task, model.pipe, originals, labels, vectors=vectors, seed=seed, **options)
         return {EDITED: edited, MASKED: hide_pixels(task, model.pipe.tokenizer, originals), UNEDITED: originals}
 
     def _find_rows(

@@ -39,6 +39,9 @@ KEYS = {  # kind of measurement -> columns that determine its values
     "likelihood": (*_MODEL, "draws"),
     "cas": (*_MODEL, *_DECODING, "classifier", "training_images", "training_steps", "classifier_seed", "training"),
     "timing": ("method", "num_tokens", "network", "device", "torch", "dtype", "kind"),
+    "reconstruction": ("dataset", "data", "split", "tokenizer", "config", "num_images", *_NETWORK),
+    "pilot": ("recipe", "device", "steps"),
+    "ablation": ("ablation", "plan", "variant", "seed"),
 }
 _REQUIRED = {  # kind of measurement -> columns that reports need
     "samples": ("num_images", "fid"),
@@ -46,15 +49,22 @@ _REQUIRED = {  # kind of measurement -> columns that reports need
     "likelihood": ("num_images",),
     "cas": ("top1", "top5", "classifier", "training_images", "training_steps"),
     "timing": (*KEYS["timing"], "num_steps", "seconds_per_image", "least", "runs"),
+    "reconstruction": ("num_images", "rfid"),
+    "pilot": ("recipe", "seconds_per_step"),
+    "ablation": ("ablation", "plan", "place", "variant", "seed", "numbers", "protocol"),
 }
 _COUNTS = ("parameters", "num_images", "real_images", "num_steps", "num_tokens", "seed", "draws", "training_images",
-           "training_steps", "classifier_seed", "runs")  # fmt: skip
+           "training_steps", "classifier_seed", "runs", "steps", "max_steps", "place")  # fmt: skip
 _NUMBERS = ("fid", "sfid", "kid", "kid_deviation", "is", "is_deviation", "precision", "recall", "density", "coverage",
-            "class_agreement", "diversity", "steps_taken", "seconds_per_image", "least", "top1", "top5")  # fmt: skip
+            "class_agreement", "diversity", "steps_taken", "seconds_per_image", "least", "top1", "top5", "rfid",
+            "psnr_db", "ssim", "codebook_usage", "perplexity", "seconds_per_step", "planned_seconds",
+            "training_seconds")  # fmt: skip
 _ESTIMATES = ("masked_nll", "elbo_", "exact_")  # prefixes of columns that are numbers
 _TYPES: dict[str, tuple[type, str]] = {  # other columns that are not text
     "decoding": (dict, "a mapping"), "training": (dict, "a mapping"), "knows_classes": (bool, "true or false"),
+    "protocol": (dict, "a mapping"),
 }  # fmt: skip
+_MAPS_OF_NUMBERS = ("numbers", "real")  # columns with values by the name of the metric
 _MAX_LINE, _MAX_BYTES = 1_000_000, 100_000_000  # bytes; a ledger may come from a stranger
 _log = logging.getLogger(__name__)
 
@@ -184,6 +194,11 @@ def _check_value(where: str, name: str, value: object) -> None:
         check_integer(where, value, "[0, 9223372036854775807]")
     elif name in _NUMBERS or name.startswith(_ESTIMATES):
         check_number(where, value, "(-inf, inf)")
+    elif name in _MAPS_OF_NUMBERS:
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} must be a mapping, got {shorten(value)}")
+        for metric, number in value.items():
+            check_number(f"{where}: {shorten(metric)}", number, "(-inf, inf)")
     else:
         kind, text = _TYPES.get(name, (str, "a string"))
         if not isinstance(value, kind):

@@ -22,11 +22,21 @@ from maskgit_pl.evaluation.features import iter_row_batches
 from maskgit_pl.evaluation.reference import iter_real_batches
 from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.masking import MaskSampler, random_mask
+from maskgit_pl.networks.backbone import Backbone
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.randomness import random_bits
 from maskgit_pl.schedules import MaskSchedule
 
-__all__ = ["Estimate", "ImageLikelihood", "MaskDraws", "encode_real_images", "exact_nll", "masked_nll", "negative_elbo"]
+__all__ = [
+    "Estimate",
+    "ImageLikelihood",
+    "MaskDraws",
+    "bind_conditions",
+    "encode_real_images",
+    "exact_nll",
+    "masked_nll",
+    "negative_elbo",
+]
 
 MaskedPredictor: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 AutoregressiveNetwork: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -243,6 +253,26 @@ def exact_nll(
 
     values = _map_images(nll, len(tokens), batch_size=batch_size, on_images=on_images)
     return ImageLikelihood(Estimate.from_values(values), tokens.shape[1])
+
+
+def bind_conditions(network: Backbone, labels: Tensor, vectors: Tensor | None) -> tuple[MaskedPredictor, Tensor]:
+    """Returns a predictor for ``masked_nll`` and ``negative_elbo``, and what they take in place of labels.
+
+    Args:
+        network: The network, in evaluation mode.
+        labels: (n,) int64, classes of all images.
+        vectors: (n, C) float, vectors of all images; None for a network without vectors.
+
+    Returns:
+        The network and the labels; with vectors a function of the index of each image, and the indices (n,) int64.
+    """
+    if vectors is None:
+        return network.forward_masked, labels
+
+    def predict(tokens: Tensor, index: Tensor, mask: Tensor) -> Tensor:
+        return network.forward_masked(tokens, labels[index], mask, vectors=vectors[index])
+
+    return predict, torch.arange(len(labels), device=labels.device)
 
 
 @torch.inference_mode()

@@ -57,8 +57,13 @@ _OF_IMAGES = {
 _OF_RECONSTRUCTIONS = {
     "rfid": Metric("reconstruction FID", 1, 2, higher_is_better=False),
     "lpips": Metric("LPIPS", 1, 2, higher_is_better=False),
+    "psnr_db": Metric("PSNR, dB", 1, 2, higher_is_better=True),
+    "ssim": Metric("SSIM", 1, 3, higher_is_better=True),
+    "codebook_usage": Metric("codebook usage %", 100, 1, higher_is_better=True),
+    "perplexity": Metric("perplexity of codes", 1, 1, higher_is_better=True),
 }
-METRICS = _OF_A_NETWORK | _OF_IMAGES | _OF_RECONSTRUCTIONS
+_OF_LIKELIHOODS = {"bits_per_token": Metric("bits per token", 1, 3, higher_is_better=False)}
+METRICS = _OF_A_NETWORK | _OF_IMAGES | _OF_RECONSTRUCTIONS | _OF_LIKELIHOODS
 NETWORK_METRICS = tuple(_OF_A_NETWORK)
 
 

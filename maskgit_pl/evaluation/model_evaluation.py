@@ -137,8 +137,8 @@ def evaluate(
 def _check_acceptance(options: EvaluationOptions, num_images: int, num_classes: int) -> None:
     if options.accept_classifier is not None and not (options.accept_classifier / "config.json").is_file():
         raise FileNotFoundError(
-            f"accept_classifier {options.accept_classifier}: no classifier there; `maskgit train-classifier DATA` "
-            "trains one"
+            f"accept_classifier {options.accept_classifier}: no classifier there; `maskgit train-classifier --data "
+            "DATA` trains one"
         )
     if options.accept_rate is not None and num_images % num_classes:
         raise ValueError(

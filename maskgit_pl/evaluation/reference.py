@@ -35,6 +35,7 @@ from maskgit_pl.evaluation.features import (
 )
 from maskgit_pl.evaluation.npz import ArrayFile, open_samples
 from maskgit_pl.files import sha256_of, write_atomically
+from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.shards.manifest import Split, load_manifest
 from maskgit_pl.shards.reader import ShardReader
 
@@ -46,6 +47,7 @@ __all__ = [
     "iter_real_batches",
     "obtain_references",
     "read_real_labels",
+    "read_real_vectors",
     "read_references",
 ]
 
@@ -176,6 +178,24 @@ def iter_real_batches(
         num_workers=data.config.num_workers,
         unreadable_budget=data.config.unreadable_budget,
     )
+
+
+def read_real_vectors(data: ShardData, pipe: MaskGIT, *, num_images: int) -> Tensor | None:
+    """Returns the vectors of the val images that ``Evaluator.read_real_images`` returns.
+
+    Args:
+        data: The real images.
+        pipe: The model.
+        num_images: Number of images; all of the split if it has fewer.
+
+    Returns:
+        (n, C) float32 on the model's device; None for a model without vectors.
+    """
+    if not pipe.transformer.network.config.condition_dim:
+        return None
+    samples = data.summary.samples["val"]
+    index = draw_order(samples, num_images)(range(min(num_images, samples))).index
+    return data.read_vectors("val", index.numpy()).to(pipe.device)
 
 
 def read_real_labels(data: ShardData) -> Tensor:

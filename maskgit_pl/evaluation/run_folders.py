@@ -15,9 +15,12 @@ from maskgit_pl.checks import shorten
 from maskgit_pl.progress import Bars, no_bars
 
 if TYPE_CHECKING:
+    import torch
+
     from maskgit_pl.data import ShardData
     from maskgit_pl.decoding import DecodingConfig
     from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
+    from maskgit_pl.evaluation.feature_metrics import FeatureMetrics
     from maskgit_pl.evaluation.ledger import Ledger
     from maskgit_pl.pipeline import MaskGIT
     from maskgit_pl.pipeline.outline import Outline
@@ -31,10 +34,12 @@ __all__ = [
     "create_evaluated_model",
     "default_steps",
     "find_run",
+    "give_val_vectors",
     "open_data",
     "open_evaluator",
     "open_images",
     "open_model",
+    "open_networks",
     "read_outline",
     "read_run_recipe",
     "round_to_classes",
@@ -195,12 +200,23 @@ def open_data(folders: RunFolders, pipe: MaskGIT, *, num_workers: int = 0) -> Sh
         num_workers: Number of processes that read the images.
 
     Raises:
-        ValueError: if the classes of the data are not the model's.
+        ValueError: if the classes of the data are not the model's, or it needs vectors that the data do not have.
     """
     channels = pipe.tokenizer.network.config.in_channels
     data = open_images(folders.data, pipe.tokenizer.image_size, channels, num_workers=num_workers)
     check_data(pipe, data)
+    give_val_vectors(pipe, data)
     return data
+
+
+def give_val_vectors(pipe: MaskGIT, data: ShardData) -> None:
+    """Gives a model that needs vectors those of the val images: a generated image takes one of its class.
+
+    Raises:
+        ValueError: if the data have no vectors.
+    """
+    if pipe.transformer.network.config.condition_dim:
+        pipe.vector_pool = data.vector_pool("val")
 
 
 def open_images(folder: Path, image_size: int, in_channels: int, *, num_workers: int = 0) -> ShardData:
@@ -287,9 +303,43 @@ def open_evaluator(
         TypeError: if a network does not accept its arguments.
         ValueError: if a network is unknown, its weights are missing, or their SHA-256 does not match.
     """
+    from maskgit_pl.evaluation.evaluator import Evaluator
+
+    return Evaluator(
+        data,
+        dataset=folders.data.name,
+        networks=open_networks(folders, data, features=features, reference=reference, device=pipe.device, bars=bars),
+        ledger=ledger,
+        bars=bars,
+        batch_size=options.batch_size,
+        device=pipe.device,
+    )
+
+
+def open_networks(
+    folders: RunFolders,
+    data: ShardData,
+    *,
+    features: Sequence[str | dict[str, Any]],
+    reference: Path | None = None,
+    device: torch.device | str,
+    bars: Bars = no_bars,
+) -> dict[str, FeatureMetrics]:
+    """Opens feature networks with the real images that they compare with; see ``open_evaluator``.
+
+    Args:
+        folders: Folders of the classifier and of the features of real images.
+        data: The real images.
+        features: Feature networks: names or mappings.
+        reference: File in the layout of ADM to compare with; None for the val split.
+        device: Device of the networks.
+        bars: Progress bars.
+
+    Returns:
+        The networks by label.
+    """
     from maskgit_pl.evaluation import classifier_training
     from maskgit_pl.evaluation.classifier_config import SMALL_TRAINING
-    from maskgit_pl.evaluation.evaluator import Evaluator
     from maskgit_pl.evaluation.feature_metrics import CLASSIFIER, FeatureMetrics
     from maskgit_pl.evaluation.features import Extractor
     from maskgit_pl.evaluation.reference import obtain_references, read_real_labels, read_references
@@ -301,7 +351,7 @@ def open_evaluator(
     if CLASSIFIER in features:
         train = bars("classifier: training", SMALL_TRAINING.max_steps)
         classifier_training.obtain_classifier(folders.classifier, data, on_step=lambda: train(1))
-    extractors = [Extractor.create(spec, device=pipe.device) for spec in specs]
+    extractors = [Extractor.create(spec, device=device) for spec in specs]
     on_images = bars(f"real images: {', '.join(each.label for each in extractors)}", data.summary.samples["val"])
     # A file has images of unknown classes, so that only the split has labels.
     if reference is None:
@@ -310,15 +360,7 @@ def open_evaluator(
     else:
         references = read_references(reference, extractors, folder=folders.references, on_images=on_images)
         labels = None
-    return Evaluator(
-        data,
-        dataset=folders.data.name,
-        networks={each.label: FeatureMetrics(each, references[each.label], labels) for each in extractors},
-        ledger=ledger,
-        bars=bars,
-        batch_size=options.batch_size,
-        device=pipe.device,
-    )
+    return {each.label: FeatureMetrics(each, references[each.label], labels) for each in extractors}
 
 
 def create_evaluated_model(folders: RunFolders, pipe: MaskGIT, folder: Path | None = None) -> EvaluatedModel:

@@ -1,10 +1,13 @@
 """The decodings of a search. Trial i depends only on (seed, i), so that a search can be resumed.
 
-``decoding_search`` measures them.
+``decoding_search`` measures them. The mask schedule and the tokens of each step are free variables, too.
+
+Source of free schedules: Ni et al. (AutoNAT), arXiv:2406.05478.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -16,10 +19,14 @@ from maskgit_pl.decoding.guidance import guidance_schedules
 from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.evaluation.decodings import Spec, with_steps
 from maskgit_pl.randomness import permutation, random_uniform
+from maskgit_pl.schedules import mask_schedules
 
-__all__ = ["Search", "SearchSpace"]
+__all__ = ["FREE", "Search", "SearchSpace", "list_schedules"]
 
 Search = Literal["random", "grid"]
+
+FREE = "free"
+"""The word for ``tokens_per_step`` among the mask schedules of a search: numbers that follow no schedule."""
 
 # Arguments that are searched for every selector that has them: lower bound, upper bound, values in a grid.
 _RANGES: dict[str, tuple[float, float, tuple[float, ...]]] = {
@@ -27,18 +34,24 @@ _RANGES: dict[str, tuple[float, float, tuple[float, ...]]] = {
     "gamma": (1.0, 60.0, (3.0, 10.0, 30.0)),
     "eta": (0.02, 0.5, (0.1, 0.3)),
 }
+_POW = "pow"  # the schedule with an exponent, which is searched where it is not given
+_EXPONENTS = (0.5, 4.0, (1.5, 2.5))  # from sqrt to beyond cubic, which Table 3 of the paper spans
+_SPREAD = 0.7  # largest logarithm of the factor by which a free number of tokens differs from that of ``pow``
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The decodings of a search: token selector and its arguments, temperature, truncation, guidance and T.
+    """The decodings of a search: token selector, temperature, truncation, guidance, mask schedule and T.
 
     Args:
         baseline: Decoding of trial 0, which also gives the fields that are not searched.
         selectors: Names and mappings; the arguments in a mapping are fixed.
         num_steps: Numbers of steps to choose from.
         codebook_size: Number K of codes.
-        can_guide: True if the model has a null class, which guidance requires.
+        can_guide: True if guidance has something to move away from.
+        schedules: Mask schedules to choose from besides that of ``baseline``, which half of the trials keep: names and
+            mappings, ``pow`` with any exponent, and ``FREE``. Empty keeps the mask schedule.
+        num_tokens: N, which ``FREE`` requires.
     """
 
     baseline: DecodingConfig
@@ -46,6 +59,8 @@ class SearchSpace:
     num_steps: tuple[int, ...]
     codebook_size: int
     can_guide: bool
+    schedules: tuple[Spec, ...] = ()
+    num_tokens: int = 0
 
     def trial(self, number: int, *, seed: int, method: Search = "random") -> DecodingConfig | None:
         """Returns the decoding of a trial, or None beyond the end of the grid.
@@ -93,9 +108,28 @@ class SearchSpace:
         selector = self._draw_selector(sampler)
         guidance = self._draw_guidance(sampler)
         top_k, top_p = _draw_truncation(sampler, self.codebook_size)
-        return self._decoding(
+        decoding = self._decoding(
             sampler.choose(self.num_steps), selector, guidance, _draw_temperature(sampler), top_k=top_k, top_p=top_p
         )
+        return self._draw_schedule(decoding, sampler, number, seed)
+
+    def _draw_schedule(
+        self, decoding: DecodingConfig, sampler: _TrialSampler, number: int, seed: int
+    ) -> DecodingConfig:
+        """Returns the decoding with a mask schedule, or with tokens per step, of its own; half of them keep it."""
+        # The last choices of a trial: the others are those of a search without schedules.
+        if not self.schedules or sampler.random() < 1 / 2:
+            return decoding
+        spec, exponent = sampler.choose(self.schedules), sampler.log_uniform(*_EXPONENTS[:2])
+        if spec != FREE:
+            return replace(decoding, mask_schedule={"name": _POW, "exponent": exponent} if spec == _POW else spec)
+        assert decoding.token_selector is not None  # the model is not autoregressive
+        if not token_selectors.build(decoding.token_selector).follows_schedule:  # it counts the tokens itself
+            return decoding
+        count = decoding.num_steps
+        factors = random_uniform("tuning/tokens", seed=seed, index=number, count=count)[0].tolist()
+        steps = _spread_tokens(self.num_tokens, exponent, factors)
+        return replace(decoding, tokens_per_step=steps)
 
     def _decoding(
         self,
@@ -149,7 +183,10 @@ class SearchSpace:
             for selector in (spec for each in self.selectors for spec in _expand_grid(each)):
                 for scales in guidance if self.can_guide else [self.baseline.guidance]:
                     for temperature in temperatures:
-                        yield self._decoding(num_steps, selector, scales, temperature)
+                        decoding = self._decoding(num_steps, selector, scales, temperature)
+                        yield decoding
+                        for schedule in _expand_schedules(self.schedules):
+                            yield replace(decoding, mask_schedule=schedule)
 
 
 class _TrialSampler:
@@ -221,3 +258,48 @@ def _expand_grid(spec: Spec) -> list[Spec]:
 
 def _find_scaled_schedules() -> list[str]:
     return [name for name, made in guidance_schedules.build_all().items() if "scale" in _field_names(made)]
+
+
+def list_schedules() -> tuple[Spec, ...]:
+    """Returns all mask schedules of a search: the registered ones, ``pow`` with any exponent, and ``FREE``."""
+    return (*sorted({*mask_schedules.build_all(), _POW}), FREE)
+
+
+def _expand_schedules(specs: Iterable[Spec]) -> Iterator[Spec]:
+    """Yields the mask schedules of a grid, which has no free numbers of tokens."""
+    for spec in specs:
+        if spec == _POW:
+            yield from ({"name": _POW, "exponent": exponent} for exponent in _EXPONENTS[2])
+        elif spec != FREE:
+            yield spec
+
+
+def _spread_tokens(num_tokens: int, exponent: float, factors: Sequence[float]) -> tuple[int, ...]:
+    """Returns numbers of tokens per step near those of the mask schedule ``pow``.
+
+    1. Step t of T weighs ((t + 1) / T)^exponent - (t / T)^exponent, times a factor in [exp(-0.7), exp(0.7)].
+    2. Each step gets one token, and its share of the others in proportion to its weight, rounded down.
+    3. The tokens that are left go to the steps with the largest remainders.
+
+    Args:
+        num_tokens: N >= T.
+        exponent: Exponent of the schedule.
+        factors: T numbers in (0, 1), from which the factors follow.
+
+    Returns:
+        T integers >= 1 that sum to N.
+    """
+    count = len(factors)
+    # 1.
+    weights = [
+        (((step + 1) / count) ** exponent - (step / count) ** exponent) * math.exp(_SPREAD * (2 * factor - 1))
+        for step, factor in enumerate(factors)
+    ]
+    # 2.
+    shares = [weight / sum(weights) * (num_tokens - count) for weight in weights]
+    tokens = [1 + math.floor(share) for share in shares]
+    # 3.
+    by_remainder = sorted(range(count), key=lambda step: math.floor(shares[step]) - shares[step])
+    for step in by_remainder[: num_tokens - sum(tokens)]:
+        tokens[step] += 1
+    return tuple(tokens)

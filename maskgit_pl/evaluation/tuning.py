@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -35,6 +35,7 @@ from maskgit_pl.evaluation.run_folders import (
     round_to_classes,
 )
 from maskgit_pl.progress import Bars, no_bars
+from maskgit_pl.schedules import mask_schedules
 
 if TYPE_CHECKING:
     from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
@@ -57,6 +58,9 @@ class TuningOptions(MeasurementOptions):
         search: Random draws or a grid.
         num_steps: Numbers of steps to choose from; None for 4, 6, 8, 12 and 16, as far as there are tokens.
         selectors: Names and mappings; the arguments in a mapping are fixed. None for all selectors.
+        schedules: Mask schedules to choose from besides the model's own: names and mappings, ``pow`` with any exponent,
+            and ``free`` for a number of tokens of each step that follows no schedule. None for all of these; empty to
+            keep the model's own.
         seconds: Time limit in seconds, after which no trial begins; None for no limit.
         plot: True to measure and draw the figure of mask schedules, which takes longer than the search.
         plot_images: Number of images per point of the figure; None for that of a trial.
@@ -65,6 +69,7 @@ class TuningOptions(MeasurementOptions):
     search: Literal["random", "grid"] = "random"
     num_steps: Sequence[int] | None = None
     selectors: Sequence[Spec] | None = None
+    schedules: Sequence[Spec] | None = None
     seconds: float | None = None
     plot: bool = True
     plot_images: int | None = None
@@ -174,9 +179,10 @@ def _open(run: Path | str, data: Path | None, options: TuningOptions) -> tuple[R
         check_num_steps(number, outline.num_tokens)
     for spec in options.selectors or ():
         token_selectors.build(spec)
+    _check_schedules(options.schedules or ())
     pipe = open_model(folders, options.device, negative_model=options.negative_model)
     from maskgit_pl.evaluation.comparison import list_selectors
-    from maskgit_pl.evaluation.search_space import SearchSpace
+    from maskgit_pl.evaluation.search_space import SearchSpace, list_schedules
 
     space = SearchSpace(
         pipe.decoding,
@@ -184,6 +190,8 @@ def _open(run: Path | str, data: Path | None, options: TuningOptions) -> tuple[R
         tuple(options.num_steps or default_steps(outline.num_tokens, _STEPS)),
         pipe.tokenizer.network.config.codebook_size,
         can_guide=can_guide(pipe),
+        schedules=list_schedules() if options.schedules is None else tuple(options.schedules),
+        num_tokens=outline.num_tokens,
     )
     # Every selector and number of steps is checked before the first trial.
     for decoding in space.iter_selectors_and_steps():
@@ -191,13 +199,23 @@ def _open(run: Path | str, data: Path | None, options: TuningOptions) -> tuple[R
     return folders, pipe, space
 
 
+def _check_schedules(schedules: Sequence[Spec]) -> None:
+    """Checks names and arguments of mask schedules; ``pow`` needs no exponent, and ``free`` is none of them."""
+    for spec in schedules:
+        if spec == "pow":
+            mask_schedules.build({"name": "pow", "exponent": 2.0})
+        elif spec != "free":
+            mask_schedules.build(spec)
+
+
 def _iter_first_trials(evaluator: Evaluator, model: EvaluatedModel, seed: int) -> Iterator[DecodingConfig]:
     """Yields the decodings of trial 0 in earlier searches with this model and seed, the latest first."""
     for row in reversed(evaluator.ledger.rows("samples")):
         same_model = all(row.get(name) == model.identity[name] for name in ("tokenizer", "transformer", "config"))
         if same_model and (row.get("purpose"), row.get("seed")) == ("trial 0", seed):
-            # The key holds the digest of a negative model beside the fields of the decoding.
-            given = {name: value for name, value in row["decoding"].items() if name != "negative_model"}
+            # The key holds digests of a negative model and of vectors beside the fields of the decoding.
+            known = {field.name for field in fields(DecodingConfig)}
+            given = {name: value for name, value in row["decoding"].items() if name in known}
             with suppress(ValueError, TypeError):  # a decoding of another version
                 decoding = build_dataclass(DecodingConfig, given, "trial 0")
                 if model.decoding_key(decoding) == row["decoding"]:
@@ -261,6 +279,8 @@ def _command(run: Path | str, trials: int, metric: str, num_images: int, options
     given = {"trials": trials, "metric": metric, "num_images": num_images, "seed": options.seed}
     names = ("seconds", "num_steps", "plot_images", "selectors", "negative_model")
     given |= {name: getattr(options, name) for name in names}
+    # An empty list has a word of its own on the command line.
+    given["schedules"] = "own" if options.schedules is not None and not options.schedules else options.schedules
     return command_line(
         ["maskgit tune", run], given | {"search": None if options.search == "random" else options.search}
     )

@@ -352,6 +352,11 @@ def _check_contract(config: BackboneConfig) -> None:
             raise ValueError(f"{where}: create must return a Backbone, got {type(network).__name__}")
         if getattr(network, "config", None) != config:
             raise ValueError(f"{where}: the config of the network must be the one that creates it")
+        if config.attention == "causal" and not isinstance(network, AutoregressiveBackbone):
+            raise ValueError(
+                f"{where}: create must return an AutoregressiveBackbone for causal attention, got "
+                f"{type(network).__name__}"
+            )
         batch = 2
         tokens = torch.zeros(batch, config.num_tokens, dtype=torch.int64)
         labels = torch.zeros(batch, dtype=torch.int64)

@@ -85,7 +85,8 @@ class Acceptance:
         if tuple(class_names) != self.classifier.class_names:
             raise ValueError(
                 f"classifier {self.name} must know the classes of the model {list(class_names[:10])}, got "
-                f"{list(self.classifier.class_names[:10])}; train one on its data with `maskgit train-classifier DATA`"
+                f"{list(self.classifier.class_names[:10])}; train one on the model's data with "
+                "`maskgit train-classifier --data DATA`"
             )
 
     def num_candidates(self, count: int) -> int:

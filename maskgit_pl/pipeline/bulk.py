@@ -163,6 +163,7 @@ def make_plan(pipe: MaskGIT, options: BulkOptions, decoding: DecodingConfig) -> 
         negative_model=pipe.negative_model.digest
         if pipe.negative_model is not None and any(decoding.scales())
         else None,
+        vectors=None if pipe.vector_pool is None else pipe.vector_pool.digest,
     )
 
 

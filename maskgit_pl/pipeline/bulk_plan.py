@@ -78,6 +78,7 @@ class BulkPlan:
         negative_model: SHA-256 of the weights of the model that guidance moves away from; None without one.
         accept_rate: Fraction of the candidates that are kept; None without rejection sampling.
         classifier: SHA-256 of the classifier that ranks candidates; None without rejection sampling.
+        vectors: SHA-256 of the vectors of the images; None for a model without vectors.
 
     Raises:
         ValueError: if a class is given twice, or there are too many classes for the file.
@@ -96,6 +97,7 @@ class BulkPlan:
     negative_model: str | None = None
     accept_rate: float | None = None
     classifier: str | None = None
+    vectors: str | None = None
 
     def __post_init__(self) -> None:
         if len(set(self.classes)) != len(self.classes):
@@ -108,7 +110,7 @@ class BulkPlan:
         """The plan as JSON: the content of ``plan.json`` and the comment of the finished file."""
         content = {"format": _FORMAT, "version": _VERSION, **asdict(self)}
         # Left out where they are None, so that the plans of older files stay as they are.
-        for name in ("negative_model", "accept_rate", "classifier"):
+        for name in ("negative_model", "accept_rate", "classifier", "vectors"):
             if content[name] is None:
                 del content[name]
         return json.dumps(content).encode()

@@ -18,7 +18,7 @@ from maskgit_pl.decoding import (
     decode_autoregressive,
     decode_classes,
 )
-from maskgit_pl.decoding.vectors import check_condition_vectors
+from maskgit_pl.decoding.vectors import VectorPool, check_condition_vectors
 from maskgit_pl.devices import check_device
 from maskgit_pl.networks.backbone import AutoregressiveBackbone
 from maskgit_pl.networks.int8 import Int8Linear
@@ -57,6 +57,9 @@ class Generator:
         decoding: Decoding settings; by default those that were exported with the transformer.
         negative_model: Default of the option ``negative_model``; see ``GenerateOptions``.
 
+    Attributes:
+        vector_pool: Vectors of images that are given none; None requires them. See ``decoding.vectors.VectorPool``.
+
     Raises:
         ValueError: if the transformer was trained on the tokens of another tokenizer, or the negative model predicts
             other tokens.
@@ -80,6 +83,7 @@ class Generator:
         self.tokenizer = tokenizer
         self.transformer = transformer
         self._decoding = decoding
+        self.vector_pool: VectorPool | None = None
         config = transformer.network.config
         self._first_step = FirstStepLogits(
             cast("ConditionalNetwork", transformer.network),  # an autoregressive model does not use it
@@ -122,6 +126,7 @@ class Generator:
             tokenizer.network.config.downsampling_factor,
             tokenizer.network.config.in_channels,
             self._negative_model is not None,
+            config.condition_dim,
         )
 
     def to(self, device: torch.device | str, *, dtype: torch.dtype | None = None) -> Self:
@@ -239,9 +244,11 @@ class Generator:
         )
         if negative is not None:
             negative.check_labels(request.negative_labels or request.labels)
-        config = self.transformer.network.config
+        config, vectors = self.transformer.network.config, options.vectors
+        if vectors is None and self.vector_pool is not None:
+            vectors = self.vector_pool.draw(request.labels, request.seeds)
         vectors = check_condition_vectors(
-            None if options.vectors is None else torch.as_tensor(options.vectors),
+            None if vectors is None else torch.as_tensor(vectors),
             request.labels,
             condition_dim=config.condition_dim,
             null_label=config.null_label,

@@ -37,6 +37,7 @@ class Outline:
         token_size: Height and width of a token in pixels.
         channels: C, 1 for grey and 3 for RGB.
         has_negative_model: True if the pipeline has a negative model for guidance.
+        condition_dim: Size of the vector of an image; 0 for a model without vectors.
     """
 
     class_names: tuple[str, ...]
@@ -48,6 +49,7 @@ class Outline:
     token_size: int
     channels: int
     has_negative_model: bool = False
+    condition_dim: int = 0
 
     @classmethod
     def read(cls, folder: Path) -> Outline | None:
@@ -80,6 +82,7 @@ class Outline:
                 _size(vqgan["patch_size"]) * 2 ** (_size(len(vqgan["channel_multipliers"])) - 1),
                 _size(vqgan["in_channels"]),
                 tuned.is_file() and read_json(tuned).get("negative_model") is not None,
+                check_integer("condition_dim", network.get("condition_dim", 0), "[0, 65536]"),
             )
         except (OSError, ValueError, KeyError, TypeError):
             return None

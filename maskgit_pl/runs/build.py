@@ -6,7 +6,7 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -17,6 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.profilers import PassThroughProfiler
+from torch import Tensor
 
 from maskgit_pl.checks import build_dataclass
 from maskgit_pl.data import ShardData, ShardDataConfig, split_batch
@@ -38,6 +39,7 @@ from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_chec
 from maskgit_pl.training.checkpoints import Checkpoints
 from maskgit_pl.training.image_callbacks import ReconstructionPictures, SamplePictures
 from maskgit_pl.training.progress import ProgressLines
+from maskgit_pl.training.step_clock import StepClock
 from maskgit_pl.training.stop_and_nonfinite import StepCheck
 from maskgit_pl.training.strategies import build_strategy, check_accelerator, check_precision, check_strategy
 from maskgit_pl.training.tensorboard_logger import RunLogger
@@ -66,8 +68,8 @@ def build(plan: Plan) -> StageRun:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hide its tips and device lists
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=f".*{message}")
-    # Only initial weights use this seed: all other random numbers follow from the recipe's seed.
-    torch.manual_seed(0)
+    # Only initial weights use torch's generator: all other random numbers are functions of the recipe's seed.
+    torch.manual_seed(plan.recipe.get("data.seed") or 0)
     run = StageRun(plan.recipe, merge_values(plan), plan.stage_folder)
     run.add_trainer()
     module, data, trainer = run.model, run.datamodule, run.trainer
@@ -228,6 +230,9 @@ class StageRun:
                 "(make: PRETRAINED=) starts it from existing weights"
             )
 
+    def _find_vectors(self, labels: Sequence[int], seeds: Sequence[int]) -> Tensor:
+        return self.datamodule.vector_pool("val").draw(labels, seeds)
+
     def _build_callbacks(self) -> list[Callback]:
         self.checkpoints = Checkpoints(
             self.folder / "checkpoints",
@@ -246,10 +251,12 @@ class StageRun:
             pictures = SamplePictures(
                 self.folder,
                 class_names=self.datamodule.class_names,
-                find_vectors=self.datamodule.vectors_of if self.datamodule.config.vectors else None,
+                find_vectors=self._find_vectors if self.datamodule.config.vectors else None,
             )
         step_check, unreadable = StepCheck(self.folder, self.checkpoints), UnreadableReport(self.folder)
-        return [step_check, self.watchdog, self.checkpoints, progress, pictures, unreadable]
+        clock = StepClock(self.folder)
+        # The clock comes last, so that it does not count the pictures after a validation.
+        return [step_check, self.watchdog, self.checkpoints, progress, pictures, unreadable, clock]
 
 
 def _build_arguments(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:

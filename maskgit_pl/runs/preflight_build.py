@@ -17,8 +17,9 @@ from maskgit_pl.runs.build import StageRun, build
 from maskgit_pl.runs.layers import merge
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.preflight_report import CheckList
+from maskgit_pl.runs.resolve import merge_values
 
-__all__ = ["build_for_preflight"]
+__all__ = ["build_for_preflight", "build_without_weights"]
 
 _ON_ONE_CPU = ("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto")
 
@@ -58,6 +59,18 @@ def build_for_preflight(plan: Plan, checks: CheckList, *, is_complete: bool) -> 
                 checks.add("memory", "calculated without the perceptual network", "warning")
                 return run
     return None
+
+
+def build_without_weights(plan: Plan) -> StageRun:
+    """Builds module and data of a run without a Trainer and with weights of zero. Checks all values of its recipe.
+
+    Data and tokenizer may be missing. No file is written, and the process-wide settings of torch stay as they are.
+
+    Raises:
+        ValueError: if a value is missing, out of range or unknown. The message names the key.
+    """
+    with hide_launcher(), _keep_torch_settings(), _ZeroWeights():
+        return StageRun(plan.recipe, merge_values(plan), plan.stage_folder)
 
 
 def _build_from_recipe(plan: Plan) -> StageRun:

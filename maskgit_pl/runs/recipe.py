@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from maskgit_pl.checks import shorten
 from maskgit_pl.old_names import rename_keys, rename_tree
 from maskgit_pl.runs.flags import Overrides, flag_layer, flag_words, split_flags
 from maskgit_pl.runs.layers import DEFAULT_BACKBONE, Layer, merge, remove_key, value_at
@@ -198,10 +199,10 @@ def _schema_of(kind: Kind, tree: Mapping[str, Any], origin: str) -> Schema:
         ValueError: if no backbone has this name. The message names the layer.
     """
     backbone = value_at(tree, _BACKBONE)
-    if not isinstance(backbone, str):  # the default, or of a wrong type, which any schema reports
-        backbone = DEFAULT_BACKBONE
+    if not isinstance(backbone, str | None):
+        raise ValueError(f"{origin}: {_BACKBONE} must be a string, got {shorten(backbone)}")
     try:
-        return load_backbone_schema(kind, backbone)
+        return load_backbone_schema(kind, backbone or DEFAULT_BACKBONE)
     except ValueError as error:
         raise ValueError(f"{origin}: {_BACKBONE}: {error}") from error
 

@@ -189,7 +189,7 @@ def _network_schema() -> Schema:
     names = sorted(BUILT_IN)
     known = {name: {"title": f"backbone {name}", **schema_of(config_class(name))} for name in names}
     for name, each in known.items():
-        each["properties"]["backbone"] = {"const": name}
+        each["properties"]["backbone"] = {"enum": [name]}
     every: dict[str, list[Schema]] = {}
     for each in known.values():
         for key, schema in each["properties"].items():

@@ -55,7 +55,7 @@ class SamplePictures(Callback):
         class_names: Names of all classes; up to 10 evenly spaced classes are shown.
         images_per_class: Images per class, at most 8.
         seed: Seed of the first image; image i has seed + i.
-        find_vectors: Returns the vectors (B, C) of B labels; None for a network without conditioning vectors.
+        find_vectors: Returns the vectors (B, C) of B labels and seeds; None for a network without conditioning vectors.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class SamplePictures(Callback):
         class_names: Sequence[str],
         images_per_class: int = 8,
         seed: int = 0,
-        find_vectors: Callable[[Sequence[int]], Tensor] | None = None,
+        find_vectors: Callable[[Sequence[int], Sequence[int]], Tensor] | None = None,
     ) -> None:
         self.folder = folder
         self.find_vectors = find_vectors
@@ -81,7 +81,7 @@ class SamplePictures(Callback):
             return
         model = cast("_Samples", pl_module)
         # Every rank runs all steps: with FSDP2, each forward pass is a collective.
-        vectors = {} if self.find_vectors is None else {"vectors": self.find_vectors(self.labels)}
+        vectors = {} if self.find_vectors is None else {"vectors": self.find_vectors(self.labels, self.seeds)}
         *_, last = model.sample(self.labels, self.seeds, **vectors)
         if trainer.is_global_zero:
             images = model.tokenizer.decode(last.tokens)

@@ -1,6 +1,7 @@
 """``maskgit train --pretrained``: a run that begins from weights that are there already."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -151,3 +152,33 @@ def test_training_goes_on_from_released_weights_with_other_data(train, imported,
     if stage == "transformer":  # 3 classes and a null class in the place of 10 classes
         assert load_transformer(made).network.config.num_classes == 3
         assert after["token_embedding.weight"].shape[0] == 64 + 3 + 1 + 1
+
+
+@pytest.mark.parametrize("words", [(), ("--model.network.num_registers=2",)], ids=["bert", "adaln"])
+def test_a_run_on_larger_images_starts_from_the_weights_of_a_smaller_grid(train, tiny_pretrained, tmp_path, words):
+    folder = tmp_path / "small"
+    if words:  # a network of another backbone at 4 x 4 tokens
+        more = ("--model.network.backbone=adaln", "--model.network.embed_dim=16", "--model.network.depth=1")
+        sizes = ("--model.network.num_heads=2", "--model.network.mlp_dim=24", "--model.decoding.num_steps=4")
+        assert train("transformer", "--tokenizer", tiny_pretrained / "tokenizer", *more, *sizes, *words) == 0
+        (tmp_path / "runs" / "tuned").rename(folder)
+        given = folder / "pretrained"
+    else:
+        given = tiny_pretrained
+    # The same tokenizer at twice the image size: 8 x 8 tokens.
+    large = tmp_path / "large"
+    shutil.copytree(given / "tokenizer", large)
+    config = json.loads((large / "config.json").read_text())
+    (large / "config.json").write_text(json.dumps({**config, "image_size": 16}))
+    steps = ("--model.decoding.num_steps=4", "--model.network.dropout=0")
+    assert train("transformer", "--tokenizer", large, "--pretrained", given, *steps, *STILL) == 0
+    made = tmp_path / "runs" / "tuned" / "pretrained" / "transformer"
+    assert read_config(made, "transformer")["network"]["grid"] == [8, 8]
+    before, after = weights(given / "transformer"), weights(made)
+    for name in before.keys() - {"position_embedding.weight"}:
+        assert torch.allclose(before[name], after[name], atol=1e-6), name
+    old, new = (each["position_embedding.weight"] for each in (before, after))
+    assert len(new) - len(old) == 64 - 16
+    # The corners of the larger grid are nearest to the corners of the smaller one.
+    distance = torch.cdist(new[-64:][[0, 7, 56, 63]], old[-16:])
+    assert distance.argmin(1).tolist() == [0, 3, 12, 15]

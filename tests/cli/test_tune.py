@@ -54,6 +54,21 @@ def test_writes_a_recipe_that_the_model_follows_from_then_on(run_folder: Path, t
     assert "decoding.json: new decoding settings of this model" in capsys.readouterr().out
 
 
+def test_schedules_are_searched_named_on_the_page_and_written(run_folder: Path, tiny_shards: Path, capsys) -> None:
+    words = (run_folder, "--data", tiny_shards, "--num-images", 6, "--trials", 6, "--num-steps", 3, "--no-plot")
+    assert call(*words, "--schedules", "free", "--selectors", "confidence") == 0
+    lists = [row["decoding"].get("tokens_per_step") for row in lines(run_folder)]
+    assert any(lists)
+    assert all(sum(each) == 16 for each in lists if each)
+    assert "--schedules free" in (run_folder / "tuning" / "tuning.md").read_text()
+    assert call(*words, "--schedules", "own", "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "6 images each; 84 images with the second" in " ".join(out.split())
+    MaskGIT.from_pretrained(run_folder).generate([0])
+    with pytest.raises(ValueError, match="did you mean 'cosine'"):
+        call(*words, "--schedules", "cosin")
+
+
 def test_a_second_run_measures_nothing_and_keeps_the_recipe(
     run_folder: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,8 +1,10 @@
+from dataclasses import replace
 from typing import Any
 
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.decoding_search import SearchPlan, SearchResult, search
 from maskgit_pl.evaluation.search_space import SearchSpace
+from maskgit_pl.schedules import mask_schedules
 from tests.evaluation.searching import FID, SPACE, FakeMeasure
 
 
@@ -31,6 +33,23 @@ def test_the_winner_is_never_worse_than_the_own_decoding_in_the_second_measureme
         found = run(FakeMeasure(luck=5.0), space, seed=seed)
         assert found.winner.numbers[FID] <= found.before.numbers[FID]
     assert run(FakeMeasure(), SearchSpace(best, SPACE.selectors, (4,), 256, can_guide=True)).winner.numbers[FID] == 1
+
+
+def test_a_schedule_that_is_better_is_found_and_the_best_is_never_worse_than_the_start_with_the_same_noise() -> None:
+    class Convex(FakeMeasure):
+        """Better, the fewer tokens the first step decides; a model's own schedule decides 3 of 49."""
+
+        def __call__(self, decoding: DecodingConfig, *rest: Any) -> dict[str, float]:
+            counts = decoding.build_decoder(mask_schedules.build("square")).plan([49], 49)
+            return {**super().__call__(decoding, *rest), FID: 49 - counts[0].after[0]}
+
+    space = replace(SPACE, num_steps=(4,), schedules=("free", "pow", "cubic"), num_tokens=49)
+    for seed in range(3):
+        found = run(Convex(), space, seed=seed)
+        best = min(trial.numbers[FID] for trial in found.trials)
+        assert best <= found.trials[0].numbers[FID]
+        assert found.winner.numbers[FID] == best < 4
+        assert found.winner.decoding.tokens_per_step or found.winner.decoding.mask_schedule
 
 
 def test_the_current_decoding_is_measured_again_even_if_other_trials_are_better() -> None:

@@ -2,7 +2,7 @@ import json
 from dataclasses import asdict, replace
 
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.evaluation.search_space import SearchSpace
+from maskgit_pl.evaluation.search_space import SearchSpace, _spread_tokens, list_schedules
 from maskgit_pl.schedules import mask_schedules
 from tests.evaluation.searching import OWN, SPACE
 
@@ -25,7 +25,7 @@ def test_every_trial_can_be_decoded_and_all_parts_are_searched() -> None:
     selectors = {
         each.token_selector if isinstance(each.token_selector, str) else each.token_selector["name"] for each in made
     }
-    assert selectors == {"confidence", "random", "halton", "margin", "entropy", "moment", "remdm"}
+    assert selectors == {"confidence", "random", "halton", "margin", "entropy", "moment", "remdm", "p2", "edit"}
     assert {each.num_steps for each in made} == {2, 4, 8}
     temperatures = [each.sampling_temperature for each in made]
     assert any(isinstance(value, tuple) for value in temperatures)
@@ -33,6 +33,45 @@ def test_every_trial_can_be_decoded_and_all_parts_are_searched() -> None:
     assert any(each.top_k for each in made)
     assert any(each.top_p for each in made)
     assert any(not any(each.scales()) for each in made)
+
+
+WITH_SCHEDULES = replace(SPACE, schedules=list_schedules(), num_tokens=49)
+
+
+def test_half_of_the_trials_have_a_schedule_of_their_own_and_the_rest_is_the_search_without() -> None:
+    plain, made = ([space.trial(number, seed=0) for number in range(1, 300)] for space in (SPACE, WITH_SCHEDULES))
+    assert [replace(each, mask_schedule=None, tokens_per_step=None) for each in made] == plain
+    changed = [each for each, own in zip(made, plain, strict=True) if each != own]
+    assert 0.4 < len(changed) / len(made) < 0.55
+    specs = [each.mask_schedule for each in changed if each.mask_schedule is not None]
+    assert {spec if isinstance(spec, str) else spec["name"] for spec in specs} == {*mask_schedules.build_all(), "pow"}
+    assert all(0.5 <= spec["exponent"] <= 4 for spec in specs if isinstance(spec, dict))
+    assert len({spec["exponent"] for spec in specs if isinstance(spec, dict)}) > 5
+    for each in made:
+        each.check(49, is_autoregressive=False)
+        each.build_decoder(mask_schedules.build("cosine")).plan([49], 49)
+
+
+def test_free_numbers_of_tokens_are_positive_sum_to_all_and_lie_near_a_power_schedule() -> None:
+    space = replace(SPACE, schedules=("free",), num_tokens=49)
+    made = [space.trial(number, seed=1) for number in range(1, 200)]
+    lists = [each.tokens_per_step for each in made if each.tokens_per_step is not None]
+    assert len(lists) > 50
+    assert len(set(lists)) > 45
+    assert all(sum(tokens) == 49 and min(tokens) >= 1 for tokens in lists)
+    assert not any(each.tokens_per_step for each in made if "entropy" in str(each.token_selector))
+    # As many steps as tokens leave one for each; equal factors give the schedule itself.
+    assert _spread_tokens(5, 3.0, [0.1, 0.9, 0.5, 0.2, 0.7]) == (1, 1, 1, 1, 1)
+    assert _spread_tokens(20, 1.0, [0.5] * 4) == (5, 5, 5, 5)
+    assert _spread_tokens(49, 2.0, [0.5] * 4) == (4, 9, 15, 21)
+
+
+def test_a_grid_has_every_named_schedule() -> None:
+    space = SearchSpace(OWN, ("halton",), (2,), 256, can_guide=True, schedules=("linear", "pow", "free"), num_tokens=49)
+    made = [space.trial(number, seed=0, method="grid") for number in range(1, 200)]
+    found = [json.dumps(each.mask_schedule) for each in made if each is not None]
+    specs = ("null", '"linear"', '{"name": "pow", "exponent": 1.5}', '{"name": "pow", "exponent": 2.5}')
+    assert {name: found.count(name) for name in found} == dict.fromkeys(specs, 4 * 3)
 
 
 def test_arguments_in_a_mapping_are_fixed_and_a_model_without_null_class_keeps_its_guidance() -> None:

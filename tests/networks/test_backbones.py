@@ -407,13 +407,6 @@ def test_wrong_values_are_answered_with_their_place(values, said):
         build_config("bert", "here")
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - {"bert"}))
-def test_only_the_transformer_of_the_paper_has_causal_attention(name):
-    values = {"codebook_size": 16, "num_classes": 3, "grid": [3, 4], "backbone": name, "attention": "causal"}
-    with pytest.raises(ValueError, match=f"^here: backbone '{name}': unknown key 'attention'.*known keys: "):
-        build_config(values, "here")
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_a_configuration_is_not_built_under_the_name_of_another(name):
     kind = type(small_config(name))

@@ -17,16 +17,17 @@ from typing import TYPE_CHECKING
 from maskgit_pl.lazy_names import lazy_names
 
 if TYPE_CHECKING:
-    from maskgit_pl.evaluation.reports.api import figure_4, figure_8, table_1, table_2, table_3
+    from maskgit_pl.evaluation.reports.api import ablation, figure_4, figure_8, table_1, table_2, table_3
     from maskgit_pl.evaluation.reports.options import ReportOptions, TimingOptions
 
-__all__ = ["ReportOptions", "TimingOptions", "figure_4", "figure_8", "table_1", "table_2", "table_3"]
+__all__ = ["ReportOptions", "TimingOptions", "ablation", "figure_4", "figure_8", "table_1", "table_2", "table_3"]
 
 __getattr__ = lazy_names(
     __name__,
     {
         "ReportOptions": "options",
         "TimingOptions": "options",
+        "ablation": "api",
         "figure_4": "api",
         "figure_8": "api",
         "table_1": "api",

@@ -8,19 +8,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
 from maskgit_pl.evaluation.pages import command_line
+from maskgit_pl.evaluation.reports.ablation_protocol import select_rows
 from maskgit_pl.evaluation.reports.options import ReportOptions, TimingOptions
 from maskgit_pl.evaluation.run_folders import find_run
+from maskgit_pl.files import check_writable
 from maskgit_pl.progress import Bars, no_bars
 
 if TYPE_CHECKING:
     from maskgit_pl.evaluation.pages import Page
+    from maskgit_pl.evaluation.reports.ablation_measurements import Failure
     from maskgit_pl.evaluation.reports.paper_measurements import OpenedModels
+    from maskgit_pl.runs.ablation_plan import AblationConfig
 
-__all__ = ["figure_4", "figure_8", "table_1", "table_2", "table_3"]
+__all__ = ["ablation", "figure_4", "figure_8", "table_1", "table_2", "table_3"]
 
 Runs = Sequence[Path | str]
 
@@ -86,6 +92,52 @@ def table_3(
 
 figure_8 = table_3
 """Makes the page of Table 3, which contains Figure 8."""
+
+
+def ablation(
+    config: AblationConfig | None,
+    options: ReportOptions | None = None,
+    *,
+    name: str,
+    command: str = "",
+    bars: Bars = no_bars,
+) -> tuple[Page, list[Failure]]:
+    """Runs an ablation, or makes its page again: trains variants of a recipe with several seeds and compares them.
+
+    Finished runs, and the measurements that the ledger holds, are reused. An error of one variant does not end the
+    others.
+
+    Args:
+        config: The ablation; None makes the page from the ledger, without training or measuring anything.
+        options: Number of images, networks, folders and other options; None for the defaults. The data folder is that
+            of ``config``.
+        name: Name of the ablation, and of the files of its page.
+        command: Command that repeats the ablation, for the page.
+        bars: Progress bars.
+
+    Returns:
+        The page, and the variants that failed.
+
+    Raises:
+        FileNotFoundError: if a recipe, the data or the tokenizer do not exist.
+        ValueError: if a value of a variant is wrong, or the ledger has no row of the ablation.
+        PreemptedError: if a training is stopped by a signal. The same call resumes.
+    """
+    options = options or ReportOptions()
+    check_writable("results", options.results, is_folder=True)
+    failures: list[Failure] = []
+    if config is not None:
+        from maskgit_pl.runs.ablation_plan import plan_variants
+
+        plan_variants(config)  # wrong keys are reported before torch is imported, which takes seconds
+        from maskgit_pl.evaluation.reports.ablation_measurements import run_ablation
+
+        failures = run_ablation(config, options, name=name, command=command, bars=bars)
+    from maskgit_pl.evaluation.reports.ablation_page import make_ablation_page
+
+    rows = select_rows(Ledger(options.results / FILE_NAME).rows("ablation"), name)
+    page = make_ablation_page(name, rows)
+    return replace(page, folder=options.results / str(rows[-1]["dataset"])), failures
 
 
 def figure_4(run: Path | str | None = None, options: TimingOptions | None = None, *, bars: Bars = no_bars) -> Page:

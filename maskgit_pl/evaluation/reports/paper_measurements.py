@@ -18,14 +18,15 @@ from maskgit_pl.evaluation.editing_tasks import edit, hide_pixels
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
 from maskgit_pl.evaluation.pages import Page, choose_classes, image_to_png
-from maskgit_pl.evaluation.reports.ablation import ablate, check_budgets
 from maskgit_pl.evaluation.reports.options import ReportOptions
+from maskgit_pl.evaluation.reports.schedule_ablation import ablate, check_budgets
 from maskgit_pl.evaluation.reports.schedule_figures import draw_figure_8
 from maskgit_pl.evaluation.reports.tables import TASKS, make_editing_page, make_generation_page, make_schedule_page
 from maskgit_pl.evaluation.run_folders import (
     RunFolders,
     check_data,
     create_evaluated_model,
+    give_val_vectors,
     open_data,
     open_evaluator,
     open_model,
@@ -79,6 +80,7 @@ def open_models(folders: Sequence[RunFolders], options: ReportOptions, command: 
     # All rows of a table must compare with the same real images.
     for model in models[1:]:
         check_data(model.pipe, data)
+        give_val_vectors(model.pipe, data)
         if model.pipe.tokenizer.image_size != data.config.image_size:
             raise ValueError(
                 f"run {model.run}: the image size must be that of the first run, {data.config.image_size} pixels, got "

@@ -19,7 +19,7 @@ from maskgit_pl.text import plain_label
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from maskgit_pl.evaluation.reports.ablation import ScheduleResult
+    from maskgit_pl.evaluation.reports.schedule_ablation import ScheduleResult
 
 __all__ = ["count_known_tokens", "draw_figure_8", "draw_schedules"]
 

@@ -14,7 +14,6 @@ from maskgit_pl.evaluation.editing_tasks import Task
 from maskgit_pl.evaluation.ledger import REAL, Row, has_column, read_number
 from maskgit_pl.evaluation.metric_names import NETWORK_METRICS, format_value, metric_name, title
 from maskgit_pl.evaluation.pages import Page, code_cell, heading, markdown_table, paragraph
-from maskgit_pl.evaluation.reports.ablation import ScheduleResult
 from maskgit_pl.evaluation.reports.published import (
     CLASSIFIER_ON_REAL_IMAGES,
     EDITING,
@@ -22,6 +21,7 @@ from maskgit_pl.evaluation.reports.published import (
     SCHEDULES,
     PublishedGeneration,
 )
+from maskgit_pl.evaluation.reports.schedule_ablation import ScheduleResult
 from maskgit_pl.text import code_span, markdown
 
 __all__ = ["FORMULAS", "TASKS", "compare_with_paper", "make_editing_page", "make_generation_page", "make_schedule_page"]

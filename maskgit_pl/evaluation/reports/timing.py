@@ -18,7 +18,6 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from maskgit_pl.checks import build_dataclass
 from maskgit_pl.decoding import (
     AutoregressiveDecoder,
     ConditionalModel,
@@ -29,8 +28,14 @@ from maskgit_pl.decoding import (
 )
 from maskgit_pl.evaluation.ledger import Ledger
 from maskgit_pl.evaluation.reports.options import NUM_TOKENS
-from maskgit_pl.networks.autoregressive import AutoregressiveTransformer
-from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
+from maskgit_pl.networks.backbone import (
+    Attention,
+    AutoregressiveBackbone,
+    BackboneConfig,
+    build_config,
+    create_network,
+)
+from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pretrained import read_config
 from maskgit_pl.provenance import describe_environment, device_name
 from maskgit_pl.schedules import mask_schedules
@@ -79,20 +84,20 @@ class Timing:
     kind: str
 
 
-def read_sizes(folder: Path) -> TransformerConfig:
-    """Reads the sizes of a transformer from its folder.
+def read_sizes(folder: Path) -> BackboneConfig:
+    """Reads the configuration of the network of a transformer from its folder.
 
     Raises:
         ValueError: if ``config.json`` is not that of a transformer.
     """
     config = read_config(folder, "transformer")
-    return build_dataclass(TransformerConfig, config.get("network"), f"{folder / 'config.json'}: network")
+    return build_config(config.get("network"), f"{folder / 'config.json'}: network")
 
 
 def measure_timings(
     ledger: Ledger,
     *,
-    sizes: TransformerConfig = SIZES,
+    sizes: BackboneConfig = SIZES,
     num_tokens: Sequence[int] = NUM_TOKENS,
     device: torch.device | str = "cpu",
     on_point: Callable[[Timing], object] = lambda timing: None,
@@ -103,7 +108,7 @@ def measure_timings(
 
     Args:
         ledger: Ledger, to which each point is added as soon as it is measured.
-        sizes: Sizes of the networks; the grid is replaced at each point.
+        sizes: Configuration of the networks; the grid is replaced at each point. Vectors are not timed.
         num_tokens: Numbers N of tokens, all squares.
         device: Device of the networks.
         on_point: Called with each point, measured or from the ledger.
@@ -112,12 +117,13 @@ def measure_timings(
         The points, sorted by N and method.
 
     Raises:
-        ValueError: if a number of tokens is not a square.
+        ValueError: if a number of tokens is not a square, or the backbone has no causal form.
     """
     for count in num_tokens:
         if count < 1 or math.isqrt(count) ** 2 != count:
             raise ValueError(f"num_tokens must be squares, such as 16 or 256, got {count}")
     device = torch.device(device)
+    _with_attention(sizes, "causal")  # raises if there is none
     timings = []
     for count in sorted(set(num_tokens)):
         points = {method: _point_columns(method, count, sizes, device) for method in METHODS}
@@ -141,12 +147,34 @@ def timing_of(row: Mapping[str, Any] | None) -> Timing:
     return Timing(**{each.name: values[each.name] for each in fields(Timing)})
 
 
-def _point_columns(method: Method, num_tokens: int, sizes: TransformerConfig, device: torch.device) -> dict[str, Any]:
+def _with_attention(config: BackboneConfig, attention: Attention) -> BackboneConfig:
+    """Returns a configuration with another attention and without conditioning vectors.
+
+    Raises:
+        ValueError: if the backbone does not support it.
+    """
+    changes: dict[str, Any] = {"attention": attention, "condition_dim": 0}
+    try:
+        return replace(config, **changes)
+    except (TypeError, ValueError) as error:  # TypeError: no such field
+        raise ValueError(
+            f"figure 4 must have a backbone with causal attention, got {config.backbone!r} ({error}); name another run"
+        ) from error
+
+
+def _describe(sizes: BackboneConfig) -> str:
+    """Returns the sizes and options of a network in words, which identify it in the ledger."""
+    codes = f"{sizes.codebook_size} codes, {sizes.num_classes} classes"
+    if isinstance(sizes, TransformerConfig):
+        return f"{sizes.depth} layers x {sizes.embed_dim}, MLP {sizes.mlp_dim}, {sizes.num_heads} heads, {codes}"
+    common = {each.name for each in fields(BackboneConfig)} | {"attention"}
+    own = [f"{each.name} {getattr(sizes, each.name)}" for each in fields(sizes) if each.name not in common]
+    return ", ".join([sizes.backbone, *own, codes])
+
+
+def _point_columns(method: Method, num_tokens: int, sizes: BackboneConfig, device: torch.device) -> dict[str, Any]:
     """Returns the ledger columns that identify a point."""
-    network = (
-        f"{sizes.depth} layers x {sizes.embed_dim}, MLP {sizes.mlp_dim}, {sizes.num_heads} heads, "
-        f"{sizes.codebook_size} codes, {sizes.num_classes} classes"
-    )
+    network = _describe(sizes)
     # Everything that changes the time is part of the key: sizes, device, version of torch, precision.
     matmul = torch.get_float32_matmul_precision()
     return {
@@ -175,7 +203,7 @@ def _summarize(seconds: Sequence[float]) -> dict[str, Any]:
 
 
 def _measure(
-    methods: Sequence[Method], sizes: TransformerConfig, num_tokens: int, device: torch.device
+    methods: Sequence[Method], sizes: BackboneConfig, num_tokens: int, device: torch.device
 ) -> Iterator[tuple[Method, list[float]]]:
     """Yields each method with the seconds of its runs, as soon as it has enough runs.
 
@@ -216,17 +244,18 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _build_decoders(
-    sizes: TransformerConfig, num_tokens: int, device: torch.device
+    sizes: BackboneConfig, num_tokens: int, device: torch.device
 ) -> dict[Method, Callable[[], Iterator[DecodingStep]]]:
-    """Returns a function per method that decodes one image, without guidance and with the same weights."""
+    """Returns a function per method that decodes one image, without guidance and with random weights."""
     side, steps = math.isqrt(num_tokens), _choose_steps(num_tokens)
-    config = replace(sizes, grid=(side, side), attention="bidirectional")
+    config = replace(sizes, grid=(side, side))
     # fork_rng keeps the random weights from changing the caller's generator.
     with torch.random.fork_rng(devices=[]), device:
-        masked = MaskedTransformer(config).eval().requires_grad_(requires_grad=False)
-        causal = AutoregressiveTransformer(replace(config, attention="causal"))
-        causal.eval().requires_grad_(requires_grad=False)
-    causal.load_state_dict(masked.state_dict())
+        masked, causal = (
+            create_network(_with_attention(config, each)).eval().requires_grad_(requires_grad=False)
+            for each in get_args(Attention)
+        )
+    assert isinstance(causal, AutoregressiveBackbone)
     autoregressive = partial(
         decode_autoregressive,
         ConditionalModel.from_network(causal, device),

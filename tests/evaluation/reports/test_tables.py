@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from maskgit_pl.evaluation.ledger import REAL
-from maskgit_pl.evaluation.reports.ablation import ScheduleResult
 from maskgit_pl.evaluation.reports.published import EDITING, GENERATION, SCHEDULES
+from maskgit_pl.evaluation.reports.schedule_ablation import ScheduleResult
 from maskgit_pl.evaluation.reports.tables import (
     FORMULAS,
     compare_with_paper,

@@ -9,6 +9,7 @@ from maskgit_pl.evaluation.ledger import Ledger
 from maskgit_pl.evaluation.reports import timing
 from maskgit_pl.evaluation.reports.timing import Timing, measure_timings
 from maskgit_pl.networks.transformer import TransformerConfig
+from tests.networks.backbone_cases import small_config
 
 TINY = TransformerConfig(16, 3, (4, 4), embed_dim=16, depth=1, num_heads=2, mlp_dim=32)
 METHODS = list(timing.METHODS)
@@ -95,4 +96,19 @@ def test_the_sizes_of_a_pretrained_transformer_are_timed(tiny_pretrained, tmp_pa
 def test_a_number_of_tokens_that_is_not_a_square_is_refused(tmp_path, count):
     with pytest.raises(ValueError, match=f"num_tokens must be squares, such as 16 or 256, got {count}"):
         measure(tmp_path / "ledger.jsonl", sizes=TINY, num_tokens=(4, count))
+    assert not (tmp_path / "ledger.jsonl").exists()
+
+
+def test_other_backbones_are_timed_if_they_have_a_causal_form():
+    sizes = small_config("adaln", num_registers=0)
+    for name, decode in timing._build_decoders(sizes, 16, torch.device("cpu")).items():
+        *_, last = decode()
+        assert last.tokens.shape == (1, 16), name
+    described = {timing._describe(each) for each in (TINY, sizes, small_config("adaln", num_registers=0, depth=3))}
+    assert len(described) == 3
+
+
+def test_a_backbone_without_a_causal_form_is_refused_before_anything_is_timed(tmp_path):
+    with pytest.raises(ValueError, match="figure 4 must have a backbone with causal attention, got 'adaln'"):
+        measure(tmp_path / "ledger.jsonl", sizes=small_config("adaln", num_registers=1), num_tokens=(4,))
     assert not (tmp_path / "ledger.jsonl").exists()

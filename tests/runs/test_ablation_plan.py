@@ -1,0 +1,158 @@
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from maskgit_pl.runs.ablation_plan import (
+    AblationConfig,
+    Budget,
+    Factor,
+    base_values,
+    parse_budget,
+    parse_factor,
+    plan_variants,
+)
+
+DEPTH = Factor("model.network.depth", ("2", "6"))
+SCALE = Factor("model.decoding.guidance.scale", ("0", "2"))
+
+
+def plan(*factors: Factor, **options: Any) -> dict[str, Any]:
+    """Returns the planned variants by label."""
+    return {each.label: each for each in plan_variants(AblationConfig(factors, **options))}
+
+
+def test_one_factor_at_a_time_changes_one_key_of_the_base() -> None:
+    variants = plan(DEPTH, SCALE, overrides={"model.network.embed_dim": 64})
+    assert list(variants) == ["base", "depth=2", "depth=6", "guidance.scale=0", "guidance.scale=2"]
+    base = variants["base"].recipe.tree
+    for label, key, value in (("depth=2", "depth", 2), ("depth=6", "depth", 6)):
+        tree = variants[label].recipe.tree
+        assert tree["model"]["network"].pop(key) == value
+        assert tree["model"]["network"] == {
+            name: each for name, each in base["model"]["network"].items() if name != key
+        }
+        assert tree["model"]["decoding"] == base["model"]["decoding"]
+    assert {each.recipe.get("model.network.embed_dim") for each in variants.values()} == {64}
+
+
+def test_a_grid_has_every_combination() -> None:
+    variants = plan(DEPTH, SCALE, grid=True, recipes=("", "square"))
+    assert len(variants) == 1 + 2 * 2 * 2
+    pairs = {
+        (each.names, each.recipe.get("model.network.depth"), each.recipe.get("model.decoding.guidance.scale"))
+        for label, each in variants.items()
+        if label != "base"
+    }
+    assert pairs == {(names, depth, scale) for names in ("", "square") for depth in (2, 6) for scale in (0, 2)}
+
+
+def test_sets_of_recipes_are_variants_and_the_base_file_is_not_read_twice() -> None:
+    variants = plan(recipes=("base", "square", "square log"))
+    assert list(variants) == ["base", "recipe square", "recipe square log"]
+    assert variants["base"].names == ""
+    assert variants["recipe square log"].recipe.get("model.mask_schedule") == "log"
+
+
+def test_only_keys_of_the_decoding_need_no_training() -> None:
+    variants = plan(Factor("model.network", ("{depth: 2, embed_dim: 96}",)), SCALE)
+    assert variants["depth=2, embed_dim=96"].trained == {"model.network": "{depth: 2, embed_dim: 96}"}
+    assert variants["depth=2, embed_dim=96"].decoding == {}
+    assert variants["guidance.scale=2"].trained == {}
+    assert variants["guidance.scale=2"].trained_label == "base"
+    assert variants["guidance.scale=2"].decoding == {"model.decoding.guidance.scale": "2"}
+
+
+def test_the_base_tells_its_values_of_the_varied_keys() -> None:
+    config = AblationConfig((Factor("model.network", ("{depth: 2, embed_dim: 96}",)), SCALE))
+    (base, *_) = plan_variants(config)
+    assert base_values(config, base.recipe.tree) == {"depth": 4, "embed_dim": 128, "guidance.scale": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "factor"),
+    [
+        ("model.network.depth=2,6", DEPTH),
+        ("--decoding.guidance.scale=0, 2", SCALE),
+        (
+            "model.mask_schedule=cosine,{name: pow, exponent: 3}",
+            ("model.mask_schedule", "cosine", "{name: pow, exponent: 3}"),
+        ),
+        ("model.optimizer.betas=[0.9, 0.96],[0.9, 0.99]", ("model.optimizer.betas", "[0.9, 0.96]", "[0.9, 0.99]")),
+    ],
+)
+def test_factors_are_parsed(text: str, factor: Any) -> None:
+    assert parse_factor(text) == (factor if isinstance(factor, Factor) else Factor(factor[0], factor[1:]))
+
+
+@pytest.mark.parametrize(("text", "steps"), [("seconds=100", 400), ("seconds=0.1", 1), ("seconds=99.9", 400)])
+def test_a_budget_of_seconds_gives_steps_by_the_time_of_a_step(text: str, steps: int) -> None:
+    budget = parse_budget(text)
+    assert budget.steps(0.25) == steps
+    assert math.isclose(budget.steps(0.25) * 0.25, budget.amount or 0, abs_tol=0.25)
+
+
+def test_a_budget_of_steps_sets_those_of_every_variant() -> None:
+    variants = plan(DEPTH, budget=parse_budget("steps=70"))
+    assert {each.recipe.get("trainer.max_steps") for each in variants.values()} == {70}
+    assert str(parse_budget("steps")) == "steps"
+    assert str(parse_budget("seconds=2.5")) == "seconds=2.5"
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("model.network.depth", "--vary must be KEY=VALUE"),
+        ("=1", "--vary must be KEY=VALUE"),
+        ("model.network.depth=", "must have at least one value"),
+        ("model.network.depth=2,2", "must have different values, got 2 twice"),
+    ],
+)
+def test_a_wrong_factor_is_refused(text: str, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        parse_factor(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["minutes=3", "seconds", "seconds=0", "seconds=x", "steps=1.5", "seconds=inf", "steps=0"]
+)
+def test_a_wrong_budget_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="--budget"):
+        parse_budget(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"factors": ()}, "must vary something"),
+        ({"factors": (DEPTH, DEPTH)}, "must be given once"),
+        ({"factors": (DEPTH,), "seeds": (1, 1)}, "--seeds must be different"),
+        ({"factors": (DEPTH,), "seeds": ()}, "--seeds must be different"),
+        ({"factors": (Factor("data.seed", ("1",)),)}, "data.seed must not be set in an ablation: .*--seeds"),
+        ({"factors": (DEPTH,), "overrides": ["--data.seed=3"]}, "data.seed must not be set in an ablation"),
+        ({"factors": (Factor("data.image_size", ("8",)),)}, "data.image_size must not be set"),
+        ({"factors": (Factor("model.network", ("{codebook_size: 8}",)),)}, "--stage tokenizer --stage-2"),
+        (
+            {"factors": (Factor("trainer.max_steps", ("8",)),), "budget": Budget("seconds", 3)},
+            "follows --budget seconds=3",
+        ),
+        ({"factors": (SCALE,), "stage": "tokenizer"}, "--stage tokenizer, which decodes nothing"),
+        ({"factors": (DEPTH,), "stage_2": True}, "--stage-2 must come with --stage tokenizer"),
+        ({"factors": (DEPTH,), "stage": "tokenizer", "tokenizer": Path("x")}, "--tokenizer must not be given"),
+        ({"factors": (DEPTH,), "pilot_steps": 3}, "--pilot-steps must be"),
+        ({"recipes": ("a", "a")}, "--recipes must be different"),
+    ],
+)
+def test_a_wrong_ablation_is_refused(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        AblationConfig(**options)
+
+
+def test_a_wrong_key_or_value_is_answered_with_the_nearest_key() -> None:
+    with pytest.raises(ValueError, match=r"model\.network\.dept.*did you mean 'model\.network\.depth'"):
+        plan(Factor("model.network.dept", ("2",)))
+    with pytest.raises(ValueError, match=r"model\.network\.depth must be .*got 'deep'"):
+        plan(Factor("model.network.depth", ("deep",)))
+    with pytest.raises(FileNotFoundError, match="recipe 'squar'"):
+        plan(recipes=("", "squar"))

@@ -1,0 +1,109 @@
+"""Recipes that name a backbone: its keys, its defaults, and what remains of the keys of another."""
+
+import pytest
+
+from maskgit_pl.networks.backbone import BUILT_IN, config_class
+from maskgit_pl.runs.layers import Layer, merge
+from maskgit_pl.runs.recipe import Recipe
+from maskgit_pl.runs.recipe_schema import load_schema, parameters_of
+from maskgit_pl.runs.resolve import config_text_of, resolve
+from maskgit_pl.runs.safe_yaml import parse_yaml
+
+BERT = {"model": {"network": {"embed_dim": 128, "depth": 4, "num_heads": 4, "mlp_dim": 512, "dropout": 0.3}}}
+ADALN = {"model": {"network": {"backbone": "adaln", "positions": "rotary"}}}
+
+
+def read(*trees: dict, flags: tuple[str, ...] = ()) -> Recipe:
+    layers = [Layer(f"recipe {number}.yaml", tree) for number, tree in enumerate(trees)]
+    return Recipe.from_layers("transformer", layers, flags)
+
+
+def network_of(recipe: Recipe) -> dict:
+    return recipe.get("model.network")
+
+
+def test_another_backbone_drops_the_keys_of_the_old_one_and_keeps_the_common_ones():
+    recipe = read(BERT, ADALN, {"model": {"network": {"num_heads": 2}}})
+    assert network_of(recipe) == {"dropout": 0.3, "backbone": "adaln", "positions": "rotary", "num_heads": 2}
+    assert network_of(read(ADALN, {"model": {"network": {"backbone": "adaln", "depth": 3}}}))["positions"] == "rotary"
+    back = read(ADALN, {"model": {"network": {"backbone": "bert"}}}, BERT)
+    assert network_of(back) == {"backbone": "bert", **BERT["model"]["network"]}
+    # What data and tokenizer determine comes first, without a backbone.
+    sizes = {"model": {"network": {"codebook_size": 16, "num_classes": 3, "grid": [4, 4]}}}
+    assert merge([sizes, ADALN])["model"]["network"].keys() == {
+        "codebook_size", "num_classes", "grid", "backbone", "positions",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_order_of_flags_does_not_matter(turned):
+    flags = ("--model.network.backbone=adaln", "--model.network.positions=rotary", "--model.network.embed_dim=64")
+    recipe = read(BERT, flags=tuple(reversed(flags)) if turned else flags)
+    assert network_of(recipe) == {"dropout": 0.3, "backbone": "adaln", "positions": "rotary", "embed_dim": 64}
+    more = recipe.with_overrides(("--model.network.num_registers=2",))
+    assert network_of(more)["num_registers"] == 2
+
+
+def test_missing_keys_get_the_defaults_of_the_backbone_and_the_record_is_a_recipe_again():
+    for tree in (BERT, ADALN):
+        config = resolve("transformer", merge([tree]))
+        name = tree["model"]["network"].get("backbone", "bert")
+        network = config["model"]["network"]
+        assert network["backbone"] == name
+        required = {"codebook_size", "num_classes", "grid"}
+        assert network.keys() == parameters_of(config_class(name)).keys() - required
+        again = read(parse_yaml(config_text_of(config)))
+        assert resolve("transformer", again.tree) == config
+
+
+@pytest.mark.parametrize(
+    ("trees", "flags", "said"),
+    [
+        (
+            (BERT, ADALN, {"model": {"network": {"position": "x"}}}),
+            (),
+            r"^recipe 2\.yaml: unknown key 'model\.network\.position': did you mean 'model\.network\.positions'\? "
+            "keys of backbone adaln: .*num_registers",
+        ),
+        (
+            (BERT, {"model": {"network": {"positions": "rotary"}}}),
+            (),
+            r"^recipe 1\.yaml: unknown key 'model\.network\.positions': keys of backbone bert: attention, ",
+        ),
+        ((BERT,), ("--model.network.qk_norm=true",), r"unknown key 'model\.network\.qk_norm': keys of backbone bert"),
+        (
+            (BERT, {"model": {"network": {"backbone": "adalm"}}}),
+            (),
+            r"^recipe 1\.yaml: model\.network\.backbone: unknown backbone 'adalm': did you mean 'adaln'\? known: adaln",
+        ),
+        ((BERT,), ("--model.network.backbone=brt",), r"^flag --model\.network\.backbone: .*'brt': did you mean 'bert'"),
+        (
+            (BERT, {"model": {"network": {"backbone": 3}}}),
+            (),
+            r"^recipe 1\.yaml: model\.network\.backbone must be a string, got 3",
+        ),
+        ((ADALN,), ("--model.network.positions=round",), r"positions must be 'learned' or 'rotary' or .*got 'round'"),
+        (({"model": {"network": {"backbone": "adaln", "depth": "x"}}},), (), r"depth must be an integer, got 'x'"),
+    ],
+)
+def test_a_wrong_key_or_name_is_answered_with_the_backbone_and_its_keys(trees, flags, said):
+    with pytest.raises(ValueError, match=said):
+        read(*trees, flags=flags)
+
+
+def test_the_kind_of_a_recipe_follows_the_attention_of_the_last_backbone():
+    causal = {"model": {"network": {"attention": "causal"}}}
+    assert read(BERT, causal).kind == "autoregressive"
+    assert read(BERT, causal, ADALN).kind == "transformer"  # the key of the other backbone is dropped
+    assert read(BERT, causal, flags=("--model.network.backbone=adaln",)).kind == "transformer"
+    assert read(BERT, ADALN, causal).kind == "autoregressive"
+
+
+def test_the_schema_of_editors_has_the_keys_of_each_backbone():
+    network = load_schema("transformer")["properties"]["model"]["properties"]["network"]
+    assert network["$defs"].keys() == BUILT_IN.keys()
+    for name, own in network["$defs"].items():
+        assert own["properties"].keys() == parameters_of(config_class(name)).keys()
+        assert own["properties"].keys() <= network["properties"].keys()
+        assert own["properties"]["backbone"] == {"enum": [name]}
+        assert not own["additionalProperties"]
