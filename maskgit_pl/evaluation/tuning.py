@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -213,8 +213,9 @@ def _iter_first_trials(evaluator: Evaluator, model: EvaluatedModel, seed: int) -
     for row in reversed(evaluator.ledger.rows("samples")):
         same_model = all(row.get(name) == model.identity[name] for name in ("tokenizer", "transformer", "config"))
         if same_model and (row.get("purpose"), row.get("seed")) == ("trial 0", seed):
-            # The key holds the digest of a negative model beside the fields of the decoding.
-            given = {name: value for name, value in row["decoding"].items() if name != "negative_model"}
+            # The key holds digests of a negative model and of vectors beside the fields of the decoding.
+            known = {field.name for field in fields(DecodingConfig)}
+            given = {name: value for name, value in row["decoding"].items() if name in known}
             with suppress(ValueError, TypeError):  # a decoding of another version
                 decoding = build_dataclass(DecodingConfig, given, "trial 0")
                 if model.decoding_key(decoding) == row["decoding"]:
