@@ -110,7 +110,7 @@ tune: $(STAMP) ## Search for better decoding settings of RUN and save them with 
 train-classifier: $(STAMP) ## Train a classifier on DATA, to evaluate generated images: ARGS="--model resnet18"
 	@$(BIN)/maskgit train-classifier --data "$(DATA)" $(ARGS)
 
-ablation: $(STAMP) ## Train every mask schedule of the paper on DATASET, then write Table 3 and Figure 8 (resumes)
+ablation: $(STAMP) ## Compare variants of a recipe: ARGS="--vary KEY=A,B"; without it, every mask schedule of the paper (Table 3, Figure 8)
 	@$(BIN)/maskgit ablation --dataset "$(DATASET)" --data "$(DATA)" --cluster $(CLUSTER) $(ARGS)
 
 demo: ## Run everything: data, both stages, pictures and metrics; for your own images: DATASET=name IMAGES=folder

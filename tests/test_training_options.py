@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 from maskgit_pl.data import Batch
 from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.transformer import TransformerConfig
+from maskgit_pl.runs.costs import _count_predicted
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
 from maskgit_pl.training.optimizers import LearningRate
 from tests.modules import masked_model
@@ -102,6 +103,7 @@ def test_drawing_codes_does_not_cut_the_graph_in_mixed_precision():
     module, given = model(corruption="model", ema_decay=0.0, network=replace(CONFIG, dropout=0.0)), batch()
     with torch.autocast("cpu", torch.bfloat16):
         _, loss, *_ = losses_of(module, given)
+    assert module.transformer.training  # without an average, it has drawn in evaluation mode
     loss.backward()
     assert all(parameter.grad is not None for parameter in module.transformer.parameters())
 
@@ -158,3 +160,15 @@ def test_a_model_that_has_seen_wrong_tokens_gives_them_low_probabilities(name):
 def test_what_cannot_be_trained_is_refused_before_the_first_step(options, text):
     with pytest.raises(ValueError, match=text):
         model(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ({"mask_ratio": {"name": "uniform", "low": 0.5}}, 12.5),  # 9 to 16 tokens
+        ({"mask_ratio": {"name": "uniform", "low": 0.5}, "corruption": {"name": "uniform", "fraction": 0.2}}, 13.2),
+        ({"objective": {"name": "masked_cross_entropy", "visible_weight": 0.1}}, 16.0),
+    ],
+)
+def test_costs_count_the_tokens_that_are_predicted(options, count):
+    assert _count_predicted(model(**options)) == pytest.approx(count, abs=0.01)

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from maskgit_pl.estimates.sharding import FLOAT, HALF, Group
+from maskgit_pl.mask_ratios import MaskRatio, ScheduleRatio
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.schedules import MaskSchedule, num_masked
 
@@ -58,10 +59,16 @@ def num_parameters(config: TransformerConfig) -> int:
     return config.depth * block_group(config).numel + root_group(config).numel
 
 
-def mean_num_masked(schedule: MaskSchedule, num_tokens: int, *, min_mask_ratio: float = 0.0) -> float:
+def mean_num_masked(
+    schedule: MaskSchedule,
+    num_tokens: int,
+    *,
+    min_mask_ratio: float = 0.0,
+    mask_ratio: MaskRatio = ScheduleRatio(),  # noqa: B008  # frozen
+) -> float:
     """Returns the mean number of masked tokens per image in training, with ratio gamma(u), u uniform in [0, 1)."""
     progress = (torch.arange(4096) + 0.5) / 4096
-    ratios = schedule(progress, num_tokens).clamp(min=min_mask_ratio)
+    ratios = mask_ratio(progress, schedule, num_tokens).clamp(min=min_mask_ratio)
     return float(num_masked(ratios, num_tokens, rounding="ceil").double().mean())
 
 

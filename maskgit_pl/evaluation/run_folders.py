@@ -34,6 +34,7 @@ __all__ = [
     "create_evaluated_model",
     "default_steps",
     "find_run",
+    "give_val_vectors",
     "open_data",
     "open_evaluator",
     "open_images",
@@ -204,9 +205,18 @@ def open_data(folders: RunFolders, pipe: MaskGIT, *, num_workers: int = 0) -> Sh
     channels = pipe.tokenizer.network.config.in_channels
     data = open_images(folders.data, pipe.tokenizer.image_size, channels, num_workers=num_workers)
     check_data(pipe, data)
-    if pipe.transformer.network.config.condition_dim:  # generated images take vectors of real ones of their class
-        pipe.vector_pool = data.vector_pool("val")
+    give_val_vectors(pipe, data)
     return data
+
+
+def give_val_vectors(pipe: MaskGIT, data: ShardData) -> None:
+    """Gives a model that needs vectors those of the val images: a generated image takes one of its class.
+
+    Raises:
+        ValueError: if the data have no vectors.
+    """
+    if pipe.transformer.network.config.condition_dim:
+        pipe.vector_pool = data.vector_pool("val")
 
 
 def open_images(folder: Path, image_size: int, in_channels: int, *, num_workers: int = 0) -> ShardData:

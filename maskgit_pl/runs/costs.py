@@ -178,8 +178,7 @@ class TransformerCosts(Costs):
         config, module = self._config, self.module
         share = float(config.num_tokens)
         if isinstance(module, MaskedTokenModel):
-            ratio = module.config.min_mask_ratio
-            share = mean_num_masked(module.mask_schedule, config.num_tokens, min_mask_ratio=ratio)
+            share = _count_predicted(module)
         useful, again = self._network_flops(share)
         encoding = self._encoding[1].flops if self.encodes else 0
         return (useful + encoding) * global_batch, (useful + again + encoding) * global_batch
@@ -282,3 +281,15 @@ def _one_image(config: TokenizerConfig) -> Batch:
 def _first_full_step(config: AdversarialConfig | None) -> int:
     """Returns the first step with discriminator and R1 penalty: the most expensive kind of step."""
     return 0 if config is None else -(-config.start_step // config.r1_every) * config.r1_every
+
+
+def _count_predicted(module: MaskedTokenModel) -> float:
+    """Returns the mean number of tokens per image at which the training computes logits."""
+    num_tokens, sampler = module.config.network.num_tokens, module.mask_sampler
+    if module.objective.visible_weight > 0:
+        return float(num_tokens)
+    masked = mean_num_masked(
+        module.mask_schedule, num_tokens, min_mask_ratio=sampler.min_mask_ratio, mask_ratio=sampler.mask_ratio
+    )
+    replaced = 0.0 if module.corruption is None else module.corruption.fraction
+    return masked + replaced * (num_tokens - masked)

@@ -49,6 +49,7 @@ __all__ = ["Failure", "run_ablation"]
 
 log = logging.getLogger(__name__)
 
+_MOST_LARGER = 4  # ratio of parameters that gives a warning
 _DRAWS = 4  # masks per image for likelihoods
 _OF_SAMPLES = ("fid", "kid", "precision", "recall", "class_agreement", "diversity", "seconds_per_image")
 _OF_TOKENIZER = ("rfid", "psnr_db", "ssim", "codebook_usage", "perplexity")
@@ -96,6 +97,7 @@ def run_ablation(
         PreemptedError: if a training is stopped by a signal. The same call resumes.
     """
     runs = AblationRuns.open(config)  # 1.
+    _log_plan(runs)
     ablation = _Ablation(runs, options, name, bars)
     protocol = ablation.describe(command)
     failures: list[Failure] = []
@@ -114,6 +116,22 @@ def run_ablation(
                 row |= {"numbers": {}, "failure": failures[-1].text}
             ablation.record(row, protocol)  # 4.
     return failures
+
+
+def _log_plan(runs: AblationRuns) -> None:
+    """Logs the variants, and warns of one that is much larger or smaller than the reference."""
+    reference = runs.variants[runs.reference]
+    trained = len({each.digest for each in runs.variants}) * len(runs.config.seeds)
+    log.info("%d variants, %d seeds, %d trainings", len(runs.variants), len(runs.config.seeds), trained)
+    for each in runs.variants:
+        log.info("%s: %.2fM parameters", each.label, each.parameters / 1e6)
+        if not 1 / _MOST_LARGER < each.parameters / reference.parameters < _MOST_LARGER:
+            log.warning(
+                "variant %s has %.2fM parameters and %s %.2fM: another backbone starts from its own default sizes; set "
+                "them with a mapping, such as --vary 'model.network={backbone: adaln, embed_dim: 128, depth: 4}', or a "
+                "recipe",
+                each.label, each.parameters / 1e6, reference.label, reference.parameters / 1e6,
+            )  # fmt: skip
 
 
 def _failure_of(error: Exception, label: str, seed: int | None) -> Failure:

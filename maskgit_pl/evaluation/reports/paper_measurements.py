@@ -26,6 +26,7 @@ from maskgit_pl.evaluation.run_folders import (
     RunFolders,
     check_data,
     create_evaluated_model,
+    give_val_vectors,
     open_data,
     open_evaluator,
     open_model,
@@ -79,6 +80,7 @@ def open_models(folders: Sequence[RunFolders], options: ReportOptions, command: 
     # All rows of a table must compare with the same real images.
     for model in models[1:]:
         check_data(model.pipe, data)
+        give_val_vectors(model.pipe, data)
         if model.pipe.tokenizer.image_size != data.config.image_size:
             raise ValueError(
                 f"run {model.run}: the image size must be that of the first run, {data.config.image_size} pixels, got "
