@@ -31,7 +31,7 @@ from maskgit_pl.pipeline.generate import Generator
 
 __all__ = ["Acceptance", "AcceptedSeeds", "check_accept_rate", "choose_seeds"]
 
-_ROUNDING = 1e-9  # 7 / 0.07 is 100.00000000000001 in floating point
+_ROUNDING = 1e-9  # 21 / 0.7 is 30.000000000000004 in floating point
 _BATCH = 50  # images that are classified at a time
 
 

@@ -73,7 +73,7 @@ def test_rate_1_keeps_everything(pipe, classifier):
     assert chosen.accept_rate == 1
 
 
-@pytest.mark.parametrize(("rate", "count", "candidates"), [(0.5, 4, 8), (0.3, 1, 4), (0.07, 7, 100), (1, 3, 3)])
+@pytest.mark.parametrize(("rate", "count", "candidates"), [(0.5, 4, 8), (0.3, 1, 4), (0.7, 21, 30), (1, 3, 3)])
 def test_the_number_of_candidates_is_the_smallest_that_keeps_at_most_the_rate(classifier, rate, count, candidates):
     assert Acceptance(rate, classifier).num_candidates(count) == candidates
 

@@ -28,6 +28,8 @@ def test_another_backbone_drops_the_keys_of_the_old_one_and_keeps_the_common_one
     assert network_of(read(ADALN, {"model": {"network": {"backbone": "adaln", "depth": 3}}}))["positions"] == "rotary"
     back = read(ADALN, {"model": {"network": {"backbone": "bert"}}}, BERT)
     assert network_of(back) == {"backbone": "bert", **BERT["model"]["network"]}
+    named = read(BERT, {"model": {"network": {"backbone": "bert"}}})  # the same backbone as before
+    assert network_of(named) == {**BERT["model"]["network"], "backbone": "bert"}
     # What data and tokenizer determine comes first, without a backbone.
     sizes = {"model": {"network": {"codebook_size": 16, "num_classes": 3, "grid": [4, 4]}}}
     assert merge([sizes, ADALN])["model"]["network"].keys() == {
