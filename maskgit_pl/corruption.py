@@ -9,7 +9,7 @@ corruption is a registered frozen dataclass::
     class Zero(Corruption):
         fraction: float = 0.1
 
-        def codes(self, tokens, replaced, uniform, *, num_codes, predict):
+        def codes(self, tokens, replaced, uniform, *, codebook_size, predict):
             return torch.zeros_like(tokens[replaced])
 """
 
@@ -43,14 +43,16 @@ class Corruption(ABC):
     fraction: float
 
     @abstractmethod
-    def codes(self, tokens: Tensor, replaced: Tensor, uniform: Tensor, *, num_codes: int, predict: Predict) -> Tensor:
+    def codes(
+        self, tokens: Tensor, replaced: Tensor, uniform: Tensor, *, codebook_size: int, predict: Predict
+    ) -> Tensor:
         """Returns the new codes, (R,) int64 in [0, K), image after image.
 
         Args:
             tokens: (B, N) int64 in [0, K): the true tokens.
             replaced: (B, N) bool: the R positions to replace.
             uniform: (R,) float32 in (0, 1): random numbers, a function of (seed, sample, epoch, position).
-            num_codes: K.
+            codebook_size: K.
             predict: Computes the logits (R, K) of the replaced positions, which the network sees masked in addition to
                 the mask. It costs a forward pass.
         """
@@ -60,7 +62,7 @@ class Corruption(ABC):
         tokens: Tensor,
         mask: Tensor,
         *,
-        num_codes: int,
+        codebook_size: int,
         predict: Predict,
         seed: int,
         index: Tensor,
@@ -71,7 +73,7 @@ class Corruption(ABC):
         Args:
             tokens: (B, N) int64 in [0, K).
             mask: (B, N) bool, True = masked; masked tokens are not replaced.
-            num_codes: K.
+            codebook_size: K.
             predict: (B, N) bool, the positions to replace -> their logits (R, K).
             seed: Seed in [0, 2**32).
             index: (B,) int64: sample index.
@@ -84,7 +86,7 @@ class Corruption(ABC):
             ["corruption", "corruption/codes"], seed=seed, index=index, epoch=epoch, count=tokens.shape[1]
         )  # (B, N) each
         replaced = (chance < self.fraction) & ~mask
-        new = self.codes(tokens, replaced, codes[replaced], num_codes=num_codes, predict=predict)
+        new = self.codes(tokens, replaced, codes[replaced], codebook_size=codebook_size, predict=predict)
         return tokens.masked_scatter(replaced, new), replaced
 
 
@@ -99,7 +101,9 @@ def check_corruption(name: str, corruption: Corruption) -> None:
     check_number(f"corruption {name!r}: fraction", getattr(corruption, "fraction", None), "(0, 1)")
     tokens, replaced = torch.tensor([[0, 1], [2, 1]]), torch.tensor([[True, False], [True, True]])
     uniform = torch.tensor([0.1, 0.5, 0.9])
-    codes = corruption.codes(tokens, replaced, uniform, num_codes=3, predict=lambda at: torch.zeros(int(at.sum()), 3))
+    codes = corruption.codes(
+        tokens, replaced, uniform, codebook_size=3, predict=lambda at: torch.zeros(int(at.sum()), 3)
+    )
     if not isinstance(codes, Tensor) or codes.shape != (3,) or codes.dtype != torch.int64:
         seen = f"{codes.dtype} {tuple(codes.shape)}" if isinstance(codes, Tensor) else shorten(codes)
         raise ValueError(f"corruption {name!r}: the codes must be an int64 tensor (R,), got {seen}")
@@ -127,8 +131,10 @@ class UniformCorruption(Corruption):
     def __post_init__(self) -> None:
         check_number("fraction", self.fraction, "(0, 1)")
 
-    def codes(self, tokens: Tensor, replaced: Tensor, uniform: Tensor, *, num_codes: int, predict: Predict) -> Tensor:
-        return (uniform * num_codes).long().clamp(max=num_codes - 1)
+    def codes(
+        self, tokens: Tensor, replaced: Tensor, uniform: Tensor, *, codebook_size: int, predict: Predict
+    ) -> Tensor:
+        return (uniform * codebook_size).long().clamp(max=codebook_size - 1)
 
 
 @corruptions.register("model")
@@ -151,5 +157,7 @@ class ModelCorruption(Corruption):
     def __post_init__(self) -> None:
         check_number("fraction", self.fraction, "(0, 1)")
 
-    def codes(self, tokens: Tensor, replaced: Tensor, uniform: Tensor, *, num_codes: int, predict: Predict) -> Tensor:
+    def codes(
+        self, tokens: Tensor, replaced: Tensor, uniform: Tensor, *, codebook_size: int, predict: Predict
+    ) -> Tensor:
         return draw_codes(predict(replaced).float(), uniform)

@@ -197,7 +197,7 @@ class MaskedTokenModel(TokenModel):
         seen, replaced = corruption.corrupt(
             tokens,
             mask,
-            num_codes=self.config.network.codebook_size,
+            codebook_size=self.config.network.codebook_size,
             predict=predict,
             seed=self.config.seed,
             index=batch.index,

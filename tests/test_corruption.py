@@ -20,7 +20,7 @@ def seven(replaced: Tensor) -> Tensor:
 def corrupt(name: str, *, rows: slice = slice(None), seed: int = 3, epoch: int = 0, fraction: float = 0.25):
     index = torch.arange(B)[rows]
     return corruptions.build({"name": name, "fraction": fraction}).corrupt(
-        TOKENS[rows], MASK[rows], num_codes=K, predict=seven, seed=seed, index=index,
+        TOKENS[rows], MASK[rows], codebook_size=K, predict=seven, seed=seed, index=index,
         epoch=torch.full_like(index, epoch),
     )  # fmt: skip
 
@@ -79,7 +79,7 @@ def test_a_broken_corruption_is_refused_by_name(monkeypatch, codes, rule):
     class Broken(Corruption):
         fraction = 0.1
 
-        def codes(self, tokens, replaced, uniform, *, num_codes, predict):
+        def codes(self, tokens, replaced, uniform, *, codebook_size, predict):
             return codes
 
     monkeypatch.setitem(corruptions._factories, "broken", Broken)

@@ -14,6 +14,7 @@ import pytest
 
 from maskgit_pl.cli import build_parser
 from maskgit_pl.runs.recipe import Recipe
+from tests.installed_packages import install
 from tests.test_readme import PAGES, ROOT, RUN_IN_ORDER, python_blocks, save_small_model
 
 # Commands that are not run here: the files that they read are not in the repository, or they take longer than a test.
@@ -80,6 +81,15 @@ def test_the_pages_have_commands() -> None:
     assert len(COMMANDS) > 50
 
 
+@pytest.fixture
+def plugin_of_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Announces the backbone whose package ``docs/plug-ins.md`` shows; ``test_backbone_plugin`` runs it."""
+    points = "[maskgit_pl.backbones]\nconv = conv_backbone:ConvConfig\n"
+    install(tmp_path, name="conv-backbone", entry_points=points, modules={})
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.usefixtures("plugin_of_a_page")
 @pytest.mark.parametrize("line", COMMANDS)
 def test_a_command_of_a_page_is_one_that_there_is(line: str) -> None:
     parser = build_parser()

@@ -32,7 +32,7 @@ def test_measures_every_selector_and_a_second_run_measures_nothing(
     words = (run_folder, "--data", tiny_shards, "--num-images", 6, "--num-steps", "2,3")
     assert call(*words) == 0
     out, rows = run_folder / "comparison", ledger(run_folder / "evaluation")
-    assert [row["num_steps"] for row in rows] == [2] * 10 + [3] * 10
+    assert [row["num_steps"] for row in rows] == [2] * 12 + [3] * 12
     for row in rows:
         assert 0 <= row["class_agreement"] <= 1
         assert row["fid"] > 0
@@ -40,15 +40,15 @@ def test_measures_every_selector_and_a_second_run_measures_nothing(
         assert row["decoding"]["guidance"] == {"name": "linear", "scale": 1.0}  # the model's own
     assert (out / "comparison.md").read_text().startswith("# Comparison of token selectors\n\n    maskgit compare ")
     assert {float(row["fid/classifier"]) for row in table(out)} == {row["fid"] for row in rows}
-    assert len(table(out)) == 20
+    assert len(table(out)) == 24
     with Image.open(out / "selectors.png") as picture:
-        assert picture.height > 10 * 84
-    assert "measured 20 rows, reused 0" in capsys.readouterr().out
+        assert picture.height > 12 * 84
+    assert "measured 24 rows, reused 0" in capsys.readouterr().out
 
     monkeypatch.setattr(evaluator, "generate_images", lambda *args, **options: pytest.fail("measured again"))
     assert call(*words) == 0
     assert ledger(run_folder / "evaluation") == rows
-    assert "measured 0 rows, reused 20" in capsys.readouterr().out
+    assert "measured 0 rows, reused 24" in capsys.readouterr().out
 
 
 def test_a_run_that_was_stopped_goes_on_and_finds_what_an_unbroken_one_finds(

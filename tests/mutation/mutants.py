@@ -110,7 +110,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "test_corruption",
         ("(chance < self.fraction) & ~mask", "chance < self.fraction"),
         ("(chance < self.fraction)", "(chance < 0.5)"),
-        ("(uniform * num_codes)", "(uniform * (num_codes - 1))"),
+        ("(uniform * codebook_size)", "(uniform * (codebook_size - 1))"),
         ("draw_codes(predict(replaced).float(), uniform)", "predict(replaced).argmax(-1)"),
     ),
     *_of(
