@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from maskgit_pl.files import write_text
 from maskgit_pl.provenance import device_name
 
 __all__ = ["FILE_NAME", "WARM_UP", "StepClock", "TrainingTime"]
+
+log = logging.getLogger(__name__)
 
 FILE_NAME = "training_time.json"  # in the stage folder
 WARM_UP = 5  # first steps of a process, which allocate memory and choose kernels
@@ -131,8 +134,11 @@ class StepClock(Callback):
         if self._is_running:
             self._count(trainer)
         if trainer.is_global_zero:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self.file, json.dumps(asdict(self.total), indent=2) + "\n")
+            try:
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                write_text(self.file, json.dumps(asdict(self.total), indent=2) + "\n")
+            except OSError as error:  # such as a full disk: the other ranks know nothing of it, and training continues
+                log.warning("%s cannot be written: %s; the time of this run will be incomplete", self.file, error)
 
 
 def _read_clocks() -> tuple[float, float]:

@@ -198,6 +198,7 @@ def test_checkpointed_blocks_give_bit_equal_losses_and_gradients(config):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch warns of its own imports and views
 @over_all
 def test_compiled_blocks_give_the_same_losses_and_gradients(config, monkeypatch):
     network = create(config).train()
