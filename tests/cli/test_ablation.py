@@ -239,8 +239,9 @@ def test_runs_are_named_by_what_determines_their_weights(words: list[str]) -> No
     keys = [(base, 0, 3), (base, 1, 3), (base, 0, 4), (deep, 0, 3)]
     assert len({one.folder_of(*key) for key in keys}) == 4
 
-    # The same weights under another label, in a grid, and with a setting that does not affect them.
-    other = open_runs("--vary", "model.network.depth=2,1", "--grid", "--trainer.val_check_interval=7", "--keep_last=5")
+    # The same variant under another label, in a grid, of another length, and with settings that do not affect weights.
+    more = ("--trainer.val_check_interval=7", "--keep_last=5", "--trainer.max_steps=5")
+    other = open_runs("--vary", "model.network.depth=2,1", "--grid", *more)
     assert [each.label for each in other.variants] == ["depth=2", "depth=1"]
     assert other.variants[other.reference].label == "depth=1"
     assert [each.digest for each in other.variants] == [deep.digest, base.digest]

@@ -121,6 +121,7 @@ def test_the_figure_has_a_panel_per_metric_and_can_be_read() -> None:
         ((1.0, 1.2), (2.0, 2.2), "better"),
         ((3.0, 3.2), (2.0, 2.2), "worse"),
         ((1.0, 2.0), (2.0, 2.2), "unclear"),
+        ((2.2, 3.0), (2.0, 2.2), "unclear"),
         ((1.0, 3.0), (2.0, 2.2), "unclear"),
         ((1.0,), (2.0, 2.2), "unclear"),
     ],
@@ -139,7 +140,7 @@ def test_the_chance_of_separation_is_that_of_a_random_order() -> None:
 
 
 def test_only_the_newest_plan_and_the_last_row_of_a_run_count() -> None:
-    old = [each | {"plan": "old"} for each in rows()]
+    old = [each | {"plan": "old"} for each in [*rows(), row("base", 2, 3.0)]]  # with a seed more
     again = row("base", 0, 7.0)
     chosen = select_rows([*old, *rows(), again, row("base", 0, 9.0) | {"ablation": "another"}], "ablation-depth")
     assert len(chosen) == 6
