@@ -323,7 +323,7 @@ class AdaLNTransformer(Backbone):
         config = self.config
         if config.positions == "learned":
             return None
-        return rotation_table(config.positions, config.grid, length, config.head_dim, config.rotary_base).to(device)
+        return rotation_table(config.positions, config.grid, length, config.head_dim, config.rotary_base, device)
 
     def _embed_condition(self, labels: Tensor, vectors: Tensor | None) -> Tensor:
         """Embeds labels (B,) int64 and vectors (B, C): (B, D). The null label hides the vector."""

@@ -8,7 +8,6 @@ Source: RoFormer, arXiv:2104.09864; rows and columns: EVA-02, arXiv:2303.11331, 
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -35,8 +34,9 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2).type_as(x)
 
 
-@lru_cache(maxsize=16)
-def rotation_table(kind: Positions, grid: tuple[int, int], length: int, size: int, base: float) -> Tensor:
+def rotation_table(
+    kind: Positions, grid: tuple[int, int], length: int, size: int, base: float, device: torch.device
+) -> Tensor:
     """Computes the cosines and sines of a sequence: the tokens of a grid, then a class token and registers.
 
     ``rotary`` rotates the first half of each head by the row of the token, the second half by its column; all other
@@ -49,15 +49,17 @@ def rotation_table(kind: Positions, grid: tuple[int, int], length: int, size: in
         length: S, positions of the sequence.
         size: D, size of a head.
         base: Base of the wavelengths: pair i of P has the frequency base^(-i / P).
+        device: Device that computes the table. It is cheap and not kept: a tensor that a fake or an inference mode made
+            would fail in training.
 
     Returns:
         (S, D / 2, 2) float32.
     """
     if kind == "rotary-raster":
-        table = _cos_sin(_angles(torch.arange(length) - 1, size, base))
+        table = _cos_sin(_angles(torch.arange(length, device=device) - 1, size, base))
         table[0] = 0
         return table
-    rows, columns = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
+    rows, columns = torch.meshgrid(*(torch.arange(side, device=device) for side in grid), indexing="ij")
     angles = torch.cat([_angles(places.flatten(), size // 2, base) for places in (rows, columns)], dim=1)
     # Angle 0 leaves class token and registers as they are.
     return _cos_sin(torch.cat([angles, angles.new_zeros(length - len(angles), angles.shape[1])]))
@@ -65,7 +67,7 @@ def rotation_table(kind: Positions, grid: tuple[int, int], length: int, size: in
 
 def _angles(places: Tensor, size: int, base: float) -> Tensor:
     """Returns the angles (places, size / 2) of ``size`` numbers."""
-    return torch.outer(places.float(), base ** (-torch.arange(0, size, 2).float() / size))
+    return torch.outer(places.float(), base ** (-torch.arange(0, size, 2, device=places.device).float() / size))
 
 
 def _cos_sin(angles: Tensor) -> Tensor:

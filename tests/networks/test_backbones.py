@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.networks.backbone import (
@@ -207,6 +208,18 @@ def test_compiled_blocks_give_the_same_losses_and_gradients(config, monkeypatch)
     monkeypatch.setattr(torch, "compile", lambda function: compiled(function, backend="aot_eager"))
     prepare_blocks(network.blocks, compiled="blocks")
     same(gradients(network, config), plain, rtol=1e-4, atol=1e-6)
+
+
+@over_all
+def test_a_forward_in_another_mode_leaves_nothing_behind(config):
+    network = create(config).train()
+    plain = gradients(network, config)
+    tokens, labels, _, vectors = inputs(config)
+    with torch.inference_mode():
+        network(tokens, labels, vectors=vectors)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        network(tokens, labels, vectors=vectors)
+    same(gradients(network, config), plain, rtol=0, atol=0)
 
 
 @over_all
