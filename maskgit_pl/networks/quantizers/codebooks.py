@@ -22,10 +22,10 @@ from maskgit_pl.networks.quantizers.base import (
     quantizer_output,
     quantizers,
     rows_of,
-    straight_through,
 )
 from maskgit_pl.networks.quantizers.batch_statistics import code_statistics, global_choice
 from maskgit_pl.networks.quantizers.entropy import Entropy, EntropyKind, check_losses, nearest_and_entropy
+from maskgit_pl.networks.quantizers.estimators import GradientEstimator, check_estimator, estimate
 
 __all__ = ["EMAQuantizer", "EMAQuantizerSpec", "GradientQuantizer", "GradientQuantizerSpec"]
 
@@ -49,7 +49,7 @@ class GradientQuantizer(CodebookQuantizer):
         commitment = self.spec.commitment * F.mse_loss(rows, codes.detach())
         codebook = self.spec.codebook_weight * F.mse_loss(codes, rows.detach())
         loss = self._total(commitment=commitment, codebook=codebook, entropy=entropy)
-        return quantizer_output(features, straight_through(rows, codes), tokens, loss)
+        return quantizer_output(features, estimate(rows, codes, self.spec.gradient_estimator), tokens, loss)
 
 
 class EMAQuantizer(CodebookQuantizer):
@@ -76,7 +76,7 @@ class EMAQuantizer(CodebookQuantizer):
         codes = self.lookup(tokens)
         commitment = self.spec.commitment * F.mse_loss(rows, codes)
         loss = self._total(commitment=commitment, entropy=entropy)
-        return quantizer_output(features, straight_through(rows, codes), tokens, loss)
+        return quantizer_output(features, estimate(rows, codes, self.spec.gradient_estimator), tokens, loss)
 
     @torch.no_grad()
     def update(self, tokens: Sequence[Tensor], features: Sequence[Tensor], *, seed: int, step: int) -> None:
@@ -122,9 +122,10 @@ class GradientQuantizerSpec:
         entropy_weight: Weight of the entropy loss, in [0, 1e6].
         entropy_temperature: Temperature of its softmax, in [1e-5, 1e6].
         entropy_kind: ``softmax`` (released) or ``argmax``.
+        gradient_estimator: ``straight-through`` (released) or ``rotation`` (arXiv:2410.06424).
 
     Raises:
-        ValueError: if a number is out of range.
+        ValueError: if a number is out of range, or a name is unknown.
 
     Source: released code, config ``vqvae``: 0.25, 1.0, 0.1, 0.01, softmax.
     """
@@ -134,10 +135,12 @@ class GradientQuantizerSpec:
     entropy_weight: float = 0.1
     entropy_temperature: float = 0.01
     entropy_kind: EntropyKind = "softmax"
+    gradient_estimator: GradientEstimator = "straight-through"
 
     def __post_init__(self) -> None:
         check_number("codebook_weight", self.codebook_weight, "(0, 1000000]")
         check_losses(self)
+        check_estimator(self.gradient_estimator)
 
     @property
     def entropy(self) -> Entropy:
@@ -166,9 +169,10 @@ class EMAQuantizerSpec:
         entropy_weight: Weight of the entropy loss on the encoder, in [0, 1e6].
         entropy_temperature: Temperature of its softmax, in [1e-5, 1e6].
         entropy_kind: ``softmax`` or ``argmax``.
+        gradient_estimator: ``straight-through`` or ``rotation`` (arXiv:2410.06424).
 
     Raises:
-        ValueError: if a number is out of range.
+        ValueError: if a number is out of range, or a name is unknown.
 
     Source: van den Oord et al., arXiv:1711.00937, appendix A.1; restarts: Dhariwal et al., arXiv:2005.00341, section 3.
     """
@@ -179,11 +183,13 @@ class EMAQuantizerSpec:
     entropy_weight: float = 0.0
     entropy_temperature: float = 0.01
     entropy_kind: EntropyKind = "softmax"
+    gradient_estimator: GradientEstimator = "straight-through"
 
     def __post_init__(self) -> None:
         check_number("decay", self.decay, "[0, 1)")
         check_number("restart_below", self.restart_below, "[0, 1)")
         check_losses(self)
+        check_estimator(self.gradient_estimator)
 
     @property
     def entropy(self) -> Entropy:
