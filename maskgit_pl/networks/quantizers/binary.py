@@ -279,6 +279,6 @@ def _check_bits(name: str, codebook_size: int, code_dim: int) -> None:
         )
     if code_dim != bits:
         raise ValueError(
-            f"network code_dim must be {bits} for quantizer {name!r} with codebook_size {codebook_size} = 2^{bits}, got "
+            f"network code_dim must be {bits} for quantizer {name!r} of {codebook_size} = 2^{bits} codes, got "
             f"{code_dim}"
         )

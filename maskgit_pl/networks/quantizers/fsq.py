@@ -93,8 +93,8 @@ class FSQSpec:
     K = prod_i L_i and D is the number of channels. There is no loss and nothing to collapse: all codes are in use.
 
     Attributes:
-        levels: The number of levels of each channel, in [2, 4096] each. The paper takes 5 or more, such as (8, 6, 5) for
-            240 codes, (8, 5, 5, 5) for 1000, (8, 8, 8, 6, 5) for 15360.
+        levels: The number of levels of each channel, in [2, 4096] each. The paper takes 5 or more, such as (8, 6, 5)
+            for 240 codes, (8, 5, 5, 5) for 1000, (8, 8, 8, 6, 5) for 15360.
 
     Raises:
         ValueError: if there is no level, one is out of range, or there are over 2^24 codes.

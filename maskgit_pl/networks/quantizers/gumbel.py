@@ -86,8 +86,8 @@ class GumbelQuantizerSpec:
 
     q = softmax((-d + g) / T) C,  loss = kl_weight KL(softmax(-d) || uniform) = kl_weight (log K - H(softmax(-d)))
 
-    T falls from ``temperature`` to ``final_temperature`` along half a cosine in ``annealing_steps`` steps. The noise g is
-    a function of seed, step, and place in the global batch. The memory is (M, K) numbers, some 30 bytes each.
+    T falls from ``temperature`` to ``final_temperature`` along half a cosine in ``annealing_steps`` steps. The noise g
+    is a function of seed, step, and place in the global batch. The memory is (M, K) numbers, some 30 bytes each.
 
     Attributes:
         form: ``soft`` decodes the mixture; ``hard`` decodes the code with the largest weight, with the gradient of the

@@ -86,8 +86,8 @@ class SimVQSpec:
     Raises:
         ValueError: if a number is out of range, or a name is unknown.
 
-    Source: Zhu et al., arXiv:2411.02038, section 4.1 and algorithm 1; C is normal with variance 1 / D, and W and b start
-    as in torch's Linear.
+    Source: Zhu et al., arXiv:2411.02038, section 4.1 and algorithm 1; C is normal with variance 1 / D, and W and b
+    start as in torch's Linear.
     """
 
     commitment: float = 0.25
