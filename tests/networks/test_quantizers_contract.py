@@ -17,6 +17,9 @@ from maskgit_pl.tokenizer import CodebookUsage
 OTHERS = {  # specs and sizes (K, D) that are not a name of 16 codes of size 4
     "fsq": ({"name": "fsq", "levels": [4, 3, 2]}, 24, 3),
     "gradient rotation": ({"name": "gradient", "gradient_estimator": "rotation"}, 16, 4),
+    "gradient kmeans": ({"name": "gradient", "initial_codes": "kmeans"}, 16, 4),
+    "product of ema": ({"name": "product", "num_groups": 3, "quantizer": "ema"}, 8, 6),
+    "product of gumbel": ({"name": "product", "quantizer": {"name": "gumbel", "kl_weight": 0.1}}, 16, 4),
     "ema entropy": ({"name": "ema", "entropy_weight": 0.1}, 16, 4),
     "gumbel hard": ({"name": "gumbel", "form": "hard"}, 16, 4),
 }
@@ -223,6 +226,9 @@ def test_an_exported_tokenizer_encodes_and_decodes_the_same(case, tmp_path):
         ("lfq", (100, 6), "codebook_size must be a power of 2 .* 64 fits, with code_dim 6"),
         ("lfq", (64, 8), r"code_dim must be 6 for quantizer 'lfq' of 64 = 2\^6 codes, got 8"),
         ("bsq", (64, 8), "code_dim must be 6"),
+        ({"name": "product", "num_groups": 3}, (100, 6), r"codebook_size must be k\^3 .* got 100; 125 = 5\^3 fits"),
+        ({"name": "product", "num_groups": 3}, (64, 8), "code_dim must be a multiple of 3 .* got 8; 9 fits"),
+        ({"name": "product", "quantizer": "lfq"}, (64, 8), "each group .* 8 codes: .* code_dim must be 3"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_by_the_network_with_those_that_do(spec, sizes, message):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from maskgit_pl.networks.quantizers import quantizers
-from maskgit_pl.networks.quantizers.estimators import rotate
+from maskgit_pl.networks.quantizers.estimators import rotate_to_codes
 
 
 def features(dim, *, batch=2, seed=0):
@@ -225,7 +225,7 @@ def test_the_rotation_gives_the_code_and_turns_the_gradient_by_the_same_angle():
     rows = rows_of(features(3)).requires_grad_()
     codes = rows_of(features(3, seed=1))
     gradient = rows_of(features(3, seed=2))
-    turned = rotate(rows, codes)
+    turned = rotate_to_codes(rows, codes)
     torch.testing.assert_close(turned, codes)
     turned.backward(gradient)
     for row, code, given, made in zip(rows.detach(), codes, gradient, rows.grad, strict=True):
@@ -239,7 +239,7 @@ def test_the_rotation_gives_the_code_and_turns_the_gradient_by_the_same_angle():
 def test_the_rotation_is_finite_where_a_feature_is_zero_or_opposite_to_its_code():
     rows = torch.tensor([[0.0, 0.0], [1.0, -2.0], [3.0, 0.0]], requires_grad=True)
     codes = torch.tensor([[1.0, 0.0], [-1.0, 2.0], [0.0, 0.0]])
-    turned = rotate(rows, codes)
+    turned = rotate_to_codes(rows, codes)
     torch.testing.assert_close(turned, codes)
     turned.sum().backward()
     assert rows.grad.isfinite().all()
@@ -258,6 +258,67 @@ def test_the_rotation_is_an_option_of_codebooks(name):
     assert not torch.allclose(outputs[0][1], outputs[1][1])
 
 
+def test_the_tokens_of_a_product_are_the_digits_of_its_groups_and_its_loss_their_mean():
+    inner = {"name": "gradient", "entropy_weight": 0.0}
+    quantizer, inputs = build({"name": "product", "num_groups": 3, "quantizer": inner}, 4**3, 6), features(6)
+    output = quantizer(inputs)
+    expected, losses = 0, []
+    for number, (group, channels) in enumerate(zip(quantizer.groups, inputs.chunk(3, dim=1), strict=True)):
+        distances = torch.cdist(rows_of(channels), group.codebook)
+        expected = expected + distances.argmin(1) * 4**number
+        losses.append(1.25 * distances.min(1).values.square().mean() / 2)
+    assert torch.equal(output.tokens.flatten(), expected)
+    torch.testing.assert_close(output.loss, torch.stack(losses).mean())
+
+
+def test_the_groups_of_a_product_draw_different_noise():
+    quantizer = build({"name": "product", "quantizer": "gumbel"}, 16, 4)
+    quantizer.groups[1].load_state_dict(quantizer.groups[0].state_dict())
+    quantizer.begin_micro_batch(seed=0, step=0, micro_batch=0)
+    first, second = quantizer(features(2).repeat(1, 2, 1, 1)).quantized.chunk(2, dim=1)
+    assert not torch.allclose(first, second)
+
+
+def clusters(step=0):
+    """Features (2, 2, 3, 4) of 4 clusters in turn, close to (+-1, +-2)."""
+    centers = torch.tensor([[1.0, 2.0], [-1.0, 2.0], [1.0, -2.0], [-1.0, -2.0]])
+    return centers.repeat(6, 1).view(2, 3, 4, 2).permute(0, 3, 1, 2) + 0.01 * features(2, seed=step)
+
+
+def test_kmeans_puts_the_codes_at_means_of_features_of_the_first_batch_only():
+    quantizer = build({"name": "gradient", "initial_codes": "kmeans"}, 4, 2)
+    output = quantizer(clusters())
+    quantizer.update([output.tokens], [output.features], seed=0, step=0)
+    rows = rows_of(clusters())
+    nearest = torch.cdist(rows, quantizer.codebook).argmin(1)
+    for code in nearest.unique():  # a fixed point of Lloyd's algorithm
+        torch.testing.assert_close(quantizer.codebook[code].detach(), rows[nearest == code].mean(0))
+    assert torch.cdist(rows, quantizer.codebook).min(1).values.mean() < 1.1  # half of the clusters' distances
+    kept = quantizer.codebook.detach().clone()
+    quantizer.update([output.tokens], [features(2)], seed=0, step=1)
+    assert torch.equal(quantizer.codebook, kept)
+    loaded = build({"name": "gradient", "initial_codes": "kmeans"}, 4, 2)
+    loaded.load_state_dict(quantizer.state_dict())
+    loaded.update([output.tokens], [features(2)], seed=0, step=0)
+    assert torch.equal(loaded.codebook, kept)
+
+
+def test_kmeans_starts_from_different_features_and_depends_on_the_seed():
+    def codes(seed, size=24):
+        quantizer = build({"name": "gradient", "initial_codes": "kmeans"}, size, 2)
+        output = quantizer(features(2))
+        quantizer.update([output.tokens], [output.features], seed=seed, step=0)
+        return quantizer.codebook.detach()
+
+    # As many codes as features: each is one of them.
+    torch.testing.assert_close(
+        codes(0)[codes(0)[:, 0].argsort()], rows_of(features(2))[rows_of(features(2))[:, 0].argsort()]
+    )
+    assert torch.equal(codes(0, 6), codes(0, 6))
+    assert not torch.equal(codes(0, 6), codes(1, 6))
+    assert codes(0, 40).isfinite().all()  # more codes than features
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -265,6 +326,9 @@ def test_the_rotation_is_an_option_of_codebooks(name):
         ({"name": "fsq", "levels": [8, 1]}, r"levels must be an integer in \[2, 4096\], got 1"),
         ({"name": "fsq", "levels": [4096, 4096, 2]}, "levels must have a product of at most 16777216, got 33554432"),
         ({"name": "lfq", "diversity": -1.0}, "diversity"),
+        ({"name": "product", "quantizer": {"name": "product"}}, "must not be 'product' again"),
+        ({"name": "product", "quantizer": "emma"}, "did you mean 'ema'"),
+        ({"name": "gradient", "initial_codes": "k-means"}, "did you mean 'kmeans'"),
         ({"name": "gumbel", "final_temperature": 2.0}, "final_temperature must be at most temperature 1.0, got 2.0"),
         ({"name": "gumbel", "form": "harder"}, "did you mean 'hard'"),
         ({"name": "simvq", "gradient_estimator": "rotate"}, "did you mean 'rotation'"),

@@ -24,6 +24,7 @@ from maskgit_pl.networks.quantizers.entropy import EntropyKind, entropy_loss
 from maskgit_pl.networks.quantizers.estimators import GradientEstimator
 from maskgit_pl.networks.quantizers.fsq import FSQ, FSQSpec
 from maskgit_pl.networks.quantizers.gumbel import GumbelQuantizer, GumbelQuantizerSpec
+from maskgit_pl.networks.quantizers.product import ProductQuantizer, ProductQuantizerSpec
 from maskgit_pl.networks.quantizers.similarity import IBQ, IBQSpec, SimVQ, SimVQSpec
 
 __all__ = [
@@ -44,6 +45,8 @@ __all__ = [
     "GumbelQuantizerSpec",
     "IBQSpec",
     "LFQSpec",
+    "ProductQuantizer",
+    "ProductQuantizerSpec",
     "Quantizer",
     "QuantizerOutput",
     "QuantizerSpec",

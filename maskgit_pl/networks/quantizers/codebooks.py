@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskgit_pl.checks import check_number
+from maskgit_pl.checks import check_choice, check_number
 from maskgit_pl.networks.quantizers.base import (
     CodebookQuantizer,
     Quantizer,
@@ -23,11 +24,13 @@ from maskgit_pl.networks.quantizers.base import (
     quantizers,
     rows_of,
 )
-from maskgit_pl.networks.quantizers.batch_statistics import code_statistics, global_choice
+from maskgit_pl.networks.quantizers.batch_statistics import code_statistics, global_choice, kmeans
 from maskgit_pl.networks.quantizers.entropy import Entropy, EntropyKind, check_losses, nearest_and_entropy
 from maskgit_pl.networks.quantizers.estimators import GradientEstimator, check_estimator, estimate
 
 __all__ = ["EMAQuantizer", "EMAQuantizerSpec", "GradientQuantizer", "GradientQuantizerSpec"]
+
+InitialCodes = Literal["random", "kmeans"]
 
 _LEAST_COUNT = 1e-12  # smaller counts and sums lose their digits, and their quotient is not a mean
 
@@ -39,6 +42,11 @@ class GradientQuantizer(CodebookQuantizer):
         super().__init__(codebook_size=codebook_size, code_dim=code_dim)
         self.spec = spec
         self.codebook = nn.Parameter(initial_codes(codebook_size, code_dim))
+        self._waits = spec.initial_codes == "kmeans"
+        if self._waits:  # no entry in the state dict of others
+            self.register_buffer("is_initialized", torch.zeros(()))
+
+    is_initialized: Tensor  # () float32, 1 after k-means
 
     def forward(self, features: Tensor) -> QuantizerOutput:
         """Quantizes features (B, D, h, w); the loss is commitment + codebook + entropy."""
@@ -50,6 +58,16 @@ class GradientQuantizer(CodebookQuantizer):
         codebook = self.spec.codebook_weight * F.mse_loss(codes, rows.detach())
         loss = self._total(commitment=commitment, codebook=codebook, entropy=entropy)
         return quantizer_output(features, estimate(rows, codes, self.spec.gradient_estimator), tokens, loss)
+
+    @torch.no_grad()
+    def update(self, tokens: Sequence[Tensor], features: Sequence[Tensor], *, seed: int, step: int) -> None:
+        """Replaces the codes by the k-means of the first global batch if the spec says so, else does nothing."""
+        # The flag is read once, since reading waits for the device: a resumed or pretrained codebook is kept.
+        if self._waits and not self.is_initialized.item():
+            rows = torch.cat([rows_of(part) for part in features])
+            self.codebook.copy_(kmeans(rows, len(features), self.codebook_size, seed=seed, step=step))
+            self.is_initialized.fill_(1)
+        self._waits = False
 
 
 class EMAQuantizer(CodebookQuantizer):
@@ -123,6 +141,8 @@ class GradientQuantizerSpec:
         entropy_temperature: Temperature of its softmax, in [1e-5, 1e6].
         entropy_kind: ``softmax`` (released) or ``argmax``.
         gradient_estimator: ``straight-through`` (released) or ``rotation`` (arXiv:2410.06424).
+        initial_codes: ``random`` (released): uniform; ``kmeans``: after the first step, the k-means of the features of
+            its global batch, which should have well over K features.
 
     Raises:
         ValueError: if a number is out of range, or a name is unknown.
@@ -136,9 +156,11 @@ class GradientQuantizerSpec:
     entropy_temperature: float = 0.01
     entropy_kind: EntropyKind = "softmax"
     gradient_estimator: GradientEstimator = "straight-through"
+    initial_codes: InitialCodes = "random"
 
     def __post_init__(self) -> None:
         check_number("codebook_weight", self.codebook_weight, "(0, 1000000]")
+        check_choice("initial_codes", self.initial_codes, get_args(InitialCodes))
         check_losses(self)
         check_estimator(self.gradient_estimator)
 

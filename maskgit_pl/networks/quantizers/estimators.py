@@ -11,7 +11,7 @@ from torch import Tensor
 from maskgit_pl.checks import check_choice
 from maskgit_pl.networks.quantizers.base import straight_through
 
-__all__ = ["GradientEstimator", "check_estimator", "estimate", "rotate"]
+__all__ = ["GradientEstimator", "check_estimator", "estimate", "rotate_to_codes"]
 
 GradientEstimator = Literal["straight-through", "rotation"]
 
@@ -27,10 +27,10 @@ def check_estimator(value: object) -> None:
 
 def estimate(rows: Tensor, codes: Tensor, estimator: GradientEstimator) -> Tensor:
     """Returns the codes (M, D) with a gradient for the rows (M, D), and none for the codes."""
-    return rotate(rows, codes) if estimator == "rotation" else straight_through(rows, codes)
+    return rotate_to_codes(rows, codes) if estimator == "rotation" else straight_through(rows, codes)
 
 
-def rotate(rows: Tensor, codes: Tensor) -> Tensor:
+def rotate_to_codes(rows: Tensor, codes: Tensor) -> Tensor:
     """Returns the codes as a rotation and scaling of the rows, which are constants of the gradient.
 
     q = (|q| / |e|) R e,  R e = e - 2 r (r . e) + 2 q' (e' . e),  e' = e / |e|, q' = q / |q|, r = (e' + q') / |e' + q'|
@@ -53,5 +53,5 @@ def rotate(rows: Tensor, codes: Tensor) -> Tensor:
         scale = codes.norm(dim=1, keepdim=True) / rows.norm(dim=1, keepdim=True).clamp(min=1e-6)
     along_middle = (rows * middle).sum(1, keepdim=True)
     along_unit = (rows * unit).sum(1, keepdim=True)
-    turned = scale * (rows - 2 * middle * along_middle + 2 * target * along_unit)
+    turned: Tensor = scale * (rows - 2 * middle * along_middle + 2 * target * along_unit)
     return turned + (codes - turned).detach()  # without rounding errors, and the code where a feature is 0

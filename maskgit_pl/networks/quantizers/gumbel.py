@@ -71,7 +71,7 @@ class GumbelQuantizer(CodebookQuantizer):
         # Row j of micro-batch a on rank r is at (a W + r) M + j, as the data module deals samples out.
         first = (self._micro_batch * ranks + rank) * size
         places = torch.arange(first, first + size, device=logits.device)
-        parts = places.split(max(1, _NUMBERS_AT_ONCE // codes))
+        parts = torch.split(places, max(1, _NUMBERS_AT_ONCE // codes))
         drawn = [
             random_uniform("gumbel-quantizer", seed=self._seed, index=part, epoch=self._step, count=codes)
             for part in parts

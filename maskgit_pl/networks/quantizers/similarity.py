@@ -44,9 +44,9 @@ class SimVQ(CodebookQuantizer):
         self.projection = nn.Parameter(torch.empty(code_dim, code_dim).uniform_(-bound, bound))
         self.offset = nn.Parameter(torch.empty(code_dim).uniform_(-bound, bound))
 
-    @property  # type: ignore[override]  # computed: a cached product would miss an optimizer step
-    def codebook(self) -> Tensor:
-        """The codes (K, D) float32."""
+    @property
+    def codebook(self) -> Tensor:  # type: ignore[override]  # read-only
+        """The codes (K, D) float32, computed: a cached product would miss an optimizer step."""
         with torch.autocast(self.projection.device.type, enabled=False):
             return F.linear(self.frozen_codes, self.projection, self.offset)
 
