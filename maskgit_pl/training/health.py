@@ -197,7 +197,9 @@ class HealthMonitor(Callback):
             first = reported.get("first_judged")
             self._first_judged = None if first is None else int(first)
         except (TypeError, ValueError, AttributeError):
-            log.warning("the health of this run so far cannot be read from its checkpoint, and starts anew")
+            log.warning(
+                "the health of this run so far cannot be read from its checkpoint; it is measured from this step"
+            )
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> tuple[dict[str, float], int]:
         """Logs the measurements of a step, and returns them with the number of tokens; called on every rank (2)."""

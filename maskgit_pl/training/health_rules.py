@@ -116,7 +116,7 @@ class Problem:
         metric: Name of the measurement.
         value: The measured value.
         limit: The end of the range that it is beyond.
-        text: What is wrong, in one sentence without a period.
+        text: The problem in one sentence without a period.
         advice: Changes that may cure it, the most promising first.
     """
 
@@ -192,8 +192,8 @@ def _find_distant_codes(
             f"the features are {distance:.3g} away from their codes on average (healthy: at most {limit:.3g}, for a "
             f"feature norm of {norm:.3g}), so the codes explain nothing of them"
         )
-        commitment = context.options.get("commitment")
-        advice = [f"raise model.network.quantizer.commitment (now {commitment:g})"] if _is_number(commitment) else []
+        commitment = _number(context.options.get("commitment"))
+        advice = [f"raise model.network.quantizer.commitment (now {commitment:g})"] if commitment is not None else []
         yield Problem(
             "commitment_distance", "commitment_distance", distance, limit, text, [*advice, *_lower_rate(context)]
         )
@@ -236,13 +236,13 @@ def _find_discriminator(
 def _advise_on_codes(context: HealthContext) -> list[str]:
     """Returns the changes that bring unused codes back, for the quantizer of the run."""
     key, advice = "model.network.quantizer", []
-    restart, entropy = (context.options.get(name) for name in ("restart_below", "entropy_weight"))
-    if _is_number(restart) and restart < _RESTART_BELOW:
+    restart, entropy = (_number(context.options.get(name)) for name in ("restart_below", "entropy_weight"))
+    if restart is not None and restart < _RESTART_BELOW:
         advice.append(
             f"raise {key}.restart_below (now {restart:g}; {_RESTART_BELOW} replaces codes that fewer than a fifth of "
             "their share of features use)"
         )
-    if _is_number(entropy) and entropy == 0:
+    if entropy == 0:
         advice.append(f"set {key}.entropy_weight above 0 (0.1 in the released configuration)")
     others = [name for name in ("simvq", "fsq") if name in context.known_quantizers and name != context.quantizer]
     if context.quantizer != "ema":
@@ -259,5 +259,5 @@ def _lower_rate(context: HealthContext) -> list[str]:
     return [f"lower model.optimizer.learning_rate.peak{now}"]
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _number(value: object) -> float | None:
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
