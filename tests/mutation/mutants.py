@@ -197,6 +197,13 @@ MUTANTS: tuple[Mutant, ...] = (
         ("mean_over_ranks(probabilities.mean(0))", "probabilities.mean(0)"),
     ),
     *_of(
+        "evaluation/limiting_stage.py",
+        "evaluation/test_limiting_stage",
+        ("if fid <= _NEAR_REAL * real_fid", "if fid <= real_fid"),
+        ("reconstruction_fid > _TOKENIZER_SHARE * fid", "reconstruction_fid >= _TOKENIZER_SHARE * fid"),
+        ("shlex.quote(text)", "text"),
+    ),
+    *_of(
         "randomness.py",
         "test_randomness",
         ("_ROUNDS = 10", "_ROUNDS = 8"),
