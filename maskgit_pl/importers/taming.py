@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maskgit_pl.checks import shorten
-from maskgit_pl.importers.tokenizer_layout import CODEBOOK, TokenizerLayout, count_numbers, read_widths, shape_of
+from maskgit_pl.importers.tokenizer_layout import CODEBOOK, TokenizerLayout, count_numbers, read_shape, read_widths
 from maskgit_pl.networks.vqgan import VQGANConfig
 
 __all__ = ["DIFFUSERS", "LLAMAGEN", "TAMING"]
 
-_GROUPS = 32  # groups of every GroupNorm, if nothing else is said
+_GROUPS = 32  # groups of every GroupNorm, unless config.json sets another number
 _LEGACY_LOSS = {"name": "gradient", "commitment": 1.0, "codebook_weight": 0.25, "entropy_weight": 0.0}
 _OTHERS = (
     "loss.",  # discriminator and perceptual network of Lightning checkpoints
@@ -150,9 +150,9 @@ def _read_config(
     channels, multipliers = read_widths(
         tensors, "encoder.conv_in.weight", [f"{level}.{parts.block}.0.conv1.weight" for level in levels]
     )
-    codebook_size, code_dim = shape_of(tensors, CODEBOOK, axes=2)
+    codebook_size, code_dim = read_shape(tensors, CODEBOOK, axes=2)
     return VQGANConfig(
-        shape_of(tensors, "encoder.conv_in.weight", axes=4)[1],
+        read_shape(tensors, "encoder.conv_in.weight", axes=4)[1],
         base_channels=channels,
         channel_multipliers=multipliers,
         num_res_blocks=count_numbers(tensors, f"{levels[0]}.{parts.block}."),
@@ -165,7 +165,7 @@ def _read_config(
             number for number, level in enumerate(levels) if count_numbers(tensors, f"{level}.{parts.attention}.")
         ),
         middle_attention=any(name.startswith(f"encoder.{parts.middle[1]}.") for name in tensors),
-        latent_channels=shape_of(tensors, "encoder.conv_out.weight", axes=4)[0],
+        latent_channels=read_shape(tensors, "encoder.conv_out.weight", axes=4)[0],
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from maskgit_pl.importers.torch_file import name_some
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 
-__all__ = ["CODEBOOK", "TokenizerLayout", "count_numbers", "read_widths", "shape_of", "tokenizer_weights"]
+__all__ = ["CODEBOOK", "TokenizerLayout", "count_numbers", "read_shape", "read_widths", "tokenizer_weights"]
 
 CODEBOOK = "quantize.embedding.weight"
 """The codebook, by the name that all projects with a table of codes give it."""
@@ -88,7 +88,7 @@ def count_numbers(tensors: Mapping[str, Tensor], prefix: str) -> int:
     return len({name[len(prefix) :].partition(".")[0] for name in tensors if name.startswith(prefix)})
 
 
-def shape_of(tensors: Mapping[str, Tensor], name: str, *, axes: int) -> tuple[int, ...]:
+def read_shape(tensors: Mapping[str, Tensor], name: str, *, axes: int) -> tuple[int, ...]:
     """Returns the shape of a tensor.
 
     Raises:
@@ -113,8 +113,8 @@ def read_widths(tensors: Mapping[str, Tensor], first: str, blocks: list[str]) ->
     Raises:
         ValueError: if a tensor is missing, or a level is no multiple of the first convolution.
     """
-    channels = shape_of(tensors, first, axes=4)[0]
-    widths = [shape_of(tensors, name, axes=4)[0] for name in blocks]
+    channels = read_shape(tensors, first, axes=4)[0]
+    widths = [read_shape(tensors, name, axes=4)[0] for name in blocks]
     if not channels or any(width % channels for width in widths):
         raise ValueError(
             f"channels of each level must be multiples of the first convolution's {channels}, got {widths}"
