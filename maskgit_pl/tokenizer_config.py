@@ -11,6 +11,7 @@ from torch import nn
 from maskgit_pl.checks import check_choice, check_integer, check_number, check_seed
 from maskgit_pl.losses import AdversarialLoss, ReconstructionLoss
 from maskgit_pl.networks.discriminator import DiscriminatorConfig
+from maskgit_pl.networks.discriminators import build_discriminator
 from maskgit_pl.networks.features import feature_networks
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.training.compile_and_checkpointing import ActivationCheckpointing
@@ -66,7 +67,8 @@ class AdversarialConfig:
     """The adversarial loss and its discriminator. The defaults are the released configuration's.
 
     Args:
-        discriminator: Sizes of the discriminator.
+        discriminator: Name or mapping of a registered discriminator, or its built configuration; without a name:
+            ``stylegan``.
         loss: ``non-saturating`` or ``hinge``.
         weight: Factor of the generator's loss, in [0, 1e6].
         weight_rule: ``fixed`` uses ``weight`` itself. ``adaptive`` multiplies it by |gradient of the other losses| /
@@ -80,7 +82,7 @@ class AdversarialConfig:
         ValueError: if a number is out of range.
     """
 
-    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    discriminator: DiscriminatorConfig | str | Mapping[str, Any] = field(default_factory=DiscriminatorConfig)
     loss: AdversarialLoss = "non-saturating"
     weight: float = 0.1
     weight_rule: Literal["fixed", "adaptive"] = "fixed"
@@ -94,6 +96,12 @@ class AdversarialConfig:
             check_number(f"adversarial {name}", getattr(self, name), "[0, 1e6]")
         check_integer("adversarial start_step", self.start_step, "[0, inf)")
         check_integer("adversarial r1_every", self.r1_every, "[1, inf)")
+        discriminator = build_discriminator(self.discriminator)
+        if self.r1_weight > 0 and getattr(discriminator, "mixes_images", False):
+            raise ValueError(
+                f"adversarial r1_weight must be 0 with a discriminator that normalises over the batch, got "
+                f"{self.r1_weight}; R1 needs logits that depend on one image each: set r1_weight 0, or norm group"
+            )
 
     def has_started(self, step: int) -> bool:
         """Returns whether the networks have an adversarial loss at a step."""

@@ -70,8 +70,8 @@ class AdversarialStep:
     Args:
         config: Losses and their weights.
         real: (B, C, H, W) float32 real images; they require a gradient in steps with an R1 penalty.
-        real_logits: (B, 1) float: logits of ``real``.
-        fake_logits: (B, 1) float: logits of the reconstructions.
+        real_logits: (B, ...) float: logits of ``real``.
+        fake_logits: (B, ...) float: logits of the reconstructions.
 
     Attributes:
         metrics: Detached scalars by name, added by the methods.
