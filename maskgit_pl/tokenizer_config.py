@@ -12,7 +12,7 @@ from maskgit_pl.checks import check_choice, check_integer, check_number, check_s
 from maskgit_pl.losses import AdversarialLoss, ReconstructionLoss
 from maskgit_pl.networks.discriminator import DiscriminatorConfig
 from maskgit_pl.networks.discriminators import build_discriminator
-from maskgit_pl.networks.features import feature_networks
+from maskgit_pl.networks.perceptual import PerceptualOutput, build_perceptual, create_distance
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.training.compile_and_checkpointing import ActivationCheckpointing
 from maskgit_pl.training.optimizers import OptimizerConfig
@@ -24,13 +24,15 @@ MemoryFormat = Literal["contiguous", "channels_last"]
 
 @dataclass(frozen=True)
 class PerceptualConfig:
-    """The perceptual loss: weight x mean squared difference of a pretrained network's outputs.
+    """The perceptual loss: weight x mean distance of a pretrained network.
+
+    The distance is LPIPS, or the mean squared difference of a feature network's outputs.
 
     Args:
-        network: Name or mapping of a registered feature network.
+        network: Name or mapping: ``lpips``, or a registered feature network.
         weight: Factor of the loss, in (0, 1e6].
-        output: Output that is compared: the classifier's ``logits`` (released configuration) or the pooled
-            ``features``.
+        output: Output of a feature network that is compared: the classifier's ``logits`` (released configuration) or
+            the pooled ``features``.
 
     Raises:
         ValueError: if the weight is out of range, or the network is unknown.
@@ -40,21 +42,26 @@ class PerceptualConfig:
 
     network: str | Mapping[str, Any]
     weight: float = 0.1
-    output: Literal["logits", "features"] = "logits"
+    output: PerceptualOutput = "logits"
 
     def __post_init__(self) -> None:
         check_number("perceptual weight", self.weight, "(0, 1e6]")
         # Checks the name and the arguments. create_network reads the weights.
-        feature_networks.build(self.network)
+        build_perceptual(self.network, self.output)
+
+    @property
+    def min_image_size(self) -> int:
+        """The smallest side of an image that the network supports, in pixels."""
+        return getattr(build_perceptual(self.network, self.output), "min_image_size", 1)
 
     def create_network(self) -> nn.Module:
-        """Builds the frozen network.
+        """Builds the frozen network: two (B, C, H, W) float images in [0, 1] to distances (B,).
 
         Raises:
             ValueError: if its weights cannot be read.
         """
         try:
-            return feature_networks.build(self.network).create()
+            return create_distance(self.network, self.output)
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(
                 f"model.perceptual.network: {error}; set --model.perceptual.network.weights FILE, or train without "
@@ -158,3 +165,8 @@ class TokenizerConfig:
         check_choice("activation_checkpointing", self.activation_checkpointing, get_args(ActivationCheckpointing))
         if self.gradient_clip is not None:
             check_number("gradient_clip", self.gradient_clip, "(0, inf)")
+        if self.perceptual is not None and self.image_size < self.perceptual.min_image_size:
+            raise ValueError(
+                f"image_size must be >= {self.perceptual.min_image_size} with this perceptual network, got "
+                f"{self.image_size}; set another model.perceptual.network, or null for model.perceptual"
+            )

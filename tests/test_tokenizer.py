@@ -329,7 +329,7 @@ def test_a_perceptual_network_reaches_the_generator_and_stays_out_of_the_checkpo
     module = tokenizer(perceptual=PerceptualConfig(spec, weight=1e5))  # random features hardly differ
     loss, metrics = module.similarity_loss(image, images)
     gradient = gradient_at(image, loss)
-    wanted, got = (module.similarity_loss.network(each).logits for each in (images, image))
+    wanted, got = (module.similarity_loss.network.network(each).logits for each in (images, image))
     perceptual = F.mse_loss(got, wanted.detach())
     torch.testing.assert_close(metrics["perceptual"], perceptual)
     total = F.mse_loss(image, images) + 1e5 * perceptual

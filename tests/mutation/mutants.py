@@ -504,6 +504,12 @@ MUTANTS: tuple[Mutant, ...] = (
         ("stride=2, padding=1, groups=channels", "stride=2, padding=2, groups=channels"),
     ),
     *_of(
+        "networks/perceptual.py",
+        "networks/test_perceptual",
+        ("(ours - theirs).square().flatten(1).mean(1)", "(ours - theirs).abs().flatten(1).mean(1)"),
+        ("getattr(self.network(part), self.output)", "self.network(part).features"),
+    ),
+    *_of(
         "networks/patch_discriminator.py",
         "networks/test_discriminators",
         ("stride = 2 if layer < config.num_layers else 1", "stride = 2"),
