@@ -198,6 +198,13 @@ MUTANTS: tuple[Mutant, ...] = (
         ("mean_over_ranks(probabilities.mean(0))", "probabilities.mean(0)"),
     ),
     *_of(
+        "evaluation/limiting_stage.py",
+        "evaluation/test_limiting_stage",
+        ("if fid <= _NEAR_REAL * real_fid", "if fid <= real_fid"),
+        ("reconstruction_fid > _TOKENIZER_SHARE * fid", "reconstruction_fid >= _TOKENIZER_SHARE * fid"),
+        ("shlex.quote(text)", "text"),
+    ),
+    *_of(
         "randomness.py",
         "test_randomness",
         ("_ROUNDS = 10", "_ROUNDS = 8"),
@@ -901,5 +908,19 @@ MUTANTS: tuple[Mutant, ...] = (
         "evaluation/reports/ablation_protocol.py",
         "evaluation/reports/test_ablation_page",
         ('if row["plan"] == own[-1]["plan"]', 'if row["plan"]'),
+    ),
+    *_of(
+        "training/health_rules.py",
+        "training/test_health",
+        ("* (1 - (1 - 1 / codebook_size) ** num_tokens)", "* (1 - 1 / codebook_size) ** num_tokens"),
+        ("usage is not None and usage < limit", "usage is not None and usage <= limit"),
+        ("restart < _RESTART_BELOW", "restart > _RESTART_BELOW"),
+    ),
+    *_of(
+        "training/health.py",
+        "training/test_health",
+        ("self.history.counts.zero_()", "pass"),
+        ("self.last_used.index_fill_(0, flat, step)", "self.last_used.index_fill_(0, flat, step - 1)"),
+        ("cause not in known and", ""),
     ),
 )
