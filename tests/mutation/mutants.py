@@ -869,6 +869,21 @@ MUTANTS: tuple[Mutant, ...] = (
         ("qk_norm=False", "qk_norm=True"),
     ),
     *_of(
+        "importers/taming.py",
+        "importers/test_tokenizers importers/test_taming",
+        ("if parts.lowest_first else level}", "if not parts.lowest_first else level}"),
+        ('settings.get("norm_num_groups", _GROUPS)', "_GROUPS"),
+        ("if config.middle_attention else (block, last)", "if True else (block, last)"),
+        ("if settings.get(key, supported) != supported:", "if False:"),
+    ),
+    *_of(
+        "importers/tokenizers.py",
+        "importers/test_tokenizers importers/test_taming",
+        ("check_held(found, file.stat().st_size)", "pass"),
+        ("check_tensor(name, tensor)", "pass"),
+        ("if path.stat().st_size > _MAX_SETTINGS_BYTES:", "if False:"),
+    ),
+    *_of(
         "importers/transformers.py",
         "importers/test_transformers",
         ("if inner in tensors:", "if False:"),
