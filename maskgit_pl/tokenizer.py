@@ -200,6 +200,8 @@ class Tokenizer(LightningModule):
     def _add_gradients(self, images: Tensor, *, step: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
         """Adds the gradients of one (B, C, H, W) micro-batch to both networks and returns its losses."""
         # 2. Generator. The detached image is a leaf, so the gradient of the losses stops at it.
+        place = {"seed": self.config.seed, "step": step, "micro_batch": len(self._pending.tokens)}
+        self.network.quantizer.begin_micro_batch(**place)
         output = self._run_network("network", images)
         image = output.reconstruction.detach().requires_grad_()
         loss, metrics = self.similarity_loss(image, images)

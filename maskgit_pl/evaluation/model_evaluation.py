@@ -121,7 +121,7 @@ def evaluate(
         decoding = model.pipe.decoding_with(num_steps=options.num_steps)
         file = out or folders.run / "evaluation.json"
         measured = _measure(folders, evaluator, model, decoding, num_images, rebuilt, options)
-        report = make_report(model, evaluator, measured, file)
+        report = make_report(folders, model, evaluator, measured, file)
         title = f"{model.run}: pictures"
         generated = evaluator.generate(model, decoding, num_images=num_images, seed=options.seed, title=title)
         if rank_and_world()[0] == 0:

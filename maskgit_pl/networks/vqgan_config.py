@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from maskgit_pl.checks import check_choice, check_integer, check_number, shorten
-from maskgit_pl.networks.quantizers import quantizers
+from maskgit_pl.networks.quantizers import build_sized
 
 __all__ = ["Activation", "Downsampling", "Layout", "VQGANConfig"]
 
@@ -63,7 +63,8 @@ class VQGANConfig:
 
     Raises:
         ValueError: if a size is out of range, the channels of a level are not divisible by ``num_groups``, the
-            quantizer is unknown, or the layout does not support a value.
+            quantizer is unknown or does not fit ``codebook_size`` and ``code_dim``, or the layout does not support a
+            value.
 
     Source: released code, config and modules of the 256 and 512 px tokenizer; ``taming``: CompVis/taming-transformers,
     modules/diffusionmodules/model.py, and FoundationVision/LlamaGen, tokenizer/tokenizer_image/vq_model.py.
@@ -94,7 +95,7 @@ class VQGANConfig:
         check_choice("network downsampling", self.downsampling, get_args(Downsampling))
         check_choice("network activation", self.activation, get_args(Activation))
         check_number("network initial_scale", self.initial_scale, "(0, 1000]")
-        quantizers.build(self.quantizer)
+        build_sized(self.quantizer, codebook_size=self.codebook_size, code_dim=self.code_dim)
 
     def _check_sizes(self) -> None:
         for name, interval in _RANGES.items():
