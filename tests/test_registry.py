@@ -14,7 +14,9 @@ from maskgit_pl.decoding.selectors import TokenSelector, token_selectors
 from maskgit_pl.mask_positions import MaskPositions, mask_positions
 from maskgit_pl.mask_ratios import MaskRatio, mask_ratios
 from maskgit_pl.masking import MaskSampler
+from maskgit_pl.networks.discriminators import discriminators
 from maskgit_pl.networks.features import feature_networks
+from maskgit_pl.networks.perceptual import perceptual_networks
 from maskgit_pl.networks.quantizers import quantizers
 from maskgit_pl.objectives import Objective, TokenLosses, objectives
 from maskgit_pl.registry import PluginError, Registry, describe, nearest
@@ -176,7 +178,7 @@ FAULTS = {  # source of the module, and the message
 }
 REGISTRIES = (
     mask_schedules, token_selectors, guidance_schedules, quantizers, feature_networks, mask_ratios, mask_positions,
-    objectives, corruptions,
+    objectives, corruptions, discriminators, perceptual_networks,
 )  # fmt: skip
 
 
