@@ -31,7 +31,8 @@ PARAMETERS = {
     ("transformer", "adaln-l"): 479_933_441,
     ("transformer", "adaln"): 1_272_961,
     ("tokenizer", "1h"): 278_316,
-    ("transformer", "1h"): 2_176_972,
+    ("tokenizer", "64px"): 288_696,
+    ("transformer", "1h"): 1_290_108,
     ("transformer", "paper-256"): 172_457_193,
     ("transformer", "paper-512"): 173_047_017,
 }
