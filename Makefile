@@ -29,7 +29,7 @@ STAMP := $(VENV)/.installed
 #: WORKERS|Processes that run the tests (default: auto)
 #: ARGS|Any further flags of the command
 DATASET ?= fashion-mnist
-# `adaln` alone is the demo's recipe; its temperatures suit Fashion-MNIST.
+# The temperatures of `adaln` without a budget suit Fashion-MNIST.
 BUDGET ?= $(if $(RECIPE)$(filter fashion-mnist,$(DATASET)),,15m)
 BUDGET := $(BUDGET)
 RECIPE ?= adaln
