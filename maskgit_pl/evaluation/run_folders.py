@@ -34,7 +34,7 @@ __all__ = [
     "create_evaluated_model",
     "default_steps",
     "find_run",
-    "find_tokenizer",
+    "find_tokenizer_folders",
     "give_val_vectors",
     "open_data",
     "open_evaluator",
@@ -122,7 +122,9 @@ def find_run(run: Path | str, *, data: Path | None = None, classifier: Path | No
     return _folders(pretrained, home, data, classifier)
 
 
-def find_tokenizer(folder: Path | str, *, data: Path | None = None, classifier: Path | None = None) -> RunFolders:
+def find_tokenizer_folders(
+    folder: Path | str, *, data: Path | None = None, classifier: Path | None = None
+) -> RunFolders:
     """Finds the folders of a tokenizer, which needs no transformer beside it.
 
     Args:

@@ -28,7 +28,7 @@ from maskgit_pl.evaluation.reconstruction import ReconstructionMeter, psnr
 from maskgit_pl.evaluation.reference import Statistics, draw_order, iter_real_batches
 from maskgit_pl.evaluation.run_folders import RunFolders, open_images
 from maskgit_pl.evaluation.tiling import reconstruct_in_tiles
-from maskgit_pl.evaluation.tokenizer_evaluation import TokenizerOptions
+from maskgit_pl.evaluation.tokenizer_options import TokenizerOptions
 from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.pretrained import PretrainedTokenizer, load_tokenizer
 from maskgit_pl.pretrained.networks import images_at_once
@@ -56,7 +56,7 @@ class ImagePair(NamedTuple):
     """
 
     error: float
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index
     label: int
     original: Tensor
     reconstruction: Tensor
@@ -249,7 +249,7 @@ def _psnr_of_images(errors: Tensor) -> Tensor:
 def _psnr_of_classes(errors: Tensor, labels: Tensor, names: Sequence[str]) -> dict[str, float]:
     """Returns the mean PSNR of the images of each class that has any."""
     values = _psnr_of_images(errors)
-    return {names[label]: float(values[labels == label].mean()) for label in labels.unique().tolist()}
+    return {names[label]: float(values[labels == label].mean()) for label in sorted(set(labels.tolist()))}
 
 
 def _now(device: torch.device) -> float:

@@ -818,7 +818,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ("-10 * math.log10(mean_squared_error)", "-20 * math.log10(mean_squared_error)"),
         ("batch.content[batch.valid], batch.position[batch.valid]", "batch.content, batch.position"),
         (".float().clamp(0, 1)", ".float()"),
-        ("rows.mean(0)", "rows.sum(0)"),
+        ("float(each.mean())", "float(each.sum())"),
     ),
     *_of(
         "evaluation/ledger.py",

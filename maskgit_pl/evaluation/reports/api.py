@@ -16,7 +16,7 @@ from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
 from maskgit_pl.evaluation.pages import command_line
 from maskgit_pl.evaluation.reports.ablation_protocol import select_rows
 from maskgit_pl.evaluation.reports.options import ReportOptions, TimingOptions
-from maskgit_pl.evaluation.run_folders import find_run, find_tokenizer
+from maskgit_pl.evaluation.run_folders import find_run, find_tokenizer_folders
 from maskgit_pl.files import check_writable
 from maskgit_pl.progress import Bars, no_bars
 
@@ -176,7 +176,7 @@ def compare_tokenizers(runs: Runs, options: ReportOptions | None = None, *, bars
     """
     options = options or ReportOptions()
     _check_runs("table tokenizers", runs)
-    folders = [find_tokenizer(run, data=options.data, classifier=options.classifier) for run in runs]
+    folders = [find_tokenizer_folders(run, data=options.data, classifier=options.classifier) for run in runs]
     # All rows compare with the same real images.
     folders = [replace(each, data=folders[0].data) for each in folders]
     from maskgit_pl.evaluation.reports.tokenizer_table import measure_tokenizers
