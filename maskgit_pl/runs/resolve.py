@@ -25,7 +25,7 @@ from maskgit_pl.pretrained import read_config
 from maskgit_pl.runs.layers import merge
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe_files import Stage
-from maskgit_pl.runs.recipe_schema import Parameter, RunSettings, TrainerSettings, parameters_of
+from maskgit_pl.runs.recipe_schema import Parameter, TrainerSettings, parameters_of, run_settings
 from maskgit_pl.shards.manifest import read_manifest_summary
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.tokenizer_config import TokenizerConfig
@@ -99,14 +99,12 @@ def resolve(kind: str, tree: Mapping[str, Any]) -> dict[str, Any]:
         tree: Checked values of a recipe.
 
     Returns:
-        Groups ``data``, ``model`` and ``trainer``, and the keys of ``RunSettings``.
+        Groups ``data``, ``model`` and ``trainer``, and the keys of ``run_settings``.
     """
     groups = {"data": parameters_of(ShardDataConfig), "model": parameters_of(MODULES[kind][0])}
     config = {name: _resolve_group(known, tree.get(name, {})) for name, known in groups.items()}
-    for name, defaults in (("trainer", TrainerSettings()), (None, RunSettings())):
-        given = tree.get(name, {}) if name else {key: tree[key] for key in asdict(defaults) if key in tree}
-        values = {**asdict(defaults), **given}
-        config |= {name: values} if name else values
+    config["trainer"] = {**asdict(TrainerSettings()), **tree.get("trainer", {})}
+    config |= _resolve_group(parameters_of(run_settings(kind)), tree)
     # Derived keys.
     config["model"]["seed"] = config["data"]["seed"]
     if kind == "transformer":

@@ -907,4 +907,18 @@ MUTANTS: tuple[Mutant, ...] = (
         "evaluation/reports/test_ablation_page",
         ('if row["plan"] == own[-1]["plan"]', 'if row["plan"]'),
     ),
+    *_of(
+        "training/health_rules.py",
+        "training/test_health",
+        ("* (1 - (1 - 1 / codebook_size) ** num_tokens)", "* (1 - 1 / codebook_size) ** num_tokens"),
+        ("usage is not None and usage < limit", "usage is not None and usage <= limit"),
+        ("restart < _RESTART_BELOW", "restart > _RESTART_BELOW"),
+    ),
+    *_of(
+        "training/health.py",
+        "training/test_health",
+        ("self.history.counts.zero_()", "pass"),
+        ("self.last_used.index_fill_(0, flat, step)", "self.last_used.index_fill_(0, flat, step - 1)"),
+        ("cause not in known and", ""),
+    ),
 )
