@@ -28,7 +28,7 @@ def evaluate_tokenizer(
     data: Path | None = None,
     features: Sequence[str | dict[str, Any]] = ("classifier",),
     out: Path | None = None,
-    options: TokenizerOptions = TokenizerOptions(),  # frozen
+    options: TokenizerOptions | None = None,
     bars: Bars = no_bars,
 ) -> TokenizerReport:
     """Measures a tokenizer, and writes ``tokenizer.json``, ``tokenizer.md``, a picture and a ledger row.
@@ -38,7 +38,7 @@ def evaluate_tokenizer(
         data: Data folder; None for the data that the run was trained on.
         features: Feature networks: names or mappings, see ``networks.features.parse_feature_network``.
         out: Path of the JSON file, beside which the others are written; None for ``RUN/tokenizer.json``.
-        options: Number of images, tiles and other options.
+        options: Number of images, tiles and other options; None for the defaults.
         bars: Progress bars.
 
     Raises:
@@ -46,6 +46,7 @@ def evaluate_tokenizer(
         TypeError: if a feature network does not accept its arguments.
         ValueError: if the data do not fit the tokenizer, a network is unknown, or a number is out of range.
     """
+    options = options or TokenizerOptions()
     folders = find_tokenizer_folders(folder, data=data, classifier=options.classifier)
     check_tokenizer_data(folders, options)
     file = out or folders.run / "tokenizer.json"

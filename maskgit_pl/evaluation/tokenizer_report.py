@@ -17,8 +17,8 @@ from maskgit_pl.evaluation.metric_names import format_value, metric_name, title
 from maskgit_pl.evaluation.pages import image_to_png, markdown_table, paragraph
 from maskgit_pl.evaluation.reconstruction import psnr
 from maskgit_pl.evaluation.run_folders import RunFolders
-from maskgit_pl.evaluation.tokenizer_options import TokenizerOptions
 from maskgit_pl.evaluation.tokenizer_measurement import BEST_PSNR, ImagePair, MeasuredTokenizer
+from maskgit_pl.evaluation.tokenizer_options import TokenizerOptions
 from maskgit_pl.files import write_atomically, write_text
 from maskgit_pl.imaging import image_grid
 from maskgit_pl.pretrained import fingerprint, read_config
