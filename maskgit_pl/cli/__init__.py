@@ -26,7 +26,7 @@ from maskgit_pl.cli import (
     evaluate_tokenizer,
     export,
     import_jax,
-    import_taming,
+    import_tokenizer,
     import_transformer,
     inpaint,
     outpaint,
@@ -49,7 +49,7 @@ __all__ = ["build_parser", "main"]
 
 _COMMANDS = (
     data, doctor, train, slurm, tokenize, export, sample, inpaint, outpaint, panorama, evaluate, evaluate_tokenizer,
-    compare, tune, ablation, paper, train_classifier, schedules, import_jax, import_taming, import_transformer,
+    compare, tune, ablation, paper, train_classifier, schedules, import_jax, import_tokenizer, import_transformer,
 )  # fmt: skip
 
 
