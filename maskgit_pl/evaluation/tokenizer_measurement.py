@@ -23,7 +23,7 @@ from maskgit_pl.devices import check_device, default_device
 from maskgit_pl.evaluation.distances import frechet_distance, kernel_distance
 from maskgit_pl.evaluation.extractors import open_extractors
 from maskgit_pl.evaluation.features import Extractor, FeatureCollector
-from maskgit_pl.evaluation.lpips import load_lpips
+from maskgit_pl.networks.lpips import load_lpips
 from maskgit_pl.evaluation.reconstruction import ReconstructionMeter, psnr
 from maskgit_pl.evaluation.reference import Statistics, draw_order, iter_real_batches
 from maskgit_pl.evaluation.run_folders import RunFolders, open_images
@@ -231,7 +231,7 @@ def _numbers(meter: ReconstructionMeter, seen: _Pass, count: int) -> dict[str, f
 def _distances(label: str, reconstructions: FeatureCollector, originals: FeatureCollector) -> dict[str, float]:
     """Returns FID and KID of the reconstructions, and of one half of the originals against the other."""
     fake, real = reconstructions.gather().pooled.double(), originals.gather().pooled.double()
-    halves = real[::2], real[1::2]  # every second image, whatever their order
+    halves = real[::2], real[1::2]  # every second image
     numbers = {}
     for name, (one, other) in {"": (fake, real), "_floor": halves}.items():
         numbers[f"rfid{name}/{label}"] = frechet_distance(
