@@ -23,13 +23,13 @@ from maskgit_pl.devices import check_device, default_device
 from maskgit_pl.evaluation.distances import frechet_distance, kernel_distance
 from maskgit_pl.evaluation.extractors import open_extractors
 from maskgit_pl.evaluation.features import Extractor, FeatureCollector
-from maskgit_pl.networks.lpips import load_lpips
 from maskgit_pl.evaluation.reconstruction import ReconstructionMeter, psnr
 from maskgit_pl.evaluation.reference import Statistics, draw_order, iter_real_batches
 from maskgit_pl.evaluation.run_folders import RunFolders, open_images
 from maskgit_pl.evaluation.tiling import reconstruct_in_tiles
 from maskgit_pl.evaluation.tokenizer_options import TokenizerOptions
 from maskgit_pl.imaging import to_unit_range
+from maskgit_pl.networks.lpips import load_lpips
 from maskgit_pl.pretrained import PretrainedTokenizer, load_tokenizer
 from maskgit_pl.pretrained.networks import images_at_once
 from maskgit_pl.progress import Bars
@@ -87,7 +87,7 @@ class MeasuredTokenizer:
 
 @dataclass
 class _Pass:
-    """What one pass over the images collects besides ``ReconstructionMeter``."""
+    """The values of one pass over the images, besides those of ``ReconstructionMeter``."""
 
     originals: dict[str, FeatureCollector]
     labels: list[Tensor] = field(default_factory=list)
