@@ -329,9 +329,10 @@ def works(made: object) -> bool:
         return 0 < made.fraction < 1
     if hasattr(made, "label"):
         return isinstance(made.label, str)  # a feature network reads files when it is made
-    quantizer = made.create(codebook_size=4, code_dim=2)
+    levels = getattr(made, "levels", (2, 2))  # those of fsq determine its sizes
+    quantizer = made.create(codebook_size=math.prod(levels), code_dim=len(levels))
     for step in range(3):
-        output = quantizer(torch.randn(1, 2, 3, 3, generator=torch.Generator().manual_seed(step)))
+        output = quantizer(torch.randn(1, len(levels), 3, 3, generator=torch.Generator().manual_seed(step)))
         quantizer.update([output.tokens], [output.features], seed=0, step=step)
     return bool(output.loss.isfinite() and quantizer.lookup(torch.arange(4)).isfinite().all())
 
