@@ -233,7 +233,7 @@ class StageRun:
         known = rename_settings(known, f"checkpoint {checkpoint}")
         # Older checkpoints lack keys that are new, in the adversarial loss too if they have one.
         has_adversarial = any(key.startswith("model.adversarial.") for key in known)
-        model = {"adversarial": {}} if has_adversarial else {}
+        model: dict[str, Any] = {"adversarial": {}} if has_adversarial else {}
         defaults = fixed_settings(resolve(self.kind, {"model": model}), data="", tokenizer="")
         changed = list_changes(known, self.fixed, defaults)
         if changed:
