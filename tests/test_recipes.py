@@ -35,7 +35,6 @@ PARAMETERS = {
     ("transformer", "adaln-b"): 142_450_433,
     ("transformer", "adaln-l"): 479_933_441,
     ("transformer", "adaln"): 1_272_961,
-    ("tokenizer", "1h"): 278_316,
     ("tokenizer", "64px"): 288_696,
     ("transformer", "1h"): 1_290_108,
     ("transformer", "paper-256"): 172_457_193,
