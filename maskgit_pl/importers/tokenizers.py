@@ -20,8 +20,10 @@ from torch import Tensor
 from maskgit_pl.checks import shorten
 from maskgit_pl.files import write_folder
 from maskgit_pl.importers.files import check_out, find_weights
+from maskgit_pl.importers.magvit2 import OPEN_MAGVIT2
+from maskgit_pl.importers.maskbit import MASKBIT
 from maskgit_pl.importers.taming import DIFFUSERS, LLAMAGEN, TAMING
-from maskgit_pl.importers.tokenizer_layout import CODEBOOK, TokenizerLayout, tokenizer_weights
+from maskgit_pl.importers.tokenizer_layout import TokenizerLayout, tokenizer_weights
 from maskgit_pl.importers.torch_file import name_some, read_checkpoint
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.networks.weight_file import check_held, check_tensor
@@ -29,10 +31,11 @@ from maskgit_pl.pretrained import save_tokenizer
 
 __all__ = ["ImportedTokenizer", "import_tokenizer", "tokenizer_layout_of"]
 
-_LAYOUTS = (TAMING, LLAMAGEN, DIFFUSERS)
+_LAYOUTS = (TAMING, LLAMAGEN, DIFFUSERS, MASKBIT, OPEN_MAGVIT2)
 # Entries that hold the tensors; as in LlamaGen, its average comes before "model".
 _WEIGHTS = ("state_dict", "ema", "model")
 _MAX_SETTINGS_BYTES = 1_000_000  # of config.json, as of a recipe
+_AVERAGE = "model_ema."
 _GUMBEL = ("quantize.embed.weight", "quantize.proj.weight")
 _TRANSFORMER = re.compile(r"(^|\.)(transformer|first_stage_model|tok_emb|tok_embeddings|layers\.0)\.")
 
@@ -99,6 +102,8 @@ def import_tokenizer(file: Path, out: Path, *, image_size: int = 256) -> Importe
         # 2.
         layout = tokenizer_layout_of(contents)
         found, ignored = _network_tensors(contents, layout)
+        if layout.has_average:
+            found = _choose_average(found, contents)
         # 3.
         check_held(found, file.stat().st_size)
         for name, tensor in found.items():
@@ -130,8 +135,9 @@ def tokenizer_layout_of(tensors: Mapping[str, Any]) -> TokenizerLayout:
         kind = "a transformer" if any(map(_TRANSFORMER.search, tensors)) else "something else"
         known = ", ".join(layout.name for layout in _LAYOUTS)
         raise ValueError(f"it must be a tokenizer of {known}, got {kind} ({name_some(tensors)})")
-    if CODEBOOK not in tensors:
-        raise ValueError(f"tensor {CODEBOOK} must be there: it is the codebook; name a tokenizer")
+    codes = found[0].codes
+    if codes and not any(name in tensors for name in codes):
+        raise ValueError(f"tensor {' or '.join(codes)} must be there: it is the codebook; name a tokenizer")
     return found[0]
 
 
@@ -176,6 +182,20 @@ def _network_tensors(contents: Mapping[str, Any], layout: TokenizerLayout) -> tu
     return tensors, tuple(
         f"{name} ({count} tensors)" if name.endswith("*") else name for name, count in ignored.items()
     )
+
+
+def _choose_average(tensors: Mapping[str, Tensor], contents: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Returns the averaged weights in place of the last ones, if a file has them.
+
+    An average has the name of its weight without dots, such as ``model_ema.encoderconv_inweight``.
+    """
+    if not any(name.startswith(_AVERAGE) for name in contents):
+        return dict(tensors)
+    names = {name: f"{_AVERAGE}{name.replace('.', '')}" for name in tensors}
+    missing = [name for name in names.values() if not isinstance(contents.get(name), Tensor)]
+    if missing:
+        raise ValueError(f"averaged tensors are missing: {name_some(missing)}")
+    return {name: contents[average] for name, average in names.items()}
 
 
 def _matches(name: str, known: str) -> bool:

@@ -6,12 +6,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from maskgit_pl.importers.maskbit import MASKBIT
 from maskgit_pl.importers.taming import DIFFUSERS
 from maskgit_pl.importers.tokenizer_layout import tokenizer_weights
 from maskgit_pl.importers.tokenizers import import_tokenizer, tokenizer_layout_of
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pretrained import load_tokenizer
-from tests.importers.tokenizer_references import DiffusersVQModel, diffusers_config, with_random_values
+from tests.importers.tokenizer_references import DiffusersVQModel, MaskBitModel, diffusers_config, with_random_values
 
 
 def images(number=3, *, seed=0, size=16):
@@ -214,3 +215,90 @@ def test_a_hostile_config_of_diffusers_is_refused(content, message, tmp_path):
     (folder / "config.json").write_text(content)
     with pytest.raises(ValueError, match=f"config.json {message}"):
         import_tokenizer(folder, tmp_path / "out", image_size=16)
+
+
+# MaskBit
+
+
+def maskbit_model(**sizes):
+    torch.manual_seed(0)
+    network = with_random_values(MaskBitModel(**sizes))
+    if hasattr(network.quantize, "embedding"):
+        return place_codes(network, network.quantize.embedding.weight)
+    # Features on both sides of 0, so that all bits occur.
+    network.encoder.conv_out.bias.sub_(network.features(images(8, seed=1)).mean((0, 2, 3)))
+    return network
+
+
+MASKBIT_CASES = {
+    "VQGAN+": {"table": 32},
+    "mean": {"table": 32, "down": "mean"},
+    "older weights": {"table": 32, "old": True},
+    "one level": {"table": 32, "widths": (32,), "blocks": 1},
+    "bits": {},
+    "bits of older weights": {"dim": 5, "old": True, "blocks": 1},
+}
+
+
+@pytest.mark.parametrize("case", MASKBIT_CASES)
+def test_a_tokenizer_of_maskbit_comes_out_as_it_goes_in(case, tmp_path):
+    original = maskbit_model(**MASKBIT_CASES[case])
+    torch.save(original.state_dict(), tmp_path / "tokenizer.bin")
+    made = import_tokenizer(tmp_path / "tokenizer.bin", tmp_path / "out", image_size=16)
+    assert made.layout == "MaskBit"
+    assert made.num_parameters == sum(parameter.numel() for parameter in original.parameters())
+    assert made.ignored == (() if "table" in MASKBIT_CASES[case] else ("quantize.bits_to_indices", "quantize.codebook"))
+    check_same(original, made.folder)
+
+
+@pytest.mark.parametrize(("dim", "table"), [(14, None), (18, None), (64, 4096)])
+def test_sizes_of_the_published_tokenizers_of_maskbit_are_read_off(dim, table):
+    """The sizes are those of configs/tokenizer: 14 and 18 bits, and VQGAN+ of 12 bits."""
+    with torch.device("meta"):
+        network = MaskBitModel(widths=(128, 128, 256, 256, 512), dim=dim, table=table)
+    constants = {"quantize.bits_to_indices", "quantize.codebook"}
+    tensors = {name: value for name, value in network.state_dict().items() if name not in constants}
+    sizes = MASKBIT.read_config(tensors, {})
+    assert (sizes.codebook_size, sizes.code_dim) == (table or 2**dim, dim)
+    assert sizes.channel_multipliers == (1, 1, 2, 2, 4)
+    assert sizes.downsampling == "strided-3x3"
+    count = sum(weight.numel() for weight in tokenizer_weights(tensors, sizes, MASKBIT).values())
+    assert count == sum(parameter.numel() for parameter in network.parameters())
+
+
+REFUSED_MASKBIT = {
+    "no codes": (
+        lambda weights: weights.pop("quantize.embedding.weight"),
+        "embedding.weight or .*bits.* must be there",
+    ),
+    "missing": (lambda weights: weights.pop("decoder.up.1.upsample_conv.bias"), r"decoder\.up\.1\.upsample_conv\.bias"),
+    "more blocks": (
+        lambda weights: weights.update({"decoder.up.0.res_blocks.2.norm1.bias": torch.zeros(64)}),
+        r"not in the network: decoder\.up\.0\.res_blocks\.2\.norm1\.bias",
+    ),
+    "not finite": (
+        lambda weights: weights["decoder.conv_out.bias"].fill_(torch.inf),
+        "must hold finite numbers, got inf",
+    ),
+    "too many bits": (
+        lambda weights: (
+            weights.update(
+                {"encoder.conv_out.weight": torch.zeros(70_000, 64, 1, 1), "quantize.bits_to_indices": torch.zeros(3)}
+            )
+            or weights.pop("quantize.embedding.weight")
+        ),
+        r"encoder\.conv_out\.weight must have at most 24 rows, one a bit, got 70000",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_MASKBIT)
+def test_a_tokenizer_of_maskbit_that_does_not_fit_is_refused_in_one_line(case, tmp_path):
+    damage, message = REFUSED_MASKBIT[case]
+    weights = MaskBitModel(table=32).requires_grad_(False).state_dict()
+    damage(weights)
+    torch.save(weights, tmp_path / "a.bin")
+    with pytest.raises(ValueError, match=message) as refusal:
+        import_tokenizer(tmp_path / "a.bin", tmp_path / "out", image_size=16)
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "out").exists()

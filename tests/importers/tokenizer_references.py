@@ -179,3 +179,109 @@ class DiffusersVQModel(nn.Module):
     def decode(self, tokens, grid):
         codes = self.quantize.embedding.weight[tokens].unflatten(1, grid).movedim(-1, 1)
         return (self.decoder(self.post_quant_conv(codes)) + 1) / 2
+
+
+# MaskBit: ConvVQModel
+
+
+class MaskBitConv(nn.Conv2d):
+    """A convolution with "SAME" padding."""
+
+    def forward(self, x):
+        total = [
+            max((-(-size // self.stride[0]) - 1) * self.stride[0] + self.kernel_size[0] - size, 0)
+            for size in x.shape[-2:]
+        ]
+        return super().forward(F.pad(x, (total[1] // 2, -(-total[1] // 2), total[0] // 2, -(-total[0] // 2))))
+
+
+class MaskBitBlock(nn.Module):
+    def __init__(self, before, after):
+        super().__init__()
+        self.norm1, self.conv1 = norm(before), MaskBitConv(before, after, 3, bias=False)
+        self.norm2, self.conv2 = norm(after), MaskBitConv(after, after, 3, bias=False)
+        if before != after:
+            self.nin_shortcut = MaskBitConv(after, after, 1, bias=False)
+
+    def forward(self, x):
+        h = self.conv2(swish(self.norm2(self.conv1(swish(self.norm1(x))))))
+        return h + (self.nin_shortcut(h) if hasattr(self, "nin_shortcut") else x)
+
+
+class MaskBitLevel(nn.Module):
+    def __init__(self, before, after, blocks, *, down="", up=False):
+        super().__init__()
+        self.res_blocks = nn.ModuleList([MaskBitBlock(after if n else before, after) for n in range(blocks)])
+        self.down = down
+        if down == "conv":
+            self.down_conv = MaskBitConv(after, after, 3, stride=2)
+        if up:
+            self.upsample_conv = MaskBitConv(after, after, 3)
+
+    def forward(self, x):
+        for block in self.res_blocks:
+            x = block(x)
+        if self.down:
+            x = self.down_conv(x) if self.down == "conv" else F.avg_pool2d(x, 2)
+        if hasattr(self, "upsample_conv"):
+            x = self.upsample_conv(F.interpolate(x, scale_factor=2.0))
+        return x
+
+
+class MaskBitHalf(nn.Module):
+    """The encoder or the decoder; ``old`` numbers the decoder's levels from full resolution."""
+
+    def __init__(self, widths, blocks, dim, *, encoder, down="conv", old=False):
+        super().__init__()
+        self.encoder, self.old, last = encoder, old, len(widths) - 1
+        self.conv_in = MaskBitConv(3, widths[0], 3, bias=False) if encoder else MaskBitConv(dim, widths[-1], 3)
+        levels, width = [], widths[0] if encoder else widths[-1]
+        for level in range(last + 1) if encoder else range(last, -1, -1):
+            more = {"down": down if level < last else ""} if encoder else {"up": level > 0}
+            levels.append(MaskBitLevel(width, widths[level], blocks, **more))
+            width = widths[level]
+        self.mid = MaskBitLevel(widths[-1], widths[-1], blocks)
+        setattr(self, "down" if encoder else "up", nn.ModuleList(levels[::-1] if old else levels))
+        self.norm_out = norm(width)
+        self.conv_out = MaskBitConv(width, dim if encoder else 3, 1 if encoder else 3)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        up = () if self.encoder else reversed(self.up) if self.old else self.up
+        for part in (*self.down, self.mid) if self.encoder else (self.mid, *up):
+            x = part(x)
+        return self.conv_out(swish(self.norm_out(x)))
+
+
+class BitCodes(nn.Module):
+    """The constants of MaskBit's quantizer of signs, which its files hold."""
+
+    def __init__(self, bits):
+        super().__init__()
+        self.register_buffer("bits_to_indices", 2 ** torch.arange(bits).int())
+        self.register_buffer("codebook", ((torch.arange(2**bits)[:, None] & self.bits_to_indices) != 0) * 2.0 - 1)
+
+
+class MaskBitModel(nn.Module):
+    """``ConvVQModel``; images in [0, 1]. ``table`` codes of size ``dim``, or ``dim`` bits."""
+
+    def __init__(self, *, widths=(32, 64, 64), blocks=2, dim=6, table=None, down="conv", old=False):
+        super().__init__()
+        self.encoder = MaskBitHalf(widths, blocks, dim, encoder=True, down=down)
+        self.quantize = BitCodes(dim) if table is None else nn.Module()
+        if table is not None:
+            self.quantize.embedding = nn.Embedding(table, dim)
+        self.decoder = MaskBitHalf(widths, blocks, dim, encoder=False, old=old)
+
+    def features(self, images):
+        return self.encoder(images)
+
+    def tokens(self, features):
+        rows = features.movedim(1, -1)
+        if hasattr(self.quantize, "embedding"):
+            return nearest(rows, self.quantize.embedding.weight)
+        return ((rows > 0) * self.quantize.bits_to_indices).sum(-1).flatten(1)
+
+    def decode(self, tokens, grid):
+        table = self.quantize.embedding.weight if hasattr(self.quantize, "embedding") else self.quantize.codebook
+        return self.decoder(table[tokens].unflatten(1, grid).movedim(-1, 1))
