@@ -20,6 +20,8 @@ from maskgit_pl.autoregressive import AutoregressiveConfig, AutoregressiveModel
 from maskgit_pl.data import ShardDataConfig
 from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
 from maskgit_pl.networks.backbone import DEFAULT_BACKBONE, BackboneConfig, config_class
+from maskgit_pl.networks.discriminator import DiscriminatorConfig
+from maskgit_pl.networks.discriminators import with_defaults
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pretrained import read_config
 from maskgit_pl.runs.layers import merge
@@ -124,6 +126,8 @@ def _resolve_group(known: Mapping[str, Parameter], given: Mapping[str, Any]) -> 
             continue
         if kind is BackboneConfig:
             value = _resolve_network({} if value is MISSING else value)
+        elif kind is DiscriminatorConfig:
+            value = with_defaults(value)
         elif kind is not None and value is not None:
             value = _resolve_group(parameters_of(kind), {} if value is MISSING else value)
         found[name] = value

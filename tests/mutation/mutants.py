@@ -140,7 +140,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     *_of(
         "losses.py",
-        "test_losses",
+        "test_losses networks/test_discriminators",
         ("label_smoothing * log_probabilities.mean(-1)", "label_smoothing * log_probabilities.sum(-1)"),
         ("losses = (1 - label_smoothing) * nll", "losses = 1.0 * nll"),
         ("(losses / counts[rows]).sum() / num_rows", "losses.mean()"),
@@ -151,6 +151,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ("-fake.mean() if kind", "fake.mean() if kind"),
         ("else F.softplus(-fake).mean()", "else F.softplus(fake).mean()"),
         ("flatten(1).sum(1).mean()", "flatten(1).mean()"),
+        ("real_logits.float().flatten(1).mean(1)", "real_logits.float().flatten(1).sum(1)"),
         ("F.relu(real - fake_mean)", "F.relu(real - real_mean)"),
         ("F.relu(real_mean - fake)", "F.relu(fake - real_mean)"),
         ("(norm(adversarial_gradient.float()) + 1e-4)", "(norm(adversarial_gradient.float()) + 1e-2)"),
@@ -508,6 +509,20 @@ MUTANTS: tuple[Mutant, ...] = (
         ("(hidden + self.shortcut(self.pool(x))) / math.sqrt(2)", "(hidden + self.shortcut(self.pool(x))) / 2"),
         ("torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8", "torch.tensor([1.0, 3.0, 3.0, 1.0]) / 4"),
         ("stride=2, padding=1, groups=channels", "stride=2, padding=2, groups=channels"),
+    ),
+    *_of(
+        "networks/perceptual.py",
+        "networks/test_perceptual",
+        ("(ours - theirs).square().flatten(1).mean(1)", "(ours - theirs).abs().flatten(1).mean(1)"),
+        ("getattr(self.network(part), self.output)", "self.network(part).features"),
+    ),
+    *_of(
+        "networks/patch_discriminator.py",
+        "networks/test_discriminators",
+        ("stride = 2 if layer < config.num_layers else 1", "stride = 2"),
+        ("self.layers(2 * images - 1)", "self.layers(images)"),
+        ("if self.training and not self._is_initialized:", "if self.training:"),
+        ("self._is_initialized = bool(self.initialized)", "pass"),
     ),
     *_of(
         "data/order.py",
