@@ -15,7 +15,15 @@ from torch import Tensor
 from maskgit_pl.importers.torch_file import name_some
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 
-__all__ = ["CODEBOOK", "TokenizerLayout", "count_numbers", "read_bits", "read_shape", "read_widths", "tokenizer_weights"]
+__all__ = [
+    "CODEBOOK",
+    "TokenizerLayout",
+    "count_numbers",
+    "read_bits",
+    "read_shape",
+    "read_widths",
+    "tokenizer_weights",
+]
 
 CODEBOOK = "quantize.embedding.weight"
 """The codebook, by the name that all projects with a table of codes give it."""

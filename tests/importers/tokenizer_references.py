@@ -18,10 +18,10 @@ def norm(channels):
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 
-def with_random_values(network):
+def with_random_values(network, scale=0.1):
     """The network with random weights, biases and scales."""
     for parameter in network.parameters():
-        parameter.data.add_(0.1 * torch.randn_like(parameter))
+        parameter.data.add_(scale * torch.randn_like(parameter))
     return network.eval().requires_grad_(False)
 
 
@@ -30,7 +30,7 @@ def nearest(rows, codes):
     return (rows.unsqueeze(-2) - codes).square().sum(-1).argmin(-1).flatten(1)
 
 
-# diffusers: VQModel of aMUSEd
+# The tokenizer of diffusers
 
 
 class DiffusersBlock(nn.Module):
@@ -181,7 +181,7 @@ class DiffusersVQModel(nn.Module):
         return (self.decoder(self.post_quant_conv(codes)) + 1) / 2
 
 
-# MaskBit: ConvVQModel
+# The tokenizer of MaskBit
 
 
 class MaskBitConv(nn.Conv2d):
@@ -285,3 +285,128 @@ class MaskBitModel(nn.Module):
     def decode(self, tokens, grid):
         table = self.quantize.embedding.weight if hasattr(self.quantize, "embedding") else self.quantize.codebook
         return self.decoder(table[tokens].unflatten(1, grid).movedim(-1, 1))
+
+
+# The tokenizer of Open-MAGVIT2
+
+
+class Magvit2Block(nn.Module):
+    def __init__(self, before, after):
+        super().__init__()
+        self.norm1, self.conv1 = norm(before), nn.Conv2d(before, after, 3, padding=1, bias=False)
+        self.norm2, self.conv2 = norm(after), nn.Conv2d(after, after, 3, padding=1, bias=False)
+        if before != after:
+            self.nin_shortcut = nn.Conv2d(before, after, 1, bias=False)
+
+    def forward(self, x):
+        h = self.conv2(swish(self.norm2(self.conv1(swish(self.norm1(x))))))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class Magvit2Norm(nn.Module):
+    """A norm with the scale and the shift of the codes of an image."""
+
+    def __init__(self, dim, channels):
+        super().__init__()
+        self.gamma, self.beta = nn.Linear(dim, channels), nn.Linear(dim, channels)
+
+    def forward(self, x, codes):
+        spread = (codes.flatten(2).var(2) + 1e-6).sqrt()
+        scale, shift = self.gamma(spread), self.beta(codes.flatten(2).mean(2))
+        return F.group_norm(x, 32, eps=1e-6) * scale[..., None, None] + shift[..., None, None]
+
+
+class Magvit2Upsample(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 4 * channels, 3, padding=1)
+
+    def forward(self, x):
+        # Channel (2 row + column) C + c is channel c at this row and column of a square of four.
+        batch, channels, height, width = x.shape
+        squares = self.conv1(x).view(batch, 2, 2, channels, height, width)
+        return squares.permute(0, 3, 4, 1, 5, 2).reshape(batch, channels, 2 * height, 2 * width)
+
+
+def magvit2_level(before, after, blocks):
+    made = nn.Module()
+    made.block = nn.ModuleList([Magvit2Block(after if n else before, after) for n in range(blocks)])
+    return made
+
+
+class Magvit2Encoder(nn.Module):
+    def __init__(self, widths, blocks, dim):
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
+        self.down, width = nn.ModuleList(), widths[0]
+        for number, after in enumerate(widths):
+            made, width = magvit2_level(width, after, blocks), after
+            if number < len(widths) - 1:
+                made.downsample = nn.Conv2d(after, after, 3, 2, 1)
+            self.down.append(made)
+        self.mid_block = nn.ModuleList([Magvit2Block(width, width) for _ in range(blocks)])
+        self.norm_out, self.conv_out = norm(width), nn.Conv2d(width, dim, 1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for level in self.down:
+            for block in level.block:
+                x = block(x)
+            x = level.downsample(x) if hasattr(level, "downsample") else x
+        for block in self.mid_block:
+            x = block(x)
+        return self.conv_out(swish(self.norm_out(x)))
+
+
+class Magvit2Decoder(nn.Module):
+    def __init__(self, widths, blocks, dim):
+        super().__init__()
+        width = widths[-1]
+        self.conv_in = nn.Conv2d(dim, width, 3, padding=1)
+        self.mid_block = nn.ModuleList([Magvit2Block(width, width) for _ in range(blocks)])
+        levels, norms = [], []
+        for number in reversed(range(len(widths))):
+            norms.insert(0, Magvit2Norm(dim, width))
+            made, width = magvit2_level(width, widths[number], blocks), widths[number]
+            if number > 0:
+                made.upsample = Magvit2Upsample(width)
+            levels.insert(0, made)
+        self.up, self.adaptive = nn.ModuleList(levels), nn.ModuleList(norms)
+        self.norm_out, self.conv_out = norm(width), nn.Conv2d(width, 3, 3, padding=1)
+
+    def forward(self, codes):
+        x = self.conv_in(codes)
+        for block in self.mid_block:
+            x = block(x)
+        for level, adaptive in zip(reversed(self.up), reversed(self.adaptive), strict=True):
+            x = adaptive(x, codes)
+            for block in level.block:
+                x = block(x)
+            x = level.upsample(x) if hasattr(level, "upsample") else x
+        return self.conv_out(swish(self.norm_out(x)))
+
+
+class Magvit2Model(nn.Module):
+    """``VQModel`` of Open-MAGVIT2 with ``dim`` bits; images in [-1, 1]."""
+
+    def __init__(self, *, widths=(32, 64, 64), blocks=2, dim=6):
+        super().__init__()
+        self.encoder = Magvit2Encoder(widths, blocks, dim)
+        self.decoder = Magvit2Decoder(widths, blocks, dim)
+        self.dim = dim
+
+    def features(self, images):
+        return self.encoder(2 * images - 1)
+
+    def tokens(self, features):
+        return sum((features[:, bit] > 0).long() * 2**bit for bit in range(self.dim)).flatten(1)
+
+    def decode(self, tokens, grid):
+        codes = torch.stack([(tokens // 2**bit) % 2 * 2.0 - 1 for bit in range(self.dim)], dim=1).unflatten(2, grid)
+        return (self.decoder(codes) + 1) / 2
+
+
+def add_average(weights, average):
+    """The state dict with averaged weights beside the last ones, as Lightning modules of both projects write it."""
+    beside = {f"model_ema.{name.replace('.', '')}": value for name, value in average.items()}
+    return {**weights, **beside, "model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7)}
