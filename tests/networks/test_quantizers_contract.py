@@ -2,6 +2,10 @@
 
 import copy
 import math
+import re
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -234,6 +238,28 @@ def test_an_exported_tokenizer_encodes_and_decodes_the_same(case, tmp_path):
 def test_sizes_that_do_not_fit_are_refused_by_the_network_with_those_that_do(spec, sizes, message):
     with pytest.raises(ValueError, match=message):
         VQGANConfig(1, base_channels=32, codebook_size=sizes[0], code_dim=sizes[1], quantizer=spec)
+
+
+def test_the_example_of_the_page_is_a_quantizer():
+    page = Path(__file__).parents[2] / "docs" / "quantizers.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    module = types.ModuleType("cosine_quantizer")
+    sys.modules[module.__name__] = module  # dataclasses look up the annotations there
+    try:
+        exec(compile(block, "cosine_quantizer.py", "exec"), module.__dict__)
+        quantizer = module.Cosine().create(codebook_size=8, code_dim=4)
+    finally:
+        del sys.modules[module.__name__]
+    codes = quantizer.lookup(torch.arange(8)).detach()
+    assert torch.equal(quantizer.nearest(5 * codes.t()[None, :, None])[0], torch.arange(8))
+    output = quantizer(torch.randn(2, 4, 3, 3))
+    output.loss.backward()
+    assert quantizer.codebook.grad.abs().max() > 0
+
+
+def test_the_page_names_every_quantizer():
+    text = (Path(__file__).parents[2] / "docs" / "quantizers.md").read_text()
+    assert [name for name in quantizers.names() if f"| `{name}` |" not in text] == []
 
 
 def learned(case, parts):
