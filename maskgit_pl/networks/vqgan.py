@@ -10,7 +10,7 @@ Shapes: B images, C channels, H W pixels, h w token grid, N = h w tokens, D size
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -223,7 +223,9 @@ class VQGAN(nn.Module):
         return self.config.grid(image_size)
 
 
-_HALVES: dict[str, tuple[Callable[[VQGANConfig], nn.Module], Callable[[VQGANConfig], nn.Module]]] = {
+_Encoder = Encoder | TamingEncoder | Magvit2Encoder
+_Decoder = Decoder | TamingDecoder | Magvit2Decoder
+_HALVES: dict[str, tuple[type[_Encoder], type[_Decoder]]] = {
     "maskgit": (Encoder, Decoder),
     "taming": (TamingEncoder, TamingDecoder),
     "magvit2": (Magvit2Encoder, Magvit2Decoder),

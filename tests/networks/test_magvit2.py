@@ -61,7 +61,7 @@ def test_an_image_of_another_batch_changes_nothing():
         ({"patch_size": 2}, "patch_size must be 1 in layout 'magvit2'"),
         ({"middle_attention": False}, "middle_attention must be True in layout 'magvit2'"),
         ({"latent_channels": 8}, "latent_channels must be None in layout 'magvit2'"),
-        ({"layout": "magvit"}, "layout must be one of maskgit, taming, magvit2.*Did you mean 'magvit2'"),
+        ({"layout": "magvit"}, "layout must be one of maskgit, taming, magvit2.*did you mean 'magvit2'"),
     ],
 )
 def test_what_the_layout_fixes_is_refused(changes, message):
