@@ -255,6 +255,19 @@ MUTANTS: tuple[Mutant, ...] = (
         ("shlex.quote(text)", "text"),
     ),
     *_of(
+        "evaluation/tiling.py",
+        "evaluation/test_tiling",
+        ("tile - overlap), length - tile]", "tile - overlap)]"),
+        ("total[place] += weights * decoded", "total[place] += decoded"),
+        ("torch.minimum(places, places.flip(0))", "torch.ones_like(places)"),
+    ),
+    *_of(
+        "evaluation/tokenizer_measurement.py",
+        "cli/test_evaluate_tokenizer",
+        ("tokens_per_pixel * math.log2(codes", "tokens_per_pixel * math.log(codes"),
+        ("key=lambda pair: -pair.error", "key=lambda pair: pair.error"),
+    ),
+    *_of(
         "randomness.py",
         "test_randomness",
         ("_ROUNDS = 10", "_ROUNDS = 8"),
@@ -870,7 +883,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ("-10 * math.log10(mean_squared_error)", "-20 * math.log10(mean_squared_error)"),
         ("batch.content[batch.valid], batch.position[batch.valid]", "batch.content, batch.position"),
         (".float().clamp(0, 1)", ".float()"),
-        ("rows.mean(0)", "rows.sum(0)"),
+        ("float(each.mean())", "float(each.sum())"),
     ),
     *_of(
         "evaluation/ledger.py",
