@@ -829,6 +829,7 @@ MUTANTS: tuple[Mutant, ...] = (
             "update_ema(self.ema_network, self.network, decay=self.config.ema_decay, step=step + 1)",
         ),
         ("self.network.quantizer.update(pending.tokens, pending.features, seed=self.config.seed, step=step)", "pass"),
+        ("self.network.quantizer.begin_micro_batch(**place)", "pass"),
         ("weight=batch.valid.float()", "weight=1.0"),
         (
             "self.codebook_usage.update(tokens, batch.valid)",
