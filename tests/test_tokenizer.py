@@ -104,6 +104,19 @@ def values_of(module):
 PATCHES = {"name": "patchgan", "base_channels": 4, "num_layers": 2}
 
 
+def test_the_quantizer_is_told_seed_step_and_micro_batch_before_each_training_forward():
+    module = tokenizer(network=replace(NETWORK, quantizer="gumbel"), seed=5, accumulation=2)
+    told, begin = [], module.network.quantizer.begin_micro_batch
+
+    def record(**place):
+        told.append((place["seed"], place["step"], place["micro_batch"]))
+        begin(**place)
+
+    module.network.quantizer.begin_micro_batch = record
+    fit(module, max_steps=2)
+    assert told == [(5, 0, 0), (5, 0, 1), (5, 1, 0), (5, 1, 1)]
+
+
 @pytest.mark.parametrize("weight_rule", ["fixed", "adaptive"])
 @pytest.mark.parametrize("loss", ["hinge", "non-saturating"])
 @pytest.mark.parametrize("discriminator", [ADVERSARIAL.discriminator, PATCHES], ids=["stylegan", "patchgan"])

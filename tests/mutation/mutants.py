@@ -830,6 +830,7 @@ MUTANTS: tuple[Mutant, ...] = (
             "update_ema(self.ema_network, self.network, decay=self.config.ema_decay, step=step + 1)",
         ),
         ("self.network.quantizer.update(pending.tokens, pending.features, seed=self.config.seed, step=step)", "pass"),
+        ("self.network.quantizer.begin_micro_batch(**place)", "pass"),
         ("weight=batch.valid.float()", "weight=1.0"),
         (
             "self.codebook_usage.update(tokens, batch.valid)",
@@ -949,6 +950,26 @@ MUTANTS: tuple[Mutant, ...] = (
         ("check_held(found, file.stat().st_size)", "pass"),
         ("check_tensor(name, tensor)", "pass"),
         ("if path.stat().st_size > _MAX_SETTINGS_BYTES:", "if False:"),
+        ("found = _average_tensors(found, contents)", "pass"),
+        ("if name is None and len(found) > 1 and", "if False and"),
+    ),
+    *_of(
+        "importers/maskbit.py",
+        "importers/test_tokenizers",
+        ("if not is_old:", "if True:"),
+        ('places[part].endswith("_conv")', 'places[part].endswith("down_conv")'),
+    ),
+    *_of(
+        "importers/magvit2.py",
+        "importers/test_tokenizers",
+        ('"(place c) ... -> (c place) ..."', '"(place c) ... -> (place c) ..."'),
+    ),
+    *_of(
+        "networks/magvit2.py",
+        "networks/test_magvit2 importers/test_tokenizers",
+        ("self.norm(x) * scale[:, :, None, None]", "self.norm(x) * (1 + scale[:, :, None, None])"),
+        ("correction=min(1, places.shape[-1] - 1)", "correction=0"),
+        ("self.blocks(self.stem(2 * images - 1))", "self.blocks(self.stem(images))"),
     ),
     *_of(
         "importers/transformers.py",
