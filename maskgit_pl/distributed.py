@@ -19,6 +19,7 @@ from torch import Tensor
 __all__ = [
     "barrier",
     "gather_rows",
+    "max_over_ranks",
     "mean_over_ranks",
     "on_all_ranks",
     "own_rows",
@@ -107,6 +108,19 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     """
     world_size = rank_and_world()[1]
     return value if world_size == 1 else sum_over_ranks(value) / world_size
+
+
+def max_over_ranks(value: Tensor) -> Tensor:
+    """Returns the elementwise maximum of a tensor over the ranks, without a gradient.
+
+    Args:
+        value: Tensor with the same shape on each rank; it is not changed.
+    """
+    if rank_and_world()[1] == 1:
+        return value
+    largest = value.detach().clone()
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -101,5 +101,6 @@ def run(args: argparse.Namespace) -> int:
         from rich.console import Console
 
         Console().print(report.table())
+        print(*report.findings(), sep="\n")
         print(f"{report.file}: results; beside it samples.png, reconstructions.png and decoding.gif")
     return 0

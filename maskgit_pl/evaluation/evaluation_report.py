@@ -1,8 +1,9 @@
-"""The report of an evaluation: ``evaluation.json`` with everything that reproduces it, and a table for the terminal."""
+"""The report of an evaluation: ``evaluation.json`` with everything that reproduces it, a table, and findings."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,9 +15,12 @@ from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.acceptance import num_candidates
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, collect_numbers
 from maskgit_pl.evaluation.feature_metrics import CLASSIFIER, FeatureMetrics
+from maskgit_pl.evaluation.held_out import describe_held_out
 from maskgit_pl.evaluation.ledger import Row
+from maskgit_pl.evaluation.limiting_stage import describe_limit
 from maskgit_pl.evaluation.metric_names import NETWORK_METRICS, format_value, metric_name, title
 from maskgit_pl.evaluation.reconstruction import Reconstruction
+from maskgit_pl.evaluation.run_folders import RunFolders
 from maskgit_pl.files import write_text
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.acceptance import Acceptance
@@ -79,7 +83,7 @@ class Report:
         """Returns the most important values as a table for the terminal."""
         from rich.table import Table
 
-        protocol, samples = self.content["protocol"], self.content["samples"]
+        protocol, samples, rebuilt = (self.content[name] for name in ("protocol", "samples", "reconstruction"))
         # One column per kind of samples, and a last one for real images.
         columns = [*samples.values(), self.content["real_against_real"]]
         table = Table(title=f"{protocol['num_images']} images, {protocol['num_steps']} steps, seed {protocol['seed']}")
@@ -96,16 +100,27 @@ class Report:
             for name in shown:
                 cells = [format_value(name, column[name]) if name in column else "" for column in columns]
                 table.add_row(title(name), *cells, end_section=name == shown[-1])
+                if f"r{name}" in rebuilt:  # the floor of the FID above it
+                    table.add_row("  of reconstructions", format_value(name, rebuilt[f"r{name}"]))
         _add_model_rows(table, self.content)
         if "acceptance" in self.content:
             table.caption = _describe_acceptance(self.content["acceptance"])
         return table
 
+    def findings(self) -> list[str]:
+        """Returns sentences about the limiting stage, the next commands, and the images that were held out."""
+        limit = self.content["limiting_stage"]
+        commands = [f"    {command}" for command in limit.get("commands", [])]
+        return [limit["text"], *(["To improve it:", *commands] if commands else []), self.content["held_out"]["text"]]
 
-def make_report(model: EvaluatedModel, evaluator: Evaluator, measured: Measurements, file: Path) -> Report:
+
+def make_report(
+    folders: RunFolders, model: EvaluatedModel, evaluator: Evaluator, measured: Measurements, file: Path
+) -> Report:
     """Returns the report of measurements, with everything that reproduces them.
 
     Args:
+        folders: Folders of the run.
         model: The model.
         evaluator: Evaluator that made the measurements.
         measured: The measurements.
@@ -154,6 +169,8 @@ def make_report(model: EvaluatedModel, evaluator: Evaluator, measured: Measureme
         report["classification_accuracy_score"] = {
             trained_on: {name: row[name] for name in names} for trained_on, row in measured.cas.items()
         }
+    report["held_out"] = describe_held_out(folders.data, evaluator.data.summary)
+    report["limiting_stage"] = describe_limit(report, folders.run)
     return Report(report, file)
 
 
@@ -208,17 +225,18 @@ def _add_model_rows(table: Table, report: Mapping[str, Any]) -> None:
     rebuilt, model, likelihood = report["reconstruction"], report["model"], report["likelihood"]
     for name, row in report.get("classification_accuracy_score", {}).items():
         table.add_row(f"CAS top-1, trained on {name.replace('_', ' ')}", f"{row['top1']:.1%}")
+    uniform = math.log2(model["codebook_size"])
     for name, text in (
         ("masked_nll", "NLL per masked token, nats"),
-        ("elbo_bits_per_token", "upper bound per token, bits"),
-        ("exact_bits_per_token", "NLL per token, bits"),
+        ("elbo_bits_per_token", f"upper bound per token, bits, of {uniform:.3g}"),
+        ("exact_bits_per_token", f"NLL per token, bits, of {uniform:.3g}"),
     ):
         if name in likelihood:
             table.add_row(text, f"{likelihood[name]:.3f} ± {likelihood[f'{name}_error']:.3f}")
     table.add_row(f"reconstruction PSNR, {rebuilt['images']} images", f"{rebuilt['psnr_db']:.2f} dB")
     table.add_row("reconstruction SSIM", f"{rebuilt['ssim']:.3f}" if "ssim" in rebuilt else "")
     for name, value in rebuilt.items():
-        if name.startswith(("rfid/", "lpips/")):
+        if name.startswith("lpips/"):
             table.add_row(title(name), format_value(name, value))
     table.add_row("codes used", f"{rebuilt['codebook_usage']:.1%} of {model['codebook_size']}")
     table.add_row("tokens per image", " x ".join(map(str, model["grid"])))

@@ -121,7 +121,7 @@ def evaluate(
         decoding = model.pipe.decoding_with(num_steps=options.num_steps)
         file = out or folders.run / "evaluation.json"
         measured = _measure(folders, evaluator, model, decoding, num_images, rebuilt, options)
-        report = make_report(model, evaluator, measured, file)
+        report = make_report(folders, model, evaluator, measured, file)
         title = f"{model.run}: pictures"
         generated = evaluator.generate(model, decoding, num_images=num_images, seed=options.seed, title=title)
         if rank_and_world()[0] == 0:
@@ -155,9 +155,9 @@ def _open(
 ) -> tuple[Evaluator, EvaluatedModel, Reconstruction]:
     """Opens model, data and evaluator, and measures the reconstruction, which has no ledger row."""
     from maskgit_pl.distributed import barrier, rank_and_world
-    from maskgit_pl.evaluation.lpips import load_lpips
     from maskgit_pl.evaluation.reconstruction import measure_reconstruction
     from maskgit_pl.evaluation.reference import iter_real_batches
+    from maskgit_pl.networks.lpips import load_lpips
 
     pipe = open_model(folders, options.device, negative_model=options.negative_model)
     check_model_decoding(pipe, pipe.decoding_with(num_steps=options.num_steps))

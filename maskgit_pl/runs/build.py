@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -24,12 +24,20 @@ from maskgit_pl.data import ShardData, ShardDataConfig, split_batch
 from maskgit_pl.data.config import check_stream
 from maskgit_pl.errors import is_user_error
 from maskgit_pl.networks.backbone import BackboneConfig, build_config
+from maskgit_pl.networks.discriminator import DiscriminatorConfig
+from maskgit_pl.networks.discriminators import build_discriminator
 from maskgit_pl.old_names import rename_settings
 from maskgit_pl.pretrained import fingerprint, read_config
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.recipe_files import Stage
-from maskgit_pl.runs.recipe_schema import RunSettings, TrainerSettings, parameters_of
+from maskgit_pl.runs.recipe_schema import (
+    RunSettings,
+    TokenizerRunSettings,
+    TrainerSettings,
+    parameters_of,
+    run_settings,
+)
 from maskgit_pl.runs.resolve import MODULES, dataclass_in, merge_values, resolve
 from maskgit_pl.runs.resume_check import fixed_settings, list_changes
 from maskgit_pl.runs.watchdog import Watchdog
@@ -37,6 +45,8 @@ from maskgit_pl.token_model import TokenModel
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint, read_settings, step_of
 from maskgit_pl.training.checkpoints import Checkpoints
+from maskgit_pl.training.health import HealthMonitor
+from maskgit_pl.training.health_rules import HealthConfig
 from maskgit_pl.training.image_callbacks import ReconstructionPictures, SamplePictures
 from maskgit_pl.training.progress import ProgressLines
 from maskgit_pl.training.step_clock import StepClock
@@ -143,7 +153,7 @@ class StageRun:
         self.folder = folder
         self.config = resolve(recipe.kind, tree)
         run = {name: value for name, value in self.config.items() if name not in ("data", "model", "trainer")}
-        self.run = build_dataclass(RunSettings, run, "recipe")
+        self.run = _build_run_settings(recipe.kind, run)
         self.settings = build_dataclass(TrainerSettings, self.config["trainer"], "trainer")
         self._set_precision()
         self.datamodule = ShardData(ShardDataConfig(**_build_arguments(ShardDataConfig, self.config["data"], "data")))
@@ -255,8 +265,19 @@ class StageRun:
             )
         step_check, unreadable = StepCheck(self.folder, self.checkpoints), UnreadableReport(self.folder)
         clock = StepClock(self.folder)
-        # The clock comes last, so that it does not count the pictures after a validation.
-        return [step_check, self.watchdog, self.checkpoints, progress, pictures, unreadable, clock]
+        # Health comes first: another callback may save a step and end the run. The clock comes last, so that it does
+        # not count the pictures after a validation.
+        health = [HealthMonitor(self.folder, self.run.health)] if isinstance(self.run, TokenizerRunSettings) else []
+        return [*health, step_check, self.watchdog, self.checkpoints, progress, pictures, unreadable, clock]
+
+
+def _build_run_settings(kind: str, values: Mapping[str, Any]) -> RunSettings:
+    health = values.get("health")
+    plain = {name: value for name, value in values.items() if name != "health"}
+    run = build_dataclass(run_settings(kind), plain, "recipe")
+    if isinstance(run, TokenizerRunSettings):
+        run = replace(run, health=None if health is None else build_dataclass(HealthConfig, health, "health"))
+    return run
 
 
 def _build_arguments(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -279,6 +300,8 @@ def _build_value(value: Any, annotation: Any, where: str) -> Any:
         return tuple(value) if isinstance(value, list) and get_origin(annotation) is tuple else value
     if kind is BackboneConfig:
         return build_config(value, where)
+    if kind is DiscriminatorConfig:
+        return build_discriminator(value, where=where)
     values = _build_arguments(kind, value, where)
     try:
         return kind(**values)

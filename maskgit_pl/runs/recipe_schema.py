@@ -8,7 +8,7 @@ dataclasses.
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -16,16 +16,19 @@ from typing import Any, Literal, get_type_hints
 from maskgit_pl.checks import check_choice, check_integer, check_number, shorten
 from maskgit_pl.registry import nearest, plugin_names
 from maskgit_pl.schema import Schema, schema_of
+from maskgit_pl.training.health_rules import HealthConfig
 
 __all__ = [
     "Kind",
     "Parameter",
     "RunSettings",
+    "TokenizerRunSettings",
     "TrainerSettings",
     "build_schema",
     "load_backbone_schema",
     "load_schema",
     "parameters_of",
+    "run_settings",
     "write_schemas",
 ]
 
@@ -109,6 +112,9 @@ class RunSettings:
         hang_seconds: Shortest time without progress, in seconds, after which the watchdog ends the run.
         matmul_precision: Precision of float32 products and convolutions; ``high`` is TF32 if the device supports it.
         cpu_threads: Number of CPU threads of torch; None leaves it to torch.
+        max_passes: Maximum number of passes over the training images: lowers ``trainer.max_steps`` of the recipe files
+            for small data sets, which a model would learn by heart. A flag ``--trainer.max_steps`` overrides it, and
+            None does not limit the steps.
 
     Raises:
         ValueError: if a number is out of range.
@@ -120,6 +126,7 @@ class RunSettings:
     hang_seconds: float = 100.0
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     cpu_threads: int | None = None
+    max_passes: int | None = None
 
     def __post_init__(self) -> None:
         check_integer("checkpoint_every", self.checkpoint_every, f"[1, {_INT64}]")
@@ -129,6 +136,24 @@ class RunSettings:
             check_integer("keep_every", self.keep_every, f"[1, {_INT64}]")
         if self.cpu_threads is not None:
             check_integer("cpu_threads", self.cpu_threads, "[1, 4096]")
+        if self.max_passes is not None:
+            check_integer("max_passes", self.max_passes, f"[1, {_INT64}]")
+
+
+@dataclass(frozen=True)
+class TokenizerRunSettings(RunSettings):
+    """The keys of a recipe of stage 1 that belong to neither module, data nor Trainer.
+
+    Args:
+        health: Healthy ranges of the training; values outside of them are reported. None for no reports.
+    """
+
+    health: HealthConfig | None = field(default_factory=HealthConfig)
+
+
+def run_settings(kind: str) -> type[RunSettings]:
+    """Returns the class of the settings of a kind of recipe."""
+    return TokenizerRunSettings if kind == "tokenizer" else RunSettings
 
 
 @dataclass(frozen=True)
@@ -150,8 +175,8 @@ def parameters_of(kind: type) -> dict[str, Parameter]:
     return {each.name: Parameter(hints[each.name], _plain(_field_default(each))) for each in fields(kind)}
 
 
-def _field_default(field: Field[Any]) -> Any:
-    return field.default if field.default_factory is MISSING else field.default_factory()
+def _field_default(each: Field[Any]) -> Any:
+    return each.default if each.default_factory is MISSING else each.default_factory()
 
 
 def _plain(value: Any) -> Any:
@@ -169,7 +194,7 @@ def build_schema(kind: Kind) -> Schema:
     groups = {name: schema_of(each) for name, each in (("data", ShardDataConfig), ("model", models[kind]))}
     if kind != "tokenizer":
         groups["model"]["properties"]["network"] = _network_schema()
-    run = schema_of(RunSettings)
+    run = schema_of(run_settings(kind))
     properties = {**groups, "trainer": schema_of(TrainerSettings), **run["properties"]}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

@@ -42,6 +42,10 @@ def test_writes_numbers_pictures_and_a_classifier(run_folder: Path, tiny_shards:
     out = capsys.readouterr().out
     assert "class agreement" in out
     assert "FID (classifier)" in out
+    assert report["limiting_stage"]["stage"] in ("tokenizer", "transformer", "neither")
+    for said in (report["limiting_stage"]["text"], report["held_out"]["text"]):
+        assert said in out
+    assert out.index("FID (classifier)") < out.index("of reconstructions") < out.index("KID x 1000")
 
 
 @pytest.mark.usefixtures("quick_judge")

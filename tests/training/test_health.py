@@ -1,0 +1,252 @@
+"""Health is measured as independent formulas say, survives a resume, and an alarm comes once and names the way out."""
+
+import json
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader, IterableDataset
+
+from maskgit_pl.data import Batch
+from maskgit_pl.networks.quantizers import quantizers
+from maskgit_pl.networks.vqgan import VQGANConfig
+from maskgit_pl.training.checkpoint_files import FolderCheckpointIO
+from maskgit_pl.training.checkpoints import Checkpoints
+from maskgit_pl.training.health import CodeHistory, HealthMonitor, measure_vectors
+from maskgit_pl.training.health_rules import HealthConfig, HealthContext, attainable_codes, find_problems
+from tests.modules import tokenizer_model
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*`srun` command is available"),
+    pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step`"),
+    pytest.mark.filterwarnings("ignore:Experiment logs directory"),
+    pytest.mark.filterwarnings("ignore:.*smaller than the logging interval"),
+]
+
+NETWORK = VQGANConfig(
+    1, base_channels=8, channel_multipliers=(1,), num_res_blocks=1, num_middle_blocks=0, num_groups=4,
+    codebook_size=16, code_dim=8, patch_size=4, quantizer="ema",
+)  # fmt: skip
+CONTEXT = HealthContext(16, "ema", {"restart_below": 0.05, "entropy_weight": 0.0}, known_quantizers=("ema", "gradient"))
+# Any usage below all codes is reported, so that a healthy network gives alarms.
+STRICT = HealthConfig(least_usage=1.0, least_perplexity=1.0, grace_steps=2, patience=2)
+
+
+class Noise(IterableDataset):
+    """Endless micro-batches of noise, a function of the step."""
+
+    def __init__(self, accumulation=1, first=0):
+        self.accumulation, self.first = accumulation, first
+
+    def __iter__(self):
+        for number in range(self.first, 10**6):
+            generator = torch.Generator().manual_seed(number)
+            content = torch.randint(256, (4, 1, 16, 16), generator=generator, dtype=torch.uint8)
+            index = number * 4 + torch.arange(4)
+            yield Batch(content, index % 10, index, torch.zeros_like(index), index, torch.ones(4, dtype=torch.bool))
+
+
+def train(folder, *, steps, monitor=None, resume=None, accumulation=1, log_every=1, network=NETWORK, every=100):
+    """Trains on noise, with a CSV log and checkpoints in the folder; returns the monitor and the module."""
+    torch.manual_seed(0)
+    module = tokenizer_model(network, image_size=16, accumulation=accumulation)
+    monitor = monitor or HealthMonitor(folder)
+    trainer = Trainer(
+        max_steps=steps, max_epochs=-1, accelerator="cpu", logger=CSVLogger(folder, "", ""),
+        plugins=[FolderCheckpointIO()], callbacks=[monitor, Checkpoints(folder / "checkpoints", every_n_steps=every)],
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, log_every_n_steps=log_every,
+    )  # fmt: skip
+    first = 0 if resume is None else int(resume.name.removeprefix("step-")) * accumulation
+    trainer.fit(module, DataLoader(Noise(accumulation, first), batch_size=None), ckpt_path=resume)
+    return monitor, module
+
+
+def logged(folder):
+    """The rows of a CSV log by step, without empty cells."""
+    lines = (folder / "metrics.csv").read_text().splitlines()
+    names, rows = lines[0].split(","), {}
+    for line in lines[1:]:
+        row = {name: float(cell) for name, cell in zip(names, line.split(","), strict=True) if cell}
+        rows.setdefault(int(row.pop("step")), {}).update(row)
+    return rows
+
+
+def test_usage_perplexity_and_ages_of_codes():
+    history = CodeHistory(4)
+    history.add(torch.tensor([[0, 0], [1, 1]]), step=1)
+    history.add(torch.tensor([[0, 2], [0, 2]]), step=5)
+    found, num_tokens = history.measure(8, dead_after=4)
+    assert num_tokens == 8
+    shares = torch.tensor([4, 2, 2]) / 8
+    assert found == pytest.approx({
+        "codebook_usage": 3 / 4,
+        "perplexity": float((-(shares * shares.log()).sum()).exp()),
+        "dead_codes": 2,  # code 1 for 7 steps, code 3 since the beginning
+        "dead_code_age": 7.5,
+        "oldest_code_age": 8,
+    })  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", sorted(quantizers.names()))
+def test_vectors_are_measured_for_every_quantizer_by_its_lookup(name):
+    try:
+        quantizer = quantizers.build(name).create(codebook_size=16, code_dim=4)
+    except (ValueError, ImportError):
+        pytest.skip("does not take 16 codes of size 4")
+    features = torch.linspace(-1, 1, 2 * 4 * 2 * 3).reshape(2, 4, 2, 3)
+    tokens = quantizer.nearest(features)
+    found = measure_vectors(quantizer, features, tokens)
+    rows = torch.stack([features[b, :, y, x] for b in range(2) for y in range(2) for x in range(3)])
+    distances = [(row - quantizer.lookup(token)).norm() for row, token in zip(rows, tokens.flatten(), strict=True)]
+    assert found["commitment_distance"] == pytest.approx(float(torch.stack(distances).mean()), rel=1e-5)
+    assert found["feature_norm"] == pytest.approx(float(rows.norm(dim=1).mean()), rel=1e-5)
+    codes = torch.stack([quantizer.lookup(torch.tensor(code)) for code in range(16)])
+    assert found["codebook_norm"] == pytest.approx(float(codes.norm(dim=1).mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_each_logging_step_measures_the_batches_since_the_last_one(tmp_path, accumulation):
+    seen = []
+
+    class Watching(HealthMonitor):
+        def setup(self, trainer, pl_module, stage):
+            super().setup(trainer, pl_module, stage)
+            pl_module.network.quantizer.register_forward_hook(lambda *given: seen.append(given[-1].tokens.clone()))
+
+    train(tmp_path, steps=5, monitor=Watching(tmp_path), accumulation=accumulation, log_every=2)
+    rows = logged(tmp_path)
+    assert [step for step, row in rows.items() if "train/codebook_usage" in row] == [2, 4]
+    tokens = torch.cat(seen[2 * accumulation : 4 * accumulation])
+    assert rows[4]["train/codebook_usage"] == pytest.approx(len(tokens.unique()) / 16)
+    ages = [4 - max((1 + n // accumulation for n, each in enumerate(seen[: 4 * accumulation]) if (each == code).any()),
+                    default=0) for code in range(16)]  # fmt: skip
+    assert rows[4]["train/oldest_code_age"] == max(ages)
+
+
+def test_a_resumed_run_measures_and_reports_as_an_uninterrupted_one(tmp_path):
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    whole, _ = train(straight, steps=8, log_every=2, monitor=HealthMonitor(straight, STRICT))
+    train(resumed, steps=5, log_every=2, monitor=HealthMonitor(resumed, STRICT), every=5)
+    second, _ = train(
+        resumed, steps=8, log_every=2, monitor=HealthMonitor(resumed, STRICT),
+        resume=resumed / "checkpoints" / "step-00000005",
+    )  # fmt: skip
+    names = [name for name in logged(straight)[8] if name.startswith("train/")]
+    assert len(names) >= 8
+    for step in (6, 8):
+        assert [logged(resumed)[step][name] for name in names] == [logged(straight)[step][name] for name in names]
+    assert second.reports == whole.reports
+    assert whole.reports
+
+
+def test_counts_are_those_of_all_ranks_after_a_checkpoint_of_any():
+    history, other = CodeHistory(4), CodeHistory(4)
+    history.add(torch.tensor([0, 1, 1]), step=3)
+    other.load(history.state())
+    assert other.measure(4, dead_after=2) == history.measure(4, dead_after=2)
+    other.load({"counts": torch.zeros(5), "last_used": torch.zeros(5)})  # of another codebook
+    assert other.measure(4, dead_after=2) == history.measure(4, dead_after=2)
+
+
+def test_an_alarm_comes_once_after_grace_and_patience_and_is_written(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        monitor, _ = train(tmp_path, steps=8, monitor=HealthMonitor(tmp_path, STRICT))
+    warnings = [record.getMessage() for record in caplog.records if "health:" in record.getMessage()]
+    causes = [report["cause"] for report in monitor.reports]
+    assert len(warnings) == len(causes) == len(set(causes)) >= 1
+    assert all(report["step"] >= 4 for report in monitor.reports)  # 2 of grace, then 2 measurements
+    assert all("model.network.quantizer" in line and "Training continues" in line for line in warnings)
+    assert json.loads((tmp_path / "health.json").read_text()) == monitor.reports
+
+
+def test_without_ranges_the_measurements_are_logged_and_nothing_is_reported(tmp_path, caplog):
+    train(tmp_path, steps=8)
+    assert "train/perplexity" in logged(tmp_path)[8]
+    assert not [record for record in caplog.records if "health:" in record.getMessage()]
+    assert not (tmp_path / "health.json").exists()
+
+
+def test_an_unwritable_folder_is_a_warning(tmp_path, caplog):
+    (tmp_path / "health.json").mkdir()
+    monitor = HealthMonitor(tmp_path, STRICT)
+    monitor._write()
+    assert "health.json cannot be written" in caplog.text
+
+
+def problems(metrics, config=None, context=CONTEXT, num_tokens=10_000):
+    return find_problems(metrics, config or HealthConfig(), context, num_tokens=num_tokens)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "cause"),
+    [
+        ({"codebook_usage": 0.29}, "codebook_usage"),
+        ({"perplexity": 1.59}, "perplexity"),
+        ({"commitment_distance": 1.1, "feature_norm": 1.0}, "commitment_distance"),
+        ({"discriminator_accuracy": 0.99}, "discriminator_wins"),
+        ({"discriminator_accuracy": 0.29}, "discriminator_fails"),
+    ],
+)
+def test_each_range_has_a_cause_and_advice(metrics, cause):
+    (found,) = problems(metrics)
+    assert found.cause == cause
+    assert found.advice
+    assert all("model." in each for each in found.advice)
+
+
+def test_values_inside_of_the_ranges_are_no_problem():
+    healthy = {"codebook_usage": 0.3, "perplexity": 1.6, "commitment_distance": 1.0, "feature_norm": 1.0}
+    assert problems({**healthy, "discriminator_accuracy": 0.5}) == []
+    assert problems({}) == []
+
+
+def test_few_tokens_cannot_use_many_codes():
+    large = replace(CONTEXT, codebook_size=2**18)
+    assert attainable_codes(2**18, 100) == pytest.approx(100, rel=1e-3)
+    assert problems({"codebook_usage": 100 / 2**18, "perplexity": 100.0}, context=large, num_tokens=100) == []
+    assert len(problems({"codebook_usage": 20 / 2**18, "perplexity": 9.0}, context=large, num_tokens=100)) == 2
+
+
+def test_codes_without_a_codebook_have_no_distance_to_judge():
+    far = {"commitment_distance": 9.0, "feature_norm": 1.0}
+    assert problems(far, context=replace(CONTEXT, has_codebook=False)) == []
+
+
+def test_advice_names_only_quantizers_that_exist_and_options_that_are_not_set():
+    (found,) = problems({"codebook_usage": 0.1})
+    advice = " ".join(found.advice)
+    assert "raise model.network.quantizer.restart_below (now 0.05" in advice
+    assert "simvq" not in advice
+    more = replace(CONTEXT, options={"restart_below": 0.3}, known_quantizers=("ema", "simvq"))
+    (found,) = problems({"codebook_usage": 0.1}, context=more)
+    advice = " ".join(found.advice)
+    assert "simvq" in advice
+    assert "restart_below (now" not in advice
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"least_usage": 1.5}, r"least_usage must be a number in \[0, 1\], got 1.5"),
+        ({"patience": 0}, r"patience must be an integer in \[1, 1000000\], got 0"),
+        ({"largest_distance": 0.0}, "largest_distance must be a number in"),
+        ({"least_discriminator_accuracy": 0.99}, "least_discriminator_accuracy must be <="),
+    ],
+)
+def test_ranges_out_of_range_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        HealthConfig(**changes)
+
+
+def test_the_grace_period_follows_the_length_of_the_run():
+    assert [HealthConfig().grace(steps) for steps in (100, 20_000, 10**6)] == [200, 1000, 5000]
+    assert HealthConfig(grace_steps=7).grace(10**6) == 7
+    assert HealthConfig().dead_steps(256, 784) == 100
+    assert HealthConfig().dead_steps(2**18, 784) == 3344  # 10 * 2**18 / 784, rounded up
