@@ -43,7 +43,7 @@ from torch.utils.flop_counter import flop_registry
 from maskgit_pl.data import Batch
 from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.networks.discriminator import DiscriminatorConfig
-from maskgit_pl.networks.feature_network import FeatureOutput, FrozenNetwork
+from maskgit_pl.networks.feature_network import FrozenNetwork
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig, VQGANOutput
 from maskgit_pl.provenance import describe_environment
 from maskgit_pl.tokenizer import Tokenizer
@@ -55,7 +55,7 @@ Weights = dict[str, Tensor]
 
 _DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-_PEER = "diffusers VQModel"
+PEER = "diffusers VQModel"
 # Source: configs/imagenet_vqgan.yaml of CompVis/taming-transformers (0.8: discriminator_weight).
 _RATE, _BETAS, _ADVERSARIAL_WEIGHT, _PERCEPTUAL_WEIGHT, _COMMITMENT = 4.5e-6, (0.5, 0.9), 0.8, 1.0, 0.25
 _VGG_WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # VGG-16, as in LPIPS
@@ -113,11 +113,7 @@ class Task:
 
 
 class RandomVGG(FrozenNetwork):
-    """The network of LPIPS with random weights: its speed and memory are those of the trained one.
-
-    The features are scaled so that their mean squared difference is LPIPS with equal weights of all channels, divided
-    by a constant: normalised over the channels of each place, and divided by the square root of the number of places.
-    """
+    """The distance LPIPS with random weights: its speed and memory are those of the trained one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,14 +129,17 @@ class RandomVGG(FrozenNetwork):
                 nn.init.kaiming_normal_(module.weight)  # keeps the scale of the features over the depth
         self.freeze()
 
-    def forward(self, images: Tensor) -> FeatureOutput:
-        """Returns the features (B, F) of images (B, 3, H, W) float in [0, 1], also as logits."""
-        x, found = 2 * images - 1, []
+    def forward(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Returns the distances (B,) of images from targets, (B, 3, H, W) float in [0, 1] each."""
+        pairs = zip(self._features(images), self._features(targets), strict=True)
+        return torch.stack([(one - other).square().mean((2, 3)).sum(1) for one, other in pairs]).sum(0)
+
+    def _features(self, images: Tensor) -> Iterator[Tensor]:
+        """Yields the features of each stage, normalised over the channels, (B, C, h, w) float32."""
+        x = 2 * images - 1
         for stage in self.stages:
             x = stage(x)
-            found.append((F.normalize(x.float(), dim=1) / (x.shape[2] * x.shape[3]) ** 0.5).flatten(1))
-        features = torch.cat(found, 1)
-        return FeatureOutput(features, features)
+            yield F.normalize(x.float(), dim=1)
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,6 @@ class _Perceptual:
     """A stand-in for ``PerceptualConfig``, whose network must have a registered name."""
 
     weight: float = _PERCEPTUAL_WEIGHT
-    output: str = "features"
 
 
 class Contender(Protocol):
@@ -261,8 +259,7 @@ class Plain:
             reconstruction, quantizer_loss = self._reconstruct()
             similarity = (reconstruction.float() - self.images).abs().mean()
             if self.perceptual is not None:
-                predicted, target = (self.perceptual(x).features for x in (reconstruction, self.images))
-                similarity = similarity + _PERCEPTUAL_WEIGHT * F.mse_loss(predicted, target)
+                similarity = similarity + _PERCEPTUAL_WEIGHT * self.perceptual(reconstruction, self.images).mean()
             adversarial = -self.discriminator(reconstruction).float().mean()
             norms = [
                 torch.autograd.grad(loss, self.last_layer, retain_graph=True)[0].norm()
@@ -342,7 +339,7 @@ def build_peer(task: Task, precision: Precision) -> Plain:
 
 
 _CONTENDERS: dict[str, Callable[[Task, Precision], Contender]] = {
-    "ours": Ours, "plain": build_plain, _PEER: build_peer,
+    "ours": Ours, "plain": build_plain, PEER: build_peer,
 }  # fmt: skip
 
 
@@ -378,7 +375,7 @@ def compare_gradients(task: Task, precision: Precision) -> tuple[float, dict[str
 
 def count_peer(task: Task) -> int:
     """Returns the FLOPs of a step with the network of diffusers, which do not depend on the precision."""
-    step = build(_PEER, task, "fp32")
+    step = build(PEER, task, "fp32")
     with count_flops() as counter:
         step.gradients()
     return counter.flops
@@ -510,7 +507,7 @@ def measure(
 
 def list_installed() -> list[str]:
     """Returns the contenders whose packages are installed."""
-    return [name for name in _CONTENDERS if name != _PEER or importlib.util.find_spec("diffusers") is not None]
+    return [name for name in _CONTENDERS if name != PEER or importlib.util.find_spec("diffusers") is not None]
 
 
 def _autocast(precision: Precision) -> torch.autocast:
@@ -560,8 +557,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{'VGG-16' if task.has_perceptual else 'none'}, {task.memory_format}, {arguments.clock} time"
     )
     names = list_installed()
-    if _PEER not in names:
-        print(f"{_PEER} is not installed and is left out; to install it: python -m pip install -e '.[benchmarks]'")
+    if PEER not in names:
+        print(f"{PEER} is not installed and is left out; to install it: python -m pip install -e '.[benchmarks]'")
     precisions: list[Precision] = ["fp32", "bf16"]
     if arguments.precision == "fp32":
         precisions.remove("bf16")
