@@ -22,6 +22,7 @@ WORDS = {
     "outpaint": [RUN, IMAGE, "--right", "4"],
     "panorama": [RUN, "--width", "16"],
     "evaluate": [RUN, "--data", DATA],
+    "evaluate-tokenizer": [RUN, "--data", DATA],
     "compare": [RUN, "--data", DATA],
     "tune": [RUN, "--data", DATA],
     "table": ["1", RUN, "--data", DATA],
@@ -101,9 +102,17 @@ OUTPUTS = [
 
 
 def test_every_command_that_draws_is_among_those_tried() -> None:
-    assert {"sample", "inpaint", "edit", "outpaint", "panorama", "schedules", "evaluate", "data stats"} == {
-        command for command, *_ in OUTPUTS
-    }
+    assert {
+        "sample",
+        "inpaint",
+        "edit",
+        "outpaint",
+        "panorama",
+        "schedules",
+        "evaluate",
+        "evaluate-tokenizer",
+        "data stats",
+    } == {command for command, *_ in OUTPUTS}
 
 
 @pytest.mark.parametrize(("command", "flag", "ending"), OUTPUTS)
