@@ -28,6 +28,7 @@ from maskgit_pl.cli import (
     import_taming,
     import_transformer,
     inpaint,
+    inspect,
     outpaint,
     panorama,
     paper,
@@ -47,7 +48,7 @@ from maskgit_pl.text import PrintableFormatter
 __all__ = ["build_parser", "main"]
 
 _COMMANDS = (
-    data, doctor, train, slurm, tokenize, export, sample, inpaint, outpaint, panorama, evaluate, compare, tune,
+    data, doctor, train, slurm, tokenize, export, sample, inpaint, outpaint, panorama, evaluate, inspect, compare, tune,
     ablation, paper, train_classifier, schedules, import_jax, import_taming, import_transformer,
 )  # fmt: skip
 
