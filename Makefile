@@ -12,7 +12,8 @@ STAMP := $(VENV)/.installed
 #: DATA|Folder of its shards (default: data/shards/DATASET)
 #: IMAGES|Folder of your own images, one sub-folder per class, which `make data` converts
 #: RECIPE|Recipes, merged from left to right (default: adaln)
-#: RUN|Name of the run folder in runs/ (default: DATASET-RECIPE)
+#: BUDGET|Recipe for a time on 2 CPU cores, merged after RECIPE: 15m or 1h (default: 15m, but none with RECIPE or fashion-mnist)
+#: RUN|Name of the run folder in runs/ (default: DATASET-RECIPE, or DATASET-RECIPE-BUDGET)
 #: CLUSTER|single, ddp or fsdp (default: single; on Slurm: ddp)
 #: TOKENIZER|Pretrained tokenizer for stage 2 (default: that of the run)
 #: PRETRAINED|Pretrained folder whose weights a run starts from
@@ -28,9 +29,12 @@ STAMP := $(VENV)/.installed
 #: WORKERS|Processes that run the tests (default: auto)
 #: ARGS|Any further flags of the command
 DATASET ?= fashion-mnist
+# The temperatures of `adaln` without a budget suit Fashion-MNIST.
+BUDGET ?= $(if $(RECIPE)$(filter fashion-mnist,$(DATASET)),,15m)
+BUDGET := $(BUDGET)
 RECIPE ?= adaln
 CLUSTER ?= single
-RUN ?= $(DATASET)-$(subst $(eval ) ,-,$(strip $(RECIPE)))
+RUN ?= $(DATASET)-$(subst $(eval ) ,-,$(strip $(RECIPE) $(BUDGET)))
 DATA ?= data/shards/$(DATASET)
 IMAGES ?=
 IMAGE ?=
@@ -51,7 +55,7 @@ WORKERS ?= auto
 $(if $(filter command line,$(origin STEPS)),$(error STEPS is now called NUM_STEPS))
 
 # Flags that select the run. RECIPE may name several recipes, merged from left to right: RECIPE='paper-256 log'.
-OF_RUN = --dataset "$(DATASET)" --data "$(DATA)" --recipe "$(RECIPE)" --run "$(RUN)" $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") $(if $(PRETRAINED),--pretrained "$(PRETRAINED)")
+OF_RUN = --dataset "$(DATASET)" --data "$(DATA)" --recipe "$(strip $(RECIPE) $(BUDGET))" --run "$(RUN)" $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") $(if $(PRETRAINED),--pretrained "$(PRETRAINED)")
 MACHINES = $(if $(NODES),--nodes $(NODES)) $(if $(DEVICES),--devices $(DEVICES))
 
 .PHONY: doctor help install data train-tokenizer tokenize train-transformer submit-tokenizer submit-transformer sample evaluate compare tune train-classifier ablation edit benchmark demo demo-short test mutants test-slurm lint format clean
@@ -69,7 +73,7 @@ $(STAMP): pyproject.toml
 install: $(STAMP) ## Create .venv with the package and the development tools
 
 data: $(STAMP) ## Download DATASET and write its shards; for your own images: DATASET=name IMAGES=folder
-	@$(if $(IMAGES),$(BIN)/maskgit data make "$(IMAGES)" --out "$(DATA)",$(if $(wildcard data/$(subst -,_,$(DATASET)).py),$(BIN)/python data/$(subst -,_,$(DATASET)).py --out "$(DATA)",test -d "$(DATA)" || { echo "data $(DATA): no such folder; set IMAGES=folder to convert your own images, or DATASET to a data set that can be downloaded (fashion-mnist, blue-marble)" >&2; exit 2; }))
+	@$(if $(IMAGES),$(BIN)/maskgit data make "$(IMAGES)" --out "$(DATA)" $(ARGS),$(if $(wildcard data/$(subst -,_,$(DATASET)).py),$(BIN)/python data/$(subst -,_,$(DATASET)).py --out "$(DATA)" $(ARGS),test -d "$(DATA)" || { echo "data $(DATA): no such folder; set IMAGES=folder to convert your own images, or DATASET to a data set that can be downloaded (fashion-mnist, blue-marble)" >&2; exit 2; }))
 
 doctor: $(STAMP) ## Check a run before you start it: STAGE=transformer RECIPE=paper-256 CLUSTER=fsdp NODES=4 DEVICES=8
 	@$(BIN)/maskgit doctor $(STAGE) $(OF_RUN) --cluster $(CLUSTER) $(MACHINES) $(ARGS)
@@ -114,7 +118,7 @@ ablation: $(STAMP) ## Compare variants of a recipe: ARGS="--vary KEY=A,B"; witho
 	@$(BIN)/maskgit ablation --dataset "$(DATASET)" --data "$(DATA)" --cluster $(CLUSTER) $(ARGS)
 
 demo: ## Run everything: data, both stages, pictures and metrics; for your own images: DATASET=name IMAGES=folder
-	@$(MAKE) --no-print-directory data
+	@$(MAKE) --no-print-directory data ARGS=
 	@$(MAKE) --no-print-directory train-tokenizer CLUSTER=$(CLUSTER)
 	@$(MAKE) --no-print-directory train-transformer CLUSTER=$(CLUSTER)
 	@$(MAKE) --no-print-directory evaluate ARGS="--features classifier"
@@ -123,7 +127,7 @@ SHORT = --trainer.max_steps=60 --trainer.val_check_interval=60 --data.validation
 
 demo-short: ## Run the demo from scratch with 60 steps per stage
 	@rm -rf runs/demo-short
-	@$(MAKE) --no-print-directory data
+	@$(MAKE) --no-print-directory data ARGS=
 	@$(MAKE) --no-print-directory train-tokenizer RUN=demo-short ARGS="$(SHORT)"
 	@$(MAKE) --no-print-directory train-transformer RUN=demo-short ARGS="$(SHORT)"
 	@$(MAKE) --no-print-directory evaluate RUN=demo-short ARGS="--num-images 50 --features classifier"

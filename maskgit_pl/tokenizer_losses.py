@@ -8,12 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskgit_pl import losses
 from maskgit_pl.distributed import mean_over_ranks
-from maskgit_pl.networks.features import FeatureOutput
 from maskgit_pl.tokenizer_config import AdversarialConfig, PerceptualConfig
 
 __all__ = ["AdversarialStep", "SimilarityLoss", "gradient_at"]
@@ -26,7 +24,7 @@ class SimilarityLoss:
 
     Args:
         reconstruction_loss: ``l2`` or ``l1``.
-        perceptual: Network, output and weight of the perceptual loss; None for no perceptual loss.
+        perceptual: Network and weight of the perceptual loss; None for no perceptual loss.
 
     Raises:
         ValueError: if the weights of the perceptual network cannot be read.
@@ -50,11 +48,7 @@ class SimilarityLoss:
         total = losses.reconstruction_loss(reconstruction, images, kind=self.reconstruction_loss)
         metrics = {"reconstruction": total.detach()}
         if self.perceptual is not None and self.network is not None:
-            with torch.no_grad():  # the images are constants: their activations are not kept
-                target: FeatureOutput = self.network(images)
-            predicted: FeatureOutput = self.network(reconstruction)
-            output = self.perceptual.output
-            perceptual = F.mse_loss(getattr(predicted, output).float(), getattr(target, output).float())
+            perceptual = self.network(reconstruction, images).mean()
             metrics["perceptual"] = perceptual.detach()
             total = total + self.perceptual.weight * perceptual
         return total, metrics
@@ -70,8 +64,8 @@ class AdversarialStep:
     Args:
         config: Losses and their weights.
         real: (B, C, H, W) float32 real images; they require a gradient in steps with an R1 penalty.
-        real_logits: (B, 1) float: logits of ``real``.
-        fake_logits: (B, 1) float: logits of the reconstructions.
+        real_logits: (B, ...) float: logits of ``real``.
+        fake_logits: (B, ...) float: logits of the reconstructions.
 
     Attributes:
         metrics: Detached scalars by name, added by the methods.

@@ -15,7 +15,7 @@ INFERENCE = [
     "from maskgit_pl import ParallelDecoder",
     *(f"import maskgit_pl.{name}" for name in ("pipeline", "decoding", "editing", "importers", "imaging")),
     "from maskgit_pl.importers.released import import_jax",
-    "from maskgit_pl.importers.taming import import_taming",
+    "from maskgit_pl.importers.tokenizers import import_tokenizer",
     "from maskgit_pl.importers.transformers import import_transformer",
     "from maskgit_pl.pipeline.bulk import generate_many",
 ]

@@ -59,11 +59,12 @@ def test_fashion_mnist_without_any_source_names_the_ways_out(fashion, tmp_path, 
         fashion.fetch(tmp_path / "raw")
 
 
-def test_blue_marble_splits_share_no_pixel(marble):
-    tiles = marble.BlueMarbleTiles(np.full((2700, 5400, 3), 120, np.uint8)).tiles
+@pytest.mark.parametrize("size", [32, 64])
+def test_blue_marble_splits_share_no_pixel(marble, size):
+    tiles = marble.BlueMarbleTiles(np.full((2700, 5400, 3), 120, np.uint8), size).tiles
     owner = np.zeros((2700, 5400), np.uint8)
     for tile in tiles:
-        owner[tile.top : tile.top + marble.TILE, tile.left : tile.left + marble.TILE] |= 1 + (tile.split == "val")
+        owner[tile.top : tile.top + size, tile.left : tile.left + size] |= 1 + (tile.split == "val")
     assert set(np.unique(owner)) == {0, 1, 2}
     for split in ("train", "val"):
         assert {tile.label for tile in tiles if tile.split == split} == set(range(18))

@@ -237,7 +237,6 @@ SHARED_NAMES = {  # public names that two modules may define, and why
     "run": "of each command",
     "describe": "of a schema, of a registry's entry, of shards",
     "tokenize": "shards to a store, and the run that asks for it",
-    "tokenizer_config": "of each layout that is imported",
     "tokenizer_weights": "of each layout that is imported",
 }
 

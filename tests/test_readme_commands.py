@@ -20,7 +20,7 @@ from tests.test_readme import PAGES, ROOT, RUN_IN_ORDER, python_blocks, save_sma
 # Commands that are not run here: the files that they read are not in the repository, or they take longer than a test.
 PARSED_ONLY = {
     "import-jax": "reads weights that others released",
-    "import-taming": "reads weights that others released",
+    "import-tokenizer": "reads weights that others released",
     "import-transformer": "reads weights that others released",
     "table": "measures whole runs",
     "tune": "measures whole runs",

@@ -30,6 +30,8 @@ PARAMETERS = {
     ("transformer", "adaln-b"): 142_450_433,
     ("transformer", "adaln-l"): 479_933_441,
     ("transformer", "adaln"): 1_272_961,
+    ("tokenizer", "64px"): 288_696,
+    ("transformer", "1h"): 1_290_108,
     ("transformer", "paper-256"): 172_457_193,
     ("transformer", "paper-512"): 173_047_017,
 }
@@ -66,6 +68,13 @@ def test_every_number_of_a_published_recipe_has_its_source(stage, name):
     numbers = [line for line in lines if re.search(r":.*\d", line.split("#")[0])]
     assert len(numbers) >= 2
     assert [line for line in numbers if SOURCE.search(line) is None] == []
+
+
+@pytest.mark.parametrize(("stage", "name"), [*SOURCED, ("transformer", "adaln-b")])
+def test_a_published_recipe_is_the_same_on_any_data(stage, name):
+    files = layers(stage, name)
+    own = [files[0], RECIPES / stage / "own-images.yaml", *files[1:]]
+    assert merge(map(read_yaml, own)) == merge([*map(read_yaml, files)])
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)

@@ -14,7 +14,9 @@ from maskgit_pl.decoding.selectors import TokenSelector, token_selectors
 from maskgit_pl.mask_positions import MaskPositions, mask_positions
 from maskgit_pl.mask_ratios import MaskRatio, mask_ratios
 from maskgit_pl.masking import MaskSampler
+from maskgit_pl.networks.discriminators import discriminators
 from maskgit_pl.networks.features import feature_networks
+from maskgit_pl.networks.perceptual import perceptual_networks
 from maskgit_pl.networks.quantizers import quantizers
 from maskgit_pl.objectives import Objective, TokenLosses, objectives
 from maskgit_pl.registry import PluginError, Registry, describe, nearest
@@ -176,7 +178,7 @@ FAULTS = {  # source of the module, and the message
 }
 REGISTRIES = (
     mask_schedules, token_selectors, guidance_schedules, quantizers, feature_networks, mask_ratios, mask_positions,
-    objectives, corruptions,
+    objectives, corruptions, discriminators, perceptual_networks,
 )  # fmt: skip
 
 
@@ -327,9 +329,10 @@ def works(made: object) -> bool:
         return 0 < made.fraction < 1
     if hasattr(made, "label"):
         return isinstance(made.label, str)  # a feature network reads files when it is made
-    quantizer = made.create(codebook_size=4, code_dim=2)
+    levels = getattr(made, "levels", (2, 2))  # those of fsq determine its sizes
+    quantizer = made.create(codebook_size=math.prod(levels), code_dim=len(levels))
     for step in range(3):
-        output = quantizer(torch.randn(1, 2, 3, 3, generator=torch.Generator().manual_seed(step)))
+        output = quantizer(torch.randn(1, len(levels), 3, 3, generator=torch.Generator().manual_seed(step)))
         quantizer.update([output.tokens], [output.features], seed=0, step=step)
     return bool(output.loss.isfinite() and quantizer.lookup(torch.arange(4)).isfinite().all())
 

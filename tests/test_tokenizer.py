@@ -102,10 +102,16 @@ def values_of(module):
     return torch.cat([value.flatten().double() for value in module.state_dict().values()])
 
 
+PATCHES = {"name": "patchgan", "base_channels": 4, "num_layers": 2}
+
+
 @pytest.mark.parametrize("weight_rule", ["fixed", "adaptive"])
 @pytest.mark.parametrize("loss", ["hinge", "non-saturating"])
-def test_the_gradients_are_those_of_the_sum_of_losses(loss, weight_rule):
-    config = replace(ADVERSARIAL, loss=loss, weight=0.3, weight_rule=weight_rule, lecam_weight=0.1)
+@pytest.mark.parametrize("discriminator", [ADVERSARIAL.discriminator, PATCHES], ids=["stylegan", "patchgan"])
+def test_the_gradients_are_those_of_the_sum_of_losses(discriminator, loss, weight_rule):
+    config = replace(
+        ADVERSARIAL, discriminator=discriminator, loss=loss, weight=0.3, weight_rule=weight_rule, lecam_weight=0.1
+    )
     module = tokenizer(adversarial=config, network=replace(NETWORK, quantizer="gradient"))
     batch = batch_of(range(8))
     metrics = module.replay_step(batch, step=0)
@@ -323,7 +329,7 @@ def test_a_perceptual_network_reaches_the_generator_and_stays_out_of_the_checkpo
     module = tokenizer(perceptual=PerceptualConfig(spec, weight=1e5))  # random features hardly differ
     loss, metrics = module.similarity_loss(image, images)
     gradient = gradient_at(image, loss)
-    wanted, got = (module.similarity_loss.network(each).logits for each in (images, image))
+    wanted, got = (module.similarity_loss.network.network(each).logits for each in (images, image))
     perceptual = F.mse_loss(got, wanted.detach())
     torch.testing.assert_close(metrics["perceptual"], perceptual)
     total = F.mse_loss(image, images) + 1e5 * perceptual
@@ -374,16 +380,19 @@ def test_bfloat16_mixed_trains_every_part():
     assert values_of(module).isfinite().all()
 
 
-def ddp_module(**changes):
-    config = replace(ADVERSARIAL, weight_rule="adaptive", lecam_weight=0.1, start_step=1)
+def ddp_module(*, discriminator=ADVERSARIAL.discriminator, **changes):
+    has_r1 = dict(discriminator).get("norm") != "batch" if isinstance(discriminator, dict) else True
+    config = AdversarialConfig(
+        discriminator, weight_rule="adaptive", lecam_weight=0.1, start_step=1, r1_weight=10.0 if has_r1 else 0.0
+    )
     return tokenizer(adversarial=config, network=replace(NETWORK, quantizer={"name": "ema", "entropy_weight": 0.01,
                      "entropy_temperature": 1.0}), gradient_clip=1.0, **changes)  # fmt: skip
 
 
-def in_two_processes(rank, folder, port):
+def in_two_processes(rank, folder, port, discriminator):
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0")
-    module = ddp_module(accumulation=2)
+    module = ddp_module(discriminator=discriminator, accumulation=2)
     names = list(module.state_dict())
     stream = Stream(accumulation=2, rank=rank, ranks=2)
     trainer = fit(module, max_steps=6, stream=stream, strategy=build_strategy("ddp"), devices=2)
@@ -392,17 +401,21 @@ def in_two_processes(rank, folder, port):
     dist.destroy_process_group()
 
 
+DISCRIMINATORS = [ADVERSARIAL.discriminator, *({**PATCHES, "norm": norm} for norm in ("group", "batch", "actnorm"))]
+
+
 @pytest.mark.slow
-def test_two_ranks_train_as_one(tmp_path):
+@pytest.mark.parametrize("discriminator", DISCRIMINATORS, ids=["stylegan", "group", "batch", "actnorm"])
+def test_two_ranks_train_as_one(tmp_path, discriminator):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(in_two_processes, (str(tmp_path), port), nprocs=2)
+    mp.spawn(in_two_processes, (str(tmp_path), port, discriminator), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first[2] == 6
     for name, value in first[0].items():
         assert torch.equal(value, second[0][name]), name
-    alone = ddp_module(accumulation=2)
+    alone = ddp_module(discriminator=discriminator, accumulation=2)
     trainer = fit(alone, max_steps=6)
     for name, value in alone.state_dict().items():
         torch.testing.assert_close(first[0][name], value, rtol=1e-5, atol=1e-5, msg=name)

@@ -25,7 +25,7 @@ from maskgit_pl.cli import (
     evaluate,
     export,
     import_jax,
-    import_taming,
+    import_tokenizer,
     import_transformer,
     inpaint,
     inspect,
@@ -49,7 +49,7 @@ __all__ = ["build_parser", "main"]
 
 _COMMANDS = (
     data, doctor, train, slurm, tokenize, export, sample, inpaint, outpaint, panorama, evaluate, inspect, compare, tune,
-    ablation, paper, train_classifier, schedules, import_jax, import_taming, import_transformer,
+    ablation, paper, train_classifier, schedules, import_jax, import_tokenizer, import_transformer,
 )  # fmt: skip
 
 

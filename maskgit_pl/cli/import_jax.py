@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from maskgit_pl.importers.files import check_flax_file, check_out, read_class_names
+from maskgit_pl.cli.import_flags import add_class_names_argument, add_out_argument, read_class_names_flag
+from maskgit_pl.importers.files import check_flax_file, check_out
 
 __all__ = ["add_parser", "run"]
 
@@ -22,19 +23,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--tokenizer", type=Path, required=True, metavar="FILE", help="such as tokenizer_imagenet256_checkpoint"
     )
     parser.add_argument("--transformer", type=Path, metavar="FILE", help="such as maskgit_imagenet256_checkpoint")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="pretrained folder to write")
+    add_out_argument(parser)
     parser.add_argument(
         "--image-size",
         type=int,
         metavar="256|512",
         help="edge of the images in pixels (default: from the transformer's grid; 256 without a transformer)",
     )
-    parser.add_argument(
-        "--class-names",
-        type=Path,
-        metavar="FILE",
-        help="file with one class name per line (default: ImageNet's names for 1000 classes, else numbers)",
-    )
+    add_class_names_argument(parser)
     parser.set_defaults(run=run)
 
 
@@ -44,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     check_flax_file(args.tokenizer)
     if args.transformer is not None:
         check_flax_file(args.transformer)
-    class_names = None if args.class_names is None else read_class_names(args.class_names)
+    class_names = read_class_names_flag(args)
     from maskgit_pl.importers.released import import_jax
 
     import_jax(

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from maskgit_pl.cli.flags import check_at_least
-from maskgit_pl.importers.files import check_out, check_torch_file, read_class_names
+from maskgit_pl.cli.import_flags import add_class_names_argument, add_out_argument, read_class_names_flag
+from maskgit_pl.importers.files import check_out, check_torch_file
 
 __all__ = ["add_parser", "run"]
 
@@ -25,21 +26,16 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=Path,
         required=True,
         metavar="DIR",
-        help="folder of its tokenizer, as maskgit import-taming writes it",
+        help="folder of its tokenizer, as maskgit import-tokenizer writes it",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="pretrained folder to write")
+    add_out_argument(parser)
     parser.add_argument(
         "--num-heads",
         type=int,
         metavar="N",
         help="attention heads, for a network of another size than the published ones",
     )
-    parser.add_argument(
-        "--class-names",
-        type=Path,
-        metavar="FILE",
-        help="file with one class name per line (default: ImageNet's names for 1000 classes, else numbers)",
-    )
+    add_class_names_argument(parser)
     parser.set_defaults(run=run)
 
 
@@ -48,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     check_out(args.out)
     check_torch_file(args.file)
     check_at_least(args, num_heads=1)
-    names = None if args.class_names is None else read_class_names(args.class_names)
+    names = read_class_names_flag(args)
     from maskgit_pl.importers.transformers import import_transformer
 
     imported = import_transformer(

@@ -24,7 +24,7 @@ LimitingStage = Literal["tokenizer", "transformer", "neither"]
 _TOKENIZER_SHARE = 0.5  # of the FID of generated images
 _NEAR_REAL = 1.5  # times the FID of real images
 _MANY_CODES = 0.9  # fraction of the codes in use from which more codes can help
-_BUDGETS, _LONGEST = ("15m", "1h"), "1h"  # recipes of both stages
+_BUDGETS, _LONGEST = ("15m", "1h"), "1h"  # recipes of the transformer
 _ESTIMATES = ("exact_bits_per_token", "elbo_bits_per_token")
 _MAX_ENVIRONMENT_BYTES = 1_000_000
 
@@ -94,8 +94,8 @@ def _sentence(stage: LimitingStage, fid: float, rebuilt: float, real: float) -> 
 def next_commands(stage: LimitingStage, run: Path, content: Mapping[str, Any]) -> list[str]:
     """Returns the ``make`` commands that improve the limiting stage in a new run.
 
-    The first step is the budget of an hour. After that, a tokenizer gets four times as many codes if it uses at least
-    90 % of them; all others get twice as many steps.
+    A tokenizer gets four times as many codes if it uses at least 90 % of them, else twice as many steps. A transformer
+    gets the budget of an hour, after that twice as many steps.
 
     Args:
         stage: The limiting stage.
@@ -113,15 +113,16 @@ def next_commands(stage: LimitingStage, run: Path, content: Mapping[str, Any]) -
         return []
     flags = _read_flags(read_json(file, max_bytes=_MAX_ENVIRONMENT_BYTES).get("command"))
     recipes, dataset = flags.get("recipe", "").split(), flags.get("dataset", DEFAULT_DATASET)
-    more, model = {"BUDGET": _LONGEST}, content["model"]
-    if _LONGEST in (*recipes, flags.get("budget")):
-        many = stage == "tokenizer" and content["reconstruction"]["codebook_usage"] >= _MANY_CODES
-        key = ("model.network.codebook_size", 4 * model["codebook_size"]) if many else ("trainer.max_steps", 2 * steps)
-        more = {"BUDGET": _LONGEST, "ARGS": f"--{key[0]}={key[1]}"}
+    if stage == "tokenizer" and content["reconstruction"]["codebook_usage"] >= _MANY_CODES:
+        more = {"ARGS": f"--model.network.codebook_size={4 * content['model']['codebook_size']}"}
+    elif stage == "tokenizer" or _LONGEST in recipes:
+        more = {"ARGS": f"--trainer.max_steps={2 * steps}"}
+    else:
+        recipes, more = [each for each in recipes if each not in _BUDGETS], {"BUDGET": _LONGEST}
     of_run = {
         "DATASET": dataset,
         "DATA": flags.get("data") if flags.get("data") != f"data/shards/{dataset}" else None,
-        "RECIPE": " ".join(each for each in recipes if each not in _BUDGETS),
+        "RECIPE": " ".join(recipes),
         "RUN": f"{run.resolve().name}-more",
     }
     if stage == "transformer":

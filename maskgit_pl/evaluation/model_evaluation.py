@@ -155,9 +155,9 @@ def _open(
 ) -> tuple[Evaluator, EvaluatedModel, Reconstruction]:
     """Opens model, data and evaluator, and measures the reconstruction, which has no ledger row."""
     from maskgit_pl.distributed import barrier, rank_and_world
-    from maskgit_pl.evaluation.lpips import load_lpips
     from maskgit_pl.evaluation.reconstruction import measure_reconstruction
     from maskgit_pl.evaluation.reference import iter_real_batches
+    from maskgit_pl.networks.lpips import load_lpips
 
     pipe = open_model(folders, options.device, negative_model=options.negative_model)
     check_model_decoding(pipe, pipe.decoding_with(num_steps=options.num_steps))

@@ -18,9 +18,9 @@ from maskgit_pl.data import Batch
 from maskgit_pl.distributed import gather_rows
 from maskgit_pl.evaluation.distances import frechet_distance
 from maskgit_pl.evaluation.features import Extractor, FeatureCollector
-from maskgit_pl.evaluation.lpips import LPIPS
 from maskgit_pl.evaluation.reference import Reference, Statistics
 from maskgit_pl.imaging import to_unit_range
+from maskgit_pl.networks.lpips import LPIPS
 from maskgit_pl.pretrained import PretrainedTokenizer
 from maskgit_pl.tokenizer import CodebookUsage
 

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["Format", "check_flax_file", "check_out", "check_torch_file", "read_class_names"]
+__all__ = ["Format", "check_flax_file", "check_out", "check_torch_file", "find_weights", "read_class_names"]
 
 Format = Literal["msgpack", "pickle", "safetensors", "zip"]
 
+_DIFFUSERS = tuple(f"diffusion_pytorch_model.{ending}" for ending in ("safetensors", "fp16.safetensors", "bin"))
 _HEAD = 512  # bytes; a pointer of Git LFS is shorter
 # Recognised in this order: the first bytes of msgpack are the least distinctive.
 _BEGINNINGS: tuple[tuple[str, str, Callable[[bytes], bool]], ...] = (  # format, its name for people, its first bytes
@@ -49,6 +50,17 @@ def check_torch_file(path: Path) -> Format:
         ValueError: if it is a folder, an empty file, of another format, or a zip archive that is cut off.
     """
     return _check_format(path, ("zip", "pickle", "safetensors"), "a file of torch.save or of safetensors")
+
+
+def find_weights(path: Path) -> Path:
+    """Returns the file of weights that a path names.
+
+    Args:
+        path: A file, a folder in which diffusers saved a VQModel, or one of a pipeline with its ``vqvae``; any other
+            path is returned as it is.
+    """
+    names = [path / folder / name for folder in ("", "vqvae") for name in _DIFFUSERS]
+    return next((name for name in names if name.is_file()), path)
 
 
 def check_out(folder: Path) -> None:

@@ -96,7 +96,7 @@ def import_transformer(
     Args:
         file: A ``.pth``, ``.pt`` or ``.safetensors`` file of a transformer in either layout.
         out: Pretrained folder to make.
-        tokenizer: Folder of its tokenizer, or a pretrained folder that holds one, as ``import_taming`` writes it.
+        tokenizer: Folder of its tokenizer, or a pretrained folder that holds one, as ``import_tokenizer`` writes it.
         num_heads: Number of attention heads; by default that of the published network of this size.
         class_names: Name of each class. Default: ImageNet's names for 1000 classes, otherwise numbers.
 
@@ -149,7 +149,7 @@ def transformer_layout_of(tensors: Mapping[str, Any]) -> TransformerLayout:
     found = [layout for layout in _LAYOUTS if all(marker in tensors for marker in layout.markers)]
     if not found:
         is_tokenizer = any(name.startswith(("encoder.", "decoder.", "quantize.")) for name in tensors)
-        kind = "a tokenizer: use maskgit import-taming" if is_tokenizer else "something else"
+        kind = "a tokenizer: use maskgit import-tokenizer" if is_tokenizer else "something else"
         raise ValueError(f"it must be a transformer of Halton-MaskGIT or MaskGIL, got {kind} ({name_some(tensors)})")
     return found[0]
 

@@ -220,7 +220,7 @@ def _read_config(folder: Path) -> tuple[ClassifierSizes, tuple[str, ...]]:
 
 def _prepare(images: Tensor, *, channels: int, side: int) -> Tensor:
     """Returns images with a network's channels and size, of about zero mean and unit deviation."""
-    x = images.float() / 255 if images.dtype == torch.uint8 else images
+    x = images.float() / 255 if images.dtype == torch.uint8 else images.float()  # the resize: float32 on a CPU
     # Grey images are repeated to three channels; colours become their mean.
     if x.shape[1] != channels:
         x = x.expand(-1, channels, -1, -1) if x.shape[1] == 1 else x.mean(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The discriminator of the adversarial loss, a residual network of StyleGAN's type; ``Tokenizer`` trains it."""
+"""The discriminator ``stylegan``, a residual network of StyleGAN's type: the one of the released code."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskgit_pl.checks import check_choice, check_integer, check_number
+from maskgit_pl.networks.discriminators import discriminators
 
 __all__ = ["Discriminator", "DiscriminatorConfig", "Pooling"]
 
@@ -22,6 +23,7 @@ _SLOPE = 0.2
 _SMALLEST = 4  # the resolution at which the features are flattened
 
 
+@discriminators.register("stylegan")
 @dataclass(frozen=True)
 class DiscriminatorConfig:
     """The sizes of the discriminator. The defaults are the released code's; the image size is the tokenizer's.
@@ -70,6 +72,14 @@ class DiscriminatorConfig:
                 f"got {len(self.channels)}: {self.channels}"
             )
         return self.channels
+
+    def create(self, *, in_channels: int, image_size: int) -> nn.Module:
+        """Builds the network.
+
+        Raises:
+            ValueError: if ``channels`` has not one number for each resolution.
+        """
+        return Discriminator(self, in_channels=in_channels, image_size=image_size)
 
 
 class DiscriminatorBlock(nn.Module):

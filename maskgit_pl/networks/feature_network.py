@@ -79,7 +79,8 @@ class FeatureNetwork(FrozenNetwork):
         Args:
             images: (B, 1 or 3, H, W), uint8 or float in [0, 1]; grey images are repeated to three colours.
         """
-        x = images.float() / 255 if images.dtype == torch.uint8 else images
+        # Float32: the resize below has no bfloat16 kernel on a CPU.
+        x = images.float() / 255 if images.dtype == torch.uint8 else images.float()
         x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
         x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
         model: Any = self.model  # timm's methods, which nn.Module's type does not have

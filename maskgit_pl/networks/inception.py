@@ -75,7 +75,7 @@ class Inception(FrozenNetwork, nn.Sequential):
         Args:
             images: (B, 1 or 3, H, W), uint8 or float in [0, 1].
         """
-        x = images.float() if images.dtype == torch.uint8 else images * 255
+        x = images.float() if images.dtype == torch.uint8 else images.float() * 255
         x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
         x = interpolate_bilinear_2d_like_tensorflow1x(x, size=(_SIZE, _SIZE), align_corners=False)
         x = (x - 128) / 128  # not 127.5: the graph's own normalisation

@@ -1,9 +1,9 @@
-"""Encoder and decoder in the layout of taming-transformers, which LlamaGen's tokenizers share.
+"""Encoder and decoder in the layout of taming-transformers, which LlamaGen, diffusers and IBQ share.
 
 It differs from the released MaskGIT code: every convolution has a bias; a block that changes the number of channels has
-a 1x1 convolution on its *input*; there is self-attention in the middle and at chosen levels; a strided convolution
-halves the resolution; the decoder has one more block at each level; and images are in [-1, 1] inside, so that padding
-with zeros is grey. ``VQGAN`` builds both networks if ``VQGANConfig.layout`` is ``taming``.
+a 1x1 convolution on its *input*; there is self-attention at chosen levels and, unless it is left out, in the middle; a
+strided convolution halves the resolution; the decoder has one more block at each level; and images are in [-1, 1]
+inside, so that padding with zeros is grey. ``VQGAN`` builds both networks if ``VQGANConfig.layout`` is ``taming``.
 """
 
 from __future__ import annotations
@@ -178,7 +178,8 @@ def _level(width: int, out: int, config: VQGANConfig, *, level: int, blocks: int
 
 def _middle(width: int, config: VQGANConfig) -> Iterator[nn.Module]:
     yield TamingResidualBlock(width, width, config.num_groups)
-    yield SelfAttention(width, config.num_groups)
+    if config.middle_attention:
+        yield SelfAttention(width, config.num_groups)
     yield TamingResidualBlock(width, width, config.num_groups)
 
 

@@ -85,6 +85,24 @@ class StridedDownsample(nn.Module):
         return out
 
 
+class SameDownsample(nn.Module):
+    """A 3x3 convolution of stride 2 with "SAME" padding: (0, 1) at even sizes, (1, 1) at odd ones.
+
+    Args:
+        channels: Channels of input and output.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = conv(channels, channels, 3, bias=True, stride=2, padding=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns x (B, channels, h, w) at half the resolution, rounded up."""
+        height, width = x.shape[-2:]
+        out: Tensor = self.conv(F.pad(x, (width % 2, 1, height % 2, 1)))
+        return out
+
+
 class Encoder(nn.Module):
     """The encoder: a stem, levels of residual blocks that halve the resolution, middle blocks, a 1x1 head.
 
@@ -233,6 +251,8 @@ def _decoder_blocks(config: VQGANConfig) -> Iterator[nn.Module]:
 def _downsample(channels: int, config: VQGANConfig) -> nn.Module:
     if config.downsampling == "strided":
         return StridedDownsample(channels)
+    if config.downsampling == "strided-3x3":
+        return SameDownsample(channels)
     # At odd sizes the last window holds fewer pixels and is divided by their number, as "SAME" mean pooling does.
     return nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False)
 

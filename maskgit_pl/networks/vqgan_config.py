@@ -12,7 +12,7 @@ from maskgit_pl.networks.quantizers import build_sized
 
 __all__ = ["Activation", "Downsampling", "Layout", "VQGANConfig"]
 
-Downsampling = Literal["average", "strided"]
+Downsampling = Literal["average", "strided", "strided-3x3"]
 Activation = Literal["swish", "relu"]
 Layout = Literal["maskgit", "taming"]
 
@@ -28,7 +28,7 @@ _RANGES = {  # well above any existing network: a larger number is a mistake, or
 }
 _MAX_LEVELS = 12  # the resolution is halved 11 times
 _FIXED_BY_TAMING = ("num_middle_blocks", "downsampling", "activation", "patch_size")
-_ONLY_OF_TAMING = ("attention_levels", "latent_channels")
+_ONLY_OF_TAMING = ("attention_levels", "middle_attention", "latent_channels")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class VQGANConfig:
             resolution of the one before.
         num_res_blocks: Number of residual blocks of each level.
         num_middle_blocks: Number of residual blocks after the encoder's last and before the decoder's first level.
-        downsampling: ``average``: 2x2 mean; ``strided``: 4x4 convolution of stride 2.
+        downsampling: ``average``: 2x2 mean; ``strided``: 4x4 convolution of stride 2; ``strided-3x3``: 3x3
+            convolution of stride 2, as in MaskBit (arXiv:2409.16211).
         activation: ``swish`` or ``relu``.
         num_groups: Number of groups of each GroupNorm; divides the channels of every level.
         codebook_size: K, number of codes.
@@ -56,8 +57,9 @@ class VQGANConfig:
             biases, self-attention and one more block at each level of the decoder. ``taming`` fixes
             ``num_middle_blocks``, ``downsampling``, ``activation`` and ``patch_size``; image sizes
             are multiples of the downsampling factor.
-        attention_levels: Levels (0: full resolution) with self-attention after each block; layout ``taming`` only,
-            whose middle always has self-attention.
+        attention_levels: Levels (0: full resolution) with self-attention after each block; layout ``taming`` only.
+        middle_attention: True for self-attention between the two middle blocks; layout ``taming`` only. False is the
+            tokenizer of aMUSEd (arXiv:2401.01808).
         latent_channels: Channels between the last 3x3 and the 1x1 convolution before the codes; required by layout
             ``taming``, and for it only.
 
@@ -85,6 +87,7 @@ class VQGANConfig:
     initial_scale: float = 1.0
     layout: Layout = "maskgit"
     attention_levels: tuple[int, ...] = ()
+    middle_attention: bool = True
     latent_channels: int | None = None
 
     def __post_init__(self) -> None:
@@ -129,6 +132,8 @@ class VQGANConfig:
             self._check_taming()
 
     def _check_taming(self) -> None:
+        if not isinstance(self.middle_attention, bool):
+            raise ValueError(f"network middle_attention must be true or false, got {shorten(self.middle_attention)}")
         check_integer("network latent_channels of layout 'taming'", self.latent_channels, "[1, 65536]")
         levels, known = self.attention_levels, range(len(self.channel_multipliers))
         if len(set(levels)) < len(levels) or any(level not in known for level in levels):

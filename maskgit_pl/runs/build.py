@@ -24,6 +24,8 @@ from maskgit_pl.data import ShardData, ShardDataConfig, split_batch
 from maskgit_pl.data.config import check_stream
 from maskgit_pl.errors import is_user_error
 from maskgit_pl.networks.backbone import BackboneConfig, build_config
+from maskgit_pl.networks.discriminator import DiscriminatorConfig
+from maskgit_pl.networks.discriminators import build_discriminator
 from maskgit_pl.old_names import rename_settings
 from maskgit_pl.pretrained import fingerprint, read_config
 from maskgit_pl.runs.plan import Plan
@@ -298,6 +300,8 @@ def _build_value(value: Any, annotation: Any, where: str) -> Any:
         return tuple(value) if isinstance(value, list) and get_origin(annotation) is tuple else value
     if kind is BackboneConfig:
         return build_config(value, where)
+    if kind is DiscriminatorConfig:
+        return build_discriminator(value, where=where)
     values = _build_arguments(kind, value, where)
     try:
         return kind(**values)

@@ -112,6 +112,9 @@ class RunSettings:
         hang_seconds: Shortest time without progress, in seconds, after which the watchdog ends the run.
         matmul_precision: Precision of float32 products and convolutions; ``high`` is TF32 if the device supports it.
         cpu_threads: Number of CPU threads of torch; None leaves it to torch.
+        max_passes: Maximum number of passes over the training images: lowers ``trainer.max_steps`` of the recipe files
+            for small data sets, which a model would learn by heart. A flag ``--trainer.max_steps`` overrides it, and
+            None does not limit the steps.
 
     Raises:
         ValueError: if a number is out of range.
@@ -123,6 +126,7 @@ class RunSettings:
     hang_seconds: float = 100.0
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     cpu_threads: int | None = None
+    max_passes: int | None = None
 
     def __post_init__(self) -> None:
         check_integer("checkpoint_every", self.checkpoint_every, f"[1, {_INT64}]")
@@ -132,6 +136,8 @@ class RunSettings:
             check_integer("keep_every", self.keep_every, f"[1, {_INT64}]")
         if self.cpu_threads is not None:
             check_integer("cpu_threads", self.cpu_threads, "[1, 4096]")
+        if self.max_passes is not None:
+            check_integer("max_passes", self.max_passes, f"[1, {_INT64}]")
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,11 @@ from maskgit_pl.autoregressive import AutoregressiveConfig, AutoregressiveModel
 from maskgit_pl.data import ShardDataConfig
 from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
 from maskgit_pl.networks.backbone import DEFAULT_BACKBONE, BackboneConfig, config_class
+from maskgit_pl.networks.discriminator import DiscriminatorConfig
+from maskgit_pl.networks.discriminators import with_defaults
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pretrained import read_config
-from maskgit_pl.runs.layers import merge
+from maskgit_pl.runs.layers import merge, value_at
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe_files import Stage
 from maskgit_pl.runs.recipe_schema import Parameter, TrainerSettings, parameters_of, run_settings
@@ -43,7 +45,26 @@ MODULES: dict[str, tuple[type[Any], type[LightningModule]]] = {
 def merge_values(plan: Plan) -> dict[str, Any]:
     """Merges all values of a run (step 1 of the module); ``resolve`` adds the rest."""
     pretrained = {} if plan.pretrained is None else _values_of_pretrained(plan.stage, plan.pretrained)
-    return merge([_values_of_data_and_tokenizer(plan), plan.recipe.base, pretrained, *plan.recipe.flags])
+    base = merge([_values_of_data_and_tokenizer(plan), plan.recipe.base, pretrained])
+    return merge([base, _limit_passes(plan, base), *plan.recipe.flags])
+
+
+def _limit_passes(plan: Plan, base: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the lower ``trainer.max_steps``, and the steps between validations, that ``max_passes`` asks for.
+
+    The recipe's flags override both.
+    """
+    passes, batch = plan.recipe.get("max_passes"), plan.recipe.get("data.global_batch")
+    steps, every = (value_at(base, f"trainer.{key}") for key in ("max_steps", "val_check_interval"))
+    if passes is None or batch is None or steps is None:
+        return {}
+    if plan.recipe.get("data.source") == "stream":
+        raise ValueError("max_passes must be null with data.source: stream, whose number of images is unknown")
+    images = read_manifest_summary(plan.shards).samples["train"]
+    limit = max(1, passes * images // batch)
+    if limit >= steps:
+        return {}
+    return {"trainer": {"max_steps": limit, **({"val_check_interval": min(every, limit)} if every else {})}}
 
 
 def _values_of_data_and_tokenizer(plan: Plan) -> dict[str, Any]:
@@ -124,6 +145,8 @@ def _resolve_group(known: Mapping[str, Parameter], given: Mapping[str, Any]) -> 
             continue
         if kind is BackboneConfig:
             value = _resolve_network({} if value is MISSING else value)
+        elif kind is DiscriminatorConfig:
+            value = with_defaults(value)
         elif kind is not None and value is not None:
             value = _resolve_group(parameters_of(kind), {} if value is MISSING else value)
         found[name] = value

@@ -58,23 +58,23 @@ def test_bits_stand_beside_those_of_a_uniform_guess_with_or_without_a_reconstruc
 
 def test_the_commands_repeat_the_recipe_with_more(tmp_path: Path) -> None:
     run = make_run(tmp_path / "mine-adaln", "--recipe", "adaln 15m")
-    of_run = "DATASET=mine RECIPE=adaln RUN=mine-adaln-more"
+    of_run = "DATASET=mine RECIPE='adaln 15m' RUN=mine-adaln-more"
     assert next_commands("tokenizer", run, report()) == [
-        f"make train-tokenizer {of_run} BUDGET=1h",
+        f"make train-tokenizer {of_run} ARGS=--model.network.codebook_size=1024",
         f"make train-transformer {of_run}",
     ]
     assert next_commands("transformer", run, report()) == [
-        f"make train-transformer {of_run} TOKENIZER={run}/pretrained/tokenizer BUDGET=1h"
+        f"make train-transformer DATASET=mine RECIPE=adaln RUN=mine-adaln-more TOKENIZER={run}/pretrained/tokenizer "
+        "BUDGET=1h"
     ]
     assert next_commands("neither", run, report()) == []
 
 
-def test_after_an_hour_a_full_codebook_gets_more_codes_and_all_others_more_steps(tmp_path: Path) -> None:
+def test_after_an_hour_or_with_unused_codes_there_are_more_steps(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", "--recipe=1h")
-    assert next_commands("tokenizer", run, report())[0].endswith("BUDGET=1h ARGS=--model.network.codebook_size=1024")
-    for stage, usage in (("tokenizer", 0.2), ("transformer", 1.0)):
-        first, *_ = next_commands(stage, run, report(codebook_usage=usage))  # type: ignore[arg-type]
-        assert first.endswith("BUDGET=1h ARGS=--trainer.max_steps=1700")
+    unused = report(codebook_usage=0.5)
+    for stage, content in (("transformer", report()), ("tokenizer", unused)):
+        assert next_commands(stage, run, content)[0].endswith("ARGS=--trainer.max_steps=1700")
 
 
 def test_words_of_a_stranger_are_quoted(tmp_path: Path) -> None:

@@ -17,7 +17,9 @@ from torch.utils.data import DataLoader
 from maskgit_pl.data import Batch, ShardData, ShardDataConfig
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.importers.files import check_torch_file
-from maskgit_pl.importers.taming import import_taming, layout_of, tokenizer_config, tokenizer_weights
+from maskgit_pl.importers.taming import LLAMAGEN, TAMING
+from maskgit_pl.importers.tokenizer_layout import tokenizer_weights
+from maskgit_pl.importers.tokenizers import import_tokenizer, tokenizer_layout_of
 from maskgit_pl.networks.discriminator import DiscriminatorConfig
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
@@ -223,7 +225,7 @@ LAYOUTS = {"taming": "last.ckpt", "llamagen": "vq_ds16.pt"}
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_tokens_and_images_are_those_of_the_original(layout, changes, tmp_path):
     original = reference(layout, **changes)
-    made = import_taming(save(original, tmp_path / LAYOUTS[layout]), tmp_path / "out", image_size=16)
+    made = import_tokenizer(save(original, tmp_path / LAYOUTS[layout]), tmp_path / "out", image_size=16)
     tokenizer = load_tokenizer(tmp_path / "out" / "tokenizer")
     network = tokenizer.network
     assert made.folder == tmp_path / "out" / "tokenizer"
@@ -242,7 +244,7 @@ def test_codes_of_llamagen_are_stored_at_length_1_whatever_the_length_of_feature
     original = reference("llamagen")
     original.quant_conv.weight.mul_(30)
     original.quant_conv.bias.mul_(30)
-    import_taming(save(original, tmp_path / "vq.pt"), tmp_path / "out", image_size=16)
+    import_tokenizer(save(original, tmp_path / "vq.pt"), tmp_path / "out", image_size=16)
     network = load_tokenizer(tmp_path / "out" / "tokenizer").network
     torch.testing.assert_close(network.quantizer.codebook.norm(dim=1), torch.ones(32))
     lengths = original.quantize.embedding.weight.norm(dim=1)
@@ -254,19 +256,22 @@ def test_codes_of_llamagen_are_stored_at_length_1_whatever_the_length_of_feature
 def test_sizes_of_the_published_taming_tokenizers_are_read_off(codes):
     with torch.device("meta"):
         tensors = Reference(llamagen=False, **FULL, codes=codes, width=256).state_dict()
-    config = tokenizer_config(tensors)
+    config = TAMING.read_config(tensors, {})
     quantizer = {"name": "gradient", "commitment": 1.0, "codebook_weight": 0.25, "entropy_weight": 0.0}
     assert config == VQGANConfig(
         3, codebook_size=codes, layout="taming", attention_levels=(4,), latent_channels=256, quantizer=quantizer
     )
-    assert sum(weight.numel() for weight in tokenizer_weights(tensors, config).values()) == 71_879_555 + 256 * codes
+    assert (
+        sum(weight.numel() for weight in tokenizer_weights(tensors, config, TAMING).values())
+        == 71_879_555 + 256 * codes
+    )
 
 
 def test_sizes_of_the_published_llamagen_tokenizer_are_read_off():
     with torch.device("meta"):
         tensors = Reference(llamagen=True, **FULL, codes=16384, width=8).state_dict()
-    config = tokenizer_config(tensors)
-    assert layout_of(tensors).name == "LlamaGen"
+    config = LLAMAGEN.read_config(tensors, {})
+    assert tokenizer_layout_of(tensors).name == "LlamaGen"
     quantizer = {"name": "gradient", "commitment": 0.25, "codebook_weight": 1.0, "entropy_weight": 0.0}
     assert config == VQGANConfig(
         3,
@@ -277,14 +282,14 @@ def test_sizes_of_the_published_llamagen_tokenizer_are_read_off():
         latent_channels=256,
         quantizer=quantizer,
     )
-    assert sum(weight.numel() for weight in tokenizer_weights(tensors, config).values()) == 71_883_403
+    assert sum(weight.numel() for weight in tokenizer_weights(tensors, config, LLAMAGEN).values()) == 71_883_403
 
 
 def test_what_is_not_the_network_is_named(tmp_path):
-    made = import_taming(save(reference("taming"), tmp_path / "a.ckpt"), tmp_path / "a", image_size=16)
+    made = import_tokenizer(save(reference("taming"), tmp_path / "a.ckpt"), tmp_path / "a", image_size=16)
     assert made.layout == "taming-transformers"
     assert made.ignored == ("epoch", "pytorch-lightning_version", "loss.* (2 tensors)")
-    made = import_taming(save(reference("llamagen"), tmp_path / "b.pt"), tmp_path / "b", image_size=16)
+    made = import_tokenizer(save(reference("llamagen"), tmp_path / "b.pt"), tmp_path / "b", image_size=16)
     assert made.layout == "LlamaGen"
     assert made.ignored == ("optimizer", "steps", "quantize.codebook_used")
 
@@ -292,7 +297,7 @@ def test_what_is_not_the_network_is_named(tmp_path):
 def test_the_average_of_llamagen_goes_before_its_last_weights(tmp_path):
     last, average = reference("llamagen"), reference("llamagen")
     average.decoder.conv_out.bias.add_(1)
-    made = import_taming(save(last, tmp_path / "a.pt", ema=average.state_dict()), tmp_path / "out", image_size=16)
+    made = import_tokenizer(save(last, tmp_path / "a.pt", ema=average.state_dict()), tmp_path / "out", image_size=16)
     assert "model" in made.ignored
     bias = load_tokenizer(tmp_path / "out" / "tokenizer").network.decoder.head.bias
     assert torch.equal(bias, average.decoder.conv_out.bias)
@@ -310,7 +315,7 @@ def test_other_files_with_the_same_tensors_are_read(form, layout, tmp_path):
         torch.save({name: value.half() for name, value in weights.items()}, file)
     else:
         torch.save(weights, file, _use_new_zipfile_serialization=form == "plain")
-    import_taming(file, tmp_path / "out", image_size=16)
+    import_tokenizer(file, tmp_path / "out", image_size=16)
     got = load_tokenizer(tmp_path / "out" / "tokenizer").network.state_dict()
     assert all(value.dtype == torch.float32 for value in got.values())
     torch.testing.assert_close(got["decoder.head.bias"], weights["decoder.conv_out.bias"], rtol=0, atol=1e-3)
@@ -331,7 +336,7 @@ def test_records_of_the_training_program_are_passed_over_without_its_classes(old
     content = {"state_dict": reference("taming").state_dict(), **records}
     torch.save(content, file, _use_new_zipfile_serialization=not old)
     monkeypatch.delitem(sys.modules, imported.__name__)  # not there when it is read
-    made = import_taming(file, tmp_path / "out", image_size=16)
+    made = import_tokenizer(file, tmp_path / "out", image_size=16)
     assert {"callbacks", "args"} <= set(made.ignored)
     assert imported.__name__ not in sys.modules
 
@@ -348,7 +353,7 @@ def test_a_hostile_file_runs_nothing(old, tmp_path):
     content = {"state_dict": reference("taming").state_dict(), "args": argparse.Namespace(x=Hostile())}
     torch.save(content, file, _use_new_zipfile_serialization=not old)
     with pytest.raises(ValueError, match=r"got also posix\.mkdir, a Python object"):
-        import_taming(file, tmp_path / "out", image_size=16)
+        import_tokenizer(file, tmp_path / "out", image_size=16)
     assert not canary.exists()
 
 
@@ -493,7 +498,7 @@ def test_what_is_no_such_tokenizer_is_refused_in_one_line_and_nothing_is_written
     file = tmp_path / "file.ckpt"
     write(file)
     with pytest.raises(ValueError, match=message) as refusal:
-        import_taming(file, tmp_path / "out")
+        import_tokenizer(file, tmp_path / "out")
     assert "\n" not in str(refusal.value)
     assert str(refusal.value).startswith(f"checkpoint {file}")
     assert not (tmp_path / "out").exists()
@@ -508,14 +513,14 @@ def test_any_cut_is_refused(tmp_path):
             cut = tmp_path / "cut.pt"
             cut.write_bytes(content[:length])
             with pytest.raises(ValueError, match=r"checkpoint .*cut\.pt"):
-                import_taming(cut, tmp_path / "out")
+                import_tokenizer(cut, tmp_path / "out")
 
 
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere: no such file"):
         check_torch_file(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="got a folder; name the file itself"):
-        import_taming(tmp_path, tmp_path / "out")
+        import_tokenizer(tmp_path, tmp_path / "out")
 
 
 @pytest.mark.parametrize("size", [15, 0, -16])
@@ -524,16 +529,16 @@ def test_a_size_that_the_factor_does_not_divide_is_refused(size, tmp_path):
     with pytest.raises(
         ValueError, match=f"image size must be a positive multiple of the downsampling factor 2, got {size}"
     ):
-        import_taming(file, tmp_path / "out", image_size=size)
+        import_tokenizer(file, tmp_path / "out", image_size=size)
     assert not (tmp_path / "out").exists()
 
 
 def test_what_was_there_is_kept(tmp_path):
     file = save(reference("taming"), tmp_path / "a.ckpt")
-    made = import_taming(file, tmp_path / "out", image_size=16)
+    made = import_tokenizer(file, tmp_path / "out", image_size=16)
     before = fingerprint(made.folder)
     with pytest.raises(FileExistsError, match="must be a new or empty folder, got one with content"):
-        import_taming(save(reference("llamagen"), tmp_path / "b.pt"), tmp_path / "out", image_size=16)
+        import_tokenizer(save(reference("llamagen"), tmp_path / "b.pt"), tmp_path / "out", image_size=16)
     assert fingerprint(made.folder) == before
 
 
@@ -556,7 +561,7 @@ def trainer_of_two_steps(**settings):
 @pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_training_goes_on_from_an_imported_tokenizer(layout, memory_format, tmp_path):
-    folder = import_taming(save(reference(layout), tmp_path / "a.pt"), tmp_path / "out", image_size=16).folder
+    folder = import_tokenizer(save(reference(layout), tmp_path / "a.pt"), tmp_path / "out", image_size=16).folder
     start = load_tokenizer(folder).network
     adversarial = AdversarialConfig(
         DiscriminatorConfig(channel_multiplier=1 / 64), loss="hinge", weight_rule="adaptive", r1_weight=0
@@ -581,7 +586,7 @@ def test_training_goes_on_from_an_imported_tokenizer(layout, memory_format, tmp_
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_stage_2_trains_on_an_imported_tokenizer(layout, tiny_shards, tmp_path):
-    folder = import_taming(save(reference(layout), tmp_path / "a.pt"), tmp_path / "out", image_size=8).folder
+    folder = import_tokenizer(save(reference(layout), tmp_path / "a.pt"), tmp_path / "out", image_size=8).folder
     config = TransformerConfig(32, 3, (4, 4), 16, 1, 2, 32)
     check_tokenizer(config, load_tokenizer(folder))
     with pytest.raises(ValueError, match="codebook_size"):

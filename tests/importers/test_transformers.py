@@ -397,7 +397,7 @@ REFUSED = {
     ),
     "tokenizer": (
         lambda path: torch.save({"model": {"encoder.conv_in.weight": torch.zeros(4)}}, path),
-        r"got a tokenizer: use maskgit import-taming \(encoder\.conv_in\.weight\)",
+        r"got a tokenizer: use maskgit import-tokenizer \(encoder\.conv_in\.weight\)",
     ),
     "something else": (
         lambda path: torch.save({f"fc{n}.weight": torch.zeros(1) for n in range(5)}, path),

@@ -1,4 +1,4 @@
-"""Every registered quantizer keeps the contract; codebooks follow their formulas, on one process as on two."""
+"""Quantizers with a codebook that learns by gradient or as averages follow their formulas, on one process as on two."""
 
 import pytest
 import torch
@@ -18,27 +18,15 @@ def rows_of(part):
     return rearrange(part, "b d h w -> (b h w) d")
 
 
-@pytest.fixture(params=quantizers.names())
+@pytest.fixture(params=["gradient", "ema"])
 def quantizer(request):
     torch.manual_seed(0)
     return quantizers.build(request.param).create(codebook_size=8, code_dim=6)
 
 
-def test_the_output_has_the_shapes_of_the_contract(quantizer):
-    output = quantizer(features())
-    assert output.quantized.shape == (4, 6, 3, 5)
-    assert output.tokens.shape == (4, 15)
-    assert output.tokens.dtype == torch.int64
-    assert output.loss.shape == ()
-    torch.testing.assert_close(
-        output.quantized, rearrange(quantizer.lookup(output.tokens), "b (h w) d -> b d h w", h=3)
-    )
-
-
 def test_each_place_takes_its_nearest_code(quantizer):
     distances = torch.cdist(rows_of(features()), quantizer.codebook.detach())
     torch.testing.assert_close(quantizer.nearest(features()).flatten(), distances.argmin(1))
-    torch.testing.assert_close(quantizer(features()).tokens, quantizer.nearest(features()))
 
 
 def test_the_gradient_passes_straight_through(quantizer):

@@ -45,7 +45,7 @@ def test_the_default_sizes_have_the_released_parameter_counts():
     assert count(network) == 54_515_587
 
 
-@pytest.mark.parametrize("downsampling", ["average", "strided"])
+@pytest.mark.parametrize("downsampling", ["average", "strided", "strided-3x3"])
 @pytest.mark.parametrize("size", [(28, 28), (32, 16), (30, 14), (7, 9)])
 def test_any_image_size_is_reconstructed_at_its_size(downsampling, size):
     network = VQGAN(small(channel_multipliers=(1, 1, 2), downsampling=downsampling))
@@ -117,6 +117,7 @@ def test_convolutions_start_with_the_truncated_lecun_normal():
         ({**TAMING, "attention_levels": (2,)}, r"attention_levels must .*\[0, 1\].* got \[2\]"),
         ({**TAMING, "attention_levels": (1, 1)}, "attention_levels must be different"),
         ({**TAMING, "num_middle_blocks": 1}, "num_middle_blocks must be 2 in layout 'taming', got 1"),
+        ({**TAMING, "middle_attention": 1}, "middle_attention must be true or false, got 1"),
         ({**TAMING, "downsampling": "strided"}, "downsampling must be 'average' in layout 'taming'"),
         ({**TAMING, "activation": "relu"}, "activation must be 'swish' in layout 'taming'"),
         ({**TAMING, "patch_size": 2}, "patch_size must be 1 in layout 'taming'"),

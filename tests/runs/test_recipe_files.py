@@ -13,7 +13,7 @@ def stems(**options):
 
 def test_files_come_in_merge_order():
     assert stems(names=["paper-256", "log"], dataset="blue-marble", cluster="ddp") == [
-        "base", "blue-marble", "paper-256", "log", "ddp",
+        "base", "own-images", "paper-256", "log", "ddp",
     ]  # fmt: skip
 
 

@@ -46,6 +46,7 @@ TAKEN: dict[str, set[float]] = {
     "checkpoint_every": STEPS,
     "keep_every": STEPS,
     "hang_seconds": {1.5},
+    "max_passes": STEPS,
 }
 
 

@@ -13,6 +13,7 @@ from maskgit_pl.networks.quantizers.base import (
     build_sized,
     quantizers,
 )
+from maskgit_pl.networks.quantizers.binary import BSQ, LFQ, BSQSpec, LFQSpec
 from maskgit_pl.networks.quantizers.codebooks import (
     EMAQuantizer,
     EMAQuantizerSpec,
@@ -20,17 +21,37 @@ from maskgit_pl.networks.quantizers.codebooks import (
     GradientQuantizerSpec,
 )
 from maskgit_pl.networks.quantizers.entropy import EntropyKind, entropy_loss
+from maskgit_pl.networks.quantizers.estimators import GradientEstimator
+from maskgit_pl.networks.quantizers.fsq import FSQ, FSQSpec
+from maskgit_pl.networks.quantizers.gumbel import GumbelQuantizer, GumbelQuantizerSpec
+from maskgit_pl.networks.quantizers.product import ProductQuantizer, ProductQuantizerSpec
+from maskgit_pl.networks.quantizers.similarity import IBQ, IBQSpec, SimVQ, SimVQSpec
 
 __all__ = [
+    "BSQ",
+    "FSQ",
+    "IBQ",
+    "LFQ",
+    "BSQSpec",
     "CodebookQuantizer",
     "EMAQuantizer",
     "EMAQuantizerSpec",
     "EntropyKind",
+    "FSQSpec",
+    "GradientEstimator",
     "GradientQuantizer",
     "GradientQuantizerSpec",
+    "GumbelQuantizer",
+    "GumbelQuantizerSpec",
+    "IBQSpec",
+    "LFQSpec",
+    "ProductQuantizer",
+    "ProductQuantizerSpec",
     "Quantizer",
     "QuantizerOutput",
     "QuantizerSpec",
+    "SimVQ",
+    "SimVQSpec",
     "SizedQuantizerSpec",
     "build_sized",
     "entropy_loss",

@@ -31,6 +31,7 @@ __all__ = [
     "quantizer_output",
     "quantizers",
     "rows_of",
+    "squared_distances",
     "straight_through",
 ]
 
@@ -172,15 +173,8 @@ class CodebookQuantizer(Quantizer):
     codebook: Tensor  # (K, D) float32
 
     def distances(self, rows: Tensor) -> Tensor:
-        """Computes squared distances |a|^2 - 2 a b + |b|^2 of (M, D) rows to all codes: (M, K) float32.
-
-        Source: released code, vector quantizer.
-        """
-        with torch.autocast(rows.device.type, enabled=False):
-            rows, codes = rows.float(), self.codebook.float()
-            # One fused product: |b|^2 - 2 a b, to which |a|^2 is added.
-            products = torch.addmm(codes.square().sum(1), rows, codes.t(), alpha=-2)  # (M, K)
-            return products + rows.square().sum(1, keepdim=True)
+        """Computes squared distances of (M, D) rows to all codes: (M, K) float32."""
+        return squared_distances(rows, self.codebook)
 
     def nearest(self, features: Tensor) -> Tensor:
         """Returns the id of the nearest code at each place; the lowest of equally near ones.
@@ -214,6 +208,18 @@ def build_sized(spec: str | Mapping[str, Any], *, codebook_size: int, code_dim: 
     if isinstance(built, SizedQuantizerSpec):
         built.check(codebook_size=codebook_size, code_dim=code_dim)
     return built
+
+
+def squared_distances(rows: Tensor, codes: Tensor) -> Tensor:
+    """Computes squared distances |a|^2 - 2 a b + |b|^2 of (M, D) rows to (K, D) codes: (M, K) float32.
+
+    Source: released code, vector quantizer.
+    """
+    with torch.autocast(rows.device.type, enabled=False):
+        rows, codes = rows.float(), codes.float()
+        # One fused product: |b|^2 - 2 a b, to which |a|^2 is added.
+        products = torch.addmm(codes.square().sum(1), rows, codes.t(), alpha=-2)  # (M, K)
+        return products + rows.square().sum(1, keepdim=True)
 
 
 def straight_through(rows: Tensor, codes: Tensor) -> Tensor:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskgit_pl.checks import check_number
+from maskgit_pl.checks import check_choice, check_number
 from maskgit_pl.networks.quantizers.base import (
     CodebookQuantizer,
     Quantizer,
@@ -22,12 +23,14 @@ from maskgit_pl.networks.quantizers.base import (
     quantizer_output,
     quantizers,
     rows_of,
-    straight_through,
 )
-from maskgit_pl.networks.quantizers.batch_statistics import code_statistics, global_choice
+from maskgit_pl.networks.quantizers.batch_statistics import code_statistics, global_choice, kmeans
 from maskgit_pl.networks.quantizers.entropy import Entropy, EntropyKind, check_losses, nearest_and_entropy
+from maskgit_pl.networks.quantizers.estimators import GradientEstimator, check_estimator, estimate
 
 __all__ = ["EMAQuantizer", "EMAQuantizerSpec", "GradientQuantizer", "GradientQuantizerSpec"]
+
+InitialCodes = Literal["random", "kmeans"]
 
 _LEAST_COUNT = 1e-12  # smaller counts and sums lose their digits, and their quotient is not a mean
 
@@ -39,6 +42,11 @@ class GradientQuantizer(CodebookQuantizer):
         super().__init__(codebook_size=codebook_size, code_dim=code_dim)
         self.spec = spec
         self.codebook = nn.Parameter(initial_codes(codebook_size, code_dim))
+        self._waits = spec.initial_codes == "kmeans"
+        if self._waits:  # no entry in the state dict of others
+            self.register_buffer("is_initialized", torch.zeros(()))
+
+    is_initialized: Tensor  # () float32, 1 after k-means
 
     def forward(self, features: Tensor) -> QuantizerOutput:
         """Quantizes features (B, D, h, w); the loss is commitment + codebook + entropy."""
@@ -49,7 +57,17 @@ class GradientQuantizer(CodebookQuantizer):
         commitment = self.spec.commitment * F.mse_loss(rows, codes.detach())
         codebook = self.spec.codebook_weight * F.mse_loss(codes, rows.detach())
         loss = self._total(commitment=commitment, codebook=codebook, entropy=entropy)
-        return quantizer_output(features, straight_through(rows, codes), tokens, loss)
+        return quantizer_output(features, estimate(rows, codes, self.spec.gradient_estimator), tokens, loss)
+
+    @torch.no_grad()
+    def update(self, tokens: Sequence[Tensor], features: Sequence[Tensor], *, seed: int, step: int) -> None:
+        """Replaces the codes by the k-means of the first global batch if the spec says so, else does nothing."""
+        # The flag is read once, since reading waits for the device: a resumed or pretrained codebook is kept.
+        if self._waits and not self.is_initialized.item():
+            rows = torch.cat([rows_of(part) for part in features])
+            self.codebook.copy_(kmeans(rows, len(features), self.codebook_size, seed=seed, step=step))
+            self.is_initialized.fill_(1)
+        self._waits = False
 
 
 class EMAQuantizer(CodebookQuantizer):
@@ -76,7 +94,7 @@ class EMAQuantizer(CodebookQuantizer):
         codes = self.lookup(tokens)
         commitment = self.spec.commitment * F.mse_loss(rows, codes)
         loss = self._total(commitment=commitment, entropy=entropy)
-        return quantizer_output(features, straight_through(rows, codes), tokens, loss)
+        return quantizer_output(features, estimate(rows, codes, self.spec.gradient_estimator), tokens, loss)
 
     @torch.no_grad()
     def update(self, tokens: Sequence[Tensor], features: Sequence[Tensor], *, seed: int, step: int) -> None:
@@ -122,9 +140,12 @@ class GradientQuantizerSpec:
         entropy_weight: Weight of the entropy loss, in [0, 1e6].
         entropy_temperature: Temperature of its softmax, in [1e-5, 1e6].
         entropy_kind: ``softmax`` (released) or ``argmax``.
+        gradient_estimator: ``straight-through`` (released) or ``rotation`` (arXiv:2410.06424).
+        initial_codes: ``random`` (released): uniform; ``kmeans``: after the first step, the k-means of the features of
+            its global batch, which should have well over K features.
 
     Raises:
-        ValueError: if a number is out of range.
+        ValueError: if a number is out of range, or a name is unknown.
 
     Source: released code, config ``vqvae``: 0.25, 1.0, 0.1, 0.01, softmax.
     """
@@ -134,10 +155,14 @@ class GradientQuantizerSpec:
     entropy_weight: float = 0.1
     entropy_temperature: float = 0.01
     entropy_kind: EntropyKind = "softmax"
+    gradient_estimator: GradientEstimator = "straight-through"
+    initial_codes: InitialCodes = "random"
 
     def __post_init__(self) -> None:
         check_number("codebook_weight", self.codebook_weight, "(0, 1000000]")
+        check_choice("initial_codes", self.initial_codes, get_args(InitialCodes))
         check_losses(self)
+        check_estimator(self.gradient_estimator)
 
     @property
     def entropy(self) -> Entropy:
@@ -166,9 +191,10 @@ class EMAQuantizerSpec:
         entropy_weight: Weight of the entropy loss on the encoder, in [0, 1e6].
         entropy_temperature: Temperature of its softmax, in [1e-5, 1e6].
         entropy_kind: ``softmax`` or ``argmax``.
+        gradient_estimator: ``straight-through`` or ``rotation`` (arXiv:2410.06424).
 
     Raises:
-        ValueError: if a number is out of range.
+        ValueError: if a number is out of range, or a name is unknown.
 
     Source: van den Oord et al., arXiv:1711.00937, appendix A.1; restarts: Dhariwal et al., arXiv:2005.00341, section 3.
     """
@@ -179,11 +205,13 @@ class EMAQuantizerSpec:
     entropy_weight: float = 0.0
     entropy_temperature: float = 0.01
     entropy_kind: EntropyKind = "softmax"
+    gradient_estimator: GradientEstimator = "straight-through"
 
     def __post_init__(self) -> None:
         check_number("decay", self.decay, "[0, 1)")
         check_number("restart_below", self.restart_below, "[0, 1)")
         check_losses(self)
+        check_estimator(self.gradient_estimator)
 
     @property
     def entropy(self) -> Entropy:

@@ -1,4 +1,4 @@
-"""``maskgit import-taming`` makes a folder that works, says what it did, and answers bad input at once."""
+"""``maskgit import-tokenizer`` makes a folder that works, says what it did, and answers bad input at once."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import torch
 
 from maskgit_pl.cli import main
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.pretrained import load_tokenizer
+from maskgit_pl.pretrained import fingerprint, load_tokenizer
 
 CONFIG = VQGANConfig(
     3,
@@ -67,7 +67,7 @@ def checkpoint(tmp_path):
 def test_the_folder_holds_the_weights_and_the_report_what_they_are(checkpoint, tmp_path, capsys):
     file, weights = checkpoint
     out = tmp_path / "pretrained"
-    assert main(["import-taming", str(file), "--out", str(out), "--image-size", "16"]) == 0
+    assert main(["import-tokenizer", str(file), "--out", str(out), "--image-size", "16"]) == 0
     tokenizer = load_tokenizer(out / "tokenizer")
     assert tokenizer.image_size == 16
     got = tokenizer.network.state_dict()
@@ -85,6 +85,13 @@ def test_the_folder_holds_the_weights_and_the_report_what_they_are(checkpoint, t
         assert words in said
 
 
+def test_the_command_of_version_0_1_0_does_the_same(checkpoint, tmp_path, capsys):
+    file, _ = checkpoint
+    assert main(["import-taming", str(file), "--out", str(tmp_path / "old"), "--image-size", "16"]) == 0
+    assert main(["import-tokenizer", str(file), "--out", str(tmp_path / "new"), "--image-size", "16"]) == 0
+    assert fingerprint(tmp_path / "old" / "tokenizer") == fingerprint(tmp_path / "new" / "tokenizer")
+
+
 def test_bad_input_is_answered_in_one_line(checkpoint, tmp_path, capsys):
     file, _ = checkpoint
     folder = tmp_path / "there" / "tokenizer"
@@ -97,9 +104,9 @@ def test_bad_input_is_answered_in_one_line(checkpoint, tmp_path, capsys):
         ([file, "--out", tmp_path / "new", "--image-size", 0], "--image-size must be >= 1, got 0"),
         ([tmp_path / "nowhere.pt", "--out", tmp_path / "new"], "nowhere.pt: no such file"),
     ):
-        assert main(["import-taming", *map(str, words)]) == 2
+        assert main(["import-tokenizer", *map(str, words)]) == 2
         error = capsys.readouterr().err
-        assert error.startswith("maskgit import-taming: ")
+        assert error.startswith("maskgit import-tokenizer: ")
         assert message in error
         assert error.count("\n") == 1
     assert not (tmp_path / "new").exists()
@@ -113,7 +120,7 @@ def test_a_file_that_is_none_is_answered_in_two_seconds_without_torch(content, t
         file.write_text(content)
     program = (
         "import sys; from maskgit_pl.cli import main\n"
-        f"code = main(['import-taming', {str(file)!r}, '--out', {str(tmp_path / 'out')!r}])\n"
+        f"code = main(['import-tokenizer', {str(file)!r}, '--out', {str(tmp_path / 'out')!r}])\n"
         "assert 'torch' not in sys.modules\n"
         "sys.exit(code)"
     )

@@ -1,0 +1,45 @@
+"""``maskgit import-tokenizer``: converts a tokenizer that others released to a pretrained folder."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from maskgit_pl.cli.flags import check_at_least
+from maskgit_pl.cli.import_flags import add_out_argument
+from maskgit_pl.importers.files import check_out, check_torch_file, find_weights
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command to ``maskgit``."""
+    parser = subparsers.add_parser(
+        "import-tokenizer",
+        aliases=["import-taming"],  # the name of version 0.1.0
+        help="convert a tokenizer of taming-transformers, LlamaGen or diffusers",
+        description="Convert a VQGAN of taming-transformers, LlamaGen or diffusers (aMUSEd) to DIR/tokenizer, and "
+        "print what was read. The names of the tensors tell the layouts apart. Nothing in the checkpoint is executed.",
+    )
+    parser.add_argument(
+        "file",
+        type=Path,
+        metavar="FILE",
+        help="checkpoint: .ckpt, .pt, .bin or .safetensors, or a folder that diffusers saved",
+    )
+    add_out_argument(parser, "pretrained folder; DIR/tokenizer is written")
+    parser.add_argument(
+        "--image-size", type=int, default=256, metavar="PIXELS", help="edge of the images in pixels (default: 256)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Converts the checkpoint and prints a report."""
+    check_out(args.out)
+    check_torch_file(find_weights(args.file))
+    check_at_least(args, image_size=1)
+    from maskgit_pl.importers.tokenizers import import_tokenizer
+
+    print(import_tokenizer(args.file, args.out, image_size=args.image_size).report(args.image_size))
+    return 0

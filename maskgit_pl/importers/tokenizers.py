@@ -1,0 +1,190 @@
+"""Imports tokenizers that others released as pretrained folders. Used by ``maskgit import-tokenizer``.
+
+The names of the tensors tell the layouts apart, and their shapes tell the sizes. No file is executed: torch's loader
+for tensors reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from maskgit_pl.checks import shorten
+from maskgit_pl.files import write_folder
+from maskgit_pl.importers.files import check_out, find_weights
+from maskgit_pl.importers.taming import DIFFUSERS, LLAMAGEN, TAMING
+from maskgit_pl.importers.tokenizer_layout import CODEBOOK, TokenizerLayout, tokenizer_weights
+from maskgit_pl.importers.torch_file import name_some, read_checkpoint
+from maskgit_pl.networks.vqgan import VQGANConfig
+from maskgit_pl.networks.weight_file import check_held, check_tensor
+from maskgit_pl.pretrained import save_tokenizer
+
+__all__ = ["ImportedTokenizer", "import_tokenizer", "tokenizer_layout_of"]
+
+_LAYOUTS = (TAMING, LLAMAGEN, DIFFUSERS)
+# Entries that hold the tensors; as in LlamaGen, its average comes before "model".
+_WEIGHTS = ("state_dict", "ema", "model")
+_MAX_SETTINGS_BYTES = 1_000_000  # of config.json, as of a recipe
+_GUMBEL = ("quantize.embed.weight", "quantize.proj.weight")
+_TRANSFORMER = re.compile(r"(^|\.)(transformer|first_stage_model|tok_emb|tok_embeddings|layers\.0)\.")
+
+
+@dataclass(frozen=True)
+class ImportedTokenizer:
+    """A tokenizer that was imported.
+
+    Attributes:
+        folder: Tokenizer folder, for ``load_tokenizer``.
+        layout: Name of the file's layout.
+        config: Sizes of the network.
+        num_parameters: Number of parameters, codebook included.
+        ignored: Other entries of the file.
+    """
+
+    folder: Path
+    layout: str
+    config: VQGANConfig
+    num_parameters: int
+    ignored: tuple[str, ...]
+
+    def report(self, image_size: int) -> str:
+        """Returns text for people: sizes, ignored entries, and the next command."""
+        config = self.config
+        rows, columns = config.grid(image_size)
+        return "\n".join(
+            [
+                f"{self.folder}: {self.layout} layout, {self.num_parameters:,} parameters",
+                f"  images    {config.in_channels} x {image_size} x {image_size} -> {rows} x {columns} tokens",
+                f"  codebook  {config.codebook_size} codes of size {config.code_dim}",
+                f"  network   channels {' '.join(map(str, config.widths))}, {config.num_res_blocks} blocks a level"
+                f"{_attention_words(config)}",
+                f"  ignored   {', '.join(self.ignored) or 'nothing'}",
+                f"next: make train-transformer DATASET=... RECIPE=paper-256 TOKENIZER={self.folder}",
+            ]
+        )
+
+
+def import_tokenizer(file: Path, out: Path, *, image_size: int = 256) -> ImportedTokenizer:
+    """Writes ``out/tokenizer`` from a checkpoint.
+
+    1. Check that ``out`` is new, and open the file.
+    2. Find the layout by the names, and separate the network's tensors from others.
+    3. Check the numbers, read the sizes off the shapes, and check names and shapes of all tensors.
+    4. Convert and write them.
+
+    Args:
+        file: A ``.ckpt``, ``.pt``, ``.bin`` or ``.safetensors`` file of a tokenizer, or a folder of diffusers.
+        out: Pretrained folder to make.
+        image_size: Side of the square images that it will encode, in pixels; no file has it.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        FileExistsError: if ``out`` exists.
+        ValueError: if it is not such a tokenizer, describes more than it holds, has non-finite numbers, or its
+            downsampling factor does not divide the size.
+    """
+    # 1.
+    check_out(out)
+    file = find_weights(file)
+    contents, beside = read_checkpoint(file, entries=_WEIGHTS)
+    with _name_file(file):
+        # 2.
+        layout = tokenizer_layout_of(contents)
+        found, ignored = _network_tensors(contents, layout)
+        # 3.
+        check_held(found, file.stat().st_size)
+        for name, tensor in found.items():
+            check_tensor(name, tensor)
+        tensors = layout.prepare(found)
+        config = layout.read_config(tensors, _read_settings(file) if layout is DIFFUSERS else {})
+        weights = tokenizer_weights(tensors, config, layout)
+    # 4.
+    config.grid(image_size)
+    with write_folder(out) as fresh:
+        save_tokenizer(fresh / "tokenizer", config, weights, image_size=image_size)
+    count = sum(tensor.numel() for tensor in weights.values())
+    return ImportedTokenizer(out / "tokenizer", layout.name, config, count, (*beside, *ignored))
+
+
+def tokenizer_layout_of(tensors: Mapping[str, Any]) -> TokenizerLayout:
+    """Returns the layout of a state dict, by its names.
+
+    Raises:
+        ValueError: if it has none of the layouts. The message says what it is, if that is known.
+    """
+    gumbel = [name for name in _GUMBEL if name in tensors]
+    if gumbel:
+        raise ValueError(
+            f"the tokenizer must quantize to the nearest code, got a Gumbel-softmax tokenizer ({gumbel[0]})"
+        )
+    found = [layout for layout in _LAYOUTS if layout.is_marked(tensors)]
+    if not found:
+        kind = "a transformer" if any(map(_TRANSFORMER.search, tensors)) else "something else"
+        known = ", ".join(layout.name for layout in _LAYOUTS)
+        raise ValueError(f"it must be a tokenizer of {known}, got {kind} ({name_some(tensors)})")
+    if CODEBOOK not in tensors:
+        raise ValueError(f"tensor {CODEBOOK} must be there: it is the codebook; name a tokenizer")
+    return found[0]
+
+
+@contextmanager
+def _name_file(file: Path) -> Iterator[None]:
+    """Adds the name of the file to each ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"checkpoint {file}: {error}") from error
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    """Returns the content of ``config.json`` beside a file of diffusers, empty if there is none."""
+    path = file.with_name("config.json")
+    if not path.is_file():
+        return {}
+    if path.stat().st_size > _MAX_SETTINGS_BYTES:
+        raise ValueError(f"{path} must have at most 1 MB, got {path.stat().st_size} bytes")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise ValueError(f"{path} must be JSON ({error}); download it again") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must be a JSON object, got {shorten(settings)}")
+    return settings
+
+
+def _network_tensors(contents: Mapping[str, Any], layout: TokenizerLayout) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Returns the network's tensors, and the names of known others with their counts."""
+    # Only known others are ignored: an unknown tensor means another network.
+    tensors: dict[str, Tensor] = {}
+    ignored: Counter[str] = Counter()
+    for name, value in contents.items():
+        known = next((other for other in layout.others if _matches(name, other)), None)
+        if known is not None:
+            ignored[f"{known}*" if known.endswith(".") else known] += 1
+        elif isinstance(value, Tensor):
+            tensors[name] = value
+        else:
+            raise ValueError(f"entry {name} must be a tensor, got {type(value).__name__}")
+    return tensors, tuple(
+        f"{name} ({count} tensors)" if name.endswith("*") else name for name, count in ignored.items()
+    )
+
+
+def _matches(name: str, known: str) -> bool:
+    return name.startswith(known) if known.endswith(".") else name == known
+
+
+def _attention_words(config: VQGANConfig) -> str:
+    """Returns where a network has self-attention, such as ``, self-attention in level 4 and the middle``."""
+    places = [f"level {level}" for level in config.attention_levels]
+    if config.layout == "taming" and config.middle_attention:
+        places.append("the middle")
+    return f", self-attention in {' and '.join(places)}" if places else ""

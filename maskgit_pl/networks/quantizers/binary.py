@@ -1,0 +1,284 @@
+"""Quantizers whose codes are the signs of a feature: lookup-free (LFQ) and binary spherical (BSQ) quantization.
+
+K = 2^D. Token k has bit i set where channel i is positive. The distribution over all codes is a product of one
+distribution a bit, so the entropies cost no (M, K) table:
+
+- the entropy of a feature's assignment is the sum of the entropies of its bits;
+- the mean assignment of LFQ is one matrix product of the distributions over the lower and over the upper half of the
+  bits: (2^(D/2), M) x (M, 2^(D/2)), exact.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from maskgit_pl.checks import check_number
+from maskgit_pl.distributed import mean_over_ranks
+from maskgit_pl.networks.quantizers.base import (
+    Quantizer,
+    QuantizerOutput,
+    quantizer_output,
+    quantizers,
+    rows_of,
+    straight_through,
+)
+from maskgit_pl.networks.quantizers.entropy import WEIGHTS
+
+__all__ = ["BSQ", "LFQ", "BSQSpec", "LFQSpec"]
+
+_MAX_BITS = 24
+
+
+class BinaryQuantizer(Quantizer):
+    """The base of quantizers of signs: code k is scale (2 bits of k - 1), in {-scale, scale}^D.
+
+    Args:
+        code_dim: D, the number of bits; K = 2^D.
+        scale: Length of a code in each channel.
+    """
+
+    def __init__(self, *, code_dim: int, scale: float) -> None:
+        super().__init__(codebook_size=2**code_dim, code_dim=code_dim)
+        self.scale = scale
+
+    def nearest(self, features: Tensor) -> Tensor:
+        """Returns the token of each place: bit i is 1 where channel i is positive.
+
+        Args:
+            features: (B, D, h, w) float.
+
+        Returns:
+            (B, N) int64 in [0, K), raster order.
+        """
+        return self._tokens(rows_of(features)).view(features.shape[0], -1)
+
+    def lookup(self, tokens: Tensor) -> Tensor:
+        """Returns the codes of int64 tokens in [0, K) of any shape: (..., D) float32."""
+        bits = tokens.unsqueeze(-1) >> torch.arange(self.code_dim, device=tokens.device) & 1
+        return self.scale * (2 * bits - 1).float()
+
+    def forward(self, features: Tensor) -> QuantizerOutput:
+        """Quantizes features (B, D, h, w); the loss is commitment + entropy."""
+        with torch.autocast(features.device.type, enabled=False):
+            rows = self._normalize(rows_of(features).float())
+            tokens = self._tokens(rows.detach())
+            codes = self.lookup(tokens)
+            loss = self._loss(rows, codes)
+        return quantizer_output(features, straight_through(rows, codes), tokens, loss)
+
+    def _tokens(self, rows: Tensor) -> Tensor:
+        return ((rows > 0).long() << torch.arange(self.code_dim, device=rows.device)).sum(-1)
+
+    def _normalize(self, rows: Tensor) -> Tensor:
+        """Returns the rows that are compared with the codes."""
+        return rows
+
+    @abstractmethod
+    def _loss(self, rows: Tensor, codes: Tensor) -> Tensor:
+        """Returns the weighted sum of the losses of rows (M, D) and their codes (M, D)."""
+        raise NotImplementedError
+
+
+class LFQ(BinaryQuantizer):
+    """Lookup-free quantization; see ``LFQSpec``."""
+
+    def __init__(self, spec: LFQSpec, *, code_dim: int) -> None:
+        super().__init__(code_dim=code_dim, scale=1.0)
+        self.spec = spec
+
+    def _loss(self, rows: Tensor, codes: Tensor) -> Tensor:
+        spec = self.spec
+        commitment = spec.commitment * F.mse_loss(rows, codes)
+        if spec.entropy_weight == 0:
+            return self._total(commitment=commitment)
+        # The softmax of -distance / temperature: the two codes of a bit differ by 4 z in squared distance.
+        logits = 4 * rows / spec.entropy_temperature  # (M, D), of a set bit
+        sample = bit_entropy(logits).sum(-1).mean()
+        mean = mean_over_ranks(mean_of_products(logits))  # (K,)
+        diversity = -(mean * (mean + 1e-5).log()).sum()
+        return self._total(
+            commitment=commitment,
+            sample_entropy=spec.entropy_weight * sample,
+            batch_entropy=-spec.entropy_weight * spec.diversity * diversity,
+        )
+
+
+class BSQ(BinaryQuantizer):
+    """Binary spherical quantization; see ``BSQSpec``."""
+
+    def __init__(self, spec: BSQSpec, *, code_dim: int) -> None:
+        super().__init__(code_dim=code_dim, scale=code_dim**-0.5)
+        self.spec = spec
+
+    def _normalize(self, rows: Tensor) -> Tensor:
+        return F.normalize(rows, dim=-1)
+
+    def _loss(self, rows: Tensor, codes: Tensor) -> Tensor:
+        spec = self.spec
+        commitment = spec.commitment * (rows - codes).square().sum(-1).mean()
+        if spec.entropy_weight == 0:
+            return self._total(commitment=commitment)
+        logits = 4 * self.scale * rows / spec.entropy_temperature
+        sample = bit_entropy(logits).sum(-1).mean()
+        mean = mean_over_ranks(logits.sigmoid().mean(0))  # (D,)
+        diversity = (torch.special.entr(mean) + torch.special.entr(1 - mean)).sum()
+        weight = spec.entropy_weight * spec.entropy_temperature
+        return self._total(
+            commitment=commitment,
+            sample_entropy=weight * sample,
+            batch_entropy=-weight * spec.diversity * diversity,
+        )
+
+
+def bit_entropy(logits: Tensor) -> Tensor:
+    """Computes the entropy of bits that are set with probability sigmoid(logits), in nats; finite for large logits."""
+    # H = -p log p - (1 - p) log(1 - p), with log p = logsigmoid(l) and log(1 - p) = logsigmoid(-l).
+    return -(logits.sigmoid() * F.logsigmoid(logits) + (-logits).sigmoid() * F.logsigmoid(-logits))
+
+
+def mean_of_products(logits: Tensor) -> Tensor:
+    """Computes the mean distribution over all 2^D codes of rows of independent bits.
+
+    Args:
+        logits: (M, D) float32; bit i of row m is set with probability sigmoid(logits[m, i]).
+
+    Returns:
+        (2^D,) float32, summing to 1; entry k is the mean over rows of the probability of code k.
+    """
+    half = logits.shape[1] // 2
+    lower, upper = _products(logits[:, :half]), _products(logits[:, half:])
+    return (upper.t() @ lower / len(logits)).flatten()
+
+
+def _products(logits: Tensor) -> Tensor:
+    """Returns the probability of each combination of bits, (M, 2^bits), the first bit being the lowest."""
+    products = logits.new_ones(len(logits), 1)
+    for bit in logits.unbind(1):
+        pair = torch.stack([(-bit).sigmoid(), bit.sigmoid()], dim=1)  # clear, set
+        products = (pair.unsqueeze(2) * products.unsqueeze(1)).flatten(1)
+    return products
+
+
+@quantizers.register("lfq")
+@dataclass(frozen=True)
+class LFQSpec:
+    """Lookup-free quantization: the code of a feature is the sign of each channel, K = 2^D.
+
+    loss = commitment mean((z - sg(q))^2) + entropy_weight (E[H(p(z))] - diversity H(E[p(z)]))
+    p(c | z) = softmax over all codes c of -|z - c|^2 / entropy_temperature
+
+    Both entropies are exact over the K codes; E is over the global batch. The logarithm of the second one has + 1e-5.
+
+    Attributes:
+        commitment: Weight of the loss that moves features towards their codes, in [0, 1e6].
+        entropy_weight: Weight of the entropy loss, in [0, 1e6].
+        entropy_temperature: Divisor of the distances, in [1e-5, 1e6].
+        diversity: Factor of the entropy of the mean assignment, in [0, 1e6].
+
+    Raises:
+        ValueError: if a number is out of range.
+
+    Source: Yu et al., arXiv:2310.05737, section 3.1, equations 3 to 5. The defaults are those of
+    lucidrains/vector-quantize-pytorch, ``LFQ``: 0.25, 0.1, 1 / 100, 1.
+    """
+
+    commitment: float = 0.25
+    entropy_weight: float = 0.1
+    entropy_temperature: float = 0.01
+    diversity: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+
+    def check(self, *, codebook_size: int, code_dim: int) -> None:
+        """Checks that K = 2^D.
+
+        Raises:
+            ValueError: if not.
+        """
+        _check_bits("lfq", codebook_size, code_dim)
+
+    def create(self, *, codebook_size: int, code_dim: int) -> Quantizer:
+        """Builds the module.
+
+        Raises:
+            ValueError: if K is not 2^D.
+        """
+        self.check(codebook_size=codebook_size, code_dim=code_dim)
+        return LFQ(self, code_dim=code_dim)
+
+
+@quantizers.register("bsq")
+@dataclass(frozen=True)
+class BSQSpec:
+    """Binary spherical quantization: features on the unit sphere, codes sign(u) / sqrt(D), K = 2^D.
+
+    loss = commitment E|u - sg(q)|^2 + entropy_weight T (E[sum_i H(p_i)] - diversity sum_i H(E[p_i]))
+    u = z / |z|,  p_i = sigmoid(4 u_i / (sqrt(D) T)), T = entropy_temperature
+
+    The entropy of the mean assignment is the sum over bits, an upper bound of that over codes. E is over the global
+    batch.
+
+    Attributes:
+        commitment: Weight of the loss that moves features towards their codes, in [0, 1e6].
+        entropy_weight: Weight of the entropy loss, in [0, 1e6].
+        entropy_temperature: T, in [1e-5, 1e6].
+        diversity: Factor of the entropy of the mean assignment, in [0, 1e6].
+
+    Raises:
+        ValueError: if a number is out of range.
+
+    Source: Zhao et al., arXiv:2406.07548, section 3, equations 6 to 10. Released code ``BinarySphericalQuantizer``: the
+    factor T of the loss (its ``inv_temperature`` is 1 / T), and the scale 4 / sqrt(D).
+    """
+
+    commitment: float = 0.25
+    entropy_weight: float = 0.1
+    entropy_temperature: float = 0.01
+    diversity: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+
+    def check(self, *, codebook_size: int, code_dim: int) -> None:
+        """Checks that K = 2^D.
+
+        Raises:
+            ValueError: if not.
+        """
+        _check_bits("bsq", codebook_size, code_dim)
+
+    def create(self, *, codebook_size: int, code_dim: int) -> Quantizer:
+        """Builds the module.
+
+        Raises:
+            ValueError: if K is not 2^D.
+        """
+        self.check(codebook_size=codebook_size, code_dim=code_dim)
+        return BSQ(self, code_dim=code_dim)
+
+
+def _check_numbers(spec: LFQSpec | BSQSpec) -> None:
+    check_number("commitment", spec.commitment, WEIGHTS)
+    check_number("entropy_weight", spec.entropy_weight, WEIGHTS)
+    check_number("entropy_temperature", spec.entropy_temperature, "[0.00001, 1000000]")
+    check_number("diversity", spec.diversity, WEIGHTS)
+
+
+def _check_bits(name: str, codebook_size: int, code_dim: int) -> None:
+    bits = codebook_size.bit_length() - 1
+    if codebook_size != 1 << bits or not 1 <= bits <= _MAX_BITS:
+        raise ValueError(
+            f"network codebook_size must be a power of 2 up to 2^{_MAX_BITS} for quantizer {name!r}, got "
+            f"{codebook_size}; {1 << min(bits, _MAX_BITS)} fits, with code_dim {min(bits, _MAX_BITS)}"
+        )
+    if code_dim != bits:
+        raise ValueError(
+            f"network code_dim must be {bits} for quantizer {name!r} of {codebook_size} = 2^{bits} codes, got "
+            f"{code_dim}"
+        )

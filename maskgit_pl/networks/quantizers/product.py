@@ -1,0 +1,174 @@
+"""Product quantization: groups of channels with a small codebook each, and one flat token for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from maskgit_pl.checks import check_integer
+from maskgit_pl.networks.quantizers.base import Quantizer, QuantizerOutput, build_sized, quantizers
+
+__all__ = ["ProductQuantizer", "ProductQuantizerSpec"]
+
+_SEED_STEP = 0x9E3779B9  # odd, so that the seeds of the groups are different
+
+
+class ProductQuantizer(Quantizer):
+    """A quantizer of groups of channels; see ``ProductQuantizerSpec``.
+
+    Args:
+        groups: The quantizer of each group, all of one K and D.
+    """
+
+    def __init__(self, groups: Sequence[Quantizer]) -> None:
+        first = groups[0]
+        super().__init__(codebook_size=first.codebook_size ** len(groups), code_dim=first.code_dim * len(groups))
+        self.groups = nn.ModuleList(groups)
+
+    @property
+    def _quantizers(self) -> list[Quantizer]:
+        return [cast(Quantizer, group) for group in self.groups]
+
+    def nearest(self, features: Tensor) -> Tensor:
+        """Returns the token of each place: sum_g t_g k^g, t_g the token of group g of k codes.
+
+        Args:
+            features: (B, D, h, w) float.
+
+        Returns:
+            (B, N) int64 in [0, K), raster order.
+        """
+        parts = zip(self._quantizers, self._split(features), strict=True)
+        return self._join([group.nearest(part) for group, part in parts])
+
+    def lookup(self, tokens: Tensor) -> Tensor:
+        """Returns the codes of int64 tokens in [0, K) of any shape: (..., D) float32."""
+        parts = zip(self._quantizers, self._digits(tokens), strict=True)
+        return torch.cat([group.lookup(part) for group, part in parts], dim=-1)
+
+    def forward(self, features: Tensor) -> QuantizerOutput:
+        """Quantizes features (B, D, h, w); the loss is the mean over groups."""
+        outputs = [group(part) for group, part in zip(self._quantizers, self._split(features), strict=True)]
+        names = dict.fromkeys(name for group in self._quantizers for name in group.losses)
+        losses = [[group.losses[name] for group in self._quantizers if name in group.losses] for name in names]
+        # A name that only some groups have counts as 0 in the others.
+        self.losses = {
+            name: torch.stack(values).sum() / len(outputs) for name, values in zip(names, losses, strict=True)
+        }
+        return QuantizerOutput(
+            torch.cat([output.quantized for output in outputs], dim=1),
+            self._join([output.tokens for output in outputs]),
+            torch.stack([output.loss for output in outputs]).mean(),
+            features.detach().float(),
+        )
+
+    def begin_micro_batch(self, *, seed: int, step: int, micro_batch: int) -> None:
+        """Tells each group which random numbers its next training forward draws; each has a seed of its own."""
+        for number, group in enumerate(self._quantizers):
+            group.begin_micro_batch(seed=_seed_of(seed, number), step=step, micro_batch=micro_batch)
+
+    def update(self, tokens: Sequence[Tensor], features: Sequence[Tensor], *, seed: int, step: int) -> None:
+        """Updates each group from its part of a global batch; see ``Quantizer.update``."""
+        digits = [self._digits(part) for part in tokens]
+        channels = [self._split(part) for part in features]
+        for number, group in enumerate(self._quantizers):
+            group.update(
+                [part[number] for part in digits],
+                [part[number] for part in channels],
+                seed=_seed_of(seed, number),
+                step=step,
+            )
+
+    def _split(self, features: Tensor) -> tuple[Tensor, ...]:
+        """Returns the channels of each group, (B, D / G, h, w)."""
+        return features.chunk(len(self.groups), dim=1)
+
+    def _join(self, digits: Sequence[Tensor]) -> Tensor:
+        """Returns the flat tokens of the groups' tokens."""
+        size = self._quantizers[0].codebook_size
+        joined = torch.zeros_like(digits[0])
+        for number, digit in enumerate(digits):
+            joined = joined + digit * size**number
+        return joined
+
+    def _digits(self, tokens: Tensor) -> list[Tensor]:
+        """Returns the groups' tokens of flat tokens."""
+        size = self._quantizers[0].codebook_size
+        return [tokens // size**number % size for number in range(len(self.groups))]
+
+
+def _seed_of(seed: int, group: int) -> int:
+    return (seed + group * _SEED_STEP) % 2**32
+
+
+@quantizers.register("product")
+@dataclass(frozen=True)
+class ProductQuantizerSpec:
+    """G groups of D / G channels, with a quantizer of k = K^(1/G) codes each; token = sum_g t_g k^g.
+
+    loss = mean over groups of their losses
+
+    A codebook of K codes costs G k D / G numbers and distances to k codes a group. K must be a power k^G.
+
+    Attributes:
+        num_groups: G, in [2, 16].
+        quantizer: Name or mapping of the quantizer of each group; not ``product`` again.
+
+    Raises:
+        ValueError: if a value is out of range, or the quantizer is unknown or ``product``.
+
+    Source: Jegou et al., "Product quantization for nearest neighbor search", PAMI 2011; in tokenizers, for example
+    Guo et al., arXiv:2406.02940 (grouped codes).
+    """
+
+    num_groups: int = 2
+    quantizer: str | Mapping[str, Any] = "gradient"
+
+    def __post_init__(self) -> None:
+        check_integer("num_groups", self.num_groups, "[2, 16]")
+        name = self.quantizer.get("name") if isinstance(self.quantizer, Mapping) else self.quantizer
+        if name == "product":
+            raise ValueError("quantizer of 'product' must not be 'product' again, got 'product'; raise num_groups")
+        quantizers.build(self.quantizer)
+
+    def check(self, *, codebook_size: int, code_dim: int) -> None:
+        """Checks that K is a power of G, D a multiple of G, and that the groups' quantizer can have their sizes.
+
+        Raises:
+            ValueError: if not.
+        """
+        self._build(codebook_size, code_dim)
+
+    def create(self, *, codebook_size: int, code_dim: int) -> Quantizer:
+        """Builds the module.
+
+        Raises:
+            ValueError: if K or D does not fit the groups.
+        """
+        size = self._build(codebook_size, code_dim)
+        spec, dim = quantizers.build(self.quantizer), code_dim // self.num_groups
+        return ProductQuantizer([spec.create(codebook_size=size, code_dim=dim) for _ in range(self.num_groups)])
+
+    def _build(self, codebook_size: int, code_dim: int) -> int:
+        """Returns k, after all checks."""
+        groups = self.num_groups
+        size: int = max(2, round(codebook_size ** (1 / groups)))
+        if size**groups != codebook_size:
+            raise ValueError(
+                f"network codebook_size must be k^{groups} for quantizer 'product' of {groups} groups, got "
+                f"{codebook_size}; {size**groups} = {size}^{groups} fits"
+            )
+        if code_dim % groups:
+            raise ValueError(
+                f"network code_dim must be a multiple of {groups} for quantizer 'product' of {groups} groups, got "
+                f"{code_dim}; {max(1, round(code_dim / groups)) * groups} fits"
+            )
+        try:
+            build_sized(self.quantizer, codebook_size=size, code_dim=code_dim // groups)
+        except ValueError as error:
+            raise ValueError(f"each group of quantizer 'product' has {size} codes: {error}") from error
+        return size

@@ -1,0 +1,152 @@
+"""Every registered discriminator keeps the contract of training; those of patches have the published layers."""
+
+import pytest
+import torch
+
+from maskgit_pl import losses
+from maskgit_pl.networks.discriminator import DiscriminatorConfig
+from maskgit_pl.networks.discriminators import build_discriminator, discriminators, with_defaults
+from maskgit_pl.networks.patch_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
+from maskgit_pl.tokenizer_config import AdversarialConfig
+
+SMALL = {"stylegan": {"channel_multiplier": 1 / 64}, "patchgan": {"base_channels": 4, "num_layers": 2}}
+NORMS = ["group", "batch", "actnorm"]
+SPECS = [{"name": name, **SMALL.get(name, {})} for name in discriminators.names()]
+SPECS += [{"name": "patchgan", **SMALL["patchgan"], "norm": norm} for norm in NORMS[1:]]
+
+
+def network_of(spec, *, in_channels=3, image_size=16):
+    torch.manual_seed(0)
+    return build_discriminator(spec).create(in_channels=in_channels, image_size=image_size)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize(("in_channels", "image_size"), [(1, 16), (3, 28), (3, 32)])
+def test_logits_have_a_row_for_each_image_and_reach_it_and_every_weight(spec, in_channels, image_size):
+    network = network_of(spec, in_channels=in_channels, image_size=image_size)
+    images = torch.rand(3, in_channels, image_size, image_size, requires_grad=True)
+    logits = network(images)
+    assert len(logits) == 3
+    assert logits.dtype == torch.float32
+    losses.generator_loss(logits, kind="hinge").backward()
+    assert images.grad.flatten(1).norm(dim=1).min() > 0
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.get("norm") != "batch"], ids=str)
+def test_the_r1_penalty_is_that_of_each_image_alone(spec):
+    network, images = network_of(spec), torch.rand(3, 3, 16, 16)
+    network(images)  # actnorm starts from these
+    whole = images.clone().requires_grad_()
+    penalty = losses.r1_penalty(network(whole), whole)
+    parts = [image.unsqueeze(0).clone().requires_grad_() for image in images]
+    torch.testing.assert_close(penalty, sum(losses.r1_penalty(network(part), part) for part in parts) / 3)
+    # The definition, without the function: the squared norm of the gradient of an image's mean logit.
+    squares = [torch.autograd.grad(network(part).mean(), part)[0].square().sum() for part in parts]
+    torch.testing.assert_close(penalty, sum(squares) / 3)
+    penalty.backward()
+    assert sum(parameter.grad.abs().sum() for parameter in network.parameters() if parameter.grad is not None) > 0
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_a_state_dict_restores_the_logits(spec):
+    trained, fresh, images = network_of(spec), network_of(spec), torch.rand(4, 3, 16, 16)
+    logits = trained(images)
+    with torch.no_grad():
+        for parameter in fresh.parameters():
+            parameter.add_(1.0)
+    fresh.load_state_dict(trained.state_dict())
+    assert torch.equal(fresh(images), logits)
+    others = torch.rand(4, 3, 16, 16) + 1  # a normalisation that starts again would follow these
+    assert torch.equal(fresh(others), trained(others))
+
+
+def test_patches_have_the_published_size():
+    with torch.device("meta"):
+        network = PatchDiscriminatorConfig(norm="batch").create(in_channels=3, image_size=256)
+        assert network(torch.empty(2, 3, 256, 256)).shape == (2, 1, 30, 30)
+    assert sum(parameter.numel() for parameter in network.parameters()) == 2_765_633  # taming-transformers, BatchNorm
+
+
+@pytest.mark.parametrize(("image_size", "num_layers"), [(256, 3), (28, 3), (28, 2), (6, 1)])
+def test_the_side_of_the_logits_is_known_before(image_size, num_layers):
+    config = PatchDiscriminatorConfig(num_layers, 4)
+    logits = config.create(in_channels=1, image_size=image_size)(torch.rand(1, 1, image_size, image_size))
+    assert logits.shape == (1, 1, *[config.side(image_size)] * 2)
+
+
+@pytest.mark.parametrize(
+    ("image_size", "way_out"), [(23, "set it to 2 or fewer"), (5, "use the discriminator stylegan")]
+)
+def test_an_image_without_a_whole_patch_is_refused(image_size, way_out):
+    with pytest.raises(ValueError, match=rf"num_layers must leave 3 pixels of {image_size} .*, got 3; {way_out}"):
+        network_of({"name": "patchgan", "base_channels": 4}, image_size=image_size)
+
+
+def test_initial_weights_are_those_of_pix2pix():
+    network = network_of({"name": "patchgan"}, image_size=64)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d) and module.weight.numel() > 10_000:
+            assert module.weight.std().item() == pytest.approx(0.02, rel=0.03)
+        if isinstance(module, torch.nn.GroupNorm):
+            assert module.weight.mean().item() == pytest.approx(1.0, abs=0.01)
+            assert module.weight.std().item() == pytest.approx(0.02, rel=0.3)
+
+
+def test_the_batch_norm_is_torch_s():
+    network, images = network_of({"name": "patchgan", **SMALL["patchgan"], "norm": "batch"}), torch.rand(4, 3, 16, 16)
+    theirs = torch.nn.Sequential()
+    for module in network.layers:
+        is_norm = hasattr(module, "weight") and not isinstance(module, torch.nn.Conv2d)
+        theirs.append(torch.nn.BatchNorm2d(len(module.weight)) if is_norm else module)
+        if is_norm:
+            theirs[-1].load_state_dict(module.state_dict(), strict=False)
+    torch.testing.assert_close(network(images), theirs(2 * images - 1))
+
+
+def test_actnorm_normalises_the_first_batch_only():
+    network = PatchDiscriminator(PatchDiscriminatorConfig(2, 4, "actnorm"), in_channels=3)
+    normalised = []
+    network.layers[3].register_forward_hook(lambda layer, given, made: normalised.append(made))
+    for images in (torch.rand(8, 3, 32, 32), 3 * torch.rand(8, 3, 32, 32)):
+        network(images)
+    first, second = normalised
+    torch.testing.assert_close(first.mean((0, 2, 3)), torch.zeros(8), atol=1e-5, rtol=0)
+    torch.testing.assert_close(first.std((0, 2, 3)), torch.ones(8), atol=1e-2, rtol=0)
+    assert (second.std((0, 2, 3)) > 1.5).all()
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("patchgann", "unknown discriminator 'patchgann': did you mean 'patchgan'"),
+        ({"name": "patchgan", "num_layers": 0}, r"num_layers must be an integer in \[1, 8\], got 0"),
+        ({"name": "patchgan", "base_channels": 0}, r"base_channels must be an integer in \[1, 1024\], got 0"),
+        (
+            {"name": "patchgan", "norm": "grup"},
+            r"norm must be .group. or .batch. or .actnorm., got .grup.; did you mean .group.",
+        ),
+        ({"name": "patchgan", "pooling": "blur"}, "pooling"),
+        ({"name": 3}, "must have the key 'name'"),
+        (3, "must have a method create"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(spec, message):
+    with pytest.raises(ValueError, match=message):
+        AdversarialConfig(spec)
+
+
+def test_r1_is_refused_where_a_logit_depends_on_other_images():
+    spec = {"name": "patchgan", "norm": "batch"}
+    with pytest.raises(ValueError, match=r"r1_weight must be 0 .*, got 10\.0; .*set r1_weight 0, or norm group"):
+        AdversarialConfig(spec)
+    assert AdversarialConfig(spec, r1_weight=0.0).discriminator == spec
+
+
+def test_a_value_without_a_name_is_stylegan():
+    sizes = {"channel_multiplier": 0.5}
+    assert build_discriminator(sizes) == build_discriminator({"name": "stylegan", **sizes}) == DiscriminatorConfig(0.5)
+    full = {"channel_multiplier": 0.5, "channels": None, "pooling": "blur"}
+    assert with_defaults(sizes) == with_defaults({"name": "stylegan", **sizes}) == full
+    assert with_defaults("patchgan") == {"name": "patchgan", "num_layers": 3, "base_channels": 64, "norm": "group"}
+    assert with_defaults({"name": "patchgann", "x": 1}) == {"name": "patchgann", "x": 1}

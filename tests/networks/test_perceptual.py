@@ -1,0 +1,110 @@
+"""Perceptual distances by name give a distance for each pair of images, whose gradient reaches the images."""
+
+import hashlib
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch.nn import functional as F  # its usual name
+
+from maskgit_pl.networks.features import feature_networks
+from maskgit_pl.networks.perceptual import FeatureDistance, build_perceptual, create_distance, perceptual_networks
+from maskgit_pl.tokenizer_config import PerceptualConfig
+from tests.installed_packages import install
+
+MODEL = "mobilenetv3_small_050"
+
+
+@pytest.fixture(scope="module")
+def timm_spec(tmp_path_factory):
+    file = tmp_path_factory.mktemp("timm") / "model.pth"
+    torch.save(timm.create_model(MODEL, pretrained=False).state_dict(), file)
+    return {"name": "timm", "model": MODEL, "weights": str(file), "size": 32}
+
+
+@pytest.fixture(scope="module")
+def lpips_spec(tmp_path_factory):
+    file = tmp_path_factory.mktemp("lpips") / "squeeze.pth"
+    torch.save({f"features.{k}": v for k, v in torchvision.models.squeezenet1_1().features.state_dict().items()}, file)
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    return {"name": "lpips", "backbone": "squeeze", "weights": str(file), "sha256": sha256}
+
+
+@pytest.mark.parametrize("name", ["timm", "lpips", "lite0"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_distances_are_of_each_pair_and_reach_the_image_only(name, channels, timm_spec, lpips_spec):
+    network = create_distance({"timm": timm_spec, "lpips": lpips_spec}.get(name, {"name": name, "size": 32}))
+    images, others = torch.rand(2, 3, channels, 20, 20)
+    image = images.clone().requires_grad_()
+    distances = network.train()(image, others)
+    assert distances.shape == (3,)
+    assert distances.dtype == torch.float32
+    torch.testing.assert_close(distances[1:2], network(images[1:2], others[1:2]), rtol=1e-3, atol=1e-6)
+    assert torch.equal(network(images, images), torch.zeros(3))
+    distances.sum().backward()
+    assert image.grad.flatten(1).norm(dim=1).min() > 0
+    assert not network.training
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("output", ["logits", "features"])
+def test_a_feature_network_compares_the_output_that_is_named(timm_spec, output):
+    network = feature_networks.build(timm_spec).create()
+    images, others = torch.rand(2, 3, 1, 16, 16)
+    expected = F.mse_loss(getattr(network(images), output), getattr(network(others), output))
+    torch.testing.assert_close(create_distance(timm_spec, output)(images, others).mean(), expected)
+
+
+@pytest.mark.parametrize("name", ["timm", "lpips"])
+def test_bfloat16_images_are_compared_in_float32(name, timm_spec, lpips_spec):
+    network = create_distance({"timm": timm_spec, "lpips": lpips_spec}[name])
+    images, others = torch.rand(2, 2, 3, 20, 20).bfloat16()
+    assert torch.equal(network(images, others), network(images.float(), others.float()))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert network(images, others).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("spec", "output", "message"),
+    [
+        ("lpipz", "logits", r"unknown perceptual network 'lpipz': did you mean 'lpips'\? known: classifier, .*lpips"),
+        ({"name": "lpips"}, "logits", "weights"),
+        ({"name": "lpips", "weights": "x", "backbone": "resnet"}, "logits", "backbone must be"),
+        ({"name": "lpips", "weights": "x"}, "features", "output must be left out with network 'lpips'"),
+        ({"weights": "x"}, "logits", "must have the key 'name'"),
+        ({"name": "timm", "model": "resnet5O", "weights": "x"}, "logits", "resnet5O"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(spec, output, message):
+    with pytest.raises(ValueError, match=message):
+        PerceptualConfig(spec, output=output)
+
+
+def test_a_missing_file_is_named_with_the_flag_and_the_address():
+    config = PerceptualConfig({"name": "lpips", "weights": "none.pth"}, weight=1.0)
+    with pytest.raises(
+        ValueError, match=r"got none\.pth; download .*vgg16-397923af\.pth; set --model\.perceptual\.network\.weights"
+    ):
+        config.create_network()
+
+
+def test_a_distance_of_another_package_is_built_by_its_name(site, monkeypatch):
+    module = """
+from dataclasses import dataclass
+from torch import nn
+class Far(nn.Module):
+    def forward(self, images, others):
+        return (images - others).abs().flatten(1).amax(1)
+@dataclass(frozen=True)
+class FarSpec:
+    min_image_size: int = 1
+    def create(self):
+        return Far()
+"""
+    entry_points = f"[{perceptual_networks.group}]\nfar = far_away:FarSpec\n"
+    install(site, name="far-package", entry_points=entry_points, modules={"far_away": module})
+    monkeypatch.setattr(perceptual_networks, "_loaded", {})
+    assert not isinstance(create_distance("far"), FeatureDistance)
+    assert create_distance("far")(torch.zeros(2, 1, 4, 4), torch.ones(2, 1, 4, 4)).tolist() == [1, 1]
+    assert build_perceptual("far").min_image_size == 1

@@ -1,0 +1,306 @@
+"""Every registered quantizer keeps the contract: shapes, gradients, determinism, resuming, export, and two ranks."""
+
+import copy
+import math
+import re
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from einops import rearrange
+
+from maskgit_pl.networks.quantizers import build_sized, quantizers
+from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
+from maskgit_pl.pretrained import load_tokenizer, save_tokenizer
+from maskgit_pl.tokenizer import CodebookUsage
+
+OTHERS = {  # specs and sizes (K, D) that are not a name of 16 codes of size 4
+    "fsq": ({"name": "fsq", "levels": [4, 3, 2]}, 24, 3),
+    "gradient rotation": ({"name": "gradient", "gradient_estimator": "rotation"}, 16, 4),
+    "gradient kmeans": ({"name": "gradient", "initial_codes": "kmeans"}, 16, 4),
+    "product of ema": ({"name": "product", "num_groups": 3, "quantizer": "ema"}, 8, 6),
+    "product of gumbel": ({"name": "product", "quantizer": {"name": "gumbel", "kl_weight": 0.1}}, 16, 4),
+    "ema entropy": ({"name": "ema", "entropy_weight": 0.1}, 16, 4),
+    "gumbel hard": ({"name": "gumbel", "form": "hard"}, 16, 4),
+}
+CASES = {**{name: (name, 16, 4) for name in quantizers.names()}, **OTHERS}
+
+
+def build(case, *, torch_seed=0):
+    spec, codebook_size, code_dim = CASES[case]
+    torch.manual_seed(torch_seed)
+    return build_sized(spec, codebook_size=codebook_size, code_dim=code_dim).create(
+        codebook_size=codebook_size, code_dim=code_dim
+    )
+
+
+def features(case, *, batch=4, seed=0):
+    return torch.randn(batch, CASES[case][2], 3, 5, generator=torch.Generator().manual_seed(seed))
+
+
+def train(quantizer, parts, optimizer=None, *, step, seed=3):
+    """Makes a step on a global batch, and returns the sum of loss and output, with the gradients of the parts."""
+    parts, outputs, total = [part.clone().requires_grad_() for part in parts], [], 0.0
+    for number, part in enumerate(parts):
+        quantizer.begin_micro_batch(seed=seed, step=step, micro_batch=number)
+        outputs.append(quantizer(part))
+        value = (outputs[-1].loss + (outputs[-1].quantized * weights_of(part)).mean()) / len(parts)
+        value.backward()
+        total += value.item()
+    if optimizer is not None:
+        optimizer.step()
+        optimizer.zero_grad()
+    quantizer.update([o.tokens for o in outputs], [o.features for o in outputs], seed=seed, step=step)
+    return total, torch.cat([part.grad for part in parts])
+
+
+def weights_of(part):
+    return part.detach().cos()
+
+
+def optimizer_of(quantizer):
+    parameters = list(quantizer.parameters())
+    return torch.optim.Adam(parameters, lr=0.01) if parameters else None
+
+
+def state_of(quantizer):
+    return {name: value.clone() for name, value in quantizer.state_dict().items()}
+
+
+def assert_same(first, second, **tolerance):
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        if tolerance:
+            torch.testing.assert_close(second[name], value, **tolerance, msg=name)
+        else:
+            assert torch.equal(second[name], value), name
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    return request.param
+
+
+def test_the_output_has_the_shapes_of_the_contract(case):
+    _, codebook_size, code_dim = CASES[case]
+    quantizer, inputs = build(case).eval(), features(case).requires_grad_()
+    output = quantizer(inputs)
+    assert (quantizer.codebook_size, quantizer.code_dim) == (codebook_size, code_dim)
+    assert output.quantized.shape == inputs.shape
+    assert (output.tokens.shape, output.tokens.dtype) == ((4, 15), torch.int64)
+    assert 0 <= output.tokens.min() <= output.tokens.max() < codebook_size
+    assert (output.loss.shape, output.loss.dtype) == ((), torch.float32)
+    assert not output.features.requires_grad
+    assert torch.equal(output.features, inputs)
+    assert torch.equal(output.tokens, quantizer.nearest(inputs))
+    torch.testing.assert_close(
+        output.quantized, rearrange(quantizer.lookup(output.tokens), "b (h w) d -> b d h w", h=3)
+    )
+
+
+def test_lookup_gives_a_different_float32_code_for_every_token_of_any_shape(case):
+    _, codebook_size, code_dim = CASES[case]
+    codes = build(case).lookup(torch.arange(codebook_size))
+    assert (codes.shape, codes.dtype) == ((codebook_size, code_dim), torch.float32)
+    assert len(codes.unique(dim=0)) == codebook_size
+    tokens = torch.arange(6).view(1, 2, 3)
+    torch.testing.assert_close(build(case).lookup(tokens), codes[tokens])
+
+
+def features_of_codes(case, quantizer):
+    """Features (1, D, 1, K) that lie at the codes."""
+    codes = quantizer.lookup(torch.arange(quantizer.codebook_size)).detach()
+    if case == "fsq":  # the inverse of the bound, moved off the half-open ends
+        levels = torch.tensor(quantizer.spec.levels)
+        half, offset = (levels - 1) * 0.999 / 2, (1 - levels % 2) / 2
+        codes = torch.atanh((codes * (levels // 2) + offset) / half * 0.9) - torch.tan(offset / half)
+    return codes.t()[None, :, None]
+
+
+def test_every_code_is_the_nearest_to_itself(case):
+    quantizer = build(case)
+    if case == "ibq":  # the largest inner product is the nearest code where all lengths are equal
+        quantizer.codebook.data = torch.nn.functional.normalize(quantizer.codebook.data, dim=1)
+    tokens = quantizer.nearest(features_of_codes(case, quantizer))
+    assert torch.equal(tokens[0], torch.arange(quantizer.codebook_size))
+
+
+def test_the_gradient_reaches_features_and_every_parameter(case):
+    quantizer = build(case)
+    _, gradient = train(quantizer, [features(case)], step=0)
+    assert gradient.isfinite().all()
+    assert (gradient.abs().sum((0, 2, 3)) > 0).all()
+    for name, parameter in quantizer.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_the_parts_of_the_loss_sum_to_it(case):
+    quantizer = build(case)
+    loss = quantizer(features(case)).loss
+    assert not any(part.requires_grad for part in quantizer.losses.values())
+    torch.testing.assert_close(sum(quantizer.losses.values(), torch.tensor(0.0)), loss.detach())
+
+
+def test_usage_counts_the_codes_of_the_tokens(case):
+    quantizer = build(case)
+    tokens = quantizer(3 * features(case, batch=8)).tokens
+    usage = CodebookUsage(quantizer.codebook_size)
+    usage.update(tokens, torch.ones(8))
+    values = usage.compute()
+    assert values["codebook_usage"].item() == pytest.approx(len(tokens.unique()) / quantizer.codebook_size)
+    assert 1 < values["perplexity"].item() <= quantizer.codebook_size
+
+
+def test_bfloat16_features_give_float32_codes_and_a_finite_loss(case):
+    quantizer = build(case)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = quantizer(features(case).bfloat16())
+        assert torch.equal(quantizer.nearest(features(case).bfloat16()), output.tokens)
+    assert output.quantized.dtype == output.loss.dtype == output.features.dtype == torch.float32
+    assert output.quantized.isfinite().all()
+    assert output.loss.isfinite()
+    assert torch.equal(output.tokens, quantizer(features(case).bfloat16().float()).tokens)
+
+
+def test_a_step_depends_on_seed_and_step_and_not_on_torchs_generator(case):
+    first, second = build(case), build(case)
+    results = []
+    for torch_seed, quantizer in enumerate((first, second)):
+        torch.manual_seed(torch_seed)
+        results.append(train(quantizer, [features(case)], optimizer_of(quantizer), step=7))
+    assert results[0][0] == results[1][0]
+    assert torch.equal(results[0][1], results[1][1])
+    assert_same(state_of(first), state_of(second))
+
+
+def test_a_resumed_training_is_bit_exact(case):
+    parts = [[features(case, seed=step)] for step in range(4)]
+    through = build(case)
+    optimizer = optimizer_of(through)
+    for step in range(2):
+        train(through, parts[step], optimizer, step=step)
+    resumed = build(case, torch_seed=9)
+    resumed.load_state_dict(state_of(through))
+    again = optimizer_of(resumed)
+    if again is not None:
+        again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for step in (2, 3):
+        ends = [train(q, parts[step], o, step=step)[0] for q, o in ((through, optimizer), (resumed, again))]
+        assert ends[0] == ends[1]
+    assert_same(state_of(through), state_of(resumed))
+
+
+def test_micro_batches_teach_what_the_whole_batch_does(case):
+    # The entropy of a mean differs from the mean of entropies: only what update() learns is compared.
+    whole, parts = build(case), build(case)
+    batch = features(case, batch=8)
+    for step in range(2):
+        train(whole, [batch + step], step=step)
+        train(parts, list((batch + step).chunk(4)), step=step)
+    assert_same(state_of(whole), state_of(parts), rtol=1e-5, atol=1e-6)
+
+
+def test_an_exported_tokenizer_encodes_and_decodes_the_same(case, tmp_path):
+    spec, codebook_size, code_dim = CASES[case]
+    torch.manual_seed(0)
+    config = VQGANConfig(
+        1, base_channels=8, channel_multipliers=(1,), num_res_blocks=1, num_middle_blocks=0, num_groups=4,
+        codebook_size=codebook_size, code_dim=code_dim, patch_size=4, quantizer=spec,
+    )  # fmt: skip
+    network = VQGAN(config).eval()
+    save_tokenizer(tmp_path / "tokenizer", config, network.state_dict(), image_size=16)
+    loaded = load_tokenizer(tmp_path / "tokenizer").network
+    images = torch.rand(2, 1, 16, 16)
+    tokens = network.encode(images)
+    assert torch.equal(loaded.encode(images), tokens)
+    torch.testing.assert_close(loaded.decode(tokens, (4, 4)), network.decode(tokens, (4, 4)))
+
+
+@pytest.mark.parametrize(
+    ("spec", "sizes", "message"),
+    [
+        ({"name": "fsq", "levels": [8, 6, 5]}, (256, 3), r"codebook_size must be 240 = 8\*6\*5 .* got 256"),
+        ({"name": "fsq", "levels": [8, 6, 5]}, (240, 4), "code_dim must be 3"),
+        ("lfq", (100, 6), "codebook_size must be a power of 2 .* 64 fits, with code_dim 6"),
+        ("lfq", (64, 8), r"code_dim must be 6 for quantizer 'lfq' of 64 = 2\^6 codes, got 8"),
+        ("bsq", (64, 8), "code_dim must be 6"),
+        ({"name": "product", "num_groups": 3}, (100, 6), r"codebook_size must be k\^3 .* got 100; 125 = 5\^3 fits"),
+        ({"name": "product", "num_groups": 3}, (64, 8), "code_dim must be a multiple of 3 .* got 8; 9 fits"),
+        ({"name": "product", "quantizer": "lfq"}, (64, 8), "each group .* 8 codes: .* code_dim must be 3"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_by_the_network_with_those_that_do(spec, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        VQGANConfig(1, base_channels=32, codebook_size=sizes[0], code_dim=sizes[1], quantizer=spec)
+
+
+def test_the_example_of_the_page_is_a_quantizer():
+    page = Path(__file__).parents[2] / "docs" / "quantizers.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    module = types.ModuleType("cosine_quantizer")
+    sys.modules[module.__name__] = module  # dataclasses look up the annotations there
+    try:
+        exec(compile(block, "cosine_quantizer.py", "exec"), module.__dict__)
+        quantizer = module.Cosine().create(codebook_size=8, code_dim=4)
+    finally:
+        del sys.modules[module.__name__]
+    codes = quantizer.lookup(torch.arange(8)).detach()
+    assert torch.equal(quantizer.nearest(5 * codes.t()[None, :, None])[0], torch.arange(8))
+    output = quantizer(torch.randn(2, 4, 3, 3))
+    output.loss.backward()
+    assert quantizer.codebook.grad.abs().max() > 0
+
+
+def test_the_page_names_every_quantizer():
+    text = (Path(__file__).parents[2] / "docs" / "quantizers.md").read_text()
+    assert [name for name in quantizers.names() if f"| `{name}` |" not in text] == []
+
+
+def learned(case, parts):
+    """Returns the state after two steps of plain gradient descent, and the last gradient of the features."""
+    quantizer = build(case)
+    parameters = list(quantizer.parameters())
+    for step in range(2):
+        _, gradient = train_ranks(quantizer, [part + step for part in parts], parameters, step=step)
+    return {**state_of(quantizer), "the gradient": gradient}
+
+
+def train_ranks(quantizer, parts, parameters, *, step):
+    total, gradient = train(quantizer, parts, step=step)
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    for parameter in parameters:
+        if ranks > 1:  # as DDP does
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= ranks
+        parameter.data -= 0.1 * parameter.grad
+        parameter.grad = None
+    return total, gradient / ranks
+
+
+def on_a_rank(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    results = {case: learned(case, [features(case, batch=8).chunk(2)[rank]]) for case in CASES}
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_what_one_does(tmp_path):
+    mp.spawn(on_a_rank, (str(tmp_path),), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for case in CASES:
+        alone = learned(case, [features(case, batch=8)])
+        gradients = [rank[case].pop("the gradient") for rank in ranks]
+        expected = alone.pop("the gradient")
+        # A softmax at temperature 0.01 amplifies rounding.
+        torch.testing.assert_close(torch.cat(gradients), expected, rtol=1e-3, atol=1e-5, msg=case)
+        assert_same(ranks[0][case], ranks[1][case])
+        assert_same(alone, ranks[0][case], rtol=1e-4, atol=1e-5)
+    assert math.isfinite(sum(float(value.sum()) for case in CASES for value in ranks[0][case].values()))
