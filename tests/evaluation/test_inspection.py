@@ -14,7 +14,7 @@ from maskgit_pl.cli import main
 from maskgit_pl.data import Batch
 from maskgit_pl.evaluation.inspection import inspect_run
 from maskgit_pl.evaluation.inspection.charts import bar_chart, line_chart
-from maskgit_pl.evaluation.inspection.code_use import draw_codes, measure_codes
+from maskgit_pl.evaluation.inspection.code_use import picture_codes, measure_codes
 from maskgit_pl.evaluation.inspection.event_files import Logs, read_logs
 from maskgit_pl.evaluation.inspection.findings import find_in_tokenizer, find_in_transformer, read_reports
 from maskgit_pl.evaluation.inspection.pictures import safe_png
@@ -146,7 +146,7 @@ def test_codes_are_counted_and_images_judged():
     errors = ((tokenizer.decode(tokens).double() - content[:4].double()) / 255).square().flatten(1).mean(1)
     assert torch.equal(found.worst, content[:4][errors.argsort(descending=True)])
     assert found.psnr_of_class[1] == pytest.approx(float(-10 * errors[1::2].mean().log10()))
-    assert len(draw_codes(tokenizer, torch.arange(3)).unique(dim=0)) == 3  # each code has its picture
+    assert len(picture_codes(tokenizer, torch.arange(3)).unique(dim=0)) == 3  # each code has its picture
 
 
 def test_the_rules_of_the_alarms_judge_the_last_values():

@@ -12,7 +12,7 @@ from maskgit_pl.data import Batch
 from maskgit_pl.evaluation.reconstruction import psnr
 from maskgit_pl.pretrained import PretrainedTokenizer
 
-__all__ = ["CodeUse", "draw_codes", "measure_codes"]
+__all__ = ["CodeUse", "picture_codes", "measure_codes"]
 
 _NUM_WORST = 8
 _MAP = 4  # rows and columns of the token map from which a code is drawn
@@ -85,7 +85,7 @@ def measure_codes(tokenizer: PretrainedTokenizer, batches: Iterable[Batch], *, m
     return CodeUse(counts, classes, worst, reconstructions, len(errors))
 
 
-def draw_codes(tokenizer: PretrainedTokenizer, codes: Tensor) -> Tensor:
+def picture_codes(tokenizer: PretrainedTokenizer, codes: Tensor) -> Tensor:
     """Decodes a small token map that is filled with a code, for each code, and cuts out its middle.
 
     Args:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from maskgit_pl.evaluation.inspection.charts import quote
 
-__all__ = ["embed_png", "make_page", "make_section"]
+__all__ = ["embed_png", "format_html", "make_section"]
 
 _STYLE = """
 :root { color-scheme: light dark }
@@ -27,7 +27,7 @@ svg { width: 100%; height: auto } svg text { font-size: 11px; fill: currentColor
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-def make_page(title: str, sections: Sequence[str]) -> str:
+def format_html(title: str, sections: Sequence[str]) -> str:
     """Returns a complete HTML document.
 
     Args:

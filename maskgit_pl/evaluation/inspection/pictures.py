@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from maskgit_pl.evaluation.inspection.charts import line_chart
-from maskgit_pl.evaluation.inspection.code_use import draw_codes
+from maskgit_pl.evaluation.inspection.code_use import picture_codes
 from maskgit_pl.evaluation.inspection.html_page import embed_png
 from maskgit_pl.evaluation.pages import image_to_png
 from maskgit_pl.imaging import image_grid, reconstruction_grid, to_pil
@@ -42,7 +42,7 @@ def draw_atlas(tokenizer: PretrainedTokenizer, counts: Tensor) -> str:
         counts: (K,) int64: number of tokens of each code.
     """
     order = counts.argsort(descending=True, stable=True)[:_MAX_CODES]
-    tiles = draw_codes(tokenizer, order)
+    tiles = picture_codes(tokenizer, order)
     columns = min(_COLUMNS, len(tiles))
     picture = image_grid(tiles, columns=columns, scale=max(1, _TILE // tiles.shape[-1]))
     used = int((counts > 0).sum())

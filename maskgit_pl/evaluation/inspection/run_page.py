@@ -18,7 +18,7 @@ from maskgit_pl.evaluation.inspection.charts import bar_chart, line_chart, quote
 from maskgit_pl.evaluation.inspection.code_use import CodeUse, measure_codes
 from maskgit_pl.evaluation.inspection.event_files import Logs, read_logs
 from maskgit_pl.evaluation.inspection.findings import find_in_tokenizer, find_in_transformer, read_reports
-from maskgit_pl.evaluation.inspection.html_page import embed_png, make_page, make_section
+from maskgit_pl.evaluation.inspection.html_page import embed_png, format_html, make_section
 from maskgit_pl.evaluation.inspection.pictures import draw_atlas, draw_histogram, draw_worst, safe_png
 from maskgit_pl.evaluation.run_folders import open_images, read_run_recipe
 from maskgit_pl.files import write_text
@@ -80,7 +80,7 @@ def inspect_run(
     for stage in (stage_1, stage_2):
         sections.append(make_section(f"Pictures during training: {stage.folder.name}", stage.pictures()))
     out = run / "inspect.html" if out is None else out
-    write_text(out, make_page(f"maskgit inspect: {printable(run.resolve().name)}", sections))
+    write_text(out, format_html(f"maskgit inspect: {printable(run.resolve().name)}", sections))
     return out
 
 
