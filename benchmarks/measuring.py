@@ -38,15 +38,20 @@ class Stopwatch:
 
     Attributes:
         parts: Seconds by part, in the order of their first ``mark``.
-        last: Time of the last ``mark``, of ``time.perf_counter``.
+        clock: ``time.perf_counter``, or ``time.process_time``: CPU seconds of all threads of this process.
+        last: Time of the last ``mark``.
     """
 
     parts: dict[str, float] = field(default_factory=dict)
-    last: float = field(default_factory=time.perf_counter)
+    clock: Callable[[], float] = time.perf_counter
+    last: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.last = self.clock()
 
     def mark(self, name: str) -> None:
         """Ends the part ``name`` now; a part may be marked repeatedly."""
-        now = time.perf_counter()
+        now = self.clock()
         self.parts[name] = self.parts.get(name, 0.0) + now - self.last
         self.last = now
 
@@ -56,12 +61,18 @@ class Stopwatch:
         return sum(self.parts.values())
 
 
-def interleave(contenders: Mapping[str, Callable[[Stopwatch], object]], *, repeats: int) -> dict[str, list[Stopwatch]]:
+def interleave(
+    contenders: Mapping[str, Callable[[Stopwatch], object]],
+    *,
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[Stopwatch]]:
     """Times contenders in turn (A B A B), so that changes in the machine's speed affect all of them.
 
     Args:
         contenders: Functions by name. Each gets a fresh stopwatch and marks it.
         repeats: Number of rounds.
+        clock: Clock of the stopwatches; CPU time is the more reliable one if other programs run.
 
     Returns:
         The stopwatches of each contender, one per round.
@@ -69,7 +80,7 @@ def interleave(contenders: Mapping[str, Callable[[Stopwatch], object]], *, repea
     measured: dict[str, list[Stopwatch]] = {name: [] for name in contenders}
     for _ in range(repeats):
         for name, run in contenders.items():
-            watch = Stopwatch()
+            watch = Stopwatch(clock=clock)
             run(watch)
             measured[name].append(watch)
     return measured

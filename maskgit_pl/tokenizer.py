@@ -21,7 +21,7 @@ After the last micro-batch:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,10 +40,11 @@ from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.networks.discriminators import build_discriminator
 from maskgit_pl.networks.vqgan import VQGAN
 from maskgit_pl.pretrained import load_tokenizer, load_weights, save_tokenizer
-from maskgit_pl.tokenizer_config import TokenizerConfig
-from maskgit_pl.tokenizer_losses import AdversarialStep, SimilarityLoss, gradient_at
+from maskgit_pl.tokenizer_config import Part, TokenizerConfig
+from maskgit_pl.tokenizer_losses import AdversarialStep, SimilarityLoss
 from maskgit_pl.training.compile_and_checkpointing import prepare_blocks
 from maskgit_pl.training.ema import frozen_copy, update_ema
+from maskgit_pl.training.freezing import freeze
 from maskgit_pl.training.optimizers import build_adamw, parameter_groups
 from maskgit_pl.training.stop_and_nonfinite import StepCheck, clip_gradients
 from maskgit_pl.training.strategies import check_precision
@@ -117,6 +118,7 @@ class Tokenizer(LightningModule):
         self.ema_network = frozen_copy(self.network)
         for half in (self.network.encoder, self.network.decoder):
             prepare_blocks(half.blocks, activation_checkpointing=config.activation_checkpointing)
+        _freeze_parts(self.network, config.freeze)
         self.grid = config.network.grid(config.image_size)
         self.discriminator: nn.Module | None = None
         if config.adversarial is not None:
@@ -124,7 +126,9 @@ class Tokenizer(LightningModule):
             discriminator = spec.create(in_channels=in_channels, image_size=config.image_size)
             self.discriminator = _set_memory_format(discriminator, self.memory_format)
             self.register_buffer("lecam_means", torch.zeros(2))  # moving averages of the real and the fake logits
-        self.similarity_loss = SimilarityLoss(config.reconstruction_loss, config.perceptual)
+        self.similarity_loss = SimilarityLoss(
+            config.reconstruction_loss, config.perceptual, reconstruction_weight=config.reconstruction_weight
+        )
 
         self.squared_error = MeanMetric()
         self.codebook_usage = CodebookUsage(config.network.codebook_size)
@@ -153,7 +157,9 @@ class Tokenizer(LightningModule):
         """Builds AdamW for the generator, and another one for the discriminator if there is one."""
         networks = [self.network] if self.discriminator is None else [self.network, self.discriminator]
         config = self.config.optimizer
-        return [build_adamw(parameter_groups(network, config.weight_decay), config) for network in networks]
+        groups = [parameter_groups(network, config.weight_decay) for network in networks]
+        # A frozen network may leave a group empty, which torch refuses.
+        return [build_adamw([group for group in each if group["params"]], config) for each in groups]
 
     def on_fit_start(self) -> None:
         """Checks the precision, and moves the perceptual network to the device.
@@ -175,7 +181,7 @@ class Tokenizer(LightningModule):
             metrics = self._add_gradients(images, step=self.global_step, backward=self.manual_backward)  # 2 to 4
         if not is_last:
             return
-        self._step_optimizers()  # 5 to 7
+        metrics |= self._step_optimizers()  # 5 to 7
         if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # set late
             self._log_metrics({f"train/{name}": value for name, value in metrics.items()}, bar="train/reconstruction")
 
@@ -204,8 +210,7 @@ class Tokenizer(LightningModule):
         self.network.quantizer.begin_micro_batch(**place)
         output = self._run_network("network", images)
         image = output.reconstruction.detach().float().requires_grad_()
-        loss, metrics = self.similarity_loss(image, images)
-        gradient = gradient_at(image, loss)
+        gradient, metrics = self.similarity_loss.gradient(image, images)
         # 3. Discriminator.
         discriminator_loss = None
         if self._has_adversarial_loss(step):
@@ -243,12 +248,12 @@ class Tokenizer(LightningModule):
         # a second forward before the backward pass would prepare them again. The hooks run when the gradient of a
         # parameter is complete, with the parts of both calls.
         real_logits = self._run_network("discriminator", real)
-        return AdversarialStep(config, real, real_logits, self.discriminator(image))
+        return AdversarialStep(config, real, real_logits, self.discriminator(image), config.weight_at(step))
 
     # Optimizer step
 
-    def _step_optimizers(self) -> None:
-        """Makes one step of both optimizers for a global batch, then updates the statistics (5 to 7)."""
+    def _step_optimizers(self) -> dict[str, Tensor]:
+        """Makes one step of both optimizers, updates the statistics (5 to 7), and returns the norms before clipping."""
         step, optimizers = self.global_step, self.optimizers()
         generator, *rest = optimizers if isinstance(optimizers, list) else [optimizers]
         assert isinstance(generator, LightningOptimizer)
@@ -271,6 +276,7 @@ class Tokenizer(LightningModule):
             self._pending = _PendingUpdate()
         else:
             self._update_statistics(step)
+        return dict(zip(("gradient/generator", "gradient/discriminator"), reversed(norms), strict=False))
 
     def _set_learning_rate(self, step: int) -> None:
         learning_rate = self.config.optimizer.learning_rate
@@ -281,7 +287,8 @@ class Tokenizer(LightningModule):
 
     def _update_statistics(self, step: int) -> None:
         pending, self._pending = self._pending, _PendingUpdate()
-        self.network.quantizer.update(pending.tokens, pending.features, seed=self.config.seed, step=step)
+        if "quantizer" not in self.config.freeze:
+            self.network.quantizer.update(pending.tokens, pending.features, seed=self.config.seed, step=step)
         if pending.logits:
             means = mean_over_ranks(torch.stack(pending.logits).mean(0))
             self.lecam_means.lerp_(means, 1 - _LECAM_DECAY)
@@ -380,6 +387,21 @@ class _PendingUpdate:
     tokens: list[Tensor] = field(default_factory=list)  # (B, N) int64 each
     features: list[Tensor] = field(default_factory=list)  # encoder outputs, see ``networks.quantizers``
     logits: list[Tensor] = field(default_factory=list)  # (2,) each: mean real and fake logit
+
+
+def _freeze_parts(network: VQGAN, parts: Sequence[Part]) -> None:
+    """Freezes parts of the network.
+
+    Raises:
+        ValueError: if no parameter is left to train: codes without gradients are not.
+    """
+    for part in parts:
+        freeze(getattr(network, part))
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise ValueError(
+            f"freeze must leave weights to train, got {list(parts)}, and the quantizer "
+            f"{network.config.quantizer} has none; leave the encoder or the decoder out of model.freeze"
+        )
 
 
 _Network = TypeVar("_Network", bound=nn.Module)

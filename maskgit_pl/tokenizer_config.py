@@ -17,9 +17,10 @@ from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.training.compile_and_checkpointing import ActivationCheckpointing
 from maskgit_pl.training.optimizers import OptimizerConfig
 
-__all__ = ["AdversarialConfig", "MemoryFormat", "PerceptualConfig", "TokenizerConfig"]
+__all__ = ["AdversarialConfig", "MemoryFormat", "Part", "PerceptualConfig", "TokenizerConfig"]
 
 MemoryFormat = Literal["contiguous", "channels_last"]
+Part = Literal["encoder", "quantizer", "decoder"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class AdversarialConfig:
         weight_rule: ``fixed`` uses ``weight`` itself. ``adaptive`` multiplies it by |gradient of the other losses| /
             |gradient of the adversarial loss| at the decoder's last layer, over the micro-batch of all ranks.
         start_step: First step with a discriminator; before it, neither network has an adversarial loss.
+        warmup_steps: Steps from ``start_step`` in which the factor of the generator's loss rises linearly from 0, >= 0.
         r1_weight: Factor of the R1 penalty on real images, in [0, 1e6].
         r1_every: Steps from one R1 penalty to the next, >= 1; each penalty is multiplied by it.
         lecam_weight: Factor of the LeCam regularisation, in [0, 1e6].
@@ -94,6 +96,7 @@ class AdversarialConfig:
     weight: float = 0.1
     weight_rule: Literal["fixed", "adaptive"] = "fixed"
     start_step: int = 0
+    warmup_steps: int = 0
     r1_weight: float = 10.0
     r1_every: int = 1
     lecam_weight: float = 0.0
@@ -102,6 +105,7 @@ class AdversarialConfig:
         for name in ("weight", "r1_weight", "lecam_weight"):
             check_number(f"adversarial {name}", getattr(self, name), "[0, 1e6]")
         check_integer("adversarial start_step", self.start_step, "[0, inf)")
+        check_integer("adversarial warmup_steps", self.warmup_steps, "[0, inf)")
         check_integer("adversarial r1_every", self.r1_every, "[1, inf)")
         discriminator = build_discriminator(self.discriminator)
         if self.r1_weight > 0 and getattr(discriminator, "mixes_images", False):
@@ -113,6 +117,12 @@ class AdversarialConfig:
     def has_started(self, step: int) -> bool:
         """Returns whether the networks have an adversarial loss at a step."""
         return step >= self.start_step
+
+    def weight_at(self, step: int) -> float:
+        """Returns the factor of the generator's adversarial loss at a step, from ``start_step`` on."""
+        if step >= self.start_step + self.warmup_steps:
+            return self.weight
+        return self.weight * (step - self.start_step) / self.warmup_steps
 
     def has_r1_penalty(self, step: int) -> bool:
         """Returns whether the discriminator's loss has the R1 penalty at a step."""
@@ -127,9 +137,12 @@ class TokenizerConfig:
         network: Sizes of the VQGAN.
         image_size: Side of the square images in pixels, in [1, 16384].
         optimizer: AdamW of the generator; the discriminator has one of the same configuration.
-        reconstruction_loss: ``l2`` (released configuration) or ``l1``, with weight 1.
+        reconstruction_loss: ``l2`` (released configuration) or ``l1``.
+        reconstruction_weight: Its factor, in [0, 1e6].
         perceptual: The perceptual loss; None for none.
         adversarial: The adversarial loss and its discriminator; None for none.
+        freeze: Parts of the network that keep their weights and codes, such as ``[encoder, quantizer]`` for a new
+            decoder of old tokens: no gradient, no optimizer state, no update of the codebook's statistics.
         gradient_clip: Largest gradient norm of each network, > 0; None for no clipping.
         ema_decay: Decay of the averaged weights that are evaluated and exported, in [0, 1).
         flip_probability: Probability that a training image is mirrored left to right, in [0, 1].
@@ -146,8 +159,10 @@ class TokenizerConfig:
     image_size: int
     optimizer: OptimizerConfig
     reconstruction_loss: ReconstructionLoss = "l2"
+    reconstruction_weight: float = 1.0
     perceptual: PerceptualConfig | None = None
     adversarial: AdversarialConfig | None = None
+    freeze: tuple[Part, ...] = ()
     gradient_clip: float | None = None
     ema_decay: float = 0.999
     flip_probability: float = 0.0
@@ -158,6 +173,7 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         check_integer("image_size", self.image_size, "[1, 16384]")
         check_choice("reconstruction_loss", self.reconstruction_loss, get_args(ReconstructionLoss))
+        check_number("reconstruction_weight", self.reconstruction_weight, "[0, 1e6]")
         check_number("ema_decay", self.ema_decay, "[0, 1)")
         check_number("flip_probability", self.flip_probability, "[0, 1]")
         check_seed("seed", self.seed)
@@ -165,8 +181,25 @@ class TokenizerConfig:
         check_choice("activation_checkpointing", self.activation_checkpointing, get_args(ActivationCheckpointing))
         if self.gradient_clip is not None:
             check_number("gradient_clip", self.gradient_clip, "(0, inf)")
+        object.__setattr__(self, "freeze", tuple(self.freeze))
+        self._check_freeze()
         if self.perceptual is not None and self.image_size < self.perceptual.min_image_size:
             raise ValueError(
                 f"image_size must be >= {self.perceptual.min_image_size} with this perceptual network, got "
                 f"{self.image_size}; set another model.perceptual.network, or null for model.perceptual"
+            )
+
+    def _check_freeze(self) -> None:
+        parts = get_args(Part)
+        for part in self.freeze:
+            check_choice("freeze", part, parts)
+        if len(set(self.freeze)) < len(self.freeze) or len(self.freeze) == len(parts):
+            raise ValueError(
+                f"freeze must be one or two different parts of {', '.join(parts)}, got {list(self.freeze)}; leave out "
+                "what is to be trained"
+            )
+        if "decoder" in self.freeze and self.adversarial is not None and self.adversarial.weight_rule == "adaptive":
+            raise ValueError(
+                f"freeze must not hold the decoder with adversarial weight_rule 'adaptive', got {list(self.freeze)}; "
+                "that weight is measured at the decoder's last layer: set model.adversarial.weight_rule to fixed"
             )

@@ -14,7 +14,7 @@ from maskgit_pl import losses
 from maskgit_pl.distributed import mean_over_ranks
 from maskgit_pl.tokenizer_config import AdversarialConfig, PerceptualConfig
 
-__all__ = ["AdversarialStep", "SimilarityLoss", "gradient_at"]
+__all__ = ["AdversarialStep", "SimilarityLoss", "gradient_at", "gradient_norm"]
 
 
 class SimilarityLoss:
@@ -24,34 +24,45 @@ class SimilarityLoss:
 
     Args:
         reconstruction_loss: ``l2`` or ``l1``.
+        reconstruction_weight: Its factor.
         perceptual: Network and weight of the perceptual loss; None for no perceptual loss.
 
     Raises:
         ValueError: if the weights of the perceptual network cannot be read.
     """
 
-    def __init__(self, reconstruction_loss: losses.ReconstructionLoss, perceptual: PerceptualConfig | None) -> None:
+    def __init__(
+        self,
+        reconstruction_loss: losses.ReconstructionLoss,
+        perceptual: PerceptualConfig | None,
+        *,
+        reconstruction_weight: float = 1.0,
+    ) -> None:
         self.reconstruction_loss = reconstruction_loss
+        self.reconstruction_weight = reconstruction_weight
         self.perceptual = perceptual
         self.network: nn.Module | None = None if perceptual is None else perceptual.create_network()
 
-    def __call__(self, reconstruction: Tensor, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Computes the loss.
+    def gradient(self, image: Tensor, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Computes the gradient of the weighted sum. Each loss is differentiated once.
 
         Args:
-            reconstruction: (B, C, H, W) float in [0, 1].
+            image: (B, C, H, W) float32 reconstruction in [0, 1], a leaf that requires a gradient.
             images: (B, C, H, W) float32 in [0, 1].
 
         Returns:
-            Scalar float32 with a graph, and its detached parts by name.
+            Gradient at ``image``, (B, C, H, W) float32, and detached scalars by name: the losses without their weights
+            (``reconstruction``, ``perceptual``), and the norms of their weighted gradients (``gradient/NAME``).
         """
-        total = losses.reconstruction_loss(reconstruction, images, kind=self.reconstruction_loss)
-        metrics = {"reconstruction": total.detach()}
+        loss = losses.reconstruction_loss(image, images, kind=self.reconstruction_loss)
+        gradient = gradient_at(image, self.reconstruction_weight * loss)
+        metrics = {"reconstruction": loss.detach(), "gradient/reconstruction": gradient_norm(gradient)}
         if self.perceptual is not None and self.network is not None:
-            perceptual = self.network(reconstruction, images).mean()
-            metrics["perceptual"] = perceptual.detach()
-            total = total + self.perceptual.weight * perceptual
-        return total, metrics
+            distance = self.network(image, images).mean()
+            part = gradient_at(image, self.perceptual.weight * distance)
+            metrics |= {"perceptual": distance.detach(), "gradient/perceptual": gradient_norm(part)}
+            gradient = gradient + part
+        return gradient, metrics
 
 
 @dataclass
@@ -66,6 +77,7 @@ class AdversarialStep:
         real: (B, C, H, W) float32 real images; they require a gradient in steps with an R1 penalty.
         real_logits: (B, ...) float: logits of ``real``.
         fake_logits: (B, ...) float: logits of the reconstructions.
+        weight: Factor of the generator's loss at this step.
 
     Attributes:
         metrics: Detached scalars by name, added by the methods.
@@ -75,6 +87,7 @@ class AdversarialStep:
     real: Tensor
     real_logits: Tensor
     fake_logits: Tensor
+    weight: float
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -99,7 +112,7 @@ class AdversarialStep:
         loss = losses.generator_loss(self.fake_logits, kind=self.config.loss)
         # The discriminator's loss needs the same graph again.
         gradient = gradient_at(image, loss, retain_graph=True)
-        weight = torch.tensor(self.config.weight, device=gradient.device)
+        weight = torch.tensor(self.weight, device=gradient.device)
         if self.config.weight_rule == "adaptive":
             # Autograd runs only from the image to the last layer, once for each of the two gradients.
             gradients = torch.stack(
@@ -109,9 +122,15 @@ class AdversarialStep:
                 ]
             )
             similarity_part, adversarial_part = mean_over_ranks(gradients)
-            weight = weight * losses.adaptive_weight(similarity_part, adversarial_part)
-        self.metrics |= {"generator": loss.detach(), "adversarial_weight": weight}
-        return weight * gradient
+            self.metrics["adaptive_weight"] = losses.adaptive_weight(similarity_part, adversarial_part)
+            weight = weight * self.metrics["adaptive_weight"]
+        gradient = weight * gradient
+        self.metrics |= {
+            "generator": loss.detach(),
+            "adversarial_weight": weight,
+            "gradient/adversarial": gradient_norm(gradient),
+        }
+        return gradient
 
     def discriminator_loss(self, lecam_means: Tensor) -> Tensor:
         """Computes the discriminator's loss with its penalties.
@@ -125,6 +144,12 @@ class AdversarialStep:
         config = self.config
         loss = losses.discriminator_loss(self.real_logits, self.fake_logits, kind=config.loss)
         self.metrics["discriminator"] = loss.detach()
+        real, fake = (self.real_logits > 0).float().mean(), (self.fake_logits < 0).float().mean()
+        self.metrics |= {
+            "discriminator_accuracy": (real + fake) / 2,
+            "discriminator_accuracy/real": real,
+            "discriminator_accuracy/fake": fake,
+        }
         if self.real.requires_grad:
             penalty = losses.r1_penalty(self.real_logits, self.real)
             self.metrics["r1"] = penalty.detach()
@@ -142,3 +167,19 @@ def gradient_at(image: Tensor, loss: Tensor, *, retain_graph: bool = False) -> T
     """Computes the gradient of a scalar loss with respect to an image, in float32."""
     (gradient,) = torch.autograd.grad(loss, image, retain_graph=retain_graph)
     return gradient.float()
+
+
+def gradient_norm(gradient: Tensor) -> Tensor:
+    """Computes the root mean square over images of the norm of the gradient of an image's own loss.
+
+    The gradient g of a mean over B images is 1/B of those of their own losses: sqrt(1/B sum_b |B g_b|^2) = sqrt(B) |g|.
+    The value does not depend on the size of the micro-batch, so that runs and losses can be compared.
+
+    Args:
+        gradient: (B, C, H, W) float32: gradient of a mean over images.
+
+    Returns:
+        Scalar float32.
+    """
+    norm: Tensor = torch.linalg.vector_norm(gradient) * len(gradient) ** 0.5
+    return norm.detach()

@@ -1,3 +1,4 @@
+import gc
 import io
 import logging
 import sys
@@ -19,6 +20,15 @@ from maskgit_pl.shards.writer import make_shards
 
 sys.path.insert(0, str(Path(__file__).parent / "golden"))  # modules of check.py, which runs from this folder
 torch.set_num_threads(1)  # tensors are small, and other tests run at the same time
+
+
+def pytest_collection_finish() -> None:
+    """Hides the objects of all imported libraries from the garbage collector.
+
+    The Trainer collects garbage at the end of each run, which would visit them all, again and again.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -25,6 +25,11 @@ TRANSFORMERS = sorted(file.stem for file in (RECIPES / "transformer").glob("*.ya
 PARAMETERS = {
     ("tokenizer", "paper-256"): 54_515_587,
     ("tokenizer", "paper-512"): 54_515_587,
+    ("tokenizer", "taming-f16"): 72_141_699,
+    ("tokenizer", "llamagen-vq16"): 71_883_403,
+    ("tokenizer", "maskbit-12bit"): 55_626_127,
+    ("tokenizer", "fsq-1000"): 52_962_951,
+    ("tokenizer", "fsq-4375"): 52_968_072,
     ("transformer", "adaln-t"): 23_148_929,
     ("transformer", "adaln-s"): 69_495_297,
     ("transformer", "adaln-b"): 142_450_433,
@@ -37,6 +42,8 @@ PARAMETERS = {
 }
 BELOW = {
     "paper-512": ["paper-256"],
+    "fsq-1000": ["paper-256"],
+    "fsq-4375": ["paper-256"],
     **{f"adaln-{size}": ["adaln-b"] for size in "tsl"},
 }  # what a recipe says it is laid over
 
@@ -56,10 +63,20 @@ def test_a_recipe_opens_with_what_it_is(file):
             assert any(line.startswith(f"# {word} ") for line in comments), word
 
 
-SOURCE = re.compile(r"# \[(config|code|magvit|paper|halton|ours)\]")
+SOURCE = re.compile(r"# \[(config|code|magvit|paper|halton|taming|llamagen|maskbit|fsq|ours)\]")
 
 
 SOURCED = [(stage, f"paper-{size}") for stage in ("tokenizer", "transformer") for size in (256, 512)]
+SOURCED += [("tokenizer", name) for name in ("taming-f16", "llamagen-vq16", "maskbit-12bit", "fsq-1000", "fsq-4375")]
+TAMING = ["--model.network.num_middle_blocks=2", "--model.network.attention_levels=[1]"]
+PATCHES = ["--model.adversarial.discriminator.num_layers=1", "--model.adversarial.start_step=0"]
+SMALLER = {  # what does not fit images of 8 px, 16 codes or the tiny network
+    "taming-f16": [*TAMING, *PATCHES],
+    "llamagen-vq16": [*TAMING, *PATCHES],
+    "maskbit-12bit": PATCHES,
+    "fsq-1000": ["--model.network.quantizer.levels=[2,2,2,2]"],
+    "fsq-4375": ["--model.network.quantizer.levels=[2,2,2,2]"],
+}
 
 
 @pytest.mark.parametrize(("stage", "name"), [*SOURCED, *(("transformer", f"adaln-{size}") for size in "tsbl")])
@@ -101,7 +118,8 @@ def test_a_tokenizer_recipe_builds_at_full_size(name):
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_tokenizer_recipe_trains_a_step(name, tiny_shards, tmp_path):
     files = [*layers("tokenizer", name), RECIPES / "cluster" / "single.yaml", TINY / "tokenizer.yaml"]
-    assert fit_stage(Plan(Recipe.from_files("tokenizer", files), tiny_shards, tmp_path)).step == 1
+    recipe = Recipe.from_files("tokenizer", files).with_overrides(SMALLER.get(name, []))
+    assert fit_stage(Plan(recipe, tiny_shards, tmp_path)).step == 1
     assert load_tokenizer(tmp_path / "pretrained" / "tokenizer").image_size == 8
     assert (tmp_path / "tokenizer" / "reconstructions.png").is_file()
 

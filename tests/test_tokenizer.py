@@ -21,7 +21,6 @@ from maskgit_pl.networks.discriminator import DiscriminatorConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.tokenizer import CodebookUsage, _to_uint8
 from maskgit_pl.tokenizer_config import AdversarialConfig, PerceptualConfig
-from maskgit_pl.tokenizer_losses import gradient_at
 from maskgit_pl.training.optimizers import LearningRate
 from maskgit_pl.training.strategies import build_strategy
 from tests.modules import tokenizer_model
@@ -103,6 +102,19 @@ def values_of(module):
 
 
 PATCHES = {"name": "patchgan", "base_channels": 4, "num_layers": 2}
+
+
+def test_the_quantizer_is_told_seed_step_and_micro_batch_before_each_training_forward():
+    module = tokenizer(network=replace(NETWORK, quantizer="gumbel"), seed=5, accumulation=2)
+    told, begin = [], module.network.quantizer.begin_micro_batch
+
+    def record(**place):
+        told.append((place["seed"], place["step"], place["micro_batch"]))
+        begin(**place)
+
+    module.network.quantizer.begin_micro_batch = record
+    fit(module, max_steps=2)
+    assert told == [(5, 0, 0), (5, 0, 1), (5, 1, 0), (5, 1, 1)]
 
 
 @pytest.mark.parametrize("weight_rule", ["fixed", "adaptive"])
@@ -327,8 +339,7 @@ def test_a_perceptual_network_reaches_the_generator_and_stays_out_of_the_checkpo
     assert module.state_dict().keys() == plain.state_dict().keys()
     images, image = batch_of(range(8)).content / 255, torch.rand(8, 1, 16, 16, requires_grad=True)
     module = tokenizer(perceptual=PerceptualConfig(spec, weight=1e5))  # random features hardly differ
-    loss, metrics = module.similarity_loss(image, images)
-    gradient = gradient_at(image, loss)
+    gradient, metrics = module.similarity_loss.gradient(image, images)
     wanted, got = (module.similarity_loss.network.network(each).logits for each in (images, image))
     perceptual = F.mse_loss(got, wanted.detach())
     torch.testing.assert_close(metrics["perceptual"], perceptual)
@@ -372,6 +383,44 @@ def test_an_endless_cosine_is_refused():
             max_epochs=1,
             val_check_interval=1,
         )
+
+
+def test_the_logs_have_the_gradient_norms_and_the_accuracy_of_the_discriminator():
+    module = tokenizer(adversarial=replace(ADVERSARIAL, weight_rule="adaptive", weight=0.5), gradient_clip=1e-4)
+    metrics = module.replay_step(batch_of(range(8)), step=0)
+    images = batch_of(range(8)).content / 255
+    image = module.network(images).reconstruction.detach().requires_grad_()
+    gradients = [
+        torch.autograd.grad(F.mse_loss(image[row], images[row]), image)[0][row] for row in range(8)
+    ]  # of each image's own loss
+    rms = torch.stack([gradient.square().sum() for gradient in gradients]).mean().sqrt()
+    torch.testing.assert_close(metrics["gradient/reconstruction"], rms)
+    # The adaptive weight makes the adversarial loss half as strong at the last layer, so about so at the image.
+    assert 0.05 < metrics["gradient/adversarial"] / rms < 5
+    torch.testing.assert_close(metrics["adversarial_weight"], 0.5 * metrics["adaptive_weight"])
+    real, fake = (module.discriminator(each).detach() for each in (images, image))
+    assert metrics["discriminator_accuracy/real"] == (real > 0).float().mean()
+    assert metrics["discriminator_accuracy/fake"] == (fake < 0).float().mean()
+    sides = [metrics[f"discriminator_accuracy/{side}"] for side in ("real", "fake")]
+    assert metrics["discriminator_accuracy"] == sum(sides) / 2
+    logged = fit(module, max_steps=1).callback_metrics
+    assert logged["train/gradient/generator"] > 1e-3  # before clipping
+    assert logged["train/gradient/discriminator"] > 1e-3
+    assert logged["train/gradient/generator"] != logged["train/gradient/discriminator"]
+
+
+def test_the_adversarial_weight_rises_from_zero():
+    config = replace(ADVERSARIAL, start_step=4, warmup_steps=5, weight=0.5)
+    assert [config.weight_at(step) for step in (4, 5, 8, 9, 100)] == pytest.approx([0, 0.1, 0.4, 0.5, 0.5])
+    assert ADVERSARIAL.weight_at(0) == 0.1
+    module, plain = tokenizer(adversarial=config), tokenizer()
+    weights = [module.replay_step(batch_of(range(8)), step=step)["adversarial_weight"].item() for step in (4, 6)]
+    assert weights == pytest.approx([0, 0.2])
+    module = tokenizer(adversarial=config)
+    module.replay_step(batch_of(range(8)), step=4)
+    plain.replay_step(batch_of(range(8)), step=4)
+    for (name, ours), theirs in zip(module.network.named_parameters(), plain.network.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad), name
 
 
 def test_bfloat16_mixed_trains_every_part():

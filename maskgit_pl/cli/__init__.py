@@ -23,6 +23,7 @@ from maskgit_pl.cli import (
     data,
     doctor,
     evaluate,
+    evaluate_tokenizer,
     export,
     import_jax,
     import_tokenizer,
@@ -48,8 +49,8 @@ from maskgit_pl.text import PrintableFormatter
 __all__ = ["build_parser", "main"]
 
 _COMMANDS = (
-    data, doctor, train, slurm, tokenize, export, sample, inpaint, outpaint, panorama, evaluate, inspect, compare, tune,
-    ablation, paper, train_classifier, schedules, import_jax, import_tokenizer, import_transformer,
+    data, doctor, train, slurm, tokenize, export, sample, inpaint, outpaint, panorama, evaluate, evaluate_tokenizer,
+    inspect, compare, tune, ablation, paper, train_classifier, schedules, import_jax, import_tokenizer, import_transformer,
 )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from maskgit_pl.cli.flags import check_at_least
 from maskgit_pl.cli.import_flags import add_out_argument
-from maskgit_pl.importers.files import check_out, check_torch_file, find_weights
+from maskgit_pl.importers.files import TOKENIZER_LAYOUTS, check_out, check_torch_file, find_weights
 
 __all__ = ["add_parser", "run"]
 
@@ -17,9 +17,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "import-tokenizer",
         aliases=["import-taming"],  # the name of version 0.1.0
-        help="convert a tokenizer of taming-transformers, LlamaGen or diffusers",
-        description="Convert a VQGAN of taming-transformers, LlamaGen or diffusers (aMUSEd) to DIR/tokenizer, and "
-        "print what was read. The names of the tensors tell the layouts apart. Nothing in the checkpoint is executed.",
+        help="convert a released tokenizer, such as taming-transformers' or MaskBit's",
+        description=f"Convert a tokenizer of {', '.join(TOKENIZER_LAYOUTS)} to DIR/tokenizer, and print what was read. "
+        "Nothing in the checkpoint is executed.",
     )
     parser.add_argument(
         "file",
@@ -31,6 +31,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--image-size", type=int, default=256, metavar="PIXELS", help="edge of the images in pixels (default: 256)"
     )
+    parser.add_argument(
+        "--layout",
+        choices=TOKENIZER_LAYOUTS,
+        help="project that wrote the file (default: by the names of its tensors); IBQ and taming-transformers have the "
+        "same names",
+    )
     parser.set_defaults(run=run)
 
 
@@ -41,5 +47,6 @@ def run(args: argparse.Namespace) -> int:
     check_at_least(args, image_size=1)
     from maskgit_pl.importers.tokenizers import import_tokenizer
 
-    print(import_tokenizer(args.file, args.out, image_size=args.image_size).report(args.image_size))
+    imported = import_tokenizer(args.file, args.out, image_size=args.image_size, layout=args.layout)
+    print(imported.report(args.image_size))
     return 0

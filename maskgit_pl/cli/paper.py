@@ -1,4 +1,4 @@
-"""``maskgit table`` and ``maskgit figure``: the paper's tables and figures with measurements of our models."""
+"""``maskgit table`` and ``maskgit figure``: the paper's tables and figures with our models, and one of tokenizers."""
 
 from __future__ import annotations
 
@@ -28,13 +28,16 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Adds both commands to ``maskgit``."""
     table = subparsers.add_parser(
         "table",
-        help="write Table 1, 2 or 3 of the paper with our rows",
+        help="write Table 1, 2 or 3 of the paper with our rows, or a table of tokenizers",
         description="Write a table of the paper as Markdown and CSV, with the rows of the paper and of the runs, and a "
         "sheet of images. 1: class-conditional generation. 2: outpainting and inpainting. 3: mask schedules, one run "
-        "for each (`maskgit ablation` trains them). Measurements that the ledger holds are reused.",
+        "for each (`maskgit ablation` trains them). tokenizers: tokenizers side by side, without their transformers. "
+        "Measurements that the ledger holds are reused.",
         epilog="Example: maskgit table 1 runs/fashion-mnist-adaln --num-images 2000",
     )
-    table.add_argument("number", type=int, choices=(1, 2, 3), help="number of the table in the paper")
+    table.add_argument(
+        "number", choices=("1", "2", "3", "tokenizers"), help="number of the table in the paper, or tokenizers"
+    )
     _add_runs(table)
     add_report_arguments(table)
     add_cas_arguments(table)
@@ -86,9 +89,11 @@ def run_table(args: argparse.Namespace) -> int:
     cas = None if args.cas_model == "none" else CASConfig(**how)
     options = read_report_flags(args, cas=cas, cas_images=args.cas_images)
     with use_flag_names(args), progress_bars() as bars:
-        if args.number == 1:
+        if args.number == "tokenizers":
+            page = reports.compare_tokenizers(args.runs, options, bars=bars)
+        elif args.number == "1":
             page = reports.table_1(args.runs, options, bars=bars)
-        elif args.number == 2:
+        elif args.number == "2":
             page = reports.table_2(args.runs, options, bars=bars)
         else:
             page = reports.table_3(args.runs, options, num_steps=steps, bars=bars)

@@ -1,4 +1,4 @@
-"""Measures trained models: ``evaluate``, ``compare``, ``tune`` and ``train_classifier``.
+"""Measures trained models: ``evaluate``, ``evaluate_tokenizer``, ``compare``, ``tune`` and ``train_classifier``.
 
 An ``Evaluator`` makes every measurement and keeps it in a ``Ledger``. It does not repeat a measurement that the ledger
 already holds. The public names are imported on first use: importing this package imports neither torch nor Lightning
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
     from maskgit_pl.evaluation.ledger import Ledger
     from maskgit_pl.evaluation.model_evaluation import EvaluationOptions, evaluate
+    from maskgit_pl.evaluation.tokenizer_evaluation import evaluate_tokenizer
+    from maskgit_pl.evaluation.tokenizer_options import TokenizerOptions
     from maskgit_pl.evaluation.tuning import TuningOptions, plan_trials, tune
 
 __all__ = [
@@ -28,9 +30,11 @@ __all__ = [
     "EvaluationOptions",
     "Evaluator",
     "Ledger",
+    "TokenizerOptions",
     "TuningOptions",
     "compare",
     "evaluate",
+    "evaluate_tokenizer",
     "plan_trials",
     "train_classifier",
     "tune",
@@ -46,9 +50,11 @@ __getattr__ = lazy_names(
         "EvaluationOptions": "model_evaluation",
         "Evaluator": "evaluator",
         "Ledger": "ledger",
+        "TokenizerOptions": "tokenizer_options",
         "TuningOptions": "tuning",
         "compare": "comparison",
         "evaluate": "model_evaluation",
+        "evaluate_tokenizer": "tokenizer_evaluation",
         "plan_trials": "tuning",
         "train_classifier": "data_classifier",
         "tune": "tuning",

@@ -40,6 +40,7 @@ KEYS = {  # kind of measurement -> columns that determine its values
     "cas": (*_MODEL, *_DECODING, "classifier", "training_images", "training_steps", "classifier_seed", "training"),
     "timing": ("method", "num_tokens", "network", "device", "torch", "dtype", "kind"),
     "reconstruction": ("dataset", "data", "split", "tokenizer", "config", "num_images", *_NETWORK),
+    "tokenizer": ("dataset", "data", "split", "tokenizer", "config", "num_images", "settings"),
     "pilot": ("recipe", "device", "steps"),
     "ablation": ("ablation", "plan", "variant", "seed"),
 }
@@ -50,6 +51,7 @@ _REQUIRED = {  # kind of measurement -> columns that reports need
     "cas": ("top1", "top5", "classifier", "training_images", "training_steps"),
     "timing": (*KEYS["timing"], "num_steps", "seconds_per_image", "least", "runs"),
     "reconstruction": ("num_images", "rfid"),
+    "tokenizer": ("num_images", "run", "numbers"),
     "pilot": ("recipe", "seconds_per_step"),
     "ablation": ("ablation", "plan", "place", "variant", "seed", "numbers", "protocol"),
 }
@@ -62,7 +64,7 @@ _NUMBERS = ("fid", "sfid", "kid", "kid_deviation", "is", "is_deviation", "precis
 _ESTIMATES = ("masked_nll", "elbo_", "exact_")  # prefixes of columns that are numbers
 _TYPES: dict[str, tuple[type, str]] = {  # other columns that are not text
     "decoding": (dict, "a mapping"), "training": (dict, "a mapping"), "knows_classes": (bool, "true or false"),
-    "protocol": (dict, "a mapping"),
+    "protocol": (dict, "a mapping"), "settings": (dict, "a mapping"),
 }  # fmt: skip
 _MAPS_OF_NUMBERS = ("numbers", "real")  # columns with values by the name of the metric
 _MAX_LINE, _MAX_BYTES = 1_000_000, 100_000_000  # bytes; a ledger may come from a stranger

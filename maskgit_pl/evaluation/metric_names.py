@@ -56,11 +56,19 @@ _OF_IMAGES = {
 }
 _OF_RECONSTRUCTIONS = {
     "rfid": Metric("reconstruction FID", 1, 2, higher_is_better=False),
+    "rfid_floor": Metric("FID of real halves", 1, 2, higher_is_better=False),
+    "rkid": Metric("reconstruction KID x 1000", 1000, 2, higher_is_better=False),
+    "rkid_floor": Metric("KID x 1000 of real halves", 1000, 2, higher_is_better=False),
     "lpips": Metric("LPIPS", 1, 2, higher_is_better=False),
     "psnr_db": Metric("PSNR, dB", 1, 2, higher_is_better=True),
+    "mean_psnr_db": Metric("mean PSNR, dB", 1, 2, higher_is_better=True),
     "ssim": Metric("SSIM", 1, 3, higher_is_better=True),
     "codebook_usage": Metric("codebook usage %", 100, 1, higher_is_better=True),
     "perplexity": Metric("perplexity of codes", 1, 1, higher_is_better=True),
+    "bits_per_pixel": Metric("bits per pixel", 1, 3, higher_is_better=False),
+    "coded_bits_per_pixel": Metric("entropy-coded bits per pixel", 1, 3, higher_is_better=False),
+    "images_per_second": Metric("images per second", 1, 1, higher_is_better=True),
+    "peak_memory_mb": Metric("peak memory, MB", 1, 0, higher_is_better=False),
 }
 _OF_LIKELIHOODS = {"bits_per_token": Metric("bits per token", 1, 3, higher_is_better=False)}
 METRICS = _OF_A_NETWORK | _OF_IMAGES | _OF_RECONSTRUCTIONS | _OF_LIKELIHOODS

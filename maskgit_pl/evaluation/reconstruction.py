@@ -24,7 +24,7 @@ from maskgit_pl.networks.lpips import LPIPS
 from maskgit_pl.pretrained import PretrainedTokenizer
 from maskgit_pl.tokenizer import CodebookUsage
 
-__all__ = ["Reconstruction", "measure_reconstruction", "psnr"]
+__all__ = ["Reconstruction", "ReconstructionMeter", "measure_reconstruction", "psnr"]
 
 _SSIM_WINDOW = 11  # pixels; smaller images have no SSIM
 
@@ -107,7 +107,7 @@ def measure_reconstruction(
         if extractor.label not in references:
             raise ValueError(f"rfid/{extractor.label}: references must have this network, got {sorted(references)}")
     # Pixel errors are averaged over images; the FID needs the features of all images first.
-    seen = _Reconstructions(tokenizer, extractors, lpips)
+    seen = ReconstructionMeter(tokenizer, extractors, lpips)
     for batch in batches:
         seen.add(batch.content[batch.valid], batch.position[batch.valid])
         on_images(int(batch.valid.sum()))
@@ -125,10 +125,28 @@ def measure_reconstruction(
     )
 
 
-class _Reconstructions:
-    """The measurements of this rank's reconstructions, image by image."""
+class ReconstructionMeter:
+    """The measurements of this rank's reconstructions, image by image.
 
-    def __init__(self, tokenizer: PretrainedTokenizer, extractors: Sequence[Extractor], lpips: LPIPS | None) -> None:
+    Args:
+        tokenizer: The tokenizer, on its device.
+        extractors: Feature networks, which see reconstructions rounded to uint8.
+        lpips: Perceptual distance; None leaves it out.
+        least_edge: Shortest edge of all images, in pixels; None for the tokenizer's image size.
+
+    Attributes:
+        codes: Counts of the codes.
+        collectors: Features of the reconstructions, by label of the network.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PretrainedTokenizer,
+        extractors: Sequence[Extractor],
+        lpips: LPIPS | None,
+        *,
+        least_edge: int | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
         self.device = next(tokenizer.network.parameters()).device
         self.codes = CodebookUsage(tokenizer.network.config.codebook_size)
@@ -136,7 +154,7 @@ class _Reconstructions:
         self.codes.update(torch.empty(0, 1, dtype=torch.int64), torch.empty(0))
         self.collectors = {extractor.label: FeatureCollector(extractor) for extractor in extractors}
         self.measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"error": _mean_squared_error}
-        if tokenizer.image_size >= _SSIM_WINDOW:
+        if (least_edge or tokenizer.image_size) >= _SSIM_WINDOW:
             self.measures["ssim"] = _ssim
         if lpips is not None:
             self.measures[lpips.label] = lpips
@@ -155,18 +173,35 @@ class _Reconstructions:
         images, size = to_unit_range(pixels.to(self.device)), self.tokenizer.image_size
         tokens = self.tokenizer.network.encode(images)
         # The decoder may add a margin, since it produces whole tokens; crop it.
-        decoded = self.tokenizer.network.decode(tokens, self.tokenizer.grid)[..., :size, :size].float().clamp(0, 1)
+        decoded = self.tokenizer.network.decode(tokens, self.tokenizer.grid)[..., :size, :size]
+        self.add_reconstructions(images, tokens, decoded, positions)
+
+    def add_reconstructions(self, images: Tensor, tokens: Tensor, decoded: Tensor, positions: Tensor) -> Tensor:
+        """Measures images that were reconstructed in any way.
+
+        Args:
+            images: (b, C, H, W) float in [0, 1].
+            tokens: (b, n) int64.
+            decoded: (b, C, H, W) float, not clipped.
+            positions: (b,) int64: indices among all images.
+
+        Returns:
+            (b, C, H, W) uint8: the reconstructions as feature networks see them.
+        """
+        decoded = decoded.float().clamp(0, 1)
         self.codes.update(tokens.cpu(), torch.ones(len(tokens)))
         # One value per image and measure, in float64: the means do not depend on the batch size.
         measured = [measure(decoded, images).double().cpu() for measure in self.measures.values()]
         self._rows.append(torch.stack(measured, 1))
         self._positions.append(positions)
+        # Feature networks see uint8 images, as they do for the originals.
+        rounded = (decoded * 255).round().to(torch.uint8)
         for collector in self.collectors.values():
-            # Feature networks see uint8 images, as they do for the originals.
-            collector.add((decoded * 255).round().to(torch.uint8), positions)
+            collector.add(rounded, positions)
+        return rounded
 
-    def means(self) -> tuple[dict[str, float], int]:
-        """Returns the means over the images of all ranks, and the number of images.
+    def values(self) -> dict[str, Tensor]:
+        """Returns the (n,) float64 values of each measure, in the order of the images of all ranks.
 
         Raises:
             ValueError: if no rank has an image.
@@ -174,7 +209,12 @@ class _Reconstructions:
         rows = gather_rows(torch.cat(self._rows), torch.cat(self._positions))  # (n, measures)
         if len(rows) == 0:
             raise ValueError("reconstruction: there must be at least one image, got none")
-        return dict(zip(self.measures, rows.mean(0).tolist(), strict=True)), len(rows)
+        return dict(zip(self.measures, rows.unbind(1), strict=True))
+
+    def means(self) -> tuple[dict[str, float], int]:
+        """Returns the means over the images of all ranks, and the number of images; see ``values``."""
+        values = self.values()
+        return {name: float(each.mean()) for name, each in values.items()}, len(values["error"])
 
 
 def _mean_squared_error(images: Tensor, others: Tensor) -> Tensor:

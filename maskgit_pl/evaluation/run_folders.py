@@ -34,6 +34,7 @@ __all__ = [
     "create_evaluated_model",
     "default_steps",
     "find_run",
+    "find_tokenizer_folders",
     "give_val_vectors",
     "open_data",
     "open_evaluator",
@@ -118,6 +119,40 @@ def find_run(run: Path | str, *, data: Path | None = None, classifier: Path | No
     pretrained = local_folder(run)
     # RUN/pretrained belongs to the run; any other pretrained folder stands for itself.
     home = pretrained.parent if pretrained.name == "pretrained" else pretrained
+    return _folders(pretrained, home, data, classifier)
+
+
+def find_tokenizer_folders(
+    folder: Path | str, *, data: Path | None = None, classifier: Path | None = None
+) -> RunFolders:
+    """Finds the folders of a tokenizer, which needs no transformer beside it.
+
+    Args:
+        folder: Run folder, pretrained folder, or the folder of the tokenizer itself.
+        data: See ``find_run``.
+        classifier: See ``find_run``.
+
+    Returns:
+        The folders; ``pretrained / "tokenizer"`` is the tokenizer.
+
+    Raises:
+        FileNotFoundError: if there is no tokenizer, or for a reason of ``find_run``.
+    """
+    path = Path(folder)
+    # RUN/tokenizer of a run holds the training; its config.yaml is no config.json.
+    for pretrained in (path / "pretrained", path, path.parent if path.name == "tokenizer" else path):
+        if (pretrained / "tokenizer" / "config.json").is_file():
+            home = pretrained.parent if pretrained.name == "pretrained" else pretrained
+            return _folders(pretrained, home, data, classifier)
+    if not path.is_dir():
+        raise FileNotFoundError(f"tokenizer {path}: no such folder; name a run, or a folder that an importer wrote")
+    raise FileNotFoundError(
+        f"tokenizer {path}: no tokenizer there; `maskgit train tokenizer` writes RUN/pretrained/tokenizer at its end, "
+        "and `maskgit export RUN --stage tokenizer --out DIR` from a checkpoint"
+    )
+
+
+def _folders(pretrained: Path, home: Path, data: Path | None, classifier: Path | None) -> RunFolders:
     path = data or _find_data(home)
     if not path.is_dir():
         raise FileNotFoundError(f"data {path}: no such folder; choose another with --data")
@@ -338,20 +373,11 @@ def open_networks(
     Returns:
         The networks by label.
     """
-    from maskgit_pl.evaluation import classifier_training
-    from maskgit_pl.evaluation.classifier_config import SMALL_TRAINING
-    from maskgit_pl.evaluation.feature_metrics import CLASSIFIER, FeatureMetrics
-    from maskgit_pl.evaluation.features import Extractor
+    from maskgit_pl.evaluation.extractors import open_extractors
+    from maskgit_pl.evaluation.feature_metrics import FeatureMetrics
     from maskgit_pl.evaluation.reference import obtain_references, read_real_labels, read_references
-    from maskgit_pl.networks.features import ClassifierSpec, parse_feature_network
 
-    # "classifier" without a folder stands for the classifier of the data at hand, which is trained if it is missing.
-    judge = ClassifierSpec(str(folders.classifier))
-    specs = [judge if spec == CLASSIFIER else parse_feature_network(spec) for spec in features]
-    if CLASSIFIER in features:
-        train = bars("classifier: training", SMALL_TRAINING.max_steps)
-        classifier_training.obtain_classifier(folders.classifier, data, on_step=lambda: train(1))
-    extractors = [Extractor.create(spec, device=device) for spec in specs]
+    extractors = open_extractors(folders.classifier, data, features=features, device=device, bars=bars)
     on_images = bars(f"real images: {', '.join(each.label for each in extractors)}", data.summary.samples["val"])
     # A file has images of unknown classes, so that only the split has labels.
     if reference is None:

@@ -7,10 +7,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["Format", "check_flax_file", "check_out", "check_torch_file", "find_weights", "read_class_names"]
+__all__ = [
+    "TOKENIZER_LAYOUTS",
+    "Format",
+    "check_flax_file",
+    "check_out",
+    "check_torch_file",
+    "find_weights",
+    "read_class_names",
+]
 
 Format = Literal["msgpack", "pickle", "safetensors", "zip"]
 
+TOKENIZER_LAYOUTS = ("taming-transformers", "LlamaGen", "diffusers", "MaskBit", "Open-MAGVIT2", "IBQ")
+"""The layouts of tokenizers that are imported, for flags."""
 _DIFFUSERS = tuple(f"diffusion_pytorch_model.{ending}" for ending in ("safetensors", "fp16.safetensors", "bin"))
 _HEAD = 512  # bytes; a pointer of Git LFS is shorter
 # Recognised in this order: the first bytes of msgpack are the least distinctive.

@@ -23,7 +23,7 @@ from maskgit_pl.checks import shorten
 from maskgit_pl.importers.tokenizer_layout import CODEBOOK, TokenizerLayout, count_numbers, read_shape, read_widths
 from maskgit_pl.networks.vqgan import VQGANConfig
 
-__all__ = ["DIFFUSERS", "LLAMAGEN", "TAMING"]
+__all__ = ["DIFFUSERS", "IBQ", "LLAMAGEN", "TAMING"]
 
 _GROUPS = 32  # groups of every GroupNorm, unless config.json sets another number
 _LEGACY_LOSS = {"name": "gradient", "commitment": 1.0, "codebook_weight": 0.25, "entropy_weight": 0.0}
@@ -277,6 +277,22 @@ LLAMAGEN = TokenizerLayout(
     convert=_normalize_codes,
 )
 """Source: FoundationVision/LlamaGen, tokenizer_image/vq_model.py."""
+
+IBQ = TokenizerLayout(
+    name="IBQ",
+    is_marked=partial(_is_marked, parts=_TAMING),
+    read_config=partial(
+        _read_config,
+        parts=_TAMING,
+        quantizer={"name": "ibq", "commitment": 1.0, "codebook_weight": 0.25, "entropy_weight": 0.05},
+    ),
+    names=partial(_names, parts=_TAMING),
+    others=_OTHERS,
+    has_average=True,
+)
+"""The names are those of taming-transformers, but the code of a feature is that of the largest inner product.
+
+Source: arXiv:2412.02692; TencentARC/SEED-Voken, IBQ/models/ibqgan.py and IBQ/modules/vqvae/quantize.py."""
 
 DIFFUSERS = TokenizerLayout(
     name="diffusers",

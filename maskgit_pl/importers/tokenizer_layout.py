@@ -15,10 +15,19 @@ from torch import Tensor
 from maskgit_pl.importers.torch_file import name_some
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 
-__all__ = ["CODEBOOK", "TokenizerLayout", "count_numbers", "read_shape", "read_widths", "tokenizer_weights"]
+__all__ = [
+    "CODEBOOK",
+    "TokenizerLayout",
+    "count_numbers",
+    "read_bits",
+    "read_shape",
+    "read_widths",
+    "tokenizer_weights",
+]
 
 CODEBOOK = "quantize.embedding.weight"
 """The codebook, by the name that all projects with a table of codes give it."""
+_MAX_BITS = 24  # the largest codebook that a configuration accepts
 
 
 def _is_the_network_itself(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -42,6 +51,7 @@ class TokenizerLayout:
         others: Names of tensors that are not part of the network; a name that ends in a dot is a beginning.
         prepare: Returns the tensors under today's names and with the axes of a convolution.
         convert: Converts float32 tensors by our names to the state dict of our network.
+        codes: Tensors of the quantizer, of which a file has at least one; empty if no tensor tells its kind.
         has_average: True if the project evaluates the averaged weights, where a file has them.
     """
 
@@ -52,6 +62,7 @@ class TokenizerLayout:
     others: tuple[str, ...]
     prepare: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = _is_the_network_itself
     convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] = _needs_no_change
+    codes: tuple[str, ...] = (CODEBOOK,)
     has_average: bool = False
 
 
@@ -100,6 +111,18 @@ def read_shape(tensors: Mapping[str, Tensor], name: str, *, axes: int) -> tuple[
     if len(shape) != axes:
         raise ValueError(f"tensor {name} must have {axes} axes, got shape {shape}")
     return shape
+
+
+def read_bits(tensors: Mapping[str, Tensor]) -> int:
+    """Returns the number of bits of a token, the number of channels of the encoder's last convolution.
+
+    Raises:
+        ValueError: if there is no such tensor, or the codebook would be too large.
+    """
+    bits = read_shape(tensors, "encoder.conv_out.weight", axes=4)[0]
+    if not 1 <= bits <= _MAX_BITS:
+        raise ValueError(f"tensor encoder.conv_out.weight must have 1 to {_MAX_BITS} rows, one a bit, got {bits}")
+    return bits
 
 
 def read_widths(tensors: Mapping[str, Tensor], first: str, blocks: list[str]) -> tuple[int, tuple[int, ...]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +17,13 @@ from typing import Any
 
 from torch import Tensor
 
-from maskgit_pl.checks import shorten
+from maskgit_pl.checks import check_choice, shorten
 from maskgit_pl.files import write_folder
-from maskgit_pl.importers.files import check_out, find_weights
-from maskgit_pl.importers.taming import DIFFUSERS, LLAMAGEN, TAMING
-from maskgit_pl.importers.tokenizer_layout import CODEBOOK, TokenizerLayout, tokenizer_weights
+from maskgit_pl.importers.files import TOKENIZER_LAYOUTS, check_out, find_weights
+from maskgit_pl.importers.magvit2 import OPEN_MAGVIT2
+from maskgit_pl.importers.maskbit import MASKBIT
+from maskgit_pl.importers.taming import DIFFUSERS, IBQ, LLAMAGEN, TAMING
+from maskgit_pl.importers.tokenizer_layout import TokenizerLayout, tokenizer_weights
 from maskgit_pl.importers.torch_file import name_some, read_checkpoint
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.networks.weight_file import check_held, check_tensor
@@ -29,10 +31,11 @@ from maskgit_pl.pretrained import save_tokenizer
 
 __all__ = ["ImportedTokenizer", "import_tokenizer", "tokenizer_layout_of"]
 
-_LAYOUTS = (TAMING, LLAMAGEN, DIFFUSERS)
+_LAYOUTS = (TAMING, LLAMAGEN, DIFFUSERS, MASKBIT, OPEN_MAGVIT2, IBQ)
 # Entries that hold the tensors; as in LlamaGen, its average comes before "model".
 _WEIGHTS = ("state_dict", "ema", "model")
 _MAX_SETTINGS_BYTES = 1_000_000  # of config.json, as of a recipe
+_AVERAGE = "model_ema."
 _GUMBEL = ("quantize.embed.weight", "quantize.proj.weight")
 _TRANSFORMER = re.compile(r"(^|\.)(transformer|first_stage_model|tok_emb|tok_embeddings|layers\.0)\.")
 
@@ -63,7 +66,8 @@ class ImportedTokenizer:
             [
                 f"{self.folder}: {self.layout} layout, {self.num_parameters:,} parameters",
                 f"  images    {config.in_channels} x {image_size} x {image_size} -> {rows} x {columns} tokens",
-                f"  codebook  {config.codebook_size} codes of size {config.code_dim}",
+                f"  codebook  {config.codebook_size} codes of size {config.code_dim}, quantizer "
+                f"{config.quantizer['name'] if isinstance(config.quantizer, Mapping) else config.quantizer}",
                 f"  network   channels {' '.join(map(str, config.widths))}, {config.num_res_blocks} blocks a level"
                 f"{_attention_words(config)}",
                 f"  ignored   {', '.join(self.ignored) or 'nothing'}",
@@ -72,7 +76,7 @@ class ImportedTokenizer:
         )
 
 
-def import_tokenizer(file: Path, out: Path, *, image_size: int = 256) -> ImportedTokenizer:
+def import_tokenizer(file: Path, out: Path, *, image_size: int = 256, layout: str | None = None) -> ImportedTokenizer:
     """Writes ``out/tokenizer`` from a checkpoint.
 
     1. Check that ``out`` is new, and open the file.
@@ -84,6 +88,7 @@ def import_tokenizer(file: Path, out: Path, *, image_size: int = 256) -> Importe
         file: A ``.ckpt``, ``.pt``, ``.bin`` or ``.safetensors`` file of a tokenizer, or a folder of diffusers.
         out: Pretrained folder to make.
         image_size: Side of the square images that it will encode, in pixels; no file has it.
+        layout: Name of the layout, such as ``IBQ``; by default the one that the names of the tensors tell.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -93,32 +98,43 @@ def import_tokenizer(file: Path, out: Path, *, image_size: int = 256) -> Importe
     """
     # 1.
     check_out(out)
+    if layout is not None:
+        check_choice("layout", layout, TOKENIZER_LAYOUTS)
     file = find_weights(file)
     contents, beside = read_checkpoint(file, entries=_WEIGHTS)
     with _name_file(file):
         # 2.
-        layout = tokenizer_layout_of(contents)
-        found, ignored = _network_tensors(contents, layout)
+        kind = tokenizer_layout_of(contents, layout)
+        found, ignored = _network_tensors(contents, kind)
+        if kind.has_average and any(name.startswith(_AVERAGE) for name in contents):
+            found = _average_tensors(found, contents)
+            ignored = (*(name for name in ignored if not name.startswith(_AVERAGE)), "the last, not averaged weights")
         # 3.
         check_held(found, file.stat().st_size)
         for name, tensor in found.items():
             check_tensor(name, tensor)
-        tensors = layout.prepare(found)
-        config = layout.read_config(tensors, _read_settings(file) if layout is DIFFUSERS else {})
-        weights = tokenizer_weights(tensors, config, layout)
+        tensors = kind.prepare(found)
+        config = kind.read_config(tensors, _read_settings(file) if kind is DIFFUSERS else {})
+        weights = tokenizer_weights(tensors, config, kind)
     # 4.
     config.grid(image_size)
     with write_folder(out) as fresh:
         save_tokenizer(fresh / "tokenizer", config, weights, image_size=image_size)
     count = sum(tensor.numel() for tensor in weights.values())
-    return ImportedTokenizer(out / "tokenizer", layout.name, config, count, (*beside, *ignored))
+    return ImportedTokenizer(out / "tokenizer", kind.name, config, count, (*beside, *ignored))
 
 
-def tokenizer_layout_of(tensors: Mapping[str, Any]) -> TokenizerLayout:
+def tokenizer_layout_of(tensors: Mapping[str, Any], name: str | None = None) -> TokenizerLayout:
     """Returns the layout of a state dict, by its names.
 
+    Args:
+        tensors: State dict of a tokenizer, perhaps with other entries.
+        name: Name of the layout, or None. The names of IBQ and taming-transformers are the same, but not the code that
+            they choose, so that averaged weights, which IBQ writes and taming-transformers does not, ask for it.
+
     Raises:
-        ValueError: if it has none of the layouts. The message says what it is, if that is known.
+        ValueError: if it has none of the layouts, not the named one, or two. The message says what it is, if that is
+            known.
     """
     gumbel = [name for name in _GUMBEL if name in tensors]
     if gumbel:
@@ -128,11 +144,26 @@ def tokenizer_layout_of(tensors: Mapping[str, Any]) -> TokenizerLayout:
     found = [layout for layout in _LAYOUTS if layout.is_marked(tensors)]
     if not found:
         kind = "a transformer" if any(map(_TRANSFORMER.search, tensors)) else "something else"
-        known = ", ".join(layout.name for layout in _LAYOUTS)
+        known = ", ".join(TOKENIZER_LAYOUTS)
         raise ValueError(f"it must be a tokenizer of {known}, got {kind} ({name_some(tensors)})")
-    if CODEBOOK not in tensors:
-        raise ValueError(f"tensor {CODEBOOK} must be there: it is the codebook; name a tokenizer")
-    return found[0]
+    chosen = _choose_layout(found, tensors, name)
+    codes = chosen.codes
+    if codes and not any(name in tensors for name in codes):
+        raise ValueError(f"tensor {' or '.join(codes)} must be there: it is the codebook; name a tokenizer")
+    return chosen
+
+
+def _choose_layout(found: Sequence[TokenizerLayout], tensors: Mapping[str, Any], name: str | None) -> TokenizerLayout:
+    """Returns the named one of the layouts that a file may have, or the first."""
+    names = [layout.name for layout in found]
+    if name is not None and name not in names:
+        raise ValueError(f"--layout must be {' or '.join(names)} for the names of these tensors, got {name}")
+    if name is None and len(found) > 1 and any(tensor.startswith(_AVERAGE) for tensor in tensors):
+        raise ValueError(
+            f"--layout must be given, {' or '.join(names)}: the file has averaged weights ({_AVERAGE}*), and the names "
+            "of its tensors are those of both"
+        )
+    return found[0 if name is None else names.index(name)]
 
 
 @contextmanager
@@ -176,6 +207,18 @@ def _network_tensors(contents: Mapping[str, Any], layout: TokenizerLayout) -> tu
     return tensors, tuple(
         f"{name} ({count} tensors)" if name.endswith("*") else name for name, count in ignored.items()
     )
+
+
+def _average_tensors(tensors: Mapping[str, Tensor], contents: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Returns the averaged weights in place of the last ones.
+
+    An average has the name of its weight without dots, such as ``model_ema.encoderconv_inweight``.
+    """
+    names = {name: f"{_AVERAGE}{name.replace('.', '')}" for name in tensors}
+    missing = [name for name in names.values() if not isinstance(contents.get(name), Tensor)]
+    if missing:
+        raise ValueError(f"averaged tensors are missing: {name_some(missing)}")
+    return {name: contents[average] for name, average in names.items()}
 
 
 def _matches(name: str, known: str) -> bool:

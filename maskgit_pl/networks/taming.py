@@ -29,15 +29,16 @@ class TamingResidualBlock(nn.Module):
         in_channels: Channels of the input.
         out_channels: Channels of the output.
         num_groups: Number of groups of each GroupNorm.
+        bias: True if the convolutions have a bias.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, num_groups: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, num_groups: int, *, bias: bool = True) -> None:
         super().__init__()
         self.norm1 = group_norm(in_channels, num_groups)
-        self.conv1 = conv(in_channels, out_channels, 3, bias=True)
+        self.conv1 = conv(in_channels, out_channels, 3, bias=bias)
         self.norm2 = group_norm(out_channels, num_groups)
-        self.conv2 = conv(out_channels, out_channels, 3, bias=True)
-        self.shortcut = conv(in_channels, out_channels, 1, bias=True) if in_channels != out_channels else None
+        self.conv2 = conv(out_channels, out_channels, 3, bias=bias)
+        self.shortcut = conv(in_channels, out_channels, 1, bias=bias) if in_channels != out_channels else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the features (B, out_channels, h, w) of x (B, in_channels, h, w)."""

@@ -1,7 +1,8 @@
 """The tokenizer's network: a convolutional encoder, a vector quantizer and a convolutional decoder.
 
 The structure is that of the released code, quirks included, so that its weights fit: residual blocks and convolutions
-are created in the order in which the released code numbers them. ``networks.taming`` has the other layout.
+are created in the order in which the released code numbers them. ``networks.taming`` and
+``networks.magvit2`` have the other layouts.
 ``Tokenizer`` trains the network; stage 2, sampling and editing use ``encode`` and ``decode``.
 
 Shapes: B images, C channels, H W pixels, h w token grid, N = h w tokens, D size of a code, K codes.
@@ -17,6 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from maskgit_pl.networks.convolutions import Upsample, conv, group_norm
+from maskgit_pl.networks.magvit2 import Magvit2Decoder, Magvit2Encoder
 from maskgit_pl.networks.quantizers import QuantizerOutput, quantizers
 from maskgit_pl.networks.taming import TamingDecoder, TamingEncoder
 from maskgit_pl.networks.vqgan_config import Activation, Downsampling, Layout, VQGANConfig
@@ -161,13 +163,13 @@ class VQGAN(nn.Module):
         config: Sizes.
 
     Source: Esser et al., arXiv:2012.09841; the architecture is that of the released MaskGIT code, or of
-    taming-transformers in layout ``taming``.
+    taming-transformers in layout ``taming``, and Open-MAGVIT2's in layout ``magvit2``.
     """
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
         self.config = config
-        encoder, decoder = (TamingEncoder, TamingDecoder) if config.layout == "taming" else (Encoder, Decoder)
+        encoder, decoder = _HALVES[config.layout]
         self.encoder = encoder(config)
         spec = quantizers.build(config.quantizer)
         self.quantizer = spec.create(codebook_size=config.codebook_size, code_dim=config.code_dim)
@@ -219,6 +221,15 @@ class VQGAN(nn.Module):
     def grid(self, image_size: int | tuple[int, int]) -> tuple[int, int]:
         """Returns the rows and columns (h, w) of the token grid of an image; see ``VQGANConfig.grid``."""
         return self.config.grid(image_size)
+
+
+_Encoder = Encoder | TamingEncoder | Magvit2Encoder
+_Decoder = Decoder | TamingDecoder | Magvit2Decoder
+_HALVES: dict[str, tuple[type[_Encoder], type[_Decoder]]] = {
+    "maskgit": (Encoder, Decoder),
+    "taming": (TamingEncoder, TamingDecoder),
+    "magvit2": (Magvit2Encoder, Magvit2Decoder),
+}
 
 
 def _encoder_blocks(config: VQGANConfig) -> Iterator[nn.Module]:

@@ -14,7 +14,7 @@ __all__ = ["Activation", "Downsampling", "Layout", "VQGANConfig"]
 
 Downsampling = Literal["average", "strided", "strided-3x3"]
 Activation = Literal["swish", "relu"]
-Layout = Literal["maskgit", "taming"]
+Layout = Literal["maskgit", "taming", "magvit2"]
 
 _RANGES = {  # well above any existing network: a larger number is a mistake, or an attack on the memory
     "in_channels": "[1, 1024]",
@@ -27,8 +27,13 @@ _RANGES = {  # well above any existing network: a larger number is a mistake, or
     "patch_size": "[1, 64]",
 }
 _MAX_LEVELS = 12  # the resolution is halved 11 times
-_FIXED_BY_TAMING = ("num_middle_blocks", "downsampling", "activation", "patch_size")
 _ONLY_OF_TAMING = ("attention_levels", "middle_attention", "latent_channels")
+_ONLY_OF_MASKGIT = ("downsampling", "activation", "patch_size")
+_FIXED = {  # layout -> fields that keep their defaults
+    "maskgit": _ONLY_OF_TAMING,
+    "taming": ("num_middle_blocks", *_ONLY_OF_MASKGIT),
+    "magvit2": (*_ONLY_OF_TAMING, *_ONLY_OF_MASKGIT),
+}
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,9 @@ class VQGANConfig:
         layout: ``maskgit``: the released MaskGIT code's; ``taming``: that of taming-transformers and LlamaGen, with
             biases, self-attention and one more block at each level of the decoder. ``taming`` fixes
             ``num_middle_blocks``, ``downsampling``, ``activation`` and ``patch_size``; image sizes
-            are multiples of the downsampling factor.
+            are multiples of the downsampling factor. ``magvit2``: that of Open-MAGVIT2, without self-attention, whose
+            decoder has norms that depend on the codes; it fixes ``downsampling``, ``activation`` and ``patch_size``,
+            and has the same image sizes.
         attention_levels: Levels (0: full resolution) with self-attention after each block; layout ``taming`` only.
         middle_attention: True for self-attention between the two middle blocks; layout ``taming`` only. False is the
             tokenizer of aMUSEd (arXiv:2401.01808).
@@ -69,7 +76,8 @@ class VQGANConfig:
             value.
 
     Source: released code, config and modules of the 256 and 512 px tokenizer; ``taming``: CompVis/taming-transformers,
-    modules/diffusionmodules/model.py, and FoundationVision/LlamaGen, tokenizer/tokenizer_image/vq_model.py.
+    modules/diffusionmodules/model.py, and FoundationVision/LlamaGen, tokenizer/tokenizer_image/vq_model.py;
+    ``magvit2``: arXiv:2409.04410, TencentARC/Open-MAGVIT2, modules/diffusionmodules/improved_model.py.
     """
 
     in_channels: int
@@ -120,10 +128,9 @@ class VQGANConfig:
     def _check_layout(self) -> None:
         """Checks that only fields of this layout differ from their defaults."""
         check_choice("network layout", self.layout, get_args(Layout))
-        others = _FIXED_BY_TAMING if self.layout == "taming" else _ONLY_OF_TAMING
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name in others and value != field.default:
+            if field.name in _FIXED[self.layout] and value != field.default:
                 raise ValueError(
                     f"network {field.name} must be {field.default!r} in layout {self.layout!r}, got {shorten(value)}; "
                     "leave it out or change the layout"
@@ -164,12 +171,12 @@ class VQGANConfig:
             image_size: Side of a square image, or (height, width), in pixels.
 
         Raises:
-            ValueError: if the size is not a positive multiple of ``patch_size`` or, in layout ``taming``, of
-                the downsampling factor: its strides would drop the remaining pixels.
+            ValueError: if the size is not a positive multiple of ``patch_size`` or, in layouts ``taming`` and
+                ``magvit2``, of the downsampling factor: their strides would drop the remaining pixels.
         """
         name, unit = (
             ("the downsampling factor", self.downsampling_factor)
-            if self.layout == "taming"
+            if self.layout != "maskgit"
             else ("patch_size", self.patch_size)
         )
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size

@@ -231,7 +231,10 @@ class StageRun:
             log.warning("%s holds no settings, so they are not compared with those of this run", checkpoint)
             return
         known = rename_settings(known, f"checkpoint {checkpoint}")
-        defaults = fixed_settings(resolve(self.kind, {}), data="", tokenizer="")
+        # Older checkpoints lack keys that are new, in the adversarial loss too if they have one.
+        has_adversarial = any(key.startswith("model.adversarial.") for key in known)
+        model: dict[str, Any] = {"adversarial": {}} if has_adversarial else {}
+        defaults = fixed_settings(resolve(self.kind, {"model": model}), data="", tokenizer="")
         changed = list_changes(known, self.fixed, defaults)
         if changed:
             raise ValueError(

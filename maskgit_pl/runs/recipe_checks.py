@@ -61,10 +61,12 @@ def _check_tree(node: Any, schema: Schema, root: Schema, path: str = "") -> None
         ValueError: if a key is unknown (the message names the closest one), or its value has a wrong type.
     """
     group = _group(schema)
+    if isinstance(node, dict) and "name" in node and _takes_spec(schema):
+        return  # a registered object with its own keys, which building it will check
     if isinstance(node, dict) and group is not None:
         for key, value in node.items():
             where = f"{path}.{key}" if path else key
-            is_open = schema.get("additionalProperties") is True and isinstance(key, str)
+            is_open = _is_open(schema) and isinstance(key, str)
             if where in DERIVED_KEYS or (key not in group and not is_open):
                 raise ValueError(_explain_unknown_key(where, root))
             _check_tree(value, group.get(key, {}), root, where)
@@ -107,6 +109,11 @@ def _takes_spec(schema: Schema) -> bool:
     return any(each.get("type") == "object" and "properties" not in each for each in schema.get("anyOf", (schema,)))
 
 
+def _is_open(schema: Schema) -> bool:
+    """Returns True if a group may have keys that the schema does not know, such as those of a plug-in."""
+    return schema.get("additionalProperties") is True or (_group(schema) is not None and _takes_spec(schema))
+
+
 def schema_at(schema: Schema, parts: Sequence[str]) -> Schema | None:
     """Returns the schema of a key: None if unknown, ``{}`` for the arguments of a registered object."""
     for part in parts:
@@ -114,7 +121,7 @@ def schema_at(schema: Schema, parts: Sequence[str]) -> Schema | None:
         if group is None:
             return {} if _takes_spec(schema) else None
         if part not in group:
-            return {} if schema.get("additionalProperties") is True else None
+            return {} if _is_open(schema) else None
         schema = group[part]
     return schema
 

@@ -23,6 +23,7 @@ WORDS = {
     "panorama": [RUN, "--width", "16"],
     "evaluate": [RUN, "--data", DATA],
     "inspect": [RUN, "--data", DATA],
+    "evaluate-tokenizer": [RUN, "--data", DATA],
     "compare": [RUN, "--data", DATA],
     "tune": [RUN, "--data", DATA],
     "table": ["1", RUN, "--data", DATA],
@@ -102,9 +103,17 @@ OUTPUTS = [
 
 
 def test_every_command_that_draws_is_among_those_tried() -> None:
-    assert {"sample", "inpaint", "edit", "outpaint", "panorama", "schedules", "evaluate", "data stats"} == {
-        command for command, *_ in OUTPUTS
-    }
+    assert {
+        "sample",
+        "inpaint",
+        "edit",
+        "outpaint",
+        "panorama",
+        "schedules",
+        "evaluate",
+        "evaluate-tokenizer",
+        "data stats",
+    } == {command for command, *_ in OUTPUTS}
 
 
 @pytest.mark.parametrize(("command", "flag", "ending"), OUTPUTS)

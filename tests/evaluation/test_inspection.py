@@ -14,7 +14,7 @@ from maskgit_pl.cli import main
 from maskgit_pl.data import Batch
 from maskgit_pl.evaluation.inspection import inspect_run
 from maskgit_pl.evaluation.inspection.charts import bar_chart, line_chart
-from maskgit_pl.evaluation.inspection.code_use import picture_codes, measure_codes
+from maskgit_pl.evaluation.inspection.code_use import measure_codes, picture_codes
 from maskgit_pl.evaluation.inspection.event_files import Logs, read_logs
 from maskgit_pl.evaluation.inspection.findings import find_in_tokenizer, find_in_transformer, read_reports
 from maskgit_pl.evaluation.inspection.pictures import safe_png

@@ -6,12 +6,22 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from maskgit_pl.importers.magvit2 import OPEN_MAGVIT2
+from maskgit_pl.importers.maskbit import MASKBIT
 from maskgit_pl.importers.taming import DIFFUSERS
 from maskgit_pl.importers.tokenizer_layout import tokenizer_weights
 from maskgit_pl.importers.tokenizers import import_tokenizer, tokenizer_layout_of
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pretrained import load_tokenizer
-from tests.importers.tokenizer_references import DiffusersVQModel, diffusers_config, with_random_values
+from tests.importers.test_taming import Reference as Taming
+from tests.importers.tokenizer_references import (
+    DiffusersVQModel,
+    Magvit2Model,
+    MaskBitModel,
+    add_average,
+    diffusers_config,
+    with_random_values,
+)
 
 
 def images(number=3, *, seed=0, size=16):
@@ -23,6 +33,12 @@ def place_codes(network, codes):
     features = network.features(images(8, seed=1)).movedim(1, -1).flatten(0, 2)
     chosen = features[torch.randperm(len(features))[: len(codes)]]
     codes.copy_(chosen + 0.05 * features.std() * torch.randn_like(chosen))
+    return network
+
+
+def center_features(network):
+    """Moves the features to both sides of 0, so that all bits occur."""
+    network.encoder.conv_out.bias.sub_(network.features(images(8, seed=1)).mean((0, 2, 3)))
     return network
 
 
@@ -214,3 +230,191 @@ def test_a_hostile_config_of_diffusers_is_refused(content, message, tmp_path):
     (folder / "config.json").write_text(content)
     with pytest.raises(ValueError, match=f"config.json {message}"):
         import_tokenizer(folder, tmp_path / "out", image_size=16)
+
+
+# MaskBit
+
+
+def maskbit_model(**sizes):
+    torch.manual_seed(0)
+    network = with_random_values(MaskBitModel(**sizes), 0.03)
+    if hasattr(network.quantize, "embedding"):
+        return place_codes(network, network.quantize.embedding.weight)
+    return center_features(network)
+
+
+MASKBIT_CASES = {
+    "VQGAN+": {"table": 32},
+    "mean": {"table": 32, "down": "mean"},
+    "older weights": {"table": 32, "old": True},
+    "one level": {"table": 32, "widths": (32,), "blocks": 1},
+    "bits": {},
+    "bits of older weights": {"dim": 5, "old": True, "blocks": 1},
+}
+
+
+@pytest.mark.parametrize("case", MASKBIT_CASES)
+def test_a_tokenizer_of_maskbit_comes_out_as_it_goes_in(case, tmp_path):
+    original = maskbit_model(**MASKBIT_CASES[case])
+    torch.save(original.state_dict(), tmp_path / "tokenizer.bin")
+    made = import_tokenizer(tmp_path / "tokenizer.bin", tmp_path / "out", image_size=16)
+    assert made.layout == "MaskBit"
+    assert made.num_parameters == sum(parameter.numel() for parameter in original.parameters())
+    assert made.ignored == (() if "table" in MASKBIT_CASES[case] else ("quantize.bits_to_indices", "quantize.codebook"))
+    check_same(original, made.folder)
+
+
+@pytest.mark.parametrize(("dim", "table"), [(14, None), (18, None), (64, 4096)])
+def test_sizes_of_the_published_tokenizers_of_maskbit_are_read_off(dim, table):
+    """The sizes are those of configs/tokenizer: 14 and 18 bits, and VQGAN+ of 12 bits."""
+    with torch.device("meta"):
+        network = MaskBitModel(widths=(128, 128, 256, 256, 512), dim=dim, table=table)
+    constants = {"quantize.bits_to_indices", "quantize.codebook"}
+    tensors = {name: value for name, value in network.state_dict().items() if name not in constants}
+    sizes = MASKBIT.read_config(tensors, {})
+    assert (sizes.codebook_size, sizes.code_dim) == (table or 2**dim, dim)
+    assert sizes.channel_multipliers == (1, 1, 2, 2, 4)
+    assert sizes.downsampling == "strided-3x3"
+    count = sum(weight.numel() for weight in tokenizer_weights(tensors, sizes, MASKBIT).values())
+    assert count == sum(parameter.numel() for parameter in network.parameters())
+
+
+REFUSED_MASKBIT = {
+    "no codes": (
+        lambda weights: weights.pop("quantize.embedding.weight"),
+        "embedding.weight or .*bits.* must be there",
+    ),
+    "missing": (lambda weights: weights.pop("decoder.up.1.upsample_conv.bias"), r"decoder\.up\.1\.upsample_conv\.bias"),
+    "more blocks": (
+        lambda weights: weights.update({"decoder.up.0.res_blocks.2.norm1.bias": torch.zeros(64)}),
+        r"not in the network: decoder\.up\.0\.res_blocks\.2\.norm1\.bias",
+    ),
+    "not finite": (
+        lambda weights: weights["decoder.conv_out.bias"].fill_(torch.inf),
+        "must hold finite numbers, got inf",
+    ),
+    "too many bits": (
+        lambda weights: (
+            weights.update(
+                {"encoder.conv_out.weight": torch.zeros(70_000, 64, 1, 1), "quantize.bits_to_indices": torch.zeros(3)}
+            )
+            or weights.pop("quantize.embedding.weight")
+        ),
+        r"encoder\.conv_out\.weight must have 1 to 24 rows, one a bit, got 70000",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_MASKBIT)
+def test_a_tokenizer_of_maskbit_that_does_not_fit_is_refused_in_one_line(case, tmp_path):
+    damage, message = REFUSED_MASKBIT[case]
+    weights = MaskBitModel(table=32).requires_grad_(False).state_dict()
+    damage(weights)
+    torch.save(weights, tmp_path / "a.bin")
+    with pytest.raises(ValueError, match=message) as refusal:
+        import_tokenizer(tmp_path / "a.bin", tmp_path / "out", image_size=16)
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "out").exists()
+
+
+# Open-MAGVIT2
+
+
+def magvit2_model(seed=0, **sizes):
+    torch.manual_seed(seed)
+    return center_features(with_random_values(Magvit2Model(**sizes), 0.03))
+
+
+@pytest.mark.parametrize(
+    "sizes", [{}, {"widths": (64, 64, 128), "blocks": 1, "dim": 8}, {"widths": (64,), "blocks": 1, "dim": 5}]
+)
+def test_a_tokenizer_of_open_magvit2_comes_out_as_it_goes_in(sizes, tmp_path):
+    original = magvit2_model(**sizes)
+    save_file(original.state_dict(), tmp_path / "a.safetensors")
+    made = import_tokenizer(tmp_path / "a.safetensors", tmp_path / "out", image_size=16)
+    assert made.layout == "Open-MAGVIT2"
+    assert made.num_parameters == sum(parameter.numel() for parameter in original.parameters())
+    check_same(original, made.folder)
+
+
+def test_the_averaged_weights_of_a_lightning_checkpoint_are_taken(tmp_path):
+    last, average = magvit2_model(), magvit2_model(seed=1)
+    weights = add_average(last.state_dict(), average.state_dict()) | {"loss.discriminator.main.0.bias": torch.zeros(3)}
+    torch.save({"state_dict": weights, "epoch": 3, "hyper_parameters": {}}, tmp_path / "last.ckpt")
+    made = import_tokenizer(tmp_path / "last.ckpt", tmp_path / "out", image_size=16)
+    assert made.ignored == ("epoch", "hyper_parameters", "loss.* (1 tensors)", "the last, not averaged weights")
+    check_same(average, made.folder)
+    del weights["model_ema.decoderconv_inweight"]
+    torch.save({"state_dict": weights}, tmp_path / "part.ckpt")
+    with pytest.raises(ValueError, match=r"averaged tensors are missing: model_ema\.decoderconv_inweight"):
+        import_tokenizer(tmp_path / "part.ckpt", tmp_path / "part", image_size=16)
+
+
+def test_sizes_of_the_published_tokenizer_of_open_magvit2_are_read_off():
+    """The sizes are those of ``imagenet_lfqgan_256_L.yaml``."""
+    with torch.device("meta"):
+        network = Magvit2Model(widths=(128, 128, 256, 256, 512), blocks=4, dim=18)
+    sizes = OPEN_MAGVIT2.read_config(network.state_dict(), {})
+    assert (sizes.codebook_size, sizes.code_dim, sizes.layout) == (262144, 18, "magvit2")
+    assert (sizes.channel_multipliers, sizes.num_res_blocks, sizes.num_middle_blocks) == ((1, 1, 2, 2, 4), 4, 4)
+    count = sum(weight.numel() for weight in tokenizer_weights(network.state_dict(), sizes, OPEN_MAGVIT2).values())
+    assert count == sum(parameter.numel() for parameter in network.parameters())
+
+
+def test_a_damaged_tokenizer_of_open_magvit2_is_refused(tmp_path):
+    weights = magvit2_model().state_dict()
+    weights["decoder.adaptive.1.beta.bias"].fill_(torch.nan)
+    save_file(weights, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"decoder\.adaptive\.1\.beta\.bias' must hold finite numbers, got nan"):
+        import_tokenizer(tmp_path / "a.safetensors", tmp_path / "out", image_size=16)
+    weights.pop("decoder.adaptive.1.beta.bias")
+    save_file(weights, tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match=r"missing: decoder\.adaptive\.1\.beta\.bias"):
+        import_tokenizer(tmp_path / "b.safetensors", tmp_path / "out", image_size=16)
+    assert not (tmp_path / "out").exists()
+
+
+# IBQ, whose tensors have the names of taming-transformers
+
+
+def ibq_model(seed=0):
+    """A network of taming's names whose code is that of the largest inner product; images in [0, 1]."""
+    torch.manual_seed(seed)
+    network = with_random_values(Taming(llamagen=False), 0.05)
+    network.features = lambda images: network.quant_conv(network.encoder(2 * images - 1))
+    network.tokens = lambda features: torch.einsum("bdhw,kd->bhwk", features, network.codes()).argmax(-1).flatten(1)
+    decode = network.decode
+    network.decode = lambda tokens, grid: (decode(tokens, grid) + 1) / 2
+    features = network.features(images(8, seed=1)).movedim(1, -1).flatten(0, 2)
+    network.quant_conv.bias.sub_(features.mean(0))  # in all directions
+    network.quantize.embedding.weight.copy_(torch.randn(32, 4))
+    return network
+
+
+def test_the_averaged_weights_of_ibq_are_taken_and_the_largest_inner_product(tmp_path):
+    last, average = ibq_model(), ibq_model(seed=1)
+    torch.save({"state_dict": add_average(last.state_dict(), average.state_dict())}, tmp_path / "last.ckpt")
+    made = import_tokenizer(tmp_path / "last.ckpt", tmp_path / "out", image_size=16, layout="IBQ")
+    assert made.layout == "IBQ"
+    assert "quantizer ibq" in made.report(16)
+    check_same(average, made.folder)
+    # The nearest codes are others.
+    as_taming = import_tokenizer(tmp_path / "last.ckpt", tmp_path / "t", image_size=16, layout="taming-transformers")
+    tokens = load_tokenizer(as_taming.folder).network.encode(images())
+    assert not torch.equal(tokens, last.tokens(last.features(images())))
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (None, "--layout must be given, taming-transformers or IBQ: the file has averaged weights"),
+        ("MaskBit", "--layout must be taming-transformers or IBQ for the names of these tensors, got MaskBit"),
+        ("ibq", "layout must be one of .*, got 'ibq'"),
+    ],
+)
+def test_a_layout_that_no_name_tells_must_be_named(layout, message, tmp_path):
+    weights = ibq_model().state_dict()
+    torch.save({"state_dict": add_average(weights, weights)}, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=message):
+        import_tokenizer(tmp_path / "last.ckpt", tmp_path / "out", image_size=16, layout=layout)
+    assert not (tmp_path / "out").exists()

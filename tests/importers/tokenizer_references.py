@@ -18,10 +18,10 @@ def norm(channels):
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 
-def with_random_values(network):
+def with_random_values(network, scale=0.1):
     """The network with random weights, biases and scales."""
     for parameter in network.parameters():
-        parameter.data.add_(0.1 * torch.randn_like(parameter))
+        parameter.data.add_(scale * torch.randn_like(parameter))
     return network.eval().requires_grad_(False)
 
 
@@ -30,7 +30,7 @@ def nearest(rows, codes):
     return (rows.unsqueeze(-2) - codes).square().sum(-1).argmin(-1).flatten(1)
 
 
-# diffusers: VQModel of aMUSEd
+# The tokenizer of diffusers
 
 
 class DiffusersBlock(nn.Module):
@@ -179,3 +179,234 @@ class DiffusersVQModel(nn.Module):
     def decode(self, tokens, grid):
         codes = self.quantize.embedding.weight[tokens].unflatten(1, grid).movedim(-1, 1)
         return (self.decoder(self.post_quant_conv(codes)) + 1) / 2
+
+
+# The tokenizer of MaskBit
+
+
+class MaskBitConv(nn.Conv2d):
+    """A convolution with "SAME" padding."""
+
+    def forward(self, x):
+        total = [
+            max((-(-size // self.stride[0]) - 1) * self.stride[0] + self.kernel_size[0] - size, 0)
+            for size in x.shape[-2:]
+        ]
+        return super().forward(F.pad(x, (total[1] // 2, -(-total[1] // 2), total[0] // 2, -(-total[0] // 2))))
+
+
+class MaskBitBlock(nn.Module):
+    def __init__(self, before, after):
+        super().__init__()
+        self.norm1, self.conv1 = norm(before), MaskBitConv(before, after, 3, bias=False)
+        self.norm2, self.conv2 = norm(after), MaskBitConv(after, after, 3, bias=False)
+        if before != after:
+            self.nin_shortcut = MaskBitConv(after, after, 1, bias=False)
+
+    def forward(self, x):
+        h = self.conv2(swish(self.norm2(self.conv1(swish(self.norm1(x))))))
+        return h + (self.nin_shortcut(h) if hasattr(self, "nin_shortcut") else x)
+
+
+class MaskBitLevel(nn.Module):
+    def __init__(self, before, after, blocks, *, down="", up=False):
+        super().__init__()
+        self.res_blocks = nn.ModuleList([MaskBitBlock(after if n else before, after) for n in range(blocks)])
+        self.down = down
+        if down == "conv":
+            self.down_conv = MaskBitConv(after, after, 3, stride=2)
+        if up:
+            self.upsample_conv = MaskBitConv(after, after, 3)
+
+    def forward(self, x):
+        for block in self.res_blocks:
+            x = block(x)
+        if self.down:
+            x = self.down_conv(x) if self.down == "conv" else F.avg_pool2d(x, 2)
+        if hasattr(self, "upsample_conv"):
+            x = self.upsample_conv(F.interpolate(x, scale_factor=2.0))
+        return x
+
+
+class MaskBitHalf(nn.Module):
+    """The encoder or the decoder; ``old`` numbers the decoder's levels from full resolution."""
+
+    def __init__(self, widths, blocks, dim, *, encoder, down="conv", old=False):
+        super().__init__()
+        self.encoder, self.old, last = encoder, old, len(widths) - 1
+        self.conv_in = MaskBitConv(3, widths[0], 3, bias=False) if encoder else MaskBitConv(dim, widths[-1], 3)
+        levels, width = [], widths[0] if encoder else widths[-1]
+        for level in range(last + 1) if encoder else range(last, -1, -1):
+            more = {"down": down if level < last else ""} if encoder else {"up": level > 0}
+            levels.append(MaskBitLevel(width, widths[level], blocks, **more))
+            width = widths[level]
+        self.mid = MaskBitLevel(widths[-1], widths[-1], blocks)
+        setattr(self, "down" if encoder else "up", nn.ModuleList(levels[::-1] if old else levels))
+        self.norm_out = norm(width)
+        self.conv_out = MaskBitConv(width, dim if encoder else 3, 1 if encoder else 3)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        up = () if self.encoder else reversed(self.up) if self.old else self.up
+        for part in (*self.down, self.mid) if self.encoder else (self.mid, *up):
+            x = part(x)
+        return self.conv_out(swish(self.norm_out(x)))
+
+
+class BitCodes(nn.Module):
+    """The constants of MaskBit's quantizer of signs, which its files hold."""
+
+    def __init__(self, bits):
+        super().__init__()
+        self.register_buffer("bits_to_indices", 2 ** torch.arange(bits).int())
+        self.register_buffer("codebook", ((torch.arange(2**bits)[:, None] & self.bits_to_indices) != 0) * 2.0 - 1)
+
+
+class MaskBitModel(nn.Module):
+    """``ConvVQModel``; images in [0, 1]. ``table`` codes of size ``dim``, or ``dim`` bits."""
+
+    def __init__(self, *, widths=(32, 64, 64), blocks=2, dim=6, table=None, down="conv", old=False):
+        super().__init__()
+        self.encoder = MaskBitHalf(widths, blocks, dim, encoder=True, down=down)
+        self.quantize = BitCodes(dim) if table is None else nn.Module()
+        if table is not None:
+            self.quantize.embedding = nn.Embedding(table, dim)
+        self.decoder = MaskBitHalf(widths, blocks, dim, encoder=False, old=old)
+
+    def features(self, images):
+        return self.encoder(images)
+
+    def tokens(self, features):
+        rows = features.movedim(1, -1)
+        if hasattr(self.quantize, "embedding"):
+            return nearest(rows, self.quantize.embedding.weight)
+        return ((rows > 0) * self.quantize.bits_to_indices).sum(-1).flatten(1)
+
+    def decode(self, tokens, grid):
+        table = self.quantize.embedding.weight if hasattr(self.quantize, "embedding") else self.quantize.codebook
+        return self.decoder(table[tokens].unflatten(1, grid).movedim(-1, 1))
+
+
+# The tokenizer of Open-MAGVIT2
+
+
+class Magvit2Block(nn.Module):
+    def __init__(self, before, after):
+        super().__init__()
+        self.norm1, self.conv1 = norm(before), nn.Conv2d(before, after, 3, padding=1, bias=False)
+        self.norm2, self.conv2 = norm(after), nn.Conv2d(after, after, 3, padding=1, bias=False)
+        if before != after:
+            self.nin_shortcut = nn.Conv2d(before, after, 1, bias=False)
+
+    def forward(self, x):
+        h = self.conv2(swish(self.norm2(self.conv1(swish(self.norm1(x))))))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class Magvit2Norm(nn.Module):
+    """A norm with the scale and the shift of the codes of an image."""
+
+    def __init__(self, dim, channels):
+        super().__init__()
+        self.gamma, self.beta = nn.Linear(dim, channels), nn.Linear(dim, channels)
+
+    def forward(self, x, codes):
+        spread = (codes.flatten(2).var(2) + 1e-6).sqrt()
+        scale, shift = self.gamma(spread), self.beta(codes.flatten(2).mean(2))
+        return F.group_norm(x, 32, eps=1e-6) * scale[..., None, None] + shift[..., None, None]
+
+
+class Magvit2Upsample(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 4 * channels, 3, padding=1)
+
+    def forward(self, x):
+        # Channel (2 row + column) C + c is channel c at this row and column of a square of four.
+        batch, channels, height, width = x.shape
+        squares = self.conv1(x).view(batch, 2, 2, channels, height, width)
+        return squares.permute(0, 3, 4, 1, 5, 2).reshape(batch, channels, 2 * height, 2 * width)
+
+
+def magvit2_level(before, after, blocks):
+    made = nn.Module()
+    made.block = nn.ModuleList([Magvit2Block(after if n else before, after) for n in range(blocks)])
+    return made
+
+
+class Magvit2Encoder(nn.Module):
+    def __init__(self, widths, blocks, dim):
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
+        self.down, width = nn.ModuleList(), widths[0]
+        for number, after in enumerate(widths):
+            made, width = magvit2_level(width, after, blocks), after
+            if number < len(widths) - 1:
+                made.downsample = nn.Conv2d(after, after, 3, 2, 1)
+            self.down.append(made)
+        self.mid_block = nn.ModuleList([Magvit2Block(width, width) for _ in range(blocks)])
+        self.norm_out, self.conv_out = norm(width), nn.Conv2d(width, dim, 1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for level in self.down:
+            for block in level.block:
+                x = block(x)
+            x = level.downsample(x) if hasattr(level, "downsample") else x
+        for block in self.mid_block:
+            x = block(x)
+        return self.conv_out(swish(self.norm_out(x)))
+
+
+class Magvit2Decoder(nn.Module):
+    def __init__(self, widths, blocks, dim):
+        super().__init__()
+        width = widths[-1]
+        self.conv_in = nn.Conv2d(dim, width, 3, padding=1)
+        self.mid_block = nn.ModuleList([Magvit2Block(width, width) for _ in range(blocks)])
+        levels, norms = [], []
+        for number in reversed(range(len(widths))):
+            norms.insert(0, Magvit2Norm(dim, width))
+            made, width = magvit2_level(width, widths[number], blocks), widths[number]
+            if number > 0:
+                made.upsample = Magvit2Upsample(width)
+            levels.insert(0, made)
+        self.up, self.adaptive = nn.ModuleList(levels), nn.ModuleList(norms)
+        self.norm_out, self.conv_out = norm(width), nn.Conv2d(width, 3, 3, padding=1)
+
+    def forward(self, codes):
+        x = self.conv_in(codes)
+        for block in self.mid_block:
+            x = block(x)
+        for level, adaptive in zip(reversed(self.up), reversed(self.adaptive), strict=True):
+            x = adaptive(x, codes)
+            for block in level.block:
+                x = block(x)
+            x = level.upsample(x) if hasattr(level, "upsample") else x
+        return self.conv_out(swish(self.norm_out(x)))
+
+
+class Magvit2Model(nn.Module):
+    """``VQModel`` of Open-MAGVIT2 with ``dim`` bits; images in [-1, 1]."""
+
+    def __init__(self, *, widths=(32, 64, 64), blocks=2, dim=6):
+        super().__init__()
+        self.encoder = Magvit2Encoder(widths, blocks, dim)
+        self.decoder = Magvit2Decoder(widths, blocks, dim)
+        self.dim = dim
+
+    def features(self, images):
+        return self.encoder(2 * images - 1)
+
+    def tokens(self, features):
+        return sum((features[:, bit] > 0).long() * 2**bit for bit in range(self.dim)).flatten(1)
+
+    def decode(self, tokens, grid):
+        codes = torch.stack([(tokens // 2**bit) % 2 * 2.0 - 1 for bit in range(self.dim)], dim=1).unflatten(2, grid)
+        return (self.decoder(codes) + 1) / 2
+
+
+def add_average(weights, average):
+    """The state dict with averaged weights beside the last ones, as Lightning modules of both projects write it."""
+    beside = {f"model_ema.{name.replace('.', '')}": value for name, value in average.items()}
+    return {**weights, **beside, "model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7)}

@@ -286,11 +286,17 @@ def test_two_steps_of_training_export_a_model_that_generates_and_edits(name, tmp
 GRIDS = [(3, 4), (6, 8), (4, 6), (2, 2), (5, 3)]
 
 
+@pytest.fixture(scope="module", params=CASES)
+def trained(request, tmp_path_factory):
+    """Returns a network and the same one read from a pretrained folder; tests must not change them."""
+    network = create(request.param)
+    return network, load_transformer(save(tmp_path_factory.mktemp("trained"), network) / "transformer")
+
+
 @pytest.mark.parametrize("grid", GRIDS)
-@over_all
-def test_weights_follow_to_another_grid(config, grid, tmp_path):
-    network = create(config)
-    given = load_transformer(save(tmp_path, network) / "transformer")
+def test_weights_follow_to_another_grid(trained, grid):
+    network, given = trained
+    config = network.config
     other = replace(config, grid=grid)
     made = other.create().eval()
     made.load_state_dict(weights_for(other, given))
@@ -309,10 +315,9 @@ def test_weights_follow_to_another_grid(config, grid, tmp_path):
     assert nn.functional.cosine_similarity(large.flatten(1), resized.flatten(1)).min() > 0.5
 
 
-@over_all
-def test_weights_follow_to_other_classes_and_to_class_dropout(config, tmp_path):
-    network = create(config)
-    given = load_transformer(save(tmp_path, network) / "transformer")
+def test_weights_follow_to_other_classes_and_to_class_dropout(trained):
+    network, given = trained
+    config = network.config
     other = replace(config, num_classes=5, class_dropout=0.1 if config.null_label is None else 0.0)
     made = other.create().eval()
     weights = weights_for(other, given)

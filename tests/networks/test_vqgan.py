@@ -109,7 +109,7 @@ def test_convolutions_start_with_the_truncated_lecun_normal():
         ({"downsampling": "max"}, "downsampling"),
         ({"activation": "gelu"}, "activation"),
         ({"quantizer": "emma"}, "'ema'"),
-        ({"layout": "unet"}, "layout must be one of maskgit, taming, got 'unet'"),
+        ({"layout": "unet"}, "layout must be one of maskgit, taming, magvit2, got 'unet'"),
         ({"attention_levels": (1,)}, r"attention_levels must be \(\) in layout 'maskgit', got \(1,\)"),
         ({"latent_channels": 8}, "latent_channels must be None in layout 'maskgit'"),
         ({**TAMING, "latent_channels": None}, "latent_channels of layout 'taming' must be an integer"),

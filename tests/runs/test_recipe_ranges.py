@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from maskgit_pl.runs.build import StageRun
+from maskgit_pl.runs.layers import Layer
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.recipe_schema import load_schema
 from maskgit_pl.runs.resolve import merge_values
+from maskgit_pl.runs.safe_yaml import read_yaml
 from maskgit_pl.schema import fits
 
 TINY = Path(__file__).parents[1] / "tiny"
@@ -70,9 +73,15 @@ KEYS = {
 OWN = [(stage, key) for stage, key in KEYS if key in TAKEN]
 
 
-def read(stage: Any, word: str) -> Recipe:
+@cache
+def layers(stage: str) -> list[Layer]:
+    """Returns the files of the recipe, parsed once for all keys and values."""
     files = [RECIPES / stage / "base.yaml", TINY / f"{stage}.yaml"]
-    return Recipe.from_files(stage, files, [word])
+    return [Layer(file.name, read_yaml(file)) for file in files]
+
+
+def read(stage: Any, word: str) -> Recipe:
+    return Recipe.from_layers(stage, layers(stage), [word])
 
 
 def built(stage: Any, word: str, shards: Path, folder: Path, tokenizer: Path | None) -> StageRun:

@@ -12,7 +12,7 @@ from maskgit_pl.data import Batch
 from maskgit_pl.evaluation.reconstruction import psnr
 from maskgit_pl.pretrained import PretrainedTokenizer
 
-__all__ = ["CodeUse", "picture_codes", "measure_codes"]
+__all__ = ["CodeUse", "measure_codes", "picture_codes"]
 
 _NUM_WORST = 8
 _MAP = 4  # rows and columns of the token map from which a code is drawn

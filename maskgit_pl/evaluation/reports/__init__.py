@@ -17,10 +17,28 @@ from typing import TYPE_CHECKING
 from maskgit_pl.lazy_names import lazy_names
 
 if TYPE_CHECKING:
-    from maskgit_pl.evaluation.reports.api import ablation, figure_4, figure_8, table_1, table_2, table_3
+    from maskgit_pl.evaluation.reports.api import (
+        ablation,
+        compare_tokenizers,
+        figure_4,
+        figure_8,
+        table_1,
+        table_2,
+        table_3,
+    )
     from maskgit_pl.evaluation.reports.options import ReportOptions, TimingOptions
 
-__all__ = ["ReportOptions", "TimingOptions", "ablation", "figure_4", "figure_8", "table_1", "table_2", "table_3"]
+__all__ = [
+    "ReportOptions",
+    "TimingOptions",
+    "ablation",
+    "compare_tokenizers",
+    "figure_4",
+    "figure_8",
+    "table_1",
+    "table_2",
+    "table_3",
+]
 
 __getattr__ = lazy_names(
     __name__,
@@ -28,6 +46,7 @@ __getattr__ = lazy_names(
         "ReportOptions": "options",
         "TimingOptions": "options",
         "ablation": "api",
+        "compare_tokenizers": "api",
         "figure_4": "api",
         "figure_8": "api",
         "table_1": "api",

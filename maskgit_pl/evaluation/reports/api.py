@@ -1,4 +1,4 @@
-"""The functions ``table_1`` to ``table_3``, ``figure_4`` and ``figure_8``, which turn run folders into a page.
+"""The functions ``table_1`` to ``table_3``, ``figure_4`` and others, which turn run folders into a page.
 
 ``maskgit table``, ``figure`` and ``ablation`` use them. All checks that do not need torch come before the import of
 torch.
@@ -16,7 +16,7 @@ from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
 from maskgit_pl.evaluation.pages import command_line
 from maskgit_pl.evaluation.reports.ablation_protocol import select_rows
 from maskgit_pl.evaluation.reports.options import ReportOptions, TimingOptions
-from maskgit_pl.evaluation.run_folders import find_run
+from maskgit_pl.evaluation.run_folders import find_run, find_tokenizer_folders
 from maskgit_pl.files import check_writable
 from maskgit_pl.progress import Bars, no_bars
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from maskgit_pl.evaluation.reports.paper_measurements import OpenedModels
     from maskgit_pl.runs.ablation_plan import AblationConfig
 
-__all__ = ["ablation", "figure_4", "figure_8", "table_1", "table_2", "table_3"]
+__all__ = ["ablation", "compare_tokenizers", "figure_4", "figure_8", "table_1", "table_2", "table_3"]
 
 Runs = Sequence[Path | str]
 
@@ -162,12 +162,39 @@ def figure_4(run: Path | str | None = None, options: TimingOptions | None = None
     return measure_figure_4(folder, options, command=command_line(words, options.flags()), bars=bars)
 
 
+def compare_tokenizers(runs: Runs, options: ReportOptions | None = None, *, bars: Bars = no_bars) -> Page:
+    """Makes the table of tokenizers, with a row for each.
+
+    Args:
+        runs: Run folders, pretrained folders or tokenizer folders.
+        options: Number of images, networks, folders and other options; None for the defaults.
+        bars: Progress bars.
+
+    Raises:
+        FileNotFoundError: if a tokenizer or the data do not exist.
+        ValueError: if there is no run, or the data do not fit a tokenizer.
+    """
+    options = options or ReportOptions()
+    _check_runs("table tokenizers", runs)
+    folders = [find_tokenizer_folders(run, data=options.data, classifier=options.classifier) for run in runs]
+    # All rows compare with the same real images.
+    folders = [replace(each, data=folders[0].data) for each in folders]
+    from maskgit_pl.evaluation.reports.tokenizer_table import measure_tokenizers
+
+    command = command_line(["maskgit table tokenizers", *runs], options.flags())
+    return measure_tokenizers(folders, options, command, bars)
+
+
 def _open(task: str, runs: Runs, options: ReportOptions, command: str, bars: Bars) -> OpenedModels:
-    if not runs:
-        raise ValueError(f"{task} must have at least one run, such as runs/fashion-mnist-adaln, got none")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(f"{task} must run in one process; start it without torchrun, or use `maskgit evaluate`")
+    _check_runs(task, runs)
     folders = [find_run(run, data=options.data, classifier=options.classifier) for run in runs]
     from maskgit_pl.evaluation.reports.paper_measurements import open_models
 
     return open_models(folders, options, command, bars)
+
+
+def _check_runs(task: str, runs: Runs) -> None:
+    if not runs:
+        raise ValueError(f"{task} must have at least one run, such as runs/fashion-mnist-adaln, got none")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"{task} must run in one process; start it without torchrun, or use `maskgit evaluate`")

@@ -1,0 +1,95 @@
+"""The page that sets tokenizers side by side: measures those that the ledger lacks. ``api`` uses it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from maskgit_pl.evaluation.held_out import describe_held_out
+from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
+from maskgit_pl.evaluation.metric_names import format_value, title
+from maskgit_pl.evaluation.pages import Page, code_cell, heading, markdown_table, paragraph
+from maskgit_pl.evaluation.reports.options import ReportOptions
+from maskgit_pl.evaluation.run_folders import RunFolders
+from maskgit_pl.evaluation.tokenizer_measurement import feature_digests, measure_tokenizer
+from maskgit_pl.evaluation.tokenizer_options import TokenizerOptions, check_tokenizer_data
+from maskgit_pl.evaluation.tokenizer_report import make_tokenizer_report, tokenizer_key
+from maskgit_pl.progress import Bars
+from maskgit_pl.text import markdown
+
+__all__ = ["make_tokenizer_page", "measure_tokenizers"]
+
+_NOT_SHOWN = ("images_per_second", "peak_memory_mb")  # of one machine; the CSV has them
+
+
+def measure_tokenizers(folders: Sequence[RunFolders], options: ReportOptions, command: str, bars: Bars) -> Page:
+    """Measures tokenizers on the same val images, and returns their page.
+
+    Args:
+        folders: Folders of each tokenizer, with the same data.
+        options: Number of images, networks, folder of the ledger and other options.
+        command: Command that produces the page.
+        bars: Progress bars.
+
+    Raises:
+        ValueError: if the data do not fit a tokenizer, or a network is unknown.
+    """
+    ledger, rows = Ledger(options.results / FILE_NAME), []
+    summaries = [check_tokenizer_data(each, TokenizerOptions()) for each in folders]  # before the first measurement
+    for each, summary in zip(folders, summaries, strict=True):
+        count = min(options.num_images, summary.samples["val"])
+        own = TokenizerOptions(
+            batch_size=options.batch_size, device=options.device, num_workers=options.num_workers,
+            classifier=options.classifier, num_images=count,
+        )  # fmt: skip
+        key = tokenizer_key(each, summary.fingerprint, count, feature_digests(each, options.features, own, bars), own)
+        row = ledger.find("tokenizer", key)
+        if row is None:
+            measured = measure_tokenizer(each, options.features, own, bars)
+            row = ledger.add("tokenizer", make_tokenizer_report(each, measured, own, each.run / "tokenizer.json").row())
+        rows.append({**row, "run": each.run.name})
+    text = describe_held_out(folders[0].data, summaries[0])["text"]
+    page = make_tokenizer_page(rows, command=command, held_out=text)
+    return Page(page.name, page.markdown, page.rows, folder=options.results / folders[0].data.name)
+
+
+def make_tokenizer_page(rows: Sequence[Row], *, command: str, held_out: str) -> Page:
+    """Returns the page of tokenizers, one row for each.
+
+    Args:
+        rows: Rows ``tokenizer`` of the ledger.
+        command: Command that produces the page.
+        held_out: Sentence about the images.
+    """
+    names = [name for name in dict.fromkeys(name for row in rows for name in row["numbers"]) if name not in _NOT_SHOWN]
+    lines = [
+        *heading("Tokenizers", command),
+        *paragraph(
+            held_out,
+            f"{rows[0]['num_images']} of them were measured. FID and KID of real halves compare one half of these real",
+            "images with the other. Values are comparable only for the same data, network and number of images.",
+        ),
+        "",
+        *markdown_table(
+            ["tokenizer", "codes", "quantizer", "parameters", *map(title, names)],
+            [
+                [
+                    code_cell(row["run"]),
+                    markdown(row["codes"]),
+                    markdown(row["quantizer"]),
+                    f"{row['parameters'] / 1e6:.2f}M",
+                    *(_cell(row["numbers"], name) for name in names),
+                ]
+                for row in rows
+            ],
+            left=3,
+        ),
+    ]
+    flat = [{**{key: value for key, value in row.items() if key != "numbers"}, **row["numbers"]} for row in rows]
+    settings = [{**row, "settings": json.dumps(row["settings"], sort_keys=True)} for row in flat]
+    return Page("tokenizers", "\n".join([*lines, ""]), settings)
+
+
+def _cell(numbers: Mapping[str, Any], name: str) -> str:
+    return format_value(name, numbers[name]) if name in numbers else ""

@@ -1,0 +1,265 @@
+"""Measures the reconstructions of a tokenizer: one pass over the val images. ``tokenizer_evaluation`` uses it.
+
+Originals and reconstructions go through the feature networks in the same pass, so that any random choice of images, of
+any size, has its own reference.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from maskgit_pl.data import ShardData
+from maskgit_pl.devices import check_device, default_device
+from maskgit_pl.evaluation.distances import frechet_distance, kernel_distance
+from maskgit_pl.evaluation.extractors import open_extractors
+from maskgit_pl.evaluation.features import Extractor, FeatureCollector
+from maskgit_pl.evaluation.reconstruction import ReconstructionMeter, psnr
+from maskgit_pl.evaluation.reference import Statistics, draw_order, iter_real_batches
+from maskgit_pl.evaluation.run_folders import RunFolders, open_images
+from maskgit_pl.evaluation.tiling import reconstruct_in_tiles
+from maskgit_pl.evaluation.tokenizer_options import TokenizerOptions
+from maskgit_pl.imaging import to_unit_range
+from maskgit_pl.networks.lpips import load_lpips
+from maskgit_pl.pretrained import PretrainedTokenizer, load_tokenizer
+from maskgit_pl.pretrained.networks import images_at_once
+from maskgit_pl.progress import Bars
+from maskgit_pl.shards.images import decode_image
+from maskgit_pl.shards.manifest import load_manifest
+from maskgit_pl.shards.reader import ShardReader
+
+__all__ = ["BEST_PSNR", "ImagePair", "MeasuredTokenizer", "feature_digests", "measure_tokenizer"]
+
+_SHOWN = 8  # worst reconstructions
+BEST_PSNR = 100.0  # dB, of an image without any error
+_MIB = 2**20
+
+
+class ImagePair(NamedTuple):
+    """An image with its reconstruction.
+
+    Attributes:
+        error: Mean squared error, for pixels in [0, 1].
+        index: Number of the image in the val split.
+        label: Class of the image.
+        original: (C, H, W) uint8.
+        reconstruction: (C, H, W) uint8.
+    """
+
+    error: float
+    index: int  # type: ignore[assignment]  # hides tuple.index
+    label: int
+    original: Tensor
+    reconstruction: Tensor
+
+
+@dataclass(frozen=True)
+class MeasuredTokenizer:
+    """The measurements of a tokenizer.
+
+    Args:
+        tokenizer: The tokenizer, on its device.
+        data: The real images.
+        networks: SHA-256 of each feature network, by label.
+        numbers: Values by name, such as ``rfid/classifier``.
+        num_images: Number of images.
+        psnr_db: Mean PSNR of each class in dB, by name.
+        worst: Images with the largest errors, the worst first.
+    """
+
+    tokenizer: PretrainedTokenizer
+    data: ShardData
+    networks: dict[str, str]
+    numbers: dict[str, float]
+    num_images: int
+    psnr_db: dict[str, float]
+    worst: list[ImagePair]
+
+
+@dataclass
+class _Pass:
+    """The values of one pass over the images, besides those of ``ReconstructionMeter``."""
+
+    originals: dict[str, FeatureCollector]
+    labels: list[Tensor] = field(default_factory=list)
+    worst: list[ImagePair] = field(default_factory=list)
+    tokens: int = 0
+    pixels: int = 0
+    seconds: float = 0.0
+
+
+def measure_tokenizer(
+    folders: RunFolders, features: Sequence[str | dict[str, Any]], options: TokenizerOptions, bars: Bars
+) -> MeasuredTokenizer:
+    """Measures a tokenizer on val images.
+
+    Args:
+        folders: Folders of the tokenizer and of the data.
+        features: Feature networks: names or mappings.
+        options: Number of images, tiles and other options.
+        bars: Progress bars.
+
+    Raises:
+        TypeError: if a feature network does not accept its arguments.
+        ValueError: if a network is unknown, a weight file is missing, or the tile does not fit the tokenizer.
+    """
+    device = _device(options)
+    tokenizer = load_tokenizer(folders.pretrained / "tokenizer")
+    tokenizer.network.to(device)
+    config = tokenizer.network.config
+    if options.tile is not None:
+        config.grid(options.tile)  # raises if the network cannot encode a tile
+    lpips = None if options.lpips is None else load_lpips(options.lpips, device=device)
+    data = open_images(folders.data, tokenizer.image_size, config.in_channels, num_workers=options.num_workers)
+    extractors = open_extractors(folders.classifier, data, features=features, device=device, bars=bars)
+    count = min(options.num_images or data.summary.samples["val"], data.summary.samples["val"])
+    images = data.summary.images
+    edge = tokenizer.image_size if options.tile is None else min(images.height[0], images.width[0])
+    meter = ReconstructionMeter(tokenizer, extractors, lpips, least_edge=edge)
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+    seen = _see_images(meter, extractors, data, count, options, bars(f"{folders.run.name}: reconstructing", count))
+    return MeasuredTokenizer(
+        tokenizer,
+        data,
+        {each.label: each.digest for each in extractors},
+        _numbers(meter, seen, count),
+        count,
+        _psnr_of_classes(meter.values()["error"], torch.cat(seen.labels), data.class_names),
+        seen.worst,
+    )
+
+
+def feature_digests(
+    folders: RunFolders, features: Sequence[str | dict[str, Any]], options: TokenizerOptions, bars: Bars
+) -> dict[str, str]:
+    """Returns the SHA-256 of each feature network by label; see ``measure_tokenizer``."""
+    config = load_tokenizer(folders.pretrained / "tokenizer")
+    data = open_images(folders.data, config.image_size, config.network.config.in_channels)
+    found = open_extractors(folders.classifier, data, features=features, device=_device(options), bars=bars)
+    return {each.label: each.digest for each in found}
+
+
+def _device(options: TokenizerOptions) -> str:
+    return default_device() if options.device is None else str(check_device(options.device))
+
+
+@torch.inference_mode()
+def _see_images(
+    meter: ReconstructionMeter,
+    extractors: Sequence[Extractor],
+    data: ShardData,
+    count: int,
+    options: TokenizerOptions,
+    on_images: Callable[[int], object],
+) -> _Pass:
+    """Reconstructs and measures ``count`` images."""
+    seen, network, done = _Pass({each.label: FeatureCollector(each) for each in extractors}), meter.tokenizer.network, 0
+    tile = meter.tokenizer.image_size if options.tile is None else options.tile
+    # An image of the plain pass is one tile.
+    reconstruct = partial(
+        reconstruct_in_tiles, network, tile=tile, overlap=0 if options.tile is None else options.overlap
+    )
+    size = min(options.batch_size, images_at_once(tile, tile))
+    batches = _read_square(data, count, size) if options.tile is None else _read_whole(data, count)
+    for pixels, labels, index in batches:
+        images, positions = to_unit_range(pixels.to(meter.device)), torch.arange(done, done + len(pixels))
+        start = _now(meter.device)
+        tokens, decoded = reconstruct(images)
+        seen.seconds += _now(meter.device) - start
+        rounded = meter.add_reconstructions(images, tokens, decoded, positions).cpu()
+        for collector in seen.originals.values():
+            collector.add(pixels.to(meter.device), positions)
+        errors = (decoded.clamp(0, 1) - images).double().square().flatten(1).mean(1).tolist()
+        pairs = zip(errors, index.tolist(), labels.tolist(), pixels, rounded, strict=True)
+        seen.worst = sorted([*seen.worst, *(ImagePair(*pair) for pair in pairs)], key=lambda pair: -pair.error)[:_SHOWN]
+        seen.labels.append(labels)
+        seen.tokens, seen.pixels = seen.tokens + tokens.numel(), seen.pixels + pixels[:, 0].numel()
+        done += len(pixels)
+        on_images(len(pixels))
+    return seen
+
+
+def _read_square(data: ShardData, count: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yields batches of images, labels and indices, cropped and resized as in training."""
+    for batch in iter_real_batches(data, "val", num_images=count, shuffled=True, batch_size=batch_size):
+        yield batch.content[batch.valid], batch.labels[batch.valid], batch.index[batch.valid]
+
+
+def _read_whole(data: ShardData, count: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yields the same images one by one at their own size."""
+    reader = ShardReader(load_manifest(Path(data.config.path), "val"))
+    index = draw_order(len(reader), count)(range(count)).index
+    labels = torch.from_numpy(reader.labels(index.numpy()))
+    for place, number in enumerate(index.tolist()):
+        pixels = decode_image(reader.read(number), channels=data.config.in_channels, name=reader.name(number))
+        yield pixels[None], labels[place : place + 1], index[place : place + 1]
+
+
+def _numbers(meter: ReconstructionMeter, seen: _Pass, count: int) -> dict[str, float]:
+    """Returns all values by name."""
+    values = meter.values()
+    errors = values.pop("error")
+    codes = {name: float(value) for name, value in meter.codes.compute().items()}
+    tokens_per_pixel = seen.tokens / seen.pixels
+    numbers = {
+        "psnr_db": min(BEST_PSNR, psnr(float(errors.mean()))),
+        "mean_psnr_db": float(_psnr_of_images(errors).mean()),
+        **{name: float(each.mean()) for name, each in values.items()},
+    }
+    for label, collector in meter.collectors.items():
+        numbers |= _distances(label, collector, seen.originals[label])
+    return {
+        **numbers,
+        **codes,
+        "bits_per_pixel": tokens_per_pixel * math.log2(meter.tokenizer.network.config.codebook_size),
+        "coded_bits_per_pixel": tokens_per_pixel * math.log2(codes["perplexity"]),
+        "images_per_second": count / max(seen.seconds, 1e-9),
+        "peak_memory_mb": _peak_memory(meter.device),
+    }
+
+
+def _distances(label: str, reconstructions: FeatureCollector, originals: FeatureCollector) -> dict[str, float]:
+    """Returns FID and KID of the reconstructions, and of one half of the originals against the other."""
+    fake, real = reconstructions.gather().pooled.double(), originals.gather().pooled.double()
+    halves = real[::2], real[1::2]  # every second image
+    numbers = {}
+    for name, (one, other) in {"": (fake, real), "_floor": halves}.items():
+        numbers[f"rfid{name}/{label}"] = frechet_distance(
+            Statistics.from_features(one), Statistics.from_features(other)
+        )
+        numbers[f"rkid{name}/{label}"] = kernel_distance(one, other)[0]
+    return numbers
+
+
+def _psnr_of_images(errors: Tensor) -> Tensor:
+    """Returns (n,) dB of (n,) mean squared errors; an image without an error has 100 dB."""
+    return (-10 * errors.log10()).clamp(max=BEST_PSNR)
+
+
+def _psnr_of_classes(errors: Tensor, labels: Tensor, names: Sequence[str]) -> dict[str, float]:
+    """Returns the mean PSNR of the images of each class that has any."""
+    values = _psnr_of_images(errors)
+    return {names[label]: float(values[labels == label].mean()) for label in sorted(set(labels.tolist()))}
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # kernels run asynchronously
+    return time.perf_counter()
+
+
+def _peak_memory(device: torch.device) -> float:
+    """Returns the peak memory in MB (2^20 bytes): of tensors on a GPU, else of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / _MIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _MIB

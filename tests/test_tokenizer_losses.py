@@ -1,0 +1,139 @@
+"""Stage 1 propagates the gradient of the plain sum for every choice of losses, and each choice runs in bf16-mixed."""
+
+import hashlib
+from itertools import product
+
+import pytest
+import timm
+import torch
+import torchvision
+
+from maskgit_pl import losses
+from maskgit_pl.data import Batch
+from maskgit_pl.networks.vqgan import VQGANConfig
+from maskgit_pl.tokenizer_config import AdversarialConfig, PerceptualConfig
+from tests.modules import tokenizer_model
+
+SIZE = 20
+NETWORK = VQGANConfig(
+    1, base_channels=8, channel_multipliers=(1,), num_res_blocks=1, num_middle_blocks=0, num_groups=4,
+    codebook_size=16, code_dim=8, patch_size=4,
+)  # fmt: skip
+DISCRIMINATORS = {
+    "stylegan": {"channel_multiplier": 1 / 64},
+    **{norm: {"name": "patchgan", "base_channels": 4, "num_layers": 2, "norm": norm} for norm in ("group", "actnorm")},
+}
+MODEL = "mobilenetv3_small_050"
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    torch.save(timm.create_model(MODEL, pretrained=False).state_dict(), folder / "timm.pth")
+    file = folder / "squeeze.pth"
+    torch.save({f"features.{k}": v for k, v in torchvision.models.squeezenet1_1().features.state_dict().items()}, file)
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    lpips = {"name": "lpips", "backbone": "squeeze", "weights": str(file), "sha256": sha256}
+    return {"timm": {"name": "timm", "model": MODEL, "weights": str(folder / "timm.pth"), "size": 32}, "lpips": lpips}
+
+
+def module_of(*, perceptual=None, discriminator=None, weight_rule="fixed", **options):
+    torch.manual_seed(0)
+    adversarial = None
+    if discriminator is not None:
+        adversarial = AdversarialConfig(discriminator, weight=0.3, weight_rule=weight_rule, loss="hinge")
+    perceptual = None if perceptual is None else PerceptualConfig(perceptual, weight=2.0)
+    return tokenizer_model(NETWORK, image_size=SIZE, adversarial=adversarial, perceptual=perceptual, **options)
+
+
+def batch():
+    images = torch.randint(0, 256, (3, 1, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return Batch(images, *[torch.arange(3)] * 4, torch.ones(3, dtype=torch.bool))
+
+
+CHOICES = list(product(["l2", "l1"], [None, "timm", "lpips"], [None, *DISCRIMINATORS], ["fixed", "adaptive"]))
+
+
+@pytest.mark.parametrize(
+    ("reconstruction", "perceptual", "discriminator", "weight_rule"),
+    [choice for choice in CHOICES if choice[2] is not None or choice[3] == "fixed"],
+)
+def test_the_gradient_is_that_of_the_plain_sum(reconstruction, perceptual, discriminator, weight_rule, networks):
+    module = module_of(
+        reconstruction_loss=reconstruction, reconstruction_weight=4.0, weight_rule=weight_rule,
+        perceptual=networks.get(perceptual), discriminator=DISCRIMINATORS.get(discriminator),
+    )  # fmt: skip
+    metrics = module.replay_step(batch(), step=0)
+    got = {name: parameter.grad.clone() for name, parameter in module.network.named_parameters()}
+    images = batch().content / 255
+
+    output = module.network(images)
+    difference = output.reconstruction - images
+    parts = [4.0 * (difference.abs() if reconstruction == "l1" else difference.square()).mean()]
+    if perceptual is not None:
+        parts.append(2.0 * module.similarity_loss.network(output.reconstruction, images).mean())
+        torch.testing.assert_close(metrics["perceptual"], (parts[-1] / 2.0).detach())
+    total = sum(parts)
+    if discriminator is not None:
+        adversarial = losses.generator_loss(module.discriminator(output.reconstruction), kind="hinge")
+        last = module.network.decoder.head.weight
+        norms = [torch.autograd.grad(part, last, retain_graph=True)[0].norm() for part in (total, adversarial)]
+        total = total + 0.3 * (norms[0] / (norms[1] + 1e-4) if weight_rule == "adaptive" else 1) * adversarial
+    module.network.zero_grad()
+    (total + output.quantized.loss).backward()
+    for name, parameter in module.network.named_parameters():
+        scale = parameter.grad.abs().max().item()
+        assert (got[name] - parameter.grad).abs().max() <= 1e-7 + 1e-4 * scale, name
+
+
+@pytest.mark.parametrize("weight_rule", ["fixed", "adaptive"])
+@pytest.mark.parametrize("discriminator", DISCRIMINATORS)
+@pytest.mark.parametrize("perceptual", [None, "timm", "lpips"])
+def test_each_choice_runs_in_bfloat16_mixed_on_a_cpu(perceptual, discriminator, weight_rule, networks):
+    module = module_of(
+        perceptual=networks.get(perceptual), discriminator=DISCRIMINATORS[discriminator], weight_rule=weight_rule
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        metrics = module.replay_step(batch(), step=0)
+    assert all(value.isfinite() for value in metrics.values())
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad.isfinite().all(), name
+    full = module_of(
+        perceptual=networks.get(perceptual), discriminator=DISCRIMINATORS[discriminator], weight_rule=weight_rule
+    ).replay_step(batch(), step=0)
+    assert metrics["reconstruction"].item() == pytest.approx(full["reconstruction"].item(), rel=0.05)
+
+
+def test_an_image_that_is_too_small_for_the_perceptual_network_is_refused_before_it_is_read():
+    perceptual = PerceptualConfig({"name": "lpips", "weights": "none.pth"})
+    with pytest.raises(ValueError, match=r"image_size must be >= 16 with this perceptual network, got 12"):
+        tokenizer_model(NETWORK, image_size=12, perceptual=perceptual)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reconstruction_weight": -1.0}, "reconstruction_weight must be a number in"),
+        ({"reconstruction_loss": "l3"}, "reconstruction_loss must be one of l2, l1, got 'l3'"),
+    ],
+)
+def test_a_wrong_weight_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        module_of(**options)
+
+
+def test_the_warm_up_is_not_negative():
+    with pytest.raises(ValueError, match=r"adversarial warmup_steps must be an integer in \[0, inf\), got -1"):
+        AdversarialConfig(warmup_steps=-1)
+
+
+def test_the_norm_of_a_gradient_does_not_depend_on_the_micro_batch():
+    module, whole = module_of(), batch()
+    norms = []
+    for rows in (slice(0, 3), slice(0, 1), slice(1, 2), slice(2, 3)):
+        metrics = module.replay_step(Batch(*(part[rows] for part in whole[:6])), step=0)
+        norms.append(metrics["gradient/reconstruction"])
+    torch.testing.assert_close(norms[0], torch.stack(norms[1:]).square().mean().sqrt())
+    assert norms[0] > 0
