@@ -50,7 +50,8 @@ __all__ = ["build_parser", "main"]
 
 _COMMANDS = (
     data, doctor, train, slurm, tokenize, export, sample, inpaint, outpaint, panorama, evaluate, evaluate_tokenizer,
-    inspect, compare, tune, ablation, paper, train_classifier, schedules, import_jax, import_tokenizer, import_transformer,
+    inspect, compare, tune, ablation, paper, train_classifier, schedules, import_jax, import_tokenizer,
+    import_transformer,
 )  # fmt: skip
 
 
