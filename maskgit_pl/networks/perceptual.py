@@ -81,7 +81,7 @@ class FeatureDistance(FrozenNetwork):
 def build_perceptual(
     spec: str | Mapping[str, Any], output: PerceptualOutput = "logits"
 ) -> PerceptualSpec | FeatureNetworkSpec:
-    """Builds the spec of a perceptual distance or of a feature network, whichever has the name.
+    """Builds the spec of a perceptual distance, or of the feature network of that name.
 
     Args:
         spec: Name, or mapping with the key ``name`` and arguments.
