@@ -204,6 +204,9 @@ class TokenModel(LightningModule):
             raise ValueError(f"trainer.gradient_clip_algorithm must be 'norm', got {gradient_clip_algorithm!r}")
         # 7. Clip, and vote.
         norm = clip_gradients(optimizer, gradient_clip_val)
+        step = self.trainer.global_step + 1
+        if step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # set late
+            self._log_metrics({"train/gradient_norm": float(norm)}, step)
         self._skips_update = self.step_check is not None and self.step_check.should_skip_update(self.trainer, [norm])
         if self._skips_update:
             optimizer.zero_grad()  # without gradients the step changes neither weights nor moments

@@ -59,7 +59,7 @@ FLOORS = {  # a file or a folder -> its floor; a folder's files stand on its flo
     "__main__": 11,
 }
 INNER = (  # a folder and the folders inside it: each may import those before it, never those after it
-    ("evaluation", "evaluation/reports"),
+    ("evaluation", "evaluation/reports", "evaluation/inspection"),
     ("networks/quantizers", "networks"),
 )
 LIGHTNING_FROM = 3

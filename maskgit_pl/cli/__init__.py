@@ -29,6 +29,7 @@ from maskgit_pl.cli import (
     import_tokenizer,
     import_transformer,
     inpaint,
+    inspect,
     outpaint,
     panorama,
     paper,
@@ -49,7 +50,8 @@ __all__ = ["build_parser", "main"]
 
 _COMMANDS = (
     data, doctor, train, slurm, tokenize, export, sample, inpaint, outpaint, panorama, evaluate, evaluate_tokenizer,
-    compare, tune, ablation, paper, train_classifier, schedules, import_jax, import_tokenizer, import_transformer,
+    inspect, compare, tune, ablation, paper, train_classifier, schedules, import_jax, import_tokenizer,
+    import_transformer,
 )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ WORDS = {
     "outpaint": [RUN, IMAGE, "--right", "4"],
     "panorama": [RUN, "--width", "16"],
     "evaluate": [RUN, "--data", DATA],
+    "inspect": [RUN, "--data", DATA],
     "evaluate-tokenizer": [RUN, "--data", DATA],
     "compare": [RUN, "--data", DATA],
     "tune": [RUN, "--data", DATA],

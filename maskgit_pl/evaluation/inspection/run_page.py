@@ -1,0 +1,188 @@
+"""``inspect_run``: reads the logs and the tokenizer of a run, and writes the page of ``maskgit inspect``.
+
+1. Find the stages, and the tokenizer: exported, or exported now from the newest checkpoint.
+2. Read the event files of both stages and the reports of training.
+3. Encode and decode validation images with the tokenizer.
+4. Judge both by the rules of the alarms, and write one HTML file.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from maskgit_pl.evaluation.inspection.charts import bar_chart, line_chart, quote
+from maskgit_pl.evaluation.inspection.code_use import CodeUse, measure_codes
+from maskgit_pl.evaluation.inspection.event_files import Logs, read_logs
+from maskgit_pl.evaluation.inspection.findings import find_in_tokenizer, find_in_transformer, read_reports
+from maskgit_pl.evaluation.inspection.html_page import embed_png, format_html, make_section
+from maskgit_pl.evaluation.inspection.pictures import draw_atlas, draw_histogram, draw_worst, safe_png
+from maskgit_pl.evaluation.run_folders import open_images, read_run_recipe
+from maskgit_pl.files import write_text
+from maskgit_pl.pretrained import PretrainedTokenizer, load_tokenizer
+from maskgit_pl.runs.exporting import export
+from maskgit_pl.text import printable
+from maskgit_pl.training.health_rules import Problem
+
+__all__ = ["inspect_run"]
+
+_MAX_CHARTS = 60
+_SHOWN_PICTURES = 6  # of a name, evenly spaced over the steps
+_SHOWN_CLASSES = 30
+
+
+def inspect_run(
+    run: Path, *, data: Path | None = None, out: Path | None = None, max_images: int = 2000, device: str | None = None
+) -> Path:
+    """Writes one self-contained HTML page about a run, which may still be training.
+
+    Args:
+        run: Run folder, or a pretrained folder (then with ``data``).
+        data: Data folder with validation images. Default: that of the run.
+        out: File to write. Default: ``RUN/inspect.html``.
+        max_images: Largest number of validation images that are measured, >= 1.
+        device: Device of the tokenizer. Default: the CPU.
+
+    Returns:
+        The written file.
+
+    Raises:
+        FileNotFoundError: if the folder holds no stage, or the data do not exist.
+        ValueError: if a recipe or a pretrained folder is invalid.
+    """
+    if not run.is_dir():
+        raise FileNotFoundError(f"run {run}: no such folder; name a run folder, such as runs/NAME")
+    recipes = {stage: read_run_recipe(run / stage / "config.yaml") for stage in ("tokenizer", "transformer")}
+    logs = {stage: read_logs(run / stage) for stage in recipes}
+    with tempfile.TemporaryDirectory() as temporary:  # 1.
+        tokenizer, notes = _find_tokenizer(run, Path(temporary), data)
+        if tokenizer is None and not any(each.scalars for each in logs.values()):
+            raise FileNotFoundError(
+                f"run {run} has neither logs nor a tokenizer; name a run folder (runs/NAME) or a pretrained folder"
+            )
+        measured, codes = None, ""
+        if tokenizer is not None:
+            path = _find_data(recipes, data, notes)
+            measured, codes = _inspect_codes(tokenizer, path, max_images, device)
+    stage_1 = _Stage(run / "tokenizer", logs["tokenizer"], recipes["tokenizer"])
+    stage_2 = _Stage(run / "transformer", logs["transformer"], recipes["transformer"])
+    problems = find_in_tokenizer(stage_1.logs, stage_1.recipe, measured)
+    problems += find_in_transformer(stage_2.logs)
+    sections = [
+        _problems_section(problems, stage_1.folder),
+        make_section("Stage 1: the tokenizer", stage_1.charts(), notes=[*notes, *stage_1.logs.notes]),
+    ]
+    sections.append(codes)
+    sections.append(make_section("Stage 2: the transformer", stage_2.charts(), notes=stage_2.logs.notes))
+    for stage in (stage_1, stage_2):
+        sections.append(make_section(f"Pictures during training: {stage.folder.name}", stage.pictures()))
+    out = run / "inspect.html" if out is None else out
+    write_text(out, format_html(f"maskgit inspect: {printable(run.resolve().name)}", sections))
+    return out
+
+
+def _problems_section(problems: Sequence[Problem], folder: Path) -> str:
+    parts = []
+    for problem in problems:
+        advice = "; or ".join(problem.advice)
+        parts.append(f'<p class="problem"><b>{quote(problem.text)}.</b> Try: {quote(advice)}.</p>')
+    if not parts:
+        parts.append('<p class="healthy">Nothing is outside of its healthy range.</p>')
+    for text in read_reports(folder):
+        parts.append(f'<p class="problem">{quote(text)}</p>')
+    return f"<section><h2>What looks wrong, and what to try</h2>{''.join(parts)}</section>\n"
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """The folder, the logs and the recipe of a stage."""
+
+    folder: Path
+    logs: Logs
+    recipe: Mapping[str, Any]
+
+    def charts(self) -> list[str]:
+        """Draws each metric: training and validation in one chart, and ranges such as mask ratios in one chart."""
+        grouped: dict[str, dict[str, dict[int, float]]] = {}
+        for name, values in sorted(self.logs.scalars.items()):
+            split, _, rest = name.partition("/")
+            metric, _, part = rest.partition("/")
+            title = f"{metric} by part" if part else metric or split
+            grouped.setdefault(title, {})[part or split] = values
+        charts = [line_chart(title, lines) for title, lines in grouped.items()]
+        return charts[:_MAX_CHARTS]
+
+    def pictures(self) -> list[str]:
+        """Shows the pictures of the event files, evenly spaced over the steps."""
+        shown = []
+        for name, pictures in sorted(self.logs.pictures.items())[:4]:
+            steps = sorted(pictures)
+            count = min(len(steps), _SHOWN_PICTURES)
+            chosen = sorted({steps[number * (len(steps) - 1) // max(1, count - 1)] for number in range(count)})
+            for step in chosen:
+                png = safe_png(pictures[step])
+                title = f"{printable(name)} at step {step}"
+                if png is not None:
+                    shown.append(embed_png(title, png, description=f"{title}, a grid of images"))
+        return shown
+
+
+def _codes_section(tokenizer: PretrainedTokenizer, measured: CodeUse, class_names: tuple[str, ...]) -> str:
+    names = {label: class_names[label] if label < len(class_names) else str(label) for label in measured.psnr_of_class}
+    by_psnr = sorted(measured.psnr_of_class.items(), key=lambda pair: pair[1])[:_SHOWN_CLASSES]
+    bars = [(names[label], value) for label, value in by_psnr if value < 1000]
+    size = len(measured.counts)
+    note = (
+        f"{measured.num_images} validation images: {(measured.counts > 0).sum()} of {size} codes occur "
+        f"({measured.usage:.1%}), perplexity {measured.perplexity:.1f}."
+    )
+    parts = [
+        draw_histogram(measured.counts),
+        draw_atlas(tokenizer, measured.counts),
+        bar_chart("PSNR by class, the lowest first", bars, unit="dB"),
+        draw_worst(measured.worst, measured.worst_reconstructions),
+    ]
+    return make_section("The codes on validation images", parts, notes=[note])
+
+
+def _find_tokenizer(run: Path, temporary: Path, data: Path | None) -> tuple[Path | None, list[str]]:
+    """Returns the pretrained tokenizer folder of a run, and notes about where it comes from."""
+    for folder in (run / "pretrained" / "tokenizer", run / "tokenizer", run):
+        if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
+            return folder, []
+    if not (run / "tokenizer" / "checkpoints").is_dir():
+        return None, []
+    try:
+        export(run, stage="tokenizer", data=data, out=temporary / "pretrained")
+    except FileNotFoundError as error:
+        return None, [f"The codes are not shown: {printable(error)}"]
+    return temporary / "pretrained" / "tokenizer", ["The codes are those of the newest checkpoint."]
+
+
+def _find_data(recipes: Mapping[str, Mapping[str, Any]], data: Path | None, notes: list[str]) -> Path | None:
+    """Returns the data folder; None and a note if the run names none."""
+    known = (_value(recipe, "data", "path") for recipe in recipes.values())
+    path = data or next((Path(each) for each in known if isinstance(each, str)), None)
+    if path is None:
+        notes.append("The codes are not shown: the folder names no data; choose them with --data.")
+    return path
+
+
+def _inspect_codes(folder: Path, data: Path | None, max_images: int, device: str | None) -> tuple[CodeUse | None, str]:
+    """Returns the measurements of a tokenizer, and their section; nothing without data."""
+    if data is None:
+        return None, ""
+    tokenizer = load_tokenizer(folder)
+    tokenizer.network.to(device or "cpu")
+    images = open_images(data, tokenizer.image_size, tokenizer.network.config.in_channels)
+    measured = measure_codes(tokenizer, images.val_dataloader(), max_images=max_images)
+    return measured, _codes_section(tokenizer, measured, images.class_names)
+
+
+def _value(tree: Any, *keys: str) -> Any:
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree

@@ -1,0 +1,212 @@
+"""The page of a run shows what was logged and measured, loads nothing, and shows hostile names and files safely."""
+
+import json
+import re
+import struct
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from maskgit_pl.cli import main
+from maskgit_pl.data import Batch
+from maskgit_pl.evaluation.inspection import inspect_run
+from maskgit_pl.evaluation.inspection.charts import bar_chart, line_chart
+from maskgit_pl.evaluation.inspection.code_use import measure_codes, picture_codes
+from maskgit_pl.evaluation.inspection.event_files import Logs, read_logs
+from maskgit_pl.evaluation.inspection.findings import find_in_tokenizer, find_in_transformer, read_reports
+from maskgit_pl.evaluation.inspection.pictures import safe_png
+from maskgit_pl.shards.images import encode_png
+from tests.conftest import tiny_tokenizer
+
+MARKUP = "<script>alert(1)</script>\"'&\x1b"
+
+
+class Tags(HTMLParser):
+    """Collects the elements of a page, and fails on those that are not closed in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.seen, self.attributes = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append(tag)
+        self.attributes += [(tag, *pair) for pair in attrs]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.seen.append(tag)
+        self.attributes += [(tag, *pair) for pair in attrs]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def parsed(page):
+    tags = Tags()
+    tags.feed(page)
+    assert tags.open == []
+    return tags
+
+
+def write_events(folder: Path, values, *, picture=None, name="samples"):
+    """Writes an event file with values by name and step, as training does."""
+    logger = TensorBoardLogger(folder, name="", version="")
+    for step in sorted({step for each in values.values() for step in each}):
+        logger.log_metrics({tag: each[step] for tag, each in values.items() if step in each}, step)
+    if picture is not None:
+        logger.experiment.add_image(name, picture, 10, dataformats="HWC")
+    logger.experiment.close()
+
+
+def test_a_page_of_both_stages_shows_metrics_codes_and_pictures(tiny_pretrained, tiny_shards, tmp_path):
+    run = tmp_path / "run"
+    (run / "pretrained").mkdir(parents=True)
+    (run / "pretrained" / "tokenizer").symlink_to(tiny_pretrained / "tokenizer")
+    write_events(run / "tokenizer", {"train/perplexity": {50: 2.0, 100: 3.0}, "val/perplexity": {100: 2.5}})
+    ratios = {f"train/loss/mask-ratio-{low:.2f}-{low + 0.25:.2f}": {50: 5.0 - low} for low in (0.0, 0.25)}
+    picture = torch.full((8, 8, 3), 9, dtype=torch.uint8).numpy()
+    write_events(run / "transformer", {**ratios, "train/gradient_norm": {50: 1.0}}, picture=picture)
+    out = inspect_run(run, data=tiny_shards, max_images=7)
+    page = out.read_text()
+    tags = parsed(page)
+    assert out == run / "inspect.html"
+    for text in ("perplexity", "loss by part", "mask-ratio-0.25-0.50", "gradient_norm", "samples at step 10",
+                 "7 validation images", "PSNR by class", "worst reconstructions", "Atlas of"):  # fmt: skip
+        assert text in page, text
+    assert all(alt for tag, key, alt in tags.attributes if tag == "img" and key == "alt")
+    assert tags.seen.count("svg") == sum(key == "aria-label" for _, key, _ in tags.attributes)
+
+
+def test_the_page_loads_and_runs_nothing(tiny_pretrained, tiny_shards, tmp_path):
+    out = inspect_run(tiny_pretrained, data=tiny_shards, out=tmp_path / "page.html", max_images=4)
+    tags = parsed(out.read_text())
+    assert not {"script", "link", "iframe", "object", "form", "a"} & set(tags.seen)
+    assert all(
+        value.startswith("data:image/png;base64,") for _, key, value in tags.attributes if key in ("src", "href")
+    )
+    assert not [key for _, key, _ in tags.attributes if key.startswith("on")]
+    assert ("meta", "content", "default-src 'none'; img-src data:; style-src 'unsafe-inline'") in tags.attributes
+
+
+def test_names_with_markup_are_text(tmp_path):
+    run = tmp_path / "<b>run"
+    write_events(run / "tokenizer", {f"train/{MARKUP}": {1: 1.0}, "train/x": {1: float("nan"), 2: float("inf")}})
+    (run / "tokenizer" / "health.json").write_text(json.dumps([{"step": MARKUP, "text": MARKUP}, 3]))
+    page = inspect_run(run).read_text()
+    tags = parsed(page)
+    assert "script" not in tags.seen
+    assert "b" not in {tag for tag in tags.seen if tag == "b"} or "<b>run" not in page
+    assert "&lt;script&gt;" in page
+    assert "\x1b" not in page
+
+
+@pytest.mark.parametrize(
+    ("content", "note"),
+    [
+        (b"", ""),
+        (b"\x00" * 11, ""),
+        (struct.pack("<QI", 2**40, 0) + b"x" * 100, "a record must have at most"),
+        (struct.pack("<QI", 50, 0) + b"x" * 20, ""),  # still being written
+        (struct.pack("<QI", 8, 0) + b"\xff" * 8 + b"\0" * 4, "a record is damaged"),
+    ],
+)
+def test_damaged_event_files_are_read_as_far_as_they_go(tmp_path, content, note):
+    write_events(tmp_path, {"train/x": {1: 2.0}})
+    (tmp_path / "events.out.tfevents.9999999999.bad").write_bytes(content)
+    logs = read_logs(tmp_path)
+    assert logs.scalars["train/x"] == {1: 2.0}
+    assert note in " ".join(logs.notes)
+    assert bool(logs.notes) == bool(note)
+
+
+def test_a_step_that_is_logged_twice_has_its_later_value(tmp_path):
+    write_events(tmp_path, {"train/x": {1: 1.0, 2: 2.0}})
+    first = next(tmp_path.glob("events*"))
+    first.rename(tmp_path / "events.out.tfevents.1.a")
+    write_events(tmp_path, {"train/x": {2: 5.0, 3: 6.0}})
+    assert read_logs(tmp_path).scalars["train/x"] == {1: 1.0, 2: 5.0, 3: 6.0}
+    assert read_logs(tmp_path).last("train") == {"x": 6.0}
+
+
+def test_codes_are_counted_and_images_judged():
+    tokenizer = tiny_tokenizer()
+    channels, size = tokenizer.network.config.in_channels, tokenizer.image_size
+    generator = torch.Generator().manual_seed(0)
+    content = torch.randint(256, (6, channels, size, size), generator=generator, dtype=torch.uint8)
+    index = torch.arange(6)
+    valid = index < 5
+    found = measure_codes(tokenizer, [Batch(content, index % 2, index, index * 0, index, valid)], max_images=4)
+    assert found.num_images == 4
+    tokens = tokenizer.encode(content[:4])
+    assert torch.equal(found.counts, torch.bincount(tokens.flatten(), minlength=len(found.counts)))
+    errors = ((tokenizer.decode(tokens).double() - content[:4].double()) / 255).square().flatten(1).mean(1)
+    assert torch.equal(found.worst, content[:4][errors.argsort(descending=True)])
+    assert found.psnr_of_class[1] == pytest.approx(float(-10 * errors[1::2].mean().log10()))
+    assert len(picture_codes(tokenizer, torch.arange(3)).unique(dim=0)) == 3  # each code has its picture
+
+
+def test_the_rules_of_the_alarms_judge_the_last_values():
+    recipe = {
+        "trainer": {"max_steps": 1000, "log_every_n_steps": 50},
+        "data": {"global_batch": 100},
+        "model": {"network": {"codebook_size": 16, "quantizer": {"name": "ema", "restart_below": 0.0}}},
+    }
+    logs = Logs({"train/codebook_usage": {100: 0.1}})
+    assert find_in_tokenizer(logs, recipe, None) == []  # in the grace period
+    logs.scalars["train/codebook_usage"][300] = 0.1
+    (problem,) = find_in_tokenizer(logs, recipe, None)
+    assert "restart_below (now 0" in problem.advice[0]
+    logs.scalars["train/codebook_usage"][350] = 0.9
+    assert find_in_tokenizer(logs, recipe, None) == []
+    assert find_in_tokenizer(logs, {"model": 3, "trainer": [], "health": {"patience": "x"}}, None) == []
+
+
+def test_a_rising_validation_loss_and_a_growing_gradient_are_problems():
+    falling = dict(enumerate([5.0, 4.0, 3.0, 3.1]))
+    assert find_in_transformer(Logs({"val/loss": falling})) == []
+    rising = Logs({"val/loss": {**falling, 4: 3.5}, "train/gradient_norm": dict(enumerate([1.0] * 6 + [20.0]))})
+    assert [problem.cause for problem in find_in_transformer(rising)] == ["overfitting", "gradient_norm"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"[" * 10**5, b"3", b'{"a": 1}', b"[1, null]"])
+def test_a_damaged_report_is_no_error(tmp_path, content):
+    (tmp_path / "health.json").write_bytes(content)
+    assert len(read_reports(tmp_path)) <= 1
+
+
+def test_pictures_of_a_run_are_encoded_again():
+    png = encode_png(torch.zeros(3, 4, 4, dtype=torch.uint8))
+    assert safe_png(png + b"<script>") is None or b"<script>" not in safe_png(png + b"<script>")
+    assert safe_png(b"<svg onload=alert(1)>") is None
+    assert safe_png(png).startswith(b"\x89PNG")
+
+
+def test_charts_have_a_point_for_each_value_and_text_for_those_who_do_not_see_them():
+    chart = line_chart("loss", {"train": {0: 1.0, 10: 1000.0}, "val": {5: 2.0}})
+    assert len(re.findall(r"<polyline", chart)) == 2
+    assert 'aria-label="loss over steps 0 to 10. train: 1 to 1000; val: 2 to 2"' in chart
+    assert line_chart("x", {"a": {1: float("nan")}}) == ""
+    assert (
+        len(re.search(r'points="([^"]*)"', line_chart("x", {"a": dict.fromkeys(range(10**4), 1.0)}))[1].split()) == 400
+    )
+    assert "<rect" in bar_chart("psnr", [("a<b", 2.0)], unit="dB")
+    assert bar_chart("psnr", [], unit="dB") == ""
+
+
+def test_the_command_writes_a_page_or_says_what_is_missing(tiny_pretrained, tiny_shards, tmp_path, capsys):
+    out = tmp_path / "page.html"
+    assert (
+        main(["inspect", str(tiny_pretrained), "--data", str(tiny_shards), "--out", str(out), "--num-images", "3"]) == 0
+    )
+    assert capsys.readouterr().out.strip() == str(out)
+    (tmp_path / "empty").mkdir()
+    assert main(["inspect", str(tmp_path / "empty")]) == 2
+    assert "has neither logs nor a tokenizer" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "none")]) == 2
+    assert "no such folder" in capsys.readouterr().err
+    assert main(["inspect", str(tiny_pretrained), "--num-images", "0"]) == 2
+    assert "--num-images must be >= 1, got 0" in capsys.readouterr().err
