@@ -214,7 +214,11 @@ def rename_tensors(tensors: Mapping[str, Value], origin: str) -> dict[str, Value
     return renamed
 
 
-_NEW_FIELDS = (("backbone", "bert"), ("condition_dim", 0))  # of networks, with the only behavior of version 0.1.0
+_NEW_FIELDS = (  # of networks, with the only behavior of version 0.1.0
+    ("backbone", "bert"),
+    ("condition_dim", 0),
+    ("middle_attention", True),
+)
 
 
 def restore_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,8 +14,11 @@ from maskgit_pl.decoding.selectors import TokenSelector, token_selectors
 from maskgit_pl.mask_positions import MaskPositions, mask_positions
 from maskgit_pl.mask_ratios import MaskRatio, mask_ratios
 from maskgit_pl.masking import MaskSampler
+from maskgit_pl.networks.discriminator import DiscriminatorConfig
 from maskgit_pl.networks.discriminators import discriminators
 from maskgit_pl.networks.features import feature_networks
+from maskgit_pl.networks.lpips import LPIPSSpec
+from maskgit_pl.networks.patch_discriminator import PatchDiscriminatorConfig
 from maskgit_pl.networks.perceptual import perceptual_networks
 from maskgit_pl.networks.quantizers import quantizers
 from maskgit_pl.objectives import Objective, TokenLosses, objectives
@@ -327,14 +330,31 @@ def works(made: object) -> bool:
         return bool(made(TokenLosses(torch.ones(2), torch.arange(2), 2, slopes=torch.ones(2))).isfinite())
     if isinstance(made, Corruption):
         return 0 < made.fraction < 1
-    if hasattr(made, "label"):
-        return isinstance(made.label, str)  # a feature network reads files when it is made
+    if hasattr(made, "label") or isinstance(made, LPIPSSpec):
+        return isinstance(getattr(made, "label", ""), str)  # networks of features read files when they are made
+    if isinstance(made, DiscriminatorConfig | PatchDiscriminatorConfig):
+        return works_as_discriminator(made)
+    return works_as_quantizer(made)
+
+
+def works_as_quantizer(made) -> bool:
+    """Returns True if a quantizer trains three steps with finite losses and codes."""
     levels = getattr(made, "levels", (2, 2))  # those of fsq determine its sizes
     quantizer = made.create(codebook_size=math.prod(levels), code_dim=len(levels))
     for step in range(3):
         output = quantizer(torch.randn(1, len(levels), 3, 3, generator=torch.Generator().manual_seed(step)))
         quantizer.update([output.tokens], [output.features], seed=0, step=step)
     return bool(output.loss.isfinite() and quantizer.lookup(torch.arange(4)).isfinite().all())
+
+
+def works_as_discriminator(made: DiscriminatorConfig | PatchDiscriminatorConfig) -> bool:
+    """Returns True if a discriminator gives finite logits, or refuses the size of the images by name."""
+    try:
+        with torch.device("meta"):
+            logits = made.create(in_channels=3, image_size=32)(torch.rand(2, 3, 32, 32))
+    except ValueError as error:
+        return str(error).startswith("discriminator ")
+    return logits.shape[0] == 2
 
 
 @pytest.mark.parametrize(("registry", "name", "field"), FIELDS, ids=lambda part: getattr(part, "kind", str(part)))
@@ -351,6 +371,6 @@ def test_every_value_of_every_argument_is_refused_by_name_or_works(registry, nam
             assert works(made), value
     assert refused
     for text in refused:
-        assert re.match(rf"{registry.kind} '{name}'[.: ]+{field} must be ", text), text
+        assert re.match(rf"{registry.kind} '{name}'[.: ]+({registry.kind} )?{field} must be ", text), text
         assert text.isprintable()
         assert len(text) < 400

@@ -113,8 +113,8 @@ class RunSettings:
         matmul_precision: Precision of float32 products and convolutions; ``high`` is TF32 if the device supports it.
         cpu_threads: Number of CPU threads of torch; None leaves it to torch.
         max_passes: Maximum number of passes over the training images: lowers ``trainer.max_steps`` of the recipe files
-            for small data sets, which a model would learn by heart. A flag ``--trainer.max_steps`` overrides it, and
-            None does not limit the steps.
+            for small data sets, which a model would learn by heart. A flag ``--trainer.max_steps`` overrides it.
+            None does not limit the steps, nor does a stream, of which the number of images is unknown.
 
     Raises:
         ValueError: if a number is out of range.

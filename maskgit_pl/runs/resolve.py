@@ -55,11 +55,10 @@ def _limit_passes(plan: Plan, base: Mapping[str, Any]) -> dict[str, Any]:
     The recipe's flags override both.
     """
     passes, batch = plan.recipe.get("max_passes"), plan.recipe.get("data.global_batch")
+    is_stream = plan.recipe.get("data.source") == "stream"  # of which the number of images is unknown
     steps, every = (value_at(base, f"trainer.{key}") for key in ("max_steps", "val_check_interval"))
-    if passes is None or batch is None or steps is None:
+    if passes is None or batch is None or steps is None or is_stream:
         return {}
-    if plan.recipe.get("data.source") == "stream":
-        raise ValueError("max_passes must be null with data.source: stream, whose number of images is unknown")
     images = read_manifest_summary(plan.shards).samples["train"]
     limit = max(1, passes * images // batch)
     if limit >= steps:

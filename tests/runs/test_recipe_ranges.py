@@ -43,6 +43,7 @@ TAKEN: dict[str, set[float]] = {
     "model.optimizer.learning_rate.final_fraction": {0},
     "model.optimizer.weight_decay": {0, 1.5},
     "model.ema_decay": {0},
+    "model.reconstruction_weight": {0, 1.5},
     "model.label_smoothing": {0},
     "model.flip_probability": {0},
     "model.min_mask_ratio": {0},

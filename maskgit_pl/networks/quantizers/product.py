@@ -133,7 +133,10 @@ class ProductQuantizerSpec:
         name = self.quantizer.get("name") if isinstance(self.quantizer, Mapping) else self.quantizer
         if name == "product":
             raise ValueError("quantizer of 'product' must not be 'product' again, got 'product'; raise num_groups")
-        quantizers.build(self.quantizer)
+        try:
+            quantizers.build(self.quantizer)
+        except ValueError as error:
+            raise ValueError(f"quantizer must be a registered quantizer and its arguments: {error}") from error
 
     def check(self, *, codebook_size: int, code_dim: int) -> None:
         """Checks that K is a power of G, D a multiple of G, and that the groups' quantizer can have their sizes.
