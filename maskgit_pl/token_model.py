@@ -204,7 +204,8 @@ class TokenModel(LightningModule):
             raise ValueError(f"trainer.gradient_clip_algorithm must be 'norm', got {gradient_clip_algorithm!r}")
         # 7. Clip, and vote.
         norm = clip_gradients(optimizer, gradient_clip_val)
-        self._gradient_norm = norm
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # set late
+            self._log_metrics({"train/gradient_norm": float(norm)}, self.trainer.global_step + 1)
         self._skips_update = self.step_check is not None and self.step_check.should_skip_update(self.trainer, [norm])
         if self._skips_update:
             optimizer.zero_grad()  # without gradients the step changes neither weights nor moments
@@ -383,8 +384,7 @@ class TokenModel(LightningModule):
         self.log("train/loss", loss, prog_bar=True, logger=False)
         finite = {name: each for name, each in metrics.items() if math.isfinite(each)}
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        norms = {"train/gradient_norm": float(self._gradient_norm)}
-        self._log_metrics({**finite, **norms, "learning-rate": rate}, self.trainer.global_step + 1)
+        self._log_metrics({**finite, "learning-rate": rate}, self.trainer.global_step + 1)
 
     def _log_metrics(self, metrics: dict[str, float], step: int) -> None:
         """Writes metrics to all loggers; ``step`` counts finished steps."""

@@ -187,7 +187,7 @@ def test_the_first_step_by_hand(tiny_shards, tiny_pretrained, store, tmp_path):
         logits = seen.network(tokens.masked_fill(mask, module.config.network.mask_token_id), labels, vocabulary="all")
     rows = [cross_entropy(logits[row][mask[row]], tokens[row][mask[row]], label_smoothing=0.3) for row in range(8)]
     with (tmp_path / "metrics.csv").open() as file:
-        logged = {name: float(value) for name, value in next(csv.DictReader(file)).items()}
+        logged = {name: float(value) for name, value in next(csv.DictReader(file)).items() if value}
     assert logged["train/loss"] == pytest.approx(float(torch.stack(rows).mean()), rel=1e-5)
     each = cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(8, 16)
     quarter = (mask.float().mean(1) * 4).ceil().long() - 1
