@@ -69,7 +69,9 @@ def test_the_page_is_the_one_that_the_ledger_gives(name: str) -> None:
         assert file.read_text() == text, f"{file}: `python -m tests.test_results` regenerates it"
 
 
-@pytest.mark.parametrize("file", ["results/ledger.jsonl", "docs/decoding/ledger.jsonl"])
+@pytest.mark.parametrize(
+    "file", ["results/ledger.jsonl", "results/ablations/ledger.jsonl", "docs/decoding/ledger.jsonl"]
+)
 def test_a_shipped_ledger_can_be_read(file: str) -> None:
     assert len(Ledger(RESULTS.parent / file).rows("samples")) > 40
 
