@@ -73,7 +73,7 @@ def test_the_page_is_the_one_that_the_ledger_gives(name: str) -> None:
     "file", ["results/ledger.jsonl", "results/ablations/ledger.jsonl", "docs/decoding/ledger.jsonl"]
 )
 def test_a_shipped_ledger_can_be_read(file: str) -> None:
-    assert len(Ledger(RESULTS.parent / file).rows("samples")) > 40
+    assert len(Ledger(RESULTS.parent / file).rows("samples")) > 20
 
 
 if __name__ == "__main__":
