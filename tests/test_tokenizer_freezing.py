@@ -75,7 +75,7 @@ def test_a_decoder_is_fine_tuned_from_a_pretrained_tokenizer_at_another_resoluti
     [
         ({"freeze": PARTS}, r"freeze must be one or two different parts of encoder, quantizer, decoder, got"),
         ({"freeze": ["encoder", "encoder"]}, r"freeze must be one or two different parts"),
-        ({"freeze": ["enocder"]}, r"freeze must be one of encoder, quantizer, decoder, got 'enocder'; did you mean"),
+        ({"freeze": ["encoderr"]}, r"freeze must be one of encoder, quantizer, decoder, got 'encoderr'; did you mean"),
         ({"freeze": ["encoder", "decoder"]}, r"freeze must leave weights to train, .* the quantizer ema has none"),
         (
             {"freeze": ["decoder"], "adversarial": AdversarialConfig(weight_rule="adaptive")},

@@ -81,7 +81,7 @@ def measure_codes(tokenizer: PretrainedTokenizer, batches: Iterable[Batch], *, m
             break
     if worst is None or reconstructions is None or not len(errors):
         raise ValueError("inspect: there must be at least one validation image, got none; choose others with --data")
-    classes = {int(label): psnr(float(errors[labels == label].mean())) for label in labels.unique()}
+    classes = {label: psnr(float(errors[labels == label].mean())) for label in sorted(set(labels.tolist()))}
     return CodeUse(counts, classes, worst, reconstructions, len(errors))
 
 
