@@ -194,7 +194,6 @@ MUTANTS: tuple[Mutant, ...] = (
         "networks/quantizers/binary.py",
         "networks/test_quantizers_formulas networks/test_quantizers_contract",
         ("logits = 4 * rows / spec.entropy_temperature", "logits = 2 * rows / spec.entropy_temperature"),
-        ("upper.t() @ lower", "lower.t() @ upper"),
         ("scale=code_dim**-0.5", "scale=1.0"),
         ("weight = spec.entropy_weight * spec.entropy_temperature", "weight = spec.entropy_weight"),
         ("if code_dim != bits", "if code_dim < bits"),

@@ -6,7 +6,7 @@ import torch
 from maskgit_pl import losses
 from maskgit_pl.networks.discriminator import DiscriminatorConfig
 from maskgit_pl.networks.discriminators import build_discriminator, discriminators, with_defaults
-from maskgit_pl.networks.patch_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
+from maskgit_pl.networks.patch_discriminator import ActNorm, PatchDiscriminator, PatchDiscriminatorConfig
 from maskgit_pl.tokenizer_config import AdversarialConfig
 
 SMALL = {"stylegan": {"channel_multiplier": 1 / 64}, "patchgan": {"base_channels": 4, "num_layers": 2}}
@@ -150,3 +150,11 @@ def test_a_value_without_a_name_is_stylegan():
     assert with_defaults(sizes) == with_defaults({"name": "stylegan", **sizes}) == full
     assert with_defaults("patchgan") == {"name": "patchgan", "num_layers": 3, "base_channels": 64, "norm": "group"}
     assert with_defaults({"name": "patchgann", "x": 1}) == {"name": "patchgann", "x": 1}
+
+
+def test_an_actnorm_that_is_loaded_does_not_start_again_from_the_next_batch():
+    first, second = torch.randn(4, 3, 5, 5), 7 * torch.randn(4, 3, 5, 5) + 2
+    trained, resumed = ActNorm(3), ActNorm(3)
+    trained(first)
+    resumed.load_state_dict(trained.state_dict())
+    assert torch.equal(resumed(second), trained(second))

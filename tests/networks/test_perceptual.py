@@ -6,9 +6,10 @@ import pytest
 import timm
 import torch
 import torchvision
+from torch import nn
 from torch.nn import functional as F  # its usual name
 
-from maskgit_pl.networks.features import feature_networks
+from maskgit_pl.networks.features import FeatureOutput, feature_networks
 from maskgit_pl.networks.perceptual import FeatureDistance, build_perceptual, create_distance, perceptual_networks
 from maskgit_pl.tokenizer_config import PerceptualConfig
 from tests.installed_packages import install
@@ -108,3 +109,17 @@ class FarSpec:
     assert not isinstance(create_distance("far"), FeatureDistance)
     assert create_distance("far")(torch.zeros(2, 1, 4, 4), torch.ones(2, 1, 4, 4)).tolist() == [1, 1]
     assert build_perceptual("far").min_image_size == 1
+
+
+class Outputs(nn.Module):
+    """A feature network: its features are the pixels, its logits are twice the pixels."""
+
+    def forward(self, images):
+        return FeatureOutput(features=images.flatten(1), logits=2 * images.flatten(1))
+
+
+@pytest.mark.parametrize(("output", "factor"), [("features", 1), ("logits", 4)])
+def test_the_named_output_is_compared(output, factor):
+    images, others = torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4)
+    expected = factor * (images - others).square().flatten(1).mean(1)
+    assert torch.allclose(FeatureDistance(Outputs(), output)(images, others), expected)

@@ -337,3 +337,10 @@ def test_kmeans_starts_from_different_features_and_depends_on_the_seed():
 def test_a_wrong_value_is_refused_with_the_way_out(spec, message):
     with pytest.raises(ValueError, match=message):
         quantizers.build(spec)
+
+
+def test_kmeans_leaves_codes_without_features_where_they_are():
+    quantizer = build({"name": "gradient", "initial_codes": "kmeans"}, 4, 2)
+    output = quantizer(torch.full((1, 2, 3, 3), 5.0))
+    quantizer.update([output.tokens], [output.features], seed=0, step=0)
+    assert torch.equal(quantizer.codebook, torch.full((4, 2), 5.0))
