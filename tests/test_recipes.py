@@ -36,6 +36,7 @@ PARAMETERS = {
     ("transformer", "adaln-l"): 479_933_441,
     ("transformer", "adaln"): 1_272_961,
     ("tokenizer", "64px"): 288_696,
+    ("tokenizer", "collapse"): 107_428,
     ("transformer", "1h"): 1_290_108,
     ("transformer", "paper-256"): 172_457_193,
     ("transformer", "paper-512"): 173_047_017,

@@ -150,19 +150,23 @@ class HealthMonitor(Callback):
         self._hook = quantizer.register_forward_hook(observe)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Stops to observe the quantizer."""
         if self._hook is not None:
             self._hook.remove()
         self._hook = self._last = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Removes the reports of another run in the same folder, before the first step."""
         self._measured_step = trainer.global_step
         if not trainer.global_step and trainer.is_global_zero:
             (self.folder / FILE_NAME).unlink(missing_ok=True)  # of another run in the same folder
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._last = None  # frees the features before the next forward pass
+        """Frees the features of the last micro-batch."""
+        self._last = None
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Measures and judges at logging steps."""
         # A micro-batch that ends no step leaves global_step as it is.
         is_logged = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # added at run time
         if is_logged and trainer.global_step > self._measured_step:
@@ -176,6 +180,7 @@ class HealthMonitor(Callback):
                 self._judge(trainer, metrics, context_of(pl_module), num_tokens)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measures before a validation."""
         # The counts continue, so that a resumed run, which may repeat no validation, has the same ones.
         if not trainer.sanity_checking and trainer.global_step > self._measured_step:
             self._measure(trainer, pl_module)

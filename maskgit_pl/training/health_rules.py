@@ -242,13 +242,13 @@ def _advise_on_codes(context: HealthContext) -> list[str]:
             f"raise {key}.restart_below (now {restart:g}; {_RESTART_BELOW} replaces codes that fewer than a fifth of "
             "their share of features use)"
         )
-    if entropy == 0:
-        advice.append(f"set {key}.entropy_weight above 0 (0.1 in the released configuration)")
     others = [name for name in ("simvq", "fsq") if name in context.known_quantizers and name != context.quantizer]
     if context.quantizer != "ema":
         others.insert(0, f"{{name: ema, restart_below: {_RESTART_BELOW}}}")
     if others and context.has_codebook:
         advice.append(f"use {key} {' or '.join(others)}, which keeps its codes in use")
+    if entropy == 0:
+        advice.append(f"set {key}.entropy_weight above 0 (0.1 in the released configuration)")
     advice += _lower_rate(context)
     advice.append("use a smaller model.network.codebook_size or code_dim")
     return advice

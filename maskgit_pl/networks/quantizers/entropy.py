@@ -39,13 +39,24 @@ class LossNumbers(Protocol):
     """The fields that ``check_losses`` reads."""
 
     @property
-    def commitment(self) -> float: ...
+    def commitment(self) -> float:
+        """The weight of the commitment loss."""
+        ...
+
     @property
-    def entropy_weight(self) -> float: ...
+    def entropy_weight(self) -> float:
+        """The weight of the entropy loss."""
+        ...
+
     @property
-    def entropy_temperature(self) -> float: ...
+    def entropy_temperature(self) -> float:
+        """The divisor of the affinity."""
+        ...
+
     @property
-    def entropy_kind(self) -> EntropyKind: ...
+    def entropy_kind(self) -> EntropyKind:
+        """The form of the assignment."""
+        ...
 
 
 def entropy_loss(affinity: Tensor, *, temperature: float, kind: EntropyKind = "softmax") -> Tensor:
