@@ -220,11 +220,18 @@ MUTANTS: tuple[Mutant, ...] = (
         ("scale * (rows", "(rows"),
     ),
     *_of(
-        "networks/quantizers/product.py",
+        "networks/quantizers/composite.py",
         "networks/test_quantizers_formulas networks/test_quantizers_contract",
-        ("(seed + group * _SEED_STEP) % 2**32", "seed"),
-        ("tokens // size**number % size", "tokens // size**number"),
+        ("(seed + part * _SEED_STEP) % 2**32", "seed"),
+        ("tokens // self._base**number % self._base", "tokens // self._base**number"),
         ("for output in outputs]).mean()", "for output in outputs]).sum()"),
+    ),
+    *_of(
+        "networks/quantizers/residual.py",
+        "networks/test_quantizers_formulas networks/test_quantizers_contract",
+        ("super()._digits(tokens)[::-1]", "super()._digits(tokens)"),
+        ("outputs[-1].tokens, residual).detach()", "outputs[-1].tokens, residual)"),
+        ("residuals = [part - _codes(level, level.nearest(part), part) for part in residuals]", "pass"),
     ),
     *_of(
         "networks/quantizers/batch_statistics.py",

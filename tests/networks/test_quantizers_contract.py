@@ -24,6 +24,14 @@ OTHERS = {  # specs and sizes (K, D) that are not a name of 16 codes of size 4
     "gradient kmeans": ({"name": "gradient", "initial_codes": "kmeans"}, 16, 4),
     "product of ema": ({"name": "product", "num_groups": 3, "quantizer": "ema"}, 8, 6),
     "product of gumbel": ({"name": "product", "quantizer": {"name": "gumbel", "kl_weight": 0.1}}, 16, 4),
+    "residual of gradient": ({"name": "residual", "num_levels": 3, "quantizer": "gradient"}, 8, 4),
+    "residual of kmeans": ({"name": "residual", "quantizer": {"name": "gradient", "initial_codes": "kmeans"}}, 16, 4),
+    "residual of rotation": (
+        {"name": "residual", "quantizer": {"name": "ema", "gradient_estimator": "rotation"}},
+        16,
+        4,
+    ),
+    "residual of simvq": ({"name": "residual", "quantizer": "simvq"}, 16, 4),
     "ema entropy": ({"name": "ema", "entropy_weight": 0.1}, 16, 4),
     "gumbel hard": ({"name": "gumbel", "form": "hard"}, 16, 4),
 }
@@ -125,6 +133,10 @@ def test_every_code_is_the_nearest_to_itself(case):
     quantizer = build(case)
     if case == "ibq":  # the largest inner product is the nearest code where all lengths are equal
         quantizer.codebook.data = torch.nn.functional.normalize(quantizer.codebook.data, dim=1)
+    if case.startswith("residual"):  # each level is finer than the one before
+        for number, level in enumerate(quantizer.levels):
+            for value in (*level.parameters(), *level.buffers()):
+                value.data *= 0.01**number
     tokens = quantizer.nearest(features_of_codes(case, quantizer))
     assert torch.equal(tokens[0], torch.arange(quantizer.codebook_size))
 
@@ -232,6 +244,11 @@ def test_an_exported_tokenizer_encodes_and_decodes_the_same(case, tmp_path):
         ("bsq", (64, 8), "code_dim must be 6"),
         ({"name": "product", "num_groups": 3}, (100, 6), r"codebook_size must be k\^3 .* got 100; 125 = 5\^3 fits"),
         ({"name": "product", "num_groups": 3}, (64, 8), "code_dim must be a multiple of 3 .* got 8; 9 fits"),
+        (
+            {"name": "residual", "num_levels": 3},
+            (100, 6),
+            r"codebook_size must be k\^3 .* 3 levels, got 100; 125 = 5\^3",
+        ),
         ({"name": "product", "quantizer": "lfq"}, (64, 8), "each group .* 8 codes: .* code_dim must be 3"),
     ],
 )

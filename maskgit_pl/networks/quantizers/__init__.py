@@ -25,6 +25,7 @@ from maskgit_pl.networks.quantizers.estimators import GradientEstimator
 from maskgit_pl.networks.quantizers.fsq import FSQ, FSQSpec
 from maskgit_pl.networks.quantizers.gumbel import GumbelQuantizer, GumbelQuantizerSpec
 from maskgit_pl.networks.quantizers.product import ProductQuantizer, ProductQuantizerSpec
+from maskgit_pl.networks.quantizers.residual import ResidualQuantizer, ResidualQuantizerSpec
 from maskgit_pl.networks.quantizers.similarity import IBQ, IBQSpec, SimVQ, SimVQSpec
 
 __all__ = [
@@ -50,6 +51,8 @@ __all__ = [
     "Quantizer",
     "QuantizerOutput",
     "QuantizerSpec",
+    "ResidualQuantizer",
+    "ResidualQuantizerSpec",
     "SimVQ",
     "SimVQSpec",
     "SizedQuantizerSpec",

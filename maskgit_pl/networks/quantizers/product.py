@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from maskgit_pl.checks import check_integer
-from maskgit_pl.networks.quantizers.base import Quantizer, QuantizerOutput, build_sized, quantizers
+from maskgit_pl.networks.quantizers.base import Quantizer, QuantizerOutput, quantizers
+from maskgit_pl.networks.quantizers.composite import CompositeQuantizer, check_inner, inner_size
 
 __all__ = ["ProductQuantizer", "ProductQuantizerSpec"]
 
-_SEED_STEP = 0x9E3779B9  # odd, so that the seeds of the groups are different
+_REFUSED = {
+    "product": " again, got 'product'; raise num_groups",
+    "residual": ", got 'residual'; take product or residual",
+}
 
 
-class ProductQuantizer(Quantizer):
+class ProductQuantizer(CompositeQuantizer):
     """A quantizer of groups of channels; see ``ProductQuantizerSpec``.
 
     Args:
@@ -25,13 +29,13 @@ class ProductQuantizer(Quantizer):
     """
 
     def __init__(self, groups: Sequence[Quantizer]) -> None:
-        first = groups[0]
-        super().__init__(codebook_size=first.codebook_size ** len(groups), code_dim=first.code_dim * len(groups))
+        super().__init__(groups, code_dim=groups[0].code_dim * len(groups))
         self.groups = nn.ModuleList(groups)
 
     @property
-    def _quantizers(self) -> list[Quantizer]:
-        return [cast(Quantizer, group) for group in self.groups]
+    def parts(self) -> nn.ModuleList:
+        """The quantizers of the groups; the first gives the lowest digit of a token."""
+        return self.groups
 
     def nearest(self, features: Tensor) -> Tensor:
         """Returns the token of each place: sum_g t_g k^g, t_g the token of group g of k codes.
@@ -53,56 +57,23 @@ class ProductQuantizer(Quantizer):
     def forward(self, features: Tensor) -> QuantizerOutput:
         """Quantizes features (B, D, h, w); the loss is the mean over groups."""
         outputs = [group(part) for group, part in zip(self._quantizers, self._split(features), strict=True)]
-        names = dict.fromkeys(name for group in self._quantizers for name in group.losses)
-        losses = [[group.losses[name] for group in self._quantizers if name in group.losses] for name in names]
-        # A name that only some groups have counts as 0 in the others.
-        self.losses = {
-            name: torch.stack(values).sum() / len(outputs) for name, values in zip(names, losses, strict=True)
-        }
         return QuantizerOutput(
             torch.cat([output.quantized for output in outputs], dim=1),
             self._join([output.tokens for output in outputs]),
-            torch.stack([output.loss for output in outputs]).mean(),
+            self._mean_loss(outputs),
             features.detach().float(),
         )
 
-    def begin_micro_batch(self, *, seed: int, step: int, micro_batch: int) -> None:
-        """Tells each group which random numbers its next training forward draws; each has a seed of its own."""
-        for number, group in enumerate(self._quantizers):
-            group.begin_micro_batch(seed=_seed_of(seed, number), step=step, micro_batch=micro_batch)
-
     def update(self, tokens: Sequence[Tensor], features: Sequence[Tensor], *, seed: int, step: int) -> None:
         """Updates each group from its part of a global batch; see ``Quantizer.update``."""
-        digits = [self._digits(part) for part in tokens]
-        channels = [self._split(part) for part in features]
-        for number, group in enumerate(self._quantizers):
-            group.update(
-                [part[number] for part in digits],
-                [part[number] for part in channels],
-                seed=_seed_of(seed, number),
-                step=step,
-            )
+        digits = zip(*(self._digits(part) for part in tokens), strict=True)
+        channels = zip(*(self._split(part) for part in features), strict=True)
+        for number, (digit, part) in enumerate(zip(digits, channels, strict=True)):
+            self._update_part(number, digit, part, seed=seed, step=step)
 
     def _split(self, features: Tensor) -> tuple[Tensor, ...]:
         """Returns the channels of each group, (B, D / G, h, w)."""
         return features.chunk(len(self.groups), dim=1)
-
-    def _join(self, digits: Sequence[Tensor]) -> Tensor:
-        """Returns the flat tokens of the groups' tokens."""
-        size = self._quantizers[0].codebook_size
-        joined = torch.zeros_like(digits[0])
-        for number, digit in enumerate(digits):
-            joined = joined + digit * size**number
-        return joined
-
-    def _digits(self, tokens: Tensor) -> list[Tensor]:
-        """Returns the groups' tokens of flat tokens."""
-        size = self._quantizers[0].codebook_size
-        return [tokens // size**number % size for number in range(len(self.groups))]
-
-
-def _seed_of(seed: int, group: int) -> int:
-    return (seed + group * _SEED_STEP) % 2**32
 
 
 @quantizers.register("product")
@@ -116,10 +87,10 @@ class ProductQuantizerSpec:
 
     Attributes:
         num_groups: G, in [2, 16].
-        quantizer: Name or mapping of the quantizer of each group; not ``product`` again.
+        quantizer: Name or mapping of the quantizer of each group; not ``product`` again, nor ``residual``.
 
     Raises:
-        ValueError: if a value is out of range, or the quantizer is unknown or ``product``.
+        ValueError: if a value is out of range, or the quantizer is unknown or does not fit.
 
     Source: Jegou et al., "Product quantization for nearest neighbor search", PAMI 2011; in tokenizers, for example
     Guo et al., arXiv:2406.02940 (grouped codes).
@@ -130,13 +101,7 @@ class ProductQuantizerSpec:
 
     def __post_init__(self) -> None:
         check_integer("num_groups", self.num_groups, "[2, 16]")
-        name = self.quantizer.get("name") if isinstance(self.quantizer, Mapping) else self.quantizer
-        if name == "product":
-            raise ValueError("quantizer of 'product' must not be 'product' again, got 'product'; raise num_groups")
-        try:
-            quantizers.build(self.quantizer)
-        except ValueError as error:
-            raise ValueError(f"quantizer must be a registered quantizer and its arguments: {error}") from error
+        check_inner("product", self.quantizer, _REFUSED)
 
     def check(self, *, codebook_size: int, code_dim: int) -> None:
         """Checks that K is a power of G, D a multiple of G, and that the groups' quantizer can have their sizes.
@@ -144,7 +109,7 @@ class ProductQuantizerSpec:
         Raises:
             ValueError: if not.
         """
-        self._build(codebook_size, code_dim)
+        self._size(codebook_size, code_dim)
 
     def create(self, *, codebook_size: int, code_dim: int) -> Quantizer:
         """Builds the module.
@@ -152,26 +117,22 @@ class ProductQuantizerSpec:
         Raises:
             ValueError: if K or D does not fit the groups.
         """
-        size = self._build(codebook_size, code_dim)
+        size = self._size(codebook_size, code_dim)
         spec, dim = quantizers.build(self.quantizer), code_dim // self.num_groups
         return ProductQuantizer([spec.create(codebook_size=size, code_dim=dim) for _ in range(self.num_groups)])
 
-    def _build(self, codebook_size: int, code_dim: int) -> int:
+    def _size(self, codebook_size: int, code_dim: int) -> int:
         """Returns k, after all checks."""
         groups = self.num_groups
-        size: int = max(2, round(codebook_size ** (1 / groups)))
-        if size**groups != codebook_size:
-            raise ValueError(
-                f"network codebook_size must be k^{groups} for quantizer 'product' of {groups} groups, got "
-                f"{codebook_size}; {size**groups} = {size}^{groups} fits"
-            )
         if code_dim % groups:
             raise ValueError(
                 f"network code_dim must be a multiple of {groups} for quantizer 'product' of {groups} groups, got "
                 f"{code_dim}; {max(1, round(code_dim / groups)) * groups} fits"
             )
-        try:
-            build_sized(self.quantizer, codebook_size=size, code_dim=code_dim // groups)
-        except ValueError as error:
-            raise ValueError(f"each group of quantizer 'product' has {size} codes: {error}") from error
-        return size
+        return inner_size(
+            "product",
+            self.quantizer,
+            parts=(groups, "group"),
+            codebook_size=codebook_size,
+            code_dim=code_dim // groups,
+        )
