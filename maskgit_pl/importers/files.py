@@ -19,7 +19,7 @@ __all__ = [
 
 Format = Literal["msgpack", "pickle", "safetensors", "zip"]
 
-TOKENIZER_LAYOUTS = ("taming-transformers", "LlamaGen", "diffusers", "MaskBit", "Open-MAGVIT2", "IBQ")
+TOKENIZER_LAYOUTS = ("taming-transformers", "LlamaGen", "diffusers", "MaskBit", "Open-MAGVIT2", "IBQ", "open-muse")
 """The layouts of tokenizers that are imported, for flags."""
 _DIFFUSERS = tuple(f"diffusion_pytorch_model.{ending}" for ending in ("safetensors", "fp16.safetensors", "bin"))
 _HEAD = 512  # bytes; a pointer of Git LFS is shorter

@@ -1,66 +1,74 @@
-"""The layout of MaskBit's tokenizers, VQGAN+ with a table of codes or with bits. Used by ``importers.tokenizers``.
+"""Layouts of tokenizers with the network of the released MaskGIT code in torch. Used by ``importers.tokenizers``.
 
-The network is our ``VQGAN`` in layout ``maskgit`` with a 3x3 convolution of stride 2 between levels. Images are in
-[0, 1]. Without a table of codes, token k has bit i set where channel i is positive, as in our quantizer ``lfq``.
+The network is our ``VQGAN`` in layout ``maskgit``, and images are in [0, 1].
+
+- MaskBit: VQGAN+ with a 3x3 convolution of stride 2 between levels, and a table of codes or bits. Without a table,
+  token k has bit i set where channel i is positive, as in our quantizer ``lfq``.
+- open-muse: the released MaskGIT tokenizer itself, converted from JAX; TiTok decodes with the same file.
 
 Source: arXiv:2409.16211; markweberdev/maskbit, modeling/modules/autoencoder.py, modeling/conv_vqgan.py,
-modeling/quantizer and configs/tokenizer.
+modeling/quantizer and configs/tokenizer; huggingface/open-muse, muse/modeling_maskgit_vqgan.py;
+bytedance/1d-tokenizer, modeling/modules/maskgit_vqgan.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from maskgit_pl.importers.tokenizer_layout import (
     CODEBOOK,
+    LevelNames,
     TokenizerLayout,
     count_numbers,
     read_bits,
     read_shape,
-    read_widths,
 )
 from maskgit_pl.networks.vqgan import VQGANConfig
 
-__all__ = ["MASKBIT"]
+__all__ = ["MASKBIT", "OPEN_MUSE"]
 
 _GROUPS = 32  # groups of every GroupNorm
 _BITS = "quantize.bits_to_indices"
-_OUTER = {  # our layers outside the levels -> theirs
-    "stem": "conv_in",
-    "norm": "norm_out",
-    "head": "conv_out",
-}
+_MASKBIT = LevelNames(
+    block="res_blocks", middle="mid.res_blocks", downsample="down_conv", upsample="upsample_conv", lowest_first=True
+)
+# Between levels of its encoder is a mean, which has no name.
+_OPEN_MUSE = LevelNames(block="block", middle="mid", downsample="", upsample="upsample_conv")
 
 
-def _is_marked(tensors: Mapping[str, Tensor]) -> bool:
+def _is_maskbit(tensors: Mapping[str, Tensor]) -> bool:
     return "encoder.down.0.res_blocks.0.conv1.weight" in tensors
 
 
-def _read_config(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> VQGANConfig:
+def _is_open_muse(tensors: Mapping[str, Tensor]) -> bool:
+    return "encoder.down.0.block.0.conv1.weight" in tensors and "encoder.mid.0.conv1.weight" in tensors
+
+
+def _read_maskbit(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> VQGANConfig:
     """Infers the sizes of the network from the shapes of its tensors."""
-    levels = [f"encoder.down.{level}" for level in range(count_numbers(tensors, "encoder.down."))]
-    channels, multipliers = read_widths(
-        tensors, "encoder.conv_in.weight", [f"{level}.res_blocks.0.conv1.weight" for level in levels]
-    )
     has_table = CODEBOOK in tensors
     if has_table:
         codebook_size, code_dim = read_shape(tensors, CODEBOOK, axes=2)
     else:
         codebook_size, code_dim = 2 ** read_bits(tensors), read_bits(tensors)
     return VQGANConfig(
-        read_shape(tensors, "encoder.conv_in.weight", axes=4)[1],
-        base_channels=channels,
-        channel_multipliers=multipliers,
-        num_res_blocks=count_numbers(tensors, f"{levels[0]}.res_blocks."),
-        num_middle_blocks=count_numbers(tensors, "encoder.mid.res_blocks."),
-        downsampling="strided-3x3" if f"{levels[0]}.down_conv.weight" in tensors else "average",
+        **_MASKBIT.read_sizes(tensors),
+        downsampling="strided-3x3" if "encoder.down.0.down_conv.weight" in tensors else "average",
         num_groups=_GROUPS,
         codebook_size=codebook_size,
         code_dim=code_dim,
         quantizer=_quantizer(has_table=has_table),
+    )
+
+
+def _read_open_muse(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> VQGANConfig:
+    """Infers the sizes of the network from the shapes of its tensors; its losses are those of the released code."""
+    codebook_size, code_dim = read_shape(tensors, CODEBOOK, axes=2)
+    return VQGANConfig(
+        **_OPEN_MUSE.read_sizes(tensors), num_groups=_GROUPS, codebook_size=codebook_size, code_dim=code_dim
     )
 
 
@@ -69,49 +77,6 @@ def _quantizer(*, has_table: bool) -> dict[str, Any]:
     if has_table:
         return {"name": "gradient", "commitment": 0.25, "codebook_weight": 1.0, "entropy_weight": 0.0}
     return {"name": "lfq", "commitment": 0.25, "entropy_weight": 0.02, "entropy_temperature": 0.01, "diversity": 1.0}
-
-
-def _names(config: VQGANConfig, ours: tuple[str, ...]) -> dict[str, str]:
-    """Returns their name of each of our tensors, such as ``decoder.blocks.3.conv1.weight``."""
-    places = {
-        f"{half}.blocks.{number}": f"{half}.{place}"
-        for half, found in (("encoder", _encoder_places(config)), ("decoder", _decoder_places(config)))
-        for number, place in enumerate(found)
-    }
-    return {name: _name(name, places) for name in ours}
-
-
-def _name(name: str, places: Mapping[str, str]) -> str:
-    if name == "quantizer.codebook":
-        return CODEBOOK
-    half, layer, kind = name.partition(".")[0], name.split(".")[-2], name.rpartition(".")[2]
-    part = name.removesuffix(f".{layer}.{kind}")
-    if part == half:
-        return f"{half}.{_OUTER[layer]}.{kind}"
-    # Our samplings hold one convolution; theirs are convolutions of a level.
-    if places[part].endswith("_conv"):
-        return f"{places[part]}.{kind}"
-    return f"{places[part]}.{'nin_shortcut' if layer == 'shortcut' else layer}.{kind}"
-
-
-def _encoder_places(config: VQGANConfig) -> Iterator[str]:
-    """Yields their names of our encoder's blocks, in their order."""
-    last = len(config.channel_multipliers) - 1
-    for level in range(last + 1):
-        yield from (f"down.{level}.res_blocks.{block}" for block in range(config.num_res_blocks))
-        if level < last:
-            yield f"down.{level}.down_conv"
-    yield from (f"mid.res_blocks.{block}" for block in range(config.num_middle_blocks))
-
-
-def _decoder_places(config: VQGANConfig) -> Iterator[str]:
-    """Yields their names of our decoder's blocks, in their order; levels are numbered as they run."""
-    yield from (f"mid.res_blocks.{block}" for block in range(config.num_middle_blocks))
-    last = len(config.channel_multipliers) - 1
-    for level in range(last + 1):
-        yield from (f"up.{level}.res_blocks.{block}" for block in range(config.num_res_blocks))
-        if level < last:
-            yield f"up.{level}.upsample_conv"
 
 
 def _prepare(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -133,10 +98,18 @@ def _prepare(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 MASKBIT = TokenizerLayout(
     name="MaskBit",
-    is_marked=_is_marked,
-    read_config=_read_config,
-    names=_names,
+    is_marked=_is_maskbit,
+    read_config=_read_maskbit,
+    names=_MASKBIT.of,
     others=(_BITS, "quantize.codebook"),  # constants of the bits
     prepare=_prepare,
     codes=(CODEBOOK, _BITS),
+)
+
+OPEN_MUSE = TokenizerLayout(
+    name="open-muse",
+    is_marked=_is_open_muse,
+    read_config=_read_open_muse,
+    names=_OPEN_MUSE.of,
+    others=(),
 )

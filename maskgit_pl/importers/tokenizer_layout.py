@@ -5,7 +5,7 @@ Used by ``importers.tokenizers``; ``importers.taming``, ``importers.maskbit`` an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 
 __all__ = [
     "CODEBOOK",
+    "LevelNames",
     "TokenizerLayout",
     "count_numbers",
     "read_bits",
@@ -64,6 +65,93 @@ class TokenizerLayout:
     convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] = _needs_no_change
     codes: tuple[str, ...] = (CODEBOOK,)
     has_average: bool = False
+
+
+@dataclass(frozen=True)
+class LevelNames:
+    """The names that a project gives to the parts of a network without self-attention, and its sizes.
+
+    The encoder's levels are ``encoder.down.0``, ..., and the decoder's ``decoder.up.0``, ...
+
+    Attributes:
+        block: Name of the residual blocks of a level.
+        middle: Name of the residual blocks of the middle.
+        downsample: Name of the convolution at the end of a level of the encoder.
+        upsample: Name of the convolution at the end of a level of the decoder.
+        norm: Name of the norms at the beginning of the decoder's levels; None if it has none.
+        lowest_first: True if the decoder's levels are numbered in the order in which they run, from the lowest
+            resolution.
+    """
+
+    block: str
+    middle: str
+    downsample: str
+    upsample: str
+    norm: str | None = None
+    lowest_first: bool = False
+
+    def read_sizes(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Reads the fields of a ``VQGANConfig`` that tell the sizes of encoder and decoder.
+
+        Raises:
+            ValueError: if a tensor is missing, or a level is no multiple of the first convolution.
+        """
+        levels = [f"encoder.down.{level}" for level in range(count_numbers(tensors, "encoder.down."))]
+        channels, multipliers = read_widths(
+            tensors, "encoder.conv_in.weight", [f"{level}.{self.block}.0.conv1.weight" for level in levels]
+        )
+        return {
+            "in_channels": read_shape(tensors, "encoder.conv_in.weight", axes=4)[1],
+            "base_channels": channels,
+            "channel_multipliers": multipliers,
+            "num_res_blocks": count_numbers(tensors, f"{levels[0]}.{self.block}."),
+            "num_middle_blocks": count_numbers(tensors, f"encoder.{self.middle}."),
+        }
+
+    def of(self, config: VQGANConfig, ours: tuple[str, ...]) -> dict[str, str]:
+        """Returns the project's name of each of our tensors, such as ``decoder.blocks.3.conv1.weight``."""
+        places = {
+            f"{half}.blocks.{number}": f"{half}.{place}"
+            for half, found in (("encoder", self._encoder(config)), ("decoder", self._decoder(config)))
+            for number, place in enumerate(found)
+        }
+        return {name: _name(name, places) for name in ours}
+
+    def _encoder(self, config: VQGANConfig) -> Iterator[str]:
+        """Yields the project's names of our encoder's blocks, in their order."""
+        last = len(config.channel_multipliers) - 1
+        for level in range(last + 1):
+            yield from (f"down.{level}.{self.block}.{block}" for block in range(config.num_res_blocks))
+            if level < last:
+                yield f"down.{level}.{self.downsample}"
+        yield from (f"{self.middle}.{block}" for block in range(config.num_middle_blocks))
+
+    def _decoder(self, config: VQGANConfig) -> Iterator[str]:
+        """Yields the project's names of our decoder's blocks, in their order."""
+        yield from (f"{self.middle}.{block}" for block in range(config.num_middle_blocks))
+        last = len(config.channel_multipliers) - 1
+        for level in range(last, -1, -1):
+            number = last - level if self.lowest_first else level
+            if self.norm:
+                yield f"{self.norm}.{number}"
+            yield from (f"up.{number}.{self.block}.{block}" for block in range(config.num_res_blocks))
+            if level > 0:
+                yield f"up.{number}.{self.upsample}"
+
+
+_OUTER = {"stem": "conv_in", "norm": "norm_out", "head": "conv_out"}  # our layers outside the levels -> theirs
+
+
+def _name(name: str, places: Mapping[str, str]) -> str:
+    layer, _, kind = name.rpartition(".")
+    part, _, inner = layer.rpartition(".")
+    if layer == "quantizer":
+        return CODEBOOK
+    if layer in places or inner == "conv":  # a sampling, whose only layer is a convolution
+        return f"{places[layer if layer in places else part]}.{kind}"
+    if part in places:
+        return f"{places[part]}.{'nin_shortcut' if inner == 'shortcut' else inner}.{kind}"
+    return f"{part}.{_OUTER[inner]}.{kind}"
 
 
 def tokenizer_weights(tensors: Mapping[str, Tensor], config: VQGANConfig, layout: TokenizerLayout) -> dict[str, Tensor]:

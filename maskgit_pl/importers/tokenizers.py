@@ -21,7 +21,7 @@ from maskgit_pl.checks import check_choice, shorten
 from maskgit_pl.files import write_folder
 from maskgit_pl.importers.files import TOKENIZER_LAYOUTS, check_out, find_weights
 from maskgit_pl.importers.magvit2 import OPEN_MAGVIT2
-from maskgit_pl.importers.maskbit import MASKBIT
+from maskgit_pl.importers.maskbit import MASKBIT, OPEN_MUSE
 from maskgit_pl.importers.taming import DIFFUSERS, IBQ, LLAMAGEN, TAMING
 from maskgit_pl.importers.tokenizer_layout import TokenizerLayout, tokenizer_weights
 from maskgit_pl.importers.torch_file import name_some, read_checkpoint
@@ -31,7 +31,7 @@ from maskgit_pl.pretrained import save_tokenizer
 
 __all__ = ["ImportedTokenizer", "import_tokenizer", "tokenizer_layout_of"]
 
-_LAYOUTS = (TAMING, LLAMAGEN, DIFFUSERS, MASKBIT, OPEN_MAGVIT2, IBQ)
+_LAYOUTS = (TAMING, LLAMAGEN, DIFFUSERS, MASKBIT, OPEN_MAGVIT2, IBQ, OPEN_MUSE)
 # Entries that hold the tensors; as in LlamaGen, its average comes before "model".
 _WEIGHTS = ("state_dict", "ema", "model")
 _MAX_SETTINGS_BYTES = 1_000_000  # of config.json, as of a recipe

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from maskgit_pl.importers.magvit2 import OPEN_MAGVIT2
-from maskgit_pl.importers.maskbit import MASKBIT
+from maskgit_pl.importers.maskbit import MASKBIT, OPEN_MUSE
 from maskgit_pl.importers.taming import DIFFUSERS
 from maskgit_pl.importers.tokenizer_layout import tokenizer_weights
 from maskgit_pl.importers.tokenizers import import_tokenizer, tokenizer_layout_of
@@ -18,6 +18,7 @@ from tests.importers.tokenizer_references import (
     DiffusersVQModel,
     Magvit2Model,
     MaskBitModel,
+    OpenMuseModel,
     add_average,
     diffusers_config,
     with_random_values,
@@ -28,10 +29,10 @@ def images(number=3, *, seed=0, size=16):
     return torch.rand(number, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
-def place_codes(network, codes):
+def place_codes(network, codes, *, size=16):
     """Puts the codes near features of the encoder, so that many of them are used."""
-    features = network.features(images(8, seed=1)).movedim(1, -1).flatten(0, 2)
-    chosen = features[torch.randperm(len(features))[: len(codes)]]
+    features = network.features(images(8, seed=1, size=size)).movedim(1, -1).flatten(0, 2)
+    chosen = features[torch.randperm(max(len(features), len(codes)))[: len(codes)] % len(features)]
     codes.copy_(chosen + 0.05 * features.std() * torch.randn_like(chosen))
     return network
 
@@ -309,6 +310,94 @@ REFUSED_MASKBIT = {
 def test_a_tokenizer_of_maskbit_that_does_not_fit_is_refused_in_one_line(case, tmp_path):
     damage, message = REFUSED_MASKBIT[case]
     weights = MaskBitModel(table=32).requires_grad_(False).state_dict()
+    damage(weights)
+    torch.save(weights, tmp_path / "a.bin")
+    with pytest.raises(ValueError, match=message) as refusal:
+        import_tokenizer(tmp_path / "a.bin", tmp_path / "out", image_size=16)
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "out").exists()
+
+
+# open-muse
+
+
+def open_muse_model(*, size=16, **sizes):
+    torch.manual_seed(0)
+    network = with_random_values(OpenMuseModel(**sizes), 0.03)
+    return place_codes(network, network.quantize.embedding.weight, size=size)
+
+
+OPEN_MUSE_CASES = {
+    "as released, smaller": {},
+    "one block": {"widths": (32, 64, 64, 96), "blocks": 1},
+    "one level": {"widths": (32,), "blocks": 1, "dim": 32},
+}
+
+
+@pytest.mark.parametrize("ending", ["bin", "ckpt", "safetensors"])
+@pytest.mark.parametrize("case", OPEN_MUSE_CASES)
+def test_the_tokenizer_of_maskgit_in_the_layout_of_open_muse_comes_out_as_it_goes_in(case, ending, tmp_path):
+    original, file = open_muse_model(**OPEN_MUSE_CASES[case]), tmp_path / f"tokenizer.{ending}"
+    weights = original.state_dict()
+    if ending == "safetensors":
+        save_file(weights, file)
+    else:
+        torch.save(weights if ending == "bin" else {"state_dict": weights}, file)
+    made = import_tokenizer(file, tmp_path / "out", image_size=16)
+    assert (made.layout, made.ignored) == ("open-muse", ())
+    assert made.num_parameters == sum(parameter.numel() for parameter in original.parameters())
+    check_same(original, made.folder)
+
+
+RELEASED = {"widths": (128, 128, 256, 256, 512), "blocks": 2, "dim": 256, "table": 1024}
+
+
+def test_the_released_tokenizer_in_the_layout_of_open_muse_has_the_sizes_of_the_released_code():
+    with torch.device("meta"):
+        network = OpenMuseModel(**RELEASED)
+    assert OPEN_MUSE.read_config(network.state_dict(), {}) == VQGANConfig(3)  # the defaults are the released sizes
+    weights = tokenizer_weights(network.state_dict(), VQGANConfig(3), OPEN_MUSE)
+    assert sum(weight.numel() for weight in weights.values()) == sum(part.numel() for part in network.parameters())
+
+
+@pytest.mark.slow
+def test_the_largest_difference_of_a_tokenizer_of_the_released_size_is_the_documented_one(tmp_path):
+    original = open_muse_model(size=64, **RELEASED)
+    torch.save(original.state_dict(), tmp_path / "maskgit-vqgan-imagenet-f16-256.bin")
+    made = import_tokenizer(tmp_path / "maskgit-vqgan-imagenet-f16-256.bin", tmp_path / "out", image_size=64)
+    network, given = load_tokenizer(made.folder).network, images(4, size=64)
+    features = original.features(given)
+    tokens = original.tokens(features)
+    assert len(tokens.unique()) > 8
+    assert torch.equal(network.encode(given), tokens)
+    decoded = original.decode(tokens, (4, 4))
+    differences = [
+        (network.encoder(given) - features).abs().max().item(),
+        (network.decode(tokens, (4, 4)) - decoded).abs().max().item(),
+    ]
+    print(f"features up to {features.abs().max():.1f}: {differences[0]:.1e}")
+    print(f"images up to {decoded.abs().max():.1f}: {differences[1]:.1e}")
+    assert max(differences) < 1e-4
+
+
+REFUSED_OPEN_MUSE = {
+    "no codebook": (lambda weights: weights.pop("quantize.embedding.weight"), "it is the codebook"),
+    "missing": (lambda weights: weights.pop("encoder.mid.1.conv2.weight"), r"missing: encoder\.mid\.1\.conv2\.weight"),
+    "a bias": (
+        lambda weights: weights.update({"encoder.conv_in.bias": torch.zeros(32)}),
+        r"not in the network: encoder\.conv_in\.bias",
+    ),
+    "another width": (
+        lambda weights: weights.update({"decoder.up.1.upsample_conv.weight": torch.zeros(32, 64, 3, 3)}),
+        r"decoder\.up\.1\.upsample_conv\.weight must have shape \(32, 32, 3, 3\), got \(32, 64, 3, 3\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_OPEN_MUSE)
+def test_a_tokenizer_of_open_muse_that_does_not_fit_is_refused_in_one_line(case, tmp_path):
+    damage, message = REFUSED_OPEN_MUSE[case]
+    weights = OpenMuseModel().requires_grad_(False).state_dict()
     damage(weights)
     torch.save(weights, tmp_path / "a.bin")
     with pytest.raises(ValueError, match=message) as refusal:

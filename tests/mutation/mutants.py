@@ -963,7 +963,14 @@ MUTANTS: tuple[Mutant, ...] = (
         "importers/maskbit.py",
         "importers/test_tokenizers",
         ("if not is_old:", "if True:"),
-        ('places[part].endswith("_conv")', 'places[part].endswith("down_conv")'),
+        ('"encoder.mid.0.conv1.weight" in tensors', "True"),
+    ),
+    *_of(
+        "importers/tokenizer_layout.py",
+        "importers/test_tokenizers",
+        ("number = last - level if self.lowest_first else level", "number = level"),
+        ("if left_over:", "if False:"),
+        ("if tensors[theirs].shape != own[ours]:", "if False:"),
     ),
     *_of(
         "importers/magvit2.py",
