@@ -27,6 +27,7 @@ from maskgit_pl.networks.quantizers.gumbel import GumbelQuantizer, GumbelQuantiz
 from maskgit_pl.networks.quantizers.product import ProductQuantizer, ProductQuantizerSpec
 from maskgit_pl.networks.quantizers.residual import ResidualQuantizer, ResidualQuantizerSpec
 from maskgit_pl.networks.quantizers.similarity import IBQ, IBQSpec, SimVQ, SimVQSpec
+from maskgit_pl.networks.quantizers.vq_pytorch import VQPyTorchQuantizer, VQPyTorchSpec
 
 __all__ = [
     "BSQ",
@@ -56,6 +57,8 @@ __all__ = [
     "SimVQ",
     "SimVQSpec",
     "SizedQuantizerSpec",
+    "VQPyTorchQuantizer",
+    "VQPyTorchSpec",
     "build_sized",
     "entropy_loss",
     "quantizers",
