@@ -138,7 +138,7 @@ def test_a_wrong_budget_is_refused(text: str) -> None:
             "follows --budget seconds=3",
         ),
         ({"factors": (SCALE,), "stage": "tokenizer"}, "--stage tokenizer, which decodes nothing"),
-        ({"factors": (DEPTH,), "stage_2": True}, "--stage-2 must come with --stage tokenizer"),
+        ({"factors": (DEPTH,), "stage_2": ()}, "--stage-2 must come with --stage tokenizer"),
         ({"factors": (DEPTH,), "stage": "tokenizer", "tokenizer": Path("x")}, "--tokenizer must not be given"),
         ({"factors": (DEPTH,), "pilot_steps": 3}, "--pilot-steps must be"),
         ({"recipes": ("a", "a")}, "--recipes must be different"),
