@@ -317,7 +317,18 @@ def _label_files(names: str, config: AblationConfig) -> list[str]:
 def _label_changes(changes: Mapping[str, str]) -> list[str]:
     """Returns a name of the changes: ``depth=2``; a mapping of a group becomes ``depth=2, embed_dim=192``."""
     changed = _changed_keys(changes)
-    return [", ".join(f"{short_name(key)}={text}" for key, text in changed.items())]
+    return [", ".join(f"{short_name(key)}={_label_value(text)}" for key, text in changed.items())]
+
+
+def _label_value(text: str) -> str:
+    """Returns ``fsq(levels=[4, 4])`` for the mapping ``{name: fsq, levels: [4, 4]}``, else the text."""
+    value: Any = None
+    with suppress(ValueError):  # not YAML, so a string
+        value = parse_yaml(text)
+    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+        return text
+    options = [f"{key}={_label_value(str(item))}" for key, item in value.items() if key != "name"]
+    return f"{value['name']}({', '.join(options)})" if options else str(value["name"])
 
 
 def _changed_keys(changes: Mapping[str, str]) -> dict[str, str]:
