@@ -91,8 +91,8 @@ def _add_variant_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seeds", metavar="N,...", help=f"training seeds of each variant (default: {_SEEDS})")
     group.add_argument("--stage", choices=("tokenizer", "transformer"), help="stage to train (default: transformer)")
     group.add_argument("--stage-2", nargs="?", const="", metavar="'FLAGS'", help="with --stage tokenizer: train a "
-                       "transformer on each tokenizer, and measure its images, too; flags in quotes override its recipe, "
-                       "such as --stage-2='--trainer.max_steps 200'")  # fmt: skip
+                       "transformer on each tokenizer, and measure its images, too; flags in quotes override its "
+                       "recipe, such as --stage-2='--trainer.max_steps 200'")  # fmt: skip
     group.add_argument("--budget", metavar="UNIT[=N]", help="training of each variant: steps (of its recipe), steps=N, "
                        "or seconds=X of CPU or device, measured by a pilot (default: steps)")  # fmt: skip
     group.add_argument("--pilot-steps", type=int, metavar="N", help="steps of the pilot (default: 60)")
