@@ -122,7 +122,7 @@ class Registry(Generic[T]):
         return dict(sorted({**built_in, **announced}.items()))
 
     def summary(self, name: str) -> str:
-        """Returns the first paragraph of a built-in part's docstring without its source, or an empty text for a plug-in."""
+        """Returns the first paragraph of a built-in docstring without its source, or an empty text for a plug-in."""
         factory = self._factories.get(name)
         text = inspect.getdoc(factory) or "" if factory is not None else ""
         return " ".join(text.split("\n\n")[0].split()).partition(" Source:")[0]
