@@ -27,6 +27,9 @@ REGISTRIES = {  # module of each registry, by the name of the registry
     "feature_networks": "networks.features",
     "token_selectors": "decoding.token_selector",
     "guidance_schedules": "decoding.guidance",
+    "loggers": "training.loggers",
+    "callbacks": "training.callbacks",
+    "profilers": "training.callbacks",
 }
 
 
