@@ -58,7 +58,8 @@ class ResidualQuantizer(CompositeQuantizer):
         Returns:
             (B, N) int64 in [0, K), raster order.
         """
-        digits, residual = [], features.float()
+        digits: list[Tensor] = []
+        residual = features.float()
         for level in self._quantizers:
             digits.append(level.nearest(residual))
             residual = residual - _codes(level, digits[-1], residual)
@@ -75,7 +76,8 @@ class ResidualQuantizer(CompositeQuantizer):
         The residual of a level has the gradient of the features, so that every level's commitment draws the features to
         the sum of the codes so far. Only the sum of all codes is passed on to the decoder.
         """
-        outputs, residual = [], features.float()
+        outputs: list[QuantizerOutput] = []
+        residual = features.float()
         for level in self._quantizers:
             outputs.append(level(residual))
             residual = residual - _codes(level, outputs[-1].tokens, residual).detach()
