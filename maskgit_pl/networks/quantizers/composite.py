@@ -85,8 +85,8 @@ def check_inner(owner: str, quantizer: str | Mapping[str, Any], refused: Mapping
         ValueError: if it is unknown, has wrong arguments, or does not fit.
     """
     name = quantizer.get("name") if isinstance(quantizer, Mapping) else quantizer
-    if name in refused:
-        raise ValueError(f"quantizer of {owner!r} must not be {name!r}{refused[str(name)]}")
+    if isinstance(name, str) and name in refused:
+        raise ValueError(f"quantizer of {owner!r} must not be {name!r}{refused[name]}")
     try:
         quantizers.build(quantizer)
     except ValueError as error:

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from maskgit_pl.checks import check_choice, check_keys, check_number, shorten
+from maskgit_pl.checks import check_choice, check_number, did_you_mean, shorten
 from maskgit_pl.distributed import rank_and_world, sum_over_ranks
 from maskgit_pl.networks.quantizers.base import Quantizer, QuantizerOutput, quantizer_output, quantizers, rows_of
 from maskgit_pl.randomness import random_bits
@@ -98,7 +98,7 @@ class VQPyTorchQuantizer(Quantizer):
         codes = self.inner.get_codes_from_indices if is_table else self.inner.indices_to_codes
         with torch.autocast(tokens.device.type, enabled=False):
             found: Tensor = codes(tokens.flatten())  # type: ignore[operator]  # a method
-        return found.float().unflatten(0, tokens.shape) if tokens.dim() else found[0].float()
+        return found.float().reshape(*tokens.shape, self.code_dim)
 
     def forward(self, features: Tensor) -> QuantizerOutput:
         """Quantizes features (B, D, h, w); the loss is that of the package."""
@@ -182,8 +182,10 @@ class VQPyTorchSpec:
         if not isinstance(self.options, Mapping):
             raise ValueError(f"options must be a mapping of arguments, got {shorten(self.options)}")
         known = _OPTIONS[self.class_name]
-        check_keys(f"options of {self.class_name}", self.options, known=known)
         for name, value in self.options.items():
+            if name not in known:
+                text = f"options must be of {self.class_name} ({', '.join(sorted(known))}), got {shorten(name)}; "
+                raise ValueError(f"{text}{did_you_mean(str(name), known)}".removesuffix("; "))
             known[name](name, value)
 
     def check(self, *, codebook_size: int, code_dim: int) -> None:
