@@ -514,7 +514,6 @@ MUTANTS: tuple[Mutant, ...] = (
     *_of(
         "code_clusters.py",
         "test_code_clusters",
-        ("masked_fill(room == 0, torch.inf)", "masked_fill(room < 0, torch.inf)"),
         ("place < room[center[order]]", "place <= room[center[order]]"),
         ("order = nearest.argsort(stable=True)", "order = nearest.argsort(stable=True, descending=True)"),
     ),
