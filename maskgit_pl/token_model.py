@@ -370,11 +370,9 @@ class TokenModel(LightningModule):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Computes the scalar loss, and of each predicted token the NLL (M,) and the hit (M,), 1 if argmax is right."""
         columns, groups = self.config.loss_columns, self.config.network.num_token_groups
-        logits = network.forward_masked(
-            self._mask_tokens(tokens, mask), labels, mask, vectors=vectors, vocabulary=columns
-        )  # (M, V)
-        rows = mask.nonzero()[:, 0]  # (M,): the row of each predicted token
-        targets = tokens[mask]  # (M,)
+        seen = self._mask_tokens(tokens, mask)
+        logits = network.forward_masked(seen, labels, mask, vectors=vectors, vocabulary=columns)  # (M, V)
+        rows, targets = mask.nonzero()[:, 0], tokens[mask]  # (M,) each: row and code of the predicted tokens
         loss, token_loss = masked_cross_entropy(
             logits, targets, rows, num_rows=len(tokens), label_smoothing=smoothing, num_token_groups=groups
         )
