@@ -823,7 +823,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ("full_state(self.averaged_network)", "full_state(self.transformer)"),
         ("if wanted != has:", "if wanted == has:"),
         ("decay=self.config.ema_decay, step=step)", "decay=self.config.ema_decay, step=10**9)"),
-        ("targets = tokens[mask]", "targets = tokens[mask].clamp(max=14)"),
+        ("tokens[mask]  # (M,) each", "tokens[mask].clamp(max=14)  # (M,) each"),
         ("optimizer.zero_grad()  # Lightning would keep", "pass  # Lightning would keep"),
         ("for network in self._networks():", "for network in self._networks()[:1]:"),
         ("if any(decoding.scales()) and network.null_label is None:", "if network.null_label is None:"),
