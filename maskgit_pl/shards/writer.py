@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from maskgit_pl.checks import check_integer
-from maskgit_pl.files import replace_folder, sync, write_text
+from maskgit_pl.files import replace_folder, write_text
+from maskgit_pl.portable import sync
 from maskgit_pl.shards.image_bytes import UnreadableImageError
 from maskgit_pl.shards.images import decode_image, encode_png, fit_square, parse_image_header
 from maskgit_pl.shards.index import find_shards, index_shards
