@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from maskgit_pl.imaging.grids import image_grid, save_png
-from maskgit_pl.shards.images import load_square
+from maskgit_pl.shards.images import load_image
 from maskgit_pl.shards.stats import DataStatistics, images_of_classes
 
 __all__ = ["draw_contact_sheet"]
@@ -36,7 +36,7 @@ def draw_contact_sheet(statistics: DataStatistics, out: Path) -> None:
     tiles = []
     for files in images_of_classes(statistics.manifests["train"], shown.tolist(), each=_COLUMNS):
         row = [
-            load_square(data, image_size=side, channels=summary.channels, crop=None, name=name) for data, name in files
+            load_image(data, image_size=side, channels=summary.channels, crop=None, name=name) for data, name in files
         ]
         tiles += row + [paper] * (_COLUMNS - len(row))
     captions = [_caption(summary.classes[label]) for label in shown]
