@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from maskgit_pl.checks import check_integer
 from maskgit_pl.evaluation.run_folders import MeasurementOptions, RunFolders
 from maskgit_pl.files import read_json
-from maskgit_pl.image_format import CHANNELS, check_image_size, height_width, pixels_text, visible_channels
+from maskgit_pl.image_format import check_channels, check_image_size, height_width, pixels_text, visible_channels
 from maskgit_pl.shards.manifest import DataSummary, read_manifest_summary
 
 __all__ = ["TokenizerOptions", "check_tokenizer_data"]
@@ -66,10 +66,9 @@ def check_tokenizer_data(folders: RunFolders, options: TokenizerOptions) -> Data
     summary = read_manifest_summary(folders.data)
     config = read_json(folders.pretrained / "tokenizer" / "config.json", max_bytes=_MAX_CONFIG_BYTES)
     network = config.get("network")
-    channels = network.get("in_channels") if isinstance(network, dict) else None
-    if channels not in CHANNELS:
-        raise ValueError(f"tokenizer {folders.pretrained}: in_channels must be 1 to 4 to read images, got {channels}")
-    size = check_image_size(f"tokenizer {folders.pretrained}: image_size", config.get("image_size"), "[1, 8192]")
+    name = f"tokenizer {folders.pretrained}"
+    channels = check_channels(f"{name}: in_channels", network.get("in_channels") if isinstance(network, dict) else None)
+    size = check_image_size(f"{name}: image_size", config.get("image_size"), "[1, 8192]")
     where, images = f"data {folders.data}", summary.samples.get("val", 0)
     if images < max(_LEAST_IMAGES, options.num_images or 0):
         least = max(_LEAST_IMAGES, options.num_images or 0)

@@ -207,7 +207,7 @@ def tokenizer_key(
 
 
 def _draw_pairs(pairs: list[ImagePair]) -> Image.Image:
-    """Draws originals above their reconstructions; images of different sizes are cut to one of at most 256 px."""
+    """Draws originals above their reconstructions; all are cut to the smallest of their sizes and 256 px."""
     height, width = (min(_SHOWN_EDGE, *(pair.original.shape[axis] for pair in pairs)) for axis in (1, 2))
     images = [pair.original for pair in pairs] + [pair.reconstruction for pair in pairs]
     shown = torch.stack([image[..., :height, :width] for image in images])

@@ -40,6 +40,11 @@ def maskgit(*words: object) -> None:
     assert main([str(word) for word in words]) == 0
 
 
+def size_and_mode(file: Path) -> tuple[tuple[int, int], str]:
+    with Image.open(file) as picture:
+        return picture.size, picture.mode
+
+
 def save_photos(folder: Path, *, channels: int, height: int, width: int) -> Path:
     """Saves PNG files of two classes with random pixels and a transparent left half, if there is alpha."""
     generator = np.random.default_rng(0)
@@ -63,7 +68,7 @@ def test_rgba_images_of_24_by_40_pixels_go_from_files_to_an_evaluation(tmp_path:
     common = ("--recipe", "base", "--data", shards, "--run", run)
     maskgit("data", "make", photos, "--out", shards, "--image-size", "24,40")
     maskgit("train", "tokenizer", *common, *flags(TOKENIZER))
-    assert Image.open(run / "tokenizer" / "reconstructions.png").mode == "RGB"
+    assert size_and_mode(run / "tokenizer" / "reconstructions.png")[1] == "RGB"
     maskgit("tokenize", *common, *flags(TRANSFORMER))
     stored = json.loads((run / "tokens" / "store.json").read_text())
     assert (stored["image_size"], stored["grid"]) == ([24, 40], [6, 10])
@@ -72,19 +77,22 @@ def test_rgba_images_of_24_by_40_pixels_go_from_files_to_an_evaluation(tmp_path:
     assert json.loads((run / "pretrained" / "tokenizer" / "config.json").read_text())["image_size"] == [24, 40]
     maskgit("sample", run, "--classes", "a", "--per-class", 2, "--images", tmp_path / "made", "--gif",
             tmp_path / "a.gif", "--filmstrip", tmp_path / "a-steps.png", "--out", tmp_path / "a.png")  # fmt: skip
-    made = [Image.open(file) for file in (tmp_path / "made").glob("*.png")]
-    assert [(picture.size, picture.mode) for picture in made] == [((40, 24), "RGBA")] * 2
+    assert [size_and_mode(file) for file in (tmp_path / "made").glob("*.png")] == [((40, 24), "RGBA")] * 2
     maskgit("edit", run, photos / "val" / "a" / "0.png", "--box", "0,0,50%,50%", "--class", "b", "--fit", "--out",
             tmp_path / "edited.png", "--images", tmp_path / "edited")  # fmt: skip
-    assert Image.open(next((tmp_path / "edited").glob("*.png"))).mode == "RGBA"
+    assert size_and_mode(next((tmp_path / "edited").glob("*.png"))) == ((40, 24), "RGBA")
     maskgit("sample", run, "--num-images", 6, "--out", tmp_path / "many.npz")
     assert np.load(tmp_path / "many.npz")["arr_0"].shape == (6, 24, 40, 3)  # over white
     maskgit("evaluate", run, "--data", shards, "--num-images", 8, "--features", "classifier",
             "--likelihood-images", 4)  # fmt: skip
-    judge = load_classifier(next(tmp_path.glob("**/classifier/config.json")).parent).network.sizes
+    judge = load_classifier(tmp_path / "runs" / "shards-classifier" / "small").network.sizes
     assert (judge.in_channels, judge.image_size) == (3, (24, 40))
     assert json.loads((run / "evaluation.json").read_text())["model"]["image_size"] == [24, 40]
     maskgit("evaluate-tokenizer", run, "--data", shards, "--num-images", 8, "--features", "classifier")
+    maskgit("evaluate-tokenizer", run, "--data", shards, "--num-images", 8, "--features", "classifier", "--tile", 16)
+    maskgit("data", "stats", shards, "--out", tmp_path / "sheet.png")
+    maskgit("inspect", run, "--data", shards)
+    maskgit("doctor", "tokenizer", "--recipe", "base", "--data", shards, *flags(TOKENIZER))
     maskgit("train", "transformer", *common, *flags(TRANSFORMER), "--trainer.max_steps=3")  # resumes
 
 

@@ -199,6 +199,9 @@ def test_a_transparent_pixel_of_every_kind_of_png_is_white_and_no_other(depth, c
     assert image[:, 1].tolist() == [255] * channels
     if channels == 3 or colour not in (2, 3):
         assert image[0, [0, 2, 3]].tolist() == shown
+    with_alpha = decode_image(data, channels=channels + 1, name="x")[:, 0]  # (C + 1, 4)
+    assert with_alpha[-1].tolist() == [255, 0, 255, 255]
+    assert torch.equal(with_alpha[:-1, [0, 2, 3]], image[:, [0, 2, 3]])
     exif = Image.Exif()
     exif[0x0112] = 3
     turned = data.replace(chunk(b"IEND", b""), chunk(b"eXIf", exif.tobytes()[6:]) + chunk(b"IEND", b""))
