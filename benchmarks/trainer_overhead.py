@@ -35,7 +35,7 @@ from maskgit_pl.provenance import describe_environment
 from maskgit_pl.runs.build import StageRun, build
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Recipe
-from maskgit_pl.runs.recipe_files import recipes_folder
+from maskgit_pl.runs.recipe_files import list_recipes
 from maskgit_pl.shards.images import encode_png
 from maskgit_pl.shards.index import find_shards, index_shards
 from maskgit_pl.training.ema import update_ema
@@ -109,8 +109,7 @@ def write_data(folder: Path, task: Task) -> None:
 
 def build_run(folder: Path, task: Task) -> StageRun:
     """Builds module, data and Trainer in the same way as ``maskgit train transformer``."""
-    recipes = recipes_folder()
-    files = [recipes / "transformer" / "base.yaml", recipes / "cluster" / "single.yaml"]
+    files = [list_recipes("transformer")["base"], list_recipes("cluster")["single"]]
     recipe = Recipe.from_files("transformer", files, task.words())
     plan = Plan(recipe, folder / "shards", folder / "run", folder / "tokenizer")
     with redirect_stdout(io.StringIO()):  # not a terminal: progress lines instead of a bar

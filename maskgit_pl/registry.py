@@ -114,6 +114,19 @@ class Registry(Generic[T]):
         self._import_modules()
         return sorted({*self._factories, *self._plugins()})
 
+    def origins(self) -> dict[str, str]:
+        """Returns the package of each name: ``maskgit_pl``, or the one that announces it. No plug-in is loaded."""
+        self._import_modules()
+        built_in = {name: factory.__module__.partition(".")[0] for name, factory in self._factories.items()}
+        announced = {name: " and ".join(each.package for each in found) for name, found in self._plugins().items()}
+        return dict(sorted({**built_in, **announced}.items()))
+
+    def summary(self, name: str) -> str:
+        """Returns the first paragraph of a built-in docstring without its source, or an empty text for a plug-in."""
+        factory = self._factories.get(name)
+        text = inspect.getdoc(factory) or "" if factory is not None else ""
+        return " ".join(text.split("\n\n")[0].split()).partition(" Source:")[0]
+
     def factory(self, name: str) -> Callable[..., T]:
         """Returns the factory that is registered as ``name``, without building anything.
 

@@ -164,7 +164,12 @@ class Pow(MaskSchedule):
 
 def _make_power(exponent: float) -> Callable[[], Pow]:
     """Returns a factory that takes no argument; a lambda in the loop would see its last exponent only."""
-    return lambda: Pow(exponent)
+
+    def make() -> Pow:
+        return Pow(exponent)
+
+    make.__doc__ = f"1 - r^{exponent:g}."
+    return make
 
 
 for _name, _exponent in (("linear", 1.0), ("square", 2.0), ("cubic", 3.0), ("sqrt", 0.5)):  # paper, Table 3

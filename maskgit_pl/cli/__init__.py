@@ -22,6 +22,7 @@ from maskgit_pl.cli import (
     compare,
     data,
     doctor,
+    env,
     evaluate,
     evaluate_tokenizer,
     export,
@@ -33,6 +34,8 @@ from maskgit_pl.cli import (
     outpaint,
     panorama,
     paper,
+    plugins,
+    recipes,
     sample,
     schedules,
     slurm,
@@ -50,8 +53,8 @@ __all__ = ["build_parser", "main"]
 
 _COMMANDS = (
     data, doctor, train, slurm, tokenize, export, sample, inpaint, outpaint, panorama, evaluate, evaluate_tokenizer,
-    inspect, compare, tune, ablation, paper, train_classifier, schedules, import_jax, import_tokenizer,
-    import_transformer,
+    inspect, compare, tune, ablation, paper, train_classifier, schedules, recipes, plugins, env, import_jax,
+    import_tokenizer, import_transformer,
 )  # fmt: skip
 
 

@@ -90,8 +90,9 @@ def _add_variant_arguments(parser: argparse.ArgumentParser) -> None:
                        "one key of the base at a time)")  # fmt: skip
     group.add_argument("--seeds", metavar="N,...", help=f"training seeds of each variant (default: {_SEEDS})")
     group.add_argument("--stage", choices=("tokenizer", "transformer"), help="stage to train (default: transformer)")
-    group.add_argument("--stage-2", action="store_true", default=None, help="with --stage tokenizer: train a "
-                       "transformer on each tokenizer, and measure its images, too")  # fmt: skip
+    group.add_argument("--stage-2", nargs="?", const="", metavar="'FLAGS'", help="with --stage tokenizer: train a "
+                       "transformer on each tokenizer, and measure its images, too; flags in quotes override its "
+                       "recipe, such as --stage-2='--trainer.max_steps 200'")  # fmt: skip
     group.add_argument("--budget", metavar="UNIT[=N]", help="training of each variant: steps (of its recipe), steps=N, "
                        "or seconds=X of CPU or device, measured by a pilot (default: steps)")  # fmt: skip
     group.add_argument("--pilot-steps", type=int, metavar="N", help="steps of the pilot (default: 60)")
@@ -137,7 +138,7 @@ def _run_variants(args: argparse.Namespace) -> int:
 
 def _read_config(args: argparse.Namespace, factors: tuple[Factor, ...]) -> AblationConfig:
     sets = [""] if args.recipes is None else args.recipes.split(";")
-    given = {"pilot_steps": args.pilot_steps, "stage": args.stage, "grid": args.grid, "stage_2": args.stage_2}
+    given = {"pilot_steps": args.pilot_steps, "stage": args.stage, "grid": args.grid}
     return AblationConfig(
         factors,
         tuple(" ".join(f"{args.recipe} {names}".split()) for names in sets),
@@ -149,6 +150,7 @@ def _read_config(args: argparse.Namespace, factors: tuple[Factor, ...]) -> Ablat
         runs=args.runs_folder,
         data=args.data,
         tokenizer=args.tokenizer,
+        stage_2=None if args.stage_2 is None else tuple(shlex.split(args.stage_2)),
         **{name: value for name, value in given.items() if value is not None},
     )
 
@@ -169,7 +171,9 @@ def _read_name(args: argparse.Namespace, factors: tuple[Factor, ...]) -> str:
 def _variant_command(args: argparse.Namespace) -> str:
     """Returns the command that repeats an ablation of variants, for the page."""
     words = ["maskgit ablation", *(f"--vary {shlex.quote(text)}" for text in args.vary or ())]
-    words += [flag for flag in ("--grid", "--stage-2") if getattr(args, flag[2:].replace("-", "_"))]
+    words += ["--grid"] if args.grid else []
+    if args.stage_2 is not None:
+        words.append(f"--stage-2={shlex.quote(args.stage_2)}" if args.stage_2 else "--stage-2")
     flags = {
         "recipes": args.recipes,
         "recipe": args.recipe or None,

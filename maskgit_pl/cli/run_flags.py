@@ -23,8 +23,8 @@ class WantedFolders(TypedDict):
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the recipe, the data and the folders of a run."""
-    parser.add_argument("--recipe", default="", metavar="NAME", help="recipe, or several in quotes of which later ones "
-                        "override earlier ones: --recipe 'paper-256 log'")  # fmt: skip
+    parser.add_argument("--recipe", default="", metavar="NAME", help="recipe, or the path of its file; of several in "
+                        "quotes, later ones override earlier ones: --recipe 'paper-256 log'")  # fmt: skip
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="repeat the run of this config.yaml as a new run (--run)"
     )

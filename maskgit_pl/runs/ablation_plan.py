@@ -162,7 +162,8 @@ class AblationConfig:
         grid: True for all combinations; False changes one factor of the base at a time.
         seeds: Training seeds (``data.seed``), all different.
         stage: Stage to train.
-        stage_2: True to train a transformer on each tokenizer, and judge its images too.
+        stage_2: Values of the transformer that is trained on each tokenizer, whose images are judged too, on top of the
+            recipes of the base; None trains no transformer.
         budget: Training budget of each variant.
         pilot_steps: Steps of the training that measures the seconds of a step.
         dataset: Name of the data set.
@@ -182,7 +183,7 @@ class AblationConfig:
     grid: bool = False
     seeds: tuple[int, ...] = (0, 1)
     stage: Stage = "transformer"
-    stage_2: bool = False
+    stage_2: Overrides | None = None
     budget: Budget = field(default_factory=Budget)
     pilot_steps: int = 60
     dataset: str = DEFAULT_DATASET
@@ -203,7 +204,7 @@ class AblationConfig:
         for seed in self.seeds:
             check_integer("--seeds", seed, "[0, 1000000]")
         check_integer("--pilot-steps", self.pilot_steps, "[20, 1000000]")
-        if self.stage_2 and self.stage != "tokenizer":
+        if self.stage_2 is not None and self.stage != "tokenizer":
             raise ValueError("--stage-2 must come with --stage tokenizer: it trains a transformer on each tokenizer")
         if self.stage == "tokenizer" and self.tokenizer is not None:
             raise ValueError("--tokenizer must not be given with --stage tokenizer, which trains the tokenizers")
@@ -316,7 +317,18 @@ def _label_files(names: str, config: AblationConfig) -> list[str]:
 def _label_changes(changes: Mapping[str, str]) -> list[str]:
     """Returns a name of the changes: ``depth=2``; a mapping of a group becomes ``depth=2, embed_dim=192``."""
     changed = _changed_keys(changes)
-    return [", ".join(f"{short_name(key)}={text}" for key, text in changed.items())]
+    return [", ".join(f"{short_name(key)}={_label_value(text)}" for key, text in changed.items())]
+
+
+def _label_value(text: str) -> str:
+    """Returns ``fsq(levels=[4, 4])`` for the mapping ``{name: fsq, levels: [4, 4]}``, else the text."""
+    value: Any = None
+    with suppress(ValueError):  # not YAML, so a string
+        value = parse_yaml(text)
+    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+        return text
+    options = [f"{key}={_label_value(str(item))}" for key, item in value.items() if key != "name"]
+    return f"{value['name']}({', '.join(options)})" if options else str(value["name"])
 
 
 def _changed_keys(changes: Mapping[str, str]) -> dict[str, str]:

@@ -154,8 +154,14 @@ class AblationRuns:
             folder = config.runs / str(base.run_name)
             tokenizer = find_tokenizer(base, folder=folder, shards=shards, tokenizer=config.tokenizer)
         stage_2 = None
-        if config.stage_2:
-            stage_2 = Recipe.read("transformer", names=planned[0].names, dataset=config.dataset, cluster=config.cluster)
+        if config.stage_2 is not None:
+            stage_2 = Recipe.read(
+                "transformer",
+                names=planned[0].names,
+                dataset=config.dataset,
+                cluster=config.cluster,
+                overrides=config.stage_2,
+            )
         resolver = _Resolver(base, shards, config.runs / _FOLDER, tokenizer, stage_2)
         variants, reference = _distinct([resolver.resolve(each) for each in planned], is_grid=config.grid)
         threads = None
@@ -197,7 +203,9 @@ class AblationRuns:
         if self.stage_2 is not None and not _is_finished(folder, "transformer", 1):
             log.info("training the transformer of %s, seed %d: %s", variant.label, seed, folder)
             tokenize(self.stage_2, run=folder, data=self.shards)
-            self._run(folder, "transformer", variant.variant.names, [f"--data.seed={seed}"])
+            changes = flag_words(self.config.stage_2 or ())
+            # The recipes of the base, so that equal transformers judge all tokenizers.
+            self._run(folder, "transformer", " ".join(self.stage_2.names), [*changes, f"--data.seed={seed}"])
         return TrainedRun(folder, max_steps, read_training_time(folder / stage))
 
     def folder_of(self, variant: ResolvedVariant, seed: int, max_steps: int) -> Path:

@@ -16,7 +16,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.profilers import PassThroughProfiler, Profiler
 from torch import Tensor
 
 from maskgit_pl.checks import build_dataclass
@@ -43,16 +43,18 @@ from maskgit_pl.runs.resume_check import fixed_settings, list_changes
 from maskgit_pl.runs.watchdog import Watchdog
 from maskgit_pl.token_model import TokenModel
 from maskgit_pl.tokenizer import Tokenizer
+from maskgit_pl.training.callbacks import callbacks, profilers
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint, read_settings, step_of
 from maskgit_pl.training.checkpoints import Checkpoints
 from maskgit_pl.training.health import HealthMonitor
 from maskgit_pl.training.health_rules import HealthConfig
 from maskgit_pl.training.image_callbacks import ReconstructionPictures, SamplePictures
+from maskgit_pl.training.loggers import loggers
 from maskgit_pl.training.progress import ProgressLines
 from maskgit_pl.training.step_clock import StepClock
 from maskgit_pl.training.stop_and_nonfinite import StepCheck
 from maskgit_pl.training.strategies import build_strategy, check_accelerator, check_precision, check_strategy
-from maskgit_pl.training.tensorboard_logger import RunLogger
+from maskgit_pl.training.tolerant_logger import TolerantLogger
 from maskgit_pl.training.unreadable_report import UnreadableReport
 
 __all__ = ["StageRun", "build"]
@@ -186,8 +188,8 @@ class StageRun:
             raise ValueError("trainer.gradient_clip_val cannot be set for the tokenizer: set model.gradient_clip")
         ours = {
             "strategy": build_strategy(given.strategy),
-            "profiler": _NoProfiler(),
-            "logger": RunLogger(self.folder, name="", version=""),
+            "profiler": self._build_profiler(),
+            "logger": self._build_loggers(),
             "plugins": [FolderCheckpointIO()],
             "default_root_dir": self.folder,
             "use_distributed_sampler": False,  # the data module divides the global order itself
@@ -246,6 +248,20 @@ class StageRun:
     def _find_vectors(self, labels: Sequence[int], seeds: Sequence[int]) -> Tensor:
         return self.datamodule.vector_pool("val").draw(labels, seeds)
 
+    def _build_loggers(self) -> list[TolerantLogger]:
+        """Builds the loggers of the recipe, and checks that they can be used, before anything is trained."""
+        built = []
+        for spec in self.run.loggers:
+            name = spec if isinstance(spec, str) else str(spec.get("name"))
+            tracker = loggers.build(spec)
+            tracker.check()
+            built.append(TolerantLogger(tracker, self.folder, name=name, settings=self.config))
+        return built
+
+    def _build_profiler(self) -> Profiler:
+        spec = self.run.profiler
+        return _NoProfiler() if spec is None else profilers.build(spec).create(self.folder)
+
     def _build_callbacks(self) -> list[Callback]:
         self.checkpoints = Checkpoints(
             self.folder / "checkpoints",
@@ -271,7 +287,8 @@ class StageRun:
         # Health comes first: another callback may save a step and end the run. The clock comes last, so that it does
         # not count the pictures after a validation.
         health = [HealthMonitor(self.folder, self.run.health)] if isinstance(self.run, TokenizerRunSettings) else []
-        return [*health, step_check, self.watchdog, self.checkpoints, progress, pictures, unreadable, clock]
+        named = [callbacks.build(spec).create(self.folder) for spec in self.run.callbacks]
+        return [*health, step_check, self.watchdog, self.checkpoints, progress, pictures, unreadable, *named, clock]
 
 
 def _build_run_settings(kind: str, values: Mapping[str, Any]) -> RunSettings:

@@ -19,7 +19,7 @@ from maskgit_pl.old_names import rename_keys, rename_tree
 from maskgit_pl.runs.flags import Overrides, flag_layer, flag_words, split_flags
 from maskgit_pl.runs.layers import DEFAULT_BACKBONE, Layer, merge, remove_key, value_at
 from maskgit_pl.runs.recipe_checks import check_layer
-from maskgit_pl.runs.recipe_files import DEFAULT_DATASET, Stage, read_run_config, recipe_files
+from maskgit_pl.runs.recipe_files import DEFAULT_DATASET, Stage, is_recipe_path, read_run_config, recipe_files
 from maskgit_pl.runs.recipe_schema import Kind, load_backbone_schema, load_schema
 from maskgit_pl.runs.safe_yaml import parse_yaml, read_yaml
 from maskgit_pl.schema import Schema
@@ -91,7 +91,7 @@ class Recipe:
 
         Args:
             stage: Stage to train.
-            names: RECIPE, from left to right: names, or a string of names separated by spaces.
+            names: RECIPE, from left to right: names or paths, or a string of them separated by spaces.
             dataset: Name of the data set.
             cluster: A file of ``recipes/cluster``.
             overrides: Overrides: a mapping of dotted keys, or flags ``--KEY=VALUE`` or ``--KEY VALUE``.
@@ -104,7 +104,9 @@ class Recipe:
         names = names.split() if isinstance(names, str) else list(names)
         files = recipe_files(stage, dataset=dataset, names=names, cluster=cluster)
         recipe = cls.from_files(stage, files, overrides)
-        run_name = "-".join([dataset, *(names or ["base"])])
+        run_name = "-".join(
+            [dataset, *(Path(name).stem if is_recipe_path(name) else name for name in names or ["base"])]
+        )
         return replace(recipe, names=tuple(names), dataset=dataset, cluster=cluster, run_name=run_name)
 
     @classmethod

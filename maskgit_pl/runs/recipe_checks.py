@@ -33,10 +33,10 @@ _REASONS = {  # keys that users of Lightning expect -> the reason why a recipe h
     "trainer.default_root_dir": "use --runs-folder and --run (make: RUN=)",
     "trainer.enable_checkpointing": "set checkpoint_every, keep_last and keep_every",
     "trainer.use_distributed_sampler": "the data module divides the samples among the ranks",
-    "trainer.logger": f"{NO_CODE}; runs log to TensorBoard, and other loggers require your own Trainer in Python",
-    "trainer.callbacks": f"{NO_CODE}; callbacks require your own Trainer in Python",
+    "trainer.logger": "name the loggers with the key loggers, such as loggers: [tensorboard, csv]",
+    "trainer.callbacks": "name the callbacks with the key callbacks, such as callbacks: [device_stats]",
     "trainer.plugins": f"{NO_CODE}; plugins require your own Trainer in Python",
-    "trainer.profiler": f"{NO_CODE}; a profiler requires your own Trainer in Python",
+    "trainer.profiler": "name it with the key profiler, such as profiler: simple",
 }
 
 

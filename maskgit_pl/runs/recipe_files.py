@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +13,18 @@ from maskgit_pl.runs.recipe_checks import DERIVED_KEYS
 from maskgit_pl.runs.recipe_schema import load_schema
 from maskgit_pl.runs.safe_yaml import read_yaml
 
-__all__ = ["DEFAULT_DATASET", "STAGES", "RunConfig", "Stage", "read_run_config", "recipe_files", "recipes_folder"]
+__all__ = [
+    "DEFAULT_DATASET",
+    "STAGES",
+    "RunConfig",
+    "Stage",
+    "find_in_recipes",
+    "is_recipe_path",
+    "list_recipes",
+    "read_run_config",
+    "recipe_files",
+    "recipes_folders",
+]
 
 Stage = Literal["tokenizer", "transformer"]
 
@@ -34,17 +45,37 @@ class RunConfig(NamedTuple):
     paths: dict[str, str]
 
 
-def recipes_folder() -> Path:
-    """Returns ``recipes/`` of the working directory, else of the repository, else of the installed package.
+def recipes_folders() -> list[Path]:
+    """Returns the folders in which recipes are searched, in order.
+
+    These are ``recipes/`` of the working directory, if there is one, and that of the repository or, without one, of the
+    installed package. A recipe of the first folder hides one of the same name in the second.
 
     Raises:
-        FileNotFoundError: if there is none.
+        FileNotFoundError: if the installation has no recipes.
     """
-    candidates = (Path("recipes"), Path(__file__).parents[2] / "recipes", Path(__file__).parents[1] / "recipes")
-    for folder in candidates:
-        if (folder / "transformer" / "base.yaml").is_file():
-            return folder
-    raise FileNotFoundError("recipes: no folder recipes/ here; run from the repository, or reinstall maskgit_pl")
+    here = Path("recipes")
+    shipped = (Path(__file__).parents[2] / "recipes", Path(__file__).parents[1] / "recipes")
+    complete = [folder for folder in shipped if (folder / "transformer" / "base.yaml").is_file()]
+    if not complete:
+        raise FileNotFoundError("recipes: the installation has no folder recipes/; reinstall maskgit_pl")
+    return [here, complete[0]] if here.is_dir() and not here.samefile(complete[0]) else complete[:1]
+
+
+def find_in_recipes(name: str) -> Path | None:
+    """Returns the file of a relative path, such as ``slurm/train.sbatch``, in the first folder that has it."""
+    return next((file for folder in recipes_folders() if (file := folder / name).is_file()), None)
+
+
+def list_recipes(kind: Stage | Literal["cluster"]) -> dict[str, Path]:
+    """Returns the files of a kind of recipe by name, sorted by name."""
+    found = {file.stem: file for folder in reversed(recipes_folders()) for file in (folder / kind).glob("*.yaml")}
+    return dict(sorted(found.items()))
+
+
+def is_recipe_path(name: str) -> bool:
+    """Returns True if a word of RECIPE is the path of a file, such as ``my/wide.yaml``, and not a name."""
+    return "/" in name or name.endswith((".yaml", ".yml"))
 
 
 def recipe_files(stage: Stage, *, dataset: str, names: Iterable[str], cluster: str) -> list[Path]:
@@ -55,34 +86,50 @@ def recipe_files(stage: Stage, *, dataset: str, names: Iterable[str], cluster: s
         dataset: Data set with the file ``<dataset>.yaml``, or ``own-images.yaml`` if there is none. The default data
             set only has the base file.
         names: RECIPE, from left to right. A name must be a recipe of some stage; a stage ignores those of the other.
+            A path counts for the stage, unless the file is in a folder named after the other stage.
         cluster: A file of ``recipes/cluster``.
 
     Raises:
-        FileNotFoundError: if no stage has a recipe of that name. The message lists the names and the closest one.
+        FileNotFoundError: if a path does not exist, or no stage has a recipe of that name. The message lists the names
+            and the closest one.
     """
-    folder = recipes_folder()
-    files = [folder / stage / "base.yaml"]
+    known: dict[Stage, dict[str, Path]] = {each: list_recipes(each) for each in STAGES}
+    own = known[stage]
+    files = [own["base"]]
     if dataset != DEFAULT_DATASET:
-        own = folder / stage / f"{dataset}.yaml"
-        files.append(own if own.is_file() else folder / stage / "own-images.yaml")
+        files.append(own.get(dataset, own["own-images"]))
     for name in names:
-        # A name may exist for one stage or for both.
-        homes = [each for each in STAGES if (folder / each / f"{name}.yaml").is_file()]
-        if not homes:
-            known = {file.stem for each in STAGES for file in (folder / each).glob("*.yaml")}
-            raise FileNotFoundError(f"recipe {name!r}: no such file in {folder}: {nearest(name, known)}")
-        if stage in homes:
-            files.append(folder / stage / f"{name}.yaml")
-    return [*files, _cluster_file(folder / "cluster", cluster)]
+        found = _files_by_stage(name, known)
+        files += [found[stage]] if stage in found else []
+    return [*files, _cluster_file(cluster)]
 
 
-def _cluster_file(folder: Path, name: str) -> Path:
+def _files_by_stage(name: str, known: Mapping[Stage, Mapping[str, Path]]) -> dict[Stage, Path]:
+    """Returns the file of a name or path for each stage that has it; there is at least one."""
+    if is_recipe_path(name):
+        file = Path(name)
+        if not file.is_file():
+            raise FileNotFoundError(f"recipe {name}: no such file; a recipe without / and .yaml is a name")
+        homes = [each for each in STAGES if each == file.absolute().parent.name] or list(STAGES)
+        return dict.fromkeys(homes, file)
+    found = {each: files[name] for each, files in known.items() if name in files}
+    if not found:
+        every = {each for files in known.values() for each in files}
+        raise FileNotFoundError(
+            f"recipe {name!r}: no such file in {' or '.join(map(str, recipes_folders()))}: {nearest(name, every)}"
+        )
+    return found
+
+
+def _cluster_file(name: str) -> Path:
     """Finds a file of ``recipes/cluster``. An old name is translated unless a file of that name exists."""
-    known = {file.stem for file in folder.glob("*.yaml")}
+    known = list_recipes("cluster")
     found = name if name in known else rename_cluster(name)
     if found not in known:
-        raise FileNotFoundError(f"cluster {name!r}: no such file in {folder}: {nearest(name, known)}")
-    return folder / f"{found}.yaml"
+        raise FileNotFoundError(
+            f"cluster {name!r}: no such file in {recipes_folders()[-1] / 'cluster'}: {nearest(name, known)}"
+        )
+    return known[found]
 
 
 def read_run_config(file: Path) -> RunConfig:

@@ -115,9 +115,12 @@ class RunSettings:
         max_passes: Maximum number of passes over the training images: lowers ``trainer.max_steps`` of the recipe files
             for small data sets, which a model would learn by heart. A flag ``--trainer.max_steps`` overrides it.
             None does not limit the steps, nor does a stream, of which the number of images is unknown.
+        loggers: Trackers that get metrics and pictures: names or mappings of registered loggers.
+        callbacks: Further callbacks: names or mappings of registered callbacks.
+        profiler: Name or mapping of a registered profiler; None for none.
 
     Raises:
-        ValueError: if a number is out of range.
+        ValueError: if a number is out of range, or a logger is listed twice.
     """
 
     checkpoint_every: int = 500
@@ -127,6 +130,9 @@ class RunSettings:
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     cpu_threads: int | None = None
     max_passes: int | None = None
+    loggers: list[str | dict[str, Any]] = field(default_factory=lambda: ["tensorboard"])
+    callbacks: list[str | dict[str, Any]] = field(default_factory=list)
+    profiler: str | dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check_integer("checkpoint_every", self.checkpoint_every, f"[1, {_INT64}]")
@@ -138,6 +144,9 @@ class RunSettings:
             check_integer("cpu_threads", self.cpu_threads, "[1, 4096]")
         if self.max_passes is not None:
             check_integer("max_passes", self.max_passes, f"[1, {_INT64}]")
+        names = [each if isinstance(each, str) else each.get("name") for each in self.loggers]
+        if len(set(names)) < len(names):
+            raise ValueError(f"loggers must be different, got {shorten(names)}")
 
 
 @dataclass(frozen=True)

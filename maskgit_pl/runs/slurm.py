@@ -31,7 +31,7 @@ from maskgit_pl.runs.flags import split_flags
 from maskgit_pl.runs.job_options import JobOptions
 from maskgit_pl.runs.plan import Plan, plan_run
 from maskgit_pl.runs.recipe import Recipe
-from maskgit_pl.runs.recipe_files import recipes_folder
+from maskgit_pl.runs.recipe_files import find_in_recipes
 
 __all__ = ["Submission", "check_submission", "plan_submission", "submit"]
 
@@ -190,7 +190,10 @@ def submit(submission: Submission) -> str:
 
 
 def _script() -> Path:
-    return recipes_folder() / "slurm" / "train.sbatch"
+    found = find_in_recipes("slurm/train.sbatch")
+    if found is None:
+        raise FileNotFoundError("recipes/slurm/train.sbatch: no such file; reinstall maskgit_pl")
+    return found
 
 
 def _log_file(plan: Plan) -> Path:

@@ -1,4 +1,4 @@
-"""Callbacks that write pictures after each validation, to the stage's folder and to TensorBoard."""
+"""Callbacks that write pictures after each validation, to the stage's folder and to the loggers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from maskgit_pl.decoding import DecodingStep
 from maskgit_pl.imaging import image_grid, reconstruction_grid, save_png
 from maskgit_pl.pretrained import PretrainedTokenizer
-from maskgit_pl.training.tensorboard_logger import RunLogger
+from maskgit_pl.training.tolerant_logger import TolerantLogger
 
 __all__ = ["ReconstructionPictures", "SamplePictures"]
 
@@ -103,11 +103,11 @@ class _Samples(Protocol):
 
 
 def _publish(picture: Image.Image, folder: Path, name: str, trainer: Trainer) -> None:
-    """Writes a picture to the folder and to TensorBoard; a failed write is skipped with a warning."""
+    """Writes a picture to the folder and to the loggers; a failed write is skipped with a warning."""
     try:
         save_png(picture, folder / f"{name}.png")
     except OSError as error:
         log.warning("%s cannot be written: %s; training continues", folder / f"{name}.png", error)
     for logger in trainer.loggers:
-        if isinstance(logger, RunLogger):
+        if isinstance(logger, TolerantLogger):
             logger.log_image(name, picture, trainer.global_step)

@@ -45,8 +45,9 @@ class UnreadableReport(Callback):
     def _log(self, trainer: Trainer) -> None:
         count = sum(images.count for images in _counters(trainer).values())
         # Only changes are logged, so that a clean run has a single point.
-        if trainer.logger is not None and count != self._logged:
-            trainer.logger.log_metrics({"data/unreadable": count}, step=trainer.global_step)
+        if count != self._logged:
+            for logger in trainer.loggers:
+                logger.log_metrics({"data/unreadable": count}, step=trainer.global_step)
             self._logged = count
 
     def _report(self, trainer: Trainer) -> None:

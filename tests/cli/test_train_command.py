@@ -292,7 +292,7 @@ def test_the_complete_recipe_is_printed_and_nothing_is_trained(train, runs):
         ("--hang_seconds=0", ("hang_seconds must be a number in (0, 1e9], got 0",)),
         ("--keep_every=7", ("keep_every must be a multiple of checkpoint_every (500)",)),
         ("--config=other.yaml", ("--config other.yaml: no such file",)),
-        ("--trainer.callbacks=x.Y", ("trainer.callbacks cannot be set: recipes name registered objects",)),
+        ("--trainer.callbacks=x.Y", ("trainer.callbacks cannot be set: name the callbacks with the key callbacks",)),
     ],
 )
 def test_a_wrong_flag_is_refused_before_anything_is_written(train, runs, flag, parts):

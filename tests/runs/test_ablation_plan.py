@@ -138,7 +138,7 @@ def test_a_wrong_budget_is_refused(text: str) -> None:
             "follows --budget seconds=3",
         ),
         ({"factors": (SCALE,), "stage": "tokenizer"}, "--stage tokenizer, which decodes nothing"),
-        ({"factors": (DEPTH,), "stage_2": True}, "--stage-2 must come with --stage tokenizer"),
+        ({"factors": (DEPTH,), "stage_2": ()}, "--stage-2 must come with --stage tokenizer"),
         ({"factors": (DEPTH,), "stage": "tokenizer", "tokenizer": Path("x")}, "--tokenizer must not be given"),
         ({"factors": (DEPTH,), "pilot_steps": 3}, "--pilot-steps must be"),
         ({"recipes": ("a", "a")}, "--recipes must be different"),
@@ -156,3 +156,11 @@ def test_a_wrong_key_or_value_is_answered_with_the_nearest_key() -> None:
         plan(Factor("model.network.depth", ("deep",)))
     with pytest.raises(FileNotFoundError, match="recipe 'squar'"):
         plan(recipes=("", "squar"))
+
+
+def test_a_registered_object_is_labelled_like_a_call() -> None:
+    quantizers = Factor(
+        "model.network.quantizer", ("lfq", "{name: product, num_groups: 2, quantizer: {name: ema, decay: 0.9}}")
+    )
+    labels = list(plan(quantizers, stage="tokenizer"))
+    assert labels == ["base", "quantizer=lfq", "quantizer=product(num_groups=2, quantizer=ema(decay=0.9))"]

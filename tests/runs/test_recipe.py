@@ -24,7 +24,7 @@ UNKNOWN = [
     ("model: {network: {depth: true}}", "model.network.depth must be an integer, got True"),
     ("model: {optimizer: {betas: [0.9]}}", "model.optimizer.betas must be a list of a number and a number, got [0.9]"),
     ("trainer: {max_epochs: 3}", "trainer.max_epochs cannot be set: runs are counted in steps; set trainer.max_steps"),
-    ("trainer: {logger: true}", "trainer.logger cannot be set: recipes name registered objects, not classes"),
+    ("trainer: {logger: true}", "trainer.logger cannot be set: name the loggers with the key loggers"),
     ("trainer: {default_root_dir: x}", "trainer.default_root_dir cannot be set: use --runs-folder and --run"),
     ("model: {seed: 3}", "model.seed cannot be set: it follows data.seed"),
     ("trainer: inner.yaml", "trainer must be a mapping, got 'inner.yaml'"),

@@ -1,14 +1,46 @@
-import shutil
+from pathlib import Path
 
 import pytest
 
 from maskgit_pl import old_names
-from maskgit_pl.runs.recipe_files import read_run_config, recipe_files, recipes_folder
+from maskgit_pl.runs.recipe_files import read_run_config, recipe_files
 
 
 def stems(**options):
     defaults = {"dataset": "fashion-mnist", "names": [], "cluster": "single"}
     return [file.stem for file in recipe_files("transformer", **{**defaults, **options})]
+
+
+def own_recipe(folder: Path, name: str, text: str = "trainer: {max_steps: 7}") -> Path:
+    file = folder / "recipes" / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    return file
+
+
+def test_recipes_of_the_working_directory_come_first_and_the_others_stay(tmp_path, monkeypatch):
+    own_recipe(tmp_path, "transformer/cosine.yaml")
+    own_recipe(tmp_path, "transformer/mine.yaml")
+    monkeypatch.chdir(tmp_path)
+    names = ["mine", "cosine", "linear"]
+    base, *chosen, _ = recipe_files("transformer", dataset="fashion-mnist", names=names, cluster="single")
+    assert base.is_absolute()
+    own = Path("recipes/transformer")
+    assert [file.parent == own for file in chosen] == [True, True, False]
+    assert [file.stem for file in chosen] == names
+
+
+def test_a_recipe_may_be_the_path_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plain, staged = tmp_path / "mine.yaml", own_recipe(tmp_path, "tokenizer/mine.yaml")
+    plain.touch()
+    wanted = {"dataset": "fashion-mnist", "names": [str(plain), "log", str(staged)], "cluster": "single"}
+    assert recipe_files("transformer", **wanted)[1:-1] == [plain, *recipe_files("transformer", **wanted)[2:3]]
+    assert recipe_files("tokenizer", **wanted)[1:-1] == [plain, staged]
+    with pytest.raises(
+        FileNotFoundError, match=r"recipe no/such\.yaml: no such file; a recipe without / and \.yaml is a name"
+    ):
+        stems(names=["no/such.yaml"])
 
 
 def test_files_come_in_merge_order():
@@ -37,8 +69,7 @@ def test_a_cluster_of_version_0_1_0_is_found_by_its_old_name(tmp_path, monkeypat
     old_names._warn_once.cache_clear()
     assert stems(cluster="cpu") == ["base", "single"]
     assert [record.getMessage() for record in caplog.records] == ["--cluster: cpu is now called single"]
-    shutil.copytree(recipes_folder(), tmp_path / "recipes")
-    (tmp_path / "recipes" / "cluster" / "cpu.yaml").write_text("trainer: {devices: 1}")  # a file of one's own
+    own_recipe(tmp_path, "cluster/cpu.yaml", "trainer: {devices: 1}")
     monkeypatch.chdir(tmp_path)
     assert stems(cluster="cpu") == ["base", "cpu"]
 

@@ -1,0 +1,99 @@
+"""The commands that list what there is: ``recipes``, ``plugins`` and ``env``."""
+
+import json
+import re
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import maskgit_pl
+from maskgit_pl.cli import main
+from maskgit_pl.cli.plugins import REGISTRIES
+from maskgit_pl.runs.recipe import Recipe
+from maskgit_pl.runs.recipe_files import STAGES, list_recipes
+from tests.installed_packages import install
+
+
+def printed(capsys, *words: str) -> str:
+    assert main(words) == 0
+    return capsys.readouterr().out
+
+
+def rows(capsys, *words: str) -> list[dict[str, str]]:
+    return json.loads(printed(capsys, *words, "--json"))
+
+
+def test_plugins_lists_every_registry_of_the_package(capsys) -> None:
+    root = Path(maskgit_pl.__file__).parent
+    defined = {
+        name
+        for file in root.rglob("*.py")
+        for name in re.findall(r"^(\w+)(?::.*)? = Registry\(", file.read_text(), re.M)
+    }
+    assert defined == set(REGISTRIES)
+    found = rows(capsys, "plugins")
+    for kind, module in REGISTRIES.items():
+        names = getattr(import_module(f"maskgit_pl.{module}"), kind).names()
+        assert [row["name"] for row in found if row["kind"] == kind] == names
+    assert [row["name"] for row in found if row["package"] == "maskgit_pl" and not row["description"]] == []
+
+
+def test_plugins_names_the_package_of_a_plug_in_and_does_not_load_it(capsys, tmp_path, monkeypatch) -> None:
+    points = "[maskgit_pl.mask_schedules]\nsine = no_such_module:Sine\n"
+    install(tmp_path, name="my-schedules", entry_points=points, modules={})
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = {row["name"]: row for row in rows(capsys, "plugins", "mask_schedules")}
+    assert (found["sine"]["package"], found["sine"]["description"]) == ("my-schedules", "")
+    assert found["cosine"]["package"] == "maskgit_pl"
+
+
+def test_recipes_list_has_every_recipe_once_with_a_sentence(capsys) -> None:
+    found = rows(capsys, "recipes", "list")
+    names = {name for kind in (*STAGES, "cluster") for name in list_recipes(kind)}
+    assert [row["recipe"] for row in found] == sorted(names)
+    assert all(len(row["description"]) > 20 for row in found)
+
+
+def test_recipes_show_prints_the_files_of_both_stages(capsys) -> None:
+    text = printed(capsys, "recipes", "show", "own-images")
+    for stage in STAGES:
+        assert list_recipes(stage)["own-images"].read_text() in text
+
+
+def test_a_copied_recipe_is_found_first_and_is_never_overwritten(capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    printed(capsys, "recipes", "copy", "log", "--as", "mine")
+    copied = tmp_path / "recipes" / "transformer" / "mine.yaml"
+    copied.write_text(f"{copied.read_text()}trainer: {{max_steps: 77}}\n")
+    recipe = Recipe.read("transformer", names="mine")
+    assert (recipe.get("trainer.max_steps"), recipe.get("model.mask_schedule")) == (77, "log")
+    assert {"recipes/"} == {row["from"] for row in rows(capsys, "recipes", "list") if row["recipe"] == "mine"}
+    assert main(["recipes", "copy", "cosine", "--as", "mine"]) == 2
+    assert "mine.yaml: the file exists; choose another name with --as" in capsys.readouterr().err
+    assert "77" in copied.read_text()
+
+
+@pytest.mark.parametrize("name", ["../x", "a b", "", "-x"])
+def test_a_copy_stays_in_the_folder_of_recipes(name: str, capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipes", "copy", "log", f"--as={name}"]) == 2
+    assert "--as must be letters, digits and ._-" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [(("recipes", "show", "cosin"), "did you mean 'cosine'"), (("plugins", "quantisers"), "did you mean 'quantizers'")],
+)
+def test_an_unknown_name_is_answered_with_the_nearest(words: tuple[str, ...], answer: str, capsys) -> None:
+    assert main(words) == 2
+    assert answer in capsys.readouterr().err
+
+
+def test_env_prints_the_versions_that_a_report_needs(capsys) -> None:
+    values = json.loads(printed(capsys, "env", "--json"))
+    text = printed(capsys, "env")
+    for name in ("maskgit_pl", "python", "torch", "lightning", "machine", "default device", "recipes"):
+        value = values[name]
+        assert re.search(rf"^{name} +{re.escape(value[0] if isinstance(value, list) else value)}", text, re.M)

@@ -1,0 +1,122 @@
+"""``maskgit train`` with loggers, callbacks and a profiler that the recipe names, also of another package."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from maskgit_pl.cli import main
+from tests.conftest import flags
+from tests.installed_packages import install
+
+TINY = Path(__file__).parents[1] / "tiny"
+POINTS = """
+[maskgit_pl.loggers]
+notes = trackers_of_mine:Notes
+[maskgit_pl.callbacks]
+counter = trackers_of_mine:Counter
+"""
+MODULE = '''
+from dataclasses import dataclass
+
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger
+
+from maskgit_pl.training.callbacks import CallbackSpec
+from maskgit_pl.training.loggers import LoggerSpec
+
+
+@dataclass(frozen=True)
+class Notes(LoggerSpec):
+    """A logger that writes CSV files to a folder with a name of its own."""
+
+    place: str = "notes"
+
+    def create(self, folder, *, run_id):
+        return CSVLogger(folder, name=self.place, flush_logs_every_n_steps=1)
+
+    def log_image(self, logger, name, picture, step):
+        picture.save(f"{logger.save_dir}/{self.place}-{name}-{step}.png")
+
+
+class Counts(Callback):
+    steps = 0
+
+    def __init__(self, file):
+        self.file = file
+
+    def on_train_batch_end(self, trainer, *_):
+        self.steps += 1
+        self.file.write_text(str(self.steps))
+
+    def state_dict(self):
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state):
+        self.steps = state["steps"]
+
+
+@dataclass(frozen=True)
+class Counter(CallbackSpec):
+    """A callback that counts steps."""
+
+    def create(self, folder):
+        return Counts(folder / "steps.txt")
+'''
+
+
+@pytest.fixture
+def train(tiny_shards: Path, tiny_pretrained: Path, tmp_path: Path):
+    def call(recipe: dict[str, object], *more: str) -> int:
+        tiny = flags(yaml.safe_load((TINY / "transformer.yaml").read_text()))
+        file = tmp_path / "mine.yaml"
+        file.write_text(yaml.safe_dump(recipe))
+        where = ("--data", tiny_shards, "--runs-folder", tmp_path / "runs", "--run", "one", "--recipe", file)
+        return main(
+            [*map(str, ("train", "transformer", *where, "--tokenizer", tiny_pretrained / "tokenizer")), *tiny, *more]
+        )
+
+    return call
+
+
+def test_a_plug_in_logger_and_callback_are_named_in_one_recipe(train, tmp_path, monkeypatch) -> None:
+    install(tmp_path / "site", name="trackers-of-mine", entry_points=POINTS, modules={"trackers_of_mine": MODULE})
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    recipe = {
+        "loggers": ["tensorboard", "csv", {"name": "notes", "place": "own"}],
+        "callbacks": ["counter", {"name": "model_summary", "max_depth": 2}],
+        "profiler": "simple",
+    }
+    assert train(recipe, "--trainer.max_steps=2", "--trainer.log_every_n_steps=1") == 0
+    stage = tmp_path / "runs" / "one" / "transformer"
+    lines = (stage / "own" / "version_0" / "metrics.csv").read_text().splitlines()
+    assert "train/loss" in lines[0]
+    assert lines == (stage / "csv" / "version_0" / "metrics.csv").read_text().splitlines()
+    assert list(stage.glob("own-samples-*.png"))
+    assert list(stage.glob("events.out*"))
+    assert (stage / "fit-profile.txt").stat().st_size > 100
+    assert (stage / "steps.txt").read_text() == "4"  # micro-batches, two a step
+    # A resumed run restores the state of the callback, and its loggers may be others.
+    assert train({"loggers": [], "callbacks": ["counter"]}, "--trainer.max_steps=3") == 0
+    assert (stage / "steps.txt").read_text() == "6"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ({"loggers": ["tensorbord"]}, "unknown logger 'tensorbord': did you mean 'tensorboard'?"),
+        ({"loggers": ["csv", {"name": "csv", "flush_every": 2}]}, "loggers must be different, got ['csv', 'csv']"),
+        ({"loggers": [{"name": "csv", "flush_every": 0}]}, "flush_every must be an integer in [1, 1000000], got 0"),
+        ({"callbacks": ["lightning.pytorch.callbacks.Timer"]}, "unknown callback 'lightning.pytorch.callbacks.Timer'"),
+        ({"callbacks": [{"class_path": "x.Y"}]}, "class_path"),
+        ({"profiler": "simpel"}, "unknown profiler 'simpel': did you mean 'simple'?"),
+        ({"trainer": {"logger": "csv"}}, "trainer.logger cannot be set: name the loggers with the key loggers"),
+        ({"trainer": {"profiler": "simple"}}, "name it with the key profiler"),
+    ],
+)
+def test_a_wrong_name_or_value_is_refused_before_training(recipe, said, train, tmp_path, capsys) -> None:
+    assert train(recipe) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
