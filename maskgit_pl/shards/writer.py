@@ -58,8 +58,7 @@ def make_shards(
     Args:
         source: Source of the samples.
         folder: The data folder to make.
-        size: Side of a square, or (height, width), in pixels, to which the centre of each image is cropped and resized;
-            None keeps the bytes of each file. Alpha is kept.
+        size: Side, or (height, width), to which each image is cropped (centre) and resized; None keeps the files.
         shard_size: Maximum number of samples per shard.
         lenient: True leaves out unreadable images and lists them in ``left_out.txt``; False rejects them.
         workers: Number of processes; each writes one shard at a time, and the result does not depend on it. None: one
