@@ -48,7 +48,8 @@ from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig, VQGANOutput
 from maskgit_pl.provenance import describe_environment
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.tokenizer_config import AdversarialConfig, MemoryFormat, TokenizerConfig
-from maskgit_pl.training.optimizers import LearningRate, OptimizerConfig
+from maskgit_pl.training.learning_rates import LearningRate
+from maskgit_pl.training.optimizers import OptimizerConfig
 
 Precision = Literal["fp32", "bf16"]
 Weights = dict[str, Tensor]

@@ -40,7 +40,8 @@ from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.provenance import describe_environment
 from maskgit_pl.schedules import mask_schedules
-from maskgit_pl.training.optimizers import LearningRate, OptimizerConfig
+from maskgit_pl.training.learning_rates import LearningRate
+from maskgit_pl.training.optimizers import OptimizerConfig
 
 Precision = Literal["fp32", "bf16"]
 

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from maskgit_pl.schedules import mask_schedules
     from maskgit_pl.tokenizer import Tokenizer
     from maskgit_pl.tokenizer_config import TokenizerConfig
-    from maskgit_pl.training.optimizers import LearningRate, OptimizerConfig
+    from maskgit_pl.training.learning_rates import LearningRate
+    from maskgit_pl.training.optimizers import OptimizerConfig
 
 __version__ = "0.2.0"
 __all__ = [
@@ -39,7 +40,7 @@ __all__ = [
 _HOMES = {
     "AutoregressiveConfig": "autoregressive",
     "AutoregressiveModel": "autoregressive",
-    "LearningRate": "training.optimizers",
+    "LearningRate": "training.learning_rates",
     "MaskGIT": "pipeline",
     "MaskSampler": "masking",
     "MaskedTokenConfig": "mvtm",

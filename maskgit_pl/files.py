@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from maskgit_pl.portable import READ_FLAGS, pread, sync
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -31,7 +33,6 @@ __all__ = [
     "replace_folder",
     "sha256_of",
     "size_text",
-    "sync",
     "write_atomically",
     "write_folder",
     "write_tensors",
@@ -163,6 +164,8 @@ def replace_folder(fresh: Path, folder: Path) -> None:
 
 def _exchange(one: Path, other: Path) -> bool:
     """Exchanges two names atomically. Returns False and does nothing if the system has no such call."""
+    if os.name == "nt":
+        return False
     rename = getattr(ctypes.CDLL(None), "renameat2", None)  # a call of Linux that Python does not offer
     if rename is None:
         return False
@@ -202,15 +205,6 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, metadata: Mappin
         partial.unlink(missing_ok=True)
 
 
-def sync(path: Path) -> None:
-    """Waits until a file, or the list of names in a folder, is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def open_regular(path: str | Path) -> int:
     """Opens a regular file for reading.
 
@@ -224,7 +218,7 @@ def open_regular(path: str | Path) -> int:
         OSError: if it cannot be opened or is not a regular file.
     """
     # Without O_NONBLOCK, opening a FIFO would wait for a writer. It has no effect on regular files.
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    descriptor = os.open(path, READ_FLAGS | getattr(os, "O_NONBLOCK", 0))
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
         return descriptor
@@ -246,7 +240,7 @@ def sha256_of(file: str | Path | int) -> str:
     try:
         digest, offset = hashlib.sha256(), 0
         # pread leaves the position of the descriptor as it is; another reader may use it.
-        while block := os.pread(descriptor, _BLOCK, offset):
+        while block := pread(descriptor, _BLOCK, offset):
             digest.update(block)
             offset += len(block)
         return digest.hexdigest()

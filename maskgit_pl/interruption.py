@@ -20,10 +20,18 @@ from types import FrameType
 from typing import Literal
 
 from maskgit_pl.errors import INTERRUPTED
+from maskgit_pl.portable import (
+    block_signals,
+    on_fork,
+    set_signal_mask,
+    signals_named,
+    tells_sender_of_signal,
+    unblock_signals,
+)
 
 __all__ = ["SIGNALS", "catch_stop_signals", "ignore_job_signals", "is_requested"]
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+SIGNALS = signals_named("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")
 _CTRL_C_ONCE = b"\nfinishing this step and saving; press Ctrl-C again to quit immediately\n"
 _CTRL_C = b"\nfinishing this step and saving; press Ctrl-C again to quit immediately (exit code 130)\n"
 _CTRL_C_AGAIN = b"\nquit immediately; repeat the command to resume from the last checkpoint\n"
@@ -54,12 +62,12 @@ def catch_stop_signals(*, until: Literal["return", "exit"] = "return") -> Iterat
         yield
         return
     _Flag.process, _Flag.is_set, _Flag.presses, _Flag.may_raise = os.getpid(), False, 0, until == "return"
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    blocked = block_signals(())
     before = {number: signal.signal(number, _set_flag) for number in SIGNALS}
     try:
         with _exit_at_second_ctrl_c() if until == "exit" else nullcontext():
             # A job script may start its tasks with these signals blocked; a pending one is delivered now.
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            unblock_signals(SIGNALS)
             yield
     finally:
         # A signal that arrives after the work is done must not change the exit code. At exit, the interpreter restores
@@ -68,13 +76,16 @@ def catch_stop_signals(*, until: Literal["return", "exit"] = "return") -> Iterat
             is_ignored = until == "exit" and (_Flag.is_set or number in blocked)
             signal.signal(number, signal.SIG_IGN if is_ignored else handler)
         if until == "return":
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            set_signal_mask(blocked)
         _Flag.process, _Flag.is_set = -1, False
 
 
 @contextmanager
 def _exit_at_second_ctrl_c() -> Iterator[None]:
     """Starts a thread that counts Ctrl-C; a handler would wait for a main thread that waits for other ranks."""
+    if os.name == "nt":  # a pipe cannot wake its thread there
+        yield
+        return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     # The interpreter writes the number of each signal to this pipe as soon as it arrives.
@@ -100,8 +111,10 @@ def ignore_job_signals(worker: int) -> None:
     Args:
         worker: Index of the worker, which ``DataLoader`` passes to a ``worker_init_fn``.
     """
+    if not tells_sender_of_signal():
+        return
     # Blocked in all threads, so that only the thread below receives it.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    block_signals({signal.SIGTERM})
 
     def wait() -> None:
         parent = os.getppid()
@@ -144,12 +157,12 @@ _fork = threading.local()  # signal mask before a fork, per forking thread
 def _hold_signals() -> None:
     """Blocks signals during a fork: the new process would write its own signals to the pipe of its parent."""
     is_catching = _Flag.process == os.getpid()
-    _fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if is_catching else None
+    _fork.mask = block_signals(SIGNALS) if is_catching else None
 
 
 def _release_signals() -> None:
     if _fork.mask is not None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, _fork.mask)
+        set_signal_mask(_fork.mask)
 
 
 def _leave_signals_to_parent() -> None:
@@ -159,4 +172,4 @@ def _leave_signals_to_parent() -> None:
     _release_signals()
 
 
-os.register_at_fork(before=_hold_signals, after_in_parent=_release_signals, after_in_child=_leave_signals_to_parent)
+on_fork(before=_hold_signals, after_in_parent=_release_signals, after_in_child=_leave_signals_to_parent)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
 import socket
@@ -11,6 +10,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from maskgit_pl.portable import lock_exclusively, on_fork
 
 __all__ = ["hold_lock"]
 
@@ -69,7 +70,7 @@ def _take(path: Path, target: Path, hint: str) -> int | None:
     """
     while (descriptor := _open_lock(path)) is not None:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_exclusively(descriptor, wait=False)
         except BlockingIOError as error:
             # The holder has written its PID, host and start. They are untrusted text in a shared folder.
             said = os.read(descriptor, 1000).decode(errors="replace")
@@ -91,7 +92,7 @@ def _take(path: Path, target: Path, hint: str) -> int | None:
 def _open_lock(path: Path) -> int | None:
     for flags in (os.O_RDWR | os.O_CREAT, os.O_RDONLY):  # read only if the file belongs to another user
         try:
-            return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+            return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
         except OSError as error:
             if error.errno not in _NOT_WRITABLE:
                 raise
@@ -118,4 +119,4 @@ def _leave_locks_to_parent() -> None:
     _locks.clear()
 
 
-os.register_at_fork(after_in_child=_leave_locks_to_parent)
+on_fork(after_in_child=_leave_locks_to_parent)

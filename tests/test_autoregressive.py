@@ -9,7 +9,7 @@ from maskgit_pl.decoding import AutoregressiveDecoding, DecodingConfig
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pretrained import load_transformer
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
-from maskgit_pl.training.optimizers import LearningRate
+from maskgit_pl.training.learning_rates import LearningRate
 from tests.modules import autoregressive_model, masked_model
 from tests.short_runs import data, fit
 

@@ -22,7 +22,7 @@ from maskgit_pl.shards.images import encode_png
 from maskgit_pl.shards.index import find_shards, index_shards
 from maskgit_pl.shards.samples import Sample
 from maskgit_pl.shards.writer import write_split
-from maskgit_pl.training.optimizers import LearningRate
+from maskgit_pl.training.learning_rates import LearningRate
 from tests.modules import masked_model
 from tests.shards.test_vectors import npy
 from tests.short_runs import data, fit

@@ -24,6 +24,7 @@ FLOORS = {  # a file or a folder -> its floor; a folder's files stand on its flo
     "locks": 0,
     "registry": 0,
     "text": 0,
+    "portable": 0,
     "provenance": 0,
     "distributed": 0,
     "old_names": 0,

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, Trainer
 
 from maskgit_pl.data import Batch, ShardData, ShardDataConfig
 from maskgit_pl.networks.transformer import TransformerConfig
-from maskgit_pl.training.optimizers import LearningRate
+from maskgit_pl.training.learning_rates import LearningRate
 from maskgit_pl.training.unreadable_report import UnreadableReport
 from tests.modules import masked_model
 

@@ -21,7 +21,7 @@ from maskgit_pl.networks.discriminator import DiscriminatorConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.tokenizer import CodebookUsage, _to_uint8
 from maskgit_pl.tokenizer_config import AdversarialConfig, PerceptualConfig
-from maskgit_pl.training.optimizers import LearningRate
+from maskgit_pl.training.learning_rates import LearningRate
 from maskgit_pl.training.strategies import build_strategy
 from tests.modules import tokenizer_model
 

@@ -11,7 +11,7 @@ from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.runs.costs import _count_predicted
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
-from maskgit_pl.training.optimizers import LearningRate
+from maskgit_pl.training.learning_rates import LearningRate
 from tests.modules import masked_model
 from tests.short_runs import data, fit
 

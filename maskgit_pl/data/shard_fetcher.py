@@ -25,6 +25,7 @@ from torch import Tensor
 from maskgit_pl.data.config import StreamConfig
 from maskgit_pl.files import open_regular
 from maskgit_pl.image_format import ImageSize
+from maskgit_pl.portable import pread
 from maskgit_pl.shards.images import load_image
 from maskgit_pl.shards.labels import Labels
 from maskgit_pl.shards.scan import BAD_IMAGE, ShardScan, scan_shard
@@ -86,8 +87,8 @@ class FetchedShard(NamedTuple):
         """Yields the samples in their order, then closes the file."""
         try:
             for _, offset, size, label in self.scan.rows.tolist():
-                data = os.pread(self.descriptor, size, offset)
-                header = os.pread(self.descriptor, 100, offset - BLOCK)  # the member's name
+                data = pread(self.descriptor, size, offset)
+                header = pread(self.descriptor, 100, offset - BLOCK)  # the member's name
                 member = printable(header.partition(b"\0")[0].decode("utf-8", "surrogateescape"))
                 yield StreamSample(data, label, self.url, f"{self.url}:{member}", self.epoch)
         finally:

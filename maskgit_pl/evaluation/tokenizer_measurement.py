@@ -7,7 +7,6 @@ any size, has its own reference.
 from __future__ import annotations
 
 import math
-import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from maskgit_pl.evaluation.tokenizer_options import TokenizerOptions
 from maskgit_pl.image_format import height_width
 from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.networks.lpips import load_lpips
+from maskgit_pl.portable import peak_memory
 from maskgit_pl.pretrained import PretrainedTokenizer, load_tokenizer
 from maskgit_pl.pretrained.networks import images_at_once
 from maskgit_pl.progress import Bars
@@ -263,4 +263,4 @@ def _peak_memory(device: torch.device) -> float:
     """Returns the peak memory in MB (2^20 bytes): of tensors on a GPU, else of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / _MIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _MIB
+    return peak_memory() / _MIB

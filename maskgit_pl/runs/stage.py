@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import resource
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -22,6 +21,7 @@ from maskgit_pl.data import ShardData, split_batch
 from maskgit_pl.files import write_text
 from maskgit_pl.locks import hold_lock
 from maskgit_pl.pipeline.card import write_card
+from maskgit_pl.portable import raise_file_limit
 from maskgit_pl.pretrained import fingerprint, load_weights
 from maskgit_pl.provenance import describe_environment
 from maskgit_pl.runs.build import StageRun, build
@@ -71,7 +71,8 @@ def fit_stage(plan: Plan) -> FitResult:
             another process trains it.
         RunError: if training ends early: a stop signal, unreadable data, a full disk, non-finite losses.
     """
-    _allow_open_files()
+    # Rank 0 holds two connections to each other rank, but shells often allow only 1,024 open files.
+    raise_file_limit(_OPEN_FILES)
     run = build(plan)
     trainer = run.trainer
     newest = newest_checkpoint(plan.checkpoints)
@@ -102,17 +103,6 @@ def _fit(run: StageRun, plan: Plan) -> None:
         _export(module, data, plan, plan.folder / "pretrained", step=trainer.global_step)
         # The launcher ends the remaining ranks soon after the first one exits, so all exit together.
         trainer.strategy.barrier("exported")
-
-
-def _allow_open_files() -> None:
-    """Raises the limit of open files as far as the system allows.
-
-    Rank 0 holds two connections to each other rank, but shells often allow only 1,024 open files.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def export_checkpoint(plan: Plan, checkpoint: Path, out: Path) -> None:

@@ -190,8 +190,9 @@ def _store_of(folder: Path, description: StoreDescription) -> Path:
     # A new link replaces the old one in one step, which is safe if other ranks do the same.
     link = own.with_name(f".tokens.{os.getpid()}")
     link.unlink(missing_ok=True)
-    link.symlink_to(os.path.relpath(shared, own.parent), target_is_directory=True)
-    link.replace(own)  # atomic: ranks may do this at the same time, with the same target
+    with suppress(OSError):  # Windows without the right to make links, or a disk that has none
+        link.symlink_to(os.path.relpath(shared, own.parent), target_is_directory=True)
+        link.replace(own)  # atomic: ranks may do this at the same time, with the same target
     return shared
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from maskgit_pl.checks import check_integer
 from maskgit_pl.errors import is_user_error
+from maskgit_pl.portable import block_signals, set_signal_mask
 
 __all__ = ["available_cores", "choose_workers", "run_jobs"]
 
@@ -68,11 +69,11 @@ def run_jobs(
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_init_worker, initargs=(shared,))
     others = set(multiprocessing.active_children())
     try:
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: workers ignore Ctrl-C
+        blocked = block_signals({signal.SIGINT})  # inherited: workers ignore Ctrl-C
         try:
             waiting = {pool.submit(_call, function, job): job for job in jobs}
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            set_signal_mask(blocked)
         for future in as_completed(waiting):
             result = future.result()
             if isinstance(result, _Refusal):

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from maskgit_pl.checks import check_number
 from maskgit_pl.files import size_text
+from maskgit_pl.portable import READ_FLAGS
 from maskgit_pl.shards.image_bytes import MAX_IMAGE_BYTES, UnreadableImageError
 from maskgit_pl.shards.labels import MAX_CLASSES
 from maskgit_pl.shards.manifest import Split
@@ -198,7 +199,7 @@ def _check_pages(file: ParquetFile, path: Path, group: int, column: str) -> int:
     Raises:
         ValueError: if this is above the limit, or a page is damaged.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = os.open(path, READ_FLAGS)
     largest = 0
     try:
         chunks = file.metadata.row_group(group)

@@ -8,7 +8,7 @@ Source: apache/parquet-format, ``parquet.thrift``; apache/thrift, ``thrift-compa
 
 from __future__ import annotations
 
-import os
+from maskgit_pl.portable import pread
 
 __all__ = ["largest_page"]
 
@@ -32,7 +32,7 @@ def largest_page(descriptor: int, start: int, length: int) -> int:
     place, end, largest = start, start + length, 0
     # The pages follow each other: header, content, header, content ...
     while place < end:
-        reader = _Reader(os.pread(descriptor, min(_WINDOW, end - place), place))
+        reader = _Reader(pread(descriptor, min(_WINDOW, end - place), place))
         try:
             fields = reader.read_struct(_MAX_DEPTH)
             expanded, stored = fields[2], fields[3]

@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from maskgit_pl.files import open_regular, sha256_of
+from maskgit_pl.portable import pread
 from maskgit_pl.shards.image_bytes import MAX_IMAGE_BYTES, UnreadableImageError
 from maskgit_pl.shards.images import ImageHeader, parse_image_header
 from maskgit_pl.shards.labels import Labels
@@ -306,7 +307,7 @@ class _Scanner:
             self.sample.vector, self.vector_kind = member.offset + start, kind
 
     def _payload(self, member: Member) -> bytes:
-        return os.pread(self.descriptor, member.size, member.offset)
+        return pread(self.descriptor, member.size, member.offset)
 
     def _finish(self) -> None:
         """Closes the current sample and adds its row."""
@@ -402,7 +403,7 @@ class _Scanner:
 
     def _member_label_at(self, place: int) -> str:
         """Returns ``SHARD:MEMBER`` of a sample's first member, whose header is the block before its payload."""
-        name = os.pread(self.descriptor, 100, place - BLOCK).partition(b"\0")[0]
+        name = pread(self.descriptor, 100, place - BLOCK).partition(b"\0")[0]
         return f"{self.shard}:{printable(name.decode('utf-8', 'surrogateescape'))}"
 
 

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from maskgit_pl.portable import pread
 from maskgit_pl.text import printable
 
 __all__ = ["BLOCK", "DamagedTarError", "Member", "header_size", "read_members"]
@@ -150,7 +151,7 @@ class _Window:
         if size > limit:
             raise DamagedTarError(f"extended header at byte {offset} must have at most {limit} bytes, got {size}")
         self.require(offset, size, name=name)
-        return os.pread(self.descriptor, size, offset + BLOCK)
+        return pread(self.descriptor, size, offset + BLOCK)
 
     def require(self, offset: int, size: int, *, name: str) -> None:
         """Checks that the payload after the header at an offset lies within the file."""
@@ -165,13 +166,13 @@ class _Window:
             raise DamagedTarError(f"truncated at byte {self.length}, the end of the archive is missing")
         zeros = bytes(2**20)
         for start in range(offset, self.length, len(zeros)):
-            data = os.pread(self.descriptor, len(zeros), start)
+            data = pread(self.descriptor, len(zeros), start)
             if data != zeros[: len(data)]:
                 what = "zeros instead of a member" if offset == 0 else "a damaged member header"
                 raise DamagedTarError(f"{what} at byte {offset}, followed by other bytes")
 
     def _read(self, offset: int) -> None:
-        data = os.pread(self.descriptor, _WINDOW_BYTES, offset)
+        data = pread(self.descriptor, _WINDOW_BYTES, offset)
         whole = len(data) - len(data) % BLOCK
         if not whole:
             raise DamagedTarError(f"truncated at byte {offset} while it was read")

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from maskgit_pl.checks import check_integer
-from maskgit_pl.files import replace_folder, sync, write_text
+from maskgit_pl.files import replace_folder, write_text
 from maskgit_pl.image_format import ImageSize, check_image_size, height_width, plain_size
+from maskgit_pl.portable import sync
 from maskgit_pl.shards.crops import fit_image
 from maskgit_pl.shards.image_bytes import UnreadableImageError
 from maskgit_pl.shards.images import decode_image, encode_png, parse_image_header

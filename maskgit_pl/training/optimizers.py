@@ -1,77 +1,22 @@
-"""AdamW, its parameter groups and its learning rate schedule, for both stages."""
+"""AdamW and its parameter groups, for both stages."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from maskgit_pl.checks import check_choice, check_integer, check_number
+from maskgit_pl.checks import check_choice, check_number
+from maskgit_pl.training.learning_rates import LearningRate
 
-__all__ = ["AdamWKind", "LearningRate", "OptimizerConfig", "build_adamw", "parameter_groups"]
+__all__ = ["AdamWKind", "OptimizerConfig", "build_adamw", "parameter_groups"]
 
 AdamWKind = Literal["fused", "foreach", "for-loop"]
 """Implementations of AdamW in torch: one kernel for everything, one kernel per operation, or one per parameter."""
 
 _DECAYED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-@dataclass(frozen=True)
-class LearningRate:
-    """A learning rate schedule: linear warm-up to a peak, then constant or cosine decay.
-
-    The learning rate belongs to one global batch. Devices and micro-batches divide the global batch, so the rate is not
-    rescaled by their number. With another ``data.global_batch``, choose another peak.
-
-    Args:
-        peak: Maximum learning rate, > 0.
-        warmup_steps: Steps of the linear warm-up, >= 0.
-        decay: ``constant`` keeps the peak after the warm-up; ``cosine`` decays to ``final_fraction`` at the last step.
-        final_fraction: Learning rate at the end of a cosine decay, as a fraction of the peak, in [0, 1].
-
-    Raises:
-        ValueError: if a number is out of range or the decay is unknown.
-    """
-
-    peak: float
-    warmup_steps: int = 0
-    decay: Literal["constant", "cosine"] = "constant"
-    final_fraction: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_number("peak", self.peak, "(0, inf)")
-        check_integer("warmup_steps", self.warmup_steps, "[0, 9e18]")
-        check_choice("decay", self.decay, ("constant", "cosine"))
-        check_number("final_fraction", self.final_fraction, "[0, 1]")
-
-    def factor(self, step: int, max_steps: int) -> float:
-        """Computes the multiplier of the peak, in [0, 1].
-
-        With w warm-up steps, fraction f = ``final_fraction`` and p = (step - w) / (max_steps - w):
-
-            (step + 1) / w                              while step < w
-            1                                           then, with constant decay
-            f + (1 - f) (1 + cos(pi p)) / 2             then, with cosine decay
-
-        Args:
-            step: Number of steps before this one, >= 0.
-            max_steps: Steps of the whole run.
-
-        Raises:
-            ValueError: if the decay is ``cosine`` and ``max_steps`` is below 1.
-        """
-        if self.decay == "cosine" and max_steps < 1:
-            raise ValueError(f"learning_rate.decay 'cosine': trainer.max_steps must be >= 1, got {max_steps}")
-        # Step 0 already has a rate above 0.
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        if self.decay == "constant":
-            return 1.0
-        progress = min(1.0, (step - self.warmup_steps) / max(1, max_steps - self.warmup_steps))
-        return self.final_fraction + (1 - self.final_fraction) * (1 + math.cos(math.pi * progress)) / 2
 
 
 @dataclass(frozen=True)

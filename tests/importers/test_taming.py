@@ -26,7 +26,7 @@ from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pretrained import fingerprint, load_tokenizer
 from maskgit_pl.token_model import check_tokenizer
 from maskgit_pl.tokenizer_config import AdversarialConfig
-from maskgit_pl.training.optimizers import LearningRate
+from maskgit_pl.training.learning_rates import LearningRate
 from tests.modules import masked_model, tokenizer_model
 
 SMALL = {"ch": 32, "mult": (1, 2), "blocks": 1, "attention": (1,), "z": 12, "codes": 32, "width": 4}

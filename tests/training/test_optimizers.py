@@ -1,11 +1,10 @@
-from itertools import pairwise
-
 import pytest
 import torch
 from torch import nn
 
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
-from maskgit_pl.training.optimizers import LearningRate, OptimizerConfig, build_adamw, parameter_groups
+from maskgit_pl.training.learning_rates import LearningRate
+from maskgit_pl.training.optimizers import OptimizerConfig, build_adamw, parameter_groups
 
 
 class Model(nn.Module):
@@ -124,56 +123,3 @@ def test_adamw_has_the_peak_and_the_betas_of_the_recipe():
         [{"params": [nn.Parameter(torch.zeros(1))]}], OptimizerConfig(LearningRate(0.3), (0.8, 0.9), 0.0)
     ).param_groups
     assert (group["lr"], group["betas"]) == (0.3, (0.8, 0.9))
-
-
-@pytest.mark.parametrize("max_steps", [0, -1])
-def test_a_cosine_needs_its_end_and_a_constant_rate_does_not(max_steps):
-    assert LearningRate(0.1).factor(0, max_steps) == 1.0
-    with pytest.raises(ValueError, match=rf"decay 'cosine'.*max_steps.* got {max_steps}"):
-        LearningRate(0.1, decay="cosine").factor(0, max_steps)
-
-
-def test_the_warm_up_rises_in_equal_steps_to_the_peak_and_never_starts_at_0():
-    rate = LearningRate(1e-4, warmup_steps=4)
-    assert [rate.factor(step, 100) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-
-
-def test_constant_stays_at_the_peak():
-    rate = LearningRate(1e-4)
-    assert {rate.factor(step, 100) for step in (0, 50, 99, 100, 500)} == {1.0}
-
-
-@pytest.mark.parametrize("final", [0.0, 0.1])
-def test_cosine_falls_from_the_peak_after_the_warm_up_to_its_end_at_max_steps(final):
-    rate = LearningRate(1e-4, warmup_steps=10, decay="cosine", final_fraction=final)
-    factors = [rate.factor(step, 110) for step in range(10, 131)]
-    assert factors[0] == 1.0
-    assert factors[50] == pytest.approx((1 + final) / 2)
-    assert factors[25] == pytest.approx(final + (1 - final) * 0.8535534)
-    assert factors[100] == pytest.approx(final)
-    assert factors[120] == pytest.approx(final)  # and stays there
-    assert all(early >= late for early, late in pairwise(factors))
-
-
-def test_a_run_that_ends_within_its_warm_up_is_no_error():
-    rate = LearningRate(1e-4, warmup_steps=10, decay="cosine")
-    assert [rate.factor(step, 5) for step in (0, 4, 9)] == [0.1, 0.5, 1.0]
-    assert 0 <= rate.factor(10, 5) <= 1
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"peak": 0.0}, r"^peak must be a number in \(0, inf\), got 0.0"),
-        ({"peak": float("inf")}, r"^peak must be a finite number in \(0, inf\), got inf"),
-        ({"peak": float("nan")}, "^peak"),
-        ({"warmup_steps": -1}, "^warmup_steps must be an integer in .*, got -1"),
-        ({"final_fraction": 1.5}, r"^final_fraction must be a number in \[0, 1\], got 1.5"),
-        ({"final_fraction": -0.1}, "^final_fraction"),
-        ({"decay": "linear"}, "^decay must be one of constant, cosine, got 'linear'"),
-    ],
-    ids=str,
-)
-def test_numbers_out_of_range_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        LearningRate(**{"peak": 1e-4, **options})

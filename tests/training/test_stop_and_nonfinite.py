@@ -20,7 +20,7 @@ from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.tokenizer_config import AdversarialConfig
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, complete_checkpoints
 from maskgit_pl.training.checkpoints import Checkpoints
-from maskgit_pl.training.optimizers import LearningRate
+from maskgit_pl.training.learning_rates import LearningRate
 from maskgit_pl.training.stop_and_nonfinite import StepCheck, clip_gradients
 from tests.injection import Fault, Injection
 from tests.modules import masked_model, tokenizer_model
