@@ -33,6 +33,7 @@ class AutoregressiveConfig(TokenModelConfig):
         tokenizer: Path of the pretrained tokenizer folder.
         label_smoothing: Label smoothing of the training loss, in [0, 1).
         loss_vocabulary: Columns of the softmax of the loss: ``codes``, or ``all`` rows of the token embedding.
+            With token groups it is ``codes``: the softmax of each group.
         ema_decay: Decay of the averaged weights, which are sampled, evaluated and exported, in [0, 1); 0 for none.
         flip_probability: Probability of a horizontal flip, in [0, 1]; only for images that are encoded on the fly.
         seed: Seed of class dropout, flips and dropout, in [0, 2**32).

@@ -9,14 +9,17 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from maskgit_pl.networks.quantizers import entropy_loss
+from maskgit_pl.networks.token_groups import split_tokens
 
 __all__ = [
     "AdversarialLoss",
     "ReconstructionLoss",
     "adaptive_weight",
+    "cluster_cross_entropy",
     "discriminator_loss",
     "entropy_loss",
     "generator_loss",
@@ -33,7 +36,13 @@ ReconstructionLoss = Literal["l2", "l1"]
 
 
 def masked_cross_entropy(
-    logits: Tensor, targets: Tensor, rows: Tensor, *, num_rows: int, label_smoothing: float = 0.0
+    logits: Tensor,
+    targets: Tensor,
+    rows: Tensor,
+    *,
+    num_rows: int,
+    label_smoothing: float = 0.0,
+    num_token_groups: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Computes the cross-entropy at masked positions.
 
@@ -43,27 +52,40 @@ def masked_cross_entropy(
     micro-batches. A row without masked tokens adds 0 to the sum and counts in the mean.
 
     Args:
-        logits: (M, V) float: logits at the M masked positions of all rows.
-        targets: (M,) int64 in [0, V).
+        logits: (M, V) float: logits at the M masked positions of all rows; V = G k with G token groups of k values.
+        targets: (M,) int64 in [0, V), or in [0, k^G).
         rows: (M,) int64 in [0, num_rows): the row of each masked position.
         num_rows: B, rows of the batch.
-        label_smoothing: s in [0, 1): the target is (1 - s) one-hot + s / V, as in ``torch.nn.CrossEntropyLoss``.
+        label_smoothing: s in [0, 1): the target is (1 - s) one-hot + s / V, as in ``torch.nn.CrossEntropyLoss``; in
+            each group (1 - s) one-hot + s / k.
+        num_token_groups: G. Above 1, the loss of a token is the sum of the cross-entropies of its groups, whose
+            negative log-likelihood is that of the token.
 
     Returns:
         Scalar float32 loss, and the detached negative log-likelihoods without smoothing, (M,) float32.
 
     Source: released code, ``weighted_sequence_cross_entropy`` (it gives NaN for a row without masked tokens).
     """
-    losses, nll = token_cross_entropy(logits, targets, label_smoothing=label_smoothing)
+    losses, nll = token_cross_entropy(
+        logits, targets, label_smoothing=label_smoothing, num_token_groups=num_token_groups
+    )
     return mean_over_rows(losses, rows, num_rows=num_rows), nll.detach()
 
 
-def token_cross_entropy(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+def token_cross_entropy(
+    logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0, num_token_groups: int = 1
+) -> tuple[Tensor, Tensor]:
     """Computes the cross-entropy of each token; see ``masked_cross_entropy`` for the arguments.
 
     Returns:
         (M,) float32 cross-entropies with label smoothing, and without.
     """
+    if num_token_groups > 1:
+        rows = rearrange(logits, "m (groups k) -> (m groups) k", groups=num_token_groups)
+        digits = split_tokens(targets, num_groups=num_token_groups, group_size=rows.shape[1]).flatten()
+        of_digits = token_cross_entropy(rows, digits, label_smoothing=label_smoothing)
+        losses, nll = (each.view(-1, num_token_groups).sum(1) for each in of_digits)
+        return losses, nll
     log_probabilities = F.log_softmax(logits.float(), dim=-1)
     nll = -log_probabilities.gather(1, targets.unsqueeze(1)).squeeze(1)  # (M,)
     if label_smoothing == 0:
@@ -71,6 +93,25 @@ def token_cross_entropy(logits: Tensor, targets: Tensor, *, label_smoothing: flo
     # -sum_v target_v log p_v, with the uniform part as a mean over the V columns.
     losses = (1 - label_smoothing) * nll - label_smoothing * log_probabilities.mean(-1)
     return losses, nll
+
+
+def cluster_cross_entropy(logits: Tensor, targets: Tensor, clusters: Tensor) -> Tensor:
+    """Computes the cross-entropy of the cluster of each target: -log of the sum of the probabilities of its codes.
+
+    Args:
+        logits: (M, V) float, the codes in the first K columns.
+        targets: (M,) int64 in [0, K).
+        clusters: (n, K / n) int64: the codes of each cluster; each code is in one cluster.
+
+    Returns:
+        (M,) float32, at most the cross-entropy of the code.
+
+    Source: IAR, arXiv:2501.00880, cluster-oriented cross-entropy loss.
+    """
+    logits = logits.float()
+    cluster_of = clusters.flatten().argsort() // clusters.shape[1]  # (K,): the cluster of each code
+    own = logits.gather(1, clusters[cluster_of[targets]])  # (M, K / n)
+    return logits.logsumexp(-1) - own.logsumexp(-1)
 
 
 def mean_over_rows(losses: Tensor, rows: Tensor, *, num_rows: int) -> Tensor:

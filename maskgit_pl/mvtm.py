@@ -11,17 +11,20 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from maskgit_pl.checks import check_integer, check_number
+from maskgit_pl.code_clusters import balanced_clusters, check_clusters
 from maskgit_pl.corruption import Corruption, corruptions
 from maskgit_pl.data import Batch
 from maskgit_pl.decoding import ConditionalModel, DecodingConfig, DecodingStep, decode_classes
-from maskgit_pl.losses import token_cross_entropy
+from maskgit_pl.losses import cluster_cross_entropy, token_cross_entropy
 from maskgit_pl.mask_positions import mask_positions
 from maskgit_pl.mask_ratios import mask_ratios
 from maskgit_pl.masking import MaskSampler
 from maskgit_pl.networks.backbone import create_network
+from maskgit_pl.networks.token_groups import likeliest_tokens
 from maskgit_pl.objectives import Objective, TokenLosses, objectives
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
 from maskgit_pl.token_model import NUM_BINS, TokenModel, TokenModelConfig, check_decoding
@@ -39,6 +42,7 @@ class MaskedTokenConfig(TokenModelConfig):
         tokenizer: Path of the pretrained tokenizer folder.
         label_smoothing: Label smoothing of the training loss, in [0, 1).
         loss_vocabulary: Columns of the softmax of the loss: ``codes``, or ``all`` rows of the token embedding.
+            With token groups it is ``codes``: the softmax of each group.
         ema_decay: Decay of the averaged weights, which are sampled, evaluated and exported, in [0, 1); 0 for none.
         flip_probability: Probability of a horizontal flip, in [0, 1]; only for images that are encoded on the fly.
         seed: Seed of masks, class dropout, flips and dropout, in [0, 2**32).
@@ -56,7 +60,8 @@ class MaskedTokenConfig(TokenModelConfig):
 
     Raises:
         ValueError: if a number is out of range, a name is unknown, there are more decoding steps than tokens, guidance
-            is set without a null class, or the objective ``elbo`` is given mask ratios that leave out some counts.
+            is set without a null class, the objective ``elbo`` is given mask ratios that leave out some counts, or an
+            objective with clusters does not fit the codebook.
     """
 
     _: KW_ONLY
@@ -95,6 +100,8 @@ class MaskedTokenConfig(TokenModelConfig):
     def build_objective(self, sampler: MaskSampler) -> Objective:
         """Builds the objective, and checks that it can be used with the mask ratios of ``sampler``."""
         objective = objectives.build(self.objective)
+        if objective.num_clusters:
+            check_clusters(objective.num_clusters, self.network, tokenizer=self.tokenizer)
         if not objective.needs_slopes:
             return objective
         if not sampler.covers_all_counts(self.network.num_tokens):
@@ -124,6 +131,7 @@ class MaskedTokenModel(TokenModel):
 
     config: MaskedTokenConfig
     binned_by = "mask-ratio"
+    code_clusters: Tensor | None  # (n, K / n) int64: the codes of each cluster; None if the objective needs none
 
     def __init__(self, config: MaskedTokenConfig) -> None:
         super().__init__(config, create_network(config.network), config.decoding)
@@ -133,6 +141,15 @@ class MaskedTokenModel(TokenModel):
         self.objective = config.build_objective(self.mask_sampler)
         self.corruption = config.build_corruption()
         self.decoder = config.decoding.build_decoder(self.mask_schedule)
+        codes, num_clusters = torch.arange(config.network.codebook_size), self.objective.num_clusters
+        self.register_buffer("code_clusters", codes.view(num_clusters, -1) if num_clusters else None)
+
+    def setup(self, stage: str) -> None:
+        """Computes the clusters of the tokenizer's codes, if the objective needs them; a checkpoint replaces them."""
+        if stage == TrainerFn.FITTING and self.code_clusters is not None:
+            every = torch.arange(self.config.network.codebook_size, device=self.device)
+            codes = self.tokenizer.network.quantizer.lookup(every)  # (K, D)
+            self.code_clusters.copy_(balanced_clusters(codes, len(self.code_clusters), seed=self.config.seed))
 
     def _draw_mask(self, batch: Batch) -> Tensor:
         if self.training:  # validation batches may have other sizes
@@ -169,16 +186,19 @@ class MaskedTokenModel(TokenModel):
             labels,
             predicted,
             vectors=batch.vectors_for(config.network.condition_dim),
-            vocabulary=config.loss_vocabulary,
+            vocabulary=config.loss_columns,
         )  # (M, V)
-        targets = tokens[predicted]  # (M,)
-        losses, nll = token_cross_entropy(logits, targets, label_smoothing=config.label_smoothing)
-        hits = (logits.detach().argmax(-1) == targets).float()
+        targets, groups = tokens[predicted], config.network.num_token_groups  # (M,)
+        losses, nll = token_cross_entropy(
+            logits, targets, label_smoothing=config.label_smoothing, num_token_groups=groups
+        )
+        of_clusters = None if self.code_clusters is None else cluster_cross_entropy(logits, targets, self.code_clusters)
+        hits = (likeliest_tokens(logits.detach(), num_groups=groups) == targets).float()
         # 3.
         is_masked = None if predicted is mask else mask[predicted]
         slopes = self.mask_sampler.slope(tokens.shape[1], **self._place(batch)) if self.objective.needs_slopes else None
         rows = predicted.nonzero()[:, 0]
-        loss = self.objective(TokenLosses(losses, rows, len(tokens), is_masked, weights, slopes))
+        loss = self.objective(TokenLosses(losses, rows, len(tokens), is_masked, weights, slopes, of_clusters))
         nll = nll.detach()
         return (loss, nll, hits) if is_masked is None else (loss, nll[is_masked], hits[is_masked])
 

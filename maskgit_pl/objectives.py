@@ -12,13 +12,13 @@ Used by ``mvtm.MaskedTokenModel``. Your own objective is a registered frozen dat
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from maskgit_pl.checks import check_number, shorten
+from maskgit_pl.checks import check_integer, check_number, shorten
 from maskgit_pl.losses import mean_over_rows
 from maskgit_pl.registry import Registry
 
@@ -37,6 +37,8 @@ class TokenLosses:
         weights: (M,) float32 >= 0: 1 for masked and for replaced tokens, ``visible_weight`` for other visible tokens;
             None if all are 1.
         slopes: (B,) float32 >= 0: |dr/du| of the mask ratio r; None if the objective needs none.
+        cluster_losses: (M,) float32: cross-entropies of the clusters of the codes, with a graph; None if the objective
+            needs none.
     """
 
     losses: Tensor
@@ -45,6 +47,7 @@ class TokenLosses:
     is_masked: Tensor | None = None
     weights: Tensor | None = None
     slopes: Tensor | None = None
+    cluster_losses: Tensor | None = None
 
     def sum_rows(self, values: Tensor) -> Tensor:
         """Returns (B,) float32: the sums of ``values`` (M,) over the tokens of each image."""
@@ -58,10 +61,12 @@ class Objective(ABC):
 
     Attributes:
         needs_slopes: True if ``TokenLosses.slopes`` must be given.
+        num_clusters: Number of clusters of codes for ``TokenLosses.cluster_losses``; 0 if they need not be given.
         visible_weight: Weight of visible tokens that no corruption replaced. Above 0, all tokens are predicted.
     """
 
     needs_slopes: ClassVar[bool] = False
+    num_clusters: int = 0
     visible_weight: float = 0.0
 
     @abstractmethod
@@ -79,7 +84,7 @@ def check_objective(name: str, objective: Objective) -> None:
         raise ValueError(f"objective {name!r} must be an Objective, got {shorten(objective)}")
     check_number(f"objective {name!r}: visible_weight", objective.visible_weight, "[0, 1000000]")
     rows, ones = torch.tensor([0, 0, 0, 1, 1, 1]), torch.ones(6)
-    loss = objective(TokenLosses(ones, rows, 2, torch.arange(6) % 2 == 0, ones, torch.ones(2)))
+    loss = objective(TokenLosses(ones, rows, 2, torch.arange(6) % 2 == 0, ones, torch.ones(2), ones))
     if not isinstance(loss, Tensor) or loss.shape != () or not bool(loss.isfinite()):
         raise ValueError(f"objective {name!r}: the loss must be a finite scalar tensor, got {shorten(loss)}")
 
@@ -157,3 +162,34 @@ class Elbo(Objective):
         weights = ones if tokens.weights is None else tokens.weights
         visible = tokens.sum_rows((1 - masked) * weights * tokens.losses)
         return loss + (visible / tokens.sum_rows(1 - masked).clamp(min=1)).mean()
+
+
+@objectives.register("cluster_cross_entropy")
+@dataclass(frozen=True)
+class ClusterCrossEntropy(MaskedCrossEntropy):
+    """The loss of ``masked_cross_entropy``, with l + cluster_weight c in place of l.
+
+    c = -log(sum of the probabilities of the codes in the cluster of the right code). A wrong code costs less if it is
+    similar to the right one. The clusters come from a balanced k-means of the tokenizer's codes
+    (``code_clusters.balanced_clusters``).
+
+    Args:
+        visible_weight: Weight of visible tokens, in [0, 1000000]; see ``masked_cross_entropy``.
+        num_clusters: Number of clusters, in [2, 65536]; the codebook size is a multiple of it. The released code has
+            128 of 16,384 codes.
+        cluster_weight: Weight of c, in [0, 1000000].
+
+    Source: IAR, arXiv:2501.00880, cluster-oriented cross-entropy loss; the weight 1 is that of the released code.
+    """
+
+    num_clusters: int = 128
+    cluster_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer("num_clusters", self.num_clusters, "[2, 65536]")
+        check_number("cluster_weight", self.cluster_weight, "[0, 1000000]")
+
+    def __call__(self, tokens: TokenLosses) -> Tensor:
+        assert tokens.cluster_losses is not None
+        return super().__call__(replace(tokens, losses=tokens.losses + self.cluster_weight * tokens.cluster_losses))

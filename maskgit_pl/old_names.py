@@ -217,6 +217,7 @@ def rename_tensors(tensors: Mapping[str, Value], origin: str) -> dict[str, Value
 _NEW_FIELDS = (  # of networks, with the only behavior of version 0.1.0
     ("backbone", "bert"),
     ("condition_dim", 0),
+    ("num_token_groups", 1),
     ("middle_attention", True),
 )
 

@@ -28,7 +28,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningModule
@@ -45,6 +45,7 @@ from maskgit_pl.decoding import DecodingConfig, DecodingStep
 from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.losses import masked_cross_entropy
 from maskgit_pl.networks.backbone import Backbone, BackboneConfig, Vocabulary
+from maskgit_pl.networks.token_groups import likeliest_tokens
 from maskgit_pl.pretrained import (
     PretrainedTokenizer,
     load_tokenizer,
@@ -63,6 +64,8 @@ from maskgit_pl.training.strategies import check_precision, shard_blocks
 
 __all__ = ["NUM_BINS", "TokenModel", "TokenModelConfig", "check_decoding", "check_tokenizer"]
 
+LossVocabulary = Literal["codes", "all"]
+
 
 @dataclass(frozen=True)
 class TokenModelConfig:
@@ -73,7 +76,7 @@ class TokenModelConfig:
     tokenizer: str
     _: KW_ONLY
     label_smoothing: float = 0.1
-    loss_vocabulary: Vocabulary = "all"
+    loss_vocabulary: LossVocabulary = "all"
     ema_decay: float = 0.999
     flip_probability: float = 0.0
     seed: int = 0
@@ -82,12 +85,17 @@ class TokenModelConfig:
 
     def __post_init__(self) -> None:
         check_number("label_smoothing", self.label_smoothing, "[0, 1)")
-        check_choice("loss_vocabulary", self.loss_vocabulary, get_args(Vocabulary))
+        check_choice("loss_vocabulary", self.loss_vocabulary, get_args(LossVocabulary))
         check_number("ema_decay", self.ema_decay, "[0, 1)")
         check_number("flip_probability", self.flip_probability, "[0, 1]")
         check_seed("seed", self.seed)
         check_choice("activation_checkpointing", self.activation_checkpointing, get_args(ActivationCheckpointing))
         check_choice("compiled", self.compiled, get_args(Compiled))
+
+    @property
+    def loss_columns(self) -> Vocabulary:
+        """The columns of the logits of the loss: ``loss_vocabulary``, or those of the token groups if there are any."""
+        return self.network.loss_columns(self.loss_vocabulary)
 
 
 class TokenModel(LightningModule):
@@ -361,14 +369,14 @@ class TokenModel(LightningModule):
         smoothing: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Computes the scalar loss, and of each predicted token the NLL (M,) and the hit (M,), 1 if argmax is right."""
-        vocabulary = self.config.loss_vocabulary
-        logits = network.forward_masked(
-            self._mask_tokens(tokens, mask), labels, mask, vectors=vectors, vocabulary=vocabulary
-        )  # (M, V)
-        rows = mask.nonzero()[:, 0]  # (M,): the row of each predicted token
-        targets = tokens[mask]  # (M,)
-        loss, token_loss = masked_cross_entropy(logits, targets, rows, num_rows=len(tokens), label_smoothing=smoothing)
-        return loss, token_loss, (logits.detach().argmax(-1) == targets).float()
+        columns, groups = self.config.loss_columns, self.config.network.num_token_groups
+        seen = self._mask_tokens(tokens, mask)
+        logits = network.forward_masked(seen, labels, mask, vectors=vectors, vocabulary=columns)  # (M, V)
+        rows, targets = mask.nonzero()[:, 0], tokens[mask]  # (M,) each: row and code of the predicted tokens
+        loss, token_loss = masked_cross_entropy(
+            logits, targets, rows, num_rows=len(tokens), label_smoothing=smoothing, num_token_groups=groups
+        )
+        return loss, token_loss, (likeliest_tokens(logits.detach(), num_groups=groups) == targets).float()
 
     def _reseed_dropout(self, batch_idx: int) -> None:
         """Seeds dropout by (seed, step, micro-batch, rank): a resumed run is bit-exact on the same number of ranks."""

@@ -37,6 +37,7 @@ FLOORS = {  # a file or a folder -> its floor; a folder's files stand on its flo
     "masking": 2,
     "decoding": 2,
     "losses": 2,
+    "code_clusters": 2,
     "objectives": 3,
     "corruption": 3,
     "shards": 2,

@@ -126,7 +126,7 @@ def test_the_default_is_masked_cross_entropy_to_the_last_bit(smoothing):
 def test_objectives_say_where_they_come_from_and_have_gradients(name):
     assert "Source:" in (type(objectives.build(name)).__doc__ or "")
     losses = torch.ones(4, requires_grad=True)
-    given = TokenLosses(losses, torch.tensor([0, 0, 1, 1]), 2, None, None, torch.ones(2))
+    given = TokenLosses(losses, torch.tensor([0, 0, 1, 1]), 2, None, None, torch.ones(2), torch.zeros(4))
     objectives.build(name)(given).backward()
     assert losses.grad is not None
     torch.testing.assert_close(losses.grad, torch.full((4,), 0.25))

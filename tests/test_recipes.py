@@ -38,6 +38,7 @@ PARAMETERS = {
     ("tokenizer", "64px"): 288_696,
     ("tokenizer", "collapse"): 107_428,
     ("transformer", "1h"): 1_290_108,
+    ("transformer", "maskbit-12bit"): 304_784_490,
     ("transformer", "paper-256"): 172_457_193,
     ("transformer", "paper-512"): 173_047_017,
 }
@@ -68,6 +69,7 @@ SOURCE = re.compile(r"# \[(config|code|magvit|paper|halton|taming|llamagen|maskb
 
 
 SOURCED = [(stage, f"paper-{size}") for stage in ("tokenizer", "transformer") for size in (256, 512)]
+SOURCED += [("transformer", "maskbit-12bit")]
 SOURCED += [("tokenizer", name) for name in ("taming-f16", "llamagen-vq16", "maskbit-12bit", "fsq-1000", "fsq-4375")]
 TAMING = ["--model.network.num_middle_blocks=2", "--model.network.attention_levels=[1]"]
 PATCHES = ["--model.adversarial.discriminator.num_layers=1", "--model.adversarial.start_step=0"]

@@ -26,6 +26,8 @@ VARIANTS = [
     ALL,
     {"objective": "elbo", "corruption": "uniform", "mask_positions": "halton"},
     {"mask_ratio": {"name": "beta", "a": 1.5}, "corruption": "model", "ema_decay": 0.0},
+    {"objective": {"name": "cluster_cross_entropy", "num_clusters": 4, "cluster_weight": 0.5}},
+    {"network": replace(CONFIG, num_token_groups=2), "corruption": "model"},
 ]
 
 
@@ -47,7 +49,9 @@ def test_a_resumed_run_equals_a_straight_one_to_the_last_bit(tiny_shards, tiny_p
     def made() -> MaskedTokenModel:
         torch.manual_seed(0)
         options_ = {"ema_decay": 0.9, **options}
-        return masked_model(CONFIG, tiny_pretrained / "tokenizer", rate=LearningRate(1e-2), **options_)
+        return masked_model(
+            options_.pop("network", CONFIG), tiny_pretrained / "tokenizer", rate=LearningRate(1e-2), **options_
+        )
 
     straight = fit(made(), data(tiny_shards), steps=8, folder=tmp_path / "a", every=7)
     first = fit(made(), data(tiny_shards), steps=5, folder=tmp_path / "b")
@@ -155,6 +159,18 @@ def test_a_model_that_has_seen_wrong_tokens_gives_them_low_probabilities(name):
         ({"corruption": {"name": "uniform", "fraction": 2}}, "fraction must be a number in"),
         ({"mask_ratio": "bta"}, "unknown mask ratio 'bta': did you mean 'beta'"),
         ({"mask_positions": "block"}, "unknown mask positions 'block': did you mean 'blocks'"),
+        (
+            {"objective": {"name": "cluster_cross_entropy", "num_clusters": 3}},
+            "num_clusters must divide .* size 16 .* 3",
+        ),
+        ({"objective": {"name": "cluster_cross_entropy", "num_clusters": 16}}, "must divide .* and be smaller, got 16"),
+        (
+            {
+                "objective": {"name": "cluster_cross_entropy", "num_clusters": 4},
+                "network": replace(CONFIG, num_token_groups=2),
+            },
+            "network.num_token_groups must be 1 for an objective with clusters",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_the_first_step(options, text):

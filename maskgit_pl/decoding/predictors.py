@@ -27,6 +27,8 @@ from maskgit_pl.decoding.vectors import VectorConditionalNetwork, VectorNetwork
 from maskgit_pl.networks.backbone import Backbone
 from maskgit_pl.networks.transformer import ContextCache
 
+_MOST_NUMBERS = 2**28  # 1 GiB in float32
+
 __all__ = [
     "AutoguidedPredictor",
     "CachedPredictor",
@@ -158,7 +160,7 @@ class FirstStepLogits:
         network: The network, usually a ``networks.transformer.MaskedTransformer``.
         num_tokens: N, tokens per image.
         mask_token_id: Id of the mask token.
-        max_labels: Number of classes kept, >= 1; each takes N K numbers.
+        max_labels: Number of classes kept, >= 1. Each takes N K numbers; fewer are kept if they take more than 2^28.
     """
 
     def __init__(
@@ -181,7 +183,8 @@ class FirstStepLogits:
         # 3. Remove the least recently used classes.
         for label in dict.fromkeys(labels):
             self._known.move_to_end(label)
-        while len(self._known) > self.max_labels:
+        most = max(1, min(self.max_labels, _MOST_NUMBERS // rows[0].numel()))
+        while len(self._known) > most:
             self._known.popitem(last=False)
         return torch.stack(rows)
 

@@ -45,7 +45,7 @@ def replay_backbone(
 
     def of(depth: int | None = None) -> Replay:
         made = config if depth is None else _with_depth(config, depth)
-        return _replay(made, vocabulary=vocabulary, precision=precision, prepare=prepare)
+        return _replay(made, vocabulary=config.loss_columns(vocabulary), precision=precision, prepare=prepare)
 
     if config.num_blocks <= _LONGEST or not _has_equal_blocks(config):
         return of()

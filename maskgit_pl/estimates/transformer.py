@@ -2,7 +2,8 @@
 
 Letters: B images of a micro-batch, N tokens per image, S = N + 1 with the class token (N with causal attention, where
 the last token is not an input), R = B S rows, m masked tokens of the micro-batch, D embedding dimension, F dimension of
-the MLP, h heads, L blocks, V rows of the token embedding.
+the MLP, h heads, L blocks, V rows of the token embedding, which are also the columns of the loss. With G token groups
+of k values, the loss has G k columns.
 """
 
 from __future__ import annotations
@@ -41,6 +42,11 @@ def _length(config: TransformerConfig) -> int:
     return config.num_tokens + (config.attention == "bidirectional")
 
 
+def _columns(config: TransformerConfig) -> int:
+    """Returns the number of columns of the logits of the loss."""
+    return config.vocabulary_size if config.num_token_groups == 1 else config.num_code_rows
+
+
 def block_group(config: TransformerConfig) -> Group:
     """Returns the tensors of a block: matrices with 4 D^2 + 2 D F, biases and norms with 9 D + F parameters."""
     d, f = config.embed_dim, config.mlp_dim
@@ -50,7 +56,7 @@ def block_group(config: TransformerConfig) -> Group:
 
 def root_group(config: TransformerConfig) -> Group:
     """Returns the tensors outside the blocks: token embedding V D (tied), positions (N + 1) D, norms, head D^2."""
-    d, v = config.embed_dim, config.vocabulary_size
+    d, v = config.embed_dim, config.num_rows
     return Group(((v, d), (config.num_tokens + 1, d), (d,), (d,), (d, d), (d,), (d,), (d,), (v,)))
 
 
@@ -139,11 +145,11 @@ def transformer_activations(
         # Each block keeps its float32 input; one block at a time has its tensors back.
         blocks, recomputed = config.depth * rows * dim * FLOAT, middle if config.depth > 1 else last
     number = HALF if half else FLOAT
-    head = masked_rows * (dim * (3 * number + FLOAT) + _STATISTICS + config.vocabulary_size * FLOAT)
+    head = masked_rows * (dim * (3 * number + FLOAT) + _STATISTICS + _columns(config) * FLOAT)
     # The two peaks: gradients of the logits, and gradients of the MLP of a block.
-    logits = 3 * masked_rows * config.vocabulary_size * FLOAT
+    logits = 3 * masked_rows * _columns(config) * FLOAT
     feed_forward = rows * (config.mlp_dim * number + 2 * dim * FLOAT)
-    matrices = config.depth * (4 * dim**2 + 2 * dim * config.mlp_dim) + dim**2 + config.vocabulary_size * dim
+    matrices = config.depth * (4 * dim**2 + 2 * dim * config.mlp_dim) + dim**2 + _columns(config) * dim
     return Activations(
         kept=embedding + blocks + head,
         casts=matrices * HALF if half else 0,
@@ -190,13 +196,13 @@ def step_flops(config: TransformerConfig, *, images: int, masked: float) -> floa
     # Queries, keys and values of every block, and the rest of all blocks except the last.
     at_all_rows = config.depth * 3 * d**2 + (config.depth - 1) * (d**2 + 2 * d * f)
     # Output projection and MLP of the last block, and both layers of the head.
-    at_masked_rows = d**2 + 2 * d * f + d**2 + d * config.vocabulary_size
+    at_masked_rows = d**2 + 2 * d * f + d**2 + d * _columns(config)
     return 6 * rows * at_all_rows + 6 * masked * at_masked_rows + 12 * images * config.depth * length**2 * d
 
 
 def recomputed_flops(config: TransformerConfig, *, images: int, masked: float) -> float:
     """Returns the extra FLOPs of ``activation_checkpointing: blocks``: a second forward pass of each block."""
-    d, v = config.embed_dim, config.vocabulary_size
+    d, v = config.embed_dim, _columns(config)
     # The forward pass is a third of a step. The head is not recomputed.
     head = 2 * masked * (d**2 + d * v)
     return step_flops(config, images=images, masked=masked) / 3 - head

@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from importlib import import_module
-from typing import Literal, cast, get_args
+from typing import ClassVar, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from maskgit_pl.checks import check_choice, check_integer, check_number
 from maskgit_pl.networks.backbone import Attention, Backbone, BackboneConfig, Vocabulary, backbones
 from maskgit_pl.networks.rotary import Positions, rotate, rotation_table
+from maskgit_pl.networks.token_groups import TokenEmbedding, token_logits
 from maskgit_pl.networks.transformer_block import KVCache
 
 __all__ = ["AdaLNConfig", "AdaLNTransformer"]
@@ -78,6 +79,7 @@ class AdaLNConfig(BackboneConfig):
         ValueError: if a size is out of range or an option is unknown.
     """
 
+    has_token_groups: ClassVar[bool] = True
     embed_dim: int = 768
     depth: int = 12
     num_heads: int = 12
@@ -127,7 +129,7 @@ class AdaLNConfig(BackboneConfig):
 
     @property
     def vocabulary_size(self) -> int:
-        """The number of rows of the token embedding: codes, then the mask token. Classes have a table of their own."""
+        """The size of the vocabulary: codes, then the mask token. Classes have a table of their own."""
         return self.codebook_size + 1
 
     @property
@@ -258,7 +260,7 @@ class AdaLNTransformer(Backbone):
         super().__init__(config)
         dim, has_null = config.embed_dim, config.null_label is not None
         # The order of the modules decides the initial weights.
-        self.token_embedding = nn.Embedding(config.vocabulary_size, dim)
+        self.token_embedding = TokenEmbedding(config, dim)
         self.class_embedding = nn.Embedding(config.num_classes + has_null, dim)  # the null class last
         self.position_embedding = nn.Embedding(config.num_tokens, dim) if config.positions == "learned" else None
         self.register_embedding = nn.Embedding(config.num_registers, dim) if config.num_registers else None
@@ -270,8 +272,8 @@ class AdaLNTransformer(Backbone):
         is_modulated = config.conditioning == "adaln"
         self.head_modulation = nn.Linear(dim, 2 * dim) if is_modulated else None
         self.head_norm = nn.RMSNorm(dim, eps=_EPS, elementwise_affine=not is_modulated)
-        self.head_embedding = None if config.tied_head else nn.Embedding(config.vocabulary_size, dim)
-        self.head_bias = nn.Parameter(torch.zeros(config.vocabulary_size))
+        self.head_embedding = None if config.tied_head else nn.Embedding(config.num_rows, dim)
+        self.head_bias = nn.Parameter(torch.zeros(config.num_rows))
         self.apply(_initialise)
         for module in (self.head_modulation, *(block.modulation for block in self._blocks())):
             if module is not None:  # adaLN-zero: each block starts as the identity
@@ -355,12 +357,11 @@ class AdaLNTransformer(Backbone):
 
     def _head(self, x: Tensor, condition: Tensor, vocabulary: Vocabulary) -> Tensor:
         """Computes the logits (..., V) of hidden states (..., D), given the condition (..., D)."""
-        rows = self.config.codebook_size if vocabulary == "codes" else self.config.vocabulary_size
         x = self.head_norm(x)
         if self.head_modulation is not None:
             x = _modulate(x, *self.head_modulation(condition).chunk(2, dim=-1))
         table = self.token_embedding if self.head_embedding is None else self.head_embedding
-        return F.linear(x, table.weight[:rows], self.head_bias[:rows])
+        return token_logits(x, table.weight, self.head_bias, config=self.config, vocabulary=vocabulary)
 
     def _blocks(self) -> Sequence[AdaLNBlock]:
         return cast("Sequence[AdaLNBlock]", self.blocks)

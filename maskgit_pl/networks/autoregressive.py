@@ -45,7 +45,7 @@ class AutoregressiveTransformer(Transformer, AutoregressiveBackbone):
             tokens: (B, N) int64 in [0, K).
             labels: (B,) int64 in [0, num_classes), or ``null_label``.
             vectors: None: the transformer knows classes only.
-            vocabulary: Columns of the result: the K codes, or the whole vocabulary.
+            vocabulary: Columns of the result; see ``Backbone.forward``.
 
         Returns:
             (B, N, V) float.
@@ -68,7 +68,7 @@ class AutoregressiveTransformer(Transformer, AutoregressiveBackbone):
             labels: (B,) int64 in [0, num_classes), or ``null_label``.
             mask: (B, N) bool.
             vectors: None: the transformer knows classes only.
-            vocabulary: Columns of the result: the K codes, or the whole vocabulary.
+            vocabulary: Columns of the result; see ``Backbone.forward``.
 
         Returns:
             (number of True, V) float, in raster order, row after row.

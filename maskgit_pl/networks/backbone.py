@@ -26,6 +26,7 @@ from maskgit_pl.registry import Registry
 __all__ = [
     "BUILT_IN",
     "DEFAULT_BACKBONE",
+    "LARGEST_COMPOSED",
     "LARGEST_GRID",
     "Attention",
     "AutoregressiveBackbone",
@@ -40,7 +41,7 @@ __all__ = [
 ]
 
 Attention = Literal["bidirectional", "causal"]
-Vocabulary = Literal["codes", "all"]
+Vocabulary = Literal["codes", "all", "groups"]
 
 DEFAULT_BACKBONE = "bert"
 """The backbone of recipes and files that name none."""
@@ -51,8 +52,12 @@ BUILT_IN = {"adaln": "maskgit_pl.networks.adaln", "bert": "maskgit_pl.networks.t
 LARGEST_GRID = 256
 """Largest number of rows or columns of a token grid: 65,536 tokens, 256 times those of a released image."""
 
+LARGEST_COMPOSED = 2**18
+"""Largest codebook of a network with token groups: decoding computes a logit for each code from those of the groups."""
+
 # Well above any existing network: a larger number is a mistake, or an attack on the memory.
 _LARGEST = {"codebook_size": (1, 2**24), "num_classes": (1, 100_000), "condition_dim": (0, 2**16)}
+_MOST_GROUPS = 24
 
 
 @dataclass(frozen=True)
@@ -71,10 +76,15 @@ class BackboneConfig(ABC):
             0 there is a null label, which classifier-free guidance needs.
         dropout: Dropout probability of the network, in [0, 1).
         condition_dim: C, size of the conditioning vector of an image, such as an embedding of its caption; 0 for none.
+        num_token_groups: G, groups in which a token is embedded and predicted; K = k^G. With 1, a token is one id.
 
     Raises:
-        ValueError: if a number is out of range, or ``backbone`` is the name of another class.
+        ValueError: if a number is out of range, ``backbone`` is the name of another class, K is not k^G, or the
+            backbone has no token groups.
     """
+
+    has_token_groups: ClassVar[bool] = False
+    """True if the network follows ``num_token_groups``; see ``networks.token_groups``."""
 
     transferable: ClassVar[tuple[str, ...]] = ("num_classes", "grid", "class_dropout", "dropout")
     """Fields in which a network may differ from the pretrained one that it starts from."""
@@ -87,6 +97,7 @@ class BackboneConfig(ABC):
     class_dropout: float = 0.1
     dropout: float = 0.1
     condition_dim: int = 0
+    num_token_groups: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", tuple(self.grid))  # a list in recipes and config.json
@@ -104,6 +115,33 @@ class BackboneConfig(ABC):
                 f"transformer backbone must be {own!r} for {type(self).__name__}, got {self.backbone!r}; "
                 "networks.backbone.build_config builds the configuration of any backbone"
             )
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        """Checks that the codebook can be divided into ``num_token_groups`` groups.
+
+        Raises:
+            ValueError: if not.
+        """
+        groups, size = self.num_token_groups, self.codebook_size
+        check_integer("transformer num_token_groups", groups, f"[1, {_MOST_GROUPS}]")
+        if groups == 1:
+            return
+        if not self.has_token_groups:
+            raise ValueError(
+                f"transformer num_token_groups must be 1 for the backbone {self.backbone!r}, got {groups}; use bert or "
+                "adaln"
+            )
+        if self.group_size < 2 or self.group_size**groups != size:
+            raise ValueError(
+                f"transformer num_token_groups must be a number G with codebook_size = k^G, got {groups} for "
+                f"{size} codes; {max(2, self.group_size) ** groups} = {max(2, self.group_size)}^{groups} codes fit"
+            )
+        if size > LARGEST_COMPOSED:
+            raise ValueError(
+                f"transformer codebook_size must be at most {LARGEST_COMPOSED} with num_token_groups above 1, because "
+                f"decoding computes a logit for each code, got {size}; use a tokenizer with fewer codes"
+            )
 
     @property
     def num_tokens(self) -> int:
@@ -119,6 +157,26 @@ class BackboneConfig(ABC):
     def vocabulary_size(self) -> int:
         """The size of the vocabulary: codes, classes, the null class if there is one, the mask token."""
         return self.codebook_size + self.num_classes + (self.null_label is not None) + 1
+
+    @property
+    def group_size(self) -> int:
+        """The number of values of a group, k; K with one group."""
+        size: int = round(self.codebook_size ** (1 / self.num_token_groups))
+        return size
+
+    @property
+    def num_code_rows(self) -> int:
+        """The number of rows of the token embedding for codes: k for each group, G k."""
+        return self.num_token_groups * self.group_size
+
+    @property
+    def num_rows(self) -> int:
+        """The number of rows of the token embedding: ``num_code_rows``, then one for each other id."""
+        return self.vocabulary_size - self.codebook_size + self.num_code_rows
+
+    def loss_columns(self, vocabulary: Vocabulary) -> Vocabulary:
+        """Returns the columns of the logits that a loss needs: those of ``vocabulary``, or of the token groups."""
+        return vocabulary if self.num_token_groups == 1 else "groups"
 
     @property
     def mask_token_id(self) -> int:
@@ -160,7 +218,8 @@ class Backbone(nn.Module):
         blocks: The repeated parts. Activation checkpointing, compilation, FSDP2 and int8 work block by block. May be
             empty: the network is then one group.
         entry_points: Methods that are called besides ``forward``. FSDP2 gathers the weights for them too.
-        vocabulary_tables: Names of tensors in the state dict with a row for each id of the vocabulary.
+        vocabulary_tables: Names of tensors in the state dict with a row for each id of the vocabulary; the codes have
+            ``num_code_rows`` rows.
         class_tables: Names of tensors with a row for each class, and for the null label if there is one.
         position_tables: Names of tensors with a row for each token of the grid in raster order, after any number of
             other rows.
@@ -186,8 +245,9 @@ class Backbone(nn.Module):
             tokens: (B, N) int64.
             labels: (B,) int64.
             vectors: (B, C) float; None without conditioning vectors.
-            vocabulary: Columns of the result: the K codes, or the whole vocabulary. A network that predicts only codes
-                may return K columns for both.
+            vocabulary: Columns of the result: the K codes, the whole vocabulary, or the G k values of all token groups.
+                A network that predicts only codes may return K columns for the first two. Without token groups, the
+                last one is not asked for.
 
         Returns:
             (B, N, V) float.

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from maskgit_pl.checks import check_choice, check_integer
 from maskgit_pl.networks.backbone import LARGEST_GRID, Attention, Backbone, BackboneConfig, Vocabulary, backbones
+from maskgit_pl.networks.token_groups import TokenEmbedding, token_logits
 from maskgit_pl.networks.transformer_block import LAYER_NORM_EPS, Block
 
 __all__ = [
@@ -59,6 +60,7 @@ class TransformerConfig(BackboneConfig):
         class_dropout: See ``BackboneConfig``.
         dropout: Dropout probability of embeddings, attention probabilities and both outputs of a block, in [0, 1).
         condition_dim: 0: the class is the only condition.
+        num_token_groups: See ``BackboneConfig``.
         attention: ``bidirectional``: a token attends to all tokens; ``causal``: to itself and those before it in raster
             order. Both have the same weights.
 
@@ -66,6 +68,7 @@ class TransformerConfig(BackboneConfig):
         ValueError: if a size is out of range, or the attention is unknown.
     """
 
+    has_token_groups: ClassVar[bool] = True
     embed_dim: int = 768
     depth: int = 24
     num_heads: int = 16
@@ -139,7 +142,7 @@ class Transformer(Backbone):
             )
         del self.blocks  # set below, in the order of older checkpoints
         # The order of the modules decides the initial weights. One row of positions more than tokens: the class.
-        self.token_embedding = nn.Embedding(config.vocabulary_size, config.embed_dim)
+        self.token_embedding = TokenEmbedding(config, config.embed_dim)
         self.position_embedding = nn.Embedding(config.num_tokens + 1, config.embed_dim)
         self.embedding_norm = nn.LayerNorm(config.embed_dim, eps=LAYER_NORM_EPS)
         sizes = config.embed_dim, config.num_heads, config.mlp_dim
@@ -150,7 +153,7 @@ class Transformer(Backbone):
         self.head_dense = nn.Linear(config.embed_dim, config.embed_dim)
         self.head_norm = nn.LayerNorm(config.embed_dim, eps=LAYER_NORM_EPS)
         # The head multiplies by the token embedding (tied weights) and adds a bias of its own.
-        self.head_bias = nn.Parameter(torch.zeros(config.vocabulary_size))
+        self.head_bias = nn.Parameter(torch.zeros(config.num_rows))
         self.apply(_initialise)
 
     def _embed(self, sequence: Tensor, *, first: int = 0) -> Tensor:
@@ -165,10 +168,8 @@ class Transformer(Backbone):
 
     def _head(self, x: Tensor, vocabulary: Vocabulary) -> Tensor:
         """Computes the logits (..., V) of hidden states (..., D)."""
-        rows = self.config.codebook_size if vocabulary == "codes" else self.config.vocabulary_size
-        # Codes come first in the vocabulary, so the others need not be computed.
         x = self.head_norm(F.gelu(self.head_dense(x), approximate="tanh"))
-        return F.linear(x, self.token_embedding.weight[:rows], self.head_bias[:rows])
+        return token_logits(x, self.token_embedding.weight, self.head_bias, config=self.config, vocabulary=vocabulary)
 
 
 class MaskedTransformer(Transformer):
@@ -196,7 +197,7 @@ class MaskedTransformer(Transformer):
             tokens: (B, N) int64.
             labels: (B,) int64.
             vectors: None: the transformer knows classes only.
-            vocabulary: Columns of the result: the K codes, or the whole vocabulary.
+            vocabulary: Columns of the result; see ``Backbone.forward``.
 
         Returns:
             (B, N, V) float.
@@ -220,7 +221,7 @@ class MaskedTransformer(Transformer):
             labels: (B,) int64.
             mask: (B, N) bool.
             vectors: None: the transformer knows classes only.
-            vocabulary: Columns of the result: the K codes, or the whole vocabulary.
+            vocabulary: Columns of the result; see ``Backbone.forward``.
 
         Returns:
             (number of True, V) float, in raster order, row after row.

@@ -102,7 +102,7 @@ def _tables(network: Backbone) -> Iterator[tuple[str, _Convert]]:
 
 def _fit_vocabulary(table: Tensor, old: BackboneConfig, new: BackboneConfig) -> Tensor:
     """Converts rows (old vocabulary, ...) to (new vocabulary, ...): codes, classes if it has them, the mask token."""
-    codes, classes = table[: old.codebook_size], table[old.codebook_size : -1]
+    codes, classes = table[: old.num_code_rows], table[old.num_code_rows : -1]
     if len(classes):
         classes = _fit_classes(classes, old, new)
     return torch.cat([codes, classes, table[-1:]])

@@ -11,7 +11,15 @@ __all__ = ["DEFAULT_BACKBONE", "Layer", "merge", "remove_key", "value_at"]
 DEFAULT_BACKBONE = "bert"
 """The backbone of recipes that name none; ``networks.backbone`` has the same."""
 
-_COMMON = ("codebook_size", "num_classes", "grid", "class_dropout", "dropout", "condition_dim")  # to all backbones
+_COMMON = (  # to all backbones
+    "codebook_size",
+    "num_classes",
+    "grid",
+    "class_dropout",
+    "dropout",
+    "condition_dim",
+    "num_token_groups",
+)
 
 
 @dataclass(frozen=True)
@@ -34,8 +42,8 @@ def merge(trees: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     ``name`` adds arguments to the object that an earlier tree names.
 
     A mapping with the key ``backbone`` (``model.network``) that names another backbone than the earlier trees drops the
-    keys of the old one, except those that all backbones have: codebook_size, num_classes, grid, class_dropout, dropout
-    and condition_dim. The keys of the new one start from its defaults.
+    keys of the old one, except those that all backbones have: codebook_size, num_classes, grid, class_dropout, dropout,
+    condition_dim and num_token_groups. The keys of the new one start from its defaults.
     """
     result: dict[str, Any] = {}
     for tree in trees:

@@ -132,6 +132,20 @@ def test_the_first_step_of_a_class_is_computed_once_for_all_runs_until_it_is_cle
     assert network.labels[-2:] == [[2], [2]]
 
 
+@pytest.mark.parametrize(("size", "kept"), [(2**26, 4), (2**27, 2), (2**30, 1)])
+def test_fewer_classes_are_kept_if_their_logits_are_large(size, kept):
+    class Large(Network):
+        def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+            self.labels.append(labels.tolist())
+            return torch.empty(len(labels), positions.shape[1], size // 16, device="meta")
+
+    network = Large()
+    cache = FirstStepLogits(network, num_tokens=16, mask_token_id=MASK)
+    for label in (*range(5), *range(5 - kept, 5), 4 - kept):
+        cache([label], device=CPU)
+    assert network.labels == [[0], [1], [2], [3], [4], [4 - kept]]
+
+
 def test_known_tokens_at_the_start_leave_the_first_step_alone():
     network = Network()
     decoded([0, 0], [1, 2], network=network, tokens=partly_known([16, 9]))

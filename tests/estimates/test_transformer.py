@@ -27,7 +27,8 @@ PAPER_512 = TransformerConfig(1024, 1000, (32, 32), class_dropout=0.0)
 NARROW = TransformerConfig(64, 10, (8, 8), 64, 4, 4, 256, dropout=0.0)
 WORDY = TransformerConfig(1024, 1000, (8, 8), 128, 6, 4, 512, dropout=0.0, class_dropout=0.0)
 LONG = TransformerConfig(256, 10, (12, 12), 96, 8, 4, 384, dropout=0.0, attention="causal")
-CONFIGS = {"narrow": NARROW, "wordy": WORDY, "long": LONG}
+GROUPED = TransformerConfig(2**14, 10, (8, 8), 96, 4, 4, 384, dropout=0.0, num_token_groups=2)
+CONFIGS = {"narrow": NARROW, "wordy": WORDY, "long": LONG, "grouped": GROUPED}
 BATCH = 6
 
 
@@ -61,9 +62,10 @@ def batch_of(config):
 
 
 def forward(network, tokens, labels, mask):
-    logits = network.forward_masked(tokens, labels, mask, vocabulary="all")
-    rows = mask.nonzero()[:, 0]
-    return masked_cross_entropy(logits, tokens[mask], rows, num_rows=BATCH, label_smoothing=0.1)[0]
+    config = network.config
+    logits = network.forward_masked(tokens, labels, mask, vocabulary=config.loss_columns("all"))
+    options = {"num_rows": BATCH, "label_smoothing": 0.1, "num_token_groups": config.num_token_groups}
+    return masked_cross_entropy(logits, tokens[mask], mask.nonzero()[:, 0], **options)[0]
 
 
 def measured(config, precision, checkpointing):

@@ -12,13 +12,14 @@ from maskgit_pl.networks.backbone import Backbone, BackboneConfig, backbones, bu
 
 SIZES: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 4, "mlp_dim": 48}
 OPTIONS: dict[str, list[dict[str, Any]]] = {  # of backbones that have options; the first one is always the default
-    "bert": [{"class_dropout": 0.0}],
+    "bert": [{"class_dropout": 0.0}, {"num_token_groups": 2}],
     "adaln": [
         {"class_dropout": 0.0, "num_registers": 0},
         {"condition_dim": 6},
         {"condition_dim": 6, "class_dropout": 0.0},
         {"conditioning": "token", "condition_dim": 6, "positions": "rotary"},
         {"positions": "rotary-raster", "qk_norm": False, "tied_head": False},
+        {"num_token_groups": 4, "tied_head": False},
     ],
 }
 

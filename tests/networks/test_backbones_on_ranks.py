@@ -16,7 +16,11 @@ from tests.networks.backbone_cases import create, inputs, small_config
 
 pytestmark = pytest.mark.slow
 
-CONFIGS = [*map(small_config, backbones.names()), small_config("adaln", condition_dim=6, num_registers=2)]
+CONFIGS = [
+    *map(small_config, backbones.names()),
+    small_config("adaln", condition_dim=6, num_registers=2),
+    small_config("bert", num_token_groups=2),
+]
 
 
 def step(network: torch.nn.Module, config: BackboneConfig, rows: slice) -> dict[str, torch.Tensor]:
@@ -24,7 +28,7 @@ def step(network: torch.nn.Module, config: BackboneConfig, rows: slice) -> dict[
     tokens, labels, mask, vectors = inputs(config)
     vectors = None if vectors is None else vectors[rows]
     own = tokens[rows], labels[rows]
-    logits = network.forward_masked(*own, mask[rows], vectors=vectors, vocabulary="all")
+    logits = network.forward_masked(*own, mask[rows], vectors=vectors, vocabulary=config.loss_columns("all"))
     (logits.square().sum() / len(tokens)).backward()
     found = {f"gradient of {name}": each.grad for name, each in network.named_parameters()}
     with torch.no_grad():

@@ -1,0 +1,207 @@
+"""Token groups: digits and codes, embeddings and logits by hand, and networks whose tokens are divided into groups."""
+
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from maskgit_pl.decoding.autoguidance import apply_guidance
+from maskgit_pl.losses import token_cross_entropy
+from maskgit_pl.networks.backbone import LARGEST_COMPOSED, Backbone, BackboneConfig
+from maskgit_pl.networks.quantizers import quantizers
+from maskgit_pl.networks.token_groups import (
+    TokenEmbedding,
+    compose_logits,
+    join_digits,
+    likeliest_tokens,
+    split_tokens,
+)
+from maskgit_pl.networks.transformer import ContextCache, TransformerConfig
+from tests.networks.backbone_cases import create, inputs, small_config
+
+GROUPS = [(1, 7), (2, 4), (3, 3), (4, 2), (2, 5)]
+BACKBONES = ["bert", "adaln"]
+
+
+def grouped(name: str, num_groups: int = 2, **options: Any) -> BackboneConfig:
+    return small_config(name, num_token_groups=num_groups, **options)
+
+
+def group_logits(num_groups: int, size: int, rows: int = 6) -> Tensor:
+    return torch.randn(rows, num_groups * size, generator=torch.Generator().manual_seed(0)) * 2
+
+
+@pytest.mark.parametrize(("num_groups", "size"), GROUPS)
+def test_digits_are_those_of_a_number_in_base_k_and_join_to_it(num_groups, size):
+    tokens = torch.arange(size**num_groups)
+    digits = split_tokens(tokens, num_groups=num_groups, group_size=size)
+    assert digits.tolist() == [list(each) for each in product(range(size), repeat=num_groups)]
+    assert torch.equal(join_digits(digits, group_size=size), tokens)
+
+
+@pytest.mark.parametrize("num_groups", [2, 3])
+@pytest.mark.parametrize("name", ["lfq", "bsq"])
+def test_the_first_group_of_binary_codes_holds_the_last_channels(name, num_groups):
+    bits, tokens = 6 // num_groups, torch.arange(64)
+    signs = quantizers.build(name).create(codebook_size=64, code_dim=6).lookup(tokens) > 0  # (64, 6)
+    digits = split_tokens(tokens, num_groups=num_groups, group_size=2**bits)
+    for group in range(num_groups):
+        first = 6 - (group + 1) * bits
+        own = signs[:, first : first + bits].long() * 2 ** torch.arange(bits)
+        assert torch.equal(own.sum(1), digits[:, group])
+
+
+def test_the_groups_of_a_product_are_its_digits_from_last_to_first():
+    spec = quantizers.build({"name": "product", "num_groups": 3, "quantizer": "lfq"})
+    quantizer, tokens = spec.create(codebook_size=64, code_dim=6), torch.arange(64)
+    digits = split_tokens(tokens, num_groups=3, group_size=4)
+    codes = [quantizer.groups[2 - group].lookup(digits[:, group]) for group in range(3)]
+    assert torch.equal(torch.cat(codes[::-1], dim=1), quantizer.lookup(tokens))
+
+
+@pytest.mark.parametrize(("num_groups", "size"), GROUPS)
+def test_the_probability_of_a_code_is_the_product_of_those_of_its_digits(num_groups, size):
+    logits = group_logits(num_groups, size)
+    probabilities = [each.softmax(-1) for each in logits.chunk(num_groups, dim=1)]
+    found = compose_logits(logits, num_groups=num_groups).softmax(-1)
+    assert found.shape == (6, size**num_groups)
+    for code, digits in enumerate(product(range(size), repeat=num_groups)):
+        expected = torch.stack([probabilities[group][:, digit] for group, digit in enumerate(digits)]).prod(0)
+        torch.testing.assert_close(found[:, code], expected)
+
+
+@pytest.mark.parametrize(("num_groups", "size"), GROUPS)
+def test_the_likeliest_token_is_that_of_all_codes(num_groups, size):
+    logits = group_logits(num_groups, size, rows=40)
+    expected = compose_logits(logits, num_groups=num_groups).argmax(-1)
+    assert torch.equal(likeliest_tokens(logits, num_groups=num_groups), expected)
+
+
+def test_guidance_of_codes_is_guidance_of_groups():
+    one, other = group_logits(2, 4), group_logits(2, 4).flip(0)
+    composed = [compose_logits(each, num_groups=2) for each in (one, other)]
+    guided = compose_logits(apply_guidance(one, other, 1.5), num_groups=2)
+    torch.testing.assert_close(apply_guidance(*composed, 1.5), guided)
+
+
+@pytest.mark.parametrize(("num_groups", "size"), GROUPS)
+def test_the_loss_of_groups_is_the_loss_of_the_code_and_probabilities_sum_to_one(num_groups, size):
+    logits, total = group_logits(num_groups, size), torch.zeros(6)
+    codes = compose_logits(logits, num_groups=num_groups).log_softmax(-1)
+    for token in range(size**num_groups):
+        losses, nll = token_cross_entropy(logits, torch.full((6,), token), num_token_groups=num_groups)
+        torch.testing.assert_close(nll, -codes[:, token])
+        assert torch.equal(losses, nll)
+        total += (-nll).exp()
+    torch.testing.assert_close(total, torch.ones(6))
+
+
+def test_label_smoothing_smooths_each_group():
+    logits, targets = group_logits(2, 4), torch.tensor([0, 3, 7, 9, 12, 15])
+    losses, _ = token_cross_entropy(logits, targets, label_smoothing=0.2, num_token_groups=2)
+    expected = sum(
+        nn.functional.cross_entropy(group, digits, label_smoothing=0.2, reduction="none")
+        for group, digits in zip(logits.chunk(2, dim=1), (targets // 4, targets % 4), strict=True)
+    )
+    torch.testing.assert_close(losses, expected)
+
+
+def test_one_group_is_the_embedding_of_torch_to_the_last_bit():
+    config = TransformerConfig(16, 3, (3, 4), 32, 1, 4, 48)
+    torch.manual_seed(0)
+    ours = TokenEmbedding(config, 32)
+    torch.manual_seed(0)
+    plain = nn.Embedding(config.vocabulary_size, 32)
+    ids = torch.arange(config.vocabulary_size).view(3, -1)
+    assert torch.equal(ours.weight, plain.weight)
+    assert torch.equal(ours(ids), plain(ids))
+
+
+def test_a_code_is_the_sum_of_its_rows_and_every_other_id_has_its_own():
+    config = TransformerConfig(16, 3, (3, 4), 32, 1, 4, 48, num_token_groups=2)
+    embedding = TokenEmbedding(config, 32)
+    rows = embedding.weight
+    assert rows.shape == (4 + 4 + 5, 32)  # two groups; three classes, the null class and the mask token
+    for token in range(16):
+        torch.testing.assert_close(embedding(torch.tensor(token)), rows[token // 4] + rows[4 + token % 4])
+    assert torch.equal(embedding(torch.arange(16, 21)), rows[8:])
+    embedding(torch.tensor([[5, config.mask_token_id]])).sum().backward()
+    assert rows.grad.abs().sum(1).nonzero().flatten().tolist() == [1, 4 + 1, 12]
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_network_computes_the_logits_of_codes_from_those_of_groups(name):
+    config = grouped(name)
+    network = create(config)
+    tokens, labels, mask, _ = inputs(config)
+    groups = network.forward_masked(tokens, labels, mask, vocabulary="groups")
+    assert groups.shape == (int(mask.sum()), 2 * 4)
+    expected = compose_logits(groups, num_groups=2)
+    for vocabulary in ("codes", "all"):
+        torch.testing.assert_close(network.forward_masked(tokens, labels, mask, vocabulary=vocabulary), expected)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_next_token_has_the_logits_of_the_whole_sequence(name):
+    options = {"num_registers": 0} if name == "adaln" else {}
+    config = grouped(name, attention="causal", **options)
+    network = create(config)
+    labels, tokens = torch.tensor([0, 2]), torch.arange(24).view(2, 12) % 16
+    whole, cache = network(tokens, labels), network.create_cache()
+    assert whole.shape == (2, 12, 16)
+    for place in range(12):
+        found = network.forward_next(tokens[:, :place], labels, cache=cache)
+        torch.testing.assert_close(found, whole[:, place], rtol=1e-5, atol=1e-5)
+
+
+def test_a_full_update_of_the_context_cache_is_exact():
+    config = grouped("bert")
+    network, cache, every = create(config), ContextCache(), torch.arange(12).expand(4, 12)
+    tokens, labels, _, _ = inputs(config)
+    network.forward_cached(tokens, labels, every, every[:, :0], cache=cache)
+    other = (tokens + 1) % 16
+    found = network.forward_cached(other, labels, every[:, :5], every[:, 5:], cache=cache)
+    torch.testing.assert_close(found, network(other, labels)[:, :5], rtol=1e-5, atol=1e-5)
+
+
+def test_groups_shrink_embedding_and_head_of_large_codebooks():
+    config = TransformerConfig(2**18, 1000, (16, 16), num_token_groups=2)
+    assert (config.group_size, config.num_code_rows, config.num_rows) == (512, 1024, 1024 + 1002)
+    with torch.device("meta"):
+        few = sum(each.numel() for each in config.create().parameters())
+        many = sum(each.numel() for each in replace(config, num_token_groups=1).create().parameters())
+    assert many - few == (2**18 - 1024) * (768 + 1)  # a row of the table and a bias each
+
+
+@dataclass(frozen=True)
+class OtherConfig(BackboneConfig):
+    """A backbone that knows nothing of groups."""
+
+    backbone: str = "other"
+
+    def create(self) -> Backbone:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("size", "groups", "text"),
+    [
+        (1000, 2, r"codebook_size = k\^G, got 2 for 1000 codes; 1024 = 32\^2 codes fit"),
+        (16, 5, r"codebook_size = k\^G, got 5 for 16 codes; 32 = 2\^5 codes fit"),
+        (2, 24, r"got 24 for 2 codes; 16777216 = 2\^24 codes fit"),
+        (16, 0, r"num_token_groups must be an integer in \[1, 24\], got 0"),
+        (4 * LARGEST_COMPOSED, 2, "codebook_size must be at most 262144 with num_token_groups above 1, because"),
+    ],
+)
+def test_codebooks_that_cannot_be_divided_are_refused(size, groups, text):
+    with pytest.raises(ValueError, match=text):
+        TransformerConfig(size, 3, (3, 4), num_token_groups=groups)
+
+
+def test_backbones_without_groups_refuse_them():
+    with pytest.raises(ValueError, match="num_token_groups must be 1 for the backbone 'other', got 2"):
+        OtherConfig(16, 3, (3, 4), num_token_groups=2)
+    assert OtherConfig(16, 3, (3, 4)).num_rows == OtherConfig(16, 3, (3, 4)).vocabulary_size
