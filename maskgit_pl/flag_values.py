@@ -6,9 +6,11 @@ import json
 from typing import Any
 
 from maskgit_pl.checks import shorten
+from maskgit_pl.image_format import ImageSize, as_image_size
 
 __all__ = [
     "parse_features",
+    "parse_image_size",
     "parse_integers",
     "parse_json_spec",
     "parse_list",
@@ -53,6 +55,18 @@ def parse_integers(flag: str, text: str) -> tuple[int, ...]:
     if not words or not all(word.isdecimal() for word in words):
         raise ValueError(f"{flag} must be integers >= 0 such as 0,1, got {text!r}")
     return tuple(map(int, words))
+
+
+def parse_image_size(flag: str, text: str) -> ImageSize:
+    """Parses the size of images: a side such as ``64``, or height and width such as ``48,64``, in pixels.
+
+    Raises:
+        ValueError: if the text has another form.
+    """
+    words = [word.strip() for word in text.split(",")]
+    if len(words) > 2 or not all(word.isdecimal() and len(word) < 10 for word in words):
+        raise ValueError(f"{flag} must be a side such as 64, or height,width such as 48,64, got {shorten(text)}")
+    return as_image_size([int(words[0]), int(words[-1])])
 
 
 def split_values(text: str) -> list[str]:

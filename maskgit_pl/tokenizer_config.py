@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from maskgit_pl.checks import check_choice, check_integer, check_number, check_seed
+from maskgit_pl.image_format import ImageSize, check_image_size, height_width
 from maskgit_pl.losses import AdversarialLoss, ReconstructionLoss
 from maskgit_pl.networks.discriminator import DiscriminatorConfig
 from maskgit_pl.networks.discriminators import build_discriminator
@@ -135,7 +136,7 @@ class TokenizerConfig:
 
     Args:
         network: Sizes of the VQGAN.
-        image_size: Side of the square images in pixels, in [1, 16384].
+        image_size: Side of square images, or (height, width), in pixels, each in [1, 16384].
         optimizer: AdamW of the generator; the discriminator has one of the same configuration.
         reconstruction_loss: ``l2`` (released configuration) or ``l1``.
         reconstruction_weight: Its factor, in [0, 1e6].
@@ -156,7 +157,7 @@ class TokenizerConfig:
     """
 
     network: VQGANConfig
-    image_size: int
+    image_size: ImageSize
     optimizer: OptimizerConfig
     reconstruction_loss: ReconstructionLoss = "l2"
     reconstruction_weight: float = 1.0
@@ -171,7 +172,7 @@ class TokenizerConfig:
     activation_checkpointing: ActivationCheckpointing = "none"
 
     def __post_init__(self) -> None:
-        check_integer("image_size", self.image_size, "[1, 16384]")
+        object.__setattr__(self, "image_size", check_image_size("image_size", self.image_size, "[1, 16384]"))
         check_choice("reconstruction_loss", self.reconstruction_loss, get_args(ReconstructionLoss))
         check_number("reconstruction_weight", self.reconstruction_weight, "[0, 1e6]")
         check_number("ema_decay", self.ema_decay, "[0, 1)")
@@ -183,10 +184,11 @@ class TokenizerConfig:
             check_number("gradient_clip", self.gradient_clip, "(0, inf)")
         object.__setattr__(self, "freeze", tuple(self.freeze))
         self._check_freeze()
-        if self.perceptual is not None and self.image_size < self.perceptual.min_image_size:
+        shorter = min(height_width(self.image_size))
+        if self.perceptual is not None and shorter < self.perceptual.min_image_size:
             raise ValueError(
                 f"image_size must be >= {self.perceptual.min_image_size} with this perceptual network, got "
-                f"{self.image_size}; set another model.perceptual.network, or null for model.perceptual"
+                f"{shorter}; set another model.perceptual.network, or null for model.perceptual"
             )
 
     def _check_freeze(self) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from maskgit_pl.decoding import AutoregressiveDecoding, DecodingConfig
+from maskgit_pl.image_format import ImageSize
 from maskgit_pl.networks.transformer import Attention, Transformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import PretrainedTokenizer, fingerprint, save_tokenizer, save_transformer
@@ -84,8 +85,10 @@ def save_tiny_pretrained(
     class_dropout: float = 0.1,
     seed: int = 0,
     attention: Attention = "bidirectional",
+    image_size: ImageSize = 8,
+    patch_size: int = 1,
 ) -> Path:
-    """Saves a model with random weights: 8 px images, 4 x 4 tokens, 3 classes."""
+    """Saves a model with random weights and 3 classes, of 8 px images and 4 x 4 tokens if no other size is given."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         vqgan = VQGANConfig(
@@ -96,11 +99,13 @@ def save_tiny_pretrained(
             num_groups=2,
             codebook_size=16,
             code_dim=4,
+            patch_size=patch_size,
         )
         tokenizer = VQGAN(vqgan)
-        config = TransformerConfig(16, 3, (4, 4), 16, 1, 2, 32, class_dropout=class_dropout, attention=attention)
+        grid = vqgan.grid(image_size)
+        config = TransformerConfig(16, 3, grid, 16, 1, 2, 32, class_dropout=class_dropout, attention=attention)
         transformer = peak_predictions(config.create())
-    save_tokenizer(folder / "tokenizer", vqgan, tokenizer.state_dict(), image_size=8)
+    save_tokenizer(folder / "tokenizer", vqgan, tokenizer.state_dict(), image_size=image_size)
     guidance = {"name": "linear", "scale": 1.0} if class_dropout else "constant"
     causal = attention == "causal"
     save_transformer(

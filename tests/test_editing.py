@@ -205,13 +205,13 @@ def test_alpha_lies_over_white_and_exif_is_followed(tmp_path) -> None:
     "image",
     [
         np.zeros((4, 4, 3), dtype=np.float32),
-        np.zeros((4, 4, 2), dtype=np.uint8),
+        np.zeros((4, 4, 5), dtype=np.uint8),
         np.zeros((4,), dtype=np.uint8),
         np.zeros((0, 4, 3), dtype=np.uint8),
         torch.zeros(5, 4, 4, dtype=torch.uint8),
         torch.zeros(1, 3, 4, 4, dtype=torch.uint8),
     ],
-    ids=["float", "2 channels", "1 axis", "empty", "5 channels", "batch"],
+    ids=["float", "5 channels last", "1 axis", "empty", "5 channels", "batch"],
 )
 def test_arrays_that_are_no_image_are_refused(image) -> None:
     with pytest.raises(ValueError, match="image 7 must be uint8"):
@@ -306,7 +306,7 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
 def test_a_mask_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="must not be empty"):
         fit_to_model(pixels(1, 8, 8), torch.zeros(8, 8, dtype=torch.bool), image_size=8, fit=False)
-    with pytest.raises(ValueError, match="lies outside the central square"):
+    with pytest.raises(ValueError, match="lies outside the central part"):
         fit_to_model(pixels(1, 8, 20), box_mask((0, 0, 4, 8), height=8, width=20), image_size=8, fit=True)
 
 

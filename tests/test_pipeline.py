@@ -9,7 +9,7 @@ from PIL import Image
 from maskgit_pl import pretrained
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.shards.images import fit_square
+from maskgit_pl.shards.crops import fit_image
 from tests.conftest import save_tiny_pretrained
 
 
@@ -289,7 +289,7 @@ def test_colour_is_edited_and_larger_images_are_cut_where_asked(tmp_path) -> Non
     assert pipe.edit_class(picture(channels=3), BOX, 1)[0].mode == "RGB"
     large = picture(channels=3, size=16)
     made = pipe.edit_class(large, (0, 0, 8, 4), 1, fit=True, blend=0, output_type="pt")
-    middle = fit_square(large, image_size=8, crop=None)
+    middle = fit_image(large, image_size=8, crop=None)
     assert torch.equal(made[0, :, 4:], middle[:, 4:])
     assert not torch.equal(made[0, :, :4], middle[:, :4])
     with pytest.raises(ValueError, match="8 x 8 pixels of the model, got 16 x 16"):
@@ -517,7 +517,7 @@ def test_windows_of_a_panorama_have_noise_of_their_own(pipe) -> None:
         (lambda pipe: pipe.outpaint(picture(size=7), right=2), "height of the image must be a multiple of 2 pixels"),
         (lambda pipe: pipe.outpaint(picture(size=2), right=2), "height must be >= 8 pixels"),
         (lambda pipe: pipe.outpaint(picture(), right=2, overlap=1.0), r"overlap must be a fraction in \(0, 1\)"),
-        (lambda pipe: pipe.panorama([0], 6), "width must be >= 8 pixels, the size of the model's images, got 6"),
+        (lambda pipe: pipe.panorama([0], 6), "width must be >= 8 pixels, the width of the model's images, got 6"),
         (
             lambda pipe: pipe.panorama([0], 9),
             "width must be a multiple of 2 pixels, the size of a token, got 9; use 8 or",

@@ -165,8 +165,9 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def test_the_recipe_for_own_images_is_valid():
-    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/own-images.md").read_text(), re.DOTALL)
-    values = flatten(yaml.safe_load(block))
-    recipe = Recipe.read("tokenizer", dataset="mine", overrides=values)
-    assert {key: recipe.get(key) for key in values} == values
+def test_the_recipes_for_own_images_are_valid():
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/own-images.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    for values in map(flatten, map(yaml.safe_load, blocks)):
+        recipe = Recipe.read("tokenizer", dataset="mine", overrides=values)
+        assert {key: recipe.get(key) for key in values} == values

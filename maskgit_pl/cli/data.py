@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maskgit_pl.cli.flags import check_outputs, use_flag_names
+from maskgit_pl.flag_values import parse_image_size
+from maskgit_pl.image_format import ImageSize
 from maskgit_pl.locks import hold_lock
 from maskgit_pl.progress import named_bars
 
@@ -52,9 +54,8 @@ def _add_make(commands: _Parsers[argparse.ArgumentParser]) -> None:
     )
     make.add_argument(
         "--image-size",
-        type=int,
-        metavar="PIXELS",
-        help="crop to a square and resize to this edge (default: keep the files)",
+        metavar="S|H,W",
+        help="crop the centre and resize to S x S pixels, or height H and width W (default: keep the files)",
     )
     make.add_argument("--shard-size", type=int, default=10_000, metavar="N", help="images per shard (default: 10000)")
     make.add_argument(
@@ -144,7 +145,7 @@ def make(
     source: Source,
     out: Path,
     *,
-    size: int | None = None,
+    size: ImageSize | None = None,
     shard_size: int = 10_000,
     lenient: bool = False,
     workers: int | None = 1,
@@ -174,6 +175,7 @@ def _make(args: argparse.Namespace) -> int:
     from maskgit_pl.shards.sources import open_source
 
     names = _class_names(args)
+    size = None if args.image_size is None else parse_image_size("--image-size", args.image_size)
     with use_flag_names(args):
         source = open_source(
             args.source,
@@ -185,7 +187,7 @@ def _make(args: argparse.Namespace) -> int:
         make(
             source,
             args.out,
-            size=args.image_size,
+            size=size,
             shard_size=args.shard_size,
             lenient=args.lenient,
             workers=args.num_workers,

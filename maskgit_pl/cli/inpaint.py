@@ -11,6 +11,7 @@ from maskgit_pl.cli.edit_flags import add_variant_arguments, make_captions, read
 from maskgit_pl.cli.flags import check_at_least, check_outputs, use_flag_names
 from maskgit_pl.cli.model import add_model_argument, find_model, open_pipe
 from maskgit_pl.cli.outputs import PICTURES, add_output_arguments, record_steps, wants_decoding, write_generated
+from maskgit_pl.image_format import height_width
 from maskgit_pl.runs.units import count_text
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
             help="region to generate: a picture of the size of IMAGE, white inside the region",
         )
         parser.add_argument(
-            "--fit", action="store_true", help="crop IMAGE to the central square and resize it to the size of the model"
+            "--fit", action="store_true", help="crop the centre of IMAGE and resize it to the size of the model"
         )
         add_variant_arguments(parser, dilation=1, class_required=parser is edit)
         add_decoding_arguments(parser)
@@ -91,7 +92,8 @@ def run(args: argparse.Namespace) -> int:
     variants = cast("Tensor", made)  # output_type "pt"
     # The sheet shows the box or mask of the user, and the larger region of whole tokens that was generated.
     unknown = editing.token_mask(mask, factor=outline.token_size, dilation=args.dilation)
-    region = editing.pixel_region(unknown, factor=outline.token_size, height=size, width=size)
+    height, width = height_width(size)
+    region = editing.pixel_region(unknown, factor=outline.token_size, height=height, width=width)
     described, texts = outline.describe_class(label), make_captions(args)
     title = f"{args.image.name}: {described}"
     sheet = edit_sheet(image, variants, mask=mask, region=region, title=title, captions=texts)

@@ -11,6 +11,7 @@ from maskgit_pl.cli.edit_flags import add_overlap_argument, check_overlap_flag
 from maskgit_pl.cli.flags import check_outputs, use_flag_names
 from maskgit_pl.cli.model import add_classes_argument, add_model_argument, find_model, open_pipe
 from maskgit_pl.cli.outputs import PICTURES, add_output_arguments, record_steps, wants_decoding, write_generated
+from maskgit_pl.image_format import height_width
 from maskgit_pl.runs.units import count_text
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     from maskgit_pl.editing import check_canvas
 
     # The size and the settings are checked before torch is imported.
-    height = outline.image_size if args.height is None else args.height
+    height = height_width(outline.image_size)[0] if args.height is None else args.height
     with use_flag_names(args):
         check_canvas(height, args.width, factor=outline.token_size, least=outline.image_size)
     outline.check_parallel("panorama")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from maskgit_pl.checks import check_integer, check_number
 from maskgit_pl.cli.flags import add_device_argument, format_flag, use_flag_names
+from maskgit_pl.flag_values import parse_image_size
 from maskgit_pl.progress import progress_bars
 
 __all__ = ["add_parser", "run"]
@@ -47,7 +48,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="training precision (default: 32-true)",
     )
     parser.add_argument(
-        "--image-size", type=int, metavar="PIXELS", help="edge of the images in pixels (default: that of the data)"
+        "--image-size", metavar="S|H,W", help="S x S pixels, or height H and width W (default: the size of the data)"
     )
     parser.add_argument(
         "--num-workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)"
@@ -82,9 +83,10 @@ def run(args: argparse.Namespace) -> int:
         precision=args.precision,
         **{name: value for name, value in given.items() if value is not None},
     )
-    where = {name: getattr(args, name) for name in ("image_size", "num_workers", "device", "out")}
+    where = {name: getattr(args, name) for name in ("num_workers", "device", "out")}
+    size = None if args.image_size is None else parse_image_size("--image-size", args.image_size)
     with use_flag_names(args), progress_bars() as bars:
-        made = train_classifier(args.data, config=config, bars=bars, **where)
+        made = train_classifier(args.data, config=config, image_size=size, bars=bars, **where)
     accuracy = made.accuracy
     print(f"{made.folder}: {'reused' if made.is_reused else 'trained'}; on {accuracy.images} real val images:")
     print(f"  top-1 {accuracy.top1:.2%}" + (f", top-5 {accuracy.top5:.2%}" if made.num_classes > 5 else ""))

@@ -21,9 +21,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from maskgit_pl.data.order import Order, Rows
 from maskgit_pl.errors import INTERNAL_ERROR, DataWorkerError, RunError, exit_code_of
+from maskgit_pl.image_format import ImageSize, height_width
 from maskgit_pl.interruption import ignore_job_signals
 from maskgit_pl.randomness import random_bits, random_uniform
-from maskgit_pl.shards.images import Crop, UnreadableImageError, check_crop, decode_image, load_square_into
+from maskgit_pl.shards.crops import Crop, check_crop
+from maskgit_pl.shards.images import UnreadableImageError, decode_image, load_image_into
 from maskgit_pl.shards.reader import ShardReader
 from maskgit_pl.shards.tokens import TokenReader
 from maskgit_pl.shards.unreadable import MAX_IN_A_ROW, Unreadable, UnreadableImages
@@ -87,8 +89,8 @@ class ImageBatches(Dataset[Batch]):
     Args:
         reader: The split.
         order: Maps positions to samples.
-        image_size: Side of the images in pixels.
-        in_channels: 1 for grey, 3 for RGB.
+        image_size: Side of square images, or (height, width), in pixels.
+        in_channels: Channels of the images, 1 to 4.
         crop: ``"center"``, or ``"random"`` for another crop of each sample in each epoch.
         seed: Seed of the random crops, in [0, 2**32).
         vectors: Reader of the vectors; None reads no vectors.
@@ -99,7 +101,7 @@ class ImageBatches(Dataset[Batch]):
         reader: ShardReader,
         order: Order,
         *,
-        image_size: int,
+        image_size: ImageSize,
         in_channels: int,
         crop: Crop = "center",
         seed: int = 0,
@@ -125,12 +127,12 @@ class ImageBatches(Dataset[Batch]):
             positions: Consecutive positions of the stream; B is their number.
 
         Returns:
-            The batch; content is (B, in_channels, image_size, image_size) uint8, channels-last.
+            The batch; content is (B, in_channels, H, W) uint8, channels-last.
         """
         rows = self.order(positions)
-        side, count = self.image_size, len(self.reader)
+        shape, count = (len(positions), *height_width(self.image_size), self.in_channels), len(self.reader)
         # Channels-last, as images are decoded: the copy into a row is a plain copy of memory.
-        content = torch.empty((len(positions), side, side, self.in_channels), dtype=torch.uint8).permute(0, 3, 1, 2)
+        content = torch.empty(shape, dtype=torch.uint8).permute(0, 3, 1, 2)
         skipped = [
             self._load(content[row], index, crop)
             for row, (index, crop) in enumerate(
@@ -165,16 +167,16 @@ class ImageBatches(Dataset[Batch]):
         the run.
 
         Args:
-            place: (in_channels, image_size, image_size) uint8, the row to fill.
+            place: (in_channels, H, W) uint8, the row to fill.
             index: Number of the sample in its split.
-            crop: Place of the crop; see ``load_square_into``.
+            crop: Place of the crop; see ``load_image_into``.
         """
         count = len(self.reader)
         max_skipped = min(MAX_IN_A_ROW, count)
         for num_skipped in range(max_skipped):
             number = (index + num_skipped) % count
             try:
-                load_square_into(place, self.reader.read(number), crop=crop, name=f"sample {number}")
+                load_image_into(place, self.reader.read(number), crop=crop, name=f"sample {number}")
             except UnreadableImageError:
                 continue
             return num_skipped

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from maskgit_pl.checks import check_choice, check_integer, check_number, check_seed, shorten
+from maskgit_pl.checks import check_choice, check_integer, check_number, check_seed
 from maskgit_pl.data.order import BATCH_SIZE_RANGE, check_window
+from maskgit_pl.image_format import ImageSize, check_channels, check_image_size
 from maskgit_pl.shards.braces import MAX_NAMES, expand_braces
-from maskgit_pl.shards.images import Crop, check_crop
+from maskgit_pl.shards.crops import Crop, check_crop
 from maskgit_pl.shards.labels import MAX_CLASSES, Labels
 from maskgit_pl.shards.unreadable import check_budget
 
@@ -143,9 +144,11 @@ class ShardDataConfig:
         source: ``"images"`` decodes the shards, ``"tokens"`` reads a token store made from them, ``"stream"`` trains on
             shards that cannot be indexed and uses the folder only for validation, if at all.
         token_store: Folder of the token store; required for ``"tokens"``, else unused.
-        image_size: Side of the images in pixels.
-        in_channels: 1 for grey, 3 for RGB.
-        crop: Training crops of images that are not square: ``"center"`` or ``"random"``.
+        image_size: Side of square images, or [height, width], in pixels. The largest part of an image with this shape
+            is cropped and resized.
+        in_channels: 1 for grey, 2 for grey with alpha, 3 for RGB, 4 for RGBA. Files are converted; without alpha,
+            transparent images are composited over white.
+        crop: Training crops of images of another shape: ``"center"`` or ``"random"``.
         global_batch: Number of samples per step, over all ranks.
         max_batch_per_device: Largest micro-batch of a device; micro-batch and accumulation are derived from it.
         validation_batch: Number of samples of a validation batch on each rank.
@@ -166,7 +169,7 @@ class ShardDataConfig:
     path: str
     source: Literal["images", "tokens", "stream"] = "images"
     token_store: str | None = None
-    image_size: int = 256
+    image_size: ImageSize = 256
     in_channels: int = 3
     crop: Crop = "center"
     global_batch: int = 256
@@ -185,15 +188,14 @@ class ShardDataConfig:
         check_crop(self.crop)
         check_budget(self.unreadable_budget)
         check_window(self.shuffle_window)
-        check_integer("data.image_size", self.image_size, "[1, 8192]")
+        object.__setattr__(self, "image_size", check_image_size("data.image_size", self.image_size, "[1, 8192]"))
         for name in ("global_batch", "max_batch_per_device", "validation_batch"):
             check_integer(f"data.{name}", getattr(self, name), BATCH_SIZE_RANGE)
         check_integer("data.num_workers", self.num_workers, "[0, 1024]")
         check_seed("data.seed", self.seed)
         if self.validation_samples is not None:
             check_integer("data.validation_samples", self.validation_samples, "[1, 4294967296]")
-        if self.in_channels not in (1, 3):
-            raise ValueError(f"data.in_channels must be 1 or 3, got {shorten(self.in_channels)}")
+        check_channels("data.in_channels", self.in_channels)
         check_choice("data.source", self.source, ("images", "tokens", "stream"))
         if self.source == "stream":
             check_stream(self.stream, self.validation_samples)

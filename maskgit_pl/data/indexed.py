@@ -22,7 +22,9 @@ from maskgit_pl.checks import check_integer, check_seed, shorten
 from maskgit_pl.data.batches import Batch, draw_crops, make_loader
 from maskgit_pl.data.order import BATCH_SIZE_RANGE, EvalBatchSampler, InOrder, Order, ShuffledStream, TrainBatchSampler
 from maskgit_pl.data.step_module import StepDataModule
-from maskgit_pl.shards.images import Crop, check_crop, fit_square, from_pil
+from maskgit_pl.image_format import ImageSize, check_channels, check_image_size
+from maskgit_pl.shards.crops import Crop, check_crop, fit_image
+from maskgit_pl.shards.images import from_pil
 
 __all__ = ["IndexedDataModule", "IndexedDataset"]
 
@@ -36,9 +38,10 @@ class IndexedDataset(Dataset[Batch]):
             a PIL image, a uint8 tensor (C, H, W) or (H, W), or a uint8 array (H, W) or (H, W, C). An item may have a
             third part, the vector of the image: a float tensor or array, of the same length for all items. An item must
             depend only on its index: with random transforms, a resumed run would differ.
-        image_size: Side of the images in pixels; the largest square is cropped and resized.
-        in_channels: 1 for grey, 3 for RGB.
-        crop: Place of the square: ``"center"``, or ``"random"``, a function of (seed, index, epoch).
+        image_size: Side of square images, or (height, width), in pixels; the largest part of this shape is cropped and
+            resized.
+        in_channels: 1 for grey, 2 for grey with alpha, 3 for RGB, 4 for RGBA; images are converted.
+        crop: Place of the crop: ``"center"``, or ``"random"``, a function of (seed, index, epoch).
         order: Maps positions of the stream to samples; ``IndexedDataModule`` sets it. None keeps the dataset's order.
         seed: Seed of random crops; ``IndexedDataModule`` sets it.
 
@@ -47,7 +50,7 @@ class IndexedDataset(Dataset[Batch]):
     """
 
     dataset: Dataset[Any]
-    image_size: int
+    image_size: ImageSize
     in_channels: int = 3
     crop: Crop = "center"
     order: Order | None = None
@@ -56,10 +59,9 @@ class IndexedDataset(Dataset[Batch]):
 
     def __post_init__(self) -> None:
         check_crop(self.crop)
-        check_integer("image_size", self.image_size, "[1, 8192]")
-        if self.in_channels not in (1, 3):
-            raise ValueError(f"in_channels must be 1 or 3, got {shorten(self.in_channels)}")
+        check_channels("in_channels", self.in_channels)
         # The dataclass is frozen: a plain assignment would raise an error.
+        object.__setattr__(self, "image_size", check_image_size("image_size", self.image_size, "[1, 8192]"))
         object.__setattr__(self, "num_samples", len(cast("Sized", self.dataset)))
         check_integer("number of samples", self.num_samples, "[1, 4294967296]")
 
@@ -73,7 +75,7 @@ class IndexedDataset(Dataset[Batch]):
             positions: Consecutive positions of the stream; B is their number.
 
         Returns:
-            The batch; content is (B, in_channels, image_size, image_size) uint8.
+            The batch; content is (B, in_channels, H, W) uint8.
 
         Raises:
             TypeError: if an image has another type than those of ``dataset``.
@@ -83,7 +85,7 @@ class IndexedDataset(Dataset[Batch]):
         for index, place in zip(rows.index.tolist(), draw_crops(rows, self.crop, self.seed), strict=True):
             image, label, *others = self.dataset[index]
             pixels = _to_pixels(image, channels=self.in_channels, name=f"sample {index}")
-            images.append(fit_square(pixels, image_size=self.image_size, crop=place))
+            images.append(fit_image(pixels, image_size=self.image_size, crop=place))
             labels.append(int(label))
             vectors += [torch.as_tensor(vector, dtype=torch.float32) for vector in others]
         return Batch(

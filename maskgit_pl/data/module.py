@@ -25,7 +25,7 @@ from maskgit_pl.data.order import (
 from maskgit_pl.data.step_module import StepDataModule
 from maskgit_pl.data.stream import StreamBatches, StreamEval
 from maskgit_pl.decoding.vectors import VectorPool
-from maskgit_pl.shards.images import Crop
+from maskgit_pl.shards.crops import Crop
 from maskgit_pl.shards.manifest import (
     DataSummary,
     Split,

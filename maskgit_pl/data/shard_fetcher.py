@@ -24,8 +24,9 @@ from torch import Tensor
 
 from maskgit_pl.data.config import StreamConfig
 from maskgit_pl.files import open_regular
+from maskgit_pl.image_format import ImageSize
 from maskgit_pl.portable import pread
-from maskgit_pl.shards.images import load_square
+from maskgit_pl.shards.images import load_image
 from maskgit_pl.shards.labels import Labels
 from maskgit_pl.shards.scan import BAD_IMAGE, ShardScan, scan_shard
 from maskgit_pl.shards.tar import BLOCK
@@ -60,18 +61,18 @@ class StreamSample(NamedTuple):
     name: str
     epoch: int
 
-    def decode(self, image_size: int, channels: int, crop: tuple[float, float] | None) -> Tensor:
+    def decode(self, image_size: ImageSize, channels: int, crop: tuple[float, float] | None) -> Tensor:
         """Decodes and crops the image.
 
         Args:
-            image_size: Side of the result in pixels.
-            channels: 1 for grey, 3 for RGB.
-            crop: Place of the crop; see ``load_square_into``.
+            image_size: Size of the result: H = W, or (H, W).
+            channels: Channels of the result, 1 to 4.
+            crop: Place of the crop; see ``load_image_into``.
 
         Returns:
-            (channels, image_size, image_size) uint8.
+            (channels, H, W) uint8.
         """
-        return load_square(self.data, image_size=image_size, channels=channels, crop=crop, name=self.name)
+        return load_image(self.data, image_size=image_size, channels=channels, crop=crop, name=self.name)
 
 
 class FetchedShard(NamedTuple):

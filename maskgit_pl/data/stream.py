@@ -86,7 +86,7 @@ class StreamBatches(Dataset[Batch]):
             positions: Consecutive positions of the stream; B is their number.
 
         Returns:
-            The batch; content is (B, in_channels, image_size, image_size) uint8.
+            The batch; content is (B, in_channels, H, W) uint8.
 
         Raises:
             StreamError: if a shard cannot be downloaded or is invalid.
@@ -191,7 +191,7 @@ class StreamEval(Dataset[Batch]):
             positions: Consecutive positions; B is their number.
 
         Returns:
-            The batch; content is (B, in_channels, image_size, image_size) uint8.
+            The batch; content is (B, in_channels, H, W) uint8.
 
         Raises:
             StreamError: if a shard is invalid, an image is unreadable, or there are too few samples.

@@ -15,6 +15,7 @@ from torch.utils.data import Sampler
 from maskgit_pl.checks import check_integer
 from maskgit_pl.data.batches import Batch, ImageBatches, make_loader
 from maskgit_pl.data.order import Rows
+from maskgit_pl.image_format import ImageSize, height_width, pixels_text
 from maskgit_pl.shards.manifest import ImageRange, Split, load_manifest, read_manifest_summary
 from maskgit_pl.shards.reader import ShardReader
 from maskgit_pl.shards.token_writer import Part, StoreParts
@@ -64,7 +65,7 @@ def describe_store(
     grid: tuple[int, int],
     codebook_size: int,
     tokenizer: str,
-    image_size: int,
+    image_size: ImageSize,
     crops: int = 1,
     flip: bool = False,
     precision: str = "float32",
@@ -76,17 +77,18 @@ def describe_store(
         grid: Height and width of the token grid.
         codebook_size: Codebook size.
         tokenizer: Fingerprint of the tokenizer's weights.
-        image_size: Side of the images that the tokenizer encodes.
+        image_size: Size of the images that the tokenizer encodes: a side, or (height, width).
         crops: Crops of each training image: the central one, then random ones.
         flip: True also stores each training image mirrored.
         precision: Precision in which the tokenizer computes, ``"float32"`` or ``"bfloat16"``; recorded in the store.
 
     Raises:
-        ValueError: if a number is out of range, or ``crops`` is above 1 although all images are square.
+        ValueError: if a number is out of range, or ``crops`` is above 1 although all images have the shape of the
+            crops.
     """
     summary = read_manifest_summary(path)
     if crops > 1:
-        _check_crops(summary.images)
+        _check_crops(summary.images, image_size)
     samples = cast("dict[Split, int]", dict(summary.samples))
     kind = summary.vectors
     return StoreDescription(
@@ -126,9 +128,8 @@ def tokenize(
         path: The data folder.
         store: The folder of the store.
         description: The store, as ``describe_store`` describes it for this data folder.
-        encode: Maps images (B, in_channels, image_size, image_size) uint8 on the CPU to tokens (B, N) int64 on any
-            device.
-        in_channels: Channels of the images for ``encode``, 1 or 3.
+        encode: Maps images (B, in_channels, H, W) uint8 on the CPU to tokens (B, N) int64 on any device.
+        in_channels: Channels of the images for ``encode``, 1 to 4.
         config: Batches, processes and the budget of unreadable images.
         on_rows: Called with the split, the number of rows that were just finished (first those of an earlier run), and
             this rank's number of rows of that split.
@@ -172,7 +173,7 @@ class _PartReader:
     """A reader of the images of a split, in the batches in which they are encoded."""
 
     reader: ShardReader
-    image_size: int
+    image_size: ImageSize
     in_channels: int
     config: TokenizingConfig
 
@@ -242,12 +243,14 @@ def _encode(images: Tensor, encode: Callable[[Tensor], Tensor], mirrors: int) ->
     return torch.stack([encode(view).cpu() for view in views], dim=1)
 
 
-def _check_crops(images: ImageRange) -> None:
-    """Checks that the images are not all square, for which all crops would be equal."""
-    if images.height == images.width and images.height[0] == images.height[1]:
+def _check_crops(images: ImageRange, image_size: ImageSize) -> None:
+    """Checks that the images do not all have the shape of the crops, for which all crops would be equal."""
+    (height, width), (rows, columns) = (images.height[0], images.width[0]), height_width(image_size)
+    is_one_size = (images.height[1], images.width[1]) == (height, width)
+    if is_one_size and height * columns == width * rows:
         raise ValueError(
-            f"tokenize crops must be 1 if all images are square, got more for {images.height[0]} x {images.width[0]}; "
-            "shards made without --image-size keep images that are not square"
+            f"tokenize crops must be 1 if all images have the shape of the crops, got more for "
+            f"{pixels_text((height, width))} pixels; shards made without --image-size keep images of other shapes"
         )
 
 

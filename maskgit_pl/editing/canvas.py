@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Literal
 
 from einops import rearrange
 
+from maskgit_pl.image_format import ImageSize, height_width
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -34,13 +36,13 @@ class Margins:
     up: int
     down: int
 
-    def check(self, size: Sequence[int], *, factor: int, least: int) -> None:
+    def check(self, size: Sequence[int], *, factor: int, least: ImageSize) -> None:
         """Checks that the pixels can be added to an image.
 
         Args:
             size: (H, W) of the image in pixels.
             factor: Height and width of a token in pixels.
-            least: Smallest height and width of the result in pixels: the image size of the model.
+            least: Smallest size of the result: the image size of the model.
 
         Raises:
             ValueError: if a side is negative, all sides are 0, a size is not a multiple of ``factor``, or the result is
@@ -69,9 +71,9 @@ class Margins:
         """The numbers (left, right, up, down)."""
         return self.left, self.right, self.up, self.down
 
-    def at_most(self, pixels: int) -> Margins:
-        """Returns the margins with each side clipped to ``pixels``."""
-        return Margins(*(min(side, pixels) for side in self.sides))
+    def at_most(self, height: int, width: int) -> Margins:
+        """Returns the margins with up and down clipped to ``height`` pixels, and left and right to ``width``."""
+        return Margins(min(self.left, width), min(self.right, width), min(self.up, height), min(self.down, height))
 
     def pad(self, image: Tensor, *, size: int, mode: Literal["constant", "replicate"] = "constant") -> Tensor:
         """Pads an image, or its grid of tokens, to the size of the canvas.
@@ -89,24 +91,23 @@ class Margins:
         return F.pad(image, [side // size for side in self.sides], mode=mode)
 
 
-def check_canvas(height: int, width: int, *, factor: int, least: int) -> None:
+def check_canvas(height: int, width: int, *, factor: int, least: ImageSize) -> None:
     """Checks the size of a canvas.
 
     Args:
         height: H in pixels.
         width: W in pixels.
         factor: Height and width of a token in pixels.
-        least: Image size of the model in pixels.
+        least: Image size of the model: a side, or (height, width), in pixels.
 
     Raises:
-        ValueError: if a side is smaller than ``least`` or not a multiple of ``factor``. The message names the nearest
-            sizes.
+        ValueError: if a side is smaller than that of ``least`` or not a multiple of ``factor``. The message names the
+            nearest sizes.
     """
-    for name, value in (("height", height), ("width", width)):
-        if value < least:
-            raise ValueError(f"{name} must be >= {least} pixels, the size of the model's images, got {value}")
-        if least % factor or value != least:
-            _check_whole_tokens(name, value, factor)
+    for name, value, own in zip(("height", "width"), (height, width), height_width(least), strict=True):
+        if value < own:
+            raise ValueError(f"{name} must be >= {own} pixels, the {name} of the model's images, got {value}")
+        _check_whole_tokens(name, value, factor)
 
 
 def _check_whole_tokens(name: str, value: int, factor: int) -> None:
@@ -147,7 +148,7 @@ class Window:
         """The number of rows and columns (h, w)."""
         return self.unknown.shape[0], self.unknown.shape[1]
 
-    def square(self, values: Tensor) -> Tensor:
+    def as_grid(self, values: Tensor) -> Tensor:
         """Reshapes (B, h w) to (B, h, w)."""
         return rearrange(values, "b (h w) -> b h w", h=self.size[0])
 

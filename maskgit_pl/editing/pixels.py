@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 from einops import rearrange
 
+from maskgit_pl.image_format import CHANNELS, ImageSize, height_width, pixels_text
 from maskgit_pl.text import printable
 
 if TYPE_CHECKING:
@@ -68,12 +69,13 @@ def check_mask_file(path: Path, image: ImageHeader) -> None:
 
 
 def image_pixels(image: ImageLike, *, channels: int, name: str = "image") -> Tensor:
-    """Reads an image for the tokenizer: rotated upright, converted to grey or RGB, transparency over white.
+    """Reads an image for the tokenizer: rotated upright, with the channels of the model.
 
     Args:
         image: JPEG, PNG or WebP file, PIL image, or uint8 pixels as a tensor (C, H, W) or an array (H, W) or (H, W, C)
-            with C = 1, 3 or 4.
-        channels: 1 for grey, 3 for RGB.
+            with C = 1 to 4.
+        channels: 1 for grey, 2 for grey with alpha, 3 for RGB, 4 for RGBA. Without alpha, transparent images are
+            composited over white; opaque images get an alpha of 255.
         name: Word for the image in an error, if it is not a file.
 
     Returns:
@@ -124,47 +126,49 @@ def mask_pixels(mask: MaskLike, *, name: str = "mask") -> Tensor:
     return made
 
 
-def check_fits(height: int, width: int, *, image_size: int, fit: bool, name: str = "image") -> None:
+def check_fits(height: int, width: int, *, image_size: ImageSize, fit: bool, name: str = "image") -> None:
     """Checks that an image has the size of the model, unless it will be fitted.
 
     Args:
         height: H of the image.
         width: W of the image.
-        image_size: Image size of the model in pixels.
+        image_size: Image size of the model: a side, or (height, width), in pixels.
         fit: True accepts any size. See ``fit_to_model``.
         name: Word for the image in an error.
 
     Raises:
         ValueError: if the sizes differ and ``fit`` is False.
     """
-    if not fit and (height, width) != (image_size, image_size):
+    if not fit and (height, width) != height_width(image_size):
         raise ValueError(
-            f"{name} must have the {image_size} x {image_size} pixels of the model, got {width} x {height}; fit=True "
+            f"{name} must have the {pixels_text(image_size)} pixels of the model, got {width} x {height}; fit=True "
             "(--fit) crops and resizes it"
         )
 
 
 def fit_to_model(
-    image: Tensor, mask: Tensor, *, image_size: int, fit: bool, name: str = "image"
+    image: Tensor, mask: Tensor, *, image_size: ImageSize, fit: bool, name: str = "image"
 ) -> tuple[Tensor, Tensor]:
     """Crops and resizes an image and its mask to the size of the model.
 
     Args:
-        image: (C, H, W) uint8.
-        mask: (H, W) bool.
-        image_size: S, the image size of the model in pixels.
-        fit: True crops both to the central square and resizes it; False accepts images of size S only.
+        image: (C, h, w) uint8.
+        mask: (h, w) bool.
+        image_size: Image size of the model: H = W, or (H, W), in pixels.
+        fit: True crops both to the central part with the model's shape and resizes it; False accepts images of the
+            model's size only.
         name: Word for the image in an error.
 
     Returns:
-        (C, S, S) uint8 and (S, S) bool. A pixel of the new mask is True if any pixel of the old mask that it covers is.
+        (C, H, W) uint8 and (H, W) bool. A pixel of the new mask is True if any pixel of the old mask that it covers is.
 
     Raises:
-        ValueError: if image and mask differ in size, their size is not S without ``fit``, or the mask is all False.
+        ValueError: if image and mask differ in size, their size is not the model's without ``fit``, or the mask is all
+            False.
     """
     import torch.nn.functional as F
 
-    from maskgit_pl.shards.images import fit_square
+    from maskgit_pl.shards.crops import crop_to_shape, fit_image
 
     height, width = image.shape[-2:]
     if mask.shape != image.shape[-2:]:
@@ -174,13 +178,12 @@ def fit_to_model(
     check_fits(height, width, image_size=image_size, fit=fit, name=name)
     if not bool(mask.any()):
         raise ValueError(f"mask of {name} must not be empty; paint the region to generate white, or give a box")
-    # (1, S', S') with S' = min(H, W): crops the mask without resizing it.
-    square = fit_square(mask[None].to(image.dtype), image_size=min(height, width), crop=None)
+    part = crop_to_shape(mask[None], image_size=image_size)
     # Max pooling keeps a masked pixel when the mask becomes smaller; resizing could lose it.
-    cut = F.adaptive_max_pool2d(square.float(), image_size)[0] > 0
+    cut = F.adaptive_max_pool2d(part.float(), height_width(image_size))[0] > 0
     if not bool(cut.any()):
-        raise ValueError(f"mask of {name} lies outside the central square that is cut out; crop the image yourself")
-    return fit_square(image, image_size=image_size, crop=None), cut
+        raise ValueError(f"mask of {name} lies outside the central part that is cut out; crop the image yourself")
+    return fit_image(image, image_size=image_size, crop=None), cut
 
 
 def _pixels(image: Tensor | npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
@@ -196,8 +199,6 @@ def _pixels(image: Tensor | npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
     pixels = np.asarray(image)
     if pixels.ndim == 2:
         pixels = pixels[..., None]
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] not in (1, 3, 4) or pixels.size == 0:
-        raise ValueError(
-            f"{name} must be uint8, a tensor (C, H, W) or an array (H, W, C) with C = 1, 3 or 4, got {shown}"
-        )
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] not in CHANNELS or pixels.size == 0:
+        raise ValueError(f"{name} must be uint8, a tensor (C, H, W) or an array (H, W, C) with C = 1 to 4, got {shown}")
     return np.ascontiguousarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from einops import reduce, repeat
 
+from maskgit_pl.image_format import ImageSize, height_width
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -157,9 +159,9 @@ def first_step(tokens: Tensor, *, num_steps: int) -> int:
     return 0 if bool(tokens.all()) else num_steps // _STEPS_SKIPPED
 
 
-def seam_radius(image_size: int) -> float:
-    """Returns the blur of the seam in the released code: max(0, image_size / 16 - 1) pixels."""
-    return max(0.0, image_size / 16 - 1)
+def seam_radius(image_size: ImageSize) -> float:
+    """Returns the blur of the seam in the released code: max(0, side / 16 - 1) pixels, here of the shorter side."""
+    return max(0.0, min(height_width(image_size)) / 16 - 1)
 
 
 def seam(region: Tensor, *, radius: float) -> Tensor:

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from maskgit_pl.data import Batch, flip
 from maskgit_pl.evaluation.classifier_config import SMALL_TRAINING, ClassifierConfig
+from maskgit_pl.image_format import ImageSize
 from maskgit_pl.networks.classifier import ClassifierSizes, create_classifier
 from maskgit_pl.networks.feature_network import FeatureOutput
 
@@ -58,8 +59,8 @@ class Classifier(LightningModule):
     """A Lightning module that trains a network of ``networks.classifier``.
 
     Args:
-        in_channels: Channels of an image, 1 or 3.
-        image_size: Edge of the square images, in pixels.
+        in_channels: Channels that the network sees, 1 or 3.
+        image_size: Side of square images, or (height, width), in pixels.
         num_classes: Number of classes.
         config: Network and training.
 
@@ -70,7 +71,7 @@ class Classifier(LightningModule):
     def __init__(
         self,
         in_channels: int,
-        image_size: int,
+        image_size: ImageSize,
         num_classes: int,
         config: ClassifierConfig = SMALL_TRAINING,
     ) -> None:

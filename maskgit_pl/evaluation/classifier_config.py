@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from maskgit_pl.checks import check_integer, check_number
+from maskgit_pl.image_format import ImageSize, height_width
 
 __all__ = ["SMALL_TRAINING", "CASConfig", "ClassifierConfig", "default_training"]
 
@@ -53,9 +54,9 @@ class CASConfig(ClassifierConfig):
     """The network and the training of the classification accuracy score (CAS). See ``ClassifierConfig``.
 
     Generated and real images use the same configuration. ``"auto"`` selects the paper's network resnet50, or resnet18
-    for images below 64 pixels. The default training is short, for thousands of images: it takes two minutes on one CPU
-    core with resnet18 and grey images of 28 pixels. For the paper's 1.2 million images, set ``max_steps`` to about 90
-    epochs (450,000 steps of 256 images), ``batch`` to 256 and ``precision`` to bf16-mixed.
+    for images with sides below 64 pixels. The default training is short, for thousands of images: it takes two minutes
+    on one CPU core with resnet18 and grey images of 28 pixels. For the paper's 1.2 million images, set ``max_steps`` to
+    about 90 epochs (450,000 steps of 256 images), ``batch`` to 256 and ``precision`` to bf16-mixed.
     """
 
     model: str = "auto"
@@ -64,11 +65,11 @@ class CASConfig(ClassifierConfig):
     peak_rate: float = 1e-3
     weight_decay: float = 0.05
 
-    def for_images(self, image_size: int) -> CASConfig:
+    def for_images(self, image_size: ImageSize) -> CASConfig:
         """Returns the configuration with ``"auto"`` replaced by the network for this image size."""
         if self.model != "auto":
             return self
-        return replace(self, model="resnet18" if image_size < _SMALL_IMAGES else "resnet50")
+        return replace(self, model="resnet18" if max(height_width(image_size)) < _SMALL_IMAGES else "resnet50")
 
 
 SMALL_TRAINING = ClassifierConfig()

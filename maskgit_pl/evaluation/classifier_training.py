@@ -28,6 +28,7 @@ from maskgit_pl.distributed import barrier, rank_and_world
 from maskgit_pl.evaluation.classifier import Accuracy, Classifier, count_hits
 from maskgit_pl.evaluation.classifier_config import SMALL_TRAINING, ClassifierConfig
 from maskgit_pl.files import read_json, write_tensors, write_text
+from maskgit_pl.image_format import as_image_size, visible_channels
 from maskgit_pl.networks.classifier import (
     CONFIG_FILE,
     MAX_CONFIG_BYTES,
@@ -55,13 +56,13 @@ class TrainingImages:
     """Training images that are not those of a data folder, read on demand.
 
     Args:
-        read: Reads images by index: (b,) int64 -> (b, C, H, H) uint8.
-        shape: Shape (C, H, H) of an image.
+        read: Reads images by index: (b,) int64 -> (b, C, H, W) uint8.
+        shape: Shape (C, H, W) of an image.
         labels: (n,) int64, in [0, number of classes).
         class_names: Names of all classes, also of those without an image.
 
     Raises:
-        ValueError: if the images are not square, there are none, or a label is out of range.
+        ValueError: if the shape has not three numbers, there are no images, or a label is out of range.
     """
 
     read: Callable[[Tensor], Tensor]
@@ -70,8 +71,8 @@ class TrainingImages:
     class_names: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if len(self.shape) != 3 or self.shape[1] != self.shape[2]:
-            raise ValueError(f"the shape of training images must be (C, H, H), got {self.shape}")
+        if len(self.shape) != 3:
+            raise ValueError(f"the shape of training images must be (C, H, W), got {self.shape}")
         most = len(self.class_names) - 1
         if not len(self.labels) or not 0 <= int(self.labels.min()) <= int(self.labels.max()) <= most:
             raise ValueError(f"training images must be at least one, with labels in [0, {most}]")
@@ -228,13 +229,13 @@ class _OnStep(Callback):
 
 def _create_classifier(data: ShardData | TrainingImages, config: ClassifierConfig) -> Classifier:
     if isinstance(data, ShardData):
-        channels, side, classes = data.config.in_channels, data.config.image_size, data.num_classes
+        channels, size, classes = data.config.in_channels, data.config.image_size, data.num_classes
     else:
-        channels, side, classes = data.shape[0], data.shape[1], len(data.class_names)
+        channels, size, classes = data.shape[0], as_image_size(data.shape[1:]), len(data.class_names)
     # The seed determines the initial weights; fork_rng restores the caller's generator.
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        classifier = Classifier(channels, side, classes, config)
+        classifier = Classifier(visible_channels(channels), size, classes, config)
     classifier.to(memory_format=torch.channels_last)
     return classifier
 
@@ -257,9 +258,8 @@ def _trainer_device(name: str | None) -> dict[str, Any]:
 
 def _key(data: ShardData, config: ClassifierConfig) -> dict[str, Any]:
     """Returns the content of ``config.json``: sizes of the network, classes, data and training."""
-    sizes = ClassifierSizes(
-        data.config.in_channels, data.config.image_size, data.num_classes, config.model, config.width
-    )
+    channels, size = visible_channels(data.config.in_channels), data.config.image_size
+    sizes = ClassifierSizes(channels, size, data.num_classes, config.model, config.width)
     described = describe_classifier(sizes, data.class_names)
     return {**described, "data": data.summary.fingerprint, "training": asdict(config)}
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from maskgit_pl.checks import check_integer
 from maskgit_pl.evaluation.classifier_config import SMALL_TRAINING, ClassifierConfig
 from maskgit_pl.evaluation.run_folders import open_images
+from maskgit_pl.image_format import ImageSize, check_image_size, pixels_text
 from maskgit_pl.progress import Bars, no_bars
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def train_classifier(
     data: Path | str,
     *,
     config: ClassifierConfig = SMALL_TRAINING,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
     num_workers: int = 0,
     device: str | None = None,
     out: Path | None = None,
@@ -54,7 +55,8 @@ def train_classifier(
     Args:
         data: Data folder.
         config: Network and training, such as ``default_training("resnet18")``.
-        image_size: Edge of the images, in pixels; None for the size of the images, if all have the same.
+        image_size: Side of square images, or (height, width), in pixels; None for the size of the images, if all have
+            the same.
         num_workers: Number of processes that read images.
         device: Device such as ``cpu`` or ``cuda``; None for a GPU if there is one.
         out: Folder of the classifier; None for ``runs/DATA-classifier/MODEL``.
@@ -68,12 +70,13 @@ def train_classifier(
 
     check_integer("num_workers", num_workers, "[0, inf)")
     if image_size is not None:
-        check_integer("image_size", image_size, "[1, inf)")
+        check_image_size("image_size", image_size, "[1, inf)")
     summary = read_manifest_summary(Path(data))  # before torch is imported
-    sizes = sorted({*summary.images.height, *summary.images.width})
-    if image_size is None and len(sizes) > 1:
+    least, largest = zip(summary.images.height, summary.images.width, strict=True)
+    if image_size is None and least != largest:
         raise ValueError(
-            f"image_size must be given for data {data}, whose images have edges of {sizes[0]} to {sizes[-1]} pixels"
+            f"image_size must be given for data {data}, whose images have {pixels_text(least)} to "
+            f"{pixels_text(largest)} pixels"
         )
     from maskgit_pl.devices import check_device, default_device
     from maskgit_pl.evaluation import classifier_training
@@ -81,7 +84,7 @@ def train_classifier(
 
     check_model(config.model)
     place = default_device() if device is None else str(check_device(device))
-    source = open_images(Path(data), image_size or sizes[0], summary.channels, num_workers=num_workers)
+    source = open_images(Path(data), image_size or least, summary.channels, num_workers=num_workers)
     folder = out or Path("runs") / f"{Path(data).resolve().name}-classifier" / config.model
     is_reused = classifier_training.is_trained(folder, source, config)
     advance = bars(f"training {config.model}", config.max_steps)

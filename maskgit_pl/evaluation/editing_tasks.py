@@ -51,7 +51,7 @@ def make_hidden_mask(task: Task, tokenizer: PretrainedTokenizer) -> Tensor:
 
 
 def hide_pixels(task: Task, tokenizer: PretrainedTokenizer, images: Tensor) -> Tensor:
-    """Returns (n, C, H, H) uint8 images with grey in the pixels to generate."""
+    """Returns (n, C, H, W) uint8 images with grey in the pixels to generate."""
     return images.masked_fill(make_hidden_mask(task, tokenizer), _GREY)
 
 
@@ -71,7 +71,7 @@ def edit(
     Args:
         task: The part to generate.
         pipe: The model; its own decoding is used.
-        images: (n, C, H, H) uint8, of the model's image size.
+        images: (n, C, H, W) uint8, of the model's image size.
         labels: (n,) int64: classes of the images.
         vectors: (n, C) float: vectors of the images; None for a model without vectors.
         seed: Seed of the first image; image i has ``seed + i``.
@@ -79,7 +79,7 @@ def edit(
         on_images: Called with the number of images that were edited.
 
     Returns:
-        (n, C, H, H) uint8.
+        (n, C, H, W) uint8.
     """
     classes: list[int] = labels.tolist()
     edited = []

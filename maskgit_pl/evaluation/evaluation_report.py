@@ -22,6 +22,7 @@ from maskgit_pl.evaluation.metric_names import NETWORK_METRICS, format_value, me
 from maskgit_pl.evaluation.reconstruction import Reconstruction
 from maskgit_pl.evaluation.run_folders import RunFolders
 from maskgit_pl.files import write_text
+from maskgit_pl.image_format import plain_size
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.acceptance import Acceptance
 from maskgit_pl.provenance import describe_environment
@@ -249,7 +250,7 @@ def _describe_model(pipe: MaskGIT) -> dict[str, Any]:
         return sum(parameter.numel() for parameter in network.parameters())
 
     return {
-        "image_size": pipe.tokenizer.image_size,
+        "image_size": plain_size(pipe.tokenizer.image_size),
         "grid": list(pipe.tokenizer.grid),
         "codebook_size": pipe.tokenizer.network.config.codebook_size,
         "num_classes": len(pipe.class_names),

@@ -19,6 +19,7 @@ from maskgit_pl.distributed import gather_rows
 from maskgit_pl.evaluation.distances import frechet_distance
 from maskgit_pl.evaluation.features import Extractor, FeatureCollector
 from maskgit_pl.evaluation.reference import Reference, Statistics
+from maskgit_pl.image_format import height_width
 from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.networks.lpips import LPIPS
 from maskgit_pl.pretrained import PretrainedTokenizer
@@ -132,7 +133,7 @@ class ReconstructionMeter:
         tokenizer: The tokenizer, on its device.
         extractors: Feature networks, which see reconstructions rounded to uint8.
         lpips: Perceptual distance; None leaves it out.
-        least_edge: Shortest edge of all images, in pixels; None for the tokenizer's image size.
+        least_edge: Shortest edge of all images, in pixels; None for that of the tokenizer's image size.
 
     Attributes:
         codes: Counts of the codes.
@@ -154,7 +155,7 @@ class ReconstructionMeter:
         self.codes.update(torch.empty(0, 1, dtype=torch.int64), torch.empty(0))
         self.collectors = {extractor.label: FeatureCollector(extractor) for extractor in extractors}
         self.measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"error": _mean_squared_error}
-        if (least_edge or tokenizer.image_size) >= _SSIM_WINDOW:
+        if (least_edge or min(height_width(tokenizer.image_size))) >= _SSIM_WINDOW:
             self.measures["ssim"] = _ssim
         if lpips is not None:
             self.measures[lpips.label] = lpips
@@ -170,10 +171,10 @@ class ReconstructionMeter:
         """
         if len(pixels) == 0:
             return
-        images, size = to_unit_range(pixels.to(self.device)), self.tokenizer.image_size
+        images, (height, width) = to_unit_range(pixels.to(self.device)), height_width(self.tokenizer.image_size)
         tokens = self.tokenizer.network.encode(images)
         # The decoder may add a margin, since it produces whole tokens; crop it.
-        decoded = self.tokenizer.network.decode(tokens, self.tokenizer.grid)[..., :size, :size]
+        decoded = self.tokenizer.network.decode(tokens, self.tokenizer.grid)[..., :height, :width]
         self.add_reconstructions(images, tokens, decoded, positions)
 
     def add_reconstructions(self, images: Tensor, tokens: Tensor, decoded: Tensor, positions: Tensor) -> Tensor:

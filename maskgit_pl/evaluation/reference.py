@@ -35,6 +35,7 @@ from maskgit_pl.evaluation.features import (
 )
 from maskgit_pl.evaluation.npz import ArrayFile, open_samples
 from maskgit_pl.files import sha256_of, write_atomically
+from maskgit_pl.image_format import plain_size
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.shards.manifest import Split, load_manifest
 from maskgit_pl.shards.reader import ShardReader
@@ -294,7 +295,7 @@ def _split_key(data: ShardData, split: Split, num_images: int | None) -> dict[st
         "data": data.summary.fingerprint,
         "split": split,
         "num_images": num_images,
-        "image_size": data.config.image_size,
+        "image_size": plain_size(data.config.image_size),
         "in_channels": data.config.in_channels,
     }
 

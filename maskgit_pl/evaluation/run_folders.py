@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskgit_pl.checks import shorten
+from maskgit_pl.image_format import ImageSize
 from maskgit_pl.progress import Bars, no_bars
 
 if TYPE_CHECKING:
@@ -254,13 +255,13 @@ def give_val_vectors(pipe: MaskGIT, data: ShardData) -> None:
         pipe.vector_pool = data.vector_pool("val")
 
 
-def open_images(folder: Path, image_size: int, in_channels: int, *, num_workers: int = 0) -> ShardData:
-    """Opens a data folder as square images.
+def open_images(folder: Path, image_size: ImageSize, in_channels: int, *, num_workers: int = 0) -> ShardData:
+    """Opens a data folder as images of one size.
 
     Args:
         folder: Data folder.
-        image_size: Edge of the images, in pixels.
-        in_channels: Channels of the images, 1 or 3.
+        image_size: Side of square images, or (height, width), in pixels.
+        in_channels: Channels of the images, 1 to 4.
         num_workers: Number of processes that read the images.
     """
     from maskgit_pl.data import ShardData, ShardDataConfig

@@ -27,7 +27,9 @@ def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
     return [*range(0, length - tile, tile - overlap), length - tile]
 
 
-def reconstruct_in_tiles(network: VQGAN, images: Tensor, *, tile: int, overlap: int) -> tuple[Tensor, Tensor]:
+def reconstruct_in_tiles(
+    network: VQGAN, images: Tensor, *, tile: tuple[int, int], overlap: int
+) -> tuple[Tensor, Tensor]:
     """Encodes and decodes images tile by tile, and blends the tiles where they overlap.
 
     A pixel is the weighted mean of the tiles that cover it. The weight of a tile falls linearly towards its edges, so
@@ -36,15 +38,16 @@ def reconstruct_in_tiles(network: VQGAN, images: Tensor, *, tile: int, overlap: 
     Args:
         network: The tokenizer's network, with any number of channels C.
         images: (B, C, H, W) float in [0, 1].
-        tile: Edge of a tile in pixels.
-        overlap: Least number of pixels that neighbours share, in [0, tile).
+        tile: Height and width of a tile in pixels.
+        overlap: Least number of pixels that neighbours share, at least 0 and below both sides of a tile.
 
     Returns:
         (B, n) int64 tokens of all tiles, and the reconstruction (B, C, H, W) float32, not clipped.
     """
     height, width = images.shape[-2:]
-    corners = [(y, x) for y in tile_starts(height, tile, overlap) for x in tile_starts(width, tile, overlap)]
-    size = min(tile, height), min(tile, width)
+    rows, columns = (tile_starts(*axis, overlap) for axis in ((height, tile[0]), (width, tile[1])))
+    corners = [(y, x) for y in rows for x in columns]
+    size = min(tile[0], height), min(tile[1], width)
     if len(corners) == 1:
         return _reconstruct(network, images)
     weights = _ramp(size[0], images)[:, None] * _ramp(size[1], images)  # (h, w)

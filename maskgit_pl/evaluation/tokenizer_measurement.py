@@ -27,6 +27,7 @@ from maskgit_pl.evaluation.reference import Statistics, draw_order, iter_real_ba
 from maskgit_pl.evaluation.run_folders import RunFolders, open_images
 from maskgit_pl.evaluation.tiling import reconstruct_in_tiles
 from maskgit_pl.evaluation.tokenizer_options import TokenizerOptions
+from maskgit_pl.image_format import height_width
 from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.networks.lpips import load_lpips
 from maskgit_pl.portable import peak_memory
@@ -123,7 +124,7 @@ def measure_tokenizer(
     extractors = open_extractors(folders.classifier, data, features=features, device=device, bars=bars)
     count = min(options.num_images or data.summary.samples["val"], data.summary.samples["val"])
     images = data.summary.images
-    edge = tokenizer.image_size if options.tile is None else min(images.height[0], images.width[0])
+    edge = min(height_width(tokenizer.image_size) if options.tile is None else (images.height[0], images.width[0]))
     meter = ReconstructionMeter(tokenizer, extractors, lpips, least_edge=edge)
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
@@ -164,13 +165,13 @@ def _see_images(
 ) -> _Pass:
     """Reconstructs and measures ``count`` images."""
     seen, network, done = _Pass({each.label: FeatureCollector(each) for each in extractors}), meter.tokenizer.network, 0
-    tile = meter.tokenizer.image_size if options.tile is None else options.tile
+    tile = height_width(meter.tokenizer.image_size if options.tile is None else options.tile)
     # An image of the plain pass is one tile.
     reconstruct = partial(
         reconstruct_in_tiles, network, tile=tile, overlap=0 if options.tile is None else options.overlap
     )
-    size = min(options.batch_size, images_at_once(tile, tile))
-    batches = _read_square(data, count, size) if options.tile is None else _read_whole(data, count)
+    size = min(options.batch_size, images_at_once(*tile))
+    batches = _read_fitted(data, count, size) if options.tile is None else _read_whole(data, count)
     for pixels, labels, index in batches:
         images, positions = to_unit_range(pixels.to(meter.device)), torch.arange(done, done + len(pixels))
         start = _now(meter.device)
@@ -189,7 +190,7 @@ def _see_images(
     return seen
 
 
-def _read_square(data: ShardData, count: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _read_fitted(data: ShardData, count: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yields batches of images, labels and indices, cropped and resized as in training."""
     for batch in iter_real_batches(data, "val", num_images=count, shuffled=True, batch_size=batch_size):
         yield batch.content[batch.valid], batch.labels[batch.valid], batch.index[batch.valid]

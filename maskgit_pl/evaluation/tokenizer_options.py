@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from maskgit_pl.checks import check_integer
 from maskgit_pl.evaluation.run_folders import MeasurementOptions, RunFolders
 from maskgit_pl.files import read_json
+from maskgit_pl.image_format import check_channels, check_image_size, height_width, pixels_text, visible_channels
 from maskgit_pl.shards.manifest import DataSummary, read_manifest_summary
 
 __all__ = ["TokenizerOptions", "check_tokenizer_data"]
@@ -64,20 +65,21 @@ def check_tokenizer_data(folders: RunFolders, options: TokenizerOptions) -> Data
     """
     summary = read_manifest_summary(folders.data)
     config = read_json(folders.pretrained / "tokenizer" / "config.json", max_bytes=_MAX_CONFIG_BYTES)
-    network, size = config.get("network"), config.get("image_size")
-    channels = network.get("in_channels") if isinstance(network, dict) else None
-    if channels not in (1, 3):
-        raise ValueError(f"tokenizer {folders.pretrained}: in_channels must be 1 or 3 to read images, got {channels}")
+    network = config.get("network")
+    name = f"tokenizer {folders.pretrained}"
+    channels = check_channels(f"{name}: in_channels", network.get("in_channels") if isinstance(network, dict) else None)
+    size = check_image_size(f"{name}: image_size", config.get("image_size"), "[1, 8192]")
     where, images = f"data {folders.data}", summary.samples.get("val", 0)
     if images < max(_LEAST_IMAGES, options.num_images or 0):
         least = max(_LEAST_IMAGES, options.num_images or 0)
         raise ValueError(f"{where}: the val split must have >= {least} images, got {images}; lower --num-images")
-    if channels == 1 and summary.channels != 1:
+    if visible_channels(channels) == 1 and summary.channels != 1:
         raise ValueError(f"{where}: the images must be grey for this tokenizer, got colour; choose others with --data")
-    edge = min(summary.images.height[0], summary.images.width[0])
-    if options.tile is None and isinstance(size, int) and edge < size:
+    smallest = (summary.images.height[0], summary.images.width[0])
+    if options.tile is None and any(have < need for have, need in zip(smallest, height_width(size), strict=True)):
         raise ValueError(
-            f"{where}: the images must have >= {size} pixels, those of the tokenizer, got {edge}; choose larger images "
-            "with --data, or give --tile to reconstruct them at their own size"
+            f"{where}: the images must have >= {pixels_text(size)} pixels, those of the tokenizer, got "
+            f"{pixels_text(smallest)}; choose larger images with --data, or give --tile to reconstruct them at their "
+            "own size"
         )
     return summary

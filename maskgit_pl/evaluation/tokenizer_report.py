@@ -20,6 +20,7 @@ from maskgit_pl.evaluation.run_folders import RunFolders
 from maskgit_pl.evaluation.tokenizer_measurement import BEST_PSNR, ImagePair, MeasuredTokenizer
 from maskgit_pl.evaluation.tokenizer_options import TokenizerOptions
 from maskgit_pl.files import write_atomically, write_text
+from maskgit_pl.image_format import plain_size
 from maskgit_pl.imaging import image_grid
 from maskgit_pl.pretrained import fingerprint, read_config
 from maskgit_pl.provenance import describe_environment, device_name
@@ -162,7 +163,7 @@ def make_tokenizer_report(
             for each in measured.worst
         ],
         "model": {
-            "image_size": tokenizer.image_size,
+            "image_size": plain_size(tokenizer.image_size),
             "in_channels": config.in_channels,
             "grid": list(tokenizer.grid),
             "codebook_size": config.codebook_size,
@@ -206,8 +207,8 @@ def tokenizer_key(
 
 
 def _draw_pairs(pairs: list[ImagePair]) -> Image.Image:
-    """Draws originals above their reconstructions; images of different sizes are cut to squares of at most 256 px."""
-    edge = min(_SHOWN_EDGE, *(min(pair.original.shape[-2:]) for pair in pairs))
+    """Draws originals above their reconstructions; all are cut to the smallest of their sizes and 256 px."""
+    height, width = (min(_SHOWN_EDGE, *(pair.original.shape[axis] for pair in pairs)) for axis in (1, 2))
     images = [pair.original for pair in pairs] + [pair.reconstruction for pair in pairs]
-    shown = torch.stack([image[..., :edge, :edge] for image in images])
+    shown = torch.stack([image[..., :height, :width] for image in images])
     return image_grid(shown, columns=len(pairs), row_captions=["original", "reconstruction"])

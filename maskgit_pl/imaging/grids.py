@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from maskgit_pl.files import write_atomically
+from maskgit_pl.image_format import composite_over_white
 from maskgit_pl.imaging.layout import MASKED, NEW, TILE_SIZE, add_title, enlarge, lay_out, scale_to
 from maskgit_pl.imaging.pixels import to_pil
 
@@ -29,7 +30,7 @@ def image_grid(
     """Lays images out in rows, enlarged without smoothing so that their pixels are visible.
 
     Args:
-        images: (n, C, H, W) uint8 with C = 1 or 3 and n >= 1. The last row may be short.
+        images: (n, C, H, W) uint8 with C = 1 to 4 and n >= 1; alpha is over white. The last row may be short.
         columns: Number of images per row, at least 1.
         row_captions: Text left of each row; empty for none.
         column_captions: Text above each column; empty for none.
@@ -65,7 +66,7 @@ def edit_sheet(
     """Lays out an edit in one row: original, masked image (region grey, mask outlined), and variants.
 
     Args:
-        original: (C, H, W) uint8 with C = 1 or 3.
+        original: (C, H, W) uint8 with C = 1 to 4; alpha is over white.
         variants: (n, C, H, W) uint8.
         mask: (H, W) bool, the pixels that the user named.
         region: (H, W) bool, the pixels that were generated: the mask and its surroundings.
@@ -73,12 +74,12 @@ def edit_sheet(
         captions: Text above each variant.
     """
     # Grey images become RGB, because the outline is orange.
-    colour = original.expand(3, -1, -1)
+    colour = composite_over_white(original).expand(3, -1, -1)
     edge = _outline(mask)
     masked = colour.clone()
     for part, value in ((region, MASKED), (edge, NEW)):
         masked = torch.tensor(value, dtype=torch.uint8)[:, None, None].where(part, masked)
-    images = torch.cat([torch.stack([colour, masked]), variants.expand(-1, 3, -1, -1)])
+    images = torch.cat([torch.stack([colour, masked]), composite_over_white(variants).expand(-1, 3, -1, -1)])
     page = image_grid(images, columns=len(images), column_captions=["original", "masked", *captions])
     return add_title(page, title)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from maskgit_pl.checks import build_dataclass, check_class_names, check_integer, check_keys, shorten
 from maskgit_pl.files import read_json
+from maskgit_pl.image_format import ImageSize, check_image_size, composite_over_white, height_width, plain_size
 from maskgit_pl.networks.feature_network import FeatureOutput, FrozenNetwork
 from maskgit_pl.networks.weight_file import check_fit, load_weights, read_tensor_header, read_tensors
 
@@ -40,7 +41,8 @@ SMALL = "small"
 WEIGHT_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 _FORMAT, _VERSION = "maskgit_pl.classifier", 1
 MAX_CONFIG_BYTES = 8_000_000  # 100,000 classes with names of 80 letters
-_LARGEST = {"in_channels": 1024, "image_size": 1024, "num_classes": 100_000, "width": 4096}
+_LARGEST = {"in_channels": 1024, "num_classes": 100_000, "width": 4096}
+_LARGEST_IMAGE = 1024
 _LONGEST_NAME = 80  # letters that are compared with timm's names
 _SMALLEST_MAP = 4  # largest side of the small network's last feature map, in pixels
 _MEAN, _DEVIATION = 0.5, 0.25  # of pixels in [0, 1]; near those of most data
@@ -51,8 +53,8 @@ class ClassifierSizes:
     """The sizes that decide the layers of a classifier.
 
     Args:
-        in_channels: Channels of an image: 1 for grey, 3 for colour.
-        image_size: Side of the square images, in pixels.
+        in_channels: Channels that the network sees: 1 for grey, 3 for colour. Images with alpha are shown over white.
+        image_size: Side of square images, or (height, width), in pixels.
         num_classes: Number of classes.
         model: ``"small"``, or the name of a model in timm, such as ``resnet50``.
         width: Channels of the small network's first convolution; the next has twice, all others four times as many.
@@ -62,7 +64,7 @@ class ClassifierSizes:
     """
 
     in_channels: int
-    image_size: int
+    image_size: ImageSize
     num_classes: int
     model: str = SMALL
     width: int = 24
@@ -70,6 +72,8 @@ class ClassifierSizes:
     def __post_init__(self) -> None:
         for name, most in _LARGEST.items():
             check_integer(f"classifier {name}", getattr(self, name), f"[1, {most}]")
+        size = check_image_size("classifier image_size", self.image_size, f"[1, {_LARGEST_IMAGE}]")
+        object.__setattr__(self, "image_size", size)
         check_model(self.model)
 
 
@@ -96,8 +100,8 @@ class SmallClassifier(nn.Module):
     def __init__(self, sizes: ClassifierSizes) -> None:
         super().__init__()
         self.sizes = sizes
-        # Space to depth halves once; then as many poolings as reach a map of at most 4 x 4.
-        halvings = max(0, math.ceil(math.log2(sizes.image_size / 2 / _SMALLEST_MAP)))
+        # Space to depth halves once; then as many poolings as reach a map of at most 4 x 4. Poolings round up.
+        halvings = max(0, math.ceil(math.log2(max(height_width(sizes.image_size)) / 2 / _SMALLEST_MAP)))
         widths = [sizes.width * 2 ** min(level, 2) for level in range(halvings + 1)]
         inputs = [4 * sizes.in_channels, *widths[:-1]]
         layers: list[nn.Module] = []
@@ -111,10 +115,10 @@ class SmallClassifier(nn.Module):
         return f"side={self.sizes.image_size}"
 
     def forward(self, images: Tensor) -> FeatureOutput:
-        """Returns features (B, F) and logits (B, num_classes) of images (B, 1 or 3, H, W), uint8 or float in [0, 1]."""
-        x = _prepare(images, channels=self.sizes.in_channels, side=self.sizes.image_size)
-        # Space to depth needs an even side. Channels-last is twice as fast on a CPU.
-        even = F.pad(x, (0, self.sizes.image_size % 2, 0, self.sizes.image_size % 2))
+        """Returns features (B, F) and logits (B, num_classes) of images (B, C, H, W), uint8 or float in [0, 1]."""
+        x = _prepare(images, channels=self.sizes.in_channels, size=height_width(self.sizes.image_size))
+        # Space to depth needs even sides. Channels-last is twice as fast on a CPU.
+        even = F.pad(x, (0, x.shape[-1] % 2, 0, x.shape[-2] % 2))
         features: Tensor = self.features(even.contiguous(memory_format=torch.channels_last))
         return FeatureOutput(features, self.head(features))
 
@@ -136,14 +140,15 @@ class TimmClassifier(nn.Module):
             sizes.model, pretrained=False, in_chans=sizes.in_channels, num_classes=sizes.num_classes
         )
         self.model: nn.Module = model
-        self.side = sizes.image_size if _can_run(model, sizes) else int(model.pretrained_cfg["input_size"][-1])
+        own = int(model.pretrained_cfg["input_size"][-1])
+        self.size: ImageSize = sizes.image_size if _can_run(model, sizes) else own
 
     def extra_repr(self) -> str:
-        return f"side={self.side}"
+        return f"side={self.size}"
 
     def forward(self, images: Tensor) -> FeatureOutput:
-        """Returns features (B, F) and logits (B, num_classes) of images (B, 1 or 3, H, W), uint8 or float in [0, 1]."""
-        x = _prepare(images, channels=self.sizes.in_channels, side=self.side)
+        """Returns features (B, F) and logits (B, num_classes) of images (B, C, H, W), uint8 or float in [0, 1]."""
+        x = _prepare(images, channels=self.sizes.in_channels, size=height_width(self.size))
         model: Any = self.model  # timm's methods, which nn.Module's type does not have
         # The features are those before the classifier, which is then applied to them.
         last = model.forward_features(x.contiguous(memory_format=torch.channels_last))
@@ -166,7 +171,7 @@ class FrozenClassifier(FrozenNetwork):
         self.freeze()
 
     def forward(self, images: Tensor) -> FeatureOutput:
-        """Returns features (B, F) and logits (B, num_classes) of images (B, 1 or 3, H, W), uint8 or float in [0, 1]."""
+        """Returns features (B, F) and logits (B, num_classes) of images (B, C, H, W), uint8 or float in [0, 1]."""
         output: FeatureOutput = self.network(images)
         return output
 
@@ -178,7 +183,8 @@ def create_classifier(sizes: ClassifierSizes) -> SmallClassifier | TimmClassifie
 
 def describe_classifier(sizes: ClassifierSizes, class_names: tuple[str, ...]) -> dict[str, Any]:
     """Returns the content of ``config.json``, with which the network is loaded without its data."""
-    return {"format": _FORMAT, "version": _VERSION, "network": asdict(sizes), "class_names": list(class_names)}
+    network = {**asdict(sizes), "image_size": plain_size(sizes.image_size)}
+    return {"format": _FORMAT, "version": _VERSION, "network": network, "class_names": list(class_names)}
 
 
 def load_classifier(folder: Path) -> FrozenClassifier:
@@ -218,14 +224,15 @@ def _read_config(folder: Path) -> tuple[ClassifierSizes, tuple[str, ...]]:
     return sizes, check_class_names(f"{where}: class_names", config["class_names"], sizes.num_classes)
 
 
-def _prepare(images: Tensor, *, channels: int, side: int) -> Tensor:
+def _prepare(images: Tensor, *, channels: int, size: tuple[int, int]) -> Tensor:
     """Returns images with a network's channels and size, of about zero mean and unit deviation."""
+    images = composite_over_white(images)
     x = images.float() / 255 if images.dtype == torch.uint8 else images.float()  # the resize: float32 on a CPU
     # Grey images are repeated to three channels; colours become their mean.
     if x.shape[1] != channels:
         x = x.expand(-1, channels, -1, -1) if x.shape[1] == 1 else x.mean(1, keepdim=True)
-    if x.shape[-2:] != (side, side):
-        x = F.interpolate(x, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
+    if x.shape[-2:] != size:
+        x = F.interpolate(x, size=size, mode="bilinear", antialias=True, align_corners=False)
     return (x - _MEAN) / _DEVIATION
 
 
@@ -234,7 +241,7 @@ def _can_run(model: nn.Module, sizes: ClassifierSizes) -> bool:
     """Returns whether a model runs on images of the data's size."""
     model.eval()  # BatchNorm needs no batch then, and keeps its statistics
     try:
-        model(torch.zeros(1, sizes.in_channels, sizes.image_size, sizes.image_size))
+        model(torch.zeros(1, sizes.in_channels, *height_width(sizes.image_size)))
     except (RuntimeError, AssertionError):
         return False
     finally:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskgit_pl.checks import check_choice, check_integer, check_number
+from maskgit_pl.image_format import ImageSize, height_width
 from maskgit_pl.networks.discriminators import discriminators
 
 __all__ = ["Discriminator", "DiscriminatorConfig", "Pooling"]
@@ -30,7 +31,8 @@ class DiscriminatorConfig:
 
     Attributes:
         channel_multiplier: Factor of the released numbers of channels, in (0, 16]: 512 up to 32 px, then half for each
-            doubling of the side, rounded up to a power of two: 28 px has the channels of 32. 1/8 suits small images.
+            doubling of the shorter side, rounded up to a power of two: 28 px has the channels of 32. 1/8 suits small
+            images.
         channels: Channels at each resolution, from the image's down to the last, instead of the released ones.
         pooling: ``blur`` halves the resolution by a 4x4 blur of stride 2, ``average`` by a 2x2 mean.
 
@@ -51,17 +53,19 @@ class DiscriminatorConfig:
             for width in self.channels:
                 check_integer("discriminator channels", width, "[1, 8192]")
 
-    def widths(self, image_size: int) -> tuple[int, ...]:
+    def widths(self, image_size: ImageSize) -> tuple[int, ...]:
         """Returns the channels at each resolution: the image's, then halved (rounded down) until it is at most 4.
 
+        The resolution is that of the shorter side.
+
         Args:
-            image_size: Side of the square images, in pixels.
+            image_size: Side of square images, or (height, width), in pixels.
 
         Raises:
             ValueError: if ``channels`` has not one number for each resolution.
         """
         # 28 px: 28, 14, 7, 3.
-        resolutions = [image_size]
+        resolutions = [min(height_width(image_size))]
         while resolutions[-1] > _SMALLEST:
             resolutions.append(resolutions[-1] // 2)
         if self.channels is None:
@@ -73,7 +77,7 @@ class DiscriminatorConfig:
             )
         return self.channels
 
-    def create(self, *, in_channels: int, image_size: int) -> nn.Module:
+    def create(self, *, in_channels: int, image_size: ImageSize) -> nn.Module:
         """Builds the network.
 
         Raises:
@@ -130,21 +134,22 @@ class Discriminator(nn.Module):
     Args:
         config: Channels and pooling.
         in_channels: Channels of an image.
-        image_size: Side of the square images, in pixels.
+        image_size: Side of square images, or (height, width), in pixels.
 
     Source: released code, ``discriminator.py`` (StyleGAN2's, Karras et al., arXiv:1912.04958, without the minibatch
     deviation and the equalised learning rate).
     """
 
-    def __init__(self, config: DiscriminatorConfig, *, in_channels: int, image_size: int) -> None:
+    def __init__(self, config: DiscriminatorConfig, *, in_channels: int, image_size: ImageSize) -> None:
         super().__init__()
         widths = config.widths(image_size)
-        # Each block halves the side, rounded down.
-        edge, last = image_size >> (len(widths) - 1), widths[-1]
+        # Each block halves both sides, rounded down.
+        height, width = (side >> (len(widths) - 1) for side in height_width(image_size))
+        last = widths[-1]
         self.stem = _xavier(nn.Conv2d(in_channels, widths[0], 3, padding=1))
         self.blocks = nn.Sequential(*(DiscriminatorBlock(a, b, pooling=config.pooling) for a, b in pairwise(widths)))
         self.conv = _xavier(nn.Conv2d(last, last, 3, padding=1))
-        self.hidden = _xavier(nn.Linear(last * edge * edge, last))
+        self.hidden = _xavier(nn.Linear(last * height * width, last))
         self.head = _xavier(nn.Linear(last, 1))
 
     def forward(self, images: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from maskgit_pl.checks import shorten
+from maskgit_pl.image_format import ImageSize
 from maskgit_pl.registry import Registry
 
 __all__ = ["DEFAULT_DISCRIMINATOR", "DiscriminatorSpec", "build_discriminator", "discriminators", "with_defaults"]
@@ -30,12 +31,12 @@ class DiscriminatorSpec(Protocol):
     other images too, and R1 is refused.
     """
 
-    def create(self, *, in_channels: int, image_size: int) -> nn.Module:
+    def create(self, *, in_channels: int, image_size: ImageSize) -> nn.Module:
         """Builds the network: images (B, C, H, W) float in [0, 1] to logits (B, ...), high if they look real.
 
         Args:
             in_channels: Channels of an image.
-            image_size: Side of the square images, in pixels.
+            image_size: Side of square images, or (height, width), in pixels.
 
         Raises:
             ValueError: if the network does not support images of this size.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from maskgit_pl.checks import check_choice
+from maskgit_pl.image_format import composite_over_white
 from maskgit_pl.networks.feature_network import FrozenNetwork
 from maskgit_pl.networks.perceptual import perceptual_networks
 from maskgit_pl.networks.weight_file import load_weights, read_weights
@@ -99,7 +100,7 @@ class LPIPS(FrozenNetwork):
         """Computes the distance of each pair of images.
 
         Args:
-            images: (B, 1 or 3, H, W) float in [0, 1].
+            images: (B, C, H, W) float in [0, 1] with C = 1 to 4; alpha is over white.
             others: Images of the same shape.
 
         Returns:
@@ -114,7 +115,8 @@ class LPIPS(FrozenNetwork):
                 f"{self.label}: the edges of images must be >= {least} pixels, got {tuple(images.shape[-2:])}; "
                 "vgg accepts images from 16 pixels"
             )
-        colours = [part.float().expand(-1, 3, -1, -1) for part in (images, others)]  # grey images get 3 equal channels
+        # Grey images get 3 equal channels.
+        colours = [composite_over_white(part.float()).expand(-1, 3, -1, -1) for part in (images, others)]
         distances: Tensor = self.network(*colours, normalize=True)
         return distances.flatten()
 

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from maskgit_pl.checks import check_choice, check_integer
 from maskgit_pl.distributed import mean_over_ranks
+from maskgit_pl.image_format import ImageSize, height_width
 from maskgit_pl.networks.discriminators import discriminators
 
 __all__ = ["PatchDiscriminator", "PatchDiscriminatorConfig", "PatchNorm"]
@@ -66,7 +67,7 @@ class PatchDiscriminatorConfig:
         return tuple(self.base_channels * min(2**layer, _MAX_MULTIPLIER) for layer in range(self.num_layers + 1))
 
     def side(self, image_size: int) -> int:
-        """Returns the side of the map of logits: (side of the image / 2^num_layers, rounded down) - 2.
+        """Returns a side of the map of logits: (that side of the image / 2^num_layers, rounded down) - 2.
 
         Raises:
             ValueError: if the image is too small to have a patch.
@@ -81,13 +82,13 @@ class PatchDiscriminatorConfig:
             )
         return side
 
-    def create(self, *, in_channels: int, image_size: int) -> nn.Module:
+    def create(self, *, in_channels: int, image_size: ImageSize) -> nn.Module:
         """Builds the network.
 
         Raises:
             ValueError: if the images are too small for ``num_layers``.
         """
-        self.side(image_size)
+        self.side(min(height_width(image_size)))
         return PatchDiscriminator(self, in_channels=in_channels)
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from maskgit_pl.image_format import ImageSize
 from maskgit_pl.networks.convolutions import Upsample, conv, group_norm
 from maskgit_pl.networks.magvit2 import Magvit2Decoder, Magvit2Encoder
 from maskgit_pl.networks.quantizers import QuantizerOutput, quantizers
@@ -218,7 +219,7 @@ class VQGAN(nn.Module):
         images: Tensor = self.decoder(codes)
         return images
 
-    def grid(self, image_size: int | tuple[int, int]) -> tuple[int, int]:
+    def grid(self, image_size: ImageSize) -> tuple[int, int]:
         """Returns the rows and columns (h, w) of the token grid of an image; see ``VQGANConfig.grid``."""
         return self.config.grid(image_size)
 

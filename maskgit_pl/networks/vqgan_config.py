@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from maskgit_pl.checks import check_choice, check_integer, check_number, shorten
+from maskgit_pl.image_format import ImageSize, height_width
 from maskgit_pl.networks.quantizers import build_sized
 
 __all__ = ["Activation", "Downsampling", "Layout", "VQGANConfig"]
@@ -164,7 +165,7 @@ class VQGANConfig:
         """The side in pixels of the square that a token covers."""
         return int(self.patch_size * 2 ** (len(self.channel_multipliers) - 1))
 
-    def grid(self, image_size: int | tuple[int, int]) -> tuple[int, int]:
+    def grid(self, image_size: ImageSize) -> tuple[int, int]:
         """Returns the rows and columns (h, w) of the token grid of an image.
 
         Args:
@@ -179,9 +180,11 @@ class VQGANConfig:
             if self.layout != "maskgit"
             else ("patch_size", self.patch_size)
         )
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        height, width = height_width(image_size)
         for size in (height, width):
             if size < 1 or size % unit:
-                raise ValueError(f"image size must be a positive multiple of {name} {unit}, got {size}")
+                lower = max(size - size % unit, 0)
+                fitting = f"{lower} or {lower + unit}" if lower else unit
+                raise ValueError(f"image size must be a positive multiple of {name} {unit}, got {size}; use {fitting}")
         # Rounded up: the encoder pads, and the decoder's surplus pixels are cut off.
         return -(-height // self.downsampling_factor), -(-width // self.downsampling_factor)

@@ -22,10 +22,12 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from einops import rearrange
 from torch import nn
 
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.files import size_text, write_atomically
+from maskgit_pl.image_format import composite_over_white, height_width
 from maskgit_pl.networks.int8 import Int8Linear
 from maskgit_pl.networks.weight_file import tensors_digest
 from maskgit_pl.old_names import restore_tensor
@@ -148,7 +150,6 @@ def make_plan(pipe: MaskGIT, options: BulkOptions, decoding: DecodingConfig) -> 
     labels = pipe.class_ids(classes)
     negative = None if options.negative_class is None else pipe.class_ids(options.negative_class)[0]
     pipe.check_decoding(decoding)
-    size = pipe.tokenizer.image_size
     return BulkPlan(
         count=options.num_images,
         seed=options.seed,
@@ -157,7 +158,7 @@ def make_plan(pipe: MaskGIT, options: BulkOptions, decoding: DecodingConfig) -> 
         negative_class=negative,
         decoding=asdict(decoding),
         mask_schedule=repr(pipe.transformer.mask_schedule),
-        image=(size, size, pipe.tokenizer.network.config.in_channels),
+        image=(*height_width(pipe.tokenizer.image_size), pipe.tokenizer.network.config.in_channels),
         tokenizer=_digest(pipe.tokenizer.network),
         transformer=_digest(pipe.transformer.network),
         negative_model=pipe.negative_model.digest
@@ -325,7 +326,8 @@ def write_samples(
     Args:
         stream: File to write to.
         plan: Plan of the images, which becomes the comment of the file.
-        parts: All images, in parts (b, H, W, C) of any size; grey ones are repeated to three channels.
+        parts: All images, in parts (b, H, W, C) of any size; grey ones are repeated to three channels, and alpha is
+            composited over white.
         labels: (n,) int64.
         arrays: Further arrays by name.
     """
@@ -336,8 +338,16 @@ def write_samples(
         with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
             np.lib.format.write_array_header_1_0(member, header)
             for images in parts:
-                grey = images.shape[-1] == 1  # (b, H, W, 1) -> (b, H, W, 3)
-                member.write((np.repeat(images, _CHANNELS, axis=-1) if grey else images).tobytes())
+                member.write(_to_three_channels(images).tobytes())
         for name, values in {"arr_1": labels, **arrays}.items():
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, values, allow_pickle=False)
+
+
+def _to_three_channels(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Returns (b, H, W, C) images as (b, H, W, 3): alpha over white, grey repeated."""
+    if images.shape[-1] == _CHANNELS:
+        return images
+    shown = composite_over_white(rearrange(torch.from_numpy(images), "b h w c -> b c h w")).expand(-1, 3, -1, -1)
+    found: npt.NDArray[np.uint8] = rearrange(shown, "b c h w -> b h w c").contiguous().numpy()
+    return found

@@ -54,7 +54,7 @@ class Canvas:
 
         def place(values: Tensor, background: Tensor) -> Tensor:
             whole = background.clone()  # (B, R, C)
-            whole[window.index] = window.square(values)
+            whole[window.index] = window.as_grid(values)
             return whole.flatten(1)
 
         waiting = self.unknown.to(self.tokens.device).expand(self.tokens.shape)
@@ -69,9 +69,9 @@ class Canvas:
 
     def keep(self, window: Window, last: DecodingStep) -> None:
         """Copies the tokens of the last step of a window to the canvas."""
-        self.tokens[window.index] = window.square(last.tokens)
+        self.tokens[window.index] = window.as_grid(last.tokens)
         hidden = window.unknown.to(self.tokens.device)
         # Tokens that were known before the window keep the confidence of the window that decided them.
         kept = self.confidence[window.index]
-        self.confidence[window.index] = window.square(last.confidence).where(hidden, kept)
+        self.confidence[window.index] = window.as_grid(last.confidence).where(hidden, kept)
         self.unknown[window.index[1:]] = False

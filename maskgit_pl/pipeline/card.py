@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskgit_pl.files import write_text
+from maskgit_pl.image_format import CHANNELS, pixels_text
 from maskgit_pl.pipeline.description import (
     SETTINGS,
     STAGES,
@@ -166,7 +167,8 @@ def _eval_results(run: Mapping[str, Any]) -> Iterator[EvalResult]:
 def _introduction(content: Mapping[str, Any], classes: list[str], name: str) -> list[str]:
     size, grid = content["image_size"], content["grid"]
     title = markdown((content.get("run") or {}).get("name", "MaskGIT"))
-    colour = "grey" if content["in_channels"] == 1 else "colour"
+    channels = content["in_channels"]
+    colour = {1: "grey", 3: "colour"}.get(channels, CHANNELS.get(channels, f"{channels} channels"))
     # Class names come from the data: markdown() escapes them.
     shown = ", ".join(markdown(each) for each in classes[:_NAMES_SHOWN])
     more = f" and {len(classes) - _NAMES_SHOWN} more" if len(classes) > _NAMES_SHOWN else ""
@@ -183,7 +185,7 @@ def _introduction(content: Mapping[str, Any], classes: list[str], name: str) -> 
         f"# {title}",
         "",
         f"{kind} ([arXiv:2202.04200](https://arxiv.org/abs/2202.04200)): images of {len(classes)} classes, "
-        f"{size} x {size} pixels in {colour}, decoded {steps}.",
+        f"{pixels_text(size)} pixels in {colour}, decoded {steps}.",
         "",
         "```python",
         "from maskgit_pl import MaskGIT",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from maskgit_pl import editing
 from maskgit_pl.editing import Box, ImageLike, Margins, MaskLike
+from maskgit_pl.image_format import height_width
 from maskgit_pl.pipeline.canvas import Canvas
 from maskgit_pl.pipeline.classes import Classes
 from maskgit_pl.pipeline.generate import Generator
@@ -215,8 +216,8 @@ class Editor(Generator):
 
         Args:
             classes: See ``generate``.
-            width: Width in pixels, a multiple of the pixels of a token, at least the image size of the model.
-            height: Height in pixels, with the same rule; the image size of the model by default.
+            width: Width in pixels, a multiple of the pixels of a token, at least the width of the model's images.
+            height: Height in pixels, with the same rule; the height of the model's images by default.
             overlap: See ``outpaint``.
             output_type: See ``generate``.
             options: See ``generate``.
@@ -233,7 +234,7 @@ class Editor(Generator):
         read, decoding = read_options(GenerateOptions, options, self.decoding)
         request = self._request(classes, read, decoding)
         size, factor = self.tokenizer.image_size, self.tokenizer.network.config.downsampling_factor
-        height = size if height is None else height
+        height = height_width(size)[0] if height is None else height
         editing.check_canvas(height, width, factor=factor, least=size)
         unknown = torch.ones(height // factor, width // factor, dtype=torch.bool)
         tokens = torch.zeros(unknown.shape, dtype=torch.int64)
@@ -294,7 +295,7 @@ class Editor(Generator):
         config = self.tokenizer.network.config
         factor = config.downsampling_factor
         # Half an image of repeated pixels, in whole tokens, is enough context on each side.
-        around = added.at_most(self.tokenizer.image_size // 2 // factor * factor)
+        around = added.at_most(*(side // 2 // factor * factor for side in height_width(self.tokenizer.image_size)))
         repeated = around.pad(pixels.float(), size=1, mode="replicate").to(pixels.dtype)
         tokens = self.tokenizer.encode(repeated[None])
         rows, columns = config.grid((repeated.shape[-2], repeated.shape[-1]))

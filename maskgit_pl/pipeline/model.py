@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.image_format import CHANNELS, pixels_text
 from maskgit_pl.networks import int8
 from maskgit_pl.pipeline.card import write_card
 from maskgit_pl.pipeline.description import RunOrigin, check_run, fingerprints
@@ -214,10 +215,10 @@ class MaskGIT(Editor):
         """Returns classes, image size, tokens, steps and device in one line."""
         tokenizer, transformer = self.tokenizer.network.config, self.transformer.network.config
         size, (rows, columns) = self.tokenizer.image_size, transformer.grid
-        colours = "grey" if tokenizer.in_channels == 1 else "RGB"
+        colours = CHANNELS.get(tokenizer.in_channels, f"{tokenizer.in_channels}-channel")
         return (
-            f"MaskGIT({len(self.class_names)} classes, {colours} images of {size} x {size} pixels, {rows} x {columns} "
-            f"tokens of {tokenizer.codebook_size} codes, {self.decoding.num_steps} steps, on {self.device})"
+            f"MaskGIT({len(self.class_names)} classes, {colours} images of {pixels_text(size)} pixels, {rows} x "
+            f"{columns} tokens of {tokenizer.codebook_size} codes, {self.decoding.num_steps} steps, on {self.device})"
         )
 
     def _save_networks(self, folder: Path) -> None:

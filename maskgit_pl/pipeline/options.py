@@ -98,7 +98,7 @@ class EditOptions(GenerateOptions):
             in the released code (the seam then lies outside the mask), and 0 beyond its borders.
         blend: Standard deviation of the blur of the seam in pixels. 0 keeps every pixel outside the region bit by bit.
             None is the blur of the released code, ``editing.seam_radius``.
-        fit: True crops images and masks of another size to the central square and resizes it.
+        fit: True crops images and masks of another size to their central part with the model's shape, and resizes it.
     """
 
     dilation: int | None = None

@@ -15,6 +15,7 @@ from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.limits import check_parallel
 from maskgit_pl.decoding.settings_file import read_settings_file
 from maskgit_pl.files import read_json
+from maskgit_pl.image_format import ImageSize, check_image_size
 from maskgit_pl.old_names import rename_config
 from maskgit_pl.pipeline.classes import Classes, class_ids, parse_class, parse_classes
 from maskgit_pl.pipeline.options import replace_settings
@@ -33,9 +34,9 @@ class Outline:
         num_tokens: N, the number of tokens per image.
         is_autoregressive: True if the model draws one token after the other.
         decoding: Default decoding settings.
-        image_size: Height and width of the images in pixels.
+        image_size: Size of the images: a side, or (height, width), in pixels.
         token_size: Height and width of a token in pixels.
-        channels: C, 1 for grey and 3 for RGB.
+        channels: C, channels of the images.
         has_negative_model: True if the pipeline has a negative model for guidance.
         condition_dim: Size of the vector of an image; 0 for a model without vectors.
     """
@@ -45,7 +46,7 @@ class Outline:
     num_tokens: int
     is_autoregressive: bool
     decoding: DecodingConfig
-    image_size: int
+    image_size: ImageSize
     token_size: int
     channels: int
     has_negative_model: bool = False
@@ -77,7 +78,7 @@ class Outline:
                 read_settings_file(tuned)[0]
                 if tuned.is_file()
                 else build_dataclass(DecodingConfig, transformer["decoding"], ""),
-                _size(tokenizer["image_size"]),
+                check_image_size("image_size", tokenizer["image_size"], "[1, 65536]"),
                 # Each level after the first halves height and width.
                 _size(vqgan["patch_size"]) * 2 ** (_size(len(vqgan["channel_multipliers"])) - 1),
                 _size(vqgan["in_channels"]),

@@ -12,6 +12,7 @@ from torch import Tensor
 from maskgit_pl import editing
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.editing import ImageLike, MaskLike
+from maskgit_pl.image_format import height_width
 from maskgit_pl.pipeline.classes import Classes
 from maskgit_pl.pipeline.negative import NegativeModel
 from maskgit_pl.pipeline.options import EditOptions, GenerateOptions, StepCallback, seed_list
@@ -133,9 +134,10 @@ class Edit:
             pixels = editing.image_pixels(given, channels=config.in_channels, name=name)
             wanted = editing.mask_pixels(given_mask, name=f"mask of {name}")
             pixels, wanted = editing.fit_to_model(pixels, wanted, image_size=size, fit=options.fit, name=name)
-            # (S, S) mask in pixels -> (h, w) tokens -> (S, S) region in pixels, which is larger than the mask.
+            # (H, W) mask in pixels -> (h, w) tokens -> (H, W) region in pixels, which is larger than the mask.
             unknown = editing.token_mask(wanted, factor=config.downsampling_factor, dilation=dilation)
-            region = editing.pixel_region(unknown, factor=config.downsampling_factor, height=size, width=size)
+            height, width = height_width(size)
+            region = editing.pixel_region(unknown, factor=config.downsampling_factor, height=height, width=width)
             edits.append(cls(pixels, unknown, editing.seam(region, radius=radius)))
         return edits
 

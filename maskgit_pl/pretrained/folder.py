@@ -11,9 +11,10 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from maskgit_pl.checks import build_dataclass, check_class_names, check_integer, check_keys, shorten
+from maskgit_pl.checks import build_dataclass, check_class_names, check_keys, shorten
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.files import read_json, sha256_of, write_folder, write_tensors, write_text
+from maskgit_pl.image_format import ImageSize, check_image_size
 from maskgit_pl.networks.backbone import BackboneConfig, build_config, create_network
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.networks.weight_file import check_fit, check_tensor, load_weights, read_tensor_header, read_tensors
@@ -32,14 +33,14 @@ _MAX_CONFIG_BYTES = 8_000_000  # 100,000 classes with names of 80 letters
 _LARGEST_IMAGE = 8192
 
 
-def save_tokenizer(folder: Path, config: VQGANConfig, weights: Mapping[str, Tensor], *, image_size: int) -> None:
+def save_tokenizer(folder: Path, config: VQGANConfig, weights: Mapping[str, Tensor], *, image_size: ImageSize) -> None:
     """Writes a tokenizer folder; an older one is replaced when the new one is complete.
 
     Args:
         folder: Folder such as ``runs/RUN/pretrained/tokenizer``.
         config: Sizes of the network.
         weights: State dict of a ``VQGAN``.
-        image_size: Height and width of the training images, in pixels.
+        image_size: Size of the training images: a side, or (height, width), in pixels.
     """
     _save(folder, "tokenizer", weights, {"network": asdict(config), "image_size": image_size})
 
@@ -158,7 +159,7 @@ class _TokenizerConfig:
     """The content of a tokenizer's ``config.json``."""
 
     network: VQGANConfig
-    image_size: int
+    image_size: ImageSize
 
 
 def _tokenizer(content: Mapping[str, Any], folder: Path) -> _TokenizerConfig:
@@ -166,7 +167,7 @@ def _tokenizer(content: Mapping[str, Any], folder: Path) -> _TokenizerConfig:
     check_keys(str(file), content, known=content, required=("network", "image_size"))
     try:
         network = build_dataclass(VQGANConfig, content["network"], "network")
-        size = check_integer("image_size", content["image_size"], f"[1, {_LARGEST_IMAGE}]")
+        size = check_image_size("image_size", content["image_size"], f"[1, {_LARGEST_IMAGE}]")
         network.grid(size)  # raises if the network cannot encode this size
     except (ValueError, ArithmeticError) as error:
         raise ValueError(f"{file}: {error}") from error

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from maskgit_pl.decoding import DecodingConfig, check_parallel
+from maskgit_pl.image_format import ImageSize, height_width
 from maskgit_pl.networks.backbone import Backbone
 from maskgit_pl.networks.vqgan import VQGAN
 from maskgit_pl.schedules import MaskSchedule
@@ -23,12 +24,12 @@ class PretrainedTokenizer:
 
     Args:
         network: Network in evaluation mode, frozen, on the CPU.
-        image_size: Height and width of the training images, in pixels.
+        image_size: Size of the training images: a side, or (height, width), in pixels.
         fingerprint: sha256 of its weights, hexadecimal.
     """
 
     network: VQGAN
-    image_size: int
+    image_size: ImageSize
     fingerprint: str
 
     @property
@@ -66,13 +67,13 @@ class PretrainedTokenizer:
             (B, C, H, W) uint8 on the CPU, clipped. H and W are ``image_size``, or the size of another grid.
         """
         # An image of image_size may cover only a part of its last tokens: the rest is cut off.
-        size = None if grid is not None and grid != self.grid else self.image_size
+        height, width = (None, None) if grid is not None and grid != self.grid else height_width(self.image_size)
         rows, columns = grid or self.grid
         factor = self.network.config.downsampling_factor
         count, decoded = images_at_once(rows * factor, columns * factor), []
         with torch.inference_mode():
             for first in range(0, len(tokens), count):
-                images = self.network.decode(tokens[first : first + count], (rows, columns))[..., :size, :size]
+                images = self.network.decode(tokens[first : first + count], (rows, columns))[..., :height, :width]
                 decoded.append((images.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu())
             return torch.cat(decoded)
 

@@ -24,6 +24,7 @@ from maskgit_pl.estimates.transformer import (
     step_flops,
     transformer_activations,
 )
+from maskgit_pl.image_format import ImageSize, height_width
 from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.backbone import BackboneConfig
 from maskgit_pl.networks.transformer import TransformerConfig
@@ -107,7 +108,7 @@ class TransformerCosts(Costs):
     """
 
     module: TokenModel
-    tokenizer: tuple[VQGANConfig, int] | None = None
+    tokenizer: tuple[VQGANConfig, ImageSize] | None = None
     encodes: bool = False
 
     @cached_property
@@ -136,7 +137,7 @@ class TransformerCosts(Costs):
             network = VQGAN(config).requires_grad_(requires_grad=False)
         weights = sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
         with fake_tensors(network):
-            images = torch.empty(1, config.in_channels, size, size)
+            images = torch.empty(1, config.in_channels, *height_width(size))
             return weights, replay(lambda: network.encode(images), [network], precision=self.precision)
 
     def _replay(self, checkpointing: Checkpointing) -> Replay:
@@ -273,7 +274,7 @@ class TokenizerCosts(Costs):
 
 
 def _one_image(config: TokenizerConfig) -> Batch:
-    images = torch.empty(1, config.network.in_channels, config.image_size, config.image_size, dtype=torch.uint8)
+    images = torch.empty(1, config.network.in_channels, *height_width(config.image_size), dtype=torch.uint8)
     numbers = torch.zeros(1, dtype=torch.int64)
     return Batch(images, numbers, numbers, numbers, numbers, numbers == 0)
 

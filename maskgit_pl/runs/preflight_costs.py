@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, cast
@@ -13,6 +14,7 @@ from maskgit_pl.estimates.run import Memory, StepTime, max_num_checkpoints, step
 from maskgit_pl.estimates.sharding import Strategy
 from maskgit_pl.estimates.transformer import Precision
 from maskgit_pl.files import size_text
+from maskgit_pl.image_format import as_image_size, height_width
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pretrained import read_config
 from maskgit_pl.runs import host
@@ -72,7 +74,7 @@ class CostChecks:
             sizes = None
             if self._plan.tokenizer is not None:
                 tokenizer = read_config(self._plan.tokenizer, "tokenizer")
-                sizes = VQGANConfig(**tokenizer["network"]), int(tokenizer["image_size"])
+                sizes = VQGANConfig(**tokenizer["network"]), as_image_size(tokenizer["image_size"])
             encodes = self._config["data"]["source"] != "tokens"
             return TransformerCosts(
                 strategy, self._ranks, precision, checkpointing, module=self._module, tokenizer=sizes, encodes=encodes
@@ -250,7 +252,7 @@ class CostChecks:
             text += f", {size_text(samples * mean_size)}/s of shards"
         # Decoding time is proportional to the pixels of the crop.
         of_rank = samples / self._ranks
-        cores = of_rank * data["image_size"] ** 2 / _PIXELS_PER_CORE
+        cores = of_rank * math.prod(height_width(data["image_size"])) / _PIXELS_PER_CORE
         return (
             f"{text}; {of_rank:,.0f}/s per rank, about {cores:.2g} cores of decoding for {data['num_workers']} workers"
         )

@@ -18,6 +18,7 @@ from lightning.pytorch import LightningModule
 
 from maskgit_pl.autoregressive import AutoregressiveConfig, AutoregressiveModel
 from maskgit_pl.data import ShardDataConfig
+from maskgit_pl.image_format import plain_size
 from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
 from maskgit_pl.networks.backbone import DEFAULT_BACKBONE, BackboneConfig, config_class
 from maskgit_pl.networks.discriminator import DiscriminatorConfig
@@ -125,6 +126,7 @@ def resolve(kind: str, tree: Mapping[str, Any]) -> dict[str, Any]:
     config = {name: _resolve_group(known, tree.get(name, {})) for name, known in groups.items()}
     config["trainer"] = {**asdict(TrainerSettings()), **tree.get("trainer", {})}
     config |= _resolve_group(parameters_of(run_settings(kind)), tree)
+    config["data"]["image_size"] = plain_size(config["data"]["image_size"])
     # Derived keys.
     config["model"]["seed"] = config["data"]["seed"]
     if kind == "transformer":

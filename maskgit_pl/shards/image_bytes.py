@@ -226,14 +226,16 @@ def is_plain_png(data: bytes, chunks: frozenset[bytes], channels: int) -> bool:
     Args:
         data: All bytes of the file.
         chunks: Names of its chunks; see ``check_png``.
-        channels: Channels of the result, 1 or 3. RGB with 1 channel goes through PIL, for its luma.
+        channels: Channels of the result. RGB with 1 channel goes through PIL, for its luma; so does a result with
+            alpha.
     """
     if len(data) < 33 or data[12:16] != b"IHDR":
         return False
     width, height, depth, colour = struct.unpack(">IIBB", data[16:26])  # colour type: 0 grey, 2 RGB
     odd = not chunks.isdisjoint((b"tRNS", b"acTL", b"eXIf")) or b"tiff:Orientation" in data
     fits = 0 < width * height <= MAX_PIXELS
-    return depth == 8 and fits and not odd and (colour == 0 or (colour == 2 and channels == 3))
+    direct = channels == 3 or (channels == 1 and colour == 0)
+    return depth == 8 and colour in (0, 2) and fits and not odd and direct
 
 
 class _Marker(NamedTuple):

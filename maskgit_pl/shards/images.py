@@ -7,8 +7,7 @@ Used by the data modules, by ``tokenize`` and by commands that read images.
   warns (flipped or zeroed bytes), while PIL and torchvision return garbage.
 * Plain 8-bit PNG: torchvision, 2.5 times faster than PIL on 28 x 28.
 * Palettes, alpha, CMYK, 16 bit and WebP: PIL, which converts them correctly.
-* Resampling is bicubic (a = -0.5) and antialiased, from full resolution. Decoding a JPEG at a fraction of its size
-  would make the pixels depend on the ratio of the sizes.
+* Results with 1 or 3 channels show transparent images over white. Those with 2 or 4 keep alpha; opaque files get 255.
 """
 
 from __future__ import annotations
@@ -18,9 +17,10 @@ import re
 import threading
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
-from maskgit_pl.checks import check_choice
+from maskgit_pl.image_format import ImageSize, check_channels, height_width
+from maskgit_pl.shards.crops import fit_image
 from maskgit_pl.shards.image_bytes import (
     JPEG_MAGIC,
     MAX_PIXELS,
@@ -48,24 +48,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "Crop",
     "ImageHeader",
     "Reason",
     "UnreadableImageError",
     "check_complete",
     "decode_image",
     "encode_png",
-    "fit_square",
     "from_pil",
-    "load_square",
-    "load_square_into",
+    "load_image",
+    "load_image_into",
     "parse_image_header",
     "read_image_file",
 ]
 
-Crop = Literal["center", "random"]
 FORMATS = ("JPEG", "PNG", "WEBP")
 _CHANNELS = {"1": 1, "L": 1, "I;16": 1, "I": 1, "LA": 4, "PA": 4, "RGBA": 4}  # every other mode becomes RGB
+_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # of PIL, by the channels of the result
 _MAX_SCRATCH_BYTES = 2**24  # of the reused buffer; larger images get new memory
 _thread_local = threading.local()
 _SOURCE_LINE = re.compile(r"^.*\.cpp:\d+, ")  # the beginning of torchvision's errors
@@ -112,19 +110,19 @@ def decode_image(data: bytes, *, channels: int, name: str) -> Tensor:
 
     Args:
         data: All bytes of the file.
-        channels: 1 for grey (luma of ITU-R 601), 3 for RGB. Transparent images are composited over white.
+        channels: 1 for grey (luma of ITU-R 601), 2 for grey with alpha, 3 for RGB, 4 for RGBA. Without alpha,
+            transparent images are composited over white.
         name: The image's name in error messages.
 
     Returns:
         (channels, H, W) uint8, in most cases channels-last in memory.
 
     Raises:
-        ValueError: if ``channels`` is neither 1 nor 3.
+        ValueError: if ``channels`` is not 1, 2, 3 or 4.
         UnreadableImageError: if ``parse_image_header`` rejects the image, or its pixels cannot be decoded. Damage of a
             JPEG is found where a code word is invalid, of a PNG by checksums; WebP has none.
     """
-    if channels not in (1, 3):
-        raise ValueError(f"in_channels must be 1 (grey) or 3 (RGB), got {channels}")
+    check_channels("in_channels", channels)
     chunks = check_png(data, name) if data.startswith(PNG_MAGIC) else frozenset()
     if is_plain_png(data, chunks, channels):
         return _decode_png(data, channels, name)
@@ -136,34 +134,36 @@ def decode_image(data: bytes, *, channels: int, name: str) -> Tensor:
     return from_pil(image, channels=channels, name=name)
 
 
-def load_square(data: bytes, *, image_size: int, channels: int, crop: tuple[float, float] | None, name: str) -> Tensor:
-    """Decodes an image, crops it to a square and resizes it.
+def load_image(
+    data: bytes, *, image_size: ImageSize, channels: int, crop: tuple[float, float] | None, name: str
+) -> Tensor:
+    """Decodes an image, crops it to the shape of the result and resizes it.
 
     Args:
         data: All bytes of the file.
-        image_size: Side of the result in pixels.
-        channels: 1 for grey, 3 for RGB.
-        crop: Place of the crop; see ``load_square_into``.
+        image_size: Size of the result: H = W, or (H, W).
+        channels: Channels of the result; see ``decode_image``.
+        crop: Place of the crop; see ``load_image_into``.
         name: The image's name in error messages.
 
     Returns:
-        (channels, image_size, image_size) uint8, channels-last in memory.
+        (channels, H, W) uint8, channels-last in memory.
 
     Raises:
         UnreadableImageError: See ``decode_image``.
     """
     import torch
 
-    square = torch.empty((image_size, image_size, channels), dtype=torch.uint8).permute(2, 0, 1)
-    load_square_into(square, data, crop=crop, name=name)
-    return square
+    image = torch.empty((*height_width(image_size), channels), dtype=torch.uint8).permute(2, 0, 1)
+    load_image_into(image, data, crop=crop, name=name)
+    return image
 
 
-def load_square_into(out: Tensor, data: bytes, *, crop: tuple[float, float] | None, name: str) -> None:
-    """Decodes an image, crops it to a square and resizes it into existing memory, such as a row of a batch.
+def load_image_into(out: Tensor, data: bytes, *, crop: tuple[float, float] | None, name: str) -> None:
+    """Decodes an image, crops it and resizes it into existing memory, such as a row of a batch.
 
     Args:
-        out: (1 or 3, side, side) uint8, overwritten with the result; fastest if it is channels-last.
+        out: (C, H, W) uint8 with C = 1 to 4, overwritten with the result; fastest if it is channels-last.
         data: All bytes of the file.
         crop: Place of the crop along (height, width), each in [0, 1); None for the centre.
         name: The image's name in error messages.
@@ -171,44 +171,21 @@ def load_square_into(out: Tensor, data: bytes, *, crop: tuple[float, float] | No
     Raises:
         UnreadableImageError: See ``decode_image``; ``out`` is then unchanged.
     """
-    channels, side = out.shape[0], out.shape[-1]
+    channels, height, width = out.shape
     size = _plain_jpeg_size(data, name)
     if size is None:
         image = decode_image(data, channels=channels, name=name)
     else:
         image = _decode_jpeg(data, channels, name, buffer=_scratch(3 * size[0] * size[1]))
-    out.copy_(fit_square(image, image_size=side, crop=crop))
-
-
-def fit_square(image: Tensor, *, image_size: int, crop: tuple[float, float] | None) -> Tensor:
-    """Crops the largest square of an image and resizes it. An image of the right size is returned unchanged.
-
-    The result is that of the usual "resize the short side, then crop", without resizing the pixels outside the crop.
-
-    Args:
-        image: (C, H, W) uint8.
-        image_size: Side of the result in pixels.
-        crop: Place of the square along (height, width), each in [0, 1); None for the centre.
-
-    Returns:
-        (C, image_size, image_size) uint8.
-    """
-    height, width = image.shape[-2:]
-    side = min(height, width)
-    if crop is None:
-        top, left = (height - side) // 2, (width - side) // 2
-    else:
-        top, left = int(crop[0] * (height - side + 1)), int(crop[1] * (width - side + 1))
-    square = image[:, top : top + side, left : left + side]
-    return square if side == image_size else _resize(square, image_size)
+    out.copy_(fit_image(image, image_size=(height, width), crop=crop))
 
 
 def from_pil(image: Image.Image, *, channels: int, name: str) -> Tensor:
-    """Converts a PIL image to a tensor: orientation applied, 16-bit grey scaled to 8, transparency over white.
+    """Converts a PIL image to a tensor: orientation applied, 16-bit grey scaled to 8.
 
     Args:
         image: Image of any mode.
-        channels: 1 for grey (luma of ITU-R 601), 3 for RGB.
+        channels: Channels of the result; see ``decode_image``.
         name: The image's name in error messages.
 
     Returns:
@@ -223,42 +200,29 @@ def from_pil(image: Image.Image, *, channels: int, name: str) -> Tensor:
     try:
         image.load()  # EXIF may follow a PNG's pixels
         upright = apply_orientation(image, find_orientation(image))
-        converted = _to_eight_bits(upright).convert("L" if channels == 1 else "RGB")
+        converted = _to_eight_bits(upright, has_alpha=channels % 2 == 0).convert(_MODES[channels])
     except PIL_ERRORS as error:
         raise _decode_error(name, error) from error
-    pixels = _to_array(converted)  # (H, W) or (H, W, 3)
+    pixels = _to_array(converted)  # (H, W) or (H, W, channels)
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1).contiguous()
-
-
-def check_crop(crop: str) -> None:
-    """Checks that a crop is ``"center"`` or ``"random"``.
-
-    Raises:
-        ValueError: if it is not. The message lists the choices.
-    """
-    check_choice("crop", crop, get_args(Crop))
 
 
 def encode_png(image: Tensor) -> bytes:
     """Encodes an image as PNG; equal pixels give equal bytes.
 
     Args:
-        image: (1 or 3, H, W) uint8.
+        image: (C, H, W) uint8 with C = 1 to 4.
     """
-    from torchvision.io import encode_png as encode
+    if image.shape[0] % 2:
+        from torchvision.io import encode_png as encode
 
-    data: bytes = encode(image).numpy().tobytes()
-    return data
+        data: bytes = encode(image).numpy().tobytes()
+        return data
+    from PIL import Image
 
-
-def _resize(square: Tensor, side: int) -> Tensor:
-    """Resizes a square in channels-last layout, as it was decoded; the other layout takes twice as long."""
-    import torch
-
-    batch = square[None].contiguous(memory_format=torch.channels_last)
-    size = (side, side)
-    resized: Tensor = torch.nn.functional.interpolate(batch, size, mode="bicubic", antialias=True)[0]
-    return resized
+    stream = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(stream, format="PNG")
+    return stream.getvalue()
 
 
 def _decode_png(data: bytes, channels: int, name: str) -> Tensor:
@@ -271,7 +235,7 @@ def _decode_colour_key(data: bytes, opened: Image.Image, channels: int, name: st
     """Decodes a grey or RGB PNG with one transparent colour. PIL compares this colour at the wrong bit depth.
 
     1. Decode the pixels at their own depth, and read the transparent colour from the ``tRNS`` chunk.
-    2. Make the pixels of that colour white.
+    2. Make the pixels of that colour transparent.
     3. Continue as for any PIL image: orientation and channels.
     """
     import numpy as np
@@ -286,12 +250,11 @@ def _decode_colour_key(data: bytes, opened: Image.Image, channels: int, name: st
         raise UnreadableImageError(f"image {name} is damaged: its transparent colour has {len(key)} bytes")
     values = (np.frombuffer(key, ">u2") & top) * (255 // top or 1)  # (1 or 3,); libpng scales depths below 8 bits
     # 2.
-    clear = (pixels == values[:, None, None]).all(axis=0)
+    opaque = (pixels != values[:, None, None]).any(axis=0)
     eight_bits = (pixels >> 8 if depth == 16 else pixels).astype(np.uint8)
-    eight_bits[:, clear] = 255
+    planes = [Image.fromarray(plane) for plane in (*eight_bits, opaque.astype(np.uint8) * 255)]
+    picture = Image.merge("LA" if len(planes) == 2 else "RGBA", planes)
     # 3.
-    planes = [Image.fromarray(plane) for plane in eight_bits]
-    picture = planes[0] if len(planes) == 1 else Image.merge("RGB", planes)
     try:
         opened.load()  # EXIF may follow the pixels
     except PIL_ERRORS as error:
@@ -362,8 +325,8 @@ def _decode_jpeg(data: bytes, channels: int, name: str, *, buffer: npt.NDArray[n
         raise _decode_error(name, error) from error
     if may_be_rotated(data):
         pixels = _rotate_upright(pixels, find_orientation(_open(data, name)))
-    if channels == 1:
-        pixels = _to_array(Image.fromarray(pixels).convert("L"))[..., None]
+    if channels != 3:
+        pixels = _to_array(Image.fromarray(pixels).convert(_MODES[channels])).reshape(*pixels.shape[:2], channels)
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
@@ -418,20 +381,25 @@ def _rotate_upright(pixels: npt.NDArray[np.uint8], orientation: int) -> npt.NDAr
     return turned
 
 
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Scales 16-bit grey, which PIL would clip, and composites transparency over white; keeps other modes."""
+def _to_eight_bits(image: Image.Image, *, has_alpha: bool) -> Image.Image:
+    """Scales 16-bit grey, which PIL would clip, and makes transparency RGBA: as it is, or composited over white.
+
+    Args:
+        image: Image of any mode.
+        has_alpha: True keeps alpha, and gives one to opaque modes that PIL does not convert to LA.
+    """
     from PIL import Image
 
     if image.mode.startswith("I"):
         values = _to_array(image)
-        grey = (values.astype("uint32") >> 8).clip(max=255).astype("uint8")
-        grey[values == image.info.get("transparency", -1)] = 255
-        return Image.fromarray(grey)
+        clear = values == image.info.get("transparency", -1)
+        image = Image.fromarray((values.astype("uint32") >> 8).clip(max=255).astype("uint8"))
+        if clear.any():
+            image.putalpha(Image.fromarray((~clear).astype("uint8") * 255))
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
         over = image.convert("RGBA")
-        white = Image.new("RGBA", over.size, "white")
-        return Image.alpha_composite(white, over)
-    return image
+        return over if has_alpha else Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
+    return image.convert("RGB") if has_alpha and image.mode not in ("1", "L", "RGB") else image
 
 
 def _to_array(image: Image.Image) -> Any:

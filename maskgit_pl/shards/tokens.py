@@ -28,6 +28,7 @@ import numpy.typing as npt
 from maskgit_pl.checks import build_dataclass, check_choice, check_integer, check_keys, check_sha256, shorten
 from maskgit_pl.errors import DataChangedError
 from maskgit_pl.files import read_json, sha256_of
+from maskgit_pl.image_format import ImageSize, check_image_size
 from maskgit_pl.old_names import rename_config
 from maskgit_pl.shards.manifest import Split
 from maskgit_pl.shards.mapped_array import has_all_bytes, map_array
@@ -66,7 +67,7 @@ class StoreDescription:
     Args:
         grid: Height and width of the token grid.
         codebook_size: Codebook size K; tokens lie in [0, K).
-        image_size: Side in pixels of the images that were encoded.
+        image_size: Size of the images that were encoded: a side, or (height, width), in pixels.
         tokenizer: Fingerprint of the tokenizer's weights.
         data: Fingerprint of the data folder.
         classes: Class names.
@@ -85,7 +86,7 @@ class StoreDescription:
 
     grid: tuple[int, int]
     codebook_size: int
-    image_size: int
+    image_size: ImageSize
     tokenizer: str
     data: str
     classes: tuple[str, ...]
@@ -101,7 +102,7 @@ class StoreDescription:
         for side in self.grid:
             check_integer("grid", side, "[1, 4096]")
         check_integer("codebook_size", self.codebook_size, "[1, 4294967296]")
-        check_integer("image_size", self.image_size, "[1, 65536]")
+        object.__setattr__(self, "image_size", check_image_size("image_size", self.image_size, "[1, 65536]"))
         check_integer("crops", self.crops, "[1, 65536]")
         check_choice("precision", self.precision, ("float32", "bfloat16"))
         check_keys("samples", self.samples, known=get_args(Split))

@@ -18,9 +18,11 @@ from typing import Any
 
 from maskgit_pl.checks import check_integer
 from maskgit_pl.files import replace_folder, write_text
+from maskgit_pl.image_format import ImageSize, check_image_size, height_width, plain_size
 from maskgit_pl.portable import sync
+from maskgit_pl.shards.crops import fit_image
 from maskgit_pl.shards.image_bytes import UnreadableImageError
-from maskgit_pl.shards.images import decode_image, encode_png, fit_square, parse_image_header
+from maskgit_pl.shards.images import decode_image, encode_png, parse_image_header
 from maskgit_pl.shards.index import find_shards, index_shards
 from maskgit_pl.shards.manifest import Split, load_manifest, splits_of
 from maskgit_pl.shards.parallel import choose_workers, run_jobs
@@ -40,7 +42,7 @@ def make_shards(
     source: Source,
     folder: str | Path,
     *,
-    size: int | None = None,
+    size: ImageSize | None = None,
     shard_size: int = 10_000,
     lenient: bool = False,
     workers: int | None = 1,
@@ -57,8 +59,7 @@ def make_shards(
     Args:
         source: Source of the samples.
         folder: The data folder to make.
-        size: Side in pixels of the central square that each image is cropped and resized to; None keeps the bytes of
-            each file.
+        size: Side, or (height, width), to which each image is cropped (centre) and resized; None keeps the files.
         shard_size: Maximum number of samples per shard.
         lenient: True leaves out unreadable images and lists them in ``left_out.txt``; False rejects them.
         workers: Number of processes; each writes one shard at a time, and the result does not depend on it. None: one
@@ -74,8 +75,9 @@ def make_shards(
     """
     folder = Path(folder)
     workers = choose_workers(workers, work=sum(source.counts.values()) / _SAMPLES)
-    for name, value in (("image_size", size), ("shard_size", shard_size), ("num_workers", workers)):
-        check_integer(name, 1 if value is None else value, "[1, inf)")
+    for name, value in (("shard_size", shard_size), ("num_workers", workers)):
+        check_integer(name, value, "[1, inf)")
+    size = None if size is None else check_image_size("image_size", size, "[1, 65536]")
     record = describe(source, size=size, shard_size=shard_size)  # 1.
     if is_made_from(folder, record):
         return False
@@ -98,15 +100,16 @@ def make_shards(
     return True
 
 
-def describe(source: Source, *, size: int | None = None, shard_size: int = 10_000) -> dict[str, Any]:
+def describe(source: Source, *, size: ImageSize | None = None, shard_size: int = 10_000) -> dict[str, Any]:
     """Returns everything that determines the content of a data folder, as JSON values.
 
     Args:
         source: Source of the samples.
-        size: Side of the images; see ``make_shards``.
+        size: Size of the images; see ``make_shards``.
         shard_size: Maximum number of samples per shard.
     """
-    return {"source": source.describe(), "size": size, "shard_size": shard_size}
+    size_in_json = None if size is None else plain_size(size)
+    return {"source": source.describe(), "size": size_in_json, "shard_size": shard_size}
 
 
 def is_made_from(folder: str | Path, record: dict[str, Any]) -> bool:
@@ -175,7 +178,7 @@ class _Plan:
 
     source: Source
     folder: Path
-    size: int | None
+    size: ImageSize | None
     shard_size: int
 
     def places(self, split: Split, shard: int) -> range:
@@ -304,19 +307,19 @@ def _format_lines(lines: list[str]) -> str:
     return "\n".join(f"  {line}" for line in [*lines[:_MAX_LISTED], *more])
 
 
-def _resize(sample: Sample, size: int) -> Sample | UnreadableSample:
-    """Crops and resizes a sample's image to a square. JPEG stays JPEG (quality 95); other formats become PNG."""
+def _resize(sample: Sample, size: ImageSize) -> Sample | UnreadableSample:
+    """Crops and resizes a sample's image. JPEG stays JPEG (quality 95); other formats become PNG."""
     header = parse_image_header(sample.data, name=sample.name)
-    if header.height == header.width == size:
+    if (header.height, header.width) == height_width(size):
         return sample
     try:
-        image = decode_image(sample.data, channels=1 if header.channels == 1 else 3, name=sample.name)
+        image = decode_image(sample.data, channels=header.channels, name=sample.name)
     except UnreadableImageError as error:
         return UnreadableSample(str(error))
-    square = fit_square(image, image_size=size, crop=None)
+    fitted = fit_image(image, image_size=size, crop=None)
     if header.format == "JPEG":
-        return sample._replace(data=_encode_jpeg(square))
-    return sample._replace(data=encode_png(square), extension="png")
+        return sample._replace(data=_encode_jpeg(fitted))
+    return sample._replace(data=encode_png(fitted), extension="png")
 
 
 def _encode_jpeg(image: Any) -> bytes:

@@ -99,7 +99,7 @@ def test_an_edit_shows_how_it_was_decoded(tiny_pretrained: Path, image: Path, tm
             "--right must be a multiple of 2 pixels, the size of a token, got 3",
         ),
         (["inpaint", "RUN", "IMAGE"], "one of --box and --mask must be given, got neither"),
-        (["panorama", "RUN", "--width", "6"], "--width must be >= 8 pixels, the size of the model's images, got 6"),
+        (["panorama", "RUN", "--width", "6"], "--width must be >= 8 pixels, the width of the model's images, got 6"),
         (
             ["panorama", "RUN", "--width", "20", "--classes", "Trousers"],
             "unknown class 'Trousers': did you mean 'Trouser'",

@@ -130,7 +130,7 @@ def test_what_is_wrong_is_answered_before_any_work(
     assert not (run_folder / "evaluation").exists()
     config = colour / "tokenizer" / "config.json"
     config.write_text(config.read_text().replace('"image_size": 8', '"image_size": 16'))
-    with pytest.raises(ValueError, match="must have >= 16 pixels, those of the tokenizer, got 8"):
+    with pytest.raises(ValueError, match="must have >= 16 x 16 pixels, those of the tokenizer, got 8 x 8"):
         call(judge, colour, "--data", tiny_shards)
 
 

@@ -88,7 +88,7 @@ def test_two_processes_share_the_work_and_the_last_one_finishes(tiny_shards, tin
         (("--rank", 0), "--rank and --world-size must be given together"),
         (("--rank", 2, "--world-size", 2), "--rank must be in [0, 1] with --world-size 2, got 2"),
         (("--crops", 0), "crops must be an integer in [1, 65536], got 0"),
-        (("--crops", 2), "tokenize crops must be 1 if all images are square"),
+        (("--crops", 2), "tokenize crops must be 1 if all images have the shape of the crops"),
         (("--part-size", 0), "part_size must be an integer in [1, inf), got 0"),
         (("--unreadable-budget", 2), "data.unreadable_budget must be a number in [0, 1], got 2"),
     ],

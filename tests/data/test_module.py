@@ -218,7 +218,7 @@ def test_resumed_training_goes_on_at_the_next_position(folder, tmp_path, stop, n
     [
         ("global_batch", 2**40), ("global_batch", 0), ("global_batch", 8.0), ("max_batch_per_device", 0),
         ("validation_batch", -1), ("validation_samples", 0), ("num_workers", -1), ("num_workers", 10**6), ("seed", -1),
-        ("seed", 2**32), ("image_size", 0), ("image_size", 10**9), ("in_channels", 2), ("in_channels", 0),
+        ("seed", 2**32), ("image_size", 0), ("image_size", 10**9), ("in_channels", 5), ("in_channels", 0),
         ("shuffle_window", 0), ("shuffle_window", True), ("unreadable_budget", 2), ("unreadable_budget", "x"),
         ("source", "image"),
     ],

@@ -181,7 +181,7 @@ def test_accuracy_counts_the_top_1_and_the_top_5() -> None:
 @pytest.mark.parametrize(
     ("images", "labels", "match"),
     [
-        (torch.zeros(2, 1, 8, 9, dtype=torch.uint8), [0, 1], r"\(C, H, H\)"),
+        (torch.zeros(2, 8, 9, dtype=torch.uint8), [0, 1], r"\(C, H, W\)"),
         (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), [0, 2], r"labels in \[0, 1\]"),
         (torch.zeros(0, 1, 8, 8, dtype=torch.uint8), [], "at least one"),
     ],

@@ -35,7 +35,7 @@ def test_tiles_of_one_size_cover_the_axis_and_overlap(length: int, tile: int, ov
 @pytest.mark.parametrize("size", [(8, 8), (8, 6), (7, 5)])
 def test_an_image_of_one_tile_is_the_plain_pass(channels: int, size: tuple[int, int]) -> None:
     model, pictures = network(channels), images(channels, *size)
-    tokens, made = reconstruct_in_tiles(model, pictures, tile=8, overlap=2)
+    tokens, made = reconstruct_in_tiles(model, pictures, tile=(8, 8), overlap=2)
     assert torch.equal(tokens, model.encode(pictures))
     assert torch.equal(made, model.decode(tokens, model.grid(size))[..., : size[0], : size[1]])
 
@@ -57,13 +57,13 @@ def test_a_perfect_tokenizer_is_perfect_in_tiles() -> None:
     perfect = Recorder()
     perfect.decode = lambda tokens, grid: perfect.shown  # type: ignore[method-assign]
     pictures = images(3, 19, 30)
-    tokens, made = reconstruct_in_tiles(perfect, pictures, tile=8, overlap=2)  # type: ignore[arg-type]
+    tokens, made = reconstruct_in_tiles(perfect, pictures, tile=(8, 8), overlap=2)  # type: ignore[arg-type]
     assert torch.allclose(made, pictures, atol=1e-6)
     assert tokens.shape == (2, 3 * 5 * 64)  # tiles x pixels of a tile
 
 
 def test_no_step_of_a_blended_seam_is_larger_than_its_share() -> None:
     ramp = torch.linspace(0, 1, 32).expand(1, 1, 8, 32)
-    _, blended = reconstruct_in_tiles(Recorder(), ramp, tile=8, overlap=4)  # type: ignore[arg-type]
-    _, cut = reconstruct_in_tiles(Recorder(), ramp, tile=8, overlap=0)  # type: ignore[arg-type]
+    _, blended = reconstruct_in_tiles(Recorder(), ramp, tile=(8, 8), overlap=4)  # type: ignore[arg-type]
+    _, cut = reconstruct_in_tiles(Recorder(), ramp, tile=(8, 8), overlap=0)  # type: ignore[arg-type]
     assert float(blended.diff(dim=-1).abs().max()) < 0.5 * float(cut.diff(dim=-1).abs().max())

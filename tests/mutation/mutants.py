@@ -615,6 +615,18 @@ MUTANTS: tuple[Mutant, ...] = (
         ("stride=2, padding=1, groups=channels", "stride=2, padding=2, groups=channels"),
     ),
     *_of(
+        "image_format.py",
+        "test_image_format",
+        ("return height if height == width else (height, width)", "return height, width"),
+        ("return colour * alpha + (1 - alpha)", "return colour * alpha"),
+    ),
+    *_of(
+        "shards/crops.py",
+        "shards/test_crops",
+        ("int(crop[1] * (width - wide + 1))", "int(crop[1] * (width - wide))"),
+        ("torch.cat([image[:-1] * share, share])", "torch.cat([image[:-1] / 1, share])"),
+    ),
+    *_of(
         "networks/perceptual.py",
         "networks/test_perceptual",
         ("(ours - theirs).square().flatten(1).mean(1)", "(ours - theirs).abs().flatten(1).mean(1)"),

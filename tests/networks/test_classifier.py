@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from maskgit_pl.image_format import composite_over_white
 from maskgit_pl.networks.classifier import (
     SMALL,
     ClassifierSizes,
@@ -47,11 +48,20 @@ def test_the_small_network_takes_any_size_and_colour(side, channels):
     assert len(output.features) == 2
 
 
+@pytest.mark.parametrize("model", [SMALL, "resnet18"])
+@pytest.mark.parametrize("size", [(24, 40), (9, 64), (64, 9), (1, 30)])
+def test_images_that_are_not_square_keep_their_shape_and_alpha_is_over_white(size, model):
+    network = create_classifier(ClassifierSizes(3, size, 5, model, width=4)).eval()
+    with_alpha = torch.randint(0, 256, (2, 4, *size), dtype=torch.uint8)
+    assert torch.equal(network(with_alpha).logits, network(composite_over_white(with_alpha)).logits)
+    assert network(with_alpha).logits.shape == (2, 5)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("model", ["resnet18", "resnet50", "mobilenetv3_small_050"])
 def test_networks_of_timm_learn_from_images_of_28_pixels(model, channels):
     network = create_classifier(ClassifierSizes(channels, 28, 5, model))
-    assert network.side == 28
+    assert network.size == 28
     output = network.train()(images(channels, 28))
     assert output.logits.shape == (2, 5)
     output.logits.sum().backward()
@@ -60,7 +70,7 @@ def test_networks_of_timm_learn_from_images_of_28_pixels(model, channels):
 
 def test_a_network_that_does_not_take_small_images_sees_them_larger():
     network = create_classifier(ClassifierSizes(1, 28, 5, "convnext_atto"))
-    assert network.side == 224
+    assert network.size == 224
     with torch.no_grad():
         assert network(images(1, 28)).logits.shape == (2, 5)
 

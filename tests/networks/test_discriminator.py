@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from maskgit_pl.image_format import height_width
 from maskgit_pl.networks.discriminator import Blur, Discriminator, DiscriminatorConfig
 
 
@@ -14,11 +15,11 @@ def test_it_has_the_released_parameter_count(image_size, parameters):
 
 
 @pytest.mark.parametrize("pooling", ["blur", "average"])
-@pytest.mark.parametrize("image_size", [4, 7, 28, 30, 32])
+@pytest.mark.parametrize("image_size", [4, 7, 28, 30, 32, (24, 40), (40, 24), (4, 64)])
 def test_it_gives_one_logit_for_images_of_any_size(image_size, pooling):
     config = DiscriminatorConfig(channel_multiplier=1 / 64, pooling=pooling)
     network = Discriminator(config, in_channels=1, image_size=image_size)
-    assert network(torch.rand(3, 1, image_size, image_size)).shape == (3, 1)
+    assert network(torch.rand(3, 1, *height_width(image_size))).shape == (3, 1)
 
 
 def test_widths_follow_the_released_table_and_round_the_size_up():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from maskgit_pl import losses
+from maskgit_pl.image_format import height_width
 from maskgit_pl.networks.discriminator import DiscriminatorConfig
 from maskgit_pl.networks.discriminators import build_discriminator, discriminators, with_defaults
 from maskgit_pl.networks.patch_discriminator import ActNorm, PatchDiscriminator, PatchDiscriminatorConfig
@@ -21,10 +22,10 @@ def network_of(spec, *, in_channels=3, image_size=16):
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-@pytest.mark.parametrize(("in_channels", "image_size"), [(1, 16), (3, 28), (3, 32)])
+@pytest.mark.parametrize(("in_channels", "image_size"), [(1, 16), (3, 28), (3, 32), (4, (16, 40)), (2, (28, 16))])
 def test_logits_have_a_row_for_each_image_and_reach_it_and_every_weight(spec, in_channels, image_size):
     network = network_of(spec, in_channels=in_channels, image_size=image_size)
-    images = torch.rand(3, in_channels, image_size, image_size, requires_grad=True)
+    images = torch.rand(3, in_channels, *height_width(image_size), requires_grad=True)
     logits = network(images)
     assert len(logits) == 3
     assert logits.dtype == torch.float32
@@ -79,6 +80,8 @@ def test_the_side_of_the_logits_is_known_before(image_size, num_layers):
     ("image_size", "way_out"), [(23, "set it to 2 or fewer"), (5, "use the discriminator stylegan")]
 )
 def test_an_image_without_a_whole_patch_is_refused(image_size, way_out):
+    with pytest.raises(ValueError, match=rf"num_layers must leave 3 pixels of {image_size} .*, got 3; {way_out}"):
+        PatchDiscriminatorConfig().create(in_channels=1, image_size=(64, image_size))
     with pytest.raises(ValueError, match=rf"num_layers must leave 3 pixels of {image_size} .*, got 3; {way_out}"):
         network_of({"name": "patchgan", "base_channels": 4}, image_size=image_size)
 

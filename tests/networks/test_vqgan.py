@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 
 import pytest
 import torch
@@ -141,6 +142,24 @@ def test_an_image_that_the_strides_of_taming_would_cut_is_refused(size):
     height, width = (size, size) if isinstance(size, int) else size
     with pytest.raises(ValueError, match="downsampling factor 4"):
         network.encode(torch.rand(1, 1, height, width))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("changes", [{"patch_size": 2}, TAMING, {"layout": "magvit2", "quantizer": "lfq"}])
+def test_a_size_is_reconstructed_or_refused_with_those_that_fit(changes, channels):
+    network = VQGAN(VQGANConfig(channels, **{**SMALL, "codebook_size": 16, "code_dim": 4, **changes}))
+    sides = torch.randint(1, 33, (24, 2), generator=torch.Generator().manual_seed(channels)).tolist()
+    for size in ((8, 20), *map(tuple, sides)):
+        try:
+            height, width = network.grid(size)
+        except ValueError as error:
+            fitting = [int(side) for side in re.findall("[0-9]+", str(error).partition("; use ")[2])]
+            assert fitting
+            assert all(network.grid((side, side)) for side in fitting)
+            continue
+        images = torch.rand(1, channels, *size)
+        assert network(images).reconstruction.shape == images.shape
+        assert network.encode(images).shape == (1, height * width)
 
 
 def test_lists_from_yaml_are_kept_as_tuples():

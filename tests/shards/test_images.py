@@ -13,15 +13,15 @@ import pytest
 import torch
 from PIL import Image, ImageCms, ImageOps
 
+from maskgit_pl.shards.crops import fit_image
 from maskgit_pl.shards.images import (
     UnreadableImageError,
     check_complete,
     decode_image,
     encode_png,
-    fit_square,
     from_pil,
-    load_square,
-    load_square_into,
+    load_image,
+    load_image_into,
     parse_image_header,
     read_image_file,
 )
@@ -41,7 +41,7 @@ def noise(height: int, width: int, channels: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_png_gives_its_own_pixels_back(channels):
     pixels = noise(9, 7, channels)
     image = decode_image(save(Image.fromarray(pixels), "PNG"), channels=channels, name="x")
@@ -52,12 +52,31 @@ def test_png_gives_its_own_pixels_back(channels):
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("mode", ["L", "RGB"])
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_every_format_agrees_with_pil(kind, mode, channels):
     data = save(Image.fromarray(noise(16, 24, 3)).convert(mode), kind)
-    expected = np.asarray(Image.open(io.BytesIO(data)).convert("L" if channels == 1 else "RGB"))
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert(("L", "LA", "RGB", "RGBA")[channels - 1]))
     image = decode_image(data, channels=channels, name="x").permute(1, 2, 0).squeeze(-1).numpy()
     assert np.array_equal(image, expected)
+
+
+@pytest.mark.parametrize("mode", ["1", "P", "CMYK", "I;16", "L", "RGB"])
+@pytest.mark.parametrize("channels", [2, 4])
+def test_opaque_images_of_every_mode_get_an_alpha_of_255(mode, channels):
+    pixels = Image.fromarray(noise(6, 5, 1) if mode in ("1", "I;16", "L") else noise(6, 5, 3))
+    image = Image.new(mode, (5, 6), 40_000) if mode == "I;16" else pixels.convert(mode)
+    made = from_pil(image, channels=channels, name="x")
+    assert torch.equal(made[:-1], from_pil(image, channels=channels - 1, name="x"))
+    assert made[-1].unique().tolist() == [255]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+@pytest.mark.parametrize("channels", [2, 4])
+def test_alpha_is_kept(kind, channels):
+    data = save(Image.fromarray(noise(6, 5, 4)), kind, lossless=True, exact=True)
+    expected = Image.open(io.BytesIO(data)).convert("LA" if channels == 2 else "RGBA")
+    image = decode_image(data, channels=channels, name="x").permute(1, 2, 0).numpy()
+    assert np.array_equal(image, np.asarray(expected))
 
 
 @pytest.mark.parametrize(
@@ -180,6 +199,9 @@ def test_a_transparent_pixel_of_every_kind_of_png_is_white_and_no_other(depth, c
     assert image[:, 1].tolist() == [255] * channels
     if channels == 3 or colour not in (2, 3):
         assert image[0, [0, 2, 3]].tolist() == shown
+    with_alpha = decode_image(data, channels=channels + 1, name="x")[:, 0]  # (C + 1, 4)
+    assert with_alpha[-1].tolist() == [255, 0, 255, 255]
+    assert torch.equal(with_alpha[:-1, [0, 2, 3]], image[:, [0, 2, 3]])
     exif = Image.Exif()
     exif[0x0112] = 3
     turned = data.replace(chunk(b"IEND", b""), chunk(b"eXIf", exif.tobytes()[6:]) + chunk(b"IEND", b""))
@@ -195,7 +217,7 @@ def test_a_sixteen_bit_picture_of_pil_keeps_its_transparency():
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_a_strip_of_one_pixel_is_decoded(kind, shape):
     data = save(Image.new("RGB", shape, RED), kind, quality=100)
-    image = load_square(data, image_size=16, channels=3, crop=None, name="x")
+    image = load_image(data, image_size=16, channels=3, crop=None, name="x")
     assert image.shape == (3, 16, 16)
     assert (image.int() - torch.tensor(RED)[:, None, None]).abs().max() <= 6
 
@@ -213,8 +235,8 @@ def test_what_is_no_still_image_of_ours_is_refused_by_name_and_reason(name):
     for read in (
         lambda: decode_image(data, channels=3, name=called),
         lambda: parse_image_header(data, name=called),
-        lambda: load_square(data, image_size=8, channels=1, crop=None, name=called),
-        lambda: load_square_into(torch.empty(3, 8, 8, dtype=torch.uint8), data, crop=None, name=called),
+        lambda: load_image(data, image_size=8, channels=1, crop=None, name=called),
+        lambda: load_image_into(torch.empty(3, 8, 8, dtype=torch.uint8), data, crop=None, name=called),
     ):
         with pytest.raises(UnreadableImageError, match=rf"image shard\.tar:{name} .*{re.escape(words)}") as caught:
             read()
@@ -272,7 +294,7 @@ _MEASURE = """
 import json, sys, time
 from pathlib import Path
 from maskgit_pl.editing import image_pixels, read_image_header
-from maskgit_pl.shards.images import UnreadableImageError, load_square
+from maskgit_pl.shards.images import UnreadableImageError, load_image
 
 def kilobytes(name):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -285,7 +307,7 @@ def load(read):
         pass
 
 def square(path):
-    return load_square(path.read_bytes(), image_size=64, channels=3, crop=None, name=path.name)
+    return load_image(path.read_bytes(), image_size=64, channels=3, crop=None, name=path.name)
 
 def all_ways(path):
     ways = [lambda: read_image_header(path), lambda: image_pixels(path, channels=3)]
@@ -394,26 +416,6 @@ def test_truncated_pixels_are_refused_by_name(kind):
         decode_image(data[: len(data) // 2], channels=3, name="shard:x")
 
 
-def test_image_that_fits_is_untouched():
-    image = torch.from_numpy(noise(8, 8, 3)).permute(2, 0, 1)
-    assert torch.equal(fit_square(image, image_size=8, crop=(0.9, 0.9)), image)
-
-
-def test_crop_cuts_the_square_that_was_asked_for():
-    image = torch.arange(4 * 10, dtype=torch.uint8).reshape(1, 4, 10)
-    assert torch.equal(fit_square(image, image_size=4, crop=None), image[:, :, 3:7])
-    assert torch.equal(fit_square(image, image_size=4, crop=(0.5, 0.0)), image[:, :, :4])
-    assert torch.equal(fit_square(image, image_size=4, crop=(0.5, 1 - 2**-24)), image[:, :, 6:])
-
-
-@pytest.mark.parametrize("shape", [(40, 60), (5, 9)])
-def test_other_sizes_are_resized(shape):
-    image = torch.full((3, *shape), 77, dtype=torch.uint8)
-    resized = fit_square(image, image_size=16, crop=None)
-    assert resized.shape == (3, 16, 16)
-    assert resized.unique().tolist() == [77]
-
-
 @pytest.mark.parametrize("source", [(500, 375), (300, 400), (64, 64)])
 def test_resampling_is_pil_s_bicubic(source):
     data = save(Image.fromarray(noise(*source[::-1], 3)).resize(source), "JPEG", quality=95)
@@ -421,7 +423,7 @@ def test_resampling_is_pil_s_bicubic(source):
     left, top = (source[0] - side) // 2, (source[1] - side) // 2
     square = Image.open(io.BytesIO(data)).crop((left, top, left + side, top + side))
     expected = np.asarray(square.resize((96, 96), Image.Resampling.BICUBIC), dtype=int)
-    image = load_square(data, image_size=96, channels=3, crop=None, name="x")
+    image = load_image(data, image_size=96, channels=3, crop=None, name="x")
     assert np.abs(image.permute(1, 2, 0).numpy() - expected).max() <= 1
 
 
@@ -432,6 +434,6 @@ def test_images_of_any_size_follow_one_another_through_the_same_memory(channels)
             exif = Image.Exif()
             exif[0x0112] = orientation
             data = save(Image.fromarray(noise(*size, 3)), "JPEG", exif=exif.tobytes())
-            image = load_square(data, image_size=32, channels=channels, crop=(0.3, 0.6), name="x")
+            image = load_image(data, image_size=32, channels=channels, crop=(0.3, 0.6), name="x")
             whole = decode_image(data, channels=channels, name="x")
-            assert torch.equal(image, fit_square(whole, image_size=32, crop=(0.3, 0.6)))
+            assert torch.equal(image, fit_image(whole, image_size=32, crop=(0.3, 0.6)))

@@ -38,6 +38,7 @@ from maskgit_pl.evaluation.run_folders import (
     open_networks,
     round_to_classes,
 )
+from maskgit_pl.image_format import ImageSize, as_image_size
 from maskgit_pl.pretrained import fingerprint, load_tokenizer, read_config
 from maskgit_pl.progress import Bars, no_bars
 from maskgit_pl.provenance import describe_environment, device_name
@@ -186,13 +187,13 @@ class _Ablation:
             device=self.device,
         )
 
-    def _image_format(self) -> tuple[int, int]:
-        """Returns edge and channels of the images."""
+    def _image_format(self) -> tuple[ImageSize, int]:
+        """Returns size and channels of the images."""
         if self.runs.tokenizer is not None:
             config = read_config(self.runs.tokenizer, "tokenizer")
-            return config["image_size"], config["network"]["in_channels"]
+            return as_image_size(config["image_size"]), config["network"]["in_channels"]
         data = self.runs.variants[self.runs.reference].recipe["data"]
-        return data["image_size"], data["in_channels"]
+        return as_image_size(data["image_size"]), data["in_channels"]
 
     def _folders(self, run: Path) -> RunFolders:
         real = self.runs.config.runs / f"{self.runs.shards.absolute().name}-classifier"

@@ -32,6 +32,7 @@ from maskgit_pl.evaluation.run_folders import (
     open_model,
     read_run_recipe,
 )
+from maskgit_pl.image_format import pixels_text
 from maskgit_pl.imaging import image_grid
 from maskgit_pl.progress import Bars
 
@@ -83,8 +84,8 @@ def open_models(folders: Sequence[RunFolders], options: ReportOptions, command: 
         give_val_vectors(model.pipe, data)
         if model.pipe.tokenizer.image_size != data.config.image_size:
             raise ValueError(
-                f"run {model.run}: the image size must be that of the first run, {data.config.image_size} pixels, got "
-                f"{model.pipe.tokenizer.image_size}; make a separate table for it"
+                f"run {model.run}: the image size must be that of the first run, {pixels_text(data.config.image_size)} "
+                f"pixels, got {pixels_text(model.pipe.tokenizer.image_size)}; make a separate table for it"
             )
     if options.num_images < data.num_classes:
         raise ValueError(f"num_images must be >= {data.num_classes}, one per class, got {options.num_images}")

@@ -1,0 +1,117 @@
+"""The size and the channels of images, as recipes and files give them. Imports no torch.
+
+A size is the side of square images, or (height, width). Equal sides are always one integer, so that files, digests and
+names of square images are those of versions that knew no others.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeAlias
+
+from maskgit_pl.checks import check_integer, shorten
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+__all__ = [
+    "CHANNELS",
+    "ImageSize",
+    "as_image_size",
+    "check_channels",
+    "check_image_size",
+    "composite_over_white",
+    "height_width",
+    "pixels_text",
+    "plain_size",
+    "visible_channels",
+]
+
+ImageSize: TypeAlias = int | tuple[int, int]
+"""The side of square images, or (height, width), in pixels."""
+
+CHANNELS = {1: "grey", 2: "grey with alpha", 3: "RGB", 4: "RGBA"}
+"""The numbers of channels of images, and what they hold. Alpha is the last channel: 0 is transparent."""
+
+
+def height_width(size: int | Sequence[int]) -> tuple[int, int]:
+    """Returns the height and the width of a size."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
+def as_image_size(size: int | Sequence[int]) -> ImageSize:
+    """Returns a size in its one form: the side of a square, else (height, width)."""
+    height, width = height_width(size)
+    return height if height == width else (height, width)
+
+
+def plain_size(size: int | Sequence[int]) -> int | list[int]:
+    """Returns a size as JSON and YAML restore it: the side of a square, else [height, width]."""
+    size = as_image_size(size)
+    return size if isinstance(size, int) else list(size)
+
+
+def pixels_text(size: int | Sequence[int]) -> str:
+    """Returns a size for messages: width x height, as PIL and file managers show it."""
+    height, width = height_width(size)
+    return f"{width} x {height}"
+
+
+def check_image_size(name: str, size: object, interval: str) -> ImageSize:
+    """Checks the size of images.
+
+    Args:
+        name: Name of the value for the message, such as a flag.
+        size: An integer, or a list or tuple [height, width].
+        interval: Range of a side, such as ``"[1, 8192]"``.
+
+    Returns:
+        The size in its one form; see ``as_image_size``.
+
+    Raises:
+        ValueError: if it is anything else, or a side is out of range.
+    """
+    if isinstance(size, list | tuple) and len(size) == 2:
+        return as_image_size([check_integer(name, side, interval) for side in size])
+    if not isinstance(size, int):
+        raise ValueError(
+            f"{name} must be an integer in {interval}, or [height, width] of two such integers, got {shorten(size)}"
+        )
+    return check_integer(name, size, interval)
+
+
+def check_channels(name: str, channels: object) -> int:
+    """Checks the number of channels of images.
+
+    Raises:
+        ValueError: if it is not 1, 2, 3 or 4.
+    """
+    if isinstance(channels, bool) or not isinstance(channels, int) or channels not in CHANNELS:
+        known = ", ".join(f"{number} ({what})" for number, what in CHANNELS.items())
+        raise ValueError(f"{name} must be one of {known}, got {shorten(channels)}")
+    return channels
+
+
+def visible_channels(channels: int) -> int:
+    """Returns the number of channels of images with ``channels`` channels over white: 1 or 3."""
+    return channels - (channels % 2 == 0)
+
+
+def composite_over_white(images: Tensor) -> Tensor:
+    """Shows images with alpha over white, as viewers and feature networks see them. Others are returned unchanged.
+
+    Args:
+        images: (..., C, H, W), uint8 or float in [0, 1], with C = 1 to 4.
+
+    Returns:
+        (..., 1 or 3, H, W) of the same dtype: colour * alpha + white * (1 - alpha).
+    """
+    if images.shape[-3] % 2:
+        return images
+    colour, alpha = images[..., :-1, :, :], images[..., -1:, :, :]
+    if images.is_floating_point():
+        return colour * alpha + (1 - alpha)
+    share = alpha.float() / 255
+    return (colour * share + 255 * (1 - share)).round().to(images.dtype)

@@ -1,0 +1,151 @@
+"""Images that are not square, with and without alpha, through the commands: from files to an evaluation."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from maskgit_pl import MaskGIT
+from maskgit_pl.cli import main
+from maskgit_pl.evaluation.classifier_config import ClassifierConfig
+from maskgit_pl.networks.classifier import load_classifier
+from maskgit_pl.shards.images import encode_png
+from tests.conftest import flags, save_tiny_pretrained
+
+BATCHES = {"global_batch": 8, "max_batch_per_device": 8, "validation_batch": 8, "num_workers": 0}
+TRAINER = {"accelerator": "cpu", "max_steps": 2, "val_check_interval": 2, "log_every_n_steps": 1}
+TOKENIZER = {
+    "data": {"image_size": "[24,40]", "in_channels": 4, **BATCHES},
+    "model": {
+        "network": {"base_channels": 8, "channel_multipliers": [1, 1, 1], "num_res_blocks": 1, "num_middle_blocks": 1,
+                    "num_groups": 2, "codebook_size": 16, "code_dim": 4, "patch_size": 1},
+        "perceptual": None,
+    },
+    "trainer": TRAINER,
+}  # fmt: skip
+TRANSFORMER = {
+    "data": {"source": "tokens", **BATCHES},
+    "model": {
+        "network": {"backbone": "adaln", "embed_dim": 16, "depth": 1, "num_heads": 2, "mlp_dim": 32},
+        "decoding": {"num_steps": 4},
+    },
+    "trainer": TRAINER,
+}
+
+
+def maskgit(*words: object) -> None:
+    assert main([str(word) for word in words]) == 0
+
+
+def size_and_mode(file: Path) -> tuple[tuple[int, int], str]:
+    with Image.open(file) as picture:
+        return picture.size, picture.mode
+
+
+def save_photos(folder: Path, *, channels: int, height: int, width: int) -> Path:
+    """Saves PNG files of two classes with random pixels and a transparent left half, if there is alpha."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 6)):
+        for label, name in enumerate("ab"):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count):
+                low = 100 * label
+                image = torch.from_numpy(generator.integers(low, low + 90, (channels, height, width), np.uint8))
+                if channels % 2 == 0:
+                    image[-1] = 255
+                    image[-1, :, : width // 2] = 0
+                (folder / split / name / f"{number}.png").write_bytes(encode_png(image))
+    return folder
+
+
+@pytest.mark.slow  # 30 s
+def test_rgba_images_of_24_by_40_pixels_go_from_files_to_an_evaluation(tmp_path: Path, quick_judge: None) -> None:
+    photos = save_photos(tmp_path / "photos", channels=4, height=30, width=44)
+    shards, run = tmp_path / "shards", tmp_path / "runs" / "wide"
+    common = ("--recipe", "base", "--data", shards, "--run", run)
+    maskgit("data", "make", photos, "--out", shards, "--image-size", "24,40")
+    maskgit("train", "tokenizer", *common, *flags(TOKENIZER))
+    assert size_and_mode(run / "tokenizer" / "reconstructions.png")[1] == "RGB"
+    maskgit("tokenize", *common, *flags(TRANSFORMER))
+    stored = json.loads((run / "tokens" / "store.json").read_text())
+    assert (stored["image_size"], stored["grid"]) == ([24, 40], [6, 10])
+    maskgit("train", "transformer", *common, *flags(TRANSFORMER))
+    # The exported folder: the size of the images, and pictures with alpha.
+    assert json.loads((run / "pretrained" / "tokenizer" / "config.json").read_text())["image_size"] == [24, 40]
+    maskgit("sample", run, "--classes", "a", "--per-class", 2, "--images", tmp_path / "made", "--gif",
+            tmp_path / "a.gif", "--filmstrip", tmp_path / "a-steps.png", "--out", tmp_path / "a.png")  # fmt: skip
+    assert [size_and_mode(file) for file in (tmp_path / "made").glob("*.png")] == [((40, 24), "RGBA")] * 2
+    maskgit("edit", run, photos / "val" / "a" / "0.png", "--box", "0,0,50%,50%", "--class", "b", "--fit", "--out",
+            tmp_path / "edited.png", "--images", tmp_path / "edited")  # fmt: skip
+    assert size_and_mode(next((tmp_path / "edited").glob("*.png"))) == ((40, 24), "RGBA")
+    maskgit("sample", run, "--num-images", 6, "--out", tmp_path / "many.npz")
+    assert np.load(tmp_path / "many.npz")["arr_0"].shape == (6, 24, 40, 3)  # over white
+    maskgit("evaluate", run, "--data", shards, "--num-images", 8, "--features", "classifier",
+            "--likelihood-images", 4)  # fmt: skip
+    judge = load_classifier(tmp_path / "runs" / "shards-classifier" / "small").network.sizes
+    assert (judge.in_channels, judge.image_size) == (3, (24, 40))
+    assert json.loads((run / "evaluation.json").read_text())["model"]["image_size"] == [24, 40]
+    maskgit("evaluate-tokenizer", run, "--data", shards, "--num-images", 8, "--features", "classifier")
+    maskgit("evaluate-tokenizer", run, "--data", shards, "--num-images", 8, "--features", "classifier", "--tile", 16)
+    maskgit("data", "stats", shards, "--out", tmp_path / "sheet.png")
+    maskgit("inspect", run, "--data", shards)
+    maskgit("doctor", "tokenizer", "--recipe", "base", "--data", shards, *flags(TOKENIZER))
+    maskgit("train", "transformer", *common, *flags(TRANSFORMER), "--trainer.max_steps=3")  # resumes
+
+
+def test_a_model_of_wide_images_generates_edits_and_extends_them(tmp_path: Path) -> None:
+    save_tiny_pretrained(tmp_path / "wide", image_size=(8, 16))
+    pipe = MaskGIT.from_pretrained(tmp_path / "wide")
+    assert "grey images of 16 x 8 pixels, 4 x 8 tokens" in repr(pipe)
+    image = pipe.generate([0], seed=3, output_type="pt")[0]
+    assert image.shape == (1, 8, 16)
+    # The right half is new; without blending, the left half is the original.
+    kept = pipe.edit_class(image, (8, 0, 16, 8), 1, blend=0.0, dilation=0, output_type="pt")[0]
+    assert torch.equal(kept[..., :8], image[..., :8])
+    tall = torch.randint(0, 256, (1, 30, 16), dtype=torch.uint8)
+    everything = torch.ones(30, 16, dtype=torch.bool)
+    assert pipe.inpaint(tall, everything, classes=[0], fit=True, output_type="pt").shape == (1, 1, 8, 16)
+    assert pipe.outpaint(image, down=4, right=2, classes=[0], output_type="pt").shape == (1, 1, 12, 18)
+    assert pipe.panorama([0], 20, output_type="pt").shape == (1, 1, 8, 20)
+    again = pipe.save_pretrained(tmp_path / "again")
+    assert again is None or again
+    assert MaskGIT.from_pretrained(tmp_path / "again").tokenizer.image_size == (8, 16)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda pipe: pipe.panorama([0], 14), "width must be >= 16 pixels, the width of the model's images, got 14"),
+        (lambda pipe: pipe.panorama([0], 16, height=6), "height must be >= 8 pixels, the height of the model's"),
+        (
+            lambda pipe: pipe.inpaint(np.zeros((16, 8), np.uint8), np.ones((16, 8), bool), classes=[0]),
+            "image must have the 16 x 8 pixels of the model, got 8 x 16",
+        ),
+        (lambda pipe: pipe.tokenizer.network.grid((9, 16)), "got 9; use 8 or 10"),
+    ],
+)
+def test_a_size_that_does_not_fit_is_refused_with_those_that_do(tmp_path: Path, call, message: str) -> None:
+    save_tiny_pretrained(tmp_path / "wide", image_size=(8, 16), patch_size=2)
+    with pytest.raises(ValueError, match=message):
+        call(MaskGIT.from_pretrained(tmp_path / "wide"))
+
+
+def test_a_recipe_with_a_size_of_another_kind_is_refused(tiny_shards: Path, tmp_path: Path, capsys) -> None:
+    words = ("train", "tokenizer", "--recipe", "base", "--data", tiny_shards, "--run", tmp_path / "runs" / "no")
+    for size in ("[24]", "[24,40,3]", "[24,0]", "wide"):
+        assert main([*map(str, words), f"--data.image_size={size}"]) == 2
+        assert "data.image_size must be" in capsys.readouterr().err
+
+
+def test_the_classifier_of_the_data_needs_no_square_images(tmp_path: Path) -> None:
+    from maskgit_pl.evaluation import train_classifier
+
+    photos = save_photos(tmp_path / "photos", channels=2, height=12, width=20)
+    maskgit("data", "make", photos, "--out", tmp_path / "shards")
+    options = {"config": ClassifierConfig(width=4, max_steps=2, batch=8), "out": tmp_path / "judge", "device": "cpu"}
+    assert not train_classifier(tmp_path / "shards", **options).is_reused
+    assert train_classifier(tmp_path / "shards", **options).is_reused
+    assert load_classifier(tmp_path / "judge").network.sizes.image_size == (12, 20)

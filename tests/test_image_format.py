@@ -1,0 +1,57 @@
+"""Sizes and channels of images: one form of each size, and alpha over white."""
+
+import pytest
+import torch
+
+from maskgit_pl.image_format import (
+    as_image_size,
+    check_channels,
+    check_image_size,
+    composite_over_white,
+    height_width,
+    pixels_text,
+    plain_size,
+    visible_channels,
+)
+
+
+@pytest.mark.parametrize(("given", "size"), [(8, 8), ([8, 8], 8), ((8, 8), 8), ([8, 16], (8, 16)), ((16, 8), (16, 8))])
+def test_a_size_has_one_form_which_files_keep(given, size):
+    assert check_image_size("size", given, "[1, 64]") == as_image_size(given) == size
+    assert as_image_size(plain_size(size)) == size
+    assert height_width(given) == height_width(size)
+
+
+@pytest.mark.parametrize("given", [0, True, 65, [8], [8, 8, 8], [8, 0], [8.0, 8], [True, 8], "8", None, {}, [[8], 8]])
+def test_anything_else_is_no_size(given):
+    with pytest.raises(ValueError, match=r"^size must be an integer in \[1, 64\]"):
+        check_image_size("size", given, "[1, 64]")
+
+
+def test_messages_show_the_width_first():
+    assert (pixels_text(8), pixels_text((24, 40))) == ("8 x 8", "40 x 24")
+
+
+@pytest.mark.parametrize("channels", [0, 5, True, 3.0, "3", None])
+def test_other_numbers_of_channels_are_refused(channels):
+    with pytest.raises(ValueError, match=r"channels must be one of 1 \(grey\), 2 \(grey with alpha\)"):
+        check_channels("channels", channels)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_alpha_is_the_share_of_the_colour_over_white(channels, dtype):
+    white = 255 if dtype == torch.uint8 else 1.0
+    images = (torch.rand(2, channels, 3, 4) * white).to(dtype)
+    if channels in (1, 3):
+        assert composite_over_white(images) is images
+        return
+    images[0, -1], images[1, -1] = 0, white
+    shown = composite_over_white(images)
+    assert shown.dtype == dtype
+    assert shown.shape[1] == visible_channels(channels) == channels - 1
+    assert (shown[0] == white).all()  # transparent
+    torch.testing.assert_close(shown[1], images[1, :-1])  # opaque
+    images[0, :-1], images[0, -1] = 0, white // 2 if dtype == torch.uint8 else 0.5
+    torch.testing.assert_close(composite_over_white(images)[0].float() / white, torch.full((channels - 1, 3, 4), 0.5),
+                               atol=0.003, rtol=0)  # fmt: skip
