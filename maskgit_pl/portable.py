@@ -85,7 +85,7 @@ def on_fork(
     """Registers functions that run around each fork. Windows has no fork."""
     if hasattr(os, "register_at_fork"):
         found = {"before": before, "after_in_parent": after_in_parent, "after_in_child": after_in_child}
-        os.register_at_fork(**{name: each for name, each in found.items() if each is not None})  # type: ignore[arg-type]
+        os.register_at_fork(**{name: each for name, each in found.items() if each is not None})
 
 
 def lock_exclusively(descriptor: int, *, wait: bool) -> None:

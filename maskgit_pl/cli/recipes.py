@@ -6,16 +6,17 @@ import argparse
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from maskgit_pl.cli.flags import make_folder
 from maskgit_pl.cli.tables import add_json_argument, print_rows
 from maskgit_pl.files import write_atomically
 from maskgit_pl.registry import nearest
-from maskgit_pl.runs.recipe_files import STAGES, list_recipes
+from maskgit_pl.runs.recipe_files import STAGES, Stage, list_recipes
 
 __all__ = ["add_parser", "copy", "show"]
 
-_KINDS = (*STAGES, "cluster")
+_KINDS: tuple[Stage | Literal["cluster"], ...] = (*STAGES, "cluster")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

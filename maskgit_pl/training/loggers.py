@@ -153,7 +153,7 @@ class MLflow(LoggerSpec):
     Args:
         experiment: Name of the experiment.
         tracking_uri: Address of the server; None for the environment variable ``MLFLOW_TRACKING_URI`` or, without it,
-            the database ``mlflow.db`` of the stage folder.
+            the database ``mlflow.db`` of the stage folder, with the pictures in ``mlflow-files``.
     """
 
     experiment: str = "maskgit_pl"
@@ -163,10 +163,12 @@ class MLflow(LoggerSpec):
         _require("mlflow", "mlflow")
 
     def create(self, folder: Path, *, run_id: str | None) -> Logger:
+        address = self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
         return MLFlowLogger(
             experiment_name=self.experiment,
             run_name=f"{folder.parent.name}/{folder.name}",
-            tracking_uri=self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or _database(folder),
+            tracking_uri=address or f"sqlite:///{folder.absolute() / 'mlflow.db'}",
+            artifact_location=None if address else str(folder.absolute() / "mlflow-files"),
             run_id=run_id,
         )
 
@@ -179,10 +181,6 @@ class MLflow(LoggerSpec):
     def log_image(self, logger: Logger, name: str, picture: Image.Image, step: int) -> None:
         own = cast(MLFlowLogger, logger)
         own.experiment.log_image(own.run_id, picture, key=name, step=step)
-
-
-def _database(folder: Path) -> str:
-    return f"sqlite:///{(folder / 'mlflow.db').absolute()}"
 
 
 def _require(package: str, extra: str) -> None:
