@@ -140,7 +140,8 @@ class HealthMonitor(Callback):
         self.history = CodeHistory(quantizer.codebook_size)
 
         def observe(module: nn.Module, given: Any, output: QuantizerOutput) -> None:
-            if not (torch.is_grad_enabled() and module.training):
+            # A frozen quantizer stays in evaluation mode, and is observed too.
+            if not (torch.is_grad_enabled() and pl_module.training):
                 return
             # 1.
             assert self.history is not None

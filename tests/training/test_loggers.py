@@ -124,7 +124,9 @@ def test_every_logger_takes_metrics_and_pictures_and_keeps_its_run(name, tmp_pat
     monkeypatch.setenv("WANDB_SILENT", "true")
     spec = loggers.build({"name": "wandb", "mode": "offline"} if name == "wandb" else name)
     spec.check()
-    run_ids = []
+    run_ids, elsewhere = [], tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
     with caplog.at_level(logging.WARNING, logger="maskgit_pl"):
         for start in range(2):
             logger = wrap(spec, tmp_path / "run" / "transformer", name)
@@ -137,6 +139,7 @@ def test_every_logger_takes_metrics_and_pictures_and_keeps_its_run(name, tmp_pat
     assert [record.getMessage() for record in caplog.records if record.name.startswith("maskgit_pl")] == []
     assert run_ids[0] == run_ids[1]
     assert any(file.is_file() for file in tmp_path.rglob("*"))
+    assert list(elsewhere.iterdir()) == []  # everything is in the folder of the run
 
 
 def _finish(name: str) -> None:
