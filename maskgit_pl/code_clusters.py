@@ -78,9 +78,9 @@ def _assign(distances: Tensor) -> Tensor:
     Returns:
         (K,) int64 in [0, n).
     """
-    num_codes, num_clusters = distances.shape
-    room = torch.full((num_clusters,), num_codes // num_clusters)
-    assigned, free = torch.empty(num_codes, dtype=torch.int64), torch.arange(num_codes)
+    codebook_size, num_clusters = distances.shape
+    room = torch.full((num_clusters,), codebook_size // num_clusters)
+    assigned, free = torch.empty(codebook_size, dtype=torch.int64), torch.arange(codebook_size)
     while len(free):
         nearest, center = distances[free].masked_fill(room == 0, torch.inf).min(1)
         order = nearest.argsort(stable=True)

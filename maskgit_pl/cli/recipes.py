@@ -12,7 +12,7 @@ from maskgit_pl.cli.flags import make_folder
 from maskgit_pl.cli.tables import add_json_argument, print_rows
 from maskgit_pl.files import write_atomically
 from maskgit_pl.registry import nearest
-from maskgit_pl.runs.recipe_files import STAGES, Stage, list_recipes
+from maskgit_pl.runs.recipe_files import STAGES, Stage, list_recipes, recipes_folders
 
 __all__ = ["add_parser", "copy", "show"]
 
@@ -57,7 +57,8 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _row(name: str, files: Mapping[str, Path]) -> dict[str, str]:
-    is_own = any(not file.is_absolute() for file in files.values())
+    here, *shipped = recipes_folders()
+    is_own = bool(shipped) and any(file.is_relative_to(here) for file in files.values())
     return {
         "recipe": name,
         "of": ", ".join(files),
@@ -102,7 +103,7 @@ def _files(name: str) -> dict[str, Path]:
         FileNotFoundError: if there is none. The message lists the names and the closest one.
     """
     known = {kind: list_recipes(kind) for kind in _KINDS}
-    found = {kind: files[name] for kind, files in known.items() if name in files}
+    found: dict[str, Path] = {kind: files[name] for kind, files in known.items() if name in files}
     if not found:
         every = {each for files in known.values() for each in files}
         raise FileNotFoundError(f"recipe {name!r}: no such recipe: {nearest(name, every)}")

@@ -59,7 +59,9 @@ def recipes_folders() -> list[Path]:
     complete = [folder for folder in shipped if (folder / "transformer" / "base.yaml").is_file()]
     if not complete:
         raise FileNotFoundError("recipes: the installation has no folder recipes/; reinstall maskgit_pl")
-    return [here, complete[0]] if here.is_dir() and not here.samefile(complete[0]) else complete[:1]
+    if not here.is_dir():
+        return complete[:1]
+    return [here] if here.samefile(complete[0]) else [here, complete[0]]
 
 
 def find_in_recipes(name: str) -> Path | None:

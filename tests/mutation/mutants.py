@@ -208,6 +208,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ("scale=code_dim**-0.5", "scale=1.0"),
         ("weight = spec.entropy_weight * spec.entropy_temperature", "weight = spec.entropy_weight"),
         ("if code_dim != bits", "if code_dim < bits"),
+        ("(both + 1e-8).log()", "both.log()"),
     ),
     *_of(
         "networks/quantizers/similarity.py",

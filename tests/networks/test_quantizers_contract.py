@@ -133,6 +133,19 @@ def test_the_output_has_the_shapes_of_the_contract(case):
     )
 
 
+@pytest.mark.parametrize("scale", [1e4, 1.0, 1e-30, 0.0])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_losses_and_gradients_are_finite_if_all_features_are_equal(case, place, scale):
+    one = features(case)[:1, :, 0, place]  # of one place
+    quantizer, inputs = build(case), (scale * one[..., None, None].expand_as(features(case))).clone().requires_grad_()
+    quantizer.begin_micro_batch(seed=3, step=0, micro_batch=0)
+    output = quantizer(inputs)
+    (output.loss + (output.quantized * weights_of(inputs)).mean()).backward()
+    assert output.loss.isfinite()
+    assert inputs.grad.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in quantizer.parameters() if parameter.grad is not None)
+
+
 def test_lookup_gives_a_different_float32_code_for_every_token_of_any_shape(case):
     _, codebook_size, code_dim = CASES[case]
     codes = build(case).lookup(torch.arange(codebook_size))

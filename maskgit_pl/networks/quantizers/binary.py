@@ -126,7 +126,9 @@ class BSQ(BinaryQuantizer):
         logits = 4 * self.scale * rows / spec.entropy_temperature
         sample = bit_entropy(logits).sum(-1).mean()
         mean = mean_over_ranks(logits.sigmoid().mean(0))  # (D,)
-        diversity = (torch.special.entr(mean) + torch.special.entr(1 - mean)).sum()
+        both = torch.stack([mean, 1 - mean])
+        # 1e-8 as in the released code: a bit that is set nowhere would have an infinite gradient.
+        diversity = -(both * (both + 1e-8).log()).sum()
         weight = spec.entropy_weight * spec.entropy_temperature
         return self._total(
             commitment=commitment,
