@@ -53,7 +53,7 @@ def test_a_run_that_ends_within_its_warm_up_is_no_error():
         ({"warmup_steps": -1}, "^warmup_steps must be an integer in .*, got -1"),
         ({"final_fraction": 1.5}, r"^final_fraction must be a number in \[0, 1\], got 1.5"),
         ({"final_fraction": -0.1}, "^final_fraction"),
-        ({"decay": "linaer"}, "^unknown learning rate schedule 'linaer': did you mean 'linear'"),
+        ({"decay": "cosin"}, "^unknown learning rate schedule 'cosin': did you mean 'cosine'"),
     ],
     ids=str,
 )
