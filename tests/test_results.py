@@ -12,6 +12,8 @@ import pytest
 
 from maskgit_pl.evaluation.ledger import REAL, Ledger, Row
 from maskgit_pl.evaluation.pages import Page
+from maskgit_pl.evaluation.reports.ablation_page import make_ablation_page
+from maskgit_pl.evaluation.reports.ablation_protocol import select_rows
 from maskgit_pl.evaluation.reports.schedule_ablation import ScheduleResult
 from maskgit_pl.evaluation.reports.tables import make_editing_page, make_generation_page, make_schedule_page
 from maskgit_pl.evaluation.reports.timing import METHODS, Timing, timing_of
@@ -20,6 +22,7 @@ from maskgit_pl.schedules import mask_schedules
 
 RESULTS = Path(__file__).parents[1] / "results"
 TABLES = RESULTS / "fashion-mnist"
+ABLATIONS = RESULTS / "ablations" / "fashion-mnist"
 LEDGER = Ledger(RESULTS / "ledger.jsonl")
 
 
@@ -67,6 +70,16 @@ def test_the_page_is_the_one_that_the_ledger_gives(name: str) -> None:
     for ending, text in (("md", made.markdown), ("csv", made.csv)):
         file = PAGES[name] / f"{name}.{ending}"
         assert file.read_text() == text, f"{file}: `python -m tests.test_results` regenerates it"
+
+
+@pytest.mark.parametrize("file", sorted(ABLATIONS.glob("*.md")), ids=lambda file: file.stem)
+def test_the_page_of_an_ablation_is_the_one_that_the_ledger_gives(file: Path) -> None:
+    made = make_ablation_page(
+        file.stem, select_rows(Ledger(ABLATIONS.parent / "ledger.jsonl").rows("ablation"), file.stem)
+    )
+    remake = f"`maskgit ablation --page-only --name {file.stem} --results results/ablations` regenerates it"
+    assert file.read_text() == made.markdown, remake
+    assert file.with_suffix(".csv").read_text() == made.csv, remake
 
 
 @pytest.mark.parametrize(

@@ -115,8 +115,10 @@ def _result_lines(summary: Summary) -> list[str]:
 
 
 def _directions(summary: Summary) -> str:
-    higher = [title(name) for name in summary.metrics if find_metric(name).higher_is_better]
-    return f"Higher is better for {markdown(', '.join(higher))}; lower for the others." if higher else ""
+    higher = [title(name) for name in summary.compared if find_metric(name).higher_is_better]
+    others = [title(name) for name in summary.metrics if name not in summary.compared]
+    text = f"Higher is better for {markdown(', '.join(higher))}; lower for the others." if higher else ""
+    return f"{text} Not compared: {markdown(', '.join(others))}." if others else text
 
 
 def _mark(summary: Summary, label: str) -> str:

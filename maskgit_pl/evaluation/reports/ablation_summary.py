@@ -94,8 +94,14 @@ class Summary:
 
     @property
     def compared(self) -> tuple[str, ...]:
-        """The metrics in which variants are compared; times of a machine with other work are not."""
-        return tuple(name for name in self.metrics if name != "seconds_per_image")
+        """The metrics in which variants are compared.
+
+        Times of a machine with other work are not compared, and bits per token not for tokenizers: a collapsed codebook
+        needs the fewest bits.
+        """
+        is_of_tokenizers = self.protocol.stage == "tokenizer"
+        left_out = ("seconds_per_image", *(["bits_per_token"] if is_of_tokenizers else []))
+        return tuple(name for name in self.metrics if name not in left_out)
 
     @property
     def ranking_metric(self) -> str:
