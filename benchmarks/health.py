@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{read_cpu_name()}, 1 thread, torch {torch.__version__}, n = {arguments.repeats} rounds")
     print(
         f"{task.image_size} px, batch {task.batch}, channels {task.network.widths}, {task.codebook_size} codes: "
-        f"{step:.2f} CPU seconds a step"
+        f"{step:.2f} CPU seconds per step"
     )
     print("\n" + format_table([part.row(step) for part in parts]))
     share = sum(part.seconds / part.every for part in parts) / step

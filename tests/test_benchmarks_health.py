@@ -39,7 +39,7 @@ def test_each_part_does_its_work(script, task, tmp_path):
     made.count(watch)
     assert made.monitor.history.counts.sum() == 2 * tokens
     made.measure(watch)
-    assert made.monitor.history.counts.sum() == 0  # measured, and counted from again
+    assert made.monitor.history.counts.sum() == 0  # measured, and counted from the beginning
     made.norms_of_weights(watch)
     assert all(weight.grad is None for weight in made.module.parameters())
 
