@@ -52,16 +52,16 @@ def recipes_folders() -> list[Path]:
     installed package. A recipe of the first folder hides one of the same name in the second.
 
     Raises:
-        FileNotFoundError: if the installation has no recipes.
+        FileNotFoundError: if no folder has the base recipes.
     """
     here = Path("recipes")
     shipped = (Path(__file__).parents[2] / "recipes", Path(__file__).parents[1] / "recipes")
-    complete = [folder for folder in shipped if (folder / "transformer" / "base.yaml").is_file()]
+    complete = [folder for folder in (*shipped, here) if (folder / "transformer" / "base.yaml").is_file()][:1]
     if not complete:
         raise FileNotFoundError("recipes: the installation has no folder recipes/; reinstall maskgit_pl")
     if not here.is_dir():
-        return complete[:1]
-    return [here] if here.samefile(complete[0]) else [here, complete[0]]
+        return complete
+    return [here, *(folder for folder in complete if not here.samefile(folder))]
 
 
 def find_in_recipes(name: str) -> Path | None:
