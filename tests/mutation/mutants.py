@@ -529,7 +529,6 @@ MUTANTS: tuple[Mutant, ...] = (
     *_of(
         "code_clusters.py",
         "test_code_clusters",
-        ("place < room[center[order]]", "place <= room[center[order]]"),
         ("order = nearest.argsort(stable=True)", "order = nearest.argsort(stable=True, descending=True)"),
     ),
     *_of(
