@@ -26,7 +26,7 @@ from maskgit_pl.text import printable
 T = TypeVar("T")
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 
-__all__ = ["PluginError", "Registry", "describe", "nearest", "plugin_names"]
+__all__ = ["PluginError", "Registry", "derives_from", "describe", "nearest", "plugin_names"]
 
 _log = logging.getLogger(__name__)
 
@@ -261,6 +261,16 @@ class Registry(Generic[T]):
             elif here.__module__ != plugin.point.value.partition(":")[0].strip():
                 _warn(f"{self.kind} {shorten(name)}: the name is taken by {here.__module__}; announced by {plugin}")
         return found
+
+
+def derives_from(base: type) -> Callable[[str, Any], None]:
+    """Returns a check for registries whose objects must derive from a class; see ``Registry``."""
+
+    def check(name: str, made: Any) -> None:
+        if not isinstance(made, base):
+            raise ValueError(f"{name!r} must derive from {base.__module__}.{base.__qualname__}, got {shorten(made)}")
+
+    return check
 
 
 def _needs_no_argument(factory: Callable[..., Any]) -> bool:

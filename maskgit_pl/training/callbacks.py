@@ -14,8 +14,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import DeviceStatsMonitor, ModelSummary
 from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 
-from maskgit_pl.checks import check_integer, shorten
-from maskgit_pl.registry import Registry
+from maskgit_pl.checks import check_integer
+from maskgit_pl.registry import Registry, derives_from
 
 __all__ = ["CallbackSpec", "DeviceStats", "ProfilerSpec", "SummaryTable", "callbacks", "profilers"]
 
@@ -47,32 +47,8 @@ class ProfilerSpec:
         raise NotImplementedError(f"{type(self).__name__} must define create(folder)")
 
 
-def check_callback(name: str, spec: CallbackSpec) -> None:
-    """Checks that a registered callback derives from ``CallbackSpec``.
-
-    Raises:
-        ValueError: if it does not.
-    """
-    if not isinstance(spec, CallbackSpec):
-        raise ValueError(
-            f"callback {name!r} must derive from maskgit_pl.training.callbacks.CallbackSpec, got {shorten(spec)}"
-        )
-
-
-def check_profiler(name: str, spec: ProfilerSpec) -> None:
-    """Checks that a registered profiler derives from ``ProfilerSpec``.
-
-    Raises:
-        ValueError: if it does not.
-    """
-    if not isinstance(spec, ProfilerSpec):
-        raise ValueError(
-            f"profiler {name!r} must derive from maskgit_pl.training.callbacks.ProfilerSpec, got {shorten(spec)}"
-        )
-
-
-callbacks: Registry[CallbackSpec] = Registry("callback", "maskgit_pl.callbacks", check=check_callback)
-profilers: Registry[ProfilerSpec] = Registry("profiler", "maskgit_pl.profilers", check=check_profiler)
+callbacks: Registry[CallbackSpec] = Registry("callback", "maskgit_pl.callbacks", check=derives_from(CallbackSpec))
+profilers: Registry[ProfilerSpec] = Registry("profiler", "maskgit_pl.profilers", check=derives_from(ProfilerSpec))
 
 
 @callbacks.register("device_stats")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
-from maskgit_pl.checks import check_integer, check_number, shorten
-from maskgit_pl.registry import Registry, describe
+from maskgit_pl.checks import check_integer, check_number
+from maskgit_pl.registry import Registry, derives_from, describe
 
 __all__ = [
     "ConstantRate",
@@ -49,11 +50,7 @@ def check_learning_rate_schedule(name: str, schedule: LearningRateSchedule) -> N
     Raises:
         ValueError: if it does not. The message names the step.
     """
-    if not isinstance(schedule, LearningRateSchedule):
-        raise ValueError(
-            f"learning rate schedule {name!r} must derive from "
-            f"maskgit_pl.training.learning_rates.LearningRateSchedule, got {shorten(schedule)}"
-        )
+    derives_from(LearningRateSchedule)(name, schedule)
     for step in (10, 11, 55, 99, 100, 200):
         factor = schedule(step, warmup_steps=10, max_steps=100)
         if not (0 <= factor <= 1 and (factor > 0 or step > 10)):
@@ -139,8 +136,13 @@ class LearningRate:
     def __post_init__(self) -> None:
         check_number("peak", self.peak, "(0, inf)")
         check_integer("warmup_steps", self.warmup_steps, "[0, 9e18]")
-        learning_rate_schedules.build(self.decay)
+        _ = self.schedule  # raises if it is unknown
         check_number("final_fraction", self.final_fraction, "[0, 1]")
+
+    @cached_property
+    def schedule(self) -> LearningRateSchedule:
+        """The schedule after the warm-up, which is built once and not in each step."""
+        return learning_rate_schedules.build(self.decay)
 
     def factor(self, step: int, max_steps: int) -> float:
         """Computes the multiplier of the peak, in [0, 1].
@@ -157,12 +159,11 @@ class LearningRate:
         Raises:
             ValueError: if the schedule depends on the last step and ``max_steps`` is below 1.
         """
-        schedule = learning_rate_schedules.build(self.decay)
-        if schedule.has_end and max_steps < 1:
+        if self.schedule.has_end and max_steps < 1:
             name = describe(self.decay)
             raise ValueError(f"learning_rate.decay {name!r}: trainer.max_steps must be >= 1, got {max_steps}")
         # Step 0 already has a rate above 0.
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
-        factor = schedule(step, warmup_steps=self.warmup_steps, max_steps=max_steps)
+        factor = self.schedule(step, warmup_steps=self.warmup_steps, max_steps=max_steps)
         return 1.0 if factor == 1 else self.final_fraction + (1 - self.final_fraction) * factor

@@ -17,8 +17,8 @@ import numpy as np
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
 
-from maskgit_pl.checks import check_choice, check_integer, shorten
-from maskgit_pl.registry import Registry
+from maskgit_pl.checks import check_choice, check_integer
+from maskgit_pl.registry import Registry, derives_from
 
 __all__ = ["CSV", "LoggerSpec", "MLflow", "TensorBoard", "WandB", "loggers"]
 
@@ -53,19 +53,7 @@ class LoggerSpec:
         """Sends a picture. By default nothing is sent: the stage folder has the newest picture."""
 
 
-def check_logger(name: str, spec: LoggerSpec) -> None:
-    """Checks that a registered logger derives from ``LoggerSpec``.
-
-    Raises:
-        ValueError: if it does not.
-    """
-    if not isinstance(spec, LoggerSpec):
-        raise ValueError(
-            f"logger {name!r} must derive from maskgit_pl.training.loggers.LoggerSpec, got {shorten(spec)}"
-        )
-
-
-loggers: Registry[LoggerSpec] = Registry("logger", "maskgit_pl.loggers", check=check_logger)
+loggers: Registry[LoggerSpec] = Registry("logger", "maskgit_pl.loggers", check=derives_from(LoggerSpec))
 
 
 @loggers.register("tensorboard")

@@ -306,16 +306,20 @@ REFUSED_MASKBIT = {
 }
 
 
+def assert_refused(model, damage, message, folder):
+    """Damages the weights of a model, and checks that they are refused in one line, with nothing written."""
+    weights = model.requires_grad_(False).state_dict()
+    damage(weights)
+    torch.save(weights, folder / "a.bin")
+    with pytest.raises(ValueError, match=message) as refusal:
+        import_tokenizer(folder / "a.bin", folder / "out", image_size=16)
+    assert "\n" not in str(refusal.value)
+    assert not (folder / "out").exists()
+
+
 @pytest.mark.parametrize("case", REFUSED_MASKBIT)
 def test_a_tokenizer_of_maskbit_that_does_not_fit_is_refused_in_one_line(case, tmp_path):
-    damage, message = REFUSED_MASKBIT[case]
-    weights = MaskBitModel(table=32).requires_grad_(False).state_dict()
-    damage(weights)
-    torch.save(weights, tmp_path / "a.bin")
-    with pytest.raises(ValueError, match=message) as refusal:
-        import_tokenizer(tmp_path / "a.bin", tmp_path / "out", image_size=16)
-    assert "\n" not in str(refusal.value)
-    assert not (tmp_path / "out").exists()
+    assert_refused(MaskBitModel(table=32), *REFUSED_MASKBIT[case], tmp_path)
 
 
 # open-muse
@@ -396,14 +400,7 @@ REFUSED_OPEN_MUSE = {
 
 @pytest.mark.parametrize("case", REFUSED_OPEN_MUSE)
 def test_a_tokenizer_of_open_muse_that_does_not_fit_is_refused_in_one_line(case, tmp_path):
-    damage, message = REFUSED_OPEN_MUSE[case]
-    weights = OpenMuseModel().requires_grad_(False).state_dict()
-    damage(weights)
-    torch.save(weights, tmp_path / "a.bin")
-    with pytest.raises(ValueError, match=message) as refusal:
-        import_tokenizer(tmp_path / "a.bin", tmp_path / "out", image_size=16)
-    assert "\n" not in str(refusal.value)
-    assert not (tmp_path / "out").exists()
+    assert_refused(OpenMuseModel(), *REFUSED_OPEN_MUSE[case], tmp_path)
 
 
 # Open-MAGVIT2

@@ -781,7 +781,7 @@ MUTANTS: tuple[Mutant, ...] = (
             "math.cos(_progress(step, warmup_steps, max_steps))",
         ),
         ("min(1.0, (step", "min(2.0, (step"),
-        ("if schedule.has_end and max_steps < 1:", "if schedule.has_end and max_steps < -1:"),
+        ("if self.schedule.has_end and max_steps < 1:", "if self.schedule.has_end and max_steps < -1:"),
         ("max(warmup, step + 1)", "max(warmup, step)"),
         ("0 <= factor <= 1 and", "factor <= 1 and"),
     ),

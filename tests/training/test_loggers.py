@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import Logger
 from PIL import Image
 
 from maskgit_pl.training import tolerant_logger
+from maskgit_pl.training.callbacks import callbacks, profilers
 from maskgit_pl.training.loggers import LoggerSpec, TensorBoard, loggers
 from maskgit_pl.training.tolerant_logger import TolerantLogger
 
@@ -157,3 +158,15 @@ def test_a_missing_package_is_named_before_training(package, monkeypatch):
 def test_a_damaged_run_name_starts_a_new_run(tmp_path):
     (tmp_path / "csv-run.txt").write_text("\n")
     assert wrap(loggers.build("csv"), tmp_path, "csv")._read_run_id() is None
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A class without a base."""
+
+
+@pytest.mark.parametrize("registry", [loggers, callbacks, profilers], ids=lambda registry: registry.kind)
+def test_a_part_that_does_not_derive_from_its_base_is_refused_by_name(registry, monkeypatch):
+    monkeypatch.setitem(registry._factories, "plain", Plain)
+    with pytest.raises(ValueError, match=r"'plain' must derive from maskgit_pl\.training\.\w+\.\w+Spec, got Plain"):
+        registry.build("plain")
