@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import DeviceStatsMonitor, ModelSummary
+from lightning.pytorch.callbacks import DeviceStatsMonitor, RichModelSummary
 from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 
 from maskgit_pl.checks import check_integer
@@ -65,7 +65,7 @@ class DeviceStats(CallbackSpec):
 @callbacks.register("model_summary")
 @dataclass(frozen=True)
 class SummaryTable(CallbackSpec):
-    """A table of the layers and their parameters at the start, by Lightning's ``ModelSummary``.
+    """A table of the layers and their parameters at the start, by Lightning's ``RichModelSummary``.
 
     Args:
         max_depth: Depth of the modules that have a line of their own, >= 1.
@@ -77,7 +77,7 @@ class SummaryTable(CallbackSpec):
         check_integer("max_depth", self.max_depth, "[1, 100]")
 
     def create(self, folder: Path) -> Callback:
-        return ModelSummary(max_depth=self.max_depth)
+        return RichModelSummary(max_depth=self.max_depth)
 
 
 @profilers.register("simple")

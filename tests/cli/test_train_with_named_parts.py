@@ -1,5 +1,6 @@
 """``maskgit train`` with loggers, callbacks and a profiler that the recipe names, also of another package."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,7 @@ def train(tiny_shards: Path, tiny_pretrained: Path, tmp_path: Path):
     return call
 
 
-def test_a_plug_in_logger_and_callback_are_named_in_one_recipe(train, tmp_path, monkeypatch) -> None:
+def test_a_plug_in_logger_and_callback_are_named_in_one_recipe(train, tmp_path, monkeypatch, capsys) -> None:
     install(tmp_path / "site", name="trackers-of-mine", entry_points=POINTS, modules={"trackers_of_mine": MODULE})
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     recipe = {
@@ -88,6 +89,7 @@ def test_a_plug_in_logger_and_callback_are_named_in_one_recipe(train, tmp_path, 
         "profiler": "simple",
     }
     assert train(recipe, "--trainer.max_steps=2", "--trainer.log_every_n_steps=1") == 0
+    assert "Trainable params" in capsys.readouterr().out  # of model_summary
     stage = tmp_path / "runs" / "one" / "transformer"
     lines = (stage / "own" / "version_0" / "metrics.csv").read_text().splitlines()
     assert "train/loss" in lines[0]
@@ -99,6 +101,16 @@ def test_a_plug_in_logger_and_callback_are_named_in_one_recipe(train, tmp_path, 
     # A resumed run restores the state of the callback, and its loggers may be others.
     assert train({"loggers": [], "callbacks": ["counter"]}, "--trainer.max_steps=3") == 0
     assert (stage / "steps.txt").read_text() == "6"
+
+
+def test_the_callback_of_the_documentation_is_called(train, tmp_path, monkeypatch, capsys) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "trackers.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    points = "[maskgit_pl.callbacks]\nloss_alarm = loss_alarm:LossAlarm\n"
+    install(tmp_path / "site", name="loss-alarm", entry_points=points, modules={"loss_alarm": code})
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    assert train({"callbacks": [{"name": "loss_alarm", "limit": 0.5}]}) == 0
+    assert re.search(r"step 1: validation loss 3\.\d+ above 0\.5", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
