@@ -58,7 +58,7 @@ $(if $(filter command line,$(origin STEPS)),$(error STEPS is now called NUM_STEP
 OF_RUN = --dataset "$(DATASET)" --data "$(DATA)" --recipe "$(strip $(RECIPE) $(BUDGET))" --run "$(RUN)" $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") $(if $(PRETRAINED),--pretrained "$(PRETRAINED)")
 MACHINES = $(if $(NODES),--nodes $(NODES)) $(if $(DEVICES),--devices $(DEVICES))
 
-.PHONY: doctor help install data train-tokenizer tokenize train-transformer submit-tokenizer submit-transformer sample evaluate compare tune train-classifier ablation edit benchmark demo demo-short test mutants test-slurm lint format clean
+.PHONY: doctor help install data train-tokenizer tokenize train-transformer submit-tokenizer submit-transformer sample evaluate compare tune train-classifier ablation edit benchmark demo demo-short demo-model test mutants test-slurm lint format clean
 
 help: ## List the targets and the variables
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -125,6 +125,9 @@ demo: $(STAMP) ## Run everything: data, both stages, pictures and metrics; for y
 demo-short: $(STAMP) ## Run the demo from scratch with 60 steps per stage
 	@rm -rf runs/demo-short
 	@$(BIN)/maskgit demo --short --dataset "$(DATASET)" --data "$(DATA)" --recipe "$(strip $(RECIPE) $(BUDGET))" --cluster $(CLUSTER) $(if $(IMAGES),--images "$(IMAGES)") $(ARGS)
+
+demo-model: $(STAMP) ## Write the weights of RUN as the model fashion-mnist-demo of the package
+	@$(BIN)/python -c 'import sys; from maskgit_pl import MaskGIT; MaskGIT.from_pretrained(sys.argv[1]).save_pretrained("maskgit_pl/models/fashion-mnist-demo", name="fashion-mnist-demo", license="apache-2.0")' "runs/$(RUN)"
 
 BENCHMARKS = $(filter-out measuring collectives,$(basename $(notdir $(wildcard benchmarks/*.py))))
 
