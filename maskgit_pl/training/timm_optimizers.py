@@ -52,7 +52,7 @@ class TimmOptimizer(OptimizerSpec):
             raise ValueError("momentum must be above 0 with nesterov, got 0; set nesterov: false, or a momentum")
 
     def create(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:
-        from timm.optim._optim_factory import create_optimizer_v2  # takes a second
+        from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]  # its public name; takes a second
 
         options: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}  # type: ignore[arg-type]  # its subclasses are dataclasses
         if self.has_betas:
