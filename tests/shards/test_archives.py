@@ -5,6 +5,7 @@ import io
 import stat
 import struct
 import tarfile
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -135,6 +136,17 @@ def test_a_member_whose_directory_entry_is_wrong_is_unreadable_and_no_other(tmp_
     samples = samples_of(path)
     assert samples.pop("b/19.png") == UnreadableSample(f"image {path}/b/19.png {fault}")
     assert not [sample for sample in samples.values() if isinstance(sample, UnreadableSample)]
+
+
+@pytest.mark.parametrize("stated", [0, 100])
+def test_no_more_of_a_member_is_decompressed_than_the_directory_states(tmp_path, stated):
+    path = write_zip(tmp_path / "photos.zip", [*GOOD, ("b/bomb.png", bytes(2**25))])
+    directory_field(path, 24, struct.pack("<I", stated))
+    tracemalloc.start()
+    assert "is damaged: its length" in samples_of(path)["b/bomb.png"].error
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**22
 
 
 def test_compressed_bytes_that_are_damaged_are_unreadable(tmp_path):

@@ -226,7 +226,7 @@ class ArchiveEntries:
             elif member.is_folder:
                 folders |= {name, *_parents(name)} - {""}
             else:
-                if files.pop(name, None) is not None:
+                if name in files:
                     add_left_out(self.left_out, _REPEATED, name)
                 files[name] = member
         if hidden:
