@@ -50,6 +50,7 @@ from maskgit_pl.training.health import HealthMonitor
 from maskgit_pl.training.health_rules import HealthConfig
 from maskgit_pl.training.image_callbacks import ReconstructionPictures, SamplePictures
 from maskgit_pl.training.loggers import loggers
+from maskgit_pl.training.optimizers import check_sharding
 from maskgit_pl.training.progress import ProgressLines
 from maskgit_pl.training.step_clock import StepClock
 from maskgit_pl.training.stop_and_nonfinite import StepCheck
@@ -184,6 +185,8 @@ class StageRun:
         check_accelerator(given.accelerator)
         # Checked before the Trainer is built, which silently replaces float16 by bfloat16 on a CPU.
         check_precision(given.precision)
+        assert isinstance(self.model, Tokenizer | TokenModel)
+        check_sharding(self.model.config.optimizer, given.strategy)
         if self.stage == "tokenizer" and given.gradient_clip_val is not None:
             raise ValueError("trainer.gradient_clip_val cannot be set for the tokenizer: set model.gradient_clip")
         ours = {

@@ -811,6 +811,8 @@ MUTANTS: tuple[Mutant, ...] = (
         ("if p.requires_grad]", "]"),
         ("betas=config.betas, fused", "betas=config.betas[::-1], fused"),
         ("optimizer.register_load_state_dict_pre_hook(_keep_kind)", "pass"),
+        ('if strategy == "fsdp" and not', 'if strategy == "fsdp" and'),
+        ("return round(kept / weight.numel(), 2)", "return 2.0"),
     ),
     *_of(
         "training/checkpoints.py",
