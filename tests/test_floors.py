@@ -65,6 +65,7 @@ FLOORS = {  # a file or a folder -> its floor; a folder's files stand on its flo
 INNER = (  # a folder and the folders inside it: each may import those before it, never those after it
     ("evaluation", "evaluation/reports", "evaluation/inspection"),
     ("networks/quantizers", "networks"),
+    ("shards", "shards/sources"),
 )
 LIGHTNING_FROM = 3
 MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))

@@ -40,12 +40,18 @@ def add_parser(subparsers: _Parsers[argparse.ArgumentParser]) -> None:
 def _add_make(commands: _Parsers[argparse.ArgumentParser]) -> None:
     make = commands.add_parser(
         "make",
-        help="write image folders, IDX or parquet files as shards",
-        description="Write images as shards with a train and a val split. The source is a folder with one sub-folder "
-        "per class (train/ and val/ above them are kept as splits), IDX files, or parquet files.",
-        epilog="Example: maskgit data make photos --out data/shards/photos --image-size 64",
+        help="write images of folders, archives or data sets as shards",
+        description="Write images as shards with a train and a val split. The source is a folder, zip, tar or .tar.gz "
+        "of images (one sub-folder per class, or metadata.csv or .jsonl with file_name and label, or one class; train/ "
+        "and val/ are kept as splits), a folder of IDX or parquet files, or hf:OWNER/NAME[@REVISION][:SPLIT].",
+        epilog="Examples: maskgit data make photos.zip --out data/shards/photos --image-size 64; "
+        "maskgit data make hf:zalando-datasets/fashion_mnist --out data/shards/fashion",
     )
-    make.add_argument("source", type=Path, metavar="SOURCE", help="folder of images, IDX files or parquet files")
+    make.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="folder or archive of images, folder of IDX or parquet files, or hf:OWNER/NAME of the Hugging Face Hub",
+    )
     make.add_argument("--out", type=Path, required=True, metavar="DIR", help="data folder to write")
     make.add_argument(
         "--val-fraction",
@@ -61,7 +67,7 @@ def _add_make(commands: _Parsers[argparse.ArgumentParser]) -> None:
     )
     make.add_argument("--shard-size", type=int, default=10_000, metavar="N", help="images per shard (default: 10000)")
     make.add_argument(
-        "--label-field", default="label", metavar="NAME", help="parquet column with the class indices (default: label)"
+        "--label-field", default="label", metavar="NAME", help="column of the labels in a table (default: label)"
     )
     make.add_argument("--lenient", action="store_true", help="skip and list images that cannot be read")
     _add_vectors(make, "files beside the images")
@@ -174,10 +180,13 @@ def make(
 
 
 def _make(args: argparse.Namespace) -> int:
-    from maskgit_pl.shards.sources import open_source
+    from maskgit_pl.shards.sources import HUB_PREFIX, open_source
 
     names = _class_names(args)
     size = None if args.image_size is None else parse_image_size("--image-size", args.image_size)
+    # Several workers would each read a stream from its beginning.
+    is_stream = args.source.startswith(HUB_PREFIX)
+    workers = 1 if is_stream and args.num_workers is None else args.num_workers
     with use_flag_names(args):
         source = open_source(
             args.source,
@@ -192,7 +201,7 @@ def _make(args: argparse.Namespace) -> int:
             size=size,
             shard_size=args.shard_size,
             lenient=args.lenient,
-            workers=args.num_workers,
+            workers=workers,
         )
     return 0
 
