@@ -669,10 +669,20 @@ MUTANTS: tuple[Mutant, ...] = (
         ('"flip", seed=seed, index=index, epoch=epoch', '"flip", seed=seed, index=index, epoch=0'),
         ("shown = (rows.index + num_skipped) % count", "shown = rows.index"),
         ("number = (index + num_skipped) % count", "number = index"),
-        ('"crop", seed=seed, index=rows.index, epoch=rows.epoch', '"crop", seed=seed, index=rows.index'),
         ('"view", seed=self.seed, index=rows.index, epoch=rows.epoch', '"view", seed=self.seed, index=rows.index'),
         ("(words % self.reader.views)", "(words % 2)"),
         ("self.unreadable.add(batch.index.numpy(), batch.replacement.numpy())", "pass"),
+    ),
+    *_of(
+        "data/augmentations.py",
+        "data/test_augmentations",
+        (
+            "stream, seed=seed, index=index, epoch=epoch, count=part.num_random",
+            "stream, seed=seed, index=index, count=part.num_random",
+        ),
+        ("rows, columns = round(math.sqrt(pixels / drawn))", "rows, columns = round(math.sqrt(pixels * drawn))"),
+        ("int(left * (width - columns + 1))", "int(left * (width - columns))"),
+        ("if random[0] < self.probability", "if random[0] > self.probability"),
     ),
     *_of(
         "imaging/pixels.py",
