@@ -232,7 +232,7 @@ class ShardDataConfig:
     def _check_tokens(self) -> None:
         if self.token_store is None:
             raise ValueError(
-                "data.token_store must be given for data.source: tokens, got none; `make tokenize` makes one"
+                "data.token_store must be given for data.source: tokens, got none; `maskgit tokenize` makes one"
             )
         if self.crop != "center":
             raise ValueError(

@@ -85,7 +85,7 @@ class ShardData(StepDataModule):
         if self.summary.vectors is None:
             raise ValueError(
                 f"data.vectors must be false for {self.config.path}, whose samples have no vectors, got true; make the "
-                "data with a .npy file beside each image (see data/README.md)"
+                "data with a .npy file beside each image"
             )
         return self.summary.vectors.dim
 
@@ -215,7 +215,9 @@ class ShardData(StepDataModule):
         """
         reader = self._tokens[split] if self._tokens is not None else self._shard_reader(split)
         if reader.vector_reader is None:
-            raise ValueError(f"data {self.config.path} must have a vector for each image, got none (data/README.md)")
+            raise ValueError(
+                f"data {self.config.path} must have a vector for each image, got none; make it with .npy files"
+            )
         return torch.from_numpy(reader.vector_reader.read(index))
 
     def vector_pool(self, split: Split) -> VectorPool:

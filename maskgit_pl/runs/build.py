@@ -249,8 +249,8 @@ class StageRun:
         if changed:
             raise ValueError(
                 f"cannot resume {self.folder} from step {step_of(checkpoint)}: settings changed "
-                f"({', '.join(changed)}). Restore them, or start a new run with --run (make: RUN=); --pretrained "
-                "(make: PRETRAINED=) starts it from existing weights"
+                f"({', '.join(changed)}). Restore them, or start a new run with --run; "
+                "--pretrained starts it from existing weights"
             )
 
     def _find_vectors(self, labels: Sequence[int], seeds: Sequence[int]) -> Tensor:

@@ -59,7 +59,7 @@ _MAX_DESCRIPTION_BYTES = 2**25  # most of it class names
 DESCRIPTION_FILE = "store.json"
 _BLOCK_VALUES = 2**22  # values of an array that are checked at a time
 Tokens = npt.NDArray[np.unsignedinteger[Any]]  # of StoreDescription.dtype
-REMAKE_HINT = "regenerate it with `make tokenize` (or `maskgit tokenize`)"
+REMAKE_HINT = "regenerate it with `maskgit tokenize`"
 
 
 @dataclass(frozen=True)
