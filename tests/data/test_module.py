@@ -77,7 +77,8 @@ def test_workers_do_not_change_anything(folder):
 def test_random_crops_depend_on_seed_index_and_epoch_alone(folder):
     def crops(order, seed):
         module = data(folder, crop="random", seed=seed)
-        batch = module.batches("train", order, crop="random").__getitems__(range(3 * NUM_TRAIN))
+        dataset = module.batches("train", order, augmentations=module.config.train_augmentations)
+        batch = dataset.__getitems__(range(3 * NUM_TRAIN))
         lefts = (batch.content[:, 0, 0, 0].long() - batch.index * 7) % 256
         return {
             (i, e): left for i, e, left in zip(batch.index.tolist(), batch.epoch.tolist(), lefts.tolist(), strict=True)
