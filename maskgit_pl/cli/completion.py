@@ -38,7 +38,7 @@ def _run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     import shtab
 
     _complete_files(parser)
-    print(shtab.complete(parser, shell=args.shell))
+    print(shtab.complete(parser, args.shell))
     return 0
 
 

@@ -55,7 +55,7 @@ def _print_config(recipe: Recipe, folders: WantedFolders) -> None:
     try:
         plan = plan_run(recipe, **folders)
     except FileNotFoundError as error:
-        if any(folders[name] is not None for name in ("data", "tokenizer", "pretrained")):  # type: ignore[literal-required]
+        if any(folders[name] is not None for name in ("data", "tokenizer", "pretrained")):
             raise
         missing = str(error)
     from maskgit_pl.runs.resolve import config_text, config_text_of, resolve  # lightning and torch take seconds
