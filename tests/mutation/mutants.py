@@ -730,6 +730,13 @@ MUTANTS: tuple[Mutant, ...] = (
         ('decode("utf-8-sig")', 'decode("utf-8")'),
     ),
     *_of(
+        "shards/duplicates.py",
+        "shards/test_duplicates",
+        ("values[counts > 1]", "values[counts > 2]"),
+        ("val_in_train += original.split != image.split", "val_in_train += image.split == 'val'"),
+        ("repr(tuple(pixels.shape)).encode() + ", ""),
+    ),
+    *_of(
         "shards/sources/folder_vectors.py",
         "shards/test_vectors",
         ("digest.update(hashlib.sha256(data).digest())", "digest.update(len(data).to_bytes(8))"),
