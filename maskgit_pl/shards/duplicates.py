@@ -31,7 +31,7 @@ class Duplicates:
     """Images that equal an earlier one. Train comes before val.
 
     Args:
-        compared: What was compared: the bytes of the files, or their pixels.
+        compared: The values that were compared: bytes of the files, or decoded pixels.
         images: Number of images of each split.
         repeated: Number of images of each split that equal an earlier one of the same split.
         val_in_train: Number of val images that equal a train image.
