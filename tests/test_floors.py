@@ -41,6 +41,7 @@ FLOORS = {  # a file or a folder -> its floor; a folder's files stand on its flo
     "objectives": 3,
     "corruption": 3,
     "shards": 2,
+    "datasets": 3,
     "pretrained": 3,
     "editing": 3,
     "imaging": 3,

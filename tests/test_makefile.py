@@ -4,6 +4,8 @@ import re
 import subprocess
 from pathlib import Path
 
+from maskgit_pl.datasets import DATASETS
+
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "Makefile").read_text()
 
@@ -65,3 +67,15 @@ def test_a_variable_of_version_0_1_0_is_refused():
     done = run_make("sample", "STEPS=8")
     assert done.returncode == 2
     assert "STEPS is now called NUM_STEPS" in done.stderr
+
+
+def test_the_data_sets_that_make_can_fetch_are_those_of_the_package():
+    assert re.search(r"^FETCHED = (.*)$", TEXT, re.MULTILINE)[1].split() == [*DATASETS]
+    assert (
+        'maskgit data fetch "blue-marble" --out "data/shards/blue-marble"'
+        in run_make("data", "DATASET=blue-marble").stdout
+    )
+    assert (
+        'maskgit data make "photos" --out "data/shards/mine"'
+        in run_make("data", "DATASET=mine", "IMAGES=photos").stdout
+    )

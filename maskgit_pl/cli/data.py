@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from maskgit_pl.cli import data_fetch
 from maskgit_pl.cli.flags import check_outputs, use_flag_names
 from maskgit_pl.flag_values import parse_image_size
 from maskgit_pl.image_format import ImageSize
@@ -28,12 +29,13 @@ def add_parser(subparsers: _Parsers[argparse.ArgumentParser]) -> None:
     """Adds ``data make``, ``data index``, ``data verify`` and ``data stats``."""
     parser = subparsers.add_parser(
         "data",
-        help="make, index, verify and count shards of images",
-        description="Make shards from images, index existing shards, verify them, and count their images.",
+        help="fetch, make, index, verify and count shards of images",
+        description="Download a data set, make shards from images, index existing shards, verify and count them.",
     )
     commands = parser.add_subparsers(title="commands", dest="data_command", required=True, metavar="COMMAND")
     for add in (_add_make, _add_index, _add_verify, _add_stats):
         add(commands)
+    data_fetch.add_parser(commands, write_shards=make)
 
 
 def _add_make(commands: _Parsers[argparse.ArgumentParser]) -> None:
@@ -162,7 +164,7 @@ def make(
     lenient: bool = False,
     workers: int | None = 1,
 ) -> None:
-    """Makes a data folder with a progress bar and prints its content. The scripts in ``data/`` call it too."""
+    """Makes a data folder with a progress bar and prints its content."""
     from maskgit_pl.shards.manifest import read_manifest_summary
     from maskgit_pl.shards.report import describe_data, unreadable_lines
     from maskgit_pl.shards.writer import make_shards

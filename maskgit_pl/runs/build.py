@@ -101,6 +101,11 @@ def build(plan: Plan) -> StageRun:
         assert isinstance(module, Tokenizer)
         # Stage 1 optimizes manually, so the Trainer must not accumulate.
         module.accumulation = accumulation
+    if module.config.flip_probability > 0 and "flip" in data.config.train_augmentations.parts:
+        raise ValueError(
+            "model.flip_probability must be 0 if data.augmentations lists flip, got "
+            f"{module.config.flip_probability}; an image would be flipped twice"
+        )
     # Steps in a recipe, but micro-batches in Lightning.
     if isinstance(trainer.val_check_interval, int):
         trainer.val_check_interval *= accumulation
@@ -244,8 +249,8 @@ class StageRun:
         if changed:
             raise ValueError(
                 f"cannot resume {self.folder} from step {step_of(checkpoint)}: settings changed "
-                f"({', '.join(changed)}). Restore them, or start a new run with --run (make: RUN=); --pretrained "
-                "(make: PRETRAINED=) starts it from existing weights"
+                f"({', '.join(changed)}). Restore them, or start a new run with --run; "
+                "--pretrained starts it from existing weights"
             )
 
     def _find_vectors(self, labels: Sequence[int], seeds: Sequence[int]) -> Tensor:

@@ -167,7 +167,7 @@ def check_sharding(config: OptimizerConfig, strategy: str) -> None:
     if strategy == "fsdp" and not config.spec.elementwise:
         raise ValueError(
             f"trainer.strategy must be 'ddp' or 'auto' with model.optimizer.algorithm {describe(config.algorithm)!r}, "
-            "whose step needs whole matrices, got 'fsdp'; use --cluster ddp (make: CLUSTER=ddp), or another algorithm"
+            "whose step needs whole matrices, got 'fsdp'; use --cluster ddp, or another algorithm"
         )
 
 
