@@ -56,7 +56,7 @@ class _Image(NamedTuple):
     """An image of a data folder."""
 
     split: Split
-    index: int
+    place: int
     label: int
 
 
@@ -87,13 +87,13 @@ def find_duplicates(
     for image, is_candidate in _images(readers, any_length=compare == "pixels"):
         reader = readers[image.split]
         if is_candidate:
-            original = first.setdefault(digest(reader.read(image.index), reader.name(image.index)), image)
+            original = first.setdefault(digest(reader.read(image.place), reader.name(image.place)), image)
             if original is not image:
                 repeated[image.split] += original.split == image.split
                 val_in_train += original.split != image.split
                 other_label += original.label != image.label
                 if len(pairs) < _MAX_PAIRS:
-                    names = (readers[each.split].name(each.index) for each in (original, image))
+                    names = (readers[each.split].name(each.place) for each in (original, image))
                     pairs.append(DuplicatePair(*names))
         on_image(image.split, len(reader))
     for reader in readers.values():
@@ -109,8 +109,8 @@ def _images(readers: Mapping[Split, ShardReader], *, any_length: bool) -> Iterat
     for (split, reader), own in zip(readers.items(), lengths, strict=True):
         candidates = np.isin(own, values[counts > 1]) | any_length
         labels = reader.labels(np.arange(len(reader)))
-        for index, (label, is_candidate) in enumerate(zip(labels.tolist(), candidates.tolist(), strict=True)):
-            yield _Image(split, index, label), is_candidate
+        for place, (label, is_candidate) in enumerate(zip(labels.tolist(), candidates.tolist(), strict=True)):
+            yield _Image(split, place, label), is_candidate
 
 
 def _digest_of_bytes(data: bytes, name: str) -> bytes:
