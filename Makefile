@@ -60,7 +60,7 @@ $(if $(filter command line,$(origin STEPS)),$(error STEPS is now called NUM_STEP
 OF_RUN = --dataset "$(DATASET)" --data "$(DATA)" --recipe "$(strip $(RECIPE) $(BUDGET))" --run "$(RUN)" $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") $(if $(PRETRAINED),--pretrained "$(PRETRAINED)")
 MACHINES = $(if $(NODES),--nodes $(NODES)) $(if $(DEVICES),--devices $(DEVICES))
 
-.PHONY: doctor help install data train-tokenizer tokenize train-transformer submit-tokenizer submit-transformer sample evaluate compare tune train-classifier ablation edit benchmark demo demo-short test test-lowest mutants test-slurm lint format clean
+.PHONY: doctor help install data train-tokenizer tokenize train-transformer submit-tokenizer submit-transformer sample evaluate compare tune train-classifier ablation edit benchmark demo demo-short demo-model test test-lowest mutants test-slurm lint format clean
 
 help: ## List the targets and the variables
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -87,8 +87,10 @@ $(LOWEST)/.installed: pyproject.toml constraints/lowest.txt
 
 install: $(DEV_STAMP) ## Create .venv with the package and the development tools
 
+FETCHED = fashion-mnist blue-marble
+
 data: $(STAMP) ## Download DATASET and write its shards; for your own images: DATASET=name IMAGES=folder
-	@$(if $(IMAGES),$(BIN)/maskgit data make "$(IMAGES)" --out "$(DATA)" $(ARGS),$(if $(wildcard data/$(subst -,_,$(DATASET)).py),$(BIN)/python data/$(subst -,_,$(DATASET)).py --out "$(DATA)" $(ARGS),test -d "$(DATA)" || { echo "data $(DATA): no such folder; set IMAGES=folder to convert your own images, or DATASET to a data set that can be downloaded (fashion-mnist, blue-marble)" >&2; exit 2; }))
+	@$(if $(IMAGES),$(BIN)/maskgit data make "$(IMAGES)" --out "$(DATA)" $(ARGS),$(if $(filter $(FETCHED),$(DATASET)),$(BIN)/maskgit data fetch "$(DATASET)" --out "$(DATA)" $(ARGS),test -d "$(DATA)" || { echo "data $(DATA): no such folder; set IMAGES=folder to convert your own images, or DATASET to a data set that can be downloaded ($(FETCHED))" >&2; exit 2; }))
 
 doctor: $(STAMP) ## Check a run before you start it: STAGE=transformer RECIPE=paper-256 CLUSTER=fsdp NODES=4 DEVICES=8
 	@$(BIN)/maskgit doctor $(STAGE) $(OF_RUN) --cluster $(CLUSTER) $(MACHINES) $(ARGS)
@@ -132,20 +134,15 @@ train-classifier: $(STAMP) ## Train a classifier on DATA, to evaluate generated 
 ablation: $(STAMP) ## Compare variants of a recipe: ARGS="--vary KEY=A,B"; without it, every mask schedule of the paper (Table 3, Figure 8)
 	@$(BIN)/maskgit ablation --dataset "$(DATASET)" --data "$(DATA)" --cluster $(CLUSTER) $(ARGS)
 
-demo: ## Run everything: data, both stages, pictures and metrics; for your own images: DATASET=name IMAGES=folder
-	@$(MAKE) --no-print-directory data ARGS=
-	@$(MAKE) --no-print-directory train-tokenizer CLUSTER=$(CLUSTER)
-	@$(MAKE) --no-print-directory train-transformer CLUSTER=$(CLUSTER)
-	@$(MAKE) --no-print-directory evaluate ARGS="--features classifier"
+demo: $(STAMP) ## Run everything: data, both stages, pictures and metrics; for your own images: DATASET=name IMAGES=folder
+	@$(BIN)/maskgit demo $(OF_RUN) --cluster $(CLUSTER) $(if $(IMAGES),--images "$(IMAGES)") $(ARGS)
 
-SHORT = --trainer.max_steps=60 --trainer.val_check_interval=60 --data.validation_samples=500
-
-demo-short: ## Run the demo from scratch with 60 steps per stage
+demo-short: $(STAMP) ## Run the demo from scratch with 60 steps per stage
 	@rm -rf runs/demo-short
-	@$(MAKE) --no-print-directory data ARGS=
-	@$(MAKE) --no-print-directory train-tokenizer RUN=demo-short ARGS="$(SHORT)"
-	@$(MAKE) --no-print-directory train-transformer RUN=demo-short ARGS="$(SHORT)"
-	@$(MAKE) --no-print-directory evaluate RUN=demo-short ARGS="--num-images 50 --features classifier"
+	@$(BIN)/maskgit demo --short --dataset "$(DATASET)" --data "$(DATA)" --recipe "$(strip $(RECIPE) $(BUDGET))" --cluster $(CLUSTER) $(if $(IMAGES),--images "$(IMAGES)") $(ARGS)
+
+demo-model: $(STAMP) ## Write the weights of RUN as the model fashion-mnist-demo of the package
+	@$(BIN)/python -c 'import sys; from maskgit_pl import MaskGIT; MaskGIT.from_pretrained(sys.argv[1]).save_pretrained("maskgit_pl/models/fashion-mnist-demo", name="fashion-mnist-demo", license="apache-2.0")' "runs/$(RUN)"
 
 BENCHMARKS = $(filter-out measuring collectives,$(basename $(notdir $(wildcard benchmarks/*.py))))
 

@@ -29,7 +29,7 @@ class AutoregressiveConfig(TokenModelConfig):
 
     Args:
         network: Configuration of the backbone, with causal attention.
-        optimizer: Settings of AdamW and its learning rate.
+        optimizer: The optimizer and its learning rate.
         tokenizer: Path of the pretrained tokenizer folder.
         label_smoothing: Label smoothing of the training loss, in [0, 1).
         loss_vocabulary: Columns of the softmax of the loss: ``codes``, or ``all`` rows of the token embedding.

@@ -38,7 +38,7 @@ class MaskedTokenConfig(TokenModelConfig):
 
     Args:
         network: Configuration of the backbone, with bidirectional attention.
-        optimizer: Settings of AdamW and its learning rate.
+        optimizer: The optimizer and its learning rate.
         tokenizer: Path of the pretrained tokenizer folder.
         label_smoothing: Label smoothing of the training loss, in [0, 1).
         loss_vocabulary: Columns of the softmax of the loss: ``codes``, or ``all`` rows of the token embedding.

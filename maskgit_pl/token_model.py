@@ -17,7 +17,7 @@ does for each micro-batch (the code repeats the numbers):
 Lightning runs the backward pass. After the last micro-batch:
 
 7. Clip the gradients. All ranks vote: if one has a non-finite value, no rank steps.
-8. Step AdamW, free the gradients, and update the averaged weights.
+8. Step the optimizer, free the gradients, and update the averaged weights.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from maskgit_pl.training.binned_means import NUM_BINS, BinnedMeans
 from maskgit_pl.training.checkpoints import full_state
 from maskgit_pl.training.compile_and_checkpointing import ActivationCheckpointing, Compiled, prepare_blocks
 from maskgit_pl.training.ema import frozen_copy, update_ema
-from maskgit_pl.training.optimizers import OptimizerConfig, build_adamw, parameter_groups
+from maskgit_pl.training.optimizers import OptimizerConfig, build_optimizer, parameter_groups
 from maskgit_pl.training.stop_and_nonfinite import StepCheck, clip_gradients
 from maskgit_pl.training.strategies import check_precision, shard_blocks
 
@@ -189,10 +189,10 @@ class TokenModel(LightningModule):
             shard_blocks(self.ema_network, self.ema_network.blocks, mesh, precision="32-true")
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Builds AdamW and its learning rate schedule, which advances with each step."""
+        """Builds the optimizer and its learning rate schedule, which advances with each step."""
         config = self.config.optimizer
         groups = parameter_groups(self.transformer, config.weight_decay, prefix="transformer.")
-        optimizer = build_adamw(groups, config)
+        optimizer = build_optimizer(groups, config)
         max_steps = int(self.trainer.max_steps)
         scheduler = LambdaLR(optimizer, lambda step: config.learning_rate.factor(step, max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -45,7 +45,7 @@ from maskgit_pl.tokenizer_losses import AdversarialStep, SimilarityLoss
 from maskgit_pl.training.compile_and_checkpointing import prepare_blocks
 from maskgit_pl.training.ema import frozen_copy, update_ema
 from maskgit_pl.training.freezing import freeze
-from maskgit_pl.training.optimizers import build_adamw, parameter_groups
+from maskgit_pl.training.optimizers import build_optimizer, parameter_groups
 from maskgit_pl.training.stop_and_nonfinite import StepCheck, clip_gradients
 from maskgit_pl.training.strategies import check_precision
 
@@ -154,12 +154,10 @@ class Tokenizer(LightningModule):
             self._wrapped["discriminator"] = wrap(self.discriminator)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Builds AdamW for the generator, and another one for the discriminator if there is one."""
+        """Builds an optimizer for the generator, and another one for the discriminator if there is one."""
         networks = [self.network] if self.discriminator is None else [self.network, self.discriminator]
         config = self.config.optimizer
-        groups = [parameter_groups(network, config.weight_decay) for network in networks]
-        # A frozen network may leave a group empty, which torch refuses.
-        return [build_adamw([group for group in each if group["params"]], config) for each in groups]
+        return [build_optimizer(parameter_groups(network, config.weight_decay), config) for network in networks]
 
     def on_fit_start(self) -> None:
         """Checks the precision, and moves the perceptual network to the device.

@@ -137,7 +137,7 @@ class TokenizerConfig:
     Args:
         network: Sizes of the VQGAN.
         image_size: Side of square images, or (height, width), in pixels, each in [1, 16384].
-        optimizer: AdamW of the generator; the discriminator has one of the same configuration.
+        optimizer: Optimizer of the generator; the discriminator has one of the same configuration.
         reconstruction_loss: ``l2`` (released configuration) or ``l1``.
         reconstruction_weight: Its factor, in [0, 1e6].
         perceptual: The perceptual loss; None for none.

@@ -18,18 +18,28 @@ RATE = LearningRate(1e-3)
 
 
 def tokenizer_model(
-    network: VQGANConfig, *, rate: LearningRate = RATE, accumulation: int = 1, **options: Any
+    network: VQGANConfig,
+    *,
+    rate: LearningRate = RATE,
+    algorithm: str | dict[str, Any] = "adamw",
+    accumulation: int = 1,
+    **options: Any,
 ) -> Tokenizer:
     """Builds a module of stage 1; ``options`` are fields of ``TokenizerConfig``."""
-    optimizer = OptimizerConfig(rate, betas=(0.0, 0.99), weight_decay=0.0)
+    optimizer = OptimizerConfig(rate, betas=(0.0, 0.99), weight_decay=0.0, algorithm=algorithm)
     return Tokenizer(TokenizerConfig(network=network, optimizer=optimizer, **options), accumulation=accumulation)
 
 
 def masked_model(
-    network: TransformerConfig, tokenizer: Path | str, *, rate: LearningRate = RATE, **options: Any
+    network: TransformerConfig,
+    tokenizer: Path | str,
+    *,
+    rate: LearningRate = RATE,
+    algorithm: str | dict[str, Any] = "adamw",
+    **options: Any,
 ) -> MaskedTokenModel:
     """Builds a module of stage 2; ``options`` are fields of ``MaskedTokenConfig``."""
-    optimizer = OptimizerConfig(rate, betas=(0.9, 0.96), weight_decay=0.045)
+    optimizer = OptimizerConfig(rate, betas=(0.9, 0.96), weight_decay=0.045, algorithm=algorithm)
     return MaskedTokenModel(MaskedTokenConfig(network, optimizer, str(tokenizer), **{"global_batch": 8, **options}))
 
 

@@ -19,7 +19,8 @@ class Recorder(Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.ids.append(batch.index.tolist())
-        self.losses.append(float(outputs["loss"]).hex())
+        if outputs:  # stage 1 optimizes by itself and returns none
+            self.losses.append(float(outputs["loss"]).hex())
 
 
 def data(shards: Path, store: Path | None = None, **options: Any) -> ShardData:

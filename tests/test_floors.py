@@ -41,6 +41,7 @@ FLOORS = {  # a file or a folder -> its floor; a folder's files stand on its flo
     "objectives": 3,
     "corruption": 3,
     "shards": 2,
+    "datasets": 3,
     "pretrained": 3,
     "editing": 3,
     "imaging": 3,
@@ -64,6 +65,7 @@ FLOORS = {  # a file or a folder -> its floor; a folder's files stand on its flo
 INNER = (  # a folder and the folders inside it: each may import those before it, never those after it
     ("evaluation", "evaluation/reports", "evaluation/inspection"),
     ("networks/quantizers", "networks"),
+    ("shards", "shards/sources"),
 )
 LIGHTNING_FROM = 3
 MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))

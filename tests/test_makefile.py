@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from maskgit_pl.datasets import DATASETS
+
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "Makefile").read_text()
 INSTALLED = ("--old-file=.venv/.installed", "--old-file=.venv/.installed-dev")
@@ -78,3 +80,15 @@ def test_only_targets_for_development_install_its_tools(target):
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     wanted = '--editable ".[dev]"' if target in ("lint", "test", "install") else "--editable ."
     assert [line.partition("check ")[2] for line in printed.splitlines() if "pip install" in line] == [wanted]
+
+
+def test_the_data_sets_that_make_can_fetch_are_those_of_the_package():
+    assert re.search(r"^FETCHED = (.*)$", TEXT, re.MULTILINE)[1].split() == [*DATASETS]
+    assert (
+        'maskgit data fetch "blue-marble" --out "data/shards/blue-marble"'
+        in run_make("data", "DATASET=blue-marble").stdout
+    )
+    assert (
+        'maskgit data make "photos" --out "data/shards/mine"'
+        in run_make("data", "DATASET=mine", "IMAGES=photos").stdout
+    )

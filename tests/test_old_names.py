@@ -93,7 +93,7 @@ def test_a_recipe_file_and_flags_of_version_0_1_0_are_read(stage, tmp_path, capl
     recipe = Recipe.from_files(stage, [RECIPES / stage / "base.yaml", file], flags)
     assert recipe.get("model.optimizer") == {
         "learning_rate": {"peak": 0.25, "warmup_steps": 3, "decay": "cosine"},
-        "betas": [0.8, 0.9], "weight_decay": 0.02, "adamw": "for-loop",
+        "betas": [0.8, 0.9], "weight_decay": 0.02, "adamw": "for-loop", "algorithm": "adamw",
     }  # fmt: skip
     assert [line.split(": ")[0] for line in said(caplog)] == [f"recipe {file}", "flags"]
     group = Recipe.from_files(stage, [RECIPES / stage / "base.yaml"], ["--model={betas: [0.1, 0.2]}"])

@@ -1,4 +1,4 @@
-"""pyproject.toml: imported packages are declared, named extras exist, and constraints/lowest.txt has the lower bounds."""
+"""pyproject.toml: imports are declared, named extras exist, and constraints/lowest.txt has the lower bounds."""
 
 import ast
 import re

@@ -21,6 +21,7 @@ from maskgit_pl.cli import (
     ablation,
     compare,
     data,
+    demo,
     doctor,
     env,
     evaluate,
@@ -52,9 +53,9 @@ from maskgit_pl.text import PrintableFormatter
 __all__ = ["build_parser", "main"]
 
 _COMMANDS = (
-    data, doctor, train, slurm, tokenize, export, sample, inpaint, outpaint, panorama, evaluate, evaluate_tokenizer,
-    inspect, compare, tune, ablation, paper, train_classifier, schedules, recipes, plugins, env, import_jax,
-    import_tokenizer, import_transformer,
+    demo, data, doctor, train, slurm, tokenize, export, sample, inpaint, outpaint, panorama, evaluate,
+    evaluate_tokenizer, inspect, compare, tune, ablation, paper, train_classifier, schedules, recipes, plugins, env,
+    import_jax, import_tokenizer, import_transformer,
 )  # fmt: skip
 
 
@@ -88,7 +89,7 @@ def _parser_and_commands() -> tuple[argparse.ArgumentParser, list[str]]:
         prog="maskgit",
         description="MaskGIT in PyTorch Lightning: train a VQGAN tokenizer and a masked token transformer, and "
         "generate images in a few parallel decoding steps.",
-        epilog="Each command has its own --help. Start with `make demo` of the README.",
+        epilog="Each command has its own --help. Start with `maskgit demo`.",
     )
     parser.add_argument("--version", action="version", version=f"maskgit_pl {__version__}")
     parser.add_argument(

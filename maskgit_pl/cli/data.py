@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from maskgit_pl.cli import data_fetch
 from maskgit_pl.cli.flags import check_outputs, use_flag_names
 from maskgit_pl.flag_values import parse_image_size
 from maskgit_pl.image_format import ImageSize
@@ -27,23 +28,30 @@ def add_parser(subparsers: _Parsers[argparse.ArgumentParser]) -> None:
     """Adds ``data make``, ``data index``, ``data verify`` and ``data stats``."""
     parser = subparsers.add_parser(
         "data",
-        help="make, index, verify and count shards of images",
-        description="Make shards from images, index existing shards, verify them, and count their images.",
+        help="fetch, make, index, verify and count shards of images",
+        description="Download a data set, make shards from images, index existing shards, verify and count them.",
     )
     commands = parser.add_subparsers(title="commands", dest="data_command", required=True, metavar="COMMAND")
     for add in (_add_make, _add_index, _add_verify, _add_stats):
         add(commands)
+    data_fetch.add_parser(commands, write_shards=make)
 
 
 def _add_make(commands: _Parsers[argparse.ArgumentParser]) -> None:
     make = commands.add_parser(
         "make",
-        help="write image folders, IDX or parquet files as shards",
-        description="Write images as shards with a train and a val split. The source is a folder with one sub-folder "
-        "per class (train/ and val/ above them are kept as splits), IDX files, or parquet files.",
-        epilog="Example: maskgit data make photos --out data/shards/photos --image-size 64",
+        help="write images of folders, archives or data sets as shards",
+        description="Write images as shards with a train and a val split. The source is a folder, zip, tar or .tar.gz "
+        "of images (one sub-folder per class, or metadata.csv or .jsonl with file_name and label, or one class; train/ "
+        "and val/ are kept as splits), a folder of IDX or parquet files, or hf:OWNER/NAME[@REVISION][:SPLIT].",
+        epilog="Examples: maskgit data make photos.zip --out data/shards/photos --image-size 64; "
+        "maskgit data make hf:zalando-datasets/fashion_mnist --out data/shards/fashion",
     )
-    make.add_argument("source", type=Path, metavar="SOURCE", help="folder of images, IDX files or parquet files")
+    make.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="folder or archive of images, folder of IDX or parquet files, or hf:OWNER/NAME of the Hugging Face Hub",
+    )
     make.add_argument("--out", type=Path, required=True, metavar="DIR", help="data folder to write")
     make.add_argument(
         "--val-fraction",
@@ -59,7 +67,7 @@ def _add_make(commands: _Parsers[argparse.ArgumentParser]) -> None:
     )
     make.add_argument("--shard-size", type=int, default=10_000, metavar="N", help="images per shard (default: 10000)")
     make.add_argument(
-        "--label-field", default="label", metavar="NAME", help="parquet column with the class indices (default: label)"
+        "--label-field", default="label", metavar="NAME", help="column of the labels in a table (default: label)"
     )
     make.add_argument("--lenient", action="store_true", help="skip and list images that cannot be read")
     _add_vectors(make, "files beside the images")
@@ -150,7 +158,7 @@ def make(
     lenient: bool = False,
     workers: int | None = 1,
 ) -> None:
-    """Makes a data folder with a progress bar and prints its content. The scripts in ``data/`` call it too."""
+    """Makes a data folder with a progress bar and prints its content."""
     from maskgit_pl.shards.manifest import read_manifest_summary
     from maskgit_pl.shards.report import describe_data, unreadable_lines
     from maskgit_pl.shards.writer import make_shards
@@ -172,10 +180,13 @@ def make(
 
 
 def _make(args: argparse.Namespace) -> int:
-    from maskgit_pl.shards.sources import open_source
+    from maskgit_pl.shards.sources import HUB_PREFIX, open_source
 
     names = _class_names(args)
     size = None if args.image_size is None else parse_image_size("--image-size", args.image_size)
+    # Several workers would each read a stream from its beginning.
+    is_stream = args.source.startswith(HUB_PREFIX)
+    workers = 1 if is_stream and args.num_workers is None else args.num_workers
     with use_flag_names(args):
         source = open_source(
             args.source,
@@ -190,7 +201,7 @@ def _make(args: argparse.Namespace) -> int:
             size=size,
             shard_size=args.shard_size,
             lenient=args.lenient,
-            workers=args.num_workers,
+            workers=workers,
         )
     return 0
 

@@ -18,7 +18,11 @@ __all__ = ["add_classes_argument", "add_model_argument", "find_model", "open_pip
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
     """Adds the positional argument RUN that names the model."""
     parser.add_argument(
-        "folder", type=Path, metavar="RUN", help="run folder (runs/NAME), pretrained folder, or owner/name on the Hub"
+        "folder",
+        type=Path,
+        metavar="RUN",
+        help="run folder (runs/NAME), pretrained folder, owner/name on the Hub, or fashion-mnist-demo, a model in the "
+        "package",
     )
 
 

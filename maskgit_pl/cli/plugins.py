@@ -27,6 +27,8 @@ REGISTRIES = {  # module of each registry, by the name of the registry
     "feature_networks": "networks.features",
     "token_selectors": "decoding.token_selector",
     "guidance_schedules": "decoding.guidance",
+    "augmentations": "data.augmentations",
+    "optimizers": "training.optimizers",
     "learning_rate_schedules": "training.learning_rates",
     "loggers": "training.loggers",
     "callbacks": "training.callbacks",

@@ -9,7 +9,7 @@ from typing import TypedDict
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.recipe_files import DEFAULT_DATASET
 
-__all__ = ["WantedFolders", "add_run_arguments", "read_folder_flags", "read_recipe_flags"]
+__all__ = ["WantedFolders", "add_new_run_arguments", "add_run_arguments", "read_folder_flags", "read_recipe_flags"]
 
 
 class WantedFolders(TypedDict):
@@ -23,11 +23,16 @@ class WantedFolders(TypedDict):
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the recipe, the data and the folders of a run."""
-    parser.add_argument("--recipe", default="", metavar="NAME", help="recipe, or the path of its file; of several in "
-                        "quotes, later ones override earlier ones: --recipe 'paper-256 log'")  # fmt: skip
+    add_new_run_arguments(parser)
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="repeat the run of this config.yaml as a new run (--run)"
     )
+
+
+def add_new_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of ``add_run_arguments`` without ``--config``."""
+    parser.add_argument("--recipe", default="", metavar="NAME", help="recipe, or the path of its file; of several in "
+                        "quotes, later ones override earlier ones: --recipe 'paper-256 log'")  # fmt: skip
     parser.add_argument(
         "--dataset", default=DEFAULT_DATASET, metavar="NAME", help=f"name of the data set (default: {DEFAULT_DATASET})"
     )

@@ -17,7 +17,9 @@ log = logging.getLogger(__name__)
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to ``maskgit``."""
     parser = subparsers.add_parser(
-        "slurm", help="train on a Slurm cluster", description="Train on a Slurm cluster. See docs/slurm.md."
+        "slurm",
+        help="train on a Slurm cluster",
+        description="Submit jobs that save before their time limit and requeue themselves.",
     )
     tasks = parser.add_subparsers(title="tasks", dest="task", required=True, metavar="TASK")
     submit = tasks.add_parser(

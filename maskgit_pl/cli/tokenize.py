@@ -35,7 +35,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="processes that read images (default: 0 on a CPU, up to 8 for a GPU)",
     )
     parser.add_argument(
-        "--crops", type=int, metavar="N", help="crops of each image, the central one first (default: 1)"
+        "--crops",
+        type=int,
+        metavar="N",
+        help="views of each image, the central crop first (default: data.views of the recipe, or 1)",
     )
     parser.add_argument(
         "--flip", action="store_true", default=None, help="also encode a mirrored copy of each training image"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, ClassVar, NamedTuple, cast
@@ -19,19 +19,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from maskgit_pl.data.augmentations import CENTER, Augmentations
 from maskgit_pl.data.order import Order, Rows
 from maskgit_pl.errors import INTERNAL_ERROR, DataWorkerError, RunError, exit_code_of
 from maskgit_pl.image_format import ImageSize, height_width
 from maskgit_pl.interruption import ignore_job_signals
 from maskgit_pl.randomness import random_bits, random_uniform
-from maskgit_pl.shards.crops import Crop, check_crop
+from maskgit_pl.shards.crops import Place
 from maskgit_pl.shards.images import UnreadableImageError, decode_image, load_image_into
 from maskgit_pl.shards.reader import ShardReader
 from maskgit_pl.shards.tokens import TokenReader
 from maskgit_pl.shards.unreadable import MAX_IN_A_ROW, Unreadable, UnreadableImages
 from maskgit_pl.shards.vectors import VectorReader
 
-__all__ = ["Batch", "ImageBatches", "StepLoader", "TokenBatches", "draw_crops", "flip", "make_loader"]
+__all__ = ["Batch", "ImageBatches", "StepLoader", "TokenBatches", "flip", "make_loader"]
 
 
 _SIGNAL_SECONDS = 1.0  # longest time until the signal of a worker's death arrives
@@ -91,8 +92,8 @@ class ImageBatches(Dataset[Batch]):
         order: Maps positions to samples.
         image_size: Side of square images, or (height, width), in pixels.
         in_channels: Channels of the images, 1 to 4.
-        crop: ``"center"``, or ``"random"`` for another crop of each sample in each epoch.
-        seed: Seed of the random crops, in [0, 2**32).
+        augmentations: Crops and flips; by default the centre of each image.
+        seed: Seed of the augmentations, in [0, 2**32).
         vectors: Reader of the vectors; None reads no vectors.
     """
 
@@ -103,16 +104,15 @@ class ImageBatches(Dataset[Batch]):
         *,
         image_size: ImageSize,
         in_channels: int,
-        crop: Crop = "center",
+        augmentations: Augmentations = CENTER,
         seed: int = 0,
         vectors: VectorReader | None = None,
     ) -> None:
-        check_crop(crop)
         self.reader = reader
         self.order = order
         self.image_size = image_size
         self.in_channels = in_channels
-        self.crop = crop
+        self.augmentations = augmentations
         self.seed = seed
         self.vectors = vectors
 
@@ -133,11 +133,10 @@ class ImageBatches(Dataset[Batch]):
         shape, count = (len(positions), *height_width(self.image_size), self.in_channels), len(self.reader)
         # Channels-last, as images are decoded: the copy into a row is a plain copy of memory.
         content = torch.empty(shape, dtype=torch.uint8).permute(0, 3, 1, 2)
+        drawn = self.augmentations.draw(rows.index, rows.epoch, seed=self.seed)
         skipped = [
-            self._load(content[row], index, crop)
-            for row, (index, crop) in enumerate(
-                zip(rows.index.tolist(), draw_crops(rows, self.crop, self.seed), strict=True)
-            )
+            self._load(content[row], index, augment)
+            for row, (index, augment) in enumerate(zip(rows.index.tolist(), drawn, strict=True))
         ]
         num_skipped = torch.tensor(skipped)  # (B,) unreadable samples before the readable one; 0 in most rows
         shown = (rows.index + num_skipped) % count
@@ -160,7 +159,7 @@ class ImageBatches(Dataset[Batch]):
             return Unreadable(index, self.reader.shard(index), name, error.reason, text)
         return Unreadable(index, self.reader.shard(index), name, "damaged", "it was readable at the second attempt")
 
-    def _load(self, place: Tensor, index: int, crop: tuple[float, float] | None) -> int:
+    def _load(self, place: Tensor, index: int, crop: Place) -> int:
         """Fills a row with the first readable image at or after an index, and returns the number of unreadable ones.
 
         After ``MAX_IN_A_ROW`` unreadable images, or all of the split, the row is black, and ``UnreadableImages`` ends
@@ -182,23 +181,6 @@ class ImageBatches(Dataset[Batch]):
             return num_skipped
         place.zero_()
         return max_skipped
-
-
-def draw_crops(rows: Rows, crop: Crop, seed: int) -> Sequence[tuple[float, float] | None]:
-    """Returns the crop of each row, a function of (seed, index, epoch).
-
-    Args:
-        rows: B rows.
-        crop: ``"center"`` or ``"random"``.
-        seed: Seed of the crops.
-
-    Returns:
-        B crops: None for the centre, else (top, left), each in (0, 1).
-    """
-    if crop == "center":
-        return [None] * len(rows.index)
-    places = random_uniform("crop", seed=seed, index=rows.index, epoch=rows.epoch, count=2)
-    return [(top, left) for top, left in places.tolist()]
 
 
 class TokenBatches(Dataset[Batch]):

@@ -7,13 +7,15 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal
 
 from maskgit_pl.checks import check_choice, check_integer, check_number, check_seed
+from maskgit_pl.data.augmentations import Augmentations, build_augmentations
 from maskgit_pl.data.order import BATCH_SIZE_RANGE, check_window
 from maskgit_pl.image_format import ImageSize, check_channels, check_image_size
 from maskgit_pl.shards.braces import MAX_NAMES, expand_braces
-from maskgit_pl.shards.crops import Crop, check_crop
+from maskgit_pl.shards.crops import Crop
 from maskgit_pl.shards.labels import MAX_CLASSES, Labels
 from maskgit_pl.shards.unreadable import check_budget
 
@@ -148,7 +150,13 @@ class ShardDataConfig:
             is cropped and resized.
         in_channels: 1 for grey, 2 for grey with alpha, 3 for RGB, 4 for RGBA. Files are converted; without alpha,
             transparent images are composited over white.
-        crop: Training crops of images of another shape: ``"center"`` or ``"random"``.
+        augmentations: Crops and flips of the training images: names or mappings of registered augmentations, in the
+            order in which they are applied. With ``"tokens"``, ``maskgit tokenize`` applies them. None is
+            ``[center_crop]``.
+        crop: Short for ``augmentations: [center_crop]`` (``"center"``) or ``[random_crop]`` (``"random"``).
+        views: Number of views of each training image in the token store: the central crop, then augmented ones (random
+            crops without ``augmentations``). Training draws one of them in each epoch. None is 1, or the number that an
+            existing store has.
         global_batch: Number of samples per step, over all ranks.
         max_batch_per_device: Largest micro-batch of a device; micro-batch and accumulation are derived from it.
         validation_batch: Number of samples of a validation batch on each rank.
@@ -171,7 +179,9 @@ class ShardDataConfig:
     token_store: str | None = None
     image_size: ImageSize = 256
     in_channels: int = 3
+    augmentations: list[str | dict[str, Any]] | None = None
     crop: Crop = "center"
+    views: int | None = None
     global_batch: int = 256
     max_batch_per_device: int = 32
     validation_batch: int = 64
@@ -185,7 +195,9 @@ class ShardDataConfig:
 
     def __post_init__(self) -> None:
         # All values are checked here, before data is read or a process group starts.
-        check_crop(self.crop)
+        _ = self.train_augmentations  # raises if a name or a value is wrong
+        if self.views is not None:
+            check_integer("data.views", self.views, "[1, 65536]")
         check_budget(self.unreadable_budget)
         check_window(self.shuffle_window)
         object.__setattr__(self, "image_size", check_image_size("data.image_size", self.image_size, "[1, 8192]"))
@@ -207,13 +219,23 @@ class ShardDataConfig:
         if self.source == "tokens":
             self._check_tokens()
 
+    @cached_property
+    def train_augmentations(self) -> Augmentations:
+        """The augmentations of the training images."""
+        try:
+            return build_augmentations(self.augmentations, crop=self.crop)
+        except ValueError as error:
+            raise ValueError(
+                f"data.{error}" if str(error).startswith(("crop", "augmentations")) else f"data: {error}"
+            ) from error
+
     def _check_tokens(self) -> None:
         if self.token_store is None:
             raise ValueError(
-                "data.token_store must be given for data.source: tokens, got none; `make tokenize` makes one"
+                "data.token_store must be given for data.source: tokens, got none; `maskgit tokenize` makes one"
             )
         if self.crop != "center":
             raise ValueError(
                 f"data.crop must be 'center' for data.source: tokens, got {self.crop!r}; for random crops, use "
-                "`maskgit tokenize --crops N`, or data.source: images"
+                "data.views, or data.source: images"
             )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sized
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -19,11 +20,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from maskgit_pl.checks import check_integer, check_seed, shorten
-from maskgit_pl.data.batches import Batch, draw_crops, make_loader
+from maskgit_pl.data.augmentations import Augmentations, build_augmentations
+from maskgit_pl.data.batches import Batch, make_loader
 from maskgit_pl.data.order import BATCH_SIZE_RANGE, EvalBatchSampler, InOrder, Order, ShuffledStream, TrainBatchSampler
 from maskgit_pl.data.step_module import StepDataModule
 from maskgit_pl.image_format import ImageSize, check_channels, check_image_size
-from maskgit_pl.shards.crops import Crop, check_crop, fit_image
+from maskgit_pl.shards.crops import Crop, fit_image
 from maskgit_pl.shards.images import from_pil
 
 __all__ = ["IndexedDataModule", "IndexedDataset"]
@@ -43,7 +45,8 @@ class IndexedDataset(Dataset[Batch]):
         in_channels: 1 for grey, 2 for grey with alpha, 3 for RGB, 4 for RGBA; images are converted.
         crop: Place of the crop: ``"center"``, or ``"random"``, a function of (seed, index, epoch).
         order: Maps positions of the stream to samples; ``IndexedDataModule`` sets it. None keeps the dataset's order.
-        seed: Seed of random crops; ``IndexedDataModule`` sets it.
+        seed: Seed of the augmentations; ``IndexedDataModule`` sets it.
+        augmentations: Names or mappings of registered augmentations, instead of ``crop``.
 
     Raises:
         ValueError: if a value is out of range or the dataset is empty.
@@ -55,15 +58,20 @@ class IndexedDataset(Dataset[Batch]):
     crop: Crop = "center"
     order: Order | None = None
     seed: int = 0
+    augmentations: list[str | dict[str, Any]] | None = None
     num_samples: int = field(init=False)
 
     def __post_init__(self) -> None:
-        check_crop(self.crop)
+        _ = self._built
         check_channels("in_channels", self.in_channels)
         # The dataclass is frozen: a plain assignment would raise an error.
         object.__setattr__(self, "image_size", check_image_size("image_size", self.image_size, "[1, 8192]"))
         object.__setattr__(self, "num_samples", len(cast("Sized", self.dataset)))
         check_integer("number of samples", self.num_samples, "[1, 4294967296]")
+
+    @cached_property
+    def _built(self) -> Augmentations:
+        return build_augmentations(self.augmentations, crop=self.crop)
 
     def __len__(self) -> int:
         return self.num_samples
@@ -82,7 +90,8 @@ class IndexedDataset(Dataset[Batch]):
         """
         rows = (InOrder(self.num_samples) if self.order is None else self.order)(positions)
         images, labels, vectors = [], [], []
-        for index, place in zip(rows.index.tolist(), draw_crops(rows, self.crop, self.seed), strict=True):
+        drawn = self._built.draw(rows.index, rows.epoch, seed=self.seed)
+        for index, place in zip(rows.index.tolist(), drawn, strict=True):
             image, label, *others = self.dataset[index]
             pixels = _to_pixels(image, channels=self.in_channels, name=f"sample {index}")
             images.append(fit_image(pixels, image_size=self.image_size, crop=place))

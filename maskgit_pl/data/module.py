@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from maskgit_pl.data.augmentations import CENTER, Augmentations
 from maskgit_pl.data.batches import Batch, ImageBatches, StepLoader, TokenBatches, make_loader
 from maskgit_pl.data.config import ShardDataConfig
 from maskgit_pl.data.order import (
@@ -25,7 +26,6 @@ from maskgit_pl.data.order import (
 from maskgit_pl.data.step_module import StepDataModule
 from maskgit_pl.data.stream import StreamBatches, StreamEval
 from maskgit_pl.decoding.vectors import VectorPool
-from maskgit_pl.shards.crops import Crop
 from maskgit_pl.shards.manifest import (
     DataSummary,
     Split,
@@ -35,7 +35,7 @@ from maskgit_pl.shards.manifest import (
     read_manifest_summary,
 )
 from maskgit_pl.shards.reader import ShardReader
-from maskgit_pl.shards.tokens import StoreDescription, TokenReader, check_origin, open_store
+from maskgit_pl.shards.tokens import StoreDescription, TokenReader, augmentations_text, check_origin, open_store
 
 __all__ = ["ShardData"]
 
@@ -85,7 +85,7 @@ class ShardData(StepDataModule):
         if self.summary.vectors is None:
             raise ValueError(
                 f"data.vectors must be false for {self.config.path}, whose samples have no vectors, got true; make the "
-                "data with a .npy file beside each image (see data/README.md)"
+                "data with a .npy file beside each image"
             )
         return self.summary.vectors.dim
 
@@ -160,7 +160,7 @@ class ShardData(StepDataModule):
                 first_step=self._current_step(),
             )
             return self._loader(batches, order)
-        return self._loader(self.batches("train", self._order(), crop=self.config.crop), order)
+        return self._loader(self.batches("train", self._order(), augmentations=self.config.train_augmentations), order)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Returns this rank's batches of the val split, each sample once over all ranks."""
@@ -172,13 +172,15 @@ class ShardData(StepDataModule):
             return self._loader(StreamEval(self.config, samples, class_names=self.class_names), order)
         return self._loader(self.batches("val", InOrder(samples)), order)
 
-    def batches(self, split: Split, order: Order, *, crop: Crop = "center") -> ImageBatches | TokenBatches:
+    def batches(
+        self, split: Split, order: Order, *, augmentations: Augmentations = CENTER
+    ) -> ImageBatches | TokenBatches:
         """Returns a dataset of batches of a split.
 
         Args:
             split: ``"train"`` or ``"val"``.
             order: Maps positions to samples.
-            crop: ``"center"`` or ``"random"``; tokens keep the crops of their store.
+            augmentations: Crops and flips; tokens keep the views of their store.
 
         Returns:
             A dataset whose ``__getitems__(range of positions)`` returns a ``Batch``.
@@ -194,7 +196,7 @@ class ShardData(StepDataModule):
             order,
             image_size=self.config.image_size,
             in_channels=self.config.in_channels,
-            crop=crop,
+            augmentations=augmentations,
             seed=self.config.seed,
             vectors=images.vector_reader if self.vector_dim else None,
         )
@@ -213,7 +215,9 @@ class ShardData(StepDataModule):
         """
         reader = self._tokens[split] if self._tokens is not None else self._shard_reader(split)
         if reader.vector_reader is None:
-            raise ValueError(f"data {self.config.path} must have a vector for each image, got none (data/README.md)")
+            raise ValueError(
+                f"data {self.config.path} must have a vector for each image, got none; make it with .npy files"
+            )
         return torch.from_numpy(reader.vector_reader.read(index))
 
     def vector_pool(self, split: Split) -> VectorPool:
@@ -268,9 +272,12 @@ class ShardData(StepDataModule):
     def _tokens(self) -> dict[Split, TokenReader] | None:
         if self.token_store is None:
             return None
+        views, listed = self.config.views, self.config.augmentations
         # The values that the store must share with the data and the settings of this run.
         return open_store(
             self.token_store,
+            crops=views,
+            augmentations=None if listed is None else augmentations_text(listed),
             data=self.summary.fingerprint,
             image_size=self.config.image_size,
             classes=self.summary.classes,

@@ -26,6 +26,7 @@ from maskgit_pl.data.config import StreamConfig
 from maskgit_pl.files import open_regular
 from maskgit_pl.image_format import ImageSize
 from maskgit_pl.portable import pread
+from maskgit_pl.shards.crops import Place
 from maskgit_pl.shards.images import load_image
 from maskgit_pl.shards.labels import Labels
 from maskgit_pl.shards.scan import BAD_IMAGE, ShardScan, scan_shard
@@ -61,7 +62,7 @@ class StreamSample(NamedTuple):
     name: str
     epoch: int
 
-    def decode(self, image_size: ImageSize, channels: int, crop: tuple[float, float] | None) -> Tensor:
+    def decode(self, image_size: ImageSize, channels: int, crop: Place) -> Tensor:
         """Decodes and crops the image.
 
         Args:

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, get_worker_info
 from maskgit_pl.data.batches import Batch
 from maskgit_pl.data.config import ShardDataConfig, check_stream, expand_urls
 from maskgit_pl.data.shard_fetcher import ShardFetcher, StreamError, StreamSample
-from maskgit_pl.randomness import permutation, random_uniform
+from maskgit_pl.randomness import permutation
 from maskgit_pl.shards.images import Reason, UnreadableImageError
 from maskgit_pl.shards.labels import Labels
 from maskgit_pl.shards.scan import BAD_IMAGE
@@ -110,11 +110,8 @@ class StreamBatches(Dataset[Batch]):
         assert self._skipped is not None
         while True:
             sample = next(self._samples)
-            place = None
-            if self.config.crop == "random":
-                chance = random_uniform("crop", seed=self.config.seed, index=index, epoch=sample.epoch, count=2)
-                top, left = chance[0].tolist()
-                place = top, left
+            numbers, seed = (torch.tensor([each]) for each in (index, sample.epoch)), self.config.seed
+            (place,) = self.config.train_augmentations.draw(*numbers, seed=seed)
             try:
                 image = sample.decode(self.config.image_size, self.config.in_channels, place)
             except UnreadableImageError as error:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
 from maskgit_pl.checks import check_integer
+from maskgit_pl.data.augmentations import CENTER, Augmentations, build_augmentations
 from maskgit_pl.data.batches import Batch, ImageBatches, make_loader
 from maskgit_pl.data.order import Rows
 from maskgit_pl.image_format import ImageSize, height_width, pixels_text
@@ -66,9 +68,7 @@ def describe_store(
     codebook_size: int,
     tokenizer: str,
     image_size: ImageSize,
-    crops: int = 1,
-    flip: bool = False,
-    precision: str = "float32",
+    **views: Any,
 ) -> StoreDescription:
     """Describes a token store of a data folder, for ``tokenize``.
 
@@ -78,16 +78,15 @@ def describe_store(
         codebook_size: Codebook size.
         tokenizer: Fingerprint of the tokenizer's weights.
         image_size: Size of the images that the tokenizer encodes: a side, or (height, width).
-        crops: Crops of each training image: the central one, then random ones.
-        flip: True also stores each training image mirrored.
-        precision: Precision in which the tokenizer computes, ``"float32"`` or ``"bfloat16"``; recorded in the store.
+        views: The views of an image and the precision: the fields ``crops``, ``flip``, ``precision`` and
+            ``augmentations`` of ``StoreDescription``.
 
     Raises:
         ValueError: if a number is out of range, or ``crops`` is above 1 although all images have the shape of the
             crops.
     """
     summary = read_manifest_summary(path)
-    if crops > 1:
+    if views.get("crops", 1) > 1 and not views.get("augmentations"):
         _check_crops(summary.images, image_size)
     samples = cast("dict[Split, int]", dict(summary.samples))
     kind = summary.vectors
@@ -99,11 +98,9 @@ def describe_store(
         summary.fingerprint,
         summary.classes,
         samples,
-        crops,
-        flip,
-        precision,
         vector_dim=0 if kind is None else kind.dim,
         vector_dtype="" if kind is None else kind.dtype,
+        **views,
     )
 
 
@@ -149,7 +146,7 @@ def tokenize(
     # Every world_size-th part, so that all ranks have equally many.
     share = parts.parts()[config.rank :: config.world_size]
     for split, reader in readers.items():
-        reading = _PartReader(reader, description.image_size, in_channels, config)
+        reading = _PartReader(reader, description, in_channels, config)
         mirrors = description.mirrors_of(split)
         # 1. The parts that are not on disk yet.
         own = [part for part in share if part.split == split]
@@ -173,7 +170,7 @@ class _PartReader:
     """A reader of the images of a split, in the batches in which they are encoded."""
 
     reader: ShardReader
-    image_size: ImageSize
+    description: StoreDescription
     in_channels: int
     config: TokenizingConfig
 
@@ -190,9 +187,9 @@ class _PartReader:
         images = ImageBatches(
             self.reader,
             _CropOrder(crop),
-            image_size=self.image_size,
+            image_size=self.description.image_size,
             in_channels=self.in_channels,
-            crop="random" if crop else "center",
+            augmentations=_augmentations_of(self.description) if crop else CENTER,
             vectors=self.reader.vector_reader,
         )
         return iter(
@@ -241,6 +238,12 @@ def _encode(images: Tensor, encode: Callable[[Tensor], Tensor], mirrors: int) ->
     """Encodes images (B, C, H, W) uint8, and mirrored ones if ``mirrors`` is 2, to (B, mirrors, N) int64 on the CPU."""
     views = [images, images.flip(-1)][:mirrors]
     return torch.stack([encode(view).cpu() for view in views], dim=1)
+
+
+def _augmentations_of(description: StoreDescription) -> Augmentations:
+    """Returns the augmentations of all crops after the central one."""
+    listed = description.augmentations
+    return build_augmentations(json.loads(listed) if listed else ["random_crop"])
 
 
 def _check_crops(images: ImageRange, image_size: ImageSize) -> None:

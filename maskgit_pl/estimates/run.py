@@ -18,7 +18,7 @@ class Memory:
     Attributes:
         weights: Trained weights, or this rank's shard of them.
         gradients: Gradients, the same size.
-        moments: The two moments of AdamW, twice that size.
+        moments: State of the optimizer: twice that size for the two moments of AdamW.
         average: Moving average of the weights, if there is one.
         frozen: Weights of networks that are not trained: tokenizer, perceptual network.
         gathered: Whole weights and gradients that FSDP2 holds temporarily.
@@ -52,10 +52,12 @@ def estimate_memory(
     ranks: int,
     averaged: int | None = None,
     frozen: int = 0,
+    moments: float = 2.0,
 ) -> Memory:
     """Estimates the peak memory of a rank.
 
-    Each trained parameter takes 20 bytes: 4 as a weight, 4 as a gradient, 8 in AdamW's moments and 4 in the average.
+    With AdamW, each trained parameter takes 20 bytes: 4 as a weight, 4 as a gradient, 8 in two moments and 4 in the
+    average.
     ``auto`` and ``ddp`` hold all of them (DDP's buckets are the gradients themselves), ``fsdp`` holds shards.
 
     At its peak, FSDP2 also holds, unsharded:
@@ -75,6 +77,7 @@ def estimate_memory(
         ranks: Number of ranks.
         averaged: Number of averaged parameters; None means all trained parameters.
         frozen: Bytes of networks that are not trained.
+        moments: Values of the optimizer's state for each trained parameter; 2 for AdamW.
     """
     groups = [*blocks, root]
     whole = sum(group.numel for group in groups)
@@ -88,7 +91,7 @@ def estimate_memory(
     return Memory(
         weights=FLOAT * own,
         gradients=FLOAT * own,
-        moments=2 * FLOAT * own,
+        moments=round(moments * FLOAT * own),
         average=FLOAT * (own if averaged is None else averaged),
         frozen=frozen,
         gathered=gathered,
@@ -98,19 +101,21 @@ def estimate_memory(
     )
 
 
-def checkpoint_bytes(trained: int, *, averaged: int, others: int = 0, tensors: int = 0) -> int:
+def checkpoint_bytes(trained: int, *, averaged: int, others: int = 0, tensors: int = 0, moments: float = 2.0) -> int:
     """Estimates the size of a checkpoint in bytes.
 
-    A trained parameter takes 12 bytes (weight and two moments), an averaged parameter 4. The strategy does not change
-    the size. Each tensor adds about 1,200 bytes: its names in the header and in ``state.json``, and its step counts.
+    With AdamW, a trained parameter takes 12 bytes (weight and two moments); an averaged parameter takes 4. The strategy
+    does not change the size. Each tensor adds about 1,200 bytes: its names in the header and in ``state.json``, and its
+    step counts.
 
     Args:
         trained: Number of trained parameters.
         averaged: Number of averaged parameters.
         others: Bytes of buffers.
         tensors: Number of trained tensors.
+        moments: Values of the optimizer's state for each trained parameter; 2 for AdamW.
     """
-    return 3 * FLOAT * trained + FLOAT * averaged + others + 1200 * tensors
+    return round((1 + moments) * FLOAT * trained) + FLOAT * averaged + others + 1200 * tensors
 
 
 def max_num_checkpoints(max_steps: int, *, every: int, keep_last: int, keep_every: int | None) -> int:

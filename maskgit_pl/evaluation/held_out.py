@@ -18,7 +18,7 @@ _ADVICE = (
 )
 _SOURCES = {  # kind of source in the data folder's record -> origin of its val split
     "idx": "the official test set of the IDX files",
-    "blue marble": "tiles that data/blue_marble.py holds out",
+    "blue marble": "tiles of the blocks that `maskgit data fetch` holds out",
     "image folder": f"those in val/ or test/ of the image folder if it has one, else about a tenth of all; {_ADVICE}",
     "parquet": "those of its validation or test files if it has them, else about a tenth of all",
 }

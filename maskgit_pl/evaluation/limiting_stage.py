@@ -92,7 +92,7 @@ def _sentence(stage: LimitingStage, fid: float, rebuilt: float, real: float) -> 
 
 
 def next_commands(stage: LimitingStage, run: Path, content: Mapping[str, Any]) -> list[str]:
-    """Returns the ``make`` commands that improve the limiting stage in a new run.
+    """Returns the commands that improve the limiting stage in a new run.
 
     A tokenizer gets four times as many codes if it uses at least 90 % of them, else twice as many steps. A transformer
     gets the budget of an hour, after that twice as many steps.
@@ -114,20 +114,24 @@ def next_commands(stage: LimitingStage, run: Path, content: Mapping[str, Any]) -
     flags = _read_flags(read_json(file, max_bytes=_MAX_ENVIRONMENT_BYTES).get("command"))
     recipes, dataset = flags.get("recipe", "").split(), flags.get("dataset", DEFAULT_DATASET)
     if stage == "tokenizer" and content["reconstruction"]["codebook_usage"] >= _MANY_CODES:
-        more = {"ARGS": f"--model.network.codebook_size={4 * content['model']['codebook_size']}"}
+        more = [f"--model.network.codebook_size={4 * content['model']['codebook_size']}"]
     elif stage == "tokenizer" or _LONGEST in recipes:
-        more = {"ARGS": f"--trainer.max_steps={2 * steps}"}
+        more = [f"--trainer.max_steps={2 * steps}"]
     else:
-        recipes, more = [each for each in recipes if each not in _BUDGETS], {"BUDGET": _LONGEST}
+        recipes, more = [*(each for each in recipes if each not in _BUDGETS), _LONGEST], []
     of_run = {
-        "DATASET": dataset,
-        "DATA": flags.get("data") if flags.get("data") != f"data/shards/{dataset}" else None,
-        "RECIPE": " ".join(recipes),
-        "RUN": f"{run.resolve().name}-more",
+        "--dataset": dataset,
+        "--data": flags.get("data") if flags.get("data") != f"data/shards/{dataset}" else None,
+        "--recipe": " ".join(recipes),
+        "--run": f"{run.resolve().name}-more",
+        "--tokenizer": f"{run}/pretrained/tokenizer" if stage == "transformer" else None,
     }
-    if stage == "transformer":
-        return [_make("train-transformer", of_run | {"TOKENIZER": f"{run}/pretrained/tokenizer"} | more)]
-    return [_make("train-tokenizer", of_run | more), _make("train-transformer", of_run)]
+    words = [word for flag, text in of_run.items() if text for word in (flag, text)]
+    later = more if stage == "transformer" else []
+    commands = [["tokenize", *words, *later], ["train", "transformer", *words, *later]]
+    if stage == "tokenizer":
+        commands = [["train", "tokenizer", *words, *more], *commands]
+    return [shlex.join(["maskgit", *each]) for each in commands]
 
 
 def _read_flags(command: Any) -> dict[str, str]:
@@ -139,7 +143,3 @@ def _read_flags(command: Any) -> dict[str, str]:
             name, is_joined, joined = word[2:].partition("=")
             flags[name] = joined if is_joined else value
     return flags
-
-
-def _make(target: str, variables: Mapping[str, str | None]) -> str:
-    return " ".join(["make", target, *(f"{name}={shlex.quote(text)}" for name, text in variables.items() if text)])

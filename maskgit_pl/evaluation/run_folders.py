@@ -108,16 +108,20 @@ def find_run(run: Path | str, *, data: Path | None = None, classifier: Path | No
     """Finds the folders of a run.
 
     Args:
-        run: Run folder or pretrained folder.
+        run: Run folder, pretrained folder, or the name of a model in the package, whose results are written to
+            ``runs/NAME``.
         data: Data folder; None for the data that the run was trained on.
         classifier: Folder of the data's classifier; None for the one that all runs of the data share.
 
     Raises:
         FileNotFoundError: if the run or the data do not exist, or the run does not record its data.
     """
+    from maskgit_pl.pipeline.bundled import bundled_models
     from maskgit_pl.pipeline.sharing import local_folder
 
     pretrained = local_folder(run)
+    if pretrained in bundled_models().values():
+        return _folders(pretrained, Path("runs", pretrained.name), data, classifier)
     # RUN/pretrained belongs to the run; any other pretrained folder stands for itself.
     home = pretrained.parent if pretrained.name == "pretrained" else pretrained
     return _folders(pretrained, home, data, classifier)

@@ -71,7 +71,7 @@ class ImportedTokenizer:
                 f"  network   channels {' '.join(map(str, config.widths))}, {config.num_res_blocks} blocks a level"
                 f"{_attention_words(config)}",
                 f"  ignored   {', '.join(self.ignored) or 'nothing'}",
-                f"next: make train-transformer DATASET=... RECIPE=paper-256 TOKENIZER={self.folder}",
+                f"next: maskgit train transformer --dataset NAME --recipe paper-256 --tokenizer {self.folder}",
             ]
         )
 

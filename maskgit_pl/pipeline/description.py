@@ -40,6 +40,7 @@ SETTINGS = (
     "trainer.precision",
     "data.path",
     "data.global_batch",
+    "data.augmentations",
     "data.crop",
     "data.seed",
     "model.optimizer.learning_rate",

@@ -85,8 +85,9 @@ class MaskGIT(Editor):
         """Loads the model of a run, a pretrained folder, or a repository of the Hugging Face Hub.
 
         Args:
-            path_or_hub_id: Run folder (``runs/RUN``), folder with ``tokenizer/`` and ``transformer/``, or
-                ``owner/name`` on the Hub. Downloaded files are read as data and never executed.
+            path_or_hub_id: Run folder (``runs/RUN``), folder with ``tokenizer/`` and ``transformer/``, the model of
+                the package ``fashion-mnist-demo``, or ``owner/name`` on the Hub. Downloaded files are read as data and
+                never executed.
             revision: Branch, tag or commit of a repository; its main branch by default.
             cache_dir: Folder of downloaded files; the cache of the Hub by default.
             local_files_only: True reads only from the cache.

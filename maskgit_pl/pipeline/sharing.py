@@ -1,4 +1,4 @@
-"""Finds a pretrained folder on this machine or on the Hugging Face Hub, and uploads one.
+"""Finds a pretrained folder on this machine, in the package or on the Hugging Face Hub, and uploads one.
 
 ``ModelHubMixin`` does not fit: it writes the arguments of ``__init__`` to a ``config.json`` of its own, and the
 arguments of a pipeline are networks. ``snapshot_download`` and ``upload_folder`` are enough. Downloaded files are read
@@ -11,6 +11,8 @@ import os
 import re
 from difflib import get_close_matches
 from pathlib import Path
+
+from maskgit_pl.pipeline.bundled import bundled_models
 
 __all__ = ["check_hub_id", "find_folder", "find_transformer", "local_folder", "upload"]
 
@@ -31,10 +33,11 @@ def find_folder(
     local_files_only: bool = False,
     token: str | bool | None = None,
 ) -> Path:
-    """Finds a pretrained folder on this machine, or downloads it if the text has the form ``owner/name``.
+    """Finds a pretrained folder on this machine or in the package, or downloads it if the text is ``owner/name``.
 
     Args:
-        path_or_hub_id: Run folder, pretrained folder, or ``owner/name`` on the Hub.
+        path_or_hub_id: Run folder, pretrained folder, name of a model in the package (``bundled_models``), or
+            ``owner/name`` on the Hub.
         revision: Branch, tag or commit of a repository; its main branch by default.
         cache_dir: Folder of downloaded files; the cache of the Hub by default.
         local_files_only: True reads only from the cache.
@@ -80,10 +83,10 @@ def find_transformer(path_or_hub_id: Path | str) -> Path:
 
 
 def local_folder(path: Path | str) -> Path:
-    """Returns the pretrained folder of a run, or the folder itself.
+    """Returns the pretrained folder of a run or of a model in the package, or the folder itself.
 
     Args:
-        path: Run folder (``runs/RUN``) or pretrained folder.
+        path: Run folder (``runs/RUN``), pretrained folder, or name in ``bundled_models``. A folder comes before a name.
 
     Returns:
         The folder with ``tokenizer/`` and ``transformer/``.
@@ -91,11 +94,13 @@ def local_folder(path: Path | str) -> Path:
     Raises:
         FileNotFoundError: if there is no such folder (the message names the nearest one), or a stage is missing.
     """
-    folder = Path(path)
+    folder, bundled = Path(path), bundled_models()
+    if not folder.exists() and str(path) in bundled:
+        return bundled[str(path)]
     if not folder.is_dir():
-        hint = _nearest_folder(folder)
-        advice = f"did you mean {hint}?" if hint else "train one with `make demo`, or name another folder"
-        raise FileNotFoundError(f"run {folder}: no such folder; {advice}")
+        hint = _nearest_folder(folder) or next(iter(get_close_matches(str(path), bundled)), None)
+        advice = f"did you mean {hint}?" if hint else "train one with `maskgit demo`, or name another folder."
+        raise FileNotFoundError(f"run {folder}: no such folder; {advice} Models of the package: {', '.join(bundled)}")
     # A run has the folder pretrained/; a pretrained folder has the stages itself.
     found = folder / "pretrained" if (folder / "pretrained").is_dir() else folder
     for part in ("tokenizer", "transformer"):

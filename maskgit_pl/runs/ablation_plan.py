@@ -43,6 +43,7 @@ _REFUSED = {  # keys that all variants share -> the reason
     "data.token_store": "it follows the tokenizer and the data",
     "data.image_size": "images of another size have other metrics",
     "data.in_channels": "images with other channels have other metrics",
+    "data.augmentations": "variants are compared on the same images",
     "data.crop": "variants are compared on the same images",
 }
 _REFUSED_OF_TOKENS = {  # the same, if all variants read the tokens of one tokenizer

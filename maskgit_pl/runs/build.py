@@ -50,6 +50,7 @@ from maskgit_pl.training.health import HealthMonitor
 from maskgit_pl.training.health_rules import HealthConfig
 from maskgit_pl.training.image_callbacks import ReconstructionPictures, SamplePictures
 from maskgit_pl.training.loggers import loggers
+from maskgit_pl.training.optimizers import check_sharding
 from maskgit_pl.training.progress import ProgressLines
 from maskgit_pl.training.step_clock import StepClock
 from maskgit_pl.training.stop_and_nonfinite import StepCheck
@@ -100,6 +101,11 @@ def build(plan: Plan) -> StageRun:
         assert isinstance(module, Tokenizer)
         # Stage 1 optimizes manually, so the Trainer must not accumulate.
         module.accumulation = accumulation
+    if module.config.flip_probability > 0 and "flip" in data.config.train_augmentations.parts:
+        raise ValueError(
+            "model.flip_probability must be 0 if data.augmentations lists flip, got "
+            f"{module.config.flip_probability}; an image would be flipped twice"
+        )
     # Steps in a recipe, but micro-batches in Lightning.
     if isinstance(trainer.val_check_interval, int):
         trainer.val_check_interval *= accumulation
@@ -184,6 +190,8 @@ class StageRun:
         check_accelerator(given.accelerator)
         # Checked before the Trainer is built, which silently replaces float16 by bfloat16 on a CPU.
         check_precision(given.precision)
+        assert isinstance(self.model, Tokenizer | TokenModel)
+        check_sharding(self.model.config.optimizer, given.strategy)
         if self.stage == "tokenizer" and given.gradient_clip_val is not None:
             raise ValueError("trainer.gradient_clip_val cannot be set for the tokenizer: set model.gradient_clip")
         ours = {
@@ -241,8 +249,8 @@ class StageRun:
         if changed:
             raise ValueError(
                 f"cannot resume {self.folder} from step {step_of(checkpoint)}: settings changed "
-                f"({', '.join(changed)}). Restore them, or start a new run with --run (make: RUN=); --pretrained "
-                "(make: PRETRAINED=) starts it from existing weights"
+                f"({', '.join(changed)}). Restore them, or start a new run with --run; "
+                "--pretrained starts it from existing weights"
             )
 
     def _find_vectors(self, labels: Sequence[int], seeds: Sequence[int]) -> Tensor:

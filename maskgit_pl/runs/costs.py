@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 import torch
@@ -33,6 +33,7 @@ from maskgit_pl.token_model import TokenModel
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.tokenizer_config import AdversarialConfig, TokenizerConfig
 from maskgit_pl.training.compile_and_checkpointing import prepare_blocks
+from maskgit_pl.training.optimizers import state_values
 
 __all__ = ["Costs", "TokenizerCosts", "TransformerCosts"]
 
@@ -46,12 +47,14 @@ class Costs:
         ranks: Number of ranks.
         precision: Precision of the Trainer.
         checkpointing: ``model.activation_checkpointing``.
+        module: The module that would be trained.
     """
 
     strategy: Strategy
     ranks: int
     precision: Precision = "32-true"
     checkpointing: Checkpointing = "none"
+    module: TokenModel | Tokenizer = field(kw_only=True)
 
     @property
     @abstractmethod
@@ -84,6 +87,11 @@ class Costs:
         """The number of trained parameters."""
         blocks, root = self.groups
         return sum(group.numel for group in (*blocks, root))
+
+    @cached_property
+    def moments(self) -> float:
+        """The number of values that the optimizer keeps for each trained parameter."""
+        return state_values(self.module.config.optimizer)
 
     @property
     def num_tensors(self) -> int:
@@ -172,7 +180,7 @@ class TransformerCosts(Costs):
         blocks, root = self.groups
         return estimate_memory(
             blocks, root, self.activations(per_device), strategy=self.strategy, ranks=self.ranks,
-            averaged=None if self.averaged else 0, frozen=self._encoding[0],
+            averaged=None if self.averaged else 0, frozen=self._encoding[0], moments=self.moments,
         )  # fmt: skip
 
     def flops(self, global_batch: int) -> tuple[float, float]:
@@ -195,7 +203,7 @@ class TransformerCosts(Costs):
         return whole - saved, float(self._replay("blocks").flops - whole) if is_repeated else 0.0
 
     def checkpoint(self) -> int:
-        return checkpoint_bytes(self.trained, averaged=self.averaged, tensors=self.num_tensors)
+        return checkpoint_bytes(self.trained, averaged=self.averaged, tensors=self.num_tensors, moments=self.moments)
 
     def traffic(self, micro_batches: int) -> Traffic:
         blocks, root = self.groups
@@ -256,7 +264,7 @@ class TokenizerCosts(Costs):
         frozen = sum(tensor.nbytes for network in self._frozen for tensor in network.parameters())
         return estimate_memory(
             blocks, root, activations, strategy=self.strategy, ranks=self.ranks,
-            averaged=self.averaged, frozen=frozen + 2 * buffers,
+            averaged=self.averaged, frozen=frozen + 2 * buffers, moments=self.moments,
         )  # fmt: skip
 
     def flops(self, global_batch: int) -> tuple[float, float]:
@@ -265,7 +273,13 @@ class TokenizerCosts(Costs):
 
     def checkpoint(self) -> int:
         buffers = sum(tensor.nbytes for tensor in self.module.network.buffers())
-        return checkpoint_bytes(self.trained, averaged=self.averaged, others=2 * buffers, tensors=self.num_tensors)
+        return checkpoint_bytes(
+            self.trained,
+            averaged=self.averaged,
+            others=2 * buffers,
+            tensors=self.num_tensors,
+            moments=self.moments,
+        )
 
     def traffic(self, micro_batches: int) -> Traffic:
         blocks, root = self.groups

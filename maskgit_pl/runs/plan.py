@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from maskgit_pl.datasets import how_to_get
 from maskgit_pl.files import sha256_of
 from maskgit_pl.registry import nearest
 from maskgit_pl.runs.recipe import Recipe
@@ -137,11 +138,8 @@ def find_data(recipe: Recipe, data: str | Path | None = None) -> Path:
     """
     shards = Path(data or recipe.paths.get("data.path") or _SHARDS / recipe.dataset)
     if not shards.is_dir() and not (data is None and recipe.get("data.source") == "stream"):
-        script = Path("data") / f"{recipe.dataset.replace('-', '_')}.py"
-        made = f"`python {script}` or " if script.is_file() else ""
         raise FileNotFoundError(
-            f"data {shards}: no such folder; make it with {made}`maskgit data make IMAGES --out {shards}`, or name "
-            "another with --data (make: DATA=)"
+            f"data {shards}: no such folder; {how_to_get(recipe.dataset, shards)}, or name another with --data"
         )
     return shards
 
@@ -185,14 +183,14 @@ def find_tokenizer(
     found = _tokenizers_of(shards, folder.parent)
     if not found:
         raise FileNotFoundError(
-            f"tokenizer {own}: no such folder; train one with `maskgit train tokenizer` (make: train-tokenizer), or "
-            "name another with --tokenizer (make: TOKENIZER=)"
+            f"tokenizer {own}: no such folder; train one with `maskgit train tokenizer`, or name another with "
+            "--tokenizer"
         )
     if len(found) > 1:
         choices = ", ".join(map(str, found))
         raise ValueError(
-            f"tokenizer {own}: no such folder, and there are several others for these data; name one with --tokenizer "
-            f"(make: TOKENIZER=): {choices}"
+            f"tokenizer {own}: no such folder, and there are several others for these data; name one with --tokenizer: "
+            f"{choices}"
         )
     log.info("tokenizer: %s, the only one trained on %s", found[0], shards)
     return found[0]
@@ -217,7 +215,7 @@ def _refuse_unknown_run(folder: Path) -> None:
         return
     raise FileNotFoundError(
         f"run {folder}: no such run: {nearest(folder.name, runs)}. To start it with the tokenizer of another run, use "
-        "--tokenizer (make: TOKENIZER=)"
+        "--tokenizer"
     )
 
 

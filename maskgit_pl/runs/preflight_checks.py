@@ -149,8 +149,8 @@ def _read_summary(shards: Path) -> DataSummary:
     summary = read_manifest_summary(shards)
     if "val" not in summary.samples:
         raise FileNotFoundError(
-            f"data {shards} must have a val split for validation, got only train; see data/README.md, or make the "
-            "folder again with `maskgit data make`"
+            f"data {shards} must have a val split for validation, got only train; make the "
+            "folder again with `maskgit data make`, or name val shards with `maskgit data index --val`"
         )
     return summary
 

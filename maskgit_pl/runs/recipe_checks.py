@@ -30,7 +30,7 @@ _REASONS = {  # keys that users of Lightning expect -> the reason why a recipe h
     "trainer.max_time": "end a run with SIGTERM or the job's time limit: it saves, and the same command resumes it",
     "trainer.check_val_every_n_epoch": "set trainer.val_check_interval, in steps",
     "trainer.accumulate_grad_batches": "it follows data.global_batch and data.max_batch_per_device",
-    "trainer.default_root_dir": "use --runs-folder and --run (make: RUN=)",
+    "trainer.default_root_dir": "use --runs-folder and --run",
     "trainer.enable_checkpointing": "set checkpoint_every, keep_last and keep_every",
     "trainer.use_distributed_sampler": "the data module divides the samples among the ranks",
     "trainer.logger": "name the loggers with the key loggers, such as loggers: [tensorboard, csv]",

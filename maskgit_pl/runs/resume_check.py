@@ -12,7 +12,7 @@ from typing import Any
 
 __all__ = ["fixed_settings", "list_changes"]
 
-_DATA = ("image_size", "in_channels", "crop", "global_batch", "seed", "shuffle_window")
+_DATA = ("image_size", "in_channels", "augmentations", "crop", "global_batch", "seed", "shuffle_window")
 _TRAINER = ("gradient_clip_val", "gradient_clip_algorithm")
 _FREE_MODEL = {  # all other keys of the model are fixed
     "model.activation_checkpointing",

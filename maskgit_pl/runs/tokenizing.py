@@ -34,7 +34,7 @@ __all__ = ["OnRows", "ProcessRank", "TokenizeOptions", "find_process_rank", "tok
 log = logging.getLogger(__name__)
 
 _MOST_WORKERS = 8
-_VIEWS = ("crops", "flip", "precision")
+_VIEWS = ("crops", "flip", "precision", "augmentations")
 OnRows = Callable[[Literal["train", "val"], int, int], object]
 
 
@@ -56,10 +56,11 @@ class ProcessRank(NamedTuple):
 class TokenizeOptions:
     """The options of a token store.
 
-    If ``crops``, ``flip`` and ``precision`` are all None, an existing store of the run keeps its own.
+    If ``crops``, ``flip`` and ``precision`` are all None, and the recipe sets neither ``data.views`` nor
+    ``data.augmentations``, an existing store of the run keeps its own.
 
     Args:
-        crops: Crops per training image, beginning with the central crop. Default: 1.
+        crops: Crops per training image, beginning with the central crop. Default: ``data.views`` of the recipe, or 1.
         flip: True adds the mirrored training images. Default: False.
         precision: Precision of the tokenizer. Default: ``"float32"``.
         device: ``"cpu"``, ``"cuda:1"``, ...; ``"auto"`` takes a GPU if there is one.
@@ -122,7 +123,8 @@ def tokenize(
 
     options = options or TokenizeOptions()
     device, loaded = _device(options.device, process.local_rank), load_tokenizer(found)
-    description = _describe(options, folder, shards, loaded)
+    views = _views(recipe, options)
+    description = _describe(views, folder, shards, loaded)
     store = _store_of(folder, description)
     with hold_lock(store, hint="name another run (--run)", rank=process.rank):
         _make(shards, store, loaded, description, options, process, device, on_rows)
@@ -148,8 +150,25 @@ def find_process_rank(rank: int | None = None, world_size: int | None = None) ->
     return ProcessRank(0, 1, 0)
 
 
-def _describe(options: TokenizeOptions, folder: Path, shards: Path, tokenizer: PretrainedTokenizer) -> StoreDescription:
-    """Describes the wanted store. A run with a store keeps its crops, flips and precision if the options set none."""
+def _views(recipe: Recipe, options: TokenizeOptions) -> dict[str, Any]:
+    """Returns what recipe and options say about the views of an image and the precision, without what neither says."""
+    from maskgit_pl.data import ShardDataConfig  # torch takes seconds to import
+    from maskgit_pl.shards.tokens import augmentations_text
+
+    listed, crops = recipe.get("data.augmentations"), options.crops
+    if listed is not None:
+        ShardDataConfig("", augmentations=listed)  # raises if a name or a value is wrong
+    values = {
+        "crops": recipe.get("data.views") if crops is None else crops,
+        "flip": options.flip,
+        "precision": options.precision,
+        "augmentations": None if listed is None else augmentations_text(listed),
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _describe(named: dict[str, Any], folder: Path, shards: Path, tokenizer: PretrainedTokenizer) -> StoreDescription:
+    """Describes the wanted store. A run with a store keeps its views and its precision if ``named`` is empty."""
     from maskgit_pl.data import describe_store
     from maskgit_pl.shards.tokens import read_description
 
@@ -163,7 +182,6 @@ def _describe(options: TokenizeOptions, folder: Path, shards: Path, tokenizer: P
             **views,
         )
 
-    named = {name: value for name in _VIEWS if (value := getattr(options, name)) is not None}
     with suppress(FileNotFoundError, ValueError):  # no store, or one that will be replaced
         own = read_description(folder / "tokens")
         if not named and own == describe(**{name: getattr(own, name) for name in _VIEWS}):

@@ -6,6 +6,7 @@ make the pixels depend on the ratio of the sizes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, get_args
 
 from maskgit_pl.checks import check_choice
@@ -14,9 +15,12 @@ from maskgit_pl.image_format import ImageSize, height_width
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Crop", "check_crop", "crop_to_shape", "fit_image"]
+__all__ = ["Crop", "Place", "check_crop", "crop_to_shape", "fit_image", "resize"]
 
 Crop = Literal["center", "random"]
+Place = tuple[float, float] | Callable[["Tensor", tuple[int, int]], "Tensor"] | None
+"""The part of an image that is used: its place along (height, width), each in [0, 1), a function of the image and of
+the size of the result, which crops by itself, or None for the centre."""
 
 
 def check_crop(crop: str) -> None:
@@ -28,7 +32,7 @@ def check_crop(crop: str) -> None:
     check_choice("crop", crop, get_args(Crop))
 
 
-def fit_image(image: Tensor, *, image_size: ImageSize, crop: tuple[float, float] | None) -> Tensor:
+def fit_image(image: Tensor, *, image_size: ImageSize, crop: Place) -> Tensor:
     """Crops an image to the shape of the result and resizes it. An image of the right size is returned unchanged.
 
     The result is that of the usual "resize until the result fits in, then crop", without resizing the pixels outside
@@ -37,14 +41,16 @@ def fit_image(image: Tensor, *, image_size: ImageSize, crop: tuple[float, float]
     Args:
         image: (C, h, w) uint8.
         image_size: Size of the result: H = W, or (H, W).
-        crop: Place of the crop; see ``crop_to_shape``.
+        crop: Place of the crop; see ``crop_to_shape``. A function returns the result itself.
 
     Returns:
         (C, H, W) uint8.
     """
     size = height_width(image_size)
+    if callable(crop):
+        return crop(image, size)
     part = crop_to_shape(image, image_size=size, crop=crop)
-    return part if part.shape[-2:] == size else _resize(part, size)
+    return part if part.shape[-2:] == size else resize(part, size)
 
 
 def crop_to_shape(image: Tensor, *, image_size: ImageSize, crop: tuple[float, float] | None = None) -> Tensor:
@@ -68,21 +74,29 @@ def crop_to_shape(image: Tensor, *, image_size: ImageSize, crop: tuple[float, fl
     return image[:, top : top + high, left : left + wide]
 
 
-def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resizes an image in channels-last layout, as it was decoded; the other layout takes twice as long.
+def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resizes an image.
 
     Colours are weighted by alpha, so that those of transparent pixels, which nobody sees, do not reach visible ones.
+
+    Args:
+        image: (C, h, w) uint8; an even C has alpha last.
+        size: Height and width of the result.
+
+    Returns:
+        (C, H, W) uint8.
     """
     import torch
 
-    def resize(batch: Tensor) -> Tensor:
+    def interpolate(batch: Tensor) -> Tensor:
+        # The layout of decoded images; the other layout takes twice as long.
         batch = batch.contiguous(memory_format=torch.channels_last)
         return torch.nn.functional.interpolate(batch, size, mode="bicubic", antialias=True)[0]
 
     if image.shape[0] % 2:
-        return resize(image[None])
+        return interpolate(image[None])
     share = image[-1:] / 255
-    resized = resize(torch.cat([image[:-1] * share, share])[None])  # float32
+    resized = interpolate(torch.cat([image[:-1] * share, share])[None])  # float32
     alpha = resized[-1:].clamp(0, 1)
     colours = (resized[:-1] / alpha.clamp(min=1 / 255)).where(alpha > 0, 0)
     return torch.cat([colours, 255 * alpha]).round().clamp(0, 255).to(image.dtype)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from maskgit_pl.image_format import ImageSize, check_channels, height_width
-from maskgit_pl.shards.crops import fit_image
+from maskgit_pl.shards.crops import Place, fit_image
 from maskgit_pl.shards.image_bytes import (
     JPEG_MAGIC,
     MAX_PIXELS,
@@ -126,9 +126,7 @@ def decode_image(data: bytes, *, channels: int, name: str) -> Tensor:
     return from_pil(image, channels=channels, name=name)
 
 
-def load_image(
-    data: bytes, *, image_size: ImageSize, channels: int, crop: tuple[float, float] | None, name: str
-) -> Tensor:
+def load_image(data: bytes, *, image_size: ImageSize, channels: int, crop: Place, name: str) -> Tensor:
     """Decodes an image, crops it to the shape of the result and resizes it.
 
     Args:
@@ -151,13 +149,13 @@ def load_image(
     return image
 
 
-def load_image_into(out: Tensor, data: bytes, *, crop: tuple[float, float] | None, name: str) -> None:
+def load_image_into(out: Tensor, data: bytes, *, crop: Place, name: str) -> None:
     """Decodes an image, crops it and resizes it into existing memory, such as a row of a batch.
 
     Args:
         out: (C, H, W) uint8 with C = 1 to 4, overwritten with the result; fastest if it is channels-last.
         data: All bytes of the file.
-        crop: Place of the crop along (height, width), each in [0, 1); None for the centre.
+        crop: Place of the crop, see ``crops.Place``; None for the centre.
         name: The image's name in error messages.
 
     Raises:

@@ -220,7 +220,7 @@ def load_manifest(folder: str | Path, split: Split, *, check: bool = True) -> Ma
     if not folder.is_dir():
         raise FileNotFoundError(
             f"data folder {folder} does not exist; make it with `maskgit data make SOURCE --out {folder}`, "
-            "or get the default data with `python data/fashion_mnist.py`"
+            f"or get the default data with `maskgit data fetch fashion-mnist --out {folder}`"
         )
     if not path.exists():
         raise FileNotFoundError(

@@ -31,7 +31,7 @@ from maskgit_pl.shards.image_bytes import MAX_IMAGE_BYTES, UnreadableImageError
 from maskgit_pl.shards.images import ImageHeader, parse_image_header
 from maskgit_pl.shards.labels import Labels
 from maskgit_pl.shards.manifest import INDEX_DTYPE, ImageRange
-from maskgit_pl.shards.tar import BLOCK, DamagedTarError, Member, read_members
+from maskgit_pl.shards.tar import BLOCK, DamagedTarError, DescriptorBytes, Member, read_members
 from maskgit_pl.shards.vectors import MAX_VECTOR_BYTES, VECTOR_EXTENSION, VectorKind, parse_vector
 from maskgit_pl.text import printable
 
@@ -151,7 +151,7 @@ def scan_shard(path: Path, labels: Labels, *, lenient: bool = True, vectors: boo
         scan = _Scanner(descriptor, path.name, labels, lenient=lenient, vectors=vectors)
         damage, digest = "", ""
         try:
-            for member in read_members(descriptor):
+            for member in read_members(DescriptorBytes(descriptor)):
                 scan.take(member)
             # A second pass over the file, only if the hash will be used.
             if scan.has_no_faults() or lenient:

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from maskgit_pl.portable import pread
 from maskgit_pl.text import printable
 
-__all__ = ["BLOCK", "DamagedTarError", "Member", "header_size", "read_members"]
+__all__ = ["BLOCK", "DamagedTarError", "DescriptorBytes", "Member", "TarBytes", "header_size", "read_members"]
 
 BLOCK = 512
 _END = bytes(2 * BLOCK)  # a tar ends with two blocks of zeros
@@ -54,7 +54,36 @@ class Member(NamedTuple):
     offset: int
 
 
-def read_members(descriptor: int) -> Iterator[Member]:
+class TarBytes(Protocol):
+    """The bytes of a tar, which are read at positions that ascend but for steps of less than 64 KiB.
+
+    Args:
+        length: Number of bytes.
+    """
+
+    length: int
+
+    def read_at(self, size: int, offset: int) -> bytes:
+        """Returns ``size`` bytes at an offset, fewer at the end."""
+
+
+class DescriptorBytes:
+    """The bytes of an open file.
+
+    Args:
+        descriptor: Descriptor of the file; its position is not used.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.length = os.fstat(descriptor).st_size
+
+    def read_at(self, size: int, offset: int) -> bytes:
+        """Returns ``size`` bytes at an offset, fewer at the end."""
+        return pread(self.descriptor, size, offset)
+
+
+def read_members(file: TarBytes) -> Iterator[Member]:
     """Yields every member of a tar in order, reading only the headers.
 
     1. Read the header at the current offset; zeros end the tar.
@@ -64,12 +93,12 @@ def read_members(descriptor: int) -> Iterator[Member]:
     5. After the last member, check that only zeros follow.
 
     Args:
-        descriptor: Descriptor of the open file; its position is not used.
+        file: Bytes of the tar.
 
     Raises:
         DamagedTarError: if the file is compressed or empty, a header is damaged, or the file is truncated.
     """
-    window = _Window(descriptor)
+    window = _Window(file)
     offset = 0
     long_name, extended = "", dict[bytes, bytes]()
     while (header := window.block(offset)) is not None:  # 1.
@@ -115,9 +144,8 @@ class _Window:
     faster than one Python ``sum`` per header.
     """
 
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-        self.length = os.fstat(descriptor).st_size
+    def __init__(self, file: TarBytes) -> None:
+        self.file, self.length = file, file.length
         self.start, self.data, self.sums = 0, b"", list[int]()
         if not self.length:
             raise DamagedTarError("empty file")
@@ -151,7 +179,7 @@ class _Window:
         if size > limit:
             raise DamagedTarError(f"extended header at byte {offset} must have at most {limit} bytes, got {size}")
         self.require(offset, size, name=name)
-        return pread(self.descriptor, size, offset + BLOCK)
+        return self.file.read_at(size, offset + BLOCK)
 
     def require(self, offset: int, size: int, *, name: str) -> None:
         """Checks that the payload after the header at an offset lies within the file."""
@@ -166,13 +194,13 @@ class _Window:
             raise DamagedTarError(f"truncated at byte {self.length}, the end of the archive is missing")
         zeros = bytes(2**20)
         for start in range(offset, self.length, len(zeros)):
-            data = pread(self.descriptor, len(zeros), start)
+            data = self.file.read_at(len(zeros), start)
             if data != zeros[: len(data)]:
                 what = "zeros instead of a member" if offset == 0 else "a damaged member header"
                 raise DamagedTarError(f"{what} at byte {offset}, followed by other bytes")
 
     def _read(self, offset: int) -> None:
-        data = pread(self.descriptor, _WINDOW_BYTES, offset)
+        data = self.file.read_at(_WINDOW_BYTES, offset)
         whole = len(data) - len(data) % BLOCK
         if not whole:
             raise DamagedTarError(f"truncated at byte {offset} while it was read")

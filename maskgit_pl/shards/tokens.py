@@ -17,7 +17,8 @@ them. Used by the data modules, ``maskgit tokenize`` and ``verify``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -42,6 +43,7 @@ __all__ = [
     "TokenReader",
     "Tokens",
     "array_paths",
+    "augmentations_text",
     "check_origin",
     "is_complete",
     "is_store",
@@ -57,7 +59,7 @@ _MAX_DESCRIPTION_BYTES = 2**25  # most of it class names
 DESCRIPTION_FILE = "store.json"
 _BLOCK_VALUES = 2**22  # values of an array that are checked at a time
 Tokens = npt.NDArray[np.unsignedinteger[Any]]  # of StoreDescription.dtype
-REMAKE_HINT = "regenerate it with `make tokenize` (or `maskgit tokenize`)"
+REMAKE_HINT = "regenerate it with `maskgit tokenize`"
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,12 @@ class StoreDescription:
         data: Fingerprint of the data folder.
         classes: Class names.
         samples: Number of samples of each split.
-        crops: Crops of each training image: the central one, then random ones.
+        crops: Crops of each training image: the central one, then random or augmented ones.
         flip: True if each training crop is also stored mirrored.
         precision: Precision of the tokenizer's computation, ``"float32"`` or ``"bfloat16"``.
         vector_dim: Size C of the vectors of the samples; 0 without vectors.
         vector_dtype: Type of the vectors, ``"float16"`` or ``"float32"``; empty without vectors.
+        augmentations: Augmentations of the other crops, see ``augmentations_text``; empty for random crops.
         sha256: Hash of each array's file by its name, ``{"train-tokens": hex, ...}``; empty in stores of format 1.
             Comparison of descriptions ignores it.
 
@@ -96,6 +99,7 @@ class StoreDescription:
     precision: str = "float32"
     vector_dim: int = 0
     vector_dtype: str = ""
+    augmentations: str = ""
     sha256: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
@@ -346,10 +350,17 @@ def open_store(folder: str | Path, **origin: object) -> dict[Split, TokenReader]
 
 def plain_description(description: StoreDescription) -> dict[str, Any]:
     """Returns a description in plain values, with the keys of ``store.json`` and without its hashes."""
+    # Keys that older stores do not have are left out with the only value of these stores.
     unused = {"sha256"} if description.vector_dim else {"sha256", "vector_dim", "vector_dtype"}
+    unused |= set() if description.augmentations else {"augmentations"}
     fields = {name: value for name, value in asdict(description).items() if name not in unused}
     # Both formats name it "num_codes": folders of stores and of their parts are named by hashes of these keys.
     return {"num_codes" if name == "codebook_size" else name: value for name, value in fields.items()}
+
+
+def augmentations_text(specs: Sequence[str | Mapping[str, Any]]) -> str:
+    """Returns the augmentations of a recipe as they stand in a description: JSON with sorted keys."""
+    return json.dumps(list(specs), sort_keys=True)
 
 
 def is_complete(folder: str | Path, description: StoreDescription) -> bool:

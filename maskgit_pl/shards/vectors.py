@@ -32,7 +32,6 @@ __all__ = [
     "VectorReader",
     "load_vectors",
     "parse_vector",
-    "read_vector_file",
     "vectors_path",
     "write_vectors",
 ]
@@ -94,27 +93,6 @@ def parse_vector(data: bytes, *, name: str) -> tuple[VectorKind, int]:
         place = int(np.isfinite(values).argmin())
         raise ValueError(f"vector {name} must have finite values, got {values[place]} at place {place}")
     return kind, start
-
-
-def read_vector_file(path: Path, *, name: str) -> bytes:
-    """Reads the bytes of a ``.npy`` file, and no more of them than a vector can have.
-
-    Args:
-        path: The file.
-        name: The vector's name in error messages.
-
-    Raises:
-        ValueError: if it cannot be read, is not a regular file, or is too large.
-    """
-    try:
-        descriptor = open_regular(path)
-        with os.fdopen(descriptor, "rb") as file:
-            data = file.read(MAX_VECTOR_BYTES + 1)
-    except OSError as error:
-        raise ValueError(f"vector {name} cannot be read: {error.strerror or error}") from error
-    if len(data) > MAX_VECTOR_BYTES:
-        raise ValueError(f"vector {name} must have at most {MAX_VECTOR_BYTES} bytes, got more")
-    return data
 
 
 def write_vectors(file: IO[bytes], kind: VectorKind, count: int, blocks: Iterable[npt.NDArray[Any]]) -> str:

@@ -1,17 +1,36 @@
-"""AdamW and its parameter groups, for both stages."""
+"""The registry of optimizers, and the parameter groups of both stages.
+
+A recipe names one by ``model.optimizer.algorithm``: ``lion``, or ``{name: sgd, momentum: 0.95}``. The default is AdamW.
+``timm_optimizers`` registers the others.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, get_args
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from maskgit_pl.checks import check_choice, check_number
+from maskgit_pl.registry import Registry, derives_from, describe
 from maskgit_pl.training.learning_rates import LearningRate
 
-__all__ = ["AdamWKind", "OptimizerConfig", "build_adamw", "parameter_groups"]
+__all__ = [
+    "AdamWKind",
+    "AdamWSpec",
+    "OptimizerConfig",
+    "OptimizerSpec",
+    "build_optimizer",
+    "check_sharding",
+    "optimizers",
+    "parameter_groups",
+    "state_values",
+]
 
 AdamWKind = Literal["fused", "foreach", "for-loop"]
 """Implementations of AdamW in torch: one kernel for everything, one kernel per operation, or one per parameter."""
@@ -19,30 +38,87 @@ AdamWKind = Literal["fused", "foreach", "for-loop"]
 _DECAYED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
+class OptimizerSpec:
+    """The base of registered optimizers: a frozen dataclass of the values in a recipe, which builds the optimizer.
+
+    A step must be a function of the gradients, the state dict and the learning rate of each group, so that a resumed
+    run is bit-exact: no random numbers, and no state outside of ``state_dict()``. A parameter without a gradient must
+    stay as it is. The state of a parameter has its dtype: torch converts it when it loads a state dict.
+
+    Attributes:
+        elementwise: True if the step of a value depends on nothing but the gradients and the state at its place. FSDP2,
+            which gives each rank some rows of a matrix, needs this.
+        other_options: Options of the parameter group that does not decay: embeddings, positions, norms and biases.
+    """
+
+    elementwise: ClassVar[bool] = False
+    other_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+
+    def create(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:
+        """Builds the optimizer.
+
+        Args:
+            groups: Parameter groups with the weight decay of each; see ``parameter_groups``.
+            config: Learning rate, of which the peak is the rate of the new optimizer, and betas.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define create(groups, config)")
+
+
+optimizers: Registry[OptimizerSpec] = Registry(
+    "optimizer",
+    "maskgit_pl.optimizers",
+    check=derives_from(OptimizerSpec),
+    modules=("maskgit_pl.training.timm_optimizers",),
+)
+
+
+@optimizers.register("adamw")
+@dataclass(frozen=True)
+class AdamWSpec(OptimizerSpec):
+    """AdamW of torch, with the betas and the implementation of the recipe. Source: arXiv:1711.05101."""
+
+    elementwise: ClassVar[bool] = True
+
+    def create(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> AdamW:
+        """Builds AdamW. It keeps its implementation when it loads a state that another one wrote."""
+        fused, foreach = config.adamw == "fused", config.adamw == "foreach"
+        optimizer = AdamW(groups, lr=config.learning_rate.peak, betas=config.betas, fused=fused, foreach=foreach)
+        optimizer.register_load_state_dict_pre_hook(_keep_kind)
+        return optimizer
+
+
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The configuration of AdamW and its learning rate.
+    """The configuration of an optimizer and its learning rate.
 
     Args:
         learning_rate: Peak, warm-up and decay.
-        betas: Decay rates of the first and the second moment, each in [0, 1).
+        betas: Decay rates of the first and the second moment, each in [0, 1), of algorithms that have these two.
         weight_decay: Weight decay of Linear and Conv weights, in [0, 10]; see ``parameter_groups``.
-        adamw: Implementation of the step. All implementations compute the same up to rounding.
+        adamw: Implementation of the step of AdamW. All implementations compute the same up to rounding.
+        algorithm: Name or mapping of a registered optimizer.
 
     Raises:
-        ValueError: if a number is out of range or the implementation is unknown.
+        ValueError: if a number is out of range, or the algorithm or its implementation is unknown.
     """
 
     learning_rate: LearningRate
     betas: tuple[float, float]
     weight_decay: float
     adamw: AdamWKind = "fused"
+    algorithm: str | Mapping[str, Any] = "adamw"
 
     def __post_init__(self) -> None:
         for beta in self.betas:
             check_number("betas", beta, "[0, 1)")
         check_number("weight_decay", self.weight_decay, "[0, 10]")
         check_choice("adamw", self.adamw, get_args(AdamWKind))
+        _ = self.spec  # raises if it is unknown
+
+    @cached_property
+    def spec(self) -> OptimizerSpec:
+        """The registered optimizer that ``algorithm`` names."""
+        return optimizers.build(self.algorithm)
 
 
 def parameter_groups(module: nn.Module, weight_decay: float, *, prefix: str = "") -> list[dict[str, Any]]:
@@ -70,19 +146,44 @@ def parameter_groups(module: nn.Module, weight_decay: float, *, prefix: str = ""
     ]
 
 
-def build_adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> AdamW:
-    """Builds AdamW over parameter groups, with the peak as its learning rate.
-
-    The implementation stays the same when the optimizer loads a state that another implementation wrote.
+def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:
+    """Builds an optimizer, with the peak as its learning rate.
 
     Args:
-        groups: Parameter groups, which hold the weight decay; see ``parameter_groups``.
-        config: Betas, peak and implementation.
+        groups: The two groups of ``parameter_groups``. A frozen network may leave one empty, which torch refuses.
+        config: Algorithm, betas and peak.
     """
-    fused, foreach = config.adamw == "fused", config.adamw == "foreach"
-    optimizer = AdamW(groups, lr=config.learning_rate.peak, betas=config.betas, fused=fused, foreach=foreach)
-    optimizer.register_load_state_dict_pre_hook(_keep_kind)
-    return optimizer
+    decayed, others = groups
+    filled = [group for group in (decayed, {**others, **config.spec.other_options}) if group["params"]]
+    return config.spec.create(filled, config)
+
+
+def check_sharding(config: OptimizerConfig, strategy: str) -> None:
+    """Checks that a strategy of the Trainer supports an optimizer.
+
+    Raises:
+        ValueError: if FSDP2 is set for an optimizer whose step needs whole matrices.
+    """
+    if strategy == "fsdp" and not config.spec.elementwise:
+        raise ValueError(
+            f"trainer.strategy must be 'ddp' or 'auto' with model.optimizer.algorithm {describe(config.algorithm)!r}, "
+            "whose step needs whole matrices, got 'fsdp'; use --cluster ddp, or another algorithm"
+        )
+
+
+def state_values(config: OptimizerConfig) -> float:
+    """Measures the values that an optimizer keeps for each value of a weight matrix, such as 2.0 for AdamW.
+
+    A step on a 256 x 256 matrix shows it. Statistics of rows and columns are a smaller part in larger matrices.
+    """
+    weight = nn.Parameter(torch.ones(256, 256))
+    none: list[tuple[str, nn.Parameter]] = []
+    groups = [{"params": [("weight", weight)], "weight_decay": 0.0}, {"params": none, "weight_decay": 0.0}]
+    optimizer = build_optimizer(groups, config)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    kept = sum(value.numel() for value in optimizer.state[weight].values() if isinstance(value, Tensor))
+    return round(kept / weight.numel(), 2)
 
 
 def _keep_kind(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:

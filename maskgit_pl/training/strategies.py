@@ -154,14 +154,10 @@ def check_strategy(name: str, *, stage: str, ranks: int) -> None:
             ranks.
     """
     if stage == "tokenizer" and name == "fsdp":
-        raise ValueError(
-            "trainer.strategy must be 'ddp' or 'auto' for the tokenizer, got 'fsdp'; use --cluster ddp "
-            "(make: CLUSTER=ddp)"
-        )
+        raise ValueError("trainer.strategy must be 'ddp' or 'auto' for the tokenizer, got 'fsdp'; use --cluster ddp")
     if name == "auto" and ranks > 1:
         raise ValueError(
-            f"trainer.strategy must be 'ddp' or 'fsdp' for {ranks} ranks, got 'auto'; use --cluster ddp or fsdp "
-            "(make: CLUSTER=)"
+            f"trainer.strategy must be 'ddp' or 'fsdp' for {ranks} ranks, got 'auto'; use --cluster ddp or fsdp"
         )
 
 

@@ -80,7 +80,7 @@ def test_the_folder_holds_the_weights_and_the_report_what_they_are(checkpoint, t
         "8 codes of size 4",
         "channels 32, 1 blocks a level, self-attention in the middle",
         "ignored   epoch, loss.* (1 tensors)",
-        f"next: make train-transformer DATASET=... RECIPE=paper-256 TOKENIZER={out}/tokenizer",
+        f"next: maskgit train transformer --dataset NAME --recipe paper-256 --tokenizer {out}/tokenizer",
     ):
         assert words in said
 

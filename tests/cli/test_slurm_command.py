@@ -119,7 +119,7 @@ def test_without_slurm_nothing_can_be_submitted(submit):
 @pytest.mark.parametrize(
     ("stage", "word", "parts"),
     [
-        ("tokenizer", "--cluster=fsdp", ("trainer.strategy must", "got 'fsdp'", "CLUSTER=ddp")),
+        ("tokenizer", "--cluster=fsdp", ("trainer.strategy must", "got 'fsdp'", "--cluster ddp")),
         ("tokenizer", "--cluster=dpp", ("cluster 'dpp'", "ddp")),
         ("tokenizer", "--nodes=3", ("data.global_batch", "3 ranks", "got 4")),
         ("tokenizer", "--nodes=0", ("nodes must be", "[1, inf)", "got 0")),
@@ -142,7 +142,7 @@ def test_without_slurm_nothing_can_be_submitted(submit):
         ("tokenizer", "--sbatch=--array=1-4", ("sbatch must not have --array", "the same run")),
         ("tokenizer", "--time=tomorrow", ("time must be", "24:00:00", "got 'tomorrow'")),
         ("transformer", "--tokenizer=nowhere", ("tokenizer nowhere", "config.json")),
-        ("transformer", "--data.source=tokens", ("token store", "make tokenize")),
+        ("transformer", "--data.source=tokens", ("token store", "maskgit tokenize")),
         ("transformer", "--model.mask_schedule=cosin", ("cosin", "cosine")),
     ],
 )

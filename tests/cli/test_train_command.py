@@ -194,8 +194,8 @@ def test_a_missing_tokenizer_is_answered_with_how_to_make_it(train, maskgit, run
     refused(
         train("transformer", named=False),
         f"tokenizer {own}: no such folder; train one",
-        "make: train-tokenizer",
-        "TOKENIZER=",
+        "maskgit train tokenizer",
+        "--tokenizer",
     )
     refused(
         maskgit("tokenize", "--data", tiny_shards, "--runs-folder", runs, "--run", "one"),
@@ -232,7 +232,7 @@ def test_the_only_tokenizer_of_the_data_is_taken_and_told_and_several_must_be_na
     assert taken.code == 0, taken
     assert f"tokenizer: {first}, the only one trained on {tiny_shards}" in taken.out
     second = add_run(runs / "second", tiny_shards, seed=2)
-    refused(stage_two(tiny_shards, "--recipe", "log"), "several others", "TOKENIZER=", str(first), str(second))
+    refused(stage_two(tiny_shards, "--recipe", "log"), "several others", "--tokenizer", str(first), str(second))
 
 
 def test_a_mistyped_run_starts_nothing(stage_two, maskgit, runs, tiny_shards):

@@ -121,6 +121,11 @@ def test_the_callback_of_the_documentation_is_called(train, tmp_path, monkeypatc
         ({"loggers": [{"name": "csv", "flush_every": 0}]}, "flush_every must be an integer in [1, 1000000], got 0"),
         ({"callbacks": ["lightning.pytorch.callbacks.Timer"]}, "unknown callback 'lightning.pytorch.callbacks.Timer'"),
         ({"callbacks": [{"class_path": "x.Y"}]}, "class_path"),
+        ({"model": {"optimizer": {"algorithm": "lio"}}}, "unknown optimizer 'lio': did you mean 'lion'?"),
+        (
+            {"model": {"optimizer": {"algorithm": {"name": "sgd", "momentum": 1.0}}}},
+            "optimizer 'sgd': momentum must be a number in [0, 1), got 1.0",
+        ),
         ({"profiler": "simpel"}, "unknown profiler 'simpel': did you mean 'simple'?"),
         ({"trainer": {"logger": "csv"}}, "trainer.logger cannot be set: name the loggers with the key loggers"),
         ({"trainer": {"profiler": "simple"}}, "name it with the key profiler"),
@@ -131,4 +136,10 @@ def test_a_wrong_name_or_value_is_refused_before_training(recipe, said, train, t
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_fsdp_is_refused_for_an_optimizer_of_whole_matrices(train, tmp_path, capsys) -> None:
+    assert train({"model": {"optimizer": {"algorithm": "muon"}}}, "--trainer.strategy=fsdp") == 2
+    assert "trainer.strategy must be 'ddp' or 'auto' with model.optimizer.algorithm 'muon'" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()

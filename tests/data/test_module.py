@@ -77,7 +77,8 @@ def test_workers_do_not_change_anything(folder):
 def test_random_crops_depend_on_seed_index_and_epoch_alone(folder):
     def crops(order, seed):
         module = data(folder, crop="random", seed=seed)
-        batch = module.batches("train", order, crop="random").__getitems__(range(3 * NUM_TRAIN))
+        dataset = module.batches("train", order, augmentations=module.config.train_augmentations)
+        batch = dataset.__getitems__(range(3 * NUM_TRAIN))
         lefts = (batch.content[:, 0, 0, 0].long() - batch.index * 7) % 256
         return {
             (i, e): left for i, e, left in zip(batch.index.tolist(), batch.epoch.tolist(), lefts.tolist(), strict=True)
@@ -108,15 +109,15 @@ def test_validation_samples_limits_to_the_first(folder):
 
 
 def test_stale_and_foreign_stores_are_refused(folder, store, tmp_path):
-    with pytest.raises(ValueError, match=r"image size .*make tokenize"):
+    with pytest.raises(ValueError, match=r"image size .*maskgit tokenize"):
         data(folder, source="tokens", token_store=str(store), image_size=8)
-    with pytest.raises(ValueError, match=r"tokenizer .*make tokenize"):
+    with pytest.raises(ValueError, match=r"tokenizer .*maskgit tokenize"):
         data(folder, source="tokens", token_store=str(store)).require_tokenizer("other", grid=(4, 4), codebook_size=16)
     samples = [Sample(encode_png(image(0)), "png", 0, "0")]
     for split in ("train", "val"):
         write_split(samples, tmp_path, split, shard_size=9, on_sample=lambda split: None)
     index_shards(tmp_path, {split: find_shards(tmp_path, f"{split}-*.tar") for split in ("train", "val")})
-    with pytest.raises(ValueError, match=r"data must be .*make tokenize"):
+    with pytest.raises(ValueError, match=r"data must be .*maskgit tokenize"):
         data(tmp_path, source="tokens", token_store=str(store))
 
 
@@ -238,7 +239,7 @@ def test_a_store_that_says_other_samples_or_classes_than_the_data_is_refused(fol
         "sha256": {f: h for f, h in content["sha256"].items() if key != "samples" or "val" not in f},
     }
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=rf"its {key} must be .*make tokenize"):
+    with pytest.raises(ValueError, match=rf"its {key} must be .*maskgit tokenize"):
         data(folder, source="tokens", token_store=str(tmp_path / "store"))
 
 
@@ -246,5 +247,5 @@ def test_a_store_that_says_other_samples_or_classes_than_the_data_is_refused(fol
 def test_a_store_of_other_tokens_than_the_tokenizers_is_refused(folder, store, key, value):
     module, wanted = data(folder, source="tokens", token_store=str(store)), {"grid": (2, 2), "codebook_size": 256}
     module.require_tokenizer("me", **wanted)
-    with pytest.raises(ValueError, match=rf"its {key.replace('_', ' ')} must be .*make tokenize"):
+    with pytest.raises(ValueError, match=rf"its {key.replace('_', ' ')} must be .*maskgit tokenize"):
         module.require_tokenizer("me", **{**wanted, key: value})

@@ -58,14 +58,16 @@ def test_bits_stand_beside_those_of_a_uniform_guess_with_or_without_a_reconstruc
 
 def test_the_commands_repeat_the_recipe_with_more(tmp_path: Path) -> None:
     run = make_run(tmp_path / "mine-adaln", "--recipe", "adaln 15m")
-    of_run = "DATASET=mine RECIPE='adaln 15m' RUN=mine-adaln-more"
+    of_run = "--dataset mine --recipe 'adaln 15m' --run mine-adaln-more"
     assert next_commands("tokenizer", run, report()) == [
-        f"make train-tokenizer {of_run} ARGS=--model.network.codebook_size=1024",
-        f"make train-transformer {of_run}",
+        f"maskgit train tokenizer {of_run} --model.network.codebook_size=1024",
+        f"maskgit tokenize {of_run}",
+        f"maskgit train transformer {of_run}",
     ]
+    longer = f"--dataset mine --recipe 'adaln 1h' --run mine-adaln-more --tokenizer {run}/pretrained/tokenizer"
     assert next_commands("transformer", run, report()) == [
-        f"make train-transformer DATASET=mine RECIPE=adaln RUN=mine-adaln-more TOKENIZER={run}/pretrained/tokenizer "
-        "BUDGET=1h"
+        f"maskgit tokenize {longer}",
+        f"maskgit train transformer {longer}",
     ]
     assert next_commands("neither", run, report()) == []
 
@@ -74,13 +76,13 @@ def test_after_an_hour_or_with_unused_codes_there_are_more_steps(tmp_path: Path)
     run = make_run(tmp_path / "run", "--recipe=1h")
     unused = report(codebook_usage=0.5)
     for stage, content in (("transformer", report()), ("tokenizer", unused)):
-        assert next_commands(stage, run, content)[0].endswith("ARGS=--trainer.max_steps=1700")
+        assert next_commands(stage, run, content)[0].endswith(" --trainer.max_steps=1700")
 
 
 def test_words_of_a_stranger_are_quoted(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", "--recipe", "$(rm -rf x)\x1b")
-    (command,) = next_commands("transformer", run, report())
-    assert r"RECIPE='$(rm -rf x)\x1b'" in command
+    for command in next_commands("transformer", run, report()):
+        assert r"--recipe '$(rm -rf x)\x1b 1h'" in command
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def test_a_folder_that_is_not_there_is_told_as_one(tmp_path: Path, monkeypatch) 
         "~/name",
         "a//b",
     ):
-        with pytest.raises(FileNotFoundError, match="no such folder; train one with `make demo`, or name another"):
+        with pytest.raises(FileNotFoundError, match="no such folder; train one with `maskgit demo`, or name another"):
             sharing.find_folder(path)
 
 

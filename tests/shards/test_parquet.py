@@ -189,7 +189,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("make", HOSTILE, ids=lambda make: make.__name__)
 def test_small_files_that_expand_are_refused_in_one_line(make, tars, tmp_path, monkeypatch):
-    monkeypatch.setattr("maskgit_pl.shards.parquet._MAX_PAGE_BYTES", 2**20)
+    monkeypatch.setattr("maskgit_pl.shards.sources.parquet._MAX_PAGE_BYTES", 2**20)
     path = make(tmp_path / "train.parquet")
     assert path.is_symlink() or path.stat().st_size < 50_000
     write(tars, tmp_path / "validation.parquet", 0, 3, struct=False, names=None)
@@ -199,7 +199,7 @@ def test_small_files_that_expand_are_refused_in_one_line(make, tars, tmp_path, m
 
 
 def test_rows_that_repeat_one_large_image_are_read_few_at_a_time(tars, tmp_path, monkeypatch):
-    monkeypatch.setattr("maskgit_pl.shards.parquet._BYTES_AT_ONCE", 2**21)
+    monkeypatch.setattr("maskgit_pl.shards.sources.parquet._BYTES_AT_ONCE", 2**21)
     write(tars, tmp_path / "validation.parquet", 0, 3, struct=False, names=None)
     zeros(tmp_path / "train.parquet")
     before = pa.total_allocated_bytes()

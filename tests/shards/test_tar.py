@@ -5,13 +5,13 @@ from contextlib import contextmanager
 
 import pytest
 
-from maskgit_pl.shards.tar import DamagedTarError, header_size, printable, read_members
+from maskgit_pl.shards.tar import DamagedTarError, DescriptorBytes, header_size, printable, read_members
 
 
 def members(path):
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        return list(read_members(descriptor))
+        return list(read_members(DescriptorBytes(descriptor)))
     finally:
         os.close(descriptor)
 

@@ -73,7 +73,7 @@ def test_token_width_follows_the_codebook(tmp_path, codebook_size, bytes_a_token
 @pytest.mark.parametrize("wanted", [{"data": "other"}, {"tokenizer": "other"}, {"image_size": 32}])
 def test_foreign_store_is_refused_with_the_way_out(tmp_path, wanted):
     make(tmp_path)
-    with pytest.raises(ValueError, match=r"must be .* got .*make tokenize"):
+    with pytest.raises(ValueError, match=r"must be .* got .*maskgit tokenize"):
         open_store(tmp_path, **{"data": "data", **wanted})
 
 
@@ -112,7 +112,7 @@ def test_spoilt_array_is_refused_by_name_when_the_store_is_opened(tmp_path, spoi
     else:
         path.write_bytes(b"\0" * 200)
     assert not is_complete(tmp_path, DESCRIPTION)
-    with pytest.raises((ValueError, FileNotFoundError), match=r"token store .*val.*make tokenize"):
+    with pytest.raises((ValueError, FileNotFoundError), match=r"token store .*val.*maskgit tokenize"):
         open_store(tmp_path, data="data")
     assert make(tmp_path)
     assert is_complete(tmp_path, DESCRIPTION)
@@ -187,7 +187,7 @@ def test_parts_of_another_tokenizer_are_not_gone_on_with(tmp_path):
 
 def test_an_unfinished_store_is_refused(tmp_path):
     assert not make(tmp_path, share=slice(2))
-    with pytest.raises(FileNotFoundError, match=r"not finished.*make tokenize"):
+    with pytest.raises(FileNotFoundError, match=r"not finished.*maskgit tokenize"):
         open_store(tmp_path, data="data")
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -15,9 +16,10 @@ from maskgit_pl.shards.images import decode_image, encode_png
 from maskgit_pl.shards.index import find_shards, index_shards
 from maskgit_pl.shards.manifest import check_vectors, load_manifest, read_manifest_summary
 from maskgit_pl.shards.reader import ShardReader
+from maskgit_pl.shards.samples import UnreadableSample
 from maskgit_pl.shards.scan_progress import PROGRESS
 from maskgit_pl.shards.sources import open_source
-from maskgit_pl.shards.vectors import VectorKind, parse_vector, read_vector_file
+from maskgit_pl.shards.vectors import VectorKind, parse_vector
 from maskgit_pl.shards.verify import verify_shards
 from maskgit_pl.shards.writer import make_shards
 
@@ -97,11 +99,13 @@ def test_values_start_where_the_header_says(dtype: str, version: tuple[int, int]
     assert np.array_equal(np.frombuffer(file.getvalue(), dtype, offset=start), vector(3, dtype))
 
 
-def test_no_more_of_a_file_is_read_than_a_vector_can_have(tmp_path: Path) -> None:
-    with open(tmp_path / "large.npy", "wb") as file:
-        file.truncate(2**40)
-    with pytest.raises(ValueError, match="vector large must have at most 266240 bytes, got more"):
-        read_vector_file(tmp_path / "large.npy", name="large")
+def test_a_vector_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    path = write_images(tmp_path / "images", count=20) / "a" / "0.npy"
+    os.truncate(path, 2**40)
+    source = open_source(tmp_path / "images", val_fraction=0.3)
+    samples = [sample for split, count in source.counts.items() for sample in source.samples(split, range(count))]
+    faults = [sample.error for sample in samples if isinstance(sample, UnreadableSample)]
+    assert faults == [f"vector {path} must have at most 268 MB, got 1.1 TB"]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

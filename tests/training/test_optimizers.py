@@ -4,7 +4,7 @@ from torch import nn
 
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.training.learning_rates import LearningRate
-from maskgit_pl.training.optimizers import OptimizerConfig, build_adamw, parameter_groups
+from maskgit_pl.training.optimizers import OptimizerConfig, build_optimizer, parameter_groups
 
 
 class Model(nn.Module):
@@ -69,7 +69,9 @@ def steps(kind: str, state: dict | None = None) -> tuple[Model, torch.optim.Adam
     """Runs three steps with gradients that depend on the step."""
     torch.manual_seed(0)
     model = Model()
-    optimizer = build_adamw(parameter_groups(model, 0.1), OptimizerConfig(LearningRate(0.1), (0.9, 0.96), 0.1, kind))
+    optimizer = build_optimizer(
+        parameter_groups(model, 0.1), OptimizerConfig(LearningRate(0.1), (0.9, 0.96), 0.1, kind)
+    )
     if state is not None:
         optimizer.load_state_dict(state)
     for step in range(3):
@@ -119,7 +121,8 @@ def test_a_number_of_the_optimizer_out_of_range_is_refused(changes, message):
 
 
 def test_adamw_has_the_peak_and_the_betas_of_the_recipe():
-    (group,) = build_adamw(
-        [{"params": [nn.Parameter(torch.zeros(1))]}], OptimizerConfig(LearningRate(0.3), (0.8, 0.9), 0.0)
+    (group,) = build_optimizer(
+        [{"params": [nn.Parameter(torch.zeros(1))]}, {"params": []}],
+        OptimizerConfig(LearningRate(0.3), (0.8, 0.9), 0.0),
     ).param_groups
     assert (group["lr"], group["betas"]) == (0.3, (0.8, 0.9))

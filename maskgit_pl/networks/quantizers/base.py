@@ -119,17 +119,17 @@ class Quantizer(nn.Module):
         Returns:
             (B, N) int64 in [0, K), raster order.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define nearest(features); see docs/quantizers.md")
+        raise NotImplementedError(f"{type(self).__name__} must define nearest(features)")
 
     @abstractmethod
     def lookup(self, tokens: Tensor) -> Tensor:
         """Returns the codes of int64 tokens in [0, K) of any shape: (..., D) float32."""
-        raise NotImplementedError(f"{type(self).__name__} must define lookup(tokens); see docs/quantizers.md")
+        raise NotImplementedError(f"{type(self).__name__} must define lookup(tokens)")
 
     @abstractmethod
     def forward(self, features: Tensor) -> QuantizerOutput:
         """Quantizes (B, D, h, w) float features and computes the losses that train encoder and codes."""
-        raise NotImplementedError(f"{type(self).__name__} must define forward(features); see docs/quantizers.md")
+        raise NotImplementedError(f"{type(self).__name__} must define forward(features)")
 
     def begin_micro_batch(self, *, seed: int, step: int, micro_batch: int) -> None:
         """Tells which counter-based numbers the next training forward draws; called before each one.

@@ -1,7 +1,7 @@
 """A folder of parquet files in the layout of Hugging Face datasets, as a source of samples. Requires pyarrow.
 
 Columns: an image, as bytes or as a struct with the field ``bytes``, and a class number. The class names are in the
-metadata that the ``datasets`` package writes. Used by ``sources.open_source``.
+metadata that the ``datasets`` package writes. Used by ``open_source``.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from maskgit_pl.portable import READ_FLAGS
 from maskgit_pl.shards.image_bytes import MAX_IMAGE_BYTES, UnreadableImageError
 from maskgit_pl.shards.labels import MAX_CLASSES
 from maskgit_pl.shards.manifest import Split
-from maskgit_pl.shards.parquet_pages import largest_page
 from maskgit_pl.shards.samples import Sample, UnreadableSample, is_val, read_sample
+from maskgit_pl.shards.sources.parquet_pages import largest_page
 from maskgit_pl.text import printable
 
 if TYPE_CHECKING:

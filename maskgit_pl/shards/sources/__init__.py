@@ -1,0 +1,55 @@
+"""The sources of ``maskgit data make``: image files in folders and archives, IDX and parquet files, ``datasets``.
+
+A source counts the samples of its splits, yields samples one by one, and describes itself, so that a second run of the
+same command finds that the data are complete. See ``samples.Source`` for the interface.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from maskgit_pl.shards.samples import Sample, Source
+from maskgit_pl.shards.sources.idx import IdxFiles
+from maskgit_pl.shards.sources.image_folder import ImageFolder
+
+__all__ = ["HUB_PREFIX", "IdxFiles", "ImageFolder", "Sample", "Source", "open_source"]
+
+HUB_PREFIX = "hf:"
+
+
+def open_source(
+    path: str | Path,
+    *,
+    classes: Sequence[str] | None = None,
+    val_fraction: float = 0.1,
+    label_field: str = "label",
+    vectors: bool = True,
+) -> Source:
+    """Opens a source; its content decides the kind.
+
+    Args:
+        path: A folder of IDX, parquet or image files, an archive of image files, or ``hf:NAME[:SPLIT]`` for a data set
+            of the Hugging Face Hub.
+        classes: Class names, if the source has none.
+        val_fraction: Fraction of the samples that become val if the source has no splits, in (0, 1).
+        label_field: Column of the labels in parquet and metadata files, and in data sets of the Hub.
+        vectors: True to take the ``.npy`` files beside images as their vectors.
+
+    Raises:
+        FileNotFoundError: if there is no such folder or archive.
+        ValueError: if it is not a valid source.
+    """
+    if str(path).startswith(HUB_PREFIX):
+        from maskgit_pl.shards.sources.hub import HubDataset
+
+        name = str(path).removeprefix(HUB_PREFIX)
+        return HubDataset(name, classes=classes, val_fraction=val_fraction, label_field=label_field)
+    folder = Path(path)
+    if folder.is_dir() and any(folder.glob("*-images*idx3*")):
+        return IdxFiles(folder, classes=classes)
+    if folder.is_dir() and (any(folder.glob("*.parquet")) or any(folder.glob("*/*.parquet"))):
+        from maskgit_pl.shards.sources.parquet import ParquetFolder
+
+        return ParquetFolder(folder, classes=classes, val_fraction=val_fraction, label_field=label_field)
+    return ImageFolder(folder, classes=classes, val_fraction=val_fraction, label_field=label_field, vectors=vectors)

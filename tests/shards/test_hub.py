@@ -1,0 +1,192 @@
+"""Data sets in the format of the Hugging Face Hub, in local folders."""
+
+import io
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maskgit_pl.shards.manifest import load_manifest
+from maskgit_pl.shards.reader import ShardReader
+from maskgit_pl.shards.samples import Sample
+from maskgit_pl.shards.sources import open_source
+from maskgit_pl.shards.writer import make_shards
+
+datasets = pytest.importorskip("datasets", minversion="4")
+# The streams of datasets leave files and generators to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+
+README = """---
+dataset_info:
+  features:
+  - name: picture
+    dtype: image
+  - name: label
+    dtype:
+      class_label:
+        names:
+          '0': cat
+          '1': dog
+---
+"""
+
+
+def png(number: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (9, 8), (number, 1, 2)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_parquet(folder: Path, split: str, images: list[bytes | str], labels: list[object]) -> None:
+    """Writes the rows of a split as two parquet files, like those of the Hub."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"bytes": image, "path": f"{n}.png"} if isinstance(image, bytes) else {"bytes": None, "path": image}
+        for n, image in enumerate(images)
+    ]
+    half = len(rows) // 2
+    for number, part in enumerate((slice(0, half), slice(half, None))):
+        table = pa.table({"picture": rows[part], "other": list(map(str, labels[part])), "label": labels[part]})
+        parquet.write_table(table, folder / "data" / f"{split}-0000{number}-of-00002.parquet")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data set of 20 train and 6 test rows in parquet files, with a README that has the class names."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "hub"
+    write_parquet(folder, "train", [png(n) for n in range(20)], [n % 2 for n in range(20)])
+    write_parquet(folder, "test", [png(100 + n) for n in range(6)], [n % 2 for n in range(6)])
+    (folder / "README.md").write_text(README)
+    return folder
+
+
+def read(source: object, split: str, places: range) -> list[tuple[bytes, int]]:
+    samples = list(source.samples(split, places))
+    assert all(isinstance(sample, Sample) for sample in samples), samples
+    return [(sample.data, sample.label) for sample in samples]
+
+
+def test_rows_keep_their_order_bytes_labels_and_splits(hub):
+    source = open_source(f"hf:{hub}")
+    assert source.classes == ("cat", "dog")
+    assert source.counts == {"train": 20, "val": 6}
+    assert read(source, "train", range(20)) == [(png(n), n % 2) for n in range(20)]
+    assert read(source, "val", range(6)) == [(png(100 + n), n % 2) for n in range(6)]
+
+
+def test_any_range_can_be_read_in_any_order(hub):
+    source = open_source(f"hf:{hub}")
+    for places in (range(15, 20), range(3, 6), range(6, 9), range(20)):
+        assert read(source, "train", places) == [(png(n), n % 2) for n in places]
+
+
+def test_shards_have_the_rows_and_a_second_run_does_nothing(hub, tmp_path):
+    assert make_shards(open_source(f"hf:{hub}"), tmp_path / "out", shard_size=6)
+    reader = ShardReader(load_manifest(tmp_path / "out", "train"))
+    assert [reader.read(n) for n in range(20)] == [png(n) for n in range(20)]
+    assert reader.labels(np.arange(20)).tolist() == [0, 1] * 10
+    os.utime(hub / "data" / "train-00000-of-00002.parquet", (1, 1))  # a copy has another time
+    assert not make_shards(open_source(f"hf:{hub}"), tmp_path / "out", shard_size=6)
+    write_parquet(hub, "train", [png(n) for n in range(20)], [0] * 20)
+    with pytest.raises(ValueError, match="another --out"):
+        make_shards(open_source(f"hf:{hub}"), tmp_path / "out", shard_size=6)
+
+
+@pytest.mark.slow  # worker processes import torch
+def test_workers_write_the_shards_of_one_process(hub, tmp_path):
+    for name, workers in (("one", 1), ("two", 2)):
+        make_shards(open_source(f"hf:{hub}"), tmp_path / name, shard_size=6, workers=workers)
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    assert one == two
+
+
+def test_a_named_split_is_divided_by_a_hash_of_the_rows(hub):
+    source = open_source(f"hf:{hub}:train", val_fraction=0.3)
+    assert sum(source.counts.values()) == 20
+    both = [*read(source, "train", range(20)), *read(source, "val", range(20))]
+    assert sorted(both) == sorted((png(n), n % 2) for n in range(20))
+    with pytest.raises(ValueError, match=r"must have the split 'validation', got \w+, \w+"):
+        open_source(f"hf:{hub}:validation")
+
+
+def test_the_folder_layout_gives_the_files(hub, tmp_path):
+    for number in range(20):
+        path = tmp_path / "folder" / ("test" if number % 5 == 0 else "train") / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(number))
+    source = open_source(f"hf:{tmp_path}/folder")
+    assert source.classes == ("a", "b")
+    assert source.counts == {"train": 16, "val": 4}
+    assert sorted(read(source, "val", range(4))) == sorted((png(n), n % 2) for n in (0, 5, 10, 15))
+
+
+@pytest.mark.parametrize(
+    ("labels", "given", "classes"),
+    [
+        (["wolf", "fox"], None, ("fox", "wolf")),
+        (["wolf", "fox"], ["wolf", "fox"], ("wolf", "fox")),
+        ([0, 2], None, ("0", "1", "2")),
+        ([0, 2], ["a", "b", "c"], ("a", "b", "c")),
+    ],
+)
+def test_labels_without_class_names_are_numbers_or_names(hub, labels, given, classes):
+    (hub / "README.md").unlink()
+    shutil.rmtree(hub / "data")
+    write_parquet(hub, "train", [png(n) for n in range(20)], [labels[n % 2] for n in range(20)])
+    (hub / "README.md").write_text(
+        "---\ndataset_info:\n  features:\n  - name: picture\n    dtype: image\n  - name: other\n    dtype: string\n"
+        f"  - name: label\n    dtype: {'string' if isinstance(labels[0], str) else 'int64'}\n---\n"
+    )
+    source = open_source(f"hf:{hub}", classes=given, val_fraction=0.3)
+    assert source.classes == classes
+    named = {label if isinstance(label, str) else classes[label] for label in labels}
+    assert {classes[sample.label] for sample in source.samples("train", range(20))} == named
+
+
+@pytest.mark.parametrize("label", [-1, 2])
+def test_a_label_that_is_no_class_is_named_with_its_row(hub, label):
+    write_parquet(hub, "test", [png(n) for n in range(6)], [0, 0, 0, 0, label, 0])
+    with pytest.raises(ValueError, match=rf":test: row 4: label must be one of 2 classes, got {label}; name"):
+        open_source(f"hf:{hub}")
+
+
+def test_a_row_that_names_a_file_elsewhere_is_not_followed(hub, tmp_path):
+    (tmp_path / "secret.png").write_bytes(png(1))
+    images = [str(tmp_path / "secret.png"), *(png(n) for n in range(1, 20))]
+    write_parquet(hub, "train", images, [n % 2 for n in range(20)])
+    first, *others = open_source(f"hf:{hub}").samples("train", range(20))
+    assert "train row 0 must be inside the data set, got a path" in first.error
+    assert all(isinstance(sample, Sample) for sample in others)
+
+
+def test_faults_are_one_line(hub, tmp_path):
+    for name, text in (
+        (f"{tmp_path}/nowhere", "cannot be read: "),
+        ("", r"must be hf:OWNER/NAME\[@REVISION\]\[:SPLIT\]"),
+    ):
+        with pytest.raises(ValueError, match=text) as caught:
+            open_source(f"hf:{name}")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"must have a column 'kind', got picture, .*label.*set it with --label-field"):
+        open_source(f"hf:{hub}", label_field="kind")
+    with pytest.raises(ValueError, match="class names must not be given, since the data set has its own"):
+        open_source(f"hf:{hub}", classes=["a", "b"])
+
+
+def test_code_of_a_data_set_is_not_run(tmp_path):
+    folder = tmp_path / "evil"
+    folder.mkdir()
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(ValueError, match="cannot be read: "):
+        open_source(f"hf:{folder}")
+    with pytest.raises(ValueError, match="cannot be read: "):
+        open_source(f"hf:{folder}/evil.py")
+    assert not (tmp_path / "ran").exists()
