@@ -69,7 +69,7 @@ help: ## List the targets and the variables
 
 INSTALL = -m pip install --quiet --disable-pip-version-check
 
-# The package alone, for everything but development.
+# The package without extras, for everything but development.
 $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(INSTALL) --editable .

@@ -17,13 +17,23 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["gumbel", "permutation", "philox", "random_bits", "random_uniform", "stream_key"]
+__all__ = [
+    "gumbel",
+    "gumbel_rows",
+    "permutation",
+    "philox",
+    "random_bits",
+    "random_uniform",
+    "stream_key",
+    "uniform_of",
+]
 
 _WORD = 0xFFFFFFFF  # mask of the low 32 bits
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # PHILOX_M4x32_0 and _1 of Random123
 _WEYL = (0x9E3779B9, 0xBB67AE85)  # PHILOX_W32_0 and _1: golden ratio and sqrt(3) - 1
 _ROUNDS = 10  # as Random123 recommends
 _FEISTEL_ROUNDS = 6
+_MIX = (0x7FEB352D, 0x846CA68B - 2**32)  # multipliers of the hash lowbias32, as int32
 
 
 def philox(
@@ -166,7 +176,11 @@ def random_uniform(
     Returns:
         (B, count) float32 in [2**-24, 1 - 2**-24].
     """
-    bits = random_bits(stream, seed=seed, index=index, epoch=epoch, count=count)
+    return uniform_of(random_bits(stream, seed=seed, index=index, epoch=epoch, count=count))
+
+
+def uniform_of(bits: Tensor) -> Tensor:
+    """Converts words, int64 in [0, 2**32), to uniform numbers, float32 in [2**-24, 1 - 2**-24]."""
     # float32 has 24 bits of precision, so the conversion is exact and never rounds up to 1.
     return (bits >> 8).clamp(min=1).to(torch.float32) * 2.0**-24
 
@@ -174,6 +188,36 @@ def random_uniform(
 def gumbel(uniform: Tensor) -> Tensor:
     """Computes standard Gumbel noise, -log(-log(u)); finite for the numbers of ``random_uniform``."""
     return -torch.log(-torch.log(uniform))
+
+
+def gumbel_rows(first: Tensor, second: Tensor, size: int) -> Tensor:
+    """Computes ``size`` standard Gumbel numbers for each pair of random words, with a few operations for each number.
+
+    Philox gives the two words of a row, and a hash expands them (SplitMix with 32 bits): number k is the hash of
+    ``first + k * golden ratio``, with ``second`` added to the bits in its middle. Uniform numbers have a resolution of
+    2**-31 near 0, where the largest Gumbel numbers come from.
+
+    Args:
+        first: int64 of any shape, in [0, 2**32): see ``random_bits``.
+        second: The same for the second word.
+        size: Numbers per row, >= 1.
+
+    Returns:
+        (..., size) float32 in [-2.9, 22.2].
+
+    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
+    """
+    # int32 wraps modulo 2**32, and needs half of the memory of int64.
+    counter = (torch.arange(size, device=first.device) * _WEYL[0] & _WORD).to(torch.int32)
+    word = first.to(torch.int32).unsqueeze(-1) + counter
+    word ^= (word >> 16).bitwise_and_(0xFFFF)
+    word *= _MIX[0]
+    word ^= (word >> 15).bitwise_and_(0x1FFFF)
+    word ^= second.to(torch.int32).unsqueeze(-1)
+    word *= _MIX[1]
+    word ^= (word >> 16).bitwise_and_(0xFFFF)
+    uniform = word.bitwise_and_(0x7FFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
+    return uniform.neg_().log1p_().neg_().log_().neg_()  # -log(-log(1 - u))
 
 
 def permutation(
@@ -224,6 +268,6 @@ def _mix(word: Tensor) -> Tensor:
 
     Source: C. Wellons, hash prospector, "lowbias32".
     """
-    word = ((word >> 16) ^ word) * 0x7FEB352D & _WORD
-    word = ((word >> 15) ^ word) * 0x846CA68B & _WORD
+    word = ((word >> 16) ^ word) * _MIX[0] & _WORD
+    word = ((word >> 15) ^ word) * _MIX[1] & _WORD
     return (word >> 16) ^ word

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from maskgit_pl.randomness import gumbel, permutation, philox, random_bits, random_uniform, stream_key
+from maskgit_pl.randomness import gumbel, gumbel_rows, permutation, philox, random_bits, random_uniform, stream_key
 
 SIZES = [1, 2, 3, 49, 1000, 60_000]
 
@@ -195,6 +195,48 @@ def test_gumbel_has_the_standard_mean_and_variance():
     noise = gumbel(random_uniform("s", seed=0, index=torch.arange(1000), count=100))
     assert abs(float(noise.mean()) - 0.5772) < 0.02
     assert abs(float(noise.var()) - math.pi**2 / 6) < 0.05
+
+
+def splitmix(first: int, second: int, number: int) -> int:
+    """Returns number ``number`` of the row of two words: SplitMix with lowbias32, in Python's integers."""
+    word = first + number * 0x9E3779B9 & 0xFFFFFFFF
+    word = (word ^ word >> 16) * 0x7FEB352D & 0xFFFFFFFF
+    word = ((word ^ word >> 15) ^ second) * 0x846CA68B & 0xFFFFFFFF
+    return word ^ word >> 16
+
+
+def test_gumbel_rows_are_the_hash_of_their_words():
+    words = [(0, 0), (1, 2), (0xFFFFFFFF, 0x80000000), (0x12345678, 0xFFFFFFFF)]
+    made = gumbel_rows(*torch.tensor(words).T, 5000)
+    assert made.shape == (4, 5000)
+    for row, (first, second) in zip(made, words, strict=True):
+        uniform = [((splitmix(first, second, k) & 0x7FFFFFFF) + 0.5) * 2.0**-31 for k in range(5000)]
+        expected = -torch.log(-torch.log1p(-torch.tensor(uniform, dtype=torch.float64)))
+        torch.testing.assert_close(row.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gumbel_rows_are_finite_at_the_ends_of_their_range(monkeypatch):
+    monkeypatch.setattr("maskgit_pl.randomness._MIX", (0, 1))  # the words are then the second words
+    made = gumbel_rows(torch.zeros(3, dtype=torch.int64), torch.tensor([0, 0x7FFFFFFF, 0xFFFF8000]), 1).flatten()
+    assert made[0] == pytest.approx(32 * math.log(2))
+    assert made[1:].isfinite().all()
+    assert made.min() > -2.9
+
+
+def test_gumbel_rows_are_gumbel_and_independent():
+    first, second = random_bits(["a", "b"], seed=0, index=torch.arange(500))[..., 0]
+    made = gumbel_rows(first, second, 512)
+    uniform = torch.exp(-torch.exp(-made))  # the distribution function
+    assert abs(chi_square(torch.histc(uniform, 100, 0, 1))) < 5
+    for one, other in (
+        *((uniform[:, :-lag], uniform[:, lag:]) for lag in (1, 2, 3, 16, 256)),
+        *((uniform[:-lag], uniform[lag:]) for lag in (1, 7)),
+        (gumbel_rows(first + 1, second, 512), made),
+    ):
+        correlation = torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1]
+        assert abs(float(correlation)) < 4.5 / math.sqrt(one.numel())
+    highest = torch.bincount(made.argmax(1), minlength=512)  # each number is the largest equally often
+    assert abs(chi_square(highest.view(16, 32).sum(1))) < 5
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from maskgit_pl.checks import check_seed
 from maskgit_pl.cli.flags import add_device_argument, check_at_least, format_flag, use_flag_names
@@ -31,6 +31,7 @@ _HELP = {
     "mask_schedule": "mask schedule: a name such as cosine (default: that of the training)",
     "context_cache": "recompute keys and values of all tokens only every N steps; 1 is exact, more is faster and "
     "approximate",
+    "draw_method": "how codes are drawn: gumbel, which nearly repeats images in other precisions, or inverse_cdf",
     "guidance_scale": "scale of the guidance schedule, at least 0; 0 switches guidance off",
     "choice_temperature": "scale of the Gumbel noise on the confidence; 0 keeps the most confident tokens",
 }
@@ -94,6 +95,8 @@ def _types() -> dict[str, Any]:
 
 def _member(hint: Any) -> tuple[Any, str]:
     """Returns the member of a union by which a flag is parsed, and the placeholder for the help."""
+    if get_origin(hint) is Literal:
+        return str, "NAME"
     members = get_args(hint) or (hint,)
     origins = {get_origin(member) or member: member for member in members}
     # In the order of generality: str | dict is a spec, float | tuple is a list, the rest are numbers.
@@ -106,7 +109,7 @@ def _member(hint: Any) -> tuple[Any, str]:
 def _value(name: str, given: Any, hint: Any) -> Any:
     """Returns the parsed value of a flag. argparse leaves lists and specs as text."""
     member, _ = _member(hint)
-    if given is None or member in (int, float):
+    if given is None or member in (int, float, str):
         return given
     if get_origin(member) is dict:
         return parse_json_spec(format_flag(name), given)

@@ -173,5 +173,5 @@ def decode_autoregressive(
         cache=cache,
     )
     seed_tensor = torch.tensor(list(seeds), dtype=torch.int64, device=model.device)
-    noise = SeededNoise(seed_tensor, decoder.num_tokens, steps_at_once=1)
+    noise = SeededNoise(seed_tensor, decoder.num_tokens, 1, decoder.sampling.method)
     return decoder.steps(predictor, noise, batch_size=len(labels), device=model.device)

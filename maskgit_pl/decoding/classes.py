@@ -63,7 +63,7 @@ def decode_classes(
         predictor,
         tokens.to(model.device),
         # All steps at once in few kernels; 32 bounds the memory of long runs.
-        SeededNoise(seed_tensor, model.num_tokens, steps_at_once=min(decoder.num_steps, 32)),
+        SeededNoise(seed_tensor, model.num_tokens, min(decoder.num_steps, 32), decoder.sampling.method),
         mask_token_id=model.mask_token_id,
         first_step=first_step,
         grid=model.grid,

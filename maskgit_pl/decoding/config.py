@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from maskgit_pl.checks import check_integer
 from maskgit_pl.decoding.guidance import guidance_scales, guidance_schedules
 from maskgit_pl.decoding.limits import check_guidance, check_num_steps, check_token_counts, check_token_sum
-from maskgit_pl.decoding.sampling import CodeSampling, Temperature
+from maskgit_pl.decoding.sampling import CodeSampling, DrawMethod, Temperature
 from maskgit_pl.decoding.selectors import TokenSelector, token_selectors
 from maskgit_pl.old_names import rename_token_selector
 from maskgit_pl.registry import describe
@@ -42,6 +42,8 @@ class DecodingConfig:
         mask_schedule: Name or mapping of a mask schedule to decode with; None uses that of the training.
         context_cache: Recompute the keys and values of all tokens only every ``context_cache`` steps, in [1, 65536].
             1 is exact; above 1 is faster and approximate. See ``CachedPredictor`` for measured times.
+        draw_method: How codes are drawn; see ``sampling.DrawMethod``. The default ``inverse_cdf`` is that of settings
+            without this key, which earlier versions wrote. Recipes and importers have ``gumbel``.
 
     Raises:
         ValueError: if a number is out of range, or ``tokens_per_step`` does not hold ``num_steps`` numbers.
@@ -56,6 +58,7 @@ class DecodingConfig:
     tokens_per_step: tuple[int, ...] | None = None
     mask_schedule: str | dict[str, Any] | None = None
     context_cache: int = 1
+    draw_method: DrawMethod = "inverse_cdf"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token_selector", rename_token_selector(self.token_selector))
@@ -153,7 +156,7 @@ class DecodingConfig:
         return token_selectors.build(self.token_selector)
 
     def _build_sampling(self) -> CodeSampling:
-        return CodeSampling(self.sampling_temperature, self.top_k, self.top_p)
+        return CodeSampling(self.sampling_temperature, self.top_k, self.top_p, self.draw_method)
 
     def _check_autoregressive(self, num_tokens: int) -> None:
         for name, value in _AUTOREGRESSIVE_VALUES.items():
@@ -186,12 +189,14 @@ class AutoregressiveDecoding:
         sampling_temperature: Temperature of the logits, >= 0: a number, or two for the first and the last token.
         top_k: Number of most likely codes to draw from, >= 1; None draws from all.
         top_p: Probability of the smallest set of codes to draw from, in (0, 1]; None draws from all.
+        draw_method: How codes are drawn; see ``sampling.DrawMethod``.
     """
 
     guidance: str | dict[str, Any] = "constant"
     sampling_temperature: Temperature = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    draw_method: DrawMethod = "inverse_cdf"
 
     def to_config(self, num_tokens: int) -> DecodingConfig:
         """Returns the settings for images of ``num_tokens`` tokens, in the form that a pretrained folder stores."""
@@ -202,4 +207,5 @@ class AutoregressiveDecoding:
             sampling_temperature=self.sampling_temperature,
             top_k=self.top_k,
             top_p=self.top_p,
+            draw_method=self.draw_method,
         )

@@ -11,7 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from maskgit_pl.randomness import gumbel, random_uniform
+from maskgit_pl.decoding.sampling import DrawMethod
+from maskgit_pl.randomness import gumbel, gumbel_rows, random_bits, uniform_of
 
 __all__ = ["Noise", "SeededNoise", "draw_codes"]
 
@@ -51,39 +52,43 @@ class SeededNoise:
         num_tokens: N, tokens per image.
         steps_at_once: Steps whose numbers are generated together, >= 1. It changes no number. With 8, a run of 8
             steps launches an eighth of the kernels.
+        method: How codes are drawn; see ``sampling.DrawMethod``.
     """
 
     seeds: Tensor
     num_tokens: int
     steps_at_once: int = 8
-    _made: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    method: DrawMethod = "inverse_cdf"
+    _made: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def draw(self, logits: Tensor, positions: Tensor, step: int) -> Tensor:
-        """Draws codes by inverting the cumulative distribution, with one uniform number per position."""
-        return draw_codes(logits, self._uniform(positions, step))
+        """Draws codes with one uniform number per position, or with K Gumbel numbers."""
+        first, second = (self._at(number, positions, step) for number in (0, 1))
+        if self.method == "inverse_cdf":
+            return draw_codes(logits, uniform_of(first))
+        return gumbel_rows(first, second, logits.shape[-1]).add_(logits).argmax(-1)
 
     def gumbel(self, positions: Tensor, step: int) -> Tensor:
         """Returns Gumbel noise (B, M) float32 from one uniform number per position."""
-        first = self._generate(step)
-        return self._made[first][1][:, step - first].gather(1, positions)
+        return self._at(2, positions, step)
 
-    def _uniform(self, positions: Tensor, step: int) -> Tensor:
-        """Returns uniform numbers (B, M) float32 in (0, 1) for the draws of codes."""
+    def _at(self, number: int, positions: Tensor, step: int) -> Tensor:
+        """Returns the generated numbers (B, M) of some positions: 0 and 1 are words for codes, 2 is Gumbel noise."""
         first = self._generate(step)
-        return self._made[first][0][:, step - first].gather(1, positions)
+        return self._made[first][number][:, step - first].gather(1, positions)
 
     def _generate(self, step: int) -> int:
         """Generates the numbers of the group of steps that holds ``step``, if needed, and returns its first step."""
         first = step - step % self.steps_at_once
         if first not in self._made:
-            self._made.clear()  # one group of steps is kept: 2 B N numbers per step
+            self._made.clear()  # one group of steps is kept: 3 B N numbers per step
             steps = torch.arange(first, first + self.steps_at_once, device=self.seeds.device)
-            codes, choice = random_uniform(
-                ["decode/codes", "decode/choice"],
+            first_words, second_words, choice = random_bits(
+                ["decode/codes", "decode/codes/second", "decode/choice"],
                 seed=self.seeds.unsqueeze(1),
                 index=0,
                 epoch=steps,
                 count=self.num_tokens,
             )  # (B, steps, N) each
-            self._made[first] = codes, gumbel(choice)
+            self._made[first] = first_words, second_words, gumbel(uniform_of(choice))
         return first

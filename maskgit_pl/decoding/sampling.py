@@ -7,16 +7,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
+
+from maskgit_pl.checks import check_choice
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from maskgit_pl.decoding.noise import Noise
 
-__all__ = ["CodeSampling", "Temperature"]
+__all__ = ["CodeSampling", "DrawMethod", "Temperature"]
 
 Temperature = float | tuple[float, float]
+DrawMethod = Literal["gumbel", "inverse_cdf"]
+"""How codes are drawn from the softmax. Both have the same distribution, and a seed gives other images with each.
+
+- ``gumbel``: the largest sum of a logit and a Gumbel number. A small change of the logits, as of bfloat16, int8 or
+  another device, changes few draws. The released code draws so.
+- ``inverse_cdf``: by inverting the cumulative distribution, with one uniform number for a position. A small change of
+  one probability moves the intervals of all later codes.
+"""
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,7 @@ class CodeSampling:
             the last step.
         top_k: Number of codes kept, >= 1; None keeps all codes.
         top_p: Probability kept, in (0, 1]; None keeps all codes.
+        method: How codes are drawn; see ``DrawMethod``.
 
     Raises:
         ValueError: if a number is out of range.
@@ -41,6 +52,7 @@ class CodeSampling:
     temperature: Temperature = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    method: DrawMethod = "inverse_cdf"
 
     def __post_init__(self) -> None:
         pair = self.temperature if isinstance(self.temperature, tuple | list) else (self.temperature,) * 2
@@ -53,6 +65,7 @@ class CodeSampling:
             raise ValueError(f"top_k must be >= 1, got {self.top_k}; leave it out to keep all codes")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be a number in (0, 1], got {self.top_p}; leave it out to keep all codes")
+        check_choice("draw_method", self.method, get_args(DrawMethod))
 
     def temperature_at(self, progress: float) -> float:
         """Returns the temperature of a step; ``progress`` is 0 at the first step and 1 at the last."""

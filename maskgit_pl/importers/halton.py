@@ -199,6 +199,7 @@ def _decoding(config: BackboneConfig) -> DecodingConfig:
         token_selector="halton",
         guidance={"name": "constant", "scale": _EXAMPLE_SCALE if scale is None else scale},
         tokens_per_step=_tokens_per_step(num_steps, config.num_tokens),
+        draw_method="gumbel",
     )
 
 

@@ -117,6 +117,7 @@ def _decoding(config: BackboneConfig) -> DecodingConfig:
         token_selector={"name": "confidence", "choice_temperature": _CHOICE_TEMPERATURE},
         guidance={"name": "linear", "scale": _SCALE},
         tokens_per_step=_tokens_per_step(num_steps, config.num_tokens),
+        draw_method="gumbel",
     )
 
 

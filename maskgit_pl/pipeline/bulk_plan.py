@@ -147,7 +147,12 @@ def read_plan(text: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     known = isinstance(content, dict) and (content.get("format"), content.get("version")) == (_FORMAT, _VERSION)
-    return rename_decoding(content) if known else None
+    if not known:
+        return None
+    content = rename_decoding(content)
+    if isinstance(content.get("decoding"), dict):
+        content["decoding"].setdefault("draw_method", "inverse_cdf")  # earlier versions had no other
+    return content
 
 
 def check_same(place: Path, known: Mapping[str, Any], plan: BulkPlan) -> None:

@@ -132,6 +132,13 @@ def test_a_step_that_is_logged_twice_has_its_later_value(tmp_path):
     assert read_logs(tmp_path).last("train") == {"x": 6.0}
 
 
+def test_a_metric_that_is_always_zero_has_a_sentence_and_no_chart(tmp_path):
+    write_events(tmp_path / "run/tokenizer", {"data/unreadable": {1: 0.0, 2: 0.0}, "train/x": {1: 0.0, 2: 1.0}})
+    page = inspect_run(tmp_path / "run").read_text()
+    assert "Always 0: data/unreadable." in page
+    assert page.count("<figcaption>") == 1
+
+
 def test_codes_are_counted_and_images_judged():
     tokenizer = tiny_tokenizer()
     channels, size = tokenizer.network.config.in_channels, tokenizer.image_size

@@ -105,15 +105,23 @@ class _Stage:
     recipe: Mapping[str, Any]
 
     def charts(self) -> list[str]:
-        """Draws each metric: training and validation in one chart, and ranges such as mask ratios in one chart."""
+        """Draws each metric: training and validation in one chart, and ranges such as mask ratios in one chart.
+
+        Metrics that are always 0, such as the number of unreadable images, are listed in a sentence.
+        """
+        always_zero: list[str] = []
         grouped: dict[str, dict[str, dict[int, float]]] = {}
         for name, values in sorted(self.logs.scalars.items()):
+            if not any(values.values()):
+                always_zero.append(name)
+                continue
             split, _, rest = name.partition("/")
             metric, _, part = rest.partition("/")
             title = f"{metric} by part" if part else metric or split
             grouped.setdefault(title, {})[part or split] = values
-        charts = [line_chart(title, lines) for title, lines in grouped.items()]
-        return charts[:_MAX_CHARTS]
+        charts = [line_chart(title, lines) for title, lines in grouped.items()][:_MAX_CHARTS]
+        sentence = f"<p>Always 0: {quote(', '.join(always_zero[:_MAX_CHARTS]))}.</p>"
+        return [*charts, sentence] if always_zero else charts
 
     def pictures(self) -> list[str]:
         """Shows the pictures of the event files, evenly spaced over the steps."""

@@ -1,0 +1,73 @@
+"""Measures how many tokens stay the same in other precisions, with the same seeds, for both draw methods.
+
+    python benchmarks/precision.py --run runs/fashion-mnist-adaln
+
+The table compares the final tokens with those of float32: the fraction of equal tokens, and of images all of whose
+tokens are equal. The CPU seconds are those of the decoding, without the tokenizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from measuring import format_table, read_cpu_name
+from torch import Tensor
+
+from maskgit_pl import MaskGIT
+from maskgit_pl.decoding.sampling import DrawMethod
+from maskgit_pl.provenance import describe_environment
+
+
+def decode(pipe: MaskGIT, *, num_images: int, method: DrawMethod) -> tuple[Tensor, float]:
+    """Decodes images of all classes in turn with the seeds 0, 1, ...
+
+    Returns:
+        Tokens (B, N), and the CPU seconds.
+    """
+    labels = [number % len(pipe.class_names) for number in range(num_images)]
+    before = time.process_time()
+    *_, last = pipe.steps(labels, seed=range(num_images), draw_method=method)
+    return last.tokens, time.process_time() - before
+
+
+def measure(run: Path, *, num_images: int) -> list[dict[str, Any]]:
+    """Decodes in float32, bfloat16 and int8 with each method; returns the rows of the table."""
+    exact = MaskGIT.from_pretrained(run).to("cpu")
+    others = {
+        "bfloat16": MaskGIT.from_pretrained(run).to("cpu", dtype=torch.bfloat16),
+        "int8": exact.quantize(),
+    }
+    rows = []
+    for method in get_args(DrawMethod):
+        expected, seconds = decode(exact, num_images=num_images, method=method)
+        rows.append({"draw method": method, "precision": "float32", "CPU ms per image": seconds})
+        for precision, other in others.items():
+            tokens, seconds = decode(other, num_images=num_images, method=method)
+            same = tokens == expected
+            row = {"equal tokens": same.float().mean().item(), "equal images": same.all(1).float().mean().item()}
+            rows.append({"draw method": method, "precision": precision, "CPU ms per image": seconds, **row})
+    for row in rows:
+        row["CPU ms per image"] = f"{1000 * row['CPU ms per image'] / num_images:.1f}"
+        for name in ("equal tokens", "equal images"):
+            row[name] = f"{100 * row[name]:.1f} %" if name in row else "-"
+    return rows
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--run", type=Path, required=True, help="run, or pretrained folder")
+    parser.add_argument("--num-images", type=int, default=500, help="images per row (500)")
+    args = parser.parse_args(words)
+    torch.set_num_threads(1)
+    print(f"{read_cpu_name()}, 1 thread, torch {describe_environment()['torch']}, {args.num_images} images")
+    print(format_table(measure(args.run, num_images=args.num_images)))
+
+
+if __name__ == "__main__":
+    main()
