@@ -20,7 +20,8 @@ from maskgit_pl.runs.recipe import Recipe
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = [
-    "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "data/README.md", "benchmarks/README.md", "tests/golden/README.md",
+    "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "data/README.md", "benchmarks/README.md",
+    "tests/golden/README.md",
     *sorted(page.relative_to(ROOT).as_posix() for each in ("docs", "results") for page in (ROOT / each).rglob("*.md")),
 ]  # fmt: skip
 RUN_IN_ORDER = ("README.md", "docs/generation.md")  # pages whose examples use the demo's run, and what came before
