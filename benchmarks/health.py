@@ -1,4 +1,4 @@
-"""Measures what health monitoring and the norms of gradients add to a training step of stage 1.
+"""Measures what health monitoring, norms and the figures of speed add to a training step of stage 1.
 
     python benchmarks/health.py --repeats 20 --json health.json
 
@@ -25,6 +25,7 @@ from maskgit_pl.provenance import describe_environment
 from maskgit_pl.tokenizer_losses import gradient_norm
 from maskgit_pl.training.health import HealthMonitor
 from maskgit_pl.training.health_rules import HealthConfig
+from maskgit_pl.training.speed import SpeedMonitor
 from maskgit_pl.training.stop_and_nonfinite import clip_gradients
 
 LOG_EVERY = 50  # of recipes/tokenizer/base.yaml
@@ -66,7 +67,8 @@ class Contenders:
     def __init__(self, task: Task, folder: Path) -> None:
         self.ours = Ours(task, "fp32")
         self.module, self.trainer = self.ours.module, self.ours.trainer
-        vars(self.trainer).update(loggers=[], is_global_zero=True, callback_metrics={})
+        vars(self.trainer).update(loggers=[], is_global_zero=True, callback_metrics={}, precision="32-true")
+        self.speed = SpeedMonitor(lambda: 1e12)
         self.monitor = HealthMonitor(folder, HealthConfig(grace_steps=0))
         self.monitor.setup(self.trainer, self.module, "fit")  # type: ignore[arg-type]  # stands in for the Trainer
         self.tokens = torch.randint(task.codebook_size, (task.batch, *self.module.grid)).flatten(1)
@@ -83,6 +85,21 @@ class Contenders:
         self.trainer.log_every_n_steps, kept = 1, self.trainer.log_every_n_steps
         watch.mark("preparation")
         self.monitor.on_train_batch_end(self.trainer, self.module)  # type: ignore[arg-type]  # stands in
+        watch.mark("part")
+        self.trainer.log_every_n_steps = kept
+
+    def read_clocks(self, watch: Stopwatch) -> None:
+        """Measures the waiting for data and the time of a micro-batch, as at any step."""
+        watch.mark("preparation")
+        self.speed.on_train_batch_start(self.trainer, self.module, self.ours.batch, 0)  # type: ignore[arg-type]  # stands in
+        self.speed.on_train_batch_end(self.trainer, self.module)  # type: ignore[arg-type]  # stands in
+        watch.mark("part")
+
+    def measure_speed(self, watch: Stopwatch) -> None:
+        """Measures speed, memory and the norms of the weights, as at a logging step."""
+        self.trainer.log_every_n_steps, kept = 1, self.trainer.log_every_n_steps
+        watch.mark("preparation")
+        self.speed.on_train_batch_end(self.trainer, self.module)  # type: ignore[arg-type]  # stands in
         watch.mark("part")
         self.trainer.log_every_n_steps = kept
 
@@ -126,6 +143,8 @@ def measure(task: Task, *, repeats: int) -> tuple[float, list[Part]]:
             "a step": (made.step, 1),
             "count the tokens": (made.count, 1),
             "measure and judge": (made.measure, LOG_EVERY),
+            "read the clocks": (made.read_clocks, 1),
+            "speed and norms of weights": (made.measure_speed, LOG_EVERY),
             "norms of losses at the image": (made.norms_at_the_image, 1),
             "norms of both networks": (made.norms_of_weights, 1),
         }

@@ -181,7 +181,9 @@ class Tokenizer(LightningModule):
             return
         metrics |= self._step_optimizers()  # 5 to 7
         if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # set late
-            self._log_metrics({f"train/{name}": value for name, value in metrics.items()}, bar="train/reconstruction")
+            named = {f"train/{name}": value for name, value in metrics.items()}
+            rate = torch.tensor(self.trainer.optimizers[0].param_groups[0]["lr"], dtype=torch.float64)
+            self._log_metrics({**named, "learning-rate": rate}, bar="train/reconstruction")
 
     def replay_step(self, batch: Batch, *, step: int) -> dict[str, Tensor]:
         """Adds the gradients of one micro-batch to both networks, without a Trainer and without an optimizer step.

@@ -40,6 +40,10 @@ def test_each_part_does_its_work(script, task, tmp_path):
     assert made.monitor.history.counts.sum() == 2 * tokens
     made.measure(watch)
     assert made.monitor.history.counts.sum() == 0  # measured, and counted from the beginning
+    made.read_clocks(watch)
+    assert made.speed._images == 2
+    made.measure_speed(watch)
+    assert made.speed._images == 0
     made.norms_of_weights(watch)
     assert all(weight.grad is None for weight in made.module.parameters())
 
@@ -47,7 +51,7 @@ def test_each_part_does_its_work(script, task, tmp_path):
 def test_a_measurement_has_a_row_for_each_part(script, task):
     step, parts = script.measure(task, repeats=2)
     assert step > 0
-    assert [part.every for part in parts] == [1, script.LOG_EVERY, 1, 1]
+    assert [part.every for part in parts] == [1, script.LOG_EVERY, 1, script.LOG_EVERY, 1, 1]
     assert all(part.seconds >= 0 for part in parts)
     table = script.format_table([part.row(step) for part in parts]).splitlines()
     assert len({line.count("|") for line in table}) == 1

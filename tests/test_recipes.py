@@ -41,6 +41,12 @@ PARAMETERS = {
     ("transformer", "maskbit-12bit"): 304_784_490,
     ("transformer", "paper-256"): 172_457_193,
     ("transformer", "paper-512"): 173_047_017,
+    ("tokenizer", "photos-64"): 11_603_595,
+    ("tokenizer", "photos-128"): 29_069_963,
+    ("tokenizer", "photos-256"): 52_983_435,
+    ("transformer", "photos-64"): 16_732_289,
+    ("transformer", "photos-128"): 60_944_897,
+    ("transformer", "photos-256"): 129_632_513,
 }
 BELOW = {
     "paper-512": ["paper-256"],
@@ -65,11 +71,12 @@ def test_a_recipe_opens_with_what_it_is(file):
             assert any(line.startswith(f"# {word} ") for line in comments), word
 
 
-SOURCE = re.compile(r"# \[(config|code|magvit|paper|halton|taming|llamagen|maskbit|fsq|ours)\]")
+SOURCE = re.compile(r"# \[(config|code|magvit|paper|halton|taming|llamagen|ldm|maskbit|fsq|ours)\]")
 
 
 SOURCED = [(stage, f"paper-{size}") for stage in ("tokenizer", "transformer") for size in (256, 512)]
 SOURCED += [("transformer", "maskbit-12bit")]
+SOURCED += [(stage, f"photos-{size}") for stage in ("tokenizer", "transformer") for size in (64, 128, 256)]
 SOURCED += [("tokenizer", name) for name in ("taming-f16", "llamagen-vq16", "maskbit-12bit", "fsq-1000", "fsq-4375")]
 TAMING = ["--model.network.num_middle_blocks=2", "--model.network.attention_levels=[1]"]
 PATCHES = ["--model.adversarial.discriminator.num_layers=1", "--model.adversarial.start_step=0"]

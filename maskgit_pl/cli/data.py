@@ -6,6 +6,7 @@ The functions that run a command import torch, PIL and webdataset: this file is 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -121,9 +122,14 @@ def _add_stats(commands: _Parsers[argparse.ArgumentParser]) -> None:
     stats = commands.add_parser(
         "stats",
         help="count the classes, images and bytes of a data folder",
-        description="Print the number of images, classes, sizes and bytes of a data folder.",
+        description="Print the number of images, classes, sizes and bytes of a data folder, and find images that are "
+        "equal to others.",
     )
     stats.add_argument("folder", type=Path, metavar="DIR", help="data folder")
+    duplicates = stats.add_mutually_exclusive_group()
+    duplicates.add_argument("--no-duplicates", action="store_true", help="do not read all images to find equal ones")
+    duplicates.add_argument("--decode", action="store_true", help="compare decoded pixels (default: the files' bytes)")
+    stats.add_argument("--json", action="store_true", help="print JSON")
     stats.add_argument("--out", type=Path, metavar="FILE.png", help="draw the first images of each class")
     stats.set_defaults(run=_stats)
 
@@ -272,17 +278,32 @@ def _verify_store(folder: Path, *, decode: bool) -> int:
 
 
 def _stats(args: argparse.Namespace) -> int:
-    from maskgit_pl.shards.report import statistics_lines
-    from maskgit_pl.shards.stats import read_statistics
+    from maskgit_pl.shards.duplicates import find_duplicates
+    from maskgit_pl.shards.report import duplicate_lines, statistics_lines
+    from maskgit_pl.shards.stats import read_statistics, statistics_as_json
 
     check_outputs(args, out=".png")
     statistics = read_statistics(args.folder)
-    print("\n".join(statistics_lines(args.folder, statistics)))
+    duplicates = None
+    if not args.no_duplicates:
+        with named_bars("images") as advance:
+            duplicates = find_duplicates(
+                statistics.manifests,
+                compare="pixels" if args.decode else "bytes",
+                on_image=lambda split, total: advance(split, 1, total),
+            )
+    if args.json:
+        print(json.dumps(statistics_as_json(statistics, duplicates), indent=1))
+    else:
+        print("\n".join(statistics_lines(args.folder, statistics)))
+        if duplicates is not None:
+            print("\n".join(["", *duplicate_lines(duplicates)]))
     if args.out is not None:
         from maskgit_pl.imaging.contact_sheet import draw_contact_sheet
 
         draw_contact_sheet(statistics, args.out)
-        print(f"{args.out}: first images of each class")
+        if not args.json:
+            print(f"{args.out}: first images of each class")
     return 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["GPU", "GPUS"]
+__all__ = ["GPU", "GPUS", "find_gpu"]
 
 
 @dataclass(frozen=True)
@@ -47,3 +47,19 @@ GPUS = {
 
 Source: NVIDIA's data sheets of the SXM modules and of the L40S, and its whitepaper on the Ada architecture.
 """
+
+
+_NAMES = {  # words of the driver's name -> key of GPUS; the first match counts
+    "A100 80GB": "a100-80",
+    "A100-SXM4-80GB": "a100-80",
+    "A100-SXM4-40GB": "a100-40",
+    "H200": "h200",
+    "H100 80GB HBM3": "h100",
+    "L40S": "l40s",
+    "RTX 4090": "rtx4090",
+}
+
+
+def find_gpu(name: str) -> GPU | None:
+    """Returns the GPU with a name of the driver, such as ``NVIDIA H100 80GB HBM3``, or None if it is not listed."""
+    return next((GPUS[key] for words, key in _NAMES.items() if words in name), None)

@@ -28,6 +28,7 @@ from maskgit_pl.networks.discriminator import DiscriminatorConfig
 from maskgit_pl.networks.discriminators import build_discriminator
 from maskgit_pl.old_names import rename_settings
 from maskgit_pl.pretrained import fingerprint, read_config
+from maskgit_pl.runs.costs import useful_flops
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.recipe_files import Stage
@@ -52,6 +53,7 @@ from maskgit_pl.training.image_callbacks import ReconstructionPictures, SamplePi
 from maskgit_pl.training.loggers import loggers
 from maskgit_pl.training.optimizers import check_sharding
 from maskgit_pl.training.progress import ProgressLines
+from maskgit_pl.training.speed import SpeedMonitor
 from maskgit_pl.training.step_clock import StepClock
 from maskgit_pl.training.stop_and_nonfinite import StepCheck
 from maskgit_pl.training.strategies import build_strategy, check_accelerator, check_precision, check_strategy
@@ -296,7 +298,14 @@ class StageRun:
         # not count the pictures after a validation.
         health = [HealthMonitor(self.folder, self.run.health)] if isinstance(self.run, TokenizerRunSettings) else []
         named = [callbacks.build(spec).create(self.folder) for spec in self.run.callbacks]
-        return [*health, step_check, self.watchdog, self.checkpoints, progress, pictures, unreadable, *named, clock]
+        speed = SpeedMonitor(self._count_flops, tensor_float32=self.run.matmul_precision != "highest")
+        usual = [step_check, self.watchdog, self.checkpoints, progress, pictures, unreadable]
+        return [*health, *usual, *named, speed, clock]
+
+    def _count_flops(self) -> float:
+        assert isinstance(self.model, Tokenizer | TokenModel)
+        data = self.datamodule.config
+        return useful_flops(self.model, global_batch=data.global_batch, encodes=data.source != "tokens")
 
 
 def _build_run_settings(kind: str, values: Mapping[str, Any]) -> RunSettings:

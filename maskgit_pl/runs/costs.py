@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import torch
@@ -35,7 +35,7 @@ from maskgit_pl.tokenizer_config import AdversarialConfig, TokenizerConfig
 from maskgit_pl.training.compile_and_checkpointing import prepare_blocks
 from maskgit_pl.training.optimizers import state_values
 
-__all__ = ["Costs", "TokenizerCosts", "TransformerCosts"]
+__all__ = ["Costs", "TokenizerCosts", "TransformerCosts", "useful_flops"]
 
 
 @dataclass
@@ -285,6 +285,22 @@ class TokenizerCosts(Costs):
         blocks, root = self.groups
         buffers = sum(buffer.nbytes for network in self._networks for buffer in network.buffers())
         return ddp_traffic([*blocks, root], self.ranks, buffers=buffers, micro_batches=micro_batches)
+
+
+def useful_flops(module: TokenModel | Tokenizer, *, global_batch: int, encodes: bool) -> float:
+    """Returns the FLOPs of a step of the model over all ranks, without recomputation. The module stays as it is.
+
+    Args:
+        module: The module that trains.
+        global_batch: Samples of a step.
+        encodes: True if stage 2 encodes images, instead of reading tokens.
+    """
+    if isinstance(module, TokenModel):
+        sizes = (module.tokenizer.network.config, module.tokenizer.image_size) if encodes else None
+        return TransformerCosts("auto", 1, module=module, tokenizer=sizes, encodes=encodes).flops(global_batch)[0]
+    with torch.random.fork_rng(devices=[]):  # the twin draws weights, which the replay discards
+        twin = Tokenizer(replace(module.config, activation_checkpointing="none"))
+    return TokenizerCosts("auto", 1, module=twin).flops(global_batch)[0]
 
 
 def _one_image(config: TokenizerConfig) -> Batch:

@@ -13,6 +13,7 @@ from maskgit_pl.shards.writer import LEFT_OUT
 from maskgit_pl.text import printable
 
 if TYPE_CHECKING:
+    from maskgit_pl.shards.duplicates import Duplicates
     from maskgit_pl.shards.index import IndexResult
     from maskgit_pl.shards.stats import DataStatistics
     from maskgit_pl.shards.verify import BadFile, StoreVerification, Verification
@@ -23,6 +24,7 @@ __all__ = [
     "describe_data",
     "describe_store_verification",
     "describe_verification",
+    "duplicate_lines",
     "index_lines",
     "statistics_lines",
     "unreadable_lines",
@@ -122,6 +124,27 @@ def statistics_lines(folder: Path, statistics: DataStatistics) -> Iterator[str]:
     yield from _class_table(statistics)
     yield ""
     yield from _size_lines(statistics)
+
+
+def duplicate_lines(found: Duplicates) -> Iterator[str]:
+    """Yields lines about the duplicates of a data folder."""
+    kind = "the same bytes" if found.compared == "bytes" else "the same pixels"
+    total = sum(found.repeated.values()) + found.val_in_train
+    if not total:
+        yield f"duplicates: no two images have {kind}"
+        return
+    counts = ", ".join(f"{count} in {split}" for split, count in found.repeated.items() if count)
+    within = f" ({counts} of the same split)" if counts else ""
+    images = "1 image has" if total == 1 else f"{total} images have"
+    yield f"duplicates: {images} {kind} as an earlier one{within}"
+    if found.val_in_train:
+        share = f"{found.val_in_train} of {found.images['val']} val images ({found.share_of_val:.1%})"
+        yield f"  {share} are in train, so val does not measure new images"
+    if found.other_label:
+        yield f"  {found.other_label} have another class than the earlier one"
+    yield from (f"  {printable(pair.repeated)} = {printable(pair.first)}" for pair in found.pairs)
+    if total > len(found.pairs):
+        yield f"  ... and {total - len(found.pairs)} more"
 
 
 def _class_table(statistics: DataStatistics) -> Iterator[str]:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from maskgit_pl.shards.duplicates import Duplicates
 from maskgit_pl.shards.images import parse_image_header
 from maskgit_pl.shards.manifest import DataSummary, Manifest, Split, load_manifest, read_manifest_summary, splits_of
 from maskgit_pl.shards.reader import ShardReader
 
-__all__ = ["DataStatistics", "SizeCount", "images_of_classes", "read_statistics"]
+__all__ = ["DataStatistics", "SizeCount", "images_of_classes", "read_statistics", "statistics_as_json"]
 
 HEADERS = 2_000  # images whose size is read, spread evenly over the split
 
@@ -66,6 +67,34 @@ def read_statistics(folder: str | Path) -> DataStatistics:
     sizes = _sizes(manifests["train"])
     height, width = np.median(sizes, axis=0).round().astype(int).tolist()
     return DataStatistics(summary, manifests, classes, len(sizes), (height, width), _histogram(sizes.min(axis=1)))
+
+
+def statistics_as_json(statistics: DataStatistics, duplicates: Duplicates | None) -> dict[str, Any]:
+    """Returns the statistics as JSON values.
+
+    Args:
+        statistics: Statistics of the data folder.
+        duplicates: Its duplicates; None if they were not searched.
+    """
+    images = statistics.summary.images
+    splits = {
+        split: {
+            "samples": manifest.samples,
+            "shards": len(manifest.shards),
+            "bytes": sum(shard.bytes for shard in manifest.shards),
+            "left_out": dict(manifest.left_out),
+            "classes": statistics.classes[split].tolist(),
+        }
+        for split, manifest in statistics.manifests.items()
+    }
+    return {
+        "classes": list(statistics.summary.classes),
+        "splits": splits,
+        "images": {"height": list(images.height), "width": list(images.width), "channels": list(images.channels)},
+        "median": list(statistics.medians),
+        "short_sides": [bar._asdict() for bar in statistics.short_sides],
+        "duplicates": None if duplicates is None else {**asdict(duplicates), "share_of_val": duplicates.share_of_val},
+    }
 
 
 def images_of_classes(manifest: Manifest, labels: list[int], *, each: int) -> Iterator[list[tuple[bytes, str]]]:

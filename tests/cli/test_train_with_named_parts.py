@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from maskgit_pl.cli import main
+from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
 from tests.conftest import flags
 from tests.installed_packages import install
 
@@ -16,15 +17,53 @@ POINTS = """
 notes = trackers_of_mine:Notes
 [maskgit_pl.callbacks]
 counter = trackers_of_mine:Counter
+[maskgit_pl.optimizers]
+signs = trackers_of_mine:Signs
+[maskgit_pl.augmentations]
+grey = trackers_of_mine:Grey
 """
 MODULE = '''
 from dataclasses import dataclass
 
+import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 
+from maskgit_pl.data.augmentations import Augmentation
 from maskgit_pl.training.callbacks import CallbackSpec
 from maskgit_pl.training.loggers import LoggerSpec
+from maskgit_pl.training.optimizers import OptimizerSpec
+
+
+class SignDescent(torch.optim.SGD):
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    weight.grad.sign_()
+        super().step()
+        return loss
+
+
+@dataclass(frozen=True)
+class Signs(OptimizerSpec):
+    """An optimizer that steps by the sign of the gradient."""
+
+    momentum: float = 0.9
+
+    def create(self, groups, config):
+        return SignDescent(groups, lr=config.learning_rate.peak, momentum=self.momentum)
+
+
+@dataclass(frozen=True)
+class Grey(Augmentation):
+    """An augmentation that makes all pixels equal."""
+
+    value: int = 128
+
+    def __call__(self, image, random, *, size):
+        return torch.full_like(image, self.value)
 
 
 @dataclass(frozen=True)
@@ -46,9 +85,9 @@ class Counts(Callback):
     def __init__(self, file):
         self.file = file
 
-    def on_train_batch_end(self, trainer, *_):
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.steps += 1
-        self.file.write_text(str(self.steps))
+        self.file.write_text(f"{self.steps} {batch.content.unique().tolist()}")
 
     def state_dict(self):
         return {"steps": self.steps}
@@ -80,13 +119,17 @@ def train(tiny_shards: Path, tiny_pretrained: Path, tmp_path: Path):
     return call
 
 
-def test_a_plug_in_logger_and_callback_are_named_in_one_recipe(train, tmp_path, monkeypatch, capsys) -> None:
+def test_a_logger_a_callback_an_optimizer_and_an_augmentation_of_a_package_are_named_in_one_recipe(
+    train, tmp_path, monkeypatch, capsys
+) -> None:
     install(tmp_path / "site", name="trackers-of-mine", entry_points=POINTS, modules={"trackers_of_mine": MODULE})
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     recipe = {
         "loggers": ["tensorboard", "csv", {"name": "notes", "place": "own"}],
         "callbacks": ["counter", {"name": "model_summary", "max_depth": 2}],
         "profiler": "simple",
+        "model": {"optimizer": {"algorithm": {"name": "signs", "momentum": 0.5}}},
+        "data": {"augmentations": ["random_crop", {"name": "grey", "value": 7}]},
     }
     assert train(recipe, "--trainer.max_steps=2", "--trainer.log_every_n_steps=1") == 0
     assert "Trainable params" in capsys.readouterr().out  # of model_summary
@@ -97,10 +140,16 @@ def test_a_plug_in_logger_and_callback_are_named_in_one_recipe(train, tmp_path, 
     assert list(stage.glob("own-samples-*.png"))
     assert list(stage.glob("events.out*"))
     assert (stage / "fit-profile.txt").stat().st_size > 100
-    assert (stage / "steps.txt").read_text() == "4"  # micro-batches, two a step
+    assert (stage / "steps.txt").read_text() == "4 [7]"  # micro-batches, two a step, and the pixels
+    state = FolderCheckpointIO().load_checkpoint(newest_checkpoint(stage / "checkpoints"))
+    assert state["optimizer_states"][0]["param_groups"][0]["momentum"] == 0.5
     # A resumed run restores the state of the callback, and its loggers may be others.
-    assert train({"loggers": [], "callbacks": ["counter"]}, "--trainer.max_steps=3") == 0
-    assert (stage / "steps.txt").read_text() == "6"
+    assert train({**recipe, "loggers": [], "profiler": None}, "--trainer.max_steps=3") == 0
+    assert (stage / "steps.txt").read_text() == "6 [7]"
+    # The augmentation and the optimizer decide what is learned.
+    for key, other in (("data", {"augmentations": ["grey"]}), ("model", {"optimizer": {"algorithm": "signs"}})):
+        assert train({**recipe, key: other}, "--trainer.max_steps=4") == 2
+        assert "settings changed" in capsys.readouterr().err
 
 
 def test_the_callback_of_the_documentation_is_called(train, tmp_path, monkeypatch, capsys) -> None:
@@ -126,6 +175,11 @@ def test_the_callback_of_the_documentation_is_called(train, tmp_path, monkeypatc
             {"model": {"optimizer": {"algorithm": {"name": "sgd", "momentum": 1.0}}}},
             "optimizer 'sgd': momentum must be a number in [0, 1), got 1.0",
         ),
+        ({"data": {"augmentations": ["flipp"]}}, "unknown augmentation 'flipp': did you mean 'flip'?"),
+        (
+            {"data": {"augmentations": ["flip"]}, "model": {"flip_probability": 0.5}},
+            "model.flip_probability must be 0 if data.augmentations lists flip, got 0.5",
+        ),
         ({"profiler": "simpel"}, "unknown profiler 'simpel': did you mean 'simple'?"),
         ({"trainer": {"logger": "csv"}}, "trainer.logger cannot be set: name the loggers with the key loggers"),
         ({"trainer": {"profiler": "simple"}}, "name it with the key profiler"),
@@ -143,3 +197,32 @@ def test_fsdp_is_refused_for_an_optimizer_of_whole_matrices(train, tmp_path, cap
     assert train({"model": {"optimizer": {"algorithm": "muon"}}}, "--trainer.strategy=fsdp") == 2
     assert "trainer.strategy must be 'ddp' or 'auto' with model.optimizer.algorithm 'muon'" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_examples_of_the_documentation_train(train, tmp_path, monkeypatch) -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    modules = {}
+    for page in ("optimizers.md", "plug-ins.md"):
+        for code in re.findall(r"```python\n(.*?)```", (docs / page).read_text(), re.DOTALL):
+            modules[code.split(".py")[0].removeprefix("# ")] = code
+    points = "[maskgit_pl.optimizers]\nsignum = signum:Signum\n"
+    points += "[maskgit_pl.augmentations]\nvertical_flip = vertical_flip:VerticalFlip\n"
+    chosen = {name: modules[name] for name in ("signum", "vertical_flip")}
+    install(tmp_path / "site", name="examples", entry_points=points, modules=chosen)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    recipe = {
+        "model": {"optimizer": {"algorithm": {"name": "signum", "momentum": 0.8}}},
+        "data": {"augmentations": ["random_crop", {"name": "vertical_flip", "probability": 0.3}]},
+    }
+    assert train(recipe) == 0
+
+
+def test_the_page_names_what_is_logged(train, tmp_path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "trackers.md").read_text()
+    named = set(re.findall(r"`([a-z-]+/?[a-z_/-]*)`", page.split("## What is logged")[1].split("\n## ")[0]))
+    assert train({"loggers": ["csv"]}, "--trainer.max_steps=2", "--trainer.log_every_n_steps=1") == 0
+    file = tmp_path / "runs" / "one" / "transformer" / "csv" / "version_0" / "metrics.csv"
+    columns = set(file.read_text().splitlines()[0].split(",")) - {"step"}
+    assert {column.partition("/mask-ratio")[0] for column in columns} <= named
+    assert {name for name in named if name.startswith("speed/")} - columns == {"speed/model_flops_utilization"}
+    assert {"learning-rate", "train/gradient_norm", "train/weight_norm"} <= columns

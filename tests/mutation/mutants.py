@@ -697,6 +697,14 @@ MUTANTS: tuple[Mutant, ...] = (
         ("if random[0] < self.probability", "if random[0] > self.probability"),
     ),
     *_of(
+        "training/speed.py",
+        "training/test_speed",
+        ("self._images * trainer.world_size / seconds", "self._images / seconds"),
+        ("self._waited += self._read_clock()", "self._waited = self._read_clock()"),
+        ("* steps / seconds / trainer.world_size", "* steps / seconds"),
+        ("        self._last = None\n\n    def on_validation_end", "        pass\n\n    def on_validation_end"),
+    ),
+    *_of(
         "imaging/pixels.py",
         "data/test_module",
         ("images.to(torch.float32) / 255", "images.to(torch.float32) / 256"),
@@ -750,6 +758,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "shards/test_metadata",
         ('".." in parts or', "False or"),
         ('decode("utf-8-sig")', 'decode("utf-8")'),
+    ),
+    *_of(
+        "shards/duplicates.py",
+        "shards/test_duplicates",
+        ("values[counts > 1]", "values[counts > 2]"),
+        ("val_in_train += original.split != image.split", "val_in_train += image.split == 'val'"),
+        ("repr(tuple(pixels.shape)).encode() + ", ""),
     ),
     *_of(
         "shards/sources/folder_vectors.py",

@@ -27,6 +27,7 @@ from maskgit_pl.training.optimizers import (
     parameter_groups,
     state_values,
 )
+from maskgit_pl.training.speed import weight_norm
 from tests.modules import masked_model, tokenizer_model
 from tests.short_runs import data, fit
 
@@ -199,7 +200,10 @@ def on_a_rank(rank: int, folder: str) -> None:
         if config(name).spec.elementwise:
             model = Model()
             fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-            train(model, build(name, model), range(4), rows)
+            optimizer = build(name, model)
+            train(model, optimizer, range(4), rows)
+            whole = torch.cat([value.full_tensor().flatten() for value in weights(model).values()])
+            torch.testing.assert_close(weight_norm(optimizer), whole.norm())
             found[f"{name} fsdp"] = {key: value.full_tensor() for key, value in weights(model).items()}
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()

@@ -1,0 +1,135 @@
+"""The figures of a run while it trains: speed, waiting for data, FLOPs and norms."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from maskgit_pl.estimates.gpus import GPUS, find_gpu
+from maskgit_pl.networks.discriminator import DiscriminatorConfig
+from maskgit_pl.networks.transformer import TransformerConfig
+from maskgit_pl.networks.vqgan import VQGANConfig
+from maskgit_pl.runs.costs import TransformerCosts, useful_flops
+from maskgit_pl.tokenizer_config import AdversarialConfig
+from maskgit_pl.training import speed
+from maskgit_pl.training.speed import SpeedMonitor, weight_norm
+from tests.modules import masked_model, tokenizer_model
+
+MODULE = SimpleNamespace(device=torch.device("cpu"))
+
+
+class Records:
+    """A logger that keeps its values."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, dict[str, float]]] = []
+
+    def log_metrics(self, values: dict[str, float], step: int) -> None:
+        self.rows.append((step, values))
+
+
+@pytest.fixture
+def trainer() -> SimpleNamespace:
+    optimizer = torch.optim.SGD([torch.full((4,), 3.0), torch.full((8,), 2.0)], lr=0.1)
+    return SimpleNamespace(
+        global_step=0, log_every_n_steps=2, world_size=3, is_global_zero=True, precision="bf16-mixed",
+        optimizers=[optimizer], loggers=[Records()],
+    )  # fmt: skip
+
+
+@pytest.fixture
+def clock(monkeypatch) -> SimpleNamespace:
+    now = SimpleNamespace(seconds=100.0)
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now.seconds)
+    return now
+
+
+def train(monitor: SpeedMonitor, trainer: SimpleNamespace, clock: SimpleNamespace, *, validate_after: int = 0) -> None:
+    """Trains four steps of two micro-batches with five images: a second of waiting, and three of computing."""
+    monitor.on_train_start(trainer, MODULE)
+    for micro_batch in range(8):
+        clock.seconds += 1
+        monitor.on_train_batch_start(trainer, MODULE, SimpleNamespace(index=range(5)), micro_batch)
+        clock.seconds += 3
+        trainer.global_step += micro_batch % 2
+        monitor.on_train_batch_end(trainer, MODULE)
+        if micro_batch + 1 == validate_after:
+            monitor.on_validation_start(trainer, MODULE)
+            clock.seconds += 1000
+            monitor.on_validation_end(trainer, MODULE)
+
+
+@pytest.mark.parametrize("validate_after", [0, 1, 2, 4])
+def test_figures_are_of_the_steps_since_the_last_time_without_validations(trainer, clock, validate_after):
+    monitor = SpeedMonitor(lambda: 48e12)
+    train(monitor, trainer, clock, validate_after=validate_after)
+    (logger,) = trainer.loggers
+    assert [step for step, _ in logger.rows] == [2, 4]
+    for _, values in logger.rows:
+        assert values["speed/images_per_second"] == pytest.approx(3 * 20 / 16)  # 3 ranks
+        assert values["speed/data_wait"] == pytest.approx(0.25)
+        assert values["speed/tflops"] == pytest.approx(2 * 48 / 16 / 3)  # per device
+        assert values["speed/peak_memory_gb"] > 0.01
+        assert values["train/weight_norm"] == pytest.approx((4 * 9 + 8 * 4) ** 0.5)
+        assert "speed/model_flops_utilization" not in values  # of a CPU
+
+
+def test_the_share_of_the_peak_is_that_of_the_device(trainer, clock, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5e9)
+    monkeypatch.setattr(MODULE, "device", torch.device("cuda"))
+    train(SpeedMonitor(lambda: 48e12), trainer, clock)
+    _, values = trainer.loggers[0].rows[0]
+    assert values["speed/model_flops_utilization"] == pytest.approx(2e12 / GPUS["h100"].bfloat16)
+    assert values["speed/peak_memory_gb"] == 5.0
+
+
+def test_flops_that_cannot_be_counted_cost_one_warning(trainer, clock, caplog):
+    def fail() -> float:
+        raise RuntimeError("needs values")
+
+    train(SpeedMonitor(fail), trainer, clock)
+    assert [record.getMessage() for record in caplog.records] == [
+        "the FLOPs of a step cannot be counted, and are not logged: needs values"
+    ]
+    assert all("speed/tflops" not in values for _, values in trainer.loggers[0].rows)
+
+
+def test_the_norm_is_that_of_all_weights():
+    weights = [torch.nn.Parameter(torch.randn(3, 4)), torch.nn.Parameter(torch.randn(7))]
+    expected = torch.cat([weight.flatten() for weight in weights]).norm()
+    torch.testing.assert_close(weight_norm(torch.optim.SGD(weights, lr=1.0)), expected.detach())
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H200", "h200"), ("NVIDIA A100-SXM4-40GB", "a100-40"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80"), ("NVIDIA A100 80GB PCIe", "a100-80"), ("NVIDIA L40S", "l40s"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"), ("NVIDIA H100 PCIe", None), ("Tesla T4", None),
+    ],
+)  # fmt: skip
+def test_a_gpu_is_found_by_the_name_of_the_driver(name, key):
+    assert find_gpu(name) is (None if key is None else GPUS[key])
+
+
+def test_flops_of_stage_2_are_those_of_the_estimate(tiny_pretrained):
+    network = TransformerConfig(16, 3, (4, 4), embed_dim=16, depth=1, num_heads=2, mlp_dim=32)
+    module = masked_model(network, tiny_pretrained / "tokenizer", activation_checkpointing="blocks")
+    expected = TransformerCosts("auto", 1, module=module).flops(8)[0]
+    assert useful_flops(module, global_batch=8, encodes=False) == expected
+    assert useful_flops(module, global_batch=8, encodes=True) > expected
+
+
+def test_counting_the_flops_of_stage_1_changes_nothing():
+    network = VQGANConfig(
+        1, base_channels=8, channel_multipliers=(1,), num_res_blocks=1, num_middle_blocks=0, num_groups=4,
+        codebook_size=16, code_dim=4, patch_size=2, quantizer="ema",
+    )  # fmt: skip
+    adversarial = AdversarialConfig(DiscriminatorConfig(channel_multiplier=1 / 64))
+    module = tokenizer_model(network, image_size=8, adversarial=adversarial)
+    before, generator = {k: v.clone() for k, v in module.state_dict().items()}, torch.get_rng_state()
+    one, two = (useful_flops(module, global_batch=size, encodes=True) for size in (1, 2))
+    assert 2 * one == two > 0
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), generator)
