@@ -351,4 +351,5 @@ def _split_files(
 def _no_images(entries: Entries, root: str, left_out: LeftOut) -> str:
     kinds = ", ".join(f".{extension}" for extension in IMAGE_EXTENSIONS)
     got = ", ".join(_format_files(kind, names) for kind, names in left_out.items()) or "none"
-    return f"source {printable(entries.path / root)} must hold {kinds} files, got {got}"
+    hint = "; unpack archives inside it, or use maskgit data index for WebDataset shards" if ".tar" in left_out else ""
+    return f"source {printable(entries.path / root)} must hold {kinds} files, got {got}{hint}"
