@@ -753,7 +753,6 @@ MUTANTS: tuple[Mutant, ...] = (
     *_of(
         "shards/sources/image_folder.py",
         "shards/test_image_folder",
-        ('if kind_of_fault(data[:12]) != "damaged":', "if False:"),
         ("labelled.labels[name] = numbers[folder] if classes else 0", "labelled.labels[name] = 0"),
     ),
     *_of(
