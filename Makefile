@@ -12,7 +12,7 @@ LOWEST := .venv-lowest
 # `make help` prints the lines that begin with "#:".
 #: DATASET|Name of the data set (default: fashion-mnist)
 #: DATA|Folder of its shards (default: data/shards/DATASET)
-#: IMAGES|Folder of your own images, one sub-folder per class, which `make data` converts
+#: IMAGES|Folder or archive of your own images, or hf:OWNER/NAME, which `make data` converts
 #: RECIPE|Recipes, merged from left to right (default: adaln)
 #: BUDGET|Recipe for a time on 2 CPU cores, merged after RECIPE: 15m or 1h (default: 15m, but none with RECIPE or fashion-mnist)
 #: RUN|Name of the run folder in runs/ (default: DATASET-RECIPE, or DATASET-RECIPE-BUDGET)

@@ -760,6 +760,11 @@ MUTANTS: tuple[Mutant, ...] = (
         ('decode("utf-8-sig")', 'decode("utf-8")'),
     ),
     *_of(
+        "shards/sources/image_folder.py",
+        "shards/test_image_folder",
+        ("labelled.labels[name] = numbers[folder] if classes else 0", "labelled.labels[name] = 0"),
+    ),
+    *_of(
         "shards/duplicates.py",
         "shards/test_duplicates",
         ("values[counts > 1]", "values[counts > 2]"),
