@@ -6,11 +6,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
+LOWEST := .venv-lowest
 
 # `make help` prints the lines that begin with "#:".
 #: DATASET|Name of the data set (default: fashion-mnist)
 #: DATA|Folder of its shards (default: data/shards/DATASET)
-#: IMAGES|Folder of your own images, one sub-folder per class, which `make data` converts
+#: IMAGES|Folder or archive of your own images, or hf:OWNER/NAME, which `make data` converts
 #: RECIPE|Recipes, merged from left to right (default: adaln)
 #: BUDGET|Recipe for a time on 2 CPU cores, merged after RECIPE: 15m or 1h (default: 15m, but none with RECIPE or fashion-mnist)
 #: RUN|Name of the run folder in runs/ (default: DATASET-RECIPE, or DATASET-RECIPE-BUDGET)
@@ -58,19 +60,32 @@ $(if $(filter command line,$(origin STEPS)),$(error STEPS is now called NUM_STEP
 OF_RUN = --dataset "$(DATASET)" --data "$(DATA)" --recipe "$(strip $(RECIPE) $(BUDGET))" --run "$(RUN)" $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") $(if $(PRETRAINED),--pretrained "$(PRETRAINED)")
 MACHINES = $(if $(NODES),--nodes $(NODES)) $(if $(DEVICES),--devices $(DEVICES))
 
-.PHONY: doctor help install data train-tokenizer tokenize train-transformer submit-tokenizer submit-transformer sample evaluate compare tune train-classifier ablation edit benchmark demo demo-short demo-model test test-wheel mutants test-slurm lint format clean
+.PHONY: doctor help install data train-tokenizer tokenize train-transformer submit-tokenizer submit-transformer sample evaluate compare tune train-classifier ablation edit benchmark demo demo-short demo-model test test-lowest test-wheel mutants test-slurm lint format clean
 
 help: ## List the targets and the variables
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
 	@echo; echo "Variables, set as in: make sample NUM_STEPS=16"
 	@sed -nE 's/^#: (.*)/  \1/p' $(MAKEFILE_LIST) | column -t -s '|'
 
+INSTALL = -m pip install --quiet --disable-pip-version-check
+
+# The package without extras, for everything but development.
 $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	$(BIN)/python $(INSTALL) --editable .
 	@touch $@
 
-install: $(STAMP) ## Create .venv with the package and the development tools
+$(DEV_STAMP): pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(INSTALL) --editable ".[dev]"
+	@touch $(STAMP) $@
+
+$(LOWEST)/.installed: pyproject.toml constraints/lowest.txt
+	@test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python $(INSTALL) --constraint constraints/lowest.txt --editable ".[test]"
+	@touch $@
+
+install: $(DEV_STAMP) ## Create .venv with the package and the development tools
 
 FETCHED = fashion-mnist blue-marble
 
@@ -135,35 +150,38 @@ benchmark: $(STAMP) ## Run a benchmark against other implementations: NAME=stage
 	@test -f benchmarks/$(NAME).py || { echo "benchmark $(NAME): no such file; NAME must be one of: $(BENCHMARKS)" >&2; exit 2; }
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/$(NAME).py $(ARGS)
 
-test: $(STAMP) ## Run the tests (quick ones only: ARGS="-m 'not slow'")
+test: $(DEV_STAMP) ## Run the tests (quick ones only: ARGS="-m 'not slow'")
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
 
-mutants: $(STAMP) ## Mutation testing: break the package in one place at a time and check that a quick test fails; ARGS="--only masking.py"
+test-lowest: $(LOWEST)/.installed ## Run the quick tests with the oldest versions of the dependencies (constraints/lowest.txt)
+	$(LOWEST)/bin/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal -m "not slow" $(ARGS)
+
+mutants: $(DEV_STAMP) ## Mutation testing: break the package in one place at a time and check that a quick test fails; ARGS="--only masking.py"
 	@$(BIN)/python tests/mutation/run.py $(ARGS)
 
-test-wheel: $(STAMP) ## Build the wheel, and run the quick start in an empty folder with nothing but it
+test-wheel: $(DEV_STAMP) ## Build the wheel, and run the quick start in an empty folder with nothing but it
 	@WHEEL_TRANSCRIPT="$(WHEEL_TRANSCRIPT)" $(BIN)/python -m pytest tests/test_wheel.py --durations=5 $(ARGS)
 
 AS_ROOT = $(if $(filter 0,$(shell id -u)),,sudo --non-interactive)
 SLURM_INSTALL = $(AS_ROOT) apt-get -qq update && $(AS_ROOT) apt-get -qq install --yes --no-install-recommends slurmctld slurmd slurm-client >/dev/null
 SLURM_MISSING = Slurm must be installed (slurmctld, slurmd, slurm-client); on Debian or Ubuntu, run this target as root or with sudo to install it
 
-test-slurm: $(STAMP) ## Run the tests on a real Slurm cluster on this machine (needs root or sudo; installs Slurm)
+test-slurm: $(DEV_STAMP) ## Run the tests on a real Slurm cluster on this machine (needs root or sudo; installs Slurm)
 	@export PATH="$$PATH:/usr/sbin"; { command -v slurmctld && command -v slurmd && command -v scontrol; } >/dev/null || { $(SLURM_INSTALL); } || { echo "$(SLURM_MISSING)" >&2; exit 2; }
 	@$(AS_ROOT) env PATH="$$PATH:/usr/sbin" OMP_WAIT_POLICY=PASSIVE SLURM_TRANSCRIPT="$(SLURM_TRANSCRIPT)" $(BIN)/python -m pytest tests/slurm --durations=10 --durations-min=1 $(ARGS)
 
 SPELLED = maskgit_pl tests docs recipes benchmarks data results .ci Makefile pyproject.toml README.md CONTRIBUTING.md CHANGELOG.md
 
-lint: $(STAMP) ## Check style, types, spelling and shell scripts
+lint: $(DEV_STAMP) ## Check style, types, spelling and shell scripts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/codespell $(SPELLED)
 	$(BIN)/shellcheck recipes/slurm/train.sbatch tests/slurm/cluster.sh .ci/run docs/decoding/sheets.sh
 
-format: $(STAMP) ## Format the code
+format: $(DEV_STAMP) ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## Remove .venv and caches; runs and data are kept
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist
+clean: ## Remove the environments and caches; runs and data are kept
+	rm -rf $(VENV) $(LOWEST) .mypy_cache .pytest_cache .ruff_cache build dist

@@ -78,9 +78,9 @@ def tells_sender_of_signal() -> bool:
 
 def on_fork(
     *,
-    before: Callable[[], None] | None = None,
-    after_in_parent: Callable[[], None] | None = None,
-    after_in_child: Callable[[], None] | None = None,
+    before: Callable[[], object] | None = None,
+    after_in_parent: Callable[[], object] | None = None,
+    after_in_child: Callable[[], object] | None = None,
 ) -> None:
     """Registers functions that run around each fork. Windows has no fork."""
     if hasattr(os, "register_at_fork"):

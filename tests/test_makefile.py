@@ -4,15 +4,18 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from maskgit_pl.datasets import DATASETS
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "Makefile").read_text()
+INSTALLED = ("--old-file=.venv/.installed", "--old-file=.venv/.installed-dev")
 
 
 def run_make(*words: str) -> subprocess.CompletedProcess[str]:
     """Prints the commands of a target without running them; .venv counts as installed."""
-    command = ["make", "--no-print-directory", "--dry-run", "--old-file=.venv/.installed", *words]
+    command = ["make", "--no-print-directory", "--dry-run", *INSTALLED, *words]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
@@ -67,6 +70,16 @@ def test_a_variable_of_version_0_1_0_is_refused():
     done = run_make("sample", "STEPS=8")
     assert done.returncode == 2
     assert "STEPS is now called NUM_STEPS" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "target", ["data", "sample", "evaluate", "train-tokenizer", "tokenize", "lint", "test", "install"]
+)
+def test_only_targets_for_development_install_its_tools(target):
+    command = ["make", "--no-print-directory", "--dry-run", "VENV=absent", target]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    wanted = '--editable ".[dev]"' if target in ("lint", "test", "install") else "--editable ."
+    assert [line.partition("check ")[2] for line in printed.splitlines() if "pip install" in line] == [wanted]
 
 
 def test_the_data_sets_that_make_can_fetch_are_those_of_the_package():

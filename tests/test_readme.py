@@ -10,6 +10,7 @@ import torch
 import yaml
 from PIL import Image
 
+from maskgit_pl import __version__
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
@@ -19,7 +20,8 @@ from maskgit_pl.runs.recipe import Recipe
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = [
-    "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "data/README.md", "benchmarks/README.md", "tests/golden/README.md",
+    "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "data/README.md", "benchmarks/README.md",
+    "tests/golden/README.md",
     *sorted(page.relative_to(ROOT).as_posix() for each in ("docs", "results") for page in (ROOT / each).rglob("*.md")),
 ]  # fmt: skip
 RUN_IN_ORDER = ("README.md", "docs/generation.md")  # pages whose examples use the demo's run, and what came before
@@ -171,3 +173,9 @@ def test_the_recipes_for_own_images_are_valid():
     for values in map(flatten, map(yaml.safe_load, blocks)):
         recipe = Recipe.read("tokenizer", dataset="mine", overrides=values)
         assert {key: recipe.get(key) for key in values} == values
+
+
+def test_what_people_cite_is_this_version():
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == __version__
+    assert f"version = {{{__version__}}}" in README
+    assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text()

@@ -8,7 +8,17 @@ from typing import Any
 
 __all__ = ["add_parser", "run"]
 
-_OPTIONAL = ("numpy", "torchvision", "torchmetrics", "webdataset", "timm", "safetensors", "simplejpeg", "pyarrow")
+_OPTIONAL = (
+    "numpy",
+    "pillow",
+    "torchvision",
+    "torchmetrics",
+    "webdataset",
+    "timm",
+    "safetensors",
+    "simplejpeg",
+    "pyarrow",
+)
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -42,8 +42,8 @@ class DecodingConfig:
         mask_schedule: Name or mapping of a mask schedule to decode with; None uses that of the training.
         context_cache: Recompute the keys and values of all tokens only every ``context_cache`` steps, in [1, 65536].
             1 is exact; above 1 is faster and approximate. See ``CachedPredictor`` for measured times.
-        draw_method: How codes are drawn; see ``sampling.DrawMethod``. The default ``inverse_cdf`` is that of settings
-            without this key, which earlier versions wrote. Recipes and importers have ``gumbel``.
+        draw_method: Method by which codes are drawn; see ``sampling.DrawMethod``. The default ``inverse_cdf`` is that
+            of settings without this key, which earlier versions wrote. Recipes and importers have ``gumbel``.
 
     Raises:
         ValueError: if a number is out of range, or ``tokens_per_step`` does not hold ``num_steps`` numbers.
@@ -189,7 +189,7 @@ class AutoregressiveDecoding:
         sampling_temperature: Temperature of the logits, >= 0: a number, or two for the first and the last token.
         top_k: Number of most likely codes to draw from, >= 1; None draws from all.
         top_p: Probability of the smallest set of codes to draw from, in (0, 1]; None draws from all.
-        draw_method: How codes are drawn; see ``sampling.DrawMethod``.
+        draw_method: Method by which codes are drawn; see ``sampling.DrawMethod``.
     """
 
     guidance: str | dict[str, Any] = "constant"

@@ -52,7 +52,7 @@ class SeededNoise:
         num_tokens: N, tokens per image.
         steps_at_once: Steps whose numbers are generated together, >= 1. It changes no number. With 8, a run of 8
             steps launches an eighth of the kernels.
-        method: How codes are drawn; see ``sampling.DrawMethod``.
+        method: Method by which codes are drawn; see ``sampling.DrawMethod``.
     """
 
     seeds: Tensor

@@ -41,7 +41,7 @@ class CodeSampling:
             the last step.
         top_k: Number of codes kept, >= 1; None keeps all codes.
         top_p: Probability kept, in (0, 1]; None keeps all codes.
-        method: How codes are drawn; see ``DrawMethod``.
+        method: Method by which codes are drawn; see ``DrawMethod``.
 
     Raises:
         ValueError: if a number is out of range.

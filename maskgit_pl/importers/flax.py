@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
-import msgpack
 import numpy as np
 import numpy.typing as npt
 
@@ -52,11 +51,16 @@ def read_flax(path: Path) -> dict[str, Array]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is of another format, is cut off or damaged, or claims more than it holds.
+        ValueError: if it is of another format, is cut off or damaged, or claims more than it holds; or if the package
+            msgpack is not installed.
 
     Source: flax, serialization.py.
     """
     check_flax_file(path)
+    try:
+        import msgpack
+    except ImportError as error:
+        raise ValueError(f'checkpoint {path} requires msgpack; run pip install "maskgit_pl[import-jax]"') from error
     try:
         with path.open("rb") as stream:
             return dict(_flatten(_parse(stream, path.stat().st_size), "", 0))
@@ -68,6 +72,8 @@ def read_flax(path: Path) -> dict[str, Array]:
 
 def _parse(stream: BinaryIO, size: int) -> Any:
     """Reads the tree array by array, so that the bytes of the file are in memory only once."""
+    import msgpack
+
     seen = 0
 
     def count(nodes: int) -> None:
@@ -103,6 +109,8 @@ def _parse(stream: BinaryIO, size: int) -> Any:
 
 
 def _reason(error: Exception, size: int) -> str:
+    import msgpack
+
     if isinstance(error, msgpack.OutOfData):
         return f"the file of {size:,} bytes is cut off"
     if isinstance(error, msgpack.StackError | RecursionError):
@@ -157,6 +165,8 @@ def _read_extension(code: int, data: bytes) -> Array:
 
 def _array_header(data: bytes) -> tuple[tuple[int, ...], str, int]:
     """Returns shape, dtype and the offset of the data of an array, which is msgpack's (shape, dtype, bytes)."""
+    import msgpack
+
     # Only the first bytes are parsed; the data is used in place, without a copy.
     header = msgpack.Unpacker(
         max_buffer_size=_HEADER, max_array_len=_MAX_DIMENSIONS, max_str_len=_MAX_TEXT, max_map_len=0, max_ext_len=0

@@ -5,13 +5,13 @@ Does not import the registry in ``features``, so that other networks can import 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from typing_extensions import Self, override
+from typing_extensions import override
 
 from maskgit_pl.networks.weight_file import tensors_digest
 

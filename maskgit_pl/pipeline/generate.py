@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, cast, overload
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from maskgit_pl.decoding import (
     ConditionalModel,

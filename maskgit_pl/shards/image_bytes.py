@@ -23,14 +23,16 @@ __all__ = [
     "MAX_IMAGE_BYTES",
     "MAX_PIXELS",
     "PNG_MAGIC",
+    "Chunk",
     "Reason",
     "UnreadableImageError",
+    "check_chunk",
     "check_complete",
     "check_jpeg",
     "check_png",
     "check_size",
+    "check_webp",
     "image_error",
-    "is_plain_png",
     "kind_of_fault",
     "may_be_rotated",
     "png_chunks",
@@ -113,12 +115,8 @@ def check_complete(data: bytes, *, name: str) -> None:
     if data.startswith(PNG_MAGIC):
         whole = False
         for chunk in png_chunks(data):
-            if chunk.end + 4 > len(data):  # 4 bytes of checksum
-                break
-            # An upper-case first letter marks a critical chunk; the pixels do not depend on others.
-            if chunk.name[:1].isupper() and not chunk.is_intact(data):
-                part = printable(chunk.name.decode("latin1"))
-                raise UnreadableImageError(f"image {name} is damaged in its {part} chunk")
+            if chunk.is_critical:
+                check_chunk(chunk, data, name=name)
             whole = chunk.name == b"IEND"
     elif data.startswith(JPEG_MAGIC):
         whole = any(marker.code == _END_OF_IMAGE for marker in _jpeg_markers(data))
@@ -126,7 +124,11 @@ def check_complete(data: bytes, *, name: str) -> None:
         # RIFF: the length of what follows the first 8 bytes
         whole = len(data) >= 8 + int.from_bytes(data[4:8], "little")
     if not whole:
-        raise UnreadableImageError(f"image {name} is truncated after {len(data)} bytes")
+        raise _truncated_error(data, name)
+
+
+def _truncated_error(data: bytes, name: str) -> UnreadableImageError:
+    return UnreadableImageError(f"image {name} is truncated after {len(data)} bytes")
 
 
 def check_size(height: int, width: int, name: str) -> None:
@@ -172,12 +174,17 @@ def image_error(data: bytes, name: str, why: str = "") -> UnreadableImageError:
     return UnreadableImageError(text, reason=reason)
 
 
-class _Chunk(NamedTuple):
+class Chunk(NamedTuple):
     """A chunk of a PNG: its name, and the start and end of its content. A checksum of 4 bytes follows the content."""
 
     name: bytes
     start: int
     end: int
+
+    @property
+    def is_critical(self) -> bool:
+        """Returns True if pixels depend on the chunk: its name begins with an upper-case letter."""
+        return self.name[:1].isupper()
 
     def is_intact(self, data: bytes) -> bool:
         """Returns whether the checksum, CRC-32 of name and content, is right."""
@@ -185,19 +192,19 @@ class _Chunk(NamedTuple):
         return zlib.crc32(memoryview(data)[self.start - 4 : self.end]) == stated
 
 
-def png_chunks(data: bytes) -> Iterator[_Chunk]:
+def png_chunks(data: bytes) -> Iterator[Chunk]:
     """Yields the chunks of a PNG up to ``IEND`` or the end of the bytes; the last may be truncated."""
     place = len(PNG_MAGIC)
     # Each chunk: length (4 bytes), name (4), content, checksum (4).
     while place + 8 <= len(data):
         length, name = struct.unpack_from(">I4s", data, place)
-        yield _Chunk(name, place + 8, place + 8 + length)
+        yield Chunk(name, place + 8, place + 8 + length)
         if name == b"IEND":
             return
         place += 12 + length
 
 
-def check_png(data: bytes, name: str) -> frozenset[bytes]:
+def check_png(data: bytes, name: str) -> list[Chunk]:
     """Checks that a PNG does not have so many chunks that reading them takes minutes.
 
     Args:
@@ -205,37 +212,59 @@ def check_png(data: bytes, name: str) -> frozenset[bytes]:
         name: The image's name in error messages.
 
     Returns:
-        The names of its chunks.
+        Its chunks.
 
     Raises:
         UnreadableImageError: if it has more than 100,000 chunks, or more than 256 without pixels.
     """
-    chunks = [chunk.name for chunk in islice(png_chunks(data), _MAX_CHUNKS + 1)]
-    others = len(chunks) - sum(map(chunks.count, _PIXEL_CHUNKS))
+    chunks = list(islice(png_chunks(data), _MAX_CHUNKS + 1))
+    others = sum(chunk.name not in _PIXEL_CHUNKS for chunk in chunks)
     if len(chunks) > _MAX_CHUNKS or others > _MAX_OTHER_CHUNKS:
         limits = f"{_MAX_CHUNKS} PNG chunks and {_MAX_OTHER_CHUNKS} without pixels"
         raise UnreadableImageError(f"image {name} must have at most {limits}, got more", reason="too large")
-    return frozenset(chunks)
+    return chunks
 
 
-def is_plain_png(data: bytes, chunks: frozenset[bytes], channels: int) -> bool:
-    """Returns whether torchvision can decode a PNG directly.
+def check_chunk(chunk: Chunk, data: bytes, *, name: str) -> None:
+    """Checks that a chunk of a PNG is complete and has the right checksum.
 
-    It must be 8-bit grey or RGB, within the pixel limit, and neither transparent, animated nor rotated by EXIF or XMP.
+    Args:
+        chunk: The chunk.
+        data: All bytes of the file.
+        name: The image's name in error messages.
+
+    Raises:
+        UnreadableImageError: if it is truncated or damaged.
+    """
+    if chunk.end + 4 > len(data):  # 4 bytes of checksum
+        raise _truncated_error(data, name)
+    if not chunk.is_intact(data):
+        part = printable(chunk.name.decode("latin1"))
+        raise UnreadableImageError(f"image {name} is damaged in its {part} chunk")
+
+
+def check_webp(data: bytes, name: str) -> None:
+    """Checks that a WebP has at most 64 million pixels, since its decoder reserves memory when it opens the file.
 
     Args:
         data: All bytes of the file.
-        chunks: Names of its chunks; see ``check_png``.
-        channels: Channels of the result. RGB with 1 channel goes through PIL, for its luma; so does a result with
-            alpha.
+        name: The image's name in error messages.
+
+    Raises:
+        UnreadableImageError: if its first part states a larger image.
+
+    Source:
+        RFC 9649, sections 2.5 to 2.7.
     """
-    if len(data) < 33 or data[12:16] != b"IHDR":
-        return False
-    width, height, depth, colour = struct.unpack(">IIBB", data[16:26])  # colour type: 0 grey, 2 RGB
-    odd = not chunks.isdisjoint((b"tRNS", b"acTL", b"eXIf")) or b"tiff:Orientation" in data
-    fits = 0 < width * height <= MAX_PIXELS
-    direct = channels == 3 or (channels == 1 and colour == 0)
-    return depth == 8 and colour in (0, 2) and fits and not odd and direct
+    kind, start = data[12:16], 20  # the parts have a name and a length, 4 bytes each
+    if kind == b"VP8X":
+        width, height = (1 + int.from_bytes(data[start + at : start + at + 3], "little") for at in (4, 7))
+    elif kind == b"VP8L":
+        sides = int.from_bytes(data[start + 1 : start + 5], "little")
+        width, height = 1 + (sides & 0x3FFF), 1 + (sides >> 14 & 0x3FFF)
+    else:  # "VP8 ", or damaged
+        width, height = (int.from_bytes(data[start + at : start + at + 2], "little") & 0x3FFF for at in (6, 8))
+    check_size(height, width, name)
 
 
 class _Marker(NamedTuple):

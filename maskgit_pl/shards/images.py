@@ -4,9 +4,9 @@ Used by the data modules, by ``tokenize`` and by commands that read images.
 
 * The header is read before any pixel is allocated. Files may be hostile; ``image_bytes`` limits their parts first.
 * Grey and colour JPEG: simplejpeg gives the pixels of PIL in half the time. It also raises an error where libjpeg only
-  warns (flipped or zeroed bytes), while PIL and torchvision return garbage.
-* Plain 8-bit PNG: torchvision, 2.5 times faster than PIL on 28 x 28.
-* Palettes, alpha, CMYK, 16 bit and WebP: PIL, which converts them correctly.
+  warns (flipped or zeroed bytes), while PIL returns garbage.
+* PNG: PIL, after the checks of ``png``. Of 16 bits, the upper byte is kept.
+* CMYK JPEG and WebP: PIL.
 * Results with 1 or 3 channels show transparent images over white. Those with 2 or 4 keep alpha; opaque files get 255.
 """
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 import io
 import re
 import threading
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,17 +28,16 @@ from maskgit_pl.shards.image_bytes import (
     UnreadableImageError,
     check_complete,
     check_jpeg,
-    check_png,
     check_size,
+    check_webp,
     image_error,
-    is_plain_png,
     kind_of_fault,
     may_be_rotated,
-    png_chunks,
     read_image_file,
 )
-from maskgit_pl.shards.orientation import PIL_ERRORS, apply_orientation, find_orientation
-from maskgit_pl.text import printable
+from maskgit_pl.shards.orientation import apply_orientation, find_orientation
+from maskgit_pl.shards.pillow import PIL_ERRORS, decode_error, first_words, pil_errors, silent_warnings
+from maskgit_pl.shards.png import open_png, open_png_header, with_colour_key
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,6 +51,7 @@ __all__ = [
     "UnreadableImageError",
     "check_complete",
     "decode_image",
+    "encode_jpeg",
     "encode_png",
     "from_pil",
     "load_image",
@@ -61,12 +60,10 @@ __all__ = [
     "read_image_file",
 ]
 
-FORMATS = ("JPEG", "PNG", "WEBP")
 _CHANNELS = {"1": 1, "L": 1, "I;16": 1, "I": 1, "LA": 4, "PA": 4, "RGBA": 4}  # every other mode becomes RGB
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # of PIL, by the channels of the result
 _MAX_SCRATCH_BYTES = 2**24  # of the reused buffer; larger images get new memory
 _thread_local = threading.local()
-_SOURCE_LINE = re.compile(r"^.*\.cpp:\d+, ")  # the beginning of torchvision's errors
 
 
 @dataclass(frozen=True)
@@ -123,14 +120,9 @@ def decode_image(data: bytes, *, channels: int, name: str) -> Tensor:
             JPEG is found where a code word is invalid, of a PNG by checksums; WebP has none.
     """
     check_channels("in_channels", channels)
-    chunks = check_png(data, name) if data.startswith(PNG_MAGIC) else frozenset()
-    if is_plain_png(data, chunks, channels):
-        return _decode_png(data, channels, name)
     if _plain_jpeg_size(data, name) is not None:
         return _decode_jpeg(data, channels, name)
-    image = _open(data, name)
-    if b"tRNS" in chunks and data[25] in (0, 2):  # grey or RGB with one transparent colour
-        return _decode_colour_key(data, image, channels, name)
+    image = _open_png(data, name) if data.startswith(PNG_MAGIC) else _open(data, name)
     return from_pil(image, channels=channels, name=name)
 
 
@@ -187,7 +179,7 @@ def from_pil(image: Image.Image, *, channels: int, name: str) -> Tensor:
         name: The image's name in error messages.
 
     Returns:
-        (channels, H, W) uint8.
+        (channels, H, W) uint8, channels-last in memory.
 
     Raises:
         UnreadableImageError: if it has more than 64 million pixels, or its file cannot be decoded.
@@ -195,14 +187,14 @@ def from_pil(image: Image.Image, *, channels: int, name: str) -> Tensor:
     import torch
 
     check_size(image.height, image.width, name)
-    try:
+    with pil_errors(name):
         image.load()  # EXIF may follow a PNG's pixels
         upright = apply_orientation(image, find_orientation(image))
-        converted = _to_eight_bits(upright, has_alpha=channels % 2 == 0).convert(_MODES[channels])
-    except PIL_ERRORS as error:
-        raise _decode_error(name, error) from error
-    pixels = _to_array(converted)  # (H, W) or (H, W, channels)
-    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1).contiguous()
+        converted = _to_eight_bits(upright, has_alpha=channels % 2 == 0)
+        if converted.mode != _MODES[channels]:
+            converted = converted.convert(_MODES[channels])
+        pixels = _to_array(converted)  # (H, W) or (H, W, channels)
+    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1)
 
 
 def encode_png(image: Tensor) -> bytes:
@@ -211,65 +203,35 @@ def encode_png(image: Tensor) -> bytes:
     Args:
         image: (C, H, W) uint8 with C = 1 to 4.
     """
-    if image.shape[0] % 2:
-        from torchvision.io import encode_png as encode
-
-        data: bytes = encode(image).numpy().tobytes()
-        return data
     from PIL import Image
 
+    pixels = image.permute(1, 2, 0).contiguous().numpy()
     stream = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(stream, format="PNG")
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(stream, format="PNG")
     return stream.getvalue()
 
 
-def _decode_png(data: bytes, channels: int, name: str) -> Tensor:
-    from torchvision.io import ImageReadMode
+def encode_jpeg(image: Tensor) -> bytes:
+    """Encodes an image as JPEG of quality 95, with colours at half the resolution, as most cameras do.
 
-    return _decode_by_libpng(data, ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB, name)
-
-
-def _decode_colour_key(data: bytes, opened: Image.Image, channels: int, name: str) -> Tensor:
-    """Decodes a grey or RGB PNG with one transparent colour. PIL compares this colour at the wrong bit depth.
-
-    1. Decode the pixels at their own depth, and read the transparent colour from the ``tRNS`` chunk.
-    2. Make the pixels of that colour transparent.
-    3. Continue as for any PIL image: orientation and channels.
+    Args:
+        image: (C, H, W) uint8 with C = 1 or 3.
     """
-    import numpy as np
-    from PIL import Image
-    from torchvision.io import ImageReadMode
+    import simplejpeg
 
-    # 1.
-    pixels = _decode_by_libpng(data, ImageReadMode.UNCHANGED, name).numpy()  # (1 or 3, H, W) uint8 or uint16
-    depth, top = data[24], 2 ** data[24] - 1
-    key = next(data[chunk.start : chunk.end] for chunk in png_chunks(data) if chunk.name == b"tRNS")
-    if len(key) != 2 * len(pixels):
-        raise UnreadableImageError(f"image {name} is damaged: its transparent colour has {len(key)} bytes")
-    values = (np.frombuffer(key, ">u2") & top) * (255 // top or 1)  # (1 or 3,); libpng scales depths below 8 bits
-    # 2.
-    opaque = (pixels != values[:, None, None]).any(axis=0)
-    eight_bits = (pixels >> 8 if depth == 16 else pixels).astype(np.uint8)
-    planes = [Image.fromarray(plane) for plane in (*eight_bits, opaque.astype(np.uint8) * 255)]
-    picture = Image.merge("LA" if len(planes) == 2 else "RGBA", planes)
-    # 3.
-    try:
-        opened.load()  # EXIF may follow the pixels
-    except PIL_ERRORS as error:
-        raise _decode_error(name, error) from error
-    return from_pil(apply_orientation(picture, find_orientation(opened)), channels=channels, name=name)
+    pixels = image.permute(1, 2, 0).contiguous().numpy()
+    kind, sampling = ("GRAY", "Gray") if pixels.shape[-1] == 1 else ("RGB", "420")
+    data: bytes = simplejpeg.encode_jpeg(pixels, quality=95, colorspace=kind, colorsubsampling=sampling)
+    return data
 
 
-def _decode_by_libpng(data: bytes, mode: Any, name: str) -> Tensor:
-    import torch
-    from torchvision.io import decode_png as decode
-
-    try:
-        # bytearray: torch warns of sharing memory that is read-only.
-        pixels: Tensor = decode(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode)
-    except RuntimeError as error:
-        raise _decode_error(name, error) from error
-    return pixels
+def _open_png(data: bytes, name: str) -> Image.Image:
+    """Opens a PNG; one transparent colour becomes alpha, and the orientation is then applied."""
+    with pil_errors(name):
+        image = open_png(data, name)
+        if "transparency" not in image.info or image.mode == "P":
+            return image
+        return apply_orientation(with_colour_key(data, name), find_orientation(image))
 
 
 def _plain_jpeg_size(data: bytes, name: str) -> tuple[int, int] | None:
@@ -320,7 +282,7 @@ def _decode_jpeg(data: bytes, channels: int, name: str, *, buffer: npt.NDArray[n
         # (H, W, 3) uint8; strict by default: libjpeg's warnings are errors
         pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=buffer)
     except ValueError as error:
-        raise _decode_error(name, error) from error
+        raise decode_error(name, error) from error
     if may_be_rotated(data):
         pixels = _rotate_upright(pixels, find_orientation(_open(data, name)))
     if channels != 3:
@@ -333,41 +295,26 @@ def _open(data: bytes, name: str) -> Image.Image:
     if kind_of_fault(data) != "damaged":
         raise image_error(data, name)
     if data.startswith(PNG_MAGIC):
-        check_png(data, name)
-    elif data.startswith(JPEG_MAGIC):
-        check_jpeg(data, name)
+        with pil_errors(name):
+            return open_png_header(data, name)
+    (check_jpeg if data.startswith(JPEG_MAGIC) else check_webp)(data, name)
     from PIL import Image, UnidentifiedImageError
 
-    bombs = (Image.DecompressionBombWarning, Image.DecompressionBombError)
     try:
-        with warnings.catch_warnings():
-            # PIL warns of odd metadata, which is harmless, and of decompression bombs, which are not
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        with silent_warnings():
+            image = Image.open(io.BytesIO(data), formats=("JPEG", "WEBP"))
         frames = int(getattr(image, "n_frames", 1))
-    except bombs as error:
+    except Image.DecompressionBombError as error:
         got = re.sub(r"\D*(\d+).*", r"\1", str(error))  # "Image size (N pixels) exceeds ..."
         text = f"image {name} must have at most {MAX_PIXELS} pixels, got {got}"
         raise UnreadableImageError(text, reason="too large") from error
     except PIL_ERRORS as error:
-        why = "its header cannot be read" if isinstance(error, UnidentifiedImageError) else _first_words(error)
+        why = "its header cannot be read" if isinstance(error, UnidentifiedImageError) else first_words(error)
         raise image_error(data, name, why) from error
-    width, height = image.size
-    check_size(height, width, name)
+    check_size(image.height, image.width, name)
     if frames > 1 and image.format != "MPO":  # the first picture of an MPO is the photo
         raise UnreadableImageError(f"image {name} must be a still image, got {frames} frames", reason="animated")
     return image
-
-
-def _decode_error(name: str, error: Exception) -> UnreadableImageError:
-    return UnreadableImageError(f"image {name} cannot be decoded: {_first_words(error)}")
-
-
-def _first_words(error: Exception) -> str:
-    """Returns the first line of another package's error, without its position in C++ code."""
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return printable(_SOURCE_LINE.sub("", first)[:200])
 
 
 def _rotate_upright(pixels: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.uint8]:

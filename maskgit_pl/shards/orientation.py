@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import struct
-import warnings
 from typing import TYPE_CHECKING
+
+from maskgit_pl.shards.pillow import PIL_ERRORS, silent_warnings
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["PIL_ERRORS", "apply_orientation", "find_orientation"]
+__all__ = ["apply_orientation", "find_orientation"]
 
-# PIL raises any of these on damaged or hostile files.
-PIL_ERRORS = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, struct.error)
 _ORIENTATION = 0x0112  # EXIF tag: 1 upright, 2 to 8 rotated or mirrored; 5 to 8 swap height and width
 
 
 def find_orientation(image: Image.Image) -> int:
     """Returns the EXIF orientation, 1 to 8, without decoding pixels; 1 if EXIF is missing or damaged."""
-    if image.format == "PNG" and not {"exif", "xmp"} & image.info.keys():
-        return 1  # getexif would decode the pixels to search after them
+    from PIL import Image
+
+    if image.format == "PNG" and not {"exif", "xmp", "XML:com.adobe.xmp"} & image.info.keys():
+        return 1
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            value = image.getexif().get(_ORIENTATION, 1)
+        with silent_warnings():
+            # The method of PNG would decode the pixels, to search after them.
+            value = Image.Image.getexif(image).get(_ORIENTATION, 1)
     except PIL_ERRORS:
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1

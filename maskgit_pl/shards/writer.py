@@ -22,7 +22,7 @@ from maskgit_pl.image_format import ImageSize, check_image_size, height_width, p
 from maskgit_pl.portable import sync
 from maskgit_pl.shards.crops import fit_image
 from maskgit_pl.shards.image_bytes import UnreadableImageError
-from maskgit_pl.shards.images import decode_image, encode_png, parse_image_header
+from maskgit_pl.shards.images import decode_image, encode_jpeg, encode_png, parse_image_header
 from maskgit_pl.shards.index import find_shards, index_shards
 from maskgit_pl.shards.manifest import Split, load_manifest, splits_of
 from maskgit_pl.shards.parallel import choose_workers, run_jobs
@@ -318,12 +318,5 @@ def _resize(sample: Sample, size: ImageSize) -> Sample | UnreadableSample:
         return UnreadableSample(str(error))
     fitted = fit_image(image, image_size=size, crop=None)
     if header.format == "JPEG":
-        return sample._replace(data=_encode_jpeg(fitted))
+        return sample._replace(data=encode_jpeg(fitted))
     return sample._replace(data=encode_png(fitted), extension="png")
-
-
-def _encode_jpeg(image: Any) -> bytes:
-    from torchvision.io import encode_jpeg
-
-    data: bytes = encode_jpeg(image, quality=95).numpy().tobytes()
-    return data

@@ -360,3 +360,9 @@ def test_a_large_file_is_held_once(tmp_path):
     unit = 1 if sys.platform == "darwin" else 1024
     assert int(grown) * unit < 1.4 * file.stat().st_size
     assert with_torch == "False"
+
+
+def test_without_msgpack_the_way_to_install_it_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "msgpack", None)
+    with pytest.raises(ValueError, match=r'requires msgpack; run pip install "maskgit_pl\[import-jax\]"'):
+        read_flax(CHECKPOINT)

@@ -630,6 +630,15 @@ MUTANTS: tuple[Mutant, ...] = (
         ("torch.cat([image[:-1] * share, share])", "torch.cat([image[:-1] / 1, share])"),
     ),
     *_of(
+        "shards/png.py",
+        "shards/test_png shards/test_images",
+        ("bits // 8 > _MAX_RATIO * compressed", "bits // 8 > 2**40 * compressed"),
+        ('"RGB;16L"', '"RGB;16B"'),
+        ("* (255 // top or 1)", "* 1"),
+        ('if chunk.is_critical and chunk.name != b"IEND":', 'if chunk.name == b"PLTE":'),
+        ("        if chunk.name in kept:\n            continue\n", ""),
+    ),
+    *_of(
         "networks/perceptual.py",
         "networks/test_perceptual",
         ("(ours - theirs).square().flatten(1).mean(1)", "(ours - theirs).abs().flatten(1).mean(1)"),
@@ -749,6 +758,11 @@ MUTANTS: tuple[Mutant, ...] = (
         "shards/test_metadata",
         ('".." in parts or', "False or"),
         ('decode("utf-8-sig")', 'decode("utf-8")'),
+    ),
+    *_of(
+        "shards/sources/image_folder.py",
+        "shards/test_image_folder",
+        ("labelled.labels[name] = numbers[folder] if classes else 0", "labelled.labels[name] = 0"),
     ),
     *_of(
         "shards/duplicates.py",

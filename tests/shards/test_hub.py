@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from maskgit_pl.cli import data as cli_data
+from maskgit_pl.shards.images import parse_image_header
 from maskgit_pl.shards.manifest import load_manifest
 from maskgit_pl.shards.reader import ShardReader
 from maskgit_pl.shards.samples import Sample
 from maskgit_pl.shards.sources import open_source
 from maskgit_pl.shards.writer import make_shards
+from tests.cli.commands import call_command
+from tests.shards.test_image_folder import ODD_IMAGES
 
 datasets = pytest.importorskip("datasets", minversion="4")
 # The streams of datasets leave files and generators to the garbage collector.
@@ -179,6 +183,26 @@ def test_faults_are_one_line(hub, tmp_path):
         open_source(f"hf:{hub}", label_field="kind")
     with pytest.raises(ValueError, match="class names must not be given, since the data set has its own"):
         open_source(f"hf:{hub}", classes=["a", "b"])
+
+
+@pytest.mark.parametrize("prefix", ["hf:", ""], ids=["datasets", "parquet files"])
+def test_odd_images_are_treated_as_in_folders(hub, prefix):
+    images = [data for data, _ in ODD_IMAGES.values()]
+    write_parquet(hub, "train", images, [n % 2 for n in range(len(images))])
+    path = f"hf:{hub}" if prefix else hub / "data"
+    source = open_source(path)
+    samples = source.samples("train", range(len(images)))
+    for (name, (data, expected)), sample in zip(ODD_IMAGES.items(), samples, strict=True):
+        if isinstance(expected, str):
+            assert expected in sample.error, name
+        else:
+            header = parse_image_header(sample.data, name=name)
+            assert (sample.data, header.height, header.width, header.channels) == (data, *expected)
+
+
+def test_the_command_streams_a_data_set(hub, tmp_path, capsys):
+    assert call_command(cli_data, "make", f"hf:{hub}", "--out", tmp_path / "out", "--image-size", "4") == 0
+    assert "made: 20 train, 6 val; 2 classes; 4 x 4 pixels, colour" in capsys.readouterr().out
 
 
 def test_code_of_a_data_set_is_not_run(tmp_path):

@@ -259,5 +259,10 @@ def test_a_link_to_a_file_is_that_file(odd):
 def test_a_folder_without_images_says_what_it_has(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "inner.zip").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"must hold .jpg, .jpeg, .png, .webp files, got 1 .zip \(inner.zip\)"):
+    with pytest.raises(ValueError, match=r"must hold .jpg, .jpeg, .png, .webp files, got 1 .zip \(inner.zip\)$"):
+        open_source(tmp_path / "photos")
+    (tmp_path / "photos" / "train-0.tar").write_bytes(b"x")
+    with pytest.raises(
+        ValueError, match=r"1 .tar \(train-0.tar\); unpack archives inside it, or use maskgit data index"
+    ):
         open_source(tmp_path / "photos")

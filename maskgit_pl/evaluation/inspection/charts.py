@@ -11,7 +11,7 @@ from maskgit_pl.text import printable
 __all__ = ["bar_chart", "line_chart", "quote"]
 
 _WIDTH, _HEIGHT = 360, 200
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 8, 10, 24
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 8, 10, 24
 _MAX_POINTS = 400  # of a line: more than the chart has pixels
 _COLOURS = ("#3b82c4", "#d97706", "#2e9e6b", "#b0569d", "#8a8a2e", "#c2504d")  # readable on white and on black
 _LOG_FROM = 50  # ratio of the largest to the smallest value of a logarithmic axis

