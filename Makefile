@@ -153,8 +153,11 @@ benchmark: $(STAMP) ## Run a benchmark against other implementations: NAME=stage
 test: $(DEV_STAMP) ## Run the tests (quick ones only: ARGS="-m 'not slow'")
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
 
+# Old versions use what newer versions of their own dependencies deprecate.
+OLD_WARNINGS = -W ignore::DeprecationWarning -W ignore::FutureWarning
+
 test-lowest: $(LOWEST)/.installed ## Run the quick tests with the oldest versions of the dependencies (constraints/lowest.txt)
-	$(LOWEST)/bin/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal -m "not slow" $(ARGS)
+	$(LOWEST)/bin/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal -m "not slow" $(OLD_WARNINGS) $(ARGS)
 
 mutants: $(DEV_STAMP) ## Mutation testing: break the package in one place at a time and check that a quick test fails; ARGS="--only masking.py"
 	@$(BIN)/python tests/mutation/run.py $(ARGS)
