@@ -27,7 +27,8 @@ ROOT = Path(__file__).parents[1]
 HEAD = """# Quick start without a clone
 
 The commands of a newcomer, in an empty folder with nothing but the installed wheel (`pip install maskgit_pl-*.whl`),
-and what they print. Written by `make test-wheel WHEEL_TRANSCRIPT=docs/quick-start-wheel.md`, on 2 CPU cores.
+and what they print. Written by `make test-wheel WHEEL_TRANSCRIPT=docs/quick-start-wheel.md`, on 2 CPU cores that
+other work shared.
 """
 SHOWN = ("--version", "models", "sample", "edit", "data fetch", "demo")  # commands on the page; others print too much
 
