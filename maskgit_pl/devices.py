@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from maskgit_pl.checks import check_choice
@@ -61,9 +63,9 @@ def has_bfloat16(device: torch.device | str) -> bool:
     """Returns True if a device multiplies bfloat16 with instructions of its own, so that it is faster than float32."""
     kind = torch.device(device).type
     if kind == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     # Older versions of torch do not tell; bfloat16 without such instructions may be slower than float32.
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)() if kind == "cpu" else {}
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if kind == "cpu" else {}
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
