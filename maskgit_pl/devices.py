@@ -16,8 +16,9 @@ def device_names() -> list[str]:
 
     An accelerator is ``cuda``, ``mps``, ``xpu`` or another that torch was built for.
     """
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None or not torch.accelerator.is_available():
+    # torch 2.6 raises if it is asked for an accelerator that is not there.
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None:
         return ["cpu"]
     # For example cpu, cuda, cuda:0, cuda:1.
     kind = accelerator.type
