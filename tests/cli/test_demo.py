@@ -77,9 +77,8 @@ def test_a_tokenizer_that_is_named_is_not_trained() -> None:
         (("--dataset", "nowhere"), "convert your own images with --images FOLDER"),
     ],
 )
-def test_a_mistake_is_reported_before_the_first_step(words, message, capsys, tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main(["demo", *words]) == 2
+def test_a_mistake_is_reported_before_the_first_step(words, message, capsys, tmp_path) -> None:
+    assert main(["demo", "--runs-folder", str(tmp_path), *words]) == 2
     said = capsys.readouterr()
     assert message in said.err
     assert said.out == ""
