@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from maskgit_pl.checks import check_choice
 
-__all__ = ["check_device", "default_device", "device_names"]
+__all__ = ["check_device", "default_device", "device_names", "has_bfloat16", "parse_dtype"]
 
 
 def device_names() -> list[str]:
@@ -46,11 +48,32 @@ def check_device(device: torch.device | str, *, name: str = "device") -> torch.d
 
 
 def default_device(*, local_rank: int | None = None) -> str:
-    """Returns a GPU if there is one, else the CPU.
+    """Returns the accelerator that torch finds, such as ``cuda`` or ``mps``, else the CPU.
 
     Args:
         local_rank: Local rank of a process that shares the GPUs with others; the GPUs are assigned in turn.
     """
-    if not torch.cuda.is_available():
+    names = device_names()
+    if len(names) == 1:
         return "cpu"
-    return "cuda" if local_rank is None else f"cuda:{local_rank % torch.cuda.device_count()}"
+    devices = names[2:]  # after cpu and, for example, cuda
+    return names[1] if local_rank is None else devices[local_rank % len(devices)]
+
+
+def has_bfloat16(device: torch.device | str) -> bool:
+    """Returns True if a device multiplies bfloat16 with instructions of its own, so that it is faster than float32."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    # Older versions of torch do not tell; bfloat16 without such instructions may be slower than float32.
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if kind == "cpu" else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def parse_dtype(name: str | None, device: torch.device | str) -> torch.dtype | None:
+    """Returns the dtype of ``float32`` or ``bfloat16``; ``auto`` is bfloat16 on a device that ``has_bfloat16``."""
+    if name is None:
+        return None
+    if name == "auto":
+        return torch.bfloat16 if has_bfloat16(device) else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from maskgit_pl.devices import check_device, default_device, device_names
+from maskgit_pl.devices import check_device, default_device, device_names, has_bfloat16, parse_dtype
 
 
 def accelerators(monkeypatch: pytest.MonkeyPatch, kind: str | None, count: int = 0) -> None:
@@ -46,9 +46,23 @@ def test_where_there_is_no_gpu_the_answer_says_so(monkeypatch):
 
 
 def test_processes_of_one_machine_have_a_gpu_of_their_own_by_default(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    accelerators(monkeypatch, None)
     assert default_device() == default_device(local_rank=3) == "cpu"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    accelerators(monkeypatch, "cuda", 2)
     assert default_device() == "cuda"
     assert [default_device(local_rank=rank) for rank in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
+    accelerators(monkeypatch, "mps", 1)
+    assert default_device() == "mps"
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"), [({}, False), ({"avx512_f": True}, False), ({"amx_bf16": True}, True), (None, False)]
+)
+def test_bfloat16_is_chosen_where_the_cpu_has_instructions_for_it(monkeypatch, known, expected):
+    if known is None:  # a version of torch that does not tell
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    assert has_bfloat16("cpu") == expected
+    assert parse_dtype("auto", "cpu") == (torch.bfloat16 if expected else torch.float32)
+    assert (parse_dtype("bfloat16", "cpu"), parse_dtype(None, "cpu")) == (torch.bfloat16, None)

@@ -108,6 +108,8 @@ def test_a_pipeline_saved_in_bfloat16_still_fits_together(tiny_pretrained, tmp_p
     half.save_pretrained(tmp_path / "half")
     assert len(MaskGIT.from_pretrained(tmp_path / "half").generate([0])) == 1
     assert half.generate([0], output_type="pt").dtype == torch.uint8
+    loaded = MaskGIT.from_pretrained(tiny_pretrained, dtype=torch.bfloat16)
+    assert torch.equal(images(loaded, [0, 1]), images(half, [0, 1]))
 
 
 def test_refuses_a_tokenizer_that_the_transformer_does_not_know(tiny_pretrained, tmp_path) -> None:

@@ -20,6 +20,7 @@ from maskgit_pl.checks import did_you_mean, shorten
 from maskgit_pl.cli import (
     ablation,
     compare,
+    completion,
     data,
     demo,
     doctor,
@@ -32,6 +33,7 @@ from maskgit_pl.cli import (
     import_transformer,
     inpaint,
     inspect,
+    models,
     outpaint,
     panorama,
     paper,
@@ -53,7 +55,7 @@ from maskgit_pl.text import PrintableFormatter
 __all__ = ["build_parser", "main"]
 
 _COMMANDS = (
-    demo, data, doctor, train, slurm, tokenize, export, sample, inpaint, outpaint, panorama, evaluate,
+    demo, models, data, doctor, train, slurm, tokenize, export, sample, inpaint, outpaint, panorama, evaluate,
     evaluate_tokenizer, inspect, compare, tune, ablation, paper, train_classifier, schedules, recipes, plugins, env,
     import_jax, import_tokenizer, import_transformer,
 )  # fmt: skip
@@ -98,6 +100,7 @@ def _parser_and_commands() -> tuple[argparse.ArgumentParser, list[str]]:
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
     for command in _COMMANDS:
         command.add_parser(commands)
+    completion.add_parser(commands, build_parser=build_parser)
     return parser, list(commands.choices)
 
 
@@ -180,6 +183,10 @@ def _flags_of(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str
 
 def _run(args: argparse.Namespace) -> int:
     """Runs the parsed command and returns its exit code; prints the error that ends it."""
+    if getattr(args, "json", False):  # stdout has the JSON and nothing else
+        for handler in logging.getLogger("maskgit_pl").handlers:
+            if isinstance(handler, logging.StreamHandler):
+                handler.setStream(sys.stderr)
     try:
         code: int = args.run(args)
         return code

@@ -50,7 +50,14 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
         member, metavar = _member(hint)
         kind = member if member in (int, float) else str
         group.add_argument(format_flag(name), type=kind, metavar=metavar, help=_HELP[name])
-    group.add_argument(
+    arithmetic = group.add_mutually_exclusive_group()
+    arithmetic.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        help="arithmetic of both networks; auto: bfloat16 on devices with instructions for it, else float32 "
+        "(default: that of the weights)",
+    )
+    arithmetic.add_argument(
         "--int8", action="store_true", help="8-bit linear layers in the transformer, on a CPU; approximate"
     )
     group.add_argument(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from maskgit_pl import runs
@@ -63,21 +65,34 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     machines.add_argument(
         "--net-port", type=int, metavar="PORT", help="TCP port of rank 0 (default: MASTER_PORT, or Slurm's)"
     )
+    parser.add_argument("--json", action="store_true", help="print JSON, an object with ok, checks and costs")
     parser.set_defaults(run=run, takes_overrides=True)
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints each check when it is made, then the costs, then all failures; returns 2 if a check fails."""
-    from rich.console import Console
-
-    console = Console(highlight=False, soft_wrap=True)
     machines = Machines(
         args.nodes, args.devices, args.device, args.device_memory, args.device_flops, args.utilization, args.bandwidth,
         args.net_port,
     )  # fmt: skip
+    if args.json:
+        found = _examine(args, machines, lambda check: None)
+        costs = {} if found.costs is None else dict(found.costs.lines)
+        print(
+            json.dumps({"ok": found.ok, "checks": [asdict(check) for check in found.checks], "costs": costs}, indent=1)
+        )
+        return 0 if found.ok else BAD_INPUT
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+
+    def on_check(check: Check) -> None:
+        _print_check(console, check)
+        console.file.flush()
+
     console.print(f"Checking a {args.stage} run; a large model can take half a minute.")
     console.file.flush()
-    found = _examine(console, args, machines)
+    found = _examine(args, machines, on_check)
     if found.shares is not None:
         console.print(
             f"\nThe samples of each global batch of {found.shares.global_batch}, in micro-batches of "
@@ -96,11 +111,7 @@ def run(args: argparse.Namespace) -> int:
     return BAD_INPUT
 
 
-def _examine(console: Console, args: argparse.Namespace, machines: Machines) -> Preflight:
-    def on_check(check: Check) -> None:
-        _print_check(console, check)
-        console.file.flush()
-
+def _examine(args: argparse.Namespace, machines: Machines, on_check: Callable[[Check], None]) -> Preflight:
     try:
         recipe = read_recipe_flags(args)
     except Exception as error:

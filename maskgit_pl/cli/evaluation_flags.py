@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from maskgit_pl.checks import check_number
 from maskgit_pl.cli.flags import add_device_argument, check_at_least
 from maskgit_pl.cli.negative_flags import add_negative_model_argument, check_negative_model_flag
+from maskgit_pl.cli.tables import print_rows
 from maskgit_pl.flag_values import parse_features, parse_numbers
 
 if TYPE_CHECKING:
@@ -151,12 +152,15 @@ def read_report_flags(args: argparse.Namespace, **beside: Any) -> ReportOptions:
     )
 
 
-def write_page(page: Page) -> None:
-    """Writes a page to its folder, and prints the page and its files."""
+def write_page(page: Page, *, as_json: bool = False) -> None:
+    """Writes a page to its folder, and prints the page and its files, or its rows as JSON."""
+    files = page.write()
+    if as_json:
+        print_rows(page.rows, as_json=True)
+        return
     from rich.console import Console
     from rich.markdown import Markdown
 
-    files = page.write()
     console = Console()
     # Rich draws tables on a terminal; a file gets the Markdown itself.
     console.print(Markdown(page.markdown)) if console.is_terminal else print(page.markdown)

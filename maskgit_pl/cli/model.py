@@ -48,7 +48,7 @@ def find_model(args: argparse.Namespace) -> tuple[Path, Outline]:
 
 
 def open_pipe(folder: Path, args: argparse.Namespace, *, device: str | None = None) -> MaskGIT:
-    """Loads the model to the device of ``--device``, with an 8-bit transformer if ``--int8`` is given.
+    """Loads the model to the device of ``--device``, with the arithmetic of ``--dtype`` or ``--int8``.
 
     Args:
         folder: The folder with ``tokenizer/`` and ``transformer/``.
@@ -57,7 +57,14 @@ def open_pipe(folder: Path, args: argparse.Namespace, *, device: str | None = No
     """
     # int8 works on the CPU only, so it is the default device with --int8.
     place = read_device_flag(args, default="cpu" if args.int8 else device)
+    from maskgit_pl.devices import parse_dtype
     from maskgit_pl.pipeline import MaskGIT
 
-    pipe = MaskGIT.from_pretrained(folder, decoding=args.decoding, negative_model=args.negative_model).to(place)
+    pipe = MaskGIT.from_pretrained(
+        folder,
+        decoding=args.decoding,
+        negative_model=args.negative_model,
+        device=place,
+        dtype=parse_dtype(args.dtype, place),
+    )
     return pipe.quantize() if args.int8 else pipe

@@ -14,6 +14,7 @@ from maskgit_pl.cli.evaluation_flags import (
     write_page,
 )
 from maskgit_pl.cli.flags import check_at_least, format_flag, use_flag_names
+from maskgit_pl.cli.tables import add_json_argument
 from maskgit_pl.evaluation import reports
 from maskgit_pl.flag_values import parse_numbers
 from maskgit_pl.progress import progress_bars
@@ -73,6 +74,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _add_runs(parser: argparse.ArgumentParser) -> None:
+    add_json_argument(parser)
     parser.add_argument(
         "runs", nargs="*", type=Path, metavar="RUN", help="run folders (runs/NAME) or pretrained folders"
     )
@@ -97,7 +99,7 @@ def run_table(args: argparse.Namespace) -> int:
             page = reports.table_2(args.runs, options, bars=bars)
         else:
             page = reports.table_3(args.runs, options, num_steps=steps, bars=bars)
-    write_page(page)
+    write_page(page, as_json=args.json)
     return 0
 
 
@@ -117,5 +119,5 @@ def run_figure(args: argparse.Namespace) -> int:
         timed = reports.TimingOptions(numbers, sizes, args.results, args.device)
         with use_flag_names(args), progress_bars() as bars:
             page = reports.figure_4(next(iter(args.runs), None), timed, bars=bars)
-    write_page(page)
+    write_page(page, as_json=args.json)
     return 0

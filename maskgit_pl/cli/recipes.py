@@ -1,18 +1,20 @@
-"""``maskgit recipes list|show|copy``: the recipes that ``--recipe`` can name, and copies to change."""
+"""``maskgit recipes list|show|copy|schema``: the recipes that ``--recipe`` can name, copies to change, their keys."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from maskgit_pl.cli.flags import make_folder
 from maskgit_pl.cli.tables import add_json_argument, print_rows
 from maskgit_pl.files import write_atomically
 from maskgit_pl.registry import nearest
 from maskgit_pl.runs.recipe_files import STAGES, Stage, list_recipes, recipes_folders
+from maskgit_pl.runs.recipe_schema import Kind, load_schema
 
 __all__ = ["add_parser", "copy", "show"]
 
@@ -23,7 +25,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Adds the command to ``maskgit``."""
     parser = subparsers.add_parser(
         "recipes",
-        help="list, show and copy the recipes that --recipe can name",
+        help="list, show and copy the recipes that --recipe can name, and their JSON Schema",
         description="Recipes are searched in recipes/ of the working directory, then in the installation.",
         epilog="Example: maskgit recipes copy cosine --as mine",
     )
@@ -45,6 +47,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     copied.add_argument("name", metavar="NAME", help="name of the recipe")
     copied.add_argument("--as", dest="new", metavar="NEW", help="name of the copy (default: NAME)")
     copied.set_defaults(run=copy)
+    schema = actions.add_parser(
+        "schema",
+        help="print the JSON Schema of recipes, for editors",
+        description="Print the JSON Schema of the recipes of a stage. An editor with a YAML language server completes "
+        "and checks a recipe whose first line is: # yaml-language-server: $schema=FILE",
+        epilog="Example: maskgit recipes schema transformer > recipes/transformer.schema.json",
+    )
+    schema.add_argument("kind", choices=get_args(Kind), help="kind of recipe; autoregressive is for causal attention")
+    schema.set_defaults(run=_schema)
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -53,6 +64,11 @@ def _list(args: argparse.Namespace) -> int:
         for name, file in list_recipes(kind).items():
             found.setdefault(name, {})[kind] = file
     print_rows([_row(name, files) for name, files in sorted(found.items())], as_json=args.json)
+    return 0
+
+
+def _schema(args: argparse.Namespace) -> int:
+    print(json.dumps(load_schema(args.kind), indent=1))
     return 0
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from maskgit_pl.checks import check_integer
 from maskgit_pl.decoding.guidance import guidance_scales, guidance_schedules
-from maskgit_pl.decoding.limits import check_guidance, check_num_steps, check_token_counts, check_token_sum
-from maskgit_pl.decoding.sampling import CodeSampling, DrawMethod, Temperature
+from maskgit_pl.decoding.limits import DrawMethod, check_guidance, check_num_steps, check_token_counts, check_token_sum
+from maskgit_pl.decoding.sampling import CodeSampling, Temperature
 from maskgit_pl.decoding.selectors import TokenSelector, token_selectors
 from maskgit_pl.old_names import rename_token_selector
 from maskgit_pl.registry import describe
@@ -42,7 +42,7 @@ class DecodingConfig:
         mask_schedule: Name or mapping of a mask schedule to decode with; None uses that of the training.
         context_cache: Recompute the keys and values of all tokens only every ``context_cache`` steps, in [1, 65536].
             1 is exact; above 1 is faster and approximate. See ``CachedPredictor`` for measured times.
-        draw_method: Method by which codes are drawn; see ``sampling.DrawMethod``. The default ``inverse_cdf`` is that
+        draw_method: Method by which codes are drawn; see ``limits.DrawMethod``. The default ``inverse_cdf`` is that
             of settings without this key, which earlier versions wrote. Recipes and importers have ``gumbel``.
 
     Raises:
@@ -189,7 +189,7 @@ class AutoregressiveDecoding:
         sampling_temperature: Temperature of the logits, >= 0: a number, or two for the first and the last token.
         top_k: Number of most likely codes to draw from, >= 1; None draws from all.
         top_p: Probability of the smallest set of codes to draw from, in (0, 1]; None draws from all.
-        draw_method: Method by which codes are drawn; see ``sampling.DrawMethod``.
+        draw_method: Method by which codes are drawn; see ``limits.DrawMethod``.
     """
 
     guidance: str | dict[str, Any] = "constant"

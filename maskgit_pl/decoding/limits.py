@@ -1,4 +1,4 @@
-"""Checks of decoding settings against the sizes and the kind of a model.
+"""Names of decoding settings, and checks of them against the sizes and the kind of a model.
 
 Used by ``ParallelDecoder``, and by ``DecodingConfig.check``, which checks numbers without importing torch.
 """
@@ -6,12 +6,28 @@ Used by ``ParallelDecoder``, and by ``DecodingConfig.check``, which checks numbe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from maskgit_pl.decoding.selectors import TokenSelector
 
-__all__ = ["check_guidance", "check_num_steps", "check_parallel", "check_token_counts", "check_token_sum"]
+__all__ = [
+    "DrawMethod",
+    "check_guidance",
+    "check_num_steps",
+    "check_parallel",
+    "check_token_counts",
+    "check_token_sum",
+]
+
+DrawMethod = Literal["gumbel", "inverse_cdf"]
+"""How codes are drawn from the softmax. Both have the same distribution, and a seed gives other images with each.
+
+- ``gumbel``: the largest sum of a logit and a Gumbel number. A small change of the logits, as of bfloat16, int8 or
+  another device, changes few draws. The released code draws so.
+- ``inverse_cdf``: by inverting the cumulative distribution, with one uniform number for a position. A small change of
+  one probability moves the intervals of all later codes.
+"""
 
 
 def check_guidance(scales: Sequence[float], *, has_negative_class: bool) -> None:

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from maskgit_pl.decoding.sampling import DrawMethod
+from maskgit_pl.decoding.limits import DrawMethod
 from maskgit_pl.randomness import gumbel, gumbel_rows, random_bits, uniform_of
 
 __all__ = ["Noise", "SeededNoise", "draw_codes"]
@@ -52,7 +52,7 @@ class SeededNoise:
         num_tokens: N, tokens per image.
         steps_at_once: Steps whose numbers are generated together, >= 1. It changes no number. With 8, a run of 8
             steps launches an eighth of the kernels.
-        method: Method by which codes are drawn; see ``sampling.DrawMethod``.
+        method: Method by which codes are drawn; see ``limits.DrawMethod``.
     """
 
     seeds: Tensor

@@ -7,26 +7,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
 from maskgit_pl.checks import check_choice
+from maskgit_pl.decoding.limits import DrawMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from maskgit_pl.decoding.noise import Noise
 
-__all__ = ["CodeSampling", "DrawMethod", "Temperature"]
+__all__ = ["CodeSampling", "Temperature"]
 
 Temperature = float | tuple[float, float]
-DrawMethod = Literal["gumbel", "inverse_cdf"]
-"""How codes are drawn from the softmax. Both have the same distribution, and a seed gives other images with each.
-
-- ``gumbel``: the largest sum of a logit and a Gumbel number. A small change of the logits, as of bfloat16, int8 or
-  another device, changes few draws. The released code draws so.
-- ``inverse_cdf``: by inverting the cumulative distribution, with one uniform number for a position. A small change of
-  one probability moves the intervals of all later codes.
-"""
 
 
 @dataclass(frozen=True)
@@ -41,7 +34,7 @@ class CodeSampling:
             the last step.
         top_k: Number of codes kept, >= 1; None keeps all codes.
         top_p: Probability kept, in (0, 1]; None keeps all codes.
-        method: Method by which codes are drawn; see ``DrawMethod``.
+        method: Method by which codes are drawn; see ``limits.DrawMethod``.
 
     Raises:
         ValueError: if a number is out of range.

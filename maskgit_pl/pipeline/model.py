@@ -8,6 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.image_format import CHANNELS, pixels_text
 from maskgit_pl.networks import int8
@@ -71,7 +73,7 @@ class MaskGIT(Editor):
         self._origin = RunOrigin()
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # noqa: PLR0913  # four of them are those of every loader of the Hub
         cls,
         path_or_hub_id: Path | str,
         *,
@@ -81,6 +83,8 @@ class MaskGIT(Editor):
         token: str | bool | None = None,
         decoding: DecodingConfig | Path | str | None = None,
         negative_model: NegativeModelLike | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
     ) -> MaskGIT:
         """Loads the model of a run, a pretrained folder, or a repository of the Hugging Face Hub.
 
@@ -96,6 +100,8 @@ class MaskGIT(Editor):
                 folder (``maskgit tune`` writes it), else those exported with the transformer.
             negative_model: Default of the option ``negative_model`` (see ``GenerateOptions``). Without it, the one that
                 the file of decoding settings names.
+            device: Device such as ``cpu`` or ``cuda``.
+            dtype: Type of the weights, such as ``torch.bfloat16``; None keeps that of the file.
 
         Raises:
             FileNotFoundError: if a folder, repository or file is missing.
@@ -118,7 +124,7 @@ class MaskGIT(Editor):
         spec = read_config(folder / "transformer", "transformer")["mask_schedule"]
         pipe = cls(tokenizer, transformer, mask_schedule=spec, decoding=decoding, negative_model=negative_model)
         pipe._origin = origin
-        return pipe
+        return pipe.to(device, dtype=dtype)
 
     def save_pretrained(
         self,

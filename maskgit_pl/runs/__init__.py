@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from maskgit_pl.lazy_names import lazy_names
 
 if TYPE_CHECKING:
+    from maskgit_pl.runs.dry_fitting import dry_run
     from maskgit_pl.runs.exporting import export
     from maskgit_pl.runs.fitting import fit
     from maskgit_pl.runs.job_options import JobOptions
@@ -41,6 +42,7 @@ __all__ = [
     "Recipe",
     "Submission",
     "TokenizeOptions",
+    "dry_run",
     "export",
     "fit",
     "plan_run",
@@ -62,6 +64,7 @@ __getattr__ = lazy_names(
         "Recipe": "recipe",
         "Submission": "slurm",
         "TokenizeOptions": "tokenizing",
+        "dry_run": "dry_fitting",
         "export": "exporting",
         "fit": "fitting",
         "plan_run": "plan",

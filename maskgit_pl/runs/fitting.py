@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maskgit_pl import interruption
+from maskgit_pl.launcher import launcher_rank, local_rank
+from maskgit_pl.locks import hold_lock
 from maskgit_pl.runs.plan import plan_run
 from maskgit_pl.runs.recipe import Recipe
 
@@ -14,6 +18,8 @@ if TYPE_CHECKING:
     from maskgit_pl.runs.stage import FitResult
 
 __all__ = ["fit"]
+
+log = logging.getLogger(__name__)
 
 
 def fit(
@@ -23,6 +29,7 @@ def fit(
     data: str | Path | None = None,
     tokenizer: str | Path | None = None,
     pretrained: str | Path | None = None,
+    fresh: bool = False,
 ) -> FitResult:
     """Trains a stage of a run and exports it. Resumes an interrupted run, and does nothing for a finished one.
 
@@ -36,16 +43,19 @@ def fit(
         data: Data folder. Default: ``data/shards/DATASET``.
         tokenizer: Pretrained tokenizer folder, for stage 2. Default: the run's own, or the only one for these data.
         pretrained: Pretrained folder with the initial weights of a new run.
+        fresh: True starts over: an existing stage folder is renamed to ``STAGE.old-N``. Nothing is deleted.
 
     Raises:
         FileNotFoundError: if data, tokenizer or pretrained folder do not exist.
         ValueError: if the recipe is invalid, data or tokenizer do not fit, the settings of the run have changed, or
-            another process trains it.
+            another process trains it; also if ``fresh`` is set for one of several ranks.
         RunError: if training ends early: a stop signal, unreadable data, a full disk, non-finite losses. See
             ``maskgit_pl.errors``.
         KeyboardInterrupt: at a second Ctrl-C. The same call resumes the run from its last checkpoint.
     """
     plan = plan_run(recipe, run=run, data=data, tokenizer=tokenizer, pretrained=pretrained)
+    if fresh and local_rank() == 0:  # the other ranks start when the folder has its new name
+        _set_aside(plan.stage_folder)
     try:
         with interruption.catch_stop_signals(), warnings.catch_warnings():
             # Lightning warns on login nodes of Slurm.
@@ -58,3 +68,24 @@ def fit(
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from stop
         raise
+
+
+def _set_aside(folder: Path) -> None:
+    """Renames a stage folder to the first free ``NAME.old-N``.
+
+    Raises:
+        ValueError: if a launcher started several ranks, which would not see the change together, or another process
+            trains the run.
+    """
+    if (count := launcher_rank()[1]) > 1:
+        raise ValueError(
+            f"--fresh must be given to a single process, got {count} ranks; train another run (--run), or rename "
+            f"{folder} yourself"
+        )
+    if not folder.exists():
+        return
+    with hold_lock(folder, hint="train another run (--run)"):
+        names = (folder.with_name(f"{folder.name}.old-{number}") for number in itertools.count(1))
+        old = next(each for each in names if not each.exists())
+        folder.rename(old)
+    log.info("%s: renamed to %s; training starts at step 0. Without --fresh, the same command resumes it", folder, old)

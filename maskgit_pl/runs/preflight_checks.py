@@ -25,7 +25,7 @@ from maskgit_pl.shards.manifest import DataSummary, read_manifest_summary
 from maskgit_pl.training.checkpoint_files import newest_checkpoint, step_of
 from maskgit_pl.training.strategies import build_strategy, check_accelerator, check_precision, check_strategy
 
-__all__ = ["preflight"]
+__all__ = ["describe_start", "preflight"]
 
 _STARTABLE = {"slurm", "network", "strategy"}  # errors in these checks do not prevent building module and data
 
@@ -73,7 +73,7 @@ def preflight(
     if all(check.name != "recipe" for check in checks.checks):
         checks.add("recipe", f"{recipe.title}: keys, types and names are valid")
     shares = _check_batch(checks, config, summary, nodes=nodes, devices=devices)
-    checks.add("run", _describe_start(plan, config["trainer"]["max_steps"]))
+    checks.add("run", describe_start(plan, config["trainer"]["max_steps"]))
     cost_checks = CostChecks(plan, stage_run, replace(machines, nodes=nodes, devices=devices), shares, summary)
     cost_checks.check_memory(checks)
     cost_checks.check_disk(checks)
@@ -190,7 +190,8 @@ def _check_batch(
     return None
 
 
-def _describe_start(plan: Plan, steps: int | None) -> str:
+def describe_start(plan: Plan, steps: int | None) -> str:
+    """Returns a line: whether the training starts, resumes or has nothing to do."""
     newest = newest_checkpoint(plan.checkpoints)
     if newest is None:
         return f"{plan.stage_folder}: starts from scratch"

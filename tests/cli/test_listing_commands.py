@@ -1,17 +1,21 @@
-"""The commands that list what there is: ``recipes``, ``plugins`` and ``env``."""
+"""The commands that list what there is: ``recipes``, ``plugins``, ``models`` and ``env``."""
 
 import json
 import re
+import shlex
+import shutil
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 import maskgit_pl
-from maskgit_pl.cli import main
+from maskgit_pl.cli import build_parser, main
+from maskgit_pl.cli.model import find_model
 from maskgit_pl.cli.plugins import REGISTRIES
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.recipe_files import STAGES, list_recipes
+from maskgit_pl.runs.recipe_schema import load_schema
 from tests.installed_packages import install
 
 
@@ -97,3 +101,47 @@ def test_env_prints_the_versions_that_a_report_needs(capsys) -> None:
     for name in ("maskgit_pl", "python", "torch", "lightning", "machine", "default device", "recipes"):
         value = values[name]
         assert re.search(rf"^{name} +{re.escape(value[0] if isinstance(value, list) else value)}", text, re.M)
+
+
+def test_models_lists_package_runs_and_folders_with_commands_that_there_are(
+    capsys, tmp_path, monkeypatch, tiny_pretrained
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_pretrained, "runs/one run/pretrained")
+    shutil.copytree(tiny_pretrained / "tokenizer", "pretrained/taming/tokenizer")
+    shutil.copytree(tiny_pretrained, "pretrained/damaged")
+    (tmp_path / "pretrained/damaged/transformer/config.json").write_text("{")
+    found = {row["model"]: row for row in rows(capsys, "models")}
+    assert found["fashion-mnist-demo"]["content"] == "28 x 28 grey, 49 tokens, 10 classes"
+    assert (found["runs/one run"]["from"], found["runs/one run"]["command"]) == ("run", "maskgit sample 'runs/one run'")
+    assert found["pretrained/taming"]["content"] == "tokenizer"
+    assert found["pretrained/damaged"]["content"] == "cannot be read"
+    assert {"google-research/maskgit", "LlamaGen", "Halton-MaskGIT"} <= found.keys()
+    for row in found.values():
+        args = build_parser().parse_args(shlex.split(row["command"])[1:])
+        if row["from"] in ("package", "run"):
+            assert find_model(args)[1].class_names
+    assert "28 x 28 grey" in printed(capsys, "models")
+
+
+def test_the_schema_of_editors_is_printed(capsys) -> None:
+    for kind in ("tokenizer", "transformer", "autoregressive"):
+        assert json.loads(printed(capsys, "recipes", "schema", kind)) == load_schema(kind)
+
+
+def test_schedules_are_printed_as_json(capsys) -> None:
+    found = rows(capsys, "schedules", "--num-steps", "4", "--num-tokens", "16", "--schedules", "linear,cosine")
+    assert [row["mask_schedule"] for row in found] == ["linear", "cosine"]
+    assert found[0]["known"] == [4, 8, 12, 16]
+
+
+def test_the_checks_of_doctor_are_printed_as_json(capsys, tiny_shards) -> None:
+    words = ["doctor", "tokenizer", "--data", str(tiny_shards), "--json"]
+    words += ["--data.image_size=8", "--model.perceptual=null"]
+    assert main(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"]
+    assert {"data", "batch", "memory"} <= {check["name"] for check in found["checks"]}
+    assert found["costs"]
+    assert main([*words, "--data.seed=x"]) == 2
+    assert not json.loads(capsys.readouterr().out)["ok"]

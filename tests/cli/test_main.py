@@ -32,7 +32,7 @@ def test_the_version_is_told(capsys):
 def test_an_unknown_command_is_answered_with_the_nearest_in_one_line(capsys):
     code, out, error = answer(capsys, "sampel", "runs/x")
     assert (code, out) == (2, "")
-    assert error.startswith("maskgit: unknown command 'sampel': did you mean 'sample'? commands: demo, data, ")
+    assert error.startswith("maskgit: unknown command 'sampel': did you mean 'sample'? commands: demo, models, data, ")
     assert len(error.splitlines()) == 1
 
 

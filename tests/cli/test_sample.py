@@ -153,7 +153,7 @@ def test_each_flag_reaches_the_decoding(tiny_pretrained: Path, tmp_path: Path) -
         "--guidance-scale", "2", "--guidance", "cosine", "--choice-temperature", "1.5",
         "--token-selector", '{"name": "remdm", "eta": 0.1}', "--sampling-temperature", "1.2,0.7", "--top-k", "5",
         "--top-p", "0.9", "--tokens-per-step", "1,3,12", "--mask-schedule", '{"name": "pow", "exponent": 3}',
-        "--context-cache", "2", "--decoding", str(file),
+        "--context-cache", "2", "--draw-method", "gumbel", "--decoding", str(file),
     ]  # fmt: skip
     assert read_decoding_flags(namespace(*words), outline) == DecodingConfig(
         3,
@@ -165,6 +165,7 @@ def test_each_flag_reaches_the_decoding(tiny_pretrained: Path, tmp_path: Path) -
         (1, 3, 12),
         {"name": "pow", "exponent": 3},
         2,
+        "gumbel",
     )
     assert read_decoding_flags(namespace("--decoding", file), outline) == DecodingConfig(3, "margin")
     assert read_decoding_flags(namespace(), outline) == outline.decoding
@@ -276,6 +277,14 @@ def test_wrong_words_for_many_images_are_refused_in_one_line(
 def test_int8_generates_too(tiny_pretrained: Path, tmp_path: Path) -> None:
     assert call(tiny_pretrained, "--int8", "--per-class", 1, "--out", tmp_path / "samples.png") == 0
     assert (tmp_path / "samples.png").is_file()
+
+
+def test_many_images_of_another_dtype_do_not_mix(tiny_pretrained: Path, tmp_path: Path) -> None:
+    words = ("--num-images", 3, "--num-steps", 1, "--out", tmp_path / "a.npz")
+    assert call(tiny_pretrained, *words, "--dtype", "bfloat16") == 0
+    assert call(tiny_pretrained, *words, "--dtype", "bfloat16") == 0
+    with pytest.raises(ValueError, match="holds images of other settings"):
+        call(tiny_pretrained, *words, "--dtype", "float32")
 
 
 def test_a_model_of_the_hub_is_named_by_its_id(tiny_pretrained: Path, tmp_path: Path, monkeypatch) -> None:

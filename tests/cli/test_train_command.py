@@ -393,3 +393,56 @@ def test_each_recipe_file_is_parsed_once(train, maskgit, runs, monkeypatch):
     texts.clear()
     assert maskgit("train", "transformer", "--runs-folder", runs, "--run", "three", "--config", config).code == 0
     assert counts([config]) == [1]
+
+
+def plan_of(answer: Answer) -> dict[str, str]:
+    assert answer.code == 0, answer
+    return {line[:11].strip(): line[11:] for line in answer.out.splitlines()}
+
+
+def test_a_dry_run_says_what_training_would_do_and_writes_nothing(train, runs: Path, tmp_path: Path) -> None:
+    plan = plan_of(train("tokenizer", "--dry-run"))
+    assert plan["run"] == f"{runs / 'one/tokenizer'}: starts from scratch"
+    assert plan["steps"] == "1, with a global batch of 4 = 1 rank x 2 accumulation steps x 2 samples"
+    assert not runs.exists()
+    train("tokenizer")
+    before = files(tmp_path)
+    assert "resumes from step-00000001" in plan_of(train("tokenizer", "--dry-run", "--trainer.max_steps=2"))["run"]
+    assert "nothing to do" in plan_of(train("tokenizer", "--dry-run"))["run"]
+    assert "tiny" in plan_of(train("transformer", "--dry-run"))["tokenizer"]
+    assert files(tmp_path) == before
+
+
+def test_a_dry_run_refuses_what_training_would_refuse(train, runs: Path) -> None:
+    train("tokenizer")
+    refused(train("tokenizer", "--dry-run", "--data.seed=7"), "cannot resume", "data.seed: 0 -> 7")
+    refused(train("transformer", "--dry-run", "--data.source=tokens"), "token store", "maskgit tokenize")
+    refused(train("tokenizer", "--dry-run", "--trainer.strategy=fsdp"), "trainer.strategy")
+
+
+def test_fresh_starts_over_and_keeps_the_old_training(train, runs: Path) -> None:
+    train("tokenizer")
+    old = files(runs / "one" / "tokenizer")
+    for number in (1, 2):
+        answer = train("tokenizer", "--fresh", "--data.seed=7")
+        assert answer.code == 0, answer
+        assert f"renamed to {runs / 'one'}/tokenizer.old-{number}" in answer.out
+        assert (runs / "one" / "tokenizer" / "exported.json").is_file()
+    moved = files(runs / "one" / "tokenizer.old-1")
+    assert {name.replace("tokenizer.old-1", "tokenizer"): time for name, time in moved.items()} == old
+    assert "nothing to do" in train("tokenizer", "--data.seed=7").out
+
+
+def test_fresh_is_refused_for_one_of_several_ranks(train, runs: Path, monkeypatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(train("tokenizer", "--fresh"), "--fresh must be given to a single process, got 2 ranks")
+
+
+def test_the_recipe_is_printed_without_data_and_tokenizer(maskgit, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for stage in ("tokenizer", "transformer"):
+        answer = maskgit("train", stage, "--recipe", "adaln", "--print-config")
+        assert answer.code == 0
+        assert answer.out.startswith("# Keys that data and tokenizer give")
+        assert yaml.safe_load(answer.out)["trainer"]["max_steps"] == {"tokenizer": 3000, "transformer": 850}[stage]

@@ -277,7 +277,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "evaluation/test_limiting_stage",
         ("if fid <= _NEAR_REAL * real_fid", "if fid <= real_fid"),
         ("reconstruction_fid > _TOKENIZER_SHARE * fid", "reconstruction_fid >= _TOKENIZER_SHARE * fid"),
-        ("shlex.quote(text)", "text"),
+        ('shlex.join(["maskgit", *each])', '" ".join(["maskgit", *each])'),
     ),
     *_of(
         "evaluation/tiling.py",
@@ -1156,5 +1156,23 @@ MUTANTS: tuple[Mutant, ...] = (
         ("self.history.counts.zero_()", "pass"),
         ("self.last_used.index_fill_(0, flat, step)", "self.last_used.index_fill_(0, flat, step - 1)"),
         ("cause not in known and", ""),
+    ),
+    *_of(
+        "cli/demo.py",
+        "cli/test_demo",
+        ('usual = _RECIPE if args.dataset == DEFAULT_DATASET else f"{_RECIPE} {_BUDGET}"', "usual = _RECIPE"),
+        ("*stages[args.tokenizer is not None :]", "*stages"),
+        ("return code if code > 0 else 128 - code", "return 0"),
+    ),
+    *_of(
+        "runs/fitting.py",
+        "cli/test_train_command",
+        ("old = next(each for each in names if not each.exists())", "old = next(names)"),
+        ("if (count := launcher_rank()[1]) > 1:", "if (count := 1) > 1:"),
+    ),
+    *_of(
+        "pipeline/sharing.py",
+        "pipeline/test_bundled pipeline/test_sharing",
+        ("if not folder.exists() and str(path) in bundled:", "if str(path) in bundled:"),
     ),
 )
