@@ -163,7 +163,7 @@ mutants: $(DEV_STAMP) ## Mutation testing: break the package in one place at a t
 	@$(BIN)/python tests/mutation/run.py $(ARGS)
 
 test-wheel: $(DEV_STAMP) ## Build the wheel, and run the quick start in an empty folder with nothing but it
-	@WHEEL_TRANSCRIPT="$(WHEEL_TRANSCRIPT)" $(BIN)/python -m pytest tests/test_wheel.py --durations=5 $(ARGS)
+	@WHEEL_TRANSCRIPT="$(WHEEL_TRANSCRIPT)" $(BIN)/python -m pytest tests/wheel --durations=5 $(ARGS)
 
 AS_ROOT = $(if $(filter 0,$(shell id -u)),,sudo --non-interactive)
 SLURM_INSTALL = $(AS_ROOT) apt-get -qq update && $(AS_ROOT) apt-get -qq install --yes --no-install-recommends slurmctld slurmd slurm-client >/dev/null

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
@@ -17,7 +17,7 @@ from maskgit_pl.pipeline.card import write_card
 from maskgit_pl.pipeline.description import RunOrigin, check_run, fingerprints
 from maskgit_pl.pipeline.edit import Editor
 from maskgit_pl.pipeline.negative import NegativeModelLike
-from maskgit_pl.pipeline.sharing import check_hub_id, find_folder, upload
+from maskgit_pl.pipeline.sharing import HubOptions, check_hub_id, find_folder, upload
 from maskgit_pl.pretrained import (
     PretrainedTokenizer,
     PretrainedTransformer,
@@ -73,18 +73,15 @@ class MaskGIT(Editor):
         self._origin = RunOrigin()
 
     @classmethod
-    def from_pretrained(  # noqa: PLR0913  # four of them are those of every loader of the Hub
+    def from_pretrained(
         cls,
         path_or_hub_id: Path | str,
         *,
-        revision: str | None = None,
-        cache_dir: Path | str | None = None,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
         decoding: DecodingConfig | Path | str | None = None,
         negative_model: NegativeModelLike | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        **hub: Unpack[HubOptions],
     ) -> MaskGIT:
         """Loads the model of a run, a pretrained folder, or a repository of the Hugging Face Hub.
 
@@ -92,25 +89,21 @@ class MaskGIT(Editor):
             path_or_hub_id: Run folder (``runs/RUN``), folder with ``tokenizer/`` and ``transformer/``, the model of
                 the package ``fashion-mnist-demo``, or ``owner/name`` on the Hub. Downloaded files are read as data and
                 never executed.
-            revision: Branch, tag or commit of a repository; its main branch by default.
-            cache_dir: Folder of downloaded files; the cache of the Hub by default.
-            local_files_only: True reads only from the cache.
-            token: Access token for repositories that are not public; True is the token of ``hf auth login``.
             decoding: Default decoding settings, or a file with them. Without it, those of ``decoding.json`` in the
                 folder (``maskgit tune`` writes it), else those exported with the transformer.
             negative_model: Default of the option ``negative_model`` (see ``GenerateOptions``). Without it, the one that
                 the file of decoding settings names.
             device: Device such as ``cpu`` or ``cuda``.
             dtype: Type of the weights, such as ``torch.bfloat16``; None keeps that of the file.
+            hub: Options of a download: ``revision``, ``cache_dir``, ``local_files_only`` and ``token``; see
+                ``sharing.HubOptions``.
 
         Raises:
             FileNotFoundError: if a folder, repository or file is missing.
             ValueError: if a file is damaged, the transformer was trained with another tokenizer, or the negative model
                 predicts other tokens.
         """
-        folder = find_folder(
-            path_or_hub_id, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
-        )
+        folder = find_folder(path_or_hub_id, **hub)
         # decoding.json is found by `maskgit tune`; an argument takes precedence over it.
         own = decoding is None
         if negative_model is None and not isinstance(decoding, DecodingConfig):

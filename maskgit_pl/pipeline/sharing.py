@@ -11,10 +11,11 @@ import os
 import re
 from difflib import get_close_matches
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 from maskgit_pl.pipeline.bundled import bundled_models
 
-__all__ = ["check_hub_id", "find_folder", "find_transformer", "local_folder", "upload"]
+__all__ = ["HubOptions", "check_hub_id", "find_folder", "find_transformer", "local_folder", "upload"]
 
 # Files that a pipeline needs. Other files of a repository may be large and are not downloaded.
 _READ = tuple(
@@ -25,39 +26,43 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _OUR_FOLDERS = ("runs", "pretrained")  # a name in one of these folders is a path, even if it does not exist
 
 
-def find_folder(
-    path_or_hub_id: Path | str,
-    *,
-    revision: str | None = None,
-    cache_dir: Path | str | None = None,
-    local_files_only: bool = False,
-    token: str | bool | None = None,
-) -> Path:
+class HubOptions(TypedDict, total=False):
+    """Options of a download from the Hub.
+
+    Args:
+        revision: Branch, tag or commit of a repository; its main branch by default.
+        cache_dir: Folder of downloaded files; the cache of the Hub by default.
+        local_files_only: True reads only from the cache.
+        token: Access token for repositories that are not public; True is the token of ``hf auth login``.
+    """
+
+    revision: str | None
+    cache_dir: Path | str | None
+    local_files_only: bool
+    token: str | bool | None
+
+
+def find_folder(path_or_hub_id: Path | str, **hub: Unpack[HubOptions]) -> Path:
     """Finds a pretrained folder on this machine or in the package, or downloads it if the text is ``owner/name``.
 
     Args:
         path_or_hub_id: Run folder, pretrained folder, name of a model in the package (``bundled_models``), or
             ``owner/name`` on the Hub.
-        revision: Branch, tag or commit of a repository; its main branch by default.
-        cache_dir: Folder of downloaded files; the cache of the Hub by default.
-        local_files_only: True reads only from the cache.
-        token: Access token for repositories that are not public; True is the token of ``hf auth login``.
+        hub: Options of a download; see ``HubOptions``.
 
     Returns:
         The folder with ``tokenizer/`` and ``transformer/``.
 
     Raises:
         FileNotFoundError: if there is neither such a folder nor a repository that can be reached.
+        TypeError: if there is no such option.
         ValueError: if a repository is not a pretrained folder.
     """
+    if unknown := hub.keys() - HubOptions.__annotations__.keys():
+        raise TypeError(f"from_pretrained takes no argument {min(unknown)!r}; options of a download: "
+                        f"{', '.join(HubOptions.__annotations__)}")  # fmt: skip
     if not Path(path_or_hub_id).is_dir() and _is_hub_id(str(path_or_hub_id)):
-        return _fetch(
-            str(path_or_hub_id),
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            token=token,
-        )
+        return _fetch(str(path_or_hub_id), **hub)
     return local_folder(path_or_hub_id)
 
 
@@ -128,14 +133,7 @@ def _is_hub_id(text: str) -> bool:
     return _HUB_ID.fullmatch(text) is not None and str(owner) not in _OUR_FOLDERS and not owner.is_dir()
 
 
-def _fetch(
-    hub_id: str,
-    *,
-    revision: str | None,
-    cache_dir: Path | str | None,
-    local_files_only: bool,
-    token: str | bool | None,
-) -> Path:
+def _fetch(hub_id: str, **hub: Unpack[HubOptions]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -147,21 +145,14 @@ def _fetch(
 
     advice = "or name a folder, such as runs/RUN/pretrained"
     try:
-        folder = snapshot_download(
-            hub_id,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            token=token,
-            allow_patterns=list(_FILES),
-        )
+        folder = snapshot_download(hub_id, **hub, allow_patterns=list(_FILES))
     except LocalEntryNotFoundError as error:
         raise FileNotFoundError(
             f"hub {hub_id}: no such folder, not in the cache, and the Hub cannot be reached or is switched off; "
             f"download it once with a connection, {advice}"
         ) from error
     except RevisionNotFoundError as error:
-        raise FileNotFoundError(f"hub {hub_id}: no revision {revision!r}; leave it out, {advice}") from error
+        raise FileNotFoundError(f"hub {hub_id}: no revision {hub.get('revision')!r}; leave it out, {advice}") from error
     except RepositoryNotFoundError as error:  # also a private or gated one
         raise FileNotFoundError(
             f"hub {hub_id}: no such folder, and no such repository with read access; check the name, give token= for a "

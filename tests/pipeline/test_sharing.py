@@ -220,3 +220,8 @@ def test_a_hub_that_is_not_to_be_asked_ends_in_one_line(tiny_pretrained: Path, m
     with pytest.raises(ConnectionError, match="hub owner/name: nothing was uploaded") as caught:
         sharing.upload(tiny_pretrained, "owner/name", private=None, token=None)
     assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_argument_is_refused_for_a_folder_too(tiny_pretrained):
+    with pytest.raises(TypeError, match="takes no argument 'revison'; options of a download: revision, cache_dir"):
+        MaskGIT.from_pretrained(tiny_pretrained, revison="main")

@@ -21,9 +21,7 @@ import pytest
 from maskgit_pl import __version__
 from maskgit_pl.pipeline.bundled import bundled_models
 
-pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HEAD = """# Quick start without a clone
 
 The commands of a newcomer, in an empty folder with nothing but the installed wheel (`pip install maskgit_pl-*.whl`),
