@@ -173,7 +173,7 @@ test-slurm: $(DEV_STAMP) ## Run the tests on a real Slurm cluster on this machin
 	@export PATH="$$PATH:/usr/sbin"; { command -v slurmctld && command -v slurmd && command -v scontrol; } >/dev/null || { $(SLURM_INSTALL); } || { echo "$(SLURM_MISSING)" >&2; exit 2; }
 	@$(AS_ROOT) env PATH="$$PATH:/usr/sbin" OMP_WAIT_POLICY=PASSIVE SLURM_TRANSCRIPT="$(SLURM_TRANSCRIPT)" $(BIN)/python -m pytest tests/slurm --durations=10 --durations-min=1 $(ARGS)
 
-SPELLED = maskgit_pl tests docs recipes benchmarks data results .ci Makefile pyproject.toml README.md CONTRIBUTING.md CHANGELOG.md
+SPELLED = maskgit_pl tests docs recipes benchmarks data results constraints .ci Makefile pyproject.toml README.md CONTRIBUTING.md CHANGELOG.md SECURITY.md
 
 lint: $(DEV_STAMP) ## Check style, types, spelling and shell scripts
 	$(BIN)/ruff check .
