@@ -154,7 +154,7 @@ def test_the_autoregressive_baseline_is_laid_over_any_recipe(tiny_shards, tiny_p
     assert "log.yaml: causal attention ignores model.mask_schedule" in caplog.text
     config = yaml.safe_load((tmp_path / "transformer" / "config.yaml").read_text())["model"]
     assert (config["label_smoothing"], config["network"]["attention"]) == (0.1, "causal")
-    plain = {"guidance": "constant", "sampling_temperature": 1.0, "top_k": None, "top_p": None}
+    plain = {"guidance": "constant", "sampling_temperature": 1.0, "top_k": None, "top_p": None, "draw_method": "gumbel"}
     assert config["decoding"] == plain
 
 

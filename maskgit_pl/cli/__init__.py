@@ -120,6 +120,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # took 1.8 s with spinning threads and 0.1 s with sleeping ones. torch reads the variable when it is imported, which
     # happens inside a command.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # On a busy machine MKL takes fewer threads by default. Sums then round differently from run to run.
+    for name in ("MKL_DYNAMIC", "OMP_DYNAMIC"):
+        os.environ.setdefault(name, "FALSE")
     warnings.filterwarnings("ignore", message=".*`srun` command is available")  # from Lightning, on a login node
     terminal = Terminal()
     _log_to(terminal.log)

@@ -189,6 +189,7 @@ def _introduction(content: Mapping[str, Any], classes: list[str], name: str) -> 
         "",
         "```python",
         "from maskgit_pl import MaskGIT",
+        "",
         f"pipe = MaskGIT.from_pretrained({python_string(name)})",
         f'pipe.generate([{example}], seed=0)[0].save("image.png")',
         "```",

@@ -13,7 +13,6 @@ At the Trainer's logging steps it logs, for the steps since the last time and wi
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from maskgit_pl.estimates.gpus import find_gpu
+from maskgit_pl.portable import peak_memory
 
 __all__ = ["SpeedMonitor", "weight_norm"]
 
@@ -122,12 +122,7 @@ def _peak_memory(device: torch.device) -> int | None:
     """Returns the largest memory so far in bytes: of torch on a GPU, of this process on a CPU; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32" or device.type != "cpu":
-        return None
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return (peak_memory() or None) if device.type == "cpu" else None
 
 
 def _weight_norms(optimizers: list[Optimizer]) -> dict[str, float]:

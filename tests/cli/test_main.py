@@ -1,6 +1,7 @@
 """The console script itself: what it answers without a command, to a wrong one, and to what ends a command."""
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -176,3 +177,15 @@ def wait_for(found, seconds: float = 60.0) -> None:
     while not found():
         assert time.monotonic() - begun < seconds
         time.sleep(0.02)
+
+
+def test_a_command_keeps_its_number_of_threads_on_a_busy_machine(monkeypatch, capsys):
+    for name in ("MKL_DYNAMIC", "OMP_DYNAMIC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert answer(capsys, "--version")[0] == 0
+    assert [os.environ[name] for name in ("MKL_DYNAMIC", "OMP_DYNAMIC", "OMP_WAIT_POLICY")] == [
+        "FALSE",
+        "FALSE",
+        "ACTIVE",
+    ]
