@@ -205,7 +205,8 @@ class AdaLNBlock(nn.Module):
         if mask is not None:  # the rest works on rows, so all others can be dropped here
             rows = mask.nonzero()[:, 0]
             x, attended = x[mask], attended[mask]
-            parts = [None if part is None else part[rows, 0] for part in parts]
+            # Unlike that of part[rows, 0], the gradient of a lookup is bit-equal with any number of threads.
+            parts = [None if part is None else F.embedding(rows, part[:, 0]) for part in parts]
         x = _add(x, F.dropout(self.proj(attended), self.dropout, self.training), parts[2])
         gate, value = self.fc1(_modulate(self.mlp_norm(x), *parts[3:5])).chunk(2, dim=-1)
         hidden = F.dropout(F.silu(gate) * value, self.dropout, self.training)

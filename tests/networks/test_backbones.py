@@ -198,6 +198,26 @@ def test_checkpointed_blocks_give_bit_equal_losses_and_gradients(config):
     same(gradients(network, config), plain, rtol=0, atol=0)
 
 
+@over_all
+def test_gradients_are_bit_equal_with_several_threads(config):
+    """Sums of several threads in the order in which they finish, as of ``x[index]``, differ from run to run."""
+    tokens, labels, mask, vectors = (
+        None if each is None else each.repeat_interleave(300, dim=0) for each in inputs(config)
+    )  # 300 rows of one image in a row: torch divides sums of 32,768 numbers or more among threads
+    network = create(config)
+    torch.set_num_threads(4)
+    try:
+        found = []
+        for _ in range(4):
+            network.zero_grad()
+            network.forward_masked(tokens, labels, mask, vectors=vectors).logsumexp(1).square().mean().backward()
+            found.append({name: each.grad.clone() for name, each in network.named_parameters()})
+    finally:
+        torch.set_num_threads(1)
+    for again in found[1:]:
+        assert [name for name, each in again.items() if not torch.equal(each, found[0][name])] == []
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch warns of its own imports and views
 @over_all
