@@ -49,7 +49,7 @@ class SpeedMonitor(Callback):
         self._logged_step = 0
         self._images = 0  # of this rank, since the last logging step
         self._waited = self._passed = 0.0  # seconds since the last logging step
-        self._last: float | None = None  # time of the last reading; None in a validation
+        self._last: float | None = None  # time of the last reading; None before the training
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restart(trainer.global_step)
@@ -69,9 +69,6 @@ class SpeedMonitor(Callback):
                 logger.log_metrics(values, step=trainer.global_step)
             self._restart(trainer.global_step)
             self._last = time.perf_counter()  # counting FLOPs, once, is no part of a step
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._last = None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last = time.perf_counter()

@@ -54,7 +54,6 @@ def train(monitor: SpeedMonitor, trainer: SimpleNamespace, clock: SimpleNamespac
         trainer.global_step += micro_batch % 2
         monitor.on_train_batch_end(trainer, MODULE)
         if micro_batch + 1 == validate_after:
-            monitor.on_validation_start(trainer, MODULE)
             clock.seconds += 1000
             monitor.on_validation_end(trainer, MODULE)
 
