@@ -2,27 +2,20 @@
 
 import dataclasses
 import json
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from tests.benchmark_scripts import benchmark_script
+
 OURS = ["ours", "naive"]
 
 
 @pytest.fixture(scope="module")
 def stage2_step():
-    """The script as a module; its folder is on the path, as when it is run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        import stage2_step
-
-        yield stage2_step
-        for name in ("stage2_step", "measuring"):
-            del sys.modules[name]
+    with benchmark_script("stage2_step") as script:
+        yield script
 
 
 @pytest.fixture(scope="module")

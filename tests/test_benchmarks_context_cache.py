@@ -1,25 +1,16 @@
 """The benchmark of the context cache at a tiny size: its rows are whole, and 1 is exact."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from tests.benchmark_scripts import benchmark_script
 
 
 @pytest.fixture
-def context_cache(monkeypatch: pytest.MonkeyPatch):
-    """The script as a module; its folder is on the path, as when it is run."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import context_cache
-
-    yield context_cache
-    for name in ("context_cache", "measuring"):
-        sys.modules.pop(name, None)
+def context_cache():
+    with benchmark_script("context_cache") as script:
+        yield script
 
 
 def test_each_value_is_compared_with_the_exact_decoding_of_its_round(context_cache):

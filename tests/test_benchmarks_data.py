@@ -1,13 +1,12 @@
 """The benchmark of the data path at tiny sizes: it runs, its tables are whole, and all see the same images."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from tests.benchmark_scripts import benchmark_script
+
 pytestmark = [  # webdataset leaves its tars to the garbage collector
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
@@ -16,14 +15,8 @@ pytestmark = [  # webdataset leaves its tars to the garbage collector
 
 @pytest.fixture(scope="module")
 def data():
-    """The script as a module; its folder is on the path, as when it is run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        import data
-
-        yield data
-        for name in ("data", "measuring"):
-            sys.modules.pop(name, None)
+    with benchmark_script("data") as script:
+        yield script
 
 
 def test_the_benchmark_prints_its_tables_and_writes_its_figures(data, tmp_path, capsys, monkeypatch):

@@ -3,13 +3,12 @@
 import dataclasses
 import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from tests.benchmark_scripts import benchmark_script
+
 EXACT = ["ours", "ours, first step cached"]
 APPROXIMATE = [
     "ours, int8",
@@ -22,14 +21,8 @@ AUTOREGRESSIVE = ["autoregressive, KV cache", "autoregressive, no cache"]
 
 @pytest.fixture(scope="module")
 def decode():
-    """The script as a module; its folder is on the path, as when it is run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        import decode
-
-        yield decode
-        for name in ("decode", "stage2_step", "measuring"):
-            del sys.modules[name]
+    with benchmark_script("decode") as script:
+        yield script
 
 
 @pytest.fixture(scope="module")

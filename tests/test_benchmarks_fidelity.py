@@ -1,6 +1,5 @@
 """The comparison with torch-fidelity on a few images: every number agrees."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,20 +7,13 @@ import pytest
 import torch
 
 from maskgit_pl.data import ShardData, ShardDataConfig
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from tests.benchmark_scripts import benchmark_script
 
 
 @pytest.fixture
 def fidelity():
-    """The script as a module; its folder is on the path, as when it is run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        import fidelity
-
-        yield fidelity
-        for name in ("fidelity", "measuring"):
-            sys.modules.pop(name, None)
+    with benchmark_script("fidelity") as script:
+        yield script
 
 
 @pytest.mark.slow

@@ -1,24 +1,15 @@
 """The benchmark of health monitoring at tiny sizes: it runs, each part does its work, and the table is whole."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from tests.benchmark_scripts import benchmark_script
 
 
 @pytest.fixture(scope="module")
 def script():
-    """The script as a module; its folder is on the path, as when it is run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        import health
-
-        yield health
-        for name in ("health", "stage1_step", "stage2_step", "measuring"):
-            del sys.modules[name]
+    with benchmark_script("health") as script:
+        yield script
 
 
 @pytest.fixture

@@ -3,12 +3,12 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 from statistics import median
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from tests.benchmark_scripts import benchmark_script
+
 INFERENCE = [
     "import maskgit_pl",
     "from maskgit_pl import MaskGIT",
@@ -31,13 +31,9 @@ OF_TRAINING_AND_REPORTS = {
 
 
 @pytest.fixture
-def import_time(monkeypatch: pytest.MonkeyPatch):
-    """The script as a module; its folder is on the path, as when it is run."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import import_time
-
-    yield import_time
-    sys.modules.pop("import_time", None)
+def import_time():
+    with benchmark_script("import_time") as script:
+        yield script
 
 
 @pytest.mark.parametrize("statement", INFERENCE)

@@ -1,22 +1,14 @@
 """The benchmark of precisions with a tiny model: each row is compared with float32 of its own draw method."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from tests.benchmark_scripts import benchmark_script
 
 
 @pytest.fixture
-def precision(monkeypatch: pytest.MonkeyPatch):
-    """The script as a module; its folder is on the path, as when it is run."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import precision
-
-    yield precision
-    for name in ("precision", "measuring"):
-        sys.modules.pop(name, None)
+def precision():
+    with benchmark_script("precision") as script:
+        yield script
 
 
 def test_each_precision_is_compared_with_float32_of_its_method(precision, tiny_pretrained):

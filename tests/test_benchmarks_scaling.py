@@ -2,15 +2,13 @@
 
 import dataclasses
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
+from tests.benchmark_scripts import benchmark_script
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CONFIG = TransformerConfig(16, 3, (4, 4), embed_dim=32, depth=2, num_heads=4, mlp_dim=64, class_dropout=0.0)
 VQGAN = VQGANConfig(
     1,
@@ -26,14 +24,8 @@ VQGAN = VQGANConfig(
 
 @pytest.fixture
 def scaling():
-    """The script as a module; its folder is on the path, as when it is run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        import scaling
-
-        yield scaling
-        for name in ("scaling", "measuring", "collectives"):
-            sys.modules.pop(name, None)
+    with benchmark_script("scaling") as script:
+        yield script
 
 
 def test_what_is_counted_is_what_the_formulas_say(scaling, monkeypatch):

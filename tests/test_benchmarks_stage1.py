@@ -1,25 +1,15 @@
 """The benchmarks of stage 1 at tiny sizes: equal gradients, whole tables, and the same tokens and images."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from tests.benchmark_scripts import benchmark_script
 
 
 @pytest.fixture(scope="module")
 def scripts():
-    """The scripts as modules; their folder is on the path, as when they are run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        import stage1_step
-        import tokenizer
-
+    with benchmark_script("stage1_step") as stage1_step, benchmark_script("tokenizer") as tokenizer:
         yield stage1_step, tokenizer
-        for name in ("stage1_step", "stage2_step", "tokenizer", "measuring"):
-            del sys.modules[name]
 
 
 @pytest.fixture(scope="module")

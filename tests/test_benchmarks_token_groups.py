@@ -1,22 +1,14 @@
 """The benchmark of token groups at a tiny size: a row for each number of groups, with counted parameters."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from tests.benchmark_scripts import benchmark_script
 
 
 @pytest.fixture
-def token_groups(monkeypatch: pytest.MonkeyPatch):
-    """The script as a module; its folder is on the path, as when it is run."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import token_groups
-
-    yield token_groups
-    for name in ("token_groups", "stage2_step", "measuring"):
-        sys.modules.pop(name, None)
+def token_groups():
+    with benchmark_script("token_groups") as script:
+        yield script
 
 
 def test_each_number_of_groups_has_a_row(token_groups, capsys):

@@ -1,25 +1,17 @@
 """The overhead benchmark at a tiny size: both train the same, and its table is whole."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from tests.benchmark_scripts import benchmark_script
 
 
 @pytest.fixture(scope="module")
 def trainer_overhead():
-    """The script as a module; its folder is on the path, as when it is run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        import trainer_overhead
-
-        yield trainer_overhead
-        for name in ("trainer_overhead", "measuring"):
-            del sys.modules[name]
+    with benchmark_script("trainer_overhead") as script:
+        yield script
 
 
 def test_the_trainer_and_the_bare_loop_end_with_the_same_weights(trainer_overhead, tmp_path, capsys):

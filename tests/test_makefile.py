@@ -1,5 +1,6 @@
 """The Makefile: its help lists every target and variable, and its variables reach the commands."""
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -13,10 +14,15 @@ TEXT = (ROOT / "Makefile").read_text()
 INSTALLED = ("--old-file=.venv/.installed", "--old-file=.venv/.installed-dev")
 
 
-def run_make(*words: str) -> subprocess.CompletedProcess[str]:
-    """Prints the commands of a target without running them; .venv counts as installed."""
-    command = ["make", "--no-print-directory", "--dry-run", *INSTALLED, *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def run_make(*words: str, installed: bool = True) -> subprocess.CompletedProcess[str]:
+    """Prints the commands of a target without running them; .venv counts as installed.
+
+    The variables of a ``make test ARGS=...`` that runs these tests do not reach it.
+    """
+    own = {"MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "MAKELEVEL", *re.findall(r"^([A-Z_]+) \?=", TEXT, re.MULTILINE)}
+    environment = {name: value for name, value in os.environ.items() if name not in own}
+    command = ["make", "--no-print-directory", "--dry-run", *(INSTALLED if installed else ()), *words]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_every_public_target_has_a_help_text():
@@ -76,8 +82,7 @@ def test_a_variable_of_version_0_1_0_is_refused():
     "target", ["data", "sample", "evaluate", "train-tokenizer", "tokenize", "lint", "test", "install"]
 )
 def test_only_targets_for_development_install_its_tools(target):
-    command = ["make", "--no-print-directory", "--dry-run", "VENV=absent", target]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    printed = run_make("VENV=absent", target, installed=False).stdout
     wanted = '--editable ".[dev]"' if target in ("lint", "test", "install") else "--editable ."
     assert [line.partition("check ")[2] for line in printed.splitlines() if "pip install" in line] == [wanted]
 
@@ -92,3 +97,10 @@ def test_the_data_sets_that_make_can_fetch_are_those_of_the_package():
         'maskgit data make "photos" --out "data/shards/mine"'
         in run_make("data", "DATASET=mine", "IMAGES=photos").stdout
     )
+
+
+def test_the_variables_of_the_make_that_runs_the_tests_do_not_reach_them(monkeypatch):
+    expected = run_make("sample").stdout
+    monkeypatch.setenv("MAKEFLAGS", "-- ARGS=--maxfail=80 SEED=7")
+    monkeypatch.setenv("SEED", "7")
+    assert run_make("sample").stdout == expected

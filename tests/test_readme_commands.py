@@ -15,6 +15,7 @@ import pytest
 from maskgit_pl.cli import build_parser
 from maskgit_pl.runs.recipe import Recipe
 from tests.installed_packages import install
+from tests.test_makefile import run_make
 from tests.test_readme import PAGES, ROOT, RUN_IN_ORDER, python_blocks, save_small_model
 
 # Commands that are not run here: the files that they read are not in the repository, or they take longer than a test.
@@ -73,9 +74,9 @@ def maskgit_commands(line: str) -> list[list[str]]:
         return [own[1:]]
     if own[1] in MAKE_ONLY:
         return []
-    shown = subprocess.run(
-        ["make", "--no-print-directory", "-n", *own[1:]], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.replace("\\\n", " ")
+    made = run_make(*own[1:])
+    assert made.returncode == 0, made.stderr
+    shown = made.stdout.replace("\\\n", " ")
     found = [words(each) for each in shown.splitlines() if "/bin/maskgit " in each]
     return [each[1:] for each in found if each[0].endswith("bin/maskgit")]
 

@@ -59,8 +59,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog="Example: maskgit demo --dataset mine --images path/to/folder",
     )
     add_new_run_arguments(parser)
-    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of your own images, one sub-folder per "
-                        "class, for a --dataset of your own")  # fmt: skip
+    parser.add_argument("--images", type=Path, metavar="DIR", help="folder or archive of your own images, one "
+                        "sub-folder per class, for a --dataset of your own")  # fmt: skip
     parser.add_argument(
         "--short", action="store_true", help=f"train 60 steps per stage, as a quick check (run: {_SHORT_RUN})"
     )
@@ -99,9 +99,8 @@ def plan_demo(args: argparse.Namespace) -> list[Step]:
     for flag, folder in (("--tokenizer", args.tokenizer), ("--pretrained", args.pretrained)):
         common += [] if folder is None else [flag, str(folder)]
     common += overrides
-    times = (
-        _SHORT_TIMES if args.short else {} if args.recipe else _TIMES if args.dataset == DEFAULT_DATASET else _OWN_TIMES
-    )
+    times = _SHORT_TIMES if args.short else _TIMES if args.dataset == DEFAULT_DATASET else _OWN_TIMES
+    times = times if recipe == usual else {}
     stages = [
         _step("train the tokenizer (stage 1)", times.get("tokenizer"), "train", "tokenizer", *common),
         _step("encode the images to tokens", times.get("tokens"), "tokenize", *common),

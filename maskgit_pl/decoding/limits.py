@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 DrawMethod = Literal["gumbel", "inverse_cdf"]
-"""How codes are drawn from the softmax. Both have the same distribution, and a seed gives other images with each.
+"""Methods of drawing codes from the softmax. They draw from the same distribution, but different codes for a seed.
 
 - ``gumbel``: the largest sum of a logit and a Gumbel number. A small change of the logits, as of bfloat16, int8 or
   another device, changes few draws. The released code draws so.

@@ -63,10 +63,10 @@ class SeededNoise:
 
     def draw(self, logits: Tensor, positions: Tensor, step: int) -> Tensor:
         """Draws codes with one uniform number per position, or with K Gumbel numbers."""
-        first, second = (self._at(number, positions, step) for number in (0, 1))
+        first = self._at(0, positions, step)
         if self.method == "inverse_cdf":
             return draw_codes(logits, uniform_of(first))
-        return gumbel_rows(first, second, logits.shape[-1]).add_(logits).argmax(-1)
+        return gumbel_rows(first, self._at(1, positions, step), logits.shape[-1]).add_(logits).argmax(-1)
 
     def gumbel(self, positions: Tensor, step: int) -> Tensor:
         """Returns Gumbel noise (B, M) float32 from one uniform number per position."""

@@ -58,6 +58,12 @@ def test_make_demo_is_the_command(variables: tuple[str, ...]) -> None:
     assert commands(*words) == commands(*short, *(["--recipe", recipe] if recipe else []))
 
 
+def test_steps_of_the_default_recipe_say_how_long_they_take() -> None:
+    for words in ((), ("--recipe", "adaln"), ("--dataset", "blue-marble", "--recipe", "adaln 15m"), ("--short",)):
+        assert all("about" in step.title for step in plan_demo(parse(*words))[1:]), words
+    assert "about" not in plan_demo(parse("--recipe", "cosine"))[1].title
+
+
 def test_own_images_are_converted_and_trained_with_a_budget() -> None:
     found = commands("--dataset", "mine", "--images", "photos", "--runs-folder", "r")
     assert found[0] == ["data", "make", "photos", "--out", "data/shards/mine"]

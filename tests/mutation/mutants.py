@@ -370,8 +370,8 @@ MUTANTS: tuple[Mutant, ...] = (
         ("* cumulative[..., -1:]", "* 1.0", "a softmax sums to 1 but for rounding"),
         (".add_(logits).argmax(-1)", ".argmax(-1)"),
         (
-            "for number in (0, 1))",
-            "for number in (0, 0))",
+            "self._at(1, positions, step)",
+            "self._at(0, positions, step)",
             "one word twice is as random; two words make equal rows rarer",
         ),
         ("first = step - step % self.steps_at_once", "first = 0"),
