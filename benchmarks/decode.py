@@ -1,6 +1,7 @@
-"""Measures decoding without a tokenizer: ours, exact and approximate, two peers, and an autoregressive decoder.
+"""Measures decoding without a tokenizer: ours, exact and approximate, four peers, and an autoregressive decoder.
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/decode.py --threads 2 --repeats 5 --json decode.json
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/decode.py --threads 1 --clock cpu --dtype bfloat16 --batch-size 8
 
 benchmarks/README.md describes the rows and the columns of the table.
 """
@@ -11,18 +12,19 @@ import argparse
 import copy
 import importlib.util
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import torch
 from measuring import MatrixProduct, Stopwatch, format_table, interleave, read_cpu_name
-from stage2_step import MuseClasses, Task, is_bfloat16_slow
-from torch import Tensor, nn
+from peers import NUM_STEPS, BertPeer, Decode, EncoderPeer, Task, build_amused, build_muse, build_plain
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
@@ -36,33 +38,21 @@ from maskgit_pl.decoding import (
 )
 from maskgit_pl.decoding.guidance import guidance_scales, guidance_schedules
 from maskgit_pl.decoding.selectors import token_selectors
-from maskgit_pl.evaluation.classifier_training import obtain_classifier
-from maskgit_pl.evaluation.run_folders import find_run, open_data
 from maskgit_pl.networks.autoregressive import AutoregressiveTransformer
 from maskgit_pl.networks.int8 import quantize
+from maskgit_pl.networks.packing_linear import set_packing
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
-from maskgit_pl.pipeline import MaskGIT
+from maskgit_pl.networks.transformer_block import Block
 from maskgit_pl.provenance import describe_environment
 from maskgit_pl.schedules import mask_schedules
 
-Decode = Callable[[], Tensor]
-"""Decodes a batch and gives its tokens (B, N)."""
-
-_STEPS = 8
-_CONTEXT_CACHE = 4
 _CPU = torch.device("cpu")
 _MUSE, _AMUSED = "muse-maskgit-pytorch", "diffusers aMUSEd"
-_PEERS = {_MUSE: "muse_maskgit_pytorch", _AMUSED: "diffusers"}
+_ENCODER, _BERT = "encoder layers of torch, as dome272", "BertModel of transformers, as 1d-tokenizer"
+_PEERS = {_MUSE: "muse_maskgit_pytorch", _AMUSED: "diffusers", _BERT: "transformers"}
 _AUTOREGRESSIVE = ("autoregressive, KV cache", "autoregressive, no cache")
-_ALIKE = (
-    "ours",
-    "ours, first step cached",
-    "ours, int8",
-    "ours, int8, first step cached",
-    "ours, context cache",
-    "ours, context cache, first step cached",
-    "ours, bf16",
-)
+_UNPACKED, _INT8, _LINEAR = "ours, weights not packed", "ours, int8", "linear layers of ours alone"
+_ALIKE = ("ours", "ours, first step cached", _UNPACKED, _INT8)
 _WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "unique2", "_unique2"}
 
 
@@ -79,7 +69,6 @@ class Ours:
         task: Sizes and batch.
         hit: True if the first step of the classes is cached from an earlier run.
         guidance: Guidance schedule.
-        context_cache: Steps between full passes; see ``CachedPredictor``.
     """
 
     def __init__(
@@ -89,21 +78,18 @@ class Ours:
         *,
         hit: bool = False,
         guidance: dict[str, Any] | str = "constant",
-        context_cache: int = 1,
     ) -> None:
         self.network, self.hit = network, hit
         self.config = network.config
         self.decoder = ParallelDecoder(
-            mask_schedules.build("cosine"), token_selectors.build("confidence"), num_steps=_STEPS
+            mask_schedules.build("cosine"), token_selectors.build("confidence"), num_steps=NUM_STEPS
         )
-        self.scales = guidance_scales(guidance_schedules.build(guidance), _STEPS)
+        self.scales = guidance_scales(guidance_schedules.build(guidance), NUM_STEPS)
         # Room for 1000 classes and the null class.
         self.first = FirstStepLogits(
             network, num_tokens=self.config.num_tokens, mask_token_id=self.config.mask_token_id, max_labels=1001
         )
-        self.model = ConditionalModel.from_network(
-            network, _CPU, first_step_logits=self.first, context_cache=context_cache
-        )
+        self.model = ConditionalModel.from_network(network, _CPU, first_step_logits=self.first)
         self.seeds = list(range(task.batch))
         self.labels = [seed % task.num_classes for seed in self.seeds]
         if hit:
@@ -162,84 +148,6 @@ def make_autoregressive(network: MaskedTransformer) -> AutoregressiveTransformer
     return made.eval().requires_grad_(requires_grad=False)
 
 
-class _NoTokenizer(nn.Module):
-    """A stand-in for a peer's tokenizer that returns tokens unchanged."""
-
-    def __init__(self, rows: int) -> None:
-        super().__init__()
-        self.rows = rows
-
-    def get_encoded_fmap_size(self, image_size: int) -> int:
-        return self.rows
-
-    def decode_from_ids(self, tokens: Tensor) -> Tensor:
-        return tokens
-
-
-def build_muse(task: Task) -> Decode:
-    """Returns muse-maskgit-pytorch's ``MaskGit.generate`` without guidance; a class is a text of one token."""
-    from muse_maskgit_pytorch import muse_maskgit_pytorch as peer
-
-    peer.tqdm = lambda steps, **_: steps  # no progress bar
-    classes = MuseClasses(task).eval()
-    transformer = classes.transformer
-    transformer.encode_text = lambda texts: classes.classes(torch.arange(len(texts))).unsqueeze(1)
-    model = peer.MaskGit.__new__(peer.MaskGit)  # its __init__ accepts only its own tokenizer
-    nn.Module.__init__(model)
-    model.vae, model.transformer, model.mask_id = _NoTokenizer(task.grid[0]), transformer, transformer.mask_id
-    # The options of its __init__: no self-conditioning, no critic, cosine schedule.
-    model.image_size, model.self_cond, model.noise_schedule = None, False, peer.cosine_schedule
-    model.token_critic, model.resize_image_for_cond_image, model.no_mask_token_prob = None, False, 0.0
-
-    def decode() -> Tensor:
-        tokens: Tensor = model.generate([""] * task.batch, timesteps=_STEPS, cond_scale=1)
-        return tokens.flatten(1)
-
-    return decode
-
-
-def build_amused(task: Task) -> Decode:
-    """Returns the aMUSEd pipeline of diffusers without guidance and tokenizer; a class is a text of one token."""
-    from diffusers.utils import logging
-
-    logging.set_verbosity_error()  # silences the deprecation warning of the pipeline
-    from diffusers import AmusedPipeline, AmusedScheduler, UVit2DModel
-
-    network = UVit2DModel(
-        hidden_size=task.embed_dim,
-        cond_embed_dim=task.embed_dim,
-        encoder_hidden_size=task.embed_dim,
-        vocab_size=task.codebook_size + 1,
-        codebook_size=task.codebook_size,
-        in_channels=task.embed_dim,
-        block_out_channels=task.embed_dim,
-        num_res_blocks=0,  # leaves out the convolutions at both ends: the number of layers is the same as ours
-        block_num_heads=task.num_heads,
-        num_hidden_layers=task.depth,
-        num_attention_heads=task.num_heads,
-        intermediate_size=task.mlp_dim * 2 // 3,  # gated: three matrices instead of two
-        sample_size=task.grid[0],
-    ).eval()
-    classes = nn.Embedding(task.num_classes, task.embed_dim)
-    pipeline = AmusedPipeline(None, None, None, network, AmusedScheduler(mask_token_id=task.codebook_size))
-    pipeline.set_progress_bar_config(disable=True)
-
-    @torch.no_grad()
-    def decode() -> Tensor:
-        embedded = classes(torch.arange(task.batch) % task.num_classes)
-        tokens: Tensor = pipeline(
-            prompt_embeds=embedded,
-            encoder_hidden_states=embedded.unsqueeze(1),
-            num_inference_steps=_STEPS,
-            guidance_scale=1.0,
-            output_type="latent",
-            return_dict=False,
-        )[0]
-        return tokens.flatten(1)
-
-    return decode
-
-
 class Counter(TorchDispatchMode):
     """A dispatch mode that counts kernels (calls that are not views) and synchronizations of host and GPU."""
 
@@ -264,13 +172,15 @@ def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> in
     return flops
 
 
-def _int8_flops(x: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+def _linear_flops(x: Any, *_: Any, out_shape: Any, **__: Any) -> int:
     return 2 * prod(out_shape) * int(x[-1])
 
 
 _FLOPS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    torch.ops.onednn.qlinear_pointwise: _int8_flops,
+    torch.ops.onednn.qlinear_pointwise: _linear_flops,
+    torch.ops.mkldnn._linear_pointwise: _linear_flops,
+    torch.ops.mkl._mkl_linear: _linear_flops,
 }
 
 
@@ -333,7 +243,7 @@ class Measured:
         syncs: Synchronizations per run; see ``Work``.
         same: Fraction of tokens equal to those of our exact decoder with the same noise; None if not comparable.
         seconds: Seconds of each run.
-        peak: Best rate of a float32 matrix product over all rounds, in FLOP/s.
+        peak: Best rate of a square matrix product of the same dtype over all rounds, in FLOP/s.
         ratio: Median time divided by the median time of our exact decoder.
     """
 
@@ -365,26 +275,49 @@ class Measured:
         }
 
 
-def list_contenders(task: Task) -> dict[str, Callable[[], Decode]]:
+def build_linear_layers(network: MaskedTransformer, task: Task) -> Decode:
+    """Returns the linear layers of all blocks and steps of a decoding run, and nothing else: a limit of its time."""
+    config = network.config
+    x = torch.randn(task.batch, config.num_tokens + 1, config.embed_dim).to(network.head_bias.dtype)
+    hidden = torch.randn(task.batch, config.num_tokens + 1, config.mlp_dim).to(network.head_bias.dtype)
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        for _ in range(NUM_STEPS):
+            for block in cast("Sequence[Block]", network.blocks):
+                for layer, given in ((block.qkv, x), (block.proj, x), (block.fc1, x), (block.fc2, hidden)):
+                    layer(given)
+        return torch.zeros(task.batch, config.num_tokens, dtype=torch.int64)
+
+    return run
+
+
+def list_contenders(task: Task, dtype: torch.dtype = torch.float32) -> dict[str, Callable[[], Decode]]:
     """Returns functions that build each decoder, by name; ours and the autoregressive ones share their weights."""
     # Seeded: every run of the benchmark measures the same weights.
     torch.manual_seed(0)
-    network = MaskedTransformer(build_network_config(task)).eval().requires_grad_(requires_grad=False)
+    network = MaskedTransformer(build_network_config(task)).eval().requires_grad_(requires_grad=False).to(dtype)
+    unpacked = copy.deepcopy(network)
+    set_packing(network, enabled=True)
     exact = partial(Ours, network, task)
-    return {
+    contenders: dict[str, Callable[[], Decode]] = {
         "ours": exact,
         "ours, first step cached": partial(exact, hit=True),
         "ours, guided": partial(exact, guidance={"name": "linear", "scale": 3.0}),
-        "ours, int8": lambda: Ours(quantize(network), task),
-        "ours, int8, first step cached": lambda: Ours(quantize(network), task, hit=True),
-        "ours, context cache": partial(exact, context_cache=_CONTEXT_CACHE),
-        "ours, context cache, first step cached": partial(exact, context_cache=_CONTEXT_CACHE, hit=True),
-        "ours, bf16": lambda: Ours(copy.deepcopy(network).to(torch.bfloat16), task),
+        _UNPACKED: lambda: Ours(unpacked, task),
+        _INT8: lambda: Ours(quantize(unpacked), task),
+        _LINEAR: lambda: build_linear_layers(network, task),
+        _ENCODER: lambda: build_plain(EncoderPeer(task).to(dtype), task),
+        _BERT: lambda: build_plain(BertPeer(task).to(dtype), task),
         _MUSE: lambda: build_muse(task),
         _AMUSED: lambda: build_amused(task),
         _AUTOREGRESSIVE[0]: lambda: Autoregressive(make_autoregressive(network), task, cache=True),
         _AUTOREGRESSIVE[1]: lambda: Autoregressive(make_autoregressive(network), task, cache=False),
     }
+    if dtype != torch.float32:  # int8 rounds float32 weights; the loops of these peers draw in float32
+        for name in (_INT8, _MUSE, _AMUSED):
+            del contenders[name]
+    return contenders
 
 
 def _time_decode(decode: Decode) -> Callable[[Stopwatch], None]:
@@ -396,26 +329,33 @@ def _time_decode(decode: Decode) -> Callable[[Stopwatch], None]:
 
 
 def measure(
-    task: Task, names: Sequence[str], *, repeats: int, autoregressive_repeats: int = 1, product_size: int = 2048
+    task: Task,
+    names: Sequence[str],
+    *,
+    repeats: int,
+    dtype: torch.dtype = torch.float32,
+    clock: Callable[[], float] = time.perf_counter,
+    autoregressive_repeats: int = 1,
+    product_size: int = 2048,
 ) -> list[Measured]:
     """Times contenders in turn, ours first, and the machine's peak in the same rounds.
 
     The autoregressive decoders run after the others, in separate rounds.
     """
-    makers = list_contenders(task)
+    makers = list_contenders(task, dtype)
     decoders = {name: makers[name]() for name in names}
     # Counting also warms up: it runs each decoder once before the first round.
     works = {
         name: count_autoregressive_work(d) if isinstance(d, Autoregressive) else count_work(d)
         for name, d in decoders.items()
     }
-    product = MatrixProduct(torch.float32, product_size)
+    product = MatrixProduct(dtype, product_size)
     product.rate(repeats=1)
     watches: dict[str, list[Stopwatch]] = {"product": []}
     # An autoregressive image takes minutes, so it gets its own, fewer rounds.
     for is_slow, rounds in ((False, repeats), (True, autoregressive_repeats)):
         runs = {name: _time_decode(decoders[name]) for name in names if (name in _AUTOREGRESSIVE) == is_slow}
-        measured = interleave({"product": product, **runs}, repeats=rounds) if runs else {}
+        measured = interleave({"product": product, **runs}, repeats=rounds, clock=clock) if runs else {}
         watches["product"] += measured.pop("product", [])
         watches.update(measured)
     peak = product.flops / min(watch.total for watch in watches["product"])
@@ -436,59 +376,6 @@ def measure(
         )
         for name in names
     ]
-
-
-@dataclass(frozen=True)
-class TrainedEffect:
-    """The effect of a decoding mode on the images of a trained model.
-
-    Args:
-        same: Fraction of tokens equal to those of the exact mode with the same noise.
-        agreement: Fraction of images that the run's classifier assigns to the requested class.
-    """
-
-    same: float
-    agreement: float
-
-    def row(self) -> dict[str, str]:
-        """Returns the columns that are added to the row of the table."""
-        return {"trained: same": f"{100 * self.same:.1f} %", "trained: class": f"{100 * self.agreement:.1f} %"}
-
-
-def evaluate_trained(run: Path, names: Sequence[str], *, num_images: int) -> dict[str, TrainedEffect]:
-    """Decodes images of a trained run in each of our modes, without guidance, and evaluates them."""
-    folders = find_run(run)
-    pipe = MaskGIT.from_pretrained(folders.pretrained)
-    classifier = obtain_classifier(folders.judge, open_data(folders, pipe))
-    # Classes in equal numbers: image i belongs to class floor(i * classes / images).
-    labels = [number * len(pipe.class_names) // num_images for number in range(num_images)]
-    exact, found = None, {}
-    for name in names:
-        if name not in _ALIKE or name.endswith("first step cached"):
-            continue
-        made = {"ours, int8": pipe.quantized, "ours, bf16": lambda: _bfloat16(folders.pretrained)}.get(name)
-        model = pipe if made is None else made()
-        # The callback keeps the tokens of the last step of each batch.
-        kept: list[Tensor] = []
-        images = model.generate(
-            labels,
-            output_type="pt",
-            guidance_scale=0.0,
-            context_cache=_CONTEXT_CACHE if name == "ours, context cache" else 1,
-            callback=lambda step, kept=kept: None if bool(step.still_masked.any()) else kept.append(step.tokens),
-        )
-        tokens = torch.cat(kept)
-        # The first mode is "ours", the exact one.
-        exact = tokens if exact is None else exact
-        agreement = (classifier.predict(images).logits.argmax(1) == torch.tensor(labels)).float().mean()
-        found[name] = TrainedEffect(float((tokens == exact).float().mean()), float(agreement))
-    return found | {
-        f"{name}, first step cached": found[name] for name in found if f"{name}, first step cached" in names
-    }
-
-
-def _bfloat16(folder: Path) -> MaskGIT:
-    return MaskGIT.from_pretrained(folder).to("cpu", dtype=torch.bfloat16)
 
 
 def filter_installed(names: Sequence[str]) -> list[str]:
@@ -521,56 +408,49 @@ def _arguments(argv: Sequence[str] | None, names: Sequence[str]) -> argparse.Nam
     parser.add_argument(
         "--only", nargs="+", choices=names, metavar="NAME", help=f"contenders besides ours: {'; '.join(names[1:])}"
     )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="weights (%(default)s)")
     parser.add_argument(
-        "--run", type=Path, metavar="RUN", help="also measure how each mode changes the images of this run"
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: CPU time, if other programs run (%(default)s)"
     )
-    parser.add_argument("--num-images", type=_positive, default=500, help="images of that run (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers and the environment to FILE")
     return parser.parse_args(argv)
 
 
 def choose_contenders(only: Sequence[str] | None, names: Sequence[str]) -> list[str]:
-    """Returns the contenders to measure: ours and those of ``--only``, or all; bf16 only if the CPU supports it."""
-    wanted = [name for name in names if only is None or name in ("ours", *only)]
-    if only is None and is_bfloat16_slow():
-        print("bf16 is left out: this CPU has no bfloat16 instructions (--only 'ours, bf16' measures it anyway)")
-        wanted.remove("ours, bf16")
-    return filter_installed(wanted)
+    """Returns the contenders to measure: ours and those of ``--only``, or all."""
+    return filter_installed([name for name in names if only is None or name in ("ours", *only)])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures and prints the table."""
-    names = list(list_contenders(Task(batch=1, depth=1)))
-    arguments = _arguments(argv, names)
+    arguments = _arguments(argv, list(list_contenders(Task(batch=1, depth=1))))
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(arguments.threads)
-    task = Task(batch=arguments.batch_size, depth=arguments.depth)
+    task, dtype = Task(batch=arguments.batch_size, depth=arguments.depth), getattr(torch, arguments.dtype)
     config = build_network_config(task)
     print(f"{read_cpu_name()}, {arguments.threads} threads, torch {torch.__version__}, n = {arguments.repeats} rounds")
     print(
         f"{task.depth} layers x {task.embed_dim}, MLP {task.mlp_dim}, {task.num_heads} heads, {config.num_tokens + 1} "
-        f"tokens, vocabulary {config.vocabulary_size}, {_STEPS} steps, batch {task.batch}, fp32"
+        f"tokens, vocabulary {config.vocabulary_size}, {NUM_STEPS} steps, batch {task.batch}, {arguments.dtype}, "
+        f"{arguments.clock} time"
     )
+    names = list(list_contenders(Task(batch=1, depth=1), dtype))
     measured = measure(
         task,
         choose_contenders(arguments.only, names),
         repeats=arguments.repeats,
+        dtype=dtype,
+        clock={"wall": time.perf_counter, "cpu": time.process_time}[arguments.clock],
         autoregressive_repeats=arguments.autoregressive_repeats,
     )
-    print(f"fp32 matrix-product peak: {measured[0].peak / 1e9:.1f} GFLOP/s")
-    trained: dict[str, TrainedEffect] = {}
-    if arguments.run:
-        trained = evaluate_trained(arguments.run, [one.name for one in measured], num_images=arguments.num_images)
-        print(f"trained: {arguments.run}, {arguments.num_images} images without guidance")
-    nothing = {"trained: same": "-", "trained: class": "-"} if trained else {}
-    rows = [one.row() | (trained[one.name].row() if one.name in trained else nothing) for one in measured]
-    print("\n" + format_table(rows))
+    print(f"{arguments.dtype} matrix-product peak: {measured[0].peak / 1e9:.1f} GFLOP/s")
+    print("\n" + format_table([one.row() for one in measured]))
     if arguments.json:
         report = {
-            "trained": {name: asdict(one) for name, one in trained.items()},
             "environment": {**describe_environment(), "cpu": read_cpu_name()},
             "task": asdict(task),
+            "dtype": arguments.dtype,
             "measured": [asdict(one) for one in measured],
         }
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")

@@ -11,7 +11,6 @@ import argparse
 import copy
 import importlib.util
 import json
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,69 +28,24 @@ from measuring import (
     read_cpu_name,
     run_in_fresh_process,
 )
+from peers import EncoderPeer, MuseClasses, Task
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import AdamW
 from torch.utils.flop_counter import FlopCounterMode
 
 from maskgit_pl.data import Batch
-from maskgit_pl.masking import MaskSampler
 from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
-from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
+from maskgit_pl.networks.transformer import MaskedTransformer
 from maskgit_pl.provenance import describe_environment
-from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.training.learning_rates import LearningRate
 from maskgit_pl.training.optimizers import OptimizerConfig
 
 Precision = Literal["fp32", "bf16"]
 
 _DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_PEER = "muse-maskgit-pytorch"
+_PEER, _ENCODER = "muse-maskgit-pytorch", "encoder layers of torch, as dome272"
 _RATE, _BETAS, _WEIGHT_DECAY, _CLIP, _SMOOTHING, _EMA_DECAY = 1e-4, (0.9, 0.96), 0.045, 1.0, 0.1, 0.999
-
-
-@dataclass(frozen=True)
-class Task:
-    """The sizes of the network and the batch. There is no dropout, because the peer has none.
-
-    The vocabulary is codebook_size + num_classes + 1: 2025 as released.
-    """
-
-    batch: int = 8
-    depth: int = 4
-    embed_dim: int = 768
-    mlp_dim: int = 3072
-    num_heads: int = 16
-    grid: tuple[int, int] = (16, 16)
-    codebook_size: int = 1024
-    num_classes: int = 1000
-
-    @property
-    def network(self) -> TransformerConfig:
-        return TransformerConfig(
-            self.codebook_size, self.num_classes, self.grid, self.embed_dim, self.depth, self.num_heads, self.mlp_dim,
-            dropout=0.0, class_dropout=0.0,
-        )  # fmt: skip
-
-    def data(self) -> Batch:
-        """Returns the batch that every contender trains on in every round."""
-        chance = torch.Generator().manual_seed(0)
-        tokens = torch.randint(self.codebook_size, (self.batch, self.network.num_tokens), generator=chance)
-        labels = torch.randint(self.num_classes, (self.batch,), generator=chance)
-        # Sample i is at position i of epoch 0, and no row is padding.
-        index = torch.arange(self.batch)
-        return Batch(tokens, labels, index, torch.zeros_like(index), index, index >= 0)
-
-    def mask(self) -> Tensor:
-        """Returns the mask (B, N) bool that training draws for ``data``."""
-        batch = self.data()
-        return MaskSampler(mask_schedules.build("cosine"), seed=0).mask(
-            self.network.num_tokens,
-            index=batch.index,
-            epoch=batch.epoch,
-            position=batch.position,
-            global_batch=self.batch,
-        )
 
 
 class Contender(Protocol):
@@ -282,37 +236,6 @@ def build_naive(task: Task, precision: Precision) -> Plain:
     return Plain(network, loss, task, precision)
 
 
-class MuseClasses(nn.Module):
-    """The transformer of muse-maskgit-pytorch; a class is a text of one token."""
-
-    def __init__(self, task: Task) -> None:
-        super().__init__()
-        from muse_maskgit_pytorch import MaskGitTransformer
-        from transformers import T5Config
-
-        self.classes = nn.Embedding(task.num_classes, task.embed_dim)
-        with tempfile.TemporaryDirectory() as folder:
-            # Without this file, the peer downloads the configuration of a text encoder.
-            T5Config(d_model=task.embed_dim).save_pretrained(folder)
-            self.transformer = MaskGitTransformer(
-                num_tokens=task.network.vocabulary_size - 1,  # the peer adds the mask token
-                seq_len=task.network.num_tokens,
-                dim=task.embed_dim,
-                depth=task.depth,
-                heads=task.num_heads,
-                dim_head=task.embed_dim // task.num_heads,
-                ff_mult=task.mlp_dim // task.embed_dim,
-                flash=False,  # on a CPU, its flash attention is slower and fails in bf16
-                t5_name=folder,
-            )
-
-    def forward(self, tokens: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
-        """Returns the loss () at the targets (B, N) int64 that are not -1."""
-        text = self.classes(labels).unsqueeze(1)
-        loss: Tensor = self.transformer(tokens, text_embeds=text, labels=targets, ignore_index=-1)
-        return loss
-
-
 def build_muse(task: Task, precision: Precision) -> Plain:
     """Returns the step of muse-maskgit-pytorch."""
     network = MuseClasses(task)
@@ -325,7 +248,23 @@ def build_muse(task: Task, precision: Precision) -> Plain:
     return Plain(network, loss, task, precision)
 
 
-_CONTENDERS: dict[str, Callable[[Task, Precision], Contender]] = {"ours": Ours, "naive": build_naive, _PEER: build_muse}
+def build_encoder(task: Task, precision: Precision) -> Plain:
+    """Returns the step of dome272/MaskGIT-pytorch: its network, and the loss of all tokens."""
+    mask_token_id = task.network.mask_token_id
+
+    def loss(network: nn.Module, batch: Batch, mask: Tensor) -> Tensor:
+        logits = network(batch.content.masked_fill(mask, mask_token_id), batch.labels)
+        return F.cross_entropy(logits.flatten(0, 1), batch.content.flatten(), label_smoothing=_SMOOTHING)
+
+    return Plain(EncoderPeer(task), loss, task, precision)
+
+
+_CONTENDERS: dict[str, Callable[[Task, Precision], Contender]] = {
+    "ours": Ours,
+    "naive": build_naive,
+    _ENCODER: build_encoder,
+    _PEER: build_muse,
+}
 
 
 def build(name: str, task: Task, precision: Precision) -> Contender:

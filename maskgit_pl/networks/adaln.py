@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from maskgit_pl.checks import check_choice, check_integer, check_number
 from maskgit_pl.networks.backbone import Attention, Backbone, BackboneConfig, Vocabulary, backbones
+from maskgit_pl.networks.packing_linear import PackingLinear
 from maskgit_pl.networks.rotary import Positions, rotate, rotation_table
 from maskgit_pl.networks.token_groups import TokenEmbedding, token_logits
 from maskgit_pl.networks.transformer_block import KVCache
@@ -159,15 +160,15 @@ class AdaLNBlock(nn.Module):
         self.num_heads, self.dropout, self.qk_norm = config.num_heads, config.dropout, config.qk_norm
         self.is_causal = config.attention == "causal"
         # Modulated norms need no weights: the scale of the condition has a bias.
-        self.modulation = nn.Linear(dim, 6 * dim) if is_modulated else None
+        self.modulation = PackingLinear(dim, 6 * dim) if is_modulated else None
         self.attention_norm = nn.RMSNorm(dim, eps=_EPS, elementwise_affine=not is_modulated)
         heads_dim = config.num_heads * config.head_dim  # D, unless attention_dim is given
-        self.query = nn.Linear(dim, heads_dim, bias=False)
-        self.key_value = nn.Linear(dim, 2 * heads_dim, bias=False)
-        self.proj = nn.Linear(heads_dim, dim, bias=False)
+        self.query = PackingLinear(dim, heads_dim, bias=False)
+        self.key_value = PackingLinear(dim, 2 * heads_dim, bias=False)
+        self.proj = PackingLinear(heads_dim, dim, bias=False)
         self.mlp_norm = nn.RMSNorm(dim, eps=_EPS, elementwise_affine=not is_modulated)
-        self.fc1 = nn.Linear(dim, 2 * hidden, bias=False)  # rows of the weight: the gate g, then the value v
-        self.fc2 = nn.Linear(hidden, dim, bias=False)
+        self.fc1 = PackingLinear(dim, 2 * hidden, bias=False)  # rows of the weight: the gate g, then the value v
+        self.fc2 = PackingLinear(hidden, dim, bias=False)
 
     def forward(
         self,
@@ -271,7 +272,7 @@ class AdaLNTransformer(Backbone):
         )
         self.blocks.extend(AdaLNBlock(config) for _ in range(config.depth))
         is_modulated = config.conditioning == "adaln"
-        self.head_modulation = nn.Linear(dim, 2 * dim) if is_modulated else None
+        self.head_modulation = PackingLinear(dim, 2 * dim) if is_modulated else None
         self.head_norm = nn.RMSNorm(dim, eps=_EPS, elementwise_affine=not is_modulated)
         self.head_embedding = None if config.tied_head else nn.Embedding(config.num_rows, dim)
         self.head_bias = nn.Parameter(torch.zeros(config.num_rows))

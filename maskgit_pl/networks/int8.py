@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from maskgit_pl.checks import shorten
 from maskgit_pl.networks.backbone import Backbone, is_plugin
+from maskgit_pl.networks.packing_linear import PackingLinear
 from maskgit_pl.networks.transformer_block import QKVProjection
 
 __all__ = ["Int8Linear", "quantize"]
@@ -109,7 +110,9 @@ def quantize(network: AnyBackbone) -> AnyBackbone:
     last = f"blocks.{len(network.blocks) - 1}."
     for name, module in linear.items():
         is_split = isinstance(module, QKVProjection) and name.startswith(last)
-        copy.set_submodule(name, (Int8QKVProjection if is_split else Int8Linear)(module.weight, module.bias))
+        layer = (Int8QKVProjection if is_split else Int8Linear)(module.weight, module.bias)
+        has_gelu = isinstance(module, PackingLinear) and module.gelu
+        copy.set_submodule(name, nn.Sequential(layer, nn.GELU(approximate="tanh")) if has_gelu else layer)
     weights = network.state_dict()
     copy.load_state_dict({name: weights[name].float().clone() for name in copy.state_dict()}, assign=True)
     copy.eval().requires_grad_(requires_grad=False)

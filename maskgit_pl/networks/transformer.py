@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from maskgit_pl.checks import check_choice, check_integer
 from maskgit_pl.networks.backbone import LARGEST_GRID, Attention, Backbone, BackboneConfig, Vocabulary, backbones
+from maskgit_pl.networks.packing_linear import PackingLinear
 from maskgit_pl.networks.token_groups import TokenEmbedding, token_logits
 from maskgit_pl.networks.transformer_block import LAYER_NORM_EPS, Block
 
@@ -150,7 +151,7 @@ class Transformer(Backbone):
         self.blocks = nn.ModuleList(
             Block(*sizes, dropout=config.dropout, is_causal=is_causal) for _ in range(config.depth)
         )
-        self.head_dense = nn.Linear(config.embed_dim, config.embed_dim)
+        self.head_dense = PackingLinear(config.embed_dim, config.embed_dim, gelu=True)
         self.head_norm = nn.LayerNorm(config.embed_dim, eps=LAYER_NORM_EPS)
         # The head multiplies by the token embedding (tied weights) and adds a bias of its own.
         self.head_bias = nn.Parameter(torch.zeros(config.num_rows))
@@ -168,7 +169,7 @@ class Transformer(Backbone):
 
     def _head(self, x: Tensor, vocabulary: Vocabulary) -> Tensor:
         """Computes the logits (..., V) of hidden states (..., D)."""
-        x = self.head_norm(F.gelu(self.head_dense(x), approximate="tanh"))
+        x = self.head_norm(self.head_dense(x))
         return token_logits(x, self.token_embedding.weight, self.head_bias, config=self.config, vocabulary=vocabulary)
 
 

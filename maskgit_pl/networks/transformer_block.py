@@ -15,13 +15,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from maskgit_pl.networks.packing_linear import PackingLinear
+
 __all__ = ["LAYER_NORM_EPS", "Block", "KVCache", "QKVProjection"]
 
 LAYER_NORM_EPS = 1e-12
 """Epsilon of every layer norm; the released code's, far below torch's default of 1e-5."""
 
 
-class QKVProjection(nn.Linear):
+class QKVProjection(PackingLinear):
     """The projection to queries, keys and values in one matrix product, or to a part of them.
 
     Args:
@@ -33,11 +35,11 @@ class QKVProjection(nn.Linear):
 
     def query(self, x: Tensor) -> Tensor:
         """Returns the queries (B, S, D) of x (B, S, D)."""
-        return F.linear(x, self.weight[: self.in_features], self.bias[: self.in_features])
+        return self.part(x, 0, self.in_features)
 
     def key_value(self, x: Tensor) -> Tensor:
         """Returns the keys, then the values, (B, S, 2 D), of x (B, S, D)."""
-        return F.linear(x, self.weight[self.in_features :], self.bias[self.in_features :])
+        return self.part(x, self.in_features, self.out_features)
 
 
 class KVCache:
@@ -91,10 +93,10 @@ class Block(nn.Module):
         self.dropout = dropout
         self.is_causal = is_causal
         self.qkv = QKVProjection(embed_dim)
-        self.proj = nn.Linear(embed_dim, embed_dim)
+        self.proj = PackingLinear(embed_dim, embed_dim)
         self.attention_norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
-        self.fc1 = nn.Linear(embed_dim, mlp_dim)
-        self.fc2 = nn.Linear(mlp_dim, embed_dim)
+        self.fc1 = PackingLinear(embed_dim, mlp_dim, gelu=True)
+        self.fc2 = PackingLinear(mlp_dim, embed_dim)
         self.mlp_norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -186,7 +188,7 @@ class Block(nn.Module):
         """Returns the output (..., D) of the block, given its input and the output of its attention, both (..., D)."""
         # Post-norm: the norm comes after the residual sum.
         x = self.attention_norm(x + F.dropout(self.proj(attended), self.dropout, self.training))
-        hidden = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        hidden = self.fc2(self.fc1(x))
         normed: Tensor = self.mlp_norm(x + F.dropout(hidden, self.dropout, self.training))
         return normed
 

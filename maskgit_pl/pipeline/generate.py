@@ -21,6 +21,7 @@ from maskgit_pl.decoding.vectors import VectorPool, check_condition_vectors
 from maskgit_pl.devices import check_device
 from maskgit_pl.networks.backbone import AutoregressiveBackbone
 from maskgit_pl.networks.int8 import Int8Linear
+from maskgit_pl.networks.packing_linear import set_packing
 from maskgit_pl.pipeline.classes import Classes
 from maskgit_pl.pipeline.negative import NegativeModel, NegativeModelLike
 from maskgit_pl.pipeline.options import (
@@ -55,6 +56,8 @@ class Generator:
         transformer: Predicts the tokens of a class.
         decoding: Decoding settings; by default those that were exported with the transformer.
         negative_model: Default of the option ``negative_model``; see ``GenerateOptions``.
+        pack_weights: True keeps a second copy of the transformer's weights, packed for faster matrix products on a CPU;
+            see ``networks.packing_linear``.
 
     Attributes:
         vector_pool: Vectors of images that are given none; None requires them. See ``decoding.vectors.VectorPool``.
@@ -71,6 +74,7 @@ class Generator:
         *,
         decoding: DecodingConfig | None = None,
         negative_model: NegativeModelLike | None = None,
+        pack_weights: bool = True,
     ) -> None:
         # The same codes mean other patches in another tokenizer: the images would be noise without an error.
         if transformer.tokenizer_fingerprint != tokenizer.fingerprint:
@@ -81,6 +85,8 @@ class Generator:
             )
         self.tokenizer = tokenizer
         self.transformer = transformer
+        self._pack_weights = pack_weights
+        set_packing(transformer.network, enabled=pack_weights)
         self._decoding = decoding
         self.vector_pool: VectorPool | None = None
         config = transformer.network.config
@@ -262,6 +268,7 @@ class Generator:
             weight = next(self.transformer.network.parameters())
             negative.to(weight.device, dtype=weight.dtype)
         negative.check_device(self.device)
+        set_packing(negative.transformer.network, enabled=self._pack_weights)
         return negative
 
     def _decode(

@@ -53,6 +53,7 @@ class MaskGIT(Editor):
             an autoregressive model.
         decoding: Decoding settings; by default those that were exported with the transformer.
         negative_model: Default of the option ``negative_model``; see ``GenerateOptions``.
+        pack_weights: See ``Generator``.
 
     Raises:
         ValueError: if the transformer was trained on the tokens of another tokenizer, or the negative model predicts
@@ -67,8 +68,11 @@ class MaskGIT(Editor):
         mask_schedule: str | Mapping[str, Any] | None,
         decoding: DecodingConfig | None = None,
         negative_model: NegativeModelLike | None = None,
+        pack_weights: bool = True,
     ) -> None:
-        super().__init__(tokenizer, transformer, decoding=decoding, negative_model=negative_model)
+        super().__init__(
+            tokenizer, transformer, decoding=decoding, negative_model=negative_model, pack_weights=pack_weights
+        )
         self._mask_schedule_spec = mask_schedule
         self._origin = RunOrigin()
 
@@ -81,6 +85,7 @@ class MaskGIT(Editor):
         negative_model: NegativeModelLike | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        pack_weights: bool = True,
         **hub: Unpack[HubOptions],
     ) -> MaskGIT:
         """Loads the model of a run, a pretrained folder, or a repository of the Hugging Face Hub.
@@ -95,6 +100,8 @@ class MaskGIT(Editor):
                 the file of decoding settings names.
             device: Device such as ``cpu`` or ``cuda``.
             dtype: Type of the weights, such as ``torch.bfloat16``; None keeps that of the file.
+            pack_weights: True keeps a second copy of the transformer's weights on a CPU, packed for faster matrix
+                products; False saves the memory.
             hub: Options of a download: ``revision``, ``cache_dir``, ``local_files_only`` and ``token``; see
                 ``sharing.HubOptions``.
 
@@ -115,7 +122,14 @@ class MaskGIT(Editor):
         origin = RunOrigin.of(folder, tuned=own)
         tokenizer, transformer = load_tokenizer(folder / "tokenizer"), load_transformer(folder / "transformer")
         spec = read_config(folder / "transformer", "transformer")["mask_schedule"]
-        pipe = cls(tokenizer, transformer, mask_schedule=spec, decoding=decoding, negative_model=negative_model)
+        pipe = cls(
+            tokenizer,
+            transformer,
+            mask_schedule=spec,
+            decoding=decoding,
+            negative_model=negative_model,
+            pack_weights=pack_weights,
+        )
         pipe._origin = origin
         return pipe.to(device, dtype=dtype)
 

@@ -1,0 +1,137 @@
+"""Linear layers that pack their weights for inference on a CPU: the layout that matrix products read, made only once.
+
+A matrix product on a CPU first copies the weight to blocks that fit its instructions. For a few hundred rows, as in
+decoding, this takes a fifth to a half of the time. Transformers are built of ``PackingLinear``; ``set_packing`` turns
+packing on, which ``MaskGIT`` does for the networks that it loads.
+
+float32 weights are packed by MKL, bfloat16 weights by oneDNN on CPUs with bfloat16 instructions. The packed copy takes
+as much memory as the weight. Outputs are those of a plain layer to rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from maskgit_pl.devices import has_bfloat16
+
+__all__ = ["PackingLinear", "set_packing"]
+
+_USUAL_ROWS = 256  # for which MKL chooses its blocks; the result does not depend on it
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """The packed rows of a weight, and the weight that they were made of.
+
+    Args:
+        version: Identity of the weight's memory, and the number of changes in place.
+        data: Packed weight of MKL or oneDNN.
+    """
+
+    version: tuple[int, int]
+    data: Tensor
+
+
+class PackingLinear(nn.Linear):
+    """A linear layer, with GELU if asked for, that packs its weight for inference on a CPU.
+
+    The weight stays a parameter. It is packed at the first call without gradients after ``set_packing``, and again
+    after it has changed.
+
+    Args:
+        in_features: Size of the input.
+        out_features: Size of the output.
+        bias: True adds a learned bias.
+        gelu: True applies GELU in its tanh form to the output.
+
+    Attributes:
+        packs: True if the layer may pack its weight.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = True, gelu: bool = False) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self.gelu = gelu
+        self.packs = False
+        self._packed: dict[tuple[int, int], _Packed] = {}  # by first and last row
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the output (..., out_features) for an input (..., in_features)."""
+        return self.part(x, 0, self.out_features)
+
+    def part(self, x: Tensor, first: int, last: int) -> Tensor:
+        """Returns the outputs ``first`` to ``last`` - 1, (..., last - first), for an input (..., in_features)."""
+        if self.packs and _can_pack(x, self.weight) and not torch.is_grad_enabled():
+            return self._packed_part(x, first, last)
+        is_all = (first, last) == (0, self.out_features)  # the whole is no view, which FSDP2 and compilation prefer
+        weight = self.weight if is_all else self.weight[first:last]
+        bias = self.bias if is_all or self.bias is None else self.bias[first:last]
+        return self._activate(F.linear(x, weight, bias))
+
+    def _packed_part(self, x: Tensor, first: int, last: int) -> Tensor:
+        """Returns the outputs of ``part`` from the packed weight."""
+        weight = self.weight[first:last]
+        bias = None if self.bias is None else self.bias[first:last]
+        packed = self._obtain_packed(weight, (first, last))
+        if x.dtype == torch.bfloat16:
+            names = ("gelu", [], "tanh") if self.gelu else ("none", [], "")
+            fused: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, *names)
+            return fused
+        return self._activate(torch.ops.mkl._mkl_linear(x, packed, weight, bias, x.numel() // x.shape[-1]))
+
+    def _obtain_packed(self, weight: Tensor, rows: tuple[int, int]) -> Tensor:
+        """Returns the packed rows of the weight, which are packed now if they are new or have changed."""
+        version = weight.data_ptr(), 0 if weight.is_inference() else weight._version
+        found = self._packed.get(rows)
+        if found is None or found.version != version:
+            found = self._packed[rows] = _Packed(version, _pack(weight))
+        return found.data
+
+    def _activate(self, x: Tensor) -> Tensor:
+        return F.gelu(x, approximate="tanh") if self.gelu else x
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns the state for copies and pickles, which pack for themselves."""
+        return self.__dict__ | {"_packed": {}}
+
+
+def set_packing(network: nn.Module, *, enabled: bool) -> None:
+    """Lets the linear layers of a network pack their weights, or stops it and frees the packed weights.
+
+    Args:
+        network: Network whose ``PackingLinear`` layers are set.
+        enabled: True packs at the next call without gradients, if the weights are on a CPU that gains by it.
+    """
+    for layer in network.modules():
+        if isinstance(layer, PackingLinear):
+            layer.packs = enabled
+            layer._packed.clear()
+
+
+def _can_pack(x: Tensor, weight: Tensor) -> bool:
+    """Returns True if the product of an input and a weight can use a packed weight."""
+    return (
+        weight.device.type == "cpu" and x.dtype == weight.dtype and weight.dtype in _packed_dtypes() and x.numel() > 0
+    )
+
+
+@cache
+def _packed_dtypes() -> tuple[torch.dtype, ...]:
+    """Returns the dtypes whose products are faster with packed weights on this CPU."""
+    has_mkl = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]  # torch: untyped
+    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch: untyped
+    return (torch.float32,) * has_mkl + (torch.bfloat16,) * (has_onednn and has_bfloat16("cpu"))
+
+
+def _pack(weight: Tensor) -> Tensor:
+    """Packs a weight (out, in), float32 or bfloat16."""
+    if weight.dtype == torch.bfloat16:
+        blocks: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
+        return blocks
+    panels: Tensor = torch.ops.mkl._mkl_reorder_linear_weight(weight.contiguous(), _USUAL_ROWS)
+    return panels

@@ -1,0 +1,104 @@
+"""Packed weights give the outputs of plain layers, and follow their weights."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from maskgit_pl.devices import has_bfloat16
+from maskgit_pl.networks.packing_linear import PackingLinear, _packed_dtypes, set_packing
+
+DTYPES = [
+    pytest.param(
+        dtype,
+        marks=pytest.mark.skipif(dtype not in _packed_dtypes(), reason=f"this CPU gains nothing by packing {dtype}"),
+    )
+    for dtype in (torch.float32, torch.bfloat16)
+]
+
+
+def layer(dtype: torch.dtype, *, bias: bool = True, gelu: bool = False) -> PackingLinear:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = PackingLinear(48, 80, bias=bias, gelu=gelu).to(dtype).requires_grad_(requires_grad=False)
+    set_packing(made, enabled=True)
+    return made
+
+
+def plain(module: PackingLinear, x: torch.Tensor) -> torch.Tensor:
+    """Computes the output in float64."""
+    bias = None if module.bias is None else module.bias.double()
+    y = F.linear(x.double(), module.weight.double(), bias)
+    return F.gelu(y, approximate="tanh") if module.gelu else y
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("gelu", [True, False])
+def test_outputs_are_those_of_a_plain_layer_for_any_number_of_rows(dtype, bias, gelu):
+    module, chance = layer(dtype, bias=bias, gelu=gelu), torch.Generator().manual_seed(1)
+    tolerance = 2e-6 if dtype == torch.float32 else 8e-3
+    for rows in [*range(70), 255, 256, 257, 300, 2056]:
+        x = torch.randn(1, rows, 48, generator=chance).to(dtype)
+        torch.testing.assert_close(module(x).double(), plain(module, x), rtol=tolerance, atol=tolerance)
+    assert module._packed
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parts_and_strided_inputs(dtype):
+    module = layer(dtype)
+    x = torch.randn(7, 96, 3).to(dtype).transpose(1, 2)[..., ::2]
+    whole = module(x)
+    parts = torch.cat([module.part(x, 0, 16), module.part(x, 16, 80)], dim=-1)
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(whole, module(x.contiguous()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_changed_weight_is_packed_again(dtype):
+    module, x = layer(dtype), torch.ones(2, 48).to(dtype)
+    module(x)
+    changes = (
+        lambda: module.weight.mul_(2),
+        lambda: module.load_state_dict(layer(dtype).state_dict()),
+        lambda: setattr(module.weight, "data", torch.ones(80, 48).to(dtype)),
+    )
+    for change in changes:
+        before = module(x).clone()
+        change()
+        assert not torch.equal(module(x), before)
+        torch.testing.assert_close(module(x).double(), plain(module, x), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_layer_packs_only_when_asked_and_without_gradients(dtype):
+    module, x = layer(dtype), torch.ones(2, 48).to(dtype)
+    module(x)
+    assert not module._packed
+    with torch.no_grad():
+        module(x)
+        assert len(module._packed) == 1
+        set_packing(module, enabled=False)
+        module(x)
+        assert not module._packed
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_copies_and_pickles_leave_the_packed_weight_behind(dtype):
+    module, x = layer(dtype), torch.ones(2, 48).to(dtype)
+    expected = module(x)
+    for made in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert not made._packed
+        made.weight.mul_(0.5)
+        assert not torch.equal(made(x), expected)
+        assert torch.equal(module(x), expected)
+
+
+def test_bfloat16_is_packed_only_where_the_cpu_multiplies_it():
+    assert (torch.bfloat16 in _packed_dtypes()) == has_bfloat16("cpu")
