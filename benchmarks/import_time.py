@@ -1,4 +1,4 @@
-"""Compares ``from maskgit_pl import MaskGIT`` with ``import torch``: CPU seconds, and modules loaded.
+"""Compares an import of ``MaskGIT`` and a ``maskgit sample`` with ``import torch``: CPU seconds, and modules loaded.
 
     python benchmarks/import_time.py --repeats 9
 
@@ -16,7 +16,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-IMPORTS = {"import torch": "import torch", "MaskGIT": "from maskgit_pl import MaskGIT"}
+_SAMPLE = """
+from tempfile import TemporaryDirectory
+from maskgit_pl.cli import main
+with TemporaryDirectory() as folder:
+    main(["sample", "fashion-mnist-demo", "--classes", "Bag", "--per-class", "1", "--out", f"{folder}/bag.png"])
+"""
+IMPORTS = {
+    "import torch": "import torch",
+    "MaskGIT": "from maskgit_pl import MaskGIT",
+    "maskgit sample, one image": _SAMPLE,
+}
 _PROBE = """
 import json, sys, time
 {statement}
@@ -58,7 +68,7 @@ def measure(imports: Mapping[str, str] = IMPORTS, *, repeats: int) -> dict[str, 
     for round_ in range(repeats + 1):
         for name, statement in imports.items():
             command = [sys.executable, "-c", _PROBE.format(statement=statement)]
-            printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
             # Round 0 reads the files from disk into the cache of the system.
             if round_ > 0:
                 found[name].append(tuple(json.loads(printed)))

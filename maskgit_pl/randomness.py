@@ -143,10 +143,7 @@ def random_bits(
     columns = [_as_column(name, value, device) for name, value in parts.items()]
     # The counter is (block, index, epoch, seed) and the key is the stream. Each block gives four words.
     block = torch.arange(-(-count // 4), device=device)
-    shape = torch.broadcast_shapes(  # type: ignore[no-untyped-call]  # torch: untyped
-        *(column.shape for column in columns), block.shape
-    )
-    index_, epoch_, seed_, block = (part.expand(shape) for part in (*columns, block))  # (..., blocks)
+    index_, epoch_, seed_, block = torch.broadcast_tensors(*columns, block)  # type: ignore[no-untyped-call]
     several = not isinstance(stream, str)
     names = stream if several else [stream]
     words = _philox((block, index_, epoch_, seed_), [stream_key(name) for name in names])

@@ -51,6 +51,14 @@ def test_importing_the_pipeline_takes_little_more_than_torch(import_time) -> Non
     torch, ours = measured["import torch"], measured["MaskGIT"]
     assert median(ours.seconds) < 1.3 * median(torch.seconds)
     assert ours.packages - torch.packages <= {"cython_runtime", "einops", "safetensors"}
+    assert median(measured["maskgit sample, one image"].seconds) < 1.5 * median(torch.seconds)  # 1.3 on a quiet machine
+
+
+def test_a_sample_loads_no_compiler(import_time) -> None:
+    """torch loads its compiler and sympy for a normal draw on the meta device and for the shape of a broadcast."""
+    measured = import_time.measure({"sample": import_time.IMPORTS["maskgit sample, one image"]}, repeats=1)
+    assert "sympy" not in measured["sample"].packages
+    assert "torch._dynamo" not in measured["sample"].modules
 
 
 def test_the_table_says_what_is_loaded_beyond_the_first_import(import_time) -> None:

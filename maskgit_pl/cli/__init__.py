@@ -13,40 +13,12 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any, TextIO
 
 from maskgit_pl import __version__
 from maskgit_pl.checks import did_you_mean, shorten
-from maskgit_pl.cli import (
-    ablation,
-    compare,
-    completion,
-    data,
-    demo,
-    doctor,
-    env,
-    evaluate,
-    evaluate_tokenizer,
-    export,
-    import_jax,
-    import_tokenizer,
-    import_transformer,
-    inpaint,
-    inspect,
-    models,
-    outpaint,
-    panorama,
-    paper,
-    plugins,
-    recipes,
-    sample,
-    schedules,
-    slurm,
-    tokenize,
-    train,
-    train_classifier,
-    tune,
-)
+from maskgit_pl.cli import completion
 from maskgit_pl.errors import BAD_INPUT, CannotWriteError, describe_error, error_of_exit, exit_code_of
 from maskgit_pl.old_names import rename_flag
 from maskgit_pl.terminal import Terminal
@@ -54,10 +26,10 @@ from maskgit_pl.text import PrintableFormatter
 
 __all__ = ["build_parser", "main"]
 
-_COMMANDS = (
-    demo, models, data, doctor, train, slurm, tokenize, export, sample, inpaint, outpaint, panorama, evaluate,
-    evaluate_tokenizer, inspect, compare, tune, ablation, paper, train_classifier, schedules, recipes, plugins, env,
-    import_jax, import_tokenizer, import_transformer,
+_MODULES = (  # in the order of the help; most have the name of their command
+    "demo", "models", "data", "doctor", "train", "slurm", "tokenize", "export", "sample", "inpaint", "outpaint",
+    "panorama", "evaluate", "evaluate_tokenizer", "inspect", "compare", "tune", "ablation", "paper", "train_classifier",
+    "schedules", "recipes", "plugins", "env", "import_jax", "import_tokenizer", "import_transformer",
 )  # fmt: skip
 
 
@@ -86,7 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
     return _parser_and_commands()[0]
 
 
-def _parser_and_commands() -> tuple[argparse.ArgumentParser, list[str]]:
+def _parser_and_commands(command: str | None = None) -> tuple[argparse.ArgumentParser, list[str]]:
+    """Returns the parser, and the names of its commands: only ``command`` if a module has its name, else all."""
     parser: argparse.ArgumentParser = _Parser(
         prog="maskgit",
         description="MaskGIT in PyTorch Lightning: train a VQGAN tokenizer and a masked token transformer, and "
@@ -98,9 +71,11 @@ def _parser_and_commands() -> tuple[argparse.ArgumentParser, list[str]]:
         "--traceback", action="store_true", help="print the traceback when a command ends with an error"
     )
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
-    for command in _COMMANDS:
-        command.add_parser(commands)
-    completion.add_parser(commands, build_parser=build_parser)
+    module = (command or "").replace("-", "_")
+    for name in (module,) if module in _MODULES else _MODULES:
+        import_module(f"maskgit_pl.cli.{name}").add_parser(commands)
+    if module not in _MODULES:
+        completion.add_parser(commands, build_parser=build_parser)
     return parser, list(commands.choices)
 
 
@@ -147,8 +122,8 @@ def _log_to(stream: TextIO) -> None:
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
-    parser, known = _parser_and_commands()
     name = next((word for word in words if not word.startswith("-")), None)
+    parser, known = _parser_and_commands(name if words[:1] == [name] else None)
     if name is not None and name not in known:
         hint = f"{did_you_mean(name, known)} ".lstrip()
         parser.exit(BAD_INPUT, f"maskgit: unknown command {shorten(name)}: {hint}commands: {', '.join(known)}\n")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from maskgit_pl.checks import check_seed
-from maskgit_pl.cli.flags import add_device_argument, check_at_least, format_flag, use_flag_names
+from maskgit_pl.cli.flags import add_device_argument, add_dtype_argument, check_at_least, format_flag, use_flag_names
 from maskgit_pl.cli.negative_flags import add_negative_model_argument, check_negative_model_flag
 from maskgit_pl.decoding.config import DecodingConfig
 from maskgit_pl.flag_values import parse_json_spec, parse_list
@@ -51,12 +51,7 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
         kind = member if member in (int, float) else str
         group.add_argument(format_flag(name), type=kind, metavar=metavar, help=_HELP[name])
     arithmetic = group.add_mutually_exclusive_group()
-    arithmetic.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16"),
-        help="arithmetic of both networks; auto: bfloat16 on devices with instructions for it, else float32 "
-        "(default: that of the weights)",
-    )
+    add_dtype_argument(arithmetic, of="both networks")
     arithmetic.add_argument(
         "--int8", action="store_true", help="8-bit linear layers in the transformer, on a CPU; approximate"
     )

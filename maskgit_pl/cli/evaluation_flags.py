@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskgit_pl.checks import check_number
-from maskgit_pl.cli.flags import add_device_argument, check_at_least
+from maskgit_pl.cli.flags import add_device_argument, add_dtype_argument, check_at_least
 from maskgit_pl.cli.negative_flags import add_negative_model_argument, check_negative_model_flag
 from maskgit_pl.cli.tables import print_rows
 from maskgit_pl.flag_values import parse_features, parse_numbers
@@ -36,6 +36,7 @@ def add_measured_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the run to measure, and the data, seed, batch size and device."""
     parser.add_argument("folder", type=Path, metavar="RUN", help="run folder (runs/NAME) or pretrained folder")
     _add_measuring_arguments(parser)
+    add_dtype_argument(parser, of="the transformer")
     add_negative_model_argument(parser)
 
 
@@ -58,8 +59,8 @@ def read_measuring_flags(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the fields of ``evaluation.run_folders.MeasurementOptions`` from the flags."""
     if "negative_model" in args:
         check_negative_model_flag(args)
-    fields = ("seed", "batch_size", "device", "classifier", "negative_model")
-    return {name: getattr(args, name) for name in fields if name in args}  # tables of several runs lack the last
+    fields = ("seed", "batch_size", "device", "dtype", "classifier", "negative_model")
+    return {name: getattr(args, name) for name in fields if name in args}  # tables of several runs lack some
 
 
 def read_num_steps_flag(args: argparse.Namespace) -> tuple[int, ...] | None:

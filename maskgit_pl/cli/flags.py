@@ -14,6 +14,7 @@ from maskgit_pl.files import check_writable
 __all__ = [
     "FOLDER",
     "add_device_argument",
+    "add_dtype_argument",
     "check_at_least",
     "check_outputs",
     "format_flag",
@@ -28,6 +29,16 @@ FOLDER = ""  # used in place of a file suffix
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
     """Adds ``--device``, which ``read_device_flag`` reads."""
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps ... (default: a GPU if there is one)")
+
+
+def add_dtype_argument(parser: argparse._ActionsContainer, *, of: str) -> None:
+    """Adds ``--dtype``, the arithmetic of what ``of`` names; ``devices.parse_dtype`` reads it."""
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        help=f"arithmetic of {of}; auto: bfloat16 on devices with instructions for it, else float32 "
+        "(default: that of the weights)",
+    )
 
 
 def read_device_flag(args: argparse.Namespace, *, default: str | None = None) -> str:

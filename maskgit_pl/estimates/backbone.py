@@ -19,6 +19,7 @@ from maskgit_pl.estimates.replay import Replay, fake_tensors, replay, run_backwa
 from maskgit_pl.estimates.sharding import group_of
 from maskgit_pl.estimates.transformer import Precision
 from maskgit_pl.networks.backbone import Backbone, BackboneConfig, Vocabulary
+from maskgit_pl.networks.skeleton import skeletons
 
 __all__ = ["masked_token_flops", "replay_backbone"]
 
@@ -131,7 +132,7 @@ def masked_token_flops(config: BackboneConfig) -> float:
 
 
 def _build_empty(config: BackboneConfig) -> Backbone:
-    with torch.device("meta"):
+    with skeletons():
         return config.create()
 
 

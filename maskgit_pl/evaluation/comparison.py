@@ -261,7 +261,7 @@ def compare(
         check_num_steps(number, outline.num_tokens)
     for spec in selectors or ():
         token_selectors.build(spec)
-    pipe = open_model(folders, options.device, negative_model=options.negative_model)
+    pipe = open_model(folders, options.device, dtype=options.dtype, negative_model=options.negative_model)
     # Few steps first, since they are fast: a command that is stopped early has complete comparisons.
     steps = sorted(num_steps or default_steps(outline.num_tokens, _STEPS))
     assert pipe.decoding.token_selector is not None  # the model is not autoregressive

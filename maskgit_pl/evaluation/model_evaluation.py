@@ -159,7 +159,7 @@ def _open(
     from maskgit_pl.evaluation.reference import iter_real_batches
     from maskgit_pl.networks.lpips import load_lpips
 
-    pipe = open_model(folders, options.device, negative_model=options.negative_model)
+    pipe = open_model(folders, options.device, dtype=options.dtype, negative_model=options.negative_model)
     check_model_decoding(pipe, pipe.decoding_with(num_steps=options.num_steps))
     data = open_data(folders, pipe, num_workers=options.num_workers)
     round_to_classes(num_images, data.num_classes, name="num_images")

@@ -58,6 +58,8 @@ class MeasurementOptions:
         seed: Seed of the first image; image i has ``seed + i``.
         batch_size: Images per batch; it does not change results.
         device: Device such as ``cpu``, ``cuda`` or ``cuda:1``; None for a GPU if there is one.
+        dtype: Arithmetic of the transformer, as ``devices.parse_dtype`` reads it; None for that of the weights. Only
+            functions that measure a single run take it.
         num_workers: Number of processes that read real images.
         classifier: Folder of the classifier of the data, which is trained if it is missing; None for
             ``runs/DATA-classifier/small``.
@@ -71,6 +73,7 @@ class MeasurementOptions:
     seed: int = 0
     batch_size: int = 100
     device: str | None = None
+    dtype: str | None = None
     num_workers: int = 0
     classifier: Path | None = None
     negative_model: Path | str | None = None
@@ -207,12 +210,19 @@ def round_to_classes(num_images: int, num_classes: int, *, name: str = "num_imag
     return num_images - num_images % num_classes
 
 
-def open_model(folders: RunFolders, device: str | None = None, *, negative_model: Path | str | None = None) -> MaskGIT:
+def open_model(
+    folders: RunFolders,
+    device: str | None = None,
+    *,
+    dtype: str | None = None,
+    negative_model: Path | str | None = None,
+) -> MaskGIT:
     """Reads the model of a run.
 
     Args:
         folders: The run's folders.
         device: Device of the model; None for a GPU if there is one.
+        dtype: Arithmetic of the transformer; see ``MeasurementOptions``.
         negative_model: See ``MeasurementOptions``.
 
     Raises:
@@ -224,11 +234,16 @@ def open_model(folders: RunFolders, device: str | None = None, *, negative_model
         from maskgit_pl.pipeline.sharing import find_transformer
 
         find_transformer(negative_model)  # before torch is imported
-    from maskgit_pl.devices import check_device, default_device
+    from maskgit_pl.devices import check_device, default_device, parse_dtype
     from maskgit_pl.pipeline import MaskGIT
 
     place = default_device() if device is None else str(check_device(device))
-    return MaskGIT.from_pretrained(folders.pretrained, negative_model=negative_model).to(place)
+    pipe = MaskGIT.from_pretrained(folders.pretrained, negative_model=negative_model).to(place)
+    # The tokenizer keeps its arithmetic: reconstructions and tokens of real images stay comparable.
+    models = [pipe.transformer, *([] if pipe.negative_model is None else [pipe.negative_model.transformer])]
+    for model in models:
+        model.network.to(dtype=parse_dtype(dtype, place))
+    return pipe
 
 
 def open_data(folders: RunFolders, pipe: MaskGIT, *, num_workers: int = 0) -> ShardData:

@@ -180,7 +180,7 @@ def _open(run: Path | str, data: Path | None, options: TuningOptions) -> tuple[R
     for spec in options.selectors or ():
         token_selectors.build(spec)
     _check_schedules(options.schedules or ())
-    pipe = open_model(folders, options.device, negative_model=options.negative_model)
+    pipe = open_model(folders, options.device, dtype=options.dtype, negative_model=options.negative_model)
     from maskgit_pl.evaluation.comparison import list_selectors
     from maskgit_pl.evaluation.search_space import SearchSpace, list_schedules
 

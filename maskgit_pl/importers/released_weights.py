@@ -21,6 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from maskgit_pl.importers.flax import Array
+from maskgit_pl.networks.skeleton import skeletons
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, Activation, ResidualBlock, VQGANConfig
 
@@ -221,7 +222,7 @@ def _layer_rules(ours: str, theirs: str, config: TransformerConfig) -> Iterator[
 
 
 def _tokenizer_rules(config: VQGANConfig) -> Iterator[_Rule]:
-    with torch.device("meta"):  # shapes only
+    with skeletons():  # shapes only
         network = VQGAN(config)
     yield _Rule("quantizer.codebook", (_MARKS["tokenizer"],), (config.codebook_size, config.code_dim))
     for half in ("encoder", "decoder"):

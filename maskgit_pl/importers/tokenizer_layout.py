@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from maskgit_pl.importers.torch_file import name_some
+from maskgit_pl.networks.skeleton import skeletons
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 
 __all__ = [
@@ -166,7 +166,7 @@ def tokenizer_weights(tensors: Mapping[str, Tensor], config: VQGANConfig, layout
         ValueError: if a tensor is missing, superfluous, or has another shape than ``config`` implies.
     """
     # The names and shapes of our network, without memory.
-    with torch.device("meta"):
+    with skeletons():
         own = {name: tensor.shape for name, tensor in VQGAN(config).state_dict().items()}
     names = layout.names(config, tuple(own))
     missing = [name for name in names.values() if name not in tensors]

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from maskgit_pl.checks import check_integer, check_keys, check_number, shorten
+from maskgit_pl.networks.skeleton import skeletons
 from maskgit_pl.networks.transformer_block import KVCache
 from maskgit_pl.registry import Registry
 
@@ -406,7 +407,7 @@ def _check_contract(config: BackboneConfig) -> None:
         ValueError: if they are wrong; see ``create_network``.
     """
     where = f"backbone {config.backbone!r}"
-    with torch.device("meta"):
+    with skeletons():
         network = config.create()
         if not isinstance(network, Backbone):
             raise ValueError(f"{where}: create must return a Backbone, got {type(network).__name__}")

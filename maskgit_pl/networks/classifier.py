@@ -20,6 +20,7 @@ from maskgit_pl.checks import build_dataclass, check_class_names, check_integer,
 from maskgit_pl.files import read_json
 from maskgit_pl.image_format import ImageSize, check_image_size, composite_over_white, height_width, plain_size
 from maskgit_pl.networks.feature_network import FeatureOutput, FrozenNetwork
+from maskgit_pl.networks.skeleton import skeletons
 from maskgit_pl.networks.weight_file import check_fit, load_weights, read_tensor_header, read_tensors
 
 __all__ = [
@@ -201,7 +202,7 @@ def load_classifier(folder: Path) -> FrozenClassifier:
     sizes, class_names = _read_config(folder)
     weights = folder / WEIGHT_FILE
     # Compared without memory first: the file may hold less than its configuration claims.
-    with torch.device("meta"):
+    with skeletons():
         check_fit(create_classifier(sizes), read_tensor_header(weights), f"weights {weights}")
     network = create_classifier(sizes)
     load_weights(network, read_tensors(weights), weights)

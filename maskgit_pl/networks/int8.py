@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from maskgit_pl.checks import shorten
 from maskgit_pl.networks.backbone import Backbone, is_plugin
 from maskgit_pl.networks.packing_linear import PackingLinear
+from maskgit_pl.networks.skeleton import skeletons
 from maskgit_pl.networks.transformer_block import QKVProjection
 
 __all__ = ["Int8Linear", "quantize"]
@@ -105,7 +106,7 @@ def quantize(network: AnyBackbone) -> AnyBackbone:
             "decode in float32 or bfloat16"
         )
     # The skeleton takes no memory; its linear layers are replaced, and the other weights assigned.
-    with torch.device("meta"):
+    with skeletons():
         copy = cast("AnyBackbone", network.config.create())
     last = f"blocks.{len(network.blocks) - 1}."
     for name, module in linear.items():

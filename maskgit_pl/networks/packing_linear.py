@@ -79,8 +79,8 @@ class PackingLinear(nn.Linear):
         bias = None if self.bias is None else self.bias[first:last]
         packed = self._obtain_packed(weight, (first, last))
         if x.dtype == torch.bfloat16:
-            names = ("gelu", [], "tanh") if self.gelu else ("none", [], "")
-            fused: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, *names)
+            operation, form = ("gelu", "tanh") if self.gelu else ("none", "")
+            fused: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, operation, [], form)
             return fused
         return self._activate(torch.ops.mkl._mkl_linear(x, packed, weight, bias, x.numel() // x.shape[-1]))
 
@@ -123,9 +123,12 @@ def _can_pack(x: Tensor, weight: Tensor) -> bool:
 @cache
 def _packed_dtypes() -> tuple[torch.dtype, ...]:
     """Returns the dtypes whose products are faster with packed weights on this CPU."""
-    has_mkl = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]  # torch: untyped
-    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch: untyped
-    return (torch.float32,) * has_mkl + (torch.bfloat16,) * (has_onednn and has_bfloat16("cpu"))
+    found = []
+    if torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]  # torch: untyped
+        found.append(torch.float32)
+    if torch.backends.mkldnn.is_available() and has_bfloat16("cpu"):  # type: ignore[no-untyped-call]
+        found.append(torch.bfloat16)
+    return tuple(found)
 
 
 def _pack(weight: Tensor) -> Tensor:

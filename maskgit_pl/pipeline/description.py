@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from maskgit_pl.checks import shorten
 from maskgit_pl.networks.backbone import build_config, create_network
+from maskgit_pl.networks.skeleton import skeletons
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.old_names import rename_tree
 from maskgit_pl.pretrained import fingerprint, read_config, read_decoding
@@ -142,7 +142,7 @@ def describe_folder(folder: Path) -> dict[str, Any]:
 
 
 def _parameters(build: Callable[[], nn.Module]) -> int:
-    with torch.device("meta"):  # parameters with shapes only, without memory
+    with skeletons():  # parameters with shapes only, without memory
         network = build()
     return sum(parameter.numel() for parameter in network.parameters())
 

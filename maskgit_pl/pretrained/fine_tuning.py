@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from maskgit_pl.networks.backbone import Backbone, BackboneConfig
+from maskgit_pl.networks.skeleton import skeletons
 from maskgit_pl.pretrained.networks import PretrainedTransformer
 
 __all__ = ["resize_positions", "weights_for"]
@@ -44,7 +45,7 @@ def weights_for(config: BackboneConfig, pretrained: PretrainedTransformer) -> di
     for name, convert in _tables(source):
         if name in weights:
             weights[name] = convert(weights[name], source.config, config)
-    with torch.device("meta"):
+    with skeletons():
         needed = config.create().state_dict()
     # A network with a null class may have tensors that one without it lacks; they keep their initial values.
     fresh = config.create().state_dict() if needed.keys() - weights.keys() else {}

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from maskgit_pl.checks import build_dataclass, check_class_names, check_keys, shorten
@@ -16,6 +15,7 @@ from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.files import read_json, sha256_of, write_folder, write_tensors, write_text
 from maskgit_pl.image_format import ImageSize, check_image_size
 from maskgit_pl.networks.backbone import BackboneConfig, build_config, create_network
+from maskgit_pl.networks.skeleton import skeletons
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.networks.weight_file import check_fit, check_tensor, load_weights, read_tensor_header, read_tensors
 from maskgit_pl.old_names import rename_config, rename_tensors
@@ -255,7 +255,7 @@ def _read_network(build: Callable[[], Network], folder: Path, *, num_blocks: int
             "tensors"
         )
     # 2.
-    with torch.device("meta"):
+    with skeletons():
         network = build()
     check_fit(network, header, f"weights {file}")
     # 3.

@@ -27,6 +27,7 @@ from maskgit_pl.estimates.transformer import (
 from maskgit_pl.image_format import ImageSize, height_width
 from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.backbone import BackboneConfig
+from maskgit_pl.networks.skeleton import skeletons
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.token_model import TokenModel
@@ -121,7 +122,7 @@ class TransformerCosts(Costs):
 
     @cached_property
     def groups(self) -> tuple[list[Group], Group]:
-        with torch.device("meta"):
+        with skeletons():
             network = self._config.create()
         in_blocks = {id(parameter) for parameter in network.blocks.parameters()}
         others = [parameter for parameter in network.parameters() if id(parameter) not in in_blocks]
@@ -141,7 +142,7 @@ class TransformerCosts(Costs):
         if self.tokenizer is None:
             return 0, Replay(0, 0)
         config, size = self.tokenizer
-        with torch.device("meta"):
+        with skeletons():
             network = VQGAN(config).requires_grad_(requires_grad=False)
         weights = sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
         with fake_tensors(network):
