@@ -115,8 +115,12 @@ def cluster_cross_entropy(logits: Tensor, targets: Tensor, clusters: Tensor) -> 
 
 
 def mean_over_rows(losses: Tensor, rows: Tensor, *, num_rows: int) -> Tensor:
-    """Computes the mean over B rows of the mean loss of each row's tokens, a scalar; a row without tokens adds 0."""
-    counts = torch.bincount(rows, minlength=num_rows)  # (B,): tokens of each row
+    """Computes the mean over B rows of the mean loss of each row's tokens, a scalar; a row without tokens adds 0.
+
+    Row B may hold tokens that do not count, whose losses are 0.
+    """
+    # No bincount: it waits for the device to learn the largest row.
+    counts = torch.zeros(num_rows + 1, dtype=torch.int64, device=rows.device).index_add(0, rows, torch.ones_like(rows))
     return (losses / counts[rows]).sum() / num_rows
 
 

@@ -225,7 +225,7 @@ class Backbone(nn.Module):
             other rows.
     """
 
-    entry_points: ClassVar[tuple[str, ...]] = ("forward_masked", "forward_at")
+    entry_points: ClassVar[tuple[str, ...]] = ("forward_masked", "forward_selected", "forward_at")
     vocabulary_tables: ClassVar[tuple[str, ...]] = ()
     class_tables: ClassVar[tuple[str, ...]] = ()
     position_tables: ClassVar[tuple[str, ...]] = ()
@@ -262,7 +262,7 @@ class Backbone(nn.Module):
         vectors: Tensor | None = None,
         vocabulary: Vocabulary = "codes",
     ) -> Tensor:
-        """Returns the logits of the tokens where ``mask`` is True, for training.
+        """Returns the logits of the tokens where ``mask`` is True. The host waits for the device to count them.
 
         Args:
             tokens: (B, N) int64.
@@ -274,8 +274,40 @@ class Backbone(nn.Module):
         Returns:
             (number of True, V) float, in raster order, row after row.
         """
-        # Not self(...): FSDP2 and DDP have gathered the weights for this method already.
-        return self.forward(tokens, labels, vectors=vectors, vocabulary=vocabulary)[mask]
+        positions = mask.flatten().nonzero().squeeze(1)
+        # The method of the class: FSDP2 has gathered the weights already.
+        select = type(self).forward_selected
+        return select(self, tokens, labels, positions, vectors=vectors, vocabulary=vocabulary)
+
+    def forward_selected(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        positions: Tensor,
+        *,
+        vectors: Tensor | None = None,
+        vocabulary: Vocabulary = "codes",
+    ) -> Tensor:
+        """Returns the logits of M tokens of the batch, for training.
+
+        Args:
+            tokens: (B, N) int64.
+            labels: (B,) int64.
+            positions: (M,) int64 in [0, B N): token n of image b is at b N + n.
+            vectors: (B, C) float; None without conditioning vectors.
+            vocabulary: Columns of the result: the K codes, or the whole vocabulary.
+
+        Returns:
+            (M, V) float.
+        """
+        own = type(self).forward_masked
+        if own is Backbone.forward_masked:
+            # Not self(...): FSDP2 and DDP have gathered the weights for this method already.
+            logits = self.forward(tokens, labels, vectors=vectors, vocabulary=vocabulary).flatten(0, 1)
+            return logits[positions]
+        mask = torch.zeros(tokens.numel(), dtype=torch.bool, device=tokens.device).index_fill(0, positions, value=True)
+        found = own(self, tokens, labels, mask.view_as(tokens), vectors=vectors, vocabulary=vocabulary)
+        return found[mask.cumsum(0)[positions] - 1]
 
     def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor, *, vectors: Tensor | None = None) -> Tensor:
         """Returns the logits of the codes at M positions of each image, for decoding.
@@ -299,7 +331,7 @@ class AutoregressiveBackbone(Backbone):
     ``forward`` and ``forward_masked`` compute all tokens in one pass; the mask token is not part of their input.
     """
 
-    entry_points: ClassVar[tuple[str, ...]] = ("forward_masked", "forward_next")
+    entry_points: ClassVar[tuple[str, ...]] = ("forward_masked", "forward_selected", "forward_next")
 
     @abstractmethod
     def forward_next(self, tokens: Tensor, labels: Tensor, *, cache: Sequence[KVCache] | None = None) -> Tensor:

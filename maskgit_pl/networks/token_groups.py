@@ -28,8 +28,9 @@ __all__ = ["TokenEmbedding", "compose_logits", "join_digits", "likeliest_tokens"
 
 def split_tokens(tokens: Tensor, *, num_groups: int, group_size: int) -> Tensor:
     """Returns the digits (..., G) int64 in [0, k) of tokens (...) int64 in [0, k^G), the most significant one first."""
-    places = [group_size**place for place in reversed(range(num_groups))]
-    return tokens.unsqueeze(-1) // torch.tensor(places, device=tokens.device) % group_size
+    # Not a tensor of the powers: its copy to the device would wait.
+    digits = [tokens // group_size**place % group_size for place in reversed(range(num_groups))]
+    return torch.stack(digits, dim=-1)
 
 
 def join_digits(digits: Tensor, *, group_size: int) -> Tensor:

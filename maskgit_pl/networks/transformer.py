@@ -1,6 +1,6 @@
 """The bidirectional transformer of MaskGIT: a post-norm BERT over a class token and the image's tokens.
 
-``mvtm.MaskedTokenModel`` trains ``MaskedTransformer.forward_masked``; the predictors of ``decoding`` call
+``mvtm.MaskedTokenModel`` trains ``MaskedTransformer.forward_selected``; the predictors of ``decoding`` call
 ``forward_at`` and ``forward_cached``. ``Transformer`` is shared with ``networks.autoregressive``.
 
 Shapes: B images, N tokens, S = 1 + N positions of the sequence (the class first), D embedding dimension, V columns.
@@ -186,7 +186,7 @@ class MaskedTransformer(Transformer):
     """
 
     attention = "bidirectional"
-    entry_points = ("forward_masked", "forward_at", "forward_cached")
+    entry_points = ("forward_masked", "forward_selected", "forward_at", "forward_cached")
 
     def forward(
         self, tokens: Tensor, labels: Tensor, *, vectors: Tensor | None = None, vocabulary: Vocabulary = "codes"
@@ -205,29 +205,18 @@ class MaskedTransformer(Transformer):
         x = self.blocks[-1](self._hidden(tokens, labels))
         return self._head(x[:, 1:], vocabulary)
 
-    def forward_masked(
+    def forward_selected(
         self,
         tokens: Tensor,
         labels: Tensor,
-        mask: Tensor,
+        positions: Tensor,
         *,
         vectors: Tensor | None = None,
         vocabulary: Vocabulary = "codes",
     ) -> Tensor:
-        """Returns the logits of the tokens where ``mask`` is True. The head and the last MLP run at these tokens only.
-
-        Args:
-            tokens: (B, N) int64.
-            labels: (B,) int64.
-            mask: (B, N) bool.
-            vectors: None: the transformer knows classes only.
-            vocabulary: Columns of the result; see ``Backbone.forward``.
-
-        Returns:
-            (number of True, V) float, in raster order, row after row.
-        """
-        after_class = F.pad(mask, (1, 0))  # (B, 1 + N): no logits of the class
-        return self._head(self.blocks[-1](self._hidden(tokens, labels), after_class), vocabulary)
+        """Returns the logits (M, V) at ``positions``; see ``Backbone``. The last MLP and the head run there only."""
+        rows = positions + positions // tokens.shape[1] + 1  # of a sequence of 1 + N: the class comes first
+        return self._head(self.blocks[-1](self._hidden(tokens, labels), rows), vocabulary)
 
     def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor, *, vectors: Tensor | None = None) -> Tensor:
         """Returns the logits at M positions of each image. The head and the last block's queries run at these only.

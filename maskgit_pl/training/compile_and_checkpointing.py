@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 __all__ = ["ActivationCheckpointing", "Compiled", "prepare_blocks"]
 
 ActivationCheckpointing = Literal["none", "blocks"]
-Compiled = Literal["none", "blocks"]
+Compiled = Literal["none", "blocks", "step"]
 
 
 def prepare_blocks(
@@ -35,7 +35,8 @@ def prepare_blocks(
         activation_checkpointing: ``blocks`` keeps only the inputs of each block for the backward pass, which runs the
             block again with the same dropout mask. Losses and gradients are bit-exact.
         compiled: ``blocks`` compiles each block with ``torch.compile`` at its first call. Sums are then rounded in a
-            different order, and dropout draws different numbers.
+            different order, and dropout draws different numbers. ``step`` is compiled by the module that computes the
+            loss, not here.
     """
     for block in blocks:
         if compiled == "blocks":
