@@ -226,8 +226,9 @@ class MaskedTokenModel(TokenModel):
         hits = (likeliest_tokens(logits.detach(), num_groups=groups) == targets).float()
         rows, weight = positions // num_tokens, self.objective.visible_weight
         if draws.is_real is not None:
-            losses, rows = losses.where(draws.is_real, 0.0), rows.where(draws.is_real, num_rows)
-            of_clusters = None if of_clusters is None else of_clusters.where(draws.is_real, 0.0)
+            padding = ~draws.is_real
+            losses, rows = losses.masked_fill(padding, 0.0), rows.masked_fill(padding, num_rows)
+            of_clusters = None if of_clusters is None else of_clusters.masked_fill(padding, 0.0)
         # 3.
         is_masked = weights = None
         if draws.replaced is not None or weight > 0:

@@ -287,7 +287,7 @@ class TokenModel(LightningModule):
         tokens, mask = self.tokens_and_mask(batch)  # 4
         loss, token_loss, hits, counted = self._run_step(self._prepare(batch, tokens), tokens)  # 5, 6
         bins = self._assign_bins(mask, batch.draws.positions)
-        self._bins.add(bins if counted is None else bins.where(counted, NUM_BINS), token_loss, hits)
+        self._bins.add(bins if counted is None else bins.masked_fill(~counted, NUM_BINS), token_loss, hits)
         is_logged = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # set late
         if is_logged and (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:  # the step's last micro-batch
             self._log_training(loss.detach())

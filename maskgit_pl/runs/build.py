@@ -51,6 +51,7 @@ from maskgit_pl.training.health import HealthMonitor
 from maskgit_pl.training.health_rules import HealthConfig
 from maskgit_pl.training.image_callbacks import ReconstructionPictures, SamplePictures
 from maskgit_pl.training.loggers import loggers
+from maskgit_pl.training.compile_and_checkpointing import check_compiled
 from maskgit_pl.training.optimizers import check_sharding
 from maskgit_pl.training.progress import ProgressLines
 from maskgit_pl.training.speed import SpeedMonitor
@@ -194,6 +195,8 @@ class StageRun:
         check_precision(given.precision)
         assert isinstance(self.model, Tokenizer | TokenModel)
         check_sharding(self.model.config.optimizer, given.strategy)
+        if isinstance(self.model, TokenModel):
+            check_compiled(self.model.config.compiled, given.strategy)
         if self.stage == "tokenizer" and given.gradient_clip_val is not None:
             raise ValueError("trainer.gradient_clip_val cannot be set for the tokenizer: set model.gradient_clip")
         ours = {
