@@ -7,10 +7,12 @@ holds everything that a training step draws at random for its samples.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from maskgit_pl.checks import check_number
@@ -51,11 +53,14 @@ class Draws(NamedTuple):
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> Draws:
         """Returns a copy on a device; see ``torch.Tensor.to``."""
-        return Draws(*(None if part is None else part.to(device, non_blocking=non_blocking) for part in self))
+        return self._each(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Draws:
         """Returns a copy in pinned memory, from which copies to a GPU do not wait."""
-        return Draws(*(None if part is None else part.pin_memory() for part in self))
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Draws:
+        return self._replace(**{name: change(part) for name, part in self._asdict().items() if part is not None})
 
 
 def true_positions(mask: Tensor) -> Tensor:
@@ -71,7 +76,7 @@ def pad_positions(positions: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
     """
     more = -len(positions) % multiple
     is_real = torch.arange(len(positions) + more, device=positions.device) < len(positions)
-    return torch.nn.functional.pad(positions, (0, more)), is_real
+    return F.pad(positions, (0, more)), is_real
 
 
 @dataclass(frozen=True)

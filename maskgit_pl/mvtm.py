@@ -19,12 +19,10 @@ from maskgit_pl.code_clusters import balanced_clusters, check_clusters
 from maskgit_pl.corruption import Corruption, corruptions
 from maskgit_pl.data import Batch
 from maskgit_pl.decoding import ConditionalModel, DecodingConfig, DecodingStep, decode_classes
-from maskgit_pl.losses import cluster_cross_entropy, token_cross_entropy
 from maskgit_pl.mask_positions import mask_positions
 from maskgit_pl.mask_ratios import mask_ratios
 from maskgit_pl.masking import Draws, MaskSampler, pad_positions, true_positions
 from maskgit_pl.networks.backbone import create_network
-from maskgit_pl.networks.token_groups import likeliest_tokens
 from maskgit_pl.objectives import Objective, TokenLosses, objectives
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
 from maskgit_pl.token_model import NUM_BINS, StepLosses, TokenModel, TokenModelConfig, check_decoding
@@ -181,9 +179,7 @@ class MaskedTokenModel(TokenModel):
         predicted, seed = draws.mask, self.config.seed
         if self.corruption is not None:
             replaced, uniform = self.corruption.draw(draws.mask, seed=seed, index=batch.index, epoch=batch.epoch)
-            draws = draws._replace(
-                replaced=replaced, replaced_positions=true_positions(replaced), uniform=uniform
-            )
+            draws = draws._replace(replaced=replaced, replaced_positions=true_positions(replaced), uniform=uniform)
             predicted = predicted | replaced
         if self.objective.needs_slopes:
             draws = draws._replace(slopes=self.mask_sampler.slope(predicted.shape[1], **self._place(batch)))
@@ -196,8 +192,8 @@ class MaskedTokenModel(TokenModel):
         return draws._replace(positions=padded, is_real=is_real)
 
     def _prepare(self, batch: Batch, tokens: Tensor) -> Batch:
-        """Replaces some visible tokens, if there is a corruption; returns the batch with the tokens that are seen."""
-        return batch._replace(content=tokens if self.corruption is None else self._corrupt(batch, tokens))
+        """Replaces some visible tokens, if there is a corruption; see ``TokenModel``."""
+        return super()._prepare(batch, tokens if self.corruption is None else self._corrupt(batch, tokens))
 
     def _compute_training_losses(self, batch: Batch, tokens: Tensor) -> StepLosses:
         """Computes the loss of the objective.
@@ -206,24 +202,13 @@ class MaskedTokenModel(TokenModel):
         2. Compute their cross-entropies; those of padding are 0.
         3. Compute the objective.
         """
-        config, draws = self.config, batch.draws
+        draws, (num_rows, num_tokens) = batch.draws, tokens.shape
         assert draws is not None
-        positions, (num_rows, num_tokens) = draws.positions, tokens.shape
-        # 1.
-        logits = self.transformer.forward_selected(
-            self._mask_tokens(batch.content, draws.mask),
-            draws.labels,
-            positions,
-            vectors=batch.vectors_for(config.network.condition_dim),
-            vocabulary=config.loss_columns,
-        )  # (M, V)
-        # 2.
-        targets, groups = tokens.flatten()[positions], config.network.num_token_groups  # (M,)
-        losses, nll = token_cross_entropy(
-            logits, targets, label_smoothing=config.label_smoothing, num_token_groups=groups
+        positions, smoothing = draws.positions, self.config.label_smoothing
+        # 1, 2.
+        losses, nll, hits, of_clusters = self._measure_tokens(
+            self.transformer, batch, tokens, seen=batch.content, smoothing=smoothing, clusters=self.code_clusters
         )
-        of_clusters = None if self.code_clusters is None else cluster_cross_entropy(logits, targets, self.code_clusters)
-        hits = (likeliest_tokens(logits.detach(), num_groups=groups) == targets).float()
         rows, weight = positions // num_tokens, self.objective.visible_weight
         if draws.is_real is not None:
             padding = ~draws.is_real
@@ -244,18 +229,21 @@ class MaskedTokenModel(TokenModel):
     def _corrupt(self, batch: Batch, tokens: Tensor) -> Tensor:
         """Replaces some visible tokens, and returns the tokens (B, N)."""
         draws, network = batch.draws, self.averaged_network.eval()
-        assert self.corruption is not None and draws is not None and draws.replaced is not None
+        assert self.corruption is not None
+        assert draws is not None
+        mask, labels, wanted, places = draws.mask, draws.labels, draws.replaced, draws.replaced_positions
+        assert wanted is not None
+        assert places is not None
+        assert draws.uniform is not None
         vectors = batch.vectors_for(self.config.network.condition_dim)
 
         def predict(replaced: Tensor) -> Tensor:
-            assert draws is not None
-            positions = draws.replaced_positions if replaced is draws.replaced else true_positions(replaced)
-            hidden = self._mask_tokens(tokens, draws.mask | replaced)
-            return network.forward_selected(hidden, draws.labels, positions, vectors=vectors)
+            positions = places if replaced is wanted else true_positions(replaced)
+            hidden = self._mask_tokens(tokens, mask | replaced)
+            return network.forward_selected(hidden, labels, positions, vectors=vectors)
 
-        seen = self.corruption.corrupt(
-            tokens, draws.replaced, draws.uniform, codebook_size=self.config.network.codebook_size, predict=predict
-        )
+        size = self.config.network.codebook_size
+        seen = self.corruption.corrupt(tokens, wanted, draws.uniform, codebook_size=size, predict=predict)
         self.transformer.train(self.training)  # without an average, it is the network that drew
         torch.clear_autocast_cache()  # casts of weights made without gradients would cut the graph
         return seen

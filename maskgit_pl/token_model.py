@@ -31,6 +31,7 @@ import shutil
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -47,10 +48,15 @@ from maskgit_pl.checks import check_choice, check_number, check_seed
 from maskgit_pl.data import Batch, flip
 from maskgit_pl.decoding import DecodingConfig, DecodingStep
 from maskgit_pl.imaging import to_unit_range
-from maskgit_pl.losses import masked_cross_entropy
+from maskgit_pl.losses import (
+    TokenStatistics,
+    chunked_statistics,
+    mean_over_rows,
+    needs_chunks,
+    token_statistics,
+)
 from maskgit_pl.masking import Draws, true_positions
 from maskgit_pl.networks.backbone import Backbone, BackboneConfig, Vocabulary
-from maskgit_pl.networks.token_groups import likeliest_tokens
 from maskgit_pl.pretrained import (
     PretrainedTokenizer,
     load_tokenizer,
@@ -394,8 +400,8 @@ class TokenModel(LightningModule):
         return [self.transformer] if self.ema_network is None else [self.transformer, self.ema_network]
 
     def _prepare(self, batch: Batch, tokens: Tensor) -> Batch:
-        """Does what must precede the one graph of forward pass and loss; a subclass may change what the network sees."""
-        return batch
+        """Returns the batch with the tokens that the network sees where they are not masked, (B, N), as its content."""
+        return batch._replace(content=tokens)
 
     def _compute_training_losses(self, batch: Batch, tokens: Tensor) -> StepLosses:
         """Computes the results of ``_compute_losses`` for the trained network; a subclass may train on another loss.
@@ -408,25 +414,48 @@ class TokenModel(LightningModule):
 
     def _compute_losses(self, network: Backbone, batch: Batch, tokens: Tensor, *, smoothing: float) -> StepLosses:
         """Computes the mean over rows of their cross-entropies, and the values for the logs."""
-        draws, config = batch.draws, self.config.network
+        assert batch.draws is not None
+        found = self._measure_tokens(network, batch, tokens, seen=tokens, smoothing=smoothing)
+        rows = batch.draws.positions // tokens.shape[1]
+        return StepLosses(mean_over_rows(found.losses, rows, num_rows=len(tokens)), found.nll, found.hits)
+
+    def _measure_tokens(
+        self,
+        network: Backbone,
+        batch: Batch,
+        tokens: Tensor,
+        *,
+        seen: Tensor,
+        smoothing: float,
+        clusters: Tensor | None = None,
+    ) -> TokenStatistics:
+        """Computes logits at the M predicted tokens, in chunks if they are very large, and their statistics.
+
+        Args:
+            network: The network.
+            batch: The batch with its draws.
+            tokens: (B, N) int64, the true tokens.
+            seen: (B, N) int64, the tokens that the network sees where they are not masked.
+            smoothing: Label smoothing.
+            clusters: Clusters of the codes, for their losses.
+        """
+        draws, config, columns = batch.draws, self.config.network, self.config.loss_columns
         assert draws is not None
-        logits = network.forward_selected(
-            self._mask_tokens(tokens, draws.mask),
+        targets = tokens.flatten()[draws.positions]  # (M,)
+        compute = partial(
+            network.forward_selected,
+            self._mask_tokens(seen, draws.mask),
             draws.labels,
             draws.positions,
             vectors=batch.vectors_for(config.condition_dim),
-            vocabulary=self.config.loss_columns,
-        )  # (M, V)
-        targets, groups = tokens.flatten()[draws.positions], config.num_token_groups  # (M,)
-        loss, nll = masked_cross_entropy(
-            logits,
-            targets,
-            draws.positions // config.num_tokens,
-            num_rows=len(tokens),
-            label_smoothing=smoothing,
-            num_token_groups=groups,
+            vocabulary=columns,
         )
-        return StepLosses(loss, nll, (likeliest_tokens(logits.detach(), num_groups=groups) == targets).float())
+        groups = config.num_token_groups
+        measure = partial(token_statistics, label_smoothing=smoothing, num_token_groups=groups, clusters=clusters)
+        if network.takes_project and needs_chunks(len(targets), config.num_columns(columns)):
+            project = partial(chunked_statistics, targets=targets, measure=measure)
+            return TokenStatistics(*compute(project=project).unbind(1))
+        return measure(compute(), targets)
 
     def _reseed_dropout(self, batch_idx: int) -> None:
         """Seeds dropout by (seed, step, micro-batch, rank): a resumed run is bit-exact on the same number of ranks."""

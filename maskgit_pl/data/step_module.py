@@ -27,9 +27,7 @@ class StepDataModule(LightningDataModule):
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Moves the tensors of a batch; Lightning's own method would search it recursively."""
         # non_blocking: copies from pinned memory overlap with computation.
-        moved = {
-            name: part.to(device, non_blocking=True) for name, part in batch._asdict().items() if part is not None
-        }
+        moved = {name: part.to(device, non_blocking=True) for name, part in batch._asdict().items() if part is not None}
         return Batch(**moved)
 
     def _current_step(self) -> int:

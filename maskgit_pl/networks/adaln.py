@@ -32,7 +32,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from maskgit_pl.checks import check_choice, check_integer, check_number
-from maskgit_pl.networks.backbone import Attention, Backbone, BackboneConfig, Vocabulary, backbones
+from maskgit_pl.networks.backbone import Attention, Backbone, BackboneConfig, Project, Vocabulary, backbones
 from maskgit_pl.networks.rotary import Positions, rotate, rotation_table
 from maskgit_pl.networks.token_groups import TokenEmbedding, token_logits
 from maskgit_pl.networks.transformer_block import KVCache
@@ -252,6 +252,7 @@ class AdaLNTransformer(Backbone):
         config: Sizes and options.
     """
 
+    takes_project = True
     config: AdaLNConfig
     vocabulary_tables = ("token_embedding.weight", "head_embedding.weight", "head_bias")
     class_tables = ("class_embedding.weight",)
@@ -296,13 +297,14 @@ class AdaLNTransformer(Backbone):
         *,
         vectors: Tensor | None = None,
         vocabulary: Vocabulary = "codes",
+        project: Project = F.linear,
     ) -> Tensor:
         """Returns the logits (M, V) at ``positions``; see ``Backbone``. The last MLP and the head run there only."""
         x, condition, rotation = self._before_last(tokens, labels, vectors)
         images = positions // tokens.shape[1]
         rows = positions + images * (x.shape[1] - tokens.shape[1])  # class token and registers are at the end
         x = self.blocks[-1](x, condition, rotation, rows=rows)
-        return self._head(x, F.embedding(images, condition), vocabulary)
+        return self._head(x, F.embedding(images, condition), vocabulary, project)
 
     def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor, *, vectors: Tensor | None = None) -> Tensor:
         """Returns the logits (B, M, K) at ``positions``. The last block's queries and the head run there only."""
@@ -357,13 +359,13 @@ class AdaLNTransformer(Backbone):
             parts.append(self.register_embedding.weight.expand(len(x), -1, -1))
         return torch.cat(parts, dim=1)
 
-    def _head(self, x: Tensor, condition: Tensor, vocabulary: Vocabulary) -> Tensor:
+    def _head(self, x: Tensor, condition: Tensor, vocabulary: Vocabulary, project: Project = F.linear) -> Tensor:
         """Computes the logits (..., V) of hidden states (..., D), given the condition (..., D)."""
         x = self.head_norm(x)
         if self.head_modulation is not None:
             x = _modulate(x, *self.head_modulation(condition).chunk(2, dim=-1))
-        table = self.token_embedding if self.head_embedding is None else self.head_embedding
-        return token_logits(x, table.weight, self.head_bias, config=self.config, vocabulary=vocabulary)
+        table = (self.head_embedding or self.token_embedding).weight
+        return token_logits(x, table, self.head_bias, config=self.config, vocabulary=vocabulary, project=project)
 
     def _blocks(self) -> Sequence[AdaLNBlock]:
         return cast("Sequence[AdaLNBlock]", self.blocks)

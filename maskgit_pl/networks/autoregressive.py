@@ -14,7 +14,7 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskgit_pl.networks.backbone import AutoregressiveBackbone, Vocabulary
+from maskgit_pl.networks.backbone import AutoregressiveBackbone, Project, Vocabulary
 from maskgit_pl.networks.transformer import Transformer
 from maskgit_pl.networks.transformer_block import Block, KVCache
 
@@ -61,10 +61,11 @@ class AutoregressiveTransformer(Transformer, AutoregressiveBackbone):
         *,
         vectors: Tensor | None = None,
         vocabulary: Vocabulary = "codes",
+        project: Project = F.linear,
     ) -> Tensor:
         """Returns the logits (M, V) at ``positions``; see ``Backbone``. The head runs there only."""
         # Rows are selected before the head, the largest matrix product of the network.
-        return self._head(F.embedding(positions, self._hidden(tokens, labels).flatten(0, 1)), vocabulary)
+        return self._head(F.embedding(positions, self._hidden(tokens, labels).flatten(0, 1)), vocabulary, project)
 
     def forward_next(self, tokens: Tensor, labels: Tensor, *, cache: Sequence[KVCache] | None = None) -> Tensor:
         """Returns the logits (B, K) of the next token; see ``AutoregressiveBackbone``."""

@@ -20,7 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskgit_pl.checks import check_choice, check_integer
-from maskgit_pl.networks.backbone import LARGEST_GRID, Attention, Backbone, BackboneConfig, Vocabulary, backbones
+from maskgit_pl.networks.backbone import (
+    LARGEST_GRID,
+    Attention,
+    Backbone,
+    BackboneConfig,
+    Project,
+    Vocabulary,
+    backbones,
+)
 from maskgit_pl.networks.token_groups import TokenEmbedding, token_logits
 from maskgit_pl.networks.transformer_block import LAYER_NORM_EPS, Block
 
@@ -128,6 +136,7 @@ class Transformer(Backbone):
         ValueError: if the configuration names the other attention.
     """
 
+    takes_project = True
     attention: ClassVar[Attention]
     config: TransformerConfig
     vocabulary_tables = ("token_embedding.weight", "head_bias")
@@ -166,10 +175,11 @@ class Transformer(Backbone):
         """Returns the ids (B, 1 + M) of a sequence: the class, whose id follows the codes', then tokens (B, M)."""
         return torch.cat([labels.unsqueeze(1) + self.config.codebook_size, tokens], dim=1)
 
-    def _head(self, x: Tensor, vocabulary: Vocabulary) -> Tensor:
+    def _head(self, x: Tensor, vocabulary: Vocabulary, project: Project = F.linear) -> Tensor:
         """Computes the logits (..., V) of hidden states (..., D)."""
         x = self.head_norm(F.gelu(self.head_dense(x), approximate="tanh"))
-        return token_logits(x, self.token_embedding.weight, self.head_bias, config=self.config, vocabulary=vocabulary)
+        table = self.token_embedding.weight
+        return token_logits(x, table, self.head_bias, config=self.config, vocabulary=vocabulary, project=project)
 
 
 class MaskedTransformer(Transformer):
@@ -213,10 +223,11 @@ class MaskedTransformer(Transformer):
         *,
         vectors: Tensor | None = None,
         vocabulary: Vocabulary = "codes",
+        project: Project = F.linear,
     ) -> Tensor:
         """Returns the logits (M, V) at ``positions``; see ``Backbone``. The last MLP and the head run there only."""
         rows = positions + positions // tokens.shape[1] + 1  # of a sequence of 1 + N: the class comes first
-        return self._head(self.blocks[-1](self._hidden(tokens, labels), rows), vocabulary)
+        return self._head(self.blocks[-1](self._hidden(tokens, labels), rows), vocabulary, project)
 
     def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor, *, vectors: Tensor | None = None) -> Tensor:
         """Returns the logits at M positions of each image. The head and the last block's queries run at these only.

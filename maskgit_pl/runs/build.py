@@ -47,11 +47,11 @@ from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.callbacks import callbacks, profilers
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint, read_settings, step_of
 from maskgit_pl.training.checkpoints import Checkpoints
+from maskgit_pl.training.compile_and_checkpointing import check_compiled
 from maskgit_pl.training.health import HealthMonitor
 from maskgit_pl.training.health_rules import HealthConfig
 from maskgit_pl.training.image_callbacks import ReconstructionPictures, SamplePictures
 from maskgit_pl.training.loggers import loggers
-from maskgit_pl.training.compile_and_checkpointing import check_compiled
 from maskgit_pl.training.optimizers import check_sharding
 from maskgit_pl.training.progress import ProgressLines
 from maskgit_pl.training.speed import SpeedMonitor
