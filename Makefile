@@ -150,6 +150,9 @@ benchmark: $(STAMP) ## Run a benchmark against other implementations: NAME=stage
 	@test -f benchmarks/$(NAME).py || { echo "benchmark $(NAME): no such file; NAME must be one of: $(BENCHMARKS)" >&2; exit 2; }
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/$(NAME).py $(ARGS)
 
+benchmark-gpu: $(STAMP) ## Measure training and decoding on a GPU, and write results/gpu-CARD.md (docs/gpu.md)
+	@$(BIN)/python benchmarks/gpu.py $(ARGS)
+
 test: $(DEV_STAMP) ## Run the tests (quick ones only: ARGS="-m 'not slow'")
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
 
@@ -164,6 +167,9 @@ mutants: $(DEV_STAMP) ## Mutation testing: break the package in one place at a t
 
 test-wheel: $(DEV_STAMP) ## Build the wheel, and run the quick start in an empty folder with nothing but it
 	@WHEEL_TRANSCRIPT="$(WHEEL_TRANSCRIPT)" $(BIN)/python -m pytest tests/wheel --durations=5 $(ARGS)
+
+test-gpu: $(DEV_STAMP) ## Run the tests on a GPU; what needs a GPU, or two, is skipped without (docs/gpu.md)
+	$(BIN)/python -m pytest tests/gpu --durations=5 $(ARGS)
 
 AS_ROOT = $(if $(filter 0,$(shell id -u)),,sudo --non-interactive)
 SLURM_INSTALL = $(AS_ROOT) apt-get -qq update && $(AS_ROOT) apt-get -qq install --yes --no-install-recommends slurmctld slurmd slurm-client >/dev/null
