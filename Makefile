@@ -60,7 +60,7 @@ $(if $(filter command line,$(origin STEPS)),$(error STEPS is now called NUM_STEP
 OF_RUN = --dataset "$(DATASET)" --data "$(DATA)" --recipe "$(strip $(RECIPE) $(BUDGET))" --run "$(RUN)" $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") $(if $(PRETRAINED),--pretrained "$(PRETRAINED)")
 MACHINES = $(if $(NODES),--nodes $(NODES)) $(if $(DEVICES),--devices $(DEVICES))
 
-.PHONY: doctor help install data train-tokenizer tokenize train-transformer submit-tokenizer submit-transformer sample evaluate compare tune train-classifier ablation edit benchmark demo demo-short demo-model test test-lowest test-wheel mutants test-slurm lint format clean
+.PHONY: doctor help install data train-tokenizer tokenize train-transformer submit-tokenizer submit-transformer sample evaluate compare tune train-classifier ablation edit benchmark benchmark-gpu demo demo-short demo-model test test-gpu test-lowest test-wheel mutants test-slurm lint format clean
 
 help: ## List the targets and the variables
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
