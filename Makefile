@@ -60,7 +60,7 @@ $(if $(filter command line,$(origin STEPS)),$(error STEPS is now called NUM_STEP
 OF_RUN = --dataset "$(DATASET)" --data "$(DATA)" --recipe "$(strip $(RECIPE) $(BUDGET))" --run "$(RUN)" $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") $(if $(PRETRAINED),--pretrained "$(PRETRAINED)")
 MACHINES = $(if $(NODES),--nodes $(NODES)) $(if $(DEVICES),--devices $(DEVICES))
 
-.PHONY: doctor help install data train-tokenizer tokenize train-transformer submit-tokenizer submit-transformer sample evaluate compare tune train-classifier ablation edit benchmark demo demo-short demo-model test test-lowest test-wheel mutants test-slurm lint format clean
+.PHONY: doctor help install data train-tokenizer tokenize train-transformer submit-tokenizer submit-transformer sample evaluate compare tune train-classifier ablation edit benchmark benchmark-gpu demo demo-short demo-model test test-gpu test-lowest test-wheel mutants test-slurm lint format clean
 
 help: ## List the targets and the variables
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -150,6 +150,9 @@ benchmark: $(STAMP) ## Run a benchmark against other implementations: NAME=stage
 	@test -f benchmarks/$(NAME).py || { echo "benchmark $(NAME): no such file; NAME must be one of: $(BENCHMARKS)" >&2; exit 2; }
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/$(NAME).py $(ARGS)
 
+benchmark-gpu: $(STAMP) ## Measure training and decoding on a GPU, and write results/gpu-CARD.md (docs/gpu.md)
+	@$(BIN)/python benchmarks/gpu.py $(ARGS)
+
 test: $(DEV_STAMP) ## Run the tests (quick ones only: ARGS="-m 'not slow'")
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
 
@@ -164,6 +167,9 @@ mutants: $(DEV_STAMP) ## Mutation testing: break the package in one place at a t
 
 test-wheel: $(DEV_STAMP) ## Build the wheel, and run the quick start in an empty folder with nothing but it
 	@WHEEL_TRANSCRIPT="$(WHEEL_TRANSCRIPT)" $(BIN)/python -m pytest tests/wheel --durations=5 $(ARGS)
+
+test-gpu: $(DEV_STAMP) ## Run the tests on a GPU; what needs a GPU, or two, is skipped without (docs/gpu.md)
+	$(BIN)/python -m pytest tests/gpu --durations=5 $(ARGS)
 
 AS_ROOT = $(if $(filter 0,$(shell id -u)),,sudo --non-interactive)
 SLURM_INSTALL = $(AS_ROOT) apt-get -qq update && $(AS_ROOT) apt-get -qq install --yes --no-install-recommends slurmctld slurmd slurm-client >/dev/null

@@ -195,7 +195,7 @@ class Ours:
         self.module.trainer = self.trainer  # type: ignore[assignment]  # stands in for the Trainer
 
     def __call__(self, watch: Stopwatch) -> None:
-        with _autocast(self.precision):
+        with _autocast(self.precision, self.module.device.type):
             self.module.training_step(self.batch, 0)
         self.trainer.global_step += 1
         watch.mark("step")
@@ -511,9 +511,9 @@ def list_installed() -> list[str]:
     return [name for name in _CONTENDERS if name != PEER or importlib.util.find_spec("diffusers") is not None]
 
 
-def _autocast(precision: Precision) -> torch.autocast:
+def _autocast(precision: Precision, device: str = "cpu") -> torch.autocast:
     """Returns the autocast context of Lightning's 32-true or bf16-mixed."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
 
 
 def _positive(text: str) -> int:

@@ -35,9 +35,11 @@ from torch.optim import AdamW
 from torch.utils.flop_counter import FlopCounterMode
 
 from maskgit_pl.data import Batch
+from maskgit_pl.data.step_module import StepDataModule
 from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
 from maskgit_pl.networks.transformer import MaskedTransformer
 from maskgit_pl.provenance import describe_environment
+from maskgit_pl.training.compile_and_checkpointing import Compiled
 from maskgit_pl.training.learning_rates import LearningRate
 from maskgit_pl.training.optimizers import OptimizerConfig
 
@@ -69,14 +71,15 @@ class _Run:
 class Ours:
     """Our step: ``MaskedTokenModel`` and its hooks, called in the order of the Trainer."""
 
-    def __init__(self, task: Task, precision: Precision) -> None:
-        self.batch, self.precision = task.data(), precision
+    def __init__(self, task: Task, precision: Precision, *, compiled: Compiled = "none") -> None:
+        self.batch, self.precision, self.data = task.data(), precision, StepDataModule()
         config = MaskedTokenConfig(
             task.network,
             OptimizerConfig(LearningRate(_RATE), _BETAS, _WEIGHT_DECAY),
             tokenizer="",
             label_smoothing=_SMOOTHING,
             ema_decay=_EMA_DECAY,
+            compiled=compiled,
             global_batch=task.batch,
         )
         self.module = MaskedTokenModel(config)
@@ -92,8 +95,10 @@ class Ours:
         losses: list[Tensor] = []
 
         def closure() -> Tensor:
-            with _autocast(self.precision):
-                loss = self.module.training_step(self.batch, 0)
+            drawn = self.module.draw_on_host(self.batch)
+            batch = self.data.transfer_batch_to_device(drawn, self.module.device, 0)
+            with _autocast(self.precision, self.module.device.type):
+                loss = self.module.training_step(batch, 0)
             watch.mark("forward")
             self.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # torch: untyped
@@ -386,9 +391,9 @@ def is_bfloat16_slow() -> bool:
     return rates[0] < rates[1]
 
 
-def _autocast(precision: Precision) -> torch.autocast:
+def _autocast(precision: Precision, device: str = "cpu") -> torch.autocast:
     """Returns the autocast context of Lightning's 32-true or bf16-mixed."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
 
 
 def _positive(text: str) -> int:

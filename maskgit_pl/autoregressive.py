@@ -38,7 +38,8 @@ class AutoregressiveConfig(TokenModelConfig):
         flip_probability: Probability of a horizontal flip, in [0, 1]; only for images that are encoded on the fly.
         seed: Seed of class dropout, flips and dropout, in [0, 2**32).
         activation_checkpointing: ``blocks`` saves memory by computing the blocks again in the backward pass.
-        compiled: ``blocks`` compiles the blocks of the trained network with ``torch.compile``.
+        compiled: ``blocks`` compiles the blocks of the trained network with ``torch.compile``, ``step`` forward pass
+            and loss as one graph.
         decoding: Decoding settings for sample images, and of the exported model.
 
     Raises:
@@ -78,10 +79,9 @@ class AutoregressiveModel(TokenModel):
     def _mask_tokens(self, tokens: Tensor, mask: Tensor) -> Tensor:
         return tokens  # causal attention hides the token to predict and all later ones
 
-    def _assign_bins(self, mask: Tensor) -> Tensor:
+    def _assign_bins(self, mask: Tensor, positions: Tensor) -> Tensor:
         """Groups tokens by their position in raster order, in four equal parts."""
-        position_bins = torch.arange(mask.shape[1], device=mask.device) * NUM_BINS // mask.shape[1]  # (N,)
-        return position_bins.expand_as(mask)[mask]  # (M,)
+        return positions % mask.shape[1] * NUM_BINS // mask.shape[1]  # (M,)
 
     def _decode(self, labels: Sequence[int], seeds: Sequence[int], vectors: Tensor | None) -> Iterator[DecodingStep]:
         return decode_autoregressive(

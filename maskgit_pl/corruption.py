@@ -57,37 +57,38 @@ class Corruption(ABC):
                 the mask. It costs a forward pass.
         """
 
-    def corrupt(
-        self,
-        tokens: Tensor,
-        mask: Tensor,
-        *,
-        codebook_size: int,
-        predict: Predict,
-        seed: int,
-        index: Tensor,
-        epoch: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Replaces visible tokens.
+    def draw(self, mask: Tensor, *, seed: int, index: Tensor, epoch: Tensor) -> tuple[Tensor, Tensor]:
+        """Draws the positions to replace.
 
         Args:
-            tokens: (B, N) int64 in [0, K).
             mask: (B, N) bool, True = masked; masked tokens are not replaced.
-            codebook_size: K.
-            predict: (B, N) bool, the positions to replace -> their logits (R, K).
             seed: Seed in [0, 2**32).
             index: (B,) int64: sample index.
             epoch: (B,) int64.
 
         Returns:
-            (B, N) int64 tokens with replacements, and (B, N) bool, True = replaced. A random code may be the true one.
+            (B, N) bool, True = replaced, and (R,) float32, the random numbers of ``codes``.
         """
         chance, codes = random_uniform(
-            ["corruption", "corruption/codes"], seed=seed, index=index, epoch=epoch, count=tokens.shape[1]
+            ["corruption", "corruption/codes"], seed=seed, index=index, epoch=epoch, count=mask.shape[1]
         )  # (B, N) each
         replaced = (chance < self.fraction) & ~mask
-        new = self.codes(tokens, replaced, codes[replaced], codebook_size=codebook_size, predict=predict)
-        return tokens.masked_scatter(replaced, new), replaced
+        return replaced, codes[replaced]
+
+    def corrupt(
+        self, tokens: Tensor, replaced: Tensor, uniform: Tensor, *, codebook_size: int, predict: Predict
+    ) -> Tensor:
+        """Returns the tokens (B, N) int64 with new codes where ``replaced``; a new code may be the true one.
+
+        Args:
+            tokens: (B, N) int64 in [0, K).
+            replaced: (B, N) bool, from ``draw``.
+            uniform: (R,) float32, from ``draw``.
+            codebook_size: K.
+            predict: (B, N) bool, the positions to replace -> their logits (R, K).
+        """
+        new = self.codes(tokens, replaced, uniform, codebook_size=codebook_size, predict=predict)
+        return tokens.masked_scatter(replaced, new)
 
 
 def check_corruption(name: str, corruption: Corruption) -> None:

@@ -5,20 +5,24 @@ Used by ``tokenizer_losses`` (stage 1) and ``token_model`` (stage 2).
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from maskgit_pl.networks.quantizers import entropy_loss
-from maskgit_pl.networks.token_groups import split_tokens
+from maskgit_pl.networks.token_groups import likeliest_tokens, split_tokens
 
 __all__ = [
     "AdversarialLoss",
     "ReconstructionLoss",
+    "TokenStatistics",
     "adaptive_weight",
+    "chunked_statistics",
     "cluster_cross_entropy",
     "discriminator_loss",
     "entropy_loss",
@@ -26,13 +30,20 @@ __all__ = [
     "lecam_loss",
     "masked_cross_entropy",
     "mean_over_rows",
+    "needs_chunks",
     "r1_penalty",
     "reconstruction_loss",
     "token_cross_entropy",
+    "token_statistics",
 ]
 
 AdversarialLoss = Literal["hinge", "non-saturating"]
 ReconstructionLoss = Literal["l2", "l1"]
+
+_MOST_LOGITS = 2**25  # logits of a step that are computed at once: 128 MiB in float32, of which a step has some copies
+_CHUNK_LOGITS = 2**24  # logits of a chunk
+_LEAST_COLUMNS = 2**14  # below, the logits are no larger than the activations of the network
+_LEAST_ROWS = 128  # of a chunk: with fewer rows, a GPU would wait for the memory of the table
 
 
 def masked_cross_entropy(
@@ -95,6 +106,90 @@ def token_cross_entropy(
     return losses, nll
 
 
+class TokenStatistics(NamedTuple):
+    """The statistics of the logits of M predicted tokens: everything that training needs of them.
+
+    Args:
+        losses: (M,) float32: cross-entropies with label smoothing, with a graph.
+        nll: (M,) float32: negative log-likelihoods.
+        hits: (M,) float32: 1 where the most likely code is the right one.
+        cluster_losses: (M,) float32: cross-entropies of the clusters, with a graph; None without clusters.
+    """
+
+    losses: Tensor
+    nll: Tensor
+    hits: Tensor
+    cluster_losses: Tensor | None = None
+
+
+def token_statistics(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    num_token_groups: int = 1,
+    clusters: Tensor | None = None,
+) -> TokenStatistics:
+    """Computes the statistics of logits; see ``masked_cross_entropy`` and ``cluster_cross_entropy`` for the arguments.
+
+    Args:
+        logits: (M, V) float.
+        targets: (M,) int64.
+        label_smoothing: s in [0, 1).
+        num_token_groups: G.
+        clusters: (n, K / n) int64; None for no losses of clusters.
+    """
+    losses, nll = token_cross_entropy(
+        logits, targets, label_smoothing=label_smoothing, num_token_groups=num_token_groups
+    )
+    hits = (likeliest_tokens(logits.detach(), num_groups=num_token_groups) == targets).float()
+    of_clusters = None if clusters is None else cluster_cross_entropy(logits, targets, clusters)
+    return TokenStatistics(losses, nll.detach(), hits, of_clusters)
+
+
+def needs_chunks(num_tokens: int, num_columns: int) -> bool:
+    """Returns True if logits (M, V) are so large that ``chunked_statistics`` must compute them in chunks.
+
+    It is for large codebooks: V >= 16,384 and M V > 2^25. Smaller logits are computed at once.
+    """
+    return num_columns >= _LEAST_COLUMNS and num_tokens * num_columns > _MOST_LOGITS
+
+
+def chunked_statistics(
+    x: Tensor, table: Tensor, bias: Tensor, *, targets: Tensor, measure: Callable[[Tensor, Tensor], TokenStatistics]
+) -> Tensor:
+    """Computes the statistics of the logits x table^T + bias, without a tensor that holds all of them.
+
+    1. Compute the logits of a chunk of rows, and their statistics. Keep the statistics only.
+    2. In the backward pass, compute the logits of a chunk again. This costs a third of the work of the head.
+
+    A chunk has 2^24 logits, or 128 rows if they have more.
+
+    Args:
+        x: (M, D) float: hidden states.
+        table: (V, D) float: a row for each column of the logits.
+        bias: (V,) float.
+        targets: (M,) int64.
+        measure: Logits (m, V) and targets (m,) of some rows -> their statistics; see ``token_statistics``.
+
+    Returns:
+        (M, 3) float32, or (M, 4) with clusters: the columns of ``TokenStatistics``. The same up to the order of sums.
+
+    Source: the idea of Liger Kernel, arXiv:2410.10989, and Cut Cross-Entropy, arXiv:2411.09009.
+    """
+
+    def compute(rows: Tensor, own_targets: Tensor) -> Tensor:
+        found = measure(F.linear(rows, table, bias), own_targets)
+        return torch.stack([each for each in found if each is not None], dim=1)
+
+    size = max(_LEAST_ROWS, _CHUNK_LOGITS // len(table))
+    parts = [
+        checkpoint(compute, *chunk, use_reentrant=False, preserve_rng_state=False)
+        for chunk in zip(torch.split(x, size), torch.split(targets, size), strict=True)
+    ]
+    return torch.cat(parts)
+
+
 def cluster_cross_entropy(logits: Tensor, targets: Tensor, clusters: Tensor) -> Tensor:
     """Computes the cross-entropy of the cluster of each target: -log of the sum of the probabilities of its codes.
 
@@ -115,8 +210,12 @@ def cluster_cross_entropy(logits: Tensor, targets: Tensor, clusters: Tensor) -> 
 
 
 def mean_over_rows(losses: Tensor, rows: Tensor, *, num_rows: int) -> Tensor:
-    """Computes the mean over B rows of the mean loss of each row's tokens, a scalar; a row without tokens adds 0."""
-    counts = torch.bincount(rows, minlength=num_rows)  # (B,): tokens of each row
+    """Computes the mean over B rows of the mean loss of each row's tokens, a scalar; a row without tokens adds 0.
+
+    Row B may hold tokens that do not count, whose losses are 0.
+    """
+    # No bincount: it waits for the device to learn the largest row.
+    counts = torch.zeros(num_rows + 1, dtype=torch.int64, device=rows.device).index_add(0, rows, torch.ones_like(rows))
     return (losses / counts[rows]).sum() / num_rows
 
 

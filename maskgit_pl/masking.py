@@ -1,14 +1,18 @@
 """The masks of training, drawn from the mask schedule that decoding follows too.
 
 ``MaskSampler`` is used by ``mvtm.MaskedTokenModel`` and, as ``random_mask``, by ``evaluation.likelihood``. The
-distribution of the ratio is one of ``mask_ratios``, the rule for the positions one of ``mask_positions``.
+distribution of the ratio is one of ``mask_ratios``, the rule for the positions one of ``mask_positions``. ``Draws``
+holds everything that a training step draws at random for its samples.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from maskgit_pl.checks import check_number
@@ -17,7 +21,62 @@ from maskgit_pl.mask_ratios import MaskRatio, ScheduleRatio
 from maskgit_pl.randomness import random_bits, random_uniform
 from maskgit_pl.schedules import MaskSchedule, num_masked
 
-__all__ = ["MaskSampler", "random_mask"]
+__all__ = ["Draws", "MaskSampler", "pad_positions", "random_mask", "true_positions"]
+
+
+class Draws(NamedTuple):
+    """The random draws of a micro-batch of B images of N tokens, a function of its samples.
+
+    They are made on the host, before the batch is copied to the device: there the number of masked tokens is known, so
+    that no operation on the device has a size that depends on values, for which the host would wait.
+
+    Args:
+        labels: (B,) int64: the labels, some of them replaced by the null label.
+        mask: (B, N) bool, True = masked.
+        positions: (M,) int64 in [0, B N): the tokens that the network predicts, by their places in the batch, image
+            after image; rising, except for padding.
+        is_real: (M,) bool, False for positions that only pad to a fixed number; None if there are none.
+        replaced: (B, N) bool: visible tokens that a corruption replaces; None without corruption.
+        replaced_positions: (R,) int64 in [0, B N), rising: the places of ``replaced``.
+        uniform: (R,) float32 in (0, 1): a random number for each replaced token.
+        slopes: (B,) float32: see ``MaskSampler.slope``; None if the objective needs none.
+    """
+
+    labels: Tensor
+    mask: Tensor
+    positions: Tensor
+    is_real: Tensor | None = None
+    replaced: Tensor | None = None
+    replaced_positions: Tensor | None = None
+    uniform: Tensor | None = None
+    slopes: Tensor | None = None
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> Draws:
+        """Returns a copy on a device; see ``torch.Tensor.to``."""
+        return self._each(lambda part: part.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Draws:
+        """Returns a copy in pinned memory, from which copies to a GPU do not wait."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Draws:
+        return self._replace(**{name: change(part) for name, part in self._asdict().items() if part is not None})
+
+
+def true_positions(mask: Tensor) -> Tensor:
+    """Returns the places (M,) int64, rising, where a mask (B, N) bool on the host is True; see ``Draws.positions``."""
+    return mask.flatten().nonzero().squeeze(1)
+
+
+def pad_positions(positions: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
+    """Pads positions (M,) with zeros to a multiple of a number, so that few sizes occur.
+
+    Returns:
+        (M',) int64 positions, and (M',) bool, True where they are not padding.
+    """
+    more = -len(positions) % multiple
+    is_real = torch.arange(len(positions) + more, device=positions.device) < len(positions)
+    return F.pad(positions, (0, more)), is_real
 
 
 @dataclass(frozen=True)

@@ -19,17 +19,17 @@ from maskgit_pl.code_clusters import balanced_clusters, check_clusters
 from maskgit_pl.corruption import Corruption, corruptions
 from maskgit_pl.data import Batch
 from maskgit_pl.decoding import ConditionalModel, DecodingConfig, DecodingStep, decode_classes
-from maskgit_pl.losses import cluster_cross_entropy, token_cross_entropy
 from maskgit_pl.mask_positions import mask_positions
 from maskgit_pl.mask_ratios import mask_ratios
-from maskgit_pl.masking import MaskSampler
+from maskgit_pl.masking import Draws, MaskSampler, pad_positions, true_positions
 from maskgit_pl.networks.backbone import create_network
-from maskgit_pl.networks.token_groups import likeliest_tokens
 from maskgit_pl.objectives import Objective, TokenLosses, objectives
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
-from maskgit_pl.token_model import NUM_BINS, TokenModel, TokenModelConfig, check_decoding
+from maskgit_pl.token_model import NUM_BINS, StepLosses, TokenModel, TokenModelConfig, check_decoding
 
 __all__ = ["MaskedTokenConfig", "MaskedTokenModel"]
+
+_NUM_SIZES = 8  # numbers of predicted tokens that a compiled step is made for; torch compiles 8 variants at most
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class MaskedTokenConfig(TokenModelConfig):
         flip_probability: Probability of a horizontal flip, in [0, 1]; only for images that are encoded on the fly.
         seed: Seed of masks, class dropout, flips and dropout, in [0, 2**32).
         activation_checkpointing: ``blocks`` saves memory by computing the blocks again in the backward pass.
-        compiled: ``blocks`` compiles the blocks of the trained network with ``torch.compile``.
+        compiled: ``blocks`` compiles the blocks of the trained network with ``torch.compile``, ``step`` forward pass
+            and loss as one graph.
         global_batch: Samples per step over all ranks and micro-batches. The mask ratios of a global batch are
             stratified; see ``MaskSampler``.
         mask_schedule: Name or mapping of a registered mask schedule, for training and decoding.
@@ -151,9 +152,17 @@ class MaskedTokenModel(TokenModel):
             codes = self.tokenizer.network.quantizer.lookup(every)  # (K, D)
             self.code_clusters.copy_(balanced_clusters(codes, len(self.code_clusters), seed=self.config.seed))
 
-    def _draw_mask(self, batch: Batch) -> Tensor:
+    def draw_on_host(self, batch: Batch) -> Batch:
+        """Checks the size of a batch, and adds the random draws of the step.
+
+        Raises:
+            ValueError: if the size does not fit ``config.global_batch``.
+        """
         if self.training:  # validation batches may have other sizes
             self._check_batch(len(batch.labels))
+        return super().draw_on_host(batch)
+
+    def _draw_mask(self, batch: Batch) -> Tensor:
         return self.mask_sampler.mask(
             self.config.network.num_tokens, **self._place(batch), grid=self.config.network.grid
         )
@@ -163,69 +172,81 @@ class MaskedTokenModel(TokenModel):
         place = {"index": batch.index, "epoch": batch.epoch, "position": batch.position}
         return {**place, "global_batch": self.config.global_batch}
 
-    def _compute_training_losses(
-        self, batch: Batch, tokens: Tensor, labels: Tensor, mask: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Computes the loss of the objective, and of each masked token the NLL (M,) and the hit (M,).
+    def _draw(self, batch: Batch) -> Draws:
+        draws = super()._draw(batch)
+        if not self.training:
+            return draws
+        predicted, seed = draws.mask, self.config.seed
+        if self.corruption is not None:
+            replaced, uniform = self.corruption.draw(draws.mask, seed=seed, index=batch.index, epoch=batch.epoch)
+            draws = draws._replace(replaced=replaced, replaced_positions=true_positions(replaced), uniform=uniform)
+            predicted = predicted | replaced
+        if self.objective.needs_slopes:
+            draws = draws._replace(slopes=self.mask_sampler.slope(predicted.shape[1], **self._place(batch)))
+        if self.objective.visible_weight > 0:
+            return draws._replace(positions=torch.arange(predicted.numel(), device=predicted.device))
+        positions = draws.positions if predicted is draws.mask else true_positions(predicted)
+        if self.config.compiled != "step":
+            return draws._replace(positions=positions)
+        padded, is_real = pad_positions(positions, max(1, predicted.numel() // _NUM_SIZES))
+        return draws._replace(positions=padded, is_real=is_real)
 
-        1. Replace some visible tokens, if there is a corruption.
-        2. Compute logits at masked tokens, at replaced ones, and at all others if the objective weights them.
+    def _prepare(self, batch: Batch, tokens: Tensor) -> Batch:
+        """Replaces some visible tokens, if there is a corruption; see ``TokenModel``."""
+        return super()._prepare(batch, tokens if self.corruption is None else self._corrupt(batch, tokens))
+
+    def _compute_training_losses(self, batch: Batch, tokens: Tensor) -> StepLosses:
+        """Computes the loss of the objective.
+
+        1. Compute logits at masked tokens, at replaced ones, and at all others if the objective weights them.
+        2. Compute their cross-entropies; those of padding are 0.
         3. Compute the objective.
         """
-        config, weight = self.config, self.objective.visible_weight
-        seen, predicted, weights = tokens, mask, None
-        if self.corruption is not None:  # 1.
-            seen, replaced = self._corrupt(self.corruption, batch, tokens, labels, mask)
-            predicted = mask | replaced
-        if weight > 0:
-            weights = torch.full(tokens.shape, weight, device=mask.device).masked_fill(predicted, 1.0).flatten()
-            predicted = torch.ones_like(mask)
-        # 2.
-        logits = self.transformer.forward_masked(
-            self._mask_tokens(seen, mask),
-            labels,
-            predicted,
-            vectors=batch.vectors_for(config.network.condition_dim),
-            vocabulary=config.loss_columns,
-        )  # (M, V)
-        targets, groups = tokens[predicted], config.network.num_token_groups  # (M,)
-        losses, nll = token_cross_entropy(
-            logits, targets, label_smoothing=config.label_smoothing, num_token_groups=groups
+        draws, (num_rows, num_tokens) = batch.draws, tokens.shape
+        assert draws is not None
+        positions, smoothing = draws.positions, self.config.label_smoothing
+        # 1, 2.
+        losses, nll, hits, of_clusters = self._measure_tokens(
+            self.transformer, batch, tokens, seen=batch.content, smoothing=smoothing, clusters=self.code_clusters
         )
-        of_clusters = None if self.code_clusters is None else cluster_cross_entropy(logits, targets, self.code_clusters)
-        hits = (likeliest_tokens(logits.detach(), num_groups=groups) == targets).float()
+        rows, weight = positions // num_tokens, self.objective.visible_weight
+        if draws.is_real is not None:
+            padding = ~draws.is_real
+            losses, rows = losses.masked_fill(padding, 0.0), rows.masked_fill(padding, num_rows)
+            of_clusters = None if of_clusters is None else of_clusters.masked_fill(padding, 0.0)
         # 3.
-        is_masked = None if predicted is mask else mask[predicted]
-        slopes = self.mask_sampler.slope(tokens.shape[1], **self._place(batch)) if self.objective.needs_slopes else None
-        rows = predicted.nonzero()[:, 0]
-        loss = self.objective(TokenLosses(losses, rows, len(tokens), is_masked, weights, slopes, of_clusters))
-        nll = nll.detach()
-        return (loss, nll, hits) if is_masked is None else (loss, nll[is_masked], hits[is_masked])
+        is_masked = weights = None
+        if draws.replaced is not None or weight > 0:
+            is_masked = draws.mask.flatten()[positions]
+        if weight > 0:
+            asked = draws.mask if draws.replaced is None else draws.mask | draws.replaced
+            weights = torch.full(tokens.shape, weight, device=asked.device).masked_fill(asked, 1.0).flatten()
+        loss = self.objective(TokenLosses(losses, rows, num_rows, is_masked, weights, draws.slopes, of_clusters))
+        counted = is_masked if draws.is_real is None or is_masked is None else is_masked & draws.is_real
+        return StepLosses(loss, nll.detach(), hits, draws.is_real if counted is None else counted)
 
     @torch.no_grad()
-    def _corrupt(
-        self, corruption: Corruption, batch: Batch, tokens: Tensor, labels: Tensor, mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Replaces some visible tokens; returns the tokens (B, N) and the replaced positions (B, N) bool."""
-        network = self.averaged_network.eval()
+    def _corrupt(self, batch: Batch, tokens: Tensor) -> Tensor:
+        """Replaces some visible tokens, and returns the tokens (B, N)."""
+        draws, network = batch.draws, self.averaged_network.eval()
+        assert self.corruption is not None
+        assert draws is not None
+        mask, labels, wanted, places = draws.mask, draws.labels, draws.replaced, draws.replaced_positions
+        assert wanted is not None
+        assert places is not None
+        assert draws.uniform is not None
         vectors = batch.vectors_for(self.config.network.condition_dim)
 
         def predict(replaced: Tensor) -> Tensor:
+            positions = places if replaced is wanted else true_positions(replaced)
             hidden = self._mask_tokens(tokens, mask | replaced)
-            return network.forward_masked(hidden, labels, replaced, vectors=vectors)
+            return network.forward_selected(hidden, labels, positions, vectors=vectors)
 
-        seen, replaced = corruption.corrupt(
-            tokens,
-            mask,
-            codebook_size=self.config.network.codebook_size,
-            predict=predict,
-            seed=self.config.seed,
-            index=batch.index,
-            epoch=batch.epoch,
-        )
+        size = self.config.network.codebook_size
+        seen = self.corruption.corrupt(tokens, wanted, draws.uniform, codebook_size=size, predict=predict)
         self.transformer.train(self.training)  # without an average, it is the network that drew
         torch.clear_autocast_cache()  # casts of weights made without gradients would cut the graph
-        return seen, replaced
+        return seen
 
     def _check_batch(self, rows: int) -> None:
         """Checks the size of the batches against ``config.global_batch``: other sizes would leave strata empty.
@@ -243,10 +264,10 @@ class MaskedTokenModel(TokenModel):
     def _mask_tokens(self, tokens: Tensor, mask: Tensor) -> Tensor:
         return tokens.masked_fill(mask, self.config.network.mask_token_id)
 
-    def _assign_bins(self, mask: Tensor) -> Tensor:
+    def _assign_bins(self, mask: Tensor, positions: Tensor) -> Tensor:
         """Groups tokens by the mask ratio of their row: bin i holds ratios in (i / 4, (i + 1) / 4]."""
         row_bins = ((mask.float().mean(1) * NUM_BINS).ceil().long() - 1).clamp(0, NUM_BINS - 1)  # (B,)
-        return row_bins.unsqueeze(1).expand_as(mask)[mask]  # (M,)
+        return row_bins[positions // mask.shape[1]]  # (M,)
 
     def _decode(self, labels: Sequence[int], seeds: Sequence[int], vectors: Tensor | None) -> Iterator[DecodingStep]:
         return decode_classes(

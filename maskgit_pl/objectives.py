@@ -30,8 +30,8 @@ class TokenLosses:
     """The cross-entropies of the M predicted tokens of a batch, image after image.
 
     Args:
-        losses: (M,) float32: cross-entropies, with a graph.
-        rows: (M,) int64 in [0, B): the image of each token.
+        losses: (M,) float32: cross-entropies, with a graph; 0 for padding.
+        rows: (M,) int64 in [0, B]: the image of each token; B for padding, which ``compiled: step`` adds.
         num_rows: B, images of the batch.
         is_masked: (M,) bool, False for tokens that the network saw; None if all are masked.
         weights: (M,) float32 >= 0: 1 for masked and for replaced tokens, ``visible_weight`` for other visible tokens;
@@ -52,8 +52,8 @@ class TokenLosses:
     def sum_rows(self, values: Tensor) -> Tensor:
         """Returns (B,) float32: the sums of ``values`` (M,) over the tokens of each image."""
         # Atomic additions have no order on a GPU; in float64 the order does not change the float32 result.
-        zeros = torch.zeros(self.num_rows, dtype=torch.float64, device=values.device)
-        return zeros.index_add(0, self.rows, values.double()).float()
+        zeros = torch.zeros(self.num_rows + 1, dtype=torch.float64, device=values.device)
+        return zeros.index_add(0, self.rows, values.double())[: self.num_rows].float()
 
 
 class Objective(ABC):

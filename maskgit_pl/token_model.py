@@ -3,16 +3,20 @@
 ``mvtm.MaskedTokenModel`` predicts masked tokens, ``autoregressive.AutoregressiveModel`` the next token. A training step
 does for each micro-batch (the code repeats the numbers):
 
-1. Seed dropout with (seed, step, micro-batch, rank).
-2. Draw the mask (B, N) of the tokens to predict (``_draw_mask``). MaskedTokenModel draws it from (seed, sample, epoch,
+1. Draw the mask (B, N) of the tokens to predict (``_draw_mask``). MaskedTokenModel draws it from (seed, sample, epoch,
    position): ceil(ratio N) positions with ratio = max(gamma(u), min_mask_ratio). AutoregressiveModel predicts all
    tokens.
-3. Take the tokens (B, N) of the batch, or flip some of its images and encode them with the frozen tokenizer.
-4. Replace each label by the null class with probability ``class_dropout``, a function of (seed, sample, epoch). The
+2. Replace each label by the null class with probability ``class_dropout``, a function of (seed, sample, epoch). The
    null class also hides the vector of the sample, if the network is conditioned on vectors.
+3. Seed dropout with (seed, step, micro-batch, rank).
+4. Take the tokens (B, N) of the batch, or flip some of its images and encode them with the frozen tokenizer.
 5. Replace the masked tokens by the mask token (``_mask_tokens``; causal attention keeps all tokens), and compute logits
    at the M predicted tokens only.
 6. Compute the loss, with label smoothing: the mean over rows of (sum of the row's cross-entropies / their number).
+
+The data modules run 1 and 2 on the host, before the batch is copied to the device (``draw_on_host``). M is then known
+on the host, so that no later operation has a size that depends on values: the host does not wait for the device, and 5
+and 6 are one graph, which ``compiled: step`` compiles. With another data module they run in the step, on its device.
 
 Lightning runs the backward pass. After the last micro-batch:
 
@@ -25,10 +29,11 @@ from __future__ import annotations
 import math
 import shutil
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from lightning.pytorch import LightningModule
@@ -43,9 +48,15 @@ from maskgit_pl.checks import check_choice, check_number, check_seed
 from maskgit_pl.data import Batch, flip
 from maskgit_pl.decoding import DecodingConfig, DecodingStep
 from maskgit_pl.imaging import to_unit_range
-from maskgit_pl.losses import masked_cross_entropy
+from maskgit_pl.losses import (
+    TokenStatistics,
+    chunked_statistics,
+    mean_over_rows,
+    needs_chunks,
+    token_statistics,
+)
+from maskgit_pl.masking import Draws, true_positions
 from maskgit_pl.networks.backbone import Backbone, BackboneConfig, Vocabulary
-from maskgit_pl.networks.token_groups import likeliest_tokens
 from maskgit_pl.pretrained import (
     PretrainedTokenizer,
     load_tokenizer,
@@ -98,6 +109,22 @@ class TokenModelConfig:
         return self.network.loss_columns(self.loss_vocabulary)
 
 
+class StepLosses(NamedTuple):
+    """The result of forward pass and loss for a micro-batch.
+
+    Args:
+        loss: Scalar float32, with a graph.
+        token_losses: (M,) float32: negative log-likelihoods of the predicted tokens, detached.
+        hits: (M,) float32: 1 where the most likely code is the right one.
+        counted: (M,) bool: the tokens that are masked and no padding, for the logs; None for all.
+    """
+
+    loss: Tensor
+    token_losses: Tensor
+    hits: Tensor
+    counted: Tensor | None = None
+
+
 class TokenModel(LightningModule):
     """The LightningModule of stage 2: trains a transformer on tokens, or on images that it encodes on the fly.
 
@@ -132,6 +159,10 @@ class TokenModel(LightningModule):
         self._validation_loss = MeanMetric()
         self._validation_accuracy = MeanMetric()
         self._bins = BinnedMeans(self.binned_by)
+        self._run_step: Callable[[Batch, Tensor], StepLosses] = self._compute_training_losses
+        if config.compiled == "step":
+            # Sizes are few and static, which a CUDA graph needs.
+            self._run_step = torch.compile(self._compute_training_losses, fullgraph=True, dynamic=False)
 
     @abstractmethod
     def _draw_mask(self, batch: Batch) -> Tensor:
@@ -142,8 +173,13 @@ class TokenModel(LightningModule):
         """Returns the input of the network, (B, N) int64, for tokens (B, N) and a mask (B, N)."""
 
     @abstractmethod
-    def _assign_bins(self, mask: Tensor) -> Tensor:
-        """Returns the group of each of the M predicted tokens in the logs, (M,) int64 in [0, 4)."""
+    def _assign_bins(self, mask: Tensor, positions: Tensor) -> Tensor:
+        """Returns the group of each of the M predicted tokens in the logs, (M,) int64 in [0, 4).
+
+        Args:
+            mask: (B, N) bool.
+            positions: (M,) int64 in [0, B N): the places of the tokens in the batch.
+        """
 
     @abstractmethod
     def _decode(self, labels: Sequence[int], seeds: Sequence[int], vectors: Tensor | None) -> Iterator[DecodingStep]:
@@ -230,14 +266,34 @@ class TokenModel(LightningModule):
             step = self.trainer.global_step  # the current step is not counted yet
             update_ema(self.ema_network, self.transformer, decay=self.config.ema_decay, step=step)
 
+    def draw_on_host(self, batch: Batch) -> Batch:
+        """Adds the random draws of the step to a batch that is on the host; the data modules call it."""
+        drawn = self._with_draws(batch)
+        if self.device.type != "cuda" or drawn.draws is None:
+            return drawn
+        return drawn._replace(draws=drawn.draws.pin_memory())
+
+    def _with_draws(self, batch: Batch) -> Batch:
+        """Returns the batch with its random draws (steps 1 and 2), unless it has them already."""
+        return batch if batch.draws is not None else batch._replace(draws=self._draw(batch))
+
+    def _draw(self, batch: Batch) -> Draws:
+        """Draws what a batch needs; in validation without class dropout."""
+        mask = self._draw_mask(batch)  # 1
+        if self.training:
+            return Draws(self._drop_classes(batch), mask, true_positions(mask))  # 2
+        # Rows that only pad the last batch do not count.
+        return Draws(batch.labels, mask, true_positions(mask & batch.valid.unsqueeze(1)))
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Computes the loss of one micro-batch, scalar float32."""
-        self._reseed_dropout(batch_idx)  # 1
-        tokens, mask = self.tokens_and_mask(batch)  # 2, 3
-        labels = self._drop_classes(batch)  # 4
-        # 5, 6
-        loss, token_loss, hits = self._compute_training_losses(batch, tokens, labels, mask)
-        self._bins.add(self._assign_bins(mask), token_loss, hits)
+        batch = self._with_draws(batch)  # 1, 2, if the module is called without a Trainer
+        assert batch.draws is not None
+        self._reseed_dropout(batch_idx)  # 3
+        tokens, mask = self.tokens_and_mask(batch)  # 4
+        loss, token_loss, hits, counted = self._run_step(self._prepare(batch, tokens), tokens)  # 5, 6
+        bins = self._assign_bins(mask, batch.draws.positions)
+        self._bins.add(bins if counted is None else bins.masked_fill(~counted, NUM_BINS), token_loss, hits)
         is_logged = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # set late
         if is_logged and (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:  # the step's last micro-batch
             self._log_training(loss.detach())
@@ -245,19 +301,11 @@ class TokenModel(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds loss and accuracy of the averaged network, without class dropout and label smoothing."""
-        tokens, mask = self.tokens_and_mask(batch)
-        # Rows that only pad the last batch do not count.
-        mask = mask & batch.valid.unsqueeze(1)
-        _, token_loss, hits = self._compute_losses(
-            self.averaged_network,
-            tokens,
-            batch.labels,
-            mask,
-            vectors=batch.vectors_for(self.config.network.condition_dim),
-            smoothing=0.0,
-        )
-        self._validation_loss.update(token_loss)
-        self._validation_accuracy.update(hits)
+        batch = self._with_draws(batch)
+        tokens, _ = self.tokens_and_mask(batch)
+        losses = self._compute_losses(self.averaged_network, batch, tokens, smoothing=0.0)
+        self._validation_loss.update(losses.token_losses)
+        self._validation_accuracy.update(losses.hits)
 
     def on_validation_epoch_end(self) -> None:
         """Logs loss and accuracy over all predicted tokens of all ranks."""
@@ -272,7 +320,7 @@ class TokenModel(LightningModule):
 
     def tokens_and_mask(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Returns the tokens of a batch, (B, N) int64 in [0, K), and the mask of those to predict, (B, N) bool."""
-        mask = self._draw_mask(batch)
+        mask = self._draw_mask(batch) if batch.draws is None else batch.draws.mask
         return self._encode(batch), mask
 
     @torch.no_grad()
@@ -351,32 +399,63 @@ class TokenModel(LightningModule):
         """Returns the trained network, and the average if there is one."""
         return [self.transformer] if self.ema_network is None else [self.transformer, self.ema_network]
 
-    def _compute_training_losses(
-        self, batch: Batch, tokens: Tensor, labels: Tensor, mask: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Computes the results of ``_compute_losses`` for the trained network; a subclass may train on another loss."""
-        vectors, smoothing = batch.vectors_for(self.config.network.condition_dim), self.config.label_smoothing
-        return self._compute_losses(self.transformer, tokens, labels, mask, vectors=vectors, smoothing=smoothing)
+    def _prepare(self, batch: Batch, tokens: Tensor) -> Batch:
+        """Returns the batch with the tokens that the network sees where they are not masked, (B, N), as its content."""
+        return batch._replace(content=tokens)
 
-    def _compute_losses(
+    def _compute_training_losses(self, batch: Batch, tokens: Tensor) -> StepLosses:
+        """Computes the results of ``_compute_losses`` for the trained network; a subclass may train on another loss.
+
+        Args:
+            batch: The batch with its draws, from ``_prepare``.
+            tokens: (B, N) int64, the true tokens.
+        """
+        return self._compute_losses(self.transformer, batch, tokens, smoothing=self.config.label_smoothing)
+
+    def _compute_losses(self, network: Backbone, batch: Batch, tokens: Tensor, *, smoothing: float) -> StepLosses:
+        """Computes the mean over rows of their cross-entropies, and the values for the logs."""
+        assert batch.draws is not None
+        found = self._measure_tokens(network, batch, tokens, seen=tokens, smoothing=smoothing)
+        rows = batch.draws.positions // tokens.shape[1]
+        return StepLosses(mean_over_rows(found.losses, rows, num_rows=len(tokens)), found.nll, found.hits)
+
+    def _measure_tokens(
         self,
         network: Backbone,
+        batch: Batch,
         tokens: Tensor,
-        labels: Tensor,
-        mask: Tensor,
         *,
-        vectors: Tensor | None = None,
+        seen: Tensor,
         smoothing: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Computes the scalar loss, and of each predicted token the NLL (M,) and the hit (M,), 1 if argmax is right."""
-        columns, groups = self.config.loss_columns, self.config.network.num_token_groups
-        seen = self._mask_tokens(tokens, mask)
-        logits = network.forward_masked(seen, labels, mask, vectors=vectors, vocabulary=columns)  # (M, V)
-        rows, targets = mask.nonzero()[:, 0], tokens[mask]  # (M,) each: row and code of the predicted tokens
-        loss, token_loss = masked_cross_entropy(
-            logits, targets, rows, num_rows=len(tokens), label_smoothing=smoothing, num_token_groups=groups
+        clusters: Tensor | None = None,
+    ) -> TokenStatistics:
+        """Computes logits at the M predicted tokens, in chunks if they are very large, and their statistics.
+
+        Args:
+            network: The network.
+            batch: The batch with its draws.
+            tokens: (B, N) int64, the true tokens.
+            seen: (B, N) int64, the tokens that the network sees where they are not masked.
+            smoothing: Label smoothing.
+            clusters: Clusters of the codes, for their losses.
+        """
+        draws, config, columns = batch.draws, self.config.network, self.config.loss_columns
+        assert draws is not None
+        targets = tokens.flatten()[draws.positions]  # (M,)
+        compute = partial(
+            network.forward_selected,
+            self._mask_tokens(seen, draws.mask),
+            draws.labels,
+            draws.positions,
+            vectors=batch.vectors_for(config.condition_dim),
+            vocabulary=columns,
         )
-        return loss, token_loss, (likeliest_tokens(logits.detach(), num_groups=groups) == targets).float()
+        groups = config.num_token_groups
+        measure = partial(token_statistics, label_smoothing=smoothing, num_token_groups=groups, clusters=clusters)
+        if network.takes_project and needs_chunks(len(targets), config.num_columns(columns)):
+            project = partial(chunked_statistics, targets=targets, measure=measure)
+            return TokenStatistics(*compute(project=project).unbind(1))
+        return measure(compute(), targets)
 
     def _reseed_dropout(self, batch_idx: int) -> None:
         """Seeds dropout by (seed, step, micro-batch, rank): a resumed run is bit-exact on the same number of ranks."""

@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from maskgit_pl.autoregressive import AutoregressiveModel
+from maskgit_pl.data import Batch
 from maskgit_pl.decoding import AutoregressiveDecoding, DecodingConfig
+from maskgit_pl.masking import true_positions
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pretrained import load_transformer
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
@@ -42,10 +44,10 @@ def test_a_model_learns_and_exports_its_average(tiny_shards, tiny_pretrained, tm
 
 def test_the_loss_is_the_mean_cross_entropy_of_all_tokens(tiny_pretrained):
     module = model(tiny_pretrained, network=replace(CONFIG, dropout=0.0))
-    tokens, labels = torch.randint(16, (5, 16)), torch.randint(3, (5,))
-    everything = torch.ones(5, 16, dtype=torch.bool)
+    tokens, labels, index = torch.randint(16, (5, 16)), torch.randint(3, (5,)), torch.arange(5)
+    batch = module.eval()._with_draws(Batch(tokens, labels, index, torch.zeros_like(index), index, index >= 0))
     for smoothing in (0.0, 0.1):
-        loss, each, hits = module._compute_losses(module.transformer, tokens, labels, everything, smoothing=smoothing)
+        loss, each, hits, _ = module._compute_losses(module.transformer, batch, tokens, smoothing=smoothing)
         logits = module.transformer(tokens, labels, vocabulary="all").flatten(0, 1)
         torch.testing.assert_close(loss, F.cross_entropy(logits, tokens.flatten(), label_smoothing=smoothing))
         torch.testing.assert_close(each, F.cross_entropy(logits, tokens.flatten(), reduction="none"))
@@ -80,7 +82,7 @@ def test_what_is_logged_is_sorted_by_the_place_in_raster_order(tiny_pretrained):
     mask = torch.ones(2, 16, dtype=torch.bool)
     mask[1, 3] = False
     assert (
-        module._assign_bins(mask).tolist()
+        module._assign_bins(mask, true_positions(mask)).tolist()
         == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4 + [0] * 3 + [1] * 4 + [2] * 4 + [3] * 4
     )
 

@@ -18,11 +18,9 @@ def seven(replaced: Tensor) -> Tensor:
 
 
 def corrupt(name: str, *, rows: slice = slice(None), seed: int = 3, epoch: int = 0, fraction: float = 0.25):
-    index = torch.arange(B)[rows]
-    return corruptions.build({"name": name, "fraction": fraction}).corrupt(
-        TOKENS[rows], MASK[rows], codebook_size=K, predict=seven, seed=seed, index=index,
-        epoch=torch.full_like(index, epoch),
-    )  # fmt: skip
+    index, corruption = torch.arange(B)[rows], corruptions.build({"name": name, "fraction": fraction})
+    replaced, uniform = corruption.draw(MASK[rows], seed=seed, index=index, epoch=torch.full_like(index, epoch))
+    return corruption.corrupt(TOKENS[rows], replaced, uniform, codebook_size=K, predict=seven), replaced
 
 
 @every_corruption

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from maskgit_pl.data import Batch, describe_store, tokenize
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.imaging import to_unit_range
-from maskgit_pl.masking import MaskSampler
+from maskgit_pl.masking import MaskSampler, true_positions
 from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pretrained import load_tokenizer, load_transformer
@@ -202,7 +202,8 @@ def test_the_first_step_by_hand(tiny_shards, tiny_pretrained, store, tmp_path):
 def test_tokens_are_binned_by_the_share_of_their_row_that_is_masked(tiny_pretrained):
     counts = torch.tensor([1, 4, 5, 8, 12, 16])
     mask = torch.arange(16) < counts.unsqueeze(1)
-    assert model(tiny_pretrained)._assign_bins(mask).tolist() == [0] * 5 + [1] * 13 + [2] * 12 + [3] * 16
+    bins = model(tiny_pretrained)._assign_bins(mask, true_positions(mask))
+    assert bins.tolist() == [0] * 5 + [1] * 13 + [2] * 12 + [3] * 16
 
 
 class Seeds(Callback):

@@ -63,52 +63,54 @@ def test_a_resumed_run_equals_a_straight_one_to_the_last_bit(tiny_shards, tiny_p
 
 
 def losses_of(module: MaskedTokenModel, given: Batch):
-    mask = module.mask_sampler.mask(
-        16, index=given.index, epoch=given.epoch, position=given.position, global_batch=8, grid=(4, 4)
-    )
-    return mask, *module._compute_training_losses(given, given.content, given.labels, mask)
+    """Returns the batch with its draws, and the losses, without class dropout."""
+    given = module._with_draws(given)
+    given = given._replace(draws=given.draws._replace(labels=given.labels))
+    return given, module._compute_training_losses(module._prepare(given, given.content), given.content)
 
 
 def test_the_weighted_loss_by_hand():
     network, given = replace(CONFIG, dropout=0.0), batch()
     module = model(network=network, objective=ALL["objective"], label_smoothing=0.0)
-    mask, loss, nll, hits = losses_of(module, given)
+    drawn, found = losses_of(module, given)
+    mask = drawn.draws.mask
     logits = module.transformer(given.content.masked_fill(mask, network.mask_token_id), given.labels, vocabulary="all")
     each = cross_entropy(logits.transpose(1, 2), given.content, reduction="none")
     weights = torch.where(mask, 1.0, 0.5)
-    torch.testing.assert_close(loss, ((each * weights).sum(1) / weights.sum(1)).mean())
-    torch.testing.assert_close(nll, each[mask])  # logs are of masked tokens only
-    assert len(hits) == int(mask.sum())
+    torch.testing.assert_close(found.loss, ((each * weights).sum(1) / weights.sum(1)).mean())
+    torch.testing.assert_close(found.token_losses, each.flatten())
+    assert torch.equal(found.counted, mask.flatten())  # logs are of masked tokens only
 
 
 @pytest.mark.parametrize("name", ["uniform", "model"])
 def test_the_original_is_asked_for_where_a_token_was_replaced(name):
     network, given = replace(CONFIG, dropout=0.0), batch()
     module = model(network=network, corruption={"name": name, "fraction": 0.4}, label_smoothing=0.0)
-    mask, loss, *_ = losses_of(module, given)
-    seen, replaced = module._corrupt(module.corruption, given, given.content, given.labels, mask)
+    drawn, found = losses_of(module, given)
+    mask, replaced, seen = drawn.draws.mask, drawn.draws.replaced, module._corrupt(drawn, given.content)
     assert replaced.any()
     assert (seen != given.content)[replaced].any()
     logits = module.transformer(seen.masked_fill(mask, network.mask_token_id), given.labels, vocabulary="all")
     each, asked = cross_entropy(logits.transpose(1, 2), given.content, reduction="none"), mask | replaced
-    torch.testing.assert_close(loss, ((each * asked).sum(1) / asked.sum(1)).mean())
+    torch.testing.assert_close(found.loss, ((each * asked).sum(1) / asked.sum(1)).mean())
     assert module.transformer.training
 
 
 def test_the_defaults_are_the_plain_loss_to_the_last_bit():
     module, given = model(network=replace(CONFIG, dropout=0.0)), batch()
-    mask, loss, nll, hits = losses_of(module, given)
-    plain = module._compute_losses(module.transformer, given.content, given.labels, mask, smoothing=0.1)
-    for mine, other in zip((loss, nll, hits), plain, strict=True):
+    drawn, found = losses_of(module, given)
+    plain = module._compute_losses(module.transformer, drawn, given.content, smoothing=0.1)
+    assert found.counted is plain.counted is None
+    for mine, other in zip(found[:3], plain[:3], strict=True):
         assert torch.equal(mine, other)
 
 
 def test_drawing_codes_does_not_cut_the_graph_in_mixed_precision():
     module, given = model(corruption="model", ema_decay=0.0, network=replace(CONFIG, dropout=0.0)), batch()
     with torch.autocast("cpu", torch.bfloat16):
-        _, loss, *_ = losses_of(module, given)
+        _, found = losses_of(module, given)
     assert module.transformer.training  # without an average, it has drawn in evaluation mode
-    loss.backward()
+    found.loss.backward()
     assert all(parameter.grad is not None for parameter in module.transformer.parameters())
 
 
@@ -137,10 +139,9 @@ def test_a_model_that_has_seen_wrong_tokens_gives_them_low_probabilities(name):
         optimizer = torch.optim.Adam(module.transformer.parameters(), lr=5e-3)
         for step in range(250):
             now = given._replace(epoch=given.epoch + step, position=given.position + 3 * step)
-            mask = module.mask_sampler.mask(16, index=now.index, epoch=now.epoch, position=now.position, global_batch=3)
-            loss, *_ = module._compute_training_losses(now, now.content, now.labels, mask)
+            _, found_now = losses_of(module, now)
             optimizer.zero_grad()
-            loss.backward()
+            found_now.loss.backward()
             optimizer.step()
         found[corruption is not None] = right_probability(module, given)
     (plain_wrong, _), (wrong, right) = found[False], found[True]

@@ -24,6 +24,7 @@ from maskgit_pl.data.order import Order, Rows
 from maskgit_pl.errors import INTERNAL_ERROR, DataWorkerError, RunError, exit_code_of
 from maskgit_pl.image_format import ImageSize, height_width
 from maskgit_pl.interruption import ignore_job_signals
+from maskgit_pl.masking import Draws
 from maskgit_pl.randomness import random_bits, random_uniform
 from maskgit_pl.shards.crops import Place
 from maskgit_pl.shards.images import UnreadableImageError, decode_image, load_image_into
@@ -52,6 +53,7 @@ class Batch(NamedTuple):
         replacement: (B,) int64, number of the sample that is shown, with its label, in place of an unreadable one; -1
             if the sample itself is shown.
         vectors: (B, C) float32, vector of each sample shown; None if the data module reads no vectors.
+        draws: The random draws of a training step for these samples; None before the module has made them.
     """
 
     content: Tensor
@@ -62,6 +64,7 @@ class Batch(NamedTuple):
     valid: Tensor
     replacement: Tensor = _NONE_REPLACED
     vectors: Tensor | None = None
+    draws: Draws | None = None
 
     def vectors_for(self, condition_dim: int) -> Tensor | None:
         """Returns the vectors for a network with conditioning vectors of a given size.

@@ -32,7 +32,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from maskgit_pl.checks import check_choice, check_integer, check_number
-from maskgit_pl.networks.backbone import Attention, Backbone, BackboneConfig, Vocabulary, backbones
+from maskgit_pl.networks.backbone import Attention, Backbone, BackboneConfig, Project, Vocabulary, backbones
 from maskgit_pl.networks.packing_linear import PackingLinear
 from maskgit_pl.networks.rotary import Positions, rotate, rotation_table
 from maskgit_pl.networks.token_groups import TokenEmbedding, token_logits
@@ -176,7 +176,7 @@ class AdaLNBlock(nn.Module):
         condition: Tensor,
         rotation: Tensor | None = None,
         *,
-        mask: Tensor | None = None,
+        rows: Tensor | None = None,
         positions: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
@@ -186,12 +186,12 @@ class AdaLNBlock(nn.Module):
             x: (B, S, D).
             condition: (B, D): the condition c; not used with ``conditioning: token``.
             rotation: (S, D / heads / 2, 2): cosines and sines of the rotary positions; None for learned positions.
-            mask: (B, S) bool: return only the M rows where it is True.
+            rows: (M,) int64 in [0, B S): return only these rows of the (B S, D) output.
             positions: (B, M) int64 in [0, S): return only these rows; not with causal attention.
             cache: Keys and values of the rows before x, to which those of x are added; x is then one row, or the first.
 
         Returns:
-            (B, S, D), (M, D) with a mask, or (B, M, D) with positions.
+            (B, S, D), (M, D) with rows, or (B, M, D) with positions.
         """
         parts: Sequence[Tensor | None] = [None] * 6
         if self.modulation is not None:
@@ -203,11 +203,11 @@ class AdaLNBlock(nn.Module):
             attended = self._attend(asking, normed, rotation, positions)
         else:
             attended = self._attend(normed, normed, rotation, cache=cache)
-        if mask is not None:  # the rest works on rows, so all others can be dropped here
-            rows = mask.nonzero()[:, 0]
-            x, attended = x[mask], attended[mask]
-            # Unlike that of part[rows, 0], the gradient of a lookup is bit-equal with any number of threads.
-            parts = [None if part is None else F.embedding(rows, part[:, 0]) for part in parts]
+        if rows is not None:  # the rest works on rows, so all others can be dropped here
+            images = rows // x.shape[1]
+            # Unlike that of an index, the gradient of a lookup is bit-equal with any number of threads.
+            x, attended = (F.embedding(rows, each.flatten(0, 1)) for each in (x, attended))
+            parts = [None if part is None else F.embedding(images, part[:, 0]) for part in parts]
         x = _add(x, F.dropout(self.proj(attended), self.dropout, self.training), parts[2])
         gate, value = self.fc1(_modulate(self.mlp_norm(x), *parts[3:5])).chunk(2, dim=-1)
         hidden = F.dropout(F.silu(gate) * value, self.dropout, self.training)
@@ -253,6 +253,7 @@ class AdaLNTransformer(Backbone):
         config: Sizes and options.
     """
 
+    takes_project = True
     config: AdaLNConfig
     vocabulary_tables = ("token_embedding.weight", "head_embedding.weight", "head_bias")
     class_tables = ("class_embedding.weight",)
@@ -289,20 +290,22 @@ class AdaLNTransformer(Backbone):
         x = self.blocks[-1](x, condition, rotation)[:, : tokens.shape[1]]
         return self._head(x, condition.unsqueeze(1), vocabulary)
 
-    def forward_masked(
+    def forward_selected(
         self,
         tokens: Tensor,
         labels: Tensor,
-        mask: Tensor,
+        positions: Tensor,
         *,
         vectors: Tensor | None = None,
         vocabulary: Vocabulary = "codes",
+        project: Project = F.linear,
     ) -> Tensor:
-        """Returns the logits (number of True, V) where ``mask`` is True. The last MLP and the head run there only."""
+        """Returns the logits (M, V) at ``positions``; see ``Backbone``. The last MLP and the head run there only."""
         x, condition, rotation = self._before_last(tokens, labels, vectors)
-        in_sequence = F.pad(mask, (0, x.shape[1] - mask.shape[1]))  # no logits of class token and registers
-        x = self.blocks[-1](x, condition, rotation, mask=in_sequence)
-        return self._head(x, condition[mask.nonzero()[:, 0]], vocabulary)
+        images = positions // tokens.shape[1]
+        rows = positions + images * (x.shape[1] - tokens.shape[1])  # class token and registers are at the end
+        x = self.blocks[-1](x, condition, rotation, rows=rows)
+        return self._head(x, F.embedding(images, condition), vocabulary, project)
 
     def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor, *, vectors: Tensor | None = None) -> Tensor:
         """Returns the logits (B, M, K) at ``positions``. The last block's queries and the head run there only."""
@@ -357,13 +360,13 @@ class AdaLNTransformer(Backbone):
             parts.append(self.register_embedding.weight.expand(len(x), -1, -1))
         return torch.cat(parts, dim=1)
 
-    def _head(self, x: Tensor, condition: Tensor, vocabulary: Vocabulary) -> Tensor:
+    def _head(self, x: Tensor, condition: Tensor, vocabulary: Vocabulary, project: Project = F.linear) -> Tensor:
         """Computes the logits (..., V) of hidden states (..., D), given the condition (..., D)."""
         x = self.head_norm(x)
         if self.head_modulation is not None:
             x = _modulate(x, *self.head_modulation(condition).chunk(2, dim=-1))
-        table = self.token_embedding if self.head_embedding is None else self.head_embedding
-        return token_logits(x, table.weight, self.head_bias, config=self.config, vocabulary=vocabulary)
+        table = (self.head_embedding or self.token_embedding).weight
+        return token_logits(x, table, self.head_bias, config=self.config, vocabulary=vocabulary, project=project)
 
     def _blocks(self) -> Sequence[AdaLNBlock]:
         return cast("Sequence[AdaLNBlock]", self.blocks)

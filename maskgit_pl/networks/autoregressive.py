@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
+import torch.nn.functional as F
 from torch import Tensor
 
-from maskgit_pl.networks.backbone import AutoregressiveBackbone, Vocabulary
+from maskgit_pl.networks.backbone import AutoregressiveBackbone, Project, Vocabulary
 from maskgit_pl.networks.transformer import Transformer
 from maskgit_pl.networks.transformer_block import Block, KVCache
 
@@ -52,29 +53,19 @@ class AutoregressiveTransformer(Transformer, AutoregressiveBackbone):
         """
         return self._head(self._hidden(tokens, labels), vocabulary)
 
-    def forward_masked(
+    def forward_selected(
         self,
         tokens: Tensor,
         labels: Tensor,
-        mask: Tensor,
+        positions: Tensor,
         *,
         vectors: Tensor | None = None,
         vocabulary: Vocabulary = "codes",
+        project: Project = F.linear,
     ) -> Tensor:
-        """Returns the logits of the tokens where ``mask`` is True. The head runs at these only.
-
-        Args:
-            tokens: (B, N) int64 in [0, K).
-            labels: (B,) int64 in [0, num_classes), or ``null_label``.
-            mask: (B, N) bool.
-            vectors: None: the transformer knows classes only.
-            vocabulary: Columns of the result; see ``Backbone.forward``.
-
-        Returns:
-            (number of True, V) float, in raster order, row after row.
-        """
+        """Returns the logits (M, V) at ``positions``; see ``Backbone``. The head runs there only."""
         # Rows are selected before the head, the largest matrix product of the network.
-        return self._head(self._hidden(tokens, labels)[mask], vocabulary)
+        return self._head(F.embedding(positions, self._hidden(tokens, labels).flatten(0, 1)), vocabulary, project)
 
     def forward_next(self, tokens: Tensor, labels: Tensor, *, cache: Sequence[KVCache] | None = None) -> Tensor:
         """Returns the logits (B, K) of the next token; see ``AutoregressiveBackbone``."""

@@ -11,12 +11,13 @@ Shapes: B images, N tokens per image, K codebook size, V columns of the logits, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from functools import lru_cache
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskgit_pl.checks import check_integer, check_keys, check_number, shorten
@@ -33,6 +34,7 @@ __all__ = [
     "AutoregressiveBackbone",
     "Backbone",
     "BackboneConfig",
+    "Project",
     "Vocabulary",
     "backbones",
     "build_config",
@@ -43,6 +45,7 @@ __all__ = [
 
 Attention = Literal["bidirectional", "causal"]
 Vocabulary = Literal["codes", "all", "groups"]
+Project: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 DEFAULT_BACKBONE = "bert"
 """The backbone of recipes and files that name none."""
@@ -175,6 +178,11 @@ class BackboneConfig(ABC):
         """The number of rows of the token embedding: ``num_code_rows``, then one for each other id."""
         return self.vocabulary_size - self.codebook_size + self.num_code_rows
 
+    def num_columns(self, vocabulary: Vocabulary) -> int:
+        """Returns the number of rows of the token embedding that the logits are computed with."""
+        # Codes come first in the table, so the others need not be computed.
+        return self.num_rows if vocabulary == "all" and self.num_token_groups == 1 else self.num_code_rows
+
     def loss_columns(self, vocabulary: Vocabulary) -> Vocabulary:
         """Returns the columns of the logits that a loss needs: those of ``vocabulary``, or of the token groups."""
         return vocabulary if self.num_token_groups == 1 else "groups"
@@ -219,6 +227,7 @@ class Backbone(nn.Module):
         blocks: The repeated parts. Activation checkpointing, compilation, FSDP2 and int8 work block by block. May be
             empty: the network is then one group.
         entry_points: Methods that are called besides ``forward``. FSDP2 gathers the weights for them too.
+        takes_project: True if ``forward_selected`` follows ``project``.
         vocabulary_tables: Names of tensors in the state dict with a row for each id of the vocabulary; the codes have
             ``num_code_rows`` rows.
         class_tables: Names of tensors with a row for each class, and for the null label if there is one.
@@ -226,7 +235,8 @@ class Backbone(nn.Module):
             other rows.
     """
 
-    entry_points: ClassVar[tuple[str, ...]] = ("forward_masked", "forward_at")
+    entry_points: ClassVar[tuple[str, ...]] = ("forward_masked", "forward_selected", "forward_at")
+    takes_project: ClassVar[bool] = False
     vocabulary_tables: ClassVar[tuple[str, ...]] = ()
     class_tables: ClassVar[tuple[str, ...]] = ()
     position_tables: ClassVar[tuple[str, ...]] = ()
@@ -263,7 +273,7 @@ class Backbone(nn.Module):
         vectors: Tensor | None = None,
         vocabulary: Vocabulary = "codes",
     ) -> Tensor:
-        """Returns the logits of the tokens where ``mask`` is True, for training.
+        """Returns the logits of the tokens where ``mask`` is True. The host waits for the device to count them.
 
         Args:
             tokens: (B, N) int64.
@@ -275,8 +285,43 @@ class Backbone(nn.Module):
         Returns:
             (number of True, V) float, in raster order, row after row.
         """
-        # Not self(...): FSDP2 and DDP have gathered the weights for this method already.
-        return self.forward(tokens, labels, vectors=vectors, vocabulary=vocabulary)[mask]
+        positions = mask.flatten().nonzero().squeeze(1)
+        # The method of the class: FSDP2 has gathered the weights already.
+        select = type(self).forward_selected
+        return select(self, tokens, labels, positions, vectors=vectors, vocabulary=vocabulary)
+
+    def forward_selected(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        positions: Tensor,
+        *,
+        vectors: Tensor | None = None,
+        vocabulary: Vocabulary = "codes",
+        project: Project = F.linear,
+    ) -> Tensor:
+        """Returns the logits of M tokens of the batch, for training.
+
+        Args:
+            tokens: (B, N) int64.
+            labels: (B,) int64.
+            positions: (M,) int64 in [0, B N): token n of image b is at b N + n.
+            vectors: (B, C) float; None without conditioning vectors.
+            vocabulary: Columns of the result: the K codes, or the whole vocabulary.
+            project: (M, D) hidden states, (V, D) table, (V,) bias -> (M, V) logits, or values that are computed from
+                logits without a tensor of all of them; followed if ``takes_project``.
+
+        Returns:
+            (M, V) float, or what ``project`` returns.
+        """
+        own = type(self).forward_masked
+        if own is Backbone.forward_masked:
+            # Not self(...): FSDP2 and DDP have gathered the weights for this method already.
+            logits = self.forward(tokens, labels, vectors=vectors, vocabulary=vocabulary).flatten(0, 1)
+            return logits[positions]
+        mask = torch.zeros(tokens.numel(), dtype=torch.bool, device=tokens.device).index_fill(0, positions, value=True)
+        found = own(self, tokens, labels, mask.view_as(tokens), vectors=vectors, vocabulary=vocabulary)
+        return found[mask.cumsum(0)[positions] - 1]
 
     def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor, *, vectors: Tensor | None = None) -> Tensor:
         """Returns the logits of the codes at M positions of each image, for decoding.
@@ -300,7 +345,7 @@ class AutoregressiveBackbone(Backbone):
     ``forward`` and ``forward_masked`` compute all tokens in one pass; the mask token is not part of their input.
     """
 
-    entry_points: ClassVar[tuple[str, ...]] = ("forward_masked", "forward_next")
+    entry_points: ClassVar[tuple[str, ...]] = ("forward_masked", "forward_selected", "forward_next")
 
     @abstractmethod
     def forward_next(self, tokens: Tensor, labels: Tensor, *, cache: Sequence[KVCache] | None = None) -> Tensor:

@@ -21,15 +21,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from maskgit_pl.networks.backbone import BackboneConfig, Vocabulary
+    from maskgit_pl.networks.backbone import BackboneConfig, Project, Vocabulary
 
-__all__ = ["TokenEmbedding", "compose_logits", "join_digits", "likeliest_tokens", "split_tokens", "token_logits"]
+__all__ = [
+    "TokenEmbedding",
+    "compose_logits",
+    "join_digits",
+    "likeliest_tokens",
+    "split_tokens",
+    "token_logits",
+]
 
 
 def split_tokens(tokens: Tensor, *, num_groups: int, group_size: int) -> Tensor:
     """Returns the digits (..., G) int64 in [0, k) of tokens (...) int64 in [0, k^G), the most significant one first."""
-    places = [group_size**place for place in reversed(range(num_groups))]
-    return tokens.unsqueeze(-1) // torch.tensor(places, device=tokens.device) % group_size
+    # Not a tensor of the powers: its copy to the device would wait.
+    digits = [tokens // group_size**place % group_size for place in reversed(range(num_groups))]
+    return torch.stack(digits, dim=-1)
 
 
 def join_digits(digits: Tensor, *, group_size: int) -> Tensor:
@@ -98,7 +106,15 @@ class TokenEmbedding(nn.Embedding):
         return torch.where(is_code, embedded, others)
 
 
-def token_logits(x: Tensor, table: Tensor, bias: Tensor, *, config: BackboneConfig, vocabulary: Vocabulary) -> Tensor:
+def token_logits(
+    x: Tensor,
+    table: Tensor,
+    bias: Tensor,
+    *,
+    config: BackboneConfig,
+    vocabulary: Vocabulary,
+    project: Project = F.linear,
+) -> Tensor:
     """Computes the logits of hidden states, with a table that has the rows of ``TokenEmbedding``.
 
     Args:
@@ -108,12 +124,11 @@ def token_logits(x: Tensor, table: Tensor, bias: Tensor, *, config: BackboneConf
         config: Sizes of the vocabulary and of its groups.
         vocabulary: Columns of the result: the K codes, the whole vocabulary, or the G k values of all groups. With
             several groups, the whole vocabulary is that of the codes.
+        project: The product of hidden states and table; see ``Backbone.forward_selected``.
 
     Returns:
         (..., V) float.
     """
-    groups = config.num_token_groups
-    # Codes come first in the table, so the others need not be computed.
-    rows = config.num_rows if vocabulary == "all" and groups == 1 else config.num_code_rows
-    logits = F.linear(x, table[:rows], bias[:rows])
+    groups, rows = config.num_token_groups, config.num_columns(vocabulary)
+    logits = project(x, table[:rows], bias[:rows])
     return logits if groups == 1 or vocabulary == "groups" else compose_logits(logits, num_groups=groups)

@@ -1,6 +1,6 @@
 """The bidirectional transformer of MaskGIT: a post-norm BERT over a class token and the image's tokens.
 
-``mvtm.MaskedTokenModel`` trains ``MaskedTransformer.forward_masked``; the predictors of ``decoding`` call
+``mvtm.MaskedTokenModel`` trains ``MaskedTransformer.forward_selected``; the predictors of ``decoding`` call
 ``forward_at`` and ``forward_cached``. ``Transformer`` is shared with ``networks.autoregressive``.
 
 Shapes: B images, N tokens, S = 1 + N positions of the sequence (the class first), D embedding dimension, V columns.
@@ -20,7 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskgit_pl.checks import check_choice, check_integer
-from maskgit_pl.networks.backbone import LARGEST_GRID, Attention, Backbone, BackboneConfig, Vocabulary, backbones
+from maskgit_pl.networks.backbone import (
+    LARGEST_GRID,
+    Attention,
+    Backbone,
+    BackboneConfig,
+    Project,
+    Vocabulary,
+    backbones,
+)
 from maskgit_pl.networks.packing_linear import PackingLinear
 from maskgit_pl.networks.token_groups import TokenEmbedding, token_logits
 from maskgit_pl.networks.transformer_block import LAYER_NORM_EPS, Block
@@ -129,6 +137,7 @@ class Transformer(Backbone):
         ValueError: if the configuration names the other attention.
     """
 
+    takes_project = True
     attention: ClassVar[Attention]
     config: TransformerConfig
     vocabulary_tables = ("token_embedding.weight", "head_bias")
@@ -167,10 +176,11 @@ class Transformer(Backbone):
         """Returns the ids (B, 1 + M) of a sequence: the class, whose id follows the codes', then tokens (B, M)."""
         return torch.cat([labels.unsqueeze(1) + self.config.codebook_size, tokens], dim=1)
 
-    def _head(self, x: Tensor, vocabulary: Vocabulary) -> Tensor:
+    def _head(self, x: Tensor, vocabulary: Vocabulary, project: Project = F.linear) -> Tensor:
         """Computes the logits (..., V) of hidden states (..., D)."""
         x = self.head_norm(self.head_dense(x))
-        return token_logits(x, self.token_embedding.weight, self.head_bias, config=self.config, vocabulary=vocabulary)
+        table = self.token_embedding.weight
+        return token_logits(x, table, self.head_bias, config=self.config, vocabulary=vocabulary, project=project)
 
 
 class MaskedTransformer(Transformer):
@@ -187,7 +197,7 @@ class MaskedTransformer(Transformer):
     """
 
     attention = "bidirectional"
-    entry_points = ("forward_masked", "forward_at", "forward_cached")
+    entry_points = ("forward_masked", "forward_selected", "forward_at", "forward_cached")
 
     def forward(
         self, tokens: Tensor, labels: Tensor, *, vectors: Tensor | None = None, vocabulary: Vocabulary = "codes"
@@ -206,29 +216,19 @@ class MaskedTransformer(Transformer):
         x = self.blocks[-1](self._hidden(tokens, labels))
         return self._head(x[:, 1:], vocabulary)
 
-    def forward_masked(
+    def forward_selected(
         self,
         tokens: Tensor,
         labels: Tensor,
-        mask: Tensor,
+        positions: Tensor,
         *,
         vectors: Tensor | None = None,
         vocabulary: Vocabulary = "codes",
+        project: Project = F.linear,
     ) -> Tensor:
-        """Returns the logits of the tokens where ``mask`` is True. The head and the last MLP run at these tokens only.
-
-        Args:
-            tokens: (B, N) int64.
-            labels: (B,) int64.
-            mask: (B, N) bool.
-            vectors: None: the transformer knows classes only.
-            vocabulary: Columns of the result; see ``Backbone.forward``.
-
-        Returns:
-            (number of True, V) float, in raster order, row after row.
-        """
-        after_class = F.pad(mask, (1, 0))  # (B, 1 + N): no logits of the class
-        return self._head(self.blocks[-1](self._hidden(tokens, labels), after_class), vocabulary)
+        """Returns the logits (M, V) at ``positions``; see ``Backbone``. The last MLP and the head run there only."""
+        rows = positions + positions // tokens.shape[1] + 1  # of a sequence of 1 + N: the class comes first
+        return self._head(self.blocks[-1](self._hidden(tokens, labels), rows), vocabulary, project)
 
     def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor, *, vectors: Tensor | None = None) -> Tensor:
         """Returns the logits at M positions of each image. The head and the last block's queries run at these only.

@@ -99,20 +99,20 @@ class Block(nn.Module):
         self.fc2 = PackingLinear(mlp_dim, embed_dim)
         self.mlp_norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
         """Returns the output of the block.
 
         Args:
             x: (B, S, D).
-            mask: (B, S) bool: return only the M rows where it is True; None for all.
+            rows: (M,) int64 in [0, B S): return only these rows of the (B S, D) output; None for all.
 
         Returns:
-            (B, S, D), or (M, D) with a mask.
+            (B, S, D), or (M, D) with rows.
         """
         query, key, value = self._heads(self.qkv(x), 3)
         attended = self._attend(query, key, value, is_causal=self.is_causal)
-        if mask is not None:  # the rest works on rows, so all others can be dropped here
-            x, attended = x[mask], attended[mask]
+        if rows is not None:  # the rest works on rows, so all others can be dropped here
+            x, attended = (F.embedding(rows, each.flatten(0, 1)) for each in (x, attended))
         return self._add_and_feed_forward(x, attended)
 
     def forward_with_kv(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:

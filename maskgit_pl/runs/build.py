@@ -47,6 +47,7 @@ from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.callbacks import callbacks, profilers
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint, read_settings, step_of
 from maskgit_pl.training.checkpoints import Checkpoints
+from maskgit_pl.training.compile_and_checkpointing import check_compiled
 from maskgit_pl.training.health import HealthMonitor
 from maskgit_pl.training.health_rules import HealthConfig
 from maskgit_pl.training.image_callbacks import ReconstructionPictures, SamplePictures
@@ -194,6 +195,8 @@ class StageRun:
         check_precision(given.precision)
         assert isinstance(self.model, Tokenizer | TokenModel)
         check_sharding(self.model.config.optimizer, given.strategy)
+        if isinstance(self.model, TokenModel):
+            check_compiled(self.model.config.compiled, given.strategy)
         if self.stage == "tokenizer" and given.gradient_clip_val is not None:
             raise ValueError("trainer.gradient_clip_val cannot be set for the tokenizer: set model.gradient_clip")
         ours = {

@@ -23,28 +23,33 @@ class BinnedMeans:
 
     def __init__(self, binned_by: str) -> None:
         self.binned_by = binned_by
-        self._sums = torch.zeros(NUM_BINS, 3)  # of predicted tokens: count, summed loss, summed hits
+        self._sums: Tensor | None = None  # (bins + 1, 3) of predicted tokens: count, summed loss, summed hits
 
     def add(self, bins: Tensor, token_loss: Tensor, hits: Tensor) -> None:
         """Adds predicted tokens.
 
         Args:
-            bins: (M,) int64 in [0, 4), the group of each token.
+            bins: (M,) int64 in [0, 4], the group of each token; tokens with 4 are not counted.
             token_loss: (M,) float, the loss of each token.
             hits: (M,) float, 1 where the prediction is right.
         """
         values = torch.stack([torch.ones_like(hits), token_loss.detach(), hits], dim=1)  # (M, 3)
-        self._sums = self._sums.to(values.device).index_add(0, bins, values)
+        if self._sums is None:  # made on the device: a copy from the host would wait
+            self._sums = torch.zeros(NUM_BINS + 1, 3, device=values.device)
+        self._sums = self._sums.index_add(0, bins, values)
 
     def take(self, loss: Tensor) -> dict[str, float]:
         """Returns the loss of a step with the means of all groups that have tokens, and starts new sums.
+
+        Call it after ``add``.
 
         Args:
             loss: Scalar loss of the step.
         """
         # One copy to the host for all values: each copy waits for the device.
-        value, *sums = torch.cat([loss.reshape(1), self._sums.flatten()]).tolist()
-        self._sums = torch.zeros_like(self._sums)
+        assert self._sums is not None
+        value, *sums = torch.cat([loss.reshape(1), self._sums[:NUM_BINS].flatten()]).tolist()
+        self._sums = None
         bins = list(zip(sums[::3], sums[1::3], sums[2::3], strict=True))
         accuracy = sum(hits for *_, hits in bins) / sum(count for count, *_ in bins)
         metrics = {"train/loss": value, "train/accuracy": accuracy}

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["ActivationCheckpointing", "Compiled", "prepare_blocks"]
+__all__ = ["ActivationCheckpointing", "Compiled", "check_compiled", "prepare_blocks"]
 
 ActivationCheckpointing = Literal["none", "blocks"]
-Compiled = Literal["none", "blocks"]
+Compiled = Literal["none", "blocks", "step"]
 
 
 def prepare_blocks(
@@ -35,7 +35,8 @@ def prepare_blocks(
         activation_checkpointing: ``blocks`` keeps only the inputs of each block for the backward pass, which runs the
             block again with the same dropout mask. Losses and gradients are bit-exact.
         compiled: ``blocks`` compiles each block with ``torch.compile`` at its first call. Sums are then rounded in a
-            different order, and dropout draws different numbers.
+            different order, and dropout draws different numbers. ``step`` is compiled by the module that computes the
+            loss, not here.
     """
     for block in blocks:
         if compiled == "blocks":
@@ -43,3 +44,16 @@ def prepare_blocks(
         # Checkpointing goes around the compiled forward; in the other order, nothing would be compiled.
         if activation_checkpointing == "blocks":
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def check_compiled(compiled: Compiled, strategy: str) -> None:
+    """Checks that a strategy of the Trainer supports compilation.
+
+    Raises:
+        ValueError: if FSDP2 is set for one graph of the whole step: its hooks run between the blocks.
+    """
+    if strategy == "fsdp" and compiled == "step":
+        raise ValueError(
+            "model.compiled must be 'none' or 'blocks' with trainer.strategy 'fsdp', whose hooks run between the "
+            "blocks, got 'step'; use --model.compiled=blocks, or --cluster ddp"
+        )

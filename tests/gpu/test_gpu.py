@@ -1,0 +1,303 @@
+"""Both stages on a GPU: recorded arrays, the same tokens as on a CPU, CUDA graphs, no host waits, two cards.
+
+``make test-gpu`` runs this file. Without a GPU, what needs none runs on the CPU, and the rest is skipped by name.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from comparators.comparison import TOLERANCE
+from comparators.folder import Folder
+from comparators.transformer import load_transformer, our_tokens
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import linear
+from torch.nn.parallel import DistributedDataParallel
+
+from maskgit_pl import MaskGIT
+from maskgit_pl.data import Batch
+from maskgit_pl.data.step_module import StepDataModule
+from maskgit_pl.decoding import ConditionalModel, decode_classes
+from maskgit_pl.losses import chunked_statistics, token_statistics
+from maskgit_pl.token_model import TokenModel
+from maskgit_pl.training.strategies import shard_blocks
+from tests.decoding.test_graph import FIRST, OTHERS, whole_run
+from tests.test_one_graph import BERT, Run, batch, build
+
+GOLDEN = Folder(Path(__file__).parents[1] / "golden")
+CPU = torch.device("cpu")
+BF16 = 0.03  # largest relative error of bfloat16 logits: 8 bits of precision, over some layers
+
+
+def on(device: torch.device, given: Batch) -> Batch:
+    return StepDataModule().transfer_batch_to_device(given, device, 0)
+
+
+def loss_and_gradients(module: TokenModel, given: Batch) -> tuple[Tensor, Tensor]:
+    module.zero_grad()
+    loss = module._run_step(module._prepare(given, given.content), given.content).loss
+    loss.backward()
+    gradients = [each.grad.flatten() for each in module.transformer.parameters() if each.grad is not None]
+    return loss.detach().cpu(), torch.cat(gradients).cpu()
+
+
+def near(one: Tensor, other: Tensor, tolerance: float) -> bool:
+    return bool((one - other).norm() < tolerance * other.norm())
+
+
+# Values
+
+
+@pytest.mark.parametrize("tag", ["n16", "n256"])
+def test_recorded_logits_of_the_released_code(tag, device):
+    arrays, network = GOLDEN.arrays(f"transformer_{tag}.npz"), load_transformer(GOLDEN, tag)
+    tokens, labels = (each.to(device) for each in our_tokens(arrays["tokens"], network.config))
+    expected = torch.from_numpy(arrays["logits"][:, 1:])
+    with torch.no_grad():
+        logits = network.to(device)(tokens, labels, vocabulary="all").cpu()
+        with torch.autocast(device.type, torch.bfloat16):
+            rounded = network(tokens, labels, vocabulary="all").float().cpu()
+    torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE)
+    assert near(rounded, expected, BF16)
+
+
+@pytest.mark.parametrize("backbone", ["bert", "bert-groups", "bert-causal", "adaln", "adaln-token", "adaln-causal"])
+def test_a_step_has_the_loss_and_the_gradients_of_the_cpu(backbone, device):
+    given = build(backbone)._with_draws(batch())
+    loss, gradients = loss_and_gradients(build(backbone), given)
+    module = build(backbone).to(device)
+    found, own = loss_and_gradients(module, on(device, given))
+    torch.testing.assert_close(found, loss, rtol=1e-5, atol=0)
+    assert near(own, gradients, 1e-4)
+    with torch.autocast(device.type, torch.bfloat16):
+        found, _ = loss_and_gradients(module, on(device, given))
+    torch.testing.assert_close(found, loss, rtol=0.01, atol=0)
+
+
+def test_masks_and_labels_are_the_same_on_every_device(device):
+    module, given = build("bert", "elbo"), batch()
+    for mine, expected in zip(module._draw(on(device, given)), module._draw(given), strict=True):
+        if expected is not None and expected.dtype != torch.float32:
+            assert torch.equal(mine.cpu(), expected)
+
+
+def decode(pipe: MaskGIT, device: torch.device, dtype: torch.dtype) -> Tensor:
+    network = pipe.transformer.network.to(device, dtype)
+    model, labels = ConditionalModel.from_network(network, device), [number % 10 for number in range(32)]
+    decoder = pipe.decoding.build_decoder(pipe.transformer.mask_schedule)
+    with torch.no_grad():
+        *_, last = decode_classes(model, labels, list(range(32)), decoder=decoder, scales=pipe.decoding.scales())
+    return last.tokens.cpu()
+
+
+def test_the_demo_decodes_the_tokens_of_the_cpu(device):
+    pipe = MaskGIT.from_pretrained("fashion-mnist-demo")
+    expected = decode(pipe, CPU, torch.float32)
+    assert (decode(pipe, device, torch.float32) == expected).float().mean() > 0.999
+    assert (decode(pipe, device, torch.bfloat16) == expected).float().mean() > 0.85
+
+
+# Kernels
+
+
+def test_attention_runs_in_the_flash_kernel(device):
+    network = build("bert").transformer.to(device)
+    given = on(device, batch())
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), torch.autocast(device.type, torch.bfloat16):  # raises without it
+        network(given.content, given.labels).float().square().mean().backward()
+
+
+def test_the_optimizer_is_fused_and_steps_as_the_plain_one(device):
+    weights = []
+    for kind in ("fused", "for-loop"):
+        module = build("bert").to(device)
+        module.config = replace(module.config, optimizer=replace(module.config.optimizer, adamw=kind))
+        module.trainer = run = Run()
+        optimizer = module.configure_optimizers()["optimizer"]
+        assert optimizer.param_groups[0]["fused"] == (kind == "fused")
+        loss_and_gradients(module, on(device, module._with_draws(batch())))
+        optimizer.step()
+        weights.append(torch.cat([each.detach().flatten() for each in module.transformer.parameters()]))
+        del run
+    torch.testing.assert_close(*weights)
+
+
+@contextmanager
+def no_waits() -> Iterator[None]:
+    """Raises where the host waits for the GPU."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("objective", ["masked_cross_entropy", "visible", "elbo", "cluster_cross_entropy", "model"])
+@pytest.mark.parametrize("backbone", ["bert", "adaln"])
+def test_no_training_step_waits_for_the_gpu(backbone, objective, card):
+    module = build(backbone, objective).to(card)
+    module.trainer = run = Run()
+    optimizer = module.configure_optimizers()["optimizer"]
+    for step in range(4):
+        run.global_step = step + 1
+        given = on(card, module.draw_on_host(batch(step)))
+        with no_waits() if step else torch.enable_grad():  # the first step allocates
+            module.training_step(given, 0).backward()
+            nn.utils.clip_grad_norm_(module.transformer.parameters(), 1.0)
+            module.optimizer_step(0, 0, optimizer, lambda: None)
+
+
+# Graphs
+
+
+def capture(run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """Records a function as a CUDA graph, after a warm-up on another stream, and returns the graph and its result."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = run()
+    return graph, made
+
+
+def test_a_training_step_is_one_cuda_graph(card):
+    plain, module = build("bert", compiled="none").to(card), build("bert", compiled="step").to(card)
+    steps = [on(card, module._prepare(module._with_draws(batch(step)), batch(step).content)) for step in range(8)]
+    static = next(each for each in steps if same_sizes(each, steps[-1]))
+
+    def run() -> Tensor:
+        module.zero_grad(set_to_none=False)
+        loss = module._compute_training_losses(static, static.content).loss
+        loss.backward()
+        return loss
+
+    graph, loss = capture(run)
+    for own, new in zip(parts(static), parts(steps[-1]), strict=True):
+        own.copy_(new)
+    graph.replay()
+    expected, gradients = loss_and_gradients(plain, on(card, plain._with_draws(batch(7))))
+    torch.testing.assert_close(loss.detach().cpu(), expected, rtol=1e-5, atol=0)
+    own = [each.grad.flatten() for each in module.transformer.parameters() if each.grad is not None]
+    assert near(torch.cat(own).cpu(), gradients, 1e-4)
+
+
+def parts(given: Batch) -> list[Tensor]:
+    return [given.content, *(each for each in given.draws if each is not None)]
+
+
+def same_sizes(one: Batch, other: Batch) -> bool:
+    return len(one.draws.positions) == len(other.draws.positions)
+
+
+def test_a_whole_decoding_run_is_one_cuda_graph(card):
+    with torch.device(card):
+        run = whole_run("confidence")
+    seeds, labels = (each.to(card) for each in FIRST)
+
+    def decode_all() -> Tensor:
+        with torch.device(card), torch.no_grad():
+            return run(seeds, labels)
+
+    graph, tokens = capture(decode_all)
+    for own, new in zip((seeds, labels), OTHERS, strict=True):
+        own.copy_(new)
+    graph.replay()
+    assert torch.equal(tokens, decode_all())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # of torch's own compiler
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_compiled_step_has_the_loss_and_gradients_of_the_plain_one(mode, card):
+    plain, module = build("adaln").to(card), build("adaln", compiled="step").to(card)
+    module._run_step = torch.compile(module._compute_training_losses, fullgraph=True, dynamic=False, mode=mode)
+    for step in range(4):
+        expected, gradients = loss_and_gradients(plain, on(card, plain._with_draws(batch(step))))
+        torch.compiler.cudagraph_mark_step_begin()
+        loss, own = loss_and_gradients(module, on(card, module._with_draws(batch(step))))
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
+        assert near(own, gradients, 1e-3)
+
+
+def test_the_chunked_head_takes_less_memory(card):
+    peaks = []
+    for chunked in (False, True):
+        shapes = (1024, 256), (2**16, 256), (2**16,)
+        x, table, bias = (torch.randn(shape, device=card).requires_grad_() for shape in shapes)
+        targets = torch.arange(1024, device=card)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        if chunked:
+            losses = chunked_statistics(x, table, bias, targets=targets, measure=token_statistics)[:, 0]
+        else:
+            losses = token_statistics(linear(x, table, bias), targets).losses
+        losses.mean().backward()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        del x, table, bias, losses
+    assert peaks[1] < 0.6 * peaks[0]
+
+
+# Two cards
+
+
+class Loss(nn.Module):
+    """The loss as ``forward``, which DDP wraps."""
+
+    def __init__(self, module: TokenModel) -> None:
+        super().__init__()
+        self.transformer, self.compute = module.transformer, [module]  # not a submodule
+
+    def forward(self, given: Batch) -> Tensor:
+        return self.compute[0]._compute_training_losses(given, given.content).loss
+
+
+def run_rank(rank: int, folder: Path) -> None:
+    """Computes the gradients of half a batch under DDP and FSDP2, and saves those of the whole batch."""
+    torch.cuda.set_device(rank)
+    card = torch.device("cuda", rank)
+    dist.init_process_group("nccl", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
+    for strategy in ("ddp", "fsdp"):
+        module = build("bert").to(card)
+        drawn = module._with_draws(half(batch(), rank))
+        given = on(card, module._prepare(drawn, drawn.content))
+        if strategy == "ddp":
+            wrapped = DistributedDataParallel(Loss(module), device_ids=[rank])
+            wrapped(given).backward()
+        else:
+            mesh = init_device_mesh("cuda", (2,))
+            shard_blocks(module.transformer, module.transformer.blocks, mesh, precision="32-true")
+            module._compute_training_losses(given, given.content).loss.backward()
+        found = {name: each.grad for name, each in module.transformer.named_parameters() if each.grad is not None}
+        whole = {name: each.full_tensor() if isinstance(each, DTensor) else each for name, each in found.items()}
+        if rank == 0:
+            torch.save({name: each.cpu() for name, each in whole.items()}, folder / f"{strategy}.pt")
+    dist.destroy_process_group()
+
+
+def half(given: Batch, rank: int) -> Batch:
+    rows = slice(4 * rank, 4 * rank + 4)
+    return Batch(*(each[rows] if isinstance(each, Tensor) else each for each in given))
+
+
+def test_two_cards_compute_what_one_device_computes(tmp_path, two_cards):
+    mp.start_processes(run_rank, args=(tmp_path,), nprocs=2, start_method="spawn")
+    module = build("bert")
+    loss_and_gradients(module, module._with_draws(batch()))
+    for strategy in ("ddp", "fsdp"):
+        found = torch.load(tmp_path / f"{strategy}.pt")
+        for name, weight in module.transformer.named_parameters():
+            if weight.grad is not None:
+                torch.testing.assert_close(found[name], weight.grad, rtol=1e-4, atol=1e-6, msg=f"{strategy} {name}")
+    assert BERT.depth == 2  # with several groups of FSDP2

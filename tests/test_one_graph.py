@@ -1,0 +1,195 @@
+"""Forward pass and loss of stage 2 are one graph, whose sizes are known on the host, and nothing in a step waits."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from maskgit_pl.data import Batch
+from maskgit_pl.data.step_module import StepDataModule
+from maskgit_pl.networks.adaln import AdaLNConfig
+from maskgit_pl.networks.transformer import TransformerConfig
+from maskgit_pl.objectives import objectives
+from maskgit_pl.token_model import TokenModel
+from maskgit_pl.training.compile_and_checkpointing import check_compiled
+from maskgit_pl.training.optimizers import OptimizerConfig
+from tests.modules import RATE, autoregressive_model, masked_model
+
+SIZES = {"embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_dim": 32, "dropout": 0.0}
+BERT = TransformerConfig(16, 3, (4, 4), **SIZES)
+ADALN = AdaLNConfig(16, 3, (4, 4), **SIZES)
+BACKBONES = {
+    "bert": BERT,
+    "bert-groups": replace(BERT, num_token_groups=2),
+    "bert-causal": replace(BERT, attention="causal"),
+    "adaln": replace(ADALN, condition_dim=5),
+    "adaln-token": replace(ADALN, conditioning="token", positions="rotary", tied_head=False, attention_dim=24),
+    "adaln-raster": replace(ADALN, conditioning="token", positions="rotary-raster"),
+    "adaln-causal": replace(ADALN, attention="causal", num_registers=0),
+}
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "masked_cross_entropy": {},
+    "codes": {"loss_vocabulary": "codes", "label_smoothing": 0.0},
+    "visible": {"objective": {"name": "masked_cross_entropy", "visible_weight": 0.5}, "corruption": "uniform"},
+    "elbo": {"objective": "elbo", "corruption": "uniform", "mask_positions": "halton"},
+    "elbo-visible": {"objective": {"name": "elbo", "visible_weight": 0.3}, "mask_positions": "blocks"},
+    "cluster_cross_entropy": {"objective": {"name": "cluster_cross_entropy", "num_clusters": 4}},
+    "model": {"corruption": "model", "mask_ratio": "beta"},
+}
+STEPS = 3
+
+
+class Run:
+    """A stand-in for the Trainer with the attributes that a module reads in a step."""
+
+    global_step, global_rank, max_steps, log_every_n_steps = 1, 0, 100, 1000
+    accumulate_grad_batches = world_size = 1
+
+
+def build(backbone: str, objective: str = "masked_cross_entropy", **more: Any) -> TokenModel:
+    """Builds a module of stage 2; the same weights for the same backbone."""
+    torch.manual_seed(0)
+    network, options = BACKBONES[backbone], {**OBJECTIVES[objective], **more}
+    make = autoregressive_model if network.attention == "causal" else masked_model
+    return make(network, "unused", **options)  # type: ignore[operator]  # two signatures
+
+
+def batch(step: int = 0) -> Batch:
+    index = torch.arange(8)
+    chance = torch.Generator().manual_seed(5)
+    tokens, vectors = torch.randint(16, (8, 16), generator=chance), torch.randn(8, 5, generator=chance)
+    return Batch(tokens, index % 3, index, 0 * index, index + 8 * step, index >= 0, 0 * index - 1, vectors)
+
+
+def loss_and_gradients(module: TokenModel, step: int) -> tuple[Tensor, Tensor, int]:
+    given = module._with_draws(batch(step))
+    module.zero_grad()
+    loss = module._run_step(module._prepare(given, given.content), given.content).loss
+    loss.backward()
+    gradients = [each.grad.flatten() for each in module.transformer.parameters() if each.grad is not None]
+    return loss.detach(), torch.cat(gradients), len(given.draws.positions)
+
+
+def check_one_graph(backbone: str, objective: str, monkeypatch: pytest.MonkeyPatch, **more: Any) -> None:
+    compiled, graphs = cast("Callable[..., Any]", torch.compile), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda *given, **kinds: compiled(*given, backend=backend, **kinds))
+    torch._dynamo.reset()
+    plain, module = build(backbone, objective), build(backbone, objective, compiled="step", **more)
+    sizes, exact = set(), set()
+    for step in range(STEPS):
+        expected, gradients, count = loss_and_gradients(plain, step)
+        loss, own, padded = loss_and_gradients(module, step)
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+        assert (own - gradients).norm() < 1e-6 * gradients.norm()
+        sizes.add(padded)
+        exact.add(count)
+    assert len(graphs) == len(sizes)  # graph breaks and other sizes would make more
+    assert all(size % 16 == 0 and size >= max(exact) - 16 for size in sizes)  # an eighth of 8 x 16 tokens
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_is_one_graph(objective, monkeypatch):
+    check_one_graph("bert", objective, monkeypatch)
+
+
+@pytest.mark.parametrize("backbone", [name for name in BACKBONES if name != "bert"])
+def test_every_backbone_is_one_graph(backbone, monkeypatch):
+    check_one_graph(backbone, "masked_cross_entropy", monkeypatch)
+
+
+def test_activation_checkpointing_is_part_of_the_graph(monkeypatch):
+    check_one_graph("adaln", "elbo", monkeypatch, activation_checkpointing="blocks")
+
+
+def test_the_table_of_objectives_is_complete():
+    named = [options.get("objective", "masked_cross_entropy") for options in OBJECTIVES.values()]
+    assert {each if isinstance(each, str) else each["name"] for each in named} == set(objectives.names())
+
+
+class NoWaits(TorchDispatchMode):
+    """A mode that raises where a step on a GPU would copy from pageable memory of the host, and wait."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        found = {each.device.type for each in torch.utils._pytree.tree_leaves((args, kwargs)) if is_tensor(each)}
+        made = func(*args, **(kwargs or {}))
+        found |= {each.device.type for each in torch.utils._pytree.tree_leaves(made) if is_tensor(each)}
+        if found == {"cpu", "meta"}:
+            raise AssertionError(f"{func} copies between host and device")
+        return made
+
+
+def is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)
+
+
+def train_on_meta(module: TokenModel) -> Tensor:
+    """Runs two steps on the meta device, whose tensors have no values: reading one raises."""
+    module.trainer = run = Run()  # type: ignore[assignment]  # the module has only a weak reference
+    module.to("meta")
+    for parameter in module.transformer.parameters():  # gradients of a new device
+        parameter.grad = None
+    optimizer = cast("dict[str, Any]", module.configure_optimizers())["optimizer"]
+    data, loss = StepDataModule(), torch.zeros(())
+    for step in range(2):
+        run.global_step = step + 1
+        given = data.transfer_batch_to_device(module._with_draws(batch(step)), torch.device("meta"), 0)
+        with NoWaits():
+            loss = module.training_step(given, 0)
+            loss.backward()
+            nn.utils.clip_grad_norm_(module.transformer.parameters(), 1.0)
+            module.optimizer_step(0, 0, optimizer, lambda: None)
+    return loss
+
+
+CASES = [*((name, "masked_cross_entropy") for name in BACKBONES), *(("bert", name) for name in OBJECTIVES)]
+
+
+@pytest.mark.parametrize(("backbone", "objective"), CASES)
+def test_no_operation_of_a_step_waits_for_a_value(backbone, objective, monkeypatch):
+    module = build(backbone, objective)
+    dropout = replace(module.config, network=replace(module.config.network, dropout=0.1))
+    module.config = replace(dropout, optimizer=OptimizerConfig(RATE, (0.9, 0.96), 0.045, adamw="foreach"))
+    assert train_on_meta(module).shape == ()
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        pytest.param(lambda x: x.nonzero(), id="nonzero"),
+        pytest.param(lambda x: x[x > 0], id="boolean index"),
+        pytest.param(lambda x: x.long().bincount(minlength=3), id="bincount"),
+        pytest.param(lambda x: x.sum().item(), id="item"),
+        pytest.param(lambda x: x.unique(), id="unique"),
+        pytest.param(lambda x: bool(x.any()), id="bool"),
+        pytest.param(lambda x: x.masked_select(x > 0), id="masked_select"),
+        pytest.param(lambda x: x + torch.ones(4).to(x.device), id="copy"),
+    ],
+)
+def test_the_meta_device_finds_an_operation_that_waits(read):
+    with NoWaits(), pytest.raises((NotImplementedError, RuntimeError, AssertionError)):
+        read(torch.ones(4, device="meta"))
+
+
+def test_the_whole_step_cannot_be_one_graph_under_fsdp():
+    check_compiled("step", "ddp")
+    with pytest.raises(ValueError, match=r"model.compiled must be 'none' or 'blocks' with trainer.strategy 'fsdp'"):
+        check_compiled("step", "fsdp")
+
+
+def test_statistics_are_kept_until_they_are_logged():
+    module = build("bert", compiled="none")
+    module.trainer = Run()  # type: ignore[assignment]
+    losses = [module.training_step(batch(step), 0) for step in range(2)]
+    counts = sum(int(module._with_draws(batch(step)).draws.mask.sum()) for step in range(2))
+    assert int(module._bins._sums[:4, 0].sum()) == counts
+    assert all(math.isfinite(value) for value in module._bins.take(losses[-1].detach()).values())
