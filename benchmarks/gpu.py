@@ -21,8 +21,9 @@ from statistics import median
 import stage1_step
 import stage2_step
 import torch
-from decode import build_amused, build_muse, build_network_config
+from decode import build_network_config
 from measuring import Stopwatch, format_table, read_cpu_name
+from peers import Task, build_amused, build_muse
 from torch import Tensor
 
 from maskgit_pl.data.step_module import StepDataModule
@@ -50,13 +51,13 @@ class Sizes:
     """
 
     stage1: stage1_step.Task
-    stage2: stage2_step.Task
+    stage2: Task
     decoded: tuple[int, ...] = (1, 8, 64)
 
 
 RELEASED = Sizes(
     stage1_step.Task(batch=16, image_size=256, base_channels=128, discriminator=1.0),
-    stage2_step.Task(batch=64, depth=24),
+    Task(batch=64, depth=24),
 )
 """The released sizes: a tokenizer of 256 px images, and the transformer with 24 layers."""
 
@@ -65,7 +66,7 @@ SMALL = Sizes(
         image_size=32, base_channels=8, channel_multipliers=(1, 2), num_groups=4, codebook_size=16, code_dim=4,
         discriminator=0.03, has_perceptual=False,
     ),
-    stage2_step.Task(batch=4, depth=2, embed_dim=32, mlp_dim=64, num_heads=2, grid=(4, 4), codebook_size=16,
+    Task(batch=4, depth=2, embed_dim=32, mlp_dim=64, num_heads=2, grid=(4, 4), codebook_size=16,
                      num_classes=3),
     (1, 2),
 )  # fmt: skip
@@ -160,7 +161,7 @@ def _measure_step(
     }
 
 
-def our_decoder(task: stage2_step.Task, device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:
+def our_decoder(task: Task, device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:
     """Returns a function that decodes a batch in 8 steps."""
     torch.manual_seed(0)
     network = MaskedTransformer(build_network_config(task)).to(device, dtype).eval()
