@@ -33,6 +33,7 @@ include_patterns = [
 exclude_patterns = [".*", "build", "dist", "runs", "data/raw", "data/shards", "data/cache", "maskgit_pl", "tests/old"]
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+myst_enable_extensions = ["deflist"]  # flags of commands
 myst_heading_anchors = 4  # the anchors of headings that a code host has
 nb_execution_mode = "off"  # the notebook has its outputs; a test runs it
 autodoc_typehints = "description"
@@ -53,6 +54,7 @@ html_theme_options = {
     },
     "dark_css_variables": {"color-brand-primary": "#f08a4b", "color-brand-content": "#f08a4b"},
 }
+smartquotes = False  # two hyphens are those of a flag
 highlight_language = "none"  # indented blocks are commands, and what they print
 pygments_dark_style = "monokai"
 

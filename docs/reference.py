@@ -17,7 +17,7 @@ from maskgit_pl.cli import build_parser
 from maskgit_pl.cli.plugins import REGISTRIES
 from maskgit_pl.runs.recipe_files import recipes_folders
 
-WIDTH = "100"  # columns of the help texts
+WIDTH = "88"  # columns of the help texts
 KINDS = {
     "tokenizer": "Stage 1, the tokenizer",
     "transformer": "Stage 2, the transformer",
@@ -70,9 +70,24 @@ def actions_of(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.
 
 def help_sections(parser: argparse.ArgumentParser, level: int = 1) -> Iterator[str]:
     """Yields the help of a command and of the commands inside it, each with a heading."""
-    yield f"{'#' * level} `{parser.prog}`\n\n```text\n{parser.format_help().rstrip()}\n```\n"
+    usage = parser.format_usage().removeprefix("usage: ").replace("\n       ", "\n").rstrip()
+    yield f"{'#' * level} `{parser.prog}`\n\n{escape(parser.description or '')}\n\n```text\n{usage}\n```\n"
+    yield from map("\n".join, filter(None, (flags_of(parser, group) for group in parser._action_groups)))
+    if parser.epilog:
+        yield f"```text\n{parser.epilog}\n```\n"
     for _, child, _ in actions_of(parser):
         yield from help_sections(child, level + 1)
+
+
+def flags_of(parser: argparse.ArgumentParser, group: argparse._ArgumentGroup) -> list[str]:
+    """Returns the lines of a group of flags: its title, and each flag with its help as a definition."""
+    formatter, lines = parser._get_formatter(), []
+    for action in group._group_actions:
+        if action.help and action.help != argparse.SUPPRESS and not isinstance(action, argparse._HelpAction):
+            flag = formatter._format_action_invocation(action)
+            lines.append(f"`{flag}`\n: {escape(formatter._expand_help(action))}\n")
+    heading = [f"**{group.title}**\n", *([f"{escape(group.description)}\n"] if group.description else [])]
+    return [*heading, *lines] if lines else []
 
 
 def command_pages() -> dict[str, str]:
@@ -86,7 +101,7 @@ def command_pages() -> dict[str, str]:
         if before is not None:
             os.environ["COLUMNS"] = before
     rows = [f"| [`maskgit {name}`](commands/{name}.md) | {escape(line)} |" for name, _, line in actions_of(parser)]
-    head = "# Commands\n\nEach page is what `--help` prints.\n\n| command | |\n|---|---|\n"
+    head = "# Commands\n\nThe pages have what `--help` prints.\n\n| command | |\n|---|---|\n"
     names = sorted(name for name in pages)
     return {**pages, "commands": f"{head}{chr(10).join(rows)}\n\n{toctree(names)}"}
 
@@ -160,8 +175,12 @@ def options(value: object) -> list[str]:
     """Returns the options of the directive: own members, and those of our own base classes for the pipeline."""
     if not inspect.isclass(value):
         return ["   :no-value:"] if directive(value) == "autodata" else []
-    inherited = value.__name__ == "MaskGIT"
-    return ["   :members:", "   :show-inheritance:", *(["   :inherited-members:"] if inherited else [])]
+    found = ["   :members:"]
+    if value.__bases__ != (object,):
+        found.append("   :show-inheritance:")
+    if value.__name__ == "MaskGIT":
+        found.append("   :inherited-members:")
+    return found
 
 
 if __name__ == "__main__":
