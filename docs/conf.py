@@ -1,8 +1,8 @@
 """Settings of the documentation site: ``make docs`` builds it, without the network, into ``build/site``.
 
-The source of the site is the repository itself, not only ``docs/``: pages link to ``../README.md`` or ``../results``, and
-these links lead to the same place on a code host and in the site. A link to a file that is no page, such as a recipe,
-becomes a download, or a link to the repository if ``pyproject.toml`` has an address of the source.
+The source of the site is the repository itself, not only ``docs/``: pages link to ``../README.md`` or ``../results``,
+and these links lead to the same place on a code host and in the site. A link to a file that is no page, such as a
+recipe, becomes a download, or a link to the repository if ``pyproject.toml`` has an address of the source.
 """
 
 import re
@@ -28,7 +28,8 @@ author = copyright = "The maskgit_pl authors"  # noqa: A001  # Sphinx's name
 version = release = __version__
 root_doc = "docs/index"
 include_patterns = [
-    "*.md", "docs/**.md", "docs/**.ipynb", "data/README.md", "benchmarks/README.md", "results/**.md", "tests/golden/README.md",
+    "*.md", "docs/**.md", "docs/**.ipynb", "data/README.md", "benchmarks/README.md", "results/**.md",
+    "tests/golden/README.md",
 ]  # fmt: skip
 exclude_patterns = [".*", "build", "dist", "runs", "data/raw", "data/shards", "data/cache", "maskgit_pl", "tests/old"]
 
@@ -67,9 +68,7 @@ def link_to_source(app: Sphinx, doctree: nodes.document) -> None:
         node.replace_self(nodes.reference("", "", *node.children, refuri=f"{SOURCE}/blob/main/{file.as_posix()}"))
 
 
-def keep_bars(
-    app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
-) -> None:
+def keep_bars(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     """Escapes the bars of formulas such as |x|, which reStructuredText reads as a substitution."""
     lines[:] = [re.sub(r"(``.*?``)|\|", lambda found: found[1] or r"\|", line) for line in lines]
 
