@@ -179,11 +179,18 @@ docs: $(DEV_STAMP) ## Build the documentation site in build/site; warnings and b
 
 SPELLED = maskgit_pl tests docs recipes benchmarks data results constraints .ci Makefile pyproject.toml README.md CONTRIBUTING.md CHANGELOG.md SECURITY.md CODE_OF_CONDUCT.md RELEASING.md .github Dockerfile maskgit.def
 
-lint: $(DEV_STAMP) ## Check style, types, spelling and shell scripts
+CHECK_SCHEMA = $(BIN)/check-jsonschema --quiet --builtin-schema vendor
+
+lint: $(DEV_STAMP) ## Check style, types, spelling, shell scripts and the files of CI
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/codespell $(SPELLED)
+	$(BIN)/hadolint Dockerfile
+	$(CHECK_SCHEMA).github-workflows .github/workflows/*.yml
+	$(CHECK_SCHEMA).github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/idea.yml
+	$(CHECK_SCHEMA).dependabot .github/dependabot.yml
+	$(CHECK_SCHEMA).citation-file-format CITATION.cff
 	$(BIN)/shellcheck recipes/slurm/train.sbatch tests/slurm/cluster.sh .ci/run docs/decoding/sheets.sh
 
 format: $(DEV_STAMP) ## Format the code
