@@ -21,12 +21,10 @@ def run(folder: str) -> Any:
     import nbclient
     import nbformat
 
-    os.environ["PYTHONPATH"] = str(NOTEBOOK.parents[1])  # of the kernel
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     client = nbclient.NotebookClient(notebook, timeout=900, kernel_name="python3", record_timing=False,
                                      resources={"metadata": {"path": folder}})  # fmt: skip
-    client.execute()
+    client.execute(env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(NOTEBOOK.parents[1])})
     return notebook
 
 
