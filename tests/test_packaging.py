@@ -70,7 +70,7 @@ def test_the_package_imports_without_extras():
 def test_every_extra_that_is_named_exists():
     files = [
         *(ROOT / "maskgit_pl").rglob("*.py"),
-        *(ROOT / "docs").rglob("*.md"),
+        *(file for file in (ROOT / "docs").rglob("*.md") if not file.is_relative_to(ROOT / "docs/reference")),
         *(ROOT / "data").rglob("*.md"),
         ROOT / "README.md",
     ]
