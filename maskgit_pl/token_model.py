@@ -353,7 +353,7 @@ class TokenModel(LightningModule):
         for network in self._networks():
             network.load_state_dict(weights)
 
-    def export(self, folder: Path, *, class_names: tuple[str, ...]) -> None:
+    def export(self, folder: Path | str, *, class_names: Sequence[str]) -> None:
         """Writes a folder for ``MaskGIT.from_pretrained``. Call it on all ranks; rank 0 writes.
 
         Args:
@@ -361,17 +361,17 @@ class TokenModel(LightningModule):
             class_names: Name of each class.
         """
         # Under FSDP2 all ranks gather the weights, so this line must not depend on the rank.
-        weights, own = full_state(self.averaged_network), folder / "tokenizer"
+        weights, own = full_state(self.averaged_network), Path(folder) / "tokenizer"
         if self.global_rank == 0:
             if self.tokenizer_folder.resolve() != own.resolve():
                 shutil.copytree(self.tokenizer_folder, own, dirs_exist_ok=True)
             save_transformer(
-                folder / "transformer",
+                own.with_name("transformer"),
                 self.config.network,
                 weights,
                 mask_schedule=self.mask_schedule_spec,
                 decoding=self.decoding,
-                class_names=class_names,
+                class_names=tuple(class_names),
                 tokenizer_fingerprint=self.tokenizer.fingerprint,
             )
 

@@ -338,11 +338,11 @@ class Tokenizer(LightningModule):
         for network in (self.network, self.ema_network):
             load_weights(network, weights, folder)
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path | str) -> None:
         """Writes the averaged weights to ``folder/tokenizer``. Call it on all ranks; rank 0 writes."""
         if self.global_rank == 0:
             weights = self.ema_network.state_dict()
-            save_tokenizer(folder / "tokenizer", self.network.config, weights, image_size=self.config.image_size)
+            save_tokenizer(Path(folder) / "tokenizer", self.network.config, weights, image_size=self.config.image_size)
 
     # Helpers
 

@@ -60,8 +60,12 @@ def test_classes_may_be_an_array(pipe) -> None:
 
 
 def test_a_pipeline_says_in_one_line_what_it_is(pipe) -> None:
-    sizes = "3 classes, grey images of 8 x 8 pixels, 4 x 4 tokens of 16 codes, 4 steps, on cpu"
-    assert repr(pipe) == f"MaskGIT({sizes})"
+    sizes = f"{pipe._origin.folder.name}: 3 classes, grey images of 8 x 8 pixels, 4 x 4 tokens of 16 codes, 4 steps"
+    counts = [
+        sum(each.numel() for each in part.parameters()) for part in (pipe.tokenizer.network, pipe.transformer.network)
+    ]
+    parameters = " + ".join(f"{count:,}" for count in counts)
+    assert repr(pipe) == f"MaskGIT({sizes}, {parameters} parameters, float32 on cpu)"
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "gpu", "cdua", torch.device("cuda", 99), "meta"])

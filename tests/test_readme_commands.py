@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 
@@ -47,7 +48,9 @@ COMMAND = r"(?:make|maskgit|\.venv/bin/maskgit) (?!\w+:)"  # without lines that 
 
 
 def text_of(page: str) -> str:
-    return (ROOT / page).read_text().replace("\\\n", " ")
+    """Returns a page with the commands of its ``bash`` blocks indented like the others, and continued lines joined."""
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    return re.sub(r"^```bash\n(.*?)^```", lambda found: indent(found[1], "    "), text, flags=re.DOTALL | re.MULTILINE)
 
 
 def commands_of(page: str) -> list[str]:

@@ -84,6 +84,13 @@ class RunOrigin:
         known = read_config(folder, "pipeline") if (folder / "config.json").is_file() else {}
         return cls(folder, known, (_json(folder / "decoding.json").get("tuned") or {}) if tuned else {})
 
+    @property
+    def name(self) -> str:
+        """The name of the run or of the folder; empty if there is none."""
+        if self.folder is None:
+            return ""
+        return self.folder.parent.name if self.folder.name == "pretrained" else self.folder.name
+
     def weights(self) -> dict[str, str]:
         """Returns the ``fingerprints`` of the folder; empty if there is no folder any more."""
         there = self.folder is not None and all((self.folder / stage).is_dir() for stage in STAGES)

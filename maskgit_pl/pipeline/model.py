@@ -14,7 +14,9 @@ from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.image_format import CHANNELS, pixels_text
 from maskgit_pl.networks import int8
 from maskgit_pl.pipeline.card import write_card
+from maskgit_pl.pipeline.classes import Classes
 from maskgit_pl.pipeline.description import RunOrigin, check_run, fingerprints
+from maskgit_pl.pipeline.display import Recording
 from maskgit_pl.pipeline.edit import Editor
 from maskgit_pl.pipeline.negative import NegativeModelLike
 from maskgit_pl.pipeline.sharing import HubOptions, check_hub_id, find_folder, upload
@@ -33,6 +35,7 @@ from maskgit_pl.pretrained import (
     save_tokenizer,
     save_transformer,
 )
+from maskgit_pl.text import printable
 
 __all__ = ["MaskGIT"]
 
@@ -206,6 +209,20 @@ class MaskGIT(Editor):
             self.save_pretrained(folder, run=run, license=license, name=hub_id)
             return upload(Path(folder), hub_id, private=private, token=token)
 
+    def record(self, classes: Classes, **options: Any) -> Recording:
+        """Decodes one batch of images and keeps every step. A notebook shows the result as an animation.
+
+        Args:
+            classes: See ``generate``.
+            options: See ``generate``.
+        """
+        names = [
+            "no class" if label == self.outline.null_label else self.class_names[label]
+            for label in map(int, self.class_ids(classes))
+        ]
+        steps = list(self.steps(classes, **options))
+        return Recording(steps, self.tokenizer.decode, self.tokenizer.grid, names)
+
     def quantize(self) -> MaskGIT:
         """Returns the pipeline with 8-bit linear layers in the transformer, which is approximate and faster on a CPU.
 
@@ -226,13 +243,17 @@ class MaskGIT(Editor):
         return made
 
     def __repr__(self) -> str:
-        """Returns classes, image size, tokens, steps and device in one line."""
+        """Returns name, classes, image size, tokens, steps, parameters, device and type of the weights in one line."""
         tokenizer, transformer = self.tokenizer.network.config, self.transformer.network.config
+        parts = [list(part.parameters()) for part in (self.tokenizer.network, self.transformer.network)]
+        counts = " + ".join(f"{sum(each.numel() for each in part):,}" for part in parts)
+        name = f"{printable(self._origin.name)}: " if self._origin.name else ""
         size, (rows, columns) = self.tokenizer.image_size, transformer.grid
         colours = CHANNELS.get(tokenizer.in_channels, f"{tokenizer.in_channels}-channel")
         return (
-            f"MaskGIT({len(self.class_names)} classes, {colours} images of {pixels_text(size)} pixels, {rows} x "
-            f"{columns} tokens of {tokenizer.codebook_size} codes, {self.decoding.num_steps} steps, on {self.device})"
+            f"MaskGIT({name}{len(self.class_names)} classes, {colours} images of {pixels_text(size)} pixels, {rows} x "
+            f"{columns} tokens of {tokenizer.codebook_size} codes, {self.decoding.num_steps} steps, "
+            f"{counts} parameters, {str(parts[1][0].dtype).removeprefix('torch.')} on {self.device})"
         )
 
     def _save_networks(self, folder: Path) -> None:

@@ -430,6 +430,13 @@ MUTANTS: tuple[Mutant, ...] = (
         ("if own == other else", "if True else"),
     ),
     *_of(
+        "pipeline/display.py",
+        "pipeline/test_display",
+        ("for image in self}) > 1:", "for image in self}) > 9:"),
+        ("columns=min(_COLUMNS, len(images))", "columns=len(images)"),
+        ("self.decode(self.steps[-1].tokens)", "self.decode(self.steps[0].tokens)"),
+    ),
+    *_of(
         "pipeline/acceptance.py",
         "pipeline/test_acceptance",
         ("count / self.rate - _ROUNDING", "count / self.rate"),
