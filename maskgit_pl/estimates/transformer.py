@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from maskgit_pl.estimates.sharding import FLOAT, HALF, Group
+from maskgit_pl.losses import rows_at_once
 from maskgit_pl.mask_ratios import MaskRatio, ScheduleRatio
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.schedules import MaskSchedule, num_masked
@@ -112,14 +113,16 @@ def transformer_activations(
 
     - the sum of the embeddings, the input of the first norm;
     - for each block, the tensors listed in ``_block_kept``; with activation checkpointing, only its input;
-    - for the head, only at masked tokens, four vectors of D elements and V log-probabilities.
+    - for the head, only at masked tokens, four vectors of D elements and V log-probabilities; the latter not if the
+      loss is computed in chunks (``losses.chunked_statistics``).
 
     bf16-mixed also keeps a bfloat16 copy of each matrix, except with FSDP2, which gathers weights in bfloat16 and frees
     them after a block.
 
     The temporary memory is the larger of two peaks:
 
-    - at the start of the backward pass: gradients of the logits, 3 m V elements;
+    - at the start of the backward pass: gradients of the logits, 3 m V elements; in chunks of m' rows, their logits and
+      gradients, 4 m' V elements, and two gradients of the table, 2 D V;
     - within a block, after the tensors of the head are freed: the gradients of its MLP, R F + 2 R D elements, and with
       activation checkpointing the recomputed tensors of one block.
 
@@ -145,9 +148,12 @@ def transformer_activations(
         # Each block keeps its float32 input; one block at a time has its tensors back.
         blocks, recomputed = config.depth * rows * dim * FLOAT, middle if config.depth > 1 else last
     number = HALF if half else FLOAT
-    head = masked_rows * (dim * (3 * number + FLOAT) + _STATISTICS + _columns(config) * FLOAT)
+    columns = _columns(config)
+    at_once = rows_at_once(masked_rows, columns)
+    is_whole = at_once == masked_rows  # else the logits of a chunk are computed again in the backward pass
+    head = masked_rows * (dim * (3 * number + FLOAT) + _STATISTICS + is_whole * columns * FLOAT)
     # The two peaks: gradients of the logits, and gradients of the MLP of a block.
-    logits = 3 * masked_rows * _columns(config) * FLOAT
+    logits = 3 * masked_rows * columns * FLOAT if is_whole else (4 * at_once + 2 * dim) * columns * FLOAT
     feed_forward = rows * (config.mlp_dim * number + 2 * dim * FLOAT)
     matrices = config.depth * (4 * dim**2 + 2 * dim * config.mlp_dim) + dim**2 + _columns(config) * dim
     return Activations(

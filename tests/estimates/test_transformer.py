@@ -1,12 +1,15 @@
 """The closed formulas of stage 2 equal the real network: weights, kept tensors, FLOPs."""
 
 import math
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from maskgit_pl import losses
 from maskgit_pl.estimates.replay import LiveBytes
 from maskgit_pl.estimates.transformer import (
     block_group,
@@ -17,7 +20,8 @@ from maskgit_pl.estimates.transformer import (
     step_flops,
     transformer_activations,
 )
-from maskgit_pl.losses import masked_cross_entropy
+from maskgit_pl.losses import chunked_statistics, masked_cross_entropy, token_statistics
+from maskgit_pl.masking import true_positions
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.training.compile_and_checkpointing import prepare_blocks
@@ -103,6 +107,25 @@ def test_activations_are_those_that_a_step_keeps(name, precision, checkpointing)
     if (precision, checkpointing) == ("32-true", "none"):  # elsewhere the copies of weights are autocast's, not saved
         assert made.kept == pytest.approx(saved, rel=0.01)
     assert 0.99 * peak < made.total < 1.15 * peak
+
+
+def test_activations_of_a_chunked_head_are_those_that_a_step_keeps(monkeypatch):
+    config = replace(NARROW, codebook_size=2**14)
+    monkeypatch.setattr(losses, "_MOST_LOGITS", 2**14)
+    monkeypatch.setattr(losses, "_LEAST_ROWS", 16)
+    monkeypatch.setattr(losses, "_CHUNK_LOGITS", 0)
+
+    def chunked(network, tokens, labels, mask):
+        measure = partial(token_statistics, label_smoothing=0.1)
+        project, positions = partial(chunked_statistics, targets=tokens[mask], measure=measure), true_positions(mask)
+        return network.forward_selected(tokens, labels, positions, vocabulary="all", project=project)[:, 0].mean()
+
+    monkeypatch.setitem(globals(), "forward", chunked)
+    kept, _, peak, masked = measured(config, "32-true", "none")
+    made = transformer_activations(config, batch=BATCH, masked=masked)
+    assert made.kept == pytest.approx(kept, rel=0.03)
+    assert 0.95 * peak < made.total < 1.15 * peak
+    assert made.total < 3 * masked * config.num_rows * 4  # less than whole logits alone
 
 
 def test_recomputed_blocks_keep_less_and_all_tokens_masked_is_the_most():
