@@ -46,6 +46,7 @@ from maskgit_pl.cli import (
     train,
     train_classifier,
     tune,
+    web,
 )
 from maskgit_pl.errors import BAD_INPUT, CannotWriteError, describe_error, error_of_exit, exit_code_of
 from maskgit_pl.old_names import rename_flag
@@ -55,7 +56,7 @@ from maskgit_pl.text import PrintableFormatter
 __all__ = ["build_parser", "main"]
 
 _COMMANDS = (
-    demo, models, data, doctor, train, slurm, tokenize, export, sample, inpaint, outpaint, panorama, evaluate,
+    demo, models, data, doctor, train, slurm, tokenize, export, sample, inpaint, outpaint, panorama, web, evaluate,
     evaluate_tokenizer, inspect, compare, tune, ablation, paper, train_classifier, schedules, recipes, plugins, env,
     import_jax, import_tokenizer, import_transformer,
 )  # fmt: skip
