@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 _STOPS = 11  # colours of the bar
+_DRAWING = 300  # pixels from which a picture is shown smoothed
 
 
 def figure(picture: Image.Image, *, alt: str, caption: str, kind: str = "panel") -> str:
@@ -44,7 +45,9 @@ def figure(picture: Image.Image, *, alt: str, caption: str, kind: str = "panel")
     """
     stream = io.BytesIO()
     picture.save(stream, format="PNG")
-    image = f'<img src="{_data("image/png", stream.getvalue())}" alt="{_text(alt)}">'
+    # Small pictures are shown with visible pixels; drawings have thin lines, which need smoothing.
+    style = "pixels" if max(picture.size) < _DRAWING else "smooth"
+    image = f'<img class="{style}" src="{_data("image/png", stream.getvalue())}" alt="{_text(alt)}">'
     return f'<figure class="{kind}">{image}<figcaption>{_text(caption)}</figcaption></figure>'
 
 

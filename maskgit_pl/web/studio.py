@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from maskgit_pl.checks import check_integer
 from maskgit_pl.decoding import SETTINGS_FORMAT, DecodingConfig
-from maskgit_pl.imaging import StepRecorder, save_images, save_png, to_pil
+from maskgit_pl.imaging import StepRecorder, save_png, to_pil
 from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.web.commands import Call, call_edit, call_outpaint, call_panorama, call_sample
 from maskgit_pl.web.recording import Recording, decode, record
@@ -210,8 +210,10 @@ class Studio:
             )
 
     def _save_images(self, folder: Path, images: Tensor, request: PageRequest) -> list[Path]:
-        save_images(images, [request.label] * len(images), folder / "images", seed=request.seed)
-        return sorted((folder / "images").iterdir())
+        files = [folder / f"seed-{request.seed + number}.png" for number in range(len(images))]
+        for file, image in zip(files, images, strict=True):
+            save_png(to_pil(image), file)
+        return files
 
     def _made(self, folder: Path, files: Sequence[Path], recording: Recording, images: Tensor, call: Call) -> Made:
         """Adds the pictures of the decoding and the settings to the files of a result."""

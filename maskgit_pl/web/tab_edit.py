@@ -79,8 +79,9 @@ def add_edit_tab(studio: Studio, tab: Any, generated: Any) -> None:
     take.click(answer(lambda found: _fill(_image_of(studio, found))), generated, [editor, source], **MODEL)
     fill_once = answer(lambda pixels, found: [gr.skip()] * 2 if pixels is not None else _fill(_image_of(studio, found)))
     tab.select(fill_once, [source, generated], [editor, source], **MODEL)
-    for field in (editor, box, dilation, task):
-        field.change(show_mask, [editor, source, box, dilation, task], preview, **_PREVIEW)
+    # The first stroke on a new picture is an input, but no change.
+    triggers = [editor.input, editor.change, box.change, dilation.change, task.change, source.change]
+    gr.on(triggers, show_mask, [editor, source, box, dilation, task], preview, **_PREVIEW)
     task.change(choose, task, [*sides, dilation], **_PREVIEW)
     inputs = [editor, source, box, task, label, seed, variants, dilation, *sides, *fields]
     button.click(answer(_editing(studio)), inputs, list(shown.values()), show_progress_on=shown["pictures"], **MODEL)
@@ -129,7 +130,7 @@ def _add_editor(studio: Studio) -> Any:
         format="png",
         image_mode="RGBA",
         canvas_size=empty.size,
-        height=empty.height + 100,  # below the toolbar
+        height=f"min({empty.height + 100}px, 115vw)",  # the picture and the toolbar above it
         fixed_canvas=True,
         layers=False,
         brush=gr.Brush(default_size=max(16, empty.width // 12), colors=[_BRUSH], color_mode="fixed"),

@@ -52,7 +52,9 @@ def add_generate_tab(studio: Studio, page: Any) -> Any:
         yield [*_show(found), found, *show_results(studio.keep(found, request))]
 
     outputs = [picture, scrubber, recording, *results]
-    event = button.click(generate, [label, seed, *fields], outputs, show_progress_on=picture, **MODEL)
+    event = button.click(
+        generate, [label, seed, *fields], outputs, show_progress_on=picture, scroll_to_output=True, **MODEL
+    )
     stop.click(None, cancels=[event], api_visibility="private")
     scrubber.input(answer(_scrub), [recording, scrubber], picture, **_SCRUB)
     return recording
