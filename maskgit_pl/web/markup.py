@@ -53,7 +53,7 @@ def figure(picture: Image.Image, *, alt: str, caption: str, kind: str = "panel")
 
 def figures(parts: Iterable[str], *, title: str = "") -> str:
     """Returns figures side by side, with a title above them; they wrap where the page is narrow."""
-    heading = f'<p class="step">{_text(title)}</p>' if title else ""
+    heading = message(title) if title else ""
     return f'{heading}<div class="figures">{"".join(parts)}</div>'
 
 

@@ -107,7 +107,8 @@ def _theme() -> Any:
 def _temporary_folder() -> Iterator[Path]:
     """Makes the folder of all files of the page, and removes it at the end."""
     folder = Path(tempfile.mkdtemp(prefix="maskgit-web-"))
-    # gradio reads these variables when it is imported.
+    # gradio and matplotlib, which caches its list of fonts, read these variables when they are imported.
+    os.environ["MPLCONFIGDIR"] = str(folder / "matplotlib")
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "gradio")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
