@@ -60,7 +60,7 @@ $(if $(filter command line,$(origin STEPS)),$(error STEPS is now called NUM_STEP
 OF_RUN = --dataset "$(DATASET)" --data "$(DATA)" --recipe "$(strip $(RECIPE) $(BUDGET))" --run "$(RUN)" $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") $(if $(PRETRAINED),--pretrained "$(PRETRAINED)")
 MACHINES = $(if $(NODES),--nodes $(NODES)) $(if $(DEVICES),--devices $(DEVICES))
 
-.PHONY: doctor help install data train-tokenizer tokenize train-transformer submit-tokenizer submit-transformer sample evaluate compare tune train-classifier ablation edit benchmark demo demo-short demo-model test test-lowest test-wheel mutants test-slurm lint format clean
+.PHONY: doctor help install data train-tokenizer tokenize train-transformer submit-tokenizer submit-transformer sample evaluate compare tune train-classifier ablation edit web benchmark demo demo-short demo-model test test-lowest test-wheel test-web mutants test-slurm lint format clean
 
 help: ## List the targets and the variables
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -119,6 +119,16 @@ sample: $(STAMP) ## Generate images of RUN: CLASSES=0,3,7 NUM_STEPS=16 SEED=0
 edit: $(STAMP) ## Regenerate a region of an image: IMAGE=file ARGS="--box L,T,R,B --class NAME --out FILE.png"
 	@$(if $(IMAGE),$(BIN)/maskgit edit "runs/$(RUN)" "$(IMAGE)" $(ARGS),echo "IMAGE must name an image file: make edit IMAGE=photo.jpg ARGS=..." >&2; exit 2)
 
+WEB_STAMP := $(VENV)/.installed-web
+
+# After the other stamps: installing from pyproject.toml again keeps what the extra has brought.
+$(WEB_STAMP): $(STAMP)
+	$(BIN)/python $(INSTALL) --editable ".[web]"
+	@touch $@
+
+web: $(WEB_STAMP) ## Show a page in the browser: generate, compare, edit with a brush; RUN=name for your own model, else the demo's
+	@$(BIN)/maskgit web $(if $(filter file,$(origin RUN)),,"runs/$(RUN)") $(ARGS)
+
 evaluate: $(STAMP) ## Evaluate RUN; write evaluation.json and pictures
 	@$(BIN)/maskgit evaluate "runs/$(RUN)" --data "$(DATA)" $(ARGS)
 
@@ -164,6 +174,14 @@ mutants: $(DEV_STAMP) ## Mutation testing: break the package in one place at a t
 
 test-wheel: $(DEV_STAMP) ## Build the wheel, and run the quick start in an empty folder with nothing but it
 	@WHEEL_TRANSCRIPT="$(WHEEL_TRANSCRIPT)" $(BIN)/python -m pytest tests/wheel --durations=5 $(ARGS)
+
+CHROMIUM_INSTALL = $(AS_ROOT) apt-get -qq update && $(AS_ROOT) apt-get -qq install --yes --no-install-recommends chromium >/dev/null
+CHROMIUM_MISSING = chromium must be installed, or CHROMIUM must name the program; on Debian, run this target as root or with sudo to install it
+
+test-web: $(DEV_STAMP) $(WEB_STAMP) ## Run the tests of the page in a real Chromium (installs it with apt, as root or with sudo, if there is none)
+	$(BIN)/python $(INSTALL) ".[test-web]"
+	@test -n "$$CHROMIUM" || command -v chromium google-chrome >/dev/null || { $(CHROMIUM_INSTALL); } || { echo "$(CHROMIUM_MISSING)" >&2; exit 2; }
+	@WEB_PICTURES="$(WEB_PICTURES)" $(BIN)/python -m pytest tests/web --durations=5 $(ARGS)
 
 AS_ROOT = $(if $(filter 0,$(shell id -u)),,sudo --non-interactive)
 SLURM_INSTALL = $(AS_ROOT) apt-get -qq update && $(AS_ROOT) apt-get -qq install --yes --no-install-recommends slurmctld slurmd slurm-client >/dev/null

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from maskgit_pl.text import printable
-from maskgit_pl.web.markup import message, plot
+from maskgit_pl.web.markup import code, message, plot
 from maskgit_pl.web.plots import count_kept, describe_counts, draw_counts
 from maskgit_pl.web.settings import (
     FormSettings,
@@ -138,13 +138,13 @@ def add_results() -> list[Any]:
     with gr.Column(visible=False) as box:
         files = gr.File(label="Downloads", file_count="multiple", interactive=False)
         with gr.Accordion("Make the same image without this page", open=False):
-            python = gr.Textbox(label="Python", lines=3, interactive=False, buttons=["copy"])
-            command = gr.Textbox(label="Command line", lines=3, interactive=False, buttons=["copy"])
-    return [box, files, python, command]
+            lines = gr.HTML()
+    return [box, files, lines]
 
 
 def show_results(made: Made) -> list[Any]:
     """Returns the values of ``add_results``."""
     import gradio as gr
 
-    return [gr.Column(visible=True), [str(file) for file in made.files], made.python, made.command]
+    lines = code("Python", made.python) + code("Command line", made.command)
+    return [gr.Column(visible=True), [str(file) for file in made.files], lines]

@@ -113,6 +113,12 @@ def schedule_heading(name: str, formula: str) -> str:
     return f"<h3>{_text(name)} <small>{_text(formula)}</small></h3>"
 
 
+def code(label: str, line: str) -> str:
+    """Returns a line of code with a label; a click selects all of it."""
+    text = f'<pre tabindex="0" role="textbox" aria-readonly="true" aria-label="{_text(label)}">{_text(line)}</pre>'
+    return f'<div class="code"><p aria-hidden="true">{_text(label)}</p>{text}</div>'
+
+
 def message(text: str) -> str:
     """Returns a line of text that screen readers announce."""
     return f'<p class="step" role="status">{_text(text)}</p>'

@@ -159,7 +159,7 @@ def _add_edited() -> dict[str, Any]:
     with gr.Accordion("The first result step by step", open=False, visible=False) as details:
         steps = gr.HTML()
         scrubber = gr.Slider(1, 2, 1, step=1, precision=0, label="Show step")
-    box, files, python, command = add_results()
+    box, files, lines = add_results()
 
     @answer
     def scrub(found: Recording | None, number: int) -> Any:
@@ -168,7 +168,7 @@ def _add_edited() -> dict[str, Any]:
     scrubber.input(scrub, [recording, scrubber], steps, **_PREVIEW)
     return {
         "pictures": pictures, "details": details, "recording": recording, "steps": steps, "scrubber": scrubber,
-        "box": box, "files": files, "python": python, "command": command,
+        "box": box, "files": files, "lines": lines,
     }  # fmt: skip
 
 
