@@ -7,6 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
+WEB_STAMP := $(VENV)/.installed-web
 LOWEST := .venv-lowest
 
 # `make help` prints the lines that begin with "#:".
@@ -80,6 +81,10 @@ $(DEV_STAMP): pyproject.toml
 	$(BIN)/python $(INSTALL) --editable ".[dev]"
 	@touch $(STAMP) $@
 
+$(WEB_STAMP): $(STAMP)
+	$(BIN)/python $(INSTALL) --editable ".[web]"
+	@touch $@
+
 $(LOWEST)/.installed: pyproject.toml constraints/lowest.txt
 	@test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python $(INSTALL) --constraint constraints/lowest.txt --editable ".[test]"
@@ -118,13 +123,6 @@ sample: $(STAMP) ## Generate images of RUN: CLASSES=0,3,7 NUM_STEPS=16 SEED=0
 
 edit: $(STAMP) ## Regenerate a region of an image: IMAGE=file ARGS="--box L,T,R,B --class NAME --out FILE.png"
 	@$(if $(IMAGE),$(BIN)/maskgit edit "runs/$(RUN)" "$(IMAGE)" $(ARGS),echo "IMAGE must name an image file: make edit IMAGE=photo.jpg ARGS=..." >&2; exit 2)
-
-WEB_STAMP := $(VENV)/.installed-web
-
-# After the other stamps: installing from pyproject.toml again keeps what the extra has brought.
-$(WEB_STAMP): $(STAMP)
-	$(BIN)/python $(INSTALL) --editable ".[web]"
-	@touch $@
 
 web: $(WEB_STAMP) ## Show a page in the browser: generate, compare, edit with a brush; RUN=name for your own model, else the demo's
 	@$(BIN)/maskgit web $(if $(filter file,$(origin RUN)),,"runs/$(RUN)") $(ARGS)
@@ -178,8 +176,8 @@ test-wheel: $(DEV_STAMP) ## Build the wheel, and run the quick start in an empty
 CHROMIUM_INSTALL = $(AS_ROOT) apt-get -qq update && $(AS_ROOT) apt-get -qq install --yes --no-install-recommends chromium >/dev/null
 CHROMIUM_MISSING = chromium must be installed, or CHROMIUM must name the program; on Debian, run this target as root or with sudo to install it
 
-test-web: $(DEV_STAMP) $(WEB_STAMP) ## Run the tests of the page in a real Chromium (installs it with apt, as root or with sudo, if there is none)
-	$(BIN)/python $(INSTALL) ".[test-web]"
+test-web: $(DEV_STAMP) ## Run the tests of the page in a real Chromium (installs it with apt, as root or with sudo, if there is none)
+	$(BIN)/python $(INSTALL) --editable ".[dev,test-web]"
 	@test -n "$$CHROMIUM" || command -v chromium google-chrome >/dev/null || { $(CHROMIUM_INSTALL); } || { echo "$(CHROMIUM_MISSING)" >&2; exit 2; }
 	@WEB_PICTURES="$(WEB_PICTURES)" $(BIN)/python -m pytest tests/web --durations=5 $(ARGS)
 

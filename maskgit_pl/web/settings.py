@@ -118,7 +118,7 @@ class FormSettings:
 
 @dataclass(frozen=True)
 class PageRequest:
-    """What a form asks for.
+    """The class, the seed and the settings that a form asks for.
 
     Args:
         label: Index of the class; None for "no class".
