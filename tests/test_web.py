@@ -24,7 +24,7 @@ from maskgit_pl.web import markup, plots, server
 from maskgit_pl.web.answers import explain, pace
 from maskgit_pl.web.commands import Call, call_edit, call_sample
 from maskgit_pl.web.recording import Recording
-from maskgit_pl.web.regions import MAX_UPLOAD_BYTES, Region, canvas_picture, read_brush, read_upload
+from maskgit_pl.web.regions import MAX_UPLOAD_BYTES, EditRegion, canvas_picture, read_brush, read_upload
 from maskgit_pl.web.settings import OWN, FormSettings, PageRequest, guidance_choices, schedule_choices, selector_choices
 from maskgit_pl.web.studio import Made, Studio
 
@@ -168,12 +168,12 @@ def make_sample(studio: Studio, form: FormSettings, image: torch.Tensor) -> Made
 
 
 def make_inpaint(studio: Studio, form: FormSettings, image: torch.Tensor) -> Made:
-    region = Region(image, [], box="0,0,14,28", dilation=1, outline=studio.pipe.outline)
+    region = EditRegion(image, [], box="0,0,14,28", dilation=1, outline=studio.pipe.outline)
     return studio.edit(image, region, "inpaint", PageRequest(None, 3, form, 2, 1), on_step=nothing)
 
 
 def make_edit(studio: Studio, form: FormSettings, image: torch.Tensor) -> Made:
-    region = Region(image, [], box="10%,20%,60%,80%", dilation=0, outline=studio.pipe.outline)
+    region = EditRegion(image, [], box="10%,20%,60%,80%", dilation=0, outline=studio.pipe.outline)
     return studio.edit(image, region, "edit", PageRequest(BAG, 3, form, 2, 0), on_step=nothing)
 
 
@@ -260,7 +260,7 @@ def test_a_faint_edge_of_a_stroke_does_not_count():
 
 
 def test_a_region_says_what_the_brush_became(pipe, image):
-    region = Region(image, [strokes(28, 28, (0, 0, 5, 4))], box="", dilation=0, outline=pipe.outline)
+    region = EditRegion(image, [strokes(28, 28, (0, 0, 5, 4))], box="", dilation=0, outline=pipe.outline)
     assert region.describe() == "20 of 784 pixels became 2 of 49 tokens, which are generated again"
     picture = np.array(region.picture())
     assert picture.shape == (*canvas_picture(image).size[::-1], 3)
@@ -278,7 +278,7 @@ def test_a_region_says_what_the_brush_became(pipe, image):
 )
 def test_a_wrong_region_is_answered(pipe, image, layers, box, said):
     with pytest.raises(ValueError, match=said):
-        Region(image, layers, box=box, dilation=1, outline=pipe.outline)
+        EditRegion(image, layers, box=box, dilation=1, outline=pipe.outline)
 
 
 def test_an_upload_is_cropped_and_resized(pipe, tmp_path):
@@ -316,7 +316,7 @@ def test_many_pixels_are_refused_before_they_are_decoded(pipe, tmp_path, monkeyp
 
 
 def test_a_change_of_class_needs_a_class(studio, form, image):
-    region = Region(image, [], box="0,0,9,9", dilation=0, outline=studio.pipe.outline)
+    region = EditRegion(image, [], box="0,0,9,9", dilation=0, outline=studio.pipe.outline)
     with pytest.raises(ValueError, match="class must be named"):
         studio.edit(image, region, "edit", PageRequest(None, 0, form), on_step=nothing)
 

@@ -44,11 +44,12 @@ def run(args: argparse.Namespace) -> int:
     """Shows the page until Ctrl-C."""
     from maskgit_pl.web.server import LOCAL, check_gradio, check_port, serve
 
+    device = read_device_flag(args)
     check_gradio()
     check_port(args.host, args.port)
     from maskgit_pl.pipeline import MaskGIT
 
-    pipe = MaskGIT.from_pretrained(args.folder, device=read_device_flag(args))
+    pipe = MaskGIT.from_pretrained(args.folder, device=device)
     if args.host not in LOCAL:
         print(
             f"warning: everyone who can reach {args.host} can use this page and the computing time of this machine. It "

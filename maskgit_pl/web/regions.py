@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from maskgit_pl.pipeline.outline import Outline
 
-__all__ = ["MAX_UPLOAD_BYTES", "MAX_UPLOAD_PIXELS", "Region", "canvas_picture", "read_brush", "read_upload"]
+__all__ = ["MAX_UPLOAD_BYTES", "MAX_UPLOAD_PIXELS", "EditRegion", "canvas_picture", "read_brush", "read_upload"]
 
 MAX_UPLOAD_BYTES = 16 * 2**20
 MAX_UPLOAD_PIXELS = 24 * 10**6
@@ -81,7 +81,7 @@ def read_brush(layers: Sequence[Image.Image], *, height: int, width: int) -> Ten
     return mask
 
 
-class Region:
+class EditRegion:
     """The part of an image that an edit generates again.
 
     Args:

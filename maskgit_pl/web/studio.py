@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from maskgit_pl.decoding import DecodingStep
     from maskgit_pl.pipeline import MaskGIT
-    from maskgit_pl.web.regions import Region
+    from maskgit_pl.web.regions import EditRegion
 
 __all__ = ["EditTask", "Made", "Studio"]
 
@@ -93,12 +93,14 @@ class Studio:
         save_png(to_pil(recording.images[-1][0]), folder / "image.png")
         return self._made(folder, [folder / "image.png"], recording, recording.images[-1], call)
 
-    def edit(self, pixels: Tensor, region: Region, task: EditTask, request: PageRequest, *, on_step: OnStep) -> Made:
+    def edit(
+        self, pixels: Tensor, region: EditRegion, task: EditTask, request: PageRequest, *, on_step: OnStep
+    ) -> Made:
         """Generates a region of an image again, with ``edit`` as another class.
 
         Args:
             pixels: (C, H, W) uint8 of the model's size.
-            region: Region to generate, made with the dilation of ``request``.
+            region: EditRegion to generate, made with the dilation of ``request``.
             task: ``inpaint`` or ``edit``.
             request: Class, seed, number of results and settings. ``edit`` requires a class.
             on_step: Called after each decoding step.

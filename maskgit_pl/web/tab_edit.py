@@ -11,7 +11,7 @@ from maskgit_pl.web.answers import answer, explain
 from maskgit_pl.web.form import MODEL, add_class, add_results, add_seed, add_settings, class_choices, show_results
 from maskgit_pl.web.markup import figure, figures, frame_figures, message
 from maskgit_pl.web.recording import Recording
-from maskgit_pl.web.regions import Region, canvas_picture, read_upload
+from maskgit_pl.web.regions import EditRegion, canvas_picture, read_upload
 from maskgit_pl.web.settings import FormSettings, PageRequest
 from maskgit_pl.web.studio import Made, Studio
 
@@ -194,7 +194,7 @@ def _editing(studio: Studio) -> Any:
             sides = dict(zip(_SIDES, (left, right, up, down), strict=True))
             made = studio.outpaint(pixels, sides, request, on_step=_progress("outpainting"))
         else:
-            region = Region(pixels, _layers(canvas), box=box, dilation=dilation, outline=studio.pipe.outline)
+            region = EditRegion(pixels, _layers(canvas), box=box, dilation=dilation, outline=studio.pipe.outline)
             made = studio.edit(pixels, region, task, request, on_step=_progress("editing"))  # type: ignore[arg-type]
         results = [
             figure(to_pil(image), alt=f"Result with seed {seed + n}", caption=f"seed {seed + n}")
@@ -218,7 +218,7 @@ def _preview(
     if not box.strip() and not any(layer.getextrema()[-1][1] for layer in layers):
         return message("Paint over the part to generate. The tokens that it becomes are shown here.")
     try:
-        region = Region(pixels, layers, box=box, dilation=dilation, outline=studio.pipe.outline)
+        region = EditRegion(pixels, layers, box=box, dilation=dilation, outline=studio.pipe.outline)
     except Exception as error:  # shown in place of the picture
         return message(explain(error))
     return figure(region.picture(), alt=f"Token mask. {region.describe()}", caption=region.describe(), kind="mask")
