@@ -73,6 +73,7 @@ def serve(pipe: MaskGIT, name: str, *, host: str, port: int, on_start: Callable[
     Raises:
         ValueError: if the page cannot show the model.
     """
+    _skip_proxies(host)
     with _temporary_folder() as folder:
         from PIL import Image
 
@@ -92,6 +93,12 @@ def serve(pipe: MaskGIT, name: str, *, host: str, port: int, on_start: Callable[
             _wait()
         finally:
             page.close(verbose=False)
+
+
+def _skip_proxies(host: str) -> None:
+    """Excepts this machine from the proxies of the environment: gradio asks its own server whether it is up."""
+    for name in ("no_proxy", "NO_PROXY"):
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), *LOCAL, host]))
 
 
 def _theme() -> Any:

@@ -44,8 +44,8 @@ def add_edit_tab(studio: Studio, tab: Any, generated: Any) -> None:
 
     source = gr.State()  # (C, H, W) uint8
     with gr.Row():
-        upload = gr.UploadButton("Upload an image", file_types=["image"], type="filepath", min_width=150)
-        take = gr.Button("Use the generated image", min_width=150)
+        upload = gr.UploadButton("Upload an image", file_types=["image"], type="filepath", size="md", min_width=150)
+        take = gr.Button("Use the generated image", size="md", min_width=150)
     editor = _add_editor(studio)
     with gr.Row():
         with gr.Column(min_width=300):
@@ -123,7 +123,7 @@ def _add_editor(studio: Studio) -> Any:
     height, width = height_width(studio.pipe.outline.image_size)
     empty = canvas_picture(torch.full((1, height, width), 255, dtype=torch.uint8))
     return gr.ImageEditor(
-        label="Paint over the part to generate",
+        label="Paint a region",
         sources=(),
         transforms=(),
         type="pil",

@@ -62,6 +62,8 @@ def running(place: Path) -> Iterator[Server]:
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("MPLCONFIG", "XDG_", "GRADIO_"))
     }
+    # A proxy that is not there: the server asks no other machine, and reaches itself.
+    environment |= dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9")
     environment |= {"HOME": str(place / "home"), "TMPDIR": str(place / "tmp"), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-u", "-m", "maskgit_pl", "web", "--port", str(free_port()), "--device", "cpu"]
     process = subprocess.Popen(
