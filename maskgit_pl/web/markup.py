@@ -1,4 +1,4 @@
-"""The HTML of pictures: figures with a text for screen readers, a colour bar, tables of counts.
+"""The HTML of pictures: figures with a text for screen readers, a color bar, tables of counts.
 
 Pictures are inside the HTML as data, so that the page loads no file. All text is escaped.
 """
@@ -30,7 +30,7 @@ __all__ = [
     "strip",
 ]
 
-_STOPS = 11  # colours of the bar
+_STOPS = 11  # colors of the bar
 _DRAWING = 300  # pixels from which a picture is shown smoothed
 
 
@@ -58,7 +58,7 @@ def figures(parts: Iterable[str], *, title: str = "") -> str:
 
 
 def frame_figures(frame: Frame, *, title: str = "") -> str:
-    """Returns the pictures of a decoding step with its counts and the colour bar of the confidence.
+    """Returns the pictures of a decoding step with its counts and the color bar of the confidence.
 
     Args:
         frame: Pictures of the step.
@@ -73,7 +73,7 @@ def frame_figures(frame: Frame, *, title: str = "") -> str:
 
 
 def color_bar() -> str:
-    """Returns the colour bar of the confidence: viridis from 0 to 1."""
+    """Returns the color bar of the confidence: viridis from 0 to 1."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 

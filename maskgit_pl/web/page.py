@@ -1,4 +1,4 @@
-"""The page: its tabs, its style, and the server that shows it on this machine."""
+"""The page of a model: its tabs, its title and its style."""
 
 from __future__ import annotations
 

@@ -397,7 +397,7 @@ def test_pictures_of_each_part(browser: Browser, server: Server, width: int, tmp
 
 
 def save(page: Page, file: Path) -> None:
-    """Draws the whole page; with fewer colours if the file would be large."""
+    """Draws the whole page; with fewer colors if the file would be large."""
     page.wait_for_timeout(1000)
     page.mouse.move(0, 0)
     picture = Image.open(io.BytesIO(page.screenshot(full_page=True)))
