@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor  # gradio reads the annotations of handlers
 
 from maskgit_pl.image_format import height_width
 from maskgit_pl.imaging import to_pil
@@ -14,9 +16,6 @@ from maskgit_pl.web.recording import Recording
 from maskgit_pl.web.regions import EditRegion, canvas_picture, read_upload
 from maskgit_pl.web.settings import FormSettings, PageRequest
 from maskgit_pl.web.studio import Made, Studio
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 __all__ = ["add_edit_tab", "add_panorama_tab"]
 

@@ -64,7 +64,11 @@ def running(place: Path) -> Iterator[Server]:
     }
     # A proxy that is not there: the server asks no other machine, and reaches itself.
     environment |= dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9")
-    environment |= {"HOME": str(place / "home"), "TMPDIR": str(place / "tmp"), "PYTHONPATH": str(ROOT)}
+    environment |= {
+        "HOME": str(place / "home"),
+        "TMPDIR": str(place / "tmp"),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
     command = [sys.executable, "-u", "-m", "maskgit_pl", "web", "--port", str(free_port()), "--device", "cpu"]
     process = subprocess.Popen(
         command, cwd=place / "here", env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
