@@ -7,6 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
+WEB_STAMP := $(VENV)/.installed-web
 LOWEST := .venv-lowest
 
 # `make help` prints the lines that begin with "#:".
@@ -60,7 +61,7 @@ $(if $(filter command line,$(origin STEPS)),$(error STEPS is now called NUM_STEP
 OF_RUN = --dataset "$(DATASET)" --data "$(DATA)" --recipe "$(strip $(RECIPE) $(BUDGET))" --run "$(RUN)" $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") $(if $(PRETRAINED),--pretrained "$(PRETRAINED)")
 MACHINES = $(if $(NODES),--nodes $(NODES)) $(if $(DEVICES),--devices $(DEVICES))
 
-.PHONY: doctor help install data train-tokenizer tokenize train-transformer submit-tokenizer submit-transformer sample evaluate compare tune train-classifier ablation edit benchmark benchmark-gpu demo demo-short demo-model test test-gpu test-lowest test-wheel mutants test-slurm docs lint format clean
+.PHONY: doctor help install data train-tokenizer tokenize train-transformer submit-tokenizer submit-transformer sample evaluate compare tune train-classifier ablation edit web benchmark benchmark-gpu demo demo-short demo-model test test-gpu test-lowest test-wheel mutants test-slurm docs test-web lint format clean
 
 help: ## List the targets and the variables
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -79,6 +80,10 @@ $(DEV_STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(INSTALL) --editable ".[dev]"
 	@touch $(STAMP) $@
+
+$(WEB_STAMP): $(STAMP)
+	$(BIN)/python $(INSTALL) --editable ".[web]"
+	@touch $@
 
 $(LOWEST)/.installed: pyproject.toml constraints/lowest.txt
 	@test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
@@ -118,6 +123,9 @@ sample: $(STAMP) ## Generate images of RUN: CLASSES=0,3,7 NUM_STEPS=16 SEED=0
 
 edit: $(STAMP) ## Regenerate a region of an image: IMAGE=file ARGS="--box L,T,R,B --class NAME --out FILE.png"
 	@$(if $(IMAGE),$(BIN)/maskgit edit "runs/$(RUN)" "$(IMAGE)" $(ARGS),echo "IMAGE must name an image file: make edit IMAGE=photo.jpg ARGS=..." >&2; exit 2)
+
+web: $(WEB_STAMP) ## Show a page in the browser: generate, compare, edit with a brush; RUN=name for your own model, else the demo's
+	@$(BIN)/maskgit web $(if $(filter file,$(origin RUN)),,"runs/$(RUN)") $(ARGS)
 
 evaluate: $(STAMP) ## Evaluate RUN; write evaluation.json and pictures
 	@$(BIN)/maskgit evaluate "runs/$(RUN)" --data "$(DATA)" $(ARGS)
@@ -170,6 +178,14 @@ test-wheel: $(DEV_STAMP) ## Build the wheel, and run the quick start in an empty
 
 test-gpu: $(DEV_STAMP) ## Run the tests on a GPU; what needs a GPU, or two, is skipped without (docs/gpu.md)
 	$(BIN)/python -m pytest tests/gpu --durations=5 $(ARGS)
+
+CHROMIUM_INSTALL = $(AS_ROOT) apt-get -qq update && $(AS_ROOT) apt-get -qq install --yes --no-install-recommends chromium >/dev/null
+CHROMIUM_MISSING = chromium must be installed, or CHROMIUM must name the program; on Debian, run this target as root or with sudo to install it
+
+test-web: $(DEV_STAMP) ## Run the tests of the page in a real Chromium (installs it with apt, as root or with sudo, if there is none)
+	$(BIN)/python $(INSTALL) --editable ".[dev,test-web]"
+	@test -n "$$CHROMIUM" || command -v chromium google-chrome >/dev/null || { $(CHROMIUM_INSTALL); } || { echo "$(CHROMIUM_MISSING)" >&2; exit 2; }
+	@WEB_PICTURES="$(WEB_PICTURES)" $(BIN)/python -m pytest tests/web --durations=5 $(ARGS)
 
 AS_ROOT = $(if $(filter 0,$(shell id -u)),,sudo --non-interactive)
 SLURM_INSTALL = $(AS_ROOT) apt-get -qq update && $(AS_ROOT) apt-get -qq install --yes --no-install-recommends slurmctld slurmd slurm-client >/dev/null

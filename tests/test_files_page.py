@@ -12,7 +12,7 @@ PAGE = PACKAGE.parent / "docs" / "files.md"
 FLOOR_NAMES = (
     "Foundations", "Schedules and networks", "Masks, decoding, losses and shards", "Files, pictures and estimates",
     "Data and training", "LightningModules", "The autoregressive baseline", "Pipeline and importers", "Runs",
-    "Evaluation", "Command line", "Entry points",
+    "Evaluation", "Web page", "Command line", "Entry points",
 )  # fmt: skip
 HEAD = """# Source files
 

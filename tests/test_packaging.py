@@ -20,7 +20,7 @@ IMPORTED_AS = {
 }
 # Imported, but declared by a package that is: huggingface_hub and lightning (fsspec), tensorboard (google.protobuf).
 OF_DEPENDENCIES = {"fsspec", "google"}
-FOR_DEVELOPMENT = {"benchmarks", "dev", "docs", "test"}  # extras whose packages the code does not import
+FOR_DEVELOPMENT = {"benchmarks", "dev", "docs", "test", "test-web"}  # extras whose packages the code does not import
 
 
 def name_of(requirement: str) -> str:

@@ -1,14 +1,30 @@
 """Pictures: conversions of pixels, grids of images, and figures of decoding. Uses Pillow and torch, no Lightning."""
 
-from maskgit_pl.imaging.decoding_figures import decoding_filmstrip, decoding_frames, select_steps
-from maskgit_pl.imaging.grids import edit_sheet, image_grid, reconstruction_grid, save_gif, save_images, save_png
+from maskgit_pl.imaging.decoding_figures import (
+    confidence_panel,
+    decoding_filmstrip,
+    decoding_frames,
+    select_steps,
+    token_panel,
+)
+from maskgit_pl.imaging.grids import (
+    draw_mask,
+    edit_sheet,
+    image_grid,
+    reconstruction_grid,
+    save_gif,
+    save_images,
+    save_png,
+)
 from maskgit_pl.imaging.pixels import to_pil, to_unit_range
 from maskgit_pl.imaging.recording import StepRecorder, save_animation, save_filmstrip
 
 __all__ = [
     "StepRecorder",
+    "confidence_panel",
     "decoding_filmstrip",
     "decoding_frames",
+    "draw_mask",
     "edit_sheet",
     "image_grid",
     "reconstruction_grid",
@@ -20,4 +36,5 @@ __all__ = [
     "select_steps",
     "to_pil",
     "to_unit_range",
+    "token_panel",
 ]

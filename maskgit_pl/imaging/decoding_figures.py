@@ -12,7 +12,7 @@ from torch import Tensor
 from maskgit_pl.decoding import DecodingStep
 from maskgit_pl.imaging.layout import MASKED, NEW, PANEL_SIZE, PAPER, REMASKED, add_title, enlarge, lay_out, scale_to
 
-__all__ = ["decoding_filmstrip", "decoding_frames", "select_steps"]
+__all__ = ["confidence_panel", "decoding_filmstrip", "decoding_frames", "select_steps", "token_panel"]
 
 _MAX_COLUMNS = 12  # number of steps in a filmstrip
 _MAX_FRAMES = 64  # number of steps in an animation
@@ -48,7 +48,7 @@ def decoding_frames(
     """
     frames = []
     for step, decoded in zip(steps, images, strict=True):
-        above = [_token_panel(step, row, decoded[row], grid) for row in range(len(decoded))]
+        above = [token_panel(step, row, decoded[row], grid) for row in range(len(decoded))]
         below = [enlarge(image, scale_to(decoded, PANEL_SIZE)) for image in decoded]
         frame = lay_out([*above, *below], rows=2, columns=len(decoded), column_captions=captions)
         frames.append(add_title(frame, _describe(step, num_steps or len(steps))))
@@ -83,8 +83,8 @@ def decoding_filmstrip(
     top = max(1e-9, *(float((step.confidence * step.was_masked)[row].max()) for step, _ in chosen))
     rows = [
         [_cells_panel(image, grid, filled=step.was_masked[row]) for step, image in chosen],
-        [_heat_panel(step.confidence[row] / top, image, grid) for step, image in chosen],
-        [_token_panel(step, row, image, grid) for step, image in chosen],
+        [confidence_panel(step.confidence[row] / top, image, grid) for step, image in chosen],
+        [token_panel(step, row, image, grid) for step, image in chosen],
         [enlarge(image, scale) for _, image in chosen],
     ]
     captions = [f"step {step.step + 1}: {int(step.still_masked[row].sum())} masked" for step, _ in chosen]
@@ -95,6 +95,43 @@ def decoding_filmstrip(
         row_captions=["mask", f"confidence 0 to {top:.2f}", "newly kept", "image"],
         column_captions=captions,
     )
+
+
+def token_panel(
+    step: DecodingStep, row: int, image: Tensor, grid: tuple[int, int], *, size: int = PANEL_SIZE
+) -> Image.Image:
+    """Draws an image with masked tokens in grey, and tokens just kept or masked again in a frame.
+
+    Args:
+        step: Decoding step of n images.
+        row: Index of the image in [0, n).
+        image: Decoded tokens of the step, (C, H, W) uint8.
+        grid: Rows and columns of tokens (h, w).
+        size: Smallest length of the longer edge of the picture in pixels.
+    """
+    was, still = step.was_masked[row], step.still_masked[row]
+    framed = {NEW: was & ~still, REMASKED: still & ~was}
+    return _cells_panel(image, grid, filled=still, framed=framed, size=size)
+
+
+def confidence_panel(values: Tensor, image: Tensor, grid: tuple[int, int], *, size: int = PANEL_SIZE) -> Image.Image:
+    """Draws values of the tokens as colours of viridis, from dark (0) to bright (1), as large as the image.
+
+    Args:
+        values: (N,) float in [0, 1].
+        image: (C, H, W) uint8, which gives the size.
+        grid: Rows and columns of tokens (h, w).
+        size: See ``token_panel``.
+    """
+    from matplotlib import colormaps
+
+    scale = scale_to(image, size)
+    colours = (colormaps["viridis"](values.cpu().numpy())[:, :3] * 255).round().astype(int).tolist()
+    panel = Image.new("RGB", (image.shape[-1] * scale, image.shape[-2] * scale), PAPER)
+    draw = ImageDraw.Draw(panel)
+    for box, colour in zip(_boxes(image.shape[-2:], grid, scale), colours, strict=True):
+        draw.rectangle(box, fill=tuple(colour))
+    return panel
 
 
 def _describe(step: DecodingStep, num_steps: int) -> str:
@@ -111,21 +148,16 @@ def _spread(count: int, most: int) -> list[int]:
     return [round(place * (count - 1) / (most - 1)) for place in range(most)]
 
 
-def _token_panel(step: DecodingStep, row: int, image: Tensor, grid: tuple[int, int]) -> Image.Image:
-    """Draws an image (C, H, W) uint8 with masked tokens in grey, and tokens just kept or masked again in a frame."""
-    was, still = step.was_masked[row], step.still_masked[row]
-    return _cells_panel(image, grid, filled=still, framed={NEW: was & ~still, REMASKED: still & ~was})
-
-
 def _cells_panel(
     image: Tensor,
     grid: tuple[int, int],
     *,
     filled: Tensor,
     framed: Mapping[tuple[int, int, int], Tensor] | None = None,
+    size: int = PANEL_SIZE,
 ) -> Image.Image:
     """Draws an image (C, H, W) uint8 with tokens filled in grey or framed in a colour, each given as (N,) bool."""
-    scale = scale_to(image, PANEL_SIZE)
+    scale = scale_to(image, size)
     panel, boxes = enlarge(image, scale), _boxes(image.shape[-2:], grid, scale)
     draw = ImageDraw.Draw(panel)
     for box, masked in zip(boxes, filled.tolist(), strict=True):
@@ -136,19 +168,6 @@ def _cells_panel(
         for box, wanted in zip(boxes, tokens.tolist(), strict=True):
             if wanted:
                 draw.rectangle(box, outline=colour, width=2)
-    return panel
-
-
-def _heat_panel(values: Tensor, image: Tensor, grid: tuple[int, int]) -> Image.Image:
-    """Draws values (N,) float in [0, 1] of the tokens as colours from dark to bright, as large as the image."""
-    from matplotlib import colormaps
-
-    scale = scale_to(image, PANEL_SIZE)
-    colours = (colormaps["viridis"](values.cpu().numpy())[:, :3] * 255).round().astype(int).tolist()
-    panel = Image.new("RGB", (image.shape[-1] * scale, image.shape[-2] * scale), PAPER)
-    draw = ImageDraw.Draw(panel)
-    for box, colour in zip(_boxes(image.shape[-2:], grid, scale), colours, strict=True):
-        draw.rectangle(box, fill=tuple(colour))
     return panel
 
 

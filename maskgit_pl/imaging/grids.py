@@ -16,7 +16,7 @@ from maskgit_pl.image_format import composite_over_white
 from maskgit_pl.imaging.layout import MASKED, NEW, TILE_SIZE, add_title, enlarge, lay_out, scale_to
 from maskgit_pl.imaging.pixels import to_pil
 
-__all__ = ["edit_sheet", "image_grid", "reconstruction_grid", "save_gif", "save_images", "save_png"]
+__all__ = ["draw_mask", "edit_sheet", "image_grid", "reconstruction_grid", "save_gif", "save_images", "save_png"]
 
 
 def image_grid(
@@ -73,15 +73,23 @@ def edit_sheet(
         title: Text above the row.
         captions: Text above each variant.
     """
-    # Grey images become RGB, because the outline is orange.
     colour = composite_over_white(original).expand(3, -1, -1)
-    edge = _outline(mask)
-    masked = colour.clone()
-    for part, value in ((region, MASKED), (edge, NEW)):
-        masked = torch.tensor(value, dtype=torch.uint8)[:, None, None].where(part, masked)
+    masked = draw_mask(original, mask=mask, region=region)
     images = torch.cat([torch.stack([colour, masked]), composite_over_white(variants).expand(-1, 3, -1, -1)])
     page = image_grid(images, columns=len(images), column_captions=["original", "masked", *captions])
     return add_title(page, title)
+
+
+def draw_mask(original: Tensor, *, mask: Tensor, region: Tensor) -> Tensor:
+    """Returns an image with the region of an edit in grey and the mask in an orange outline, (3, H, W) uint8.
+
+    See ``edit_sheet`` for the arguments.
+    """
+    # Grey images become RGB, because the outline is orange.
+    masked = composite_over_white(original).expand(3, -1, -1).clone()
+    for part, value in ((region, MASKED), (_outline(mask), NEW)):
+        masked = torch.tensor(value, dtype=torch.uint8)[:, None, None].where(part, masked)
+    return masked
 
 
 def save_png(picture: Image.Image, path: Path) -> None:

@@ -21,6 +21,7 @@ WORDS = {
     "edit": [RUN, IMAGE, "--box", "0,0,4,2", "--class", "1"],
     "outpaint": [RUN, IMAGE, "--right", "4"],
     "panorama": [RUN, "--width", "16"],
+    "web": [RUN],
     "evaluate": [RUN, "--data", DATA],
     "inspect": [RUN, "--data", DATA],
     "evaluate-tokenizer": [RUN, "--data", DATA],

@@ -1191,4 +1191,29 @@ MUTANTS: tuple[Mutant, ...] = (
         "pipeline/test_bundled pipeline/test_sharing",
         ("if not folder.exists() and str(path) in bundled:", "if str(path) in bundled:"),
     ),
+    *_of(
+        "web/settings.py",
+        "test_web",
+        ("elif own.tokens_per_step is not None and", "elif False and"),
+        ("if self.token_selector == OWN else None", "if True else None"),
+        ("temperatures[0] if is_constant else temperatures", "temperatures"),
+    ),
+    *_of(
+        "web/commands.py",
+        "test_web",
+        ('and "," not in name', ""),
+        ('["image.png", "--mask", "mask.png", *_edit_words', '["image.png", "--mask", "image.png", *_edit_words'),
+    ),
+    *_of(
+        "web/regions.py",
+        "test_web",
+        ("mask |= F.", "mask = F."),
+        ("if header.width * header.height > MAX_UPLOAD_PIXELS:", "if False:"),
+    ),
+    *_of(
+        "web/studio.py",
+        "test_web",
+        ("if len(self._folders) > _MAX_KEPT:", "if False:"),
+        ("height * width > _MAX_CANVAS *", "height > _MAX_CANVAS *"),
+    ),
 )

@@ -1,0 +1,132 @@
+"""A server of the page in a process of its own, and a Chromium that opens it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+
+ROOT = Path(__file__).parents[2]
+FLAGS = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+SECONDS = 120  # that a busy machine may take for a step of a test
+
+
+@dataclass
+class Server:
+    """A running ``maskgit web``.
+
+    Attributes:
+        place: Empty folder that holds all that it could write to: ``home``, ``tmp`` and ``here``.
+        process: Its process.
+        url: Its address.
+    """
+
+    place: Path
+    process: subprocess.Popen[str]
+    url: str
+
+    def written(self) -> list[str]:
+        """Returns the files in its home, its temporary folder and its working directory."""
+        return sorted(str(path.relative_to(self.place)) for path in self.place.rglob("*") if path.is_file())
+
+    def stop(self) -> int:
+        """Ends it with SIGTERM, and returns its exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(SECONDS)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@contextmanager
+def running(place: Path) -> Iterator[Server]:
+    """Starts ``maskgit web``, waits until it says where the page is, and ends it after the block."""
+    for name in ("home", "tmp", "here"):
+        (place / name).mkdir(parents=True)
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("MPLCONFIG", "XDG_", "GRADIO_"))
+    }
+    # A proxy that is not there: the server asks no other machine, and reaches itself.
+    environment |= dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9")
+    environment |= {
+        "HOME": str(place / "home"),
+        "TMPDIR": str(place / "tmp"),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    command = [sys.executable, "-u", "-m", "maskgit_pl", "web", "--port", str(free_port()), "--device", "cpu"]
+    process = subprocess.Popen(
+        command, cwd=place / "here", env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    with process:
+        said = list(takewhile_shown(process.stdout))
+        try:
+            assert " shows " in said[-1], "".join(said)
+            yield Server(place, process, said[-1].split()[0])
+        finally:
+            process.terminate()
+
+
+def takewhile_shown(lines: Iterable[str]) -> Iterator[str]:
+    """Yields lines up to the one that names the page."""
+    for line in lines:
+        yield line
+        if " shows " in line:
+            return
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with running(tmp_path_factory.mktemp("server")) as found:
+        yield found
+        assert found.process.poll() is None, "the server ended during the tests"
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    program = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    assert program, "chromium must be installed, or CHROMIUM must name it"
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=program, headless=True, args=list(FLAGS))
+        yield found
+        found.close()
+
+
+def open_page(browser: Browser, url: str, *, width: int = 1280) -> Page:
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.set_default_timeout(SECONDS * 1000)
+    page.goto(url)
+    page.get_by_role("button", name="Generate", exact=True).wait_for()
+    return page
+
+
+@pytest.fixture
+def page(browser: Browser, server: Server) -> Iterator[Page]:
+    """The page, whose requests all go to the server and whose scripts raise no error."""
+    faults: list[str] = []
+    found = browser.new_page(viewport={"width": 1280, "height": 900})
+    found.set_default_timeout(SECONDS * 1000)
+    local = (server.url, "data:", "blob:")
+    found.on("request", lambda request: None if request.url.startswith(local) else faults.append(request.url))
+    found.on("pageerror", lambda error: faults.append(str(error)))
+    found.goto(server.url)
+    found.get_by_role("button", name="Generate", exact=True).wait_for()
+    yield found
+    found.close()
+    assert faults == []
