@@ -51,7 +51,7 @@ _MUSE, _AMUSED = "muse-maskgit-pytorch", "diffusers aMUSEd"
 _ENCODER, _BERT = "encoder layers of torch, as dome272", "BertModel of transformers, as 1d-tokenizer"
 _PEERS = {_MUSE: "muse_maskgit_pytorch", _AMUSED: "diffusers", _BERT: "transformers"}
 _AUTOREGRESSIVE = ("autoregressive, KV cache", "autoregressive, no cache")
-_UNPACKED, _INT8, _LINEAR = "ours, weights not packed", "ours, int8", "linear layers of ours alone"
+_UNPACKED, _INT8, _LINEAR = "ours, weights not packed", "ours, int8", "only the linear layers of ours"
 _ALIKE = ("ours", "ours, first step cached", _UNPACKED, _INT8)
 _WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "unique2", "_unique2"}
 

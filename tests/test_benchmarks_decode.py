@@ -11,7 +11,7 @@ from maskgit_pl.devices import has_bfloat16
 from tests.benchmark_scripts import benchmark_script
 
 EXACT = ["ours", "ours, first step cached", "ours, weights not packed"]
-LINEAR = "linear layers of ours alone"
+LINEAR = "only the linear layers of ours"
 AUTOREGRESSIVE = ["autoregressive, KV cache", "autoregressive, no cache"]
 
 

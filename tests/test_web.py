@@ -23,7 +23,7 @@ from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.web import markup, plots, server
 from maskgit_pl.web.answers import explain, pace
 from maskgit_pl.web.commands import Call, call_edit, call_sample
-from maskgit_pl.web.recording import Recording
+from maskgit_pl.web.recording import Playback
 from maskgit_pl.web.regions import MAX_UPLOAD_BYTES, EditRegion, canvas_picture, read_brush, read_upload
 from maskgit_pl.web.settings import OWN, FormSettings, PageRequest, guidance_choices, schedule_choices, selector_choices
 from maskgit_pl.web.studio import Made, Studio
@@ -202,7 +202,7 @@ def test_the_shown_lines_make_the_same_images(
     assert json.loads((tmp_path / "decoding.json").read_text())["decoding"]["num_steps"] == made.recording.num_steps
 
 
-# Recording
+# Playback
 
 
 def test_the_recording_grows_step_by_step_and_ends_in_the_image(studio, pipe, form):
@@ -224,7 +224,7 @@ def test_a_frame_counts_its_tokens_and_the_nearest_one_is_shown(studio, form):
 def test_the_bright_end_of_the_confidence_is_one(studio, form):
     *_, recording = studio.decode(PageRequest(SNEAKER, 5, form))
     step = replace(recording.steps[0], confidence=torch.cat([torch.ones(1, 25), torch.zeros(1, 24)], 1))
-    picture = Recording((step,), recording.images[:1], recording.grid, 8).frame(1).confidence
+    picture = Playback((step,), recording.images[:1], recording.grid, 8).frame(1).confidence
     assert picture.getpixel((0, 0)) == (253, 231, 37)  # the ends of viridis
     assert picture.getpixel((picture.width - 1, picture.height - 1)) == (68, 1, 84)
 

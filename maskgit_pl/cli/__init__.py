@@ -29,7 +29,8 @@ __all__ = ["build_parser", "main"]
 _MODULES = (  # in the order of the help; most have the name of their command
     "demo", "models", "data", "doctor", "train", "slurm", "tokenize", "export", "sample", "inpaint", "outpaint",
     "panorama", "web", "evaluate", "evaluate_tokenizer", "inspect", "compare", "tune", "ablation", "paper",
-    "train_classifier", "schedules", "recipes", "plugins", "env", "import_jax", "import_tokenizer", "import_transformer",
+    "train_classifier", "schedules", "recipes", "plugins", "env", "import_jax", "import_tokenizer",
+    "import_transformer",
 )  # fmt: skip
 
 

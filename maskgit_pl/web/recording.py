@@ -1,4 +1,4 @@
-"""``Recording``: the decoding steps of a result with their images, as the page shows, scrubs and saves them."""
+"""``Playback``: the decoding steps of a result with their images, as the page shows, scrubs and saves them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from maskgit_pl.pipeline import MaskGIT
 
-__all__ = ["Frame", "Recording", "decode", "record"]
+__all__ = ["Frame", "Playback", "decode", "record"]
 
 _SIZE = 320  # pixels of the longer edge of a panel
 
@@ -40,7 +40,7 @@ class Frame:
 
 
 @dataclass(frozen=True)
-class Recording:
+class Playback:
     """The decoding steps of one image.
 
     Args:
@@ -82,7 +82,7 @@ class Recording:
         return f"Step {step.step + 1} of {self.num_steps}: {decided}, {was - still} in this step"
 
 
-def decode(pipe: MaskGIT, label: int, *, seed: int, settings: dict[str, Any]) -> Iterator[Recording]:
+def decode(pipe: MaskGIT, label: int, *, seed: int, settings: dict[str, Any]) -> Iterator[Playback]:
     """Decodes an image, and yields the recording after each step.
 
     Args:
@@ -96,14 +96,14 @@ def decode(pipe: MaskGIT, label: int, *, seed: int, settings: dict[str, Any]) ->
     """
     decoding = pipe.decoding_with(**settings)
     pipe.check_decoding(decoding)
-    found = Recording((), (), pipe.tokenizer.grid, decoding.num_steps)
+    found = Playback((), (), pipe.tokenizer.grid, decoding.num_steps)
     for step in pipe.steps([label], seed=seed, decoding=decoding):
         image = pipe.tokenizer.decode(step.tokens)
         found = replace(found, steps=(*found.steps, step), images=(*found.images, image))
         yield found
 
 
-def record(pipe: MaskGIT, steps: Sequence[DecodingStep], *, grid: tuple[int, int], num_steps: int) -> Recording:
+def record(pipe: MaskGIT, steps: Sequence[DecodingStep], *, grid: tuple[int, int], num_steps: int) -> Playback:
     """Returns the recording of the first image of recorded steps.
 
     Args:
@@ -113,4 +113,4 @@ def record(pipe: MaskGIT, steps: Sequence[DecodingStep], *, grid: tuple[int, int
         num_steps: Number of decoding steps T.
     """
     images = tuple(pipe.tokenizer.decode(step.tokens, grid=grid) for step in steps)
-    return Recording(tuple(steps), images, grid, num_steps)
+    return Playback(tuple(steps), images, grid, num_steps)

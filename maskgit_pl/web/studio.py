@@ -16,7 +16,7 @@ from maskgit_pl.decoding import SETTINGS_FORMAT, DecodingConfig
 from maskgit_pl.imaging import StepRecorder, save_png, to_pil
 from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.web.commands import Call, call_edit, call_outpaint, call_panorama, call_sample
-from maskgit_pl.web.recording import Recording, decode, record
+from maskgit_pl.web.recording import Playback, decode, record
 from maskgit_pl.web.settings import PageRequest
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Made:
         command: Command line that makes the same images.
     """
 
-    recording: Recording
+    recording: Playback
     images: Tensor
     files: list[Path]
     python: str
@@ -76,7 +76,7 @@ class Studio:
         self.pipe, self.name, self.folder = pipe, name, folder
         self._folders: deque[Path] = deque()
 
-    def decode(self, request: PageRequest) -> Iterator[Recording]:
+    def decode(self, request: PageRequest) -> Iterator[Playback]:
         """Generates an image of a class, and yields the recording after each step.
 
         Raises:
@@ -85,7 +85,7 @@ class Studio:
         assert request.label is not None
         yield from decode(self.pipe, request.label, seed=request.seed, settings=self._changes(request))
 
-    def keep(self, recording: Recording, request: PageRequest) -> Made:
+    def keep(self, recording: Playback, request: PageRequest) -> Made:
         """Returns the finished recording of ``decode`` with its files and commands."""
         changes = self._changes(request)
         call = call_sample(request, self.pipe.class_names, changes)
@@ -171,7 +171,7 @@ class Studio:
         files = self._save_images(folder, made, request)
         return self._made(folder, files, recording, made, call_panorama(size, request, self.pipe.class_names, changes))
 
-    def decode_schedules(self, request: PageRequest) -> Iterator[tuple[str, Recording]]:
+    def decode_schedules(self, request: PageRequest) -> Iterator[tuple[str, Playback]]:
         """Generates the same image with each registered mask schedule, and yields each name with its recording.
 
         Raises:
@@ -195,7 +195,7 @@ class Studio:
 
     def _record(
         self, make: Callable[[StepRecorder], object], changes: Mapping[str, Any], on_step: OnStep
-    ) -> tuple[Tensor, Recording]:
+    ) -> tuple[Tensor, Playback]:
         """Calls an editing method with a recorder; returns its images and the recording of the first one."""
         recorder = _Recorder(on_step)
         images = cast("Tensor", make(recorder))  # output_type "pt"
@@ -217,7 +217,7 @@ class Studio:
             save_png(to_pil(image), file)
         return files
 
-    def _made(self, folder: Path, files: Sequence[Path], recording: Recording, images: Tensor, call: Call) -> Made:
+    def _made(self, folder: Path, files: Sequence[Path], recording: Playback, images: Tensor, call: Call) -> Made:
         """Adds the pictures of the decoding and the settings to the files of a result."""
         settings = folder / "decoding.json"
         decoding: DecodingConfig = self.pipe.decoding_with(**call.changes)

@@ -12,7 +12,7 @@ from maskgit_pl.imaging import to_pil
 from maskgit_pl.web.answers import answer, explain
 from maskgit_pl.web.form import MODEL, add_class, add_results, add_seed, add_settings, class_choices, show_results
 from maskgit_pl.web.markup import figure, figures, frame_figures, message
-from maskgit_pl.web.recording import Recording
+from maskgit_pl.web.recording import Playback
 from maskgit_pl.web.regions import EditRegion, canvas_picture, read_upload
 from maskgit_pl.web.settings import FormSettings, PageRequest
 from maskgit_pl.web.studio import Made, Studio
@@ -161,7 +161,7 @@ def _add_edited() -> dict[str, Any]:
     box, files, lines = add_results()
 
     @answer
-    def scrub(found: Recording | None, number: int) -> Any:
+    def scrub(found: Playback | None, number: int) -> Any:
         return gr.skip() if found is None else frame_figures(found.frame(number))
 
     scrubber.input(scrub, [recording, scrubber], steps, **_PREVIEW)
@@ -232,7 +232,7 @@ def _fill(pixels: Tensor) -> list[Any]:
     return [{"background": canvas_picture(pixels), "layers": [], "composite": None}, pixels]
 
 
-def _image_of(studio: Studio, recording: Recording | None) -> Tensor:
+def _image_of(studio: Studio, recording: Playback | None) -> Tensor:
     """Returns the image of a recording; without one, an image of the first class."""
     if recording is None:
         own = FormSettings.of(studio.pipe.decoding)

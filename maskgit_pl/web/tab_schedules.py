@@ -13,7 +13,7 @@ from maskgit_pl.web.answers import answer, explain
 from maskgit_pl.web.form import MODEL, PLOTS, add_class, add_seed
 from maskgit_pl.web.markup import counts_table, figure, message, plot, schedule_heading, strip
 from maskgit_pl.web.plots import kept_by_schedule
-from maskgit_pl.web.recording import Recording
+from maskgit_pl.web.recording import Playback
 from maskgit_pl.web.settings import FormSettings, PageRequest
 from maskgit_pl.web.studio import Studio
 
@@ -65,7 +65,7 @@ def _curves(num_tokens: int) -> str:
     return plot(picture, alt=alt, kind="image/png")
 
 
-def _row(name: str, recording: Recording) -> str:
+def _row(name: str, recording: Playback) -> str:
     """Returns the heading of a schedule, and its decoding as a strip of at most 12 steps."""
     tiles = []
     for step in select_steps(recording.steps, "filmstrip"):
