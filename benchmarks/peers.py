@@ -144,6 +144,7 @@ class EncoderPeer(nn.Module):
             nn.Linear(config.embed_dim, config.embed_dim), nn.GELU(), nn.LayerNorm(config.embed_dim, eps=1e-12)
         )
         self.bias = nn.Parameter(torch.zeros(config.num_tokens + 1, config.vocabulary_size))
+        nn.init.trunc_normal_(self.tokens.weight, std=0.02)
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Returns the logits (B, N, V) of tokens (B, N) int64 and labels (B,) int64."""
