@@ -169,7 +169,7 @@ def chunked_statistics(
     """Computes the statistics of the logits x table^T + bias, without a tensor that holds all of them.
 
     1. Compute the logits of a chunk of rows, and their statistics. Keep the statistics only.
-    2. In the backward pass, compute the logits of a chunk again. This costs a third of the work of the head.
+    2. In the backward pass, compute the logits of a chunk again: one more matrix product of the head.
 
     A chunk has 2^24 logits, or 128 rows if they have more.
 
