@@ -1,0 +1,124 @@
+"""Measures the peak memory of commands with networks of the released size, 256 px, in a process of its own each.
+
+    python benchmarks/memory.py --out released-size
+
+The weights are random, which changes neither memory nor time. ``--out`` keeps them; a second run reads them again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from measuring import format_table, read_cpu_name
+
+from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.networks.skeleton import skeletons
+from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
+from maskgit_pl.networks.vqgan import VQGAN
+from maskgit_pl.networks.vqgan_config import VQGANConfig
+from maskgit_pl.pretrained import fingerprint, save_tokenizer, save_transformer
+
+RELEASED = VQGANConfig(3, base_channels=128, channel_multipliers=(1, 1, 2, 2, 4), codebook_size=1024, code_dim=256)
+_IMPORT = "import torch, maskgit_pl.pipeline"  # as a command: what every row includes
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The peak memory of a process.
+
+    Args:
+        words: Command line after ``maskgit``.
+        resident: Largest resident memory in bytes.
+        seconds: CPU seconds of all its threads.
+    """
+
+    words: Sequence[str]
+    resident: int
+    seconds: float
+
+    def row(self) -> dict[str, str]:
+        """Returns the row of the table."""
+        command = f"`maskgit {shlex.join(self.words)}`" if self.words else "imports only"
+        return {"command": command, "peak, GB": f"{self.resident / 1e9:.2f}", "CPU s": f"{self.seconds:.0f}"}
+
+
+def save_model(folder: Path, *, tokenizer: VQGANConfig = RELEASED, image_size: int = 256, depth: int = 24) -> None:
+    """Writes a pretrained folder with random weights, unless there is one."""
+    if (folder / "transformer").exists():
+        return
+    grid = tokenizer.grid(image_size)
+    transformer = TransformerConfig(tokenizer.codebook_size, 1000, grid, depth=depth, class_dropout=0.1)
+    with skeletons():
+        networks = VQGAN(tokenizer), MaskedTransformer(transformer)
+    chance = torch.Generator().manual_seed(0)
+    weights = [
+        {
+            name: torch.randn(tensor.shape, generator=chance).mul_(0.02).to(tensor.dtype)
+            for name, tensor in network.state_dict().items()
+        }
+        for network in networks
+    ]
+    save_tokenizer(folder / "tokenizer", tokenizer, weights[0], image_size=image_size)
+    save_transformer(
+        folder / "transformer",
+        transformer,
+        weights[1],
+        mask_schedule="cosine",
+        decoding=DecodingConfig(draw_method="gumbel"),
+        class_names=[f"class {number}" for number in range(1000)],
+        tokenizer_fingerprint=fingerprint(folder / "tokenizer"),
+    )
+
+
+def measure_peak(words: Sequence[str], *, folder: Path) -> Peak:
+    """Runs ``maskgit`` with ``words`` in ``folder``, or only its imports without words.
+
+    Raises:
+        RuntimeError: if the command fails.
+    """
+    command = [sys.executable, *(["-m", "maskgit_pl", *words] if words else ["-c", _IMPORT])]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL) as process:
+        # wait4 gives the usage of this child only; that of all children would be the largest of them.
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{shlex.join(command)} must succeed, got exit code {process.returncode}")
+    return Peak(words, usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime)
+
+
+def list_commands(model: str) -> list[list[str]]:
+    """Returns the commands to measure, two decoding steps each: the number of steps does not change the memory."""
+    sample = ["sample", model, "--classes", "0", "--num-steps", "2", "--out", "sampled.png"]
+    edit = ["edit", model, "image.png", "--fit", "--box", "64,64,192,192", "--class", "1", "--num-steps", "2"]
+    return [
+        [],
+        [*sample, "--per-class", "1"],
+        [*sample, "--per-class", "16"],
+        [*sample, "--per-class", "16", "--dtype", "bfloat16"],
+        [*sample, "--per-class", "64"],
+        [*edit, "--out", "edited.png"],
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures and prints the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the weights, 0.9 GB")
+    folder = parser.parse_args(argv).out.resolve()
+    save_model(folder / "model")
+    measure_peak(["sample", "model", "--classes", "0", "--per-class", "1", "--num-steps", "1", "--out", "image.png"],
+                 folder=folder)  # fmt: skip
+    print(f"{read_cpu_name()}, torch {torch.__version__}, 256 px, 24 layers x 768")
+    print(format_table([measure_peak(words, folder=folder).row() for words in list_commands("model")]))
+
+
+if __name__ == "__main__":
+    main()
