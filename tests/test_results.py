@@ -22,7 +22,7 @@ from maskgit_pl.schedules import mask_schedules
 
 RESULTS = Path(__file__).parents[1] / "results"
 TABLES = RESULTS / "fashion-mnist"
-ABLATIONS = RESULTS / "ablations" / "fashion-mnist"
+ABLATIONS = RESULTS / "ablations"
 LEDGER = Ledger(RESULTS / "ledger.jsonl")
 
 
@@ -72,10 +72,10 @@ def test_the_page_is_the_one_that_the_ledger_gives(name: str) -> None:
         assert file.read_text() == text, f"{file}: `python -m tests.test_results` regenerates it"
 
 
-@pytest.mark.parametrize("file", sorted(ABLATIONS.glob("*.md")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted(ABLATIONS.glob("*/*.md")), ids=lambda file: file.stem)
 def test_the_page_of_an_ablation_is_the_one_that_the_ledger_gives(file: Path) -> None:
     made = make_ablation_page(
-        file.stem, select_rows(Ledger(ABLATIONS.parent / "ledger.jsonl").rows("ablation"), file.stem)
+        file.stem, select_rows(Ledger(ABLATIONS / "ledger.jsonl").rows("ablation"), file.stem)
     )
     remake = f"`maskgit ablation --page-only --name {file.stem} --results results/ablations` regenerates it"
     assert file.read_text() == made.markdown, remake
