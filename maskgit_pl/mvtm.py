@@ -25,7 +25,8 @@ from maskgit_pl.masking import Draws, MaskSampler, pad_positions, true_positions
 from maskgit_pl.networks.backbone import create_network
 from maskgit_pl.objectives import Objective, TokenLosses, objectives
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
-from maskgit_pl.token_model import NUM_BINS, StepLosses, TokenModel, TokenModelConfig, check_decoding
+from maskgit_pl.token_model import NUM_BINS, StepLosses, TokenModel
+from maskgit_pl.token_model_config import TokenModelConfig, check_decoding
 
 __all__ = ["MaskedTokenConfig", "MaskedTokenModel"]
 

@@ -30,21 +30,15 @@ import math
 import shutil
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
-from maskgit_pl.checks import check_choice, check_number, check_seed
 from maskgit_pl.data import Batch, flip
 from maskgit_pl.decoding import DecodingConfig, DecodingStep
 from maskgit_pl.imaging import to_unit_range
@@ -56,7 +50,8 @@ from maskgit_pl.losses import (
     token_statistics,
 )
 from maskgit_pl.masking import Draws, true_positions
-from maskgit_pl.networks.backbone import Backbone, BackboneConfig, Vocabulary
+from maskgit_pl.networks.backbone import Backbone
+from maskgit_pl.optimized_model import OptimizedModel
 from maskgit_pl.pretrained import (
     PretrainedTokenizer,
     load_tokenizer,
@@ -65,48 +60,13 @@ from maskgit_pl.pretrained import (
     weights_for,
 )
 from maskgit_pl.randomness import random_bits, random_uniform
+from maskgit_pl.token_model_config import TokenModelConfig, check_tokenizer
 from maskgit_pl.training.binned_means import NUM_BINS, BinnedMeans
 from maskgit_pl.training.checkpoints import full_state
-from maskgit_pl.training.compile_and_checkpointing import ActivationCheckpointing, Compiled, prepare_blocks
-from maskgit_pl.training.ema import frozen_copy, update_ema
-from maskgit_pl.training.optimizers import OptimizerConfig, build_optimizer, parameter_groups
-from maskgit_pl.training.stop_and_nonfinite import StepCheck, clip_gradients
-from maskgit_pl.training.strategies import check_precision, shard_blocks
+from maskgit_pl.training.compile_and_checkpointing import prepare_blocks
+from maskgit_pl.training.ema import frozen_copy
 
-__all__ = ["NUM_BINS", "TokenModel", "TokenModelConfig", "check_decoding", "check_tokenizer"]
-
-LossVocabulary = Literal["codes", "all"]
-
-
-@dataclass(frozen=True)
-class TokenModelConfig:
-    """The common fields of both models' configurations, which document them."""
-
-    network: BackboneConfig
-    optimizer: OptimizerConfig
-    tokenizer: str
-    _: KW_ONLY
-    label_smoothing: float = 0.1
-    loss_vocabulary: LossVocabulary = "all"
-    ema_decay: float = 0.999
-    flip_probability: float = 0.0
-    seed: int = 0
-    activation_checkpointing: ActivationCheckpointing = "none"
-    compiled: Compiled = "none"
-
-    def __post_init__(self) -> None:
-        check_number("label_smoothing", self.label_smoothing, "[0, 1)")
-        check_choice("loss_vocabulary", self.loss_vocabulary, get_args(LossVocabulary))
-        check_number("ema_decay", self.ema_decay, "[0, 1)")
-        check_number("flip_probability", self.flip_probability, "[0, 1]")
-        check_seed("seed", self.seed)
-        check_choice("activation_checkpointing", self.activation_checkpointing, get_args(ActivationCheckpointing))
-        check_choice("compiled", self.compiled, get_args(Compiled))
-
-    @property
-    def loss_columns(self) -> Vocabulary:
-        """The columns of the logits of the loss: ``loss_vocabulary``, or those of the token groups if there are any."""
-        return self.network.loss_columns(self.loss_vocabulary)
+__all__ = ["NUM_BINS", "StepLosses", "TokenModel"]
 
 
 class StepLosses(NamedTuple):
@@ -125,7 +85,7 @@ class StepLosses(NamedTuple):
     counted: Tensor | None = None
 
 
-class TokenModel(LightningModule):
+class TokenModel(OptimizedModel):
     """The LightningModule of stage 2: trains a transformer on tokens, or on images that it encodes on the fly.
 
     A subclass defines the tokens to predict (``_draw_mask``), the input of the network (``_mask_tokens``), the groups
@@ -140,9 +100,7 @@ class TokenModel(LightningModule):
     """
 
     mask_schedule_spec: str | dict[str, Any] | None = None  # in the form of a recipe; None with causal attention
-    step_check: StepCheck | None = None  # set by a callback; without it no update is skipped
     binned_by: str  # the quantity that ``_assign_bins`` groups by, in the names of logged values
-    _skips_update = False
 
     def __init__(self, config: TokenModelConfig, transformer: Backbone, decoding: DecodingConfig) -> None:
         super().__init__()
@@ -207,64 +165,6 @@ class TokenModel(LightningModule):
             check_tokenizer(self.config.network, self._tokenizer)
         self._tokenizer.network.to(self.device)
         return self._tokenizer
-
-    def configure_model(self) -> None:
-        """Checks the precision, and shards the networks block by block under FSDP2.
-
-        The token embedding, which is tied to the output layer, stays in the root group.
-
-        Raises:
-            ValueError: if the stage does not support the Trainer's precision.
-        """
-        check_precision(self.trainer.precision)
-        if self.device_mesh is None:
-            return
-        mesh = self.device_mesh["data_parallel"]
-        shard_blocks(self.transformer, self.transformer.blocks, mesh, precision=self.trainer.precision)
-        if self.ema_network is not None:  # it samples and is evaluated in float32, without mixed precision
-            shard_blocks(self.ema_network, self.ema_network.blocks, mesh, precision="32-true")
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Builds the optimizer and its learning rate schedule, which advances with each step."""
-        config = self.config.optimizer
-        groups = parameter_groups(self.transformer, config.weight_decay, prefix="transformer.")
-        optimizer = build_optimizer(groups, config)
-        max_steps = int(self.trainer.max_steps)
-        scheduler = LambdaLR(optimizer, lambda step: config.learning_rate.factor(step, max_steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clips the gradient norm if the Trainer has a limit. All ranks skip the step if one has a non-finite norm.
-
-        Raises:
-            ValueError: if the algorithm is not ``norm``.
-        """
-        if gradient_clip_algorithm not in (None, "norm"):
-            raise ValueError(f"trainer.gradient_clip_algorithm must be 'norm', got {gradient_clip_algorithm!r}")
-        # 7. Clip, and vote.
-        norm = clip_gradients(optimizer, gradient_clip_val)
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # set late
-            self._log_metrics({"train/gradient_norm": float(norm)}, self.trainer.global_step + 1)
-        self._skips_update = self.step_check is not None and self.step_check.should_skip_update(self.trainer, [norm])
-        if self._skips_update:
-            optimizer.zero_grad()  # without gradients the step changes neither weights nor moments
-
-    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
-        """Does nothing: ``optimizer_step`` leaves no gradients."""
-
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Optimizer | Any, *args: Any, **kwargs: Any) -> None:
-        """Runs Lightning's closure (forward and backward pass), the optimizer step, and the update of the average."""
-        # 8. Step, free, average.
-        super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
-        optimizer.zero_grad()  # Lightning would keep the gradients in memory through the next forward pass
-        if self.ema_network is not None and not self._skips_update:
-            step = self.trainer.global_step  # the current step is not counted yet
-            update_ema(self.ema_network, self.transformer, decay=self.config.ema_decay, step=step)
 
     def draw_on_host(self, batch: Batch) -> Batch:
         """Adds the random draws of the step to a batch that is on the host; the data modules call it."""
@@ -472,44 +372,3 @@ class TokenModel(LightningModule):
         finite = {name: each for name, each in metrics.items() if math.isfinite(each)}
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         self._log_metrics({**finite, "learning-rate": rate}, self.trainer.global_step + 1)
-
-    def _log_metrics(self, metrics: dict[str, float], step: int) -> None:
-        """Writes metrics to all loggers; ``step`` counts finished steps."""
-        for logger in self.loggers:
-            logger.log_metrics(metrics, step=step)
-
-
-def check_decoding(decoding: DecodingConfig, network: BackboneConfig, *, is_autoregressive: bool) -> None:
-    """Checks that a network supports decoding settings.
-
-    Raises:
-        ValueError: if there are more steps than tokens, a name is unknown, an autoregressive model does not support a
-            setting, or guidance is set without a null class.
-    """
-    try:
-        decoding.check(network.num_tokens, is_autoregressive=is_autoregressive)
-    except ValueError as error:
-        raise ValueError(f"decoding: {error}") from error
-    if any(decoding.scales()) and network.null_label is None:
-        raise ValueError(
-            f"decoding.guidance must have scale 0 for a network without a null class, got {decoding.guidance!r} with "
-            "class_dropout 0; set model.network.class_dropout above 0 or model.decoding.guidance to constant"
-        )
-
-
-def check_tokenizer(config: BackboneConfig, tokenizer: PretrainedTokenizer) -> None:
-    """Checks that a transformer has the codebook size and the grid of a tokenizer.
-
-    Raises:
-        ValueError: if it does not. The message has both values and the recipe key.
-    """
-    pairs = (
-        ("codebook_size", config.codebook_size, tokenizer.network.config.codebook_size),
-        ("grid", config.grid, tokenizer.grid),
-    )
-    for name, wanted, has in pairs:
-        if wanted != has:
-            raise ValueError(
-                f"model.network.{name} must be {has}, that of the tokenizer, got {wanted}; leave the key out, or name "
-                "another tokenizer"
-            )

@@ -51,6 +51,8 @@ FLOORS = {  # a file or a folder -> its floor; a folder's files stand on its flo
     "tokenizer_config": 5,
     "tokenizer_losses": 5,
     "tokenizer": 5,
+    "token_model_config": 5,
+    "optimized_model": 5,
     "token_model": 5,
     "mvtm": 5,
     "autoregressive": 6,

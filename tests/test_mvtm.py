@@ -18,7 +18,7 @@ from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pretrained import load_tokenizer, load_transformer
 from maskgit_pl.randomness import random_uniform
 from maskgit_pl.schedules import mask_schedules
-from maskgit_pl.token_model import check_tokenizer
+from maskgit_pl.token_model_config import check_tokenizer
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
 from maskgit_pl.training.learning_rates import LearningRate
 from tests.conftest import peak_predictions

@@ -60,7 +60,7 @@ def test_classes_may_be_an_array(pipe) -> None:
 
 
 def test_a_pipeline_says_in_one_line_what_it_is(pipe) -> None:
-    sizes = f"{pipe._origin.folder.name}: 3 classes, grey images of 8 x 8 pixels, 4 x 4 tokens of 16 codes, 4 steps"
+    sizes = f"{pipe._origin.name}: 3 classes, grey images of 8 x 8 pixels, 4 x 4 tokens of 16 codes, 4 steps"
     counts = [
         sum(each.numel() for each in part.parameters()) for part in (pipe.tokenizer.network, pipe.transformer.network)
     ]

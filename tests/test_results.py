@@ -74,9 +74,7 @@ def test_the_page_is_the_one_that_the_ledger_gives(name: str) -> None:
 
 @pytest.mark.parametrize("file", sorted(ABLATIONS.glob("*/*.md")), ids=lambda file: file.stem)
 def test_the_page_of_an_ablation_is_the_one_that_the_ledger_gives(file: Path) -> None:
-    made = make_ablation_page(
-        file.stem, select_rows(Ledger(ABLATIONS / "ledger.jsonl").rows("ablation"), file.stem)
-    )
+    made = make_ablation_page(file.stem, select_rows(Ledger(ABLATIONS / "ledger.jsonl").rows("ablation"), file.stem))
     remake = f"`maskgit ablation --page-only --name {file.stem} --results results/ablations` regenerates it"
     assert file.read_text() == made.markdown, remake
     assert file.with_suffix(".csv").read_text() == made.csv, remake

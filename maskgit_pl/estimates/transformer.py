@@ -135,7 +135,7 @@ def transformer_activations(
     """
     rows = batch * _length(config)
     masked_rows = batch * config.num_tokens if masked is None else masked
-    dim, half = config.embed_dim, precision == "bf16-mixed"
+    dim, half, columns = config.embed_dim, precision == "bf16-mixed", _columns(config)
     drop = _DROPPED * (config.dropout > 0)
     # 8 bytes per row: the int64 index that the embedding keeps for its backward pass.
     embedding = rows * (dim * (FLOAT + drop) + _STATISTICS + 8)
@@ -148,14 +148,12 @@ def transformer_activations(
         # Each block keeps its float32 input; one block at a time has its tensors back.
         blocks, recomputed = config.depth * rows * dim * FLOAT, middle if config.depth > 1 else last
     number = HALF if half else FLOAT
-    columns = _columns(config)
     at_once = rows_at_once(masked_rows, columns)
     is_whole = at_once == masked_rows  # else the logits of a chunk are computed again in the backward pass
     head = masked_rows * (dim * (3 * number + FLOAT) + _STATISTICS + is_whole * columns * FLOAT)
-    # The two peaks: gradients of the logits, and gradients of the MLP of a block.
     logits = 3 * masked_rows * columns * FLOAT if is_whole else (4 * at_once + 2 * dim) * columns * FLOAT
     feed_forward = rows * (config.mlp_dim * number + 2 * dim * FLOAT)
-    matrices = config.depth * (4 * dim**2 + 2 * dim * config.mlp_dim) + dim**2 + _columns(config) * dim
+    matrices = config.depth * (4 * dim**2 + 2 * dim * config.mlp_dim) + dim**2 + columns * dim
     return Activations(
         kept=embedding + blocks + head,
         casts=matrices * HALF if half else 0,

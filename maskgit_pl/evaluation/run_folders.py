@@ -58,13 +58,12 @@ class MeasurementOptions:
         seed: Seed of the first image; image i has ``seed + i``.
         batch_size: Images per batch; it does not change results.
         device: Device such as ``cpu``, ``cuda`` or ``cuda:1``; None for a GPU if there is one.
-        dtype: Arithmetic of the transformer, as ``devices.parse_dtype`` reads it; None for that of the weights. Only
-            functions that measure a single run take it.
+        dtype: Arithmetic of the transformer, as ``devices.parse_dtype`` reads it; only of a single run.
         num_workers: Number of processes that read real images.
         classifier: Folder of the classifier of the data, which is trained if it is missing; None for
             ``runs/DATA-classifier/small``.
-        negative_model: Weaker model that guidance moves away from (see ``pipeline.GenerateOptions``); None for that of
-            the model's ``decoding.json``, if it names one. Only functions that measure a single run take it.
+        negative_model: Weaker model of guidance (see ``pipeline.GenerateOptions``), only of a single run; None for that
+            of the model's ``decoding.json``, if it names one.
 
     Raises:
         ValueError: if ``batch_size`` is less than 1.
@@ -221,27 +220,25 @@ def open_model(
 
     Args:
         folders: The run's folders.
-        device: Device of the model; None for a GPU if there is one.
-        dtype: Arithmetic of the transformer; see ``MeasurementOptions``.
-        negative_model: See ``MeasurementOptions``.
+        device: See ``MeasurementOptions``, as for the other arguments.
+        dtype: Arithmetic of the transformer.
+        negative_model: Weaker model.
 
     Raises:
         FileNotFoundError: if the negative model does not exist.
-        ValueError: if the device does not exist, a file of the model is invalid, or the negative model predicts other
-            tokens.
+        ValueError: if the device does not exist, a file is invalid, or the negative model predicts other tokens.
     """
-    if negative_model is not None:
-        from maskgit_pl.pipeline.sharing import find_transformer
+    from maskgit_pl.pipeline.sharing import find_transformer
 
+    if negative_model is not None:
         find_transformer(negative_model)  # before torch is imported
     from maskgit_pl.devices import check_device, default_device, parse_dtype
     from maskgit_pl.pipeline import MaskGIT
 
     place = default_device() if device is None else str(check_device(device))
     pipe = MaskGIT.from_pretrained(folders.pretrained, negative_model=negative_model).to(place)
-    # The tokenizer keeps its arithmetic: reconstructions and tokens of real images stay comparable.
-    models = [pipe.transformer, *([] if pipe.negative_model is None else [pipe.negative_model.transformer])]
-    for model in models:
+    models = [pipe.transformer] if pipe.negative_model is None else [pipe.transformer, pipe.negative_model.transformer]
+    for model in models:  # the tokenizer stays: reconstructions remain comparable
         model.network.to(dtype=parse_dtype(dtype, place))
     return pipe
 
@@ -399,24 +396,19 @@ def open_networks(
 
     extractors = open_extractors(folders.classifier, data, features=features, device=device, bars=bars)
     on_images = bars(f"real images: {', '.join(each.label for each in extractors)}", data.summary.samples["val"])
-    # A file has images of unknown classes, so that only the split has labels.
-    if reference is None:
+    if reference is not None:  # the classes of its images are unknown
+        references, labels = (
+            read_references(reference, extractors, folder=folders.references, on_images=on_images),
+            None,
+        )
+    else:
         references = obtain_references(folders.references, data, extractors, on_images=on_images)
         labels = read_real_labels(data)
-    else:
-        references = read_references(reference, extractors, folder=folders.references, on_images=on_images)
-        labels = None
     return {each.label: FeatureMetrics(each, references[each.label], labels) for each in extractors}
 
 
 def create_evaluated_model(folders: RunFolders, pipe: MaskGIT, folder: Path | None = None) -> EvaluatedModel:
-    """Returns the model of a run for the evaluator.
-
-    Args:
-        folders: The run's folders.
-        pipe: The model.
-        folder: Folder of generated images; None for ``RUN/evaluation``.
-    """
+    """Returns the model of a run for the evaluator; ``folder`` is for its images, by default ``RUN/evaluation``."""
     from maskgit_pl.evaluation.evaluator import EvaluatedModel
 
     return EvaluatedModel(folders.run.name, pipe, folders.pretrained, folder or folders.evaluation)
@@ -431,10 +423,8 @@ def read_run_recipe(file: Path) -> dict[str, Any]:
     from maskgit_pl.old_names import rename_tree
     from maskgit_pl.runs.safe_yaml import read_yaml
 
-    if not file.is_file():
-        return {}
     try:
-        return rename_tree(read_yaml(file), f"recipe {file}")
+        return rename_tree(read_yaml(file), f"recipe {file}") if file.is_file() else {}
     except RecursionError as error:
         raise ValueError(f"recipe {file} is nested too deep") from error
     except ValueError as error:

@@ -13,7 +13,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
-from functools import lru_cache
 from typing import ClassVar, Literal, TypeAlias
 
 import torch
@@ -21,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskgit_pl.checks import check_integer, check_keys, check_number, shorten
-from maskgit_pl.networks.skeleton import skeletons
 from maskgit_pl.networks.transformer_block import KVCache
 from maskgit_pl.registry import Registry
 
@@ -273,17 +271,9 @@ class Backbone(nn.Module):
         vectors: Tensor | None = None,
         vocabulary: Vocabulary = "codes",
     ) -> Tensor:
-        """Returns the logits of the tokens where ``mask`` is True. The host waits for the device to count them.
+        """Returns the logits (number of True, V) where ``mask`` (B, N) bool is True, in raster order, row after row.
 
-        Args:
-            tokens: (B, N) int64.
-            labels: (B,) int64.
-            mask: (B, N) bool.
-            vectors: (B, C) float; None without conditioning vectors.
-            vocabulary: Columns of the result: the K codes, or the whole vocabulary.
-
-        Returns:
-            (number of True, V) float, in raster order, row after row.
+        The host waits for the device to count them. See ``forward`` for the other arguments.
         """
         positions = mask.flatten().nonzero().squeeze(1)
         # The method of the class: FSDP2 has gathered the weights already.
@@ -324,16 +314,9 @@ class Backbone(nn.Module):
         return found[mask.cumsum(0)[positions] - 1]
 
     def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor, *, vectors: Tensor | None = None) -> Tensor:
-        """Returns the logits of the codes at M positions of each image, for decoding.
+        """Returns the logits of the codes (B, M, K) at ``positions`` (B, M) int64 in [0, N), for decoding.
 
-        Args:
-            tokens: (B, N) int64.
-            labels: (B,) int64.
-            positions: (B, M) int64 in [0, N).
-            vectors: (B, C) float; None without conditioning vectors.
-
-        Returns:
-            (B, M, K) float.
+        See ``forward`` for the other arguments.
         """
         logits = self.forward(tokens, labels, vectors=vectors)
         return logits.gather(1, positions.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
@@ -435,40 +418,12 @@ def create_network(config: BackboneConfig) -> Backbone:
             shape.
     """
     if is_plugin(config):
-        _check_contract(config)
+        from maskgit_pl.networks.backbone_contract import check_contract  # which imports this module
+
+        check_contract(config)
     return config.create()
 
 
 def is_plugin(config: BackboneConfig) -> bool:
     """Returns True if another package defines the backbone; those of this package are tested."""
     return not type(config).__module__.startswith("maskgit_pl.")
-
-
-@lru_cache(maxsize=64)
-def _check_contract(config: BackboneConfig) -> None:
-    """Creates a network on the meta device, which takes neither memory nor time, and checks the shapes of its logits.
-
-    Raises:
-        ValueError: if they are wrong; see ``create_network``.
-    """
-    where = f"backbone {config.backbone!r}"
-    with skeletons():
-        network = config.create()
-        if not isinstance(network, Backbone):
-            raise ValueError(f"{where}: create must return a Backbone, got {type(network).__name__}")
-        if getattr(network, "config", None) != config:
-            raise ValueError(f"{where}: the config of the network must be the one that creates it")
-        if config.attention == "causal" and not isinstance(network, AutoregressiveBackbone):
-            raise ValueError(
-                f"{where}: create must return an AutoregressiveBackbone for causal attention, got "
-                f"{type(network).__name__}"
-            )
-        batch = 2
-        tokens = torch.zeros(batch, config.num_tokens, dtype=torch.int64)
-        labels = torch.zeros(batch, dtype=torch.int64)
-        vectors = torch.zeros(batch, config.condition_dim) if config.condition_dim else None
-        logits = network.eval()(tokens, labels, vectors=vectors)
-    expected = batch, config.num_tokens, config.codebook_size
-    if not isinstance(logits, Tensor) or logits.shape != expected:
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"{where}: forward must return logits of shape (B, N, K) = {expected}, got {got}")

@@ -24,7 +24,7 @@ from maskgit_pl.networks.discriminator import DiscriminatorConfig
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pretrained import fingerprint, load_tokenizer
-from maskgit_pl.token_model import check_tokenizer
+from maskgit_pl.token_model_config import check_tokenizer
 from maskgit_pl.tokenizer_config import AdversarialConfig
 from maskgit_pl.training.learning_rates import LearningRate
 from tests.modules import masked_model, tokenizer_model

@@ -4,7 +4,6 @@ import inspect
 import re
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -22,8 +21,8 @@ def test_the_documentation_calls_what_there_is(monkeypatch):
     calls, signature = [], inspect.signature(runs.fit)
     monkeypatch.setattr(runs, "fit", lambda *args, **named: calls.append(signature.bind(*args, **named)), raising=False)
     page = (Path(runs.__file__).parents[2] / "docs" / "python.md").read_text()
-    (block,) = re.findall(r"^    from maskgit_pl import runs\n(?:    .*\n)+", page, re.MULTILINE)
-    exec(textwrap.dedent(block), {})
+    (block,) = re.findall(r"^```python\n(from maskgit_pl import runs\n.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    exec(block, {})
     assert calls[0].args[0].get("trainer.max_steps") == 100_000
 
 
