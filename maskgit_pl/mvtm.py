@@ -22,7 +22,7 @@ from maskgit_pl.decoding import ConditionalModel, DecodingConfig, DecodingStep, 
 from maskgit_pl.mask_positions import mask_positions
 from maskgit_pl.mask_ratios import mask_ratios
 from maskgit_pl.masking import Draws, MaskSampler, pad_positions, true_positions
-from maskgit_pl.networks.backbone import create_network
+from maskgit_pl.networks.backbone_contract import create_network
 from maskgit_pl.objectives import Objective, TokenLosses, objectives
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
 from maskgit_pl.token_model import NUM_BINS, StepLosses, TokenModel

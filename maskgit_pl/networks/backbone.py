@@ -37,8 +37,6 @@ __all__ = [
     "backbones",
     "build_config",
     "config_class",
-    "create_network",
-    "is_plugin",
 ]
 
 Attention = Literal["bidirectional", "causal"]
@@ -408,22 +406,3 @@ def config_class(name: str) -> type[BackboneConfig]:
             f"backbone {name!r}: a class derived from BackboneConfig must be registered, got {shorten(kind)}"
         )
     return kind
-
-
-def create_network(config: BackboneConfig) -> Backbone:
-    """Creates the network of a configuration, and checks the contract of a plug-in once for each configuration.
-
-    Raises:
-        ValueError: if what ``create`` returns is no ``Backbone`` of this configuration, or its logits have a wrong
-            shape.
-    """
-    if is_plugin(config):
-        from maskgit_pl.networks.backbone_contract import check_contract  # which imports this module
-
-        check_contract(config)
-    return config.create()
-
-
-def is_plugin(config: BackboneConfig) -> bool:
-    """Returns True if another package defines the backbone; those of this package are tested."""
-    return not type(config).__module__.startswith("maskgit_pl.")

@@ -1,4 +1,4 @@
-"""The check of a backbone that another package defines: what its configuration creates, and the shape of logits."""
+"""Creates the network of a configuration; a backbone that another package defines is checked first."""
 
 from __future__ import annotations
 
@@ -10,15 +10,32 @@ from torch import Tensor
 from maskgit_pl.networks.backbone import AutoregressiveBackbone, Backbone, BackboneConfig
 from maskgit_pl.networks.skeleton import skeletons
 
-__all__ = ["check_contract"]
+__all__ = ["create_network", "is_plugin"]
+
+
+def create_network(config: BackboneConfig) -> Backbone:
+    """Creates the network of a configuration, and checks the contract of a plug-in once for each configuration.
+
+    Raises:
+        ValueError: if what ``create`` returns is no ``Backbone`` of this configuration, or its logits have a wrong
+            shape.
+    """
+    if is_plugin(config):
+        _check_contract(config)
+    return config.create()
+
+
+def is_plugin(config: BackboneConfig) -> bool:
+    """Returns True if another package defines the backbone; those of this package are tested."""
+    return not type(config).__module__.startswith("maskgit_pl.")
 
 
 @lru_cache(maxsize=64)
-def check_contract(config: BackboneConfig) -> None:
+def _check_contract(config: BackboneConfig) -> None:
     """Creates a network on the meta device, which takes neither memory nor time, and checks the shapes of its logits.
 
     Raises:
-        ValueError: if they are wrong; see ``backbone.create_network``.
+        ValueError: if they are wrong; see ``create_network``.
     """
     where = f"backbone {config.backbone!r}"
     with skeletons():

@@ -14,7 +14,8 @@ from typing import Any
 from torch import nn
 
 from maskgit_pl.checks import shorten
-from maskgit_pl.networks.backbone import build_config, create_network
+from maskgit_pl.networks.backbone import build_config
+from maskgit_pl.networks.backbone_contract import create_network
 from maskgit_pl.networks.skeleton import skeletons
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.old_names import rename_tree

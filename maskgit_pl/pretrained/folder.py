@@ -14,7 +14,8 @@ from maskgit_pl.checks import build_dataclass, check_class_names, check_keys, sh
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.files import read_json, sha256_of, write_folder, write_tensors, write_text
 from maskgit_pl.image_format import ImageSize, check_image_size
-from maskgit_pl.networks.backbone import BackboneConfig, build_config, create_network
+from maskgit_pl.networks.backbone import BackboneConfig, build_config
+from maskgit_pl.networks.backbone_contract import create_network
 from maskgit_pl.networks.skeleton import skeletons
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.networks.weight_file import check_fit, check_tensor, load_weights, read_tensor_header, read_tensors

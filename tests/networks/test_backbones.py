@@ -17,8 +17,8 @@ from maskgit_pl.networks.backbone import (
     BackboneConfig,
     backbones,
     build_config,
-    create_network,
 )
+from maskgit_pl.networks.backbone_contract import create_network
 from maskgit_pl.networks.int8 import quantize
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pretrained import fingerprint, load_transformer, save_tokenizer, save_transformer, weights_for

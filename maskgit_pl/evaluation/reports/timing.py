@@ -33,8 +33,8 @@ from maskgit_pl.networks.backbone import (
     AutoregressiveBackbone,
     BackboneConfig,
     build_config,
-    create_network,
 )
+from maskgit_pl.networks.backbone_contract import create_network
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pretrained import read_config
 from maskgit_pl.provenance import describe_environment, device_name
