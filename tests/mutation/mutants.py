@@ -555,7 +555,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     *_of(
         "networks/backbone_contract.py",
-        "networks/test_backbones test_backbone_plugin",
+        "networks/test_backbones",
         ("logits.shape != expected", "logits.shape[0] != expected[0]"),
     ),
     *_of(
