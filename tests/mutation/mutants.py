@@ -570,7 +570,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     *_of(
         "networks/skeleton.py",
-        "networks/test_skeleton test_benchmarks_import_time",
+        "networks/test_skeleton",
         ('torch.device("meta"), _NoDraws()', 'torch.device("meta")'),
         ("(torch.Tensor.normal_, nn.init.normal_)", "(torch.Tensor.normal_,)"),
     ),

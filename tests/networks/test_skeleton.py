@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from maskgit_pl.networks.skeleton import skeletons
 
@@ -27,3 +28,20 @@ def test_networks_outside_are_drawn_as_always():
     with skeletons():
         nn.Embedding(3, 4)
     assert nn.Embedding(3, 4).weight.std() > 0
+
+
+def test_no_normal_draw_reaches_torch():
+    """For one on the meta device, torch imports its compiler: `tests/test_benchmarks_import_time.py`."""
+
+    class Recorder(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            called.add(func)
+            return func(*args, **(kwargs or {}))
+
+    called = set()
+    with Recorder(), skeletons():
+        weight = nn.Embedding(3, 4).weight
+        weight.data.normal_()
+        nn.Linear(3, 4)
+    assert called
+    assert called.isdisjoint({torch.Tensor.normal_, nn.init.normal_})
