@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
@@ -16,7 +16,6 @@ from maskgit_pl.networks import int8
 from maskgit_pl.pipeline.card import write_card
 from maskgit_pl.pipeline.classes import Classes
 from maskgit_pl.pipeline.description import RunOrigin, check_run, fingerprints
-from maskgit_pl.pipeline.display import Recording
 from maskgit_pl.pipeline.edit import Editor
 from maskgit_pl.pipeline.negative import NegativeModelLike
 from maskgit_pl.pipeline.sharing import HubOptions, check_hub_id, find_folder, upload
@@ -36,6 +35,9 @@ from maskgit_pl.pretrained import (
     save_transformer,
 )
 from maskgit_pl.text import printable
+
+if TYPE_CHECKING:
+    from maskgit_pl.pipeline.display import Recording
 
 __all__ = ["MaskGIT"]
 
@@ -216,6 +218,8 @@ class MaskGIT(Editor):
             classes: See ``generate``.
             options: See ``generate``.
         """
+        from maskgit_pl.pipeline.display import Recording  # which imports Pillow
+
         names = [
             "no class" if label == self.outline.null_label else self.class_names[label]
             for label in map(int, self.class_ids(classes))
