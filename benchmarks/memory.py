@@ -27,7 +27,15 @@ from maskgit_pl.networks.vqgan_config import VQGANConfig
 from maskgit_pl.pretrained import fingerprint, save_tokenizer, save_transformer
 
 RELEASED = VQGANConfig(3, base_channels=128, channel_multipliers=(1, 1, 2, 2, 4), codebook_size=1024, code_dim=256)
-_IMPORT = "import torch, maskgit_pl.pipeline"  # as a command: what every row includes
+_RUN = """
+import sys
+import torch, maskgit_pl.pipeline
+from maskgit_pl.cli import main
+code = main(sys.argv[1:]) if sys.argv[1:] else 0
+lines = open("/proc/self/status").read().splitlines()
+print(next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
+sys.exit(code)
+"""
 
 
 @dataclass(frozen=True)
@@ -84,14 +92,16 @@ def measure_peak(words: Sequence[str], *, folder: Path) -> Peak:
     Raises:
         RuntimeError: if the command fails.
     """
-    command = [sys.executable, *(["-m", "maskgit_pl", *words] if words else ["-c", _IMPORT])]
-    with subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL) as process:
-        # wait4 gives the usage of this child only; that of all children would be the largest of them.
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{shlex.join(command)} must succeed, got exit code {process.returncode}")
-    return Peak(words, usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime)
+    before = os.times()
+    # The process reads its own peak: that of wait4 would start from the memory of this process.
+    done = subprocess.run(
+        [sys.executable, "-c", _RUN, *words], cwd=folder, stdout=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"maskgit {shlex.join(words)} must succeed, got exit code {done.returncode}")
+    after = os.times()
+    seconds = after.children_user + after.children_system - before.children_user - before.children_system
+    return Peak(words, 1024 * int(done.stdout.split()[-1]), seconds)
 
 
 def list_commands(model: str) -> list[list[str]]:
