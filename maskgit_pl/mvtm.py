@@ -224,7 +224,7 @@ class MaskedTokenModel(TokenModel):
             weights = torch.full(tokens.shape, weight, device=asked.device).masked_fill(asked, 1.0).flatten()
         loss = self.objective(TokenLosses(losses, rows, num_rows, is_masked, weights, draws.slopes, of_clusters))
         counted = is_masked if draws.is_real is None or is_masked is None else is_masked & draws.is_real
-        return StepLosses(loss, nll.detach(), hits, draws.is_real if counted is None else counted)
+        return StepLosses(loss, nll, hits, draws.is_real if counted is None else counted)
 
     @torch.no_grad()
     def _corrupt(self, batch: Batch, tokens: Tensor) -> Tensor:

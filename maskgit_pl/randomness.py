@@ -143,7 +143,9 @@ def random_bits(
     columns = [_as_column(name, value, device) for name, value in parts.items()]
     # The counter is (block, index, epoch, seed) and the key is the stream. Each block gives four words.
     block = torch.arange(-(-count // 4), device=device)
-    index_, epoch_, seed_, block = torch.broadcast_tensors(*columns, block)  # type: ignore[no-untyped-call]
+    # (..., blocks) each. torch.broadcast_shapes would import sympy.
+    parts_ = torch.broadcast_tensors(*columns, block)  # type: ignore[no-untyped-call]  # torch: untyped
+    index_, epoch_, seed_, block = parts_
     several = not isinstance(stream, str)
     names = stream if several else [stream]
     words = _philox((block, index_, epoch_, seed_), [stream_key(name) for name in names])

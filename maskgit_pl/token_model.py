@@ -354,7 +354,9 @@ class TokenModel(OptimizedModel):
         measure = partial(token_statistics, label_smoothing=smoothing, num_token_groups=groups, clusters=clusters)
         if network.takes_project and needs_chunks(len(targets), config.num_columns(columns)):
             project = partial(chunked_statistics, targets=targets, measure=measure)
-            return TokenStatistics(*compute(project=project).unbind(1))
+            losses, nll, hits, *of_clusters = compute(project=project).unbind(1)
+            # A column of a tensor with a graph has one: sums of the logs would keep the graphs of their steps.
+            return TokenStatistics(losses, nll.detach(), hits.detach(), *of_clusters)
         return measure(compute(), targets)
 
     def _reseed_dropout(self, batch_idx: int) -> None:

@@ -59,6 +59,8 @@ def test_a_sample_loads_no_compiler(import_time) -> None:
     measured = import_time.measure({"sample": import_time.IMPORTS["maskgit sample, one image"]}, repeats=1)
     assert "sympy" not in measured["sample"].packages
     assert "torch._dynamo" not in measured["sample"].modules
+    assert "maskgit_pl.cli.sample" in measured["sample"].modules
+    assert "maskgit_pl.cli.ablation" not in measured["sample"].modules  # only the parser of the command is built
 
 
 def test_the_table_says_what_is_loaded_beyond_the_first_import(import_time) -> None:

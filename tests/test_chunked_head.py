@@ -136,3 +136,14 @@ def loss_and_size(module, given):
     loss = module._run_step(module._prepare(drawn, drawn.content), drawn.content).loss
     loss.backward()
     return loss.detach(), len(drawn.draws.positions)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_values_for_the_logs_keep_no_graph(backbone, small_chunks):
+    """Sums of them live until the next log: they would keep the graphs of all steps until then."""
+    module, given = build(backbone), batch()
+    drawn = module._with_draws(given)
+    found = module._run_step(module._prepare(drawn, drawn.content), drawn.content)
+    assert found.loss.requires_grad
+    assert not found.token_losses.requires_grad
+    assert not found.hits.requires_grad

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from maskgit_pl.devices import has_bfloat16
 
-__all__ = ["PackingLinear", "set_packing"]
+__all__ = ["PackingLinear", "free_packed", "set_packing"]
 
 _USUAL_ROWS = 256  # for which MKL chooses its blocks; the result does not depend on it
 
@@ -30,12 +30,18 @@ class _Packed:
     """The packed rows of a weight, and the weight that they were made of.
 
     Args:
-        version: Identity of the weight's memory, and the number of changes in place.
+        source: The rows of the weight. While they are kept, no other weight can have their memory.
+        version: Number of changes of the weight in place when it was packed.
         data: Packed weight of MKL or oneDNN.
     """
 
-    version: tuple[int, int]
+    source: Tensor
+    version: int
     data: Tensor
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Returns True if a weight is the one that was packed, unchanged."""
+        return self.source.data_ptr() == weight.data_ptr() and self.version == weight._version
 
 
 class PackingLinear(nn.Linear):
@@ -86,10 +92,9 @@ class PackingLinear(nn.Linear):
 
     def _obtain_packed(self, weight: Tensor, rows: tuple[int, int]) -> Tensor:
         """Returns the packed rows of the weight, which are packed now if they are new or have changed."""
-        version = weight.data_ptr(), 0 if weight.is_inference() else weight._version
         found = self._packed.get(rows)
-        if found is None or found.version != version:
-            found = self._packed[rows] = _Packed(version, _pack(weight))
+        if found is None or not found.is_of(weight):
+            found = self._packed[rows] = _Packed(weight.detach(), weight._version, _pack(weight))
         return found.data
 
     def _activate(self, x: Tensor) -> Tensor:
@@ -98,6 +103,13 @@ class PackingLinear(nn.Linear):
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state for copies and pickles, which pack for themselves."""
         return self.__dict__ | {"_packed": {}}
+
+
+def free_packed(network: nn.Module) -> None:
+    """Frees the packed weights of a network, such as those of a device that it has left."""
+    for layer in network.modules():
+        if isinstance(layer, PackingLinear):
+            layer._packed.clear()
 
 
 def set_packing(network: nn.Module, *, enabled: bool) -> None:
@@ -110,13 +122,18 @@ def set_packing(network: nn.Module, *, enabled: bool) -> None:
     for layer in network.modules():
         if isinstance(layer, PackingLinear):
             layer.packs = enabled
-            layer._packed.clear()
+    if not enabled:
+        free_packed(network)
 
 
 def _can_pack(x: Tensor, weight: Tensor) -> bool:
     """Returns True if the product of an input and a weight can use a packed weight."""
     return (
-        weight.device.type == "cpu" and x.dtype == weight.dtype and weight.dtype in _packed_dtypes() and x.numel() > 0
+        weight.device.type == "cpu"
+        and x.dtype == weight.dtype
+        and weight.dtype in _packed_dtypes()
+        and x.numel() > 0
+        and not weight.is_inference()  # torch does not count its changes
     )
 
 
@@ -126,7 +143,8 @@ def _packed_dtypes() -> tuple[torch.dtype, ...]:
     found = []
     if torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]  # torch: untyped
         found.append(torch.float32)
-    if torch.backends.mkldnn.is_available() and has_bfloat16("cpu"):  # type: ignore[no-untyped-call]
+    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch: untyped
+    if has_onednn and has_bfloat16("cpu"):
         found.append(torch.bfloat16)
     return tuple(found)
 

@@ -21,7 +21,7 @@ from maskgit_pl.decoding.vectors import VectorPool, check_condition_vectors
 from maskgit_pl.devices import check_device
 from maskgit_pl.networks.backbone import AutoregressiveBackbone
 from maskgit_pl.networks.int8 import Int8Linear
-from maskgit_pl.networks.packing_linear import set_packing
+from maskgit_pl.networks.packing_linear import free_packed, set_packing
 from maskgit_pl.pipeline.classes import Classes
 from maskgit_pl.pipeline.negative import NegativeModel, NegativeModelLike
 from maskgit_pl.pipeline.options import (
@@ -153,6 +153,7 @@ class Generator:
         device = check_device(device)
         for network in (self.tokenizer.network, self.transformer.network):
             network.to(device=device, dtype=dtype)
+            free_packed(network)
         if self._negative_model is not None:
             self._negative_model.to(device, dtype=dtype)
         # The cached logits of the first step belong to the old device and dtype.

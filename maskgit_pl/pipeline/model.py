@@ -242,6 +242,7 @@ class MaskGIT(Editor):
             mask_schedule=self._mask_schedule_spec,
             decoding=self._decoding,
             negative_model=self._negative_model,
+            pack_weights=self._pack_weights,
         )
         made._origin = self._origin
         return made

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias, Union, cast
 
 from maskgit_pl.decoding import ConditionalModel, FirstStepLogits
+from maskgit_pl.networks.packing_linear import free_packed
 from maskgit_pl.networks.weight_file import tensors_digest
 from maskgit_pl.pipeline.sharing import find_transformer
 from maskgit_pl.pretrained import PretrainedTransformer, load_transformer
@@ -161,4 +162,5 @@ class NegativeModel:
     def to(self, device: torch.device | str, *, dtype: torch.dtype | None = None) -> None:
         """Moves and casts the network in place."""
         self.transformer.network.to(device=device, dtype=dtype)
+        free_packed(self.transformer.network)
         self.first_step.clear()

@@ -198,12 +198,12 @@ def check_output_type(output_type: str) -> None:
 
 def as_output(output_type: OutputType, images: Tensor) -> Images:
     """Converts (n, C, H, W) uint8 images to ``output_type``."""
-    from maskgit_pl.imaging import to_pil
-    from maskgit_pl.pipeline.display import ImageList
-
     if output_type == "pt":
         return images
     if output_type == "np":
         pixels: npt.NDArray[np.uint8] = rearrange(images.numpy(), "n c h w -> n h w c")
         return pixels
+    from maskgit_pl.imaging import to_pil
+    from maskgit_pl.pipeline.display import ImageList
+
     return ImageList(to_pil(image) for image in images)

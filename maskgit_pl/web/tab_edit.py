@@ -194,7 +194,7 @@ def _editing(studio: Studio) -> Any:
             made = studio.outpaint(pixels, sides, request, on_step=_progress("outpainting"))
         else:
             region = EditRegion(pixels, _layers(canvas), box=box, dilation=dilation, outline=studio.pipe.outline)
-            made = studio.edit(pixels, region, task, request, on_step=_progress("editing"))  # type: ignore[arg-type]
+            made = studio.edit(pixels, region, task, request, on_step=_progress("editing"))  # type: ignore[arg-type]  # a choice
         results = [
             figure(to_pil(image), alt=f"Result with seed {seed + n}", caption=f"seed {seed + n}")
             for n, image in enumerate(made.images)

@@ -561,12 +561,14 @@ MUTANTS: tuple[Mutant, ...] = (
     *_of(
         "networks/packing_linear.py",
         "networks/test_packing_linear",
-        ("found is None or found.version != version", "found is None"),
+        ("found is None or not found.is_of(weight)", "found is None"),
+        ("and self.version == weight._version", ""),
         ("self._packed.get(rows)", "next(iter(self._packed.values()), None)"),
         ("and not torch.is_grad_enabled()", ""),
         ('("gelu", "tanh") if self.gelu else ("none", "")', '("none", "")'),
         ('self.__dict__ | {"_packed": {}}', "self.__dict__"),
         ("            layer._packed.clear()", "            pass"),
+        ("    if not enabled:\n", "    if True:\n"),
     ),
     *_of(
         "networks/skeleton.py",

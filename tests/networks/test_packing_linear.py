@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from maskgit_pl.devices import has_bfloat16
-from maskgit_pl.networks.packing_linear import PackingLinear, _packed_dtypes, set_packing
+from maskgit_pl.networks.packing_linear import PackingLinear, _packed_dtypes, free_packed, set_packing
 
 DTYPES = [
     pytest.param(
@@ -102,3 +102,37 @@ def test_copies_and_pickles_leave_the_packed_weight_behind(dtype):
 
 def test_bfloat16_is_packed_only_where_the_cpu_multiplies_it():
     assert (torch.bfloat16 in _packed_dtypes()) == has_bfloat16("cpu")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_new_weight_in_the_memory_of_an_old_one_is_packed_too(dtype):
+    """A freed weight's address is given to the next tensor of its size; the packed one keeps its source alive."""
+    module, x = layer(dtype), torch.ones(2, 48).to(dtype)
+    for factor in range(1, 20):
+        module.weight = torch.nn.Parameter(torch.full((80, 48), float(factor)).to(dtype), requires_grad=False)
+        torch.testing.assert_close(module(x).double(), plain(module, x), rtol=1e-2, atol=1e-2)
+        module.weight = torch.nn.Parameter(torch.zeros(80, 48).to(dtype), requires_grad=False)  # not packed
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_weight_whose_changes_are_not_counted_is_not_packed(dtype):
+    with torch.inference_mode():
+        module = layer(dtype)
+        module(torch.ones(2, 48).to(dtype))
+    assert module.weight.is_inference()
+    assert not module._packed
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packing_that_is_on_stays_on_and_keeps_its_weights(dtype):
+    module, x = layer(dtype), torch.ones(2, 48).to(dtype)
+    module(x)
+    (before,) = module._packed.values()
+    set_packing(module, enabled=True)
+    module(x)
+    assert next(iter(module._packed.values())) is before
+    free_packed(module)
+    assert not module._packed
+    assert module.packs

@@ -1,0 +1,59 @@
+"""A pipeline packs the weights of its transformers on a CPU, and frees the packed copies when they move."""
+
+import pytest
+import torch
+
+from maskgit_pl import MaskGIT
+from maskgit_pl.networks.packing_linear import PackingLinear, _packed_dtypes
+
+pytestmark = pytest.mark.skipif(torch.float32 not in _packed_dtypes(), reason="torch is built without MKL")
+
+
+def packed(pipe: MaskGIT) -> list[torch.Tensor]:
+    layers = [each for each in pipe.transformer.network.modules() if isinstance(each, PackingLinear)]
+    assert layers
+    return [each.data for layer in layers for each in layer._packed.values()]
+
+
+def test_weights_are_packed_by_the_first_image_and_the_images_stay_the_same(tiny_pretrained):
+    pipe, plain = (MaskGIT.from_pretrained(tiny_pretrained, pack_weights=each) for each in (True, False))
+    assert not packed(pipe)
+    images = [each.generate([0, 1, 2], seed=0, output_type="pt") for each in (pipe, plain)]
+    assert torch.equal(*images)
+    assert packed(pipe)
+    assert not packed(plain)
+
+
+def test_a_pipeline_that_is_moved_or_cast_frees_its_packed_weights(tiny_pretrained):
+    pipe = MaskGIT.from_pretrained(tiny_pretrained)
+    pipe.generate([0])
+    pipe.to("cpu", dtype=torch.float64)
+    assert not packed(pipe)
+
+
+def test_new_weights_of_a_pipeline_are_used(tiny_pretrained):
+    pipe = MaskGIT.from_pretrained(tiny_pretrained)
+    positions = torch.arange(16).unsqueeze(0)
+    tokens, labels = torch.zeros(1, 16, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    pipe.generate([0])
+    network = pipe.transformer.network
+    with torch.no_grad():
+        before = network.forward_at(tokens, labels, positions)
+        network.load_state_dict({name: 2 * weight for name, weight in network.state_dict().items()})
+        assert not torch.allclose(network.forward_at(tokens, labels, positions), before)
+
+
+def test_a_negative_model_that_every_call_names_is_packed_once(tiny_pretrained):
+    pipe, negative = (MaskGIT.from_pretrained(tiny_pretrained) for _ in range(2))
+    options = {"negative_model": negative, "guidance_scale": 1.0, "seed": 0}
+    pipe.generate([0], **options)
+    before = packed(negative)
+    assert before
+    pipe.generate([1], **options)
+    assert all(one is other for one, other in zip(before, packed(negative), strict=True))
+
+
+def test_an_int8_copy_keeps_the_choice(tiny_pretrained):
+    pipe = MaskGIT.from_pretrained(tiny_pretrained, pack_weights=False).quantize()
+    pipe.generate([0])
+    assert not packed(pipe)
