@@ -17,9 +17,9 @@ from sphinx.application import Sphinx
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
-from reference import write_reference  # noqa: E402
+from reference import write_reference  # noqa: E402  # after the path is set
 
-from maskgit_pl import __version__  # noqa: E402
+from maskgit_pl import __version__  # noqa: E402  # after the path is set
 
 SOURCE = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"].get("urls", {}).get("Source")
 

@@ -188,7 +188,7 @@ def test_the_whole_step_cannot_be_one_graph_under_fsdp():
 
 def test_statistics_are_kept_until_they_are_logged():
     module = build("bert", compiled="none")
-    module.trainer = Run()  # type: ignore[assignment]
+    module.trainer = Run()  # type: ignore[assignment]  # stands in for the Trainer
     losses = [module.training_step(batch(step), 0) for step in range(2)]
     counts = sum(int(module._with_draws(batch(step)).draws.mask.sum()) for step in range(2))
     assert int(module._bins._sums[:4, 0].sum()) == counts

@@ -78,7 +78,7 @@ def png(pixels: np.ndarray) -> bytes:
 
 def upload(page: Page, panel: Locator, name: str, content: bytes) -> None:
     files = [{"name": name, "mimeType": "image/png", "buffer": content}]
-    panel.locator("input[type=file]").first.set_input_files(files)  # type: ignore[arg-type]
+    panel.locator("input[type=file]").first.set_input_files(files)  # type: ignore[arg-type]  # dicts
 
 
 def brush(page: Page, *, across: tuple[float, float] = (0.4, 0.6), down: float = 0.5) -> None:
@@ -352,8 +352,8 @@ def test_it_fits_a_phone_and_every_field_has_a_name(browser: Browser, server: Se
         page.wait_for_timeout(1000)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, name
         for role in ("button", "combobox", "radio", "slider", "spinbutton", "tab", "textbox"):
-            fields = page.get_by_role(role)  # type: ignore[arg-type]
-            assert fields.count() == page.get_by_role(role, name=re.compile(r"\S")).count(), (name, role)  # type: ignore[arg-type]
+            fields = page.get_by_role(role)  # type: ignore[arg-type]  # a literal
+            assert fields.count() == page.get_by_role(role, name=re.compile(r"\S")).count(), (name, role)  # type: ignore[arg-type]  # ditto
         assert page.get_by_role("slider").count() > 0
         for image in page.locator("main figure img").filter(visible=True).all():
             assert image.get_attribute("alt")
