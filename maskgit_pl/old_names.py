@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 __all__ = [
     "OLD_GUIDANCE_SCHEDULES",
+    "drop_context_cache",
     "rename_cluster",
     "rename_config",
     "rename_decoding",
@@ -108,7 +109,8 @@ def rename_tree(tree: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """
     renamed, found = _rename(tree, _RECIPE, origin)
     _warn(origin, found)
-    return renamed
+    model = renamed.get("model")
+    return {**renamed, "model": drop_context_cache(model, origin)} if isinstance(model, dict) else renamed
 
 
 def rename_config(content: Mapping[str, Any], origin: str) -> dict[str, Any]:
@@ -121,7 +123,22 @@ def rename_config(content: Mapping[str, Any], origin: str) -> dict[str, Any]:
     Raises:
         ValueError: if a value has both its old and its new name.
     """
-    return _rename(content, _CONFIG, origin)[0]
+    return drop_context_cache(_rename(content, _CONFIG, origin)[0], origin)
+
+
+def drop_context_cache(content: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """Returns a mapping whose ``decoding`` has no ``context_cache``: earlier versions could decode approximately.
+
+    Args:
+        content: The mapping; it is not changed.
+        origin: The file, for the warning about a value that was not exact.
+    """
+    decoding = content.get("decoding")
+    if not isinstance(decoding, Mapping) or "context_cache" not in decoding:
+        return dict(content)
+    if decoding["context_cache"] != 1:
+        _warn_once(f"{origin}: context_cache has no effect any more, decoding is exact; bfloat16 is faster")
+    return {**content, "decoding": {key: value for key, value in decoding.items() if key != "context_cache"}}
 
 
 def rename_keys(keys: Iterable[str], origin: str) -> list[str]:
@@ -159,7 +176,8 @@ def rename_decoding(content: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(decoding, Mapping) or "token_selector" not in decoding:
         return dict(content)
     selector = rename_token_selector(decoding["token_selector"])
-    return {**content, "decoding": {**decoding, "token_selector": selector}}
+    kept = {key: value for key, value in decoding.items() if (key, value) != ("context_cache", 1)}  # 1 was exact
+    return {**content, "decoding": {**kept, "token_selector": selector}}
 
 
 def rename_measurement(row: Mapping[str, Any]) -> dict[str, Any]:

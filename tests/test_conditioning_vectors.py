@@ -151,7 +151,6 @@ def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("negative", [None, [0, 0, 1]])
 def test_guidance_is_the_two_forwards_by_hand(network, batch, negative: list[int] | None) -> None:
     tokens, positions, vectors = batch
-    none = positions[:, :0]
     labels, null = torch.tensor([2, 1, 2]), torch.full((3,), network.config.null_label)
     predictor = build_class_predictor(
         conditional(network).bind(vectors), labels.tolist(), negative_labels=negative, scales=[0.0, 1.5, 1.5]
@@ -160,9 +159,9 @@ def test_guidance_is_the_two_forwards_by_hand(network, batch, negative: list[int
     # A negative class keeps the vector; the null label hides it, whatever it is.
     other = null if negative is None else torch.tensor(negative)
     hidden = network.forward_at(tokens, other, positions, vectors=torch.randn(3, DIM) if negative is None else vectors)
-    torch.testing.assert_close(predictor(tokens, positions, none), given)
+    torch.testing.assert_close(predictor(tokens, positions), given)
     for _ in range(2):
-        torch.testing.assert_close(predictor(tokens, positions, none), given + 1.5 * (given - hidden))
+        torch.testing.assert_close(predictor(tokens, positions), given + 1.5 * (given - hidden))
 
 
 def test_the_first_step_is_never_shared_between_images_of_a_class(network, batch) -> None:
@@ -171,7 +170,7 @@ def test_the_first_step_is_never_shared_between_images_of_a_class(network, batch
     model = conditional(network, first_step_logits=cache).bind(vectors)
     predictor = build_class_predictor(model, [1, 1, 1], scales=[2.0], all_masked=True)
     everything = torch.arange(16).expand(3, 16)
-    logits = predictor(torch.full((3, 16), 16), everything, everything[:, :0])
+    logits = predictor(torch.full((3, 16), 16), everything)
     assert (logits[0] - logits[1]).abs().max() > 0.1
     assert not cache._known
 
@@ -186,7 +185,7 @@ def test_a_negative_model_gets_the_vectors_if_it_was_trained_with_them(network, 
         predictor = build_class_predictor(model, labels.tolist(), scales=[1.0])
         given = network.forward_at(tokens, labels, positions, vectors=vectors)
         other = weaker.forward_at(tokens, labels, positions, **arguments)
-        torch.testing.assert_close(predictor(tokens, positions, positions[:, :0]), 2 * given - other)
+        torch.testing.assert_close(predictor(tokens, positions), 2 * given - other)
 
 
 @pytest.fixture(scope="module")
@@ -260,8 +259,6 @@ def test_edits_follow_a_vector(pipe: MaskGIT) -> None:
     assert np.array_equal(made[0][:, 6:], np.array(image)[:, 6:])
     wide = pipe.panorama(["a"], 16, vectors=np.ones((1, DIM)))
     assert wide[0].size == (16, 8)
-    with pytest.raises(TypeError, match="context_cache must be 1"):
-        pipe.generate(["a"], vectors=np.ones((1, DIM)), context_cache=2)
 
 
 def test_a_pool_gives_the_vectors_of_a_class_in_turn() -> None:

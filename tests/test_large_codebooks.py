@@ -75,7 +75,7 @@ def test_a_model_of_groups_trains_resumes_generates_edits_and_is_measured(
         (edited,) = each.inpaint(images[0], LEFT_HALF, classes=[1], seed=0, num_steps=2)
         assert edited.size == (8, 8)
     if backbone == "bert":
-        assert len(pipe.generate([0, 1], seed=0, context_cache=2, token_selector="p2")) == 2
+        assert len(pipe.generate([0, 1], seed=0, token_selector="p2")) == 2
     pixels = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     tokens = load_tokenizer(tokenizer).network.encode(pixels)
     assert 0 < bits_per_token(pipe, tokens) < 3 * math.log2(64)

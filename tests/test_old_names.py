@@ -9,10 +9,12 @@ import pytest
 import yaml
 
 from maskgit_pl import old_names
-from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.decoding import DecodingConfig, read_settings_file
 from maskgit_pl.evaluation.run_folders import read_run_recipe
 from maskgit_pl.old_names import (
+    drop_context_cache,
     rename_config,
+    rename_decoding,
     rename_keys,
     rename_measurement,
     rename_settings,
@@ -245,3 +247,25 @@ def test_the_search_finds(text):
 @pytest.mark.parametrize("text", ["num_middle_blocks", "flax/attention_output_ln", "--num-steps 8", "--batch-size 3"])
 def test_the_search_lets_pass(text):
     assert find_old_names(text) == []
+
+
+@pytest.mark.parametrize(("value", "warnings"), [(1, 0), (4, 1)])
+def test_a_context_cache_is_dropped_wherever_decoding_settings_are_read(tmp_path, caplog, value, warnings):
+    decoding = {"num_steps": 6, "context_cache": value}
+    file = tmp_path / "decoding.json"
+    file.write_text(json.dumps({"format": "maskgit_pl.decoding", "version": 1, "decoding": decoding}))
+    assert read_settings_file(file)[0] == DecodingConfig(6)
+    assert len(said(caplog)) == warnings
+    for made in (
+        rename_tree({"model": {"decoding": decoding}}, "recipe")["model"],
+        rename_config({"decoding": decoding}, "config.json"),
+        drop_context_cache({"decoding": decoding}, "file"),
+    ):
+        assert made == {"decoding": {"num_steps": 6}}
+    assert decoding["context_cache"] == value
+
+
+def test_images_that_were_decoded_with_a_context_cache_are_not_taken_for_exact_ones():
+    exact, other = ({"decoding": {"token_selector": "confidence", "context_cache": value}} for value in (1, 4))
+    assert rename_decoding(exact) == {"decoding": {"token_selector": "confidence"}}
+    assert rename_decoding(other) == other

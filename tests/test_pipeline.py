@@ -437,25 +437,6 @@ def test_the_first_step_is_computed_once_a_class_for_all_batches_and_anew_after_
     assert rows == [2, 2]
 
 
-def test_a_context_cache_reaches_the_network_and_1_is_exact(tiny_pretrained, monkeypatch) -> None:
-    own = MaskGIT.from_pretrained(tiny_pretrained)
-    calls: list[bool] = []
-    whole = own.transformer.network.forward_cached
-
-    def spy(*given, cache, **named):
-        calls.append(bool(cache.key_values))
-        return whole(*given, cache=cache, **named)
-
-    monkeypatch.setattr(own.transformer.network, "forward_cached", spy)
-    images(own, [0], num_steps=6, guidance_scale=0, context_cache=3)
-    assert calls == [False, True, True, False, True]  # the first step comes from all masks
-    calls.clear()
-    images(own, [0], num_steps=6, context_cache=1)
-    assert calls == []
-    with pytest.raises(ValueError, match=r"context_cache must be an integer in \[1, 65536\], got 0"):
-        own.generate([0], context_cache=0)
-
-
 # Beyond the borders
 
 

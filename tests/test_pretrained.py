@@ -403,8 +403,8 @@ def test_a_recipe_for_other_weights_is_used_with_a_warning(saved: Path, caplog) 
         ({"decoding": {"num_steps": "8"}}, "delete the file"),
         ({"decoding": {"top_p": 1.5}}, "top_p"),
         (
-            {"decoding": {"token_selector": None, "context_cache": 2}},
-            "context_cache must not be set for an autoregressive model",
+            {"decoding": {"token_selector": None, "mask_schedule": "cosine"}},
+            "mask_schedule must not be set for an autoregressive model",
         ),
     ],
 )

@@ -317,7 +317,7 @@ def works(made: object) -> bool:
         logits = torch.randn(2, 16, 5, generator=torch.Generator().manual_seed(0))
         noise = SeededNoise(torch.arange(2), 16)
         *_, last = decoder.steps(
-            lambda tokens, positions, newly_known: logits.gather(1, positions.unsqueeze(-1).expand(-1, -1, 5)),
+            lambda tokens, positions: logits.gather(1, positions.unsqueeze(-1).expand(-1, -1, 5)),
             tokens, noise, mask_token_id=5, grid=(4, 4),
         )  # fmt: skip
         return bool((last.tokens < 5).all())

@@ -29,8 +29,6 @@ _HELP = {
     "top_p": "sample from the most likely codes with a total probability of X only",
     "tokens_per_step": "number of tokens decided at each step, in place of the mask schedule",
     "mask_schedule": "mask schedule: a name such as cosine (default: that of the training)",
-    "context_cache": "recompute keys and values of all tokens only every N steps; 1 is exact, more is faster and "
-    "approximate",
     "draw_method": "how codes are drawn: gumbel, which nearly repeats images in other precisions, or inverse_cdf",
     "guidance_scale": "scale of the guidance schedule, at least 0; 0 switches guidance off",
     "choice_temperature": "scale of the Gumbel noise on the confidence; 0 keeps the most confident tokens",

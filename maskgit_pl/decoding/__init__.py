@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from maskgit_pl.decoding.noise import Noise, SeededNoise
     from maskgit_pl.decoding.predictors import (
         AutoguidedPredictor,
-        CachedPredictor,
-        CachingNetwork,
         ClassPredictor,
         ConditionalModel,
         ConditionalNetwork,
@@ -50,8 +48,6 @@ __all__ = [
     "AutoregressiveDecoder",
     "AutoregressiveDecoding",
     "AutoregressivePredictor",
-    "CachedPredictor",
-    "CachingNetwork",
     "ClassPredictor",
     "CodeSampling",
     "ConditionalModel",
@@ -81,8 +77,6 @@ _NAMES = {
     "noise": ("Noise", "SeededNoise"),
     "predictors": (
         "AutoguidedPredictor",
-        "CachedPredictor",
-        "CachingNetwork",
         "ClassPredictor",
         "ConditionalModel",
         "ConditionalNetwork",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -34,9 +34,8 @@ class AutoguidedPredictor:
     mask token. Calls with scale 0 run the positive network only.
 
     Args:
-        positive: Builds the predictor of the network that generates. It is called once.
-        negative: Builds the predictor of the negative network. It is called again after each call with scale 0, because
-            a cache of keys and values would have missed a step.
+        positive: Predictor of the network that generates.
+        negative: Predictor of the negative network.
         mask_token_ids: Id of the mask token of the positive and of the negative network.
         scales: Guidance scale of each call, >= 0.
 
@@ -45,26 +44,23 @@ class AutoguidedPredictor:
 
     def __init__(
         self,
-        positive: Callable[[], Predictor],
-        negative: Callable[[], Predictor],
+        positive: Predictor,
+        negative: Predictor,
         *,
         mask_token_ids: tuple[int, int],
         scales: Sequence[float],
     ) -> None:
-        self.positive = positive()
-        self.build_negative = negative
+        self.positive = positive
+        self.negative = negative
         self.mask_token_ids = mask_token_ids
-        self._negative: Predictor | None = None
         self._scales = iter(scales)
 
-    def __call__(self, tokens: Tensor, positions: Tensor, newly_known: Tensor) -> Tensor:
+    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
         scale = next(self._scales)
-        logits = self.positive(tokens, positions, newly_known)  # (B, M, K)
+        logits = self.positive(tokens, positions)  # (B, M, K)
         if scale == 0:
-            self._negative = None
             return logits
-        self._negative = self._negative or self.build_negative()
         # The mask tokens have different ids if only one network has a null class.
         own, other = self.mask_token_ids
         tokens = tokens if own == other else tokens.masked_fill(tokens == own, other)
-        return apply_guidance(logits, self._negative(tokens, positions, newly_known), scale)
+        return apply_guidance(logits, self.negative(tokens, positions), scale)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["mark_first_columns", "mark_masked_columns", "mask_first", "select_decided", "sort_masked_first"]
+__all__ = ["mark_first_columns", "mark_masked_columns", "mask_first", "sort_masked_first"]
 
 
 def sort_masked_first(masked: Tensor, counts: list[int]) -> Tensor:
@@ -36,17 +36,3 @@ def mask_first(tokens: Tensor, positions: Tensor, counts: list[int], mask_token_
         return tokens.scatter(1, positions[:, : counts[0]], mask_token_id)
     kept = tokens.gather(1, positions).masked_fill(mark_first_columns(counts, positions), mask_token_id)
     return tokens.scatter(1, positions, kept)
-
-
-def select_decided(before: list[int], after: list[int], positions: Tensor) -> Tensor:
-    """Returns the positions that a step decided, (B, P) int64: columns after[b] to before[b] of row b.
-
-    Rows that decided fewer than P are padded with later columns, which hold known positions.
-    """
-    decided = max(b - a for b, a in zip(before, after, strict=True))
-    if min(after) == max(after):
-        return positions[:, after[0] : after[0] + decided]
-    start = torch.tensor(after).to(positions.device, non_blocking=True).unsqueeze(1)
-    # At the right end of the columns there are no later ones: the row repeats its last position.
-    columns = (start + torch.arange(decided, device=positions.device)).clamp(max=positions.shape[1] - 1)
-    return positions.gather(1, columns)

@@ -14,7 +14,6 @@ from maskgit_pl.decoding.limits import DrawMethod, check_guidance, check_num_ste
 from maskgit_pl.decoding.sampling import CodeSampling, Temperature
 from maskgit_pl.decoding.selectors import TokenSelector, token_selectors
 from maskgit_pl.old_names import rename_token_selector
-from maskgit_pl.registry import describe
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
 
 if TYPE_CHECKING:
@@ -40,8 +39,6 @@ class DecodingConfig:
         top_p: Probability of the smallest set of codes to draw from, in (0, 1]; None draws from all.
         tokens_per_step: Number of tokens that each step decides, in place of the mask schedule: T integers.
         mask_schedule: Name or mapping of a mask schedule to decode with; None uses that of the training.
-        context_cache: Recompute the keys and values of all tokens only every ``context_cache`` steps, in [1, 65536].
-            1 is exact; above 1 is faster and approximate. See ``CachedPredictor`` for measured times.
         draw_method: Method by which codes are drawn; see ``limits.DrawMethod``. The default ``inverse_cdf`` is that
             of settings without this key, which earlier versions wrote. Recipes and importers have ``gumbel``.
 
@@ -57,15 +54,13 @@ class DecodingConfig:
     top_p: float | None = None
     tokens_per_step: tuple[int, ...] | None = None
     mask_schedule: str | dict[str, Any] | None = None
-    context_cache: int = 1
     draw_method: DrawMethod = "inverse_cdf"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token_selector", rename_token_selector(self.token_selector))
         if isinstance(self.sampling_temperature, list):  # JSON has no tuples
             object.__setattr__(self, "sampling_temperature", tuple(self.sampling_temperature))
-        for name in ("num_steps", "context_cache"):
-            check_integer(name, getattr(self, name), f"[1, {_MOST_STEPS}]")
+        check_integer("num_steps", self.num_steps, f"[1, {_MOST_STEPS}]")
         if self.tokens_per_step is not None:
             object.__setattr__(self, "tokens_per_step", tuple(self.tokens_per_step))
             if len(self.tokens_per_step) != self.num_steps:
@@ -139,11 +134,6 @@ class DecodingConfig:
         if self.mask_schedule is not None:
             mask_schedules.build(self.mask_schedule)
         selector = self._build_selector()
-        if selector.needs_decided_logits and self.context_cache != 1:
-            raise ValueError(
-                f"context_cache must be 1 for token selector {describe(self.token_selector)}, which computes all "
-                f"tokens in each step, got {self.context_cache}; leave it out"
-            )
         if self.tokens_per_step is not None:
             check_token_counts(self.tokens_per_step, self.num_steps, selector)
 
@@ -177,7 +167,7 @@ class DecodingConfig:
 
 
 # The settings that an autoregressive model does not have: it masks nothing, and its order is fixed.
-_AUTOREGRESSIVE_VALUES = {"token_selector": None, "mask_schedule": None, "tokens_per_step": None, "context_cache": 1}
+_AUTOREGRESSIVE_VALUES = {"token_selector": None, "mask_schedule": None, "tokens_per_step": None}
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ class CorrectingRun(DecodingRun):
             if max(counts.before) == 0:
                 return
             # 1. All of these positions are computed in each step, so none is newly known.
-            logits = self.predictor(self.tokens, positions, positions[:, :0]).float()  # (B, U, K)
+            logits = self.predictor(self.tokens, positions).float()  # (B, U, K)
             # 2.
             is_decided = ~self.masked.gather(1, positions)  # (B, U), True in padding too
             candidates = self._draw(logits, positions, step, is_decided=is_decided)

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 from torch import Tensor
 
-from maskgit_pl.networks.transformer import ContextCache
-
-__all__ = ["CachingNetwork", "ConditionalNetwork", "Predictor"]
+__all__ = ["ConditionalNetwork", "Predictor"]
 
 
 class Predictor(Protocol):
-    """A source of the logits of masked tokens. It serves one decoding run: it may count its calls and keep caches."""
+    """A source of the logits of masked tokens. It serves one decoding run: it may count its calls."""
 
-    def __call__(self, tokens: Tensor, positions: Tensor, newly_known: Tensor) -> Tensor:
+    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Predicts the codes at masked positions.
 
         Args:
             tokens: (B, N) int64: codes in [0, K), and ``mask_token_id`` at unknown positions.
             positions: (B, M) int64 in [0, N): the masked positions. Rows with fewer masked tokens are padded with known
                 positions, whose logits are ignored.
-            newly_known: (B, P) int64 in [0, N): positions decided since the last call, padded with known ones. P is 0
-                at the first call.
 
         Returns:
             (B, M, K) float: logits of the codes.
@@ -34,13 +30,3 @@ class ConditionalNetwork(Protocol):
 
     def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
         """Computes logits (B, M, K) at positions (B, M) of tokens (B, N) for labels (B,), all int64."""
-
-
-@runtime_checkable
-class CachingNetwork(ConditionalNetwork, Protocol):
-    """A network that can reuse the keys and values of positions whose tokens do not change."""
-
-    def forward_cached(
-        self, tokens: Tensor, labels: Tensor, positions: Tensor, newly_known: Tensor, *, cache: ContextCache
-    ) -> Tensor:
-        """Computes the logits of ``forward_at``; see ``networks.transformer.MaskedTransformer.forward_cached``."""

@@ -1,7 +1,7 @@
 """Predictors: the sources of the logits of ``ParallelDecoder``.
 
-``build_class_predictor`` composes them, from the inside out: ``ClassPredictor`` or ``CachedPredictor`` runs the
-network, ``GuidedPredictor`` adds classifier-free guidance or ``AutoguidedPredictor`` guidance by a second network, and
+``build_class_predictor`` composes them, from the inside out: ``ClassPredictor`` runs the network,
+``GuidedPredictor`` adds classifier-free guidance or ``AutoguidedPredictor`` guidance by a second network, and
 ``FirstStepPredictor`` shares the first step between images of a class.
 
 Source of guidance: Ho and Salimans, arXiv:2207.12598; of its use with masked tokens: Muse, arXiv:2301.00704; of
@@ -11,28 +11,23 @@ guidance by a second network: Karras et al., arXiv:2406.02507.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from maskgit_pl.checks import check_integer
 from maskgit_pl.decoding.autoguidance import AutoguidedPredictor, apply_guidance
 from maskgit_pl.decoding.limits import check_guidance
-from maskgit_pl.decoding.predictor_protocols import CachingNetwork, ConditionalNetwork, Predictor
+from maskgit_pl.decoding.predictor_protocols import ConditionalNetwork, Predictor
 from maskgit_pl.decoding.vectors import VectorConditionalNetwork, VectorNetwork
 from maskgit_pl.networks.backbone import Backbone
-from maskgit_pl.networks.transformer import ContextCache
 
 _MOST_NUMBERS = 2**28  # 1 GiB in float32
 
 __all__ = [
     "AutoguidedPredictor",
-    "CachedPredictor",
-    "CachingNetwork",
     "ClassPredictor",
     "ConditionalModel",
     "ConditionalNetwork",
@@ -57,49 +52,8 @@ class ClassPredictor:
     network: ConditionalNetwork
     labels: Tensor
 
-    def __call__(self, tokens: Tensor, positions: Tensor, newly_known: Tensor) -> Tensor:
+    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
         return self.network.forward_at(tokens, self.labels, positions)
-
-
-class CachedPredictor:
-    """A predictor that reuses the keys and values of known tokens. Approximate, except with ``context_cache`` 1.
-
-    A call computes the masked positions and those that became known since the last call. All other known tokens keep
-    the keys and values of an earlier call, when more tokens were masked. The first call and every ``context_cache``-th
-    after it compute all positions.
-
-    It saves little: 8 steps on one CPU thread took 0.88 (49 tokens, embed_dim 128) and 0.90 (256 tokens, embed_dim 768)
-    of the exact time with ``context_cache`` 4, and 0.91 and 0.98 with 2. A third to two fifths of a trained model's
-    tokens changed (``benchmarks/context_cache.py``).
-
-    Args:
-        network: The network, usually a ``networks.transformer.MaskedTransformer``.
-        labels: (B,) int64 in [0, num_classes), or the null label.
-        context_cache: Calls from one full pass to the next, >= 1.
-
-    Raises:
-        ValueError: if ``context_cache`` is out of range.
-        TypeError: if the network has no ``forward_cached``.
-    """
-
-    def __init__(self, network: ConditionalNetwork, labels: Tensor, *, context_cache: int = 4) -> None:
-        check_integer("context_cache", context_cache, "[1, inf)")
-        if not isinstance(network, CachingNetwork):
-            raise TypeError(
-                "context_cache must be 1 for a network that cannot keep keys and values (no method `forward_cached`), "
-                f"got {context_cache} and {type(network).__name__}"
-            )
-        self.network = network
-        self.labels = labels
-        self.context_cache = context_cache
-        self._calls = 0
-        self._cache = ContextCache()
-
-    def __call__(self, tokens: Tensor, positions: Tensor, newly_known: Tensor) -> Tensor:
-        if self._calls % self.context_cache == 0:
-            self._cache = ContextCache()  # an empty cache makes this call a full pass
-        self._calls += 1
-        return self.network.forward_cached(tokens, self.labels, positions, newly_known, cache=self._cache)
 
 
 class GuidedPredictor:
@@ -112,42 +66,22 @@ class GuidedPredictor:
         labels: (B,) int64 in [0, num_classes).
         negative_labels: (B,) int64: class that each image is pushed away from, usually the null label.
         scales: Guidance scale of each call, >= 0.
-        build_predictor: Builds the predictor of a network and labels.
     """
 
     def __init__(
-        self,
-        network: ConditionalNetwork,
-        labels: Tensor,
-        *,
-        negative_labels: Tensor,
-        scales: Sequence[float],
-        build_predictor: Callable[[ConditionalNetwork, Tensor], Predictor] = ClassPredictor,
+        self, network: ConditionalNetwork, labels: Tensor, *, negative_labels: Tensor, scales: Sequence[float]
     ) -> None:
-        self.network = network
-        self.labels = labels
-        self.both_labels = torch.cat([labels, negative_labels])  # (2 B,)
-        self.build_predictor = build_predictor
+        self.conditional = ClassPredictor(network, labels)
+        self.both = ClassPredictor(network, torch.cat([labels, negative_labels]))  # (2 B,)
         self._scales = iter(scales)
-        self._copies, self._predictor = 0, build_predictor(network, labels)
 
-    def __call__(self, tokens: Tensor, positions: Tensor, newly_known: Tensor) -> Tensor:
+    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
         scale = next(self._scales)
-        predictor = self._choose_predictor(1 if scale == 0 else 2)
         if scale == 0:
-            return predictor(tokens, positions, newly_known)
+            return self.conditional(tokens, positions)
         # Both halves have the same tokens and differ in their labels; the conditional half comes first.
-        logits = predictor(tokens.repeat(2, 1), positions.repeat(2, 1), newly_known.repeat(2, 1))  # (2 B, M, K)
-        conditional, unconditional = logits.chunk(2)
+        conditional, unconditional = self.both(tokens.repeat(2, 1), positions.repeat(2, 1)).chunk(2)  # (B, M, K) each
         return apply_guidance(conditional, unconditional, scale)
-
-    def _choose_predictor(self, copies: int) -> Predictor:
-        """Returns the predictor of one or both halves."""
-        # A cache holds the rows of one number of halves, so another number starts with a new predictor.
-        if copies != self._copies:
-            self._copies = copies
-            self._predictor = self.build_predictor(self.network, self.labels if copies == 1 else self.both_labels)
-        return self._predictor
 
 
 class FirstStepLogits:
@@ -214,9 +148,9 @@ class FirstStepPredictor:
         self.logits: Tensor | None = logits
         self.rest = rest
 
-    def __call__(self, tokens: Tensor, positions: Tensor, newly_known: Tensor) -> Tensor:
+    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
         if self.logits is None:
-            return self.rest(tokens, positions, newly_known)
+            return self.rest(tokens, positions)
         logits, self.logits = self.logits, None  # frees B N K numbers after the first step
         return logits  # all positions are masked, so ``positions`` is raster order
 
@@ -237,7 +171,6 @@ class ConditionalModel(Generic[NetworkT]):
         null_label: Label of "no class"; None if the network has none.
         device: Device of the network.
         first_step_logits: Cache of the first step's logits, shared between runs; None computes them once per batch.
-        context_cache: Calls from one full pass to the next, >= 1. See ``CachedPredictor``; 1 is exact.
         negative: Weaker model of the same tokens, which guidance pushes images away from (``AutoguidedPredictor``);
             None pushes them away from the negative or null class.
         condition_dim: Size C of the vector of an image; 0 for a network without vectors.
@@ -249,17 +182,12 @@ class ConditionalModel(Generic[NetworkT]):
     null_label: int | None
     device: torch.device
     first_step_logits: FirstStepLogits | None = None
-    context_cache: int = 1
     negative: ConditionalModel[ConditionalNetwork] | None = None
     condition_dim: int = 0
 
     @staticmethod
     def from_network(
-        network: BackboneT,
-        device: torch.device,
-        *,
-        first_step_logits: FirstStepLogits | None = None,
-        context_cache: int = 1,
+        network: BackboneT, device: torch.device, *, first_step_logits: FirstStepLogits | None = None
     ) -> ConditionalModel[BackboneT]:
         """Returns the model of a ``Backbone``, whose configuration holds the grid and the ids."""
         config = network.config
@@ -270,7 +198,6 @@ class ConditionalModel(Generic[NetworkT]):
             config.null_label,
             device,
             first_step_logits,
-            context_cache,
             condition_dim=config.condition_dim,
         )
 
@@ -321,7 +248,7 @@ def build_class_predictor(
     """Builds the predictor of a class-conditional run.
 
     Args:
-        model: The network. ``context_cache`` above 1 makes the predictor approximate.
+        model: The network.
         labels: Class of each image.
         negative_labels: Class that guidance pushes each image away from; None uses the null class, or with a negative
             model the class of the image.
@@ -330,9 +257,7 @@ def build_class_predictor(
             each has a vector (``ConditionalModel.bind``).
 
     Raises:
-        ValueError: if a scale is positive and there is no class to push images away from, or ``context_cache`` is out
-            of range.
-        TypeError: if ``context_cache`` is above 1 and the network cannot keep keys and values.
+        ValueError: if a scale is positive and there is no class to push images away from.
     """
     negative_labels = model.fill_negative_labels(negative_labels, labels)
     check_guidance(scales, has_negative_class=negative_labels is not None)
@@ -349,20 +274,15 @@ def _build_guided(
     scales: Sequence[float],
 ) -> Predictor:
     """Builds the predictor without the shared first step; see ``build_class_predictor``."""
-    build_predictor: Callable[[ConditionalNetwork, Tensor], Predictor] = ClassPredictor
-    if model.context_cache != 1:
-        build_predictor = partial(CachedPredictor, context_cache=model.context_cache)
     positive = torch.tensor(list(labels), device=model.device)
     if negative_labels is None or not any(scale > 0 for scale in scales):
-        return build_predictor(model.network, positive)
+        return ClassPredictor(model.network, positive)
     negative = torch.tensor(list(negative_labels), device=model.device)
     if model.negative is None:
-        return GuidedPredictor(
-            model.network, positive, negative_labels=negative, scales=scales, build_predictor=build_predictor
-        )
+        return GuidedPredictor(model.network, positive, negative_labels=negative, scales=scales)
     return AutoguidedPredictor(
-        partial(build_predictor, model.network, positive),
-        partial(build_predictor, model.negative.network, negative),
+        ClassPredictor(model.network, positive),
+        ClassPredictor(model.negative.network, negative),
         mask_token_ids=(model.mask_token_id, model.negative.mask_token_id),
         scales=scales,
     )

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from maskgit_pl.decoding.columns import mark_masked_columns, mask_first, select_decided, sort_masked_first
+from maskgit_pl.decoding.columns import mark_masked_columns, mask_first, sort_masked_first
 from maskgit_pl.decoding.noise import Noise
 from maskgit_pl.decoding.plan import StepCounts, step_progress
 from maskgit_pl.decoding.predictors import Predictor
@@ -91,12 +91,11 @@ class DecodingRun:
         """Runs the loop of the module docstring, with the counts of ``plan`` or of the selector."""
         num_masked = plan[0].before
         positions = sort_masked_first(self.masked, num_masked)  # (B, M)
-        newly_known = positions[:, :0]  # (B, 0): no step has decided a token yet
         for step, counts in enumerate(plan, start=first_step):
             if max(num_masked) == 0:  # a selector may finish early
                 return
             # 1. Predict. Softmax and scores are computed in float32 for every dtype of the network.
-            logits = self.predictor(self.tokens, positions, newly_known).float()  # (B, M, K)
+            logits = self.predictor(self.tokens, positions).float()  # (B, M, K)
             # 2. Draw.
             candidates = self._draw(logits, positions, step)
             drawn, probability = candidates.tokens, candidates.drawn_log_probs.exp()  # (B, M)
@@ -125,7 +124,6 @@ class DecodingRun:
             yield DecodingStep(step, all_drawn, was_masked, self.masked, scores_by_position, self.confidence)
             # The columns are sorted by score, so those that stay masked come first: they need no second sort, except
             # when the selector has masked positions that are not among the columns.
-            newly_known = select_decided(num_masked, counts.undecided, positions)
             num_masked = counts.after
             positions = sort_masked_first(self.masked, num_masked) if has_remasked else positions[:, : max(num_masked)]
 

@@ -1,7 +1,7 @@
 """The bidirectional transformer of MaskGIT: a post-norm BERT over a class token and the image's tokens.
 
 ``mvtm.MaskedTokenModel`` trains ``MaskedTransformer.forward_selected``; the predictors of ``decoding`` call
-``forward_at`` and ``forward_cached``. ``Transformer`` is shared with ``networks.autoregressive``.
+``forward_at``. ``Transformer`` is shared with ``networks.autoregressive``.
 
 Shapes: B images, N tokens, S = 1 + N positions of the sequence (the class first), D embedding dimension, V columns.
 
@@ -10,8 +10,7 @@ Source: paper, implementation details; google-research/maskgit, ``maskgit_transf
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from importlib import import_module
 from typing import ClassVar, cast, get_args
 
@@ -36,7 +35,6 @@ from maskgit_pl.networks.transformer_block import LAYER_NORM_EPS, Block
 __all__ = [
     "LARGEST_GRID",
     "Attention",
-    "ContextCache",
     "MaskedTransformer",
     "Transformer",
     "TransformerConfig",
@@ -108,17 +106,6 @@ class TransformerConfig(BackboneConfig):
         # networks.autoregressive imports this module.
         module = import_module("maskgit_pl.networks.autoregressive")
         return cast("Transformer", module.AutoregressiveTransformer(self))
-
-
-@dataclass
-class ContextCache:
-    """The keys and values that a network has computed for a sequence, for ``MaskedTransformer.forward_cached``.
-
-    Args:
-        key_values: Keys, then values, (B, S, 2 D) of each block; empty before the first pass.
-    """
-
-    key_values: list[Tensor] = field(default_factory=list)
 
 
 class Transformer(Backbone):
@@ -197,7 +184,6 @@ class MaskedTransformer(Transformer):
     """
 
     attention = "bidirectional"
-    entry_points = ("forward_masked", "forward_selected", "forward_at", "forward_cached")
 
     def forward(
         self, tokens: Tensor, labels: Tensor, *, vectors: Tensor | None = None, vocabulary: Vocabulary = "codes"
@@ -244,46 +230,7 @@ class MaskedTransformer(Transformer):
         """
         # Keys and values of the last block need all positions, its queries and MLP only M of them.
         last = cast("Block", self.blocks[-1])
-        x, _ = last.forward_with_kv(self._hidden(tokens, labels), positions + 1)  # after the class
-        return self._head(x, "codes")
-
-    def forward_cached(
-        self, tokens: Tensor, labels: Tensor, positions: Tensor, newly_known: Tensor, *, cache: ContextCache
-    ) -> Tensor:
-        """Returns the logits of ``forward_at``, with cached keys and values elsewhere. Approximate, for inference.
-
-        1. With an empty cache, compute everything and fill the cache. The result is that of ``forward_at``.
-        2. Otherwise compute ``positions``, ``newly_known``, and the class, which attends to all tokens. All other
-           positions keep the keys and values of an earlier call, when more tokens were masked.
-
-        Args:
-            tokens: (B, N) int64.
-            labels: (B,) int64.
-            positions: (B, M) int64 in [0, N).
-            newly_known: (B, P) int64 in [0, N): positions whose tokens changed since the last call.
-            cache: Cache of this decoding run, changed in place.
-
-        Returns:
-            (B, M, K) float: logits of the codes.
-        """
-        blocks = cast("Sequence[Block]", self.blocks)
-        # 1. Everything; the last block needs only the queries at ``positions``.
-        if not cache.key_values:
-            x = self._embed(self._sequence(tokens, labels))
-            for block in blocks:
-                x, key_value = block.forward_with_kv(x, positions + 1 if block is blocks[-1] else None)
-                cache.key_values.append(key_value)
-            return self._head(x, "codes")
-        # 2. M + P + 1 positions of the sequence, the wanted M first, so that the last block can stop after them.
-        class_position = torch.zeros_like(positions[:, :1])
-        computed = torch.cat([positions + 1, newly_known + 1, class_position], dim=1)
-        rows = self._sequence(tokens, labels).gather(1, computed)  # (B, M + P + 1)
-        # No dropout: this is for inference.
-        x = self.embedding_norm(self.token_embedding(rows) + self.position_embedding(computed))
-        for block, key_value in zip(blocks, cache.key_values, strict=True):
-            num_queries = positions.shape[1] if block is blocks[-1] else None
-            x = block.forward_cached(x, computed, key_value, num_queries=num_queries)
-        return self._head(x, "codes")
+        return self._head(last.forward_at(self._hidden(tokens, labels), positions + 1), "codes")  # after the class
 
     def _hidden(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Returns the input (B, S, D) of the last block."""

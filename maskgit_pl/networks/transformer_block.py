@@ -84,7 +84,7 @@ class Block(nn.Module):
         entry_points: Methods that a network calls besides ``forward``. FSDP gathers the weights for them too.
     """
 
-    entry_points: ClassVar[tuple[str, ...]] = ("forward_with_kv", "forward_next", "forward_cached")
+    entry_points: ClassVar[tuple[str, ...]] = ("forward_at", "forward_next")
 
     def __init__(self, embed_dim: int, num_heads: int, mlp_dim: int, *, dropout: float, is_causal: bool) -> None:
         super().__init__()
@@ -115,26 +115,22 @@ class Block(nn.Module):
             x, attended = (F.embedding(rows, each.flatten(0, 1)) for each in (x, attended))
         return self._add_and_feed_forward(x, attended)
 
-    def forward_with_kv(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Returns the output of the block together with its keys and values.
+    def forward_at(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Returns the output of the block at some positions.
 
         Args:
             x: (B, S, D).
-            positions: (B, M) int64 in [0, S): compute queries and outputs at these only; None for all.
+            positions: (B, M) int64 in [0, S).
 
         Returns:
-            The output (B, S or M, D), and the keys, then the values, of all positions (B, S, 2 D).
+            (B, M, D).
         """
         assert not self.is_causal  # a position that is left out would shift the causal mask
-        if positions is None:
-            projected = self.qkv(x)  # (B, S, 3 D)
-            query, key, value = self._heads(projected, 3)
-            return self._add_and_feed_forward(x, self._attend(query, key, value)), projected[..., x.shape[-1] :]
         # Only M positions ask, but all S positions answer: keys and values of everything.
         rows, key_value = _gather_rows(x, positions), self.qkv.key_value(x)
         (query,) = self._heads(self.qkv.query(rows), 1)
         key, value = self._heads(key_value, 2)
-        return self._add_and_feed_forward(rows, self._attend(query, key, value)), key_value
+        return self._add_and_feed_forward(rows, self._attend(query, key, value))
 
     def forward_next(self, x: Tensor, cache: KVCache) -> Tensor:
         """Returns the output of a causal block at the next rows, and adds their keys and values to the cache.
@@ -151,27 +147,6 @@ class Block(nn.Module):
         heads = self._heads(self.qkv(x), 3)
         key, value = cache.extend(heads[1:])
         return self._add_and_feed_forward(x, self._attend(heads[0], key, value, is_causal=x.shape[1] > 1))
-
-    def forward_cached(
-        self, x: Tensor, positions: Tensor, key_value: Tensor, *, num_queries: int | None = None
-    ) -> Tensor:
-        """Returns the output at some positions, which attend to all; their keys and values replace cached ones.
-
-        Args:
-            x: (B, R, D): input of the block at ``positions``.
-            positions: (B, R) int64 in [0, S).
-            key_value: (B, S, 2 D): cached keys, then values, of all positions; changed in place.
-            num_queries: Return the outputs of this many first positions only; None for all.
-
-        Returns:
-            (B, num_queries or R, D).
-        """
-        # The new keys and values (B, R, 2 D) are written into the cache before anything attends to it.
-        query, new = self.qkv(x).split([x.shape[-1], key_value.shape[-1]], dim=-1)
-        key_value.scatter_(1, positions.unsqueeze(-1).expand_as(new), new)
-        (query,) = self._heads(query[:, :num_queries], 1)
-        key, value = self._heads(key_value, 2)
-        return self._add_and_feed_forward(x[:, :num_queries], self._attend(query, key, value))
 
     def _heads(self, x: Tensor, parts: int) -> Tensor:
         """Splits (B, S, parts D) into heads: (parts, B, heads, S, D / heads)."""

@@ -296,15 +296,9 @@ class Generator:
                 negative_labels=negative_labels,
             )
         # The first step of a class without context is the same for all seeds, so its logits are cached.
-        model = ConditionalModel.from_network(
-            network,
-            self.device,
-            first_step_logits=self._first_step,
-            context_cache=part.decoding.context_cache,
-        )
+        model = ConditionalModel.from_network(network, self.device, first_step_logits=self._first_step)
         if part.negative_model is not None:
-            negative = part.negative_model.conditional_model(context_cache=part.decoding.context_cache)
-            model = replace(model, negative=negative)
+            model = replace(model, negative=part.negative_model.conditional_model())
         return decode_classes(
             model.bind(None if part.vectors is None else part.vectors.to(self.device)),
             part.labels,

@@ -152,11 +152,9 @@ class NegativeModel:
                 "it with .to(), or name its folder"
             )
 
-    def conditional_model(self, *, context_cache: int) -> ConditionalModel[ConditionalNetwork]:
+    def conditional_model(self) -> ConditionalModel[ConditionalNetwork]:
         """Returns the network with its ids and caches, for a predictor."""
-        made = ConditionalModel.from_network(
-            self.transformer.network, self.device, first_step_logits=self.first_step, context_cache=context_cache
-        )
+        made = ConditionalModel.from_network(self.transformer.network, self.device, first_step_logits=self.first_step)
         return cast("ConditionalModel[ConditionalNetwork]", made)
 
     def to(self, device: torch.device | str, *, dtype: torch.dtype | None = None) -> None:

@@ -39,7 +39,6 @@ _MASKED_ONLY = (
     "model.decoding.token_selector",
     "model.decoding.tokens_per_step",
     "model.decoding.mask_schedule",
-    "model.decoding.context_cache",
 )
 
 

@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 LOGITS = torch.randn(64, NUM_CODES, generator=torch.Generator().manual_seed(0))
 
 
-def fake_predictor(tokens: Tensor, positions: Tensor, newly_known: Tensor) -> Tensor:
+def fake_predictor(tokens: Tensor, positions: Tensor) -> Tensor:
     """Returns logits that depend on the position and on the number of known tokens."""
     known = (tokens != MASK).sum(1, keepdim=True)
     return LOGITS[(positions + known) % 64]

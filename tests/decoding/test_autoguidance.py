@@ -1,16 +1,13 @@
 import dataclasses
-from functools import partial
 
 import pytest
 import torch
 
 from maskgit_pl.decoding import (
-    CachedPredictor,
     ConditionalModel,
     FirstStepLogits,
     ParallelDecoder,
     decode_classes,
-    predictors,
 )
 from maskgit_pl.decoding.predictors import apply_guidance, build_class_predictor
 from maskgit_pl.decoding.selectors import token_selectors
@@ -62,13 +59,13 @@ def partly_masked(model: ConditionalModel) -> torch.Tensor:
 def test_the_logits_are_those_of_the_two_networks_by_hand(large, small):
     assert large.mask_token_id != small.mask_token_id
     tokens, positions = partly_masked(large), torch.tensor([[0, 3, 6, 9, 12, 15]] * 3)
-    labels, none = torch.tensor(LABELS), torch.zeros(3, 0, dtype=torch.int64)
+    labels = torch.tensor(LABELS)
     own = large.network.forward_at(tokens, labels, positions)
     theirs = tokens.where(tokens != large.mask_token_id, torch.tensor(small.mask_token_id))
     other = small.network.forward_at(theirs, labels, positions)
     predictor = build_class_predictor(guided_by(large, small), LABELS, scales=[1.5, 0.0, 2.0])
     for scale in (1.5, 0.0, 2.0):
-        made = predictor(tokens, positions, none)
+        made = predictor(tokens, positions)
         torch.testing.assert_close(made, own + scale * (own - other), rtol=1e-5, atol=1e-5)
 
 
@@ -79,7 +76,7 @@ def test_the_shared_first_step_is_guided_by_the_first_step_of_the_negative_netwo
         for each in (large, small)
     )
     predictor = build_class_predictor(guided_by(large, small), LABELS, scales=[3.0], all_masked=True)
-    made = predictor(torch.full((3, 16), large.mask_token_id), positions, positions[:, :0])
+    made = predictor(torch.full((3, 16), large.mask_token_id), positions)
     torch.testing.assert_close(made, apply_guidance(own, other, 3.0))
 
 
@@ -116,10 +113,10 @@ def test_guidance_by_another_network_changes_the_images_and_needs_no_null_class(
 
 def test_the_negative_network_takes_the_negative_labels(large, small):
     other = [1, 1, 0]
-    tokens, positions, none = partly_masked(large), torch.tensor([[0, 3]] * 3), torch.zeros(3, 0, dtype=torch.int64)
+    tokens, positions = partly_masked(large), torch.tensor([[0, 3]] * 3)
     theirs = tokens.where(tokens != large.mask_token_id, torch.tensor(small.mask_token_id))
     made = build_class_predictor(guided_by(large, small), LABELS, negative_labels=other, scales=[2.0])(
-        tokens, positions, none
+        tokens, positions
     )
     expected = apply_guidance(
         large.network.forward_at(tokens, torch.tensor(LABELS), positions),
@@ -135,32 +132,6 @@ def test_partly_known_tokens_are_completed_and_kept(large, small):
     known = tokens != large.mask_token_id
     assert torch.equal(last[known], tokens[known])
     assert (last < 16).all()
-
-
-def test_a_cache_of_keys_and_values_with_full_passes_is_exact(large, small, monkeypatch):
-    exact = decoded(guided_by(large, small))
-    monkeypatch.setattr(predictors, "ClassPredictor", partial(CachedPredictor, context_cache=1))
-    assert torch.equal(decoded(guided_by(large, small))[-1].tokens, exact[-1].tokens)
-
-
-def test_after_a_step_without_guidance_the_negative_cache_begins_anew(large, small):
-    """Keys and values of the negative network would lack the tokens that the unguided step decided."""
-    made = decoded(guided_by(large, small, context_cache=STEPS), (0.0, 0.0, 1.0, 0.0, 1.0))
-    assert (made[-1].tokens < 16).all()
-    calls = []
-
-    class Counting:
-        def forward_cached(self, *arguments, cache):
-            calls.append(len(cache.key_values))
-            return small.network.forward_cached(*arguments, cache=cache)
-
-        def forward_at(self, *arguments):
-            return small.network.forward_at(*arguments)
-
-    counting = dataclasses.replace(small, network=Counting())
-    kept = decoded(guided_by(large, counting, context_cache=STEPS), (0.0, 1.0, 1.0, 0.0, 1.0))
-    assert [count > 0 for count in calls] == [False, True, False]
-    assert (kept[-1].tokens < 16).all()
 
 
 def test_the_caches_of_the_first_step_are_filled_once(large, small):

@@ -35,7 +35,7 @@ class Network:
         return LOGITS[(positions + known) % 64] + 2 * LOGITS[labels + 50].unsqueeze(1)
 
 
-ONE = (torch.full((2, 4), MASK), torch.tensor([[0, 3], [1, 2]]), torch.empty(2, 0, dtype=torch.int64))
+ONE = (torch.full((2, 4), MASK), torch.tensor([[0, 3], [1, 2]]))
 
 
 def test_guided_logits_are_the_formula_worked_out_by_hand():
@@ -168,7 +168,7 @@ def test_named_negative_classes_take_the_place_of_the_null_class():
     assert network.labels == [[0, 1, 2], *[[2, 0, 1, 2]] * 4]
 
 
-def test_selectors_are_told_the_grid_and_a_context_cache_needs_a_network_that_caches():
+def test_selectors_are_told_the_grid():
     @dataclass(frozen=True)
     class Spy(TokenSelector):
         grids: list[tuple[int, int] | None] = field(default_factory=list)
@@ -182,8 +182,6 @@ def test_selectors_are_told_the_grid_and_a_context_cache_needs_a_network_that_ca
     made = ParallelDecoder(mask_schedules.build("cosine"), spy, num_steps=2)
     list(decode_classes(oblong, [0], [1], decoder=made, scales=(0.0,) * 2))
     assert spy.grids == [(2, 8)] * 2
-    with pytest.raises(TypeError, match="context_cache must be 1 for a network that cannot keep keys and values"):
-        list(decode_classes(replace(oblong, context_cache=2), [0], [1], decoder=made, scales=(0.0,) * 2))
 
 
 def test_a_batch_of_four_is_four_batches_of_one():

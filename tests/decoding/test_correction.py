@@ -26,7 +26,7 @@ class Misled:
 
     shapes: list[int] = field(default_factory=list)
 
-    def __call__(self, tokens: Tensor, positions: Tensor, newly_known: Tensor) -> Tensor:
+    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
         logits = torch.zeros(*positions.shape, NUM_CODES)
         logits[..., RIGHT] = 6.0
         if not self.shapes:
@@ -142,12 +142,6 @@ def test_attributes_that_contradict_each_other_are_refused(monkeypatch, attribut
     monkeypatch.setitem(token_selectors._factories, "odd", Odd)
     with pytest.raises(ValueError, match=f"token selector 'odd': {rule}"):
         token_selectors.build("odd")
-
-
-@pytest.mark.parametrize("spec", ["p2", "edit"])
-def test_a_context_cache_is_refused(spec):
-    with pytest.raises(ValueError, match=f"context_cache must be 1 for token selector {spec}"):
-        DecodingConfig(6, spec, context_cache=2).check(16, is_autoregressive=False)
 
 
 def test_no_replacements_is_named():

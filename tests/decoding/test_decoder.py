@@ -84,36 +84,29 @@ def test_the_least_sure_are_masked_again():
             assert again.numel() == 0 or again.max() <= kept.min()
 
 
-def test_the_predictor_is_asked_at_masked_positions_alone_and_told_what_became_known():
+def test_the_predictor_is_asked_at_masked_positions_alone():
     calls = []
 
-    def spy(tokens: Tensor, positions: Tensor, newly_known: Tensor) -> Tensor:
-        calls.append((tokens, positions, newly_known))
-        return fake_predictor(tokens, positions, newly_known)
+    def spy(tokens: Tensor, positions: Tensor) -> Tensor:
+        calls.append((tokens, positions))
+        return fake_predictor(tokens, positions)
 
     tokens = partly_known(MIXED)
     steps = run(tokens, decoder(6), spy)
     assert len(calls) == len(steps) == 6
-    for (seen, positions, newly_known), step, last in zip(calls, steps, [None, *steps[:-1]], strict=True):
+    for (seen, positions), step in zip(calls, steps, strict=True):
         assert torch.equal(seen == MASK, step.was_masked)
         assert positions.shape[1] == max(step.was_masked.sum(1).tolist())
         for row, masked in enumerate(step.was_masked):
             wanted = masked.nonzero().flatten().tolist()
             assert len(set(positions[row].tolist())) == positions.shape[1]  # no position twice
             assert sorted(positions[row][: len(wanted)].tolist()) == wanted  # padding is known
-            if last is None:
-                assert newly_known.shape == (len(MIXED), 0)
-            else:
-                decided = (last.was_masked & ~last.still_masked)[row].nonzero().flatten().tolist()
-                told = set(newly_known[row].tolist())
-                assert set(decided) <= told
-                assert (seen[row][newly_known[row]] != MASK).all()
 
 
 def test_logits_of_padding_are_ignored():
-    def poisoned(tokens: Tensor, positions: Tensor, newly_known: Tensor) -> Tensor:
+    def poisoned(tokens: Tensor, positions: Tensor) -> Tensor:
         known = tokens.gather(1, positions) != MASK
-        return fake_predictor(tokens, positions, newly_known).masked_fill(known.unsqueeze(-1), torch.nan)
+        return fake_predictor(tokens, positions).masked_fill(known.unsqueeze(-1), torch.nan)
 
     tokens = partly_known(MIXED)
     for clean, dirty in zip(run(tokens, decoder()), run(tokens, decoder(), poisoned), strict=True):
@@ -168,7 +161,7 @@ def test_numbers_out_of_range_are_refused(make: Callable[[], object], message: s
 
 
 def test_sampling_temperature_0_takes_the_most_probable_code():
-    def keep_all(tokens: Tensor, positions: Tensor, newly_known: Tensor) -> Tensor:
+    def keep_all(tokens: Tensor, positions: Tensor) -> Tensor:
         return LOGITS[positions]
 
     made = run(partly_known([16, 5]), decoder(3, sampling=CodeSampling(0.0)), keep_all)

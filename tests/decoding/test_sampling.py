@@ -60,7 +60,7 @@ def test_the_temperature_goes_from_the_first_to_the_last_step():
 
 def test_a_temperature_that_falls_to_0_takes_the_likeliest_code_at_the_last_step():
     made = decoder(3, sampling=CodeSampling((1.0, 0.0)))
-    *_, last = run(partly_known([16]), made, lambda tokens, positions, newly_known: LOGITS[positions])
+    *_, last = run(partly_known([16]), made, lambda tokens, positions: LOGITS[positions])
     assert torch.equal(last.tokens[last.was_masked], LOGITS[:16].argmax(-1)[last.was_masked[0]])
 
 
@@ -86,5 +86,5 @@ def test_top_k_and_top_p_are_taken_one_after_the_other():
 
 def test_only_codes_that_are_left_are_drawn():
     made = decoder(4, sampling=CodeSampling(top_k=1))
-    for step in run(partly_known([16, 5]), made, lambda tokens, positions, newly_known: LOGITS[positions]):
+    for step in run(partly_known([16, 5]), made, lambda tokens, positions: LOGITS[positions]):
         assert torch.equal(step.tokens[step.was_masked], LOGITS[:16].argmax(-1).repeat(2, 1)[step.was_masked])

@@ -43,7 +43,7 @@ def candidates(progress: float = 0.25) -> Candidates:
     )
 
 
-def fake_predictor(tokens: Tensor, positions: Tensor, newly_known: Tensor) -> Tensor:
+def fake_predictor(tokens: Tensor, positions: Tensor) -> Tensor:
     """Returns logits that depend on the position and on the number of known tokens of the row."""
     known = (tokens != MASK).sum(1, keepdim=True)
     return LOGITS[(positions + known) % 64]
@@ -154,7 +154,7 @@ def test_contract_the_confidence_is_that_of_the_last_draw(spec):
     state = tokens
     for step in run(tokens, decoder(spec)):
         everywhere = torch.arange(NUM_TOKENS).expand_as(state)
-        probabilities = fake_predictor(state, everywhere, everywhere).softmax(-1)
+        probabilities = fake_predictor(state, everywhere).softmax(-1)
         drawn = probabilities.gather(-1, step.tokens.unsqueeze(-1)).squeeze(-1)
         expected = drawn.where(step.tokens != state, expected)
         torch.testing.assert_close(step.confidence, expected)
@@ -280,7 +280,7 @@ def test_moment_is_what_confidence_tends_to():
         spec = {"name": name, "choice_temperature": temperature / 0.5}
         made = DecodingConfig(2, spec, tokens_per_step=(1, 39)).build_decoder(mask_schedules.build("cosine"))
         noise = SeededNoise(torch.arange(images), 40, steps_at_once=1)
-        predictor = lambda tokens, positions, newly_known: logits[positions]  # noqa: E731
+        predictor = lambda tokens, positions: logits[positions]  # noqa: E731
         steps = made.steps(predictor, torch.full((images, 40), 9), noise, mask_token_id=9)
         step = next(iter(steps))
         chosen = (step.was_masked & ~step.still_masked).nonzero()

@@ -335,7 +335,6 @@ MUTANTS: tuple[Mutant, ...] = (
         ("sharpness=self.selector.sharpness(progress)", "sharpness=1.0"),
         ("log_probs=logits.log_softmax(-1)", "log_probs=(2 * logits).log_softmax(-1)"),
         ("gumbel=self.noise.gumbel(positions, step),", "gumbel=self.noise.gumbel(positions, 0),"),
-        ("newly_known = select_decided(num_masked, counts.undecided, positions)", "newly_known = positions[:, :0]"),
         (
             "positions = sort_masked_first(self.masked, num_masked) if has_remasked",
             "positions = sort_masked_first(self.masked, num_masked) if True",
@@ -396,11 +395,9 @@ MUTANTS: tuple[Mutant, ...] = (
     *_of(
         "decoding/predictors.py",
         "decoding/test_classes decoding/test_predictors",
-        ("if self._calls % self.context_cache == 0:", "if self._calls == 0:"),
         ("torch.cat([labels, negative_labels])", "torch.cat([negative_labels, labels])"),
-        ("predictor = self._choose_predictor(1 if scale == 0 else 2)", "predictor = self._choose_predictor(2)"),
-        ("if copies != self._copies:", "if self._copies == 0:"),
-        ("conditional, unconditional = logits.chunk(2)", "unconditional, conditional = logits.chunk(2)"),
+        ("            return self.conditional(tokens, positions)", "            pass"),
+        ("conditional, unconditional = self.both(", "unconditional, conditional = self.both("),
         ("while len(self._known) > most:", "while len(self._known) > 1:"),
         ("most = max(1, min(self.max_labels, _MOST_NUMBERS // rows[0].numel()))", "most = max(1, self.max_labels)"),
         ("self._known.move_to_end(label)", "pass"),
@@ -413,7 +410,6 @@ MUTANTS: tuple[Mutant, ...] = (
         ("self._known.clear()", "pass"),
         ("[self.null_label] * len(labels)", "[0] * len(labels)"),
         ("if given is None and self.null_label is not None", "if self.null_label is not None"),
-        ("if model.context_cache != 1:", "if False:"),
     ),
     *_of(
         "decoding/predictors.py",
@@ -530,7 +526,6 @@ MUTANTS: tuple[Mutant, ...] = (
         ("self._hidden(tokens, labels), positions + 1)", "self._hidden(tokens, labels), positions)"),
         ("tokens.shape[1] + 1  # of a sequence", "tokens.shape[1]  # of a sequence"),
         ("self._head(x[:, 1:], vocabulary)", "self._head(x[:, :-1], vocabulary)"),
-        ("[positions + 1, newly_known + 1, class_position]", "[positions + 1, class_position]"),
         ("a=-2 * _INIT_STD, b=2 * _INIT_STD", "a=-3 * _INIT_STD, b=3 * _INIT_STD"),
     ),
     *_of(

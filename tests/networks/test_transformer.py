@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from maskgit_pl.networks.transformer import ContextCache, MaskedTransformer, TransformerConfig
+from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 
 SMALL = TransformerConfig(16, 3, (3, 4), embed_dim=32, depth=3, num_heads=4, mlp_dim=64)
 
@@ -117,54 +117,6 @@ def test_the_last_block_computes_queries_and_what_follows_where_it_is_asked_alon
     assert [x.shape for x in queries] == [(4, 3, 32)]
     assert set(seen.values()) == {3}
     assert set(before.values()) == {13}
-
-
-NO_POSITIONS = torch.empty(4, 0, dtype=torch.int64)
-
-
-@pytest.mark.parametrize("depth", [1, 3])
-def test_the_first_update_of_a_cache_is_the_forward_to_the_last_bit(depth):
-    made = network(dataclasses.replace(SMALL, depth=depth))
-    positions = torch.tensor([[0, 11, 5], [3, 2, 1], [7, 7, 0], [10, 4, 9]])
-    cache = ContextCache()
-    assert torch.equal(
-        made.forward_cached(*inputs(), positions, NO_POSITIONS, cache=cache), made.forward_at(*inputs(), positions)
-    )
-    assert [key_value.shape for key_value in cache.key_values] == [(4, 13, 64)] * depth
-
-
-@torch.no_grad()
-def test_an_update_of_every_position_is_exact():
-    made = network()
-    tokens, labels = inputs()
-    everywhere = torch.arange(12).repeat(4, 1)
-    cache = ContextCache()
-    made.forward_cached(tokens, labels, everywhere, NO_POSITIONS, cache=cache)
-    other = (tokens + 1) % 16
-    updated = made.forward_cached(other, labels, everywhere[:, :5], everywhere[:, 5:], cache=cache)
-    torch.testing.assert_close(updated, made(other, labels)[:, :5], rtol=1e-5, atol=1e-5)
-
-
-@torch.no_grad()
-def test_an_update_computes_what_is_asked_and_what_became_known_and_nothing_else():
-    made = network()
-    tokens, labels = inputs()
-    cache = ContextCache()
-    made.forward_cached(tokens, labels, torch.arange(12).repeat(4, 1), NO_POSITIONS, cache=cache)
-    before = [key_value.clone() for key_value in cache.key_values]
-    asked, newly_known = torch.tensor([[3, 1]] * 4), torch.tensor([[7, 10, 10]] * 4)  # padded with one of its own
-    changed = tokens.scatter(1, newly_known, 5).scatter(1, torch.full((4, 1), 11), 6)  # 11 is not announced
-    with rows_seen(made.blocks[0]) as seen, rows_seen(made.blocks[-1]) as last:
-        logits = made.forward_cached(changed, labels, asked, newly_known, cache=cache)
-    assert logits.shape == (4, 2, 16)
-    assert set(seen.values()) == {6}  # and the class
-    assert set(last.values()) == {2}
-    touched = [
-        ((old - new).abs().amax((0, 2)) > 0).nonzero().flatten().tolist()
-        for old, new in zip(before, cache.key_values, strict=True)
-    ]
-    assert touched[0] == [1 + position for position in (7, 10)]  # the inputs of the class, 1 and 3 are what they were
-    assert touched[1:] == [[0, 2, 4, 8, 11]] * 2
 
 
 def test_every_position_and_the_class_see_one_another():

@@ -63,14 +63,13 @@ REFUSED = {
     "choice_temperature": 4.5,
     "mask_schedule": "cosine",
     "tokens_per_step": [1] * N,
-    "context_cache": 4,
     "decoding": DecodingConfig(num_steps=N),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_it_cannot_follow_is_refused_before_anything_is_drawn(pipe, name, tmp_path) -> None:
-    names = "num_steps|token_selector|mask_schedule|tokens_per_step|context_cache"
+    names = "num_steps|token_selector|mask_schedule|tokens_per_step"
     message = rf"({names}) must .* for an autoregressive model.*; leave it out"
     steps: list[object] = []
     with pytest.raises(ValueError, match=message):

@@ -112,7 +112,6 @@ def test_the_baseline_is_what_the_merged_recipe_says(tmp_path, text, words, kind
         "--model.decoding.token_selector.choice_temperature=1",
         "--model.decoding.tokens_per_step=[1]",
         "--model.decoding.mask_schedule=log",
-        "--model.decoding.context_cache=2",
     ],
 )
 def test_a_flag_that_the_baseline_has_no_use_for_is_refused(tmp_path, flag):

@@ -54,7 +54,7 @@ class Playback:
         """Returns recorded noise; see ``Noise``."""
         return self.at("conf_gumbel", step, positions)
 
-    def __call__(self, tokens: Tensor, positions: Tensor, newly_known: Tensor) -> Tensor:
+    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Returns the recorded logits of one step after the other; see ``Predictor``."""
         self.calls += 1
         return self.at("logits", self.first_step + self.calls - 1, positions)
