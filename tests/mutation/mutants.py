@@ -422,7 +422,6 @@ MUTANTS: tuple[Mutant, ...] = (
         "decoding/autoguidance.py",
         "decoding/test_autoguidance decoding/test_classes",
         ("conditional.float(), 1 + scale)", "conditional.float(), scale)"),
-        ("            self._negative = None\n", ""),
         ("if own == other else", "if True else"),
     ),
     *_of(
@@ -609,7 +608,6 @@ MUTANTS: tuple[Mutant, ...] = (
         ("mlp_dim, gelu=True)", "mlp_dim, gelu=False)"),
         ("dropout_p=self.dropout if self.training else 0.0", "dropout_p=self.dropout"),
         ("self.part(x, self.in_features, self.out_features)", "self.part(x, 0, 2 * self.in_features)"),
-        ("key_value.scatter_(1, positions.unsqueeze(-1).expand_as(new), new)", "pass"),
         ('rearrange(x, "b s (parts heads d)', 'rearrange(x, "b s (heads parts d)'),
         ("is_causal=x.shape[1] > 1", "is_causal=False"),
         ("dropout_p=self.dropout if self.training else 0.0, is_causal=is_causal", "dropout_p=0.0"),
