@@ -10,6 +10,8 @@ import pytest
 
 from maskgit_pl import interruption
 
+# Python 3.12 and newer warn of a fork beside another thread, such as the one that waits for signals.
+PYTHON = [sys.executable, "-W", "ignore::DeprecationWarning"]
 LISTEN = """
 import os, sys, time
 from maskgit_pl import interruption
@@ -33,7 +35,7 @@ sys.exit(75)
 def send(*times: float, state: str = "runs", saving: float = 0.0) -> tuple[int, list[str]]:
     """Sends Ctrl-C to the process group after each pause. Returns exit code and lines of stderr."""
     with subprocess.Popen(
-        [sys.executable, "-c", LISTEN, state, str(saving)],
+        [*PYTHON, "-c", LISTEN, state, str(saving)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -71,7 +73,7 @@ with interruption.catch_stop_signals(until="exit"):
     time.sleep(0.2)
     sys.exit(int(interruption.is_requested()))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([*PYTHON, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from maskgit_pl.cli.evaluation_flags import add_worker_argument
-from maskgit_pl.cli.flags import add_device_argument, check_at_least, check_outputs, use_flag_names
+from maskgit_pl.cli.flags import add_device_argument, add_dtype_argument, check_at_least, check_outputs, use_flag_names
 from maskgit_pl.flag_values import parse_features
 from maskgit_pl.progress import progress_bars
 
@@ -49,6 +49,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--batch-size", type=int, default=100, metavar="N", help="images per batch (default: 100)")
     add_worker_argument(parser)
     add_device_argument(parser)
+    add_dtype_argument(parser, of="the tokenizer")
     parser.add_argument("--json", action="store_true", help="print the JSON in place of a table")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="results; the others are written beside it "
                         "(default: RUN/tokenizer.json)")  # fmt: skip
@@ -62,7 +63,17 @@ def run(args: argparse.Namespace) -> int:
     features = parse_features(args.features)
     from maskgit_pl.evaluation import TokenizerOptions, evaluate_tokenizer
 
-    names = ("num_images", "lpips", "tile", "tile_overlap", "classifier", "batch_size", "num_workers", "device")
+    names = (
+        "num_images",
+        "lpips",
+        "tile",
+        "tile_overlap",
+        "classifier",
+        "batch_size",
+        "num_workers",
+        "device",
+        "dtype",
+    )
     with use_flag_names(args), progress_bars() as bars:
         options = TokenizerOptions(**{name: getattr(args, name) for name in names})
         report = evaluate_tokenizer(

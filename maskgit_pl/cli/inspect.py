@@ -5,7 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from maskgit_pl.cli.flags import add_device_argument, check_at_least, check_outputs, read_device_flag
+from maskgit_pl.cli.flags import (
+    add_device_argument,
+    add_dtype_argument,
+    check_at_least,
+    check_outputs,
+    read_device_flag,
+)
 
 __all__ = ["add_parser", "run"]
 
@@ -25,6 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--num-images", type=int, default=2000, metavar="N", help="most validation images that are measured"
     )
     add_device_argument(parser)
+    add_dtype_argument(parser, of="the tokenizer")
     parser.set_defaults(run=run)
 
 
@@ -35,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
     device = read_device_flag(args, default="cpu")
     from maskgit_pl.evaluation.inspection import inspect_run  # torch takes seconds to import
 
-    out = inspect_run(args.folder, data=args.data, out=args.out, max_images=args.num_images, device=device)
+    out = inspect_run(
+        args.folder, data=args.data, out=args.out, max_images=args.num_images, device=device, dtype=args.dtype
+    )
     print(out)
     return 0

@@ -111,7 +111,10 @@ class _FusedAttention(TorchFunctionMode):
 def masked_token_flops(config: BackboneConfig) -> float:
     """Returns the FLOPs that a step saves for each token that is not masked: those of the head, for example.
 
-    They are those by which ``forward_at`` gets cheaper, three times: the backward pass costs twice the forward pass.
+    0 for a backbone without a ``forward_selected`` of its own.
+
+    They are those by which ``forward_selected`` gets cheaper, three times: the backward pass costs twice the forward
+    pass.
 
     Args:
         config: Configuration of the backbone.
@@ -121,12 +124,14 @@ def masked_token_flops(config: BackboneConfig) -> float:
     if config.num_blocks > 2 and _has_equal_blocks(config):  # only the last block and the head are cheaper
         config = _with_depth(config, 2)
     network = _build_empty(config).eval()
+    if type(network).forward_selected is Backbone.forward_selected:  # computes all positions, or makes a mask of them
+        return 0.0
     with fake_tensors(network), torch.no_grad():
         tokens, labels, vectors = _one_image(config)
 
         def count(num_positions: int) -> int:
-            positions = torch.zeros(1, num_positions, dtype=torch.int64)
-            return replay(lambda: network.forward_at(tokens, labels, positions, vectors=vectors), [network]).flops
+            positions = torch.zeros(num_positions, dtype=torch.int64)
+            return replay(lambda: network.forward_selected(tokens, labels, positions, vectors=vectors), [network]).flops
 
         return 3 * (count(config.num_tokens) - count(1)) / (config.num_tokens - 1)
 

@@ -37,7 +37,7 @@ def reconstruct_in_tiles(
 
     Args:
         network: The tokenizer's network, with any number of channels C.
-        images: (B, C, H, W) float in [0, 1].
+        images: (B, C, H, W) in [0, 1], in the dtype of the network.
         tile: Height and width of a tile in pixels.
         overlap: Least number of pixels that neighbours share, at least 0 and below both sides of a tile.
 
@@ -51,7 +51,11 @@ def reconstruct_in_tiles(
     if len(corners) == 1:
         return _reconstruct(network, images)
     weights = _ramp(size[0], images)[:, None] * _ramp(size[1], images)  # (h, w)
-    total, weight, tokens = torch.zeros_like(images, dtype=torch.float32), images.new_zeros(height, width), []
+    total, weight, tokens = (
+        torch.zeros_like(images, dtype=torch.float32),
+        torch.zeros(height, width, device=images.device),
+        [],
+    )
     for y, x in corners:
         place = (..., slice(y, y + size[0]), slice(x, x + size[1]))
         tokens_of_tile, decoded = _reconstruct(network, images[place])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from maskgit_pl.data import ShardData
-from maskgit_pl.devices import check_device, default_device
+from maskgit_pl.devices import check_device, default_device, parse_dtype
 from maskgit_pl.evaluation.distances import frechet_distance, kernel_distance
 from maskgit_pl.evaluation.extractors import open_extractors
 from maskgit_pl.evaluation.features import Extractor, FeatureCollector
@@ -115,7 +115,7 @@ def measure_tokenizer(
     """
     device = _device(options)
     tokenizer = load_tokenizer(folders.pretrained / "tokenizer")
-    tokenizer.network.to(device)
+    tokenizer.network.to(device, dtype=parse_dtype(options.dtype, device))
     config = tokenizer.network.config
     if options.tile is not None:
         config.grid(options.tile)  # raises if the network cannot encode a tile
@@ -170,12 +170,12 @@ def _see_images(
     reconstruct = partial(
         reconstruct_in_tiles, network, tile=tile, overlap=0 if options.tile is None else options.overlap
     )
-    size = min(options.batch_size, images_at_once(*tile))
+    size, dtype = min(options.batch_size, images_at_once(*tile)), next(network.parameters()).dtype
     batches = _read_fitted(data, count, size) if options.tile is None else _read_whole(data, count)
     for pixels, labels, index in batches:
         images, positions = to_unit_range(pixels.to(meter.device)), torch.arange(done, done + len(pixels))
         start = _now(meter.device)
-        tokens, decoded = reconstruct(images)
+        tokens, decoded = reconstruct(images.to(dtype))
         seen.seconds += _now(meter.device) - start
         rounded = meter.add_reconstructions(images, tokens, decoded, positions).cpu()
         for collector in seen.originals.values():

@@ -18,7 +18,9 @@ _MAX_CONFIG_BYTES = 8_000_000
 
 @dataclass(frozen=True)
 class TokenizerOptions(MeasurementOptions):
-    """Options of ``evaluate_tokenizer``; see ``MeasurementOptions`` for the others. The seed is not used.
+    """Options of ``evaluate_tokenizer``; see ``MeasurementOptions`` for the others.
+
+    The seed is not used, and ``dtype`` is the arithmetic of the tokenizer.
 
     Args:
         num_images: Number of random val images, >= 4; None for all.

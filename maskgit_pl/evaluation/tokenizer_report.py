@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from maskgit_pl.devices import default_device, parse_dtype
 from maskgit_pl.evaluation.digests import digest_of, shorten_digest
 from maskgit_pl.evaluation.held_out import describe_held_out
 from maskgit_pl.evaluation.metric_names import format_value, metric_name, title
@@ -154,6 +155,7 @@ def make_tokenizer_report(
             "tile": options.tile,
             "tile_overlap": None if options.tile is None else options.overlap,
             "lpips": options.lpips,
+            "dtype": _dtype_name(options),
         },
         "held_out": describe_held_out(folders.data, data.summary),
         "numbers": measured.numbers,
@@ -195,6 +197,8 @@ def tokenizer_key(
         settings |= {"tile": options.tile, "tile_overlap": options.overlap}
     if options.lpips is not None:
         settings["lpips"] = options.lpips.partition("=")[0]
+    if (dtype := _dtype_name(options)) != "float32":  # rows of earlier versions have no dtype
+        settings["dtype"] = dtype
     return {
         "dataset": folders.data.name,
         "data": shorten_digest(data),
@@ -204,6 +208,11 @@ def tokenizer_key(
         "num_images": num_images,
         "settings": settings,
     }
+
+
+def _dtype_name(options: TokenizerOptions) -> str:
+    dtype = parse_dtype(options.dtype, options.device or default_device())
+    return "float32" if dtype is None else str(dtype).removeprefix("torch.")  # files hold float32
 
 
 def _draw_pairs(pairs: list[ImagePair]) -> Image.Image:

@@ -208,9 +208,8 @@ def test_what_a_library_refuses_is_bad_input_too(tmp_path, capsys):
     (tmp_path / "names.txt").write_bytes(b"\xff\xfe")
     assert main(["data", "index", str(tmp_path / "shards"), "--class-names", str(tmp_path / "names.txt")]) == 2
     assert "names.txt must be UTF-8 text, one name per line" in capsys.readouterr().err
-    for pattern in ("", "**x"):
-        assert main(["data", "index", str(tmp_path / "shards"), "--train", pattern]) == 2
-        assert f"shard pattern {pattern!r} must be a glob" in capsys.readouterr().err
+    assert main(["data", "index", str(tmp_path / "shards"), "--train", ""]) == 2
+    assert "shard pattern '' must be a glob" in capsys.readouterr().err
 
 
 def test_class_names_are_checked(tmp_path):

@@ -89,6 +89,20 @@ def test_tiles_of_the_image_size_change_nothing_for_images_of_that_size(
     assert found[0] == pytest.approx(found[1], rel=1e-4, abs=1e-6)
 
 
+def test_bfloat16_measures_other_numbers_in_a_row_of_its_own(run_folder: Path, tiny_shards: Path, judge: Path) -> None:
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        call(judge, run_folder, "--data", tiny_shards, "--dtype", dtype)
+        content = json.loads((run_folder / "tokenizer.json").read_text())
+        assert content["protocol"]["dtype"] == dtype
+        found.append(content["numbers"]["psnr_db"])
+    assert found[0] != found[1]
+    assert found[0] == pytest.approx(found[1], abs=0.5)
+    plain, rounded = Ledger(run_folder / "evaluation" / "ledger.jsonl").rows("tokenizer")
+    assert rounded["settings"] == {**plain["settings"], "dtype": "bfloat16"}
+    assert "dtype" not in plain["settings"]  # as in rows of earlier versions
+
+
 def test_larger_images_that_are_not_square_keep_their_size_in_tiles(
     run_folder: Path, judge: Path, tmp_path: Path
 ) -> None:

@@ -92,6 +92,15 @@ def test_the_page_loads_and_runs_nothing(tiny_pretrained, tiny_shards, tmp_path)
     assert ("meta", "content", "default-src 'none'; img-src data:; style-src 'unsafe-inline'") in tags.attributes
 
 
+def test_the_tokenizer_may_compute_in_bfloat16(tiny_pretrained, tiny_shards, tmp_path):
+    pages = [
+        inspect_run(tiny_pretrained, data=tiny_shards, out=tmp_path / f"{dtype}.html", dtype=dtype).read_text()
+        for dtype in ("float32", "bfloat16")
+    ]
+    assert pages[0] != pages[1]
+    assert all("24 validation images" in page for page in pages)
+
+
 def test_names_with_markup_are_text(tmp_path):
     run = tmp_path / "<b>run"
     write_events(run / "tokenizer", {f"train/{MARKUP}": {1: 1.0}, "train/x": {1: float("nan"), 2: float("inf")}})

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from maskgit_pl.devices import parse_dtype
 from maskgit_pl.evaluation.inspection.charts import bar_chart, line_chart, quote
 from maskgit_pl.evaluation.inspection.code_use import CodeUse, measure_codes
 from maskgit_pl.evaluation.inspection.event_files import Logs, read_logs
@@ -35,7 +38,13 @@ _SHOWN_CLASSES = 30
 
 
 def inspect_run(
-    run: Path, *, data: Path | None = None, out: Path | None = None, max_images: int = 2000, device: str | None = None
+    run: Path,
+    *,
+    data: Path | None = None,
+    out: Path | None = None,
+    max_images: int = 2000,
+    device: str = "cpu",
+    dtype: str | None = None,
 ) -> Path:
     """Writes one self-contained HTML page about a run, which may still be training.
 
@@ -44,7 +53,8 @@ def inspect_run(
         data: Data folder with validation images. Default: that of the run.
         out: File to write. Default: ``RUN/inspect.html``.
         max_images: Largest number of validation images that are measured, >= 1.
-        device: Device of the tokenizer. Default: the CPU.
+        device: Device of the tokenizer.
+        dtype: Arithmetic of the tokenizer, as ``devices.parse_dtype`` reads it; None for that of its weights.
 
     Returns:
         The written file.
@@ -66,7 +76,8 @@ def inspect_run(
         measured, codes = None, ""
         if tokenizer is not None:
             path = _find_data(recipes, data, notes)
-            measured, codes = _inspect_codes(tokenizer, path, max_images, device)
+            if path is not None:
+                measured, codes = _inspect_codes(tokenizer, path, max_images, device, parse_dtype(dtype, device))
     stage_1 = _Stage(run / "tokenizer", logs["tokenizer"], recipes["tokenizer"])
     stage_2 = _Stage(run / "transformer", logs["transformer"], recipes["transformer"])
     problems = find_in_tokenizer(stage_1.logs, stage_1.recipe, measured)
@@ -179,12 +190,12 @@ def _find_data(recipes: Mapping[str, Mapping[str, Any]], data: Path | None, note
     return path
 
 
-def _inspect_codes(folder: Path, data: Path | None, max_images: int, device: str | None) -> tuple[CodeUse | None, str]:
-    """Returns the measurements of a tokenizer, and their section; nothing without data."""
-    if data is None:
-        return None, ""
+def _inspect_codes(
+    folder: Path, data: Path, max_images: int, device: str, dtype: torch.dtype | None
+) -> tuple[CodeUse, str]:
+    """Returns the measurements of a tokenizer, and their section."""
     tokenizer = load_tokenizer(folder)
-    tokenizer.network.to(device or "cpu")
+    tokenizer.network.to(device, dtype=dtype)
     images = open_images(data, tokenizer.image_size, tokenizer.network.config.in_channels)
     measured = measure_codes(tokenizer, images.val_dataloader(), max_images=max_images)
     return measured, _codes_section(tokenizer, measured, images.class_names)
