@@ -61,7 +61,7 @@ $(if $(filter command line,$(origin STEPS)),$(error STEPS is now called NUM_STEP
 OF_RUN = --dataset "$(DATASET)" --data "$(DATA)" --recipe "$(strip $(RECIPE) $(BUDGET))" --run "$(RUN)" $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") $(if $(PRETRAINED),--pretrained "$(PRETRAINED)")
 MACHINES = $(if $(NODES),--nodes $(NODES)) $(if $(DEVICES),--devices $(DEVICES))
 
-.PHONY: doctor help install data train-tokenizer tokenize train-transformer submit-tokenizer submit-transformer sample evaluate compare tune train-classifier ablation edit web benchmark benchmark-gpu demo demo-short demo-model test test-gpu test-lowest test-wheel mutants test-slurm docs test-web lint format clean
+.PHONY: doctor help install data train-tokenizer tokenize train-transformer submit-tokenizer submit-transformer sample evaluate compare tune train-classifier ablation edit web benchmark benchmarks benchmark-gpu demo demo-short demo-model test test-gpu test-lowest test-wheel mutants test-slurm docs test-web lint format clean
 
 help: ## List the targets and the variables
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -157,6 +157,10 @@ BENCHMARKS = $(filter-out measuring collectives peers,$(basename $(notdir $(wild
 benchmark: $(STAMP) ## Run a benchmark against other implementations: NAME=stage2_step (benchmarks/README.md)
 	@test -f benchmarks/$(NAME).py || { echo "benchmark $(NAME): no such file; NAME must be one of: $(BENCHMARKS)" >&2; exit 2; }
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/$(NAME).py $(ARGS)
+
+benchmarks: $(STAMP) ## Run the benchmarks that compare, and write their ratios into benchmarks/README.md
+	@$(BIN)/python $(INSTALL) --editable ".[benchmarks]"
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/ratios.py $(ARGS)
 
 benchmark-gpu: $(STAMP) ## Measure training and decoding on a GPU, and write results/gpu-CARD.md (docs/gpu.md)
 	@$(BIN)/python benchmarks/gpu.py $(ARGS)

@@ -22,7 +22,7 @@ from statistics import median
 from typing import Any, cast
 
 import torch
-from measuring import MatrixProduct, Stopwatch, format_table, interleave, read_cpu_name
+from measuring import CLOCKS, MatrixProduct, Stopwatch, format_table, interleave, read_cpu_name
 from peers import NUM_STEPS, BertPeer, Decode, EncoderPeer, Task, build_amused, build_muse, build_plain
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -410,7 +410,7 @@ def _arguments(argv: Sequence[str] | None, names: Sequence[str]) -> argparse.Nam
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="weights (%(default)s)")
     parser.add_argument(
-        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: CPU time, if other programs run (%(default)s)"
+        "--clock", choices=list(CLOCKS), default="wall", help="cpu: CPU time, if other programs run (%(default)s)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers and the environment to FILE")
     return parser.parse_args(argv)
@@ -441,7 +441,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         choose_contenders(arguments.only, names),
         repeats=arguments.repeats,
         dtype=dtype,
-        clock={"wall": time.perf_counter, "cpu": time.process_time}[arguments.clock],
+        clock=CLOCKS[arguments.clock],
         autoregressive_repeats=arguments.autoregressive_repeats,
     )
     print(f"{arguments.dtype} matrix-product peak: {measured[0].peak / 1e9:.1f} GFLOP/s")

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
 _SAMPLE = """
@@ -93,10 +94,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measures and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--repeats", type=int, default=9, help="fresh interpreters per import (%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the CPU seconds to FILE")
     args = parser.parse_args(argv)
     measured = measure(repeats=args.repeats)
     print(f"Python {sys.version.split()[0]}, {args.repeats} fresh interpreters each")
     print(format_report(measured))
+    if args.json:
+        seconds = {name: list(each.seconds) for name, each in measured.items()}
+        args.json.write_text(json.dumps(seconds, indent=2) + "\n")
     return 0
 
 

@@ -14,6 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 __all__ = [
+    "CLOCKS",
     "MatrixProduct",
     "Stopwatch",
     "format_table",
@@ -25,6 +26,9 @@ __all__ = [
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
+
+CLOCKS: Mapping[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+"""The clocks of ``--clock``: seconds, and CPU seconds of all threads, for a machine on which other programs run."""
 
 _STATUS = Path("/proc/self/status")
 _CPUINFO = Path("/proc/cpuinfo")

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from measuring import (
+    CLOCKS,
     MatrixProduct,
     Stopwatch,
     format_table,
@@ -55,7 +56,6 @@ Precision = Literal["fp32", "bf16"]
 Weights = dict[str, Tensor]
 
 _DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 PEER = "diffusers VQModel"
 # Source: configs/imagenet_vqgan.yaml of CompVis/taming-transformers (0.8: discriminator_weight).
 _RATE, _BETAS, _ADVERSARIAL_WEIGHT, _PERCEPTUAL_WEIGHT, _COMMITMENT = 4.5e-6, (0.5, 0.9), 0.8, 1.0, 0.25
@@ -536,7 +536,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--precision", choices=list(_DTYPES), help="fp32: leave bf16 out; bf16: measure it even where it is slow"
     )
     parser.add_argument("--memory", action="store_true", help="also measure the peak memory, in processes of their own")
-    parser.add_argument("--clock", choices=list(_CLOCKS), default="wall", help="cpu: if other programs run")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: if other programs run")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers and the environment to FILE")
     return parser.parse_args(argv)
 
@@ -578,7 +578,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         key: run_in_fresh_process(measure_memory, key[1], task, key[0], arguments.threads)
         for key in (flops if arguments.memory else ())
     }
-    measured = measure(task, flops, memory=memory, repeats=arguments.repeats, clock=_CLOCKS[arguments.clock])
+    measured = measure(task, flops, memory=memory, repeats=arguments.repeats, clock=CLOCKS[arguments.clock])
     for precision in precisions:
         peak = next(one.peak for one in measured if one.precision == precision)
         print(f"{precision} matrix-product peak: {peak / 1e9:.1f} GFLOP/s")

@@ -11,6 +11,7 @@ import argparse
 import copy
 import importlib.util
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Literal, Protocol
 import torch
 import torch.nn.functional as F
 from measuring import (
+    CLOCKS,
     MatrixProduct,
     Stopwatch,
     format_table,
@@ -355,7 +357,13 @@ class Measured:
 
 
 def measure(
-    task: Task, precision: Precision, *, peaks: Mapping[str, int | None], repeats: int, product_size: int = 2048
+    task: Task,
+    precision: Precision,
+    *,
+    peaks: Mapping[str, int | None],
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+    product_size: int = 2048,
 ) -> list[Measured]:
     """Times the contenders named in ``peaks`` in turn, and the machine's peak in the same rounds."""
     # All contenders stay in memory, so that a round can run them in turn.
@@ -364,7 +372,7 @@ def measure(
     first = {name: warm_up(step) for name, step in steps.items()}
     product = MatrixProduct(_DTYPES[precision], product_size)
     product.rate(repeats=1)
-    watches = interleave({"product": product, **steps}, repeats=repeats)
+    watches = interleave({"product": product, **steps}, repeats=repeats, clock=clock)
     peak = product.flops / min(watch.total for watch in watches["product"])
     seconds = {name: [watch.total for watch in watches[name]] for name in names}
     return [
@@ -412,6 +420,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--precision", choices=list(_DTYPES), help="measure one precision only, even if bf16 is slower than fp32"
     )
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: if other programs run")
     parser.add_argument("--parts", action="store_true", help="also print the time of each part of a step")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers and the environment to FILE")
     return parser.parse_args(argv)
@@ -440,7 +449,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     measured: list[Measured] = []
     for precision in precisions:
         peaks = {name: run_in_fresh_process(measure_memory, name, task, precision, arguments.threads) for name in names}
-        measured += measure(task, precision, peaks=peaks, repeats=arguments.repeats)
+        measured += measure(task, precision, peaks=peaks, repeats=arguments.repeats, clock=CLOCKS[arguments.clock])
         print(f"{precision} matrix-product peak: {measured[-1].peak / 1e9:.1f} GFLOP/s")
     print("\n" + format_table([one.row() for one in measured]))
     if arguments.parts:

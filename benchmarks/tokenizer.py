@@ -18,7 +18,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from measuring import MatrixProduct, Stopwatch, format_table, interleave, read_cpu_name
+from measuring import CLOCKS, MatrixProduct, Stopwatch, format_table, interleave, read_cpu_name
 from stage1_step import PEER, Task, build_diffusers, count_flops, list_installed
 from stage2_step import is_bfloat16_slow
 from torch import Tensor
@@ -27,7 +27,6 @@ from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.networks.vqgan import VQGAN
 from maskgit_pl.provenance import describe_environment
 
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 BFLOAT16 = "ours, bf16"
 
 Half = Callable[[Tensor], Tensor]
