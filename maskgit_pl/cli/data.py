@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_parser", "make"]
 
+_MOST_COMPARED = 2**30  # bytes of shards that are read again after they are made
 _Parsers = argparse._SubParsersAction
 
 
@@ -209,7 +210,22 @@ def _make(args: argparse.Namespace) -> int:
             lenient=args.lenient,
             workers=workers,
         )
+    _report_duplicates(args.out)
     return 0
+
+
+def _report_duplicates(folder: Path) -> None:
+    """Prints which images are equal, if any; for large data, which take long to read again, the command that does."""
+    from maskgit_pl.shards.duplicates import find_duplicates
+    from maskgit_pl.shards.manifest import load_manifests
+    from maskgit_pl.shards.report import duplicate_lines
+
+    if sum(file.stat().st_size for file in folder.glob("*.tar")) > _MOST_COMPARED:
+        print(f"  duplicates: not searched for in so much data; `maskgit data stats {folder}` does")
+        return
+    found = find_duplicates(load_manifests(folder))
+    if found.val_in_train or any(found.repeated.values()):
+        print("\n".join(f"  {line}" for line in duplicate_lines(found)))
 
 
 def _index(args: argparse.Namespace) -> int:

@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,8 @@ def tree(tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "tree" / name).mkdir(parents=True)
         for number in range(20):
-            Image.new("RGB", (12, 10), (number, 0, 0)).save(tmp_path / "tree" / name / f"{number}.png")
+            image = Image.new("RGB", (12, 10), (number, 0, ord(name[0])))
+            image.save(tmp_path / "tree" / name / f"{number}.png")
     return tmp_path / "tree"
 
 
@@ -42,6 +44,19 @@ def test_make_then_make_again_then_index_agree(tree, tmp_path, capsys):
     assert "nothing to do" in capsys.readouterr().out
     call("index", out, "--class-names", "cat,dog")
     assert read_manifest_summary(out) == made
+
+
+def test_make_says_which_images_are_equal(tree, tmp_path, capsys, monkeypatch):
+    shutil.copy(tree / "cat" / "1.png", tree / "dog" / "again.png")
+    for _ in range(2):  # made, and complete already
+        assert call("make", tree, "--out", tmp_path / "out", "--val-fraction", 0.25) == 0
+        said = capsys.readouterr().out
+        assert "  duplicates: 1 image has the same bytes as an earlier one" in said
+        assert "    1 have another class than the earlier one\n" in said
+        assert re.search(r"    \S+\.tar:\d+\.png = train-000000\.tar:\d+\.png\n", said)
+    monkeypatch.setattr(data, "_MOST_COMPARED", 10)
+    call("make", tree, "--out", tmp_path / "out", "--val-fraction", 0.25)
+    assert f"not searched for in so much data; `maskgit data stats {tmp_path / 'out'}` does" in capsys.readouterr().out
 
 
 def test_make_says_what_it_left_out_and_stats_says_it_again(tree, tmp_path, capsys):
