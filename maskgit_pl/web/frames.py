@@ -31,6 +31,7 @@ class Frame:
         image: The image of all tokens of the step.
         legend: What the picture of the tokens shows, among ``masked``, ``new``, ``remasked`` and ``requested``.
         is_wide: True for pictures that take the whole width of the page.
+        has_undrawn: True if tokens have no confidence, because they are given or not drawn yet.
     """
 
     title: str
@@ -40,6 +41,7 @@ class Frame:
     image: Image.Image
     legend: tuple[str, ...]
     is_wide: bool
+    has_undrawn: bool
 
 
 def draw_frame(recording: Recording, number: int) -> Frame:
@@ -66,6 +68,7 @@ def draw_frame(recording: Recording, number: int) -> Frame:
         enlarge(image, panel_scale(image, _SIZE)) if is_wide else to_pil(image),
         tuple(legend),
         is_wide,
+        bool(undrawn.any()),
     )
 
 

@@ -38,6 +38,7 @@ _LEGEND = {
     "new": "new",
     "remasked": "masked again",
     "requested": "requested pixels",
+    "undrawn": "no confidence: given, or not drawn yet",
 }
 _STOPS = 11  # colors of the bar
 _DRAWING = 300  # pixels from which a picture is shown smoothed
@@ -77,13 +78,17 @@ def frame_figures(frame: Frame, *, title: str = "") -> str:
     tokens = figure(frame.tokens, alt=f"Tokens. {caption}", caption="tokens", kind=kind)
     tokens = tokens.replace("</figcaption>", f"</figcaption>{legend(frame.legend)}")
     confidence = figure(frame.confidence, alt=f"Confidence of each token. {caption}", caption="confidence", kind=kind)
-    confidence = confidence.replace("</figcaption>", f"</figcaption>{color_bar()}")
+    confidence = confidence.replace(
+        "</figcaption>", f"</figcaption>{color_bar()}{legend(['undrawn'] * frame.has_undrawn)}"
+    )
     image = figure(frame.image, alt=f"Image of all tokens. {caption}", caption="image of all tokens", kind=kind)
     return f'{message(caption)}<p class="settings">{_text(frame.title)}</p>{figures([tokens, confidence, image])}'
 
 
 def legend(names: Sequence[str]) -> str:
-    """Returns the legend of a picture of tokens: ``names`` are keys of its entries."""
+    """Returns the legend of a picture of tokens: ``names`` are keys of its entries, none for no legend."""
+    if not names:
+        return ""
     entries = "".join(f'<li><span class="{name}" aria-hidden="true"></span>{_LEGEND[name]}</li>' for name in names)
     return f'<ul class="legend">{entries}</ul>'
 

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +20,7 @@ from maskgit_pl.imaging import StepRecorder, save_png, to_pil
 from maskgit_pl.pipeline.display import Recording
 from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.web.commands import Call, call_edit, call_outpaint, call_panorama, call_sample
-from maskgit_pl.web.settings import PageRequest
+from maskgit_pl.web.settings import Choices, PageRequest, guidance_choices, schedule_choices, selector_choices
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,6 +77,13 @@ class Studio:
             )
         self.pipe, self.name, self.folder = pipe, name, folder
         self._folders: deque[Path] = deque()
+
+    @cached_property
+    def choices(self) -> tuple[Choices, Choices, Choices]:
+        """The token selectors, mask schedules and guidance schedules of a form."""
+        own = self.pipe.decoding
+        schedules = schedule_choices(own, self.pipe.transformer.schedule_for("web"))
+        return selector_choices(own), schedules, guidance_choices(own)
 
     def decode(self, request: PageRequest) -> Iterator[Recording]:
         """Generates an image of a class, and yields the recording after each step.
