@@ -20,7 +20,7 @@ from maskgit_pl.imaging.layout import (
     REQUESTED,
     add_legend,
     add_title,
-    color_bar,
+    draw_color_bar,
     draw_outline,
     enlarge,
     lay_out,
@@ -153,7 +153,7 @@ def decoding_filmstrip(
     else:
         tiles = [tile for panels in kinds.values() for tile in panels]
         page = lay_out(tiles, rows=len(kinds), columns=len(chosen), row_captions=list(kinds), column_captions=texts)
-    legend = [*_legend(steps, requested), (color_bar(top), "confidence")]
+    legend = [*_legend(steps, requested), (draw_color_bar(top), "confidence")]
     if any(bool(hidden[row].any()) for hidden in undrawn):
         legend.append((swatch(frame=MASKED), "no confidence: given, or not drawn yet"))
     return add_title(add_legend(page, legend), title)

@@ -24,7 +24,7 @@ __all__ = [
     "TILE_SIZE",
     "add_legend",
     "add_title",
-    "color_bar",
+    "draw_color_bar",
     "draw_outline",
     "enlarge",
     "lay_out",
@@ -110,7 +110,7 @@ def add_legend(picture: Image.Image, entries: Sequence[tuple[Image.Image, str]])
 
     Args:
         picture: The picture. A narrow one is widened to 420 pixels.
-        entries: A small picture, from ``swatch`` or ``color_bar``, and its meaning, each.
+        entries: A small picture, from ``swatch`` or ``draw_color_bar``, and its meaning, each.
     """
     font = ImageFont.load_default(_FONT_SIZE)
     width, line = max(picture.width, _NARROWEST), max(sample.height for sample, _ in entries) + _MARGIN
@@ -138,7 +138,7 @@ def swatch(*, fill: tuple[int, int, int] = PAPER, frame: tuple[int, int, int] | 
     return square
 
 
-def color_bar(top: float) -> Image.Image:
+def draw_color_bar(top: float) -> Image.Image:
     """Returns the color bar of viridis for a legend, with the numbers 0, ``top`` / 2 and ``top`` below it."""
     (width, height), font = _BAR, ImageFont.load_default(_FONT_SIZE - 2)
     bar = Image.new("RGB", (width, height + _FONT_SIZE), PAPER)

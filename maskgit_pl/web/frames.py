@@ -29,7 +29,7 @@ class Frame:
         tokens: The image with masked tokens in grey, and new ones in a frame.
         confidence: Confidence of each token, from dark (0) to bright (1).
         image: The image of all tokens of the step.
-        legend: What the picture of the tokens shows, among ``masked``, ``new``, ``remasked`` and ``requested``.
+        legend: Entries of the legend of the tokens, among ``masked``, ``new``, ``remasked`` and ``requested``.
         is_wide: True for pictures that take the whole width of the page.
         has_undrawn: True if tokens have no confidence, because they are given or not drawn yet.
     """
