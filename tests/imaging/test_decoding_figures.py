@@ -113,12 +113,12 @@ def test_the_outline_of_an_edit_is_the_edge_of_its_pixels() -> None:
 
 
 def test_a_wide_canvas_has_a_row_for_each_step_of_its_windows() -> None:
-    steps = [STEPS[0], STEPS[1], STEPS[0], STEPS[1]]
-    assert number_windows(steps) == [1, 1, 2, 2]
-    images = [torch.zeros(2, 1, 28, 112, dtype=torch.uint8)] * 4
+    steps = STEPS * 3
+    assert number_windows(steps) == [1, 1, 2, 2, 3, 3]
+    images = [torch.zeros(2, 1, 28, 112, dtype=torch.uint8)] * 6
     page = decoding_filmstrip(**shown(steps, images))
-    assert page.width > 4 * 3 * 112
-    assert 4 * 3 * 28 < page.height < 4 * 3 * 28 + 120
+    assert 4 * 3 * 112 < page.width < 5 * 3 * 112
+    assert 6 * 3 * 28 < page.height < 6 * 3 * 28 + 120
 
 
 def test_of_many_steps_some_are_shown_the_first_and_the_last_among_them() -> None:

@@ -50,7 +50,7 @@ class Server:
         return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
 
     def wait_until_idle(self) -> None:
-        """Waits until no thread computes, or waits for a processor that other processes use."""
+        """Waits until no thread computes, or waits for a CPU that other processes use."""
         samples: deque[bool] = deque([True] * 30, maxlen=30)  # 1.5 s
         end = time.monotonic() + SECONDS
         while sum(samples) > len(samples) // 2:  # gradio itself wakes up now and then

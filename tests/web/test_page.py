@@ -417,7 +417,7 @@ def test_a_run_that_is_left_in_the_middle_ends(
     left = server.cpu_seconds()
     leave(page, panel)
     server.wait_until_idle()
-    # About 1 of more than 30 windows was decoded before. A run that goes on, or a second one that the double click
+    # About 1 of more than 30 windows was decoded before. A run that continues, or a second one that the double click
     # started, would use far more.
     assert server.cpu_seconds() - left < 10 * (left - began)
     page.goto(server.url)
