@@ -12,7 +12,7 @@ from torch import Tensor
 
 from maskgit_pl import MaskGIT, MaskSampler, mask_schedules
 from maskgit_pl.evaluation.reports.schedule_figures import count_known_tokens, draw_schedules
-from maskgit_pl.imaging import decoding_filmstrip, image_grid, save_png
+from maskgit_pl.imaging import image_grid, save_png
 
 FOLDER = Path(__file__).parent / "how-it-works"
 COLOURS = {"sqrt": "#c58b3a", "linear": "#6d9a5c", "cosine": "#d1460f", "cubic": "#14427a"}  # few tokens first, or many
@@ -62,9 +62,7 @@ def main() -> None:
     (FOLDER / "schedules.png").write_bytes(draw_schedules(schedules, num_tokens=NUM_TOKENS))
     draw_steps().savefig(FOLDER / "steps.png", metadata={"Software": None})
     save_png(draw_masks(pipe), FOLDER / "masks.png")
-    steps = list(pipe.steps(["Ankle boot"], seed=3, num_steps=8))
-    images = [pipe.tokenizer.decode(step.tokens) for step in steps]
-    save_png(decoding_filmstrip(steps, images, grid=pipe.tokenizer.grid), FOLDER / "decoding.png")
+    pipe.record(["Ankle boot"], seed=3, num_steps=8).save(FOLDER / "decoding.png")
 
 
 if __name__ == "__main__":

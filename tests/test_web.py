@@ -7,7 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,10 +20,11 @@ from maskgit_pl import MaskGIT, mask_schedules
 from maskgit_pl.cli import main
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.selectors import token_selectors
+from maskgit_pl.pipeline.display import Recording
 from maskgit_pl.web import markup, plots, server
 from maskgit_pl.web.answers import explain, pace
 from maskgit_pl.web.commands import Call, call_edit, call_sample
-from maskgit_pl.web.recording import Playback
+from maskgit_pl.web.frames import draw_frame
 from maskgit_pl.web.regions import MAX_UPLOAD_BYTES, EditRegion, canvas_picture, read_brush, read_upload
 from maskgit_pl.web.settings import OWN, FormSettings, PageRequest, guidance_choices, schedule_choices, selector_choices
 from maskgit_pl.web.studio import Made, Studio
@@ -53,8 +54,11 @@ def image(pipe: MaskGIT) -> torch.Tensor:
     return pipe.generate([SNEAKER], seed=5, output_type="pt")[0]
 
 
-def nothing(_: object) -> None:
-    """Does nothing after a step."""
+def finished(run: Iterator[Recording | Made]) -> Made:
+    """Runs a task of the studio to its end."""
+    *_, made = run
+    assert isinstance(made, Made)
+    return made
 
 
 # Settings
@@ -170,22 +174,22 @@ def make_sample(studio: Studio, form: FormSettings, image: torch.Tensor) -> Made
 
 def make_inpaint(studio: Studio, form: FormSettings, image: torch.Tensor) -> Made:
     region = EditRegion(image, [], box="0,0,14,28", dilation=1, outline=studio.pipe.outline)
-    return studio.edit(image, region, "inpaint", PageRequest(None, 3, form, 2, 1), on_step=nothing)
+    return finished(studio.edit(image, region, "inpaint", PageRequest(None, 3, form, 2, 1)))
 
 
 def make_edit(studio: Studio, form: FormSettings, image: torch.Tensor) -> Made:
     region = EditRegion(image, [], box="10%,20%,60%,80%", dilation=0, outline=studio.pipe.outline)
-    return studio.edit(image, region, "edit", PageRequest(BAG, 3, form, 2, 0), on_step=nothing)
+    return finished(studio.edit(image, region, "edit", PageRequest(BAG, 3, form, 2, 0)))
 
 
 def make_outpaint(studio: Studio, form: FormSettings, image: torch.Tensor) -> Made:
     sides = {"left": 0, "right": 8, "up": 4, "down": 0}
-    return studio.outpaint(image, sides, PageRequest(SNEAKER, 3, form, 2, 0), on_step=nothing)
+    return finished(studio.outpaint(image, sides, PageRequest(SNEAKER, 3, form, 2, 0)))
 
 
 def make_panorama(studio: Studio, form: FormSettings, image: torch.Tensor) -> Made:
     size = {"width": 56, "height": 32, "overlap": 0.4}
-    return studio.panorama(size, PageRequest(SNEAKER, 3, form), on_step=nothing)
+    return finished(studio.panorama(size, PageRequest(SNEAKER, 3, form)))
 
 
 @pytest.mark.parametrize("make", [make_sample, make_inpaint, make_edit, make_outpaint, make_panorama])
@@ -199,32 +203,62 @@ def test_the_shown_lines_make_the_same_images(
     assert (python == expected[0]).all()
     assert len(shell) == len(expected)
     assert all((one == other).all() for one, other in zip(shell, expected, strict=True))
-    assert json.loads((tmp_path / "decoding.json").read_text())["decoding"]["num_steps"] == made.recording.num_steps
+    assert (
+        json.loads((tmp_path / "decoding.json").read_text())["decoding"]["num_steps"]
+        == made.recording.decoding.num_steps
+    )
 
 
-# Playback
+# Recordings
 
 
 def test_the_recording_grows_step_by_step_and_ends_in_the_image(studio, pipe, form):
     recordings = list(studio.decode(PageRequest(SNEAKER, 5, form)))
     assert [len(each.steps) for each in recordings] == list(range(1, 9))
-    assert (recordings[-1].images[-1] == pipe.generate([SNEAKER], seed=5, output_type="pt")).all()
+    assert (recordings[-1].images_at(7) == pipe.generate([SNEAKER], seed=5, output_type="pt")).all()
+
+
+def test_an_edit_is_recorded_step_by_step_and_ends_when_it_is_closed(studio, form, image, monkeypatch):
+    steps: list[int] = []
+    network = studio.pipe.transformer.network
+    hook = network.register_forward_hook(lambda *_: steps.append(1))
+    region = EditRegion(image, [], box="0,0,14,28", dilation=1, outline=studio.pipe.outline)
+    run = studio.edit(image, region, "inpaint", PageRequest(None, 3, form, 2, 1))
+    found = [next(run) for _ in range(3)]
+    assert [len(each.steps) for each in found] == [1, 2, 3]
+    assert (found[0].requested == region.mask).all()
+    assert found[0].steps[0].tokens.shape == (1, 49)  # the first of two results
+    done = len(steps)
+    run.close()
+    assert list(run) == []
+    assert len(steps) == done
+    hook.remove()
+
+
+def test_a_panorama_counts_its_windows(studio, form):
+    run = studio.panorama({"width": 56, "height": 28, "overlap": 0.5}, PageRequest(SNEAKER, 3, form))
+    captions = [draw_frame(each, 99).caption.partition(":")[0] for each in run if isinstance(each, Recording)]
+    assert captions[:8] == [f"Step {step} of 8" for step in range(1, 9)]
+    assert captions[8] == "Window 2, step 2 of 8"  # the first step is for tokens without context
 
 
 def test_a_frame_counts_its_tokens_and_the_nearest_one_is_shown(studio, form):
     *_, recording = studio.decode(PageRequest(SNEAKER, 5, form))
-    assert recording.frame(1).caption == "Step 1 of 8: 4 of 49 tokens decided, 4 in this step"
-    assert recording.frame(8).caption == recording.frame(99).caption
-    assert recording.frame(0).caption == recording.frame(1).caption
+    first, last = draw_frame(recording, 1), draw_frame(recording, 8)
+    assert first.caption == "Step 1 of 8: 4 of 49 tokens decided, 4 in this step"
+    assert first.title == "Sneaker, seed 5: 8 steps, token selector confidence (choice_temperature 12)"
+    assert last.caption == draw_frame(recording, 99).caption
+    assert draw_frame(recording, 0).caption == first.caption
     # The first step leaves 45 cells grey: (176, 176, 176) covers most of the picture.
-    grey = (np.array(recording.frame(1).tokens) == 176).all(-1).mean()
+    grey = (np.array(first.tokens) == 176).all(-1).mean()
     assert 0.8 < grey < 45 / 49
 
 
 def test_the_bright_end_of_the_confidence_is_one(studio, form):
     *_, recording = studio.decode(PageRequest(SNEAKER, 5, form))
-    step = replace(recording.steps[0], confidence=torch.cat([torch.ones(1, 25), torch.zeros(1, 24)], 1))
-    picture = Playback((step,), recording.images[:1], recording.grid, 8).frame(1).confidence
+    confidence = torch.cat([torch.full((1, 25), 0.9999), torch.zeros(1, 24)], 1)
+    step = replace(recording.steps[0], confidence=confidence)
+    picture = draw_frame(replace(recording, steps=[step]), 1).confidence
     assert picture.getpixel((0, 0)) == (253, 231, 37)  # the ends of viridis
     assert picture.getpixel((picture.width - 1, picture.height - 1)) == (68, 1, 84)
 
@@ -319,17 +353,17 @@ def test_many_pixels_are_refused_before_they_are_decoded(pipe, tmp_path, monkeyp
 def test_a_change_of_class_needs_a_class(studio, form, image):
     region = EditRegion(image, [], box="0,0,9,9", dilation=0, outline=studio.pipe.outline)
     with pytest.raises(ValueError, match="class must be named"):
-        studio.edit(image, region, "edit", PageRequest(None, 0, form), on_step=nothing)
+        next(studio.edit(image, region, "edit", PageRequest(None, 0, form)))
 
 
 def test_a_canvas_has_at_most_16_images(studio, form, image):
     request = PageRequest(0, 0, form)
     with pytest.raises(ValueError, match="width x height must be at most 16 images"):
-        studio.panorama({"width": 28 * 17, "height": 28, "overlap": 0.5}, request, on_step=nothing)
+        next(studio.panorama({"width": 28 * 17, "height": 28, "overlap": 0.5}, request))
     with pytest.raises(ValueError, match="width x height must be at most 16 images"):
-        studio.outpaint(image, {"left": 28 * 16, "right": 0, "up": 0, "down": 0}, request, on_step=nothing)
+        next(studio.outpaint(image, {"left": 28 * 16, "right": 0, "up": 0, "down": 0}, request))
     with pytest.raises(ValueError, match="left must be an integer"):
-        studio.outpaint(image, {"left": -4, "right": 0, "up": 0, "down": 0}, request, on_step=nothing)
+        next(studio.outpaint(image, {"left": -4, "right": 0, "up": 0, "down": 0}, request))
 
 
 def test_a_model_that_the_page_cannot_show_is_refused(tiny_autoregressive, tmp_path):
@@ -419,7 +453,7 @@ def test_without_gradio_the_command_says_how_to_install_it(monkeypatch, capsys):
 
 
 def test_the_functions_of_the_page_do_not_import_gradio():
-    names = "settings commands recording regions markup plots studio form page server answers"
+    names = "settings commands frames regions markup plots studio form page server answers"
     code = f"""import sys
 for name in {names.split()}:
     __import__("maskgit_pl.web." + name)

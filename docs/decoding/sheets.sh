@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes the images of docs/decoding from val images of the default data:
-#     bash docs/decoding/sheets.sh runs/fashion-mnist-cosine docs/decoding
+#     bash docs/decoding/sheets.sh fashion-mnist-demo docs/decoding
 set -euo pipefail
 
 run=$1 out=$2
@@ -20,11 +20,13 @@ Image.open(f"{folder}/sneaker.png").crop((0, 0, 16, 28)).save(f"{folder}/front.p
 Image.open(f"{folder}/shirt.png").crop((0, 0, 28, 16)).save(f"{folder}/upper.png")
 PYTHON
 
-"$maskgit" inpaint "$run" "$images/shirt.png" --box 8,8,20,20 --class T-shirt/top --out "$out/inpaint.png"
+"$maskgit" inpaint "$run" "$images/shirt.png" --box 8,8,20,20 --class T-shirt/top --out "$out/inpaint.png" \
+    --filmstrip "$out/inpaint-filmstrip.png"
 "$maskgit" edit "$run" "$images/sneaker.png" --box 0,4,28,16 --class "Ankle boot" --out "$out/edit.png"
 "$maskgit" outpaint "$run" "$images/front.png" --right 12 --class Sneaker --seed 8 --out "$out/outpaint-right.png"
 "$maskgit" outpaint "$run" "$images/upper.png" --down 12 --class T-shirt/top --out "$out/outpaint-down.png"
 "$maskgit" outpaint "$run" "$images/sneaker.png" --all 8 --class Sneaker --out "$out/outpaint-all.png"
-"$maskgit" panorama "$run" --classes Trouser,Bag,Sandal --width 140 --overlap 0.3 --out "$out/panorama.png"
+"$maskgit" panorama "$run" --classes Trouser,Bag,Sandal --width 140 --overlap 0.3 --out "$out/panorama.png" \
+    --filmstrip "$out/panorama-filmstrip.png"
 "$maskgit" sample "$run" --classes Sneaker --per-class 1 --seed 3 --choice-temperature 9 \
     --token-selector '{"name": "remdm", "eta": 0.3}' --out "$images/one.png" --filmstrip "$out/filmstrip.png"

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from typing import Any
 
 from maskgit_pl.cli.flags import use_flag_names
 
-__all__ = ["add_overlap_argument", "add_variant_arguments", "check_overlap_flag", "make_captions", "read_edit_flags"]
+__all__ = ["add_overlap_argument", "add_variant_arguments", "check_overlap_flag", "list_seeds", "read_edit_flags"]
 
 
 def add_variant_arguments(parser: argparse.ArgumentParser, *, dilation: int, class_required: bool = False) -> None:
@@ -39,9 +38,9 @@ def read_edit_flags(args: argparse.Namespace, label: int | None) -> dict[str, An
     }
 
 
-def make_captions(args: argparse.Namespace) -> Sequence[str]:
-    """Returns the caption of each variant, for pictures."""
-    return [f"seed {args.seed + number}" for number in range(args.variants)]
+def list_seeds(args: argparse.Namespace) -> list[int]:
+    """Returns the seed of each variant."""
+    return [args.seed + number for number in range(args.variants)]
 
 
 def add_overlap_argument(parser: argparse.ArgumentParser) -> None:

@@ -7,10 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from maskgit_pl.cli.decoding_flags import add_decoding_arguments, check_seed_and_batch, read_decoding_flags
-from maskgit_pl.cli.edit_flags import add_variant_arguments, make_captions, read_edit_flags
+from maskgit_pl.cli.edit_flags import add_variant_arguments, list_seeds, read_edit_flags
 from maskgit_pl.cli.flags import check_at_least, check_outputs, use_flag_names
 from maskgit_pl.cli.model import add_model_argument, find_model, open_pipe
-from maskgit_pl.cli.outputs import PICTURES, add_output_arguments, record_steps, wants_decoding, write_generated
+from maskgit_pl.cli.outputs import (
+    PICTURES,
+    add_output_arguments,
+    record_steps,
+    recording_of,
+    wants_decoding,
+    write_generated,
+)
 from maskgit_pl.image_format import height_width
 from maskgit_pl.runs.units import count_text
 
@@ -76,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
     outline.check_parallel("inpaint")
     decoding = read_decoding_flags(args, outline)
     from maskgit_pl.imaging import edit_sheet
+    from maskgit_pl.pipeline.display import describe_settings
 
     image = editing.image_pixels(args.image, channels=outline.channels)
     mask = (
@@ -94,13 +102,15 @@ def run(args: argparse.Namespace) -> int:
     unknown = editing.token_mask(mask, factor=outline.token_size, dilation=args.dilation)
     height, width = height_width(size)
     region = editing.pixel_region(unknown, factor=outline.token_size, height=height, width=width)
-    described, texts = outline.describe_class(label), make_captions(args)
-    title = f"{args.image.name}: {described}"
+    described, seeds = outline.describe_class(label), list_seeds(args)
+    title = f"{args.image.name}: {described}, {describe_settings(decoding)}"
+    texts = [f"seed {seed}" for seed in seeds]
     sheet = edit_sheet(image, variants, mask=mask, region=region, title=title, captions=texts)
     tokens = f"{int(unknown.sum())} of {unknown.numel()} tokens generated"
     summary = f"{count_text(len(variants), 'variant')} of {described}, {tokens}"
-    labels = [label] * len(variants)
-    write_generated(pipe, variants, args, sheet=sheet, summary=summary, labels=labels, steps=steps, captions=texts)
+    labels, captions = [label] * len(variants), [described] * len(variants)
+    recording = recording_of(steps, pipe, variants, decoding=decoding, captions=captions, seeds=seeds, requested=mask)
+    write_generated(variants, args, sheet=sheet, summary=summary, labels=labels, recording=recording)
     return 0
 
 

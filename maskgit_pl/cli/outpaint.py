@@ -11,12 +11,19 @@ from maskgit_pl.cli.edit_flags import (
     add_overlap_argument,
     add_variant_arguments,
     check_overlap_flag,
-    make_captions,
+    list_seeds,
     read_edit_flags,
 )
 from maskgit_pl.cli.flags import check_at_least, check_outputs, use_flag_names
 from maskgit_pl.cli.model import add_model_argument, find_model, open_pipe
-from maskgit_pl.cli.outputs import PICTURES, add_output_arguments, record_steps, wants_decoding, write_generated
+from maskgit_pl.cli.outputs import (
+    PICTURES,
+    add_output_arguments,
+    record_steps,
+    recording_of,
+    wants_decoding,
+    write_generated,
+)
 from maskgit_pl.runs.units import count_text
 
 if TYPE_CHECKING:
@@ -69,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
     outline.check_parallel("outpaint")
     decoding = read_decoding_flags(args, outline)
     from maskgit_pl.imaging import edit_sheet
+    from maskgit_pl.pipeline.display import describe_settings
 
     image = editing.image_pixels(args.image, channels=outline.channels)
     pipe = open_pipe(folder, args)
@@ -80,14 +88,21 @@ def run(args: argparse.Namespace) -> int:
     variants = cast("Tensor", made)  # output_type "pt"
     # (H + up + down, W + left + right): True outside the image, and the image on the canvas.
     outside, original = added.outside(header.height, header.width), added.pad(image, size=1)
-    described, texts = outline.describe_class(label), make_captions(args)
-    title = f"{args.image.name}: {described}"
-    sheet = edit_sheet(original, variants, mask=outside, region=outside, title=title, captions=texts)
+    # With --dilation, tokens along the border of the image are generated again too.
+    unknown = editing.token_mask(outside, factor=outline.token_size, dilation=args.dilation)
+    region = editing.pixel_region(unknown, factor=outline.token_size, height=outside.shape[0], width=outside.shape[1])
+    described, seeds = outline.describe_class(label), list_seeds(args)
+    title = f"{args.image.name}: {described}, {describe_settings(decoding)}"
+    texts = [f"seed {seed}" for seed in seeds]
+    sheet = edit_sheet(original, variants, mask=outside, region=region, title=title, captions=texts)
     summary = (
         f"{count_text(len(variants), 'variant')} of {described}, {variants.shape[-1]} x {variants.shape[-2]} pixels"
     )
-    labels = [label] * len(variants)
-    write_generated(pipe, variants, args, sheet=sheet, summary=summary, labels=labels, steps=steps, captions=texts)
+    labels, captions = [label] * len(variants), [described] * len(variants)
+    recording = recording_of(
+        steps, pipe, variants, decoding=decoding, captions=captions, seeds=seeds, requested=outside
+    )
+    write_generated(variants, args, sheet=sheet, summary=summary, labels=labels, recording=recording)
     return 0
 
 

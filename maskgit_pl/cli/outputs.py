@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from maskgit_pl.decoding import DecodingStep
+    from maskgit_pl.decoding import DecodingConfig, DecodingStep
     from maskgit_pl.pipeline import MaskGIT
+    from maskgit_pl.pipeline.display import Recording
 
-__all__ = ["PICTURES", "add_output_arguments", "record_steps", "wants_decoding", "write_generated"]
+__all__ = ["PICTURES", "add_output_arguments", "record_steps", "recording_of", "wants_decoding", "write_generated"]
 
 PICTURES = {"out": ".png", "gif": ".gif", "filmstrip": ".png", "images": FOLDER}  # for ``check_outputs``
 
@@ -80,30 +81,57 @@ def record_steps(
         yield after_step, record.steps
 
 
-def write_generated(
+def recording_of(
+    steps: Sequence[DecodingStep],
     pipe: MaskGIT,
+    images: Tensor,
+    *,
+    decoding: DecodingConfig,
+    captions: Sequence[str],
+    seeds: Sequence[int],
+    requested: Tensor | None = None,
+) -> Recording | None:
+    """Returns the recording of the first images; None without steps.
+
+    Args:
+        steps: Decoding steps of ``record_steps``.
+        pipe: Model that decodes tokens.
+        images: (n, C, H, W) uint8.
+        decoding: Decoding settings, which the pictures of the decoding name.
+        captions: Name of the class of at least each recorded image.
+        seeds: Seed of at least each recorded image.
+        requested: (H, W) bool, the pixels that the user of an edit named; None for no edit.
+    """
+    if not steps:
+        return None
+    from maskgit_pl.pipeline.display import Recording
+
+    # A canvas of outpaint or panorama has another grid than the images of the model.
+    grid = pipe.tokenizer.network.config.grid((images.shape[-2], images.shape[-1]))
+    decode, count = partial(pipe.tokenizer.decode, grid=grid), len(steps[0].tokens)
+    return Recording(steps, decode, grid, decoding, captions[:count], seeds[:count], requested)
+
+
+def write_generated(
     images: Tensor,
     args: argparse.Namespace,
     *,
     sheet: Image.Image,
     summary: str,
     labels: Sequence[int | None],
-    steps: Sequence[DecodingStep],
-    captions: Sequence[str],
+    recording: Recording | None,
 ) -> None:
     """Writes all images as one picture, and the files of ``--images``, ``--gif`` and ``--filmstrip``.
 
     Args:
-        pipe: Model that decodes tokens for the animation and the filmstrip.
         images: (n, C, H, W) uint8.
         args: Flags of ``add_output_arguments``, and ``--seed``: one number, or the seed of each image.
         sheet: Picture of all images.
         summary: Text printed beside the name of that picture.
         labels: (n) classes; None is "no class".
-        steps: Recorded decoding steps of a few images.
-        captions: Text above each image of the animation.
+        recording: Decoding of the first images; None without ``--gif`` and ``--filmstrip``.
     """
-    from maskgit_pl.imaging import save_animation, save_filmstrip, save_images, save_png
+    from maskgit_pl.imaging import save_images, save_png
 
     make_folder(args.out.parent)
     save_png(sheet, args.out)
@@ -112,14 +140,10 @@ def write_generated(
         make_folder(args.images)
         save_images(images, labels, args.images, seed=args.seed)
         print(f"{args.images}: {count_text(len(images), 'file')}")
-    # A canvas of outpaint or panorama has another grid than the images of the model.
-    grid = pipe.tokenizer.network.config.grid((images.shape[-2], images.shape[-1]))
-    decode = partial(pipe.tokenizer.decode, grid=grid)
-    if args.gif is not None:
-        make_folder(args.gif.parent)
-        save_animation(steps, decode, args.gif, grid=grid, captions=captions)
-        print(f"{args.gif}: decoding of {count_text(len(steps[0].tokens), 'image')}")
-    if args.filmstrip is not None:
-        make_folder(args.filmstrip.parent)
-        save_filmstrip(steps, decode, args.filmstrip, grid=grid)
-        print(f"{args.filmstrip}: decoding of the first image")
+    if recording is None:
+        return
+    for file, shown in ((args.gif, count_text(len(recording.seeds), "image")), (args.filmstrip, "the first image")):
+        if file is not None:
+            make_folder(file.parent)
+            recording.save(file)
+            print(f"{file}: decoding of {shown}")

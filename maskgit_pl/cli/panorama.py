@@ -10,8 +10,15 @@ from maskgit_pl.cli.decoding_flags import add_decoding_arguments, check_seed_and
 from maskgit_pl.cli.edit_flags import add_overlap_argument, check_overlap_flag
 from maskgit_pl.cli.flags import check_outputs, use_flag_names
 from maskgit_pl.cli.model import add_classes_argument, add_model_argument, find_model, open_pipe
-from maskgit_pl.cli.outputs import PICTURES, add_output_arguments, record_steps, wants_decoding, write_generated
-from maskgit_pl.image_format import height_width
+from maskgit_pl.cli.outputs import (
+    PICTURES,
+    add_output_arguments,
+    record_steps,
+    recording_of,
+    wants_decoding,
+    write_generated,
+)
+from maskgit_pl.image_format import height_width, pixels_text
 from maskgit_pl.runs.units import count_text
 
 if TYPE_CHECKING:
@@ -59,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
     outline.check_parallel("panorama")
     decoding = read_decoding_flags(args, outline)
     from maskgit_pl.imaging import image_grid
+    from maskgit_pl.imaging.layout import add_title
+    from maskgit_pl.pipeline.display import describe_settings
 
     pipe = open_pipe(folder, args)
     with record_steps("panorama", is_recording=wants_decoding(args)) as (after_step, steps):
@@ -74,9 +83,13 @@ def run(args: argparse.Namespace) -> int:
             decoding=decoding,
         )
     images = cast("Tensor", made)  # output_type "pt"
-    names = [outline.class_names[label] for label in labels]
-    scale = max(1, _TILE_SIZE // height)
-    sheet = image_grid(images, columns=1, row_captions=names, scale=scale)
+    names, seeds = [outline.class_names[label] for label in labels], [args.seed + row for row in range(len(labels))]
+    captions = [f"{name}, seed {seed}" for name, seed in zip(names, seeds, strict=True)]
+    sheet = image_grid(images, columns=1, row_captions=captions, scale=max(1, _TILE_SIZE // height))
     summary = f"{count_text(len(images), 'image')} of {args.width} x {height} pixels"
-    write_generated(pipe, images, args, sheet=sheet, summary=summary, labels=labels, steps=steps, captions=names)
+    size = outline.image_size
+    title = f"{args.width} x {height} pixels in windows of {pixels_text(size)}: {describe_settings(decoding)}"
+    recording = recording_of(steps, pipe, images, decoding=decoding, captions=names, seeds=seeds)
+    sheet = add_title(sheet, title)
+    write_generated(images, args, sheet=sheet, summary=summary, labels=labels, recording=recording)
     return 0

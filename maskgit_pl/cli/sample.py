@@ -18,7 +18,14 @@ from maskgit_pl.cli.acceptance_flags import (
 from maskgit_pl.cli.decoding_flags import add_decoding_arguments, check_seed_and_batch, read_decoding_flags
 from maskgit_pl.cli.flags import check_at_least, check_outputs, format_flag, make_folder, use_flag_names
 from maskgit_pl.cli.model import add_classes_argument, add_model_argument, find_model, open_pipe
-from maskgit_pl.cli.outputs import PICTURES, add_output_arguments, record_steps, wants_decoding, write_generated
+from maskgit_pl.cli.outputs import (
+    PICTURES,
+    add_output_arguments,
+    record_steps,
+    recording_of,
+    wants_decoding,
+    write_generated,
+)
 from maskgit_pl.cli.vector_flags import add_vectors_argument, give_vectors, read_vectors_flag
 from maskgit_pl.launcher import launcher_rank, local_rank
 from maskgit_pl.locks import hold_lock
@@ -229,4 +236,6 @@ def _generate_picture(
     )
     captions = [pipe.class_names[labels[row]] for row in shown]
     args.seed = seeds  # names of the files of --images
-    write_generated(pipe, images, args, sheet=sheet, summary=summary, labels=labels, steps=steps, captions=captions)
+    first = [seeds[row] for row in shown]
+    recording = recording_of(steps, pipe, images, decoding=decoding, captions=captions, seeds=first)
+    write_generated(images, args, sheet=sheet, summary=summary, labels=labels, recording=recording)

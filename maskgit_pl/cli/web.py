@@ -61,5 +61,5 @@ def run(args: argparse.Namespace) -> int:
         host=args.host,
         port=args.port,
         on_start=lambda url: print(f"{url} shows {args.folder}; Ctrl-C ends it", flush=True),
+        on_stop=lambda: print("\nmaskgit web: ended; its temporary files are removed"),
     )
-    return 0

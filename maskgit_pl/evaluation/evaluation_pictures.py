@@ -10,8 +10,9 @@ from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.evaluator import Evaluator
 from maskgit_pl.evaluation.generation import GeneratedImages
 from maskgit_pl.evaluation.pages import choose_classes
-from maskgit_pl.imaging import image_grid, reconstruction_grid, save_animation, save_png
+from maskgit_pl.imaging import image_grid, reconstruction_grid, save_png
 from maskgit_pl.pipeline import MaskGIT
+from maskgit_pl.pipeline.display import Recording
 
 __all__ = ["write_pictures"]
 
@@ -58,4 +59,5 @@ def write_pictures(
     seeds = [seed + number for number in range(len(shown))]
     steps = list(pipe.steps(shown, seed=seeds, decoding=decoding))
     captions = [pipe.class_names[label] for label in shown]
-    save_animation(steps, pipe.tokenizer.decode, folder / "decoding.gif", grid=pipe.tokenizer.grid, captions=captions)
+    recording = Recording(steps, pipe.tokenizer.decode, pipe.tokenizer.grid, decoding, captions, seeds)
+    recording.save(folder / "decoding.gif")

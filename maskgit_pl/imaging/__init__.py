@@ -4,8 +4,10 @@ from maskgit_pl.imaging.decoding_figures import (
     confidence_panel,
     decoding_filmstrip,
     decoding_frames,
+    number_windows,
     select_steps,
     token_panel,
+    undrawn_tokens,
 )
 from maskgit_pl.imaging.grids import (
     draw_mask,
@@ -17,7 +19,7 @@ from maskgit_pl.imaging.grids import (
     save_png,
 )
 from maskgit_pl.imaging.pixels import to_pil, to_unit_range
-from maskgit_pl.imaging.recording import StepRecorder, save_animation, save_filmstrip
+from maskgit_pl.imaging.recording import StepRecorder
 
 __all__ = [
     "StepRecorder",
@@ -27,9 +29,8 @@ __all__ = [
     "draw_mask",
     "edit_sheet",
     "image_grid",
+    "number_windows",
     "reconstruction_grid",
-    "save_animation",
-    "save_filmstrip",
     "save_gif",
     "save_images",
     "save_png",
@@ -37,4 +38,5 @@ __all__ = [
     "to_pil",
     "to_unit_range",
     "token_panel",
+    "undrawn_tokens",
 ]

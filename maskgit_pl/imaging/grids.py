@@ -7,13 +7,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from maskgit_pl.files import write_atomically
 from maskgit_pl.image_format import composite_over_white
-from maskgit_pl.imaging.layout import MASKED, NEW, TILE_SIZE, add_title, enlarge, lay_out, scale_to
+from maskgit_pl.imaging.layout import (
+    MASKED,
+    REQUESTED,
+    TILE_SIZE,
+    add_legend,
+    add_title,
+    draw_outline,
+    enlarge,
+    lay_out,
+    scale_to,
+    swatch,
+)
 from maskgit_pl.imaging.pixels import to_pil
 
 __all__ = ["draw_mask", "edit_sheet", "image_grid", "reconstruction_grid", "save_gif", "save_images", "save_png"]
@@ -63,7 +73,7 @@ def reconstruction_grid(originals: Tensor, reconstructions: Tensor, *, columns: 
 def edit_sheet(
     original: Tensor, variants: Tensor, *, mask: Tensor, region: Tensor, title: str, captions: Sequence[str]
 ) -> Image.Image:
-    """Lays out an edit in one row: original, masked image (region grey, mask outlined), and variants.
+    """Lays out an edit in one row: original, masked image (region grey, mask outlined), and variants; below, a legend.
 
     Args:
         original: (C, H, W) uint8 with C = 1 to 4; alpha is over white.
@@ -73,23 +83,23 @@ def edit_sheet(
         title: Text above the row.
         captions: Text above each variant.
     """
-    colour = composite_over_white(original).expand(3, -1, -1)
-    masked = draw_mask(original, mask=mask, region=region)
-    images = torch.cat([torch.stack([colour, masked]), composite_over_white(variants).expand(-1, 3, -1, -1)])
-    page = image_grid(images, columns=len(images), column_captions=["original", "masked", *captions])
-    return add_title(page, title)
+    scale = scale_to(original, TILE_SIZE)
+    masked = draw_mask(original, mask=mask, region=region, scale=scale)
+    tiles = [enlarge(original, scale), masked, *(enlarge(image, scale) for image in variants)]
+    page = lay_out(tiles, rows=1, columns=len(tiles), column_captions=["original", "masked", *captions])
+    legend = [(swatch(frame=REQUESTED), "requested"), (swatch(fill=MASKED), "generated again (whole tokens)")]
+    return add_title(add_legend(page, legend), title)
 
 
-def draw_mask(original: Tensor, *, mask: Tensor, region: Tensor) -> Tensor:
-    """Returns an image with the region of an edit in grey and the mask in an orange outline, (3, H, W) uint8.
+def draw_mask(original: Tensor, *, mask: Tensor, region: Tensor, scale: int) -> Image.Image:
+    """Returns an image, enlarged ``scale`` times, with the region of an edit in grey and the mask in a green outline.
 
-    See ``edit_sheet`` for the arguments.
+    See ``edit_sheet`` for the other arguments.
     """
-    # Grey images become RGB, because the outline is orange.
-    masked = composite_over_white(original).expand(3, -1, -1).clone()
-    for part, value in ((region, MASKED), (_outline(mask), NEW)):
-        masked = torch.tensor(value, dtype=torch.uint8)[:, None, None].where(part, masked)
-    return masked
+    # Grey images become RGB, because the outline has a color.
+    pixels = composite_over_white(original).expand(3, -1, -1)
+    masked = torch.tensor(MASKED, dtype=torch.uint8)[:, None, None].where(region, pixels)
+    return draw_outline(enlarge(masked, scale), mask, REQUESTED)
 
 
 def save_png(picture: Image.Image, path: Path) -> None:
@@ -141,10 +151,3 @@ def _count_rows(images: Tensor, columns: int, row_captions: Sequence[str], colum
         if len(captions) > most:
             raise ValueError(f"{name}_captions must be at most {most}, one per {name}, got {len(captions)}")
     return rows
-
-
-def _outline(mask: Tensor) -> Tensor:
-    """Returns (H, W) bool, True for masked pixels with a neighbour outside the mask or outside the image."""
-    # A 3 x 3 max pooling of the outside reaches each pixel that has a neighbour outside.
-    outside = F.pad(mask.logical_not()[None].float(), (1, 1, 1, 1), value=1.0)
-    return mask & (F.max_pool2d(outside, 3, stride=1)[0] > 0)

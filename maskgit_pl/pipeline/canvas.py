@@ -64,14 +64,17 @@ class Canvas:
             place(step.was_masked, waiting),
             place(step.still_masked, waiting),
             place(step.scores, torch.full_like(self.confidence, torch.inf)),
-            place(step.confidence, self.confidence),
+            place(self._confidence(window, step).flatten(1), self.confidence),
         )
 
     def keep(self, window: Window, last: DecodingStep) -> None:
         """Copies the tokens of the last step of a window to the canvas."""
         self.tokens[window.index] = window.as_grid(last.tokens)
+        self.confidence[window.index] = self._confidence(window, last)
+        self.unknown[window.index[1:]] = False
+
+    def _confidence(self, window: Window, step: DecodingStep) -> Tensor:
+        """Returns the confidence of the tokens of a window, (B, h, w)."""
         hidden = window.unknown.to(self.tokens.device)
         # Tokens that were known before the window keep the confidence of the window that decided them.
-        kept = self.confidence[window.index]
-        self.confidence[window.index] = window.as_grid(last.confidence).where(hidden, kept)
-        self.unknown[window.index[1:]] = False
+        return window.as_grid(step.confidence).where(hidden, self.confidence[window.index])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from base64 import b64encode
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,13 +16,23 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from maskgit_pl.decoding import DecodingStep
-from maskgit_pl.imaging import image_grid, save_animation, save_filmstrip, to_pil
+from maskgit_pl.decoding import DecodingConfig, DecodingStep
+from maskgit_pl.imaging import (
+    decoding_filmstrip,
+    decoding_frames,
+    image_grid,
+    number_windows,
+    save_gif,
+    save_png,
+    select_steps,
+    to_pil,
+)
 from maskgit_pl.text import printable
 
-__all__ = ["ImageList", "Recording"]
+__all__ = ["ImageList", "Recording", "describe_settings"]
 
 _COLUMNS, _MOST_IMAGES = 8, 64  # of a contact sheet
+_FRAME, _ANIMATION, _SHORTEST = 600, 9600, 40  # milliseconds: a frame, at most all frames together, at least a frame
 
 
 class ImageList(list[Image.Image]):
@@ -43,35 +53,75 @@ class Recording:
     """The decoding of a few images, step by step. A notebook shows it as an animation.
 
     Args:
-        steps: Decoding steps of the images.
+        steps: Decoding steps of the images, so far.
         decode: Function that decodes tokens (n, N) int64 to images (n, C, H, W) uint8.
         grid: Rows and columns of tokens (h, w).
-        captions: Text above each image.
+        decoding: Decoding settings, which the head line names.
+        captions: Name of the class of each image.
+        seeds: Seed of each image.
+        requested: (H, W) bool, the pixels that the user of an edit named; None for no edit.
     """
 
     steps: Sequence[DecodingStep]
     decode: Callable[[Tensor], Tensor]
     grid: tuple[int, int]
+    decoding: DecodingConfig
     captions: Sequence[str]
+    seeds: Sequence[int]
+    requested: Tensor | None = None
+    # Images by step: each is decoded once, for longer recordings too that ``dataclasses.replace`` makes.
+    _decoded: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def images(self) -> ImageList:
         """The images of the last step, those of ``MaskGIT.generate``."""
-        return ImageList(to_pil(image) for image in self.decode(self.steps[-1].tokens))
+        return ImageList(to_pil(image) for image in self.images_at(len(self.steps) - 1))
+
+    @property
+    def title(self) -> str:
+        """The head line of the first image: its class, its seed and the settings."""
+        return f"{self.captions[0]}, seed {self.seeds[0]}: {describe_settings(self.decoding)}"
+
+    def images_at(self, number: int) -> Tensor:
+        """Returns the images of all tokens of a step in [0, number of steps), (n, C, H, W) uint8."""
+        if number not in self._decoded:
+            self._decoded[number] = self.decode(self.steps[number].tokens)
+        return self._decoded[number]
 
     def save(self, path: Path | str) -> None:
         """Writes an animation of all images (``.gif``), or a filmstrip of the first one (``.png``).
+
+        An animation has at most 64 steps and ten seconds, a filmstrip at most 12 steps.
 
         Raises:
             ValueError: if the name of the file has another ending.
         """
         path = Path(path)
         if path.suffix.lower() == ".gif":
-            save_animation(self.steps, self.decode, path, grid=self.grid, captions=self.captions)
+            captions = [f"{name}, seed {seed}" for name, seed in zip(self.captions, self.seeds, strict=True)]
+            frames = decoding_frames(
+                **self._shown("animation"),
+                title=describe_settings(self.decoding),
+                num_steps=self.decoding.num_steps,
+                captions=captions,
+            )
+            # More frames are shown for a shorter time each, so that the animation stays under ten seconds.
+            save_gif(frames, path, milliseconds=max(_SHORTEST, min(_FRAME, _ANIMATION // len(frames))))
         elif path.suffix.lower() == ".png":
-            save_filmstrip(self.steps, self.decode, path, grid=self.grid)
+            save_png(decoding_filmstrip(**self._shown("filmstrip"), title=self.title), path)
         else:
             raise ValueError(f"path must end with .gif (animation) or .png (filmstrip), got {str(path)!r}")
+
+    def _shown(self, kind: Literal["animation", "filmstrip"]) -> dict[str, Any]:
+        """Returns the arguments of both figures: only the steps that they show are decoded."""
+        numbers, windows = select_steps(len(self.steps), kind), number_windows(self.steps)
+        return {
+            "steps": [self.steps[number] for number in numbers],
+            "images": [self.images_at(number) for number in numbers],
+            "windows": [windows[number] for number in numbers],
+            "grid": self.grid,
+            "requested": self.requested,
+        }
 
     def __repr__(self) -> str:
         return f"Recording({len(self.steps)} steps of {', '.join(map(printable, self.captions))})"
@@ -81,3 +131,17 @@ class Recording:
             file = Path(folder) / "decoding.gif"
             self.save(file)
             return {"text/plain": repr(self), "image/gif": b64encode(file.read_bytes()).decode()}
+
+
+def describe_settings(decoding: DecodingConfig) -> str:
+    """Returns the number of steps and the token selector with its arguments, for head lines of pictures."""
+    steps = f"{decoding.num_steps} step{'s' if decoding.num_steps != 1 else ''}"
+    if decoding.token_selector is None:
+        return f"{steps}, one token each, in raster order"
+    spec = {"name": decoding.token_selector} if isinstance(decoding.token_selector, str) else decoding.token_selector
+    arguments = ", ".join(
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in spec.items()
+        if name != "name"
+    )
+    return f"{steps}, token selector {spec['name']}{f' ({arguments})' if arguments else ''}"

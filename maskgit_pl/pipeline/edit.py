@@ -14,7 +14,7 @@ from maskgit_pl.editing import Box, ImageLike, Margins, MaskLike
 from maskgit_pl.image_format import height_width
 from maskgit_pl.pipeline.canvas import Canvas
 from maskgit_pl.pipeline.classes import Classes
-from maskgit_pl.pipeline.generate import Generator
+from maskgit_pl.pipeline.generate import Generator, StepsOfImages, finish
 from maskgit_pl.pipeline.options import (
     EditOptions,
     GenerateOptions,
@@ -74,8 +74,25 @@ class Editor(Generator):
 
         Source: paper, section on class-conditional image editing; released code, its editing functions.
         """
+        check_output_type(output_type)
+        steps = self.inpaint_steps(image, mask, classes=classes, **options)
+        return as_output(output_type, finish(steps, options.get("callback")))
+
+    def inpaint_steps(
+        self,
+        image: ImageLike | Sequence[ImageLike],
+        mask: MaskLike | Sequence[MaskLike],
+        *,
+        classes: Classes | None = None,
+        **options: Any,
+    ) -> StepsOfImages:
+        """Yields the decoding steps of ``inpaint`` as they are decoded, and returns its images as with ``"pt"``.
+
+        Closing the generator ends the decoding. Errors come before the first step. See ``inpaint`` for them and for the
+        arguments; ``callback`` is not called.
+        """
         self.transformer.schedule_for("inpaint")
-        read, request = self._edit_request(classes, output_type, options)
+        read, request = self._edit_request(classes, options)
         count, config = len(request.labels), self.transformer.network.config
         # 1. (n, C, H, W) pixels -> (n, N) tokens, then one row for each result.
         edits = Edit.all_of(image, mask, count=count, tokenizer=self.tokenizer, options=read)
@@ -90,9 +107,10 @@ class Editor(Generator):
         first_steps = [editing.first_step(edit.unknown, num_steps=request.decoding.num_steps) for edit in edits]
         for first_step, rows in rows_by_first_step(first_steps, request.batch_size):
             steps = self._decode(request, rows, tokens=tokens[rows], first_step=first_step)
-            for row, edited in zip(rows, self._images(steps, request.callback), strict=True):
+            images = yield from self._images(steps)
+            for row, edited in zip(rows, images, strict=True):
                 results[row] = editing.composite(edits[row].original, edited, edits[row].weight)
-        return as_output(output_type, results)
+        return results
 
     def edit_class(
         self,
@@ -180,8 +198,26 @@ class Editor(Generator):
 
         Source: paper, Figure 1 and Table 2.
         """
+        check_output_type(output_type)
+        sides = {"left": left, "right": right, "up": up, "down": down}
+        steps = self.outpaint_steps(image, **sides, classes=classes, overlap=overlap, **options)
+        return as_output(output_type, finish(steps, options.get("callback")))
+
+    def outpaint_steps(
+        self,
+        image: ImageLike,
+        *,
+        left: int = 0,
+        right: int = 0,
+        up: int = 0,
+        down: int = 0,
+        classes: Classes | None = None,
+        overlap: float = 0.5,
+        **options: Any,
+    ) -> StepsOfImages:
+        """Yields the decoding steps of ``outpaint``, each of the whole canvas. See ``inpaint_steps``."""
         self.transformer.schedule_for("outpaint")
-        read, request = self._edit_request(classes, output_type, options)
+        read, request = self._edit_request(classes, options)
         factor, size = self.tokenizer.network.config.downsampling_factor, self.tokenizer.image_size
         pixels = editing.image_pixels(image, channels=self.tokenizer.network.config.in_channels)
         added = Margins(left, right, up, down)
@@ -191,11 +227,11 @@ class Editor(Generator):
         unknown = editing.token_mask(mask, factor=factor, dilation=read.dilation or 0)
         tokens = added.pad(self._encode_within(pixels, added), size=factor)
         # 2. (n, C, H, W): the filled canvases as pixels.
-        filled = self._fill(request, tokens, unknown, overlap)
+        filled = yield from self._fill(request, tokens, unknown, overlap)
         # 3. The weight is 1 outside the image and 0 inside, with a blurred edge.
         weight = editing.seam(mask, radius=editing.seam_radius(size) if read.blend is None else read.blend)
         original = added.pad(pixels, size=1)
-        return as_output(output_type, torch.stack([editing.composite(original, edited, weight) for edited in filled]))
+        return torch.stack([editing.composite(original, edited, weight) for edited in filled])
 
     def panorama(
         self,
@@ -229,8 +265,15 @@ class Editor(Generator):
 
         Source: paper, Figure 1.
         """
-        self.transformer.schedule_for("panorama")
         check_output_type(output_type)
+        steps = self.panorama_steps(classes, width, height=height, overlap=overlap, **options)
+        return as_output(output_type, finish(steps, options.get("callback")))
+
+    def panorama_steps(
+        self, classes: Classes, width: int, *, height: int | None = None, overlap: float = 0.5, **options: Any
+    ) -> StepsOfImages:
+        """Yields the decoding steps of ``panorama``, each of the whole canvas. See ``inpaint_steps``."""
+        self.transformer.schedule_for("panorama")
         read, decoding = read_options(GenerateOptions, options, self.decoding)
         request = self._request(classes, read, decoding)
         size, factor = self.tokenizer.image_size, self.tokenizer.network.config.downsampling_factor
@@ -238,17 +281,14 @@ class Editor(Generator):
         editing.check_canvas(height, width, factor=factor, least=size)
         unknown = torch.ones(height // factor, width // factor, dtype=torch.bool)
         tokens = torch.zeros(unknown.shape, dtype=torch.int64)
-        return as_output(output_type, self._fill(request, tokens, unknown, overlap))
+        return (yield from self._fill(request, tokens, unknown, overlap))
 
-    def _edit_request(
-        self, classes: Classes | None, output_type: str, options: dict[str, Any]
-    ) -> tuple[EditOptions, Request]:
-        check_output_type(output_type)
+    def _edit_request(self, classes: Classes | None, options: dict[str, Any]) -> tuple[EditOptions, Request]:
         read, decoding = read_options(EditOptions, options, self.decoding)
         return read, self._request([None] if classes is None else classes, read, decoding)
 
-    def _fill(self, request: Request, tokens: Tensor, unknown: Tensor, overlap: float) -> Tensor:
-        """Fills a canvas window by window, and decodes it to pixels.
+    def _fill(self, request: Request, tokens: Tensor, unknown: Tensor, overlap: float) -> StepsOfImages:
+        """Fills a canvas window by window, yields the steps of the whole canvas, and decodes it to pixels.
 
         1. Places the known tokens on a canvas for each result of a batch.
         2. For each window: decodes its unknown tokens with the known ones as context, and copies them to the canvas.
@@ -278,9 +318,7 @@ class Editor(Generator):
                 part = request.part(rows, seeds=own.tolist())
                 start = None if bool(window.unknown.all()) else known  # None: a window without context
                 for step in self._decode(part, range(len(rows)), tokens=start, first_step=first):
-                    on_canvas = canvas.step(window, step)
-                    if request.callback is not None:
-                        request.callback(on_canvas)
+                    yield canvas.step(window, step)
                 canvas.keep(window, step)
             # 3. (B, R C) tokens -> (B, C, H, W) pixels. The grid is not that of the model's images.
             filled.append(self.tokenizer.decode(canvas.tokens.flatten(1), grid=(unknown.shape[0], unknown.shape[1])))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import collections.abc
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, Self, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, cast, overload
 
 import torch
 from torch import Tensor
@@ -45,7 +46,10 @@ if TYPE_CHECKING:
 
     from maskgit_pl.decoding import ConditionalNetwork
 
-__all__ = ["Generator"]
+__all__ = ["Generator", "StepsOfImages", "finish"]
+
+StepsOfImages: TypeAlias = collections.abc.Generator[DecodingStep, None, Tensor]
+"""Decoding steps, and the images (n, C, H, W) uint8 as the value that the generator returns."""
 
 
 class Generator:
@@ -198,7 +202,7 @@ class Generator:
         read, decoding = read_options(GenerateOptions, options, self.decoding)
         request = self._request(classes, read, decoding)
         # Each batch: (B, N) tokens of its last step -> (B, C, H, W) pixels.
-        parts = [self._images(self._decode(request, rows), request.callback) for rows in request.batches()]
+        parts = [finish(self._images(self._decode(request, rows)), request.callback) for rows in request.batches()]
         return as_output(output_type, torch.cat(parts))
 
     def steps(self, classes: Classes, *, seed: Seeds = 0, **options: Any) -> Iterator[DecodingStep]:
@@ -310,9 +314,20 @@ class Generator:
             first_step=first_step,
         )
 
-    def _images(self, steps: Iterator[DecodingStep], callback: StepCallback | None) -> Tensor:
-        """Returns the images of the last step, (B, C, H, W) uint8 on the CPU."""
+    def _images(self, steps: Iterator[DecodingStep]) -> StepsOfImages:
+        """Yields decoding steps, and returns the images of the last one, (B, C, H, W) uint8 on the CPU."""
         for step in steps:
-            if callback is not None:
-                callback(step)
+            yield step
         return self.tokenizer.decode(step.tokens)
+
+
+def finish(steps: StepsOfImages, callback: StepCallback | None) -> Tensor:
+    """Runs all decoding steps, calls ``callback`` after each, and returns the images."""
+    while True:
+        try:
+            step = next(steps)
+        except StopIteration as end:
+            images: Tensor = end.value
+            return images
+        if callback is not None:
+            callback(step)

@@ -8,12 +8,7 @@ from typing import Any
 from maskgit_pl.text import printable
 from maskgit_pl.web.markup import code, message, plot
 from maskgit_pl.web.plots import count_kept, describe_counts, draw_counts
-from maskgit_pl.web.settings import (
-    FormSettings,
-    guidance_choices,
-    schedule_choices,
-    selector_choices,
-)
+from maskgit_pl.web.settings import FormSettings
 from maskgit_pl.web.studio import Made, Studio
 
 __all__ = [
@@ -82,10 +77,10 @@ def add_settings(
     import gradio as gr
 
     pipe, own = studio.pipe, FormSettings.of(studio.pipe.decoding)
-    schedules = schedule_choices(pipe.decoding, pipe.transformer.schedule_for("web"))
+    selectors, schedules, guidances = studio.choices
     temperature = {"minimum": 0, "maximum": 4, "step": 0.05}
     with gr.Accordion(title, open=is_open):
-        selector = gr.Dropdown(selector_choices(pipe.decoding), value=own.token_selector, label="Token selector")
+        selector = gr.Dropdown(selectors, value=own.token_selector, label="Token selector")
         schedule = gr.Dropdown(schedules, value=own.mask_schedule, label="Mask schedule")
         steps = gr.Slider(
             1, pipe.outline.num_tokens, num_steps or own.num_steps, step=1, precision=0, label="Decoding steps"
@@ -93,7 +88,7 @@ def add_settings(
         first = gr.Slider(**temperature, value=own.first_temperature, label="Sampling temperature, first step")
         last = gr.Slider(**temperature, value=own.last_temperature, label="Sampling temperature, last step")
         noise = gr.Slider(0, 30, own.choice_temperature, step=0.5, label="Choice temperature (noise on the confidence)")
-        guidance = gr.Dropdown(guidance_choices(pipe.decoding), value=own.guidance, label="Guidance schedule")
+        guidance = gr.Dropdown(guidances, value=own.guidance, label="Guidance schedule")
         scale = gr.Slider(0, 10, own.guidance_scale, step=0.05, label="Guidance scale (0: no guidance)")
     fields = [selector, schedule, steps, first, last, noise, guidance, scale]
     assert len(fields) == len(asdict(own))

@@ -11,12 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+from maskgit_pl.imaging.layout import viridis
 from maskgit_pl.text import printable
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from maskgit_pl.web.recording import Frame
+    from maskgit_pl.web.frames import Frame
 
 __all__ = [
     "color_bar",
@@ -24,12 +25,21 @@ __all__ = [
     "figure",
     "figures",
     "frame_figures",
+    "legend",
     "message",
     "plot",
     "schedule_heading",
     "strip",
 ]
 
+_LEGEND = {
+    "masked": "masked",
+    "again": "tokens that are generated",
+    "new": "new",
+    "remasked": "masked again",
+    "requested": "requested pixels",
+    "undrawn": "no confidence: given, or not drawn yet",
+}
 _STOPS = 11  # colors of the bar
 _DRAWING = 300  # pixels from which a picture is shown smoothed
 
@@ -58,26 +68,34 @@ def figures(parts: Iterable[str], *, title: str = "") -> str:
 
 
 def frame_figures(frame: Frame, *, title: str = "") -> str:
-    """Returns the pictures of a decoding step with its counts and the color bar of the confidence.
+    """Returns the pictures of a decoding step with its settings, its counts, a legend and a color bar.
 
     Args:
         frame: Pictures of the step.
         title: Text before the counts, such as the name of a setting.
     """
-    caption = f"{title}{frame.caption}"
-    tokens = figure(frame.tokens, alt=f"Tokens. {caption}", caption="tokens: masked grey, new orange")
-    confidence = figure(frame.confidence, alt=f"Confidence of each token. {caption}", caption="confidence")
-    confidence = confidence.replace("</figcaption>", f"</figcaption>{color_bar()}")
-    image = figure(frame.image, alt=f"Image of all tokens. {caption}", caption="image of all tokens")
-    return figures([tokens, confidence, image], title=caption)
+    caption, kind = f"{title}{frame.caption}", "wide" if frame.is_wide else "panel"
+    tokens = figure(frame.tokens, alt=f"Tokens. {caption}", caption="tokens", kind=kind)
+    tokens = tokens.replace("</figcaption>", f"</figcaption>{legend(frame.legend)}")
+    confidence = figure(frame.confidence, alt=f"Confidence of each token. {caption}", caption="confidence", kind=kind)
+    confidence = confidence.replace(
+        "</figcaption>", f"</figcaption>{color_bar()}{legend(['undrawn'] * frame.has_undrawn)}"
+    )
+    image = figure(frame.image, alt=f"Image of all tokens. {caption}", caption="image of all tokens", kind=kind)
+    return f'{message(caption)}<p class="settings">{_text(frame.title)}</p>{figures([tokens, confidence, image])}'
+
+
+def legend(names: Sequence[str]) -> str:
+    """Returns the legend of a picture of tokens: ``names`` are keys of its entries, none for no legend."""
+    if not names:
+        return ""
+    entries = "".join(f'<li><span class="{name}" aria-hidden="true"></span>{_LEGEND[name]}</li>' for name in names)
+    return f'<ul class="legend">{entries}</ul>'
 
 
 def color_bar() -> str:
     """Returns the color bar of the confidence: viridis from 0 to 1."""
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
-
-    stops = ", ".join(to_hex(colormaps["viridis"](stop / (_STOPS - 1))) for stop in range(_STOPS))
+    stops = ", ".join(f"rgb{color}" for color in viridis([stop / (_STOPS - 1) for stop in range(_STOPS)]))
     bar = f'<div style="background: linear-gradient(to right, {stops})"></div>'
     label = "Color bar of the confidence, from dark (0) to bright (1)"
     ends = "<p><span>0</span><span>0.5</span><span>1</span></p>"

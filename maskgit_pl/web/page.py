@@ -46,4 +46,5 @@ def build_page(studio: Studio) -> Any:
 def _describe(studio: Studio) -> str:
     """Returns the name and the sizes of the model as Markdown."""
     sizes = repr(studio.pipe).removeprefix("MaskGIT(").removesuffix(")")
-    return markdown(f"{studio.name}: {sizes}")
+    named = sizes if sizes.startswith(f"{studio.name}: ") else f"{studio.name}: {sizes}"
+    return markdown(named)

@@ -113,10 +113,10 @@ class EditRegion:
         self._pixels, self._factor = pixels, outline.token_size
 
     def picture(self) -> Image.Image:
-        """Returns the image with the tokens that are generated again in grey, and the mask in an orange outline."""
+        """Returns the image with the tokens that are generated again in grey, and the mask in a green outline."""
         height, width = self.mask.shape
         region = editing.pixel_region(self.tokens, factor=self._factor, height=height, width=width)
-        return canvas_picture(draw_mask(self._pixels, mask=self.mask, region=region))
+        return draw_mask(self._pixels, mask=self.mask, region=region, scale=scale_to(self._pixels, _CANVAS))
 
     def describe(self) -> str:
         """Returns the numbers of painted pixels and of tokens that are generated again."""

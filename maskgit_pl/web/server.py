@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
 import socket
+import sys
 import tempfile
-import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from maskgit_pl.web.regions import MAX_UPLOAD_BYTES, MAX_UPLOAD_PIXELS
 
@@ -26,6 +28,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 
 _MAX_WAITING = 64  # events in the queue
 _MAX_SESSIONS = 200  # whose results are kept
+_ATTEMPTS = 20  # to remove the temporary folder
 
 
 def check_gradio() -> None:
@@ -60,8 +63,18 @@ def check_port(host: str, port: int) -> None:
         ) from error
 
 
-def serve(pipe: MaskGIT, name: str, *, host: str, port: int, on_start: Callable[[str], object]) -> None:
-    """Shows the page of a model until Ctrl-C or SIGTERM.
+def serve(
+    pipe: MaskGIT,
+    name: str,
+    *,
+    host: str,
+    port: int,
+    on_start: Callable[[str], object],
+    on_stop: Callable[[], object],
+) -> NoReturn:
+    """Shows the page of a model until Ctrl-C or SIGTERM, and then ends the process with exit code 0.
+
+    Runs of the model end in the middle: the process does not wait for its threads. Its temporary folder is removed.
 
     Args:
         pipe: The model.
@@ -69,30 +82,62 @@ def serve(pipe: MaskGIT, name: str, *, host: str, port: int, on_start: Callable[
         host: Address to bind.
         port: Port to bind.
         on_start: Called with the URL when the page can be opened.
+        on_stop: Called after the temporary folder is removed.
 
     Raises:
         ValueError: if the page cannot show the model.
+        KeyboardInterrupt: if Ctrl-C or SIGTERM comes before the page can be opened.
     """
     _skip_proxies(host)
+    _interrupt_once()
     with _temporary_folder() as folder:
-        from PIL import Image
-
-        from maskgit_pl.web.page import STYLE, build_page
-        from maskgit_pl.web.studio import Studio
-
-        Image.MAX_IMAGE_PIXELS = MAX_UPLOAD_PIXELS // 2  # PIL refuses twice as many
-        page = build_page(Studio(pipe, name, folder))
-        page.queue(max_size=_MAX_WAITING, api_open=False)
-        _, url, _ = page.launch(
-            server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, share=False, footer_links=[],
-            max_file_size=MAX_UPLOAD_BYTES, state_session_capacity=_MAX_SESSIONS, theme=_theme(), css_paths=STYLE,
-            pwa=False, ssr_mode=False, mcp_server=False, enable_monitoring=False,
-        )  # fmt: skip
-        try:
+        url = _launch(pipe, name, folder, host=host, port=port)
+        with suppress(KeyboardInterrupt):
             on_start(url)
-            _wait()
-        finally:
-            page.close(verbose=False)
+            while True:
+                time.sleep(3600)
+        # A thread whose files disappear has errors that concern nobody.
+        logging.disable()
+    on_stop()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(0)  # threads of gradio would wait for open pages and for the model
+
+
+def _launch(pipe: MaskGIT, name: str, folder: Path, *, host: str, port: int) -> str:
+    """Starts the server of the page in threads, and returns its URL."""
+    from PIL import Image
+
+    from maskgit_pl.web.quick_import import import_gradio
+
+    import_gradio()
+    from maskgit_pl.web.page import STYLE, build_page
+    from maskgit_pl.web.studio import Studio
+
+    Image.MAX_IMAGE_PIXELS = MAX_UPLOAD_PIXELS // 2  # PIL refuses twice as many
+    page = build_page(Studio(pipe, name, folder))
+    page.queue(max_size=_MAX_WAITING, api_open=False)
+    _, url, _ = page.launch(
+        server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, share=False, footer_links=[],
+        max_file_size=MAX_UPLOAD_BYTES, state_session_capacity=_MAX_SESSIONS, theme=_theme(), css_paths=STYLE,
+        pwa=False, ssr_mode=False, mcp_server=False, enable_monitoring=False,
+    )  # fmt: skip
+    return str(url)
+
+
+def _interrupt_once() -> None:
+    """Lets the first Ctrl-C or SIGTERM raise KeyboardInterrupt; later ones have no effect.
+
+    A job in the background of a shell ignores Ctrl-C until then.
+    """
+
+    def interrupt(number: int, frame: object) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
 
 
 def _skip_proxies(host: str) -> None:
@@ -121,12 +166,7 @@ def _temporary_folder() -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _wait() -> None:
-    """Waits for Ctrl-C or SIGTERM."""
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    stop.wait()
+        for _ in range(_ATTEMPTS):  # a thread may still write to it
+            shutil.rmtree(folder, ignore_errors=True)
+            if not folder.exists():
+                break

@@ -12,7 +12,7 @@ from maskgit_pl.decoding.guidance import guidance_schedules
 from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
 
-__all__ = ["OWN", "FormSettings", "PageRequest", "guidance_choices", "schedule_choices", "selector_choices"]
+__all__ = ["OWN", "Choices", "FormSettings", "PageRequest", "guidance_choices", "schedule_choices", "selector_choices"]
 
 OWN = ""
 """The choice of a form that keeps the model's own part."""

@@ -5,31 +5,33 @@ from __future__ import annotations
 import json
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from maskgit_pl.checks import check_integer
 from maskgit_pl.decoding import SETTINGS_FORMAT, DecodingConfig
+from maskgit_pl.editing import Margins
 from maskgit_pl.imaging import StepRecorder, save_png, to_pil
+from maskgit_pl.pipeline.display import Recording
 from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.web.commands import Call, call_edit, call_outpaint, call_panorama, call_sample
-from maskgit_pl.web.recording import Playback, decode, record
-from maskgit_pl.web.settings import PageRequest
+from maskgit_pl.web.settings import Choices, PageRequest, guidance_choices, schedule_choices, selector_choices
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from maskgit_pl.decoding import DecodingStep
     from maskgit_pl.pipeline import MaskGIT
+    from maskgit_pl.pipeline.generate import StepsOfImages
     from maskgit_pl.web.regions import EditRegion
 
 __all__ = ["EditTask", "Made", "Studio"]
 
 EditTask = Literal["inpaint", "edit"]
-OnStep = Callable[["DecodingStep"], object]
 
 _MAX_KEPT = 64  # results whose files are kept
 _MAX_CANVAS = 16  # area of a canvas, in images of the model
@@ -47,7 +49,7 @@ class Made:
         command: Command line that makes the same images.
     """
 
-    recording: Playback
+    recording: Recording
     images: Tensor
     files: list[Path]
     python: str
@@ -76,34 +78,43 @@ class Studio:
         self.pipe, self.name, self.folder = pipe, name, folder
         self._folders: deque[Path] = deque()
 
-    def decode(self, request: PageRequest) -> Iterator[Playback]:
+    @cached_property
+    def choices(self) -> tuple[Choices, Choices, Choices]:
+        """The token selectors, mask schedules and guidance schedules of a form."""
+        own = self.pipe.decoding
+        schedules = schedule_choices(own, self.pipe.transformer.schedule_for("web"))
+        return selector_choices(own), schedules, guidance_choices(own)
+
+    def decode(self, request: PageRequest) -> Iterator[Recording]:
         """Generates an image of a class, and yields the recording after each step.
 
         Raises:
             ValueError: if a setting is out of range.
         """
         assert request.label is not None
-        yield from decode(self.pipe, request.label, seed=request.seed, settings=self._changes(request))
+        yield from self._decode(request, self._changes(request))
 
-    def keep(self, recording: Playback, request: PageRequest) -> Made:
+    def keep(self, recording: Recording, request: PageRequest) -> Made:
         """Returns the finished recording of ``decode`` with its files and commands."""
         changes = self._changes(request)
         call = call_sample(request, self.pipe.class_names, changes)
         folder = self._new_folder()
-        save_png(to_pil(recording.images[-1][0]), folder / "image.png")
-        return self._made(folder, [folder / "image.png"], recording, recording.images[-1], call)
+        images = recording.images_at(len(recording.steps) - 1)
+        save_png(to_pil(images[0]), folder / "image.png")
+        return self._made(folder, [folder / "image.png"], recording, images, call)
 
     def edit(
-        self, pixels: Tensor, region: EditRegion, task: EditTask, request: PageRequest, *, on_step: OnStep
-    ) -> Made:
+        self, pixels: Tensor, region: EditRegion, task: EditTask, request: PageRequest
+    ) -> Iterator[Recording | Made]:
         """Generates a region of an image again, with ``edit`` as another class.
+
+        Yields the recording of the first result after each step, then the results. Closing the iterator ends the work.
 
         Args:
             pixels: (C, H, W) uint8 of the model's size.
             region: EditRegion to generate, made with the dilation of ``request``.
             task: ``inpaint`` or ``edit``.
             request: Class, seed, number of results and settings. ``edit`` requires a class.
-            on_step: Called after each decoding step.
 
         Raises:
             ValueError: if a setting is out of range, or ``edit`` has no class.
@@ -112,24 +123,22 @@ class Studio:
             raise ValueError("class must be named to change the class of a region, got no class; choose one")
         changes = self._changes(request)
         options = {"dilation": request.dilation, **self._options(request, changes)}
-        made, recording = self._record(
-            lambda recorder: self.pipe.inpaint(pixels, region.mask, callback=recorder, **options), changes, on_step
-        )
+        steps = self.pipe.inpaint_steps(pixels, region.mask, **options)
+        made, recording = yield from self._record(steps, self._empty(request, changes, requested=region.mask))
         folder = self._new_folder()
         files = [folder / "image.png", folder / "mask.png"]
         save_png(to_pil(pixels), files[0])
         save_png(region.mask_picture(), files[1])
         files += self._save_images(folder, made, request)
-        return self._made(folder, files, recording, made, call_edit(task, request, self.pipe.class_names, changes))
+        yield self._made(folder, files, recording, made, call_edit(task, request, self.pipe.class_names, changes))
 
-    def outpaint(self, pixels: Tensor, sides: Mapping[str, int], request: PageRequest, *, on_step: OnStep) -> Made:
-        """Extends an image beyond its borders.
+    def outpaint(self, pixels: Tensor, sides: Mapping[str, int], request: PageRequest) -> Iterator[Recording | Made]:
+        """Extends an image beyond its borders. See ``edit`` for what it yields.
 
         Args:
             pixels: (C, H, W) uint8 of the model's size.
             sides: Pixels to add: ``left``, ``right``, ``up``, ``down``.
             request: Class, seed, number of results and settings.
-            on_step: Called after each decoding step.
 
         Raises:
             ValueError: if a value is out of range, or the canvas is larger than 16 images.
@@ -137,24 +146,24 @@ class Studio:
         left, right, up, down = (
             check_integer(name, sides[name], "[0, 65536]") for name in ("left", "right", "up", "down")
         )
-        self._check_canvas(pixels.shape[-2] + up + down, pixels.shape[-1] + left + right)
+        size = (pixels.shape[-2] + up + down, pixels.shape[-1] + left + right)
+        self._check_canvas(*size)
         changes = self._changes(request)
         options = {**sides, "dilation": request.dilation, **self._options(request, changes)}
-        made, recording = self._record(
-            lambda recorder: self.pipe.outpaint(pixels, callback=recorder, **options), changes, on_step
-        )
+        outside = Margins(left, right, up, down).outside(pixels.shape[-2], pixels.shape[-1])
+        empty = self._empty(request, changes, size=size, requested=outside)
+        made, recording = yield from self._record(self.pipe.outpaint_steps(pixels, **options), empty)
         folder = self._new_folder()
         save_png(to_pil(pixels), folder / "image.png")
         files = [folder / "image.png", *self._save_images(folder, made, request)]
-        return self._made(folder, files, recording, made, call_outpaint(sides, request, self.pipe.class_names, changes))
+        yield self._made(folder, files, recording, made, call_outpaint(sides, request, self.pipe.class_names, changes))
 
-    def panorama(self, size: Mapping[str, Any], request: PageRequest, *, on_step: OnStep) -> Made:
-        """Generates an image of any size, window by window.
+    def panorama(self, size: Mapping[str, Any], request: PageRequest) -> Iterator[Recording | Made]:
+        """Generates an image of any size, window by window. See ``edit`` for what it yields.
 
         Args:
             size: ``width`` and ``height`` in pixels, and ``overlap`` in (0, 1); see ``MaskGIT.panorama``.
             request: Class, seed and settings.
-            on_step: Called after each decoding step.
 
         Raises:
             ValueError: if a value is out of range, or the canvas is larger than 16 images.
@@ -164,14 +173,13 @@ class Studio:
         changes = self._changes(request)
         options = {"height": height, "overlap": size["overlap"], **self._options(request, changes)}
         classes = options.pop("classes")
-        made, recording = self._record(
-            lambda recorder: self.pipe.panorama(classes, width, callback=recorder, **options), changes, on_step
-        )
+        steps = self.pipe.panorama_steps(classes, width, **options)
+        made, recording = yield from self._record(steps, self._empty(request, changes, size=(height, width)))
         folder = self._new_folder()
         files = self._save_images(folder, made, request)
-        return self._made(folder, files, recording, made, call_panorama(size, request, self.pipe.class_names, changes))
+        yield self._made(folder, files, recording, made, call_panorama(size, request, self.pipe.class_names, changes))
 
-    def decode_schedules(self, request: PageRequest) -> Iterator[tuple[str, Playback]]:
+    def decode_schedules(self, request: PageRequest) -> Iterator[tuple[str, Recording]]:
         """Generates the same image with each registered mask schedule, and yields each name with its recording.
 
         Raises:
@@ -180,8 +188,7 @@ class Studio:
         assert request.label is not None
         changes = self._changes(request)
         for name in mask_schedules.build_all():
-            settings = {**changes, "mask_schedule": name}
-            *_, last = decode(self.pipe, request.label, seed=request.seed, settings=settings)
+            *_, last = self._decode(request, {**changes, "mask_schedule": name})
             yield name, last
 
     def _changes(self, request: PageRequest) -> dict[str, Any]:
@@ -191,17 +198,40 @@ class Studio:
 
     def _options(self, request: PageRequest, changes: Mapping[str, Any]) -> dict[str, Any]:
         classes = [request.label] * request.variants
-        return {"classes": classes, "seed": request.seed, "output_type": "pt", **changes}
+        return {"classes": classes, "seed": request.seed, **changes}
 
-    def _record(
-        self, make: Callable[[StepRecorder], object], changes: Mapping[str, Any], on_step: OnStep
-    ) -> tuple[Tensor, Playback]:
-        """Calls an editing method with a recorder; returns its images and the recording of the first one."""
-        recorder = _Recorder(on_step)
-        images = cast("Tensor", make(recorder))  # output_type "pt"
-        grid = self.pipe.tokenizer.network.config.grid((images.shape[-2], images.shape[-1]))
-        num_steps = self.pipe.decoding_with(**changes).num_steps
-        return images, record(self.pipe, recorder.steps, grid=grid, num_steps=num_steps)
+    def _empty(
+        self,
+        request: PageRequest,
+        changes: Mapping[str, Any],
+        *,
+        size: tuple[int, int] | None = None,
+        requested: Tensor | None = None,
+    ) -> Recording:
+        """Returns a recording of the first result without steps; ``size`` is that of a canvas in pixels."""
+        tokenizer = self.pipe.tokenizer
+        grid = tokenizer.grid if size is None else tokenizer.network.config.grid(size)
+        name = "no class" if request.label is None else self.pipe.class_names[request.label]
+        decode, decoding = partial(tokenizer.decode, grid=grid), self.pipe.decoding_with(**changes)
+        return Recording((), decode, grid, decoding, [name], [request.seed], requested)
+
+    def _decode(self, request: PageRequest, changes: Mapping[str, Any]) -> Iterator[Recording]:
+        found = self._empty(request, changes)
+        for step in self.pipe.steps([request.label], seed=request.seed, decoding=found.decoding):
+            found = replace(found, steps=[*found.steps, step])
+            yield found
+
+    def _record(self, steps: StepsOfImages, empty: Recording) -> Generator[Recording, None, tuple[Tensor, Recording]]:
+        """Yields the recording of the first result after each step; returns the images of all and the recording."""
+        recorder, found = StepRecorder(max_images=1), empty
+        with closing(steps):
+            while True:
+                try:
+                    recorder(next(steps))
+                except StopIteration as end:
+                    return end.value, found
+                found = replace(empty, steps=list(recorder.steps))
+                yield found
 
     def _check_canvas(self, height: int, width: int) -> None:
         outline = self.pipe.outline
@@ -217,13 +247,16 @@ class Studio:
             save_png(to_pil(image), file)
         return files
 
-    def _made(self, folder: Path, files: Sequence[Path], recording: Playback, images: Tensor, call: Call) -> Made:
+    def _made(self, folder: Path, files: Sequence[Path], recording: Recording, images: Tensor, call: Call) -> Made:
         """Adds the pictures of the decoding and the settings to the files of a result."""
         settings = folder / "decoding.json"
         decoding: DecodingConfig = self.pipe.decoding_with(**call.changes)
         content = {"format": SETTINGS_FORMAT, "version": 1, "decoding": asdict(decoding)}
         settings.write_text(json.dumps(content, indent=2) + "\n")
-        every = [*files, *recording.save(self.pipe, folder), settings]
+        pictures = [folder / "decoding.gif", folder / "filmstrip.png"]
+        for file in pictures:
+            recording.save(file)
+        every = [*files, *pictures, settings]
         return Made(recording, images, every, call.python(self.name), call.shell(self.name))
 
     def _new_folder(self) -> Path:
@@ -231,15 +264,3 @@ class Studio:
         if len(self._folders) > _MAX_KEPT:
             shutil.rmtree(self._folders.popleft(), ignore_errors=True)
         return self._folders[-1]
-
-
-class _Recorder(StepRecorder):
-    """A recorder of the first image that also calls a function after each step."""
-
-    def __init__(self, on_step: OnStep) -> None:
-        super().__init__(max_images=1)
-        self._on_step = on_step
-
-    def __call__(self, step: DecodingStep) -> None:
-        super().__call__(step)
-        self._on_step(step)

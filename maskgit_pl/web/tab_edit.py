@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ from torch import Tensor  # gradio reads the annotations of handlers
 
 from maskgit_pl.image_format import height_width
 from maskgit_pl.imaging import to_pil
-from maskgit_pl.web.answers import answer, explain
+from maskgit_pl.imaging.layout import enlarge, panel_scale
+from maskgit_pl.pipeline.display import Recording
+from maskgit_pl.web.answers import answer, explain, pace
 from maskgit_pl.web.form import MODEL, add_class, add_results, add_seed, add_settings, class_choices, show_results
-from maskgit_pl.web.markup import figure, figures, frame_figures, message
-from maskgit_pl.web.recording import Playback
+from maskgit_pl.web.frames import draw_frame
+from maskgit_pl.web.markup import figure, figures, frame_figures, legend, message
 from maskgit_pl.web.regions import EditRegion, canvas_picture, read_upload
 from maskgit_pl.web.settings import FormSettings, PageRequest
 from maskgit_pl.web.studio import Made, Studio
@@ -20,8 +23,10 @@ from maskgit_pl.web.studio import Made, Studio
 __all__ = ["add_edit_tab", "add_panorama_tab"]
 
 _TASKS = [("Fill in (inpaint)", "inpaint"), ("Change class", "edit"), ("Extend (outpaint)", "outpaint")]
+_WINDOWS = 8  # of a canvas, about: for the pace of the steps
+_HEIGHT = 336  # pixels: twice the smallest height of a panorama on the page
 _SIDES = ("left", "right", "up", "down")
-_BRUSH = "#e65a14"
+_BRUSH = "#009e73"  # REQUESTED of imaging/layout.py
 _PREVIEW: dict[str, Any] = {
     "show_progress": "hidden",
     "trigger_mode": "always_last",
@@ -63,7 +68,7 @@ def add_edit_tab(studio: Studio, tab: Any, generated: Any) -> None:
         with gr.Column(min_width=300):
             variants = gr.Slider(1, 8, 4, step=1, precision=0, label="Results")
     fields = add_settings(studio, is_open=False)
-    button = gr.Button("Edit", variant="primary")
+    button, stop = _add_buttons("Edit")
     shown = _add_edited()
 
     def show_mask(canvas: dict[str, Any], pixels: Tensor | None, box: str, dilation: int, task: str) -> str:
@@ -83,7 +88,9 @@ def add_edit_tab(studio: Studio, tab: Any, generated: Any) -> None:
     gr.on(triggers, show_mask, [editor, source, box, dilation, task], preview, **_PREVIEW)
     task.change(choose, task, [*sides, dilation], **_PREVIEW)
     inputs = [editor, source, box, task, label, seed, variants, dilation, *sides, *fields]
-    button.click(answer(_editing(studio)), inputs, list(shown.values()), show_progress_on=shown["pictures"], **MODEL)
+    run = answer(_editing(studio))
+    event = button.click(run, inputs, list(shown.values()), show_progress_on=shown["pictures"], **MODEL)
+    stop.click(None, cancels=[event], api_visibility="private")
 
 
 def add_panorama_tab(studio: Studio) -> None:
@@ -99,20 +106,35 @@ def add_panorama_tab(studio: Studio) -> None:
             down = gr.Slider(height, 2 * height, height, step=factor, precision=0, label="Height in pixels")
             overlap = gr.Slider(0.1, 0.9, 0.5, step=0.05, label="Overlap of the windows")
     fields = add_settings(studio, is_open=False)
-    button = gr.Button("Generate the panorama", variant="primary")
+    button, stop = _add_buttons("Generate the panorama")
     shown = _add_edited()
 
     @answer
-    def make(label: int, seed: int, width: int, height: int, overlap: float, *values: Any) -> list[Any]:
+    def make(label: int, seed: int, width: int, height: int, overlap: float, *values: Any) -> Iterator[list[Any]]:
         request = PageRequest(label, seed, FormSettings(*values))
         size = {"width": width, "height": height, "overlap": overlap}
-        made = studio.panorama(size, request, on_step=_progress("panorama"))
-        text = f"{width} x {height} pixels, seed {seed}"
-        picture = figure(to_pil(made.images[0]), alt=f"Panorama, {text}", caption=text, kind="wide")
-        return _edited(made, figures([picture], title="Panorama"))
+
+        def show(made: Made) -> str:
+            text = f"{width} x {height} pixels"
+            picture = figure(
+                enlarge(made.images[0], panel_scale(made.images[0], _HEIGHT)),
+                alt=f"Panorama, {text}, seed {seed}", caption=f"{made.recording.title}, {text}", kind="wide",
+            )  # fmt: skip
+            return figures([picture], title="Panorama")
+
+        yield from _live(studio.panorama(size, request), show, num_steps=_WINDOWS * request.form.num_steps)
 
     inputs = [label, seed, across, down, overlap, *fields]
-    button.click(make, inputs, list(shown.values()), show_progress_on=shown["pictures"], **MODEL)
+    event = button.click(make, inputs, list(shown.values()), show_progress_on=shown["pictures"], **MODEL)
+    stop.click(None, cancels=[event], api_visibility="private")
+
+
+def _add_buttons(name: str) -> tuple[Any, Any]:
+    """Adds the button that starts a run, and the one that stops it."""
+    import gradio as gr
+
+    with gr.Row():
+        return gr.Button(name, variant="primary", min_width=120, scale=4), gr.Button("Stop", min_width=80, scale=1)
 
 
 def _add_editor(studio: Studio) -> Any:
@@ -161,8 +183,8 @@ def _add_edited() -> dict[str, Any]:
     box, files, lines = add_results()
 
     @answer
-    def scrub(found: Playback | None, number: int) -> Any:
-        return gr.skip() if found is None else frame_figures(found.frame(number))
+    def scrub(found: Recording | None, number: int) -> Any:
+        return gr.skip() if found is None else frame_figures(draw_frame(found, number))
 
     scrubber.input(scrub, [recording, scrubber], steps, **_PREVIEW)
     return {
@@ -171,36 +193,54 @@ def _add_edited() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _edited(made: Made, pictures: str) -> list[Any]:
-    """Returns the values of ``_add_edited``."""
+def _live(run: Iterator[Recording | Made], show: Callable[[Made], str], *, num_steps: int) -> Iterator[list[Any]]:
+    """Yields the values of ``_add_edited`` for each step of the first result, and for the results.
+
+    Args:
+        run: A task of the studio.
+        num_steps: Number of decoding steps, about.
+        show: Function that returns the pictures of the results.
+    """
     import gradio as gr
 
-    count = len(made.recording.steps)
-    steps = frame_figures(made.recording.frame(count))
-    scrubber = gr.Slider(maximum=max(2, count), value=count)
-    return [pictures, gr.Accordion(visible=True), made.recording, steps, scrubber, *show_results(made)]
+    hidden = gr.Accordion(visible=False), gr.Column(visible=False)  # of an earlier run
+    for found in pace(run, num_steps=num_steps):
+        if isinstance(found, Made):
+            count = len(found.recording.steps)
+            steps = frame_figures(draw_frame(found.recording, count))
+            scrubber = gr.Slider(maximum=max(2, count), value=count)
+            yield [show(found), gr.Accordion(visible=True), found.recording, steps, scrubber, *show_results(found)]
+        else:
+            picture = frame_figures(draw_frame(found, len(found.steps)))
+            yield [picture, hidden[0], found, gr.skip(), gr.skip(), hidden[1], gr.skip(), gr.skip()]
 
 
 def _editing(studio: Studio) -> Any:
     """Returns the handler of the button that edits."""
 
-    def edit(canvas: Any, pixels: Tensor | None, box: str, task: str, label: int | None, *rest: Any) -> list[Any]:
+    def edit(
+        canvas: Any, pixels: Tensor | None, box: str, task: str, label: int | None, *rest: Any
+    ) -> Iterator[list[Any]]:
         seed, variants, dilation, left, right, up, down, *values = rest
         if pixels is None:
             raise ValueError("image must be given; upload one, or use the generated one")
         request = PageRequest(label, seed, FormSettings(*values), variants, dilation)
         if task == "outpaint":
-            sides = dict(zip(_SIDES, (left, right, up, down), strict=True))
-            made = studio.outpaint(pixels, sides, request, on_step=_progress("outpainting"))
+            run = studio.outpaint(pixels, dict(zip(_SIDES, (left, right, up, down), strict=True)), request)
         else:
             region = EditRegion(pixels, _layers(canvas), box=box, dilation=dilation, outline=studio.pipe.outline)
-            made = studio.edit(pixels, region, task, request, on_step=_progress("editing"))  # type: ignore[arg-type]  # a choice
-        results = [
-            figure(to_pil(image), alt=f"Result with seed {seed + n}", caption=f"seed {seed + n}")
-            for n, image in enumerate(made.images)
-        ]
+            run = studio.edit(pixels, region, task, request)  # type: ignore[arg-type]  # a choice
         original = figure(to_pil(pixels), alt="The image before the edit", caption="before")
-        return _edited(made, figures([original, *results], title="Results"))
+
+        def show(made: Made) -> str:
+            results = [
+                figure(to_pil(image), alt=f"Result with seed {seed + n}", caption=f"seed {seed + n}")
+                for n, image in enumerate(made.images)
+            ]
+            return figures([original, *results], title="Results")
+
+        windows = _WINDOWS if task == "outpaint" else 1
+        yield from _live(run, show, num_steps=windows * request.form.num_steps)
 
     return edit
 
@@ -220,7 +260,8 @@ def _preview(
         region = EditRegion(pixels, layers, box=box, dilation=dilation, outline=studio.pipe.outline)
     except Exception as error:  # shown in place of the picture
         return message(explain(error))
-    return figure(region.picture(), alt=f"Token mask. {region.describe()}", caption=region.describe(), kind="mask")
+    picture = figure(region.picture(), alt=f"Token mask. {region.describe()}", caption=region.describe(), kind="mask")
+    return picture.replace("</figcaption>", f"</figcaption>{legend(['requested', 'again'])}")
 
 
 def _layers(canvas: dict[str, Any] | None) -> list[Any]:
@@ -232,23 +273,9 @@ def _fill(pixels: Tensor) -> list[Any]:
     return [{"background": canvas_picture(pixels), "layers": [], "composite": None}, pixels]
 
 
-def _image_of(studio: Studio, recording: Playback | None) -> Tensor:
+def _image_of(studio: Studio, recording: Recording | None) -> Tensor:
     """Returns the image of a recording; without one, an image of the first class."""
     if recording is None:
         own = FormSettings.of(studio.pipe.decoding)
         *_, recording = studio.decode(PageRequest(0, 0, own))
-    return recording.images[-1][0]
-
-
-def _progress(title: str) -> Any:
-    """Returns a function that counts decoding steps in the progress of the page."""
-    import gradio as gr
-
-    progress, count = gr.Progress(), 0
-
-    def advance(_: object) -> None:
-        nonlocal count
-        count += 1
-        progress((count, None), desc=title, unit="steps")
-
-    return advance
+    return recording.images_at(len(recording.steps) - 1)[0]

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from itertools import zip_longest
 from typing import Any
 
+from maskgit_pl.pipeline.display import Recording
 from maskgit_pl.web.answers import answer, pace
 from maskgit_pl.web.form import MODEL, add_class, add_results, add_schedule_plot, add_seed, add_settings, show_results
+from maskgit_pl.web.frames import draw_frame
 from maskgit_pl.web.markup import frame_figures, message
-from maskgit_pl.web.recording import Playback
 from maskgit_pl.web.settings import FormSettings, PageRequest
 from maskgit_pl.web.studio import Studio
 
@@ -92,7 +93,7 @@ def add_compare_tab(studio: Studio, page: Any) -> None:
     def compare(label: int, seed: int, *values: Any) -> Iterator[list[Any]]:
         forms = FormSettings(*values[:_FIELDS]), FormSettings(*values[_FIELDS:])
         runs = [studio.decode(PageRequest(label, seed, form)) for form in forms]
-        found: list[Playback] = []
+        found: list[Recording] = []
         num_steps = max(form.num_steps for form in forms)
         # The shorter run keeps its last step.
         for pair in pace(zip_longest(*runs), num_steps=num_steps):
@@ -100,13 +101,10 @@ def add_compare_tab(studio: Studio, page: Any) -> None:
             yield [*_show_pair(found, num_steps), *found, _agreement(*found)]
 
     @answer
-    def scrub(first: Playback | None, second: Playback | None, number: int) -> list[Any]:
+    def scrub(first: Recording | None, second: Recording | None, number: int) -> list[Any]:
         if first is None or second is None:
             return [gr.skip(), gr.skip()]
-        return [
-            frame_figures(each.frame(number), title=f"{side}. ")
-            for side, each in zip("AB", (first, second), strict=True)
-        ]
+        return _pair([first, second], number)
 
     outputs = [*pictures, scrubber, *recordings, agreement]
     event = button.click(compare, [label, seed, *fields[0], *fields[1]], outputs, show_progress_on=pictures, **MODEL)
@@ -114,28 +112,34 @@ def add_compare_tab(studio: Studio, page: Any) -> None:
     scrubber.input(scrub, [*recordings, scrubber], pictures, **_SCRUB)
 
 
-def _show(found: Playback) -> list[Any]:
+def _show(found: Recording) -> list[Any]:
     """Returns the pictures of the last step, and the scrubber at that step."""
     import gradio as gr
 
     number = len(found.steps)
-    return [frame_figures(found.frame(number)), gr.Slider(maximum=max(2, found.num_steps), value=number)]
+    return [frame_figures(draw_frame(found, number)), gr.Slider(maximum=max(2, found.decoding.num_steps), value=number)]
 
 
-def _show_pair(found: list[Playback], num_steps: int) -> list[Any]:
+def _show_pair(found: list[Recording], num_steps: int) -> list[Any]:
     import gradio as gr
 
     number = max(len(each.steps) for each in found)
-    pictures = [frame_figures(each.frame(number), title=f"{side}. ") for side, each in zip("AB", found, strict=True)]
+    pictures = [
+        frame_figures(draw_frame(each, number), title=f"{side}. ") for side, each in zip("AB", found, strict=True)
+    ]
     return [*pictures, gr.Slider(maximum=max(2, num_steps), value=number)]
 
 
-def _scrub(recording: Playback | None, number: int) -> Any:
+def _pair(found: list[Recording], number: int) -> list[str]:
+    return [frame_figures(draw_frame(each, number), title=f"{side}. ") for side, each in zip("AB", found, strict=True)]
+
+
+def _scrub(recording: Recording | None, number: int) -> Any:
     import gradio as gr
 
-    return gr.skip() if recording is None else frame_figures(recording.frame(number))
+    return gr.skip() if recording is None else frame_figures(draw_frame(recording, number))
 
 
-def _agreement(first: Playback, second: Playback) -> str:
+def _agreement(first: Recording, second: Recording) -> str:
     same = (first.steps[-1].tokens == second.steps[-1].tokens).sum()
     return message(f"{int(same)} of {first.steps[-1].tokens.numel()} tokens are the same in A and B.")

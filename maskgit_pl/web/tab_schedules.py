@@ -7,13 +7,14 @@ from functools import cache
 from typing import Any
 
 from maskgit_pl.evaluation.reports.schedule_figures import draw_schedules
-from maskgit_pl.imaging import select_steps, to_pil
+from maskgit_pl.imaging import select_steps
+from maskgit_pl.pipeline.display import Recording
 from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.web.answers import answer, explain
 from maskgit_pl.web.form import MODEL, PLOTS, add_class, add_seed
+from maskgit_pl.web.frames import draw_frame
 from maskgit_pl.web.markup import counts_table, figure, message, plot, schedule_heading, strip
 from maskgit_pl.web.plots import kept_by_schedule
-from maskgit_pl.web.recording import Playback
 from maskgit_pl.web.settings import FormSettings, PageRequest
 from maskgit_pl.web.studio import Studio
 
@@ -65,13 +66,11 @@ def _curves(num_tokens: int) -> str:
     return plot(picture, alt=alt, kind="image/png")
 
 
-def _row(name: str, recording: Playback) -> str:
+def _row(name: str, recording: Recording) -> str:
     """Returns the heading of a schedule, and its decoding as a strip of at most 12 steps."""
     tiles = []
-    for step in select_steps(recording.steps, "filmstrip"):
-        frame = recording.frame(recording.steps.index(step) + 1)
-        tiles.append(
-            figure(frame.tokens, alt=f"{name}. {frame.caption}", caption=f"step {step.step + 1}", kind="thumb")
-        )
-    last = figure(to_pil(recording.images[-1][0]), alt=f"{name}. The image", caption="image", kind="thumb")
+    for place in select_steps(len(recording.steps), "filmstrip"):
+        frame = draw_frame(recording, place + 1)
+        tiles.append(figure(frame.tokens, alt=f"{name}. {frame.caption}", caption=f"step {place + 1}", kind="thumb"))
+    last = figure(recording.images[0], alt=f"{name}. The image", caption="image", kind="thumb")
     return schedule_heading(name, mask_schedules.summary(name)) + strip([*tiles, last], label=f"Decoding with {name}")

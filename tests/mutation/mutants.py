@@ -429,7 +429,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "pipeline/test_display",
         ("for image in self}) > 1:", "for image in self}) > 9:"),
         ("columns=min(_COLUMNS, len(images))", "columns=len(images)"),
-        ("self.decode(self.steps[-1].tokens)", "self.decode(self.steps[0].tokens)"),
+        ("in self.images_at(len(self.steps) - 1))", "in self.images_at(0))"),
+        ("if number not in self._decoded:", "if True:"),
     ),
     *_of(
         "pipeline/acceptance.py",
@@ -737,6 +738,13 @@ MUTANTS: tuple[Mutant, ...] = (
         ("self._waited += self._read_clock()", "self._waited = self._read_clock()"),
         ("* steps / seconds / trainer.world_size", "* steps / seconds"),
         ("        self._last = time.perf_counter()\n\n    def _restart", "        pass\n\n    def _restart"),
+    ),
+    *_of(
+        "imaging/decoding_figures.py",
+        "imaging/test_decoding_figures",
+        ("after.step <= before.step", "after.step < before.step - 9"),
+        ("step.confidence * (step.was_masked & ~hidden)", "step.confidence"),
+        ("if width >= _WIDE * height:", "if False:"),
     ),
     *_of(
         "imaging/pixels.py",
@@ -1235,5 +1243,6 @@ MUTANTS: tuple[Mutant, ...] = (
         "test_web",
         ("if len(self._folders) > _MAX_KEPT:", "if False:"),
         ("height * width > _MAX_CANVAS *", "height > _MAX_CANVAS *"),
+        ("StepRecorder(max_images=1)", "StepRecorder()"),
     ),
 )

@@ -1,7 +1,7 @@
 """Pictures of objects in notebooks: a sheet of images, the animation of a decoding, the curve of a schedule."""
 
 from base64 import b64decode
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 
 import pytest
@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 
 from maskgit_pl import MaskGIT, mask_schedules
-from maskgit_pl.pipeline.display import ImageList
+from maskgit_pl.decoding import DecodingConfig, DecodingStep
+from maskgit_pl.pipeline.display import ImageList, Recording, describe_settings
 from maskgit_pl.schedules import MaskSchedule
+from tests.imaging.decoding_steps import STEPS, random_images
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,54 @@ def test_a_recording_has_the_steps_and_the_images_of_generate(pipe, tmp_path):
         ValueError, match=r"path must end with \.gif \(animation\) or \.png \(filmstrip\), got 'x\.jpg'"
     ):
         made.save("x.jpg")
+
+
+def recording(steps: list[DecodingStep], decoded: list[int]) -> Recording:
+    """Returns a recording of two images that notes how many images it decodes."""
+
+    def decode(tokens: torch.Tensor) -> torch.Tensor:
+        decoded.append(len(tokens))
+        return random_images(len(tokens))
+
+    return Recording(steps, decode, (4, 4), DecodingConfig(num_steps=len(steps)), ["Bag", "Coat"], [3, 4])
+
+
+def test_a_recording_becomes_an_animation_and_a_filmstrip_and_decodes_each_step_once(tmp_path):
+    decoded: list[int] = []
+    made = recording(STEPS, decoded)
+    made.save(tmp_path / "new" / "decoding.gif")
+    made.save(tmp_path / "strip.png")
+    assert decoded == [2, 2]
+    with Image.open(tmp_path / "new" / "decoding.gif") as animation:
+        assert animation.n_frames == 2
+        assert animation.info["duration"] == 600
+    with Image.open(tmp_path / "strip.png") as page:
+        assert page.width > 2 * 168
+    assert made.title == "Bag, seed 3: 2 steps, token selector confidence"
+
+
+def test_of_many_steps_a_filmstrip_shows_and_decodes_twelve(tmp_path):
+    decoded: list[int] = []
+    recording([replace(STEPS[0], step=number) for number in range(30)], decoded).save(tmp_path / "strip.png")
+    assert len(decoded) == 12
+    with Image.open(tmp_path / "strip.png") as page:
+        assert 12 * 168 < page.width < 13 * 172 + 100
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "8 steps, token selector confidence"),
+        ({"num_steps": 1, "token_selector": "halton"}, "1 step, token selector halton"),
+        (
+            {"token_selector": {"name": "remdm", "strategy": "loop", "eta": 0.30}},
+            "8 steps, token selector remdm (strategy loop, eta 0.3)",
+        ),
+        ({"num_steps": 49, "token_selector": None}, "49 steps, one token each, in raster order"),
+    ],
+)
+def test_settings_are_said_in_a_line(settings, said):
+    assert describe_settings(DecodingConfig(**settings)) == said
 
 
 def test_no_class_is_named_in_a_recording(pipe):

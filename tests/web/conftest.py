@@ -8,8 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,10 +44,32 @@ class Server:
         """Returns the files in its home, its temporary folder and its working directory."""
         return sorted(str(path.relative_to(self.place)) for path in self.place.rglob("*") if path.is_file())
 
-    def stop(self) -> int:
-        """Ends it with SIGTERM, and returns its exit code."""
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(SECONDS)
+    def cpu_seconds(self) -> float:
+        """Returns the CPU time of the process so far: other work on the machine does not count."""
+        ticks = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+
+    def wait_until_idle(self) -> None:
+        """Waits until no thread computes, or waits for a CPU that other processes use."""
+        samples: deque[bool] = deque([True] * 30, maxlen=30)  # 1.5 s
+        end = time.monotonic() + SECONDS
+        while sum(samples) > len(samples) // 2:  # gradio itself wakes up now and then
+            assert time.monotonic() < end, "the server never became idle"
+            samples.append(self._is_running())
+            time.sleep(0.05)
+
+    def _is_running(self) -> bool:
+        states = []
+        for task in Path(f"/proc/{self.process.pid}/task").iterdir():
+            with suppress(FileNotFoundError, ProcessLookupError):  # a thread that just ended
+                states.append((task / "stat").read_text().rpartition(")")[2].split()[0])
+        return "R" in states
+
+    def stop(self, number: int = signal.SIGTERM) -> tuple[int, str]:
+        """Ends it with a signal, and returns its exit code and what it printed since the address of the page."""
+        self.process.send_signal(number)
+        said, _ = self.process.communicate(timeout=SECONDS)
+        return self.process.returncode, said
 
 
 def free_port() -> int:
@@ -55,8 +79,13 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(place: Path) -> Iterator[Server]:
-    """Starts ``maskgit web``, waits until it says where the page is, and ends it after the block."""
+def starting(place: Path, *, is_background: bool = False) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
+    """Starts ``maskgit web``, and ends it after the block.
+
+    Args:
+        place: Folder for ``Server.place``.
+        is_background: True ignores Ctrl-C when the process starts, as a shell does for a job in the background.
+    """
     for name in ("home", "tmp", "here"):
         (place / name).mkdir(parents=True)
     environment = {
@@ -70,17 +99,34 @@ def running(place: Path) -> Iterator[Server]:
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
     command = [sys.executable, "-u", "-m", "maskgit_pl", "web", "--port", str(free_port()), "--device", "cpu"]
+    handler = signal.SIG_IGN if is_background else signal.SIG_DFL
     process = subprocess.Popen(
-        command, cwd=place / "here", env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert process.stdout is not None
+        command, cwd=place / "here", env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, handler),
+    )  # fmt: skip
     with process:
-        said = list(takewhile_shown(process.stdout))
         try:
-            assert " shows " in said[-1], "".join(said)
-            yield Server(place, process, said[-1].split()[0])
+            yield place, process
         finally:
-            process.terminate()
+            process.kill()
+
+
+@contextmanager
+def running(place: Path, *, is_background: bool = False) -> Iterator[Server]:
+    """Starts ``maskgit web``, waits until it says where the page is, and ends it after the block. See ``starting``."""
+    with starting(place, is_background=is_background) as (_, process):
+        assert process.stdout is not None
+        said = list(takewhile_shown(process.stdout))
+        assert " shows " in said[-1], "".join(said)
+        yield Server(place, process, said[-1].split()[0])
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Waits until a condition holds."""
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end, "the condition never held"
+        time.sleep(0.01)
 
 
 def takewhile_shown(lines: Iterable[str]) -> Iterator[str]:
