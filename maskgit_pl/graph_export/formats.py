@@ -1,9 +1,10 @@
 """The two formats of exported graphs: writes a graph to a file, and loads the file as a function.
 
-``onnx``: ``torch.onnx.export`` with the exporter on top of ``torch.export``; ONNX Runtime loads it. Weights over 1 GB
-are in a second file, because a protobuf holds at most 2 GB. ``pt2``: ``torch.export.save``; ``torch.export.load`` loads
-it. A ``.pt2`` file of somebody else can hold pickles, which run code when they are loaded. Those written here hold none,
-and only files that were just written are loaded here.
+``onnx``: ``torch.onnx.export`` of a ``torch.export`` program, for ONNX Runtime. Weights over 1 GB are in a second file,
+because a protobuf holds at most 2 GB.
+
+``pt2``: ``torch.export.save``, for ``torch.export.load``. A file of somebody else can hold pickles, which run code when
+they are loaded. Those written here hold none, and only files that were just written are loaded here.
 """
 
 from __future__ import annotations

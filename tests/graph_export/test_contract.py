@@ -106,6 +106,6 @@ def test_what_cannot_be_traced_is_refused_by_name(tmp_path):
         return {"tokens": torch.randint(9, (batch, 4), generator=chance), "labels": torch.zeros(batch)}
 
     graph = Graph("transformer", "backbone 'mine'", OnTheHost(), "logits", draw, 1e-3)
-    with pytest.raises(ValueError, match="backbone 'mine' cannot be exported as pt2: .*data-dependent"):
+    with pytest.raises(ValueError, match=r"backbone 'mine' cannot be exported as pt2: .*data-dependent"):
         write_graph(graph, tmp_path / "mine.pt2", "pt2")
     assert list(tmp_path.iterdir()) == []
