@@ -1,12 +1,13 @@
 """``maskgit push``: uploads a pretrained folder with its model card to the Hugging Face Hub.
 
-Everything on this machine is checked before the Hub is asked, and everything on the Hub before a file is sent. The files
-are sent in one commit.
+Everything on this machine is checked before the Hub is asked, and everything on the Hub before a file is sent. All
+files are sent in one commit.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -189,9 +190,11 @@ def _list_files(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _check_text(file: Path) -> None:
-    """Checks that a file can be read as text and holds no access token."""
-    import os
+    """Checks that a file can be read as text and holds no access token.
 
+    Raises:
+        ValueError: if not.
+    """
     descriptor = open_regular(file)
     with os.fdopen(descriptor, "rb") as stream:
         content = stream.read()
@@ -262,7 +265,7 @@ def _with_license(card: str, name: str | None, folder: Path) -> str:
         raise ValueError(f"{folder / _CARD}: the YAML metadata is wrong: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("license"), str):
         raise ValueError(
-            f"{folder / _CARD} must name the license of the weights; add it with --license, such as --license apache-2.0"
+            f"{folder / _CARD} must name the license of the weights; add it with --license, such as --license mit"
         )
     return f"---\n{header}---\n{card[found.end() :]}"
 
@@ -277,8 +280,8 @@ def _check_owner(hub_id: str, account: dict[str, Any]) -> None:
     names = [own, *(str(each.get("name")) for each in account.get("orgs") or () if isinstance(each, dict))]
     if owner not in names:
         raise PushError(
-            f"hub {hub_id}: the owner must be the account of the token, {shorten(own)}, or one of its organizations, got "
-            f"{owner}; name another owner, or log in as {owner}"
+            f"hub {hub_id}: the owner must be the account of the token, {shorten(own)}, or one of its organizations, "
+            f"got {owner}; name another owner, or log in as {owner}"
         )
 
 

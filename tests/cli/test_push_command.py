@@ -103,31 +103,33 @@ def test_words_of_a_card_by_hand_are_kept(folder: Path, no_network, capsys):
     assert "# Mine\nBy hand.\\x1b[31m" in out
 
 
-def _damage(folder: Path, name: str) -> None:
-    if name == "another file":
-        (folder / "notes.txt").write_text("private")
-    elif name == "a link":
-        (folder / "LICENSE").symlink_to("/etc/passwd")
-    elif name == "a linked folder":
-        shutil.move(folder / "tokenizer", folder.parent / "elsewhere")
-        (folder / "tokenizer").symlink_to(folder.parent / "elsewhere")
-    elif name == "weights":
-        file = folder / "transformer" / "model.safetensors"
-        file.write_bytes(file.read_bytes()[:-4])
-    elif name == "a stage":
-        shutil.rmtree(folder / "transformer")
-    elif name == "a token":
-        (folder / "README.md").write_text((folder / "README.md").read_text() + SECRET)
-    elif name == "no header":
-        (folder / "README.md").write_text("# Mine\n")
-    elif name == "an alias":
-        (folder / "README.md").write_text("---\nlicense: mit\na: &a [1]\nb: *a\n---\n")
-    elif name == "not text":
-        (folder / "LICENSE").write_bytes(b"\xff\xfe")
-    elif name == "a negative model elsewhere":
-        other = save_tiny_pretrained(folder.parent / "other")
-        pipe = MaskGIT.from_pretrained(folder)
-        save_decoding(folder, pipe.decoding, negative_model=other / "transformer")
+def _link_the_tokenizer(folder: Path) -> None:
+    shutil.move(folder / "tokenizer", folder.parent / "elsewhere")
+    (folder / "tokenizer").symlink_to(folder.parent / "elsewhere")
+
+
+def _cut_the_weights(folder: Path) -> None:
+    file = folder / "transformer" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+
+
+def _name_a_negative_model(folder: Path) -> None:
+    other = save_tiny_pretrained(folder.parent / "other")
+    save_decoding(folder, MaskGIT.from_pretrained(folder).decoding, negative_model=other / "transformer")
+
+
+DAMAGE = {
+    "another file": lambda folder: (folder / "notes.txt").write_text("private"),
+    "a link": lambda folder: (folder / "LICENSE").symlink_to("/etc/passwd"),
+    "a linked folder": _link_the_tokenizer,
+    "weights": _cut_the_weights,
+    "a stage": lambda folder: shutil.rmtree(folder / "transformer"),
+    "a token": lambda folder: (folder / "LICENSE").write_text(f"token = {SECRET}"),
+    "no header": lambda folder: (folder / "README.md").write_text("# Mine\n"),
+    "an alias": lambda folder: (folder / "README.md").write_text("---\nlicense: mit\na: &a [1]\nb: *a\n---\n"),
+    "not text": lambda folder: (folder / "LICENSE").write_bytes(b"\xff\xfe"),
+    "a negative model elsewhere": _name_a_negative_model,
+}
 
 
 @pytest.mark.parametrize(
@@ -138,7 +140,7 @@ def _damage(folder: Path, name: str) -> None:
         ("a linked folder", "must hold no links, got 'tokenizer'"),
         ("weights", "model.safetensors"),
         ("a stage", "no transformer in"),
-        ("a token", "README.md must hold no access token of the Hub"),
+        ("a token", "LICENSE must hold no access token of the Hub"),
         ("no header", "README.md must begin with the YAML metadata of the Hub"),
         ("an alias", "the YAML metadata is wrong: line 3, column 4: aliases are not allowed"),
         ("not text", "LICENSE must be UTF-8 text"),
@@ -148,7 +150,7 @@ def _damage(folder: Path, name: str) -> None:
 def test_a_folder_that_must_not_be_shared_is_refused_before_the_hub_is_asked(
     folder: Path, hub: LocalHub, capsys, damage, wanted
 ):
-    _damage(folder, damage)
+    DAMAGE[damage](folder)
     assert main(["push", str(folder), "alice/tiny"]) == 2
     err = capsys.readouterr().err
     assert wanted in err
