@@ -28,6 +28,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument(
         "folder",
+        type=Path,
         metavar="RUN",
         help="run folder (runs/NAME); with --format onnx or pt2 also a pretrained folder, a model of the package or "
         "OWNER/NAME",
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) is not None:
             raise ValueError(
                 f"--{name} must be left out with --format {args.format}, which reads a pretrained folder; write one "
-                f"with `maskgit export RUN --{name} ...` first"
+                f"first, with --{name} and another --out"
             )
     if args.out is None:
         raise ValueError(f"--out must name the folder to write with --format {args.format}, such as --out exported")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,7 +23,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog="Example: maskgit push runs/fashion-mnist-adaln alice/maskgit-fashion --license apache-2.0 --dry-run",
     )
     parser.add_argument(
-        "folder", metavar="FOLDER", help="run, pretrained folder, or model of the package, such as fashion-mnist-demo"
+        "folder",
+        type=Path,
+        metavar="FOLDER",
+        help="run, pretrained folder, or model of the package, such as fashion-mnist-demo",
     )
     parser.add_argument("repository", metavar="OWNER/NAME", help="repository, created if it does not exist")
     parser.add_argument(
@@ -58,6 +62,6 @@ def _show(plan: Push, *, private: bool) -> None:
     print(f"{plan.hub_id} ({visibility}): {len(plan.files)} files, {total}; nothing is uploaded (--dry-run)\n")
     rows = [{"file": each.path, "bytes": each.num_bytes, "sha256": each.sha256} for each in plan.files]
     print_rows(rows, as_json=False)
-    print("\nREADME.md:\n")
+    print()
     for line in plan.card.splitlines():  # may be of somebody else: no control characters
         print(printable(line, limit=None))
