@@ -1,6 +1,7 @@
 """The decoding loop of docs/export.md: no torch, no maskgit_pl, and the same tokens as ours with the same noise."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +16,11 @@ from maskgit_pl.decoding.decoder import ParallelDecoder
 from maskgit_pl.decoding.predictors import ConditionalModel, build_class_predictor
 from maskgit_pl.decoding.sampling import CodeSampling
 from maskgit_pl.decoding.selectors import token_selectors
-from maskgit_pl.graph_export import export_graphs
+from maskgit_pl.graph_export import export_graphs, formats
 from maskgit_pl.schedules import mask_schedules
 from tests.test_page_code import RUN
 
-pytest.importorskip("onnxruntime")
+onnxruntime = pytest.importorskip("onnxruntime")
 pytestmark = pytest.mark.slow
 
 ALONE = "import sys\nsys.modules.update({'torch': None, 'maskgit_pl': None})\n"  # importing them is an error
@@ -96,3 +97,26 @@ def test_the_picture_shows_the_tokens(made):
     assert picture.shape == (4 * 28, 10 * 28)
     shown = picture.reshape(4, 28, 10, 28).transpose(2, 0, 1, 3).reshape(-1, 28, 28)
     assert np.abs(shown.astype(int) - images[:, 0].numpy()).max() <= 1  # rounding of the last digit
+
+
+def test_large_weights_are_in_a_second_file_that_moves_with_the_folder(tiny_pretrained, tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "_MOST_IN_ONE_FILE", 0)
+    content = export_graphs(tiny_pretrained, tmp_path / "out")
+    names = {"transformer.onnx", "transformer.onnx.data"}
+    assert {*content["graphs"]["transformer"]["files"]} == names
+    assert names <= {file.name for file in (tmp_path / "out").iterdir()}
+    moved = shutil.move(tmp_path / "out", tmp_path / "moved")
+    session = onnxruntime.InferenceSession(moved / "transformer.onnx")
+    tokens, labels = np.zeros((1, 16), np.int64), np.zeros(1, np.int64)
+    pipe = MaskGIT.from_pretrained(tiny_pretrained)
+    with torch.no_grad():
+        expected = pipe.transformer.network(torch.from_numpy(tokens), torch.from_numpy(labels))
+    (found,) = session.run(None, {"tokens": tokens, "labels": labels})
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
+
+
+def test_the_files_name_no_place_of_this_machine(made):
+    for file in (made / "exported").glob("*.onnx"):
+        content = file.read_bytes()
+        assert b"site-packages" not in content
+        assert str(Path(formats.__file__).parents[2]).encode() not in content
