@@ -308,9 +308,9 @@ def _check_repository(api: HfApi, hub_id: str) -> None:
 def _told_in_one_line(hub_id: str) -> Iterator[None]:
     """Turns the errors of the Hub and of the network into one line with a way out, without the token."""
     from huggingface_hub import get_token
-    from huggingface_hub.errors import (
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is of httpx or requests
         HfHubHTTPError,
-        HTTPError,  # type: ignore[attr-defined]  # of httpx or requests
+        HTTPError,
         LocalTokenNotFoundError,
     )
 
