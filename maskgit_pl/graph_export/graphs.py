@@ -118,7 +118,7 @@ def graphs_of(tokenizer: PretrainedTokenizer, transformer: PretrainedTransformer
         return {"images": torch.rand(batch, *shape, generator=chance) * 255}
 
     return [
-        Graph("tokenizer-decoder", f"quantizer {spec!r}", _TokenDecoder(tokenizer).eval(), "images", draw_tokens, 0.05),
+        Graph("tokenizer-decoder", f"quantizer {spec!r}", _TokenDecoder(tokenizer).eval(), "images", draw_tokens, 0.25),
         Graph(
             "tokenizer-encoder",
             f"encoder of quantizer {spec!r}",
