@@ -58,6 +58,7 @@ FLOORS = {  # a file or a folder -> its floor; a folder's files stand on its flo
     "autoregressive": 6,
     "pipeline": 7,
     "importers": 7,
+    "graph_export": 8,
     "runs": 8,
     "evaluation": 9,  # it measures what the pipeline generates
     "web": 10,

@@ -23,10 +23,12 @@ BLOCK = re.compile(
     r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?^```python\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE
 )
 OPEN = 'from maskgit_pl import MaskGIT\npipe = MaskGIT.from_pretrained("runs/fashion-mnist-adaln")\n'
-BEFORE = {"docs/decoding/README.md": OPEN}  # what a page takes for granted
+EXPORT = 'from maskgit_pl.graph_export import export_graphs\nexport_graphs("fashion-mnist-demo", "exported")\n'
+BEFORE = {"docs/decoding/README.md": OPEN, "docs/export.md": EXPORT}  # what a page takes for granted
 FILES = {  # what the blocks of a page write
     "README.md": ["sneaker.png"],
     "docs/index.md": ["sneaker.png"],
+    "docs/export.md": ["generated.png"],
     "docs/generation.md": ["sneaker.png", "folder/config.json"],
     "docs/own-images.md": ["wanted.npy"],
     "docs/python.md": ["first.png", "my-model/transformer/model.safetensors"],
@@ -68,6 +70,8 @@ def test_every_block_is_run_or_says_why_not():
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page, blocks in RUN.items() if blocks])
 def test_the_blocks_of_a_page_run(page: str, folder: Path):
+    if page == "docs/export.md":
+        pytest.importorskip("onnxruntime")
     code = BEFORE.get(page, "") + "\n".join(RUN[page])
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(

@@ -27,7 +27,7 @@ from maskgit_pl.text import PrintableFormatter
 __all__ = ["build_parser", "main"]
 
 _MODULES = (  # in the order of the help; most have the name of their command
-    "demo", "models", "data", "doctor", "train", "slurm", "tokenize", "export", "sample", "inpaint", "outpaint",
+    "demo", "models", "data", "doctor", "train", "slurm", "tokenize", "export", "push", "sample", "inpaint", "outpaint",
     "panorama", "web", "evaluate", "evaluate_tokenizer", "inspect", "compare", "tune", "ablation", "paper",
     "train_classifier", "schedules", "recipes", "plugins", "env", "import_jax", "import_tokenizer",
     "import_transformer",

@@ -357,7 +357,8 @@ class AdaLNTransformer(Backbone):
         if self.config.has_class_token:
             parts.append(condition.unsqueeze(1))
         if self.register_embedding is not None:
-            parts.append(self.register_embedding.weight.expand(len(x), -1, -1))
+            # Not len(x), which would fix the batch size of an exported network.
+            parts.append(self.register_embedding.weight.expand(x.shape[0], -1, -1))
         return torch.cat(parts, dim=1)
 
     def _head(self, x: Tensor, condition: Tensor, vocabulary: Vocabulary, project: Project = F.linear) -> Tensor:

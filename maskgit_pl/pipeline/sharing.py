@@ -15,13 +15,14 @@ from typing import TypedDict, Unpack
 
 from maskgit_pl.pipeline.bundled import bundled_models
 
-__all__ = ["HubOptions", "check_hub_id", "find_folder", "find_transformer", "local_folder", "upload"]
+__all__ = ["FILES", "HubOptions", "check_hub_id", "find_folder", "find_transformer", "local_folder", "upload"]
 
 # Files that a pipeline needs. Other files of a repository may be large and are not downloaded.
 _READ = tuple(
     f"{stage}/{file}" for stage in ("tokenizer", "transformer") for file in ("config.json", "model.safetensors")
 )
-_FILES = (*_READ, "config.json", "decoding.json", "negative/config.json", "negative/model.safetensors")
+FILES = (*_READ, "config.json", "decoding.json", "negative/config.json", "negative/model.safetensors")
+"""The files of a pretrained folder, without card and license."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _OUR_FOLDERS = ("runs", "pretrained")  # a name in one of these folders is a path, even if it does not exist
 
@@ -145,7 +146,7 @@ def _fetch(hub_id: str, **hub: Unpack[HubOptions]) -> Path:
 
     advice = "or name a folder, such as runs/RUN/pretrained"
     try:
-        folder = snapshot_download(hub_id, **hub, allow_patterns=list(_FILES))
+        folder = snapshot_download(hub_id, **hub, allow_patterns=list(FILES))
     except LocalEntryNotFoundError as error:
         raise FileNotFoundError(
             f"hub {hub_id}: no such folder, not in the cache, and the Hub cannot be reached or is switched off; "
@@ -189,13 +190,13 @@ def upload(folder: Path, hub_id: str, *, private: bool | None, token: str | bool
         ConnectionError: if the Hub cannot be reached or refuses the upload.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the library that asks the Hub
 
     api = HfApi(token=token)
     try:
         address = api.create_repo(hub_id, private=private, exist_ok=True)
         api.upload_folder(repo_id=hub_id, folder_path=folder)
-    except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled) as error:
+    except (HTTPError, OSError) as error:  # also no token, no network, and a Hub that is switched off
         raise ConnectionError(
             f"hub {hub_id}: nothing was uploaded ({' '.join(str(error).split())}); log in with `hf auth login`, give "
             "token=, or share the folder that save_pretrained writes"

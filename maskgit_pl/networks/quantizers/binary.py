@@ -59,7 +59,8 @@ class BinaryQuantizer(Quantizer):
 
     def lookup(self, tokens: Tensor) -> Tensor:
         """Returns the codes of int64 tokens in [0, K) of any shape: (..., D) float32."""
-        bits = tokens.unsqueeze(-1) >> torch.arange(self.code_dim, device=tokens.device) & 1
+        # Not the operators << and >>, which ONNX exporters do not know.
+        bits = torch.bitwise_right_shift(tokens.unsqueeze(-1), torch.arange(self.code_dim, device=tokens.device)) & 1
         return self.scale * (2 * bits - 1).float()
 
     def forward(self, features: Tensor) -> QuantizerOutput:
@@ -72,7 +73,7 @@ class BinaryQuantizer(Quantizer):
         return quantizer_output(features, straight_through(rows, codes), tokens, loss)
 
     def _tokens(self, rows: Tensor) -> Tensor:
-        return ((rows > 0).long() << torch.arange(self.code_dim, device=rows.device)).sum(-1)
+        return torch.bitwise_left_shift((rows > 0).long(), torch.arange(self.code_dim, device=rows.device)).sum(-1)
 
     def _normalize(self, rows: Tensor) -> Tensor:
         """Returns the rows that are compared with the codes."""

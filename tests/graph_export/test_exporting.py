@@ -1,0 +1,161 @@
+"""``maskgit export --format``: what is written, what is compared, and what is left after an error."""
+
+import json
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from maskgit_pl import MaskGIT
+from maskgit_pl.cli import main
+from maskgit_pl.files import sha256_of
+from maskgit_pl.graph_export import export_graphs, exporting
+from maskgit_pl.graph_export.formats import NotExportableError
+from maskgit_pl.graph_export.graphs import Graph
+from maskgit_pl.pretrained import fingerprint
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "tiny"
+    export_graphs(tiny_pretrained, folder, kind="pt2")
+    return folder
+
+
+def test_three_graphs_and_a_description_are_written(exported: Path, tiny_pretrained: Path):
+    content = json.loads((exported / "export.json").read_text())
+    assert content["format"] == "maskgit_pl.graphs"
+    assert {*content["graphs"]} == {"tokenizer-decoder", "tokenizer-encoder", "transformer"}
+    listed = {name: each for graph in content["graphs"].values() for name, each in graph["files"].items()}
+    assert {*listed, "export.json"} == {file.name for file in exported.iterdir()}
+    for name, each in listed.items():
+        assert each == {"bytes": (exported / name).stat().st_size, "sha256": sha256_of(exported / name)}
+    assert content["source"] == {stage: fingerprint(tiny_pretrained / stage) for stage in ("tokenizer", "transformer")}
+    pipe = MaskGIT.from_pretrained(tiny_pretrained)
+    config = pipe.transformer.network.config
+    assert content["class_names"] == list(pipe.class_names)
+    assert (content["mask_token_id"], content["null_label"]) == (config.mask_token_id, config.null_label)
+    assert (content["num_tokens"], content["grid"], content["image_size"]) == (16, [4, 4], [8, 8])
+    assert content["decoding"]["num_steps"] == 4
+    assert content["mask_schedule"] == {"name": "pow", "exponent": 2.0}
+    # gamma = 1 - (t / 4)^2 of 16 tokens
+    assert content["steps"]["num_masked"] == [16, 15, 12, 7, 0]
+    assert content["steps"]["guidance_scale"] == pytest.approx([0, 1 / 3, 2 / 3, 1])
+
+
+def test_a_model_runs_from_its_files(exported: Path, tiny_pretrained: Path):
+    load = {name: torch.export.load(exported / f"{name}.pt2").module() for name in
+            ("tokenizer-decoder", "tokenizer-encoder", "transformer")}  # fmt: skip
+    pipe = MaskGIT.from_pretrained(tiny_pretrained)
+    images = torch.randint(256, (5, 1, 8, 8), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+    tokens = load["tokenizer-encoder"](images.float())
+    assert torch.equal(tokens, pipe.tokenizer.encode(images))
+    assert torch.equal(load["tokenizer-decoder"](tokens).round().to(torch.uint8), pipe.tokenizer.decode(tokens))
+    labels = torch.tensor([0, 1, 2, 3, 0])
+    with torch.no_grad():
+        expected = pipe.transformer.network(tokens, labels)
+    torch.testing.assert_close(load["transformer"](tokens, labels), expected)
+
+
+def test_the_files_hold_no_pickle_and_no_path(exported: Path):
+    for file in exported.glob("*.pt2"):
+        with zipfile.ZipFile(file) as archive:
+            content = {name: archive.read(name) for name in archive.namelist()}
+        assert not [name for name, each in content.items() if each and name.endswith(("pkl", "pt"))]
+        assert not [name for name, each in content.items() if b'"use_pickle": true' in each]
+        assert not [name for name, each in content.items() if b"site-packages" in each or b"graphs.py" in each]
+
+
+def test_an_earlier_export_is_replaced_only_when_asked_for(tiny_pretrained, exported, tmp_path, capsys):
+    before = {file: sha256_of(file) for file in exported.iterdir()}
+    words = ["export", str(tiny_pretrained), "--format=pt2"]
+    assert main([*words, f"--out={exported}"]) == 2
+    assert "has files; replace an earlier export with --replace" in capsys.readouterr().err
+    assert {file: sha256_of(file) for file in exported.iterdir()} == before
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert main([*words, f"--out={tmp_path}", "--replace"]) == 2
+    assert "--replace replaces only the folder of an earlier export" in capsys.readouterr().err
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("damage", ["value", "not a number", "shape"])
+def test_a_file_that_computes_something_else_leaves_nothing(tiny_pretrained, tmp_path, monkeypatch, damage):
+    load = exporting.load_graph
+
+    def load_damaged(graph: Graph, file: Path, kind: str):
+        call = load(graph, file, kind)
+        change = {
+            "value": lambda found: found + 0.3,
+            "not a number": lambda found: found * torch.nan,
+            "shape": lambda found: found[:, :1],
+        }[damage]
+        return lambda inputs: change(call(inputs))
+
+    monkeypatch.setattr(exporting, "load_graph", load_damaged)
+    wanted = "the output must be" if damage == "shape" else "tokenizer-decoder.pt2 must compute what quantizer"
+    with pytest.raises(ValueError, match=wanted):
+        export_graphs(tiny_pretrained, tmp_path / "out", kind="pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["--format=onnx"], "--out must name the folder to write with --format onnx"),
+        (["--format=pt2", "--out=x", "--step=3"], "--step must be left out with --format pt2"),
+        (["--format=pt2", "--out=x", "--stage=tokenizer"], "--stage must be left out with --format pt2"),
+    ],
+)
+def test_flags_of_another_format_are_refused(words, wanted, tiny_pretrained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", str(tiny_pretrained), *words]) == 2
+    assert wanted in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_is_not_there_and_a_missing_package_are_named(tiny_pretrained, tmp_path, monkeypatch, capsys):
+    assert main(["export", str(tmp_path / "nowhere"), "--format=pt2", f"--out={tmp_path / 'out'}"]) == 2
+    assert "nowhere: no such folder" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert main(["export", str(tiny_pretrained), "--format=onnx", f"--out={tmp_path / 'out'}"]) == 2
+    assert "onnxruntime is missing; install them with `pip install 'maskgit_pl[export]'`" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_weights_are_refused_before_anything_is_written(tmp_path, tiny_pretrained):
+    import shutil
+
+    copy = shutil.copytree(tiny_pretrained, tmp_path / "copy")
+    file = copy / "transformer" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        export_graphs(copy, tmp_path / "out", kind="pt2")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_an_autoregressive_model_is_exported(tiny_autoregressive, tmp_path):
+    content = export_graphs(tiny_autoregressive, tmp_path / "out", kind="pt2")
+    assert content["attention"] == "causal"
+    assert "num_masked" not in content["steps"]
+
+
+def test_an_encoder_that_cannot_be_exported_is_left_out_with_its_reason(tiny_pretrained, tmp_path, monkeypatch, caplog):
+    write = exporting.write_graph
+
+    def refuse(graph: Graph, file: Path, kind: str) -> None:
+        if graph.name == refused:
+            raise NotExportableError(f"{graph.part} cannot be exported as {kind}: it depends on data")
+        write(graph, file, kind)
+
+    monkeypatch.setattr(exporting, "write_graph", refuse)
+    refused = "tokenizer-encoder"
+    content = export_graphs(tiny_pretrained, tmp_path / "out", kind="pt2")
+    assert {*content["graphs"]} == {"tokenizer-decoder", "transformer"}
+    assert "tokenizer-encoder is left out: encoder of quantizer" in caplog.text
+    refused = "transformer"
+    with pytest.raises(NotExportableError, match="backbone 'bert' cannot be exported as pt2: it depends on data"):
+        export_graphs(tiny_pretrained, tmp_path / "second", kind="pt2")
+    assert [each.name for each in tmp_path.iterdir()] == ["out"]
