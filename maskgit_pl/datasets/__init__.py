@@ -7,11 +7,12 @@ from pathlib import Path
 
 from maskgit_pl.datasets.base import Dataset
 from maskgit_pl.datasets.blue_marble import BlueMarble
+from maskgit_pl.datasets.emoji import Emoji
 from maskgit_pl.datasets.fashion_mnist import FashionMNIST
 
 __all__ = ["DATASETS", "Dataset", "how_to_get"]
 
-DATASETS: dict[str, Dataset] = {each.name: each for each in (FashionMNIST(), BlueMarble())}
+DATASETS: dict[str, Dataset] = {each.name: each for each in (FashionMNIST(), BlueMarble(), Emoji())}
 """The data sets by name."""
 
 
