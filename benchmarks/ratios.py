@@ -38,8 +38,8 @@ class Ratio:
     """A ratio of the table.
 
     Args:
-        task: What was measured.
-        alternative: What ours is compared with.
+        task: The task, such as a training step of stage 1.
+        alternative: Implementation that ours is compared with.
         ratios: Our time divided by that of the alternative, of each round.
     """
 

@@ -90,7 +90,7 @@ def test_halton_masks_are_what_the_halton_selector_has_left():
             assert ((gaps != 1).sum() + int(known[0] != 0 or known[-1] != N - 1)) <= 1
     decoder = DecodingConfig(12, {"name": "halton", "seed": 5}).build_decoder(mask_schedules.build("cosine"))
     steps = decoder.steps(
-        lambda tokens, at, new: torch.zeros(*at.shape, 9), torch.full((1, N), 9), SeededNoise(torch.tensor([0]), N),
+        lambda tokens, at: torch.zeros(*at.shape, 9), torch.full((1, N), 9), SeededNoise(torch.tensor([0]), N),
         mask_token_id=9, grid=GRID,
     )  # fmt: skip
     step = next(steps)

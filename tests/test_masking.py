@@ -164,7 +164,7 @@ def test_one_schedule_object_serves_the_sampler_and_the_decoder():
     noise = SeededNoise(torch.arange(2), 16)
     masked = [
         int(step.was_masked.sum(1)[0])
-        for step in decoder.steps(lambda tokens, at, new: torch.zeros(*at.shape, 9), tokens, noise, mask_token_id=9)
+        for step in decoder.steps(lambda tokens, at: torch.zeros(*at.shape, 9), tokens, noise, mask_token_id=9)
     ]
     assert spy.asked == [(GLOBAL_BATCH, 16), (4, 16)]
     assert masked == [16, 12, 8, 4]

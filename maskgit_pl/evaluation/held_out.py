@@ -18,6 +18,7 @@ _ADVICE = (
 )
 _SOURCES = {  # kind of source in the data folder's record -> origin of its val split
     "idx": "the official test set of the IDX files",
+    "emoji": "pictures of the emoji that `maskgit data fetch` holds out",
     "blue marble": "tiles of the blocks that `maskgit data fetch` holds out",
     "image folder": f"those in val/ or test/ of the image folder if it has one, else about a tenth of all; {_ADVICE}",
     "parquet": "those of its validation or test files if it has them, else about a tenth of all",

@@ -25,6 +25,7 @@ from maskgit_pl.pipeline.options import (
     read_options,
 )
 from maskgit_pl.pipeline.requests import Edit, Request, rows_by_first_step
+from maskgit_pl.pretrained import PretrainedTokenizer
 from maskgit_pl.randomness import random_bits
 
 __all__ = ["Editor"]
@@ -225,7 +226,7 @@ class Editor(Generator):
         # 1. (H, W) pixels -> (R, C) canvas of tokens, unknown outside the image.
         mask = added.outside(*pixels.shape[-2:])
         unknown = editing.token_mask(mask, factor=factor, dilation=read.dilation or 0)
-        tokens = added.pad(self._encode_within(pixels, added), size=factor)
+        tokens = added.pad(_encode_within(self.tokenizer, pixels, added), size=factor)
         # 2. (n, C, H, W): the filled canvases as pixels.
         filled = yield from self._fill(request, tokens, unknown, overlap)
         # 3. The weight is 1 outside the image and 0 inside, with a blurred edge.
@@ -324,20 +325,21 @@ class Editor(Generator):
             filled.append(self.tokenizer.decode(canvas.tokens.flatten(1), grid=(unknown.shape[0], unknown.shape[1])))
         return torch.cat(filled)
 
-    def _encode_within(self, pixels: Tensor, added: Margins) -> Tensor:
-        """Encodes an image that will be extended: (C, H, W) uint8 -> tokens (h, w) int64 on the CPU.
 
-        The pixels at the border are repeated outwards before the image is encoded. Its border tokens then look like
-        tokens inside an image. Without this, pixels that are decoded next to them are too bright or too dark.
-        """
-        config = self.tokenizer.network.config
-        factor = config.downsampling_factor
-        # Half an image of repeated pixels, in whole tokens, is enough context on each side.
-        around = added.at_most(*(side // 2 // factor * factor for side in height_width(self.tokenizer.image_size)))
-        repeated = around.pad(pixels.float(), size=1, mode="replicate").to(pixels.dtype)
-        tokens = self.tokenizer.encode(repeated[None])
-        rows, columns = config.grid((repeated.shape[-2], repeated.shape[-1]))
-        grid = rearrange(tokens, "1 (h w) -> h w", h=rows)
-        # Keeps the tokens of the image itself.
-        left, right, up, down = (side // factor for side in around.sides)
-        return grid[up : rows - down, left : columns - right]
+def _encode_within(tokenizer: PretrainedTokenizer, pixels: Tensor, added: Margins) -> Tensor:
+    """Encodes an image that will be extended: (C, H, W) uint8 -> tokens (h, w) int64 on the CPU.
+
+    The pixels at the border are repeated outwards before the image is encoded. Its border tokens then look like
+    tokens inside an image. Without this, pixels that are decoded next to them are too bright or too dark.
+    """
+    config = tokenizer.network.config
+    factor = config.downsampling_factor
+    # Half an image of repeated pixels, in whole tokens, is enough context on each side.
+    around = added.at_most(*(side // 2 // factor * factor for side in height_width(tokenizer.image_size)))
+    repeated = around.pad(pixels.float(), size=1, mode="replicate").to(pixels.dtype)
+    tokens = tokenizer.encode(repeated[None])
+    rows, columns = config.grid((repeated.shape[-2], repeated.shape[-1]))
+    grid = rearrange(tokens, "1 (h w) -> h w", h=rows)
+    # Keeps the tokens of the image itself.
+    left, right, up, down = (side // factor for side in around.sides)
+    return grid[up : rows - down, left : columns - right]

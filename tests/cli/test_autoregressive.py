@@ -125,7 +125,6 @@ def test_it_samples_with_an_animation_in_time_and_a_filmstrip(call, tiny_autoreg
             ["sample", "--choice-temperature=2"],
             ("--token-selector must not be set for an autoregressive model", "'choice_temperature': 2.0"),
         ),
-        (["sample", "--context-cache=4"], ("--context-cache must not be set for an autoregressive model",)),
         (["panorama", "--classes=0", "--width=16"], ("panorama requires a model with bidirectional attention",)),
         (["compare"], ("compare requires a model with bidirectional attention", "choose another run")),
         (["tune"], ("tune requires a model with bidirectional attention",)),

@@ -107,7 +107,6 @@ def test_bad_input_is_refused_and_nothing_written(
         (["--choice-temperature", "inf"], "--choice-temperature must be a finite number in [0, inf), got inf"),
         (["--top-k", "0"], "--top-k must be >= 1, got 0"),
         (["--top-p", "1.5"], "--top-p must be a number in (0, 1], got 1.5"),
-        (["--context-cache", "0"], "--context-cache must be an integer in [1, 65536], got 0"),
         (["--seed", "-1"], "--seed must be an integer in [0, 2**32), got -1"),
         (["--token-selector", '{"name": "remdm"'], 'got {"name": "remdm" ('),
         (["--token-selector", '{"eta": 0.1}'], "must be a name or a JSON mapping such as"),
@@ -153,7 +152,7 @@ def test_each_flag_reaches_the_decoding(tiny_pretrained: Path, tmp_path: Path) -
         "--guidance-scale", "2", "--guidance", "cosine", "--choice-temperature", "1.5",
         "--token-selector", '{"name": "remdm", "eta": 0.1}', "--sampling-temperature", "1.2,0.7", "--top-k", "5",
         "--top-p", "0.9", "--tokens-per-step", "1,3,12", "--mask-schedule", '{"name": "pow", "exponent": 3}',
-        "--context-cache", "2", "--draw-method", "gumbel", "--decoding", str(file),
+        "--draw-method", "gumbel", "--decoding", str(file),
     ]  # fmt: skip
     assert read_decoding_flags(namespace(*words), outline) == DecodingConfig(
         3,
@@ -164,7 +163,6 @@ def test_each_flag_reaches_the_decoding(tiny_pretrained: Path, tmp_path: Path) -
         0.9,
         (1, 3, 12),
         {"name": "pow", "exponent": 3},
-        2,
         "gumbel",
     )
     assert read_decoding_flags(namespace("--decoding", file), outline) == DecodingConfig(3, "margin")
