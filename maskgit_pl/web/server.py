@@ -108,9 +108,6 @@ def _launch(pipe: MaskGIT, name: str, folder: Path, *, host: str, port: int) -> 
     """Starts the server of the page in threads, and returns its URL."""
     from PIL import Image
 
-    from maskgit_pl.web.quick_import import import_gradio
-
-    import_gradio()
     from maskgit_pl.web.page import STYLE, build_page
     from maskgit_pl.web.studio import Studio
 
