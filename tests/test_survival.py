@@ -529,9 +529,9 @@ def test_the_command_that_starts_its_ranks_itself_ends_with_the_code_of_the_run(
         ranks = [int(child) for child in children if "maskgit_pl" in Path(f"/proc/{child}/cmdline").read_text()]
         os.kill(process.pid if code == PREEMPTED else ranks[0], signal.SIGTERM if code == PREEMPTED else signal.SIGKILL)
         begun = time.monotonic()
-        assert process.wait(60) == code, log.read_text()[-3000:]
+        assert process.wait(90) == code, log.read_text()[-3000:]
     took = time.monotonic() - begun
-    assert took < 30
+    assert took < 60
     while Path(f"/proc/{ranks[0]}").exists() and time.monotonic() - begun < 30:
         time.sleep(0.05)
     assert not Path(f"/proc/{ranks[0]}").exists()
