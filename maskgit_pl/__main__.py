@@ -5,4 +5,8 @@ import sys
 from maskgit_pl.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    # Python kills a process of `python -m` at its end if Ctrl-C came within `exec` of a string, which dataclasses and
+    # many imports use, even when the error was caught. The next `exec` of a string clears that flag.
+    exec("")
+    sys.exit(code)

@@ -134,6 +134,21 @@ def test_ctrl_c_ends_a_command_with_one_line_and_130(capsys, monkeypatch):
     assert answer(capsys, "schedules") == (130, "", "maskgit schedules: interrupted\n")
 
 
+def test_ctrl_c_within_exec_of_a_string_ends_python_m_with_130(tmp_path: Path):
+    (tmp_path / "interrupted.py").write_text(
+        "import runpy\nfrom maskgit_pl.cli import schedules\n"
+        "schedules.run = lambda args: exec('raise KeyboardInterrupt')\n"
+        "runpy.run_module('maskgit_pl', run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "interrupted", "schedules"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (130, "maskgit schedules: interrupted\n")
+
+
 @pytest.mark.slow
 def test_ctrl_c_ends_data_make_and_its_workers_with_one_line(tmp_path: Path):
     make_images(tmp_path / "images")
