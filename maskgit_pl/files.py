@@ -53,12 +53,10 @@ def check_writable(name: str, path: Path, *, is_folder: bool = False) -> None:
         is_folder: True for a folder.
 
     Raises:
-        ValueError: if a folder has the name of the file or the other way round, or the nearest existing folder is not
-            writable.
+        ValueError: if a folder has the name of the file or the other way round, a device or a pipe has the name, or the
+            nearest existing folder is not writable.
     """
-    if path.exists() and path.is_dir() != is_folder:
-        here, wanted = ("file", "folder") if is_folder else ("folder", "file")
-        raise ValueError(f"{name} must be a {wanted}, got the {here} {path}")
+    _check_replaceable(path, name, is_folder=is_folder)
     # The nearest folder that exists decides: the ones below it are made later.
     folder = path if is_folder else path.parent
     existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
@@ -67,6 +65,18 @@ def check_writable(name: str, path: Path, *, is_folder: bool = False) -> None:
             pass
     except OSError as error:
         raise ValueError(f"{name} must be in a writable folder, got {path} ({existing}: {error.strerror})") from error
+
+
+def _check_replaceable(path: Path, name: str = "output", *, is_folder: bool = False) -> None:
+    """Checks that nothing of another kind has the name of a file or folder: a rename would replace even a device.
+
+    Raises:
+        ValueError: if there is something of another kind.
+    """
+    if not path.exists() or (path.is_dir() if is_folder else path.is_file()):
+        return
+    kind = "folder" if path.is_dir() else "file" if path.is_file() else "device or pipe"
+    raise ValueError(f"{name} must be a {'folder' if is_folder else 'file'}, got the {kind} {path}; give another path")
 
 
 @contextmanager
@@ -85,7 +95,11 @@ def write_atomically(path: Path, *, partial_in: Path | None = None) -> Iterator[
 
     Yields:
         The stream to write to.
+
+    Raises:
+        ValueError: if ``path`` is a folder, a device or a pipe.
     """
+    _check_replaceable(path)
     partial = (partial_in or path.parent) / f".{path.name}.{uuid.uuid4().hex}.partial"  # unique over all hosts
     try:
         with open(partial, "wb") as file:  # 1.
@@ -114,7 +128,11 @@ def write_folder(folder: Path) -> Iterator[Path]:
 
     Yields:
         The new folder, beside ``folder``.
+
+    Raises:
+        ValueError: if ``folder`` is no folder.
     """
+    _check_replaceable(folder, is_folder=True)
     # A folder of the same name is left by a killed process with the same PID.
     fresh = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -144,7 +162,9 @@ def replace_folder(fresh: Path, folder: Path) -> None:
 
     Raises:
         OSError: if the new folder cannot be renamed. The old folder is back at ``folder`` then.
+        ValueError: if ``folder`` is no folder.
     """
+    _check_replaceable(folder, is_folder=True)
     sync(fresh)
     old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
     if not folder.exists():  # 1.
@@ -185,7 +205,9 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, metadata: Mappin
 
     Raises:
         OSError: if the disk is full or the folder is not writable. The partial file is removed.
+        ValueError: if ``file`` is a folder, a device or a pipe.
     """
+    _check_replaceable(file)
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

@@ -1,7 +1,9 @@
 import errno
 import hashlib
+import itertools
 import os
 import stat
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -222,3 +224,35 @@ def test_a_place_to_write_to_is_tried_and_left_as_it_was(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="--out must be in a writable folder"):
         check_writable("--out", tmp_path / "file" / "a.png")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+WRITERS_OF_FILES = [
+    lambda path: write_text(path, "new"),
+    lambda path: write_tensors(path, {"a": torch.zeros(1)}),
+    lambda path: check_writable("--out", path),
+]
+WRITERS_OF_FOLDERS = [
+    lambda path: write_folder(path).__enter__(),
+    lambda path: replace_folder(path.with_name("fresh"), path),
+    lambda path: check_writable("--out", path, is_folder=True),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "writers"),
+    [
+        (os.mkfifo, WRITERS_OF_FILES + WRITERS_OF_FOLDERS),
+        (os.mkdir, WRITERS_OF_FILES),
+        (Path.touch, WRITERS_OF_FOLDERS),
+    ],
+)
+def test_nothing_of_another_kind_is_replaced(tmp_path: Path, make: Callable, writers: Sequence[Callable]) -> None:
+    """A user who may write to /dev would lose /dev/null."""
+    (tmp_path / "fresh").mkdir()
+    make(tmp_path / "there")
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    before = sorted((each, each.lstat().st_mode) for each in tmp_path.iterdir())
+    for name, write in itertools.product(("there", "link"), writers):
+        with pytest.raises(ValueError, match=r"must be a (file|folder), got the .*; give another path"):
+            write(tmp_path / name)
+        assert sorted((each, each.lstat().st_mode) for each in tmp_path.iterdir()) == before

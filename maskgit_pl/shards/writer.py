@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from maskgit_pl.checks import check_integer
-from maskgit_pl.files import replace_folder, write_text
+from maskgit_pl.files import check_writable, replace_folder, write_text
 from maskgit_pl.image_format import ImageSize, check_image_size, height_width, plain_size
 from maskgit_pl.portable import sync
 from maskgit_pl.shards.crops import fit_image
@@ -81,6 +81,7 @@ def make_shards(
     record = describe(source, size=size, shard_size=shard_size)  # 1.
     if is_made_from(folder, record):
         return False
+    check_writable("data folder", folder, is_folder=True)
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(
             f"data folder {printable(folder)} must be empty or made from the same source, got other content (see its "

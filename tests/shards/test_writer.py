@@ -67,6 +67,15 @@ def test_idx_files_keep_order_pixels_and_class_names(idx, tmp_path):
     assert [shard.samples for shard in reader.manifest.shards] == [5, 5, 2]
 
 
+def test_a_device_or_pipe_is_not_replaced_by_a_data_folder(idx, tmp_path):
+    os.mkfifo(tmp_path / "out")
+    with pytest.raises(
+        ValueError, match=r"data folder must be a folder, got the device or pipe .*/out; give another path"
+    ):
+        make_shards(IdxFiles(idx), tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["idx", "out"]
+
+
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset's
 def test_webdataset_reads_what_we_write(idx, tmp_path):
     make_shards(IdxFiles(idx), tmp_path / "out", shard_size=5)
