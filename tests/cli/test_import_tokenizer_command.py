@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -114,7 +113,7 @@ def test_bad_input_is_answered_in_one_line(checkpoint, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content", [None, "version https://git-lfs.github.com/spec/v1", "<html></html>"])
-def test_a_file_that_is_none_is_answered_in_two_seconds_without_torch(content, tmp_path):
+def test_a_file_that_is_none_is_answered_without_torch(content, tmp_path):
     file = tmp_path / "last.ckpt"
     if content is not None:
         file.write_text(content)
@@ -124,8 +123,6 @@ def test_a_file_that_is_none_is_answered_in_two_seconds_without_torch(content, t
         "assert 'torch' not in sys.modules\n"
         "sys.exit(code)"
     )
-    start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
-    assert time.monotonic() - start < 2
     assert str(file) in done.stderr

@@ -286,7 +286,7 @@ def test_a_server_that_falls_silent_ends_the_run(folder):
         start = time.monotonic()
         with pytest.raises(StreamError, match=rf"stream {url}: no data for 0.5 s \(data.stream.stall_seconds\)"):
             taken(stream(url, stall_seconds=0.5), 1)
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 15
         silent.set()
         server.shutdown()
 

@@ -242,7 +242,7 @@ def mutated(content: bytes, chance: random.Random) -> bytes:
 @pytest.mark.parametrize("seed", range(3))
 def test_whatever_the_bytes_are_only_a_value_error_comes_out_and_soon(seed, tmp_path):
     chance = random.Random(seed)
-    start = time.monotonic()
+    start = time.process_time()
     outcomes = {"read": 0, "refused": 0}
     for number in range(500):
         content = mutated(tiny(), chance)
@@ -258,7 +258,7 @@ def test_whatever_the_bytes_are_only_a_value_error_comes_out_and_soon(seed, tmp_
         outcomes["refused" if text else "read"] += 1
     assert outcomes["read"] > 5  # a bit of a weight is no matter of the format
     assert outcomes["refused"] > 300
-    assert time.monotonic() - start < 30
+    assert time.process_time() - start < 30
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_file_that_claims_more_than_it_holds_costs_neither_memory_nor_time(name, tmp_path):
-    start = time.monotonic()
+    start = time.process_time()
     tracemalloc.start()
     try:
         text = refusal(tmp_path, HOSTILE[name])
@@ -342,7 +342,7 @@ def test_a_file_that_claims_more_than_it_holds_costs_neither_memory_nor_time(nam
         tracemalloc.stop()
     assert any(word in text for word in ("cut off", "exceeds max_", "16 deep", "at most 50,000"))
     assert peak < 8 * len(HOSTILE[name]) + 48 * 2**20
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_a_large_file_is_held_once(tmp_path):

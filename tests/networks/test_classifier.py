@@ -132,10 +132,10 @@ def test_weights_and_sizes_of_a_stranger_are_refused_by_file(tmp_path):
         load_classifier(tmp_path)
     large = {**config["network"], "model": "vit_giant_patch14_224"}  # 4 GB of weights, were it built
     (tmp_path / "config.json").write_text(json.dumps({**config, "network": large}))
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(ValueError, match="do not fit"):
         load_classifier(tmp_path)
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10
 
 
 def test_folders_of_something_else_are_refused(tmp_path):
