@@ -60,6 +60,7 @@ class MaskGIT(Editor):
         decoding: Decoding settings; by default those that were exported with the transformer.
         negative_model: Default of the option ``negative_model``; see ``GenerateOptions``.
         pack_weights: See ``Generator``.
+        origin: Folder that the networks were loaded from, for the card that ``save_pretrained`` writes.
 
     Raises:
         ValueError: if the transformer was trained on the tokens of another tokenizer, or the negative model predicts
@@ -75,12 +76,13 @@ class MaskGIT(Editor):
         decoding: DecodingConfig | None = None,
         negative_model: NegativeModelLike | None = None,
         pack_weights: bool = True,
+        origin: RunOrigin | None = None,
     ) -> None:
         super().__init__(
             tokenizer, transformer, decoding=decoding, negative_model=negative_model, pack_weights=pack_weights
         )
         self._mask_schedule_spec = mask_schedule
-        self._origin = RunOrigin()
+        self._origin = origin or RunOrigin()
 
     @classmethod
     def from_pretrained(
@@ -135,8 +137,8 @@ class MaskGIT(Editor):
             decoding=decoding,
             negative_model=negative_model,
             pack_weights=pack_weights,
+            origin=origin,
         )
-        pipe._origin = origin
         return pipe.to(device, dtype=dtype)
 
     def save_pretrained(
@@ -239,16 +241,15 @@ class MaskGIT(Editor):
             ValueError: if the networks are not on the CPU, or torch has no 8-bit matrix product.
         """
         transformer = replace(self.transformer, network=int8.quantize(self.transformer.network))
-        made = MaskGIT(
+        return MaskGIT(
             self.tokenizer,
             transformer,
             mask_schedule=self._mask_schedule_spec,
             decoding=self._decoding,
             negative_model=self._negative_model,
             pack_weights=self._pack_weights,
+            origin=self._origin,
         )
-        made._origin = self._origin
-        return made
 
     def __repr__(self) -> str:
         """Returns name, classes, image size, tokens, steps, parameters, device and type of the weights in one line."""
