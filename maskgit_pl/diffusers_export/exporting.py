@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from maskgit_pl.diffusers_export.folder import CLASS_NAME, INDEX
 from maskgit_pl.files import check_new_folder, write_folder
+from maskgit_pl.pipeline.diffusers_folder import CLASS_NAME, INDEX
 from maskgit_pl.pipeline.model import MaskGIT
 from maskgit_pl.pipeline.sharing import find_folder
 from maskgit_pl.pretrained import read_decoding, read_negative_model
@@ -46,7 +46,7 @@ def export_diffusers(model: str | Path, out: str | Path, *, replace: bool = Fals
     out = Path(out)
     check_new_folder("--out", out, replace=replace, description=INDEX, entry=("_class_name", CLASS_NAME))
     try:
-        from maskgit_pl.diffusers_export.pipeline import MaskGITPipeline, MaskGITTokenizer, MaskGITTransformer
+        from maskgit_pl.diffusers_export.pipeline import MaskGITPipeline
     except ImportError as error:
         raise ValueError(
             f"--format diffusers must have the package diffusers, which cannot be imported ({error}); install it with "
@@ -56,14 +56,12 @@ def export_diffusers(model: str | Path, out: str | Path, *, replace: bool = Fals
     folder = find_folder(model)
     if read_negative_model(folder / "decoding.json") is not None:
         _log.warning("%s: the negative model of guidance is not exported; guide with the null class instead", folder)
-    decoding = read_decoding(folder)
-    tokenizer = MaskGITTokenizer.from_pretrained(folder / "tokenizer")
-    transformer = MaskGITTransformer.from_pretrained(folder / "transformer", decoding=decoding)
+    pipe = MaskGITPipeline.from_pretrained(folder, low_cpu_mem_usage=False)
     with write_folder(out) as fresh:
         # 2.
-        MaskGITPipeline(tokenizer, transformer).save_pretrained(fresh)
+        pipe.save_pretrained(fresh)
         # 3.
-        expected = MaskGIT.from_pretrained(folder, decoding=decoding, pack_weights=False)
+        expected = MaskGIT.from_pretrained(folder, decoding=read_decoding(folder), pack_weights=False)
         compare_images(MaskGITPipeline.from_pretrained(fresh, low_cpu_mem_usage=False), expected)
         # 4. On leaving the block.
 

@@ -1,8 +1,8 @@
 """``MaskGITPipeline`` and its networks, which 🤗 diffusers loads from a folder of ``maskgit export --format diffusers``.
 
-``model_index.json`` and ``pipeline.py`` of each such folder name this module and its classes, so their names stay.
-Weights are read and written as in any pretrained folder, with the same checks, and are never unpickled. Importing this
-module requires diffusers.
+``pipeline.py`` of each such folder imports the classes of this module, so their names stay. Weights are read
+and written as in any pretrained folder, with the same checks, and are never unpickled. Importing this module requires
+diffusers.
 """
 
 from __future__ import annotations
@@ -20,18 +20,20 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
 from maskgit_pl.checks import check_number
-from maskgit_pl.decoding import DecodingConfig, DecodingStep
-from maskgit_pl.diffusers_export.folder import write_index
+from maskgit_pl.decoding import DecodingStep
 from maskgit_pl.pipeline.classes import Classes
 from maskgit_pl.pipeline.description import RunOrigin
+from maskgit_pl.pipeline.diffusers_folder import CLASSES, write_diffusers_files
 from maskgit_pl.pipeline.model import MaskGIT
 from maskgit_pl.pipeline.options import GenerateOptions, OutputType, Seeds, read_options
+from maskgit_pl.pipeline.sharing import HubOptions, find_folder
 from maskgit_pl.pretrained import (
     PretrainedTokenizer,
     PretrainedTransformer,
     load_tokenizer,
     load_transformer,
     read_config,
+    read_decoding,
 )
 
 __all__ = ["MaskGITPipeline", "MaskGITTokenizer", "MaskGITTransformer"]
@@ -107,18 +109,12 @@ class MaskGITTransformer(_Network):
 
     @classmethod
     def from_pretrained(
-        cls,
-        folder: str | os.PathLike[str],
-        *,
-        decoding: DecodingConfig | None = None,
-        torch_dtype: torch.dtype | None = None,
-        **options: Any,
+        cls, folder: str | os.PathLike[str], *, torch_dtype: torch.dtype | None = None, **options: Any
     ) -> Self:
-        """Reads the folder of a transformer.
+        """Reads the folder of a transformer, and ``decoding.json`` beside it if there is one.
 
         Args:
             folder: Folder with ``config.json`` and ``model.safetensors``.
-            decoding: Default decoding settings; None for those of the folder.
             torch_dtype: Type of the weights; None keeps that of the file.
             options: See ``MaskGITTokenizer.from_pretrained``.
 
@@ -127,12 +123,13 @@ class MaskGITTransformer(_Network):
             ValueError: if a file is damaged, or an option is not supported.
         """
         _check_options(options)
-        pretrained = load_transformer(Path(folder))
+        folder = Path(folder)
+        pretrained = load_transformer(folder)
         pretrained.network.to(dtype=torch_dtype)
         return cls(
-            replace(pretrained, decoding=decoding or pretrained.decoding),
-            mask_schedule=read_config(Path(folder), "transformer")["mask_schedule"],
-            origin=RunOrigin.of(Path(folder).parent, tuned=False),
+            replace(pretrained, decoding=read_decoding(folder.parent) or pretrained.decoding),
+            mask_schedule=read_config(folder, "transformer")["mask_schedule"],
+            origin=RunOrigin.of(folder.parent, tuned=False),
         )
 
 
@@ -143,6 +140,9 @@ class MaskGITPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers: un
 
         pipe = DiffusionPipeline.from_pretrained("folder", trust_remote_code=True)
         pipe(["Sneaker", 3], num_inference_steps=8, seed=0).images[0].save("sneaker.png")
+
+    ``MaskGITPipeline.from_pretrained`` loads any model of this package that ``MaskGIT.from_pretrained`` loads, without
+    its negative model, and runs no code of the folder.
 
     Args:
         tokenizer: Decodes tokens to images.
@@ -250,15 +250,32 @@ class MaskGITPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers: un
             name, value = next(iter(given.items()), ("safe_serialization", safe_serialization))
             raise ValueError(
                 f"{name} must be left out of save_pretrained, which writes safetensors to a folder, got {value!r}; "
-                "upload the folder with `maskgit push`"
+                "`maskgit push FOLDER OWNER/NAME` uploads it"
             )
         self.maskgit.save_pretrained(save_directory)
-        write_index(Path(save_directory))
+        write_diffusers_files(Path(save_directory))
+
+    def push_to_hub(self, repo_id: str, *arguments: Any, **options: Any) -> str:
+        """Refuses to upload files that have not been checked.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"pipe.push_to_hub is not supported; write a folder with pipe.save_pretrained, then upload it with `maskgit "
+            f"push FOLDER {repo_id}`"
+        )
 
     @classmethod
-    def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
-        # This class is the pipeline: its from_pretrained runs no pipeline.py of a folder and trusts no remote code.
-        return {**super()._dict_from_json_file(json_file), "_class_name": cls.__name__}
+    def download(cls, pretrained_model_name: str | os.PathLike[str], **options: Any) -> Path:
+        """Returns the pretrained folder of a name, which is downloaded from the Hub if necessary."""
+        known = HubOptions.__annotations__
+        return find_folder(str(pretrained_model_name), **{name: options[name] for name in known if name in options})
+
+    @classmethod
+    def load_config(cls, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """Returns the content of ``model_index.json`` with the classes of this module, so that no other code is run."""
+        return {"_class_name": cls.__name__, **{part: [__name__, name] for part, name in CLASSES.items()}}
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
