@@ -1,4 +1,4 @@
-"""``export_diffusers``: writes a model as a folder of 🤗 diffusers, and compares its images with those of ``MaskGIT``."""
+"""``export_diffusers``: writes a model as a folder of diffusers, and compares its images with those of ``MaskGIT``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``MaskGITPipeline`` and its networks, which 🤗 diffusers loads from a folder of ``maskgit export --format diffusers``.
+"""``MaskGITPipeline`` and its networks, which diffusers loads from a folder of ``maskgit export --format diffusers``.
 
 ``pipeline.py`` of each such folder imports the classes of this module, so their names stay. Weights are read
 and written as in any pretrained folder, with the same checks, and are never unpickled. Importing this module requires
@@ -141,8 +141,8 @@ class MaskGITPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers: un
         pipe = DiffusionPipeline.from_pretrained("folder", trust_remote_code=True)
         pipe(["Sneaker", 3], num_inference_steps=8, seed=0).images[0].save("sneaker.png")
 
-    ``MaskGITPipeline.from_pretrained`` loads any model of this package that ``MaskGIT.from_pretrained`` loads, without
-    its negative model, and runs no code of the folder.
+    ``MaskGITPipeline.from_pretrained`` runs no code of a folder. It loads any pretrained folder, model of the package
+    and repository of the Hub, without its negative model.
 
     Args:
         tokenizer: Decodes tokens to images.
@@ -180,14 +180,14 @@ class MaskGITPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers: un
         return_dict: bool = True,
         callback_on_step_end: StepEndCallback | None = None,
         **options: Any,
-    ) -> ImagePipelineOutput | tuple[Any]:
+    ) -> Any:
         """Generates one image for each class.
 
         Args:
             class_labels: Indices or names of classes, as a list or a single one. None in a list is "no class".
             num_inference_steps: Number of decoding steps; None for that of the model.
-            guidance_scale: Scale of guidance as in diffusers, at least 0: up to 1 is no guidance, and above 1 it is that
-                of ``MaskGIT`` + 1. None for the guidance of the model.
+            guidance_scale: Scale of guidance as in diffusers, at least 0: up to 1 is no guidance, and above 1 it is the
+                scale of ``MaskGIT`` + 1. None for the guidance of the model.
             generator: Draws the seeds: one generator, or one for each image. None for the default generator of torch.
             seed: Seed of the first image, image i has seed + i; or one for each image. The images are those of
                 ``MaskGIT.generate`` with these seeds. It takes the place of ``generator``.
@@ -252,8 +252,9 @@ class MaskGITPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers: un
                 f"{name} must be left out of save_pretrained, which writes safetensors to a folder, got {value!r}; "
                 "`maskgit push FOLDER OWNER/NAME` uploads it"
             )
-        self.maskgit.save_pretrained(save_directory)
-        write_diffusers_files(Path(save_directory))
+        folder = Path(save_directory)
+        self.maskgit.save_pretrained(folder)
+        write_diffusers_files(folder)
 
     def push_to_hub(self, repo_id: str, *arguments: Any, **options: Any) -> str:
         """Refuses to upload files that have not been checked.
@@ -274,7 +275,7 @@ class MaskGITPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers: un
 
     @classmethod
     def load_config(cls, *arguments: Any, **options: Any) -> dict[str, Any]:
-        """Returns the content of ``model_index.json`` with the classes of this module, so that no other code is run."""
+        """Returns a ``model_index.json`` that names the classes of this module, so that no other code is run."""
         return {"_class_name": cls.__name__, **{part: [__name__, name] for part, name in CLASSES.items()}}
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from maskgit_pl.files import read_json, write_text
 
-__all__ = ["CLASS_NAME", "CLASSES", "DIFFUSERS_FILES", "INDEX", "check_diffusers_files", "write_diffusers_files"]
+__all__ = ["CLASSES", "CLASS_NAME", "DIFFUSERS_FILES", "INDEX", "check_diffusers_files", "write_diffusers_files"]
 
 INDEX = "model_index.json"
 _FILES_OF_CODE = ("pipeline.py", "tokenizer/pipeline.py", "transformer/pipeline.py")
@@ -27,7 +27,7 @@ CLASS_NAME = ["pipeline", "MaskGITPipeline"]
 """The entry ``_class_name`` of ``model_index.json``: the file without its suffix, and the class in it."""
 
 _INDEX = {"_class_name": CLASS_NAME, **{part: ["pipeline", name] for part, name in CLASSES.items()}}
-_CODE = f'''"""The classes of this folder for diffusers. Their code is in a package: pip install 'maskgit_pl[diffusers]'."""
+_CODE = f'''"""The classes of this folder. Their code is in a package: pip install 'maskgit_pl[diffusers]'."""
 
 try:
     from maskgit_pl.diffusers_export.pipeline import {", ".join((CLASS_NAME[1], *CLASSES.values()))}

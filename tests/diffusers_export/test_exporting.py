@@ -1,4 +1,4 @@
-"""``maskgit export --format diffusers``: the real diffusers loads the folder, and its images are those of ``MaskGIT``."""
+"""``maskgit export --format diffusers``: diffusers itself loads the folder and makes the images of ``MaskGIT``."""
 
 import os
 import shutil
@@ -20,25 +20,28 @@ from maskgit_pl.pretrained import fingerprint, load_transformer, save_decoding, 
 from tests.conftest import save_tiny_pretrained
 from tests.local_hub import local_hub
 from tests.networks.backbone_cases import create, small_config
+from tests.test_page_code import BLOCKS
 
 ROOT = Path(__file__).parents[2]
 diffusers = pytest.importorskip("diffusers")
 
 from maskgit_pl.diffusers_export.pipeline import MaskGITPipeline, MaskGITTransformer  # noqa: E402  # needs diffusers
 
-FRESH = """
-import sys
+BY_DIFFUSERS, BY_CLASS = (code for _, code in BLOCKS["docs/export.md"] if "diffusers" in code)
+FRESH = f"""
 import numpy as np
-from diffusers import DiffusionPipeline
-assert "maskgit_pl" not in sys.modules
-pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True).to("cpu")
-print(*pipe.components)
+{BY_DIFFUSERS}
+print(*pipe.to("cpu").components)
+np.save("by diffusers.npy", np.stack(images))
 pipe.save_pretrained("again")
-again = DiffusionPipeline.from_pretrained("again", trust_remote_code=True)
-for number, each in enumerate((pipe, again)):
-    images = each(class_labels=["Sneaker", 3], num_inference_steps=8, guidance_scale=3.0, seed=5).images
-    np.save(f"{number}.npy", np.stack(images))
+pipe = DiffusionPipeline.from_pretrained("again", trust_remote_code=True)
+def save(name):
+    np.save(f"{{name}}.npy", np.stack(pipe(["Sneaker", 3], num_inference_steps=8, guidance_scale=3.0, seed=0).images))
+save("again")
+{BY_CLASS}
+save("by class")
 """
+PUSH = "from maskgit_pl.cli import main; assert main(['push', 'out', 'alice/tiny', '--license=mit']) == 0"
 OF_THE_HUB = """
 import numpy as np
 from diffusers import DiffusionPipeline
@@ -49,13 +52,12 @@ np.save("class.npy", MaskGITPipeline.from_pretrained("alice/tiny")([0, 2], seed=
 """
 
 
-
-def fresh_process(code: str, *words: object, folder: Path, **environment: str) -> str:
+def fresh_process(code: str, *, folder: Path, **environment: str) -> str:
     """Runs code in a new process, whose caches of the Hub and of its code are in a folder, and returns its output."""
     own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "cache"), **environment}
-    command = [sys.executable, "-c", code, *map(str, words)]
+    environment = {**os.environ, **own}
     done = subprocess.run(
-        command, cwd=folder, env={**os.environ, **own}, capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -65,7 +67,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {file.relative_to(folder).as_posix(): sha256_of(file) for file in folder.rglob("*") if file.is_file()}
 
 
-def load(folder: Path) -> MaskGITPipeline:
+def load(folder: Path | str) -> MaskGITPipeline:
     pipe = MaskGITPipeline.from_pretrained(folder, low_cpu_mem_usage=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -90,11 +92,12 @@ def maskgit() -> MaskGIT:
 
 
 @pytest.mark.slow
-def test_a_fresh_process_loads_the_folder_by_diffusers_alone(exported, maskgit, tmp_path):
-    assert fresh_process(FRESH, exported, folder=tmp_path).split() == ["tokenizer", "transformer"]
-    expected = maskgit.generate(["Sneaker", 3], num_steps=8, guidance_scale=2.0, seed=5)
-    for number in (0, 1):
-        assert np.array_equal(np.load(tmp_path / f"{number}.npy"), np.stack(expected))
+def test_the_code_of_the_page_runs_in_a_fresh_process(exported, maskgit, tmp_path):
+    shutil.copytree(exported, tmp_path / "folder")
+    assert fresh_process(FRESH, folder=tmp_path).split() == ["tokenizer", "transformer"]
+    expected = np.stack(maskgit.generate(["Sneaker", 3], num_steps=8, guidance_scale=2.0, seed=0))
+    for name in ("by diffusers", "again", "by class"):
+        assert np.array_equal(np.load(tmp_path / f"{name}.npy"), expected)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +124,12 @@ def test_the_images_are_those_of_maskgit(pipe, maskgit, options, own):
 def test_each_output_type_has_the_form_of_diffusers(pipe):
     pil, pt, array = (pipe(["Bag", 3], seed=0, output_type=kind).images for kind in ("pil", "pt", "np"))
     assert [(each.mode, each.size) for each in pil] == [("L", (28, 28))] * 2
-    assert (tuple(pt.shape), pt.dtype, array.shape, array.dtype) == ((2, 1, 28, 28), torch.float32, (2, 28, 28, 1), "f4")
+    assert (tuple(pt.shape), pt.dtype, array.shape, array.dtype) == (
+        (2, 1, 28, 28),
+        torch.float32,
+        (2, 28, 28, 1),
+        "f4",
+    )
     assert np.array_equal(pt[:, 0].numpy(), array[..., 0])
     assert np.array_equal((array[..., 0] * 255).round(), np.stack(pil))
     (images,) = pipe(3, seed=0, return_dict=False)
@@ -192,7 +200,10 @@ def test_a_cast_pipeline_is_saved_and_loaded(exported, tmp_path):
         (lambda pipe: pipe.save_pretrained("x", push_to_hub=True), "`maskgit push FOLDER OWNER/NAME` uploads it"),
         (lambda pipe: pipe.push_to_hub("alice/x"), "upload it with `maskgit push FOLDER alice/x`"),
         (lambda pipe: pipe.transformer.save_pretrained("x"), "MaskGITTransformer must be saved with its pipeline"),
-        (lambda pipe: MaskGITTransformer.from_pretrained("x", device_map="cpu"), "device_map must be left out, got 'cpu'"),
+        (
+            lambda pipe: MaskGITTransformer.from_pretrained("x", device_map="cpu"),
+            "device_map must be left out, got 'cpu'",
+        ),
     ],
 )
 def test_what_diffusers_can_and_this_pipeline_cannot_is_refused(pipe, refused, message, tmp_path, monkeypatch):
@@ -203,7 +214,9 @@ def test_what_diffusers_can_and_this_pipeline_cannot_is_refused(pipe, refused, m
 
 
 def test_the_folder_holds_no_pickle_and_no_path(exported):
-    stages = [f"{stage}/{name}" for stage in ("tokenizer", "transformer") for name in ("config.json", "model.safetensors")]
+    stages = [
+        f"{stage}/{name}" for stage in ("tokenizer", "transformer") for name in ("config.json", "model.safetensors")
+    ]
     assert {*digests(exported)} == {"README.md", "config.json", *DIFFUSERS_FILES, *stages}
     for file in exported.rglob("*"):
         if file.is_file() and file.suffix != ".safetensors":
@@ -218,6 +231,11 @@ def test_the_class_of_the_package_runs_no_code_of_the_folder(exported, tmp_path)
     assert len(load(folder)([0], seed=0).images) == 1
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         diffusers.DiffusionPipeline.from_pretrained(folder)
+
+
+def test_the_class_of_the_package_loads_a_model_of_the_package(pipe):
+    named = load("fashion-mnist-demo")
+    assert torch.equal(named([3], seed=1, output_type="pt").images, pipe([3], seed=1, output_type="pt").images)
 
 
 def test_damaged_weights_are_refused_by_name(exported, tmp_path):
@@ -306,8 +324,7 @@ def test_a_folder_on_the_hub_is_loaded_by_its_name(tiny_pretrained, tmp_path):
     exporting.export_diffusers(tiny_pretrained, tmp_path / "out")
     with local_hub() as hub:
         names = {"HF_ENDPOINT": hub.address, "HF_TOKEN": hub.token}
-        push = f"from maskgit_pl.cli import main; assert main(['push', {str(tmp_path / 'out')!r}, 'alice/tiny', '--license=mit']) == 0"
-        fresh_process(push, folder=tmp_path, **names)
+        fresh_process(PUSH, folder=tmp_path, **names)
         card = hub.repositories["alice/tiny"]["README.md"].decode()
         fresh_process(OF_THE_HUB, folder=tmp_path, **names)
     assert 'DiffusionPipeline.from_pretrained("alice/tiny", trust_remote_code=True)' in card
