@@ -25,7 +25,7 @@ from maskgit_pl.pipeline.classes import Classes
 from maskgit_pl.pipeline.description import RunOrigin
 from maskgit_pl.pipeline.diffusers_folder import CLASSES, write_diffusers_files
 from maskgit_pl.pipeline.model import MaskGIT
-from maskgit_pl.pipeline.options import GenerateOptions, OutputType, Seeds, read_options
+from maskgit_pl.pipeline.options import GenerateOptions, OutputType, Seeds, check_output_type, read_options
 from maskgit_pl.pipeline.sharing import HubOptions, find_folder
 from maskgit_pl.pretrained import (
     PretrainedTokenizer,
@@ -208,9 +208,10 @@ class MaskGITPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers: un
         for name, instead in _NAMES_HERE.items():
             if name in options:
                 raise TypeError(f"option {name!r}: its name here is {instead!r}")
+        check_output_type(output_type)
         maskgit = self.maskgit
         count = len(maskgit.class_ids(class_labels))
-        options["num_steps"] = num_inference_steps
+        options |= {"num_steps": num_inference_steps, "seed": _seeds(seed, generator, count)}
         if guidance_scale is not None:
             options["guidance_scale"] = max(0.0, check_number("guidance_scale", guidance_scale, "[0, inf)") - 1)
         given, decoding = read_options(GenerateOptions, options, maskgit.decoding)
@@ -223,8 +224,7 @@ class MaskGITPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers: un
                     shown = {"tokens": step.tokens, "still_masked": step.still_masked}
                     callback_on_step_end(self, step.step, step.step, shown)
 
-            options |= {"seed": _seeds(seed, generator, count), "callback": end_step}
-            images: Any = maskgit.generate(class_labels, output_type=output_type, **options)
+            images: Any = maskgit.generate(class_labels, output_type=output_type, callback=end_step, **options)
         if output_type != "pil":
             images = (images.float() if output_type == "pt" else images.astype(np.float32)) / 255
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -263,8 +263,8 @@ class MaskGITPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers: un
             ValueError: always.
         """
         raise ValueError(
-            f"pipe.push_to_hub is not supported; write a folder with pipe.save_pretrained, then upload it with `maskgit "
-            f"push FOLDER {repo_id}`"
+            "pipe.push_to_hub is not supported; write a folder with pipe.save_pretrained, then upload it with "
+            f"`maskgit push FOLDER {repo_id}`"
         )
 
     @classmethod
@@ -275,7 +275,7 @@ class MaskGITPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers: un
 
     @classmethod
     def load_config(cls, *arguments: Any, **options: Any) -> dict[str, Any]:
-        """Returns a ``model_index.json`` that names the classes of this module, so that no other code is run."""
+        """Returns a ``model_index.json`` that names the classes of this module, so that no other code runs."""
         return {"_class_name": cls.__name__, **{part: [__name__, name] for part, name in CLASSES.items()}}
 
 

@@ -238,6 +238,11 @@ def test_the_class_of_the_package_loads_a_model_of_the_package(pipe):
     assert torch.equal(named([3], seed=1, output_type="pt").images, pipe([3], seed=1, output_type="pt").images)
 
 
+def test_networks_that_do_not_fit_are_refused(pipe, tiny_pretrained):
+    with pytest.raises(ValueError, match="transformer must be used with the tokenizer that it was trained with"):
+        MaskGITPipeline(load(tiny_pretrained).tokenizer, pipe.transformer)
+
+
 def test_damaged_weights_are_refused_by_name(exported, tmp_path):
     folder = shutil.copytree(exported, tmp_path / "copy")
     file = folder / "transformer" / "model.safetensors"
