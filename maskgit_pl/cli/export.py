@@ -73,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
         from maskgit_pl.diffusers_export.exporting import export_diffusers  # torch takes seconds to import
 
         export_diffusers(args.folder, args.out, replace=args.replace)
-        print(f"{args.out}: a folder of diffusers")
+        load = f"DiffusionPipeline.from_pretrained({str(args.out)!r}, trust_remote_code=True)"
+        print(f"{args.out}: load it with {load}")
         return 0
     from maskgit_pl.graph_export.exporting import export_graphs
 
