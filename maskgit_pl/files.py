@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "check_new_folder",
     "check_writable",
     "open_regular",
     "parse_json",
@@ -77,6 +78,33 @@ def _check_replaceable(path: Path, name: str = "output", *, is_folder: bool = Fa
         return
     kind = "folder" if path.is_dir() else "file" if path.is_file() else "device or pipe"
     raise ValueError(f"{name} must be a {'folder' if is_folder else 'file'}, got the {kind} {path}; give another path")
+
+
+def check_new_folder(name: str, folder: Path, *, replace: bool, description: str, entry: tuple[str, Any]) -> None:
+    """Checks that a folder may be written: it is new or empty, or an earlier one that is to be replaced.
+
+    Args:
+        name: Name of the setting for the error, such as ``--out``.
+        folder: Folder to write later.
+        replace: True if an earlier one may be replaced.
+        description: JSON file in an earlier one.
+        entry: Key and value in that file, by which it is known.
+
+    Raises:
+        FileExistsError: if the folder has other files, or ``replace`` is False.
+        ValueError: if it cannot be written.
+    """
+    check_writable(name, folder, is_folder=True)
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not replace:
+        raise FileExistsError(f"{folder} has files; replace an earlier export with --replace, or name a new folder")
+    file, (key, value) = folder / description, entry
+    if not file.is_file() or read_json(file).get(key) != value:
+        raise FileExistsError(
+            f"--replace replaces only the folder of an earlier export, and {folder} has no {description} of one; name "
+            "a new folder"
+        )
 
 
 @contextmanager

@@ -59,6 +59,7 @@ FLOORS = {  # a file or a folder -> its floor; a folder's files stand on its flo
     "pipeline": 7,
     "importers": 7,
     "graph_export": 8,
+    "diffusers_export": 8,
     "runs": 8,
     "evaluation": 9,  # it measures what the pipeline generates
     "web": 10,

@@ -23,7 +23,11 @@ BLOCK = re.compile(
     r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?^```python\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE
 )
 OPEN = 'from maskgit_pl import MaskGIT\npipe = MaskGIT.from_pretrained("runs/fashion-mnist-adaln")\n'
-EXPORT = 'from maskgit_pl.graph_export import export_graphs\nexport_graphs("fashion-mnist-demo", "exported")\n'
+EXPORT = """
+from maskgit_pl.cli import main
+for kind, out in (("onnx", "exported"), ("diffusers", "folder")):
+    assert main(["export", "fashion-mnist-demo", f"--format={kind}", f"--out={out}"]) == 0
+"""
 BEFORE = {"docs/decoding/README.md": OPEN, "docs/export.md": EXPORT}  # what a page takes for granted
 FILES = {  # what the blocks of a page write
     "README.md": ["sneaker.png"],
@@ -72,8 +76,10 @@ def test_every_block_is_run_or_says_why_not():
 def test_the_blocks_of_a_page_run(page: str, folder: Path):
     if page == "docs/export.md":
         pytest.importorskip("onnxruntime")
+        pytest.importorskip("diffusers")
     code = BEFORE.get(page, "") + "\n".join(RUN[page])
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment["HF_HOME"] = str(folder / "cache")  # diffusers copies code to it
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )

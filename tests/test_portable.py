@@ -50,7 +50,8 @@ def test_every_module_is_imported_without_the_names_of_linux(system: str) -> Non
         import pkgutil
         import maskgit_pl
         found = pkgutil.walk_packages(maskgit_pl.__path__, "maskgit_pl.")
-        for name in sorted(module.name for module in found if not module.name.endswith("__main__")):
+        skipped = ("__main__", "diffusers_export.pipeline")  # the second requires an extra
+        for name in sorted(module.name for module in found if not module.name.endswith(skipped)):
             importlib.import_module(name)
         print("imported")
         """,

@@ -19,7 +19,7 @@ from torch import Tensor
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.plan import step_progress
 from maskgit_pl.decoding.sampling import CodeSampling
-from maskgit_pl.files import check_writable, read_json, sha256_of, size_text, write_folder, write_text
+from maskgit_pl.files import check_new_folder, sha256_of, size_text, write_folder, write_text
 from maskgit_pl.graph_export.formats import PACKAGES, NotExportableError, check_packages, load_graph, write_graph
 from maskgit_pl.graph_export.graphs import Graph, graphs_of
 from maskgit_pl.graph_export.kinds import Format
@@ -66,7 +66,7 @@ def export_graphs(
     """
     out = Path(out)
     check_packages(kind)
-    _check_free(out, replace=replace)
+    check_new_folder("--out", out, replace=replace, description=DESCRIPTION, entry=("format", _FORMAT))
     # 1.
     folder = find_folder(model)
     pipe = MaskGIT.from_pretrained(folder, pack_weights=False)
@@ -109,26 +109,6 @@ def compare_graph(graph: Graph, file: Path, kind: Format) -> float:
             )
         largest = max(largest, difference)
     return largest
-
-
-def _check_free(out: Path, *, replace: bool) -> None:
-    """Checks that a folder may be written: it is new or empty, or an earlier export that is to be replaced.
-
-    Raises:
-        FileExistsError: if not.
-        ValueError: if the folder cannot be written.
-    """
-    check_writable("--out", out, is_folder=True)
-    if not out.exists() or not any(out.iterdir()):
-        return
-    if not replace:
-        raise FileExistsError(f"{out} has files; replace an earlier export with --replace, or name a new folder")
-    description = out / DESCRIPTION
-    if not description.is_file() or read_json(description).get("format") != _FORMAT:
-        raise FileExistsError(
-            f"--replace replaces only the folder of an earlier export, and {out} has no {DESCRIPTION} of one; name a "
-            "new folder"
-        )
 
 
 def _write_all(graphs: Iterable[Graph], folder: Path, kind: Format) -> Iterator[tuple[str, dict[str, Any]]]:

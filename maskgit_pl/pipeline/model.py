@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
@@ -19,7 +18,7 @@ from maskgit_pl.pipeline.description import RunOrigin, check_run, fingerprints
 from maskgit_pl.pipeline.edit import Editor
 from maskgit_pl.pipeline.negative import NegativeModelLike
 from maskgit_pl.pipeline.options import GenerateOptions, read_options, seed_list
-from maskgit_pl.pipeline.sharing import HubOptions, check_hub_id, find_folder, upload
+from maskgit_pl.pipeline.sharing import HubOptions, find_folder
 from maskgit_pl.pretrained import (
     PretrainedTokenizer,
     PretrainedTransformer,
@@ -60,6 +59,7 @@ class MaskGIT(Editor):
         decoding: Decoding settings; by default those that were exported with the transformer.
         negative_model: Default of the option ``negative_model``; see ``GenerateOptions``.
         pack_weights: See ``Generator``.
+        origin: Folder that the networks were loaded from, for the card that ``save_pretrained`` writes.
 
     Raises:
         ValueError: if the transformer was trained on the tokens of another tokenizer, or the negative model predicts
@@ -75,12 +75,13 @@ class MaskGIT(Editor):
         decoding: DecodingConfig | None = None,
         negative_model: NegativeModelLike | None = None,
         pack_weights: bool = True,
+        origin: RunOrigin | None = None,
     ) -> None:
         super().__init__(
             tokenizer, transformer, decoding=decoding, negative_model=negative_model, pack_weights=pack_weights
         )
         self._mask_schedule_spec = mask_schedule
-        self._origin = RunOrigin()
+        self._origin = origin or RunOrigin()
 
     @classmethod
     def from_pretrained(
@@ -135,8 +136,8 @@ class MaskGIT(Editor):
             decoding=decoding,
             negative_model=negative_model,
             pack_weights=pack_weights,
+            origin=origin,
         )
-        pipe._origin = origin
         return pipe.to(device, dtype=dtype)
 
     def save_pretrained(
@@ -181,37 +182,6 @@ class MaskGIT(Editor):
             name=name,
         )
 
-    def push_to_hub(
-        self,
-        hub_id: str,
-        *,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        run: Path | str | None = None,
-        license: str | None = None,  # noqa: A002  # the Hub's word
-    ) -> str:
-        """Uploads the files of ``save_pretrained`` to a repository of the Hub.
-
-        Args:
-            hub_id: Repository ``owner/name``, which is created if it does not exist.
-            private: True creates a private repository; None is the default of the owner.
-            token: Access token of the owner; the token of ``hf auth login`` by default.
-            run: See ``save_pretrained``.
-            license: See ``save_pretrained``.
-
-        Returns:
-            URL of the repository.
-
-        Raises:
-            ValueError: if ``hub_id`` is not ``owner/name``.
-            ConnectionError: if the Hub cannot be reached or refuses the upload.
-        """
-        check_hub_id(hub_id)
-        # The upload takes a folder, so the pipeline is written to a temporary one first.
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder, run=run, license=license, name=hub_id)
-            return upload(Path(folder), hub_id, private=private, token=token)
-
     def record(self, classes: Classes, **options: Any) -> Recording:
         """Decodes one batch of images and keeps every step. A notebook shows the result as an animation.
 
@@ -239,16 +209,15 @@ class MaskGIT(Editor):
             ValueError: if the networks are not on the CPU, or torch has no 8-bit matrix product.
         """
         transformer = replace(self.transformer, network=int8.quantize(self.transformer.network))
-        made = MaskGIT(
+        return MaskGIT(
             self.tokenizer,
             transformer,
             mask_schedule=self._mask_schedule_spec,
             decoding=self._decoding,
             negative_model=self._negative_model,
             pack_weights=self._pack_weights,
+            origin=self._origin,
         )
-        made._origin = self._origin
-        return made
 
     def __repr__(self) -> str:
         """Returns name, classes, image size, tokens, steps, parameters, device and type of the weights in one line."""

@@ -1,8 +1,8 @@
-"""Finds a pretrained folder on this machine, in the package or on the Hugging Face Hub, and uploads one.
+"""Finds a pretrained folder on this machine, in the package or on the Hugging Face Hub.
 
 ``ModelHubMixin`` does not fit: it writes the arguments of ``__init__`` to a ``config.json`` of its own, and the
-arguments of a pipeline are networks. ``snapshot_download`` and ``upload_folder`` are enough. Downloaded files are read
-as data and never executed.
+arguments of a pipeline are networks. ``snapshot_download`` is enough; ``runs.pushing`` uploads. Downloaded files are
+read as data and never executed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TypedDict, Unpack
 
 from maskgit_pl.pipeline.bundled import bundled_models
 
-__all__ = ["FILES", "HubOptions", "check_hub_id", "find_folder", "find_transformer", "local_folder", "upload"]
+__all__ = ["FILES", "HubOptions", "check_hub_id", "find_folder", "find_transformer", "local_folder"]
 
 # Files that a pipeline needs. Other files of a repository may be large and are not downloaded.
 _READ = tuple(
@@ -165,7 +165,7 @@ def _fetch(hub_id: str, **hub: Unpack[HubOptions]) -> Path:
     missing = [file for file in _READ if not (Path(folder) / file).is_file()]
     if missing:
         raise ValueError(
-            f"hub {hub_id} must be a repository that push_to_hub wrote, but {missing[0]} is missing; {advice[3:]}"
+            f"hub {hub_id} must be a repository that `maskgit push` wrote, but {missing[0]} is missing; {advice[3:]}"
         )
     return Path(folder)
 
@@ -178,27 +178,3 @@ def check_hub_id(text: str) -> None:
     """
     if _HUB_ID.fullmatch(text) is None:
         raise ValueError(f"hub_id must be owner/name, such as alice/maskgit-flowers, got {text}")
-
-
-def upload(folder: Path, hub_id: str, *, private: bool | None, token: str | bool | None) -> str:
-    """Uploads a folder to a repository, which is created if it does not exist.
-
-    Returns:
-        URL of the repository.
-
-    Raises:
-        ConnectionError: if the Hub cannot be reached or refuses the upload.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the library that asks the Hub
-
-    api = HfApi(token=token)
-    try:
-        address = api.create_repo(hub_id, private=private, exist_ok=True)
-        api.upload_folder(repo_id=hub_id, folder_path=folder)
-    except (HTTPError, OSError) as error:  # also no token, no network, and a Hub that is switched off
-        raise ConnectionError(
-            f"hub {hub_id}: nothing was uploaded ({' '.join(str(error).split())}); log in with `hf auth login`, give "
-            "token=, or share the folder that save_pretrained writes"
-        ) from error
-    return str(address)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from maskgit_pl.checks import shorten
 from maskgit_pl.errors import BAD_INPUT, RunError
 from maskgit_pl.files import open_regular, sha256_of
+from maskgit_pl.pipeline.diffusers_folder import DIFFUSERS_FILES, check_diffusers_files
 from maskgit_pl.pipeline.sharing import FILES, check_hub_id, local_folder
 from maskgit_pl.runs.safe_yaml import parse_yaml
 from maskgit_pl.text import python_string
@@ -33,7 +34,9 @@ _NOT_SENT = ("decoding.json.old",)  # a copy that `maskgit tune` leaves
 _LARGEST_TEXT = 1_000_000  # bytes of a card or a license
 _HEADER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 _LICENSE_LINE = re.compile(r"^(# license: unknown;.*|license:.*)\n", re.MULTILINE)
-_EXAMPLE = re.compile(r'(?<=MaskGIT\.from_pretrained\()"(?:[^"\\\n]|\\.)*"(?=\))')
+_EXAMPLE = re.compile(
+    r'(?:(?<=MaskGIT\.from_pretrained\()|(?<=DiffusionPipeline\.from_pretrained\())"(?:[^"\\\n]|\\.)*"(?=[,)])'
+)
 _LICENSE_NAME = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 _SECRET = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
 _UNAUTHORIZED, _FORBIDDEN = 401, 403
@@ -83,7 +86,7 @@ def plan_push(model: str | Path, hub_id: str, *, license: str | None = None) -> 
     """Checks a pretrained folder and composes its card. Asks no network.
 
     1. Check the name of the repository.
-    2. Find the folder, and refuse files that are not part of a pretrained folder, links and access tokens.
+    2. Find the folder, and refuse files that are not part of a pretrained folder, other code, links and access tokens.
     3. Load the model, which checks every value and every weight.
     4. Take its ``README.md``, or make one, with the name of the repository in the example.
 
@@ -104,6 +107,7 @@ def plan_push(model: str | Path, hub_id: str, *, license: str | None = None) -> 
     # 2.
     folder = local_folder(model)
     found = dict(_list_files(folder))
+    check_diffusers_files(folder)
     # 3.
     content = _load(folder)
     # 4.
@@ -172,7 +176,7 @@ def _list_files(folder: Path) -> Iterator[tuple[str, Path]]:
     Raises:
         ValueError: if something in it is not a file of a pretrained folder.
     """
-    known = {*FILES, _CARD, *_LICENSES}
+    known = {*FILES, *DIFFUSERS_FILES, _CARD, *_LICENSES}
     for file in sorted(folder.rglob("*")):
         path = file.relative_to(folder).as_posix()
         if file.is_symlink():

@@ -24,13 +24,23 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytestmark = pytest.mark.slow
 
 ALONE = "import sys\nsys.modules.update({'torch': None, 'maskgit_pl': None})\n"  # importing them is an error
-CASES = {  # temperatures, scales, choice temperature
+CASES = {  # mask schedule, temperatures, scales, choice temperature
     "as the page": None,
-    "greedy": ([0.0] * 8, [0.0] * 8, 0.0),
-    "greedy with guidance": ([0.0] * 12, [1.5] * 12, 0.0),
-    "no guidance": ([1.0] * 5, [0.0] * 5, 4.5),
-    "one step": ([1.0], [2.0], 4.5),
+    "greedy": ("cosine", [0.0] * 8, [0.0] * 8, 0.0),
+    "greedy with guidance": ("linear", [0.0] * 12, [1.5] * 12, 0.0),
+    "no guidance": ("log", [1.0] * 5, [0.0] * 5, 4.5),
+    "slow start": ({"name": "pow", "exponent": 3.0}, [1.0] * 49, [1.0] * 49, 4.5),
+    "one step": ("cosine", [1.0], [2.0], 4.5),
 }
+
+
+def decoder_of(mask_schedule, temperatures, choice_temperature) -> ParallelDecoder:
+    return ParallelDecoder(
+        mask_schedules.build(mask_schedule),
+        token_selectors.build({"name": "confidence", "choice_temperature": choice_temperature}),
+        len(temperatures),
+        CodeSampling((temperatures[0], temperatures[-1])),
+    )
 
 
 class NumpyNoise:
@@ -56,11 +66,15 @@ def made(tmp_path_factory) -> Path:
     """The folder in which the page has run, with the tokens of each case."""
     folder = tmp_path_factory.mktemp("page")
     export_graphs("fashion-mnist-demo", folder / "exported")
-    (page,) = RUN["docs/export.md"]
+    (page,) = (code for code in RUN["docs/export.md"] if "onnxruntime" in code)
     more = "np.save('as the page.npy', tokens)\n"
-    for name, settings in CASES.items():
-        if settings is not None:
-            more += f"np.save({name!r} + '.npy', generate(labels, np.random.default_rng(0), *{settings!r}))\n"
+    for name, case in CASES.items():
+        if case is not None:
+            mask_schedule, temperatures, scales, choice_temperature = case
+            decoder = decoder_of(mask_schedule, temperatures, choice_temperature)
+            num_masked = [row[0] for row in decoder.count_masked([49], 49)]
+            settings = f"{num_masked}, {temperatures}, {scales}, {choice_temperature}"
+            more += f"np.save({name!r} + '.npy', generate(labels, np.random.default_rng(0), {settings}))\n"
     done = subprocess.run(
         [sys.executable, "-c", ALONE + page + more], cwd=folder, capture_output=True, text=True, check=False
     )
@@ -72,15 +86,10 @@ def made(tmp_path_factory) -> Path:
 def test_the_same_noise_gives_the_same_tokens(case, made):
     pipe = MaskGIT.from_pretrained("fashion-mnist-demo")
     found = json.loads((made / "exported" / "export.json").read_text())
-    own = found["steps"]["sampling_temperature"], found["steps"]["guidance_scale"], 12.0
-    temperatures, scales, choice_temperature = CASES[case] or own
+    own = found["mask_schedule"], found["steps"]["sampling_temperature"], found["steps"]["guidance_scale"], 12.0
+    mask_schedule, temperatures, scales, choice_temperature = CASES[case] or own
     num_steps, labels = len(temperatures), np.repeat(np.arange(10), 4).tolist()
-    decoder = ParallelDecoder(
-        mask_schedules.build("cosine"),
-        token_selectors.build({"name": "confidence", "choice_temperature": choice_temperature}),
-        num_steps,
-        CodeSampling((temperatures[0], temperatures[-1])),
-    )
+    decoder = decoder_of(mask_schedule, temperatures, choice_temperature)
     model = ConditionalModel.from_network(pipe.transformer.network, pipe.device)
     with torch.no_grad():
         predictor = build_class_predictor(model, labels, scales=scales, all_masked=True)

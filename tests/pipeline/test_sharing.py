@@ -11,7 +11,7 @@ import torch
 
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.networks.transformer import TransformerConfig
-from maskgit_pl.pipeline import MaskGIT, model, sharing
+from maskgit_pl.pipeline import MaskGIT, sharing
 from maskgit_pl.pretrained import read_decoding, save_decoding
 from tests.conftest import CLASSES, save_tiny_pretrained
 from tests.modules import masked_model
@@ -125,7 +125,7 @@ def test_a_repository_of_something_else_is_refused(tmp_path: Path, monkeypatch) 
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "model.safetensors").write_bytes(b"")
     cached(tmp_path / "cache", tmp_path / "other")
-    with pytest.raises(ValueError, match=r"push_to_hub wrote, but tokenizer/config\.json is missing"):
+    with pytest.raises(ValueError, match=r"maskgit push` wrote, but tokenizer/config\.json is missing"):
         sharing.find_folder("owner/name", cache_dir=tmp_path / "cache", local_files_only=True)
 
 
@@ -194,32 +194,6 @@ def test_a_config_of_something_else_is_refused(tmp_path: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match=r"format must be 'maskgit_pl\.pipeline', got None"):
         MaskGIT.from_pretrained(folder)
-
-
-def test_what_is_put_on_the_hub_is_a_whole_pipeline(tiny_pretrained: Path, tmp_path: Path, monkeypatch) -> None:
-    seen: dict[str, object] = {}
-
-    def upload(folder: Path, hub_id: str, **options: object) -> str:
-        pipe = MaskGIT.from_pretrained(folder)
-        seen.update(options, images=images(pipe), card=(folder / "README.md").read_text())
-        return f"https://huggingface.co/{hub_id}"
-
-    monkeypatch.setattr(model, "upload", upload)
-    pipe = MaskGIT.from_pretrained(tiny_pretrained)
-    assert pipe.push_to_hub("owner/name", private=True, license="mit").endswith("owner/name")
-    assert torch.equal(seen["images"], images(pipe))
-    assert (seen["private"], seen["token"]) == (True, None)
-    assert 'from_pretrained("owner/name")' in seen["card"]
-    assert "\nlicense: mit\n" in seen["card"]
-    with pytest.raises(ValueError, match="hub_id must be owner/name"):
-        pipe.push_to_hub("name")
-
-
-def test_a_hub_that_is_not_to_be_asked_ends_in_one_line(tiny_pretrained: Path, monkeypatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ConnectionError, match="hub owner/name: nothing was uploaded") as caught:
-        sharing.upload(tiny_pretrained, "owner/name", private=None, token=None)
-    assert "\n" not in str(caught.value)
 
 
 def test_an_unknown_argument_is_refused_for_a_folder_too(tiny_pretrained):
