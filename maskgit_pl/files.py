@@ -1,11 +1,10 @@
-"""Atomic writes of files and folders, hashes, and checked reading of untrusted JSON.
+"""Atomic writes of files, hashes, and checked reading of untrusted JSON. ``folders`` writes whole folders.
 
-Used by everything that writes to disk: a file or folder has its name only when all of it is on disk.
+Used by everything that writes to disk: a file has its name only when all of it is on disk.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import hashlib
 import json
@@ -26,23 +25,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "check_new_folder",
     "check_writable",
+    "follow_links",
     "open_regular",
     "parse_json",
     "read_json",
-    "replace_folder",
     "sha256_of",
     "size_text",
     "write_atomically",
-    "write_folder",
     "write_tensors",
     "write_text",
 ]
 
 MAX_JSON_BYTES = 1_000_000
 _BLOCK = 2**20  # bytes that are read at a time for a hash
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # arguments of renameat2(2)
 
 
 def check_writable(name: str, path: Path, *, is_folder: bool = False) -> None:
@@ -54,13 +50,13 @@ def check_writable(name: str, path: Path, *, is_folder: bool = False) -> None:
         is_folder: True for a folder.
 
     Raises:
-        ValueError: if a folder has the name of the file or the other way round, a device or a pipe has the name, or the
-            nearest existing folder is not writable.
+        ValueError: if a folder has the name of the file or the other way round, a device or a pipe has the name, a link
+            is broken, or the nearest existing folder is not writable.
     """
-    _check_replaceable(path, name, is_folder=is_folder)
+    path = follow_links(path, name, is_folder=is_folder)
     # The nearest folder that exists decides: the ones below it are made later.
     folder = path if is_folder else path.parent
-    existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    existing = next(each for each in (folder, *folder.parents) if each.exists())
     try:
         with tempfile.TemporaryFile(dir=existing):  # permission bits are not reliable on all file systems
             pass
@@ -68,43 +64,27 @@ def check_writable(name: str, path: Path, *, is_folder: bool = False) -> None:
         raise ValueError(f"{name} must be in a writable folder, got {path} ({existing}: {error.strerror})") from error
 
 
-def _check_replaceable(path: Path, name: str = "output", *, is_folder: bool = False) -> None:
-    """Checks that nothing of another kind has the name of a file or folder: a rename would replace even a device.
+def follow_links(path: Path, name: str = "output", *, is_folder: bool = False) -> Path:
+    """Returns the file or folder that is written for a path: links are followed, so that a link stays one.
 
     Raises:
-        ValueError: if there is something of another kind.
+        ValueError: if something of another kind is there, which a rename would replace even if it is a device, or a
+            link leads to a folder that does not exist, such as one on a disk that is not mounted.
     """
-    if not path.exists() or (path.is_dir() if is_folder else path.is_file()):
-        return
-    kind = "folder" if path.is_dir() else "file" if path.is_file() else "device or pipe"
-    raise ValueError(f"{name} must be a {'folder' if is_folder else 'file'}, got the {kind} {path}; give another path")
-
-
-def check_new_folder(name: str, folder: Path, *, replace: bool, description: str, entry: tuple[str, Any]) -> None:
-    """Checks that a folder may be written: it is new or empty, or an earlier one that is to be replaced.
-
-    Args:
-        name: Name of the setting for the error, such as ``--out``.
-        folder: Folder to write later.
-        replace: True if an earlier one may be replaced.
-        description: JSON file in an earlier one.
-        entry: Key and value in that file, by which it is known.
-
-    Raises:
-        FileExistsError: if the folder has other files, or ``replace`` is False.
-        ValueError: if it cannot be written.
-    """
-    check_writable(name, folder, is_folder=True)
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    if not replace:
-        raise FileExistsError(f"{folder} has files; replace an earlier export with --replace, or name a new folder")
-    file, (key, value) = folder / description, entry
-    if not file.is_file() or read_json(file).get(key) != value:
-        raise FileExistsError(
-            f"--replace replaces only the folder of an earlier export, and {folder} has no {description} of one; name "
-            "a new folder"
+    if path.exists() and not (path.is_dir() if is_folder else path.is_file()):
+        kind = "folder" if path.is_dir() else "file" if path.is_file() else "device or pipe"
+        raise ValueError(
+            f"{name} must be a {'folder' if is_folder else 'file'}, got the {kind} {path}; give another path"
         )
+    real = Path(os.path.realpath(path))
+    nearest = next(each for each in (path.absolute(), *path.absolute().parents) if os.path.lexists(each))
+    # A link to nothing is written if it is the path itself, and the folder of its target exists.
+    if not nearest.exists() and (real.is_symlink() or not real.parent.is_dir()):
+        raise ValueError(
+            f"{name} must lead to a folder that exists, got {path}, and {nearest} is a link to {os.readlink(nearest)}; "
+            "make that folder, or give another path"
+        )
+    return real
 
 
 @contextmanager
@@ -118,16 +98,19 @@ def write_atomically(path: Path, *, partial_in: Path | None = None) -> Iterator[
     After an error, the partial file is removed and an older file at ``path`` is unchanged.
 
     Args:
-        path: File to write; an existing one is replaced.
-        partial_in: Folder of the partial file on the same file system; that of ``path`` by default.
+        path: File to write; an existing one is replaced. A link stays, and its target is written.
+        partial_in: Folder of the partial file on the file system of ``path``; the folder of ``path`` by default, and
+            that of the target for a link.
 
     Yields:
         The stream to write to.
 
     Raises:
-        ValueError: if ``path`` is a folder, a device or a pipe.
+        ValueError: if ``path`` is a folder, a device, a pipe or a broken link.
     """
-    _check_replaceable(path)
+    if path.is_symlink():
+        partial_in = None  # the target may be on another file system
+    path = follow_links(path)
     partial = (partial_in or path.parent) / f".{path.name}.{uuid.uuid4().hex}.partial"  # unique over all hosts
     try:
         with open(partial, "wb") as file:  # 1.
@@ -145,97 +128,21 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-@contextmanager
-def write_folder(folder: Path) -> Iterator[Path]:
-    """Makes an empty folder to write to, which replaces ``folder`` when all of it is on disk.
-
-    After an error, the new folder is removed and an older one at ``folder`` is unchanged.
-
-    Args:
-        folder: Folder to write; an existing one is replaced. Folders above it are made.
-
-    Yields:
-        The new folder, beside ``folder``.
-
-    Raises:
-        ValueError: if ``folder`` is no folder.
-    """
-    _check_replaceable(folder, is_folder=True)
-    # A folder of the same name is left by a killed process with the same PID.
-    fresh = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    try:
-        yield fresh
-        # A rename may reach the disk before the content of the files, so the content is synced first.
-        for path in fresh.rglob("*"):
-            sync(path)
-        replace_folder(fresh, folder)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-
-
-def replace_folder(fresh: Path, folder: Path) -> None:
-    """Replaces a folder by another one, so that after a kill one of the two is complete at ``folder``.
-
-    1. Without an old folder: renames the new one.
-    2. With an old folder: exchanges the two names in one system call.
-    3. On a file system without that call (NFS): renames the old folder to ``.NAME.old-PID``, then the new one. A kill
-       between the two leaves no folder at ``folder``; both exist under their other names.
-    4. Removes the old folder.
-
-    Args:
-        fresh: New folder, whose files are on disk.
-        folder: Path to replace, on the same file system.
-
-    Raises:
-        OSError: if the new folder cannot be renamed. The old folder is back at ``folder`` then.
-        ValueError: if ``folder`` is no folder.
-    """
-    _check_replaceable(folder, is_folder=True)
-    sync(fresh)
-    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-    if not folder.exists():  # 1.
-        fresh.rename(folder)
-    elif _exchange(fresh, folder):  # 2.
-        old = fresh
-    else:  # 3.
-        folder.rename(old)
-        try:
-            fresh.rename(folder)
-        except OSError:
-            old.rename(folder)
-            raise
-    sync(folder.parent)  # the names are on disk
-    shutil.rmtree(old, ignore_errors=True)  # 4.
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Exchanges two names atomically. Returns False and does nothing if the system has no such call."""
-    if os.name == "nt":
-        return False
-    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # a call of Linux that Python does not offer
-    if rename is None:
-        return False
-    failed: int = rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
-    return not failed
-
-
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None) -> None:
     """Writes a safetensors file atomically.
 
     The file has the permissions of any new file. safetensors itself ignores the umask and uses mode 0600.
 
     Args:
-        file: File to write; an existing one is replaced.
+        file: File to write; an existing one is replaced. A link stays, and its target is written.
         tensors: Contiguous tensors on the CPU by name.
         metadata: Metadata for the header of the file.
 
     Raises:
         OSError: if the disk is full or the folder is not writable. The partial file is removed.
-        ValueError: if ``file`` is a folder, a device or a pipe.
+        ValueError: if ``file`` is a folder, a device, a pipe or a broken link.
     """
-    _check_replaceable(file)
+    file = follow_links(file)
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

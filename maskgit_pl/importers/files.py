@@ -80,6 +80,7 @@ def check_out(folder: Path) -> None:
         FileExistsError: if it exists, unless it is an empty folder.
         NotADirectoryError: if one of its parents is a file.
     """
+    resolve_folder("--out", folder)
     empty = folder.is_dir() and not any(folder.iterdir())
     if folder.is_symlink() or (folder.exists() and not empty):
         raise FileExistsError(

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.files import write_folder
+from maskgit_pl.folders import write_folder
 from maskgit_pl.importers.class_names import choose_class_names
 from maskgit_pl.importers.files import check_flax_file, check_out
 from maskgit_pl.importers.flax import read_flax
@@ -77,7 +77,7 @@ def import_jax(
     config, weights = _read_transformer(transformer, vqgan)
     size = _image_size(config, vqgan, image_size)
     names = choose_class_names(class_names, config.num_classes)
-    with write_folder(out) as fresh:
+    with write_folder(out, name="--out", check=check_out) as fresh:
         save_tokenizer(fresh / "tokenizer", vqgan, vqgan_weights, image_size=size)
         save_transformer(
             fresh / "transformer",
@@ -141,7 +141,7 @@ def _decoding(config: TransformerConfig) -> DecodingConfig:
 def _write_tokenizer(out: Path, config: VQGANConfig, weights: Mapping[str, Tensor], size: int) -> None:
     """Writes a folder with a tokenizer only."""
     config.grid(size)  # raises for a size that is not positive
-    with write_folder(out) as fresh:
+    with write_folder(out, name="--out", check=check_out) as fresh:
         save_tokenizer(fresh / "tokenizer", config, weights, image_size=size)
     _report_tokenizer(config, weights, size)
     log.info("%s: written; next: maskgit train transformer --tokenizer %s", out, out / "tokenizer")

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from maskgit_pl.checks import check_choice, shorten
-from maskgit_pl.files import write_folder
+from maskgit_pl.folders import write_folder
 from maskgit_pl.importers.files import TOKENIZER_LAYOUTS, check_out, find_weights
 from maskgit_pl.importers.magvit2 import OPEN_MAGVIT2
 from maskgit_pl.importers.maskbit import MASKBIT, OPEN_MUSE
@@ -118,7 +118,7 @@ def import_tokenizer(file: Path, out: Path, *, image_size: int = 256, layout: st
         weights = tokenizer_weights(tensors, config, kind)
     # 4.
     config.grid(image_size)
-    with write_folder(out) as fresh:
+    with write_folder(out, name="--out", check=check_out) as fresh:
         save_tokenizer(fresh / "tokenizer", config, weights, image_size=image_size)
     count = sum(tensor.numel() for tensor in weights.values())
     return ImportedTokenizer(out / "tokenizer", kind.name, config, count, (*beside, *ignored))

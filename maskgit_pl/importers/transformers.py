@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.files import write_folder
+from maskgit_pl.folders import write_folder
 from maskgit_pl.importers.class_names import choose_class_names
 from maskgit_pl.importers.files import check_out
 from maskgit_pl.importers.halton import HALTON
@@ -124,7 +124,7 @@ def import_transformer(
         for name, tensor in tensors.items():
             check_tensor(name, tensor)
     weights = layout.read_weights(tensors, config)
-    with write_folder(out) as fresh:
+    with write_folder(out, name="--out", check=check_out) as fresh:
         network = source.network
         save_tokenizer(fresh / "tokenizer", network.config, network.state_dict(), image_size=image_size)
         save_transformer(

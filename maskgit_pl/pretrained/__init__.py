@@ -15,6 +15,7 @@ from maskgit_pl.pretrained.decoding_file import (
 )
 from maskgit_pl.pretrained.fine_tuning import weights_for
 from maskgit_pl.pretrained.folder import (
+    check_stage_folder,
     fingerprint,
     load_tokenizer,
     load_transformer,
@@ -27,6 +28,7 @@ from maskgit_pl.pretrained.networks import PretrainedTokenizer, PretrainedTransf
 __all__ = [
     "PretrainedTokenizer",
     "PretrainedTransformer",
+    "check_stage_folder",
     "fingerprint",
     "images_at_once",
     "load_decoding",

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from maskgit_pl.checks import build_dataclass, check_class_names, check_keys, shorten
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.files import read_json, sha256_of, write_folder, write_tensors, write_text
+from maskgit_pl.files import read_json, sha256_of, write_tensors, write_text
+from maskgit_pl.folders import check_only_known, write_folder
 from maskgit_pl.image_format import ImageSize, check_image_size
 from maskgit_pl.networks.backbone import BackboneConfig, build_config
 from maskgit_pl.networks.backbone_contract import create_network
@@ -24,7 +25,7 @@ from maskgit_pl.pretrained.decoding_file import WEIGHTS_FILE, validate_decoding
 from maskgit_pl.pretrained.networks import PretrainedTokenizer, PretrainedTransformer
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
 
-__all__ = ["fingerprint", "load_tokenizer", "load_transformer", "read_config", "save_tokenizer", "save_transformer"]
+__all__ = ["check_stage_folder", "fingerprint", "load_tokenizer", "load_transformer", "read_config", "save_tokenizer", "save_transformer"]
 
 Kind = Literal["tokenizer", "transformer", "pipeline"]
 Network = TypeVar("Network", bound=nn.Module)
@@ -219,6 +220,15 @@ def _text(value: Any, where: str) -> str:
     return value
 
 
+def check_stage_folder(folder: Path) -> None:
+    """Checks that the folder of a tokenizer or transformer holds nothing that a new one would remove.
+
+    Raises:
+        FileExistsError: if it has other files.
+    """
+    check_only_known(folder, {WEIGHTS_FILE, _CONFIG, "pipeline.py"})  # pipeline.py is that of diffusers
+
+
 def _save(folder: Path, kind: Kind, weights: Mapping[str, Tensor], config: dict[str, Any]) -> None:
     # Checked before anything is written: a diverged run keeps its older export.
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
@@ -229,7 +239,7 @@ def _save(folder: Path, kind: Kind, weights: Mapping[str, Tensor], config: dict[
         except ValueError as error:
             raise ValueError(f"{kind} {folder} is not written: {error}") from error
     content = {"format": f"maskgit_pl.{kind}", "version": _VERSION, **config}
-    with write_folder(folder) as fresh:
+    with write_folder(folder, check=check_stage_folder) as fresh:
         write_tensors(fresh / WEIGHTS_FILE, tensors)
         write_text(fresh / _CONFIG, json.dumps(content, indent=2) + "\n")
 

@@ -1,0 +1,188 @@
+"""Atomic replacement of whole folders, and checks that nothing else is lost by it.
+
+Used by exports, importers, checkpoints and data folders: a folder has its name only when all of it is on disk.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from maskgit_pl.files import check_writable, follow_links, read_json
+from maskgit_pl.locks import hold_lock
+from maskgit_pl.portable import sync
+
+__all__ = ["check_new_folder", "check_only_known", "replace_folder", "resolve_folder", "write_folder"]
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # arguments of renameat2(2)
+
+
+def resolve_folder(name: str, folder: Path) -> Path:
+    """Returns the folder that a new one can replace as a whole for a path: links are followed, so that a link stays one.
+
+    Args:
+        name: Name of the setting for the error, such as ``--out``.
+        folder: Folder to replace later. Neither it nor the folders above it need to exist.
+
+    Raises:
+        ValueError: if it cannot be written (``check_writable``), or not be renamed: a mount point such as ``/``, the
+            current folder, or one above it.
+    """
+    check_writable(name, folder, is_folder=True)
+    real, current = follow_links(folder, name, is_folder=True), Path.cwd()
+    if os.path.ismount(real) or real in (current, *current.parents):
+        kind = "a mount point" if os.path.ismount(real) else "the current folder or above it"
+        raise ValueError(
+            f"{name} must be a folder that a new one can replace, got {real}, which is {kind}; name a folder in it"
+        )
+    return real
+
+
+def check_new_folder(
+    folder: Path,
+    *,
+    replace: bool,
+    description: str,
+    entry: tuple[str, Any],
+    known: Callable[[dict[str, Any]], Collection[str]],
+) -> None:
+    """Checks that a folder is new or empty, or holds an earlier export that is to be replaced, and nothing else.
+
+    Args:
+        folder: Folder to write later.
+        replace: True if an earlier one may be replaced.
+        description: JSON file in an earlier one.
+        entry: Key and value in that file, by which it is known.
+        known: Returns the files of an earlier one, relative to it, from the content of that file.
+
+    Raises:
+        FileExistsError: if the folder has other files, or ``replace`` is False.
+    """
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not replace:
+        raise FileExistsError(f"{folder} has files; replace an earlier export with --replace, or name a new folder")
+    file, (key, value) = folder / description, entry
+    if not file.is_file() or (content := read_json(file)).get(key) != value:
+        raise FileExistsError(
+            f"--replace replaces only the folder of an earlier export, and {folder} has no {description} of one; name "
+            "a new folder"
+        )
+    check_only_known(folder, {description, *known(content)})
+
+
+def check_only_known(folder: Path, known: Collection[str]) -> None:
+    """Checks that a folder holds no other files than those that are replaced, because others would be lost.
+
+    Args:
+        folder: Folder to replace later, which need not exist.
+        known: Files that may be there, relative to it.
+
+    Raises:
+        FileExistsError: if there are others. The message names up to three.
+    """
+    files = (each for each in folder.rglob("*") if each.is_symlink() or not each.is_dir())
+    others = (each.relative_to(folder).as_posix() for each in files)
+    found = sorted(islice((each for each in others if each not in known), 3))
+    if found:
+        raise FileExistsError(
+            f"{folder} is replaced as a whole and must hold only files of an earlier export, got also "
+            f"{', '.join(found)}; move them, or name a new folder"
+        )
+
+
+@contextmanager
+def write_folder(
+    folder: Path, *, name: str = "output", check: Callable[[Path], object] = lambda folder: None
+) -> Iterator[Path]:
+    """Makes an empty folder to write to, which replaces ``folder`` when all of it is on disk.
+
+    1. Follow links, and check that the folder can be replaced.
+    2. Lock it and check its content, so that of two processes only one writes it.
+    3. Remove the new folders that killed processes have left.
+    4. After the work, write all of the new folder to the disk, and give it the name.
+
+    After an error, the new folder is removed and an older one at ``folder`` is unchanged.
+
+    Args:
+        folder: Folder to write; an existing one is replaced. Folders above it are made. A link stays, and its target is
+            written.
+        name: Name of the setting for errors, such as ``--out``.
+        check: Raises an error if the content of the existing folder must stay.
+
+    Yields:
+        The new folder, beside ``folder``.
+
+    Raises:
+        ValueError: if ``folder`` cannot be replaced, or another process writes it.
+    """
+    folder = resolve_folder(name, folder)  # 1.
+    with hold_lock(folder, hint="give another path"):  # 2.
+        check(folder)
+        for path in folder.parent.iterdir():  # 3.
+            if re.fullmatch(rf"\.{re.escape(folder.name)}\.partial-\w+", path.name):
+                shutil.rmtree(path, ignore_errors=True)
+        fresh = folder.with_name(f".{folder.name}.partial-{uuid.uuid4().hex}")
+        fresh.mkdir()
+        try:
+            yield fresh
+            # 4. A rename may reach the disk before the content of the files, so the content is synced first.
+            for path in fresh.rglob("*"):
+                sync(path)
+            replace_folder(fresh, folder)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+
+
+def replace_folder(fresh: Path, folder: Path) -> None:
+    """Replaces a folder by another one, so that after a kill one of the two is complete at ``folder``.
+
+    1. Without an old folder: renames the new one.
+    2. With an old folder: exchanges the two names in one system call.
+    3. On a file system without that call (NFS): renames the old folder to ``.NAME.old-PID``, then the new one. A kill
+       between the two leaves no folder at ``folder``; both exist under their other names.
+    4. Removes the old folder.
+
+    Args:
+        fresh: New folder, whose files are on disk.
+        folder: Path to replace, on the same file system. A link stays, and its target is replaced.
+
+    Raises:
+        OSError: if the new folder cannot be renamed. The old folder is back at ``folder`` then.
+        ValueError: if ``folder`` is no folder.
+    """
+    folder = follow_links(folder, is_folder=True)
+    sync(fresh)
+    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    if not folder.exists():  # 1.
+        fresh.rename(folder)
+    elif _exchange(fresh, folder):  # 2.
+        old = fresh
+    else:  # 3.
+        folder.rename(old)
+        try:
+            fresh.rename(folder)
+        except OSError:
+            old.rename(folder)
+            raise
+    sync(folder.parent)  # the names are on disk
+    shutil.rmtree(old, ignore_errors=True)  # 4.
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchanges two names atomically. Returns False and does nothing if the system has no such call."""
+    if os.name == "nt":
+        return False
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # a call of Linux that Python does not offer
+    if rename is None:
+        return False
+    failed: int = rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
+    return not failed
