@@ -26,7 +26,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # arguments of renameat2(2)
 
 
 def resolve_folder(name: str, folder: Path) -> Path:
-    """Returns the folder that a new one can replace as a whole for a path: links are followed, so that a link stays one.
+    """Returns the folder of a path that a new one can replace: links are followed, so that a link stays one.
 
     Args:
         name: Name of the setting for the error, such as ``--out``.

@@ -25,11 +25,11 @@ _locks: set[int] = set()  # file descriptors of the locks that this process hold
 def hold_lock(target: Path, *, hint: str, rank: int | None = None) -> Iterator[None]:
     """Locks a file or folder against other processes while it is written.
 
-    The lock is ``flock`` on the file ``.NAME.lock`` beside the target, which is removed at the end. The kernel releases
-    it at every end of the process, so that a killed job never blocks its restart. The lock holds between the nodes of a
-    cluster on NFS, on GPFS, and on Lustre mounted with ``flock``. A file system without locks gives a warning. If no
-    lock file can be made, nothing is locked, because the target cannot be written there either. The content of the
-    lock file (process, host, time) is used in the message only.
+    The lock is ``flock`` on the file ``.NAME.lock`` beside the target, or beside what a link leads to, which is removed
+    at the end. The kernel releases it at every end of the process, so that a killed job never blocks its restart. The
+    lock holds between the nodes of a cluster on NFS, on GPFS, and on Lustre mounted with ``flock``. A file system
+    without locks gives a warning. If no lock file can be made, nothing is locked, because the target cannot be written
+    there either. The content of the lock file (process, host, time) is used in the message only.
 
     Args:
         target: File or folder to lock, which need not exist.
@@ -40,9 +40,10 @@ def hold_lock(target: Path, *, hint: str, rank: int | None = None) -> Iterator[N
     Raises:
         ValueError: if another process holds the lock.
     """
+    real = Path(os.path.realpath(target))  # one lock for all links to the target
     # Ranks that share the work have a lock each, which stops only a second process of the same rank.
-    name = target.name if rank is None else f"{target.name}.rank{rank}"
-    path = target.absolute().with_name(f".{name}.lock")
+    name = real.name if rank is None else f"{real.name}.rank{rank}"
+    path = real.parent / f".{name}.lock"
     # Folders that are made for the lock file are removed at the end if they are empty.
     new_folders = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ import textwrap
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any, TextIO
 
 from maskgit_pl import __version__
@@ -52,6 +53,14 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **options)
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        # An empty word is mostly a variable of the shell without a value, but Path("") is the current folder.
+        is_positional = not action.option_strings and action.nargs != argparse.PARSER
+        if not arg_string and (action.type is Path or is_positional):
+            name = action.metavar if is_positional else action.option_strings[0]
+            self.exit(BAD_INPUT, f"{self.prog}: {name or action.dest} must not be empty, got ''\n")
+        return super()._get_value(action, arg_string)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ __all__ = [
 ]
 
 FOLDER = ""  # used in place of a file suffix
+_IMAGE_NAME = r"(no-class|class-\d+)-seed-\d+\.png"  # of imaging.save_images
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
@@ -72,26 +74,39 @@ def check_at_least(args: argparse.Namespace, **least: int) -> None:
 
 
 def check_outputs(args: argparse.Namespace, **endings: str) -> None:
-    """Checks, before any work, that outputs can be written and that their suffixes name the format that is written.
+    """Checks, before any work, that outputs can be written, are no inputs, and have the suffix of their format.
 
     Args:
         args: Parsed flags. One that is not given (None) is not checked.
         endings: Suffix of each flag's file, such as ``.png``; ``FOLDER`` for a folder.
 
     Raises:
-        ValueError: if a suffix is wrong, two flags name the same file, or an output cannot be written
-            (``files.check_writable``).
+        ValueError: if a suffix is wrong, two flags name the same file, an output is a file that the command reads, or
+            an output cannot be written (``files.check_writable``).
     """
-    named: dict[Path, str] = {}
+    values = [value for name, value in vars(args).items() if name not in endings]
+    inputs = {os.path.realpath(each) for each in values if isinstance(each, Path) and each.is_file()}
+    named: dict[str, str] = {}
     for name, ending in endings.items():
         path: Path | None = getattr(args, name)
         if path is None:
             continue
         if ending != FOLDER and path.suffix.lower() != ending:
             raise ValueError(f"{format_flag(name)} must end in {ending}, got {path}")
-        if path.absolute() in named:
-            raise ValueError(f"{format_flag(name)} must differ from {named[path.absolute()]}, got {path} for both")
-        named[path.absolute()] = format_flag(name)
+        real = os.path.realpath(path)
+        if real in named:
+            raise ValueError(f"{format_flag(name)} must differ from {named[real]}, got {path} for both")
+        named[real] = format_flag(name)
+        lost = [
+            each
+            for each in inputs
+            if each == real or (ending == FOLDER and re.fullmatch(f"{re.escape(real)}/{_IMAGE_NAME}", each))
+        ]
+        if lost:
+            raise ValueError(
+                f"{format_flag(name)} must not overwrite a file that the command reads, got {path} and {lost[0]}; give "
+                f"another {format_flag(name)}"
+            )
         check_writable(format_flag(name), path, is_folder=ending == FOLDER)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from maskgit_pl.files import check_new_folder, write_folder
-from maskgit_pl.pipeline.diffusers_folder import CLASS_NAME, INDEX
+from maskgit_pl.folders import check_new_folder, write_folder
+from maskgit_pl.pipeline.diffusers_folder import CLASS_NAME, CLASSES, DIFFUSERS_FILES, INDEX
 from maskgit_pl.pipeline.model import MaskGIT
 from maskgit_pl.pipeline.sharing import find_folder
 from maskgit_pl.pretrained import read_decoding, read_negative_model
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
 
 __all__ = ["compare_images", "export_diffusers"]
 
+_FILES = {
+    "README.md", "config.json", *DIFFUSERS_FILES,
+    *(f"{part}/{name}" for part in CLASSES for name in ("config.json", "model.safetensors")),
+}  # fmt: skip
+"""The files of a folder."""
 _log = logging.getLogger(__name__)
 
 
@@ -40,11 +46,9 @@ def export_diffusers(model: str | Path, out: str | Path, *, replace: bool = Fals
 
     Raises:
         FileNotFoundError: if there is no such model.
-        FileExistsError: if ``out`` has files, and ``replace`` is False or they are no earlier export.
-        ValueError: if diffusers is missing, a file is damaged, or the images differ.
+        FileExistsError: if ``out`` has files, and ``replace`` is False or not all are of an earlier export.
+        ValueError: if ``out`` cannot be replaced, diffusers is missing, a file is damaged, or the images differ.
     """
-    out = Path(out)
-    check_new_folder("--out", out, replace=replace, description=INDEX, entry=("_class_name", CLASS_NAME))
     try:
         from maskgit_pl.diffusers_export.pipeline import MaskGITPipeline
     except ImportError as error:
@@ -52,12 +56,18 @@ def export_diffusers(model: str | Path, out: str | Path, *, replace: bool = Fals
             f"--format diffusers must have the package diffusers, which cannot be imported ({error}); install it with "
             "`pip install 'maskgit_pl[diffusers]'`"
         ) from error
-    # 1.
-    folder = find_folder(model)
-    if read_negative_model(folder / "decoding.json") is not None:
-        _log.warning("%s: the negative model of guidance is not exported; guide with the null class instead", folder)
-    pipe = MaskGITPipeline.from_pretrained(folder, low_cpu_mem_usage=False)
-    with write_folder(out) as fresh:
+    check = partial(
+        check_new_folder, replace=replace, description=INDEX, entry=("_class_name", CLASS_NAME), known=lambda _: _FILES
+    )
+    # The folder is locked and checked before the model is loaded.
+    with write_folder(Path(out), name="--out", check=check) as fresh:
+        # 1.
+        folder = find_folder(model)
+        if read_negative_model(folder / "decoding.json") is not None:
+            _log.warning(
+                "%s: the negative model of guidance is not exported; guide with the null class instead", folder
+            )
+        pipe = MaskGITPipeline.from_pretrained(folder, low_cpu_mem_usage=False)
         # 2.
         pipe.save_pretrained(fresh)
         # 3.

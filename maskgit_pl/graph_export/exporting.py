@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from torch import Tensor
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.plan import step_progress
 from maskgit_pl.decoding.sampling import CodeSampling
-from maskgit_pl.files import check_new_folder, sha256_of, size_text, write_folder, write_text
+from maskgit_pl.files import sha256_of, size_text, write_text
+from maskgit_pl.folders import check_new_folder, write_folder
 from maskgit_pl.graph_export.formats import PACKAGES, NotExportableError, check_packages, load_graph, write_graph
 from maskgit_pl.graph_export.graphs import Graph, graphs_of
 from maskgit_pl.graph_export.kinds import Format
@@ -61,18 +63,23 @@ def export_graphs(
 
     Raises:
         FileNotFoundError: if there is no such model.
-        FileExistsError: if ``out`` has files, and ``replace`` is False or they are no earlier export.
-        ValueError: if a package is missing, a network cannot be exported, or a file computes something else than ours.
+        FileExistsError: if ``out`` has files, and ``replace`` is False or not all are of an earlier export.
+        ValueError: if ``out`` cannot be replaced, a package is missing, a network cannot be exported, or a file
+            computes something else than ours.
     """
-    out = Path(out)
     check_packages(kind)
-    check_new_folder("--out", out, replace=replace, description=DESCRIPTION, entry=("format", _FORMAT))
-    # 1.
-    folder = find_folder(model)
-    pipe = MaskGIT.from_pretrained(folder, pack_weights=False)
-    if pipe.negative_model is not None:
-        _log.warning("%s: the negative model of guidance is not exported; guide with the null class instead", folder)
-    with write_folder(out) as fresh:
+    check = partial(
+        check_new_folder, replace=replace, description=DESCRIPTION, entry=("format", _FORMAT), known=_listed_files
+    )
+    # The folder is locked and checked before the model is loaded.
+    with write_folder(Path(out), name="--out", check=check) as fresh:
+        # 1.
+        folder = find_folder(model)
+        pipe = MaskGIT.from_pretrained(folder, pack_weights=False)
+        if pipe.negative_model is not None:
+            _log.warning(
+                "%s: the negative model of guidance is not exported; guide with the null class instead", folder
+            )
         # 2.
         graphs = dict(_write_all(graphs_of(pipe.tokenizer, pipe.transformer), fresh, kind))
         # 3.
@@ -109,6 +116,15 @@ def compare_graph(graph: Graph, file: Path, kind: Format) -> float:
             )
         largest = max(largest, difference)
     return largest
+
+
+def _listed_files(content: Mapping[str, Any]) -> set[str]:
+    """Returns the files that ``export.json`` lists; it is untrusted, and a damaged one lists none."""
+    graphs = content.get("graphs")
+    entries = (
+        [each.get("files") for each in graphs.values() if isinstance(each, dict)] if isinstance(graphs, dict) else []
+    )
+    return {name for files in entries if isinstance(files, dict) for name in files}
 
 
 def _write_all(graphs: Iterable[Graph], folder: Path, kind: Format) -> Iterator[tuple[str, dict[str, Any]]]:

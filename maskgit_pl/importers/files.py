@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
+from maskgit_pl.folders import resolve_folder
+
 __all__ = [
     "TOKENIZER_LAYOUTS",
     "Format",
@@ -79,8 +81,8 @@ def check_out(folder: Path) -> None:
     Raises:
         FileExistsError: if it exists, unless it is an empty folder.
         NotADirectoryError: if one of its parents is a file.
+        ValueError: if it cannot be written (``folders.resolve_folder``).
     """
-    resolve_folder("--out", folder)
     empty = folder.is_dir() and not any(folder.iterdir())
     if folder.is_symlink() or (folder.exists() and not empty):
         raise FileExistsError(
@@ -90,6 +92,7 @@ def check_out(folder: Path) -> None:
     above = next(path for path in folder.absolute().parents if path.exists())
     if not above.is_dir():
         raise NotADirectoryError(f"import {folder} must lie in a folder, got the file {above}")
+    resolve_folder("--out", folder)
 
 
 def read_class_names(path: Path) -> list[str]:

@@ -25,7 +25,15 @@ from maskgit_pl.pretrained.decoding_file import WEIGHTS_FILE, validate_decoding
 from maskgit_pl.pretrained.networks import PretrainedTokenizer, PretrainedTransformer
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
 
-__all__ = ["check_stage_folder", "fingerprint", "load_tokenizer", "load_transformer", "read_config", "save_tokenizer", "save_transformer"]
+__all__ = [
+    "check_stage_folder",
+    "fingerprint",
+    "load_tokenizer",
+    "load_transformer",
+    "read_config",
+    "save_tokenizer",
+    "save_transformer",
+]
 
 Kind = Literal["tokenizer", "transformer", "pipeline"]
 Network = TypeVar("Network", bound=nn.Module)

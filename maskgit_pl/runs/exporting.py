@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from maskgit_pl.files import check_writable
 from maskgit_pl.locks import hold_lock
 from maskgit_pl.runs.plan import Plan, folder_of
 from maskgit_pl.runs.recipe import Recipe
@@ -44,21 +45,26 @@ def export(
 
     Raises:
         FileNotFoundError: if run, stage, checkpoint, data or tokenizer do not exist.
-        FileExistsError: if the folder holds an export, and ``replace`` is False.
-        ValueError: if a checkpoint is incomplete, or another process writes the folder.
+        FileExistsError: if the folder holds an export, and ``replace`` is False or there are other files in it.
+        ValueError: if a checkpoint is incomplete, the folder is not writable, or another process writes it.
     """
     folder = folder_of(run)
     out = folder / "pretrained" if out is None else Path(out)
     stages = _stages(folder, stage)
-    for each in stages:
-        if (out / each).exists() and not replace:
-            raise FileExistsError(f"{out / each} exists; replace it with --replace, or write elsewhere with --out")
-    # Everything is found before torch is imported and before anything is written.
-    plans = [_plan(folder, each, data, out) for each in stages]
-    chosen = [_checkpoint(plan, step) for plan in plans]
-    from maskgit_pl.runs.stage import export_checkpoint  # lightning and torch take seconds to import
-
+    check_writable("--out", out, is_folder=True)
+    # Locked before it is checked, so that of two processes one is refused.
     with hold_lock(out, hint="give another --out"):
+        for each in stages:
+            if (out / each).exists() and not replace:
+                raise FileExistsError(f"{out / each} exists; replace it with --replace, or write elsewhere with --out")
+        # Everything is found before torch is imported and before anything is written.
+        plans = [_plan(folder, each, data, out) for each in stages]
+        chosen = [_checkpoint(plan, step) for plan in plans]
+        from maskgit_pl.pretrained import check_stage_folder  # lightning and torch take seconds to import
+        from maskgit_pl.runs.stage import export_checkpoint
+
+        for each in stages:
+            check_stage_folder(out / each)
         for plan, checkpoint in zip(plans, chosen, strict=True):
             if plan.tokenizer is not None and not (out / "tokenizer").exists():
                 shutil.copytree(plan.tokenizer, out / "tokenizer")

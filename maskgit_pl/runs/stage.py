@@ -22,7 +22,7 @@ from maskgit_pl.files import write_text
 from maskgit_pl.locks import hold_lock
 from maskgit_pl.pipeline.card import write_card
 from maskgit_pl.portable import raise_file_limit
-from maskgit_pl.pretrained import fingerprint, load_weights
+from maskgit_pl.pretrained import check_stage_folder, fingerprint, load_weights
 from maskgit_pl.provenance import describe_environment
 from maskgit_pl.runs.build import StageRun, build
 from maskgit_pl.runs.plan import Plan
@@ -67,6 +67,7 @@ def fit_stage(plan: Plan) -> FitResult:
     """Trains a stage and exports it; does nothing if the run is finished.
 
     Raises:
+        FileExistsError: if there are other files in the folder of the export.
         ValueError: if the recipe is invalid, data or tokenizer do not fit, the settings of the run have changed, or
             another process trains it.
         RunError: if training ends early: a stop signal, unreadable data, a full disk, non-finite losses.
@@ -80,6 +81,7 @@ def fit_stage(plan: Plan) -> FitResult:
         if trainer.is_global_zero:
             log.info("%s: finished at %s; nothing to do", plan.stage_folder, newest.name)
         return FitResult(plan.folder, step_of(newest), was_finished=True)
+    check_stage_folder(plan.folder / "pretrained" / plan.stage)  # which the export at the end replaces
     with hold_lock(plan.stage_folder, hint="train another run (--run)") if trainer.is_global_zero else nullcontext():
         _fit(run, plan)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from maskgit_pl.checks import check_integer
-from maskgit_pl.files import check_writable, replace_folder, write_text
+from maskgit_pl.files import write_text
+from maskgit_pl.folders import replace_folder, resolve_folder
 from maskgit_pl.image_format import ImageSize, check_image_size, height_width, plain_size
 from maskgit_pl.portable import sync
 from maskgit_pl.shards.crops import fit_image
@@ -58,7 +59,7 @@ def make_shards(
 
     Args:
         source: Source of the samples.
-        folder: The data folder to make.
+        folder: The data folder to make. A link stays, and its target is written.
         size: Side, or (height, width), to which each image is cropped (centre) and resized; None keeps the files.
         shard_size: Maximum number of samples per shard.
         lenient: True leaves out unreadable images and lists them in ``left_out.txt``; False rejects them.
@@ -70,8 +71,8 @@ def make_shards(
         False if the folder already holds the result, True if it was written.
 
     Raises:
-        ValueError: if the folder holds something else or, unless ``lenient``, images cannot be read. The message lists
-            them.
+        ValueError: if the folder holds something else or cannot be written, or, unless ``lenient``, images cannot be
+            read. The message lists them.
     """
     folder = Path(folder)
     workers = choose_workers(workers, work=sum(source.counts.values()) / _SAMPLES)
@@ -81,7 +82,7 @@ def make_shards(
     record = describe(source, size=size, shard_size=shard_size)  # 1.
     if is_made_from(folder, record):
         return False
-    check_writable("data folder", folder, is_folder=True)
+    folder = resolve_folder("data folder", folder)
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(
             f"data folder {printable(folder)} must be empty or made from the same source, got other content (see its "
@@ -203,9 +204,15 @@ class _Plan:
 def _partial_folder(folder: Path, record: dict[str, Any]) -> Path:
     """Returns the temporary folder, with the shards of an interrupted run if it had the same record."""
     partial = folder.with_name(f".{folder.name}.partial")
-    if _read_record(partial) != record:
+    if partial.is_symlink() or _read_record(partial) != record:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        try:
+            partial.mkdir(parents=True)
+        except FileExistsError as error:  # a file, a link, or a folder of another user
+            raise ValueError(
+                f"data folder {printable(folder)} must have {printable(partial)} free for its shards, got something "
+                "that is no folder of this command; remove it, or give another --out"
+            ) from error
         write_text(partial / RECORD, json.dumps(record, indent=1) + "\n")
     # Half-written shards of a killed run.
     for left in partial.glob(".writing-*"):
