@@ -11,17 +11,15 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from maskgit_pl import files
 from maskgit_pl.files import (
     check_writable,
     read_json,
-    replace_folder,
     sha256_of,
     write_atomically,
-    write_folder,
     write_tensors,
     write_text,
 )
+from maskgit_pl.folders import replace_folder, resolve_folder, write_folder
 
 
 @pytest.mark.parametrize(
@@ -113,87 +111,6 @@ def test_a_file_is_there_when_all_is_written_and_never_half(tmp_path: Path) -> N
     assert {path.name for path in tmp_path.rglob("*")} == {"file", "elsewhere"}
 
 
-@pytest.fixture(params=["one step", "two steps"])
-def swap(request, monkeypatch) -> str:
-    """The way that a folder replaces another one: in one step, or in two on a file system without exchange."""
-    if request.param == "two steps":
-        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
-    return request.param
-
-
-def test_a_folder_takes_its_place_when_all_of_it_is_on_disk(tmp_path: Path, monkeypatch, swap: str) -> None:
-    folder, synced = tmp_path / "above" / "folder", []
-    fsync = os.fsync
-
-    def spy(descriptor: int) -> None:
-        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", spy)
-    for text in ("old", "new"):
-        with write_folder(folder) as fresh:
-            assert fresh.parent == folder.parent
-            (fresh / "inner").mkdir()
-            (fresh / "inner" / "file").write_text(text)
-            assert not folder.exists() or (folder / "inner" / "file").read_text() == "old"
-        assert (folder / "inner" / "file").read_text() == text
-        assert list(folder.parent.iterdir()) == [folder]
-        assert synced == ["inner", "file", fresh.name, "above"]
-        synced.clear()
-
-
-def test_a_folder_that_is_not_finished_leaves_the_older_one_and_nothing_else(tmp_path: Path, swap: str) -> None:
-    folder = tmp_path / "folder"
-    with write_folder(folder) as fresh:
-        write_text(fresh / "file", "old")
-    with pytest.raises(FileNotFoundError), write_folder(folder) as fresh:
-        write_text(fresh / "missing" / "file", "new")
-    assert (folder / "file").read_text() == "old"
-    assert list(tmp_path.iterdir()) == [folder]
-
-
-def test_a_swap_that_fails_leaves_the_older_folder(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
-    rename, folder = Path.rename, tmp_path / "folder"
-    with write_folder(folder) as fresh:
-        write_text(fresh / "file", "old")
-
-    def fail_on_the_fresh(self: Path, target: Path) -> Path:
-        if "partial" in self.name:
-            raise OSError("gone")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", fail_on_the_fresh)
-    with pytest.raises(OSError, match="gone"), write_folder(folder) as fresh:
-        write_text(fresh / "file", "new")
-    assert (folder / "file").read_text() == "old"
-    assert list(tmp_path.iterdir()) == [folder]
-
-
-def test_a_folder_takes_the_place_of_an_empty_one_and_a_leftover_of_a_kill_is_no_part_of_it(
-    tmp_path: Path, monkeypatch, swap: str
-) -> None:
-    monkeypatch.setattr(os, "getpid", lambda: 17)
-    folder, left = tmp_path / "folder", tmp_path / ".folder.partial-17"
-    folder.mkdir()
-    left.mkdir()
-    write_text(left / "half", "")
-    with write_folder(folder) as fresh:
-        write_text(fresh / "file", "new")
-    assert {path.name for path in tmp_path.rglob("*")} == {"folder", "file"}
-
-
-@pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="Linux exchanges two names")
-def test_no_moment_of_a_replacement_is_without_a_whole_folder(tmp_path: Path, monkeypatch) -> None:
-    folder, fresh = tmp_path / "folder", tmp_path / "fresh"
-    for each in (folder, fresh):
-        each.mkdir()
-        write_text(each / "file", each.name)
-    monkeypatch.setattr(Path, "rename", None)  # the only other way
-    replace_folder(fresh, folder)
-    assert (folder / "file").read_text() == "fresh"
-
-
 def test_a_hash_is_that_of_the_whole_file_by_name_or_descriptor(tmp_path: Path) -> None:
     content = os.urandom(3 * 2**20 + 1)
     (tmp_path / "file").write_bytes(content)
@@ -235,6 +152,7 @@ WRITERS_OF_FOLDERS = [
     lambda path: write_folder(path).__enter__(),
     lambda path: replace_folder(path.with_name("fresh"), path),
     lambda path: check_writable("--out", path, is_folder=True),
+    lambda path: resolve_folder("--out", path),
 ]
 
 
@@ -256,3 +174,37 @@ def test_nothing_of_another_kind_is_replaced(tmp_path: Path, make: Callable, wri
         with pytest.raises(ValueError, match=r"must be a (file|folder), got the .*; give another path"):
             write(tmp_path / name)
         assert sorted((each, each.lstat().st_mode) for each in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("write", [write_text, lambda path, text: write_tensors(path, {text: torch.zeros(1)})])
+def test_a_link_to_a_file_stays_and_its_target_is_written(tmp_path: Path, write: Callable) -> None:
+    (tmp_path / "disk").mkdir()
+    file, link = tmp_path / "disk" / "file", tmp_path / "link"
+    link.symlink_to("disk/file")
+    for text in ("new", "newer"):  # the target is missing, then it is there
+        check_writable("--out", link)
+        write(link, text)
+        assert link.is_symlink()
+        assert text.encode() in file.read_bytes()
+    assert {path.name for path in tmp_path.rglob("*")} == {"disk", "file", "link"}
+
+
+def test_the_partial_file_of_a_link_is_on_the_disk_of_the_target(tmp_path: Path) -> None:
+    for name in ("disk", "parts"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("disk/file")
+    with write_atomically(tmp_path / "link", partial_in=tmp_path / "parts") as stream:
+        stream.write(b"new")
+        assert list((tmp_path / "parts").iterdir()) == []
+    assert (tmp_path / "disk" / "file").read_bytes() == b"new"
+
+
+def test_a_link_to_a_disk_that_is_not_there_is_refused_and_makes_no_folder(tmp_path: Path) -> None:
+    for name, target in (("link", "disk/one"), ("folder", "disk"), ("loop", "loop")):
+        (tmp_path / name).symlink_to(target)
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("link", "folder/one", "folder/one/two", "loop"):
+        for write in WRITERS_OF_FILES + WRITERS_OF_FOLDERS:
+            with pytest.raises(ValueError, match=r"must lead to a folder that exists, got .*; make that folder, or"):
+                write(tmp_path / name)
+    assert sorted(tmp_path.rglob("*")) == before

@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 FOLDER = ""  # used in place of a file suffix
-_IMAGE_NAME = r"(no-class|class-\d+)-seed-\d+\.png"  # of imaging.save_images
+_IMAGE_NAME = re.compile(r"(no-class|class-\d+)-seed-\d+\.png")  # of imaging.save_images
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
@@ -100,7 +100,8 @@ def check_outputs(args: argparse.Namespace, **endings: str) -> None:
         lost = [
             each
             for each in inputs
-            if each == real or (ending == FOLDER and re.fullmatch(f"{re.escape(real)}/{_IMAGE_NAME}", each))
+            if each == real
+            or (ending == FOLDER and os.path.dirname(each) == real and _IMAGE_NAME.fullmatch(os.path.basename(each)))
         ]
         if lost:
             raise ValueError(

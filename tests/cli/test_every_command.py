@@ -70,7 +70,7 @@ def refusal(tiny_pretrained: Path, tiny_shards: Path, image: Path, tmp_path: Pat
 
     def run(command: str, *words: object) -> str:
         given = [
-            re.sub(rf"^({'|'.join(places)})", lambda found: str(places[found[1]]), word) for word in WORDS[command]
+            re.sub(rf"^({'|'.join(places)})", lambda found: str(places[found[1]]), str(word)) for word in WORDS[command]
         ]
         before = sorted(tmp_path.rglob("*"))
         assert main([*command.split(), *given, *map(str, words)]) == 2
@@ -144,6 +144,91 @@ def test_two_outputs_are_two_files(refusal) -> None:
     assert "--filmstrip must differ from --out, got a.png" in refusal(
         "sample", "--out", "a.png", "--filmstrip", "a.png"
     )
+
+
+def test_two_spellings_of_one_file_are_one_file(refusal, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    for other in ("../empty/a.PNG", tmp_path / "empty" / "a.PNG", "../link/a.PNG"):
+        said = refusal("sample", "--out", "a.PNG", "--filmstrip", other)
+        assert f"--filmstrip must differ from --out, got {other}" in said
+
+
+INPUTS = [
+    (command, action.option_strings[0] if action.option_strings else action.dest)
+    for command, parser in COMMANDS.items()
+    for action in parser._actions
+    if action.type is Path and str(action.metavar).startswith(("FILE", "IMAGE")) and f"--{action.dest}" not in WRITTEN
+]
+OVERWRITING = [
+    (command, flag, written, ending)
+    for command, written, ending in OUTPUTS
+    for other, flag in INPUTS
+    if other == command and flag != written
+]
+
+
+def test_every_edit_is_tried_with_its_image_as_output() -> None:
+    tried = {(command, flag, written) for command, flag, written, _ in OVERWRITING}
+    images = {(command, "image", flag) for command in ("inpaint", "edit", "outpaint") for flag in WRITTEN}
+    assert images | {("edit", "--mask", "--out"), ("evaluate", "--reference", "--out")} <= tried
+
+
+@pytest.mark.parametrize(("command", "flag", "written", "ending"), OVERWRITING)
+def test_no_command_overwrites_a_file_that_it_reads(
+    command: str, flag: str, written: str, ending: str, refusal, image: Path, tmp_path: Path
+) -> None:
+    file, link = tmp_path / f"in.{ending}", tmp_path / f"link.{ending}"
+    file.write_bytes(image.read_bytes())
+    link.symlink_to(file.name)
+    given = [flag, file] if flag.startswith("-") else []
+    for other in (f"../in.{ending}", link):
+        with pytest.MonkeyPatch.context() as patch:
+            if not given:
+                patch.setitem(WORDS, command, [file if word == IMAGE else word for word in WORDS[command]])
+            said = refusal(command, *given, written, other)
+        assert f"{written} must not overwrite a file that the command reads, got {other} and {file}; give" in said
+
+
+def test_the_default_output_and_a_folder_of_images_are_no_inputs_either(
+    refusal, image: Path, tmp_path: Path, tiny_pretrained: Path, monkeypatch, capsys
+) -> None:
+    for command, name in (("inpaint", "edited.png"), ("edit", "edited.png"), ("outpaint", "outpainted.png")):
+        (tmp_path / "empty" / name).write_bytes(image.read_bytes())
+        monkeypatch.setitem(WORDS, command, [name if word == IMAGE else word for word in WORDS[command]])
+        assert f"--out must not overwrite a file that the command reads, got {name}" in refusal(command)
+    words = ["--images", "../made", "--seed", "3", "--out", tmp_path / "sheet.png", "--per-class", "1"]
+    assert main(["sample", str(tiny_pretrained), *map(str, words)]) == 0
+    capsys.readouterr()
+    for file in (tmp_path / "made").iterdir():
+        monkeypatch.setitem(WORDS, "outpaint", [RUN, file, "--right", "4"])
+        assert "--images must not overwrite a file that the command reads, got ../made" in refusal(
+            "outpaint", "--images", "../made"
+        )
+
+
+PATHS = [
+    (command, action.option_strings[0] if action.option_strings else action.metavar)
+    for command, parser in COMMANDS.items()
+    for action in parser._actions
+    if action.type is Path
+]
+
+
+@pytest.mark.parametrize(("command", "name"), PATHS)
+def test_an_empty_path_is_not_the_current_folder(command: str, name: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    before: list[str] = []  # words of the positional arguments before it
+    for action in COMMANDS[command]._actions:
+        if action.metavar == name:
+            break
+        before += [] if action.option_strings else [str(next(iter(action.choices or "1")))]
+    for words in ([name, ""], [f"{name}="]) if name.startswith("-") else ([*before, ""],):
+        with pytest.raises(SystemExit) as stopped:
+            main([*command.split(), *words])
+        said = capsys.readouterr()
+        assert (stopped.value.code, said.out, said.err.count("\n")) == (2, "", 1), said
+        assert re.search(r"(--[a-z-]+|[A-Z]+) must not be empty, got ''", said.err)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_of_images_is_a_folder(refusal, image: Path) -> None:
