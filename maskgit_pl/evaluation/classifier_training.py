@@ -272,6 +272,17 @@ def _read_key(folder: Path) -> Any:
         return None
 
 
+def check_classifier_folder(folder: Path, data: ShardData, config: ClassifierConfig) -> None:
+    """Checks that what a classifier replaces in a folder, ``config.json`` and its weights, is of a classifier.
+
+    Raises:
+        FileExistsError: if it is of another network.
+    """
+    key = _read_key(folder)
+    if key is not None and key.get("format") != _key(data, config)["format"]:
+        raise FileExistsError(f"{folder / CONFIG_FILE} is not of a classifier; name another folder with --out")
+
+
 def _save(folder: Path, classifier: Classifier, key: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # The key is written last, and an old one is removed first: a process that is killed in between leaves no key, and

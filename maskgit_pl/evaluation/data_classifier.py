@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from maskgit_pl.checks import check_integer
 from maskgit_pl.evaluation.classifier_config import SMALL_TRAINING, ClassifierConfig
 from maskgit_pl.evaluation.run_folders import open_images
+from maskgit_pl.files import check_writable
 from maskgit_pl.image_format import ImageSize, check_image_size, pixels_text
 from maskgit_pl.progress import Bars, no_bars
 
@@ -64,7 +65,9 @@ def train_classifier(
 
     Raises:
         FileNotFoundError: if the data folder does not exist.
-        ValueError: if ``image_size`` is None and the images have several sizes, or the network is unknown.
+        FileExistsError: if the folder holds another network.
+        ValueError: if ``image_size`` is None and the images have several sizes, the network is unknown, or the folder
+            cannot be written.
     """
     from maskgit_pl.shards.manifest import read_manifest_summary
 
@@ -86,6 +89,8 @@ def train_classifier(
     place = default_device() if device is None else str(check_device(device))
     source = open_images(Path(data), image_size or least, summary.channels, num_workers=num_workers)
     folder = out or Path("runs") / f"{Path(data).resolve().name}-classifier" / config.model
+    check_writable("out", folder, is_folder=True)
+    classifier_training.check_classifier_folder(folder, source, config)
     is_reused = classifier_training.is_trained(folder, source, config)
     advance = bars(f"training {config.model}", config.max_steps)
     classifier = classifier_training.obtain_classifier(

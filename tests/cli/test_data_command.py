@@ -46,6 +46,34 @@ def test_make_then_make_again_then_index_agree(tree, tmp_path, capsys):
     assert read_manifest_summary(out) == made
 
 
+def test_make_writes_through_a_link_and_names_what_is_in_its_way(tree, tmp_path, capsys):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    before = {each.name for each in tmp_path.iterdir()}
+    for said in ("2 classes", "nothing to do"):
+        assert call("make", tree, "--out", tmp_path / "link", "--image-size", 8) == 0
+        assert said in capsys.readouterr().out
+        assert (tmp_path / "link").is_symlink()
+        assert {each.name for each in tmp_path.iterdir()} == before
+    (tmp_path / ".other.partial").touch()
+    (tmp_path / ".more.partial").symlink_to("disk")
+    for name in ("other", "more"):
+        with pytest.raises(
+            ValueError, match=rf"must have \S+/\.{name}\.partial free for its shards, .*; remove it, or"
+        ):
+            call("make", tree, "--out", tmp_path / name)
+    assert {each.name for each in tmp_path.iterdir()} == {*before, ".other.partial", ".more.partial"}
+
+
+@pytest.mark.parametrize("out", [".", "/"])
+def test_make_does_not_replace_the_current_folder_or_a_disk(tree, tmp_path, monkeypatch, out):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(ValueError, match="data folder must be a folder that a new one can replace, got /"):
+        call("make", tree, "--out", out)
+    assert [each.name for each in tmp_path.iterdir() if each.name != "tree"] == ["empty"]
+
+
 def test_make_says_which_images_are_equal(tree, tmp_path, capsys, monkeypatch):
     shutil.copy(tree / "cat" / "1.png", tree / "dog" / "again.png")
     for _ in range(2):  # made, and complete already

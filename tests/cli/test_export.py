@@ -86,6 +86,23 @@ def test_what_is_there_is_replaced_only_when_asked_for(run, tmp_path, capsys):
     assert content(copy / "pretrained") != before
 
 
+def test_files_of_the_user_are_not_removed_by_an_export_or_a_training(run, given, tmp_path, capsys):
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    notes = copy / "pretrained" / "tokenizer" / "notes.txt"
+    notes.write_text("years of work")
+    assert main(["export", str(copy), "--stage=tokenizer", "--replace"]) == 2
+    assert "got also notes.txt; move them" in capsys.readouterr().err
+    words_of_longer = [*words("tokenizer", given), f"--runs-folder={tmp_path}", "--run=copy", "--trainer.max_steps=6"]
+    assert main(["train", *words_of_longer]) == 2
+    assert "got also notes.txt; move them" in capsys.readouterr().err
+    assert not (copy / "tokenizer" / "checkpoints" / "step-00000006").exists()
+    # The folder of the run itself has stages with checkpoints.
+    assert main(["export", str(copy), f"--out={copy}", "--stage=tokenizer", "--replace"]) == 2
+    assert "must hold only files of an earlier export" in capsys.readouterr().err
+    assert (copy / "tokenizer" / "checkpoints").is_dir()
+    assert notes.read_text() == "years of work"
+
+
 @pytest.mark.parametrize(
     ("more", "match"),
     [

@@ -1,3 +1,4 @@
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,6 +55,21 @@ def test_a_network_of_timm_goes_where_the_data_say(tiny_shards, tmp_path, monkey
 def test_what_cannot_be_trained_is_said_in_one_line(tiny_shards, capsys, words, said):
     assert call(tiny_shards, *words) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_folder_of_another_network_or_that_cannot_be_written_is_refused(
+    tiny_shards, tiny_pretrained, tmp_path, capsys
+):
+    copy = Path(shutil.copytree(tiny_pretrained / "transformer", tmp_path / "copy"))
+    (tmp_path / "file").touch()
+    before = {file: file.read_bytes() for file in copy.iterdir()}
+    for out, said in (
+        (copy, "config.json is not of a classifier; name another"),
+        (tmp_path / "file", "--out must be a fold"),
+    ):
+        assert call(tiny_shards, "--out", str(out), "--max-steps", "2") == 2
+        assert said in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in copy.iterdir()} == before
 
 
 def test_data_that_are_not_there_are_said(tmp_path, capsys):

@@ -316,6 +316,9 @@ def test_wrong_flags_and_a_missing_package_are_named(tiny_pretrained, tmp_path, 
     out = f"--out={tmp_path / 'out'}"
     assert main([*words, out]) == 0
     assert main([*words, out, "--replace"]) == 0
+    (tmp_path / "out" / "notes.txt").write_text("years of work")
+    assert main([*words, out, "--replace"]) == 2
+    assert "got also notes.txt; move them" in capsys.readouterr().err
     monkeypatch.delitem(sys.modules, "maskgit_pl.diffusers_export.pipeline")
     monkeypatch.setitem(sys.modules, "diffusers", None)
     capsys.readouterr()

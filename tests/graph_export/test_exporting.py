@@ -1,7 +1,10 @@
 """``maskgit export --format``: what is written, what is compared, and what is left after an error."""
 
 import json
+import os
+import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -78,6 +81,63 @@ def test_an_earlier_export_is_replaced_only_when_asked_for(tiny_pretrained, expo
     assert main([*words, f"--out={tmp_path}", "--replace"]) == 2
     assert "--replace replaces only the folder of an earlier export" in capsys.readouterr().err
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    ("listed", "named"),
+    [
+        ("", "notes.txt, photos/a.png"),
+        (', "graphs": {"a": {"files": {"notes.txt": {}}}, "b": 3, "c": {"files": []}}', "photos/a.png"),
+        (', "graphs": [1]', "notes.txt, photos/a.png"),
+    ],
+)
+def test_files_that_an_earlier_export_does_not_list_are_not_removed(tiny_pretrained, tmp_path, capsys, listed, named):
+    (tmp_path / "photos").mkdir()
+    for name in ("photos/a.png", "notes.txt"):
+        (tmp_path / name).write_text("years of work")
+    (tmp_path / "export.json").write_text(f'{{"format": "maskgit_pl.graphs"{listed}}}')
+    assert main(["export", str(tiny_pretrained), "--format=pt2", f"--out={tmp_path}", "--replace"]) == 2
+    assert f"must hold only files of an earlier export, got also {named}; move them" in capsys.readouterr().err
+    assert {each.name for each in tmp_path.rglob("*")} == {"photos", "a.png", "notes.txt", "export.json"}
+
+
+def test_an_earlier_export_behind_a_link_is_replaced_and_the_link_stays(tiny_pretrained, tmp_path, capsys):
+    (tmp_path / "link").symlink_to("disk")
+    words = ["export", str(tiny_pretrained), "--format=pt2", f"--out={tmp_path / 'link'}"]
+    for more in ([], ["--replace"]):
+        assert main([*words, *more]) == 0
+        assert {each.name for each in tmp_path.iterdir()} == {"link", "disk"}
+        assert (tmp_path / "link").is_symlink()
+    (tmp_path / "disk" / "notes.txt").write_text("years of work")
+    assert main([*words, "--replace"]) == 2
+    assert "got also notes.txt; move them" in capsys.readouterr().err
+
+
+def test_a_second_export_to_one_folder_is_refused_and_a_killed_one_leaves_nothing_for_long(
+    tiny_pretrained, tmp_path, capsys
+):
+    words = ["export", str(tiny_pretrained), "--format=pt2", f"--out={tmp_path / 'out'}"]
+    with subprocess.Popen([sys.executable, "-m", "maskgit_pl", *words]) as first:
+        begun = time.monotonic()
+        while not list(tmp_path.glob(".out.partial-*/*.pt2")):
+            assert time.monotonic() - begun < 120
+            time.sleep(0.01)
+        assert main(words) == 2
+        assert f"out is in use by process {first.pid} on " in capsys.readouterr().err
+        first.terminate()
+    assert first.returncode != 0
+    assert list(tmp_path.glob(".out.partial-*"))
+    assert main(words) == 0
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_the_current_folder_is_refused_before_the_model_is_loaded(tiny_pretrained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(exporting.MaskGIT, "from_pretrained", None)
+    for out in (".", tmp_path, "/"):
+        assert main(["export", str(tiny_pretrained), "--format=pt2", f"--out={out}"]) == 2
+        assert "--out must be a folder that a new one can replace, got /" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("damage", ["value", "not a number", "shape"])
