@@ -250,13 +250,17 @@ def test_the_fingerprint_changes_with_the_weights_and_with_nothing_else(tmp_path
     assert len(fingerprint(first)) == 64
 
 
-def test_an_older_folder_is_replaced_whole(saved):
-    (saved / "tokenizer" / "stray.txt").write_text("of the older one")
+def test_an_older_folder_is_replaced_unless_it_holds_other_files(saved):
+    before, stray = fingerprint(saved / "tokenizer"), saved / "tokenizer" / "stray.txt"
+    stray.write_text("years of work")
+    with pytest.raises(FileExistsError, match=r"got also stray\.txt; move them"):
+        save_tokenizer(saved / "tokenizer", VQGAN_CONFIG, vqgan(seed=1).state_dict(), image_size=16)
+    assert fingerprint(saved / "tokenizer") == before
+    stray.unlink()
     save_tokenizer(saved / "tokenizer", VQGAN_CONFIG, vqgan(seed=1).state_dict(), image_size=16)
     assert equal(load_tokenizer(saved / "tokenizer").network.state_dict(), vqgan(seed=1).state_dict())
     assert load_tokenizer(saved / "tokenizer").image_size == 16
     assert sorted(path.name for path in saved.iterdir()) == ["tokenizer", "transformer"]  # nothing is left beside them
-    assert not (saved / "tokenizer" / "stray.txt").exists()
 
 
 def test_a_write_that_fails_leaves_the_older_folder_and_nothing_else(saved, monkeypatch):
