@@ -17,6 +17,7 @@ FLOORS = {  # a file or a folder -> its floor; a folder's files stand on its flo
     "progress": 0,
     "terminal": 0,
     "files": 0,
+    "zip_directory": 0,
     "image_format": 0,
     "lazy_names": 0,
     "flag_values": 0,
