@@ -18,6 +18,7 @@ FLOORS = {  # a file or a folder -> its floor; a folder's files stand on its flo
     "terminal": 0,
     "files": 0,
     "folders": 0,
+    "zip_directory": 0,
     "image_format": 0,
     "lazy_names": 0,
     "flag_values": 0,

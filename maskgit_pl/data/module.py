@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from functools import cached_property
 
@@ -26,10 +27,12 @@ from maskgit_pl.data.order import (
 from maskgit_pl.data.step_module import StepDataModule
 from maskgit_pl.data.stream import StreamBatches, StreamEval
 from maskgit_pl.decoding.vectors import VectorPool
+from maskgit_pl.distributed import rank_and_world
 from maskgit_pl.shards.manifest import (
     DataSummary,
     Split,
     check_vectors,
+    describe_resizing,
     load_manifest,
     load_manifests,
     read_manifest_summary,
@@ -38,6 +41,8 @@ from maskgit_pl.shards.reader import ShardReader
 from maskgit_pl.shards.tokens import StoreDescription, TokenReader, augmentations_text, check_origin, open_store
 
 __all__ = ["ShardData"]
+
+log = logging.getLogger(__name__)
 
 
 class ShardData(StepDataModule):
@@ -93,6 +98,16 @@ class ShardData(StepDataModule):
     def store(self) -> StoreDescription | None:
         """The description of the token store; None for other sources."""
         return None if self._tokens is None else next(iter(self._tokens.values())).description
+
+    @property
+    def resizing(self) -> str | None:
+        """The sentence of ``describe_resizing`` about the images of the folder; None for a stream."""
+        return None if self.stream is not None else describe_resizing(self.summary.images, self.config.image_size)
+
+    def warn_if_resized(self) -> None:
+        """Logs ``resizing`` on rank 0, if there is one."""
+        if self.resizing is not None and rank_and_world()[0] == 0:
+            log.warning("data %s: %s", self.config.path, self.resizing)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -39,6 +40,19 @@ log = logging.getLogger(__name__)
 
 _CHUNK = 2**20  # bytes of one read
 _MAX_SHARD_BYTES = 64 * 2**30
+
+
+def _reset_fsspec() -> None:
+    """Lets fsspec start a new thread in a forked worker, which has only a dead copy of its parent's.
+
+    Newer versions of fsspec do it themselves; with 2025.3.0, of datasets 4.0, the worker would wait forever.
+    """
+    if "fsspec.asyn" in sys.modules:
+        sys.modules["fsspec.asyn"].reset_lock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_reset_fsspec)
 
 
 class StreamError(ValueError):

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from maskgit_pl.files import size_text
 from maskgit_pl.text import printable
+from maskgit_pl.zip_directory import TooLargeDirectoryError, open_zip
 
 __all__ = ["ArrayFile", "SampleFile", "open_samples"]
 
@@ -88,14 +89,12 @@ class ArrayFile:
         if not self.path.is_file():
             raise ValueError(f"{thing} {path} must be an existing .npz file")
         try:
-            with zipfile.ZipFile(self.path) as archive:
-                if len(archive.infolist()) > _MAX_MEMBERS:
-                    raise _ArrayError(
-                        f"{thing} {path} must have at most {_MAX_MEMBERS} arrays, got {len(archive.infolist())}"
-                    )
+            with open(self.path, "rb") as stream, open_zip(stream, max_entries=_MAX_MEMBERS) as archive:
                 self._members = {
                     info.filename.removesuffix(".npy"): self._member(archive, info) for info in archive.infolist()
                 }
+        except TooLargeDirectoryError as error:
+            raise ValueError(f"{thing} {path} must have {error}; remove the arrays that are not needed") from error
         except _ArrayError:
             raise  # a ValueError too, but its message is complete
         except _BROKEN as error:

@@ -121,6 +121,8 @@ def measure_tokenizer(
         config.grid(options.tile)  # raises if the network cannot encode a tile
     lpips = None if options.lpips is None else load_lpips(options.lpips, device=device)
     data = open_images(folders.data, tokenizer.image_size, config.in_channels, num_workers=options.num_workers)
+    if options.tile is None:
+        data.warn_if_resized()
     extractors = open_extractors(folders.classifier, data, features=features, device=device, bars=bars)
     count = min(options.num_images or data.summary.samples["val"], data.summary.samples["val"])
     images = data.summary.images

@@ -2,11 +2,15 @@
 
 Weights are rounded once, with a scale for each output. Inputs are rounded at each call, with a scale and an offset for
 each token, so that the logits of an image do not depend on the rest of its batch. Embeddings, norms, attention and the
-vocabulary head take little time and stay float32. ``MaskGIT.from_pretrained`` uses ``quantize``.
+vocabulary head take little time and stay float32. ``MaskGIT.quantize`` uses ``quantize``.
+
+Products with 8-bit weights are exact on most CPUs, and saturate on those without VNNI instructions. These get 7-bit
+weights, so that their images differ from those of other CPUs.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TypeVar, cast
 
 import torch
@@ -19,13 +23,37 @@ from maskgit_pl.networks.packing_linear import PackingLinear
 from maskgit_pl.networks.skeleton import skeletons
 from maskgit_pl.networks.transformer_block import QKVProjection
 
-__all__ = ["Int8Linear", "quantize"]
+__all__ = ["Int8Linear", "find_largest_weight", "quantize"]
 
 _LARGEST_INPUT = 255
-# Without VNNI instructions a CPU adds two products of input and weight in signed 16 bits, and saturates: 2 x 255 x 127
-# is too large, 2 x 255 x 63 = 32,130 is not.
-_LARGEST_WEIGHT = 63
 _SMALLEST_SCALE = 1e-30  # of a row of zeros, whose scale would be 0
+
+
+@cache
+def find_largest_weight() -> int:
+    """Returns the largest rounded weight: 127 if this CPU multiplies it exactly, else 63.
+
+    Without VNNI instructions a CPU adds two products of input and weight in signed 16 bits, and saturates: 2 x 255 x
+    127 is too large, 2 x 255 x 63 = 32,130 is not. The product of the largest numbers shows it; the names of
+    instructions do not, since oneDNN can be told not to use them.
+    """
+    largest, length, outputs = 127, 64, 16
+    packed = torch.ops.onednn.qlinear_prepack(torch.full((outputs, length), largest, dtype=torch.int8), None)
+    expected = float(_LARGEST_INPUT * largest * length)
+    # A single row may take another path than several.
+    for rows in (1, 16):
+        inputs = torch.full((rows, length), _LARGEST_INPUT, dtype=torch.uint8)
+        if (_multiply(inputs, packed, torch.ones(outputs), torch.zeros(outputs, dtype=torch.int32)) != expected).any():
+            return 63
+    return largest
+
+
+def _multiply(inputs: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """Returns the products (..., out) float32 of (..., in) uint8 and packed weights, times a scale for each output."""
+    product: Tensor = torch.ops.onednn.qlinear_pointwise(
+        inputs, 1.0, 0, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return product
 
 
 class Int8Linear(nn.Module):
@@ -41,7 +69,7 @@ class Int8Linear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         weight = weight.detach().float()
-        self.scales = (weight.abs().amax(1) / _LARGEST_WEIGHT).clamp(min=_SMALLEST_SCALE)
+        self.scales = (weight.abs().amax(1) / find_largest_weight()).clamp(min=_SMALLEST_SCALE)
         rounded = (weight / self.scales.unsqueeze(1)).round()
         self.row_sums = rounded.sum(1) * self.scales
         self.bias = torch.zeros_like(self.scales) if bias is None else bias.detach().float().clone()
@@ -55,9 +83,7 @@ class Int8Linear(nn.Module):
         scale = (high - low).div_(_LARGEST_INPUT).clamp_(min=_SMALLEST_SCALE)
         steps = scale.reciprocal()
         whole = torch.addcmul(0.5 - low * steps, x, steps).to(torch.uint8)  # 0.5 and the cast round; at most 255
-        product = torch.ops.onednn.qlinear_pointwise(
-            whole, 1.0, 0, self.packed, self.scales, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
-        )
+        product = _multiply(whole, self.packed, self.scales, self.zeros)
         return torch.addcmul(self.bias, low, self.row_sums).addcmul_(product, scale)
 
 

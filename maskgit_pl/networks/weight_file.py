@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from maskgit_pl.checks import shorten
 from maskgit_pl.files import size_text
+from maskgit_pl.zip_directory import TooLargeDirectoryError, open_zip
 
 __all__ = [
     "TensorInfo",
@@ -40,6 +41,7 @@ __all__ = [
 ]
 
 _MAX_HEADER_BYTES = 8_000_000  # about 60,000 tensors; safetensors accepts 100 MB, which take 1 GB to parse
+_MAX_ENTRIES = 10**6  # of the zip archive of torch.save; a tensor is one
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HEADER_FLOATS = ("F16", "BF16", "F32", "F64")  # the same, as a safetensors header spells them
 _SHOWN = 3  # names in a message
@@ -208,14 +210,16 @@ def check_archive(stream: IO[bytes], size: int) -> None:
         size: Size of the file in bytes.
 
     Raises:
-        ValueError: if an entry is compressed, or the entries are larger than the file.
+        ValueError: if an entry is compressed, or the entries are too many or larger than the file.
     """
     if not zipfile.is_zipfile(stream):
         return
     stream.seek(0)
     try:
-        with zipfile.ZipFile(stream) as archive:
+        with open_zip(stream, max_entries=_MAX_ENTRIES) as archive:
             entries = archive.infolist()
+    except TooLargeDirectoryError as error:
+        raise ValueError(f"the zip archive must have {error}") from error
     except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
         raise ValueError(f"the zip archive is damaged ({error})") from error
     compressed = [entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED]

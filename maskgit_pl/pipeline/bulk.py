@@ -34,11 +34,13 @@ from maskgit_pl.old_names import restore_tensor
 from maskgit_pl.pipeline.bulk_plan import BulkOptions, BulkPlan, check_same, read_plan
 from maskgit_pl.pipeline.model import MaskGIT
 from maskgit_pl.pipeline.options import StepCallback, read_options
+from maskgit_pl.zip_directory import open_zip
 
 __all__ = ["BulkOptions", "BulkResult", "generate_many", "is_finished", "make_plan", "write_samples"]
 
 _PLAN = "plan.json"
 _CHANNELS = 3  # of an image in the file; evaluators read grey images as RGB
+_MAX_ENTRIES = 100  # of the file; it has one for each array
 _SPARE = 1 << 20  # bytes reserved for labels, headers and the plan
 _log = logging.getLogger(__name__)
 
@@ -132,7 +134,7 @@ def is_finished(file: Path, plan: BulkPlan) -> bool:
     if not file.exists():
         return False
     try:
-        with zipfile.ZipFile(file) as archive:
+        with file.open("rb") as stream, open_zip(stream, max_entries=_MAX_ENTRIES) as archive:
             text = archive.comment
     except (OSError, zipfile.BadZipFile):
         text = b""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from maskgit_pl.data import Batch
-from maskgit_pl.estimates.backbone import masked_token_flops, replay_backbone
+from maskgit_pl.estimates.backbone import has_chunked_loss, masked_token_flops, replay_backbone
 from maskgit_pl.estimates.replay import Replay, fake_tensors, replay
 from maskgit_pl.estimates.run import Memory, checkpoint_bytes, estimate_memory
 from maskgit_pl.estimates.sharding import FLOAT, HALF, Group, Strategy, Traffic, ddp_traffic, fsdp_traffic, group_of
@@ -25,6 +25,7 @@ from maskgit_pl.estimates.transformer import (
     transformer_activations,
 )
 from maskgit_pl.image_format import ImageSize, height_width
+from maskgit_pl.losses import rows_at_once
 from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.backbone import BackboneConfig
 from maskgit_pl.networks.skeleton import skeletons
@@ -37,6 +38,8 @@ from maskgit_pl.training.compile_and_checkpointing import prepare_blocks
 from maskgit_pl.training.optimizers import state_values
 
 __all__ = ["Costs", "TokenizerCosts", "TransformerCosts", "useful_flops"]
+
+_MOST_CHUNKS = 16  # of a loss that is replayed; each takes 20 ms or more
 
 
 @dataclass
@@ -149,20 +152,33 @@ class TransformerCosts(Costs):
             images = torch.empty(1, config.in_channels, *height_width(size))
             return weights, replay(lambda: network.encode(images), [network], precision=self.precision)
 
-    def _replay(self, checkpointing: Checkpointing) -> Replay:
-        """Returns the replay of one image in the backbone; each is made once."""
-        if checkpointing not in self._replays:
-            self._replays[checkpointing] = replay_backbone(
+    def _replay(self, checkpointing: Checkpointing, chunked_images: int | None = None) -> Replay:
+        """Returns the replay of one image, or of several whose loss is computed in chunks; each is made once."""
+        key = checkpointing, chunked_images
+        if key not in self._replays:
+            self._replays[key] = replay_backbone(
                 self._config,
+                chunked_images=chunked_images,
                 vocabulary=self.module.config.loss_vocabulary,
                 precision=self.precision,
                 prepare=partial(prepare_blocks, activation_checkpointing=checkpointing),
             )
-        return self._replays[checkpointing]
+        return self._replays[key]
 
     @cached_property
-    def _replays(self) -> dict[Checkpointing, Replay]:
+    def _replays(self) -> dict[tuple[Checkpointing, int | None], Replay]:
         return {}
+
+    def _chunked_peak(self, images: int) -> int:
+        """Returns the peak memory of images whose loss is computed in chunks; that of many images is extrapolated."""
+        config = self._config
+        columns = config.num_columns(config.loss_columns(self.module.config.loss_vocabulary))
+        rows = rows_at_once(images * config.num_tokens, columns)
+        most = max(2, _MOST_CHUNKS * rows // config.num_tokens)
+        if images <= most:
+            return self._replay(self.checkpointing, images).peak
+        fewer, more = (self._replay(self.checkpointing, each).peak for each in (most // 2, most))
+        return more + (images - most) * (more - fewer) // (most - most // 2)
 
     def activations(self, per_device: int) -> Activations:
         """Returns the activations of a micro-batch whose tokens are all masked, the largest that there can be."""
@@ -173,7 +189,9 @@ class TransformerCosts(Costs):
             )
         else:
             step = self._replay(self.checkpointing)
-            made = Activations(step.peak_of(per_device) - step.casts, step.casts, 0)
+            is_chunked = has_chunked_loss(config, per_device, vocabulary=self.module.config.loss_vocabulary)
+            peak = self._chunked_peak(per_device) if is_chunked else step.peak_of(per_device)
+            made = Activations(peak - step.casts, step.casts, 0)
         encoding = self._encoding[1].peak_of(per_device) if self.encodes else 0  # ends before the network starts
         return Activations(made.kept, made.casts, max(made.working, encoding - made.kept))
 

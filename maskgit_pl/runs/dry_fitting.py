@@ -55,7 +55,8 @@ def _describe_data(run: StageRun, plan: Plan) -> str:
         return "a stream of shards"
     summary = run.datamodule.summary
     counts = ", ".join(f"{count:,} {split}" for split, count in summary.samples.items())
-    return f"{plan.shards}: {counts}; {count_text(summary.num_classes, 'class')}"
+    parts = (f"{plan.shards}: {counts}", count_text(summary.num_classes, "class"), run.datamodule.resizing)
+    return "; ".join(part for part in parts if part is not None)
 
 
 def _describe_batch(run: StageRun) -> str:

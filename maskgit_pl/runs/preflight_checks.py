@@ -21,7 +21,7 @@ from maskgit_pl.runs.preflight_costs import CostChecks
 from maskgit_pl.runs.preflight_report import Check, CheckList, Preflight, Shares, Verdict
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.units import count_text
-from maskgit_pl.shards.manifest import DataSummary, read_manifest_summary
+from maskgit_pl.shards.manifest import DataSummary, describe_resizing, read_manifest_summary
 from maskgit_pl.training.checkpoint_files import newest_checkpoint, step_of
 from maskgit_pl.training.strategies import build_strategy, check_accelerator, check_precision, check_strategy
 
@@ -72,6 +72,7 @@ def preflight(
     # The recipe check is missing if the stage was built without data: report what is known.
     if all(check.name != "recipe" for check in checks.checks):
         checks.add("recipe", f"{recipe.title}: keys, types and names are valid")
+    _check_image_size(checks, plan, config, summary)
     shares = _check_batch(checks, config, summary, nodes=nodes, devices=devices)
     checks.add("run", describe_start(plan, config["trainer"]["max_steps"]))
     cost_checks = CostChecks(plan, stage_run, replace(machines, nodes=nodes, devices=devices), shares, summary)
@@ -153,6 +154,16 @@ def _read_summary(shards: Path) -> DataSummary:
             "folder again with `maskgit data make`, or name val shards with `maskgit data index --val`"
         )
     return summary
+
+
+def _check_image_size(checks: CheckList, plan: Plan, config: Mapping[str, Any], summary: DataSummary | None) -> None:
+    """Adds a warning if all images are resized. Without its tokenizer, the image size of stage 2 is unknown."""
+    size = config["data"]["image_size"]
+    if plan.stage == "transformer":
+        size = None if plan.tokenizer is None else read_config(plan.tokenizer, "tokenizer")["image_size"]
+    text = None if summary is None or size is None else describe_resizing(summary.images, size)
+    if text is not None:
+        checks.add("image size", text, "warning")
 
 
 # Strategy and batch

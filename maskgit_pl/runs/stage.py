@@ -137,6 +137,7 @@ def _log_start(run: StageRun, plan: Plan, newest: Path | None) -> None:
     for origin, keys in plan.recipe.left_out.items():
         log.info("%s: causal attention ignores %s", origin, ", ".join(keys))
     data, ranks = run.datamodule, run.trainer.world_size
+    data.warn_if_resized()
     per_device, accumulation = split_batch(data.config.global_batch, data.config.max_batch_per_device, ranks)
     log.info(
         "%s: global batch %d = %s x %s x %s%s",

@@ -11,9 +11,19 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from maskgit_pl.checks import build_dataclass, check_choice, check_integer, check_keys, check_sha256, shorten
+from maskgit_pl.image_format import ImageSize, height_width, pixels_text, plain_size
 from maskgit_pl.shards.vectors import MAX_VECTOR_DIM, VECTOR_DTYPES, VectorKind
 
-__all__ = ["ImageRange", "Shard", "VectorArray", "parse_image_range", "parse_shard", "parse_vector_array", "union"]
+__all__ = [
+    "ImageRange",
+    "Shard",
+    "VectorArray",
+    "describe_resizing",
+    "parse_image_range",
+    "parse_shard",
+    "parse_vector_array",
+    "union",
+]
 
 _MAX_SIDE = 2**26  # pixels; an image has at most 64 million
 
@@ -94,6 +104,37 @@ def union(ranges: Sequence[ImageRange]) -> ImageRange:
     )
 
 
+def describe_resizing(images: ImageRange, image_size: ImageSize) -> str | None:
+    """Describes that images are resized for a model, and how to avoid it.
+
+    Only resizing that concerns all images is described: every image is enlarged, or all images have one size and are
+    reduced. Photos of several sizes are expected to be resized.
+
+    Args:
+        images: Range of the image sizes.
+        image_size: Size of the model's images: a side, or (height, width), in pixels.
+
+    Returns:
+        A sentence; None if not all images are resized, or this cannot be known from the range.
+    """
+    size, least, most = height_width(image_size), *zip(images.height, images.width, strict=True)
+    wanted, own = pixels_text(size), plain_size(most)
+    # An image is resized by the larger of the two ratios, and the rest of it is cropped.
+    if any(side < model_side for side, model_side in zip(most, size, strict=True)):
+        bound = "" if least == most else "at most "
+        return (
+            f"images of {bound}{pixels_text(most)} pixels are enlarged to {wanted}, which adds no detail; set "
+            f"data.image_size of the tokenizer to {bound}{own}, or make the data from larger images with --image-size "
+            f"{_flag_text(size)}"
+        )
+    if least == most and all(side > model_side for side, model_side in zip(most, size, strict=True)):
+        return (
+            f"images of {pixels_text(most)} pixels are reduced to {wanted}; set data.image_size of the tokenizer to "
+            f"{own}, or make the data with --image-size {_flag_text(size)}"
+        )
+    return None
+
+
 def parse_shard(fields: object, where: str) -> Shard:
     """Builds a shard from JSON. ``build_dataclass`` is too slow for many shards."""
     if not isinstance(fields, dict):
@@ -138,6 +179,10 @@ def parse_vector_array(fields: Mapping[str, Any], where: str) -> VectorArray | N
         return VectorArray(VectorKind(fields["vector_dim"], fields["vector_dtype"]), fields["vectors_sha256"])
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def _flag_text(size: tuple[int, int]) -> str:
+    return str(size[0]) if size[0] == size[1] else f"{size[0]},{size[1]}"
 
 
 def _is_inside(name: str) -> bool:

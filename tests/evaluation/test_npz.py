@@ -128,7 +128,7 @@ HOSTILE = {
     "parentheses": (lambda: nested_header(b"(" * 9_000), "damaged or not an .npz file"),
     "minus signs": (lambda: nested_header(b"-" * 9_000 + b"1"), "damaged or not an .npz file"),
     "lzma": (lambda: npz(array_header((1, 1, 1, 3)) + bytes(3), compression=zipfile.ZIP_LZMA), "stored or deflated"),
-    "many arrays": (lambda: npz(*[array_header((3,)) + bytes(3)] * 101), "must have at most 100 arrays, got 101"),
+    "many arrays": (lambda: npz(*[array_header((3,)) + bytes(3)] * 101), "must have at most 100 entries, got 101"),
     "another name": (lambda: npz(array_header((3,)) + bytes(3), name="\x1b[31m\n"), r"holds \\x1b\[31m\\n"),
 }  # fmt: skip
 

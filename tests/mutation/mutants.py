@@ -790,6 +790,19 @@ MUTANTS: tuple[Mutant, ...] = (
         ("if name in files:", "if False:"),
     ),
     *_of(
+        "zip_directory.py",
+        "shards/test_archives",
+        ("if count > self._max_entries:", "if count >= self._max_entries:"),
+        ("if count > self._max_entries:", "if False:"),
+    ),
+    *_of(
+        "shards/shard_facts.py",
+        "shards/test_manifest",
+        ("if any(side < model_side", "if all(side < model_side"),
+        ("if least == most and all(", "if all("),
+        ("all(side > model_side", "all(side >= model_side"),
+    ),
+    *_of(
         "shards/sources/archives.py",
         "shards/test_archives",
         ("if len(data) != member.size or zlib.crc32(data) != member.checksum:", "if len(data) != member.size:"),

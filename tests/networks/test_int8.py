@@ -1,10 +1,15 @@
 import copy
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from maskgit_pl.networks.int8 import Int8Linear, quantize
+from maskgit_pl.networks.int8 import Int8Linear, find_largest_weight, quantize
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 
 CONFIG = TransformerConfig(64, 3, (8, 8), embed_dim=128, depth=3, num_heads=4, mlp_dim=512)
@@ -80,11 +85,45 @@ def test_no_sum_of_products_is_cut_off(sign):
     torch.testing.assert_close(Int8Linear(weight, bias)(x), F.linear(x, weight, bias), rtol=1e-5, atol=0)
 
 
+CPU = Path("/proc/cpuinfo")
+MEASURE = """
+import torch
+from maskgit_pl.networks.int8 import Int8Linear, find_largest_weight
+torch.manual_seed(0)
+weight, x = torch.randn(32, 512), torch.rand(64, 512)
+exact, largest = x @ weight.T, torch.cat([torch.zeros(1), torch.ones(511)])
+print(find_largest_weight())
+print(float((Int8Linear(weight, None)(x) - exact).norm() / exact.norm()))
+print(float(Int8Linear(torch.ones(8, 512), None)(largest)[0]))
+"""
+
+
+def measure(instructions: str) -> tuple[int, float]:
+    """Returns the largest weight and the error of a random layer, in a process limited to some instructions."""
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": instructions}
+    answer = subprocess.run(
+        [sys.executable, "-c", MEASURE], env=environment, capture_output=True, text=True, check=True
+    )
+    weight, error, worst = answer.stdout.split()
+    assert float(worst) == pytest.approx(511, rel=1e-5)  # nothing saturates
+    return int(weight), float(error)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not CPU.exists(), reason="instructions of Intel and AMD on Linux")
+def test_weights_have_8_bits_unless_products_saturate():
+    weight, error = measure("AVX2")
+    assert weight == 63
+    best, best_error = measure("DEFAULT")
+    assert best == (127 if "vnni" in CPU.read_text() else 63)
+    assert best_error < 0.75 * error if best == 127 else best_error == error
+
+
 @pytest.mark.parametrize("value", [0.0, 0.7, -3.0])
 def test_a_token_whose_inputs_are_all_equal_is_exact_but_for_its_weights(value):
-    weight, bias = torch.tensor([[63.0, 1.0, -17.0]]), torch.tensor([2.0])  # whole numbers of their scale
+    largest = float(find_largest_weight())
+    weight, bias = torch.tensor([[largest, 1.0, -17.0]]), torch.tensor([2.0])  # whole numbers of their scale
     result = Int8Linear(weight, bias)(torch.full((1, 3), value))
-    torch.testing.assert_close(result, torch.tensor([[47 * value + 2]]))
+    torch.testing.assert_close(result, torch.tensor([[(largest - 16) * value + 2]]))
 
 
 def test_a_token_does_not_depend_on_the_others(networks):

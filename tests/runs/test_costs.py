@@ -1,5 +1,6 @@
 """Estimates of memory, FLOPs and disk space equal those of a real training run."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 import yaml
 
 from maskgit_pl.cli import main
+from maskgit_pl.estimates.backbone import has_chunked_loss, replay_backbone
 from maskgit_pl.estimates.replay import LiveBytes, replay
+from maskgit_pl.losses import chunked_statistics, token_statistics
 from maskgit_pl.networks.discriminator import DiscriminatorConfig
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
@@ -16,6 +19,7 @@ from maskgit_pl.tokenizer_config import AdversarialConfig
 from maskgit_pl.training.checkpoint_files import newest_checkpoint
 from tests.conftest import flags
 from tests.modules import masked_model, tokenizer_model
+from tests.networks.backbone_cases import small_config
 
 TINY = Path(__file__).parents[1] / "tiny"
 VQGAN = VQGANConfig(
@@ -131,3 +135,32 @@ def test_checkpointing_computes_blocks_again_and_saves_memory():
     useful, executed = blocks.flops(8)
     assert useful == none.flops(8)[0] == none.flops(8)[1]
     assert 1.25 < executed / useful < 4 / 3
+
+
+LARGE_CODEBOOK = small_config("adaln", codebook_size=2**14, grid=[8, 8], embed_dim=64, mlp_dim=128)
+
+
+def test_the_memory_of_a_loss_in_chunks_is_that_of_a_real_step():
+    images, network = 40, LARGE_CODEBOOK.create()
+    module = masked_model(LARGE_CODEBOOK, "", loss_vocabulary="codes")
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    tokens, labels = torch.zeros(images, 64, dtype=torch.int64), torch.zeros(images, dtype=torch.int64)
+    measure = partial(token_statistics, label_smoothing=0.1)
+    project = partial(chunked_statistics, targets=tokens.flatten(), measure=measure)
+    known = [*network.parameters(), *(each.grad for each in network.parameters()), tokens, labels]
+    with LiveBytes(known) as live:
+        found = network.forward_selected(tokens, labels, torch.arange(tokens.numel()), project=project)
+        found[:, 0].mean().backward()
+    assert TransformerCosts("ddp", 2, module=module).activations(images).total == pytest.approx(live.peak, rel=0.05)
+    assert live.peak < 2 * tokens.numel() * 2**14 * 4  # whole logits and a gradient would need more
+
+
+def test_many_images_with_a_loss_in_chunks_are_extrapolated():
+    costs = TransformerCosts("ddp", 2, module=masked_model(LARGE_CODEBOOK, "", loss_vocabulary="codes"))
+    assert has_chunked_loss(LARGE_CODEBOOK, 33, vocabulary="codes")
+    assert not has_chunked_loss(LARGE_CODEBOOK, 32, vocabulary="codes")
+    assert not has_chunked_loss(small_config("adaln", grid=[8, 8]), 10**6)
+    expected = replay_backbone(LARGE_CODEBOOK, chunked_images=700, vocabulary="codes").peak
+    assert costs.activations(700).total == pytest.approx(expected, rel=0.01)
+    assert costs.activations(33).total < costs.activations(32).total  # whole logits

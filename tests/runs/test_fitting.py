@@ -70,6 +70,17 @@ def test_both_stages_train_in_one_process_and_a_second_call_finds_them_finished(
         runs.export(where["run"], stage="transformer")
 
 
+@pytest.mark.parametrize(("side", "effect"), [(4, "reduced"), (8, None)])
+def test_a_run_says_once_at_its_start_that_all_images_are_resized(tiny_shards, tmp_path, caplog, side, effect):
+    where = {"run": tmp_path / "runs" / "one", "data": tiny_shards}
+    resized = recipe("tokenizer", data__image_size=side)
+    described = runs.dry_run(resized, **where)["data"]
+    runs.fit(resized, **where)
+    said = [line for line in caplog.messages if f"data {tiny_shards}: images of 8 x 8 pixels are {effect} to" in line]
+    assert len(said) == (effect is not None)
+    assert ("images of 8 x 8 pixels are" in described) == (effect is not None)
+
+
 def test_tokens_are_made_and_read(tiny_shards, tiny_pretrained, tmp_path):
     where = {"run": tmp_path / "one", "data": tiny_shards, "tokenizer": tiny_pretrained / "tokenizer"}
     assert runs.tokenize(recipe("transformer"), **where) is None

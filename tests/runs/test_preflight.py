@@ -10,7 +10,7 @@ import yaml
 from maskgit_pl import runs
 from maskgit_pl.runs.machines import Machines
 from maskgit_pl.runs.preflight_report import Shares
-from tests.conftest import flags
+from tests.conftest import flags, save_tiny_pretrained
 
 TINY = Path(__file__).parents[1] / "tiny"
 
@@ -28,8 +28,8 @@ def examine(tmp_path, tiny_shards, tiny_pretrained):
 
     def call(*overrides: str, data=tiny_shards, **more):
         recipe = runs.Recipe.read("transformer", cluster="ddp", overrides=[*tiny, *overrides])
-        tokenizer = tiny_pretrained / "tokenizer"
-        return runs.preflight(recipe, run=tmp_path / "runs" / "one", data=data, tokenizer=tokenizer, **more)
+        more = {"tokenizer": tiny_pretrained / "tokenizer", **more}
+        return runs.preflight(recipe, run=tmp_path / "runs" / "one", data=data, **more)
 
     return call
 
@@ -53,6 +53,28 @@ def test_a_run_that_can_start(examine, tmp_path, capsys):
     assert text.endswith("All 10 checks pass. Memory and times are calculated, not measured.")
     assert capsys.readouterr() == ("", "")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("side", "effect"), [(4, "reduced"), (16, "enlarged"), (8, None)])
+def test_images_of_another_size_than_the_recipe_are_a_warning(tmp_path, tiny_shards, side, effect):
+    tiny = flags(yaml.safe_load((TINY / "tokenizer.yaml").read_text()))
+    recipe = runs.Recipe.read("tokenizer", overrides=[*tiny, f"--data.image_size={side}"])
+    found = runs.preflight(recipe, run=tmp_path / "runs" / "one", data=tiny_shards)
+    assert found.ok
+    said = [check for check in found.checks if check.name == "image size"]
+    assert [check.verdict for check in said] == ["warning"] * (effect is not None)
+    assert all(f"images of 8 x 8 pixels are {effect} to {side} x {side}" in check.text for check in said)
+
+
+def test_the_image_size_of_stage_2_is_that_of_its_tokenizer(examine, tmp_path, tiny_shards):
+    def said(**more):
+        return [check.text for check in examine(**more).checks if check.name == "image size"]
+
+    assert said() == []
+    larger = save_tiny_pretrained(tmp_path / "larger", image_size=16) / "tokenizer"
+    (text,) = said(tokenizer=larger)
+    assert text.startswith("images of 8 x 8 pixels are enlarged to 16 x 16")
+    assert said(tokenizer=tmp_path / "nowhere") == []  # unknown
 
 
 def test_a_run_that_cannot_start_is_examined_to_its_end(examine, tmp_path):

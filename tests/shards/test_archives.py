@@ -198,6 +198,45 @@ def test_a_zip_that_states_too_many_bytes_is_refused_before_any_is_read(tmp_path
         open_source(path)
 
 
+def write_directory(path: Path, entries: bytes, size: int) -> Path:
+    """Writes a zip with a directory of ``size`` bytes that begins with ``entries`` and is otherwise a hole of zeros."""
+    end64 = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, 0xFFFF, 0xFFFF, size, 4)
+    locator = struct.pack("<4sLQL", b"PK\6\7", 0, 4 + size, 1)
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+    with path.open("wb") as file:
+        file.write(b"PK\3\4" + entries)
+        file.seek(4 + size)
+        file.write(end64 + locator + end)
+    return path
+
+
+ENTRY = struct.pack("<4s4B4HL2L5H2L", b"PK\1\2", 20, 3, 20, *[0] * 15)  # without a name
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "rule"),
+    [
+        (1, 2**33, "a directory of at most 1.07 GB, got one of 8.59 GB"),
+        (1, 2**30 + 1, "a directory of at most 1.07 GB, got one of 1.07 GB"),
+        (1001, 1001 * len(ENTRY), "at most 1,000 entries, got 1,001"),
+    ],
+)
+def test_a_zip_with_too_large_a_directory_is_refused_before_it_is_parsed(tmp_path, monkeypatch, count, size, rule):
+    monkeypatch.setattr("maskgit_pl.shards.sources.archives._MAX_ENTRIES", 1000)
+    path = write_directory(tmp_path / "photos.zip", ENTRY * count, size)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=rf"photos\.zip must have {rule}; extract it and name the folder"):
+        open_source(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
+
+
+def test_a_zip_with_the_most_entries_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("maskgit_pl.shards.sources.archives._MAX_ENTRIES", len(GOOD))
+    assert len(samples_of(write_zip(tmp_path / "photos.zip", GOOD))) == len(GOOD)
+
+
 def test_a_gzip_file_that_expands_without_end_is_refused_at_the_limit(tmp_path, monkeypatch):
     monkeypatch.setattr("maskgit_pl.shards.sources.entries._MAX_WHOLE", 2**24)
     path = tmp_path / "photos.tar.gz"
