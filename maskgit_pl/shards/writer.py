@@ -71,8 +71,7 @@ def make_shards(
         False if the folder already holds the result, True if it was written.
 
     Raises:
-        ValueError: if the folder holds something else or cannot be written, or, unless ``lenient``, images cannot be
-            read. The message lists them.
+        ValueError: if the folder has other content or cannot be written, or images cannot be read without ``lenient``.
     """
     folder = Path(folder)
     workers = choose_workers(workers, work=sum(source.counts.values()) / _SAMPLES)
