@@ -72,7 +72,17 @@ def test_a_mask_picture_stands_for_a_box(tiny_pretrained: Path, image: Path, tmp
     mask[0:2, 0:4] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
     for way, words in (("box", ["--box", "0,0,4,2"]), ("mask", ["--mask", tmp_path / "mask.png"])):
-        call(tiny_pretrained, image, *words, "--class", 2, "--images", tmp_path / way, "--out", tmp_path / f"{way}.png")
+        call(
+            tiny_pretrained,
+            image,
+            *words,
+            "--class",
+            2,
+            "--images",
+            tmp_path / way,
+            "--out",
+            tmp_path / f"{way}-sheet.png",
+        )
     for one in (tmp_path / "box").iterdir():
         assert (read(one) == read(tmp_path / "mask" / one.name)).all()
     assert len(list((tmp_path / "box").iterdir())) == 4  # the default
