@@ -20,7 +20,7 @@ from maskgit_pl.errors import BAD_INPUT, RunError
 from maskgit_pl.files import open_regular, sha256_of
 from maskgit_pl.pipeline.diffusers_folder import DIFFUSERS_FILES, check_diffusers_files
 from maskgit_pl.pipeline.sharing import FILES, check_hub_id, local_folder
-from maskgit_pl.runs.safe_yaml import parse_yaml
+from maskgit_pl.safe_yaml import parse_yaml
 from maskgit_pl.text import python_string
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ __all__ = ["Push", "PushError", "PushedFile", "plan_push", "push"]
 
 _CARD = "README.md"
 _LICENSES = ("LICENSE", "LICENSE.md", "LICENSE.txt")
-_NOT_SENT = ("decoding.json.old",)  # a copy that `maskgit tune` leaves
+_NOT_SENT = ("decoding.json.old", "inspect.html")  # what `maskgit tune` and `maskgit inspect` leave
 _LARGEST_TEXT = 1_000_000  # bytes of a card or a license
 _HEADER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 _LICENSE_LINE = re.compile(r"^(# license: unknown;.*|license:.*)\n", re.MULTILINE)

@@ -326,7 +326,7 @@ def _take_vectors(entries: Entries, labelled: _Labelled) -> dict[str, str]:
 def _files_of(labels: dict[str, int], root: str, vectors: dict[str, str]) -> list[_File]:
     """Returns the files of a folder in the order of their hashes."""
     files = [
-        _File(name, label, hashlib.sha256(os.fsencode(name[len(root) :])).digest(), vectors.get(name))
+        _File(name, label, hashlib.sha256(name[len(root) :].encode("utf-8", "surrogateescape")).digest(), vectors.get(name))
         for name, label in labels.items()
         if name.startswith(root)
     ]

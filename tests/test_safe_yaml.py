@@ -1,6 +1,6 @@
 import pytest
 
-from maskgit_pl.runs.safe_yaml import read_yaml
+from maskgit_pl.safe_yaml import read_yaml
 
 
 @pytest.mark.parametrize(
