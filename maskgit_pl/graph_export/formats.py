@@ -112,7 +112,7 @@ def _reason(error: BaseException) -> str:
 def _write_pt2(graph: Graph, program: torch.export.ExportedProgram, file: Path) -> None:
     program.example_inputs = None  # they would be saved as a pickle
     with open(file, "wb") as stream:  # torch aborts the process if a path is not in UTF-8
-        torch.export.save(program, stream)  # type: ignore[arg-type]  # its buffer may be any binary file
+        torch.export.save(program, stream)
     _check_no_pickle(file)
 
 
@@ -126,7 +126,7 @@ def _check_no_pickle(file: Path) -> None:
 
 def _load_pt2(file: Path) -> Call:
     with open(file, "rb") as stream:
-        module = torch.export.load(stream).module()  # type: ignore[arg-type]
+        module = torch.export.load(stream).module()
 
     def call(inputs: Mapping[str, Tensor]) -> Tensor:
         with torch.no_grad():
