@@ -84,7 +84,7 @@ def parse_yaml(text: str) -> Any:
 def set_key(text: str, key: str, value: str) -> str:
     """Sets a key of a YAML mapping to a plain word. All other lines stay as they are.
 
-    1. Remove the lines of each entry with this key, whatever its value is.
+    1. Remove all lines of each entry with this key.
     2. Add the new entry before the others.
     3. Check that only this key has changed.
 
