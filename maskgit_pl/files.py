@@ -28,6 +28,7 @@ __all__ = [
     "check_writable",
     "follow_links",
     "open_regular",
+    "parse_any_json",
     "parse_json",
     "read_json",
     "sha256_of",
@@ -38,6 +39,7 @@ __all__ = [
 ]
 
 MAX_JSON_BYTES = 1_000_000
+_MAX_DEPTH = 64  # of JSON; ours have at most 21, and code that walks a tree needs 3 calls per level
 _BLOCK = 2**20  # bytes that are read at a time for a hash
 
 
@@ -218,8 +220,9 @@ def read_json(file: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is not a regular file, larger than ``max_bytes``, not UTF-8, not JSON, nested too deep, not a
-            mapping, has a key twice, or holds NaN or infinity. The message is one line that names the file.
+        ValueError: if it is not a regular file, larger than ``max_bytes``, not UTF-8, not JSON, nested over 64
+            levels deep, not a mapping, has a key twice, or holds NaN or infinity. The message is one line that names
+            the file.
     """
     if file.exists() and not file.is_file():  # reading a FIFO would block
         raise ValueError(f"{file} must be a regular file")
@@ -237,24 +240,50 @@ def parse_json(text: bytes | str, where: str) -> dict[str, Any]:
         where: Name of the file for the message.
 
     Raises:
-        ValueError: if the text is not UTF-8, not JSON, nested too deep, not a mapping, has a key twice, or holds NaN or
-            infinity.
+        ValueError: if the text is not UTF-8, not JSON, nested over 64 levels deep, not a mapping, has a key twice, or
+            holds NaN or infinity.
     """
-    try:
-        content = json.loads(
-            text,
-            object_pairs_hook=_unique_keys,
-            parse_constant=_finite_float,
-            parse_float=_finite_float,
-        )
-    except RecursionError as error:
-        raise ValueError(f"{where} is nested too deep") from error
-    # JSONDecodeError and UnicodeDecodeError are ValueErrors too.
-    except ValueError as error:
-        raise ValueError(f"{where} is not valid JSON: {' '.join(str(error).split())[:200]}") from error
+    content = parse_any_json(
+        text, where, object_pairs_hook=_unique_keys, parse_constant=_finite_float, parse_float=_finite_float
+    )
     if not isinstance(content, dict):
         raise ValueError(f"{where} must hold a mapping, got a {type(content).__name__}")
     return content
+
+
+def parse_any_json(text: bytes | str, where: str, **hooks: Any) -> Any:
+    """Parses untrusted JSON of another program, which may have any root, a key twice, NaN and infinity.
+
+    Args:
+        text: UTF-8 text.
+        where: Name of the file for the message.
+        hooks: Options of ``json.loads``.
+
+    Raises:
+        ValueError: if the text is not UTF-8, not JSON, or nested over 64 levels deep. The message is one line.
+    """
+    too_deep = f"{where} must be nested at most {_MAX_DEPTH} levels deep"
+    try:
+        content = json.loads(text, **hooks)
+    except RecursionError as error:
+        raise ValueError(too_deep) from error
+    # JSONDecodeError and UnicodeDecodeError are ValueErrors too.
+    except ValueError as error:
+        raise ValueError(f"{where} is not valid JSON: {' '.join(str(error).split())[:200]}") from error
+    # json.loads stops at a depth that depends on its caller, and code that walks the tree stops earlier.
+    if _is_deeper(content, _MAX_DEPTH):
+        raise ValueError(too_deep)
+    return content
+
+
+def _is_deeper(tree: Any, limit: int) -> bool:
+    level: list[Any] = [[tree]]
+    for _ in range(limit + 1):
+        children = (child for node in level for child in (node.values() if isinstance(node, dict) else node))
+        level = [child for child in children if isinstance(child, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

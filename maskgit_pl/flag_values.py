@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from maskgit_pl.checks import shorten
+from maskgit_pl.files import parse_json
 from maskgit_pl.image_format import ImageSize, as_image_size
 
 __all__ = [
@@ -110,14 +110,13 @@ def parse_spec(flag: str, text: str) -> Any:
     Raises:
         ValueError: if the text is not valid YAML or has another type.
     """
-    import yaml
+    from maskgit_pl.safe_yaml import parse_yaml  # most commands do not need yaml
 
     try:
-        spec = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        why = " ".join(str(error).split())
+        spec = parse_yaml(text)
+    except ValueError as error:
         raise ValueError(
-            f"{flag} must be a name or a mapping such as '{{name: remdm, eta: 0.4}}', got {shorten(text)} ({why})"
+            f"{flag} must be a name or a mapping such as '{{name: remdm, eta: 0.4}}', got {shorten(text)} ({error})"
         ) from error
     if not isinstance(spec, str | dict | int | float) or isinstance(spec, bool):
         raise ValueError(f"{flag} must be a name or a mapping such as '{{name: remdm, eta: 0.4}}', got {spec!r}")
@@ -148,10 +147,10 @@ def parse_json_spec(flag: str, text: str) -> str | dict[str, Any]:
         return text
     rule = f'{flag} must be a name or a JSON mapping such as \'{{"name": "NAME", "argument": 0.1}}\''
     try:
-        mapping = json.loads(text)
-    except json.JSONDecodeError as error:
+        mapping = parse_json(text, "the value")
+    except ValueError as error:
         raise ValueError(f"{rule}, got {text} ({error})") from error
-    if not isinstance(mapping, dict) or not isinstance(mapping.get("name"), str):
+    if not isinstance(mapping.get("name"), str):
         raise ValueError(f"{rule}, got {text}")
     return mapping
 

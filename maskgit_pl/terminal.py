@@ -11,6 +11,7 @@ Used by ``cli.main``: a training must survive the end of its terminal.
 
 from __future__ import annotations
 
+import codecs
 import errno
 import io
 import os
@@ -83,8 +84,18 @@ class _Sink(io.FileIO):
 def _text(sink: _Sink, before: TextIO | None) -> io.TextIOWrapper:
     """Returns a text stream with the encoding of the replaced one. Characters outside the encoding are escaped."""
     errors = "backslashreplace" if before is None or before.errors == "strict" else before.errors
+    if errors == "surrogateescape":  # of the locale C: writes the bytes of file names, but refuses all other characters
+        codecs.register_error(errors := "surrogateescape_or_backslashreplace", _escape)
     encoding = "utf-8" if before is None else before.encoding
     return io.TextIOWrapper(io.BufferedWriter(sink), encoding=encoding, errors=errors, line_buffering=True)
+
+
+def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Writes the bytes of a file name as they are, and escapes other characters; a handler of errors for ``codecs``."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeEncodeError:
+        return codecs.backslashreplace_errors(error)
 
 
 def _open_closed_files() -> None:

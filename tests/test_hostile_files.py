@@ -2,9 +2,12 @@
 
 import copy
 import hashlib
+import itertools
 import json
 import resource
+import shutil
 import signal
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +17,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from maskgit_pl.cli import main
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.files import write_tensors
 from maskgit_pl.networks.classifier import ClassifierSizes, create_classifier, describe_classifier, load_classifier
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
+from maskgit_pl.pipeline.description import describe_run
 from maskgit_pl.pretrained import (
     load_tokenizer,
     load_transformer,
@@ -27,14 +32,27 @@ from maskgit_pl.pretrained import (
     save_tokenizer,
     save_transformer,
 )
+from maskgit_pl.runs.ablation_runs import read_training_time
+from maskgit_pl.shards.images import encode_png
+from maskgit_pl.shards.labels import Labels
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, read_settings
 
+OLD = Path(__file__).parent / "old" / "0.1.0"
 SECONDS, MEMORY = 10, 500_000_000  # of a load, at most; a load of what is here takes 10 ms and 1 MB
+DEPTHS = (300, 600, 900, 100_000)  # Python's own limit is about 1000 calls, and code that walks a tree needs several
+
+
+def nested(depth: int, opening: str) -> str:
+    """Returns JSON of lists (``[``) or mappings (``{"a":``) inside one another."""
+    return opening * depth + "0" + {"[": "]", "{": "}"}[opening[0]] * depth
+
+
 LARGE = {  # what stands in a file in place of a word, for json is slow to write it
-    "@deep@": "[" * 100_000 + "]" * 100_000,
+    **{f"@{name} {depth}@": nested(depth, opening) for depth in DEPTHS
+       for name, opening in (("lists", "["), ("mappings", '{"a":'))},
     "@string@": '"' + "x" * 100_000 + '"',
     "@list@": "[" + "0," * 99_999 + "0]",
-}
+}  # fmt: skip
 VALUES = (
     *LARGE, "text", 2**40, 10**9, 10**400, -1, 0.5, 1e300, float("nan"), float("inf"), True, None, [], {},
     {"name": "x"}, {"name": ["x"]},
@@ -244,3 +262,73 @@ def test_weights_with_one_byte_of_the_header_changed_load_or_are_refused_in_one_
             if make is marker:
                 hashed_anew(file.parent)
             outcome(load, file, f"byte {place}: {byte}")
+
+
+PUSH = ("push", "runs/old", "alice/old", "--license=mit", "--dry-run")
+SAMPLE = ("sample", "runs/old", "--out=images.npz", "--num-images=2")
+MAKE = ("data", "make", "images", "--out=made")
+READERS = {  # each JSON or YAML file that a command reads -> the command
+    "runs/old/pretrained/config.json": PUSH,
+    "runs/old/pretrained/decoding.json": PUSH,
+    "runs/old/pretrained/tokenizer/config.json": PUSH,
+    "runs/old/pretrained/transformer/config.json": SAMPLE,
+    "runs/old/tokenizer/health.json": ("inspect", "runs/old", "--data=shards"),
+    "runs/old/tokens/store.json": ("data", "verify", "runs/old/tokens"),
+    "shards/train.json": ("data", "stats", "shards"),
+    "shards/sizes.json": ("data", "index", "shards", "--train=train-*.tar"),
+    "images/metadata.jsonl": MAKE,
+    "made/made_from.json": MAKE,
+    ".made.partial/made_from.json": MAKE,
+    "images.npz.parts/plan.json": SAMPLE,
+    "images.npz": SAMPLE,
+}
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working directory with a run, its data, and images of two classes."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(OLD / "runs", "runs")
+    shutil.copytree(OLD / "pretrained", "runs/old/pretrained")
+    shutil.copytree(OLD / "shards", "shards")
+    for number in range(40):
+        file = Path(f"images/{'ab'[number % 2]}/{number}.png")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encode_png(torch.full((1, 8, 8), number, dtype=torch.uint8)))
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_command_reads_or_refuses_a_file_of_any_depth(name, work, capsys):
+    file = Path(name)
+    good = file.read_text() if file.suffix == ".json" and file.exists() else "{}"
+    contents = [b"\xff"]
+    for depth, opening in itertools.product(DEPTHS, ("[", '{"a":')):
+        inside = nested(depth, opening)
+        contents += [inside.encode(), f'{{"extra": {inside}, {good.lstrip()[1:]}'.replace(", }", "}").encode()]
+    for content in contents:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if name == "images.npz":
+            with zipfile.ZipFile(file, "w") as archive:
+                archive.comment = content[:65535]
+        else:
+            file.write_bytes(content)
+        code, err = main([*READERS[name]]), capsys.readouterr().err
+        assert code in (0, 2), f"{content[:20]!r}, {len(content)} bytes: {err[-2000:]}"
+        if name.startswith(".made"):
+            shutil.rmtree("made")
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_facts_of_a_run_and_labels_of_any_depth_are_refused(depth, tmp_path):
+    deep = nested(depth, '{"a":')
+    (tmp_path / "training_time.json").write_text(deep)
+    assert read_training_time(tmp_path) is None
+    for name in ("tokenizer/config.yaml", "tokenizer/environment.json", "evaluation.json"):
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(deep)
+        with pytest.raises(ValueError, match=rf"{name}: [^\n]* is nested too deep$|{name} must [^\n]*$"):
+            describe_run(tmp_path, weights={})
+        file.unlink()
+    with pytest.raises(ValueError, match="label x must be a JSON object"):
+        Labels("json:label").read(b'{"label": ' + nested(depth, "[").encode() + b"}", name="x")

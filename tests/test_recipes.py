@@ -14,8 +14,8 @@ from maskgit_pl.pretrained import load_tokenizer, load_transformer
 from maskgit_pl.runs.layers import merge
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Recipe
-from maskgit_pl.runs.safe_yaml import read_yaml
 from maskgit_pl.runs.stage import fit_stage
+from maskgit_pl.safe_yaml import read_yaml
 from maskgit_pl.schedules import mask_schedules
 
 RECIPES = Path(__file__).parents[1] / "recipes"

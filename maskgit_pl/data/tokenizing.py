@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -17,6 +16,7 @@ from maskgit_pl.checks import check_integer
 from maskgit_pl.data.augmentations import CENTER, Augmentations, build_augmentations
 from maskgit_pl.data.batches import Batch, ImageBatches, make_loader
 from maskgit_pl.data.order import Rows
+from maskgit_pl.files import parse_any_json
 from maskgit_pl.image_format import ImageSize, height_width, pixels_text
 from maskgit_pl.shards.manifest import ImageRange, Split, load_manifest, read_manifest_summary
 from maskgit_pl.shards.reader import ShardReader
@@ -243,7 +243,7 @@ def _encode(images: Tensor, encode: Callable[[Tensor], Tensor], mirrors: int) ->
 def _augmentations_of(description: StoreDescription) -> Augmentations:
     """Returns the augmentations of all crops after the central one."""
     listed = description.augmentations
-    return build_augmentations(json.loads(listed) if listed else ["random_crop"])
+    return build_augmentations(parse_any_json(listed, "augmentations") if listed else ["random_crop"])
 
 
 def _check_crops(images: ImageRange, image_size: ImageSize) -> None:

@@ -7,11 +7,10 @@ from typing import Any
 
 from maskgit_pl.files import read_json
 from maskgit_pl.shards.manifest import DataSummary
-from maskgit_pl.shards.writer import RECORD
+from maskgit_pl.shards.writer import MAX_RECORD_BYTES, RECORD
 
 __all__ = ["describe_held_out"]
 
-_MAX_RECORD_BYTES = 100_000_000  # a record lists the class names
 _ADVICE = (
     "to judge on an official test set, put its images into test/ beside train/, or give a data folder whose val split "
     "it is with --data"
@@ -37,7 +36,7 @@ def describe_held_out(folder: Path, summary: DataSummary) -> dict[str, Any]:
         ``split``, ``images``, ``fraction`` (of train and val together), ``source`` (``idx``, ``image folder``, ... or
         ``unknown``), and ``text``, a sentence.
     """
-    record = read_json(folder / RECORD, max_bytes=_MAX_RECORD_BYTES) if (folder / RECORD).is_file() else {}
+    record = read_json(folder / RECORD, max_bytes=MAX_RECORD_BYTES) if (folder / RECORD).is_file() else {}
     made_from = record.get("source") if isinstance(record, dict) else None
     kind = made_from.get("kind") if isinstance(made_from, dict) else None
     source = kind if kind in _SOURCES else "unknown"

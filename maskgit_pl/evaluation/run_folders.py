@@ -422,7 +422,7 @@ def read_run_recipe(file: Path) -> dict[str, Any]:
         ValueError: if the file is not a recipe. The message is one line.
     """
     from maskgit_pl.old_names import rename_tree
-    from maskgit_pl.runs.safe_yaml import read_yaml
+    from maskgit_pl.safe_yaml import read_yaml
 
     try:
         return rename_tree(read_yaml(file), f"recipe {file}") if file.is_file() else {}

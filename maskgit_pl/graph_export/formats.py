@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from maskgit_pl.graph_export.graphs import Graph
 from maskgit_pl.graph_export.kinds import Format
+from maskgit_pl.text import printable
 
 __all__ = ["PACKAGES", "Call", "NotExportableError", "check_packages", "load_graph", "write_graph"]
 
@@ -64,7 +66,10 @@ def write_graph(graph: Graph, file: Path, kind: Format) -> None:
 
     Raises:
         NotExportableError: if ``torch.export`` or the ONNX exporter cannot translate the network.
+        ValueError: if ONNX Runtime cannot open a file of this name.
     """
+    if kind == "onnx":
+        _utf8_path(file)
     with _quiet(), torch.no_grad():
         try:
             program = _trace(graph)
@@ -106,7 +111,8 @@ def _reason(error: BaseException) -> str:
 
 def _write_pt2(graph: Graph, program: torch.export.ExportedProgram, file: Path) -> None:
     program.example_inputs = None  # they would be saved as a pickle
-    torch.export.save(program, file)
+    with open(file, "wb") as stream:  # torch aborts the process if a path is not in UTF-8
+        torch.export.save(program, stream)
     _check_no_pickle(file)
 
 
@@ -119,7 +125,8 @@ def _check_no_pickle(file: Path) -> None:
 
 
 def _load_pt2(file: Path) -> Call:
-    module = torch.export.load(file).module()
+    with open(file, "rb") as stream:
+        module = torch.export.load(stream).module()
 
     def call(inputs: Mapping[str, Tensor]) -> Tensor:
         with torch.no_grad():
@@ -146,13 +153,25 @@ def _load_onnx(graph: Graph, file: Path) -> Call:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(_utf8_path(file), options, providers=["CPUExecutionProvider"])
 
     def call(inputs: Mapping[str, Tensor]) -> Tensor:
         (found,) = session.run([graph.output], {name: tensor.numpy() for name, tensor in inputs.items()})
         return torch.from_numpy(found)
 
     return call
+
+
+def _utf8_path(file: Path) -> str:
+    """Returns a path for ONNX Runtime, which takes UTF-8 in every locale.
+
+    Raises:
+        ValueError: if the path is not in UTF-8.
+    """
+    try:
+        return os.fsencode(file).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--out must be a path in UTF-8, got {printable(file)}; give another path") from error
 
 
 @contextmanager

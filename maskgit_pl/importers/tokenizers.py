@@ -6,7 +6,6 @@ for tensors reads it.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from maskgit_pl.checks import check_choice, shorten
+from maskgit_pl.checks import check_choice
+from maskgit_pl.files import read_json
 from maskgit_pl.folders import write_folder
 from maskgit_pl.importers.files import TOKENIZER_LAYOUTS, check_out, find_weights
 from maskgit_pl.importers.magvit2 import OPEN_MAGVIT2
@@ -34,7 +34,6 @@ __all__ = ["ImportedTokenizer", "import_tokenizer", "tokenizer_layout_of"]
 _LAYOUTS = (TAMING, LLAMAGEN, DIFFUSERS, MASKBIT, OPEN_MAGVIT2, IBQ, OPEN_MUSE)
 # Entries that hold the tensors; as in LlamaGen, its average comes before "model".
 _WEIGHTS = ("state_dict", "ema", "model")
-_MAX_SETTINGS_BYTES = 1_000_000  # of config.json, as of a recipe
 _AVERAGE = "model_ema."
 _GUMBEL = ("quantize.embed.weight", "quantize.proj.weight")
 _TRANSFORMER = re.compile(r"(^|\.)(transformer|first_stage_model|tok_emb|tok_embeddings|layers\.0)\.")
@@ -178,17 +177,7 @@ def _name_file(file: Path) -> Iterator[None]:
 def _read_settings(file: Path) -> dict[str, Any]:
     """Returns the content of ``config.json`` beside a file of diffusers, empty if there is none."""
     path = file.with_name("config.json")
-    if not path.is_file():
-        return {}
-    if path.stat().st_size > _MAX_SETTINGS_BYTES:
-        raise ValueError(f"{path} must have at most 1 MB, got {path.stat().st_size} bytes")
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise ValueError(f"{path} must be JSON ({error}); download it again") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} must be a JSON object, got {shorten(settings)}")
-    return settings
+    return read_json(path) if path.is_file() else {}
 
 
 def _network_tensors(contents: Mapping[str, Any], layout: TokenizerLayout) -> tuple[dict[str, Tensor], tuple[str, ...]]:

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from maskgit_pl.files import parse_json
 from maskgit_pl.old_names import rename_decoding
 from maskgit_pl.pipeline.classes import Classes
 
@@ -143,11 +144,10 @@ class BulkPlan:
 def read_plan(text: bytes) -> dict[str, Any] | None:
     """Parses a plan of this version; returns None for any other text."""
     try:
-        content = json.loads(text)
+        content = parse_json(text, "plan")
     except ValueError:
         return None
-    known = isinstance(content, dict) and (content.get("format"), content.get("version")) == (_FORMAT, _VERSION)
-    if not known:
+    if (content.get("format"), content.get("version")) != (_FORMAT, _VERSION):
         return None
     content = rename_decoding(content)
     if isinstance(content.get("decoding"), dict):

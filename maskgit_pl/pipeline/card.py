@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maskgit_pl.files import write_text
+from maskgit_pl.files import read_json, write_text
 from maskgit_pl.image_format import CHANNELS, pixels_text
 from maskgit_pl.pipeline.description import (
     SETTINGS,
@@ -93,7 +93,7 @@ def refresh_card(folder: Path) -> None:
         return
     try:
         config = folder / "config.json"
-        written = json.loads(config.read_text()) if config.is_file() else {}
+        written = read_json(config) if config.is_file() else {}
         write_card(folder, license=written.get("license"))
     except Exception as error:
         _log.warning("%s: cannot write the model card (%s: %s)", folder, type(error).__name__, error)

@@ -5,7 +5,6 @@ The model card (``card``) shows them. Used by ``MaskGIT`` and by training when i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from maskgit_pl.checks import shorten
+from maskgit_pl.files import parse_any_json
 from maskgit_pl.networks.backbone import build_config
 from maskgit_pl.networks.backbone_contract import create_network
 from maskgit_pl.networks.skeleton import skeletons
@@ -200,18 +200,18 @@ def check_run_facts(run: Any) -> Mapping[str, Any] | None:
 
 def _stage(folder: Path) -> dict[str, Any]:
     """Returns the recipe names, settings and versions of a stage of a run."""
-    import yaml  # loading a model without a run does not need yaml
+    from maskgit_pl.safe_yaml import read_yaml  # loading a model without a run does not need yaml
 
     file = folder / "config.yaml"
-    recipe = yaml.safe_load(file.read_text()) if file.is_file() else None
-    recipe = rename_tree(recipe, f"recipe {file}") if isinstance(recipe, dict) else {}
+    recipe = rename_tree(read_yaml(file), f"recipe {file}") if file.is_file() else {}
     # Settings that a stage does not have are None here and left out below.
     values = {key: _value(recipe, key) for key in SETTINGS}
     if values["data.path"] is not None:  # a card must not publish paths of the machine
-        values["data.path"] = Path(values["data.path"]).name
+        values["data.path"] = Path(str(values["data.path"])).name
     environment = _json(folder / "environment.json")
+    command = environment.get("command")
     return {
-        "recipe": _words_after("--recipe", environment.get("command", [])),
+        "recipe": _words_after("--recipe", list(map(str, command)) if isinstance(command, list) else []),
         "settings": {key: value for key, value in values.items() if value is not None},
         "environment": {key: environment[key] for key in VERSIONS if environment.get(key)},
     }
@@ -220,17 +220,17 @@ def _stage(folder: Path) -> dict[str, Any]:
 def _read_figures(file: Path, weights: Mapping[str, str]) -> dict[str, Any] | None:
     """Returns protocol, device and metrics of ``evaluation.json``; None if it was measured with other weights."""
     metrics = _json(file)
-    model = metrics.get("model", {})
-    if model.get("tokenizer_fingerprint") != weights["tokenizer"]:
+    if _value(metrics, "model.tokenizer_fingerprint") != weights["tokenizer"]:
         return None
-    if not weights["transformer"].startswith(model.get("transformer_digest", "")):  # older files have no digest
+    digest = _value(metrics, "model.transformer_digest")  # older files have none
+    if not weights["transformer"].startswith(str(digest or "")):
         return None
     # What remains after the sections about the protocol are metrics.
     figures = {key: value for key, value in metrics.items() if key not in _NOT_FIGURES}
-    protocol = metrics.get("protocol", {})
+    protocol = _value(metrics, "protocol")
     return {
-        "protocol": {key: protocol[key] for key in _PROTOCOL if key in protocol},
-        "device": metrics.get("environment", {}).get("device"),
+        "protocol": {key: protocol[key] for key in _PROTOCOL if isinstance(protocol, Mapping) and key in protocol},
+        "device": _value(metrics, "environment.device"),
         "figures": dict(_figures(figures)),
     }
 
@@ -252,10 +252,7 @@ def _value(tree: Any, path: str) -> Any:
 
 def _json(file: Path) -> dict[str, Any]:
     """Returns the mapping in a JSON file; an empty one if there is no file."""
-    try:
-        content = json.loads(file.read_text()) if file.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error})") from error
+    content = parse_any_json(file.read_bytes(), str(file)) if file.is_file() else {}
     return content if isinstance(content, dict) else {}
 
 

@@ -15,7 +15,15 @@ from typing import TypedDict, Unpack
 
 from maskgit_pl.pipeline.bundled import bundled_models
 
-__all__ = ["FILES", "HubOptions", "check_hub_id", "find_folder", "find_transformer", "local_folder"]
+__all__ = [
+    "FILES",
+    "HubOptions",
+    "check_hub_id",
+    "check_token",
+    "find_folder",
+    "find_transformer",
+    "local_folder",
+]
 
 # Files that a pipeline needs. Other files of a repository may be large and are not downloaded.
 _READ = tuple(
@@ -24,6 +32,7 @@ _READ = tuple(
 FILES = (*_READ, "config.json", "decoding.json", "negative/config.json", "negative/model.safetensors")
 """The files of a pretrained folder, without card and license."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_TOKEN = re.compile(r"[!-~]+")
 _OUR_FOLDERS = ("runs", "pretrained")  # a name in one of these folders is a path, even if it does not exist
 
 
@@ -144,6 +153,8 @@ def _fetch(hub_id: str, **hub: Unpack[HubOptions]) -> Path:
         RevisionNotFoundError,
     )
 
+    if not hub.get("local_files_only"):
+        check_token(hub_id, token=hub.get("token"))
     advice = "or name a folder, such as runs/RUN/pretrained"
     try:
         folder = snapshot_download(hub_id, **hub, allow_patterns=list(FILES))
@@ -178,3 +189,23 @@ def check_hub_id(text: str) -> None:
     """
     if _HUB_ID.fullmatch(text) is None:
         raise ValueError(f"hub_id must be owner/name, such as alice/maskgit-flowers, got {text}")
+
+
+def check_token(hub_id: str, *, token: str | bool | None = None) -> None:
+    """Checks that the access token can stand in a header of HTTP, without showing it.
+
+    Args:
+        hub_id: Repository, for the message.
+        token: Access token; None and True are that of ``hf auth login`` or ``HF_TOKEN``, and False is none.
+
+    Raises:
+        ValueError: if it has spaces, or characters outside of ASCII.
+    """
+    from huggingface_hub import get_token
+
+    used = token if isinstance(token, str) else None if token is False else get_token()
+    if used is not None and _TOKEN.fullmatch(used) is None:
+        raise ValueError(
+            f"hub {hub_id}: the access token must be printable ASCII characters without spaces; log in again with "
+            "`hf auth login`, or set another HF_TOKEN"
+        )

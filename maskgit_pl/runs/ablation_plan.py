@@ -20,7 +20,7 @@ from maskgit_pl.runs.flags import Overrides, flag_words, split_flags
 from maskgit_pl.runs.layers import value_at
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.recipe_files import DEFAULT_DATASET, Stage
-from maskgit_pl.runs.safe_yaml import parse_yaml
+from maskgit_pl.safe_yaml import parse_yaml
 
 __all__ = [
     "AblationConfig",

@@ -21,7 +21,7 @@ from maskgit_pl import interruption
 from maskgit_pl.checks import build_dataclass
 from maskgit_pl.decoding import AutoregressiveDecoding, DecodingConfig
 from maskgit_pl.errors import PreemptedError, RunError
-from maskgit_pl.files import sha256_of
+from maskgit_pl.files import read_json, sha256_of
 from maskgit_pl.runs.ablation_plan import AblationConfig, Variant, base_values, plan_variants
 from maskgit_pl.runs.flags import flag_words
 from maskgit_pl.runs.layers import merge, remove_key
@@ -332,7 +332,7 @@ def _key_of(variant: ResolvedVariant) -> str:
 def read_training_time(folder: Path) -> TrainingTime | None:
     """Reads the time of the steps of a stage; None if the run does not record it."""
     try:
-        return TrainingTime(**json.loads((folder / FILE_NAME).read_text()))
+        return TrainingTime(**read_json(folder / FILE_NAME))
     except (OSError, ValueError, TypeError):
         return None
 
@@ -340,7 +340,7 @@ def read_training_time(folder: Path) -> TrainingTime | None:
 def _is_finished(folder: Path, stage: Stage, max_steps: int) -> bool:
     """Returns True if a run has exported its last step; its name says that it had the same settings."""
     try:
-        record = json.loads((folder / stage / "exported.json").read_text())
+        record = read_json(folder / stage / "exported.json")
         return int(record["step"]) >= max_steps and (folder / "pretrained" / stage / "model.safetensors").is_file()
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -11,7 +11,7 @@ from maskgit_pl.checks import shorten
 from maskgit_pl.old_names import rename_tree
 from maskgit_pl.runs.layers import Layer
 from maskgit_pl.runs.recipe_checks import schema_at
-from maskgit_pl.runs.safe_yaml import check_plain, parse_yaml
+from maskgit_pl.safe_yaml import check_plain, parse_yaml
 from maskgit_pl.schema import Schema, fits
 
 __all__ = ["Overrides", "flag_layer", "flag_words", "split_flags"]

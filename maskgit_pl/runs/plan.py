@@ -15,7 +15,7 @@ from maskgit_pl.files import sha256_of
 from maskgit_pl.registry import nearest
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.recipe_files import Stage
-from maskgit_pl.runs.safe_yaml import read_yaml
+from maskgit_pl.safe_yaml import read_yaml
 
 __all__ = [
     "SHARED_TOKENS",

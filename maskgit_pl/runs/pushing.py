@@ -19,8 +19,8 @@ from maskgit_pl.checks import shorten
 from maskgit_pl.errors import BAD_INPUT, RunError
 from maskgit_pl.files import open_regular, sha256_of
 from maskgit_pl.pipeline.diffusers_folder import DIFFUSERS_FILES, check_diffusers_files
-from maskgit_pl.pipeline.sharing import FILES, check_hub_id, local_folder
-from maskgit_pl.runs.safe_yaml import parse_yaml
+from maskgit_pl.pipeline.sharing import FILES, check_hub_id, check_token, local_folder
+from maskgit_pl.safe_yaml import parse_yaml, set_key
 from maskgit_pl.text import python_string
 
 if TYPE_CHECKING:
@@ -30,10 +30,10 @@ __all__ = ["Push", "PushError", "PushedFile", "plan_push", "push"]
 
 _CARD = "README.md"
 _LICENSES = ("LICENSE", "LICENSE.md", "LICENSE.txt")
-_NOT_SENT = ("decoding.json.old",)  # a copy that `maskgit tune` leaves
+_NOT_SENT = ("decoding.json.old", "inspect.html")  # what `maskgit tune` and `maskgit inspect` leave
 _LARGEST_TEXT = 1_000_000  # bytes of a card or a license
 _HEADER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
-_LICENSE_LINE = re.compile(r"^(# license: unknown;.*|license:.*)\n", re.MULTILINE)
+_UNKNOWN_LICENSE = re.compile(r"^# license: unknown;.*\n", re.MULTILINE)  # of a card that this package wrote
 _EXAMPLE = re.compile(
     r'(?:(?<=MaskGIT\.from_pretrained\()|(?<=DiffusionPipeline\.from_pretrained\())"(?:[^"\\\n]|\\.)*"(?=[,)])'
 )
@@ -137,12 +137,14 @@ def push(plan: Push, *, private: bool = False) -> str:
 
     Raises:
         PushError: if nobody is logged in, the Hub cannot be reached, or the Hub refuses the upload.
+        ValueError: if the access token cannot be one.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
     # 1.
     if get_token() is None:
         raise PushError(f"hub {plan.hub_id}: no access token found; log in with `hf auth login`, or set HF_TOKEN")
+    check_token(plan.hub_id)
     api = HfApi()
     with _told_in_one_line(plan.hub_id):
         _check_owner(plan.hub_id, api.whoami())
@@ -261,9 +263,9 @@ def _with_license(card: str, name: str | None, folder: Path) -> str:
     found = _HEADER.match(card)
     assert found is not None
     header = found[1] + "\n"
-    if name is not None:
-        header = f"license: {name}\n" + _LICENSE_LINE.sub("", header)
     try:
+        if name is not None:
+            header = set_key(_UNKNOWN_LICENSE.sub("", header), "license", name)
         content = parse_yaml(header)
     except ValueError as error:
         raise ValueError(f"{folder / _CARD}: the YAML metadata is wrong: {error}") from error

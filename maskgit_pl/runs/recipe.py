@@ -21,7 +21,7 @@ from maskgit_pl.runs.layers import DEFAULT_BACKBONE, Layer, merge, remove_key, v
 from maskgit_pl.runs.recipe_checks import check_layer
 from maskgit_pl.runs.recipe_files import DEFAULT_DATASET, Stage, is_recipe_path, read_run_config, recipe_files
 from maskgit_pl.runs.recipe_schema import Kind, load_backbone_schema, load_schema
-from maskgit_pl.runs.safe_yaml import parse_yaml, read_yaml
+from maskgit_pl.safe_yaml import parse_yaml, read_yaml
 from maskgit_pl.schema import Schema
 
 __all__ = ["Recipe"]

@@ -8,7 +8,7 @@ from typing import Any
 
 from maskgit_pl.checks import shorten
 from maskgit_pl.runs.layers import Layer
-from maskgit_pl.runs.safe_yaml import NO_CODE
+from maskgit_pl.safe_yaml import NO_CODE
 from maskgit_pl.schema import Schema, describe, fits
 
 __all__ = ["DERIVED_KEYS", "check_layer", "schema_at"]

@@ -11,7 +11,7 @@ from maskgit_pl.registry import nearest
 from maskgit_pl.runs.layers import remove_key, value_at
 from maskgit_pl.runs.recipe_checks import DERIVED_KEYS
 from maskgit_pl.runs.recipe_schema import load_schema
-from maskgit_pl.runs.safe_yaml import read_yaml
+from maskgit_pl.safe_yaml import read_yaml
 
 __all__ = [
     "DEFAULT_DATASET",

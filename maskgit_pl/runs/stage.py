@@ -18,7 +18,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from maskgit_pl.data import ShardData, split_batch
-from maskgit_pl.files import write_text
+from maskgit_pl.files import read_json, write_text
 from maskgit_pl.locks import hold_lock
 from maskgit_pl.pipeline.card import write_card
 from maskgit_pl.portable import raise_file_limit
@@ -150,7 +150,7 @@ def _log_start(run: StageRun, plan: Plan, newest: Path | None) -> None:
 def _is_exported(plan: Plan, step: int) -> bool:
     """Returns True if the pretrained folder of the run holds the weights of this step, not of an earlier one."""
     try:
-        record: object = json.loads((plan.stage_folder / _EXPORTED).read_text())
+        record: object = read_json(plan.stage_folder / _EXPORTED)
         return record == {"step": step, "sha256": fingerprint(plan.folder / "pretrained" / plan.stage)}
     except (OSError, ValueError):
         return False

@@ -6,7 +6,6 @@ Faults that would silently lose samples are rejected in one list, or left out an
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
@@ -19,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from maskgit_pl.checks import check_number
-from maskgit_pl.files import write_atomically
+from maskgit_pl.files import parse_any_json, write_atomically
 from maskgit_pl.shards.braces import expand_braces
 from maskgit_pl.shards.index_faults import raise_faults
 from maskgit_pl.shards.labels import Labels
@@ -374,9 +373,9 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         with open(path, "rb") as file:
-            content = json.loads(file.read(_MAX_COUNTS_BYTES))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"file {path} must be JSON, got: {error}; correct it or remove it") from error
+            content = parse_any_json(file.read(_MAX_COUNTS_BYTES), f"file {path}")
+    except ValueError as error:
+        raise ValueError(f"{error}; correct it or remove it") from error
     return content if isinstance(content, dict) else {}
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 
 from maskgit_pl.checks import shorten
+from maskgit_pl.files import parse_any_json
 
 __all__ = ["MAX_CLASSES", "Labels", "parse_label"]
 
@@ -53,8 +53,8 @@ class Labels:
             return parse_label(data, name=name, num_classes=self._num_classes)
         field_name = self.source.partition(":")[2]
         try:
-            value = json.loads(data)[field_name]
-        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+            value = parse_any_json(data, name)[field_name]
+        except (ValueError, KeyError, TypeError, IndexError) as error:
             raise ValueError(f"label {name} must be a JSON object with {field_name!r}, got {data[:40]!r}") from error
         if isinstance(value, str) and value in (self.classes or ()):
             return (self.classes or ()).index(value)

@@ -15,6 +15,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from maskgit_pl.files import parse_json
 from maskgit_pl.shards.labels import Labels
 from maskgit_pl.shards.manifest import INDEX_DTYPE, ImageRange
 from maskgit_pl.shards.scan import Fault, ShardScan
@@ -62,8 +63,8 @@ def _write_line(file: IO[bytes], content: Mapping[str, Any]) -> None:
 def _whole_lines(file: IO[bytes]) -> Iterator[dict[str, Any]]:
     for line in file:
         try:
-            yield json.loads(line)
-        except (ValueError, RecursionError):
+            yield parse_json(line, "line")
+        except ValueError:
             continue
 
 

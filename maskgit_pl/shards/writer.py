@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from maskgit_pl.checks import check_integer
-from maskgit_pl.files import write_text
+from maskgit_pl.files import read_json, write_text
 from maskgit_pl.folders import replace_folder, resolve_folder
 from maskgit_pl.image_format import ImageSize, check_image_size, height_width, plain_size
 from maskgit_pl.portable import sync
@@ -31,9 +31,10 @@ from maskgit_pl.shards.samples import Sample, Source, UnreadableSample
 from maskgit_pl.shards.vectors import VECTOR_EXTENSION
 from maskgit_pl.text import printable
 
-__all__ = ["LEFT_OUT", "RECORD", "is_made_from", "make_shards", "write_split"]
+__all__ = ["LEFT_OUT", "MAX_RECORD_BYTES", "RECORD", "is_made_from", "make_shards", "write_split"]
 
 RECORD = "made_from.json"
+MAX_RECORD_BYTES = 100_000_000  # a record lists the class names
 LEFT_OUT = "left_out.txt"  # one line for each image that could not be read
 _MAX_LISTED = 20  # lines of this file in an error message
 _SAMPLES = 5_000  # one process writes this many in about 10 seconds
@@ -221,8 +222,8 @@ def _partial_folder(folder: Path, record: dict[str, Any]) -> Path:
 
 def _read_record(folder: Path) -> Any:
     try:
-        return json.loads((folder / RECORD).read_text())
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return read_json(folder / RECORD, max_bytes=MAX_RECORD_BYTES)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
 
 

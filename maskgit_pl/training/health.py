@@ -26,7 +26,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from maskgit_pl.distributed import max_over_ranks, mean_over_ranks, rank_and_world, sum_over_ranks
-from maskgit_pl.files import write_text
+from maskgit_pl.files import parse_any_json, write_text
 from maskgit_pl.networks.quantizers import Quantizer, QuantizerOutput, quantizers
 from maskgit_pl.training.health_rules import HealthConfig, HealthContext, Problem, find_problems
 
@@ -197,7 +197,7 @@ class HealthMonitor(Callback):
         if self.history is not None:
             self.history.load(state_dict)
         try:
-            reported = json.loads(state_dict.get("reported", "{}"))
+            reported = parse_any_json(state_dict.get("reported", "{}"), "the health of a checkpoint")
             self.reports = [dict(each) for each in reported.get("reports", ())]
             self._streaks = {str(cause): int(count) for cause, count in reported.get("streaks", {}).items()}
             first = reported.get("first_judged")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from maskgit_pl.files import write_text
+from maskgit_pl.files import read_json, write_text
 from maskgit_pl.provenance import device_name
 
 __all__ = ["FILE_NAME", "WARM_UP", "StepClock", "TrainingTime"]
@@ -150,7 +150,7 @@ def _read_clocks() -> tuple[float, float]:
 def _read_time(file: Path, step: int) -> TrainingTime:
     """Returns the total of earlier processes for the first ``step`` steps; a damaged file counts as missing."""
     try:
-        found = TrainingTime(**json.loads(file.read_text()))
+        found = TrainingTime(**read_json(file))
         # Steps after the last checkpoint are trained again.
         return found if 0 < found.steps <= step else TrainingTime()
     except (OSError, ValueError, TypeError):

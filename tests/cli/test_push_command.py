@@ -172,6 +172,35 @@ def test_a_license_is_a_word_of_the_hub(folder: Path, no_network, capsys):
     assert "--license must be a name of the Hub" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("entry", ["license: >\n  mit\n", "license:\n- mit\n", '"license": mit\n', "license: mit\n"])
+def test_the_license_of_the_flag_replaces_any_of_the_card(folder: Path, no_network, capsys, entry):
+    (folder / "README.md").write_text(f"---\n{entry}tags: [x]  # mine\n---\n# Mine\n")
+    assert main(["push", str(folder), "alice/tiny", "--dry-run", "--license", "apache-2.0"]) == 0
+    assert "---\nlicense: apache-2.0\ntags: [x]  # mine\n---\n# Mine\n" in capsys.readouterr().out
+
+
+def test_the_page_of_inspect_is_not_sent(folder: Path, no_network, tiny_shards: Path, capsys):
+    assert main(["inspect", str(folder), "--data", str(tiny_shards)]) == 0
+    assert (folder / "inspect.html").is_file()
+    capsys.readouterr()
+    assert main(["push", str(folder), "alice/tiny", "--dry-run"]) == 0
+    assert "inspect.html" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("token", ["bad token é", "hf_é", "hf_a b", "hf_a\x01"])
+@pytest.mark.parametrize("words", [["push"], ["sample", "--classes=0", "--out=x.png"]], ids=["push", "sample"])
+def test_a_token_that_no_header_can_hold_is_named_and_not_shown(
+    folder: Path, hub: LocalHub, monkeypatch, capsys, token, words
+):
+    monkeypatch.setenv("HF_TOKEN", token)
+    places = [str(folder), "alice/tiny"] if words == ["push"] else ["alice/tiny"]
+    assert main([words[0], *places, *words[1:]]) == 2
+    err = capsys.readouterr().err
+    assert "hub alice/tiny: the access token must be printable ASCII characters without spaces" in err
+    assert token not in err
+    assert hub.requests == []
+
+
 def _refuse(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     if name == "no login":
         monkeypatch.delenv("HF_TOKEN")

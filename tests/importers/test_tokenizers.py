@@ -219,9 +219,9 @@ def test_a_tokenizer_of_diffusers_that_does_not_fit_is_refused_in_one_line(case,
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "must be JSON"),
-        ("[" * 100_000, "must be JSON"),
-        ("[1]", "must be a JSON object"),
+        ("{", "is not valid JSON"),
+        ("[" * 100_000, "must be nested at most 64 levels deep"),
+        ("[1]", "must hold a mapping"),
         (" " * 1_000_001, "must have at most 1 MB"),
     ],
 )

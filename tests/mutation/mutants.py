@@ -1130,7 +1130,6 @@ MUTANTS: tuple[Mutant, ...] = (
         "importers/test_tokenizers importers/test_taming",
         ("check_held(found, file.stat().st_size)", "pass"),
         ("check_tensor(name, tensor)", "pass"),
-        ("if path.stat().st_size > _MAX_SETTINGS_BYTES:", "if False:"),
         ("found = _average_tensors(found, contents)", "pass"),
         ("if name is None and len(found) > 1 and", "if False and"),
     ),

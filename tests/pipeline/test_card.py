@@ -184,7 +184,7 @@ def test_a_pipeline_is_saved_when_its_folder_is_gone(tmp_path: Path) -> None:
 
 def test_papers_that_are_no_json_are_named(run: Path) -> None:
     (run / "evaluation.json").write_text("{")
-    with pytest.raises(ValueError, match=r"evaluation\.json is not JSON"):
+    with pytest.raises(ValueError, match=r"evaluation\.json is not valid JSON"):
         write_card(run / "pretrained")
 
 

@@ -18,7 +18,7 @@ from maskgit_pl.runs.build import build
 from maskgit_pl.runs.layers import Layer
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Recipe
-from maskgit_pl.runs.safe_yaml import read_yaml
+from maskgit_pl.safe_yaml import read_yaml
 from tests.conftest import flags
 
 TINY = Path(__file__).parents[1] / "tiny"

@@ -16,7 +16,7 @@ from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.recipe_schema import load_schema
 from maskgit_pl.runs.resolve import merge_values
-from maskgit_pl.runs.safe_yaml import read_yaml
+from maskgit_pl.safe_yaml import read_yaml
 from maskgit_pl.schema import fits
 
 TINY = Path(__file__).parents[1] / "tiny"

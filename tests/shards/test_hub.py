@@ -121,6 +121,14 @@ def test_a_named_split_is_divided_by_a_hash_of_the_rows(hub):
         open_source(f"hf:{hub}:validation")
 
 
+def test_a_local_folder_has_no_revision(hub):
+    for name in (f"hf:{hub}@main", f"hf:{hub}@main:train"):
+        with pytest.raises(
+            ValueError, match=r"must have no @REVISION, since it is a local folder, got @main; leave it"
+        ):
+            open_source(name)
+
+
 def test_the_folder_layout_gives_the_files(hub, tmp_path):
     for number in range(20):
         path = tmp_path / "folder" / ("test" if number % 5 == 0 else "train") / "ab"[number % 2] / f"{number}.png"

@@ -142,7 +142,7 @@ def test_counts_that_disagree_with_the_tar_are_named(tars, tmp_path, file, text,
     (tmp_path / file).write_text(text.replace("5", "3").replace("2", "3").replace("7", "3"))
     assert not index_shards(tmp_path, {"train": [path]}).notes
     (tmp_path / "sizes.json").write_text("{")
-    with pytest.raises(ValueError, match=r"sizes\.json must be JSON"):
+    with pytest.raises(ValueError, match=r"sizes\.json is not valid JSON"):
         index_one(path)
 
 

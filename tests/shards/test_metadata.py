@@ -106,7 +106,7 @@ CSV_FAULTS = {
 }
 JSON_FAULTS = {
     "[1]": "must be UTF-8 text with one JSON object per line, got: line 1 is not an object",
-    '{"file_name": "0.png", "label": 1': "with one JSON object per line, got: Expecting",
+    '{"file_name": "0.png", "label": 1': "with one JSON object per line, got: line 1 is not valid JSON: Expecting",
     "[" * 100_000: "with one JSON object per line, got: ",
     '{"file_name": "0.png", "label": true}': "line 1: label must be a class name or a class number, got True",
     '{"file_name": "0.png", "label": [1]}': r"line 1: label must be a class name or a class number, got \[1\]",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from maskgit_pl.checks import build_dataclass
 from maskgit_pl.evaluation.inspection.event_files import Logs
+from maskgit_pl.files import parse_any_json
 from maskgit_pl.training.health_rules import HealthConfig, HealthContext, Problem, find_problems
 
 if TYPE_CHECKING:
@@ -77,8 +77,8 @@ def read_reports(folder: Path) -> list[str]:
     try:
         if not file.is_file() or file.stat().st_size > _MAX_BYTES:
             return []
-        reports = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        reports = parse_any_json(file.read_bytes(), str(file))
+    except (OSError, ValueError):
         return [f"{FILE_NAME} cannot be read"]
     sentences = []
     for report in reports if isinstance(reports, list) else ():

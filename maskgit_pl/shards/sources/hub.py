@@ -68,6 +68,11 @@ class HubDataset:
         if found is None:
             raise ValueError(f"source hf:{printable(name)} must be hf:OWNER/NAME[@REVISION][:SPLIT]")
         self.name, self.revision = found["name"], found["revision"]
+        if self.revision is not None and Path(self.name).is_dir():
+            raise ValueError(
+                f"source {self.shown} must have no @REVISION, since it is a local folder, got "
+                f"@{printable(self.revision)}; leave it out"
+            )
         self.label_field = label_field
         self._streams: dict[str, _Stream] = {}
         with self._one_line():

@@ -297,7 +297,8 @@ def _check_class_names(entries: Entries, classes: Sequence[str]) -> None:
     for name in classes:
         if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
             raise ValueError(
-                f"source {printable(entries.path)}: a class must have a UTF-8 name on one line, got '{printable(name)}'"
+                f"source {printable(entries.path)}: a class must have a UTF-8 name on one line, got "
+                f"'{printable(name)}'; rename it, or use a UTF-8 locale, such as LC_ALL=C.UTF-8"
             )
 
 
@@ -325,11 +326,12 @@ def _take_vectors(entries: Entries, labelled: _Labelled) -> dict[str, str]:
 
 def _files_of(labels: dict[str, int], root: str, vectors: dict[str, str]) -> list[_File]:
     """Returns the files of a folder in the order of their hashes."""
-    files = [
-        _File(name, label, hashlib.sha256(os.fsencode(name[len(root) :])).digest(), vectors.get(name))
-        for name, label in labels.items()
-        if name.startswith(root)
-    ]
+    files = []
+    for name, label in labels.items():
+        if name.startswith(root):
+            # In UTF-8 in every locale, so that the order and the val split are the same.
+            digest = hashlib.sha256(name[len(root) :].encode("utf-8", "surrogateescape")).digest()
+            files.append(_File(name, label, digest, vectors.get(name)))
     return sorted(files, key=lambda file: file.digest)
 
 

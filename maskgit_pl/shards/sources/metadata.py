@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from maskgit_pl.checks import shorten
+from maskgit_pl.files import parse_any_json
 from maskgit_pl.shards.labels import MAX_CLASSES
 from maskgit_pl.shards.sources.entries import Entries, EntryError
 from maskgit_pl.text import printable
@@ -124,7 +124,7 @@ def _json_rows(text: str) -> Iterator[_Row]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        values = json.loads(line)
+        values = parse_any_json(line, f"line {number}")
         if not isinstance(values, dict):
             raise ValueError(f"line {number} is not an object")
         yield _Row(number, values)

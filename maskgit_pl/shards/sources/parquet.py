@@ -7,7 +7,6 @@ metadata that the ``datasets`` package writes. Used by ``open_source``.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from maskgit_pl.checks import check_number
-from maskgit_pl.files import size_text
+from maskgit_pl.files import parse_any_json, size_text
 from maskgit_pl.portable import READ_FLAGS
 from maskgit_pl.shards.image_bytes import MAX_IMAGE_BYTES, UnreadableImageError
 from maskgit_pl.shards.labels import MAX_CLASSES
@@ -263,9 +262,9 @@ def _class_names(
 def _names_in_metadata(file: ParquetFile, label_field: str) -> tuple[str, ...]:
     """Reads the names of a ``ClassLabel`` column, which the ``datasets`` package writes as JSON; empty if missing."""
     try:
-        metadata = json.loads((file.schema_arrow.metadata or {})[b"huggingface"])
+        metadata = parse_any_json((file.schema_arrow.metadata or {})[b"huggingface"], "metadata")
         return tuple(map(str, metadata["info"]["features"][label_field]["names"]))
-    except (KeyError, TypeError, ValueError, RecursionError):
+    except (KeyError, TypeError, ValueError):
         return ()
 
 

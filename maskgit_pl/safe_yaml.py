@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import yaml
 
 from maskgit_pl.checks import shorten
 
-__all__ = ["NO_CODE", "check_plain", "parse_yaml", "read_yaml"]
+__all__ = ["NO_CODE", "check_plain", "parse_yaml", "read_yaml", "set_key"]
 
 NO_CODE = "recipes name registered objects, not classes"
 _MAX_BYTES = 200_000  # PyYAML parses about 200 kB per second
@@ -75,8 +77,60 @@ def parse_yaml(text: str) -> Any:
     Raises:
         ValueError: if the text is invalid. The message is one line.
     """
-    try:
+    with _one_line():
         return yaml.load(text, Loader=_PlainLoader)  # a SafeLoader
+
+
+def set_key(text: str, key: str, value: str) -> str:
+    """Sets a key of a YAML mapping to a plain word. All other lines stay as they are.
+
+    1. Remove all lines of each entry with this key.
+    2. Add the new entry before the others.
+    3. Check that only this key has changed.
+
+    Args:
+        text: Mapping with one key per line, or nothing.
+        key: Key of the outer mapping.
+        value: Word that needs no quotes.
+
+    Raises:
+        ValueError: if the text is invalid, or no such mapping. The message is one line.
+    """
+    rule = f"it must be a mapping with one key per line, so that {key} can be set"
+    with _one_line():
+        root = yaml.compose(text, Loader=_PlainLoader)
+    if root is not None and (not isinstance(root, yaml.MappingNode) or root.flow_style):
+        raise ValueError(rule)
+    entries = root.value if root is not None else []
+    # 1. From the end, so that the places of the entries before it stay valid.
+    kept = text
+    for name, node in reversed(entries):
+        if name.value == key:
+            # The mark after a block is at the next entry; after another value, it is in its last line.
+            start, stop = _start_of_line(text, name.start_mark.index), node.end_mark.index
+            last = _start_of_line(text, stop)
+            next_line = last if not text[last:stop].strip() else text.find("\n", stop) + 1 or len(text)
+            kept = kept[:start] + kept[next_line:]
+    # 2.
+    indent = " " * root.start_mark.column if root is not None else ""
+    changed = f"{indent}{key}: {value}\n{kept}"
+    # 3. By repr(), since NaN is not equal to itself.
+    others = parse_yaml(kept) or {}
+    is_kept = isinstance(others, dict) and [*others] == [name.value for name, _ in entries if name.value != key]
+    if not is_kept or repr(parse_yaml(changed)) != repr({key: value, **others}):
+        raise ValueError(rule)
+    return changed
+
+
+def _start_of_line(text: str, place: int) -> int:
+    return text.rfind("\n", 0, place) + 1
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """Turns the errors of PyYAML into a ``ValueError`` of one line."""
+    try:
+        yield
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
