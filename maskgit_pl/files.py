@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "OutputError",
     "check_writable",
     "follow_links",
     "open_regular",
@@ -41,6 +42,10 @@ __all__ = [
 MAX_JSON_BYTES = 1_000_000
 _MAX_DEPTH = 64  # of JSON; ours have at most 21, and code that walks a tree needs 3 calls per level
 _BLOCK = 2**20  # bytes that are read at a time for a hash
+
+
+class OutputError(OSError, ValueError):
+    """A path has the name of something that is not replaced. An OSError too, for code that survives a failed write."""
 
 
 def check_writable(name: str, path: Path, *, is_folder: bool = False) -> None:
@@ -70,19 +75,19 @@ def follow_links(path: Path, name: str = "output", *, is_folder: bool = False) -
     """Returns the file or folder that is written for a path: links are followed, so that a link stays one.
 
     Raises:
-        ValueError: if something of another kind is there, which a rename would replace even if it is a device, or a
+        OutputError: if something of another kind is there, which a rename would replace even if it is a device, or a
             link leads to a folder that does not exist, such as one on a disk that is not mounted.
     """
     if path.exists() and not (path.is_dir() if is_folder else path.is_file()):
         kind = "folder" if path.is_dir() else "file" if path.is_file() else "device or pipe"
-        raise ValueError(
+        raise OutputError(
             f"{name} must be a {'folder' if is_folder else 'file'}, got the {kind} {path}; give another path"
         )
     real = Path(os.path.realpath(path))
     nearest = next(each for each in (path.absolute(), *path.absolute().parents) if os.path.lexists(each))
     # A link to nothing is written if it is the path itself, and the folder of its target exists.
     if not nearest.exists() and (real.is_symlink() or not real.parent.is_dir()):
-        raise ValueError(
+        raise OutputError(
             f"{name} must lead to a folder that exists, got {path}, and {nearest} is a link to {os.readlink(nearest)}; "
             "make that folder, or give another path"
         )
@@ -108,7 +113,7 @@ def write_atomically(path: Path, *, partial_in: Path | None = None) -> Iterator[
         The stream to write to.
 
     Raises:
-        ValueError: if ``path`` is a folder, a device, a pipe or a broken link.
+        OutputError: if ``path`` is a folder, a device, a pipe or a broken link.
     """
     if path.is_symlink():
         partial_in = None  # the target may be on another file system
@@ -142,7 +147,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, metadata: Mappin
 
     Raises:
         OSError: if the disk is full or the folder is not writable. The partial file is removed.
-        ValueError: if ``file`` is a folder, a device, a pipe or a broken link.
+        OutputError: if ``file`` is a folder, a device, a pipe or a broken link.
     """
     file = follow_links(file)
     from safetensors import SafetensorError
