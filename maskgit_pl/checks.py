@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, Field, fields
 from difflib import get_close_matches
@@ -27,6 +27,7 @@ __all__ = [
     "check_seed",
     "check_sha256",
     "did_you_mean",
+    "plain_list",
     "plain_number",
     "shorten",
 ]
@@ -67,6 +68,13 @@ def plain_number(value: object) -> object:
         if isinstance(value, SupportsIndex):
             return operator.index(value)
     return float(value) if isinstance(value, Real) else value
+
+
+def plain_list(value: object) -> list[Any] | None:
+    """Returns the elements of a list, an array or another iterable, with plain numbers; None for a single value."""
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0:
+        return None
+    return [plain_number(each) for each in value]
 
 
 def check_integer(name: str, value: object, interval: str) -> int:

@@ -263,7 +263,7 @@ class Generator:
         if vectors is None and self.vector_pool is not None:
             vectors = self.vector_pool.draw(request.labels, request.seeds)
         vectors = check_condition_vectors(
-            None if vectors is None else torch.as_tensor(vectors),
+            vectors,
             request.labels,
             condition_dim=config.condition_dim,
             null_label=config.null_label,

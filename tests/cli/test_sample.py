@@ -243,6 +243,8 @@ def test_a_rank_that_is_named_counts_more_than_the_environment(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--per-class", "100000000000"], "--per-class must be an integer in [1, 10000], got 100000000000"),
+        (["--per-class", "0"], "--per-class must be an integer in [1, 10000], got 0"),
         (["--num-images", "0", "--out", "a.npz"], "--num-images must be >= 1, got 0"),
         (["--num-images", "5", "--part-size", "0", "--out", "a.npz"], "--part-size must be >= 1, got 0"),
         (["--num-images", "5", "--batch-size", "0", "--out", "a.npz"], "--batch-size must be >= 1, got 0"),
@@ -252,7 +254,7 @@ def test_a_rank_that_is_named_counts_more_than_the_environment(
         (["--rank", "0", "--world-size", "2"], "--rank and --world-size must be given with --num-images"),
         (["--num-images", "5", "--out", "a.npz", "--rank", "1"], "--rank and --world-size must be given together"),
         (["--num-images", "5", "--out", "a.npz", "--rank", "2", "--world-size", "2"], "--rank must be in [0, 2)"),
-        (["--num-images", "5", "--out", "a.npz", "--rank", "0", "--world-size", "0"], "--world-size must be >= 1"),
+        (["--num-images", "5", "--out", "a.npz", "--rank", "0", "--world-size", "0"], "--world-size must be an integer in"),
         (
             ["--num-images", "5", "--out", "a.npz", "--per-class", "3"],
             "--per-class must not be given with --num-images",
