@@ -72,7 +72,7 @@ def plain_number(value: object) -> object:
 
 def plain_list(value: object) -> list[Any] | None:
     """Returns the elements of a list, an array or another iterable, with plain numbers; None for a single value."""
-    if isinstance(value, str | bytes) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0:
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable) or getattr(value, "ndim", None) == 0:
         return None
     return [plain_number(each) for each in value]
 

@@ -169,7 +169,7 @@ def test_the_released_blur() -> None:
 
 @pytest.mark.parametrize("radius", [-1, float("nan"), float("inf")])
 def test_a_blur_that_is_none_is_refused(radius) -> None:
-    with pytest.raises(ValueError, match="blend must be a (finite )?number in"):
+    with pytest.raises(ValueError, match=r"blend must be a (finite )?number in"):
         seam(mask_of("#."), radius=radius)
 
 

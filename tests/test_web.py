@@ -375,9 +375,9 @@ def test_a_canvas_has_at_most_16_images(studio, form, image):
         next(studio.panorama({"width": 28 * 17, "height": 28, "overlap": 0.5}, request))
     with pytest.raises(ValueError, match="width x height must be at most 16 images"):
         next(studio.outpaint(image, {"left": 28 * 16, "right": 0, "up": 0, "down": 0}, request))
-    with pytest.raises(ValueError, match="width must be a multiple of 4 pixels, the size of a token, got 57; use 56 or 60"):
+    with pytest.raises(ValueError, match=r"width must be a multiple of 4 pixels, .* got 57; use 56 or 60"):
         next(studio.panorama({"width": 57, "height": 28, "overlap": 0.5}, request))
-    with pytest.raises(ValueError, match="right must be a multiple of 4 pixels, the size of a token, got 3; use 0 or 4"):
+    with pytest.raises(ValueError, match=r"right must be a multiple of 4 pixels, .* got 3; use 0 or 4"):
         next(studio.outpaint(image, {"left": 0, "right": 3, "up": 0, "down": 0}, request))
     with pytest.raises(ValueError, match="left must be an integer"):
         next(studio.outpaint(image, {"left": -4, "right": 0, "up": 0, "down": 0}, request))

@@ -67,7 +67,9 @@ class DecodingConfig:
         if self.tokens_per_step is not None:
             counts = plain_list(self.tokens_per_step)
             if counts is None or not all(type(count) is int and count >= 1 for count in counts):
-                raise ValueError(f"tokens_per_step must be integers >= 1, got {shorten(counts or self.tokens_per_step)}")
+                raise ValueError(
+                    f"tokens_per_step must be integers >= 1, got {shorten(counts or self.tokens_per_step)}"
+                )
             object.__setattr__(self, "tokens_per_step", tuple(counts))
             if len(self.tokens_per_step) != self.num_steps:
                 raise ValueError(

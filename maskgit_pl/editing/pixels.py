@@ -120,11 +120,11 @@ def mask_pixels(mask: MaskLike, *, name: str = "mask") -> Tensor:
     import torch
     from PIL import Image
 
-    if isinstance(mask, str | Path) and not Path(mask).is_file():
+    if isinstance(mask, str | Path) and not Path(mask).exists():
         raise FileNotFoundError(f"mask {printable(mask)}: no such file; name a JPEG, PNG or WebP file")
     if isinstance(mask, str | Path | Image.Image):
         return image_pixels(mask, channels=1, name=name)[0] >= _WHITE
-    if not isinstance(mask, torch.Tensor | np.ndarray) or getattr(mask, "dtype", None) == object:
+    if not isinstance(mask, torch.Tensor | np.ndarray) or (isinstance(mask, np.ndarray) and mask.dtype.hasobject):
         raise TypeError(f"{name} must be a file, a PIL image or (H, W) bool, got {shorten(mask)}")
     made = torch.as_tensor(mask).cpu()
     if made.dtype != torch.bool or made.ndim != 2:

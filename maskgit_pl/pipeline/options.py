@@ -112,8 +112,8 @@ class EditOptions(GenerateOptions):
     Args:
         dilation: Number of tokens by which the region grows on each side, at least 0. By default 1 inside an image, as
             in the released code (the seam then lies outside the mask), and 0 beyond its borders.
-        blend: Standard deviation of the blur of the seam in pixels, in [0, 65536]. 0 keeps every pixel outside the region bit by bit.
-            None is the blur of the released code, ``editing.seam_radius``.
+        blend: Standard deviation of the blur of the seam in pixels, in [0, 65536]. 0 keeps every pixel outside the
+            region bit by bit. None is the blur of the released code, ``editing.seam_radius``.
         fit: True crops images and masks of another size to their central part with the model's shape, and resizes it.
 
     Raises:

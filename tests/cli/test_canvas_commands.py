@@ -95,14 +95,29 @@ HUGE = "4000000000000"
         (["outpaint", "RUN", "IMAGE"], "one of --left, --right, --up, --down and --all must be > 0 pixels, got none"),
         (["outpaint", "RUN", "IMAGE", "--right", "-4"], "--right must be an integer in [0, 64000000], got -4"),
         (["outpaint", "RUN", "IMAGE", "--right", HUGE], f"--right must be an integer in [0, 64000000], got {HUGE}"),
-        (["outpaint", "RUN", "IMAGE", "--all", "16000"], "height must be smaller, because a canvas has at most 64000000"),
-        (["outpaint", "RUN", "IMAGE", "--right", "4", "--dilation", HUGE], "--dilation must be an integer in [0, 65536]"),
-        (["outpaint", "RUN", "IMAGE", "--right", "4", "--variants", HUGE], "--variants must be an integer in [1, 10000]"),
+        (
+            ["outpaint", "RUN", "IMAGE", "--all", "16000"],
+            "width must be smaller, because a canvas has at most 64000000",
+        ),
+        (
+            ["outpaint", "RUN", "IMAGE", "--right", "4", "--dilation", HUGE],
+            "--dilation must be an integer in [0, 65536]",
+        ),
+        (
+            ["outpaint", "RUN", "IMAGE", "--right", "4", "--variants", HUGE],
+            "--variants must be an integer in [1, 10000]",
+        ),
         (["panorama", "RUN", "--width", HUGE], f"--width must be an integer in [1, 64000000], got {HUGE}"),
         (["panorama", "RUN", "--width", "20", "--height", HUGE], "--height must be an integer in [1, 64000000]"),
-        (["panorama", "RUN", "--width", "9000", "--height", "8000"], "--width must be smaller, because a canvas has at"),
+        (
+            ["panorama", "RUN", "--width", "9000", "--height", "8000"],
+            "--width must be smaller, because a canvas has at",
+        ),
         (["outpaint", "RUN", "IMAGE", "--right", "4", "--overlap", "1"], "--overlap must be a number in (0, 1)"),
-        (["outpaint", "RUN", "IMAGE", "--right", "4", "--variants", "0"], "--variants must be an integer in [1, 10000], got 0"),
+        (
+            ["outpaint", "RUN", "IMAGE", "--right", "4", "--variants", "0"],
+            "--variants must be an integer in [1, 10000], got 0",
+        ),
         (["outpaint", "RUN", "nowhere.png", "--right", "4"], "image nowhere.png: no such file"),
         (
             ["outpaint", "RUN", "IMAGE", "--right", "3"],

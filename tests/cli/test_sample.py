@@ -254,7 +254,10 @@ def test_a_rank_that_is_named_counts_more_than_the_environment(
         (["--rank", "0", "--world-size", "2"], "--rank and --world-size must be given with --num-images"),
         (["--num-images", "5", "--out", "a.npz", "--rank", "1"], "--rank and --world-size must be given together"),
         (["--num-images", "5", "--out", "a.npz", "--rank", "2", "--world-size", "2"], "--rank must be in [0, 2)"),
-        (["--num-images", "5", "--out", "a.npz", "--rank", "0", "--world-size", "0"], "--world-size must be an integer in"),
+        (
+            ["--num-images", "5", "--out", "a.npz", "--rank", "0", "--world-size", "0"],
+            "--world-size must be an integer in",
+        ),
         (
             ["--num-images", "5", "--out", "a.npz", "--per-class", "3"],
             "--per-class must not be given with --num-images",
