@@ -62,7 +62,7 @@ def plain_number(value: object) -> object:
     values from files are plain and values for files must be.
     """
     is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
-    if is_bool or getattr(value, "ndim", 0):
+    if is_bool or bool(getattr(value, "ndim", 0)):
         return value
     with suppress(TypeError):  # arrays and tensors of floats have the method, too
         if isinstance(value, SupportsIndex):
