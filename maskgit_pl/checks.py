@@ -6,12 +6,14 @@ Used by configuration dataclasses in ``__post_init__`` and by all readers of unt
 from __future__ import annotations
 
 import math
+import operator
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, Field, fields
 from difflib import get_close_matches
-from typing import Any, TypeVar, get_type_hints
+from numbers import Real
+from typing import Any, SupportsIndex, TypeVar, get_type_hints
 
 from maskgit_pl.schema import Schema, describe, fits, schema_of
 
@@ -25,6 +27,8 @@ __all__ = [
     "check_seed",
     "check_sha256",
     "did_you_mean",
+    "plain_list",
+    "plain_number",
     "shorten",
 ]
 
@@ -49,6 +53,28 @@ def did_you_mean(name: str, choices: Collection[str]) -> str:
     """Returns ``"did you mean 'x'?"`` for the choice closest to ``name``, or an empty string if none is close."""
     close = get_close_matches(name, list(choices), n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else ""
+
+
+def plain_number(value: object) -> object:
+    """Returns a number of NumPy, or an integer in a tensor, as an ``int`` or a ``float``, and other values unchanged.
+
+    Methods that users call from Python apply it before the checks below, which accept plain numbers only, because
+    values from files are plain and values for files must be.
+    """
+    is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
+    if is_bool or bool(getattr(value, "ndim", 0)):
+        return value
+    with suppress(TypeError):  # arrays and tensors of floats have the method, too
+        if isinstance(value, SupportsIndex):
+            return operator.index(value)
+    return float(value) if isinstance(value, Real) else value
+
+
+def plain_list(value: object) -> list[Any] | None:
+    """Returns the elements of a list, an array or another iterable, with plain numbers; None for a single value."""
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable) or getattr(value, "ndim", None) == 0:
+        return None
+    return [plain_number(each) for each in value]
 
 
 def check_integer(name: str, value: object, interval: str) -> int:

@@ -3,7 +3,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import pytest
+import torch
 
 from maskgit_pl.checks import (
     build_dataclass,
@@ -13,6 +15,8 @@ from maskgit_pl.checks import (
     check_number,
     check_seed,
     check_sha256,
+    plain_list,
+    plain_number,
     shorten,
 )
 
@@ -48,6 +52,38 @@ def test_a_number_outside_its_interval_is_refused_by_name(value: object) -> None
 @pytest.mark.parametrize("value", [0, 0.0, 0.5, 1 - 2**-53])
 def test_ends_of_an_interval_belong_to_it_as_the_notation_says(value: float) -> None:
     assert check_number("decay", value, "[0, 1)") == value
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (np.int64(3), 3),
+        (np.array(3), 3),
+        (torch.tensor(3), 3),
+        (np.float32(0.5), 0.5),
+        (3, 3),
+        (0.5, 0.5),
+        (2**70, 2**70),
+    ],
+)
+def test_numbers_of_libraries_become_plain(value: object, expected: float) -> None:
+    made = plain_number(value)
+    assert (type(made), made) == (type(expected), expected)
+    assert plain_list(value) is None
+
+
+@pytest.mark.parametrize("value", [True, np.bool_(True), torch.tensor(True), torch.tensor(0.5), "3", b"3", None, 1j])
+def test_what_is_no_number_stays_as_it_is(value: object) -> None:
+    assert plain_number(value) is value
+    assert plain_list(value) is None
+
+
+@pytest.mark.parametrize("values", [np.array([1, 2]), torch.tensor([1, 2]), (1, np.int8(2)), iter([1, 2]), range(1, 3)])
+def test_all_lists_of_numbers_become_plain_lists(values: object) -> None:
+    assert plain_number(values) is values
+    made = plain_list(values)
+    assert made == [1, 2]
+    assert {type(each) for each in made} == {int}
 
 
 @pytest.mark.parametrize("value", [-1, 2**32, 0.0, True, None, "1"])

@@ -61,7 +61,8 @@ def test_the_last_tokens_may_cover_more_than_the_image() -> None:
 def test_dilation_goes_to_all_sides_and_ends_at_the_border() -> None:
     middle = mask_of(".....", ".....", "..#..", ".....", ".....")
     assert torch.equal(token_mask(middle, factor=1, dilation=1), mask_of(".....", ".###.", ".###.", ".###.", "....."))
-    assert bool(token_mask(middle, factor=1, dilation=2).all())
+    for dilation in (2, 65536):
+        assert bool(token_mask(middle, factor=1, dilation=dilation).all())
     corner = mask_of("#....", ".....", ".....")
     assert torch.equal(token_mask(corner, factor=1, dilation=1), mask_of("##...", "##...", "....."))
     assert torch.equal(token_mask(corner, factor=1, dilation=0), corner)
@@ -73,7 +74,7 @@ def test_nothing_masked_stays_nothing_and_everything_stays_everything() -> None:
 
 
 def test_a_negative_dilation_is_refused() -> None:
-    with pytest.raises(ValueError, match="dilation must be >= 0"):
+    with pytest.raises(ValueError, match="dilation must be an integer in"):
         token_mask(mask_of("#"), factor=1, dilation=-1)
 
 
@@ -168,7 +169,7 @@ def test_the_released_blur() -> None:
 
 @pytest.mark.parametrize("radius", [-1, float("nan"), float("inf")])
 def test_a_blur_that_is_none_is_refused(radius) -> None:
-    with pytest.raises(ValueError, match="blend must be >= 0 pixels"):
+    with pytest.raises(ValueError, match=r"blend must be a (finite )?number in"):
         seam(mask_of("#."), radius=radius)
 
 

@@ -161,9 +161,9 @@ def test_unknown_classes_are_refused_by_name(pipe, classes, error, message) -> N
         ({"guidance_scale": math.nan}, "guidance_scale must be a finite number in"),
         ({"choice_temperature": -1.0}, "choice_temperature must be a number in"),
         ({"seed": [1, 2]}, "seed must be one number or one for each of the 1 images"),
-        ({"seed": -1}, "seed and the seeds after it must be in"),
-        ({"seed": 2**32}, "seed and the seeds after it must be in"),
-        ({"batch_size": 0}, "batch_size must be >= 1"),
+        ({"seed": -1}, "seed must be an integer in"),
+        ({"seed": 2**32}, "seed must be an integer in"),
+        ({"batch_size": 0}, "batch_size must be an integer in"),
         ({"output_type": "pill"}, "did you mean 'pil'"),
     ],
 )
@@ -327,12 +327,12 @@ def test_a_pipeline_in_bfloat16_edits(tiny_pretrained) -> None:
             "mask must be one mask, or one for each of the 3",
         ),
         ({"image": [picture(), picture()[:, :4]], "classes": [0, 1]}, ValueError, "image 1 must have 8 x 4"),
-        ({"dilation": -1}, ValueError, "dilation must be >= 0"),
-        ({"blend": -1.0}, ValueError, "blend must be >= 0"),
+        ({"dilation": -1}, ValueError, "dilation must be an integer in"),
+        ({"blend": -1.0}, ValueError, "blend must be a number in"),
         ({"num_steps": 17}, ValueError, "num_steps must be <= 16"),
-        ({"batch_size": 0}, ValueError, "batch_size must be >= 1"),
+        ({"batch_size": 0}, ValueError, "batch_size must be an integer in"),
         ({"output_type": "pill"}, ValueError, "did you mean 'pil'"),
-        ({"seed": -1}, ValueError, "seed and the seeds after it must be in"),
+        ({"seed": -1}, ValueError, "seed must be an integer in"),
         ({"num_stesp": 3}, TypeError, "option 'num_stesp': did you mean 'num_steps'"),
     ],
 )
@@ -345,7 +345,7 @@ def test_what_cannot_be_edited_is_refused(pipe, options, error, message) -> None
 def test_a_box_and_a_number_of_variants_that_are_none_are_refused(pipe) -> None:
     with pytest.raises(ValueError, match="box must lie in the image"):
         pipe.edit_class(picture(), (0, 0, 9, 2), 1)
-    with pytest.raises(ValueError, match="variants must be >= 1"):
+    with pytest.raises(ValueError, match="variants must be an integer in"):
         pipe.edit_class(picture(), BOX, 1, variants=0)
 
 
@@ -499,11 +499,11 @@ def test_windows_of_a_panorama_have_noise_of_their_own(pipe) -> None:
     ("call", "message"),
     [
         (lambda pipe: pipe.outpaint(picture()), "one of left, right, up and down must be > 0"),
-        (lambda pipe: pipe.outpaint(picture(), right=-2), "right must be >= 0 pixels, got -2"),
+        (lambda pipe: pipe.outpaint(picture(), right=-2), r"right must be an integer in \[0, 64000000\], got -2"),
         (lambda pipe: pipe.outpaint(picture(), right=3), "right must be a multiple of 2 pixels, .* use 2 or 4"),
         (lambda pipe: pipe.outpaint(picture(size=7), right=2), "height of the image must be a multiple of 2 pixels"),
         (lambda pipe: pipe.outpaint(picture(size=2), right=2), "height must be >= 8 pixels"),
-        (lambda pipe: pipe.outpaint(picture(), right=2, overlap=1.0), r"overlap must be a fraction in \(0, 1\)"),
+        (lambda pipe: pipe.outpaint(picture(), right=2, overlap=1.0), r"overlap must be a number in \(0, 1\)"),
         (lambda pipe: pipe.panorama([0], 6), "width must be >= 8 pixels, the width of the model's images, got 6"),
         (
             lambda pipe: pipe.panorama([0], 9),

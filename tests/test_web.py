@@ -21,6 +21,7 @@ from maskgit_pl.cli import main
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.pipeline.display import Recording
+from maskgit_pl.pipeline.outline import Outline
 from maskgit_pl.web import markup, plots, server
 from maskgit_pl.web.answers import explain, pace
 from maskgit_pl.web.commands import Call, call_edit, call_sample
@@ -141,6 +142,18 @@ def test_names_that_the_command_line_would_misread_become_indices(form):
     words = [call_sample(PageRequest(label, 0, form), names, {}).words[1] for label in range(6)]
     assert words == ["0", "1", "2", "3", "4", "T-shirt/top"]
     assert call_edit("inpaint", PageRequest(None, 0, form, 2), names, {}).options["classes"] == [None, None]
+
+
+@pytest.mark.parametrize(
+    "names", [["0", "2", "a,b", "x"], ["01", "1", "a,b", ""], ["a,", "b,", "c,", "2", "02", "002"], ["all", "ALL", "0"]]
+)
+def test_the_command_line_reads_each_class_word_as_its_class(form, names):
+    outline = Outline(tuple(names), None, 1, False, DecodingConfig(), 1, 1, 1)
+    for label in range(len(names)):
+        request = PageRequest(label, 0, form)
+        assert outline.parse_classes(call_sample(request, names, {}).words[1]) == [label]
+        words = call_edit("edit", request, names, {}).words
+        assert outline.parse_class(words[words.index("--class") + 1]) == label
 
 
 def test_python_and_shell_quote_what_they_must():
@@ -362,6 +375,10 @@ def test_a_canvas_has_at_most_16_images(studio, form, image):
         next(studio.panorama({"width": 28 * 17, "height": 28, "overlap": 0.5}, request))
     with pytest.raises(ValueError, match="width x height must be at most 16 images"):
         next(studio.outpaint(image, {"left": 28 * 16, "right": 0, "up": 0, "down": 0}, request))
+    with pytest.raises(ValueError, match=r"width must be a multiple of 4 pixels, .* got 57; use 56 or 60"):
+        next(studio.panorama({"width": 57, "height": 28, "overlap": 0.5}, request))
+    with pytest.raises(ValueError, match=r"right must be a multiple of 4 pixels, .* got 3; use 0 or 4"):
+        next(studio.outpaint(image, {"left": 0, "right": 3, "up": 0, "down": 0}, request))
     with pytest.raises(ValueError, match="left must be an integer"):
         next(studio.outpaint(image, {"left": -4, "right": 0, "up": 0, "down": 0}, request))
 

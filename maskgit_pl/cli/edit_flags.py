@@ -5,9 +5,17 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from maskgit_pl.checks import check_integer
 from maskgit_pl.cli.flags import use_flag_names
 
-__all__ = ["add_overlap_argument", "add_variant_arguments", "check_overlap_flag", "list_seeds", "read_edit_flags"]
+__all__ = [
+    "add_overlap_argument",
+    "add_variant_arguments",
+    "check_overlap_flag",
+    "check_variant_flags",
+    "list_seeds",
+    "read_edit_flags",
+]
 
 
 def add_variant_arguments(parser: argparse.ArgumentParser, *, dilation: int, class_required: bool = False) -> None:
@@ -25,6 +33,16 @@ def add_variant_arguments(parser: argparse.ArgumentParser, *, dilation: int, cla
     )
     text = f"tokens by which the region grows on each side (default: {dilation})"
     parser.add_argument("--dilation", type=int, default=dilation, metavar="N", help=text)
+
+
+def check_variant_flags(args: argparse.Namespace) -> None:
+    """Checks ``--variants`` and ``--dilation``."""
+    from maskgit_pl.editing import check_dilation
+    from maskgit_pl.pipeline.options import MAX_RESULTS
+
+    check_integer("--variants", args.variants, f"[1, {MAX_RESULTS}]")
+    with use_flag_names(args):
+        check_dilation(args.dilation)
 
 
 def read_edit_flags(args: argparse.Namespace, label: int | None) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from maskgit_pl.cli.decoding_flags import add_decoding_arguments, check_seed_and_batch, read_decoding_flags
-from maskgit_pl.cli.edit_flags import add_variant_arguments, list_seeds, read_edit_flags
-from maskgit_pl.cli.flags import check_at_least, check_outputs, use_flag_names
+from maskgit_pl.cli.edit_flags import add_variant_arguments, check_variant_flags, list_seeds, read_edit_flags
+from maskgit_pl.cli.flags import check_outputs, use_flag_names
 from maskgit_pl.cli.model import add_model_argument, find_model, open_pipe
 from maskgit_pl.cli.outputs import (
     PICTURES,
@@ -70,7 +70,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Edits the image and writes the results."""
     check_seed_and_batch(args)
-    check_at_least(args, variants=1, dilation=0)
+    check_variant_flags(args)
     check_outputs(args, **PICTURES)
     # Cheap checks come first: region, model files, size, settings. The weights are loaded after all of them.
     header, box = _read_region(args)

@@ -11,10 +11,11 @@ from maskgit_pl.cli.edit_flags import (
     add_overlap_argument,
     add_variant_arguments,
     check_overlap_flag,
+    check_variant_flags,
     list_seeds,
     read_edit_flags,
 )
-from maskgit_pl.cli.flags import check_at_least, check_outputs, use_flag_names
+from maskgit_pl.cli.flags import check_outputs, use_flag_names
 from maskgit_pl.cli.model import add_model_argument, find_model, open_pipe
 from maskgit_pl.cli.outputs import (
     PICTURES,
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     added = _read_margins(args)
     check_overlap_flag(args)
     check_seed_and_batch(args)
-    check_at_least(args, variants=1, dilation=0)
+    check_variant_flags(args)
     check_outputs(args, **PICTURES)
     from maskgit_pl import editing
 
@@ -112,9 +113,7 @@ def _read_margins(args: argparse.Namespace) -> Margins:
 
     # --all fills in the sides that are 0 or not given.
     sides = {side: getattr(args, side) or (args.all or 0) for side in _SIDES}
-    for side, pixels in sides.items():
-        if pixels < 0:
-            raise ValueError(f"--{side} must be >= 0 pixels, got {pixels}")
     if not any(sides.values()):
         raise ValueError("one of --left, --right, --up, --down and --all must be > 0 pixels, got none")
-    return Margins(**sides)
+    with use_flag_names(args):
+        return Margins(**sides)

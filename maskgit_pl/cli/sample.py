@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from maskgit_pl.checks import check_integer
 from maskgit_pl.cli.acceptance_flags import (
     add_acceptance_arguments,
     check_acceptance_flags,
@@ -16,7 +17,7 @@ from maskgit_pl.cli.acceptance_flags import (
     open_acceptance,
 )
 from maskgit_pl.cli.decoding_flags import add_decoding_arguments, check_seed_and_batch, read_decoding_flags
-from maskgit_pl.cli.flags import check_at_least, check_outputs, format_flag, make_folder, use_flag_names
+from maskgit_pl.cli.flags import check_outputs, format_flag, make_folder, use_flag_names
 from maskgit_pl.cli.model import add_classes_argument, add_model_argument, find_model, open_pipe
 from maskgit_pl.cli.outputs import (
     PICTURES,
@@ -133,7 +134,10 @@ def _check_picture(args: argparse.Namespace) -> None:
         raise ValueError("--rank and --world-size must be given with --num-images")
     if args.out is not None and args.out.suffix == ".npz":
         raise ValueError(f"--out must end in .png without --num-images, got {args.out}")
-    check_at_least(args, per_class=1)
+    if args.per_class is not None:
+        from maskgit_pl.pipeline.options import MAX_RESULTS
+
+        check_integer("--per-class", args.per_class, f"[1, {MAX_RESULTS}]")
     args.out = args.out or _OUT
     check_outputs(args, **PICTURES)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from maskgit_pl.checks import check_integer
+from maskgit_pl.checks import check_integer, plain_list, plain_number, shorten
 from maskgit_pl.decoding.guidance import guidance_scales, guidance_schedules
 from maskgit_pl.decoding.limits import DrawMethod, check_guidance, check_num_steps, check_token_counts, check_token_sum
 from maskgit_pl.decoding.sampling import CodeSampling, Temperature
@@ -57,12 +57,20 @@ class DecodingConfig:
     draw_method: DrawMethod = "inverse_cdf"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "token_selector", rename_token_selector(self.token_selector))
-        if isinstance(self.sampling_temperature, list):  # JSON has no tuples
-            object.__setattr__(self, "sampling_temperature", tuple(self.sampling_temperature))
+        if isinstance(self.token_selector, str):
+            object.__setattr__(self, "token_selector", rename_token_selector(self.token_selector))
+        for name in ("num_steps", "sampling_temperature", "top_k", "top_p"):
+            several = plain_list(getattr(self, name))
+            plain = plain_number(getattr(self, name)) if several is None else tuple(several)  # JSON has no tuples
+            object.__setattr__(self, name, plain)
         check_integer("num_steps", self.num_steps, f"[1, {_MOST_STEPS}]")
         if self.tokens_per_step is not None:
-            object.__setattr__(self, "tokens_per_step", tuple(self.tokens_per_step))
+            counts = plain_list(self.tokens_per_step)
+            if counts is None or not all(type(count) is int and count >= 1 for count in counts):
+                raise ValueError(
+                    f"tokens_per_step must be integers >= 1, got {shorten(counts or self.tokens_per_step)}"
+                )
+            object.__setattr__(self, "tokens_per_step", tuple(counts))
             if len(self.tokens_per_step) != self.num_steps:
                 raise ValueError(
                     f"tokens_per_step must hold a number for each of the {self.num_steps} steps, got "

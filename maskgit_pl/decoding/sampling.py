@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
 
-from maskgit_pl.checks import check_choice
+from maskgit_pl.checks import check_choice, check_integer, check_number, shorten
 from maskgit_pl.decoding.limits import DrawMethod
 
 if TYPE_CHECKING:
@@ -49,15 +49,17 @@ class CodeSampling:
 
     def __post_init__(self) -> None:
         pair = self.temperature if isinstance(self.temperature, tuple | list) else (self.temperature,) * 2
-        if len(pair) != 2 or not all(0 <= value < math.inf for value in pair):
+        if len(pair) != 2:
             raise ValueError(
                 "sampling_temperature must be a number >= 0, or two of them for the first and the last step, "
-                f"got {self.temperature}"
+                f"got {shorten(self.temperature)}"
             )
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be >= 1, got {self.top_k}; leave it out to keep all codes")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be a number in (0, 1], got {self.top_p}; leave it out to keep all codes")
+        for value in pair:
+            check_number("sampling_temperature", value, "[0, inf)")
+        if self.top_k is not None:
+            check_integer("top_k", self.top_k, "[1, inf)")
+        if self.top_p is not None:
+            check_number("top_p", self.top_p, "(0, 1]")
         check_choice("draw_method", self.method, get_args(DrawMethod))
 
     def temperature_at(self, progress: float) -> float:

@@ -16,6 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from maskgit_pl.checks import shorten
+
 __all__ = ["VectorConditionalNetwork", "VectorNetwork", "VectorPool", "check_condition_vectors"]
 
 
@@ -103,12 +105,12 @@ class VectorPool:
 
 
 def check_condition_vectors(
-    vectors: Tensor | None, labels: Sequence[int], *, condition_dim: int, null_label: int | None
+    vectors: object, labels: Sequence[int], *, condition_dim: int, null_label: int | None
 ) -> Tensor | None:
     """Checks the vectors of a request against the network.
 
     Args:
-        vectors: (n, C) float, or (C,) for all images; None if none are given.
+        vectors: (n, C) float array or tensor, or (C,) for all images; None if none are given.
         labels: Label of each image; the null label hides its vector.
         condition_dim: C of the network; 0 if it takes no vectors.
         null_label: Label of "no class and no vector"; None if the network has none.
@@ -118,6 +120,7 @@ def check_condition_vectors(
 
     Raises:
         ValueError: if vectors are missing or not wanted, have another shape, are not finite, or would all be hidden.
+        TypeError: if they are not an array of numbers.
     """
     if not condition_dim:
         if vectors is not None:
@@ -134,6 +137,10 @@ def check_condition_vectors(
         return torch.zeros(expected)
     if is_hidden:
         raise ValueError("classes must be given with vectors, since no class (None) hides the vector, got none")
+    try:
+        vectors = torch.as_tensor(vectors)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"vectors must be an array of numbers, got {shorten(vectors)}") from error
     if vectors.ndim == 1:
         vectors = vectors.expand(len(labels), -1)
     if tuple(vectors.shape) != expected:

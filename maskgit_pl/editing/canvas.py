@@ -12,12 +12,17 @@ from typing import TYPE_CHECKING, Literal
 
 from einops import rearrange
 
+from maskgit_pl.checks import check_integer, check_number, plain_number
 from maskgit_pl.image_format import ImageSize, height_width
+from maskgit_pl.shards.image_bytes import MAX_PIXELS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["Margins", "Window", "check_canvas", "check_overlap", "windows"]
+
+
+_SIDES = f"[0, {MAX_PIXELS}]"  # a canvas has at most as many pixels as an image that can be read
 
 
 @dataclass(frozen=True)
@@ -29,12 +34,19 @@ class Margins:
         right: Pixels on the right, at least 0.
         up: Pixels above, at least 0.
         down: Pixels below, at least 0.
+
+    Raises:
+        ValueError: if a side is not an integer in [0, 64000000].
     """
 
     left: int
     right: int
     up: int
     down: int
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            object.__setattr__(self, name, check_integer(name, plain_number(value), _SIDES))
 
     def check(self, size: Sequence[int], *, factor: int, least: ImageSize) -> None:
         """Checks that the pixels can be added to an image.
@@ -45,13 +57,10 @@ class Margins:
             least: Smallest size of the result: the image size of the model.
 
         Raises:
-            ValueError: if a side is negative, all sides are 0, a size is not a multiple of ``factor``, or the result is
-                too small.
+            ValueError: if all sides are 0, a size is not a multiple of ``factor``, or the result is too small or too
+                large.
         """
         sides = asdict(self)
-        for name, value in sides.items():
-            if value < 0:
-                raise ValueError(f"{name} must be >= 0 pixels, got {value}")
         if not any(sides.values()):
             raise ValueError("one of left, right, up and down must be > 0 pixels, got none")
         for name, value in {**sides, "height of the image": size[0], "width of the image": size[1]}.items():
@@ -91,8 +100,8 @@ class Margins:
         return F.pad(image, [side // size for side in self.sides], mode=mode)
 
 
-def check_canvas(height: int, width: int, *, factor: int, least: ImageSize) -> None:
-    """Checks the size of a canvas.
+def check_canvas(height: int, width: int, *, factor: int, least: ImageSize) -> tuple[int, int]:
+    """Checks the size of a canvas, and returns it as plain integers (H, W).
 
     Args:
         height: H in pixels.
@@ -101,13 +110,23 @@ def check_canvas(height: int, width: int, *, factor: int, least: ImageSize) -> N
         least: Image size of the model: a side, or (height, width), in pixels.
 
     Raises:
-        ValueError: if a side is smaller than that of ``least`` or not a multiple of ``factor``. The message names the
-            nearest sizes.
+        ValueError: if a side is not an integer, smaller than that of ``least``, or not a multiple of ``factor`` (the
+            message names the nearest sizes), or the canvas has more than 64 million pixels.
     """
-    for name, value, own in zip(("height", "width"), (height, width), height_width(least), strict=True):
-        if value < own:
-            raise ValueError(f"{name} must be >= {own} pixels, the {name} of the model's images, got {value}")
-        _check_whole_tokens(name, value, factor)
+    own_height, own_width = height_width(least)
+    size = [("height", plain_number(height), own_height), ("width", plain_number(width), own_width)]
+    for name, value, own in size:
+        number = check_integer(name, value, f"[1, {MAX_PIXELS}]")
+        if number < own:
+            raise ValueError(f"{name} must be >= {own} pixels, the {name} of the model's images, got {number}")
+        _check_whole_tokens(name, number, factor)
+    height, width = int(height), int(width)
+    if height * width > MAX_PIXELS:
+        name = "height" if height > width else "width"
+        raise ValueError(
+            f"{name} must be smaller, because a canvas has at most {MAX_PIXELS} pixels, got {width} x {height}"
+        )
+    return height, width
 
 
 def _check_whole_tokens(name: str, value: int, factor: int) -> None:
@@ -125,8 +144,7 @@ def check_overlap(overlap: float) -> None:
     Raises:
         ValueError: if it is not in (0, 1).
     """
-    if not 0 < overlap < 1:
-        raise ValueError(f"overlap must be a fraction in (0, 1), got {overlap}")
+    check_number("overlap", plain_number(overlap), "(0, 1)")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 from einops import rearrange
 
+from maskgit_pl.checks import shorten
 from maskgit_pl.image_format import CHANNELS, ImageSize, height_width, pixels_text
 from maskgit_pl.text import printable
 
@@ -84,6 +85,7 @@ def image_pixels(image: ImageLike, *, channels: int, name: str = "image") -> Ten
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is not an image, has too many pixels, or is not uint8 of one of these shapes.
+        TypeError: if it is something else.
     """
     from PIL import Image
 
@@ -112,12 +114,18 @@ def mask_pixels(mask: MaskLike, *, name: str = "mask") -> Tensor:
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is neither a picture nor (H, W) bool.
+        TypeError: if it is something else.
     """
+    import numpy as np
     import torch
     from PIL import Image
 
+    if isinstance(mask, str | Path) and not Path(mask).exists():
+        raise FileNotFoundError(f"mask {printable(mask)}: no such file; name a JPEG, PNG or WebP file")
     if isinstance(mask, str | Path | Image.Image):
         return image_pixels(mask, channels=1, name=name)[0] >= _WHITE
+    if not isinstance(mask, torch.Tensor | np.ndarray) or (isinstance(mask, np.ndarray) and mask.dtype.hasobject):
+        raise TypeError(f"{name} must be a file, a PIL image or (H, W) bool, got {shorten(mask)}")
     made = torch.as_tensor(mask).cpu()
     if made.dtype != torch.bool or made.ndim != 2:
         raise ValueError(
@@ -191,6 +199,10 @@ def _pixels(image: Tensor | npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
     import numpy as np
     from torch import Tensor
 
+    if not isinstance(image, Tensor | np.ndarray):
+        raise TypeError(
+            f"{name} must be a file, a PIL image, a tensor (C, H, W) or an array (H, W, C), got {shorten(image)}"
+        )
     shown = f"{tuple(image.shape)} {image.dtype}"
     if isinstance(image, Tensor):
         image = image.cpu().numpy()

@@ -7,7 +7,6 @@ Source: paper, section on class-conditional image editing; google-research/maskg
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from fractions import Fraction
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from einops import reduce, repeat
 
+from maskgit_pl.checks import check_integer, check_number, plain_number
 from maskgit_pl.image_format import ImageSize, height_width
 
 if TYPE_CHECKING:
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 __all__ = [
     "Box",
     "box_mask",
+    "check_blend",
     "check_box",
+    "check_dilation",
     "composite",
     "first_step",
     "parse_box",
@@ -36,8 +38,28 @@ __all__ = [
 
 Box: TypeAlias = Sequence[int]
 
+_RANGE = "[0, 65536]"  # of dilation and blend: the sides of the largest image
+
 _STEPS_SKIPPED = 6  # an edit skips one sixth of the steps: the released code skips 2 of 12
 _EDGE = re.compile(r"(?P<number>-?[0-9]{1,9}(\.[0-9]{1,9})?)(?P<percent>%)?")  # one edge of a box
+
+
+def check_dilation(dilation: object) -> int:
+    """Returns ``dilation``, a number of tokens, as an ``int``.
+
+    Raises:
+        ValueError: if it is not an integer in [0, 65536].
+    """
+    return check_integer("dilation", plain_number(dilation), _RANGE)
+
+
+def check_blend(blend: object) -> float:
+    """Returns ``blend``, a blur in pixels.
+
+    Raises:
+        ValueError: if it is not a number in [0, 65536].
+    """
+    return check_number("blend", plain_number(blend), _RANGE)
 
 
 def check_box(box: Box, *, height: int, width: int) -> None:
@@ -120,21 +142,21 @@ def token_mask(mask: Tensor, *, factor: int, dilation: int = 0) -> Tensor:
         (h, w) bool with h = ceil(H / factor) and w = ceil(W / factor).
 
     Raises:
-        ValueError: if ``dilation`` is negative.
+        ValueError: if ``dilation`` is negative or above 65536.
 
     Source: released code, which takes the tokens of the box and one more on each side. It rounds position and size of
     the box down, so that a box between tokens may lose its last pixels; here no pixel is lost.
     """
     import torch.nn.functional as F
 
-    if dilation < 0:
-        raise ValueError(f"dilation must be >= 0 tokens, got {dilation}")
+    check_dilation(dilation)
     # Pixels that the last tokens cover beyond the image.
     bottom, right = -mask.shape[0] % factor, -mask.shape[1] % factor
     # Pads with "not masked" to whole tokens, then takes the maximum over the pixels of each token.
     whole = F.pad(mask.float(), (0, right, 0, bottom))
     tokens = reduce(whole, "(h fh) (w fw) -> 1 h w", "max", fh=factor, fw=factor)
     if dilation > 0:  # max pooling of a bool mask is a dilation
+        dilation = min(dilation, max(tokens.shape))  # which covers everything
         tokens = F.max_pool2d(tokens, 2 * dilation + 1, stride=1, padding=dilation)
     return tokens[0] > 0
 
@@ -176,14 +198,13 @@ def seam(region: Tensor, *, radius: float) -> Tensor:
         (H, W) float32 in [0, 1].
 
     Raises:
-        ValueError: if ``radius`` is negative or not finite.
+        ValueError: if ``radius`` is negative or above 65536.
     """
     import numpy as np
     import torch
     from PIL import Image, ImageFilter
 
-    if not 0 <= radius < math.inf:
-        raise ValueError(f"blend must be >= 0 pixels and finite, got {radius}; 0 gives a hard edge")
+    check_blend(radius)
     if radius == 0:
         return region.float()
     # The released code blurs with PIL, on 8 bits.

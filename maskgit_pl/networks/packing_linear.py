@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskgit_pl.devices import has_bfloat16
+from maskgit_pl.networks.weight_changes import count_changes
 
 __all__ = ["PackingLinear", "free_packed", "set_packing"]
 
@@ -31,24 +32,25 @@ class _Packed:
 
     Args:
         source: The rows of the weight. While they are kept, no other weight can have their memory.
-        version: Number of changes of the weight in place when it was packed.
+        changes: ``weight_changes.count_changes`` of the weight when it was packed.
         data: Packed weight of MKL or oneDNN.
     """
 
     source: Tensor
-    version: int
+    changes: tuple[int, int]
     data: Tensor
 
     def is_of(self, weight: Tensor) -> bool:
         """Returns True if a weight is the one that was packed, unchanged."""
-        return self.source.data_ptr() == weight.data_ptr() and self.version == weight._version
+        return self.source.data_ptr() == weight.data_ptr() and self.changes == count_changes(weight)
 
 
 class PackingLinear(nn.Linear):
     """A linear layer, with GELU if asked for, that packs its weight for inference on a CPU.
 
     The weight stays a parameter. It is packed at the first call without gradients after ``set_packing``, and again
-    after it has changed.
+    after an optimizer step or an operation in place. ``weight_changes`` names the changes that nothing counts; call
+    ``free_packed`` after them.
 
     Args:
         in_features: Size of the input.
@@ -94,7 +96,7 @@ class PackingLinear(nn.Linear):
         """Returns the packed rows of the weight, which are packed now if they are new or have changed."""
         found = self._packed.get(rows)
         if found is None or not found.is_of(weight):
-            found = self._packed[rows] = _Packed(weight.detach(), weight._version, _pack(weight))
+            found = self._packed[rows] = _Packed(weight.detach(), count_changes(weight), _pack(weight))
         return found.data
 
     def _activate(self, x: Tensor) -> Tensor:
@@ -131,6 +133,7 @@ def _can_pack(x: Tensor, weight: Tensor) -> bool:
     return (
         weight.device.type == "cpu"
         and x.dtype == weight.dtype
+        and x.shape[-1:] == weight.shape[1:]  # the packed product does not check it, and reads beyond the memory
         and weight.dtype in _packed_dtypes()
         and x.numel() > 0
         and not weight.is_inference()  # torch does not count its changes

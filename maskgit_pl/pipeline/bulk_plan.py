@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from maskgit_pl.checks import check_integer, plain_number
 from maskgit_pl.files import parse_json
 from maskgit_pl.old_names import rename_decoding
 from maskgit_pl.pipeline.classes import Classes
@@ -50,13 +51,14 @@ class BulkOptions:
     world_size: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("num_images", "part_size", "batch_size", "world_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if not 0 <= self.rank < self.world_size:
+        for name in ("num_images", "part_size", "batch_size", "world_size", "rank", "seed"):
+            least = 0 if name in ("rank", "seed") else 1
+            number = check_integer(name, plain_number(getattr(self, name)), f"[{least}, inf)")
+            object.__setattr__(self, name, number)
+        if self.rank >= self.world_size:
             raise ValueError(f"rank must be in [0, {self.world_size}), the world size, got {self.rank}")
         # The last image has the largest seed.
-        if self.seed < 0 or self.seed + self.num_images > _SEEDS:
+        if self.seed + self.num_images > _SEEDS:
             last = self.seed + self.num_images - 1
             raise ValueError(f"seed and all seeds after it must be in [0, 2**32), got {self.seed} to {last}")
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
-from numbers import Integral
+from collections.abc import Sequence
 from typing import TypeAlias
 
+from maskgit_pl.checks import plain_list, plain_number, shorten
 from maskgit_pl.registry import nearest
 
 __all__ = ["Classes", "class_ids", "parse_class", "parse_classes"]
@@ -31,14 +31,14 @@ def class_ids(classes: Classes, names: Sequence[str], *, null_label: int | None)
             a model that was trained without "no class".
         TypeError: if a class is neither an integer nor a string.
     """
-    if isinstance(classes, str | Integral):  # integers of numpy too
-        classes = [classes]
-    if not isinstance(classes, Iterable):
-        raise TypeError(f"classes must be class indices or names, got {classes!r}")
-    classes = list(classes)
-    if len(classes) == 0:
+    given = plain_list(classes)
+    if given is None:  # a single class
+        given = [plain_number(classes)]
+        if not isinstance(given[0], str | int):
+            raise TypeError(f"classes must be class indices or names, got {shorten(classes)}")
+    if not given:
         raise ValueError("classes must have at least one class, got none")
-    return [_class_id(wanted, names, null_label) for wanted in classes]
+    return [_class_id(wanted, names, null_label) for wanted in given]
 
 
 def parse_class(word: str, names: Sequence[str]) -> int | str:
@@ -54,7 +54,7 @@ def parse_classes(text: str, names: Sequence[str], *, max_shown: int) -> list[in
     return [parse_class(word, names) for word in map(str.strip, text.split(",")) if word]
 
 
-def _class_id(wanted: int | str | None, names: Sequence[str], null_label: int | None) -> int:
+def _class_id(wanted: object, names: Sequence[str], null_label: int | None) -> int:
     if wanted is None:
         if null_label is None:
             raise ValueError(
@@ -63,12 +63,11 @@ def _class_id(wanted: int | str | None, names: Sequence[str], null_label: int | 
         return null_label
     if isinstance(wanted, str):
         return _find_class(wanted, names)
-    if isinstance(wanted, bool) or not hasattr(wanted, "__index__"):
-        raise TypeError(f"class must be an index or a name, got {wanted!r} ({type(wanted).__name__})")
-    number = wanted.__index__()  # integers of numpy too
-    if not 0 <= number < len(names):
-        raise ValueError(f"class must be an index in [0, {len(names)}) or a name, got {number}")
-    return number
+    if isinstance(wanted, bool) or not isinstance(wanted, int):
+        raise TypeError(f"class must be an index or a name, got {shorten(wanted)} ({type(wanted).__name__})")
+    if not 0 <= wanted < len(names):
+        raise ValueError(f"class must be an index in [0, {len(names)}) or a name, got {shorten(wanted)}")
+    return wanted
 
 
 def _find_class(wanted: str, names: Sequence[str]) -> int:

@@ -16,6 +16,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from maskgit_pl.checks import check_integer
 from maskgit_pl.decoding import DecodingConfig, DecodingStep
 from maskgit_pl.imaging import (
     decoding_filmstrip,
@@ -83,7 +84,13 @@ class Recording:
         return f"{self.captions[0]}, seed {self.seeds[0]}: {describe_settings(self.decoding)}"
 
     def images_at(self, number: int) -> Tensor:
-        """Returns the images of all tokens of a step in [0, number of steps), (n, C, H, W) uint8."""
+        """Returns the images of all tokens of a step in [0, number of steps), (n, C, H, W) uint8.
+
+        Raises:
+            ValueError: if there is no such step.
+        """
+        self._check_steps()
+        check_integer("number", number, f"[0, {len(self.steps)})")
         if number not in self._decoded:
             self._decoded[number] = self.decode(self.steps[number].tokens)
         return self._decoded[number]
@@ -94,8 +101,9 @@ class Recording:
         An animation has at most 64 steps and ten seconds, a filmstrip at most 12 steps.
 
         Raises:
-            ValueError: if the name of the file has another ending.
+            ValueError: if the name of the file has another ending, or there are no steps.
         """
+        self._check_steps()
         path = Path(path)
         if path.suffix.lower() == ".gif":
             captions = [f"{name}, seed {seed}" for name, seed in zip(self.captions, self.seeds, strict=True)]
@@ -122,6 +130,10 @@ class Recording:
             "grid": self.grid,
             "requested": self.requested,
         }
+
+    def _check_steps(self) -> None:
+        if not self.steps:
+            raise ValueError("a recording must have at least one decoding step, got none; decode images first")
 
     def __repr__(self) -> str:
         return f"Recording({len(self.steps)} steps of {', '.join(map(printable, self.captions))})"

@@ -10,12 +10,14 @@ from einops import rearrange
 from torch import Tensor
 
 from maskgit_pl import editing
+from maskgit_pl.checks import check_integer, plain_number
 from maskgit_pl.editing import Box, ImageLike, Margins, MaskLike
 from maskgit_pl.image_format import height_width
 from maskgit_pl.pipeline.canvas import Canvas
 from maskgit_pl.pipeline.classes import Classes
 from maskgit_pl.pipeline.generate import Generator, StepsOfImages, finish
 from maskgit_pl.pipeline.options import (
+    MAX_RESULTS,
     EditOptions,
     GenerateOptions,
     Images,
@@ -135,7 +137,7 @@ class Editor(Generator):
             image: A file, a PIL image or uint8 pixels. See ``inpaint``.
             region: (left, top, right, bottom) in pixels of the image, or a mask. See ``inpaint``.
             class_: Index or name of the class.
-            variants: Number of results, at least 1. Variant i has seed + i.
+            variants: Number of results, in [1, 10000]. Variant i has seed + i.
             output_type: See ``generate``.
             options: See ``inpaint``.
 
@@ -147,8 +149,9 @@ class Editor(Generator):
         Source: paper, section on class-conditional image editing.
         """
         self.transformer.schedule_for("edit_class")
-        if variants < 1:
-            raise ValueError(f"variants must be >= 1, got {variants}")
+        variants = check_integer("variants", plain_number(variants), f"[1, {MAX_RESULTS}]")
+        if "classes" in options:
+            raise TypeError("option 'classes': edit_class takes one class, class_; use inpaint for several")
         mask: MaskLike = cast("MaskLike", region)
         if isinstance(region, list | tuple):
             image = editing.image_pixels(image, channels=self.tokenizer.network.config.in_channels)
@@ -279,7 +282,7 @@ class Editor(Generator):
         request = self._request(classes, read, decoding)
         size, factor = self.tokenizer.image_size, self.tokenizer.network.config.downsampling_factor
         height = height_width(size)[0] if height is None else height
-        editing.check_canvas(height, width, factor=factor, least=size)
+        height, width = editing.check_canvas(height, width, factor=factor, least=size)
         unknown = torch.ones(height // factor, width // factor, dtype=torch.bool)
         tokens = torch.zeros(unknown.shape, dtype=torch.int64)
         return (yield from self._fill(request, tokens, unknown, overlap))

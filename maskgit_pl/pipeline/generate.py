@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections.abc
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from maskgit_pl.decoding import (
     ConditionalModel,
     DecodingConfig,
     DecodingStep,
-    FirstStepLogits,
     decode_autoregressive,
     decode_classes,
 )
@@ -22,7 +21,8 @@ from maskgit_pl.decoding.vectors import VectorPool, check_condition_vectors
 from maskgit_pl.devices import check_device
 from maskgit_pl.networks.backbone import AutoregressiveBackbone
 from maskgit_pl.networks.int8 import Int8Linear
-from maskgit_pl.networks.packing_linear import free_packed, set_packing
+from maskgit_pl.networks.packing_linear import set_packing
+from maskgit_pl.pipeline.caches import Caches
 from maskgit_pl.pipeline.classes import Classes
 from maskgit_pl.pipeline.negative import NegativeModel, NegativeModelLike
 from maskgit_pl.pipeline.options import (
@@ -44,8 +44,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from PIL import Image
 
-    from maskgit_pl.decoding import ConditionalNetwork
-
 __all__ = ["Generator", "StepsOfImages", "finish"]
 
 StepsOfImages: TypeAlias = collections.abc.Generator[DecodingStep, None, Tensor]
@@ -64,6 +62,7 @@ class Generator:
             see ``networks.packing_linear``.
 
     Attributes:
+        caches: Packed weights, and the logits of the first step. They follow changes of the weights.
         vector_pool: Vectors of images that are given none; None requires them. See ``decoding.vectors.VectorPool``.
 
     Raises:
@@ -93,12 +92,7 @@ class Generator:
         set_packing(transformer.network, enabled=pack_weights)
         self._decoding = decoding
         self.vector_pool: VectorPool | None = None
-        config = transformer.network.config
-        self._first_step = FirstStepLogits(
-            cast("ConditionalNetwork", transformer.network),  # an autoregressive model does not use it
-            num_tokens=config.num_tokens,
-            mask_token_id=config.mask_token_id,
-        )
+        self.caches = Caches(transformer)
         self._negative_model = None if negative_model is None else self._open_negative(negative_model)
 
     @property
@@ -157,12 +151,21 @@ class Generator:
         device = check_device(device)
         for network in (self.tokenizer.network, self.transformer.network):
             network.to(device=device, dtype=dtype)
-            free_packed(network)
         if self._negative_model is not None:
             self._negative_model.to(device, dtype=dtype)
-        # The cached logits of the first step belong to the old device and dtype.
-        self._first_step.clear()
+        # The packed weights and the logits of the first step belong to the old device and dtype.
+        self.caches.clear()
         return self
+
+    def clear_caches(self) -> None:
+        """Removes all that was computed from the weights: packed weights, and the logits of the first step.
+
+        Training, ``load_state_dict`` and other changes of the weights need no call: every method finds them. Call it
+        after writing a few entries through ``weight.data`` or NumPy, which torch does not count.
+        """
+        self.caches.clear()
+        if self._negative_model is not None:
+            self._negative_model.caches.clear()
 
     @overload
     def generate(self, classes: Classes, *, output_type: Literal["pt"], **options: Any) -> Tensor: ...
@@ -252,13 +255,15 @@ class Generator:
         negative = (
             self._negative_model if options.negative_model is None else self._open_negative(options.negative_model)
         )
+        self.caches.follow_weights()
         if negative is not None:
             negative.check_labels(request.negative_labels or request.labels)
+            negative.caches.follow_weights()
         config, vectors = self.transformer.network.config, options.vectors
         if vectors is None and self.vector_pool is not None:
             vectors = self.vector_pool.draw(request.labels, request.seeds)
         vectors = check_condition_vectors(
-            None if vectors is None else torch.as_tensor(vectors),
+            vectors,
             request.labels,
             condition_dim=config.condition_dim,
             null_label=config.null_label,
@@ -272,8 +277,8 @@ class Generator:
         if negative.folder is not None and negative is not given:  # read here, so that no one else uses it
             weight = next(self.transformer.network.parameters())
             negative.to(weight.device, dtype=weight.dtype)
+            set_packing(negative.transformer.network, enabled=self._pack_weights)
         negative.check_device(self.device)
-        set_packing(negative.transformer.network, enabled=self._pack_weights)
         return negative
 
     def _decode(
@@ -300,7 +305,7 @@ class Generator:
                 negative_labels=negative_labels,
             )
         # The first step of a class without context is the same for all seeds, so its logits are cached.
-        model = ConditionalModel.from_network(network, self.device, first_step_logits=self._first_step)
+        model = ConditionalModel.from_network(network, self.device, first_step_logits=self.caches.first_step)
         if part.negative_model is not None:
             model = replace(model, negative=part.negative_model.conditional_model())
         return decode_classes(

@@ -17,7 +17,7 @@ from maskgit_pl.pipeline.classes import Classes
 from maskgit_pl.pipeline.description import RunOrigin, check_run, fingerprints
 from maskgit_pl.pipeline.edit import Editor
 from maskgit_pl.pipeline.negative import NegativeModelLike
-from maskgit_pl.pipeline.options import GenerateOptions, read_options, seed_list
+from maskgit_pl.pipeline.options import GenerateOptions, read_options
 from maskgit_pl.pipeline.sharing import HubOptions, find_folder
 from maskgit_pl.pretrained import (
     PretrainedTokenizer,
@@ -191,14 +191,13 @@ class MaskGIT(Editor):
         """
         from maskgit_pl.pipeline.display import Recording  # which imports Pillow
 
-        names = [
-            "no class" if label == self.outline.null_label else self.class_names[label]
-            for label in map(int, self.class_ids(classes))
-        ]
         read, decoding = read_options(GenerateOptions, options, self.decoding)
-        steps = list(self.steps(classes, **options))
-        seeds = seed_list(read.seed, len(names))
-        return Recording(steps, self.tokenizer.decode, self.tokenizer.grid, decoding, names, seeds)
+        request = self._request(classes, read, decoding)
+        names = [
+            "no class" if label == self.outline.null_label else self.class_names[label] for label in request.labels
+        ]
+        steps = list(self._decode(request, range(len(names))))
+        return Recording(steps, self.tokenizer.decode, self.tokenizer.grid, decoding, names, request.seeds)
 
     def quantize(self) -> MaskGIT:
         """Returns the pipeline with 8-bit linear layers in the transformer, which is approximate and faster on a CPU.

@@ -12,9 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias, Union, cast
 
-from maskgit_pl.decoding import ConditionalModel, FirstStepLogits
-from maskgit_pl.networks.packing_linear import free_packed
+from maskgit_pl.decoding import ConditionalModel
 from maskgit_pl.networks.weight_file import tensors_digest
+from maskgit_pl.pipeline.caches import Caches
 from maskgit_pl.pipeline.sharing import find_transformer
 from maskgit_pl.pretrained import PretrainedTransformer, load_transformer
 
@@ -44,10 +44,12 @@ class NegativeModel:
     Args:
         transformer: The transformer. Its size and backbone may differ from those of the model that generates.
         folder: Transformer folder that it was read from; None if it came from memory.
+        pipeline_caches: Caches of the pipeline that it belongs to; None if there is none.
     """
 
     transformer: PretrainedTransformer
     folder: Path | None = None
+    pipeline_caches: Caches | None = None
 
     @classmethod
     def of(cls, given: NegativeModelLike) -> NegativeModel:
@@ -69,7 +71,7 @@ class NegativeModel:
                 "negative_model must be a folder, a repository of the Hub, a MaskGIT or a PretrainedTransformer, got "
                 f"{type(given).__name__}"
             )
-        return cls(transformer)
+        return cls(transformer, pipeline_caches=getattr(given, "caches", None))
 
     @property
     def device(self) -> torch.device:
@@ -82,14 +84,9 @@ class NegativeModel:
         return tensors_digest(self.transformer.network.state_dict().items())
 
     @cached_property
-    def first_step(self) -> FirstStepLogits:
-        """The cache of the first step's logits."""
-        config = self.transformer.network.config
-        return FirstStepLogits(
-            cast("ConditionalNetwork", self.transformer.network),
-            num_tokens=config.num_tokens,
-            mask_token_id=config.mask_token_id,
-        )
+    def caches(self) -> Caches:
+        """The packed weights, and the logits of the first step."""
+        return self.pipeline_caches or Caches(self.transformer)
 
     def check(self, model: PretrainedTransformer) -> None:
         """Checks that both models predict the same tokens of the same classes, in any order.
@@ -154,11 +151,11 @@ class NegativeModel:
 
     def conditional_model(self) -> ConditionalModel[ConditionalNetwork]:
         """Returns the network with its ids and caches, for a predictor."""
-        made = ConditionalModel.from_network(self.transformer.network, self.device, first_step_logits=self.first_step)
+        network, first_step = self.transformer.network, self.caches.first_step
+        made = ConditionalModel.from_network(network, self.device, first_step_logits=first_step)
         return cast("ConditionalModel[ConditionalNetwork]", made)
 
     def to(self, device: torch.device | str, *, dtype: torch.dtype | None = None) -> None:
         """Moves and casts the network in place."""
         self.transformer.network.to(device=device, dtype=dtype)
-        free_packed(self.transformer.network)
-        self.first_step.clear()
+        self.caches.clear()

@@ -12,8 +12,17 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, Union, get_a
 
 from einops import rearrange
 
-from maskgit_pl.checks import check_choice, check_number
+from maskgit_pl.checks import (
+    check_choice,
+    check_integer,
+    check_number,
+    check_seed,
+    plain_list,
+    plain_number,
+    shorten,
+)
 from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.editing import check_blend, check_dilation
 from maskgit_pl.pipeline.classes import Classes
 from maskgit_pl.registry import nearest
 
@@ -28,6 +37,7 @@ if TYPE_CHECKING:
     from maskgit_pl.pipeline.negative import NegativeModelLike
 
 __all__ = [
+    "MAX_RESULTS",
     "SETTINGS",
     "EditOptions",
     "GenerateOptions",
@@ -41,6 +51,9 @@ __all__ = [
     "replace_settings",
     "seed_list",
 ]
+
+MAX_RESULTS = 10_000
+"""The largest number of images of one class or edit at a time: 2 GB of RGB pixels for images of 256 x 256."""
 
 OutputType = Literal["pil", "pt", "np"]
 Images: TypeAlias = Union[list["Image.Image"], "Tensor", "npt.NDArray[np.uint8]"]
@@ -74,7 +87,8 @@ class GenerateOptions:
         callback: Called with a ``decoding.DecodingStep`` after each decoding step of each batch.
 
     Raises:
-        ValueError: if ``batch_size`` is below 1.
+        ValueError: if ``batch_size`` is not an integer >= 1.
+        TypeError: if ``callback`` is not a function.
     """
 
     seed: Seeds = 0
@@ -85,8 +99,10 @@ class GenerateOptions:
     callback: StepCallback | None = None
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1, got {self.batch_size}")
+        batch_size = check_integer("batch_size", plain_number(self.batch_size), "[1, inf)")
+        object.__setattr__(self, "batch_size", batch_size)
+        if self.callback is not None and not callable(self.callback):
+            raise TypeError(f"callback must be a function of a DecodingStep, got {shorten(self.callback)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,14 +112,27 @@ class EditOptions(GenerateOptions):
     Args:
         dilation: Number of tokens by which the region grows on each side, at least 0. By default 1 inside an image, as
             in the released code (the seam then lies outside the mask), and 0 beyond its borders.
-        blend: Standard deviation of the blur of the seam in pixels. 0 keeps every pixel outside the region bit by bit.
-            None is the blur of the released code, ``editing.seam_radius``.
+        blend: Standard deviation of the blur of the seam in pixels, in [0, 65536]. 0 keeps every pixel outside the
+            region bit by bit. None is the blur of the released code, ``editing.seam_radius``.
         fit: True crops images and masks of another size to their central part with the model's shape, and resizes it.
+
+    Raises:
+        ValueError: if a number is out of range.
+        TypeError: if ``fit`` is not a bool.
     """
 
     dilation: int | None = None
     blend: float | None = None
     fit: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dilation is not None:
+            object.__setattr__(self, "dilation", check_dilation(self.dilation))
+        if self.blend is not None:
+            object.__setattr__(self, "blend", check_blend(self.blend))
+        if not isinstance(self.fit, bool):
+            raise TypeError(f"fit must be True or False, got {shorten(self.fit)}")
 
 
 def read_options(kind: type[Options], given: Mapping[str, Any], own: DecodingConfig) -> tuple[Options, DecodingConfig]:
@@ -139,21 +168,28 @@ def replace_settings(own: DecodingConfig, settings: Mapping[str, Any]) -> Decodi
         settings: New values by the names of ``SETTINGS``. None keeps a setting. ``decoding`` replaces ``own``.
 
     Raises:
-        TypeError: if a setting is unknown.
+        TypeError: if a setting is unknown, or ``decoding`` is not a ``DecodingConfig``.
         ValueError: if a value is out of range.
     """
     _check_names(settings, [*SETTINGS, "decoding"])
     given = {name: value for name, value in settings.items() if value is not None}
-    config: DecodingConfig = given.pop("decoding", own)
+    config = given.pop("decoding", own)
+    if not isinstance(config, DecodingConfig):
+        raise TypeError(
+            f"decoding must be a DecodingConfig, got {shorten(config)}; give single settings as options, or a file to "
+            "from_pretrained"
+        )
     # The list has one number for each step, so the two settings must agree.
     if "tokens_per_step" in given:
-        given.setdefault("num_steps", len(given["tokens_per_step"]))
-    elif given.get("num_steps", config.num_steps) != config.num_steps:
+        counts = plain_list(given["tokens_per_step"])
+        if counts is not None:
+            given = {"num_steps": len(counts), **given, "tokens_per_step": counts}
+    elif isinstance(steps := plain_number(given.get("num_steps")), int) and steps != config.num_steps:
         given["tokens_per_step"] = None
     # guidance_scale and choice_temperature are arguments of plug-ins: they go into the spec of the plug-in.
     for name, (part, argument, interval) in _ARGUMENTS.items():
         if name in given:
-            value = check_number(name, given.pop(name), interval)
+            value = check_number(name, plain_number(given.pop(name)), interval)
             given[part] = _with_argument(given.get(part, getattr(config, part)), argument, value)
     return dataclasses.replace(config, **given)
 
@@ -177,14 +213,17 @@ def seed_list(seed: Seeds, count: int) -> list[int]:
     """Returns the seed of each of ``count`` results.
 
     Raises:
-        ValueError: if a seed is out of range, or the length of a list is not ``count``.
+        ValueError: if a seed is no integer in [0, 2**32), or the length of a list is not ``count``.
     """
-    seeds = [seed + number for number in range(count)] if isinstance(seed, int) else [int(value) for value in seed]
-    if len(seeds) != count:
-        raise ValueError(f"seed must be one number or one for each of the {count} images, got {len(seeds)}")
-    if min(seeds) < 0 or max(seeds) >= 2**32:
-        raise ValueError(f"seed and the seeds after it must be in [0, 2**32), got {min(seeds)} to {max(seeds)}")
-    return seeds
+    given = plain_list(seed)
+    if given is not None:
+        if len(given) != count:
+            raise ValueError(f"seed must be one number or one for each of the {count} images, got {len(given)}")
+        return [check_seed("seed", each) for each in given]
+    first = check_seed("seed", plain_number(seed))
+    if first + count > 2**32:
+        raise ValueError(f"seed and the seeds after it must be in [0, 2**32), got {first} to {first + count - 1}")
+    return list(range(first, first + count))
 
 
 def check_output_type(output_type: str) -> None:

@@ -10,6 +10,7 @@ from typing import cast
 from torch import Tensor
 
 from maskgit_pl import editing
+from maskgit_pl.checks import plain_list
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.editing import ImageLike, MaskLike
 from maskgit_pl.image_format import height_width
@@ -64,18 +65,10 @@ class Request:
             class_ids: Function that maps indices and names to labels.
         """
         labels = class_ids(classes)
-        negative = options.negative_classes
-        if negative is not None:
-            negative = [negative] * len(labels) if isinstance(negative, int | str) else list(negative)
-            if len(negative) != len(labels):
-                raise ValueError(
-                    f"negative_classes must be one class, or one for each of the {len(labels)} classes, got "
-                    f"{len(negative)}"
-                )
         return cls(
             labels,
             seed_list(options.seed, len(labels)),
-            None if negative is None else class_ids(negative),
+            _negative_labels(options.negative_classes, len(labels), class_ids),
             decoding,
             options.batch_size,
             options.callback,
@@ -154,6 +147,24 @@ def rows_by_first_step(first_steps: Sequence[int], batch_size: int) -> Iterator[
         rows = [row for row, own in enumerate(first_steps) if own == first_step]
         for part in slices(len(rows), batch_size):
             yield first_step, rows[part]
+
+
+def _negative_labels(
+    given: int | str | Classes | None, count: int, class_ids: Callable[[Classes], list[int]]
+) -> list[int] | None:
+    """Returns the label that guidance moves each of ``count`` results away from; None for "no class"."""
+    if given is None:
+        return None
+    several = plain_list(given)
+    wanted = [cast("int | str", given)] * count if several is None else several
+    if len(wanted) != count:
+        raise ValueError(
+            f"negative_classes must be one class, or one for each of the {count} classes, got {len(wanted)}"
+        )
+    try:
+        return class_ids(wanted)
+    except (TypeError, ValueError) as error:
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(f"negative_classes: {error}") from error
 
 
 def _as_list(name: str, given: ImageLike | Sequence[ImageLike], count: int) -> list[ImageLike]:

@@ -107,7 +107,12 @@ def _class_word(label: int | None, names: Sequence[str]) -> str:
     assert label is not None
     name = names[label]
     is_plain = name == name.strip() and name.isprintable() and "," not in name and not name.startswith("-")
-    return name if is_plain and names.count(name) == 1 and name not in ("", "all") else str(label)
+    if is_plain and names.count(name) == 1 and name not in ("", "all"):
+        return name
+    index = str(label)
+    while index in names:  # names take precedence over indices; zeros in front do not change an index
+        index = f"0{index}"
+    return index
 
 
 def _class_value(label: int | None, names: Sequence[str]) -> str | int | None:

@@ -13,9 +13,8 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any, Literal
 
-from maskgit_pl.checks import check_integer
 from maskgit_pl.decoding import SETTINGS_FORMAT, DecodingConfig
-from maskgit_pl.editing import Margins
+from maskgit_pl.editing import Margins, check_canvas
 from maskgit_pl.imaging import StepRecorder, save_png, to_pil
 from maskgit_pl.pipeline.display import Recording
 from maskgit_pl.schedules import mask_schedules
@@ -143,14 +142,13 @@ class Studio:
         Raises:
             ValueError: if a value is out of range, or the canvas is larger than 16 images.
         """
-        left, right, up, down = (
-            check_integer(name, sides[name], "[0, 65536]") for name in ("left", "right", "up", "down")
-        )
-        size = (pixels.shape[-2] + up + down, pixels.shape[-1] + left + right)
+        added = Margins(*(sides[name] for name in ("left", "right", "up", "down")))
+        added.check(pixels.shape[-2:], **self._canvas_rules())
+        outside = added.outside(pixels.shape[-2], pixels.shape[-1])
+        size = (outside.shape[0], outside.shape[1])
         self._check_canvas(*size)
         changes = self._changes(request)
         options = {**sides, "dilation": request.dilation, **self._options(request, changes)}
-        outside = Margins(left, right, up, down).outside(pixels.shape[-2], pixels.shape[-1])
         empty = self._empty(request, changes, size=size, requested=outside)
         made, recording = yield from self._record(self.pipe.outpaint_steps(pixels, **options), empty)
         folder = self._new_folder()
@@ -168,7 +166,7 @@ class Studio:
         Raises:
             ValueError: if a value is out of range, or the canvas is larger than 16 images.
         """
-        width, height = (check_integer(name, size[name], "[1, 65536]") for name in ("width", "height"))
+        height, width = check_canvas(size["height"], size["width"], **self._canvas_rules())
         self._check_canvas(height, width)
         changes = self._changes(request)
         options = {"height": height, "overlap": size["overlap"], **self._options(request, changes)}
@@ -232,6 +230,9 @@ class Studio:
                     return end.value, found
                 found = replace(empty, steps=list(recorder.steps))
                 yield found
+
+    def _canvas_rules(self) -> dict[str, Any]:
+        return {"factor": self.pipe.outline.token_size, "least": self.pipe.outline.image_size}
 
     def _check_canvas(self, height: int, width: int) -> None:
         outline = self.pipe.outline

@@ -86,13 +86,38 @@ def test_an_edit_shows_how_it_was_decoded(tiny_pretrained: Path, image: Path, tm
         assert animation.n_frames == 5  # of 6 steps the first is left out
 
 
+HUGE = "4000000000000"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["outpaint", "RUN", "IMAGE"], "one of --left, --right, --up, --down and --all must be > 0 pixels, got none"),
-        (["outpaint", "RUN", "IMAGE", "--right", "-4"], "--right must be >= 0 pixels, got -4"),
-        (["outpaint", "RUN", "IMAGE", "--right", "4", "--overlap", "1"], "--overlap must be a fraction in (0, 1)"),
-        (["outpaint", "RUN", "IMAGE", "--right", "4", "--variants", "0"], "--variants must be >= 1"),
+        (["outpaint", "RUN", "IMAGE", "--right", "-4"], "--right must be an integer in [0, 64000000], got -4"),
+        (["outpaint", "RUN", "IMAGE", "--right", HUGE], f"--right must be an integer in [0, 64000000], got {HUGE}"),
+        (
+            ["outpaint", "RUN", "IMAGE", "--all", "16000"],
+            "width must be smaller, because a canvas has at most 64000000",
+        ),
+        (
+            ["outpaint", "RUN", "IMAGE", "--right", "4", "--dilation", HUGE],
+            "--dilation must be an integer in [0, 65536]",
+        ),
+        (
+            ["outpaint", "RUN", "IMAGE", "--right", "4", "--variants", HUGE],
+            "--variants must be an integer in [1, 10000]",
+        ),
+        (["panorama", "RUN", "--width", HUGE], f"--width must be an integer in [1, 64000000], got {HUGE}"),
+        (["panorama", "RUN", "--width", "20", "--height", HUGE], "--height must be an integer in [1, 64000000]"),
+        (
+            ["panorama", "RUN", "--width", "9000", "--height", "8000"],
+            "--width must be smaller, because a canvas has at",
+        ),
+        (["outpaint", "RUN", "IMAGE", "--right", "4", "--overlap", "1"], "--overlap must be a number in (0, 1)"),
+        (
+            ["outpaint", "RUN", "IMAGE", "--right", "4", "--variants", "0"],
+            "--variants must be an integer in [1, 10000], got 0",
+        ),
         (["outpaint", "RUN", "nowhere.png", "--right", "4"], "image nowhere.png: no such file"),
         (
             ["outpaint", "RUN", "IMAGE", "--right", "3"],
@@ -104,7 +129,7 @@ def test_an_edit_shows_how_it_was_decoded(tiny_pretrained: Path, image: Path, tm
             ["panorama", "RUN", "--width", "20", "--classes", "Trousers"],
             "unknown class 'Trousers': did you mean 'Trouser'",
         ),
-        (["panorama", "RUN", "--width", "20", "--overlap", "0"], "--overlap must be a fraction in (0, 1), got 0.0"),
+        (["panorama", "RUN", "--width", "20", "--overlap", "0"], "--overlap must be a number in (0, 1), got 0.0"),
     ],
 )
 def test_bad_input_is_answered_in_one_line(

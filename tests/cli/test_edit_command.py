@@ -138,8 +138,15 @@ def test_a_box_is_that_of_the_image_before_it_is_fitted(tiny_pretrained: Path, t
         (["--class", "1", "--box=-1,0,4,2"], "box must lie in the image"),
         (["--class", "1", "--box", "4,0,0,2"], "box must be left,top,right,bottom with left < right, got 4,0,0,2"),
         (["--class", "1", "--box", "0,2,4,2"], "box must be left,top,right,bottom with top < bottom, got 0,2,4,2"),
-        (["--class", "1", "--box", "0,0,4,2", "--variants", "0"], "--variants must be >= 1"),
-        (["--class", "1", "--box", "0,0,4,2", "--dilation", "-1"], "--dilation must be >= 0"),
+        (["--class", "1", "--box", "0,0,4,2", "--variants", "0"], "--variants must be an integer in [1, 10000], got 0"),
+        (
+            ["--class", "1", "--box", "0,0,4,2", "--variants", "100000000000"],
+            "--variants must be an integer in [1, 10000]",
+        ),
+        (
+            ["--class", "1", "--box", "0,0,4,2", "--dilation", "-1"],
+            "--dilation must be an integer in [0, 65536], got -1",
+        ),
         (["--class", "1", "--mask", "SMALL"], "small.png must have the 8 x 8 pixels of the image, got 4 x 6"),
         (["--class", "1", "--mask", "NOWHERE"], "nowhere.png: no such file"),
         (["--class", "1", "--mask", "TEXT"], "text.png must be a JPEG, PNG or WebP file"),

@@ -76,6 +76,31 @@ def test_a_changed_weight_is_packed_again(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"foreach": False}])
+def test_every_step_of_an_optimizer_is_followed(dtype, options):
+    module, x = layer(dtype).requires_grad_(requires_grad=True), torch.ones(2, 48).to(dtype)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, **options)
+    for _ in range(3):
+        with torch.no_grad():
+            before = module(x)
+        module(x).sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            assert not torch.equal(module(x), before)
+            torch.testing.assert_close(module(x).double(), plain(module, x), rtol=2e-2, atol=2e-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(4, 3), (4, 49), (0,), (47,), ()])
+def test_an_input_of_another_width_is_an_error_of_torch(dtype, shape):
+    module = layer(dtype)
+    module(torch.ones(2, 48).to(dtype))
+    with pytest.raises(RuntimeError):
+        module(torch.ones(shape).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_layer_packs_only_when_asked_and_without_gradients(dtype):
     module, x = layer(dtype), torch.ones(2, 48).to(dtype)
     module(x)

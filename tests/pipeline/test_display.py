@@ -63,6 +63,18 @@ def test_a_recording_has_the_steps_and_the_images_of_generate(pipe, tmp_path):
         made.save("x.jpg")
 
 
+def test_a_recording_without_steps_and_a_step_that_it_does_not_have_are_refused(pipe, tmp_path):
+    made = pipe.record([0], num_steps=2)
+    assert made.images_at(1).shape == made.images_at(0).shape
+    for number in (-1, 2, 0.0):
+        with pytest.raises(ValueError, match=r"number must be an integer in \[0, 2\), got"):
+            made.images_at(number)
+    empty = replace(made, steps=[])
+    for use in (lambda: empty.images, lambda: empty.save(tmp_path / "x.gif"), empty._repr_mimebundle_):
+        with pytest.raises(ValueError, match="a recording must have at least one decoding step, got none"):
+            use()
+
+
 def recording(steps: list[DecodingStep], decoded: list[int]) -> Recording:
     """Returns a recording of two images that notes how many images it decodes."""
 

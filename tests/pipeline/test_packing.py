@@ -5,11 +5,12 @@ import torch
 
 from maskgit_pl import MaskGIT
 from maskgit_pl.networks.packing_linear import PackingLinear, _packed_dtypes
+from maskgit_pl.pipeline.negative import NegativeModel
 
 pytestmark = pytest.mark.skipif(torch.float32 not in _packed_dtypes(), reason="torch is built without MKL")
 
 
-def packed(pipe: MaskGIT) -> list[torch.Tensor]:
+def packed(pipe: MaskGIT | NegativeModel) -> list[torch.Tensor]:
     layers = [each for each in pipe.transformer.network.modules() if isinstance(each, PackingLinear)]
     assert layers
     return [each.data for layer in layers for each in layer._packed.values()]
@@ -51,6 +52,22 @@ def test_a_negative_model_that_every_call_names_is_packed_once(tiny_pretrained):
     assert before
     pipe.generate([1], **options)
     assert all(one is other for one, other in zip(before, packed(negative), strict=True))
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_a_pipeline_that_serves_as_a_negative_model_keeps_its_own_choice(tiny_pretrained, packs):
+    other = MaskGIT.from_pretrained(tiny_pretrained, pack_weights=packs)
+    pipe = MaskGIT.from_pretrained(tiny_pretrained, pack_weights=not packs, negative_model=other)
+    pipe.generate([0], guidance_scale=1.0)
+    pipe.generate([0], guidance_scale=1.0, negative_model=other.transformer)
+    other.generate([0])
+    assert bool(packed(other)) == packs
+
+
+def test_a_negative_model_that_is_read_from_a_folder_is_packed_as_the_pipeline_is(tiny_pretrained):
+    pipe = MaskGIT.from_pretrained(tiny_pretrained, negative_model=tiny_pretrained)
+    pipe.generate([0], guidance_scale=1.0)
+    assert packed(pipe.negative_model)
 
 
 def test_an_int8_copy_keeps_the_choice(tiny_pretrained):
