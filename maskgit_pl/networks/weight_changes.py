@@ -72,7 +72,7 @@ class WeightWatch:
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state for copies and pickles, which have other memory."""
-        return self.__dict__ | {"_marks": [], "_parts": []}
+        return self.__dict__ | {"_marks": [], "_parts": [], "_sample": torch.empty(0)}
 
 
 def _view_sample(weight: Tensor) -> Tensor:

@@ -573,7 +573,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ("0 if weight.is_inference() else weight._version", "0"),
         ("marks != self._marks", "False"),
         ("is_counted or not torch.equal(sample, before)", "is_counted"),
-        ('self.__dict__ | {"_marks": [], "_parts": []}', "self.__dict__"),
+        ('self.__dict__ | {"_marks": [], "_parts": [], "_sample": torch.empty(0)}', "self.__dict__"),
     ),
     *_of(
         "networks/skeleton.py",

@@ -148,3 +148,9 @@ def test_copies_follow_their_own_weights(pipe, copied):
     write_with_numpy(other.transformer.network)
     assert torch.equal(CALLS["generate"](other), CALLS["generate"](renewed(other)))
     assert torch.equal(CALLS["generate"](pipe), before)
+
+
+def test_a_pickle_holds_the_weights_once(pipe):
+    CALLS["generate"](pipe)
+    pipe.caches.first_step.clear()
+    assert len(pickle.dumps(pipe.caches)) < 1.5 * len(pickle.dumps(pipe.transformer.network))
