@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +22,21 @@ from typing import Any, cast
 
 import torch
 from measuring import CLOCKS, MatrixProduct, Stopwatch, format_table, interleave, read_cpu_name
-from peers import NUM_STEPS, BertPeer, Decode, EncoderPeer, Task, build_amused, build_muse, build_plain
+from peers import (
+    AMUSED,
+    BERT,
+    MUSE,
+    NUM_STEPS,
+    PEERS,
+    BertPeer,
+    Decode,
+    EncoderPeer,
+    Task,
+    build_amused,
+    build_muse,
+    build_plain,
+    is_installed,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -47,9 +60,7 @@ from maskgit_pl.provenance import describe_environment
 from maskgit_pl.schedules import mask_schedules
 
 _CPU = torch.device("cpu")
-_MUSE, _AMUSED = "muse-maskgit-pytorch", "diffusers aMUSEd"
-_ENCODER, _BERT = "encoder layers of torch, as dome272", "BertModel of transformers, as 1d-tokenizer"
-_PEERS = {_MUSE: "muse_maskgit_pytorch", _AMUSED: "diffusers", _BERT: "transformers"}
+_ENCODER = "encoder layers of torch, as dome272"
 _AUTOREGRESSIVE = ("autoregressive, KV cache", "autoregressive, no cache")
 _UNPACKED, _INT8, _LINEAR = "ours, weights not packed", "ours, int8", "only the linear layers of ours"
 _ALIKE = ("ours", "ours, first step cached", _UNPACKED, _INT8)
@@ -308,14 +319,14 @@ def list_contenders(task: Task, dtype: torch.dtype = torch.float32) -> dict[str,
         _INT8: lambda: Ours(quantize(unpacked), task),
         _LINEAR: lambda: build_linear_layers(network, task),
         _ENCODER: lambda: build_plain(EncoderPeer(task).to(dtype), task),
-        _BERT: lambda: build_plain(BertPeer(task).to(dtype), task),
-        _MUSE: lambda: build_muse(task),
-        _AMUSED: lambda: build_amused(task),
+        BERT: lambda: build_plain(BertPeer(task).to(dtype), task),
+        MUSE: lambda: build_muse(task),
+        AMUSED: lambda: build_amused(task),
         _AUTOREGRESSIVE[0]: lambda: Autoregressive(make_autoregressive(network), task, cache=True),
         _AUTOREGRESSIVE[1]: lambda: Autoregressive(make_autoregressive(network), task, cache=False),
     }
     if dtype != torch.float32:  # int8 rounds float32 weights; the loops of these peers draw in float32
-        for name in (_INT8, _MUSE, _AMUSED):
+        for name in (_INT8, MUSE, AMUSED):
             del contenders[name]
     return contenders
 
@@ -380,7 +391,7 @@ def measure(
 
 def filter_installed(names: Sequence[str]) -> list[str]:
     """Returns the contenders whose packages are installed, and prints the others."""
-    missing = [name for name, package in _PEERS.items() if importlib.util.find_spec(package) is None]
+    missing = [name for name in PEERS if not is_installed(name)]
     for name in set(missing) & set(names):
         print(f"{name} is not installed and is left out; to install it: python -m pip install -e '.[benchmarks]'")
     return [name for name in names if name not in missing]

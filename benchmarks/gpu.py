@@ -14,7 +14,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
@@ -23,7 +22,7 @@ import stage2_step
 import torch
 from decode import build_network_config
 from measuring import Stopwatch, format_table, read_cpu_name
-from peers import Task, build_amused, build_muse
+from peers import AMUSED, MUSE, Task, build_amused, build_muse, is_installed
 from torch import Tensor
 
 from maskgit_pl.data.step_module import StepDataModule
@@ -36,7 +35,7 @@ _RESULTS = Path(__file__).parents[1] / "results"
 _PRECISIONS: tuple[stage2_step.Precision, ...] = ("fp32", "bf16")
 _NAMES = {"fp32": "32-true", "bf16": "bf16-mixed"}
 _STEPS = 8
-_PEERS = {"muse-maskgit-pytorch": ("muse_maskgit_pytorch", build_muse), "diffusers aMUSEd": ("diffusers", build_amused)}
+_PEERS = {MUSE: build_muse, AMUSED: build_amused}
 _WARM_UP = 3  # rounds, in which torch also compiles
 
 
@@ -188,8 +187,8 @@ def measure_decoding(sizes: Sizes, measure: Measurement) -> Iterator[dict[str, s
             "ours, fp32": lambda task=task: our_decoder(task, measure.device, torch.float32),
             "ours, bf16": lambda task=task: our_decoder(task, measure.device, torch.bfloat16),
         }
-        for name, (package, build) in _PEERS.items():
-            if find_spec(package) is not None:
+        for name, build in _PEERS.items():
+            if is_installed(name):
                 decoders[f"{name}, fp32"] = lambda task=task, build=build: build(task)
         for name, make in decoders.items():
             measure.reset_memory()
@@ -213,7 +212,7 @@ def describe(device: torch.device) -> list[str]:
             "Without a GPU, the sizes are small. These figures only show that the script runs.",
         ]
     major, minor = torch.cuda.get_device_capability(device)
-    missing = [name for name, (package, _) in _PEERS.items() if find_spec(package) is None]
+    missing = [name for name in _PEERS if not is_installed(name)]
     return [
         f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor}), torch {torch.__version__}, CUDA "
         f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}.",

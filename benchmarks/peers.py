@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import tempfile
 from collections.abc import Callable
@@ -16,7 +17,11 @@ from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.schedules import mask_schedules
 
 __all__ = [
+    "AMUSED",
+    "BERT",
+    "MUSE",
     "NUM_STEPS",
+    "PEERS",
     "BertPeer",
     "Decode",
     "EncoderPeer",
@@ -25,12 +30,23 @@ __all__ = [
     "build_amused",
     "build_muse",
     "build_plain",
+    "is_installed",
 ]
 
 Decode = Callable[[], Tensor]
 """Decodes a batch and gives its tokens (B, N)."""
 
 NUM_STEPS = 8
+
+MUSE, AMUSED = "muse-maskgit-pytorch", "diffusers aMUSEd"
+BERT = "BertModel of transformers, as 1d-tokenizer"
+PEERS = {MUSE: ("muse_maskgit_pytorch",), AMUSED: ("diffusers", "transformers"), BERT: ("transformers",)}
+"""The packages that each peer needs."""
+
+
+def is_installed(peer: str) -> bool:
+    """Returns True if all packages that a peer needs are installed."""
+    return all(importlib.util.find_spec(package) is not None for package in PEERS[peer])
 
 
 @dataclass(frozen=True)
