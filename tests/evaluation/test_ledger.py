@@ -137,7 +137,7 @@ LINE = json.dumps({"measurement": "samples", "num_images": 1, "fid": 1.0})
 @pytest.mark.parametrize(
     ("line", "match"),
     [
-        ("[" * 100_000, "line 2 is nested too deep"),
+        ("[" * 100_000, "line 2 must be nested at most 64 levels deep"),
         ("3", "line 2 must hold a mapping"),
         ("\x00", "line 2 is not valid JSON"),
         ("a,1,many", "line 2 is not valid JSON"),
