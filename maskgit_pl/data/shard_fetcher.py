@@ -48,7 +48,7 @@ def _reset_fsspec() -> None:
     Newer versions of fsspec do it themselves; with 2025.3.0, of datasets 4.0, the worker would wait forever.
     """
     if "fsspec.asyn" in sys.modules:
-        sys.modules["fsspec.asyn"].reset_lock()
+        getattr(sys.modules["fsspec.asyn"], "reset_lock", lambda: None)()
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows

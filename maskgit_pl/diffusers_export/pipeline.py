@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ModelMixin  # diffusers looks for ModelMixin in this module
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from torch import Tensor
+from torch import Tensor, nn
 
 from maskgit_pl.checks import check_number
 from maskgit_pl.decoding import DecodingStep
@@ -47,6 +47,33 @@ _REFUSED = ("device_map", "quantization_config", "variant", "use_flashpack")
 class _Network(ModelMixin):  # type: ignore[misc]  # diffusers: untyped
     """A network as a part of a pipeline of diffusers."""
 
+    network: nn.Module
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | os.PathLike[str], *, torch_dtype: torch.dtype | None = None, **options: Any
+    ) -> Self:
+        """Reads the folder of a network; that of a transformer with ``decoding.json`` beside it, if there is one.
+
+        Args:
+            folder: Folder with ``config.json`` and ``model.safetensors``.
+            torch_dtype: Type of the weights; None keeps that of the file.
+            options: Options of diffusers; those of a device, a variant or a quantization must be unset.
+
+        Raises:
+            FileNotFoundError: if a file is missing.
+            ValueError: if a file is damaged, or an option is not supported.
+        """
+        _check_options(options)
+        made = cls._read(Path(folder))
+        made.network.to(dtype=torch_dtype)
+        return made
+
+    @classmethod
+    def _read(cls, folder: Path) -> Self:
+        """Reads the folder of a network of this class."""
+        raise NotImplementedError
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
         """Refuses to write one network, because tokenizer and transformer belong together.
 
@@ -69,24 +96,8 @@ class MaskGITTokenizer(_Network):
         self.network = pretrained.network
 
     @classmethod
-    def from_pretrained(
-        cls, folder: str | os.PathLike[str], *, torch_dtype: torch.dtype | None = None, **options: Any
-    ) -> Self:
-        """Reads the folder of a tokenizer.
-
-        Args:
-            folder: Folder with ``config.json`` and ``model.safetensors``.
-            torch_dtype: Type of the weights; None keeps that of the file.
-            options: Options of diffusers; those of a device, a variant or a quantization must be unset.
-
-        Raises:
-            FileNotFoundError: if a file is missing.
-            ValueError: if a file is damaged, or an option is not supported.
-        """
-        _check_options(options)
-        pretrained = load_tokenizer(Path(folder))
-        pretrained.network.to(dtype=torch_dtype)
-        return cls(pretrained)
+    def _read(cls, folder: Path) -> Self:
+        return cls(load_tokenizer(folder))
 
 
 class MaskGITTransformer(_Network):
@@ -108,24 +119,8 @@ class MaskGITTransformer(_Network):
         self.origin = origin
 
     @classmethod
-    def from_pretrained(
-        cls, folder: str | os.PathLike[str], *, torch_dtype: torch.dtype | None = None, **options: Any
-    ) -> Self:
-        """Reads the folder of a transformer, and ``decoding.json`` beside it if there is one.
-
-        Args:
-            folder: Folder with ``config.json`` and ``model.safetensors``.
-            torch_dtype: Type of the weights; None keeps that of the file.
-            options: See ``MaskGITTokenizer.from_pretrained``.
-
-        Raises:
-            FileNotFoundError: if a file is missing.
-            ValueError: if a file is damaged, or an option is not supported.
-        """
-        _check_options(options)
-        folder = Path(folder)
+    def _read(cls, folder: Path) -> Self:
         pretrained = load_transformer(folder)
-        pretrained.network.to(dtype=torch_dtype)
         return cls(
             replace(pretrained, decoding=read_decoding(folder.parent) or pretrained.decoding),
             mask_schedule=read_config(folder, "transformer")["mask_schedule"],
