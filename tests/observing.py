@@ -1,20 +1,19 @@
 """Runs ``maskgit train`` in separate processes, with an observer callback and injected faults.
 
-The processes are forked from a server that has imported torch and Lightning. Ranks find each other through the
-variables of ``torchrun``.
+Ranks find each other through the variables of ``torchrun``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
+from tests.forked import PROCESSES, Command, begin
 from tests.injection import Fault, Injection, Prepare
 
 SECONDS = 120  # limit for one process
@@ -114,13 +114,8 @@ def digest(row: Tensor) -> str:
 def _run(
     words: list[str], file: Path, faults: tuple[Fault, ...], environment: dict[str, str], prepare: Prepare | None
 ) -> None:
-    os.environ.update(environment)
-    os.setsid()  # signals to a group are for this rank and its workers
-    multiprocessing.set_start_method("fork", force=True)  # as in a process that a user starts
-    torch.set_num_threads(1)
-    with file.with_suffix(".log").open("a") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
+    log = file.with_suffix(".log")
+    begin({**os.environ, **environment}, log, log)
     from maskgit_pl.cli import main
     from maskgit_pl.runs.build import StageRun
 
@@ -197,8 +192,6 @@ class Runs:
         self.runs = runs or folder
         self.given = list(words)
         self.global_batch = global_batch
-        self.processes = multiprocessing.get_context("forkserver")
-        self.processes.set_forkserver_preload(["maskgit_pl.runs.stage"])
 
     def words(self, name: str, topology: Topology, *more: str) -> list[str]:
         """Returns the command of a run."""
@@ -239,7 +232,7 @@ class Runs:
         for rank in range(topology.ranks):
             environment = {} if topology.ranks == 1 else as_torchrun(rank, topology.ranks, port)
             file = self.folder / f"{name}-leg{number:02d}-rank{rank}.jsonl"
-            process = self.processes.Process(target=_run, args=(words, file, tuple(faults), environment, prepare))
+            process = PROCESSES.Process(target=_run, args=(words, file, tuple(faults), environment, prepare))
             process.start()
             started.append((process, file))
         if during is not None:
@@ -284,6 +277,16 @@ def as_torchrun(rank: int, ranks: int, port: int) -> dict[str, str]:
     values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0}
     values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests"}
     return {name: str(value) for name, value in values.items()}
+
+
+def run_on_ranks(words: Sequence[object], ranks: int) -> None:
+    """Runs a command on one rank or more, and asserts that all of them succeed."""
+    port = free_port()
+    environments = [os.environ | as_torchrun(rank, ranks, port) if ranks > 1 else None for rank in range(ranks)]
+    with ExitStack() as stack:  # ends the others if one fails
+        for command in [stack.enter_context(Command(words, env=each)) for each in environments]:
+            texts = command.communicate()
+            assert command.returncode == 0, "".join(texts)
 
 
 def trained_state(state: dict[str, Any]) -> dict[str, Any]:

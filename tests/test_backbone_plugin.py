@@ -4,11 +4,11 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import forked
 from tests.installed_packages import install
 
 ROOT = Path(__file__).parents[1]
@@ -40,8 +40,7 @@ def maskgit(folder: Path, *words: object, with_plugin: bool = True) -> subproces
     """Runs a command; the recipes are those of the repository."""
     paths = [str(folder / "site")] if with_plugin else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*paths, str(ROOT)])}
-    command = [sys.executable, "-m", "maskgit_pl", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    return forked.run(words, cwd=ROOT, env=environment)
 
 
 def train(folder: Path, shards: Path, pretrained: Path, run: str, *more: str, **how: bool):

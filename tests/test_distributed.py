@@ -1,11 +1,9 @@
-"""Two processes on one machine, started by the command, give the results of one process.
+"""Two processes on one machine give the results of one process.
 
 ``REPRODUCIBILITY=docs/reproducibility.md make test WORKERS=0 ARGS=tests/test_distributed.py`` writes the table.
 """
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,7 +15,7 @@ import yaml
 from maskgit_pl.cli import main
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
 from tests.conftest import flags, save_tiny_pretrained, save_uneven_shards
-from tests.observing import Runs, Seen, Topology, same, trained_state, write_part
+from tests.observing import Runs, Seen, Topology, run_on_ranks, same, trained_state, write_part
 
 pytestmark = pytest.mark.slow
 
@@ -42,11 +40,9 @@ def words(stage: str, cluster: str, shards: Path, runs: Path, *more: str, tokeni
 
 
 def train(stage: str, cluster: str, shards: Path, runs: Path, *more: str, tokenizer: Path | None = None) -> dict:
-    """Trains a few steps and returns the last checkpoint."""
-    command = [sys.executable, "-m", "maskgit_pl", *words(stage, cluster, shards, runs, *more, tokenizer=tokenizer)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
-    assert done.returncode == 0, done.stdout + done.stderr
+    """Trains a few steps on one rank or two, and returns the last checkpoint."""
+    command = words(stage, cluster, shards, runs, *more, tokenizer=tokenizer)
+    run_on_ranks(command, ranks=1 if cluster == "single" else 2)
     return last_checkpoint(runs / cluster / stage)
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests import forked
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
@@ -79,8 +81,7 @@ def maskgit(folder: Path, *words: object, with_plugin: bool = True) -> subproces
     """Runs a command in the workplace."""
     paths = [str(folder / "site")] if with_plugin else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*paths, str(ROOT)])}
-    command = [sys.executable, "-m", "maskgit_pl", *map(str, words)]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
+    return forked.run(words, cwd=folder, env=environment)
 
 
 def train(folder: Path, recipe: str, shards: Path, pretrained: Path, **how: bool) -> subprocess.CompletedProcess[str]:

@@ -4,8 +4,7 @@
 """
 
 import os
-import subprocess
-import sys
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 import yaml
 
 from maskgit_pl.training.checkpoint_files import newest_checkpoint
+from tests import forked
 from tests.conftest import flags, save_tiny_pretrained, save_uneven_shards
 from tests.observing import KILLED, Runs, Seen, Topology, same, trained_state, write_part
 
@@ -173,15 +173,12 @@ def test_a_process_that_is_killed_from_outside_at_any_moment_goes_on(bench, tabl
     runs, alone = bench.runs[stage], Topology()
     straight = bench.straight(stage, alone)
     words = runs.words("outside", alone, "--checkpoint_every=1")
-    command = [sys.executable, "-m", "maskgit_pl", *words]
-    log = runs.folder / "outside.txt"
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1"})
     checkpoints = runs.folder / "outside" / stage / "checkpoints"
-    while process.poll() is None and newest_checkpoint(checkpoints) is None:
-        time.sleep(0.002)
-    process.kill()
-    assert process.wait() == KILLED, log.read_text()
+    with forked.Command(words) as process:
+        while process.poll() is None and newest_checkpoint(checkpoints) is None:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == KILLED, process.communicate()
     stopped = int(runs.newest("outside").name.removeprefix("step-"))
     assert 0 < stopped < STEPS
     runs.leg("outside", alone, "--checkpoint_every=1")

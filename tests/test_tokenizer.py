@@ -8,7 +8,6 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from lightning.pytorch import Callback, Trainer
 from torch.nn.utils import parameters_to_vector
@@ -23,6 +22,7 @@ from maskgit_pl.tokenizer import CodebookUsage, _to_uint8
 from maskgit_pl.tokenizer_config import AdversarialConfig, PerceptualConfig
 from maskgit_pl.training.learning_rates import LearningRate
 from maskgit_pl.training.strategies import build_strategy
+from tests.forked import run_ranks
 from tests.modules import tokenizer_model
 
 pytestmark = [
@@ -459,7 +459,7 @@ def test_two_ranks_train_as_one(tmp_path, discriminator):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(in_two_processes, (str(tmp_path), port, discriminator), nprocs=2)
+    run_ranks(in_two_processes, str(tmp_path), port, discriminator)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first[2] == 6
     for name, value in first[0].items():

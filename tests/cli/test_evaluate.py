@@ -1,9 +1,5 @@
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +12,7 @@ from maskgit_pl.evaluation import evaluator
 from maskgit_pl.pretrained import save_decoding
 from tests.cli.commands import call_command
 from tests.conftest import save_tiny_pretrained
+from tests.observing import run_on_ranks
 
 
 def call(*words: object) -> int:
@@ -178,28 +175,19 @@ def test_refuses_an_acceptance_that_cannot_be(run_folder: Path, tiny_shards: Pat
 @pytest.mark.slow
 def test_two_ranks_write_the_numbers_of_one(run_folder: Path, tiny_shards: Path, judge: Path, tmp_path: Path) -> None:
     reports = []
-    for launcher in ([], ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]):
-        out = tmp_path / f"{len(launcher)}" / "evaluation.json"
-        command = [
-            sys.executable, *launcher, "-m", "maskgit_pl", "evaluate", run_folder, "--data", tiny_shards,
-            "--num-images", "300", "--features", f"classifier={judge}", "--device", "cpu", "--out", out,
+    for ranks in (1, 2):
+        out = tmp_path / f"{ranks}" / "evaluation.json"
+        words = [
+            "evaluate", run_folder, "--data", tiny_shards, "--num-images", 300, "--features", f"classifier={judge}",
+            "--device", "cpu", "--out", out,
         ]  # fmt: skip
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=300)
-        assert done.returncode == 0, done.stdout + done.stderr
+        run_on_ranks(words, ranks)
         reports.append(json.loads(out.read_text()))
     for report in reports:
         del report["environment"]
         for samples in report["samples"].values():
             del samples["seconds_per_image"]
     assert reports[0] == reports[1]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def test_unknown_or_doubled_networks_are_refused_before_any_work(run_folder: Path, tiny_shards: Path) -> None:

@@ -1,8 +1,6 @@
 """Two processes that would write to one run, token store, file of images, data folder or export."""
 
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import pytest
 import yaml
 
 from maskgit_pl.cli import main
+from tests import forked
 from tests.conftest import flags
 from tests.holding import holder
 
@@ -73,16 +72,14 @@ def test_a_folder_that_a_run_is_exported_to(tiny_shards, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_second_training_is_refused_and_a_killed_one_blocks_none(tiny_shards, tmp_path):
-    command = [sys.executable, "-m", "maskgit_pl"]
     endless = training(tiny_shards, tmp_path, "--trainer.max_steps=100000", "--data.num_workers=1")
-    with subprocess.Popen([*command, *endless]) as first:
+    with forked.Command(endless) as first:
         begun = time.monotonic()
         while not (tmp_path / "one" / ".tokenizer.lock").exists():
             assert time.monotonic() - begun < 120
             time.sleep(0.1)
-        second = subprocess.run([*command, *endless], capture_output=True, text=True, check=False)
+        second = forked.run(endless)
         assert second.returncode == 2
         assert f"is in use by process {first.pid} on " in second.stderr
         first.send_signal(signal.SIGKILL)
-    third = [*command, *training(tiny_shards, tmp_path)]
-    assert subprocess.run(third, check=False).returncode == 0
+    assert main(training(tiny_shards, tmp_path)) == 0

@@ -4,8 +4,6 @@ import logging
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from maskgit_pl.cli import main
+from tests import forked
 
 VARIABLES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NTASKS"
@@ -32,11 +31,9 @@ def words(shards: Path, tokenizer: Path, runs: Path, *more: object) -> list[str]
     return ["tokenize", *map(str, (*where, *small, *more))]
 
 
-def start(arguments: Sequence[str], **variables: str) -> subprocess.Popen:
+def start(arguments: Sequence[str], **variables: str) -> forked.Command:
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    environment |= {"OMP_NUM_THREADS": "1", **variables}
-    command = [sys.executable, "-m", "maskgit_pl", *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return forked.Command(arguments, env=environment | variables)
 
 
 def content(store: Path) -> dict[str, bytes]:

@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from maskgit_pl.data import Batch, ShardData, ShardDataConfig
 from maskgit_pl.evaluation.distances import distances
@@ -15,6 +14,7 @@ from maskgit_pl.evaluation.reference import Reference, obtain_references
 from maskgit_pl.networks.features import Lite0Spec
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from tests.evaluation.feature_networks import Few, few, pictures
+from tests.forked import run_ranks
 
 IMAGES = pictures(23)
 
@@ -125,7 +125,7 @@ def in_two_processes(rank: int, folder: str, shards: str) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_are_bit_exact_with_one(tiny_shards: Path, tmp_path: Path) -> None:
-    mp.spawn(in_two_processes, (str(tmp_path), str(tiny_shards)), nprocs=2)
+    run_ranks(in_two_processes, str(tmp_path), str(tiny_shards))
     alone = measured(tmp_path / "alone", tiny_shards)
     assert alone["codebook_usage"] > 1 / 16
     for rank in (0, 1):

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from maskgit_pl.data import InOrder, ShardData, ShardDataConfig
@@ -22,6 +21,7 @@ from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.schedules import mask_schedules, num_masked
+from tests.forked import run_ranks
 
 MASK = -1
 
@@ -255,7 +255,7 @@ def in_two_processes(rank: int, folder: str, pretrained: Path, shards: Path) -> 
 
 
 def test_two_ranks_are_bit_exact_with_one(tiny_pretrained: Path, tiny_shards: Path, tmp_path: Path):
-    mp.spawn(in_two_processes, (str(tmp_path), tiny_pretrained, tiny_shards), nprocs=2)
+    run_ranks(in_two_processes, str(tmp_path), tiny_pretrained, tiny_shards)
     alone = [[one.mean, one.standard_error] for one in measured(tiny_pretrained, tiny_shards)]
     for rank in (0, 1):
         assert torch.load(tmp_path / f"{rank}.pt", weights_only=True).tolist() == alone

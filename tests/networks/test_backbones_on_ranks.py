@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from maskgit_pl.networks.backbone import BackboneConfig, backbones
 from maskgit_pl.training.compile_and_checkpointing import prepare_blocks
 from maskgit_pl.training.strategies import shard_blocks
+from tests.forked import run_ranks
 from tests.networks.backbone_cases import create, inputs, small_config
 
 pytestmark = pytest.mark.slow
@@ -54,7 +54,7 @@ def run_rank(rank: int, folder: Path) -> None:
 
 
 def test_two_ranks_of_fsdp_compute_what_one_process_computes(tmp_path):
-    mp.start_processes(run_rank, args=(tmp_path,), nprocs=2, start_method="spawn")
+    run_ranks(run_rank, tmp_path)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for config, first, second in zip(CONFIGS, *ranks, strict=True):
         one = step(create(config).train(), config, slice(None))

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from einops import rearrange
 
 from maskgit_pl.networks.quantizers import EMAQuantizerSpec, GradientQuantizerSpec, entropy_loss, quantizers
+from tests.forked import run_ranks
 
 
 def features(batch=4, width=6, seed=0):
@@ -235,7 +235,7 @@ def in_two_processes(rank, folder):
 
 
 def test_two_processes_learn_from_the_global_batch(tmp_path):
-    mp.spawn(in_two_processes, (str(tmp_path),), nprocs=2)
+    run_ranks(in_two_processes, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert torch.equal(first["codebook"], second["codebook"])
     torch.testing.assert_close(first["codebook"], ema_codebook([features(batch=8)]), rtol=1e-5, atol=1e-6)

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from einops import rearrange
 
 from maskgit_pl.networks.quantizers import build_sized, quantizers
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import load_tokenizer, save_tokenizer
 from maskgit_pl.tokenizer import CodebookUsage
+from tests.forked import run_ranks
 
 OTHERS = {  # specs and sizes (K, D) that are not a name of 16 codes of size 4
     "fsq": ({"name": "fsq", "levels": [4, 3, 2]}, 24, 3),
@@ -346,7 +346,7 @@ def on_a_rank(rank, folder):
 
 @pytest.mark.slow
 def test_two_ranks_learn_what_one_does(tmp_path):
-    mp.spawn(on_a_rank, (str(tmp_path),), nprocs=2)
+    run_ranks(on_a_rank, str(tmp_path))
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     for case in ranks[0]:
         alone = learned(case, [features(case, batch=8)])

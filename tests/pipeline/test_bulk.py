@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 import zipfile
 from pathlib import Path
@@ -16,6 +14,7 @@ from maskgit_pl.files import size_text
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline import bulk as bulk_module
 from maskgit_pl.pipeline.bulk import BulkOptions, generate_many
+from tests import forked
 from tests.conftest import save_tiny_pretrained
 
 
@@ -270,30 +269,14 @@ def test_the_file_is_put_together_in_the_memory_of_a_part(pipe: MaskGIT, tmp_pat
 # Real processes
 
 
-def start(folder: Path, out: Path, *words: object) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        "-m",
-        "maskgit_pl",
-        "sample",
-        folder,
-        "--num-images",
-        400,
-        "--part-size",
-        20,
-        "--out",
-        out,
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
-        environment.pop(name, None)
-    return subprocess.Popen(
-        [*map(str, command), "--batch-size", "7", "--device", "cpu", *map(str, words)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+def start(folder: Path, out: Path, *words: object) -> forked.Command:
+    sizes = ("--num-images", 400, "--part-size", 20, "--batch-size", 7)
+    launched = ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS")
+    environment = {name: value for name, value in os.environ.items() if name not in launched}
+    return forked.Command(["sample", folder, *sizes, "--device", "cpu", "--out", out, *words], env=environment)
 
 
-def ended(process: subprocess.Popen) -> str:
+def ended(process: forked.Command) -> str:
     out, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
     return out

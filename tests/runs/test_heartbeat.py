@@ -1,7 +1,6 @@
 """The heartbeat of two ranks in separate processes."""
 
 import contextlib
-import multiprocessing
 import os
 import re
 import signal
@@ -15,6 +14,7 @@ import torch.distributed as dist
 
 from maskgit_pl.errors import DataBudgetError
 from maskgit_pl.runs.heartbeat import Ending, Peers
+from tests.forked import PROCESSES
 
 
 def other(port: int, acts: str, ready) -> None:
@@ -51,12 +51,11 @@ def begin(monkeypatch):
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(store.port))
-    context = multiprocessing.get_context("spawn")
     started, here = [], []
 
     def call(acts: str):
-        ready = context.Event()
-        process = context.Process(target=other, args=(store.port, acts, ready))
+        ready = PROCESSES.Event()
+        process = PROCESSES.Process(target=other, args=(store.port, acts, ready))
         process.start()
         started.append(process)
         assert ready.wait(60)

@@ -1,7 +1,6 @@
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
 import re
 import stat
@@ -23,6 +22,7 @@ from maskgit_pl.training.checkpoint_files import (
     read_settings,
 )
 from maskgit_pl.training.checkpoints import Checkpoints
+from tests.forked import PROCESSES
 
 STATE = {
     "state_dict": {"weight": torch.arange(6.0).reshape(2, 3).t(), "half": torch.ones(2, dtype=torch.bfloat16)},
@@ -328,7 +328,7 @@ def begin(rank: int, folder, name: str) -> None:
 @pytest.mark.parametrize("other", ["step-00000001", "step-00000002"])
 def test_ranks_begin_from_the_same_checkpoint_or_not_at_all(tmp_path, other):
     ranks = [
-        multiprocessing.get_context("spawn").Process(target=begin, args=(rank, tmp_path, name))
+        PROCESSES.Process(target=begin, args=(rank, tmp_path, name))
         for rank, name in enumerate(("step-00000002", other))
     ]
     for rank in ranks:

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -28,6 +27,7 @@ from maskgit_pl.training.optimizers import (
     state_values,
 )
 from maskgit_pl.training.speed import weight_norm
+from tests.forked import run_ranks
 from tests.modules import masked_model, tokenizer_model
 from tests.short_runs import data, fit
 
@@ -211,7 +211,7 @@ def on_a_rank(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_of_ddp_and_fsdp_train_as_one_process_does(tmp_path):
-    mp.spawn(on_a_rank, (str(tmp_path),), nprocs=2)
+    run_ranks(on_a_rank, str(tmp_path))
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert len(ranks[0]) > len(NAMES)
     for case, found in ranks[0].items():

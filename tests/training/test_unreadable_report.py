@@ -2,8 +2,6 @@ import json
 import logging
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +18,7 @@ from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.errors import DataBudgetError, DataChangedError, DataWorkerError
 from maskgit_pl.shards.images import encode_png
 from maskgit_pl.training.unreadable_report import UnreadableReport
+from tests import forked
 from tests.data_folders import save_data
 
 TINY = Path(__file__).parents[1] / "tiny"
@@ -123,8 +122,7 @@ def test_the_command_ends_with_76_and_the_list(tmp_path, monkeypatch, capsys):
 def test_a_rank_over_budget_ends_the_run_of_two(tmp_path):
     folder = folder_with(tmp_path / "data", bad=set(range(48)))
     words = [*train_command(folder, tmp_path / "runs"), "--cluster", "ddp", "--trainer.devices=2"]
-    command = [sys.executable, "-m", "maskgit_pl", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = forked.run(words)
     assert done.returncode == 76, done.stdout + done.stderr
 
 
@@ -133,21 +131,20 @@ def children(process: int) -> list[int]:
 
 
 def answer_of_a_run_to(
-    fault: Callable[[subprocess.Popen[str], Path], None], tmp_path: Path, *more: str
+    fault: Callable[[forked.Command, Path], None], tmp_path: Path, *more: str
 ) -> tuple[int, list[str]]:
     """Trains to the first checkpoint, then injects the fault. Returns the exit code and the output."""
     folder = folder_with(tmp_path / "data", bad=set())
     words = [*train_command(folder, tmp_path / "runs"), "--trainer.max_steps=1000000", "--checkpoint_every=20", *more]
-    command = [sys.executable, "-m", "maskgit_pl", *words]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with forked.Command(words) as process:
         deadline = time.monotonic() + 120
         while not list(tmp_path.glob("runs/tiny/tokenizer/checkpoints/step-*/COMPLETE.json")):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.1)
         fault(process, folder)
-        out, _ = process.communicate(timeout=120)
-    return process.returncode, out.splitlines()
+        texts = process.communicate(timeout=120)
+        return process.wait(), [line for text in texts for line in text.splitlines()]
 
 
 TWO_RANKS = ("--cluster", "ddp", "--trainer.devices=2")
@@ -158,7 +155,7 @@ TWO_RANKS = ("--cluster", "ddp", "--trainer.devices=2")
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("ranks", [(), TWO_RANKS], ids=["one rank", "two ranks"])
 def test_a_shard_that_is_cut_while_a_run_reads_it_ends_all_ranks_with_its_name(tmp_path, num_workers, ranks):
-    def cut(process: subprocess.Popen[str], folder: Path) -> None:
+    def cut(process: forked.Command, folder: Path) -> None:
         os.truncate(folder / "train-000001.tar", 700)
 
     code, lines = answer_of_a_run_to(cut, tmp_path, f"--data.num_workers={num_workers}", *ranks)
@@ -173,7 +170,7 @@ def test_a_shard_that_is_cut_while_a_run_reads_it_ends_all_ranks_with_its_name(t
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="only Linux lists the children of a process")
 @pytest.mark.parametrize("ranks", [(), TWO_RANKS], ids=["one rank", "two ranks"])
 def test_a_data_worker_that_is_killed_ends_the_run_with_one_line(tmp_path, ranks):
-    def kill(process: subprocess.Popen[str], folder: Path) -> None:
+    def kill(process: forked.Command, folder: Path) -> None:
         # a second rank is a child too, and has children
         os.kill(next(child for child in children(process.pid) if not children(child)), signal.SIGKILL)
 
