@@ -14,7 +14,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-import timm
 from torch import nn
 
 from maskgit_pl.checks import check_integer, shorten
@@ -140,6 +139,8 @@ class TimmSpec:
 
     def __post_init__(self) -> None:
         check_integer("size", self.size, _SIZES)
+        import timm  # takes half a second, which most runs need not spend
+
         if not timm.is_model(self.model):
             close = ", ".join(timm.list_models(f"*{self.model[:80]}*")[:5]) or "see timm.list_models()"
             raise ValueError(f"model must be a name that timm knows, got {shorten(self.model)}; {close}")
@@ -155,6 +156,8 @@ class TimmSpec:
         Raises:
             ValueError: if the file is missing or does not fit the model.
         """
+        import timm
+
         model = timm.create_model(self.model, pretrained=False)
         load_weight_file(model, Path(self.weights), thing="feature network 'timm'")
         return _with_normalisation(model, self.size)
@@ -185,6 +188,8 @@ class Lite0Spec:
         Raises:
             ValueError: if the package is not installed.
         """
+        import timm
+
         model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
         file, thing = _lite0_file(), "feature network 'lite0'"
         values, names = list(read_weights(file, thing=thing).values()), list(model.state_dict())
