@@ -67,7 +67,11 @@ def has_bfloat16(device: torch.device | str) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     # Older versions of torch do not tell; bfloat16 without such instructions may be slower than float32.
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if kind == "cpu" else {}
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    if not (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")):
+        return False
+    # oneDNN, which uses these instructions, may be missing, or limited to others by ONEDNN_MAX_CPU_ISA.
+    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch: untyped
+    return bool(has_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def parse_dtype(name: str | None, device: torch.device | str) -> torch.dtype | None:

@@ -1,5 +1,10 @@
 """Names of devices, with and without an accelerator."""
 
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -63,6 +68,25 @@ def test_bfloat16_is_chosen_where_the_cpu_has_instructions_for_it(monkeypatch, k
         monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     else:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    expected = expected and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     assert has_bfloat16("cpu") == expected
     assert parse_dtype("auto", "cpu") == (torch.bfloat16 if expected else torch.float32)
     assert (parse_dtype("bfloat16", "cpu"), parse_dtype(None, "cpu")) == (torch.bfloat16, None)
+
+
+LIMITED = """
+import torch
+from maskgit_pl.devices import has_bfloat16
+from maskgit_pl.networks.packing_linear import PackingLinear, set_packing
+layer = PackingLinear(32, 8).to(torch.bfloat16)
+set_packing(layer, enabled=True)
+with torch.no_grad():
+    print(has_bfloat16("cpu"), layer(torch.ones(2, 32, dtype=torch.bfloat16)).shape)
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="instructions of Intel and AMD")
+def test_bfloat16_is_not_chosen_where_onednn_may_not_use_its_instructions():
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run([sys.executable, "-c", LIMITED], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "False torch.Size([2, 8])\n"), done.stderr

@@ -146,8 +146,7 @@ def _packed_dtypes() -> tuple[torch.dtype, ...]:
     found = []
     if torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]  # torch: untyped
         found.append(torch.float32)
-    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch: untyped
-    if has_onednn and has_bfloat16("cpu"):
+    if has_bfloat16("cpu"):
         found.append(torch.bfloat16)
     return tuple(found)
 
