@@ -51,24 +51,25 @@ def run_ranks(function: Callable[..., None], *arguments: Any, ranks: int = 2) ->
 
 
 class Command:
-    """A running ``python -m maskgit_pl``, with the methods of ``subprocess.Popen``.
+    """A running ``python -m maskgit_pl``, or code, with the methods of ``subprocess.Popen``.
 
     A ``with`` block ends the process and its children.
 
     Args:
-        words: Words of the command.
+        what: Words of the command, or Python code as for ``python -c``.
         cwd: Its working directory; None for ours.
         env: Its environment; None for ours.
     """
 
     def __init__(
-        self, words: Sequence[object], *, cwd: Path | None = None, env: Mapping[str, str] | None = None
+        self, what: Sequence[object] | str, *, cwd: Path | None = None, env: Mapping[str, str] | None = None
     ) -> None:
         self._folder = Path(tempfile.mkdtemp())
         self._files = [self._folder / name for name in ("out", "error")]
         self._texts: tuple[str, str] | None = None
         environment = dict(os.environ if env is None else env)
-        arguments = [str(word) for word in words], environment, str(cwd or Path.cwd()), self._files
+        given = what if isinstance(what, str) else [str(word) for word in what]
+        arguments = given, environment, str(cwd or Path.cwd()), self._files
         self._process = PROCESSES.Process(target=_run, args=arguments)
         self._process.start()
 
@@ -116,17 +117,20 @@ class Command:
 
 
 def run(
-    words: Sequence[object], *, cwd: Path | None = None, env: Mapping[str, str] | None = None
+    what: Sequence[object] | str, *, cwd: Path | None = None, env: Mapping[str, str] | None = None
 ) -> CompletedProcess[str]:
-    """Runs a command to its end; see ``Command``."""
-    with Command(words, cwd=cwd, env=env) as command:
+    """Runs a command, or code, to its end; see ``Command``."""
+    with Command(what, cwd=cwd, env=env) as command:
         out, error = command.communicate()
-        return CompletedProcess(list(words), command.wait(), out, error)
+        return CompletedProcess(what, command.wait(), out, error)
 
 
-def _run(words: list[str], environment: dict[str, str], cwd: str, files: list[Path]) -> None:
+def _run(what: list[str] | str, environment: dict[str, str], cwd: str, files: list[Path]) -> None:
     begin(environment, *files)
     os.chdir(cwd)
     sys.path[:0] = [cwd, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
-    sys.argv = ["maskgit", *words]
-    runpy.run_module("maskgit_pl", run_name="__main__", alter_sys=True)
+    if isinstance(what, str):
+        exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.argv = ["maskgit", *what]
+        runpy.run_module("maskgit_pl", run_name="__main__", alter_sys=True)

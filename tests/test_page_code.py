@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests import forked
 from tests.test_readme import PAGES, ROOT, python_blocks
 
 DEMO = ROOT / "maskgit_pl/models/fashion-mnist-demo"
@@ -78,10 +77,11 @@ def test_the_blocks_of_a_page_run(page: str, folder: Path):
         pytest.importorskip("onnxruntime")
         pytest.importorskip("diffusers")
     code = BEFORE.get(page, "") + "\n".join(RUN[page])
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    environment["HF_HOME"] = str(folder / "cache")  # diffusers copies code to it
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HOME": str(folder / "cache"),
+    }  # diffusers copies code to it
+    done = forked.run(code, cwd=folder, env=environment)
     assert done.returncode == 0, done.stderr
     assert [file for file in FILES.get(page, ()) if not (folder / file).is_file()] == []
