@@ -27,8 +27,8 @@ def add_acceptance_arguments(parser: argparse.ArgumentParser) -> None:
         "--accept-rate",
         type=float,
         metavar="X",
-        help="generate 1 / X times as many images, and keep the fraction X of each class to which a classifier gives the "
-        "highest probability of that class",
+        help="generate 1 / X times as many images, and keep the fraction X of each class to which a classifier gives "
+        "the highest probability of that class",
     )
     parser.add_argument(
         "--classifier",
