@@ -27,7 +27,8 @@ def add_acceptance_arguments(parser: argparse.ArgumentParser) -> None:
         "--accept-rate",
         type=float,
         metavar="X",
-        help="keep the best fraction X of each class by the probability of a classifier, of 1 / X times as many images",
+        help="generate 1 / X times as many images, and keep the fraction X of each class to which a classifier gives "
+        "the highest probability of that class",
     )
     parser.add_argument(
         "--classifier",

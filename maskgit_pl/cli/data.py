@@ -112,6 +112,7 @@ def _add_verify(commands: _Parsers[argparse.ArgumentParser]) -> None:
         help="read every shard or token file and list the damaged ones",
         description="Read every shard of a data folder, or every file of a token store, compare them with the "
         "manifests, and list the damaged ones.",
+        epilog="Example: maskgit data verify data/shards/fashion-mnist",
     )
     verify.add_argument("folder", type=Path, metavar="DIR", help="data folder or token store")
     verify.add_argument("--decode", action="store_true", help="also decode every image")
@@ -125,6 +126,7 @@ def _add_stats(commands: _Parsers[argparse.ArgumentParser]) -> None:
         help="count the classes, images and bytes of a data folder",
         description="Print the number of images, classes, sizes and bytes of a data folder, and find images that are "
         "equal to others.",
+        epilog="Example: maskgit data stats data/shards/fashion-mnist --out sheet.png",
     )
     stats.add_argument("folder", type=Path, metavar="DIR", help="data folder")
     duplicates = stats.add_mutually_exclusive_group()

@@ -28,7 +28,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], *,
     parser = commands.add_parser(
         "fetch",
         help="download a public data set and write its shards",
-        description=f"Download a public data set, check it and write its shards. A second run does nothing. {listed}.",
+        description=f"Download a public data set, check it and write its shards. Complete data are kept. {listed}.",
         epilog="Example: maskgit data fetch fashion-mnist",
     )
     parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(DATASETS)}")

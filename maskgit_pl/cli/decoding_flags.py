@@ -29,7 +29,7 @@ _HELP = {
     "top_p": "sample from the most likely codes with a total probability of X only",
     "tokens_per_step": "number of tokens decided at each step, in place of the mask schedule",
     "mask_schedule": "mask schedule: a name such as cosine (default: that of the training)",
-    "draw_method": "how codes are drawn: gumbel, which nearly repeats images in other precisions, or inverse_cdf",
+    "draw_method": "how codes are drawn: gumbel (nearly the same images in all precisions) or inverse_cdf",
     "guidance_scale": "scale of the guidance schedule, at least 0; 0 switches guidance off",
     "choice_temperature": "scale of the Gumbel noise on the confidence; 0 keeps the most confident tokens",
 }
@@ -51,7 +51,7 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     arithmetic = group.add_mutually_exclusive_group()
     add_dtype_argument(arithmetic, of="both networks")
     arithmetic.add_argument(
-        "--int8", action="store_true", help="8-bit linear layers in the transformer, on a CPU; approximate"
+        "--int8", action="store_true", help="8-bit linear layers in the transformer; approximate, and only on a CPU"
     )
     group.add_argument(
         "--decoding",

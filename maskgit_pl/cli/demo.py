@@ -54,8 +54,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="do everything once: fetch data, train both stages, make pictures, measure",
         description="Fetch a data set, or convert the images of --images, train both stages, and measure the model: "
         "about 10 minutes on 2 CPU cores for Fashion-MNIST. The same command resumes after a stop. Without --recipe, "
-        f"it trains {_RECIPE}, on other data than Fashion-MNIST with the budget {_BUDGET}. Further flags override "
-        "recipe values of both stages.",
+        f"it trains the recipe {_RECIPE}, and on other data than Fashion-MNIST '{_RECIPE} {_BUDGET}'. Further flags "
+        "override recipe values of both stages.",
         epilog="Example: maskgit demo --dataset mine --images path/to/folder",
     )
     add_new_run_arguments(parser)

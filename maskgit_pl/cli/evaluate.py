@@ -45,10 +45,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
                         help="number of real images for the likelihood (default: 2000)")  # fmt: skip
     parser.add_argument("--cas", action="store_true", help="also measure the classification accuracy score")
     add_cas_arguments(parser)
-    parser.add_argument("--accept-rate", type=float, metavar="X", help="also measure the best fraction X of each "
-                        "class by the probability of a classifier, of 1 / X times as many images")  # fmt: skip
-    parser.add_argument("--accept-classifier", type=Path, metavar="DIR", help="classifier of --accept-rate, which "
-                        "should not be the one that judges (default: the one that judges)")  # fmt: skip
+    parser.add_argument("--accept-rate", type=float, metavar="X", help="generate 1 / X times as many images, and also "
+                        "measure the fraction X of each class to which a classifier gives the highest probability of "
+                        "that class")  # fmt: skip
+    parser.add_argument("--accept-classifier", type=Path, metavar="DIR", help="classifier of --accept-rate, better "
+                        "another one than --classifier (default: --classifier)")  # fmt: skip
     add_worker_argument(parser)
     parser.add_argument("--resume", action="store_true", help="keep the measurements of an interrupted evaluation")
     parser.add_argument(

@@ -39,11 +39,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--tile",
         type=int,
         metavar="PIXELS",
-        help="keep the size of each image, and reconstruct it by overlapping tiles of this edge (default: crop and "
-        "resize the images as in training)",
+        help="keep the size of each image, and reconstruct it from overlapping square tiles with this side (default: "
+        "crop and resize the images as in training)",
     )
-    parser.add_argument("--tile-overlap", type=int, metavar="PIXELS", help="least overlap of tiles (default: a quarter "
-                        "of a tile)")  # fmt: skip
+    parser.add_argument("--tile-overlap", type=int, metavar="PIXELS", help="smallest overlap of two tiles (default: a "
+                        "quarter of --tile)")  # fmt: skip
     parser.add_argument("--classifier", type=Path, metavar="DIR", help="folder of the classifier that judges images "
                         "(default: runs/DATA-classifier/small)")  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=100, metavar="N", help="images per batch (default: 100)")

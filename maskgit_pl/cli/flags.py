@@ -28,9 +28,9 @@ FOLDER = ""  # used in place of a file suffix
 _IMAGE_NAME = re.compile(r"(no-class|class-\d+)-seed-\d+\.png")  # of imaging.save_images
 
 
-def add_device_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--device``, which ``read_device_flag`` reads."""
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps ... (default: a GPU if there is one)")
+def add_device_argument(parser: argparse.ArgumentParser, *, default: str = "a GPU if there is one") -> None:
+    """Adds ``--device``, which ``read_device_flag`` reads; the help names the default."""
+    parser.add_argument("--device", metavar="NAME", help=f"cpu, cuda, cuda:1, mps ... (default: {default})")
 
 
 def add_dtype_argument(parser: argparse._ActionsContainer, *, of: str) -> None:

@@ -18,6 +18,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="convert released JAX checkpoints to a pretrained folder",
         description="Convert checkpoints of google-research/maskgit to a pretrained folder. Nothing in them is "
         "executed.",
+        epilog="Example: maskgit import-jax --tokenizer tokenizer_imagenet256_checkpoint --transformer "
+        "maskgit_imagenet256_checkpoint --out pretrained/imagenet256",
     )
     parser.add_argument(
         "--tokenizer", type=Path, required=True, metavar="FILE", help="such as tokenizer_imagenet256_checkpoint"
@@ -28,7 +30,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--image-size",
         type=int,
         metavar="256|512",
-        help="edge of the images in pixels (default: from the transformer's grid; 256 without a transformer)",
+        help="side of the images in pixels (default: from the transformer's grid; 256 without a transformer)",
     )
     add_class_names_argument(parser)
     parser.set_defaults(run=run)

@@ -20,6 +20,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="convert a released tokenizer, such as taming-transformers' or MaskBit's",
         description=f"Convert a tokenizer of {', '.join(TOKENIZER_LAYOUTS)} to DIR/tokenizer, and print what was read. "
         "Nothing in the checkpoint is executed.",
+        epilog="Example: maskgit import-tokenizer vqgan_imagenet_f16_1024.ckpt --out pretrained/taming",
     )
     parser.add_argument(
         "file",
@@ -29,7 +30,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     add_out_argument(parser, "pretrained folder; DIR/tokenizer is written")
     parser.add_argument(
-        "--image-size", type=int, default=256, metavar="PIXELS", help="edge of the images in pixels (default: 256)"
+        "--image-size", type=int, default=256, metavar="PIXELS", help="side of the images in pixels (default: 256)"
     )
     parser.add_argument(
         "--layout",

@@ -19,6 +19,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="convert a transformer of Halton-MaskGIT or MaskGIL",
         description="Convert a transformer of Halton-MaskGIT or MaskGIL and its tokenizer to a pretrained folder, and "
         "print what was read. Nothing in the checkpoint is executed.",
+        epilog="Example: maskgit import-transformer ImageNet_384_large.pth --tokenizer pretrained/llamagen "
+        "--out pretrained/halton-384",
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="checkpoint, such as ImageNet_384_large.pth")
     parser.add_argument(

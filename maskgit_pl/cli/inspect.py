@@ -23,14 +23,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="write an HTML page about the training of a run",
         description="Write one self-contained HTML page about a run, which may still be training: what looks wrong and "
         "what to try, the logged metrics, the use of codes, a picture of each code, and the worst reconstructions.",
+        epilog="Example: maskgit inspect runs/fashion-mnist-adaln",
     )
     parser.add_argument("folder", type=Path, metavar="RUN", help="run folder (runs/NAME), or a pretrained folder")
     parser.add_argument("--data", type=Path, metavar="DIR", help="data folder (default: that of the run)")
     parser.add_argument("--out", type=Path, metavar="HTML", help="page to write (default: RUN/inspect.html)")
     parser.add_argument(
-        "--num-images", type=int, default=2000, metavar="N", help="most validation images that are measured"
+        "--num-images", type=int, default=2000, metavar="N", help="measure at most N val images (default: 2000)"
     )
-    add_device_argument(parser)
+    add_device_argument(parser, default="cpu")
     add_dtype_argument(parser, of="the tokenizer")
     parser.set_defaults(run=run)
 

@@ -22,7 +22,13 @@ from maskgit_pl.progress import progress_bars
 __all__ = ["add_parser", "run_figure", "run_table"]
 
 _NUM_TOKENS = "16,64,256,1024"
-_SIZES = ("depth", "embed_dim", "num_heads", "mlp_dim", "codebook_size")
+_SIZES = {
+    "depth": "number of layers",
+    "embed_dim": "embedding dimension",
+    "num_heads": "attention heads per layer",
+    "mlp_dim": "hidden dimension of the MLPs",
+    "codebook_size": "number of codes",
+}
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -67,9 +73,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
                         "2,3,4,6,8,12,16,24, at most half the tokens)")  # fmt: skip
     figure.add_argument("--num-tokens", metavar="N,...", default=_NUM_TOKENS,
                         help=f"tokens per image in Figure 4 (default: {_NUM_TOKENS})")  # fmt: skip
-    for name in _SIZES:
-        figure.add_argument(format_flag(name), type=int, metavar="N", help="size of the transformer in Figure 4 "
-                            "(default: the run's, or one small enough for a CPU)")  # fmt: skip
+    sizes = figure.add_argument_group(
+        "transformer of Figure 4", "Defaults are the sizes of the run, or of a network that is small enough for a CPU."
+    )
+    for name, text in _SIZES.items():
+        sizes.add_argument(format_flag(name), type=int, metavar="N", help=text)
     figure.set_defaults(run=run_figure)
 
 

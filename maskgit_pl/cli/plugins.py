@@ -42,7 +42,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "plugins",
         help="list schedules, selectors, quantizers and all other parts that a recipe can name",
         description="List the names of every registry, each with the package that it comes from. Other packages add "
-        "names with entry points in the group maskgit_pl.KIND. They are listed, and not loaded.",
+        "names with entry points in the group maskgit_pl.KIND. The command lists these names without loading them.",
         epilog="Example: maskgit plugins quantizers",
     )
     parser.add_argument("kind", nargs="?", metavar="KIND", help=f"one of {', '.join(REGISTRIES)} (default: all)")

@@ -26,7 +26,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "recipes",
         help="list, show and copy the recipes that --recipe can name, and their JSON Schema",
-        description="Recipes are searched in recipes/ of the working directory, then in the installation.",
+        description="List, show or copy recipes, or print their schema. Recipes are searched in recipes/ of the "
+        "working directory, then in the installation.",
         epilog="Example: maskgit recipes copy cosine --as mine",
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")

@@ -19,8 +19,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="encode the images of a data set to tokens, once",
         description="Encode the images of a data set to a token store, once for all runs with the same tokenizer. The "
         "same command resumes after a stop. Processes of torchrun or srun share the work; without a launcher, set "
-        "--rank and --world-size. Without --crops, --flip and --precision, an existing store of the run keeps its own. "
-        "Further flags override recipe values, as in `maskgit train transformer`.",
+        "--rank and --world-size. An existing store of the run keeps its crops, flips and precision unless --crops, "
+        "--flip or --precision is given. Further flags override recipe values, as in `maskgit train transformer`.",
         epilog="Example: maskgit tokenize --dataset fashion-mnist --run fashion-mnist-adaln",
     )
     add_run_arguments(parser)

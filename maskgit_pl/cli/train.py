@@ -21,7 +21,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="train the tokenizer or the transformer from a recipe",
         description="Train a stage from a recipe, or resume it from its last checkpoint. Further flags override single "
         "recipe values, such as --trainer.max_steps 2000; --print-config lists them all.",
-        epilog="Example: maskgit train transformer --recipe cosine --run fashion-mnist-adaln --trainer.max_steps 2000",
+        epilog="Example: maskgit train transformer --recipe adaln --run fashion-mnist-adaln --trainer.max_steps 2000",
     )
     parser.add_argument("stage", choices=("tokenizer", "transformer"), help="stage to train")
     add_run_arguments(parser)

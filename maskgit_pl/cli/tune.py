@@ -54,7 +54,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         default="all",
         metavar="A,B,...",
         help="mask schedules to try besides the model's own: names, mappings such as '{name: pow, exponent: 2.5}', pow "
-        "with any exponent, free for any number of tokens per step; own keeps the model's (default: all)",
+        "(any exponent), or free (any number of tokens per step); own: only the model's (default: all)",
     )
     parser.add_argument(
         "--num-images", type=int, default=500, metavar="N", help="images generated for each trial (default: 500)"

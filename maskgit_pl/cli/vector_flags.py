@@ -22,8 +22,8 @@ def add_vectors_argument(parser: argparse.ArgumentParser) -> None:
         "--vectors",
         type=Path,
         metavar="FILE.npy",
-        help="array with one vector a row, for a model that was trained with vectors: one image of each class for each "
-        "row; with --num-images, the rows are taken in turn",
+        help="array with one vector per row, for a model that was trained with vectors: makes one image of each class "
+        "for each row, or takes the rows in turn with --num-images",
     )
 
 

@@ -1,4 +1,4 @@
-"""The transformer with 8-bit linear layers, for inference on a CPU: approximate, in two thirds of the time.
+"""The transformer with 8-bit linear layers, for inference on CPUs without bfloat16 instructions: approximate.
 
 Weights are rounded once, with a scale for each output. Inputs are rounded at each call, with a scale and an offset for
 each token, so that the logits of an image do not depend on the rest of its batch. Embeddings, norms, attention and the
