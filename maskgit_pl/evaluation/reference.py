@@ -378,8 +378,8 @@ def _read(path: Path, key: Mapping[str, Any]) -> Reference | None:
         file.check()  # memory-mapped arrays have no other check
         if bytes(file.read("key", (None,), kinds="uint8")) != _encode_key(key):
             raise file.make_error("key", "it belongs to other images or another network")
-        pooled = _read_tensor(file, "pooled", (None, None), kinds="f")
-        logits = _read_tensor(file, "logits", (len(pooled), None), kinds="f") if "logits" in file else None
+        pooled = _read_tensor(file, "pooled", (None, None))
+        logits = _read_tensor(file, "logits", (len(pooled), None)) if "logits" in file else None
         spatial = _read_statistics(file, "_s", None) if "mu_s" in file else None
         return Reference(
             key["network"],
@@ -400,21 +400,21 @@ def _read_inception_statistics(file: ArrayFile) -> Reference | None:
 
 
 def _read_statistics(file: ArrayFile, suffix: str, width: int | None) -> Statistics:
-    mean = _read_tensor(file, f"mu{suffix}", (width,), kinds="f")
-    covariance = _read_tensor(file, f"sigma{suffix}", (len(mean), len(mean)), kinds="f")
+    mean = _read_tensor(file, f"mu{suffix}", (width,))
+    covariance = _read_tensor(file, f"sigma{suffix}", (len(mean), len(mean)))
     # A tolerance, because files may hold float32 statistics.
     if not torch.allclose(covariance, covariance.T, rtol=1e-3, atol=1e-6) or bool((covariance.diagonal() < 0).any()):
         raise file.make_error(f"sigma{suffix}", "it must be a covariance: symmetric, with a diagonal >= 0")
     return Statistics(mean, covariance)
 
 
-def _read_tensor(file: ArrayFile, name: str, shape: tuple[int | None, ...], *, kinds: str) -> Tensor:
-    """Reads a copy of an array as float64.
+def _read_tensor(file: ArrayFile, name: str, shape: tuple[int | None, ...]) -> Tensor:
+    """Reads a copy of an array of floating-point numbers as float64.
 
     Raises:
         ValueError: see ``ArrayFile.read``; also if a value is non-finite.
     """
-    array: npt.NDArray[np.float64] = np.array(file.read(name, shape, kinds=kinds), dtype=np.float64)
+    array: npt.NDArray[np.float64] = np.array(file.read(name, shape, kinds="f"), dtype=np.float64)
     if not np.isfinite(array).all():
         raise file.make_error(name, "all values must be finite")
     return torch.from_numpy(array)

@@ -232,10 +232,10 @@ def open_model(
 
     if negative_model is not None:
         find_transformer(negative_model)  # before torch is imported
-    from maskgit_pl.devices import check_device, default_device, parse_dtype
+    from maskgit_pl.devices import find_device, parse_dtype
     from maskgit_pl.pipeline import MaskGIT
 
-    place = default_device() if device is None else str(check_device(device))
+    place = find_device(device)
     pipe = MaskGIT.from_pretrained(folders.pretrained, negative_model=negative_model).to(place)
     models = [pipe.transformer] if pipe.negative_model is None else [pipe.transformer, pipe.negative_model.transformer]
     for model in models:  # the tokenizer stays: reconstructions remain comparable

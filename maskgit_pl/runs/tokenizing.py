@@ -289,17 +289,9 @@ def _encoder(tokenizer: PretrainedTokenizer, device: torch.device, precision: st
 
 def _device(name: str, local_rank: int) -> torch.device:
     """Returns a device by name; for ``auto``, the processes of a machine take its accelerators in turn."""
-    import torch
+    from maskgit_pl.devices import check_device, default_device
 
-    from maskgit_pl.devices import check_device
-
-    if name != "auto":
-        return check_device(name, name="--device")
-    if not torch.accelerator.is_available():
-        return torch.device("cpu")
-    accelerator = torch.accelerator.current_accelerator()
-    assert accelerator is not None
-    return torch.device(accelerator.type, local_rank % torch.accelerator.device_count())
+    return check_device(default_device(local_rank=local_rank) if name == "auto" else name, name="--device")
 
 
 def _num_workers(device: torch.device) -> int:

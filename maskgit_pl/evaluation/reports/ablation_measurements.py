@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from maskgit_pl.devices import check_device, default_device
+from maskgit_pl.devices import default_device, find_device
 from maskgit_pl.errors import PreemptedError, describe_error, exit_code_of
 from maskgit_pl.evaluation.decodings import describe_decoding
 from maskgit_pl.evaluation.digests import digest_of, shorten_digest
@@ -148,7 +148,7 @@ class _Ablation:
         self.runs, self.options, self.name, self.bars = runs, options, name, bars
         if self.stage == "tokenizer" and options.reference is not None:
             raise ValueError("--reference must not be given with --stage tokenizer, which compares with the val split")
-        self.device = default_device() if options.device is None else str(check_device(options.device))
+        self.device = find_device(options.device)
         self.ledger = Ledger(options.results / FILE_NAME)
         self.evaluator = self._open_evaluator()
         self.num_images = round_to_classes(options.num_images, self.evaluator.data.num_classes)
