@@ -19,8 +19,9 @@ from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pipeline.bulk import generate_many
 from maskgit_pl.pretrained import fingerprint, save_transformer
 from maskgit_pl.shards.images import encode_png
-from maskgit_pl.shards.index import find_shards, index_shards
+from maskgit_pl.shards.index import index_shards
 from maskgit_pl.shards.samples import Sample
+from maskgit_pl.shards.shard_files import find_shards
 from maskgit_pl.shards.writer import write_split
 from maskgit_pl.training.learning_rates import LearningRate
 from tests.modules import masked_model

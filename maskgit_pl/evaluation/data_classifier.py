@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from maskgit_pl.checks import check_integer
 from maskgit_pl.evaluation.classifier_config import SMALL_TRAINING, ClassifierConfig
-from maskgit_pl.evaluation.run_folders import open_images
+from maskgit_pl.evaluation.opening import open_images
 from maskgit_pl.files import check_writable
 from maskgit_pl.image_format import ImageSize, check_image_size, pixels_text
 from maskgit_pl.progress import Bars, no_bars

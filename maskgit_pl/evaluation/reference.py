@@ -1,6 +1,6 @@
 """Statistics and features of real images, which generated images are compared with.
 
-They are computed once per network and kept in files, or read from a file in the layout of ADM. ``run_folders`` opens
+They are computed once per network and kept in files, or read from a file in the layout of ADM. ``opening`` opens
 them for the ``Evaluator``.
 """
 

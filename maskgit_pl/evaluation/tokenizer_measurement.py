@@ -22,9 +22,10 @@ from maskgit_pl.devices import find_device, parse_dtype
 from maskgit_pl.evaluation.distances import frechet_distance, kernel_distance
 from maskgit_pl.evaluation.extractors import open_extractors
 from maskgit_pl.evaluation.features import Extractor, FeatureCollector
+from maskgit_pl.evaluation.opening import open_images
 from maskgit_pl.evaluation.reconstruction import ReconstructionMeter, psnr
 from maskgit_pl.evaluation.reference import Statistics, draw_order, iter_real_batches
-from maskgit_pl.evaluation.run_folders import RunFolders, open_images
+from maskgit_pl.evaluation.run_folders import RunFolders
 from maskgit_pl.evaluation.tiling import reconstruct_in_tiles
 from maskgit_pl.evaluation.tokenizer_options import TokenizerOptions
 from maskgit_pl.image_format import height_width

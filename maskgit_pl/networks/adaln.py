@@ -300,12 +300,18 @@ class AdaLNTransformer(Backbone):
         vocabulary: Vocabulary = "codes",
         project: Project = F.linear,
     ) -> Tensor:
-        """Returns the logits (M, V) at ``positions``; see ``Backbone``. The last MLP and the head run there only."""
+        """Returns the logits (M, V) at ``positions``; see ``Backbone``. The head runs there only."""
+        return self._head(*self._hidden_at(tokens, labels, positions, vectors), vocabulary, project)
+
+    def _hidden_at(
+        self, tokens: Tensor, labels: Tensor, positions: Tensor, vectors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the inputs of the head at ``positions``: hidden states and conditions, (M, D) each."""
         x, condition, rotation = self._before_last(tokens, labels, vectors)
         images = positions // tokens.shape[1]
         rows = positions + images * (x.shape[1] - tokens.shape[1])  # class token and registers are at the end
-        x = self.blocks[-1](x, condition, rotation, rows=rows)
-        return self._head(x, F.embedding(images, condition), vocabulary, project)
+        # The last MLP runs at these rows only.
+        return self.blocks[-1](x, condition, rotation, rows=rows), F.embedding(images, condition)
 
     def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor, *, vectors: Tensor | None = None) -> Tensor:
         """Returns the logits (B, M, K) at ``positions``. The last block's queries and the head run there only."""

@@ -10,6 +10,7 @@ Source: paper, implementation details; google-research/maskgit, ``maskgit_transf
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import KW_ONLY, dataclass
 from importlib import import_module
 from typing import ClassVar, cast, get_args
@@ -153,6 +154,23 @@ class Transformer(Backbone):
         self.head_bias = nn.Parameter(torch.zeros(config.num_rows))
         self.apply(_initialise)
 
+    @abstractmethod
+    def _hidden_at(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+        """Returns the inputs (M, D) of the head at ``positions``; see ``forward_selected``."""
+
+    def forward_selected(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        positions: Tensor,
+        *,
+        vectors: Tensor | None = None,
+        vocabulary: Vocabulary = "codes",
+        project: Project = F.linear,
+    ) -> Tensor:
+        """Returns the logits (M, V) at ``positions``; see ``Backbone``. The head runs there only."""
+        return self._head(self._hidden_at(tokens, labels, positions), vocabulary, project)
+
     def _embed(self, sequence: Tensor, *, first: int = 0) -> Tensor:
         """Embeds ids (B, R) at the positions first, first + 1, ...: (B, R, D)."""
         places = self.position_embedding.weight[first : first + sequence.shape[1]]
@@ -202,20 +220,6 @@ class MaskedTransformer(Transformer):
         x = self.blocks[-1](self._hidden(tokens, labels))
         return self._head(x[:, 1:], vocabulary)
 
-    def forward_selected(
-        self,
-        tokens: Tensor,
-        labels: Tensor,
-        positions: Tensor,
-        *,
-        vectors: Tensor | None = None,
-        vocabulary: Vocabulary = "codes",
-        project: Project = F.linear,
-    ) -> Tensor:
-        """Returns the logits (M, V) at ``positions``; see ``Backbone``. The last MLP and the head run there only."""
-        rows = positions + positions // tokens.shape[1] + 1  # of a sequence of 1 + N: the class comes first
-        return self._head(self.blocks[-1](self._hidden(tokens, labels), rows), vocabulary, project)
-
     def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor, *, vectors: Tensor | None = None) -> Tensor:
         """Returns the logits at M positions of each image. The head and the last block's queries run at these only.
 
@@ -231,6 +235,12 @@ class MaskedTransformer(Transformer):
         # Keys and values of the last block need all positions, its queries and MLP only M of them.
         last = cast("Block", self.blocks[-1])
         return self._head(last.forward_at(self._hidden(tokens, labels), positions + 1), "codes")  # after the class
+
+    def _hidden_at(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+        # The last MLP runs at these positions only.
+        rows = positions + positions // tokens.shape[1] + 1  # of a sequence of 1 + N: the class comes first
+        x: Tensor = self.blocks[-1](self._hidden(tokens, labels), rows)
+        return x
 
     def _hidden(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Returns the input (B, S, D) of the last block."""

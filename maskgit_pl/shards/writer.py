@@ -24,10 +24,11 @@ from maskgit_pl.portable import sync
 from maskgit_pl.shards.crops import fit_image
 from maskgit_pl.shards.image_bytes import UnreadableImageError
 from maskgit_pl.shards.images import decode_image, encode_jpeg, encode_png, parse_image_header
-from maskgit_pl.shards.index import find_shards, index_shards
+from maskgit_pl.shards.index import index_shards
 from maskgit_pl.shards.manifest import Split, load_manifest, splits_of
 from maskgit_pl.shards.parallel import choose_workers, run_jobs
 from maskgit_pl.shards.samples import Sample, Source, UnreadableSample
+from maskgit_pl.shards.shard_files import find_shards
 from maskgit_pl.shards.vectors import VECTOR_EXTENSION
 from maskgit_pl.text import printable
 

@@ -25,19 +25,14 @@ from maskgit_pl.evaluation.decodings import describe_decoding
 from maskgit_pl.evaluation.digests import digest_of, shorten_digest
 from maskgit_pl.evaluation.evaluator import Evaluator, collect_numbers
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
+from maskgit_pl.evaluation.measurement_options import round_to_classes
 from maskgit_pl.evaluation.metric_names import metric_name
+from maskgit_pl.evaluation.opening import create_evaluated_model, open_images, open_model, open_networks
 from maskgit_pl.evaluation.reconstruction import measure_reconstruction
 from maskgit_pl.evaluation.reference import iter_real_batches
 from maskgit_pl.evaluation.reports.ablation_protocol import AblationProtocol
 from maskgit_pl.evaluation.reports.options import ReportOptions
-from maskgit_pl.evaluation.run_folders import (
-    RunFolders,
-    create_evaluated_model,
-    open_images,
-    open_model,
-    open_networks,
-    round_to_classes,
-)
+from maskgit_pl.evaluation.run_folders import RunFolders
 from maskgit_pl.image_format import ImageSize, as_image_size
 from maskgit_pl.pretrained import fingerprint, load_tokenizer, read_config
 from maskgit_pl.progress import Bars, no_bars
