@@ -325,20 +325,29 @@ def _obtain(
         each.label: {**key, "network": each.label, "weights": each.digest, "knows_classes": each.knows_classes}
         for each in extractors
     }
+    found: dict[str, Reference] = {}
+
+    def read() -> list[str]:
+        for label, own_key in keys.items():
+            if folder is not None and (reference := _read(_cache_path(folder, own_key), own_key)) is not None:
+                found[label] = reference
+        return list(found)
+
+    def write() -> None:
+        if folder is not None and rank_and_world()[0] == 0:
+            for label, reference in made.items():
+                _write(_cache_path(folder, keys[label]), keys[label], reference)
+
     # 1.
-    found = {label: None if folder is None else _read(_cache_path(folder, key), key) for label, key in keys.items()}
+    readable = on_all_ranks(read)
     # 2. A file may be readable on some ranks only; extraction is collective, so that all must agree on what is missing.
-    readable = on_all_ranks(lambda: [label for label, reference in found.items() if reference is not None])
     missing = [extractor for extractor in extractors if not all(extractor.label in labels for labels in readable)]
     made = (
         {label: Reference.from_features(extracted) for label, extracted in features(missing).items()} if missing else {}
     )
     # 3.
-    if folder is not None and rank_and_world()[0] == 0:
-        for label, reference in made.items():
-            _write(_cache_path(folder, keys[label]), keys[label], reference)
-    kept = {label: reference for label, reference in found.items() if reference is not None}
-    return {label: replace(made.get(label) or kept[label], origin=origin) for label in keys}
+    on_all_ranks(write)
+    return {label: replace(made.get(label) or found[label], origin=origin) for label in keys}
 
 
 def _cache_path(folder: Path, key: Mapping[str, Any]) -> Path:

@@ -225,14 +225,12 @@ def _save_decoding(
 ) -> SearchResult:
     """Writes the winner to ``decoding.json`` next to the weights, if the model has another decoding."""
     from maskgit_pl.pipeline.card import refresh_card
-    from maskgit_pl.pretrained import read_negative_model, save_decoding
+    from maskgit_pl.pretrained import save_decoding
     from maskgit_pl.provenance import describe_environment
 
     file = folders.pretrained / "decoding.json"
     negative = None if pipe.negative_model is None else pipe.negative_model.folder
-    recorded = read_negative_model(file)
-    is_recorded = negative is None if recorded is None else negative is not None and recorded.samefile(negative)
-    if result.winner.decoding == pipe.decoding and is_recorded:
+    if result.winner.decoding == pipe.decoding and _is_recorded(file, negative):
         return result
     tuned = {
         "metric": result.metric,
@@ -250,6 +248,17 @@ def _save_decoding(
     old = save_decoding(folders.pretrained, result.winner.decoding, tuned=tuned, negative_model=negative)
     refresh_card(folders.pretrained)
     return replace(result, decoding_file=file, old_decoding_file=old)
+
+
+def _is_recorded(file: Path, negative: Path | None) -> bool:
+    """Returns True if ``decoding.json`` names a negative model; for None, if it names none."""
+    from maskgit_pl.pretrained import read_negative_model
+
+    try:
+        recorded = read_negative_model(file)
+    except (FileNotFoundError, ValueError):  # it names none that exists, and the search took that of its options
+        return False
+    return negative is None if recorded is None else negative is not None and recorded.samefile(negative)
 
 
 def _write_page(evaluator: Evaluator, result: SearchResult, figure: ScheduleCurves | None, command: str) -> None:

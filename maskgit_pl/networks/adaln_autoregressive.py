@@ -31,6 +31,7 @@ class AutoregressiveAdaLN(AdaLNTransformer, AutoregressiveBackbone):
         config: Sizes and options, with causal attention.
     """
 
+    attention = "causal"
     entry_points = AutoregressiveBackbone.entry_points
 
     def forward(

@@ -22,12 +22,14 @@ from torch import Tensor, nn
 from maskgit_pl.checks import check_choice, check_integer
 from maskgit_pl.networks.backbone import (
     LARGEST_GRID,
+    LARGEST_SIZES,
     Attention,
     Backbone,
     BackboneConfig,
     Project,
     Vocabulary,
     backbones,
+    check_attention,
 )
 from maskgit_pl.networks.packing_linear import PackingLinear
 from maskgit_pl.networks.token_groups import TokenEmbedding, token_logits
@@ -42,12 +44,6 @@ __all__ = [
     "Vocabulary",
 ]
 
-_LARGEST = {  # well above any existing network: a larger number is a mistake, or an attack on the memory
-    "embed_dim": 2**16,
-    "depth": 1024,
-    "num_heads": 1024,
-    "mlp_dim": 2**20,
-}
 _INIT_STD = 0.02  # released code, also BERT's
 
 
@@ -87,7 +83,7 @@ class TransformerConfig(BackboneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, most in _LARGEST.items():
+        for name, most in LARGEST_SIZES.items():
             check_integer(f"transformer {name}", getattr(self, name), f"[1, {most}]")
         if self.embed_dim % self.num_heads:
             raise ValueError(
@@ -133,11 +129,7 @@ class Transformer(Backbone):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
-        if config.attention != self.attention:
-            raise ValueError(
-                f"transformer attention must be {self.attention!r} for {type(self).__name__}, got "
-                f"{config.attention!r}; config.create() builds the class for either"
-            )
+        check_attention(config, type(self), self.attention)
         del self.blocks  # set below, in the order of older checkpoints
         # The order of the modules decides the initial weights. One row of positions more than tokens: the class.
         self.token_embedding = TokenEmbedding(config, config.embed_dim)
