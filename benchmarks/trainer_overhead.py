@@ -37,7 +37,8 @@ from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.recipe_files import list_recipes
 from maskgit_pl.shards.images import encode_png
-from maskgit_pl.shards.index import find_shards, index_shards
+from maskgit_pl.shards.index import index_shards
+from maskgit_pl.shards.shard_files import find_shards
 from maskgit_pl.training.ema import update_ema
 from maskgit_pl.training.stop_and_nonfinite import clip_gradients
 

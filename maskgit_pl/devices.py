@@ -8,7 +8,7 @@ import torch
 
 from maskgit_pl.checks import check_choice
 
-__all__ = ["check_device", "default_device", "device_names", "has_bfloat16", "parse_dtype"]
+__all__ = ["check_device", "default_device", "device_names", "find_device", "has_bfloat16", "parse_dtype"]
 
 
 def device_names() -> list[str]:
@@ -58,6 +58,15 @@ def default_device(*, local_rank: int | None = None) -> str:
         return "cpu"
     devices = names[2:]  # after cpu and, for example, cuda
     return names[1] if local_rank is None else devices[local_rank % len(devices)]
+
+
+def find_device(device: str | None) -> str:
+    """Returns the name of a device that torch can use on this machine; without a name, that of ``default_device``.
+
+    Raises:
+        ValueError: if there is no such device. The message lists the available devices.
+    """
+    return default_device() if device is None else str(check_device(device))
 
 
 def has_bfloat16(device: torch.device | str) -> bool:

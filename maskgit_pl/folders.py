@@ -20,8 +20,16 @@ from maskgit_pl.files import check_writable, follow_links, read_json
 from maskgit_pl.locks import hold_lock
 from maskgit_pl.portable import sync
 
-__all__ = ["check_new_folder", "check_only_known", "replace_folder", "resolve_folder", "write_folder"]
+__all__ = [
+    "check_new_folder",
+    "check_only_known",
+    "has_content",
+    "replace_folder",
+    "resolve_folder",
+    "write_folder",
+]
 
+_OF_FILE_MANAGERS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # macOS and Windows put them into folders that they show
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # arguments of renameat2(2)
 
 
@@ -46,6 +54,11 @@ def resolve_folder(name: str, folder: Path) -> Path:
     return real
 
 
+def has_content(folder: Path) -> bool:
+    """Returns True if a folder exists and holds more than what file managers put into the folders that they show."""
+    return folder.is_dir() and any(each.name not in _OF_FILE_MANAGERS for each in folder.iterdir())
+
+
 def check_new_folder(
     folder: Path,
     *,
@@ -66,7 +79,7 @@ def check_new_folder(
     Raises:
         FileExistsError: if the folder has other files, or ``replace`` is False.
     """
-    if not folder.exists() or not any(folder.iterdir()):
+    if not has_content(folder):
         return
     if not replace:
         raise FileExistsError(f"{folder} has files; replace an earlier export with --replace, or name a new folder")
@@ -82,6 +95,8 @@ def check_new_folder(
 def check_only_known(folder: Path, known: Collection[str]) -> None:
     """Checks that a folder holds no other files than those that are replaced, because others would be lost.
 
+    What file managers put into the folders that they show is not counted.
+
     Args:
         folder: Folder to replace later, which need not exist.
         known: Files that may be there, relative to it.
@@ -90,6 +105,7 @@ def check_only_known(folder: Path, known: Collection[str]) -> None:
         FileExistsError: if there are others. The message names up to three.
     """
     files = (each for each in folder.rglob("*") if each.is_symlink() or not each.is_dir())
+    files = (each for each in files if each.name not in _OF_FILE_MANAGERS)
     others = (each.relative_to(folder).as_posix() for each in files)
     found = sorted(islice((each for each in others if each not in known), 3))
     if found:

@@ -1,4 +1,4 @@
-"""The size and the channels of images, as recipes and files give them. Imports no torch.
+"""The size, the channels and the file names of images, as recipes and files give them. Imports no torch.
 
 A size is the side of square images, or (height, width). Equal sides are always one integer, so that files, digests and
 names of square images are those of versions that knew no others.
@@ -6,6 +6,7 @@ names of square images are those of versions that knew no others.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, TypeAlias
 
 from maskgit_pl.checks import check_integer, shorten
@@ -23,6 +24,8 @@ __all__ = [
     "check_image_size",
     "composite_over_white",
     "height_width",
+    "image_file_name",
+    "is_image_file_name",
     "pixels_text",
     "plain_size",
     "visible_channels",
@@ -30,6 +33,8 @@ __all__ = [
 
 ImageSize: TypeAlias = int | tuple[int, int]
 """The side of square images, or (height, width), in pixels."""
+
+_FILE_NAME = re.compile(r"(no-class|class-\d{4,})-seed-\d{6,}\.png")  # of ``image_file_name``
 
 CHANNELS = {1: "grey", 2: "grey with alpha", 3: "RGB", 4: "RGBA"}
 """The numbers of channels of images, and what they hold. Alpha is the last channel: 0 is transparent."""
@@ -57,6 +62,22 @@ def pixels_text(size: int | Sequence[int]) -> str:
     """Returns a size for messages: width x height, as PIL and file managers show it."""
     height, width = height_width(size)
     return f"{width} x {height}"
+
+
+def image_file_name(label: int | None, seed: int) -> str:
+    """Returns the name of the PNG file of a generated image, such as ``class-0003-seed-000007.png``.
+
+    Args:
+        label: Class of the image; None is "no class".
+        seed: Seed of the image.
+    """
+    name = "no-class" if label is None else f"class-{label:04d}"
+    return f"{name}-seed-{seed:06d}.png"
+
+
+def is_image_file_name(name: str) -> bool:
+    """Returns True if a name can be one of ``image_file_name``."""
+    return _FILE_NAME.fullmatch(name) is not None
 
 
 def check_image_size(name: str, size: object, interval: str) -> ImageSize:

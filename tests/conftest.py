@@ -15,7 +15,8 @@ from maskgit_pl.networks.transformer import Attention, Transformer, TransformerC
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import PretrainedTokenizer, fingerprint, save_tokenizer, save_transformer
 from maskgit_pl.shards.images import encode_png
-from maskgit_pl.shards.index import find_shards, index_shards
+from maskgit_pl.shards.index import index_shards
+from maskgit_pl.shards.shard_files import find_shards
 from maskgit_pl.shards.sources import open_source
 from maskgit_pl.shards.writer import make_shards
 

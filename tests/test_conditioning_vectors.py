@@ -19,8 +19,9 @@ from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pipeline.bulk import generate_many
 from maskgit_pl.pretrained import fingerprint, save_transformer
 from maskgit_pl.shards.images import encode_png
-from maskgit_pl.shards.index import find_shards, index_shards
+from maskgit_pl.shards.index import index_shards
 from maskgit_pl.shards.samples import Sample
+from maskgit_pl.shards.shard_files import find_shards
 from maskgit_pl.shards.writer import write_split
 from maskgit_pl.training.learning_rates import LearningRate
 from tests.modules import masked_model
@@ -285,6 +286,7 @@ def test_many_images_take_the_vectors_of_the_pool_and_are_never_mixed_with_other
         images = made["arr_0"][..., :1]
     direct = pipe.generate(["b"] * 4, vectors=vectors, seed=8, output_type="np")
     assert np.abs(images.astype(int) - direct).max() <= 1
+    assert pipe.quantize().vector_pool is pipe.vector_pool
     pipe.vector_pool = VectorPool(vectors + 1)
     with pytest.raises(ValueError, match="holds images of other settings: vectors"):
         generate_many(pipe, tmp_path / "a.npz", num_images=4, classes=["b"], seed=8)

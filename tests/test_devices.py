@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from maskgit_pl.devices import check_device, default_device, device_names, has_bfloat16, parse_dtype
+from maskgit_pl.devices import check_device, default_device, device_names, find_device, has_bfloat16, parse_dtype
 
 
 def accelerators(monkeypatch: pytest.MonkeyPatch, kind: str | None, count: int = 0) -> None:
@@ -56,8 +56,11 @@ def test_processes_of_one_machine_have_a_gpu_of_their_own_by_default(monkeypatch
     accelerators(monkeypatch, "cuda", 2)
     assert default_device() == "cuda"
     assert [default_device(local_rank=rank) for rank in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert (find_device(None), find_device("cuda:1")) == ("cuda", "cuda:1")
+    with pytest.raises(ValueError, match="device must be one of cpu, cuda"):
+        find_device("cuda:2")
     accelerators(monkeypatch, "mps", 1)
-    assert default_device() == "mps"
+    assert default_device() == find_device(None) == "mps"
 
 
 @pytest.mark.parametrize(

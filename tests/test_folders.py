@@ -7,7 +7,7 @@ import pytest
 
 from maskgit_pl import folders
 from maskgit_pl.files import write_text
-from maskgit_pl.folders import check_only_known, replace_folder, resolve_folder, write_folder
+from maskgit_pl.folders import check_only_known, has_content, replace_folder, resolve_folder, write_folder
 from tests.holding import holder
 
 
@@ -144,6 +144,24 @@ def test_files_of_others_are_named_and_links_are_not_followed(tmp_path: Path) ->
         check_only_known(folder, {"a", "b/c", "d", "e"})
     with pytest.raises(FileExistsError, match=r"got also [\w/]+, [\w/]+, [\w/]+; move them"):
         check_only_known(folder, set())
+
+
+def test_what_a_file_manager_puts_into_a_folder_is_no_content_and_stops_no_replacement(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    assert not has_content(folder)
+    (folder / "b").mkdir(parents=True)
+    for name in (".DS_Store", "b/.DS_Store", "Thumbs.db", "b/desktop.ini"):
+        write_text(folder / name, "")
+    check_only_known(folder, set())
+    (folder / "b" / "a").touch()
+    with pytest.raises(FileExistsError, match=r"got also b/a; move them"):
+        check_only_known(folder, set())
+    assert has_content(folder)
+    shutil.rmtree(folder / "b")
+    assert not has_content(folder)
+    with write_folder(folder) as fresh:
+        write_text(fresh / "file", "new")
+    assert [path.name for path in folder.iterdir()] == ["file"]
 
 
 @pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="Linux exchanges two names")

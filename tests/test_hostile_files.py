@@ -32,10 +32,10 @@ from maskgit_pl.pretrained import (
     save_tokenizer,
     save_transformer,
 )
-from maskgit_pl.runs.ablation_runs import read_training_time
 from maskgit_pl.shards.images import encode_png
 from maskgit_pl.shards.labels import Labels
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, read_settings
+from maskgit_pl.training.step_clock import read_training_time
 
 OLD = Path(__file__).parent / "old" / "0.1.0"
 SECONDS, MEMORY = 10, 500_000_000  # of a load, at most; a load of what is here takes 10 ms and 1 MB

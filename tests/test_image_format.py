@@ -1,4 +1,4 @@
-"""Sizes and channels of images: one form of each size, and alpha over white."""
+"""Sizes, channels and file names of images: one form of each size, and alpha over white."""
 
 import pytest
 import torch
@@ -9,6 +9,8 @@ from maskgit_pl.image_format import (
     check_image_size,
     composite_over_white,
     height_width,
+    image_file_name,
+    is_image_file_name,
     pixels_text,
     plain_size,
     visible_channels,
@@ -30,6 +32,14 @@ def test_anything_else_is_no_size(given):
 
 def test_messages_show_the_width_first():
     assert (pixels_text(8), pixels_text((24, 40))) == ("8 x 8", "40 x 24")
+
+
+def test_names_of_generated_images_are_known_again():
+    names = [image_file_name(label, seed) for label, seed in ((None, 0), (3, 7), (12345, 2**32 - 1))]
+    assert names[:2] == ["no-class-seed-000000.png", "class-0003-seed-000007.png"]
+    assert all(map(is_image_file_name, names))
+    for name in ("class-3-seed-000007.png", "class-0003-seed-000007.jpg", "x-class-0003-seed-000007.png", "photo.png"):
+        assert not is_image_file_name(name)
 
 
 @pytest.mark.parametrize("channels", [0, 5, True, 3.0, "3", None])

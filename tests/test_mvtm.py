@@ -19,6 +19,7 @@ from maskgit_pl.pretrained import load_tokenizer, load_transformer
 from maskgit_pl.randomness import random_uniform
 from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.token_model_config import check_tokenizer
+from maskgit_pl.training.binned_means import BinnedMeans
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
 from maskgit_pl.training.learning_rates import LearningRate
 from tests.conftest import peak_predictions
@@ -204,6 +205,14 @@ def test_tokens_are_binned_by_the_share_of_their_row_that_is_masked(tiny_pretrai
     mask = torch.arange(16) < counts.unsqueeze(1)
     bins = model(tiny_pretrained)._assign_bins(mask, true_positions(mask))
     assert bins.tolist() == [0] * 5 + [1] * 13 + [2] * 12 + [3] * 16
+
+
+def test_means_of_many_tokens_are_not_rounded():
+    means = BinnedMeans("position")
+    losses = torch.full((2**16,), 6.1)
+    for _ in range(300):  # 20 million tokens: float32 cannot count them one by one
+        means.add(torch.zeros(2**16, dtype=torch.int64), losses, torch.ones(2**16))
+    assert means.take(torch.tensor(0.0))["train/loss/position-0.00-0.25"] == pytest.approx(6.1, rel=1e-3)
 
 
 class Seeds(Callback):

@@ -17,7 +17,7 @@ from maskgit_pl.evaluation.digests import model_digests, shorten_digest
 from maskgit_pl.old_names import rename_tensors
 from maskgit_pl.pretrained import load_transformer
 from maskgit_pl.runs.recipe import Recipe
-from maskgit_pl.shards.tokens import read_description
+from maskgit_pl.shards.store_description import read_description
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO
 
 OLD = Path(__file__).parent / "old" / "0.1.0"

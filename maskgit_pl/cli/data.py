@@ -232,9 +232,10 @@ def _report_duplicates(folder: Path) -> None:
 
 def _index(args: argparse.Namespace) -> int:
     from maskgit_pl.shards.class_names import find_class_names
-    from maskgit_pl.shards.index import index_shards, locate_shards, split_shards
+    from maskgit_pl.shards.index import index_shards
     from maskgit_pl.shards.manifest import read_manifest_summary
     from maskgit_pl.shards.report import describe_data, index_lines
+    from maskgit_pl.shards.shard_files import locate_shards, split_shards
 
     folder, found = locate_shards(args.shards)
     shards, how = split_shards(folder, found, train=args.train, val=args.val, val_fraction=args.val_fraction)
@@ -262,7 +263,7 @@ def _index(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     from maskgit_pl.shards.report import describe_bad_files, describe_verification
-    from maskgit_pl.shards.tokens import is_store
+    from maskgit_pl.shards.store_description import is_store
     from maskgit_pl.shards.verify import verify_shards
 
     # A token store has another manifest and no images.
@@ -283,7 +284,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _verify_store(folder: Path, *, decode: bool) -> int:
     from maskgit_pl.shards.report import describe_bad_files, describe_store_verification
-    from maskgit_pl.shards.tokens import DESCRIPTION_FILE, REMAKE_HINT
+    from maskgit_pl.shards.store_description import DESCRIPTION_FILE, REMAKE_HINT
     from maskgit_pl.shards.verify import verify_store
 
     if decode:

@@ -56,7 +56,7 @@ def _add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_measuring_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the fields of ``evaluation.run_folders.MeasurementOptions`` from the flags."""
+    """Returns the fields of ``evaluation.measurement_options.MeasurementOptions`` from the flags."""
     if "negative_model" in args:
         check_negative_model_flag(args)
     fields = ("seed", "batch_size", "device", "dtype", "classifier", "negative_model")

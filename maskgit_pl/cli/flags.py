@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from maskgit_pl.files import check_writable
+from maskgit_pl.image_format import is_image_file_name
 
 __all__ = [
     "FOLDER",
@@ -25,7 +26,6 @@ __all__ = [
 ]
 
 FOLDER = ""  # used in place of a file suffix
-_IMAGE_NAME = re.compile(r"(no-class|class-\d+)-seed-\d+\.png")  # of imaging.save_images
 
 
 def add_device_argument(parser: argparse.ArgumentParser, *, default: str = "a GPU if there is one") -> None:
@@ -101,7 +101,7 @@ def check_outputs(args: argparse.Namespace, **endings: str) -> None:
             each
             for each in inputs
             if each == real
-            or (ending == FOLDER and os.path.dirname(each) == real and _IMAGE_NAME.fullmatch(os.path.basename(each)))
+            or (ending == FOLDER and os.path.dirname(each) == real and is_image_file_name(os.path.basename(each)))
         ]
         if lost:
             raise ValueError(

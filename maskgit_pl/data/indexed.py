@@ -24,7 +24,7 @@ from maskgit_pl.data.augmentations import Augmentations, build_augmentations
 from maskgit_pl.data.batches import Batch, make_loader
 from maskgit_pl.data.order import BATCH_SIZE_RANGE, EvalBatchSampler, InOrder, Order, ShuffledStream, TrainBatchSampler
 from maskgit_pl.data.step_module import StepDataModule
-from maskgit_pl.image_format import ImageSize, check_channels, check_image_size
+from maskgit_pl.image_format import CHANNELS, ImageSize, check_channels, check_image_size
 from maskgit_pl.shards.crops import Crop, fit_image
 from maskgit_pl.shards.images import from_pil
 
@@ -221,9 +221,10 @@ def _to_pixels(image: Any, *, channels: int, name: str) -> Tensor:
     if isinstance(image, Tensor):  # to (H, W) or (H, W, C), the layout of arrays
         image = image.cpu().numpy() if image.ndim == 2 else image.movedim(0, -1).cpu().numpy()
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim not in (2, 3):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in CHANNELS):
             raise TypeError(
-                f"{name}: pixels must be uint8 of shape (H, W) or (H, W, C), got {image.dtype} {image.shape}"
+                f"{name}: pixels must be uint8 of shape (H, W) or (H, W, C) with C from 1 to 4, got {image.dtype} "
+                f"{image.shape}"
             )
         image = Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image)
     if not isinstance(image, Image.Image):

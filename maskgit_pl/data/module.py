@@ -38,7 +38,8 @@ from maskgit_pl.shards.manifest import (
     read_manifest_summary,
 )
 from maskgit_pl.shards.reader import ShardReader
-from maskgit_pl.shards.tokens import StoreDescription, TokenReader, augmentations_text, check_origin, open_store
+from maskgit_pl.shards.store_description import StoreDescription, augmentations_text, check_origin
+from maskgit_pl.shards.tokens import TokenReader, open_store
 
 __all__ = ["ShardData"]
 

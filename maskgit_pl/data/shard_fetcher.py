@@ -131,11 +131,16 @@ class ShardFetcher:
 
     def __iter__(self) -> Iterator[FetchedShard]:
         following = self._begin()  # 1.
-        while following is not None:
-            url, epoch, future = following
-            descriptor, scan = self._wait(url, future)  # 2.
-            following = self._begin()  # 3.
-            yield FetchedShard(url, descriptor, epoch, scan)
+        try:
+            while following is not None:
+                url, epoch, future = following
+                descriptor, scan = self._wait(url, future)  # 2.
+                following = self._begin()  # 3.
+                yield FetchedShard(url, descriptor, epoch, scan)
+        finally:
+            # A validation may end before the last shard: nobody closes the file of the shard after it.
+            if following is not None:
+                following[2].add_done_callback(_close_unused)
 
     def _begin(self) -> tuple[str, int, Future[tuple[int, ShardScan]]] | None:
         """Starts to download the next shard; returns its URL, its epoch and its future, or None after the last one."""
@@ -143,7 +148,7 @@ class ShardFetcher:
         if url is None:
             return None
         future: Future[tuple[int, ShardScan]] = Future()
-        self._alive = time.monotonic()
+        self._note_progress()
         # A daemon: a thread that waits for the network does not keep the process alive.
         Thread(target=self._fetch, args=(url, future), daemon=True).start()
         return url, epoch, future
@@ -159,7 +164,9 @@ class ShardFetcher:
             try:
                 return future.result(timeout=max(0.01, self._alive + patience - time.monotonic()))
             except NotYetError:
-                # The deadline moves with every block that arrives.
+                if future.done():  # in this moment, or with a TimeoutError of the file system
+                    return future.result()
+                # The deadline moves with every block that arrives, and every member that is checked.
                 if time.monotonic() - self._alive >= patience:
                     raise StreamError(f"stream {url}: no data for {patience:g} s (data.stream.stall_seconds)") from None
 
@@ -201,7 +208,7 @@ class ShardFetcher:
                 if attempt == self.config.attempts:
                     raise StreamError(f"stream {url}: download failed in {attempt} attempts ({what})") from error
                 log.warning("stream %s: attempt %d of %d failed: %s", url, attempt, self.config.attempts, what)
-                self._alive = time.monotonic()
+                self._note_progress()
                 time.sleep(attempt)
         return None
 
@@ -214,7 +221,7 @@ class ShardFetcher:
         size = 0
         with fsspec.open(url, "rb") as source:
             while block := source.read(_CHUNK):
-                self._alive = time.monotonic()
+                self._note_progress()
                 size += file.write(block)
                 if size > _MAX_SHARD_BYTES:
                     raise StreamError(f"stream {url}: a shard must have at most {_MAX_SHARD_BYTES} bytes, got more")
@@ -233,7 +240,7 @@ class ShardFetcher:
         """
         path = Path(f"/dev/fd/{descriptor}")  # the file has no other name
         try:
-            scan = scan_shard(path, self.labels, vectors=False)
+            scan = scan_shard(path, self.labels, vectors=False, hashed=False, on_member=self._note_progress)
             if scan.damage:
                 raise StreamError(f"stream {url}: a shard must be a complete, uncompressed tar, got: {scan.damage}")
             wrong = [
@@ -248,8 +255,16 @@ class ShardFetcher:
         except BaseException:
             os.close(descriptor)
             raise
-        self._alive = time.monotonic()
         return descriptor, scan
+
+    def _note_progress(self) -> None:
+        self._alive = time.monotonic()
+
+
+def _close_unused(future: Future[tuple[int, ShardScan]]) -> None:
+    """Closes the file of a shard that nobody reads."""
+    if future.exception() is None:
+        os.close(future.result()[0])
 
 
 def _local_path(url: str) -> Path | None:

@@ -20,8 +20,9 @@ from maskgit_pl.files import parse_any_json
 from maskgit_pl.image_format import ImageSize, height_width, pixels_text
 from maskgit_pl.shards.manifest import ImageRange, Split, load_manifest, read_manifest_summary
 from maskgit_pl.shards.reader import ShardReader
+from maskgit_pl.shards.store_description import StoreDescription
 from maskgit_pl.shards.token_writer import Part, StoreParts
-from maskgit_pl.shards.tokens import StoreDescription, is_complete
+from maskgit_pl.shards.tokens import is_complete
 from maskgit_pl.shards.unreadable import check_budget
 
 __all__ = ["PART_SIZE", "Outcome", "TokenizingConfig", "describe_store", "tokenize"]

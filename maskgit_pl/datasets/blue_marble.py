@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import io
 import logging
 import sys
 import tempfile
@@ -70,7 +71,8 @@ class BlueMarble(Dataset):
 
         from maskgit_pl.datasets.blue_marble_tiles import BlueMarbleTiles
 
-        return BlueMarbleTiles(np.asarray(Image.open(path).convert("RGB")), image_size, picture_sha256=SHA256)
+        pixels = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))  # of the bytes that were hashed
+        return BlueMarbleTiles(pixels, image_size, picture_sha256=SHA256)
 
 
 def _download(folder: Path) -> Path:

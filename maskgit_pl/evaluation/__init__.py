@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from maskgit_pl.evaluation.classifier_config import CASConfig, ClassifierConfig
     from maskgit_pl.evaluation.comparison import ComparisonOptions, compare
     from maskgit_pl.evaluation.data_classifier import train_classifier
-    from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
+    from maskgit_pl.evaluation.evaluated_model import EvaluatedModel
+    from maskgit_pl.evaluation.evaluator import Evaluator
     from maskgit_pl.evaluation.ledger import Ledger
     from maskgit_pl.evaluation.model_evaluation import EvaluationOptions, evaluate
     from maskgit_pl.evaluation.tokenizer_evaluation import evaluate_tokenizer
@@ -46,7 +47,7 @@ __getattr__ = lazy_names(
         "CASConfig": "classifier_config",
         "ClassifierConfig": "classifier_config",
         "ComparisonOptions": "comparison",
-        "EvaluatedModel": "evaluator",
+        "EvaluatedModel": "evaluated_model",
         "EvaluationOptions": "model_evaluation",
         "Evaluator": "evaluator",
         "Ledger": "ledger",

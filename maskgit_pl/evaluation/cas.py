@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from maskgit_pl.data import ShardData
+from maskgit_pl.devices import find_device
 from maskgit_pl.distributed import on_all_ranks, rank_and_world
 from maskgit_pl.evaluation.classifier import Accuracy
 from maskgit_pl.evaluation.classifier_config import CASConfig
@@ -68,7 +68,7 @@ def classification_accuracy(
             on_step=on_step,
             device=device,
         )
-        return measure_accuracy(classifier.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), data)
+        return measure_accuracy(classifier.to(find_device(device)), data)
 
     accuracy = on_all_ranks(measure)[0]
     assert accuracy is not None  # the result of the first rank

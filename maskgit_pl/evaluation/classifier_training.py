@@ -24,7 +24,7 @@ from torch.utils.data import Dataset, Sampler
 from maskgit_pl.data import Batch, ShardData, ShuffledStream
 from maskgit_pl.data.batches import make_loader
 from maskgit_pl.data.order import Order, Rows
-from maskgit_pl.distributed import barrier, rank_and_world
+from maskgit_pl.distributed import on_all_ranks, rank_and_world
 from maskgit_pl.evaluation.classifier import Accuracy, Classifier, count_hits
 from maskgit_pl.evaluation.classifier_config import SMALL_TRAINING, ClassifierConfig
 from maskgit_pl.files import read_json, write_tensors, write_text
@@ -127,11 +127,14 @@ def obtain_classifier(
     Raises:
         ValueError: if timm has no such network, or the stored weights are damaged.
     """
-    if rank_and_world()[0] == 0 and not is_trained(folder, data, config):
-        # Training is short and not distributed; the other ranks wait at the barrier.
-        classifier = fit_classifier(data, config=config, on_step=on_step, device=device)
-        _save(folder, classifier, _key(data, config))
-    barrier()
+
+    def train() -> None:
+        # Training is short and not distributed; the other ranks wait for the first one.
+        if rank_and_world()[0] == 0 and not is_trained(folder, data, config):
+            classifier = fit_classifier(data, config=config, on_step=on_step, device=device)
+            _save(folder, classifier, _key(data, config))
+
+    on_all_ranks(train)
     # Every rank reads the file, also the one that has trained, so that all have the same weights.
     classifier = _create_classifier(data, config)
     load_weights(classifier.network, read_tensors(folder / WEIGHT_FILE), folder / WEIGHT_FILE)

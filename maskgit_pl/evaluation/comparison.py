@@ -18,7 +18,15 @@ from maskgit_pl.decoding.limits import check_num_steps
 from maskgit_pl.decoding.selectors import Remasking, token_selectors
 from maskgit_pl.evaluation.decodings import Spec, decoding_key, with_steps
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
+from maskgit_pl.evaluation.measurement_options import MeasurementOptions, default_steps, round_to_classes
 from maskgit_pl.evaluation.metric_names import format_value, title
+from maskgit_pl.evaluation.opening import (
+    check_model_decoding,
+    create_evaluated_model,
+    open_data,
+    open_evaluator,
+    open_model,
+)
 from maskgit_pl.evaluation.pages import (
     Page,
     choose_classes,
@@ -30,18 +38,7 @@ from maskgit_pl.evaluation.pages import (
     terminal_table,
     terminal_word,
 )
-from maskgit_pl.evaluation.run_folders import (
-    MeasurementOptions,
-    check_model_decoding,
-    create_evaluated_model,
-    default_steps,
-    find_run,
-    open_data,
-    open_evaluator,
-    open_model,
-    read_outline,
-    round_to_classes,
-)
+from maskgit_pl.evaluation.run_folders import find_run, read_outline
 from maskgit_pl.progress import Bars, no_bars
 from maskgit_pl.registry import describe
 from maskgit_pl.text import markdown
@@ -50,7 +47,8 @@ if TYPE_CHECKING:
     from PIL import Image
     from rich.table import Table
 
-    from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
+    from maskgit_pl.evaluation.evaluated_model import EvaluatedModel
+    from maskgit_pl.evaluation.evaluator import Evaluator
     from maskgit_pl.pipeline import MaskGIT
 
 __all__ = [
@@ -269,7 +267,8 @@ def compare(
     images = open_data(folders, pipe, num_workers=options.num_workers)
     count = round_to_classes(num_images, images.num_classes)
     model = create_evaluated_model(folders, pipe, out)
-    evaluator = open_evaluator(folders, pipe, images, Ledger(model.folder / FILE_NAME), options=options, bars=bars)
+    ledger = Ledger(model.folder / FILE_NAME)
+    evaluator = open_evaluator(folders, pipe, images, ledger, batch_size=options.batch_size, bars=bars)
     comparison = _measure(evaluator, model, work, num_images=count, seed=options.seed)
     comparison = replace(comparison, folder=out or folders.run / "comparison")
     flags = {"num_images": num_images, "seed": options.seed, "selectors": selectors, "num_steps": num_steps}

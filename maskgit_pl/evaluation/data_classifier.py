@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from maskgit_pl.checks import check_integer
 from maskgit_pl.evaluation.classifier_config import SMALL_TRAINING, ClassifierConfig
-from maskgit_pl.evaluation.run_folders import open_images
+from maskgit_pl.evaluation.opening import open_images
 from maskgit_pl.files import check_writable
 from maskgit_pl.image_format import ImageSize, check_image_size, pixels_text
 from maskgit_pl.progress import Bars, no_bars
@@ -81,12 +81,12 @@ def train_classifier(
             f"image_size must be given for data {data}, whose images have {pixels_text(least)} to "
             f"{pixels_text(largest)} pixels"
         )
-    from maskgit_pl.devices import check_device, default_device
+    from maskgit_pl.devices import find_device
     from maskgit_pl.evaluation import classifier_training
     from maskgit_pl.networks.classifier import check_model
 
     check_model(config.model)
-    place = default_device() if device is None else str(check_device(device))
+    place = find_device(device)
     source = open_images(Path(data), image_size or least, summary.channels, num_workers=num_workers)
     folder = out or Path("runs") / f"{Path(data).resolve().name}-classifier" / config.model
     check_writable("out", folder, is_folder=True)

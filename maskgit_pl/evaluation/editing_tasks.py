@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from maskgit_pl.editing import pixel_region
+from maskgit_pl.image_format import height_width
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pretrained import PretrainedTokenizer
 
@@ -37,7 +39,7 @@ def make_hidden_mask(task: Task, tokenizer: PretrainedTokenizer) -> Tensor:
 
     Source: paper, Table 2.
     """
-    rows, columns = tokenizer.grid
+    (rows, columns), (height, width) = tokenizer.grid, height_width(tokenizer.image_size)
     hidden = torch.zeros(rows, columns, dtype=torch.bool)  # (h, w) tokens
     if task == "outpaint-right":
         hidden[:, columns // 2 :] = True
@@ -47,7 +49,7 @@ def make_hidden_mask(task: Task, tokenizer: PretrainedTokenizer) -> Tensor:
         top, left = (rows - high) // 2, (columns - wide) // 2
         hidden[top : top + high, left : left + wide] = True
     factor = tokenizer.network.config.downsampling_factor
-    return hidden.repeat_interleave(factor, 0).repeat_interleave(factor, 1)  # (H, W) pixels
+    return pixel_region(hidden, factor=factor, height=height, width=width)
 
 
 def hide_pixels(task: Task, tokenizer: PretrainedTokenizer, images: Tensor) -> Tensor:

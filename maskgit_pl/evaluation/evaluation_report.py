@@ -13,7 +13,8 @@ from torch import nn
 
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.acceptance import num_candidates
-from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, collect_numbers
+from maskgit_pl.evaluation.evaluated_model import EvaluatedModel
+from maskgit_pl.evaluation.evaluator import Evaluator, collect_numbers
 from maskgit_pl.evaluation.feature_metrics import CLASSIFIER, FeatureMetrics
 from maskgit_pl.evaluation.held_out import describe_held_out
 from maskgit_pl.evaluation.ledger import Row

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
-from pathlib import Path
+from dataclasses import asdict
+from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from maskgit_pl.data import ShardData
 from maskgit_pl.decoding import DecodingConfig
@@ -24,10 +23,10 @@ from maskgit_pl.evaluation.acceptance import num_candidates
 from maskgit_pl.evaluation.cas import classification_accuracy
 from maskgit_pl.evaluation.classifier_config import CASConfig
 from maskgit_pl.evaluation.classifier_training import TrainingImages
-from maskgit_pl.evaluation.decodings import decoding_key
-from maskgit_pl.evaluation.digests import digest_of, model_digests, shorten_digest
+from maskgit_pl.evaluation.digests import shorten_digest
 from maskgit_pl.evaluation.distances import Metrics
 from maskgit_pl.evaluation.editing_tasks import Task, edit, hide_pixels
+from maskgit_pl.evaluation.evaluated_model import EvaluatedModel
 from maskgit_pl.evaluation.feature_metrics import FeatureMetrics
 from maskgit_pl.evaluation.generation import GeneratedImages, delete_generated, generate_images
 from maskgit_pl.evaluation.ledger import REAL, Ledger, Row, read_number
@@ -42,12 +41,10 @@ from maskgit_pl.evaluation.likelihood import (
 )
 from maskgit_pl.evaluation.metric_names import NETWORK_METRICS, metric_name
 from maskgit_pl.evaluation.reference import ReferenceOrigin, draw_order, read_real_vectors
-from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.pipeline.acceptance import Acceptance
 from maskgit_pl.progress import Bars, no_bars
 from maskgit_pl.provenance import describe_environment, device_name
 
-__all__ = ["EvaluatedModel", "Evaluator", "collect_numbers"]
+__all__ = ["Evaluator", "collect_numbers"]
 
 _READ_BATCH = 200  # real images per read
 _OWN_COLUMNS = ("model", "max_steps", "seed")  # fields of ``CASConfig`` that have a column of their own
@@ -57,54 +54,6 @@ _NO_DECODING: dict[str, Any] = {"num_steps": None, "decoding": None}
 _DEVIATIONS = ("kid_deviation", "is_deviation")
 _OF_IMAGES = ("class_agreement", "diversity", "steps_taken", "seconds_per_image")  # values that belong to no network
 EDITED, UNEDITED, MASKED = "MaskGIT", "unedited", "masked"
-
-
-@dataclass(frozen=True)
-class EvaluatedModel:
-    """A model to measure.
-
-    Args:
-        run: Name of the run.
-        pipe: The model.
-        pretrained: Folder that the model was read from.
-        folder: Folder of the generated images, such as ``RUN/evaluation``.
-        acceptance: Rejection sampling of the generated images; None for all images. Edited images are not rejected.
-    """
-
-    run: str
-    pipe: MaskGIT
-    pretrained: Path
-    folder: Path
-    acceptance: Acceptance | None = None
-
-    @property
-    def kind(self) -> str:
-        """The kind of the model in tables: "MaskGIT" or "autoregressive"."""
-        return "MaskGIT" if self.pipe.transformer.mask_schedule is not None else "autoregressive"
-
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        """The ledger columns that identify the model."""
-        pipe = self.pipe
-        networks: tuple[nn.Module, ...] = (pipe.tokenizer.network, pipe.transformer.network)
-        return {
-            "model": self.kind,
-            "run": self.run,
-            "mask_schedule": "" if pipe.transformer.mask_schedule is None else repr(pipe.transformer.mask_schedule),
-            "parameters": sum(each.numel() for network in networks for each in network.parameters()),
-            **{name: shorten_digest(digest) for name, digest in model_digests(pipe, self.pretrained).items()},
-        }
-
-    def decoding_key(self, decoding: DecodingConfig) -> dict[str, Any]:
-        """Returns the ledger key of images: that of the decoding, and the negative model and acceptance if any."""
-        key, negative = decoding_key(decoding), self.pipe.negative_model
-        if self.acceptance is not None:
-            key |= {"accept_rate": self.acceptance.rate, "classifier": shorten_digest(self.acceptance.digest)}
-        if self.pipe.vector_pool is not None:
-            key["vectors"] = shorten_digest(self.pipe.vector_pool.digest)
-        if negative is not None and any(decoding.scales()):  # without guidance it changes nothing
-            key["negative_model"] = shorten_digest(negative.digest)
-        return key
 
 
 class Evaluator:
@@ -183,7 +132,7 @@ class Evaluator:
                     "samples", keys | remark | taken, label, generated.read, generated.labels, metrics
                 )
             if not keep:
-                delete_generated(_samples_file(model, decoding, num_images, seed))
+                delete_generated(model.samples_file(decoding, num_images=num_images, seed=seed))
         return {label: row for label, row in rows.items() if row is not None}
 
     def generate(
@@ -192,7 +141,7 @@ class Evaluator:
         """Generates the images of a measurement into a file, which exists until ``delete_generated``."""
         return generate_images(
             model.pipe,
-            _samples_file(model, decoding, num_images, seed),
+            model.samples_file(decoding, num_images=num_images, seed=seed),
             decoding,
             num_images=num_images,
             seed=seed,
@@ -419,13 +368,6 @@ def collect_numbers(rows: Mapping[str, Row]) -> dict[str, float]:
             if value is not None:
                 found[name if name in _OF_IMAGES else metric_name(name, label)] = value
     return found
-
-
-def _samples_file(model: EvaluatedModel, decoding: DecodingConfig, num_images: int, seed: int) -> Path:
-    # The name contains everything that determines the images, so that another measurement has another file.
-    digests = {name: model.identity[name] for name in ("tokenizer", "transformer", "config")}
-    key = [digests, model.decoding_key(decoding), num_images, seed]
-    return model.folder / f"samples-{shorten_digest(digest_of(key))}.npz"
 
 
 def _in_bits(name: str, found: ImageLikelihood) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Opens the feature networks that a command names. ``run_folders`` and ``tokenizer_evaluation`` use it."""
+"""Opens the feature networks that a command names. ``opening`` and ``tokenizer_evaluation`` use it."""
 
 from __future__ import annotations
 

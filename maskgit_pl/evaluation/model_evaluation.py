@@ -14,24 +14,22 @@ from typing import TYPE_CHECKING, Any
 from maskgit_pl.checks import check_integer, check_number
 from maskgit_pl.evaluation.classifier_config import CASConfig
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
-from maskgit_pl.evaluation.run_folders import (
-    MeasurementOptions,
-    RunFolders,
+from maskgit_pl.evaluation.measurement_options import MeasurementOptions, round_to_classes
+from maskgit_pl.evaluation.opening import (
     check_model_decoding,
     create_evaluated_model,
-    find_run,
     open_data,
     open_evaluator,
     open_model,
-    read_outline,
-    round_to_classes,
 )
+from maskgit_pl.evaluation.run_folders import RunFolders, find_run, read_outline
 from maskgit_pl.progress import Bars, no_bars
 
 if TYPE_CHECKING:
     from maskgit_pl.decoding import DecodingConfig
+    from maskgit_pl.evaluation.evaluated_model import EvaluatedModel
     from maskgit_pl.evaluation.evaluation_report import Measurements, Report
-    from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
+    from maskgit_pl.evaluation.evaluator import Evaluator
     from maskgit_pl.evaluation.reconstruction import Reconstruction
     from maskgit_pl.pipeline.acceptance import Acceptance
 
@@ -171,7 +169,14 @@ def _open(
     barrier()
     ledger = Ledger(folders.evaluation / FILE_NAME, writes=first, reuse=options.resume)
     evaluator = open_evaluator(
-        folders, pipe, data, ledger, features=features, reference=options.reference, options=options, bars=bars
+        folders,
+        pipe,
+        data,
+        ledger,
+        features=features,
+        reference=options.reference,
+        batch_size=options.batch_size,
+        bars=bars,
     )
     compared = {} if options.reference is not None else evaluator.networks  # reconstructions are of the val split
     rebuilt = measure_reconstruction(

@@ -1,6 +1,6 @@
 """Statistics and features of real images, which generated images are compared with.
 
-They are computed once per network and kept in files, or read from a file in the layout of ADM. ``run_folders`` opens
+They are computed once per network and kept in files, or read from a file in the layout of ADM. ``opening`` opens
 them for the ``Evaluator``.
 """
 
@@ -325,20 +325,29 @@ def _obtain(
         each.label: {**key, "network": each.label, "weights": each.digest, "knows_classes": each.knows_classes}
         for each in extractors
     }
+    found: dict[str, Reference] = {}
+
+    def read() -> list[str]:
+        for label, own_key in keys.items():
+            if folder is not None and (reference := _read(_cache_path(folder, own_key), own_key)) is not None:
+                found[label] = reference
+        return list(found)
+
+    def write() -> None:
+        if folder is not None and rank_and_world()[0] == 0:
+            for label, reference in made.items():
+                _write(_cache_path(folder, keys[label]), keys[label], reference)
+
     # 1.
-    found = {label: None if folder is None else _read(_cache_path(folder, key), key) for label, key in keys.items()}
+    readable = on_all_ranks(read)
     # 2. A file may be readable on some ranks only; extraction is collective, so that all must agree on what is missing.
-    readable = on_all_ranks(lambda: [label for label, reference in found.items() if reference is not None])
     missing = [extractor for extractor in extractors if not all(extractor.label in labels for labels in readable)]
     made = (
         {label: Reference.from_features(extracted) for label, extracted in features(missing).items()} if missing else {}
     )
     # 3.
-    if folder is not None and rank_and_world()[0] == 0:
-        for label, reference in made.items():
-            _write(_cache_path(folder, keys[label]), keys[label], reference)
-    kept = {label: reference for label, reference in found.items() if reference is not None}
-    return {label: replace(made.get(label) or kept[label], origin=origin) for label in keys}
+    on_all_ranks(write)
+    return {label: replace(made.get(label) or found[label], origin=origin) for label in keys}
 
 
 def _cache_path(folder: Path, key: Mapping[str, Any]) -> Path:
@@ -378,8 +387,8 @@ def _read(path: Path, key: Mapping[str, Any]) -> Reference | None:
         file.check()  # memory-mapped arrays have no other check
         if bytes(file.read("key", (None,), kinds="uint8")) != _encode_key(key):
             raise file.make_error("key", "it belongs to other images or another network")
-        pooled = _read_tensor(file, "pooled", (None, None), kinds="f")
-        logits = _read_tensor(file, "logits", (len(pooled), None), kinds="f") if "logits" in file else None
+        pooled = _read_tensor(file, "pooled", (None, None))
+        logits = _read_tensor(file, "logits", (len(pooled), None)) if "logits" in file else None
         spatial = _read_statistics(file, "_s", None) if "mu_s" in file else None
         return Reference(
             key["network"],
@@ -400,21 +409,21 @@ def _read_inception_statistics(file: ArrayFile) -> Reference | None:
 
 
 def _read_statistics(file: ArrayFile, suffix: str, width: int | None) -> Statistics:
-    mean = _read_tensor(file, f"mu{suffix}", (width,), kinds="f")
-    covariance = _read_tensor(file, f"sigma{suffix}", (len(mean), len(mean)), kinds="f")
+    mean = _read_tensor(file, f"mu{suffix}", (width,))
+    covariance = _read_tensor(file, f"sigma{suffix}", (len(mean), len(mean)))
     # A tolerance, because files may hold float32 statistics.
     if not torch.allclose(covariance, covariance.T, rtol=1e-3, atol=1e-6) or bool((covariance.diagonal() < 0).any()):
         raise file.make_error(f"sigma{suffix}", "it must be a covariance: symmetric, with a diagonal >= 0")
     return Statistics(mean, covariance)
 
 
-def _read_tensor(file: ArrayFile, name: str, shape: tuple[int | None, ...], *, kinds: str) -> Tensor:
-    """Reads a copy of an array as float64.
+def _read_tensor(file: ArrayFile, name: str, shape: tuple[int | None, ...]) -> Tensor:
+    """Reads a copy of an array of floating-point numbers as float64.
 
     Raises:
         ValueError: see ``ArrayFile.read``; also if a value is non-finite.
     """
-    array: npt.NDArray[np.float64] = np.array(file.read(name, shape, kinds=kinds), dtype=np.float64)
+    array: npt.NDArray[np.float64] = np.array(file.read(name, shape, kinds="f"), dtype=np.float64)
     if not np.isfinite(array).all():
         raise file.make_error(name, "all values must be finite")
     return torch.from_numpy(array)

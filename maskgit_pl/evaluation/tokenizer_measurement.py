@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from maskgit_pl.data import ShardData
-from maskgit_pl.devices import check_device, default_device, parse_dtype
+from maskgit_pl.devices import find_device, parse_dtype
 from maskgit_pl.evaluation.distances import frechet_distance, kernel_distance
 from maskgit_pl.evaluation.extractors import open_extractors
 from maskgit_pl.evaluation.features import Extractor, FeatureCollector
+from maskgit_pl.evaluation.opening import open_images
 from maskgit_pl.evaluation.reconstruction import ReconstructionMeter, psnr
 from maskgit_pl.evaluation.reference import Statistics, draw_order, iter_real_batches
-from maskgit_pl.evaluation.run_folders import RunFolders, open_images
+from maskgit_pl.evaluation.run_folders import RunFolders
 from maskgit_pl.evaluation.tiling import reconstruct_in_tiles
 from maskgit_pl.evaluation.tokenizer_options import TokenizerOptions
 from maskgit_pl.image_format import height_width
@@ -113,7 +114,7 @@ def measure_tokenizer(
         TypeError: if a feature network does not accept its arguments.
         ValueError: if a network is unknown, a weight file is missing, or the tile does not fit the tokenizer.
     """
-    device = _device(options)
+    device = find_device(options.device)
     tokenizer = load_tokenizer(folders.pretrained / "tokenizer")
     tokenizer.network.to(device, dtype=parse_dtype(options.dtype, device))
     config = tokenizer.network.config
@@ -148,12 +149,8 @@ def feature_digests(
     """Returns the SHA-256 of each feature network by label; see ``measure_tokenizer``."""
     config = load_tokenizer(folders.pretrained / "tokenizer")
     data = open_images(folders.data, config.image_size, config.network.config.in_channels)
-    found = open_extractors(folders.classifier, data, features=features, device=_device(options), bars=bars)
+    found = open_extractors(folders.classifier, data, features=features, device=find_device(options.device), bars=bars)
     return {each.label: each.digest for each in found}
-
-
-def _device(options: TokenizerOptions) -> str:
-    return default_device() if options.device is None else str(check_device(options.device))
 
 
 @torch.inference_mode()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from maskgit_pl.checks import check_integer
-from maskgit_pl.evaluation.run_folders import MeasurementOptions, RunFolders
+from maskgit_pl.evaluation.measurement_options import MeasurementOptions
+from maskgit_pl.evaluation.run_folders import RunFolders
 from maskgit_pl.files import read_json
 from maskgit_pl.image_format import check_channels, check_image_size, height_width, pixels_text, visible_channels
 from maskgit_pl.shards.manifest import DataSummary, read_manifest_summary

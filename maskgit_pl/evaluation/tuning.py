@@ -19,26 +19,23 @@ from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.evaluation.decoding_search import FINALISTS, SearchPlan, SearchResult, Trial, search
 from maskgit_pl.evaluation.decodings import Spec, describe_decoding
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
-from maskgit_pl.evaluation.pages import command_line
-from maskgit_pl.evaluation.run_folders import (
-    MeasurementOptions,
-    RunFolders,
+from maskgit_pl.evaluation.measurement_options import MeasurementOptions, default_steps, round_to_classes
+from maskgit_pl.evaluation.opening import (
     can_guide,
     check_model_decoding,
     create_evaluated_model,
-    default_steps,
-    find_run,
     open_data,
     open_evaluator,
     open_model,
-    read_outline,
-    round_to_classes,
 )
+from maskgit_pl.evaluation.pages import command_line
+from maskgit_pl.evaluation.run_folders import RunFolders, find_run, read_outline
 from maskgit_pl.progress import Bars, no_bars
 from maskgit_pl.schedules import mask_schedules
 
 if TYPE_CHECKING:
-    from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
+    from maskgit_pl.evaluation.evaluated_model import EvaluatedModel
+    from maskgit_pl.evaluation.evaluator import Evaluator
     from maskgit_pl.evaluation.schedule_curves import ScheduleCurves
     from maskgit_pl.evaluation.search_space import SearchSpace
     from maskgit_pl.pipeline import MaskGIT
@@ -124,7 +121,8 @@ def tune(
     count = round_to_classes(num_images, images.num_classes)
     points = round_to_classes(options.plot_images or num_images, images.num_classes, name="plot_images")
     model = create_evaluated_model(folders, pipe, out)
-    evaluator = open_evaluator(folders, pipe, images, Ledger(model.folder / FILE_NAME), options=options, bars=bars)
+    ledger = Ledger(model.folder / FILE_NAME)
+    evaluator = open_evaluator(folders, pipe, images, ledger, batch_size=options.batch_size, bars=bars)
     # A search that was stopped after it had written its winner continues with the trials that it began with.
     begun = _iter_first_trials(evaluator, model, options.seed)
     space = space.resume(begun, trials=trials, seed=options.seed, method=options.search)
@@ -227,14 +225,12 @@ def _save_decoding(
 ) -> SearchResult:
     """Writes the winner to ``decoding.json`` next to the weights, if the model has another decoding."""
     from maskgit_pl.pipeline.card import refresh_card
-    from maskgit_pl.pretrained import read_negative_model, save_decoding
+    from maskgit_pl.pretrained import save_decoding
     from maskgit_pl.provenance import describe_environment
 
     file = folders.pretrained / "decoding.json"
     negative = None if pipe.negative_model is None else pipe.negative_model.folder
-    recorded = read_negative_model(file)
-    is_recorded = negative is None if recorded is None else negative is not None and recorded.samefile(negative)
-    if result.winner.decoding == pipe.decoding and is_recorded:
+    if result.winner.decoding == pipe.decoding and _is_recorded(file, negative):
         return result
     tuned = {
         "metric": result.metric,
@@ -252,6 +248,17 @@ def _save_decoding(
     old = save_decoding(folders.pretrained, result.winner.decoding, tuned=tuned, negative_model=negative)
     refresh_card(folders.pretrained)
     return replace(result, decoding_file=file, old_decoding_file=old)
+
+
+def _is_recorded(file: Path, negative: Path | None) -> bool:
+    """Returns True if ``decoding.json`` names a negative model; for None, if it names none."""
+    from maskgit_pl.pretrained import read_negative_model
+
+    try:
+        recorded = read_negative_model(file)
+    except (FileNotFoundError, ValueError):  # it names none that exists, and the search took that of its options
+        return False
+    return negative is None if recorded is None else negative is not None and recorded.samefile(negative)
 
 
 def _write_page(evaluator: Evaluator, result: SearchResult, figure: ScheduleCurves | None, command: str) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from maskgit_pl.files import write_atomically
-from maskgit_pl.image_format import composite_over_white
+from maskgit_pl.image_format import composite_over_white, image_file_name
 from maskgit_pl.imaging.layout import (
     MASKED,
     REQUESTED,
@@ -120,8 +120,7 @@ def save_images(images: Tensor, labels: Sequence[int | None], folder: Path, *, s
     """
     seeds = range(seed, seed + len(images)) if isinstance(seed, int) else seed
     for image, label, own in zip(images, labels, seeds, strict=True):
-        name = "no-class" if label is None else f"class-{label:04d}"
-        save_png(to_pil(image), folder / f"{name}-seed-{own:06d}.png")
+        save_png(to_pil(image), folder / image_file_name(label, own))
 
 
 def save_gif(frames: Sequence[Image.Image], path: Path, *, milliseconds: int = 600, last: int = 2400) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from maskgit_pl.folders import resolve_folder
+from maskgit_pl.folders import has_content, resolve_folder
 
 __all__ = [
     "TOKENIZER_LAYOUTS",
@@ -83,8 +83,7 @@ def check_out(folder: Path) -> None:
         NotADirectoryError: if one of its parents is a file.
         ValueError: if it cannot be written (``folders.resolve_folder``).
     """
-    empty = folder.is_dir() and not any(folder.iterdir())
-    if folder.is_symlink() or (folder.exists() and not empty):
+    if folder.is_symlink() or has_content(folder) or (folder.exists() and not folder.is_dir()):
         raise FileExistsError(
             f"import {folder} must be a new or empty folder, got one with content; name another with --out"
         )

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from maskgit_pl.importers.magvit2 import OPEN_MAGVIT2
 from maskgit_pl.importers.maskbit import MASKBIT, OPEN_MUSE
 from maskgit_pl.importers.taming import DIFFUSERS, IBQ, LLAMAGEN, TAMING
 from maskgit_pl.importers.tokenizer_layout import TokenizerLayout, tokenizer_weights
-from maskgit_pl.importers.torch_file import name_some, read_checkpoint
+from maskgit_pl.importers.torch_file import name_file, name_some, read_checkpoint
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.networks.weight_file import check_held, check_tensor
 from maskgit_pl.pretrained import save_tokenizer
@@ -101,7 +100,7 @@ def import_tokenizer(file: Path, out: Path, *, image_size: int = 256, layout: st
         check_choice("layout", layout, TOKENIZER_LAYOUTS)
     file = find_weights(file)
     contents, beside = read_checkpoint(file, entries=_WEIGHTS)
-    with _name_file(file):
+    with name_file(file):
         # 2.
         kind = tokenizer_layout_of(contents, layout)
         found, ignored = _network_tensors(contents, kind)
@@ -163,15 +162,6 @@ def _choose_layout(found: Sequence[TokenizerLayout], tensors: Mapping[str, Any],
             "of its tensors are those of both"
         )
     return found[0 if name is None else names.index(name)]
-
-
-@contextmanager
-def _name_file(file: Path) -> Iterator[None]:
-    """Adds the name of the file to each ValueError."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"checkpoint {file}: {error}") from error
 
 
 def _read_settings(file: Path) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from maskgit_pl.importers.files import check_torch_file
 from maskgit_pl.networks.weight_file import check_archive, read_tensors
 
-__all__ = ["name_some", "read_checkpoint"]
+__all__ = ["name_file", "name_some", "read_checkpoint"]
 
 # Classes that training programs store beside weights.
 _RECORDS = ("pytorch_lightning.", "lightning.", "argparse.Namespace", "omegaconf.")
@@ -106,6 +107,15 @@ def _refusal(file: Path, text: str) -> str:
         "file, load it with the program that wrote it and save only the weights: "
         'torch.save({"state_dict": checkpoint["state_dict"]}, "weights.ckpt")'
     )
+
+
+@contextmanager
+def name_file(file: Path) -> Iterator[None]:
+    """Adds the name of the file to each ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"checkpoint {file}: {error}") from error
 
 
 def name_some(names: Iterable[str]) -> str:

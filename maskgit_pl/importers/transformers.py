@@ -6,8 +6,7 @@ for tensors reads it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from maskgit_pl.importers.class_names import choose_class_names
 from maskgit_pl.importers.files import check_out
 from maskgit_pl.importers.halton import HALTON
 from maskgit_pl.importers.maskgil import MASKGIL
-from maskgit_pl.importers.torch_file import name_some, read_checkpoint
+from maskgit_pl.importers.torch_file import name_file, name_some, read_checkpoint
 from maskgit_pl.importers.transformer_layout import TransformerLayout, check_shapes
 from maskgit_pl.networks.backbone import BackboneConfig
 from maskgit_pl.networks.weight_file import check_held, check_tensor
@@ -111,7 +110,7 @@ def import_transformer(
     contents, beside = read_checkpoint(file, entries=_WEIGHTS)
     source = load_tokenizer(tokenizer / "tokenizer" if (tokenizer / "tokenizer").is_dir() else tokenizer)
     # 2.
-    with _name_file(file):
+    with name_file(file):
         tensors = _unwrap(contents)
         layout = transformer_layout_of(tensors)
         config = _check_network(layout, tensors, source.grid, num_heads, size=file.stat().st_size)
@@ -120,7 +119,7 @@ def import_transformer(
     names, decoding = choose_class_names(class_names, config.num_classes), layout.decoding(config)
     decoding.check(config.num_tokens, is_autoregressive=False)
     # 4.
-    with _name_file(file):
+    with name_file(file):
         for name, tensor in tensors.items():
             check_tensor(name, tensor)
     weights = layout.read_weights(tensors, config)
@@ -152,15 +151,6 @@ def transformer_layout_of(tensors: Mapping[str, Any]) -> TransformerLayout:
         kind = "a tokenizer: use maskgit import-tokenizer" if is_tokenizer else "something else"
         raise ValueError(f"it must be a transformer of Halton-MaskGIT or MaskGIL, got {kind} ({name_some(tensors)})")
     return found[0]
-
-
-@contextmanager
-def _name_file(file: Path) -> Iterator[None]:
-    """Adds the name of the file to each ValueError."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"checkpoint {file}: {error}") from error
 
 
 def _check_network(

@@ -32,7 +32,16 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from maskgit_pl.checks import check_choice, check_integer, check_number
-from maskgit_pl.networks.backbone import Attention, Backbone, BackboneConfig, Project, Vocabulary, backbones
+from maskgit_pl.networks.backbone import (
+    LARGEST_SIZES,
+    Attention,
+    Backbone,
+    BackboneConfig,
+    Project,
+    Vocabulary,
+    backbones,
+    check_attention,
+)
 from maskgit_pl.networks.packing_linear import PackingLinear
 from maskgit_pl.networks.rotary import Positions, rotate, rotation_table
 from maskgit_pl.networks.token_groups import TokenEmbedding, token_logits
@@ -42,12 +51,6 @@ __all__ = ["AdaLNConfig", "AdaLNTransformer"]
 
 Conditioning = Literal["adaln", "token"]
 
-_LARGEST = {  # well above any existing network: a larger number is a mistake, or an attack on the memory
-    "embed_dim": 2**16,
-    "depth": 1024,
-    "num_heads": 1024,
-    "mlp_dim": 2**20,
-}
 _EPS = 1e-5  # of every RMSNorm; both released networks
 _INIT_STD = 0.02  # of embeddings; both released networks
 
@@ -98,11 +101,11 @@ class AdaLNConfig(BackboneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, most in _LARGEST.items():
+        for name, most in LARGEST_SIZES.items():
             check_integer(f"transformer {name}", getattr(self, name), f"[1, {most}]")
         check_integer("transformer num_registers", self.num_registers, "[0, 1024]")
         if self.attention_dim is not None:
-            check_integer("transformer attention_dim", self.attention_dim, f"[1, {_LARGEST['embed_dim']}]")
+            check_integer("transformer attention_dim", self.attention_dim, f"[1, {LARGEST_SIZES['embed_dim']}]")
         name, heads_dim = ("attention_dim", self.attention_dim) if self.attention_dim else ("embed_dim", self.embed_dim)
         if heads_dim % self.num_heads:
             raise ValueError(f"transformer {name} must be a multiple of num_heads {self.num_heads}, got {heads_dim}")
@@ -251,9 +254,16 @@ class AdaLNTransformer(Backbone):
 
     Args:
         config: Sizes and options.
+
+    Attributes:
+        attention: Attention that the class computes.
+
+    Raises:
+        ValueError: if the configuration names the other attention.
     """
 
     takes_project = True
+    attention: ClassVar[Attention] = "bidirectional"
     config: AdaLNConfig
     vocabulary_tables = ("token_embedding.weight", "head_embedding.weight", "head_bias")
     class_tables = ("class_embedding.weight",)
@@ -261,6 +271,7 @@ class AdaLNTransformer(Backbone):
 
     def __init__(self, config: AdaLNConfig) -> None:
         super().__init__(config)
+        check_attention(config, type(self), self.attention)
         dim, has_null = config.embed_dim, config.null_label is not None
         # The order of the modules decides the initial weights.
         self.token_embedding = TokenEmbedding(config, dim)
@@ -300,12 +311,18 @@ class AdaLNTransformer(Backbone):
         vocabulary: Vocabulary = "codes",
         project: Project = F.linear,
     ) -> Tensor:
-        """Returns the logits (M, V) at ``positions``; see ``Backbone``. The last MLP and the head run there only."""
+        """Returns the logits (M, V) at ``positions``; see ``Backbone``. The head runs there only."""
+        return self._head(*self._hidden_at(tokens, labels, positions, vectors), vocabulary, project)
+
+    def _hidden_at(
+        self, tokens: Tensor, labels: Tensor, positions: Tensor, vectors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the inputs of the head at ``positions``: hidden states and conditions, (M, D) each."""
         x, condition, rotation = self._before_last(tokens, labels, vectors)
         images = positions // tokens.shape[1]
         rows = positions + images * (x.shape[1] - tokens.shape[1])  # class token and registers are at the end
-        x = self.blocks[-1](x, condition, rotation, rows=rows)
-        return self._head(x, F.embedding(images, condition), vocabulary, project)
+        # The last MLP runs at these rows only.
+        return self.blocks[-1](x, condition, rotation, rows=rows), F.embedding(images, condition)
 
     def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor, *, vectors: Tensor | None = None) -> Tensor:
         """Returns the logits (B, M, K) at ``positions``. The last block's queries and the head run there only."""

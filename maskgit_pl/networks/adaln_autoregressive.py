@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maskgit_pl.networks.adaln import AdaLNTransformer
-from maskgit_pl.networks.backbone import AutoregressiveBackbone, Project, Vocabulary
+from maskgit_pl.networks.backbone import AutoregressiveBackbone, Vocabulary
 from maskgit_pl.networks.transformer_block import KVCache
 
 __all__ = ["AutoregressiveAdaLN"]
@@ -31,6 +31,7 @@ class AutoregressiveAdaLN(AdaLNTransformer, AutoregressiveBackbone):
         config: Sizes and options, with causal attention.
     """
 
+    attention = "causal"
     entry_points = AutoregressiveBackbone.entry_points
 
     def forward(
@@ -40,20 +41,11 @@ class AutoregressiveAdaLN(AdaLNTransformer, AutoregressiveBackbone):
         x, condition = self._run(tokens[:, :-1], labels, vectors)
         return self._head(x, condition.unsqueeze(1), vocabulary)
 
-    def forward_selected(
-        self,
-        tokens: Tensor,
-        labels: Tensor,
-        positions: Tensor,
-        *,
-        vectors: Tensor | None = None,
-        vocabulary: Vocabulary = "codes",
-        project: Project = F.linear,
-    ) -> Tensor:
-        """Returns the logits (M, V) at ``positions``; see ``Backbone``. The head runs there only."""
+    def _hidden_at(
+        self, tokens: Tensor, labels: Tensor, positions: Tensor, vectors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         x, condition = self._run(tokens[:, :-1], labels, vectors)
-        images = positions // tokens.shape[1]
-        return self._head(F.embedding(positions, x.flatten(0, 1)), F.embedding(images, condition), vocabulary, project)
+        return F.embedding(positions, x.flatten(0, 1)), F.embedding(positions // tokens.shape[1], condition)
 
     def forward_next(self, tokens: Tensor, labels: Tensor, *, cache: Sequence[KVCache] | None = None) -> Tensor:
         """Returns the logits (B, K) of the next token; see ``AutoregressiveBackbone``."""

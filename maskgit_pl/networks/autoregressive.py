@@ -14,7 +14,7 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskgit_pl.networks.backbone import AutoregressiveBackbone, Project, Vocabulary
+from maskgit_pl.networks.backbone import AutoregressiveBackbone, Vocabulary
 from maskgit_pl.networks.transformer import Transformer
 from maskgit_pl.networks.transformer_block import Block, KVCache
 
@@ -53,20 +53,6 @@ class AutoregressiveTransformer(Transformer, AutoregressiveBackbone):
         """
         return self._head(self._hidden(tokens, labels), vocabulary)
 
-    def forward_selected(
-        self,
-        tokens: Tensor,
-        labels: Tensor,
-        positions: Tensor,
-        *,
-        vectors: Tensor | None = None,
-        vocabulary: Vocabulary = "codes",
-        project: Project = F.linear,
-    ) -> Tensor:
-        """Returns the logits (M, V) at ``positions``; see ``Backbone``. The head runs there only."""
-        # Rows are selected before the head, the largest matrix product of the network.
-        return self._head(F.embedding(positions, self._hidden(tokens, labels).flatten(0, 1)), vocabulary, project)
-
     def forward_next(self, tokens: Tensor, labels: Tensor, *, cache: Sequence[KVCache] | None = None) -> Tensor:
         """Returns the logits (B, K) of the next token; see ``AutoregressiveBackbone``."""
         blocks = cast("Sequence[Block]", self.blocks)
@@ -76,6 +62,10 @@ class AutoregressiveTransformer(Transformer, AutoregressiveBackbone):
         for number, block in enumerate(blocks):
             x = block(x) if cache is None else block.forward_next(x, cache[number])
         return self._head(x[:, -1], "codes")
+
+    def _hidden_at(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+        # Rows are selected before the head, the largest matrix product of the network.
+        return F.embedding(positions, self._hidden(tokens, labels).flatten(0, 1))
 
     def _hidden(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Returns the input (B, N, D) of the head."""

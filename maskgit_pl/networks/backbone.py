@@ -28,6 +28,7 @@ __all__ = [
     "DEFAULT_BACKBONE",
     "LARGEST_COMPOSED",
     "LARGEST_GRID",
+    "LARGEST_SIZES",
     "Attention",
     "AutoregressiveBackbone",
     "Backbone",
@@ -36,6 +37,7 @@ __all__ = [
     "Vocabulary",
     "backbones",
     "build_config",
+    "check_attention",
     "config_class",
 ]
 
@@ -55,7 +57,9 @@ LARGEST_GRID = 256
 LARGEST_COMPOSED = 2**18
 """Largest codebook of a network with token groups: decoding computes a logit for each code from those of the groups."""
 
-# Well above any existing network: a larger number is a mistake, or an attack on the memory.
+LARGEST_SIZES = {"embed_dim": 2**16, "depth": 1024, "num_heads": 1024, "mlp_dim": 2**20}
+"""Largest sizes of the built-in networks, well above any that exists: a larger one is a mistake or an attack."""
+
 _LARGEST = {"codebook_size": (1, 2**24), "num_classes": (1, 100_000), "condition_dim": (0, 2**16)}
 _MOST_GROUPS = 24
 
@@ -100,7 +104,9 @@ class BackboneConfig(ABC):
     num_token_groups: int = 1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "grid", tuple(self.grid))  # a list in recipes and config.json
+        for each in fields(self):
+            if isinstance(value := getattr(self, each.name, None), list):  # of a recipe or config.json
+                object.__setattr__(self, each.name, tuple(value))
         for name, (least, most) in _LARGEST.items():
             check_integer(f"transformer {name}", getattr(self, name), f"[{least}, {most}]")
         if len(self.grid) != 2:
@@ -195,10 +201,9 @@ class BackboneConfig(ABC):
 
     @property
     def num_blocks(self) -> int:
-        """The number of blocks: the field ``depth``, or 1 without one. A network has at least one tensor a block."""
-        depth = getattr(self, "depth", 1)
-        assert isinstance(depth, int)
-        return depth
+        """The number of blocks: the field ``depth``, or 1 if that is no integer. A block has at least one tensor."""
+        depth = getattr(self, "depth", None)
+        return depth if isinstance(depth, int) else 1
 
     @abstractmethod
     def create(self) -> Backbone:
@@ -345,6 +350,19 @@ class AutoregressiveBackbone(Backbone):
     def create_cache(self) -> list[KVCache]:
         """Returns an empty cache for each block, for one run of ``forward_next``."""
         return [KVCache(self.config.num_tokens) for _ in self.blocks]
+
+
+def check_attention(config: BackboneConfig, network: type[Backbone], attention: Attention) -> None:
+    """Checks that a configuration names the attention that a class computes.
+
+    Raises:
+        ValueError: if it names the other one.
+    """
+    if config.attention != attention:
+        raise ValueError(
+            f"transformer attention must be {attention!r} for {network.__name__}, got {config.attention!r}; "
+            "config.create() builds the class for either"
+        )
 
 
 def _check_config(name: str, config: BackboneConfig) -> None:

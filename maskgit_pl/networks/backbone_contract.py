@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
@@ -11,6 +9,8 @@ from maskgit_pl.networks.backbone import AutoregressiveBackbone, Backbone, Backb
 from maskgit_pl.networks.skeleton import skeletons
 
 __all__ = ["create_network", "is_plugin"]
+
+_checked: set[tuple[type[BackboneConfig], str]] = set()
 
 
 def create_network(config: BackboneConfig) -> Backbone:
@@ -20,8 +20,10 @@ def create_network(config: BackboneConfig) -> Backbone:
         ValueError: if what ``create`` returns is no ``Backbone`` of this configuration, or its logits have a wrong
             shape.
     """
-    if is_plugin(config):
+    key = type(config), repr(config)  # a field such as a mapping cannot be hashed
+    if is_plugin(config) and key not in _checked:
         _check_contract(config)
+        _checked.add(key)
     return config.create()
 
 
@@ -30,7 +32,6 @@ def is_plugin(config: BackboneConfig) -> bool:
     return not type(config).__module__.startswith("maskgit_pl.")
 
 
-@lru_cache(maxsize=64)
 def _check_contract(config: BackboneConfig) -> None:
     """Creates a network on the meta device, which takes neither memory nor time, and checks the shapes of its logits.
 

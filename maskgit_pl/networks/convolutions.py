@@ -1,4 +1,4 @@
-"""Layers that both layouts of the tokenizer's network share; ``vqgan`` and ``taming`` use them."""
+"""Layers that several layouts of the tokenizer's network share: ``vqgan``, ``taming`` and ``magvit2``."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ Source: paper, implementation details; google-research/maskgit, ``maskgit_transf
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import KW_ONLY, dataclass
 from importlib import import_module
 from typing import ClassVar, cast, get_args
@@ -21,12 +22,14 @@ from torch import Tensor, nn
 from maskgit_pl.checks import check_choice, check_integer
 from maskgit_pl.networks.backbone import (
     LARGEST_GRID,
+    LARGEST_SIZES,
     Attention,
     Backbone,
     BackboneConfig,
     Project,
     Vocabulary,
     backbones,
+    check_attention,
 )
 from maskgit_pl.networks.packing_linear import PackingLinear
 from maskgit_pl.networks.token_groups import TokenEmbedding, token_logits
@@ -41,12 +44,6 @@ __all__ = [
     "Vocabulary",
 ]
 
-_LARGEST = {  # well above any existing network: a larger number is a mistake, or an attack on the memory
-    "embed_dim": 2**16,
-    "depth": 1024,
-    "num_heads": 1024,
-    "mlp_dim": 2**20,
-}
 _INIT_STD = 0.02  # released code, also BERT's
 
 
@@ -86,7 +83,7 @@ class TransformerConfig(BackboneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, most in _LARGEST.items():
+        for name, most in LARGEST_SIZES.items():
             check_integer(f"transformer {name}", getattr(self, name), f"[1, {most}]")
         if self.embed_dim % self.num_heads:
             raise ValueError(
@@ -132,11 +129,7 @@ class Transformer(Backbone):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
-        if config.attention != self.attention:
-            raise ValueError(
-                f"transformer attention must be {self.attention!r} for {type(self).__name__}, got "
-                f"{config.attention!r}; config.create() builds the class for either"
-            )
+        check_attention(config, type(self), self.attention)
         del self.blocks  # set below, in the order of older checkpoints
         # The order of the modules decides the initial weights. One row of positions more than tokens: the class.
         self.token_embedding = TokenEmbedding(config, config.embed_dim)
@@ -152,6 +145,23 @@ class Transformer(Backbone):
         # The head multiplies by the token embedding (tied weights) and adds a bias of its own.
         self.head_bias = nn.Parameter(torch.zeros(config.num_rows))
         self.apply(_initialise)
+
+    @abstractmethod
+    def _hidden_at(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+        """Returns the inputs (M, D) of the head at ``positions``; see ``forward_selected``."""
+
+    def forward_selected(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        positions: Tensor,
+        *,
+        vectors: Tensor | None = None,
+        vocabulary: Vocabulary = "codes",
+        project: Project = F.linear,
+    ) -> Tensor:
+        """Returns the logits (M, V) at ``positions``; see ``Backbone``. The head runs there only."""
+        return self._head(self._hidden_at(tokens, labels, positions), vocabulary, project)
 
     def _embed(self, sequence: Tensor, *, first: int = 0) -> Tensor:
         """Embeds ids (B, R) at the positions first, first + 1, ...: (B, R, D)."""
@@ -202,20 +212,6 @@ class MaskedTransformer(Transformer):
         x = self.blocks[-1](self._hidden(tokens, labels))
         return self._head(x[:, 1:], vocabulary)
 
-    def forward_selected(
-        self,
-        tokens: Tensor,
-        labels: Tensor,
-        positions: Tensor,
-        *,
-        vectors: Tensor | None = None,
-        vocabulary: Vocabulary = "codes",
-        project: Project = F.linear,
-    ) -> Tensor:
-        """Returns the logits (M, V) at ``positions``; see ``Backbone``. The last MLP and the head run there only."""
-        rows = positions + positions // tokens.shape[1] + 1  # of a sequence of 1 + N: the class comes first
-        return self._head(self.blocks[-1](self._hidden(tokens, labels), rows), vocabulary, project)
-
     def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor, *, vectors: Tensor | None = None) -> Tensor:
         """Returns the logits at M positions of each image. The head and the last block's queries run at these only.
 
@@ -231,6 +227,12 @@ class MaskedTransformer(Transformer):
         # Keys and values of the last block need all positions, its queries and MLP only M of them.
         last = cast("Block", self.blocks[-1])
         return self._head(last.forward_at(self._hidden(tokens, labels), positions + 1), "codes")  # after the class
+
+    def _hidden_at(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+        # The last MLP runs at these positions only.
+        rows = positions + positions // tokens.shape[1] + 1  # of a sequence of 1 + N: the class comes first
+        x: Tensor = self.blocks[-1](self._hidden(tokens, labels), rows)
+        return x
 
     def _hidden(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Returns the input (B, S, D) of the last block."""

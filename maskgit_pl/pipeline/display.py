@@ -70,8 +70,9 @@ class Recording:
     captions: Sequence[str]
     seeds: Sequence[int]
     requested: Tensor | None = None
-    # Images by step: each is decoded once, for longer recordings too that ``dataclasses.replace`` makes.
-    _decoded: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    # Images by the identity of the tokens of a step: each is decoded once, in recordings too that
+    # ``dataclasses.replace`` makes, with more steps or with others. The step is kept, so that no other one gets its id.
+    _decoded: dict[int, tuple[DecodingStep, Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def images(self) -> ImageList:
@@ -91,9 +92,10 @@ class Recording:
         """
         self._check_steps()
         check_integer("number", number, f"[0, {len(self.steps)})")
-        if number not in self._decoded:
-            self._decoded[number] = self.decode(self.steps[number].tokens)
-        return self._decoded[number]
+        step = self.steps[number]
+        if id(step) not in self._decoded:
+            self._decoded[id(step)] = step, self.decode(step.tokens)
+        return self._decoded[id(step)][1]
 
     def save(self, path: Path | str) -> None:
         """Writes an animation of all images (``.gif``), or a filmstrip of the first one (``.png``).

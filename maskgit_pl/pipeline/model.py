@@ -202,13 +202,13 @@ class MaskGIT(Editor):
     def quantize(self) -> MaskGIT:
         """Returns the pipeline with 8-bit linear layers in the transformer, which is approximate and faster on a CPU.
 
-        The new pipeline shares the tokenizer with this one. It can be neither moved nor saved.
+        The new pipeline shares the tokenizer and the vectors with this one. It can be neither moved nor saved.
 
         Raises:
             ValueError: if the networks are not on the CPU, or torch has no 8-bit matrix product.
         """
         transformer = replace(self.transformer, network=int8.quantize(self.transformer.network))
-        return MaskGIT(
+        made = MaskGIT(
             self.tokenizer,
             transformer,
             mask_schedule=self._mask_schedule_spec,
@@ -217,6 +217,8 @@ class MaskGIT(Editor):
             pack_weights=self._pack_weights,
             origin=self._origin,
         )
+        made.vector_pool = self.vector_pool
+        return made
 
     def __repr__(self) -> str:
         """Returns name, classes, image size, tokens, steps, parameters, device and type of the weights in one line."""

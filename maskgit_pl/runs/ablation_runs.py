@@ -33,9 +33,9 @@ from maskgit_pl.runs.resolve import merge_values, resolve
 from maskgit_pl.runs.tokenizing import tokenize
 from maskgit_pl.shards.parallel import available_cores
 from maskgit_pl.token_model import TokenModel
-from maskgit_pl.training.step_clock import FILE_NAME, TrainingTime
+from maskgit_pl.training.step_clock import TrainingTime, read_training_time
 
-__all__ = ["AblationRuns", "ResolvedVariant", "TrainedRun", "TrainingError", "read_training_time"]
+__all__ = ["AblationRuns", "ResolvedVariant", "TrainedRun", "TrainingError"]
 
 log = logging.getLogger(__name__)
 
@@ -327,14 +327,6 @@ def _distinct(resolved: Sequence[ResolvedVariant], *, is_grid: bool) -> tuple[li
 def _key_of(variant: ResolvedVariant) -> str:
     decoding = None if variant.decoding is None else asdict(variant.decoding)
     return _digest([variant.recipe, variant.max_steps, decoding])
-
-
-def read_training_time(folder: Path) -> TrainingTime | None:
-    """Reads the time of the steps of a stage; None if the run does not record it."""
-    try:
-        return TrainingTime(**read_json(folder / FILE_NAME))
-    except (OSError, ValueError, TypeError):
-        return None
 
 
 def _is_finished(folder: Path, stage: Stage, max_steps: int) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from maskgit_pl.datasets import how_to_get
 from maskgit_pl.files import sha256_of
 from maskgit_pl.registry import nearest
+from maskgit_pl.runs.layers import value_at
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.recipe_files import Stage
 from maskgit_pl.safe_yaml import read_yaml
@@ -225,8 +226,8 @@ def _tokenizers_of(shards: Path, runs: Path) -> list[Path]:
     for config in sorted(runs.glob("*/tokenizer/config.yaml")):
         exported = config.parents[1] / "pretrained" / "tokenizer"
         # The data that the run was trained on, by its own record: names of runs say nothing about it.
-        path = read_yaml(config).get("data", {}).get("path")
-        if (exported / "config.json").is_file() and path and Path(path).resolve() == shards.resolve():
+        path = value_at(read_yaml(config), "data.path")
+        if (exported / "config.json").is_file() and isinstance(path, str) and Path(path).resolve() == shards.resolve():
             found.setdefault(sha256_of(exported / "model.safetensors"), exported)
     return list(found.values())
 

@@ -91,6 +91,8 @@ def _nodes_of(recipe: Recipe) -> int:
 
 def _devices_of(recipe: Recipe) -> int:
     value = recipe.get("trainer.devices")
+    if isinstance(value, list):  # the indices of the devices
+        return max(1, len(value))
     return value if isinstance(value, int) and value > 0 else max(1, torch.cuda.device_count())
 
 

@@ -243,9 +243,11 @@ class CostChecks:
         samples, data = self._global_batch / time.least, self._config["data"]
         text = f"{samples:,.0f} samples/s"
         if data["source"] == "tokens":
-            rows, columns = self._config["model"]["network"]["grid"]
-            # A token store holds uint16.
-            return f"{text}, {size_text(samples * 2.0 * rows * columns)}/s of tokens"
+            network = self._config["model"]["network"]
+            rows, columns = network["grid"]
+            # A token store holds uint16, or uint32 if the codebook is larger.
+            bytes_per_token = 2.0 if network["codebook_size"] <= 2**16 else 4.0
+            return f"{text}, {size_text(samples * bytes_per_token * rows * columns)}/s of tokens"
         if self._summary is not None:
             shards = load_manifest(self._plan.shards, "train", check=False).shards
             mean_size = sum(shard.bytes for shard in shards) / self._summary.samples["train"]

@@ -187,4 +187,4 @@ def _write_records(run: StageRun, plan: Plan) -> None:
     environment = {"command": sys.argv, **describe_environment(), "world_size": run.trainer.world_size}
     if plan.pretrained is not None:
         environment["pretrained"] = {"folder": str(plan.pretrained), "sha256": fingerprint(plan.pretrained)}
-    (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+    write_text(folder / "environment.json", json.dumps(environment, indent=2) + "\n")

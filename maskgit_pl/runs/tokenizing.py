@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from maskgit_pl.pretrained import PretrainedTokenizer
-    from maskgit_pl.shards.tokens import StoreDescription
+    from maskgit_pl.shards.store_description import StoreDescription
 
 __all__ = ["OnRows", "ProcessRank", "TokenizeOptions", "find_process_rank", "tokenize"]
 
@@ -153,7 +153,7 @@ def find_process_rank(rank: int | None = None, world_size: int | None = None) ->
 def _views(recipe: Recipe, options: TokenizeOptions) -> dict[str, Any]:
     """Returns what recipe and options say about the views of an image and the precision, without what neither says."""
     from maskgit_pl.data import ShardDataConfig  # torch takes seconds to import
-    from maskgit_pl.shards.tokens import augmentations_text
+    from maskgit_pl.shards.store_description import augmentations_text
 
     listed, crops = recipe.get("data.augmentations"), options.crops
     if listed is not None:
@@ -170,7 +170,7 @@ def _views(recipe: Recipe, options: TokenizeOptions) -> dict[str, Any]:
 def _describe(named: dict[str, Any], folder: Path, shards: Path, tokenizer: PretrainedTokenizer) -> StoreDescription:
     """Describes the wanted store. A run with a store keeps its views and its precision if ``named`` is empty."""
     from maskgit_pl.data import describe_store
-    from maskgit_pl.shards.tokens import read_description
+    from maskgit_pl.shards.store_description import read_description
 
     def describe(**views: Any) -> StoreDescription:
         return describe_store(
@@ -198,7 +198,7 @@ def _store_of(folder: Path, description: StoreDescription) -> Path:
     # A folder, not a link: a store of version 0.1.0.
     if own.is_dir() and not own.is_symlink():
         return own
-    from maskgit_pl.shards.tokens import plain_description  # torch takes seconds to import
+    from maskgit_pl.shards.store_description import plain_description  # torch takes seconds to import
 
     fields = plain_description(description)
     key = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
@@ -289,17 +289,9 @@ def _encoder(tokenizer: PretrainedTokenizer, device: torch.device, precision: st
 
 def _device(name: str, local_rank: int) -> torch.device:
     """Returns a device by name; for ``auto``, the processes of a machine take its accelerators in turn."""
-    import torch
+    from maskgit_pl.devices import check_device, default_device
 
-    from maskgit_pl.devices import check_device
-
-    if name != "auto":
-        return check_device(name, name="--device")
-    if not torch.accelerator.is_available():
-        return torch.device("cpu")
-    accelerator = torch.accelerator.current_accelerator()
-    assert accelerator is not None
-    return torch.device(accelerator.type, local_rank % torch.accelerator.device_count())
+    return check_device(default_device(local_rank=local_rank) if name == "auto" else name, name="--device")
 
 
 def _num_workers(device: torch.device) -> int:

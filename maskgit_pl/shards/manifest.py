@@ -52,7 +52,6 @@ __all__ = [
     "VectorArray",
     "check_shards",
     "check_vectors",
-    "data_fingerprint",
     "describe_resizing",
     "index_sha256",
     "load_manifest",
@@ -198,11 +197,6 @@ def read_manifest_summary(folder: str | Path) -> DataSummary:
         fingerprint=hashlib.sha256("".join(manifest.fingerprint for manifest in manifests).encode()).hexdigest(),
         vectors=kinds[0],
     )
-
-
-def data_fingerprint(folder: str | Path) -> str:
-    """Returns one SHA-256, hex, for all splits of a data folder. Token stores record it as their origin."""
-    return read_manifest_summary(folder).fingerprint
 
 
 def load_manifest(folder: str | Path, split: Split, *, check: bool = True) -> Manifest:

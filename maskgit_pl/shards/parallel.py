@@ -11,10 +11,11 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple, TypeVar
 
 from maskgit_pl.checks import check_integer
-from maskgit_pl.errors import is_user_error
+from maskgit_pl.errors import DataWorkerError, is_user_error
 from maskgit_pl.portable import block_signals, set_signal_mask
 
 __all__ = ["available_cores", "choose_workers", "run_jobs"]
@@ -56,6 +57,7 @@ def run_jobs(
 
     Raises:
         ValueError: if ``workers`` is not an integer of at least 1.
+        DataWorkerError: if a worker was killed.
     """
     check_integer("workers", workers, "[1, inf)")
     # One process: the results come in the order of the jobs, and starting another would take a second.
@@ -79,6 +81,11 @@ def run_jobs(
             if isinstance(result, _Refusal):
                 raise result.error
             yield waiting.pop(future), result
+    except BrokenProcessPool as error:
+        raise DataWorkerError(
+            "a worker process was killed, most likely because it ran out of memory; use fewer workers (--num-workers), "
+            "then run the same command again to resume"
+        ) from error
     except (KeyboardInterrupt, GeneratorExit):
         for worker in set(multiprocessing.active_children()) - others:
             worker.terminate()  # its result will not be used

@@ -18,7 +18,7 @@ import os
 import re
 from array import array
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -96,7 +96,8 @@ class ShardScan:
     Args:
         bytes: Length of the file.
         mtime_ns: Time of its last modification, in nanoseconds.
-        sha256: Hash of the whole file, hex; empty if the tar is damaged or its samples are to be rejected.
+        sha256: Hash of the whole file, hex; empty if the tar is damaged, its samples are to be rejected, or no hash was
+            asked for.
         rows: (n,) INDEX_DTYPE, the samples without a fault; ``shard`` is 0.
         images: Range of their sizes; None without samples.
         num_keys: Number of samples that have an image, with or without a fault.
@@ -132,7 +133,15 @@ def require_vectors(scan: ShardScan) -> ShardScan:
     return replace(scan, rows=scan.rows[has_vector], vectors=scan.vectors[has_vector], faults=faults)
 
 
-def scan_shard(path: Path, labels: Labels, *, lenient: bool = True, vectors: bool = True) -> ShardScan:
+def scan_shard(
+    path: Path,
+    labels: Labels,
+    *,
+    lenient: bool = True,
+    vectors: bool = True,
+    hashed: bool = True,
+    on_member: Callable[[], object] = lambda: None,
+) -> ShardScan:
     """Scans a tar: reads its labels, image headers and vectors, and hashes it.
 
     Args:
@@ -141,6 +150,8 @@ def scan_shard(path: Path, labels: Labels, *, lenient: bool = True, vectors: boo
         lenient: True if samples with a fault will be left out. False if they will be rejected; then the scan stops
             after 100,000 of them, and a shard with faults is not hashed.
         vectors: True to read ``.npy`` members as vectors; False ignores them.
+        hashed: False to read the file once only, and to leave the hash empty.
+        on_member: Called after each member.
 
     Raises:
         OSError: if the file cannot be opened or read, or is not a regular file.
@@ -153,8 +164,9 @@ def scan_shard(path: Path, labels: Labels, *, lenient: bool = True, vectors: boo
         try:
             for member in read_members(DescriptorBytes(descriptor)):
                 scan.take(member)
+                on_member()
             # A second pass over the file, only if the hash will be used.
-            if scan.has_no_faults() or lenient:
+            if hashed and (scan.has_no_faults() or lenient):
                 digest = sha256_of(descriptor)
         except DamagedTarError as error:
             damage = str(error)

@@ -18,6 +18,7 @@ from maskgit_pl.shards.reader import ShardReader
 __all__ = ["DataStatistics", "SizeCount", "images_of_classes", "read_statistics", "statistics_as_json"]
 
 HEADERS = 2_000  # images whose size is read, spread evenly over the split
+_BINS = 8  # of a histogram
 
 
 class SizeCount(NamedTuple):
@@ -123,10 +124,10 @@ def _sizes(manifest: Manifest) -> npt.NDArray[np.int64]:
     return np.array([(header.height, header.width) for header in headers], np.int64)
 
 
-def _histogram(sides: npt.NDArray[np.int64], bins: int = 8) -> tuple[SizeCount, ...]:
+def _histogram(sides: npt.NDArray[np.int64]) -> tuple[SizeCount, ...]:
     low, high = int(sides.min()), int(sides.max())
-    # Bins of whole pixels; small ranges have fewer than ``bins``.
-    edges = np.unique(np.linspace(low, high + 1, bins + 1).round().astype(int)).tolist()
+    # Bins of whole pixels; small ranges have fewer.
+    edges = np.unique(np.linspace(low, high + 1, _BINS + 1).round().astype(int)).tolist()
     counts, _ = np.histogram(sides, edges)
     spans = zip(edges[:-1], edges[1:], counts.tolist(), strict=True)
     return tuple(SizeCount(start, end - 1, count) for start, end, count in spans)

@@ -26,17 +26,15 @@ from maskgit_pl.checks import check_integer
 from maskgit_pl.files import sha256_of, write_atomically
 from maskgit_pl.portable import sync
 from maskgit_pl.shards.manifest import Split
-from maskgit_pl.shards.tokens import (
+from maskgit_pl.shards.store_description import (
     DESCRIPTION_FILE,
     FORMAT,
     StoreDescription,
-    Tokens,
     array_paths,
-    is_complete,
-    outside_range,
     plain_description,
     read_description,
 )
+from maskgit_pl.shards.tokens import Tokens, is_complete, outside_range
 from maskgit_pl.shards.vectors import vectors_path, write_vectors
 
 __all__ = ["Part", "StoreParts"]

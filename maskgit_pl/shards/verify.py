@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,23 +21,15 @@ from maskgit_pl.shards.labels import Labels
 from maskgit_pl.shards.manifest import Manifest, Shard, Split, index_sha256, load_manifest, splits_of, union
 from maskgit_pl.shards.parallel import choose_workers, run_jobs
 from maskgit_pl.shards.scan import ShardScan, require_vectors, scan_shard
+from maskgit_pl.shards.store_description import read_description
 from maskgit_pl.shards.tar import BLOCK
-from maskgit_pl.shards.tokens import TokenReader, read_description
+from maskgit_pl.shards.tokens import BadFile, TokenReader
 from maskgit_pl.shards.vectors import load_vectors, vectors_path
 from maskgit_pl.text import printable
 
 __all__ = ["BadFile", "StoreVerification", "Verification", "verify_shards", "verify_store"]
 
 _READ_BYTES, _DECODED_BYTES = 2**28, 2**25  # one process reads, and decodes, this much in about 10 seconds
-
-
-class BadFile(NamedTuple):
-    """A file of a data folder or of a token store that differs from its description."""
-
-    name: str
-    expected: str
-    actual: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -78,7 +69,7 @@ def verify_store(folder: str | Path) -> StoreVerification:
         try:
             tokens, labels = reader.arrays()
             vectors = 0 if reader.vector_reader is None else reader.vector_reader.array().nbytes
-            bad += [BadFile(*array) for array in reader.bad_arrays()]
+            bad += reader.bad_arrays()
         except (FileNotFoundError, ValueError) as error:
             bad.append(BadFile(f"{split}-*.npy", "valid arrays", "an invalid array", str(error)))
             continue

@@ -18,16 +18,17 @@ from typing import Any
 
 from maskgit_pl.checks import check_integer
 from maskgit_pl.files import read_json, write_text
-from maskgit_pl.folders import replace_folder, resolve_folder
+from maskgit_pl.folders import has_content, replace_folder, resolve_folder
 from maskgit_pl.image_format import ImageSize, check_image_size, height_width, plain_size
 from maskgit_pl.portable import sync
 from maskgit_pl.shards.crops import fit_image
 from maskgit_pl.shards.image_bytes import UnreadableImageError
 from maskgit_pl.shards.images import decode_image, encode_jpeg, encode_png, parse_image_header
-from maskgit_pl.shards.index import find_shards, index_shards
+from maskgit_pl.shards.index import index_shards
 from maskgit_pl.shards.manifest import Split, load_manifest, splits_of
 from maskgit_pl.shards.parallel import choose_workers, run_jobs
 from maskgit_pl.shards.samples import Sample, Source, UnreadableSample
+from maskgit_pl.shards.shard_files import find_shards
 from maskgit_pl.shards.vectors import VECTOR_EXTENSION
 from maskgit_pl.text import printable
 
@@ -83,7 +84,7 @@ def make_shards(
     if is_made_from(folder, record):
         return False
     folder = resolve_folder("data folder", folder)
-    if folder.is_dir() and any(folder.iterdir()):
+    if has_content(folder):
         raise ValueError(
             f"data folder {printable(folder)} must be empty or made from the same source, got other content (see its "
             f"{RECORD}); give another --out, or remove it"

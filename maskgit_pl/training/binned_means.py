@@ -34,9 +34,10 @@ class BinnedMeans:
             hits: (M,) float, 1 where the prediction is right.
         """
         values = torch.stack([torch.ones_like(hits), token_loss.detach(), hits], dim=1)  # (M, 3)
-        if self._sums is None:  # made on the device: a copy from the host would wait
-            self._sums = torch.zeros(NUM_BINS + 1, 3, device=values.device)
-        self._sums = self._sums.index_add(0, bins, values)
+        # Made on the device: a copy from the host would wait. Each call has sums of its own: in float32, single values
+        # that are added to a sum of millions are rounded.
+        sums = torch.zeros(NUM_BINS + 1, 3, device=values.device).index_add(0, bins, values)
+        self._sums = sums if self._sums is None else self._sums + sums
 
     def take(self, loss: Tensor) -> dict[str, float]:
         """Returns the loss of a step with the means of all groups that have tokens, and starts new sums.

@@ -122,7 +122,7 @@ class FolderCheckpointIO(CheckpointIO):
         """
         folder = Path(path)
         rank, world_size = rank_and_world()
-        files = _read_marker(folder)
+        files = on_all_ranks(lambda: _read_marker(folder))[rank]  # a rank may see an older state of a shared folder
         # Each rank hashes a part of the files.
         on_all_ranks(lambda: _verify(folder, sorted(files)[rank::world_size], files))
         with TensorPieces(folder, [name for name in sorted(files) if name != _STATE], rank) as pieces:

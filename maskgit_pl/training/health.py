@@ -127,7 +127,6 @@ class HealthMonitor(Callback):
         self.reports: list[dict[str, Any]] = []  # what was reported so far, as in ``health.json``
         self._streaks: dict[str, int] = {}  # measurements in a row outside of a range, by cause
         self._first_judged: int | None = None  # first step with a measurement of the discriminator
-        self._loaded: Mapping[str, Any] = {}
         self._hook: torch.utils.hooks.RemovableHandle | None = None
         self._last: tuple[Tensor, Tensor] | None = None  # features and tokens of the last micro-batch
         self._measured_step = -1

@@ -12,7 +12,7 @@ from typing import Any
 
 from maskgit_pl.checks import check_integer, check_number
 
-__all__ = ["HealthConfig", "HealthContext", "Problem", "attainable_codes", "find_problems", "unhealthy_causes"]
+__all__ = ["HealthConfig", "HealthContext", "Problem", "attainable_codes", "find_problems"]
 
 _SHORTEST_GRACE, _LONGEST_GRACE = 200, 5000  # steps
 _RESTART_BELOW = 0.2  # of recipes/tokenizer/base.yaml, where all codes are used
@@ -153,11 +153,6 @@ def find_problems(
     """
     rules = (_find_unused_codes, _find_distant_codes, _find_discriminator)
     return [problem for rule in rules for problem in rule(metrics, config, context, num_tokens)]
-
-
-def unhealthy_causes(problems: Sequence[Problem]) -> set[str]:
-    """Returns the causes of problems."""
-    return {problem.cause for problem in problems}
 
 
 def _find_unused_codes(

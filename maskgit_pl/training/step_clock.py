@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from maskgit_pl.checks import build_dataclass
 from maskgit_pl.files import read_json, write_text
 from maskgit_pl.provenance import device_name
 
-__all__ = ["FILE_NAME", "WARM_UP", "StepClock", "TrainingTime"]
+__all__ = ["WARM_UP", "StepClock", "TrainingTime", "read_training_time"]
 
 log = logging.getLogger(__name__)
 
-FILE_NAME = "training_time.json"  # in the stage folder
+_FILE_NAME = "training_time.json"  # in the stage folder
 WARM_UP = 5  # first steps of a process, which allocate memory and choose kernels
 
 
@@ -72,7 +73,7 @@ class StepClock(Callback):
     """
 
     def __init__(self, folder: Path) -> None:
-        self.file = folder / FILE_NAME
+        self.file = folder / _FILE_NAME
         self.total = TrainingTime()
         self._before = TrainingTime()  # total of earlier processes
         self._now = (0.0, 0.0)  # CPU and wall-clock seconds at the last reading
@@ -82,7 +83,9 @@ class StepClock(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         device = pl_module.device
         self._first_step = trainer.global_step
-        self._before = _read_time(self.file, trainer.global_step)
+        found = read_training_time(self.file.parent)
+        # A longer record has steps that are trained again, or is that of another run.
+        self._before = found if found is not None and 0 < found.steps <= trainer.global_step else TrainingTime()
         self.total = replace(self._before, device=device_name(device), is_cpu=device.type == "cpu")
         self._start()
 
@@ -147,11 +150,9 @@ def _read_clocks() -> tuple[float, float]:
     return time.process_time(), time.perf_counter()
 
 
-def _read_time(file: Path, step: int) -> TrainingTime:
-    """Returns the total of earlier processes for the first ``step`` steps; a damaged file counts as missing."""
+def read_training_time(folder: Path) -> TrainingTime | None:
+    """Reads the time of the steps of a stage; None if its folder does not record it, or the file is damaged."""
     try:
-        found = TrainingTime(**read_json(file))
-        # Steps after the last checkpoint are trained again.
-        return found if 0 < found.steps <= step else TrainingTime()
-    except (OSError, ValueError, TypeError):
-        return TrainingTime()
+        return build_dataclass(TrainingTime, read_json(folder / _FILE_NAME), _FILE_NAME)
+    except (OSError, ValueError):
+        return None

@@ -261,7 +261,8 @@ class Studio:
         return Made(recording, images, every, call.python(self.name), call.shell(self.name))
 
     def _new_folder(self) -> Path:
-        self._folders.append(Path(mkdtemp(dir=self.folder)))
+        folder = Path(mkdtemp(dir=self.folder))
+        self._folders.append(folder)
         if len(self._folders) > _MAX_KEPT:
             shutil.rmtree(self._folders.popleft(), ignore_errors=True)
-        return self._folders[-1]
+        return folder

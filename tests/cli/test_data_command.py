@@ -14,8 +14,8 @@ from PIL import Image
 
 from maskgit_pl.cli import data, main
 from maskgit_pl.shards.manifest import read_manifest_summary
+from maskgit_pl.shards.store_description import StoreDescription
 from maskgit_pl.shards.token_writer import StoreParts
-from maskgit_pl.shards.tokens import StoreDescription
 from tests.cli.commands import call_command
 from tests.conftest import save_uneven_shards
 

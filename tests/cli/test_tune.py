@@ -211,3 +211,8 @@ def test_a_search_with_a_negative_model_records_it_next_to_the_settings(
     assert lines(run_folder) == plain + guided
     with pytest.raises(FileNotFoundError, match=r"--negative-model .*nowhere must be a run"):
         call(*words, "--negative-model", tmp_path / "nowhere")
+    # A model that has moved is named again, and the file follows it.
+    weaker.rename(tmp_path / "moved")
+    assert call(*words, "--negative-model", tmp_path / "moved") == 0
+    content = json.loads((run_folder / "pretrained" / "decoding.json").read_text())
+    assert (run_folder / "pretrained" / content["negative_model"]["folder"]).samefile(tmp_path / "moved/transformer")

@@ -15,7 +15,8 @@ from maskgit_pl.data.batches import ImageBatches
 from maskgit_pl.shards.images import encode_png
 from maskgit_pl.shards.manifest import load_manifest
 from maskgit_pl.shards.reader import ShardReader
-from maskgit_pl.shards.tokens import augmentations_text, open_store
+from maskgit_pl.shards.store_description import augmentations_text
+from maskgit_pl.shards.tokens import open_store
 from tests.data_folders import save_data
 
 LISTS = [[name] for name in augmentations.names()] + [

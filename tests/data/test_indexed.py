@@ -189,7 +189,9 @@ def test_numbers_out_of_range_are_refused(make, message: str) -> None:
         make()
 
 
-@pytest.mark.parametrize("pixels", [np.zeros((4, 4), np.float32), torch.zeros(1, 4, 4), "image.png"])
+@pytest.mark.parametrize(
+    "pixels", [np.zeros((4, 4), np.float32), torch.zeros(1, 4, 4), torch.zeros(5, 4, 4, dtype=torch.uint8), "image.png"]
+)
 def test_what_is_no_image_of_8_bits_is_refused(pixels: object) -> None:
     with pytest.raises(TypeError, match=r"sample 0: .* must be"):
         IndexedDataset([(pixels, 0)], image_size=4).__getitems__(range(1))

@@ -11,7 +11,8 @@ from torch import nn
 from maskgit_pl.data import ShardData, ShardDataConfig, ShuffledStream, describe_store, flip, tokenize
 from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.shards.images import encode_png
-from maskgit_pl.shards.index import find_shards, index_shards
+from maskgit_pl.shards.index import index_shards
+from maskgit_pl.shards.shard_files import find_shards
 from maskgit_pl.shards.sources import Sample
 from maskgit_pl.shards.writer import write_split
 

@@ -1,5 +1,6 @@
 """Streams from a real web server and from files: samples of each worker; bad, slow and missing shards."""
 
+import errno
 import functools
 import http.server
 import io
@@ -11,15 +12,18 @@ import tarfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 import torch
 
 from maskgit_pl.data import Batch, ShardData, ShardDataConfig, StreamConfig, StreamError
+from maskgit_pl.data.shard_fetcher import ShardFetcher
 from maskgit_pl.data.stream import StreamBatches
 from maskgit_pl.errors import DataBudgetError
 from maskgit_pl.shards.images import encode_png
+from maskgit_pl.shards.labels import Labels
 from tests.conftest import save_uneven_shards
 from tests.data_folders import save_data
 
@@ -295,6 +299,46 @@ def test_nothing_is_left_in_the_temporary_folder(web, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     taken(stream(f"{web}/train-{{000000..000005}}.tar"), 60)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_validation_that_ends_before_the_last_shard_leaves_no_file_open(folder, web):
+    urls = f"{web}/train-{{000000..000005}}.tar"
+    module = data(folder, urls, validation_urls=urls, validation_samples=2, classes=3)
+    loader = module.val_dataloader()
+    list(loader)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(8):  # each starts again with the first shard, and has begun to fetch the second one
+        list(loader)
+    for _ in range(100):  # a thread may still fetch
+        if len(os.listdir("/proc/self/fd")) <= before:
+            break
+        time.sleep(0.05)
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+class SlowLabels(Labels):
+    """Labels of a slow disk."""
+
+    def read(self, *args, **options) -> int:
+        time.sleep(0.03)
+        return super().read(*args, **options)
+
+
+def test_the_check_of_a_long_shard_is_no_stall(folder):
+    path, config = folder / "train-000002.tar", StreamConfig("x", samples=1, stall_seconds=0.2)
+    fetcher = ShardFetcher(iter([(str(path), 0)]), config, SlowLabels("cls", CLASS_NAMES))
+    (shard,) = fetcher
+    assert len(list(shard.samples())) == SIZES[2]  # 9 samples, 0.27 s
+
+
+def test_an_error_of_the_disk_is_no_stall():
+    fetcher = ShardFetcher(iter([]), StreamConfig("x", samples=1, stall_seconds=60), Labels("cls", CLASS_NAMES))
+    future: Future = Future()
+    future.set_exception(TimeoutError(errno.ETIMEDOUT, "Connection timed out"))
+    start = time.monotonic()
+    with pytest.raises(TimeoutError, match="timed out"):
+        fetcher._wait("shard.tar", future)
+    assert time.monotonic() - start < 30
 
 
 @pytest.mark.parametrize(

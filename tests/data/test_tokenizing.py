@@ -23,9 +23,10 @@ from maskgit_pl.data.batches import ImageBatches
 from maskgit_pl.data.tokenizing import Outcome
 from maskgit_pl.errors import DataBudgetError
 from maskgit_pl.shards.images import encode_png
-from maskgit_pl.shards.index import find_shards, index_shards
+from maskgit_pl.shards.index import index_shards
 from maskgit_pl.shards.manifest import load_manifest
 from maskgit_pl.shards.reader import ShardReader
+from maskgit_pl.shards.shard_files import find_shards
 from maskgit_pl.shards.sources import Sample
 from maskgit_pl.shards.tokens import open_store
 from maskgit_pl.shards.writer import write_split

@@ -19,10 +19,12 @@ from maskgit_pl.data import (
 )
 from maskgit_pl.errors import DataChangedError
 from maskgit_pl.shards.images import encode_png
-from maskgit_pl.shards.index import find_shards, index_shards
+from maskgit_pl.shards.index import index_shards
 from maskgit_pl.shards.manifest import read_manifest_summary
 from maskgit_pl.shards.samples import Sample
-from maskgit_pl.shards.tokens import open_store, read_description
+from maskgit_pl.shards.shard_files import find_shards
+from maskgit_pl.shards.store_description import read_description
+from maskgit_pl.shards.tokens import open_store
 from maskgit_pl.shards.verify import verify_store
 from maskgit_pl.shards.writer import write_split
 from tests.data_folders import save_data

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from maskgit_pl.data import InOrder, ShardData, ShardDataConfig
 from maskgit_pl.evaluation import classifier_training as module
@@ -94,6 +96,28 @@ def test_a_second_run_reads_the_stored_classifier(data: ShardData, tmp_path: Pat
     for other in (second, load_classifier(tmp_path / "judge")):
         assert torch.equal(first(batch.content).logits, other(batch.content).logits)
         assert not other.training
+
+
+def train_on_a_rank(rank: int, folder: str, shards: str) -> None:
+    """Writes the error of a rank: the first one cannot write the classifier, since a file is in its place."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    data = ShardData(ShardDataConfig(shards, image_size=8, in_channels=1))
+    data.setup()
+    config = ClassifierConfig(width=4, max_steps=1, batch=20)
+    try:
+        obtain_classifier(Path(folder) / "file" / "judge", data, config=config)
+    except OSError as error:
+        (Path(folder) / str(rank)).write_text(str(error))
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_an_error_of_the_rank_that_trains_is_raised_on_all_ranks(tiny_shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    mp.spawn(train_on_a_rank, (str(tmp_path), str(tiny_shards)), nprocs=2)
+    errors = {(tmp_path / str(rank)).read_text() for rank in (0, 1)}
+    assert len(errors) == 1
+    assert "Not a directory" in errors.pop()
 
 
 def test_a_classifier_of_other_data_is_trained_again(data: ShardData, tmp_path: Path) -> None:

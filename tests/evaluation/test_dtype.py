@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from maskgit_pl.evaluation.digests import model_digests
-from maskgit_pl.evaluation.run_folders import MeasurementOptions, find_run, open_model
+from maskgit_pl.evaluation.measurement_options import MeasurementOptions
+from maskgit_pl.evaluation.opening import open_model
+from maskgit_pl.evaluation.run_folders import find_run
 
 
 def test_the_transformer_is_cast_and_the_tokenizer_is_not(tiny_pretrained):

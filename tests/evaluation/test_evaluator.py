@@ -15,7 +15,8 @@ from maskgit_pl.evaluation import feature_metrics
 from maskgit_pl.evaluation.classifier import Accuracy
 from maskgit_pl.evaluation.classifier_config import CASConfig
 from maskgit_pl.evaluation.distances import distances
-from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, collect_numbers
+from maskgit_pl.evaluation.evaluated_model import EvaluatedModel
+from maskgit_pl.evaluation.evaluator import Evaluator, collect_numbers
 from maskgit_pl.evaluation.feature_metrics import FeatureMetrics
 from maskgit_pl.evaluation.features import extract
 from maskgit_pl.evaluation.ledger import Ledger, Row

@@ -542,6 +542,13 @@ def test_what_was_there_is_kept(tmp_path):
     assert fingerprint(made.folder) == before
 
 
+def test_a_folder_that_a_file_manager_has_shown_is_empty(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".DS_Store").touch()
+    made = import_tokenizer(save(reference("taming"), tmp_path / "a.ckpt"), tmp_path / "out", image_size=16)
+    assert (made.folder / "config.json").is_file()
+
+
 # What an imported tokenizer is good for
 
 

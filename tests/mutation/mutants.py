@@ -430,7 +430,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ("for image in self}) > 1:", "for image in self}) > 9:"),
         ("columns=min(_COLUMNS, len(images))", "columns=len(images)"),
         ("in self.images_at(len(self.steps) - 1))", "in self.images_at(0))"),
-        ("if number not in self._decoded:", "if True:"),
+        ("if id(step) not in self._decoded:", "if True:"),
     ),
     *_of(
         "pipeline/acceptance.py",
@@ -765,6 +765,10 @@ MUTANTS: tuple[Mutant, ...] = (
         "shards/tokens.py",
         "shards/test_tokens",
         ("indices * self.views + views", "indices + views"),
+    ),
+    *_of(
+        "shards/store_description.py",
+        "shards/test_tokens",
         ("if self.codebook_size <= 2**16", "if self.codebook_size <= 2**17"),
         ('self.crops if split == "train" else 1', "self.crops"),
     ),

@@ -101,7 +101,3 @@ def test_dropout_is_of_training_alone(network, tokens):
 def test_another_attention_is_refused_by_name():
     with pytest.raises(ValueError, match=r"attention must be one of .*, got 'casual'; did you mean 'causal'\?"):
         dataclasses.replace(CONFIG, attention="casual")
-    with pytest.raises(ValueError, match="must be 'bidirectional' for MaskedTransformer, got 'causal'"):
-        MaskedTransformer(CONFIG)
-    with pytest.raises(ValueError, match="must be 'causal' for AutoregressiveTransformer, got 'bidirectional'"):
-        AutoregressiveTransformer(dataclasses.replace(CONFIG, attention="bidirectional"))

@@ -1,7 +1,8 @@
 """The contract of a backbone, for every registered name and its options; see ``networks.backbone``."""
 
 import copy
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -404,6 +405,32 @@ def test_a_plugin_that_breaks_the_contract_is_refused_by_name(fault, said):
     create_network(LinearConfig(16, 3, (3, 4)))
     with pytest.raises(ValueError, match=f"^backbone 'linear': {said}"):
         create_network(LinearConfig(16, 3, (3, 4), fault=fault))
+
+
+@dataclass(frozen=True)
+class ListsConfig(LinearConfig):
+    """A configuration with fields that are a list and a mapping in a recipe, and a depth for each level."""
+
+    depth: tuple[int, ...] = (1, 2)
+    options: Mapping[str, int] = field(default_factory=dict)
+
+
+def test_a_plugin_may_have_lists_and_mappings_as_fields():
+    config = ListsConfig(16, 3, [3, 4], depth=[1, 2], options={"width": 4})
+    assert (config.grid, config.depth, config.num_blocks) == ((3, 4), (1, 2), 1)
+    assert create_network(config).config == config
+    with pytest.raises(ValueError, match="create must return a Backbone"):
+        create_network(replace(config, fault="module"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_network_is_not_built_with_the_attention_of_another(name):
+    registers = {"num_registers": 0} if name == "adaln" else {}
+    config, causal = small_config(name, **registers), small_config(name, attention="causal", **registers)
+    with pytest.raises(ValueError, match=r"transformer attention must be 'bidirectional' for .*, got 'causal'"):
+        type(config.create())(causal)
+    with pytest.raises(ValueError, match=r"transformer attention must be 'causal' for .*, got 'bidirectional'"):
+        type(causal.create())(config)
 
 
 def test_a_network_of_one_method_has_all_others():

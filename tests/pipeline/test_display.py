@@ -99,6 +99,18 @@ def test_a_recording_becomes_an_animation_and_a_filmstrip_and_decodes_each_step_
     assert made.title == "Bag, seed 3: 2 steps, token selector confidence"
 
 
+def test_recordings_with_the_same_steps_share_their_images_and_those_with_others_do_not(tmp_path):
+    decoded: list[int] = []
+    first = recording(STEPS[:1], decoded)
+    shown = first.images_at(0)
+    longer = replace(first, steps=STEPS)
+    assert longer.images_at(0) is shown
+    assert decoded == [2]
+    others = replace(first, steps=[replace(STEPS[0], tokens=STEPS[0].tokens + 1)])
+    assert others.images_at(0) is not shown
+    assert decoded == [2, 2]
+
+
 def test_of_many_steps_a_filmstrip_shows_and_decodes_twelve(tmp_path):
     decoded: list[int] = []
     recording([replace(STEPS[0], step=number) for number in range(30)], decoded).save(tmp_path / "strip.png")

@@ -59,6 +59,16 @@ def test_the_tokenizer_is_the_named_one_else_the_runs_else_that_of_the_weights(t
         find_tokenizer(recipe, **where, tokenizer=both_stages(tmp_path, tiny_pretrained))
 
 
+@pytest.mark.parametrize("broken", ["data: null", "data: {path: 7}", "data: {path: [a]}"])
+def test_the_configuration_of_another_run_is_no_obstacle(tiny_shards, tiny_pretrained, tmp_path, recipe, broken):
+    for name, text in (("a", broken), ("b", f"data: {{path: {tiny_shards}}}")):
+        (tmp_path / name / "tokenizer").mkdir(parents=True)
+        (tmp_path / name / "tokenizer" / "config.yaml").write_text(text)
+        (tmp_path / name / "pretrained").symlink_to(tiny_pretrained)
+    folder = tmp_path / str(recipe.run_name)
+    assert find_tokenizer(recipe, folder=folder, shards=tiny_shards) == tmp_path / "b" / "pretrained" / "tokenizer"
+
+
 def both_stages(folder: Path, pretrained: Path) -> Path:
     """A folder with a config.json and a tokenizer in it."""
     (folder / "both").mkdir()

@@ -55,6 +55,11 @@ def test_a_run_that_can_start(examine, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_list_of_devices_counts_its_entries(examine):
+    found = examine("--trainer.devices=[0, 2]")
+    assert (found.shares.nodes, found.shares.devices) == (1, 2)
+
+
 @pytest.mark.parametrize(("side", "effect"), [(4, "reduced"), (16, "enlarged"), (8, None)])
 def test_images_of_another_size_than_the_recipe_are_a_warning(tmp_path, tiny_shards, side, effect):
     tiny = flags(yaml.safe_load((TINY / "tokenizer.yaml").read_text()))

@@ -10,7 +10,8 @@ import pytest
 import webdataset
 from PIL import Image
 
-from maskgit_pl.shards.index import find_shards, index_shards
+from maskgit_pl.shards.index import index_shards
+from maskgit_pl.shards.shard_files import find_shards
 
 
 class Tars:

@@ -5,7 +5,7 @@ import pytest
 from braceexpand import braceexpand
 
 from maskgit_pl.shards.braces import count_names, expand_braces
-from maskgit_pl.shards.index import find_shards
+from maskgit_pl.shards.shard_files import find_shards
 
 PIECES = ["{", "}", ",", "\\", "a", "1", "..", "{1..3}", "{c..a}", "{Y..b}", "{x,y}", "{03..1..2}", "{-2..2..0}"]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskgit_pl.shards.index import find_shards, index_shards
+from maskgit_pl.shards.index import index_shards
 from maskgit_pl.shards.manifest import (
     ImageRange,
     describe_resizing,
@@ -19,6 +19,7 @@ from maskgit_pl.shards.manifest import (
     save_manifest,
 )
 from maskgit_pl.shards.reader import ShardReader
+from maskgit_pl.shards.shard_files import find_shards
 from maskgit_pl.shards.verify import verify_shards
 
 

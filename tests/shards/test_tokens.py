@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from maskgit_pl.errors import DataChangedError
+from maskgit_pl.shards.store_description import StoreDescription
 from maskgit_pl.shards.token_writer import StoreParts
-from maskgit_pl.shards.tokens import StoreDescription, TokenReader, is_complete, open_store
+from maskgit_pl.shards.tokens import TokenReader, is_complete, open_store
 from maskgit_pl.shards.verify import verify_store
 
 DESCRIPTION = StoreDescription((2, 3), 256, 28, "tokenizer", "data", ("a", "b"), {"train": 10, "val": 3})

@@ -13,11 +13,12 @@ import torch
 
 from maskgit_pl.errors import DataChangedError
 from maskgit_pl.shards.images import decode_image, encode_png
-from maskgit_pl.shards.index import find_shards, index_shards
+from maskgit_pl.shards.index import index_shards
 from maskgit_pl.shards.manifest import check_vectors, load_manifest, read_manifest_summary
 from maskgit_pl.shards.reader import ShardReader
 from maskgit_pl.shards.samples import UnreadableSample
 from maskgit_pl.shards.scan_progress import PROGRESS
+from maskgit_pl.shards.shard_files import find_shards
 from maskgit_pl.shards.sources import open_source
 from maskgit_pl.shards.vectors import VectorKind, parse_vector
 from maskgit_pl.shards.verify import verify_shards

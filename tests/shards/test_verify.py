@@ -7,8 +7,9 @@ import shutil
 import pytest
 from PIL import Image
 
-from maskgit_pl.shards.index import find_shards, index_shards
+from maskgit_pl.shards.index import index_shards
 from maskgit_pl.shards.manifest import load_manifest, load_manifests, save_manifest
+from maskgit_pl.shards.shard_files import find_shards
 from maskgit_pl.shards.verify import verify_shards
 
 SECOND = 4 * 512  # where the second sample begins: image and label take two blocks each

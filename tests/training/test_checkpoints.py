@@ -344,6 +344,33 @@ def test_ranks_begin_from_the_same_checkpoint_or_not_at_all(tmp_path, other):
         assert "got rank 0: step-00000002, rank 1: step-00000001" in text
 
 
+def load(rank: int, folder) -> None:
+    """Runs one of two ranks, of which the second one sees a checkpoint without its marker."""
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    try:
+        FolderCheckpointIO().load_checkpoint(folder / f"seen by {rank}" / "step-00000001")
+        said = "loaded"
+    except ValueError as error:
+        said = str(error)
+    (folder / f"{rank}.txt").write_text(said)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_marker_that_one_rank_does_not_see_is_the_error_of_all(tmp_path):
+    for rank in range(2):
+        FolderCheckpointIO().save_checkpoint({"a": torch.ones(2)}, tmp_path / f"seen by {rank}" / "step-00000001")
+    (tmp_path / "seen by 1" / "step-00000001" / "COMPLETE.json").unlink()
+    context = multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=load, args=(rank, tmp_path)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(60)
+    (said,) = {(tmp_path / f"{rank}.txt").read_text() for rank in range(2)}
+    assert "is incomplete: it has no COMPLETE.json" in said
+
+
 class Picture(LightningModule):
     """A convolution with weights in channels_last memory format."""
 

@@ -23,7 +23,8 @@ from maskgit_pl.evaluation.inspection.event_files import Logs, read_logs
 from maskgit_pl.evaluation.inspection.findings import find_in_tokenizer, find_in_transformer, read_reports
 from maskgit_pl.evaluation.inspection.html_page import embed_png, format_html, make_section
 from maskgit_pl.evaluation.inspection.pictures import draw_atlas, draw_histogram, draw_worst, safe_png
-from maskgit_pl.evaluation.run_folders import open_images, read_run_recipe
+from maskgit_pl.evaluation.opening import open_images
+from maskgit_pl.evaluation.run_folders import read_run_recipe
 from maskgit_pl.files import write_text
 from maskgit_pl.pretrained import PretrainedTokenizer, load_tokenizer
 from maskgit_pl.runs.exporting import export

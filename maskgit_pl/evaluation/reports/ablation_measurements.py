@@ -19,25 +19,20 @@ from typing import Any
 
 import torch
 
-from maskgit_pl.devices import check_device, default_device
+from maskgit_pl.devices import default_device, find_device
 from maskgit_pl.errors import PreemptedError, describe_error, exit_code_of
 from maskgit_pl.evaluation.decodings import describe_decoding
 from maskgit_pl.evaluation.digests import digest_of, shorten_digest
 from maskgit_pl.evaluation.evaluator import Evaluator, collect_numbers
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
+from maskgit_pl.evaluation.measurement_options import round_to_classes
 from maskgit_pl.evaluation.metric_names import metric_name
+from maskgit_pl.evaluation.opening import create_evaluated_model, open_images, open_model, open_networks
 from maskgit_pl.evaluation.reconstruction import measure_reconstruction
 from maskgit_pl.evaluation.reference import iter_real_batches
 from maskgit_pl.evaluation.reports.ablation_protocol import AblationProtocol
 from maskgit_pl.evaluation.reports.options import ReportOptions
-from maskgit_pl.evaluation.run_folders import (
-    RunFolders,
-    create_evaluated_model,
-    open_images,
-    open_model,
-    open_networks,
-    round_to_classes,
-)
+from maskgit_pl.evaluation.run_folders import RunFolders
 from maskgit_pl.image_format import ImageSize, as_image_size
 from maskgit_pl.pretrained import fingerprint, load_tokenizer, read_config
 from maskgit_pl.progress import Bars, no_bars
@@ -148,7 +143,7 @@ class _Ablation:
         self.runs, self.options, self.name, self.bars = runs, options, name, bars
         if self.stage == "tokenizer" and options.reference is not None:
             raise ValueError("--reference must not be given with --stage tokenizer, which compares with the val split")
-        self.device = default_device() if options.device is None else str(check_device(options.device))
+        self.device = find_device(options.device)
         self.ledger = Ledger(options.results / FILE_NAME)
         self.evaluator = self._open_evaluator()
         self.num_images = round_to_classes(options.num_images, self.evaluator.data.num_classes)

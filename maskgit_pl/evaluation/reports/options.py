@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from maskgit_pl.evaluation.classifier_config import CASConfig
+from maskgit_pl.evaluation.measurement_options import MeasurementOptions
 from maskgit_pl.evaluation.model_evaluation import FEATURES
-from maskgit_pl.evaluation.run_folders import MeasurementOptions
 
 __all__ = ["NUM_TOKENS", "ReportOptions", "TimingOptions"]
 

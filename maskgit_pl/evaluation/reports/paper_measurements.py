@@ -15,23 +15,23 @@ from torch import Tensor
 
 from maskgit_pl.evaluation.decodings import PLOT_STEPS
 from maskgit_pl.evaluation.editing_tasks import edit, hide_pixels
-from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
+from maskgit_pl.evaluation.evaluated_model import EvaluatedModel
+from maskgit_pl.evaluation.evaluator import Evaluator
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
-from maskgit_pl.evaluation.pages import Page, choose_classes, image_to_png
-from maskgit_pl.evaluation.reports.options import ReportOptions
-from maskgit_pl.evaluation.reports.schedule_ablation import ablate, check_budgets
-from maskgit_pl.evaluation.reports.schedule_figures import draw_figure_8
-from maskgit_pl.evaluation.reports.tables import TASKS, make_editing_page, make_generation_page, make_schedule_page
-from maskgit_pl.evaluation.run_folders import (
-    RunFolders,
+from maskgit_pl.evaluation.opening import (
     check_data,
     create_evaluated_model,
     give_val_vectors,
     open_data,
     open_evaluator,
     open_model,
-    read_run_recipe,
 )
+from maskgit_pl.evaluation.pages import Page, choose_classes, image_to_png
+from maskgit_pl.evaluation.reports.options import ReportOptions
+from maskgit_pl.evaluation.reports.schedule_ablation import ablate, check_budgets
+from maskgit_pl.evaluation.reports.schedule_figures import draw_figure_8
+from maskgit_pl.evaluation.reports.tables import TASKS, make_editing_page, make_generation_page, make_schedule_page
+from maskgit_pl.evaluation.run_folders import RunFolders, read_run_recipe
 from maskgit_pl.image_format import pixels_text
 from maskgit_pl.imaging import image_grid
 from maskgit_pl.progress import Bars
@@ -96,7 +96,7 @@ def open_models(folders: Sequence[RunFolders], options: ReportOptions, command: 
         Ledger(options.results / FILE_NAME),
         features=options.features,
         reference=options.reference,
-        options=options,
+        batch_size=options.batch_size,
         bars=bars,
     )
     return OpenedModels(evaluator, models, options, command)

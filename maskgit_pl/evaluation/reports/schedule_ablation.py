@@ -11,7 +11,8 @@ from typing import Any
 
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.decodings import PLOT_STEPS, choose_plot_steps, with_steps
-from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
+from maskgit_pl.evaluation.evaluated_model import EvaluatedModel
+from maskgit_pl.evaluation.evaluator import Evaluator
 from maskgit_pl.evaluation.ledger import Row
 from maskgit_pl.evaluation.reports.published import SCHEDULES
 from maskgit_pl.pretrained import read_config

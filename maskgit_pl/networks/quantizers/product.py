@@ -104,7 +104,7 @@ class ProductQuantizerSpec:
         check_inner("product", self.quantizer, _REFUSED)
 
     def check(self, *, codebook_size: int, code_dim: int) -> None:
-        """Checks that K is a power of G, D a multiple of G, and that the groups' quantizer can have their sizes.
+        """Checks that K is k^G, D a multiple of G, and that the groups' quantizer can have their sizes.
 
         Raises:
             ValueError: if not.

@@ -145,7 +145,7 @@ class ResidualQuantizerSpec:
         check_inner("residual", self.quantizer, _REFUSED)
 
     def check(self, *, codebook_size: int, code_dim: int) -> None:
-        """Checks that K is a power of L, and that the levels' quantizer can have their sizes.
+        """Checks that K is k^L, and that the levels' quantizer can have their sizes.
 
         Raises:
             ValueError: if not.
