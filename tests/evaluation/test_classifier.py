@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from maskgit_pl.data import InOrder, ShardData, ShardDataConfig
 from maskgit_pl.evaluation import classifier_training as module
@@ -24,6 +23,7 @@ from maskgit_pl.files import write_tensors
 from maskgit_pl.networks.classifier import load_classifier
 from maskgit_pl.networks.weight_file import read_tensors
 from tests.evaluation.feature_networks import in_memory
+from tests.forked import run_ranks
 
 QUICK = ClassifierConfig(width=8, max_steps=250, batch=20)
 
@@ -114,7 +114,7 @@ def train_on_a_rank(rank: int, folder: str, shards: str) -> None:
 @pytest.mark.slow
 def test_an_error_of_the_rank_that_trains_is_raised_on_all_ranks(tiny_shards: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    mp.spawn(train_on_a_rank, (str(tmp_path), str(tiny_shards)), nprocs=2)
+    run_ranks(train_on_a_rank, str(tmp_path), str(tiny_shards))
     errors = {(tmp_path / str(rank)).read_text() for rank in (0, 1)}
     assert len(errors) == 1
     assert "Not a directory" in errors.pop()

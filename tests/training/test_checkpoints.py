@@ -22,7 +22,7 @@ from maskgit_pl.training.checkpoint_files import (
     read_settings,
 )
 from maskgit_pl.training.checkpoints import Checkpoints
-from tests.forked import PROCESSES
+from tests.forked import run_ranks
 
 STATE = {
     "state_dict": {"weight": torch.arange(6.0).reshape(2, 3).t(), "half": torch.ones(2, dtype=torch.bfloat16)},
@@ -310,11 +310,11 @@ def test_three_failed_saves_end_a_run_in_a_row_and_not_in_all(tmp_path):
         fit_on(Unwritable(2, 3, 4), tmp_path / "three in a row")
 
 
-def begin(rank: int, folder, name: str) -> None:
-    """Runs one of two ranks, which resumes from the checkpoint of that name."""
+def begin(rank: int, folder, names: tuple[str, str]) -> None:
+    """Runs one of two ranks, which resumes from the checkpoint of its name."""
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
     checkpoints = Checkpoints(folder, every_n_steps=1)
-    checkpoints.resumes_from = folder / name
+    checkpoints.resumes_from = folder / names[rank]
     try:
         checkpoints.setup(Trainer(logger=False, accelerator="cpu"), Line(), "fit")
         said = "begins"
@@ -327,14 +327,7 @@ def begin(rank: int, folder, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("other", ["step-00000001", "step-00000002"])
 def test_ranks_begin_from_the_same_checkpoint_or_not_at_all(tmp_path, other):
-    ranks = [
-        PROCESSES.Process(target=begin, args=(rank, tmp_path, name))
-        for rank, name in enumerate(("step-00000002", other))
-    ]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(60)
+    run_ranks(begin, tmp_path, ("step-00000002", other))
     said = {(tmp_path / f"{rank}.txt").read_text() for rank in range(2)}
     if other == "step-00000002":
         assert said == {"begins"}
@@ -361,12 +354,7 @@ def test_a_marker_that_one_rank_does_not_see_is_the_error_of_all(tmp_path):
     for rank in range(2):
         FolderCheckpointIO().save_checkpoint({"a": torch.ones(2)}, tmp_path / f"seen by {rank}" / "step-00000001")
     (tmp_path / "seen by 1" / "step-00000001" / "COMPLETE.json").unlink()
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=load, args=(rank, tmp_path)) for rank in range(2)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(60)
+    run_ranks(load, tmp_path)
     (said,) = {(tmp_path / f"{rank}.txt").read_text() for rank in range(2)}
     assert "is incomplete: it has no COMPLETE.json" in said
 
