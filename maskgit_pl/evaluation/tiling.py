@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from maskgit_pl.networks.vqgan import VQGAN
@@ -34,6 +35,7 @@ def reconstruct_in_tiles(
 
     A pixel is the weighted mean of the tiles that cover it. The weight of a tile falls linearly towards its edges, so
     that no seam is visible. An image that fits into one tile is encoded and decoded as a whole, with the same result.
+    An axis that is shorter than a tile is padded with its last pixels, if the network cannot encode its length.
 
     Args:
         network: The tokenizer's network, with any number of channels C.
@@ -67,9 +69,13 @@ def reconstruct_in_tiles(
 
 def _reconstruct(network: VQGAN, images: Tensor) -> tuple[Tensor, Tensor]:
     height, width = images.shape[-2:]
+    unit = network.config.side_unit
+    if height % unit or width % unit:  # an axis that is shorter than a tile
+        images = F.pad(images, (0, -width % unit, 0, -height % unit), mode="replicate")
     tokens = network.encode(images)
     # The decoder may add a margin, since it produces whole tokens; crop it.
-    return tokens, network.decode(tokens, network.config.grid((height, width)))[..., :height, :width].float()
+    grid = network.config.grid((images.shape[-2], images.shape[-1]))
+    return tokens, network.decode(tokens, grid)[..., :height, :width].float()
 
 
 def _ramp(length: int, like: Tensor) -> Tensor:

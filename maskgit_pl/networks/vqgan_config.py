@@ -165,6 +165,11 @@ class VQGANConfig:
         """The side in pixels of the square that a token covers."""
         return int(self.patch_size * 2 ** (len(self.channel_multipliers) - 1))
 
+    @property
+    def side_unit(self) -> int:
+        """The number of pixels that divides both sides of an image."""
+        return self.patch_size if self.layout == "maskgit" else self.downsampling_factor
+
     def grid(self, image_size: ImageSize) -> tuple[int, int]:
         """Returns the rows and columns (h, w) of the token grid of an image.
 
@@ -175,11 +180,7 @@ class VQGANConfig:
             ValueError: if the size is not a positive multiple of ``patch_size`` or, in layouts ``taming`` and
                 ``magvit2``, of the downsampling factor: their strides would drop the remaining pixels.
         """
-        name, unit = (
-            ("the downsampling factor", self.downsampling_factor)
-            if self.layout != "maskgit"
-            else ("patch_size", self.patch_size)
-        )
+        name, unit = "patch_size" if self.layout == "maskgit" else "the downsampling factor", self.side_unit
         height, width = height_width(image_size)
         for size in (height, width):
             if size < 1 or size % unit:

@@ -40,6 +40,25 @@ def test_an_image_of_one_tile_is_the_plain_pass(channels: int, size: tuple[int, 
     assert torch.equal(made, model.decode(tokens, model.grid(size))[..., : size[0], : size[1]])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"patch_size": 2},
+        {"layout": "taming", "num_middle_blocks": 2, "latent_channels": 4},
+        {"layout": "magvit2", "num_middle_blocks": 2},
+    ],
+)
+@pytest.mark.parametrize("size", [(1, 1), (7, 5), (5, 19), (19, 5), (19, 21)])
+def test_every_layout_reconstructs_images_of_any_size(options: dict, size: tuple[int, int]) -> None:
+    sizes = {"base_channels": 8, "channel_multipliers": (1, 1), "num_res_blocks": 1, "num_groups": 2, "code_dim": 4}
+    model = VQGAN(VQGANConfig(3, codebook_size=16, **sizes, **options)).eval().requires_grad_(False)
+    pictures = images(3, *size)
+    _, made = reconstruct_in_tiles(model, pictures, tile=(8, 8), overlap=2)
+    assert made.shape == pictures.shape
+    assert made.isfinite().all()
+
+
 class Recorder(torch.nn.Module):
     """Reconstructs each tile as its brightness in the corner, so that tiles differ and seams would show."""
 
