@@ -103,7 +103,8 @@ class CostChecks:
             checks.add("memory", text, "warning")
             return
         limit, most = device * _HEADROOM, self._largest_batch
-        largest = self._costs.largest_batch(self._global_batch // self._ranks, limit)
+        # Too many ranks for the global batch have an error of their own.
+        largest = self._costs.largest_batch(max(1, self._global_batch // self._ranks), limit)
         if self._memory.total <= limit:
             more = f"; --data.max_batch_per_device={largest} fits too" if largest and largest > most else ""
             checks.add("memory", f"{self._describe_memory()}; {size_text(device)} available{more}")

@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from maskgit_pl import interruption
 from maskgit_pl.distributed import rank_and_world
 from maskgit_pl.errors import NonFiniteError, PreemptedError
+from maskgit_pl.files import write_text
 from maskgit_pl.training.checkpoints import Checkpoints
 
 __all__ = ["StepCheck", "clip_gradients"]
@@ -118,7 +119,7 @@ class StepCheck(Callback):
     def _list_samples(self, rank: int) -> None:
         path = self.folder / ("nonfinite.json" if rank == 0 else f"nonfinite-rank{rank}.json")
         try:
-            path.write_text(json.dumps(self._skipped, indent=2) + "\n")
+            write_text(path, json.dumps(self._skipped, indent=2) + "\n")
         except OSError as error:  # the run must end with the non-finite error, not with this one
             log.warning("%s cannot be written: %s", path, error)
 
