@@ -234,10 +234,12 @@ class TokenModel(OptimizedModel):
             seeds: Seed of each image, in [0, 2**32).
             vectors: (B, C) float, vector of each image; None for a network without conditioning vectors.
         """
-        # Without an average this is the network that trains, so its mode is restored afterwards.
+        # Without an average this is the network that trains, so its mode is restored afterwards, also after a part.
         self.averaged_network.eval()
-        yield from self._decode(labels, seeds, vectors)
-        self.transformer.train(self.training)
+        try:
+            yield from self._decode(labels, seeds, vectors)
+        finally:
+            self.transformer.train(self.training)
 
     def start_from(self, folder: Path) -> None:
         """Replaces the initial weights by those of a pretrained transformer. Call it before the first step.

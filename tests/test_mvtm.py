@@ -303,6 +303,15 @@ def test_samples_depend_on_the_seed_alone(tiny_pretrained):
     assert torch.equal(together, torch.cat(alone))
 
 
+def test_a_part_of_a_decoding_leaves_the_network_in_its_mode(tiny_pretrained):
+    module = model(tiny_pretrained, ema_decay=0.0).train()  # without an average the network that trains is decoded
+    steps = module.sample([0], [5])
+    next(steps)
+    assert not module.transformer.training
+    steps.close()
+    assert module.transformer.training
+
+
 @pytest.mark.parametrize(
     ("key", "config"), [("codebook_size", replace(CONFIG, codebook_size=8)), ("grid", replace(CONFIG, grid=(2, 8)))]
 )
