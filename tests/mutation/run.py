@@ -1,11 +1,12 @@
 """Breaks the package in one place after the other and runs the quick tests each time: they must notice.
 
-    python tests/mutation/run.py [--only TEXT ...] [--jobs N] [--whole-suite]
+    python tests/mutation/run.py [--only TEXT ...] [--jobs N] [--whole-suite] [--record]
 
 1. Every mutation of ``mutants.py`` must fit: its old text stands exactly once in its file.
 2. The tests that it names must pass on the package as it is.
 3. Each mutation runs them on a copy of the package that comes first on the path; the working tree is never changed.
-   The process is forked from one that has imported torch, Lightning and pytest.
+   The process is forked from one that has imported torch, Lightning and pytest. The test in ``killers.json``, which
+   noticed the mutation last time, runs first: all tests of a file take longer. ``--record`` writes that file.
 4. A mutation that no test notices is a survivor. It needs a reason in ``mutants.py``; with ``--whole-suite`` all quick
    tests are asked before.
 
@@ -39,6 +40,7 @@ import pytest  # noqa: E402
 from tests.mutation.mutants import MUTANTS, Mutant  # noqa: E402
 
 _NEEDED = 0.95
+_KILLERS = Path(__file__).with_name("killers.json")
 _IMPORTED_ONCE = (
     "torch", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch._dynamo", "lightning.pytorch",
     "lightning.pytorch.loggers", "torchmetrics", "torchmetrics.image.fid",
@@ -179,41 +181,79 @@ def run_all(jobs: Sequence[Job], at_once: int) -> Iterator[Job]:
             job.stop()
 
 
-def check_whole(mutants: Sequence[Mutant], at_once: int) -> dict[str, float]:
-    """Runs the named tests on the package as it is; how long each took.
-
-    Raises:
-        SystemExit: if one of them fails.
-    """
-    jobs = [Job([test]) for test in dict.fromkeys(test for mutant in mutants for test in mutant.tests)]
+def check_whole(groups: Sequence[tuple[str, ...]], at_once: int) -> dict[tuple[str, ...], float]:
+    """Runs groups of tests on the package as it is; how long each group that passes took."""
+    jobs = list(run_all([Job(tests) for tests in dict.fromkeys(groups)], at_once))
     seconds = {}
-    for job in run_all(jobs, at_once):
+    for job in jobs:
         assert job.result is not None
-        if job.result.outcome != "survived":
-            raise SystemExit(f"{job.result.output}\nthe package as it is: {job.tests[0]} {job.result.outcome}")
-        seconds[job.tests[0]] = job.result.seconds
-    print(f"the package as it is: {len(jobs)} test files pass, {sum(seconds.values()):.0f} s", flush=True)
+        if job.result.outcome == "survived":
+            seconds[tuple(job.tests)] = job.result.seconds
+        else:
+            print(f"{job.result.output}\nthe package as it is: {job.tests[0]} {job.result.outcome}", flush=True)
+    print(
+        f"the package as it is: {len(seconds)} of {len(jobs)} groups of tests pass, {sum(seconds.values()):.0f} s",
+        flush=True,
+    )
     return seconds
 
 
 def run_mutants(mutants: Sequence[Mutant], at_once: int, *, whole_suite: bool) -> dict[Mutant, Result]:
     """What the tests say of each mutation; prints a line of each."""
-    seconds = check_whole(mutants, at_once)
-    jobs = [Job(m.tests, m, limit=60 + 4 * sum(seconds[test] for test in m.tests)) for m in mutants]
     results: dict[Mutant, Result] = {}
+    # The tests that noticed last time, file by file. One that has another name now is no reason to end.
+    killers = {mutant: test for mutant in mutants if (test := read_killers().get(mutant.name))}
+    groups = {
+        file: tuple(dict.fromkeys(test for test in killers.values() if _file(test) == file))
+        for file in map(_file, killers.values())
+    }
+    seconds = check_whole(list(groups.values()), at_once)
+    jobs = [
+        Job([test], mutant, limit=60 + 4 * seconds[groups[_file(test)]])
+        for mutant, test in killers.items()
+        if groups[_file(test)] in seconds
+    ]
+    results |= _ask(jobs, at_once)
+    left = [mutant for mutant in mutants if mutant not in results]
+    seconds = check_whole([(test,) for mutant in left for test in mutant.tests], at_once)
+    if failing := {test for mutant in left for test in mutant.tests if (test,) not in seconds}:
+        raise SystemExit(f"these tests must pass on the package as it is: {', '.join(sorted(failing))}")
+    jobs = [Job(m.tests, m, limit=60 + 4 * sum(seconds[(test,)] for test in m.tests)) for m in left]
+    results |= _ask(jobs, at_once, survivors=True)
+    if whole_suite:
+        survivors = [Job(["tests"], m, limit=1800) for m, result in results.items() if result.outcome == "survived"]
+        results |= _ask(survivors, at_once, survivors=True)
+    return results
+
+
+def _ask(jobs: Sequence[Job], at_once: int, *, survivors: bool = False) -> dict[Mutant, Result]:
+    """Runs tests on mutations, prints a line of each that is noticed, and returns these; or all with ``survivors``."""
+    results = {}
     for job in run_all(jobs, at_once):
         assert job.mutant is not None
         assert job.result is not None
-        results[job.mutant] = job.result
-        _print(job.mutant, job.result)
-    if whole_suite:
-        left = [Job(["tests"], m, limit=1800) for m, result in results.items() if result.outcome == "survived"]
-        for job in run_all(left, at_once):
-            assert job.mutant is not None
-            assert job.result is not None
+        if survivors or job.result.outcome != "survived":
             results[job.mutant] = job.result
             _print(job.mutant, job.result)
     return results
+
+
+def read_killers() -> dict[str, str]:
+    """Returns the test that noticed each mutation last time, by the name of the mutation."""
+    found: dict[str, str] = json.loads(_KILLERS.read_text())
+    return found
+
+
+def write_killers(results: dict[Mutant, Result]) -> None:
+    """Records the test that noticed each mutation; the others stay, if their mutations exist."""
+    names = {mutant.name for mutant in MUTANTS}
+    killers = {name: test for name, test in read_killers().items() if name in names}
+    killers |= {m.name: r.by.removesuffix(" (import)") for m, r in results.items() if r.outcome == "killed"}
+    _KILLERS.write_text(json.dumps(killers, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def _file(test: str) -> str:
+    return test.partition("::")[0]
 
 
 def _print(mutant: Mutant, result: Result) -> None:
@@ -241,6 +281,9 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[""], help="mutations whose name contains one of these texts")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="mutations at once (default: the cores)")
     parser.add_argument("--whole-suite", action="store_true", help="ask all quick tests about what survives")
+    parser.add_argument(
+        "--record", action="store_true", help="write the tests that notice the mutations to killers.json"
+    )
     args = parser.parse_args()
     wrong = [text for mutant in MUTANTS if (text := mutant.misfit(REPOSITORY))]
     if wrong:
@@ -255,7 +298,10 @@ def main() -> int:
     for name in _IMPORTED_ONCE:
         importlib.import_module(name)
     assert "maskgit_pl" not in sys.modules
-    code = verdict(run_mutants(chosen, args.jobs, whole_suite=args.whole_suite))
+    results = run_mutants(chosen, args.jobs, whole_suite=args.whole_suite)
+    if args.record:
+        write_killers(results)
+    code = verdict(results)
     print(f"{time.monotonic() - began:.0f} s")
     return code
 
