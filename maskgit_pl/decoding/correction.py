@@ -60,7 +60,7 @@ class CorrectingRun(DecodingRun):
 
     def _replace(self, candidates: Candidates, is_replaceable: Tensor) -> Tensor:
         """Returns the codes (B, U) after the selector has replaced decided ones."""
-        if not self.selector.replaces_decided:
+        if not self.selector.selector.replaces_decided:
             return candidates.tokens
         return self.selector.replacements(candidates).where(is_replaceable, candidates.tokens)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,15 +55,15 @@ def fit(
         KeyboardInterrupt: at a second Ctrl-C. The same call resumes the run from its last checkpoint.
     """
     plan = plan_run(recipe, run=run, data=data, tokenizer=tokenizer, pretrained=pretrained)
-    if fresh and local_rank() == 0:  # the other ranks start when the folder has its new name
-        _set_aside(plan.stage_folder)
+    # The other ranks start when the folder has its new name.
+    set_aside = partial(_set_aside, plan.stage_folder) if fresh and local_rank() == 0 else None
     try:
         with interruption.catch_stop_signals(), warnings.catch_warnings():
             # Lightning warns on login nodes of Slurm.
             warnings.filterwarnings("ignore", message=".*`srun` command is available")
             from maskgit_pl.runs.stage import fit_stage  # lightning and torch take seconds to import
 
-            return fit_stage(plan)
+            return fit_stage(plan, set_aside=set_aside)
     except SystemExit as stop:
         # Lightning turns KeyboardInterrupt into SystemExit, which would end a notebook's kernel.
         if isinstance(stop.__context__, KeyboardInterrupt):
