@@ -113,9 +113,10 @@ def compute_ratios(mask_schedule: MaskSchedule, progress: Tensor, num_tokens: in
     """
     ratio = mask_schedule(progress, num_tokens)
     broken = _find_wrong_form(ratio, progress)
-    if broken is None and ratio.device.type == "cpu" and not bool(((ratio >= 0) & (ratio <= 1)).all()):
-        wrong = ratio[~((ratio >= 0) & (ratio <= 1))]
-        broken = f"its values must be finite and lie in [0, 1], got {float(wrong[0]):g}"
+    if broken is None and ratio.device.type == "cpu":
+        # A list, since a comparison of tensors could not be read where a graph is recorded.
+        wrong = [value for value in ratio.flatten().tolist() if not 0 <= value <= 1]
+        broken = f"its values must be finite and lie in [0, 1], got {wrong[0]:g}" if wrong else None
     if broken is not None:
         raise ValueError(f"mask schedule {type(mask_schedule).__name__!r}: {broken} (at {num_tokens} tokens)")
     return ratio

@@ -264,9 +264,8 @@ def _to_vector(vector: Any, *, name: str) -> Tensor:
 def _to_pixels(image: Any, *, channels: int, name: str) -> Tensor:
     """Converts an image of any supported type to (channels, H, W) uint8."""
     if isinstance(image, Tensor | np.ndarray):
-        is_tensor = isinstance(image, Tensor)
-        got = f"{image.dtype} {tuple(image.shape)}"
-        if is_tensor:  # to (H, W) or (H, W, C), the layout of arrays
+        is_tensor, got = isinstance(image, Tensor), f"{image.dtype} {tuple(image.shape)}"
+        if isinstance(image, Tensor):  # to (H, W) or (H, W, C), the layout of arrays
             image = (image if image.ndim < 3 else image.movedim(0, -1)).cpu().numpy()
         is_image = image.ndim == 2 or (image.ndim == 3 and 1 <= image.shape[-1] <= 4)
         if image.dtype != np.uint8 or not is_image or not image.size:

@@ -46,6 +46,7 @@ class CorrectingRun(DecodingRun):
             scores = self.selector(candidates)  # (B, U)
             if is_unknown is not None:
                 scores = scores.where(is_unknown, float("inf"))
+            self.selector.check_values(scores)
             # 4.
             codes = self._replace(candidates, is_decided if is_unknown is None else is_decided & is_unknown)
             self._update_confidence(candidates, codes, is_decided)

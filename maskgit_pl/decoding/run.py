@@ -108,6 +108,7 @@ class DecodingRun:
                 scores = scores.where(is_masked, torch.inf)
                 drawn = drawn.where(is_masked, self.tokens.gather(1, positions))
                 probability = probability.where(is_masked, self.confidence.gather(1, positions))
+            self.selector.check_values(scores)
             self.confidence = self.confidence.scatter(1, positions, probability)
             scores_by_position = self.no_scores.scatter(1, positions, scores)  # (B, N)
             # 4. Count. A selector with its own counts treats the plan as an upper bound.

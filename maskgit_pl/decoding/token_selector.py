@@ -174,6 +174,11 @@ class CheckedSelector:
     def __call__(self, candidates: Candidates) -> Tensor:
         return self._scores("scores", self.selector(candidates), candidates.tokens.shape, "(B, M)")
 
+    def check_values(self, scores: Tensor, what: str = "scores") -> None:
+        """Checks that scores are not NaN, once those of padding, whose logits may be NaN, have another value."""
+        if _is_readable(scores) and bool(scores.isnan().any()):
+            raise ValueError(f"{self}: {what} must be finite, got NaN")
+
     def sharpness(self, progress: float) -> float:
         """Returns the checked sharpness."""
         return check_number(
@@ -183,10 +188,9 @@ class CheckedSelector:
     def schedule_progress(self, progress: Tensor) -> Tensor:
         """Returns the checked progress of the mask schedule, (T,) float32."""
         mapped = self._scores("schedule_progress", self.selector.schedule_progress(progress), progress.shape, "(T,)")
-        if not bool((mapped > 0).all() and (mapped <= 1).all() and (mapped.diff() >= 0).all()):
-            raise ValueError(
-                f"{self}: schedule_progress must lie in (0, 1] and never fall, got {shorten(mapped.tolist())}"
-            )
+        values = mapped.tolist()  # not a comparison of tensors, which a recorded graph could not read
+        if not all(0 < value <= 1 for value in values) or sorted(values) != values:
+            raise ValueError(f"{self}: schedule_progress must lie in (0, 1] and never fall, got {shorten(values)}")
         return mapped
 
     def num_remasked(self, *, decided: int, planned: int, progress: float) -> int:
@@ -197,7 +201,9 @@ class CheckedSelector:
     def remasking_scores(self, decided: Decided) -> Tensor:
         """Returns the checked remasking scores, (B, N) float32."""
         scores = self.selector.remasking_scores(decided)
-        return self._scores("remasking_scores", scores, decided.confidence.shape, "(B, N)")
+        checked = self._scores("remasking_scores", scores, decided.confidence.shape, "(B, N)")
+        self.check_values(checked, "remasking_scores")
+        return checked
 
     def replacements(self, candidates: Candidates) -> Tensor:
         """Returns the checked codes, (B, M) int64."""
@@ -205,7 +211,7 @@ class CheckedSelector:
             "replacements", self.selector.replacements(candidates), candidates.tokens.shape, "(B, M)"
         )
         size = candidates.log_probs.shape[-1]
-        if codes.device.type == "cpu" and not bool(((codes >= 0) & (codes < size)).all()):
+        if _is_readable(codes) and not bool(((codes >= 0) & (codes < size)).all()):
             got = f"{int(codes.min())} to {int(codes.max())}"
             raise ValueError(f"{self}: replacements must be codes in [0, {size}), got {got}")
         return codes
@@ -225,8 +231,6 @@ class CheckedSelector:
         if not isinstance(values, Tensor) or values.shape != shape or not values.is_floating_point():
             got = _describe_result(values)
             raise ValueError(f"{self}: {what} must be a float tensor {letters} = {tuple(shape)}, got {got}")
-        if values.device.type == "cpu" and bool(values.isnan().any()):
-            raise ValueError(f"{self}: {what} must be finite, got NaN")
         return values.float()
 
     def _integers(self, what: str, values: Any, shape: tuple[int, ...], letters: str) -> Tensor:
@@ -236,6 +240,14 @@ class CheckedSelector:
             got = _describe_result(values)
             raise ValueError(f"{self}: {what} must be an int64 tensor {letters} = {tuple(shape)}, got {got}")
         return values
+
+
+def _is_readable(values: Tensor) -> bool:
+    """Returns True if values can be read without waiting for a device, and no graph is recorded."""
+    import torch
+
+    is_recorded = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return values.device.type == "cpu" and not is_recorded
 
 
 def check_token_selector(name: str, selector: TokenSelector) -> None:
@@ -263,6 +275,7 @@ def check_token_selector(name: str, selector: TokenSelector) -> None:
         candidates = Candidates(log_probs, log_probs.argmin(-1), positions, gumbel, progress, (2, 2), is_decided)
         checked.sharpness(progress)
         scores = checked(candidates)
+        checked.check_values(scores)
         if not scores.isfinite().all():
             raise ValueError(f"token selector {name!r}: scores must be finite (at progress {progress:g})")
         if selector.replaces_decided:

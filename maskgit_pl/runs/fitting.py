@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import warnings
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,23 +55,27 @@ def fit(
     """
     plan = plan_run(recipe, run=run, data=data, tokenizer=tokenizer, pretrained=pretrained)
     # The other ranks start when the folder has its new name.
-    set_aside = partial(_set_aside, plan.stage_folder) if fresh and local_rank() == 0 else None
+    old = _set_aside(plan.stage_folder) if fresh and local_rank() == 0 else None
     try:
         with interruption.catch_stop_signals(), warnings.catch_warnings():
             # Lightning warns on login nodes of Slurm.
             warnings.filterwarnings("ignore", message=".*`srun` command is available")
             from maskgit_pl.runs.stage import fit_stage  # lightning and torch take seconds to import
 
-            return fit_stage(plan, set_aside=set_aside)
+            return fit_stage(plan)
     except SystemExit as stop:
         # Lightning turns KeyboardInterrupt into SystemExit, which would end a notebook's kernel.
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from stop
         raise
+    finally:
+        if old is not None and not plan.stage_folder.exists():  # a check has refused the new run
+            old.rename(plan.stage_folder)
+            log.info("%s: renamed back, since the training did not start", plan.stage_folder)
 
 
-def _set_aside(folder: Path) -> None:
-    """Renames a stage folder to the first free ``NAME.old-N``.
+def _set_aside(folder: Path) -> Path | None:
+    """Renames a stage folder to the first free ``NAME.old-N``, and returns its new name; None if there is no folder.
 
     Raises:
         ValueError: if a launcher started several ranks, which would not see the change together, or another process
@@ -84,9 +87,10 @@ def _set_aside(folder: Path) -> None:
             f"{folder} yourself"
         )
     if not folder.exists():
-        return
+        return None
     with hold_lock(folder, hint="train another run (--run)"):
         names = (folder.with_name(f"{folder.name}.old-{number}") for number in itertools.count(1))
         old = next(each for each in names if not each.exists())
         folder.rename(old)
     log.info("%s: renamed to %s; training starts at step 0. Without --fresh, the same command resumes it", folder, old)
+    return old

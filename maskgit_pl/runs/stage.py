@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,12 +64,8 @@ class FitResult:
         return self.folder / "pretrained"
 
 
-def fit_stage(plan: Plan, *, set_aside: Callable[[], object] | None = None) -> FitResult:
+def fit_stage(plan: Plan) -> FitResult:
     """Trains a stage and exports it; does nothing if the run is finished.
-
-    Args:
-        plan: The stage and its folders.
-        set_aside: Renames an earlier stage folder, to train from the start; called after all checks.
 
     Raises:
         FileExistsError: if there are other files in the folder of the export.
@@ -82,14 +78,11 @@ def fit_stage(plan: Plan, *, set_aside: Callable[[], object] | None = None) -> F
     run = build(plan)
     trainer = run.trainer
     newest = newest_checkpoint(plan.checkpoints)
-    is_done = newest is not None and step_of(newest) >= trainer.max_steps and _is_exported(plan, step_of(newest))
-    if newest is not None and is_done and set_aside is None:
+    if newest is not None and step_of(newest) >= trainer.max_steps and _is_exported(plan, step_of(newest)):
         if trainer.is_global_zero:
             log.info("%s: finished at %s; nothing to do", plan.stage_folder, newest.name)
         return FitResult(plan.folder, step_of(newest), was_finished=True)
     check_run_outputs(plan)
-    if set_aside is not None:
-        set_aside()
     with hold_lock(plan.stage_folder, hint="train another run (--run)") if trainer.is_global_zero else nullcontext():
         _fit(run, plan)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
