@@ -173,7 +173,9 @@ def check_keys(where: str, given: Collection[str], *, known: Collection[str], re
     for key in given:
         if key not in known:
             hint = f"{did_you_mean(str(key), known)} ".lstrip()
-            raise ValueError(f"{where}: unknown key {shorten(key)}: {hint}known keys: {', '.join(sorted(known))}")
+            raise ValueError(
+                f"{where}: unknown key {shorten(key)}: {hint}known keys: {', '.join(sorted(known)) or 'none'}"
+            )
     for key in required:
         if key not in given:
             raise ValueError(f"{where}: the key {key!r} is missing")

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from maskgit_pl.checks import check_number, shorten
 from maskgit_pl.registry import Registry
-from maskgit_pl.schedules import MaskSchedule, mask_schedules
+from maskgit_pl.schedules import MaskSchedule, compute_ratios, mask_schedules
 
 __all__ = ["MaskRatio", "mask_ratios"]
 
@@ -89,7 +89,7 @@ class ScheduleRatio(MaskRatio):
     follows_schedule: ClassVar[bool] = True
 
     def __call__(self, u: Tensor, mask_schedule: MaskSchedule, num_tokens: int) -> Tensor:
-        return mask_schedule(u, num_tokens)
+        return compute_ratios(mask_schedule, u, num_tokens)
 
 
 @mask_ratios.register("uniform")

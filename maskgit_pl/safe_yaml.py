@@ -43,6 +43,18 @@ class _PlainLoader(yaml.SafeLoader):
         return made
 
 
+def _construct_number(loader: _PlainLoader, node: yaml.ScalarNode) -> Any:
+    """Reads a number as YAML 1.2 does: PyYAML would read 010 as 8, and 12:30 as 750."""
+    if ":" in node.value:
+        return node.value
+    if node.tag.endswith(":float"):
+        return loader.construct_yaml_float(node)
+    text = node.value.replace("_", "")
+    return int(text, 10 if text.lstrip("+-").isdigit() else 0)
+
+
+for _kind in ("int", "float"):
+    _PlainLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _construct_number)
 _PlainLoader.add_implicit_resolver(  # floats of YAML 1.2: PyYAML would read 1e-3 as a string
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )

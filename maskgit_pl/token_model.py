@@ -39,6 +39,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from maskgit_pl.checks import check_class_names
 from maskgit_pl.data import Batch, flip
 from maskgit_pl.decoding import DecodingConfig, DecodingStep
 from maskgit_pl.imaging import to_unit_range
@@ -60,7 +61,7 @@ from maskgit_pl.pretrained import (
     weights_for,
 )
 from maskgit_pl.randomness import random_bits, random_uniform
-from maskgit_pl.token_model_config import TokenModelConfig, check_tokenizer
+from maskgit_pl.token_model_config import TokenModelConfig, check_samples, check_tokenizer
 from maskgit_pl.training.binned_means import NUM_BINS, BinnedMeans
 from maskgit_pl.training.checkpoints import full_state
 from maskgit_pl.training.compile_and_checkpointing import prepare_blocks
@@ -175,7 +176,10 @@ class TokenModel(OptimizedModel):
 
     def _with_draws(self, batch: Batch) -> Batch:
         """Returns the batch with its random draws (steps 1 and 2), unless it has them already."""
-        return batch if batch.draws is not None else batch._replace(draws=self._draw(batch))
+        if isinstance(batch, Batch) and batch.draws is not None:
+            return batch
+        check_samples(batch, self.config.network, lambda: self._tokenizer or self.tokenizer)
+        return batch._replace(draws=self._draw(batch))
 
     def _draw(self, batch: Batch) -> Draws:
         """Draws what a batch needs; in validation without class dropout."""
@@ -261,7 +265,12 @@ class TokenModel(OptimizedModel):
         Args:
             folder: Output folder, for ``transformer`` with the averaged weights and ``tokenizer``, a copy.
             class_names: Name of each class.
+
+        Raises:
+            ValueError: if there is not one name for each class.
         """
+        given = class_names if isinstance(class_names, str) else tuple(class_names)  # any sequence
+        names = check_class_names("class_names", given, self.config.network.num_classes)
         # Under FSDP2 all ranks gather the weights, so this line must not depend on the rank.
         weights, own = full_state(self.averaged_network), Path(folder) / "tokenizer"
         if self.global_rank == 0:
@@ -273,7 +282,7 @@ class TokenModel(OptimizedModel):
                 weights,
                 mask_schedule=self.mask_schedule_spec,
                 decoding=self.decoding,
-                class_names=tuple(class_names),
+                class_names=names,
                 tokenizer_fingerprint=self.tokenizer.fingerprint,
             )
 

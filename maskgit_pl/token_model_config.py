@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal, get_args
 
 from maskgit_pl.checks import check_choice, check_number, check_seed
+from maskgit_pl.data.batches import Batch, check_batch
 from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.image_format import height_width
 from maskgit_pl.networks.backbone import BackboneConfig, Vocabulary
 from maskgit_pl.pretrained import PretrainedTokenizer
 from maskgit_pl.training.compile_and_checkpointing import ActivationCheckpointing, Compiled
 from maskgit_pl.training.optimizers import OptimizerConfig
 
-__all__ = ["LossVocabulary", "TokenModelConfig", "check_decoding", "check_tokenizer"]
+__all__ = ["LossVocabulary", "TokenModelConfig", "check_decoding", "check_samples", "check_tokenizer"]
 
 LossVocabulary = Literal["codes", "all"]
 
@@ -82,3 +85,31 @@ def check_tokenizer(config: BackboneConfig, tokenizer: PretrainedTokenizer) -> N
                 f"model.network.{name} must be {has}, that of the tokenizer, got {wanted}; leave the key out, or name "
                 "another tokenizer"
             )
+
+
+def check_samples(batch: Batch, config: BackboneConfig, tokenizer: Callable[[], PretrainedTokenizer]) -> None:
+    """Checks that the samples of a batch are those of a transformer.
+
+    Labels are checked because the rows of the embedding before and after those of the classes are codes, the null class
+    and the mask token.
+
+    Args:
+        batch: The batch that the Trainer passes.
+        config: Sizes of the transformer.
+        tokenizer: Returns the tokenizer of images.
+
+    Raises:
+        TypeError: if the batch comes from no data module of ``maskgit_pl.data``.
+        ValueError: if the samples have another shape, or a label is no class of the transformer.
+    """
+    if isinstance(batch, Batch) and batch.content.ndim == 4:
+        found = tokenizer()
+        check_batch(batch, shape=(found.network.config.in_channels, *height_width(found.image_size)))
+    else:
+        check_batch(batch, shape=(config.num_tokens,))
+    wrong = batch.labels[(batch.labels < 0) | (batch.labels >= config.num_classes)]
+    if len(wrong):
+        raise ValueError(
+            f"labels of the data must be in [0, {config.num_classes}), the classes of the model, got {int(wrong[0])}; "
+            "number the classes from 0, and build the model with num_classes of the data"
+        )

@@ -35,7 +35,9 @@ from torchmetrics import MeanMetric, Metric
 
 from maskgit_pl.checks import check_integer
 from maskgit_pl.data import Batch, flip
+from maskgit_pl.data.batches import check_batch
 from maskgit_pl.distributed import mean_over_ranks
+from maskgit_pl.image_format import height_width
 from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.networks.discriminators import build_discriminator
 from maskgit_pl.networks.vqgan import VQGAN
@@ -348,6 +350,7 @@ class Tokenizer(LightningModule):
 
     def _prepare_images(self, batch: Batch, *, flip_probability: float) -> Tensor:
         """Converts the uint8 images of a batch to (B, C, H, W) float32 in [0, 1], and flips some of them."""
+        check_batch(batch, shape=(self.network.config.in_channels, *height_width(self.config.image_size)))
         images = batch.content
         if flip_probability > 0:
             images = flip(

@@ -73,3 +73,12 @@ def test_a_key_is_not_set_in_a_text_that_would_change_otherwise(text):
 def test_a_key_is_not_set_to_a_word_that_is_read_as_something_else(word):
     with pytest.raises(ValueError, match="so that license can be set"):
         set_key("", "license", word)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("010", 10), ("-07", -7), ("0x1F", 31), ("0b11", 3), ("1_000", 1000), ("12:30", "12:30"), ("1:30.5", "1:30.5"),
+     ("1e-3", 0.001), ("1.5", 1.5), ("+5", 5)],
+)  # fmt: skip
+def test_numbers_are_those_of_yaml_1_2(text, value):
+    assert repr(parse_yaml(text)) == repr(value)

@@ -33,7 +33,7 @@ from maskgit_pl.shards.tokens import TokenReader
 from maskgit_pl.shards.unreadable import MAX_IN_A_ROW, Unreadable, UnreadableImages
 from maskgit_pl.shards.vectors import VectorReader
 
-__all__ = ["Batch", "ImageBatches", "StepLoader", "TokenBatches", "flip", "make_loader"]
+__all__ = ["Batch", "ImageBatches", "StepLoader", "TokenBatches", "check_batch", "flip", "make_loader"]
 
 
 _SIGNAL_SECONDS = 1.0  # longest time until the signal of a worker's death arrives
@@ -85,6 +85,30 @@ class Batch(NamedTuple):
                 f"{condition_dim}; set data.vectors: true, or give the data a vector for each image"
             )
         return self.vectors if condition_dim else None
+
+
+def check_batch(batch: Batch, *, shape: tuple[int, ...]) -> None:
+    """Checks that a batch has the samples that a module was built for.
+
+    Args:
+        batch: The batch that the Trainer passes.
+        shape: Shape of the content of each sample: (C, H, W) of images, or (N,) of tokens.
+
+    Raises:
+        TypeError: if it is no ``Batch``.
+        ValueError: if the samples have another shape.
+    """
+    if not isinstance(batch, Batch):
+        raise TypeError(
+            "the data must be a data module of maskgit_pl.data, whose batches have the indices of their samples, got "
+            f"batches of the type {type(batch).__name__}; use IndexedDataModule(IndexedDataset(dataset, ...))"
+        )
+    if tuple(batch.content.shape[1:]) != shape:
+        kinds = {1: "(tokens,)", 3: "(channels, height, width)"}
+        raise ValueError(
+            f"samples of the data must have the shape {shape} {kinds[len(shape)]} of the model, got "
+            f"{tuple(batch.content.shape[1:])}; set image_size and in_channels of the data, or build the model for them"
+        )
 
 
 class ImageBatches(Dataset[Batch]):

@@ -8,7 +8,8 @@ after a resume.
 from __future__ import annotations
 
 import math
-from collections.abc import Sized
+import operator
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast
@@ -86,17 +87,24 @@ class IndexedDataset(Dataset[Batch]):
             The batch; content is (B, in_channels, H, W) uint8.
 
         Raises:
-            TypeError: if an image has another type than those of ``dataset``.
+            TypeError: if an item has another form than those of ``dataset``.
+            ValueError: if a label is negative, or the vectors of the items do not have one length.
         """
         rows = (InOrder(self.num_samples) if self.order is None else self.order)(positions)
         images, labels, vectors = [], [], []
         drawn = self._built.draw(rows.index, rows.epoch, seed=self.seed)
         for index, place in zip(rows.index.tolist(), drawn, strict=True):
-            image, label, *others = self.dataset[index]
-            pixels = _to_pixels(image, channels=self.in_channels, name=f"sample {index}")
+            name = f"sample {index}"
+            image, label, *others = _check_item(self.dataset[index], name=name)
+            pixels = _to_pixels(image, channels=self.in_channels, name=name)
             images.append(fit_image(pixels, image_size=self.image_size, crop=place))
-            labels.append(int(label))
-            vectors += [torch.as_tensor(vector, dtype=torch.float32) for vector in others]
+            labels.append(_to_label(label, name=name))
+            vectors += [_to_vector(vector, name=name) for vector in others]
+        if vectors and (len(vectors) < len(labels) or len({len(vector) for vector in vectors}) > 1):
+            raise ValueError(
+                f"samples {rows.index.tolist()}: all must have a vector of the same length, or none, got the lengths "
+                f"{sorted({len(vector) for vector in vectors})} and {len(labels) - len(vectors)} samples without one"
+            )
         return Batch(
             torch.stack(images),
             torch.tensor(labels),
@@ -216,17 +224,59 @@ class IndexedDataModule(StepDataModule):
             )
 
 
+def _check_item(item: Any, *, name: str) -> Sequence[Any]:
+    """Returns an item that is an image, a label and perhaps a vector; raises TypeError for other items."""
+    if not isinstance(item, tuple | list) or len(item) not in (2, 3):
+        parts = f" of {len(item)}" if isinstance(item, Sized) else ""
+        raise TypeError(
+            f"{name}: an item of the data set must be (image, label) or (image, label, vector), got a "
+            f"{type(item).__name__}{parts}; wrap the data set in one that returns such tuples"
+        )
+    return item
+
+
+def _to_label(label: Any, *, name: str) -> int:
+    """Converts an integer of Python, NumPy or torch to an int that is not negative."""
+    if isinstance(label, Tensor | np.ndarray) and math.prod(label.shape) == 1:
+        label = label.item()
+    try:
+        number = operator.index(label)
+    except TypeError as error:
+        wanted = "an integer, the number of its class from 0"
+        raise TypeError(f"{name}: the label must be {wanted}, got {shorten(label)}") from error
+    if number < 0:
+        raise ValueError(f"{name}: the label must be >= 0, the number of its class, got {number}")
+    return number
+
+
+def _to_vector(vector: Any, *, name: str) -> Tensor:
+    """Converts the vector of an image to (C,) float32."""
+    try:
+        values = torch.as_tensor(vector, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name}: the vector must be numbers, got {shorten(vector)}") from error
+    if values.ndim != 1 or not values.isfinite().all():
+        got = "non-finite values" if values.ndim == 1 else f"the shape {tuple(values.shape)}"
+        raise ValueError(f"{name}: the vector must have the shape (C,) and finite values, got {got}")
+    return values
+
+
 def _to_pixels(image: Any, *, channels: int, name: str) -> Tensor:
     """Converts an image of any supported type to (channels, H, W) uint8."""
-    if isinstance(image, Tensor):  # to (H, W) or (H, W, C), the layout of arrays
-        image = image.cpu().numpy() if image.ndim == 2 else image.movedim(0, -1).cpu().numpy()
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in CHANNELS):
+    if isinstance(image, Tensor | np.ndarray):
+        is_tensor, got = isinstance(image, Tensor), f"{image.dtype} {tuple(image.shape)}"
+        if isinstance(image, Tensor):  # to (H, W) or (H, W, C), the layout of arrays
+            image = (image if image.ndim < 3 else image.movedim(0, -1)).cpu().numpy()
+        is_image = image.ndim == 2 or (image.ndim == 3 and image.shape[-1] in CHANNELS)
+        if image.dtype != np.uint8 or not is_image or not image.size:
             raise TypeError(
-                f"{name}: pixels must be uint8 of shape (H, W) or (H, W, C) with C from 1 to 4, got {image.dtype} "
-                f"{image.shape}"
+                f"{name}: a {'tensor' if is_tensor else 'NumPy array'} must be uint8 of the shape (H, W) or "
+                f"{'(C, H, W)' if is_tensor else '(H, W, C)'}, with 1 to 4 channels, got {got}; convert floats in "
+                f"[0, 1] by (255 * x).round(), and move channels to the {'front' if is_tensor else 'end'}"
             )
         image = Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image)
     if not isinstance(image, Image.Image):
         raise TypeError(f"{name}: an image must be a PIL image, a uint8 tensor or a uint8 array, got {shorten(image)}")
+    if image.mode == "F":  # PIL would clip [0, 1] to black
+        raise TypeError(f"{name}: a PIL image must have integer pixels, got floats (mode F); convert it to mode L")
     return from_pil(image, channels=channels, name=name)

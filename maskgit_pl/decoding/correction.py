@@ -46,6 +46,7 @@ class CorrectingRun(DecodingRun):
             scores = self.selector(candidates)  # (B, U)
             if is_unknown is not None:
                 scores = scores.where(is_unknown, float("inf"))
+            self.selector.check_values(scores)
             # 4.
             codes = self._replace(candidates, is_decided if is_unknown is None else is_decided & is_unknown)
             self._update_confidence(candidates, codes, is_decided)
@@ -60,7 +61,7 @@ class CorrectingRun(DecodingRun):
 
     def _replace(self, candidates: Candidates, is_replaceable: Tensor) -> Tensor:
         """Returns the codes (B, U) after the selector has replaced decided ones."""
-        if not self.selector.replaces_decided:
+        if not self.selector.selector.replaces_decided:
             return candidates.tokens
         return self.selector.replacements(candidates).where(is_replaceable, candidates.tokens)
 

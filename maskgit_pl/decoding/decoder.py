@@ -36,6 +36,7 @@ from maskgit_pl.decoding.predictors import Predictor
 from maskgit_pl.decoding.run import DecodingRun, DecodingStep
 from maskgit_pl.decoding.sampling import CodeSampling
 from maskgit_pl.decoding.selectors import TokenSelector
+from maskgit_pl.decoding.token_selector import CheckedSelector
 from maskgit_pl.schedules import MaskSchedule
 
 __all__ = ["ParallelDecoder"]
@@ -101,7 +102,8 @@ class ParallelDecoder:
         else:
             check_token_sum(self.tokens_per_step, num_tokens)
             planned = count_by_list(self.tokens_per_step, at_start, num_tokens)
-        return plan_steps(at_start, planned, self.token_selector.num_remasked, first_step=first_step)
+        num_remasked = CheckedSelector(self.token_selector).num_remasked
+        return plan_steps(at_start, planned, num_remasked, first_step=first_step)
 
     @torch.no_grad()
     def steps(

@@ -72,10 +72,12 @@ def count_by_schedule(
     """
     import torch
 
-    from maskgit_pl.schedules import num_masked
+    from maskgit_pl.decoding.token_selector import CheckedSelector
+    from maskgit_pl.schedules import compute_ratios, num_masked
 
     progress = torch.arange(1, num_steps + 1, dtype=torch.float32) / num_steps
-    ratios = mask_schedule(selector.schedule_progress(progress), num_tokens)  # (T,), float32, on the CPU
+    # (T,), float32, on the CPU
+    ratios = compute_ratios(mask_schedule, CheckedSelector(selector).schedule_progress(progress), num_tokens)
     counts: list[list[int]] = num_masked(
         ratios.unsqueeze(1), torch.tensor(list(at_start)), rounding="floor"
     ).tolist()  # (T, B)

@@ -15,6 +15,7 @@ from maskgit_pl.decoding.plan import StepCounts, step_progress
 from maskgit_pl.decoding.predictors import Predictor
 from maskgit_pl.decoding.sampling import CodeSampling
 from maskgit_pl.decoding.selectors import Candidates, Decided, TokenSelector
+from maskgit_pl.decoding.token_selector import CheckedSelector
 
 __all__ = ["DecodingRun", "DecodingStep", "StepRules"]
 
@@ -80,7 +81,8 @@ class DecodingRun:
         tokens: Tensor,
         masked: Tensor,
     ) -> None:
-        self.selector, self.sampling, self.num_steps = rules.token_selector, rules.sampling, rules.num_steps
+        self.selector = CheckedSelector(rules.token_selector)
+        self.sampling, self.num_steps = rules.sampling, rules.num_steps
         self.predictor, self.noise = predictor, noise
         self.mask_token_id, self.grid = mask_token_id, grid
         self.tokens, self.masked, self.unknown = tokens, masked, masked
@@ -106,10 +108,11 @@ class DecodingRun:
                 scores = scores.where(is_masked, torch.inf)
                 drawn = drawn.where(is_masked, self.tokens.gather(1, positions))
                 probability = probability.where(is_masked, self.confidence.gather(1, positions))
+            self.selector.check_values(scores)
             self.confidence = self.confidence.scatter(1, positions, probability)
             scores_by_position = self.no_scores.scatter(1, positions, scores)  # (B, N)
             # 4. Count. A selector with its own counts treats the plan as an upper bound.
-            if not self.selector.follows_schedule and step < self.num_steps - 1:
+            if not self.selector.selector.follows_schedule and step < self.num_steps - 1:
                 counts = self._count_by_selector(candidates, scores, is_masked, num_masked)
             # 5. Remask. Lowest scores first. The sort is stable, so equal scores give the same result on every device.
             order = scores.argsort(dim=1, stable=True)
@@ -157,8 +160,7 @@ class DecodingRun:
     ) -> StepCounts:
         """Reads the counts that the selector sets from the device; the step waits here, and only here."""
         valid = torch.ones_like(scores, dtype=torch.bool) if is_masked is None else is_masked
-        kept: list[int] = self.selector.num_kept(candidates, scores, valid).tolist()
-        return StepCounts.from_kept(num_masked, kept)
+        return StepCounts.from_kept(num_masked, self.selector.num_kept(candidates, scores, valid))
 
     def _mask_decided(self, counts: list[int], step: int) -> None:
         """Masks the ``counts[b]`` tokens of row b with the highest remasking scores that earlier steps decided."""

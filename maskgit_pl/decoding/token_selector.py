@@ -13,15 +13,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from maskgit_pl.checks import check_number, shorten
+from maskgit_pl.checks import check_integer, check_number, shorten
 from maskgit_pl.registry import Registry
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Candidates", "Decided", "TokenSelector", "token_selectors"]
+__all__ = ["Candidates", "CheckedSelector", "Decided", "TokenSelector", "token_selectors"]
 
 
 @dataclass(frozen=True)
@@ -155,12 +155,109 @@ class TokenSelector(ABC):
         raise TypeError(f"token selector {type(self).__name__} must define num_kept(), since follows_schedule is False")
 
 
+@dataclass(frozen=True)
+class CheckedSelector:
+    """A selector of a user whose results the decoder takes only after a check of their types, shapes and values.
+
+    The methods are those of ``TokenSelector``, and raise ValueError for a result that breaks its contract: tokens would
+    be kept in a wrong order, or the decoding would end in an error of torch. Values on a GPU are not read, which would
+    wait for it.
+
+    Args:
+        selector: The selector.
+        name: Its name for messages; None for that of its class.
+    """
+
+    selector: TokenSelector
+    name: str | None = None
+
+    def __call__(self, candidates: Candidates) -> Tensor:
+        return self._scores("scores", self.selector(candidates), candidates.tokens.shape, "(B, M)")
+
+    def check_values(self, scores: Tensor, what: str = "scores") -> None:
+        """Checks that scores are not NaN, once those of padding, whose logits may be NaN, have another value."""
+        if _is_readable(scores) and bool(scores.isnan().any()):
+            raise ValueError(f"{self}: {what} must be finite, got NaN")
+
+    def sharpness(self, progress: float) -> float:
+        """Returns the checked sharpness."""
+        return check_number(
+            f"{self}: sharpness at progress {progress:g}", self.selector.sharpness(progress), "(0, inf)"
+        )
+
+    def schedule_progress(self, progress: Tensor) -> Tensor:
+        """Returns the checked progress of the mask schedule, (T,) float32."""
+        mapped = self._scores("schedule_progress", self.selector.schedule_progress(progress), progress.shape, "(T,)")
+        values = mapped.tolist()  # not a comparison of tensors, which a recorded graph could not read
+        if not all(0 < value <= 1 for value in values) or sorted(values) != values:
+            raise ValueError(f"{self}: schedule_progress must lie in (0, 1] and never fall, got {shorten(values)}")
+        return mapped
+
+    def num_remasked(self, *, decided: int, planned: int, progress: float) -> int:
+        """Returns the checked number of tokens to mask again."""
+        asked = self.selector.num_remasked(decided=decided, planned=planned, progress=progress)
+        return check_integer(f"{self}: num_remasked at progress {progress:g}", asked, "(-inf, inf)")
+
+    def remasking_scores(self, decided: Decided) -> Tensor:
+        """Returns the checked remasking scores, (B, N) float32."""
+        scores = self.selector.remasking_scores(decided)
+        checked = self._scores("remasking_scores", scores, decided.confidence.shape, "(B, N)")
+        self.check_values(checked, "remasking_scores")
+        return checked
+
+    def replacements(self, candidates: Candidates) -> Tensor:
+        """Returns the checked codes, (B, M) int64."""
+        codes = self._integers(
+            "replacements", self.selector.replacements(candidates), candidates.tokens.shape, "(B, M)"
+        )
+        size = candidates.log_probs.shape[-1]
+        if _is_readable(codes) and not bool(((codes >= 0) & (codes < size)).all()):
+            got = f"{int(codes.min())} to {int(codes.max())}"
+            raise ValueError(f"{self}: replacements must be codes in [0, {size}), got {got}")
+        return codes
+
+    def num_kept(self, candidates: Candidates, scores: Tensor, valid: Tensor) -> list[int]:
+        """Returns the checked number of tokens to keep in each row; waits for the device."""
+        kept = self.selector.num_kept(candidates, scores, valid)
+        counts: list[int] = self._integers("num_kept", kept, scores.shape[:1], "(B,)").tolist()
+        return counts
+
+    def __str__(self) -> str:
+        return f"token selector {(self.name or type(self.selector).__name__)!r}"
+
+    def _scores(self, what: str, values: Any, shape: tuple[int, ...], letters: str) -> Tensor:
+        from torch import Tensor
+
+        if not isinstance(values, Tensor) or values.shape != shape or not values.is_floating_point():
+            got = _describe_result(values)
+            raise ValueError(f"{self}: {what} must be a float tensor {letters} = {tuple(shape)}, got {got}")
+        return values.float()
+
+    def _integers(self, what: str, values: Any, shape: tuple[int, ...], letters: str) -> Tensor:
+        import torch
+
+        if not isinstance(values, torch.Tensor) or values.shape != shape or values.dtype != torch.int64:
+            got = _describe_result(values)
+            raise ValueError(f"{self}: {what} must be an int64 tensor {letters} = {tuple(shape)}, got {got}")
+        return values
+
+
+def _is_readable(values: Tensor) -> bool:
+    """Returns True if values can be read without waiting for a device, and no graph is recorded."""
+    import torch
+
+    is_recorded = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return values.device.type == "cpu" and not is_recorded
+
+
 def check_token_selector(name: str, selector: TokenSelector) -> None:
     """Checks the contract of a selector at the first, a middle and the last of 8 steps on a grid of 2 x 2 tokens.
 
-    Scores must be finite (B, M) float tensors, and the sharpness must be finite and positive.
+    All methods are called that the decoder calls for this selector; their results must pass ``CheckedSelector``, and
+    scores must be finite.
 
     Raises:
+        TypeError: if a method that the selector needs is not defined.
         ValueError: if the selector breaks the contract. The message has the name, the rule and the value.
     """
     if not isinstance(selector, TokenSelector):
@@ -168,20 +265,25 @@ def check_token_selector(name: str, selector: TokenSelector) -> None:
     import torch
 
     _check_attributes(name, selector)
+    checked = CheckedSelector(selector, name)
+    checked.schedule_progress(torch.arange(1, 9) / 8)
     is_decided = torch.arange(8).view(2, 4) % 3 == 0 if selector.needs_decided_logits else None
     for progress in (1 / 8, 1 / 2, 1.0):
         log_probs = torch.linspace(-3, 3, 24).view(2, 4, 3).log_softmax(-1)
         positions = torch.arange(4).expand(2, 4)
         gumbel = torch.linspace(-2, 8, 8).view(2, 4)
         candidates = Candidates(log_probs, log_probs.argmin(-1), positions, gumbel, progress, (2, 2), is_decided)
-        scores, sharpness = selector(candidates), selector.sharpness(progress)
-        if not isinstance(scores, torch.Tensor) or scores.shape != (2, 4) or not scores.is_floating_point():
-            raise ValueError(
-                f"token selector {name!r}: scores must be a float tensor (B, M), got {_describe_result(scores)}"
-            )
+        checked.sharpness(progress)
+        scores = checked(candidates)
+        checked.check_values(scores)
         if not scores.isfinite().all():
             raise ValueError(f"token selector {name!r}: scores must be finite (at progress {progress:g})")
-        check_number(f"token selector {name!r}: sharpness at progress {progress:g}", sharpness, "(0, inf)")
+        if selector.replaces_decided:
+            checked.replacements(candidates)
+        if not selector.follows_schedule:
+            checked.num_kept(candidates, scores, torch.ones(2, 4, dtype=torch.bool))
+        elif not selector.needs_decided_logits and checked.num_remasked(decided=2, planned=1, progress=progress) > 0:
+            checked.remasking_scores(Decided(log_probs.exp()[..., 0], gumbel, progress))
 
 
 def _check_attributes(name: str, selector: TokenSelector) -> None:

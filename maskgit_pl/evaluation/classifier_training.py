@@ -195,6 +195,8 @@ def fit_classifier(
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
+        # With Lightning's SIGTERM handler, a job that is stopped here would end as an internal error.
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         trainer.fit(classifier, train_dataloaders=batches)  # without validation
     return classifier.cpu().eval()
 

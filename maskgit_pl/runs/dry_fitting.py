@@ -10,6 +10,7 @@ from maskgit_pl.runs.build import StageRun, build
 from maskgit_pl.runs.plan import Plan, plan_run
 from maskgit_pl.runs.preflight_checks import describe_start
 from maskgit_pl.runs.recipe import Recipe
+from maskgit_pl.runs.stage import check_run_outputs
 from maskgit_pl.runs.units import count_text
 
 __all__ = ["dry_run"]
@@ -35,6 +36,7 @@ def dry_run(
     """
     plan = plan_run(recipe, run=run, data=data, tokenizer=tokenizer, pretrained=pretrained)
     stage_run = build(plan)
+    check_run_outputs(plan)
     stage_run.datamodule.setup()
     trainer = stage_run.trainer
     lines: Mapping[str, str | None] = {

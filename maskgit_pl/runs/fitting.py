@@ -54,8 +54,8 @@ def fit(
         KeyboardInterrupt: at a second Ctrl-C. The same call resumes the run from its last checkpoint.
     """
     plan = plan_run(recipe, run=run, data=data, tokenizer=tokenizer, pretrained=pretrained)
-    if fresh and local_rank() == 0:  # the other ranks start when the folder has its new name
-        _set_aside(plan.stage_folder)
+    # The other ranks start when the folder has its new name.
+    old = _set_aside(plan.stage_folder) if fresh and local_rank() == 0 else None
     try:
         with interruption.catch_stop_signals(), warnings.catch_warnings():
             # Lightning warns on login nodes of Slurm.
@@ -68,10 +68,14 @@ def fit(
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from stop
         raise
+    finally:
+        if old is not None and not plan.stage_folder.exists():  # a check has refused the new run
+            old.rename(plan.stage_folder)
+            log.info("%s: renamed back, since the training did not start", plan.stage_folder)
 
 
-def _set_aside(folder: Path) -> None:
-    """Renames a stage folder to the first free ``NAME.old-N``.
+def _set_aside(folder: Path) -> Path | None:
+    """Renames a stage folder to the first free ``NAME.old-N``, and returns its new name; None if there is no folder.
 
     Raises:
         ValueError: if a launcher started several ranks, which would not see the change together, or another process
@@ -83,9 +87,10 @@ def _set_aside(folder: Path) -> None:
             f"{folder} yourself"
         )
     if not folder.exists():
-        return
+        return None
     with hold_lock(folder, hint="train another run (--run)"):
         names = (folder.with_name(f"{folder.name}.old-{number}") for number in itertools.count(1))
         old = next(each for each in names if not each.exists())
         folder.rename(old)
     log.info("%s: renamed to %s; training starts at step 0. Without --fresh, the same command resumes it", folder, old)
+    return old

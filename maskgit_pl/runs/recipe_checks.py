@@ -92,6 +92,9 @@ def _explain_unknown_key(key: str, root: Schema) -> str:
         return f"unknown key {key!r}: {hint}keys of {kind}: {', '.join(sorted(beside))}"
     if not close:
         return f"unknown key {key!r}; base.yaml of recipes/tokenizer and recipes/transformer shows the keys"
+    if key in close:  # a key with dots in a file
+        nested = key.replace(".", ": {") + ": ..." + "}" * key.count(".")
+        return f"unknown key {key!r}: keys of a file are nested, as in {nested}; dots are for flags"
     return f"unknown key {key!r}: did you mean {close[0]!r}?"
 
 

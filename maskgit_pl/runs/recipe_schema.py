@@ -50,7 +50,7 @@ class TrainerSettings:
         num_nodes: Number of nodes.
         precision: ``32-true`` or ``bf16-mixed``.
         max_steps: Number of steps (global batches) of the run.
-        val_check_interval: Steps between validations, or a fraction of an epoch.
+        val_check_interval: Steps between validations.
         limit_val_batches: Maximum number of validation batches per rank, or a fraction of all; None uses all.
         num_sanity_val_steps: Number of validation batches before the first step.
         log_every_n_steps: Steps between log entries.
@@ -70,7 +70,7 @@ class TrainerSettings:
     num_nodes: int = 1
     precision: str = "32-true"
     max_steps: int = -1
-    val_check_interval: int | float | None = None
+    val_check_interval: int | None = None
     limit_val_batches: int | float | None = None
     num_sanity_val_steps: int | None = None
     log_every_n_steps: int = 50
@@ -92,13 +92,12 @@ class TrainerSettings:
             check_integer("trainer.num_sanity_val_steps", self.num_sanity_val_steps, f"[-1, {_INT64}]")
         if self.gradient_clip_val is not None:
             check_number("trainer.gradient_clip_val", self.gradient_clip_val, "(0, inf)")
-        for name in ("val_check_interval", "limit_val_batches"):
-            # An integer counts batches or steps, a float is a fraction.
-            value, least = getattr(self, name), 1 if name == "val_check_interval" else 0
-            if isinstance(value, int):
-                check_integer(f"trainer.{name}", value, f"[{least}, {_INT64}]")
-            elif value is not None:
-                check_number(f"trainer.{name}", value, "(0, 1]")
+        if self.val_check_interval is not None:
+            check_integer("trainer.val_check_interval", self.val_check_interval, f"[1, {_INT64}]")
+        if isinstance(self.limit_val_batches, int):  # a number of batches; a float is a fraction
+            check_integer("trainer.limit_val_batches", self.limit_val_batches, f"[0, {_INT64}]")
+        elif self.limit_val_batches is not None:
+            check_number("trainer.limit_val_batches", self.limit_val_batches, "(0, 1]")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from maskgit_pl.data import ShardData, split_batch
-from maskgit_pl.files import read_json, write_text
+from maskgit_pl.files import check_writable, read_json, write_text
 from maskgit_pl.locks import hold_lock
 from maskgit_pl.pipeline.card import write_card
 from maskgit_pl.portable import raise_file_limit
@@ -33,10 +33,11 @@ from maskgit_pl.token_model import TokenModel
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, SavedTensor, newest_checkpoint, step_of
 
-__all__ = ["FitResult", "export_checkpoint", "fit_stage"]
+__all__ = ["FitResult", "check_run_outputs", "export_checkpoint", "fit_stage"]
 
 log = logging.getLogger(__name__)
 
+_RECORDS = ("config.yaml", "environment.json")
 _EXPORTED = "exported.json"  # in the stage folder: the exported step, and the hash of the export
 _OPEN_FILES = 1 << 16  # more than any run needs
 
@@ -68,8 +69,8 @@ def fit_stage(plan: Plan) -> FitResult:
 
     Raises:
         FileExistsError: if there are other files in the folder of the export.
-        ValueError: if the recipe is invalid, data or tokenizer do not fit, the settings of the run have changed, or
-            another process trains it.
+        ValueError: if the recipe is invalid, data or tokenizer do not fit, an output cannot be written, the settings of
+            the run have changed, or another process trains it.
         RunError: if training ends early: a stop signal, unreadable data, a full disk, non-finite losses.
     """
     # Rank 0 holds two connections to each other rank, but shells often allow only 1,024 open files.
@@ -81,11 +82,26 @@ def fit_stage(plan: Plan) -> FitResult:
         if trainer.is_global_zero:
             log.info("%s: finished at %s; nothing to do", plan.stage_folder, newest.name)
         return FitResult(plan.folder, step_of(newest), was_finished=True)
-    check_stage_folder(plan.folder / "pretrained" / plan.stage)  # which the export at the end replaces
+    check_run_outputs(plan)
     with hold_lock(plan.stage_folder, hint="train another run (--run)") if trainer.is_global_zero else nullcontext():
         _fit(run, plan)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
     return FitResult(plan.folder, trainer.global_step, metrics=metrics)
+
+
+def check_run_outputs(plan: Plan) -> None:
+    """Checks all that a stage writes, so that a training does not end with an output that cannot be written.
+
+    Raises:
+        FileExistsError: if there are other files in the folder of the export.
+        ValueError: if an output cannot be written.
+    """
+    exported, name = plan.folder / "pretrained" / plan.stage, f"run {plan.folder}: output"
+    for folder in (plan.checkpoints, exported):
+        check_writable(name, folder, is_folder=True)
+    for file in (*_RECORDS, _EXPORTED):
+        check_writable(name, plan.stage_folder / file)
+    check_stage_folder(exported)  # which the export at the end replaces
 
 
 def _fit(run: StageRun, plan: Plan) -> None:
@@ -183,8 +199,8 @@ def _write_records(run: StageRun, plan: Plan) -> None:
     """Writes the resolved recipe and the environment of a run, so that it can be repeated."""
     folder = plan.stage_folder
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "config.yaml", config_text_of(run.config))
+    write_text(folder / _RECORDS[0], config_text_of(run.config))
     environment = {"command": sys.argv, **describe_environment(), "world_size": run.trainer.world_size}
     if plan.pretrained is not None:
         environment["pretrained"] = {"folder": str(plan.pretrained), "sha256": fingerprint(plan.pretrained)}
-    write_text(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
+    write_text(folder / _RECORDS[1], json.dumps(environment, indent=2) + "\n")

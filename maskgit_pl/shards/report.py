@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maskgit_pl.files import size_text
+from maskgit_pl.image_format import pixels_text
 from maskgit_pl.shards.manifest import DataSummary, Split
 from maskgit_pl.shards.scan import format_counts
 from maskgit_pl.shards.writer import LEFT_OUT
@@ -49,7 +50,7 @@ def describe_data(folder: Path, summary: DataSummary, done: str) -> str:
     """
     heights, widths = summary.images.height, summary.images.width
     counts = ", ".join(f"{count} {split}" for split, count in summary.samples.items())
-    size = " x ".join(str(low) if low == high else f"{low}-{high}" for low, high in (heights, widths))
+    size = " x ".join(str(low) if low == high else f"{low}-{high}" for low, high in (widths, heights))
     colour = "grey" if summary.channels == 1 else "colour"
     classes = "1 class" if summary.num_classes == 1 else f"{summary.num_classes} classes"
     vectors = "" if summary.vectors is None else f"; vectors of {summary.vectors}"
@@ -162,11 +163,11 @@ def _size_lines(statistics: DataStatistics) -> Iterator[str]:
     heights, widths = statistics.summary.images.height, statistics.summary.images.width
     channels = ", ".join(_COLOURS[channel] for channel in statistics.summary.images.channels)
     if heights[0] == heights[1] and widths[0] == widths[1]:
-        yield f"all images {heights[0]} x {widths[0]} pixels (height x width), {channels}"
+        yield f"all images {pixels_text((heights[0], widths[0]))} pixels (width x height), {channels}"
         return
-    median = " x ".join(map(str, statistics.medians))
-    smallest, largest = (f"{heights[end]} x {widths[end]}" for end in (0, 1))
-    yield f"height x width: smallest {smallest}, median {median}, largest {largest} pixels; {channels}"
+    sizes = ((heights[0], widths[0]), statistics.medians, (heights[1], widths[1]))
+    smallest, median, largest = map(pixels_text, sizes)
+    yield f"width x height: smallest {smallest}, median {median}, largest {largest} pixels; {channels}"
     bars = statistics.short_sides
     if len(bars) < 2:
         return

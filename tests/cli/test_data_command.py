@@ -219,7 +219,7 @@ def test_index_prints_splits_counts_and_what_is_not_read(tmp_path, capsys):
     (tmp_path / "names.txt").write_text("tench, Tinca tinca\ngoldfish\n")
     assert call("index", f"{folder}/{{00000..00002}}.tar", "--class-names", tmp_path / "names.txt") == 0
     assert capsys.readouterr().out.splitlines() == [
-        f"{folder}: indexed: 8 train, 4 val; 2 classes; 6 x 9 pixels, colour",
+        f"{folder}: indexed: 8 train, 4 val; 2 classes; 9 x 6 pixels, colour",
         "  train: 2 shards, 00000.tar ... 00001.tar",
         "  val: 1 shard, 00002.tar",
         "  the last 1 of 3 shards are val (--val-fraction 0.1)",
@@ -291,7 +291,7 @@ def test_stats_prints_a_table_and_draws_a_sheet(tmp_path, capsys):
     call("stats", folder, "--out", tmp_path / "sheet.png")
     printed = capsys.readouterr().out.splitlines()
     assert printed[4:6] == ["    0  cat        4    2", "    1  dog        4    2"]
-    assert "all images 6 x 9 pixels (height x width), RGB" in printed
+    assert "all images 9 x 6 pixels (width x height), RGB" in printed
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.mode == "RGB"
         assert len(sheet.getcolors(10**6)) > 8

@@ -195,3 +195,63 @@ def test_numbers_out_of_range_are_refused(make, message: str) -> None:
 def test_what_is_no_image_of_8_bits_is_refused(pixels: object) -> None:
     with pytest.raises(TypeError, match=r"sample 0: .* must be"):
         IndexedDataset([(pixels, 0)], image_size=4).__getitems__(range(1))
+
+
+class Items(Dataset):
+    """A dataset whose items are all given ones, in turn."""
+
+    def __init__(self, *items: object) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> object:
+        return self.items[index]
+
+
+GREY = image(0)
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        (GREY, r"must be \(image, label\) or \(image, label, vector\), got a Tensor"),
+        ({"image": GREY, "label": 0}, "got a dict of 2"),
+        ((GREY, 0, torch.zeros(2), 0), "got a tuple of 4"),
+        ((GREY, "cat"), "label must be an integer, the number of its class from 0, got 'cat'"),
+        ((GREY, None), "label must be an integer"),
+        ((GREY, 1.7), "label must be an integer"),
+        ((GREY, torch.tensor(1.0)), "label must be an integer"),
+        ((GREY, -1), "label must be >= 0"),
+        ((GREY, 0, "x"), "vector must be numbers, got 'x'"),
+        ((GREY, 0, torch.zeros(2, 2)), r"shape \(C,\) and finite values, got the shape \(2, 2\)"),
+        ((GREY, 0, torch.tensor([1.0, torch.nan])), "got non-finite values"),
+        ((np.zeros((3, 8, 9), np.uint8), 0), r"NumPy array must be uint8 of the shape \(H, W\) or \(H, W, C\)"),
+        ((torch.zeros(8, 9, 3, dtype=torch.uint8), 0), r"tensor must be uint8 of the shape \(H, W\) or \(C, H, W\)"),
+        ((torch.zeros(5, 8, 9, dtype=torch.uint8), 0), "with 1 to 4 channels"),
+        ((torch.zeros(0, 9, dtype=torch.uint8), 0), "with 1 to 4 channels"),
+        ((torch.rand(1, 8, 9), 0), r"got torch.float32 \(1, 8, 9\); convert floats in \[0, 1\]"),
+        ((Image.new("F", (9, 8)), 0), "must have integer pixels, got floats"),
+        (("a.png", 0), "must be a PIL image"),
+    ],
+)
+def test_an_item_of_another_form_is_refused_by_its_number(item: object, message: str) -> None:
+    samples = IndexedDataset(Items((GREY, 0), item), image_size=4, in_channels=1)
+    with pytest.raises((TypeError, ValueError), match=f"^sample 1: .*{message}"):
+        samples.__getitems__(range(2))
+
+
+@pytest.mark.parametrize("second", [(GREY, 0), (GREY, 0, torch.zeros(3))])
+def test_all_items_have_a_vector_of_one_length_or_none(second: object) -> None:
+    samples = IndexedDataset(Items((GREY, 0, torch.zeros(2)), second), image_size=4, in_channels=1)
+    with pytest.raises(ValueError, match=r"samples \[0, 1\]: all must have a vector of the same length, or none"):
+        samples.__getitems__(range(2))
+
+
+@pytest.mark.parametrize(
+    "label", [2, np.int64(2), np.array([2]), torch.tensor(2), torch.tensor([2], dtype=torch.uint8)]
+)
+def test_a_label_may_be_an_integer_of_any_library(label: object) -> None:
+    batch = IndexedDataset(Items((GREY, label)), image_size=4, in_channels=1).__getitems__(range(1))
+    assert batch.labels.tolist() == [2]

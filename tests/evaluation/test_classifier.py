@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import stat
 from dataclasses import replace
 from pathlib import Path
@@ -213,3 +214,10 @@ def test_accuracy_counts_the_top_1_and_the_top_5() -> None:
 def test_invalid_training_images_are_refused(images, labels, match) -> None:
     with pytest.raises(ValueError, match=match):
         in_memory(images, torch.tensor(labels, dtype=torch.int64), ("a", "b"))
+
+
+def test_a_stop_signal_ends_its_training_as_it_ends_the_rest_of_a_command(data: ShardData) -> None:
+    before, during = signal.getsignal(signal.SIGTERM), []
+    config = replace(QUICK, max_steps=2)
+    fit_classifier(data, config=config, on_step=lambda: during.append(signal.getsignal(signal.SIGTERM)))
+    assert during == [before, before]

@@ -127,3 +127,25 @@ def test_a_run_is_named_in_runs_or_by_its_folder(tiny_shards, tmp_path, monkeypa
     assert folders == [Path("runs/fashion-mnist-base"), Path("runs/one"), Path("a/one"), Path("one")]
     with pytest.raises(ValueError, match="holds the token stores of all runs"):
         runs.plan_run(tokenizer, run="tokens", data=tiny_shards)
+
+
+@pytest.mark.parametrize("blocked", [".", "tokenizer", "tokenizer/checkpoints", "pretrained", "pretrained/tokenizer"])
+@pytest.mark.parametrize("start", [runs.fit, runs.dry_run])
+def test_an_output_that_cannot_be_written_ends_a_run_before_it_trains(tiny_shards, tmp_path, blocked, start):
+    file = tmp_path / "one" / blocked
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("a file")
+    with pytest.raises(ValueError, match=r"run .*one: output must be"):
+        start(recipe("tokenizer"), run=tmp_path / "one", data=tiny_shards)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert file.read_text() == "a file"
+
+
+def test_fresh_sets_a_run_aside_only_if_training_can_start(tiny_shards, tmp_path):
+    where = {"run": tmp_path / "one", "data": tiny_shards}
+    runs.fit(recipe("tokenizer"), **where)
+    with pytest.raises(ValueError, match="num_groups must divide"):
+        runs.fit(recipe("tokenizer", model__network__num_groups=3), fresh=True, **where)
+    assert runs.fit(recipe("tokenizer"), **where).was_finished
+    assert not runs.fit(recipe("tokenizer"), fresh=True, **where).was_finished
+    assert (tmp_path / "one" / "tokenizer.old-1" / "checkpoints").is_dir()

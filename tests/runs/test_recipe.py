@@ -28,6 +28,7 @@ UNKNOWN = [
     ("trainer: {default_root_dir: x}", "trainer.default_root_dir cannot be set: use --runs-folder and --run"),
     ("model: {seed: 3}", "model.seed cannot be set: it follows data.seed"),
     ("trainer: inner.yaml", "trainer must be a mapping, got 'inner.yaml'"),
+    ("trainer: {val_check_interval: 0.5}", "trainer.val_check_interval must be an integer or null, got 0.5"),
     ("chekpoint_every: 3", "unknown key 'chekpoint_every': did you mean 'checkpoint_every'?"),
     (
         "trainer: {strategy: '{class_path: m.C}'}",
@@ -178,3 +179,16 @@ def test_further_values_win(tmp_path):
     later = recipe.with_overrides({"data.seed": 3})
     assert (recipe.get("data.seed"), later.get("data.seed")) == (2, 3)
     assert later.words == ("--data.seed=2", "--data.seed=3")
+
+
+def test_a_recipe_may_be_the_path_of_a_file_with_spaces(tmp_path):
+    file = tmp_path / "my recipes" / "one two.yaml"
+    file.parent.mkdir()
+    file.write_text("trainer: {max_steps: 7}")
+    assert Recipe.read("tokenizer", names=str(file)).get("trainer.max_steps") == 7
+    assert Recipe.read("tokenizer", names="adaln 64px").names == ("adaln", "64px")
+
+
+def test_a_key_with_dots_in_a_file_is_answered_with_the_nested_key(tmp_path):
+    with pytest.raises(ValueError, match=r"unknown key 'data\.image_size': .* as in data: \{image_size: \.\.\.\}"):
+        read(tmp_path, "data.image_size: 8", stage="tokenizer")
