@@ -136,6 +136,7 @@ def _child(job: Job) -> int:
         path.write_text(job.mutant.applied(path.read_text()))
     sys.path.insert(0, str(job.folder))
     os.environ["PYTHONPATH"] = os.pathsep.join([str(job.folder), str(REPOSITORY)])  # for what the tests start
+    os.environ["PYTHONSAFEPATH"] = "1"  # the working directory has the package as it is, and would come first
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     os.chdir(REPOSITORY)
     seen = _FirstFailure()
