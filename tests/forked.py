@@ -1,6 +1,6 @@
 """Commands and ranks in processes that start at once: forked from a server that has imported torch, Lightning and ours.
 
-A fresh interpreter takes 5 s of CPU time for these imports. A forked process, too, has its own environment, working
+A fresh interpreter takes 3 s of CPU time for these imports. A forked process, too, has its own environment, working
 directory, streams, session, signals and exit code. Tests of imports, locales and closed streams start an interpreter.
 """
 

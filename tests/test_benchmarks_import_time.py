@@ -7,6 +7,7 @@ from statistics import median
 
 import pytest
 
+from tests import forked
 from tests.benchmark_scripts import benchmark_script
 
 INFERENCE = [
@@ -52,6 +53,11 @@ def test_inference_loads_nothing_of_training() -> None:
     for statement, roots in json.loads(done.stdout).items():
         assert "maskgit_pl" in roots
         assert set(roots) & OF_TRAINING_AND_REPORTS == set(), statement
+
+
+def test_training_loads_timm_only_for_networks_of_timm() -> None:
+    done = forked.run("import sys; import maskgit_pl.runs.stage; print('timm' in sys.modules)")
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
 
 
 @pytest.mark.slow

@@ -39,6 +39,7 @@ from maskgit_pl.networks.classifier import (
 )
 from maskgit_pl.networks.weight_file import load_weights, read_tensors
 from maskgit_pl.shards.parallel import available_cores
+from maskgit_pl.training.stop_and_nonfinite import disable_sigterm_handler
 
 __all__ = [
     "TrainingImages",
@@ -195,8 +196,7 @@ def fit_classifier(
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
-        # With Lightning's SIGTERM handler, a job that is stopped here would end as an internal error.
-        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        disable_sigterm_handler(trainer)
         trainer.fit(classifier, train_dataloaders=batches)  # without validation
     return classifier.cpu().eval()
 

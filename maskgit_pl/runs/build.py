@@ -56,7 +56,7 @@ from maskgit_pl.training.optimizers import check_sharding
 from maskgit_pl.training.progress import ProgressLines
 from maskgit_pl.training.speed import SpeedMonitor
 from maskgit_pl.training.step_clock import StepClock
-from maskgit_pl.training.stop_and_nonfinite import StepCheck
+from maskgit_pl.training.stop_and_nonfinite import StepCheck, disable_sigterm_handler
 from maskgit_pl.training.strategies import build_strategy, check_accelerator, check_precision, check_strategy
 from maskgit_pl.training.tolerant_logger import TolerantLogger
 from maskgit_pl.training.unreadable_report import UnreadableReport
@@ -219,10 +219,8 @@ class StageRun:
                 raise
             raise ValueError(_describe_missing_devices(given, error)) from error
         check_strategy(given.strategy, stage=self.stage, ranks=trainer.world_size)
-        # Lightning's SIGTERM handler talks to other ranks, and its broadcast before each micro-batch waits for the
-        # device. Here, a signal sets a flag that the ranks exchange once a step (training.stop_and_nonfinite).
-        trainer._signal_connector.register_signal_handlers = _do_nothing  # type: ignore[method-assign]  # its own
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _do_nothing  # type: ignore[method-assign]  # its own
+        # A signal sets a flag that the ranks exchange once a step.
+        disable_sigterm_handler(trainer)
         self.trainer = trainer
 
     def _fixed_settings(self) -> dict[str, Any]:
@@ -359,10 +357,6 @@ def _describe_missing_devices(given: TrainerSettings, error: Exception) -> str:
         f"({reason}); choose others with --trainer.accelerator (auto takes what is available) and --trainer.devices, "
         "or use a machine that has them, with a torch that is built for them"
     )
-
-
-def _do_nothing() -> None:
-    pass
 
 
 class _NoProfiler(PassThroughProfiler):

@@ -29,7 +29,7 @@ from maskgit_pl.errors import NonFiniteError, PreemptedError
 from maskgit_pl.files import write_text
 from maskgit_pl.training.checkpoints import Checkpoints
 
-__all__ = ["StepCheck", "clip_gradients"]
+__all__ = ["StepCheck", "clip_gradients", "disable_sigterm_handler"]
 
 log = logging.getLogger(__name__)
 
@@ -167,6 +167,20 @@ def _any_nonfinite(values: Sequence[Tensor], device: torch.device) -> Tensor:
     if not values:
         return torch.zeros((), device=device)
     return 1 - torch.stack(list(values)).isfinite().all().float()
+
+
+def disable_sigterm_handler(trainer: Trainer) -> None:
+    """Leaves signals to the handlers of this process.
+
+    Lightning's handler of SIGTERM talks to other ranks, its broadcast before each micro-batch waits for the device, and
+    a process without ranks would end as by an internal error.
+    """
+    trainer._signal_connector.register_signal_handlers = _do_nothing  # type: ignore[method-assign]  # its own
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _do_nothing  # type: ignore[method-assign]  # its own
+
+
+def _do_nothing() -> None:
+    pass
 
 
 def clip_gradients(optimizer: Optimizer, max_norm: float | None) -> Tensor:

@@ -310,18 +310,24 @@ def test_three_failed_saves_end_a_run_in_a_row_and_not_in_all(tmp_path):
         fit_on(Unwritable(2, 3, 4), tmp_path / "three in a row")
 
 
-def begin(rank: int, folder, names: tuple[str, str]) -> None:
-    """Runs one of two ranks, which resumes from the checkpoint of its name."""
+def say(rank: int, folder, act, done: str) -> None:
+    """Acts on one of two ranks, and writes what comes of it: the error, or that it is done."""
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
-    checkpoints = Checkpoints(folder, every_n_steps=1)
-    checkpoints.resumes_from = folder / names[rank]
     try:
-        checkpoints.setup(Trainer(logger=False, accelerator="cpu"), Line(), "fit")
-        said = "begins"
+        act()
+        said = done
     except ValueError as error:
         said = str(error)
     (folder / f"{rank}.txt").write_text(said)
     dist.destroy_process_group()
+
+
+def begin(rank: int, folder, names: tuple[str, str]) -> None:
+    """Resumes from the checkpoint of the rank's name."""
+    checkpoints = Checkpoints(folder, every_n_steps=1)
+    checkpoints.resumes_from = folder / names[rank]
+    trainer = Trainer(logger=False, accelerator="cpu")
+    say(rank, folder, lambda: checkpoints.setup(trainer, Line(), "fit"), "begins")
 
 
 @pytest.mark.slow
@@ -338,15 +344,13 @@ def test_ranks_begin_from_the_same_checkpoint_or_not_at_all(tmp_path, other):
 
 
 def load(rank: int, folder) -> None:
-    """Runs one of two ranks, of which the second one sees a checkpoint without its marker."""
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
-    try:
-        FolderCheckpointIO().load_checkpoint(folder / f"seen by {rank}" / "step-00000001")
-        said = "loaded"
-    except ValueError as error:
-        said = str(error)
-    (folder / f"{rank}.txt").write_text(said)
-    dist.destroy_process_group()
+    """Loads a checkpoint of which the second rank does not see the marker."""
+    say(
+        rank,
+        folder,
+        lambda: FolderCheckpointIO().load_checkpoint(folder / f"seen by {rank}" / "step-00000001"),
+        "loaded",
+    )
 
 
 @pytest.mark.slow
