@@ -6,6 +6,8 @@ packing on, which ``MaskGIT`` does for the networks that it loads.
 
 float32 weights are packed by MKL, bfloat16 weights by oneDNN on CPUs with bfloat16 instructions. The packed copy takes
 as much memory as the weight. Outputs are those of a plain layer to rounding.
+
+A packed weight that is used often moves to ``large_pages``.
 """
 
 from __future__ import annotations
@@ -19,14 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskgit_pl.devices import has_bfloat16
+from maskgit_pl.networks import large_pages
 from maskgit_pl.networks.weight_changes import count_changes
 
 __all__ = ["PackingLinear", "free_packed", "set_packing"]
 
 _USUAL_ROWS = 256  # for which MKL chooses its blocks; the result does not depend on it
+_SMALL = 2**20  # bytes; networks of smaller weights gain nothing by large pages
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Packed:
     """The packed rows of a weight, and the weight that they were made of.
 
@@ -34,15 +38,22 @@ class _Packed:
         source: The rows of the weight. While they are kept, no other weight can have their memory.
         changes: ``weight_changes.count_changes`` of the weight when it was packed.
         data: Packed weight of MKL or oneDNN.
+        uses: Number of products so far.
     """
 
     source: Tensor
     changes: tuple[int, int]
     data: Tensor
+    uses: int = 0
 
     def is_of(self, weight: Tensor) -> bool:
         """Returns True if a weight is the one that was packed, unchanged."""
         return self.source.data_ptr() == weight.data_ptr() and self.changes == count_changes(weight)
+
+    def move_to_large_pages(self) -> None:
+        """Moves the packed weight to large pages, unless it is small."""
+        if self.source.nbytes >= _SMALL:
+            large_pages.move(torch.ops.mkldnn.data_ptr(self.data), torch.ops.mkldnn._nbytes(self.data))
 
 
 class PackingLinear(nn.Linear):
@@ -60,12 +71,15 @@ class PackingLinear(nn.Linear):
 
     Attributes:
         packs: True if the layer may pack its weight.
+        uses_in_small_pages: Number of products after which a packed weight moves to large pages. The move takes as long
+            as some 30 products gain by it.
     """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True, gelu: bool = False) -> None:
         super().__init__(in_features, out_features, bias=bias)
         self.gelu = gelu
         self.packs = False
+        self.uses_in_small_pages = 32
         self._packed: dict[tuple[int, int], _Packed] = {}  # by first and last row
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,6 +111,9 @@ class PackingLinear(nn.Linear):
         found = self._packed.get(rows)
         if found is None or not found.is_of(weight):
             found = self._packed[rows] = _Packed(weight.detach(), count_changes(weight), _pack(weight))
+        if found.uses == self.uses_in_small_pages:
+            found.move_to_large_pages()
+        found.uses += 1
         return found.data
 
     def _activate(self, x: Tensor) -> Tensor:

@@ -555,7 +555,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     *_of(
         "networks/packing_linear.py",
-        "networks/test_packing_linear",
+        "networks/test_packing_linear networks/test_large_pages",
         ("found is None or not found.is_of(weight)", "found is None"),
         ("and self.changes == count_changes(weight)", ""),
         ("and x.shape[-1:] == weight.shape[1:]", ""),
@@ -565,6 +565,15 @@ MUTANTS: tuple[Mutant, ...] = (
         ('self.__dict__ | {"_packed": {}}', "self.__dict__"),
         ("            layer._packed.clear()", "            pass"),
         ("    if not enabled:\n", "    if True:\n"),
+        ("found.uses == self.uses_in_small_pages", "found.uses >= 0"),
+        ("self.source.nbytes >= _SMALL", "True"),
+    ),
+    *_of(
+        "networks/large_pages.py",
+        "networks/test_large_pages",
+        ("_count_used(page, size) * 2 * PAGESIZE >= size", "True"),
+        ("(_MADV_HUGEPAGE, _MADV_COLLAPSE)", "(_MADV_HUGEPAGE,)"),
+        ('"[never]" not in', '"[none]" not in'),
     ),
     *_of(
         "networks/weight_changes.py",
