@@ -123,7 +123,7 @@ def _limit_seconds(text: str) -> int:
     days, dash, rest = text.rpartition("-")
     parts = list(map(int, rest.split(":")))
     units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
-    seconds = 86400 * int(days or 0) + sum(map(operator.mul, parts, units))
+    seconds: int = 86400 * int(days or 0) + sum(map(operator.mul, parts, units))
     return -(-seconds // 60) * 60
 
 

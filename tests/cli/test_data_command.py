@@ -140,8 +140,8 @@ def test_user_errors_say_what_is_wrong(tree, tmp_path):
         call("make", tmp_path / "nowhere", "--out", tmp_path / "out")
     with pytest.raises(ValueError, match="names of its sub-folders"):
         call("make", tree, "--out", tmp_path / "out", "--class-names", "a,b")
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"^source \S+ must "):  # SOURCE is no flag
-        (tmp_path / "empty").mkdir()
         call("make", tmp_path / "empty", "--out", tmp_path / "out")
     with pytest.raises(ValueError, match=r"--val-fraction must be"):
         call("make", tree, "--out", tmp_path / "out", "--val-fraction", "2")
