@@ -20,6 +20,8 @@ __all__ = [
     "split_values",
 ]
 
+_MAX_NUMBER = 100_000  # more than the tokens of any image; a range is a list of its numbers
+
 
 def parse_numbers(flag: str, text: str) -> tuple[int, ...]:
     """Parses positive integers and ranges, such as ``4,8,16`` or ``4-16``. Duplicates are dropped, the order is kept.
@@ -29,20 +31,23 @@ def parse_numbers(flag: str, text: str) -> tuple[int, ...]:
         text: Value of the flag.
 
     Raises:
-        ValueError: if there is no number, a word is not a number, a number is below 1, or a range is reversed.
+        ValueError: if there is no number, a word is not a number, a number is not in [1, 100000], or a range is
+            reversed.
     """
-    found: list[int] = []
+    found: dict[int, None] = {}
     for word in filter(None, map(str.strip, text.split(","))):
         first, dash, last = word.partition("-")
-        if not (first.isdigit() and (last.isdigit() or not dash)):
-            raise ValueError(f"{flag} must be numbers such as 4,8,16 or a range such as 4-16, got {word!r} in {text}")
+        if not (first.isdecimal() and (last.isdecimal() or not dash)) or len(word) > 20:
+            raise ValueError(f"{flag} must be numbers such as 4,8,16 or a range such as 4-16, got {shorten(word)}")
         low, high = int(first), int(last or first)
         if not 1 <= low <= high:
             raise ValueError(f"{flag} must be numbers >= 1 and rising ranges, got {word!r} in {text}")
-        found += range(low, high + 1)
+        if high > _MAX_NUMBER:
+            raise ValueError(f"{flag} must be numbers <= {_MAX_NUMBER}, got {shorten(word)}")
+        found.update(dict.fromkeys(range(low, high + 1)))
     if not found:
         raise ValueError(f"{flag} must have at least one number such as 8, got {text!r}")
-    return tuple(dict.fromkeys(found))
+    return tuple(found)
 
 
 def parse_integers(flag: str, text: str) -> tuple[int, ...]:
@@ -52,8 +57,8 @@ def parse_integers(flag: str, text: str) -> tuple[int, ...]:
         ValueError: if there is none, or a word is not an integer.
     """
     words = [word.strip() for word in text.split(",") if word.strip()]
-    if not words or not all(word.isdecimal() for word in words):
-        raise ValueError(f"{flag} must be integers >= 0 such as 0,1, got {text!r}")
+    if not words or not all(word.isdecimal() and len(word) < 20 for word in words):
+        raise ValueError(f"{flag} must be integers >= 0 such as 0,1, got {shorten(text)}")
     return tuple(map(int, words))
 
 

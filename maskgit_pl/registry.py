@@ -140,7 +140,10 @@ class Registry(Generic[T]):
         if name in plugins:
             return self._load(name, plugins[name])
         if name not in self._factories:
-            raise ValueError(f"unknown {self.kind} {shorten(name)}: {nearest(name, self.names())}")
+            raise ValueError(
+                f"unknown {self.kind} {shorten(name)}: {nearest(name, self.names())}; if it is a plug-in, install its "
+                "package"
+            )
         return self._factories[name]
 
     def build(self, spec: str | Mapping[str, Any], *, where: str | None = None) -> T:

@@ -219,6 +219,15 @@ def test_arrays_that_are_no_image_are_refused(image) -> None:
         image_pixels(image, channels=3, name="image 7")
 
 
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_pil_images_whose_values_pil_would_clip_are_refused(mode: str) -> None:
+    picture = Image.new(mode, (4, 4), 1)  # white, if 1 is white
+    with pytest.raises(ValueError, match=f"image 7 must have 8 bits per channel, .* mode {mode}; scale its values"):
+        image_pixels(picture, channels=3, name="image 7")
+    with pytest.raises(ValueError, match=f"mask must have 8 bits per channel, .* mode {mode}; scale its values"):
+        mask_pixels(picture)
+
+
 def test_files_that_are_no_image_are_named(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.png: no such file"):
         image_pixels(tmp_path / "nowhere.png", channels=3)

@@ -6,7 +6,7 @@ from maskgit_pl.flag_values import parse_features, parse_json_spec, parse_list, 
 def test_numbers_of_steps_are_listed_or_ranges() -> None:
     assert parse_numbers("--num-steps", "4,8, 16") == (4, 8, 16)
     assert parse_numbers("--num-steps", "2-4,4,12") == (2, 3, 4, 12)
-    for text in ("", "4-", "8-4", "-3", "1.5"):
+    for text in ("", "4-", "8-4", "-3", "1.5", "\u00b2", "1-99999999999", "9" * 5000):
         with pytest.raises(ValueError, match="--num-steps"):
             parse_numbers("--num-steps", text)
 

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from maskgit_pl import __version__
 from maskgit_pl.checks import did_you_mean, shorten
@@ -53,6 +53,11 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        # argparse takes "--sbatch --mem=0" for two flags.
+        hint = "; give a value that begins with - as FLAG=VALUE"
+        super().error(message + (hint if message.endswith("expected one argument") else ""))
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         # An empty word is mostly a variable of the shell without a value, but Path("") is the current folder.
@@ -154,6 +159,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         hint = did_you_mean(rest[0].partition("=")[0].lstrip("-"), _flags_of(parser, words)).replace(" '", " '--")
         parser.error(f"unrecognized arguments: {' '.join(rest)}{hint and f'; {hint}'}")
     args.overrides = rest
+    args.flags = _flags_of(parser, words)
     args.traceback = "--traceback" in words
     return args
 

@@ -195,6 +195,9 @@ def _run_schedules(args: argparse.Namespace) -> int:
     steps, options = read_num_steps_flag(args), read_report_flags(args)
     if args.device is not None:  # checked before hours of training, like the recipes
         read_device_flag(args)
+    from maskgit_pl.evaluation.extractors import check_features
+
+    check_features(options.features, options.reference)
     schedules = args.schedules or _SCHEDULES
     runs = train_schedules(
         [name.strip() for name in schedules.split(",") if name.strip()],

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from maskgit_pl.cli.evaluation_flags import add_measured_run_arguments, read_measuring_flags, read_num_steps_flag
-from maskgit_pl.cli.flags import check_at_least, use_flag_names
+from maskgit_pl.cli.flags import FOLDER, check_at_least, check_outputs, use_flag_names
 from maskgit_pl.flag_values import parse_spec, parse_specs
 from maskgit_pl.progress import progress_bars
 
@@ -55,6 +55,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Measures what the ledger does not hold, writes the pages, and prints a table."""
     check_at_least(args, num_images=1, batch_size=1)
+    check_outputs(args, out=FOLDER)
     # Flags are parsed before torch is imported; the library checks the names of selectors and schedules.
     numbers = read_num_steps_flag(args)
     selectors = None if args.selectors == "all" else parse_specs("--selectors", args.selectors)

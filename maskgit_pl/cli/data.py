@@ -169,7 +169,7 @@ def make(
 ) -> None:
     """Makes a data folder with a progress bar and prints its content."""
     from maskgit_pl.shards.manifest import read_manifest_summary
-    from maskgit_pl.shards.report import describe_data, unreadable_lines
+    from maskgit_pl.shards.report import describe_data, unreadable_lines, untrained_lines
     from maskgit_pl.shards.writer import make_shards
 
     # The lock is held until the manifest is written, so that two commands never write to the same folder.
@@ -186,6 +186,8 @@ def make(
     print(describe_data(out, read_manifest_summary(out), "made" if made else "complete already, nothing to do"))
     for line in [*source.left_out, *unreadable_lines(out)]:
         print(f"  left out: {line}")
+    for line in untrained_lines(out):
+        print(f"  {line}")
 
 
 def _make(args: argparse.Namespace) -> int:
@@ -234,7 +236,7 @@ def _index(args: argparse.Namespace) -> int:
     from maskgit_pl.shards.class_names import find_class_names
     from maskgit_pl.shards.index import index_shards
     from maskgit_pl.shards.manifest import read_manifest_summary
-    from maskgit_pl.shards.report import describe_data, index_lines
+    from maskgit_pl.shards.report import describe_data, index_lines, untrained_lines
     from maskgit_pl.shards.shard_files import locate_shards, split_shards
 
     folder, found = locate_shards(args.shards)
@@ -258,6 +260,8 @@ def _index(args: argparse.Namespace) -> int:
     if names is not None and args.class_names is None:
         print("  class names: kept from the existing manifest")
     print("\n".join(index_lines(folder, shards, how, indexed)))
+    for line in untrained_lines(folder):
+        print(f"  {line}")
     return 0
 
 

@@ -10,6 +10,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from maskgit_pl import runs
+from maskgit_pl.checks import check_integer
+from maskgit_pl.cli.flags import use_flag_names
 from maskgit_pl.cli.run_flags import add_run_arguments, read_folder_flags, read_recipe_flags
 from maskgit_pl.errors import BAD_INPUT, is_user_error
 from maskgit_pl.estimates.gpus import GPUS
@@ -71,10 +73,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Prints each check when it is made, then the costs, then all failures; returns 2 if a check fails."""
-    machines = Machines(
-        args.nodes, args.devices, args.device, args.device_memory, args.device_flops, args.utilization, args.bandwidth,
-        args.net_port,
-    )  # fmt: skip
+    if args.net_port is not None:
+        check_integer("--net-port", args.net_port, "[1, 65535]")
+    with use_flag_names(args):
+        machines = Machines(
+            args.nodes, args.devices, args.device, args.device_memory, args.device_flops, args.utilization,
+            args.bandwidth, args.net_port,
+        )  # fmt: skip
     if args.json:
         found = _examine(args, machines, lambda check: None)
         costs = {} if found.costs is None else dict(found.costs.lines)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskgit_pl.checks import check_number
-from maskgit_pl.cli.flags import add_device_argument, add_dtype_argument, check_at_least
+from maskgit_pl.cli.flags import FOLDER, add_device_argument, add_dtype_argument, check_at_least, check_outputs
 from maskgit_pl.cli.negative_flags import add_negative_model_argument, check_negative_model_flag
 from maskgit_pl.cli.tables import print_rows
 from maskgit_pl.flag_values import parse_features, parse_numbers
@@ -141,6 +141,7 @@ def read_report_flags(args: argparse.Namespace, **beside: Any) -> ReportOptions:
     from maskgit_pl.evaluation.reports import ReportOptions
 
     check_at_least(args, num_images=2, batch_size=1, num_workers=0)
+    check_outputs(args, results=FOLDER)
     return ReportOptions(
         **read_measuring_flags(args),
         num_workers=args.num_workers,

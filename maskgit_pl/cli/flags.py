@@ -122,15 +122,15 @@ def make_folder(folder: Path) -> None:
 def use_flag_names(args: argparse.Namespace) -> Iterator[None]:
     """Makes a TypeError or ValueError that begins with a setting (``num_steps must ...``) begin with its flag.
 
-    Library functions name their own arguments in errors. The user of a command knows the flags.
+    Library functions name their own arguments in errors. The user of a command knows the flags. A positional argument,
+    such as the source of ``data make``, keeps its name.
     """
     try:
         yield
     except (TypeError, ValueError) as error:
         # "num_steps must be ..." -> num_steps; "height of the image must ..." -> height, no flag of the command.
         name = re.split(r"[^a-z_]", str(error), maxsplit=1)[0]
-        is_flag = name in args and not callable(getattr(args, name))  # ``run`` is the function of the command
-        if not is_flag:  # the error is about something else
+        if format_flag(name).removeprefix("--") not in args.flags:  # the error is about something else
             raise
         text = format_flag(name) + str(error).removeprefix(name)
         raise (TypeError if isinstance(error, TypeError) else ValueError)(text) from error

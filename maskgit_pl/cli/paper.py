@@ -13,7 +13,7 @@ from maskgit_pl.cli.evaluation_flags import (
     read_report_flags,
     write_page,
 )
-from maskgit_pl.cli.flags import check_at_least, format_flag, use_flag_names
+from maskgit_pl.cli.flags import FOLDER, check_at_least, check_outputs, format_flag, use_flag_names
 from maskgit_pl.cli.tables import add_json_argument
 from maskgit_pl.evaluation import reports
 from maskgit_pl.flag_values import parse_numbers
@@ -122,6 +122,7 @@ def run_figure(args: argparse.Namespace) -> int:
             raise ValueError(f"figure 4 must have at most one RUN, which sets the sizes, got {len(args.runs)}")
         numbers = parse_numbers("--num-tokens", args.num_tokens)
         check_at_least(args, **dict.fromkeys(_SIZES, 1))
+        check_outputs(args, results=FOLDER)
         # Sizes that are not given come from the run, or from a small default.
         sizes = {name: getattr(args, name) for name in _SIZES if getattr(args, name) is not None}
         timed = reports.TimingOptions(numbers, sizes, args.results, args.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 
+from maskgit_pl.cli.flags import use_flag_names
 from maskgit_pl.cli.run_flags import add_run_arguments, read_folder_flags, read_recipe_flags
 from maskgit_pl.runs.job_options import JobOptions
 from maskgit_pl.runs.slurm import check_submission, plan_submission, submit
@@ -72,10 +73,11 @@ def _add_job_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Checks the job, prints it and submits it."""
-    job = JobOptions(
-        args.nodes, args.devices, args.cpus, args.time, args.partition, args.account, args.qos, args.constraint,
-        args.sbatch, args.srun, args.container, args.program,
-    )  # fmt: skip
+    with use_flag_names(args):
+        job = JobOptions(
+            args.nodes, args.devices, args.cpus, args.time, args.partition, args.account, args.qos, args.constraint,
+            args.sbatch, args.srun, args.container, args.program,
+        )  # fmt: skip
     recipe = read_recipe_flags(args)
     submission = plan_submission(recipe, **read_folder_flags(args, recipe), job=job)
     if args.dry_run:

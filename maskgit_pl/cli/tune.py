@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maskgit_pl.cli.evaluation_flags import add_measured_run_arguments, read_measuring_flags, read_num_steps_flag
-from maskgit_pl.cli.flags import check_at_least, use_flag_names
+from maskgit_pl.cli.flags import FOLDER, check_at_least, check_outputs, use_flag_names
 from maskgit_pl.flag_values import parse_specs
 from maskgit_pl.progress import progress_bars
 
@@ -81,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
     if schedules:
         schedules = parse_specs("--schedules", schedules)
     check_at_least(args, trials=1, num_images=2, plot_images=2, batch_size=1)
+    check_outputs(args, out=FOLDER)
     from maskgit_pl.evaluation import TuningOptions, plan_trials, tune
 
     with use_flag_names(args), progress_bars() as bars:
@@ -96,9 +97,8 @@ def run(args: argparse.Namespace) -> int:
         )
         # plan_trials makes the same choices as the search, without a measurement.
         if args.dry_run:
-            _print_trials(
-                plan_trials(args.folder, data=args.data, trials=args.trials, options=options), args.num_images
-            )
+            planned = plan_trials(args.folder, data=args.data, trials=args.trials, metric=args.metric, options=options)
+            _print_trials(planned, args.num_images)
             return 0
         result = tune(
             args.folder,

@@ -84,7 +84,8 @@ def image_pixels(image: ImageLike, *, channels: int, name: str = "image") -> Ten
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is not an image, has too many pixels, or is not uint8 of one of these shapes.
+        ValueError: if it is not an image, has too many pixels, is not uint8 of one of these shapes, or is a PIL image
+            of floats or 32-bit integers.
         TypeError: if it is something else.
     """
     from PIL import Image
@@ -98,6 +99,12 @@ def image_pixels(image: ImageLike, *, channels: int, name: str = "image") -> Ten
         return decode_image(read_image_file(image, name=shown), channels=channels, name=shown)
     # Tensors and arrays go through PIL, so that all sources are converted in the same way.
     picture = image if isinstance(image, Image.Image) else Image.fromarray(_pixels(image, name))
+    # PIL would clip the values to [0, 255], so that [0, 1] becomes black. Older versions open a PNG of 16 bits as "I".
+    if picture.mode == "F" or (picture.mode == "I" and picture.format != "PNG"):
+        raise ValueError(
+            f"{name} must have 8 bits per channel, or 16 bits of grey, got a PIL image of mode {picture.mode}; scale "
+            'its values to [0, 255] and convert it to "L"'
+        )
     return from_pil(picture, channels=channels, name=f"({name})")
 
 

@@ -126,10 +126,9 @@ def search(
     metric, num_images = plan.metric, plan.num_images
     start, trials = time.monotonic(), list[Trial]()
     # 1.
-    for number in range(plan.trials):
-        decoding = space.trial(number, seed=plan.seed, method=plan.method)
+    for number, decoding in enumerate(space.iter_trials(plan.trials, seed=plan.seed, method=plan.method)):
         late = plan.seconds is not None and time.monotonic() - start >= plan.seconds
-        if decoding is None or (trials and late):
+        if trials and late:
             break
         trials.append(Trial(number, decoding, measure(decoding, num_images, plan.seed, f"trial {number}")))
         on_trial(trials[-1])

@@ -13,10 +13,11 @@ from maskgit_pl.evaluation import classifier_training
 from maskgit_pl.evaluation.classifier_config import SMALL_TRAINING
 from maskgit_pl.evaluation.feature_metrics import CLASSIFIER
 from maskgit_pl.evaluation.features import Extractor
-from maskgit_pl.networks.features import ClassifierSpec, parse_feature_network
+from maskgit_pl.networks.features import ClassifierSpec, FeatureNetworkSpec, parse_feature_network
 from maskgit_pl.progress import Bars, no_bars
+from maskgit_pl.text import printable
 
-__all__ = ["open_extractors"]
+__all__ = ["check_features", "open_extractors"]
 
 
 def open_extractors(
@@ -42,8 +43,34 @@ def open_extractors(
     """
     # "classifier" without a folder stands for the classifier of the data at hand.
     judge = ClassifierSpec(str(classifier))
-    specs = [judge if spec == CLASSIFIER else parse_feature_network(spec) for spec in features]
+    # Its training takes minutes: all other networks are opened before.
+    others = {place: Extractor.create(spec, device=device) for place, spec in _other_networks(features)}
     if CLASSIFIER in features:
         train = bars("classifier: training", SMALL_TRAINING.max_steps)
         classifier_training.obtain_classifier(classifier, data, on_step=lambda: train(1))
-    return [Extractor.create(spec, device=device) for spec in specs]
+    return [
+        others[place] if place in others else Extractor.create(judge, device=device) for place in range(len(features))
+    ]
+
+
+def check_features(features: Sequence[str | dict[str, Any]], reference: Path | None = None) -> None:
+    """Checks the networks and the reference file of a measurement that comes after hours of training.
+
+    Args:
+        features: Feature networks: names or mappings. The classifier of the data may be missing.
+        reference: File in the layout of ADM to compare with; None for the val split.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        TypeError: if a network does not accept its arguments.
+        ValueError: if a network is unknown, its weights are missing, or their SHA-256 does not match.
+    """
+    for _, spec in _other_networks(features):
+        Extractor.create(spec)
+    if reference is not None and not reference.is_file():
+        raise FileNotFoundError(f"reference {printable(reference)}: no such file; name another one")
+
+
+def _other_networks(features: Sequence[str | dict[str, Any]]) -> list[tuple[int, FeatureNetworkSpec]]:
+    """Returns the place and the network of all features except the classifier of the data at hand."""
+    return [(place, parse_feature_network(spec)) for place, spec in enumerate(features) if spec != CLASSIFIER]

@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -74,6 +76,14 @@ class SearchSpace:
             return self.baseline
         return self._draw(number, seed) if method == "random" else self._draw_from_grid(number - 1, seed)
 
+    def iter_trials(self, trials: int, *, seed: int, method: Search = "random") -> Iterator[DecodingConfig]:
+        """Yields the decodings of the first ``trials`` trials, or of all trials of the grid if it has fewer."""
+        for number in range(trials):
+            decoding = self.trial(number, seed=seed, method=method)
+            if decoding is None:
+                return
+            yield decoding
+
     def resume(
         self, begun: Iterable[DecodingConfig], *, trials: int, seed: int, method: Search = "random"
     ) -> SearchSpace:
@@ -91,7 +101,8 @@ class SearchSpace:
         # A space fits if it reaches the current decoding as a later trial, which that search must then have written.
         for first in begun:
             space = replace(self, baseline=first)
-            if any(space.trial(number, seed=seed, method=method) == self.baseline for number in range(1, trials)):
+            later = islice(space.iter_trials(trials, seed=seed, method=method), 1, None)
+            if any(decoding == self.baseline for decoding in later):
                 return space
         return self
 
@@ -170,12 +181,16 @@ class SearchSpace:
 
     def _draw_from_grid(self, place: int, seed: int) -> DecodingConfig | None:
         """Returns an entry of the grid in random order, so that any number of trials covers it evenly."""
-        grid = list(self._grid())
+        grid = self._grid
         if place >= len(grid):
             return None
         return grid[int(permutation(torch.tensor([place]), len(grid), stream="tuning/grid", seed=seed))]
 
-    def _grid(self) -> Iterator[DecodingConfig]:
+    @cached_property
+    def _grid(self) -> list[DecodingConfig]:
+        return list(self._iter_grid())
+
+    def _iter_grid(self) -> Iterator[DecodingConfig]:
         guidance: list[Spec] = [{"name": "linear", "scale": scale} for scale in (0.0, 0.5, 1.0, 2.0)]
         # A grid has few values per part, because the number of its points is their product.
         temperatures: list[float | tuple[float, float]] = [1.0, 0.8, (1.2, 0.6)]

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = ["METRIC_NAMES", "TuningOptions", "plan_trials", "tune"]
 
+_MAX_TRIALS = 100_000  # far more than a search has time for; all are planned before the first one
 METRIC_NAMES = {"fid": "fid/classifier", "kid": "kid/classifier", "agreement": "class_agreement"}
 _STEPS = (4, 6, 8, 12, 16)
 _log = logging.getLogger(__name__)
@@ -110,8 +111,7 @@ def tune(
         ValueError: if a name is unknown, the model is autoregressive, the classes of the data are not the model's, or a
             number is out of range.
     """
-    name = METRIC_NAMES[check_choice("metric", metric, METRIC_NAMES)]
-    check_integer("trials", trials, "[1, inf)")
+    name = _check_search(metric, trials)
     check_integer("num_images", num_images, "[2, inf)")
     folders, pipe, space = _open(run, data, options)
     from maskgit_pl.evaluation.evaluator import collect_numbers
@@ -160,12 +160,19 @@ def plan_trials(
     *,
     data: Path | None = None,
     trials: int = 40,
+    metric: str = "fid",
     options: TuningOptions = TuningOptions(),  # frozen
 ) -> list[DecodingConfig]:
     """Returns the decodings that ``tune`` would measure. See ``tune`` for arguments and errors."""
+    _check_search(metric, trials)
     _, _, space = _open(run, data, options)
-    planned = (space.trial(number, seed=options.seed, method=options.search) for number in range(trials))
-    return [decoding for decoding in planned if decoding is not None]
+    return list(space.iter_trials(trials, seed=options.seed, method=options.search))
+
+
+def _check_search(metric: str, trials: int) -> str:
+    """Checks the metric and the number of trials, and returns the name of the metric in the ledger."""
+    check_integer("trials", trials, f"[1, {_MAX_TRIALS}]")
+    return METRIC_NAMES[check_choice("metric", metric, METRIC_NAMES)]
 
 
 def _open(run: Path | str, data: Path | None, options: TuningOptions) -> tuple[RunFolders, MaskGIT, SearchSpace]:

@@ -46,7 +46,11 @@ class PretrainedTokenizer:
 
         Returns:
             (B, N) int64 in [0, K), on the CPU.
+
+        Raises:
+            ValueError: if there is no image.
         """
+        _check_not_empty("images", images)
         like = next(self.network.parameters())  # for device and dtype
         count = min(batch_size or len(images), images_at_once(*images.shape[-2:]))
         tokens = []
@@ -65,7 +69,11 @@ class PretrainedTokenizer:
 
         Returns:
             (B, C, H, W) uint8 on the CPU, clipped. H and W are ``image_size``, or the size of another grid.
+
+        Raises:
+            ValueError: if there are no tokens.
         """
+        _check_not_empty("tokens", tokens)
         # An image of image_size may cover only a part of its last tokens: the rest is cut off.
         height, width = (None, None) if grid is not None and grid != self.grid else height_width(self.image_size)
         rows, columns = grid or self.grid
@@ -108,6 +116,11 @@ class PretrainedTransformer:
         check_parallel(task, is_autoregressive=self.mask_schedule is None)
         assert self.mask_schedule is not None
         return self.mask_schedule
+
+
+def _check_not_empty(name: str, batch: Tensor) -> None:
+    if not len(batch):
+        raise ValueError(f"{name} must have at least 1 row, got shape {tuple(batch.shape)}")
 
 
 def images_at_once(height: int, width: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,8 @@ _REFUSED = {
     "--export": "the script needs all variables of the submission",
     "--wrap": "the job runs a script of its own",
 }  # fmt: skip
+_REFUSED_OF_TASKS = {flag: reason for flag, reason in _REFUSED.items() if reason in (_NODES, _TASKS)}
+_SIGNAL_LEAD = 120  # seconds between the signal to save and the time limit, of recipes/slurm/train.sbatch
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class JobOptions:
 
     Raises:
         ValueError: if a number is out of range, ``time`` is not a time, a string is not valid shell syntax, or
-            ``sbatch`` has an option that the job sets itself.
+            ``sbatch`` or ``srun`` has an option that the job sets itself, or a word that is no option.
     """
 
     nodes: int = 1
@@ -72,9 +75,21 @@ class JobOptions:
             )
         for name in ("sbatch", "srun", "container"):
             _split(name, getattr(self, name))
-        for flag, _ in _flags(self.sbatch_words):
-            if flag in _REFUSED:
-                raise ValueError(f"sbatch must not have {flag}: {_REFUSED[flag]}; leave it out of --sbatch")
+        for name, refused in (("sbatch", _REFUSED), ("srun", _REFUSED_OF_TASKS)):
+            words = _split(name, getattr(self, name))
+            _check_words(name, words)
+            for flag, _ in _flags(words):
+                if flag in refused:
+                    raise ValueError(f"{name} must not have {flag}: {refused[flag]}; leave it out of --{name}")
+        limit = _limit_seconds(self.time)
+        signals = [value.partition("@")[2] for flag, value in _flags(self.sbatch_words) if flag == "--signal"]
+        lead = int(signals[-1]) if signals and signals[-1].isdecimal() else _SIGNAL_LEAD
+        # A job that is told to save as soon as it starts would be requeued again and again.
+        if 0 < limit <= lead:
+            raise ValueError(
+                f"time must be longer than the {lead} s before its end when the job saves, got {self.time}; give a "
+                'longer --time, or another --sbatch="--signal=USR1@SECONDS"'
+            )
 
     @property
     def sbatch_words(self) -> list[str]:
@@ -99,6 +114,28 @@ def _split(name: str, text: str) -> list[str]:
         return shlex.split(text)
     except ValueError as error:
         raise ValueError(f"{name} must be valid shell syntax, got {text!r} ({error}); close the quotes") from error
+
+
+def _limit_seconds(text: str) -> int:
+    """Returns a time limit in seconds, which Slurm rounds up to minutes; 0 for no limit."""
+    if not text[0].isdecimal():
+        return 0
+    days, dash, rest = text.rpartition("-")
+    parts = list(map(int, rest.split(":")))
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    seconds: int = 86400 * int(days or 0) + sum(map(operator.mul, parts, units))
+    return -(-seconds // 60) * 60
+
+
+def _check_words(name: str, words: Sequence[str]) -> None:
+    """Checks that words are options with values: sbatch and srun take another word for the program to run."""
+    for before, word in itertools.pairwise(["", *words]):
+        is_value = before.startswith("-") and "=" not in before
+        if word == "--" or not (word.startswith("-") or is_value):
+            raise ValueError(
+                f"{name} must be options, got the word {shorten(word)}, which would be run in place of the training; "
+                "write an option as --NAME=VALUE"
+            )
 
 
 def _flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:

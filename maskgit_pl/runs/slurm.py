@@ -114,7 +114,7 @@ def plan_submission(
     # singleton: a second job of the same name waits for the first one.
     options = (
         "--parsable", "--export=ALL", f"--job-name={plan.folder.name}-{plan.stage}", f"--comment={_job_comment(plan)}",
-        "--dependency=singleton", f"--output={_log_file(plan)}", f"--nodes={job.nodes}",
+        "--dependency=singleton", f"--output={_log_pattern(plan)}", f"--nodes={job.nodes}",
         f"--ntasks-per-node={job.devices}", *_resources(plan, job), *job.sbatch_words,
     )  # fmt: skip
     repeated = [] if recipe.config is None else [f"--config={recipe.config}"]
@@ -198,6 +198,12 @@ def _script() -> Path:
 
 def _log_file(plan: Plan) -> Path:
     return plan.stage_folder / "slurm-%j.log"
+
+
+def _log_pattern(plan: Plan) -> str:
+    """Returns the log file for ``sbatch``, which replaces % in it; the folder of the run is taken as it is."""
+    file = _log_file(plan)
+    return str(Path(str(file.parent).replace("%", "%%")) / file.name)
 
 
 def _job_comment(plan: Plan) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 __all__ = ["count_text", "duration_text", "flops_text", "parse_size"]
@@ -35,14 +36,14 @@ def parse_size(text: str) -> float:
     """Parses a size or rate such as ``80GB``, ``24GiB``, ``150T`` or ``4e14``.
 
     Raises:
-        ValueError: if the text is not such a size, or not above 0.
+        ValueError: if the text is not such a size, or not a finite number above 0.
     """
     found = re.fullmatch(r"([\d.]+(?:[eE][+-]?\d+)?)\s*([KMGTP]?)(i?)[bB]?", text)
     try:
         value = float(found.group(1)) if found else 0.0
     except ValueError:
         value = 0.0
-    if not found or value <= 0:
+    if not found or not 0 < value < math.inf:
         raise ValueError(f"must be a size such as 80GB, 24GiB, 150T or 4e14, got {text}")
     # An i after the prefix means powers of 1024: 1e9 has 10 digits, so G is 1024**3.
     factor = _FACTORS[found.group(2)]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from maskgit_pl.files import size_text
 from maskgit_pl.image_format import pixels_text
-from maskgit_pl.shards.manifest import DataSummary, Split
+from maskgit_pl.shards.manifest import DataSummary, Split, load_manifest
 from maskgit_pl.shards.scan import format_counts
 from maskgit_pl.shards.writer import LEFT_OUT
 from maskgit_pl.text import printable
@@ -29,9 +29,11 @@ __all__ = [
     "index_lines",
     "statistics_lines",
     "unreadable_lines",
+    "untrained_lines",
 ]
 
 _COLOURS = {1: "grey", 3: "RGB", 4: "with alpha"}  # by number of channels
+_SHOWN_CLASSES = 10
 _LONGEST_BAR = 40  # characters of the histogram's largest bar
 
 
@@ -62,6 +64,18 @@ def unreadable_lines(folder: Path) -> Iterator[str]:
     if (folder / LEFT_OUT).is_file():
         with open(folder / LEFT_OUT, "rb") as file:
             yield f"{sum(1 for _ in file)} images that cannot be read, listed in {LEFT_OUT}"
+
+
+def untrained_lines(folder: Path) -> Iterator[str]:
+    """Yields one line about the classes without images in train, which a model cannot learn, if there are any."""
+    import numpy as np
+
+    manifest = load_manifest(folder, "train")
+    missing = sorted(set(range(len(manifest.classes))) - set(np.unique(manifest.index()["label"]).tolist()))
+    if missing:
+        names = [printable(manifest.classes[label]) for label in missing[:_SHOWN_CLASSES]]
+        more = ["..."] * (len(missing) > _SHOWN_CLASSES)
+        yield f"no image in train of {len(missing)} of {len(manifest.classes)} classes: {', '.join([*names, *more])}"
 
 
 def index_lines(folder: Path, shards: Mapping[Split, Sequence[Path]], how: str, indexed: IndexResult) -> Iterator[str]:

@@ -5,12 +5,16 @@ from types import ModuleType
 
 import torch
 
+from maskgit_pl.cli import _flags_of
+
 
 def call_command(module: ModuleType, *words: object, command: str | None = None) -> int:
     """Runs a command without what ``main`` makes of an error; by default the one that its module is named after."""
     parser = argparse.ArgumentParser()
     module.add_parser(parser.add_subparsers())
-    args = parser.parse_args([command or module.__name__.rpartition(".")[2], *map(str, words)])
+    words = (command or module.__name__.rpartition(".")[2], *map(str, words))
+    args = parser.parse_args(words)
+    args.flags = _flags_of(parser, words)
     code: int = args.run(args)
     return code
 

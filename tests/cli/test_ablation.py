@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from maskgit_pl.cli import ablation, main
+from maskgit_pl.cli import _flags_of, ablation, main
 from maskgit_pl.evaluation.ledger import Ledger
 from maskgit_pl.evaluation.reports import ablation_measurements
 from maskgit_pl.runs import ablation_runs
@@ -164,6 +164,7 @@ def call(*words: str) -> int:
     parser = argparse.ArgumentParser()
     ablation.add_parser(parser.add_subparsers(dest="command"))
     args, args.overrides = parser.parse_known_args(["ablation", *words])
+    args.flags = _flags_of(parser, ["ablation"])
     code: int = args.run(args)
     return code
 
@@ -177,16 +178,20 @@ def call(*words: str) -> int:
         (("--vary", "model.network.depth=2", "--seeds", "a"), "--seeds must be integers"),
         (("--vary", "model.network.depth=2", "--name", "../x"), "--name must be letters"),
         (("--page-only",), "--page-only must come with --name"),
+        (("--features", "bogus"), "unknown feature network 'bogus'"),
+        (("--features", "lite0,inception=nowhere"), "nowhere"),
+        (("--results", __file__), "--results must be a folder, got the file"),
         (("--vary", "model.network.dept=2"), "did you mean 'model.network.depth'"),
         (("--vary", "model.network.depth=2", "--budget", "hours=2"), "--budget must be"),
         (("--vary", "model.network.depth=2", "--num-images", "1"), "--num-images must be"),
+        (("--reference", "nowhere.npz"), "reference nowhere.npz: no such file"),
     ],
 )
 def test_a_wrong_flag_is_answered_before_anything_is_trained(
     given: tuple[str, ...], match: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=match):
-        call(*given, "--runs-folder", str(tmp_path), "--results", str(tmp_path))
+    with pytest.raises((ValueError, FileNotFoundError), match=match):
+        call("--runs-folder", str(tmp_path), "--results", str(tmp_path), *given)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -82,6 +82,7 @@ def test_a_run_that_was_stopped_goes_on_and_finds_what_an_unbroken_one_finds(
     ("words", "match"),
     [
         (("--num-steps", "4,17"), "--num-steps must be <= 16, the tokens per image, got 17"),
+        (("--out", __file__), "--out must be a folder, got the file"),
         (("--num-steps", "4,0"), "must be numbers >= 1 and rising ranges, got '0'"),
         (("--num-steps", "many"), "--num-steps must be numbers such as 4,8,16"),
         (("--selectors", "halton,confidnce"), "did you mean 'confidence'"),

@@ -112,6 +112,20 @@ def test_make_says_what_it_left_out_and_stats_says_it_again(tree, tmp_path, caps
     assert sum(read_manifest_summary(tmp_path / "out").samples.values()) == 40
 
 
+def test_make_and_index_name_the_classes_that_train_lacks(tree, tmp_path, capsys):
+    for split, kind in (("train", "cat"), ("val", "dog")):
+        (tmp_path / "split" / split / kind).mkdir(parents=True)
+        (tree / kind / "0.png").rename(tmp_path / "split" / split / kind / "0.png")
+        (tmp_path / "split" / split / {"cat": "dog", "dog": "cat"}[kind]).mkdir()
+    line = "  no image in train of 1 of 2 classes: dog"
+    call("make", tmp_path / "split", "--out", tmp_path / "out")
+    assert line in capsys.readouterr().out.splitlines()
+    call("index", tmp_path / "out")
+    assert line in capsys.readouterr().out.splitlines()
+    call("make", tree, "--out", tmp_path / "both", "--val-fraction", 0.25)
+    assert "no image in train" not in capsys.readouterr().out
+
+
 def test_index_of_foreign_names_numbers_the_classes(tree, tmp_path):
     call("make", tree, "--out", tmp_path / "out")
     for split in ("train", "val"):
@@ -126,6 +140,9 @@ def test_user_errors_say_what_is_wrong(tree, tmp_path):
         call("make", tmp_path / "nowhere", "--out", tmp_path / "out")
     with pytest.raises(ValueError, match="names of its sub-folders"):
         call("make", tree, "--out", tmp_path / "out", "--class-names", "a,b")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"^source \S+ must "):  # SOURCE is no flag
+        call("make", tmp_path / "empty", "--out", tmp_path / "out")
     with pytest.raises(ValueError, match=r"--val-fraction must be"):
         call("make", tree, "--out", tmp_path / "out", "--val-fraction", "2")
     with pytest.raises(ValueError, match="got none"):

@@ -282,3 +282,20 @@ def test_many_ranks_are_shown_node_by_node(doctor):
     assert answer[0] == 0
     assert "0 0-7 0-7 0-7, 512-519" in answer[1]
     assert "up to rank 511" in answer[1]
+
+
+@pytest.mark.parametrize(
+    ("flag", "rule"),
+    [
+        ("--nodes=0", "--nodes must be an integer in"),
+        ("--net-port=0", "--net-port must be an integer in"),
+        ("--device-memory=1e999GB", "argument --device-memory: must be a size such as"),
+    ],
+)
+def test_numbers_of_machines_are_refused_by_the_name_of_their_flag(flag: str, rule: str, capsys) -> None:
+    try:
+        code = main(["doctor", "tokenizer", flag])
+    except SystemExit as stop:  # argparse's own
+        code = stop.code
+    assert code == 2
+    assert rule in capsys.readouterr().err

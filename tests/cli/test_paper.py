@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from maskgit_pl.cli import ablation, main, paper
+from maskgit_pl.cli import _flags_of, ablation, main, paper
 from maskgit_pl.evaluation import evaluator
 from maskgit_pl.evaluation.classifier_config import CASConfig
 from maskgit_pl.evaluation.ledger import Ledger
@@ -40,7 +40,7 @@ def call(command: str, *words: object) -> int:
     paper.add_parser(subparsers)
     ablation.add_parser(subparsers)
     args = parser.parse_args([command, *map(str, words)])
-    args.overrides = []
+    args.overrides, args.flags = [], _flags_of(parser, [command])
     code: int = args.run(args)
     return code
 
@@ -128,6 +128,7 @@ def test_the_training_of_cas_is_set_by_flags_and_kept_apart(
     assert "--cas-max-steps 3 --cas-batch-size 5 --cas-precision bf16-mixed" in page
     for words, match in (
         (("--cas-batch-size", 1), "--cas-batch-size"),
+        (("--results", __file__), "--results must be a folder, got the file"),
         (("--cas-learning-rate", "nan"), "--cas-learning-rate"),
     ):
         with pytest.raises(ValueError, match=match):
@@ -150,10 +151,12 @@ def test_figure_4_times_the_sizes_of_a_run_or_of_flags(runs: list[Path], tmp_pat
     for words, match in (
         ([*runs], "figure 4 must have at most one RUN"),
         (["--depth", 0], "--depth must be >= 1"),
-        (["--embed-dim", 17], "num_heads"),
+        (["--embed-dim", 17], "embed_dim must be a multiple of num_heads"),
     ):
         with pytest.raises(ValueError, match=match):
             call("figure", 4, *words, *how)
+    with pytest.raises(ValueError, match="--results must be a folder, got the file"):
+        call("figure", 4, *how, "--results", __file__)
 
 
 @pytest.mark.parametrize("text", ["[1]", "data: [1]", "data: {path: 3}", "a: &a [*a]", "x: " + "[" * 5000])

@@ -178,3 +178,12 @@ def test_the_script_names_what_is_missing(tmp_path, name, value, hint):
     assert name in done.stderr
     assert hint in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_words_that_begin_with_a_dash_and_numbers_are_explained_by_the_flag(submit):
+    answer = submit("tokenizer", "--sbatch", "--mem=0")
+    assert answer.code == 2
+    assert "--sbatch: expected one argument; give a value that begins with - as FLAG=VALUE" in answer.error
+    answer = submit("tokenizer", "--cpus=0")
+    assert answer.code == 2
+    assert "--cpus must be an integer in" in answer.error

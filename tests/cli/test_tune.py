@@ -130,6 +130,9 @@ def test_a_dry_run_prints_the_trials_and_touches_nothing(run_folder: Path, tiny_
     ("words", "match"),
     [
         (("--trials", "0"), "--trials must be >= 1, got 0"),
+        (("--trials", "99999999"), "--trials must be an integer in [1, 100000], got 99999999"),
+        (("--metric", "fdi", "--dry-run"), "did you mean 'fid'"),
+        (("--out", __file__), "--out must be a folder, got the file"),
         (("--seconds", "0"), "--seconds must be a"),
         (("--seconds", "nan"), "--seconds must be a"),
         (("--metric", "fdi"), "did you mean 'fid'"),

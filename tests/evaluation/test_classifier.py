@@ -20,6 +20,7 @@ from maskgit_pl.evaluation.classifier_training import (
     measure_accuracy,
     obtain_classifier,
 )
+from maskgit_pl.evaluation.extractors import open_extractors
 from maskgit_pl.files import write_tensors
 from maskgit_pl.networks.classifier import load_classifier
 from maskgit_pl.networks.weight_file import read_tensors
@@ -221,3 +222,11 @@ def test_a_stop_signal_ends_its_training_as_it_ends_the_rest_of_a_command(data: 
     config = replace(QUICK, max_steps=2)
     fit_classifier(data, config=config, on_step=lambda: during.append(signal.getsignal(signal.SIGTERM)))
     assert during == [before, before]
+
+
+def test_a_missing_file_of_another_network_is_found_before_the_classifier_is_trained(
+    data: ShardData, tmp_path: Path
+) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match="nowhere"):
+        open_extractors(tmp_path / "judge", data, features=["classifier", "inception=nowhere"], device="cpu")
+    assert not (tmp_path / "judge").exists()

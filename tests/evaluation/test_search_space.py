@@ -95,6 +95,15 @@ def test_a_grid_search_visits_each_point_once_and_ends() -> None:
     assert made[:-1] != [space.trial(number, seed=1, method="grid") for number in range(1, size + 1)]
 
 
+def test_the_trials_of_a_grid_end_with_it() -> None:
+    space = replace(SPACE, selectors=("halton",), num_steps=(4,))
+    grid = list(space.iter_trials(10**12, seed=0, method="grid"))
+    assert grid[0] == OWN
+    assert space.trial(len(grid), seed=0, method="grid") is None
+    assert grid == [space.trial(number, seed=0, method="grid") for number in range(len(grid))]
+    assert len(list(space.iter_trials(7, seed=0))) == 7
+
+
 def test_a_search_that_wrote_its_winner_is_resumed_with_its_first_trial() -> None:
     assert SPACE.resume([], trials=12, seed=0) == SPACE
     begun = [OWN, DecodingConfig(3)]  # this search, and an older one

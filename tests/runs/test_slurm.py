@@ -90,13 +90,55 @@ def test_a_second_job_of_a_run_is_refused(plan, slurm):
     assert not (slurm / "words").exists()
 
 
+@pytest.mark.parametrize(
+    ("time", "signal", "fits"),
+    [
+        ("2", "", False),
+        ("00:02:00", "", False),
+        ("2:30", "", True),  # Slurm rounds it up to 3 minutes
+        ("0-0:02", "", False),
+        ("1-0", "", True),
+        ("0", "", True),  # no limit
+        ("UNLIMITED", "", True),
+        ("1", "--signal=B:USR1@20", True),
+        ("10", "--signal USR1@600", False),
+    ],
+)
+def test_a_job_must_last_longer_than_it_takes_to_stop(time, signal, fits):
+    if fits:
+        assert JobOptions(time=time, sbatch=signal).time == time
+        return
+    with pytest.raises(ValueError, match=r"^time must be longer than the (120|600) s before its end"):
+        JobOptions(time=time, sbatch=signal)
+
+
+def test_the_folder_of_a_run_is_no_pattern_of_the_log(tiny_shards, tmp_path):
+    recipe = runs.Recipe.read("tokenizer")
+    submission = runs.plan_submission(recipe, run=tmp_path / "100%j" / "one", data=tiny_shards)
+    assert f"--output={tmp_path}/100%%j/one/tokenizer/slurm-%j.log" in submission.options
+    assert submission.log_file == tmp_path / "100%j" / "one" / "tokenizer" / "slurm-%j.log"
+
+
 def test_numbers_that_the_job_sets_are_refused_in_the_recipe(plan):
     with pytest.raises(ValueError, match=r"--trainer\.devices must be left out"):
         plan("--trainer.devices=4")
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"nodes": 0}, {"devices": True}, {"cpus": 0}, {"time": "soon"}, {"srun": "'"}, {"sbatch": "-N 2"}]
+    "wrong",
+    [
+        {"nodes": 0},
+        {"devices": True},
+        {"cpus": 0},
+        {"time": "soon"},
+        {"srun": "'"},
+        {"sbatch": "-N 2"},
+        {"srun": "--ntasks=4"},
+        {"sbatch": "job.sh"},
+        {"sbatch": "--mem=0 job.sh"},
+        {"srun": "--mpi none bash"},
+        {"srun": "-- bash"},
+    ],
 )
 def test_options_that_cannot_be(wrong):
     with pytest.raises(ValueError, match=f"^{next(iter(wrong))} must "):

@@ -121,6 +121,13 @@ def test_a_named_split_is_divided_by_a_hash_of_the_rows(hub):
         open_source(f"hf:{hub}:validation")
 
 
+def test_parquet_files_without_features_are_read_without_the_prefix(hub):
+    (hub / "README.md").unlink()
+    with pytest.raises(ValueError, match=r"a column of the type Image of datasets, got picture, .*; .*leave out hf:$"):
+        open_source(f"hf:{hub}")
+    assert open_source(hub / "data").counts == {"train": 20, "val": 6}
+
+
 def test_a_local_folder_has_no_revision(hub):
     for name in (f"hf:{hub}@main", f"hf:{hub}@main:train"):
         with pytest.raises(

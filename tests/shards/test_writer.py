@@ -1,5 +1,6 @@
 import gzip
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -65,6 +66,15 @@ def test_idx_files_keep_order_pixels_and_class_names(idx, tmp_path):
     assert reader.labels(np.arange(12)).tolist() == [0, 1, 2] * 4
     assert read_manifest_summary(tmp_path / "out").classes == ("a", "b", "c")
     assert [shard.samples for shard in reader.manifest.shards] == [5, 5, 2]
+
+
+def test_several_data_sets_in_a_folder_are_refused(idx, tmp_path):
+    shutil.copy(idx / "train-images-idx3-ubyte", idx / "train-images.idx3-ubyte.gz")  # another spelling is no other set
+    assert IdxFiles(idx).counts == {"train": 12, "val": 5}
+    for name in ("images-idx3", "labels-idx1"):
+        shutil.copy(idx / f"train-{name}-ubyte", idx / f"emnist-letters-train-{name}-ubyte")
+    with pytest.raises(ValueError, match="must have one data set, got emnist-letters-train, train for the train split"):
+        IdxFiles(idx)
 
 
 def test_a_device_or_pipe_is_not_replaced_by_a_data_folder(idx, tmp_path):

@@ -184,7 +184,9 @@ class HubDataset:
         for name, feature in features.items():
             if isinstance(feature, datasets.Image):
                 return name
-        raise ValueError(f"source {self.shown} must have a column of images, got {', '.join(map(printable, features))}")
+        hint = "; if they are in parquet files, leave out hf:" if Path(self.name).is_dir() else ""
+        got = ", ".join(map(printable, features))
+        raise ValueError(f"source {self.shown} must have a column of the type Image of datasets, got {got}{hint}")
 
     def _read_labels(self, part: str) -> list[Any]:
         return [row[self.label_field] for row in self._load(part, [self.label_field])]

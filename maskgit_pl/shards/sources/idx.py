@@ -36,8 +36,8 @@ class IdxFiles:
         classes: Class names; None names the classes by their numbers.
 
     Raises:
-        ValueError: if a file is missing, is not IDX, is larger than 1 GiB decompressed, or has another length than its
-            header states.
+        ValueError: if a file is missing, there are several data sets, or a file is not IDX, is larger than 1 GiB
+            decompressed, or has another length than its header states.
     """
 
     left_out: tuple[str, ...] = ()
@@ -110,6 +110,13 @@ def _find_idx(folder: Path, split: Split, kind: str) -> Path:
     if not found:
         shown = printable(folder)
         raise ValueError(f"source {shown} must have a file {' or '.join(patterns)} for the {split} split, got none")
+    # EMNIST has six data sets in one folder: the user chooses.
+    sets = {path.name.rpartition(f"-{kind[:6]}")[0]: path for path in found}
+    if len(sets) > 1:
+        raise ValueError(
+            f"source {printable(folder)} must have one data set, got {', '.join(printable(name) for name in sets)} for "
+            f"the {split} split; move the files of one set to a folder of their own"
+        )
     return found[0]
 
 

@@ -231,7 +231,8 @@ def _image_column(file: ParquetFile, path: Path) -> str:
     found = [field.name for field in schema if holds_bytes(field.type)]
     chosen = [name for name in _IMAGE_COLUMNS if name in found] or found
     if not chosen:
-        raise ValueError(f"{_file_label(path)} must have a column of image bytes, got {_format_names(schema.names)}")
+        got = _format_names([f"{field.name} ({field.type})" for field in schema])
+        raise ValueError(f"{_file_label(path)} must have a column of image bytes, got {got}")
     return str(chosen[0])
 
 
