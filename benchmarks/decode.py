@@ -367,13 +367,13 @@ def measure(
     """
     makers = list_contenders(task, dtype)
     decoders = {name: makers[name]() for name in names}
+    for _ in range(_DECODINGS_BEFORE):
+        decoders["ours"]()
     # Counting also warms up: it runs each decoder once before the first round.
     works = {
         name: count_autoregressive_work(d) if isinstance(d, Autoregressive) else count_work(d)
         for name, d in decoders.items()
     }
-    for _ in range(_DECODINGS_BEFORE):
-        decoders["ours"]()
     product = MatrixProduct(dtype, product_size)
     product.rate(repeats=1)
     watches: dict[str, list[Stopwatch]] = {"product": []}
