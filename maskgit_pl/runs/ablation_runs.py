@@ -138,6 +138,11 @@ class AblationRuns:
     stage_2: Recipe | None = None
     threads: int | None = None
 
+    @property
+    def num_trainings(self) -> int:
+        """The number of trainings of all seeds. Variants that differ only in their decoding share one."""
+        return len({(each.digest, each.max_steps) for each in self.variants}) * len(self.config.seeds)
+
     @classmethod
     def open(cls, config: AblationConfig) -> AblationRuns:
         """Resolves all variants, before any of them is trained.

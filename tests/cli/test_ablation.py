@@ -243,6 +243,8 @@ def test_runs_are_named_by_what_determines_their_weights(words: list[str]) -> No
     assert guided.decoding.scales()[-1] == 3
     keys = [(base, 0, 3), (base, 1, 3), (base, 0, 4), (deep, 0, 3)]
     assert len({one.folder_of(*key) for key in keys}) == 4
+    assert one.num_trainings == 2 * len(one.config.seeds)
+    assert open_runs("--vary", "trainer.max_steps=4,5", "--seeds", "0,1").num_trainings == 6
 
     # The same variant under another label, in a grid, of another length, and with settings that do not affect weights.
     more = ("--trainer.val_check_interval=7", "--keep_last=5", "--trainer.max_steps=5")

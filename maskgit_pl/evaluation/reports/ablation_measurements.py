@@ -117,8 +117,7 @@ def run_ablation(
 def _log_plan(runs: AblationRuns) -> None:
     """Logs the variants, and warns of one that is much larger or smaller than the reference."""
     reference = runs.variants[runs.reference]
-    trained = len({each.digest for each in runs.variants}) * len(runs.config.seeds)
-    log.info("%d variants, %d seeds, %d trainings", len(runs.variants), len(runs.config.seeds), trained)
+    log.info("%d variants, %d seeds, %d trainings", len(runs.variants), len(runs.config.seeds), runs.num_trainings)
     for each in runs.variants:
         log.info("%s: %.2fM parameters", each.label, each.parameters / 1e6)
         if not 1 / _MOST_LARGER < each.parameters / reference.parameters < _MOST_LARGER:
