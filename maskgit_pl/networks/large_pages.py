@@ -4,7 +4,7 @@ Linux gives out memory in pages of 4 kB, so that a product with a weight of 10 M
 pages. On virtual machines these lookups take up to half of the time of the linear layers, if there are only a few
 hundred rows. In pages of 2 MB there are few.
 
-Source: the manual of Linux, ``madvise(2)``: ``MADV_HUGEPAGE``, ``MADV_COLLAPSE``.
+Source: the manual of Linux, ``madvise(2)``: ``MADV_COLLAPSE``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 __all__ = ["are_available", "move"]
 
 _SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
-_MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
+_MADV_COLLAPSE = 25
 
 
 @cache
@@ -36,16 +36,16 @@ def move(address: int, num_bytes: int) -> None:
         num_bytes: Size. The large pages at both ends are completed with the memory around.
 
     A large page of which less than half would be in use stays small, so that the program does not grow much. So does
-    what the system cannot move, for example because free memory is scattered. Linux before 6.1 moves the memory later,
-    in the background. Nothing happens where large pages are not available.
+    what the system cannot move, for example because free memory is scattered. Nothing happens before Linux 6.1, and
+    where large pages are not available.
     """
     if not are_available():
         return
     size = int(_read("hpage_pmd_size", default="2097152"))
     for page in range(address // size * size, address + num_bytes, size):
         if _count_used(page, size) * 2 * PAGESIZE >= size:
-            for advice in (_MADV_HUGEPAGE, _MADV_COLLAPSE):
-                _libc().madvise(page, size, advice)
+            # MADV_HUGEPAGE would also change what is stored at these addresses later.
+            _libc().madvise(page, size, _MADV_COLLAPSE)
 
 
 def _count_used(address: int, num_bytes: int) -> int:

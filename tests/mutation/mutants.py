@@ -572,7 +572,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "networks/large_pages.py",
         "networks/test_large_pages",
         ("_count_used(page, size) * 2 * PAGESIZE >= size", "True"),
-        ("(_MADV_HUGEPAGE, _MADV_COLLAPSE)", "(_MADV_HUGEPAGE,)"),
+        ("_MADV_COLLAPSE = 25", "_MADV_COLLAPSE = 14"),
         ('"[never]" not in', '"[none]" not in'),
     ),
     *_of(

@@ -64,6 +64,21 @@ def test_memory_that_is_hardly_used_stays_in_small_pages():
         assert resident_mb() < resident + 4
 
 
+@needs_large_pages
+def test_what_is_stored_later_at_the_same_addresses_has_small_pages():
+    with mmap.mmap(-1, 8 * MB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as region:
+        view = ctypes.c_char.from_buffer(region)
+        address = ctypes.addressof(view)
+        del view
+        before, values = large_mb(), b"x" * (8 * MB)
+        region[:] = values
+        large_pages.move(address, 8 * MB)
+        assert large_mb() >= before + 4
+        region.madvise(mmap.MADV_DONTNEED)
+        region[:] = values
+        assert large_mb() <= before
+
+
 def test_memory_that_is_gone_is_left_alone():
     region = mmap.mmap(-1, 8 * MB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     region[:] = b"x" * (8 * MB)
