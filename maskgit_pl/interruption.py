@@ -29,7 +29,7 @@ from maskgit_pl.portable import (
     unblock_signals,
 )
 
-__all__ = ["SIGNALS", "catch_stop_signals", "ignore_job_signals", "is_requested"]
+__all__ = ["SIGNALS", "catch_stop_signals", "hold_ctrl_c", "ignore_job_signals", "is_requested"]
 
 SIGNALS = signals_named("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")
 _CTRL_C_ONCE = b"\nfinishing this step and saving; press Ctrl-C again to quit immediately\n"
@@ -96,6 +96,29 @@ def _exit_at_second_ctrl_c() -> Iterator[None]:
     finally:
         signal.set_wakeup_fd(previous)
         os.close(writer)  # ends the thread
+
+
+@contextmanager
+def hold_ctrl_c() -> Iterator[None]:
+    """Delays Ctrl-C to the end of the context. Processes that start inside ignore it.
+
+    A process that is interrupted while it starts another one leaves it without its first message.
+    """
+    blocked = block_signals({signal.SIGINT})  # inherited by new processes
+    # Another thread that does not block the signal may receive it; the handler then still runs in the main thread.
+    handler = signal.getsignal(signal.SIGINT)
+    is_held = threading.current_thread() is threading.main_thread() and handler is not None
+    received: list[int] = []
+    if is_held:
+        signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
+    try:
+        yield
+    finally:
+        set_signal_mask(blocked)
+        if is_held:
+            signal.signal(signal.SIGINT, handler)
+        for number in received[:1]:
+            signal.raise_signal(number)
 
 
 def is_requested() -> bool:

@@ -1,5 +1,6 @@
 """Signals to a process that listens, as it runs and as it waits for something that does not come."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -163,3 +164,32 @@ def test_another_thread_listens_to_nothing():
     thread.start()
     thread.join()
     assert seen == before
+
+
+def test_ctrl_c_waits_while_processes_start_although_another_thread_receives_it():
+    reached, ends = [], threading.Event()
+
+    def start() -> None:
+        with interruption.hold_ctrl_c():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+            reached.append(subprocess.run([sys.executable, "-c", "print(1)"], check=True).returncode)
+
+    other = threading.Thread(target=ends.wait)  # started before the signal is blocked, so it receives the signal
+    other.start()
+    before = handlers()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            start()
+    finally:
+        ends.set()
+        other.join()
+    assert reached == [0]
+    assert handlers() == before
+
+
+def test_a_new_process_ignores_ctrl_c():
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGINT); print('alive')"
+    with interruption.hold_ctrl_c():
+        made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert made.stdout == "alive\n"

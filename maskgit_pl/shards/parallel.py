@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from maskgit_pl.checks import check_integer
 from maskgit_pl.errors import DataWorkerError, is_user_error
-from maskgit_pl.portable import block_signals, set_signal_mask
+from maskgit_pl.interruption import hold_ctrl_c
 
 __all__ = ["available_cores", "choose_workers", "run_jobs"]
 
@@ -71,11 +70,8 @@ def run_jobs(
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_init_worker, initargs=(shared,))
     others = set(multiprocessing.active_children())
     try:
-        blocked = block_signals({signal.SIGINT})  # inherited: workers ignore Ctrl-C
-        try:
+        with hold_ctrl_c():
             waiting = {pool.submit(_call, function, job): job for job in jobs}
-        finally:
-            set_signal_mask(blocked)
         for future in as_completed(waiting):
             result = future.result()
             if isinstance(result, _Refusal):
