@@ -117,8 +117,11 @@ def hold_ctrl_c() -> Iterator[None]:
         set_signal_mask(blocked)
         if is_held:
             signal.signal(signal.SIGINT, handler)
-        for number in received[:1]:
-            signal.raise_signal(number)
+        if received and callable(handler):
+            # Not raised again: ``_count_ctrl_c`` has counted it when it arrived.
+            handler(signal.SIGINT, None)
+        elif received and handler == signal.SIG_DFL:
+            signal.raise_signal(signal.SIGINT)
 
 
 def is_requested() -> bool:

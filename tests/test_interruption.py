@@ -193,3 +193,19 @@ def test_a_new_process_ignores_ctrl_c():
     with interruption.hold_ctrl_c():
         made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert made.stdout == "alive\n"
+
+
+def test_a_held_ctrl_c_counts_once_where_the_second_one_ends_the_process():
+    code = """
+import os, signal, threading, time
+from maskgit_pl import interruption
+
+with interruption.catch_stop_signals(until="exit"):
+    with interruption.hold_ctrl_c():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+    time.sleep(0.2)
+    print(interruption.is_requested())
+"""
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (made.returncode, made.stdout) == (0, "True\n")

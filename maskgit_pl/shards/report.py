@@ -70,7 +70,7 @@ def untrained_lines(folder: Path) -> Iterator[str]:
     """Yields one line about the classes without images in train, which a model cannot learn, if there are any."""
     import numpy as np
 
-    manifest = load_manifest(folder, "train")
+    manifest = load_manifest(folder, "train", check=False)
     missing = sorted(set(range(len(manifest.classes))) - set(np.unique(manifest.index()["label"]).tolist()))
     if missing:
         names = [printable(manifest.classes[label]) for label in missing[:_SHOWN_CLASSES]]
