@@ -58,7 +58,6 @@ def _add_make(commands: _Parsers[argparse.ArgumentParser]) -> None:
     make.add_argument(
         "--val-fraction",
         type=float,
-        default=0.1,
         metavar="F",
         help="val fraction of a source without a val split (default: 0.1)",
     )

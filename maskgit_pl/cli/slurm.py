@@ -86,5 +86,5 @@ def run(args: argparse.Namespace) -> int:
         log.info("dry run: the job was not submitted")
         return 0
     number = submit(submission)
-    log.info("job %s: %s", number, str(submission.log_file).replace("%j", number))
+    log.info("job %s: %s", number, submission.log_file(number))
     return 0

@@ -30,6 +30,7 @@ from maskgit_pl.old_names import rename_settings
 from maskgit_pl.pretrained import fingerprint, read_config
 from maskgit_pl.runs.costs import useful_flops
 from maskgit_pl.runs.plan import Plan
+from maskgit_pl.runs.precision import choose_precision
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.recipe_files import Stage
 from maskgit_pl.runs.recipe_schema import (
@@ -142,7 +143,7 @@ class StageRun:
         folder: Stage folder, ``runs/RUN/STAGE``.
 
     Attributes:
-        config: ``tree`` with a default for every missing key.
+        config: ``tree`` with a default for every missing key, and the chosen precision.
         run: Settings of checkpoints, watchdog and precision.
         settings: Settings of the Trainer.
         datamodule: Data of the stage.
@@ -163,6 +164,7 @@ class StageRun:
         self.kind = recipe.kind
         self.folder = folder
         self.config = resolve(recipe.kind, tree)
+        self.config["trainer"]["precision"] = choose_precision(self.config, self.stage, folder)
         run = {name: value for name, value in self.config.items() if name not in ("data", "model", "trainer")}
         self.run = _build_run_settings(recipe.kind, run)
         self.settings = build_dataclass(TrainerSettings, self.config["trainer"], "trainer")

@@ -97,6 +97,12 @@ class JobOptions:
         return _split("sbatch", self.sbatch)
 
     @property
+    def output(self) -> str | None:
+        """The log file that ``sbatch`` names with ``--output``, as it is written there; None if it names none."""
+        named = [value for flag, value in _flags(self.sbatch_words) if flag in ("--output", "-o")]
+        return named[-1] if named else None
+
+    @property
     def names_gpus(self) -> bool:
         """A bool: ``sbatch`` already requests GPUs.
 

@@ -16,10 +16,12 @@ from maskgit_pl.pretrained import read_config
 from maskgit_pl.runs import host
 from maskgit_pl.runs.machines import Machines
 from maskgit_pl.runs.plan import Plan, find_data, find_pretrained, find_tokenizer, run_folder
+from maskgit_pl.runs.precision import choose_precision
 from maskgit_pl.runs.preflight_build import build_for_preflight
 from maskgit_pl.runs.preflight_costs import CostChecks
 from maskgit_pl.runs.preflight_report import Check, CheckList, Preflight, Shares, Verdict
 from maskgit_pl.runs.recipe import Recipe
+from maskgit_pl.runs.resolve import resolve
 from maskgit_pl.runs.units import count_text
 from maskgit_pl.shards.manifest import DataSummary, describe_resizing, read_manifest_summary
 from maskgit_pl.training.checkpoint_files import newest_checkpoint, step_of
@@ -63,7 +65,7 @@ def preflight(
     _check_host(checks, nodes=nodes, devices=devices, port=machines.port)
     folders = {"data": data, "tokenizer": tokenizer, "pretrained": pretrained}
     plan, summary = _check_inputs(checks, recipe, run_folder(recipe, run), folders)
-    _check_strategy(checks, recipe, nodes=nodes, devices=devices)
+    plan = _check_strategy(checks, plan, nodes=nodes, devices=devices, gpu=machines.gpu)
     # Without data or tokenizer, the stage is built from the recipe only, for its costs.
     stage_run = build_for_preflight(plan, checks, is_complete=checks.names_with_errors() <= _STARTABLE)
     if stage_run is None:
@@ -171,15 +173,19 @@ def _check_image_size(checks: CheckList, plan: Plan, config: Mapping[str, Any], 
 # Strategy and batch
 
 
-def _check_strategy(checks: CheckList, recipe: Recipe, *, nodes: int, devices: int) -> None:
+def _check_strategy(checks: CheckList, plan: Plan, *, nodes: int, devices: int, gpu: str | None) -> Plan:
+    """Returns the plan with the precision that training will choose; the stage is built on a CPU, which may differ."""
+    recipe = plan.recipe
     name = str(recipe.get("trainer.strategy") or "auto")
-    precision = str(recipe.get("trainer.precision") or "32-true")
     with checks.catch_errors("strategy"):
         build_strategy(name)
         check_accelerator(str(recipe.get("trainer.accelerator") or "auto"))
+        precision = choose_precision(resolve(recipe.kind, recipe.tree), plan.stage, plan.stage_folder, gpu=gpu)
         check_precision(precision)
         check_strategy(name, stage=recipe.stage, ranks=nodes * devices)
         checks.add("strategy", f"{name}, {precision}, {count_text(nodes, 'node')} x {count_text(devices, 'device')}")
+        return replace(plan, recipe=recipe.with_overrides({"trainer.precision": precision}))
+    return plan
 
 
 def _check_batch(

@@ -66,14 +66,15 @@ class Submission:
     variables: Mapping[str, str]
 
     @property
-    def log_file(self) -> Path:
-        """The log file of the job; ``%j`` stands for the job ID."""
-        return _log_file(self.plan)
-
-    @property
     def command(self) -> list[str]:
         """The ``sbatch`` command as a list of words."""
         return ["sbatch", *self.options, str(_script()), *self.words]
+
+    def log_file(self, number: str) -> str:
+        """Returns the log file of the job with this ID; of the patterns in ``--output``, only ``%j`` is replaced."""
+        if self.job.output is not None:
+            return self.job.output.replace("%j", number)
+        return str(_log_file(self.plan, number))
 
     def __str__(self) -> str:
         variables = [f"{name}={shlex.quote(value)}" for name, value in self.variables.items()]
@@ -196,13 +197,13 @@ def _script() -> Path:
     return found
 
 
-def _log_file(plan: Plan) -> Path:
-    return plan.stage_folder / "slurm-%j.log"
+def _log_file(plan: Plan, number: str) -> Path:
+    return plan.stage_folder / f"slurm-{number}.log"
 
 
 def _log_pattern(plan: Plan) -> str:
     """Returns the log file for ``sbatch``, which replaces % in it; the folder of the run is taken as it is."""
-    file = _log_file(plan)
+    file = _log_file(plan, "%j")
     return str(Path(str(file.parent).replace("%", "%%")) / file.name)
 
 

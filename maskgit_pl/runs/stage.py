@@ -26,6 +26,7 @@ from maskgit_pl.pretrained import check_stage_folder, fingerprint, load_weights
 from maskgit_pl.provenance import describe_environment
 from maskgit_pl.runs.build import StageRun, build
 from maskgit_pl.runs.plan import Plan
+from maskgit_pl.runs.precision import AUTO
 from maskgit_pl.runs.process_exit import exit_on_error
 from maskgit_pl.runs.resolve import config_text_of
 from maskgit_pl.runs.units import count_text
@@ -152,6 +153,8 @@ def _log_start(run: StageRun, plan: Plan, newest: Path | None) -> None:
         log.info("%s: starts from the weights of %s", plan.stage_folder, plan.pretrained)
     for origin, keys in plan.recipe.left_out.items():
         log.info("%s: causal attention ignores %s", origin, ", ".join(keys))
+    if plan.recipe.get("trainer.precision") == AUTO and run.settings.precision != "32-true":
+        log.info("%s: trainer.precision %s: %s", plan.stage_folder, AUTO, run.settings.precision)
     data, ranks = run.datamodule, run.trainer.world_size
     data.warn_if_resized()
     per_device, accumulation = split_batch(data.config.global_batch, data.config.max_batch_per_device, ranks)

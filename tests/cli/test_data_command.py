@@ -145,6 +145,12 @@ def test_user_errors_say_what_is_wrong(tree, tmp_path):
         call("make", tmp_path / "empty", "--out", tmp_path / "out")
     with pytest.raises(ValueError, match=r"--val-fraction must be"):
         call("make", tree, "--out", tmp_path / "out", "--val-fraction", "2")
+    for split in ("train", "val"):
+        shutil.copytree(tree, tmp_path / "split" / split)
+    wrong = r"^--val-fraction must not be set for source \S+/split, which has a train and a val split; leave it out$"
+    with pytest.raises(ValueError, match=wrong):
+        call("make", tmp_path / "split", "--out", tmp_path / "out", "--val-fraction", "0.5")
+    assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="got none"):
         call("index", tree)
 

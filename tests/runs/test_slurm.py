@@ -77,7 +77,7 @@ def test_a_job_gets_what_was_planned_and_nothing_of_a_job_around(plan, slurm, mo
     environment = dict(line.partition("=")[::2] for line in (slurm / "environment").read_text().splitlines())
     assert {"SLURM_CONF": "/here", **submission.variables}.items() <= environment.items()
     assert not {"SLURM_JOB_ID", "SLURM_NTASKS", "TOKENIZER"} & set(environment)
-    assert submission.log_file.parent.is_dir()
+    assert Path(submission.log_file("4711")).parent.is_dir()
     assert os.environ["SLURM_NTASKS"] == "64"
 
 
@@ -116,7 +116,14 @@ def test_the_folder_of_a_run_is_no_pattern_of_the_log(tiny_shards, tmp_path):
     recipe = runs.Recipe.read("tokenizer")
     submission = runs.plan_submission(recipe, run=tmp_path / "100%j" / "one", data=tiny_shards)
     assert f"--output={tmp_path}/100%%j/one/tokenizer/slurm-%j.log" in submission.options
-    assert submission.log_file == tmp_path / "100%j" / "one" / "tokenizer" / "slurm-%j.log"
+    assert submission.log_file("7") == f"{tmp_path}/100%j/one/tokenizer/slurm-7.log"
+
+
+@pytest.mark.parametrize("option", ["--output=logs/%j.txt", "--output logs/%j.txt", "-o logs/%j.txt", "-ologs/%j.txt"])
+def test_the_log_is_where_the_last_option_says(option, tiny_shards, tmp_path):
+    job = JobOptions(sbatch=f"--output=elsewhere {option}")
+    submission = runs.plan_submission(runs.Recipe.read("tokenizer"), run=tmp_path / "one", data=tiny_shards, job=job)
+    assert submission.log_file("7") == "logs/7.txt"
 
 
 def test_numbers_that_the_job_sets_are_refused_in_the_recipe(plan):

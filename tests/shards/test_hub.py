@@ -84,6 +84,8 @@ def test_rows_keep_their_order_bytes_labels_and_splits(hub):
     assert source.counts == {"train": 20, "val": 6}
     assert read(source, "train", range(20)) == [(png(n), n % 2) for n in range(20)]
     assert read(source, "val", range(6)) == [(png(100 + n), n % 2) for n in range(6)]
+    with pytest.raises(ValueError, match=r"^val_fraction must not be set .* a train and a val split"):
+        open_source(f"hf:{hub}", val_fraction=0.5)
 
 
 def test_any_range_can_be_read_in_any_order(hub):

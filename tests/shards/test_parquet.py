@@ -47,6 +47,8 @@ def test_files_of_both_splits_keep_rows_labels_and_class_names(tars, tmp_path, s
     assert values(tmp_path / "out", "train") == (list(range(13)), [n % 3 for n in range(13)])
     assert values(tmp_path / "out", "val") == (list(range(20, 25)), [n % 3 for n in range(20, 25)])
     assert read_manifest_summary(tmp_path / "out").classes == tuple(NAMES)
+    with pytest.raises(ValueError, match=r"^val_fraction must not be set .* a train and a val split"):
+        open_source(tmp_path, val_fraction=0.5)
 
 
 def test_rows_are_split_by_a_hash_where_files_are_not(tars, tmp_path):

@@ -71,6 +71,8 @@ def test_idx_files_keep_order_pixels_and_class_names(idx, tmp_path):
 def test_several_data_sets_in_a_folder_are_refused(idx, tmp_path):
     shutil.copy(idx / "train-images-idx3-ubyte", idx / "train-images.idx3-ubyte.gz")  # another spelling is no other set
     assert IdxFiles(idx).counts == {"train": 12, "val": 5}
+    with pytest.raises(ValueError, match=r"^val_fraction must not be set .* a train and a val split"):
+        open_source(idx, val_fraction=0.5)
     for name in ("images-idx3", "labels-idx1"):
         shutil.copy(idx / f"train-{name}-ubyte", idx / f"emnist-letters-train-{name}-ubyte")
     with pytest.raises(ValueError, match="must have one data set, got emnist-letters-train, train for the train split"):

@@ -8,10 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from maskgit_pl.shards.samples import Sample, Source
 from maskgit_pl.shards.sources.idx import IdxFiles
 from maskgit_pl.shards.sources.image_folder import ImageFolder
+from maskgit_pl.text import printable
+
+if TYPE_CHECKING:  # they import packages that a base installation may not have
+    from maskgit_pl.shards.sources.hub import HubDataset
+    from maskgit_pl.shards.sources.parquet import ParquetFolder
 
 __all__ = ["HUB_PREFIX", "IdxFiles", "ImageFolder", "Sample", "Source", "open_source"]
 
@@ -22,7 +28,7 @@ def open_source(
     path: str | Path,
     *,
     classes: Sequence[str] | None = None,
-    val_fraction: float = 0.1,
+    val_fraction: float | None = None,
     label_field: str = "label",
     vectors: bool = True,
 ) -> Source:
@@ -32,14 +38,28 @@ def open_source(
         path: A folder of IDX, parquet or image files, an archive of image files, or ``hf:NAME[:SPLIT]`` for a data set
             of the Hugging Face Hub.
         classes: Class names, if the source has none.
-        val_fraction: Fraction of the samples that become val if the source has no splits, in (0, 1).
+        val_fraction: Fraction of the samples that become val, in (0, 1), for a source without splits; None for 0.1.
         label_field: Column of the labels in parquet and metadata files, and in data sets of the Hub.
         vectors: True to take the ``.npy`` files beside images as their vectors.
 
     Raises:
         FileNotFoundError: if there is no such folder or archive.
-        ValueError: if it is not a valid source.
+        ValueError: if it is not a valid source, or has splits and ``val_fraction`` is set.
     """
+    fraction = 0.1 if val_fraction is None else val_fraction
+    source = _open(path, classes=classes, val_fraction=fraction, label_field=label_field, vectors=vectors)
+    if val_fraction is not None and source.has_splits:
+        raise ValueError(
+            f"val_fraction must not be set for source {printable(path)}, which has a train and a val split; leave it "
+            "out"
+        )
+    return source
+
+
+def _open(
+    path: str | Path, *, classes: Sequence[str] | None, val_fraction: float, label_field: str, vectors: bool
+) -> IdxFiles | ParquetFolder | HubDataset | ImageFolder:
+    """Opens a source with a class for its kind."""
     if str(path).startswith(HUB_PREFIX):
         from maskgit_pl.shards.sources.hub import HubDataset
 

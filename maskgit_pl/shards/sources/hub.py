@@ -85,6 +85,7 @@ class HubDataset:
         with self._one_line():
             labels = {part: self._read_labels(part) for part in parts}
         self.classes, self._labels = self._number_labels(features, labels, classes)
+        self.has_splits = len(parts) == 2
         self._rows = self._split_rows(parts, val_fraction)
         for split, (_, rows) in self._rows.items():
             if not len(rows):

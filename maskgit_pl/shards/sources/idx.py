@@ -41,6 +41,7 @@ class IdxFiles:
     """
 
     left_out: tuple[str, ...] = ()
+    has_splits = True
 
     def __init__(self, folder: Path, *, classes: Sequence[str] | None = None) -> None:
         self.folder = folder

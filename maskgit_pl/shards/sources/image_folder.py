@@ -103,6 +103,7 @@ class ImageFolder:
         for root, files in parts.items():
             if not files:
                 raise ValueError(_no_images(entries, root, labelled.left_out))
+        self.has_splits = None not in roots
         self._files = _split_files(roots, parts, val_fraction)
         self._vectors = FolderVectors.of(entries, [file.vector for files in self._files.values() for file in files])
         count = sum(map(len, self._files.values()))

@@ -77,6 +77,7 @@ class ParquetFolder:
         ]
         if not self.classes:
             self.classes = tuple(str(label) for label in range(1 + max(int(labels.max()) for labels in self._labels)))
+        self.has_splits = "val" in of_split
         self._rows = self._split_rows(of_split, val_fraction)
         for split, rows in self._rows.items():
             if not len(rows):
