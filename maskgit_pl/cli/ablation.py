@@ -7,8 +7,10 @@ of the paper, and writes Table 3 and Figure 8.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from maskgit_pl.cli.evaluation_flags import add_report_arguments, read_num_steps_flag, read_report_flags, write_page
@@ -19,6 +21,8 @@ from maskgit_pl.evaluation.pages import command_line
 from maskgit_pl.flag_values import parse_integers
 from maskgit_pl.progress import progress_bars
 from maskgit_pl.runs.ablation_plan import AblationConfig, Factor, parse_budget, parse_factor
+from maskgit_pl.runs.plan import plan_run
+from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.recipe_files import DEFAULT_DATASET
 from maskgit_pl.runs.schedule_runs import PAPER_SCHEDULES, train_schedules
 
@@ -198,9 +202,10 @@ def _run_schedules(args: argparse.Namespace) -> int:
     from maskgit_pl.evaluation.extractors import check_features
 
     check_features(options.features, options.reference)
-    schedules = args.schedules or _SCHEDULES
+    schedules = [name.strip() for name in (args.schedules or _SCHEDULES).split(",") if name.strip()]
+    _check_numbers(args, schedules, options, steps)
     runs = train_schedules(
-        [name.strip() for name in schedules.split(",") if name.strip()],
+        schedules,
         names=args.recipe,
         dataset=args.dataset,
         cluster=args.cluster,
@@ -213,6 +218,22 @@ def _run_schedules(args: argparse.Namespace) -> int:
         page = reports.table_3(runs, options, num_steps=steps, command=_schedule_command(args), bars=bars)
     write_page(page)
     return 0
+
+
+def _check_numbers(
+    args: argparse.Namespace, schedules: Sequence[str], options: reports.ReportOptions, steps: Sequence[int] | None
+) -> None:
+    """Checks the numbers of images and steps, which classes and tokens limit, before hours of training."""
+    from maskgit_pl.evaluation.decodings import PLOT_STEPS, choose_plot_steps
+    from maskgit_pl.runs.resolve import merge_values
+
+    words = {"dataset": args.dataset, "cluster": args.cluster, "overrides": args.overrides}
+    first, *_ = [Recipe.read("transformer", names=f"{args.recipe} {name}", **words) for name in schedules]
+    run = args.runs_folder / str(first.run_name)
+    network = merge_values(plan_run(first, run=run, data=args.data, tokenizer=args.tokenizer))["model"]["network"]
+    with use_flag_names(args):
+        options.check_classes(network["num_classes"])
+        choose_plot_steps(math.prod(network["grid"]), steps or PLOT_STEPS)
 
 
 def _schedule_command(args: argparse.Namespace) -> str:

@@ -20,15 +20,15 @@ log = logging.getLogger(__name__)
 
 AUTO = "auto"
 
-# The smallest widths that gain from bf16-mixed (docs/speed.md): a step of stage 1 takes 0.77 of its time with 64 base
-# channels and 0.97 with 32; a step of stage 2 takes 0.57 to 0.65 of its time with 256 dimensions.
+# The smallest widths that gain from bf16-mixed (docs/speed.md): a step of stage 1 takes 0.75 of its time with 64 base
+# channels and 0.98 with 32; a step of stage 2 takes 0.59 to 0.71 of its time with 256 dimensions.
 _WIDE: dict[Stage, tuple[str, int]] = {"tokenizer": ("base_channels", 64), "transformer": ("embed_dim", 256)}
 
 
 def choose_precision(config: Mapping[str, Any], stage: Stage, folder: Path, *, gpu: str | None = None) -> str:
     """Returns the precision of a run, which is that of its recipe unless it is ``auto``.
 
-    1. A run that has a checkpoint keeps the precision of its last start, so that it resumes exactly on any device.
+    1. A run that has a checkpoint keeps the precision of its last start, so that it goes on as it began.
     2. A wide network trains with ``bf16-mixed`` on a device that has instructions for bfloat16.
     3. Any other run trains with ``32-true``.
 

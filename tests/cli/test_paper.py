@@ -240,6 +240,13 @@ def test_what_is_wrong_is_said_before_anything_is_measured(
         call("table", 1, *runs, *how, "--num-images", 2)
     with pytest.raises(FileNotFoundError, match="recipe 'cosin'"):
         call("ablation", "--schedules", "square,cosin")
+    tokenizer = save_tiny_pretrained(tmp_path / "pretrained") / "tokenizer"
+    words = ["ablation", "--schedules", "cosine", "--tokenizer", tokenizer, "--runs-folder", tmp_path / "new", *how]
+    with pytest.raises(ValueError, match="--num-steps must be <= 8, half the number of tokens, got only"):
+        call(*words, "--num-steps", "12")
+    with pytest.raises(ValueError, match="--num-images must be >= 3, one per class, got 2"):
+        call(*words, "--num-images", 2)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.slow

@@ -46,6 +46,15 @@ class ReportOptions(MeasurementOptions):
         if self.num_images < 2:
             raise ValueError(f"num_images must be >= 2, got {self.num_images}")
 
+    def check_classes(self, num_classes: int) -> None:
+        """Checks that there is at least one image for each class.
+
+        Raises:
+            ValueError: if there is not.
+        """
+        if self.num_images < num_classes:
+            raise ValueError(f"num_images must be >= {num_classes}, one per class, got {self.num_images}")
+
     def flags(self) -> dict[str, object]:
         """Returns the flags that determine the values of every table; None stands for a default."""
         return {

@@ -87,8 +87,7 @@ def open_models(folders: Sequence[RunFolders], options: ReportOptions, command: 
                 f"run {model.run}: the image size must be that of the first run, {pixels_text(data.config.image_size)} "
                 f"pixels, got {pixels_text(model.pipe.tokenizer.image_size)}; make a separate table for it"
             )
-    if options.num_images < data.num_classes:
-        raise ValueError(f"num_images must be >= {data.num_classes}, one per class, got {options.num_images}")
+    options.check_classes(data.num_classes)
     evaluator = open_evaluator(
         first,
         models[0].pipe,
