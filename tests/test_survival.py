@@ -394,7 +394,7 @@ def fill_stderr() -> None:
 
 
 def test_a_hang_ends_a_run_that_cannot_say_so(bench, report):
-    runs, sleep = bench.runs["transformer"], Fault("asleep", 4)
+    runs, sleep = bench.runs["transformer"], Fault("asleep", 7)  # the median counts from 5 steps on
     runs.leg("mute", Topology(), "--hang_seconds=3", faults=[sleep], code=INTERNAL_ERROR, prepare=fill_stderr)
     report.add(
         "hang",
