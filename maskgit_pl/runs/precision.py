@@ -28,7 +28,7 @@ _WIDE: dict[Stage, tuple[str, int]] = {"tokenizer": ("base_channels", 64), "tran
 def choose_precision(config: Mapping[str, Any], stage: Stage, folder: Path, *, gpu: str | None = None) -> str:
     """Returns the precision of a run, which is that of its recipe unless it is ``auto``.
 
-    1. A run that has a checkpoint keeps the precision of its last start, so that it goes on as it began.
+    1. A run that has a checkpoint keeps the precision of its last start, so that it continues as it began.
     2. A wide network trains with ``bf16-mixed`` on a device that has instructions for bfloat16.
     3. Any other run trains with ``32-true``.
 
