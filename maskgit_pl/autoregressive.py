@@ -54,6 +54,11 @@ class AutoregressiveConfig(TokenModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("network.attention", self.network.attention, ("causal",))
+        if self.network.condition_dim:
+            raise ValueError(
+                f"network.condition_dim must be 0 with causal attention, got {self.network.condition_dim}: its "
+                "sampling takes no vectors; set data.vectors to false, or use bidirectional attention"
+            )
         check_decoding(self.decoding.to_config(self.network.num_tokens), self.network, is_autoregressive=True)
 
 

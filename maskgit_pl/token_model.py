@@ -295,7 +295,8 @@ class TokenModel(OptimizedModel):
             images = flip(
                 images, probability=config.flip_probability, seed=config.seed, index=batch.index, epoch=batch.epoch
             )
-        with torch.no_grad():
+        # In float32 in any precision of the Trainer, as `maskgit tokenize` and the pipeline encode.
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             return self.tokenizer.network.encode(to_unit_range(images))
 
     def _drop_classes(self, batch: Batch) -> Tensor:

@@ -8,6 +8,7 @@ from maskgit_pl.autoregressive import AutoregressiveModel
 from maskgit_pl.data import Batch
 from maskgit_pl.decoding import AutoregressiveDecoding, DecodingConfig
 from maskgit_pl.masking import true_positions
+from maskgit_pl.networks.adaln import AdaLNConfig
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pretrained import load_transformer
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
@@ -117,5 +118,9 @@ def test_what_does_not_go_together_is_refused(tiny_pretrained):
         )
     with pytest.raises(ValueError, match="attention must be one of causal, got 'bidirectional'"):
         model(tiny_pretrained, network=replace(CONFIG, attention="bidirectional"))
+    vectors = AdaLNConfig(16, 3, (4, 4), embed_dim=16, depth=1, num_heads=2, mlp_dim=32, num_registers=0,
+                          attention="causal", condition_dim=4)  # fmt: skip
+    with pytest.raises(ValueError, match="condition_dim must be 0 with causal attention, got 4: its sampling takes no"):
+        model(tiny_pretrained, network=vectors)
     with pytest.raises(ValueError, match="must be 'bidirectional' for MaskedTokenModel, got 'causal'"):
         masked_model(CONFIG, tiny_pretrained / "tokenizer")

@@ -50,6 +50,19 @@ def store(tiny_shards, tiny_pretrained, tmp_path_factory):
     return folder
 
 
+def test_images_are_encoded_in_float32_in_any_precision(tiny_shards, tiny_pretrained):
+    """As `maskgit tokenize` and the pipeline encode them, so that the tokens are the same."""
+    batch = next(iter(data(tiny_shards).train_dataloader()))
+    images = torch.randint(256, (256, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    batch = batch._replace(content=images)
+    module = model(tiny_pretrained).eval()
+    expected = module._encode(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(module._encode(batch), expected)
+        rounded = module.tokenizer.network.encode(to_unit_range(batch.content))
+    assert not torch.equal(rounded, expected)  # bfloat16 would make other tokens
+
+
 def test_a_model_learns_and_exports_its_average(tiny_shards, tiny_pretrained, tmp_path):
     module = model(tiny_pretrained)
     seen = fit(module, data(tiny_shards), steps=60, folder=tmp_path / "checkpoints")

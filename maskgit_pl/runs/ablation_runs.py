@@ -10,22 +10,21 @@ import json
 import logging
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from maskgit_pl import interruption
 from maskgit_pl.checks import build_dataclass
 from maskgit_pl.decoding import AutoregressiveDecoding, DecodingConfig
 from maskgit_pl.errors import PreemptedError, RunError
 from maskgit_pl.files import read_json, sha256_of
 from maskgit_pl.runs.ablation_plan import AblationConfig, Variant, base_values, plan_variants
-from maskgit_pl.runs.flags import flag_words
+from maskgit_pl.runs.child import run_command
+from maskgit_pl.runs.flags import Overrides, flag_words
 from maskgit_pl.runs.layers import merge, remove_key
 from maskgit_pl.runs.plan import Plan, find_data, find_tokenizer
+from maskgit_pl.runs.precision import AUTO
 from maskgit_pl.runs.preflight_build import build_without_weights
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.recipe_files import Stage
@@ -47,7 +46,6 @@ _NO_PART = (  # keys that do not affect the trained weights
 )  # fmt: skip
 _OF_A_RUN = ("data.seed", "model.seed", "trainer.max_steps")  # differ between the runs of a variant
 _PILOT = ("--trainer.limit_val_batches=0", "--trainer.num_sanity_val_steps=0", "--checkpoint_every=1000000")
-_SECONDS_BETWEEN_POLLS = 0.2
 
 
 class TrainingError(RunError):
@@ -151,6 +149,7 @@ class AblationRuns:
             FileNotFoundError: if a recipe, the data or the tokenizer do not exist.
             ValueError: if a value of a variant is wrong, or all variants are the same. The message names the variant.
         """
+        config = _with_precision(config)
         planned = plan_variants(config)
         base = planned[0].recipe
         shards = find_data(base, config.data)
@@ -244,7 +243,8 @@ class AblationRuns:
         command += [] if self.tokenizer is None else ["--tokenizer", str(self.tokenizer)]
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"train-{stage}.log"
-        code, is_stopped = _run_command([*command, *words], file)
+        with file.open("ab") as output:
+            code, is_stopped = run_command([*command, *words], output)
         if is_stopped or code == PreemptedError.exit_code:
             raise PreemptedError(f"run {folder}: stopped by a signal; repeat the command to resume")
         if code != 0:
@@ -305,6 +305,22 @@ class _Resolver:
         return build_dataclass(DecodingConfig, config["decoding"], "model.decoding")
 
 
+def _with_precision(config: AblationConfig) -> AblationConfig:
+    """Returns the ablation with ``32-true`` in place of ``auto``, which would choose by width and by device.
+
+    All variants are then trained in the same way, and are the same on each device.
+    """
+
+    def extended(names: str, stage: Stage, overrides: Overrides) -> Overrides:
+        recipe = Recipe.read(stage, names=names, dataset=config.dataset, cluster=config.cluster, overrides=overrides)
+        is_auto = recipe.get("trainer.precision") == AUTO
+        return [*flag_words(overrides), "--trainer.precision=32-true"] if is_auto else overrides
+
+    base = config.recipes[0]
+    stage_2 = None if config.stage_2 is None else extended(base, "transformer", config.stage_2)
+    return replace(config, overrides=extended(base, config.stage, config.overrides), stage_2=stage_2)
+
+
 def _distinct(resolved: Sequence[ResolvedVariant], *, is_grid: bool) -> tuple[list[ResolvedVariant], int]:
     """Returns the variants without duplicates, and the index of the reference.
 
@@ -341,31 +357,6 @@ def _is_finished(folder: Path, stage: Stage, max_steps: int) -> bool:
         return int(record["step"]) >= max_steps and (folder / "pretrained" / stage / "model.safetensors").is_file()
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def _run_command(words: Sequence[str], file: Path) -> tuple[int, bool]:
-    """Runs ``maskgit`` with its output in a file. A stop signal is passed on, so that the training saves and ends.
-
-    Returns:
-        The exit code, and True if this process received a stop signal.
-    """
-    with file.open("ab") as output, interruption.catch_stop_signals():
-        process = subprocess.Popen(
-            [sys.executable, "-m", "maskgit_pl", *words], stdout=output, stderr=subprocess.STDOUT
-        )
-        is_told = False
-        try:
-            while True:
-                try:
-                    return process.wait(timeout=_SECONDS_BETWEEN_POLLS), interruption.is_requested()
-                except subprocess.TimeoutExpired:
-                    if interruption.is_requested() and not is_told:
-                        process.terminate()
-                        is_told = True
-        except KeyboardInterrupt:
-            process.kill()
-            process.wait()
-            raise
 
 
 def _last_line(file: Path) -> str:

@@ -14,8 +14,11 @@ from maskgit_pl.runs.recipe_files import STAGES, Stage
 
 __all__ = ["export"]
 
-# Overrides of the run's settings: a single process on this machine.
-_HERE = ("--trainer.accelerator=cpu", "--trainer.strategy=auto", "--trainer.devices=1", "--trainer.num_nodes=1")
+# Overrides of the run's settings: a single process on this machine, without the trackers and parts of its training.
+_HERE = (
+    "--trainer.accelerator=cpu", "--trainer.strategy=auto", "--trainer.devices=1", "--trainer.num_nodes=1",
+    "--loggers=[]", "--callbacks=[]", "--profiler=null",
+)  # fmt: skip
 
 
 def export(

@@ -29,34 +29,27 @@ def choose_precision(config: Mapping[str, Any], stage: Stage, folder: Path, *, g
     """Returns the precision of a run, which is that of its recipe unless it is ``auto``.
 
     1. A run that has a checkpoint keeps the precision of its last start, so that it continues as it began.
-    2. A wide network trains with ``bf16-mixed`` on a device that has instructions for bfloat16.
-    3. Any other run trains with ``32-true``.
+    2. A wide network trains on one device with ``bf16-mixed``, if the device has instructions for bfloat16.
+    3. Any other run trains with ``32-true``: several ranks could choose differently.
 
     Args:
         config: Values of the run with all defaults; see ``resolve``.
         stage: Stage to train.
         folder: Stage folder.
         gpu: Name of a GPU that the run will use, a key of ``estimates.gpus.GPUS``; None for a device of this machine.
-
-    Raises:
-        ValueError: if the precision is ``auto`` and the strategy is for several ranks.
     """
-    given = str(config["trainer"]["precision"])
+    given, trainer = str(config["trainer"]["precision"]), config["trainer"]
     if given != AUTO:
         return given
-    strategy = config["trainer"]["strategy"]
-    if strategy != "auto":
-        raise ValueError(
-            f"trainer.precision must be {' or '.join(PRECISIONS)} with trainer.strategy {strategy}, got {AUTO}: all "
-            "ranks need the same precision"
-        )
     recorded = _recorded_precision(folder)  # 1.
     if recorded is not None:
         return recorded
     key, width = _WIDE[stage]
-    is_wide = int(config["model"]["network"].get(key) or 0) >= width
-    has_instructions = gpu is not None or has_bfloat16(_device(config["trainer"]["accelerator"]))  # each in GPUS has
-    return "bf16-mixed" if is_wide and has_instructions else "32-true"  # 2. and 3.
+    own = config["model"]["network"].get(key)
+    is_wide = isinstance(own, int) and own >= width  # the keys of plug-ins are theirs
+    # All devices of GPUS have the instructions.
+    is_fast = trainer["strategy"] == "auto" and (gpu is not None or has_bfloat16(_device(trainer["accelerator"])))
+    return "bf16-mixed" if is_wide and is_fast else "32-true"  # 2. and 3.
 
 
 def _recorded_precision(folder: Path) -> str | None:

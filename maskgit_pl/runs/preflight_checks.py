@@ -21,7 +21,7 @@ from maskgit_pl.runs.preflight_build import build_for_preflight
 from maskgit_pl.runs.preflight_costs import CostChecks
 from maskgit_pl.runs.preflight_report import Check, CheckList, Preflight, Shares, Verdict
 from maskgit_pl.runs.recipe import Recipe
-from maskgit_pl.runs.resolve import resolve
+from maskgit_pl.runs.resolve import merge_recipe_values, resolve
 from maskgit_pl.runs.units import count_text
 from maskgit_pl.shards.manifest import DataSummary, describe_resizing, read_manifest_summary
 from maskgit_pl.training.checkpoint_files import newest_checkpoint, step_of
@@ -180,7 +180,8 @@ def _check_strategy(checks: CheckList, plan: Plan, *, nodes: int, devices: int, 
     with checks.catch_errors("strategy"):
         build_strategy(name)
         check_accelerator(str(recipe.get("trainer.accelerator") or "auto"))
-        precision = choose_precision(resolve(recipe.kind, recipe.tree), plan.stage, plan.stage_folder, gpu=gpu)
+        values = resolve(recipe.kind, merge_recipe_values(plan))
+        precision = choose_precision(values, plan.stage, plan.stage_folder, gpu=gpu)
         check_precision(precision)
         check_strategy(name, stage=recipe.stage, ranks=nodes * devices)
         checks.add("strategy", f"{name}, {precision}, {count_text(nodes, 'node')} x {count_text(devices, 'device')}")

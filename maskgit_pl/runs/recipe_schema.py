@@ -48,8 +48,8 @@ class TrainerSettings:
         strategy: ``auto`` for one device, ``ddp``, or ``fsdp`` (FSDP2; stage 2 only).
         devices: Devices per node: their number, ``auto`` for all, or a list of indices.
         num_nodes: Number of nodes.
-        precision: ``32-true``, ``bf16-mixed``, or ``auto`` for one device: ``bf16-mixed`` if the network is wide and
-            the device has instructions for bfloat16. A run with ``auto`` keeps its first choice when it resumes.
+        precision: ``32-true``, ``bf16-mixed`` or ``auto``: ``bf16-mixed`` on one device with instructions for
+            bfloat16 if the network is wide, else ``32-true``. A run that resumes with ``auto`` keeps its precision.
         max_steps: Number of steps (global batches) of the run.
         val_check_interval: Steps between validations.
         limit_val_batches: Maximum number of validation batches per rank, or a fraction of all; None uses all.

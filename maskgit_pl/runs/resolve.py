@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, is_dataclass
-from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
@@ -27,13 +26,12 @@ from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pretrained import read_config
 from maskgit_pl.runs.layers import merge, value_at
 from maskgit_pl.runs.plan import Plan
-from maskgit_pl.runs.recipe_files import Stage
 from maskgit_pl.runs.recipe_schema import Parameter, TrainerSettings, parameters_of, run_settings
 from maskgit_pl.shards.manifest import read_manifest_summary
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.tokenizer_config import TokenizerConfig
 
-__all__ = ["MODULES", "config_text", "config_text_of", "dataclass_in", "merge_values", "resolve"]
+__all__ = ["MODULES", "config_text", "config_text_of", "dataclass_in", "merge_recipe_values", "merge_values", "resolve"]
 
 MODULES: dict[str, tuple[type[Any], type[LightningModule]]] = {
     "tokenizer": (TokenizerConfig, Tokenizer),
@@ -45,9 +43,13 @@ MODULES: dict[str, tuple[type[Any], type[LightningModule]]] = {
 
 def merge_values(plan: Plan) -> dict[str, Any]:
     """Merges all values of a run (step 1 of the module); ``resolve`` adds the rest."""
-    pretrained = {} if plan.pretrained is None else _values_of_pretrained(plan.stage, plan.pretrained)
-    base = merge([_values_of_data_and_tokenizer(plan), plan.recipe.base, pretrained])
+    base = merge([_values_of_data_and_tokenizer(plan), plan.recipe.base, _values_of_pretrained(plan)])
     return merge([base, _limit_passes(plan, base), *plan.recipe.flags])
+
+
+def merge_recipe_values(plan: Plan) -> dict[str, Any]:
+    """Merges the values of a run that do not need its data and its tokenizer, which may be missing."""
+    return merge([plan.recipe.base, _values_of_pretrained(plan), *plan.recipe.flags])
 
 
 def _limit_passes(plan: Plan, base: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,10 +101,12 @@ def _num_classes(plan: Plan) -> int:
     return read_manifest_summary(plan.shards).num_classes
 
 
-def _values_of_pretrained(stage: Stage, pretrained: Path) -> dict[str, Any]:
-    """Returns the sizes of the initial weights of a run, which override those of recipe files."""
-    config = read_config(pretrained, stage)
-    if stage == "tokenizer":
+def _values_of_pretrained(plan: Plan) -> dict[str, Any]:
+    """Returns the sizes of the initial weights of a run, if it has any. They override those of recipe files."""
+    if plan.pretrained is None:
+        return {}
+    config = read_config(plan.pretrained, plan.stage)
+    if plan.stage == "tokenizer":
         network = dict(config["network"])
         data = {"image_size": config["image_size"], "in_channels": network.pop("in_channels")}
         return {"data": data, "model": {"network": network}}

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from maskgit_pl.errors import PreemptedError
+from maskgit_pl.runs.child import run_command
 from maskgit_pl.runs.flags import Overrides, flag_words
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.recipe_files import DEFAULT_DATASET
@@ -69,15 +68,15 @@ def train_schedules(
         name = str(recipe.run_name)
         log.info("mask schedule %s, %d of %d: run %s", schedule, place, len(recipes), name)
         run = ["--recipe", f"{names} {schedule}".strip(), "--dataset", dataset, "--run", name, *folders]
-        _maskgit(schedule, "tokenize", *run)
+        _maskgit(schedule, "tokenize", *run, *words)
         _maskgit(schedule, "train", "transformer", *run, "--cluster", cluster, *words)
         trained.append(runs / name)
     return trained
 
 
 def _maskgit(schedule: str, command: str, *words: str) -> None:
-    code = subprocess.run([sys.executable, "-m", "maskgit_pl", command, *words], check=False).returncode
-    if code == PreemptedError.exit_code:
+    code, is_stopped = run_command([command, *words])
+    if is_stopped or code == PreemptedError.exit_code:
         raise PreemptedError(f"ablation {schedule}: stopped by a signal; repeat the command to resume")
     if code != 0:
         raise ValueError(f"ablation {schedule}: `maskgit {command}` exited with {code}; repeat the command to resume")

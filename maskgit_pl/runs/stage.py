@@ -95,7 +95,7 @@ def check_run_outputs(plan: Plan) -> None:
 
     Raises:
         FileExistsError: if there are other files in the folder of the export.
-        ValueError: if an output cannot be written.
+        ValueError: if an output cannot be written, or would replace the tokenizer of the run by another one.
     """
     exported, name = plan.folder / "pretrained" / plan.stage, f"run {plan.folder}: output"
     for folder in (plan.checkpoints, exported):
@@ -103,6 +103,13 @@ def check_run_outputs(plan: Plan) -> None:
     for file in (*_RECORDS, _EXPORTED):
         check_writable(name, plan.stage_folder / file)
     check_stage_folder(exported)  # which the export at the end replaces
+    own = plan.folder / "pretrained" / "tokenizer"
+    is_trained = (plan.folder / "tokenizer" / _RECORDS[0]).is_file() and (own / "config.json").is_file()
+    if plan.tokenizer is not None and is_trained and fingerprint(plan.tokenizer) != fingerprint(own):
+        raise ValueError(
+            f"run {plan.folder} has trained a tokenizer of its own, which the export of {plan.tokenizer} would "
+            "replace; name another run with --run, or leave out --tokenizer"
+        )
 
 
 def _fit(run: StageRun, plan: Plan) -> None:

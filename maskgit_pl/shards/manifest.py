@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from maskgit_pl.checks import check_integer, check_keys, check_sha256, shorten
 from maskgit_pl.files import read_json, sha256_of, write_atomically, write_text
+from maskgit_pl.shards.image_bytes import MAX_IMAGE_BYTES
 from maskgit_pl.shards.mapped_array import map_array
 from maskgit_pl.shards.quick_check import find_fault
 from maskgit_pl.shards.shard_facts import (
@@ -324,11 +325,12 @@ def _check_index(manifest: Manifest, rows: npt.NDArray[np.void]) -> None:
         bad = (shard >= len(lengths)) | (offset < BLOCK)
         bad |= offset > lengths[np.minimum(shard, len(lengths) - 1)]
         bad |= size > lengths[np.minimum(shard, len(lengths) - 1)] - np.where(bad, 0, offset)
+        bad |= size > MAX_IMAGE_BYTES
         if bad.any():
             row = int(bad.argmax())
             raise ValueError(
-                f"index {path}: row {start + row} must lie inside one of {len(lengths)} shards, got "
-                f"{block[row]}; {hint}"
+                f"index {path}: row {start + row} must lie inside one of {len(lengths)} shards, with at most "
+                f"{MAX_IMAGE_BYTES} bytes, got {block[row]}; {hint}"
             )
 
 

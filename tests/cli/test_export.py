@@ -44,7 +44,8 @@ def run(given, tmp_path_factory) -> Path:
         for name, value in {"handlers": [], "propagate": True, "level": ours.level}.items():
             patch.setattr(ours, name, value)  # as they were, when the stages are trained
         for stage in ("tokenizer", "transformer"):
-            assert main(["train", *words(stage, given), f"--runs-folder={runs}", "--run=one"]) == 0
+            own = [word for word in words(stage, given) if not word.startswith("--tokenizer")]
+            assert main(["train", *own, f"--runs-folder={runs}", "--run=one"]) == 0
     return runs / "one"
 
 
@@ -66,6 +67,16 @@ def test_the_newest_checkpoint_becomes_what_training_exported(run, tmp_path):
     trained = FolderCheckpointIO().load_checkpoint(run / "tokenizer" / "checkpoints" / "step-00000004")["state_dict"]
     for name, tensor in load_tokenizer(tmp_path / "second" / "tokenizer").network.state_dict().items():
         assert torch.equal(tensor, trained[f"ema_network.{name}"])
+
+
+def test_parts_of_the_training_that_are_gone_do_not_matter(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    config = copy / "transformer" / "config.yaml"
+    tree = yaml.safe_load(config.read_text())
+    missing = {"loggers": [{"name": "wandb"}, {"name": "mlflow"}], "callbacks": ["gone"], "profiler": "gone"}
+    config.write_text(yaml.safe_dump(tree | missing, sort_keys=False))
+    assert main(["export", str(copy), "--stage=transformer", f"--out={tmp_path / 'out'}"]) == 0
+    assert content(tmp_path / "out" / "transformer") == content(run / "pretrained" / "transformer")
 
 
 def test_an_older_checkpoint_is_named_by_its_step(run, tmp_path):

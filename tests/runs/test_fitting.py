@@ -1,6 +1,7 @@
 """Runs from Python: both stages in one process, the return values, and the files that remain."""
 
 import os
+import shutil
 import signal
 from collections import Counter
 from pathlib import Path
@@ -149,3 +150,18 @@ def test_fresh_sets_a_run_aside_only_if_training_can_start(tiny_shards, tmp_path
     assert runs.fit(recipe("tokenizer"), **where).was_finished
     assert not runs.fit(recipe("tokenizer"), fresh=True, **where).was_finished
     assert (tmp_path / "one" / "tokenizer.old-1" / "checkpoints").is_dir()
+
+
+def test_the_tokenizer_that_a_run_has_trained_is_not_replaced(tiny_shards, tiny_pretrained, tmp_path):
+    where = {"run": tmp_path / "runs" / "one", "data": tiny_shards}
+    trained = runs.fit(recipe("tokenizer"), **where)
+    own = fingerprint(trained.pretrained / "tokenizer")
+    wrong = (
+        "run .* has trained a tokenizer of its own, which the export of .* would replace; name another run with --run"
+    )
+    with pytest.raises(ValueError, match=wrong):
+        runs.fit(recipe("transformer"), tokenizer=tiny_pretrained / "tokenizer", **where)
+    assert fingerprint(trained.pretrained / "tokenizer") == own
+    assert not (where["run"] / "transformer").exists()
+    copied = shutil.copytree(trained.pretrained / "tokenizer", tmp_path / "copied")  # the same weights
+    assert runs.fit(recipe("transformer"), tokenizer=copied, **where).step == 1

@@ -1,5 +1,6 @@
 """``trainer.precision: auto``: what it chooses, and that a run keeps it when it resumes on another device."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import yaml
 
 from maskgit_pl import runs
 from maskgit_pl.runs import precision
+from maskgit_pl.runs.ablation_plan import AblationConfig, Factor
+from maskgit_pl.runs.ablation_runs import AblationRuns
 from maskgit_pl.runs.machines import Machines
 from maskgit_pl.runs.precision import choose_precision
 from tests.conftest import flags
@@ -31,7 +34,7 @@ def bfloat16(monkeypatch):
     return set_to
 
 
-def config(stage: str, width: int, given: str = "auto", **trainer: object) -> dict:
+def config(stage: str, width: object, given: str = "auto", **trainer: object) -> dict:
     trainer = {"precision": given, "strategy": "auto", "accelerator": "auto", **trainer}
     return {"trainer": trainer, "model": {"network": {NAMES[stage]: width}}}
 
@@ -63,16 +66,46 @@ def test_the_device_of_the_run_is_asked_and_a_named_gpu_is_not(bfloat16, tmp_pat
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_several_ranks_must_not_choose_each_for_itself(strategy, tmp_path):
-    wrong = rf"trainer\.precision must be 32-true or bf16-mixed with trainer\.strategy {strategy}, got auto: all ranks"
-    with pytest.raises(ValueError, match=wrong):
-        choose_precision(config("transformer", 256, strategy=strategy), "transformer", tmp_path)
+def test_several_ranks_do_not_choose_each_for_itself(strategy, bfloat16, tmp_path):
+    asked = bfloat16(exists=True)
+    assert choose_precision(config("transformer", 256, strategy=strategy), "transformer", tmp_path) == "32-true"
+    assert asked == []
+
+
+@pytest.mark.parametrize("width", [[256, 512], "wide", None, {"first": 256}])
+def test_the_width_of_a_plugin_is_what_it_likes(width, bfloat16, tmp_path):
+    bfloat16(exists=True)
+    assert choose_precision(config("transformer", width), "transformer", tmp_path) == "32-true"
+
+
+def test_doctor_knows_the_width_of_pretrained_weights(tiny_pretrained, tmp_path):
+    (tmp_path / "wide.yaml").write_text("model: {network: {embed_dim: 256}}")  # the weights have 16
+    recipe = runs.Recipe.read("transformer", names=[str(tmp_path / "wide.yaml")])
+    for given, chosen in ((tiny_pretrained, "32-true"), (None, "bf16-mixed")):
+        found = runs.preflight(recipe, run=tmp_path / "one", machines=Machines(gpu="h100"), pretrained=given)
+        (check,) = [check for check in found.checks if check.name == "strategy"]
+        assert check.text == f"auto, {chosen}, 1 node x 1 device"
+
+
+def test_an_ablation_has_one_precision_on_each_device(bfloat16, tiny_shards, tiny_pretrained, tmp_path):
     tiny = flags(yaml.safe_load((TINY / "transformer.yaml").read_text()))
-    recipe = runs.Recipe.read("transformer", cluster=strategy, overrides=[*tiny, "--trainer.precision=auto"])
-    found = runs.preflight(recipe, run=tmp_path / "runs" / "one", machines=Machines(nodes=1, devices=2))
-    (check,) = [check for check in found.checks if check.name == "strategy"]
-    assert check.verdict == "error"
-    assert "all ranks need the same precision" in check.text
+    ablation = AblationConfig(
+        factors=(Factor("model.network.embed_dim", ("192", "256")),),
+        data=tiny_shards,
+        tokenizer=tiny_pretrained / "tokenizer",
+        runs=tmp_path,
+        overrides=tiny,
+    )
+    digests = []
+    for exists in (True, False):
+        bfloat16(exists=exists)
+        opened = AblationRuns.open(ablation)
+        assert {each.recipe["trainer"]["precision"] for each in opened.variants} == {"32-true"}
+        assert "--trainer.precision=32-true" in opened.config.overrides  # the trainings get it, too
+        digests.append([each.digest for each in opened.variants])
+    assert digests[0] == digests[1]
+    given = replace(ablation, overrides=[*tiny, "--trainer.precision=bf16-mixed"])
+    assert {each.recipe["trainer"]["precision"] for each in AblationRuns.open(given).variants} == {"bf16-mixed"}
 
 
 def wide(**trainer: object) -> runs.Recipe:

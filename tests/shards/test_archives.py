@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import re
 import stat
 import struct
 import tarfile
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from maskgit_pl.shards.samples import UnreadableSample
+from maskgit_pl.shards.samples import Sample, UnreadableSample
 from maskgit_pl.shards.sources import ImageFolder, open_source
 from maskgit_pl.shards.writer import make_shards
 
@@ -248,3 +249,24 @@ def test_a_gzip_file_that_expands_without_end_is_refused_at_the_limit(tmp_path, 
 def test_a_source_that_does_not_exist_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.zip does not exist; name a folder or an archive \(\.zip,"):
         open_source(tmp_path / "nowhere.zip")
+
+
+def test_a_zip_cannot_make_a_small_file_read_a_gigabyte(tmp_path):
+    """The packed length of a member is a number of the archive, which a file with holes makes true."""
+    path = write_zip(tmp_path / "photos.zip", [*GOOD, ("a/last.png", png(7))])
+    content, hole = path.read_bytes(), 2**30
+    directory, end = content.index(b"PK\1\2"), content.index(b"PK\5\6")
+    last = content.rindex(b"PK\1\2")
+    (header,) = struct.unpack_from("<L", content, last + 42)
+    changed = bytearray(content[directory:])
+    struct.pack_into("<L", changed, last - directory + 20, hole - header - 64)  # its packed length
+    struct.pack_into("<L", changed, end - directory + 16, hole)  # the place of the directory
+    with path.open("wb") as file:
+        file.write(content[:directory])
+        file.seek(hole)
+        file.write(changed)
+    samples = samples_of(path)
+    unreadable = samples.pop("a/last.png")
+    assert isinstance(unreadable, UnreadableSample)
+    assert re.search(r"is damaged: 1\.07 GB in the zip for \d+ bytes", unreadable.error)
+    assert all(isinstance(sample, Sample) for sample in samples.values())

@@ -3,11 +3,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from maskgit_pl.shards.image_bytes import MAX_IMAGE_BYTES
 from maskgit_pl.shards.index import index_shards
 from maskgit_pl.shards.manifest import (
     ImageRange,
@@ -117,8 +119,22 @@ def test_an_index_whose_rows_lie_outside_the_shards_is_refused_though_its_hash_i
     content = json.loads((folder / "train.json").read_text())
     (folder / "train.json").write_text(json.dumps(content | {"index_sha256": index_sha256(rows)}))
     with pytest.raises(
-        ValueError, match=r"train\.npy: row 7 must lie inside one of 2 shards, got .*maskgit data index"
+        ValueError, match=r"train\.npy: row 7 must lie inside one of 2 shards, with .* got .*maskgit data index"
     ):
+        load_manifest(folder, "train")
+
+
+def test_an_index_of_images_larger_than_any_is_refused_though_the_shard_is_that_long(folder):
+    manifest = load_manifest(folder, "train")
+    length = 2**31  # of a file with holes, which has hardly a byte on the disk
+    long = replace(manifest, shards=(replace(manifest.shards[0], bytes=length), *manifest.shards[1:]))
+    os.truncate(folder / manifest.shards[0].name, length)
+    rows = manifest.index().copy()
+    rows["size"][0] = MAX_IMAGE_BYTES + 1
+    save_manifest(long, rows)
+    content = json.loads((folder / "train.json").read_text())
+    (folder / "train.json").write_text(json.dumps(content | {"index_sha256": index_sha256(rows)}))
+    with pytest.raises(ValueError, match=rf"row 0 must lie inside .* with at most {MAX_IMAGE_BYTES} bytes, got"):
         load_manifest(folder, "train")
 
 

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from maskgit_pl.files import open_regular
+from maskgit_pl.files import open_regular, size_text
 from maskgit_pl.portable import READ_FLAGS, pread
 from maskgit_pl.shards.image_bytes import MAX_IMAGE_BYTES
 from maskgit_pl.shards.sources.entries import (
@@ -85,6 +85,9 @@ class _ZipEntries(ArchiveEntries):
     """The files of a zip; see ``ArchiveEntries``."""
 
     def read_member(self, member: ArchiveMember) -> bytes:
+        # Deflate adds a few bytes to what it cannot compress. More would be read into memory for nothing.
+        if member.packed > member.size + (member.size // 1000 + 65536 if member.is_deflated else 0):
+            raise EntryError(f"is damaged: {size_text(member.packed)} in the zip for {size_text(member.size)}")
         # The central directory states all values; the local header only gives the lengths of its own fields.
         descriptor = os.open(self.path, READ_FLAGS)
         try:
