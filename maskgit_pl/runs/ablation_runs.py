@@ -20,7 +20,7 @@ from maskgit_pl.decoding import AutoregressiveDecoding, DecodingConfig
 from maskgit_pl.errors import PreemptedError, RunError
 from maskgit_pl.files import read_json, sha256_of
 from maskgit_pl.runs.ablation_plan import AblationConfig, Variant, base_values, plan_variants
-from maskgit_pl.runs.child import run_command
+from maskgit_pl.runs.child import run_maskgit
 from maskgit_pl.runs.flags import Overrides, flag_words
 from maskgit_pl.runs.layers import merge, remove_key
 from maskgit_pl.runs.plan import Plan, find_data, find_tokenizer
@@ -244,7 +244,7 @@ class AblationRuns:
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"train-{stage}.log"
         with file.open("ab") as output:
-            code, is_stopped = run_command([*command, *words], output)
+            code, is_stopped = run_maskgit([*command, *words], output)
         if is_stopped or code == PreemptedError.exit_code:
             raise PreemptedError(f"run {folder}: stopped by a signal; repeat the command to resume")
         if code != 0:

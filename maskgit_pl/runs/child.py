@@ -9,12 +9,12 @@ from typing import IO
 
 from maskgit_pl import interruption
 
-__all__ = ["run_command"]
+__all__ = ["run_maskgit"]
 
 _SECONDS_BETWEEN_POLLS = 0.2
 
 
-def run_command(words: Sequence[str], output: IO[bytes] | None = None) -> tuple[int, bool]:
+def run_maskgit(words: Sequence[str], output: IO[bytes] | None = None) -> tuple[int, bool]:
     """Runs ``maskgit``. A stop signal to this process is passed on, so that a training saves and ends.
 
     Args:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from maskgit_pl.errors import PreemptedError
-from maskgit_pl.runs.child import run_command
+from maskgit_pl.runs.child import run_maskgit
 from maskgit_pl.runs.flags import Overrides, flag_words
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.recipe_files import DEFAULT_DATASET
@@ -75,7 +75,7 @@ def train_schedules(
 
 
 def _maskgit(schedule: str, command: str, *words: str) -> None:
-    code, is_stopped = run_command([command, *words])
+    code, is_stopped = run_maskgit([command, *words])
     if is_stopped or code == PreemptedError.exit_code:
         raise PreemptedError(f"ablation {schedule}: stopped by a signal; repeat the command to resume")
     if code != 0:

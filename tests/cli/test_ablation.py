@@ -106,7 +106,7 @@ def test_an_ablation_survives_kills_and_failures_and_is_not_repeated(words: list
 def test_a_budget_of_seconds_is_divided_by_the_time_of_a_step_and_a_failure_does_not_end_the_others(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own = ablation_runs.run_command
+    own = ablation_runs.run_maskgit
 
     def fail(command: list[str], output: IO[bytes]) -> tuple[int, bool]:
         if "--model.network.depth=2" in command:
@@ -114,7 +114,7 @@ def test_a_budget_of_seconds_is_divided_by_the_time_of_a_step_and_a_failure_does
             return 70, False
         return own(command, output)
 
-    monkeypatch.setattr(ablation_runs, "run_command", fail)
+    monkeypatch.setattr(ablation_runs, "run_maskgit", fail)
     words = [word for word in words if not word.startswith("--trainer.max_steps")]
     command = [*words, "--vary", "model.network.depth=1,2", "--vary", "model.network.mlp_dim=64", "--seeds", "3",
                "--budget", "seconds=0.5", "--pilot-steps", "20"]  # fmt: skip
@@ -135,7 +135,7 @@ def test_a_budget_of_seconds_is_divided_by_the_time_of_a_step_and_a_failure_does
     assert "depth=2, seed 3: not trained or not measured" in text
 
     # The pilot is not measured again, so that a repeated command has the same runs.
-    monkeypatch.setattr(ablation_runs, "run_command", own)
+    monkeypatch.setattr(ablation_runs, "run_maskgit", own)
     monkeypatch.setattr(ablation_measurements.AblationRuns, "pilot", lambda *_: pytest.fail("measured again"))
     before = rows(tmp_path)
     assert main([word if word != "model.network.depth=1,2" else "model.network.depth=1" for word in command]) == 0

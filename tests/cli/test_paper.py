@@ -275,5 +275,5 @@ def test_an_ablation_trains_measures_and_goes_on(
     measured = rows(tmp_path / "results", "samples")
     capfd.readouterr()
     ablate()
-    assert capfd.readouterr().out.count("nothing to do") == 1
+    assert capfd.readouterr().out.count("finished at step-00000002; nothing to do") == 1
     assert rows(tmp_path / "results", "samples") == measured

@@ -30,11 +30,11 @@ sys.exit(3)
 """
 PARENT = """
 import os, sys
-from maskgit_pl.runs.child import run_command
+from maskgit_pl.runs.child import run_maskgit
 
 os.chdir(sys.argv[1])
 with open("output", "wb") as output:
-    print(run_command(sys.argv[2:], output))
+    print(run_maskgit(sys.argv[2:], output))
 """
 
 

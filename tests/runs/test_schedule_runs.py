@@ -9,14 +9,14 @@ from maskgit_pl.runs import schedule_runs
 
 @pytest.fixture
 def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Replaces ``run_command``, and returns the list of the commands."""
+    """Replaces ``run_maskgit``, and returns the list of the commands."""
     called: list[list[str]] = []
 
     def run(words: list[str]) -> tuple[int, bool]:
         called.append(words)
         return 0, False
 
-    monkeypatch.setattr(schedule_runs, "run_command", run)
+    monkeypatch.setattr(schedule_runs, "run_maskgit", run)
     return called
 
 
@@ -57,7 +57,7 @@ def test_a_run_that_stops_stops_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, is_stopped: bool, kind: type[Exception]
 ) -> None:
     calls: list[list[str]] = []
-    monkeypatch.setattr(schedule_runs, "run_command", lambda words: calls.append(words) or (code, is_stopped))
+    monkeypatch.setattr(schedule_runs, "run_maskgit", lambda words: calls.append(words) or (code, is_stopped))
     with pytest.raises(kind, match=r"ablation cosine: .*repeat the command to resume"):
         runs.train_schedules(["cosine", "square"], runs=tmp_path)
     assert len(calls) == 1
