@@ -567,6 +567,8 @@ MUTANTS: tuple[Mutant, ...] = (
         ("    if not enabled:\n", "    if True:\n"),
         ("found.uses == self.uses_in_small_pages", "found.uses >= 0"),
         ("self.source.nbytes >= _SMALL", "True"),
+        ("_GELU_SCALE * 0.044715", "_GELU_SCALE * 0.0447"),
+        ("return _apply_gelu(out) if self.gelu else out", "return out"),
     ),
     *_of(
         "networks/large_pages.py",
