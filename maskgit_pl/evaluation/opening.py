@@ -227,7 +227,9 @@ def open_networks(
     from maskgit_pl.evaluation.feature_metrics import FeatureMetrics
     from maskgit_pl.evaluation.reference import obtain_references, read_real_labels, read_references
 
-    extractors = open_extractors(folders.classifier, data, features=features, device=device, bars=bars)
+    extractors = open_extractors(
+        folders.classifier, data, features=features, device=device, bars=bars, replaces=folders.shares_classifier
+    )
     on_images = bars(f"real images: {', '.join(each.label for each in extractors)}", data.summary.samples["val"])
     if reference is not None:  # the classes of its images are unknown
         references, labels = (

@@ -36,6 +36,11 @@ class RunFolders:
     references: Path
 
     @property
+    def shares_classifier(self) -> bool:
+        """Whether the classifier is the one that all runs of the data share, and not in a folder that the user named."""
+        return self.classifier == self.references / "small"
+
+    @property
     def evaluation(self) -> Path:
         """The folder of the ledger and of generated images."""
         return self.run / "evaluation"

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from maskgit_pl.cli import evaluate
+from maskgit_pl.cli import evaluate, main
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation import evaluator
 from maskgit_pl.pretrained import save_decoding
@@ -17,6 +17,19 @@ from tests.observing import run_on_ranks
 
 def call(*words: object) -> int:
     return call_command(evaluate, "--device", "cpu", "--features", "classifier", *words)
+
+
+@pytest.mark.usefixtures("quick_judge")
+@pytest.mark.parametrize("command", ["evaluate", "evaluate-tokenizer"])
+def test_a_model_in_the_folder_of_the_classifier_is_kept(
+    run_folder: Path, tiny_shards: Path, capsys, command: str
+) -> None:
+    folder = run_folder / "pretrained" / "transformer"
+    before = {file: file.read_bytes() for file in folder.iterdir()}
+    words = ["--data", tiny_shards, "--features", "classifier", "--classifier", folder, "--device", "cpu"]
+    assert main([command, *map(str, [run_folder, *words, "--num-images", 12])]) == 2
+    assert "must hold a classifier of these data" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in folder.iterdir()} == before
 
 
 @pytest.mark.usefixtures("quick_judge")

@@ -19,8 +19,9 @@ from maskgit_pl.evaluation.classifier_training import (
     is_trained,
     measure_accuracy,
     obtain_classifier,
+    provide_classifier,
 )
-from maskgit_pl.evaluation.extractors import open_extractors
+from maskgit_pl.evaluation.extractors import check_features, open_extractors
 from maskgit_pl.files import write_tensors
 from maskgit_pl.networks.classifier import load_classifier
 from maskgit_pl.networks.weight_file import read_tensors
@@ -142,6 +143,63 @@ def test_a_classifier_of_an_older_kind_is_trained_again(data: ShardData, tmp_pat
     obtain_classifier(tmp_path, data, config=config)
     assert is_trained(tmp_path, data, config)
     assert not is_trained(tmp_path, data, replace(config, model="resnet18"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_a_classifier_of_the_same_data_is_used_whatever_its_training_is(
+    data: ShardData, tmp_path: Path, *, replaces: bool
+) -> None:
+    obtain_classifier(tmp_path, data, config=ClassifierConfig(width=4, max_steps=2, batch=20, seed=5))
+    before = contents(tmp_path)
+    open_extractors(tmp_path, data, features=["classifier"], device="cpu", replaces=replaces)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("change", ["data", "class_names", "network", "format", "weights only"])
+def test_a_named_folder_with_something_else_is_refused_and_kept(data: ShardData, tmp_path: Path, change: str) -> None:
+    obtain_classifier(tmp_path, data, config=ClassifierConfig(width=4, max_steps=2, batch=20))
+    file = tmp_path / "config.json"
+    key = json.loads(file.read_text())
+    changes = {"data": "other", "class_names": ["a", "b", "c"], "network": {**key["network"], "in_channels": 3},
+               "format": "maskgit_pl.tokenizer"}  # fmt: skip
+    if change == "weights only":
+        file.unlink()
+    else:
+        file.write_text(json.dumps({**key, change: changes[change]}))
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError, match=r"must hold a classifier of these data.*name an empty folder"):
+        open_extractors(tmp_path, data, features=["classifier"], device="cpu")
+    assert contents(tmp_path) == before
+
+
+def test_in_the_shared_folder_a_classifier_of_other_data_is_replaced_but_no_other_network(
+    data: ShardData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ClassifierConfig(width=4, max_steps=2, batch=20)
+    monkeypatch.setattr(module, "obtain_classifier", lambda *args, **options: obtain_classifier(*args, config=config))
+    provide_classifier(tmp_path, data, replaces=True)
+    file = tmp_path / "config.json"
+    key = json.loads(file.read_text())
+    for old in (json.dumps({**key, "data": "other"}), '{"data": "eaced5", "width": 4}', "{"):
+        file.write_text(old)
+        provide_classifier(tmp_path, data, replaces=True)
+        assert json.loads(file.read_text()) == key
+    file.write_text(json.dumps({**key, "format": "maskgit_pl.tokenizer"}))
+    with pytest.raises(FileExistsError, match="must hold a classifier of these data"):
+        provide_classifier(tmp_path, data, replaces=True)
+
+
+def test_a_named_folder_is_checked_before_hours_of_training(data: ShardData, tmp_path: Path) -> None:
+    check_features(["classifier"], classifier=tmp_path / "missing")
+    check_features(["classifier"], classifier=tmp_path)
+    (tmp_path / "config.json").write_text('{"format": "maskgit_pl.tokenizer"}')
+    check_features(["lite0"], classifier=tmp_path)
+    with pytest.raises(FileExistsError, match="must hold a classifier of these data"):
+        check_features(["classifier"], classifier=tmp_path)
 
 
 def test_training_does_not_depend_on_where_images_are_read_from(data: ShardData) -> None:
