@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maskgit_pl.evaluation.run_folders import RunFolders
+from maskgit_pl.evaluation.run_folders import RunFolders, data_name
 from maskgit_pl.image_format import ImageSize
 from maskgit_pl.progress import Bars, no_bars
 
@@ -192,7 +192,7 @@ def open_evaluator(
 
     return Evaluator(
         data,
-        dataset=folders.data.name,
+        dataset=data_name(folders.data),
         networks=open_networks(folders, data, features=features, reference=reference, device=pipe.device, bars=bars),
         ledger=ledger,
         bars=bars,
