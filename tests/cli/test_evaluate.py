@@ -107,6 +107,12 @@ def test_an_evaluation_that_was_stopped_goes_on(
     ledger = run_folder / "evaluation" / "ledger.jsonl"
     kept = ledger.read_text()
     images = {file: file.stat().st_mtime_ns for file in (run_folder / "evaluation").glob("samples-*.npz")}
+    # Those of the user, and those of a command that runs at the same time.
+    others = [run_folder / "evaluation" / name for name in ("samples-50k.npz", "samples-0123456789abcdef.npz")]
+    parts = [file.with_name(f"{file.name}.parts") / "0.npz" for file in others]
+    for file in [*others, *parts]:
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
     assert not (run_folder / "evaluation.json").exists()
     call(*words, "--resume")
     assert ledger.read_text().startswith(kept)
@@ -114,6 +120,8 @@ def test_an_evaluation_that_was_stopped_goes_on(
     assert {file: file.stat().st_mtime_ns for file in images} == images
     resumed = json.loads((run_folder / "evaluation.json").read_text())
     call(*words)  # measures again
+    assert all(file.is_file() for file in [*others, *parts])
+    assert all(file.stat().st_mtime_ns > made for file, made in images.items())
     assert len(ledger.read_text().splitlines()) == 2 * (len(kept.splitlines()) + 1)  # nothing is lost
     again = json.loads((run_folder / "evaluation.json").read_text())
     for report in (resumed, again):
