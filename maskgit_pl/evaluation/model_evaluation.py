@@ -207,8 +207,8 @@ def _measure(
         decodings["without_guidance"] = model.pipe.decoding_with(decoding=decoding, guidance_scale=0)
     if not options.resume:  # images of an earlier evaluation would be reused by their file name
         sources = [model] if accepted is None else [model, accepted]
-        for source, each in product(sources, decodings.values()):
-            delete_generated(source.samples_file(each, num_images=num_images, seed=seed))
+        for source, wanted in product(sources, decodings.values()):
+            delete_generated(source.samples_file(wanted, num_images=num_images, seed=seed))
     samples = {
         name: evaluator.measure_samples(model, each, num_images=num_images, seed=seed, keep=True)
         for name, each in decodings.items()
