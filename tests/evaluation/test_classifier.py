@@ -123,6 +123,32 @@ def test_an_error_of_the_rank_that_trains_is_raised_on_all_ranks(tiny_shards: Pa
     assert "Not a directory" in errors.pop()
 
 
+def provide_on_a_rank(rank: int, folder: str, shards: str) -> None:
+    """Writes what a rank finds: the first one trains into an empty folder and refuses one of another network."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    data = ShardData(ShardDataConfig(shards, image_size=8, in_channels=1))
+    data.setup()
+    config = ClassifierConfig(width=4, max_steps=1, batch=20)
+    module.obtain_classifier = lambda *args, **options: obtain_classifier(*args, **options, config=config)
+    provide_classifier(Path(folder) / "judge", data)
+    provide_classifier(Path(folder) / "judge", data)
+    try:
+        provide_classifier(Path(folder) / "other", data)
+    except FileExistsError as error:
+        (Path(folder) / str(rank)).write_text(str(error))
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_the_first_rank_decides_whether_a_classifier_is_trained(tiny_shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    run_ranks(provide_on_a_rank, str(tmp_path), str(tiny_shards))
+    assert (tmp_path / "judge" / "model.safetensors").is_file()
+    for rank in (0, 1):
+        assert "must hold a classifier of these data" in (tmp_path / str(rank)).read_text()
+
+
 def test_a_classifier_of_other_data_is_trained_again(data: ShardData, tmp_path: Path) -> None:
     config = ClassifierConfig(width=4, max_steps=2, batch=20)
     obtain_classifier(tmp_path, data, config=config)
