@@ -201,7 +201,7 @@ def _run_schedules(args: argparse.Namespace) -> int:
         read_device_flag(args)
     from maskgit_pl.evaluation.extractors import check_features
 
-    check_features(options.features, options.reference)
+    check_features(options.features, options.reference, classifier=options.classifier)
     schedules = [name.strip() for name in (args.schedules or _SCHEDULES).split(",") if name.strip()]
     _check_numbers(args, schedules, options, steps)
     runs = train_schedules(

@@ -24,9 +24,14 @@ from maskgit_pl.pipeline.bulk import BulkResult, generate_many, is_finished, mak
 from maskgit_pl.pipeline.bulk_plan import BulkOptions, BulkPlan
 from maskgit_pl.pipeline.options import read_options
 
-__all__ = ["generate_accepted", "num_candidates"]
+__all__ = ["candidates_file", "generate_accepted", "num_candidates"]
 
 _BATCH = 500  # images in memory at a time
+
+
+def candidates_file(file: Path) -> Path:
+    """Returns the path of the candidates of a file of accepted images."""
+    return file.with_name(f"{file.stem}.candidates.npz")
 
 
 def num_candidates(acceptance: Acceptance | None, num_images: int, num_classes: int) -> int:
@@ -85,7 +90,7 @@ def generate_accepted(
     plan = replace(plan, accept_rate=acceptance.rate, classifier=acceptance.digest)
     if is_finished(file, plan):
         return BulkResult(file, 0, count, 0)
-    candidates = file.with_name(f"{file.stem}.candidates.npz")
+    candidates = candidates_file(file)
     result = generate_many(pipe, candidates, **{**options, "num_images": count})
     if result.missing_parts == 0:
         try:

@@ -31,6 +31,7 @@ from maskgit_pl.files import read_json, write_tensors, write_text
 from maskgit_pl.image_format import as_image_size, visible_channels
 from maskgit_pl.networks.classifier import (
     CONFIG_FILE,
+    FORMAT,
     MAX_CONFIG_BYTES,
     SMALL,
     WEIGHT_FILE,
@@ -47,6 +48,7 @@ __all__ = [
     "is_trained",
     "measure_accuracy",
     "obtain_classifier",
+    "provide_classifier",
 ]
 
 OnStep: TypeAlias = Callable[[], object]
@@ -140,6 +142,34 @@ def obtain_classifier(
     classifier = _create_classifier(data, config)
     load_weights(classifier.network, read_tensors(folder / WEIGHT_FILE), folder / WEIGHT_FILE)
     return classifier.eval()
+
+
+def provide_classifier(
+    folder: Path, data: ShardData, *, replaces: bool = False, on_step: OnStep = lambda: None
+) -> None:
+    """Trains the small classifier of a data set, unless the folder holds one, of any network and training.
+
+    With several ranks, the first one decides and trains.
+
+    Args:
+        folder: Folder of the classifier.
+        data: The real images. The stored classifier must match their fingerprint, classes, image size and channels.
+        replaces: True to replace a classifier of other data, as in the folder that all runs of the data share.
+        on_step: Called after each training step, for a progress bar.
+
+    Raises:
+        FileExistsError: if the folder holds another network, or a classifier of other data and not ``replaces``.
+        ValueError: if the stored weights are damaged.
+    """
+
+    def is_missing() -> bool:
+        if rank_and_world()[0] != 0 or _is_of(folder, data):
+            return False
+        _check_free(folder, replaces=replaces)
+        return True
+
+    if any(on_all_ranks(is_missing)):
+        obtain_classifier(folder, data, on_step=on_step)
 
 
 def is_trained(folder: Path, data: ShardData, config: ClassifierConfig) -> bool:
@@ -277,15 +307,51 @@ def _read_key(folder: Path) -> Any:
         return None
 
 
-def check_classifier_folder(folder: Path, data: ShardData, config: ClassifierConfig) -> None:
+def check_classifier_folder(folder: Path) -> None:
     """Checks that what a classifier replaces in a folder, ``config.json`` and its weights, is of a classifier.
 
     Raises:
         FileExistsError: if it is of another network.
     """
     key = _read_key(folder)
-    if key is not None and key.get("format") != _key(data, config)["format"]:
+    if key is not None and key.get("format") != FORMAT:
         raise FileExistsError(f"{folder / CONFIG_FILE} is not of a classifier; name another folder with --out")
+
+
+def check_named_classifier(folder: Path) -> None:
+    """Checks that a folder that the user named holds a classifier, or that one can be trained there.
+
+    Raises:
+        FileExistsError: if it holds something else.
+    """
+    key = _read_key(folder)
+    if key is None or key.get("format") != FORMAT:
+        _check_free(folder, replaces=False)
+
+
+def _is_of(folder: Path, data: ShardData) -> bool:
+    """Returns True if a folder holds a complete classifier of a data set, of any network and training."""
+    key = _read_key(folder)
+    if key is None or not isinstance(key.get("network"), dict) or not (folder / WEIGHT_FILE).is_file():
+        return False
+    own, free = _key(data, SMALL_TRAINING), ("model", "width")
+    network = {**key["network"], **{name: own["network"][name] for name in free}}
+    return {**key, "network": network, "training": own["training"]} == own
+
+
+def _check_free(folder: Path, *, replaces: bool) -> None:
+    """Checks that a classifier can be trained into a folder without the loss of what somebody else put there."""
+    if replaces:
+        key = _read_key(folder)
+        is_free = key is None or key.get("format", FORMAT) == FORMAT
+    else:
+        is_free = not any((folder / name).exists() for name in (CONFIG_FILE, WEIGHT_FILE))
+    if not is_free:
+        raise FileExistsError(
+            f"classifier {folder} must hold a classifier of these data, classes and image size, or no model, got "
+            f"another {CONFIG_FILE} or {WEIGHT_FILE}; name an empty folder, or measure with a classifier of other data "
+            f"as the feature network classifier={folder}"
+        )
 
 
 def _save(folder: Path, classifier: Classifier, key: dict[str, Any]) -> None:

@@ -90,7 +90,7 @@ def train_classifier(
     source = open_images(Path(data), image_size or least, summary.channels, num_workers=num_workers)
     folder = out or Path("runs") / f"{Path(data).resolve().name}-classifier" / config.model
     check_writable("out", folder, is_folder=True)
-    classifier_training.check_classifier_folder(folder, source, config)
+    classifier_training.check_classifier_folder(folder)
     is_reused = classifier_training.is_trained(folder, source, config)
     advance = bars(f"training {config.model}", config.max_steps)
     classifier = classifier_training.obtain_classifier(

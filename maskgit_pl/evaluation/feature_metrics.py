@@ -107,9 +107,11 @@ class FeatureMetrics:
         return numbers
 
     def _diversity(self, features: ImageFeatures, labels: Tensor) -> dict[str, float]:
-        """Returns the diversity; nothing if no class has 2 generated images or no real images are known."""
+        """Returns the diversity; nothing if no real images are known or their classes have no distances."""
         real = self.reference.features
-        # Without 2 images of a class there is no distance within a class.
-        if real is None or self.labels is None or int(labels.bincount().max()) < 2:
+        if real is None or self.labels is None:
             return {}
-        return {"diversity": diversity(features.pooled, labels, real.pooled, self.labels)}
+        try:
+            return {"diversity": diversity(features.pooled, labels, real.pooled, self.labels)}
+        except ValueError:  # no class has 2 images of both kinds, or all real images of a class are equal
+            return {}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from maskgit_pl.decoding import DecodingConfig, DecodingStep
 from maskgit_pl.distributed import barrier, rank_and_world
-from maskgit_pl.evaluation.acceptance import generate_accepted, num_candidates
+from maskgit_pl.evaluation.acceptance import candidates_file, generate_accepted, num_candidates
 from maskgit_pl.evaluation.npz import SampleFile, open_samples
 from maskgit_pl.image_format import visible_channels
 from maskgit_pl.pipeline import MaskGIT
@@ -154,8 +154,9 @@ def generate_images(
 
 
 def delete_generated(file: Path) -> None:
-    """Deletes generated images and their parts; the same model, decoding and seed make them again."""
+    """Deletes generated images, their candidates and all parts; the same model, decoding and seed make them again."""
     if rank_and_world()[0] == 0:
-        file.unlink(missing_ok=True)
-        shutil.rmtree(file.with_name(f"{file.name}.parts"), ignore_errors=True)
+        for each in (file, candidates_file(file)):
+            each.unlink(missing_ok=True)
+            shutil.rmtree(each.with_name(f"{each.name}.parts"), ignore_errors=True)
     barrier()

@@ -53,7 +53,7 @@ _REQUIRED = {  # kind of measurement -> columns that reports need
     "reconstruction": ("num_images", "rfid"),
     "tokenizer": ("num_images", "run", "numbers"),
     "pilot": ("recipe", "seconds_per_step"),
-    "ablation": ("ablation", "plan", "place", "variant", "seed", "numbers", "protocol"),
+    "ablation": ("ablation", "plan", "place", "variant", "seed", "numbers", "protocol", "dataset"),
 }
 _COUNTS = ("parameters", "num_images", "real_images", "num_steps", "num_tokens", "seed", "draws", "training_images",
            "training_steps", "classifier_seed", "runs", "steps", "max_steps", "place")  # fmt: skip
@@ -66,6 +66,7 @@ _TYPES: dict[str, tuple[type, str]] = {  # other columns that are not text
     "decoding": (dict, "a mapping"), "training": (dict, "a mapping"), "knows_classes": (bool, "true or false"),
     "protocol": (dict, "a mapping"), "settings": (dict, "a mapping"),
 }  # fmt: skip
+_MEASURED = "[-1e100, 1e100]"  # range of measured numbers; sums and figures of larger ones overflow
 _MAPS_OF_NUMBERS = ("numbers", "real")  # columns with values by the name of the metric
 _MAX_LINE, _MAX_BYTES = 1_000_000, 100_000_000  # bytes; a ledger may come from a stranger
 _log = logging.getLogger(__name__)
@@ -195,12 +196,12 @@ def _check_value(where: str, name: str, value: object) -> None:
     if name in _COUNTS:
         check_integer(where, value, "[0, 9223372036854775807]")
     elif name in _NUMBERS or name.startswith(_ESTIMATES):
-        check_number(where, value, "(-inf, inf)")
+        check_number(where, value, _MEASURED)
     elif name in _MAPS_OF_NUMBERS:
         if not isinstance(value, dict):
             raise ValueError(f"{where} must be a mapping, got {shorten(value)}")
         for metric, number in value.items():
-            check_number(f"{where}: {shorten(metric)}", number, "(-inf, inf)")
+            check_number(f"{where}: {shorten(metric)}", number, _MEASURED)
     else:
         kind, text = _TYPES.get(name, (str, "a string"))
         if not isinstance(value, kind):

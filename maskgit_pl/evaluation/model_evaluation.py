@@ -5,9 +5,9 @@ Several processes under ``torchrun`` share the work. Importing this file does no
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,12 +162,7 @@ def _open(
     data = open_data(folders, pipe, num_workers=options.num_workers)
     round_to_classes(num_images, data.num_classes, name="num_images")
     lpips = None if options.lpips is None else load_lpips(options.lpips, device=pipe.device)
-    # Without --resume, images of an earlier evaluation would be reused by their file name.
-    first = rank_and_world()[0] == 0
-    if first and not options.resume:
-        _delete_images(folders.evaluation)
-    barrier()
-    ledger = Ledger(folders.evaluation / FILE_NAME, writes=first, reuse=options.resume)
+    ledger = Ledger(folders.evaluation / FILE_NAME, writes=rank_and_world()[0] == 0, reuse=options.resume)
     evaluator = open_evaluator(
         folders,
         pipe,
@@ -191,14 +186,6 @@ def _open(
     return evaluator, create_evaluated_model(folders, pipe), rebuilt
 
 
-def _delete_images(folder: Path) -> None:
-    """Deletes the generated images of an earlier evaluation."""
-    for path in folder.glob("samples-*.npz"):
-        path.unlink()
-    for path in folder.glob("samples-*.npz.parts"):
-        shutil.rmtree(path)
-
-
 def _measure(
     folders: RunFolders,
     evaluator: Evaluator,
@@ -210,6 +197,7 @@ def _measure(
 ) -> Measurements:
     """Measures generated images with and without guidance, real images, the likelihood and the CAS."""
     from maskgit_pl.evaluation.evaluation_report import Measurements
+    from maskgit_pl.evaluation.generation import delete_generated
 
     accepted = None  # a wrong classifier is answered before anything is generated
     if options.accept_rate is not None:
@@ -217,6 +205,10 @@ def _measure(
     decodings, seed = {"exported_guidance": decoding}, options.seed
     if any(decoding.scales()):
         decodings["without_guidance"] = model.pipe.decoding_with(decoding=decoding, guidance_scale=0)
+    if not options.resume:  # images of an earlier evaluation would be reused by their file name
+        sources = [model] if accepted is None else [model, accepted]
+        for source, wanted in product(sources, decodings.values()):
+            delete_generated(source.samples_file(wanted, num_images=num_images, seed=seed))
     samples = {
         name: evaluator.measure_samples(model, each, num_images=num_images, seed=seed, keep=True)
         for name, each in decodings.items()
@@ -246,7 +238,7 @@ def _open_acceptance(
     folder = options.accept_classifier
     if folder is None:
         folder = folders.classifier
-        classifier_training.obtain_classifier(folder, evaluator.data)
+        classifier_training.provide_classifier(folder, evaluator.data, replaces=folders.shares_classifier)
     acceptance = Acceptance.load(folder, options.accept_rate, device=model.pipe.device)
     acceptance.check_classes(model.pipe.class_names)
     return acceptance

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maskgit_pl.evaluation.run_folders import RunFolders
+from maskgit_pl.evaluation.run_folders import RunFolders, data_name
 from maskgit_pl.image_format import ImageSize
 from maskgit_pl.progress import Bars, no_bars
 
@@ -192,7 +192,7 @@ def open_evaluator(
 
     return Evaluator(
         data,
-        dataset=folders.data.name,
+        dataset=data_name(folders.data),
         networks=open_networks(folders, data, features=features, reference=reference, device=pipe.device, bars=bars),
         ledger=ledger,
         bars=bars,
@@ -227,7 +227,9 @@ def open_networks(
     from maskgit_pl.evaluation.feature_metrics import FeatureMetrics
     from maskgit_pl.evaluation.reference import obtain_references, read_real_labels, read_references
 
-    extractors = open_extractors(folders.classifier, data, features=features, device=device, bars=bars)
+    extractors = open_extractors(
+        folders.classifier, data, features=features, device=device, bars=bars, replaces=folders.shares_classifier
+    )
     on_images = bars(f"real images: {', '.join(each.label for each in extractors)}", data.summary.samples["val"])
     if reference is not None:  # the classes of its images are unknown
         references, labels = (

@@ -14,7 +14,7 @@ from maskgit_pl.checks import shorten
 if TYPE_CHECKING:
     from maskgit_pl.pipeline.outline import Outline
 
-__all__ = ["RunFolders", "find_run", "find_tokenizer_folders", "read_outline", "read_run_recipe"]
+__all__ = ["RunFolders", "data_name", "find_run", "find_tokenizer_folders", "read_outline", "read_run_recipe"]
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,20 @@ class RunFolders:
     references: Path
 
     @property
+    def shares_classifier(self) -> bool:
+        """Returns True if the classifier is the one that all runs of the data share; the user named no folder."""
+        return self.classifier == self.references / "small"
+
+    @property
     def evaluation(self) -> Path:
         """The folder of the ledger and of generated images."""
         return self.run / "evaluation"
+
+
+def data_name(data: Path) -> str:
+    """Returns the name of a data folder for ledgers and pages, which is also that of a folder of results."""
+    # The paths . and .. have a name only once they are resolved.
+    return data.name if data.name not in ("", "..") else data.resolve().name
 
 
 def find_run(run: Path | str, *, data: Path | None = None, classifier: Path | None = None) -> RunFolders:

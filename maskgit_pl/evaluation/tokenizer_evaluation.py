@@ -53,11 +53,13 @@ def evaluate_tokenizer(
     check_writable("out", file)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("evaluate-tokenizer must run in one process; start it without torchrun")
+    ledger = Ledger(folders.evaluation / FILE_NAME)  # a damaged file is found before minutes of measurement
+    check_writable("ledger", ledger.file)
     from maskgit_pl.evaluation.tokenizer_measurement import measure_tokenizer
     from maskgit_pl.evaluation.tokenizer_report import make_tokenizer_report
 
     measured = measure_tokenizer(folders, features, options, bars)
     report = make_tokenizer_report(folders, measured, options, file)
-    Ledger(folders.evaluation / FILE_NAME).add("tokenizer", report.row())
     report.save()
+    ledger.add("tokenizer", report.row())
     return report

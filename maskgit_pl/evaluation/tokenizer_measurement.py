@@ -124,7 +124,9 @@ def measure_tokenizer(
     data = open_images(folders.data, tokenizer.image_size, config.in_channels, num_workers=options.num_workers)
     if options.tile is None:
         data.warn_if_resized()
-    extractors = open_extractors(folders.classifier, data, features=features, device=device, bars=bars)
+    extractors = open_extractors(
+        folders.classifier, data, features=features, device=device, bars=bars, replaces=folders.shares_classifier
+    )
     count = min(options.num_images or data.summary.samples["val"], data.summary.samples["val"])
     images = data.summary.images
     edge = min(height_width(tokenizer.image_size) if options.tile is None else (images.height[0], images.width[0]))
@@ -149,7 +151,14 @@ def feature_digests(
     """Returns the SHA-256 of each feature network by label; see ``measure_tokenizer``."""
     config = load_tokenizer(folders.pretrained / "tokenizer")
     data = open_images(folders.data, config.image_size, config.network.config.in_channels)
-    found = open_extractors(folders.classifier, data, features=features, device=find_device(options.device), bars=bars)
+    found = open_extractors(
+        folders.classifier,
+        data,
+        features=features,
+        device=find_device(options.device),
+        bars=bars,
+        replaces=folders.shares_classifier,
+    )
     return {each.label: each.digest for each in found}
 
 

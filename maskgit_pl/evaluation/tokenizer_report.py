@@ -17,7 +17,7 @@ from maskgit_pl.evaluation.held_out import describe_held_out
 from maskgit_pl.evaluation.metric_names import format_value, metric_name, title
 from maskgit_pl.evaluation.pages import image_to_png, markdown_table, paragraph
 from maskgit_pl.evaluation.reconstruction import psnr
-from maskgit_pl.evaluation.run_folders import RunFolders
+from maskgit_pl.evaluation.run_folders import RunFolders, data_name
 from maskgit_pl.evaluation.tokenizer_measurement import BEST_PSNR, ImagePair, MeasuredTokenizer
 from maskgit_pl.evaluation.tokenizer_options import TokenizerOptions
 from maskgit_pl.files import write_atomically, write_text
@@ -200,7 +200,7 @@ def tokenizer_key(
     if (dtype := _dtype_name(options)) != "float32":  # rows of earlier versions have no dtype
         settings["dtype"] = dtype
     return {
-        "dataset": folders.data.name,
+        "dataset": data_name(folders.data),
         "data": shorten_digest(data),
         "split": "val",
         "tokenizer": fingerprint(folder),

@@ -30,6 +30,8 @@ from maskgit_pl.evaluation.opening import (
 )
 from maskgit_pl.evaluation.pages import command_line
 from maskgit_pl.evaluation.run_folders import RunFolders, find_run, read_outline
+from maskgit_pl.files import check_writable
+from maskgit_pl.pipeline.bundled import bundled_models
 from maskgit_pl.progress import Bars, no_bars
 from maskgit_pl.schedules import mask_schedules
 
@@ -108,11 +110,11 @@ def tune(
     Raises:
         FileNotFoundError: if the run or the data do not exist.
         TypeError: if a selector does not accept its arguments.
-        ValueError: if a name is unknown, the model is autoregressive, the classes of the data are not the model's, or a
-            number is out of range.
+        ValueError: if a name is unknown, the model is autoregressive or one of the package, the classes of the data are
+            not the model's, an output cannot be written, or a number is out of range.
     """
-    name = _check_search(metric, trials)
-    check_integer("num_images", num_images, "[2, inf)")
+    name = _check_search(metric, trials, num_images)
+    _check_outputs(find_run(run, data=data, classifier=options.classifier), out)
     folders, pipe, space = _open(run, data, options)
     from maskgit_pl.evaluation.evaluator import collect_numbers
     from maskgit_pl.evaluation.schedule_curves import measure_curves
@@ -123,7 +125,6 @@ def tune(
     model = create_evaluated_model(folders, pipe, out)
     ledger = Ledger(model.folder / FILE_NAME)
     evaluator = open_evaluator(folders, pipe, images, ledger, batch_size=options.batch_size, bars=bars)
-    # A search that was stopped after it had written its winner continues with the trials that it began with.
     begun = _iter_first_trials(evaluator, model, options.seed)
     space = space.resume(begun, trials=trials, seed=options.seed, method=options.search)
 
@@ -134,12 +135,14 @@ def tune(
         return collect_numbers(rows)
 
     plan = SearchPlan(name, trials, count, options.seed, options.search, options.seconds, current=pipe.decoding)
-    result = search(measure, space, plan, on_trial=_make_trial_callback(bars, trials, name))
-    result = replace(_save_decoding(folders, pipe, evaluator, result, options), folder=out or folders.run / "tuning")
-    figure = None
+    found = search(measure, space, plan, on_trial=_make_trial_callback(bars, trials, name))
+    result = replace(found, folder=out or folders.run / "tuning")
+    command, figure = _command(run, trials, metric, num_images, options), None
+    _write_page(evaluator, result, None, command)  # first, in case that the folder of the model is full by now
+    result = _save_decoding(folders, pipe, evaluator, result, options)
     if options.plot:
         figure = measure_curves(measure, pipe, result, num_images=points, seed=options.seed, bars=bars)
-    _write_page(evaluator, result, figure, _command(run, trials, metric, num_images, options))
+        _write_page(evaluator, result, figure, command)
     return replace(result, figure=figure is not None, num_measured=evaluator.num_measured)
 
 
@@ -169,10 +172,26 @@ def plan_trials(
     return list(space.iter_trials(trials, seed=options.seed, method=options.search))
 
 
-def _check_search(metric: str, trials: int) -> str:
-    """Checks the metric and the number of trials, and returns the name of the metric in the ledger."""
+def _check_search(metric: str, trials: int, num_images: int = 2) -> str:
+    """Checks the metric and the numbers of trials and images, and returns the name of the metric in the ledger."""
     check_integer("trials", trials, f"[1, {_MAX_TRIALS}]")
+    check_integer("num_images", num_images, "[2, inf)")
     return METRIC_NAMES[check_choice("metric", metric, METRIC_NAMES)]
+
+
+def _check_outputs(folders: RunFolders, out: Path | None) -> None:
+    """Checks that the decoding and the page can be written, before a search that takes hours."""
+    name = folders.pretrained.name
+    if folders.pretrained.resolve() in (each.resolve() for each in bundled_models().values()):
+        raise ValueError(
+            f"tune must have a model outside of the package, next to whose weights it writes, got {name}; copy it with "
+            f"MaskGIT.from_pretrained({name!r}).save_pretrained('DIR'), and tune DIR"
+        )
+    for file in ("decoding.json", "decoding.json.old"):
+        check_writable(file, folders.pretrained / file)
+    if out is None:
+        check_writable("RUN/tuning", folders.run / "tuning", is_folder=True)
+    check_writable("ledger", (out or folders.evaluation) / FILE_NAME)
 
 
 def _open(run: Path | str, data: Path | None, options: TuningOptions) -> tuple[RunFolders, MaskGIT, SearchSpace]:
@@ -214,7 +233,10 @@ def _check_schedules(schedules: Sequence[Spec]) -> None:
 
 
 def _iter_first_trials(evaluator: Evaluator, model: EvaluatedModel, seed: int) -> Iterator[DecodingConfig]:
-    """Yields the decodings of trial 0 in earlier searches with this model and seed, the latest first."""
+    """Yields the decodings of trial 0 in earlier searches with this model and seed, the latest first.
+
+    A search that was stopped after it had written its winner continues with the trials that it began with.
+    """
     for row in reversed(evaluator.ledger.rows("samples")):
         same_model = all(row.get(name) == model.identity[name] for name in ("tokenizer", "transformer", "config"))
         if same_model and (row.get("purpose"), row.get("seed")) == ("trial 0", seed):

@@ -25,6 +25,7 @@ from maskgit_pl.networks.weight_file import check_fit, load_weights, read_tensor
 
 __all__ = [
     "CONFIG_FILE",
+    "FORMAT",
     "MAX_CONFIG_BYTES",
     "SMALL",
     "WEIGHT_FILE",
@@ -40,7 +41,7 @@ __all__ = [
 
 SMALL = "small"
 WEIGHT_FILE, CONFIG_FILE = "model.safetensors", "config.json"
-_FORMAT, _VERSION = "maskgit_pl.classifier", 1
+FORMAT, _VERSION = "maskgit_pl.classifier", 1
 MAX_CONFIG_BYTES = 8_000_000  # 100,000 classes with names of 80 letters
 _LARGEST = {"in_channels": 1024, "num_classes": 100_000, "width": 4096}
 _LARGEST_IMAGE = 1024
@@ -185,7 +186,7 @@ def create_classifier(sizes: ClassifierSizes) -> SmallClassifier | TimmClassifie
 def describe_classifier(sizes: ClassifierSizes, class_names: tuple[str, ...]) -> dict[str, Any]:
     """Returns the content of ``config.json``, with which the network is loaded without its data."""
     network = {**asdict(sizes), "image_size": plain_size(sizes.image_size)}
-    return {"format": _FORMAT, "version": _VERSION, "network": network, "class_names": list(class_names)}
+    return {"format": FORMAT, "version": _VERSION, "network": network, "class_names": list(class_names)}
 
 
 def load_classifier(folder: Path) -> FrozenClassifier:
@@ -215,7 +216,7 @@ def _read_config(folder: Path) -> tuple[ClassifierSizes, tuple[str, ...]]:
     if not file.exists():
         raise ValueError(f"classifier {folder} has no {CONFIG_FILE}; `maskgit train-classifier` makes such a folder")
     config = read_json(file, max_bytes=MAX_CONFIG_BYTES)
-    for key, expected in (("format", _FORMAT), ("version", _VERSION)):
+    for key, expected in (("format", FORMAT), ("version", _VERSION)):
         found = config.get(key)  # True == 1 in Python, so a boolean is no version
         if found != expected or isinstance(found, bool):
             raise ValueError(f"classifier {file}: {key} must be {expected!r}, got {shorten(found)}; train it again")

@@ -155,7 +155,7 @@ def _apply_gelu(x: Tensor) -> Tensor:
     With u = sqrt(2 / pi) (x + 0.044715 x^3), 0.5 x (1 + tanh u) = x sigmoid(2 u). Operations on rows that stay in the
     cache take two thirds of the time of torch's GELU.
     """
-    for rows in x.view(-1, x.shape[-1]).split(_ROWS_IN_CACHE):
+    for rows in torch.split(x.view(-1, x.shape[-1]), _ROWS_IN_CACHE):
         rows.mul_(rows.square().mul_(_GELU_SCALE * 0.044715).add_(_GELU_SCALE).mul_(rows).sigmoid_())
     return x
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from maskgit_pl.cli import evaluate
+from maskgit_pl.cli import evaluate, main
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation import evaluator
 from maskgit_pl.pretrained import save_decoding
@@ -17,6 +17,19 @@ from tests.observing import run_on_ranks
 
 def call(*words: object) -> int:
     return call_command(evaluate, "--device", "cpu", "--features", "classifier", *words)
+
+
+@pytest.mark.usefixtures("quick_judge")
+@pytest.mark.parametrize("command", ["evaluate", "evaluate-tokenizer"])
+def test_a_model_in_the_folder_of_the_classifier_is_kept(
+    run_folder: Path, tiny_shards: Path, capsys, command: str
+) -> None:
+    folder = run_folder / "pretrained" / "transformer"
+    before = {file: file.read_bytes() for file in folder.iterdir()}
+    words = ["--data", tiny_shards, "--features", "classifier", "--classifier", folder, "--device", "cpu"]
+    assert main([command, *map(str, [run_folder, *words, "--num-images", 12])]) == 2
+    assert "must hold a classifier of these data" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in folder.iterdir()} == before
 
 
 @pytest.mark.usefixtures("quick_judge")
@@ -94,6 +107,12 @@ def test_an_evaluation_that_was_stopped_goes_on(
     ledger = run_folder / "evaluation" / "ledger.jsonl"
     kept = ledger.read_text()
     images = {file: file.stat().st_mtime_ns for file in (run_folder / "evaluation").glob("samples-*.npz")}
+    # Those of the user, and those of a command that runs at the same time.
+    others = [run_folder / "evaluation" / name for name in ("samples-50k.npz", "samples-0123456789abcdef.npz")]
+    parts = [file.with_name(f"{file.name}.parts") / "0.npz" for file in others]
+    for file in [*others, *parts]:
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
     assert not (run_folder / "evaluation.json").exists()
     call(*words, "--resume")
     assert ledger.read_text().startswith(kept)
@@ -101,6 +120,8 @@ def test_an_evaluation_that_was_stopped_goes_on(
     assert {file: file.stat().st_mtime_ns for file in images} == images
     resumed = json.loads((run_folder / "evaluation.json").read_text())
     call(*words)  # measures again
+    assert all(file.is_file() for file in [*others, *parts])
+    assert all(file.stat().st_mtime_ns > made for file, made in images.items())
     assert len(ledger.read_text().splitlines()) == 2 * (len(kept.splitlines()) + 1)  # nothing is lost
     again = json.loads((run_folder / "evaluation.json").read_text())
     for report in (resumed, again):

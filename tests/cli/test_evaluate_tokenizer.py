@@ -148,6 +148,32 @@ def test_what_is_wrong_is_answered_before_any_work(
         call(judge, colour, "--data", tiny_shards)
 
 
+def test_a_ledger_that_cannot_take_the_row_is_found_before_and_loses_no_report(
+    run_folder: Path, tiny_shards: Path, judge: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = run_folder / "evaluation" / "ledger.jsonl"
+    file.parent.mkdir()
+    file.write_text("{\n")
+    module = "maskgit_pl.evaluation.tokenizer_measurement.measure_tokenizer"
+    with monkeypatch.context() as patch:
+        patch.setattr(module, lambda *_, **__: pytest.fail("measured"))
+        with pytest.raises(ValueError, match=r"ledger\.jsonl: line 1 .*remove the line"):
+            call(judge, run_folder, "--data", tiny_shards)
+        file.unlink()
+        file.mkdir()
+        with pytest.raises(ValueError, match=r"ledger"):
+            call(judge, run_folder, "--data", tiny_shards)
+    file.rmdir()
+
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("maskgit_pl.evaluation.ledger.Ledger.add", full)
+    with pytest.raises(OSError, match="no space left"):
+        call(judge, run_folder, "--data", tiny_shards)
+    assert (run_folder / "tokenizer.json").is_file()
+
+
 def test_the_table_measures_each_tokenizer_once_and_writes_a_row_for_each(
     tiny_shards: Path, judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation import evaluator
 from maskgit_pl.evaluation.ledger import Ledger, Row
 from maskgit_pl.pipeline import MaskGIT
+from maskgit_pl.pipeline.bundled import bundled_models
 from maskgit_pl.pretrained import fingerprint, read_decoding, save_decoding
 from tests.cli.commands import call_command
 from tests.conftest import save_tiny_pretrained
@@ -219,3 +220,39 @@ def test_a_search_with_a_negative_model_records_it_next_to_the_settings(
     assert call(*words, "--negative-model", tmp_path / "moved") == 0
     content = json.loads((run_folder / "pretrained" / "decoding.json").read_text())
     assert (run_folder / "pretrained" / content["negative_model"]["folder"]).samefile(tmp_path / "moved/transformer")
+
+
+@pytest.mark.parametrize(
+    "place", ["pretrained/decoding.json", "pretrained/decoding.json.old", "evaluation/ledger.jsonl"]
+)
+def test_an_output_that_cannot_be_written_is_found_before_the_search(
+    run_folder: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    (run_folder / place).mkdir(parents=True)
+    monkeypatch.setattr(evaluator, "generate_images", lambda *args, **options: pytest.fail("measured"))
+    with pytest.raises(ValueError, match="must be a file, got the folder"):
+        call(run_folder, "--data", tiny_shards, "--num-images", 6, "--trials", 2, "--no-plot")
+    (run_folder / place).rmdir()
+    (run_folder / "tuning").touch()
+    with pytest.raises(ValueError, match="RUN/tuning must be a folder, got the file"):
+        call(run_folder, "--data", tiny_shards, "--num-images", 6, "--trials", 2, "--no-plot")
+
+
+@pytest.mark.parametrize("by_path", [False, True])
+def test_a_model_of_the_package_is_not_changed(tiny_shards: Path, *, by_path: bool) -> None:
+    name, folder = next(iter(bundled_models().items()))
+    with pytest.raises(ValueError, match=rf"{name}; copy it with .*save_pretrained\('DIR'\), and tune DIR"):
+        call(folder if by_path else name, "--data", tiny_shards)
+    assert not (folder / "decoding.json.old").exists()
+
+
+def test_the_page_is_written_even_if_the_decoding_cannot_be(
+    run_folder: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("maskgit_pl.pretrained.save_decoding", full)
+    with pytest.raises(OSError, match="no space left"):
+        call(run_folder, "--data", tiny_shards, "--num-images", 12, "--trials", 6, "--num-steps", "2-4")
+    assert "## Second measurement" in (run_folder / "tuning" / "tuning.md").read_text()

@@ -19,8 +19,9 @@ from maskgit_pl.evaluation.classifier_training import (
     is_trained,
     measure_accuracy,
     obtain_classifier,
+    provide_classifier,
 )
-from maskgit_pl.evaluation.extractors import open_extractors
+from maskgit_pl.evaluation.extractors import check_features, open_extractors
 from maskgit_pl.files import write_tensors
 from maskgit_pl.networks.classifier import load_classifier
 from maskgit_pl.networks.weight_file import read_tensors
@@ -122,6 +123,32 @@ def test_an_error_of_the_rank_that_trains_is_raised_on_all_ranks(tiny_shards: Pa
     assert "Not a directory" in errors.pop()
 
 
+def provide_on_a_rank(rank: int, folder: str, shards: str) -> None:
+    """Writes what a rank finds: the first one trains into an empty folder and refuses one of another network."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    data = ShardData(ShardDataConfig(shards, image_size=8, in_channels=1))
+    data.setup()
+    config = ClassifierConfig(width=4, max_steps=1, batch=20)
+    module.obtain_classifier = lambda *args, **options: obtain_classifier(*args, **options, config=config)
+    provide_classifier(Path(folder) / "judge", data)
+    provide_classifier(Path(folder) / "judge", data)
+    try:
+        provide_classifier(Path(folder) / "other", data)
+    except FileExistsError as error:
+        (Path(folder) / str(rank)).write_text(str(error))
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_the_first_rank_decides_whether_a_classifier_is_trained(tiny_shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    run_ranks(provide_on_a_rank, str(tmp_path), str(tiny_shards))
+    assert (tmp_path / "judge" / "model.safetensors").is_file()
+    for rank in (0, 1):
+        assert "must hold a classifier of these data" in (tmp_path / str(rank)).read_text()
+
+
 def test_a_classifier_of_other_data_is_trained_again(data: ShardData, tmp_path: Path) -> None:
     config = ClassifierConfig(width=4, max_steps=2, batch=20)
     obtain_classifier(tmp_path, data, config=config)
@@ -142,6 +169,63 @@ def test_a_classifier_of_an_older_kind_is_trained_again(data: ShardData, tmp_pat
     obtain_classifier(tmp_path, data, config=config)
     assert is_trained(tmp_path, data, config)
     assert not is_trained(tmp_path, data, replace(config, model="resnet18"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_a_classifier_of_the_same_data_is_used_whatever_its_training_is(
+    data: ShardData, tmp_path: Path, *, replaces: bool
+) -> None:
+    obtain_classifier(tmp_path, data, config=ClassifierConfig(width=4, max_steps=2, batch=20, seed=5))
+    before = contents(tmp_path)
+    open_extractors(tmp_path, data, features=["classifier"], device="cpu", replaces=replaces)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("change", ["data", "class_names", "network", "format", "weights only"])
+def test_a_named_folder_with_something_else_is_refused_and_kept(data: ShardData, tmp_path: Path, change: str) -> None:
+    obtain_classifier(tmp_path, data, config=ClassifierConfig(width=4, max_steps=2, batch=20))
+    file = tmp_path / "config.json"
+    key = json.loads(file.read_text())
+    changes = {"data": "other", "class_names": ["a", "b", "c"], "network": {**key["network"], "in_channels": 3},
+               "format": "maskgit_pl.tokenizer"}  # fmt: skip
+    if change == "weights only":
+        file.unlink()
+    else:
+        file.write_text(json.dumps({**key, change: changes[change]}))
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError, match=r"must hold a classifier of these data.*name an empty folder"):
+        open_extractors(tmp_path, data, features=["classifier"], device="cpu")
+    assert contents(tmp_path) == before
+
+
+def test_in_the_shared_folder_a_classifier_of_other_data_is_replaced_but_no_other_network(
+    data: ShardData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ClassifierConfig(width=4, max_steps=2, batch=20)
+    monkeypatch.setattr(module, "obtain_classifier", lambda *args, **options: obtain_classifier(*args, config=config))
+    provide_classifier(tmp_path, data, replaces=True)
+    file = tmp_path / "config.json"
+    key = json.loads(file.read_text())
+    for old in (json.dumps({**key, "data": "other"}), '{"data": "eaced5", "width": 4}', "{"):
+        file.write_text(old)
+        provide_classifier(tmp_path, data, replaces=True)
+        assert json.loads(file.read_text()) == key
+    file.write_text(json.dumps({**key, "format": "maskgit_pl.tokenizer"}))
+    with pytest.raises(FileExistsError, match="must hold a classifier of these data"):
+        provide_classifier(tmp_path, data, replaces=True)
+
+
+def test_a_named_folder_is_checked_before_hours_of_training(data: ShardData, tmp_path: Path) -> None:
+    check_features(["classifier"], classifier=tmp_path / "missing")
+    check_features(["classifier"], classifier=tmp_path)
+    (tmp_path / "config.json").write_text('{"format": "maskgit_pl.tokenizer"}')
+    check_features(["lite0"], classifier=tmp_path)
+    with pytest.raises(FileExistsError, match="must hold a classifier of these data"):
+        check_features(["classifier"], classifier=tmp_path)
 
 
 def test_training_does_not_depend_on_where_images_are_read_from(data: ShardData) -> None:

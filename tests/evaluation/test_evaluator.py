@@ -241,6 +241,24 @@ def test_values_are_those_of_the_features_of_the_network(folder: Path, tmp_path:
     assert not list(tmp_path.glob("*.npz"))  # forgotten
 
 
+def test_few_or_equal_real_images_of_a_class_leave_only_the_diversity_out(folder: Path, tmp_path: Path) -> None:
+    save_uneven_shards(tmp_path / "single", [30, 30], [3])  # one of each class
+    data = ShardData(ShardDataConfig(str(tmp_path / "single"), image_size=8, in_channels=1, validation_batch=10))
+    data.setup()
+    network = few()
+    reference = obtain_references(tmp_path / "kept", data, [network])["classifier"]
+    single = FeatureMetrics(network, reference, read_real_labels(data))
+    equal = FeatureMetrics(network, reference, torch.zeros(3, dtype=torch.int64))
+    equal.reference.features.pooled[:] = 0
+    for each in (single, equal):
+        evaluator, model = opened(folder, Ledger(tmp_path / "ledger.jsonl"))
+        evaluator.networks = {"classifier": each}
+        numbers = collect_numbers(evaluator.measure_samples(model, DECODING, num_images=12, seed=0))
+        assert "diversity" not in numbers
+        assert numbers["class_agreement"] >= 0
+        (tmp_path / "ledger.jsonl").unlink()
+
+
 def test_the_floor_is_the_distance_of_the_same_number_of_real_images(folder: Path, tmp_path: Path) -> None:
     evaluator, _ = opened(folder, Ledger(tmp_path / "ledger.jsonl"))
     floor, again, all_of_them = (evaluator.measure_real(num_images=count)["classifier"] for count in (30, 30, 1000))

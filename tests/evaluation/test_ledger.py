@@ -191,3 +191,22 @@ def test_a_ledger_that_is_not_a_regular_file_is_refused(tmp_path: Path) -> None:
 def test_a_spreadsheet_has_every_column_unrounded() -> None:
     rows = [{"a": 0.1 + 0.2, "b": None}, {"a": 1, "c": {"z": 1, "d": True}}]
     assert format_csv(rows) == 'a,b,c\n0.30000000000000004,,\n1,,"{""d"": true, ""z"": 1}"\n'
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"numbers": {"fid/classifier": 1e308}}, r"fid/classifier.* must be a number in \[-1e100, 1e100\]"),
+        ({"real": {"fid/classifier": -1e101}}, r"must be a number in \[-1e100, 1e100\]"),
+        ({"fid": 1e308}, r"fid must be a number in \[-1e100, 1e100\]"),
+        ({"dataset": None}, "dataset must have a value"),
+    ],
+)
+def test_a_row_of_an_ablation_has_bounded_numbers_and_the_name_of_its_data(
+    tmp_path: Path, changes: dict[str, Any], match: str
+) -> None:
+    own = {"ablation": "a", "plan": "p", "place": 0, "variant": "base", "seed": 0, "numbers": {}, "protocol": {}}
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.add("ablation", own | {"dataset": "shoes"})
+    with pytest.raises(ValueError, match=match):
+        ledger.add("ablation", own | {"dataset": "shoes"} | changes)

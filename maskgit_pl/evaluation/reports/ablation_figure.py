@@ -12,7 +12,7 @@ from maskgit_pl.text import plain_label
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["draw_ablation"]
+__all__ = ["choose_metrics", "draw_ablation"]
 
 _PANELS = 6
 _COLUMNS = 3
@@ -26,7 +26,7 @@ def draw_ablation(summary: Summary) -> bytes:
     The colour tells whether a variant differs from the reference by more than the spread of the seeds.
 
     Args:
-        summary: Results, at least one.
+        summary: Results, with at least one metric to draw.
 
     Returns:
         A PNG.
@@ -34,7 +34,7 @@ def draw_ablation(summary: Summary) -> bytes:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    metrics = _choose_metrics(summary)
+    metrics = choose_metrics(summary)
     labels = [label for label in summary.protocol.variants if label in summary.spreads]
     rows = -(-len(metrics) // _COLUMNS)
     columns = min(_COLUMNS, len(metrics))
@@ -58,7 +58,7 @@ def draw_ablation(summary: Summary) -> bytes:
     return figure_to_png(page)
 
 
-def _choose_metrics(summary: Summary) -> list[str]:
+def choose_metrics(summary: Summary) -> list[str]:
     """Returns the metrics of the panels: each kind once, in the first network."""
     chosen: dict[str, str] = {}
     for name in summary.compared:

@@ -32,7 +32,7 @@ from maskgit_pl.evaluation.reconstruction import measure_reconstruction
 from maskgit_pl.evaluation.reference import iter_real_batches
 from maskgit_pl.evaluation.reports.ablation_protocol import AblationProtocol
 from maskgit_pl.evaluation.reports.options import ReportOptions
-from maskgit_pl.evaluation.run_folders import RunFolders
+from maskgit_pl.evaluation.run_folders import RunFolders, data_name
 from maskgit_pl.image_format import ImageSize, as_image_size
 from maskgit_pl.pretrained import fingerprint, load_tokenizer, read_config
 from maskgit_pl.progress import Bars, no_bars
@@ -173,7 +173,7 @@ class _Ablation:
         )
         return Evaluator(
             data,
-            dataset=self.runs.shards.name,
+            dataset=data_name(self.runs.shards),
             networks=networks,
             ledger=self.ledger,
             bars=self.bars,

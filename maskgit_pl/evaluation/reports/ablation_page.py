@@ -8,7 +8,7 @@ from typing import Any
 from maskgit_pl.evaluation.ledger import Row, read_number
 from maskgit_pl.evaluation.metric_names import direction, find_metric, format_value, title
 from maskgit_pl.evaluation.pages import Page, heading, markdown_table, paragraph
-from maskgit_pl.evaluation.reports.ablation_figure import draw_ablation
+from maskgit_pl.evaluation.reports.ablation_figure import choose_metrics, draw_ablation
 from maskgit_pl.evaluation.reports.ablation_summary import Spread, Summary, chance_of_separation, summarize
 from maskgit_pl.text import markdown
 
@@ -41,7 +41,7 @@ def make_ablation_page(name: str, rows: Sequence[Row]) -> Page:
     if not rows:
         raise ValueError(f"ablation {name}: there must be at least one row, got none; run it without --page-only first")
     summary = summarize(rows)
-    pictures = {f"{name}.png": draw_ablation(summary)} if summary.spreads else {}
+    pictures = {f"{name}.png": draw_ablation(summary)} if choose_metrics(summary) else {}
     return Page(name, ablation_markdown(name, summary), [_flatten(row) for row in rows], pictures)
 
 
@@ -50,7 +50,8 @@ def ablation_markdown(name: str, summary: Summary) -> str:
     lines = heading(f"Ablation: {markdown(name.removeprefix('ablation-'))}", summary.protocol.command)
     lines += [*_explain(summary), ""]
     if summary.spreads:
-        lines += ["## Results", "", *_result_lines(summary), "", f"![results]({name}.png)", ""]
+        lines += ["## Results", "", *_result_lines(summary), ""]
+        lines += [f"![results]({name}.png)", ""] if choose_metrics(summary) else []
         lines += [f"## Difference from {markdown(summary.protocol.reference)}", "", *_difference_lines(summary), ""]
     lines += ["## Training", "", *_training_lines(summary), ""]
     if summary.failures or summary.missing:

@@ -124,7 +124,7 @@ def summarize(rows: Sequence[Row]) -> Summary:
     metrics = tuple(sorted(shown, key=lambda name: _place(name, protocol.first)))
     spreads: dict[str, dict[str, Spread]] = {}
     for label in protocol.variants:
-        own = [row for row in rows if row["variant"] == label and row["numbers"]]
+        own = [row for row in rows if row["variant"] == label and not row["numbers"].keys().isdisjoint(metrics)]
         if own:
             spreads[label] = {
                 name: Spread({row["seed"]: float(row["numbers"][name]) for row in own if name in row["numbers"]})

@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
+from maskgit_pl.checks import shorten
+from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
 from maskgit_pl.evaluation.pages import command_line
 from maskgit_pl.evaluation.reports.ablation_protocol import select_rows
 from maskgit_pl.evaluation.reports.options import ReportOptions, TimingOptions
@@ -137,7 +138,18 @@ def ablation(
 
     rows = select_rows(Ledger(options.results / FILE_NAME).rows("ablation"), name)
     page = make_ablation_page(name, rows)
-    return replace(page, folder=options.results / str(rows[-1]["dataset"])), failures
+    return replace(page, folder=_dataset_folder(options.results, rows)), failures
+
+
+def _dataset_folder(results: Path, rows: Sequence[Row]) -> Path:
+    """Returns the folder of a page. The name of the data comes from the ledger, which may be that of a stranger."""
+    dataset = str(rows[-1]["dataset"])
+    if dataset == ".." or Path(dataset).name != dataset:
+        raise ValueError(
+            f"ledger: ablation {rows[-1]['ablation']}: dataset must be the name of a folder without a path, got "
+            f"{shorten(dataset)}; remove its lines, or make the page with another --results"
+        )
+    return results / dataset
 
 
 def figure_4(run: Path | str | None = None, options: TimingOptions | None = None, *, bars: Bars = no_bars) -> Page:

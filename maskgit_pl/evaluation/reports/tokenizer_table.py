@@ -11,7 +11,7 @@ from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
 from maskgit_pl.evaluation.metric_names import format_value, title
 from maskgit_pl.evaluation.pages import Page, code_cell, heading, markdown_table, paragraph
 from maskgit_pl.evaluation.reports.options import ReportOptions
-from maskgit_pl.evaluation.run_folders import RunFolders
+from maskgit_pl.evaluation.run_folders import RunFolders, data_name
 from maskgit_pl.evaluation.tokenizer_measurement import feature_digests, measure_tokenizer
 from maskgit_pl.evaluation.tokenizer_options import TokenizerOptions, check_tokenizer_data
 from maskgit_pl.evaluation.tokenizer_report import make_tokenizer_report, tokenizer_key
@@ -51,7 +51,7 @@ def measure_tokenizers(folders: Sequence[RunFolders], options: ReportOptions, co
         rows.append({**row, "run": each.run.name})
     text = describe_held_out(folders[0].data, summaries[0])["text"]
     page = make_tokenizer_page(rows, command=command, held_out=text)
-    return Page(page.name, page.markdown, page.rows, folder=options.results / folders[0].data.name)
+    return Page(page.name, page.markdown, page.rows, folder=options.results / data_name(folders[0].data))
 
 
 def make_tokenizer_page(rows: Sequence[Row], *, command: str, held_out: str) -> Page:

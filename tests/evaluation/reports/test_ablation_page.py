@@ -186,3 +186,27 @@ def test_a_page_of_a_stranger_s_words_keeps_its_structure(word: str) -> None:
 def test_a_wrong_protocol_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="ablation-depth: protocol"):
         summarize([row("base", 0, 1.0) | change])
+
+
+@pytest.mark.parametrize("dataset", ["/tmp/x", "../../x", "..", ".", "a/b", "a/.."])
+def test_a_ledger_cannot_name_a_folder_outside_the_results(tmp_path: Path, dataset: str) -> None:
+    ledger = Ledger(tmp_path / "results" / FILE_NAME)
+    for each in rows(dataset=dataset):
+        ledger.add("ablation", each)
+    with pytest.raises(ValueError, match="ablation-depth: dataset must be the name of a folder without a path"):
+        reports.ablation(None, reports.ReportOptions(results=tmp_path / "results"), name="ablation-depth")
+
+
+@pytest.mark.parametrize("numbers", [{"zzz": 1.0}, {"seconds_per_image": 1.0}, {"zzz": 1.0, "seconds_per_image": 1.0}])
+def test_a_page_without_compared_metrics_has_no_figure(numbers: dict[str, float]) -> None:
+    page = make_ablation_page("x", rows(numbers=numbers))
+    assert page.pictures == {}
+    assert "x.png" not in page.markdown
+    assert ("ms per image" in page.markdown) == ("seconds_per_image" in numbers)
+
+
+def test_a_page_is_made_from_the_largest_numbers_of_a_ledger(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / FILE_NAME)
+    for seed, value in enumerate((-1e100, 1e100)):
+        ledger.add("ablation", row("base", seed, None, numbers={"fid/classifier": value}))
+    assert make_ablation_page("x", ledger.rows("ablation")).pictures["x.png"].startswith(b"\x89PNG")
