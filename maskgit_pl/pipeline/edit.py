@@ -221,6 +221,8 @@ class Editor(Generator):
     ) -> StepsOfImages:
         """Yields the decoding steps of ``outpaint``, each of the whole canvas. See ``inpaint_steps``."""
         self.transformer.schedule_for("outpaint")
+        if "fit" in options:
+            raise TypeError("option 'fit': outpaint takes images of any size and crops none; leave it out")
         read, request = self._edit_request(classes, options)
         factor, size = self.tokenizer.network.config.downsampling_factor, self.tokenizer.image_size
         pixels = editing.image_pixels(image, channels=self.tokenizer.network.config.in_channels)
