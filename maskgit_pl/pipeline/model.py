@@ -205,7 +205,15 @@ class MaskGIT(Editor):
             "no class" if label == self.outline.null_label else self.class_names[label] for label in request.labels
         ]
         steps = list(self._decode(request, range(len(names))))
-        return Recording(steps, self.tokenizer.decode, self.tokenizer.grid, decoding, names, request.seeds)
+        return Recording(
+            steps,
+            self.tokenizer.decode,
+            self.tokenizer.grid,
+            decoding,
+            names,
+            request.seeds,
+            token_size=self.outline.token_size,
+        )
 
     def quantize(self) -> MaskGIT:
         """Returns the pipeline with 8-bit linear layers in the transformer, which is approximate and faster on a CPU.
