@@ -271,6 +271,22 @@ def test_every_form_of_a_mask_is_the_same_mask(tmp_path) -> None:
         assert torch.equal(mask_pixels(given), mask)
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pixels_of_a_mask_are_kept(tmp_path, mode) -> None:
+    colours = [(255, 255, 255, 255), (255, 255, 255, 127), (255, 255, 255, 128), (255, 255, 255, 0), (0, 0, 0, 0)]
+    colours.append((0, 0, 0, 255))
+    picture = Image.new("P" if mode == "P" else "RGBA", (6, 1))
+    picture.putdata(range(6) if mode == "P" else colours)
+    if mode == "P":
+        picture.putpalette([number for colour in colours for number in colour[:3]])
+        picture.info["transparency"] = bytes(colour[3] for colour in colours)
+    else:
+        picture = picture.convert(mode)
+    picture.save(tmp_path / "mask.png")
+    for given in (picture, tmp_path / "mask.png"):
+        assert torch.equal(mask_pixels(given), mask_of("#.#..."))
+
+
 @pytest.mark.parametrize("mask", [torch.ones(2, 2), np.ones((2, 2), dtype=np.uint8), torch.ones(1, 2, 2) > 0])
 def test_arrays_that_are_no_mask_are_refused(mask) -> None:
     with pytest.raises(ValueError, match=r"mask must be \(H, W\) bool.*mask >= 128"):

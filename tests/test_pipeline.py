@@ -516,6 +516,12 @@ def test_what_cannot_lie_on_a_canvas_is_refused(pipe, call, message) -> None:
         call(pipe)
 
 
+def test_outpainting_does_not_take_the_option_to_crop(pipe) -> None:
+    for fit in (True, False):
+        with pytest.raises(TypeError, match="option 'fit': outpaint takes images of any size and crops none"):
+            pipe.outpaint(picture(), right=2, fit=fit)
+
+
 def test_a_class_is_edited_under_a_mask_as_in_a_box(pipe) -> None:
     in_box = pipe.edit_class(picture(), BOX, 1, output_type="pt")
     assert torch.equal(pipe.edit_class(picture(), box_pixels(), 1, output_type="pt"), in_box)

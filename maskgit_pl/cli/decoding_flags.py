@@ -79,10 +79,11 @@ def read_decoding_flags(
         has_negative_class: True if ``--negative-class`` is given.
     """
     settings = {name: _value(name, getattr(args, name), hint) for name, hint in _types().items()}
-    has_negative = has_negative_class or outline.null_label is not None or outline.has_negative_model
-    has_negative = has_negative or args.negative_model is not None
+    given, names_negative_model = _read_file(args.decoding) or (None, outline.has_negative_model)
+    has_negative = has_negative_class or outline.null_label is not None
+    has_negative = has_negative or args.negative_model is not None or names_negative_model
     with use_flag_names(args):
-        decoding = outline.decoding_with(**settings, decoding=_read_file(args.decoding))
+        decoding = outline.decoding_with(**settings, decoding=given)
         outline.check_decoding(decoding, has_negative_class=has_negative)
     check_negative_model_flag(args)
     return decoding
@@ -118,11 +119,13 @@ def _value(name: str, given: Any, hint: Any) -> Any:
     return numbers[0] if len(numbers) == 1 and float in get_args(hint) else numbers
 
 
-def _read_file(file: Path | None) -> DecodingConfig | None:
+def _read_file(file: Path | None) -> tuple[DecodingConfig, bool] | None:
+    """Returns the settings of a file, and True if it names a negative model; None without a file."""
     if file is None:
         return None
     if not file.is_file():
         raise FileNotFoundError(f"--decoding {file}: no such file; `maskgit tune` writes RUN/pretrained/decoding.json")
     from maskgit_pl.decoding.settings_file import read_settings_file
 
-    return read_settings_file(file)[0]
+    decoding, content = read_settings_file(file)
+    return decoding, content.get("negative_model") is not None

@@ -56,7 +56,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
             "--mask",
             type=Path,
             metavar="FILE.png",
-            help="region to generate: a picture of the size of IMAGE, white inside the region",
+            help="region to generate: a picture of the size of IMAGE, white inside the region; black and transparent "
+            "pixels stay",
         )
         parser.add_argument(
             "--fit", action="store_true", help="crop the centre of IMAGE and resize it to the size of the model"

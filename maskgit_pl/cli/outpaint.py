@@ -50,7 +50,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("image", type=Path, metavar="IMAGE", help="JPEG, PNG or WebP file, of any size")
     for side in _SIDES:
         parser.add_argument(
-            f"--{side}", type=int, default=0, metavar="PIXELS", help="pixels to add on this side (default: 0)"
+            f"--{side}", type=int, metavar="PIXELS", help="pixels to add on this side (default: that of --all, or 0)"
         )
     parser.add_argument("--all", type=int, metavar="PIXELS", help="pixels to add on each side that is not given")
     add_overlap_argument(parser)
@@ -111,8 +111,8 @@ def _read_margins(args: argparse.Namespace) -> Margins:
     """Returns the pixels to add on each side from the flags, checked without the image."""
     from maskgit_pl.editing import Margins  # imports neither torch nor PIL
 
-    # --all fills in the sides that are 0 or not given.
-    sides = {side: getattr(args, side) or (args.all or 0) for side in _SIDES}
+    given = {side: getattr(args, side) for side in _SIDES}
+    sides = {side: (args.all or 0) if pixels is None else pixels for side, pixels in given.items()}
     if not any(sides.values()):
         raise ValueError("one of --left, --right, --up, --down and --all must be > 0 pixels, got none")
     with use_flag_names(args):

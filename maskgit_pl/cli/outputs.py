@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maskgit_pl.cli.flags import FOLDER, make_folder
+from maskgit_pl.image_format import height_width
 from maskgit_pl.runs.units import count_text
 
 if TYPE_CHECKING:
@@ -106,10 +107,11 @@ def recording_of(
         return None
     from maskgit_pl.pipeline.display import Recording
 
-    # A canvas of outpaint or panorama has another grid than the images of the model.
-    grid = pipe.tokenizer.network.config.grid((images.shape[-2], images.shape[-1]))
-    decode, count = partial(pipe.tokenizer.decode, grid=grid), len(steps[0].tokens)
-    return Recording(steps, decode, grid, decoding, captions[:count], seeds[:count], requested)
+    size, tokenizer, count = (images.shape[-2], images.shape[-1]), pipe.tokenizer, len(steps[0].tokens)
+    grid, decode = tokenizer.network.config.grid(size), tokenizer.decode
+    if size != height_width(tokenizer.image_size):  # a canvas of outpaint or panorama
+        decode = partial(tokenizer.decode, grid=grid)
+    return Recording(steps, decode, grid, decoding, captions[:count], seeds[:count], requested, pipe.outline.token_size)
 
 
 def write_generated(

@@ -18,7 +18,7 @@ from maskgit_pl.cli.outputs import (
     wants_decoding,
     write_generated,
 )
-from maskgit_pl.image_format import height_width, pixels_text
+from maskgit_pl.image_format import pixels_text
 from maskgit_pl.runs.units import count_text
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_classes_argument(parser)
     parser.add_argument("--width", type=int, required=True, metavar="PIXELS", help="width of each image")
     parser.add_argument(
-        "--height", type=int, metavar="PIXELS", help="height of each image (default: the model's image size)"
+        "--height", type=int, metavar="PIXELS", help="height of each image (default: that of the model's images)"
     )
     add_overlap_argument(parser)
     add_decoding_arguments(parser)
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     from maskgit_pl.editing import check_canvas
 
     # The size and the settings are checked before torch is imported.
-    height = height_width(outline.image_size)[0] if args.height is None else args.height
+    height = outline.least_canvas[0] if args.height is None else args.height
     with use_flag_names(args):
         check_canvas(height, args.width, factor=outline.token_size, least=outline.image_size)
     outline.check_parallel("panorama")

@@ -112,6 +112,12 @@ def run(args: argparse.Namespace) -> int:
             f"{bulk['num_images']}"
         )
     vectors = read_vectors_flag(args, outline)
+    if args.accept_rate is not None and vectors is not None and len(vectors) > 1:
+        # The best candidates of a class may all have the same vector.
+        raise ValueError(
+            f"--vectors {args.vectors} must hold 1 vector with --accept-rate, which chooses among all images of a "
+            f"class, got {len(vectors)}; give them one at a time"
+        )
     if bulk is None:
         pipe = open_pipe(folder, args)
         give_vectors(pipe, vectors, seed=args.seed)

@@ -23,7 +23,7 @@ def add_vectors_argument(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE.npy",
         help="array with one vector per row, for a model that was trained with vectors: makes one image of each class "
-        "for each row, or takes the rows in turn with --num-images",
+        "for each row, or takes the rows in turn with --num-images; one row only with --accept-rate",
     )
 
 

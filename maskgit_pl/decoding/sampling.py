@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["CodeSampling", "Temperature"]
 
 Temperature = float | tuple[float, float]
+_GREEDY = 1e30  # factor of the logits from which the likeliest code is taken: their products leave float32 at 3e38
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,9 @@ class CodeSampling:
             sharpness: Positive factor of the logits, from the token selector.
         """
         temperature = self.temperature_at(progress)
-        if temperature == 0:
+        factor = math.inf if temperature == 0 else sharpness / temperature
+        if factor > _GREEDY:
             return logits.argmax(-1)
-        factor = sharpness / temperature
         # A factor of 1 is the default; skipping it saves a copy of B M K numbers.
         return noise.draw(self.truncate(logits if factor == 1 else logits * factor), positions, step)
 

@@ -119,7 +119,7 @@ def check_canvas(height: int, width: int, *, factor: int, least: ImageSize) -> t
         number = check_integer(name, value, f"[1, {MAX_PIXELS}]")
         if number < own:
             raise ValueError(f"{name} must be >= {own} pixels, the {name} of the model's images, got {number}")
-        _check_whole_tokens(name, number, factor)
+        _check_whole_tokens(name, number, factor, least=own)
     height, width = int(height), int(width)
     if height * width > MAX_PIXELS:
         name = "height" if height > width else "width"
@@ -129,12 +129,12 @@ def check_canvas(height: int, width: int, *, factor: int, least: ImageSize) -> t
     return height, width
 
 
-def _check_whole_tokens(name: str, value: int, factor: int) -> None:
+def _check_whole_tokens(name: str, value: int, factor: int, *, least: int = 0) -> None:
     if value % factor:
         lower = value - value % factor
+        fitting = " or ".join(str(number) for number in (lower, lower + factor) if number >= least)
         raise ValueError(
-            f"{name} must be a multiple of {factor} pixels, the size of a token, got {value}; use {lower} or "
-            f"{lower + factor}"
+            f"{name} must be a multiple of {factor} pixels, the size of a token, got {value}; use {fitting}"
         )
 
 

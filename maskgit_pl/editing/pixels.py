@@ -113,6 +113,7 @@ def mask_pixels(mask: MaskLike, *, name: str = "mask") -> Tensor:
 
     Args:
         mask: File or PIL image, white (grey value >= 128) where pixels are generated, or a bool tensor or array (H, W).
+            Transparent pixels are composited over black, so that they stay as they are.
         name: Word for the mask in an error, if it is not a file.
 
     Returns:
@@ -130,7 +131,9 @@ def mask_pixels(mask: MaskLike, *, name: str = "mask") -> Tensor:
     if isinstance(mask, str | Path) and not Path(mask).exists():
         raise FileNotFoundError(f"mask {printable(mask)}: no such file; name a JPEG, PNG or WebP file")
     if isinstance(mask, str | Path | Image.Image):
-        return image_pixels(mask, channels=1, name=name)[0] >= _WHITE
+        grey_alpha = image_pixels(mask, channels=2, name=name).int()
+        # Over black: nothing is painted where the picture is transparent.
+        return grey_alpha[0] * grey_alpha[1] >= _WHITE * 255
     if not isinstance(mask, torch.Tensor | np.ndarray) or (isinstance(mask, np.ndarray) and mask.dtype.hasobject):
         raise TypeError(f"{name} must be a file, a PIL image or (H, W) bool, got {shorten(mask)}")
     made = torch.as_tensor(mask).cpu()

@@ -63,7 +63,7 @@ def decoding_frames(
     steps: Sequence[DecodingStep],
     images: Sequence[Tensor],
     *,
-    grid: tuple[int, int],
+    token_size: int,
     num_steps: int,
     windows: Sequence[int],
     title: str,
@@ -78,7 +78,7 @@ def decoding_frames(
     Args:
         steps: Decoding steps of n images, all or some of them.
         images: Decoded tokens of each step, (n, C, H, W) uint8.
-        grid: Rows and columns of tokens (h, w).
+        token_size: Height and width of a token in pixels.
         num_steps: Number of decoding steps T.
         windows: Number of the window of each step. See ``number_windows``.
         title: Head line of all frames.
@@ -90,7 +90,7 @@ def decoding_frames(
     legend = _legend(steps, requested)
     frames = []
     for step, decoded, window in zip(steps, images, windows, strict=True):
-        above = [token_panel(step, row, decoded[row], grid, requested=requested) for row in range(len(decoded))]
+        above = [token_panel(step, row, decoded[row], token_size, requested=requested) for row in range(len(decoded))]
         below = [enlarge(image, panel_scale(decoded, PANEL_SIZE)) for image in decoded]
         frame = lay_out([*above, *below], rows=2, columns=len(decoded), column_captions=captions)
         where = f"window {window}, " if windows[-1] > 1 else ""
@@ -103,7 +103,7 @@ def decoding_filmstrip(
     steps: Sequence[DecodingStep],
     images: Sequence[Tensor],
     *,
-    grid: tuple[int, int],
+    token_size: int,
     windows: Sequence[int],
     title: str,
     row: int = 0,
@@ -122,7 +122,7 @@ def decoding_filmstrip(
     Args:
         steps: Decoding steps of n images, all or some of them, with the first.
         images: Decoded tokens of each step, (n, C, H, W) uint8.
-        grid: Rows and columns of tokens (h, w).
+        token_size: Height and width of a token in pixels.
         windows: Number of the window of each step. See ``number_windows``.
         title: Head line.
         row: Index of the image in [0, n).
@@ -135,12 +135,14 @@ def decoding_filmstrip(
     drawn = [step.confidence * (step.was_masked & ~hidden) for step, hidden in zip(steps, undrawn, strict=True)]
     top = max(1e-9, *(float(values[row].max()) for values in drawn))
     kinds = {
-        "mask": [_cells_panel(image, grid, filled=step.was_masked[row], requested=requested) for step, image in chosen],
+        "mask": [
+            _cells_panel(image, token_size, filled=step.was_masked[row], requested=requested) for step, image in chosen
+        ],
         "confidence": [
-            confidence_panel(step.confidence[row] / top, image, grid, undrawn=hidden[row])
+            confidence_panel(step.confidence[row] / top, image, token_size, undrawn=hidden[row])
             for (step, image), hidden in zip(chosen, undrawn, strict=True)
         ],
-        "newly kept": [token_panel(step, row, image, grid, requested=requested) for step, image in chosen],
+        "newly kept": [token_panel(step, row, image, token_size, requested=requested) for step, image in chosen],
         "image": [enlarge(image, scale) for _, image in chosen],
     }
     texts = [f"step {step.step + 1}: {int(step.still_masked[row].sum())} masked" for step, _ in chosen]
@@ -163,7 +165,7 @@ def token_panel(
     step: DecodingStep,
     row: int,
     image: Tensor,
-    grid: tuple[int, int],
+    token_size: int,
     *,
     size: int = PANEL_SIZE,
     requested: Tensor | None = None,
@@ -174,13 +176,13 @@ def token_panel(
         step: Decoding step of n images.
         row: Index of the image in [0, n).
         image: Decoded tokens of the step, (C, H, W) uint8.
-        grid: Rows and columns of tokens (h, w).
+        token_size: Height and width of a token in pixels.
         size: Smallest length of the longer edge of the picture in pixels, and twice that of the shorter edge.
         requested: (H, W) bool, the pixels that the user of an edit named, which get an outline; None for no edit.
     """
     was, still = step.was_masked[row], step.still_masked[row]
     framed = {NEW: was & ~still, REMASKED: still & ~was}
-    return _cells_panel(image, grid, filled=still, framed=framed, size=size, requested=requested)
+    return _cells_panel(image, token_size, filled=still, framed=framed, size=size, requested=requested)
 
 
 def undrawn_tokens(step: DecodingStep, first: DecodingStep) -> Tensor:
@@ -194,21 +196,23 @@ def undrawn_tokens(step: DecodingStep, first: DecodingStep) -> Tensor:
 
 
 def confidence_panel(
-    values: Tensor, image: Tensor, grid: tuple[int, int], *, undrawn: Tensor, size: int = PANEL_SIZE
+    values: Tensor, image: Tensor, token_size: int, *, undrawn: Tensor, size: int = PANEL_SIZE
 ) -> Image.Image:
     """Draws values of the tokens as colors of viridis, from dark (0) to bright (1), as large as the image.
 
     Args:
         values: (N,) float; those above 1 are as bright as 1.
         image: (C, H, W) uint8, which gives the size.
-        grid: Rows and columns of tokens (h, w).
+        token_size: Height and width of a token in pixels.
         undrawn: (N,) bool, the tokens that are white. See ``undrawn_tokens``.
         size: See ``token_panel``.
     """
     scale, colors = panel_scale(image, size), viridis(values.tolist())
     panel = Image.new("RGB", (image.shape[-1] * scale, image.shape[-2] * scale), PAPER)
     draw = ImageDraw.Draw(panel)
-    for box, color, is_undrawn in zip(_boxes(image.shape[-2:], grid, scale), colors, undrawn.tolist(), strict=True):
+    for box, color, is_undrawn in zip(
+        _boxes(image.shape[-2:], token_size, scale), colors, undrawn.tolist(), strict=True
+    ):
         draw.rectangle(box, PAPER if is_undrawn else color, MASKED if is_undrawn else None)
     return panel
 
@@ -229,7 +233,7 @@ def _legend(steps: Sequence[DecodingStep], requested: Tensor | None) -> list[tup
 
 def _cells_panel(
     image: Tensor,
-    grid: tuple[int, int],
+    token_size: int,
     *,
     filled: Tensor,
     framed: Mapping[tuple[int, int, int], Tensor] | None = None,
@@ -238,7 +242,7 @@ def _cells_panel(
 ) -> Image.Image:
     """Draws an image (C, H, W) uint8 with tokens filled in grey or framed in a color, each given as (N,) bool."""
     scale = panel_scale(image, size)
-    panel, boxes = enlarge(image, scale), _boxes(image.shape[-2:], grid, scale)
+    panel, boxes = enlarge(image, scale), _boxes(image.shape[-2:], token_size, scale)
     draw = ImageDraw.Draw(panel)
     for box, masked in zip(boxes, filled.tolist(), strict=True):
         if masked:
@@ -251,14 +255,14 @@ def _cells_panel(
     return panel if requested is None else draw_outline(panel, requested, REQUESTED)
 
 
-def _boxes(size: Sequence[int], grid: tuple[int, int], scale: int) -> list[tuple[int, int, int, int]]:
+def _boxes(size: Sequence[int], token_size: int, scale: int) -> list[tuple[int, int, int, int]]:
     """Returns (left, top, right, bottom), all inclusive, of each token in an image (H, W) enlarged by ``scale``.
 
     The tokens are in raster order. Those in the last row and column may reach beyond the image.
     """
-    height, width = (math.ceil(pixels / cells) * scale for pixels, cells in zip(size, grid, strict=True))
+    (rows, columns), side = (math.ceil(pixels / token_size) for pixels in size), token_size * scale
     return [
-        (column * width, row * height, (column + 1) * width - 1, (row + 1) * height - 1)
-        for row in range(grid[0])
-        for column in range(grid[1])
+        (column * side, row * side, (column + 1) * side - 1, (row + 1) * side - 1)
+        for row in range(rows)
+        for column in range(columns)
     ]

@@ -222,8 +222,10 @@ def read_widths(tensors: Mapping[str, Tensor], first: str, blocks: list[str]) ->
         blocks: Name of the weight of the first convolution of each level.
 
     Raises:
-        ValueError: if a tensor is missing, or a level is no multiple of the first convolution.
+        ValueError: if a tensor is missing, there is no level, or a level is no multiple of the first convolution.
     """
+    if not blocks:
+        raise ValueError("tensors are missing: those of the levels of the encoder")
     channels = read_shape(tensors, first, axes=4)[0]
     widths = [read_shape(tensors, name, axes=4)[0] for name in blocks]
     if not channels or any(width % channels for width in widths):

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from maskgit_pl.checks import shorten
 from maskgit_pl.importers.files import check_torch_file
 from maskgit_pl.networks.weight_file import check_archive, read_tensors
 
@@ -32,11 +34,12 @@ def read_checkpoint(file: Path, *, entries: Sequence[str]) -> tuple[dict[str, An
             entry is a state dict itself.
 
     Returns:
-        The state dict, whose values are not checked, and the names of the other entries.
+        The state dict, with texts as names and values of any type, and the names of the other entries.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is of another format, damaged, or holds a Python object.
+        ValueError: if it is of another format, damaged, or holds a Python object, a name that is no text, or a sparse
+            or nested tensor.
     """
     kind = check_torch_file(file)
     try:
@@ -54,8 +57,23 @@ def read_checkpoint(file: Path, *, entries: Sequence[str]) -> tuple[dict[str, An
         raise ValueError(f"checkpoint {file} must hold a state dict, got {type(content).__name__}")
     for name in entries:
         if isinstance(content.get(name), Mapping) and content[name]:
-            return dict(content[name]), tuple(str(other) for other in content if other != name)
-    return dict(content), ()
+            return _check_entries(file, content[name]), tuple(str(other) for other in content if other != name)
+    return _check_entries(file, content), ()
+
+
+def _check_entries(file: Path, state: Mapping[Any, Any]) -> dict[str, Any]:
+    """Returns a state dict after a check that its names are texts, and its tensors are of the usual layout."""
+    for name, value in state.items():
+        if not isinstance(name, str):
+            raise ValueError(
+                f"checkpoint {file} must hold tensors by their names, got the name {shorten(name)}, which is no text; "
+                "name a file of weights"
+            )
+        # A tensor of another layout has no shape or no memory to compare.
+        if isinstance(value, Tensor) and (value.is_nested or value.layout != torch.strided):
+            got = "a nested tensor" if value.is_nested else value.layout
+            raise ValueError(f"checkpoint {file}: tensor {shorten(name)} must be a dense CPU tensor, got {got}")
+    return dict(state)
 
 
 class _Record:

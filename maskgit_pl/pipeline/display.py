@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from base64 import b64encode
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -61,6 +62,7 @@ class Recording:
         captions: Name of the class of each image.
         seeds: Seed of each image.
         requested: (H, W) bool, the pixels that the user of an edit named; None for no edit.
+        token_size: Height and width of a token in pixels; None is the smallest that gives ``grid``.
     """
 
     steps: Sequence[DecodingStep]
@@ -70,6 +72,7 @@ class Recording:
     captions: Sequence[str]
     seeds: Sequence[int]
     requested: Tensor | None = None
+    token_size: int | None = None
     # Images by the identity of the tokens of a step: each is decoded once, in recordings too that
     # ``dataclasses.replace`` makes, with more steps or with others. The step is kept, so that no other one gets its id.
     _decoded: dict[int, tuple[DecodingStep, Tensor]] = field(default_factory=dict, repr=False, compare=False)
@@ -83,6 +86,12 @@ class Recording:
     def title(self) -> str:
         """The head line of the first image: its class, its seed and the settings."""
         return f"{self.captions[0]}, seed {self.seeds[0]}: {describe_settings(self.decoding)}"
+
+    @property
+    def token_pixels(self) -> int:
+        """The height and width of a token in the images."""
+        size = self.images_at(0).shape[-2:]
+        return self.token_size or max(math.ceil(side / count) for side, count in zip(size, self.grid, strict=True))
 
     def images_at(self, number: int) -> Tensor:
         """Returns the images of all tokens of a step in [0, number of steps), (n, C, H, W) uint8.
@@ -129,7 +138,7 @@ class Recording:
             "steps": [self.steps[number] for number in numbers],
             "images": [self.images_at(number) for number in numbers],
             "windows": [windows[number] for number in numbers],
-            "grid": self.grid,
+            "token_size": self.token_pixels,
             "requested": self.requested,
         }
 

@@ -221,6 +221,8 @@ class Editor(Generator):
     ) -> StepsOfImages:
         """Yields the decoding steps of ``outpaint``, each of the whole canvas. See ``inpaint_steps``."""
         self.transformer.schedule_for("outpaint")
+        if "fit" in options:
+            raise TypeError("option 'fit': outpaint takes images of any size and crops none; leave it out")
         read, request = self._edit_request(classes, options)
         factor, size = self.tokenizer.network.config.downsampling_factor, self.tokenizer.image_size
         pixels = editing.image_pixels(image, channels=self.tokenizer.network.config.in_channels)
@@ -257,7 +259,7 @@ class Editor(Generator):
         Args:
             classes: See ``generate``.
             width: Width in pixels, a multiple of the pixels of a token, at least the width of the model's images.
-            height: Height in pixels, with the same rule; the height of the model's images by default.
+            height: Height in pixels, with the same rule; by default that of the model's images, in whole tokens.
             overlap: See ``outpaint``.
             output_type: See ``generate``.
             options: See ``generate``.
@@ -281,7 +283,7 @@ class Editor(Generator):
         read, decoding = read_options(GenerateOptions, options, self.decoding)
         request = self._request(classes, read, decoding)
         size, factor = self.tokenizer.image_size, self.tokenizer.network.config.downsampling_factor
-        height = height_width(size)[0] if height is None else height
+        height = self.outline.least_canvas[0] if height is None else height
         height, width = editing.check_canvas(height, width, factor=factor, least=size)
         unknown = torch.ones(height // factor, width // factor, dtype=torch.bool)
         tokens = torch.zeros(unknown.shape, dtype=torch.int64)
@@ -324,7 +326,7 @@ class Editor(Generator):
                 for step in self._decode(part, range(len(rows)), tokens=start, first_step=first):
                     yield canvas.step(window, step)
                 canvas.keep(window, step)
-            # 3. (B, R C) tokens -> (B, C, H, W) pixels. The grid is not that of the model's images.
+            # 3. (B, R C) tokens -> (B, C, H, W) pixels.
             filled.append(self.tokenizer.decode(canvas.tokens.flatten(1), grid=(unknown.shape[0], unknown.shape[1])))
         return torch.cat(filled)
 

@@ -14,7 +14,7 @@ from maskgit_pl.image_format import CHANNELS, pixels_text
 from maskgit_pl.networks import int8
 from maskgit_pl.pipeline.card import write_card
 from maskgit_pl.pipeline.classes import Classes
-from maskgit_pl.pipeline.description import RunOrigin, check_run, fingerprints
+from maskgit_pl.pipeline.description import STAGES, RunOrigin, check_run, fingerprints
 from maskgit_pl.pipeline.edit import Editor
 from maskgit_pl.pipeline.negative import NegativeModelLike
 from maskgit_pl.pipeline.options import GenerateOptions, read_options
@@ -22,6 +22,7 @@ from maskgit_pl.pipeline.sharing import HubOptions, find_folder
 from maskgit_pl.pretrained import (
     PretrainedTokenizer,
     PretrainedTransformer,
+    check_stage_folder,
     fingerprint,
     load_decoding,
     load_tokenizer,
@@ -29,6 +30,7 @@ from maskgit_pl.pretrained import (
     read_config,
     read_decoding,
     read_negative_model,
+    remove_negative_model,
     save_decoding,
     save_negative_model,
     save_tokenizer,
@@ -151,14 +153,15 @@ class MaskGIT(Editor):
         """Writes the files that ``from_pretrained`` reads, ``config.json`` and a model card.
 
         Args:
-            folder: Folder to write. A pipeline in it is replaced.
+            folder: Folder to write. A pipeline in it is replaced, with its negative model.
             run: Run folder that the weights come from, for the card; by default the run that they were loaded from, if
                 they have not changed.
             license: License of the weights as the Hub spells it; None leaves it open in the card.
             name: Name for ``from_pretrained`` in the card, such as ``owner/name``.
 
         Raises:
-            FileNotFoundError: if there is no such run.
+            FileExistsError: if the folder of a network has other files.
+            FileNotFoundError: if there is no such run, or the folder of the negative model is gone.
             ValueError: if the transformer is in int8, or the negative model was not read from a folder.
         """
         self._check_not_int8("saved")
@@ -166,12 +169,17 @@ class MaskGIT(Editor):
             check_run(Path(run))
         # The folder may be the one that was loaded: its fingerprints are read before it is overwritten.
         folder, before = Path(folder), self._origin.weights()
-        self._save_networks(folder)
+        for stage in STAGES:
+            check_stage_folder(folder / stage)
+        # First, because it may be read from a folder that is overwritten next.
         negative = None if self._negative_model is None else save_negative_model(folder, self._negative_model.folder)
+        self._save_networks(folder)
         if self._decoding is not None or negative is not None:
             save_decoding(folder, self.decoding, tuned=self._origin.tuned, negative_model=negative)
         else:
             (folder / "decoding.json").unlink(missing_ok=True)
+        if negative is None:
+            remove_negative_model(folder)
         # Facts of the run are kept only if the weights are still those of the run.
         after = fingerprints(folder)
         write_card(
@@ -197,7 +205,15 @@ class MaskGIT(Editor):
             "no class" if label == self.outline.null_label else self.class_names[label] for label in request.labels
         ]
         steps = list(self._decode(request, range(len(names))))
-        return Recording(steps, self.tokenizer.decode, self.tokenizer.grid, decoding, names, request.seeds)
+        return Recording(
+            steps,
+            self.tokenizer.decode,
+            self.tokenizer.grid,
+            decoding,
+            names,
+            request.seeds,
+            token_size=self.outline.token_size,
+        )
 
     def quantize(self) -> MaskGIT:
         """Returns the pipeline with 8-bit linear layers in the transformer, which is approximate and faster on a CPU.

@@ -15,7 +15,7 @@ from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.limits import check_parallel
 from maskgit_pl.decoding.settings_file import read_settings_file
 from maskgit_pl.files import read_json
-from maskgit_pl.image_format import ImageSize, check_image_size
+from maskgit_pl.image_format import ImageSize, check_image_size, height_width
 from maskgit_pl.old_names import rename_config
 from maskgit_pl.pipeline.classes import Classes, class_ids, parse_class, parse_classes
 from maskgit_pl.pipeline.options import replace_settings
@@ -87,6 +87,12 @@ class Outline:
             )
         except (OSError, ValueError, KeyError, TypeError):
             return None
+
+    @property
+    def least_canvas(self) -> tuple[int, int]:
+        """The height and width of the smallest canvas in pixels: the image size, in whole tokens."""
+        height, width = height_width(self.image_size)
+        return -(-height // self.token_size) * self.token_size, -(-width // self.token_size) * self.token_size
 
     def class_ids(self, classes: Classes) -> list[int]:
         """Returns the labels of classes given by index or by name. See ``classes.class_ids`` for errors."""

@@ -10,6 +10,7 @@ from maskgit_pl.pretrained.decoding_file import (
     load_decoding,
     read_decoding,
     read_negative_model,
+    remove_negative_model,
     save_decoding,
     save_negative_model,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "read_config",
     "read_decoding",
     "read_negative_model",
+    "remove_negative_model",
     "save_decoding",
     "save_negative_model",
     "save_tokenizer",

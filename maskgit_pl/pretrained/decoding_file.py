@@ -8,18 +8,21 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from maskgit_pl.checks import shorten
 from maskgit_pl.decoding import SETTINGS_FORMAT, DecodingConfig, read_settings_file
 from maskgit_pl.files import read_json, sha256_of, write_text
+from maskgit_pl.folders import check_only_known, write_folder
 from maskgit_pl.schedules import mask_schedules
 
 __all__ = [
     "load_decoding",
     "read_decoding",
     "read_negative_model",
+    "remove_negative_model",
     "save_decoding",
     "save_negative_model",
     "validate_decoding",
@@ -27,6 +30,8 @@ __all__ = [
 
 WEIGHTS_FILE = "model.safetensors"
 _DECODING = "decoding.json"
+_NEGATIVE = "negative"
+_NEGATIVE_FILES = ("config.json", WEIGHTS_FILE)
 _VERSION = 1
 _log = logging.getLogger(__name__)
 
@@ -142,9 +147,11 @@ def save_negative_model(folder: Path | str, source: Path | None) -> Path:
         source: Transformer folder of the negative model; None if the model came from memory.
 
     Returns:
-        The copy.
+        The copy, which is complete: an older one is replaced as a whole.
 
     Raises:
+        FileExistsError: if an older copy has other files.
+        FileNotFoundError: if a file of ``source`` is missing.
         ValueError: if ``source`` is None.
     """
     if source is None:
@@ -152,12 +159,26 @@ def save_negative_model(folder: Path | str, source: Path | None) -> Path:
             "negative_model must be read from a folder to be saved with the pipeline, got a model from memory; save it "
             "with save_pretrained, and name that folder"
         )
-    target = Path(folder) / "negative"
-    target.mkdir(parents=True, exist_ok=True)
-    for name in ("config.json", WEIGHTS_FILE):
-        if not (target / name).exists() or not (target / name).samefile(source / name):
-            shutil.copyfile(source / name, target / name)
+    target = Path(folder) / _NEGATIVE
+    if target.exists() and target.samefile(source):
+        return target
+    # A new folder: loaded pipelines map the old weights to memory, and overwriting the file would change theirs.
+    with write_folder(target, check=partial(check_only_known, known=_NEGATIVE_FILES)) as fresh:
+        for name in _NEGATIVE_FILES:
+            shutil.copyfile(source / name, fresh / name)
     return target
+
+
+def remove_negative_model(folder: Path | str) -> None:
+    """Removes the copy that ``save_negative_model`` wrote, if there is one. Other files there stay."""
+    target = Path(folder) / _NEGATIVE
+    if target.is_symlink():
+        target.unlink()
+    elif target.is_dir():
+        for name in _NEGATIVE_FILES:
+            (target / name).unlink(missing_ok=True)
+        if not any(target.iterdir()):
+            target.rmdir()
 
 
 def load_decoding(file: Path | str) -> DecodingConfig:

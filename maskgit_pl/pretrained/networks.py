@@ -65,17 +65,17 @@ class PretrainedTokenizer:
 
         Args:
             tokens: (B, N) int64 in [0, K).
-            grid: Rows and columns of the tokens; None for those of ``image_size``. A panorama has another grid.
+            grid: Rows and columns of the tokens of a canvas, such as a panorama; None for those of ``image_size``.
 
         Returns:
-            (B, C, H, W) uint8 on the CPU, clipped. H and W are ``image_size``, or the size of another grid.
+            (B, C, H, W) uint8 on the CPU, clipped. H and W are ``image_size``, or with ``grid`` those of all tokens.
 
         Raises:
             ValueError: if there are no tokens.
         """
         _check_not_empty("tokens", tokens)
-        # An image of image_size may cover only a part of its last tokens: the rest is cut off.
-        height, width = (None, None) if grid is not None and grid != self.grid else height_width(self.image_size)
+        # Without a grid, an image of image_size may cover only a part of its last tokens: the rest is cut off.
+        height, width = height_width(self.image_size) if grid is None else (None, None)
         rows, columns = grid or self.grid
         factor = self.network.config.downsampling_factor
         count, decoded = images_at_once(rows * factor, columns * factor), []

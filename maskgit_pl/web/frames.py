@@ -52,7 +52,7 @@ def draw_frame(recording: Recording, number: int) -> Frame:
         number: Number of the step, counted from 1. One out of range gives the nearest step.
     """
     place = min(max(1, number), len(recording.steps)) - 1
-    step, image, grid = recording.steps[place], recording.images_at(place)[0], recording.grid
+    step, image, token_size = recording.steps[place], recording.images_at(place)[0], recording.token_pixels
     undrawn = undrawn_tokens(step, recording.steps[0])[0]
     legend = ["masked", "new"]
     if bool((step.still_masked & ~step.was_masked).any()):
@@ -63,8 +63,8 @@ def draw_frame(recording: Recording, number: int) -> Frame:
     return Frame(
         recording.title,
         _describe(recording, place),
-        token_panel(step, 0, image, grid, size=_SIZE, requested=recording.requested),
-        confidence_panel(step.confidence[0], image, grid, undrawn=undrawn, size=_SIZE),
+        token_panel(step, 0, image, token_size, size=_SIZE, requested=recording.requested),
+        confidence_panel(step.confidence[0], image, token_size, undrawn=undrawn, size=_SIZE),
         enlarge(image, panel_scale(image, _SIZE)) if is_wide else to_pil(image),
         tuple(legend),
         is_wide,

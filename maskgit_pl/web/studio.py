@@ -210,8 +210,9 @@ class Studio:
         tokenizer = self.pipe.tokenizer
         grid = tokenizer.grid if size is None else tokenizer.network.config.grid(size)
         name = "no class" if request.label is None else self.pipe.class_names[request.label]
-        decode, decoding = partial(tokenizer.decode, grid=grid), self.pipe.decoding_with(**changes)
-        return Recording((), decode, grid, decoding, [name], [request.seed], requested)
+        decode = tokenizer.decode if size is None else partial(tokenizer.decode, grid=grid)
+        decoding, token_size = self.pipe.decoding_with(**changes), self.pipe.outline.token_size
+        return Recording((), decode, grid, decoding, [name], [request.seed], requested, token_size)
 
     def _decode(self, request: PageRequest, changes: Mapping[str, Any]) -> Iterator[Recording]:
         found = self._empty(request, changes)

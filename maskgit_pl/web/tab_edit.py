@@ -97,7 +97,7 @@ def add_panorama_tab(studio: Studio) -> None:
     """Adds the tab that generates images larger than those of the model."""
     import gradio as gr
 
-    (height, width), factor = height_width(studio.pipe.outline.image_size), studio.pipe.outline.token_size
+    (height, width), factor = studio.pipe.outline.least_canvas, studio.pipe.outline.token_size
     with gr.Row():
         with gr.Column(min_width=300):
             label, seed = add_class(studio), add_seed()

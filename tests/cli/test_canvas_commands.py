@@ -62,6 +62,12 @@ def test_outpaint_writes_what_the_pipeline_makes_and_how_it_was_decoded(
     assert (tmp_path / "out.png").is_file()
 
 
+def test_a_side_of_0_pixels_stays_0_beside_all(tiny_pretrained: Path, image: Path, tmp_path: Path, capsys) -> None:
+    words = ["--right", 4, "--left", 0, "--all", 2, "--variants", 1, "--num-steps", 2, "--out", tmp_path / "out.png"]
+    assert call("outpaint", tiny_pretrained, image, *words) == 0
+    assert "1 variant of no class, 12 x 12 pixels" in capsys.readouterr().out
+
+
 def test_panorama_writes_what_the_pipeline_makes(tiny_pretrained: Path, tmp_path: Path, capsys) -> None:
     code = call(
         "panorama", tiny_pretrained, "--classes", "T-shirt,2", "--width", 20, "--overlap", 0.25, "--seed", 3,

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +168,21 @@ def test_each_flag_reaches_the_decoding(tiny_pretrained: Path, tmp_path: Path) -
     )
     assert read_decoding_flags(namespace("--decoding", file), outline) == DecodingConfig(3, "margin")
     assert read_decoding_flags(namespace(), outline) == outline.decoding
+
+
+def test_the_file_of_settings_tells_whether_there_is_a_negative_model(tiny_pretrained: Path, tmp_path: Path) -> None:
+    file, outline = tmp_path / "decoding.json", replace(Outline.read(tiny_pretrained), null_label=None)
+    content = {"format": "maskgit_pl.decoding", "version": 1, "decoding": {"num_steps": 3, "guidance": "linear"}}
+    file.write_text(json.dumps({**content, "negative_model": {"folder": "weak", "transformer": "a"}}))
+    assert read_decoding_flags(namespace("--decoding", file), outline).num_steps == 3
+    file.write_text(json.dumps(content))
+    # The negative model of the folder is not used together with the settings of another file.
+    for has_negative_model in (False, True):
+        args = namespace("--decoding", file)
+        args.flags = []
+        with pytest.raises(ValueError, match="no null class"):
+            read_decoding_flags(args, replace(outline, has_negative_model=has_negative_model))
+    assert read_decoding_flags(namespace("--guidance", "linear"), replace(outline, has_negative_model=True))
 
 
 def test_every_setting_has_a_flag_of_its_name() -> None:

@@ -115,6 +115,24 @@ def test_wrong_vectors_are_refused_before_the_model_is_loaded(tiny_pretrained, t
     assert "--vectors must be left out" in capsys.readouterr().err
 
 
+def test_accepted_images_have_one_vector(tiny_pretrained, tmp_path, capsys, monkeypatch) -> None:
+    outline = MaskGIT.from_pretrained(tiny_pretrained).outline
+    monkeypatch.setattr(Outline, "read", classmethod(lambda cls, folder: replace(outline, condition_dim=DIM)))
+    (tmp_path / "classifier").mkdir()
+    (tmp_path / "classifier" / "config.json").write_text("{}")
+    for rows, out in ((2, ("--out", tmp_path / "s.png")), (3, ("--num-images", 3, "--out", tmp_path / "s.npz"))):
+        np.save(tmp_path / "wanted.npy", np.zeros((rows, DIM)))
+        words = ("sample", tiny_pretrained, "--vectors", tmp_path / "wanted.npy", "--accept-rate", 0.5)
+        assert main([str(word) for word in (*words, "--classifier", tmp_path / "classifier", *out)]) == 2
+        expected = (
+            f"wanted.npy must hold 1 vector with --accept-rate, which chooses among all images of a class, got {rows}"
+        )
+        assert expected in " ".join(capsys.readouterr().err.split())
+    np.save(tmp_path / "wanted.npy", np.zeros((1, DIM)))
+    assert main([str(word) for word in (*words, "--classifier", tmp_path / "classifier", *out)]) != 0
+    assert "--vectors" not in capsys.readouterr().err  # but the classifier, which is none
+
+
 def test_a_recipe_that_takes_vectors_needs_a_backbone_and_data_with_them(
     place: Path, tiny_shards, tiny_pretrained, capsys
 ) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from maskgit_pl.decoding import SeededNoise
 from maskgit_pl.decoding.sampling import CodeSampling
 from tests.decoding.fakes import LOGITS, decoder, partly_known, run
 
@@ -62,6 +63,18 @@ def test_a_temperature_that_falls_to_0_takes_the_likeliest_code_at_the_last_step
     made = decoder(3, sampling=CodeSampling((1.0, 0.0)))
     *_, last = run(partly_known([16]), made, lambda tokens, positions: LOGITS[positions])
     assert torch.equal(last.tokens[last.was_masked], LOGITS[:16].argmax(-1)[last.was_masked[0]])
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-320, 1e-45, 1e-38, 1e-31, (0, 1e-40)])
+@pytest.mark.parametrize("sharpness", [1.0, 1e-3, 1e300])
+def test_a_temperature_that_is_almost_0_takes_the_likeliest_code(temperature, sharpness):
+    sampling, positions = CodeSampling(temperature, top_k=3, top_p=0.5), torch.arange(len(LOGITS))[None]
+    for progress in (0.0, 1.0):
+        made = sampling.draw(100 * LOGITS[None], Recording(), positions, step=0, progress=progress, sharpness=sharpness)
+        assert torch.equal(made[0], LOGITS.argmax(-1))
+    noise = SeededNoise(torch.tensor([5]), len(LOGITS))
+    made = CodeSampling(temperature).draw(LOGITS[None], noise, positions, step=0, progress=1.0, sharpness=sharpness)
+    assert torch.equal(made[0], LOGITS.argmax(-1))
 
 
 def test_top_k_leaves_the_likeliest_codes_alone():

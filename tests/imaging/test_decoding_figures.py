@@ -9,6 +9,7 @@ from PIL import Image, ImageFont
 
 from maskgit_pl.decoding import DecodingStep
 from maskgit_pl.imaging import (
+    confidence_panel,
     decoding_filmstrip,
     decoding_frames,
     number_windows,
@@ -28,7 +29,7 @@ def shares(picture: Image.Image, colour: tuple[int, int, int]) -> float:
 
 def shown(steps: list[DecodingStep], images: list[torch.Tensor], **options: object) -> dict[str, Any]:
     """Returns the arguments of both figures."""
-    return {"steps": steps, "images": images, "grid": (4, 4), "windows": number_windows(steps), "title": "", **options}
+    return {"steps": steps, "images": images, "token_size": 7, "windows": number_windows(steps), "title": "", **options}
 
 
 def test_frames_grey_out_masked_tokens_and_mark_those_kept_at_the_step() -> None:
@@ -106,17 +107,32 @@ def test_the_outline_of_an_edit_is_the_edge_of_its_pixels() -> None:
     mask[4:10, 6:20] = True
     white = torch.full((1, 28, 28), 255, dtype=torch.uint8)
     done = replace(STEPS[1], was_masked=torch.zeros(2, 16, dtype=torch.bool))
-    page = (np.asarray(token_panel(done, 0, white, (4, 4), requested=mask)) == REQUESTED).all(-1)
+    page = (np.asarray(token_panel(done, 0, white, 7, requested=mask)) == REQUESTED).all(-1)
     rows, columns = page.nonzero()
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (4 * 6, 10 * 6 - 1, 6 * 6, 20 * 6 - 1)
     assert not page[4 * 6 + 2 : 10 * 6 - 2, 6 * 6 + 2 : 20 * 6 - 2].any()
+
+
+def test_the_last_tokens_of_an_image_that_they_do_not_fill_are_cut_off() -> None:
+    white = torch.full((1, 28, 28), 255, dtype=torch.uint8)
+    masked = (torch.arange(16) == 5).expand(2, -1)
+    step = replace(STEPS[0], was_masked=masked, still_masked=masked)
+    confidence = torch.tensor([0.0, 1.0] * 8)
+    for size in (7, 8):
+        rows, columns = (np.asarray(token_panel(step, 0, white, size)) == GREY).all(-1).nonzero()
+        # Between the borders of the second token of the second row.
+        assert (rows.min(), rows.max()) == (columns.min(), columns.max()) == (6 * size + 1, 12 * size - 2)
+        panel = confidence_panel(confidence, white, size, undrawn=torch.zeros(16, dtype=torch.bool))
+        first = np.asarray(panel)[3]
+        assert panel.size == (168, 168)
+        assert ((first[1:] != first[:-1]).any(-1).nonzero()[0] + 1).tolist() == [6 * size, 12 * size, 18 * size]
 
 
 def test_a_wide_canvas_has_a_row_for_each_step_of_its_windows() -> None:
     steps = STEPS * 3
     assert number_windows(steps) == [1, 1, 2, 2, 3, 3]
     images = [torch.zeros(2, 1, 28, 112, dtype=torch.uint8)] * 6
-    page = decoding_filmstrip(**shown(steps, images))
+    page = decoding_filmstrip(**shown(steps, images, token_size=14))
     assert 4 * 3 * 112 < page.width < 5 * 3 * 112
     assert 6 * 3 * 28 < page.height < 6 * 3 * 28 + 120
 

@@ -85,6 +85,16 @@ def recording(steps: list[DecodingStep], decoded: list[int]) -> Recording:
     return Recording(steps, decode, (4, 4), DecodingConfig(num_steps=len(steps)), ["Bag", "Coat"], [3, 4])
 
 
+@pytest.mark.parametrize(
+    ("size", "grid", "pixels"), [((28, 28), (4, 4), 7), ((28, 56), (4, 7), 8), ((3, 2), (3, 2), 1)]
+)
+def test_a_recording_finds_tokens_that_give_its_grid(size, grid, pixels):
+    images = torch.zeros(1, 1, *size, dtype=torch.uint8)
+    made = Recording(STEPS, lambda tokens: images, grid, DecodingConfig(num_steps=2), ["Bag"], [3])
+    assert made.token_pixels == pixels
+    assert replace(made, token_size=8).token_pixels == 8
+
+
 def test_a_recording_becomes_an_animation_and_a_filmstrip_and_decodes_each_step_once(tmp_path):
     decoded: list[int] = []
     made = recording(STEPS, decoded)

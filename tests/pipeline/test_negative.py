@@ -187,9 +187,78 @@ def test_a_saved_pipeline_holds_its_negative_model(tiny_pretrained, weaker, tmp_
     assert torch.equal(tokens(again, guidance_scale=3.0), tokens(pipe, guidance_scale=3.0))
     again.save_pretrained(tmp_path / "copy")  # into its own folder
     assert MaskGIT.from_pretrained(tmp_path / "copy").negative_model is not None
+
+
+def test_a_negative_model_from_memory_is_refused_before_anything_is_written(pipe, tiny_pretrained, tmp_path):
     from_memory = MaskGIT.from_pretrained(tiny_pretrained, negative_model=pipe)
     with pytest.raises(ValueError, match="negative_model must be read from a folder to be saved"):
         from_memory.save_pretrained(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_other_files_are_found_before_anything_is_written(tiny_pretrained, weaker, tmp_path):
+    pipe = MaskGIT.from_pretrained(tiny_pretrained, negative_model=weaker)
+    for name in ("negative", "transformer"):
+        (tmp_path / name / name).mkdir(parents=True)
+        (tmp_path / name / name / "notes.txt").touch()
+        with pytest.raises(FileExistsError, match=r"got also notes\.txt"):
+            pipe.save_pretrained(tmp_path / name)
+        assert [path.name for path in (tmp_path / name).iterdir()] == [name]
+
+
+def test_a_loaded_pipeline_keeps_its_images_when_its_folder_gets_another_negative_model(
+    tiny_pretrained, weaker, tmp_path
+):
+    first = MaskGIT.from_pretrained(tiny_pretrained, negative_model=weaker)
+    first.save_pretrained(tmp_path / "copy")
+    loaded = MaskGIT.from_pretrained(tmp_path / "copy")
+    before = tokens(loaded, guidance_scale=3.0)
+    other = load_transformer(weaker / "transformer")
+    for parameter in other.network.parameters():
+        parameter.data.copy_(-parameter.data)
+    MaskGIT(first.tokenizer, other, mask_schedule="cosine").save_pretrained(tmp_path / "other")
+    MaskGIT.from_pretrained(tiny_pretrained, negative_model=tmp_path / "other").save_pretrained(tmp_path / "copy")
+    weights = list(loaded.negative_model.transformer.network.parameters())
+    assert all(torch.equal(one, -two) for one, two in zip(weights, other.network.parameters(), strict=True))
+    loaded.negative_model.caches.clear()
+    assert torch.equal(tokens(loaded, guidance_scale=3.0), before)
+    assert not torch.equal(tokens(MaskGIT.from_pretrained(tmp_path / "copy"), guidance_scale=3.0), before)
+
+
+def test_an_error_while_the_negative_model_is_copied_leaves_the_old_one(tiny_pretrained, weaker, tmp_path):
+    pipe = MaskGIT.from_pretrained(tiny_pretrained, negative_model=weaker)
+    pipe.save_pretrained(tmp_path / "copy")
+    before = {path: path.read_bytes() for path in (tmp_path / "copy").rglob("*") if path.is_file()}
+    (weaker / "transformer" / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
+        pipe.save_pretrained(tmp_path / "copy")
+    assert before == {path: path.read_bytes() for path in (tmp_path / "copy").rglob("*") if path.is_file()}
+
+
+def test_a_pipeline_without_a_negative_model_removes_that_of_the_older_one(tiny_pretrained, weaker, tmp_path):
+    MaskGIT.from_pretrained(tiny_pretrained, negative_model=weaker).save_pretrained(tmp_path / "copy")
+    assert (tmp_path / "copy" / "negative").is_dir()
+    MaskGIT.from_pretrained(tiny_pretrained).save_pretrained(tmp_path / "copy")
+    assert not (tmp_path / "copy" / "negative").exists()
+    assert MaskGIT.from_pretrained(tmp_path / "copy").negative_model is None
+    (tmp_path / "copy" / "negative").mkdir()
+    (tmp_path / "copy" / "negative" / "notes.txt").touch()
+    MaskGIT.from_pretrained(tiny_pretrained).save_pretrained(tmp_path / "copy")
+    assert (tmp_path / "copy" / "negative" / "notes.txt").is_file()
+    shutil.rmtree(tmp_path / "copy" / "negative")
+    (tmp_path / "copy" / "negative").symlink_to(weaker / "transformer")
+    MaskGIT.from_pretrained(tiny_pretrained).save_pretrained(tmp_path / "copy")
+    assert not (tmp_path / "copy" / "negative").is_symlink()
+    assert (weaker / "transformer" / "model.safetensors").is_file()
+
+
+def test_the_folder_of_the_negative_model_may_be_replaced_by_the_pipeline(tiny_pretrained, weaker):
+    pipe = MaskGIT.from_pretrained(tiny_pretrained, negative_model=weaker)
+    weak = (weaker / "transformer" / "model.safetensors").read_bytes()
+    pipe.save_pretrained(weaker)
+    assert (weaker / "negative" / "model.safetensors").read_bytes() == weak
+    again = MaskGIT.from_pretrained(weaker)
+    assert torch.equal(tokens(again, guidance_scale=3.0), tokens(pipe, guidance_scale=3.0))
 
 
 def test_a_cast_or_quantized_pipeline_keeps_its_negative_model(tiny_pretrained, weaker):
