@@ -85,7 +85,9 @@ def edit(
     """
     classes: list[int] = labels.tolist()
     edited = []
-    if task == "outpaint-right":
+    sides, factor = height_width(pipe.tokenizer.image_size), pipe.tokenizer.network.config.downsampling_factor
+    # Canvases are whole tokens. An image that does not fill its last tokens is inpainted in its right half.
+    if task == "outpaint-right" and not any(side % factor for side in sides):
         # Outpainting extends an image, so that the right half is cut off first.
         added = int(make_hidden_mask(task, pipe.tokenizer)[0].sum())
         for row, (image, label) in enumerate(zip(images, classes, strict=True)):

@@ -59,5 +59,8 @@ def write_pictures(
     seeds = [seed + number for number in range(len(shown))]
     steps = list(pipe.steps(shown, seed=seeds, decoding=decoding))
     captions = [pipe.class_names[label] for label in shown]
-    recording = Recording(steps, pipe.tokenizer.decode, pipe.tokenizer.grid, decoding, captions, seeds)
+    token_size = pipe.outline.token_size
+    recording = Recording(
+        steps, pipe.tokenizer.decode, pipe.tokenizer.grid, decoding, captions, seeds, token_size=token_size
+    )
     recording.save(folder / "decoding.gif")

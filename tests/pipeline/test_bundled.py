@@ -12,8 +12,10 @@ from maskgit_pl.cli import main
 from maskgit_pl.evaluation.run_folders import find_run
 from maskgit_pl.pipeline.bundled import bundled_models
 from maskgit_pl.pipeline.sharing import find_folder
+from maskgit_pl.runs.precision import choose_precision
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.recipe_files import STAGES
+from maskgit_pl.runs.resolve import resolve
 
 NAME = "fashion-mnist-demo"
 MAX_BYTES = 6_000_000
@@ -45,6 +47,7 @@ def test_it_was_trained_with_the_recipe_of_the_demo(stage) -> None:
     assert recipe.run_name == run["name"] == "fashion-mnist-adaln"  # the demo's
     assert {"trainer.max_steps", "data.global_batch", "model.ema_decay"} <= settings.keys()
     given = {key: recipe.get(key) for key in settings if recipe.get(key) is not None}
+    given["trainer.precision"] = choose_precision(resolve(stage, recipe.tree), stage, Path("nowhere"))
     assert len(given) > 4
     for key, value in given.items():
         trained = settings[key]
