@@ -60,6 +60,14 @@ class OptimizedModel(LightningModule):
         scheduler = LambdaLR(optimizer, lambda step: config.learning_rate.factor(step, max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def on_train_start(self) -> None:
+        """Sets the learning rate of the first step: a resumed run may have another decay or number of steps."""
+        rate = self.config.optimizer.learning_rate
+        factor = rate.factor(self.trainer.global_step, int(self.trainer.max_steps))
+        for optimizer in self.trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+
     def configure_gradient_clipping(
         self,
         optimizer: Optimizer,

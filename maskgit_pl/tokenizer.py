@@ -249,7 +249,11 @@ class Tokenizer(LightningModule):
         # Only the first call uses the wrapper: each forward of DistributedDataParallel prepares its gradient hooks, and
         # a second forward before the backward pass would prepare them again. The hooks run when the gradient of a
         # parameter is complete, with the parts of both calls.
-        real_logits = self._run_network("discriminator", real)
+        # R1 differentiates twice, in the dtype of this pass. Not in bfloat16: oneDNN's kernel for the second derivative
+        # of a convolution is wrong for some sizes on CPUs with AMX, and elsewhere the penalty's gradient is noise.
+        uses_autocast = torch.is_autocast_enabled(real.device.type) and not real.requires_grad
+        with torch.autocast(real.device.type, enabled=uses_autocast):
+            real_logits = self._run_network("discriminator", real)
         return AdversarialStep(config, real, real_logits, self.discriminator(image), config.weight_at(step))
 
     # Optimizer step
@@ -290,7 +294,8 @@ class Tokenizer(LightningModule):
     def _update_statistics(self, step: int) -> None:
         pending, self._pending = self._pending, _PendingUpdate()
         if "quantizer" not in self.config.freeze:
-            self.network.quantizer.update(pending.tokens, pending.features, seed=self.config.seed, step=step)
+            with torch.autocast(self.device.type, enabled=False):  # the step is inside that of the Trainer
+                self.network.quantizer.update(pending.tokens, pending.features, seed=self.config.seed, step=step)
         if pending.logits:
             means = mean_over_ranks(torch.stack(pending.logits).mean(0))
             self.lecam_means.lerp_(means, 1 - _LECAM_DECAY)

@@ -95,7 +95,7 @@ class AdversarialStep:
     @property
     def mean_logits(self) -> Tensor:
         """The mean logit of real images and of reconstructions, (2,) float32, detached."""
-        return torch.stack([self.real_logits.mean(), self.fake_logits.mean()]).detach().float()
+        return torch.stack([logits.detach().float().mean() for logits in (self.real_logits, self.fake_logits)])
 
     def generator_gradient(
         self, image: Tensor, *, reconstruction: Tensor, similarity: Tensor, last_layer: Tensor

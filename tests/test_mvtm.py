@@ -82,6 +82,24 @@ def test_images_and_tokens_train_on_the_same_samples_to_the_same_losses(tiny_sha
     assert images.losses == tokens.losses
 
 
+def test_a_run_that_is_extended_resumes_at_the_rate_of_its_new_length(tiny_shards, tiny_pretrained, store, tmp_path):
+    class Rates(Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_train_batch_start(self, trainer, *_):
+            self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    rate, rates = LearningRate(1e-2, decay="cosine", final_fraction=0.0), Rates()
+    for steps, resume in ((4, None), (8, tmp_path)):
+        module = masked_model(CONFIG, tiny_pretrained / "tokenizer", rate=rate)
+        newest = None if resume is None else newest_checkpoint(resume)
+        fit(module, data(tiny_shards, store), steps=steps, folder=tmp_path, resume=newest, callbacks=[rates])
+    assert rates.seen == [1e-2 * rate.factor(step, 4) for step in range(4)] + [
+        1e-2 * rate.factor(step, 8) for step in range(4, 8)
+    ]
+
+
 def test_a_resumed_run_equals_a_straight_one_to_the_last_bit(tiny_shards, tiny_pretrained, store, tmp_path):
     straight = fit(model(tiny_pretrained), data(tiny_shards, store), steps=20, folder=tmp_path / "a", every=7)
     first = fit(model(tiny_pretrained), data(tiny_shards, store), steps=11, folder=tmp_path / "b")

@@ -12,7 +12,7 @@ from maskgit_pl import losses
 from maskgit_pl.data import Batch
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.tokenizer_config import AdversarialConfig, PerceptualConfig
-from maskgit_pl.tokenizer_losses import SimilarityLoss
+from maskgit_pl.tokenizer_losses import AdversarialStep, SimilarityLoss
 from tests.modules import tokenizer_model
 
 SIZE = 20
@@ -105,6 +105,54 @@ def test_each_choice_runs_in_bfloat16_mixed_on_a_cpu(perceptual, discriminator, 
         perceptual=networks.get(perceptual), discriminator=DISCRIMINATORS[discriminator], weight_rule=weight_rule
     ).replay_step(batch(), step=0)
     assert metrics["reconstruction"].item() == pytest.approx(full["reconstruction"].item(), rel=0.05)
+
+
+@pytest.mark.parametrize("batch_size", [2, 8])
+def test_the_gradient_of_r1_is_that_of_float32_in_bfloat16_mixed(batch_size):
+    """The penalty differentiates twice, for which some kernels for bfloat16 are wrong; the penalty itself is right."""
+    images = torch.rand(batch_size, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    network = VQGANConfig(
+        3, base_channels=8, channel_multipliers=(1, 1), num_res_blocks=1, num_groups=2, codebook_size=16, code_dim=8
+    )
+
+    def gradients(r1_weight: float, *, enabled: bool) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        adversarial = AdversarialConfig({"name": "stylegan", "channel_multiplier": 1 / 8}, r1_weight=r1_weight)
+        module = tokenizer_model(network, image_size=32, adversarial=adversarial)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            module._add_gradients(images, step=0, backward=torch.autograd.backward)
+        return {name: weight.grad for name, weight in module.discriminator.named_parameters()}
+
+    def of_r1(*, enabled: bool) -> dict[str, torch.Tensor]:
+        with_it, without = (gradients(weight, enabled=enabled) for weight in (1e6, 0.0))
+        return {name: with_it[name] - without[name] for name in with_it}
+
+    exact, mixed = of_r1(enabled=False), of_r1(enabled=True)
+    largest = max(float(gradient.norm()) for gradient in exact.values())
+    compared = [name for name in exact if exact[name].norm() > 1e-6 * largest]
+    assert len(compared) > 5
+    for name in compared:
+        assert (mixed[name] - exact[name]).norm() < 0.05 * exact[name].norm(), name
+
+
+def test_the_codebook_is_updated_in_float32_in_bfloat16_mixed(monkeypatch):
+    module = module_of()
+    seen = []
+    monkeypatch.setattr(
+        module.network.quantizer, "update", lambda *_, **__: seen.append(torch.is_autocast_enabled("cpu"))
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        module._update_statistics(step=0)
+    assert seen == [False]
+
+
+def test_mean_logits_are_those_of_float32():
+    logits = torch.randn(4, 1, 63, 63, generator=torch.Generator().manual_seed(0)).add(0.3).bfloat16()
+    step = AdversarialStep.__new__(AdversarialStep)
+    step.real_logits, step.fake_logits = logits, -logits
+    mean = logits.double().mean()
+    torch.testing.assert_close(step.mean_logits.double(), torch.stack([mean, -mean]), rtol=1e-6, atol=1e-7)
+    assert step.mean_logits.dtype == torch.float32
 
 
 def test_an_image_that_is_too_small_for_the_perceptual_network_is_refused_before_it_is_read():

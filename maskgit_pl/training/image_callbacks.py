@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, cast
@@ -82,7 +83,7 @@ class SamplePictures(Callback):
         model = cast("_Samples", pl_module)
         # Every rank runs all steps: with FSDP2, each forward pass is a collective.
         vectors = {} if self.find_vectors is None else {"vectors": self.find_vectors(self.labels, self.seeds)}
-        *_, last = model.sample(self.labels, self.seeds, **vectors)
+        (last,) = deque(model.sample(self.labels, self.seeds, **vectors), maxlen=1)  # keeps no other step in memory
         if trainer.is_global_zero:
             images = model.tokenizer.decode(last.tokens)
             picture = image_grid(images, columns=self.images_per_class, row_captions=self.captions)

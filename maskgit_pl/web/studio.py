@@ -186,7 +186,7 @@ class Studio:
         assert request.label is not None
         changes = self._changes(request)
         for name in mask_schedules.build_all():
-            *_, last = self._decode(request, {**changes, "mask_schedule": name})
+            (last,) = deque(self._decode(request, {**changes, "mask_schedule": name}), maxlen=1)
             yield name, last
 
     def _changes(self, request: PageRequest) -> dict[str, Any]:

@@ -1,3 +1,4 @@
+import weakref
 from types import SimpleNamespace
 
 from PIL import Image
@@ -52,6 +53,23 @@ def test_every_rank_samples_the_same_but_rank_0_alone_writes(tmp_path) -> None:
     assert sorted(set(labels)) == [0, 2, 5, 7, 10, 12, 15, 17, 20, 22]
     assert seeds == list(range(5, 85))
     assert list(tmp_path.glob("*.png")) == []
+
+
+def test_steps_that_were_decoded_are_not_kept(tmp_path) -> None:
+    """An autoregressive model has a step for each token, each with all tokens of all images."""
+    alive = []
+
+    class Long(FakeModel):
+        def sample(self, labels, seeds):
+            tokens = []
+            for number in range(20):
+                made = step(number, list(range(16)), [0], len(labels))
+                tokens.append(weakref.ref(made.tokens))
+                alive.append(sum(each() is not None for each in tokens))
+                yield made
+
+    SamplePictures(tmp_path, class_names=["a"]).on_validation_end(trainer(tmp_path), Long())
+    assert max(alive) <= 3  # the latest one, the one before, and the one that is made
 
 
 def test_nothing_is_drawn_in_the_sanity_check(tmp_path) -> None:
