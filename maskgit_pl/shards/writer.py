@@ -9,6 +9,7 @@ finds the record and does nothing. ``webdataset.ShardWriter`` writes the shards.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -160,6 +161,7 @@ def write_split(
     writer = ShardWriter(
         f"{split}-%06d.tar",
         maxcount=shard_size,
+        maxsize=math.inf,  # by default, webdataset begins another shard after 3 GB
         start_shard=first_shard,
         verbose=0,
         opener=lambda name: str(folder.resolve() / name),

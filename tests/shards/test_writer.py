@@ -145,6 +145,14 @@ def test_size_makes_squares_of_the_same_format(tree, tmp_path):
     assert extensions == {"png", "jpg", "cls"}
 
 
+def test_a_shard_has_its_number_of_samples_at_any_length(idx, tmp_path, monkeypatch):
+    writer = webdataset.ShardWriter
+    # Without a limit of its own, each writer has one of 99 bytes in place of webdataset's 3 GB.
+    monkeypatch.setattr(webdataset, "ShardWriter", lambda pattern, **rest: writer(pattern, **{"maxsize": 99, **rest}))
+    make_shards(IdxFiles(idx), tmp_path / "out", shard_size=8)
+    assert [shard.samples for shard in load_manifest(tmp_path / "out", "train").shards] == [8, 4]
+
+
 def test_second_run_does_nothing_and_the_same_input_gives_the_same_bytes(idx, tmp_path):
     assert make_shards(IdxFiles(idx), tmp_path / "out")
     before = contents(tmp_path / "out")
