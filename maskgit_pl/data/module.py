@@ -40,6 +40,7 @@ from maskgit_pl.shards.manifest import (
 from maskgit_pl.shards.reader import ShardReader
 from maskgit_pl.shards.store_description import StoreDescription, augmentations_text, check_origin
 from maskgit_pl.shards.tokens import TokenReader, open_store
+from maskgit_pl.shards.vectors import VectorReader
 
 __all__ = ["ShardData"]
 
@@ -61,6 +62,7 @@ class ShardData(StepDataModule):
         self.stream = config.stream if config.source == "stream" else None
         self.token_store = config.token_store if config.source == "tokens" else None
         self._readers: dict[Split, ShardReader] = {}
+        self._checked_vectors: set[Split] = set()
 
     @cached_property
     def summary(self) -> DataSummary:
@@ -146,7 +148,7 @@ class ShardData(StepDataModule):
                 self._readers[split] = ShardReader(manifest)
                 _ = self._readers[split].index  # checks the labels
                 if self.config.vectors:
-                    check_vectors(manifest)
+                    self._vector_reader(split)
         else:
             for split in self._splits_of_folder:
                 load_manifest(self.config.path, split, check=False)
@@ -201,20 +203,17 @@ class ShardData(StepDataModule):
         Returns:
             A dataset whose ``__getitems__(range of positions)`` returns a ``Batch``.
         """
+        vectors = self._vector_reader(split) if self.vector_dim else None
         if self._tokens is not None:
-            reader = self._tokens[split]
-            return TokenBatches(
-                reader, order, seed=self.config.seed, vectors=reader.vector_reader if self.vector_dim else None
-            )
-        images = self._shard_reader(split)
+            return TokenBatches(self._tokens[split], order, seed=self.config.seed, vectors=vectors)
         return ImageBatches(
-            images,
+            self._shard_reader(split),
             order,
             image_size=self.config.image_size,
             in_channels=self.config.in_channels,
             augmentations=augmentations,
             seed=self.config.seed,
-            vectors=images.vector_reader if self.vector_dim else None,
+            vectors=vectors,
         )
 
     def _shard_reader(self, split: Split) -> ShardReader:
@@ -223,18 +222,32 @@ class ShardData(StepDataModule):
             self._readers[split] = ShardReader(load_manifest(self.config.path, split))
         return self._readers[split]
 
+    def _vector_reader(self, split: Split) -> VectorReader | None:
+        """Returns the vectors of a split, after a check of their hash at the first call; None if there are none.
+
+        Raises:
+            ValueError: if they differ from the manifest.
+        """
+        if self._tokens is not None:
+            return self._tokens[split].vector_reader  # opening the store checks its hashes
+        reader = self._shard_reader(split)
+        if reader.vector_reader is not None and split not in self._checked_vectors:
+            check_vectors(reader.manifest)
+            self._checked_vectors.add(split)
+        return reader.vector_reader
+
     def read_vectors(self, split: Split, index: npt.NDArray[np.int64]) -> Tensor:
         """Returns the vectors (B, C) float32 of samples (B,) of a split.
 
         Raises:
-            ValueError: if the samples have no vectors.
+            ValueError: if the samples have no vectors, or the vectors differ from the manifest.
         """
-        reader = self._tokens[split] if self._tokens is not None else self._shard_reader(split)
-        if reader.vector_reader is None:
+        reader = self._vector_reader(split)
+        if reader is None:
             raise ValueError(
                 f"data {self.config.path} must have a vector for each image, got none; make it with .npy files"
             )
-        return torch.from_numpy(reader.vector_reader.read(index))
+        return torch.from_numpy(reader.read(index))
 
     def vector_pool(self, split: Split) -> VectorPool:
         """Returns all vectors of a split with their labels, for images that are generated without the data.

@@ -18,7 +18,7 @@ from maskgit_pl.data.batches import Batch, ImageBatches, make_loader
 from maskgit_pl.data.order import Rows
 from maskgit_pl.files import parse_any_json
 from maskgit_pl.image_format import ImageSize, height_width, pixels_text
-from maskgit_pl.shards.manifest import ImageRange, Split, load_manifest, read_manifest_summary
+from maskgit_pl.shards.manifest import ImageRange, Split, check_vectors, load_manifest, read_manifest_summary
 from maskgit_pl.shards.reader import ShardReader
 from maskgit_pl.shards.store_description import StoreDescription
 from maskgit_pl.shards.token_writer import Part, StoreParts
@@ -137,12 +137,12 @@ def tokenize(
         finished its share and other ranks have not.
 
     Raises:
-        ValueError: if shards differ from the manifest.
+        ValueError: if shards or vectors differ from the manifest.
         DataBudgetError: if too many images are unreadable.
     """
     if is_complete(store, description):
         return "found"
-    readers = {split: ShardReader(load_manifest(path, split)) for split in description.samples}
+    readers = {split: _open_split(path, split) for split in description.samples}
     parts = StoreParts(store, description, part_size=config.part_size)
     # Every world_size-th part, so that all ranks have equally many.
     share = parts.parts()[config.rank :: config.world_size]
@@ -164,6 +164,18 @@ def tokenize(
             parts.write(part, *(torch.cat(column).numpy() for column in zip(*encoded, strict=True)))
     # 3. Join the parts.
     return "made" if parts.finish() else "incomplete"
+
+
+def _open_split(path: str | Path, split: Split) -> ShardReader:
+    """Opens the shards of a split, after a check of its vectors, since the store gets hashes of what is read.
+
+    Raises:
+        ValueError: if shards or vectors differ from the manifest.
+    """
+    manifest = load_manifest(path, split)
+    if manifest.vectors is not None:
+        check_vectors(manifest)
+    return ShardReader(manifest)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def _read_lines(file: Path) -> list[str]:
     if len(text) > _MAX_BYTES:
         raise ValueError(f"class names {file} must have at most {_MAX_BYTES} bytes")
     try:
-        lines = text.decode().splitlines()
+        lines = text.decode("utf-8-sig").splitlines()  # Windows writes a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"class names {file} must be UTF-8 text, one name per line: {error}") from error
     return [line.strip() for line in lines if line.strip()]

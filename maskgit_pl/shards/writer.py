@@ -1,14 +1,15 @@
 """Makes a data folder from a source: shards, manifests and a record of the source.
 
 Used by ``maskgit data make`` and the scripts in ``data/``. The folder is built with a temporary name beside its final
-place and renamed when it is complete, so an incomplete folder is never used. An interrupted run resumes with the
-missing shards; the bytes do not depend on interruptions or on the number of workers. A second run of the same command
-finds the record and does nothing. ``webdataset.ShardWriter`` writes the shards.
+place and renamed when it is complete, so an incomplete folder is never used. A run after an interruption or an error
+resumes with the missing shards; the bytes do not depend on interruptions or on the number of workers. A second run of
+the same command finds the record and does nothing. ``webdataset.ShardWriter`` writes the shards.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +23,7 @@ from maskgit_pl.folders import has_content, replace_folder, resolve_folder
 from maskgit_pl.image_format import ImageSize, check_image_size, height_width, plain_size
 from maskgit_pl.portable import sync
 from maskgit_pl.shards.crops import fit_image
-from maskgit_pl.shards.image_bytes import UnreadableImageError
+from maskgit_pl.shards.image_bytes import UnreadableImageError, png_chunks
 from maskgit_pl.shards.images import decode_image, encode_jpeg, encode_png, parse_image_header
 from maskgit_pl.shards.index import index_shards
 from maskgit_pl.shards.manifest import Split, load_manifest, splits_of
@@ -54,7 +55,8 @@ def make_shards(
     """Makes a data folder from a source.
 
     1. Do nothing if the folder already holds the result, by its record; reject a folder of other content.
-    2. Write the missing shards to ``.NAME.partial``, in parallel.
+    2. Write the missing shards to ``.NAME.partial``, in parallel. After an error, the complete ones stay there for the
+       next run; without ``lenient``, it reads those with unreadable images again, which may have been replaced.
     3. List the unreadable images, and reject them unless ``lenient``.
     4. Index the shards.
     5. Rename the folder.
@@ -90,16 +92,13 @@ def make_shards(
             f"{RECORD}); give another --out, or remove it"
         )
     partial = _partial_folder(folder, record)
-    try:
-        plan = _Plan(source, partial, size, shard_size)
-        _write_missing(plan, workers=workers, on_samples=on_samples)  # 2.
-        _list_left_out(plan, lenient=lenient)  # 3.
-        shards = {split: find_shards(partial, f"{split}-*.tar") for split in source.counts}  # 4.
-        index_shards(partial, shards, classes=source.classes, workers=workers)
-    except ValueError:  # the source must change first, and then these shards are useless
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    plan = _Plan(source, partial, size, shard_size)
+    _write_missing(plan, lenient=lenient, workers=workers, on_samples=on_samples)  # 2.
+    _list_left_out(plan, lenient=lenient)  # 3.
+    _index(plan, workers=workers)  # 4.
     replace_folder(partial, folder)  # 5.
+    for path in folder.glob(".left-out-*"):  # a run that resumes needs them until here
+        path.unlink()
     return True
 
 
@@ -160,6 +159,7 @@ def write_split(
     writer = ShardWriter(
         f"{split}-%06d.tar",
         maxcount=shard_size,
+        maxsize=math.inf,  # by default, webdataset begins another shard after 3 GB
         start_shard=first_shard,
         verbose=0,
         opener=lambda name: str(folder.resolve() / name),
@@ -197,9 +197,26 @@ class _Plan:
         """Returns the path of the temporary list of a shard's unreadable images."""
         return self.folder / f".left-out-{split}-{shard:06d}"
 
+    def left_out(self, split: Split, shard: int) -> list[str]:
+        """Returns the lines of this list; none if there is no list."""
+        try:
+            return self.left_out_path(split, shard).read_bytes().decode().split("\n")[:-1]
+        except FileNotFoundError:
+            return []
+
     def shards(self, split: Split) -> range:
         """Returns the numbers of a split's shards."""
         return range(-(-self.source.counts[split] // self.shard_size))
+
+    def is_done(self, split: Split, shard: int, *, lenient: bool) -> bool:
+        """Returns whether a shard need not be written: it exists, or has no readable images.
+
+        Without ``lenient``, one with unreadable images is written again.
+        """
+        left_out = len(self.left_out(split, shard))
+        if left_out and not lenient:
+            return False
+        return self.path(split, shard).exists() or left_out == len(self.places(split, shard))
 
 
 def _partial_folder(folder: Path, record: dict[str, Any]) -> Path:
@@ -228,11 +245,11 @@ def _read_record(folder: Path) -> Any:
         return None
 
 
-def _write_missing(plan: _Plan, *, workers: int, on_samples: Callable[[Split, int], object]) -> None:
+def _write_missing(plan: _Plan, *, lenient: bool, workers: int, on_samples: Callable[[Split, int], object]) -> None:
     jobs: list[tuple[Split, int]] = []
     for split in plan.source.counts:
         for shard in plan.shards(split):
-            if plan.path(split, shard).exists():
+            if plan.is_done(split, shard, lenient=lenient):
                 on_samples(split, len(plan.places(split, shard)))
             else:
                 jobs.append((split, shard))
@@ -257,7 +274,9 @@ def _write_shard(
         write_split(samples, writing, split, shard_size=plan.shard_size, on_sample=on_sample, first_shard=shard)
         (path,) = writing.iterdir()
         sync(path)
-        # The list is written before the rename: a shard that exists has its list.
+        # The list changes while there is no shard: a shard that exists has its own list.
+        plan.path(split, shard).unlink(missing_ok=True)
+        plan.left_out_path(split, shard).unlink(missing_ok=True)
         if left_out:
             write_text(plan.left_out_path(split, shard), "".join(f"{sample.error}\n" for sample in left_out))
         # A shard without readable images does not become a file.
@@ -293,12 +312,14 @@ def _list_left_out(plan: _Plan, *, lenient: bool) -> None:
     """
     source, lines = plan.source, list[str]()
     for split, count in source.counts.items():
-        paths = [plan.left_out_path(split, shard) for shard in plan.shards(split)]
-        found = [line for path in paths if path.exists() for line in path.read_text().splitlines()]
+        found = [line for shard in plan.shards(split) for line in plan.left_out(split, shard)]
         lines += found
         if len(found) == count:
+            for shard in plan.shards(split):  # the next run reads all images again: there are no shards to keep
+                plan.left_out_path(split, shard).unlink()
             raise ValueError(f"all {count} images of {split} are unreadable:\n{_format_lines(found)}")
     if not lines:
+        (plan.folder / LEFT_OUT).unlink(missing_ok=True)  # of an interrupted run
         return
     if not lenient:
         raise ValueError(
@@ -307,8 +328,18 @@ def _list_left_out(plan: _Plan, *, lenient: bool) -> None:
             + ("; --no-vectors ignores .npy files" if any("vector" in line for line in lines) else "")
         )
     write_text(plan.folder / LEFT_OUT, "".join(f"{line}\n" for line in lines))
-    for path in plan.folder.glob(".left-out-*"):
-        path.unlink()
+
+
+def _index(plan: _Plan, *, workers: int) -> None:
+    """Writes the manifests of the shards."""
+    shards = {split: find_shards(plan.folder, f"{split}-*.tar") for split in plan.source.counts}
+    try:
+        index_shards(plan.folder, shards, classes=plan.source.classes, workers=workers)
+    except ValueError as error:  # damaged since they were written
+        raise ValueError(
+            f"{error}\nshards must stay as they were written; remove the rejected ones from "
+            f"{printable(plan.folder)}, then run the same command again to write them again"
+        ) from error
 
 
 def _format_lines(lines: list[str]) -> str:
@@ -317,15 +348,19 @@ def _format_lines(lines: list[str]) -> str:
 
 
 def _resize(sample: Sample, size: ImageSize) -> Sample | UnreadableSample:
-    """Crops and resizes a sample's image. JPEG stays JPEG (quality 95); other formats become PNG."""
+    """Crops and resizes a sample's image. JPEG stays JPEG (quality 95); other formats become PNG, with their alpha."""
     header = parse_image_header(sample.data, name=sample.name)
     if (header.height, header.width) == height_width(size):
         return sample
+    # The channels in the header of a PNG do not count a transparent colour or a palette with alpha.
+    has_key = header.format == "PNG" and any(chunk.name == b"tRNS" for chunk in png_chunks(sample.data))
     try:
-        image = decode_image(sample.data, channels=header.channels, name=sample.name)
+        image = decode_image(sample.data, channels=4 if has_key else header.channels, name=sample.name)
     except UnreadableImageError as error:
         return UnreadableSample(str(error))
     fitted = fit_image(image, image_size=size, crop=None)
+    if has_key and bool((fitted[3] == 255).all()):  # no pixel of this colour: grey and RGB stay as they are
+        fitted = fitted[: header.channels]
     if header.format == "JPEG":
         return sample._replace(data=encode_jpeg(fitted))
     return sample._replace(data=encode_png(fitted), extension="png")

@@ -1,6 +1,7 @@
 """Vectors of images in batches: from shards, from a token store, and from a map-style dataset; on any rank."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +188,30 @@ def test_a_changed_array_of_the_data_ends_the_start_of_a_run(folder, tmp_path: P
     np.save(changed / "val-vectors.npy", array + 1)
     with pytest.raises(ValueError, match=r"val-vectors\.npy changed since they were indexed"):
         data(changed)
+
+
+@pytest.mark.parametrize("is_set_up", [False, True])
+def test_a_changed_array_is_refused_where_vectors_are_read_for_an_evaluation(folder, tmp_path, is_set_up) -> None:
+    changed = shutil.copytree(folder, tmp_path / "data")
+    array = np.load(changed / "val-vectors.npy")
+    np.save(changed / "val-vectors.npy", array + 1)
+    config = ShardDataConfig(str(changed), image_size=4, in_channels=1, global_batch=8)
+    module = ShardData(config)
+    if is_set_up:
+        module.setup()
+    with pytest.raises(ValueError, match=r"val-vectors\.npy changed since they were indexed"):
+        module.vector_pool("val")
+    with pytest.raises(ValueError, match=r"val-vectors\.npy changed since they were indexed"):
+        ShardData(replace(config, vectors=True)).val_dataloader()
+
+
+def test_a_store_is_not_made_of_a_changed_array(folder, tmp_path: Path) -> None:
+    changed = shutil.copytree(folder, tmp_path / "data")
+    array = np.load(changed / "val-vectors.npy")
+    np.save(changed / "val-vectors.npy", array + 1)
+    with pytest.raises(ValueError, match=r"val-vectors\.npy changed since they were indexed"):
+        make_store(changed, tmp_path / "store")
+    assert not (tmp_path / "store").exists()
 
 
 def test_a_map_style_dataset_may_have_vectors() -> None:

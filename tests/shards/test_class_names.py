@@ -8,6 +8,11 @@ def test_names_stand_after_commas_or_one_a_line_of_a_file(tmp_path):
     assert parse_class_names("ant, bee") == parse_class_names(str(tmp_path / "names.txt")) == ["ant", "bee"]
 
 
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
+    (tmp_path / "names.txt").write_bytes("\ufeffcat\r\ndog\r\n".encode())
+    assert parse_class_names(str(tmp_path / "names.txt")) == ["cat", "dog"]
+
+
 def test_a_thousand_names_are_no_path():
     assert parse_class_names(",".join(map(str, range(1000)))) == list(map(str, range(1000)))
 

@@ -1,4 +1,5 @@
 import gzip
+import io
 import os
 import shutil
 import subprocess
@@ -7,6 +8,8 @@ import tarfile
 import time
 import tracemalloc
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ import torch
 import webdataset
 from PIL import Image
 
+from maskgit_pl.shards.crops import fit_image
 from maskgit_pl.shards.images import decode_image
 from maskgit_pl.shards.manifest import load_manifest, read_manifest_summary
 from maskgit_pl.shards.reader import ShardReader
@@ -51,6 +55,18 @@ def tree(tmp_path):
                 folder / kind / ("more" if number == 0 else ".") / f"{number}.{suffix}"
             )
     return folder
+
+
+@contextmanager
+def interrupted_index(monkeypatch) -> Iterator[None]:
+    """Interrupts ``make_shards`` when all shards are written."""
+
+    def interrupt(*args, **rest):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("maskgit_pl.shards.writer.index_shards", interrupt)
+        yield
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -145,6 +161,58 @@ def test_size_makes_squares_of_the_same_format(tree, tmp_path):
     assert extensions == {"png", "jpg", "cls"}
 
 
+def test_a_shard_has_its_number_of_samples_at_any_length(idx, tmp_path, monkeypatch):
+    writer = webdataset.ShardWriter
+    # Without a limit of its own, each writer has one of 99 bytes in place of webdataset's 3 GB.
+    monkeypatch.setattr(webdataset, "ShardWriter", lambda pattern, **rest: writer(pattern, **{"maxsize": 99, **rest}))
+    make_shards(IdxFiles(idx), tmp_path / "out", shard_size=8)
+    assert [shard.samples for shard in load_manifest(tmp_path / "out", "train").shards] == [8, 4]
+
+
+HALF = np.repeat(np.arange(2), 8)[None].repeat(16, axis=0)  # (16, 16), 0 on the left and 1 on the right
+
+
+def key_png(mode: str) -> bytes:
+    """Returns a PNG of 16 x 16 pixels whose left half is transparent, by its tRNS chunk or its alpha."""
+    image, options = Image.fromarray((HALF * 255).astype(np.uint8)), {"transparency": 0}
+    if mode == "RGB":
+        image, options = image.convert(mode), {"transparency": (0, 0, 0)}
+    elif mode == "I;16":
+        image = Image.fromarray((HALF * 65535).astype(np.uint16))
+    elif mode == "P":
+        image = Image.fromarray(HALF.astype(np.uint8), mode="P")
+        image.putpalette([255, 0, 0, 0, 0, 255])
+    elif mode == "1":
+        image = image.convert(mode)
+    elif mode != "L":
+        image.putalpha(image.copy())
+        image, options = image.convert(mode), {}
+    stream = io.BytesIO()
+    image.save(stream, "PNG", **options)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "I;16", "RGB", "P", "LA", "RGBA"])
+def test_size_keeps_every_kind_of_transparency(tmp_path, mode):
+    (tmp_path / "tree" / "cat").mkdir(parents=True)
+    for number in range(4):
+        (tmp_path / "tree" / "cat" / f"{number}.png").write_bytes(key_png(mode))
+    make_shards(ImageFolder(tmp_path / "tree", val_fraction=0.5), tmp_path / "out", size=8)
+    made = decode_image(ShardReader(load_manifest(tmp_path / "out", "train")).read(0), channels=4, name="x")
+    alpha = decode_image(key_png(mode), channels=4, name="x")[3:]
+    assert alpha.unique().tolist() == [0, 255]
+    assert torch.equal(made[3:], fit_image(alpha, image_size=8, crop=None))
+
+
+def test_size_makes_no_alpha_for_opaque_images(tmp_path):
+    (tmp_path / "tree" / "cat").mkdir(parents=True)
+    for number in range(4):
+        image = Image.new("L", (16, 16), 9)
+        image.save(tmp_path / "tree" / "cat" / f"{number}.png", transparency=0)  # no pixel has this colour
+    make_shards(ImageFolder(tmp_path / "tree", val_fraction=0.5), tmp_path / "out", size=8)
+    assert read_manifest_summary(tmp_path / "out").images.channels == (1,)
+
+
 def test_second_run_does_nothing_and_the_same_input_gives_the_same_bytes(idx, tmp_path):
     assert make_shards(IdxFiles(idx), tmp_path / "out")
     before = contents(tmp_path / "out")
@@ -163,15 +231,25 @@ def test_other_data_is_never_overwritten(idx, tree, tmp_path):
         make_shards(IdxFiles(idx), tree)
 
 
-def test_interrupted_run_leaves_nothing_that_passes_for_data_and_is_gone_on_with(idx, tmp_path, monkeypatch):
+@pytest.fixture
+def written(monkeypatch) -> list[tuple[str, int]]:
+    """The split and number of each shard that is written, in order."""
     from maskgit_pl.shards import writer
 
+    write_shard, jobs = writer._write_shard, []
+    monkeypatch.setattr(
+        writer, "_write_shard", lambda plan, job, **rest: jobs.append(job) or write_shard(plan, job, **rest)
+    )
+    return jobs
+
+
+def test_interrupted_run_leaves_nothing_that_passes_for_data_and_is_gone_on_with(idx, tmp_path, written):
     make_shards(IdxFiles(idx), tmp_path / "alone", shard_size=3)
-    written = []
+    samples = []
 
     def interrupt(split, count):
-        written.append(split)
-        if len(written) == 8:
+        samples.append(split)
+        if len(samples) == 8:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -180,15 +258,44 @@ def test_interrupted_run_leaves_nothing_that_passes_for_data_and_is_gone_on_with
     killed = tmp_path / ".out.partial" / ".writing-train-000002-1"  # what kill -9 leaves
     killed.mkdir()
     (killed / "train-000002.tar").write_bytes(b"half")
-    shards = []
-    write_shard = writer._write_shard
-    monkeypatch.setattr(
-        writer, "_write_shard", lambda plan, job, **rest: shards.append(job) or write_shard(plan, job, **rest)
-    )
+    written.clear()
     assert make_shards(IdxFiles(idx), tmp_path / "out", shard_size=3)
-    assert shards == [("train", 2), ("train", 3), ("val", 0), ("val", 1)]
+    assert written == [("train", 2), ("train", 3), ("val", 0), ("val", 1)]
     assert contents(tmp_path / "out") == contents(tmp_path / "alone")
     assert not killed.parent.exists()
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError])
+def test_an_error_of_the_source_keeps_the_complete_shards(idx, tmp_path, written, monkeypatch, error):
+    make_shards(IdxFiles(idx), tmp_path / "alone", shard_size=3)
+    samples = IdxFiles.samples
+
+    def fail(source, split, places):
+        if places.start == 6:
+            raise error("connection reset")
+        return samples(source, split, places)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(IdxFiles, "samples", fail)
+        with pytest.raises(error, match="connection reset"):
+            make_shards(IdxFiles(idx), tmp_path / "out", shard_size=3)
+    written.clear()
+    make_shards(IdxFiles(idx), tmp_path / "out", shard_size=3)
+    assert written == [("train", 2), ("train", 3), ("val", 0), ("val", 1)]
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+
+
+def test_a_damaged_shard_of_an_earlier_run_is_named_with_the_way_out(idx, tmp_path, monkeypatch):
+    with interrupted_index(monkeypatch), pytest.raises(KeyboardInterrupt):
+        make_shards(IdxFiles(idx), tmp_path / "out", shard_size=3)
+    shard = tmp_path / ".out.partial" / "train-000001.tar"
+    shard.write_bytes(shard.read_bytes()[:700])
+    with pytest.raises(
+        ValueError, match=r"train-000001\.tar: [^\n]+\n(.*\n)?.*remove the rejected ones from .*partial, "
+    ):
+        make_shards(IdxFiles(idx), tmp_path / "out", shard_size=3)
+    shard.unlink()
+    assert make_shards(IdxFiles(idx), tmp_path / "out", shard_size=3)
 
 
 def test_what_is_left_of_another_command_is_not_gone_on_with(idx, tmp_path):
@@ -259,7 +366,6 @@ def test_bad_sources_are_refused_by_name(idx, tree, tmp_path):
     (tree / "cat" / "bad.png").write_bytes(b"<html>")
     with pytest.raises(ValueError, match=r"bad\.png"):
         make_shards(open_source(tree), tmp_path / "out")
-    assert not (tmp_path / ".out.partial").exists()  # nothing of it can be used once the source is mended
     path = idx / "train-labels-idx1-ubyte"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"train-labels-idx1-ubyte must hold the 12 values of \(12,\), got 11"):
@@ -327,6 +433,58 @@ def test_lenient_leaves_bad_images_out_and_lists_them_also_after_a_kill(tree, tm
     assert not make_shards(source, tmp_path / "out", shard_size=7)
 
 
+@pytest.fixture
+def spoilt(tree, tmp_path) -> dict[Path, bytes]:
+    """Maps damaged files of ``tree`` to their bytes before: in shards of 4, all of shard 0 and one of shard 2."""
+    names = [file.name for file in ImageFolder(tree)._files["train"]]
+    files = {tree / names[place]: (tree / names[place]).read_bytes() for place in (0, 1, 2, 3, 8)}
+    make_shards(ImageFolder(tree), tmp_path / "whole", shard_size=4)
+    for path, data in files.items():
+        path.write_bytes(bytes(len(data)))
+    return files
+
+
+def test_lenient_after_an_error_about_images_writes_nothing_again(tree, tmp_path, spoilt, written):
+    with pytest.raises(ValueError, match="5 of 60 images cannot be read"):
+        make_shards(ImageFolder(tree), tmp_path / "out", shard_size=4)
+    written.clear()
+    make_shards(ImageFolder(tree), tmp_path / "out", shard_size=4, lenient=True)
+    assert written == []
+    make_shards(ImageFolder(tree), tmp_path / "alone", shard_size=4, lenient=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("lenient", [False, True])
+def test_images_that_are_replaced_after_an_error_are_read_again(tree, tmp_path, spoilt, written, monkeypatch, lenient):
+    with interrupted_index(monkeypatch), pytest.raises(KeyboardInterrupt if lenient else ValueError):
+        make_shards(ImageFolder(tree), tmp_path / "out", shard_size=4, lenient=lenient)
+    first, *others = spoilt
+    first.write_bytes(spoilt[first])
+    with pytest.raises(ValueError, match="4 of 60 images cannot be read"):
+        make_shards(ImageFolder(tree), tmp_path / "out", shard_size=4)
+    for path in others:
+        path.write_bytes(spoilt[path])
+    written.clear()
+    make_shards(ImageFolder(tree), tmp_path / "out", shard_size=4)
+    assert {shard for _, shard in written} == {0, 2}
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_lenient_run_that_ends_while_it_indexes_keeps_its_list(tree, tmp_path, spoilt, monkeypatch):
+    with interrupted_index(monkeypatch), pytest.raises(KeyboardInterrupt):
+        make_shards(ImageFolder(tree), tmp_path / "out", shard_size=4, lenient=True)
+    make_shards(ImageFolder(tree), tmp_path / "out", shard_size=4, lenient=True)
+    assert len((tmp_path / "out" / LEFT_OUT).read_text("utf-8").splitlines()) == len(spoilt)
+    assert not list((tmp_path / "out").glob(".left-out-*"))
+
+
+def test_the_list_does_not_depend_on_the_encoding_of_the_system(tree, tmp_path, monkeypatch):
+    (tree / "cat" / "é.png").write_bytes(b"x")
+    monkeypatch.setattr(Path, "read_text", lambda path, encoding="latin-1": path.read_bytes().decode(encoding))
+    make_shards(ImageFolder(tree), tmp_path / "out", lenient=True)
+    assert "é.png must be" in (tmp_path / "out" / LEFT_OUT).read_text("utf-8")
+
+
 def test_damage_that_only_resizing_meets_is_listed_too(tree, tmp_path):
     path = tree / "dog" / "noise.jpeg"
     Image.effect_noise((64, 64), 90).save(path)
@@ -343,10 +501,15 @@ def test_a_split_without_a_readable_image_is_refused(tree, tmp_path):
     for split, part in (("train", "cat"), ("val", "dog")):
         (tmp_path / "both" / split).mkdir(parents=True)
         (tree / part).rename(tmp_path / "both" / split / "thing")
-    for path in (tmp_path / "both" / "val").rglob("*.jpeg"):
-        path.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"all 30 images of val are unreadable:\n  image .* is empty"):
+    whole = {path: path.read_bytes() for path in (tmp_path / "both" / "val").rglob("*.jpeg")}
+    for path, data in whole.items():
+        path.write_bytes(bytes(len(data)))
+    with pytest.raises(ValueError, match=r"all 30 images of val are unreadable:\n  image .* must be a JPEG"):
         make_shards(ImageFolder(tmp_path / "both"), tmp_path / "out", lenient=True)
+    for path, data in whole.items():
+        path.write_bytes(data)
+    make_shards(ImageFolder(tmp_path / "both"), tmp_path / "out", lenient=True)
+    assert read_manifest_summary(tmp_path / "out").samples == {"train": 30, "val": 30}
 
 
 def test_files_that_are_no_images_of_a_class_are_counted_and_named(tree):
