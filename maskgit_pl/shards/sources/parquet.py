@@ -161,7 +161,7 @@ def _files_of_splits(folder: Path) -> tuple[list[Path], dict[Split, list[int]]]:
 
 
 def _split_name(folder: Path, path: Path) -> str:
-    """Returns ``"train"``, ``"val"`` or ``"test"``, by the file's name or else its sub-folder; empty if both say none."""
+    """Returns ``"train"``, ``"val"`` or ``"test"``, by the file's name or else its sub-folder; else an empty text."""
     for text in (path.stem.lower(), path.parent.relative_to(folder).as_posix().lower()):
         for name, words in _SPLIT_NAMES.items():
             if re.search(rf"(?<![a-z])({words})(?![a-z])", text):
