@@ -216,7 +216,7 @@ class _Scanner:
             return
         # 2. Group by key; a new key closes the sample before it.
         match = _NAME.fullmatch(member.name)
-        if match is None:  # no key, as in "._0.png", which macOS adds before 0.png; the sample goes on after it
+        if match is None:  # no key, as in "._0.png", which macOS adds before 0.png; the sample continues after it
             self._ignore("")
             return
         key, extension = match[1], match[2].lower()
