@@ -4,6 +4,7 @@ Used by ``index``, which writes manifests from scans, by ``verify``, which compa
 
 1. Walk the members of the tar; see ``tar.read_members``.
 2. Group consecutive members by key, as webdataset does: the key is the name up to the first dot of its last component.
+   Members without a key are passed over.
 3. Read the header of each image, each label and each vector (``.npy``), within limits on their size; no other member
    is read.
 4. Note the faults of each sample as bits, and close the sample when the key changes.
@@ -215,8 +216,10 @@ class _Scanner:
             return
         # 2. Group by key; a new key closes the sample before it.
         match = _NAME.fullmatch(member.name)
-        key, extension = match.groups() if match else (member.name, "")
-        extension = extension.lower()
+        if match is None:  # no key, as in "._0.png", which macOS adds before 0.png; the sample continues after it
+            self._ignore("")
+            return
+        key, extension = match[1], match[2].lower()
         if key != self.sample.key or self.sample.place < 0:
             self._finish()
             self.sample = _Sample(key, member.offset)
@@ -354,11 +357,14 @@ class _Scanner:
         # Captions and metadata beside an image are normal; all other members are counted as ignored.
         for extension in sample.other:
             if not is_sample or extension not in ("txt", "json", "cls"):
-                self.ignored[f".{extension}"] += 1
-                self.num_ignored += 1
+                self._ignore(extension)
+        return is_sample
+
+    def _ignore(self, extension: str) -> None:
+        self.ignored[f".{extension}"] += 1
+        self.num_ignored += 1
         if self.num_ignored > _MAX_IGNORED:
             raise DamagedTarError(f"more than {_MAX_IGNORED} members are not images: {format_counts(self.ignored)}")
-        return is_sample
 
     def _add_fault(self, fault: str, member: Member, reason: str = "") -> None:
         self.sample.faults |= _BIT[fault]

@@ -177,15 +177,28 @@ def _verify_shard(task: _Task, job: tuple[Split, int]) -> tuple[BadFile | None, 
     manifest = task.manifests[split]
     shard, path = manifest.shards[number], manifest.folder / manifest.shards[number].name
     try:
-        scan = scan_shard(path, Labels(manifest.labels, manifest.classes), vectors=manifest.vectors is not None)
+        scan = _scan_as_indexed(manifest, shard, path)
     except OSError as error:
         return BadFile(shard.name, f"{shard.bytes} bytes", "none", str(error.strerror)), None
-    if manifest.vectors is not None:
-        scan = require_vectors(scan)
     fault = _find_difference(manifest, shard, number, scan)
     if fault is None:
         fault = _find_bad_images(path, shard, scan.rows, decode=task.decode)
     return fault, scan
+
+
+def _scan_as_indexed(manifest: Manifest, shard: Shard, path: Path) -> ShardScan:
+    """Scans a shard, with the labels and vectors that ``index`` took."""
+
+    def scan(classes: tuple[str, ...] | None) -> ShardScan:
+        found = scan_shard(path, Labels(manifest.labels, classes), vectors=manifest.vectors is not None)
+        return found if manifest.vectors is None else require_vectors(found)
+
+    found = scan(manifest.classes)
+    # Names that are numbers were given, or made after the scan; then the text "1" was no label.
+    made = manifest.classes == tuple(map(str, range(len(manifest.classes))))
+    if made and len(found.rows) > shard.samples and found.sha256 == shard.sha256:
+        found = scan(None)
+    return found
 
 
 def _find_difference(manifest: Manifest, shard: Shard, number: int, scan: ShardScan) -> BadFile | None:
@@ -221,7 +234,7 @@ def _find_wrong_row(manifest: Manifest, shard: Shard, number: int, rows: npt.NDA
 
 def _find_wrong_vector(manifest: Manifest, shard: Shard, number: int, scan: ShardScan) -> BadFile | None:
     """Compares the vectors of a shard with their rows of the array of the split."""
-    if manifest.vectors is None:
+    if manifest.vectors is None or not len(scan.rows):
         return None
     kind = manifest.vectors.kind
     if scan.vector_kind != kind:

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import random
 import re
 import stat
 import struct
@@ -15,6 +16,7 @@ from PIL import Image
 
 from maskgit_pl.shards.samples import Sample, UnreadableSample
 from maskgit_pl.shards.sources import ImageFolder, open_source
+from maskgit_pl.shards.sources.archives import open_entries
 from maskgit_pl.shards.writer import make_shards
 
 
@@ -244,6 +246,23 @@ def test_a_gzip_file_that_expands_without_end_is_refused_at_the_limit(tmp_path, 
     path.write_bytes(gzip.compress(bytes(2**26), 9))
     with pytest.raises(ValueError, match=r"must hold at most 16.8 MB.*got 17.8 MB or more; unpack it"):
         open_source(path)
+
+
+def test_a_gzip_file_with_pax_headers_is_decompressed_from_its_beginning_once(tmp_path, monkeypatch):
+    # A time with a fraction has a pax header, as tarfile writes it. The headers of 3 MiB lie at all places of a buffer.
+    noise = random.Random(1)
+    members = {f"{'ab'[n % 2]}/{n}.png": noise.randbytes(noise.randrange(3000, 9000)) for n in range(500)}
+    with tarfile.open(tmp_path / "photos.tar.gz", "w:gz", compresslevel=1) as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = len(data), 1.25
+            archive.addfile(info, io.BytesIO(data))
+    rewinds = []
+    real = gzip._GzipReader._rewind
+    monkeypatch.setattr(gzip._GzipReader, "_rewind", lambda reader: (rewinds.append(reader), real(reader))[1])
+    entries = open_entries(tmp_path / "photos.tar.gz")
+    assert {name: read() for name, read in zip(members, entries.readers(members), strict=True)} == members
+    assert not rewinds
 
 
 def test_a_source_that_does_not_exist_is_named(tmp_path):

@@ -1,9 +1,11 @@
 """Data sets in the format of the Hugging Face Hub, in local folders."""
 
+import importlib
 import io
 import os
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -147,6 +149,85 @@ def test_the_folder_layout_gives_the_files(hub, tmp_path):
     assert source.classes == ("a", "b")
     assert source.counts == {"train": 16, "val": 4}
     assert sorted(read(source, "val", range(4))) == sorted((png(n), n % 2) for n in (0, 5, 10, 15))
+
+
+@pytest.fixture
+def remote(tmp_path, monkeypatch):
+    """A function that puts a file on a Hub in memory and returns its address; ``owner/name`` has 20 images there."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class Hub(MemoryFileSystem):
+        protocol = "hf"
+        store: ClassVar = {}
+        pseudo_dirs: ClassVar = [""]
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return "/" + str(path).removeprefix("hf://").strip("/")
+
+        def unstrip_protocol(self, name):
+            return f"hf:/{self._strip_protocol(name)}"
+
+        def glob(self, path, **options):
+            return {name.lstrip("/"): details for name, details in super().glob(path, **options).items()}
+
+    def put(name, data):
+        address = f"hf://datasets/{name}"
+        Hub().pipe_file(address, data)
+        return address
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setitem(importlib.import_module("fsspec.registry")._registry, "hf", Hub)
+    files = [put(f"owner/name@{'c' * 40}/{'ab'[n % 2]}/{n:02d}.png", png(n)) for n in range(20)]
+    real = datasets.load_dataset_builder
+
+    def load(name, revision, **options):
+        return real("imagefolder", data_files={"train": files}, drop_labels=False, **options)
+
+    monkeypatch.setattr("datasets.load_dataset_builder", load)
+    return put, files
+
+
+def test_images_of_a_repository_of_files_are_read(remote, tmp_path):
+    source = open_source("hf:owner/name", val_fraction=0.3)
+    assert source.classes == ("a", "b")
+    read_images = [*read(source, "train", range(20)), *read(source, "val", range(20))]
+    assert sorted(read_images) == sorted((png(n), n % 2) for n in range(20))
+    make_shards(source, tmp_path / "out")
+    assert sum(load_manifest(tmp_path / "out", split).samples for split in ("train", "val")) == 20
+
+
+@pytest.mark.parametrize("place", ["other/name@main/a/30.png", "owner/name-2@main/a/30.png", "here.png"])
+def test_a_file_outside_of_the_repository_is_not_read(remote, tmp_path, place):
+    put, files = remote
+    if place == "here.png":  # a README of a data set may name files of this machine
+        (tmp_path / place).write_bytes(png(30))
+        files.append(str(tmp_path / place))
+    else:
+        files.append(put(place, png(30)))
+    source = open_source("hf:owner/name", val_fraction=0.3)
+    samples = [*source.samples("train", range(30)), *source.samples("val", range(30))]
+    (bad,) = (sample for sample in samples if not isinstance(sample, Sample))
+    assert "must be inside the data set, got a path outside" in bad.error
+    assert len(samples) == 21
+
+
+def test_a_remote_image_that_is_too_large_or_gone_is_named(remote, monkeypatch):
+    put, files = remote
+    monkeypatch.setattr("maskgit_pl.shards.sources.hub.MAX_IMAGE_BYTES", 1000)
+    put(files[3].removeprefix("hf://datasets/"), png(3) + bytes(2000))
+    source = open_source("hf:owner/name", val_fraction=0.3)
+    samples = [*source.samples("train", range(20)), *source.samples("val", range(20))]
+    (bad,) = (sample for sample in samples if not isinstance(sample, Sample))
+    assert "must have at most 1 kB, got 1 kB" in bad.error
+
+    # A Hub that does not answer is no damaged image, which would be left out.
+    def fail(*options):
+        raise OSError("no network")
+
+    monkeypatch.setattr("datasets.utils.file_utils.xopen", fail)
+    with pytest.raises(ValueError, match=r"^source hf:owner/name cannot be read: no network$"):
+        list(source.samples("train", range(20)))
 
 
 @pytest.mark.parametrize(

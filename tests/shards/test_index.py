@@ -186,6 +186,25 @@ def test_all_bad_shards_stand_in_one_list(tars, tmp_path):
         index_shards(tmp_path, {"train": sorted(tmp_path.glob("*.tar"))}, lenient=True)
 
 
+def test_members_without_a_key_do_not_divide_a_sample(tars, tmp_path):
+    # macOS adds ._NAME before each file that has extended attributes; webdataset passes over both kinds.
+    members = []
+    for number in range(3):
+        for name, data in ((f"a/{number}.cls", b"0"), (f"a/{number}.png", tars.png(number))):
+            members += [(name.replace("a/", "a/._"), b"\0\5\x16\7"), (name, data), ("README", b"")]
+    tars.write(tmp_path / "x.tar", members)
+    indexed = index_shards(tmp_path, {"train": [tmp_path / "x.tar"]})
+    assert indexed.manifests["train"].samples == 3
+    assert indexed.ignored["train"] == {".": 12}
+
+
+def test_endless_members_without_a_key_are_refused(tars, tmp_path, monkeypatch):
+    monkeypatch.setattr("maskgit_pl.shards.scan._MAX_IGNORED", 5)
+    tars.write(tmp_path / "x.tar", [*tars.samples(1), *[("README", b"")] * 6])
+    with pytest.raises(ValueError, match=r"more than 5 members are not images: 6 \.\n"):
+        index_one(tmp_path / "x.tar")
+
+
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
 def test_links_and_devices_are_refused_as_images_and_passed_over_elsewhere(tars, tmp_path, kind):
     def write(name):

@@ -51,6 +51,39 @@ def test_files_of_both_splits_keep_rows_labels_and_class_names(tars, tmp_path, s
         open_source(tmp_path, val_fraction=0.5)
 
 
+@pytest.mark.parametrize("name", ["{}/0000", "{}/data-0", "latest-test/{}-0"])
+def test_a_sub_folder_names_the_split_of_files_that_name_none(tars, tmp_path, name):
+    for split, start, count in (("train", 0, 6), ("validation", 10, 3), ("test", 20, 2)):
+        write(tars, tmp_path / f"{name.format(split)}.parquet", start, count)
+    source = open_source(tmp_path)
+    assert (source.counts, source.has_splits) == ({"train": 6, "val": 3}, True)
+    assert source.left_out == (f"parquet file {name.format('test')}.parquet",)
+    make_shards(source, tmp_path / "out")
+    assert values(tmp_path / "out", "train")[0] == list(range(6))
+    assert values(tmp_path / "out", "val")[0] == [10, 11, 12]
+
+
+@pytest.mark.parametrize(
+    ("second", "val"), [("validation", [10, 11, 12]), ("train-val", [10, 11, 12]), (None, [20, 21])]
+)
+def test_files_of_a_test_split_never_become_train(tars, tmp_path, second, val):
+    write(tars, tmp_path / "data-0.parquet", 0, 6)
+    if second is not None:
+        write(tars, tmp_path / f"{second}-0.parquet", 10, 3)
+    write(tars, tmp_path / "test-0.parquet", 20, 2)
+    source = open_source(tmp_path)
+    assert source.left_out == (("parquet file test-0.parquet",) if second else ())
+    make_shards(source, tmp_path / "out")
+    assert values(tmp_path / "out", "train")[0] == list(range(6))
+    assert values(tmp_path / "out", "val")[0] == val
+
+
+def test_files_of_one_val_split_alone_are_refused_with_their_folder(tars, tmp_path):
+    write(tars, tmp_path / "test" / "0000.parquet", 0, 3)
+    with pytest.raises(ValueError, match=r"must have files of the train split, got test/0000\.parquet$"):
+        open_source(tmp_path)
+
+
 def test_rows_are_split_by_a_hash_where_files_are_not(tars, tmp_path):
     write(tars, tmp_path / "in" / "train.parquet", 0, 60)
     make_shards(open_source(tmp_path / "in", val_fraction=0.3), tmp_path / "out")
@@ -208,6 +241,43 @@ def test_rows_that_repeat_one_large_image_are_read_few_at_a_time(tars, tmp_path,
     held = [pa.total_allocated_bytes() - before for _ in open_source(tmp_path).samples("train", range(64))]
     assert len(held) == 64
     assert max(held) < 16 * 2**20  # 64 of them have 128 MiB
+
+
+def test_a_long_path_beside_an_image_is_not_decompressed(tars, tmp_path):
+    write(tars, tmp_path / "validation.parquet", 0, 3, names=None)
+    images = [{"bytes": tars.png(n), "path": "a" * 2**25 if n == 0 else ""} for n in range(4)]
+    table = pa.table({"image": images, "label": [0, 1, 0, 1]})
+    pq.write_table(table, tmp_path / "train.parquet", compression="zstd", use_dictionary=False, write_statistics=False)
+    del images, table
+    before = pa.total_allocated_bytes()
+    held = [pa.total_allocated_bytes() - before for _ in open_source(tmp_path).samples("train", range(4))]
+    assert len(held) == 4
+    assert max(held) < 4 * 2**20  # the path has 32 MiB
+
+
+def test_columns_with_dots_in_their_names_are_checked_as_a_part_of_the_images(tars, tmp_path, monkeypatch):
+    monkeypatch.setattr("maskgit_pl.shards.sources.parquet._MAX_PAGE_BYTES", 2**20)
+    write(tars, tmp_path / "validation.parquet", 0, 3, struct=False, names=None)
+    columns = {"image": [tars.png(0)] * 4, "image.more": [bytes(2**22)] * 4, "label": [0, 1, 0, 1]}
+    pq.write_table(pa.table(columns), tmp_path / "train.parquet", use_dictionary=False)
+    with pytest.raises(ValueError, match=r"row group 0 must have pages of at most 1\.05 MB, got"):
+        list(open_source(tmp_path).samples("train", range(4)))
+
+
+@pytest.mark.parametrize(
+    ("column", "field"), [(0, "total_compressed_size"), (1, "total_compressed_size"), (1, "data_page_offset")]
+)
+def test_pages_at_negative_bytes_of_a_file_are_refused(tars, tmp_path, column, field):
+    path = write(tars, tmp_path / "train.parquet", 0, 4, struct=False, names=None)
+    write(tars, tmp_path / "validation.parquet", 0, 3, struct=False, names=None)
+    pq.write_table(pq.read_table(path), path, use_dictionary=False, write_statistics=False)
+    number = varint(getattr(pq.ParquetFile(path).metadata.row_group(0).column(column), field))
+    data = path.read_bytes()
+    # The lowest bit of a zigzag number is its sign. Of equal numbers in the footer, the last is the column's.
+    place = data.rindex(number, 0, len(data) - 8)
+    path.write_bytes(data[:place] + bytes([number[0] | 1]) + data[place + 1 :])
+    with pytest.raises(ValueError, match=r"train\.parquet: row group 0: pages at bytes .* must be within the file of"):
+        list(open_source(tmp_path).samples("train", range(4)))
 
 
 def test_more_rows_than_can_be_numbered_are_refused(tmp_path):

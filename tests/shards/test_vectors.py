@@ -212,6 +212,14 @@ def test_vectors_of_two_sizes_are_refused_within_and_between_shards(tmp_path: Pa
         index(folder, lenient=True)
 
 
+def test_a_shard_without_any_vector_is_left_out_and_stays_so(tmp_path: Path, tars) -> None:
+    members = {"train-0": three(), "train-1": tars.samples(3), "val-0": three()}
+    folder = tar_folder(tmp_path, tars, members)
+    index(folder, lenient=True)
+    assert [shard.samples for shard in load_manifest(folder, "train").shards] == [3, 0]
+    assert not verify_shards(folder).bad
+
+
 def test_two_vectors_of_a_sample_are_a_fault(tmp_path: Path, tars) -> None:
     folder = tar_folder(tmp_path, tars, {"train": [*three(), ("0001.npy", npy(vector(1)))], "val": three()})
     with pytest.raises(ValueError, match="1 with two vectors"):

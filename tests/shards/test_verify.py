@@ -169,6 +169,19 @@ def test_left_out_samples_stay_left_out(tars, tmp_path):
     assert not verify_shards(tmp_path).bad
 
 
+@pytest.mark.parametrize(("classes", "samples"), [(None, 2), (["0", "1"], 3)])
+def test_a_text_is_a_label_if_it_was_one_for_index(tars, tmp_path, classes, samples):
+    labels = (b'{"label": 0}', b'{"label": 1}', b'{"label": "1"}')
+    images = [(f"{n}.png", tars.png()) for n in range(3)]
+    members = [one for n, data in enumerate(labels) for one in (images[n], (f"{n}.json", data))]
+    for split in ("train", "val"):
+        tars.write(tmp_path / f"{split}-0.tar", members)
+    shards = {split: find_shards(tmp_path, f"{split}-*.tar") for split in ("train", "val")}
+    indexed = index_shards(tmp_path, shards, labels="json:label", classes=classes, lenient=True)
+    assert indexed.manifests["train"].samples == samples
+    assert not verify_shards(tmp_path).bad
+
+
 def test_a_moved_folder_is_as_good(folder, tmp_path_factory):
     moved = tmp_path_factory.mktemp("moved") / "data"
     shutil.copytree(folder, moved)

@@ -45,6 +45,7 @@ _ZIP_ERRORS = (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, str
 _GZIP_ERRORS = (OSError, EOFError, zlib.error)  # gzip.BadGzipFile is an OSError
 _AT_ONCE = 2**28  # bytes of images of a .tar.gz in memory, for which it is read once
 _BLOCK = 2**20
+_STEP_BACK = 2**16  # bytes; the reader of headers goes back less than this
 
 
 def open_entries(path: Path) -> Entries:
@@ -216,7 +217,7 @@ class _GzipTarEntries(ArchiveEntries):
 
 
 class _GzipBytes:
-    """The decompressed bytes of a gzip file, for reads at ascending positions.
+    """The decompressed bytes of a gzip file, for reads at positions that ascend but for steps of less than 64 KiB.
 
     Args:
         raw: The open file.
@@ -225,13 +226,24 @@ class _GzipBytes:
 
     def __init__(self, raw: Any, *, length: int) -> None:
         self.length = length
-        # The buffer serves the short steps back of the reader of headers.
         self._stream = io.BufferedReader(gzip.GzipFile(fileobj=raw), _BLOCK)
+        # The last bytes that were read serve the steps back; the stream would begin again at its first byte.
+        self._kept, self._end = b"", 0
 
     def read_at(self, size: int, offset: int) -> bytes:
         """Returns up to ``size`` bytes at a position."""
-        self._stream.seek(offset)
-        return self._stream.read(size)
+        start = self._end - len(self._kept)
+        if not start <= offset <= self._end:
+            self._stream.seek(offset)
+            self._kept, self._end, start = b"", offset, offset
+        missing = offset + size - self._end
+        data = self._kept[offset - start : offset - start + size]
+        if missing > 0:
+            more = self._stream.read(missing)
+            data += more
+            self._kept = (self._kept + more)[-_STEP_BACK:]
+            self._end += len(more)
+        return data
 
 
 def _gzip_tar_members(path: Path) -> list[ArchiveMember]:

@@ -78,6 +78,8 @@ class HubDataset:
         with self._one_line():
             builder = self._builder()
             self._files = {str(part): list(map(str, files)) for part, files in builder.config.data_files.items()}
+            remote = f"hf://datasets/{self.name}@"
+            self._remote = {file for files in self._files.values() for file in files if file.startswith(remote)}
             self._origins = {str(part): files.origin_metadata for part, files in builder.config.data_files.items()}
         parts = _choose_parts(list(self._files), found["split"], shown=self.shown)
         features = self._features(parts[0])
@@ -128,7 +130,7 @@ class HubDataset:
         part, rows = self._rows[split]
         for row in rows[places.start : places.stop].tolist():
             with self._one_line():
-                value = self._stream(part, row).take(row)[self.image_field]
+                value = self._download(self._stream(part, row).take(row)[self.image_field])
             name = f"{self.shown}:{part} row {row}"
             yield read_sample(partial(self._image_bytes, value, name), label=int(self._labels[part][row]), name=name)
         if places.stop >= len(rows):
@@ -248,6 +250,15 @@ class HubDataset:
             stream = _Stream(iter(rows.cast_column(self.image_field, datasets.Image(decode=False))))
             self._streams[part] = stream
         return stream
+
+    def _download(self, value: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+        """Reads the image of a row that names a file of the data set on the Hub; a row may name any address."""
+        if value is None or value.get("bytes") is not None or value.get("path") not in self._remote:
+            return value
+        from datasets.utils.file_utils import xopen
+
+        with xopen(value["path"], "rb") as file:
+            return {"bytes": file.read(MAX_IMAGE_BYTES + 1)}
 
     def _image_bytes(self, value: Mapping[str, Any] | None, name: str) -> bytes:
         """Returns the bytes of an undecoded image: its own, or those of a file of a local data set."""

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ParquetFolder"]
 
-_SPLIT_NAMES: tuple[tuple[Split, str], ...] = (("train", "train"), ("val", "validation|valid|val"), ("val", "test"))
+_SPLIT_NAMES = {"val": "validation|valid|val", "test": "test", "train": "train|training"}
 _IMAGE_COLUMNS = ("image", "img")
 _ROWS_AT_ONCE = 64  # images in memory, for row groups of any size
 _BYTES_AT_ONCE = 2**28  # limit for pages of any size: with a dictionary, each row may repeat a whole page
@@ -44,8 +44,9 @@ _MAX_ROWS = 2**25  # of all files together
 class ParquetFolder:
     """A source of samples: the parquet files in a folder or in its sub-folders.
 
-    Files named ``train-*`` and ``validation-*`` (or ``test-*``) are the splits. Without val files, a hash of file name
-    and row chooses the val samples. Samples keep the order of the files' names and rows.
+    Files named ``train-*`` and ``validation-*`` (or ``test-*``), or in sub-folders with such names, are the splits.
+    Without train files, all that name no split are train. Without val files, a hash of file name and row chooses the
+    val samples. Samples keep the order of the files' names and rows.
 
     Args:
         folder: The folder.
@@ -147,18 +148,25 @@ class ParquetFolder:
 def _files_of_splits(folder: Path) -> tuple[list[Path], dict[Split, list[int]]]:
     """Returns the files of all splits, and for each split the positions of its files in that list."""
     paths = sorted(folder.glob("*.parquet")) or sorted(folder.glob("*/*.parquet"))
-    found: dict[Split, list[Path]] = {}
-    for split, words in _SPLIT_NAMES:
-        matching = [path for path in paths if re.search(rf"(?<![a-z])({words})(?![a-z])", path.stem.lower())]
-        if matching and split not in found:  # test files are val only if there are no validation files
-            found[split] = matching
-    if "train" not in found:
-        found["train"] = [path for path in paths if path not in found.get("val", ())]
+    named = [_split_name(folder, path) for path in paths]
+    of_name = {name: [path for path, of in zip(paths, named, strict=True) if of == name] for name in {*named}}
+    found: dict[Split, list[Path]] = {"train": of_name.get("train") or of_name.get("", [])}
+    if val := of_name.get("val") or of_name.get("test"):  # test files are val only if there are no validation files
+        found["val"] = val
     if not found["train"]:
-        names = _format_names([path.name for path in paths])
+        names = _format_names([path.relative_to(folder).as_posix() for path in paths])
         raise ValueError(f"source {printable(folder)} must have files of the train split, got {names}")
     used = [path for split in ("train", "val") for path in found.get(split, ())]
     return used, {split: [used.index(path) for path in of_split] for split, of_split in found.items()}
+
+
+def _split_name(folder: Path, path: Path) -> str:
+    """Returns ``"train"``, ``"val"`` or ``"test"``, by the file's name or else its sub-folder; else an empty text."""
+    for text in (path.stem.lower(), path.parent.relative_to(folder).as_posix().lower()):
+        for name, words in _SPLIT_NAMES.items():
+            if re.search(rf"(?<![a-z])({words})(?![a-z])", text):
+                return name
+    return ""
 
 
 def _open_file(path: Path) -> ParquetFile:
@@ -205,11 +213,11 @@ def _check_pages(file: ParquetFile, path: Path, group: int, column: str) -> int:
         chunks = file.metadata.row_group(group)
         for number in range(chunks.num_columns):
             chunk = chunks.column(number)
-            if chunk.path_in_schema in (column, f"{column}.bytes"):
+            if f"{chunk.path_in_schema}.".startswith(f"{column}."):  # all that pyarrow decompresses for the column
                 starts = (chunk.dictionary_page_offset, chunk.data_page_offset)
-                start = min(offset for offset in starts if offset)  # there may be no dictionary page
+                start = min((offset for offset in starts if offset), default=0)  # there may be no dictionary page
                 largest = max(largest, largest_page(descriptor, start, chunk.total_compressed_size))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{_file_label(path)}: row group {group}: {error}") from error
     finally:
         os.close(descriptor)
@@ -319,17 +327,27 @@ def _read_group(
     file: ParquetFile, path: Path, image_field: str, group: int, start: int, wanted: set[int]
 ) -> Iterator[tuple[int, Any]]:
     # A batch holds at most _BYTES_AT_ONCE, even if every row repeats the largest page.
-    largest = _check_pages(file, path, group, image_field)
+    column = _bytes_column(file, image_field)
+    largest = _check_pages(file, path, group, column)
     rows_at_once = min(_ROWS_AT_ONCE, 1 + _BYTES_AT_ONCE // max(1, largest))
     row = start
     try:
-        for batch in file.iter_batches(rows_at_once, row_groups=[group], columns=[image_field]):
+        for batch in file.iter_batches(rows_at_once, row_groups=[group], columns=[column]):
             for value in batch.column(0):
                 if row in wanted:
                     yield row, value
                 row += 1
     except OSError as error:
         raise ValueError(f"{_file_label(path)}: row group {group} cannot be read ({_first_line(error)})") from error
+
+
+def _bytes_column(file: ParquetFile, image_field: str) -> str:
+    """Returns the column that holds the bytes of the images. Other fields of a struct may have any length."""
+    import pyarrow as pa
+
+    schema = file.schema_arrow
+    is_struct = pa.types.is_struct(schema.field(schema.names.index(image_field)).type)
+    return f"{image_field}.bytes" if is_struct else image_field
 
 
 def _image_bytes(value: Any, name: str) -> bytes:

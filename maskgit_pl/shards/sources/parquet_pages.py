@@ -8,6 +8,8 @@ Source: apache/parquet-format, ``parquet.thrift``; apache/thrift, ``thrift-compa
 
 from __future__ import annotations
 
+import os
+
 from maskgit_pl.portable import pread
 
 __all__ = ["largest_page"]
@@ -27,8 +29,11 @@ def largest_page(descriptor: int, start: int, length: int) -> int:
         length: Length of the chunk in the file, in bytes.
 
     Raises:
-        ValueError: if a header is damaged or a page is longer than the chunk.
+        ValueError: if the chunk is not within the file, a header is damaged or a page is longer than the chunk.
     """
+    size = os.fstat(descriptor).st_size
+    if not 0 <= start <= start + length <= size:
+        raise ValueError(f"pages at bytes {start} to {start + length} must be within the file of {size} bytes")
     place, end, largest = start, start + length, 0
     # The pages follow each other: header, content, header, content ...
     while place < end:
