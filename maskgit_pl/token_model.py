@@ -27,7 +27,6 @@ Lightning runs the backward pass. After the last micro-batch:
 from __future__ import annotations
 
 import math
-import shutil
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -55,6 +54,7 @@ from maskgit_pl.networks.backbone import Backbone
 from maskgit_pl.optimized_model import OptimizedModel
 from maskgit_pl.pretrained import (
     PretrainedTokenizer,
+    copy_stage_folder,
     load_tokenizer,
     load_transformer,
     save_transformer,
@@ -274,8 +274,7 @@ class TokenModel(OptimizedModel):
         # Under FSDP2 all ranks gather the weights, so this line must not depend on the rank.
         weights, own = full_state(self.averaged_network), Path(folder) / "tokenizer"
         if self.global_rank == 0:
-            if self.tokenizer_folder.resolve() != own.resolve():
-                shutil.copytree(self.tokenizer_folder, own, dirs_exist_ok=True)
+            copy_stage_folder(self.tokenizer_folder, own)
             save_transformer(
                 own.with_name("transformer"),
                 self.config.network,

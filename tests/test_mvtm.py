@@ -9,20 +9,21 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch.nn.functional import cross_entropy
 
+from maskgit_pl import MaskGIT
 from maskgit_pl.data import Batch, describe_store, tokenize
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.masking import MaskSampler, true_positions
 from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.transformer import TransformerConfig
-from maskgit_pl.pretrained import load_tokenizer, load_transformer
+from maskgit_pl.pretrained import fingerprint, load_tokenizer, load_transformer
 from maskgit_pl.randomness import random_uniform
 from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.token_model_config import check_tokenizer
 from maskgit_pl.training.binned_means import BinnedMeans
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
 from maskgit_pl.training.learning_rates import LearningRate
-from tests.conftest import peak_predictions
+from tests.conftest import peak_predictions, save_tiny_pretrained
 from tests.modules import masked_model
 from tests.short_runs import data, fit
 
@@ -80,6 +81,22 @@ def test_images_and_tokens_train_on_the_same_samples_to_the_same_losses(tiny_sha
     tokens = fit(model(tiny_pretrained), data(tiny_shards, store), steps=10, folder=tmp_path / "t")
     assert images.ids == tokens.ids
     assert images.losses == tokens.losses
+
+
+def test_an_export_with_another_tokenizer_does_not_change_loaded_pipelines(tiny_pretrained, tmp_path):
+    """Their weights are mapped from the file of the tokenizer."""
+    other = save_tiny_pretrained(tmp_path / "other", seed=1)
+    names = ("a", "b", "c")
+    model(tiny_pretrained).export(tmp_path / "out", class_names=names)
+    pipe = MaskGIT.from_pretrained(tmp_path / "out")
+    before = pipe.generate([0, 1], num_steps=2, output_type="pt")
+    model(other).export(tmp_path / "out", class_names=names)
+    assert fingerprint(tmp_path / "out" / "tokenizer") == fingerprint(other / "tokenizer")
+    assert torch.equal(pipe.generate([0, 1], num_steps=2, output_type="pt"), before)
+    (tmp_path / "out" / "tokenizer" / "notes.txt").touch()
+    model(other).export(tmp_path / "out", class_names=names)  # the same weights are not copied again
+    with pytest.raises(FileExistsError, match="notes"):
+        model(tiny_pretrained).export(tmp_path / "out", class_names=names)
 
 
 def test_a_run_that_is_extended_resumes_at_the_rate_of_its_new_length(tiny_shards, tiny_pretrained, store, tmp_path):

@@ -17,7 +17,9 @@ from maskgit_pl.pretrained.decoding_file import (
 from maskgit_pl.pretrained.fine_tuning import weights_for
 from maskgit_pl.pretrained.folder import (
     check_stage_folder,
+    copy_stage_folder,
     fingerprint,
+    has_weights_of,
     load_tokenizer,
     load_transformer,
     read_config,
@@ -30,7 +32,9 @@ __all__ = [
     "PretrainedTokenizer",
     "PretrainedTransformer",
     "check_stage_folder",
+    "copy_stage_folder",
     "fingerprint",
+    "has_weights_of",
     "images_at_once",
     "load_decoding",
     "load_tokenizer",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +28,9 @@ from maskgit_pl.schedules import MaskSchedule, mask_schedules
 
 __all__ = [
     "check_stage_folder",
+    "copy_stage_folder",
     "fingerprint",
+    "has_weights_of",
     "load_tokenizer",
     "load_transformer",
     "read_config",
@@ -235,6 +238,31 @@ def check_stage_folder(folder: Path) -> None:
         FileExistsError: if it has other files.
     """
     check_only_known(folder, {WEIGHTS_FILE, _CONFIG, "pipeline.py"})  # pipeline.py is that of diffusers
+
+
+def has_weights_of(folder: Path, other: Path) -> bool:
+    """Returns True if a folder holds the weights of another one, with their configuration."""
+    is_complete = all((folder / name).is_file() for name in (WEIGHTS_FILE, _CONFIG))
+    return is_complete and fingerprint(folder) == fingerprint(other)
+
+
+def copy_stage_folder(source: Path, folder: Path) -> None:
+    """Copies the weights of a tokenizer or transformer, unless the folder holds the same ones already.
+
+    The folder is replaced as a whole: loaded pipelines map the file of its weights into their memory.
+
+    Args:
+        source: Pretrained folder of the stage.
+        folder: Folder to write; an existing one is replaced.
+
+    Raises:
+        FileExistsError: if the folder has other files.
+    """
+    if has_weights_of(folder, source):
+        return
+    with write_folder(folder, check=check_stage_folder) as fresh:
+        for name in (WEIGHTS_FILE, _CONFIG):
+            shutil.copyfile(source / name, fresh / name)
 
 
 def _save(folder: Path, kind: Kind, weights: Mapping[str, Tensor], config: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,8 +68,6 @@ def export(
         for each in stages:
             check_stage_folder(out / each)
         for plan, checkpoint in zip(plans, chosen, strict=True):
-            if plan.tokenizer is not None and not (out / "tokenizer").exists():
-                shutil.copytree(plan.tokenizer, out / "tokenizer")
             export_checkpoint(plan, checkpoint, out)
     return out
 

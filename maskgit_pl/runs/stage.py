@@ -22,7 +22,7 @@ from maskgit_pl.files import check_writable, read_json, write_text
 from maskgit_pl.locks import hold_lock
 from maskgit_pl.pipeline.card import write_card
 from maskgit_pl.portable import raise_file_limit
-from maskgit_pl.pretrained import check_stage_folder, fingerprint, load_weights
+from maskgit_pl.pretrained import check_stage_folder, fingerprint, has_weights_of, load_weights
 from maskgit_pl.provenance import describe_environment
 from maskgit_pl.runs.build import StageRun, build
 from maskgit_pl.runs.plan import Plan
@@ -104,8 +104,10 @@ def check_run_outputs(plan: Plan) -> None:
         check_writable(name, plan.stage_folder / file)
     check_stage_folder(exported)  # which the export at the end replaces
     own = plan.folder / "pretrained" / "tokenizer"
-    is_trained = (plan.folder / "tokenizer" / _RECORDS[0]).is_file() and (own / "config.json").is_file()
-    if plan.tokenizer is not None and is_trained and fingerprint(plan.tokenizer) != fingerprint(own):
+    if plan.tokenizer is None or has_weights_of(own, plan.tokenizer):
+        return
+    check_stage_folder(own)
+    if (plan.folder / "tokenizer" / _RECORDS[0]).is_file() and (own / "config.json").is_file():
         raise ValueError(
             f"run {plan.folder} has trained a tokenizer of its own, which the export of {plan.tokenizer} would "
             "replace; name another run with --run, or leave out --tokenizer"

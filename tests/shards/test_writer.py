@@ -188,7 +188,10 @@ def key_png(mode: str) -> bytes:
         image.putalpha(image.copy())
         image, options = image.convert(mode), {}
     stream = io.BytesIO()
-    image.save(stream, "PNG", **options)
+    try:
+        image.save(stream, "PNG", **options)
+    except OSError as error:  # of I;16 with an old Pillow
+        pytest.skip(str(error))
     return stream.getvalue()
 
 
