@@ -21,6 +21,7 @@ from maskgit_pl.cli import main
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.pipeline.display import Recording
+from maskgit_pl.pipeline.options import replace_settings
 from maskgit_pl.pipeline.outline import Outline
 from maskgit_pl.web import markup, plots, server
 from maskgit_pl.web.answers import explain, pace
@@ -97,11 +98,12 @@ def test_arguments_of_the_model_s_own_selector_stay():
     assert replace(FormSettings.of(own), choice_temperature=1.0).changes(own) == {"choice_temperature": 1.0}
 
 
-def test_a_schedule_that_a_list_of_tokens_would_hide_is_refused():
+def test_a_schedule_takes_the_place_of_a_list_of_tokens():
     own = DecodingConfig(num_steps=2, tokens_per_step=(1, 48))
-    with pytest.raises(ValueError, match="mask_schedule must be the model's own"):
-        replace(FormSettings.of(own), mask_schedule="cosine").changes(own)
-    assert replace(FormSettings.of(own), mask_schedule="cosine", num_steps=3).changes(own)["num_steps"] == 3
+    changes = replace(FormSettings.of(own), mask_schedule="cosine").changes(own)
+    assert changes == {"mask_schedule": "cosine"}
+    assert replace_settings(own, changes).tokens_per_step is None
+    assert replace_settings(own, FormSettings.of(own).changes(own)) == own
 
 
 @pytest.mark.parametrize(
@@ -388,8 +390,11 @@ def test_a_model_that_the_page_cannot_show_is_refused(tiny_autoregressive, tmp_p
         Studio(MaskGIT.from_pretrained(tiny_autoregressive), "tiny", tmp_path)
 
 
-def test_each_schedule_decodes_with_its_own_counts(studio, form):
-    found = dict(studio.decode_schedules(PageRequest(0, 0, form)))
+@pytest.mark.parametrize("own", [None, [1, 1, 1, 1, 1, 1, 1, 42]], ids=["schedule", "list"])
+def test_each_schedule_decodes_with_its_own_counts(pipe, tmp_path, own):
+    model = MaskGIT.from_pretrained(MODEL, decoding=pipe.decoding_with(tokens_per_step=own))
+    studio = Studio(model, MODEL, tmp_path)
+    found = dict(studio.decode_schedules(PageRequest(0, 0, FormSettings.of(model.decoding))))
     kept = plots.kept_by_schedule(49, 8)
     assert found.keys() == kept.keys() == mask_schedules.build_all().keys()
     for name, recording in found.items():
