@@ -1,5 +1,6 @@
 """The functions of the page, without a browser and without gradio; ``tests/web`` tries the page itself."""
 
+import inspect
 import json
 import os
 import shlex
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -26,6 +28,7 @@ from maskgit_pl.pipeline.outline import Outline
 from maskgit_pl.web import markup, plots, server
 from maskgit_pl.web.answers import explain, pace
 from maskgit_pl.web.commands import Call, call_edit, call_sample
+from maskgit_pl.web.form import add_settings
 from maskgit_pl.web.frames import draw_frame
 from maskgit_pl.web.regions import MAX_UPLOAD_BYTES, EditRegion, canvas_picture, read_brush, read_upload
 from maskgit_pl.web.settings import OWN, FormSettings, PageRequest, guidance_choices, schedule_choices, selector_choices
@@ -104,6 +107,34 @@ def test_a_schedule_takes_the_place_of_a_list_of_tokens():
     assert changes == {"mask_schedule": "cosine"}
     assert replace_settings(own, changes).tokens_per_step is None
     assert replace_settings(own, FormSettings.of(own).changes(own)) == own
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sampling_temperature": (4.5, 0.5)},
+        {"sampling_temperature": (0.5, 5.2)},
+        {"choice_temperature": 40.0},
+        {"guidance_scale": 12.5},
+    ],
+    ids=str,
+)
+def test_the_sliders_reach_the_model_s_own_values(studio, monkeypatch, changes):
+    gradio = MagicMock()
+    monkeypatch.setitem(sys.modules, "gradio", gradio)
+    for own, at_most in ((changes, 1), ({}, 0)):
+        gradio.Slider.reset_mock()
+        model = MaskGIT.from_pretrained(MODEL, decoding=studio.pipe.decoding_with(**own))
+        add_settings(Studio(model, MODEL, studio.folder))
+        sliders = [inspect.signature(_slider).bind(*call.args, **call.kwargs) for call in gradio.Slider.mock_calls]
+        ranges = [(each.arguments["minimum"], each.arguments["value"], each.arguments["maximum"]) for each in sliders]
+        assert len(ranges) == 5
+        assert all(least <= value <= most for least, value, most in ranges)
+        assert sum(usual != most for usual, (_, _, most) in zip((49, 4, 4, 30, 10), ranges, strict=True)) == at_most
+
+
+def _slider(minimum: float, maximum: float, value: float, **others: object) -> None:
+    """The arguments of a slider of gradio."""
 
 
 @pytest.mark.parametrize(
