@@ -16,6 +16,7 @@ import shutil
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -37,7 +38,7 @@ from maskgit_pl.pipeline.model import MaskGIT
 from maskgit_pl.pipeline.options import StepCallback, read_options
 from maskgit_pl.zip_directory import open_zip
 
-__all__ = ["BulkOptions", "BulkResult", "generate_many", "is_finished", "make_plan", "write_samples"]
+__all__ = ["BulkOptions", "BulkResult", "generate_many", "is_finished", "make_plan", "remove_samples", "write_samples"]
 
 _PLAN = "plan.json"
 _CHANNELS = 3  # of an image in the file; evaluators read grey images as RGB
@@ -146,6 +147,19 @@ def is_finished(file: Path, plan: BulkPlan) -> bool:
         raise FileExistsError(f"{file} exists and was not written by generate_many; delete it, or name another file")
     check_same(file, known, plan)
     return True
+
+
+def remove_samples(file: Path, plan: BulkPlan) -> None:
+    """Removes the file and the parts of a plan. What belongs to another plan, or is no file of this package, stays."""
+    work = _Work(file, plan)
+    with suppress(OSError, ValueError):
+        if is_finished(file, plan):
+            file.unlink(missing_ok=True)
+    with suppress(OSError, ValueError):
+        known = read_plan((work.folder / _PLAN).read_bytes())
+        if known is not None:
+            check_same(work.folder, known, plan)
+            shutil.rmtree(work.folder, ignore_errors=True)
 
 
 def make_plan(pipe: MaskGIT, options: BulkOptions, decoding: DecodingConfig) -> BulkPlan:
