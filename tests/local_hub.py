@@ -117,6 +117,8 @@ class _Handler(BaseHTTPRequestHandler):
         for line in map(json.loads, body.splitlines()):
             if line["key"] == "file":
                 files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            elif line["key"] == "deletedFile":
+                del files[line["value"]["path"]]
         self._answer(
             {"commitUrl": f"{self.hub.address}/{hub_id}/commit/{COMMIT}", "commitOid": COMMIT, "success": True}
         )

@@ -1,5 +1,6 @@
 """The functions of the page, without a browser and without gradio; ``tests/web`` tries the page itself."""
 
+import inspect
 import json
 import os
 import shlex
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -21,10 +23,12 @@ from maskgit_pl.cli import main
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.pipeline.display import Recording
+from maskgit_pl.pipeline.options import replace_settings
 from maskgit_pl.pipeline.outline import Outline
 from maskgit_pl.web import markup, plots, server
 from maskgit_pl.web.answers import explain, pace
 from maskgit_pl.web.commands import Call, call_edit, call_sample
+from maskgit_pl.web.form import add_settings
 from maskgit_pl.web.frames import draw_frame
 from maskgit_pl.web.regions import MAX_UPLOAD_BYTES, EditRegion, canvas_picture, read_brush, read_upload
 from maskgit_pl.web.settings import OWN, FormSettings, PageRequest, guidance_choices, schedule_choices, selector_choices
@@ -97,11 +101,40 @@ def test_arguments_of_the_model_s_own_selector_stay():
     assert replace(FormSettings.of(own), choice_temperature=1.0).changes(own) == {"choice_temperature": 1.0}
 
 
-def test_a_schedule_that_a_list_of_tokens_would_hide_is_refused():
+def test_a_schedule_takes_the_place_of_a_list_of_tokens():
     own = DecodingConfig(num_steps=2, tokens_per_step=(1, 48))
-    with pytest.raises(ValueError, match="mask_schedule must be the model's own"):
-        replace(FormSettings.of(own), mask_schedule="cosine").changes(own)
-    assert replace(FormSettings.of(own), mask_schedule="cosine", num_steps=3).changes(own)["num_steps"] == 3
+    changes = replace(FormSettings.of(own), mask_schedule="cosine").changes(own)
+    assert changes == {"mask_schedule": "cosine"}
+    assert replace_settings(own, changes).tokens_per_step is None
+    assert replace_settings(own, FormSettings.of(own).changes(own)) == own
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sampling_temperature": (4.5, 0.5)},
+        {"sampling_temperature": (0.5, 5.2)},
+        {"choice_temperature": 40.0},
+        {"guidance_scale": 12.5},
+    ],
+    ids=str,
+)
+def test_the_sliders_reach_the_model_s_own_values(studio, monkeypatch, changes):
+    gradio = MagicMock()
+    monkeypatch.setitem(sys.modules, "gradio", gradio)
+    for own, at_most in ((changes, 1), ({}, 0)):
+        gradio.Slider.reset_mock()
+        model = MaskGIT.from_pretrained(MODEL, decoding=studio.pipe.decoding_with(**own))
+        add_settings(Studio(model, MODEL, studio.folder))
+        sliders = [inspect.signature(_slider).bind(*call.args, **call.kwargs) for call in gradio.Slider.mock_calls]
+        ranges = [(each.arguments["minimum"], each.arguments["value"], each.arguments["maximum"]) for each in sliders]
+        assert len(ranges) == 5
+        assert all(least <= value <= most for least, value, most in ranges)
+        assert sum(usual != most for usual, (_, _, most) in zip((49, 4, 4, 30, 10), ranges, strict=True)) == at_most
+
+
+def _slider(minimum: float, maximum: float, value: float, **others: object) -> None:
+    """The arguments of a slider of gradio."""
 
 
 @pytest.mark.parametrize(
@@ -388,8 +421,11 @@ def test_a_model_that_the_page_cannot_show_is_refused(tiny_autoregressive, tmp_p
         Studio(MaskGIT.from_pretrained(tiny_autoregressive), "tiny", tmp_path)
 
 
-def test_each_schedule_decodes_with_its_own_counts(studio, form):
-    found = dict(studio.decode_schedules(PageRequest(0, 0, form)))
+@pytest.mark.parametrize("own", [None, [1, 1, 1, 1, 1, 1, 1, 42]], ids=["schedule", "list"])
+def test_each_schedule_decodes_with_its_own_counts(pipe, tmp_path, own):
+    model = MaskGIT.from_pretrained(MODEL, decoding=pipe.decoding_with(tokens_per_step=own))
+    studio = Studio(model, MODEL, tmp_path)
+    found = dict(studio.decode_schedules(PageRequest(0, 0, FormSettings.of(model.decoding))))
     kept = plots.kept_by_schedule(49, 8)
     assert found.keys() == kept.keys() == mask_schedules.build_all().keys()
     for name, recording in found.items():

@@ -20,7 +20,7 @@ from maskgit_pl.files import write_atomically
 from maskgit_pl.image_format import visible_channels
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.acceptance import Acceptance
-from maskgit_pl.pipeline.bulk import BulkResult, generate_many, is_finished, make_plan, write_samples
+from maskgit_pl.pipeline.bulk import BulkResult, generate_many, is_finished, make_plan, remove_samples, write_samples
 from maskgit_pl.pipeline.bulk_plan import BulkOptions, BulkPlan
 from maskgit_pl.pipeline.options import read_options
 
@@ -87,10 +87,11 @@ def generate_accepted(
     if max(plan.classes) >= len(pipe.class_names):
         raise ValueError("classes must not be None with accept_rate, which ranks by the class; name a class")
     count = num_candidates(acceptance, bulk.num_images, len(plan.classes))
+    candidates, candidates_plan = candidates_file(file), replace(plan, count=count)
     plan = replace(plan, accept_rate=acceptance.rate, classifier=acceptance.digest)
     if is_finished(file, plan):
+        remove_samples(candidates, candidates_plan)  # left by a run that was killed in step 3
         return BulkResult(file, 0, count, 0)
-    candidates = candidates_file(file)
     result = generate_many(pipe, candidates, **{**options, "num_images": count})
     if result.missing_parts == 0:
         try:

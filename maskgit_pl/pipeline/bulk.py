@@ -14,7 +14,9 @@ import logging
 import os
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -36,12 +38,14 @@ from maskgit_pl.pipeline.model import MaskGIT
 from maskgit_pl.pipeline.options import StepCallback, read_options
 from maskgit_pl.zip_directory import open_zip
 
-__all__ = ["BulkOptions", "BulkResult", "generate_many", "is_finished", "make_plan", "write_samples"]
+__all__ = ["BulkOptions", "BulkResult", "generate_many", "is_finished", "make_plan", "remove_samples", "write_samples"]
 
 _PLAN = "plan.json"
 _CHANNELS = 3  # of an image in the file; evaluators read grey images as RGB
 _MAX_ENTRIES = 100  # of the file; it has one for each array
 _SPARE = 1 << 20  # bytes reserved for labels, headers and the plan
+# Exceptions that reading a damaged part may raise; a damaged zip may seem encrypted or compressed.
+_BROKEN = (OSError, ValueError, LookupError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
 _log = logging.getLogger(__name__)
 
 
@@ -143,6 +147,19 @@ def is_finished(file: Path, plan: BulkPlan) -> bool:
         raise FileExistsError(f"{file} exists and was not written by generate_many; delete it, or name another file")
     check_same(file, known, plan)
     return True
+
+
+def remove_samples(file: Path, plan: BulkPlan) -> None:
+    """Removes the file and the parts of a plan. What belongs to another plan, or is no file of this package, stays."""
+    work = _Work(file, plan)
+    with suppress(OSError, ValueError):
+        if is_finished(file, plan):
+            file.unlink(missing_ok=True)
+    with suppress(OSError, ValueError):
+        known = read_plan((work.folder / _PLAN).read_bytes())
+        if known is not None:
+            check_same(work.folder, known, plan)
+            shutil.rmtree(work.folder, ignore_errors=True)
 
 
 def make_plan(pipe: MaskGIT, options: BulkOptions, decoding: DecodingConfig) -> BulkPlan:
@@ -272,17 +289,25 @@ class _Work:
         path = self.part(part)
         if not path.exists():
             return False
+        rows = self.plan.rows(part)
         try:
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
                 known = str(arrays["plan"]) == self.plan.digest
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+                # Reads all values, with the checksum of each array.
+                images, labels = arrays["images"], arrays["labels"]
+                known = known and (images.dtype, images.shape) == (np.uint8, (len(rows), *self.plan.image))
+                known = known and np.array_equal(labels, self._labels(rows))
+        except _BROKEN:
             known = False
         if not known:
             _log.warning("%s: damaged or of another plan; generating it again", path)
         return known
 
+    def _labels(self, rows: range) -> npt.NDArray[np.int64]:
+        return np.array([self.plan.label(row) for row in rows], dtype=np.int64)
+
     def keep(self, part: int, images: npt.NDArray[np.uint8]) -> None:
-        labels = np.array([self.plan.label(row) for row in self.plan.rows(part)], dtype=np.int64)
+        labels = self._labels(self.plan.rows(part))
         with write_atomically(self.part(part)) as stream:
             np.savez(stream, images=images, labels=labels, plan=np.array(self.plan.digest))
 
@@ -291,7 +316,9 @@ class _Work:
 
         Two processes that join at the same time write the same bytes. The slower one finds the file complete.
         """
-        missing = sum(not self.has(part) for part in range(self.plan.num_parts))
+        parts = range(self.plan.num_parts)
+        # Parts are read only when all of them exist, so that not every process reads all images.
+        missing = sum(not self.part(part).exists() for part in parts) or sum(not self.has(part) for part in parts)
         if missing == 0:
             try:
                 self._put_together()
@@ -304,7 +331,7 @@ class _Work:
 
     def _put_together(self) -> None:
         plan = self.plan
-        labels = np.array([plan.label(row) for row in range(plan.count)], dtype=np.int64)
+        labels = self._labels(range(plan.count))
         with write_atomically(self.file, partial_in=self.folder) as stream:
             write_samples(stream, plan, map(self._read, range(plan.num_parts)), labels)
 

@@ -160,8 +160,8 @@ def read_options(kind: type[Options], given: Mapping[str, Any], own: DecodingCon
 def replace_settings(own: DecodingConfig, settings: Mapping[str, Any]) -> DecodingConfig:
     """Returns decoding settings with some of them replaced.
 
-    ``tokens_per_step`` without ``num_steps`` sets both. A new ``num_steps`` without ``tokens_per_step`` removes that of
-    ``own``, which has another length.
+    ``tokens_per_step`` without ``num_steps`` sets both. A new ``num_steps`` removes the ``tokens_per_step`` of ``own``,
+    which has another length; a ``mask_schedule`` removes it, too, because it would have no effect beside the list.
 
     Args:
         own: Settings to start from.
@@ -169,7 +169,7 @@ def replace_settings(own: DecodingConfig, settings: Mapping[str, Any]) -> Decodi
 
     Raises:
         TypeError: if a setting is unknown, or ``decoding`` is not a ``DecodingConfig``.
-        ValueError: if a value is out of range.
+        ValueError: if a value is out of range, or both ``mask_schedule`` and ``tokens_per_step`` are given.
     """
     _check_names(settings, [*SETTINGS, "decoding"])
     given = {name: value for name, value in settings.items() if value is not None}
@@ -179,12 +179,19 @@ def replace_settings(own: DecodingConfig, settings: Mapping[str, Any]) -> Decodi
             f"decoding must be a DecodingConfig, got {shorten(config)}; give single settings as options, or a file to "
             "from_pretrained"
         )
-    # The list has one number for each step, so the two settings must agree.
+    # The list has one number for each step, so that it must agree with num_steps. It takes the place of the schedule.
     if "tokens_per_step" in given:
+        if "mask_schedule" in given:
+            raise ValueError(
+                "mask_schedule must be left out with tokens_per_step, which takes its place, got "
+                f"{shorten(given['mask_schedule'])}; give one of the two"
+            )
         counts = plain_list(given["tokens_per_step"])
         if counts is not None:
             given = {"num_steps": len(counts), **given, "tokens_per_step": counts}
-    elif isinstance(steps := plain_number(given.get("num_steps")), int) and steps != config.num_steps:
+    elif "mask_schedule" in given or (
+        isinstance(steps := plain_number(given.get("num_steps")), int) and steps != config.num_steps
+    ):
         given["tokens_per_step"] = None
     # guidance_scale and choice_temperature are arguments of plug-ins: they go into the spec of the plug-in.
     for name, (part, argument, interval) in _ARGUMENTS.items():

@@ -1,7 +1,7 @@
 """``maskgit push``: uploads a pretrained folder with its model card to the Hugging Face Hub.
 
 Everything on this machine is checked before the Hub is asked, and everything on the Hub before a file is sent. All
-files are sent in one commit.
+files are sent in one commit, which also deletes those of an older model that the new one does not have.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ __all__ = ["Push", "PushError", "PushedFile", "plan_push", "push"]
 
 _CARD = "README.md"
 _LICENSES = ("LICENSE", "LICENSE.md", "LICENSE.txt")
+_OURS = frozenset({*FILES, *DIFFUSERS_FILES, _CARD, *_LICENSES})
 _NOT_SENT = ("decoding.json.old", "inspect.html")  # what `maskgit tune` and `maskgit inspect` leave
 _LARGEST_TEXT = 1_000_000  # bytes of a card or a license
 _HEADER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
@@ -126,7 +127,7 @@ def push(plan: Push, *, private: bool = False) -> str:
     2. Check that the owner is this account or one of its organizations, and that the repository does not exist, is
        empty, or holds a model of this package.
     3. Create the repository if it does not exist.
-    4. Send all files in one commit.
+    4. Send all files in one commit, and delete files of an older model that are not among them. Other files stay.
 
     Args:
         plan: Result of ``plan_push``.
@@ -139,7 +140,7 @@ def push(plan: Push, *, private: bool = False) -> str:
         PushError: if nobody is logged in, the Hub cannot be reached, or the Hub refuses the upload.
         ValueError: if the access token cannot be one.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
     # 1.
     if get_token() is None:
@@ -150,14 +151,17 @@ def push(plan: Push, *, private: bool = False) -> str:
         _check_owner(plan.hub_id, api.whoami())
     # 2.
     with _told_in_one_line(plan.hub_id):
-        _check_repository(api, plan.hub_id)
+        there = _check_repository(api, plan.hub_id)
     # 3.
     with _told_in_one_line(plan.hub_id):
         address = api.create_repo(plan.hub_id, private=private, exist_ok=True)
     # 4.
     with _told_in_one_line(plan.hub_id):
-        operations = [CommitOperationAdd(each.path, each.source or plan.card.encode()) for each in plan.files]
-        api.create_commit(plan.hub_id, operations, commit_message="Upload a model of maskgit_pl")
+        added = [CommitOperationAdd(each.path, each.source or plan.card.encode()) for each in plan.files]
+        # A decoding.json or a negative model of an older version would change the images of the new one.
+        old = sorted((there & _OURS) - {each.path for each in plan.files})
+        deleted = [CommitOperationDelete(path, is_folder=False) for path in old]
+        api.create_commit(plan.hub_id, [*added, *deleted], commit_message="Upload a model of maskgit_pl")
     return str(address)
 
 
@@ -178,14 +182,13 @@ def _list_files(folder: Path) -> Iterator[tuple[str, Path]]:
     Raises:
         ValueError: if something in it is not a file of a pretrained folder.
     """
-    known = {*FILES, *DIFFUSERS_FILES, _CARD, *_LICENSES}
     for file in sorted(folder.rglob("*")):
         path = file.relative_to(folder).as_posix()
         if file.is_symlink():
             raise ValueError(f"{folder} must hold no links, got {shorten(path)}; put the file in its place")
         if file.is_dir() or path in _NOT_SENT:
             continue
-        if path not in known:
+        if path not in _OURS:
             raise ValueError(
                 f"{folder} must hold only the files of a pretrained folder, got {shorten(path)}; move it elsewhere, or "
                 "write a new folder with MaskGIT.save_pretrained"
@@ -291,8 +294,11 @@ def _check_owner(hub_id: str, account: dict[str, Any]) -> None:
         )
 
 
-def _check_repository(api: HfApi, hub_id: str) -> None:
+def _check_repository(api: HfApi, hub_id: str) -> set[str]:
     """Checks that a repository does not exist, is empty, or holds a model of this package.
+
+    Returns:
+        Paths of its files, without the card.
 
     Raises:
         PushError: if it holds something else.
@@ -302,12 +308,13 @@ def _check_repository(api: HfApi, hub_id: str) -> None:
     try:
         there = set(api.list_repo_files(hub_id)) - {".gitattributes", _CARD}
     except RepositoryNotFoundError:
-        return
+        return set()
     if there and "transformer/config.json" not in there:
         raise PushError(
             f"hub {hub_id}: the name is taken by a repository with other files, such as {shorten(min(there))}; choose "
             "another name"
         )
+    return there
 
 
 @contextmanager

@@ -78,18 +78,29 @@ def add_settings(
 
     pipe, own = studio.pipe, FormSettings.of(studio.pipe.decoding)
     selectors, schedules, guidances = studio.choices
-    temperature = {"minimum": 0, "maximum": 4, "step": 0.05}
+    temperature = {"minimum": 0, "step": 0.05}
     with gr.Accordion(title, open=is_open):
         selector = gr.Dropdown(selectors, value=own.token_selector, label="Token selector")
         schedule = gr.Dropdown(schedules, value=own.mask_schedule, label="Mask schedule")
         steps = gr.Slider(
             1, pipe.outline.num_tokens, num_steps or own.num_steps, step=1, precision=0, label="Decoding steps"
         )
-        first = gr.Slider(**temperature, value=own.first_temperature, label="Sampling temperature, first step")
-        last = gr.Slider(**temperature, value=own.last_temperature, label="Sampling temperature, last step")
-        noise = gr.Slider(0, 30, own.choice_temperature, step=0.5, label="Choice temperature (noise on the confidence)")
+        # Gradio refuses values above the maximum, and any value may be the model's own.
+        first, last = (
+            gr.Slider(**temperature, maximum=max(4, value), value=value, label=f"Sampling temperature, {step} step")
+            for step, value in (("first", own.first_temperature), ("last", own.last_temperature))
+        )
+        noise = gr.Slider(
+            0,
+            max(30, own.choice_temperature),
+            own.choice_temperature,
+            step=0.5,
+            label="Choice temperature (noise on the confidence)",
+        )
         guidance = gr.Dropdown(guidances, value=own.guidance, label="Guidance schedule")
-        scale = gr.Slider(0, 10, own.guidance_scale, step=0.05, label="Guidance scale (0: no guidance)")
+        scale = gr.Slider(
+            0, max(10, own.guidance_scale), own.guidance_scale, step=0.05, label="Guidance scale (0: no guidance)"
+        )
     fields = [selector, schedule, steps, first, last, noise, guidance, scale]
     assert len(fields) == len(asdict(own))
     return fields

@@ -90,16 +90,11 @@ class FormSettings:
             own: The model's own settings.
 
         Raises:
-            ValueError: if a name is unknown, or a mask schedule would be ignored.
+            ValueError: if a name is unknown.
         """
         given: dict[str, Any] = {}
         if self.num_steps != own.num_steps:
             given["num_steps"] = self.num_steps
-        elif own.tokens_per_step is not None and self.mask_schedule != OWN:
-            raise ValueError(
-                "mask_schedule must be the model's own, whose settings name the tokens of each step, got "
-                f"{self.mask_schedule!r}; choose another number of steps too"
-            )
         given |= {name: getattr(self, name) for name in ("token_selector", "mask_schedule") if getattr(self, name)}
         # The number belongs to the selector: others do not take it.
         if _takes_noise(self.token_selector or own.token_selector):

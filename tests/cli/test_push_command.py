@@ -65,6 +65,17 @@ def test_a_model_is_pushed_and_loaded_by_its_name(folder: Path, hub: LocalHub, t
     assert hub.requests.count("POST /api/models/alice/tiny/commit/main") == 2
 
 
+def test_files_of_an_older_model_are_deleted_and_others_stay(folder: Path, hub: LocalHub):
+    older = ("decoding.json", "negative/model.safetensors", "pipeline.py", "LICENSE.txt")
+    others = ("notes.txt", "negative/notes.txt", ".gitattributes")
+    (folder / "decoding.json").unlink(missing_ok=True)
+    hub.repositories["alice/tiny"] = dict.fromkeys((*older, *others, "transformer/config.json"), b"older")
+    assert main(["push", str(folder), "alice/tiny"]) == 0
+    here = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    assert {*hub.repositories["alice/tiny"]} == {*here, *others}
+    assert hub.requests.count("POST /api/models/alice/tiny/commit/main") == 1
+
+
 def test_a_model_goes_to_an_organization(folder: Path, hub: LocalHub):
     assert main(["push", str(folder), "lab/tiny"]) == 0
     assert hub.private == {"lab/tiny": False}

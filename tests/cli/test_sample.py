@@ -117,6 +117,10 @@ def test_bad_input_is_refused_and_nothing_written(
             ["--sampling-temperature", "warm"],
             "--sampling-temperature must be numbers separated by commas, got warm",
         ),
+        (
+            ["--tokens-per-step", "8,8", "--mask-schedule", "cosine"],
+            "--mask-schedule must be left out with tokens_per_step, which takes its place, got 'cosine'; give one",
+        ),
         (["--tokens-per-step", "1,x"], "--tokens-per-step must be integers separated by commas, got 1,x"),
         (["--tokens-per-step", "0,16"], "--tokens-per-step must be integers >= 1, got [0, 16]"),
         (["--decoding", "nowhere.json"], "--decoding nowhere.json: no such file"),
@@ -152,7 +156,7 @@ def test_each_flag_reaches_the_decoding(tiny_pretrained: Path, tmp_path: Path) -
     words = [
         "--guidance-scale", "2", "--guidance", "cosine", "--choice-temperature", "1.5",
         "--token-selector", '{"name": "remdm", "eta": 0.1}', "--sampling-temperature", "1.2,0.7", "--top-k", "5",
-        "--top-p", "0.9", "--tokens-per-step", "1,3,12", "--mask-schedule", '{"name": "pow", "exponent": 3}',
+        "--top-p", "0.9", "--tokens-per-step", "1,3,12",
         "--draw-method", "gumbel", "--decoding", str(file),
     ]  # fmt: skip
     assert read_decoding_flags(namespace(*words), outline) == DecodingConfig(
@@ -163,9 +167,12 @@ def test_each_flag_reaches_the_decoding(tiny_pretrained: Path, tmp_path: Path) -
         5,
         0.9,
         (1, 3, 12),
-        {"name": "pow", "exponent": 3},
-        "gumbel",
+        draw_method="gumbel",
     )
+    own = replace(outline, decoding=replace(outline.decoding, num_steps=2, tokens_per_step=(4, 12)))
+    schedule = {"name": "pow", "exponent": 3}
+    found = read_decoding_flags(namespace("--mask-schedule", json.dumps(schedule)), own)
+    assert found == replace(outline.decoding, num_steps=2, mask_schedule=schedule)
     assert read_decoding_flags(namespace("--decoding", file), outline) == DecodingConfig(3, "margin")
     assert read_decoding_flags(namespace(), outline) == outline.decoding
 

@@ -70,6 +70,32 @@ def test_a_second_call_does_nothing_and_another_rate_is_refused(pipe, acceptance
         generate_many(pipe, file, **OPTIONS)
 
 
+def test_candidates_that_a_killed_run_left_are_removed(pipe, acceptance, tmp_path):
+    file, candidates = tmp_path / "best.npz", tmp_path / "best.candidates.npz"
+    generate_accepted(pipe, file, acceptance, **OPTIONS)
+    generate_many(pipe, candidates, **OPTIONS | {"num_images": 24})
+    generate_accepted(pipe, file, acceptance, **OPTIONS)
+    assert [path.name for path in tmp_path.iterdir()] == ["best.npz"]
+    # A process that began late made some parts.
+    generate_many(pipe, candidates, **OPTIONS | {"num_images": 24}, world_size=2)
+    generate_accepted(pipe, file, acceptance, **OPTIONS)
+    assert [path.name for path in tmp_path.iterdir()] == ["best.npz"]
+
+
+def test_other_files_with_the_names_of_candidates_stay(pipe, acceptance, tmp_path):
+    file, candidates = tmp_path / "best.npz", tmp_path / "best.candidates.npz"
+    generate_accepted(pipe, file, acceptance, **OPTIONS)
+    generate_many(pipe, candidates, **OPTIONS | {"num_images": 3})
+    parts = tmp_path / "best.candidates.npz.parts"
+    parts.mkdir()
+    for content in (None, b"{}"):
+        if content is not None:
+            (parts / "plan.json").write_bytes(content)
+            candidates.write_bytes(content)
+        generate_accepted(pipe, file, acceptance, **OPTIONS)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["best.candidates.npz", parts.name, "best.npz"]
+
+
 def test_processes_share_the_candidates(pipe, acceptance, tmp_path):
     generate_accepted(pipe, tmp_path / "one.npz", acceptance, **OPTIONS)
     results = [

@@ -1275,7 +1275,6 @@ MUTANTS: tuple[Mutant, ...] = (
     *_of(
         "web/settings.py",
         "test_web",
-        ("elif own.tokens_per_step is not None and", "elif False and"),
         ("if self.token_selector == OWN else None", "if True else None"),
         ("temperatures[0] if is_constant else temperatures", "temperatures"),
     ),

@@ -185,6 +185,36 @@ def test_a_part_of_another_plan_is_made_again(pipe: MaskGIT, tmp_path: Path) -> 
     assert generate_many(pipe, tmp_path / "0.npz", num_images=4, part_size=2).made == 4
 
 
+@pytest.mark.parametrize("member", ["images", "labels"])
+@pytest.mark.parametrize("own", [True, False], ids=["own part", "part of another process"])
+def test_a_part_with_damaged_values_is_made_again(pipe: MaskGIT, tmp_path: Path, caplog, member, own) -> None:
+    given = {"num_images": 4, "part_size": 2}
+    generate_many(pipe, tmp_path / "begun.npz", **given, world_size=2)  # part 0
+    part = tmp_path / "begun.npz.parts" / "part-000000.npz"
+    content = bytearray(part.read_bytes())
+    with zipfile.ZipFile(part) as archive:
+        names = archive.namelist()
+        last = archive.infolist()[names.index(f"{member}.npy") + 1].header_offset - 1
+    content[last] ^= 1
+    part.write_bytes(content)
+    if not own:
+        assert generate_many(pipe, tmp_path / "begun.npz", **given, rank=1, world_size=2).missing_parts == 1
+    assert generate_many(pipe, tmp_path / "begun.npz", **given, world_size=1 if own else 2).missing_parts == 0
+    assert "part-000000.npz: damaged" in caplog.text
+    generate_many(pipe, tmp_path / "whole.npz", **given)
+    assert (tmp_path / "whole.npz").read_bytes() == (tmp_path / "begun.npz").read_bytes()
+
+
+def test_a_part_with_other_shapes_is_made_again(pipe: MaskGIT, tmp_path: Path) -> None:
+    given = {"num_images": 4, "part_size": 2}
+    generate_many(pipe, tmp_path / "begun.npz", **given, world_size=2)
+    part = tmp_path / "begun.npz.parts" / "part-000000.npz"
+    with np.load(part) as arrays:
+        content = dict(arrays)
+    np.savez(part, **content | {"images": content["images"][:1]})
+    assert generate_many(pipe, tmp_path / "begun.npz", **given).made == 4
+
+
 def test_another_process_may_be_quicker_to_put_the_file_together(pipe: MaskGIT, out: Path, monkeypatch) -> None:
     original = bulk_module._Work._put_together
 

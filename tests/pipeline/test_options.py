@@ -50,6 +50,13 @@ def test_an_argument_of_a_plug_in_is_replaced_in_whatever_spec_there_is():
     assert replace_settings(OWN, {"guidance": "cosine", "guidance_scale": 3}).guidance == {"name": "cosine", "scale": 3}
 
 
+def test_a_mask_schedule_takes_the_place_of_the_model_s_own_list():
+    made = replace_settings(OWN, {"mask_schedule": "cosine"})
+    assert (made.mask_schedule, made.tokens_per_step, made.num_steps) == ("cosine", None, 4)
+    with pytest.raises(ValueError, match=r"mask_schedule must be left out with tokens_per_step.*got 'cosine'"):
+        replace_settings(OWN, {"mask_schedule": "cosine", "tokens_per_step": [8, 8]})
+
+
 def test_what_is_neither_is_answered_with_the_nearest_name():
     with pytest.raises(TypeError, match="option 'negative_clases': did you mean 'negative_classes'"):
         read_options(GenerateOptions, {"negative_clases": 1}, OWN)
