@@ -122,7 +122,8 @@ def write_folder(
     """Makes an empty folder to write to, which replaces ``folder`` when all of it is on disk.
 
     1. Follow links, and check that the folder can be replaced.
-    2. Lock it and check its content, so that of two processes only one writes it.
+    2. Lock it, so that of two processes only one writes it, put back an older one that a kill has left under its other
+       name (``replace_folder``), and check its content.
     3. Remove the new folders that killed processes have left.
     4. After the work, write all of the new folder to the disk, and give it the name.
 
@@ -142,6 +143,7 @@ def write_folder(
     """
     folder = resolve_folder(name, folder)  # 1.
     with hold_lock(folder, hint="give another path"):  # 2.
+        _put_back(folder)
         check(folder)
         for path in folder.parent.iterdir():  # 3.
             if re.fullmatch(rf"\.{re.escape(folder.name)}\.partial-\w+", path.name):
@@ -164,7 +166,8 @@ def replace_folder(fresh: Path, folder: Path) -> None:
     1. Without an old folder: renames the new one.
     2. With an old folder: exchanges the two names in one system call.
     3. On a file system without that call (NFS): renames the old folder to ``.NAME.old-PID``, then the new one. A kill
-       between the two leaves no folder at ``folder``; both exist under their other names.
+       between the two leaves no folder at ``folder``; both exist under their other names, and the next
+       ``write_folder`` puts the old one back.
     4. Removes the old folder.
 
     Args:
@@ -191,6 +194,16 @@ def replace_folder(fresh: Path, folder: Path) -> None:
             raise
     sync(folder.parent)  # the names are on disk
     shutil.rmtree(old, ignore_errors=True)  # 4.
+
+
+def _put_back(folder: Path) -> None:
+    """Gives an older folder that a kill has left at ``.NAME.old-PID`` its name; removes it if another one has it."""
+    for path in list(folder.parent.iterdir()):
+        if re.fullmatch(rf"\.{re.escape(folder.name)}\.old-\d+", path.name):
+            if folder.exists():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.rename(folder)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -68,6 +68,24 @@ def test_a_swap_that_fails_leaves_the_older_folder(tmp_path: Path, monkeypatch) 
     assert list(tmp_path.iterdir()) == [folder]
 
 
+@pytest.mark.parametrize("is_in_place", [False, True])
+def test_what_a_kill_in_the_middle_of_a_swap_has_left_is_put_back(tmp_path: Path, is_in_place: bool) -> None:
+    folder, old, other = tmp_path / "[a]", tmp_path / ".[a].old-17", tmp_path / ".[a].old-17.zip"
+    for each in (old, other, *([folder] if is_in_place else [])):
+        each.mkdir()
+        write_text(each / "file", each.name)
+    seen = []
+
+    def look(path: Path) -> None:
+        seen.append((path / "file").read_text())
+
+    with pytest.raises(FileNotFoundError), write_folder(folder, check=look) as fresh:
+        write_text(fresh / "missing" / "file", "new")
+    assert seen == ["[a]" if is_in_place else ".[a].old-17"]
+    assert (folder / "file").read_text() == seen[0]
+    assert {path.name for path in tmp_path.iterdir()} == {"[a]", other.name}
+
+
 def test_a_folder_takes_the_place_of_an_empty_one_and_removes_what_killed_processes_left(
     tmp_path: Path, swap: str
 ) -> None:

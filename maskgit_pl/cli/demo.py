@@ -150,21 +150,31 @@ def run_steps(steps: Sequence[Step]) -> int:
     Returns:
         0, or the exit code of the command that failed or was stopped.
     """
-    running: list[subprocess.Popen[bytes]] = []
+    running: list[subprocess.Popen[bytes]] = []  # the step that runs, or none
     received: list[int] = []
+    waiting: list[int] = []  # arrived while no step was running
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
         received.append(number)
-        if running and number != signal.SIGINT:
+        if number != signal.SIGINT and running:
             running[-1].send_signal(number)
+        elif number != signal.SIGINT:
+            waiting.append(number)
 
     before = {number: signal.signal(number, on_signal) for number in SIGNALS}
     try:
         for number, step in enumerate(steps, start=1):
             print(f"\n[{number}/{len(steps)}] {step.title}\n      maskgit {shlex.join(step.words)}", flush=True)
-            running.append(subprocess.Popen([sys.executable, "-m", "maskgit_pl", *step.words]))
-            code = running[-1].wait()
-            if code == 0 and received:  # too late to stop this step, and the next one does not begin
+            code = 0
+            if not received:
+                process = subprocess.Popen([sys.executable, "-m", "maskgit_pl", *step.words])
+                running.append(process)
+                # From here on, the handler passes signals on; these have arrived while the process started.
+                for missed in waiting:
+                    process.send_signal(missed)
+                code = process.wait()
+                running.clear()
+            if code == 0 and received:  # too late to stop this step, or too early: the next one does not begin
                 code = 128 + received[-1]
             if code:
                 _log.error("step %d of %d ended early; the same command resumes there", number, len(steps))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -37,6 +38,8 @@ DESCRIPTION = "export.json"
 
 _FORMAT, _VERSION = "maskgit_pl.graphs", 1
 _COMPARED_BATCHES = (1, 3)
+# The second file of a graph in ONNX holds weights over 1 GB.
+_FILE_NAME = re.compile(r"(tokenizer-decoder|tokenizer-encoder|transformer)\.(onnx|onnx\.data|pt2)")
 _log = logging.getLogger(__name__)
 
 
@@ -119,12 +122,13 @@ def compare_graph(graph: Graph, file: Path, kind: Format) -> float:
 
 
 def _listed_files(content: Mapping[str, Any]) -> set[str]:
-    """Returns the files that ``export.json`` lists; it is untrusted, and a damaged one lists none."""
+    """Returns the files of an export that ``export.json`` lists; it is untrusted, and a damaged one lists none."""
     graphs = content.get("graphs")
     entries = (
         [each.get("files") for each in graphs.values() if isinstance(each, dict)] if isinstance(graphs, dict) else []
     )
-    return {name for files in entries if isinstance(files, dict) for name in files}
+    listed = {name for files in entries if isinstance(files, dict) for name in files}
+    return {name for name in listed if _FILE_NAME.fullmatch(name)}  # others are not ours to replace
 
 
 def _write_all(graphs: Iterable[Graph], folder: Path, kind: Format) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -26,7 +26,7 @@ import errno
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from typing_extensions import override
 
 from maskgit_pl.checks import check_integer, check_keys, shorten
 from maskgit_pl.distributed import on_all_ranks, rank_and_world
-from maskgit_pl.files import read_json, sha256_of, size_text, write_tensors, write_text
+from maskgit_pl.files import parse_json, read_json, sha256_of, size_text, write_tensors, write_text
 from maskgit_pl.folders import replace_folder
 from maskgit_pl.old_names import rename_tensor, rename_tensors
 from maskgit_pl.training.checkpoint_state import StateFormatError, join_state, split_state
@@ -73,6 +73,8 @@ class FolderCheckpointIO(CheckpointIO):
 
         Raises:
             TypeError: if the checkpoint holds a value that is neither a tensor nor plain. The message names its key.
+            ValueError: if ``load_checkpoint`` would refuse the plain values: they are too large, nested too deep, or
+                have a key that is not finite. The message names the part.
             OSError: if the disk is full or not writable. No partial folder is left.
         """
         target = Path(path)
@@ -192,11 +194,53 @@ def _write_tensors(folder: Path, pieces: Mapping[str, tuple[Tensor, int]], numbe
 
 
 def _finish(temporary: Path, target: Path, state: Any, written: Sequence[Mapping[str, Any]]) -> None:
-    write_text(temporary / _STATE, json.dumps(state))
+    text = json.dumps(state)
+    _check_readable(text, state, target)
+    write_text(temporary / _STATE, text)
     files = {name: entry for each in written for name, entry in each.items()}
     files[_STATE] = _describe_file(temporary / _STATE)
     write_text(temporary / _MARKER, json.dumps({"format": _FORMAT, "version": _VERSION, "files": files}))
     replace_folder(temporary, target)
+
+
+def _check_readable(text: str, state: Any, target: Path) -> None:
+    """Checks that the plain values can be read again, before older checkpoints are removed for this one.
+
+    Raises:
+        ValueError: if they cannot. The message names the part that is to blame.
+    """
+    if len(text) > _MAX_STATE_BYTES:
+        where, part = max(_parts(state), key=lambda each: len(each[1]))
+        raise ValueError(
+            f"checkpoint {target}: values that are not tensors must have at most {size_text(_MAX_STATE_BYTES)}, got "
+            f"{size_text(len(text))}, of which {where} has {size_text(len(part))}; save long lists as tensors, or in "
+            "files of their own"
+        )
+    try:
+        _join(parse_json(text, _STATE), target / _STATE, lambda _: None)
+    except ValueError as error:
+        blamed = next((f" because of {where}" for where, part in _parts(state) if not _is_json(part)), "")
+        raise ValueError(
+            f"checkpoint {target} could not be loaded again{blamed}: {error}; save it in another form"
+        ) from error
+
+
+def _parts(state: Any) -> Iterator[tuple[str, str]]:
+    """Yields the key and the JSON of each entry of the checkpoint, and of each callback instead of all of them."""
+    for key, value in state["items"]:
+        callbacks = value.get("items") if key == "callbacks" and isinstance(value, dict) else None
+        for name, each in callbacks or ():
+            yield f"{key}/{name}", json.dumps({"items": [[key, {"items": [[name, each]]}]]})
+        if not callbacks:
+            yield str(key), json.dumps({"items": [[key, value]]})
+
+
+def _is_json(text: str) -> bool:
+    try:
+        parse_json(text, _STATE)
+    except ValueError:
+        return False
+    return True
 
 
 def _describe_file(file: Path) -> dict[str, Any]:
@@ -252,13 +296,18 @@ def _read_state(folder: Path, read: Callable[[str], Any]) -> dict[str, Any]:
         ValueError: if the file is not JSON, or not in the format of ``split_state``.
     """
     file = folder / _STATE
+    return _join(read_json(file, max_bytes=_MAX_STATE_BYTES), file, read)
+
+
+def _join(content: dict[str, Any], file: Path, read: Callable[[str], Any]) -> dict[str, Any]:
+    """Returns the values of a parsed ``state.json``, with current names, after the checks of every load."""
     try:
-        state = join_state(read_json(file, max_bytes=_MAX_STATE_BYTES), read)
+        state = join_state(content, read)
     except StateFormatError as error:
         raise ValueError(f"checkpoint {file}: {error}") from error
     if not isinstance(state, dict):
         raise ValueError(f"checkpoint {file} must hold a mapping, got {shorten(state)}")
-    _rename(state, f"checkpoint {folder}")
+    _rename(state, f"checkpoint {file.parent}")
     for name in ("epoch", "global_step"):
         check_integer(f"checkpoint {file}: {name}", state.get(name, 0), "[0, 1e15]")
     return state

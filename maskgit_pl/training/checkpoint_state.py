@@ -21,28 +21,37 @@ _MAX_DEPTH = 32  # nesting depth; Lightning's checkpoints have 10
 _NOT_FINITE = ("nan", "inf", "-inf")
 
 
-def split_state(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
+def split_state(value: Any, key: str, tensors: dict[str, Tensor], depth: int = 0) -> Any:
     """Splits a value into plain JSON and tensors.
 
     Args:
         value: Tensors and plain values in mappings, lists and tuples.
         key: Key of ``value`` in the checkpoint, such as ``/state_dict``.
         tensors: Mapping to which the tensors are added, named by their keys.
+        depth: Nesting depth of ``value``.
 
     Returns:
         Plain JSON with the names of the tensors.
 
     Raises:
         TypeError: if a value is neither a tensor nor plain. The message names its key.
+        ValueError: if ``join_state`` would refuse it: values that are nested too deep, a key that is not finite, or two
+            tensors with one key.
     """
+    if depth > _MAX_DEPTH:
+        raise ValueError(
+            f"checkpoint {shorten(key)}: values must be nested at most {_MAX_DEPTH} deep; save flat mappings or tensors"
+        )
     if isinstance(value, Tensor):
+        if key in tensors:
+            raise ValueError(f"checkpoint {key}: keys must be unique as text, got two tensors; rename one of the keys")
         tensors[key] = value
         return {"tensor": key}
     if isinstance(value, Mapping):
-        return {"items": [[_plain(k, key), split_state(v, f"{key}/{k}", tensors)] for k, v in value.items()]}
+        return {"items": [[_key(k, key), split_state(v, f"{key}/{k}", tensors, depth + 1)] for k, v in value.items()]}
     if isinstance(value, list | tuple):
         kind = "list" if isinstance(value, list) else "tuple"
-        return {kind: [split_state(item, f"{key}/{i}", tensors) for i, item in enumerate(value)]}
+        return {kind: [split_state(item, f"{key}/{i}", tensors, depth + 1) for i, item in enumerate(value)]}
     # JSON has no non-finite numbers.
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": str(value)}
@@ -53,6 +62,12 @@ def _plain(value: Any, key: str) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"checkpoint {key or '/'}: tensors and plain values only, got {type(value).__name__}")
+
+
+def _key(value: Any, key: str) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"checkpoint {key or '/'}: keys of a mapping must be finite, got {value}; use text as the key")
+    return _plain(value, key)
 
 
 class StateFormatError(ValueError):

@@ -53,7 +53,7 @@ class SavedTensor:
         """Reads the whole tensor to the CPU."""
         if self.is_scalar:
             return next(self.pieces.find(self.key)).read(None)
-        found = list(self.pieces.find(self.key))
+        found = list(self._find())
         end = max(piece.end for piece in found)
         # Checked before memory for all rows is allocated: the first rows come from a file.
         if end > sum(piece.shape[0] for piece in found):
@@ -64,24 +64,35 @@ class SavedTensor:
         """Reads rows [start, stop) of the first dimension to the CPU.
 
         Raises:
-            ValueError: if the files do not hold all of these rows.
+            ValueError: if the files do not hold all of these rows, or hold some of them twice.
         """
+        found: list[_Piece] = []
+        for piece in self._find():
+            if piece.start <= start and stop <= piece.end:  # all rows are in this piece: no copy
+                return piece.read(slice(start - piece.start, stop - piece.start))
+            found.append(piece)
         made: Tensor | None = None
-        missing = stop - start
-        for piece in self.pieces.find(self.key):
-            # The intersection with the piece. An empty one still gives the shape if no rows were asked for.
+        end = start  # the rows before it are read
+        for piece in sorted(found, key=lambda piece: piece.start):
             first, last = max(start, piece.start), min(stop, piece.end)
-            if first > last or (first == last and missing):
+            if first >= last:
                 continue
+            # With a gap or an overlap, some rows would be uninitialised memory.
+            if first != end or piece.shape[1:] != found[0].shape[1:]:
+                raise ValueError(self._not_whole)
             rows = piece.read(slice(first - piece.start, last - piece.start))
-            if last - first == stop - start:  # all rows are in this piece: no copy
-                return rows
             made = rows.new_empty(stop - start, *piece.shape[1:]) if made is None else made
             made[first - start : last - start] = rows
-            missing -= last - first
-        if made is None or missing:
+            end = last
+        if made is None or end < stop:
             raise ValueError(self._not_whole)
         return made
+
+    def _find(self) -> Iterator[_Piece]:
+        for piece in self.pieces.find(self.key):
+            if not piece.shape:
+                raise ValueError(self._not_whole)
+            yield piece
 
     @property
     def _not_whole(self) -> str:

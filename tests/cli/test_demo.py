@@ -105,6 +105,46 @@ def test_the_handlers_of_signals_are_restored() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.skipif(os.name == "nt", reason="no such signals")
+@pytest.mark.parametrize("moment", ["before it starts", "while it starts", "after it has started"])
+def test_a_stop_signal_is_passed_on_once_whenever_it_arrives(monkeypatch, moment) -> None:
+    started, sent = [], []
+
+    class Child(subprocess.Popen):
+        def __init__(self, command, **options):
+            started.append(command[-1])
+            is_second = len(started) == 2
+            if is_second and moment == "before it starts":
+                os.kill(os.getpid(), signal.SIGTERM)
+            work = "import time; time.sleep(60)" if is_second else ""
+            super().__init__([sys.executable, "-c", work], **options)
+            if is_second and moment == "while it starts":
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        def send_signal(self, number):
+            sent.append((started[-1], number))
+            super().send_signal(number)
+
+        def wait(self, timeout=None):
+            if len(started) == 2 and moment == "after it has started":
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().wait(timeout)
+
+    monkeypatch.setattr("maskgit_pl.cli.demo.subprocess.Popen", Child)
+    begun = time.monotonic()
+    assert run_steps([Step(name, [name]) for name in ("one", "two", "three")]) == 128 + signal.SIGTERM
+    assert time.monotonic() - begun < 50
+    assert started == ["one", "two"]
+    assert sent == [("two", signal.SIGTERM)]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such signals")
+def test_a_stop_signal_before_a_step_does_not_start_it(monkeypatch) -> None:
+    monkeypatch.setattr("builtins.print", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("maskgit_pl.cli.demo.subprocess.Popen", None)
+    assert run_steps([Step("one", ["one"])]) == 128 + signal.SIGTERM
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="no such signals")
 def test_a_stopped_demo_saves_and_the_same_command_finishes_it(tmp_path: Path, tiny_shards: Path) -> None:

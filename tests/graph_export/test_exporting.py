@@ -87,7 +87,8 @@ def test_an_earlier_export_is_replaced_only_when_asked_for(tiny_pretrained, expo
     ("listed", "named"),
     [
         ("", "notes.txt, photos/a.png"),
-        (', "graphs": {"a": {"files": {"notes.txt": {}}}, "b": 3, "c": {"files": []}}', "photos/a.png"),
+        (', "graphs": {"a": {"files": {"photos/a.png": {}}}, "b": 3, "c": {"files": []}}', "notes.txt, photos/a.png"),
+        (', "graphs": {"a": {"files": {"notes.txt": {}, "photos/a.png": {}}}}', "notes.txt, photos/a.png"),
         (', "graphs": [1]', "notes.txt, photos/a.png"),
     ],
 )
@@ -99,6 +100,19 @@ def test_files_that_an_earlier_export_does_not_list_are_not_removed(tiny_pretrai
     assert main(["export", str(tiny_pretrained), "--format=pt2", f"--out={tmp_path}", "--replace"]) == 2
     assert f"must hold only files of an earlier export, got also {named}; move them" in capsys.readouterr().err
     assert {each.name for each in tmp_path.rglob("*")} == {"photos", "a.png", "notes.txt", "export.json"}
+
+
+def test_only_names_that_an_export_writes_are_taken_from_its_description():
+    own = {"tokenizer-encoder.pt2", "tokenizer-decoder.onnx", "transformer.onnx", "transformer.onnx.data"}
+    foreign = {
+        "thesis.tex",
+        "transformer.pt2.data.tex",
+        "a/transformer.pt2",
+        "transformer.onnx\n",
+        "mytransformer.onnx",
+    }
+    content = {"graphs": {"a": {"files": {name: {} for name in (*own, *foreign)}}}}
+    assert exporting._listed_files(content) == own
 
 
 def test_an_earlier_export_behind_a_link_is_replaced_and_the_link_stays(tiny_pretrained, tmp_path, capsys):

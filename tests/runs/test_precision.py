@@ -57,12 +57,14 @@ def test_wide_networks_use_bfloat16_where_the_device_has_it(stage, width, exists
         assert choose_precision(config(stage, width, given), stage, tmp_path) == given
 
 
-def test_the_device_of_the_run_is_asked_and_a_named_gpu_is_not(bfloat16, tmp_path):
+def test_the_device_of_the_run_is_asked_and_a_named_gpu_is_not(bfloat16, tmp_path, monkeypatch):
     asked = bfloat16(exists=False)
-    choose_precision(config("transformer", 256, accelerator="cpu"), "transformer", tmp_path)
-    assert asked == ["cpu"]
+    monkeypatch.setattr(precision, "default_device", lambda: "cuda")
+    for accelerator in ("cpu", "auto", "gpu"):
+        choose_precision(config("transformer", 256, accelerator=accelerator), "transformer", tmp_path)
+    assert asked == ["cpu", "cuda", "cuda"]
     assert choose_precision(config("transformer", 256), "transformer", tmp_path, gpu="h100") == "bf16-mixed"
-    assert asked == ["cpu"]
+    assert len(asked) == 3
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
