@@ -22,7 +22,7 @@ After the last micro-batch:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -251,8 +251,7 @@ class Tokenizer(LightningModule):
         # parameter is complete, with the parts of both calls.
         # R1 differentiates twice, in the dtype of this pass. Not in bfloat16: oneDNN's kernel for the second derivative
         # of a convolution is wrong for some sizes on CPUs with AMX, and elsewhere the penalty's gradient is noise.
-        uses_autocast = torch.is_autocast_enabled(real.device.type) and not real.requires_grad
-        with torch.autocast(real.device.type, enabled=uses_autocast):
+        with torch.autocast(real.device.type, enabled=False) if real.requires_grad else nullcontext():
             real_logits = self._run_network("discriminator", real)
         return AdversarialStep(config, real, real_logits, self.discriminator(image), config.weight_at(step))
 

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,8 @@ from maskgit_pl.folders import check_only_known, write_folder
 from maskgit_pl.schedules import mask_schedules
 
 __all__ = [
+    "NETWORK_FILES",
+    "copy_network",
     "load_decoding",
     "read_decoding",
     "read_negative_model",
@@ -31,7 +33,7 @@ __all__ = [
 WEIGHTS_FILE = "model.safetensors"
 _DECODING = "decoding.json"
 _NEGATIVE = "negative"
-_NEGATIVE_FILES = ("config.json", WEIGHTS_FILE)
+NETWORK_FILES = ("config.json", WEIGHTS_FILE)
 _VERSION = 1
 _log = logging.getLogger(__name__)
 
@@ -162,11 +164,23 @@ def save_negative_model(folder: Path | str, source: Path | None) -> Path:
     target = Path(folder) / _NEGATIVE
     if target.exists() and target.samefile(source):
         return target
-    # A new folder: loaded pipelines map the old weights to memory, and overwriting the file would change theirs.
-    with write_folder(target, check=partial(check_only_known, known=_NEGATIVE_FILES)) as fresh:
-        for name in _NEGATIVE_FILES:
-            shutil.copyfile(source / name, fresh / name)
+    copy_network(source, target, check=partial(check_only_known, known=NETWORK_FILES))
     return target
+
+
+def copy_network(source: Path, folder: Path, *, check: Callable[[Path], object]) -> None:
+    """Copies the files of a network to a folder, which is replaced as a whole.
+
+    Loaded pipelines map the file of the weights to memory, so that overwriting it would change them.
+
+    Args:
+        source: Pretrained folder of the network.
+        folder: Folder to write.
+        check: Raises an error if the content of an existing folder must stay.
+    """
+    with write_folder(folder, check=check) as fresh:
+        for name in NETWORK_FILES:
+            shutil.copyfile(source / name, fresh / name)
 
 
 def remove_negative_model(folder: Path | str) -> None:
@@ -175,7 +189,7 @@ def remove_negative_model(folder: Path | str) -> None:
     if target.is_symlink():
         target.unlink()
     elif target.is_dir():
-        for name in _NEGATIVE_FILES:
+        for name in NETWORK_FILES:
             (target / name).unlink(missing_ok=True)
         if not any(target.iterdir()):
             target.rmdir()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from maskgit_pl.networks.skeleton import skeletons
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.networks.weight_file import check_fit, check_tensor, load_weights, read_tensor_header, read_tensors
 from maskgit_pl.old_names import rename_config, rename_tensors
-from maskgit_pl.pretrained.decoding_file import WEIGHTS_FILE, validate_decoding
+from maskgit_pl.pretrained.decoding_file import NETWORK_FILES, WEIGHTS_FILE, copy_network, validate_decoding
 from maskgit_pl.pretrained.networks import PretrainedTokenizer, PretrainedTransformer
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
 
@@ -242,14 +241,12 @@ def check_stage_folder(folder: Path) -> None:
 
 def has_weights_of(folder: Path, other: Path) -> bool:
     """Returns True if a folder holds the weights of another one, with their configuration."""
-    is_complete = all((folder / name).is_file() for name in (WEIGHTS_FILE, _CONFIG))
+    is_complete = all((folder / name).is_file() for name in NETWORK_FILES)
     return is_complete and fingerprint(folder) == fingerprint(other)
 
 
 def copy_stage_folder(source: Path, folder: Path) -> None:
-    """Copies the weights of a tokenizer or transformer, unless the folder holds the same ones already.
-
-    The folder is replaced as a whole: loaded pipelines map the file of its weights into their memory.
+    """Copies a tokenizer or transformer, unless the folder holds the same weights already; see ``copy_network``.
 
     Args:
         source: Pretrained folder of the stage.
@@ -258,11 +255,8 @@ def copy_stage_folder(source: Path, folder: Path) -> None:
     Raises:
         FileExistsError: if the folder has other files.
     """
-    if has_weights_of(folder, source):
-        return
-    with write_folder(folder, check=check_stage_folder) as fresh:
-        for name in (WEIGHTS_FILE, _CONFIG):
-            shutil.copyfile(source / name, fresh / name)
+    if not has_weights_of(folder, source):
+        copy_network(source, folder, check=check_stage_folder)
 
 
 def _save(folder: Path, kind: Kind, weights: Mapping[str, Tensor], config: dict[str, Any]) -> None:

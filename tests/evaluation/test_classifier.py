@@ -101,12 +101,17 @@ def test_a_second_run_reads_the_stored_classifier(data: ShardData, tmp_path: Pat
         assert not other.training
 
 
-def train_on_a_rank(rank: int, folder: str, shards: str) -> None:
-    """Writes the error of a rank: the first one cannot write the classifier, since a file is in its place."""
+def start_rank(rank: int, folder: str, shards: str) -> ShardData:
+    """Joins a group of two ranks, and returns the data."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     data = ShardData(ShardDataConfig(shards, image_size=8, in_channels=1))
     data.setup()
-    config = ClassifierConfig(width=4, max_steps=1, batch=20)
+    return data
+
+
+def train_on_a_rank(rank: int, folder: str, shards: str) -> None:
+    """Writes the error of a rank: the first one cannot write the classifier, since a file is in its place."""
+    data, config = start_rank(rank, folder, shards), ClassifierConfig(width=4, max_steps=1, batch=20)
     try:
         obtain_classifier(Path(folder) / "file" / "judge", data, config=config)
     except OSError as error:
@@ -125,10 +130,7 @@ def test_an_error_of_the_rank_that_trains_is_raised_on_all_ranks(tiny_shards: Pa
 
 def provide_on_a_rank(rank: int, folder: str, shards: str) -> None:
     """Writes what a rank finds: the first one trains into an empty folder and refuses one of another network."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    data = ShardData(ShardDataConfig(shards, image_size=8, in_channels=1))
-    data.setup()
-    config = ClassifierConfig(width=4, max_steps=1, batch=20)
+    data, config = start_rank(rank, folder, shards), ClassifierConfig(width=4, max_steps=1, batch=20)
     module.obtain_classifier = lambda *args, **options: obtain_classifier(*args, **options, config=config)
     provide_classifier(Path(folder) / "judge", data)
     provide_classifier(Path(folder) / "judge", data)

@@ -1,4 +1,4 @@
-"""What a checkpoint may hold: whatever is saved can be loaded, and pieces of a tensor are whole."""
+"""A checkpoint that was saved can be loaded; a tensor in pieces is refused if its rows overlap or are missing."""
 
 import json
 
