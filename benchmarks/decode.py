@@ -53,6 +53,7 @@ from maskgit_pl.decoding import (
 from maskgit_pl.decoding.guidance import guidance_scales, guidance_schedules
 from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.networks.autoregressive import AutoregressiveTransformer
+from maskgit_pl.networks.feed_forward import feed_forward
 from maskgit_pl.networks.int8 import quantize
 from maskgit_pl.networks.packing_linear import PackingLinear, set_packing
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
@@ -63,7 +64,8 @@ from maskgit_pl.schedules import mask_schedules
 _CPU = torch.device("cpu")
 _ENCODER = "encoder layers of torch, as dome272"
 _AUTOREGRESSIVE = ("autoregressive, KV cache", "autoregressive, no cache")
-_UNPACKED, _INT8, _LINEAR = "ours, weights not packed", "ours, int8", "only the linear layers of ours"
+_UNPACKED, _INT8 = "ours, weights not packed", "ours, int8"
+_LINEAR, _PRODUCTS = "only the linear layers of ours", "only linear layers and attention of ours"
 _SMALL_PAGES = "ours, weights in small pages"
 _ALIKE = ("ours", "ours, first step cached", _SMALL_PAGES, _UNPACKED, _INT8)
 _DECODINGS_BEFORE = 5  # of ours: its weights move to large pages in the fifth
@@ -297,18 +299,18 @@ class Measured:
         }
 
 
-def build_linear_layers(network: MaskedTransformer, task: Task) -> Decode:
-    """Returns the linear layers of all blocks and steps of a decoding run, and nothing else: a limit of its time."""
+def build_products(network: MaskedTransformer, task: Task, *, attention: bool) -> Decode:
+    """Returns the linear layers of all blocks and steps, with attention or without: a limit of the decoding's time."""
     config = network.config
     x = torch.randn(task.batch, config.num_tokens + 1, config.embed_dim).to(network.head_bias.dtype)
-    hidden = torch.randn(task.batch, config.num_tokens + 1, config.mlp_dim).to(network.head_bias.dtype)
 
     @torch.no_grad()
     def run() -> Tensor:
         for _ in range(NUM_STEPS):
             for block in cast("Sequence[Block]", network.blocks):
-                for layer, given in ((block.qkv, x), (block.proj, x), (block.fc1, x), (block.fc2, hidden)):
-                    layer(given)
+                heads = block.qkv(x)
+                attended = block._attend(*block._heads(heads, 3)) if attention else x
+                feed_forward(block.proj(attended), block.fc1, block.fc2)
         return torch.zeros(task.batch, config.num_tokens, dtype=torch.int64)
 
     return run
@@ -329,7 +331,8 @@ def list_contenders(task: Task, dtype: torch.dtype = torch.float32) -> dict[str,
         _SMALL_PAGES: lambda: Ours(keep_small_pages(copy.deepcopy(network)), task),
         _UNPACKED: lambda: Ours(unpacked, task),
         _INT8: lambda: Ours(quantize(unpacked), task),
-        _LINEAR: lambda: build_linear_layers(network, task),
+        _LINEAR: lambda: build_products(network, task, attention=False),
+        _PRODUCTS: lambda: build_products(network, task, attention=True),
         _ENCODER: lambda: build_plain(EncoderPeer(task).to(dtype), task),
         BERT: lambda: build_plain(BertPeer(task).to(dtype), task),
         MUSE: lambda: build_muse(task),

@@ -42,6 +42,7 @@ from maskgit_pl.networks.backbone import (
     backbones,
     check_attention,
 )
+from maskgit_pl.networks.feed_forward import feed_forward
 from maskgit_pl.networks.packing_linear import PackingLinear
 from maskgit_pl.networks.rotary import Positions, rotate, rotation_table
 from maskgit_pl.networks.token_groups import TokenEmbedding, token_logits
@@ -212,9 +213,11 @@ class AdaLNBlock(nn.Module):
             x, attended = (F.embedding(rows, each.flatten(0, 1)) for each in (x, attended))
             parts = [None if part is None else F.embedding(images, part[:, 0]) for part in parts]
         x = _add(x, F.dropout(self.proj(attended), self.dropout, self.training), parts[2])
-        gate, value = self.fc1(_modulate(self.mlp_norm(x), *parts[3:5])).chunk(2, dim=-1)
-        hidden = F.dropout(F.silu(gate) * value, self.dropout, self.training)
-        return _add(x, self.fc2(hidden), parts[5])
+        normed = _modulate(self.mlp_norm(x), *parts[3:5])
+        return _add(x, feed_forward(normed, self.fc1, self.fc2, self._gate), parts[5])
+
+    def _gate(self, gate: Tensor, value: Tensor) -> Tensor:
+        return F.dropout(F.silu(gate) * value, self.dropout, self.training)
 
     def _attend(
         self,

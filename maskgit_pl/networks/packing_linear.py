@@ -25,28 +25,33 @@ from maskgit_pl.devices import has_bfloat16
 from maskgit_pl.networks import large_pages
 from maskgit_pl.networks.weight_changes import count_changes
 
-__all__ = ["PackingLinear", "free_packed", "set_packing"]
+__all__ = ["PackingLinear", "add_output", "free_packed", "set_packing"]
 
 _USUAL_ROWS = 256  # for which MKL chooses its blocks; the result does not depend on it
 _ROWS_IN_CACHE = 64
 _GELU_SCALE = 2 * math.sqrt(2 / math.pi)
 _SMALL = 2**20  # bytes; networks of smaller weights gain nothing by large pages
 
+_Part = tuple[int, int, int]
+"""A part of a weight: the dimension, 0 for rows and 1 for columns; the first of them; the last one + 1."""
 
-@dataclass
+
+@dataclass(slots=True)
 class _Packed:
-    """The packed rows of a weight, and the weight that they were made of.
+    """A packed part of a weight, and the weight that it was made of.
 
     Args:
-        source: The rows of the weight. While they are kept, no other weight can have their memory.
+        source: The whole weight. While it is kept, no other weight can have its memory.
         changes: ``weight_changes.count_changes`` of the weight when it was packed.
-        data: Packed weight of MKL or oneDNN.
+        data: Packed part, of MKL or oneDNN.
+        num_bytes: Size of the part.
         uses: Number of products so far.
     """
 
     source: Tensor
     changes: tuple[int, int]
     data: Tensor
+    num_bytes: int
     uses: int = 0
 
     def is_of(self, weight: Tensor) -> bool:
@@ -54,8 +59,8 @@ class _Packed:
         return self.source.data_ptr() == weight.data_ptr() and self.changes == count_changes(weight)
 
     def move_to_large_pages(self) -> None:
-        """Moves the packed weight to large pages, unless it is small."""
-        if self.source.nbytes >= _SMALL:
+        """Moves the packed part to large pages, unless it is small."""
+        if self.num_bytes >= _SMALL:
             large_pages.move(torch.ops.mkldnn.data_ptr(self.data), torch.ops.mkldnn._nbytes(self.data))
 
 
@@ -83,7 +88,8 @@ class PackingLinear(nn.Linear):
         self.gelu = gelu
         self.packs = False
         self.uses_in_small_pages = 32
-        self._packed: dict[tuple[int, int], _Packed] = {}  # by first and last row
+        self._packed: dict[_Part, _Packed] = {}
+        self._num_parts = 1
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the output (..., out_features) for an input (..., in_features)."""
@@ -91,18 +97,13 @@ class PackingLinear(nn.Linear):
 
     def part(self, x: Tensor, first: int, last: int) -> Tensor:
         """Returns the outputs ``first`` to ``last`` - 1, (..., last - first), for an input (..., in_features)."""
-        if self.packs and _can_pack(x, self.weight) and not torch.is_grad_enabled():
-            return self._packed_part(x, first, last)
-        is_all = (first, last) == (0, self.out_features)  # the whole is no view, which FSDP2 and compilation prefer
-        weight = self.weight if is_all else self.weight[first:last]
-        bias = self.bias if is_all or self.bias is None else self.bias[first:last]
-        return self._activate(F.linear(x, weight, bias))
-
-    def _packed_part(self, x: Tensor, first: int, last: int) -> Tensor:
-        """Returns the outputs of ``part`` from the packed weight."""
-        weight = self.weight[first:last]
-        bias = None if self.bias is None else self.bias[first:last]
-        packed = self._obtain_packed(weight, (first, last))
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        packed = self._obtain_packed(x, weight, (0, first, last))
+        if last - first < self.out_features:  # the whole is no view, which FSDP2 and compilation prefer
+            weight, bias = weight[first:last], None if bias is None else bias[first:last]
+        if packed is None:
+            return self._activate(F.linear(x, weight, bias))
         if x.dtype == torch.bfloat16:
             operation, form = ("gelu", "tanh") if self.gelu else ("none", "")
             fused: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, operation, [], form)
@@ -110,11 +111,64 @@ class PackingLinear(nn.Linear):
         out: Tensor = torch.ops.mkl._mkl_linear(x, packed, weight, bias, x.numel() // x.shape[-1])
         return _apply_gelu(out) if self.gelu else out
 
-    def _obtain_packed(self, weight: Tensor, rows: tuple[int, int]) -> Tensor:
-        """Returns the packed rows of the weight, which are packed now if they are new or have changed."""
-        found = self._packed.get(rows)
+    def add_part(self, to: Tensor | None, x: Tensor, first: int, last: int) -> Tensor:
+        """Adds the product of the inputs ``first`` to ``last`` - 1, without GELU, and the bias with the first input.
+
+        Args:
+            to: (..., out_features), what the product is added to; None for zero.
+            x: (..., last - first), the inputs.
+            first: First input.
+            last: Last input + 1.
+
+        Returns:
+            (..., out_features).
+        """
+        weight, bias = self.weight, self.bias if first == 0 else None
+        is_all = last - first == self.in_features
+        packed = None
+        if x.dtype == torch.bfloat16:
+            packed = self._obtain_packed(x, weight, (0, 0, self.out_features) if is_all else (1, first, last))
+        if packed is None:
+            product = F.linear(x, weight if is_all else weight[:, first:last], bias)
+            return product if to is None else to + product
+        if to is None:
+            started: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+            return started
+        added: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, to, packed, bias, "add")
+        return added
+
+    def packs_for(self, x: Tensor) -> bool:
+        """Returns True if the layer would use a packed weight for an input (..., in_features)."""
+        return self._reads_packed(x, self.weight, self.in_features) and _can_pack(self.weight)
+
+    def set_num_parts(self, num_parts: int) -> None:
+        """Frees the packed weight if it was used in another number of parts, so that it is not there twice."""
+        if num_parts != self._num_parts:
+            self._packed.clear()
+            self._num_parts = num_parts
+
+    def _reads_packed(self, x: Tensor, weight: Tensor, width: int) -> bool:
+        """Returns True if an input of ``width`` values may be multiplied with a packed weight."""
+        return (
+            self.packs
+            and x.dtype == weight.dtype
+            and x.ndim > 0
+            and x.shape[-1] == width  # the packed product does not check it, and reads beyond the memory
+            and not torch.is_grad_enabled()
+        )
+
+    def _obtain_packed(self, x: Tensor, weight: Tensor, part: _Part) -> Tensor | None:
+        """Returns the packed part of the weight, packed now if it is new or has changed; None if x cannot read it."""
+        # The weight is an argument because to find it takes a Module some time.
+        dimension, first, last = part
+        if not self._reads_packed(x, weight, last - first if dimension else self.in_features):
+            return None
+        found = self._packed.get(part)
         if found is None or not found.is_of(weight):
-            found = self._packed[rows] = _Packed(weight.detach(), count_changes(weight), _pack(weight))
+            if not _can_pack(weight):
+                return None
+            rows = weight.detach().narrow(dimension, first, last - first)
+            found = self._packed[part] = _Packed(weight.detach(), count_changes(weight), _pack(rows), rows.nbytes)
         if found.uses == self.uses_in_small_pages:
             found.move_to_large_pages()
         found.uses += 1
@@ -126,6 +180,14 @@ class PackingLinear(nn.Linear):
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state for copies and pickles, which pack for themselves."""
         return self.__dict__ | {"_packed": {}}
+
+
+def add_output(to: Tensor, layer: nn.Module, x: Tensor) -> Tensor:
+    """Returns ``to + layer(x)``, the sum of a residual; to rounding, if a packed bfloat16 product can add it itself."""
+    if isinstance(layer, PackingLinear) and x.dtype == torch.bfloat16 and layer.packs_for(x):
+        return layer.add_part(to, x, 0, layer.in_features)
+    out: Tensor = to + layer(x)
+    return out
 
 
 def free_packed(network: nn.Module) -> None:
@@ -160,14 +222,11 @@ def _apply_gelu(x: Tensor) -> Tensor:
     return x
 
 
-def _can_pack(x: Tensor, weight: Tensor) -> bool:
-    """Returns True if the product of an input and a weight can use a packed weight."""
+def _can_pack(weight: Tensor) -> bool:
+    """Returns True if products with a packed weight are faster than with a weight, and its changes are counted."""
     return (
         weight.device.type == "cpu"
-        and x.dtype == weight.dtype
-        and x.shape[-1:] == weight.shape[1:]  # the packed product does not check it, and reads beyond the memory
         and weight.dtype in _packed_dtypes()
-        and x.numel() > 0
         and not weight.is_inference()  # torch does not count its changes
     )
 
@@ -184,9 +243,9 @@ def _packed_dtypes() -> tuple[torch.dtype, ...]:
 
 
 def _pack(weight: Tensor) -> Tensor:
-    """Packs a weight (out, in), float32 or bfloat16."""
+    """Packs a weight (out, in) or a part of it, float32 or bfloat16."""
     if weight.dtype == torch.bfloat16:
-        blocks: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
+        blocks: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
         return blocks
     panels: Tensor = torch.ops.mkl._mkl_reorder_linear_weight(weight.contiguous(), _USUAL_ROWS)
     return panels

@@ -12,10 +12,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-from maskgit_pl.networks.packing_linear import PackingLinear
+from maskgit_pl.networks.feed_forward import feed_forward
+from maskgit_pl.networks.packing_linear import PackingLinear, add_output
 
 __all__ = ["LAYER_NORM_EPS", "Block", "KVCache", "QKVProjection"]
 
@@ -150,21 +150,26 @@ class Block(nn.Module):
 
     def _heads(self, x: Tensor, parts: int) -> Tensor:
         """Splits (B, S, parts D) into heads: (parts, B, heads, S, D / heads)."""
-        return rearrange(x, "b s (parts heads d) -> parts b heads s d", parts=parts, heads=self.num_heads)
+        # einops would take longer, which shows in a decoding of one image.
+        return x.view(*x.shape[:2], parts, self.num_heads, -1).permute(2, 0, 3, 1, 4)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = False) -> Tensor:
         """Computes (B, M, D): queries (B, heads, M, D / heads) attend to keys and values (B, heads, S, D / heads)."""
         attended = F.scaled_dot_product_attention(
             query, key, value, dropout_p=self.dropout if self.training else 0.0, is_causal=is_causal
         )
-        return rearrange(attended, "b heads m d -> b m (heads d)")
+        return attended.transpose(1, 2).flatten(2)
 
     def _add_and_feed_forward(self, x: Tensor, attended: Tensor) -> Tensor:
         """Returns the output (..., D) of the block, given its input and the output of its attention, both (..., D)."""
         # Post-norm: the norm comes after the residual sum.
-        x = self.attention_norm(x + F.dropout(self.proj(attended), self.dropout, self.training))
-        hidden = self.fc2(self.fc1(x))
-        normed: Tensor = self.mlp_norm(x + F.dropout(hidden, self.dropout, self.training))
+        if self.training:
+            x = self.attention_norm(x + F.dropout(self.proj(attended), self.dropout))
+            x = x + F.dropout(feed_forward(x, self.fc1, self.fc2), self.dropout)
+        else:
+            x = self.attention_norm(add_output(x, self.proj, attended))
+            x = feed_forward(x, self.fc1, self.fc2, to=x)
+        normed: Tensor = self.mlp_norm(x)
         return normed
 
 

@@ -107,6 +107,20 @@ def test_a_packed_weight_moves_once_it_was_used_often(dtype, features, moves):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", _packed_dtypes())
+def test_only_large_packed_weights_are_moved(dtype, monkeypatch):
+    moved = []
+    monkeypatch.setattr(large_pages, "move", lambda address, num_bytes: moved.append(num_bytes))
+    for features in (128, 1024):
+        module = PackingLinear(features, 4 * features).to(dtype).requires_grad_(requires_grad=False)
+        set_packing(module, enabled=True)
+        module.uses_in_small_pages = 0
+        module(torch.ones(3, features, dtype=dtype))
+    assert len(moved) == 1
+    assert moved[0] >= 4 * 1024**2 * dtype.itemsize
+
+
+@torch.no_grad()
 def use_often(rank: int, dtype: torch.dtype, features: int, moves: bool) -> None:
     module = PackingLinear(features, 4 * features).to(dtype).requires_grad_(requires_grad=False)
     set_packing(module, enabled=True)
