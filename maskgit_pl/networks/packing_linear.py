@@ -28,7 +28,7 @@ from maskgit_pl.networks.weight_changes import count_changes
 __all__ = ["PackingLinear", "add_output", "free_packed", "set_packing"]
 
 _USUAL_ROWS = 256  # for which MKL chooses its blocks; the result does not depend on it
-_ROWS_IN_CACHE = 64
+_ROWS_IN_CACHE = 32
 _GELU_SCALE = 2 * math.sqrt(2 / math.pi)
 _SMALL = 2**20  # bytes; networks of smaller weights gain nothing by large pages
 
@@ -217,8 +217,9 @@ def _apply_gelu(x: Tensor) -> Tensor:
     With u = sqrt(2 / pi) (x + 0.044715 x^3), 0.5 x (1 + tanh u) = x sigmoid(2 u). Operations on rows that stay in the
     cache take two thirds of the time of torch's GELU.
     """
+    scale = torch.tensor(_GELU_SCALE)
     for rows in torch.split(x.view(-1, x.shape[-1]), _ROWS_IN_CACHE):
-        rows.mul_(rows.square().mul_(_GELU_SCALE * 0.044715).add_(_GELU_SCALE).mul_(rows).sigmoid_())
+        rows.mul_(torch.addcmul(scale, rows, rows, value=_GELU_SCALE * 0.044715).mul_(rows).sigmoid_())
     return x
 
 
