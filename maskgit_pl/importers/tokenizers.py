@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,8 @@ class ImportedTokenizer:
         return "\n".join(
             [
                 f"{self.folder}: {self.layout} layout, {self.num_parameters:,} parameters",
-                f"  images    {config.in_channels} x {image_size} x {image_size} -> {rows} x {columns} tokens",
+                f"  images    {config.in_channels} x {image_size} x {image_size} -> {rows} x {columns} tokens"
+                f"{'' if config.signed_images else ', in [0, 1] inside'}",
                 f"  codebook  {config.codebook_size} codes of size {config.code_dim}, quantizer "
                 f"{config.quantizer['name'] if isinstance(config.quantizer, Mapping) else config.quantizer}",
                 f"  network   channels {' '.join(map(str, config.widths))}, {config.num_res_blocks} blocks a level"
@@ -74,7 +75,9 @@ class ImportedTokenizer:
         )
 
 
-def import_tokenizer(file: Path, out: Path, *, image_size: int = 256, layout: str | None = None) -> ImportedTokenizer:
+def import_tokenizer(
+    file: Path, out: Path, *, image_size: int = 256, layout: str | None = None, signed_images: bool | None = None
+) -> ImportedTokenizer:
     """Writes ``out/tokenizer`` from a checkpoint.
 
     1. Check that ``out`` is new, and open the file.
@@ -87,6 +90,8 @@ def import_tokenizer(file: Path, out: Path, *, image_size: int = 256, layout: st
         out: Pretrained folder to make.
         image_size: Side of the square images that it will encode, in pixels; no file has it.
         layout: Name of the layout, such as ``IBQ``; by default the one that the names of the tensors tell.
+        signed_images: True if the network expects images in [-1, 1], False if in [0, 1]; by default as in the published
+            networks. Only networks of taming-transformers, LlamaGen, diffusers and IBQ have the choice.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -113,6 +118,8 @@ def import_tokenizer(file: Path, out: Path, *, image_size: int = 256, layout: st
             check_tensor(name, tensor)
         tensors = kind.prepare(found)
         config = kind.read_config(tensors, _read_settings(file) if kind is DIFFUSERS else {})
+        if signed_images is not None:
+            config = replace(config, signed_images=signed_images)
         weights = tokenizer_weights(tensors, config, kind)
     # 4.
     config.grid(image_size)

@@ -153,6 +153,7 @@ def test_sizes_of_the_published_tokenizer_of_amused_are_read_off():
         layout="taming",
         middle_attention=False,
         latent_channels=64,
+        signed_images=False,
         quantizer={"name": "gradient", "commitment": 1.0, "codebook_weight": 0.25, "entropy_weight": 0.0},
     )
     count = sum(weight.numel() for weight in tokenizer_weights(tensors, sizes, DIFFUSERS).values())
