@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pickle
 import re
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +22,10 @@ from maskgit_pl.networks.weight_file import check_archive, read_tensors
 
 __all__ = ["name_file", "name_some", "read_checkpoint"]
 
-# Classes that training programs store beside weights.
-_RECORDS = ("pytorch_lightning.", "lightning.", "argparse.Namespace", "omegaconf.")
+# Classes that training programs store beside weights; numpy's are learning rates and scores.
+_RECORDS = ("pytorch_lightning.", "lightning.", "argparse.Namespace", "omegaconf.", "numpy.")
+_MAPPING = ".AttributeDict"  # end of the name of Lightning's class of hyper-parameters
+_MAX_RECORDS = 100  # each class is found by another try, so that very many of them would take hours
 
 
 def read_checkpoint(file: Path, *, entries: Sequence[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -50,7 +53,7 @@ def read_checkpoint(file: Path, *, entries: Sequence[str]) -> tuple[dict[str, An
                 check_archive(stream, file.stat().st_size)
         content = _load_tensors(file, mmap=kind == "zip")
     except pickle.UnpicklingError as error:
-        raise ValueError(_refusal(file, str(error))) from error
+        raise ValueError(_refusal(file, str(error), entries)) from error
     except Exception as error:  # the loaders raise many types, depending on where a file is damaged
         raise ValueError(f"checkpoint {file}: cannot be read ({_first_line(error)}); download it again") from error
     if not isinstance(content, Mapping):
@@ -89,8 +92,8 @@ class _Record:
 def _load_tensors(file: Path, *, mmap: bool) -> Any:
     """Reads a file with torch's loader for tensors, and with a stand-in for each known class of training programs.
 
-    Lightning before 1.7 keyed its callbacks' states by their classes, and LlamaGen stores its arguments. The classes
-    are never imported.
+    Lightning before 1.7 keyed its callbacks' states by their classes, LlamaGen stores its arguments, and the optimizer
+    of Halton-MaskGIT has a learning rate of numpy. The classes are never imported.
 
     1. Load with the stand-ins so far.
     2. If the loader names a class of ``_RECORDS`` that has no stand-in, make one, and try again.
@@ -106,7 +109,11 @@ def _load_tensors(file: Path, *, mmap: bool) -> Any:
             name = _find_unknown_class(str(error))
             if name is None or not name.startswith(_RECORDS) or any(name == known for _, known in stand_ins):
                 raise
-            stand_ins.append((type(name.rpartition(".")[2], (_Record,), {}), name))
+            if len(stand_ins) >= _MAX_RECORDS:
+                raise
+            # The loader fills mappings of a few classes only.
+            kind = OrderedDict if name.endswith(_MAPPING) else type(name.rpartition(".")[2], (_Record,), {})
+            stand_ins.append((kind, name))
 
 
 def _find_unknown_class(text: str) -> str | None:
@@ -115,15 +122,21 @@ def _find_unknown_class(text: str) -> str | None:
     return None if found is None else found[1]
 
 
-def _refusal(file: Path, text: str) -> str:
-    """Returns the message for a file that torch's loader refuses, with the way out."""
+def _refusal(file: Path, text: str, entries: Sequence[str]) -> str:
+    """Returns the message for a file that torch's loader refuses, with the way out.
+
+    Args:
+        file: The file.
+        text: Message of the loader.
+        entries: Names of the entries that may hold the weights.
+    """
     found = _find_unknown_class(text)
     if found is None:
         return f"checkpoint {file}: damaged, or not a file of torch.save; download it again"
     return (
         f"checkpoint {file} must hold tensors only, got also {found}, a Python object; on a machine that trusts the "
         "file, load it with the program that wrote it and save only the weights: "
-        'torch.save({"state_dict": checkpoint["state_dict"]}, "weights.ckpt")'
+        f'torch.save(checkpoint["..."], "weights.pt") with the name of its weights, such as {" or ".join(entries)}'
     )
 
 
