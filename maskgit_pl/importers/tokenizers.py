@@ -23,7 +23,7 @@ from maskgit_pl.importers.magvit2 import OPEN_MAGVIT2
 from maskgit_pl.importers.maskbit import MASKBIT, OPEN_MUSE
 from maskgit_pl.importers.taming import DIFFUSERS, IBQ, LLAMAGEN, TAMING
 from maskgit_pl.importers.tokenizer_layout import TokenizerLayout, tokenizer_weights
-from maskgit_pl.importers.torch_file import name_file, name_some, read_checkpoint
+from maskgit_pl.importers.torch_file import name_file, name_some, read_checkpoint, remove_wrappers
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.networks.weight_file import check_held, check_tensor
 from maskgit_pl.pretrained import save_tokenizer
@@ -107,6 +107,7 @@ def import_tokenizer(
     contents, beside = read_checkpoint(file, entries=_WEIGHTS)
     with name_file(file):
         # 2.
+        contents = remove_wrappers(contents)
         kind = tokenizer_layout_of(contents, layout)
         found, ignored = _network_tensors(contents, kind)
         if kind.has_average and any(name.startswith(_AVERAGE) for name in contents):

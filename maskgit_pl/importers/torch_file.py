@@ -20,10 +20,11 @@ from maskgit_pl.checks import shorten
 from maskgit_pl.importers.files import check_torch_file
 from maskgit_pl.networks.weight_file import check_archive, read_tensors
 
-__all__ = ["name_file", "name_some", "read_checkpoint"]
+__all__ = ["name_file", "name_some", "read_checkpoint", "remove_wrappers"]
 
 # Classes that training programs store beside weights; numpy's are learning rates and scores.
 _RECORDS = ("pytorch_lightning.", "lightning.", "argparse.Namespace", "omegaconf.", "numpy.")
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # parts that torch adds to names
 _MAPPING = ".AttributeDict"  # end of the name of Lightning's class of hyper-parameters
 _MAX_RECORDS = 100  # each class is found by another try, so that very many of them would take hours
 
@@ -77,6 +78,26 @@ def _check_entries(file: Path, state: Mapping[Any, Any]) -> dict[str, Any]:
             got = "a nested tensor" if value.is_nested else value.layout
             raise ValueError(f"checkpoint {file}: tensor {shorten(name)} must be a dense CPU tensor, got {got}")
     return dict(state)
+
+
+def remove_wrappers(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a state dict by the names of the network itself, without those of torch's wrappers.
+
+    Args:
+        state: State dict of a network, or of one in ``DistributedDataParallel``, ``torch.compile`` or FSDP.
+
+    Raises:
+        ValueError: if a tensor is there with and without a wrapper.
+    """
+    own: dict[str, Any] = {}
+    for name, value in state.items():
+        inner = ".".join(part for part in name.split(".") if part not in _WRAPPED)
+        while inner.startswith("module."):  # DistributedDataParallel's; elsewhere it may be the network's
+            inner = inner.removeprefix("module.")
+        if inner in own:
+            raise ValueError(f"tensor {inner} must be there once, got it twice, with and without a prefix")
+        own[inner] = value
+    return own
 
 
 class _Record:

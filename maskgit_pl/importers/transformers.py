@@ -20,7 +20,7 @@ from maskgit_pl.importers.class_names import choose_class_names
 from maskgit_pl.importers.files import check_out
 from maskgit_pl.importers.halton import HALTON
 from maskgit_pl.importers.maskgil import MASKGIL
-from maskgit_pl.importers.torch_file import name_file, name_some, read_checkpoint
+from maskgit_pl.importers.torch_file import name_file, name_some, read_checkpoint, remove_wrappers
 from maskgit_pl.importers.transformer_layout import TransformerLayout, check_shapes
 from maskgit_pl.networks.backbone import BackboneConfig
 from maskgit_pl.networks.weight_file import check_held, check_tensor
@@ -30,7 +30,6 @@ __all__ = ["ImportedTransformer", "import_transformer", "transformer_layout_of"]
 
 _LAYOUTS = (HALTON, MASKGIL)
 _WEIGHTS = ("model_state_dict", "state_dict", "model")  # entries that hold the tensors; both projects write the first
-_WRAPPERS = ("module.", "_orig_mod.")  # prefixes of DistributedDataParallel and torch.compile
 _MASK_SCHEDULE = "arccos"  # both projects: default of --sched-mode in main.py, and of get_mask_code in training
 
 
@@ -167,17 +166,10 @@ def _check_network(
 
 def _unwrap(contents: Mapping[str, Any]) -> dict[str, Tensor]:
     """Returns the tensors by their own names, without the prefixes of wrappers."""
-    tensors: dict[str, Tensor] = {}
     for name, value in contents.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"entry {name} must be a tensor, got {type(value).__name__}")
-        inner = str(name)
-        while inner.startswith(_WRAPPERS):
-            inner = inner.partition(".")[2]
-        if inner in tensors:
-            raise ValueError(f"tensor {inner} must be there once, got it twice, with and without a prefix")
-        tensors[inner] = value
-    return tensors
+    return remove_wrappers(contents)
 
 
 def _untie(tensors: dict[str, Tensor], copy: str, original: str, *, size: int) -> None:
