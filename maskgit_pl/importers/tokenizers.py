@@ -21,6 +21,7 @@ from maskgit_pl.folders import write_folder
 from maskgit_pl.importers.files import TOKENIZER_LAYOUTS, check_out, find_weights
 from maskgit_pl.importers.magvit2 import OPEN_MAGVIT2
 from maskgit_pl.importers.maskbit import MASKBIT, OPEN_MUSE
+from maskgit_pl.importers.next_commands import training_commands
 from maskgit_pl.importers.taming import DIFFUSERS, IBQ, LLAMAGEN, TAMING
 from maskgit_pl.importers.tokenizer_layout import TokenizerLayout, tokenizer_weights
 from maskgit_pl.importers.torch_file import name_file, name_some, read_checkpoint, remove_wrappers
@@ -57,8 +58,9 @@ class ImportedTokenizer:
     ignored: tuple[str, ...]
 
     def report(self, image_size: int) -> str:
-        """Returns text for people: sizes, ignored entries, and the next command."""
+        """Returns text for people: sizes, ignored entries, and the next commands."""
         config = self.config
+        tokenize, train = training_commands(config, self.folder, image_size)
         rows, columns = config.grid(image_size)
         return "\n".join(
             [
@@ -70,7 +72,8 @@ class ImportedTokenizer:
                 f"  network   channels {' '.join(map(str, config.widths))}, {config.num_res_blocks} blocks a level"
                 f"{_attention_words(config)}",
                 f"  ignored   {', '.join(self.ignored) or 'nothing'}",
-                f"next: maskgit train transformer --dataset NAME --recipe paper-256 --tokenizer {self.folder}",
+                f"next: {tokenize}",
+                f"then: {train}",
             ]
         )
 
