@@ -71,7 +71,7 @@ class ImportedTokenizer:
                 f"{config.quantizer['name'] if isinstance(config.quantizer, Mapping) else config.quantizer}",
                 f"  network   channels {' '.join(map(str, config.widths))}, {config.num_res_blocks} blocks a level"
                 f"{_attention_words(config)}",
-                f"  ignored   {', '.join(self.ignored) or 'nothing'}",
+                f"  ignored   {name_some(self.ignored, limit=20) or 'nothing'}",
                 f"next: {tokenize}",
                 f"then: {train}",
             ]

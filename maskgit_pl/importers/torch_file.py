@@ -19,6 +19,7 @@ from torch import Tensor
 from maskgit_pl.checks import shorten
 from maskgit_pl.importers.files import check_torch_file
 from maskgit_pl.networks.weight_file import check_archive, read_tensors
+from maskgit_pl.text import printable
 
 __all__ = ["name_file", "name_some", "read_checkpoint", "remove_wrappers"]
 
@@ -170,11 +171,11 @@ def name_file(file: Path) -> Iterator[None]:
         raise ValueError(f"checkpoint {file}: {error}") from error
 
 
-def name_some(names: Iterable[str]) -> str:
-    """Lists the first few names, and the number of the others."""
+def name_some(names: Iterable[str], *, limit: int = 3) -> str:
+    """Lists the first names of a file, without control characters, and the number of the others."""
     shown = list(names)
-    more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
-    return ", ".join(shown[:3]) + more
+    more = f" and {len(shown) - limit} more" if len(shown) > limit else ""
+    return ", ".join(map(printable, shown[:limit])) + more
 
 
 def _first_line(error: Exception) -> str:

@@ -70,7 +70,7 @@ class ImportedTransformer:
                 f"  classes   {config.num_classes}, {names[0]!r} to {names[-1]!r}",
                 f"  decoding  {decoding.num_steps} steps, {_words(decoding.token_selector)}, guidance "
                 f"{_words(decoding.guidance)}",
-                f"  ignored   {', '.join(self.ignored) or 'nothing'}",
+                f"  ignored   {name_some(self.ignored, limit=20) or 'nothing'}",
                 f"next: maskgit sample {self.folder} --classes 0,{config.num_classes - 1}",
             ]
         )
