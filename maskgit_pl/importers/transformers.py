@@ -16,6 +16,7 @@ from torch import Tensor
 
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.folders import write_folder
+from maskgit_pl.image_format import ImageSize, height_width
 from maskgit_pl.importers.class_names import choose_class_names
 from maskgit_pl.importers.files import check_out
 from maskgit_pl.importers.halton import HALTON
@@ -42,7 +43,7 @@ class ImportedTransformer:
         layout: Name of the file's layout.
         config: Sizes of the network.
         num_parameters: Number of parameters.
-        image_size: Side of the images in pixels.
+        image_size: Side of the images in pixels, or (height, width).
         decoding: Decoding settings that were written.
         class_names: Name of each class.
         ignored: Other entries of the file.
@@ -52,7 +53,7 @@ class ImportedTransformer:
     layout: str
     config: BackboneConfig
     num_parameters: int
-    image_size: int
+    image_size: ImageSize
     decoding: DecodingConfig
     class_names: tuple[str, ...]
     ignored: tuple[str, ...]
@@ -60,12 +61,11 @@ class ImportedTransformer:
     def report(self) -> str:
         """Returns text for people: sizes, decoding settings, ignored entries, and the next command."""
         config, decoding, names = self.config, self.decoding, self.class_names
-        rows, columns = config.grid
+        (height, width), (rows, columns) = height_width(self.image_size), config.grid
         return "\n".join(
             [
                 f"{self.folder}: {self.layout} layout, {self.num_parameters:,} parameters",
-                f"  images    {self.image_size} x {self.image_size} -> {rows} x {columns} tokens of "
-                f"{config.codebook_size} codes",
+                f"  images    {height} x {width} -> {rows} x {columns} tokens of {config.codebook_size} codes",
                 f"  network   {config.backbone}, {config.num_blocks} blocks",
                 f"  classes   {config.num_classes}, {names[0]!r} to {names[-1]!r}",
                 f"  decoding  {decoding.num_steps} steps, {_words(decoding.token_selector)}, guidance "
@@ -186,15 +186,17 @@ def _untie(tensors: dict[str, Tensor], copy: str, original: str, *, size: int) -
     del tensors[copy]
 
 
-def _check_tokenizer(source: PretrainedTokenizer, config: BackboneConfig, folder: Path) -> int:
-    """Returns the side of the images in pixels, for a tokenizer that has the codes of a transformer."""
+def _check_tokenizer(source: PretrainedTokenizer, config: BackboneConfig, folder: Path) -> ImageSize:
+    """Returns the size of the images, for a tokenizer that has the codes of a transformer."""
     network = source.network.config
     if network.codebook_size != config.codebook_size:
         raise ValueError(
             f"tokenizer {folder} must have the {config.codebook_size} codes of the transformer, got "
             f"{network.codebook_size}; name the folder of its own tokenizer"
         )
-    return config.grid[0] * network.downsampling_factor
+    if config.grid == source.grid:
+        return source.image_size
+    return config.grid[0] * network.downsampling_factor  # the grid of a table of positions is square
 
 
 def _words(spec: str | dict[str, Any] | None) -> str:
