@@ -35,6 +35,7 @@ _LAYOUTS = (TAMING, LLAMAGEN, DIFFUSERS, MASKBIT, OPEN_MAGVIT2, IBQ, OPEN_MUSE)
 # Entries that hold the tensors; as in LlamaGen, its average comes before "model".
 _WEIGHTS = ("state_dict", "ema", "model")
 _AVERAGE = "model_ema."
+_SAME_NAMES = "tokenizers of IBQ have the same names, but choose other codes; if this is one, import with --layout IBQ"
 _GUMBEL = ("quantize.embed.weight", "quantize.proj.weight")
 _TRANSFORMER = re.compile(r"(^|\.)(transformer|first_stage_model|tok_emb|tok_embeddings|layers\.0)\.")
 
@@ -72,6 +73,7 @@ class ImportedTokenizer:
                 f"  network   channels {' '.join(map(str, config.widths))}, {config.num_res_blocks} blocks a level"
                 f"{_attention_words(config)}",
                 f"  ignored   {name_some(self.ignored, limit=20) or 'nothing'}",
+                *([f"  note      {_SAME_NAMES}"] if self.layout == TAMING.name else []),
                 f"next: {tokenize}",
                 f"then: {train}",
             ]
