@@ -150,13 +150,16 @@ def tokenizer_layout_of(tensors: Mapping[str, Any], name: str | None = None) -> 
     gumbel = [name for name in _GUMBEL if name in tensors]
     if gumbel:
         raise ValueError(
-            f"the tokenizer must quantize to the nearest code, got a Gumbel-softmax tokenizer ({gumbel[0]})"
+            f"the tokenizer must quantize to the nearest code, got a Gumbel-softmax tokenizer ({gumbel[0]}); "
+            "name another one, such as vqgan_imagenet_f16_16384 of taming-transformers"
         )
     found = [layout for layout in _LAYOUTS if layout.is_marked(tensors)]
     if not found:
-        kind = "a transformer" if any(map(_TRANSFORMER.search, tensors)) else "something else"
+        is_transformer = any(map(_TRANSFORMER.search, tensors))
+        kind = "a transformer" if is_transformer else "something else"
+        way_out = "its tokenizer, or use maskgit import-transformer" if is_transformer else "a file of one of these"
         known = ", ".join(TOKENIZER_LAYOUTS)
-        raise ValueError(f"it must be a tokenizer of {known}, got {kind} ({name_some(tensors)})")
+        raise ValueError(f"it must be a tokenizer of {known}, got {kind} ({name_some(tensors)}); name {way_out}")
     chosen = _choose_layout(found, tensors, name)
     codes = chosen.codes
     if codes and not any(name in tensors for name in codes):
