@@ -25,6 +25,9 @@ __all__ = ["name_file", "name_some", "read_checkpoint", "remove_wrappers"]
 
 # Classes that training programs store beside weights; numpy's are learning rates and scores.
 _RECORDS = ("pytorch_lightning.", "lightning.", "argparse.Namespace", "omegaconf.", "numpy.")
+# Types that the containers of omegaconf hold; the loader names built-in ones without their module.
+_TYPES = ("typing.Any", "collections.defaultdict")
+_BUILT_IN_TYPES = ("bool", "bytes", "dict", "float", "int", "list", "str", "tuple")
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # parts that torch adds to names
 _MAPPING = ".AttributeDict"  # end of the name of Lightning's class of hyper-parameters
 _MAX_RECORDS = 100  # each class is found by another try, so that very many of them would take hours
@@ -129,7 +132,7 @@ def _load_tensors(file: Path, *, mmap: bool) -> Any:
         except pickle.UnpicklingError as error:
             # 2.
             name = _find_unknown_class(str(error))
-            if name is None or not name.startswith(_RECORDS) or any(name == known for _, known in stand_ins):
+            if name is None or not _is_record(name) or any(name == known for _, known in stand_ins):
                 raise
             if len(stand_ins) >= _MAX_RECORDS:
                 raise
@@ -141,7 +144,15 @@ def _load_tensors(file: Path, *, mmap: bool) -> Any:
 def _find_unknown_class(text: str) -> str | None:
     """Returns the class that torch's loader for tensors names in its refusal, if there is one."""
     found = re.search(r"GLOBAL (\S+)", text)
-    return None if found is None else found[1]
+    if found is None:
+        return None
+    return f"builtins.{found[1]}" if found[1] in _BUILT_IN_TYPES else found[1]
+
+
+def _is_record(name: str) -> bool:
+    """Returns True if a class of this name is passed over."""
+    module, _, last = name.rpartition(".")
+    return name.startswith(_RECORDS) or name in _TYPES or (module == "builtins" and last in _BUILT_IN_TYPES)
 
 
 def _refusal(file: Path, text: str, entries: Sequence[str]) -> str:

@@ -2,8 +2,12 @@
 
 import argparse
 import io
+import sys
 import time
 import zipfile
+from collections import defaultdict
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,6 +38,31 @@ def test_a_record_is_passed_over(record, old, tmp_path):
     tensors, ignored = read_checkpoint(tmp_path / "a.pth", entries=("model_state_dict",))
     assert torch.equal(tensors["layer.weight"], WEIGHTS["layer.weight"])
     assert ignored == ("record",)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_configuration_of_omegaconf_is_passed_over(old, tmp_path, monkeypatch):
+    """Its containers hold types: ``typing.Any``, built-in classes and a defaultdict."""
+    module = ModuleType("omegaconf.dictconfig")
+    module.DictConfig = type("DictConfig", (), {"__module__": module.__name__})
+    for name in ("omegaconf", module.__name__):
+        monkeypatch.setitem(sys.modules, name, module)
+    config = module.DictConfig()
+    config._metadata = {"ref_type": Any, "object_type": dict, "key_type": str, "cache": defaultdict(dict)}
+    config._content = {"ch_mult": [1, 2], "parent": config}
+    content = {"state_dict": WEIGHTS, "hyper_parameters": config}
+    torch.save(content, tmp_path / "a.ckpt", _use_new_zipfile_serialization=not old)
+    monkeypatch.delitem(sys.modules, module.__name__)
+    tensors, ignored = read_checkpoint(tmp_path / "a.ckpt", entries=("state_dict",))
+    assert torch.equal(tensors["layer.weight"], WEIGHTS["layer.weight"])
+    assert ignored == ("hyper_parameters",)
+
+
+@pytest.mark.parametrize("name", ["eval", "getattr", "exec"])
+def test_other_built_in_functions_are_refused(name, tmp_path):
+    rewrite_pickle(tmp_path / "a.pth", f"\x80\x02}}X\x01\0\0\0acbuiltins\n{name}\nX\x01\0\0\0x\x85Rs.".encode("latin"))
+    with pytest.raises(ValueError, match=rf"must hold tensors only, got also {name}, a Python object"):
+        read_checkpoint(tmp_path / "a.pth", entries=("model",))
 
 
 def test_a_record_among_the_weights_is_no_tensor(tmp_path):
