@@ -33,7 +33,7 @@ __all__ = ["ImportedTokenizer", "import_tokenizer", "tokenizer_layout_of"]
 
 _LAYOUTS = (TAMING, LLAMAGEN, DIFFUSERS, MASKBIT, OPEN_MAGVIT2, IBQ, OPEN_MUSE)
 # Entries that hold the tensors; as in LlamaGen, its average comes before "model".
-_WEIGHTS = ("state_dict", "ema", "model")
+_WEIGHTS = ("state_dict", "ema", "model", "model_state_dict")
 _AVERAGE = "model_ema."
 _SAME_NAMES = "tokenizers of IBQ have the same names, but choose other codes; if this is one, import with --layout IBQ"
 _GUMBEL = ("quantize.embed.weight", "quantize.proj.weight")
