@@ -237,6 +237,7 @@ _NEW_FIELDS = (  # of networks, with the only behavior of version 0.1.0
     ("condition_dim", 0),
     ("num_token_groups", 1),
     ("middle_attention", True),
+    ("signed_images", True),
 )
 
 

@@ -38,6 +38,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="project that wrote the file (default: by the names of its tensors); IBQ and taming-transformers have the "
         "same names",
     )
+    parser.add_argument(
+        "--signed-images",
+        action=argparse.BooleanOptionalAction,
+        help="the network expects images in [-1, 1]; with --no-signed-images, in [0, 1] (default: as in the published "
+        "networks; only those of taming-transformers, LlamaGen, diffusers and IBQ have the choice)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -48,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
     check_at_least(args, image_size=1)
     from maskgit_pl.importers.tokenizers import import_tokenizer
 
-    imported = import_tokenizer(args.file, args.out, image_size=args.image_size, layout=args.layout)
+    imported = import_tokenizer(
+        args.file, args.out, image_size=args.image_size, layout=args.layout, signed_images=args.signed_images
+    )
     print(imported.report(args.image_size))
     return 0

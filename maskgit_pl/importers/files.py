@@ -104,7 +104,8 @@ def read_class_names(path: Path) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"class names {path}: no such file; name a text file with one name per line")
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        # Windows writes a byte order mark.
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise ValueError(f"class names {path} must be a text in UTF-8, one name per line ({error})") from error
 

@@ -14,6 +14,7 @@ from maskgit_pl.folders import write_folder
 from maskgit_pl.importers.class_names import choose_class_names
 from maskgit_pl.importers.files import check_flax_file, check_out
 from maskgit_pl.importers.flax import read_flax
+from maskgit_pl.importers.next_commands import training_commands
 from maskgit_pl.importers.released_weights import (
     parameters,
     tokenizer_config,
@@ -144,7 +145,7 @@ def _write_tokenizer(out: Path, config: VQGANConfig, weights: Mapping[str, Tenso
     with write_folder(out, name="--out", check=check_out) as fresh:
         save_tokenizer(fresh / "tokenizer", config, weights, image_size=size)
     _report_tokenizer(config, weights, size)
-    log.info("%s: written; next: maskgit train transformer --tokenizer %s", out, out / "tokenizer")
+    log.info("%s: written; next: %s; then: %s", out, *training_commands(config, out / "tokenizer", size))
 
 
 def _report_tokenizer(config: VQGANConfig, weights: Mapping[str, Tensor], size: int) -> None:

@@ -6,6 +6,9 @@ which tell them apart, except IBQ from taming-transformers. All sizes are read o
 LlamaGen compares features and codes at length 1. Its codebook is stored normalised: the nearest code of length 1, by
 |z|^2 - 2 z c + |c|^2, does not depend on the length of z, so tokens and images are the same. Fine-tuning such a
 tokenizer keeps neither codes nor features at length 1.
+
+No file tells the range of the images. It is [-1, 1], except for the only network without self-attention in the middle,
+aMUSEd's, in the layout of diffusers or in taming's, as open-muse saved it: its pipeline does not normalize images.
 """
 
 from __future__ import annotations
@@ -151,6 +154,7 @@ def _read_config(
         tensors, "encoder.conv_in.weight", [f"{level}.{parts.block}.0.conv1.weight" for level in levels]
     )
     codebook_size, code_dim = read_shape(tensors, CODEBOOK, axes=2)
+    has_middle_attention = any(name.startswith(f"encoder.{parts.middle[1]}.") for name in tensors)
     return VQGANConfig(
         read_shape(tensors, "encoder.conv_in.weight", axes=4)[1],
         base_channels=channels,
@@ -164,8 +168,9 @@ def _read_config(
         attention_levels=tuple(
             number for number, level in enumerate(levels) if count_numbers(tensors, f"{level}.{parts.attention}.")
         ),
-        middle_attention=any(name.startswith(f"encoder.{parts.middle[1]}.") for name in tensors),
+        middle_attention=has_middle_attention,
         latent_channels=read_shape(tensors, "encoder.conv_out.weight", axes=4)[0],
+        signed_images=has_middle_attention,
     )
 
 
@@ -303,4 +308,5 @@ DIFFUSERS = TokenizerLayout(
     prepare=_prepare_diffusers,
 )
 """Source: huggingface/diffusers, models/autoencoders/vq_model.py and vae.py, whose ``VectorQuantizer`` is taming's with
-beta 0.25; the tokenizers of aMUSEd (arXiv:2401.01808) and of Lumina-DiMOO (arXiv:2510.06308)."""
+beta 0.25; the tokenizers of aMUSEd (arXiv:2401.01808) and of Lumina-DiMOO (arXiv:2510.06308). Range of the images:
+pipelines/amused/pipeline_amused_img2img.py (``do_normalize=False``)."""

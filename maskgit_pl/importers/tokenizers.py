@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from maskgit_pl.folders import write_folder
 from maskgit_pl.importers.files import TOKENIZER_LAYOUTS, check_out, find_weights
 from maskgit_pl.importers.magvit2 import OPEN_MAGVIT2
 from maskgit_pl.importers.maskbit import MASKBIT, OPEN_MUSE
+from maskgit_pl.importers.next_commands import training_commands
 from maskgit_pl.importers.taming import DIFFUSERS, IBQ, LLAMAGEN, TAMING
 from maskgit_pl.importers.tokenizer_layout import TokenizerLayout, tokenizer_weights
-from maskgit_pl.importers.torch_file import name_file, name_some, read_checkpoint
+from maskgit_pl.importers.torch_file import name_file, name_some, read_checkpoint, remove_wrappers
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.networks.weight_file import check_held, check_tensor
 from maskgit_pl.pretrained import save_tokenizer
@@ -32,8 +33,9 @@ __all__ = ["ImportedTokenizer", "import_tokenizer", "tokenizer_layout_of"]
 
 _LAYOUTS = (TAMING, LLAMAGEN, DIFFUSERS, MASKBIT, OPEN_MAGVIT2, IBQ, OPEN_MUSE)
 # Entries that hold the tensors; as in LlamaGen, its average comes before "model".
-_WEIGHTS = ("state_dict", "ema", "model")
+_WEIGHTS = ("state_dict", "ema", "model", "model_state_dict")
 _AVERAGE = "model_ema."
+_SAME_NAMES = "tokenizers of IBQ have the same names, but choose other codes; if this is one, import with --layout IBQ"
 _GUMBEL = ("quantize.embed.weight", "quantize.proj.weight")
 _TRANSFORMER = re.compile(r"(^|\.)(transformer|first_stage_model|tok_emb|tok_embeddings|layers\.0)\.")
 
@@ -57,24 +59,30 @@ class ImportedTokenizer:
     ignored: tuple[str, ...]
 
     def report(self, image_size: int) -> str:
-        """Returns text for people: sizes, ignored entries, and the next command."""
+        """Returns text for people: sizes, ignored entries, and the next commands."""
         config = self.config
+        tokenize, train = training_commands(config, self.folder, image_size)
         rows, columns = config.grid(image_size)
         return "\n".join(
             [
                 f"{self.folder}: {self.layout} layout, {self.num_parameters:,} parameters",
-                f"  images    {config.in_channels} x {image_size} x {image_size} -> {rows} x {columns} tokens",
+                f"  images    {config.in_channels} x {image_size} x {image_size} -> {rows} x {columns} tokens"
+                f"{'' if config.signed_images else ', in [0, 1] inside'}",
                 f"  codebook  {config.codebook_size} codes of size {config.code_dim}, quantizer "
                 f"{config.quantizer['name'] if isinstance(config.quantizer, Mapping) else config.quantizer}",
                 f"  network   channels {' '.join(map(str, config.widths))}, {config.num_res_blocks} blocks a level"
                 f"{_attention_words(config)}",
-                f"  ignored   {', '.join(self.ignored) or 'nothing'}",
-                f"next: maskgit train transformer --dataset NAME --recipe paper-256 --tokenizer {self.folder}",
+                f"  ignored   {name_some(self.ignored, limit=20) or 'nothing'}",
+                *([f"  note      {_SAME_NAMES}"] if self.layout == TAMING.name else []),
+                f"next: {tokenize}",
+                f"then: {train}",
             ]
         )
 
 
-def import_tokenizer(file: Path, out: Path, *, image_size: int = 256, layout: str | None = None) -> ImportedTokenizer:
+def import_tokenizer(
+    file: Path, out: Path, *, image_size: int = 256, layout: str | None = None, signed_images: bool | None = None
+) -> ImportedTokenizer:
     """Writes ``out/tokenizer`` from a checkpoint.
 
     1. Check that ``out`` is new, and open the file.
@@ -87,6 +95,8 @@ def import_tokenizer(file: Path, out: Path, *, image_size: int = 256, layout: st
         out: Pretrained folder to make.
         image_size: Side of the square images that it will encode, in pixels; no file has it.
         layout: Name of the layout, such as ``IBQ``; by default the one that the names of the tensors tell.
+        signed_images: True if the network expects images in [-1, 1], False if in [0, 1]; by default as in the published
+            networks. Only networks of taming-transformers, LlamaGen, diffusers and IBQ have the choice.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -102,6 +112,7 @@ def import_tokenizer(file: Path, out: Path, *, image_size: int = 256, layout: st
     contents, beside = read_checkpoint(file, entries=_WEIGHTS)
     with name_file(file):
         # 2.
+        contents = remove_wrappers(contents)
         kind = tokenizer_layout_of(contents, layout)
         found, ignored = _network_tensors(contents, kind)
         if kind.has_average and any(name.startswith(_AVERAGE) for name in contents):
@@ -113,6 +124,8 @@ def import_tokenizer(file: Path, out: Path, *, image_size: int = 256, layout: st
             check_tensor(name, tensor)
         tensors = kind.prepare(found)
         config = kind.read_config(tensors, _read_settings(file) if kind is DIFFUSERS else {})
+        if signed_images is not None:
+            config = replace(config, signed_images=signed_images)
         weights = tokenizer_weights(tensors, config, kind)
     # 4.
     config.grid(image_size)
@@ -137,13 +150,16 @@ def tokenizer_layout_of(tensors: Mapping[str, Any], name: str | None = None) -> 
     gumbel = [name for name in _GUMBEL if name in tensors]
     if gumbel:
         raise ValueError(
-            f"the tokenizer must quantize to the nearest code, got a Gumbel-softmax tokenizer ({gumbel[0]})"
+            f"the tokenizer must quantize to the nearest code, got a Gumbel-softmax tokenizer ({gumbel[0]}); "
+            "name another one, such as vqgan_imagenet_f16_16384 of taming-transformers"
         )
     found = [layout for layout in _LAYOUTS if layout.is_marked(tensors)]
     if not found:
-        kind = "a transformer" if any(map(_TRANSFORMER.search, tensors)) else "something else"
+        is_transformer = any(map(_TRANSFORMER.search, tensors))
+        kind = "a transformer" if is_transformer else "something else"
+        way_out = "its tokenizer, or use maskgit import-transformer" if is_transformer else "a file of one of these"
         known = ", ".join(TOKENIZER_LAYOUTS)
-        raise ValueError(f"it must be a tokenizer of {known}, got {kind} ({name_some(tensors)})")
+        raise ValueError(f"it must be a tokenizer of {known}, got {kind} ({name_some(tensors)}); name {way_out}")
     chosen = _choose_layout(found, tensors, name)
     codes = chosen.codes
     if codes and not any(name in tensors for name in codes):

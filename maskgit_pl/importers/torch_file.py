@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pickle
 import re
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,11 +19,18 @@ from torch import Tensor
 from maskgit_pl.checks import shorten
 from maskgit_pl.importers.files import check_torch_file
 from maskgit_pl.networks.weight_file import check_archive, read_tensors
+from maskgit_pl.text import printable
 
-__all__ = ["name_file", "name_some", "read_checkpoint"]
+__all__ = ["name_file", "name_some", "read_checkpoint", "remove_wrappers"]
 
-# Classes that training programs store beside weights.
-_RECORDS = ("pytorch_lightning.", "lightning.", "argparse.Namespace", "omegaconf.")
+# Classes that training programs store beside weights; numpy's are learning rates and scores.
+_RECORDS = ("pytorch_lightning.", "lightning.", "argparse.Namespace", "omegaconf.", "numpy.")
+# Types that the containers of omegaconf hold; the loader names built-in ones without their module.
+_TYPES = ("typing.Any", "collections.defaultdict")
+_BUILT_IN_TYPES = ("bool", "bytes", "dict", "float", "int", "list", "str", "tuple")
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # parts that torch adds to names
+_MAPPING = ".AttributeDict"  # end of the name of Lightning's class of hyper-parameters
+_MAX_RECORDS = 100  # each class is found by another try, so that very many of them would take hours
 
 
 def read_checkpoint(file: Path, *, entries: Sequence[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -50,7 +58,7 @@ def read_checkpoint(file: Path, *, entries: Sequence[str]) -> tuple[dict[str, An
                 check_archive(stream, file.stat().st_size)
         content = _load_tensors(file, mmap=kind == "zip")
     except pickle.UnpicklingError as error:
-        raise ValueError(_refusal(file, str(error))) from error
+        raise ValueError(_refusal(file, str(error), entries)) from error
     except Exception as error:  # the loaders raise many types, depending on where a file is damaged
         raise ValueError(f"checkpoint {file}: cannot be read ({_first_line(error)}); download it again") from error
     if not isinstance(content, Mapping):
@@ -76,6 +84,26 @@ def _check_entries(file: Path, state: Mapping[Any, Any]) -> dict[str, Any]:
     return dict(state)
 
 
+def remove_wrappers(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a state dict by the names of the network itself, without those of torch's wrappers.
+
+    Args:
+        state: State dict of a network, or of one in ``DistributedDataParallel``, ``torch.compile`` or FSDP.
+
+    Raises:
+        ValueError: if a tensor is there with and without a wrapper.
+    """
+    own: dict[str, Any] = {}
+    for name, value in state.items():
+        inner = ".".join(part for part in name.split(".") if part not in _WRAPPED)
+        while inner.startswith("module."):  # DistributedDataParallel's; elsewhere it may be the network's
+            inner = inner.removeprefix("module.")
+        if inner in own:
+            raise ValueError(f"tensor {inner} must be there once, got it twice, with and without a prefix")
+        own[inner] = value
+    return own
+
+
 class _Record:
     """A stand-in for an object of a training program: it accepts any arguments and keeps nothing."""
 
@@ -89,8 +117,8 @@ class _Record:
 def _load_tensors(file: Path, *, mmap: bool) -> Any:
     """Reads a file with torch's loader for tensors, and with a stand-in for each known class of training programs.
 
-    Lightning before 1.7 keyed its callbacks' states by their classes, and LlamaGen stores its arguments. The classes
-    are never imported.
+    Lightning before 1.7 keyed its callbacks' states by their classes, LlamaGen stores its arguments, and the optimizer
+    of Halton-MaskGIT has a learning rate of numpy. The classes are never imported.
 
     1. Load with the stand-ins so far.
     2. If the loader names a class of ``_RECORDS`` that has no stand-in, make one, and try again.
@@ -104,26 +132,44 @@ def _load_tensors(file: Path, *, mmap: bool) -> Any:
         except pickle.UnpicklingError as error:
             # 2.
             name = _find_unknown_class(str(error))
-            if name is None or not name.startswith(_RECORDS) or any(name == known for _, known in stand_ins):
+            if name is None or not _is_record(name) or any(name == known for _, known in stand_ins):
                 raise
-            stand_ins.append((type(name.rpartition(".")[2], (_Record,), {}), name))
+            if len(stand_ins) >= _MAX_RECORDS:
+                raise
+            # The loader fills mappings of a few classes only.
+            kind = OrderedDict if name.endswith(_MAPPING) else type(name.rpartition(".")[2], (_Record,), {})
+            stand_ins.append((kind, name))
 
 
 def _find_unknown_class(text: str) -> str | None:
     """Returns the class that torch's loader for tensors names in its refusal, if there is one."""
     found = re.search(r"GLOBAL (\S+)", text)
-    return None if found is None else found[1]
+    if found is None:
+        return None
+    return f"builtins.{found[1]}" if found[1] in _BUILT_IN_TYPES else found[1]
 
 
-def _refusal(file: Path, text: str) -> str:
-    """Returns the message for a file that torch's loader refuses, with the way out."""
+def _is_record(name: str) -> bool:
+    """Returns True if a class of this name is passed over."""
+    module, _, last = name.rpartition(".")
+    return name.startswith(_RECORDS) or name in _TYPES or (module == "builtins" and last in _BUILT_IN_TYPES)
+
+
+def _refusal(file: Path, text: str, entries: Sequence[str]) -> str:
+    """Returns the message for a file that torch's loader refuses, with the way out.
+
+    Args:
+        file: The file.
+        text: Message of the loader.
+        entries: Names of the entries that may hold the weights.
+    """
     found = _find_unknown_class(text)
     if found is None:
         return f"checkpoint {file}: damaged, or not a file of torch.save; download it again"
     return (
         f"checkpoint {file} must hold tensors only, got also {found}, a Python object; on a machine that trusts the "
         "file, load it with the program that wrote it and save only the weights: "
-        'torch.save({"state_dict": checkpoint["state_dict"]}, "weights.ckpt")'
+        f'torch.save(checkpoint["..."], "weights.pt") with the name of its weights, such as {" or ".join(entries)}'
     )
 
 
@@ -136,11 +182,11 @@ def name_file(file: Path) -> Iterator[None]:
         raise ValueError(f"checkpoint {file}: {error}") from error
 
 
-def name_some(names: Iterable[str]) -> str:
-    """Lists the first few names, and the number of the others."""
+def name_some(names: Iterable[str], *, limit: int = 3) -> str:
+    """Lists the first names of a file, without control characters, and the number of the others."""
     shown = list(names)
-    more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
-    return ", ".join(shown[:3]) + more
+    more = f" and {len(shown) - limit} more" if len(shown) > limit else ""
+    return ", ".join(map(printable, shown[:limit])) + more
 
 
 def _first_line(error: Exception) -> str:

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.folders import write_folder
+from maskgit_pl.image_format import ImageSize, height_width
 from maskgit_pl.importers.class_names import choose_class_names
 from maskgit_pl.importers.files import check_out
 from maskgit_pl.importers.halton import HALTON
 from maskgit_pl.importers.maskgil import MASKGIL
-from maskgit_pl.importers.torch_file import name_file, name_some, read_checkpoint
+from maskgit_pl.importers.torch_file import name_file, name_some, read_checkpoint, remove_wrappers
 from maskgit_pl.importers.transformer_layout import TransformerLayout, check_shapes
 from maskgit_pl.networks.backbone import BackboneConfig
 from maskgit_pl.networks.weight_file import check_held, check_tensor
@@ -30,7 +31,6 @@ __all__ = ["ImportedTransformer", "import_transformer", "transformer_layout_of"]
 
 _LAYOUTS = (HALTON, MASKGIL)
 _WEIGHTS = ("model_state_dict", "state_dict", "model")  # entries that hold the tensors; both projects write the first
-_WRAPPERS = ("module.", "_orig_mod.")  # prefixes of DistributedDataParallel and torch.compile
 _MASK_SCHEDULE = "arccos"  # both projects: default of --sched-mode in main.py, and of get_mask_code in training
 
 
@@ -43,7 +43,7 @@ class ImportedTransformer:
         layout: Name of the file's layout.
         config: Sizes of the network.
         num_parameters: Number of parameters.
-        image_size: Side of the images in pixels.
+        image_size: Side of the images in pixels, or (height, width).
         decoding: Decoding settings that were written.
         class_names: Name of each class.
         ignored: Other entries of the file.
@@ -53,7 +53,7 @@ class ImportedTransformer:
     layout: str
     config: BackboneConfig
     num_parameters: int
-    image_size: int
+    image_size: ImageSize
     decoding: DecodingConfig
     class_names: tuple[str, ...]
     ignored: tuple[str, ...]
@@ -61,17 +61,16 @@ class ImportedTransformer:
     def report(self) -> str:
         """Returns text for people: sizes, decoding settings, ignored entries, and the next command."""
         config, decoding, names = self.config, self.decoding, self.class_names
-        rows, columns = config.grid
+        (height, width), (rows, columns) = height_width(self.image_size), config.grid
         return "\n".join(
             [
                 f"{self.folder}: {self.layout} layout, {self.num_parameters:,} parameters",
-                f"  images    {self.image_size} x {self.image_size} -> {rows} x {columns} tokens of "
-                f"{config.codebook_size} codes",
+                f"  images    {height} x {width} -> {rows} x {columns} tokens of {config.codebook_size} codes",
                 f"  network   {config.backbone}, {config.num_blocks} blocks",
                 f"  classes   {config.num_classes}, {names[0]!r} to {names[-1]!r}",
                 f"  decoding  {decoding.num_steps} steps, {_words(decoding.token_selector)}, guidance "
                 f"{_words(decoding.guidance)}",
-                f"  ignored   {', '.join(self.ignored) or 'nothing'}",
+                f"  ignored   {name_some(self.ignored, limit=20) or 'nothing'}",
                 f"next: maskgit sample {self.folder} --classes 0,{config.num_classes - 1}",
             ]
         )
@@ -167,17 +166,10 @@ def _check_network(
 
 def _unwrap(contents: Mapping[str, Any]) -> dict[str, Tensor]:
     """Returns the tensors by their own names, without the prefixes of wrappers."""
-    tensors: dict[str, Tensor] = {}
     for name, value in contents.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"entry {name} must be a tensor, got {type(value).__name__}")
-        inner = str(name)
-        while inner.startswith(_WRAPPERS):
-            inner = inner.partition(".")[2]
-        if inner in tensors:
-            raise ValueError(f"tensor {inner} must be there once, got it twice, with and without a prefix")
-        tensors[inner] = value
-    return tensors
+    return remove_wrappers(contents)
 
 
 def _untie(tensors: dict[str, Tensor], copy: str, original: str, *, size: int) -> None:
@@ -194,15 +186,17 @@ def _untie(tensors: dict[str, Tensor], copy: str, original: str, *, size: int) -
     del tensors[copy]
 
 
-def _check_tokenizer(source: PretrainedTokenizer, config: BackboneConfig, folder: Path) -> int:
-    """Returns the side of the images in pixels, for a tokenizer that has the codes of a transformer."""
+def _check_tokenizer(source: PretrainedTokenizer, config: BackboneConfig, folder: Path) -> ImageSize:
+    """Returns the size of the images, for a tokenizer that has the codes of a transformer."""
     network = source.network.config
     if network.codebook_size != config.codebook_size:
         raise ValueError(
             f"tokenizer {folder} must have the {config.codebook_size} codes of the transformer, got "
             f"{network.codebook_size}; name the folder of its own tokenizer"
         )
-    return config.grid[0] * network.downsampling_factor
+    if config.grid == source.grid:
+        return source.image_size
+    return config.grid[0] * network.downsampling_factor  # the grid of a table of positions is square
 
 
 def _words(spec: str | dict[str, Any] | None) -> str:

@@ -3,7 +3,8 @@
 It differs from the released MaskGIT code: every convolution has a bias; a block that changes the number of channels has
 a 1x1 convolution on its *input*; there is self-attention at chosen levels and, unless it is left out, in the middle; a
 strided convolution halves the resolution; the decoder has one more block at each level; and images are in [-1, 1]
-inside, so that padding with zeros is grey. ``VQGAN`` builds both networks if ``VQGANConfig.layout`` is ``taming``.
+inside, so that padding with zeros is grey, unless ``VQGANConfig.signed_images`` is False. ``VQGAN`` builds both
+networks if ``VQGANConfig.layout`` is ``taming``.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ class TamingEncoder(nn.Module):
         """
         # Raises for sizes whose last rows or columns the strides would drop.
         self.config.grid((images.shape[-2], images.shape[-1]))
-        x = self.blocks(self.stem(2 * images - 1))  # to [-1, 1]
+        x = self.blocks(self.stem(2 * images - 1 if self.config.signed_images else images))
         out: Tensor = self.projection(self.head(F.silu(self.norm(x))))
         return out
 
@@ -133,6 +134,7 @@ class TamingDecoder(nn.Module):
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
         first, last = config.widths[-1], config.widths[0]
+        self.signed_images = config.signed_images
         self.projection = conv(config.code_dim, _latent_channels(config), 1, bias=True)
         self.stem = conv(_latent_channels(config), first, 3, bias=True)
         self.blocks = nn.Sequential(*_decoder_blocks(config))
@@ -142,8 +144,8 @@ class TamingDecoder(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         """Returns the images (B, C, H, W), not clipped, of codes (B, D, h, w)."""
         x = self.blocks(self.stem(self.projection(codes)))
-        out: Tensor = (self.head(F.silu(self.norm(x))) + 1) / 2  # from [-1, 1]
-        return out
+        out: Tensor = self.head(F.silu(self.norm(x)))
+        return (out + 1) / 2 if self.signed_images else out
 
 
 def _encoder_blocks(config: VQGANConfig) -> Iterator[nn.Module]:

@@ -28,7 +28,7 @@ _RANGES = {  # well above any existing network: a larger number is a mistake, or
     "patch_size": "[1, 64]",
 }
 _MAX_LEVELS = 12  # the resolution is halved 11 times
-_ONLY_OF_TAMING = ("attention_levels", "middle_attention", "latent_channels")
+_ONLY_OF_TAMING = ("attention_levels", "middle_attention", "latent_channels", "signed_images")
 _ONLY_OF_MASKGIT = ("downsampling", "activation", "patch_size")
 _FIXED = {  # layout -> fields that keep their defaults
     "maskgit": _ONLY_OF_TAMING,
@@ -70,6 +70,8 @@ class VQGANConfig:
             tokenizer of aMUSEd (arXiv:2401.01808).
         latent_channels: Channels between the last 3x3 and the 1x1 convolution before the codes; required by layout
             ``taming``, and for it only.
+        signed_images: True: images are in [-1, 1] inside; False: in [0, 1], as the tokenizer of aMUSEd needs; layout
+            ``taming`` only.
 
     Raises:
         ValueError: if a size is out of range, the channels of a level are not divisible by ``num_groups``, the
@@ -98,6 +100,7 @@ class VQGANConfig:
     attention_levels: tuple[int, ...] = ()
     middle_attention: bool = True
     latent_channels: int | None = None
+    signed_images: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
@@ -140,8 +143,9 @@ class VQGANConfig:
             self._check_taming()
 
     def _check_taming(self) -> None:
-        if not isinstance(self.middle_attention, bool):
-            raise ValueError(f"network middle_attention must be true or false, got {shorten(self.middle_attention)}")
+        for name in ("middle_attention", "signed_images"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"network {name} must be true or false, got {shorten(getattr(self, name))}")
         check_integer("network latent_channels of layout 'taming'", self.latent_channels, "[1, 65536]")
         levels, known = self.attention_levels, range(len(self.channel_multipliers))
         if len(set(levels)) < len(levels) or any(level not in known for level in levels):

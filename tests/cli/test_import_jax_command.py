@@ -33,9 +33,10 @@ def test_an_import_says_what_it_made_and_what_to_do_next_and_that_works(tmp_path
         assert picture.mode == "RGB"
 
 
-def test_class_names_stand_in_a_file_one_a_line(tmp_path):
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])  # the second has a byte order mark
+def test_class_names_stand_in_a_file_one_a_line(encoding, tmp_path):
     names = [f"Käse {number}" for number in range(10)]
-    (tmp_path / "names.txt").write_text("".join(f"{name} \n" for name in names), encoding="utf-8")
+    (tmp_path / "names.txt").write_text("".join(f"{name} \n" for name in names), encoding=encoding)
     words = ["--tokenizer", TOKENIZER, "--transformer", TRANSFORMER, "--class-names", tmp_path / "names.txt"]
     assert call(*words, "--out", tmp_path / "out") == 0
     assert MaskGIT.from_pretrained(tmp_path / "out").class_names == tuple(names)

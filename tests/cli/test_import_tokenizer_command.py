@@ -1,7 +1,9 @@
 """``maskgit import-tokenizer`` makes a folder that works, says what it did, and answers bad input at once."""
 
+import shlex
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -79,9 +81,28 @@ def test_the_folder_holds_the_weights_and_the_report_what_they_are(checkpoint, t
         "8 codes of size 4",
         "channels 32, 1 blocks a level, self-attention in the middle",
         "ignored   epoch, loss.* (1 tensors)",
-        f"next: maskgit train transformer --dataset NAME --recipe paper-256 --tokenizer {out}/tokenizer",
+        f"next: maskgit tokenize --dataset NAME --recipe paper-256 --tokenizer {out}/tokenizer",
+        "--model.network.codebook_size 8\nthen: maskgit train transformer --dataset NAME --recipe paper-256",
     ):
         assert words in said
+
+
+@pytest.mark.parametrize("codes", [8, 1024])
+def test_the_next_commands_make_tokens_and_fit_the_tokenizer(codes, tiny_shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "shards").mkdir(parents=True)
+    (tmp_path / "data" / "shards" / "tiny").symlink_to(tiny_shards)
+    torch.manual_seed(0)
+    weights = VQGAN(replace(CONFIG, codebook_size=codes)).state_dict()
+    torch.save({renamed(name): value for name, value in weights.items()}, "a.ckpt")
+    assert main(["import-tokenizer", "a.ckpt", "--out", "with space", "--image-size", "8"]) == 0
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    assert [line[:14] for line in lines] == ["next: maskgit ", "then: maskgit "]
+    for line, more in zip(lines, (["--device", "cpu"], ["--dry-run", "--trainer.accelerator", "cpu"]), strict=True):
+        words = shlex.split(line[14:].replace("NAME", "tiny"))
+        # The recipe is for ImageNet, and its network is large.
+        sizes = ["--model.network.num_classes", "3", "--model.network.depth", "1", "--data.views", "1"]
+        assert main([*words, *more, *sizes]) == 0
 
 
 def test_the_command_of_version_0_1_0_does_the_same(checkpoint, tmp_path, capsys):

@@ -420,7 +420,9 @@ def test_a_tokenizer_can_be_imported_alone(tmp_path, said):
     assert (tokenizer.image_size, tokenizer.grid) == (32, (16, 16))
     assert [path.name for path in (tmp_path / "small" / "out").iterdir()] == ["tokenizer"]
     assert said()[0] == "tokenizer: 390,435 parameters; 64 codes; images of 32 x 32 px are 16 x 16 tokens"
-    assert said()[1].endswith(f"maskgit train transformer --tokenizer {tmp_path / 'small' / 'out' / 'tokenizer'}")
+    options = f"--tokenizer {tmp_path / 'small' / 'out' / 'tokenizer'} --model.network.codebook_size 64"
+    assert f"next: maskgit tokenize --dataset NAME --recipe paper-256 {options}; then: maskgit train t" in said()[1]
+    assert said()[1].endswith(options)
     import_jax(TOKENIZER, tmp_path / "default")
     assert load_tokenizer(tmp_path / "default" / "tokenizer").image_size == 256
 

@@ -422,7 +422,7 @@ REFUSED = {
     "number among tensors": (damaged(lambda weights: weights.update(scale=1.0)), "entry scale must be a tensor"),
     "transformer": (
         lambda path: torch.save({"model": {"tok_embeddings.weight": torch.zeros(4, 4)}}, path),
-        r"got a transformer \(tok_embeddings\.weight\)",
+        r"got a transformer \(tok_embeddings\.weight\); name its tokenizer, or use maskgit import-transformer",
     ),
     "transformer of taming": (
         lambda path: torch.save({"state_dict": {"transformer.tok_emb.weight": torch.zeros(4, 4)}}, path),
@@ -430,11 +430,11 @@ REFUSED = {
     ),
     "something else": (
         lambda path: torch.save({f"fc{n}.weight": torch.zeros(1) for n in range(5)}, path),
-        r"got something else \(fc0\.weight, fc1\.weight, fc2\.weight and 2 more\)",
+        r"got something else \(fc0\.weight, fc1\.weight, fc2\.weight and 2 more\); name a file of one of these",
     ),
     "gumbel": (
         damaged(lambda weights: renamed(weights, "quantize.embedding.weight", "quantize.embed.weight")),
-        r"got a Gumbel-softmax tokenizer \(quantize\.embed\.weight\)",
+        r"got a Gumbel-softmax tokenizer \(quantize\.embed\.weight\); name another one, such as vqgan_imagenet",
     ),
     "codebook that repeats one number": (  # 4 GB in 1 MB
         damaged(lambda weights: weights.update({CODEBOOK: torch.ones(1).expand(1 << 22, 256)})),

@@ -153,6 +153,7 @@ def test_sizes_of_the_published_tokenizer_of_amused_are_read_off():
         layout="taming",
         middle_attention=False,
         latent_channels=64,
+        signed_images=False,
         quantizer={"name": "gradient", "commitment": 1.0, "codebook_weight": 0.25, "entropy_weight": 0.0},
     )
     count = sum(weight.numel() for weight in tokenizer_weights(tensors, sizes, DIFFUSERS).values())
@@ -483,9 +484,11 @@ def test_the_averaged_weights_of_ibq_are_taken_and_the_largest_inner_product(tmp
     made = import_tokenizer(tmp_path / "last.ckpt", tmp_path / "out", image_size=16, layout="IBQ")
     assert made.layout == "IBQ"
     assert "quantizer ibq" in made.report(16)
+    assert "--layout IBQ" not in made.report(16)
     check_same(average, made.folder)
     # The nearest codes are others.
     as_taming = import_tokenizer(tmp_path / "last.ckpt", tmp_path / "t", image_size=16, layout="taming-transformers")
+    assert "choose other codes; if this is one, import with --layout IBQ" in as_taming.report(16)
     tokens = load_tokenizer(as_taming.folder).network.encode(images())
     assert not torch.equal(tokens, last.tokens(last.features(images())))
 

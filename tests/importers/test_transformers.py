@@ -291,6 +291,18 @@ def test_the_order_of_the_halton_selector_is_that_of_their_sampler(side):
     assert halton_order((side, side)) == [row * side + column for row, column in visited]
 
 
+def test_maskgil_has_the_grid_of_a_tokenizer_of_wide_images(tokenizer, tmp_path):
+    folder = tokenizer()
+    own = load_tokenizer(folder).network
+    save_tokenizer(tmp_path / "wide", own.config, own.state_dict(), image_size=(4, 16))
+    file = save_checkpoint(randomise(MaskGIL(**SMALL)), tmp_path / "a.pth")
+    made = import_transformer(file, tmp_path / "out", tokenizer=tmp_path / "wide", num_heads=4)
+    assert "images    4 x 16 -> 2 x 8 tokens" in made.report()
+    pipe = MaskGIT.from_pretrained(tmp_path / "out")
+    assert pipe.tokenizer.grid == pipe.transformer.network.config.grid == (2, 8)
+    assert pipe.generate([0], seed=0)[0].size == (16, 4)
+
+
 # Other files with the same tensors.
 
 

@@ -158,10 +158,11 @@ def diffusers_config(**changes):
 
 
 class DiffusersVQModel(nn.Module):
-    """``VQModel`` of diffusers; images in [-1, 1]."""
+    """``VQModel`` of diffusers; images in [-1, 1], or in [0, 1] as in the pipelines of aMUSEd."""
 
     def __init__(self, config):
         super().__init__()
+        self.signed = config["mid_block_add_attention"]
         latent, dim = config["latent_channels"], config["vq_embed_dim"] or config["latent_channels"]
         self.encoder = DiffusersHalf(config, encoder=True)
         self.quant_conv = nn.Conv2d(latent, dim, 1)
@@ -171,14 +172,15 @@ class DiffusersVQModel(nn.Module):
         self.decoder = DiffusersHalf(config, encoder=False)
 
     def features(self, images):
-        return self.quant_conv(self.encoder(2 * images - 1))
+        return self.quant_conv(self.encoder(2 * images - 1 if self.signed else images))
 
     def tokens(self, features):
         return nearest(features.movedim(1, -1), self.quantize.embedding.weight)
 
     def decode(self, tokens, grid):
         codes = self.quantize.embedding.weight[tokens].unflatten(1, grid).movedim(-1, 1)
-        return (self.decoder(self.post_quant_conv(codes)) + 1) / 2
+        images = self.decoder(self.post_quant_conv(codes))
+        return (images + 1) / 2 if self.signed else images
 
 
 # The tokenizer of MaskBit

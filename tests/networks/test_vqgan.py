@@ -119,6 +119,8 @@ def test_convolutions_start_with_the_truncated_lecun_normal():
         ({**TAMING, "attention_levels": (1, 1)}, "attention_levels must be different"),
         ({**TAMING, "num_middle_blocks": 1}, "num_middle_blocks must be 2 in layout 'taming', got 1"),
         ({**TAMING, "middle_attention": 1}, "middle_attention must be true or false, got 1"),
+        ({**TAMING, "signed_images": 0}, "signed_images must be true or false, got 0"),
+        ({**SMALL, "signed_images": False}, "signed_images must be True in layout 'maskgit'"),
         ({**TAMING, "downsampling": "strided"}, "downsampling must be 'average' in layout 'taming'"),
         ({**TAMING, "activation": "relu"}, "activation must be 'swish' in layout 'taming'"),
         ({**TAMING, "patch_size": 2}, "patch_size must be 1 in layout 'taming'"),
