@@ -54,7 +54,8 @@ def test_a_replay_is_the_real_step_of_stage_1(weight_rule, checkpointing):
 
 
 def test_blocks_run_again_in_bfloat16_too():
-    config = AdversarialConfig(OPPONENT.discriminator, weight_rule="adaptive")
+    # Without R1, whose second derivative in float32 would be the peak of both.
+    config = AdversarialConfig(OPPONENT.discriminator, weight_rule="adaptive", r1_weight=0.0)
     none, blocks = (
         TokenizerCosts(
             "ddp", 8, "bf16-mixed", each, module=tokenizer(adversarial=config, activation_checkpointing=each)
@@ -72,6 +73,21 @@ def test_the_replayed_step_has_every_loss(start, every, full):
     assert _first_full_step(config) == full
     assert config.has_started(full)
     assert config.has_r1_penalty(full)
+
+
+def test_the_second_derivative_of_r1_is_in_float32_under_bf16_mixed():
+    config = AdversarialConfig(OPPONENT.discriminator)
+    module = tokenizer(adversarial=config)
+    dtypes, run = [], module.discriminator.forward
+
+    def watched(images):
+        logits = run(images)
+        dtypes.append(logits.dtype)
+        return logits
+
+    module.discriminator.forward = watched
+    assert TokenizerCosts("ddp", 8, "bf16-mixed", module=module).memory(1).activations > 0
+    assert dtypes == [torch.float32, torch.bfloat16]  # real images, with the penalty; reconstructions
 
 
 def test_more_images_take_as_many_times_as_much():
