@@ -150,7 +150,8 @@ class TransformerCosts(Costs):
         weights = sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
         with fake_tensors(network):
             images = torch.empty(1, config.in_channels, *height_width(size))
-            return weights, replay(lambda: network.encode(images), [network], precision=self.precision)
+            # In float32 in any precision of the Trainer, as training encodes.
+            return weights, replay(lambda: network.encode(images), [network])
 
     def _replay(self, checkpointing: Checkpointing, chunked_images: int | None = None) -> Replay:
         """Returns the replay of one image, or of several whose loss is computed in chunks; each is made once."""
@@ -185,7 +186,11 @@ class TransformerCosts(Costs):
         config = self._config
         if isinstance(config, TransformerConfig):
             made = transformer_activations(
-                config, batch=per_device, precision=self.precision, checkpointing=self.checkpointing
+                config,
+                batch=per_device,
+                precision=self.precision,
+                checkpointing=self.checkpointing,
+                vocabulary=self.module.config.loss_vocabulary,
             )
         else:
             step = self._replay(self.checkpointing)
@@ -215,8 +220,9 @@ class TransformerCosts(Costs):
         """Returns the FLOPs of an image with a mean number of masked tokens: useful, and of recomputation."""
         config, is_repeated = self._config, self.checkpointing == "blocks"
         if isinstance(config, TransformerConfig):
-            again = recomputed_flops(config, images=1, masked=masked) if is_repeated else 0.0
-            return step_flops(config, images=1, masked=masked), again
+            vocabulary = self.module.config.loss_vocabulary
+            again = recomputed_flops(config, images=1, masked=masked, vocabulary=vocabulary) if is_repeated else 0.0
+            return step_flops(config, images=1, masked=masked, vocabulary=vocabulary), again
         whole = self._replay("none").flops
         saved = (config.num_tokens - masked) * masked_token_flops(config)
         return whole - saved, float(self._replay("blocks").flops - whole) if is_repeated else 0.0

@@ -144,6 +144,28 @@ def test_encoding_on_the_fly_costs_memory_and_work():
     assert encodes.flops(4)[0] > 2 * alone.flops(4)[0]
 
 
+def test_images_are_encoded_in_float32_in_both_precisions():
+    module = masked_model(TransformerConfig(16, 3, (8, 8), embed_dim=16, depth=1, num_heads=2, mlp_dim=32), "")
+    single, mixed = (
+        TransformerCosts("ddp", 2, each, module=module, tokenizer=(VQGAN, 16), encodes=True)
+        for each in ("32-true", "bf16-mixed")
+    )
+    # Encoding is the peak; the casts are those of the transformer.
+    assert mixed.memory(64).total - mixed.memory(64).casts == single.memory(64).total
+
+
+def test_a_loss_over_the_codes_costs_less_than_one_over_the_vocabulary():
+    config = TransformerConfig(16, 1000, (8, 8), embed_dim=16, depth=2, num_heads=2, mlp_dim=32)
+    codes, whole = (
+        TransformerCosts("ddp", 2, checkpointing="blocks", module=masked_model(config, "", loss_vocabulary=each))
+        for each in ("codes", "all")
+    )
+    assert codes.memory(4).total < whole.memory(4).total
+    useful, executed = codes.flops(4)
+    assert useful < whole.flops(4)[0] / 2
+    assert executed - useful == whole.flops(4)[1] - whole.flops(4)[0]  # blocks, which have no columns
+
+
 def test_checkpointing_computes_blocks_again_and_saves_memory():
     module = masked_model(TransformerConfig(16, 3, (8, 8), embed_dim=64, depth=8, num_heads=2, mlp_dim=256), "")
     none, blocks = (TransformerCosts("ddp", 2, checkpointing=each, module=module) for each in ("none", "blocks"))
