@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from maskgit_pl.corruption import Corruption
 from maskgit_pl.data import Batch
 from maskgit_pl.estimates.backbone import has_chunked_loss, masked_token_flops, replay_backbone
 from maskgit_pl.estimates.replay import Replay, fake_tensors, replay
@@ -210,11 +211,13 @@ class TransformerCosts(Costs):
     def flops(self, global_batch: int) -> tuple[float, float]:
         config, module = self._config, self.module
         share = float(config.num_tokens)
+        before = float(self._encoding[1].flops if self.encodes else 0)  # of what precedes the network
         if isinstance(module, MaskedTokenModel):
-            share = _count_predicted(module)
+            share, replaced = _count_predicted(module)
+            if num_passes := _count_predictions(module.corruption):  # a forward pass is a third of a step
+                before += num_passes * self._network_flops(replaced)[0] / 3
         useful, again = self._network_flops(share)
-        encoding = self._encoding[1].flops if self.encodes else 0
-        return (useful + encoding) * global_batch, (useful + again + encoding) * global_batch
+        return (useful + before) * global_batch, (useful + again + before) * global_batch
 
     def _network_flops(self, masked: float) -> tuple[float, float]:
         """Returns the FLOPs of an image with a mean number of masked tokens: useful, and of recomputation."""
@@ -270,6 +273,9 @@ class TokenizerCosts(Costs):
 
     @cached_property
     def _replay(self) -> Replay:
+        return self._replay_at(_first_full_step(self.module.config.adversarial))
+
+    def _replay_at(self, step: int) -> Replay:
         config, networks = self.module.config, [*self._networks, *self._frozen]
         with fake_tensors(*networks), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -277,7 +283,7 @@ class TokenizerCosts(Costs):
             for parameter in (parameter for network in networks for parameter in network.parameters()):
                 if parameter.requires_grad:
                     parameter.grad = torch.empty_like(parameter)
-            batch, step = _one_image(config), _first_full_step(config.adversarial)
+            batch = _one_image(config)
             return replay(lambda: self.module.replay_step(batch, step=step), networks, precision=self.precision)
 
     def memory(self, per_device: int) -> Memory:
@@ -293,8 +299,12 @@ class TokenizerCosts(Costs):
         )  # fmt: skip
 
     def flops(self, global_batch: int) -> tuple[float, float]:
-        executed = float(self._replay.flops * global_batch)
-        return executed, executed
+        executed, config = float(self._replay.flops), self.module.config.adversarial
+        if config is not None and config.r1_weight > 0 and config.r1_every > 1:
+            # The mean over the steps from one R1 penalty to the next; all others have none.
+            without = self._replay_at(_first_full_step(config) + 1).flops
+            executed = without + (executed - without) / config.r1_every
+        return executed * global_batch, executed * global_batch
 
     def checkpoint(self) -> int:
         buffers = sum(tensor.nbytes for tensor in self.module.network.buffers())
@@ -339,13 +349,26 @@ def _first_full_step(config: AdversarialConfig | None) -> int:
     return 0 if config is None else -(-config.start_step // config.r1_every) * config.r1_every
 
 
-def _count_predicted(module: MaskedTokenModel) -> float:
-    """Returns the mean number of tokens per image at which the training computes logits."""
+def _count_predicted(module: MaskedTokenModel) -> tuple[float, float]:
+    """Returns the mean numbers of tokens per image at which training computes logits, and which it replaces."""
     num_tokens, sampler = module.config.network.num_tokens, module.mask_sampler
-    if module.objective.visible_weight > 0:
-        return float(num_tokens)
     masked = mean_num_masked(
         module.mask_schedule, num_tokens, min_mask_ratio=sampler.min_mask_ratio, mask_ratio=sampler.mask_ratio
     )
-    replaced = 0.0 if module.corruption is None else module.corruption.fraction
-    return masked + replaced * (num_tokens - masked)
+    replaced = 0.0 if module.corruption is None else module.corruption.fraction * (num_tokens - masked)
+    return float(num_tokens) if module.objective.visible_weight > 0 else masked + replaced, replaced
+
+
+def _count_predictions(corruption: Corruption | None) -> int:
+    """Returns the number of forward passes of a corruption, which it makes for a token, too."""
+    calls = 0
+
+    def predict(replaced: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return torch.zeros(int(replaced.sum()), 2)
+
+    if corruption is not None:
+        token = torch.zeros(1, 1, dtype=torch.int64)
+        corruption.corrupt(token, token == 0, torch.full((1,), 0.5), codebook_size=2, predict=predict)
+    return calls

@@ -90,6 +90,16 @@ def test_the_second_derivative_of_r1_is_in_float32_under_bf16_mixed():
     assert dtypes == [torch.float32, torch.bfloat16]  # real images, with the penalty; reconstructions
 
 
+def test_flops_are_the_mean_of_steps_with_and_without_the_penalty():
+    def flops(**options):
+        config = AdversarialConfig(OPPONENT.discriminator, **options)
+        return TokenizerCosts("ddp", 8, module=tokenizer(adversarial=config)).flops(4)[0]
+
+    always, never, sometimes = flops(r1_every=1), flops(r1_weight=0.0), flops(r1_every=4)
+    assert always > never
+    assert sometimes == never + (always - never) / 4
+
+
 def test_more_images_take_as_many_times_as_much():
     costs = TokenizerCosts("ddp", 8, module=tokenizer(adversarial=OPPONENT))
     one, four = costs.memory(1), costs.memory(4)
@@ -152,6 +162,19 @@ def test_images_are_encoded_in_float32_in_both_precisions():
     )
     # Encoding is the peak; the casts are those of the transformer.
     assert mixed.memory(64).total - mixed.memory(64).casts == single.memory(64).total
+
+
+@pytest.mark.parametrize(
+    "network", [TransformerConfig(16, 3, (8, 8), 16, 2, 2, 32), small_config("adaln")], ids=["bert", "adaln"]
+)
+def test_codes_that_the_model_draws_cost_a_forward_pass(network):
+    plain, uniform, model = (
+        TransformerCosts("ddp", 2, module=masked_model(network, "", corruption=each)).flops(4)[0]
+        for each in (None, {"name": "uniform", "fraction": 0.2}, {"name": "model", "fraction": 0.2})
+    )
+    assert plain < uniform < 1.1 * plain
+    # The forward pass is a third of a step, and has logits at replaced tokens only.
+    assert uniform + plain / 6 < model < uniform + plain / 3
 
 
 def test_a_loss_over_the_codes_costs_less_than_one_over_the_vocabulary():
