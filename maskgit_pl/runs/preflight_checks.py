@@ -23,7 +23,7 @@ from maskgit_pl.runs.preflight_report import Check, CheckList, Preflight, Shares
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.resolve import merge_recipe_values, resolve
 from maskgit_pl.runs.units import count_text
-from maskgit_pl.shards.manifest import DataSummary, describe_resizing, read_manifest_summary
+from maskgit_pl.shards.manifest import DataSummary, describe_resizing, load_manifest, read_manifest_summary
 from maskgit_pl.training.checkpoint_files import newest_checkpoint, step_of
 from maskgit_pl.training.strategies import build_strategy, check_accelerator, check_precision, check_strategy
 
@@ -152,6 +152,8 @@ def _check_inputs(
 
 def _read_summary(shards: Path) -> DataSummary:
     summary = read_manifest_summary(shards)
+    if "train" not in summary.samples:
+        load_manifest(shards, "train", check=False)  # raises the error of training
     if "val" not in summary.samples:
         raise FileNotFoundError(
             f"data {shards} must have a val split for validation, got only train; make the "

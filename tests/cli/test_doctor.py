@@ -182,6 +182,29 @@ def test_data_that_was_cut_off_is_named(doctor, tiny_shards, tmp_path):
     fails(doctor("tokenizer", "--data", tmp_path / "cut"), "data", "val split")
 
 
+def test_data_without_a_train_split_are_named(doctor, tiny_shards, tmp_path):
+    shutil.copytree(tiny_shards, tmp_path / "validation")
+    (tmp_path / "validation" / "train.json").unlink()
+    for stage in ("tokenizer", "transformer"):
+        fails(doctor(stage, "--data", tmp_path / "validation"), "data", "no manifest train.json", "maskgit data index")
+
+
+def test_names_of_files_do_not_control_the_terminal(doctor):
+    answer = doctor("tokenizer", "--data", "no\x1b[2Jwhere", "--run", os.fsdecode(b"\xff"))
+    fails(answer, "data", "data no\\x1b[2Jwhere: no such folder")
+    assert "\\udcff" in answer[1]
+    assert "\x1b" not in answer[1]
+
+
+@pytest.mark.parametrize(("text", "shown"), [((), ""), (("two\nlines",), "two lines ok strategy")])
+def test_an_error_without_a_text_or_of_two_lines_is_printed(doctor, monkeypatch, text, shown):
+    def refuse(*args, **more):
+        raise FileNotFoundError(*text)
+
+    monkeypatch.setattr(preflight_checks, "find_data", refuse)
+    fails(doctor("tokenizer"), "data", shown)
+
+
 def test_a_perceptual_network_without_weights_leaves_the_rest_examined(doctor):
     network = "{network: {name: timm, model: resnet18, weights: no-such-file}, weight: 0.1}"
     answer = doctor("tokenizer", f"--model.perceptual={network}")
