@@ -267,6 +267,12 @@ class TokenizerCosts(Costs):
         return sum(parameter.numel() for parameter in self.module.ema_network.parameters())
 
     @property
+    def _untrained(self) -> int:
+        """The bytes of the frozen parts of the trained networks."""
+        parameters = (each for network in self._networks for each in network.parameters())
+        return sum(each.nbytes for each in parameters if not each.requires_grad)
+
+    @property
     def _frozen(self) -> list[nn.Module]:
         perceptual = self.module.similarity_loss.network
         return [] if perceptual is None else [perceptual]
@@ -292,7 +298,7 @@ class TokenizerCosts(Costs):
         activations = Activations(self._replay.peak_of(per_device) - casts, casts, 0)
         # Buffers count twice, since the average has copies of them.
         buffers = sum(buffer.nbytes for network in self._networks for buffer in network.buffers())
-        frozen = sum(tensor.nbytes for network in self._frozen for tensor in network.parameters())
+        frozen = sum(tensor.nbytes for network in self._frozen for tensor in network.parameters()) + self._untrained
         return estimate_memory(
             blocks, root, activations, strategy=self.strategy, ranks=self.ranks,
             averaged=self.averaged, frozen=frozen + 2 * buffers, moments=self.moments,
@@ -311,7 +317,7 @@ class TokenizerCosts(Costs):
         return checkpoint_bytes(
             self.trained,
             averaged=self.averaged,
-            others=2 * buffers,
+            others=2 * buffers + self._untrained,
             tensors=self.num_tensors,
             moments=self.moments,
         )

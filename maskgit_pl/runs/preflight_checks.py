@@ -95,7 +95,10 @@ def _devices_of(recipe: Recipe) -> int:
     value = recipe.get("trainer.devices")
     if isinstance(value, list):  # the indices of the devices
         return max(1, len(value))
-    return value if isinstance(value, int) and value > 0 else max(1, torch.cuda.device_count())
+    if isinstance(value, int) and value > 0:
+        return value
+    is_on_cpu = recipe.get("trainer.accelerator") == "cpu"  # where Lightning's auto is one process
+    return 1 if is_on_cpu else max(1, torch.cuda.device_count())
 
 
 def _check_host(checks: CheckList, *, nodes: int, devices: int, port: int | None) -> None:

@@ -136,6 +136,27 @@ def test_the_size_of_a_checkpoint_of_stage_1(tmp_path, tiny_shards):
     assert TokenizerCosts("ddp", 1, module=module).checkpoint() == pytest.approx(size, rel=0.02)
 
 
+def test_frozen_parts_are_held_and_saved(tmp_path, tiny_shards):
+    sizes = [
+        "--model.network.base_channels=32",
+        "--model.network.channel_multipliers=[1,2]",
+        "--model.network.num_groups=8",
+        "--model.freeze=[encoder,quantizer]",
+    ]
+    size = train("tokenizer", tmp_path, tiny_shards, *sizes)
+    config = VQGANConfig(
+        1, base_channels=32, channel_multipliers=(1, 2), num_res_blocks=1, num_middle_blocks=1, num_groups=8,
+        codebook_size=16, code_dim=4,
+    )  # fmt: skip
+    module = tokenizer_model(config, image_size=8, freeze=("encoder", "quantizer"))
+    costs = TokenizerCosts("ddp", 1, module=module)
+    assert costs.checkpoint() == pytest.approx(size, rel=0.03)
+    memory, network = costs.memory(1), module.network
+    assert memory.weights + memory.frozen == pytest.approx(
+        4 * sum(each.numel() for each in network.parameters()), rel=0.01
+    )
+
+
 def test_the_size_of_a_checkpoint_of_stage_2(tmp_path, tiny_shards, tiny_pretrained):
     sizes = ["--model.network.embed_dim=64", "--model.network.mlp_dim=256", "--model.network.depth=3"]
     named = ["--tokenizer", str(tiny_pretrained / "tokenizer")]
