@@ -62,7 +62,8 @@ def test_a_list_of_devices_counts_its_entries(examine):
 
 def test_a_run_on_a_cpu_has_one_device_on_a_machine_with_gpus(examine, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    assert examine("--trainer.devices=auto", "--trainer.accelerator=auto").shares is None  # 8 ranks cannot share a batch of 4
+    # 8 ranks cannot share a batch of 4.
+    assert examine("--trainer.devices=auto", "--trainer.accelerator=auto").shares is None
     assert examine("--trainer.devices=auto", "--trainer.accelerator=cpu").shares.devices == 1
 
 
