@@ -7,8 +7,8 @@ the image, one of them twice, and third-party feature networks. bfloat16 is used
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ class Replay:
         peak: Peak memory in bytes of the tensors that the step allocates. Weights and gradients that existed before
             are not counted; gradients that the step allocates are.
         flops: FLOPs of matrix products and convolutions, forward and backward.
-        casts: Bytes of bfloat16 copies of weights: the only part of ``peak`` that does not grow with the batch.
+        casts: Bytes of bfloat16 copies of trained weights, a part of ``peak`` that does not grow with the batch.
     """
 
     peak: int
@@ -42,7 +42,7 @@ class Replay:
     casts: int = 0
 
     def peak_of(self, times: int) -> int:
-        """Returns ``peak`` for a batch that is ``times`` as large."""
+        """Returns ``peak`` for a batch that is ``times`` as large, if only ``casts`` do not grow with it."""
         return self.casts + times * (self.peak - self.casts)
 
 
@@ -130,17 +130,18 @@ class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch: u
         return made
 
 
-@contextmanager
-def fake_tensors(*networks: nn.Module) -> Iterator[None]:
-    """Makes new tensors in the context fake: they have shapes, but no content.
+def fake_tensors(*networks: nn.Module) -> FakeTensorMode:
+    """Returns a context in which new tensors are fake: they have shapes, but no content. It can be entered repeatedly.
 
     Args:
-        networks: Networks whose weights become fake, in place and permanently. They may be on the meta device.
+        networks: Networks whose weights become fake, in place and permanently, for this context only. They may be on
+            the meta device.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
         for network in networks:
             network._apply(_empty)  # type: ignore[no-untyped-call]  # torch: untyped
-        yield
+    return mode
 
 
 def _empty(old: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from maskgit_pl.corruption import Corruption
 from maskgit_pl.data import Batch
@@ -40,6 +41,7 @@ from maskgit_pl.training.optimizers import state_values
 
 __all__ = ["Costs", "TokenizerCosts", "TransformerCosts", "useful_flops"]
 
+_MANY_IMAGES = 64
 _MOST_CHUNKS = 16  # of a loss that is replayed; each takes 20 ms or more
 
 
@@ -244,7 +246,10 @@ class TransformerCosts(Costs):
 
 @dataclass(kw_only=True)
 class TokenizerCosts(Costs):
-    """The costs of stage 1, from a replay of its step with one fake image; n images cost n times as much.
+    """The costs of stage 1, from replays of its step with fake images.
+
+    n images have n times the FLOPs of one. The memory of n lies on the line through that of 1 and of 64 images: a part
+    of it, such as copies of frozen weights, does not grow with n.
 
     Args:
         module: The module that would be trained. Its networks become fake tensors.
@@ -281,21 +286,34 @@ class TokenizerCosts(Costs):
     def _replay(self) -> Replay:
         return self._replay_at(_first_full_step(self.module.config.adversarial))
 
-    def _replay_at(self, step: int) -> Replay:
-        config, networks = self.module.config, [*self._networks, *self._frozen]
-        with fake_tensors(*networks), warnings.catch_warnings():
+    @cached_property
+    def _peak_of_many(self) -> int:
+        return self._replay_at(_first_full_step(self.module.config.adversarial), images=_MANY_IMAGES).peak
+
+    def _replay_at(self, step: int, *, images: int = 1) -> Replay:
+        networks = [*self._networks, *self._frozen]
+        with self._fake_tensors, warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            batch = _images_of(self.module.config, images)
+            return replay(lambda: self.module.replay_step(batch, step=step), networks, precision=self.precision)
+
+    @cached_property
+    def _fake_tensors(self) -> FakeTensorMode:
+        """The context of all replays, in which the weights of the networks are fake."""
+        mode = fake_tensors(*self._networks, *self._frozen)
+        with mode:
             # Gradients exist between steps, so they must not count as allocations of the replay.
-            for parameter in (parameter for network in networks for parameter in network.parameters()):
+            for parameter in (each for network in self._networks for each in network.parameters()):
                 if parameter.requires_grad:
                     parameter.grad = torch.empty_like(parameter)
-            batch = _one_image(config)
-            return replay(lambda: self.module.replay_step(batch, step=step), networks, precision=self.precision)
+        return mode
 
     def memory(self, per_device: int) -> Memory:
         blocks, root = self.groups
-        casts = self._replay.casts
-        activations = Activations(self._replay.peak_of(per_device) - casts, casts, 0)
+        casts, one = self._replay.casts, self._replay.peak
+        # A maximum of lines is below its chord, so that this is no less than a replay has, up to many images.
+        peak = one + (per_device - 1) * (self._peak_of_many - one) // (_MANY_IMAGES - 1)
+        activations = Activations(peak - casts, casts, 0)
         # Buffers count twice, since the average has copies of them.
         buffers = sum(buffer.nbytes for network in self._networks for buffer in network.buffers())
         frozen = sum(tensor.nbytes for network in self._frozen for tensor in network.parameters()) + self._untrained
@@ -344,9 +362,9 @@ def useful_flops(module: TokenModel | Tokenizer, *, global_batch: int, encodes: 
     return TokenizerCosts("auto", 1, module=twin).flops(global_batch)[0]
 
 
-def _one_image(config: TokenizerConfig) -> Batch:
-    images = torch.empty(1, config.network.in_channels, *height_width(config.image_size), dtype=torch.uint8)
-    numbers = torch.zeros(1, dtype=torch.int64)
+def _images_of(config: TokenizerConfig, count: int) -> Batch:
+    images = torch.empty(count, config.network.in_channels, *height_width(config.image_size), dtype=torch.uint8)
+    numbers = torch.zeros(count, dtype=torch.int64)
     return Batch(images, numbers, numbers, numbers, numbers, numbers == 0)
 
 
