@@ -1,5 +1,6 @@
 """``maskgit doctor``: each check against the fault that it is for, really there."""
 
+import json
 import os
 import re
 import shutil
@@ -186,7 +187,20 @@ def test_data_without_a_train_split_are_named(doctor, tiny_shards, tmp_path):
     shutil.copytree(tiny_shards, tmp_path / "validation")
     (tmp_path / "validation" / "train.json").unlink()
     for stage in ("tokenizer", "transformer"):
-        fails(doctor(stage, "--data", tmp_path / "validation"), "data", "no manifest train.json", "maskgit data index")
+        for passes in ("null", "3"):
+            answer = doctor(stage, "--data", tmp_path / "validation", f"--max_passes={passes}")
+            fails(answer, "data", "no manifest train.json", "maskgit data index")
+
+
+def test_a_tokenizer_whose_file_leaves_out_a_size_has_the_default(doctor, tiny_pretrained, tmp_path):
+    shutil.copytree(tiny_pretrained / "tokenizer", tmp_path / "tokenizer")
+    file = tmp_path / "tokenizer" / "config.json"
+    content = json.loads(file.read_text())
+    del content["network"]["codebook_size"]
+    file.write_text(json.dumps(content))
+    code, text = doctor("transformer", "--tokenizer", tmp_path / "tokenizer")
+    assert code in (0, 2), text
+    assert "1024 codes" in text
 
 
 def test_names_of_files_do_not_control_the_terminal(doctor):
