@@ -153,21 +153,27 @@ def transformer_activations(
         # Each block keeps its float32 input; one block at a time has its tensors back.
         blocks, recomputed = config.depth * rows * dim * FLOAT, middle if config.depth > 1 else last
     number = HALF if half else FLOAT
-    at_once = rows_at_once(masked_rows, columns)
-    is_whole = at_once == masked_rows  # else the logits of a chunk are computed again in the backward pass
+    is_whole = rows_at_once(masked_rows, columns) == masked_rows  # else a chunk's logits are computed twice
     head = masked_rows * (dim * (3 * number + FLOAT) + _STATISTICS + is_whole * columns * FLOAT)
-    logits = 3 * masked_rows * columns * FLOAT if is_whole else (4 * at_once + 2 * dim) * columns * FLOAT
-    table = dim * config.num_rows * FLOAT
-    if columns < config.num_rows:  # the gradient of the rows in the loss becomes one of the whole table
-        logits += table
     feed_forward = rows * (config.mlp_dim * number + 2 * dim * FLOAT)
     matrices = config.depth * (4 * dim**2 + 2 * dim * config.mlp_dim) + dim**2 + columns * dim
     kept = embedding + blocks + head
-    return Activations(
-        kept=kept,
-        casts=matrices * HALF if half else 0,
-        working=max(logits, recomputed + feed_forward - head, 3 * table - kept),
-    )
+    peaks = _logits_working(config, masked_rows, columns), recomputed + feed_forward - head, 3 * _table(config) - kept
+    return Activations(kept=kept, casts=matrices * HALF if half else 0, working=max(peaks))
+
+
+def _table(config: TransformerConfig) -> int:
+    """Returns the bytes of the token embedding, or of its gradient."""
+    return config.embed_dim * config.num_rows * FLOAT
+
+
+def _logits_working(config: TransformerConfig, masked_rows: int, columns: int) -> int:
+    """Returns the temporary bytes at the start of the backward pass; see ``transformer_activations``."""
+    at_once = rows_at_once(masked_rows, columns)
+    is_whole = at_once == masked_rows
+    logits = 3 * masked_rows * columns if is_whole else (4 * at_once + 2 * config.embed_dim) * columns
+    # The gradient of the rows in the loss becomes one of the whole table.
+    return logits * FLOAT + (_table(config) if columns < config.num_rows else 0)
 
 
 def _block_kept(config: TransformerConfig, batch: int, masked_rows: int, *, half: bool) -> int:
