@@ -27,7 +27,7 @@ from maskgit_pl.estimates.transformer import (
     transformer_activations,
 )
 from maskgit_pl.image_format import ImageSize, height_width
-from maskgit_pl.losses import rows_at_once
+from maskgit_pl.losses import needs_chunks, rows_at_once
 from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.backbone import BackboneConfig
 from maskgit_pl.networks.skeleton import skeletons
@@ -78,8 +78,13 @@ class Costs:
         """Returns the peak memory of a rank with ``per_device`` samples in a micro-batch."""
 
     @abstractmethod
-    def flops(self, global_batch: int) -> tuple[float, float]:
-        """Returns the FLOPs of a step over all ranks: useful, and executed (including recomputation)."""
+    def flops(self, global_batch: int, per_device: int | None = None) -> tuple[float, float]:
+        """Returns the FLOPs of a step over all ranks: useful, and executed (including recomputation).
+
+        Args:
+            global_batch: Samples of a step.
+            per_device: Samples of a micro-batch, which decide whether a large loss is computed in chunks; None for no.
+        """
 
     @abstractmethod
     def checkpoint(self) -> int:
@@ -210,7 +215,7 @@ class TransformerCosts(Costs):
             averaged=None if self.averaged else 0, frozen=self._encoding[0], moments=self.moments,
         )  # fmt: skip
 
-    def flops(self, global_batch: int) -> tuple[float, float]:
+    def flops(self, global_batch: int, per_device: int | None = None) -> tuple[float, float]:
         config, module = self._config, self.module
         share = float(config.num_tokens)
         before = float(self._encoding[1].flops if self.encodes else 0)  # of what precedes the network
@@ -219,6 +224,8 @@ class TransformerCosts(Costs):
             if num_passes := _count_predictions(module.corruption):  # a forward pass is a third of a step
                 before += num_passes * self._network_flops(replaced)[0] / 3
         useful, again = self._network_flops(share)
+        if per_device is not None:
+            again += self._chunk_flops(share, per_device)
         return (useful + before) * global_batch, (useful + again + before) * global_batch
 
     def _network_flops(self, masked: float) -> tuple[float, float]:
@@ -231,6 +238,20 @@ class TransformerCosts(Costs):
         whole = self._replay("none").flops
         saved = (config.num_tokens - masked) * masked_token_flops(config)
         return whole - saved, float(self._replay("blocks").flops - whole) if is_repeated else 0.0
+
+    def _chunk_flops(self, masked: float, per_device: int) -> float:
+        """Returns the FLOPs of an image whose logits are computed again, in chunks; 0 if they are computed at once."""
+        config, vocabulary = self._config, self.module.config.loss_vocabulary
+        columns = config.num_columns(config.loss_columns(vocabulary))
+        if not needs_chunks(round(per_device * masked), columns) or not has_chunked_loss(
+            config, per_device, vocabulary=vocabulary
+        ):
+            return 0.0
+        if isinstance(config, TransformerConfig):
+            return 2 * masked * config.embed_dim * columns
+        images = next(each for each in range(1, per_device + 1) if needs_chunks(each * config.num_tokens, columns))
+        chunked, whole = self._replay(self.checkpointing, images).flops / images, self._replay(self.checkpointing).flops
+        return (chunked - whole) * masked / config.num_tokens
 
     def checkpoint(self) -> int:
         return checkpoint_bytes(self.trained, averaged=self.averaged, tensors=self.num_tensors, moments=self.moments)
@@ -322,7 +343,7 @@ class TokenizerCosts(Costs):
             averaged=self.averaged, frozen=frozen + 2 * buffers, moments=self.moments,
         )  # fmt: skip
 
-    def flops(self, global_batch: int) -> tuple[float, float]:
+    def flops(self, global_batch: int, per_device: int | None = None) -> tuple[float, float]:
         executed, config = float(self._replay.flops), self.module.config.adversarial
         if config is not None and config.r1_weight > 0 and config.r1_every > 1:
             # The mean over the steps from one R1 penalty to the next; all others have none.

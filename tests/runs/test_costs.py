@@ -17,7 +17,7 @@ from maskgit_pl.losses import chunked_statistics, token_statistics
 from maskgit_pl.networks.discriminator import DiscriminatorConfig
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.runs.costs import TokenizerCosts, TransformerCosts, _first_full_step, _images_of
+from maskgit_pl.runs.costs import TokenizerCosts, TransformerCosts, _count_predicted, _first_full_step, _images_of
 from maskgit_pl.tokenizer_config import AdversarialConfig
 from maskgit_pl.training.checkpoint_files import newest_checkpoint
 from tests.conftest import flags
@@ -283,3 +283,18 @@ def test_many_images_with_a_loss_in_chunks_are_extrapolated():
     expected = replay_backbone(LARGE_CODEBOOK, chunked_images=700, vocabulary="codes").peak
     assert costs.activations(700).total == pytest.approx(expected, rel=0.01)
     assert costs.activations(33).total < costs.activations(32).total  # whole logits
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "blocks"])
+@pytest.mark.parametrize(
+    "network", [LARGE_CODEBOOK, TransformerConfig(2**14, 3, (8, 8), 64, 2, 2, 128)], ids=["adaln", "bert"]
+)
+def test_logits_in_chunks_are_computed_twice(network, checkpointing):
+    module = masked_model(network, "", loss_vocabulary="codes")
+    costs = TransformerCosts("ddp", 2, checkpointing=checkpointing, module=module)
+    useful, executed = costs.flops(256, 128)  # 128 x 64 x 2 / pi rows of 2^14 logits
+    whole = costs.flops(256, 8)
+    assert whole[0] == useful
+    logits = 2 * 64 * 2**14 * 256 * _count_predicted(module)[0]
+    assert executed - whole[1] == pytest.approx(logits, rel=0.03)
+    assert costs.flops(256) == whole
