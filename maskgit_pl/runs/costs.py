@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
@@ -344,12 +346,21 @@ class TokenizerCosts(Costs):
         )  # fmt: skip
 
     def flops(self, global_batch: int, per_device: int | None = None) -> tuple[float, float]:
-        executed, config = float(self._replay.flops), self.module.config.adversarial
-        if config is not None and config.r1_weight > 0 and config.r1_every > 1:
-            # The mean over the steps from one R1 penalty to the next; all others have none.
-            without = self._replay_at(_first_full_step(config) + 1).flops
-            executed = without + (executed - without) / config.r1_every
-        return executed * global_batch, executed * global_batch
+        executed = self._mean_flops(self._replay.flops)
+        useful = executed
+        if self.checkpointing == "blocks":
+            halves = self.module.network.encoder, self.module.network.decoder
+            with _plain_forward([block for half in halves for block in half.blocks]):
+                useful = self._mean_flops(self._replay_at(_first_full_step(self.module.config.adversarial)).flops)
+        return useful * global_batch, executed * global_batch
+
+    def _mean_flops(self, most: float) -> float:
+        """Returns the mean FLOPs of an image over the steps from one R1 penalty, with ``most`` FLOPs, to the next."""
+        config = self.module.config.adversarial
+        if config is None or config.r1_weight == 0 or config.r1_every == 1:
+            return float(most)
+        without = self._replay_at(_first_full_step(config) + 1).flops  # as all others that have none
+        return without + (most - without) / config.r1_every
 
     def checkpoint(self) -> int:
         buffers = sum(tensor.nbytes for tensor in self.module.network.buffers())
@@ -381,6 +392,17 @@ def useful_flops(module: TokenModel | Tokenizer, *, global_batch: int, encodes: 
     with torch.random.fork_rng(devices=[]):  # the twin draws weights, which the replay discards
         twin = Tokenizer(replace(module.config, activation_checkpointing="none"))
     return TokenizerCosts("auto", 1, module=twin).flops(global_batch)[0]
+
+
+@contextmanager
+def _plain_forward(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Takes activation checkpointing, which replaces the method ``forward`` of each block, off in the context."""
+    replaced = {block: vars(block).pop("forward") for block in blocks if "forward" in vars(block)}
+    try:
+        yield
+    finally:
+        for block, forward in replaced.items():
+            block.forward = forward
 
 
 def _images_of(config: TokenizerConfig, count: int) -> Batch:
