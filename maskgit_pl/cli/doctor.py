@@ -18,6 +18,7 @@ from maskgit_pl.estimates.gpus import GPUS
 from maskgit_pl.runs.machines import Machines
 from maskgit_pl.runs.preflight_report import Check, Preflight
 from maskgit_pl.runs.units import parse_size
+from maskgit_pl.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -142,7 +143,9 @@ def _list(console: Console, rows: Sequence[tuple[str, str, str]], *, widths: tup
     verdict_width, name_width = widths
     indent = (verdict_width + 2 if verdict_width else 0) + name_width + 2
     for verdict, name, text in rows:
-        lines = textwrap.wrap(text, max(40, width - indent), break_long_words=False, break_on_hyphens=False)
+        # The text may contain names from untrusted files, and be empty.
+        shown = " ".join(printable(line, limit=None) for line in text.split("\n"))
+        lines = textwrap.wrap(shown, max(40, width - indent), break_long_words=False, break_on_hyphens=False) or [""]
         head = Text(f"{verdict:{verdict_width}}  " if verdict else "", style=_COLOURS.get(verdict, ""))
         console.print(head + Text(f"{name:{name_width}}  {lines[0]}"))
         for line in lines[1:]:

@@ -49,11 +49,11 @@ Source: NVIDIA's data sheets of the SXM modules and of the L40S, and its whitepa
 """
 
 
-_NAMES = {  # words of the driver's name -> key of GPUS; the first match counts
-    "A100 80GB": "a100-80",
+_NAMES = {  # end of the driver's name -> key of GPUS; variants with more words (Laptop GPU, D, NVL, MIG) are slower
+    "A100 80GB PCIe": "a100-80",
     "A100-SXM4-80GB": "a100-80",
     "A100-SXM4-40GB": "a100-40",
-    "H200": "h200",
+    " H200": "h200",
     "H100 80GB HBM3": "h100",
     "L40S": "l40s",
     "RTX 4090": "rtx4090",
@@ -62,4 +62,4 @@ _NAMES = {  # words of the driver's name -> key of GPUS; the first match counts
 
 def find_gpu(name: str) -> GPU | None:
     """Returns the GPU with a name of the driver, such as ``NVIDIA H100 80GB HBM3``, or None if it is not listed."""
-    return next((GPUS[key] for words, key in _NAMES.items() if words in name), None)
+    return next((GPUS[key] for end, key in _NAMES.items() if name.endswith(end)), None)

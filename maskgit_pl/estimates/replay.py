@@ -7,8 +7,8 @@ the image, one of them twice, and third-party feature networks. bfloat16 is used
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ class Replay:
         peak: Peak memory in bytes of the tensors that the step allocates. Weights and gradients that existed before
             are not counted; gradients that the step allocates are.
         flops: FLOPs of matrix products and convolutions, forward and backward.
-        casts: Bytes of bfloat16 copies of weights: the only part of ``peak`` that does not grow with the batch.
+        casts: Bytes of bfloat16 copies of trained weights, a part of ``peak`` that does not grow with the batch.
     """
 
     peak: int
@@ -42,7 +42,7 @@ class Replay:
     casts: int = 0
 
     def peak_of(self, times: int) -> int:
-        """Returns ``peak`` for a batch that is ``times`` as large."""
+        """Returns ``peak`` for a batch that is ``times`` as large, if only ``casts`` do not grow with it."""
         return self.casts + times * (self.peak - self.casts)
 
 
@@ -103,7 +103,10 @@ def replay(step: Callable[[], object], networks: Iterable[nn.Module], *, precisi
         # The modes see each operation in reverse order: autocast first, then FLOPs, then memory.
         live = stack.enter_context(LiveBytes(known))
         products = stack.enter_context(_Products())
-        autocast = stack.enter_context(_AutocastOfGPU()) if precision == "bf16-mixed" else None
+        autocast = None
+        if precision == "bf16-mixed":
+            stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+            autocast = stack.enter_context(_AutocastOfGPU())
         step()
         casts = 0 if autocast is None else sum(cast.nbytes for cast in autocast.casts.values())
     return Replay(live.peak, products.flops, casts)
@@ -127,17 +130,18 @@ class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch: u
         return made
 
 
-@contextmanager
-def fake_tensors(*networks: nn.Module) -> Iterator[None]:
-    """Makes new tensors in the context fake: they have shapes, but no content.
+def fake_tensors(*networks: nn.Module) -> FakeTensorMode:
+    """Returns a context in which new tensors are fake: they have shapes, but no content. It can be entered repeatedly.
 
     Args:
-        networks: Networks whose weights become fake, in place and permanently. They may be on the meta device.
+        networks: Networks whose weights become fake, in place and permanently, for this context only. They may be on
+            the meta device.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
         for network in networks:
             network._apply(_empty)  # type: ignore[no-untyped-call]  # torch: untyped
-        yield
+    return mode
 
 
 def _empty(old: Tensor) -> Tensor:
@@ -145,13 +149,19 @@ def _empty(old: Tensor) -> Tensor:
 
 
 _IN_BFLOAT16 = {F.conv2d, F.linear, F.conv_transpose2d, F.scaled_dot_product_attention, torch.matmul, torch.bmm}
-_IN_FLOAT32 = {F.group_norm, F.layer_norm, F.softplus, F.mse_loss, F.l1_loss, F.log_softmax, F.softmax}
+_FUNCTIONS = "softmax log_softmax logsumexp sum cumsum prod exp log rsqrt square pow"  # also methods of tensors
+_IN_FLOAT32 = {
+    *(F.group_norm, F.layer_norm, F.rms_norm, F.normalize, F.cosine_similarity, F.softplus, F.mse_loss, F.l1_loss),
+    *(F.log_softmax, F.softmax, F.interpolate, Tensor.__pow__),
+    *(getattr(home, name) for home in (torch, Tensor) for name in _FUNCTIONS.split()),
+}
 
 
 class _AutocastOfGPU(TorchFunctionMode):
     """A function mode that applies the rules of ``torch.autocast("cuda", torch.bfloat16)`` to tensors on the CPU.
 
-    The CPU's own autocast has other rules.
+    The CPU's own autocast, inside of which it works, has fewer rules: products are in bfloat16, but norms are not in
+    float32. Where a network turns that autocast off, this mode is off, too.
 
     Source: torch's documentation of automatic mixed precision, operators that autocast to float16 or to float32.
     """
@@ -169,6 +179,8 @@ class _AutocastOfGPU(TorchFunctionMode):
             # The mode is off while it handles a call, but checkpointed blocks run their forward pass here.
             with self:
                 return run_backward(args[0])
+        if not torch.is_autocast_enabled("cpu"):
+            return func(*args, **kwargs)
         if func in _IN_BFLOAT16:
             args, kwargs = tree_map_only(Tensor, self._half, (args, kwargs))
         elif func in _IN_FLOAT32:

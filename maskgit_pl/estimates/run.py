@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -130,13 +131,12 @@ def max_num_checkpoints(max_steps: int, *, every: int, keep_last: int, keep_ever
         keep_last: Number of newest checkpoints to keep.
         keep_every: Older checkpoints of multiples of this step are kept, too; None keeps none of them.
     """
-    steps = [*range(every, max_steps + 1, every)]
-    if not steps or steps[-1] != max_steps:
-        steps.append(max_steps)
+    count = -(-max_steps // every)  # the last step has a checkpoint even if it is no multiple
     # One more than keep_last: the oldest is removed only after the new one is complete.
-    newest = steps[-(keep_last + 1) :]
-    older = steps[: -(keep_last + 1)]
-    return len(newest) + (0 if keep_every is None else sum(step % keep_every == 0 for step in older))
+    newest = min(count, keep_last + 1)
+    # All older ones are multiples of every: every, 2 every, ...
+    older = 0 if keep_every is None else (count - newest) * every // math.lcm(every, keep_every)
+    return newest + older
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 Letters: B images of a micro-batch, N tokens per image, S = N + 1 with the class token (N with causal attention, where
 the last token is not an input), R = B S rows, m masked tokens of the micro-batch, D embedding dimension, F dimension of
-the MLP, h heads, L blocks, V rows of the token embedding, which are also the columns of the loss. With G token groups
-of k values, the loss has G k columns.
+the MLP, h heads, L blocks, V rows of the token embedding, which are also the columns of the loss. A loss over the codes
+has K columns in place of V, and with G token groups of k values, G k.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from maskgit_pl.estimates.sharding import FLOAT, HALF, Group
 from maskgit_pl.losses import rows_at_once
 from maskgit_pl.mask_ratios import MaskRatio, ScheduleRatio
+from maskgit_pl.networks.backbone import Vocabulary
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.schedules import MaskSchedule, num_masked
 
@@ -43,9 +44,9 @@ def _length(config: TransformerConfig) -> int:
     return config.num_tokens + (config.attention == "bidirectional")
 
 
-def _columns(config: TransformerConfig) -> int:
+def _columns(config: TransformerConfig, vocabulary: Vocabulary) -> int:
     """Returns the number of columns of the logits of the loss."""
-    return config.vocabulary_size if config.num_token_groups == 1 else config.num_code_rows
+    return config.num_columns(config.loss_columns(vocabulary))
 
 
 def block_group(config: TransformerConfig) -> Group:
@@ -106,6 +107,7 @@ def transformer_activations(
     masked: int | None = None,
     precision: Precision = "32-true",
     checkpointing: Checkpointing = "none",
+    vocabulary: Vocabulary = "all",
 ) -> Activations:
     """Estimates the activation memory of a training step on a GPU with fused attention, which keeps no S x S matrix.
 
@@ -119,12 +121,14 @@ def transformer_activations(
     bf16-mixed also keeps a bfloat16 copy of each matrix, except with FSDP2, which gathers weights in bfloat16 and frees
     them after a block.
 
-    The temporary memory is the larger of two peaks:
+    The temporary memory is the largest of three peaks:
 
     - at the start of the backward pass: gradients of the logits, 3 m V elements; in chunks of m' rows, their logits and
-      gradients, 4 m' V elements, and two gradients of the table, 2 D V;
+      gradients, 4 m' V elements, and two gradients of the table, 2 D V. If the loss has fewer columns than the table
+      rows, also a gradient of the whole table;
     - within a block, after the tensors of the head are freed: the gradients of its MLP, R F + 2 R D elements, and with
-      activation checkpointing the recomputed tensors of one block.
+      activation checkpointing the recomputed tensors of one block;
+    - at its end, without any tensor that was kept: the gradients of the table as head and as embedding, and their sum.
 
     Args:
         config: Sizes of the network.
@@ -132,10 +136,11 @@ def transformer_activations(
         masked: m, masked tokens of the micro-batch; None means all tokens, an upper bound.
         precision: Precision of the Trainer.
         checkpointing: ``blocks`` recomputes blocks in the backward pass instead of keeping their tensors.
+        vocabulary: Columns of the softmax of the loss.
     """
     rows = batch * _length(config)
     masked_rows = batch * config.num_tokens if masked is None else masked
-    dim, half, columns = config.embed_dim, precision == "bf16-mixed", _columns(config)
+    dim, half, columns = config.embed_dim, precision == "bf16-mixed", _columns(config, vocabulary)
     drop = _DROPPED * (config.dropout > 0)
     # 8 bytes per row: the int64 index that the embedding keeps for its backward pass.
     embedding = rows * (dim * (FLOAT + drop) + _STATISTICS + 8)
@@ -148,17 +153,27 @@ def transformer_activations(
         # Each block keeps its float32 input; one block at a time has its tensors back.
         blocks, recomputed = config.depth * rows * dim * FLOAT, middle if config.depth > 1 else last
     number = HALF if half else FLOAT
-    at_once = rows_at_once(masked_rows, columns)
-    is_whole = at_once == masked_rows  # else the logits of a chunk are computed again in the backward pass
+    is_whole = rows_at_once(masked_rows, columns) == masked_rows  # else a chunk's logits are computed twice
     head = masked_rows * (dim * (3 * number + FLOAT) + _STATISTICS + is_whole * columns * FLOAT)
-    logits = 3 * masked_rows * columns * FLOAT if is_whole else (4 * at_once + 2 * dim) * columns * FLOAT
     feed_forward = rows * (config.mlp_dim * number + 2 * dim * FLOAT)
     matrices = config.depth * (4 * dim**2 + 2 * dim * config.mlp_dim) + dim**2 + columns * dim
-    return Activations(
-        kept=embedding + blocks + head,
-        casts=matrices * HALF if half else 0,
-        working=max(logits, recomputed + feed_forward - head),
-    )
+    kept = embedding + blocks + head
+    peaks = _logits_working(config, masked_rows, columns), recomputed + feed_forward - head, 3 * _table(config) - kept
+    return Activations(kept=kept, casts=matrices * HALF if half else 0, working=max(peaks))
+
+
+def _table(config: TransformerConfig) -> int:
+    """Returns the bytes of the token embedding, or of its gradient."""
+    return config.embed_dim * config.num_rows * FLOAT
+
+
+def _logits_working(config: TransformerConfig, masked_rows: int, columns: int) -> int:
+    """Returns the temporary bytes at the start of the backward pass; see ``transformer_activations``."""
+    at_once = rows_at_once(masked_rows, columns)
+    is_whole = at_once == masked_rows
+    logits = 3 * masked_rows * columns if is_whole else (4 * at_once + 2 * config.embed_dim) * columns
+    # The gradient of the rows in the loss becomes one of the whole table.
+    return logits * FLOAT + (_table(config) if columns < config.num_rows else 0)
 
 
 def _block_kept(config: TransformerConfig, batch: int, masked_rows: int, *, half: bool) -> int:
@@ -181,7 +196,7 @@ def _block_kept(config: TransformerConfig, batch: int, masked_rows: int, *, half
     return attention + copied + norms + masked_rows * (d + 2 * f) * number + dropped
 
 
-def step_flops(config: TransformerConfig, *, images: int, masked: float) -> float:
+def step_flops(config: TransformerConfig, *, images: int, masked: float, vocabulary: Vocabulary = "all") -> float:
     """Returns the useful FLOPs of forward and backward pass: matrix products, without recomputation.
 
     A linear layer costs 2 FLOPs per weight and row in the forward pass, and twice that in the backward pass: 6 in all.
@@ -194,19 +209,20 @@ def step_flops(config: TransformerConfig, *, images: int, masked: float) -> floa
         config: Sizes of the network.
         images: Images of the step over all ranks.
         masked: Masked tokens of these images.
+        vocabulary: Columns of the softmax of the loss.
     """
     d, f, length = config.embed_dim, config.mlp_dim, _length(config)
     rows = images * length
     # Queries, keys and values of every block, and the rest of all blocks except the last.
     at_all_rows = config.depth * 3 * d**2 + (config.depth - 1) * (d**2 + 2 * d * f)
     # Output projection and MLP of the last block, and both layers of the head.
-    at_masked_rows = d**2 + 2 * d * f + d**2 + d * _columns(config)
+    at_masked_rows = d**2 + 2 * d * f + d**2 + d * _columns(config, vocabulary)
     return 6 * rows * at_all_rows + 6 * masked * at_masked_rows + 12 * images * config.depth * length**2 * d
 
 
-def recomputed_flops(config: TransformerConfig, *, images: int, masked: float) -> float:
+def recomputed_flops(config: TransformerConfig, *, images: int, masked: float, vocabulary: Vocabulary = "all") -> float:
     """Returns the extra FLOPs of ``activation_checkpointing: blocks``: a second forward pass of each block."""
-    d, v = config.embed_dim, _columns(config)
+    d, v = config.embed_dim, _columns(config, vocabulary)
     # The forward pass is a third of a step. The head is not recomputed.
     head = 2 * masked * (d**2 + d * v)
-    return step_flops(config, images=images, masked=masked) / 3 - head
+    return step_flops(config, images=images, masked=masked, vocabulary=vocabulary) / 3 - head

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,9 @@ def export_graphs(
             "graphs": graphs,
             **_describe_model(pipe, folder),
             "versions": {
-                name: version(name) for name in ("maskgit_pl", "torch", *(PACKAGES if kind == "onnx" else ()))
+                **{name: version(name) for name in ("maskgit_pl", "torch")},
+                # Of the modules: those of onnxruntime-gpu, for example, are in a package of another name.
+                **{name: str(import_module(name).__version__) for name in (PACKAGES if kind == "onnx" else ())},
             },
         }
         write_text(fresh / DESCRIPTION, json.dumps(content, indent=2) + "\n")
@@ -139,6 +142,8 @@ def _write_all(graphs: Iterable[Graph], folder: Path, kind: Format) -> Iterator[
         except NotExportableError as error:
             if not graph.is_optional:
                 raise
+            for part in folder.glob(f"{graph.name}.*"):
+                part.unlink()
             _log.warning("%s is left out: %s", graph.name, error)
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from maskgit_pl.corruption import Corruption
 from maskgit_pl.data import Batch
 from maskgit_pl.estimates.backbone import has_chunked_loss, masked_token_flops, replay_backbone
 from maskgit_pl.estimates.replay import Replay, fake_tensors, replay
@@ -25,7 +29,7 @@ from maskgit_pl.estimates.transformer import (
     transformer_activations,
 )
 from maskgit_pl.image_format import ImageSize, height_width
-from maskgit_pl.losses import rows_at_once
+from maskgit_pl.losses import needs_chunks, rows_at_once
 from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.backbone import BackboneConfig
 from maskgit_pl.networks.skeleton import skeletons
@@ -39,6 +43,7 @@ from maskgit_pl.training.optimizers import state_values
 
 __all__ = ["Costs", "TokenizerCosts", "TransformerCosts", "useful_flops"]
 
+_MANY_IMAGES = 64
 _MOST_CHUNKS = 16  # of a loss that is replayed; each takes 20 ms or more
 
 
@@ -75,8 +80,13 @@ class Costs:
         """Returns the peak memory of a rank with ``per_device`` samples in a micro-batch."""
 
     @abstractmethod
-    def flops(self, global_batch: int) -> tuple[float, float]:
-        """Returns the FLOPs of a step over all ranks: useful, and executed (including recomputation)."""
+    def flops(self, global_batch: int, per_device: int | None = None) -> tuple[float, float]:
+        """Returns the FLOPs of a step over all ranks: useful, and executed (including recomputation).
+
+        Args:
+            global_batch: Samples of a step.
+            per_device: Samples of a micro-batch, which decide whether a large loss is computed in chunks; None for no.
+        """
 
     @abstractmethod
     def checkpoint(self) -> int:
@@ -150,7 +160,8 @@ class TransformerCosts(Costs):
         weights = sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
         with fake_tensors(network):
             images = torch.empty(1, config.in_channels, *height_width(size))
-            return weights, replay(lambda: network.encode(images), [network], precision=self.precision)
+            # In float32 in any precision of the Trainer, as training encodes.
+            return weights, replay(lambda: network.encode(images), [network])
 
     def _replay(self, checkpointing: Checkpointing, chunked_images: int | None = None) -> Replay:
         """Returns the replay of one image, or of several whose loss is computed in chunks; each is made once."""
@@ -185,7 +196,11 @@ class TransformerCosts(Costs):
         config = self._config
         if isinstance(config, TransformerConfig):
             made = transformer_activations(
-                config, batch=per_device, precision=self.precision, checkpointing=self.checkpointing
+                config,
+                batch=per_device,
+                precision=self.precision,
+                checkpointing=self.checkpointing,
+                vocabulary=self.module.config.loss_vocabulary,
             )
         else:
             step = self._replay(self.checkpointing)
@@ -202,24 +217,43 @@ class TransformerCosts(Costs):
             averaged=None if self.averaged else 0, frozen=self._encoding[0], moments=self.moments,
         )  # fmt: skip
 
-    def flops(self, global_batch: int) -> tuple[float, float]:
+    def flops(self, global_batch: int, per_device: int | None = None) -> tuple[float, float]:
         config, module = self._config, self.module
         share = float(config.num_tokens)
+        before = float(self._encoding[1].flops if self.encodes else 0)  # of what precedes the network
         if isinstance(module, MaskedTokenModel):
-            share = _count_predicted(module)
+            share, replaced = _count_predicted(module)
+            if num_passes := _count_predictions(module.corruption):  # a forward pass is a third of a step
+                before += num_passes * self._network_flops(replaced)[0] / 3
         useful, again = self._network_flops(share)
-        encoding = self._encoding[1].flops if self.encodes else 0
-        return (useful + encoding) * global_batch, (useful + again + encoding) * global_batch
+        if per_device is not None:
+            again += self._chunk_flops(share, per_device)
+        return (useful + before) * global_batch, (useful + again + before) * global_batch
 
     def _network_flops(self, masked: float) -> tuple[float, float]:
         """Returns the FLOPs of an image with a mean number of masked tokens: useful, and of recomputation."""
         config, is_repeated = self._config, self.checkpointing == "blocks"
         if isinstance(config, TransformerConfig):
-            again = recomputed_flops(config, images=1, masked=masked) if is_repeated else 0.0
-            return step_flops(config, images=1, masked=masked), again
+            vocabulary = self.module.config.loss_vocabulary
+            again = recomputed_flops(config, images=1, masked=masked, vocabulary=vocabulary) if is_repeated else 0.0
+            return step_flops(config, images=1, masked=masked, vocabulary=vocabulary), again
         whole = self._replay("none").flops
         saved = (config.num_tokens - masked) * masked_token_flops(config)
         return whole - saved, float(self._replay("blocks").flops - whole) if is_repeated else 0.0
+
+    def _chunk_flops(self, masked: float, per_device: int) -> float:
+        """Returns the FLOPs of an image whose logits are computed again, in chunks; 0 if they are computed at once."""
+        config, vocabulary = self._config, self.module.config.loss_vocabulary
+        columns = config.num_columns(config.loss_columns(vocabulary))
+        if not needs_chunks(round(per_device * masked), columns) or not has_chunked_loss(
+            config, per_device, vocabulary=vocabulary
+        ):
+            return 0.0
+        if isinstance(config, TransformerConfig):
+            return 2 * masked * config.embed_dim * columns
+        images = next(each for each in range(1, per_device + 1) if needs_chunks(each * config.num_tokens, columns))
+        chunked, whole = self._replay(self.checkpointing, images).flops / images, self._replay(self.checkpointing).flops
+        return (chunked - whole) * masked / config.num_tokens
 
     def checkpoint(self) -> int:
         return checkpoint_bytes(self.trained, averaged=self.averaged, tensors=self.num_tensors, moments=self.moments)
@@ -235,7 +269,10 @@ class TransformerCosts(Costs):
 
 @dataclass(kw_only=True)
 class TokenizerCosts(Costs):
-    """The costs of stage 1, from a replay of its step with one fake image; n images cost n times as much.
+    """The costs of stage 1, from replays of its step with fake images.
+
+    n images have n times the FLOPs of one. The memory of n lies on the line through that of 1 and of 64 images: a part
+    of it, such as copies of frozen weights, does not grow with n.
 
     Args:
         module: The module that would be trained. Its networks become fake tensors.
@@ -258,44 +295,79 @@ class TokenizerCosts(Costs):
         return sum(parameter.numel() for parameter in self.module.ema_network.parameters())
 
     @property
+    def _untrained(self) -> int:
+        """The bytes of the frozen parts of the trained networks."""
+        parameters = (each for network in self._networks for each in network.parameters())
+        return sum(each.nbytes for each in parameters if not each.requires_grad)
+
+    @property
     def _frozen(self) -> list[nn.Module]:
         perceptual = self.module.similarity_loss.network
         return [] if perceptual is None else [perceptual]
 
     @cached_property
     def _replay(self) -> Replay:
-        config, networks = self.module.config, [*self._networks, *self._frozen]
-        with fake_tensors(*networks), warnings.catch_warnings():
+        return self._replay_at(_first_full_step(self.module.config.adversarial))
+
+    @cached_property
+    def _peak_of_many(self) -> int:
+        return self._replay_at(_first_full_step(self.module.config.adversarial), images=_MANY_IMAGES).peak
+
+    def _replay_at(self, step: int, *, images: int = 1) -> Replay:
+        networks = [*self._networks, *self._frozen]
+        with self._fake_tensors, warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            batch = _images_of(self.module.config, images)
+            return replay(lambda: self.module.replay_step(batch, step=step), networks, precision=self.precision)
+
+    @cached_property
+    def _fake_tensors(self) -> FakeTensorMode:
+        """The context of all replays, in which the weights of the networks are fake."""
+        mode = fake_tensors(*self._networks, *self._frozen)
+        with mode:
             # Gradients exist between steps, so they must not count as allocations of the replay.
-            for parameter in (parameter for network in networks for parameter in network.parameters()):
+            for parameter in (each for network in self._networks for each in network.parameters()):
                 if parameter.requires_grad:
                     parameter.grad = torch.empty_like(parameter)
-            batch, step = _one_image(config), _first_full_step(config.adversarial)
-            return replay(lambda: self.module.replay_step(batch, step=step), networks, precision=self.precision)
+        return mode
 
     def memory(self, per_device: int) -> Memory:
         blocks, root = self.groups
-        casts = self._replay.casts
-        activations = Activations(self._replay.peak_of(per_device) - casts, casts, 0)
+        casts, one = self._replay.casts, self._replay.peak
+        # A maximum of lines is below its chord, so that this is no less than a replay has, up to many images.
+        peak = one + (per_device - 1) * (self._peak_of_many - one) // (_MANY_IMAGES - 1)
+        activations = Activations(peak - casts, casts, 0)
         # Buffers count twice, since the average has copies of them.
         buffers = sum(buffer.nbytes for network in self._networks for buffer in network.buffers())
-        frozen = sum(tensor.nbytes for network in self._frozen for tensor in network.parameters())
+        frozen = sum(tensor.nbytes for network in self._frozen for tensor in network.parameters()) + self._untrained
         return estimate_memory(
             blocks, root, activations, strategy=self.strategy, ranks=self.ranks,
             averaged=self.averaged, frozen=frozen + 2 * buffers, moments=self.moments,
         )  # fmt: skip
 
-    def flops(self, global_batch: int) -> tuple[float, float]:
-        executed = float(self._replay.flops * global_batch)
-        return executed, executed
+    def flops(self, global_batch: int, per_device: int | None = None) -> tuple[float, float]:
+        executed = self._mean_flops(self._replay.flops)
+        useful = executed
+        if self.checkpointing == "blocks":
+            halves = self.module.network.encoder, self.module.network.decoder
+            with _plain_forward([block for half in halves for block in half.blocks]):
+                useful = self._mean_flops(self._replay_at(_first_full_step(self.module.config.adversarial)).flops)
+        return useful * global_batch, executed * global_batch
+
+    def _mean_flops(self, most: float) -> float:
+        """Returns the mean FLOPs of an image over the steps from one R1 penalty, with ``most`` FLOPs, to the next."""
+        config = self.module.config.adversarial
+        if config is None or config.r1_weight == 0 or config.r1_every == 1:
+            return float(most)
+        without = self._replay_at(_first_full_step(config) + 1).flops  # as all others that have none
+        return without + (most - without) / config.r1_every
 
     def checkpoint(self) -> int:
         buffers = sum(tensor.nbytes for tensor in self.module.network.buffers())
         return checkpoint_bytes(
             self.trained,
             averaged=self.averaged,
-            others=2 * buffers,
+            others=2 * buffers + self._untrained,
             tensors=self.num_tensors,
             moments=self.moments,
         )
@@ -322,9 +394,20 @@ def useful_flops(module: TokenModel | Tokenizer, *, global_batch: int, encodes: 
     return TokenizerCosts("auto", 1, module=twin).flops(global_batch)[0]
 
 
-def _one_image(config: TokenizerConfig) -> Batch:
-    images = torch.empty(1, config.network.in_channels, *height_width(config.image_size), dtype=torch.uint8)
-    numbers = torch.zeros(1, dtype=torch.int64)
+@contextmanager
+def _plain_forward(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Takes activation checkpointing, which replaces the method ``forward`` of each block, off in the context."""
+    replaced = {block: vars(block).pop("forward") for block in blocks if "forward" in vars(block)}
+    try:
+        yield
+    finally:
+        for block, forward in replaced.items():
+            block.forward = forward
+
+
+def _images_of(config: TokenizerConfig, count: int) -> Batch:
+    images = torch.empty(count, config.network.in_channels, *height_width(config.image_size), dtype=torch.uint8)
+    numbers = torch.zeros(count, dtype=torch.int64)
     return Batch(images, numbers, numbers, numbers, numbers, numbers == 0)
 
 
@@ -333,13 +416,26 @@ def _first_full_step(config: AdversarialConfig | None) -> int:
     return 0 if config is None else -(-config.start_step // config.r1_every) * config.r1_every
 
 
-def _count_predicted(module: MaskedTokenModel) -> float:
-    """Returns the mean number of tokens per image at which the training computes logits."""
+def _count_predicted(module: MaskedTokenModel) -> tuple[float, float]:
+    """Returns the mean numbers of tokens per image at which training computes logits, and which it replaces."""
     num_tokens, sampler = module.config.network.num_tokens, module.mask_sampler
-    if module.objective.visible_weight > 0:
-        return float(num_tokens)
     masked = mean_num_masked(
         module.mask_schedule, num_tokens, min_mask_ratio=sampler.min_mask_ratio, mask_ratio=sampler.mask_ratio
     )
-    replaced = 0.0 if module.corruption is None else module.corruption.fraction
-    return masked + replaced * (num_tokens - masked)
+    replaced = 0.0 if module.corruption is None else module.corruption.fraction * (num_tokens - masked)
+    return float(num_tokens) if module.objective.visible_weight > 0 else masked + replaced, replaced
+
+
+def _count_predictions(corruption: Corruption | None) -> int:
+    """Returns the number of forward passes of a corruption, which it makes for a token, too."""
+    calls = 0
+
+    def predict(replaced: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return torch.zeros(int(replaced.sum()), 2)
+
+    if corruption is not None:
+        token = torch.zeros(1, 1, dtype=torch.int64)
+        corruption.corrupt(token, token == 0, torch.full((1,), 0.5), codebook_size=2, predict=predict)
+    return calls

@@ -23,7 +23,7 @@ from maskgit_pl.runs.preflight_report import Check, CheckList, Preflight, Shares
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.resolve import merge_recipe_values, resolve
 from maskgit_pl.runs.units import count_text
-from maskgit_pl.shards.manifest import DataSummary, describe_resizing, read_manifest_summary
+from maskgit_pl.shards.manifest import DataSummary, describe_resizing, load_manifest, read_manifest_summary
 from maskgit_pl.training.checkpoint_files import newest_checkpoint, step_of
 from maskgit_pl.training.strategies import build_strategy, check_accelerator, check_precision, check_strategy
 
@@ -95,7 +95,10 @@ def _devices_of(recipe: Recipe) -> int:
     value = recipe.get("trainer.devices")
     if isinstance(value, list):  # the indices of the devices
         return max(1, len(value))
-    return value if isinstance(value, int) and value > 0 else max(1, torch.cuda.device_count())
+    if isinstance(value, int) and value > 0:
+        return value
+    is_on_cpu = recipe.get("trainer.accelerator") == "cpu"  # where Lightning's auto is one process
+    return 1 if is_on_cpu else max(1, torch.cuda.device_count())
 
 
 def _check_host(checks: CheckList, *, nodes: int, devices: int, port: int | None) -> None:
@@ -152,6 +155,8 @@ def _check_inputs(
 
 def _read_summary(shards: Path) -> DataSummary:
     summary = read_manifest_summary(shards)
+    if "train" not in summary.samples:
+        load_manifest(shards, "train", check=False)  # raises the error of training
     if "val" not in summary.samples:
         raise FileNotFoundError(
             f"data {shards} must have a val split for validation, got only train; make the "

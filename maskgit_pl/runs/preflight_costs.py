@@ -190,7 +190,7 @@ class CostChecks:
         return RunCosts(self._costs.trained, self._memory, self._costs.checkpoint(), step, lines)
 
     def _step_costs(self, shares: Shares) -> StepCosts:
-        useful, executed = self._costs.flops(self._global_batch)
+        useful, executed = self._costs.flops(self._global_batch, shares.per_device)
         traffic = self._costs.traffic(shares.micro_batches)
         rounds = self._config.get("matmul_precision", "highest") != "highest"
         rate, time = self._machines.achieved_flops(self._precision, tensor_float32=rounds), None

@@ -74,15 +74,16 @@ def _values_of_data_and_tokenizer(plan: Plan) -> dict[str, Any]:
     if plan.tokenizer is None:
         return {"data": {"path": str(plan.shards)}}
     config = read_config(plan.tokenizer, "tokenizer")
-    grid = VQGANConfig(**config["network"]).grid(config["image_size"])
+    sizes = VQGANConfig(**config["network"])
+    grid = sizes.grid(config["image_size"])
     data: dict[str, Any] = {
         "path": str(plan.shards),
         "image_size": config["image_size"],
-        "in_channels": config["network"]["in_channels"],
+        "in_channels": sizes.in_channels,
         "token_store": str(plan.folder / "tokens"),
     }
     network = {
-        "codebook_size": config["network"]["codebook_size"],
+        "codebook_size": sizes.codebook_size,
         "num_classes": _num_classes(plan),
         "grid": list(grid),
     }

@@ -1,5 +1,6 @@
 """``maskgit doctor``: each check against the fault that it is for, really there."""
 
+import json
 import os
 import re
 import shutil
@@ -180,6 +181,42 @@ def test_data_that_was_cut_off_is_named(doctor, tiny_shards, tmp_path):
     fails(doctor("tokenizer", "--data", tmp_path / "cut"), "recipe", shard.name)
     (tmp_path / "cut" / "val.json").unlink()
     fails(doctor("tokenizer", "--data", tmp_path / "cut"), "data", "val split")
+
+
+def test_data_without_a_train_split_are_named(doctor, tiny_shards, tmp_path):
+    shutil.copytree(tiny_shards, tmp_path / "validation")
+    (tmp_path / "validation" / "train.json").unlink()
+    for stage in ("tokenizer", "transformer"):
+        for passes in ("null", "3"):
+            answer = doctor(stage, "--data", tmp_path / "validation", f"--max_passes={passes}")
+            fails(answer, "data", "no manifest train.json", "maskgit data index")
+
+
+def test_a_tokenizer_whose_file_leaves_out_a_size_has_the_default(doctor, tiny_pretrained, tmp_path):
+    shutil.copytree(tiny_pretrained / "tokenizer", tmp_path / "tokenizer")
+    file = tmp_path / "tokenizer" / "config.json"
+    content = json.loads(file.read_text())
+    del content["network"]["codebook_size"]
+    file.write_text(json.dumps(content))
+    code, text = doctor("transformer", "--tokenizer", tmp_path / "tokenizer")
+    assert code in (0, 2), text
+    assert "1024 codes" in text
+
+
+def test_names_of_files_do_not_control_the_terminal(doctor):
+    answer = doctor("tokenizer", "--data", "no\x1b[2Jwhere", "--run", os.fsdecode(b"\xff"))
+    fails(answer, "data", "data no\\x1b[2Jwhere: no such folder")
+    assert "\\udcff" in answer[1]
+    assert "\x1b" not in answer[1]
+
+
+@pytest.mark.parametrize(("text", "shown"), [((), ""), (("two\nlines",), "two lines ok strategy")])
+def test_an_error_without_a_text_or_of_two_lines_is_printed(doctor, monkeypatch, text, shown):
+    def refuse(*args, **more):
+        raise FileNotFoundError(*text)
+
+    monkeypatch.setattr(preflight_checks, "find_data", refuse)
+    fails(doctor("tokenizer"), "data", shown)
 
 
 def test_a_perceptual_network_without_weights_leaves_the_rest_examined(doctor):

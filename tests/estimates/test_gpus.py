@@ -2,7 +2,7 @@
 
 import pytest
 
-from maskgit_pl.estimates.gpus import GPUS
+from maskgit_pl.estimates.gpus import GPUS, find_gpu
 
 
 def test_a_cards_rate_is_that_of_the_precision():
@@ -14,3 +14,14 @@ def test_a_cards_rate_is_that_of_the_precision():
 def test_no_card_is_slower_with_fewer_bits(gpu):
     assert gpu.float32 <= gpu.tensor_float32 <= gpu.bfloat16
     assert 1e9 < gpu.memory < 1e12
+
+
+@pytest.mark.parametrize(("name", "key"), [
+    ("NVIDIA A100-SXM4-40GB", "a100-40"), ("NVIDIA A100-SXM4-80GB", "a100-80"), ("NVIDIA A100 80GB PCIe", "a100-80"),
+    ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H200", "h200"), ("NVIDIA L40S", "l40s"),
+    ("NVIDIA GeForce RTX 4090", "rtx4090"), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ("NVIDIA GeForce RTX 4090 D", None), ("NVIDIA H100 PCIe", None), ("NVIDIA H200 NVL", None), ("NVIDIA L40", None),
+    ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
+])  # fmt: skip
+def test_a_card_is_found_by_its_name_and_cards_of_other_rates_are_not(name, key):
+    assert find_gpu(name) is GPUS.get(key)

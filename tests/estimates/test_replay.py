@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from maskgit_pl.estimates.replay import LiveBytes, fake_tensors, replay
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
@@ -64,3 +66,60 @@ def test_live_bytes_follow_what_is_held():
         torch.zeros(5000)
         kept.append(kept[0].view(10, 100))  # no memory of its own
     assert (live.live, live.peak) == (4000, 24000)
+
+
+@pytest.fixture
+def autocast_of_gpu():
+    """The rules of the GPU's own autocast, which fake tensors on it follow without a GPU."""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.set_autocast_enabled("cuda", True)
+    yield
+    torch.set_autocast_enabled("cuda", before[0])
+    torch.set_autocast_dtype("cuda", before[1])
+
+
+OPERATIONS = {
+    "rms_norm": lambda x: F.rms_norm(x, x.shape[-1:]),
+    "layer_norm": lambda x: F.layer_norm(x, x.shape[-1:]),
+    "group_norm": lambda x: F.group_norm(x, 2),
+    "nearest": lambda x: F.interpolate(x, scale_factor=2.0, mode="nearest"),
+    "normalize": lambda x: F.normalize(x, dim=1),
+    "sum": lambda x: x.sum(-1),
+    "square": lambda x: x.square(),
+    "power": lambda x: x**2,
+    "exp": lambda x: x.exp(),
+    "softmax": lambda x: x.softmax(-1),
+    "mean": lambda x: x.mean(-1),
+    "silu": F.silu,
+    "pool": lambda x: F.avg_pool2d(x, 2),
+    "at": lambda x: x.float() @ x.float(),
+    "einsum": lambda x: torch.einsum("bchw,bchw->bhw", x.float(), x.float()),
+    "add": lambda x: x + x.float(),
+    "cat": lambda x: torch.cat([x, x.float()]),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_operation_has_the_dtype_that_the_autocast_of_a_gpu_gives_it(name, autocast_of_gpu):
+    found = []
+    with FakeTensorMode():
+        replay(
+            lambda: found.append(OPERATIONS[name](torch.empty(2, 4, 8, 8, dtype=torch.bfloat16)).dtype),
+            [],
+            precision="bf16-mixed",
+        )
+        on_gpu = OPERATIONS[name](torch.empty(2, 4, 8, 8, dtype=torch.bfloat16, device="cuda")).dtype
+    assert found == [on_gpu]
+
+
+def test_a_part_without_autocast_stays_in_float32():
+    layer, found = nn.Linear(8, 8), []
+
+    def step():
+        found.append(layer(torch.zeros(2, 8)).dtype)
+        with torch.autocast("cpu", enabled=False):
+            found.append(layer(torch.zeros(2, 8)).dtype)
+
+    replay(step, [layer], precision="bf16-mixed")
+    assert found == [torch.bfloat16, torch.float32]

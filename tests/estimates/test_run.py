@@ -64,6 +64,12 @@ def test_kept_checkpoints_are_the_most_that_a_run_has_at_a_time(tmp_path, steps,
     assert most == max_num_checkpoints(steps, every=every, keep_last=keep_last, keep_every=keep_every)
 
 
+def test_a_run_of_very_many_steps_is_counted_at_once():
+    """The number of steps of a run that is to be stopped by hand."""
+    assert max_num_checkpoints(10**15, every=1, keep_last=2, keep_every=None) == 3
+    assert max_num_checkpoints(10**15, every=10, keep_last=2, keep_every=25) == 3 + 2 * 10**13 - 1
+
+
 def test_a_step_takes_its_work_and_its_traffic_hidden_or_not():
     time = step_time(8e12, Traffic(all_reduce=1e9), ranks=8, rate=1e12, bandwidth=1e9)
     assert (time.computing, time.communicating, time.least, time.most) == (1, 1, 1, 2)

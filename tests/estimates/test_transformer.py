@@ -65,9 +65,9 @@ def batch_of(config):
     return tokens, torch.zeros(BATCH, dtype=torch.long), mask
 
 
-def forward(network, tokens, labels, mask):
+def forward(network, tokens, labels, mask, vocabulary="all"):
     config = network.config
-    logits = network.forward_masked(tokens, labels, mask, vocabulary=config.loss_columns("all"))
+    logits = network.forward_masked(tokens, labels, mask, vocabulary=config.loss_columns(vocabulary))
     options = {"num_rows": BATCH, "label_smoothing": 0.1, "num_token_groups": config.num_token_groups}
     return masked_cross_entropy(logits, tokens[mask], mask.nonzero()[:, 0], **options)[0]
 
@@ -126,6 +126,31 @@ def test_activations_of_a_chunked_head_are_those_that_a_step_keeps(monkeypatch):
     assert made.kept == pytest.approx(kept, rel=0.03)
     assert 0.95 * peak < made.total < 1.15 * peak
     assert made.total < 3 * masked * config.num_rows * 4  # less than whole logits alone
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "blocks"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("num_classes", [1000, 20_000])
+def test_a_loss_over_the_codes_has_no_columns_for_classes(monkeypatch, num_classes, precision, checkpointing):
+    monkeypatch.setitem(globals(), "forward", partial(forward, vocabulary="codes"))
+    config = replace(WORDY, num_classes=num_classes)
+    kept, _, peak, masked = measured(config, precision, checkpointing)
+    options = {"precision": precision, "checkpointing": checkpointing, "vocabulary": "codes"}
+    made = transformer_activations(config, batch=BATCH, masked=masked, **options)
+    assert made.kept + made.casts == pytest.approx(kept, rel=0.03)
+    assert 0.99 * peak < made.total < 1.15 * peak
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "blocks"])
+def test_flops_of_a_loss_over_the_codes_are_those_that_torch_counts(checkpointing):
+    network = WORDY.create()
+    prepare_blocks(network.blocks, activation_checkpointing=checkpointing)
+    tokens, labels, mask = batch_of(WORDY)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        forward(network, tokens, labels, mask, vocabulary="codes").backward()
+    options = {"images": BATCH, "masked": int(mask.sum()), "vocabulary": "codes"}
+    again = recomputed_flops(WORDY, **options) if checkpointing == "blocks" else 0
+    assert counter.get_total_flops() == step_flops(WORDY, **options) + again
 
 
 def test_recomputed_blocks_keep_less_and_all_tokens_masked_is_the_most():

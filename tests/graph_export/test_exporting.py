@@ -1,12 +1,15 @@
 """``maskgit export --format``: what is written, what is compared, and what is left after an error."""
 
+import importlib.metadata
 import json
 import os
 import subprocess
 import sys
 import time
 import zipfile
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -233,3 +236,37 @@ def test_an_encoder_that_cannot_be_exported_is_left_out_with_its_reason(tiny_pre
     with pytest.raises(NotExportableError, match="backbone 'bert' cannot be exported as pt2: it depends on data"):
         export_graphs(tiny_pretrained, tmp_path / "second", kind="pt2")
     assert [each.name for each in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_graph_that_is_left_out_leaves_no_part_of_its_file(tiny_pretrained, tmp_path, monkeypatch):
+    save, saved = torch.export.save, []
+
+    def fail_at_second(program, stream):
+        save(program, stream)
+        saved.append(program)
+        if len(saved) == 2:
+            raise NotImplementedError("no such operation")
+
+    monkeypatch.setattr(torch.export, "save", fail_at_second)
+    content = export_graphs(tiny_pretrained, tmp_path / "out", kind="pt2")
+    assert {*content["graphs"]} == {"tokenizer-decoder", "transformer"}
+    names = {"tokenizer-decoder.pt2", "transformer.pt2", "export.json"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == names
+    export_graphs(tiny_pretrained, tmp_path / "out", kind="pt2", replace=True)
+
+
+def test_onnx_runtime_may_come_from_another_package(tiny_pretrained, tmp_path, monkeypatch):
+    """Such as onnxruntime-gpu, which has the module onnxruntime."""
+    for name in exporting.PACKAGES:
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(__version__="9.9", __spec__=object()))
+
+    def version(name: str) -> str:
+        if name == "onnxruntime":
+            raise PackageNotFoundError(name)
+        return importlib.metadata.version(name)
+
+    monkeypatch.setattr(exporting, "version", version)
+    monkeypatch.setattr(exporting, "_write_all", lambda graphs, folder, kind: [])
+    content = export_graphs(tiny_pretrained, tmp_path / "out", kind="onnx")
+    assert content["versions"]["onnxruntime"] == "9.9"
+    assert content["versions"]["torch"] == torch.__version__
