@@ -74,7 +74,12 @@ class JobOptions:
                 f"time must be a Slurm time such as 90 (minutes), 24:00:00 or 7-0, got {shorten(self.time)}"
             )
         for name in ("sbatch", "srun", "container"):
-            _split(name, getattr(self, name))
+            words = _split(name, getattr(self, name))
+            # The script reads the words of srun and container with xargs, which takes no line breaks in quotes.
+            if name != "sbatch" and any("\n" in word for word in words):
+                raise ValueError(
+                    f"{name} must have no line break within a word, got {getattr(self, name)!r}; write it in one line"
+                )
         for name, refused in (("sbatch", _REFUSED), ("srun", _REFUSED_OF_TASKS)):
             words = _split(name, getattr(self, name))
             _check_words(name, words)
@@ -95,6 +100,16 @@ class JobOptions:
     def sbatch_words(self) -> list[str]:
         """The options in ``sbatch`` as a list of words."""
         return _split("sbatch", self.sbatch)
+
+    @property
+    def srun_text(self) -> str:
+        """The options in ``srun`` with quotes that the script, which uses ``xargs``, reads as a shell does."""
+        return shlex.join(_split("srun", self.srun))
+
+    @property
+    def container_text(self) -> str:
+        """The command in ``container`` with such quotes."""
+        return shlex.join(_split("container", self.container))
 
     @property
     def output(self) -> str | None:

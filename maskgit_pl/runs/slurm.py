@@ -243,8 +243,8 @@ def _variables(
         "CLUSTER": plan.recipe.cluster,
         "TOKENIZER": str(plan.tokenizer or ""),
         "PRETRAINED": str(pretrained or ""),
-        "CONTAINER": job.container,
-        "SRUN": job.srun,
+        "CONTAINER": job.container_text,
+        "SRUN": job.srun_text,
         "MASKGIT": "" if program == str(_PROGRAM) else program,
     }
     return {name: value for name, value in values.items() if value}

@@ -1,7 +1,9 @@
 """Jobs planned and submitted from Python, to fake ``sbatch`` and ``squeue`` scripts; tests/slurm uses real ones."""
 
 import os
+import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from maskgit_pl.runs.slurm import check_submission
 from tests.conftest import flags
 
 TINY = Path(__file__).parents[1] / "tiny"
+SCRIPT = Path(__file__).parents[2] / "recipes" / "slurm" / "train.sbatch"
 
 
 @pytest.fixture
@@ -81,6 +84,22 @@ def test_a_job_gets_what_was_planned_and_nothing_of_a_job_around(plan, slurm, mo
     assert os.environ["SLURM_NTASKS"] == "64"
 
 
+@pytest.mark.parametrize("name", ["srun", "container"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        r'--a="x\"y" --b', r"--a=it\'s", r'--a="back\\slash"', "--a='two  words' -b ''",
+        """--a='module load cuda && exec "$@"' --b""", "--a=ü --b=$HOME",
+    ],
+)  # fmt: skip
+def test_the_script_finds_the_words_that_were_checked(plan, name, text):
+    (split,) = re.findall(r"^split\(\) \{\n.*?^\}\n", SCRIPT.read_text(), re.MULTILINE | re.DOTALL)
+    value = plan(**{name: text}).variables[name.upper()]
+    script = f'{split}\nfound=()\nsplit found "$1"\nprintf "%s\\n" "${{found[@]}}"'
+    done = subprocess.run(["bash", "-euc", script, "bash", value], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:-1] == shlex.split(text)
+
+
 def test_a_second_job_of_a_run_is_refused(plan, slurm):
     submission = plan()
     comment = next(option for option in submission.options if option.startswith("--comment="))
@@ -145,6 +164,8 @@ def test_numbers_that_the_job_sets_are_refused_in_the_recipe(plan):
         {"sbatch": "--mem=0 job.sh"},
         {"srun": "--mpi none bash"},
         {"srun": "-- bash"},
+        {"srun": "--a='one\ntwo'"},
+        {"container": "sh -c 'one\ntwo' sh"},
     ],
 )
 def test_options_that_cannot_be(wrong):
