@@ -100,12 +100,16 @@ def interface_fault(environment: Mapping[str, str]) -> str | None:
     known = [name for _, name in socket.if_nameindex()]
     for variable in _INTERFACES:
         wanted = environment.get(variable, "")
-        # NCCL's syntax: ^ excludes interfaces, = asks for exact names instead of prefixes.
-        if not wanted or wanted.startswith("^"):
+        # Only NCCL knows a sign before the names: ^ excludes interfaces, = asks for whole names instead of prefixes.
+        sign = wanted[:1] if variable.startswith("NCCL") and wanted[:1] in ("^", "=") else ""
+        if not wanted or sign == "^":
             continue
-        for name in wanted.removeprefix("=").split(","):
-            if not any(each.startswith(name) for each in known):
-                return f"{variable} {wanted} must name interfaces of this machine ({', '.join(known)}), got {name}"
+        for name in wanted.removeprefix(sign).split(","):
+            if not any(each == name or (not sign and each.startswith(name)) for each in known):
+                return (
+                    f"{variable} {wanted} must name interfaces of this machine ({', '.join(known)}), got {name}; "
+                    f"export {variable}=NAME with one of them, or unset it"
+                )
     return None
 
 
@@ -149,11 +153,11 @@ def is_writable(folder: Path) -> bool:
 
 def _is_here(family: int, address: str | int) -> bool:
     """Returns True if an address belongs to this machine; only such an address can be bound."""
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        try:
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:  # fails on a kernel without IPv6
             probe.bind((address, 0))
-        except OSError:
-            return False
+    except OSError:
+        return False
     return True
 
 
