@@ -3,8 +3,8 @@
 At the Trainer's logging steps it logs, for the steps since the last time and without validations:
 
 1. ``speed/images_per_second`` of all ranks together.
-2. ``speed/data_wait``, the share of the time between micro-batches, in [0, 1]: waiting for data, and copying them. Writing
-   a checkpoint is no part of it, but of the time.
+2. ``speed/data_wait``, the share of the time between micro-batches, in [0, 1]: waiting for data, and copying them.
+   Writing a checkpoint is no part of it, but of the time.
 3. ``speed/peak_memory_gb``, 10^9 bytes: of the GPU by torch, else of the process.
 4. ``speed/tflops``, 10^12 FLOPs of the model per second and device, without recomputation, and
    ``speed/model_flops_utilization``, its share of the device's peak, for the GPUs of ``estimates.gpus``.
