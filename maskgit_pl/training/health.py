@@ -5,7 +5,7 @@ After each step it knows which codes the training batches have used (steps of th
 1. A forward hook of the quantizer counts the tokens of each micro-batch, and notes the step at which a code was used.
 2. At the Trainer's logging steps, and before a validation, the ranks add up their counts, and the measurements go to
    all loggers.
-3. The measurements of all ranks are compared with their healthy ranges. A value that stays outside is reported once: a warning, and
+3. The measurements are compared with their healthy ranges. A value that stays outside is reported once: a warning, and
    an entry of ``health.json`` in the stage folder. Training continues.
 
 Counts and reports are saved in checkpoints, so a resumed run has the same measurements and repeats no report.
