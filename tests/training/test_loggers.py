@@ -5,6 +5,7 @@ import logging
 import shutil
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,45 @@ def test_a_dead_server_costs_one_request_a_minute_and_one_warning(tmp_path, capl
     pass_a_minute(monkeypatch)
     logger.log_metrics({"loss": 1.0}, step=9)
     assert ServerDown.requests == 3
+
+
+class Silent(ServerDown):
+    """A tracker whose server takes packets and answers when it likes, as behind a firewall."""
+
+    answers = threading.Event()
+    steps: tuple[int, ...] = ()
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        assert Silent.answers.wait(10)
+        assert step is not None
+        Silent.steps = (*Silent.steps, step)
+
+
+@dataclass(frozen=True)
+class RemoteSilent(LoggerSpec):
+    """A tracker of another package."""
+
+    def create(self, folder: Path, *, run_id: str | None) -> Logger:
+        return Silent()
+
+
+def test_a_server_that_does_not_answer_stops_no_step(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(tolerant_logger, "_LONGEST_WRITE", 0.2)
+    monkeypatch.setattr(Silent, "answers", threading.Event())
+    monkeypatch.setattr(Silent, "steps", ())
+    logger, begun = wrap(RemoteSilent(), tmp_path, "remote"), time.monotonic()
+    with caplog.at_level(logging.WARNING):
+        for step in range(9):
+            logger.log_metrics({"loss": 1.0}, step=step)
+        assert time.monotonic() - begun < 5
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "the logger remote has not answered for" in said
+    Silent.answers.set()
+    while len(Silent.steps) < 2:  # the first write, and then those that find the tracker free
+        logger.log_metrics({"loss": 1.0}, step=9)
+        assert time.monotonic() - begun < 30
+    assert Silent.steps[0] == 0
+    assert set(Silent.steps[1:]) == {9}
 
 
 def test_what_is_no_number_is_an_error_of_the_caller(tmp_path):
