@@ -16,8 +16,10 @@ __all__ = ["JobOptions"]
 _TIME = re.compile(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d(:\d\d)?)?|UNLIMITED|INFINITE", re.IGNORECASE)
 _NODES = "it is set by --nodes of this command, which also divides the batch"
 _TASKS = "it follows --devices of this command, with one task per device"
+_LIMIT = "it is set by --time of this command, which must leave time to save"
 _REFUSED = {
     "--nodes": _NODES, "-N": _NODES, "--ntasks": _TASKS, "-n": _TASKS, "--ntasks-per-node": _TASKS,
+    "--time": _LIMIT, "-t": _LIMIT,
     "--array": "several jobs would train the same run", "-a": "several jobs would train the same run",
     "--chdir": "paths are relative to the current folder", "-D": "paths are relative to the current folder",
     "--comment": "it identifies the job of a run in the queue",

@@ -303,7 +303,7 @@ def context_of(module: LightningModule) -> HealthContext:
 def _discriminator_accuracy(trainer: Trainer, device: torch.device) -> dict[str, float]:
     """Returns the accuracy over real images and reconstructions, if the module logs it; called on every rank.
 
-    A rank logs that of its own micro-batch, which for a few images is often 1 whatever the discriminator has learnt.
+    A rank logs that of its own micro-batch, and of a few images all are often classified correctly.
     """
     value = trainer.callback_metrics.get("train/discriminator_accuracy")
     return {} if value is None else {"discriminator_accuracy": float(mean_over_ranks(value.to(device)))}

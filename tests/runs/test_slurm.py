@@ -162,6 +162,8 @@ def test_numbers_that_the_job_sets_are_refused_in_the_recipe(plan):
         {"srun": "--ntasks=4"},
         {"sbatch": "job.sh"},
         {"sbatch": "--mem=0 job.sh"},
+        {"sbatch": "--time=1"},
+        {"sbatch": "-t1"},
         {"srun": "--mpi none bash"},
         {"srun": "-- bash"},
         {"srun": "--a='one\ntwo'"},
