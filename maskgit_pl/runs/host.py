@@ -13,8 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch import Trainer
 
 __all__ = [
+    "check_tasks",
     "free_bytes",
     "interface_fault",
     "is_writable",
@@ -136,6 +138,22 @@ def slurm_faults(environment: Mapping[str, str], *, nodes: int, devices: int) ->
             f"--ntasks-per-node={devices}"
         )
     return faults
+
+
+def check_tasks(trainer: Trainer, environment: Mapping[str, str] = os.environ) -> None:
+    """Checks that ``srun`` has started the ranks for which Lightning will wait in a Slurm job.
+
+    Raises:
+        ValueError: if the training was started in a batch script or an interactive job of several tasks without it.
+    """
+    if not isinstance(getattr(trainer.strategy, "cluster_environment", None), SLURMEnvironment):
+        return
+    started = environment.get("SLURM_STEP_NUM_TASKS", "1")
+    if started == "1" and trainer.world_size > 1:
+        raise ValueError(
+            f"{trainer.world_size} ranks must be started with srun, got 1 task in a Slurm job of several; put `srun` "
+            "before the command, use recipes/slurm/train.sbatch, or start the ranks with torchrun"
+        )
 
 
 def free_bytes(folder: Path) -> tuple[Path, int]:
