@@ -29,6 +29,8 @@ _REFUSED = {
 _REFUSED_OF_TASKS = {flag: reason for flag, reason in _REFUSED.items() if reason in (_NODES, _TASKS)}
 _SIGNAL_LEAD = 120  # seconds between the signal to save and the time limit, of recipes/slurm/train.sbatch
 
+_SIGNALS = ("USR1", "USR2", "TERM", "INT", "10", "12", "15", "2")  # which script and training catch
+
 
 @dataclass(frozen=True)
 class JobOptions:
@@ -75,6 +77,10 @@ class JobOptions:
             raise ValueError(
                 f"time must be a Slurm time such as 90 (minutes), 24:00:00 or 7-0, got {shorten(self.time)}"
             )
+        self._check_texts()
+        self._check_signal()
+
+    def _check_texts(self) -> None:
         for name in ("sbatch", "srun", "container"):
             words = _split(name, getattr(self, name))
             # The script reads the words of srun and container with xargs, which takes no line breaks in quotes.
@@ -88,9 +94,16 @@ class JobOptions:
             for flag, _ in _flags(words):
                 if flag in refused:
                     raise ValueError(f"{name} must not have {flag}: {refused[flag]}; leave it out of --{name}")
-        limit = _limit_seconds(self.time)
-        signals = [value.partition("@")[2] for flag, value in _flags(self.sbatch_words) if flag == "--signal"]
-        lead = int(signals[-1]) if signals and signals[-1].isdecimal() else _SIGNAL_LEAD
+
+    def _check_signal(self) -> None:
+        limit, lead = _limit_seconds(self.time), _SIGNAL_LEAD
+        for value in (value for flag, value in _flags(self.sbatch_words) if flag == "--signal"):
+            name, _, seconds = value.partition("@")
+            if name.rpartition(":")[2].upper().removeprefix("SIG") not in _SIGNALS:
+                raise ValueError(
+                    f"sbatch must have a --signal at which training saves, got {shorten(value)}; use USR1@SECONDS"
+                )
+            lead = int(seconds) if seconds.isdecimal() else _SIGNAL_LEAD
         # A job that is told to save as soon as it starts would be requeued again and again.
         if 0 < limit <= lead:
             raise ValueError(

@@ -120,6 +120,8 @@ def test_a_second_job_of_a_run_is_refused(plan, slurm):
         ("0", "", True),  # no limit
         ("UNLIMITED", "", True),
         ("1", "--signal=B:USR1@20", True),
+        ("1", "--signal=SIGUSR2@20", True),
+        ("1", "--signal RB:15@20", True),
         ("10", "--signal USR1@600", False),
     ],
 )
@@ -164,6 +166,8 @@ def test_numbers_that_the_job_sets_are_refused_in_the_recipe(plan):
         {"sbatch": "--mem=0 job.sh"},
         {"sbatch": "--time=1"},
         {"sbatch": "-t1"},
+        {"sbatch": "--signal=HUP@120"},
+        {"sbatch": "--signal B:9@120"},
         {"srun": "--mpi none bash"},
         {"srun": "-- bash"},
         {"srun": "--a='one\ntwo'"},
