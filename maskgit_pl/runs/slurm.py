@@ -290,8 +290,10 @@ def _refuse_second_job(plan: Plan) -> None:
     Raises:
         ValueError: if the queue has a job of this run, or cannot be read.
     """
-    command = ["squeue", "--noheader", "--format=%i|%T|%k"]
-    listed = subprocess.run(command, env=_environment_outside_job(), capture_output=True, text=True, check=False)
+    command = ["squeue", "--all", "--noheader", "--format=%i|%T|%k"]  # all: also those of hidden partitions
+    # Variables such as SQUEUE_STATES would leave jobs out.
+    plain = {name: value for name, value in _environment_outside_job().items() if not name.startswith("SQUEUE_")}
+    listed = subprocess.run(command, env=plain, capture_output=True, text=True, check=False)
     if listed.returncode:
         reason = " ".join(listed.stderr.split())
         raise ValueError(f"squeue cannot read the queue: {reason}; submit on a machine where Slurm responds")

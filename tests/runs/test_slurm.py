@@ -109,6 +109,20 @@ def test_a_second_job_of_a_run_is_refused(plan, slurm):
     assert not (slurm / "words").exists()
 
 
+def test_a_second_job_is_found_whatever_the_user_usually_looks_at(plan, slurm, monkeypatch):
+    submission = plan()
+    comment = next(option for option in submission.options if option.startswith("--comment="))
+    (slurm / "queue").write_text(f"12|PENDING|{comment.removeprefix('--comment=')}\n")
+    # As Slurm does: variables choose jobs, and those of hidden partitions are not listed without --all.
+    text = f'[[ -z ${{SQUEUE_STATES:-}} && -z ${{SQUEUE_PARTITION:-}} && " $* " == *" --all "* ]] && cat {slurm}/queue'
+    (slurm / "squeue").write_text(f"#!/usr/bin/env bash\n{text}\nexit 0\n")
+    monkeypatch.setenv("SQUEUE_STATES", "RUNNING")
+    monkeypatch.setenv("SQUEUE_PARTITION", "debug")
+    with pytest.raises(ValueError, match=r"job 12 is PENDING"):
+        runs.submit(submission)
+    assert not (slurm / "words").exists()
+
+
 @pytest.mark.parametrize(
     ("time", "signal", "fits"),
     [
