@@ -291,8 +291,9 @@ def _refuse_second_job(plan: Plan) -> None:
         ValueError: if the queue has a job of this run, or cannot be read.
     """
     command = ["squeue", "--all", "--noheader", "--format=%i|%T|%k"]  # all: also those of hidden partitions
-    # Variables such as SQUEUE_STATES would leave jobs out.
-    plain = {name: value for name, value in _environment_outside_job().items() if not name.startswith("SQUEUE_")}
+    # Variables such as SQUEUE_STATES leave jobs out.
+    chosen = _environment_outside_job().items()
+    plain = {name: value for name, value in chosen if not name.startswith("SQUEUE_") or name == "SQUEUE_CLUSTERS"}
     listed = subprocess.run(command, env=plain, capture_output=True, text=True, check=False)
     if listed.returncode:
         reason = " ".join(listed.stderr.split())
