@@ -100,8 +100,8 @@ class _CountingCSVLogger(CSVLogger):
         self._last_step: int | None = None
 
     @rank_zero_only
-    def log_metrics(self, metrics: dict[str, Tensor | float], step: int | None = None) -> None:
-        super().log_metrics(metrics, step)
+    def log_metrics(self, metrics: Mapping[str, Tensor | float], step: int | None = None) -> None:
+        super().log_metrics(dict(metrics), step)
         if step is None or step != self._last_step:  # callbacks and module log the same step in turn
             self._logged_steps, self._last_step = self._logged_steps + 1, step
         if self._logged_steps % self._flush_every == 0:
