@@ -12,7 +12,8 @@ from contextlib import contextmanager
 
 __all__ = ["hide_launcher", "launcher_rank", "local_rank"]
 
-_RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))  # torchrun under srun sets both
+# torchrun under srun sets both. A batch script has SLURM_PROCID and SLURM_NTASKS, too, but is a single process.
+_RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
 _LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID")
 _VARIABLES = ("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "TORCHELASTIC_")
 

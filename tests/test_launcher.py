@@ -8,8 +8,13 @@ from maskgit_pl.launcher import launcher_rank, local_rank
     [
         ({}, (0, 1)),
         ({"RANK": "3", "WORLD_SIZE": "4"}, (3, 4)),
-        ({"SLURM_PROCID": "2", "SLURM_NTASKS": "8"}, (2, 8)),
-        ({"RANK": "1", "WORLD_SIZE": "2", "SLURM_PROCID": "5", "SLURM_NTASKS": "8"}, (1, 2)),  # torchrun under srun
+        ({"SLURM_PROCID": "2", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8"}, (2, 8)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, (0, 1)),  # a batch script: nobody has started 7 others
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "2"}, (1, 2)),
+        (
+            {"RANK": "1", "WORLD_SIZE": "2", "SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8"},
+            (1, 2),
+        ),  # torchrun in srun
         ({"RANK": "3"}, (0, 1)),
     ],
 )

@@ -201,8 +201,9 @@ class StageRun:
             check_compiled(self.model.config.compiled, given.strategy)
         if self.stage == "tokenizer" and given.gradient_clip_val is not None:
             raise ValueError("trainer.gradient_clip_val cannot be set for the tokenizer: set model.gradient_clip")
+        self.watchdog = Watchdog(self.folder, seconds=self.run.hang_seconds)
         ours = {
-            "strategy": build_strategy(given.strategy),
+            "strategy": build_strategy(given.strategy, longest_wait=self.watchdog.longest_limit),
             "profiler": self._build_profiler(),
             "logger": self._build_loggers(),
             "plugins": [FolderCheckpointIO()],
@@ -283,7 +284,6 @@ class StageRun:
             keep_every=self.run.keep_every,
             settings=self.fixed,
         )
-        self.watchdog = Watchdog(self.folder, seconds=self.run.hang_seconds)
         # A progress bar for a terminal, lines for a log file.
         progress: Callback = RichProgressBar() if sys.stdout.isatty() else ProgressLines()
         pictures: Callback

@@ -13,8 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch import Trainer
 
 __all__ = [
+    "check_tasks",
     "free_bytes",
     "interface_fault",
     "is_writable",
@@ -100,12 +102,16 @@ def interface_fault(environment: Mapping[str, str]) -> str | None:
     known = [name for _, name in socket.if_nameindex()]
     for variable in _INTERFACES:
         wanted = environment.get(variable, "")
-        # NCCL's syntax: ^ excludes interfaces, = asks for exact names instead of prefixes.
-        if not wanted or wanted.startswith("^"):
+        # Only NCCL knows a sign before the names: ^ excludes interfaces, = asks for whole names instead of prefixes.
+        sign = wanted[:1] if variable.startswith("NCCL") and wanted[:1] in ("^", "=") else ""
+        if not wanted or sign == "^":
             continue
-        for name in wanted.removeprefix("=").split(","):
-            if not any(each.startswith(name) for each in known):
-                return f"{variable} {wanted} must name interfaces of this machine ({', '.join(known)}), got {name}"
+        for name in wanted.removeprefix(sign).split(","):
+            if not any(each == name or (not sign and each.startswith(name)) for each in known):
+                return (
+                    f"{variable} {wanted} must name interfaces of this machine ({', '.join(known)}), got {name}; "
+                    f"export {variable}=NAME with one of them, or unset it"
+                )
     return None
 
 
@@ -134,6 +140,22 @@ def slurm_faults(environment: Mapping[str, str], *, nodes: int, devices: int) ->
     return faults
 
 
+def check_tasks(trainer: Trainer, environment: Mapping[str, str] = os.environ) -> None:
+    """Checks that ``srun`` has started the ranks for which Lightning will wait in a Slurm job.
+
+    Raises:
+        ValueError: if the training was started in a batch script or an interactive job of several tasks without it.
+    """
+    if not isinstance(getattr(trainer.strategy, "cluster_environment", None), SLURMEnvironment):
+        return
+    started = environment.get("SLURM_STEP_NUM_TASKS", "1")
+    if started == "1" and trainer.world_size > 1:
+        raise ValueError(
+            f"{trainer.world_size} ranks must be started with srun, got 1 task in a Slurm job of several; put `srun` "
+            "before the command, use recipes/slurm/train.sbatch, or start the ranks with torchrun"
+        )
+
+
 def free_bytes(folder: Path) -> tuple[Path, int]:
     """Returns the nearest existing parent folder (or the folder itself), and the free bytes of its file system."""
     existing = folder.absolute()
@@ -149,11 +171,11 @@ def is_writable(folder: Path) -> bool:
 
 def _is_here(family: int, address: str | int) -> bool:
     """Returns True if an address belongs to this machine; only such an address can be bound."""
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        try:
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:  # fails on a kernel without IPv6
             probe.bind((address, 0))
-        except OSError:
-            return False
+    except OSError:
+        return False
     return True
 
 

@@ -16,8 +16,10 @@ __all__ = ["JobOptions"]
 _TIME = re.compile(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d(:\d\d)?)?|UNLIMITED|INFINITE", re.IGNORECASE)
 _NODES = "it is set by --nodes of this command, which also divides the batch"
 _TASKS = "it follows --devices of this command, with one task per device"
+_LIMIT = "it is set by --time of this command, which must leave time to save"
 _REFUSED = {
     "--nodes": _NODES, "-N": _NODES, "--ntasks": _TASKS, "-n": _TASKS, "--ntasks-per-node": _TASKS,
+    "--time": _LIMIT, "-t": _LIMIT,
     "--array": "several jobs would train the same run", "-a": "several jobs would train the same run",
     "--chdir": "paths are relative to the current folder", "-D": "paths are relative to the current folder",
     "--comment": "it identifies the job of a run in the queue",
@@ -26,6 +28,8 @@ _REFUSED = {
 }  # fmt: skip
 _REFUSED_OF_TASKS = {flag: reason for flag, reason in _REFUSED.items() if reason in (_NODES, _TASKS)}
 _SIGNAL_LEAD = 120  # seconds between the signal to save and the time limit, of recipes/slurm/train.sbatch
+
+_SIGNALS = ("USR1", "USR2", "TERM", "INT", "10", "12", "15", "2")  # which script and training catch
 
 
 @dataclass(frozen=True)
@@ -73,17 +77,33 @@ class JobOptions:
             raise ValueError(
                 f"time must be a Slurm time such as 90 (minutes), 24:00:00 or 7-0, got {shorten(self.time)}"
             )
+        self._check_texts()
+        self._check_signal()
+
+    def _check_texts(self) -> None:
         for name in ("sbatch", "srun", "container"):
-            _split(name, getattr(self, name))
+            words = _split(name, getattr(self, name))
+            # The script reads the words of srun and container with xargs, which takes no line breaks in quotes.
+            if name != "sbatch" and any("\n" in word for word in words):
+                raise ValueError(
+                    f"{name} must have no line break within a word, got {getattr(self, name)!r}; write it in one line"
+                )
         for name, refused in (("sbatch", _REFUSED), ("srun", _REFUSED_OF_TASKS)):
             words = _split(name, getattr(self, name))
             _check_words(name, words)
             for flag, _ in _flags(words):
                 if flag in refused:
                     raise ValueError(f"{name} must not have {flag}: {refused[flag]}; leave it out of --{name}")
-        limit = _limit_seconds(self.time)
-        signals = [value.partition("@")[2] for flag, value in _flags(self.sbatch_words) if flag == "--signal"]
-        lead = int(signals[-1]) if signals and signals[-1].isdecimal() else _SIGNAL_LEAD
+
+    def _check_signal(self) -> None:
+        limit, lead = _limit_seconds(self.time), _SIGNAL_LEAD
+        for value in (value for flag, value in _flags(self.sbatch_words) if flag == "--signal"):
+            name, _, seconds = value.partition("@")
+            if name.rpartition(":")[2].upper().removeprefix("SIG") not in _SIGNALS:
+                raise ValueError(
+                    f"sbatch must have a --signal at which training saves, got {shorten(value)}; use USR1@SECONDS"
+                )
+            lead = int(seconds) if seconds.isdecimal() else _SIGNAL_LEAD
         # A job that is told to save as soon as it starts would be requeued again and again.
         if 0 < limit <= lead:
             raise ValueError(
@@ -95,6 +115,16 @@ class JobOptions:
     def sbatch_words(self) -> list[str]:
         """The options in ``sbatch`` as a list of words."""
         return _split("sbatch", self.sbatch)
+
+    @property
+    def srun_text(self) -> str:
+        """The options in ``srun`` with quotes that the script, which uses ``xargs``, reads as a shell does."""
+        return shlex.join(_split("srun", self.srun))
+
+    @property
+    def container_text(self) -> str:
+        """The command in ``container`` with such quotes."""
+        return shlex.join(_split("container", self.container))
 
     @property
     def output(self) -> str | None:

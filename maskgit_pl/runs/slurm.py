@@ -243,8 +243,8 @@ def _variables(
         "CLUSTER": plan.recipe.cluster,
         "TOKENIZER": str(plan.tokenizer or ""),
         "PRETRAINED": str(pretrained or ""),
-        "CONTAINER": job.container,
-        "SRUN": job.srun,
+        "CONTAINER": job.container_text,
+        "SRUN": job.srun_text,
         "MASKGIT": "" if program == str(_PROGRAM) else program,
     }
     return {name: value for name, value in values.items() if value}
@@ -290,8 +290,11 @@ def _refuse_second_job(plan: Plan) -> None:
     Raises:
         ValueError: if the queue has a job of this run, or cannot be read.
     """
-    command = ["squeue", "--noheader", "--format=%i|%T|%k"]
-    listed = subprocess.run(command, env=_environment_outside_job(), capture_output=True, text=True, check=False)
+    command = ["squeue", "--all", "--noheader", "--format=%i|%T|%k"]  # all: also those of hidden partitions
+    # Variables such as SQUEUE_STATES leave jobs out.
+    chosen = _environment_outside_job().items()
+    plain = {name: value for name, value in chosen if not name.startswith("SQUEUE_") or name == "SQUEUE_CLUSTERS"}
+    listed = subprocess.run(command, env=plain, capture_output=True, text=True, check=False)
     if listed.returncode:
         reason = " ".join(listed.stderr.split())
         raise ValueError(f"squeue cannot read the queue: {reason}; submit on a machine where Slurm responds")

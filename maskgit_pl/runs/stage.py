@@ -25,6 +25,7 @@ from maskgit_pl.portable import raise_file_limit
 from maskgit_pl.pretrained import check_stage_folder, fingerprint, has_weights_of, load_weights
 from maskgit_pl.provenance import describe_environment
 from maskgit_pl.runs.build import StageRun, build
+from maskgit_pl.runs.host import check_tasks
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.precision import AUTO
 from maskgit_pl.runs.process_exit import exit_on_error
@@ -83,6 +84,7 @@ def fit_stage(plan: Plan) -> FitResult:
         if trainer.is_global_zero:
             log.info("%s: finished at %s; nothing to do", plan.stage_folder, newest.name)
         return FitResult(plan.folder, step_of(newest), was_finished=True)
+    check_tasks(trainer)
     check_run_outputs(plan)
     with hold_lock(plan.stage_folder, hint="train another run (--run)") if trainer.is_global_zero else nullcontext():
         _fit(run, plan)

@@ -93,6 +93,11 @@ class Watchdog(Callback):
         """The time limit without progress in the current phase, in seconds."""
         if self._phase == "training" and len(self._step_seconds) >= _MIN_STEPS:
             return max(self.seconds, _MEDIANS * statistics.median(self._step_seconds))
+        return self.longest_limit
+
+    @property
+    def longest_limit(self) -> float:
+        """The time limit in seconds of the phases without a median; ranks wait for each other up to this long."""
         return _OTHER_PHASES * self.seconds
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -174,9 +174,10 @@ class HealthMonitor(Callback):
             metrics, num_tokens = self._measure(trainer, pl_module)
             assert self.history is not None
             self.history.counts.zero_()
-            if self.config is not None and trainer.is_global_zero:
-                logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
-                metrics |= _discriminator_accuracy(logged)
+            if self.config is None:
+                return
+            metrics |= _discriminator_accuracy(trainer, pl_module.device)
+            if trainer.is_global_zero:
                 self._judge(trainer, metrics, context_of(pl_module), num_tokens)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -299,10 +300,13 @@ def context_of(module: LightningModule) -> HealthContext:
     )
 
 
-def _discriminator_accuracy(logged: Mapping[str, float]) -> dict[str, float]:
-    """Returns the accuracy over real images and reconstructions, if the module logs it."""
-    value = logged.get("train/discriminator_accuracy")
-    return {} if value is None else {"discriminator_accuracy": value}
+def _discriminator_accuracy(trainer: Trainer, device: torch.device) -> dict[str, float]:
+    """Returns the accuracy over real images and reconstructions, if the module logs it; called on every rank.
+
+    A rank logs that of its own micro-batch, and of a few images all are often classified correctly.
+    """
+    value = trainer.callback_metrics.get("train/discriminator_accuracy")
+    return {} if value is None else {"discriminator_accuracy": float(mean_over_ranks(value.to(device)))}
 
 
 class _Network(Protocol):

@@ -15,12 +15,16 @@ from typing import Any, Literal, cast
 
 import numpy as np
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
+from torch import Tensor
 
 from maskgit_pl.checks import check_choice, check_integer
 from maskgit_pl.registry import Registry, derives_from
 
 __all__ = ["CSV", "LoggerSpec", "MLflow", "TensorBoard", "WandB", "loggers"]
+
+_NEVER = 1 << 62  # steps
 
 
 class LoggerSpec:
@@ -83,7 +87,25 @@ class CSV(LoggerSpec):
         check_integer("flush_every", self.flush_every, "[1, 1000000]")
 
     def create(self, folder: Path, *, run_id: str | None) -> Logger:
-        return CSVLogger(folder, name="csv", flush_logs_every_n_steps=self.flush_every)
+        return _CountingCSVLogger(folder, flush_every=self.flush_every)
+
+
+class _CountingCSVLogger(CSVLogger):
+    """A CSV logger that counts logged steps. Lightning's writes at multiples of a step, which may never be logged."""
+
+    def __init__(self, folder: Path, *, flush_every: int) -> None:
+        super().__init__(folder, name="csv", flush_logs_every_n_steps=_NEVER)
+        self._flush_every = flush_every
+        self._logged_steps = 0
+        self._last_step: int | None = None
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Tensor | float], step: int | None = None) -> None:
+        super().log_metrics(dict(metrics), step)
+        if step is None or step != self._last_step:  # callbacks and module log the same step in turn
+            self._logged_steps, self._last_step = self._logged_steps + 1, step
+        if self._logged_steps % self._flush_every == 0:
+            self.save()
 
 
 @loggers.register("wandb")

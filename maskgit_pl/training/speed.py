@@ -4,6 +4,7 @@ At the Trainer's logging steps it logs, for the steps since the last time and wi
 
 1. ``speed/images_per_second`` of all ranks together.
 2. ``speed/data_wait``, the share of the time between micro-batches, in [0, 1]: waiting for data, and copying them.
+   Writing a checkpoint is no part of it, but of the time.
 3. ``speed/peak_memory_gb``, 10^9 bytes: of the GPU by torch, else of the process.
 4. ``speed/tflops``, 10^12 FLOPs of the model per second and device, without recomputation, and
    ``speed/model_flops_utilization``, its share of the device's peak, for the GPUs of ``estimates.gpus``.
@@ -49,6 +50,7 @@ class SpeedMonitor(Callback):
         self._logged_step = 0
         self._images = 0  # of this rank, since the last logging step
         self._waited = self._passed = 0.0  # seconds since the last logging step
+        self._has_saved = False  # since the last micro-batch
         self._last: float | None = None  # time of the last reading; None before the training
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -56,7 +58,10 @@ class SpeedMonitor(Callback):
         self._last = time.perf_counter()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._waited += self._read_clock()
+        passed = self._read_clock()
+        # The time after a save is that of writing, beside which the wait for one micro-batch is nothing.
+        self._waited += 0.0 if self._has_saved else passed
+        self._has_saved = False
         self._images += len(batch.index)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -69,6 +74,9 @@ class SpeedMonitor(Callback):
                 logger.log_metrics(values, step=trainer.global_step)
             self._restart(trainer.global_step)
             self._last = time.perf_counter()  # counting FLOPs, once, is no part of a step
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._has_saved = True
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last = time.perf_counter()

@@ -8,6 +8,7 @@ data module has already divided among the ranks.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -129,20 +130,28 @@ def _rows_like(tensor: Tensor, saved: SavedTensor) -> Tensor:
 
 
 STRATEGIES = ("auto", "ddp", "fsdp")
+_LATER = 600.0  # seconds between the limit of the watchdog and the end of a collective
+_LONGEST_WAIT = 365 * 86400.0  # torch counts nanoseconds in 64 bits
 
 
-def build_strategy(name: str) -> str | Strategy:
+def build_strategy(name: str, *, longest_wait: float = 1800.0) -> str | Strategy:
     """Builds the strategy of a recipe from its name.
+
+    Args:
+        name: One of ``STRATEGIES``.
+        longest_wait: Seconds for which ranks may have to wait for each other. A collective gives up later, since it
+            ends a rank without a reason, and without the stacks that the watchdog writes.
 
     Raises:
         ValueError: if the name is unknown.
     """
     if name == "auto":
         return name
+    timeout = timedelta(seconds=min(longest_wait, _LONGEST_WAIT) + _LATER)
     if name == "ddp":
-        return NetworksDDP(gradient_as_bucket_view=True)
+        return NetworksDDP(gradient_as_bucket_view=True, timeout=timeout)
     if name == "fsdp":
-        return FullyShardedDataParallel2()
+        return FullyShardedDataParallel2(timeout=timeout)
     raise ValueError(f"trainer.strategy {name!r}: {nearest(name, STRATEGIES)}")
 
 

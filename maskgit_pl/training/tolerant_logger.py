@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,11 +25,14 @@ __all__ = ["TolerantLogger"]
 log = logging.getLogger(__name__)
 
 _PAUSE = 60.0  # seconds without further attempts after a failure
+_LONGEST_WRITE = 20.0  # seconds that training waits for a write; after 100 the watchdog would end the run
 _MOST_OF_AN_ID = 200  # characters
 
 
 class TolerantLogger(Logger):
     """A logger that skips a failed write with a warning, and builds the tracker again a minute later.
+
+    A write that takes longer than 20 seconds is left to its thread, and others are skipped until it has ended.
 
     The name under which a tracker continues a run is kept in ``NAME-run.txt`` of the stage folder.
 
@@ -47,6 +51,7 @@ class TolerantLogger(Logger):
         self._name = name
         self._inner: Logger | None = None
         self._paused_until = 0.0
+        self._writing: threading.Thread | None = None  # the last write
 
     @property
     def name(self) -> str:
@@ -94,8 +99,18 @@ class TolerantLogger(Logger):
             self._try(lambda inner: inner.finalize(status))
 
     def _try(self, write: Callable[[Logger], object]) -> None:
-        if time.monotonic() < self._paused_until:
+        """Writes in a thread, and waits for it: a server that does not answer must not look like a step that hangs."""
+        is_busy = self._writing is not None and self._writing.is_alive()
+        if is_busy or time.monotonic() < self._paused_until:
             return
+        self._writing = threading.Thread(target=self._write, args=(write,), name=f"logger {self._name}", daemon=True)
+        self._writing.start()
+        self._writing.join(_LONGEST_WRITE)
+        if self._writing.is_alive():
+            text = "%s: the logger %s has not answered for %.0f s; training continues without it until it does"
+            log.warning(text, self.folder, self._name, _LONGEST_WRITE)
+
+    def _write(self, write: Callable[[Logger], object]) -> None:
         try:
             write(self._open())
         except Exception as error:  # of another package, or of a server or disk

@@ -215,7 +215,7 @@ def test_a_filmstrip_and_a_negative_class(tiny_pretrained: Path, tmp_path: Path)
 
 
 def test_many_images_go_into_one_file(tiny_pretrained: Path, tmp_path: Path, capsys, monkeypatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     out = tmp_path / "samples.npz"
     words = [

@@ -784,7 +784,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "training/speed.py",
         "training/test_speed",
         ("self._images * trainer.world_size / seconds", "self._images / seconds"),
-        ("self._waited += self._read_clock()", "self._waited = self._read_clock()"),
+        ("self._waited += 0.0 if self._has_saved else passed", "self._waited += passed"),
         ("* steps / seconds / trainer.world_size", "* steps / seconds"),
         ("        self._last = time.perf_counter()\n\n    def _restart", "        pass\n\n    def _restart"),
     ),

@@ -301,7 +301,7 @@ def test_the_file_is_put_together_in_the_memory_of_a_part(pipe: MaskGIT, tmp_pat
 
 def start(folder: Path, out: Path, *words: object) -> forked.Command:
     sizes = ("--num-images", 400, "--part-size", 20, "--batch-size", 7)
-    launched = ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS")
+    launched = ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
     environment = {name: value for name, value in os.environ.items() if name not in launched}
     return forked.Command(["sample", folder, *sizes, "--device", "cpu", "--out", out, *words], env=environment)
 

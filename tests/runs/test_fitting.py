@@ -165,3 +165,24 @@ def test_the_tokenizer_that_a_run_has_trained_is_not_replaced(tiny_shards, tiny_
     assert not (where["run"] / "transformer").exists()
     copied = shutil.copytree(trained.pretrained / "tokenizer", tmp_path / "copied")  # the same weights
     assert runs.fit(recipe("transformer"), tokenizer=copied, **where).step == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*`srun` command is available")
+@pytest.mark.parametrize("step", [{}, {"SLURM_STEP_NUM_TASKS": "1"}])
+def test_a_batch_script_without_srun_does_not_wait_for_tasks_that_nobody_starts(
+    tiny_shards, tmp_path, monkeypatch, step
+):
+    batch = {
+        "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "localhost", **step,
+    }  # fmt: skip
+    for name, value in batch.items():
+        monkeypatch.setenv(name, value)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):  # which Lightning sets
+        monkeypatch.setenv(name, "0")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(Trainer, "fit", lambda *_, **__: pytest.fail("it would wait for rank 1"))
+    two = recipe("tokenizer", trainer__devices=2, trainer__strategy="ddp")
+    with pytest.raises(ValueError, match=r"2 ranks must be started with srun, got 1 task.*; put `srun` before"):
+        runs.fit(two, run=tmp_path / "runs" / "one", data=tiny_shards)
+    assert not (tmp_path / "runs").exists()

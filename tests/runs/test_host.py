@@ -1,7 +1,9 @@
 """Address and port of rank 0 and Slurm's variables, as read by Lightning and by the job script."""
 
+import errno
 import os
 import re
+import socket
 import subprocess
 from pathlib import Path
 
@@ -47,3 +49,42 @@ def test_slurm_needs_the_tasks_of_a_node():
     (fault,) = host.slurm_faults(job, nodes=2, devices=2)
     assert "--ntasks-per-node=2" in fault
     assert host.slurm_faults({}, nodes=2, devices=2) == []
+
+
+def test_a_kernel_without_ipv6_reaches_addresses_of_both_kinds(monkeypatch):
+    class Socket(socket.socket):
+        def __init__(self, family=socket.AF_INET, *more, **named):
+            if family == socket.AF_INET6:
+                raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+            super().__init__(family, *more, **named)
+
+    found = [
+        (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", 1, 0, 0)),
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 1)),
+    ]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(socket, "socket", Socket)
+        assert f"MASTER_PORT {port} must be free" in str(host.port_fault("localhost", port))
+    assert host.port_fault("localhost", port) is None
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "fits"),
+    [
+        ("NCCL_SOCKET_IFNAME", "eth,ib", True),  # prefixes
+        ("NCCL_SOCKET_IFNAME", "=eth0", True),
+        ("NCCL_SOCKET_IFNAME", "=eth", False),
+        ("NCCL_SOCKET_IFNAME", "^docker,lo", True),
+        ("NCCL_SOCKET_IFNAME", "ens", False),
+        ("GLOO_SOCKET_IFNAME", "eth0", True),
+        ("GLOO_SOCKET_IFNAME", "=eth0", False),  # gloo knows neither = nor ^
+        ("GLOO_SOCKET_IFNAME", "^docker0,lo", False),
+    ],
+)
+def test_names_of_interfaces_are_read_as_the_library_reads_them(monkeypatch, variable, value, fits):
+    monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0"), (3, "ib0")])
+    fault = host.interface_fault({variable: value})
+    assert (fault is None) == fits
+    assert fault is None or (variable in fault and "eth0, ib0" in fault and f"export {variable}=" in fault)

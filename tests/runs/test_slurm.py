@@ -1,7 +1,9 @@
 """Jobs planned and submitted from Python, to fake ``sbatch`` and ``squeue`` scripts; tests/slurm uses real ones."""
 
 import os
+import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from maskgit_pl.runs.slurm import check_submission
 from tests.conftest import flags
 
 TINY = Path(__file__).parents[1] / "tiny"
+SCRIPT = Path(__file__).parents[2] / "recipes" / "slurm" / "train.sbatch"
 
 
 @pytest.fixture
@@ -81,11 +84,41 @@ def test_a_job_gets_what_was_planned_and_nothing_of_a_job_around(plan, slurm, mo
     assert os.environ["SLURM_NTASKS"] == "64"
 
 
+@pytest.mark.parametrize("name", ["srun", "container"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        r'--a="x\"y" --b', r"--a=it\'s", r'--a="back\\slash"', "--a='two  words' -b ''",
+        """--a='module load cuda && exec "$@"' --b""", "--a=ü --b=$HOME",
+    ],
+)  # fmt: skip
+def test_the_script_finds_the_words_that_were_checked(plan, name, text):
+    (split,) = re.findall(r"^split\(\) \{\n.*?^\}\n", SCRIPT.read_text(), re.MULTILINE | re.DOTALL)
+    value = plan(**{name: text}).variables[name.upper()]
+    script = f'{split}\nfound=()\nsplit found "$1"\nprintf "%s\\n" "${{found[@]}}"'
+    done = subprocess.run(["bash", "-euc", script, "bash", value], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:-1] == shlex.split(text)
+
+
 def test_a_second_job_of_a_run_is_refused(plan, slurm):
     submission = plan()
     comment = next(option for option in submission.options if option.startswith("--comment="))
     (slurm / "queue").write_text(f"12|PENDING|{comment.removeprefix('--comment=')}\n13|RUNNING|other\n")
     with pytest.raises(ValueError, match=r"one job at a time may train it, and job 12 is PENDING"):
+        runs.submit(submission)
+    assert not (slurm / "words").exists()
+
+
+def test_a_second_job_is_found_whatever_the_user_usually_looks_at(plan, slurm, monkeypatch):
+    submission = plan()
+    comment = next(option for option in submission.options if option.startswith("--comment="))
+    (slurm / "queue").write_text(f"12|PENDING|{comment.removeprefix('--comment=')}\n")
+    # As Slurm does: variables choose jobs, and those of hidden partitions are not listed without --all.
+    text = f'[[ -z ${{SQUEUE_STATES:-}} && -z ${{SQUEUE_PARTITION:-}} && " $* " == *" --all "* ]] && cat {slurm}/queue'
+    (slurm / "squeue").write_text(f"#!/usr/bin/env bash\n{text}\nexit 0\n")
+    monkeypatch.setenv("SQUEUE_STATES", "RUNNING")
+    monkeypatch.setenv("SQUEUE_PARTITION", "debug")
+    with pytest.raises(ValueError, match=r"job 12 is PENDING"):
         runs.submit(submission)
     assert not (slurm / "words").exists()
 
@@ -101,6 +134,8 @@ def test_a_second_job_of_a_run_is_refused(plan, slurm):
         ("0", "", True),  # no limit
         ("UNLIMITED", "", True),
         ("1", "--signal=B:USR1@20", True),
+        ("1", "--signal=SIGUSR2@20", True),
+        ("1", "--signal RB:15@20", True),
         ("10", "--signal USR1@600", False),
     ],
 )
@@ -143,8 +178,14 @@ def test_numbers_that_the_job_sets_are_refused_in_the_recipe(plan):
         {"srun": "--ntasks=4"},
         {"sbatch": "job.sh"},
         {"sbatch": "--mem=0 job.sh"},
+        {"sbatch": "--time=1"},
+        {"sbatch": "-t1"},
+        {"sbatch": "--signal=HUP@120"},
+        {"sbatch": "--signal B:9@120"},
         {"srun": "--mpi none bash"},
         {"srun": "-- bash"},
+        {"srun": "--a='one\ntwo'"},
+        {"container": "sh -c 'one\ntwo' sh"},
     ],
 )
 def test_options_that_cannot_be(wrong):

@@ -3,9 +3,11 @@
 import json
 import logging
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, IterableDataset
@@ -17,6 +19,7 @@ from maskgit_pl.training.checkpoint_files import FolderCheckpointIO
 from maskgit_pl.training.checkpoints import Checkpoints
 from maskgit_pl.training.health import CodeHistory, HealthMonitor, measure_vectors
 from maskgit_pl.training.health_rules import HealthConfig, HealthContext, attainable_codes, find_problems
+from tests.forked import run_ranks
 from tests.modules import tokenizer_model
 
 pytestmark = [
@@ -153,6 +156,31 @@ def test_counts_are_those_of_all_ranks_after_a_checkpoint_of_any():
     assert other.measure(4, dead_after=2) == history.measure(4, dead_after=2)
     other.load({"counts": torch.zeros(5), "last_used": torch.zeros(5)})  # of another codebook
     assert other.measure(4, dead_after=2) == history.measure(4, dead_after=2)
+
+
+def judge_own_accuracy(rank, store, folder):
+    """Rank 0 classifies its few images correctly, and rank 1 half of its own."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    judged = []
+    monitor = HealthMonitor(folder, HealthConfig(grace_steps=0, patience=1))
+    monitor.history = CodeHistory(4)
+    monitor._judge = lambda trainer, metrics, *_: judged.append(metrics["discriminator_accuracy"])
+    trainer = SimpleNamespace(
+        global_step=2, log_every_n_steps=2, is_global_zero=rank == 0, loggers=[],
+        callback_metrics={"train/discriminator_accuracy": torch.tensor(1.0 - rank / 2)},
+    )  # fmt: skip
+    config = SimpleNamespace(
+        network=SimpleNamespace(quantizer="ema"), adversarial=None,
+        optimizer=SimpleNamespace(learning_rate=SimpleNamespace(peak=1e-4)),
+    )  # fmt: skip
+    network = SimpleNamespace(quantizer=SimpleNamespace(codebook_size=4))
+    monitor.on_train_batch_end(trainer, SimpleNamespace(config=config, network=network, device=torch.device("cpu")))
+    assert judged == ([0.75] if rank == 0 else [])
+    dist.destroy_process_group()
+
+
+def test_the_discriminator_is_judged_on_the_images_of_all_ranks(tmp_path):
+    run_ranks(judge_own_accuracy, tmp_path / "store", tmp_path)
 
 
 def test_an_alarm_comes_once_after_grace_and_patience_and_is_written(tmp_path, caplog):

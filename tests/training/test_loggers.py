@@ -5,6 +5,7 @@ import logging
 import shutil
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,45 @@ def test_a_dead_server_costs_one_request_a_minute_and_one_warning(tmp_path, capl
     assert ServerDown.requests == 3
 
 
+class Silent(ServerDown):
+    """A tracker whose server takes packets and answers when it likes, as behind a firewall."""
+
+    answers = threading.Event()
+    steps: tuple[int, ...] = ()
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        assert Silent.answers.wait(10)
+        assert step is not None
+        Silent.steps = (*Silent.steps, step)
+
+
+@dataclass(frozen=True)
+class RemoteSilent(LoggerSpec):
+    """A tracker of another package."""
+
+    def create(self, folder: Path, *, run_id: str | None) -> Logger:
+        return Silent()
+
+
+def test_a_server_that_does_not_answer_stops_no_step(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(tolerant_logger, "_LONGEST_WRITE", 0.2)
+    monkeypatch.setattr(Silent, "answers", threading.Event())
+    monkeypatch.setattr(Silent, "steps", ())
+    logger, begun = wrap(RemoteSilent(), tmp_path, "remote"), time.monotonic()
+    with caplog.at_level(logging.WARNING):
+        for step in range(9):
+            logger.log_metrics({"loss": 1.0}, step=step)
+        assert time.monotonic() - begun < 5
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "the logger remote has not answered for" in said
+    Silent.answers.set()
+    while len(Silent.steps) < 2:  # the first write, and then those that find the tracker free
+        logger.log_metrics({"loss": 1.0}, step=9)
+        assert time.monotonic() - begun < 30
+    assert Silent.steps[0] == 0
+    assert set(Silent.steps[1:]) == {9}
+
+
 def test_what_is_no_number_is_an_error_of_the_caller(tmp_path):
     with pytest.raises(ValueError, match="text"):
         wrap(TensorBoard(), tmp_path).log_metrics({"x": "text"}, step=1)
@@ -170,3 +210,15 @@ def test_a_part_that_does_not_derive_from_its_base_is_refused_by_name(registry, 
     monkeypatch.setitem(registry._factories, "plain", Plain)
     with pytest.raises(ValueError, match=r"'plain' must derive from maskgit_pl\.training\.\w+\.\w+Spec, got Plain"):
         registry.build("plain")
+
+
+def test_csv_writes_as_many_logged_steps_together_as_it_is_told(tmp_path):
+    logger = wrap(loggers.build({"name": "csv", "flush_every": 3}), tmp_path, "csv")
+    file, found = tmp_path / "csv" / "version_0" / "metrics.csv", []
+    for step in range(50, 400, 50):  # of which no step + 1 is a multiple of 3 or 10
+        for name in ("train/loss", "speed/data_wait"):
+            logger.log_metrics({name: 0.5}, step=step)
+        found.append(len(file.read_text().splitlines()) - 1 if file.exists() else 0)
+    assert found == [0, 0, 6, 6, 6, 12, 12]
+    logger.finalize("failed")
+    assert len(file.read_text().splitlines()) - 1 == 14

@@ -73,6 +73,24 @@ def test_figures_are_of_the_steps_since_the_last_time_without_validations(traine
         assert "speed/model_flops_utilization" not in values  # of a CPU
 
 
+def test_writing_a_checkpoint_is_no_waiting_for_data(trainer, clock):
+    monitor = SpeedMonitor(lambda: 0.0)
+    monitor.on_train_start(trainer, MODULE)
+    for step in range(1, 5):
+        clock.seconds += 1
+        monitor.on_train_batch_start(trainer, MODULE, SimpleNamespace(index=range(5)), step)
+        clock.seconds += 3
+        trainer.global_step = step
+        monitor.on_train_batch_end(trainer, MODULE)
+        if step == 1:  # Lightning calls the callback that saves last
+            monitor.on_save_checkpoint(trainer, MODULE, {})
+            clock.seconds += 100
+    (_, saved), (_, other) = trainer.loggers[0].rows
+    assert saved["speed/images_per_second"] == pytest.approx(3 * 10 / 108)
+    assert saved["speed/data_wait"] == pytest.approx(1 / 108)
+    assert other["speed/data_wait"] == pytest.approx(0.25)
+
+
 def test_the_share_of_the_peak_is_that_of_the_device(trainer, clock, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5e9)
