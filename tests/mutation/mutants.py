@@ -584,6 +584,8 @@ MUTANTS: tuple[Mutant, ...] = (
         ("outer.add_part(to, hidden", "outer.add_part(None, hidden"),
         ("outer(hidden) if to is None else add_output(to, outer, hidden)", "outer(hidden)"),
         ("/ torch.get_num_threads()", ""),
+        ("    if not _has_amx():\n", "    if False:\n"),
+        ('"amx_bf16"', '"avx512_bf16"'),
         ("if num_bytes > _SPLIT", "if num_bytes > _HALVED"),
         ("if hidden_dim % parts == 0", ""),
     ),

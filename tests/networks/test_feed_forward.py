@@ -139,6 +139,7 @@ def test_a_residual_is_added_to_the_output_of_any_layer(dtype, bias):
 
 
 def test_the_number_of_parts_divides_the_hidden_values(monkeypatch):
+    monkeypatch.setattr(module, "_has_amx", lambda: True)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     released = [_count_parts(rows, 3072) for rows in (1, 257, 325, 326, 514, 651, 652, 2056, 10**6)]
     assert released == [1, 1, 1, 2, 2, 2, 3, 3, 3]
@@ -147,6 +148,14 @@ def test_the_number_of_parts_divides_the_hidden_values(monkeypatch):
     ]  # fmt: skip
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert [_count_parts(rows, 3072) for rows in (514, 652, 2056)] == [1, 2, 3]
+    monkeypatch.setattr(module, "_has_amx", lambda: False)
+    assert _count_parts(10**6, 4096) == 1
+
+
+@pytest.mark.parametrize(("capabilities", "has_amx"), [({"amx_bf16": True}, True), ({"avx512_bf16": True}, False)])
+def test_only_cpus_with_amx_compute_in_parts(monkeypatch, capabilities, has_amx):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert module._has_amx.__wrapped__() is has_amx
 
 
 @torch.no_grad()
