@@ -22,7 +22,15 @@ from statistics import median
 from typing import Any, cast
 
 import torch
-from measuring import CLOCKS, MatrixProduct, Stopwatch, format_table, interleave, read_cpu_name
+from measuring import (
+    CLOCKS,
+    MatrixProduct,
+    OperationCounter,
+    Stopwatch,
+    format_table,
+    interleave,
+    read_cpu_name,
+)
 from peers import (
     AMUSED,
     BERT,
@@ -39,7 +47,7 @@ from peers import (
     is_installed,
 )
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from maskgit_pl.decoding import (
@@ -69,7 +77,6 @@ _LINEAR, _PRODUCTS = "only the linear layers of ours", "only linear layers and a
 _SMALL_PAGES = "ours, weights in small pages"
 _ALIKE = ("ours", "ours, first step cached", _SMALL_PAGES, _UNPACKED, _INT8)
 _DECODINGS_BEFORE = 5  # of ours: its weights move to large pages in the fifth
-_WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "unique2", "_unique2"}
 
 
 def build_network_config(task: Task) -> TransformerConfig:
@@ -172,25 +179,6 @@ def make_autoregressive(network: MaskedTransformer) -> AutoregressiveTransformer
     return made.eval().requires_grad_(requires_grad=False)
 
 
-class Counter(TorchDispatchMode):
-    """A dispatch mode that counts kernels (calls that are not views) and synchronizations of host and GPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kernels, self.syncs = 0, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        self.kernels += not func.is_view
-        self.syncs += name in _WAITS or (name == "index" and _has_mask(args))
-        return func(*args, **kwargs or {})
-
-
-def _has_mask(args: Any) -> bool:
-    """Returns True if an index is a mask: the host must wait for the number of True values."""
-    return any(isinstance(index, Tensor) and index.dtype == torch.bool for index in args[1])
-
-
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     flops: int = sdpa_flop_count(query, key, value)
     return flops
@@ -228,7 +216,7 @@ class Work:
 def count_work(decode: Decode) -> Work:
     """Decodes once and returns the counts."""
     flops = FlopCounterMode(display=False, custom_mapping=_FLOPS)  # type: ignore[no-untyped-call]  # torch: untyped
-    counter = Counter()
+    counter = OperationCounter()
     with flops, counter:
         tokens = decode()
     return Work(flops.get_total_flops(), counter.kernels, counter.syncs, tokens)
@@ -406,6 +394,28 @@ def measure(
     ]
 
 
+def profile_ours(task: Task, dtype: torch.dtype, *, most: int = 8) -> str:
+    """Returns a table of the operations that take the most time in a decoding of ours."""
+    ours = list_contenders(task, dtype)["ours"]()
+    for _ in range(_DECODINGS_BEFORE):
+        ours()
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        ours()
+    averages = profiled.key_averages()
+    whole = sum(each.self_cpu_time_total for each in averages)
+    slowest = sorted(averages, key=lambda each: each.self_cpu_time_total, reverse=True)[:most]
+    return format_table(
+        [
+            {
+                "operation": each.key,
+                "calls": each.count,
+                "% of the time": f"{100 * each.self_cpu_time_total / whole:.1f}",
+            }
+            for each in slowest
+        ]
+    )
+
+
 def filter_installed(names: Sequence[str]) -> list[str]:
     """Returns the contenders whose packages are installed, and prints the others."""
     missing = [name for name in PEERS if not is_installed(name)]
@@ -439,6 +449,9 @@ def _arguments(argv: Sequence[str] | None, names: Sequence[str]) -> argparse.Nam
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="weights (%(default)s)")
     parser.add_argument(
         "--clock", choices=list(CLOCKS), default="wall", help="cpu: CPU time, if other programs run (%(default)s)"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="also print the slowest operations of a decoding of ours"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers and the environment to FILE")
     return parser.parse_args(argv)
@@ -474,6 +487,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     print(f"{arguments.dtype} matrix-product peak: {measured[0].peak / 1e9:.1f} GFLOP/s")
     print("\n" + format_table([one.row() for one in measured]))
+    if arguments.profile:
+        print("\n" + profile_ours(task, dtype))
     if arguments.json:
         report = {
             "environment": {**describe_environment(), "cpu": read_cpu_name()},

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "CLOCKS",
     "MatrixProduct",
+    "OperationCounter",
     "Stopwatch",
     "format_table",
     "interleave",
@@ -30,6 +33,7 @@ Result = TypeVar("Result")
 CLOCKS: Mapping[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 """The clocks of ``--clock``: seconds, and CPU seconds of all threads, for a machine on which other programs run."""
 
+_WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "unique2", "_unique2"}
 _STATUS = Path("/proc/self/status")
 _CPUINFO = Path("/proc/cpuinfo")
 
@@ -88,6 +92,25 @@ def interleave(
             run(watch)
             measured[name].append(watch)
     return measured
+
+
+class OperationCounter(TorchDispatchMode):
+    """A dispatch mode that counts kernels (calls that are not views) and synchronizations of host and GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels, self.syncs = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.kernels += not func.is_view
+        self.syncs += name in _WAITS or (name == "index" and _has_mask(args))
+        return func(*args, **kwargs or {})
+
+
+def _has_mask(args: Any) -> bool:
+    """Returns True if an index is a mask: the host must wait for the number of True values."""
+    return any(isinstance(index, Tensor) and index.dtype == torch.bool for index in args[1])
 
 
 class MatrixProduct:

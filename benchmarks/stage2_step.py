@@ -12,7 +12,8 @@ import copy
 import importlib.util
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from measuring import (
     CLOCKS,
     MatrixProduct,
+    OperationCounter,
     Stopwatch,
     format_table,
     interleave,
@@ -292,13 +294,25 @@ def measure_memory(name: str, task: Task, precision: Precision, threads: int) ->
     return measure_peak_memory(run)
 
 
-def warm_up(step: Contender) -> tuple[float, int]:
-    """Returns the loss of the first step and the FLOPs of its matrix products, including attention and backward."""
+def warm_up(step: Contender) -> tuple[float, int, int, int]:
+    """Returns the loss of the first step, and FLOPs, kernels and waits of a step; see ``Measured``."""
     # On CPU, the counter supports only the MATH kernel of attention.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         loss = float(step(Stopwatch()))
-    step(Stopwatch())
-    return loss, counter.get_total_flops()
+    with _drawn(step), OperationCounter() as operations:
+        step(Stopwatch())
+    return loss, counter.get_total_flops(), operations.kernels, operations.syncs
+
+
+@contextmanager
+def _drawn(step: Contender) -> Iterator[None]:
+    """Gives our step a batch with its random draws, which the host makes before it copies the batch to the device."""
+    if not isinstance(step, Ours):
+        yield
+        return
+    given, step.batch = step.batch, step.module.draw_on_host(step.batch)
+    yield
+    step.batch = given
 
 
 @dataclass(frozen=True)
@@ -309,7 +323,9 @@ class Measured:
         precision: Precision of the forward pass.
         name: Name of the contender.
         loss: Loss of the first step.
-        flops: FLOPs of the matrix products of a step.
+        flops: FLOPs of the matrix products of a step, including attention and backward.
+        kernels: Number of operations of a step that are not views.
+        syncs: Number of times in a step that the host would wait for a GPU.
         memory: Peak memory in bytes; None if the system does not report it.
         seconds: Seconds of each round.
         parts: Seconds of each round, by part.
@@ -322,6 +338,8 @@ class Measured:
     name: str
     loss: float
     flops: int
+    kernels: int
+    syncs: int
     memory: int | None
     seconds: list[float]
     parts: dict[str, list[float]]
@@ -346,6 +364,8 @@ class Measured:
             "GFLOP": f"{self.flops / 1e9:.3g}",
             "% of peak, its work: median (best)": f"{self.share(self.flops, middle)} ({self.share(self.flops, best)})",
             "% of peak, the task: median (best)": f"{self.share(self.floor, middle)} ({self.share(self.floor, best)})",
+            "kernels": str(self.kernels),
+            "syncs": str(self.syncs),
             "first loss": f"{self.loss:.5f}",
         }
 

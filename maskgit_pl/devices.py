@@ -8,7 +8,7 @@ import torch
 
 from maskgit_pl.checks import check_choice
 
-__all__ = ["check_device", "default_device", "device_names", "find_device", "has_bfloat16", "parse_dtype"]
+__all__ = ["check_device", "default_device", "device_names", "find_device", "has_amx", "has_bfloat16", "parse_dtype"]
 
 
 def device_names() -> list[str]:
@@ -74,13 +74,23 @@ def has_bfloat16(device: torch.device | str) -> bool:
     kind = torch.device(device).type
     if kind == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    # Older versions of torch do not tell; bfloat16 without such instructions may be slower than float32.
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if kind == "cpu" else {}
-    if not (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")):
+    # Bfloat16 without such instructions may be slower than float32.
+    if kind != "cpu" or not (_has_instructions("avx512_bf16") or has_amx()):
         return False
     # oneDNN, which uses these instructions, may be missing, or limited to others by ONEDNN_MAX_CPU_ISA.
     has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch: untyped
     return bool(has_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def has_amx() -> bool:
+    """Returns True if the CPU has AMX instructions for bfloat16."""
+    return _has_instructions("amx_bf16")
+
+
+def _has_instructions(name: str) -> bool:
+    """Returns True if the CPU has some instructions; False if torch, in an older version, does not tell."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get(name))
 
 
 def parse_dtype(name: str | None, device: torch.device | str) -> torch.dtype | None:

@@ -60,9 +60,11 @@ def test_the_counted_work_is_that_of_the_formula(stage2_step, task):
     projections, feed_forward = 3 * width**2, width**2 + 2 * width * task.mlp_dim
     head = width**2 + width * vocabulary
     block = 6 * rows * (projections + feed_forward)
-    _, naive = stage2_step.warm_up(stage2_step.build("naive", task, "fp32"))
+    _, naive, *_ = stage2_step.warm_up(stage2_step.build("naive", task, "fp32"))
     assert naive == attention + task.depth * block + 6 * rows * head
-    _, ours = stage2_step.warm_up(stage2_step.build("ours", task, "fp32"))
+    _, ours, kernels, syncs = stage2_step.warm_up(stage2_step.build("ours", task, "fp32"))
+    assert kernels > 100
+    assert syncs == 0
     last = 6 * rows * projections + 6 * masked * feed_forward
     assert ours == attention + (task.depth - 1) * block + last + 6 * masked * head
 

@@ -83,6 +83,14 @@ def test_the_counted_work_is_that_of_the_formula(decode, task):
     assert (made.syncs, made.tokens.shape) == (0, (2, 16, 16))
 
 
+def test_the_profile_names_the_slowest_operations(decode, task):
+    lines = decode.profile_ours(task, torch.float32, most=3).splitlines()
+    shares = [float(line.split("|")[3]) for line in lines[2:]]
+    assert len(shares) == 3
+    assert 100 >= sum(shares) > 10
+    assert shares == sorted(shares, reverse=True)
+
+
 def test_waits_are_counted(decode):
     x = torch.tensor([1.0, 0.0])
     for wait in (lambda: x.sum().item(), lambda: bool(x[0] > 0), lambda: x.nonzero(), lambda: x[x > 0]):

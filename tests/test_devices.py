@@ -8,7 +8,15 @@ import sys
 import pytest
 import torch
 
-from maskgit_pl.devices import check_device, default_device, device_names, find_device, has_bfloat16, parse_dtype
+from maskgit_pl.devices import (
+    check_device,
+    default_device,
+    device_names,
+    find_device,
+    has_amx,
+    has_bfloat16,
+    parse_dtype,
+)
 
 
 def accelerators(monkeypatch: pytest.MonkeyPatch, kind: str | None, count: int = 0) -> None:
@@ -64,13 +72,21 @@ def test_processes_of_one_machine_have_a_gpu_of_their_own_by_default(monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("known", "expected"), [({}, False), ({"avx512_f": True}, False), ({"amx_bf16": True}, True), (None, False)]
+    ("known", "expected"),
+    [
+        ({}, False),
+        ({"avx512_f": True}, False),
+        ({"avx512_bf16": True}, True),
+        ({"amx_bf16": True}, True),
+        (None, False),
+    ],
 )
 def test_bfloat16_is_chosen_where_the_cpu_has_instructions_for_it(monkeypatch, known, expected):
     if known is None:  # a version of torch that does not tell
         monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     else:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    assert has_amx() == bool(known and known.get("amx_bf16"))
     expected = expected and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     assert has_bfloat16("cpu") == expected
     assert parse_dtype("auto", "cpu") == (torch.bfloat16 if expected else torch.float32)

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from maskgit_pl.devices import has_amx
 from maskgit_pl.networks.packing_linear import PackingLinear, add_output
 
 __all__ = ["feed_forward"]
@@ -22,6 +22,8 @@ __all__ = ["feed_forward"]
 # Bytes of hidden values per thread above which two parts, or parts of at least 1024 values, are faster.
 _HALVED, _SPLIT = 2_000_000, 4_000_000
 _SMALLEST_PART = 1024
+
+_has_amx = cache(has_amx)
 
 _Gate = Callable[[Tensor, Tensor], Tensor]
 
@@ -75,16 +77,9 @@ def _sum_parts(
 
 def _count_parts(num_rows: int, hidden_dim: int) -> int:
     """Returns the number of equal parts of bfloat16 hidden values (num_rows, hidden_dim)."""
-    if not _has_amx():
+    if not _has_amx():  # the products are too slow to wait for the cache
         return 1
     num_bytes = 2 * num_rows * hidden_dim / torch.get_num_threads()
     most = hidden_dim // _SMALLEST_PART
     wanted = most if num_bytes > _SPLIT else min(2, most) if num_bytes > _HALVED else 1
     return next((parts for parts in range(wanted, 1, -1) if hidden_dim % parts == 0), 1)
-
-
-@cache
-def _has_amx() -> bool:
-    """Returns True if this CPU has AMX instructions. Without them the products are too slow to wait for the cache."""
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("amx_bf16"))

@@ -94,7 +94,9 @@ class TolerantLogger(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Ends the tracker's part of this training."""
+        """Ends the tracker's part of this training, after the write that is on its way."""
+        if self._writing is not None:
+            self._writing.join(_LONGEST_WRITE)
         if self._inner is not None:
             self._try(lambda inner: inner.finalize(status))
 

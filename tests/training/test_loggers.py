@@ -85,8 +85,10 @@ class ServerDown(Logger):
 class Remote(LoggerSpec):
     """A tracker of another package."""
 
+    tracker: type[Logger] = ServerDown
+
     def create(self, folder: Path, *, run_id: str | None) -> Logger:
-        return ServerDown()
+        return self.tracker()
 
 
 def test_a_dead_server_costs_one_request_a_minute_and_one_warning(tmp_path, caplog, monkeypatch):
@@ -108,26 +110,34 @@ class Silent(ServerDown):
 
     answers = threading.Event()
     steps: tuple[int, ...] = ()
+    ended = False
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         assert Silent.answers.wait(10)
         assert step is not None
         Silent.steps = (*Silent.steps, step)
 
+    def finalize(self, status: str) -> None:
+        Silent.ended = True
 
-@dataclass(frozen=True)
-class RemoteSilent(LoggerSpec):
-    """A tracker of another package."""
 
-    def create(self, folder: Path, *, run_id: str | None) -> Logger:
-        return Silent()
+def test_the_end_waits_for_the_write_that_is_on_its_way(tmp_path, monkeypatch):
+    monkeypatch.setattr(tolerant_logger, "_LONGEST_WRITE", 2.0)
+    for name, value in (("answers", threading.Event()), ("steps", ()), ("ended", False)):
+        monkeypatch.setattr(Silent, name, value)
+    logger = wrap(Remote(Silent), tmp_path, "remote")
+    threading.Timer(2.5, Silent.answers.set).start()
+    logger.log_metrics({"loss": 1.0}, step=7)
+    assert Silent.steps == ()
+    logger.finalize("success")
+    assert (Silent.steps, Silent.ended) == ((7,), True)
 
 
 def test_a_server_that_does_not_answer_stops_no_step(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(tolerant_logger, "_LONGEST_WRITE", 0.2)
     monkeypatch.setattr(Silent, "answers", threading.Event())
     monkeypatch.setattr(Silent, "steps", ())
-    logger, begun = wrap(RemoteSilent(), tmp_path, "remote"), time.monotonic()
+    logger, begun = wrap(Remote(Silent), tmp_path, "remote"), time.monotonic()
     with caplog.at_level(logging.WARNING):
         for step in range(9):
             logger.log_metrics({"loss": 1.0}, step=step)
