@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-import maskgit_pl
-
 __all__ = ["describe_environment", "device_name"]
 
 _CPUINFO = Path("/proc/cpuinfo")
@@ -21,7 +19,7 @@ _CPUINFO = Path("/proc/cpuinfo")
 def describe_environment() -> dict[str, Any]:
     """Returns versions, commit, machine and devices as plain values."""
     return {
-        "maskgit_pl": maskgit_pl.__version__,
+        "maskgit_pl": version("maskgit_pl"),
         "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,

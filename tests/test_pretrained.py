@@ -15,8 +15,7 @@ from torch import Tensor
 
 from maskgit_pl.decoding import AutoregressiveDecoding, DecodingConfig
 from maskgit_pl.files import write_tensors
-from maskgit_pl.networks.autoregressive import AutoregressiveTransformer
-from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
+from maskgit_pl.networks.transformer import AutoregressiveTransformer, MaskedTransformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.networks.weight_file import read_tensors
 from maskgit_pl.pretrained import (

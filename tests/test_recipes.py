@@ -7,8 +7,8 @@ import pytest
 import torch
 import yaml
 
-from maskgit_pl.networks.autoregressive import AutoregressiveTransformer
 from maskgit_pl.networks.backbone import build_config
+from maskgit_pl.networks.transformer import AutoregressiveTransformer
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import load_tokenizer, load_transformer
 from maskgit_pl.runs.layers import merge

@@ -1,18 +1,20 @@
 """The bidirectional transformer of MaskGIT: a post-norm BERT over a class token and the image's tokens.
 
 ``mvtm.MaskedTokenModel`` trains ``MaskedTransformer.forward_selected``; the predictors of ``decoding`` call
-``forward_at``. ``Transformer`` is shared with ``networks.autoregressive``.
+``forward_at``. ``AutoregressiveTransformer`` is the same network under a causal mask, the paper's baseline:
+``autoregressive.AutoregressiveModel`` trains it, and ``decoding.AutoregressiveDecoder`` decodes with it.
 
 Shapes: B images, N tokens, S = 1 + N positions of the sequence (the class first), D embedding dimension, V columns.
 
-Source: paper, implementation details; google-research/maskgit, ``maskgit_transformer.py``.
+Source: paper, implementation details and Table 1 (VQGAN*, "the same setup as MaskGIT"); google-research/maskgit,
+``maskgit_transformer.py``.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from importlib import import_module
 from typing import ClassVar, cast, get_args
 
 import torch
@@ -24,6 +26,7 @@ from maskgit_pl.networks.backbone import (
     LARGEST_GRID,
     LARGEST_SIZES,
     Attention,
+    AutoregressiveBackbone,
     Backbone,
     BackboneConfig,
     Project,
@@ -33,11 +36,12 @@ from maskgit_pl.networks.backbone import (
 )
 from maskgit_pl.networks.packing_linear import PackingLinear
 from maskgit_pl.networks.token_groups import TokenEmbedding, token_logits
-from maskgit_pl.networks.transformer_block import LAYER_NORM_EPS, Block
+from maskgit_pl.networks.transformer_block import LAYER_NORM_EPS, Block, KVCache
 
 __all__ = [
     "LARGEST_GRID",
     "Attention",
+    "AutoregressiveTransformer",
     "MaskedTransformer",
     "Transformer",
     "TransformerConfig",
@@ -98,11 +102,7 @@ class TransformerConfig(BackboneConfig):
 
     def create(self) -> Transformer:
         """Creates the transformer whose attention the configuration names, with initial weights."""
-        if self.attention == "bidirectional":
-            return MaskedTransformer(self)
-        # networks.autoregressive imports this module.
-        module = import_module("maskgit_pl.networks.autoregressive")
-        return cast("Transformer", module.AutoregressiveTransformer(self))
+        return MaskedTransformer(self) if self.attention == "bidirectional" else AutoregressiveTransformer(self)
 
 
 class Transformer(Backbone):
@@ -239,6 +239,60 @@ class MaskedTransformer(Transformer):
         # Each method runs the last block itself, at the positions that it needs.
         x = self._embed(self._sequence(tokens, labels))
         for block in self.blocks[:-1]:
+            x = block(x)
+        return x
+
+
+class AutoregressiveTransformer(Transformer, AutoregressiveBackbone):
+    """Predicts the code of each token from the class and the tokens before it, in raster order.
+
+    The sequence is [class, x_1 .. x_{N-1}], and the output at each position predicts the next token. The weights have
+    the names and shapes of ``MaskedTransformer``; the mask token's row and the last position are not used.
+
+    Args:
+        config: Sizes.
+
+    Raises:
+        ValueError: if the attention is bidirectional.
+    """
+
+    attention = "causal"
+    entry_points = AutoregressiveBackbone.entry_points
+
+    def forward(
+        self, tokens: Tensor, labels: Tensor, *, vectors: Tensor | None = None, vocabulary: Vocabulary = "codes"
+    ) -> Tensor:
+        """Returns the logits of all tokens in one pass, each from the tokens before it.
+
+        Args:
+            tokens: (B, N) int64 in [0, K).
+            labels: (B,) int64 in [0, num_classes), or ``null_label``.
+            vectors: None: the transformer knows classes only.
+            vocabulary: Columns of the result; see ``Backbone.forward``.
+
+        Returns:
+            (B, N, V) float.
+        """
+        return self._head(self._hidden(tokens, labels), vocabulary)
+
+    def forward_next(self, tokens: Tensor, labels: Tensor, *, cache: Sequence[KVCache] | None = None) -> Tensor:
+        """Returns the logits (B, K) of the next token; see ``AutoregressiveBackbone``."""
+        blocks = cast("Sequence[Block]", self.blocks)
+        # The cache holds the rows before ``first``; only the new rows are computed.
+        first = cache[0].num_rows if cache is not None else 0
+        x = self._embed(self._sequence(tokens, labels)[:, first:], first=first)
+        for number, block in enumerate(blocks):
+            x = block(x) if cache is None else block.forward_next(x, cache[number])
+        return self._head(x[:, -1], "codes")
+
+    def _hidden_at(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+        # Rows are selected before the head, the largest matrix product of the network.
+        return F.embedding(positions, self._hidden(tokens, labels).flatten(0, 1))
+
+    def _hidden(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Returns the input (B, N, D) of the head."""
+        x = self._embed(self._sequence(tokens[:, :-1], labels))  # (B, N, D): nothing follows the last token
+        for block in self.blocks:
             x = block(x)
         return x
 

@@ -13,8 +13,7 @@ from maskgit_pl.decoding import (
     DecodingConfig,
     decode_autoregressive,
 )
-from maskgit_pl.networks.autoregressive import AutoregressiveTransformer
-from maskgit_pl.networks.transformer import TransformerConfig
+from maskgit_pl.networks.transformer import AutoregressiveTransformer, TransformerConfig
 from tests.conftest import random_transformer
 
 CONFIG = TransformerConfig(16, 3, (3, 4), embed_dim=32, depth=2, num_heads=4, mlp_dim=64, attention="causal")

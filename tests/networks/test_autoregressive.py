@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskgit_pl.networks.autoregressive import AutoregressiveTransformer
 from maskgit_pl.networks.int8 import quantize
-from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
+from maskgit_pl.networks.transformer import AutoregressiveTransformer, MaskedTransformer, TransformerConfig
 from maskgit_pl.networks.transformer_block import KVCache
 from tests.conftest import random_transformer
 
