@@ -1,6 +1,7 @@
 import gc
 import io
 import logging
+import signal
 import sys
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,8 @@ from maskgit_pl.shards.writer import make_shards
 
 sys.path.insert(0, str(Path(__file__).parent / "golden"))  # modules of check.py, which runs from this folder
 torch.set_num_threads(1)  # tensors are small, and other tests run at the same time
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell; processes would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:

