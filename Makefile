@@ -61,7 +61,7 @@ $(if $(filter command line,$(origin STEPS)),$(error STEPS is now called NUM_STEP
 OF_RUN = --dataset "$(DATASET)" --data "$(DATA)" --recipe "$(strip $(RECIPE) $(BUDGET))" --run "$(RUN)" $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") $(if $(PRETRAINED),--pretrained "$(PRETRAINED)")
 MACHINES = $(if $(NODES),--nodes $(NODES)) $(if $(DEVICES),--devices $(DEVICES))
 
-.PHONY: doctor help install data train-tokenizer tokenize train-transformer submit-tokenizer submit-transformer sample evaluate compare tune train-classifier ablation edit web benchmark benchmarks benchmark-gpu demo demo-short demo-model test test-gpu test-lowest test-wheel mutants test-slurm docs test-web lint format clean
+.PHONY: doctor help install data train-tokenizer tokenize train-transformer submit-tokenizer submit-transformer sample evaluate compare tune train-classifier ablation edit web benchmark benchmarks benchmark-gpu demo demo-short demo-model test test-trainings test-exports test-survival test-site test-gpu test-lowest test-wheel mutants test-slurm docs test-web lint format clean
 
 help: ## List the targets and the variables
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -165,14 +165,28 @@ benchmarks: $(STAMP) ## Run the benchmarks that compare, and write their ratios 
 benchmark-gpu: $(STAMP) ## Measure training and decoding on a GPU, and write results/gpu-CARD.md (docs/gpu.md)
 	@$(BIN)/python benchmarks/gpu.py $(ARGS)
 
+PYTEST = -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal
+
 test: $(DEV_STAMP) ## Run the tests (quick ones only: ARGS="-m 'not slow'")
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
+	$(BIN)/python $(PYTEST) $(ARGS)
+
+test-trainings: $(DEV_STAMP) ## Run the tests of commands, examples and pages that train
+	$(BIN)/python $(PYTEST) -m trainings $(ARGS)
+
+test-exports: $(DEV_STAMP) ## Run the tests of exports to ONNX, pt2 and diffusers
+	$(BIN)/python $(PYTEST) -m exports $(ARGS)
+
+test-survival: $(DEV_STAMP) ## Run the tests that inject faults into runs of two ranks
+	$(BIN)/python $(PYTEST) -m survival $(ARGS)
+
+test-site: $(DEV_STAMP) ## Run the test that builds the documentation
+	$(BIN)/python $(PYTEST) -m site $(ARGS)
 
 # Old versions use what newer versions of their own dependencies deprecate.
 OLD_WARNINGS = -W ignore::DeprecationWarning -W ignore::FutureWarning
 
 test-lowest: $(LOWEST)/.installed ## Run the quick tests with the oldest versions of the dependencies (constraints/lowest.txt)
-	$(LOWEST)/bin/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal -m "not slow" $(OLD_WARNINGS) $(ARGS)
+	$(LOWEST)/bin/python $(PYTEST) -m "not slow" $(OLD_WARNINGS) $(ARGS)
 
 mutants: $(DEV_STAMP) ## Mutation testing: break the package in one place at a time and check that a quick test fails; ARGS="--only masking.py"
 	@$(BIN)/python tests/mutation/run.py $(ARGS)

@@ -36,6 +36,7 @@ def shards(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow  # 40 s
+@pytest.mark.trainings
 def test_one_short_script_checks_trains_evaluates_tunes_and_writes_table_1(shards, tmp_path):
     assert len(EXAMPLE.read_text().splitlines()) <= 60
     assert "argparse" not in EXAMPLE.read_text()

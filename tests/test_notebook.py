@@ -52,6 +52,7 @@ def test_the_notebook_is_small_and_has_its_outputs():
 
 
 @pytest.mark.slow
+@pytest.mark.trainings
 def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path):
     pytest.importorskip("nbclient")
     assert pictures(run(str(tmp_path))) == PICTURES

@@ -71,6 +71,7 @@ def test_every_block_is_run_or_says_why_not():
 
 
 @pytest.mark.slow
+@pytest.mark.trainings
 @pytest.mark.parametrize("page", [page for page, blocks in RUN.items() if blocks])
 def test_the_blocks_of_a_page_run(page: str, folder: Path):
     if page == "docs/export.md":

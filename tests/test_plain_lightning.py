@@ -20,6 +20,7 @@ EXAMPLE = Path(__file__).parents[1] / "docs" / "plain_lightning.py"
 
 
 @pytest.mark.slow  # 15 s, on a busy machine 80
+@pytest.mark.trainings
 def test_the_example_is_short_trains_both_stages_and_draws_an_image(tmp_path):
     assert len(EXAMPLE.read_text().splitlines()) <= 42
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

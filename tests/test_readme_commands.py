@@ -117,6 +117,7 @@ def test_a_command_of_a_page_is_one_that_there_is(line: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.trainings
 def test_what_takes_seconds_is_run_in_order(tmp_path: Path) -> None:
     """Runs the pages' commands and Python blocks in their order, on a small model that replaces the demo's."""
     save_small_model(tmp_path / "runs/fashion-mnist-adaln/pretrained")

@@ -31,6 +31,7 @@ def test_the_table_of_contents_names_every_page_once():
 
 
 @pytest.mark.slow
+@pytest.mark.site
 def test_the_site_builds_without_a_warning(tmp_path: Path):
     pytest.importorskip("sphinx")
     build = [sys.executable, "-m", "sphinx", "--quiet", "--fail-on-warning", "--keep-going", "--conf-dir", "docs"]

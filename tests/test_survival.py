@@ -1,6 +1,6 @@
 """Fault injection: a run of two ranks stops with the right exit code and message, and resumes bit-exact.
 
-``SURVIVAL=docs/survival.md make test ARGS=tests/test_survival.py`` writes the faults and the output to the page.
+``SURVIVAL=docs/survival.md make test-survival`` writes the faults and the output to the page.
 """
 
 import json
@@ -33,7 +33,7 @@ from tests.conftest import flags, save_tiny_pretrained, save_uneven_shards
 from tests.injection import Disk, Fault, kill_in_saving, kill_in_writing
 from tests.observing import KILLED, Runs, Seen, Topology, same, trained_state
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.survival]
 
 HERE = Path(__file__).parent
 TABLE = HERE.parent / "docs" / "survival.md"
@@ -116,7 +116,7 @@ def report() -> Iterator[Report]:
 HEAD = f"""# Fault injection: results
 
 Tests inject each fault below into a real run and record the exit code and the message. This page is written by
-`SURVIVAL=docs/survival.md make test WORKERS=0 ARGS=tests/test_survival.py`.
+`SURVIVAL=docs/survival.md make test-survival WORKERS=0`.
 
 A run is `maskgit train` in its own processes: two ranks, unless the row says otherwise. "Exact" means that the same
 command resumed the run, and that its final weights, averages and optimizer states were bit-exact: equal (`torch.equal`)

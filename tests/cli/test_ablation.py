@@ -53,6 +53,7 @@ def wait_for(condition: Any, process: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.trainings
 def test_an_ablation_survives_kills_and_failures_and_is_not_repeated(words: list[str], tmp_path: Path) -> None:
     command = [*words, "--vary", "model.network.depth=1,2", "--vary", "decoding.guidance.scale=2",
                "--trainer.max_steps=40", "--checkpoint_every=10"]  # fmt: skip
@@ -103,6 +104,7 @@ def test_an_ablation_survives_kills_and_failures_and_is_not_repeated(words: list
 
 
 @pytest.mark.slow
+@pytest.mark.trainings
 def test_a_budget_of_seconds_is_divided_by_the_time_of_a_step_and_a_failure_does_not_end_the_others(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,6 +145,7 @@ def test_a_budget_of_seconds_is_divided_by_the_time_of_a_step_and_a_failure_does
 
 
 @pytest.mark.slow
+@pytest.mark.trainings
 def test_tokenizers_are_judged_by_their_reconstructions_and_their_transformers(
     tiny_shards: Path, judge: Path, tmp_path: Path
 ) -> None:

@@ -144,6 +144,7 @@ def test_a_stop_signal_before_a_step_does_not_start_it(monkeypatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.trainings
 @pytest.mark.skipif(os.name == "nt", reason="no such signals")
 def test_a_stopped_demo_saves_and_the_same_command_finishes_it(tmp_path: Path, tiny_shards: Path) -> None:
     for stage in ("tokenizer", "transformer"):

@@ -92,6 +92,7 @@ def maskgit() -> MaskGIT:
 
 
 @pytest.mark.slow
+@pytest.mark.exports
 def test_the_code_of_the_page_runs_in_a_fresh_process(exported, maskgit, tmp_path):
     shutil.copytree(exported, tmp_path / "folder")
     assert fresh_process(FRESH, folder=tmp_path).split() == ["tokenizer", "transformer"]
@@ -328,6 +329,7 @@ def test_wrong_flags_and_a_missing_package_are_named(tiny_pretrained, tmp_path, 
 
 
 @pytest.mark.slow
+@pytest.mark.exports
 def test_a_folder_on_the_hub_is_loaded_by_its_name(tiny_pretrained, tmp_path):
     exporting.export_diffusers(tiny_pretrained, tmp_path / "out")
     with local_hub() as hub:

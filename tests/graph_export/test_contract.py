@@ -68,6 +68,7 @@ def assert_exported(graph: Graph, kind: str, folder, *, class_name: str | None =
 
 
 @pytest.mark.slow
+@pytest.mark.exports
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("config", [*all_configs(), *(
     pytest.param(small_config(name, **options), id=f"{name}-causal")
@@ -79,6 +80,7 @@ def test_the_logits_of_every_backbone_are_exported(config, kind, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exports
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", QUANTIZERS)
 def test_encoder_and_decoder_of_every_quantizer_are_exported(case, kind, tmp_path):
@@ -92,6 +94,7 @@ def test_encoder_and_decoder_of_every_quantizer_are_exported(case, kind, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.exports
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_of_the_tokenizer_is_exported(layout, kind, tmp_path):

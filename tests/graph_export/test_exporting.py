@@ -213,6 +213,7 @@ def test_damaged_weights_are_refused_before_anything_is_written(tmp_path, tiny_p
 
 
 @pytest.mark.slow
+@pytest.mark.exports
 def test_an_autoregressive_model_is_exported(tiny_autoregressive, tmp_path):
     content = export_graphs(tiny_autoregressive, tmp_path / "out", kind="pt2")
     assert content["attention"] == "causal"

@@ -21,7 +21,7 @@ from maskgit_pl.schedules import mask_schedules
 from tests.test_page_code import RUN
 
 onnxruntime = pytest.importorskip("onnxruntime")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.exports]
 
 ALONE = "import sys\nsys.modules.update({'torch': None, 'maskgit_pl': None})\n"  # importing them is an error
 CASES = {  # mask schedule, temperatures, scales, choice temperature
