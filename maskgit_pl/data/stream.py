@@ -284,7 +284,7 @@ def _read_members(urls: Iterable[str], labels: Labels) -> Iterator[dict[str, Any
 def _read_tar(url: str, extensions: set[str | None]) -> Iterator[tuple[str, bytes]]:
     """Yields the names and bytes of the members with some extensions.
 
-    1. The memory of a member and of its headers is bounded, whatever they say.
+    1. The memory of a member and of its headers is bounded, also if they are hostile.
     2. Nothing but zeros may follow the end of the archive.
     """
     from webdataset.tariterators import base_plus_ext
@@ -292,7 +292,7 @@ def _read_tar(url: str, extensions: set[str | None]) -> Iterator[tuple[str, byte
     found = 0
     with _open(url) as file:
         shard = _BoundedFile(file)
-        with tarfile.open(fileobj=shard, mode="r|", tarinfo=_Header) as tar:  # type: ignore[call-overload]
+        with tarfile.open(fileobj=shard, mode="r|", tarinfo=_Header) as tar:  # type: ignore[call-overload]  # it only reads
             for member in iter(tar.next, None):
                 tar.members, tar.pax_headers = [], {}  # they would grow with the shard
                 shard.left = _MAX_HEADERS + (member.size if member.isreg() else 0)
