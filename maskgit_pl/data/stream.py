@@ -48,28 +48,14 @@ class StreamError(ValueError):
     """A shard of a stream cannot be read, or has an incomplete sample. The message names it."""
 
 
-class StreamSample(NamedTuple):
-    """A sample of a shard.
-
-    Attributes:
-        data: Bytes of the image file.
-        label: Class in [0, num_classes).
-        name: URL of the shard and key of the sample, for messages.
-    """
-
-    data: bytes
+class _Sample(NamedTuple):
+    data: bytes  # of the image file
     label: int
-    name: str
+    name: str  # URL of the shard and key, for messages
 
     def decode(self, config: ShardDataConfig, crop: Place) -> Tensor:
-        """Decodes and crops the image; see ``load_image``.
-
-        Returns:
-            (in_channels, H, W) uint8.
-        """
-        return load_image(
-            self.data, image_size=config.image_size, channels=config.in_channels, crop=crop, name=self.name
-        )
+        size, channels = config.image_size, config.in_channels
+        return load_image(self.data, image_size=size, channels=channels, crop=crop, name=self.name)
 
 
 class StreamBatches(Dataset[Batch]):
@@ -111,7 +97,7 @@ class StreamBatches(Dataset[Batch]):
         self.rank = rank
         self.world_size = world_size
         self.first_step = first_step
-        self._samples: Iterator[StreamSample] | None = None
+        self._samples: Iterator[_Sample] | None = None
         self._seen = self._unreadable = 0
 
     def __getitems__(self, positions: range) -> Batch:
@@ -136,7 +122,7 @@ class StreamBatches(Dataset[Batch]):
         rows = [self._next(self._samples, crop) for crop in crops]
         return _batch(rows, index, epoch, position, torch.ones_like(position, dtype=torch.bool))
 
-    def _next(self, samples: Iterator[StreamSample], crop: Place) -> tuple[Tensor, int]:
+    def _next(self, samples: Iterator[_Sample], crop: Place) -> tuple[Tensor, int]:
         """Returns image and label of the next sample that can be decoded."""
         for _ in range(MAX_IN_A_ROW):
             sample = next(samples)
@@ -156,7 +142,7 @@ class StreamBatches(Dataset[Batch]):
                     ) from error
         raise DataBudgetError(f"data budget: {MAX_IN_A_ROW} images in a row cannot be read; the last: {sample.name}")
 
-    def _shuffle(self) -> Iterator[StreamSample]:
+    def _shuffle(self) -> Iterator[_Sample]:
         """Starts the endless sequence of samples of this worker."""
         import webdataset
 
@@ -169,7 +155,7 @@ class StreamBatches(Dataset[Batch]):
         chance = random.Random(f"{self.config.seed}/{self.first_step}/{own}")
         size = self.stream.shuffle_buffer
         shuffle = webdataset.shuffle(size, initial=size, rng=chance)
-        samples: Iterator[StreamSample] = shuffle(_read_samples(urls, self.labels))
+        samples: Iterator[_Sample] = shuffle(_read_samples(urls, self.labels))
         return samples
 
     def _endless_urls(self) -> Iterator[str]:
@@ -200,8 +186,8 @@ class StreamEval(Dataset[Batch]):
         self.stream = check_stream(config.stream, config.validation_samples)
         self.num_samples = num_samples
         self.labels = Labels(self.stream.labels, class_names)
-        self._samples: Iterator[tuple[int, StreamSample]] = iter(())
-        self._last: tuple[int, StreamSample] | None = None  # the sample that was read last, after its number
+        self._samples: Iterator[tuple[int, _Sample]] = iter(())
+        self._last: tuple[int, _Sample] | None = None  # the sample that was read last, after its number
 
     def __getitems__(self, positions: range) -> Batch:
         """Returns the batch at some positions; those past the end repeat the last sample and are not valid.
@@ -222,7 +208,7 @@ class StreamEval(Dataset[Batch]):
         rows = [(sample.decode(self.config, None), sample.label) for sample in samples]
         return _batch(rows, index, torch.zeros_like(index), position, position < self.num_samples)
 
-    def _sample(self, number: int) -> StreamSample:
+    def _sample(self, number: int) -> _Sample:
         """Reads on until a sample; the first shard again for an earlier one, as at the start of each validation."""
         if self._last is None or number < self._last[0]:
             urls = expand_urls("validation_urls", self.stream.validation_urls or [])
@@ -243,7 +229,7 @@ def _batch(rows: list[tuple[Tensor, int]], index: Tensor, epoch: Tensor, positio
     return Batch(torch.stack(images), torch.tensor(labels), index, epoch, position, valid, replacement=replacement)
 
 
-def _read_samples(urls: Iterable[str], labels: Labels) -> Iterator[StreamSample]:
+def _read_samples(urls: Iterable[str], labels: Labels) -> Iterator[_Sample]:
     """Yields the samples of shards in their order.
 
     Raises:
@@ -259,7 +245,7 @@ def _read_samples(urls: Iterable[str], labels: Labels) -> Iterator[StreamSample]
             found = ", ".join(f".{extension}" for extension in members if not extension.startswith("__"))
             raise StreamError(f"stream {name}: a sample must have {wanted} side by side in its shard, got {found}")
         label = 0 if labels.extension is None else labels.read(members[labels.extension], name=name)
-        yield StreamSample(images[0], label, name)
+        yield _Sample(images[0], label, name)
 
 
 def _refuse_repeated(error: Exception) -> bool:

@@ -334,14 +334,11 @@ def test_a_hostile_shard_is_refused_with_little_memory(tmp_path, write, text):
     ("urls", "text"),
     [
         ("pipe:cat train.tar", "'pipe:cat train.tar'"),
-        (["good.tar", "pipe:curl x"], "'pipe:curl x'"),
-        ("s3://bucket/x.tar", "https:// or http://, got 's3://bucket/x.tar'"),
+        (["good.tar", "s3://bucket/x.tar"], "https:// or http://, got 's3://bucket/x.tar'"),
         ("file:///x.tar", "file:"),
         ("simplecache::https://host/x.tar", "simplecache"),
-        ([], "at least 1"),
         ("", "at least 1"),
         ("x-{0..1.tar", "braces must close"),
-        ("x-{0..99999999999}.tar", "at most"),
     ],
 )
 def test_what_is_not_read_is_refused_by_name(urls, text):
