@@ -18,8 +18,8 @@ IMPORTED_AS = {
     "pillow": "PIL",
     "pyyaml": "yaml",
 }
-# Imported, but declared by a package that is: huggingface_hub and lightning (fsspec), tensorboard (google.protobuf).
-OF_DEPENDENCIES = {"fsspec", "google"}
+# Imported, but declared by a package that is: tensorboard (google.protobuf).
+OF_DEPENDENCIES = {"google"}
 OF_AN_EXTRA = {"diffusers_export/pipeline.py": "diffusers"}  # modules that subclass what only an extra has
 FOR_DEVELOPMENT = {"benchmarks", "dev", "docs", "test", "test-web"}  # extras whose packages the code does not import
 

@@ -12,7 +12,7 @@ from maskgit_pl.data.order import (
     WindowedStream,
     split_batch,
 )
-from maskgit_pl.data.shard_fetcher import StreamError
+from maskgit_pl.data.stream import StreamError
 from maskgit_pl.data.tokenizing import TokenizingConfig, describe_store, tokenize
 
 __all__ = [

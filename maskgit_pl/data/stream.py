@@ -1,36 +1,61 @@
 """Training and validation batches from shards that cannot be indexed: URLs, read one after the other.
 
-``shard_fetcher`` downloads and checks the shards. Of the ``webdataset`` library, only the shuffle buffer is used, since
-its reader unpickles members, runs ``pipe:`` commands and stops silently at a damaged header. Used by ``ShardData``.
+``webdataset`` groups the members of the shards into samples and shuffles these. Three of its parts are not used:
+its opener runs ``curl`` and ``pipe:`` commands, its tar reader takes a damaged header for the end of a shard and reads
+members of any size, and its decoders unpickle. Used by ``ShardData``.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import random
-from collections.abc import Iterator
+import re
+import tarfile
+import urllib.request
+from collections.abc import Iterable, Iterator
 from itertools import count, islice
-from typing import Any
+from typing import IO, Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from maskgit_pl.data.batches import Batch
 from maskgit_pl.data.config import ShardDataConfig, check_stream, expand_urls
-from maskgit_pl.data.shard_fetcher import ShardFetcher, StreamError, StreamSample
+from maskgit_pl.errors import DataBudgetError
+from maskgit_pl.files import open_regular
 from maskgit_pl.randomness import permutation
-from maskgit_pl.shards.images import Reason, UnreadableImageError
+from maskgit_pl.shards.crops import Place
+from maskgit_pl.shards.image_bytes import MAX_IMAGE_BYTES
+from maskgit_pl.shards.images import UnreadableImageError, load_image
 from maskgit_pl.shards.labels import Labels
-from maskgit_pl.shards.scan import BAD_IMAGE
-from maskgit_pl.shards.unreadable import Unreadable, UnreadableImages
+from maskgit_pl.shards.scan import IMAGE_EXTENSIONS
+from maskgit_pl.shards.unreadable import ALWAYS_ALLOWED, MAX_IN_A_ROW
 
-__all__ = ["StreamBatches", "StreamEval"]
+__all__ = ["StreamBatches", "StreamError", "StreamEval"]
 
 log = logging.getLogger(__name__)
 
-_ENDLESS = 2**62  # a number of samples that no stream reaches
+_SILENT_SECONDS = 60.0  # longest time in which a server may send nothing
+_MAX_LABEL_BYTES = 2**20
+_MAX_HEADERS = 2**20  # bytes between two members
+_MAX_NAME = 4096  # characters
+_CHUNK = 2**16  # bytes
+
+
+class StreamError(ValueError):
+    """A shard of a stream cannot be read, or has an incomplete sample. The message names it."""
+
+
+class _Sample(NamedTuple):
+    data: bytes  # of the image file
+    label: int
+    name: str  # URL of the shard and key, for messages
+
+    def decode(self, config: ShardDataConfig, crop: Place) -> Tensor:
+        size, channels = config.image_size, config.in_channels
+        return load_image(self.data, image_size=size, channels=channels, crop=crop, name=self.name)
 
 
 class StreamBatches(Dataset[Batch]):
@@ -40,18 +65,14 @@ class StreamBatches(Dataset[Batch]):
     2. The shards are dealt in turn to all workers of all ranks.
     3. Each worker keeps ``shuffle_buffer`` samples in memory and draws from them at random.
 
-    ``index`` and ``position`` of a row are its position in the stream of the run, step * global batch + slot, so masks,
-    flips and crops differ each time that a sample occurs. ``epoch`` is the number of complete passes through the list
-    of shards, since the process started, before the row's shard was opened.
+    The rows are numbered by their positions in the stream of the run, step * global batch + slot: ``index`` and
+    ``position`` are this number, ``epoch`` counts each ``samples`` of them. So masks, flips and crops differ each time
+    that a sample occurs.
 
-    Unlike with indexed shards, these are not exact:
+    Unlike with indexed shards, the order is not exact: it depends on the numbers of ranks and workers, a sample may
+    occur twice in an epoch or not at all, and a resumed run starts another order, drawn from (seed, step).
 
-    * Order: it depends on the number of ranks and workers. Within an epoch of ``samples``, a sample may occur twice or
-      not at all, since workers read shards of different sizes at the same pace.
-    * Resume: a resumed run starts another order of shards, drawn from (seed, step), from its beginning.
-    * Fewer shards than workers: several workers read the same shards, in different orders.
-
-    Unreadable images are skipped. Each worker ends the run if its unreadable images exceed the budget.
+    Unreadable images are skipped. Each worker ends the run if those exceed the budget.
 
     Args:
         config: The shards, sizes, crop, seed and budget of unreadable images; ``source`` is ``"stream"``.
@@ -76,8 +97,8 @@ class StreamBatches(Dataset[Batch]):
         self.rank = rank
         self.world_size = world_size
         self.first_step = first_step
-        self._samples: Iterator[StreamSample] | None = None
-        self._skipped: _SkippedImages | None = None
+        self._samples: Iterator[_Sample] | None = None
+        self._seen = self._unreadable = 0
 
     def __getitems__(self, positions: range) -> Batch:
         """Returns the next samples of this worker, in the rows of the given positions.
@@ -89,38 +110,39 @@ class StreamBatches(Dataset[Batch]):
             The batch; content is (B, in_channels, H, W) uint8.
 
         Raises:
-            StreamError: if a shard cannot be downloaded or is invalid.
+            StreamError: if a shard cannot be read or has an incomplete sample.
             DataBudgetError: if too many images are unreadable.
         """
         if self._samples is None:
-            self._skipped = _SkippedImages(self.config.unreadable_budget)
             self._samples = self._shuffle()
         position = torch.arange(positions.start, positions.stop)
         index = position % 2**32  # random_bits takes indices below 2**32
-        # The samples come in the worker's own order; positions only number the rows.
-        rows = [self._next(int(number)) for number in index]
-        labels, epochs = (torch.tensor([getattr(sample, name) for _, sample in rows]) for name in ("label", "epoch"))
-        content = torch.stack([image for image, _ in rows])
-        valid = torch.ones_like(position, dtype=torch.bool)
-        return Batch(content, labels, index, epochs, position, valid, replacement=torch.full_like(index, -1))
+        epoch = position // self.stream.samples
+        crops = self.config.train_augmentations.draw(index, epoch, seed=self.config.seed)
+        rows = [self._next(self._samples, crop) for crop in crops]
+        return _batch(rows, index, epoch, position, torch.ones_like(position, dtype=torch.bool))
 
-    def _next(self, index: int) -> tuple[Tensor, StreamSample]:
-        """Returns the next sample that can be decoded."""
-        assert self._samples is not None
-        assert self._skipped is not None
-        while True:
-            sample = next(self._samples)
-            numbers, seed = (torch.tensor([each]) for each in (index, sample.epoch)), self.config.seed
-            (place,) = self.config.train_augmentations.draw(*numbers, seed=seed)
+    def _next(self, samples: Iterator[_Sample], crop: Place) -> tuple[Tensor, int]:
+        """Returns image and label of the next sample that can be decoded."""
+        for _ in range(MAX_IN_A_ROW):
+            sample = next(samples)
+            self._seen += 1
             try:
-                image = sample.decode(self.config.image_size, self.config.in_channels, place)
+                return sample.decode(self.config, crop), sample.label
             except UnreadableImageError as error:
-                self._skipped.add(sample.url, sample.name, error.reason, str(error))
-                continue
-            self._skipped.add_readable()
-            return image, sample
+                log.warning("stream: skipped %s", error)
+                self._unreadable += 1
+                budget = self.config.unreadable_budget
+                allowed = ALWAYS_ALLOWED if budget > 0 else 0
+                if self._unreadable > max(allowed, budget * self._seen):
+                    raise DataBudgetError(
+                        f"data budget: unreadable images must be at most {budget:g} of all images, or {allowed} in "
+                        f"total, in each worker, got {self._unreadable} in {self._seen} images; the last: {error}; "
+                        "repair or leave out these images, or raise data.unreadable_budget"
+                    ) from error
+        raise DataBudgetError(f"data budget: {MAX_IN_A_ROW} images in a row cannot be read; the last: {sample.name}")
 
-    def _shuffle(self) -> Iterator[StreamSample]:
+    def _shuffle(self) -> Iterator[_Sample]:
         """Starts the endless sequence of samples of this worker."""
         import webdataset
 
@@ -128,14 +150,15 @@ class StreamBatches(Dataset[Batch]):
         worker = get_worker_info()
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         own = self.rank * workers + number
+        urls = islice(self._endless_urls(), own, None, self.world_size * workers)
+        # 3. The buffer is full before the first sample is drawn.
         chance = random.Random(f"{self.config.seed}/{self.first_step}/{own}")
         size = self.stream.shuffle_buffer
-        # 3. The buffer is full before the first sample is drawn.
-        urls = islice(self._endless_urls(), own, None, self.world_size * workers)
-        samples: Iterator[StreamSample] = webdataset.shuffle(size, initial=size, rng=chance)(self._read(urls))
+        shuffle = webdataset.shuffle(size, initial=size, rng=chance)
+        samples: Iterator[_Sample] = shuffle(_read_samples(urls, self.labels))
         return samples
 
-    def _endless_urls(self) -> Iterator[tuple[str, int]]:
+    def _endless_urls(self) -> Iterator[str]:
         # 1. The same order on all workers.
         urls = expand_urls("urls", self.stream.urls)
         for epoch in count():
@@ -143,21 +166,7 @@ class StreamBatches(Dataset[Batch]):
                 torch.arange(len(urls)), len(urls), stream="order/stream", seed=self.config.seed, index=self.first_step,
                 epoch=epoch,
             )  # fmt: skip
-            yield from ((urls[number], epoch) for number in order.tolist())
-
-    def _read(self, urls: Iterator[tuple[str, int]]) -> Iterator[StreamSample]:
-        assert self._skipped is not None
-        for shard in ShardFetcher(urls, self.stream, self.labels):
-            # The scan found these by their headers; it names only the first.
-            if BAD_IMAGE in shard.scan.faults:
-                bad = shard.scan.faults[BAD_IMAGE]
-                for number in range(bad.count):
-                    name = f"{shard.url}, unreadable image {number + 1} of {bad.count}"
-                    self._skipped.add(shard.url, name, "damaged", f"the first: {bad.first}")
-            yield from shard.samples()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_samples": None, "_skipped": None}
+            yield from (urls[number] for number in order.tolist())
 
 
 class StreamEval(Dataset[Batch]):
@@ -177,9 +186,8 @@ class StreamEval(Dataset[Batch]):
         self.stream = check_stream(config.stream, config.validation_samples)
         self.num_samples = num_samples
         self.labels = Labels(self.stream.labels, class_names)
-        self._samples: Iterator[tuple[int, StreamSample]] = iter(())
-        self._at = _ENDLESS  # number of the last sample that was decoded
-        self._last: tuple[Tensor, int] | None = None
+        self._samples: Iterator[tuple[int, _Sample]] = iter(())
+        self._last: tuple[int, _Sample] | None = None  # the sample that was read last, after its number
 
     def __getitems__(self, positions: range) -> Batch:
         """Returns the batch at some positions; those past the end repeat the last sample and are not valid.
@@ -191,88 +199,137 @@ class StreamEval(Dataset[Batch]):
             The batch; content is (B, in_channels, H, W) uint8.
 
         Raises:
-            StreamError: if a shard is invalid, an image is unreadable, or there are too few samples.
+            StreamError: if a shard cannot be read, has an incomplete sample, or there are too few samples.
+            UnreadableImageError: if an image is unreadable.
         """
         position = torch.arange(positions.start, positions.stop)
         index = position.clamp(max=self.num_samples - 1)
-        images, labels = zip(*(self._sample(number) for number in index.tolist()), strict=True)
-        return Batch(
-            torch.stack(images),
-            torch.tensor(labels),
-            index,
-            torch.zeros_like(index),
-            position,
-            position < self.num_samples,
-            replacement=torch.full_like(index, -1),
-        )
+        samples = [self._sample(number) for number in index.tolist()]
+        rows = [(sample.decode(self.config, None), sample.label) for sample in samples]
+        return _batch(rows, index, torch.zeros_like(index), position, position < self.num_samples)
 
-    def _sample(self, number: int) -> tuple[Tensor, int]:
-        """Returns image and label of a sample.
-
-        1. The last sample again: it is kept.
-        2. A sample before it: start again with the first shard, as at the start of each validation.
-        3. Read on until the sample.
-        """
-        if number == self._at and self._last is not None:  # 1.
-            return self._last
-        if number < self._at:  # 2.
-            self._samples = enumerate(self._read())
-        for at, sample in self._samples:  # 3.
-            if at == number:
-                self._at, self._last = at, (self._decode(sample), sample.label)
-                return self._last
-        raise StreamError(
-            "data.validation_samples must be at most the number of samples in data.stream.validation_urls, got "
-            f"{self.num_samples}; sample {number} does not exist"
-        )
-
-    def _decode(self, sample: StreamSample) -> Tensor:
-        return sample.decode(self.config.image_size, self.config.in_channels, None)
-
-    def _read(self) -> Iterator[StreamSample]:
-        urls = expand_urls("validation_urls", self.stream.validation_urls or [])
-        for shard in ShardFetcher(((url, 0) for url in urls), self.stream, self.labels):
-            bad = shard.scan.faults.get(BAD_IMAGE)
-            if bad is not None:
-                raise StreamError(f"stream {shard.url}: all validation images must be readable, got: {bad.first}")
-            yield from shard.samples()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_samples": iter(()), "_at": _ENDLESS, "_last": None}
+    def _sample(self, number: int) -> _Sample:
+        """Reads on until a sample; the first shard again for an earlier one, as at the start of each validation."""
+        if self._last is None or number < self._last[0]:
+            urls = expand_urls("validation_urls", self.stream.validation_urls or [])
+            self._samples, self._last = enumerate(_read_samples(urls, self.labels)), None
+        while self._last is None or self._last[0] < number:
+            self._last = next(self._samples, None)
+            if self._last is None:
+                raise StreamError(
+                    "data.validation_samples must be at most the number of samples in data.stream.validation_urls, got "
+                    f"{self.num_samples}; sample {number} does not exist"
+                )
+        return self._last[1]
 
 
-class _SkippedImages:
-    """A counter of the unreadable images of one worker, with the limits of indexed shards; see ``UnreadableImages``.
+def _batch(rows: list[tuple[Tensor, int]], index: Tensor, epoch: Tensor, position: Tensor, valid: Tensor) -> Batch:
+    images, labels = zip(*rows, strict=True)
+    replacement = torch.full_like(index, -1)
+    return Batch(torch.stack(images), torch.tensor(labels), index, epoch, position, valid, replacement=replacement)
 
-    Samples of a stream have no numbers, so they are numbered in the order in which they are read.
 
-    Args:
-        budget: Fraction of the samples that may be unreadable, in [0, 1].
+def _read_samples(urls: Iterable[str], labels: Labels) -> Iterator[_Sample]:
+    """Yields the samples of shards in their order.
+
+    Raises:
+        StreamError: if a shard is not a complete tar, has no samples, or has an incomplete sample.
     """
+    from webdataset.tariterators import group_by_keys
 
-    def __init__(self, budget: float) -> None:
-        self._known: dict[int, Unreadable] = {}
-        self._seen = 0
-        self._counter = UnreadableImages(self._known.__getitem__, num_samples=_ENDLESS, budget=budget)
+    for members in group_by_keys(_read_members(urls, labels), handler=_refuse_repeated):
+        name = members["__key__"]
+        images = [members[extension] for extension in IMAGE_EXTENSIONS if extension in members]
+        if len(images) != 1 or (labels.extension is not None and labels.extension not in members):
+            wanted = "one image" if labels.extension is None else f"one image and one .{labels.extension}"
+            found = ", ".join(f".{extension}" for extension in members if not extension.startswith("__"))
+            raise StreamError(f"stream {name}: a sample must have {wanted} side by side in its shard, got {found}")
+        label = 0 if labels.extension is None else labels.read(members[labels.extension], name=name)
+        yield _Sample(images[0], label, name)
 
-    def add(self, url: str, name: str, reason: Reason, error: str) -> None:
-        """Counts an unreadable image.
 
-        Args:
-            url: URL of its shard.
-            name: The image's name in messages.
-            reason: Kind of the fault.
-            error: Message of the decoder.
+def _refuse_repeated(error: Exception) -> bool:
+    raise StreamError(f"stream {error.args[0]}") from error  # webdataset's text begins with the member's name
 
-        Raises:
-            DataBudgetError: if there are too many.
-        """
-        log.warning("stream: skipped %s: %s", name, error)
-        self._known[self._seen] = Unreadable(self._seen, url, name, reason, error)
-        self._counter.add(np.array([self._seen]), np.array([self._seen + 1]))
-        self._seen += 1
 
-    def add_readable(self) -> None:
-        """Counts a readable image."""
-        self._counter.add(np.array([self._seen]), np.array([-1]))
-        self._seen += 1
+def _read_members(urls: Iterable[str], labels: Labels) -> Iterator[dict[str, Any]]:
+    """Yields the images and labels of shards in the form of ``webdataset``; an empty one ends a shard.
+
+    The name of a shard is part of their names, and thus of the keys of samples.
+    """
+    for url in urls:
+        try:
+            for name, data in _read_tar(url, {*IMAGE_EXTENSIONS, labels.extension}):
+                yield {"fname": f"{url}/{name}", "data": data, "__url__": url}
+        except Exception as error:  # urllib, http.client and tarfile raise many kinds
+            got = f"{type(error).__name__}: {error}"
+            raise StreamError(f"stream {url}: must be a complete, uncompressed tar with samples, got {got}") from error
+        yield {}
+
+
+def _read_tar(url: str, extensions: set[str | None]) -> Iterator[tuple[str, bytes]]:
+    """Yields the names and bytes of the members with some extensions.
+
+    1. The memory of a member and of its headers is bounded, also if they are hostile.
+    2. Nothing but zeros may follow the end of the archive.
+    """
+    from webdataset.tariterators import base_plus_ext
+
+    found = 0
+    with _open(url) as file:
+        shard = _BoundedFile(file)
+        with tarfile.open(fileobj=shard, mode="r|", tarinfo=_Header) as tar:  # type: ignore[call-overload]  # it only reads
+            for member in iter(tar.next, None):
+                tar.members, tar.pax_headers = [], {}  # they would grow with the shard
+                shard.left = _MAX_HEADERS + (member.size if member.isreg() else 0)
+                if len(member.name) > _MAX_NAME:
+                    raise tarfile.ReadError(f"a member's name of more than {_MAX_NAME} characters")
+                if member.issparse():
+                    raise tarfile.ReadError(f"{member.name} is a sparse file")
+                extension = (base_plus_ext(member.name)[1] or "").lower()
+                if member.isreg() and extension in extensions:
+                    limit = MAX_IMAGE_BYTES if extension in IMAGE_EXTENSIONS else _MAX_LABEL_BYTES
+                    if member.size > limit:  # 1.
+                        raise tarfile.ReadError(f"{member.name} has more than {limit} bytes")
+                    yield member.name, tar.extractfile(member).read()
+                    found += 1
+            while rest := tar.fileobj.read(_CHUNK):  # 2.
+                if any(rest):
+                    raise tarfile.ReadError("more bytes after the end of the archive")
+    if not found:
+        raise tarfile.ReadError("no images or labels")
+
+
+def _open(url: str) -> IO[bytes]:
+    if re.match(r"https?:", url, re.IGNORECASE):
+        response: IO[bytes] = urllib.request.urlopen(url, timeout=_SILENT_SECONDS)
+        return response
+    return os.fdopen(open_regular(url), "rb")
+
+
+class _BoundedFile:
+    """A file of which no more than ``left`` bytes can be read."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.left = _MAX_HEADERS
+
+    def read(self, size: int) -> bytes:
+        data = self.file.read(size)
+        self.left -= len(data)
+        if self.left < 0:
+            raise tarfile.ReadError(f"more than {_MAX_HEADERS} bytes of headers or zeros in a row")
+        return data
+
+
+class _Header(tarfile.TarInfo):
+    """A header of a tar. A damaged or missing one is an error, which ``tarfile`` takes for the end of the archive."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if buf == bytes(tarfile.BLOCKSIZE):  # the end of the archive
+                raise
+            raise tarfile.ReadError(f"{error}, in place of a member or the end") from error

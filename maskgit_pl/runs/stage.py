@@ -168,6 +168,10 @@ def _log_start(run: StageRun, plan: Plan, newest: Path | None) -> None:
         log.info("%s: trainer.precision %s: %s", plan.stage_folder, AUTO, run.settings.precision)
     data, ranks = run.datamodule, run.trainer.world_size
     data.warn_if_resized()
+    if data.stream is not None:
+        log.info(
+            "%s: the order of a stream is not exact: a resumed run starts another order of shards", plan.stage_folder
+        )
     per_device, accumulation = split_batch(data.config.global_batch, data.config.max_batch_per_device, ranks)
     log.info(
         "%s: global batch %d = %s x %s x %s%s",

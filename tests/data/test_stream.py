@@ -1,30 +1,27 @@
-"""Streams from a real web server and from files: samples of each worker; bad, slow and missing shards."""
+"""Streams from a real web server and from files: samples of each worker; bad, silent, missing and hostile shards."""
 
-import contextlib
-import errno
 import functools
+import gzip
 import http.server
 import io
 import itertools
 import os
 import pickle
+import re
 import socket
 import tarfile
 import threading
-import time
+import tracemalloc
 from collections.abc import Iterator
-from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 import torch
 
 from maskgit_pl.data import Batch, ShardData, ShardDataConfig, StreamConfig, StreamError
-from maskgit_pl.data.shard_fetcher import ShardFetcher
 from maskgit_pl.data.stream import StreamBatches
 from maskgit_pl.errors import DataBudgetError
 from maskgit_pl.shards.images import encode_png
-from maskgit_pl.shards.labels import Labels
 from tests.conftest import save_uneven_shards
 from tests.data_folders import save_data
 
@@ -61,14 +58,14 @@ def stream(urls, **options) -> StreamBatches:
 
     of_dataset = {"class_names": CLASS_NAMES, **taken("class_names", "rank", "world_size", "first_step")}
     of_data = {"unreadable_budget": 0.0, **taken("seed", "crop", "unreadable_budget")}
-    config = StreamConfig(urls, samples=NUM_TRAIN, **{"shuffle_buffer": 4, "attempts": 1, **options})
+    config = StreamConfig(urls, samples=NUM_TRAIN, **{"shuffle_buffer": 4, **options})
     data = ShardDataConfig("", source="stream", stream=config, image_size=8, in_channels=1, **of_data)
     return StreamBatches(data, **of_dataset)
 
 
 def data(path: Path | str, urls, **options) -> ShardData:
     of_stream = {name: options.pop(name) for name in ("validation_urls", "classes") if name in options}
-    config = StreamConfig(urls, samples=NUM_TRAIN, shuffle_buffer=4, attempts=1, **of_stream)
+    config = StreamConfig(urls, samples=NUM_TRAIN, shuffle_buffer=4, **of_stream)
     sizes = {"image_size": 8, "in_channels": 1, "global_batch": 8, "max_batch_per_device": 4, "validation_batch": 4}
     module = ShardData(ShardDataConfig(str(path), source="stream", stream=config, **{**sizes, **options}))
     module.setup()
@@ -95,10 +92,10 @@ def known(folder: Path) -> dict[bytes, int]:
     return dict(zip(images([batch]), batch.labels.tolist(), strict=True))
 
 
-@pytest.mark.parametrize("kind", ["web", "file", "path"])
+@pytest.mark.parametrize("kind", ["web", "path"])
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_all_samples_come_with_their_labels_from_anywhere(folder, web, known, kind, num_workers):
-    base = {"web": web, "file": folder.as_uri(), "path": str(folder)}[kind]
+    base = {"web": web, "path": str(folder)}[kind]
     module = data(folder, f"{base}/train-{{000000..000005}}.tar", num_workers=num_workers)
     batches = list(module.train_dataloader())
     assert [tuple(batch.content.shape) for batch in batches] == [(4, 1, 8, 8)] * (2 * module.steps_per_epoch)
@@ -135,11 +132,12 @@ def test_order_depends_on_the_seed_and_on_the_step_at_which_it_begins(folder):
     assert first != images(taken(stream(urls, first_step=3), 20))
 
 
-def test_epoch_counts_passes_and_random_crops_depend_on_the_row(tmp_path):
+def test_epoch_counts_samples_and_random_crops_depend_on_the_row(tmp_path):
     wide = [(encode_png(torch.arange(8 * 30).reshape(1, 8, 30).to(torch.uint8)), 0)] * 3
     save_data(tmp_path, {"train": wide})
-    batch = stream(str(tmp_path / "train-000000.tar"), crop="random", shuffle_buffer=1).__getitems__(range(9))
-    assert batch.epoch.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    urls = str(tmp_path / "train-000000.tar")
+    batch = stream(urls, crop="random", shuffle_buffer=1).__getitems__(range(NUM_TRAIN - 4, NUM_TRAIN + 5))
+    assert batch.epoch.tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 1]
     assert len({image.numpy().tobytes() for image in batch.content}) > 4
 
 
@@ -175,33 +173,57 @@ def test_class_names_are_those_of_the_stream_or_of_the_folder(folder, tmp_path):
         data(tmp_path / "nowhere", urls, classes=4)  # validation reads the folder
 
 
-def spoilt(folder: Path, tmp_path: Path, kind: str) -> Path:
-    whole = (folder / "train-000001.tar").read_bytes()
-    content = {
-        "cut": whole[:3000],
-        "damaged header": whole[:2048] + bytes([65] * 512) + whole[2560:],
-        "no tar": b"<html>404 Not Found</html>" * 100,
-        "gzip": b"\x1f\x8b" + whole,
-        "empty": b"",
-        "no sample": bytes(10240),
-    }[kind]
-    path = tmp_path / "bad.tar"
-    path.write_bytes(content)
-    return path
+def tar_of(path: Path, members: list[tuple[str, bytes]], **header) -> str:
+    """Writes a tar of members, of which the last has some fields of its header."""
+    with tarfile.open(path, "w") as tar:
+        for number, (name, content) in enumerate(members, start=1):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            for key, value in header.items() if number == len(members) else ():
+                setattr(member, key, value)
+            tar.addfile(member, io.BytesIO(content))
+    return str(path)
 
 
-@pytest.mark.parametrize("kind", ["cut", "damaged header", "no tar", "gzip", "empty", "no sample"])
-def test_a_bad_shard_among_good_ones_is_named_and_not_passed_over(folder, tmp_path, kind):
-    bad = spoilt(folder, tmp_path, kind)
+GREY = encode_png(torch.zeros(1, 8, 8, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "text"),
+    [
+        (lambda whole: whole[:3000], "unexpected end of data"),
+        (lambda whole: whole[:2048], "empty header"),  # between two members
+        (lambda whole: whole[:2300], "truncated header"),
+        (lambda whole: whole[:2048] + bytes([65] * 512) + whole[2560:], "header, in place of a member"),
+        (lambda whole: whole[:2048] + bytes(512) + whole[2560:], "more bytes after the end"),
+        (lambda _: b"<html>404 Not Found</html>" * 100, "header, in place of a member"),
+        (gzip.compress, "header, in place of a member"),
+        (lambda _: b"", "empty header"),
+        (lambda _: bytes(10240), "no images or labels"),
+    ],
+)
+def test_a_bad_shard_among_good_ones_is_named_and_not_passed_over(folder, tmp_path, spoil, text):
+    bad = tmp_path / "bad.tar"
+    bad.write_bytes(spoil((folder / "train-000001.tar").read_bytes()))
     dataset = stream([f"{folder}/train-000000.tar", str(bad)])
-    with pytest.raises(StreamError, match=rf"stream {bad}: .* got"):
+    with pytest.raises(StreamError, match=rf"^stream {bad}: must be a complete, .* got ReadError: .*{text}"):
         taken(dataset, 40)
 
 
-def test_a_label_that_is_no_class_is_named_with_shard_and_member(folder):
-    dataset = stream(f"{folder}/train-000000.tar", class_names=("a", "b"))
-    with pytest.raises(StreamError, match=r"train-000000\.tar: all samples must .*no class \(first .*00000002\.cls"):
-        taken(dataset, 1)
+@pytest.mark.parametrize(
+    ("members", "text"),
+    [
+        ([("0.png", GREY)], "x.tar/0: a sample must have one image and one .cls side by side in its shard, got .png"),
+        ([("0.cls", b"1")], "x.tar/0: a sample must have one image and one .cls side by side in its shard, got .cls"),
+        ([("0.png", GREY), ("0.jpg", GREY), ("0.cls", b"1")], "one image and one .cls"),
+        ([("0.png", GREY), ("0.PNG", GREY)], "x.tar/0.PNG: duplicate file name"),
+        ([("0.png", GREY), ("0.cls", b"3")], "x.tar/0 must be a class in [0, 3), got 3"),
+        ([("0.png", GREY), ("0.__bad__", b""), ("0.cls", b"x")], "x.tar/0 must be a decimal class number"),
+    ],
+)
+def test_a_sample_that_is_not_whole_is_named(tmp_path, members, text):
+    with pytest.raises(ValueError, match=re.escape(text)):
+        taken(stream(tar_of(tmp_path / "x.tar", members)), 1)
 
 
 def test_unreadable_images_are_passed_over_until_they_are_too_many(tmp_path):
@@ -211,12 +233,12 @@ def test_unreadable_images_are_passed_over_until_they_are_too_many(tmp_path):
     urls = str(tmp_path / "few" / "train-000000.tar")
     batch = stream(urls, unreadable_budget=0.9).__getitems__(range(6))
     assert set(batch.labels.tolist()) == {0, 2}
-    with pytest.raises(DataBudgetError, match=r"train-000000\.tar"):
+    with pytest.raises(DataBudgetError, match=r"train-000000\.tar/0.* data\.unreadable_budget"):
         taken(stream(urls), 8)
     with pytest.raises(DataBudgetError, match="unreadable_budget"):
         taken(stream(urls, unreadable_budget=1e-3), 100)
     save_data(tmp_path / "all", {"train": [(cut, 0)] * 3})
-    with pytest.raises(DataBudgetError, match="got 11"):
+    with pytest.raises(DataBudgetError, match="got 11 in 11"):
         taken(stream(str(tmp_path / "all" / "train-000000.tar"), unreadable_budget=0.9999), 1)
 
 
@@ -230,14 +252,9 @@ class Hostile:
 
 def test_members_that_others_would_run_are_not_read(tmp_path):
     pickled = pickle.dumps(Hostile(tmp_path / "canary"))
-    members = {"0.png": encode_png(torch.zeros(1, 8, 8, dtype=torch.uint8)), "0.cls": b"2"}
-    members |= {f"0.{extension}": pickled for extension in ("pkl", "pyd", "pickle", "pth", "pt", "npz")}
-    with tarfile.open(tmp_path / "x.tar", "w") as tar:
-        for name, content in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    assert stream(str(tmp_path / "x.tar")).__getitems__(range(2)).labels.tolist() == [2, 2]
+    members = [("0.png", GREY), ("0.cls", b"2")]
+    members += [(f"0.{extension}", pickled) for extension in ("pkl", "pyd", "pickle", "pth", "pt", "npz")]
+    assert stream(tar_of(tmp_path / "x.tar", members)).__getitems__(range(2)).labels.tolist() == [2, 2]
     assert not (tmp_path / "canary").exists()
     pickle.loads(pickled)
     assert (tmp_path / "canary").exists()  # it would have been noticed
@@ -248,134 +265,86 @@ def test_what_is_not_there_is_named(web, tmp_path):
         unused.bind(("127.0.0.1", 0))
         nobody = f"http://127.0.0.1:{unused.getsockname()[1]}/train-0.tar"
         for url, text in (
-            (f"{web}/train-999999.tar", "download failed in 1 attempts .*404"),
-            (nobody, "download failed in 1 attempts .*onnect"),
+            (f"{web}/train-999999.tar", "HTTPError: .*404"),
+            (nobody, "URLError: .*refused"),
             (f"{tmp_path}/no.tar", "No such file"),
-            ("s3://bucket/x.tar", "s3fs"),
         ):
             with pytest.raises(StreamError, match=rf"stream {url}: .*{text}"):
                 taken(stream(url), 1)
 
 
-def test_a_shard_that_fails_once_is_asked_for_again(folder):
-    failures = iter((True, False))
+@pytest.mark.parametrize(("patience", "text"), [(0.3, "TimeoutError"), (60, "unexpected end of data")])
+def test_a_server_that_falls_silent_or_hangs_up_ends_the_run(folder, monkeypatch, patience, text):
+    monkeypatch.setattr("maskgit_pl.data.stream._SILENT_SECONDS", patience)
+    over = threading.Event()
 
-    class Failing(Quiet):
+    class Half(Quiet):
         def do_GET(self) -> None:
-            if next(failures, False):
-                self.send_error(503)
-            else:
-                super().do_GET()
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Failing, directory=str(folder))) as server:
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/train-000000.tar"
-        assert len(taken(stream(url, attempts=2), 1)) == 1
-        server.shutdown()
-
-
-def test_a_server_that_falls_silent_ends_the_run(folder):
-    silent = threading.Event()
-
-    class Silent(Quiet):
-        def do_GET(self) -> None:
+            whole = Path(self.translate_path(self.path)).read_bytes()
             self.send_response(200)
-            self.send_header("Content-Length", "10240")
+            self.send_header("Content-Length", str(len(whole)))
             self.end_headers()
-            self.wfile.write(bytes(100))
-            silent.wait(20)
+            self.wfile.write(whole[:2700])
+            over.wait(20 if patience < 1 else 0)
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Silent) as server:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Half, directory=str(folder))) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/train-000000.tar"
-        start = time.monotonic()
-        with pytest.raises(StreamError, match=rf"stream {url}: no data for 0.5 s \(data.stream.stall_seconds\)"):
-            taken(stream(url, stall_seconds=0.5), 1)
-        assert time.monotonic() - start < 15
-        silent.set()
+        with pytest.raises(StreamError, match=text):
+            taken(stream(f"http://127.0.0.1:{server.server_port}/train-000000.tar"), 40)
+        over.set()
         server.shutdown()
 
 
-def test_nothing_is_left_in_the_temporary_folder(web, tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    taken(stream(f"{web}/train-{{000000..000005}}.tar"), 60)
-    assert list(tmp_path.iterdir()) == []
+SPARSE = {"GNU.sparse.map": "0,0", "GNU.sparse.size": str(2**40)}
 
 
-def test_a_validation_that_ends_before_the_last_shard_leaves_no_file_open(folder, web, tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    urls = f"{web}/train-{{000000..000005}}.tar"
-    module = data(folder, urls, validation_urls=urls, validation_samples=2, classes=3)
-    loader = module.val_dataloader()
-    for _ in range(8):  # each starts again with the first shard, and has begun to fetch the second one
-        list(loader)
-    for _ in range(100):  # a thread may still fetch
-        if num_open(tmp_path) <= 2:
-            break
-        time.sleep(0.05)
-    assert num_open(tmp_path) <= 2  # the one in use and the next one
+def headers(path: Path, count: int, **fields) -> None:
+    """Writes a number of headers, and a gigabyte of zeros that takes no room on the disk."""
+    header = tarfile.TarInfo("0.png")
+    for key, value in {"type": tarfile.XHDTYPE, **fields}.items():
+        setattr(header, key, value)
+    path.write_bytes(header.tobuf() * count)
+    os.truncate(path, 2**30)
 
 
-def num_open(folder: Path) -> int:
-    """Returns the number of open files of a folder in this process, also of those that have no name any more."""
-    targets = []
-    for descriptor in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):  # the listing itself, or closed by another thread
-            targets.append(os.readlink(f"/proc/self/fd/{descriptor}"))
-    return sum(target.startswith(f"{folder}/") for target in targets)
-
-
-class SlowLabels(Labels):
-    """Labels of a slow disk."""
-
-    def read(self, *args, **options) -> int:
-        time.sleep(0.03)
-        return super().read(*args, **options)
-
-
-def test_the_check_of_a_long_shard_is_no_stall(folder):
-    path, config = folder / "train-000002.tar", StreamConfig("x", samples=1, stall_seconds=0.2)
-    fetcher = ShardFetcher(iter([(str(path), 0)]), config, SlowLabels("cls", CLASS_NAMES))
-    (shard,) = fetcher
-    assert len(list(shard.samples())) == SIZES[2]  # 9 samples, 0.27 s
-
-
-def test_an_error_of_the_disk_is_no_stall():
-    fetcher = ShardFetcher(iter([]), StreamConfig("x", samples=1, stall_seconds=60), Labels("cls", CLASS_NAMES))
-    future: Future = Future()
-    future.set_exception(TimeoutError(errno.ETIMEDOUT, "Connection timed out"))
-    start = time.monotonic()
-    with pytest.raises(TimeoutError, match="timed out"):
-        fetcher._wait("shard.tar", future)
-    assert time.monotonic() - start < 30
+@pytest.mark.parametrize(
+    ("write", "text"),
+    [
+        (lambda path: headers(path, 5000), "recursion|more than 1048576 bytes of headers"),
+        (lambda path: headers(path, 1, size=2**32), "more than 1048576 bytes of headers"),
+        (lambda path: headers(path, 1, size=2**28, type=tarfile.DIRTYPE), "more than 1048576 bytes of headers"),
+        (lambda path: headers(path, 1, size=2**40, type=tarfile.REGTYPE), "0.png has more than 268435456 bytes"),
+        (lambda path: headers(path, 1, size=2**40, type=tarfile.GNUTYPE_SPARSE), "0.png is a sparse file"),
+        (lambda path: tar_of(path, [("0.png", b"")], pax_headers=SPARSE), "0.png is a sparse file"),
+        (lambda path: tar_of(path, [("0.cls", bytes(2**20 + 1))]), "0.cls has more than 1048576 bytes"),
+        (lambda path: tar_of(path, [("a/" * 5000, b"")]), "name of more than 4096 characters"),
+    ],
+)
+def test_a_hostile_shard_is_refused_with_little_memory(tmp_path, write, text):
+    write(tmp_path / "x.tar")
+    tracemalloc.start()
+    with pytest.raises(StreamError, match=text):
+        taken(stream(str(tmp_path / "x.tar")), 1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 32 * 2**20
 
 
 @pytest.mark.parametrize(
     ("urls", "text"),
     [
         ("pipe:cat train.tar", "'pipe:cat train.tar'"),
-        (["good.tar", "pipe:curl x"], "'pipe:curl x'"),
+        (["good.tar", "s3://bucket/x.tar"], "https:// or http://, got 's3://bucket/x.tar'"),
+        ("file:///x.tar", "file:"),
         ("simplecache::https://host/x.tar", "simplecache"),
-        ("python://x", "python"),
-        ([], "at least 1"),
         ("", "at least 1"),
         ("x-{0..1.tar", "braces must close"),
-        ("x-{0..99999999999}.tar", "at most"),
     ],
 )
 def test_what_is_not_read_is_refused_by_name(urls, text):
     with pytest.raises(ValueError, match=r"data\.stream\.urls.* must .*got") as error:
         StreamConfig(urls, samples=1)
     assert text in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"samples": 0}, {"shuffle_buffer": 0}, {"attempts": 0}, {"stall_seconds": 0}, {"classes": 0}, {"labels": "txt"}],
-)
-def test_numbers_out_of_range_are_refused(options):
-    with pytest.raises(ValueError, match=f"{next(iter(options))}.* got"):
-        StreamConfig("x.tar", **{"samples": 1, **options})
 
 
 def test_a_stream_without_its_urls_or_the_size_of_its_validation_is_refused():
@@ -389,8 +358,8 @@ def test_a_stream_without_its_urls_or_the_size_of_its_validation_is_refused():
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("samples", 0), ("samples", 2**50), ("shuffle_buffer", 0), ("shuffle_buffer", 2**40), ("attempts", 10**6),
-     ("stall_seconds", 0), ("stall_seconds", float("nan")), ("classes", 0), ("classes", 10**9)],
+    [("samples", 0), ("samples", 2**50), ("shuffle_buffer", 0), ("shuffle_buffer", 2**40), ("classes", 0),
+     ("classes", 10**9)],
 )  # fmt: skip
 def test_a_setting_of_a_stream_out_of_range_is_refused(key, value):
     with pytest.raises(ValueError, match=rf"^data\.stream\.{key} must be .*, got {value}"):
@@ -408,5 +377,5 @@ def test_lists_of_urls_are_bounded_before_they_are_expanded():
 
 def test_a_fifo_is_refused_and_not_waited_for(folder, tmp_path):
     os.mkfifo(tmp_path / "x.tar")
-    with pytest.raises(StreamError, match=r"x\.tar: cannot be read \(must be a regular file"):
+    with pytest.raises(StreamError, match=r"x\.tar: must be .*must be a regular file"):
         next(iter(data(folder, str(tmp_path / "x.tar")).train_dataloader()))
