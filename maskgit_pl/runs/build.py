@@ -241,11 +241,7 @@ class StageRun:
 
     def _check_resumes(self, checkpoint: Path) -> None:
         """Raises ValueError if a setting has changed that must not change when a run resumes."""
-        known = read_settings(checkpoint)
-        if known is None:
-            log.warning("%s holds no settings, so they are not compared with those of this run", checkpoint)
-            return
-        changed = list_changes(known, self.fixed)
+        changed = list_changes(read_settings(checkpoint), self.fixed)
         if changed:
             raise ValueError(
                 f"cannot resume {self.folder} from step {step_of(checkpoint)}: settings changed "

@@ -158,15 +158,15 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def read_settings(folder: Path) -> dict[str, Any] | None:
-    """Reads the settings of the run from a complete checkpoint; None if it has no settings.
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Reads the settings of the run from a complete checkpoint.
 
     Raises:
-        ValueError: if the file has changed.
+        ValueError: if the file has changed or has no settings.
     """
     _verify(folder, [_STATE], _read_marker(folder))
     settings = _read_state(folder, lambda _: None).get(SETTINGS)
-    if settings is not None and not isinstance(settings, dict):
+    if not isinstance(settings, dict):
         raise ValueError(f"checkpoint {folder}: {SETTINGS} must be a mapping, got {shorten(settings)}")
     return settings
 
