@@ -54,9 +54,6 @@ SEED ?= 0
 ARGS ?=
 WORKERS ?= auto
 
-# An old name of a variable would be ignored without this line.
-$(if $(filter command line,$(origin STEPS)),$(error STEPS is now called NUM_STEPS))
-
 # Flags that select the run. RECIPE may name several recipes, merged from left to right: RECIPE='paper-256 log'.
 OF_RUN = --dataset "$(DATASET)" --data "$(DATA)" --recipe "$(strip $(RECIPE) $(BUDGET))" --run "$(RUN)" $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") $(if $(PRETRAINED),--pretrained "$(PRETRAINED)")
 MACHINES = $(if $(NODES),--nodes $(NODES)) $(if $(DEVICES),--devices $(DEVICES))

@@ -31,7 +31,7 @@ include_patterns = [
     "*.md", "docs/**.md", "docs/**.ipynb", "data/README.md", "benchmarks/README.md", "results/**.md",
     "tests/golden/README.md",
 ]  # fmt: skip
-exclude_patterns = [".*", "build", "dist", "runs", "data/raw", "data/shards", "data/cache", "maskgit_pl", "tests/old"]
+exclude_patterns = [".*", "build", "dist", "runs", "data/raw", "data/shards", "data/cache", "maskgit_pl"]
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 myst_enable_extensions = ["deflist"]  # flags of commands

@@ -1,7 +1,7 @@
 """The size, the channels and the file names of images, as recipes and files give them. Imports no torch.
 
-A size is the side of square images, or (height, width). Equal sides are always one integer, so that files, digests and
-names of square images are those of versions that knew no others.
+A size is the side of square images, or (height, width). Equal sides are always one integer, so that a size has
+one form in files, digests and names.
 """
 
 from __future__ import annotations

@@ -17,7 +17,6 @@ from dataclasses import is_dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, distributions
-from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from maskgit_pl.checks import build_dataclass, check_keys, did_you_mean, shorten
@@ -72,7 +71,6 @@ class Registry(Generic[T]):
         kind: Kind of the objects for error messages, such as ``"mask schedule"``.
         group: Entry point group of other packages' factories, such as ``"maskgit_pl.mask_schedules"``.
         check: Function of the name and a new object that raises ``ValueError`` if the object breaks its contract.
-        renamed: Names of older versions, each with its new name. They are accepted but not listed.
         modules: Modules that register built-in parts when they are imported, which happens at the first look-up. For
             parts whose modules import the module of the registry.
     """
@@ -83,13 +81,11 @@ class Registry(Generic[T]):
         group: str,
         *,
         check: Callable[[str, T], None] | None = None,
-        renamed: Mapping[str, str] = MappingProxyType({}),
         modules: Sequence[str] = (),
     ) -> None:
         self.kind = kind
         self.group = group
         self._check = check
-        self._renamed = renamed
         self._modules = modules
         self._factories: dict[str, Callable[..., T]] = {}
         self._loaded: dict[str, Callable[..., T] | PluginError] = {}  # by the name of the entry point
@@ -159,7 +155,6 @@ class Registry(Generic[T]):
             PluginError: if the code of a plug-in raises an error or exits.
         """
         name, arguments = self._parse(spec)
-        name = self._renamed.get(name, name)
         factory = self.factory(name)
         where = where or f"{self.kind} {shorten(name)}"
         announced = self._plugins().get(name) if name in self._loaded else None

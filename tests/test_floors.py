@@ -31,7 +31,6 @@ FLOORS = {  # a file or a folder -> its floor; a folder's files stand on its flo
     "portable": 0,
     "provenance": 0,
     "distributed": 0,
-    "old_names": 0,
     "randomness": 0,
     "halton": 0,
     "schedules": 1,

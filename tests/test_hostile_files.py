@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from maskgit_pl.cli import main
@@ -32,12 +33,14 @@ from maskgit_pl.pretrained import (
     save_tokenizer,
     save_transformer,
 )
+from maskgit_pl.runs.recipe_files import STAGES
 from maskgit_pl.shards.images import encode_png
 from maskgit_pl.shards.labels import Labels
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, read_settings
 from maskgit_pl.training.step_clock import read_training_time
+from tests.conftest import flags
 
-OLD = Path(__file__).parent / "old" / "0.1.0"
+TINY = Path(__file__).parent / "tiny"
 SECONDS, MEMORY = 10, 500_000_000  # of a load, at most; a load of what is here takes 10 ms and 1 MB
 DEPTHS = (300, 600, 900, 100_000)  # Python's own limit is about 1000 calls, and code that walks a tree needs several
 
@@ -264,16 +267,16 @@ def test_weights_with_one_byte_of_the_header_changed_load_or_are_refused_in_one_
             outcome(load, file, f"byte {place}: {byte}")
 
 
-PUSH = ("push", "runs/old", "alice/old", "--license=mit", "--dry-run")
-SAMPLE = ("sample", "runs/old", "--out=images.npz", "--num-images=2")
+PUSH = ("push", "runs/tiny", "alice/tiny", "--license=mit", "--dry-run")
+SAMPLE = ("sample", "runs/tiny", "--out=images.npz", "--num-images=2")
 MAKE = ("data", "make", "images", "--out=made")
 READERS = {  # each JSON or YAML file that a command reads -> the command
-    "runs/old/pretrained/config.json": PUSH,
-    "runs/old/pretrained/decoding.json": PUSH,
-    "runs/old/pretrained/tokenizer/config.json": PUSH,
-    "runs/old/pretrained/transformer/config.json": SAMPLE,
-    "runs/old/tokenizer/health.json": ("inspect", "runs/old", "--data=shards"),
-    "runs/old/tokens/store.json": ("data", "verify", "runs/old/tokens"),
+    "runs/tiny/pretrained/config.json": PUSH,
+    "runs/tiny/pretrained/decoding.json": PUSH,
+    "runs/tiny/pretrained/tokenizer/config.json": PUSH,
+    "runs/tiny/pretrained/transformer/config.json": SAMPLE,
+    "runs/tiny/tokenizer/health.json": ("inspect", "runs/tiny", "--data=shards"),
+    "runs/tiny/tokens/store.json": ("data", "verify", "runs/tiny/tokens"),
     "shards/train.json": ("data", "stats", "shards"),
     "shards/sizes.json": ("data", "index", "shards", "--train=train-*.tar"),
     "images/metadata.jsonl": MAKE,
@@ -284,13 +287,24 @@ READERS = {  # each JSON or YAML file that a command reads -> the command
 }
 
 
+@pytest.fixture(scope="module")
+def trained(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with a run of both stages, its token store and its data."""
+    folder = tmp_path_factory.mktemp("trained")
+    shutil.copytree(tiny_shards, folder / "shards")
+    of_run = [f"--data={folder / 'shards'}", f"--runs-folder={folder / 'runs'}", "--run=tiny"]
+    tokenizer, transformer = (flags(yaml.safe_load((TINY / f"{stage}.yaml").read_text())) for stage in STAGES)
+    assert main(["train", "tokenizer", *of_run, *tokenizer]) == 0
+    assert main(["tokenize", *of_run, "--device=cpu"]) == 0
+    assert main(["train", "transformer", *of_run, *transformer]) == 0
+    return folder
+
+
 @pytest.fixture
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def work(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A working directory with a run, its data, and images of two classes."""
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(OLD / "runs", "runs")
-    shutil.copytree(OLD / "pretrained", "runs/old/pretrained")
-    shutil.copytree(OLD / "shards", "shards")
+    shutil.copytree(trained, tmp_path, symlinks=True, dirs_exist_ok=True)
     for number in range(40):
         file = Path(f"images/{'ab'[number % 2]}/{number}.png")
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -72,12 +72,6 @@ def test_slurm_jobs_use_ddp_unless_a_cluster_is_given():
     assert "--cluster single" in run_make("train-tokenizer").stdout
 
 
-def test_a_variable_of_version_0_1_0_is_refused():
-    done = run_make("sample", "STEPS=8")
-    assert done.returncode == 2
-    assert "STEPS is now called NUM_STEPS" in done.stderr
-
-
 @pytest.mark.parametrize(
     "target", ["data", "sample", "evaluate", "train-tokenizer", "tokenize", "lint", "test", "install"]
 )

@@ -132,15 +132,6 @@ def test_a_causal_transformer_comes_back_as_it_was_saved(tiny_autoregressive):
         made.schedule_for("tune")
 
 
-def test_a_folder_from_before_there_was_causal_attention_is_bidirectional(saved):
-    config = read_config(saved / "transformer", "transformer")["network"]
-    del config["attention"]
-    edit(saved / "transformer", network=config)
-    made = load_transformer(saved / "transformer")
-    assert made.network.config == TRANSFORMER_CONFIG
-    assert made.schedule_for("tune") is made.mask_schedule
-
-
 def test_an_attention_and_a_schedule_that_do_not_go_together_are_refused(saved, tiny_autoregressive, tmp_path):
     shutil.copytree(tiny_autoregressive / "transformer", tmp_path / "causal")
     edit(tmp_path / "causal", mask_schedule="cosine")

@@ -6,7 +6,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +17,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from maskgit_pl.cli import main
 from maskgit_pl.errors import (
     BAD_INPUT,
     INTERNAL_ERROR,
@@ -544,30 +542,6 @@ def test_the_command_that_starts_its_ranks_itself_ends_with_the_code_of_the_run(
         said,
         f"ended {took:.0f} s later, no process left",
     )
-
-
-# Checkpoints of other versions
-
-
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("version", sorted(path.name for path in (HERE / "checkpoints").iterdir()))
-def test_a_checkpoint_of_an_older_version_goes_on(tmp_path, stage, version):
-    shutil.copytree(HERE / "checkpoints" / version / "shards", tmp_path / "shards")  # of its encoder of PNG
-    save_tiny_pretrained(tmp_path / "given")
-    words = ["train", stage, f"--data={tmp_path / 'shards'}", f"--runs-folder={tmp_path}", "--run=old"]
-    words += flags(yaml.safe_load((HERE / f"tiny/{stage}.yaml").read_text()))
-    words += (
-        [GAN.replace(', "start_step": 2', "")]
-        if stage == "tokenizer"
-        else [f"--tokenizer={tmp_path / 'given' / 'tokenizer'}"]
-    )
-    words += ["--trainer.max_steps=5", "--trainer.val_check_interval=3", "--keep_last=9"]
-    folder = tmp_path / "old" / stage / "checkpoints"
-    shutil.copytree(HERE / "checkpoints" / version / stage, folder / "step-00000003")
-    assert main(words) == 0
-    assert [step_of(path) for path in complete_checkpoints(folder)] == [3, 5]
-    before, after = (trained_state(FolderCheckpointIO().load_checkpoint(path)) for path in complete_checkpoints(folder))
-    assert before.keys() == after.keys()
 
 
 @pytest.mark.skipif("SURVIVAL" in os.environ, reason="the table is being written")

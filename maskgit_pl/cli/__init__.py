@@ -21,7 +21,6 @@ from maskgit_pl import __version__
 from maskgit_pl.checks import did_you_mean, shorten
 from maskgit_pl.cli import completion
 from maskgit_pl.errors import BAD_INPUT, CannotWriteError, describe_error, error_of_exit, exit_code_of
-from maskgit_pl.old_names import rename_flag
 from maskgit_pl.terminal import Terminal
 from maskgit_pl.text import PrintableFormatter
 
@@ -151,9 +150,6 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     # --traceback may stand anywhere, also after the command. What argparse does not know is a key of a recipe
     # (--trainer.max_steps) for the commands that take overrides, and a mistake for all others.
     args, rest = parser.parse_known_args([word for word in words if word != "--traceback"])
-    for flag in (word.partition("=")[0] for word in rest):
-        if (new := rename_flag(flag, args.command)) != flag:
-            parser.exit(BAD_INPUT, f"maskgit {args.command}: {flag} is now {new}\n")
     if rest and not getattr(args, "takes_overrides", False):
         # Dashes are not compared: they would make all flags alike.
         hint = did_you_mean(rest[0].partition("=")[0].lstrip("-"), _flags_of(parser, words)).replace(" '", " '--")

@@ -16,7 +16,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Adds the command to ``maskgit``."""
     parser = subparsers.add_parser(
         "import-tokenizer",
-        aliases=["import-taming"],  # the name of version 0.1.0
         help="convert a released tokenizer, such as taming-transformers' or MaskBit's",
         description=f"Convert a tokenizer of {', '.join(TOKENIZER_LAYOUTS)} to DIR/tokenizer, and print what was read. "
         "Nothing in the checkpoint is executed.",

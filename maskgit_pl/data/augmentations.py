@@ -163,7 +163,7 @@ class Flip(Augmentation):
         return image.flip(-1) if random[0] < self.probability else image
 
 
-_STREAMS = {"random_crop": "crop", "flip": "flip"}  # of randomness, as in earlier versions
+_STREAMS = {"random_crop": "crop", "flip": "flip"}  # of randomness
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from maskgit_pl.decoding.guidance import guidance_scales, guidance_schedules
 from maskgit_pl.decoding.limits import DrawMethod, check_guidance, check_num_steps, check_token_counts, check_token_sum
 from maskgit_pl.decoding.sampling import CodeSampling, Temperature
 from maskgit_pl.decoding.selectors import TokenSelector, token_selectors
-from maskgit_pl.old_names import rename_token_selector
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
 
 if TYPE_CHECKING:
@@ -39,8 +38,8 @@ class DecodingConfig:
         top_p: Probability of the smallest set of codes to draw from, in (0, 1]; None draws from all.
         tokens_per_step: Number of tokens that each step decides, in place of the mask schedule: T integers.
         mask_schedule: Name or mapping of a mask schedule to decode with; None uses that of the training.
-        draw_method: Method by which codes are drawn; see ``limits.DrawMethod``. The default ``inverse_cdf`` is that
-            of settings without this key, which earlier versions wrote. Recipes and importers have ``gumbel``.
+        draw_method: Method by which codes are drawn; see ``limits.DrawMethod``. Recipes and importers have
+            ``gumbel``.
 
     Raises:
         ValueError: if a number is out of range, or ``tokens_per_step`` does not hold ``num_steps`` numbers.
@@ -57,8 +56,6 @@ class DecodingConfig:
     draw_method: DrawMethod = "inverse_cdf"
 
     def __post_init__(self) -> None:
-        if isinstance(self.token_selector, str):
-            object.__setattr__(self, "token_selector", rename_token_selector(self.token_selector))
         for name in ("num_steps", "sampling_temperature", "top_k", "top_p"):
             several = plain_list(getattr(self, name))
             plain = plain_number(getattr(self, name)) if several is None else tuple(several)  # JSON has no tuples

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from maskgit_pl.checks import check_number
 from maskgit_pl.decoding.plan import step_progress
-from maskgit_pl.old_names import OLD_GUIDANCE_SCHEDULES
 from maskgit_pl.registry import Registry
 
 __all__ = ["GuidanceSchedule", "guidance_scales", "guidance_schedules"]
@@ -51,7 +50,6 @@ guidance_schedules: Registry[GuidanceSchedule] = Registry(
     "guidance schedule",
     "maskgit_pl.guidance_schedules",
     check=check_guidance_schedule,
-    renamed=OLD_GUIDANCE_SCHEDULES,
 )
 
 

@@ -11,7 +11,6 @@ from typing import Any
 from maskgit_pl.checks import build_dataclass, check_keys, shorten
 from maskgit_pl.decoding.config import DecodingConfig
 from maskgit_pl.files import read_json
-from maskgit_pl.old_names import drop_context_cache
 
 __all__ = ["SETTINGS_FORMAT", "read_settings_file"]
 
@@ -40,5 +39,4 @@ def read_settings_file(file: Path) -> tuple[DecodingConfig, dict[str, Any]]:
             "writes such a file, RUN/pretrained/decoding.json"
         )
     check_keys(f"decoding {file}", content, known=content, required=("decoding",))
-    content = drop_context_cache(content, f"decoding {file}")
     return build_dataclass(DecodingConfig, content["decoding"], f"decoding {file}: decoding"), content

@@ -43,7 +43,7 @@ def choose_plot_steps(num_tokens: int, steps: Iterable[int] = PLOT_STEPS) -> tup
 def decoding_key(decoding: DecodingConfig) -> dict[str, Any]:
     """Returns the ledger key of a decoding: token selector, guidance, and all fields that differ from their default.
 
-    A default is left out so that rows remain valid when a later version adds a field.
+    Rows remain valid when a field is added.
     """
     usual = {field.name: field.default for field in fields(DecodingConfig)}
     given = {name: value for name, value in asdict(decoding).items() if value != usual[name]}

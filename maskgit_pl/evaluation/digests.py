@@ -8,9 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from maskgit_pl.old_names import restore_config
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pretrained import fingerprint
 
@@ -38,20 +35,18 @@ def model_digests(pipe: MaskGIT, pretrained: Path) -> dict[str, str]:
 
     Returns:
         Digests in hex by name. ``tokenizer`` and ``transformer`` identify the weights; ``config`` identifies sizes,
-        mask schedule and classes, and a dtype other than float32.
+        mask schedule, classes and dtype.
     """
     tokenizer, transformer = pipe.tokenizer, pipe.transformer
     # The same weights can be read with another configuration, e.g. another mask schedule, and then give other images.
     config = {
-        "tokenizer": restore_config(asdict(tokenizer.network.config)),
+        "tokenizer": asdict(tokenizer.network.config),
         "image_size": tokenizer.image_size,
-        "transformer": restore_config(asdict(transformer.network.config)),
+        "transformer": asdict(transformer.network.config),
         "mask_schedule": repr(transformer.mask_schedule),
         "class_names": list(transformer.class_names),
+        "dtype": str(next(transformer.network.parameters()).dtype),
     }
-    dtype = next(transformer.network.parameters()).dtype
-    if dtype != torch.float32:  # files hold float32
-        config["dtype"] = str(dtype).removeprefix("torch.")
     return {
         "tokenizer": tokenizer.fingerprint,
         "transformer": fingerprint(pretrained / "transformer"),

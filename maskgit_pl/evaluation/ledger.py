@@ -21,7 +21,6 @@ from typing import IO, Any, TypeAlias
 
 from maskgit_pl.checks import check_integer, check_keys, check_number, shorten
 from maskgit_pl.files import parse_json, size_text
-from maskgit_pl.old_names import rename_measurement
 from maskgit_pl.portable import lock_exclusively
 
 __all__ = ["FILE_NAME", "KEYS", "REAL", "Ledger", "Row", "format_csv", "has_column", "read_number"]
@@ -97,7 +96,7 @@ class Ledger:
     def find(self, measurement: str, key: Mapping[str, object], *, having: str | None = None) -> Row | None:
         """Returns the last row with a key, or None.
 
-        A row of an older version that lacks a column of the key is never returned.
+        A row that lacks a column of the key is never returned.
 
         Args:
             measurement: Kind of measurement, a key of ``KEYS``.
@@ -147,7 +146,7 @@ class Ledger:
                     _log.info("%s is incomplete; it will be measured again", where)
                     return
                 try:
-                    row = rename_measurement(parse_json(line, where))
+                    row = parse_json(line, where)
                     _check_row(where, row)
                 except ValueError as error:
                     raise ValueError(f"{error}; remove the line, or move the file away") from error

@@ -135,11 +135,10 @@ def read_run_recipe(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: if the file is not a recipe. The message is one line.
     """
-    from maskgit_pl.old_names import rename_tree
     from maskgit_pl.safe_yaml import read_yaml
 
     try:
-        return rename_tree(read_yaml(file), f"recipe {file}") if file.is_file() else {}
+        return read_yaml(file) if file.is_file() else {}
     except RecursionError as error:
         raise ValueError(f"recipe {file} is nested too deep") from error
     except ValueError as error:

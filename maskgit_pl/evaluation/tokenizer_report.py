@@ -192,13 +192,14 @@ def tokenizer_key(
         options: Options of the evaluation.
     """
     folder = folders.pretrained / "tokenizer"
-    settings: dict[str, Any] = {"networks": {label: shorten_digest(digest) for label, digest in networks.items()}}
+    settings: dict[str, Any] = {
+        "networks": {label: shorten_digest(digest) for label, digest in networks.items()},
+        "dtype": _dtype_name(options),
+    }
     if options.tile is not None:
         settings |= {"tile": options.tile, "tile_overlap": options.overlap}
     if options.lpips is not None:
         settings["lpips"] = options.lpips.partition("=")[0]
-    if (dtype := _dtype_name(options)) != "float32":  # rows of earlier versions have no dtype
-        settings["dtype"] = dtype
     return {
         "dataset": data_name(folders.data),
         "data": shorten_digest(data),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -243,10 +242,9 @@ def _iter_first_trials(evaluator: Evaluator, model: EvaluatedModel, seed: int) -
             # The key holds digests of a negative model and of vectors beside the fields of the decoding.
             known = {field.name for field in fields(DecodingConfig)}
             given = {name: value for name, value in row["decoding"].items() if name in known}
-            with suppress(ValueError, TypeError):  # a decoding of another version
-                decoding = build_dataclass(DecodingConfig, given, "trial 0")
-                if model.decoding_key(decoding) == row["decoding"]:
-                    yield decoding
+            decoding = build_dataclass(DecodingConfig, given, "trial 0")
+            if model.decoding_key(decoding) == row["decoding"]:
+                yield decoding
 
 
 def _save_decoding(

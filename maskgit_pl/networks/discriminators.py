@@ -95,5 +95,5 @@ def with_defaults(spec: str | Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(factory, type) and is_dataclass(factory):
         plain = [each for each in fields(factory) if each.init and isinstance(each.default, _PLAIN)]
         defaults = {each.name: each.default for each in plain}
-    # Checkpoints of version 0.2.0 hold the values of the only discriminator there was, without a name.
+    # Without a name, the values of the default one are settings of their own, which a resuming run compares by key.
     return {**({} if name == DEFAULT_DISCRIMINATOR else {"name": name}), **defaults, **given}

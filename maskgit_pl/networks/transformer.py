@@ -130,8 +130,8 @@ class Transformer(Backbone):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
         check_attention(config, type(self), self.attention)
-        del self.blocks  # set below, in the order of older checkpoints
-        # The order of the modules decides the initial weights. One row of positions more than tokens: the class.
+        del self.blocks  # set below: the order of the modules decides the initial weights and the order of parameters
+        # One row of positions more than tokens: the class.
         self.token_embedding = TokenEmbedding(config, config.embed_dim)
         self.position_embedding = nn.Embedding(config.num_tokens + 1, config.embed_dim)
         self.embedding_norm = nn.LayerNorm(config.embed_dim, eps=LAYER_NORM_EPS)

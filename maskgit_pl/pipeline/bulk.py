@@ -32,7 +32,6 @@ from maskgit_pl.files import size_text, write_atomically
 from maskgit_pl.image_format import composite_over_white, height_width
 from maskgit_pl.networks.int8 import Int8Linear
 from maskgit_pl.networks.weight_file import tensors_digest
-from maskgit_pl.old_names import restore_tensor
 from maskgit_pl.pipeline.bulk_plan import BulkOptions, BulkPlan, check_same, read_plan
 from maskgit_pl.pipeline.model import MaskGIT
 from maskgit_pl.pipeline.options import StepCallback, read_options
@@ -193,7 +192,7 @@ def _digest(network: nn.Module) -> str:
 
 
 def _weights(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from ((restore_tensor(name), tensor) for name, tensor in network.state_dict().items())
+    yield from network.state_dict().items()
     for name, module in network.named_modules():
         if isinstance(module, Int8Linear):  # has no state dict; these tensors depend on all its weights
             yield f"{name}.int8", torch.stack([module.scales, module.row_sums, module.bias])

@@ -12,7 +12,6 @@ from typing import Any
 
 from maskgit_pl.checks import check_integer, plain_number
 from maskgit_pl.files import parse_json
-from maskgit_pl.old_names import rename_decoding
 from maskgit_pl.pipeline.classes import Classes
 
 __all__ = ["BulkOptions", "BulkPlan", "check_same", "read_plan"]
@@ -111,12 +110,7 @@ class BulkPlan:
     @cached_property
     def text(self) -> bytes:
         """The plan as JSON: the content of ``plan.json`` and the comment of the finished file."""
-        content = {"format": _FORMAT, "version": _VERSION, **asdict(self)}
-        # Left out where they are None, so that the plans of older files stay as they are.
-        for name in ("negative_model", "accept_rate", "classifier", "vectors"):
-            if content[name] is None:
-                del content[name]
-        return json.dumps(content).encode()
+        return json.dumps({"format": _FORMAT, "version": _VERSION, **asdict(self)}).encode()
 
     @property
     def digest(self) -> str:
@@ -151,9 +145,6 @@ def read_plan(text: bytes) -> dict[str, Any] | None:
         return None
     if (content.get("format"), content.get("version")) != (_FORMAT, _VERSION):
         return None
-    content = rename_decoding(content)
-    if isinstance(content.get("decoding"), dict):
-        content["decoding"].setdefault("draw_method", "inverse_cdf")  # earlier versions had no other
     return content
 
 

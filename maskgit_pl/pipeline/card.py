@@ -200,7 +200,7 @@ def _introduction(content: Mapping[str, Any], classes: list[str], name: str) -> 
         f"| no class | {'yes, `None`' if content['class_dropout'] else 'no, trained without class dropout'} |",
         f"| tokens per image | {grid[0]} x {grid[1]}, of {content['codebook_size']} codes |",
         *(f"| parameters, {stage} | {parameters[stage]:,} |" for stage in STAGES),
-        f"| backbone | {content.get('backbone', 'bert')} |",  # older files have no key
+        f"| backbone | {content['backbone']} |",
         f"| attention | {content['attention']} |",
         *([] if is_autoregressive else [f"| mask schedule | {_format_value(content['mask_schedule'])} |"]),
         f"| decoding ({origin}) | {_format_value(content['decoding'])} |",

@@ -18,7 +18,6 @@ from maskgit_pl.networks.backbone import build_config
 from maskgit_pl.networks.backbone_contract import create_network
 from maskgit_pl.networks.skeleton import skeletons
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.old_names import rename_tree
 from maskgit_pl.pretrained import fingerprint, read_config, read_decoding
 
 __all__ = [
@@ -73,7 +72,7 @@ class RunOrigin:
 
     @classmethod
     def of(cls, folder: Path, *, tuned: bool) -> RunOrigin:
-        """Reads the facts of a pretrained folder. Older folders have no ``config.json``.
+        """Reads the facts of a pretrained folder, which may have no ``config.json``.
 
         Args:
             folder: Pretrained folder.
@@ -203,7 +202,7 @@ def _stage(folder: Path) -> dict[str, Any]:
     from maskgit_pl.safe_yaml import read_yaml  # loading a model without a run does not need yaml
 
     file = folder / "config.yaml"
-    recipe = rename_tree(read_yaml(file), f"recipe {file}") if file.is_file() else {}
+    recipe = read_yaml(file) if file.is_file() else {}
     # Settings that a stage does not have are None here and left out below.
     values = {key: _value(recipe, key) for key in SETTINGS}
     if values["data.path"] is not None:  # a card must not publish paths of the machine
@@ -222,8 +221,8 @@ def _read_figures(file: Path, weights: Mapping[str, str]) -> dict[str, Any] | No
     metrics = _json(file)
     if _value(metrics, "model.tokenizer_fingerprint") != weights["tokenizer"]:
         return None
-    digest = _value(metrics, "model.transformer_digest")  # older files have none
-    if not weights["transformer"].startswith(str(digest or "")):
+    digest = _value(metrics, "model.transformer_digest")  # the first digits
+    if not digest or not weights["transformer"].startswith(str(digest)):
         return None
     # What remains after the sections about the protocol are metrics.
     figures = {key: value for key, value in metrics.items() if key not in _NOT_FIGURES}

@@ -16,7 +16,6 @@ from maskgit_pl.decoding.limits import check_parallel
 from maskgit_pl.decoding.settings_file import read_settings_file
 from maskgit_pl.files import read_json
 from maskgit_pl.image_format import ImageSize, check_image_size, height_width
-from maskgit_pl.old_names import rename_config
 from maskgit_pl.pipeline.classes import Classes, class_ids, parse_class, parse_classes
 from maskgit_pl.pipeline.options import replace_settings
 from maskgit_pl.text import printable
@@ -63,9 +62,7 @@ class Outline:
             The outline, or None if a file is damaged; ``MaskGIT.from_pretrained`` then raises the error.
         """
         try:
-            tokenizer, transformer = (
-                rename_config(read_json(folder / part / "config.json"), part) for part in ("tokenizer", "transformer")
-            )
+            tokenizer, transformer = (read_json(folder / part / "config.json") for part in ("tokenizer", "transformer"))
             # Untrusted files: any missing key or wrong type leads to None.
             tuned = folder / "decoding.json"
             network, vqgan = transformer["network"], tokenizer["network"]

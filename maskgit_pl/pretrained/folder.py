@@ -20,7 +20,6 @@ from maskgit_pl.networks.backbone_contract import create_network
 from maskgit_pl.networks.skeleton import skeletons
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.networks.weight_file import check_fit, check_tensor, load_weights, read_tensor_header, read_tensors
-from maskgit_pl.old_names import rename_config, rename_tensors
 from maskgit_pl.pretrained.decoding_file import NETWORK_FILES, WEIGHTS_FILE, copy_network, validate_decoding
 from maskgit_pl.pretrained.networks import PretrainedTokenizer, PretrainedTransformer
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
@@ -133,7 +132,7 @@ def read_config(folder: Path | str, kind: Kind) -> dict[str, Any]:
         kind: Kind that the file must have.
 
     Returns:
-        The plain values of the file, by today's names.
+        The plain values of the file.
 
     Raises:
         FileNotFoundError: if there is no such folder or file.
@@ -143,7 +142,7 @@ def read_config(folder: Path | str, kind: Kind) -> dict[str, Any]:
     file = folder / _CONFIG
     if not file.exists():
         raise FileNotFoundError(f"{kind} {folder}: no {_CONFIG} there; name a folder that training or an import wrote")
-    config = rename_config(read_json(file, max_bytes=_MAX_CONFIG_BYTES), str(file))
+    config = read_json(file, max_bytes=_MAX_CONFIG_BYTES)
     _check_format(config, file, f"maskgit_pl.{kind}", thing=kind)
     if kind == "tokenizer":
         _tokenizer(config, folder)
@@ -289,7 +288,7 @@ def _read_network(build: Callable[[], Network], folder: Path, *, num_blocks: int
     """
     file = folder / WEIGHTS_FILE
     # 1.
-    header = rename_tensors(read_tensor_header(file), f"weights {file}")
+    header = read_tensor_header(file)
     if num_blocks > len(header):
         raise ValueError(
             f"{folder / _CONFIG}: network of {num_blocks} blocks must fit {WEIGHTS_FILE}, which holds {len(header)} "
@@ -301,8 +300,7 @@ def _read_network(build: Callable[[], Network], folder: Path, *, num_blocks: int
     check_fit(network, header, f"weights {file}")
     # 3.
     types = {name: tensor.dtype for name, tensor in network.state_dict().items()}
-    tensors = rename_tensors(read_tensors(file), f"weights {file}")
-    weights = {name: tensor.to(types[name]) for name, tensor in tensors.items()}
+    weights = {name: tensor.to(types[name]) for name, tensor in read_tensors(file).items()}
     load_weights(network, weights, file, assign=True)
     # A tensor that is not in the state dict would still be on meta.
     empty = [name for name, tensor in (*network.named_parameters(), *network.named_buffers()) if tensor.is_meta]

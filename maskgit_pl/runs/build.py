@@ -26,7 +26,6 @@ from maskgit_pl.errors import is_user_error
 from maskgit_pl.networks.backbone import BackboneConfig, build_config
 from maskgit_pl.networks.discriminator import DiscriminatorConfig
 from maskgit_pl.networks.discriminators import build_discriminator
-from maskgit_pl.old_names import rename_settings
 from maskgit_pl.pretrained import fingerprint, read_config
 from maskgit_pl.runs.costs import useful_flops
 from maskgit_pl.runs.plan import Plan
@@ -242,16 +241,7 @@ class StageRun:
 
     def _check_resumes(self, checkpoint: Path) -> None:
         """Raises ValueError if a setting has changed that must not change when a run resumes."""
-        known = read_settings(checkpoint)
-        if known is None:
-            log.warning("%s holds no settings, so they are not compared with those of this run", checkpoint)
-            return
-        known = rename_settings(known, f"checkpoint {checkpoint}")
-        # Older checkpoints lack keys that are new, in the adversarial loss too if they have one.
-        has_adversarial = any(key.startswith("model.adversarial.") for key in known)
-        model: dict[str, Any] = {"adversarial": {}} if has_adversarial else {}
-        defaults = fixed_settings(resolve(self.kind, {"model": model}), data="", tokenizer="")
-        changed = list_changes(known, self.fixed, defaults)
+        changed = list_changes(read_settings(checkpoint), self.fixed)
         if changed:
             raise ValueError(
                 f"cannot resume {self.folder} from step {step_of(checkpoint)}: settings changed "

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from maskgit_pl.checks import shorten
-from maskgit_pl.old_names import rename_tree
 from maskgit_pl.runs.layers import Layer
 from maskgit_pl.runs.recipe_checks import schema_at
 from maskgit_pl.safe_yaml import check_plain, parse_yaml
@@ -71,5 +70,4 @@ def flag_layer(key: str, text: str, schema: Schema) -> Layer:
     for part in reversed(key.split(".")):
         tree = {part: tree}
     check_plain(tree)
-    origin = f"flag --{key}"
-    return Layer(origin, rename_tree(tree, origin))
+    return Layer(f"flag --{key}", tree)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from maskgit_pl.checks import shorten
-from maskgit_pl.old_names import rename_keys, rename_tree
 from maskgit_pl.runs.flags import Overrides, flag_layer, flag_words, split_flags
 from maskgit_pl.runs.layers import DEFAULT_BACKBONE, Layer, merge, remove_key, value_at
 from maskgit_pl.runs.recipe_checks import check_layer
@@ -137,7 +136,6 @@ class Recipe:
     def from_layers(cls, stage: Stage, layers: Sequence[Layer], overrides: Overrides = ()) -> Recipe:
         """Checks and merges layers; see ``read``."""
         words = flag_words(overrides)
-        layers = [Layer(each.origin, rename_tree(each.tree, each.origin)) for each in layers]
         kind = _find_kind(stage, layers, words)
         left_out: dict[str, list[str]] = {}
         # Files are shared with masked models, so their masking keys are dropped; flags must not have any.
@@ -155,10 +153,9 @@ class Recipe:
         """Returns the recipe with more overrides, checked as in ``read``."""
         words = flag_words(overrides)
         given = sorted(split_flags(words), key=lambda pair: pair[0] != _BACKBONE)  # the backbone decides on other keys
-        keys = rename_keys((key for key, _ in given), "flags")
         named = [flag_layer(key, text, load_schema(self.kind)).tree for key, text in given if key == _BACKBONE]
         schema = _schema_of(self.kind, merge([self.tree, *named]), f"flag --{_BACKBONE}")
-        added = [flag_layer(key, text, schema) for key, (_, text) in zip(keys, given, strict=True)]
+        added = [flag_layer(key, text, schema) for key, text in given]
         for layer in added:
             if self.kind == "autoregressive":
                 _refuse_masking(layer)

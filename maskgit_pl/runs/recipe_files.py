@@ -6,11 +6,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from maskgit_pl.old_names import rename_cluster
 from maskgit_pl.registry import nearest
 from maskgit_pl.runs.layers import remove_key, value_at
 from maskgit_pl.runs.recipe_checks import DERIVED_KEYS
-from maskgit_pl.runs.recipe_schema import load_schema
 from maskgit_pl.safe_yaml import read_yaml
 
 __all__ = [
@@ -124,20 +122,17 @@ def _files_by_stage(name: str, known: Mapping[Stage, Mapping[str, Path]]) -> dic
 
 
 def _cluster_file(name: str) -> Path:
-    """Finds a file of ``recipes/cluster``. An old name is translated unless a file of that name exists."""
+    """Finds a file of ``recipes/cluster``."""
     known = list_recipes("cluster")
-    found = name if name in known else rename_cluster(name)
-    if found not in known:
+    if name not in known:
         raise FileNotFoundError(
             f"cluster {name!r}: no such file in {recipes_folders()[-1] / 'cluster'}: {nearest(name, known)}"
         )
-    return known[found]
+    return known[name]
 
 
 def read_run_config(file: Path) -> RunConfig:
     """Reads ``config.yaml`` of a run.
-
-    Files of version 0.1.0 hold all arguments of Lightning's Trainer; those that recipes do not have are dropped.
 
     Raises:
         ValueError: see ``read_yaml``; also if the file is not the configuration of a run.
@@ -145,10 +140,6 @@ def read_run_config(file: Path) -> RunConfig:
     tree = read_yaml(file)
     if not all(isinstance(tree.get(group), dict) for group in ("data", "model", "trainer")):
         raise ValueError(f"{file} must be the config.yaml of a run, with the keys data, model and trainer")
-    # The settings of the Trainer are the same for all kinds of recipes.
-    known = load_schema("tokenizer")["properties"]["trainer"]["properties"]
-    tree["trainer"] = {key: value for key, value in tree["trainer"].items() if key in known}
-    tree.pop("seed_everything", None)
     paths = {key: str(path) for key in _PATHS if (path := value_at(tree, key)) is not None}
     for key in (*DERIVED_KEYS, *_PATHS):
         remove_key(tree, key)

@@ -51,15 +51,14 @@ def fixed_settings(config: Mapping[str, Any], *, data: str, tokenizer: str | Non
     return settings
 
 
-def list_changes(old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+def list_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Lists the changed settings as ``key: old -> new``, sorted by key; hashes are cut to 12 digits.
 
     Args:
         old: Settings of a checkpoint.
         new: Settings of the run.
-        defaults: Values of keys that an older checkpoint does not have.
     """
-    pairs = [(key, old.get(key, defaults.get(key)), new.get(key)) for key in sorted({*old, *new})]
+    pairs = [(key, old.get(key), new.get(key)) for key in sorted({*old, *new})]
     return [f"{key}: {_short(key, was)} -> {_short(key, now)}" for key, was, now in pairs if was != now]
 
 

@@ -190,14 +190,8 @@ def _describe(named: dict[str, Any], folder: Path, shards: Path, tokenizer: Pret
 
 
 def _store_of(folder: Path, description: StoreDescription) -> Path:
-    """Returns the folder of a store, and links ``RUN/tokens`` to it.
-
-    A store inside the run folder, as made by version 0.1.0, stays there.
-    """
+    """Returns the folder of a store, and links ``RUN/tokens`` to it."""
     own = folder / "tokens"
-    # A folder, not a link: a store of version 0.1.0.
-    if own.is_dir() and not own.is_symlink():
-        return own
     from maskgit_pl.shards.store_description import plain_description  # torch takes seconds to import
 
     fields = plain_description(description)

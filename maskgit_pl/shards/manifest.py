@@ -350,7 +350,7 @@ def _faults(manifest: Manifest) -> Iterator[str]:
 
 
 def _to_json(manifest: Manifest) -> dict[str, Any]:
-    # Written only if they differ from the default, so that the fingerprint of older data does not change.
+    # Written only if they differ from the default: the fingerprint of the data is made of these keys.
     unusual: dict[str, Any] = {}
     if manifest.labels != "cls":
         unusual["labels"] = manifest.labels

@@ -122,10 +122,7 @@ def describe_verification(folder: Path, found: Verification, *, decoded: bool) -
 
 def describe_store_verification(folder: Path, found: StoreVerification) -> str:
     """Returns one line about a token store that agrees with its description."""
-    size = f"{folder}: {found.rows} rows, {size_text(found.bytes)}"
-    if found.has_hashes:
-        return f"{size}: hashes and ranges agree with the description"
-    return f"{size}: all values are in range; this store is from an older version and has no hashes to compare with"
+    return f"{folder}: {found.rows} rows, {size_text(found.bytes)}: hashes and ranges agree with the description"
 
 
 def statistics_lines(folder: Path, statistics: DataStatistics) -> Iterator[str]:

@@ -16,7 +16,6 @@ import numpy as np
 from maskgit_pl.checks import build_dataclass, check_choice, check_integer, check_keys, check_sha256, shorten
 from maskgit_pl.files import read_json
 from maskgit_pl.image_format import ImageSize, check_image_size
-from maskgit_pl.old_names import rename_config
 from maskgit_pl.shards.manifest import Split
 from maskgit_pl.shards.vectors import MAX_VECTOR_DIM, VECTOR_DTYPES, VectorKind, vectors_path
 
@@ -35,7 +34,7 @@ __all__ = [
 
 DESCRIPTION_FILE = "store.json"
 FORMAT = 2
-_FORMATS = (1, FORMAT)
+_CODEBOOK_SIZE = "num_codes"  # key of codebook_size in the file
 _MAX_DESCRIPTION_BYTES = 2**25  # most of it class names
 REMAKE_HINT = "regenerate it with `maskgit tokenize`"
 
@@ -58,8 +57,8 @@ class StoreDescription:
         vector_dim: Size C of the vectors of the samples; 0 without vectors.
         vector_dtype: Type of the vectors, ``"float16"`` or ``"float32"``; empty without vectors.
         augmentations: Augmentations of the other crops, see ``augmentations_text``; empty for random crops.
-        sha256: Hash of each array's file by its name, ``{"train-tokens": hex, ...}``; empty in stores of format 1.
-            Comparison of descriptions ignores it.
+        sha256: Hash of each array's file by its name, ``{"train-tokens": hex, ...}``; empty until the store is
+            finished. Comparison of descriptions ignores it.
 
     Raises:
         ValueError: if a number is out of range.
@@ -149,15 +148,13 @@ def read_description(folder: str | Path) -> StoreDescription:
     if not path.exists():
         raise FileNotFoundError(f"token store {folder} does not exist or is not finished; {REMAKE_HINT}")
     try:
-        content = rename_config(read_json(path, max_bytes=_MAX_DESCRIPTION_BYTES), str(path))
-        # Format 1 has no hashes; format 2 always has them.
+        content = read_json(path, max_bytes=_MAX_DESCRIPTION_BYTES)
         version = content.pop("format", None)
-        if version not in _FORMATS:
-            raise ValueError(f"{path}: format must be one of {_FORMATS}, got {shorten(version)}")
-        if (version == 1) == ("sha256" in content):
-            raise ValueError(f"{path}: the key 'sha256' must exist in format {FORMAT}, and only there")
-        made = build_dataclass(StoreDescription, content, str(path))
-        if version != 1 and not made.sha256:
+        if version != FORMAT:
+            raise ValueError(f"{path}: format must be {FORMAT}, got {shorten(version)}")
+        check_keys(str(path), content, known=content, required=(_CODEBOOK_SIZE,))
+        made = build_dataclass(StoreDescription, {"codebook_size": content.pop(_CODEBOOK_SIZE), **content}, str(path))
+        if not made.sha256:
             raise ValueError(f"{path}: sha256 must not be empty")
     except ValueError as error:
         raise ValueError(f"token store {error}; {REMAKE_HINT}") from error
@@ -166,12 +163,11 @@ def read_description(folder: str | Path) -> StoreDescription:
 
 def plain_description(description: StoreDescription) -> dict[str, Any]:
     """Returns a description in plain values, with the keys of ``store.json`` and without its hashes."""
-    # Keys that older stores do not have are left out with the only value of these stores.
+    # Folders of stores are named by hashes of these keys. Those without a value are left out.
     unused = {"sha256"} if description.vector_dim else {"sha256", "vector_dim", "vector_dtype"}
     unused |= set() if description.augmentations else {"augmentations"}
     fields = {name: value for name, value in asdict(description).items() if name not in unused}
-    # Both formats name it "num_codes": folders of stores and of their parts are named by hashes of these keys.
-    return {"num_codes" if name == "codebook_size" else name: value for name, value in fields.items()}
+    return {_CODEBOOK_SIZE if name == "codebook_size" else name: value for name, value in fields.items()}
 
 
 def augmentations_text(specs: Sequence[str | Mapping[str, Any]]) -> str:

@@ -39,8 +39,6 @@ from maskgit_pl.shards.vectors import vectors_path, write_vectors
 
 __all__ = ["Part", "StoreParts"]
 
-_PARTS_FORMAT = 1  # unchanged since the first version, so parts of an older version are continued
-
 
 class Part(NamedTuple):
     """A part of a store: one crop of the samples [start, stop) of a split. A killed process loses at most one part."""
@@ -78,7 +76,7 @@ class StoreParts:
         self.description = description
         self.part_size = part_size
         # The name of the folder identifies what its parts belong to.
-        content = [_to_json(description, version=_PARTS_FORMAT), part_size]
+        content = [_to_json(description), part_size]
         key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         self._parts = self.folder / f".parts-{key[:16]}"
         self._parts.mkdir(parents=True, exist_ok=True)
@@ -256,6 +254,6 @@ def _write_header(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any])
     np.lib.format.write_array_header_1_0(file, fields)
 
 
-def _to_json(description: StoreDescription, *, version: int = FORMAT) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(json.dumps({"format": version, **plain_description(description)}))
+def _to_json(description: StoreDescription) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **plain_description(description)}))
     return content

@@ -128,7 +128,7 @@ class TokenReader:
         """
         limits = (self.description.codebook_size, len(self.description.classes))
         for path, array, limit in zip(array_paths(self.folder, self.split), self.arrays(), limits, strict=True):
-            # A value out of range says more than a wrong hash, and is also found in stores without hashes.
+            # A value out of range says more than a wrong hash.
             outside = _first_outside(array, limit)
             if outside is not None:
                 row, value = outside
@@ -140,16 +140,13 @@ class TokenReader:
             yield from self._wrong_hash(self.vector_reader.path)
 
     def _wrong_hash(self, path: Path) -> Iterator[BadFile]:
-        expected = self.description.sha256.get(path.stem)
-        actual = None if expected is None else self._sha256(path)
-        if expected is not None and expected != actual:
-            yield BadFile(path.name, f"sha256 {expected[:12]}", f"sha256 {actual:.12}", "changed since it was made")
-
-    def _sha256(self, path: Path) -> str:
+        expected = self.description.sha256[path.stem]
         try:
-            return sha256_of(path)
+            actual = sha256_of(path)
         except OSError as error:
             raise ValueError(f"token store {path}: cannot be read ({error.strerror}); {REMAKE_HINT}") from error
+        if expected != actual:
+            yield BadFile(path.name, f"sha256 {expected[:12]}", f"sha256 {actual:.12}", "changed since it was made")
 
     def _map(self, path: Path) -> npt.NDArray[Any]:
         try:

@@ -44,11 +44,10 @@ class Verification:
 
 @dataclass(frozen=True)
 class StoreVerification:
-    """The result of ``verify_store``: number of rows and bytes, presence of hashes, and the bad files."""
+    """The result of ``verify_store``: number of rows and bytes, and the bad files."""
 
     rows: int
     bytes: int
-    has_hashes: bool
     bad: tuple[BadFile, ...]
 
 
@@ -74,7 +73,7 @@ def verify_store(folder: str | Path) -> StoreVerification:
             bad.append(BadFile(f"{split}-*.npy", "valid arrays", "an invalid array", str(error)))
             continue
         rows, size = rows + len(tokens), size + tokens.nbytes + labels.nbytes + vectors
-    return StoreVerification(rows, size, bool(description.sha256), tuple(bad))
+    return StoreVerification(rows, size, tuple(bad))
 
 
 @dataclass(frozen=True)

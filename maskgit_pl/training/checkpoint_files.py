@@ -38,7 +38,6 @@ from maskgit_pl.checks import check_integer, check_keys, shorten
 from maskgit_pl.distributed import on_all_ranks, rank_and_world
 from maskgit_pl.files import parse_json, read_json, sha256_of, size_text, write_tensors, write_text
 from maskgit_pl.folders import replace_folder
-from maskgit_pl.old_names import rename_tensor, rename_tensors
 from maskgit_pl.training.checkpoint_state import StateFormatError, join_state, split_state
 from maskgit_pl.training.checkpoint_tensors import FIRST_ROWS, SavedTensor, TensorPieces, own_pieces
 
@@ -54,11 +53,11 @@ __all__ = [
 ]
 
 _STATE, _MARKER = "state.json", "COMPLETE.json"
-_VERSION = 2  # version 1 had a single file ``tensors.safetensors``
+_VERSION = 2
 SETTINGS = "maskgit_pl.settings"
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 _FORMAT = "maskgit_pl.checkpoint"
-_FILE_NAME = re.compile(r"state\.json|tensors(-\d{5,}-of-\d{5,})?\.safetensors")
+_FILE_NAME = re.compile(r"state\.json|tensors-\d{5,}-of-\d{5,}\.safetensors")
 _MAX_STATE_BYTES = 16_000_000  # state.json of a stage with 1,000 tensors has 600 kB
 
 
@@ -116,8 +115,7 @@ class FolderCheckpointIO(CheckpointIO):
 
         Args:
             path: The folder.
-            read: Function of a tensor's key, such as ``/state_dict/layer.weight``, and of the saved tensor. Old names
-                in keys are translated.
+            read: Function of a tensor's key, such as ``/state_dict/layer.weight``, and of the saved tensor.
 
         Raises:
             ValueError: if the folder is incomplete or a file has changed.
@@ -128,7 +126,7 @@ class FolderCheckpointIO(CheckpointIO):
         # Each rank hashes a part of the files.
         on_all_ranks(lambda: _verify(folder, sorted(files)[rank::world_size], files))
         with TensorPieces(folder, [name for name in sorted(files) if name != _STATE], rank) as pieces:
-            return _read_state(folder, lambda key: read(rename_tensor(key), SavedTensor(key, pieces)))
+            return _read_state(folder, lambda key: read(key, SavedTensor(key, pieces)))
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Deletes a checkpoint. The marker goes first, so that a partly deleted checkpoint is never used."""
@@ -160,15 +158,15 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def read_settings(folder: Path) -> dict[str, Any] | None:
-    """Reads the settings of the run from a complete checkpoint; None if it has no settings.
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Reads the settings of the run from a complete checkpoint.
 
     Raises:
-        ValueError: if the file has changed.
+        ValueError: if the file has changed or has no settings.
     """
     _verify(folder, [_STATE], _read_marker(folder))
     settings = _read_state(folder, lambda _: None).get(SETTINGS)
-    if settings is not None and not isinstance(settings, dict):
+    if not isinstance(settings, dict):
         raise ValueError(f"checkpoint {folder}: {SETTINGS} must be a mapping, got {shorten(settings)}")
     return settings
 
@@ -251,7 +249,7 @@ def _read_marker(folder: Path) -> dict[str, Any]:
     """Returns the entry of each file in the marker.
 
     Raises:
-        ValueError: if there is no marker, or it is invalid or of a newer version.
+        ValueError: if there is no marker, or it is invalid or of another version.
     """
     where = f"checkpoint {folder}: {_MARKER}"
     if not (folder / _MARKER).is_file():
@@ -265,11 +263,9 @@ def _read_marker(folder: Path) -> dict[str, Any]:
     check_keys(where, marker, known=marker, required=("format", "version", "files"))
     if marker["format"] != _FORMAT:
         raise ValueError(f"{where}: format must be {_FORMAT!r}, got {shorten(marker['format'])}")
-    check_integer(f"{where}: version", marker["version"], "[1, inf)")
-    if marker["version"] > _VERSION:
+    if marker["version"] != _VERSION:
         raise ValueError(
-            f"{where}: version must be <= {_VERSION}, got {shorten(marker['version'])}; a newer maskgit_pl wrote it: "
-            "install that version"
+            f"{where}: version must be {_VERSION}, got {shorten(marker['version'])}; start a new run with --run"
         )
     files = marker["files"]
     if not isinstance(files, dict) or _STATE not in files:
@@ -300,30 +296,16 @@ def _read_state(folder: Path, read: Callable[[str], Any]) -> dict[str, Any]:
 
 
 def _join(content: dict[str, Any], file: Path, read: Callable[[str], Any]) -> dict[str, Any]:
-    """Returns the values of a parsed ``state.json``, with current names, after the checks of every load."""
+    """Returns the values of a parsed ``state.json`` after the checks of every load."""
     try:
         state = join_state(content, read)
     except StateFormatError as error:
         raise ValueError(f"checkpoint {file}: {error}") from error
     if not isinstance(state, dict):
         raise ValueError(f"checkpoint {file} must hold a mapping, got {shorten(state)}")
-    _rename(state, f"checkpoint {file.parent}")
     for name in ("epoch", "global_step"):
         check_integer(f"checkpoint {file}: {name}", state.get(name, 0), "[0, 1e15]")
     return state
-
-
-def _rename(state: dict[str, Any], origin: str) -> None:
-    """Gives tensors that a checkpoint of version 0.1.0 has under old names, and their optimizer state, the new ones."""
-    weights = state.get("state_dict")
-    if isinstance(weights, dict):
-        state["state_dict"] = rename_tensors({str(name): tensor for name, tensor in weights.items()}, origin)
-    optimizers = state.get("optimizer_states")
-    for optimizer in optimizers if isinstance(optimizers, list) else ():
-        groups = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
-        for group in groups if isinstance(groups, list) else ():
-            if isinstance(group, dict) and isinstance(group.get("param_names"), list):
-                group["param_names"] = [rename_tensor(str(name)) for name in group["param_names"]]
 
 
 def _verify(folder: Path, names: Sequence[str], files: Mapping[str, Any]) -> None:

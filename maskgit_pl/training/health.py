@@ -71,15 +71,12 @@ class CodeHistory:
         return {"counts": sum_over_ranks(self.counts), "last_used": max_over_ranks(self.last_used)}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Restores ``state``; a state of other sizes is ignored.
+        """Restores ``state``.
 
         Rank 0 takes the counts of all ranks, so their sum stays the same for any number of ranks.
         """
-        counts, last_used = state.get("counts"), state.get("last_used")
-        if not all(isinstance(part, Tensor) and part.shape == self.counts.shape for part in (counts, last_used)):
-            return
-        self.counts = cast("Tensor", counts).clone() if rank_and_world()[0] == 0 else torch.zeros_like(self.counts)
-        self.last_used = cast("Tensor", last_used).clone()
+        self.counts = state["counts"].clone() if rank_and_world()[0] == 0 else torch.zeros_like(self.counts)
+        self.last_used = state["last_used"].clone()
 
     def measure(self, step: int, *, dead_after: int) -> tuple[dict[str, float], int]:
         """Measures the use of the codes over all ranks; must be called on every rank.
@@ -193,19 +190,12 @@ class HealthMonitor(Callback):
         return {**self.history.state(), "reported": json.dumps(reported)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores ``state_dict`` of the same codebook size; a state in another format is ignored."""
+        """Restores ``state_dict``."""
         if self.history is not None:
             self.history.load(state_dict)
-        try:
-            reported = parse_any_json(state_dict.get("reported", "{}"), "the health of a checkpoint")
-            self.reports = [dict(each) for each in reported.get("reports", ())]
-            self._streaks = {str(cause): int(count) for cause, count in reported.get("streaks", {}).items()}
-            first = reported.get("first_judged")
-            self._first_judged = None if first is None else int(first)
-        except (TypeError, ValueError, AttributeError):
-            log.warning(
-                "the health of this run so far cannot be read from its checkpoint; it is measured from this step"
-            )
+        reported = parse_any_json(state_dict["reported"], "the health of a checkpoint")
+        self.reports, self._streaks = reported["reports"], reported["streaks"]
+        self._first_judged = reported["first_judged"]
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> tuple[dict[str, float], int]:
         """Logs the measurements of a step, and returns them with the number of tokens; called on every rank (2)."""

@@ -1,5 +1,4 @@
 import io
-import json
 import os
 import re
 import shutil
@@ -354,12 +353,6 @@ def test_verify_of_a_token_store_names_file_row_and_rule(tmp_path, capsys):
         call("verify", tmp_path)
     with pytest.raises(ValueError, match="--decode must be left out"):
         call("verify", tmp_path, "--decode")
-    np.save(tmp_path / "val-labels.npy", np.array([0, 1]))
-    fields = json.loads((tmp_path / "store.json").read_text())
-    del fields["sha256"]
-    (tmp_path / "store.json").write_text(json.dumps(fields | {"format": 1}))
-    assert call("verify", tmp_path) == 0
-    assert "has no hashes to compare with" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("place", ["", "/*.tar", "/{00000..00002}.tar"])

@@ -100,7 +100,7 @@ def test_bfloat16_measures_other_numbers_in_a_row_of_its_own(run_folder: Path, t
     assert found[0] == pytest.approx(found[1], abs=0.5)
     plain, rounded = Ledger(run_folder / "evaluation" / "ledger.jsonl").rows("tokenizer")
     assert rounded["settings"] == {**plain["settings"], "dtype": "bfloat16"}
-    assert "dtype" not in plain["settings"]  # as in rows of earlier versions
+    assert plain["settings"]["dtype"] == "float32"
 
 
 def test_larger_images_that_are_not_square_keep_their_size_in_tiles(

@@ -10,7 +10,7 @@ import torch
 
 from maskgit_pl.cli import main
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.pretrained import fingerprint, load_tokenizer
+from maskgit_pl.pretrained import load_tokenizer
 
 CONFIG = VQGANConfig(
     3,
@@ -103,13 +103,6 @@ def test_the_next_commands_make_tokens_and_fit_the_tokenizer(codes, tiny_shards,
         # The recipe is for ImageNet, and its network is large.
         sizes = ["--model.network.num_classes", "3", "--model.network.depth", "1", "--data.views", "1"]
         assert main([*words, *more, *sizes]) == 0
-
-
-def test_the_command_of_version_0_1_0_does_the_same(checkpoint, tmp_path, capsys):
-    file, _ = checkpoint
-    assert main(["import-taming", str(file), "--out", str(tmp_path / "old"), "--image-size", "16"]) == 0
-    assert main(["import-tokenizer", str(file), "--out", str(tmp_path / "new"), "--image-size", "16"]) == 0
-    assert fingerprint(tmp_path / "old" / "tokenizer") == fingerprint(tmp_path / "new" / "tokenizer")
 
 
 def test_bad_input_is_answered_in_one_line(checkpoint, tmp_path, capsys):

@@ -65,21 +65,6 @@ def test_a_value_that_argparse_drops_is_refused(capsys):
     )
 
 
-@pytest.mark.parametrize(
-    ("words", "new"),
-    [
-        (("sample", "runs/x", "--steps", "8"), "--num-steps"),
-        (("train-classifier", "--data", "x", "--steps=8"), "--max-steps"),
-        (("ablation", "--num-samples", "8"), "--num-images"),  # which takes keys of recipes too
-    ],
-)
-def test_a_flag_of_version_0_1_0_is_answered_with_its_new_name(capsys, words, new):
-    code, out, error = answer(capsys, *words)
-    assert (code, out) == (2, "")
-    flag = next(word for word in words if word.startswith("--") and word != "--data").partition("=")[0]
-    assert error == f"maskgit {words[0]}: {flag} is now {new}\n"
-
-
 @pytest.mark.parametrize("words", [("--traceback", "sample", "/nope"), ("sample", "--traceback", "/nope")])
 def test_a_traceback_is_printed_wherever_its_flag_stands(capsys, words):
     code, _, error = answer(capsys, *words)

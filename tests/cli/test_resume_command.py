@@ -11,7 +11,7 @@ from maskgit_pl.cli import main
 from maskgit_pl.pretrained import fingerprint
 from maskgit_pl.shards.sources import open_source
 from maskgit_pl.shards.writer import make_shards
-from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint, read_settings, step_of
+from maskgit_pl.training.checkpoint_files import newest_checkpoint, read_settings, step_of
 from tests.conftest import flags, save_tiny_pretrained
 
 TINY = Path(__file__).parents[1] / "tiny"
@@ -152,17 +152,3 @@ def test_a_run_that_was_killed_before_its_export_is_not_finished(begun, go_on, t
     assert "exported " in go_on(longer)[1]
     assert fingerprint(exported) == wanted
     assert "nothing to do" in go_on(longer)[1]
-
-
-def test_a_checkpoint_without_settings_goes_on_and_says_so(begun, go_on):
-    _, _, folder = begun
-    newest = newest_checkpoint(folder / "checkpoints")
-    state = FolderCheckpointIO().load_checkpoint(newest)
-    del state["maskgit_pl.settings"]
-    FolderCheckpointIO().save_checkpoint(state, newest)
-    assert read_settings(newest) is None
-    step = state["global_step"]
-    code, said = go_on(f"--trainer.max_steps={step + 1}", "--data.seed=0")
-    assert code == 0
-    assert f"{newest} holds no settings, so they are not compared with those of this run" in said
-    assert read_settings(newest_checkpoint(folder / "checkpoints"))["data.global_batch"] == 4

@@ -65,7 +65,7 @@ def test_numbers_depend_on_seed_index_and_epoch_and_not_on_the_batch(listed):
         assert all(torch.equal(a, b(image, (8, 8))) for a, b in zip(whole, other, strict=True)) is not is_random
 
 
-def test_crops_and_flips_are_those_of_earlier_versions():
+def test_a_listed_flip_and_a_listed_crop_equal_their_short_forms():
     images = torch.stack([pixels(3, 8, 14, seed) for seed in range(20)])
     index, epoch = torch.arange(20), torch.full((20,), 2)
     functions = build_augmentations(["flip"]).draw(index, epoch, seed=4)

@@ -15,12 +15,6 @@ def test_linear_rises_from_0_at_the_first_step_to_its_scale_at_the_last():
     assert scales == pytest.approx((0.0, 1.0, 2.0, 3.0))
 
 
-def test_a_name_of_an_older_version_is_read_and_not_listed():
-    old = guidance_schedules.build({"name": "column-normalised", "scale": 3.0})
-    assert old == guidance_schedules.build({"name": "linear", "scale": 3.0})
-    assert "column-normalised" not in guidance_schedules.names()
-
-
 def test_a_single_step_counts_as_the_last():
     assert guidance_scales(guidance_schedules.build({"name": "linear", "scale": 3.0}), 1) == (3.0,)
 

@@ -162,7 +162,7 @@ def test_a_classifier_of_other_data_is_trained_again(data: ShardData, tmp_path: 
     assert json.loads((tmp_path / "config.json").read_text()) == key
 
 
-def test_a_classifier_of_an_older_kind_is_trained_again(data: ShardData, tmp_path: Path) -> None:
+def test_a_classifier_with_another_description_is_trained_again(data: ShardData, tmp_path: Path) -> None:
     config = ClassifierConfig(width=4, max_steps=2, batch=20)
     obtain_classifier(tmp_path, data, config=config)
     for text in ("{", '{"data": "eaced5", "image_size": 8, "width": 4, "max_steps": 2}'):

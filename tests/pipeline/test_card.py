@@ -50,7 +50,10 @@ def save_run(folder: Path) -> Path:
         "protocol": {"num_images": 1000, "num_steps": 8, "seed": 3, "split": "val", "batch_size": 50},
         "reconstruction": {"psnr_db": 23.4567891},
         "samples": {"exported": {"fid/classifier": 12.345678, "guidance_scales": [0.0, 1.0]}},
-        "model": {"tokenizer_fingerprint": fingerprint(folder / "pretrained" / "tokenizer")},
+        "model": {
+            "tokenizer_fingerprint": fingerprint(folder / "pretrained" / "tokenizer"),
+            "transformer_digest": fingerprint(folder / "pretrained" / "transformer")[:16],
+        },
         "environment": {"device": "cpu", "cpus": 64},
     }
     (folder / "evaluation.json").write_text(json.dumps(metrics))
@@ -169,7 +172,7 @@ def test_facts_go_with_the_weights_and_not_with_others(run: Path, tmp_path: Path
 def test_facts_of_older_weights_do_not_go_with_newer_ones(run: Path, tmp_path: Path) -> None:
     write_card(run / "pretrained", license="mit")
     shutil.copytree(run / "pretrained", tmp_path / "again")
-    save_tiny_pretrained(tmp_path / "again", seed=1)  # only weights, as an older version exports them
+    save_tiny_pretrained(tmp_path / "again", seed=1)  # only weights
     MaskGIT.from_pretrained(tmp_path / "again").save_pretrained(tmp_path / "copy")
     content = json.loads((tmp_path / "copy" / "config.json").read_text())
     assert (content["run"], content["license"]) == (None, None)

@@ -140,7 +140,7 @@ def test_a_saved_pipeline_stands_alone(tiny_pretrained: Path, tmp_path: Path) ->
         "transformer/config.json", "transformer/model.safetensors",
     ]  # fmt: skip
     assert torch.equal(images(MaskGIT.from_pretrained(tmp_path / "copy")), images(pipe))
-    assert not (tiny_pretrained / "config.json").exists()  # such a folder, an older one, is read as before
+    assert not (tiny_pretrained / "config.json").exists()  # a folder without it is read too
 
 
 def test_an_exported_model_is_read_with_its_tokenizer(tiny_pretrained: Path, tmp_path: Path) -> None:

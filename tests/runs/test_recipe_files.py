@@ -2,7 +2,6 @@ from pathlib import Path
 
 import pytest
 
-from maskgit_pl import old_names
 from maskgit_pl.runs.recipe_files import read_run_config, recipe_files
 
 
@@ -65,21 +64,11 @@ def test_an_unknown_name_is_answered_with_the_nearest(kind, wrong, right):
         stems(**{kind: wrong})
 
 
-def test_a_cluster_of_version_0_1_0_is_found_by_its_old_name(tmp_path, monkeypatch, caplog):
-    old_names._warn_once.cache_clear()
-    assert stems(cluster="cpu") == ["base", "single"]
-    assert [record.getMessage() for record in caplog.records] == ["--cluster: cpu is now called single"]
-    own_recipe(tmp_path, "cluster/cpu.yaml", "trainer: {devices: 1}")
-    monkeypatch.chdir(tmp_path)
-    assert stems(cluster="cpu") == ["base", "cpu"]
-
-
 def test_config_yaml_of_a_run_is_a_recipe_without_its_paths(tmp_path):
     text = """
-    seed_everything: false
     data: {path: a, token_store: b, seed: 3}
     model: {tokenizer: c, label_smoothing: 0.1}
-    trainer: {max_steps: 5, use_distributed_sampler: true, fast_dev_run: false}
+    trainer: {max_steps: 5}
     """
     file = tmp_path / "config.yaml"
     file.write_text(text)

@@ -72,7 +72,7 @@ def test_shards_of_a_manifest_lie_in_its_folder(folder, name):
 
 
 def test_what_is_usual_does_not_stand_in_the_manifest(folder, tars):
-    """The fingerprint of shards that were indexed earlier must stay the same."""
+    """The fingerprint of data is made of the keys of the manifest."""
     assert not {"labels", "left_out"} & set(json.loads((folder / "train.json").read_text()))
 
 

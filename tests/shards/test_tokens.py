@@ -86,18 +86,6 @@ def test_everything_that_differs_is_named_at_once(tmp_path):
         open_store(tmp_path, data="new", tokenizer="me")
 
 
-def test_store_of_before_there_were_views_opens(tmp_path):
-    make(tmp_path)
-    path = tmp_path / "store.json"
-    fields = json.loads(path.read_text())
-    for later in ("crops", "flip", "precision", "sha256"):
-        del fields[later]
-    fields["format"] = 1
-    path.write_text(json.dumps(fields))
-    assert open_store(tmp_path, data="data")["train"].description == DESCRIPTION
-    assert is_complete(tmp_path, DESCRIPTION)
-
-
 @pytest.mark.parametrize("spoil", ["cut", "gone", "longer", "garbage", "pickled"])
 def test_spoilt_array_is_refused_by_name_when_the_store_is_opened(tmp_path, spoil):
     make(tmp_path)
@@ -236,13 +224,6 @@ def overwrite(path: Path, row: int, value: int) -> None:
     array.flush()
 
 
-def without_hashes(folder: Path) -> None:
-    """Rewrites a store in format 1."""
-    fields = json.loads((folder / "store.json").read_text())
-    del fields["sha256"]
-    (folder / "store.json").write_text(json.dumps({**fields, "format": 1}))
-
-
 # array, row, value, True if the range check finds it
 DAMAGES = [
     ("train-labels", 4, -1, True),
@@ -256,15 +237,9 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize(("array", "row", "value", "out_of_range"), DAMAGES)
-@pytest.mark.parametrize("has_hashes", [True, False])
-def test_a_changed_value_is_refused_when_the_store_is_opened(tmp_path, array, row, value, out_of_range, has_hashes):
+def test_a_changed_value_is_refused_when_the_store_is_opened(tmp_path, array, row, value, out_of_range):
     make(tmp_path)
-    if not has_hashes:
-        without_hashes(tmp_path)
     overwrite(tmp_path / f"{array}.npy", row, value)
-    if not has_hashes and not out_of_range:
-        open_store(tmp_path, data="data")  # nothing to compare with
-        return
     found = f"in row {row}" if out_of_range else "changed since it was made"
     with pytest.raises(
         ValueError, match=rf"token store .*/{array}\.npy: .*{found}.*; regenerate .* `maskgit tokenize`"
@@ -278,16 +253,13 @@ def test_a_changed_value_is_refused_when_the_store_is_opened(tmp_path, array, ro
     assert not verify_store(tmp_path).bad
 
 
-def test_verify_names_every_bad_array_and_says_whether_there_are_hashes(tmp_path):
+def test_verify_names_every_bad_array(tmp_path):
     make(tmp_path)
     verified = verify_store(tmp_path)
-    assert (verified.rows, verified.has_hashes, verified.bad) == (13, True, ())
+    assert (verified.rows, verified.bad) == (13, ())
     overwrite(tmp_path / "train-labels.npy", 0, 1)
     (tmp_path / "val-tokens.npy").unlink()
     assert [bad.name for bad in verify_store(tmp_path).bad] == ["train-labels.npy", "val-*.npy"]
-    make(tmp_path)
-    without_hashes(tmp_path)
-    assert not verify_store(tmp_path).has_hashes
 
 
 @pytest.mark.parametrize(("array", "value"), [("labels", -1), ("labels", 2), ("labels", 2**40), ("tokens", 32767)])
@@ -338,7 +310,7 @@ HOSTILE = {
     "precision": changed_fields(precision="int4"),
     "tokenizer": changed_fields(tokenizer=None),
     "data": without("data"),
-    "codebook_size  ": without("num_codes"),
+    "num_codes": without("num_codes"),
     "sha256": without("sha256"),
     "sha256 ": changed_fields(sha256={}),
     "sha256  ": changed_fields(sha256={"train-tokens": "0"}),
@@ -383,8 +355,3 @@ def test_a_changed_part_is_not_joined(tmp_path):
     part.write_bytes(part.read_bytes()[:-8] + b"\xff" * 8)  # a label of -1
     with pytest.raises(ValueError, match=r"train-0-0000000004\.npy is damaged \(labels must be in \[0, 2\)"):
         make(tmp_path)
-
-
-def test_parts_that_a_version_before_hashes_has_begun_are_continued(tmp_path):
-    StoreParts(tmp_path, DESCRIPTION, part_size=4)
-    assert [path.name for path in tmp_path.iterdir()] == [".parts-a54f8b7335bf9989"]

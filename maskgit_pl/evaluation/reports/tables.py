@@ -117,7 +117,7 @@ def _join_names(rows: Sequence[Row], name: Callable[[Row], str], digest: str) ->
 
 
 def _digest(row: Mapping[str, Any], name: str) -> str:
-    """Returns the first digits of a digest, which rows of older versions may lack."""
+    """Returns the first digits of a digest, which a row may lack."""
     return markdown(str(row.get(name) or "")[:_SHOWN_DIGITS]) or "not recorded"
 
 

@@ -165,7 +165,7 @@ def _with_attention(config: BackboneConfig, attention: Attention) -> BackboneCon
 def _describe(sizes: BackboneConfig) -> str:
     """Returns the sizes and options of a network in words, which identify it in the ledger."""
     codes = f"{sizes.codebook_size} codes, {sizes.num_classes} classes"
-    if sizes.num_token_groups > 1:  # rows of earlier versions name no groups
+    if sizes.num_token_groups > 1:
         codes += f", {sizes.num_token_groups} token groups"
     if isinstance(sizes, TransformerConfig):
         return f"{sizes.depth} layers x {sizes.embed_dim}, MLP {sizes.mlp_dim}, {sizes.num_heads} heads, {codes}"

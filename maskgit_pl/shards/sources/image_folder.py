@@ -127,7 +127,7 @@ class ImageFolder:
             "classes": list(self.classes),
             "files": {split: self._digest(files) for split, files in self._files.items()},
         }
-        # Without vectors or metadata, the record of a folder that was made earlier must not change.
+        # Without vectors or metadata, the record has no key of them.
         if self._vectors is not None:
             described["vectors"] = {
                 split: self._vectors.digest(self._entries, [file.vector for file in files])
