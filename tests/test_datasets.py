@@ -15,9 +15,10 @@ import pytest
 from PIL import Image
 
 from maskgit_pl.cli import main
-from maskgit_pl.datasets import DATASETS, base, blue_marble, emoji, fashion_mnist
-from maskgit_pl.datasets.blue_marble_tiles import BlueMarbleTiles, label_at
-from maskgit_pl.datasets.emoji_images import CLASSES, EmojiImages, base_of
+from maskgit_pl.contrib import blue_marble, emoji
+from maskgit_pl.contrib.blue_marble_tiles import BlueMarbleTiles, label_at
+from maskgit_pl.contrib.emoji_images import CLASSES, EmojiImages, base_of
+from maskgit_pl.datasets import base, fashion_mnist, public_datasets
 from maskgit_pl.shards.image_bytes import UnreadableImageError
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +31,7 @@ EARTH = np.random.default_rng(0).integers(0, 256, (45, 90, 3), dtype=np.uint8).r
 
 @pytest.fixture
 def fashion():
-    return DATASETS["fashion-mnist"]
+    return public_datasets()["fashion-mnist"]
 
 
 @pytest.fixture
@@ -162,7 +163,7 @@ def test_blue_marble_leaves_the_sea_out_and_knows_places():
 def test_blue_marble_refuses_another_picture(tmp_path):
     Image.new("RGB", (8, 4)).save(tmp_path / "x.jpg")
     with pytest.raises(ValueError, match="wrong checksum"):
-        DATASETS["blue-marble"].open(tmp_path / "x.jpg", image_size=32)
+        public_datasets()["blue-marble"].open(tmp_path / "x.jpg", image_size=32)
 
 
 def png(value, size=64):
@@ -225,19 +226,19 @@ def test_emoji_refuses_other_files(tmp_path, monkeypatch):
     google, twitter = emoji.PACKAGES
     (tmp_path / google.file).write_bytes(b"<html>")
     with pytest.raises(ValueError, match=f"{google.file}: wrong checksum; {twitter.file}: missing. Remove a file with"):
-        DATASETS["emoji"].open(tmp_path, image_size=68)
+        public_datasets()["emoji"].open(tmp_path, image_size=68)
     write_packages(tmp_path, monkeypatch, table=[], pictures={})
     changed = bytearray((tmp_path / google.file).read_bytes())
     changed[-1] ^= 1  # of the same length
     (tmp_path / google.file).write_bytes(changed)
     with pytest.raises(ValueError, match="wrong checksum"):
-        DATASETS["emoji"].open(tmp_path, image_size=68)
+        public_datasets()["emoji"].open(tmp_path, image_size=68)
 
 
 def test_emoji_reads_no_picture_of_more_bytes_or_pixels_than_the_known_ones(tmp_path, monkeypatch):
     write_packages(tmp_path, monkeypatch, table=[], pictures={"1F600.png": bytes(2**16 + 1)})
     with pytest.raises(ValueError, match=r"64/1F600\.png: must be a file of at most 65536 bytes, got 65537"):
-        DATASETS["emoji"].open(tmp_path, image_size=68)
+        public_datasets()["emoji"].open(tmp_path, image_size=68)
     with pytest.raises(UnreadableImageError, match=r"google/1F600\.png must have 64 x 64 pixels, got 65 x 65"):
         emoji_images([entry("1F600", "face-smiling")], {"google": {"1F600.png": png(0, 65)}})
 
@@ -319,7 +320,7 @@ def test_what_an_artwork_lacks_is_left_out():
     ]
 
 
-@pytest.mark.parametrize("name", DATASETS)
+@pytest.mark.parametrize("name", public_datasets())
 def test_the_script_of_a_data_set_is_the_command(name):
     script = ROOT / "data" / f"{name.replace('-', '_')}.py"
     done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True, cwd=ROOT)

@@ -61,16 +61,16 @@ FLOORS = {  # a file or a folder -> its floor; a folder's files stand on its flo
     "autoregressive": 6,
     "pipeline": 7,
     "importers": 7,
-    "graph_export": 8,
     "diffusers_export": 8,
     "runs": 8,
     "evaluation": 9,  # it measures what the pipeline generates
     "web": 10,
     "cli": 11,
-    "__main__": 12,
+    "contrib": 12,  # the core names it only as strings
+    "__main__": 13,
 }
 INNER = (  # a folder and the folders inside it: each may import those before it, never those after it
-    ("evaluation", "evaluation/reports", "evaluation/inspection"),
+    ("evaluation", "evaluation/reports"),
     ("networks/quantizers", "networks"),
     ("shards", "shards/sources"),
 )
@@ -207,7 +207,7 @@ def forbidden_options(named: dict[str | None, str]) -> Iterator[str]:
 
 READERS = {  # modules that parse JSON or YAML themselves, and why; all others use the checked readers
     "files": "parse_json and parse_any_json, which limit the depth",
-    "datasets/emoji": "a file whose SHA-256 is known",
+    "contrib/emoji": "a file whose SHA-256 is known",
     "evaluation/decodings": "its own values",
     "evaluation/ledger": "its own values; rows of files are read with parse_json",
     "pipeline/bulk_plan": "its own plan",

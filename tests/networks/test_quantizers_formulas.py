@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
+from maskgit_pl.contrib.vq_pytorch import _warn_once
 from maskgit_pl.networks.quantizers import quantizers
 from maskgit_pl.networks.quantizers.estimators import rotate_to_codes
-from maskgit_pl.networks.quantizers.vq_pytorch import _warn_once
 
 
 def features(dim, *, batch=2, seed=0):

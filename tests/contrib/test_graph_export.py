@@ -16,10 +16,11 @@ import torch
 
 from maskgit_pl import MaskGIT
 from maskgit_pl.cli import main
+from maskgit_pl.contrib import graph_export as exporting
+from maskgit_pl.contrib.graph_export import export_graphs
+from maskgit_pl.contrib.graph_formats import NotExportableError
+from maskgit_pl.contrib.graphs import Graph
 from maskgit_pl.files import sha256_of
-from maskgit_pl.graph_export import export_graphs, exporting
-from maskgit_pl.graph_export.formats import NotExportableError
-from maskgit_pl.graph_export.graphs import Graph
 from maskgit_pl.pretrained import fingerprint
 
 

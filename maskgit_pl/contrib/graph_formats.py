@@ -22,8 +22,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from maskgit_pl.graph_export.graphs import Graph
-from maskgit_pl.graph_export.kinds import Format
+from maskgit_pl.contrib.graph_kinds import Format
+from maskgit_pl.contrib.graphs import Graph
 from maskgit_pl.text import printable
 
 __all__ = ["PACKAGES", "Call", "NotExportableError", "check_packages", "load_graph", "write_graph"]

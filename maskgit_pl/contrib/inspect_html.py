@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 
-from maskgit_pl.evaluation.inspection.charts import quote
+from maskgit_pl.contrib.inspect_charts import quote
 
 __all__ = ["embed_png", "format_html", "make_section"]
 

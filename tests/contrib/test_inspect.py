@@ -11,13 +11,13 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from maskgit_pl.cli import main
+from maskgit_pl.contrib.inspect_charts import bar_chart, line_chart
+from maskgit_pl.contrib.inspect_code_use import measure_codes, picture_codes
+from maskgit_pl.contrib.inspect_findings import find_in_tokenizer, find_in_transformer, read_reports
+from maskgit_pl.contrib.inspect_logs import Logs, read_logs
+from maskgit_pl.contrib.inspect_page import inspect_run
+from maskgit_pl.contrib.inspect_pictures import safe_png
 from maskgit_pl.data import Batch
-from maskgit_pl.evaluation.inspection import inspect_run
-from maskgit_pl.evaluation.inspection.charts import bar_chart, line_chart
-from maskgit_pl.evaluation.inspection.code_use import measure_codes, picture_codes
-from maskgit_pl.evaluation.inspection.event_files import Logs, read_logs
-from maskgit_pl.evaluation.inspection.findings import find_in_tokenizer, find_in_transformer, read_reports
-from maskgit_pl.evaluation.inspection.pictures import safe_png
 from maskgit_pl.shards.images import encode_png
 from tests.conftest import tiny_tokenizer
 

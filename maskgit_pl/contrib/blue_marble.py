@@ -69,10 +69,13 @@ class BlueMarble(Dataset):
         import numpy as np
         from PIL import Image
 
-        from maskgit_pl.datasets.blue_marble_tiles import BlueMarbleTiles
+        from maskgit_pl.contrib.blue_marble_tiles import BlueMarbleTiles
 
         pixels = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))  # of the bytes that were hashed
         return BlueMarbleTiles(pixels, image_size, picture_sha256=SHA256)
+
+
+DATASET = BlueMarble()
 
 
 def _download(folder: Path) -> Path:

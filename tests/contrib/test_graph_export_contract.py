@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from maskgit_pl.contrib.graph_export import compare_graph
+from maskgit_pl.contrib.graph_formats import NotExportableError, write_graph
+from maskgit_pl.contrib.graph_kinds import FORMATS
+from maskgit_pl.contrib.graphs import Graph, graphs_of
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.graph_export import FORMATS
-from maskgit_pl.graph_export.exporting import compare_graph
-from maskgit_pl.graph_export.formats import NotExportableError, write_graph
-from maskgit_pl.graph_export.graphs import Graph, graphs_of
 from maskgit_pl.networks.quantizers import quantizers
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import PretrainedTokenizer, PretrainedTransformer

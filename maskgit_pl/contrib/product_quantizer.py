@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from maskgit_pl.checks import check_integer
+from maskgit_pl.contrib.composite_quantizers import CompositeQuantizer, check_inner, inner_size
 from maskgit_pl.networks.quantizers.base import Quantizer, QuantizerOutput, quantizers
-from maskgit_pl.networks.quantizers.composite import CompositeQuantizer, check_inner, inner_size
 
 __all__ = ["ProductQuantizer", "ProductQuantizerSpec"]
 

@@ -11,8 +11,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from maskgit_pl.checks import check_integer
+from maskgit_pl.contrib.composite_quantizers import CompositeQuantizer, check_inner, inner_size
 from maskgit_pl.networks.quantizers.base import Quantizer, QuantizerOutput, quantizer_output, quantizers, rows_of
-from maskgit_pl.networks.quantizers.composite import CompositeQuantizer, check_inner, inner_size
 from maskgit_pl.networks.quantizers.estimators import GradientEstimator, estimate
 
 __all__ = ["ResidualQuantizer", "ResidualQuantizerSpec"]

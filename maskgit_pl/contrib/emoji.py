@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from maskgit_pl.datasets.base import Dataset, run_command
 
 if TYPE_CHECKING:
-    from maskgit_pl.datasets.emoji_images import Artwork
+    from maskgit_pl.contrib.emoji_images import Artwork
     from maskgit_pl.shards.samples import Source
 
 __all__ = ["PACKAGES", "Emoji", "Package"]
@@ -87,10 +87,13 @@ class Emoji(Dataset):
         if faults:
             listed = "; ".join(f"{name}: {fault}" for name, fault in faults.items())
             raise ValueError(f"{path}: {listed}. Remove a file with a wrong checksum to download it again")
-        from maskgit_pl.datasets.emoji_images import EmojiImages
+        from maskgit_pl.contrib.emoji_images import EmojiImages
 
         table, artworks = _read(path)
         return EmojiImages(table, artworks, image_size, sha256=[package.sha256 for package in PACKAGES])
+
+
+DATASET = Emoji()
 
 
 def _fault_of(folder: Path, package: Package) -> str | None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from maskgit_pl.evaluation.inspection.charts import line_chart
-from maskgit_pl.evaluation.inspection.code_use import picture_codes
-from maskgit_pl.evaluation.inspection.html_page import embed_png
+from maskgit_pl.contrib.inspect_charts import line_chart
+from maskgit_pl.contrib.inspect_code_use import picture_codes
+from maskgit_pl.contrib.inspect_html import embed_png
 from maskgit_pl.evaluation.pages import image_to_png
 from maskgit_pl.imaging import image_grid, reconstruction_grid, to_pil
 from maskgit_pl.pretrained import PretrainedTokenizer

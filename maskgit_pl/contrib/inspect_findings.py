@@ -9,12 +9,12 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from maskgit_pl.checks import build_dataclass
-from maskgit_pl.evaluation.inspection.event_files import Logs
+from maskgit_pl.contrib.inspect_logs import Logs
 from maskgit_pl.files import parse_any_json
 from maskgit_pl.training.health_rules import HealthConfig, HealthContext, Problem, find_problems
 
 if TYPE_CHECKING:
-    from maskgit_pl.evaluation.inspection.code_use import CodeUse
+    from maskgit_pl.contrib.inspect_code_use import CodeUse
 
 __all__ = ["find_in_tokenizer", "find_in_transformer", "read_reports"]
 

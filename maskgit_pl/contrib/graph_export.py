@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskgit_pl.contrib.graph_formats import PACKAGES, NotExportableError, check_packages, load_graph, write_graph
+from maskgit_pl.contrib.graph_kinds import Format
+from maskgit_pl.contrib.graphs import Graph, graphs_of
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.plan import step_progress
 from maskgit_pl.decoding.sampling import CodeSampling
 from maskgit_pl.files import sha256_of, size_text, write_text
 from maskgit_pl.folders import check_new_folder, write_folder
-from maskgit_pl.graph_export.formats import PACKAGES, NotExportableError, check_packages, load_graph, write_graph
-from maskgit_pl.graph_export.graphs import Graph, graphs_of
-from maskgit_pl.graph_export.kinds import Format
 from maskgit_pl.image_format import height_width
 from maskgit_pl.pipeline.model import MaskGIT
 from maskgit_pl.pipeline.sharing import find_folder

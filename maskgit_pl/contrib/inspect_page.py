@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
+from maskgit_pl.contrib.inspect_charts import bar_chart, line_chart, quote
+from maskgit_pl.contrib.inspect_code_use import CodeUse, measure_codes
+from maskgit_pl.contrib.inspect_findings import find_in_tokenizer, find_in_transformer, read_reports
+from maskgit_pl.contrib.inspect_html import embed_png, format_html, make_section
+from maskgit_pl.contrib.inspect_logs import Logs, read_logs
+from maskgit_pl.contrib.inspect_pictures import draw_atlas, draw_histogram, draw_worst, safe_png
 from maskgit_pl.devices import parse_dtype
-from maskgit_pl.evaluation.inspection.charts import bar_chart, line_chart, quote
-from maskgit_pl.evaluation.inspection.code_use import CodeUse, measure_codes
-from maskgit_pl.evaluation.inspection.event_files import Logs, read_logs
-from maskgit_pl.evaluation.inspection.findings import find_in_tokenizer, find_in_transformer, read_reports
-from maskgit_pl.evaluation.inspection.html_page import embed_png, format_html, make_section
-from maskgit_pl.evaluation.inspection.pictures import draw_atlas, draw_histogram, draw_worst, safe_png
 from maskgit_pl.evaluation.opening import open_images
 from maskgit_pl.evaluation.run_folders import read_run_recipe
 from maskgit_pl.files import write_text

@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 
 from maskgit_pl import MaskGIT
+from maskgit_pl.contrib import graph_formats as formats
+from maskgit_pl.contrib.graph_export import export_graphs
 from maskgit_pl.decoding.decoder import ParallelDecoder
 from maskgit_pl.decoding.predictors import ConditionalModel, build_class_predictor
 from maskgit_pl.decoding.sampling import CodeSampling
 from maskgit_pl.decoding.selectors import token_selectors
-from maskgit_pl.graph_export import export_graphs, formats
 from maskgit_pl.schedules import mask_schedules
 from tests.test_page_code import RUN
 
