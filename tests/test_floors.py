@@ -1,6 +1,7 @@
 """The architecture, read from the imports: who may know whom, and what the source never does."""
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -288,6 +289,31 @@ def test_a_command_imports_files_of_flags_and_they_one_base():
     depths = {module: depth(module) for module in FOUND if part(module) == "cli" and module != "cli/__init__"}
     assert {module: found for module, found in depths.items() if found > 2} == {}
     assert max(depths.values()) == 2  # and the imports are read
+
+
+NAMES_CONTRIB = {  # modules with a registry or a table of names, which import parts of contrib by a string
+    "cli/__init__": "the table of commands",
+    "cli/export": "the formats of an export",
+    "datasets": "the public data sets",
+    "networks/quantizers/base": "the registry of quantizers",
+}
+
+
+def names_of_contrib(module: str) -> list[str]:
+    """Returns where a core module imports contrib, or names it in a string outside of a registry."""
+    by_statement = [name for name in imported(module) if f"{name}.".startswith("maskgit_pl.contrib.")]
+    strings = [
+        node.value
+        for node in ast.walk(tree(module))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.search(r"\bcontrib\.[a-z]", node.value)
+    ]
+    return by_statement + ([] if module in NAMES_CONTRIB else strings)
+
+
+def test_the_core_names_contrib_only_in_registries():
+    core = [module for module in MODULES if part(module) != "contrib"]
+    assert {module: names for module in core if (names := names_of_contrib(module))} == {}
+    assert {module for module in core if "maskgit_pl.contrib" in ast.unparse(tree(module))} == NAMES_CONTRIB.keys()
 
 
 @pytest.mark.parametrize("module", [name for name in FOUND if FLOORS.get(part(name), 0) < LIGHTNING_FROM])

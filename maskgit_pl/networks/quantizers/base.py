@@ -95,8 +95,7 @@ quantizers: Registry[QuantizerSpec] = Registry(
     check=check_quantizer,
     modules=(
         "maskgit_pl.contrib.gumbel_quantizer",
-        "maskgit_pl.contrib.product_quantizer",
-        "maskgit_pl.contrib.residual_quantizer",
+        "maskgit_pl.contrib.composite_quantizers",
         "maskgit_pl.contrib.vq_pytorch",
     ),
 )
