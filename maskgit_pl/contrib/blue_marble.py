@@ -201,7 +201,8 @@ class BlueMarbleTiles:
 def _is_land(picture: np.ndarray) -> np.ndarray:
     """Returns the land pixels of (H, W, 3) uint8, (H, W) bool: water has more blue than red, ice and ground less."""
     red, blue = picture[..., 0].astype("int16"), picture[..., 2].astype("int16")
-    return blue - red < 10
+    land: np.ndarray = blue - red < 10
+    return land
 
 
 def label_at(latitude: float, longitude: float) -> int | None:
