@@ -303,11 +303,10 @@ def names_of_contrib(module: str) -> list[str]:
     """Returns where a core module imports contrib, or names it in a string outside of a registry."""
     by_statement = [name for name in imported(module) if f"{name}.".startswith("maskgit_pl.contrib.")]
     strings = [
-        node.value
-        for node in ast.walk(tree(module))
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.search(r"\bcontrib\.[a-z]", node.value)
+        node.value for node in ast.walk(tree(module)) if isinstance(node, ast.Constant) and isinstance(node.value, str)
     ]
-    return by_statement + ([] if module in NAMES_CONTRIB else strings)
+    named = [each for each in strings if re.search(r"\bcontrib\.([a-z]|$)", each)]
+    return by_statement + ([] if module in NAMES_CONTRIB else named)
 
 
 def test_the_core_names_contrib_only_in_registries():
