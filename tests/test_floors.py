@@ -4,6 +4,7 @@ Each rule is one test over all files, whose failure lists the faults.
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -61,16 +62,16 @@ FLOORS = {  # a file or a folder -> its floor; a folder's files stand on its flo
     "autoregressive": 6,
     "pipeline": 7,
     "importers": 7,
-    "graph_export": 8,
     "diffusers_export": 8,
     "runs": 8,
     "evaluation": 9,  # it measures what the pipeline generates
     "web": 10,
     "cli": 11,
-    "__main__": 12,
+    "contrib": 12,  # the core names it only as strings
+    "__main__": 13,
 }
 INNER = (  # a folder and the folders inside it: each may import those before it, never those after it
-    ("evaluation", "evaluation/reports", "evaluation/inspection"),
+    ("evaluation", "evaluation/reports"),
     ("networks/quantizers", "networks"),
     ("shards", "shards/sources"),
 )
@@ -224,7 +225,7 @@ def forbidden_options(named: dict[str | None, str]) -> Iterator[str]:
 
 READERS = {  # modules that parse JSON or YAML themselves, and why; all others use the checked readers
     "files": "parse_json and parse_any_json, which limit the depth",
-    "datasets/emoji": "a file whose SHA-256 is known",
+    "contrib/emoji": "a file whose SHA-256 is known",
     "evaluation/decodings": "its own values",
     "evaluation/ledger": "its own values; rows of files are read with parse_json",
     "pipeline/bulk_plan": "its own plan",
@@ -308,6 +309,30 @@ def test_a_command_imports_files_of_flags_and_they_one_base():
     depths = {module: depth(module) for module in FOUND if part(module) == "cli" and module != "cli/__init__"}
     assert {module: found for module, found in depths.items() if found > 2} == {}
     assert max(depths.values()) == 2  # and the imports are read
+
+
+NAMES_CONTRIB = {  # modules with a registry or a table of names, which import parts of contrib by a string
+    "cli/__init__": "the table of commands",
+    "cli/export": "the formats of an export",
+    "datasets": "the public data sets",
+    "networks/quantizers/base": "the registry of quantizers",
+}
+
+
+def names_of_contrib(module: str) -> list[str]:
+    """Returns where a core module imports contrib, or names it in a string outside of a registry."""
+    by_statement = [name for name in imported(module) if f"{name}.".startswith("maskgit_pl.contrib.")]
+    strings = [
+        node.value for node in ast.walk(tree(module)) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    named = [each for each in strings if re.search(r"\bcontrib\.([a-z]|$)", each)]
+    return by_statement + ([] if module in NAMES_CONTRIB else named)
+
+
+def test_the_core_names_contrib_only_in_registries():
+    core = [module for module in MODULES if part(module) != "contrib"]
+    assert {module: names for module in core if (names := names_of_contrib(module))} == {}
+    assert {module for module in core if "maskgit_pl.contrib" in ast.unparse(tree(module))} == NAMES_CONTRIB.keys()
 
 
 def test_no_module_below_floor_3_imports_lightning():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskgit_pl.graph_export.formats import PACKAGES
+from maskgit_pl.contrib.graph_export import PACKAGES
 from maskgit_pl.shards.images import encode_png
 
 C = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from maskgit_pl.datasets import DATASETS
+from maskgit_pl.datasets import public_datasets
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "Makefile").read_text()
@@ -82,7 +82,7 @@ def test_only_targets_for_development_install_its_tools(target):
 
 
 def test_the_data_sets_that_make_can_fetch_are_those_of_the_package():
-    assert re.search(r"^FETCHED = (.*)$", TEXT, re.MULTILINE)[1].split() == [*DATASETS]
+    assert re.search(r"^FETCHED = (.*)$", TEXT, re.MULTILINE)[1].split() == [*public_datasets()]
     assert (
         'maskgit data fetch "blue-marble" --out "data/shards/blue-marble"'
         in run_make("data", "DATASET=blue-marble").stdout

@@ -1,7 +1,8 @@
 """The console script ``maskgit``: builds the parser of all commands, runs one, and turns errors into exit codes.
 
-Each command has a file of its own in this folder, with ``add_parser`` and ``run``. These files import only what the
-parser needs, so that ``--help`` and wrong flags are answered without torch; ``run`` imports the rest.
+Each command has a file of its own, in this folder or in ``contrib``, with ``add_parser`` and ``run``. These files
+import only what the parser needs, so that ``--help`` and wrong flags are answered without torch; ``run`` imports the
+rest.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ _MODULES = (  # in the order of the help; most have the name of their command
     "train_classifier", "schedules", "recipes", "plugins", "env", "import_jax", "import_tokenizer",
     "import_transformer",
 )  # fmt: skip
+_CONTRIB = {"inspect": "maskgit_pl.contrib.inspect"}  # modules that are not in this folder
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -87,7 +89,7 @@ def _parser_and_commands(command: str | None = None) -> tuple[argparse.ArgumentP
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
     module = (command or "").replace("-", "_")
     for name in (module,) if module in _MODULES else _MODULES:
-        import_module(f"maskgit_pl.cli.{name}").add_parser(commands)
+        import_module(_CONTRIB.get(name, f"maskgit_pl.cli.{name}")).add_parser(commands)
     if module not in _MODULES:
         completion.add_parser(commands, build_parser=build_parser)
     return parser, list(commands.choices)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from maskgit_pl.checks import check_choice
-from maskgit_pl.datasets import DATASETS, Dataset
+from maskgit_pl.datasets import Dataset, public_datasets
 
 if TYPE_CHECKING:
     from maskgit_pl.shards.samples import Source
@@ -24,29 +24,31 @@ class WriteShards(Protocol):
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], *, write_shards: WriteShards) -> None:
     """Adds ``fetch`` to the commands of ``maskgit data``."""
-    listed = "; ".join(f"{name}: {each.contents}" for name, each in DATASETS.items())
+    datasets = public_datasets()
+    listed = "; ".join(f"{name}: {each.contents}" for name, each in datasets.items())
     parser = commands.add_parser(
         "fetch",
         help="download a public data set and write its shards",
         description=f"Download a public data set, check it and write its shards. Complete data are kept. {listed}.",
         epilog="Example: maskgit data fetch fashion-mnist",
     )
-    parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(DATASETS)}")
+    parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(datasets)}")
     parser.add_argument("--out", type=Path, metavar="DIR", help="data folder to write (default: data/shards/NAME)")
     parser.add_argument(
         "--raw", type=Path, metavar="DIR", help="folder that keeps the downloaded files (default: data/raw/NAME)"
     )
     parser.add_argument("--source", type=Path, metavar="PATH", help="existing files in place of a download: "
-                        + "; ".join(f"{name}: {each.source}" for name, each in DATASETS.items()))  # fmt: skip
-    sizes = "; ".join(f"{name}: {_sizes_text(each)}" for name, each in DATASETS.items())
+                        + "; ".join(f"{name}: {each.source}" for name, each in datasets.items()))  # fmt: skip
+    sizes = "; ".join(f"{name}: {_sizes_text(each)}" for name, each in datasets.items())
     parser.add_argument("--image-size", type=int, metavar="S", help=f"side of the images in pixels ({sizes})")
     parser.set_defaults(run=lambda args: _run(args, write_shards))
 
 
 def _run(args: argparse.Namespace, write_shards: WriteShards) -> int:
     """Fetches the files and writes the shards."""
-    check_choice("NAME", args.name, DATASETS)
-    dataset = DATASETS[args.name]
+    datasets = public_datasets()
+    check_choice("NAME", args.name, datasets)
+    dataset = datasets[args.name]
     size = dataset.image_sizes[0] if args.image_size is None else args.image_size
     if size not in dataset.image_sizes:
         raise ValueError(f"--image-size must be {_sizes_text(dataset)} for {args.name}, got {size}")

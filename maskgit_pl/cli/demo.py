@@ -17,7 +17,7 @@ from types import FrameType
 from typing import NamedTuple
 
 from maskgit_pl.cli.run_flags import add_new_run_arguments
-from maskgit_pl.datasets import DATASETS
+from maskgit_pl.datasets import public_datasets
 from maskgit_pl.interruption import SIGNALS
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.recipe_files import DEFAULT_DATASET, STAGES
@@ -130,13 +130,14 @@ def _data_step(args: argparse.Namespace, data: Path, time: str | None) -> list[S
                 str(data),
             )
         ]
-    if args.dataset in DATASETS:
-        title = f"fetch {DATASETS[args.dataset].title}: {DATASETS[args.dataset].contents}"
+    datasets = public_datasets()
+    if args.dataset in datasets:
+        title = f"fetch {datasets[args.dataset].title}: {datasets[args.dataset].contents}"
         return [_step(title, time, "data", "fetch", args.dataset, "--out", str(data))]
     if not data.is_dir():
         raise ValueError(
             f"data {data}: no such folder; convert your own images with --images FOLDER, or name a data set that can "
-            f"be fetched with --dataset: {', '.join(DATASETS)}"
+            f"be fetched with --dataset: {', '.join(datasets)}"
         )
     return []
 

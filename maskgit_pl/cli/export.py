@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from importlib import import_module
 from pathlib import Path
 
-from maskgit_pl.graph_export.kinds import FORMATS
 from maskgit_pl.runs.exporting import export
 from maskgit_pl.runs.recipe_files import STAGES
 
 __all__ = ["add_parser", "run"]
 
+_GRAPH_FORMATS = {  # module of each format, with ``export_graphs``
+    "onnx": "maskgit_pl.contrib.graph_export",
+    "pt2": "maskgit_pl.contrib.graph_export",
+}
 _OF_CHECKPOINTS = ("stage", "step", "data")  # flags of the format ``pretrained``
 
 
@@ -35,7 +39,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument(
         "--format",
-        choices=("pretrained", *FORMATS, "diffusers"),
+        choices=("pretrained", *_GRAPH_FORMATS, "diffusers"),
         default="pretrained",
         help="pretrained: safetensors and JSON; onnx: ONNX Runtime and others; pt2: torch.export.load; diffusers: "
         "DiffusionPipeline of Hugging Face (default: pretrained)",
@@ -76,8 +80,7 @@ def run(args: argparse.Namespace) -> int:
         load = f"DiffusionPipeline.from_pretrained({str(args.out)!r}, trust_remote_code=True)"
         print(f"{args.out}: load it with {load}")
         return 0
-    from maskgit_pl.graph_export.exporting import export_graphs
-
-    content = export_graphs(args.folder, args.out, kind=args.format, replace=args.replace)
+    graph_export = import_module(_GRAPH_FORMATS[args.format])
+    content = graph_export.export_graphs(args.folder, args.out, kind=args.format, replace=args.replace)
     print(f"{args.out}: export.json and {len(content['graphs'])} graphs")
     return 0

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from maskgit_pl.cli import main
-from maskgit_pl.evaluation.inspection.event_files import read_logs
+from maskgit_pl.contrib.inspect_findings import read_logs
 from maskgit_pl.shards.images import encode_png
 from maskgit_pl.shards.sources import open_source
 from maskgit_pl.shards.writer import make_shards

@@ -1,9 +1,7 @@
-"""Quantizers without tests of their own, such as fsq, lfq and residual, follow their published formulas."""
+"""Quantizers without tests of their own, such as fsq and lfq, follow their published formulas."""
 
-import copy
 import itertools
 import math
-import sys
 
 import pytest
 import torch
@@ -12,7 +10,6 @@ from einops import rearrange
 
 from maskgit_pl.networks.quantizers import quantizers
 from maskgit_pl.networks.quantizers.estimators import rotate_to_codes
-from maskgit_pl.networks.quantizers.vq_pytorch import _warn_once
 
 
 def features(dim, *, batch=2, seed=0):
@@ -171,59 +168,6 @@ def test_the_losses_and_gradients_of_ibq_are_the_published_ones():
     torch.testing.assert_close(made, (leaf.grad, codes.grad), rtol=1e-4, atol=1e-5)
 
 
-def gumbel_output(form="soft", *, seed=0, step=0, micro_batch=0, temperature=1.0):
-    spec = {"name": "gumbel", "form": form, "temperature": temperature, "final_temperature": temperature}
-    quantizer = build(spec, 8, 4)
-    quantizer.begin_micro_batch(seed=seed, step=step, micro_batch=micro_batch)
-    return quantizer, quantizer(features(4))
-
-
-def test_the_codes_of_gumbel_are_mixed_and_its_loss_is_the_divergence_from_uniform():
-    quantizer, output = gumbel_output()
-    distances = torch.cdist(rows_of(features(4)), quantizer.codebook).square()
-    probabilities = (-distances).softmax(1)
-    divergence = (probabilities * (probabilities * 8).log()).sum(1).mean()
-    torch.testing.assert_close(output.loss, 5e-4 * divergence)
-    codes = quantizer.codebook.detach()
-    assert rows_of(output.quantized).max() <= codes.max()  # a mixture lies between the codes
-    assert torch.equal(output.tokens.flatten(), distances.argmin(1))
-
-
-def test_gumbel_draws_a_code_as_often_as_its_probability():
-    quantizer = build({"name": "gumbel", "form": "hard"}, 4, 2)
-    quantizer.codebook.data = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
-    inputs = torch.tensor([0.3, 0.4]).view(1, 2, 1, 1).expand(1, 2, 100, 100)
-    drawn = torch.cdist(rows_of(quantizer(inputs).quantized), quantizer.codebook).argmin(1)
-    expected = (-torch.cdist(rows_of(inputs)[:1], quantizer.codebook).square()).softmax(1)[0]
-    torch.testing.assert_close(drawn.bincount(minlength=4) / 10_000, expected, rtol=0, atol=0.015)
-
-
-@pytest.mark.parametrize("other", [{"seed": 1}, {"step": 1}, {"micro_batch": 1}])
-def test_the_noise_of_gumbel_depends_on_seed_step_and_micro_batch(other):
-    assert torch.equal(gumbel_output()[1].quantized, gumbel_output()[1].quantized)
-    assert not torch.equal(gumbel_output()[1].quantized, gumbel_output(**other)[1].quantized)
-
-
-def test_hard_gumbel_decodes_codes_with_the_gradient_of_the_mixture():
-    (quantizer, hard), (_, soft) = gumbel_output("hard"), gumbel_output("soft")
-    nearest = torch.cdist(rows_of(hard.quantized), quantizer.codebook)
-    assert nearest.min(1).values.max() < 1e-5
-    cold = gumbel_output("soft", temperature=0.001)[1]
-    torch.testing.assert_close(cold.quantized, hard.quantized, rtol=1e-3, atol=1e-4)
-    assert not torch.allclose(soft.quantized, hard.quantized)
-    gradients = []
-    for form in ("hard", "soft"):
-        leaf = features(4).requires_grad_()
-        quantizer = build({"name": "gumbel", "form": form}, 8, 4)
-        gradients.append(torch.autograd.grad(quantizer(leaf).quantized.sum(), leaf)[0])
-    torch.testing.assert_close(*gradients)
-
-
-def test_the_temperature_of_gumbel_falls_along_half_a_cosine_and_stays():
-    spec = quantizers.build({"name": "gumbel", "temperature": 2.0, "final_temperature": 0.5, "annealing_steps": 100})
-    assert [spec.temperature_at(step) for step in (0, 50, 100, 1000)] == pytest.approx([2.0, 1.25, 0.5, 0.5])
-
-
 def test_the_rotation_gives_the_code_and_turns_the_gradient_by_the_same_angle():
     rows = rows_of(features(3)).requires_grad_()
     codes = rows_of(features(3, seed=1))
@@ -259,112 +203,6 @@ def test_the_rotation_is_an_option_of_codebooks(name):
     torch.testing.assert_close(outputs[0][0].quantized, outputs[1][0].quantized)
     assert torch.equal(outputs[0][0].loss, outputs[1][0].loss)
     assert not torch.allclose(outputs[0][1], outputs[1][1])
-
-
-def test_the_tokens_of_a_product_are_the_digits_of_its_groups_and_its_loss_their_mean():
-    inner = {"name": "gradient", "entropy_weight": 0.0}
-    quantizer, inputs = build({"name": "product", "num_groups": 3, "quantizer": inner}, 4**3, 6), features(6)
-    output = quantizer(inputs)
-    expected, losses = 0, []
-    for number, (group, channels) in enumerate(zip(quantizer.groups, inputs.chunk(3, dim=1), strict=True)):
-        distances = torch.cdist(rows_of(channels), group.codebook)
-        expected = expected + distances.argmin(1) * 4**number
-        losses.append(1.25 * distances.min(1).values.square().mean() / 2)
-    assert torch.equal(output.tokens.flatten(), expected)
-    torch.testing.assert_close(output.loss, torch.stack(losses).mean())
-
-
-def test_the_groups_of_a_product_draw_different_noise():
-    quantizer = build({"name": "product", "quantizer": "gumbel"}, 16, 4)
-    quantizer.groups[1].load_state_dict(quantizer.groups[0].state_dict())
-    quantizer.begin_micro_batch(seed=0, step=0, micro_batch=0)
-    first, second = quantizer(features(2).repeat(1, 2, 1, 1)).quantized.chunk(2, dim=1)
-    assert not torch.allclose(first, second)
-
-
-def residual_reference(rows, codebooks):
-    """Quantizes rows one by one: tokens, sums of codes, and the mean squared residual after each level."""
-    tokens, sums, errors = [], [], [[] for _ in codebooks]
-    for row in rows:
-        token, total = 0, torch.zeros_like(row)
-        for number, codebook in enumerate(codebooks):
-            digit = min(range(len(codebook)), key=lambda k: float((row - total - codebook[k]).square().sum()))
-            token, total = token * len(codebook) + digit, total + codebook[digit]
-            errors[number].append((row - total).square().mean())
-        tokens.append(token)
-        sums.append(total)
-    return torch.tensor(tokens), torch.stack(sums), [torch.stack(error).mean() for error in errors]
-
-
-def test_residual_quantizes_level_by_level_and_the_first_level_has_the_highest_digit():
-    inner = {"name": "gradient", "commitment": 0.3, "codebook_weight": 0.7, "entropy_weight": 0.0}
-    quantizer = build({"name": "residual", "num_levels": 3, "quantizer": inner}, 4**3, 6)
-    inputs = features(6).requires_grad_()
-    output = quantizer(inputs)
-    codebooks = [level.codebook for level in quantizer.levels]
-    tokens, sums, errors = residual_reference(rows_of(inputs.detach()), [book.detach() for book in codebooks])
-    assert torch.equal(output.tokens.flatten(), tokens)
-    torch.testing.assert_close(rows_of(output.quantized), sums)
-    torch.testing.assert_close(quantizer.lookup(tokens), sums)
-    torch.testing.assert_close(output.loss, torch.stack(errors).mean())  # 0.3 + 0.7 times the same number
-    assert {name: value.item() for name, value in quantizer.losses.items()} == pytest.approx(
-        {"commitment": 0.3 * output.loss.item(), "codebook": 0.7 * output.loss.item(), "entropy": 0.0}
-    )
-    # Commitment of level l: features to the sum of the first l codes. Codes of a level: to the residual before it.
-    leaf, books = inputs.detach().requires_grad_(), [book.detach().requires_grad_() for book in codebooks]
-    rows, digits = rows_of(leaf), [tokens // 16, tokens // 4 % 4, tokens % 4]
-    codes = [book[digit] for book, digit in zip(books, digits, strict=True)]
-    partial = [sum(codes[: number + 1]).detach() for number in range(3)]
-    commitment = sum((rows - total).square().mean() for total in partial)
-    codebook = sum(
-        (code - (rows.detach() - total + code.detach())).square().mean()
-        for code, total in zip(codes, partial, strict=True)
-    )
-    expected = torch.autograd.grad((0.3 * commitment + 0.7 * codebook) / 3, [leaf, *books])
-    torch.testing.assert_close(torch.autograd.grad(output.loss, [inputs, *codebooks]), expected, rtol=1e-4, atol=1e-6)
-
-
-def test_the_decoders_gradient_passes_a_residual_once_and_moves_no_code():
-    quantizer, inputs = build({"name": "residual", "num_levels": 4}, 2**4, 4), features(4).requires_grad_()
-    direction = features(4, seed=1)
-    (gradient,) = torch.autograd.grad((quantizer(inputs).quantized * direction).sum(), inputs)
-    torch.testing.assert_close(gradient, direction)
-    inner = {"name": "ema", "gradient_estimator": "rotation"}
-    turned = build({"name": "residual", "num_levels": 4, "quantizer": inner}, 2**4, 4)
-    output = turned(inputs)
-    (gradient,) = torch.autograd.grad((output.quantized * direction).sum(), inputs)
-    rows = rows_of(inputs.detach()).requires_grad_()
-    total = rotate_to_codes(rows, turned.lookup(output.tokens.flatten()))
-    torch.testing.assert_close(rows_of(gradient), torch.autograd.grad((total * rows_of(direction)).sum(), rows)[0])
-
-
-def test_the_levels_of_a_residual_start_from_means_of_what_is_left_over():
-    inner = {"name": "gradient", "initial_codes": "kmeans"}
-    quantizer = build({"name": "residual", "num_levels": 3, "quantizer": inner}, 4**3, 2)
-    inputs = clusters()
-    output = quantizer(inputs)
-    quantizer.update([output.tokens], [output.features], seed=0, step=0)
-    residual = rows_of(inputs)
-    for level in quantizer.levels:
-        nearest = torch.cdist(residual, level.codebook.detach()).argmin(1)
-        for code in nearest.unique():  # a fixed point of Lloyd's algorithm
-            torch.testing.assert_close(level.codebook[code].detach(), residual[nearest == code].mean(0))
-        before, residual = residual.norm(), residual - level.codebook.detach()[nearest]
-        assert residual.norm() < before
-
-
-def test_the_averages_of_a_residual_reduce_the_error_with_every_level():
-    errors = []
-    for levels in (1, 2, 4):
-        spec = "ema" if levels == 1 else {"name": "residual", "num_levels": levels}
-        quantizer, inputs = build(spec, 4**levels, 3), features(3, batch=16)
-        for step in range(60):
-            output = quantizer(inputs)
-            quantizer.update([output.tokens], [output.features], seed=0, step=step)
-        codes = quantizer.lookup(quantizer.nearest(inputs).flatten())
-        errors.append(F.mse_loss(codes, rows_of(inputs)).item())
-    assert errors[1] < 0.75 * errors[0]
-    assert errors[2] < 0.75 * errors[1]
 
 
 def clusters(step=0):
@@ -414,18 +252,7 @@ def test_kmeans_starts_from_different_features_and_depends_on_the_seed():
         ({"name": "fsq", "levels": [8, 1]}, r"levels must be an integer in \[2, 4096\], got 1"),
         ({"name": "fsq", "levels": [4096, 4096, 2]}, "levels must have a product of at most 16777216, got 33554432"),
         ({"name": "lfq", "diversity": -1.0}, "diversity"),
-        ({"name": "product", "quantizer": {"name": "product"}}, "must not be 'product' again"),
-        (
-            {"name": "residual", "quantizer": "lfq"},
-            "must not be 'lfq', whose codes have one fixed scale, got 'lfq'; take",
-        ),
-        ({"name": "residual", "quantizer": {"name": "ibq"}}, "must not be 'ibq', whose codes learn from the decoder"),
-        ({"name": "residual", "quantizer": "product"}, "must not be 'product', got 'product'; raise num_levels"),
-        ({"name": "product", "quantizer": "residual"}, "must not be 'residual'"),
-        ({"name": "product", "quantizer": "emma"}, "did you mean 'ema'"),
         ({"name": "gradient", "initial_codes": "k-means"}, "did you mean 'kmeans'"),
-        ({"name": "gumbel", "final_temperature": 2.0}, "final_temperature must be at most temperature 1.0, got 2.0"),
-        ({"name": "gumbel", "form": "harder"}, "did you mean 'hard'"),
         ({"name": "simvq", "gradient_estimator": "rotate"}, "did you mean 'rotation'"),
     ],
 )
@@ -439,36 +266,3 @@ def test_kmeans_leaves_codes_without_features_where_they_are():
     output = quantizer(torch.full((1, 2, 3, 3), 5.0))
     quantizer.update([output.tokens], [output.features], seed=0, step=0)
     assert torch.equal(quantizer.codebook, torch.full((4, 2), 5.0))
-
-
-@pytest.mark.parametrize("options", [{}, {"use_cosine_sim": True, "decay": 0.5}, {"rotation_trick": False}], ids=str)
-def test_vector_quantize_learns_after_the_step_what_the_package_learns_in_its_forward_pass(options):
-    pytest.importorskip("vector_quantize_pytorch", reason="vector-quantize-pytorch is not installed")
-    quantizer = build({"name": "vq_pytorch", "options": options}, 8, 4)
-    package, inputs = copy.deepcopy(quantizer.inner), features(4)
-    images = [inputs.clone().requires_grad_() for _ in range(2)]
-    quantized, tokens, loss = package(rearrange(images[0], "b d h w -> b (h w) d"))
-    output = quantizer(images[1])
-    assert torch.equal(output.tokens, tokens)
-    torch.testing.assert_close(rearrange(output.quantized, "b d h w -> b (h w) d"), quantized)
-    torch.testing.assert_close(output.loss, loss)
-    gradients = [torch.autograd.grad(made.sum() + part, image)[0] for made, part, image in
-                 ((quantized, loss, images[0]), (output.quantized, output.loss, images[1]))]  # fmt: skip
-    torch.testing.assert_close(*gradients)
-    quantizer.update([output.tokens], [output.features], seed=0, step=0)
-    torch.testing.assert_close(quantizer.inner.codebook, package.codebook)
-    assert not torch.equal(quantizer.nearest(inputs), tokens)  # it has learned
-
-
-def test_without_the_package_the_error_says_how_to_install_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "vector_quantize_pytorch", None)
-    with pytest.raises(ValueError, match=r'pip install "maskgit_pl\[quantizers\]"'):
-        quantizers.build("vq_pytorch").create(codebook_size=16, code_dim=4)
-
-
-def test_the_package_is_said_once_not_to_promise_bit_exact_resuming(caplog):
-    pytest.importorskip("vector_quantize_pytorch", reason="vector-quantize-pytorch is not installed")
-    _warn_once.cache_clear()
-    for _ in range(2):
-        build("vq_pytorch", 8, 4)
-    assert [record.getMessage().count("not promised to be bit-exact") for record in caplog.records] == [1]

@@ -23,11 +23,7 @@ from maskgit_pl.networks.quantizers.codebooks import (
 from maskgit_pl.networks.quantizers.entropy import EntropyKind, entropy_loss
 from maskgit_pl.networks.quantizers.estimators import GradientEstimator
 from maskgit_pl.networks.quantizers.fsq import FSQ, FSQSpec
-from maskgit_pl.networks.quantizers.gumbel import GumbelQuantizer, GumbelQuantizerSpec
-from maskgit_pl.networks.quantizers.product import ProductQuantizer, ProductQuantizerSpec
-from maskgit_pl.networks.quantizers.residual import ResidualQuantizer, ResidualQuantizerSpec
 from maskgit_pl.networks.quantizers.similarity import IBQ, IBQSpec, SimVQ, SimVQSpec
-from maskgit_pl.networks.quantizers.vq_pytorch import VQPyTorchQuantizer, VQPyTorchSpec
 
 __all__ = [
     "BSQ",
@@ -43,22 +39,14 @@ __all__ = [
     "GradientEstimator",
     "GradientQuantizer",
     "GradientQuantizerSpec",
-    "GumbelQuantizer",
-    "GumbelQuantizerSpec",
     "IBQSpec",
     "LFQSpec",
-    "ProductQuantizer",
-    "ProductQuantizerSpec",
     "Quantizer",
     "QuantizerOutput",
     "QuantizerSpec",
-    "ResidualQuantizer",
-    "ResidualQuantizerSpec",
     "SimVQ",
     "SimVQSpec",
     "SizedQuantizerSpec",
-    "VQPyTorchQuantizer",
-    "VQPyTorchSpec",
     "build_sized",
     "entropy_loss",
     "quantizers",

@@ -89,7 +89,16 @@ def check_quantizer(name: str, spec: QuantizerSpec) -> None:
         )
 
 
-quantizers: Registry[QuantizerSpec] = Registry("quantizer", "maskgit_pl.quantizers", check=check_quantizer)
+quantizers: Registry[QuantizerSpec] = Registry(
+    "quantizer",
+    "maskgit_pl.quantizers",
+    check=check_quantizer,
+    modules=(
+        "maskgit_pl.contrib.gumbel_quantizer",
+        "maskgit_pl.contrib.composite_quantizers",
+        "maskgit_pl.contrib.vq_pytorch",
+    ),
+)
 
 
 class Quantizer(nn.Module):

@@ -11,13 +11,18 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from maskgit_pl.cli import main
+from maskgit_pl.contrib.inspect_charts import bar_chart, line_chart
+from maskgit_pl.contrib.inspect_findings import (
+    Logs,
+    find_in_tokenizer,
+    find_in_transformer,
+    measure_codes,
+    picture_codes,
+    read_logs,
+    read_reports,
+)
+from maskgit_pl.contrib.inspect_page import _safe_png, inspect_run
 from maskgit_pl.data import Batch
-from maskgit_pl.evaluation.inspection import inspect_run
-from maskgit_pl.evaluation.inspection.charts import bar_chart, line_chart
-from maskgit_pl.evaluation.inspection.code_use import measure_codes, picture_codes
-from maskgit_pl.evaluation.inspection.event_files import Logs, read_logs
-from maskgit_pl.evaluation.inspection.findings import find_in_tokenizer, find_in_transformer, read_reports
-from maskgit_pl.evaluation.inspection.pictures import safe_png
 from maskgit_pl.shards.images import encode_png
 from tests.conftest import tiny_tokenizer
 
@@ -196,9 +201,9 @@ def test_a_damaged_report_is_no_error(tmp_path, content):
 
 def test_pictures_of_a_run_are_encoded_again():
     png = encode_png(torch.zeros(3, 4, 4, dtype=torch.uint8))
-    assert safe_png(png + b"<script>") is None or b"<script>" not in safe_png(png + b"<script>")
-    assert safe_png(b"<svg onload=alert(1)>") is None
-    assert safe_png(png).startswith(b"\x89PNG")
+    assert _safe_png(png + b"<script>") is None or b"<script>" not in _safe_png(png + b"<script>")
+    assert _safe_png(b"<svg onload=alert(1)>") is None
+    assert _safe_png(png).startswith(b"\x89PNG")
 
 
 def test_charts_have_a_point_for_each_value_and_text_for_those_who_do_not_see_them():

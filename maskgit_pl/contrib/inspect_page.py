@@ -15,19 +15,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from maskgit_pl.contrib.inspect_charts import bar_chart, embed_png, format_html, line_chart, make_section, quote
+from maskgit_pl.contrib.inspect_findings import (
+    CodeUse,
+    Logs,
+    find_in_tokenizer,
+    find_in_transformer,
+    measure_codes,
+    picture_codes,
+    read_logs,
+    read_reports,
+)
 from maskgit_pl.devices import parse_dtype
-from maskgit_pl.evaluation.inspection.charts import bar_chart, line_chart, quote
-from maskgit_pl.evaluation.inspection.code_use import CodeUse, measure_codes
-from maskgit_pl.evaluation.inspection.event_files import Logs, read_logs
-from maskgit_pl.evaluation.inspection.findings import find_in_tokenizer, find_in_transformer, read_reports
-from maskgit_pl.evaluation.inspection.html_page import embed_png, format_html, make_section
-from maskgit_pl.evaluation.inspection.pictures import draw_atlas, draw_histogram, draw_worst, safe_png
 from maskgit_pl.evaluation.opening import open_images
+from maskgit_pl.evaluation.pages import image_to_png
 from maskgit_pl.evaluation.run_folders import read_run_recipe
 from maskgit_pl.files import write_text
+from maskgit_pl.imaging import image_grid, reconstruction_grid, to_pil
 from maskgit_pl.pretrained import PretrainedTokenizer, load_tokenizer
 from maskgit_pl.runs.exporting import export
+from maskgit_pl.runs.layers import value_at
+from maskgit_pl.shards.images import decode_image
 from maskgit_pl.text import printable
 from maskgit_pl.training.health_rules import Problem
 
@@ -36,6 +46,10 @@ __all__ = ["inspect_run"]
 _MAX_CHARTS = 60
 _SHOWN_PICTURES = 6  # of a name, evenly spaced over the steps
 _SHOWN_CLASSES = 30
+_MAX_CODES = 512
+_COLUMNS = 16
+_TILE = 20  # pixels
+_MAX_BYTES = 8_000_000  # of a picture in an event file
 
 
 def inspect_run(
@@ -143,7 +157,7 @@ class _Stage:
             count = min(len(steps), _SHOWN_PICTURES)
             chosen = sorted({steps[number * (len(steps) - 1) // max(1, count - 1)] for number in range(count)})
             for step in chosen:
-                png = safe_png(pictures[step])
+                png = _safe_png(pictures[step])
                 title = f"{printable(name)} at step {step}"
                 if png is not None:
                     shown.append(embed_png(title, png, description=f"{title}, a grid of images"))
@@ -160,10 +174,10 @@ def _codes_section(tokenizer: PretrainedTokenizer, measured: CodeUse, class_name
         f"({measured.usage:.1%}), perplexity {measured.perplexity:.1f}."
     )
     parts = [
-        draw_histogram(measured.counts),
-        draw_atlas(tokenizer, measured.counts),
+        _draw_histogram(measured.counts),
+        _draw_atlas(tokenizer, measured.counts),
         bar_chart("PSNR by class, the lowest first", bars, unit="dB"),
-        draw_worst(measured.worst, measured.worst_reconstructions),
+        _draw_worst(measured.worst, measured.worst_reconstructions),
     ]
     return make_section("The codes on validation images", parts, notes=[note])
 
@@ -184,7 +198,7 @@ def _find_tokenizer(run: Path, temporary: Path, data: Path | None) -> tuple[Path
 
 def _find_data(recipes: Mapping[str, Mapping[str, Any]], data: Path | None, notes: list[str]) -> Path | None:
     """Returns the data folder; None and a note if the run names none."""
-    known = (_value(recipe, "data", "path") for recipe in recipes.values())
+    known = (value_at(recipe, "data.path") for recipe in recipes.values())
     path = data or next((Path(each) for each in known if isinstance(each, str)), None)
     if path is None:
         notes.append("The codes are not shown: the folder names no data; choose them with --data.")
@@ -202,7 +216,49 @@ def _inspect_codes(
     return measured, _codes_section(tokenizer, measured, images.class_names)
 
 
-def _value(tree: Any, *keys: str) -> Any:
-    for key in keys:
-        tree = tree.get(key) if isinstance(tree, Mapping) else None
-    return tree
+def _draw_histogram(counts: Tensor) -> str:
+    """Draws the frequencies of codes, sorted, beside uniform use.
+
+    Args:
+        counts: (K,) int64: number of tokens of each code.
+    """
+    shares = (counts.double() / counts.sum().clamp(min=1) * len(counts)).sort(descending=True).values
+    frequencies = {rank + 1: value for rank, value in enumerate(shares.tolist()) if value > 0}
+    uniform = {1: 1.0, len(counts): 1.0}
+    lines = {"frequency / uniform": frequencies, "uniform": uniform}
+    return line_chart("Frequency of each code, sorted", lines, x_label="rank of the code")
+
+
+def _draw_atlas(tokenizer: PretrainedTokenizer, counts: Tensor) -> str:
+    """Draws one small picture per code, sorted by use, at most 512.
+
+    Args:
+        tokenizer: The tokenizer.
+        counts: (K,) int64: number of tokens of each code.
+    """
+    order = counts.argsort(descending=True, stable=True)[:_MAX_CODES]
+    tiles = picture_codes(tokenizer, order)
+    columns = min(_COLUMNS, len(tiles))
+    picture = image_grid(tiles, columns=columns, scale=max(1, _TILE // tiles.shape[-1]))
+    used = int((counts > 0).sum())
+    title = f"Atlas of {len(order)} of {len(counts)} codes, the most used first (the first {used} occur)"
+    description = f"{len(order)} small pictures, each of a token map that is filled with one code"
+    return embed_png(title, image_to_png(picture), description=description)
+
+
+def _draw_worst(images: Tensor, reconstructions: Tensor) -> str:
+    """Draws images (n, C, H, W) uint8 above their reconstructions."""
+    picture = reconstruction_grid(images, reconstructions)
+    title = f"The {len(images)} worst reconstructions: originals above"
+    return embed_png(title, image_to_png(picture), description=f"{len(images)} images above their reconstructions")
+
+
+def _safe_png(data: bytes) -> bytes | None:
+    """Decodes a picture from a file and encodes it again; None if it is damaged or too large."""
+    if len(data) > _MAX_BYTES:
+        return None
+    try:
+        pixels: Tensor = decode_image(data, channels=3, name="picture")
+    except ValueError:
+        return None
+    return image_to_png(to_pil(pixels.to(torch.uint8)))

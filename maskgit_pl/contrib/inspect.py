@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     check_at_least(args, num_images=1)
     check_outputs(args, out=".html")
     device = read_device_flag(args, default="cpu")
-    from maskgit_pl.evaluation.inspection import inspect_run  # torch takes seconds to import
+    from maskgit_pl.contrib.inspect_page import inspect_run  # torch takes seconds to import
 
     out = inspect_run(
         args.folder, data=args.data, out=args.out, max_images=args.num_images, device=device, dtype=args.dtype

@@ -1,8 +1,7 @@
-"""Fashion-MNIST: 60,000 + 10,000 product photos, 28 x 28 grey, 10 classes (MIT licence).
+"""Public data sets that ``maskgit data fetch`` downloads, checks and opens as sources of samples.
 
-Sources of the download, each with a timeout of seconds: the mirror that torchvision uses, and the Debian package
-dataset-fashion-mnist, downloaded with apt into a temporary folder (without root).
-Source: Xiao, Rasul, Vollgraf, arXiv:1708.07747.
+Fashion-MNIST is here. Each of the others is a file of ``contrib`` with a subclass of ``Dataset`` and an object
+``DATASET``. Imports no torch.
 """
 
 from __future__ import annotations
@@ -12,20 +11,23 @@ import hashlib
 import http.client
 import logging
 import shutil
+import subprocess
 import tempfile
 import urllib.request
 import zlib
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from maskgit_pl.datasets.base import Dataset, run_command
+from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from maskgit_pl.shards.samples import Source
 
-__all__ = ["FashionMNIST"]
+__all__ = ["Dataset", "FashionMNIST", "how_to_get", "public_datasets", "run_command"]
 
+_CONTRIB = ("maskgit_pl.contrib.blue_marble", "maskgit_pl.contrib.emoji")  # each with a ``DATASET``
 _CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"
 )  # fmt: skip
@@ -44,8 +46,73 @@ _PACKAGE = "dataset-fashion-mnist"
 _log = logging.getLogger(__name__)
 
 
+class Dataset(ABC):
+    """A public data set.
+
+    Attributes:
+        name: Name for the command line and for recipes.
+        title: Name for people.
+        contents: Number and size of the images, classes and licence, in a few words.
+        image_sizes: Sides of the square images in pixels; the first one is the default.
+        source: Files that ``open`` takes in place of a download, such as ``the file bmng.jpg``.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    contents: ClassVar[str]
+    image_sizes: ClassVar[tuple[int, ...]]
+    source: ClassVar[str]
+
+    @abstractmethod
+    def fetch(self, raw: Path) -> Path:
+        """Downloads the files, unless they are there, and returns the path that ``open`` takes.
+
+        Args:
+            raw: Folder that keeps the downloaded files.
+
+        Raises:
+            FileNotFoundError: if no source can be reached. The message names the ways out.
+        """
+
+    @abstractmethod
+    def open(self, path: Path, *, image_size: int) -> Source:
+        """Checks the files and opens them.
+
+        Args:
+            path: The files; see ``source``.
+            image_size: One of ``image_sizes``.
+
+        Raises:
+            ValueError: if a file is missing or is not the known one.
+        """
+
+
+@cache
+def public_datasets() -> dict[str, Dataset]:
+    """Returns the data sets by name."""
+    others = [import_module(each).DATASET for each in _CONTRIB]
+    return {each.name: each for each in (FashionMNIST(), *others)}
+
+
+def how_to_get(name: str, folder: Path) -> str:
+    """Returns the commands that make a data folder, for the error that it is missing.
+
+    Args:
+        name: Name of the data set of a run, a public one or another.
+        folder: The data folder.
+    """
+    fetch = f"`maskgit data fetch {name} --out {folder}` or " if name in public_datasets() else ""
+    return f"make it with {fetch}`maskgit data make IMAGES --out {folder}`"
+
+
 class FashionMNIST(Dataset):
-    """The default data."""
+    """Fashion-MNIST, the default data: 60,000 + 10,000 product photos, 28 x 28 grey, 10 classes (MIT licence).
+
+    Sources of the download, each with a timeout of seconds: the mirror that torchvision uses, and the Debian package
+    dataset-fashion-mnist, downloaded with apt into a temporary folder (without root).
+
+    Source: Xiao, Rasul, Vollgraf, arXiv:1708.07747.
+    """
 
     name = "fashion-mnist"
     title = "Fashion-MNIST"
@@ -130,3 +197,18 @@ def _from_debian(folder: Path) -> None:
     run_command(["dpkg-deb", "-x", str(package), str(folder / "unpacked")], folder=folder, seconds=_APT_SECONDS)
     for path in (folder / "unpacked/usr/share/datasets/fashion-mnist").iterdir():
         path.rename(folder / path.name)
+
+
+def run_command(command: Sequence[str], *, folder: Path, seconds: float) -> None:
+    """Runs a command in a folder.
+
+    Raises:
+        OSError: if it fails or takes longer than ``seconds``. The end of its output is the message.
+    """
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise OSError(f"{Path(command[0]).name}: no answer in {seconds:g} s") from error
+    if done.returncode:
+        said = " ".join(done.stderr.split())[-300:]
+        raise OSError(f"{' '.join([Path(command[0]).name, *command[-2:]])}: {said}")

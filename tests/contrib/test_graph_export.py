@@ -1,8 +1,13 @@
-"""``maskgit export --format``: what is written, what is compared, and what is left after an error."""
+"""``maskgit export --format``: what is written and compared, and what is left after an error.
+
+Every registered backbone and quantizer is exported with parity, or refused by name with a reason.
+"""
 
 import importlib.metadata
+import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -10,17 +15,56 @@ import zipfile
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
+from torch import nn
 
 from maskgit_pl import MaskGIT
 from maskgit_pl.cli import main
+from maskgit_pl.contrib import graph_export
+from maskgit_pl.contrib.graph_export import (
+    Format,
+    Graph,
+    NotExportableError,
+    compare_graph,
+    export_graphs,
+    graphs_of,
+    write_graph,
+)
+from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.files import sha256_of
-from maskgit_pl.graph_export import export_graphs, exporting
-from maskgit_pl.graph_export.formats import NotExportableError
-from maskgit_pl.graph_export.graphs import Graph
-from maskgit_pl.pretrained import fingerprint
+from maskgit_pl.networks.quantizers import quantizers
+from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
+from maskgit_pl.pretrained import PretrainedTokenizer, PretrainedTransformer, fingerprint
+from tests.networks.backbone_cases import all_configs, create, small_config
+from tests.networks.test_quantizers_contract import CASES
+
+pytestmark = [pytest.mark.slow, pytest.mark.exports]
+
+REFUSED = {  # part and class of vector-quantize-pytorch -> reason, in both formats; its code is not of this package
+    ("encoder of quantizer 'vq_pytorch'", "VectorQuantize"): "data-dependent",
+    ("encoder of quantizer 'vq_pytorch'", "SimVQ"): "batch",  # it works for one batch size only
+    ("quantizer 'vq_pytorch'", "SimVQ"): "batch",
+}
+HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
+KINDS = [
+    pytest.param(kind, marks=pytest.mark.skipif(kind == "onnx" and not HAS_ONNX, reason="onnx is not installed"))
+    for kind in get_args(Format)
+]
+# Their options, such as a way to estimate gradients, change training only.
+QUANTIZERS = [*quantizers.names(), "vq_pytorch SimVQ"]
+LAYOUTS = {
+    "taming with attention": {
+        "layout": "taming",
+        "attention_levels": (1,),
+        "num_middle_blocks": 2,
+        "latent_channels": 4,
+    },
+    "magvit2": {"layout": "magvit2", "num_middle_blocks": 2},
+    "strided, patches": {"downsampling": "strided", "patch_size": 2, "activation": "relu"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +115,7 @@ def test_the_files_hold_no_pickle_and_no_path(exported: Path):
             content = {name: archive.read(name) for name in archive.namelist()}
         assert not [name for name, each in content.items() if each and name.endswith(("pkl", "pt"))]
         assert not [name for name, each in content.items() if b'"use_pickle": true' in each]
-        assert not [name for name, each in content.items() if b"site-packages" in each or b"graphs.py" in each]
+        assert not [name for name, each in content.items() if b"site-packages" in each or b"graph_export.py" in each]
 
 
 def test_an_earlier_export_is_replaced_only_when_asked_for(tiny_pretrained, exported, tmp_path, capsys):
@@ -115,7 +159,7 @@ def test_only_names_that_an_export_writes_are_taken_from_its_description():
         "mytransformer.onnx",
     }
     content = {"graphs": {"a": {"files": {name: {} for name in (*own, *foreign)}}}}
-    assert exporting._listed_files(content) == own
+    assert graph_export._listed_files(content) == own
 
 
 def test_an_earlier_export_behind_a_link_is_replaced_and_the_link_stays(tiny_pretrained, tmp_path, capsys):
@@ -150,7 +194,7 @@ def test_a_second_export_to_one_folder_is_refused_and_a_killed_one_leaves_nothin
 
 def test_the_current_folder_is_refused_before_the_model_is_loaded(tiny_pretrained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(exporting.MaskGIT, "from_pretrained", None)
+    monkeypatch.setattr(graph_export.MaskGIT, "from_pretrained", None)
     for out in (".", tmp_path, "/"):
         assert main(["export", str(tiny_pretrained), "--format=pt2", f"--out={out}"]) == 2
         assert "--out must be a folder that a new one can replace, got /" in capsys.readouterr().err
@@ -159,7 +203,7 @@ def test_the_current_folder_is_refused_before_the_model_is_loaded(tiny_pretraine
 
 @pytest.mark.parametrize("damage", ["value", "not a number", "shape"])
 def test_a_file_that_computes_something_else_leaves_nothing(tiny_pretrained, tmp_path, monkeypatch, damage):
-    load = exporting.load_graph
+    load = graph_export.load_graph
 
     def load_damaged(graph: Graph, file: Path, kind: str):
         call = load(graph, file, kind)
@@ -170,7 +214,7 @@ def test_a_file_that_computes_something_else_leaves_nothing(tiny_pretrained, tmp
         }[damage]
         return lambda inputs: change(call(inputs))
 
-    monkeypatch.setattr(exporting, "load_graph", load_damaged)
+    monkeypatch.setattr(graph_export, "load_graph", load_damaged)
     wanted = "the output must be" if damage == "shape" else "tokenizer-decoder.pt2 must compute what quantizer"
     with pytest.raises(ValueError, match=wanted):
         export_graphs(tiny_pretrained, tmp_path / "out", kind="pt2")
@@ -202,8 +246,6 @@ def test_a_model_that_is_not_there_and_a_missing_package_are_named(tiny_pretrain
 
 
 def test_damaged_weights_are_refused_before_anything_is_written(tmp_path, tiny_pretrained):
-    import shutil
-
     copy = shutil.copytree(tiny_pretrained, tmp_path / "copy")
     file = copy / "transformer" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
@@ -212,8 +254,6 @@ def test_damaged_weights_are_refused_before_anything_is_written(tmp_path, tiny_p
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.exports
 def test_an_autoregressive_model_is_exported(tiny_autoregressive, tmp_path):
     content = export_graphs(tiny_autoregressive, tmp_path / "out", kind="pt2")
     assert content["attention"] == "causal"
@@ -221,14 +261,14 @@ def test_an_autoregressive_model_is_exported(tiny_autoregressive, tmp_path):
 
 
 def test_an_encoder_that_cannot_be_exported_is_left_out_with_its_reason(tiny_pretrained, tmp_path, monkeypatch, caplog):
-    write = exporting.write_graph
+    write = graph_export.write_graph
 
     def refuse(graph: Graph, file: Path, kind: str) -> None:
         if graph.name == refused:
             raise NotExportableError(f"{graph.part} cannot be exported as {kind}: it depends on data")
         write(graph, file, kind)
 
-    monkeypatch.setattr(exporting, "write_graph", refuse)
+    monkeypatch.setattr(graph_export, "write_graph", refuse)
     refused = "tokenizer-encoder"
     content = export_graphs(tiny_pretrained, tmp_path / "out", kind="pt2")
     assert {*content["graphs"]} == {"tokenizer-decoder", "transformer"}
@@ -258,7 +298,7 @@ def test_a_graph_that_is_left_out_leaves_no_part_of_its_file(tiny_pretrained, tm
 
 def test_onnx_runtime_may_come_from_another_package(tiny_pretrained, tmp_path, monkeypatch):
     """Such as onnxruntime-gpu, which has the module onnxruntime."""
-    for name in exporting.PACKAGES:
+    for name in graph_export.PACKAGES:
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(__version__="9.9", __spec__=object()))
 
     def version(name: str) -> str:
@@ -266,8 +306,80 @@ def test_onnx_runtime_may_come_from_another_package(tiny_pretrained, tmp_path, m
             raise PackageNotFoundError(name)
         return importlib.metadata.version(name)
 
-    monkeypatch.setattr(exporting, "version", version)
-    monkeypatch.setattr(exporting, "_write_all", lambda graphs, folder, kind: [])
+    monkeypatch.setattr(graph_export, "version", version)
+    monkeypatch.setattr(graph_export, "_write_all", lambda graphs, folder, kind: [])
     content = export_graphs(tiny_pretrained, tmp_path / "out", kind="onnx")
     assert content["versions"]["onnxruntime"] == "9.9"
     assert content["versions"]["torch"] == torch.__version__
+
+
+def tokenizer(spec, codebook_size: int, code_dim: int, **options) -> PretrainedTokenizer:
+    """A tokenizer of 6 x 8 pixels in colour, with random weights."""
+    sizes = {"channel_multipliers": (1, 2), "num_res_blocks": 1, "num_groups": 4, **options}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = VQGANConfig(3, 8, codebook_size=codebook_size, code_dim=code_dim, quantizer=spec, **sizes)
+        return PretrainedTokenizer(VQGAN(config).eval().requires_grad_(False), (8, 12), "0")
+
+
+def transformer(config) -> PretrainedTransformer:
+    network = create(config).requires_grad_(False)
+    return PretrainedTransformer(network, None, DecodingConfig(), ("a", "b", "c"), "0")
+
+
+def assert_exported(graph: Graph, kind: str, folder, *, class_name: str | None = None) -> None:
+    file = folder / f"{graph.name}.{kind}"
+    reason = REFUSED.get((graph.part, class_name))
+    if reason is not None:
+        with pytest.raises(NotExportableError, match=f"{graph.part} cannot be exported as {kind}: .*{reason}"):
+            write_graph(graph, file, kind)
+        return
+    write_graph(graph, file, kind)
+    assert compare_graph(graph, file, kind) <= graph.tolerance
+    assert b"site-packages" not in file.read_bytes()  # a path of this machine
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("config", [*all_configs(), *(
+    pytest.param(small_config(name, **options), id=f"{name}-causal")
+    for name, options in {"bert": {"attention": "causal"}, "adaln": {"attention": "causal", "num_registers": 0}}.items()
+)])  # fmt: skip
+def test_the_logits_of_every_backbone_are_exported(config, kind, tmp_path):
+    graph = graphs_of(tokenizer("ema", 16, 4), transformer(config))[2]
+    assert_exported(graph, kind, tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", QUANTIZERS)
+def test_encoder_and_decoder_of_every_quantizer_are_exported(case, kind, tmp_path):
+    class_name = None
+    if "vq_pytorch" in case:
+        pytest.importorskip("vector_quantize_pytorch")
+        class_name = "SimVQ" if "SimVQ" in case else "VectorQuantize"
+    shallow = {"channel_multipliers": (1,), "num_middle_blocks": 0}
+    for graph in graphs_of(tokenizer(*CASES[case], **shallow), transformer(small_config("bert")))[:2]:
+        assert_exported(graph, kind, tmp_path, class_name=class_name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_of_the_tokenizer_is_exported(layout, kind, tmp_path):
+    for graph in graphs_of(tokenizer("ema", 16, 4, **LAYOUTS[layout]), transformer(small_config("bert")))[:2]:
+        assert_exported(graph, kind, tmp_path)
+
+
+class OnTheHost(nn.Module):
+    """A network that a plug-in might have: its path depends on the values of the tokens."""
+
+    def forward(self, tokens, labels):
+        return tokens.float() if tokens.sum() > 5 else -tokens.float()
+
+
+def test_what_cannot_be_traced_is_refused_by_name(tmp_path):
+    def draw(batch, chance):
+        return {"tokens": torch.randint(9, (batch, 4), generator=chance), "labels": torch.zeros(batch)}
+
+    graph = Graph("transformer", "backbone 'mine'", OnTheHost(), "logits", draw, 1e-3)
+    with pytest.raises(ValueError, match=r"backbone 'mine' cannot be exported as pt2: .*data-dependent"):
+        write_graph(graph, tmp_path / "mine.pt2", "pt2")
+    assert list(tmp_path.iterdir()) == []
