@@ -16,7 +16,6 @@ from pathlib import Path
 __all__ = [
     "READ_FLAGS",
     "block_signals",
-    "lock_exclusively",
     "on_fork",
     "peak_memory",
     "pread",
@@ -86,32 +85,6 @@ def on_fork(
     if hasattr(os, "register_at_fork"):
         found = {"before": before, "after_in_parent": after_in_parent, "after_in_child": after_in_child}
         os.register_at_fork(**{name: each for name, each in found.items() if each is not None})
-
-
-def lock_exclusively(descriptor: int, *, wait: bool) -> None:
-    """Locks an open file until it is closed.
-
-    Raises:
-        BlockingIOError: if another process holds the lock, and ``wait`` is False.
-        OSError: if the file system has no locks.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        _lock_on_windows(descriptor, wait=wait)
-    else:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-
-
-def _lock_on_windows(descriptor: int, *, wait: bool) -> None:
-    import msvcrt
-
-    locking = msvcrt.locking  # type: ignore[attr-defined]  # of Windows
-    kind = msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK  # type: ignore[attr-defined]
-    try:
-        locking(descriptor, kind, 1)
-    except PermissionError as error:
-        raise BlockingIOError(*error.args) from error
 
 
 def peak_memory() -> int:
