@@ -299,8 +299,6 @@ class _WorkerDeathHandler:
     @classmethod
     def watch(cls) -> None:
         """Replaces torch's handler, which exists once a loader has workers."""
-        if not hasattr(signal, "SIGCHLD"):  # Windows, where torch watches its workers in another way
-            return
         handler = signal.getsignal(signal.SIGCHLD)
         is_main = threading.current_thread() is threading.main_thread()
         if is_main and callable(handler) and not isinstance(handler, cls):

@@ -26,7 +26,6 @@ from torch import Tensor
 from maskgit_pl.data.config import StreamConfig
 from maskgit_pl.files import open_regular
 from maskgit_pl.image_format import ImageSize
-from maskgit_pl.portable import pread
 from maskgit_pl.shards.crops import Place
 from maskgit_pl.shards.images import load_image
 from maskgit_pl.shards.labels import Labels
@@ -102,8 +101,8 @@ class FetchedShard(NamedTuple):
         """Yields the samples in their order, then closes the file."""
         try:
             for _, offset, size, label in self.scan.rows.tolist():
-                data = pread(self.descriptor, size, offset)
-                header = pread(self.descriptor, 100, offset - BLOCK)  # the member's name
+                data = os.pread(self.descriptor, size, offset)
+                header = os.pread(self.descriptor, 100, offset - BLOCK)  # the member's name
                 member = printable(header.partition(b"\0")[0].decode("utf-8", "surrogateescape"))
                 yield StreamSample(data, label, self.url, f"{self.url}:{member}", self.epoch)
         finally:

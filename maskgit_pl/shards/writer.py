@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from maskgit_pl.checks import check_integer
-from maskgit_pl.files import read_json, write_text
+from maskgit_pl.files import read_json, sync, write_text
 from maskgit_pl.folders import has_content, replace_folder, resolve_folder
 from maskgit_pl.image_format import ImageSize, check_image_size, height_width, plain_size
-from maskgit_pl.portable import sync
 from maskgit_pl.shards.crops import fit_image
 from maskgit_pl.shards.image_bytes import UnreadableImageError, png_chunks
 from maskgit_pl.shards.images import decode_image, encode_jpeg, encode_png, parse_image_header
