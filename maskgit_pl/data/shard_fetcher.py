@@ -80,7 +80,7 @@ class StreamSample(NamedTuple):
 
         Args:
             image_size: Size of the result: H = W, or (H, W).
-            channels: Channels of the result, 1 to 4.
+            channels: Channels of the result, 1 or 3.
             crop: Place of the crop; see ``load_image_into``.
 
         Returns:
