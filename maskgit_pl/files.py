@@ -199,8 +199,8 @@ def sha256_of(file: str | Path | int) -> str:
     Raises:
         OSError: if the file cannot be read or is not a regular file.
     """
-    is_open = isinstance(file, int)
-    with open(file if is_open else open_regular(file), "rb", buffering=0, closefd=not is_open) as stream:
+    descriptor = file if isinstance(file, int) else open_regular(file)
+    with open(descriptor, "rb", buffering=0, closefd=not isinstance(file, int)) as stream:
         stream.seek(0)
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
