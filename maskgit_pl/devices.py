@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 
 from maskgit_pl.checks import check_choice
 
-__all__ = ["check_device", "default_device", "device_names", "find_device", "has_amx", "has_bfloat16", "parse_dtype"]
+__all__ = [
+    "check_device",
+    "default_device",
+    "device_names",
+    "find_device",
+    "has_amx",
+    "has_bfloat16",
+    "parse_dtype",
+    "peak_memory",
+]
 
 
 def device_names() -> list[str]:
@@ -100,3 +110,13 @@ def parse_dtype(name: str | None, device: torch.device | str) -> torch.dtype | N
     if name == "auto":
         return torch.bfloat16 if has_bfloat16(device) else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def peak_memory(device: torch.device) -> int:
+    """Returns the largest memory so far in bytes: of torch's tensors on an NVIDIA GPU, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # KiB on Linux

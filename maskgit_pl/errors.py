@@ -5,11 +5,12 @@
 | 0 | success |
 | 2 | bad input: one line names the fault and what to do |
 | 70 | internal error of this package, a library or a plug-in (with a traceback), a hang, a killed worker |
-| 74 | cannot write checkpoints, or the output of a command (stdout on a full disk) |
+| 74 | cannot write checkpoints, or an output on a full disk |
 | 75 | stopped by a signal or one Ctrl-C after saving; the same command resumes the run |
 | 76 | too many unreadable images, or the data changed during the run |
 | 77 | non-finite losses or gradients |
 | 130 | stopped immediately by Ctrl-C: the second one in training, the first one in all other commands |
+| 141 | the reader of the output has ended, such as ``head`` |
 
 The place where an error was raised separates bad input from internal errors. A ``ValueError`` is bad input if a
 ``raise`` statement of this package raised it, because its text was written for the user. A ``ValueError`` from a
@@ -30,6 +31,7 @@ from maskgit_pl.text import printable
 
 __all__ = [
     "BAD_INPUT",
+    "BROKEN_PIPE",
     "INTERNAL_ERROR",
     "INTERRUPTED",
     "CannotWriteError",
@@ -49,6 +51,7 @@ __all__ = [
 BAD_INPUT = 2
 INTERNAL_ERROR = 70
 INTERRUPTED = 130
+BROKEN_PIPE = 141
 
 _FILE_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 _BAD_NAMES = (errno.ENAMETOOLONG, errno.ELOOP)
@@ -137,6 +140,8 @@ def exit_code_of(error: BaseException) -> int:
     # A full disk is no bad input: the same command works later or elsewhere.
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         return CannotWriteError.exit_code
+    if isinstance(error, BrokenPipeError):
+        return BROKEN_PIPE
     return INTERRUPTED if isinstance(error, KeyboardInterrupt) else INTERNAL_ERROR
 
 
@@ -173,7 +178,8 @@ def error_of_exit(stop: SystemExit) -> BaseException | None:
     culprit = _who_exits(stop.__traceback__)
     if culprit == __package__:
         return None
-    if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C into an exit
+    # Lightning turns Ctrl-C into an exit, and rich a broken pipe.
+    if isinstance(stop.__context__, KeyboardInterrupt | BrokenPipeError):
         return stop.__context__
     error = RuntimeError(f"sys.exit({stop.code!r}) was called by {culprit}, which may not end a command")
     error.__cause__ = stop

@@ -19,8 +19,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from maskgit_pl.portable import READ_FLAGS, pread, sync
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -34,6 +32,7 @@ __all__ = [
     "read_json",
     "sha256_of",
     "size_text",
+    "sync",
     "write_atomically",
     "write_tensors",
     "write_text",
@@ -41,7 +40,6 @@ __all__ = [
 
 MAX_JSON_BYTES = 1_000_000
 _MAX_DEPTH = 64  # of JSON; ours have at most 21, and code that walks a tree needs 3 calls per level
-_BLOCK = 2**20  # bytes that are read at a time for a hash
 
 
 class OutputError(OSError, ValueError):
@@ -181,8 +179,9 @@ def open_regular(path: str | Path) -> int:
     Raises:
         OSError: if it cannot be opened or is not a regular file.
     """
-    # Without O_NONBLOCK, opening a FIFO would wait for a writer. It has no effect on regular files.
-    descriptor = os.open(path, READ_FLAGS | getattr(os, "O_NONBLOCK", 0))
+    # Without O_NONBLOCK, opening a FIFO would wait for a writer. It has no effect on regular files. Windows lacks it,
+    # and changes line ends without O_BINARY.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
         return descriptor
@@ -195,22 +194,24 @@ def sha256_of(file: str | Path | int) -> str:
     """Returns the SHA-256 of a file in hex, with the memory of one block.
 
     Args:
-        file: Path of a regular file, or the descriptor of an open one, whose position is neither used nor changed.
+        file: Path of a regular file, or the descriptor of an open one, which stays open.
 
     Raises:
         OSError: if the file cannot be read or is not a regular file.
     """
     descriptor = file if isinstance(file, int) else open_regular(file)
+    with open(descriptor, "rb", buffering=0, closefd=not isinstance(file, int)) as stream:
+        stream.seek(0)
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the list of names in a folder, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        digest, offset = hashlib.sha256(), 0
-        # pread leaves the position of the descriptor as it is; another reader may use it.
-        while block := pread(descriptor, _BLOCK, offset):
-            digest.update(block)
-            offset += len(block)
-        return digest.hexdigest()
+        os.fsync(descriptor)
     finally:
-        if not isinstance(file, int):
-            os.close(descriptor)
+        os.close(descriptor)
 
 
 def read_json(file: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:

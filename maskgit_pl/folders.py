@@ -16,9 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from maskgit_pl.files import check_writable, follow_links, read_json
+from maskgit_pl.files import check_writable, follow_links, read_json, sync
 from maskgit_pl.locks import hold_lock
-from maskgit_pl.portable import sync
 
 __all__ = [
     "check_new_folder",
@@ -208,8 +207,6 @@ def _put_back(folder: Path) -> None:
 
 def _exchange(one: Path, other: Path) -> bool:
     """Exchanges two names atomically. Returns False and does nothing if the system has no such call."""
-    if os.name == "nt":
-        return False
     rename = getattr(ctypes.CDLL(None), "renameat2", None)  # a call of Linux that Python does not offer
     if rename is None:
         return False

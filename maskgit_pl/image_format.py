@@ -14,21 +14,17 @@ from maskgit_pl.checks import check_integer, shorten
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Tensor
-
 __all__ = [
     "CHANNELS",
     "ImageSize",
     "as_image_size",
     "check_channels",
     "check_image_size",
-    "composite_over_white",
     "height_width",
     "image_file_name",
     "is_image_file_name",
     "pixels_text",
     "plain_size",
-    "visible_channels",
 ]
 
 ImageSize: TypeAlias = int | tuple[int, int]
@@ -36,8 +32,8 @@ ImageSize: TypeAlias = int | tuple[int, int]
 
 _FILE_NAME = re.compile(r"(no-class|class-\d{4,})-seed-\d{6,}\.png")  # of ``image_file_name``
 
-CHANNELS = {1: "grey", 2: "grey with alpha", 3: "RGB", 4: "RGBA"}
-"""The numbers of channels of images, and what they hold. Alpha is the last channel: 0 is transparent."""
+CHANNELS = {1: "grey", 3: "RGB"}
+"""The numbers of channels of images, and what they hold."""
 
 
 def height_width(size: int | Sequence[int]) -> tuple[int, int]:
@@ -107,32 +103,9 @@ def check_channels(name: str, channels: object) -> int:
     """Checks the number of channels of images.
 
     Raises:
-        ValueError: if it is not 1, 2, 3 or 4.
+        ValueError: if it is not 1 or 3.
     """
     if isinstance(channels, bool) or not isinstance(channels, int) or channels not in CHANNELS:
         known = ", ".join(f"{number} ({what})" for number, what in CHANNELS.items())
         raise ValueError(f"{name} must be one of {known}, got {shorten(channels)}")
     return channels
-
-
-def visible_channels(channels: int) -> int:
-    """Returns the number of channels of images with ``channels`` channels over white: 1 or 3."""
-    return channels - (channels % 2 == 0)
-
-
-def composite_over_white(images: Tensor) -> Tensor:
-    """Shows images with alpha over white, as viewers and feature networks see them. Others are returned unchanged.
-
-    Args:
-        images: (..., C, H, W), uint8 or float in [0, 1], with C = 1 to 4.
-
-    Returns:
-        (..., 1 or 3, H, W) of the same dtype: colour * alpha + white * (1 - alpha).
-    """
-    if images.shape[-3] % 2:
-        return images
-    colour, alpha = images[..., :-1, :, :], images[..., -1:, :, :]
-    if images.is_floating_point():
-        return colour * alpha + (1 - alpha)
-    share = alpha.float() / 255
-    return (colour * share + 255 * (1 - share)).round().to(images.dtype)

@@ -20,18 +20,11 @@ from types import FrameType
 from typing import Literal
 
 from maskgit_pl.errors import INTERRUPTED
-from maskgit_pl.portable import (
-    block_signals,
-    on_fork,
-    set_signal_mask,
-    signals_named,
-    tells_sender_of_signal,
-    unblock_signals,
-)
 
 __all__ = ["SIGNALS", "catch_stop_signals", "hold_ctrl_c", "ignore_job_signals", "is_requested"]
 
-SIGNALS = signals_named("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")
+_NAMES = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")
+SIGNALS = tuple(signal.Signals[name] for name in _NAMES if hasattr(signal, name))  # Windows lacks some
 _CTRL_C_ONCE = b"\nfinishing this step and saving; press Ctrl-C again to quit immediately\n"
 _CTRL_C = b"\nfinishing this step and saving; press Ctrl-C again to quit immediately (exit code 130)\n"
 _CTRL_C_AGAIN = b"\nquit immediately; repeat the command to resume from the last checkpoint\n"
@@ -62,12 +55,12 @@ def catch_stop_signals(*, until: Literal["return", "exit"] = "return") -> Iterat
         yield
         return
     _Flag.process, _Flag.is_set, _Flag.presses, _Flag.may_raise = os.getpid(), False, 0, until == "return"
-    blocked = block_signals(())
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     before = {number: signal.signal(number, _set_flag) for number in SIGNALS}
     try:
         with _exit_at_second_ctrl_c() if until == "exit" else nullcontext():
             # A job script may start its tasks with these signals blocked; a pending one is delivered now.
-            unblock_signals(SIGNALS)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             yield
     finally:
         # A signal that arrives after the work is done must not change the exit code. At exit, the interpreter restores
@@ -76,16 +69,13 @@ def catch_stop_signals(*, until: Literal["return", "exit"] = "return") -> Iterat
             is_ignored = until == "exit" and (_Flag.is_set or number in blocked)
             signal.signal(number, signal.SIG_IGN if is_ignored else handler)
         if until == "return":
-            set_signal_mask(blocked)
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         _Flag.process, _Flag.is_set = -1, False
 
 
 @contextmanager
 def _exit_at_second_ctrl_c() -> Iterator[None]:
     """Starts a thread that counts Ctrl-C; a handler would wait for a main thread that waits for other ranks."""
-    if os.name == "nt":  # a pipe cannot wake its thread there
-        yield
-        return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     # The interpreter writes the number of each signal to this pipe as soon as it arrives.
@@ -104,7 +94,7 @@ def hold_ctrl_c() -> Iterator[None]:
 
     A process that is interrupted while it starts another one leaves it without its first message.
     """
-    blocked = block_signals({signal.SIGINT})  # inherited by new processes
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited by new processes
     # Another thread that does not block the signal may receive it; the handler then still runs in the main thread.
     handler = signal.getsignal(signal.SIGINT)
     is_held = threading.current_thread() is threading.main_thread() and handler is not None
@@ -114,7 +104,7 @@ def hold_ctrl_c() -> Iterator[None]:
     try:
         yield
     finally:
-        set_signal_mask(blocked)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         if is_held:
             signal.signal(signal.SIGINT, handler)
         if received and callable(handler):
@@ -137,10 +127,10 @@ def ignore_job_signals(worker: int) -> None:
     Args:
         worker: Index of the worker, which ``DataLoader`` passes to a ``worker_init_fn``.
     """
-    if not tells_sender_of_signal():
+    if not hasattr(signal, "sigwaitinfo"):  # only Linux tells a thread who sent a signal
         return
     # Blocked in all threads, so that only the thread below receives it.
-    block_signals({signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def wait() -> None:
         parent = os.getppid()
@@ -183,12 +173,12 @@ _fork = threading.local()  # signal mask before a fork, per forking thread
 def _hold_signals() -> None:
     """Blocks signals during a fork: the new process would write its own signals to the pipe of its parent."""
     is_catching = _Flag.process == os.getpid()
-    _fork.mask = block_signals(SIGNALS) if is_catching else None
+    _fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if is_catching else None
 
 
 def _release_signals() -> None:
     if _fork.mask is not None:
-        set_signal_mask(_fork.mask)
+        signal.pthread_sigmask(signal.SIG_SETMASK, _fork.mask)
 
 
 def _leave_signals_to_parent() -> None:
@@ -198,4 +188,5 @@ def _leave_signals_to_parent() -> None:
     _release_signals()
 
 
-on_fork(before=_hold_signals, after_in_parent=_release_signals, after_in_child=_leave_signals_to_parent)
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(before=_hold_signals, after_in_parent=_release_signals, after_in_child=_leave_signals_to_parent)

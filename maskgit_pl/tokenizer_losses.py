@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from maskgit_pl import losses
 from maskgit_pl.distributed import mean_over_ranks
-from maskgit_pl.image_format import composite_over_white
 from maskgit_pl.tokenizer_config import AdversarialConfig, PerceptualConfig
 
 __all__ = ["AdversarialStep", "SimilarityLoss", "gradient_at", "gradient_norm"]
@@ -59,8 +58,7 @@ class SimilarityLoss:
         gradient = gradient_at(image, self.reconstruction_weight * loss)
         metrics = {"reconstruction": loss.detach(), "gradient/reconstruction": gradient_norm(gradient)}
         if self.perceptual is not None and self.network is not None:
-            # Pretrained networks know no alpha: they compare what a viewer shows.
-            distance = self.network(composite_over_white(image), composite_over_white(images)).mean()
+            distance = self.network(image, images).mean()
             part = gradient_at(image, self.perceptual.weight * distance)
             metrics |= {"perceptual": distance.detach(), "gradient/perceptual": gradient_norm(part)}
             gradient = gradient + part

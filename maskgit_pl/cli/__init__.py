@@ -14,15 +14,15 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 from maskgit_pl import __version__
 from maskgit_pl.checks import did_you_mean, shorten
 from maskgit_pl.cli import completion
-from maskgit_pl.errors import BAD_INPUT, CannotWriteError, describe_error, error_of_exit, exit_code_of
-from maskgit_pl.terminal import Terminal
+from maskgit_pl.errors import BAD_INPUT, BROKEN_PIPE, describe_error, error_of_exit, exit_code_of
 from maskgit_pl.text import PrintableFormatter
 
 __all__ = ["build_parser", "main"]
@@ -115,22 +115,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("MKL_DYNAMIC", "OMP_DYNAMIC"):
         os.environ.setdefault(name, "FALSE")
     warnings.filterwarnings("ignore", message=".*`srun` command is available")  # from Lightning, on a login node
-    terminal = Terminal()
-    _log_to(terminal.log)
+    _print_log()
     try:
-        code = _run(_parse(sys.argv[1:] if argv is None else argv))
-    except SystemExit as stop:  # raised by argparse
-        if not stop.code and terminal.has_lost_results():
-            raise SystemExit(CannotWriteError.exit_code) from stop
-        raise
-    return code or (CannotWriteError.exit_code if terminal.has_lost_results() else 0)
+        return _run(_parse(sys.argv[1:] if argv is None else argv))
+    finally:
+        try:
+            print(end="", flush=True)
+        except OSError:  # the interpreter's own flush would fail too, and change the exit code
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _log_to(stream: TextIO) -> None:
+def _print_log() -> None:
     """Prints the log of this package as plain lines, and leaves the handlers of other libraries as they are."""
+    logging.raiseExceptions = False  # no traceback for each line that cannot be written, such as on a full disk
     ours = logging.getLogger("maskgit_pl")
     if not ours.handlers:
-        handler = logging.StreamHandler(stream)
+        handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(PrintableFormatter("%(message)s"))
         ours.addHandler(handler)
     ours.setLevel(logging.INFO)
@@ -181,6 +181,8 @@ def _run(args: argparse.Namespace) -> int:
                 handler.setStream(sys.stderr)
     try:
         code: int = args.run(args)
+        if code == 0:
+            print(end="", flush=True)  # an output that is lost is an error of the command
         return code
     except SystemExit as stop:
         error = error_of_exit(stop)
@@ -188,5 +190,8 @@ def _run(args: argparse.Namespace) -> int:
             return int(stop.code or 0)
     except (Exception, KeyboardInterrupt) as caught:
         error = caught
-    sys.stderr.write(describe_error(error, f"maskgit {args.command}", with_traceback=args.traceback))
+    if isinstance(error, BrokenPipeError):
+        return BROKEN_PIPE
+    with suppress(OSError):  # the exit code also tells the reason, where stderr is on a full disk
+        sys.stderr.write(describe_error(error, f"maskgit {args.command}", with_traceback=args.traceback))
     return exit_code_of(error)

@@ -65,7 +65,7 @@ def _row(name: str, folder: Path, origin: str) -> dict[str, str]:
 
     outline = Outline.read(folder)
     if outline is not None:
-        colours = CHANNELS.get(outline.channels, f"{outline.channels} channels")
+        colours = CHANNELS[outline.channels]
         sizes = f"{pixels_text(outline.image_size)} {colours}, {outline.num_tokens} tokens"
         content = f"{sizes}, {count_text(len(outline.class_names), 'class')}"
         return _row_of(name, origin, content, shlex.join(["maskgit", "sample", name]))

@@ -42,7 +42,7 @@ class Augmentation:
         """Returns the augmented image. It must not change ``image`` itself.
 
         Args:
-            image: (C, h, w) uint8 of any size, C from 1 to 4; an even C has alpha last.
+            image: (C, h, w) uint8 of any size, with C = 1 or 3.
             random: ``num_random`` numbers in (0, 1), uniform; the same whenever the image is seen in the same epoch.
             size: Height and width of the model's images, for augmentations that crop and resize.
 

@@ -118,7 +118,7 @@ class ImageBatches(Dataset[Batch]):
         reader: The split.
         order: Maps positions to samples.
         image_size: Side of square images, or (height, width), in pixels.
-        in_channels: Channels of the images, 1 to 4.
+        in_channels: Channels of the images, 1 or 3.
         augmentations: Crops and flips; by default the centre of each image.
         seed: Seed of the augmentations, in [0, 2**32).
         vectors: Reader of the vectors; None reads no vectors.
@@ -299,8 +299,6 @@ class _WorkerDeathHandler:
     @classmethod
     def watch(cls) -> None:
         """Replaces torch's handler, which exists once a loader has workers."""
-        if not hasattr(signal, "SIGCHLD"):  # Windows, where torch watches its workers in another way
-            return
         handler = signal.getsignal(signal.SIGCHLD)
         is_main = threading.current_thread() is threading.main_thread()
         if is_main and callable(handler) and not isinstance(handler, cls):

@@ -136,8 +136,7 @@ class ShardDataConfig:
         token_store: Folder of the token store; required for ``"tokens"``, else unused.
         image_size: Side of square images, or [height, width], in pixels. The largest part of an image with this shape
             is cropped and resized.
-        in_channels: 1 for grey, 2 for grey with alpha, 3 for RGB, 4 for RGBA. Files are converted; without alpha,
-            transparent images are composited over white.
+        in_channels: 1 for grey, 3 for RGB. Files are converted, and transparent images are composited over white.
         augmentations: Crops and flips of the training images: names or mappings of registered augmentations, in the
             order in which they are applied. With ``"tokens"``, ``maskgit tokenize`` applies them. None is
             ``[center_crop]``.

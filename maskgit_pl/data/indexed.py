@@ -25,7 +25,7 @@ from maskgit_pl.data.augmentations import Augmentations, build_augmentations
 from maskgit_pl.data.batches import Batch, make_loader
 from maskgit_pl.data.order import BATCH_SIZE_RANGE, EvalBatchSampler, InOrder, Order, ShuffledStream, TrainBatchSampler
 from maskgit_pl.data.step_module import StepDataModule
-from maskgit_pl.image_format import CHANNELS, ImageSize, check_channels, check_image_size
+from maskgit_pl.image_format import ImageSize, check_channels, check_image_size
 from maskgit_pl.shards.crops import Crop, fit_image
 from maskgit_pl.shards.images import from_pil
 
@@ -43,7 +43,7 @@ class IndexedDataset(Dataset[Batch]):
             depend only on its index: with random transforms, a resumed run would differ.
         image_size: Side of square images, or (height, width), in pixels; the largest part of this shape is cropped and
             resized.
-        in_channels: 1 for grey, 2 for grey with alpha, 3 for RGB, 4 for RGBA; images are converted.
+        in_channels: 1 for grey, 3 for RGB; images are converted, and alpha is over white.
         crop: Place of the crop: ``"center"``, or ``"random"``, a function of (seed, index, epoch).
         order: Maps positions of the stream to samples; ``IndexedDataModule`` sets it. None keeps the dataset's order.
         seed: Seed of the augmentations; ``IndexedDataModule`` sets it.
@@ -267,7 +267,7 @@ def _to_pixels(image: Any, *, channels: int, name: str) -> Tensor:
         is_tensor, got = isinstance(image, Tensor), f"{image.dtype} {tuple(image.shape)}"
         if isinstance(image, Tensor):  # to (H, W) or (H, W, C), the layout of arrays
             image = (image if image.ndim < 3 else image.movedim(0, -1)).cpu().numpy()
-        is_image = image.ndim == 2 or (image.ndim == 3 and image.shape[-1] in CHANNELS)
+        is_image = image.ndim == 2 or (image.ndim == 3 and image.shape[-1] in (1, 2, 3, 4))
         if image.dtype != np.uint8 or not is_image or not image.size:
             raise TypeError(
                 f"{name}: a {'tensor' if is_tensor else 'NumPy array'} must be uint8 of the shape (H, W) or "

@@ -127,7 +127,7 @@ def tokenize(
         store: The folder of the store.
         description: The store, as ``describe_store`` describes it for this data folder.
         encode: Maps images (B, in_channels, H, W) uint8 on the CPU to tokens (B, N) int64 on any device.
-        in_channels: Channels of the images for ``encode``, 1 to 4.
+        in_channels: Channels of the images for ``encode``, 1 or 3.
         config: Batches, processes and the budget of unreadable images.
         on_rows: Called with the split, the number of rows that were just finished (first those of an earlier run), and
             this rank's number of rows of that split.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Union
 from einops import rearrange
 
 from maskgit_pl.checks import shorten
-from maskgit_pl.image_format import CHANNELS, ImageSize, height_width, pixels_text
+from maskgit_pl.image_format import ImageSize, height_width, pixels_text
 from maskgit_pl.text import printable
 
 if TYPE_CHECKING:
@@ -69,15 +69,15 @@ def check_mask_file(path: Path, image: ImageHeader) -> None:
         )
 
 
-def image_pixels(image: ImageLike, *, channels: int, name: str = "image") -> Tensor:
+def image_pixels(image: ImageLike, *, channels: int, name: str = "image", background: str = "white") -> Tensor:
     """Reads an image for the tokenizer: rotated upright, with the channels of the model.
 
     Args:
         image: JPEG, PNG or WebP file, PIL image, or uint8 pixels as a tensor (C, H, W) or an array (H, W) or (H, W, C)
             with C = 1 to 4.
-        channels: 1 for grey, 2 for grey with alpha, 3 for RGB, 4 for RGBA. Without alpha, transparent images are
-            composited over white; opaque images get an alpha of 255.
+        channels: 1 for grey, 3 for RGB.
         name: Word for the image in an error, if it is not a file.
+        background: Colour below transparent pixels.
 
     Returns:
         (channels, H, W) uint8.
@@ -96,7 +96,8 @@ def image_pixels(image: ImageLike, *, channels: int, name: str = "image") -> Ten
         shown = printable(image)
         if not Path(image).exists():
             raise FileNotFoundError(f"image {shown}: no such file; name a JPEG, PNG or WebP file")
-        return decode_image(read_image_file(image, name=shown), channels=channels, name=shown)
+        data = read_image_file(image, name=shown)
+        return decode_image(data, channels=channels, name=shown, background=background)
     # Tensors and arrays go through PIL, so that all sources are converted in the same way.
     picture = image if isinstance(image, Image.Image) else Image.fromarray(_pixels(image, name))
     # PIL would clip the values to [0, 255], so that [0, 1] becomes black. Older versions open a PNG of 16 bits as "I".
@@ -105,7 +106,7 @@ def image_pixels(image: ImageLike, *, channels: int, name: str = "image") -> Ten
             f"{name} must have 8 bits per channel, or 16 bits of grey, got a PIL image of mode {picture.mode}; scale "
             'its values to [0, 255] and convert it to "L"'
         )
-    return from_pil(picture, channels=channels, name=f"({name})")
+    return from_pil(picture, channels=channels, name=f"({name})", background=background)
 
 
 def mask_pixels(mask: MaskLike, *, name: str = "mask") -> Tensor:
@@ -131,9 +132,8 @@ def mask_pixels(mask: MaskLike, *, name: str = "mask") -> Tensor:
     if isinstance(mask, str | Path) and not Path(mask).exists():
         raise FileNotFoundError(f"mask {printable(mask)}: no such file; name a JPEG, PNG or WebP file")
     if isinstance(mask, str | Path | Image.Image):
-        grey_alpha = image_pixels(mask, channels=2, name=name).int()
         # Over black: nothing is painted where the picture is transparent.
-        return grey_alpha[0] * grey_alpha[1] >= _WHITE * 255
+        return image_pixels(mask, channels=1, name=name, background="black")[0] >= _WHITE
     if not isinstance(mask, torch.Tensor | np.ndarray) or (isinstance(mask, np.ndarray) and mask.dtype.hasobject):
         raise TypeError(f"{name} must be a file, a PIL image or (H, W) bool, got {shorten(mask)}")
     made = torch.as_tensor(mask).cpu()
@@ -221,6 +221,6 @@ def _pixels(image: Tensor | npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
     pixels = np.asarray(image)
     if pixels.ndim == 2:
         pixels = pixels[..., None]
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] not in CHANNELS or pixels.size == 0:
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] not in (1, 2, 3, 4) or pixels.size == 0:
         raise ValueError(f"{name} must be uint8, a tensor (C, H, W) or an array (H, W, C) with C = 1 to 4, got {shown}")
     return np.ascontiguousarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from maskgit_pl.evaluation.npz import SampleFile, open_samples
 from maskgit_pl.files import write_atomically
-from maskgit_pl.image_format import visible_channels
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.acceptance import Acceptance
 from maskgit_pl.pipeline.bulk import BulkResult, generate_many, is_finished, make_plan, remove_samples, write_samples
@@ -110,7 +109,7 @@ def _write_accepted(
 ) -> None:
     """Scores the candidates of a file, and writes the accepted ones."""
     assert samples.labels is not None  # generate_many writes them
-    channels = cast("Literal[1, 3]", visible_channels(plan.image[2]))
+    channels = cast("Literal[1, 3]", plan.image[2])
     scores = []
     for first in range(0, len(samples), _BATCH):
         rows = range(first, min(first + _BATCH, len(samples)))

@@ -18,7 +18,7 @@ from maskgit_pl.distributed import on_all_ranks, rank_and_world
 from maskgit_pl.evaluation.classifier import Accuracy
 from maskgit_pl.evaluation.classifier_config import CASConfig
 from maskgit_pl.evaluation.classifier_training import TrainingImages, fit_classifier, measure_accuracy
-from maskgit_pl.image_format import height_width, visible_channels
+from maskgit_pl.image_format import height_width
 
 __all__ = ["classification_accuracy"]
 
@@ -52,7 +52,7 @@ def classification_accuracy(
         ValueError: if generated images have another size or other channels than the data, or the network is unknown.
     """
     images = source if isinstance(source, TrainingImages) else None
-    expected = (visible_channels(data.config.in_channels), *height_width(data.config.image_size))
+    expected = (data.config.in_channels, *height_width(data.config.image_size))
     if images is not None and images.shape != expected:
         raise ValueError(f"CAS images must have the shape of the data, {expected}, got {images.shape}")
 

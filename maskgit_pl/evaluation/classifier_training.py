@@ -28,7 +28,7 @@ from maskgit_pl.distributed import on_all_ranks, rank_and_world
 from maskgit_pl.evaluation.classifier import Accuracy, Classifier, count_hits
 from maskgit_pl.evaluation.classifier_config import SMALL_TRAINING, ClassifierConfig
 from maskgit_pl.files import read_json, write_tensors, write_text
-from maskgit_pl.image_format import as_image_size, visible_channels
+from maskgit_pl.image_format import as_image_size
 from maskgit_pl.networks.classifier import (
     CONFIG_FILE,
     FORMAT,
@@ -270,7 +270,7 @@ def _create_classifier(data: ShardData | TrainingImages, config: ClassifierConfi
     # The seed determines the initial weights; fork_rng restores the caller's generator.
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        classifier = Classifier(visible_channels(channels), size, classes, config)
+        classifier = Classifier(channels, size, classes, config)
     classifier.to(memory_format=torch.channels_last)
     return classifier
 
@@ -293,7 +293,7 @@ def _trainer_device(name: str | None) -> dict[str, Any]:
 
 def _key(data: ShardData, config: ClassifierConfig) -> dict[str, Any]:
     """Returns the content of ``config.json``: sizes of the network, classes, data and training."""
-    channels, size = visible_channels(data.config.in_channels), data.config.image_size
+    channels, size = data.config.in_channels, data.config.image_size
     sizes = ClassifierSizes(channels, size, data.num_classes, config.model, config.width)
     described = describe_classifier(sizes, data.class_names)
     return {**described, "data": data.summary.fingerprint, "training": asdict(config)}

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from maskgit_pl.distributed import gather_rows, on_all_ranks, own_rows
-from maskgit_pl.image_format import composite_over_white
 from maskgit_pl.networks.feature_network import FeatureOutput, weights_digest
 from maskgit_pl.networks.features import FeatureNetworkSpec
 
@@ -70,11 +69,10 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> FeatureOutput:
-        """Extracts features of (B, C, H, W) uint8 images on any device, as float32 on the CPU; alpha is over white."""
+        """Extracts features of (B, C, H, W) uint8 images on any device, as float32 on the CPU."""
         # A network without parameters runs on the device of the images.
         device = next((tensor.device for tensor in self.network.parameters()), images.device)
-        images = composite_over_white(images.to(device))
-        images = images.contiguous(memory_format=torch.channels_last)  # the last bits depend on the layout
+        images = images.to(device).contiguous(memory_format=torch.channels_last)  # the last bits depend on the layout
         # On a GPU: full float32 instead of TF32, and deterministic kernels.
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
             output: FeatureOutput = self.network(images)

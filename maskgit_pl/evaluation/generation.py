@@ -22,7 +22,6 @@ from maskgit_pl.decoding import DecodingConfig, DecodingStep
 from maskgit_pl.distributed import barrier, rank_and_world
 from maskgit_pl.evaluation.acceptance import candidates_file, generate_accepted, num_candidates
 from maskgit_pl.evaluation.npz import SampleFile, open_samples
-from maskgit_pl.image_format import visible_channels
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.acceptance import Acceptance
 from maskgit_pl.pipeline.bulk import generate_many
@@ -145,7 +144,7 @@ def generate_images(
     barrier()  # the last rank to finish has assembled the file from the parts
     samples = open_samples(file)
     assert samples.labels is not None  # generate_many writes them
-    channels = cast("Literal[1, 3]", visible_channels(pipe.tokenizer.network.config.in_channels))
+    channels = cast("Literal[1, 3]", pipe.tokenizer.network.config.in_channels)
     # Times and steps are those of images that this call made; images from an earlier call have none.
     if not result.made:
         return GeneratedImages(samples, channels, samples.labels, None)

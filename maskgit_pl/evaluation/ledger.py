@@ -19,9 +19,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
+from filelock import lock_descriptor
+
 from maskgit_pl.checks import check_integer, check_keys, check_number, shorten
 from maskgit_pl.files import parse_json, size_text
-from maskgit_pl.portable import lock_exclusively
 
 __all__ = ["FILE_NAME", "KEYS", "REAL", "Ledger", "Row", "format_csv", "has_column", "read_number"]
 
@@ -157,7 +158,7 @@ class Ledger:
         with self.file.open("a+b") as stream:
             # The lock keeps lines of several commands apart; closing the file releases it. Some file systems have none.
             with suppress(OSError):
-                lock_exclusively(stream.fileno(), wait=True)
+                lock_descriptor(stream.fileno())
             stream.truncate(_end_of_lines(stream))
             stream.write(line)
             # A measurement may have taken hours: it must survive a crash of the machine.

@@ -110,7 +110,7 @@ def open_images(folder: Path, image_size: ImageSize, in_channels: int, *, num_wo
     Args:
         folder: Data folder.
         image_size: Side of square images, or (height, width), in pixels.
-        in_channels: Channels of the images, 1 to 4.
+        in_channels: Channels of the images, 1 or 3.
         num_workers: Number of processes that read the images.
     """
     from maskgit_pl.data import ShardData, ShardDataConfig

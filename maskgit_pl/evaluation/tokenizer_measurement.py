@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from maskgit_pl.data import ShardData
-from maskgit_pl.devices import find_device, parse_dtype
+from maskgit_pl.devices import find_device, parse_dtype, peak_memory
 from maskgit_pl.evaluation.distances import frechet_distance, kernel_distance
 from maskgit_pl.evaluation.extractors import open_extractors
 from maskgit_pl.evaluation.features import Extractor, FeatureCollector
@@ -31,7 +31,6 @@ from maskgit_pl.evaluation.tokenizer_options import TokenizerOptions
 from maskgit_pl.image_format import height_width
 from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.networks.lpips import load_lpips
-from maskgit_pl.portable import peak_memory
 from maskgit_pl.pretrained import PretrainedTokenizer, load_tokenizer
 from maskgit_pl.pretrained.networks import images_at_once
 from maskgit_pl.progress import Bars
@@ -233,7 +232,7 @@ def _numbers(meter: ReconstructionMeter, seen: _Pass, count: int) -> dict[str, f
         "bits_per_pixel": tokens_per_pixel * math.log2(meter.tokenizer.network.config.codebook_size),
         "coded_bits_per_pixel": tokens_per_pixel * math.log2(codes["perplexity"]),
         "images_per_second": count / max(seen.seconds, 1e-9),
-        "peak_memory_mb": _peak_memory(meter.device),
+        "peak_memory_mb": peak_memory(meter.device) / _MIB,
     }
 
 
@@ -265,10 +264,3 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # kernels run asynchronously
     return time.perf_counter()
-
-
-def _peak_memory(device: torch.device) -> float:
-    """Returns the peak memory in MB (2^20 bytes): of tensors on a GPU, else of the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / _MIB
-    return peak_memory() / _MIB

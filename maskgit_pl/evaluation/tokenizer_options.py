@@ -8,7 +8,7 @@ from maskgit_pl.checks import check_integer
 from maskgit_pl.evaluation.measurement_options import MeasurementOptions
 from maskgit_pl.evaluation.run_folders import RunFolders
 from maskgit_pl.files import read_json
-from maskgit_pl.image_format import check_channels, check_image_size, height_width, pixels_text, visible_channels
+from maskgit_pl.image_format import check_channels, check_image_size, height_width, pixels_text
 from maskgit_pl.shards.manifest import DataSummary, read_manifest_summary
 
 __all__ = ["TokenizerOptions", "check_tokenizer_data"]
@@ -76,7 +76,7 @@ def check_tokenizer_data(folders: RunFolders, options: TokenizerOptions) -> Data
     if images < max(_LEAST_IMAGES, options.num_images or 0):
         least = max(_LEAST_IMAGES, options.num_images or 0)
         raise ValueError(f"{where}: the val split must have >= {least} images, got {images}; lower --num-images")
-    if visible_channels(channels) == 1 and summary.channels != 1:
+    if channels == 1 and summary.channels != 1:
         raise ValueError(f"{where}: the images must be grey for this tokenizer, got colour; choose others with --data")
     smallest = (summary.images.height[0], summary.images.width[0])
     if options.tile is None and any(have < need for have, need in zip(smallest, height_width(size), strict=True)):

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from maskgit_pl.files import write_atomically
-from maskgit_pl.image_format import composite_over_white, image_file_name
+from maskgit_pl.image_format import image_file_name
 from maskgit_pl.imaging.layout import (
     MASKED,
     REQUESTED,
@@ -40,7 +40,7 @@ def image_grid(
     """Lays images out in rows, enlarged without smoothing so that their pixels are visible.
 
     Args:
-        images: (n, C, H, W) uint8 with C = 1 to 4 and n >= 1; alpha is over white. The last row may be short.
+        images: (n, C, H, W) uint8 with C = 1 or 3 and n >= 1. The last row may be short.
         columns: Number of images per row, at least 1.
         row_captions: Text left of each row; empty for none.
         column_captions: Text above each column; empty for none.
@@ -76,7 +76,7 @@ def edit_sheet(
     """Lays out an edit in one row: original, masked image (region grey, mask outlined), and variants; below, a legend.
 
     Args:
-        original: (C, H, W) uint8 with C = 1 to 4; alpha is over white.
+        original: (C, H, W) uint8 with C = 1 or 3.
         variants: (n, C, H, W) uint8.
         mask: (H, W) bool, the pixels that the user named.
         region: (H, W) bool, the pixels that were generated: the mask and its surroundings.
@@ -97,7 +97,7 @@ def draw_mask(original: Tensor, *, mask: Tensor, region: Tensor, scale: int) -> 
     See ``edit_sheet`` for the other arguments.
     """
     # Grey images become RGB, because the outline has a color.
-    pixels = composite_over_white(original).expand(3, -1, -1)
+    pixels = original.expand(3, -1, -1)
     masked = torch.tensor(MASKED, dtype=torch.uint8)[:, None, None].where(region, pixels)
     return draw_outline(enlarge(masked, scale), mask, REQUESTED)
 

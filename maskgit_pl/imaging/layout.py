@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from maskgit_pl.image_format import composite_over_white
 from maskgit_pl.imaging.pixels import to_pil
 from maskgit_pl.text import printable
 
@@ -57,8 +56,8 @@ def panel_scale(images: Tensor, wanted: int) -> int:
 
 
 def enlarge(image: Tensor, scale: int) -> Image.Image:
-    """Returns an image (C, H, W) uint8, over white, as an RGB picture, enlarged ``scale`` times without smoothing."""
-    picture = to_pil(composite_over_white(image)).convert("RGB")
+    """Returns an image (C, H, W) uint8 as an RGB picture, enlarged ``scale`` times without smoothing."""
+    picture = to_pil(image).convert("RGB")
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 

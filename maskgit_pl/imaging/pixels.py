@@ -17,6 +17,6 @@ def to_unit_range(images: Tensor) -> Tensor:
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """Converts (C, H, W) uint8 with C = 1, 2, 3 or 4 to an image of the mode L, LA, RGB or RGBA."""
+    """Converts (C, H, W) uint8 with C = 1 or 3 to an image of the mode L or RGB."""
     pixels = rearrange(image.cpu().numpy(), "c h w -> h w c")
     return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))

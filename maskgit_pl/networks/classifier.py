@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from maskgit_pl.checks import build_dataclass, check_class_names, check_integer, check_keys, shorten
 from maskgit_pl.files import read_json
-from maskgit_pl.image_format import ImageSize, check_image_size, composite_over_white, height_width, plain_size
+from maskgit_pl.image_format import ImageSize, check_channels, check_image_size, height_width, plain_size
 from maskgit_pl.networks.feature_network import FeatureOutput, FrozenNetwork
 from maskgit_pl.networks.skeleton import skeletons
 from maskgit_pl.networks.weight_file import check_fit, load_weights, read_tensor_header, read_tensors
@@ -43,7 +43,7 @@ SMALL = "small"
 WEIGHT_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 FORMAT, _VERSION = "maskgit_pl.classifier", 1
 MAX_CONFIG_BYTES = 8_000_000  # 100,000 classes with names of 80 letters
-_LARGEST = {"in_channels": 1024, "num_classes": 100_000, "width": 4096}
+_LARGEST = {"num_classes": 100_000, "width": 4096}
 _LARGEST_IMAGE = 1024
 _LONGEST_NAME = 80  # letters that are compared with timm's names
 _SMALLEST_MAP = 4  # largest side of the small network's last feature map, in pixels
@@ -55,7 +55,7 @@ class ClassifierSizes:
     """The sizes that decide the layers of a classifier.
 
     Args:
-        in_channels: Channels that the network sees: 1 for grey, 3 for colour. Images with alpha are shown over white.
+        in_channels: Channels of the images: 1 for grey, 3 for colour.
         image_size: Side of square images, or (height, width), in pixels.
         num_classes: Number of classes.
         model: ``"small"``, or the name of a model in timm, such as ``resnet50``.
@@ -72,6 +72,7 @@ class ClassifierSizes:
     width: int = 24
 
     def __post_init__(self) -> None:
+        check_channels("classifier in_channels", self.in_channels)
         for name, most in _LARGEST.items():
             check_integer(f"classifier {name}", getattr(self, name), f"[1, {most}]")
         size = check_image_size("classifier image_size", self.image_size, f"[1, {_LARGEST_IMAGE}]")
@@ -228,7 +229,6 @@ def _read_config(folder: Path) -> tuple[ClassifierSizes, tuple[str, ...]]:
 
 def _prepare(images: Tensor, *, channels: int, size: tuple[int, int]) -> Tensor:
     """Returns images with a network's channels and size, of about zero mean and unit deviation."""
-    images = composite_over_white(images)
     x = images.float() / 255 if images.dtype == torch.uint8 else images.float()  # the resize: float32 on a CPU
     # Grey images are repeated to three channels; colours become their mean.
     if x.shape[1] != channels:

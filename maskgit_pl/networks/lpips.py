@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from maskgit_pl.checks import check_choice
-from maskgit_pl.image_format import composite_over_white
 from maskgit_pl.networks.feature_network import FrozenNetwork
 from maskgit_pl.networks.perceptual import perceptual_networks
 from maskgit_pl.networks.weight_file import load_weights, read_weights
@@ -100,7 +99,7 @@ class LPIPS(FrozenNetwork):
         """Computes the distance of each pair of images.
 
         Args:
-            images: (B, C, H, W) float in [0, 1] with C = 1 to 4; alpha is over white.
+            images: (B, C, H, W) float in [0, 1] with C = 1 or 3.
             others: Images of the same shape.
 
         Returns:
@@ -116,7 +115,7 @@ class LPIPS(FrozenNetwork):
                 "vgg accepts images from 16 pixels"
             )
         # Grey images get 3 equal channels.
-        colours = [composite_over_white(part.float()).expand(-1, 3, -1, -1) for part in (images, others)]
+        colours = [part.float().expand(-1, 3, -1, -1) for part in (images, others)]
         distances: Tensor = self.network(*colours, normalize=True)
         return distances.flatten()
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from maskgit_pl.checks import check_choice, check_integer, check_number, shorten
-from maskgit_pl.image_format import ImageSize, height_width
+from maskgit_pl.image_format import ImageSize, check_channels, height_width
 from maskgit_pl.networks.quantizers import build_sized
 
 __all__ = ["Activation", "Downsampling", "Layout", "VQGANConfig"]
@@ -18,7 +18,6 @@ Activation = Literal["swish", "relu"]
 Layout = Literal["maskgit", "taming", "magvit2"]
 
 _RANGES = {  # well above any existing network: a larger number is a mistake, or an attack on the memory
-    "in_channels": "[1, 1024]",
     "base_channels": "[1, 16384]",
     "num_res_blocks": "[1, 64]",
     "num_middle_blocks": "[0, 64]",
@@ -42,7 +41,7 @@ class VQGANConfig:
     """The sizes of the network. The defaults are the released ImageNet tokenizer's.
 
     Attributes:
-        in_channels: C, channels of an image.
+        in_channels: C, channels of an image: 1 or 3.
         base_channels: Channels of the first level.
         channel_multipliers: Channels of each level as a multiple of ``base_channels``; each level has half the
             resolution of the one before.
@@ -113,6 +112,7 @@ class VQGANConfig:
         build_sized(self.quantizer, codebook_size=self.codebook_size, code_dim=self.code_dim)
 
     def _check_sizes(self) -> None:
+        check_channels("network in_channels", self.in_channels)
         for name, interval in _RANGES.items():
             check_integer(f"network {name}", getattr(self, name), interval)
         if not 1 <= len(self.channel_multipliers) <= _MAX_LEVELS:

@@ -24,12 +24,11 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from einops import rearrange
 from torch import nn
 
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.files import size_text, write_atomically
-from maskgit_pl.image_format import composite_over_white, height_width
+from maskgit_pl.image_format import height_width
 from maskgit_pl.networks.int8 import Int8Linear
 from maskgit_pl.networks.weight_file import tensors_digest
 from maskgit_pl.pipeline.bulk_plan import BulkOptions, BulkPlan, check_same, read_plan
@@ -354,8 +353,7 @@ def write_samples(
     Args:
         stream: File to write to.
         plan: Plan of the images, which becomes the comment of the file.
-        parts: All images, in parts (b, H, W, C) of any size; grey ones are repeated to three channels, and alpha is
-            composited over white.
+        parts: All images, in parts (b, H, W, C) of any size; grey ones are repeated to three channels.
         labels: (n,) int64.
         arrays: Further arrays by name.
     """
@@ -366,16 +364,7 @@ def write_samples(
         with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
             np.lib.format.write_array_header_1_0(member, header)
             for images in parts:
-                member.write(_to_three_channels(images).tobytes())
+                member.write(np.broadcast_to(images, (*images.shape[:3], _CHANNELS)).tobytes())
         for name, values in {"arr_1": labels, **arrays}.items():
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, values, allow_pickle=False)
-
-
-def _to_three_channels(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Returns (b, H, W, C) images as (b, H, W, 3): alpha over white, grey repeated."""
-    if images.shape[-1] == _CHANNELS:
-        return images
-    shown = composite_over_white(rearrange(torch.from_numpy(images), "b h w c -> b c h w")).expand(-1, 3, -1, -1)
-    found: npt.NDArray[np.uint8] = rearrange(shown, "b c h w -> b h w c").contiguous().numpy()
-    return found

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskgit_pl.files import read_json, write_text
-from maskgit_pl.image_format import CHANNELS, pixels_text
+from maskgit_pl.image_format import pixels_text
 from maskgit_pl.pipeline.description import (
     SETTINGS,
     STAGES,
@@ -168,7 +168,7 @@ def _introduction(content: Mapping[str, Any], classes: list[str], name: str) -> 
     size, grid = content["image_size"], content["grid"]
     title = markdown((content.get("run") or {}).get("name", "MaskGIT"))
     channels = content["in_channels"]
-    colour = {1: "grey", 3: "colour"}.get(channels, CHANNELS.get(channels, f"{channels} channels"))
+    colour = "grey" if channels == 1 else "colour"
     # Class names come from the data: markdown() escapes them.
     shown = ", ".join(markdown(each) for each in classes[:_NAMES_SHOWN])
     more = f" and {len(classes) - _NAMES_SHOWN} more" if len(classes) > _NAMES_SHOWN else ""

@@ -186,7 +186,7 @@ class Generator:
         Args:
             classes: Indices in [0, number of classes) or names, as a list or a single one. None in a list is "no
                 class", if the model was trained with it.
-            output_type: ``"pil"`` for PIL images (L, LA, RGB or RGBA), ``"pt"`` for (n, C, H, W) uint8 on the CPU,
+            output_type: ``"pil"`` for PIL images (L or RGB), ``"pt"`` for (n, C, H, W) uint8 on the CPU,
                 ``"np"`` for (n, H, W, C) uint8.
             options: Fields of ``GenerateOptions`` such as ``seed``, ``batch_size`` and ``negative_model``;
                 ``decoding``, a ``DecodingConfig``; and single settings that override it: its fields such as

@@ -243,7 +243,7 @@ class MaskGIT(Editor):
         counts = " + ".join(f"{sum(each.numel() for each in part):,}" for part in parts)
         name = f"{printable(self._origin.name)}: " if self._origin.name else ""
         size, (rows, columns) = self.tokenizer.image_size, transformer.grid
-        colours = CHANNELS.get(tokenizer.in_channels, f"{tokenizer.in_channels}-channel")
+        colours = CHANNELS[tokenizer.in_channels]
         return (
             f"MaskGIT({name}{len(self.class_names)} classes, {colours} images of {pixels_text(size)} pixels, {rows} x "
             f"{columns} tokens of {tokenizer.codebook_size} codes, {self.decoding.num_steps} steps, "

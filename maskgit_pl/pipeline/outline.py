@@ -15,7 +15,7 @@ from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.limits import check_parallel
 from maskgit_pl.decoding.settings_file import read_settings_file
 from maskgit_pl.files import read_json
-from maskgit_pl.image_format import ImageSize, check_image_size, height_width
+from maskgit_pl.image_format import ImageSize, check_channels, check_image_size, height_width
 from maskgit_pl.pipeline.classes import Classes, class_ids, parse_class, parse_classes
 from maskgit_pl.pipeline.options import replace_settings
 from maskgit_pl.text import printable
@@ -78,7 +78,7 @@ class Outline:
                 check_image_size("image_size", tokenizer["image_size"], "[1, 65536]"),
                 # Each level after the first halves height and width.
                 _size(vqgan["patch_size"]) * 2 ** (_size(len(vqgan["channel_multipliers"])) - 1),
-                _size(vqgan["in_channels"]),
+                check_channels("in_channels", vqgan["in_channels"]),
                 tuned.is_file() and read_json(tuned).get("negative_model") is not None,
                 check_integer("condition_dim", network.get("condition_dim", 0), "[0, 65536]"),
             )

@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Trainer
@@ -42,7 +42,8 @@ def exit_on_error(trainer: Trainer) -> Iterator[None]:
         agreed = error.on_all_ranks if isinstance(error, RunError) else not isinstance(error, Exception)
         is_only_here = trainer.world_size > 1 and not agreed  # the other ranks do not raise it
         if is_only_here:
-            _print_error(error, trainer)
+            with suppress(OSError):  # a full disk must not keep the process alive
+                _print_error(error, trainer)
         # Only the processes that Lightning's own launcher has started.
         environment = getattr(trainer.strategy, "cluster_environment", None)
         if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0:
@@ -50,8 +51,8 @@ def exit_on_error(trainer: Trainer) -> Iterator[None]:
             _wait_for_end_of(os.getppid())
         # 2. Exit without cleanup, which would wait for the other ranks.
         if is_only_here:
-            for stream in (sys.stdout, sys.stderr):
-                stream.flush()
+            with suppress(OSError):
+                sys.stdout.flush()
             os._exit(exit_code_of(error))
         # 1. Rank 0 raises for all.
         if isinstance(error, RunError) and not trainer.is_global_zero:

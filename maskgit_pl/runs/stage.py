@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -21,7 +22,6 @@ from maskgit_pl.data import ShardData, split_batch
 from maskgit_pl.files import check_writable, read_json, write_text
 from maskgit_pl.locks import hold_lock
 from maskgit_pl.pipeline.card import write_card
-from maskgit_pl.portable import raise_file_limit
 from maskgit_pl.pretrained import check_stage_folder, fingerprint, has_weights_of, load_weights
 from maskgit_pl.provenance import describe_environment
 from maskgit_pl.runs.build import StageRun, build
@@ -76,7 +76,10 @@ def fit_stage(plan: Plan) -> FitResult:
         RunError: if training ends early: a stop signal, unreadable data, a full disk, non-finite losses.
     """
     # Rank 0 holds two connections to each other rank, but shells often allow only 1,024 open files.
-    raise_file_limit(_OPEN_FILES)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     run = build(plan)
     trainer = run.trainer
     newest = newest_checkpoint(plan.checkpoints)

@@ -77,10 +77,8 @@ def crop_to_shape(image: Tensor, *, image_size: ImageSize, crop: tuple[float, fl
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     """Resizes an image.
 
-    Colours are weighted by alpha, so that those of transparent pixels, which nobody sees, do not reach visible ones.
-
     Args:
-        image: (C, h, w) uint8; an even C has alpha last.
+        image: (C, h, w) uint8.
         size: Height and width of the result.
 
     Returns:
@@ -88,15 +86,6 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     """
     import torch
 
-    def interpolate(batch: Tensor) -> Tensor:
-        # The layout of decoded images; the other layout takes twice as long.
-        batch = batch.contiguous(memory_format=torch.channels_last)
-        return torch.nn.functional.interpolate(batch, size, mode="bicubic", antialias=True)[0]
-
-    if image.shape[0] % 2:
-        return interpolate(image[None])
-    share = image[-1:] / 255
-    resized = interpolate(torch.cat([image[:-1] * share, share])[None])  # float32
-    alpha = resized[-1:].clamp(0, 1)
-    colours = (resized[:-1] / alpha.clamp(min=1 / 255)).where(alpha > 0, 0)
-    return torch.cat([colours, 255 * alpha]).round().clamp(0, 255).to(image.dtype)
+    # The layout of decoded images; the other layout takes twice as long.
+    batch = image[None].contiguous(memory_format=torch.channels_last)
+    return torch.nn.functional.interpolate(batch, size, mode="bicubic", antialias=True)[0]

@@ -68,7 +68,7 @@ def find_duplicates(
 ) -> Duplicates:
     """Compares all images of a data folder by a hash.
 
-    Only files of equal length can have equal bytes, so the others are not read. Pixels are compared as RGBA of 8 bit;
+    Only files of equal length can have equal bytes, so the others are not read. Pixels are compared as RGB of 8 bit;
     files that cannot be decoded equal only copies of themselves.
 
     Args:
@@ -119,7 +119,7 @@ def _digest_of_bytes(data: bytes, name: str) -> bytes:
 
 def _digest_of_pixels(data: bytes, name: str) -> bytes:
     try:
-        pixels = decode_image(data, channels=4, name=name)  # (4, H, W) uint8
+        pixels = decode_image(data, channels=3, name=name)  # (3, H, W) uint8
     except UnreadableImageError:
         return _digest_of_bytes(data, name)
     # The sizes, too: images of 2 x 8 and 4 x 4 pixels may have equal values.

@@ -7,7 +7,7 @@ Used by the data modules, by ``tokenize`` and by commands that read images.
   warns (flipped or zeroed bytes), while PIL returns garbage.
 * PNG: PIL, after the checks of ``png``: 28 x 28 in 75 us, 256 x 256 in 1.8 ms. Of 16 bits, the upper byte is kept.
 * CMYK JPEG and WebP: PIL.
-* Results with 1 or 3 channels show transparent images over white. Those with 2 or 4 keep alpha; opaque files get 255.
+* Transparent images are composited over white.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from maskgit_pl.shards.image_bytes import (
 )
 from maskgit_pl.shards.orientation import apply_orientation, find_orientation
 from maskgit_pl.shards.pillow import PIL_ERRORS, decode_error, first_words, pil_errors, silent_warnings
-from maskgit_pl.shards.png import open_png, open_png_header, with_colour_key
+from maskgit_pl.shards.png import open_png, open_png_header
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,8 +60,8 @@ __all__ = [
     "read_image_file",
 ]
 
-_CHANNELS = {"1": 1, "L": 1, "I;16": 1, "I": 1, "LA": 4, "PA": 4, "RGBA": 4}  # every other mode becomes RGB
-_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # of PIL, by the channels of the result
+_GREY = ("1", "L", "LA", "I;16", "I")  # modes of PIL; every other one becomes RGB
+_MODES = {1: "L", 3: "RGB"}  # of PIL, by the channels of the result
 _MAX_SCRATCH_BYTES = 2**24  # of the reused buffer; larger images get new memory
 _thread_local = threading.local()
 
@@ -74,7 +74,7 @@ class ImageHeader:
         format: ``"JPEG"``, ``"PNG"`` or ``"WEBP"``.
         height: Height in pixels as displayed, after the EXIF orientation.
         width: Width in pixels as displayed.
-        channels: 1 (grey), 3 (colour) or 4 (with alpha).
+        channels: 1 (grey) or 3 (colour); alpha is not counted.
     """
 
     format: str
@@ -99,23 +99,23 @@ def parse_image_header(data: bytes, *, name: str) -> ImageHeader:
         width, height = height, width
     # MPO: a JPEG followed by further pictures, as phones write it
     kind = "JPEG" if image.format == "MPO" else str(image.format)
-    return ImageHeader(kind, height, width, _CHANNELS.get(image.mode, 3))
+    return ImageHeader(kind, height, width, 1 if image.mode in _GREY else 3)
 
 
-def decode_image(data: bytes, *, channels: int, name: str) -> Tensor:
+def decode_image(data: bytes, *, channels: int, name: str, background: str = "white") -> Tensor:
     """Decodes an image and applies its EXIF orientation.
 
     Args:
         data: All bytes of the file.
-        channels: 1 for grey (luma of ITU-R 601), 2 for grey with alpha, 3 for RGB, 4 for RGBA. Without alpha,
-            transparent images are composited over white.
+        channels: 1 for grey (luma of ITU-R 601), 3 for RGB.
         name: The image's name in error messages.
+        background: Colour below transparent pixels.
 
     Returns:
         (channels, H, W) uint8, in most cases channels-last in memory.
 
     Raises:
-        ValueError: if ``channels`` is not 1, 2, 3 or 4.
+        ValueError: if ``channels`` is not 1 or 3.
         UnreadableImageError: if ``parse_image_header`` rejects the image, or its pixels cannot be decoded. Damage of a
             JPEG is found where a code word is invalid, of a PNG by checksums; WebP has none.
     """
@@ -123,7 +123,7 @@ def decode_image(data: bytes, *, channels: int, name: str) -> Tensor:
     if _plain_jpeg_size(data, name) is not None:
         return _decode_jpeg(data, channels, name)
     image = _open_png(data, name) if data.startswith(PNG_MAGIC) else _open(data, name)
-    return from_pil(image, channels=channels, name=name)
+    return from_pil(image, channels=channels, name=name, background=background)
 
 
 def load_image(data: bytes, *, image_size: ImageSize, channels: int, crop: Place, name: str) -> Tensor:
@@ -153,7 +153,7 @@ def load_image_into(out: Tensor, data: bytes, *, crop: Place, name: str) -> None
     """Decodes an image, crops it and resizes it into existing memory, such as a row of a batch.
 
     Args:
-        out: (C, H, W) uint8 with C = 1 to 4, overwritten with the result; fastest if it is channels-last.
+        out: (C, H, W) uint8 with C = 1 or 3, overwritten with the result; fastest if it is channels-last.
         data: All bytes of the file.
         crop: Place of the crop, see ``crops.Place``; None for the centre.
         name: The image's name in error messages.
@@ -170,13 +170,14 @@ def load_image_into(out: Tensor, data: bytes, *, crop: Place, name: str) -> None
     out.copy_(fit_image(image, image_size=(height, width), crop=crop))
 
 
-def from_pil(image: Image.Image, *, channels: int, name: str) -> Tensor:
+def from_pil(image: Image.Image, *, channels: int, name: str, background: str = "white") -> Tensor:
     """Converts a PIL image to a tensor: orientation applied, 16-bit grey scaled to 8.
 
     Args:
         image: Image of any mode.
         channels: Channels of the result; see ``decode_image``.
         name: The image's name in error messages.
+        background: Colour below transparent pixels.
 
     Returns:
         (channels, H, W) uint8, channels-last in memory.
@@ -190,7 +191,7 @@ def from_pil(image: Image.Image, *, channels: int, name: str) -> Tensor:
     with pil_errors(name):
         image.load()  # EXIF may follow a PNG's pixels
         upright = apply_orientation(image, find_orientation(image))
-        converted = _to_eight_bits(upright, has_alpha=channels % 2 == 0)
+        converted = _flatten(upright, background)
         if converted.mode != _MODES[channels]:
             converted = converted.convert(_MODES[channels])
         pixels = _to_array(converted)  # (H, W) or (H, W, channels)
@@ -201,7 +202,7 @@ def encode_png(image: Tensor) -> bytes:
     """Encodes an image as PNG; equal pixels give equal bytes.
 
     Args:
-        image: (C, H, W) uint8 with C = 1 to 4.
+        image: (C, H, W) uint8 with C = 1 or 3.
     """
     from PIL import Image
 
@@ -226,12 +227,8 @@ def encode_jpeg(image: Tensor) -> bytes:
 
 
 def _open_png(data: bytes, name: str) -> Image.Image:
-    """Opens a PNG; one transparent colour becomes alpha, and the orientation is then applied."""
     with pil_errors(name):
-        image = open_png(data, name)
-        if "transparency" not in image.info or image.mode == "P":
-            return image
-        return apply_orientation(with_colour_key(data, name), find_orientation(image))
+        return open_png(data, name)
 
 
 def _plain_jpeg_size(data: bytes, name: str) -> tuple[int, int] | None:
@@ -326,25 +323,15 @@ def _rotate_upright(pixels: npt.NDArray[np.uint8], orientation: int) -> npt.NDAr
     return turned
 
 
-def _to_eight_bits(image: Image.Image, *, has_alpha: bool) -> Image.Image:
-    """Scales 16-bit grey, which PIL would clip, and makes transparency RGBA: as it is, or composited over white.
-
-    Args:
-        image: Image of any mode.
-        has_alpha: True keeps alpha, and gives one to opaque modes that PIL does not convert to LA.
-    """
+def _flatten(image: Image.Image, background: str) -> Image.Image:
+    """Scales 16-bit grey, which PIL would clip, to 8 bits, and composites transparent images over a colour."""
     from PIL import Image
 
     if image.mode.startswith("I"):
-        values = _to_array(image)
-        clear = values == image.info.get("transparency", -1)
-        image = Image.fromarray((values.astype("uint32") >> 8).clip(max=255).astype("uint8"))
-        if clear.any():
-            image.putalpha(Image.fromarray((~clear).astype("uint8") * 255))
+        return Image.fromarray((_to_array(image).astype("uint32") >> 8).clip(max=255).astype("uint8"))
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
-        over = image.convert("RGBA")
-        return over if has_alpha else Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
-    return image.convert("RGB") if has_alpha and image.mode not in ("1", "L", "RGB") else image
+        return Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))
+    return image
 
 
 def _to_array(image: Image.Image) -> Any:

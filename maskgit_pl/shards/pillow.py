@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from maskgit_pl.portable import on_fork
 from maskgit_pl.shards.image_bytes import UnreadableImageError
 from maskgit_pl.text import printable
 
@@ -18,7 +18,10 @@ PIL_ERRORS = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError,
 """The errors that Pillow raises on damaged or hostile files."""
 
 _filters_lock = threading.Lock()  # the list of warning filters belongs to the process
-on_fork(before=_filters_lock.acquire, after_in_parent=_filters_lock.release, after_in_child=_filters_lock.release)
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(
+        before=_filters_lock.acquire, after_in_parent=_filters_lock.release, after_in_child=_filters_lock.release
+    )
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""PNG for ``images``: what Pillow gets of a file that may be hostile, and transparent colours of every bit depth.
+"""PNG for ``images``: what Pillow gets of a file that may be hostile.
 
 Pillow decodes the pixels. It gets only the chunks on which pixels and orientation depend, after their sizes and
 checksums were checked here. Profiles, texts and animations never reach it, so that they cost nothing and cannot fail.
@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from maskgit_pl.shards.image_bytes import (
     PNG_MAGIC,
@@ -19,13 +18,12 @@ from maskgit_pl.shards.image_bytes import (
     check_png,
     check_size,
     image_error,
-    png_chunks,
 )
 
 if TYPE_CHECKING:
     from PIL.PngImagePlugin import PngImageFile
 
-__all__ = ["PngHeader", "open_png", "open_png_header", "read_png_header", "with_colour_key"]
+__all__ = ["PngHeader", "open_png", "open_png_header", "read_png_header"]
 
 _MAX_RATIO = 1032  # of deflate: a block of 258 equal bytes takes 2 bits
 _SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # per pixel, by the colour type
@@ -110,56 +108,6 @@ def open_png(data: bytes, name: str) -> PngImageFile:
     return _open([*head, *(_whole(chunk, data) for chunk in pixels)])  # 4.
 
 
-def with_colour_key(data: bytes, name: str) -> Any:
-    """Decodes a grey or RGB PNG with one transparent colour, which Pillow would compare at the wrong bit depth.
-
-    1. Read the transparent colour from the ``tRNS`` chunk, and decode the pixels at their own depth.
-    2. Make the pixels of that colour transparent.
-
-    Args:
-        data: All bytes of a PNG with colour 0 or 2 and a ``tRNS`` chunk, which ``open_png`` accepts.
-        name: The image's name in error messages.
-
-    Returns:
-        The PIL image as stored, LA or RGBA. The upper byte is kept of 16 bits.
-
-    Raises:
-        UnreadableImageError: if the transparent colour has the wrong length.
-        Exception: one of ``PIL_ERRORS``, if the pixels cannot be decoded.
-    """
-    import numpy as np
-    from PIL import Image
-
-    # 1.
-    header = read_png_header(data, name)
-    key = next(data[chunk.start : chunk.end] for chunk in png_chunks(data) if chunk.name == b"tRNS")
-    if len(key) != 2 * _SAMPLES[header.colour]:
-        raise UnreadableImageError(f"image {name} is damaged: its transparent colour has {len(key)} bytes")
-    top = 2**header.depth - 1
-    values = (np.frombuffer(key, ">u2") & top) * (255 // top or 1)  # Pillow scales depths below 8 bits
-    pixels = _at_own_depth(lambda: open_png(data, name), header)
-    # 2.
-    opaque = (pixels != values).any(axis=-1)
-    eight_bits = (pixels >> 8 if header.depth == 16 else pixels).astype(np.uint8)
-    alpha = opaque.astype(np.uint8)[..., None] * 255
-    return Image.fromarray(np.concatenate([eight_bits, alpha], axis=-1))
-
-
-def _at_own_depth(reopen: Callable[[], PngImageFile], header: PngHeader) -> Any:
-    """Decodes a grey or RGB PNG to (H, W, 1 or 3): values of 0 to 255, or of 16 bits."""
-    import numpy as np
-
-    image = reopen()
-    image.info.pop("transparency", None)
-    pixels = np.asarray(image.convert("L") if header.depth < 8 else image)
-    if header == header._replace(depth=16, colour=2):
-        # Pillow keeps the upper bytes. Read as little-endian, the lower bytes are where it takes the upper ones from.
-        image = reopen()
-        image.tile = [(*tile[:3], "RGB;16L") for tile in image.tile]  # type: ignore[misc]
-        pixels = pixels.astype(np.uint16) << 8 | np.asarray(image)
-    return pixels.reshape(header.height, header.width, -1)
-
-
 def _head(chunks: list[Chunk], data: bytes, name: str) -> list[bytes]:
     """Returns the chunks before the pixels on which pixels and orientation depend; each kind counts once.
 
@@ -173,7 +121,11 @@ def _head(chunks: list[Chunk], data: bytes, name: str) -> list[bytes]:
         if chunk.name in (b"IHDR", b"PLTE"):
             check_chunk(chunk, data, name=name)
             kept[chunk.name] = _whole(chunk, data)
-        elif chunk.name == b"tRNS" or (_may_rotate(chunk, data) and chunk.is_intact(data)):
+        elif chunk.name == b"tRNS":
+            # Pillow compares the transparent colour of grey and RGB with pixels of 8 bits.
+            if data[24] == 8 or data[25] == 3:
+                kept[chunk.name] = _whole(chunk, data)
+        elif _may_rotate(chunk, data) and chunk.is_intact(data):
             kept[chunk.name] = _whole(chunk, data)
         elif chunk.name == b"acTL":
             _check_still(data[chunk.start : chunk.end], name)

@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from maskgit_pl.files import open_regular
-from maskgit_pl.portable import pread
 from maskgit_pl.shards.tar import BLOCK, header_size
 
 __all__ = ["find_fault"]
@@ -48,7 +47,7 @@ def _fault_of(descriptor: int, size: int, rows: npt.NDArray[np.void]) -> str | N
         return f"{size} bytes expected, {actual} found"
     for offset, length in _ends(rows):
         # A valid checksum, and the length of the payload in the index.
-        found = header_size(pread(descriptor, BLOCK, offset))
+        found = header_size(os.pread(descriptor, BLOCK, offset))
         if found is None or length not in (None, found):
             stated = "" if length is None else f" of {length} bytes"
             actual_length = "none" if found is None else f"one of {found} bytes"

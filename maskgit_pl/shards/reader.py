@@ -15,7 +15,6 @@ import numpy.typing as npt
 
 from maskgit_pl.errors import DataChangedError
 from maskgit_pl.files import open_regular
-from maskgit_pl.portable import pread
 from maskgit_pl.shards.manifest import Manifest
 from maskgit_pl.shards.mapped_array import has_all_bytes
 from maskgit_pl.shards.tar import BLOCK
@@ -137,7 +136,7 @@ class ShardReader:
 
     def _pread(self, number: int, size: int, offset: int) -> bytes:
         try:
-            return pread(self._file(number), size, offset)
+            return os.pread(self._file(number), size, offset)
         except OSError as error:
             raise self._data_changed_error(self.manifest.shards[number].name, str(error.strerror)) from error
 

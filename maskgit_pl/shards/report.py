@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maskgit_pl.files import size_text
-from maskgit_pl.image_format import pixels_text
+from maskgit_pl.image_format import CHANNELS, pixels_text
 from maskgit_pl.shards.manifest import DataSummary, Split, load_manifest
 from maskgit_pl.shards.scan import format_counts
 from maskgit_pl.shards.writer import LEFT_OUT
@@ -32,7 +32,6 @@ __all__ = [
     "untrained_lines",
 ]
 
-_COLOURS = {1: "grey", 3: "RGB", 4: "with alpha"}  # by number of channels
 _SHOWN_CLASSES = 10
 _LONGEST_BAR = 40  # characters of the histogram's largest bar
 
@@ -172,7 +171,7 @@ def _class_table(statistics: DataStatistics) -> Iterator[str]:
 
 def _size_lines(statistics: DataStatistics) -> Iterator[str]:
     heights, widths = statistics.summary.images.height, statistics.summary.images.width
-    channels = ", ".join(_COLOURS[channel] for channel in statistics.summary.images.channels)
+    channels = ", ".join(CHANNELS[channel] for channel in statistics.summary.images.channels)
     if heights[0] == heights[1] and widths[0] == widths[1]:
         yield f"all images {pixels_text((heights[0], widths[0]))} pixels (width x height), {channels}"
         return

@@ -27,7 +27,6 @@ import numpy as np
 import numpy.typing as npt
 
 from maskgit_pl.files import open_regular, sha256_of
-from maskgit_pl.portable import pread
 from maskgit_pl.shards.image_bytes import MAX_IMAGE_BYTES, UnreadableImageError
 from maskgit_pl.shards.images import ImageHeader, parse_image_header
 from maskgit_pl.shards.labels import Labels
@@ -322,7 +321,7 @@ class _Scanner:
             self.sample.vector, self.vector_kind = member.offset + start, kind
 
     def _payload(self, member: Member) -> bytes:
-        return pread(self.descriptor, member.size, member.offset)
+        return os.pread(self.descriptor, member.size, member.offset)
 
     def _finish(self) -> None:
         """Closes the current sample and adds its row."""
@@ -421,7 +420,7 @@ class _Scanner:
 
     def _member_label_at(self, place: int) -> str:
         """Returns ``SHARD:MEMBER`` of a sample's first member, whose header is the block before its payload."""
-        name = pread(self.descriptor, 100, place - BLOCK).partition(b"\0")[0]
+        name = os.pread(self.descriptor, 100, place - BLOCK).partition(b"\0")[0]
         return f"{self.shard}:{printable(name.decode('utf-8', 'surrogateescape'))}"
 
 

@@ -62,7 +62,7 @@ class ImageRange:
     Args:
         height: Smallest and largest height in pixels, after the EXIF orientation.
         width: Smallest and largest width.
-        channels: Numbers of channels that occur, sorted: 1, 3, and 4 for images with alpha.
+        channels: Numbers of channels that occur, sorted: 1 and 3; alpha is not counted.
     """
 
     height: tuple[int, int]
@@ -158,8 +158,8 @@ def parse_image_range(fields: object, where: str) -> ImageRange:
     for name, (low, high) in (("height", made.height), ("width", made.width)):
         check_integer(f"{where}.{name}", low, f"[1, {_MAX_SIDE}]")
         check_integer(f"{where}.{name}", high, f"[{low}, {_MAX_SIDE}]")
-    if not made.channels or not set(made.channels) <= {1, 3, 4}:
-        raise ValueError(f"{where}.channels must be a subset of 1, 3 and 4, got {shorten(made.channels)}")
+    if not made.channels or not set(made.channels) <= {1, 3}:
+        raise ValueError(f"{where}.channels must be a subset of 1 and 3, got {shorten(made.channels)}")
     return ImageRange(*(tuple(sizes) for sizes in (made.height, made.width, made.channels)))  # type: ignore[arg-type]
 
 

@@ -16,7 +16,6 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from maskgit_pl.portable import pread
 from maskgit_pl.text import printable
 
 __all__ = ["BLOCK", "DamagedTarError", "DescriptorBytes", "Member", "TarBytes", "header_size", "read_members"]
@@ -80,7 +79,7 @@ class DescriptorBytes:
 
     def read_at(self, size: int, offset: int) -> bytes:
         """Returns ``size`` bytes at an offset, fewer at the end."""
-        return pread(self.descriptor, size, offset)
+        return os.pread(self.descriptor, size, offset)
 
 
 def read_members(file: TarBytes) -> Iterator[Member]:

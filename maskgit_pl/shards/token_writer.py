@@ -23,8 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from maskgit_pl.checks import check_integer
-from maskgit_pl.files import sha256_of, write_atomically
-from maskgit_pl.portable import sync
+from maskgit_pl.files import sha256_of, sync, write_atomically
 from maskgit_pl.shards.manifest import Split
 from maskgit_pl.shards.store_description import (
     DESCRIPTION_FILE,

@@ -20,7 +20,6 @@ import numpy.typing as npt
 
 from maskgit_pl.errors import DataChangedError
 from maskgit_pl.files import open_regular
-from maskgit_pl.portable import pread
 from maskgit_pl.shards.mapped_array import has_all_bytes, map_array
 
 __all__ = [
@@ -134,7 +133,7 @@ def load_vectors(path: Path, offsets: npt.NDArray[np.int64], kind: VectorKind) -
     try:
         for first in range(0, len(offsets), _READ_ROWS):
             places = offsets[first : first + _READ_ROWS].tolist()
-            data = b"".join(pread(descriptor, kind.num_bytes, place) for place in places)
+            data = b"".join(os.pread(descriptor, kind.num_bytes, place) for place in places)
             if len(data) != len(places) * kind.num_bytes:
                 raise DataChangedError(f"shard {path} was truncated while its vectors were read; restore it")
             yield np.frombuffer(data, kind.dtype).reshape(-1, kind.dim)

@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from maskgit_pl.files import open_regular, sha256_of
-from maskgit_pl.portable import pread
 from maskgit_pl.shards.image_bytes import UnreadableImageError, check_complete
 from maskgit_pl.shards.images import decode_image
 from maskgit_pl.shards.labels import Labels
@@ -258,8 +257,8 @@ def _find_bad_images(path: Path, shard: Shard, rows: npt.NDArray[np.void], *, de
     descriptor = open_regular(path)
     try:
         for _, offset, size, _ in rows.tolist():
-            data = pread(descriptor, size, offset)
-            member = pread(descriptor, 100, offset - BLOCK).rstrip(b"\0").decode("utf-8", "surrogateescape")
+            data = os.pread(descriptor, size, offset)
+            member = os.pread(descriptor, 100, offset - BLOCK).rstrip(b"\0").decode("utf-8", "surrogateescape")
             name = f"{shard.name}:{printable(member)}"
             try:
                 check_complete(data, name=name)

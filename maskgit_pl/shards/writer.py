@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from maskgit_pl.checks import check_integer
-from maskgit_pl.files import read_json, write_text
+from maskgit_pl.files import read_json, sync, write_text
 from maskgit_pl.folders import has_content, replace_folder, resolve_folder
 from maskgit_pl.image_format import ImageSize, check_image_size, height_width, plain_size
-from maskgit_pl.portable import sync
 from maskgit_pl.shards.crops import fit_image
-from maskgit_pl.shards.image_bytes import UnreadableImageError, png_chunks
+from maskgit_pl.shards.image_bytes import UnreadableImageError
 from maskgit_pl.shards.images import decode_image, encode_jpeg, encode_png, parse_image_header
 from maskgit_pl.shards.index import index_shards
 from maskgit_pl.shards.manifest import Split, load_manifest, splits_of
@@ -348,19 +347,15 @@ def _format_lines(lines: list[str]) -> str:
 
 
 def _resize(sample: Sample, size: ImageSize) -> Sample | UnreadableSample:
-    """Crops and resizes a sample's image. JPEG stays JPEG (quality 95); other formats become PNG, with their alpha."""
+    """Crops and resizes a sample's image. JPEG stays JPEG (quality 95); other formats become PNG, over white."""
     header = parse_image_header(sample.data, name=sample.name)
     if (header.height, header.width) == height_width(size):
         return sample
-    # The channels in the header of a PNG do not count a transparent colour or a palette with alpha.
-    has_key = header.format == "PNG" and any(chunk.name == b"tRNS" for chunk in png_chunks(sample.data))
     try:
-        image = decode_image(sample.data, channels=4 if has_key else header.channels, name=sample.name)
+        image = decode_image(sample.data, channels=header.channels, name=sample.name)
     except UnreadableImageError as error:
         return UnreadableSample(str(error))
     fitted = fit_image(image, image_size=size, crop=None)
-    if has_key and bool((fitted[3] == 255).all()):  # no pixel of this colour: grey and RGB stay as they are
-        fitted = fitted[: header.channels]
     if header.format == "JPEG":
         return sample._replace(data=encode_jpeg(fitted))
     return sample._replace(data=encode_png(fitted), extension="png")

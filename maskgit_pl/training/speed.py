@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from maskgit_pl.devices import peak_memory
 from maskgit_pl.estimates.gpus import find_gpu
-from maskgit_pl.portable import peak_memory
 
 __all__ = ["SpeedMonitor", "weight_norm"]
 
@@ -96,10 +96,8 @@ class SpeedMonitor(Callback):
         values = {
             "speed/images_per_second": self._images * trainer.world_size / seconds,
             "speed/data_wait": self._waited / seconds,
+            "speed/peak_memory_gb": peak_memory(pl_module.device) / 1e9,
         }
-        memory = _peak_memory(pl_module.device)
-        if memory is not None:
-            values["speed/peak_memory_gb"] = memory / 1e9
         if trainer.is_global_zero and self._flops_of_step() > 0:
             rate = self._flops_of_step() * steps / seconds / trainer.world_size
             values["speed/tflops"] = rate / 1e12
@@ -121,13 +119,6 @@ class SpeedMonitor(Callback):
         """Returns the listed peak of a device in FLOP/s, or None if it is unknown."""
         gpu = find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         return None if gpu is None else gpu.rate(precision, tensor_float32=self.tensor_float32)
-
-
-def _peak_memory(device: torch.device) -> int | None:
-    """Returns the largest memory so far in bytes: of torch on a GPU, of this process on a CPU; None if unknown."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return (peak_memory() or None) if device.type == "cpu" else None
 
 
 def _weight_norms(optimizers: list[Optimizer]) -> dict[str, float]:

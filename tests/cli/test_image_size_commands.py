@@ -1,4 +1,4 @@
-"""Images that are not square, with and without alpha, through the commands: from files to an evaluation."""
+"""Images that are not square, with alpha in their files, through the commands: from files to an evaluation."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ from tests.conftest import flags, save_tiny_pretrained
 BATCHES = {"global_batch": 8, "max_batch_per_device": 8, "validation_batch": 8, "num_workers": 0}
 TRAINER = {"accelerator": "cpu", "max_steps": 2, "val_check_interval": 2, "log_every_n_steps": 1}
 TOKENIZER = {
-    "data": {"image_size": "[24,40]", "in_channels": 4, **BATCHES},
+    "data": {"image_size": "[24,40]", "in_channels": 3, **BATCHES},
     "model": {
         "network": {"base_channels": 8, "channel_multipliers": [1, 1, 1], "num_res_blocks": 1, "num_middle_blocks": 1,
                     "num_groups": 2, "codebook_size": 16, "code_dim": 4, "patch_size": 1},
@@ -46,7 +46,7 @@ def size_and_mode(file: Path) -> tuple[tuple[int, int], str]:
 
 
 def save_photos(folder: Path, *, channels: int, height: int, width: int) -> Path:
-    """Saves PNG files of two classes with random pixels and a transparent left half, if there is alpha."""
+    """Saves PNG files with alpha, of two classes, with random pixels and a transparent left half."""
     generator = np.random.default_rng(0)
     for split, count in (("train", 8), ("val", 6)):
         for label, name in enumerate("ab"):
@@ -54,15 +54,14 @@ def save_photos(folder: Path, *, channels: int, height: int, width: int) -> Path
             for number in range(count):
                 low = 100 * label
                 image = torch.from_numpy(generator.integers(low, low + 90, (channels, height, width), np.uint8))
-                if channels % 2 == 0:
-                    image[-1] = 255
-                    image[-1, :, : width // 2] = 0
+                image[-1] = 255
+                image[-1, :, : width // 2] = 0
                 (folder / split / name / f"{number}.png").write_bytes(encode_png(image))
     return folder
 
 
 @pytest.mark.slow  # 30 s
-def test_rgba_images_of_24_by_40_pixels_go_from_files_to_an_evaluation(tmp_path: Path, quick_judge: None) -> None:
+def test_images_of_24_by_40_pixels_go_from_files_to_an_evaluation(tmp_path: Path, quick_judge: None) -> None:
     photos = save_photos(tmp_path / "photos", channels=4, height=30, width=44)
     shards, run = tmp_path / "shards", tmp_path / "runs" / "wide"
     common = ("--recipe", "base", "--data", shards, "--run", run)
@@ -73,14 +72,14 @@ def test_rgba_images_of_24_by_40_pixels_go_from_files_to_an_evaluation(tmp_path:
     stored = json.loads((run / "tokens" / "store.json").read_text())
     assert (stored["image_size"], stored["grid"]) == ([24, 40], [6, 10])
     maskgit("train", "transformer", *common, *flags(TRANSFORMER))
-    # The exported folder: the size of the images, and pictures with alpha.
+    # The exported folder has the size of the images.
     assert json.loads((run / "pretrained" / "tokenizer" / "config.json").read_text())["image_size"] == [24, 40]
     maskgit("sample", run, "--classes", "a", "--per-class", 2, "--images", tmp_path / "made", "--gif",
             tmp_path / "a.gif", "--filmstrip", tmp_path / "a-steps.png", "--out", tmp_path / "a.png")  # fmt: skip
-    assert [size_and_mode(file) for file in (tmp_path / "made").glob("*.png")] == [((40, 24), "RGBA")] * 2
+    assert [size_and_mode(file) for file in (tmp_path / "made").glob("*.png")] == [((40, 24), "RGB")] * 2
     maskgit("edit", run, photos / "val" / "a" / "0.png", "--box", "0,0,50%,50%", "--class", "b", "--fit", "--out",
             tmp_path / "edited.png", "--images", tmp_path / "edited")  # fmt: skip
-    assert size_and_mode(next((tmp_path / "edited").glob("*.png"))) == ((40, 24), "RGBA")
+    assert size_and_mode(next((tmp_path / "edited").glob("*.png"))) == ((40, 24), "RGB")
     maskgit("sample", run, "--num-images", 6, "--out", tmp_path / "many.npz")
     assert np.load(tmp_path / "many.npz")["arr_0"].shape == (6, 24, 40, 3)  # over white
     maskgit("evaluate", run, "--data", shards, "--num-images", 8, "--features", "classifier",

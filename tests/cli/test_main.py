@@ -189,3 +189,18 @@ def test_a_command_keeps_its_number_of_threads_on_a_busy_machine(monkeypatch, ca
         "FALSE",
         "ACTIVE",
     ]
+
+
+@pytest.mark.parametrize(
+    ("words", "to", "code", "said"),
+    [
+        (["plugins"], "> >(true)", 141, ""),  # written at the end
+        (["recipes", "schema", "transformer"], "> >(true)", 141, ""),  # more than the buffer holds
+        (["schedules"], "> >(true)", 141, ""),  # printed by rich
+        (["plugins"], "> /dev/full", 74, "maskgit plugins: [Errno 28] No space left on device\n"),
+    ],
+)
+def test_an_output_that_nobody_reads_ends_a_command_without_a_traceback(words, to, code, said):
+    command = f"exec {sys.executable} -m maskgit_pl {' '.join(words)} {to}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, said)

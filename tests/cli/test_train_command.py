@@ -351,6 +351,17 @@ def test_a_command_that_cannot_print_ends_with_its_own_code():
         assert subprocess.run(command, stderr=full, check=False).returncode == 2
 
 
+@pytest.mark.slow
+def test_a_training_whose_log_cannot_be_written_trains_to_its_end(tiny_shards, runs):
+    sizes = flags(yaml.safe_load((TINY / "tokenizer.yaml").read_text()))
+    words = ["train", "tokenizer", f"--data={tiny_shards}", f"--runs-folder={runs}", "--run=one", *sizes]
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "maskgit_pl", *words]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (74, "maskgit train: [Errno 28] No space left on device\n")
+    assert (runs / "one" / "pretrained" / "tokenizer" / "config.json").is_file()
+
+
 def test_help_imports_no_heavy_package():
     code = (
         "import sys; from maskgit_pl.cli import main\n"

@@ -38,7 +38,7 @@ def augment(listed: list, image: torch.Tensor, *, index: int = 3, epoch: int = 1
 
 
 @pytest.mark.parametrize("listed", LISTS, ids=str)
-@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("shape", [(5, 9), (40, 60), (1, 30), (8, 12)])
 def test_an_image_of_any_size_becomes_uint8_of_the_models_size_and_stays_as_it_was(listed, channels, shape):
     image = pixels(channels, *shape)

@@ -22,7 +22,7 @@ def network_of(spec, *, in_channels=3, image_size=16):
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-@pytest.mark.parametrize(("in_channels", "image_size"), [(1, 16), (3, 28), (3, 32), (4, (16, 40)), (2, (28, 16))])
+@pytest.mark.parametrize(("in_channels", "image_size"), [(1, 16), (3, 28), (3, 32), (3, (16, 40)), (1, (28, 16))])
 def test_logits_have_a_row_for_each_image_and_reach_it_and_every_weight(spec, in_channels, image_size):
     network = network_of(spec, in_channels=in_channels, image_size=image_size)
     images = torch.rand(3, in_channels, *height_width(image_size), requires_grad=True)

@@ -146,7 +146,7 @@ def test_an_image_that_the_strides_of_taming_would_cut_is_refused(size):
         network.encode(torch.rand(1, 1, height, width))
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("changes", [{"patch_size": 2}, TAMING, {"layout": "magvit2", "quantizer": "lfq"}])
 def test_a_size_is_reconstructed_or_refused_with_those_that_fit(changes, channels):
     network = VQGAN(VQGANConfig(channels, **{**SMALL, "codebook_size": 16, "code_dim": 4, **changes}))

@@ -167,7 +167,7 @@ ODD_IMAGES: dict[str, tuple[bytes, tuple[int, int, int] | str]] = {
     "cmyk.jpg": (saved("CMYK", "JPEG"), (4, 6, 3)),
     "16-bit.png": (saved("I;16", "PNG"), (4, 6, 1)),
     "palette-with-alpha.png": (saved("P", "PNG", transparency=0), (4, 6, 3)),
-    "grey-with-alpha.png": (saved("LA", "PNG"), (4, 6, 4)),
+    "grey-with-alpha.png": (saved("LA", "PNG"), (4, 6, 1)),
     "rotated-by-exif.jpg": (with_orientation(), (6, 4, 3)),
     "upper.JPEG": (saved("L", "JPEG"), (4, 6, 1)),
     "content-decides.jpg": (saved("RGB", "PNG"), (4, 6, 3)),

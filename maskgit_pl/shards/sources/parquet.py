@@ -19,7 +19,6 @@ import numpy.typing as npt
 
 from maskgit_pl.checks import check_number
 from maskgit_pl.files import parse_any_json, size_text
-from maskgit_pl.portable import READ_FLAGS
 from maskgit_pl.shards.image_bytes import MAX_IMAGE_BYTES, UnreadableImageError
 from maskgit_pl.shards.labels import MAX_CLASSES
 from maskgit_pl.shards.manifest import Split
@@ -207,7 +206,7 @@ def _check_pages(file: ParquetFile, path: Path, group: int, column: str) -> int:
     Raises:
         ValueError: if this is above the limit, or a page is damaged.
     """
-    descriptor = os.open(path, READ_FLAGS)
+    descriptor = os.open(path, os.O_RDONLY)
     largest = 0
     try:
         chunks = file.metadata.row_group(group)

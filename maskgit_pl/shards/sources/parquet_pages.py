@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import os
 
-from maskgit_pl.portable import pread
-
 __all__ = ["largest_page"]
 
 _WINDOW = 2**14  # bytes that are read for a header; its statistics have at most 8 kB
@@ -37,7 +35,7 @@ def largest_page(descriptor: int, start: int, length: int) -> int:
     place, end, largest = start, start + length, 0
     # The pages follow each other: header, content, header, content ...
     while place < end:
-        reader = _Reader(pread(descriptor, min(_WINDOW, end - place), place))
+        reader = _Reader(os.pread(descriptor, min(_WINDOW, end - place), place))
         try:
             fields = reader.read_struct(_MAX_DEPTH)
             expanded, stored = fields[2], fields[3]
