@@ -7,7 +7,7 @@ step must have no operation whose result has a size that depends on values.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -101,13 +101,17 @@ class _KeptTensors:
         self._place = "outside"
 
 
-_ATTENTION = {  # of the CPU's fused kernel, which torch leaves out; backward twice the forward pass
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
-        lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)
-    ),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda _, query, key, value, *__, **___: 2 * sdpa_flop_count(query, key, value)
-    ),
+def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]  # torch: untyped
+
+
+def _attention_backward_flops(gradient: Sequence[int], *shapes: Sequence[int], **_: Any) -> int:
+    return 2 * _attention_flops(*shapes)
+
+
+_ATTENTION = {  # the CPU's fused kernel, which torch leaves out
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
 
 
@@ -191,7 +195,7 @@ def count_backbone(
         else:
             positions = torch.zeros(images * masked, dtype=torch.int64)
             logits = network.forward_selected(tokens, labels, positions, vectors=vectors, vocabulary=columns)
-        F.log_softmax(logits.float(), dim=-1).mean().backward()
+        torch.autograd.backward(F.log_softmax(logits.float(), dim=-1).mean())
 
     with fake_tensors(network), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
         return count_step(step, [network], blocks=network.blocks)

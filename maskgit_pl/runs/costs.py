@@ -157,20 +157,20 @@ class TransformerCosts(Costs):
     @cached_property
     def _encoding_flops(self) -> int:
         """The FLOPs of encoding one image."""
-        if self._encoder is None or self.tokenizer is None or not self.encodes:
+        encoder = self._encoder
+        if encoder is None or self.tokenizer is None or not self.encodes:
             return 0
-        config, size = self.tokenizer
-        with fake_tensors(self._encoder):
-            images = torch.empty(1, config.in_channels, *height_width(size))
-            return count_step(lambda: self._encoder.encode(images), [self._encoder]).flops
+        with fake_tensors(encoder):
+            images = torch.empty(1, encoder.config.in_channels, *height_width(self.tokenizer[1]))
+            return count_step(lambda: encoder.encode(images), [encoder]).flops
 
     def _encoding_bytes(self) -> int:
-        """Returns the memory of encoding one image: input, hidden tensor and output of a block at full resolution."""
+        """Returns the memory of encoding one image: five tensors of a block at full resolution, the largest."""
         if self.tokenizer is None or not self.encodes:
             return 0
         config, size = self.tokenizer
         height, width = height_width(size)
-        return 3 * FLOAT * config.base_channels * config.channel_multipliers[0] * height * width // config.patch_size**2
+        return 5 * FLOAT * config.base_channels * config.channel_multipliers[0] * height * width // config.patch_size**2
 
     @cached_property
     def _kept_by_image(self) -> int:

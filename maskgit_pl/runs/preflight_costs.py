@@ -128,9 +128,11 @@ class CostChecks:
         memory = self._memory
         states = memory.weights + memory.gradients + memory.moments + memory.average + memory.frozen
         gathered = f", {size_text(memory.gathered)} gathered" if memory.gathered else ""
+        is_bound = memory.casts > 0 and isinstance(self._costs, TokenizerCosts)
         return (
             f"{size_text(memory.total)} per device with {self._per_device} samples: {size_text(states)} weights and "
             f"optimizer{gathered}, {size_text(memory.activations + memory.casts + memory.working)} activations"
+            f"{', at most, as in float32' if is_bound else ''}"
         )
 
     def _savings(self) -> list[str]:
