@@ -22,12 +22,12 @@ from maskgit_pl.estimates.transformer import Checkpointing, Precision
 from maskgit_pl.networks.backbone import Backbone, BackboneConfig, Vocabulary
 from maskgit_pl.networks.skeleton import skeletons
 
-__all__ = ["StepCounts", "count_backbone", "count_step", "fake_tensors"]
+__all__ = ["CountedStep", "count_backbone", "count_step", "fake_tensors"]
 
 
 @dataclass(frozen=True)
-class StepCounts:
-    """What a step multiplies and keeps.
+class CountedStep:
+    """The products of a step and the tensors that it keeps.
 
     Attributes:
         flops: FLOPs of matrix products and convolutions, forward and backward, without recomputation.
@@ -76,13 +76,13 @@ class _KeptTensors:
             for hook in hooks:
                 hook.remove()
 
-    def counts(self, flops: int) -> StepCounts:
+    def counts(self, flops: int) -> CountedStep:
         """Returns the bytes, together with ``flops``."""
 
         def size(place: nn.Module | str) -> int:
             return sum(storage.nbytes() for where, storage in self._kept.values() if where is place)
 
-        return StepCounts(flops, size("outside"), size("inputs"), tuple(size(block) for block in self._blocks))
+        return CountedStep(flops, size("outside"), size("inputs"), tuple(size(block) for block in self._blocks))
 
     def _keep(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()  # views share it and are counted once
@@ -123,7 +123,7 @@ class _NoModules(nullcontext[None]):
 
 def count_step(
     step: Callable[[], object], networks: Iterable[nn.Module], *, blocks: Iterable[nn.Module] = ()
-) -> StepCounts:
+) -> CountedStep:
     """Runs a step and counts its FLOPs and the tensors that it keeps. Inside ``fake_tensors``, nothing is computed.
 
     Args:
@@ -168,7 +168,7 @@ def count_backbone(
     masked: int,
     vocabulary: Vocabulary = "all",
     precision: Precision = "32-true",
-) -> StepCounts:
+) -> CountedStep:
     """Counts the training step of a backbone, without dropout: that of attention is not fused on a CPU.
 
     bf16-mixed has the dtypes of autocast on a CPU, which are those on a GPU for the layers of our backbones.

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from maskgit_pl.corruption import Corruption
 from maskgit_pl.data import Batch
-from maskgit_pl.estimates.counting import StepCounts, count_backbone, count_step, fake_tensors
+from maskgit_pl.estimates.counting import CountedStep, count_backbone, count_step, fake_tensors
 from maskgit_pl.estimates.memory import (
     FLOAT,
     HALF,
@@ -274,10 +274,10 @@ class TokenizerCosts(Costs):
         return sum(each.nbytes for each in parameters if not each.requires_grad)
 
     @cached_property
-    def _step(self) -> StepCounts:
+    def _step(self) -> CountedStep:
         return self._count_step(_first_full_step(self.module.config.adversarial))
 
-    def _count_step(self, step: int) -> StepCounts:
+    def _count_step(self, step: int) -> CountedStep:
         twin, mode = self._twin
         networks = [*_trained_networks(twin), *_perceptual_networks(twin)]
         blocks = [*twin.network.encoder.blocks, *twin.network.decoder.blocks]
