@@ -149,7 +149,7 @@ demo-short: $(STAMP) ## Run the demo from scratch with 60 steps per stage
 demo-model: $(STAMP) ## Write the weights of RUN as the model fashion-mnist-demo of the package
 	@$(BIN)/python -c 'import sys; from maskgit_pl import MaskGIT; MaskGIT.from_pretrained(sys.argv[1]).save_pretrained("maskgit_pl/models/fashion-mnist-demo", name="fashion-mnist-demo", license="apache-2.0")' "runs/$(RUN)"
 
-BENCHMARKS = $(filter-out measuring collectives peers,$(basename $(notdir $(wildcard benchmarks/*.py))))
+BENCHMARKS = $(filter-out measuring peers,$(basename $(notdir $(wildcard benchmarks/*.py))))
 
 benchmark: $(STAMP) ## Run a benchmark against other implementations: NAME=stage2_step (benchmarks/README.md)
 	@test -f benchmarks/$(NAME).py || { echo "benchmark $(NAME): no such file; NAME must be one of: $(BENCHMARKS)" >&2; exit 2; }

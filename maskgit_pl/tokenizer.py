@@ -190,7 +190,7 @@ class Tokenizer(LightningModule):
     def replay_step(self, batch: Batch, *, step: int) -> dict[str, Tensor]:
         """Adds the gradients of one micro-batch to both networks, without a Trainer and without an optimizer step.
 
-        It computes the same as ``training_step`` without flips. ``estimates`` measures memory and FLOPs with it.
+        It computes the same as ``training_step`` without flips. ``runs.costs`` counts memory and FLOPs with it.
 
         Args:
             batch: Batch with (B, C, H, W) uint8 images.

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_parser", "run"]
 
-_VERDICT_WIDTH, _NAME_WIDTH, _COST_WIDTH = 7, 10, 17  # of the longest: warning, pretrained, traffic of a step
+_VERDICT_WIDTH, _NAME_WIDTH, _COST_WIDTH = 7, 10, 15  # of the longest: warning, pretrained, FLOPs of a step
 _WORDS = {"ok": "ok", "warning": "warning", "error": "FAIL"}
 _COLOURS = {"ok": "green", "warning": "yellow", "FAIL": "bold red"}
 
@@ -47,24 +47,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     machines = parser.add_argument_group("machines")
     machines.add_argument("--nodes", type=int, metavar="N", help="number of nodes (default: the recipe's)")
     machines.add_argument("--devices", type=int, metavar="M", help="devices of each node (default: the recipe's)")
-    machines.add_argument("--device", choices=GPUS, help="GPU whose memory and peak FLOP/s are known")
+    machines.add_argument("--device", choices=GPUS, help="GPU whose memory is known")
     machines.add_argument(
         "--device-memory", type=_size, metavar="SIZE", help="memory of a device, such as 80GB or 24GiB"
     )
-    machines.add_argument(
-        "--device-flops", type=_size, metavar="RATE", help="FLOP/s that training reaches, such as 150T"
-    )
-    machines.add_argument(
-        "--utilization",
-        type=float,
-        default=0.4,
-        metavar="F",
-        help="fraction of the peak that training reaches (default: 0.4)",
-    )
-    machines.add_argument(
-        "--bandwidth", type=_size, metavar="RATE",
-        help="bytes/s of a device within a node (default: 100G), or of a node's network ports (default: 25G)",
-    )  # fmt: skip
     machines.add_argument(
         "--net-port", type=int, metavar="PORT", help="TCP port of rank 0 (default: MASTER_PORT, or Slurm's)"
     )
@@ -77,10 +63,7 @@ def run(args: argparse.Namespace) -> int:
     if args.net_port is not None:
         check_integer("--net-port", args.net_port, "[1, 65535]")
     with use_flag_names(args):
-        machines = Machines(
-            args.nodes, args.devices, args.device, args.device_memory, args.device_flops, args.utilization,
-            args.bandwidth, args.net_port,
-        )  # fmt: skip
+        machines = Machines(args.nodes, args.devices, args.device, args.device_memory, args.net_port)
     if args.json:
         found = _examine(args, machines, lambda check: None)
         costs = {} if found.costs is None else dict(found.costs.lines)

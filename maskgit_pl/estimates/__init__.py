@@ -1,6 +1,5 @@
-"""Estimates of the needs of a run: memory, disk space, FLOPs, traffic between ranks, and time.
+"""Estimates of the needs of a run: memory, disk space and FLOPs.
 
-The transformer has closed formulas of its sizes. Other networks are measured by a replay of their step with fake
-tensors, which computes nothing. ``runs.preflight`` and ``benchmarks/scaling.py`` use these estimates; docs/scaling.md
-compares them with measurements.
+The transformer has closed formulas of its sizes. The steps of other networks are counted with tensors that have no
+content. ``runs.preflight`` uses these estimates; docs/scaling.md compares them with measurements.
 """

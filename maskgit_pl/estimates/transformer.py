@@ -8,12 +8,11 @@ has K columns in place of V, and with G token groups of k values, G k.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from maskgit_pl.estimates.sharding import FLOAT, HALF, Group
+from maskgit_pl.estimates.memory import FLOAT, HALF, Activations, Group
 from maskgit_pl.losses import rows_at_once
 from maskgit_pl.mask_ratios import MaskRatio, ScheduleRatio
 from maskgit_pl.networks.backbone import Vocabulary
@@ -21,13 +20,11 @@ from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.schedules import MaskSchedule, num_masked
 
 __all__ = [
-    "Activations",
     "Checkpointing",
     "Precision",
     "block_group",
     "mean_num_masked",
     "num_parameters",
-    "recomputed_flops",
     "root_group",
     "step_flops",
     "transformer_activations",
@@ -78,26 +75,6 @@ def mean_num_masked(
     progress = (torch.arange(4096) + 0.5) / 4096
     ratios = mask_ratio(progress, schedule, num_tokens).clamp(min=min_mask_ratio)
     return float(num_masked(ratios, num_tokens, rounding="ceil").double().mean())
-
-
-@dataclass(frozen=True)
-class Activations:
-    """The memory of one micro-batch on a rank in bytes, without weights and gradients.
-
-    Attributes:
-        kept: Tensors that the forward pass keeps for the backward pass.
-        casts: bfloat16 copies of weights, which are kept equally long.
-        working: Temporary tensors at the peak.
-    """
-
-    kept: int
-    casts: int
-    working: int
-
-    @property
-    def total(self) -> int:
-        """The sum of all parts: the peak memory in bytes."""
-        return self.kept + self.casts + self.working
 
 
 def transformer_activations(
@@ -218,11 +195,3 @@ def step_flops(config: TransformerConfig, *, images: int, masked: float, vocabul
     # Output projection and MLP of the last block, and both layers of the head.
     at_masked_rows = d**2 + 2 * d * f + d**2 + d * _columns(config, vocabulary)
     return 6 * rows * at_all_rows + 6 * masked * at_masked_rows + 12 * images * config.depth * length**2 * d
-
-
-def recomputed_flops(config: TransformerConfig, *, images: int, masked: float, vocabulary: Vocabulary = "all") -> float:
-    """Returns the extra FLOPs of ``activation_checkpointing: blocks``: a second forward pass of each block."""
-    d, v = config.embed_dim, _columns(config, vocabulary)
-    # The forward pass is a third of a step. The head is not recomputed.
-    head = 2 * masked * (d**2 + d * v)
-    return step_flops(config, images=images, masked=masked, vocabulary=vocabulary) / 3 - head

@@ -1,8 +1,7 @@
-"""The calculations of ``preflight``: checks of memory and disk, and the costs of a step and of the run."""
+"""The calculations of ``preflight``: checks of memory and disk, and the costs of the run."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, cast
@@ -10,11 +9,10 @@ from typing import Any, cast
 import torch
 
 from maskgit_pl.estimates.gpus import GPUS
-from maskgit_pl.estimates.run import Memory, StepTime, max_num_checkpoints, step_time
-from maskgit_pl.estimates.sharding import Strategy
+from maskgit_pl.estimates.memory import Memory, Strategy, max_num_checkpoints
 from maskgit_pl.estimates.transformer import Precision
 from maskgit_pl.files import size_text
-from maskgit_pl.image_format import as_image_size, height_width
+from maskgit_pl.image_format import as_image_size
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pretrained import read_config
 from maskgit_pl.runs import host
@@ -22,9 +20,9 @@ from maskgit_pl.runs.build import StageRun
 from maskgit_pl.runs.costs import Costs, TokenizerCosts, TransformerCosts
 from maskgit_pl.runs.machines import Machines
 from maskgit_pl.runs.plan import Plan
-from maskgit_pl.runs.preflight_report import CheckList, RunCosts, Shares, StepCosts
-from maskgit_pl.runs.units import count_text, duration_text, flops_text
-from maskgit_pl.shards.manifest import DataSummary, load_manifest
+from maskgit_pl.runs.preflight_report import CheckList, RunCosts, Shares
+from maskgit_pl.runs.units import count_text, flops_text
+from maskgit_pl.shards.manifest import DataSummary
 from maskgit_pl.token_model import TokenModel
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.checkpoint_files import complete_checkpoints
@@ -32,7 +30,6 @@ from maskgit_pl.training.checkpoint_files import complete_checkpoints
 __all__ = ["CostChecks"]
 
 _HEADROOM = 0.92  # usable fraction of memory: the rest is CUDA context, NCCL buffers and fragmentation
-_PIXELS_PER_CORE = 100e6  # decoded and cropped per second and core: 1,565 images of 256 px (benchmarks/README.md)
 
 
 class CostChecks:
@@ -40,7 +37,7 @@ class CostChecks:
 
     Args:
         plan: Plan of the run.
-        stage_run: Module and values of the stage. The weights of the module become fake tensors.
+        stage_run: Module and values of the stage.
         machines: Machines, with nodes and devices set.
         shares: Samples of each rank; None if the ranks cannot share the global batch evenly.
         summary: Summary of the data; None if they are missing or a stream.
@@ -55,7 +52,6 @@ class CostChecks:
         self._config: dict[str, Any] = stage_run.config
         self._module = stage_run.model
         self._machines = machines
-        self._nodes = machines.nodes
         self._ranks = machines.nodes * machines.devices
         self._shares = shares
         self._summary = summary
@@ -132,9 +128,11 @@ class CostChecks:
         memory = self._memory
         states = memory.weights + memory.gradients + memory.moments + memory.average + memory.frozen
         gathered = f", {size_text(memory.gathered)} gathered" if memory.gathered else ""
+        is_bound = memory.casts > 0 and isinstance(self._costs, TokenizerCosts)
         return (
             f"{size_text(memory.total)} per device with {self._per_device} samples: {size_text(states)} weights and "
             f"optimizer{gathered}, {size_text(memory.activations + memory.casts + memory.working)} activations"
+            f"{', at most, as in float32' if is_bound else ''}"
         )
 
     def _savings(self) -> list[str]:
@@ -142,9 +140,10 @@ class CostChecks:
         costs, flags = self._costs, []
         if costs.checkpointing == "none":
             flags.append("--model.activation_checkpointing=blocks")
-        if costs.precision == "32-true":
+        is_transformer = isinstance(costs, TransformerCosts)  # stage 1 counts float32 in both precisions
+        if costs.precision == "32-true" and is_transformer:
             flags.append("--trainer.precision=bf16-mixed")
-        if costs.strategy == "ddp" and isinstance(costs, TransformerCosts):
+        if costs.strategy == "ddp" and is_transformer:
             flags.append("--cluster fsdp")
         return flags
 
@@ -185,21 +184,12 @@ class CostChecks:
 
     def costs(self) -> RunCosts:
         """Returns the costs of the run."""
-        step = None if self._shares is None else self._step_costs(self._shares)
-        lines = tuple(self._describe(self._shares, step))
-        return RunCosts(self._costs.trained, self._memory, self._costs.checkpoint(), step, lines)
+        flops = self._costs.flops(self._global_batch)
+        return RunCosts(
+            self._costs.trained, self._memory, self._costs.checkpoint(), flops, tuple(self._describe(flops))
+        )
 
-    def _step_costs(self, shares: Shares) -> StepCosts:
-        useful, executed = self._costs.flops(self._global_batch, shares.per_device)
-        traffic = self._costs.traffic(shares.micro_batches)
-        rounds = self._config.get("matmul_precision", "highest") != "highest"
-        rate, time = self._machines.achieved_flops(self._precision, tensor_float32=rounds), None
-        if rate is not None:
-            bandwidth = self._machines.bandwidth_over(self._nodes)
-            time = step_time(executed, traffic, ranks=self._ranks, rate=rate, bandwidth=bandwidth)
-        return StepCosts(useful, executed, traffic, time)
-
-    def _describe(self, shares: Shares | None, step: StepCosts | None) -> Iterator[tuple[str, str]]:
+    def _describe(self, flops: float) -> Iterator[tuple[str, str]]:
         rate = self._config["model"]["optimizer"]["learning_rate"]
         yield "parameters", f"{self._costs.trained:,} trained"
         yield (
@@ -207,55 +197,13 @@ class CostChecks:
             f"peak {rate['peak']:g} after {rate['warmup_steps']} steps, then {rate['decay']}; for a global batch of "
             f"{self._global_batch}, not rescaled by the number of devices",
         )
-        if step is None:
-            return
-        useful, executed = step.useful_flops, step.executed_flops
-        again = "" if executed == useful else f", {executed / useful:.2f} x as many executed"
-        yield "FLOPs of a step", f"{flops_text(useful)} useful{again}; {flops_text(useful / self._ranks)} per rank"
-        yield "traffic of a step", f"{size_text(step.traffic.total)} sent by each rank"
-        if step.time is None:
-            yield "time", "unknown; give the speed of a device with --device or --device-flops"
-            return
-        yield "a step", self._describe_time(step.time)
+        yield "FLOPs of a step", f"{flops_text(flops)}; {flops_text(flops / self._ranks)} per rank"
         steps = self._config["trainer"]["max_steps"]
         if steps is not None and steps > 0:
-            yield "the run", self._describe_run(steps, step.time)
-        yield "data", self._describe_data(step.time)
+            yield "the run", self._describe_run(steps)
 
-    def _describe_time(self, time: StepTime) -> str:
-        machines = self._machines
-        share = f"{machines.utilization:.0%} of the {machines.gpu}'s peak"
-        rate = share if machines.flops is None else f"{machines.flops:.3g} FLOP/s"
-        return (
-            f"at least {duration_text(time.least)}, or {duration_text(time.most)} if traffic does not overlap with "
-            f"computation: {duration_text(time.computing)} of computation at {rate}, "
-            f"{duration_text(time.communicating)} of traffic at {size_text(machines.bandwidth_over(self._nodes))}/s; "
-            "kernel launches and waiting for data are not included"
-        )
-
-    def _describe_run(self, steps: int, time: StepTime) -> str:
-        text = f"at least {duration_text(steps * time.least)} for {count_text(steps, 'step')}"
+    def _describe_run(self, steps: int) -> str:
+        text = count_text(steps, "step")
         if self._summary is None:
             return text
         return f"{text}, {steps * self._global_batch / self._summary.samples['train']:,.1f} epochs"
-
-    def _describe_data(self, time: StepTime) -> str:
-        """Describes the samples and bytes per second that data loading must deliver so that no device waits."""
-        samples, data = self._global_batch / time.least, self._config["data"]
-        text = f"{samples:,.0f} samples/s"
-        if data["source"] == "tokens":
-            network = self._config["model"]["network"]
-            rows, columns = network["grid"]
-            # A token store holds uint16, or uint32 if the codebook is larger.
-            bytes_per_token = 2.0 if network["codebook_size"] <= 2**16 else 4.0
-            return f"{text}, {size_text(samples * bytes_per_token * rows * columns)}/s of tokens"
-        if self._summary is not None:
-            shards = load_manifest(self._plan.shards, "train", check=False).shards
-            mean_size = sum(shard.bytes for shard in shards) / self._summary.samples["train"]
-            text += f", {size_text(samples * mean_size)}/s of shards"
-        # Decoding time is proportional to the pixels of the crop.
-        of_rank = samples / self._ranks
-        cores = of_rank * math.prod(height_width(data["image_size"])) / _PIXELS_PER_CORE
-        return (
-            f"{text}; {of_rank:,.0f}/s per rank, about {cores:.2g} cores of decoding for {data['num_workers']} workers"
-        )

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Literal
 from maskgit_pl.errors import is_user_error
 
 if TYPE_CHECKING:
-    from maskgit_pl.estimates.run import Memory, StepTime
-    from maskgit_pl.estimates.sharding import Traffic
+    from maskgit_pl.estimates.memory import Memory
 
-__all__ = ["Check", "CheckList", "Preflight", "RunCosts", "Shares", "StepCosts", "Verdict"]
+__all__ = ["Check", "CheckList", "Preflight", "RunCosts", "Shares", "Verdict"]
 
 Verdict = Literal["ok", "warning", "error"]
 
@@ -120,23 +119,6 @@ class Shares:
 
 
 @dataclass(frozen=True)
-class StepCosts:
-    """The costs of a step.
-
-    Attributes:
-        useful_flops: FLOPs of all ranks without the recomputation of activation checkpointing.
-        executed_flops: FLOPs of all ranks.
-        traffic: Bytes that each rank sends.
-        time: Seconds; None if the speed of a device is unknown.
-    """
-
-    useful_flops: float
-    executed_flops: float
-    traffic: Traffic
-    time: StepTime | None
-
-
-@dataclass(frozen=True)
 class RunCosts:
     """The calculated costs of a run.
 
@@ -144,14 +126,14 @@ class RunCosts:
         num_parameters: Number of trained parameters.
         memory: Peak memory of a rank in bytes.
         checkpoint_bytes: Size of a checkpoint in bytes.
-        step: Costs of a step; None if the ranks cannot share the global batch evenly.
+        step_flops: FLOPs of a step of all ranks, without the recomputation of activation checkpointing.
         lines: Description of the costs as pairs of a name and a text.
     """
 
     num_parameters: int
     memory: Memory
     checkpoint_bytes: int
-    step: StepCosts | None
+    step_flops: float
     lines: tuple[tuple[str, str], ...]
 
 
@@ -162,7 +144,7 @@ class Preflight:
     Attributes:
         checks: All checks in the order in which they were done.
         shares: Samples of each rank; None if the ranks cannot share the global batch evenly.
-        costs: Memory, disk space, FLOPs, traffic and times of the run; None if the module could not be built.
+        costs: Memory, disk space and FLOPs of the run; None if the module could not be built.
     """
 
     checks: tuple[Check, ...]
@@ -182,7 +164,7 @@ class Preflight:
     def __str__(self) -> str:
         lines = [f"{check.verdict:7}  {check.name:10}  {check.text}" for check in self.checks]
         if self.costs is not None:
-            lines += [f"{name:17}  {text}" for name, text in self.costs.lines]
+            lines += [f"{name:15}  {text}" for name, text in self.costs.lines]
         return "\n".join([*lines, self.summary])
 
     @property
@@ -190,7 +172,7 @@ class Preflight:
         """The result in one sentence."""
         if self.errors:
             return f"{len(self.errors)} of {len(self.checks)} checks fail."
-        return f"All {len(self.checks)} checks pass. Memory and times are calculated, not measured."
+        return f"All {len(self.checks)} checks pass. Memory is calculated, not measured."
 
 
 def _span(numbers: range) -> str:

@@ -1,11 +1,11 @@
-"""Formatting and parsing of numbers with units: counts, durations, FLOPs, sizes."""
+"""Formatting and parsing of numbers with units: counts, FLOPs, sizes."""
 
 from __future__ import annotations
 
 import math
 import re
 
-__all__ = ["count_text", "duration_text", "flops_text", "parse_size"]
+__all__ = ["count_text", "flops_text", "parse_size"]
 
 _FACTORS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 
@@ -14,14 +14,6 @@ def count_text(count: int, noun: str) -> str:
     """Formats a count with its noun, such as ``1 node``, ``1,024 nodes`` or ``2 classes``."""
     ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
     return f"{count:,} {noun}{ending}"
-
-
-def duration_text(seconds: float) -> str:
-    """Formats a duration with three digits, such as ``41 ms``, ``3.2 h`` or ``12 days``."""
-    for unit, factor in (("days", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3)):
-        if seconds >= (2 if unit == "days" else 1) * factor:
-            return f"{seconds / factor:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} us"
 
 
 def flops_text(count: float) -> str:
@@ -33,7 +25,7 @@ def flops_text(count: float) -> str:
 
 
 def parse_size(text: str) -> float:
-    """Parses a size or rate such as ``80GB``, ``24GiB``, ``150T`` or ``4e14``.
+    """Parses a size such as ``80GB``, ``24GiB`` or ``4e10``.
 
     Raises:
         ValueError: if the text is not such a size, or not a finite number above 0.
@@ -44,7 +36,7 @@ def parse_size(text: str) -> float:
     except ValueError:
         value = 0.0
     if not found or not 0 < value < math.inf:
-        raise ValueError(f"must be a size such as 80GB, 24GiB, 150T or 4e14, got {text}")
+        raise ValueError(f"must be a size such as 80GB, 24GiB or 4e10, got {text}")
     # An i after the prefix means powers of 1024: 1e9 has 10 digits, so G is 1024**3.
     factor = _FACTORS[found.group(2)]
     return value * (1024 ** round(len(str(int(factor))) // 3) if found.group(3) else factor)

@@ -67,14 +67,13 @@ def fails(answer: tuple[int, str], name: str, *parts: object) -> None:
 
 @pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
 def test_a_run_that_can_start_passes_and_nothing_is_written(doctor, stage, tmp_path):
-    code, text = doctor(stage, "--cluster", "ddp", "--nodes", "2", "--devices", "2", "--device-flops", "1T")
+    code, text = doctor(stage, "--cluster", "ddp", "--nodes", "2", "--devices", "2")
     assert code == 0, text
     assert "checks pass" in text
     assert "4 = 4 ranks x 1 accumulation step x 1 sample" in text
     assert "1 1 3 3" in text  # node, local rank, global rank, sample
     assert "not rescaled by the number of devices" in text
-    assert "for 1 step" in text
-    assert "samples/s" in text
+    assert re.search(r"FLOPs of a step [0-9.]+ MFLOP; [0-9.]+ MFLOP per rank the run 1 step, ", text)
     assert not (tmp_path / "runs").exists()
 
 
@@ -157,7 +156,7 @@ def test_a_recipe_that_is_not_there(doctor):
     assert "1 of 1 checks fail." in answer[1]
 
 
-@pytest.mark.parametrize(("flag", "value"), [("--nodes", "0"), ("--net-port", "65536"), ("--utilization", "1.1")])
+@pytest.mark.parametrize(("flag", "value"), [("--nodes", "0"), ("--net-port", "65536")])
 def test_a_number_out_of_range_is_refused_before_anything_is_checked(monkeypatch, capsys, flag, value):
     monkeypatch.setattr(runs, "preflight", None)
     assert main(["doctor", "transformer", flag, value]) == 2

@@ -10,12 +10,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from maskgit_pl import losses
-from maskgit_pl.estimates.replay import LiveBytes
 from maskgit_pl.estimates.transformer import (
     block_group,
     mean_num_masked,
     num_parameters,
-    recomputed_flops,
     root_group,
     step_flops,
     transformer_activations,
@@ -25,6 +23,7 @@ from maskgit_pl.masking import true_positions
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.training.compile_and_checkpointing import prepare_blocks
+from tests.estimates.live_bytes import LiveBytes
 
 PAPER_256 = TransformerConfig(1024, 1000, (16, 16), class_dropout=0.0)
 PAPER_512 = TransformerConfig(1024, 1000, (32, 32), class_dropout=0.0)
@@ -141,16 +140,13 @@ def test_a_loss_over_the_codes_has_no_columns_for_classes(monkeypatch, num_class
     assert 0.99 * peak < made.total < 1.15 * peak
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "blocks"])
-def test_flops_of_a_loss_over_the_codes_are_those_that_torch_counts(checkpointing):
+def test_flops_of_a_loss_over_the_codes_are_those_that_torch_counts():
     network = WORDY.create()
-    prepare_blocks(network.blocks, activation_checkpointing=checkpointing)
     tokens, labels, mask = batch_of(WORDY)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         forward(network, tokens, labels, mask, vocabulary="codes").backward()
-    options = {"images": BATCH, "masked": int(mask.sum()), "vocabulary": "codes"}
-    again = recomputed_flops(WORDY, **options) if checkpointing == "blocks" else 0
-    assert counter.get_total_flops() == step_flops(WORDY, **options) + again
+    expected = step_flops(WORDY, images=BATCH, masked=int(mask.sum()), vocabulary="codes")
+    assert counter.get_total_flops() == expected
 
 
 def test_recomputed_blocks_keep_less_and_all_tokens_masked_is_the_most():
@@ -159,19 +155,14 @@ def test_recomputed_blocks_keep_less_and_all_tokens_masked_is_the_most():
     assert least < some / 5 < transformer_activations(PAPER_256, batch=16).total
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "blocks"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_flops_are_those_that_torch_counts(name, checkpointing):
+def test_flops_are_those_that_torch_counts(name):
     config = CONFIGS[name]
     network = config.create()
-    prepare_blocks(network.blocks, activation_checkpointing=checkpointing)
     tokens, labels, mask = batch_of(config)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         forward(network, tokens, labels, mask).backward()
-    expected = step_flops(config, images=BATCH, masked=int(mask.sum()))
-    if checkpointing == "blocks":
-        expected += recomputed_flops(config, images=BATCH, masked=int(mask.sum()))
-    assert counter.get_total_flops() == expected
+    assert counter.get_total_flops() == step_flops(config, images=BATCH, masked=int(mask.sum()))
 
 
 def test_masked_tokens_on_average():

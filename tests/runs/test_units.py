@@ -3,9 +3,7 @@ import pytest
 from maskgit_pl.runs.units import parse_size
 
 
-@pytest.mark.parametrize(
-    ("text", "value"), [("80GB", 80e9), ("24GiB", 24 * 1024**3), ("150T", 150e12), ("4e14", 4e14), ("1.5MB", 1.5e6)]
-)
+@pytest.mark.parametrize(("text", "value"), [("80GB", 80e9), ("24GiB", 24 * 1024**3), ("4e10", 4e10), ("1.5MB", 1.5e6)])
 def test_sizes(text, value):
     assert parse_size(text) == value
 

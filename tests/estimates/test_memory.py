@@ -1,13 +1,24 @@
-"""Memory, disk space and time of a run, from their parts."""
+"""Memory and disk space of a run, from their parts; shards are those of FSDP2 on a fake process group."""
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from maskgit_pl.estimates.run import checkpoint_bytes, estimate_memory, max_num_checkpoints, step_time
-from maskgit_pl.estimates.sharding import Group, Traffic
-from maskgit_pl.estimates.transformer import Activations
+from maskgit_pl.estimates.memory import (
+    Activations,
+    Group,
+    checkpoint_bytes,
+    estimate_memory,
+    group_of,
+    max_num_checkpoints,
+)
+from maskgit_pl.estimates.transformer import block_group, root_group
+from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, complete_checkpoints
 from maskgit_pl.training.checkpoints import Checkpoints
+from maskgit_pl.training.strategies import shard_blocks
 
 BLOCK, ROOT = Group(((64, 10),)), Group(((32, 10), (32,)))
 WHOLE = 3 * 640 + 352
@@ -70,10 +81,36 @@ def test_a_run_of_very_many_steps_is_counted_at_once():
     assert max_num_checkpoints(10**15, every=10, keep_last=2, keep_every=25) == 3 + 2 * 10**13 - 1
 
 
-def test_a_step_takes_its_work_and_its_traffic_hidden_or_not():
-    time = step_time(8e12, Traffic(all_reduce=1e9), ranks=8, rate=1e12, bandwidth=1e9)
-    assert (time.computing, time.communicating, time.least, time.most) == (1, 1, 1, 2)
-
-
 def test_a_checkpoint_of_the_released_transformer():
     assert checkpoint_bytes(172_457_193, averaged=172_457_193, tensors=297) == pytest.approx(2.76e9, rel=1e-3)
+
+
+CONFIG = TransformerConfig(24, 3, (4, 4), 48, 3, 4, 100, dropout=0.0)
+GROUPS = [*[block_group(CONFIG)] * CONFIG.depth, root_group(CONFIG)]
+
+
+@pytest.mark.parametrize(("ranks", "rank"), [(1, 0), (4, 0), (7, 6), (64, 0), (64, 40), (512, 0)])
+def test_a_ranks_shard_is_that_of_fsdp2(ranks, rank):
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+    try:
+        network = CONFIG.create()
+        shard_blocks(network, network.blocks, init_device_mesh("cpu", (ranks,)), precision="32-true")
+        held = sum(parameter.to_local().numel() for parameter in network.parameters())
+    finally:
+        dist.destroy_process_group()
+    assert held == sum(group.shard(ranks, rank) for group in GROUPS)
+
+
+def test_shards_cover_a_group_and_padding_shows_where_ranks_do_not_divide_rows():
+    group = Group(((768,), (768, 10)))
+    for ranks in (1, 5, 64, 512, 1000):
+        assert sum(group.shard(ranks, rank) for rank in range(ranks)) == group.numel
+    assert group.padded_numel(64) == group.numel
+    assert group.padded_numel(512) == 1024 + 10240
+
+
+def test_frozen_weights_are_in_no_group():
+    network = CONFIG.create()
+    network.token_embedding.requires_grad_(False)
+    embedded = network.token_embedding.weight.numel()
+    assert group_of([network]).numel == sum(group.numel for group in GROUPS) - embedded

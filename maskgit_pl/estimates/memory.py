@@ -1,15 +1,97 @@
-"""Estimates of a run from those of its parts: memory of a rank, checkpoints on disk, time of a step."""
+"""Memory of a rank with ``ddp`` and with ``fsdp`` (FSDP2), and checkpoints on disk, from the sizes of all tensors."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from typing import Literal
 
-from maskgit_pl.estimates.sharding import FLOAT, HALF, Group, Strategy, Traffic
-from maskgit_pl.estimates.transformer import Activations
+from torch import nn
 
-__all__ = ["Memory", "StepTime", "checkpoint_bytes", "estimate_memory", "max_num_checkpoints", "step_time"]
+__all__ = [
+    "FLOAT",
+    "HALF",
+    "Activations",
+    "Group",
+    "Memory",
+    "Strategy",
+    "checkpoint_bytes",
+    "estimate_memory",
+    "group_of",
+    "max_num_checkpoints",
+]
+
+Strategy = Literal["auto", "ddp", "fsdp"]
+
+FLOAT = 4
+"""Bytes of a weight, a gradient or a moment: float32 in both precisions."""
+HALF = 2
+"""Bytes of a bfloat16 number."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The trained tensors that FSDP2 handles in one collective: those of a block, or all others (the root).
+
+    Attributes:
+        shapes: Shape of each tensor; the first dimension is sharded.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def numel(self) -> int:
+        """The number of parameters."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    def shard(self, ranks: int, rank: int = 0) -> int:
+        """Returns the number of parameters that a rank holds; rank 0 holds the most.
+
+        FSDP2 splits each tensor along its first dimension, as ``torch.chunk`` does: with n ranks and
+        c = ceil(rows / n), rank r holds the existing rows of [r c, (r + 1) c). With more ranks than rows, the last
+        ranks hold none.
+        """
+        return sum(_rows(shape[0], ranks, rank) * math.prod(shape[1:]) for shape in self.shapes)
+
+    def padded_numel(self, ranks: int) -> int:
+        """Returns the number of parameters of a buffer that is gathered from n ranks: n times the shard of rank 0.
+
+        Collectives need equal parts, so ranks with fewer rows send padding. With 512 ranks, a bias of 768 counts as
+        1024.
+        """
+        return ranks * self.shard(ranks)
+
+
+def _rows(rows: int, ranks: int, rank: int) -> int:
+    chunk = -(-rows // ranks)  # rounded up
+    return max(0, min(chunk, rows - rank * chunk))
+
+
+def group_of(modules: Iterable[nn.Module]) -> Group:
+    """Returns the group of the trained tensors of modules. They may be on the meta device."""
+    trained = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+    return Group(tuple(tuple(parameter.shape) for parameter in trained))
+
+
+@dataclass(frozen=True)
+class Activations:
+    """The memory of one micro-batch on a rank in bytes, without weights and gradients.
+
+    Attributes:
+        kept: Tensors that the forward pass keeps for the backward pass.
+        casts: bfloat16 copies of weights, which are kept equally long.
+        working: Temporary tensors at the peak.
+    """
+
+    kept: int
+    casts: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        """The sum of all parts: the peak memory in bytes."""
+        return self.kept + self.casts + self.working
 
 
 @dataclass(frozen=True)
@@ -137,41 +219,3 @@ def max_num_checkpoints(max_steps: int, *, every: int, keep_last: int, keep_ever
     # All older ones are multiples of every: every, 2 every, ...
     older = 0 if keep_every is None else (count - newest) * every // math.lcm(every, keep_every)
     return newest + older
-
-
-@dataclass(frozen=True)
-class StepTime:
-    """The time of a step, in seconds.
-
-    Attributes:
-        computing: FLOPs of a rank, divided by its achieved FLOP/s.
-        communicating: Bytes that a rank sends, divided by its bandwidth.
-    """
-
-    computing: float
-    communicating: float
-
-    @property
-    def least(self) -> float:
-        """The time if computation and communication overlap completely."""
-        return max(self.computing, self.communicating)
-
-    @property
-    def most(self) -> float:
-        """The time if they do not overlap."""
-        return self.computing + self.communicating
-
-
-def step_time(flops: float, traffic: Traffic, *, ranks: int, rate: float, bandwidth: float) -> StepTime:
-    """Estimates the time of a step from its FLOPs, its traffic and two assumed rates.
-
-    Args:
-        flops: FLOPs that all ranks execute in a step, including recomputation.
-        traffic: Traffic of a rank.
-        ranks: Number of ranks.
-        rate: Achieved FLOP/s of a device: its peak times the utilization.
-        bandwidth: Bytes per second at the slowest link of the rings (NCCL's bus bandwidth). Within a node, this is the
-            rate at which a device sends; between nodes, that of all network ports of a node, since each ring leaves a
-            node once.
-    """
-    return StepTime(flops / ranks / rate, traffic.total / bandwidth)
