@@ -46,7 +46,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 PASSED, FAILED, BROKEN = 100, 101, 102  # exit codes of a run; another is that of a process which a mutant ended
 
-EXPECTED = 0.8  # share of noticed mutants, a little below that of a sample of 77: 83 % to 87 %
+EXPECTED = 0.75  # share of noticed mutants; 0.8 in samples of 77 and 19, give or take 0.08
 WORD = re.compile(r"[A-Za-z_]\w{2,}")
 MOST_FILES = 6  # of tests that a mutant is shown to
 TEST_SECONDS = 120  # for one test or the import of its file
@@ -364,6 +364,9 @@ class Project:
         with suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text("1000")  # what takes all memory is ended first
         shutil.copytree(self.root / self.package, folder / self.package)  # with its bytecode, which stays valid
+        for path in self.root.iterdir():  # the recipes, which the package finds beside itself, and the like
+            if path.name not in (self.package, "tests", "build") and not path.name.startswith("."):
+                (folder / path.name).symlink_to(path)
         if mutant is not None:
             path = folder / mutant.file
             path.write_bytes(mutant.applied(path.read_bytes()))
