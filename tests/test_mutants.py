@@ -1,0 +1,118 @@
+import random
+import subprocess
+import sys
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+
+from tests.mutants import REPOSITORY, Project, Source
+
+MODULE = """
+def add(first: int | None, second=1):
+    return first + second
+
+def unseen(flag):
+    if flag():
+        return 7
+"""
+FILES = {
+    "fake/__init__.py": "",
+    "fake/core.py": MODULE,
+    "fake/other.py": "def twice(number):\n    return number * 2\n",
+    "tests/test_core.py": "from fake.core import add\n\ndef test_a_sum():\n    assert add(1, 2) == 3\n",
+    "tests/test_other.py": "from fake.other import twice\n\ndef test_that_always_fails():\n    assert twice(2) == 5\n",
+}
+COMMAND = """
+import sys
+from pathlib import Path
+from tests import mutants
+
+mutants.IMPORTED_ONCE = ()
+sys.exit(mutants.main(sys.argv[1:], mutants.Project(Path.cwd(), "fake")))
+"""
+
+
+def changes(folder: Path, source: str) -> list[str]:
+    path = folder / "module.py"
+    path.write_text(dedent(source))
+    text = path.read_bytes()
+    made = list(Source(path).mutants("module.py"))
+    for mutant in made:
+        compile(mutant.applied(text), "module.py", "exec")
+    return [f"{mutant.old} => {mutant.new}" for mutant in made]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("a = (b) < (c)", ["< => >=", "< => <="]),
+        ("a = b is not c", ["is not => is"]),
+        ("a = b and c or d", ["or => and", "and => or"]),
+        ("a = not (b)", ["not => "]),
+        ("a += 2", ["+= => -=", "2 => 3"]),
+        ("a = 'é' if b() else x[-1]", ["b() => not (b())", "1 => 2"]),
+        ("a = f(b, c=d, e=True)", ["c=d, => ", "True => False"]),
+        ("f.g_(\n    a\n)", ["f.g_(\n    a\n) => pass"]),
+        ("def f() -> bool:\n    return g()", ["g() => not (g())"]),
+        ("a = max(b)", ["max => min"]),
+        ("a = [b for b in c if b.d]", ["b.d => not (b.d)"]),
+    ],
+)
+def test_each_operator_changes_its_own_place(tmp_path, source, expected):
+    assert changes(tmp_path, source) == expected
+
+
+def test_texts_annotations_errors_and_logs_are_left_alone(tmp_path):
+    source = '''
+    """Adds 1 + 1."""
+    if TYPE_CHECKING:
+        a = 1 + 1
+    __all__ = ["a"] + ["b"]
+    @decorated(c=True)
+    def f(a: int | None) -> int | None:
+        log.info("a" + "b", 1 + 1)
+        a = f(b, parents=True)
+        raise ValueError(f"{1 + 1}" + a)
+    '''
+    assert changes(tmp_path, source) == []
+
+
+def test_mutants_keep_their_names_where_lines_move(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text(MODULE)
+    before = list(Source(path).mutants("module.py"))
+    path.write_text("# a comment\n" + MODULE.replace("def unseen", "\n\ndef unseen"))
+    after = list(Source(path).mutants("module.py"))
+    assert [str(mutant) for mutant in before] == [str(mutant) for mutant in after]
+    assert [mutant.line for mutant in before] != [mutant.line for mutant in after]
+
+
+@pytest.mark.slow
+def test_mutants_of_the_package_compile_and_have_tests():
+    project = Project(REPOSITORY, "maskgit_pl")
+    mutants = project.mutants()
+    assert all(project.tests_of(mutant) for mutant in {mutant.file: mutant for mutant in mutants}.values())
+    assert len({str(mutant) for mutant in mutants}) == len(mutants)
+    for mutant in random.Random(0).sample(mutants, 100):
+        compile(mutant.applied((REPOSITORY / mutant.file).read_bytes()), mutant.file, "exec")
+
+
+def test_a_fault_is_noticed_or_listed_and_a_test_that_always_fails_notices_nothing(tmp_path):
+    for name, text in FILES.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, "--seed", "a", "--jobs", "1"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(REPOSITORY), "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("fails on the package as it is") == 1
+    assert "as it is, its mutants do not count: tests/test_other.py::test_that_always_fails" in done.stdout
+    assert "core.py:3 arithmetic: +  =>  -\n         tests/test_core.py::test_a_sum" in done.stdout
+    assert "survived: fake/core.py:6 condition: flag()  =>  not (flag())" in done.stdout
+    assert "1 of 2 mutants noticed: 50.0% (95% interval 9.2% to 90.8%;" in done.stdout
+    assert (tmp_path / "fake/core.py").read_text() == MODULE
