@@ -160,8 +160,8 @@ def run_full_demo(side: Side) -> float:
 
 TASKS: Mapping[str, Callable[[Side], float]] = {
     "demo": run_demo,
-    "stage1-step": lambda side: side.train("tokenizer", "stage1", steps=150),
-    "stage2-step": lambda side: side.train("transformer", "base", steps=30),
+    "stage1-step": lambda side: side.train("tokenizer", "stage1", steps=100),
+    "stage2-step": lambda side: side.train("transformer", "base", steps=20),
     "decode-1": lambda side: side.measure(_DECODE, "1", "80"),
     "decode-50": lambda side: side.measure(_DECODE, "50", "3"),
     "read-jpeg": lambda side: side.measure(_READ, "images", "30"),
@@ -231,7 +231,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("old", type=Path, metavar="OLD", help="checkout to compare with")
     parser.add_argument("new", type=Path, metavar="NEW", help="checkout that must not be slower")
     parser.add_argument("--rounds", type=int, default=9, help="at least 8 for a verdict (%(default)s)")
-    parser.add_argument("--only", nargs="+", choices=TASKS, default=list(TASKS)[:-1], help="(all but full-demo)")
+    listed = f"tasks, of {', '.join(TASKS)} (all but the last)"
+    parser.add_argument("--only", nargs="+", choices=TASKS, default=list(TASKS)[:-1], metavar="TASK", help=listed)
     args = parser.parse_args(argv)
     for checkout in (args.old, args.new):
         if not (checkout / "maskgit_pl").is_dir():
