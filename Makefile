@@ -58,7 +58,7 @@ WORKERS ?= auto
 OF_RUN = --dataset "$(DATASET)" --data "$(DATA)" --recipe "$(strip $(RECIPE) $(BUDGET))" --run "$(RUN)" $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") $(if $(PRETRAINED),--pretrained "$(PRETRAINED)")
 MACHINES = $(if $(NODES),--nodes $(NODES)) $(if $(DEVICES),--devices $(DEVICES))
 
-.PHONY: doctor help install data train-tokenizer tokenize train-transformer submit-tokenizer submit-transformer sample evaluate compare tune train-classifier ablation edit web benchmark benchmarks benchmark-gpu demo demo-short demo-model test test-trainings test-exports test-survival test-site test-gpu test-lowest test-wheel mutants test-slurm docs test-web lint format clean
+.PHONY: doctor help install data train-tokenizer tokenize train-transformer submit-tokenizer submit-transformer sample evaluate compare tune train-classifier ablation edit web benchmark benchmarks benchmark-gpu demo demo-short demo-model test test-trainings test-exports test-survival test-benchmarks test-site test-gpu test-lowest test-wheel mutants test-slurm docs test-web lint format clean
 
 help: ## List the targets and the variables
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -170,11 +170,14 @@ test: $(DEV_STAMP) ## Run the tests (quick ones only: ARGS="-m 'not slow'")
 test-trainings: $(DEV_STAMP) ## Run the tests of commands, examples and pages that train
 	$(BIN)/python $(PYTEST) -m trainings $(ARGS)
 
-test-exports: $(DEV_STAMP) ## Run the tests of exports to ONNX, pt2 and diffusers
+test-exports: $(DEV_STAMP) ## Run the tests of exports to ONNX, pt2 and diffusers, and of torch.compile
 	$(BIN)/python $(PYTEST) -m exports $(ARGS)
 
-test-survival: $(DEV_STAMP) ## Run the tests that inject faults into runs of two ranks
+test-survival: $(DEV_STAMP) ## Run the tests of faults, resumed runs and several ranks
 	$(BIN)/python $(PYTEST) -m survival $(ARGS)
+
+test-benchmarks: $(DEV_STAMP) ## Run the tests that run benchmarks
+	$(BIN)/python $(PYTEST) -m benchmarks $(ARGS)
 
 test-site: $(DEV_STAMP) ## Run the test that builds the documentation
 	$(BIN)/python $(PYTEST) -m site $(ARGS)

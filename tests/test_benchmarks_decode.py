@@ -125,6 +125,7 @@ def test_the_autoregressive_decoders_compute_the_same_and_are_counted_as_if_they
     ],
 )
 @pytest.mark.slow  # the imports
+@pytest.mark.benchmarks
 @pytest.mark.filterwarnings("ignore")  # of other projects
 def test_a_peer_decodes_whole_images(decode, task, name):
     if decode.filter_installed([name]) == []:

@@ -17,6 +17,7 @@ def fidelity():
 
 
 @pytest.mark.slow
+@pytest.mark.benchmarks
 def test_all_of_it_is_torch_fidelity_s_from_the_images_on(fidelity, tiny_shards: Path, monkeypatch) -> None:
     # The same LAPACK routine; numpy's threads take ten times as long for it beside other work.
     monkeypatch.setattr(np.linalg, "eigvals", lambda matrix: torch.linalg.eigvals(torch.from_numpy(matrix)).numpy())

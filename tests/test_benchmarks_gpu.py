@@ -13,6 +13,7 @@ def gpu():
 
 
 @pytest.mark.slow
+@pytest.mark.benchmarks
 def test_both_stages_and_decoding_are_measured(gpu, tmp_path, capsys):
     gpu.main(["--device", "cpu", "--repeats", "1", "--out", str(tmp_path / "new" / "gpu.md")])
     page = (tmp_path / "new" / "gpu.md").read_text()

@@ -17,6 +17,7 @@ def memory():
 
 
 @pytest.mark.slow  # three processes
+@pytest.mark.benchmarks
 def test_peaks_are_those_of_each_process(memory, tmp_path):
     memory.save_model(tmp_path / "model", tokenizer=TINY, image_size=16, depth=1)
     imports, sample = (measure(memory, words, tmp_path) for words in ([], memory.list_commands("model")[1]))

@@ -45,6 +45,7 @@ def test_the_table_replaces_the_old_one_and_the_page_stays(ratios, tmp_path):
 
 
 @pytest.mark.slow  # a benchmark with six fresh interpreters
+@pytest.mark.benchmarks
 def test_the_ratios_of_a_benchmark_are_printed(ratios, capfd):
     ratios.main(["--only", "import_time.py", "--repeats", "1"])
     printed = capfd.readouterr().out

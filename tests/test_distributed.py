@@ -1,6 +1,6 @@
 """Two processes on one machine give the results of one process.
 
-``REPRODUCIBILITY=docs/reproducibility.md make test WORKERS=0 ARGS=tests/test_distributed.py`` writes the table.
+``REPRODUCIBILITY=docs/reproducibility.md make test-survival WORKERS=0 ARGS=tests/test_distributed.py`` writes it.
 """
 
 import os
@@ -17,7 +17,7 @@ from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_chec
 from tests.conftest import flags, save_tiny_pretrained, save_uneven_shards
 from tests.observing import Runs, Seen, Topology, run_on_ranks, same, trained_state, write_part
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.survival]
 
 TINY = Path(__file__).parent / "tiny"
 STEPS = 6
@@ -172,7 +172,7 @@ def bench(tmp_path_factory) -> Bench:
 
 HEAD = f"""## Several processes against one
 
-Written by `REPRODUCIBILITY=docs/reproducibility.md make test WORKERS=0 ARGS=tests/test_distributed.py`.
+Written by `REPRODUCIBILITY=docs/reproducibility.md make test-survival WORKERS=0 ARGS=tests/test_distributed.py`.
 
 {LONG} steps of {GLOBAL_BATCH} samples in float32 without dropout, from the same seed, with gradients clipped by norm.
 Each run is killed with SIGKILL after step {KILL_AT} (or after 14 and 33, where the topology changes) and resumes from

@@ -47,6 +47,7 @@ def bits_per_token(pipe: MaskGIT, tokens: Tensor) -> float:
     return found.bits_per_token.mean
 
 
+@pytest.mark.trainings
 @pytest.mark.slow
 @pytest.mark.parametrize(("backbone", "num_groups"), [("bert", 2), ("adaln", 3)])
 def test_a_model_of_groups_trains_resumes_generates_edits_and_is_measured(

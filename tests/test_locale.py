@@ -44,6 +44,7 @@ def test_shards_of_a_zip_are_the_same_in_every_locale(tmp_path: Path) -> None:
     assert "größe" in maskgit(tmp_path, "data", "stats", "ö C", locale=UTF_8)
 
 
+@pytest.mark.exports
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["pt2", pytest.param("onnx", marks=pytest.mark.skipif(not HAS_ONNX, reason="requires ONNX"))]

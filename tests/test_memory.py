@@ -21,6 +21,7 @@ MOST = 1024  # kB of growth in 100 steps
 
 pytestmark = [
     pytest.mark.slow,  # 20 s each, on a busy machine 60
+    pytest.mark.survival,
     pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc"),
 ]
 

@@ -124,6 +124,7 @@ def test_a_tokenizer_recipe_builds_at_full_size(name):
     assert count == PARAMETERS.get(("tokenizer", name), small)
 
 
+@pytest.mark.trainings
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_tokenizer_recipe_trains_a_step(name, tiny_shards, tmp_path):
@@ -158,6 +159,7 @@ def test_the_autoregressive_baseline_is_laid_over_any_recipe(tiny_shards, tiny_p
     assert config["decoding"] == plain
 
 
+@pytest.mark.trainings
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_a_transformer_recipe_trains_a_step(name, tiny_shards, tiny_pretrained, tmp_path):

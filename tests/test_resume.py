@@ -1,6 +1,6 @@
 """A run that is killed and resumed equals an uninterrupted one: order, masks, losses and weights are bit-exact.
 
-``REPRODUCIBILITY=docs/reproducibility.md make test WORKERS=0 ARGS=tests/test_resume.py`` writes the table.
+``REPRODUCIBILITY=docs/reproducibility.md make test-survival WORKERS=0 ARGS=tests/test_resume.py`` writes the table.
 """
 
 import os
@@ -108,7 +108,7 @@ def table() -> Iterator[list[str]]:
 
 HEAD = f"""## A resumed run against an uninterrupted one
 
-Written by `REPRODUCIBILITY=docs/reproducibility.md make test WORKERS=0 ARGS=tests/test_resume.py`.
+Written by `REPRODUCIBILITY=docs/reproducibility.md make test-survival WORKERS=0 ARGS=tests/test_resume.py`.
 
 Each run is `maskgit train` in its own processes: {STEPS} steps of {GLOBAL_BATCH} samples from a data set of
 {sum(SHARDS)} samples in shards of {", ".join(map(str, SHARDS))}, with validations in between. It is killed with
@@ -151,6 +151,7 @@ def compared(stage: str, left: Seen, right: Seen) -> str:
 
 
 @pytest.mark.slow  # 70 s, all of them, on two cores that others use too
+@pytest.mark.survival
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_killed_run_goes_on_to_the_last_bit(bench, table, case):
     straight, runs = bench.straight(case.stage, case.topology), bench.runs[case.stage]
@@ -168,6 +169,7 @@ def test_a_killed_run_goes_on_to_the_last_bit(bench, table, case):
 
 
 @pytest.mark.slow  # 20 s
+@pytest.mark.survival
 @pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
 def test_a_process_that_is_killed_from_outside_at_any_moment_goes_on(bench, table, stage):
     runs, alone = bench.runs[stage], Topology()
@@ -200,6 +202,7 @@ LEGS = (Topology(), Topology(ranks=2, workers=2, accumulation=3), Topology(worke
 
 
 @pytest.mark.slow  # 10 s
+@pytest.mark.survival
 @pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
 def test_on_other_ranks_and_workers_the_order_and_what_is_drawn_are_the_same(bench, table, stage):
     more = ("--model.network.dropout=0",) if stage == "transformer" else (FIXED_WEIGHT,)

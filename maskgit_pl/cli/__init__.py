@@ -8,6 +8,7 @@ rest.
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -127,6 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _print_log() -> None:
     """Prints the log of this package as plain lines, and leaves the handlers of other libraries as they are."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # letters that its encoding lacks are no reason to end
     logging.raiseExceptions = False  # no traceback for each line that cannot be written, such as on a full disk
     ours = logging.getLogger("maskgit_pl")
     if not ours.handlers:

@@ -42,6 +42,7 @@ def train(recipe: str, data: Path, folder: Path) -> tuple[dict[str, str], float]
     return advice, read_logs(stage).last("val")["codebook_usage"]
 
 
+@pytest.mark.trainings
 @pytest.mark.slow
 def test_the_recipe_collapse_gives_the_alarm_and_its_cure_keeps_the_codes_in_use(drawings, tmp_path):
     alarms, usage = train("collapse", drawings, tmp_path / "sick")

@@ -193,6 +193,7 @@ def test_refuses_an_acceptance_that_cannot_be(run_folder: Path, tiny_shards: Pat
     assert not (run_folder / "evaluation").exists()
 
 
+@pytest.mark.survival
 @pytest.mark.slow
 def test_two_ranks_write_the_numbers_of_one(run_folder: Path, tiny_shards: Path, judge: Path, tmp_path: Path) -> None:
     reports = []

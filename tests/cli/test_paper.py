@@ -249,6 +249,7 @@ def test_what_is_wrong_is_said_before_anything_is_measured(
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.trainings
 @pytest.mark.slow
 def test_an_ablation_trains_measures_and_goes_on(
     tiny_shards: Path, judge: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]

@@ -103,7 +103,7 @@ def test_lines_tell_speed_and_rest_where_there_is_no_terminal(
 ):
     environment.setattr("maskgit_pl.progress._SECONDS_BETWEEN_LINES", 0.0)
     environment.setattr(logging.getLogger("maskgit_pl"), "propagate", True)
-    environment.setattr("maskgit_pl.cli._log_to", lambda stream: None)
+    environment.setattr("maskgit_pl.cli._print_log", lambda: None)
     with caplog.at_level(logging.INFO, "maskgit_pl"):
         assert main(words(tiny_shards, tiny_pretrained / "tokenizer", tmp_path, "--precision", "bfloat16")) == 0
     lines = "\n".join(caplog.messages)
@@ -147,17 +147,9 @@ def test_runs_with_the_same_tokenizer_and_data_share_their_tokens(environment, t
     assert run("mirrored").resolve() == mirrored.resolve()  # a run keeps its mirrors unless it is told otherwise
 
 
-def test_a_store_in_the_run_s_own_folder_stays_there(environment, tiny_shards, tiny_pretrained, tmp_path):
-    own = tmp_path / "one" / "tokens"
-    own.mkdir(parents=True)
-    assert main(words(tiny_shards, tiny_pretrained / "tokenizer", tmp_path)) == 0
-    assert (own / "store.json").is_file()
-    assert not (tmp_path / "tokens").exists()
-
-
 def test_a_recipe_that_reads_images_makes_no_tokens(environment, tiny_shards, tiny_pretrained, tmp_path, caplog):
     environment.setattr(logging.getLogger("maskgit_pl"), "propagate", True)
-    environment.setattr("maskgit_pl.cli._log_to", lambda stream: None)
+    environment.setattr("maskgit_pl.cli._print_log", lambda: None)
     with caplog.at_level(logging.INFO, "maskgit_pl"):
         assert main(words(tiny_shards, tiny_pretrained / "tokenizer", tmp_path, "--data.source=images")) == 0
     assert "data.source images: stage 2 reads no tokens; nothing to do" in caplog.messages

@@ -219,6 +219,7 @@ def test_gradients_are_bit_equal_with_several_threads(config):
         assert [name for name, each in again.items() if not torch.equal(each, found[0][name])] == []
 
 
+@pytest.mark.exports
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch warns of its own imports and views
 @over_all

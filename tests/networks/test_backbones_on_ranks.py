@@ -14,7 +14,7 @@ from maskgit_pl.training.strategies import shard_blocks
 from tests.forked import run_ranks
 from tests.networks.backbone_cases import create, inputs, small_config
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.survival]
 
 CONFIGS = [
     *map(small_config, backbones.names()),

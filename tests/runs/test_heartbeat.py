@@ -89,6 +89,7 @@ def assert_missed(peers: Peers, process) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.survival
 def test_a_rank_whose_process_has_ended_is_missed_and_one_that_is_stopped_is_named(begin):
     peers, process = begin("lives")
     assert beats(peers) is None
@@ -101,6 +102,7 @@ def test_a_rank_whose_process_has_ended_is_missed_and_one_that_is_stopped_is_nam
 
 
 @pytest.mark.slow
+@pytest.mark.survival
 @pytest.mark.parametrize("acts", ["waits", "dies"])
 def test_a_rank_that_has_beaten_once_is_missed(begin, acts):
     peers, process = begin(acts)
@@ -111,6 +113,7 @@ def test_a_rank_that_has_beaten_once_is_missed(begin, acts):
 
 
 @pytest.mark.slow
+@pytest.mark.survival
 def test_a_connection_that_breaks_while_the_rank_lives_is_made_again(begin):
     peers, process = begin("resets")
     assert beats(peers, 25) is None
@@ -121,6 +124,7 @@ def test_a_connection_that_breaks_while_the_rank_lives_is_made_again(begin):
 
 
 @pytest.mark.slow
+@pytest.mark.survival
 def test_a_firewall_that_refuses_connections_is_not_the_end_of_a_rank_that_stands_still(begin):
     peers, process = begin("is firewalled")
     while not peers._is_firewalled:
@@ -173,6 +177,7 @@ class Wire:
 
 
 @pytest.mark.slow
+@pytest.mark.survival
 def test_a_store_that_is_cut_off_is_found_again_and_missed_when_it_is_gone(monkeypatch):
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     wire = Wire(store.port)
@@ -201,12 +206,14 @@ def test_a_store_that_is_cut_off_is_found_again_and_missed_when_it_is_gone(monke
 
 
 @pytest.mark.slow
+@pytest.mark.survival
 def test_ranks_that_look_for_silent_ones_at_once_hear_each_other(begin):
     peers, _ = begin("asks")
     assert [peers.describe_silent() for _ in range(2)] == ["", ""]
 
 
 @pytest.mark.slow
+@pytest.mark.survival
 def test_a_rank_that_leaves_is_not_missed(begin):
     peers, process = begin("leaves")
     process.join()
@@ -214,6 +221,7 @@ def test_a_rank_that_leaves_is_not_missed(begin):
 
 
 @pytest.mark.slow
+@pytest.mark.survival
 def test_what_a_rank_announces_is_read_and_the_first_announcement_stays(begin):
     peers, _ = begin("announces")
     ending = beats(peers)

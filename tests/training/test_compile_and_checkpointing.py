@@ -83,6 +83,7 @@ def test_checkpointed_blocks_run_twice_and_give_the_same_loss_and_gradients_to_t
     assert list(other.state_dict()) == list(network.state_dict())
 
 
+@pytest.mark.exports
 @pytest.mark.slow  # 20 s and more: the inductor's first step
 @pytest.mark.filterwarnings("ignore")  # torch warns of its own imports and views
 def test_compiled_blocks_give_nearly_the_same_and_keep_their_names():

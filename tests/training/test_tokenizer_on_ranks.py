@@ -12,7 +12,7 @@ from tests.conftest import flags
 from tests.observing import Runs, Topology
 from tests.test_distributed import EXACT, TINY
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.survival]
 
 STEPS, GLOBAL_BATCH = 6, 12
 TOPOLOGIES = {"1 process": Topology(), "2 ranks": Topology(ranks=2), "accumulating": Topology(ranks=2, accumulation=3)}

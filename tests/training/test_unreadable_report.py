@@ -119,6 +119,7 @@ def test_the_command_ends_with_76_and_the_list(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow  # 20 to 40 s
+@pytest.mark.survival
 def test_a_rank_over_budget_ends_the_run_of_two(tmp_path):
     folder = folder_with(tmp_path / "data", bad=set(range(48)))
     words = [*train_command(folder, tmp_path / "runs"), "--cluster", "ddp", "--trainer.devices=2"]
@@ -151,6 +152,7 @@ TWO_RANKS = ("--cluster", "ddp", "--trainer.devices=2")
 
 
 @pytest.mark.slow  # 15 s each, 30 s for two ranks
+@pytest.mark.survival
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="only Linux lists the children of a process")
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("ranks", [(), TWO_RANKS], ids=["one rank", "two ranks"])
@@ -167,6 +169,7 @@ def test_a_shard_that_is_cut_while_a_run_reads_it_ends_all_ranks_with_its_name(t
 
 
 @pytest.mark.slow  # 15 s each, 30 s for two ranks
+@pytest.mark.survival
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="only Linux lists the children of a process")
 @pytest.mark.parametrize("ranks", [(), TWO_RANKS], ids=["one rank", "two ranks"])
 def test_a_data_worker_that_is_killed_ends_the_run_with_one_line(tmp_path, ranks):
