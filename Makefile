@@ -188,7 +188,7 @@ OLD_WARNINGS = -W ignore::DeprecationWarning -W ignore::FutureWarning
 test-lowest: $(LOWEST)/.installed ## Run the quick tests with the oldest versions of the dependencies (constraints/lowest.txt)
 	$(LOWEST)/bin/python $(PYTEST) -m "not slow" $(OLD_WARNINGS) $(ARGS)
 
-mutants: $(DEV_STAMP) ## Mutation testing: break the package in one place at a time and check that a quick test fails; ARGS="--only masking.py" or "--minutes 5"
+mutants: $(DEV_STAMP) ## Mutation testing: break the package in one place at a time and check that a test fails; ARGS="--only masking.py" or "--minutes 5"
 	@$(BIN)/python -m tests.mutants $(ARGS)
 
 test-wheel: $(DEV_STAMP) ## Build the wheel, and run the quick start in an empty folder with nothing but it

@@ -28,6 +28,7 @@ def model(pretrained, **options) -> AutoregressiveModel:
     return autoregressive_model(network, pretrained / "tokenizer", rate=LearningRate(1e-2), **options)
 
 
+@pytest.mark.slow
 def test_a_model_learns_and_exports_its_average(tiny_shards, tiny_pretrained, tmp_path):
     module = model(tiny_pretrained, decoding=AutoregressiveDecoding("linear", 0.5))
     seen = fit(module, data(tiny_shards), steps=50, folder=tmp_path / "checkpoints")
@@ -55,6 +56,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_all_tokens(tiny_pretrained):
         assert torch.equal(hits, (logits.argmax(-1) == tokens.flatten()).float())
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_a_straight_one_to_the_last_bit(tiny_shards, tiny_pretrained, tmp_path):
     straight = fit(model(tiny_pretrained), data(tiny_shards), steps=12, folder=tmp_path / "a")
     first = fit(model(tiny_pretrained), data(tiny_shards), steps=7, folder=tmp_path / "b")

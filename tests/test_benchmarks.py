@@ -89,6 +89,7 @@ def test_a_measurement_has_a_whole_row_for_each_contender(stage2_step, task, pre
     assert len({len(line) for line in table}) == 1
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_what_runs(stage2_step):
     peak = stage2_step.run_in_fresh_process(stage2_step.measure_peak_memory, partial(torch.ones, 50_000_000))
     assert peak is None or 150e6 < peak < 260e6  # the system may take pages of libraries back in the meantime

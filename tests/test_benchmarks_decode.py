@@ -42,6 +42,7 @@ def measured(decode, task):
     return {one.name: one for one in decode.measure(task, names, repeats=2, autoregressive_repeats=1, product_size=64)}
 
 
+@pytest.mark.slow
 def test_a_measurement_has_a_whole_row_for_each_contender(decode, measured):
     for name, one in measured.items():
         assert len(one.seconds) == (1 if name in AUTOREGRESSIVE else 2)
@@ -53,6 +54,7 @@ def test_a_measurement_has_a_whole_row_for_each_contender(decode, measured):
     assert len({line.count("|") for line in table}) == 1
 
 
+@pytest.mark.slow
 def test_exact_decoders_give_the_same_tokens_and_wait_for_nothing(measured):
     for name in EXACT:
         assert measured[name].same == 1
@@ -98,6 +100,7 @@ def test_waits_are_counted(decode):
     assert decode.count_work(lambda: x[torch.tensor([0])] + x.argsort()).syncs == 0
 
 
+@pytest.mark.slow
 def test_the_autoregressive_decoders_compute_the_same_and_are_counted_as_if_they_had_run(decode, task):
     torch.manual_seed(0)
     network = decode.make_autoregressive(decode.MaskedTransformer(decode.build_network_config(task)))
@@ -143,6 +146,7 @@ def test_contenders_are_chosen_by_name_and_ours_is_always_there(decode, capsys, 
     assert decode.choose_contenders(["ours, int8"], names) == ["ours", "ours, int8"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_bfloat16("cpu"), reason="this CPU multiplies bfloat16 in software")
 def test_bfloat16_is_measured_for_all_that_run_in_it(decode, task):
     names = [name for name in decode.list_contenders(task, torch.bfloat16) if "ours" in name]

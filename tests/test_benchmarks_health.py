@@ -20,6 +20,7 @@ def task(script):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_each_part_does_its_work(script, task, tmp_path):
     made, watch = script.Contenders(task, tmp_path), script.Stopwatch()
     before = [weight.detach().clone() for weight in made.module.network.parameters()]
@@ -39,6 +40,7 @@ def test_each_part_does_its_work(script, task, tmp_path):
     assert all(weight.grad is None for weight in made.module.parameters())
 
 
+@pytest.mark.slow
 def test_a_measurement_has_a_row_for_each_part(script, task):
     step, parts = script.measure(task, repeats=2)
     assert step > 0

@@ -47,6 +47,7 @@ print(json.dumps(loaded))
 """
 
 
+@pytest.mark.slow
 def test_inference_loads_nothing_of_training() -> None:
     words = [sys.executable, "-c", LOADED, json.dumps(INFERENCE)]  # one process: the first that loads too much is named
     done = subprocess.run(words, check=True, capture_output=True, text=True)
@@ -55,6 +56,7 @@ def test_inference_loads_nothing_of_training() -> None:
         assert set(roots) & OF_TRAINING_AND_REPORTS == set(), statement
 
 
+@pytest.mark.slow
 def test_training_loads_timm_only_for_networks_of_timm() -> None:
     done = forked.run("import sys; import maskgit_pl.runs.stage; print('timm' in sys.modules)")
     assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr

@@ -15,6 +15,7 @@ def ratios():
         yield script
 
 
+@pytest.mark.slow
 def test_each_command_names_a_script_its_flags_and_its_contenders(ratios):
     for template, _ in ratios.SOURCES:
         script, *words = shlex.split(template.format(repeats=3))

@@ -20,6 +20,7 @@ def task(scripts):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_ours_and_the_plain_step_have_the_same_gradients(scripts, task):
     difference, flops = scripts[0].compare_gradients(task, "fp32")
     assert difference < 1e-3
@@ -27,6 +28,7 @@ def test_ours_and_the_plain_step_have_the_same_gradients(scripts, task):
     assert 0 < flops["ours"] < 0.85 * flops["plain"]
 
 
+@pytest.mark.slow
 def test_a_measurement_trains_both_and_has_a_whole_row_for_each(scripts, task):
     stage1_step, _ = scripts
     flops = {(precision, name): 10 for precision in ("fp32", "bf16") for name in ("ours", "plain")}

@@ -14,6 +14,7 @@ def trainer_overhead():
         yield script
 
 
+@pytest.mark.slow
 def test_the_trainer_and_the_bare_loop_end_with_the_same_weights(trainer_overhead, tmp_path, capsys):
     words = [
         "--num-steps",

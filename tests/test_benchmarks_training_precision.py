@@ -11,6 +11,7 @@ def training_precision():
         yield script
 
 
+@pytest.mark.slow
 def test_each_network_has_a_row(training_precision, capsys, monkeypatch):
     monkeypatch.setattr(training_precision, "_STAGE_1", ((16, 16, 1),))
     monkeypatch.setattr(training_precision, "_STAGE_2", ((64,), ((4, 1),)))

@@ -70,6 +70,7 @@ def test_a_step_has_the_same_loss_and_gradients(backbone, objective, monkeypatch
     assert (own - gradients).norm() < 1e-6 * gradients.norm()
 
 
+@pytest.mark.slow
 def test_chunks_are_part_of_the_graph(small_chunks, monkeypatch):
     check_one_graph("adaln", "cluster_cross_entropy", monkeypatch)
 
@@ -118,6 +119,7 @@ def test_no_tensor_is_larger_than_a_chunk(columns, rows):
     assert largest_of_a_step(columns, rows) <= max(2**24, 128 * columns) < rows * columns
 
 
+@pytest.mark.slow
 def test_a_model_of_a_large_codebook_divides_its_logits_by_itself(monkeypatch):
     monkeypatch.setattr(losses, "_MOST_LOGITS", 2**20)
     network = TransformerConfig(2**14, 3, (16, 16), embed_dim=8, depth=1, num_heads=1, mlp_dim=8, dropout=0.0)

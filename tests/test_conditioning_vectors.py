@@ -88,12 +88,14 @@ def trained(shards, store, tiny_pretrained, tmp_path_factory):
     return train(shards, store, tiny_pretrained, tmp_path_factory.mktemp("with"))
 
 
+@pytest.mark.slow
 def test_a_network_learns_that_the_vector_decides_the_image(shards, store, tiny_pretrained, trained, tmp_path) -> None:
     _, with_vectors = trained
     _, without = train(shards, store, tiny_pretrained, tmp_path, vectors=False)
     assert with_vectors < 0.5 * without
 
 
+@pytest.mark.slow
 def test_samples_have_the_kind_of_their_vector(trained) -> None:
     module, _ = trained
     *_, last = module.sample([0] * 6, range(6), torch.from_numpy(VECTORS).repeat(2, 1))

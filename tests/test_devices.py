@@ -104,6 +104,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="instructions of Intel and AMD")
 def test_bfloat16_is_not_chosen_where_onednn_may_not_use_its_instructions():
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}

@@ -92,6 +92,7 @@ def _refuse(shared: str, job: int) -> None:
     int("many")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("whose", "code"), [("ours", 2), ("a library's", 70)])
 def test_workers_tell_bad_input_from_faults(whose, code):
     assert exit_code_of(caught(lambda: list(run_jobs(_refuse, whose, [1, 2], workers=2)))) == code

@@ -69,6 +69,7 @@ def moved(array: np.ndarray) -> np.ndarray:
     return changed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "array"),
     [
@@ -194,6 +195,7 @@ def test_a_full_size_model_of_another_seed_or_output_is_named(tmp_path):
     assert "the recipe's checkpoint has the sha256" in report.problems[0]
 
 
+@pytest.mark.slow
 def test_it_runs_as_a_script(tmp_path):
     folder = copied(tmp_path / "set", "schedules.npz")
     run = subprocess.run([sys.executable, GOLDEN / "check.py", folder], capture_output=True, text=True, check=False)

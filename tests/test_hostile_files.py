@@ -235,6 +235,7 @@ def state(folder: Path) -> tuple[Path, Callable[[], Any]]:
 FILES = (tokenizer, transformer, decoding, classifier, marker, state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", FILES)
 def test_a_file_with_one_key_changed_loads_the_same_weights_or_is_refused_in_one_line(tmp_path, make):
     file, load = make(tmp_path / "folder")
@@ -253,6 +254,7 @@ def test_a_file_with_one_key_changed_loads_the_same_weights_or_is_refused_in_one
     assert equal(load(), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [tokenizer, transformer, classifier, marker])
 def test_weights_with_one_byte_of_the_header_changed_load_or_are_refused_in_one_line(tmp_path, make):
     _, load = make(tmp_path / "folder")
@@ -311,6 +313,7 @@ def work(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         file.write_bytes(encode_png(torch.full((1, 8, 8), number, dtype=torch.uint8)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 def test_a_command_reads_or_refuses_a_file_of_any_depth(name, work, capsys):
     file = Path(name)

@@ -40,6 +40,7 @@ def found(source: str) -> list[tuple[int, str]]:
     return [(line, text) for line, text in texts(ast.parse(source)) if NOT_INSTALLED.search(text)]
 
 
+@pytest.mark.slow
 def test_texts_name_only_what_is_installed() -> None:
     named = {
         (file.relative_to(PACKAGE).as_posix(), text): line

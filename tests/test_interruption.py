@@ -97,6 +97,7 @@ except KeyboardInterrupt:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "code"), [("a job's script blocked them", 0), ("it was asked to stop", 75)])
 def test_signals_until_the_process_is_gone_do_not_change_the_exit_code(way, code):
     """The interpreter takes a while to end, and Slurm sends its signal when the time comes, not when it suits."""

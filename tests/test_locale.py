@@ -28,6 +28,7 @@ def maskgit(folder: Path, *words: str, locale: dict[str, str] = C) -> str:
     return done.stdout.decode()
 
 
+@pytest.mark.slow
 def test_shards_of_a_zip_are_the_same_in_every_locale(tmp_path: Path) -> None:
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:

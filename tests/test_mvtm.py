@@ -64,6 +64,7 @@ def test_images_are_encoded_in_float32_in_any_precision(tiny_shards, tiny_pretra
     assert not torch.equal(rounded, expected)  # bfloat16 would make other tokens
 
 
+@pytest.mark.slow
 def test_a_model_learns_and_exports_its_average(tiny_shards, tiny_pretrained, tmp_path):
     module = model(tiny_pretrained)
     seen = fit(module, data(tiny_shards), steps=60, folder=tmp_path / "checkpoints")
@@ -76,6 +77,7 @@ def test_a_model_learns_and_exports_its_average(tiny_shards, tiny_pretrained, tm
     assert not torch.equal(exported.network.token_embedding.weight, module.transformer.token_embedding.weight)
 
 
+@pytest.mark.slow
 def test_images_and_tokens_train_on_the_same_samples_to_the_same_losses(tiny_shards, tiny_pretrained, store, tmp_path):
     images = fit(model(tiny_pretrained), data(tiny_shards), steps=10, folder=tmp_path / "i")
     tokens = fit(model(tiny_pretrained), data(tiny_shards, store), steps=10, folder=tmp_path / "t")
@@ -117,6 +119,7 @@ def test_a_run_that_is_extended_resumes_at_the_rate_of_its_new_length(tiny_shard
     ]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_a_straight_one_to_the_last_bit(tiny_shards, tiny_pretrained, store, tmp_path):
     straight = fit(model(tiny_pretrained), data(tiny_shards, store), steps=20, folder=tmp_path / "a", every=7)
     first = fit(model(tiny_pretrained), data(tiny_shards, store), steps=11, folder=tmp_path / "b")

@@ -97,16 +97,19 @@ def check_one_graph(backbone: str, objective: str, monkeypatch: pytest.MonkeyPat
     assert all(size % 16 == 0 and size >= max(exact) - 16 for size in sizes)  # an eighth of 8 x 16 tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_is_one_graph(objective, monkeypatch):
     check_one_graph("bert", objective, monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", [name for name in BACKBONES if name != "bert"])
 def test_every_backbone_is_one_graph(backbone, monkeypatch):
     check_one_graph(backbone, "masked_cross_entropy", monkeypatch)
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_is_part_of_the_graph(monkeypatch):
     check_one_graph("adaln", "elbo", monkeypatch, activation_checkpointing="blocks")
 
@@ -154,6 +157,7 @@ def train_on_meta(module: TokenModel) -> Tensor:
 CASES = [*((name, "masked_cross_entropy") for name in BACKBONES), *(("bert", name) for name in OBJECTIVES)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backbone", "objective"), CASES)
 def test_no_operation_of_a_step_waits_for_a_value(backbone, objective, monkeypatch):
     module = build(backbone, objective)

@@ -63,12 +63,14 @@ def third_party(*, late: bool) -> set[str]:
     return names - sys.stdlib_module_names - {"maskgit_pl"} - OF_DEPENDENCIES
 
 
+@pytest.mark.slow
 def test_every_imported_package_is_declared():
     optional = [each for extra, packages in EXTRAS.items() if extra not in FOR_DEVELOPMENT for each in packages]
     declared = {module_of(each) for each in [*PROJECT["dependencies"], *optional]}
     assert third_party(late=True) <= declared
 
 
+@pytest.mark.slow
 def test_the_package_imports_without_extras():
     assert third_party(late=False) <= {module_of(each) for each in PROJECT["dependencies"]}
 

@@ -52,6 +52,7 @@ def module_of(kind: str, pretrained: Path) -> LightningModule:
     return model(network, pretrained / "tokenizer")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tokenizer", "transformer", "autoregressive"])
 def test_lightnings_own_checkpoint_resumes_to_the_same_weights(kind, tiny_shards, tiny_pretrained, tmp_path):
     def trained(steps: int, resume: Path | None = None) -> dict[str, torch.Tensor]:

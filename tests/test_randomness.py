@@ -298,6 +298,7 @@ def test_over_epochs_each_place_has_each_sample_equally_often(size):
         assert abs(chi_square(torch.bincount(image, minlength=size))) < 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [49, 1000, 60_000])
 def test_a_permutation_has_the_fixed_points_cycles_and_rises_of_chance(size):
     epochs = max(20, 40_000 // size)

@@ -185,6 +185,7 @@ REGISTRIES = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("registry", REGISTRIES, ids=lambda registry: registry.kind)
 def test_a_broken_plugin_is_named_with_its_package_and_leaves_all_other_names_usable(
@@ -361,6 +362,7 @@ def works_as_discriminator(made: DiscriminatorConfig | PatchDiscriminatorConfig)
     return logits.shape[0] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("registry", "name", "field"), FIELDS, ids=lambda part: getattr(part, "kind", str(part)))
 def test_every_value_of_every_argument_is_refused_by_name_or_works(registry, name, field):
     own = registry._factories[name].__annotations__

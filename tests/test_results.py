@@ -72,6 +72,7 @@ def test_the_page_is_the_one_that_the_ledger_gives(name: str) -> None:
         assert file.read_text() == text, f"{file}: `python -m tests.test_results` regenerates it"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", sorted(ABLATIONS.glob("*/*.md")), ids=lambda file: file.stem)
 def test_the_page_of_an_ablation_is_the_one_that_the_ledger_gives(file: Path) -> None:
     made = make_ablation_page(file.stem, select_rows(Ledger(ABLATIONS / "ledger.jsonl").rows("ablation"), file.stem))

@@ -152,6 +152,7 @@ def test_the_gradients_are_those_of_the_sum_of_losses(discriminator, loss, weigh
             assert (got[name] - parameter.grad).abs().max() <= 2e-6 * max(1.0, scale) + 1e-5 * scale, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_max_steps_counts_global_batches_with_two_optimisers(accumulation):
     module = tokenizer(adversarial=ADVERSARIAL, accumulation=accumulation)
@@ -162,6 +163,7 @@ def test_max_steps_counts_global_batches_with_two_optimisers(accumulation):
     assert all(int(state["step"]) == 3 for group in states for state in group.values())
 
 
+@pytest.mark.slow
 def test_accumulation_gives_the_same_weights_as_the_whole_batch_whenever_it_is_validated():
     whole, parts = tokenizer(adversarial=ADVERSARIAL), tokenizer(adversarial=ADVERSARIAL, accumulation=4)
     fit(whole, max_steps=4)
@@ -301,6 +303,7 @@ def test_the_average_follows_its_ramp_from_the_first_step_on():
         torch.testing.assert_close(got, average)
 
 
+@pytest.mark.slow
 def test_it_learns_and_keeps_pictures():
     module = tokenizer(rate=LearningRate(5e-3, warmup_steps=5, decay="cosine"))
     assert module.reconstructions() is None
@@ -326,6 +329,7 @@ def test_flips_are_a_function_of_sample_and_epoch():
     assert not torch.equal(later, images)
 
 
+@pytest.mark.slow
 def test_a_perceptual_network_reaches_the_generator_and_stays_out_of_the_checkpoint(tmp_path):
     import timm
 

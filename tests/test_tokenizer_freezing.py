@@ -21,6 +21,7 @@ def state_of(module):
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantizer", ["ema", "gradient"])
 @pytest.mark.parametrize(
     "frozen", [["encoder", "quantizer"], ["encoder"], ["quantizer"], ["decoder"], ["quantizer", "decoder"]], ids=str

@@ -56,6 +56,7 @@ def batch():
 CHOICES = list(product(["l2", "l1"], [None, "timm", "lpips"], [None, *DISCRIMINATORS], ["fixed", "adaptive"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("reconstruction", "perceptual", "discriminator", "weight_rule"),
     [choice for choice in CHOICES if choice[2] is not None or choice[3] == "fixed"],
@@ -88,6 +89,7 @@ def test_the_gradient_is_that_of_the_plain_sum(reconstruction, perceptual, discr
         assert (got[name] - parameter.grad).abs().max() <= 1e-7 + 1e-4 * scale, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight_rule", ["fixed", "adaptive"])
 @pytest.mark.parametrize("discriminator", DISCRIMINATORS)
 @pytest.mark.parametrize("perceptual", [None, "timm", "lpips"])
@@ -107,6 +109,7 @@ def test_each_choice_runs_in_bfloat16_mixed_on_a_cpu(perceptual, discriminator, 
     assert metrics["reconstruction"].item() == pytest.approx(full["reconstruction"].item(), rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [2, 8])
 def test_the_gradient_of_r1_is_that_of_float32_in_bfloat16_mixed(batch_size):
     """The penalty differentiates twice, for which some kernels for bfloat16 are wrong; the penalty itself is right."""

@@ -44,6 +44,7 @@ def batch(rows: int = 8) -> Batch:
     return Batch(tokens, index % 3, index, torch.zeros_like(index), index, index >= 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_a_resumed_run_equals_a_straight_one_to_the_last_bit(tiny_shards, tiny_pretrained, tmp_path, options):
     def made() -> MaskedTokenModel:
@@ -125,6 +126,7 @@ def right_probability(module: MaskedTokenModel, given: Batch) -> tuple[float, fl
     return float(current[wrong].mean()), float(current[~wrong].mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["uniform", "model"])
 def test_a_model_that_has_seen_wrong_tokens_gives_them_low_probabilities(name):
     """Three images of one class are learnt by heart; then one token of each is that of another image."""

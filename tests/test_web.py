@@ -109,6 +109,7 @@ def test_a_schedule_takes_the_place_of_a_list_of_tokens():
     assert replace_settings(own, FormSettings.of(own).changes(own)) == own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -238,6 +239,7 @@ def make_panorama(studio: Studio, form: FormSettings, image: torch.Tensor) -> Ma
     return finished(studio.panorama(size, PageRequest(SNEAKER, 3, form)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [make_sample, make_inpaint, make_edit, make_outpaint, make_panorama])
 @pytest.mark.parametrize("settings", [lambda form: form, changed], ids=["own", "changed"])
 def test_the_shown_lines_make_the_same_images(
@@ -281,6 +283,7 @@ def test_an_edit_is_recorded_step_by_step_and_ends_when_it_is_closed(studio, for
     hook.remove()
 
 
+@pytest.mark.slow
 def test_a_panorama_counts_its_windows(studio, form):
     run = studio.panorama({"width": 56, "height": 28, "overlap": 0.5}, PageRequest(SNEAKER, 3, form))
     captions = [draw_frame(each, 99).caption.partition(":")[0] for each in run if isinstance(each, Recording)]
@@ -421,6 +424,7 @@ def test_a_model_that_the_page_cannot_show_is_refused(tiny_autoregressive, tmp_p
         Studio(MaskGIT.from_pretrained(tiny_autoregressive), "tiny", tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [None, [1, 1, 1, 1, 1, 1, 1, 42]], ids=["schedule", "list"])
 def test_each_schedule_decodes_with_its_own_counts(pipe, tmp_path, own):
     model = MaskGIT.from_pretrained(MODEL, decoding=pipe.decoding_with(tokens_per_step=own))
@@ -505,6 +509,7 @@ def test_without_gradio_the_command_says_how_to_install_it(monkeypatch, capsys):
     assert capsys.readouterr().err == "maskgit web: web requires the package gradio: pip install 'maskgit_pl[web]'\n"
 
 
+@pytest.mark.slow
 def test_the_functions_of_the_page_do_not_import_gradio():
     names = "settings commands frames regions markup plots studio form page server answers"
     code = f"""import sys

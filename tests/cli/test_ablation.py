@@ -227,6 +227,7 @@ def test_images_of_too_few_classes_are_refused_before_training(words: list[str],
     assert not (tmp_path / "runs" / "ablation").exists()
 
 
+@pytest.mark.slow
 def test_runs_are_named_by_what_determines_their_weights(words: list[str]) -> None:
     parser = argparse.ArgumentParser()
     ablation.add_parser(parser.add_subparsers(dest="command"))

@@ -61,6 +61,7 @@ def refused(answer: tuple[int, str], *parts: str) -> None:
         assert part in said
 
 
+@pytest.mark.slow
 def test_a_run_trains_goes_on_and_keeps_its_kind(train, call, tmp_path):
     code, said = train("--model.decoding.guidance=constant")
     assert code == 0, said
@@ -101,6 +102,7 @@ def test_weights_of_the_other_kind_are_refused_before_a_step(train, tiny_pretrai
     )
 
 
+@pytest.mark.slow
 def test_it_samples_with_an_animation_in_time_and_a_filmstrip(call, tiny_autoregressive, tmp_path):
     code, said = call(
         "sample", tiny_autoregressive, "--classes=0,1", "--per-class=2", "--out", tmp_path / "all.png",

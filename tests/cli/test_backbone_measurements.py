@@ -35,6 +35,7 @@ def replace_transformer(pretrained_folder: Path, name: str) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_judge")
 @pytest.mark.parametrize("name", sorted(set(backbones.names()) - {"bert"}))
 def test_a_model_of_any_backbone_is_measured_compared_and_tuned(run_folder: Path, tiny_shards: Path, name: str) -> None:

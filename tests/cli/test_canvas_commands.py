@@ -37,6 +37,7 @@ def test_inpaint_needs_no_class(tiny_pretrained: Path, image: Path, tmp_path: Pa
     assert (read(tmp_path / "none") == expected[..., 0]).all()
 
 
+@pytest.mark.slow
 def test_outpaint_writes_what_the_pipeline_makes_and_how_it_was_decoded(
     tiny_pretrained: Path, image: Path, tmp_path: Path, capsys
 ) -> None:
@@ -68,6 +69,7 @@ def test_a_side_of_0_pixels_stays_0_beside_all(tiny_pretrained: Path, image: Pat
     assert "1 variant of no class, 12 x 12 pixels" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_panorama_writes_what_the_pipeline_makes(tiny_pretrained: Path, tmp_path: Path, capsys) -> None:
     code = call(
         "panorama", tiny_pretrained, "--classes", "T-shirt,2", "--width", 20, "--overlap", 0.25, "--seed", 3,

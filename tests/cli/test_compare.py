@@ -26,6 +26,7 @@ def table(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
+@pytest.mark.slow
 def test_measures_every_selector_and_a_second_run_measures_nothing(
     run_folder: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
@@ -51,6 +52,7 @@ def test_measures_every_selector_and_a_second_run_measures_nothing(
     assert "measured 0 rows, reused 24" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_and_finds_what_an_unbroken_one_finds(
     run_folder: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,6 +112,7 @@ def test_wrong_input_ends_with_2_and_one_line_before_any_work(
     assert [path.name for path in run_folder.iterdir()] == ["pretrained"]
 
 
+@pytest.mark.slow
 def test_numbers_of_steps_go_as_far_as_there_are_tokens(run_folder: Path, tiny_shards: Path) -> None:
     call(run_folder, "--data", tiny_shards, "--num-images", 6, "--selectors", "halton")
     assert [row["num_steps"] for row in ledger(run_folder / "evaluation")] == [4, 8, 16]

@@ -99,6 +99,7 @@ def test_a_failing_step_ends_the_demo_with_its_exit_code(capfd) -> None:
     assert "maskgit sample: run nowhere: no such folder" in said.err
 
 
+@pytest.mark.slow
 def test_the_handlers_of_signals_are_restored() -> None:
     before = signal.getsignal(signal.SIGTERM)
     assert run_steps([Step("print", ["--version"])]) == 0

@@ -65,6 +65,7 @@ def fails(answer: tuple[int, str], name: str, *parts: object) -> None:
         assert str(part) in text, text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
 def test_a_run_that_can_start_passes_and_nothing_is_written(doctor, stage, tmp_path):
     code, text = doctor(stage, "--cluster", "ddp", "--nodes", "2", "--devices", "2")
@@ -109,6 +110,7 @@ def test_a_batch_that_does_not_divide_is_answered_with_what_does(doctor):
     fails(answer, "batch", "must be a multiple of the 3 ranks, got 4", "1, 2, 4 ranks")
 
 
+@pytest.mark.slow
 def test_memory_that_is_too_small_is_answered_with_the_batch_that_fits(doctor):
     code, text = doctor("transformer", "--data.global_batch=64", "--data.max_batch_per_device=64")
     assert code == 0, text
@@ -122,6 +124,7 @@ def test_memory_that_is_too_small_is_answered_with_the_batch_that_fits(doctor):
     fails(doctor("tokenizer", "--device-memory", "10K"), "memory", "not even one sample fits")
 
 
+@pytest.mark.slow
 def test_what_is_missing_stands_in_one_list(doctor, tmp_path):
     answer = doctor(
         "transformer", "--data", tmp_path / "nowhere", "--tokenizer", tmp_path / "none", "--data.global_batch=5",
@@ -173,6 +176,7 @@ def test_tokens_that_are_not_made_are_missed(doctor):
     fails(doctor("transformer", "--data.source=tokens"), "recipe", "tokenize")
 
 
+@pytest.mark.slow
 def test_data_that_was_cut_off_is_named(doctor, tiny_shards, tmp_path):
     shutil.copytree(tiny_shards, tmp_path / "cut")
     shard = next((tmp_path / "cut").glob("train-*.tar"))
@@ -182,6 +186,7 @@ def test_data_that_was_cut_off_is_named(doctor, tiny_shards, tmp_path):
     fails(doctor("tokenizer", "--data", tmp_path / "cut"), "data", "val split")
 
 
+@pytest.mark.slow
 def test_data_without_a_train_split_are_named(doctor, tiny_shards, tmp_path):
     shutil.copytree(tiny_shards, tmp_path / "validation")
     (tmp_path / "validation" / "train.json").unlink()
@@ -218,6 +223,7 @@ def test_an_error_without_a_text_or_of_two_lines_is_printed(doctor, monkeypatch,
     fails(doctor("tokenizer"), "data", shown)
 
 
+@pytest.mark.slow
 def test_a_perceptual_network_without_weights_leaves_the_rest_examined(doctor):
     network = "{network: {name: timm, model: resnet18, weights: no-such-file}, weight: 0.1}"
     answer = doctor("tokenizer", f"--model.perceptual={network}")
@@ -234,6 +240,7 @@ def test_several_devices_need_a_strategy(doctor):
     fails(doctor("tokenizer", "--devices", "2"), "strategy", "'auto'", "--cluster ddp")
 
 
+@pytest.mark.slow
 def test_a_port_in_use_is_named_with_a_free_one(doctor, monkeypatch):
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
@@ -251,6 +258,7 @@ def test_a_port_in_use_is_named_with_a_free_one(doctor, monkeypatch):
     fails(doctor("tokenizer"), "network", "SLURM_JOB_ID", "got 'abc'")
 
 
+@pytest.mark.slow
 def test_names_that_lead_nowhere(doctor, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth77")
     fails(doctor("tokenizer"), "network", "GLOO_SOCKET_IFNAME eth77", "lo")
@@ -258,6 +266,7 @@ def test_names_that_lead_nowhere(doctor, monkeypatch):
     fails(doctor("tokenizer"), "network", "MASTER_ADDR no-such-host.invalid", "/etc/hosts")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variable", "value", "flag"),
     [
@@ -293,6 +302,7 @@ def test_a_disk_without_room_for_the_checkpoints(doctor, small_disk):
     fails(answer, "disk", small_disk, "free", "--runs-folder", "keep_last")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_there_goes_on_or_is_refused(doctor, tmp_path, tiny_shards, tiny_pretrained):
     tiny = flags(yaml.safe_load((TINY / "transformer.yaml").read_text()))
     words = ["--data", str(tiny_shards), "--runs-folder", str(tmp_path / "runs"), "--run", "one", *tiny]

@@ -182,6 +182,7 @@ def test_an_image_that_is_none_is_answered_in_one_line(tiny_pretrained: Path, tm
         assert shown.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("box", ["0,0,4", "0,0,9,2"])
 def test_a_wrong_box_is_answered_without_torch(box: str, tiny_pretrained: Path, image: Path) -> None:
     code = (

@@ -32,6 +32,7 @@ def test_a_model_in_the_folder_of_the_classifier_is_kept(
     assert {file: file.read_bytes() for file in folder.iterdir()} == before
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_judge")
 def test_writes_numbers_pictures_and_a_classifier(run_folder: Path, tiny_shards: Path, capsys) -> None:
     assert call(run_folder, "--data", tiny_shards, "--num-images", 12, "--num-steps", 4) == 0
@@ -58,6 +59,7 @@ def test_writes_numbers_pictures_and_a_classifier(run_folder: Path, tiny_shards:
     assert out.index("FID (classifier)") < out.index("of reconstructions") < out.index("KID x 1000")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_judge")
 def test_the_steps_are_the_model_s_own_its_tuned_ones_where_there_are_any(run_folder: Path, tiny_shards: Path) -> None:
     for number in (4, 3):  # as exported; as tuned
@@ -68,6 +70,7 @@ def test_the_steps_are_the_model_s_own_its_tuned_ones_where_there_are_any(run_fo
     assert protocol["decoding"]["token_selector"] == "halton"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_judge")
 def test_the_run_says_what_data_it_was_trained_on_and_numbers_repeat(run_folder: Path, tiny_shards: Path) -> None:
     (run_folder / "transformer").mkdir()
@@ -82,6 +85,7 @@ def test_the_run_says_what_data_it_was_trained_on_and_numbers_repeat(run_folder:
     assert reports[0] == reports[1]
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_was_stopped_goes_on(
     run_folder: Path, tiny_shards: Path, judge: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +134,7 @@ def test_an_evaluation_that_was_stopped_goes_on(
     assert resumed == again
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_judge")
 def test_a_negative_model_is_named_in_the_report_and_changes_only_the_guided_images(
     run_folder: Path, tiny_shards: Path, tmp_path: Path
@@ -149,6 +154,7 @@ def test_a_negative_model_is_named_in_the_report_and_changes_only_the_guided_ima
     assert guided["exported_guidance"] == pytest.approx(guided["without_guidance"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_accepted_images_are_measured_beside_all_and_a_judge_that_chose_them_is_named(
     run_folder: Path, tiny_shards: Path, judge: Path, quick_judge, tmp_path: Path, capsys
 ) -> None:

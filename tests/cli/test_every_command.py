@@ -214,6 +214,7 @@ PATHS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "name"), PATHS)
 def test_an_empty_path_is_not_the_current_folder(command: str, name: str, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
@@ -287,6 +288,7 @@ NO_TORCH = [
 ]
 
 
+@pytest.mark.slow
 def test_what_needs_no_weights_is_refused_without_torch(
     tiny_pretrained: Path, tiny_shards: Path, image: Path, tmp_path: Path
 ) -> None:
@@ -352,12 +354,14 @@ def fault(command: str) -> str | None:
     return None
 
 
+@pytest.mark.slow
 def test_no_text_promises_a_command_or_a_flag_that_there_is_not() -> None:
     commands = named("maskgit")
     assert len(commands) > 30
     assert {where: f"{command}: {fault(command)}" for where, command in commands if fault(command)} == {}
 
 
+@pytest.mark.slow
 def test_no_text_promises_a_target_of_make_that_there_is_not() -> None:
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert {"demo", "train-tokenizer"} <= {*targets}

@@ -57,6 +57,7 @@ def content(folder: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 def test_the_newest_checkpoint_becomes_what_training_exported(run, tmp_path):
     assert main(["export", str(run), "--stage=transformer", f"--out={tmp_path / 'out'}"]) == 0
     assert (tmp_path / "out" / "README.md").is_file()
@@ -69,6 +70,7 @@ def test_the_newest_checkpoint_becomes_what_training_exported(run, tmp_path):
         assert torch.equal(tensor, trained[f"ema_network.{name}"])
 
 
+@pytest.mark.slow
 def test_parts_of_the_training_that_are_gone_do_not_matter(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "copy")
     config = copy / "transformer" / "config.yaml"

@@ -66,6 +66,7 @@ def test_a_transformer_goes_on_with_the_tokenizer_that_it_knows(train, tiny_pret
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
 
 
+@pytest.mark.slow
 def test_a_run_that_has_begun_goes_on_from_its_own_weights(train, tiny_pretrained, tmp_path):
     train("tokenizer", "--pretrained", tiny_pretrained)
     first = weights(tmp_path / "runs" / "tuned" / "pretrained" / "tokenizer")
@@ -136,6 +137,7 @@ def test_a_null_class_that_was_not_there_begins_as_the_mean_class(tmp_path):
     assert torch.equal(made["token_embedding.weight"][20], table[19])  # the mask token stays last
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
 def test_training_goes_on_from_released_weights_with_other_data(train, imported, tmp_path, stage):
     more = (
@@ -154,6 +156,7 @@ def test_training_goes_on_from_released_weights_with_other_data(train, imported,
         assert after["token_embedding.weight"].shape[0] == 64 + 3 + 1 + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [(), ("--model.network.num_registers=2",)], ids=["bert", "adaln"])
 def test_a_run_on_larger_images_starts_from_the_weights_of_a_smaller_grid(train, tiny_pretrained, tmp_path, words):
     folder = tmp_path / "small"

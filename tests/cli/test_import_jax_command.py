@@ -104,6 +104,7 @@ def test_a_file_of_another_kind_is_answered_without_torch(files, tmp_path):
         assert name in done.stderr
 
 
+@pytest.mark.slow
 def test_the_console_script_imports(tmp_path):
     script = Path(sys.executable).with_name("maskgit")
     words = [

@@ -87,6 +87,7 @@ def test_the_folder_holds_the_weights_and_the_report_what_they_are(checkpoint, t
         assert words in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codes", [8, 1024])
 def test_the_next_commands_make_tokens_and_fit_the_tokenizer(codes, tiny_shards, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -65,6 +65,7 @@ def test_a_data_folder_that_is_made(tiny_shards, tmp_path, capsys):
     is_refused(words, tmp_path / "made", capsys)
 
 
+@pytest.mark.slow
 def test_a_folder_that_a_run_is_exported_to(tiny_shards, tmp_path, capsys):
     assert main(training(tiny_shards, tmp_path)) == 0
     is_refused(["export", str(tmp_path / "one"), f"--out={tmp_path / 'out'}"], tmp_path / "out", capsys)

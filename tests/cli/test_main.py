@@ -191,6 +191,7 @@ def test_a_command_keeps_its_number_of_threads_on_a_busy_machine(monkeypatch, ca
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "to", "code", "said"),
     [

@@ -54,6 +54,7 @@ def rows(results: Path, measurement: str) -> list[dict[str, Any]]:
     return Ledger(results / "ledger.jsonl").rows(measurement)
 
 
+@pytest.mark.slow
 def test_table_1_is_measured_once_and_written_with_the_paper_s_rows(
     runs: list[Path], tiny_shards: Path, judge: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,6 +112,7 @@ def test_real_images_are_judged_anew_by_another_classifier(
     assert real[0]["fid"] != real[1]["fid"]
 
 
+@pytest.mark.slow
 def test_the_training_of_cas_is_set_by_flags_and_kept_apart(
     runs: list[Path], tiny_shards: Path, judge: Path, tmp_path: Path
 ) -> None:
@@ -135,6 +137,7 @@ def test_the_training_of_cas_is_set_by_flags_and_kept_apart(
             call("table", 1, runs[0], *how, *words)
 
 
+@pytest.mark.slow
 def test_figure_4_times_the_sizes_of_a_run_or_of_flags(runs: list[Path], tmp_path: Path) -> None:
     how = ["--results", tmp_path, "--device", "cpu", "--num-tokens", "4"]
     call("figure", 4, runs[0], *how)
@@ -159,6 +162,7 @@ def test_figure_4_times_the_sizes_of_a_run_or_of_flags(runs: list[Path], tmp_pat
         call("figure", 4, *how, "--results", __file__)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["[1]", "data: [1]", "data: {path: 3}", "a: &a [*a]", "x: " + "[" * 5000])
 def test_a_run_s_own_recipe_of_a_stranger_is_refused_in_one_line(runs: list[Path], text: str, capsys) -> None:
     (runs[0] / "transformer").mkdir()
@@ -182,6 +186,7 @@ def test_the_classification_accuracy_score_stands_beside_that_of_real_images(
     assert "Classification accuracy score" in (tmp_path / "results" / "shards" / "table-1.md").read_text()
 
 
+@pytest.mark.slow
 def test_table_2_edits_held_out_images(runs: list[Path], tiny_shards: Path, judge: Path, tmp_path: Path) -> None:
     call("table", 2, runs[0], *common(tiny_shards, judge, tmp_path / "results"))
     measured = rows(tmp_path / "results", "editing")
@@ -192,6 +197,7 @@ def test_table_2_edits_held_out_images(runs: list[Path], tiny_shards: Path, judg
     assert "CoModGAN" in (tmp_path / "results" / "shards" / "table-2.md").read_text()
 
 
+@pytest.mark.slow
 def test_table_3_and_figure_8_choose_t_and_measure_it_again(
     runs: list[Path], tiny_shards: Path, judge: Path, tmp_path: Path
 ) -> None:
@@ -223,6 +229,7 @@ def test_table_3_and_figure_8_choose_t_and_measure_it_again(
         call("figure", 8, *runs, *how)
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_said_before_anything_is_measured(
     runs: list[Path], tiny_shards: Path, judge: Path, tmp_path: Path
 ) -> None:

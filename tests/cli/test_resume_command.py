@@ -73,6 +73,7 @@ LEARNING = {
 }
 
 
+@pytest.mark.slow
 def test_settings_that_would_make_another_run_are_refused_with_the_list(begun, go_on):
     stage, _, folder = begun
     size, change = SIZES[stage]
@@ -122,6 +123,7 @@ def test_another_tokenizer_is_refused_and_the_same_one_elsewhere_is_not(begun, g
     assert " from step 1: settings changed (tokenizer: " in said
 
 
+@pytest.mark.slow
 def test_what_is_harmless_may_change(begun, go_on):
     stage, _, folder = begun
     decoding = ["--model.decoding.num_steps=3"] if stage == "transformer" else ["--model.memory_format=contiguous"]
@@ -138,6 +140,7 @@ def test_what_is_harmless_may_change(begun, go_on):
     assert newest_checkpoint(folder / "checkpoints").name == "step-00000003"
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_before_its_export_is_not_finished(begun, go_on, tmp_path):
     stage, _, folder = begun
     exported, said_of_it = folder.parent / "pretrained" / stage, folder / "exported.json"

@@ -59,6 +59,7 @@ def train(server, tiny_pretrained: Path, tmp_path: Path) -> Callable[..., int]:
     return call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
 def test_a_stage_trains_from_a_stream_and_goes_on(server, train, tmp_path, capsys, stage):
     server[1].clear()

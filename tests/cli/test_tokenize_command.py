@@ -98,6 +98,7 @@ def test_what_cannot_be_is_refused_in_a_line(environment, tiny_shards, tiny_pret
     assert not (tmp_path / "one" / "tokens" / "store.json").exists()
 
 
+@pytest.mark.slow
 def test_lines_tell_speed_and_rest_where_there_is_no_terminal(
     environment, tiny_shards, tiny_pretrained, tmp_path, caplog
 ):
@@ -114,6 +115,7 @@ def test_lines_tell_speed_and_rest_where_there_is_no_terminal(
     assert '"precision": "bfloat16"' in (tmp_path / "one" / "tokens" / "store.json").read_text()
 
 
+@pytest.mark.slow
 def test_the_same_command_finds_the_finished_store_and_a_damaged_one_is_made_again(
     environment, tiny_shards, tiny_pretrained, tmp_path
 ):
@@ -130,6 +132,7 @@ def test_the_same_command_finds_the_finished_store_and_a_damaged_one_is_made_aga
     assert labels.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_runs_with_the_same_tokenizer_and_data_share_their_tokens(environment, tiny_shards, tiny_pretrained, tmp_path):
     def run(name: str, *more: str) -> Path:
         own = [word for word in words(tiny_shards, tiny_pretrained / "tokenizer", tmp_path) if word != "--flip"]

@@ -15,6 +15,7 @@ def call(data: Path, *words: str) -> int:
     return main(["train-classifier", "--data", str(data), "--device", "cpu", *words])
 
 
+@pytest.mark.slow
 def test_it_trains_once_and_says_how_good_it_is(tiny_shards, tmp_path, capsys):
     words = ("--out", str(tmp_path / "judge"), "--max-steps", "80", "--batch-size", "20", "--seed", "1")
     assert call(tiny_shards, *words) == 0
@@ -32,6 +33,7 @@ def test_it_trains_once_and_says_how_good_it_is(tiny_shards, tmp_path, capsys):
     assert (tmp_path / "judge" / "model.safetensors").stat().st_mtime_ns == kept
 
 
+@pytest.mark.slow
 def test_a_network_of_timm_goes_where_the_data_say(tiny_shards, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(classifier_training, "available_cores", lambda: 1)

@@ -97,6 +97,7 @@ def add_tokenizer(folder: Path, *, seed: int) -> None:
         save_tokenizer(folder, config, VQGAN(config).state_dict(), image_size=8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
 def test_a_finished_run_is_left_alone_and_more_steps_go_on(train, runs, stage):
     assert train(stage).code == 0
@@ -154,6 +155,7 @@ def test_a_fault_in_the_card_costs_no_export(train, runs, monkeypatch):
     assert (runs / "one" / "pretrained" / "transformer" / "config.json").is_file()
 
 
+@pytest.mark.slow
 def test_stage_two_takes_the_tokenizer_that_the_run_exported(train, runs):
     assert train("tokenizer").code == 0
     assert train("transformer", named=False).code == 0
@@ -245,6 +247,7 @@ def test_a_mistyped_run_starts_nothing(stage_two, maskgit, runs, tiny_shards):
     assert files(runs) == before
 
 
+@pytest.mark.slow
 def test_a_run_is_repeated_from_its_config(train, maskgit, runs, tiny_shards):
     assert train("transformer", "--recipe=square", "--data.seed=5").code == 0
     config = runs / "one" / "transformer" / "config.yaml"
@@ -301,6 +304,7 @@ def test_a_wrong_flag_is_refused_before_anything_is_written(train, runs, flag, p
     assert not runs.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "part"),
     [
@@ -325,6 +329,7 @@ def test_what_is_wrong_is_answered_without_torch(words, part):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["highest", "high"])
 def test_products_are_rounded_as_the_recipe_says(train, precision):
     before = torch.backends.cudnn.allow_tf32
@@ -385,6 +390,7 @@ def test_validation_curves_and_pictures_stand_at_the_same_steps(train, runs, sta
         assert {each.step for each in events.Images(picture)} <= {2, 4}
 
 
+@pytest.mark.slow
 def test_each_recipe_file_is_parsed_once(train, maskgit, runs, monkeypatch):
     texts, load = [], yaml.load
 
@@ -412,6 +418,7 @@ def plan_of(answer: Answer) -> dict[str, str]:
     return {line[:11].strip(): line[11:] for line in answer.out.splitlines()}
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_what_training_would_do_and_writes_nothing(train, runs: Path, tmp_path: Path) -> None:
     plan = plan_of(train("tokenizer", "--dry-run"))
     assert plan["run"] == f"{runs / 'one/tokenizer'}: starts from scratch"
@@ -425,6 +432,7 @@ def test_a_dry_run_says_what_training_would_do_and_writes_nothing(train, runs: P
     assert files(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_dry_run_refuses_what_training_would_refuse(train, runs: Path) -> None:
     train("tokenizer")
     refused(train("tokenizer", "--dry-run", "--data.seed=7"), "cannot resume", "data.seed: 0 -> 7")
@@ -432,6 +440,7 @@ def test_a_dry_run_refuses_what_training_would_refuse(train, runs: Path) -> None
     refused(train("tokenizer", "--dry-run", "--trainer.strategy=fsdp"), "trainer.strategy")
 
 
+@pytest.mark.slow
 def test_fresh_starts_over_and_keeps_the_old_training(train, runs: Path) -> None:
     train("tokenizer")
     old = files(runs / "one" / "tokenizer")

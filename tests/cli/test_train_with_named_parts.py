@@ -119,6 +119,7 @@ def train(tiny_shards: Path, tiny_pretrained: Path, tmp_path: Path):
     return call
 
 
+@pytest.mark.slow
 def test_a_logger_a_callback_an_optimizer_and_an_augmentation_of_a_package_are_named_in_one_recipe(
     train, tmp_path, monkeypatch, capsys
 ) -> None:

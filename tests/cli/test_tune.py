@@ -30,6 +30,7 @@ def lines(folder: Path) -> list[Row]:
     return [row for row in Ledger(folder / "evaluation" / "ledger.jsonl").rows("samples") if row["run"]]
 
 
+@pytest.mark.slow
 def test_writes_a_recipe_that_the_model_follows_from_then_on(run_folder: Path, tiny_shards: Path, capsys) -> None:
     own = MaskGIT.from_pretrained(run_folder / "pretrained").decoding
     words = (run_folder, "--data", tiny_shards, "--num-images", 12, "--trials", 6, "--num-steps", "2-4")
@@ -55,6 +56,7 @@ def test_writes_a_recipe_that_the_model_follows_from_then_on(run_folder: Path, t
     assert "decoding.json: new decoding settings of this model" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_schedules_are_searched_named_on_the_page_and_written(run_folder: Path, tiny_shards: Path, capsys) -> None:
     words = (run_folder, "--data", tiny_shards, "--num-images", 6, "--trials", 6, "--num-steps", 3, "--no-plot")
     assert call(*words, "--schedules", "free", "--selectors", "confidence") == 0
@@ -70,6 +72,7 @@ def test_schedules_are_searched_named_on_the_page_and_written(run_folder: Path, 
         call(*words, "--schedules", "cosin")
 
 
+@pytest.mark.slow
 def test_a_second_run_measures_nothing_and_keeps_the_recipe(
     run_folder: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,6 +86,7 @@ def test_a_second_run_measures_nothing_and_keeps_the_recipe(
     assert (run_folder / "pretrained" / "decoding.json").read_text() == recipe
 
 
+@pytest.mark.slow
 def test_a_search_that_was_stopped_goes_on_to_the_same_recipe(
     run_folder: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -118,6 +122,7 @@ def test_one_trial_is_the_model_s_own_and_changes_nothing(run_folder: Path, tiny
     assert "Nothing was changed" in (run_folder / "tuning" / "tuning.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["random", "grid"])
 def test_a_dry_run_prints_the_trials_and_touches_nothing(run_folder: Path, tiny_shards: Path, how: str, capsys) -> None:
     assert call(run_folder, "--data", tiny_shards, "--dry-run", "--trials", 5, "--search", how) == 0
@@ -159,6 +164,7 @@ def test_wrong_input_ends_with_2_and_one_line_before_any_work(
     assert [path.name for path in run_folder.iterdir()] == ["pretrained"]
 
 
+@pytest.mark.slow
 def test_rows_of_other_weights_or_another_classifier_are_not_reused(
     run_folder: Path, tiny_shards: Path, judge: Path, tmp_path: Path
 ) -> None:
@@ -177,12 +183,14 @@ def test_rows_of_other_weights_or_another_classifier_are_not_reused(
     assert len(lines(run_folder)) == 6
 
 
+@pytest.mark.slow
 def test_out_has_a_ledger_of_its_own(run_folder: Path, tiny_shards: Path, tmp_path: Path) -> None:
     call(run_folder, "--data", tiny_shards, "--num-images", 6, "--trials", 1, "--no-plot", "--out", tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"ledger.jsonl", "tuning.csv", "tuning.md"}
     assert [path.name for path in run_folder.iterdir()] == ["pretrained"]
 
 
+@pytest.mark.slow
 def test_compare_finds_what_tune_has_measured(run_folder: Path, tiny_shards: Path, capsys) -> None:
     words = (run_folder, "--data", tiny_shards, "--num-images", 6, "--device", "cpu")
     save_decoding(run_folder / "pretrained", DecodingConfig(4, "halton"))
@@ -191,6 +199,7 @@ def test_compare_finds_what_tune_has_measured(run_folder: Path, tiny_shards: Pat
     assert "measured 0 rows, reused 1" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_search_with_a_negative_model_records_it_next_to_the_settings(
     run_folder: Path, tiny_shards: Path, tmp_path: Path
 ) -> None:
@@ -246,6 +255,7 @@ def test_a_model_of_the_package_is_not_changed(tiny_shards: Path, *, by_path: bo
     assert not (folder / "decoding.json.old").exists()
 
 
+@pytest.mark.slow
 def test_the_page_is_written_even_if_the_decoding_cannot_be(
     run_folder: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

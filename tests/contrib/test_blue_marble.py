@@ -26,6 +26,7 @@ def test_blue_marble_has_the_tiles_that_it_always_had(size):
     assert sample.label == first.label
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [32, 64])
 def test_blue_marble_splits_share_no_pixel(size):
     tiles = BlueMarbleTiles(np.full((2700, 5400, 3), 120, np.uint8), size).tiles
@@ -37,6 +38,7 @@ def test_blue_marble_splits_share_no_pixel(size):
         assert {tile.label for tile in tiles if tile.split == split} == set(range(18))
 
 
+@pytest.mark.slow
 def test_blue_marble_leaves_the_sea_out_and_knows_places():
     assert not BlueMarbleTiles(np.full((2700, 5400, 3), (2, 5, 30), np.uint8)).tiles
     places = {"Sahara": (23, 5), "Australia and New Zealand": (-25, 133), "Amazon": (-4, -62), "Europe": (48, 10)}

@@ -101,6 +101,7 @@ def test_the_levels_of_a_residual_start_from_means_of_what_is_left_over():
         assert residual.norm() < before
 
 
+@pytest.mark.slow
 def test_the_averages_of_a_residual_reduce_the_error_with_every_level():
     errors = []
     for levels in (1, 2, 4):

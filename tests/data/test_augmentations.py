@@ -89,6 +89,7 @@ def test_random_resized_crop_has_the_pixels_of_pil(size):
         assert np.abs(made.permute(1, 2, 0).numpy() - expected).max() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("height", "width"), [(90, 120), (200, 60)])
 @pytest.mark.parametrize("options", [{}, {"scale": (0.4, 0.8), "ratio": (0.9, 1.4)}])
 def test_parts_are_distributed_as_those_of_torchvision(height, width, options):

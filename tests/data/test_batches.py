@@ -149,6 +149,7 @@ def test_an_error_of_a_worker_arrives_as_it_is(tmp_path, num_workers):
     assert "Traceback" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("again", [False, True], ids=["in an epoch", "between epochs"])
 def test_a_killed_worker_is_named_with_the_likely_cause_and_the_way_out(folder, again):
     loader = data(folder, num_workers=2).train_dataloader()

@@ -54,6 +54,7 @@ def same(left: Batch, right: Batch) -> bool:
     return all(a is b is None or torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("crop", ["center", "random"])
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_the_batches_are_those_of_the_same_images_in_shards(tmp_path: Path, crop: str, num_workers: int) -> None:
@@ -73,6 +74,7 @@ def test_the_batches_are_those_of_the_same_images_in_shards(tmp_path: Path, crop
     assert made.steps_per_epoch == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plane", "array", "array of channels", "picture"])
 def test_an_image_may_be_a_tensor_an_array_or_a_picture(kind: str) -> None:
     expected = next(iter(data().train_dataloader()))

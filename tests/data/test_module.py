@@ -198,12 +198,14 @@ def fit(
     return module.seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_training_walks_the_stream_across_epochs(folder, accumulation, num_workers):
     assert fit(folder, 8, accumulation=accumulation, num_workers=num_workers) == list(range(64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_workers", "accumulation"), [(0, 1), (0, 2), (2, 1)])
 @pytest.mark.parametrize("stop", [2, 3, 4])  # within an epoch of 3 steps, on its boundary, just after it
 def test_resumed_training_goes_on_at_the_next_position(folder, tmp_path, stop, num_workers, accumulation):

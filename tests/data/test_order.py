@@ -209,6 +209,7 @@ def test_a_window_of_no_shards_is_refused(window, tmp_path):
         ShardData(ShardDataConfig(str(tmp_path), shuffle_window=window))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")  # on fewer cores
 @pytest.mark.parametrize("window", [None, 2])
 def test_uneven_shards_end_each_epoch_at_once_on_every_rank(uneven, window):
@@ -226,6 +227,7 @@ def test_uneven_shards_end_each_epoch_at_once_on_every_rank(uneven, window):
     assert Counter(seen) == dict.fromkeys(range(108), 2)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")  # on fewer cores
 @pytest.mark.parametrize("num_workers", [0, 3])
 def test_uneven_validation_shards_are_covered_once_over_the_ranks_and_padding_is_marked(uneven, num_workers):
@@ -254,6 +256,7 @@ def seconds_per_batch(order, positions: int) -> tuple[float, float]:
     return times[0], sum(times[1:]) / 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 64])
 @pytest.mark.parametrize("size", [10**7, 10**9])
 def test_a_position_of_a_large_split_costs_the_same_anywhere(size, window):

@@ -94,6 +94,7 @@ def test_views_are_crops_each_followed_by_its_mirror_image(folder, views):
     assert np.load(views / "val-tokens.npy").shape == (NUM_VAL, 4)
 
 
+@pytest.mark.slow
 def test_neither_ranks_nor_workers_nor_interruptions_change_a_byte(folder, views, tmp_path):
     ranks = [make(folder, tmp_path / "ranks", crops=3, flip=True, rank=r, world_size=3) for r in (1, 2, 0)]
     assert ranks == ["incomplete", "incomplete", "made"]
@@ -117,6 +118,7 @@ def test_neither_ranks_nor_workers_nor_interruptions_change_a_byte(folder, views
         assert content(tmp_path / name) == expected
 
 
+@pytest.mark.slow
 def test_killed_processes_are_resumed_to_the_same_bytes(folder, views, tmp_path):
     """Kills real processes after so many parts, at an arbitrary point of their work."""
     options = {"crops": 3, "flip": True, "part_size": 1, "batch_size": 1}

@@ -94,6 +94,7 @@ def rows(batches) -> dict[int, tuple[int, list[float]]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("loader", ["train_dataloader", "val_dataloader"])
 def test_each_sample_has_its_own_vector_in_both_sources(folder, store, loader: str, num_workers: int) -> None:

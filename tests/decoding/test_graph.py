@@ -49,6 +49,7 @@ def whole_run(selector: str, *, guided: bool = True, num_steps: int = NUM_STEPS)
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "selector", [name if name == "confidence" else pytest.param(name, marks=pytest.mark.slow) for name in SCHEDULED]
 )
@@ -61,6 +62,7 @@ def test_a_recorded_run_gives_the_tokens_of_other_seeds_and_labels_too(selector)
     assert not [name for name in called if any(wait in name for wait in WAITS)]
 
 
+@pytest.mark.slow
 def test_a_selector_that_decides_itself_how_many_to_keep_cannot_be_recorded():
     with pytest.raises(RuntimeError, match="data-dependent"):
         make_fx(whole_run("entropy"), tracing_mode="fake")(*FIRST)

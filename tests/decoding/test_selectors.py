@@ -271,6 +271,7 @@ def test_moment_scores_and_sharpens_with_the_same_exponent():
     assert selector.sharpness(1.0) == 1.0
 
 
+@pytest.mark.slow
 def test_moment_is_what_confidence_tends_to():
     """Compares how often each (position, code) is kept, over many images."""
     images, temperature = 20_000, 1.0

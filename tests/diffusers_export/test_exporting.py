@@ -101,6 +101,7 @@ def test_the_code_of_the_page_runs_in_a_fresh_process(exported, maskgit, tmp_pat
         assert np.array_equal(np.load(tmp_path / f"{name}.npy"), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "own"),
     [

@@ -22,6 +22,7 @@ VQ = VQGANConfig(
 SMALL = [small_config(name, depth=6, embed_dim=64, mlp_dim=128, grid=[8, 8], dropout=0.0) for name in backbones.names()]
 
 
+@pytest.mark.slow
 def test_nothing_is_computed_and_the_same_is_counted():
     def step_of(network):
         def step():
@@ -55,6 +56,7 @@ def test_views_count_once_weights_never_and_a_block_keeps_its_own():
     assert counts.flops == 3 * 2 * 4 * 8 * 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["none", "blocks"])
 @pytest.mark.parametrize("config", SMALL, ids=backbones.names())
 def test_a_backbone_costs_what_a_step_with_all_tokens_masked_allocates_and_multiplies(config, checkpointing):
@@ -73,6 +75,7 @@ def test_a_backbone_costs_what_a_step_with_all_tokens_masked_allocates_and_multi
     assert two.flops == 2 * one.flops
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", SMALL, ids=backbones.names())
 def test_flops_of_a_backbone_are_those_that_torch_counts_with_attention(config):
     network = config.create()
@@ -82,6 +85,7 @@ def test_flops_of_a_backbone_are_those_that_torch_counts_with_attention(config):
     assert count_backbone(config, masked=9).flops == counter.get_total_flops()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_the_transformer_costs_what_its_formulas_say(precision):
     config = TransformerConfig(256, 10, (8, 8), 128, 4, 4, 512, dropout=0.0)

@@ -95,6 +95,7 @@ def measured(config, precision, checkpointing):
     return kept, sum(saved.values()), live.peak, int(batch[2].sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["none", "blocks"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("name", CONFIGS)
@@ -127,6 +128,7 @@ def test_activations_of_a_chunked_head_are_those_that_a_step_keeps(monkeypatch):
     assert made.total < 3 * masked * config.num_rows * 4  # less than whole logits alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["none", "blocks"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("num_classes", [1000, 20_000])

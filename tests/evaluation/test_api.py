@@ -49,6 +49,7 @@ def run(tiny_pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_the_functions_return_numbers_write_files_and_share_a_ledger(run: Path, tiny_shards: Path) -> None:
     report = evaluation.evaluate(
         run,

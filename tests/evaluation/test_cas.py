@@ -44,6 +44,7 @@ def real(data: ShardData) -> tuple[Tensor, Tensor]:
     return batch.content, batch.labels
 
 
+@pytest.mark.slow
 def test_separable_images_teach_everything(data: ShardData) -> None:
     steps: list[int] = []
     accuracy = classification_accuracy(taught(*real(data), data), data, QUICK, on_step=lambda: steps.append(1))
@@ -52,6 +53,7 @@ def test_separable_images_teach_everything(data: ShardData) -> None:
     assert len(steps) == QUICK.max_steps
 
 
+@pytest.mark.slow
 def test_shuffled_labels_teach_nothing(data: ShardData) -> None:
     images, labels = real(data)
     scores = [
@@ -63,6 +65,7 @@ def test_shuffled_labels_teach_nothing(data: ShardData) -> None:
     assert abs(sum(scores) / 3 - 1 / 3) < 0.2  # 72 random answers deviate by 0.06, and those of a class are correlated
 
 
+@pytest.mark.slow
 def test_permuted_labels_teach_the_permutation(data: ShardData) -> None:
     images, labels = real(data)
     permuted = torch.tensor([1, 2, 0])[labels]
@@ -71,6 +74,7 @@ def test_permuted_labels_teach_the_permutation(data: ShardData) -> None:
     assert classification_accuracy(taught(images, back, data), data, QUICK).top1 == 1
 
 
+@pytest.mark.slow
 def test_a_class_that_was_not_generated_is_not_known(data: ShardData) -> None:
     images, labels = real(data)
     accuracy = classification_accuracy(taught(images[labels < 2], labels[labels < 2], data), data, QUICK)
@@ -138,6 +142,7 @@ def test_small_images_are_for_the_smaller_network() -> None:
     assert CASConfig(model="small").for_images(28).model == "small"
 
 
+@pytest.mark.slow
 def test_a_network_of_timm_is_tested_too(data: ShardData, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(classifier_training, "available_cores", lambda: 1)
     accuracy = classification_accuracy(taught(*real(data), data), data, CASConfig(max_steps=3, batch=4).for_images(8))

@@ -51,6 +51,7 @@ def test_predicts_in_batches(data: ShardData) -> None:
     torch.testing.assert_close(output.features, judge(images).features.detach())
 
 
+@pytest.mark.slow
 def test_learns_to_tell_brightness_on_held_out_images(data: ShardData) -> None:
     steps: list[int] = []
     judge = fit_classifier(data, config=QUICK, on_step=lambda: steps.append(1))
@@ -89,6 +90,7 @@ def test_training_is_repeatable(data: ShardData) -> None:
         assert torch.equal(tensor, second.state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_a_second_run_reads_the_stored_classifier(data: ShardData, tmp_path: Path, monkeypatch) -> None:
     first = obtain_classifier(tmp_path / "judge", data, config=QUICK)
     with monkeypatch.context() as patch:
@@ -238,6 +240,7 @@ def test_training_does_not_depend_on_where_images_are_read_from(data: ShardData)
         assert all(torch.equal(tensor, other.state_dict()[name]) for other in made[1:]), name
 
 
+@pytest.mark.slow
 def test_only_the_chosen_images_are_trained_on(data: ShardData) -> None:
     config = ClassifierConfig(width=8, max_steps=150, batch=20)
     labels = data.batches("train", InOrder(60)).__getitems__(range(60)).labels
@@ -256,6 +259,7 @@ def test_flips_and_seeds_make_another_classifier(data: ShardData) -> None:
     assert not torch.equal(plain, seeded)
 
 
+@pytest.mark.slow
 def test_a_network_of_timm_is_trained_and_stored(data: ShardData, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(module, "available_cores", lambda: 1)
     config = ClassifierConfig(model="resnet18", max_steps=2, batch=4)

@@ -1,6 +1,8 @@
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.decoding_search import SearchPlan, SearchResult, search
 from maskgit_pl.evaluation.search_space import SearchSpace
@@ -26,6 +28,7 @@ def test_the_best_trials_and_the_own_decoding_are_measured_again_with_other_nois
     assert found.winner.number == ranked[0].number
 
 
+@pytest.mark.slow
 def test_the_winner_is_never_worse_than_the_own_decoding_in_the_second_measurement() -> None:
     best = DecodingConfig(4, guidance={"name": "constant", "scale": 0.0})
     for seed in range(5):
@@ -35,6 +38,7 @@ def test_the_winner_is_never_worse_than_the_own_decoding_in_the_second_measureme
     assert run(FakeMeasure(), SearchSpace(best, SPACE.selectors, (4,), 256, can_guide=True)).winner.numbers[FID] == 1
 
 
+@pytest.mark.slow
 def test_a_schedule_that_is_better_is_found_and_the_best_is_never_worse_than_the_start_with_the_same_noise() -> None:
     class Convex(FakeMeasure):
         """Better, the fewer tokens the first step decides; a model's own schedule decides 3 of 49."""

@@ -271,6 +271,7 @@ def test_kid_is_the_unbiased_discrepancy_of_the_cubic_kernel() -> None:
     assert deviation == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_kid_of_equal_distributions_is_about_zero_for_any_number_of_images() -> None:
     def normal(count: int, seed: int) -> torch.Tensor:
         return torch.randn(count, 6, generator=torch.Generator().manual_seed(seed))

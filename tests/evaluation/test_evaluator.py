@@ -150,6 +150,7 @@ KINDS: dict[str, tuple[Callable[[Evaluator, EvaluatedModel, Case], Row], set[str
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_is_reused_if_nothing_changed_and_measured_again_if_anything_changed(
     folder: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
@@ -177,6 +178,7 @@ def test_a_row_is_reused_if_nothing_changed_and_measured_again_if_anything_chang
     assert rows(Case()) == count
 
 
+@pytest.mark.slow
 def test_two_references_of_equal_size_give_two_rows_that_name_them(folder: Path, tmp_path: Path) -> None:
     first, second = (measure("samples", Case(reference=name), folder, tmp_path) for name in ("a.npz", "b.npz"))
     assert first["real_images"] == second["real_images"] == 24

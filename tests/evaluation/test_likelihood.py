@@ -254,6 +254,7 @@ def in_two_processes(rank: int, folder: str, pretrained: Path, shards: Path) -> 
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_are_bit_exact_with_one(tiny_pretrained: Path, tiny_shards: Path, tmp_path: Path):
     run_ranks(in_two_processes, str(tmp_path), tiny_pretrained, tiny_shards)
     alone = [[one.mean, one.standard_error] for one in measured(tiny_pretrained, tiny_shards)]

@@ -133,6 +133,7 @@ HOSTILE = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_small_files_that_expand_are_refused_in_one_line_without_memory(tmp_path: Path, name: str) -> None:
     make, match = HOSTILE[name]

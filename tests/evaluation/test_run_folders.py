@@ -6,6 +6,7 @@ from maskgit_pl.evaluation.run_folders import data_name, find_run
 from tests.conftest import save_tiny_pretrained
 
 
+@pytest.mark.slow
 def test_a_run_records_its_data(tmp_path: Path, tiny_shards: Path) -> None:
     save_tiny_pretrained(tmp_path / "run" / "pretrained")
     with pytest.raises(FileNotFoundError, match="choose them with --data"):

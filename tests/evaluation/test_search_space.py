@@ -1,12 +1,15 @@
 import json
 from dataclasses import asdict, replace
 
+import pytest
+
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.search_space import SearchSpace, _spread_tokens, list_schedules
 from maskgit_pl.schedules import mask_schedules
 from tests.evaluation.searching import OWN, SPACE
 
 
+@pytest.mark.slow
 def test_a_trial_depends_only_on_seed_and_index() -> None:
     first, second = ([SPACE.trial(number, seed=3) for number in range(20)] for _ in range(2))
     assert first == second
@@ -15,6 +18,7 @@ def test_a_trial_depends_only_on_seed_and_index() -> None:
     assert len({json.dumps(asdict(trial), default=str) for trial in first if trial}) == 20
 
 
+@pytest.mark.slow
 def test_every_trial_can_be_decoded_and_all_parts_are_searched() -> None:
     made = [SPACE.trial(number, seed=0) for number in range(1, 200)]
     for decoding in made:
@@ -38,6 +42,7 @@ def test_every_trial_can_be_decoded_and_all_parts_are_searched() -> None:
 WITH_SCHEDULES = replace(SPACE, schedules=list_schedules(), num_tokens=49)
 
 
+@pytest.mark.slow
 def test_half_of_the_trials_have_a_schedule_of_their_own_and_the_rest_is_the_search_without() -> None:
     plain, made = ([space.trial(number, seed=0) for number in range(1, 300)] for space in (SPACE, WITH_SCHEDULES))
     assert [replace(each, mask_schedule=None, tokens_per_step=None) for each in made] == plain
@@ -52,6 +57,7 @@ def test_half_of_the_trials_have_a_schedule_of_their_own_and_the_rest_is_the_sea
         each.build_decoder(mask_schedules.build("cosine")).plan([49], 49)
 
 
+@pytest.mark.slow
 def test_free_numbers_of_tokens_are_positive_sum_to_all_and_lie_near_a_power_schedule() -> None:
     space = replace(SPACE, schedules=("free",), num_tokens=49)
     made = [space.trial(number, seed=1) for number in range(1, 200)]

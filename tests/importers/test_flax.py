@@ -331,6 +331,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_file_that_claims_more_than_it_holds_costs_neither_memory_nor_time(name, tmp_path):
     start = time.process_time()
@@ -345,6 +346,7 @@ def test_a_file_that_claims_more_than_it_holds_costs_neither_memory_nor_time(nam
     assert time.process_time() - start < 5
 
 
+@pytest.mark.slow
 def test_a_large_file_is_held_once(tmp_path):
     file = tmp_path / "large"
     file.write_bytes(msgpack.packb({str(number): plain(np.ones(1 << 20, np.float32)) for number in range(24)}))

@@ -211,6 +211,7 @@ def save(network, path, **extra):
 LAYOUTS = {"taming": "last.ckpt", "llamagen": "vq_ds16.pt"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -303,6 +304,7 @@ def test_the_average_of_llamagen_goes_before_its_last_weights(tmp_path):
     assert torch.equal(bias, average.decoder.conv_out.bias)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["plain", "safetensors", "before torch 1.6", "half"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_other_files_with_the_same_tensors_are_read(form, layout, tmp_path):
@@ -492,6 +494,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_no_such_tokenizer_is_refused_in_one_line_and_nothing_is_written(case, tmp_path):
     write, message = REFUSED[case]
@@ -565,6 +568,7 @@ def trainer_of_two_steps(**settings):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_training_goes_on_from_an_imported_tokenizer(layout, memory_format, tmp_path):
@@ -591,6 +595,7 @@ def test_training_goes_on_from_an_imported_tokenizer(layout, memory_format, tmp_
     assert load_tokenizer(tmp_path / "tuned" / "tokenizer").network.config == start.config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_stage_2_trains_on_an_imported_tokenizer(layout, tiny_shards, tmp_path):
     folder = import_tokenizer(save(reference(layout), tmp_path / "a.pt"), tmp_path / "out", image_size=8).folder

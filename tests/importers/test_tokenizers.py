@@ -91,6 +91,7 @@ DIFFUSERS_CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", DIFFUSERS_CASES)
 def test_a_tokenizer_of_diffusers_comes_out_as_it_goes_in(case, tmp_path):
     config = diffusers_config(**DIFFUSERS_CASES[case])
@@ -255,6 +256,7 @@ MASKBIT_CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", MASKBIT_CASES)
 def test_a_tokenizer_of_maskbit_comes_out_as_it_goes_in(case, tmp_path):
     original = maskbit_model(**MASKBIT_CASES[case])
@@ -339,6 +341,7 @@ OPEN_MUSE_CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["bin", "ckpt", "safetensors"])
 @pytest.mark.parametrize("case", OPEN_MUSE_CASES)
 def test_the_tokenizer_of_maskgit_in_the_layout_of_open_muse_comes_out_as_it_goes_in(case, ending, tmp_path):

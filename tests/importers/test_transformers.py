@@ -77,6 +77,7 @@ def draw(network, *, batch=3, side, seed=1):
     return tokens, labels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "changes"), CASES)
 def test_logits_are_those_of_the_original(kind, changes, tokenizer, tmp_path):
     original = randomise(kind(**sizes(**changes)))
@@ -472,6 +473,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_no_such_transformer_is_refused_in_one_line_and_nothing_is_written(case, tokenizer, tmp_path):
     write, message = REFUSED[case]

@@ -11,6 +11,7 @@ from tests.importers.test_tokenizers import center_features, check_same, maskbit
 from tests.importers.tokenizer_references import Magvit2Model, add_average, with_random_values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
 @pytest.mark.parametrize("entry", [None, "model", "state_dict", "model_state_dict"])
 def test_a_tokenizer_with_a_prefix_comes_out_as_it_goes_in(prefix, entry, tmp_path):

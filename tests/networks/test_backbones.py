@@ -199,6 +199,7 @@ def test_checkpointed_blocks_give_bit_equal_losses_and_gradients(config):
     same(gradients(network, config), plain, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @over_all
 def test_gradients_are_bit_equal_with_several_threads(config):
     """Sums of several threads in the order in which they finish, as of ``x[index]``, differ from run to run."""
@@ -232,6 +233,7 @@ def test_compiled_blocks_give_the_same_losses_and_gradients(config, monkeypatch)
     same(gradients(network, config), plain, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @over_all
 def test_a_forward_in_another_mode_leaves_nothing_behind(config):
     for mode, grid in ((torch.inference_mode(), (5, 2)), (FakeTensorMode(allow_non_fake_inputs=True), (2, 5))):
@@ -315,6 +317,7 @@ def trained(request, tmp_path_factory):
     return network, load_transformer(save(tmp_path_factory.mktemp("trained"), network) / "transformer")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", GRIDS)
 def test_weights_follow_to_another_grid(trained, grid):
     network, given = trained

@@ -54,6 +54,7 @@ def test_images_that_are_not_square_keep_their_shape(size, model):
     assert network(torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)).logits.shape == (2, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("model", ["resnet18", "resnet50", "mobilenetv3_small_050"])
 def test_networks_of_timm_learn_from_images_of_28_pixels(model, channels):
@@ -83,6 +84,7 @@ def test_unknown_networks_are_answered_with_the_nearest():
         ClassifierSizes(1, 0, 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [SMALL, "resnet18"])
 def test_what_is_read_gives_what_was_kept(tmp_path, model):
     network = kept(tmp_path, ClassifierSizes(1, 8, 3, model, width=4))

@@ -84,6 +84,7 @@ def test_lite0_has_its_published_weights():
     assert not torch.allclose(running, torch.ones_like(running))  # trained, not initial
 
 
+@pytest.mark.slow
 def test_bytes_and_their_floats_give_the_same(weights):
     network = TimmSpec(MODEL, str(weights), size=64).create()
     images = torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8)
@@ -138,6 +139,7 @@ def test_a_digest_is_of_weights_and_size_alone(weights, tmp_path):
     assert weights_digest(made) != weights_digest(TimmSpec(MODEL, str(weights), size=64).create())
 
 
+@pytest.mark.slow
 def test_inception_is_torch_fidelity_s_to_the_last_bit(inception_file):
     file, sha256 = inception_file
     network = InceptionSpec(str(file), sha256).create()

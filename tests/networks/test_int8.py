@@ -109,6 +109,7 @@ def measure(instructions: str) -> tuple[int, float]:
     return int(weight), float(error)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64" or not CPU.exists(), reason="instructions of Intel and AMD on Linux")
 def test_weights_have_8_bits_unless_products_saturate():
     weight, error = measure("AVX2")

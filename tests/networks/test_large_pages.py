@@ -98,6 +98,7 @@ def test_nothing_moves_where_large_pages_are_off(monkeypatch, tmp_path, setting)
     assert not large_pages.are_available.__wrapped__()
 
 
+@pytest.mark.slow
 @needs_large_pages
 @pytest.mark.parametrize("dtype", _packed_dtypes())
 @pytest.mark.parametrize(("features", "moves"), [(1024, True), (128, False)])

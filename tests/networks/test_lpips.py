@@ -22,6 +22,7 @@ def backbone(request: pytest.FixtureRequest, tmp_path_factory) -> tuple[str, tor
     return request.param, features, file, hashlib.sha256(file.read_bytes()).hexdigest()
 
 
+@pytest.mark.slow
 def test_the_distance_is_torchmetrics_with_the_backbone_of_the_file(backbone, monkeypatch) -> None:
     name, features, file, sha256 = backbone
     monkeypatch.setattr(theirs, "_get_tv_model_features", lambda net, pretrained: features)
@@ -38,6 +39,7 @@ def test_the_distance_is_torchmetrics_with_the_backbone_of_the_file(backbone, mo
         ours(images[..., :8, :8], others[..., :8, :8])
 
 
+@pytest.mark.slow
 def test_no_other_file_is_called_lpips(backbone, monkeypatch, tmp_path: Path) -> None:
     name, _, file, _ = backbone
     with monkeypatch.context() as patch:

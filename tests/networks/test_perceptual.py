@@ -32,6 +32,7 @@ def lpips_spec(tmp_path_factory):
     return {"name": "lpips", "backbone": "squeeze", "weights": str(file), "sha256": sha256}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["timm", "lpips", "lite0"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_distances_are_of_each_pair_and_reach_the_image_only(name, channels, timm_spec, lpips_spec):
@@ -49,6 +50,7 @@ def test_distances_are_of_each_pair_and_reach_the_image_only(name, channels, tim
     assert not any(parameter.requires_grad for parameter in network.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", ["logits", "features"])
 def test_a_feature_network_compares_the_output_that_is_named(timm_spec, output):
     network = feature_networks.build(timm_spec).create()

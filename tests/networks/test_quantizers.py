@@ -115,6 +115,7 @@ def test_dead_codes_restart_from_outputs_of_the_batch():
     assert len(quantizer.nearest(features()).unique()) > 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restart_below", [0.0, 1e-45, 1e-8, 0.05])
 @pytest.mark.parametrize("decay", [0.0, 0.3, 0.5])
 @pytest.mark.parametrize("mean", [0.3, 1e4])

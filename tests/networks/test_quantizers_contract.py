@@ -133,6 +133,7 @@ def test_the_output_has_the_shapes_of_the_contract(case):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e4, 1.0, 1e-30, 0.0])
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_losses_and_gradients_are_finite_if_all_features_are_equal(case, place, scale):

@@ -252,6 +252,7 @@ def test_the_taming_layout_gives_the_same_in_any_memory_format(memory_format):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [

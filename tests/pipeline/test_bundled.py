@@ -62,6 +62,7 @@ def test_the_decoding_is_that_of_the_recipe(pipe: MaskGIT) -> None:
     assert pipe.decoding.token_selector == wanted["token_selector"]
 
 
+@pytest.mark.slow
 def test_it_draws_what_was_asked_for(pipe: MaskGIT) -> None:
     trousers, bags = (pipe.generate([name] * 8, seed=0, output_type="pt").float() for name in ("Trouser", "Bag"))
     again = pipe.generate(["Trouser"] * 8, seed=0, output_type="pt").float()
@@ -91,6 +92,7 @@ def test_a_name_that_is_neither_is_answered_with_the_models_there_are(name: str,
     assert ("did you mean fashion-mnist-demo?" in said) is name.startswith("fashion")
 
 
+@pytest.mark.slow
 def test_pictures_are_made_before_anything_is_trained(empty: Path, capsys) -> None:
     assert main(["sample", NAME, "--classes", "Bag", "--per-class", "2", "--images", "bags"]) == 0
     (first, _) = sorted((empty / "bags").glob("*.png"))

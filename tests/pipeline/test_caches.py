@@ -86,6 +86,7 @@ def renewed(pipe: MaskGIT, **options) -> MaskGIT:
     return MaskGIT(pipe.tokenizer, transformer, mask_schedule="cosine", **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_pipeline_follows_its_weights(pipe, change, call):

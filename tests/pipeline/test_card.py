@@ -260,6 +260,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     return folder, write_card(run / "pretrained")["run"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", HOSTILE, ids=lambda word: ascii(word[:30]))
 def test_no_word_of_a_stranger_becomes_markup_or_metadata(shared: tuple[Path, dict], word: str) -> None:
     folder, facts = shared
@@ -278,6 +279,7 @@ def test_no_word_of_a_stranger_becomes_markup_or_metadata(shared: tuple[Path, di
     assert ast.dump(ast.parse(example[1])).count("Call(") == 3  # from_pretrained, generate, save
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", HOSTILE, ids=lambda word: ascii(word[:30]))
 def test_figures_of_a_strangers_run_and_data_are_listed_under_their_printed_names(
     shared: tuple[Path, dict], word: str

@@ -104,6 +104,7 @@ def test_a_model_without_a_null_class_can_be_guided(tmp_path):
     assert tokens(pipe, guidance_scale=1.0, negative_model=save_weaker(tmp_path / "weak", folder)).max() < 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -179,6 +180,7 @@ def test_refuses_a_record_that_is_none(tmp_path, entry):
         read_negative_model(file)
 
 
+@pytest.mark.slow
 def test_a_saved_pipeline_holds_its_negative_model(tiny_pretrained, weaker, tmp_path):
     pipe = MaskGIT.from_pretrained(tiny_pretrained, negative_model=weaker)
     pipe.save_pretrained(tmp_path / "copy")
@@ -206,6 +208,7 @@ def test_other_files_are_found_before_anything_is_written(tiny_pretrained, weake
         assert [path.name for path in (tmp_path / name).iterdir()] == [name]
 
 
+@pytest.mark.slow
 def test_a_loaded_pipeline_keeps_its_images_when_its_folder_gets_another_negative_model(
     tiny_pretrained, weaker, tmp_path
 ):
@@ -235,6 +238,7 @@ def test_an_error_while_the_negative_model_is_copied_leaves_the_old_one(tiny_pre
     assert before == {path: path.read_bytes() for path in (tmp_path / "copy").rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_pipeline_without_a_negative_model_removes_that_of_the_older_one(tiny_pretrained, weaker, tmp_path):
     MaskGIT.from_pretrained(tiny_pretrained, negative_model=weaker).save_pretrained(tmp_path / "copy")
     assert (tmp_path / "copy" / "negative").is_dir()

@@ -60,6 +60,7 @@ def test_the_tasks_of_table_2_can_be_measured(pipe, task):
     assert torch.equal(made[1], alone[0])  # image i has the seed of the first one plus i
 
 
+@pytest.mark.slow
 def test_commands_show_how_images_and_canvases_were_decoded(folder, tmp_path):
     Image.fromarray(np.full((7, 7), 90, np.uint8)).save(tmp_path / "own.png")
     Image.fromarray(np.full((8, 6), 90, np.uint8)).save(tmp_path / "photo.png")

@@ -70,6 +70,7 @@ def error_of(pipe: MaskGIT, method: str, arguments: dict[str, Any]) -> Exception
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "name"), [(method, name) for method in METHODS for name in METHODS[method][1]])
 def test_an_odd_value_works_or_is_refused_by_name(pipe, method, name):
     refused = []

@@ -54,6 +54,7 @@ def test_the_code_and_the_output_of_a_command(tmp_path):
     assert (tmp_path / "work" / "output").read_text() == "train short\n"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="no such signals")
 @pytest.mark.parametrize("sent", ["Ctrl-C to all", "SIGTERM to the parent"])
 def test_a_stop_signal_waits_until_the_command_has_saved(tmp_path, sent):

@@ -33,6 +33,7 @@ def tokenizer(**more):
 
 
 # The adaptive weight differentiates through blocks that run again; the other two combinations add nothing.
+@pytest.mark.slow
 @pytest.mark.parametrize(("weight_rule", "checkpointing"), [("fixed", "none"), ("adaptive", "blocks")])
 def test_the_memory_of_stage_1_is_that_of_a_real_step(weight_rule, checkpointing):
     config = AdversarialConfig(OPPONENT.discriminator, weight_rule=weight_rule)
@@ -55,6 +56,7 @@ def test_the_memory_of_stage_1_is_that_of_a_real_step(weight_rule, checkpointing
     assert (mixed.activations, mixed.casts) == (memory.activations, 2 * costs.trained)  # an upper bound
 
 
+@pytest.mark.slow
 def test_checkpointing_of_stage_1_saves_memory_and_adds_no_useful_work():
     config = AdversarialConfig(OPPONENT.discriminator, weight_rule="adaptive", r1_weight=0.0)
     none, blocks = (
@@ -75,6 +77,7 @@ def test_the_counted_step_has_every_loss(start, every, full):
     assert config.has_r1_penalty(full)
 
 
+@pytest.mark.slow
 def test_flops_are_the_mean_of_steps_with_and_without_the_penalty():
     def flops(**options):
         config = AdversarialConfig(OPPONENT.discriminator, **options)
@@ -85,6 +88,7 @@ def test_flops_are_the_mean_of_steps_with_and_without_the_penalty():
     assert sometimes == never + (always - never) / 4
 
 
+@pytest.mark.slow
 def test_more_images_take_more():
     costs = TokenizerCosts("ddp", 8, module=tokenizer(adversarial=OPPONENT))
     one, four = costs.memory(1), costs.memory(4)
@@ -104,6 +108,7 @@ def train(stage: str, tmp_path: Path, shards: Path, *more: str) -> int:
     return sum(file.stat().st_size for file in newest.iterdir())
 
 
+@pytest.mark.slow
 def test_the_size_of_a_checkpoint_of_stage_1(tmp_path, tiny_shards):
     sizes = [
         "--model.network.base_channels=32",
@@ -121,6 +126,7 @@ def test_the_size_of_a_checkpoint_of_stage_1(tmp_path, tiny_shards):
     assert TokenizerCosts("ddp", 1, module=module).checkpoint() == pytest.approx(size, rel=0.02)
 
 
+@pytest.mark.slow
 def test_frozen_parts_are_held_and_saved(tmp_path, tiny_shards):
     sizes = [
         "--model.network.base_channels=32",
@@ -142,6 +148,7 @@ def test_frozen_parts_are_held_and_saved(tmp_path, tiny_shards):
     )
 
 
+@pytest.mark.slow
 def test_the_size_of_a_checkpoint_of_stage_2(tmp_path, tiny_shards, tiny_pretrained):
     sizes = ["--model.network.embed_dim=64", "--model.network.mlp_dim=256", "--model.network.depth=3"]
     named = ["--tokenizer", str(tiny_pretrained / "tokenizer")]
@@ -160,6 +167,7 @@ def test_encoding_on_the_fly_costs_memory_and_work():
     assert encodes.flops(4) > 2 * alone.flops(4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "network", [TransformerConfig(16, 3, (8, 8), 16, 2, 2, 32), small_config("adaln")], ids=["bert", "adaln"]
 )
@@ -192,6 +200,7 @@ def test_checkpointing_of_stage_2_saves_memory():
 LARGE_CODEBOOK = small_config("adaln", codebook_size=2**14, grid=[8, 8], embed_dim=64, mlp_dim=128)
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_loss_in_chunks_is_that_of_a_real_step():
     images, network = 40, LARGE_CODEBOOK.create()
     module = masked_model(LARGE_CODEBOOK, "", loss_vocabulary="codes")

@@ -35,6 +35,7 @@ def flat(tree: dict, path: str = "") -> dict:
     return found
 
 
+@pytest.mark.slow
 def test_both_stages_train_in_one_process_and_a_second_call_finds_them_finished(tiny_shards, tmp_path):
     where = {"run": tmp_path / "runs" / "one", "data": tiny_shards}
     handlers = [signal.getsignal(number) for number in interruption.SIGNALS]
@@ -71,6 +72,7 @@ def test_both_stages_train_in_one_process_and_a_second_call_finds_them_finished(
         runs.export(where["run"], stage="transformer")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("side", "effect"), [(4, "reduced"), (8, None)])
 def test_a_run_says_once_at_its_start_that_all_images_are_resized(tiny_shards, tmp_path, caplog, side, effect):
     where = {"run": tmp_path / "runs" / "one", "data": tiny_shards}
@@ -82,6 +84,7 @@ def test_a_run_says_once_at_its_start_that_all_images_are_resized(tiny_shards, t
     assert ("images of 8 x 8 pixels are" in described) == (effect is not None)
 
 
+@pytest.mark.slow
 def test_tokens_are_made_and_read(tiny_shards, tiny_pretrained, tmp_path):
     where = {"run": tmp_path / "one", "data": tiny_shards, "tokenizer": tiny_pretrained / "tokenizer"}
     assert runs.tokenize(recipe("transformer"), **where) is None
@@ -96,6 +99,7 @@ def test_tokens_are_made_and_read(tiny_shards, tiny_pretrained, tmp_path):
     assert runs.fit(reads_tokens, **where).step == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("presses", [1, 2])
 def test_ctrl_c_raises_and_the_same_call_resumes(tiny_shards, tmp_path, monkeypatch, presses):
     own = StepCheck.on_train_batch_end
@@ -142,6 +146,7 @@ def test_an_output_that_cannot_be_written_ends_a_run_before_it_trains(tiny_shard
     assert file.read_text() == "a file"
 
 
+@pytest.mark.slow
 def test_fresh_sets_a_run_aside_only_if_training_can_start(tiny_shards, tmp_path):
     where = {"run": tmp_path / "one", "data": tiny_shards}
     runs.fit(recipe("tokenizer"), **where)
@@ -152,6 +157,7 @@ def test_fresh_sets_a_run_aside_only_if_training_can_start(tiny_shards, tmp_path
     assert (tmp_path / "one" / "tokenizer.old-1" / "checkpoints").is_dir()
 
 
+@pytest.mark.slow
 def test_the_tokenizer_that_a_run_has_trained_is_not_replaced(tiny_shards, tiny_pretrained, tmp_path):
     where = {"run": tmp_path / "runs" / "one", "data": tiny_shards}
     trained = runs.fit(recipe("tokenizer"), **where)

@@ -119,6 +119,7 @@ def refused_or_read(stage: Any, base: Layer, file: Path, words: list[str]) -> Re
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
 @pytest.mark.parametrize("every", [97, pytest.param(23, marks=pytest.mark.slow)])
 def test_no_recipe_and_no_flag_runs_code(

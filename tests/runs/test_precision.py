@@ -120,6 +120,7 @@ def recorded(run: Path) -> str:
     return yaml.safe_load((run / "transformer" / "config.yaml").read_text())["trainer"]["precision"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["bf16-mixed", "32-true"])
 def test_a_run_keeps_its_precision_on_a_device_that_would_choose_another(
     first, bfloat16, tiny_shards, tiny_pretrained, tmp_path, caplog
@@ -143,6 +144,7 @@ def test_a_run_keeps_its_precision_on_a_device_that_would_choose_another(
     assert any("config.yaml" in text and "trainer.precision is chosen again" in text for text in caplog.messages)
 
 
+@pytest.mark.slow
 def test_a_step_of_a_wide_network_multiplies_in_the_chosen_precision(bfloat16, tiny_shards, tiny_pretrained, tmp_path):
     where = {"data": tiny_shards, "tokenizer": tiny_pretrained / "tokenizer"}
     weights = []

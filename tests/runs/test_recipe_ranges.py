@@ -90,6 +90,7 @@ def built(stage: Any, word: str, shards: Path, folder: Path, tokenizer: Path | N
     return StageRun(plan.recipe, merge_values(plan), folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "key"), OWN)
 def test_a_number_without_a_meaning_is_refused_by_its_key(
     stage: Any, key: str, tiny_shards: Path, tiny_pretrained: Path, tmp_path: Path

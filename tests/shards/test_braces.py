@@ -10,6 +10,7 @@ from maskgit_pl.shards.shard_files import find_shards
 PIECES = ["{", "}", ",", "\\", "a", "1", "..", "{1..3}", "{c..a}", "{Y..b}", "{x,y}", "{03..1..2}", "{-2..2..0}"]
 
 
+@pytest.mark.slow
 def test_names_are_counted_as_they_are_expanded():
     chance = random.Random(0)
     outcomes = {"refused": 0, "format_counts": 0}

@@ -84,6 +84,7 @@ ARCHIVES: dict[str, Callable[[Path], Path]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("archive", ARCHIVES)
 @pytest.mark.parametrize("form", ["classes", "splits", "flat"])
 def test_an_archive_gives_the_data_folder_of_its_files_byte_for_byte(form, archive, request, tmp_path, monkeypatch):

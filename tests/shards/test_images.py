@@ -208,6 +208,7 @@ def test_of_several_pictures_in_a_jpeg_the_first_is_the_photo():
     assert parse_image_header(data, name="x").format == "JPEG"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_no_still_image_of_ours_is_refused_by_name_and_reason(name):
     make, reason, words = REFUSED[name]
@@ -407,6 +408,7 @@ def test_resampling_is_pil_s_bicubic(source):
     assert np.abs(image.permute(1, 2, 0).numpy() - expected).max() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_of_any_size_follow_one_another_through_the_same_memory(channels):
     for size in ((64, 48), (500, 375), (30, 30), (2400, 2400), (96, 96)):

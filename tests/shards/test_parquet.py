@@ -222,6 +222,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", HOSTILE, ids=lambda make: make.__name__)
 def test_small_files_that_expand_are_refused_in_one_line(make, tars, tmp_path, monkeypatch):
     monkeypatch.setattr("maskgit_pl.shards.sources.parquet._MAX_PAGE_BYTES", 2**20)

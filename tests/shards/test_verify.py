@@ -108,6 +108,7 @@ def test_no_permission_is_named(tars, unprivileged):
     assert bad == ("train-1.tar", "10240 bytes", "none", "Permission denied")
 
 
+@pytest.mark.slow
 def test_workers_make_no_difference(folder):
     inject(folder, "train-0.tar", cut(SECOND))
     assert verify_shards(folder, workers=2) == verify_shards(folder)

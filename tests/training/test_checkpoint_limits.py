@@ -48,6 +48,7 @@ def nested(depth):
     return {"a": nested(depth - 1)} if depth else 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("state", "rule"),
     [

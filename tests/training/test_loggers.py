@@ -120,6 +120,7 @@ class Silent(ServerDown):
         Silent.ended = True
 
 
+@pytest.mark.slow
 def test_the_end_waits_for_the_write_that_is_on_its_way(tmp_path, monkeypatch):
     monkeypatch.setattr(tolerant_logger, "_LONGEST_WRITE", 0.1)
     for name, value in (("answers", threading.Event()), ("steps", ()), ("ended", False)):

@@ -138,6 +138,7 @@ def test_flops_of_stage_2_are_those_of_the_estimate(tiny_pretrained):
     assert useful_flops(module, global_batch=8, encodes=True) > expected
 
 
+@pytest.mark.slow
 def test_counting_the_flops_of_stage_1_changes_nothing():
     network = VQGANConfig(
         1, base_channels=8, channel_multipliers=(1,), num_res_blocks=1, num_middle_blocks=0, num_groups=4,

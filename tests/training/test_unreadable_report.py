@@ -65,6 +65,7 @@ def fit(folder: Path, run: Path, *, steps: int, num_workers: int = 0, **options)
     trainer.fit(OneWeight(), datamodule=data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_run_goes_on_and_tells_what_it_replaced(tmp_path, num_workers, caplog):
     folder = folder_with(tmp_path / "data", bad={7, 8, 30}, bad_val={2})

@@ -84,6 +84,7 @@ def test_the_training_table_has_the_pilot_and_the_measured_seconds_of_each_run_o
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_csv_has_every_run_unrounded() -> None:
     page = make_ablation_page("ablation-depth", rows())
     found = list(csv.DictReader(io.StringIO(page.csv)))
@@ -188,6 +189,7 @@ def test_a_wrong_protocol_is_refused(change: dict[str, Any]) -> None:
         summarize([row("base", 0, 1.0) | change])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dataset", ["/tmp/x", "../../x", "..", ".", "a/b", "a/.."])
 def test_a_ledger_cannot_name_a_folder_outside_the_results(tmp_path: Path, dataset: str) -> None:
     ledger = Ledger(tmp_path / "results" / FILE_NAME)

@@ -45,6 +45,7 @@ def test_a_table_is_a_page_that_is_written_when_asked_to(run: Path, options: rep
     assert sorted(each.name for each in page.folder.iterdir()) == ["table-1.csv", "table-1.md", "table-1.png"]
 
 
+@pytest.mark.slow
 def test_figure_4_takes_sizes_of_a_run_or_of_flags(run: Path, tmp_path: Path) -> None:
     timed = reports.TimingOptions(num_tokens=(4,), sizes={"depth": 2}, results=tmp_path, device="cpu")
     page = reports.figure_4(run, timed)

@@ -25,6 +25,7 @@ def test_counts_are_those_of_the_released_code() -> None:
     assert 256 - known[7] == 127  # cos(pi / 3) is just under a half in float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("floor", [None, 0.1, 1.9])
 def test_the_figure_is_drawn_for_any_schedules_and_floor(floor: float | None) -> None:
     results = [
@@ -36,6 +37,7 @@ def test_the_figure_is_drawn_for_any_schedules_and_floor(floor: float | None) ->
         assert picture.width > 1.5 * picture.height
 
 
+@pytest.mark.slow
 def test_names_are_not_read_as_mathematics_and_all_are_drawn() -> None:
     built = mask_schedules.build("cosine")
     names = ["$x^{2$ $", "_hidden", "two\nlines" + 1000 * "x"]

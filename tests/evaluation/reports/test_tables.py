@@ -151,6 +151,7 @@ def pages(word: str) -> list[str]:
     return [page.markdown for page in made]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", [word for word in HOSTILE if word.strip()], ids=lambda word: ascii(word[:30]))
 def test_no_word_of_the_ledger_becomes_markup(word: str) -> None:
     for page, plain in zip(pages(word), pages("name"), strict=True):

@@ -21,6 +21,7 @@ def timings() -> list[Timing]:
     ]
 
 
+@pytest.mark.slow
 def test_the_figure_has_three_lines_and_the_page_their_ratios(timings):
     made = make_timing_page(timings, command="maskgit figure 4")
     pixels = np.asarray(Image.open(io.BytesIO(made.pictures["figure-4.png"])).convert("RGB"))
@@ -34,6 +35,7 @@ def test_the_figure_has_three_lines_and_the_page_their_ratios(timings):
     assert "At N = 1024, autoregressive decoding takes 3.3 times as long as MaskGIT with a cache, and 167 times" in said
 
 
+@pytest.mark.slow
 def test_the_page_explains_the_device_that_was_timed(timings):
     pages = {
         kind: " ".join(make_timing_page([replace(each, kind=kind) for each in timings], command="x").markdown.split())
