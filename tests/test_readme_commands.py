@@ -97,6 +97,7 @@ def plugin_of_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plugin_of_a_page")
 @pytest.mark.parametrize("line", COMMANDS)
 def test_a_command_of_a_page_is_one_that_there_is(line: str) -> None:
