@@ -51,7 +51,7 @@ WORD = re.compile(r"[A-Za-z_]\w{2,}")
 MOST_FILES = 6  # of tests that a mutant is shown to
 TEST_SECONDS = 120  # for one test or the import of its file
 NOT_MUTATED = (  # what people look at, and faces
-    "cli", "web", "contrib", "estimates", "reports", "inspection", "imaging", "datasets", "graph_export",
+    "cli", "web", "contrib", "estimates", "reports", "imaging", "datasets.py",
     "diffusers_export", "__init__.py", "__main__.py",
 )  # fmt: skip
 NOT_QUICK = ("gpu", "slurm", "web", "wheel")  # folders of tests with targets of their own

@@ -194,7 +194,10 @@ def _run(args: argparse.Namespace) -> int:
     except (Exception, KeyboardInterrupt) as caught:
         error = caught
     if isinstance(error, BrokenPipeError):
-        return BROKEN_PIPE
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # its reader has ended; otherwise the pipe is another one
+            return BROKEN_PIPE
     with suppress(OSError):  # the exit code also tells the reason, where stderr is on a full disk
         sys.stderr.write(describe_error(error, f"maskgit {args.command}", with_traceback=args.traceback))
     return exit_code_of(error)

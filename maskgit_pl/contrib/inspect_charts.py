@@ -76,21 +76,20 @@ def line_chart(title: str, lines: Mapping[str, Mapping[int, float]], *, x_label:
     return _figure(title, f"{title} over {x_label}s {min(steps)} to {max(steps)}. {said}", parts, legend)
 
 
-def bar_chart(title: str, bars: Sequence[tuple[str, float]], *, unit: str, reference: float | None = None) -> str:
+def bar_chart(title: str, bars: Sequence[tuple[str, float]], *, unit: str) -> str:
     """Draws horizontal bars with their names and values.
 
     Args:
         title: Title of the chart.
         bars: Name and value >= 0 of each bar, from top to bottom.
         unit: Unit of the values.
-        reference: Value of a vertical line; None for none.
 
     Returns:
         A ``figure`` element; an empty string without bars.
     """
     if not bars:
         return ""
-    largest = max([value for _, value in bars] + [reference or 0.0]) or 1.0
+    largest = max(value for _, value in bars) or 1.0
     height, parts = 18 * len(bars) + 8, []
     for number, (name, value) in enumerate(bars):
         y, width = 4 + 18 * number, 190 * value / largest
@@ -99,9 +98,6 @@ def bar_chart(title: str, bars: Sequence[tuple[str, float]], *, unit: str, refer
             f'<rect x="118" y="{y}" width="{width:.1f}" height="14" fill="{_COLOURS[0]}"/>'
             f'<text x="{122 + width:.1f}" y="{y + 11}">{value:.4g}</text>'
         )
-    if reference is not None:
-        x = 118 + 190 * reference / largest
-        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height}" stroke="{_COLOURS[1]}"/>')
     said = "; ".join(f"{printable(name)}: {value:.4g} {unit}" for name, value in bars)
     return _figure(f"{title} ({unit})", f"{title}. {said}", parts, [], height=height)
 

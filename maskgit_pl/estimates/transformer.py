@@ -1,4 +1,4 @@
-"""Closed formulas for the sizes, memory and FLOPs of stage 2.
+"""Closed formulas for the memory and FLOPs of stage 2.
 
 Letters: B images of a micro-batch, N tokens per image, S = N + 1 with the class token (N with causal attention, where
 the last token is not an input), R = B S rows, m masked tokens of the micro-batch, D embedding dimension, F dimension of
@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from maskgit_pl.estimates.memory import FLOAT, HALF, Activations, Group
+from maskgit_pl.estimates.memory import FLOAT, HALF, Activations
 from maskgit_pl.losses import rows_at_once
 from maskgit_pl.mask_ratios import MaskRatio, ScheduleRatio
 from maskgit_pl.networks.backbone import Vocabulary
@@ -22,10 +22,7 @@ from maskgit_pl.schedules import MaskSchedule, num_masked
 __all__ = [
     "Checkpointing",
     "Precision",
-    "block_group",
     "mean_num_masked",
-    "num_parameters",
-    "root_group",
     "step_flops",
     "transformer_activations",
 ]
@@ -44,24 +41,6 @@ def _length(config: TransformerConfig) -> int:
 def _columns(config: TransformerConfig, vocabulary: Vocabulary) -> int:
     """Returns the number of columns of the logits of the loss."""
     return config.num_columns(config.loss_columns(vocabulary))
-
-
-def block_group(config: TransformerConfig) -> Group:
-    """Returns the tensors of a block: matrices with 4 D^2 + 2 D F, biases and norms with 9 D + F parameters."""
-    d, f = config.embed_dim, config.mlp_dim
-    attention = ((3 * d, d), (3 * d,), (d, d), (d,), (d,), (d,))
-    return Group((*attention, (f, d), (f,), (d, f), (d,), (d,), (d,)))
-
-
-def root_group(config: TransformerConfig) -> Group:
-    """Returns the tensors outside the blocks: token embedding V D (tied), positions (N + 1) D, norms, head D^2."""
-    d, v = config.embed_dim, config.num_rows
-    return Group(((v, d), (config.num_tokens + 1, d), (d,), (d,), (d, d), (d,), (d,), (d,), (v,)))
-
-
-def num_parameters(config: TransformerConfig) -> int:
-    """Returns the number of parameters: L (4 D^2 + 2 D F + 9 D + F) + (V + N + 1) D + D^2 + 5 D + V."""
-    return config.depth * block_group(config).numel + root_group(config).numel
 
 
 def mean_num_masked(

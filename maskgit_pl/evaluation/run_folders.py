@@ -139,8 +139,6 @@ def read_run_recipe(file: Path) -> dict[str, Any]:
 
     try:
         return read_yaml(file) if file.is_file() else {}
-    except RecursionError as error:
-        raise ValueError(f"recipe {file} is nested too deep") from error
     except ValueError as error:
         raise ValueError(" ".join(str(error).split())) from error
 

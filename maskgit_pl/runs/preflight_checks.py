@@ -54,7 +54,7 @@ def preflight(
         tokenizer: Pretrained tokenizer folder, for stage 2. Default: the run's own, or the only one for these data.
         pretrained: Pretrained folder with the initial weights of a new run.
         machines: Machines of the run. Default: nodes and devices of the recipe, and the GPU memory of this machine, if
-            it has a GPU; the speed is then unknown.
+            it has a GPU.
         on_check: Called with each check as soon as it is done, since a large model takes half a minute.
 
     Raises:

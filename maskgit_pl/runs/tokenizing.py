@@ -199,12 +199,13 @@ def _store_of(folder: Path, description: StoreDescription) -> Path:
     shared = folder.parent / SHARED_TOKENS / key
     shared.mkdir(parents=True, exist_ok=True)
     own.parent.mkdir(parents=True, exist_ok=True)
+    if own.is_dir() and not own.is_symlink():
+        raise ValueError(f"{own} must be a link to a store in {shared.parent}, got a folder; remove it")
     # A new link replaces the old one in one step, which is safe if other ranks do the same.
     link = own.with_name(f".tokens.{os.getpid()}")
     link.unlink(missing_ok=True)
-    with suppress(OSError):  # Windows without the right to make links, or a disk that has none
-        link.symlink_to(os.path.relpath(shared, own.parent), target_is_directory=True)
-        link.replace(own)  # atomic: ranks may do this at the same time, with the same target
+    link.symlink_to(os.path.relpath(shared, own.parent), target_is_directory=True)
+    link.replace(own)  # atomic: ranks may do this at the same time, with the same target
     return shared
 
 

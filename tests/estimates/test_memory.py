@@ -14,7 +14,6 @@ from maskgit_pl.estimates.memory import (
     group_of,
     max_num_checkpoints,
 )
-from maskgit_pl.estimates.transformer import block_group, root_group
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, complete_checkpoints
 from maskgit_pl.training.checkpoints import Checkpoints
@@ -86,7 +85,11 @@ def test_a_checkpoint_of_the_released_transformer():
 
 
 CONFIG = TransformerConfig(24, 3, (4, 4), 48, 3, 4, 100, dropout=0.0)
-GROUPS = [*[block_group(CONFIG)] * CONFIG.depth, root_group(CONFIG)]
+with torch.device("meta"):
+    NETWORK = CONFIG.create()
+IN_BLOCKS = set(NETWORK.blocks.parameters())
+OTHERS = Group(tuple(tuple(each.shape) for each in NETWORK.parameters() if each not in IN_BLOCKS))
+GROUPS = [*[group_of([block]) for block in NETWORK.blocks], OTHERS]
 
 
 @pytest.mark.parametrize(("ranks", "rank"), [(1, 0), (4, 0), (7, 6), (64, 0), (64, 40), (512, 0)])
