@@ -11,6 +11,7 @@ import argparse
 import io
 import logging
 import os
+import select
 import sys
 import textwrap
 import warnings
@@ -115,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # On a busy machine MKL takes fewer threads by default. Sums then round differently from run to run.
     for name in ("MKL_DYNAMIC", "OMP_DYNAMIC"):
         os.environ.setdefault(name, "FALSE")
+    _open_closed_streams()
     warnings.filterwarnings("ignore", message=".*`srun` command is available")  # from Lightning, on a login node
     _print_log()
     try:
@@ -124,6 +126,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(end="", flush=True)
         except OSError:  # the interpreter's own flush would fail too, and change the exit code
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _open_closed_streams() -> None:
+    """Opens ``/dev/null`` for closed standard streams: a file of ours would get their number, and their output."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115  # for the life of the process
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
 def _print_log() -> None:
@@ -191,13 +204,19 @@ def _run(args: argparse.Namespace) -> int:
         error = error_of_exit(stop)
         if error is None:
             return int(stop.code or 0)
+        if isinstance(error, BrokenPipeError):  # rich has found it
+            return BROKEN_PIPE
     except (Exception, KeyboardInterrupt) as caught:
         error = caught
-    if isinstance(error, BrokenPipeError):
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:  # its reader has ended; otherwise the pipe is another one
-            return BROKEN_PIPE
+    if isinstance(error, BrokenPipeError) and _is_output_broken():
+        return BROKEN_PIPE
     with suppress(OSError):  # the exit code also tells the reason, where stderr is on a full disk
         sys.stderr.write(describe_error(error, f"maskgit {args.command}", with_traceback=args.traceback))
     return exit_code_of(error)
+
+
+def _is_output_broken() -> bool:
+    """Returns True if stdout is a pipe whose reader has ended."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -1,4 +1,4 @@
-"""Training and validation batches from shards that cannot be indexed: URLs, read one after the other.
+"""Training and validation batches from shards that are not indexed, at URLs or paths, read one after the other.
 
 ``webdataset`` groups the members of the shards into samples and shuffles these. Three of its parts are not used:
 its opener runs ``curl`` and ``pipe:`` commands, its tar reader takes a damaged header for the end of a shard and reads
@@ -12,8 +12,10 @@ import os
 import random
 import re
 import tarfile
+import tempfile
 import urllib.request
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from itertools import count, islice
 from typing import IO, Any, NamedTuple
 
@@ -38,10 +40,15 @@ __all__ = ["StreamBatches", "StreamError", "StreamEval"]
 log = logging.getLogger(__name__)
 
 _SILENT_SECONDS = 60.0  # longest time in which a server may send nothing
+_MAX_SHARD_BYTES = 2**36
 _MAX_LABEL_BYTES = 2**20
 _MAX_HEADERS = 2**20  # bytes between two members
+_MAX_HEADER = 2**14  # bytes of one that holds a name or other fields; tarfile searches them in quadratic time
 _MAX_NAME = 4096  # characters
 _CHUNK = 2**16  # bytes
+_LONG_HEADERS = (
+    tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
+)  # fmt: skip
 
 
 class StreamError(ValueError):
@@ -281,7 +288,7 @@ def _read_tar(url: str, extensions: set[str | None]) -> Iterator[tuple[str, byte
         with tarfile.open(fileobj=shard, mode="r|", tarinfo=_Header) as tar:  # type: ignore[call-overload]  # it only reads
             for member in iter(tar.next, None):
                 tar.members, tar.pax_headers = [], {}  # they would grow with the shard
-                shard.left = _MAX_HEADERS + (member.size if member.isreg() else 0)
+                shard.left = _MAX_HEADERS + tar.offset - tar.fileobj.tell()  # headers may change member.size
                 if len(member.name) > _MAX_NAME:
                     raise tarfile.ReadError(f"a member's name of more than {_MAX_NAME} characters")
                 if member.issparse():
@@ -301,10 +308,20 @@ def _read_tar(url: str, extensions: set[str | None]) -> Iterator[tuple[str, byte
 
 
 def _open(url: str) -> IO[bytes]:
-    if re.match(r"https?:", url, re.IGNORECASE):
-        response: IO[bytes] = urllib.request.urlopen(url, timeout=_SILENT_SECONDS)
-        return response
-    return os.fdopen(open_regular(url), "rb")
+    """Opens a file, or a temporary copy of what a server sends: it does not wait while training validates or saves."""
+    if not re.match(r"https?:", url, re.IGNORECASE):
+        return os.fdopen(open_regular(url), "rb")
+    with ExitStack() as stack:
+        file = stack.enter_context(tempfile.TemporaryFile())
+        response = stack.enter_context(urllib.request.urlopen(url, timeout=_SILENT_SECONDS))
+        while data := response.read(_CHUNK):
+            if file.tell() > _MAX_SHARD_BYTES:
+                raise tarfile.ReadError(f"more than {_MAX_SHARD_BYTES} bytes")
+            file.write(data)
+        file.seek(0)
+        response.close()
+        stack.pop_all()
+    return file
 
 
 class _BoundedFile:
@@ -323,7 +340,10 @@ class _BoundedFile:
 
 
 class _Header(tarfile.TarInfo):
-    """A header of a tar. A damaged or missing one is an error, which ``tarfile`` takes for the end of the archive."""
+    """A header of a tar. A damaged or missing one is an error, which ``tarfile`` takes for the end of the archive.
+
+    The size of headers with names and other fields is bounded.
+    """
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
@@ -333,3 +353,8 @@ class _Header(tarfile.TarInfo):
             if buf == bytes(tarfile.BLOCKSIZE):  # the end of the archive
                 raise
             raise tarfile.ReadError(f"{error}, in place of a member or the end") from error
+
+    def _proc_member(self, tar: tarfile.TarFile) -> Any:
+        if self.type in _LONG_HEADERS and self.size > _MAX_HEADER:
+            raise tarfile.ReadError(f"a header of more than {_MAX_HEADER} bytes")
+        return super()._proc_member(tar)  # type: ignore[misc]  # typeshed lacks it

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -242,9 +243,10 @@ def _iter_first_trials(evaluator: Evaluator, model: EvaluatedModel, seed: int) -
             # The key holds digests of a negative model and of vectors beside the fields of the decoding.
             known = {field.name for field in fields(DecodingConfig)}
             given = {name: value for name, value in row["decoding"].items() if name in known}
-            decoding = build_dataclass(DecodingConfig, given, "trial 0")
-            if model.decoding_key(decoding) == row["decoding"]:
-                yield decoding
+            with suppress(ValueError):  # it names a part of another package that is not installed now
+                decoding = build_dataclass(DecodingConfig, given, "trial 0")
+                if model.decoding_key(decoding) == row["decoding"]:
+                    yield decoding
 
 
 def _save_decoding(

@@ -153,7 +153,8 @@ def read_description(folder: str | Path) -> StoreDescription:
         if version != FORMAT:
             raise ValueError(f"{path}: format must be {FORMAT}, got {shorten(version)}")
         check_keys(str(path), content, known=content, required=(_CODEBOOK_SIZE,))
-        made = build_dataclass(StoreDescription, {"codebook_size": content.pop(_CODEBOOK_SIZE), **content}, str(path))
+        codebook_size = content.pop(_CODEBOOK_SIZE)
+        made = build_dataclass(StoreDescription, {**content, "codebook_size": codebook_size}, str(path))
         if not made.sha256:
             raise ValueError(f"{path}: sha256 must not be empty")
     except ValueError as error:

@@ -307,11 +307,25 @@ def headers(path: Path, count: int, **fields) -> None:
     os.truncate(path, 2**30)
 
 
+def global_size(path: Path) -> None:
+    """Writes a global header that makes a member exbibytes large, and a long name of 2**26 bytes after the member."""
+    field = b"size=%d\n" % 2**60
+    field = b"%d %s" % (len(field) + 3, field)
+    headers = [tarfile.TarInfo(name) for name in ("g", "x.txt", "l")]
+    for header, kind, size in zip(headers, (tarfile.XGLTYPE, tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME),
+                                  (len(field), 0, 2**26), strict=True):  # fmt: skip
+        header.type, header.size = kind, size
+    first, member, name = (header.tobuf(tarfile.USTAR_FORMAT) for header in headers)
+    path.write_bytes(first + field.ljust(512, b"\0") + member + name)
+    os.truncate(path, 2**27)
+
+
 @pytest.mark.parametrize(
     ("write", "text"),
     [
         (lambda path: headers(path, 5000), "recursion|more than 1048576 bytes of headers"),
-        (lambda path: headers(path, 1, size=2**32), "more than 1048576 bytes of headers"),
+        (lambda path: headers(path, 1, size=2**32), "a header of more than 16384 bytes"),
+        (lambda path: global_size(path), "a header of more than 16384 bytes"),
         (lambda path: headers(path, 1, size=2**28, type=tarfile.DIRTYPE), "more than 1048576 bytes of headers"),
         (lambda path: headers(path, 1, size=2**40, type=tarfile.REGTYPE), "0.png has more than 268435456 bytes"),
         (lambda path: headers(path, 1, size=2**40, type=tarfile.GNUTYPE_SPARSE), "0.png is a sparse file"),
