@@ -43,7 +43,7 @@ def hold_lock(target: Path, *, hint: str, rank: int | None = None) -> Iterator[N
     # the lock file, or one that another user left would block a shared folder.
     lock = FileLock(path, mode=0o666, fallback_to_soft=False, on_acquired=_write_holder)
     try:
-        lock.acquire(timeout=0.2)  # a holder that ends removes the file, and the next one is made anew
+        lock.acquire(timeout=0.2)  # a holder that ends removes the file: then another one is made
     except Timeout as error:
         raise ValueError(f"{target} is in use by {_read_holder(path)}; wait until it ends, or {hint}") from error
     except OSError as error:
