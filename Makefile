@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 WEB_STAMP := $(VENV)/.installed-web
+TEST_WEB_STAMP := $(VENV)/.installed-test-web
 LOWEST := .venv-lowest
 
 # `make help` prints the lines that begin with "#:".
@@ -80,6 +81,10 @@ $(DEV_STAMP): pyproject.toml
 
 $(WEB_STAMP): $(STAMP)
 	$(BIN)/python $(INSTALL) --editable ".[web]"
+	@touch $@
+
+$(TEST_WEB_STAMP): $(DEV_STAMP)
+	$(BIN)/python $(INSTALL) --editable ".[dev,test-web]"
 	@touch $@
 
 $(LOWEST)/.installed: pyproject.toml constraints/lowest.txt
@@ -188,7 +193,7 @@ OLD_WARNINGS = -W ignore::DeprecationWarning -W ignore::FutureWarning
 test-lowest: $(LOWEST)/.installed ## Run the quick tests with the oldest versions of the dependencies (constraints/lowest.txt)
 	$(LOWEST)/bin/python $(PYTEST) -m "not slow" $(OLD_WARNINGS) $(ARGS)
 
-mutants: $(DEV_STAMP) ## Mutation testing: break the package in one place at a time and check that a test fails; ARGS="--only masking.py" or "--minutes 5"
+mutants: $(DEV_STAMP) ## Mutation testing: break the package in one place at a time and check that a quick test fails; ARGS="--only masking.py" or "--minutes 5"
 	@$(BIN)/python -m tests.mutants $(ARGS)
 
 test-wheel: $(DEV_STAMP) ## Build the wheel, and run the quick start in an empty folder with nothing but it
@@ -200,8 +205,7 @@ test-gpu: $(DEV_STAMP) ## Run the tests on a GPU; what needs a GPU, or two, is s
 CHROMIUM_INSTALL = $(AS_ROOT) apt-get -qq update && $(AS_ROOT) apt-get -qq install --yes --no-install-recommends chromium >/dev/null
 CHROMIUM_MISSING = chromium must be installed, or CHROMIUM must name the program; on Debian, run this target as root or with sudo to install it
 
-test-web: $(DEV_STAMP) ## Run the tests of the page in a real Chromium (installs it with apt, as root or with sudo, if there is none)
-	$(BIN)/python $(INSTALL) --editable ".[dev,test-web]"
+test-web: $(TEST_WEB_STAMP) ## Run the tests of the page in a real Chromium (installs it with apt, as root or with sudo, if there is none)
 	@test -n "$$CHROMIUM" || command -v chromium google-chrome >/dev/null || { $(CHROMIUM_INSTALL); } || { echo "$(CHROMIUM_MISSING)" >&2; exit 2; }
 	@WEB_PICTURES="$(WEB_PICTURES)" $(BIN)/python -m pytest tests/web --durations=5 $(ARGS)
 

@@ -1,4 +1,4 @@
-"""Breaks the package in one place after the other and runs the tests each time: they must notice.
+"""Breaks the package in one place after the other and runs the quick tests each time: they must notice.
 
     python -m tests.mutants [--minutes N] [--seed TEXT] [--only TEXT ...] [--jobs N]
 
@@ -378,7 +378,7 @@ class Project:
         spec = importlib.util.find_spec(self.package)
         assert spec is not None
         assert spec.origin == str(folder / self.package / "__init__.py")
-        words = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={folder}/tmp"]
+        words = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={folder}/tmp"]
         words += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what is imported once
         watch = Watch(folder / "at")
         watch.begin("tests/conftest.py")  # its import is the first thing that can fail
@@ -480,7 +480,7 @@ def report(verdicts: Mapping[Mutant, str], failing: Iterable[str]) -> int:
 
 def main(words: Sequence[str] | None = None, project: Project | None = None) -> int:
     """Runs what the command line asks for; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Do the tests notice faults?")
+    parser = argparse.ArgumentParser(description="Do the quick tests notice faults?")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no mutant after this time; a sample")
     parser.add_argument("--seed", help="text that sets which mutants come first (default: the commit)")
     parser.add_argument("--only", nargs="+", default=[""], help="mutants whose name contains one of these texts")
