@@ -69,6 +69,7 @@ def test_the_counted_work_is_that_of_the_formula(stage2_step, task):
     assert ours == attention + (task.depth - 1) * block + last + 6 * masked * head
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_measurement_has_a_whole_row_for_each_contender(stage2_step, task, precision):
     peaks = {name: stage2_step.measure_memory(name, task, precision, threads=1) for name in OURS}

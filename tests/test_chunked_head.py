@@ -58,6 +58,7 @@ def test_values_and_gradients_are_those_of_whole_logits(options, rows, small_chu
             torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backbone", "objective"),
     [*((name, "masked_cross_entropy") for name in BACKBONES), *(("bert", name) for name in OBJECTIVES)],

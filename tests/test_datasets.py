@@ -119,6 +119,7 @@ def test_the_known_files_become_shards_once(tmp_path, monkeypatch, capsys):
     assert "complete already" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", public_datasets())
 def test_the_script_of_a_data_set_is_the_command(name):
     script = ROOT / "data" / f"{name.replace('-', '_')}.py"

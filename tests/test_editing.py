@@ -244,6 +244,7 @@ def test_what_has_no_end_is_refused_before_it_is_read(make, read, tmp_path) -> N
         read(make(tmp_path), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSED)
 def test_no_hostile_image_is_opened(name, tmp_path) -> None:
     path = write_refused(tmp_path, name)

@@ -78,6 +78,7 @@ with interruption.catch_stop_signals(until="exit"):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["runs", "blocked"])
 def test_a_second_ctrl_c_ends_at_once_with_130(state):
     assert send(0, 0.2, state=state, saving=600) == (130, [FIRST, SECOND])

@@ -104,6 +104,7 @@ def test_a_published_recipe_is_the_same_on_any_data(stage, name):
     assert merge(map(read_yaml, own)) == merge([*map(read_yaml, files)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_a_transformer_recipe_builds_at_full_size(name):
     tree = merge(map(read_yaml, layers("transformer", name)))

@@ -3,6 +3,7 @@ import pytest
 from maskgit_pl.safe_yaml import parse_yaml, read_yaml, set_key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "rule"),
     [
@@ -60,6 +61,7 @@ def test_a_key_is_set_and_other_lines_stay_as_they_are(entry, others):
         assert repr(content) == repr({"license": "mit", **parse_yaml(others)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text", ["{license: b, a: 1}\n", "- license\n", "license\n", "a: &x 1\nlicense: *x\n", "a: b: c\n", "? [a]\n: b\n",
              "a: 1\u2028license: b\n", "a: 1\n---\nlicense: b\n", "a: " + "[" * 5000]

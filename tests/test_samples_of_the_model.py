@@ -46,6 +46,7 @@ def tokenizer(tiny_pretrained):
     return tokenizer_model(NETWORK, image_size=8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [masked, autoregressive])
 @pytest.mark.parametrize("label", [3, 4])  # the rows of the null class and of the mask token, or beyond
 def test_a_label_that_is_no_class_of_the_model_is_refused(tiny_pretrained, build, label):

@@ -60,6 +60,7 @@ def test_letters_of_all_scripts_are_left_as_they_are() -> None:
     assert printable("a\u00a0b\u3000c") == "a b c"
 
 
+@pytest.mark.slow
 @every_word
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_markdown_of_a_word_is_text_and_shows_the_word(context: str, word: str) -> None:

@@ -117,6 +117,7 @@ def test_the_quantizer_is_told_seed_step_and_micro_batch_before_each_training_fo
     assert told == [(5, 0, 0), (5, 0, 1), (5, 1, 0), (5, 1, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight_rule", ["fixed", "adaptive"])
 @pytest.mark.parametrize("loss", ["hinge", "non-saturating"])
 @pytest.mark.parametrize("discriminator", [ADVERSARIAL.discriminator, PATCHES], ids=["stylegan", "patchgan"])

@@ -198,6 +198,7 @@ def test_a_wrong_flag_is_answered_before_anything_is_trained(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("vary", "match"),
     [

@@ -117,6 +117,7 @@ def test_a_box_is_that_of_the_image_before_it_is_fitted(tiny_pretrained: Path, t
     assert corners(tiles(page)[1]) == [(2, 2), (6, 6)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [

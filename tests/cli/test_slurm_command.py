@@ -75,6 +75,7 @@ def test_devices_are_gpus_unless_the_recipe_says_otherwise_and_loaders_get_cores
     assert {"--gpus-per-node=2", "--ntasks-per-node=2", "--cpus-per-task=4"} <= set(command_of(answer))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words", ["--gres=gpu:a100:8", "--mem=0 --gres gpu:8", "-G 16", "-G16", "--gpus=16", "--gpus-per-task=1"]
 )
@@ -116,6 +117,7 @@ def test_without_slurm_nothing_can_be_submitted(submit):
     assert len(answer.error.splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "word", "parts"),
     [

@@ -271,6 +271,7 @@ def test_the_complete_recipe_is_printed_and_nothing_is_trained(train, runs):
     assert not runs.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flag", "parts"),
     [
@@ -378,6 +379,7 @@ def test_help_imports_no_heavy_package():
     assert "train the tokenizer or the transformer from a recipe" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "names"), [("tokenizer", "val/psnr"), ("transformer", "val/loss")])
 def test_validation_curves_and_pictures_stand_at_the_same_steps(train, runs, stage, names):
     steps = ("--trainer.max_steps=4", "--trainer.val_check_interval=2", "--trainer.log_every_n_steps=2")

@@ -132,6 +132,7 @@ def test_a_dry_run_prints_the_trials_and_touches_nothing(run_folder: Path, tiny_
     assert [path.name for path in run_folder.iterdir()] == ["pretrained"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "match"),
     [

@@ -15,6 +15,7 @@ TILES = {  # size -> SHA-256 of place, class and split of all tiles of EARTH in 
 EARTH = np.random.default_rng(0).integers(0, 256, (45, 90, 3), dtype=np.uint8).repeat(60, 0).repeat(60, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [32, 64])
 def test_blue_marble_has_the_tiles_that_it_always_had(size):
     source = BlueMarbleTiles(EARTH, size)

@@ -140,6 +140,7 @@ def test_validation_covers_each_sample_once_with_equal_batches(world_size, num_s
     assert InOrder(3)(range(1, 6)).index.tolist() == [1, 2, 2, 2, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shards", [(1, 7, 100), (5,), (3, 0, 5, 1, 0), (4,) * 9, (0, 0, 2)])
 @pytest.mark.parametrize("window", [1, 2, 3, 50])
 @pytest.mark.parametrize("max_cached", [0, 1000])
@@ -182,6 +183,7 @@ def test_positions_of_step_rank_and_micro_batch_follow_the_formula(b, A, W, step
         ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "window"), [(200_000, None), (200_000, 3), (1_000_000, None)])
 def test_held_and_worked_out_orders_are_equal_at_a_size_where_it_matters(size, window):
     shards = tuple(itertools.chain(*[(9_999, 10_001)] * (size // 20_000)))

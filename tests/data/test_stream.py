@@ -92,6 +92,7 @@ def known(folder: Path) -> dict[bytes, int]:
     return dict(zip(images([batch]), batch.labels.tolist(), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["web", "path"])
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_all_samples_come_with_their_labels_from_anywhere(folder, web, known, kind, num_workers):

@@ -91,6 +91,7 @@ def test_contract_scores_are_finite_where_codes_are_impossible_or_certain(spec):
     assert token_selectors.build(spec)(given).isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_steps", [1, 2, 8, 24])
 @every_selector
 def test_contract_every_position_ends_known_and_known_ones_never_change(spec, num_steps):
@@ -119,6 +120,7 @@ def test_contract_the_number_masked_follows_the_schedule_where_it_is_promised(sp
         assert all(map(int.__le__, later, earlier))
 
 
+@pytest.mark.slow
 @every_selector
 def test_contract_rows_are_independent(spec):
     tokens = partly_known(MIXED)

@@ -139,6 +139,7 @@ def test_recomputed_blocks_keep_less_and_all_tokens_masked_is_the_most():
     assert least < some / 5 < transformer_activations(PAPER_256, batch=16).total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_flops_are_those_that_torch_counts(name):
     config = CONFIGS[name]

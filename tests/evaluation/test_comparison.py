@@ -93,6 +93,7 @@ def test_an_unknown_time_is_an_empty_cell() -> None:
     assert read["seconds_per_image"] == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", [word for word in HOSTILE if word.strip()], ids=lambda word: ascii(word[:30]))
 def test_no_name_of_a_selector_becomes_markup(word: str) -> None:
     def page(name: str) -> list[str]:

@@ -54,6 +54,7 @@ def test_schedules_are_drawn_with_a_decoding_that_follows_them() -> None:
     assert measure_curves(FakeMeasure(), model("cosine", (2, 4)), none_follows, num_images=10, seed=0) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", [FID, "kid/classifier", "class_agreement"])
 def test_the_figure_is_drawn_for_every_metric(metric: str) -> None:
     assert draw_curves(CURVES, metric=metric, floor=0.5).startswith(b"\x89PNG")

@@ -239,6 +239,7 @@ def mutated(content: bytes, chance: random.Random) -> bytes:
     return bytes(changed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_whatever_the_bytes_are_only_a_value_error_comes_out_and_soon(seed, tmp_path):
     chance = random.Random(seed)

@@ -37,6 +37,7 @@ def test_the_form_of_open_muse_without_middle_attention_has_images_from_0_to_1(t
     assert "8 x 8 tokens, in [0, 1] inside" in made.report(16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", [False, True])
 @pytest.mark.parametrize("signed", [False, True])
 def test_the_flag_chooses_the_range(attention, signed, tmp_path, capsys):

@@ -79,6 +79,7 @@ def test_the_released_architecture_is_recognised():
     assert config.channel_multipliers == (1, 1, 2, 2, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("levels", [(1,), (1, 2), (1, 2, 1)])
 @pytest.mark.parametrize("blocks", [1, 2, 3])
 @pytest.mark.parametrize("downsampling", ["average", "strided"])

@@ -104,6 +104,7 @@ def test_a_tokenizer_of_diffusers_comes_out_as_it_goes_in(case, tmp_path):
     check_same(original, made.folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["file", "pipeline", "bin"])
 def test_a_file_or_a_pipeline_of_diffusers_is_named(where, tmp_path):
     config = diffusers_config()
@@ -199,6 +200,7 @@ REFUSED_DIFFUSERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED_DIFFUSERS)
 def test_a_tokenizer_of_diffusers_that_does_not_fit_is_refused_in_one_line(case, tmp_path):
     changes, damage, message = REFUSED_DIFFUSERS[case]

@@ -165,6 +165,7 @@ def test_classes_keep_their_order_and_no_class_comes_last(kind, tokenizer, tmp_p
     assert all((logits[0] - other).abs().max() > 0.1 for other in logits[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Halton, MaskGIL])
 def test_images_are_generated_with_guidance_and_their_tokens_are_the_pixels(kind, tokenizer, tmp_path):
     own = tokenizer()
@@ -317,6 +318,7 @@ def test_prefixes_of_wrappers_are_removed(prefix, tokenizer, tmp_path):
     torch.testing.assert_close(got, original(tokens, labels)[..., :-1], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["plain", "safetensors", "before torch 1.6", "bfloat16", "untied copy", "no copy"])
 def test_other_files_with_the_same_tensors_are_read(form, tokenizer, tmp_path):
     original = randomise(Halton(**SMALL))

@@ -163,6 +163,7 @@ def test_bfloat16_weights_give_finite_logits_near_those_of_float32(config):
     assert (half.float() - whole).abs().max() < 0.1 * whole.abs().max()
 
 
+@pytest.mark.slow
 @over_all
 def test_8_bit_logits_are_near_those_of_float32(config):
     tokens, labels, _, vectors = inputs(config)
@@ -278,6 +279,7 @@ def save(folder: Path, network: Backbone) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @over_all
 def test_a_saved_network_is_loaded_with_its_configuration_and_weights(config, tmp_path):
     network = create(config)

@@ -47,6 +47,7 @@ def test_the_small_network_takes_any_size_and_colour(side, channels):
     assert len(output.features) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [SMALL, "resnet18"])
 @pytest.mark.parametrize("size", [(24, 40), (9, 64), (64, 9), (1, 30)])
 def test_images_that_are_not_square_keep_their_shape(size, model):

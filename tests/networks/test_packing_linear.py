@@ -34,6 +34,7 @@ def plain(module: PackingLinear, x: torch.Tensor) -> torch.Tensor:
     return F.gelu(y, approximate="tanh") if module.gelu else y
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [True, False])

@@ -228,6 +228,7 @@ def test_a_step_depends_on_seed_and_step_and_not_on_torchs_generator(case):
     assert_same(state_of(first), state_of(second))
 
 
+@pytest.mark.slow
 def test_a_resumed_training_is_bit_exact(case):
     parts = [[features(case, seed=step)] for step in range(4)]
     through = build(case)
@@ -245,6 +246,7 @@ def test_a_resumed_training_is_bit_exact(case):
     assert_same(state_of(through), state_of(resumed))
 
 
+@pytest.mark.slow
 def test_micro_batches_teach_what_the_whole_batch_does(case):
     # The entropy of a mean differs from the mean of entropies: only what update() learns is compared.
     whole, parts = build(case), build(case)
@@ -255,6 +257,7 @@ def test_micro_batches_teach_what_the_whole_batch_does(case):
     assert_same(state_of(whole), state_of(parts), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_exported_tokenizer_encodes_and_decodes_the_same(case, tmp_path):
     spec, codebook_size, code_dim = CASES[case]
     torch.manual_seed(0)

@@ -97,6 +97,7 @@ def test_a_pipeline_follows_its_weights(pipe, change, call):
     assert torch.equal(call(pipe), after)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_pipeline_follows_the_weights_of_its_negative_model(pipe, change):
     own = renewed(pipe, negative_model=pipe)

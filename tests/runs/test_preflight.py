@@ -67,6 +67,7 @@ def test_a_run_on_a_cpu_has_one_device_on_a_machine_with_gpus(examine, monkeypat
     assert examine("--trainer.devices=auto", "--trainer.accelerator=cpu").shares.devices == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("side", "effect"), [(4, "reduced"), (16, "enlarged"), (8, None)])
 def test_images_of_another_size_than_the_recipe_are_a_warning(tmp_path, tiny_shards, side, effect):
     tiny = flags(yaml.safe_load((TINY / "tokenizer.yaml").read_text()))

@@ -32,6 +32,7 @@ def test_names_come_in_order():
     assert expand_braces("{train,val}-{00..02}.tar") == [f"{s}-0{n}.tar" for s in ("train", "val") for n in range(3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "pattern",
     [

@@ -114,6 +114,7 @@ def write_jsonl(folder: Path, root: Path) -> None:
     (root / "metadata.jsonl").write_text("".join(lines))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pack", [None, "zip", "tar.gz"])
 @pytest.mark.parametrize("write", [write_csv, write_jsonl])
 @pytest.mark.parametrize("each_split", [True, False], ids=["a file per split", "one file"])

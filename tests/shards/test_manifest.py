@@ -199,6 +199,7 @@ for missing in ("format", "classes", "images", "index_sha256", "shards"):
     HOSTILE[f"{missing}   "] = lambda content, missing=missing: {k: v for k, v in content.items() if k != missing}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_hostile_manifest_is_refused_in_one_line_with_file_and_key(folder, case):
     path = folder / "train.json"

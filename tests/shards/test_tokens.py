@@ -111,6 +111,7 @@ class Killed(BaseException):
     """A kill: no code runs after it except ``with`` and ``finally``, which have nothing to undo."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", ["replace", "fsync", "unlink"])
 def test_a_kill_at_any_moment_costs_a_part_and_changes_no_byte(tmp_path, monkeypatch, point):
     make(tmp_path / "older")

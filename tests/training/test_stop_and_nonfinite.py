@@ -95,6 +95,7 @@ def fit(module, tiny_shards, tmp_path):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["nan gradient", "nan loss"])
 def test_a_step_that_is_not_finite_leaves_weights_averages_codes_and_moments_as_they_are(fit, what):
     seen = fit(Fault(what, step=3), steps=4)
@@ -103,6 +104,7 @@ def test_a_step_that_is_not_finite_leaves_weights_averages_codes_and_moments_as_
     assert torch.tensor(seen.losses).isfinite().all() == (what == "nan gradient" or not seen.losses)
 
 
+@pytest.mark.slow
 def test_three_in_a_row_are_skipped_however_many_there_are_in_all(fit, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="maskgit_pl"):
         seen = fit(Fault("nan gradient", step=1, times=3), Fault("nan gradient", step=5, times=3), steps=8)

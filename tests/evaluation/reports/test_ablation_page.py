@@ -163,6 +163,7 @@ def test_the_page_is_made_from_the_ledger_without_training(tmp_path: Path) -> No
         reports.ablation(None, options, name="other")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", [word for word in HOSTILE if printable(word).strip()])
 def test_a_page_of_a_stranger_s_words_keeps_its_structure(word: str) -> None:
     pages = []

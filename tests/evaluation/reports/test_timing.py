@@ -76,6 +76,7 @@ def test_all_methods_decode_whole_images_and_a_cache_changes_none():
     assert torch.equal(last[METHODS[1]].tokens, last[METHODS[2]].tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", ["torch", "dtype", "device", "network"])
 def test_a_point_of_another_machine_version_or_network_is_measured_again(tmp_path, changed):
     file = tmp_path / "ledger.jsonl"
