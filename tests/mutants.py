@@ -139,7 +139,7 @@ class Source:
                         yield from self._below(child, scope)
 
     def _is_left_out(self, node: ast.AST) -> bool:
-        """Whether nothing below the node can be seen, or only in the text of a message or on a GPU."""
+        """Returns True if no test can see a change below the node, such as in the text of a message or on a GPU."""
         if isinstance(node, ast.If | ast.IfExp):
             start, end = self.span(node.test)
             return re.search(rb"TYPE_CHECKING|cuda|win32|darwin", self.source[start:end]) is not None
@@ -232,7 +232,7 @@ def _dotted(node: ast.expr) -> str:
 
 
 def _is_text(node: ast.expr) -> bool:
-    """Whether an operand is text, or a list: other operators would only raise TypeError."""
+    """Returns True if an operand is text or a list: other operators would only raise TypeError."""
     return isinstance(node, ast.JoinedStr | ast.List | ast.Tuple) or (
         isinstance(node, ast.Constant) and isinstance(node.value, str | bytes)
     )

@@ -1,4 +1,4 @@
-"""What is counted without content is what a real step keeps and multiplies."""
+"""Counts on fake tensors equal the tensors that a real step keeps and its products."""
 
 import pytest
 import torch
