@@ -28,15 +28,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from maskgit_pl.data import ImageBatches, ShuffledStream, TokenBatches, TrainBatchSampler
 from maskgit_pl.data.batches import make_loader
-from maskgit_pl.imaging import to_unit_range
+from maskgit_pl.data.index import index_shards
+from maskgit_pl.data.manifest import load_manifest
+from maskgit_pl.data.reader import ShardReader
+from maskgit_pl.data.shard_files import find_shards
+from maskgit_pl.data.store_description import StoreDescription
+from maskgit_pl.data.token_store import TokenReader, open_store
+from maskgit_pl.data.token_writer import StoreParts
+from maskgit_pl.pipeline.imaging_pixels import to_unit_range
 from maskgit_pl.provenance import describe_environment
-from maskgit_pl.shards.index import index_shards
-from maskgit_pl.shards.manifest import load_manifest
-from maskgit_pl.shards.reader import ShardReader
-from maskgit_pl.shards.shard_files import find_shards
-from maskgit_pl.shards.store_description import StoreDescription
-from maskgit_pl.shards.token_writer import StoreParts
-from maskgit_pl.shards.tokens import TokenReader, open_store
 
 _SIDE = 256  # pixels of the images that the loader returns
 _SOURCES = {"256 x 256": (256, 256), "500 x 375": (500, 375)}  # width and height as stored

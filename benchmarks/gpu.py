@@ -27,9 +27,9 @@ from torch import Tensor
 
 from maskgit_pl.data.step_module import StepDataModule
 from maskgit_pl.decoding import ConditionalModel, DecodingConfig, decode_classes
-from maskgit_pl.estimates.gpus import find_gpu
 from maskgit_pl.networks.transformer import MaskedTransformer
 from maskgit_pl.schedules import mask_schedules
+from maskgit_pl.training.gpus import find_gpu
 
 _RESULTS = Path(__file__).parents[1] / "results"
 _PRECISIONS: tuple[stage2_step.Precision, ...] = ("fp32", "bf16")

@@ -18,7 +18,7 @@ import torch
 from measuring import Stopwatch, format_table, interleave, read_cpu_name
 from torch import nn
 
-from maskgit_pl.networks.packing_linear import PackingLinear, set_packing
+from maskgit_pl.networks.kernels import PackingLinear, set_packing
 
 _ROWS = 257
 

@@ -24,9 +24,9 @@ from typing import TypeVar
 import torch
 from measuring import format_table, read_cpu_name
 
-from maskgit_pl.imaging import image_grid, save_png
 from maskgit_pl.importers.released import import_jax
 from maskgit_pl.pipeline import MaskGIT
+from maskgit_pl.pipeline.imaging_grids import image_grid, save_png
 from maskgit_pl.provenance import describe_environment
 
 _RECIPE = Path(__file__).parents[1] / "tests" / "golden" / "recipe.py"

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from maskgit_pl.pipeline import MaskGIT
     from maskgit_pl.schedules import mask_schedules
     from maskgit_pl.tokenizer import Tokenizer
-    from maskgit_pl.tokenizer_config import TokenizerConfig
     from maskgit_pl.training.learning_rates import LearningRate
     from maskgit_pl.training.optimizers import OptimizerConfig
+    from maskgit_pl.training.tokenizer_losses import TokenizerConfig
 
 __version__ = "0.2.0"
 __all__ = [
@@ -49,7 +49,7 @@ _HOMES = {
     "ParallelDecoder": "decoding",
     "AutoregressiveDecoder": "decoding",
     "Tokenizer": "tokenizer",
-    "TokenizerConfig": "tokenizer_config",
+    "TokenizerConfig": "training.tokenizer_losses",
     "mask_schedules": "schedules",
 }
 

@@ -19,8 +19,8 @@ from maskgit_pl.data import Batch
 from maskgit_pl.decoding import AutoregressiveDecoding, ConditionalModel, DecodingStep, decode_autoregressive
 from maskgit_pl.networks.backbone import AutoregressiveBackbone
 from maskgit_pl.networks.backbone_contract import create_network
-from maskgit_pl.token_model import NUM_BINS, TokenModel
-from maskgit_pl.token_model_config import TokenModelConfig, check_decoding
+from maskgit_pl.training.token_model import NUM_BINS, TokenModel
+from maskgit_pl.training.token_model_config import TokenModelConfig, check_decoding
 
 __all__ = ["AutoregressiveConfig", "AutoregressiveModel"]
 

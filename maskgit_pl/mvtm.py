@@ -25,8 +25,8 @@ from maskgit_pl.masking import Draws, MaskSampler, pad_positions, true_positions
 from maskgit_pl.networks.backbone_contract import create_network
 from maskgit_pl.objectives import Objective, TokenLosses, objectives
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
-from maskgit_pl.token_model import NUM_BINS, StepLosses, TokenModel
-from maskgit_pl.token_model_config import TokenModelConfig, check_decoding
+from maskgit_pl.training.token_model import NUM_BINS, StepLosses, TokenModel
+from maskgit_pl.training.token_model_config import TokenModelConfig, check_decoding
 
 __all__ = ["MaskedTokenConfig", "MaskedTokenModel"]
 

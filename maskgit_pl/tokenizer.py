@@ -38,11 +38,11 @@ from maskgit_pl.data import Batch, flip
 from maskgit_pl.data.batches import check_batch
 from maskgit_pl.distributed import mean_over_ranks
 from maskgit_pl.image_format import height_width
-from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.networks.discriminators import build_discriminator
 from maskgit_pl.networks.vqgan import VQGAN
-from maskgit_pl.pretrained import load_tokenizer, load_weights, save_tokenizer
-from maskgit_pl.tokenizer_config import Part, TokenizerConfig
+from maskgit_pl.networks.weights import load_weights
+from maskgit_pl.pipeline.imaging_pixels import to_unit_range
+from maskgit_pl.pipeline.pretrained import load_tokenizer, save_tokenizer
 from maskgit_pl.tokenizer_losses import AdversarialStep, SimilarityLoss
 from maskgit_pl.training.compile_and_checkpointing import prepare_blocks
 from maskgit_pl.training.ema import frozen_copy, update_ema
@@ -50,6 +50,7 @@ from maskgit_pl.training.freezing import freeze
 from maskgit_pl.training.optimizers import build_optimizer, parameter_groups
 from maskgit_pl.training.stop_and_nonfinite import StepCheck, clip_gradients
 from maskgit_pl.training.strategies import check_precision
+from maskgit_pl.training.tokenizer_losses import Part, TokenizerConfig
 
 __all__ = ["CodebookUsage", "Tokenizer"]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from maskgit_pl import losses
 from maskgit_pl.distributed import mean_over_ranks
-from maskgit_pl.tokenizer_config import AdversarialConfig, PerceptualConfig
+from maskgit_pl.training.tokenizer_losses import AdversarialConfig, PerceptualConfig
 
 __all__ = ["AdversarialStep", "SimilarityLoss", "gradient_at", "gradient_norm"]
 

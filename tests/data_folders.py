@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from maskgit_pl.shards.manifest import INDEX_DTYPE, ImageRange, Manifest, Shard, Split, save_manifest
+from maskgit_pl.data.manifest import INDEX_DTYPE, ImageRange, Manifest, Shard, Split, save_manifest
 
 
 def save_data(

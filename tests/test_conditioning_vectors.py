@@ -10,6 +10,11 @@ from PIL import Image
 
 from maskgit_pl import MaskGIT
 from maskgit_pl.data import Batch, ShardData, TokenizingConfig, describe_store, tokenize
+from maskgit_pl.data.images import encode_png
+from maskgit_pl.data.index import index_shards
+from maskgit_pl.data.samples import Sample
+from maskgit_pl.data.shard_files import find_shards
+from maskgit_pl.data.writer import write_split
 from maskgit_pl.decoding import ConditionalModel, DecodingConfig, FirstStepLogits
 from maskgit_pl.decoding.predictors import build_class_predictor
 from maskgit_pl.decoding.vectors import VectorPool
@@ -17,15 +22,10 @@ from maskgit_pl.evaluation.likelihood import bind_conditions, negative_elbo
 from maskgit_pl.networks.adaln import AdaLNConfig, AdaLNTransformer
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pipeline.bulk import generate_many
-from maskgit_pl.pretrained import fingerprint, save_transformer
-from maskgit_pl.shards.images import encode_png
-from maskgit_pl.shards.index import index_shards
-from maskgit_pl.shards.samples import Sample
-from maskgit_pl.shards.shard_files import find_shards
-from maskgit_pl.shards.writer import write_split
+from maskgit_pl.pipeline.pretrained import fingerprint, save_transformer
 from maskgit_pl.training.learning_rates import LearningRate
+from tests.data.test_vectors import npy
 from tests.modules import masked_model
-from tests.shards.test_vectors import npy
 from tests.short_runs import data, fit
 
 DIM, KINDS, CPU = 4, 3, torch.device("cpu")

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from maskgit_pl.cli import main
-from maskgit_pl.shards.manifest import read_manifest_summary
+from maskgit_pl.data.manifest import read_manifest_summary
 from tests.test_readme import ROOT, python_blocks
 from tests.test_readme_commands import commands_of, words
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from maskgit_pl.data.folders import replace_folder, resolve_folder, write_folder
 from maskgit_pl.files import (
     check_writable,
     read_json,
@@ -19,7 +20,6 @@ from maskgit_pl.files import (
     write_tensors,
     write_text,
 )
-from maskgit_pl.folders import replace_folder, resolve_folder, write_folder
 
 
 @pytest.mark.parametrize(

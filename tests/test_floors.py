@@ -12,24 +12,23 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "maskgit_pl"
 FLOORS = {  # a file or a folder -> its floor; a folder's files stand on its floor
     "errors": 0,
+    "text": 0,
     "checks": 0,
     "schema": 0,
-    "devices": 0,
-    "interruption": 0,
-    "progress": 0,
-    "files": 0,
-    "folders": 0,
-    "zip_directory": 0,
     "image_format": 0,
-    "lazy_names": 0,
-    "flag_values": 0,
-    "launcher": 0,
-    "locks": 0,
     "registry": 0,
+    "lazy_names": 0,
+    "files": 0,
     "safe_yaml": 0,
-    "text": 0,
-    "provenance": 0,
+    "zip_directory": 0,
+    "locks": 0,
+    "processes": 0,
+    "parallel": 0,
+    "launcher": 0,
+    "progress": 0,
     "distributed": 0,
+    "devices": 0,
+    "provenance": 0,
     "randomness": 0,
     "halton": 0,
     "schedules": 1,
@@ -39,28 +38,17 @@ FLOORS = {  # a file or a folder -> its floor; a folder's files stand on its flo
     "masking": 2,
     "decoding": 2,
     "losses": 2,
-    "code_clusters": 2,
-    "objectives": 3,
+    "code_clusters": 3,
     "corruption": 3,
-    "shards": 2,
-    "datasets": 3,
-    "pretrained": 3,
-    "editing": 3,
-    "imaging": 3,
-    "data": 4,
-    "estimates": 3,
-    "training": 4,
-    "tokenizer_config": 5,
-    "tokenizer_losses": 5,
-    "tokenizer": 5,
-    "token_model_config": 5,
-    "optimized_model": 5,
-    "token_model": 5,
-    "mvtm": 5,
+    "objectives": 3,
+    "data": 3,
+    "pipeline": 4,
+    "training": 5,
+    "tokenizer_losses": 6,
+    "tokenizer": 6,
+    "mvtm": 6,
     "autoregressive": 6,
-    "pipeline": 7,
     "importers": 7,
-    "diffusers_export": 8,
     "runs": 8,
     "evaluation": 9,  # it measures what the pipeline generates
     "web": 10,
@@ -71,7 +59,7 @@ FLOORS = {  # a file or a folder -> its floor; a folder's files stand on its flo
 INNER = (  # a folder and the folders inside it: each may import those before it, never those after it
     ("evaluation", "evaluation/reports"),
     ("networks/quantizers", "networks"),
-    ("shards", "shards/sources"),
+    ("data", "data/sources"),
 )
 LIGHTNING_FROM = 3
 MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))
@@ -106,7 +94,7 @@ def for_types(node: ast.AST) -> bool:
 
 @cache
 def imported(module: str, *, at_import: bool = False) -> frozenset[str]:
-    """Returns the dotted names that a module imports, e.g. ``torch.nn`` or ``maskgit_pl.shards.index``."""
+    """Returns the dotted names that a module imports, e.g. ``torch.nn`` or ``maskgit_pl.data.index``."""
     names: set[str] = set()
     for statement in statements(module, at_import=at_import):
         if isinstance(statement, ast.Import):
@@ -229,7 +217,7 @@ READERS = {  # modules that parse JSON or YAML themselves, and why; all others u
     "pipeline/bulk_plan": "its own plan",
     "runs/heartbeat": "what the ranks of the run tell one another",
     "runs/recipe_schema": "a file of the package",
-    "shards/token_writer": "its own values",
+    "data/token_writer": "its own values",
 }
 
 
@@ -247,7 +235,7 @@ def forbidden_loads(module: str, node: ast.Call, named: dict[str | None, str]) -
 
 
 def test_the_package_is_read():
-    assert {"registry", "shards/index", "runs/recipe", "networks/transformer"} <= set(MODULES)
+    assert {"registry", "data/index", "runs/recipe", "networks/transformer"} <= set(MODULES)
     assert own("masking") == {"checks", "mask_positions", "mask_ratios", "randomness", "schedules"}
     assert "torch" in {name.split(".")[0] for name in imported("randomness")}
 
@@ -312,7 +300,7 @@ def test_a_command_imports_files_of_flags_and_they_one_base():
 NAMES_CONTRIB = {  # modules with a registry or a table of names, which import parts of contrib by a string
     "cli/__init__": "the table of commands",
     "cli/export": "the formats of an export",
-    "datasets": "the public data sets",
+    "data/sources/public": "the public data sets",
     "networks/quantizers/base": "the registry of quantizers",
 }
 
@@ -391,8 +379,9 @@ def test_the_check_of_floors_finds_what_it_is_for(monkeypatch):
     above = ("data/__init__", "masking", "pipeline/__init__")
     assert list(upwards("schedules")) == [f"schedules imports {other}" for other in above]
     # Its own floor, another folder.
-    assert list(upwards("importers/jax")) == ["importers/jax imports pipeline/__init__"]
-    assert list(upwards("mvtm")) == ["mvtm imports pipeline/__init__"]
+    assert list(upwards("decoding/plan")) == [f"decoding/plan imports {other}" for other in above]
+    assert list(upwards("masking")) == ["masking imports data/__init__", "masking imports pipeline/__init__"]
+    assert list(upwards("pipeline/model")) == []
     assert list(upwards("cli/train")) == []
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from maskgit_pl.data.images import encode_png
+from maskgit_pl.data.sources.opening import open_source
+from maskgit_pl.data.writer import make_shards
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
-from maskgit_pl.shards.images import encode_png
-from maskgit_pl.shards.sources import open_source
-from maskgit_pl.shards.writer import make_shards
 
 REPOSITORY = Path(__file__).parents[1]
 EXAMPLE = REPOSITORY / "docs" / "from_python.py"

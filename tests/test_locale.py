@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from maskgit_pl.contrib.graph_export import PACKAGES
-from maskgit_pl.shards.images import encode_png
+from maskgit_pl.data.images import encode_png
 
 C = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 UTF_8 = {"LC_ALL": "C.UTF-8"}

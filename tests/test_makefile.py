@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from maskgit_pl.datasets import public_datasets
+from maskgit_pl.data.sources.public import public_datasets
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "Makefile").read_text()

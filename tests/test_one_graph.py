@@ -15,9 +15,9 @@ from maskgit_pl.data.step_module import StepDataModule
 from maskgit_pl.networks.adaln import AdaLNConfig
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.objectives import objectives
-from maskgit_pl.token_model import TokenModel
 from maskgit_pl.training.compile_and_checkpointing import check_compiled
 from maskgit_pl.training.optimizers import OptimizerConfig
+from maskgit_pl.training.token_model import TokenModel
 from tests.modules import RATE, autoregressive_model, masked_model
 
 SIZES = {"embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_dim": 32, "dropout": 0.0}

@@ -6,10 +6,13 @@ import pytest
 import torch
 from PIL import Image
 
-from maskgit_pl import pretrained
+from maskgit_pl.data.crops import fit_image
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.shards.crops import fit_image
+from maskgit_pl.pipeline.pretrained import (
+    load_tokenizer,
+    save_tokenizer,
+)
 from tests.conftest import save_tiny_pretrained
 
 
@@ -118,9 +121,9 @@ def test_a_pipeline_saved_in_bfloat16_still_fits_together(tiny_pretrained, tmp_p
 
 def test_refuses_a_tokenizer_that_the_transformer_does_not_know(tiny_pretrained, tmp_path) -> None:
     shutil.copytree(tiny_pretrained, tmp_path / "mixed")
-    other = pretrained.load_tokenizer(tmp_path / "mixed" / "tokenizer")
+    other = load_tokenizer(tmp_path / "mixed" / "tokenizer")
     weights = {name: tensor + 1 for name, tensor in other.network.state_dict().items()}
-    pretrained.save_tokenizer(tmp_path / "mixed" / "tokenizer", other.network.config, weights, image_size=8)
+    save_tokenizer(tmp_path / "mixed" / "tokenizer", other.network.config, weights, image_size=8)
     with pytest.raises(ValueError, match="transformer must be used with the tokenizer that it was trained with"):
         MaskGIT.from_pretrained(tmp_path / "mixed")
 

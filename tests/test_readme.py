@@ -11,7 +11,7 @@ from maskgit_pl import __version__
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.pretrained import fingerprint, save_tokenizer, save_transformer
+from maskgit_pl.pipeline.pretrained import fingerprint, save_tokenizer, save_transformer
 from maskgit_pl.runs.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]

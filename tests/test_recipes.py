@@ -10,7 +10,7 @@ import yaml
 from maskgit_pl.networks.backbone import build_config
 from maskgit_pl.networks.transformer import AutoregressiveTransformer
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.pretrained import load_tokenizer, load_transformer
+from maskgit_pl.pipeline.pretrained import load_tokenizer, load_transformer
 from maskgit_pl.runs.layers import merge
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Recipe

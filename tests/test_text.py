@@ -13,7 +13,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from matplotlib.figure import Figure
 
-from maskgit_pl.imaging import image_grid
+from maskgit_pl.pipeline.imaging_grids import image_grid
 from maskgit_pl.text import (
     PrintableFormatter,
     code_span,

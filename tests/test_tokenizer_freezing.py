@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from maskgit_pl.tokenizer_config import AdversarialConfig
+from maskgit_pl.training.tokenizer_losses import AdversarialConfig
 from tests.test_tokenizer import ADVERSARIAL, NETWORK, batch_of, fit, tokenizer
 
 pytestmark = [

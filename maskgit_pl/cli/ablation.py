@@ -18,9 +18,9 @@ from maskgit_pl.cli.flags import format_flag, read_device_flag, use_flag_names
 from maskgit_pl.errors import RunError
 from maskgit_pl.evaluation import reports
 from maskgit_pl.evaluation.pages import command_line
-from maskgit_pl.flag_values import parse_integers
 from maskgit_pl.progress import progress_bars
 from maskgit_pl.runs.ablation_plan import AblationConfig, Factor, parse_budget, parse_factor
+from maskgit_pl.runs.flag_values import parse_integers
 from maskgit_pl.runs.plan import plan_run
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.recipe_files import DEFAULT_DATASET

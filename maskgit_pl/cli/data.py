@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 from maskgit_pl.cli import data_fetch
 from maskgit_pl.cli.flags import check_outputs, use_flag_names
-from maskgit_pl.flag_values import parse_image_size
 from maskgit_pl.image_format import ImageSize
 from maskgit_pl.locks import hold_lock
 from maskgit_pl.progress import named_bars
+from maskgit_pl.runs.flag_values import parse_image_size
 
 if TYPE_CHECKING:
-    from maskgit_pl.shards.sources import Source
+    from maskgit_pl.data.samples import Source
 
 __all__ = ["add_parser", "make"]
 
@@ -167,9 +167,9 @@ def make(
     workers: int | None = 1,
 ) -> None:
     """Makes a data folder with a progress bar and prints its content."""
-    from maskgit_pl.shards.manifest import read_manifest_summary
-    from maskgit_pl.shards.report import describe_data, unreadable_lines, untrained_lines
-    from maskgit_pl.shards.writer import make_shards
+    from maskgit_pl.data.manifest import read_manifest_summary
+    from maskgit_pl.data.report import describe_data, unreadable_lines, untrained_lines
+    from maskgit_pl.data.writer import make_shards
 
     # The lock is held until the manifest is written, so that two commands never write to the same folder.
     with hold_lock(out, hint="give another --out"), named_bars("samples") as advance:
@@ -190,7 +190,7 @@ def make(
 
 
 def _make(args: argparse.Namespace) -> int:
-    from maskgit_pl.shards.sources import HUB_PREFIX, open_source
+    from maskgit_pl.data.sources.opening import HUB_PREFIX, open_source
 
     names = _class_names(args)
     size = None if args.image_size is None else parse_image_size("--image-size", args.image_size)
@@ -219,9 +219,9 @@ def _make(args: argparse.Namespace) -> int:
 
 def _report_duplicates(folder: Path) -> None:
     """Prints which images are equal, if any; for large data, which take long to read again, the command that does."""
-    from maskgit_pl.shards.duplicates import find_duplicates
-    from maskgit_pl.shards.manifest import load_manifests
-    from maskgit_pl.shards.report import duplicate_lines
+    from maskgit_pl.data.duplicates import find_duplicates
+    from maskgit_pl.data.manifest import load_manifests
+    from maskgit_pl.data.report import duplicate_lines
 
     if sum(file.stat().st_size for file in folder.glob("*.tar")) > _MOST_COMPARED:
         print(f"  duplicates: not searched for in so much data; `maskgit data stats {folder}` does")
@@ -232,11 +232,11 @@ def _report_duplicates(folder: Path) -> None:
 
 
 def _index(args: argparse.Namespace) -> int:
-    from maskgit_pl.shards.class_names import find_class_names
-    from maskgit_pl.shards.index import index_shards
-    from maskgit_pl.shards.manifest import read_manifest_summary
-    from maskgit_pl.shards.report import describe_data, index_lines, untrained_lines
-    from maskgit_pl.shards.shard_files import locate_shards, split_shards
+    from maskgit_pl.data.class_names import find_class_names
+    from maskgit_pl.data.index import index_shards
+    from maskgit_pl.data.manifest import read_manifest_summary
+    from maskgit_pl.data.report import describe_data, index_lines, untrained_lines
+    from maskgit_pl.data.shard_files import locate_shards, split_shards
 
     folder, found = locate_shards(args.shards)
     shards, how = split_shards(folder, found, train=args.train, val=args.val, val_fraction=args.val_fraction)
@@ -265,9 +265,9 @@ def _index(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from maskgit_pl.shards.report import describe_bad_files, describe_verification
-    from maskgit_pl.shards.store_description import is_store
-    from maskgit_pl.shards.verify import verify_shards
+    from maskgit_pl.data.report import describe_bad_files, describe_verification
+    from maskgit_pl.data.store_description import is_store
+    from maskgit_pl.data.verify import verify_shards
 
     # A token store has another manifest and no images.
     if is_store(args.folder):
@@ -286,9 +286,9 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _verify_store(folder: Path, *, decode: bool) -> int:
-    from maskgit_pl.shards.report import describe_bad_files, describe_store_verification
-    from maskgit_pl.shards.store_description import DESCRIPTION_FILE, REMAKE_HINT
-    from maskgit_pl.shards.verify import verify_store
+    from maskgit_pl.data.report import describe_bad_files, describe_store_verification
+    from maskgit_pl.data.store_description import DESCRIPTION_FILE, REMAKE_HINT
+    from maskgit_pl.data.verify import verify_store
 
     if decode:
         raise ValueError(f"--decode must be left out for a token store, which has no images, got {folder}")
@@ -300,9 +300,9 @@ def _verify_store(folder: Path, *, decode: bool) -> int:
 
 
 def _stats(args: argparse.Namespace) -> int:
-    from maskgit_pl.shards.duplicates import find_duplicates
-    from maskgit_pl.shards.report import duplicate_lines, statistics_lines
-    from maskgit_pl.shards.stats import read_statistics, statistics_as_json
+    from maskgit_pl.data.duplicates import find_duplicates
+    from maskgit_pl.data.report import duplicate_lines, statistics_lines
+    from maskgit_pl.data.stats import read_statistics, statistics_as_json
 
     check_outputs(args, out=".png")
     statistics = read_statistics(args.folder)
@@ -321,7 +321,7 @@ def _stats(args: argparse.Namespace) -> int:
         if duplicates is not None:
             print("\n".join(["", *duplicate_lines(duplicates)]))
     if args.out is not None:
-        from maskgit_pl.imaging.contact_sheet import draw_contact_sheet
+        from maskgit_pl.pipeline.contact_sheet import draw_contact_sheet
 
         draw_contact_sheet(statistics, args.out)
         if not args.json:
@@ -330,6 +330,6 @@ def _stats(args: argparse.Namespace) -> int:
 
 
 def _class_names(args: argparse.Namespace) -> list[str] | None:
-    from maskgit_pl.shards.class_names import parse_class_names
+    from maskgit_pl.data.class_names import parse_class_names
 
     return None if args.class_names is None else parse_class_names(args.class_names)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from maskgit_pl.checks import check_choice
-from maskgit_pl.datasets import Dataset, public_datasets
+from maskgit_pl.data.sources.public import Dataset, public_datasets
 
 if TYPE_CHECKING:
-    from maskgit_pl.shards.samples import Source
+    from maskgit_pl.data.samples import Source
 
 __all__ = ["add_parser"]
 

@@ -13,7 +13,7 @@ from maskgit_pl.checks import check_seed
 from maskgit_pl.cli.flags import add_device_argument, add_dtype_argument, check_at_least, format_flag, use_flag_names
 from maskgit_pl.cli.negative_flags import add_negative_model_argument, check_negative_model_flag
 from maskgit_pl.decoding.config import DecodingConfig
-from maskgit_pl.flag_values import parse_json_spec, parse_list
+from maskgit_pl.runs.flag_values import parse_json_spec, parse_list
 
 if TYPE_CHECKING:
     from maskgit_pl.pipeline.outline import Outline

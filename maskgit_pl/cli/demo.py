@@ -17,8 +17,8 @@ from types import FrameType
 from typing import NamedTuple
 
 from maskgit_pl.cli.run_flags import add_new_run_arguments
-from maskgit_pl.datasets import public_datasets
-from maskgit_pl.interruption import SIGNALS
+from maskgit_pl.data.sources.public import public_datasets
+from maskgit_pl.processes import SIGNALS
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.recipe_files import DEFAULT_DATASET, STAGES
 

@@ -14,11 +14,11 @@ from maskgit_pl.checks import check_integer
 from maskgit_pl.cli.flags import use_flag_names
 from maskgit_pl.cli.run_flags import add_run_arguments, read_folder_flags, read_recipe_flags
 from maskgit_pl.errors import BAD_INPUT, is_user_error
-from maskgit_pl.estimates.gpus import GPUS
 from maskgit_pl.runs.machines import Machines
 from maskgit_pl.runs.preflight_report import Check, Preflight
 from maskgit_pl.runs.units import parse_size
 from maskgit_pl.text import printable
+from maskgit_pl.training.gpus import GPUS
 
 if TYPE_CHECKING:
     from rich.console import Console

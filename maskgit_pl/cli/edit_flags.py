@@ -37,8 +37,8 @@ def add_variant_arguments(parser: argparse.ArgumentParser, *, dilation: int, cla
 
 def check_variant_flags(args: argparse.Namespace) -> None:
     """Checks ``--variants`` and ``--dilation``."""
-    from maskgit_pl.editing import check_dilation
     from maskgit_pl.pipeline.options import MAX_RESULTS
+    from maskgit_pl.pipeline.regions import check_dilation
 
     check_integer("--variants", args.variants, f"[1, {MAX_RESULTS}]")
     with use_flag_names(args):
@@ -74,7 +74,7 @@ def add_overlap_argument(parser: argparse.ArgumentParser) -> None:
 
 def check_overlap_flag(args: argparse.Namespace) -> None:
     """Checks ``--overlap``."""
-    from maskgit_pl.editing import check_overlap
+    from maskgit_pl.pipeline.editing_canvas import check_overlap
 
     with use_flag_names(args):
         check_overlap(args.overlap)

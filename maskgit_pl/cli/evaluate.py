@@ -15,9 +15,9 @@ from maskgit_pl.cli.evaluation_flags import (
     read_measuring_flags,
 )
 from maskgit_pl.cli.flags import check_at_least, check_outputs, use_flag_names
-from maskgit_pl.flag_values import parse_features
 from maskgit_pl.launcher import local_rank
 from maskgit_pl.progress import progress_bars
+from maskgit_pl.runs.flag_values import parse_features
 
 __all__ = ["add_parser", "run"]
 

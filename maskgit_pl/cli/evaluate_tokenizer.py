@@ -8,8 +8,8 @@ from pathlib import Path
 
 from maskgit_pl.cli.evaluation_flags import add_worker_argument
 from maskgit_pl.cli.flags import add_device_argument, add_dtype_argument, check_at_least, check_outputs, use_flag_names
-from maskgit_pl.flag_values import parse_features
 from maskgit_pl.progress import progress_bars
+from maskgit_pl.runs.flag_values import parse_features
 
 __all__ = ["add_parser", "run"]
 

@@ -10,7 +10,7 @@ from maskgit_pl.checks import check_number
 from maskgit_pl.cli.flags import FOLDER, add_device_argument, add_dtype_argument, check_at_least, check_outputs
 from maskgit_pl.cli.negative_flags import add_negative_model_argument, check_negative_model_flag
 from maskgit_pl.cli.tables import print_rows
-from maskgit_pl.flag_values import parse_features, parse_numbers
+from maskgit_pl.runs.flag_values import parse_features, parse_numbers
 
 if TYPE_CHECKING:
     from maskgit_pl.evaluation.pages import Page

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out is None:
         raise ValueError(f"--out must name the folder to write with --format {args.format}, such as --out exported")
     if args.format == "diffusers":
-        from maskgit_pl.diffusers_export.exporting import export_diffusers  # torch takes seconds to import
+        from maskgit_pl.pipeline.diffusers_export import export_diffusers  # torch takes seconds to import
 
         export_diffusers(args.folder, args.out, replace=args.replace)
         load = f"DiffusionPipeline.from_pretrained({str(args.out)!r}, trust_remote_code=True)"

@@ -24,7 +24,7 @@ from maskgit_pl.runs.units import count_text
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from maskgit_pl.shards.images import ImageHeader
+    from maskgit_pl.data.images import ImageHeader
 
 __all__ = ["add_parser", "run"]
 
@@ -77,22 +77,28 @@ def run(args: argparse.Namespace) -> int:
     header, box = _read_region(args)
     folder, outline = find_model(args)
     label = outline.parse_class(args.class_)
-    from maskgit_pl import editing
+    from maskgit_pl.pipeline.pixels import (
+        check_fits,
+        fit_to_model,
+        image_pixels,
+        mask_pixels,
+    )
+    from maskgit_pl.pipeline.regions import (
+        box_mask,
+        pixel_region,
+        token_mask,
+    )
 
     size, name = outline.image_size, f"image {args.image}"
-    editing.check_fits(header.height, header.width, image_size=size, fit=args.fit, name=name)
+    check_fits(header.height, header.width, image_size=size, fit=args.fit, name=name)
     outline.check_parallel("inpaint")
     decoding = read_decoding_flags(args, outline)
-    from maskgit_pl.imaging import edit_sheet
     from maskgit_pl.pipeline.display import describe_settings
+    from maskgit_pl.pipeline.imaging_grids import edit_sheet
 
-    image = editing.image_pixels(args.image, channels=outline.channels)
-    mask = (
-        editing.mask_pixels(args.mask)
-        if box is None
-        else editing.box_mask(box, height=header.height, width=header.width)
-    )
-    image, mask = editing.fit_to_model(image, mask, image_size=size, fit=args.fit, name=name)
+    image = image_pixels(args.image, channels=outline.channels)
+    mask = mask_pixels(args.mask) if box is None else box_mask(box, height=header.height, width=header.width)
+    image, mask = fit_to_model(image, mask, image_size=size, fit=args.fit, name=name)
     pipe = open_pipe(folder, args)
     with record_steps("inpainting", is_recording=wants_decoding(args)) as (after_step, steps):
         made = pipe.inpaint(
@@ -100,9 +106,9 @@ def run(args: argparse.Namespace) -> int:
         )
     variants = cast("Tensor", made)  # output_type "pt"
     # The sheet shows the box or mask of the user, and the larger region of whole tokens that was generated.
-    unknown = editing.token_mask(mask, factor=outline.token_size, dilation=args.dilation)
+    unknown = token_mask(mask, factor=outline.token_size, dilation=args.dilation)
     height, width = height_width(size)
-    region = editing.pixel_region(unknown, factor=outline.token_size, height=height, width=width)
+    region = pixel_region(unknown, factor=outline.token_size, height=height, width=width)
     described, seeds = outline.describe_class(label), list_seeds(args)
     title = f"{args.image.name}: {described}, {describe_settings(decoding)}"
     texts = [f"seed {seed}" for seed in seeds]
@@ -120,7 +126,8 @@ def _read_region(args: argparse.Namespace) -> tuple[ImageHeader, list[int] | Non
     if (args.box is None) == (args.mask is None):
         got = "neither" if args.box is None else "both"
         raise ValueError(f"one of --box and --mask must be given, got {got}; they name the region to generate")
-    from maskgit_pl.editing import check_box, check_mask_file, parse_box, read_image_header
+    from maskgit_pl.pipeline.pixels import check_mask_file, read_image_header
+    from maskgit_pl.pipeline.regions import check_box, parse_box
 
     image = read_image_header(args.image)
     if args.box is None:

@@ -30,7 +30,7 @@ from maskgit_pl.runs.units import count_text
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from maskgit_pl.editing import Margins
+    from maskgit_pl.pipeline.editing_canvas import Margins
 
 __all__ = ["add_parser", "run"]
 
@@ -67,19 +67,26 @@ def run(args: argparse.Namespace) -> int:
     check_seed_and_batch(args)
     check_variant_flags(args)
     check_outputs(args, **PICTURES)
-    from maskgit_pl import editing
+    from maskgit_pl.pipeline.pixels import (
+        image_pixels,
+        read_image_header,
+    )
+    from maskgit_pl.pipeline.regions import (
+        pixel_region,
+        token_mask,
+    )
 
-    header = editing.read_image_header(args.image)
+    header = read_image_header(args.image)
     folder, outline = find_model(args)
     label = outline.parse_class(args.class_)
     with use_flag_names(args):
         added.check((header.height, header.width), factor=outline.token_size, least=outline.image_size)
     outline.check_parallel("outpaint")
     decoding = read_decoding_flags(args, outline)
-    from maskgit_pl.imaging import edit_sheet
     from maskgit_pl.pipeline.display import describe_settings
+    from maskgit_pl.pipeline.imaging_grids import edit_sheet
 
-    image = editing.image_pixels(args.image, channels=outline.channels)
+    image = image_pixels(args.image, channels=outline.channels)
     pipe = open_pipe(folder, args)
     options = {**dict(zip(_SIDES, added.sides, strict=True)), **read_edit_flags(args, label)}
     with record_steps("outpainting", is_recording=wants_decoding(args)) as (after_step, steps):
@@ -90,8 +97,8 @@ def run(args: argparse.Namespace) -> int:
     # (H + up + down, W + left + right): True outside the image, and the image on the canvas.
     outside, original = added.outside(header.height, header.width), added.pad(image, size=1)
     # With --dilation, tokens along the border of the image are generated again too.
-    unknown = editing.token_mask(outside, factor=outline.token_size, dilation=args.dilation)
-    region = editing.pixel_region(unknown, factor=outline.token_size, height=outside.shape[0], width=outside.shape[1])
+    unknown = token_mask(outside, factor=outline.token_size, dilation=args.dilation)
+    region = pixel_region(unknown, factor=outline.token_size, height=outside.shape[0], width=outside.shape[1])
     described, seeds = outline.describe_class(label), list_seeds(args)
     title = f"{args.image.name}: {described}, {describe_settings(decoding)}"
     texts = [f"seed {seed}" for seed in seeds]
@@ -109,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _read_margins(args: argparse.Namespace) -> Margins:
     """Returns the pixels to add on each side from the flags, checked without the image."""
-    from maskgit_pl.editing import Margins  # imports neither torch nor PIL
+    from maskgit_pl.pipeline.editing_canvas import Margins  # imports neither torch nor PIL
 
     given = {side: getattr(args, side) for side in _SIDES}
     sides = {side: (args.all or 0) if pixels is None else pixels for side, pixels in given.items()}

@@ -67,7 +67,7 @@ def record_steps(
     """
     from rich.progress import Progress
 
-    from maskgit_pl.imaging import StepRecorder
+    from maskgit_pl.pipeline.recording import StepRecorder
 
     record = StepRecorder()
     # The bar disappears at the end, so that only the names of the files stay on the terminal.
@@ -133,7 +133,7 @@ def write_generated(
         labels: (n) classes; None is "no class".
         recording: Decoding of the first images; None without ``--gif`` and ``--filmstrip``.
     """
-    from maskgit_pl.imaging import save_images, save_png
+    from maskgit_pl.pipeline.imaging_grids import save_images, save_png
 
     make_folder(args.out.parent)
     save_png(sheet, args.out)

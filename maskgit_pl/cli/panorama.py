@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     check_outputs(args, **PICTURES)
     folder, outline = find_model(args)
     labels = outline.parse_classes(args.classes)
-    from maskgit_pl.editing import check_canvas
+    from maskgit_pl.pipeline.editing_canvas import check_canvas
 
     # The size and the settings are checked before torch is imported.
     height = outline.least_canvas[0] if args.height is None else args.height
@@ -65,9 +65,9 @@ def run(args: argparse.Namespace) -> int:
         check_canvas(height, args.width, factor=outline.token_size, least=outline.image_size)
     outline.check_parallel("panorama")
     decoding = read_decoding_flags(args, outline)
-    from maskgit_pl.imaging import image_grid
-    from maskgit_pl.imaging.layout import add_title
     from maskgit_pl.pipeline.display import describe_settings
+    from maskgit_pl.pipeline.grids import add_title
+    from maskgit_pl.pipeline.imaging_grids import image_grid
 
     pipe = open_pipe(folder, args)
     with record_steps("panorama", is_recording=wants_decoding(args)) as (after_step, steps):

@@ -16,8 +16,8 @@ from maskgit_pl.cli.evaluation_flags import (
 from maskgit_pl.cli.flags import FOLDER, check_at_least, check_outputs, format_flag, use_flag_names
 from maskgit_pl.cli.tables import add_json_argument
 from maskgit_pl.evaluation import reports
-from maskgit_pl.flag_values import parse_numbers
 from maskgit_pl.progress import progress_bars
+from maskgit_pl.runs.flag_values import parse_numbers
 
 __all__ = ["add_parser", "run_figure", "run_table"]
 

@@ -206,7 +206,7 @@ def _generate_picture(
     pipe: MaskGIT, classes: list[int], negative: int | None, decoding: DecodingConfig, args: argparse.Namespace
 ) -> None:
     """Generates ``--per-class`` images of each class and writes the requested files."""
-    from maskgit_pl.imaging import image_grid
+    from maskgit_pl.pipeline.imaging_grids import image_grid
 
     per_class: int = args.per_class
     # One row of the picture for each class.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from maskgit_pl.cli.flags import check_at_least, check_outputs, make_folder, use_flag_names
 from maskgit_pl.cli.tables import add_json_argument, print_rows
-from maskgit_pl.flag_values import parse_specs
+from maskgit_pl.runs.flag_values import parse_specs
 
 if TYPE_CHECKING:
     from maskgit_pl.schedules import MaskSchedule

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from maskgit_pl import interruption, runs
+from maskgit_pl import processes, runs
 from maskgit_pl.cli.run_flags import WantedFolders, add_run_arguments, read_folder_flags, read_recipe_flags
 from maskgit_pl.runs.fitting import fit
 from maskgit_pl.runs.plan import plan_run
@@ -36,7 +36,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Trains the stage, or prints its recipe or its plan."""
-    with interruption.catch_stop_signals(until="exit"):
+    with processes.catch_stop_signals(until="exit"):
         recipe = read_recipe_flags(args)
         folders = read_folder_flags(args, recipe)
         if args.print_config:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from maskgit_pl.checks import check_integer, check_number
 from maskgit_pl.cli.flags import add_device_argument, format_flag, use_flag_names
-from maskgit_pl.flag_values import parse_image_size
 from maskgit_pl.progress import progress_bars
+from maskgit_pl.runs.flag_values import parse_image_size
 
 __all__ = ["add_parser", "run"]
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from maskgit_pl.cli.evaluation_flags import add_measured_run_arguments, read_measuring_flags, read_num_steps_flag
 from maskgit_pl.cli.flags import FOLDER, check_at_least, check_outputs, use_flag_names
-from maskgit_pl.flag_values import parse_specs
 from maskgit_pl.progress import progress_bars
+from maskgit_pl.runs.flag_values import parse_specs
 
 if TYPE_CHECKING:
     from maskgit_pl.decoding import DecodingConfig

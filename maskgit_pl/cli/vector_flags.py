@@ -46,7 +46,7 @@ def read_vectors_flag(args: argparse.Namespace, outline: Outline) -> npt.NDArray
         raise ValueError(f"--vectors must be left out: the model was trained without vectors, got {args.vectors}")
     import numpy as np
 
-    from maskgit_pl.shards.mapped_array import map_array
+    from maskgit_pl.data.mapped_array import map_array
 
     try:
         array = map_array(args.vectors)

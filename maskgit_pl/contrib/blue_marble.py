@@ -19,13 +19,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from maskgit_pl.datasets import Dataset, run_command
+from maskgit_pl.data.sources.public import Dataset, run_command
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from maskgit_pl.shards.manifest import Split
-    from maskgit_pl.shards.samples import Sample, Source
+    from maskgit_pl.data.manifest import Split
+    from maskgit_pl.data.samples import Sample, Source
 
 __all__ = ["DATASET", "BlueMarble", "BlueMarbleTiles", "label_at"]
 
@@ -175,8 +175,8 @@ class BlueMarbleTiles:
         """Yields tiles of a split as PNG."""
         import torch  # it takes seconds, and this file is imported for --help
 
-        from maskgit_pl.shards.images import encode_png
-        from maskgit_pl.shards.samples import Sample
+        from maskgit_pl.data.images import encode_png
+        from maskgit_pl.data.samples import Sample
 
         tiles = [tile for tile in self.tiles if tile.split == split]
         for tile in tiles[places.start : places.stop]:

@@ -18,13 +18,13 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from maskgit_pl.datasets import Dataset, run_command
+from maskgit_pl.data.sources.public import Dataset, run_command
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from maskgit_pl.shards.manifest import Split
-    from maskgit_pl.shards.samples import Sample, Source
+    from maskgit_pl.data.manifest import Split
+    from maskgit_pl.data.samples import Sample, Source
 
 __all__ = ["CLASSES", "DATASET", "PACKAGES", "Emoji", "EmojiImages", "Package", "base_of"]
 
@@ -272,8 +272,8 @@ class EmojiImages:
         """Yields images of a split as PNG."""
         import torch  # it takes seconds, and this file is imported for --help
 
-        from maskgit_pl.shards.images import encode_png
-        from maskgit_pl.shards.samples import Sample
+        from maskgit_pl.data.images import encode_png
+        from maskgit_pl.data.samples import Sample
 
         pictures = [picture for picture in self.pictures if self.splits[picture.name] == split]
         margin = (self.size - _PICTURE_SIZE) // 2
@@ -313,8 +313,8 @@ def _find(table: Iterable[Mapping[str, Any]], artworks: Mapping[str, Artwork]) -
 
 def _decode(data: bytes, name: str) -> Tensor:
     """Decodes a picture over white, (3, 64, 64) uint8."""
-    from maskgit_pl.shards.image_bytes import UnreadableImageError  # it imports torch
-    from maskgit_pl.shards.images import decode_image, parse_image_header
+    from maskgit_pl.data.image_bytes import UnreadableImageError  # it imports torch
+    from maskgit_pl.data.images import decode_image, parse_image_header
 
     header = parse_image_header(data, name=name)
     if (header.height, header.width) != (_PICTURE_SIZE, _PICTURE_SIZE):

@@ -23,7 +23,7 @@ from maskgit_pl.data import Batch
 from maskgit_pl.evaluation.reconstruction import psnr
 from maskgit_pl.files import parse_any_json, size_text
 from maskgit_pl.networks.quantizers import quantizers
-from maskgit_pl.pretrained import PretrainedTokenizer
+from maskgit_pl.pipeline.networks import PretrainedTokenizer
 from maskgit_pl.runs.layers import value_at
 from maskgit_pl.text import printable
 from maskgit_pl.training.health import FILE_NAME

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from maskgit_pl.checks import check_number, shorten
+from maskgit_pl.data.crops import Crop, check_crop, fit_image, resize
 from maskgit_pl.randomness import random_uniform
 from maskgit_pl.registry import Registry, derives_from
-from maskgit_pl.shards.crops import Crop, check_crop, fit_image, resize
 
 __all__ = ["CENTER", "Augment", "Augmentation", "Augmentations", "augmentations", "build_augmentations"]
 

@@ -20,18 +20,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from maskgit_pl.data.augmentations import CENTER, Augmentations
+from maskgit_pl.data.crops import Place
+from maskgit_pl.data.images import UnreadableImageError, decode_image, load_image_into
 from maskgit_pl.data.order import Order, Rows
+from maskgit_pl.data.reader import ShardReader
+from maskgit_pl.data.token_store import TokenReader
+from maskgit_pl.data.unreadable import MAX_IN_A_ROW, Unreadable, UnreadableImages
+from maskgit_pl.data.vectors import VectorReader
 from maskgit_pl.errors import INTERNAL_ERROR, DataWorkerError, RunError, exit_code_of
 from maskgit_pl.image_format import ImageSize, height_width
-from maskgit_pl.interruption import ignore_job_signals
 from maskgit_pl.masking import Draws
+from maskgit_pl.processes import ignore_job_signals
 from maskgit_pl.randomness import random_bits, random_uniform
-from maskgit_pl.shards.crops import Place
-from maskgit_pl.shards.images import UnreadableImageError, decode_image, load_image_into
-from maskgit_pl.shards.reader import ShardReader
-from maskgit_pl.shards.tokens import TokenReader
-from maskgit_pl.shards.unreadable import MAX_IN_A_ROW, Unreadable, UnreadableImages
-from maskgit_pl.shards.vectors import VectorReader
 
 __all__ = ["Batch", "ImageBatches", "StepLoader", "TokenBatches", "check_batch", "flip", "make_loader"]
 

@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 from maskgit_pl.checks import check_choice, check_integer, check_seed
 from maskgit_pl.data.augmentations import Augmentations, build_augmentations
+from maskgit_pl.data.braces import MAX_NAMES, expand_braces
+from maskgit_pl.data.crops import Crop
+from maskgit_pl.data.labels import MAX_CLASSES, Labels
 from maskgit_pl.data.order import BATCH_SIZE_RANGE, check_window
+from maskgit_pl.data.unreadable import check_budget
 from maskgit_pl.image_format import ImageSize, check_channels, check_image_size
-from maskgit_pl.shards.braces import MAX_NAMES, expand_braces
-from maskgit_pl.shards.crops import Crop
-from maskgit_pl.shards.labels import MAX_CLASSES, Labels
-from maskgit_pl.shards.unreadable import check_budget
 
 __all__ = ["ShardDataConfig", "StreamConfig", "check_stream", "expand_urls"]
 

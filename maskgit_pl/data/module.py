@@ -15,6 +15,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from maskgit_pl.data.augmentations import CENTER, Augmentations
 from maskgit_pl.data.batches import Batch, ImageBatches, StepLoader, TokenBatches, make_loader
 from maskgit_pl.data.config import ShardDataConfig
+from maskgit_pl.data.manifest import (
+    DataSummary,
+    Split,
+    check_vectors,
+    describe_resizing,
+    load_manifest,
+    load_manifests,
+    read_manifest_summary,
+)
 from maskgit_pl.data.order import (
     EvalBatchSampler,
     InOrder,
@@ -24,23 +33,14 @@ from maskgit_pl.data.order import (
     WindowedStream,
     split_batch,
 )
+from maskgit_pl.data.reader import ShardReader
 from maskgit_pl.data.step_module import StepDataModule
+from maskgit_pl.data.store_description import StoreDescription, augmentations_text, check_origin
 from maskgit_pl.data.stream import StreamBatches, StreamEval
+from maskgit_pl.data.token_store import TokenReader, open_store
+from maskgit_pl.data.vectors import VectorReader
 from maskgit_pl.decoding.vectors import VectorPool
 from maskgit_pl.distributed import rank_and_world
-from maskgit_pl.shards.manifest import (
-    DataSummary,
-    Split,
-    check_vectors,
-    describe_resizing,
-    load_manifest,
-    load_manifests,
-    read_manifest_summary,
-)
-from maskgit_pl.shards.reader import ShardReader
-from maskgit_pl.shards.store_description import StoreDescription, augmentations_text, check_origin
-from maskgit_pl.shards.tokens import TokenReader, open_store
-from maskgit_pl.shards.vectors import VectorReader
 
 __all__ = ["ShardData"]
 

@@ -15,15 +15,15 @@ from torch.utils.data import Sampler
 from maskgit_pl.checks import check_integer
 from maskgit_pl.data.augmentations import CENTER, Augmentations, build_augmentations
 from maskgit_pl.data.batches import Batch, ImageBatches, make_loader
+from maskgit_pl.data.manifest import ImageRange, Split, check_vectors, load_manifest, read_manifest_summary
 from maskgit_pl.data.order import Rows
+from maskgit_pl.data.reader import ShardReader
+from maskgit_pl.data.store_description import StoreDescription
+from maskgit_pl.data.token_store import is_complete
+from maskgit_pl.data.token_writer import Part, StoreParts
+from maskgit_pl.data.unreadable import check_budget
 from maskgit_pl.files import parse_any_json
 from maskgit_pl.image_format import ImageSize, height_width, pixels_text
-from maskgit_pl.shards.manifest import ImageRange, Split, check_vectors, load_manifest, read_manifest_summary
-from maskgit_pl.shards.reader import ShardReader
-from maskgit_pl.shards.store_description import StoreDescription
-from maskgit_pl.shards.token_writer import Part, StoreParts
-from maskgit_pl.shards.tokens import is_complete
-from maskgit_pl.shards.unreadable import check_budget
 
 __all__ = ["PART_SIZE", "Outcome", "TokenizingConfig", "describe_store", "tokenize"]
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from maskgit_pl.evaluation.evaluator import Evaluator
     from maskgit_pl.evaluation.ledger import Ledger
     from maskgit_pl.evaluation.model_evaluation import EvaluationOptions, evaluate
+    from maskgit_pl.evaluation.options import TokenizerOptions
     from maskgit_pl.evaluation.tokenizer_evaluation import evaluate_tokenizer
-    from maskgit_pl.evaluation.tokenizer_options import TokenizerOptions
     from maskgit_pl.evaluation.tuning import TuningOptions, plan_trials, tune
 
 __all__ = [
@@ -51,7 +51,7 @@ __getattr__ = lazy_names(
         "EvaluationOptions": "model_evaluation",
         "Evaluator": "evaluator",
         "Ledger": "ledger",
-        "TokenizerOptions": "tokenizer_options",
+        "TokenizerOptions": "options",
         "TuningOptions": "tuning",
         "compare": "comparison",
         "evaluate": "model_evaluation",

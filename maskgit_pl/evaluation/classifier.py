@@ -19,8 +19,8 @@ from torch.optim.lr_scheduler import OneCycleLR
 from maskgit_pl.data import Batch, flip
 from maskgit_pl.evaluation.classifier_config import SMALL_TRAINING, ClassifierConfig
 from maskgit_pl.image_format import ImageSize
-from maskgit_pl.networks.classifier import ClassifierSizes, create_classifier
 from maskgit_pl.networks.feature_network import FeatureOutput
+from maskgit_pl.networks.feature_networks import ClassifierSizes, create_classifier
 
 __all__ = ["Accuracy", "Classifier", "count_hits"]
 
@@ -56,7 +56,7 @@ class Accuracy:
 
 
 class Classifier(LightningModule):
-    """A Lightning module that trains a network of ``networks.classifier``.
+    """A Lightning module that trains a network of ``networks.feature_networks``.
 
     Args:
         in_channels: Channels that the network sees, 1 or 3.

@@ -29,7 +29,7 @@ from maskgit_pl.evaluation.classifier import Accuracy, Classifier, count_hits
 from maskgit_pl.evaluation.classifier_config import SMALL_TRAINING, ClassifierConfig
 from maskgit_pl.files import read_json, write_tensors, write_text
 from maskgit_pl.image_format import as_image_size
-from maskgit_pl.networks.classifier import (
+from maskgit_pl.networks.feature_networks import (
     CONFIG_FILE,
     FORMAT,
     MAX_CONFIG_BYTES,
@@ -38,8 +38,8 @@ from maskgit_pl.networks.classifier import (
     ClassifierSizes,
     describe_classifier,
 )
-from maskgit_pl.networks.weight_file import load_weights, read_tensors
-from maskgit_pl.shards.parallel import available_cores
+from maskgit_pl.networks.weights import load_weights, read_tensors
+from maskgit_pl.parallel import available_cores
 from maskgit_pl.training.stop_and_nonfinite import disable_sigterm_handler
 
 __all__ = [

@@ -394,7 +394,7 @@ def draw_selector_sheet(
     """
     import torch
 
-    from maskgit_pl.imaging import image_grid
+    from maskgit_pl.pipeline.imaging_grids import image_grid
 
     classes = choose_classes(len(pipe.class_names))
     images = []

@@ -69,7 +69,7 @@ def train_classifier(
         ValueError: if ``image_size`` is None and the images have several sizes, the network is unknown, or the folder
             cannot be written.
     """
-    from maskgit_pl.shards.manifest import read_manifest_summary
+    from maskgit_pl.data.manifest import read_manifest_summary
 
     check_integer("num_workers", num_workers, "[0, inf)")
     if image_size is not None:
@@ -83,7 +83,7 @@ def train_classifier(
         )
     from maskgit_pl.devices import find_device
     from maskgit_pl.evaluation import classifier_training
-    from maskgit_pl.networks.classifier import check_model
+    from maskgit_pl.networks.feature_networks import check_model
 
     check_model(config.model)
     place = find_device(device)

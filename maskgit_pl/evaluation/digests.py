@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.pretrained import fingerprint
+from maskgit_pl.pipeline.pretrained import fingerprint
 
 __all__ = ["digest_of", "model_digests", "shorten_digest"]
 

@@ -12,10 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from maskgit_pl.editing import pixel_region
 from maskgit_pl.image_format import height_width
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.pretrained import PretrainedTokenizer
+from maskgit_pl.pipeline.networks import PretrainedTokenizer
+from maskgit_pl.pipeline.regions import pixel_region
 
 __all__ = ["Task", "edit", "hide_pixels", "make_hidden_mask"]
 

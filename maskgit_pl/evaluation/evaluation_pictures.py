@@ -10,9 +10,9 @@ from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.evaluator import Evaluator
 from maskgit_pl.evaluation.generation import GeneratedImages
 from maskgit_pl.evaluation.pages import choose_classes
-from maskgit_pl.imaging import image_grid, reconstruction_grid, save_png
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.display import Recording
+from maskgit_pl.pipeline.imaging_grids import image_grid, reconstruction_grid, save_png
 
 __all__ = ["write_pictures"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from maskgit_pl.data.manifest import DataSummary
+from maskgit_pl.data.writer import MAX_RECORD_BYTES, RECORD
 from maskgit_pl.files import read_json
-from maskgit_pl.shards.manifest import DataSummary
-from maskgit_pl.shards.writer import MAX_RECORD_BYTES, RECORD
 
 __all__ = ["describe_held_out"]
 

@@ -20,10 +20,10 @@ from maskgit_pl.data import ShardData
 from maskgit_pl.distributed import gather_rows
 from maskgit_pl.evaluation.features import iter_row_batches
 from maskgit_pl.evaluation.reference import iter_real_batches
-from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.masking import MaskSampler, random_mask
 from maskgit_pl.networks.backbone import Backbone
 from maskgit_pl.pipeline import MaskGIT
+from maskgit_pl.pipeline.imaging_pixels import to_unit_range
 from maskgit_pl.randomness import random_bits
 from maskgit_pl.schedules import MaskSchedule
 

@@ -20,9 +20,9 @@ from maskgit_pl.evaluation.distances import frechet_distance
 from maskgit_pl.evaluation.features import Extractor, FeatureCollector
 from maskgit_pl.evaluation.reference import Reference, Statistics
 from maskgit_pl.image_format import height_width
-from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.networks.lpips import LPIPS
-from maskgit_pl.pretrained import PretrainedTokenizer
+from maskgit_pl.pipeline.imaging_pixels import to_unit_range
+from maskgit_pl.pipeline.networks import PretrainedTokenizer
 from maskgit_pl.tokenizer import CodebookUsage
 
 __all__ = ["Reconstruction", "ReconstructionMeter", "measure_reconstruction", "psnr"]

@@ -22,7 +22,9 @@ from torch.utils.data import Sampler
 
 from maskgit_pl.data import Batch, InOrder, ShardData, ShuffledStream
 from maskgit_pl.data.batches import ImageBatches, make_loader
+from maskgit_pl.data.manifest import Split, load_manifest
 from maskgit_pl.data.order import Order
+from maskgit_pl.data.reader import ShardReader
 from maskgit_pl.distributed import on_all_ranks, rank_and_world
 from maskgit_pl.evaluation.digests import digest_of, shorten_digest
 from maskgit_pl.evaluation.features import (
@@ -37,8 +39,6 @@ from maskgit_pl.evaluation.npz import ArrayFile, open_samples
 from maskgit_pl.files import sha256_of, write_atomically
 from maskgit_pl.image_format import plain_size
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.shards.manifest import Split, load_manifest
-from maskgit_pl.shards.reader import ShardReader
 
 __all__ = [
     "Reference",

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
+from maskgit_pl.evaluation.options import TokenizerOptions, check_tokenizer_data
 from maskgit_pl.evaluation.run_folders import find_tokenizer_folders
-from maskgit_pl.evaluation.tokenizer_options import TokenizerOptions, check_tokenizer_data
 from maskgit_pl.files import check_writable
 from maskgit_pl.progress import Bars, no_bars
 

@@ -18,25 +18,25 @@ import torch
 from torch import Tensor
 
 from maskgit_pl.data import ShardData
+from maskgit_pl.data.images import decode_image
+from maskgit_pl.data.manifest import load_manifest
+from maskgit_pl.data.reader import ShardReader
 from maskgit_pl.devices import find_device, parse_dtype, peak_memory
 from maskgit_pl.evaluation.distances import frechet_distance, kernel_distance
 from maskgit_pl.evaluation.extractors import open_extractors
 from maskgit_pl.evaluation.features import Extractor, FeatureCollector
 from maskgit_pl.evaluation.opening import open_images
+from maskgit_pl.evaluation.options import TokenizerOptions
 from maskgit_pl.evaluation.reconstruction import ReconstructionMeter, psnr
 from maskgit_pl.evaluation.reference import Statistics, draw_order, iter_real_batches
 from maskgit_pl.evaluation.run_folders import RunFolders
 from maskgit_pl.evaluation.tiling import reconstruct_in_tiles
-from maskgit_pl.evaluation.tokenizer_options import TokenizerOptions
 from maskgit_pl.image_format import height_width
-from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.networks.lpips import load_lpips
-from maskgit_pl.pretrained import PretrainedTokenizer, load_tokenizer
-from maskgit_pl.pretrained.networks import images_at_once
+from maskgit_pl.pipeline.imaging_pixels import to_unit_range
+from maskgit_pl.pipeline.networks import PretrainedTokenizer, images_at_once
+from maskgit_pl.pipeline.pretrained import load_tokenizer
 from maskgit_pl.progress import Bars
-from maskgit_pl.shards.images import decode_image
-from maskgit_pl.shards.manifest import load_manifest
-from maskgit_pl.shards.reader import ShardReader
 
 __all__ = ["BEST_PSNR", "ImagePair", "MeasuredTokenizer", "feature_digests", "measure_tokenizer"]
 

@@ -254,7 +254,7 @@ def _save_decoding(
 ) -> SearchResult:
     """Writes the winner to ``decoding.json`` next to the weights, if the model has another decoding."""
     from maskgit_pl.pipeline.card import refresh_card
-    from maskgit_pl.pretrained import save_decoding
+    from maskgit_pl.pipeline.decoding_file import save_decoding
     from maskgit_pl.provenance import describe_environment
 
     file = folders.pretrained / "decoding.json"
@@ -281,7 +281,7 @@ def _save_decoding(
 
 def _is_recorded(file: Path, negative: Path | None) -> bool:
     """Returns True if ``decoding.json`` names a negative model; for None, if it names none."""
-    from maskgit_pl.pretrained import read_negative_model
+    from maskgit_pl.pipeline.decoding_file import read_negative_model
 
     try:
         recorded = read_negative_model(file)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from maskgit_pl.folders import has_content, resolve_folder
+from maskgit_pl.data.folders import has_content, resolve_folder
 
 __all__ = [
     "TOKENIZER_LAYOUTS",

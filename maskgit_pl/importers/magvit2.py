@@ -15,7 +15,7 @@ from typing import Any
 from einops import rearrange
 from torch import Tensor
 
-from maskgit_pl.importers.tokenizer_layout import LevelNames, TokenizerLayout, read_bits
+from maskgit_pl.importers.layouts import LevelNames, TokenizerLayout, read_bits
 from maskgit_pl.networks.vqgan import VQGANConfig
 
 __all__ = ["OPEN_MAGVIT2"]

@@ -18,14 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from maskgit_pl.importers.tokenizer_layout import (
-    CODEBOOK,
-    LevelNames,
-    TokenizerLayout,
-    count_numbers,
-    read_bits,
-    read_shape,
-)
+from maskgit_pl.importers.layouts import CODEBOOK, LevelNames, TokenizerLayout, count_numbers, read_bits, read_shape
 from maskgit_pl.networks.vqgan import VQGANConfig
 
 __all__ = ["MASKBIT", "OPEN_MUSE"]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from maskgit_pl.data.folders import write_folder
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.folders import write_folder
 from maskgit_pl.importers.class_names import choose_class_names
 from maskgit_pl.importers.files import check_flax_file, check_out
 from maskgit_pl.importers.flax import read_flax
@@ -24,7 +24,7 @@ from maskgit_pl.importers.released_weights import (
 )
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.pretrained import fingerprint, save_tokenizer, save_transformer
+from maskgit_pl.pipeline.pretrained import fingerprint, save_tokenizer, save_transformer
 
 __all__ = ["import_jax"]
 

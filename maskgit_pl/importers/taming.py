@@ -1,7 +1,7 @@
 """Layouts of tokenizers with the network of taming-transformers. Used by ``importers.tokenizers``.
 
-taming-transformers, LlamaGen, diffusers and IBQ have the same network (``networks.taming``) under three sets of names,
-which tell them apart, except IBQ from taming-transformers. All sizes are read off the shapes of the tensors.
+taming-transformers, LlamaGen, diffusers and IBQ have the same network (``networks.vqgan_layouts``) under three sets of
+names, which tell them apart, except IBQ from taming-transformers. All sizes are read off the shapes of the tensors.
 
 LlamaGen compares features and codes at length 1. Its codebook is stored normalised: the nearest code of length 1, by
 |z|^2 - 2 z c + |c|^2, does not depend on the length of z, so tokens and images are the same. Fine-tuning such a
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maskgit_pl.checks import shorten
-from maskgit_pl.importers.tokenizer_layout import CODEBOOK, TokenizerLayout, count_numbers, read_shape, read_widths
+from maskgit_pl.importers.layouts import CODEBOOK, TokenizerLayout, count_numbers, read_shape, read_widths
 from maskgit_pl.networks.vqgan import VQGANConfig
 
 __all__ = ["DIFFUSERS", "IBQ", "LLAMAGEN", "TAMING"]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from maskgit_pl.checks import shorten
 from maskgit_pl.importers.files import check_torch_file
-from maskgit_pl.networks.weight_file import check_archive, read_tensors
+from maskgit_pl.networks.weights import check_archive, read_tensors
 from maskgit_pl.text import printable
 
 __all__ = ["name_file", "name_some", "read_checkpoint", "remove_wrappers"]

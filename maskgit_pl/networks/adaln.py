@@ -44,7 +44,7 @@ from maskgit_pl.networks.backbone import (
     check_attention,
 )
 from maskgit_pl.networks.feed_forward import feed_forward
-from maskgit_pl.networks.packing_linear import PackingLinear
+from maskgit_pl.networks.kernels import PackingLinear
 from maskgit_pl.networks.rotary import Positions, rotate, rotation_table
 from maskgit_pl.networks.token_groups import TokenEmbedding, token_logits
 from maskgit_pl.networks.transformer_block import KVCache

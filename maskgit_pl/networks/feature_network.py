@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from typing_extensions import override
 
-from maskgit_pl.networks.weight_file import tensors_digest
+from maskgit_pl.networks.weights import tensors_digest
 
 __all__ = ["FeatureNetwork", "FeatureOutput", "FrozenNetwork", "weights_digest"]
 

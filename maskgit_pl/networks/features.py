@@ -18,7 +18,7 @@ from torch import nn
 
 from maskgit_pl.checks import check_integer, shorten
 from maskgit_pl.networks.feature_network import FeatureNetwork, FeatureOutput
-from maskgit_pl.networks.weight_file import load_weight_file, load_weights, read_weights
+from maskgit_pl.networks.weights import load_weight_file, load_weights, read_weights
 from maskgit_pl.registry import Registry, nearest
 
 __all__ = [
@@ -219,7 +219,7 @@ class ClassifierSpec:
         Raises:
             ValueError: if the folder holds no classifier.
         """
-        from maskgit_pl.networks.classifier import load_classifier
+        from maskgit_pl.networks.feature_networks import load_classifier
 
         return load_classifier(Path(self.folder))
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from maskgit_pl.devices import has_amx
-from maskgit_pl.networks.packing_linear import PackingLinear, add_output
+from maskgit_pl.networks.kernels import PackingLinear, add_output
 
 __all__ = ["feed_forward"]
 

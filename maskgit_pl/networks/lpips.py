@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from maskgit_pl.checks import check_choice
 from maskgit_pl.networks.feature_network import FrozenNetwork
 from maskgit_pl.networks.perceptual import perceptual_networks
-from maskgit_pl.networks.weight_file import load_weights, read_weights
+from maskgit_pl.networks.weights import load_weights, read_weights
 from maskgit_pl.registry import nearest
 
 __all__ = ["LPIPS", "LPIPSSpec", "load_lpips", "read_lpips"]

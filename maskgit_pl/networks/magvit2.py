@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskgit_pl.networks.convolutions import conv, group_norm
-from maskgit_pl.networks.taming import TamingResidualBlock
 from maskgit_pl.networks.vqgan_config import VQGANConfig
+from maskgit_pl.networks.vqgan_layouts import TamingResidualBlock
 
 __all__ = ["Magvit2Decoder", "Magvit2Encoder"]
 

@@ -34,7 +34,7 @@ from maskgit_pl.networks.backbone import (
     backbones,
     check_attention,
 )
-from maskgit_pl.networks.packing_linear import PackingLinear
+from maskgit_pl.networks.kernels import PackingLinear
 from maskgit_pl.networks.token_groups import TokenEmbedding, token_logits
 from maskgit_pl.networks.transformer_block import LAYER_NORM_EPS, Block, KVCache
 

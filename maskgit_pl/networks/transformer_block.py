@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskgit_pl.networks.feed_forward import feed_forward
-from maskgit_pl.networks.packing_linear import PackingLinear, add_output
+from maskgit_pl.networks.kernels import PackingLinear, add_output
 
 __all__ = ["LAYER_NORM_EPS", "Block", "KVCache", "QKVProjection"]
 

@@ -1,7 +1,7 @@
 """The tokenizer's network: a convolutional encoder, a vector quantizer and a convolutional decoder.
 
 The structure is that of the released code, quirks included, so that its weights fit: residual blocks and convolutions
-are created in the order in which the released code numbers them. ``networks.taming`` and
+are created in the order in which the released code numbers them. ``networks.vqgan_layouts`` and
 ``networks.magvit2`` have the other layouts.
 ``Tokenizer`` trains the network; stage 2, sampling and editing use ``encode`` and ``decode``.
 
@@ -21,8 +21,8 @@ from maskgit_pl.image_format import ImageSize
 from maskgit_pl.networks.convolutions import Upsample, conv, group_norm
 from maskgit_pl.networks.magvit2 import Magvit2Decoder, Magvit2Encoder
 from maskgit_pl.networks.quantizers import QuantizerOutput, quantizers
-from maskgit_pl.networks.taming import TamingDecoder, TamingEncoder
 from maskgit_pl.networks.vqgan_config import Activation, Downsampling, Layout, VQGANConfig
+from maskgit_pl.networks.vqgan_layouts import TamingDecoder, TamingEncoder
 
 __all__ = ["VQGAN", "Activation", "Decoder", "Downsampling", "Encoder", "Layout", "VQGANConfig", "VQGANOutput"]
 

@@ -30,7 +30,7 @@ from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.files import size_text, write_atomically
 from maskgit_pl.image_format import height_width
 from maskgit_pl.networks.int8 import Int8Linear
-from maskgit_pl.networks.weight_file import tensors_digest
+from maskgit_pl.networks.weights import tensors_digest
 from maskgit_pl.pipeline.bulk_plan import BulkOptions, BulkPlan, check_same, read_plan
 from maskgit_pl.pipeline.model import MaskGIT
 from maskgit_pl.pipeline.options import StepCallback, read_options

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, cast
 
 from maskgit_pl.decoding import FirstStepLogits
-from maskgit_pl.networks.packing_linear import free_packed
+from maskgit_pl.networks.kernels import free_packed
 from maskgit_pl.networks.weight_changes import WeightWatch
 
 if TYPE_CHECKING:
     from maskgit_pl.decoding import ConditionalNetwork
-    from maskgit_pl.pretrained import PretrainedTransformer
+    from maskgit_pl.pipeline.networks import PretrainedTransformer
 
 __all__ = ["Caches"]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from maskgit_pl.decoding import DecodingStep
-from maskgit_pl.editing import Window
+from maskgit_pl.pipeline.editing_canvas import Window
 
 __all__ = ["Canvas"]
 

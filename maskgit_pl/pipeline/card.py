@@ -24,7 +24,7 @@ from maskgit_pl.pipeline.description import (
     describe_run,
     run_of,
 )
-from maskgit_pl.pretrained import read_config
+from maskgit_pl.pipeline.pretrained import read_config
 from maskgit_pl.text import code_span, markdown, printable, python_string
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ from maskgit_pl.networks.backbone import build_config
 from maskgit_pl.networks.backbone_contract import create_network
 from maskgit_pl.networks.skeleton import skeletons
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.pretrained import fingerprint, read_config, read_decoding
+from maskgit_pl.pipeline.decoding_file import read_decoding
+from maskgit_pl.pipeline.pretrained import fingerprint, read_config
 
 __all__ = [
     "SETTINGS",

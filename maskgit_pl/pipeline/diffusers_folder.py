@@ -30,7 +30,7 @@ _INDEX = {"_class_name": CLASS_NAME, **{part: ["pipeline", name] for part, name 
 _CODE = f'''"""The classes of this folder. Their code is in a package: pip install 'maskgit_pl[diffusers]'."""
 
 try:
-    from maskgit_pl.diffusers_export.pipeline import {", ".join((CLASS_NAME[1], *CLASSES.values()))}
+    from maskgit_pl.pipeline.diffusers_pipeline import {", ".join((CLASS_NAME[1], *CLASSES.values()))}
 except ImportError as error:
     raise ImportError("this pipeline requires maskgit_pl; run pip install 'maskgit_pl[diffusers]'") from error
 

@@ -9,13 +9,18 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from maskgit_pl import editing
 from maskgit_pl.checks import check_integer, plain_number
-from maskgit_pl.editing import Box, ImageLike, Margins, MaskLike
 from maskgit_pl.image_format import height_width
 from maskgit_pl.pipeline.canvas import Canvas
 from maskgit_pl.pipeline.classes import Classes
+from maskgit_pl.pipeline.editing_canvas import (
+    Margins,
+    check_canvas,
+    check_overlap,
+    windows,
+)
 from maskgit_pl.pipeline.generate import Generator, StepsOfImages, finish
+from maskgit_pl.pipeline.networks import PretrainedTokenizer
 from maskgit_pl.pipeline.options import (
     MAX_RESULTS,
     EditOptions,
@@ -26,8 +31,21 @@ from maskgit_pl.pipeline.options import (
     check_output_type,
     read_options,
 )
+from maskgit_pl.pipeline.pixels import (
+    ImageLike,
+    MaskLike,
+    image_pixels,
+)
+from maskgit_pl.pipeline.regions import (
+    Box,
+    box_mask,
+    composite,
+    first_step,
+    seam,
+    seam_radius,
+    token_mask,
+)
 from maskgit_pl.pipeline.requests import Edit, Request, rows_by_first_step
-from maskgit_pl.pretrained import PretrainedTokenizer
 from maskgit_pl.randomness import random_bits
 
 __all__ = ["Editor"]
@@ -107,12 +125,12 @@ class Editor(Generator):
         tokens = tokens.masked_fill(unknown, config.mask_token_id)
         # 2. Rows with the same first step are decoded together.  3. Each is pasted into its original.
         results = torch.empty(count, *edits[0].original.shape, dtype=torch.uint8)
-        first_steps = [editing.first_step(edit.unknown, num_steps=request.decoding.num_steps) for edit in edits]
-        for first_step, rows in rows_by_first_step(first_steps, request.batch_size):
-            steps = self._decode(request, rows, tokens=tokens[rows], first_step=first_step)
+        first_steps = [first_step(edit.unknown, num_steps=request.decoding.num_steps) for edit in edits]
+        for start, rows in rows_by_first_step(first_steps, request.batch_size):
+            steps = self._decode(request, rows, tokens=tokens[rows], first_step=start)
             images = yield from self._images(steps)
             for row, edited in zip(rows, images, strict=True):
-                results[row] = editing.composite(edits[row].original, edited, edits[row].weight)
+                results[row] = composite(edits[row].original, edited, edits[row].weight)
         return results
 
     def edit_class(
@@ -154,8 +172,8 @@ class Editor(Generator):
             raise TypeError("option 'classes': edit_class takes one class, class_; use inpaint for several")
         mask: MaskLike = cast("MaskLike", region)
         if isinstance(region, list | tuple):
-            image = editing.image_pixels(image, channels=self.tokenizer.network.config.in_channels)
-            mask = editing.box_mask(region, height=image.shape[-2], width=image.shape[-1])
+            image = image_pixels(image, channels=self.tokenizer.network.config.in_channels)
+            mask = box_mask(region, height=image.shape[-2], width=image.shape[-1])
         return self.inpaint(image, mask, classes=[class_] * variants, output_type=output_type, **options)
 
     def outpaint(
@@ -225,19 +243,19 @@ class Editor(Generator):
             raise TypeError("option 'fit': outpaint takes images of any size and crops none; leave it out")
         read, request = self._edit_request(classes, options)
         factor, size = self.tokenizer.network.config.downsampling_factor, self.tokenizer.image_size
-        pixels = editing.image_pixels(image, channels=self.tokenizer.network.config.in_channels)
+        pixels = image_pixels(image, channels=self.tokenizer.network.config.in_channels)
         added = Margins(left, right, up, down)
         added.check(pixels.shape[-2:], factor=factor, least=size)
         # 1. (H, W) pixels -> (R, C) canvas of tokens, unknown outside the image.
         mask = added.outside(*pixels.shape[-2:])
-        unknown = editing.token_mask(mask, factor=factor, dilation=read.dilation or 0)
+        unknown = token_mask(mask, factor=factor, dilation=read.dilation or 0)
         tokens = added.pad(_encode_within(self.tokenizer, pixels, added), size=factor)
         # 2. (n, C, H, W): the filled canvases as pixels.
         filled = yield from self._fill(request, tokens, unknown, overlap)
         # 3. The weight is 1 outside the image and 0 inside, with a blurred edge.
-        weight = editing.seam(mask, radius=editing.seam_radius(size) if read.blend is None else read.blend)
+        weight = seam(mask, radius=seam_radius(size) if read.blend is None else read.blend)
         original = added.pad(pixels, size=1)
-        return torch.stack([editing.composite(original, edited, weight) for edited in filled])
+        return torch.stack([composite(original, edited, weight) for edited in filled])
 
     def panorama(
         self,
@@ -284,7 +302,7 @@ class Editor(Generator):
         request = self._request(classes, read, decoding)
         size, factor = self.tokenizer.image_size, self.tokenizer.network.config.downsampling_factor
         height = self.outline.least_canvas[0] if height is None else height
-        height, width = editing.check_canvas(height, width, factor=factor, least=size)
+        height, width = check_canvas(height, width, factor=factor, least=size)
         unknown = torch.ones(height // factor, width // factor, dtype=torch.bool)
         tokens = torch.zeros(unknown.shape, dtype=torch.int64)
         return (yield from self._fill(request, tokens, unknown, overlap))
@@ -310,14 +328,14 @@ class Editor(Generator):
             (n, C, H, W) uint8, an image for each result.
         """
         config = self.transformer.network.config
-        editing.check_overlap(overlap)
+        check_overlap(overlap)
         filled = []
         for rows in request.batches():
             # 1. (B, R, C) tokens.
             canvas = Canvas.of(tokens, unknown, count=len(rows), device=self.device)
             seeds = torch.tensor(request.part(rows).seeds)
-            for number, window in enumerate(editing.windows(unknown, size=config.grid, overlap=overlap)):
-                first = editing.first_step(window.unknown, num_steps=request.decoding.num_steps)
+            for number, window in enumerate(windows(unknown, size=config.grid, overlap=overlap)):
+                first = first_step(window.unknown, num_steps=request.decoding.num_steps)
                 known = canvas.window(window, mask_token_id=config.mask_token_id)
                 # 2. Each window has its own noise: with the same noise, windows would repeat one another.
                 own = seeds if number == 0 else random_bits("window", seed=seeds, index=number)[:, 0]

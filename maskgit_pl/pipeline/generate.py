@@ -21,10 +21,11 @@ from maskgit_pl.decoding.vectors import VectorPool, check_condition_vectors
 from maskgit_pl.devices import check_device
 from maskgit_pl.networks.backbone import AutoregressiveBackbone
 from maskgit_pl.networks.int8 import Int8Linear
-from maskgit_pl.networks.packing_linear import set_packing
+from maskgit_pl.networks.kernels import set_packing
 from maskgit_pl.pipeline.caches import Caches
 from maskgit_pl.pipeline.classes import Classes
 from maskgit_pl.pipeline.negative import NegativeModel, NegativeModelLike
+from maskgit_pl.pipeline.networks import PretrainedTokenizer, PretrainedTransformer
 from maskgit_pl.pipeline.options import (
     GenerateOptions,
     Images,
@@ -37,7 +38,6 @@ from maskgit_pl.pipeline.options import (
 )
 from maskgit_pl.pipeline.outline import Outline
 from maskgit_pl.pipeline.requests import Request
-from maskgit_pl.pretrained import PretrainedTokenizer, PretrainedTransformer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,7 +59,7 @@ class Generator:
         decoding: Decoding settings; by default those that were exported with the transformer.
         negative_model: Default of the option ``negative_model``; see ``GenerateOptions``.
         pack_weights: True keeps a second copy of the transformer's weights, packed for faster matrix products on a CPU;
-            see ``networks.packing_linear``.
+            see ``networks.kernels``.
 
     Attributes:
         caches: Packed weights, and the logits of the first step. They follow changes of the weights.

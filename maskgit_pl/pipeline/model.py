@@ -14,28 +14,29 @@ from maskgit_pl.image_format import CHANNELS, pixels_text
 from maskgit_pl.networks import int8
 from maskgit_pl.pipeline.card import write_card
 from maskgit_pl.pipeline.classes import Classes
-from maskgit_pl.pipeline.description import STAGES, RunOrigin, check_run, fingerprints
-from maskgit_pl.pipeline.edit import Editor
-from maskgit_pl.pipeline.negative import NegativeModelLike
-from maskgit_pl.pipeline.options import GenerateOptions, read_options
-from maskgit_pl.pipeline.sharing import HubOptions, find_folder
-from maskgit_pl.pretrained import (
-    PretrainedTokenizer,
-    PretrainedTransformer,
-    check_stage_folder,
-    fingerprint,
+from maskgit_pl.pipeline.decoding_file import (
     load_decoding,
-    load_tokenizer,
-    load_transformer,
-    read_config,
     read_decoding,
     read_negative_model,
     remove_negative_model,
     save_decoding,
     save_negative_model,
+)
+from maskgit_pl.pipeline.description import STAGES, RunOrigin, check_run, fingerprints
+from maskgit_pl.pipeline.edit import Editor
+from maskgit_pl.pipeline.negative import NegativeModelLike
+from maskgit_pl.pipeline.networks import PretrainedTokenizer, PretrainedTransformer
+from maskgit_pl.pipeline.options import GenerateOptions, read_options
+from maskgit_pl.pipeline.pretrained import (
+    check_stage_folder,
+    fingerprint,
+    load_tokenizer,
+    load_transformer,
+    read_config,
     save_tokenizer,
     save_transformer,
 )
+from maskgit_pl.pipeline.sharing import HubOptions, find_folder
 from maskgit_pl.text import printable
 
 if TYPE_CHECKING:

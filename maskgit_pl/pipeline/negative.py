@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias, Union, cast
 
 from maskgit_pl.decoding import ConditionalModel
-from maskgit_pl.networks.weight_file import tensors_digest
+from maskgit_pl.networks.weights import tensors_digest
 from maskgit_pl.pipeline.caches import Caches
+from maskgit_pl.pipeline.networks import PretrainedTransformer
+from maskgit_pl.pipeline.pretrained import load_transformer
 from maskgit_pl.pipeline.sharing import find_transformer
-from maskgit_pl.pretrained import PretrainedTransformer, load_transformer
 
 if TYPE_CHECKING:
     import torch

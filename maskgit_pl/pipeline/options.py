@@ -22,8 +22,8 @@ from maskgit_pl.checks import (
     shorten,
 )
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.editing import check_blend, check_dilation
 from maskgit_pl.pipeline.classes import Classes
+from maskgit_pl.pipeline.regions import check_blend, check_dilation
 from maskgit_pl.registry import nearest
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class EditOptions(GenerateOptions):
         dilation: Number of tokens by which the region grows on each side, at least 0. By default 1 inside an image, as
             in the released code (the seam then lies outside the mask), and 0 beyond its borders.
         blend: Standard deviation of the blur of the seam in pixels, in [0, 65536]. 0 keeps every pixel outside the
-            region bit by bit. None is the blur of the released code, ``editing.seam_radius``.
+            region bit by bit. None is the blur of the released code, ``pipeline.regions.seam_radius``.
         fit: True crops images and masks of another size to their central part with the model's shape, and resizes it.
 
     Raises:
@@ -249,7 +249,7 @@ def as_output(output_type: OutputType, images: Tensor) -> Images:
     if output_type == "np":
         pixels: npt.NDArray[np.uint8] = rearrange(images.numpy(), "n c h w -> n h w c")
         return pixels
-    from maskgit_pl.imaging import to_pil
     from maskgit_pl.pipeline.display import ImageList
+    from maskgit_pl.pipeline.imaging_pixels import to_pil
 
     return ImageList(to_pil(image) for image in images)

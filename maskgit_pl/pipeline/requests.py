@@ -9,15 +9,26 @@ from typing import cast
 
 from torch import Tensor
 
-from maskgit_pl import editing
 from maskgit_pl.checks import plain_list
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.editing import ImageLike, MaskLike
 from maskgit_pl.image_format import height_width
 from maskgit_pl.pipeline.classes import Classes
 from maskgit_pl.pipeline.negative import NegativeModel
+from maskgit_pl.pipeline.networks import PretrainedTokenizer
 from maskgit_pl.pipeline.options import EditOptions, GenerateOptions, StepCallback, seed_list
-from maskgit_pl.pretrained import PretrainedTokenizer
+from maskgit_pl.pipeline.pixels import (
+    ImageLike,
+    MaskLike,
+    fit_to_model,
+    image_pixels,
+    mask_pixels,
+)
+from maskgit_pl.pipeline.regions import (
+    pixel_region,
+    seam,
+    seam_radius,
+    token_mask,
+)
 from maskgit_pl.text import printable
 
 __all__ = ["Edit", "Request", "rows_by_first_step", "slices"]
@@ -114,7 +125,7 @@ class Edit:
     ) -> list[Edit]:
         """Returns the edits of ``MaskGIT.inpaint`` (see there for errors): one for all results, or one for each."""
         dilation = 1 if options.dilation is None else options.dilation
-        radius = editing.seam_radius(tokenizer.image_size) if options.blend is None else options.blend
+        radius = seam_radius(tokenizer.image_size) if options.blend is None else options.blend
         images, masks = _as_list("image", image, count), _as_list("mask", mask, count)
         number = max(len(images), len(masks))
         config, size = tokenizer.network.config, tokenizer.image_size
@@ -124,14 +135,14 @@ class Edit:
             given, given_mask = images[place % len(images)], masks[place % len(masks)]
             of_place = f"image {place}" if number > 1 else "image"
             name = f"image {printable(str(given))}" if isinstance(given, str | Path) else of_place
-            pixels = editing.image_pixels(given, channels=config.in_channels, name=name)
-            wanted = editing.mask_pixels(given_mask, name=f"mask of {name}")
-            pixels, wanted = editing.fit_to_model(pixels, wanted, image_size=size, fit=options.fit, name=name)
+            pixels = image_pixels(given, channels=config.in_channels, name=name)
+            wanted = mask_pixels(given_mask, name=f"mask of {name}")
+            pixels, wanted = fit_to_model(pixels, wanted, image_size=size, fit=options.fit, name=name)
             # (H, W) mask in pixels -> (h, w) tokens -> (H, W) region in pixels, which is larger than the mask.
-            unknown = editing.token_mask(wanted, factor=config.downsampling_factor, dilation=dilation)
+            unknown = token_mask(wanted, factor=config.downsampling_factor, dilation=dilation)
             height, width = height_width(size)
-            region = editing.pixel_region(unknown, factor=config.downsampling_factor, height=height, width=width)
-            edits.append(cls(pixels, unknown, editing.seam(region, radius=radius)))
+            region = pixel_region(unknown, factor=config.downsampling_factor, height=height, width=width)
+            edits.append(cls(pixels, unknown, seam(region, radius=radius)))
         return edits
 
 

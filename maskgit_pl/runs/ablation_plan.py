@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from maskgit_pl.checks import check_integer, check_number, shorten
-from maskgit_pl.flag_values import split_values
+from maskgit_pl.runs.flag_values import split_values
 from maskgit_pl.runs.flags import Overrides, flag_words, split_flags
 from maskgit_pl.runs.layers import value_at
 from maskgit_pl.runs.recipe import Recipe

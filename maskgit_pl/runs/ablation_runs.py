@@ -19,6 +19,7 @@ from maskgit_pl.checks import build_dataclass
 from maskgit_pl.decoding import AutoregressiveDecoding, DecodingConfig
 from maskgit_pl.errors import PreemptedError, RunError
 from maskgit_pl.files import read_json, sha256_of
+from maskgit_pl.parallel import available_cores
 from maskgit_pl.runs.ablation_plan import AblationConfig, Variant, base_values, plan_variants
 from maskgit_pl.runs.child import run_maskgit
 from maskgit_pl.runs.flags import Overrides, flag_words
@@ -30,9 +31,8 @@ from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.recipe_files import Stage
 from maskgit_pl.runs.resolve import merge_values, resolve
 from maskgit_pl.runs.tokenizing import tokenize
-from maskgit_pl.shards.parallel import available_cores
-from maskgit_pl.token_model import TokenModel
 from maskgit_pl.training.step_clock import TrainingTime, read_training_time
+from maskgit_pl.training.token_model import TokenModel
 
 __all__ = ["AblationRuns", "ResolvedVariant", "TrainedRun", "TrainingError"]
 

@@ -26,7 +26,7 @@ from maskgit_pl.errors import is_user_error
 from maskgit_pl.networks.backbone import BackboneConfig, build_config
 from maskgit_pl.networks.discriminator import DiscriminatorConfig
 from maskgit_pl.networks.discriminators import build_discriminator
-from maskgit_pl.pretrained import fingerprint, read_config
+from maskgit_pl.pipeline.pretrained import fingerprint, read_config
 from maskgit_pl.runs.costs import useful_flops
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.precision import choose_precision
@@ -42,7 +42,6 @@ from maskgit_pl.runs.recipe_schema import (
 from maskgit_pl.runs.resolve import MODULES, dataclass_in, merge_values, resolve
 from maskgit_pl.runs.resume_check import fixed_settings, list_changes
 from maskgit_pl.runs.watchdog import Watchdog
-from maskgit_pl.token_model import TokenModel
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.callbacks import callbacks, profilers
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint, read_settings, step_of
@@ -58,6 +57,7 @@ from maskgit_pl.training.speed import SpeedMonitor
 from maskgit_pl.training.step_clock import StepClock
 from maskgit_pl.training.stop_and_nonfinite import StepCheck, disable_sigterm_handler
 from maskgit_pl.training.strategies import build_strategy, check_accelerator, check_precision, check_strategy
+from maskgit_pl.training.token_model import TokenModel
 from maskgit_pl.training.tolerant_logger import TolerantLogger
 from maskgit_pl.training.unreadable_report import UnreadableReport
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import IO
 
-from maskgit_pl import interruption
+from maskgit_pl import processes
 
 __all__ = ["run_maskgit"]
 
@@ -25,15 +25,15 @@ def run_maskgit(words: Sequence[str], output: IO[bytes] | None = None) -> tuple[
         The exit code, and True if this process received a stop signal.
     """
     errors = None if output is None else subprocess.STDOUT
-    with interruption.catch_stop_signals():
+    with processes.catch_stop_signals():
         process = subprocess.Popen([sys.executable, "-m", "maskgit_pl", *words], stdout=output, stderr=errors)
         is_told = False
         try:
             while True:
                 try:
-                    return process.wait(timeout=_SECONDS_BETWEEN_POLLS), interruption.is_requested()
+                    return process.wait(timeout=_SECONDS_BETWEEN_POLLS), processes.is_requested()
                 except subprocess.TimeoutExpired:
-                    if interruption.is_requested() and not is_told:
+                    if processes.is_requested() and not is_told:
                         process.terminate()
                         is_told = True
         except KeyboardInterrupt:

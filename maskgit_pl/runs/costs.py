@@ -12,8 +12,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from maskgit_pl.corruption import Corruption
 from maskgit_pl.data import Batch
-from maskgit_pl.estimates.counting import CountedStep, count_backbone, count_step, fake_tensors
-from maskgit_pl.estimates.memory import (
+from maskgit_pl.image_format import ImageSize, height_width
+from maskgit_pl.losses import rows_at_once
+from maskgit_pl.mvtm import MaskedTokenModel
+from maskgit_pl.networks.backbone import Backbone, BackboneConfig
+from maskgit_pl.networks.skeleton import skeletons
+from maskgit_pl.networks.transformer import TransformerConfig
+from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
+from maskgit_pl.runs.flops import CountedStep, count_backbone, count_step, fake_tensors
+from maskgit_pl.runs.memory import (
     FLOAT,
     HALF,
     Activations,
@@ -24,24 +31,11 @@ from maskgit_pl.estimates.memory import (
     estimate_memory,
     group_of,
 )
-from maskgit_pl.estimates.transformer import (
-    Checkpointing,
-    Precision,
-    mean_num_masked,
-    step_flops,
-    transformer_activations,
-)
-from maskgit_pl.image_format import ImageSize, height_width
-from maskgit_pl.losses import rows_at_once
-from maskgit_pl.mvtm import MaskedTokenModel
-from maskgit_pl.networks.backbone import Backbone, BackboneConfig
-from maskgit_pl.networks.skeleton import skeletons
-from maskgit_pl.networks.transformer import TransformerConfig
-from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.token_model import TokenModel
+from maskgit_pl.runs.transformer import Checkpointing, Precision, mean_num_masked, step_flops, transformer_activations
 from maskgit_pl.tokenizer import Tokenizer
-from maskgit_pl.tokenizer_config import AdversarialConfig, TokenizerConfig
 from maskgit_pl.training.optimizers import state_values
+from maskgit_pl.training.token_model import TokenModel
+from maskgit_pl.training.tokenizer_losses import AdversarialConfig, TokenizerConfig
 
 __all__ = ["Costs", "TokenizerCosts", "TransformerCosts", "useful_flops"]
 

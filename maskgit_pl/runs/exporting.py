@@ -62,7 +62,7 @@ def export(
         # Everything is found before torch is imported and before anything is written.
         plans = [_plan(folder, each, data, out) for each in stages]
         chosen = [_checkpoint(plan, step) for plan in plans]
-        from maskgit_pl.pretrained import check_stage_folder  # lightning and torch take seconds to import
+        from maskgit_pl.pipeline.pretrained import check_stage_folder  # lightning and torch take seconds to import
         from maskgit_pl.runs.stage import export_checkpoint
 
         for each in stages:

@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskgit_pl import interruption
+from maskgit_pl import processes
 from maskgit_pl.launcher import launcher_rank, local_rank
 from maskgit_pl.locks import hold_lock
 from maskgit_pl.runs.plan import plan_run
@@ -57,7 +57,7 @@ def fit(
     # The other ranks start when the folder has its new name.
     old = _set_aside(plan.stage_folder) if fresh and local_rank() == 0 else None
     try:
-        with interruption.catch_stop_signals(), warnings.catch_warnings():
+        with processes.catch_stop_signals(), warnings.catch_warnings():
             # Lightning warns on login nodes of Slurm.
             warnings.filterwarnings("ignore", message=".*`srun` command is available")
             from maskgit_pl.runs.stage import fit_stage  # lightning and torch take seconds to import

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from maskgit_pl.checks import check_choice, check_integer, check_number
-from maskgit_pl.estimates.gpus import GPUS
+from maskgit_pl.training.gpus import GPUS
 
 __all__ = ["Machines"]
 
@@ -17,7 +17,7 @@ class Machines:
     Attributes:
         nodes: Number of nodes, >= 1; None means that of the recipe.
         devices: Number of devices per node, >= 1; None means that of the recipe.
-        gpu: Name of a GPU with known memory, a key of ``estimates.gpus.GPUS``.
+        gpu: Name of a GPU with known memory, a key of ``training.gpus.GPUS``.
         memory: Memory per device in bytes; None means that of ``gpu``, or of this machine's GPU.
         port: Port of rank 0, in [1, 65535]; None means ``MASTER_PORT``, or Lightning's choice.
 

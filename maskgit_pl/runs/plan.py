@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from maskgit_pl.datasets import how_to_get
+from maskgit_pl.data.sources.public import how_to_get
 from maskgit_pl.files import sha256_of
 from maskgit_pl.registry import nearest
 from maskgit_pl.runs.layers import value_at

@@ -36,7 +36,7 @@ def choose_precision(config: Mapping[str, Any], stage: Stage, folder: Path, *, g
         config: Values of the run with all defaults; see ``resolve``.
         stage: Stage to train.
         folder: Stage folder.
-        gpu: Name of a GPU that the run will use, a key of ``estimates.gpus.GPUS``; None for a device of this machine.
+        gpu: Name of a GPU that the run will use, a key of ``training.gpus.GPUS``; None for a device of this machine.
     """
     given, trainer = str(config["trainer"]["precision"]), config["trainer"]
     if given != AUTO:

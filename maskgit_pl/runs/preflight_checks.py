@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from maskgit_pl.data import split_batch
+from maskgit_pl.data.manifest import DataSummary, describe_resizing, load_manifest, read_manifest_summary
 from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.pretrained import read_config
+from maskgit_pl.pipeline.pretrained import read_config
 from maskgit_pl.runs import host
 from maskgit_pl.runs.machines import Machines
 from maskgit_pl.runs.plan import Plan, find_data, find_pretrained, find_tokenizer, run_folder
@@ -23,7 +24,6 @@ from maskgit_pl.runs.preflight_report import Check, CheckList, Preflight, Shares
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.resolve import merge_recipe_values, resolve
 from maskgit_pl.runs.units import count_text
-from maskgit_pl.shards.manifest import DataSummary, describe_resizing, load_manifest, read_manifest_summary
 from maskgit_pl.training.checkpoint_files import newest_checkpoint, step_of
 from maskgit_pl.training.strategies import build_strategy, check_accelerator, check_precision, check_strategy
 

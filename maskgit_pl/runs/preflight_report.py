@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from maskgit_pl.errors import is_user_error
 
 if TYPE_CHECKING:
-    from maskgit_pl.estimates.memory import Memory
+    from maskgit_pl.runs.memory import Memory
 
 __all__ = ["Check", "CheckList", "Preflight", "RunCosts", "Shares", "Verdict"]
 

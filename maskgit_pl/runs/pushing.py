@@ -221,7 +221,7 @@ def _load(folder: Path) -> dict[str, Any]:
     """Loads the model, and returns the content of its ``config.json``, or of a new one if there is none."""
     from maskgit_pl.pipeline.description import check_run_facts, describe_folder
     from maskgit_pl.pipeline.model import MaskGIT
-    from maskgit_pl.pretrained import read_config
+    from maskgit_pl.pipeline.pretrained import read_config
 
     pipe = MaskGIT.from_pretrained(folder, pack_weights=False)
     negative = pipe.negative_model

@@ -197,7 +197,7 @@ def build_schema(kind: Kind) -> Schema:
     from maskgit_pl.autoregressive import AutoregressiveConfig
     from maskgit_pl.data import ShardDataConfig
     from maskgit_pl.mvtm import MaskedTokenConfig
-    from maskgit_pl.tokenizer_config import TokenizerConfig
+    from maskgit_pl.training.tokenizer_losses import TokenizerConfig
 
     models = {"tokenizer": TokenizerConfig, "transformer": MaskedTokenConfig, "autoregressive": AutoregressiveConfig}
     groups = {name: schema_of(each) for name, each in (("data", ShardDataConfig), ("model", models[kind]))}

@@ -17,19 +17,19 @@ from lightning.pytorch import LightningModule
 
 from maskgit_pl.autoregressive import AutoregressiveConfig, AutoregressiveModel
 from maskgit_pl.data import ShardDataConfig
+from maskgit_pl.data.manifest import read_manifest_summary
 from maskgit_pl.image_format import plain_size
 from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
 from maskgit_pl.networks.backbone import DEFAULT_BACKBONE, BackboneConfig, config_class
 from maskgit_pl.networks.discriminator import DiscriminatorConfig
 from maskgit_pl.networks.discriminators import with_defaults
 from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.pretrained import read_config
+from maskgit_pl.pipeline.pretrained import read_config
 from maskgit_pl.runs.layers import merge, value_at
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe_schema import Parameter, TrainerSettings, parameters_of, run_settings
-from maskgit_pl.shards.manifest import read_manifest_summary
 from maskgit_pl.tokenizer import Tokenizer
-from maskgit_pl.tokenizer_config import TokenizerConfig
+from maskgit_pl.training.tokenizer_losses import TokenizerConfig
 
 __all__ = ["MODULES", "config_text", "config_text_of", "dataclass_in", "merge_recipe_values", "merge_values", "resolve"]
 

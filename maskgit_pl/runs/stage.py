@@ -21,8 +21,9 @@ from torch import Tensor
 from maskgit_pl.data import ShardData, split_batch
 from maskgit_pl.files import check_writable, read_json, write_text
 from maskgit_pl.locks import hold_lock
+from maskgit_pl.networks.weights import load_weights
 from maskgit_pl.pipeline.card import write_card
-from maskgit_pl.pretrained import check_stage_folder, fingerprint, has_weights_of, load_weights
+from maskgit_pl.pipeline.pretrained import check_stage_folder, fingerprint, has_weights_of
 from maskgit_pl.provenance import describe_environment
 from maskgit_pl.runs.build import StageRun, build
 from maskgit_pl.runs.host import check_tasks
@@ -31,9 +32,9 @@ from maskgit_pl.runs.precision import AUTO
 from maskgit_pl.runs.process_exit import exit_on_error
 from maskgit_pl.runs.resolve import config_text_of
 from maskgit_pl.runs.units import count_text
-from maskgit_pl.token_model import TokenModel
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, SavedTensor, newest_checkpoint, step_of
+from maskgit_pl.training.token_model import TokenModel
 
 __all__ = ["FitResult", "check_run_outputs", "export_checkpoint", "fit_stage"]
 

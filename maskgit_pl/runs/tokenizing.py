@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from maskgit_pl.locks import hold_lock
+from maskgit_pl.parallel import available_cores
 from maskgit_pl.runs.plan import SHARED_TOKENS, find_data, find_tokenizer, run_folder
 from maskgit_pl.runs.recipe import Recipe
-from maskgit_pl.shards.parallel import available_cores
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from maskgit_pl.pretrained import PretrainedTokenizer
-    from maskgit_pl.shards.store_description import StoreDescription
+    from maskgit_pl.data.store_description import StoreDescription
+    from maskgit_pl.pipeline.networks import PretrainedTokenizer
 
 __all__ = ["OnRows", "ProcessRank", "TokenizeOptions", "find_process_rank", "tokenize"]
 
@@ -119,7 +119,7 @@ def tokenize(
     process = find_process_rank() if process is None else process
     shards, folder = find_data(recipe, data), run_folder(recipe, run)
     found = find_tokenizer(recipe, folder=folder, shards=shards, tokenizer=tokenizer, pretrained=pretrained)
-    from maskgit_pl.pretrained import load_tokenizer  # torch takes seconds to import
+    from maskgit_pl.pipeline.pretrained import load_tokenizer  # torch takes seconds to import
 
     options = options or TokenizeOptions()
     device, loaded = _device(options.device, process.local_rank), load_tokenizer(found)
@@ -153,7 +153,7 @@ def find_process_rank(rank: int | None = None, world_size: int | None = None) ->
 def _views(recipe: Recipe, options: TokenizeOptions) -> dict[str, Any]:
     """Returns what recipe and options say about the views of an image and the precision, without what neither says."""
     from maskgit_pl.data import ShardDataConfig  # torch takes seconds to import
-    from maskgit_pl.shards.store_description import augmentations_text
+    from maskgit_pl.data.store_description import augmentations_text
 
     listed, crops = recipe.get("data.augmentations"), options.crops
     if listed is not None:
@@ -170,7 +170,7 @@ def _views(recipe: Recipe, options: TokenizeOptions) -> dict[str, Any]:
 def _describe(named: dict[str, Any], folder: Path, shards: Path, tokenizer: PretrainedTokenizer) -> StoreDescription:
     """Describes the wanted store. A run with a store keeps its views and its precision if ``named`` is empty."""
     from maskgit_pl.data import describe_store
-    from maskgit_pl.shards.store_description import read_description
+    from maskgit_pl.data.store_description import read_description
 
     def describe(**views: Any) -> StoreDescription:
         return describe_store(
@@ -192,7 +192,7 @@ def _describe(named: dict[str, Any], folder: Path, shards: Path, tokenizer: Pret
 def _store_of(folder: Path, description: StoreDescription) -> Path:
     """Returns the folder of a store, and links ``RUN/tokens`` to it."""
     own = folder / "tokens"
-    from maskgit_pl.shards.store_description import plain_description  # torch takes seconds to import
+    from maskgit_pl.data.store_description import plain_description  # torch takes seconds to import
 
     fields = plain_description(description)
     key = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
@@ -271,7 +271,7 @@ def _encoder(tokenizer: PretrainedTokenizer, device: torch.device, precision: st
     """Returns a function from (B, C, H, W) uint8 images on the CPU to (B, N) int64 tokens on the device."""
     import torch
 
-    from maskgit_pl.imaging import to_unit_range
+    from maskgit_pl.pipeline.imaging_pixels import to_unit_range
 
     network = tokenizer.network.to(device)
 

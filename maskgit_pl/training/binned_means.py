@@ -1,6 +1,6 @@
 """Mean loss and accuracy of groups of predicted tokens, such as those of rows with a similar mask ratio.
 
-``token_model.TokenModel`` logs them.
+``training.token_model.TokenModel`` logs them.
 """
 
 from __future__ import annotations

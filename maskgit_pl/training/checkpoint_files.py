@@ -35,9 +35,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from maskgit_pl.checks import check_integer, check_keys, shorten
+from maskgit_pl.data.folders import replace_folder
 from maskgit_pl.distributed import on_all_ranks, rank_and_world
 from maskgit_pl.files import parse_json, read_json, sha256_of, size_text, write_tensors, write_text
-from maskgit_pl.folders import replace_folder
 from maskgit_pl.training.checkpoint_state import StateFormatError, join_state, split_state
 from maskgit_pl.training.checkpoint_tensors import FIRST_ROWS, SavedTensor, TensorPieces, own_pieces
 

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from maskgit_pl.checks import check_integer, shorten
 from maskgit_pl.files import parse_json
-from maskgit_pl.networks.weight_file import open_tensors
+from maskgit_pl.networks.weights import open_tensors
 
 __all__ = ["FIRST_ROWS", "SavedTensor", "TensorPieces", "local_rows", "own_pieces"]
 

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from maskgit_pl.decoding import DecodingStep
-from maskgit_pl.imaging import image_grid, reconstruction_grid, save_png
-from maskgit_pl.pretrained import PretrainedTokenizer
+from maskgit_pl.pipeline.imaging_grids import image_grid, reconstruction_grid, save_png
+from maskgit_pl.pipeline.networks import PretrainedTokenizer
 from maskgit_pl.training.tolerant_logger import TolerantLogger
 
 __all__ = ["ReconstructionPictures", "SamplePictures"]

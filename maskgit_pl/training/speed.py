@@ -7,7 +7,7 @@ At the Trainer's logging steps it logs, for the steps since the last time and wi
    Writing a checkpoint is no part of it, but of the time.
 3. ``speed/peak_memory_gb``, 10^9 bytes: of the GPU by torch, else of the process.
 4. ``speed/tflops``, 10^12 FLOPs of the model per second and device, without recomputation, and
-   ``speed/model_flops_utilization``, its share of the device's peak, for the GPUs of ``estimates.gpus``.
+   ``speed/model_flops_utilization``, its share of the device's peak, for the GPUs of ``training.gpus``.
 5. ``train/weight_norm``, the L2 norm of the trained weights, and ``train/weight_norm_discriminator``.
 """
 
@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from maskgit_pl.devices import peak_memory
-from maskgit_pl.estimates.gpus import find_gpu
+from maskgit_pl.training.gpus import find_gpu
 
 __all__ = ["SpeedMonitor", "weight_norm"]
 

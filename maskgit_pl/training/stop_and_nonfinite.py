@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from maskgit_pl import interruption
+from maskgit_pl import processes
 from maskgit_pl.distributed import rank_and_world
 from maskgit_pl.errors import NonFiniteError, PreemptedError
 from maskgit_pl.files import write_text
@@ -146,7 +146,7 @@ class _Decision(NamedTuple):
 
 def _decide_together(device: torch.device, *, losses: Sequence[Tensor] = (), norms: Sequence[Tensor] = ()) -> _Decision:
     """Exchanges one tensor between the ranks; every rank must call it at the same point of a step."""
-    stops = interruption.is_requested()
+    stops = processes.is_requested()
     rank, world_size = rank_and_world()
     if world_size > 1:
         # A maximum also tells which rank has a non-finite loss: 1 + rank, or 0 for none.

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from maskgit_pl.shards.unreadable import UnreadableImages, write_unreadable
+from maskgit_pl.data.unreadable import UnreadableImages, write_unreadable
 
 __all__ = ["UnreadableReport"]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from maskgit_pl.imaging import confidence_panel, number_windows, to_pil, token_panel, undrawn_tokens
-from maskgit_pl.imaging.layout import enlarge, panel_scale
+from maskgit_pl.pipeline.decoding_figures import confidence_panel, number_windows, token_panel, undrawn_tokens
+from maskgit_pl.pipeline.grids import enlarge, panel_scale
+from maskgit_pl.pipeline.imaging_pixels import to_pil
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from maskgit_pl.imaging.layout import viridis
+from maskgit_pl.pipeline.grids import viridis
 from maskgit_pl.text import printable
 
 if TYPE_CHECKING:

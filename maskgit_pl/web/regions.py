@@ -6,13 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskgit_pl import editing
+from maskgit_pl.data.crops import fit_image
+from maskgit_pl.data.images import decode_image, parse_image_header, read_image_file
 from maskgit_pl.files import size_text
 from maskgit_pl.image_format import height_width
-from maskgit_pl.imaging import draw_mask, to_pil
-from maskgit_pl.imaging.layout import enlarge, scale_to
-from maskgit_pl.shards.crops import fit_image
-from maskgit_pl.shards.images import decode_image, parse_image_header, read_image_file
+from maskgit_pl.pipeline.grids import enlarge, scale_to
+from maskgit_pl.pipeline.imaging_grids import draw_mask
+from maskgit_pl.pipeline.imaging_pixels import to_pil
+from maskgit_pl.pipeline.regions import (
+    box_mask,
+    parse_box,
+    pixel_region,
+    token_mask,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -104,18 +110,18 @@ class EditRegion:
     ) -> None:
         height, width = height_width(outline.image_size)
         if box.strip():
-            self.mask = editing.box_mask(editing.parse_box(box, height=height, width=width), height=height, width=width)
+            self.mask = box_mask(parse_box(box, height=height, width=width), height=height, width=width)
         else:
             self.mask = read_brush(layers, height=height, width=width)
         if not bool(self.mask.any()):
             raise ValueError("mask must not be empty; paint the region to generate, or give a box")
-        self.tokens = editing.token_mask(self.mask, factor=outline.token_size, dilation=dilation)
+        self.tokens = token_mask(self.mask, factor=outline.token_size, dilation=dilation)
         self._pixels, self._factor = pixels, outline.token_size
 
     def picture(self) -> Image.Image:
         """Returns the image with the tokens that are generated again in grey, and the mask in a green outline."""
         height, width = self.mask.shape
-        region = editing.pixel_region(self.tokens, factor=self._factor, height=height, width=width)
+        region = pixel_region(self.tokens, factor=self._factor, height=height, width=width)
         return draw_mask(self._pixels, mask=self.mask, region=region, scale=scale_to(self._pixels, _CANVAS))
 
     def describe(self) -> str:

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor  # gradio reads the annotations of handlers
 
 from maskgit_pl.image_format import height_width
-from maskgit_pl.imaging import to_pil
-from maskgit_pl.imaging.layout import enlarge, panel_scale
 from maskgit_pl.pipeline.display import Recording
+from maskgit_pl.pipeline.grids import enlarge, panel_scale
+from maskgit_pl.pipeline.imaging_pixels import to_pil
 from maskgit_pl.web.answers import answer, explain, pace
 from maskgit_pl.web.form import MODEL, add_class, add_results, add_seed, add_settings, class_choices, show_results
 from maskgit_pl.web.frames import draw_frame
@@ -26,7 +26,7 @@ _TASKS = [("Fill in (inpaint)", "inpaint"), ("Change class", "edit"), ("Extend (
 _WINDOWS = 8  # of a canvas, about: for the pace of the steps
 _HEIGHT = 336  # pixels: twice the smallest height of a panorama on the page
 _SIDES = ("left", "right", "up", "down")
-_BRUSH = "#009e73"  # REQUESTED of imaging/layout.py
+_BRUSH = "#009e73"  # REQUESTED of pipeline/grids.py
 _PREVIEW: dict[str, Any] = {
     "show_progress": "hidden",
     "trigger_mode": "always_last",

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 from maskgit_pl.evaluation.reports.schedule_figures import draw_schedules
-from maskgit_pl.imaging import select_steps
+from maskgit_pl.pipeline.decoding_figures import select_steps
 from maskgit_pl.pipeline.display import Recording
 from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.web.answers import answer, explain

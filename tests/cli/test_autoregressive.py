@@ -9,7 +9,7 @@ import yaml
 from PIL import Image
 
 from maskgit_pl.cli import main
-from maskgit_pl.pretrained import load_transformer
+from maskgit_pl.pipeline.pretrained import load_transformer
 from maskgit_pl.training.checkpoint_files import newest_checkpoint
 from tests.conftest import flags
 

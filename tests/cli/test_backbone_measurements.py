@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskgit_pl import pretrained
 from maskgit_pl.cli import compare, evaluate, tune
 from maskgit_pl.networks.backbone import backbones, build_config
-from maskgit_pl.pretrained import fingerprint, load_transformer
+from maskgit_pl.pipeline.pretrained import (
+    fingerprint,
+    load_transformer,
+    save_transformer,
+)
 from tests.cli.commands import call_command
 from tests.conftest import CLASSES, peak_predictions
 
@@ -24,7 +27,7 @@ def replace_transformer(pretrained_folder: Path, name: str) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         weights = peak_predictions(config.create()).state_dict()
-    pretrained.save_transformer(
+    save_transformer(
         pretrained_folder / "transformer",
         config,
         weights,

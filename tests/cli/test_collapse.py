@@ -8,9 +8,9 @@ import torch
 
 from maskgit_pl.cli import main
 from maskgit_pl.contrib.inspect_findings import read_logs
-from maskgit_pl.shards.images import encode_png
-from maskgit_pl.shards.sources import open_source
-from maskgit_pl.shards.writer import make_shards
+from maskgit_pl.data.images import encode_png
+from maskgit_pl.data.sources.opening import open_source
+from maskgit_pl.data.writer import make_shards
 
 
 @pytest.fixture(scope="module")

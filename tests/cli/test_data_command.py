@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from maskgit_pl.cli import data, main
-from maskgit_pl.shards.manifest import read_manifest_summary
-from maskgit_pl.shards.store_description import StoreDescription
-from maskgit_pl.shards.token_writer import StoreParts
+from maskgit_pl.data.manifest import read_manifest_summary
+from maskgit_pl.data.store_description import StoreDescription
+from maskgit_pl.data.token_writer import StoreParts
 from tests.cli.commands import call_command
 from tests.conftest import save_uneven_shards
 
@@ -182,8 +182,8 @@ def test_parser_needs_no_heavy_import():
 
 def test_the_console_script_makes_a_newcomers_folder(tmp_path, capsys):
     from maskgit_pl.cli import main
-    from maskgit_pl.shards.images import encode_png
-    from maskgit_pl.shards.manifest import read_manifest_summary
+    from maskgit_pl.data.images import encode_png
+    from maskgit_pl.data.manifest import read_manifest_summary
 
     for label in ("cat", "dog"):
         (tmp_path / "photos" / label).mkdir(parents=True)

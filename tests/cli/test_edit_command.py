@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from maskgit_pl.cli import inpaint, main
-from maskgit_pl.imaging.layout import REQUESTED
 from maskgit_pl.pipeline import MaskGIT
+from maskgit_pl.pipeline.grids import REQUESTED
 from tests.cli.commands import call_command, pixels
 
 

@@ -11,11 +11,11 @@ from PIL import Image
 from maskgit_pl import evaluation
 from maskgit_pl.cli import evaluate_tokenizer, paper
 from maskgit_pl.data import ShardData, ShardDataConfig
+from maskgit_pl.data.images import encode_png
+from maskgit_pl.data.sources.opening import open_source
+from maskgit_pl.data.writer import make_shards
 from maskgit_pl.evaluation.ledger import Ledger
-from maskgit_pl.pretrained import load_tokenizer
-from maskgit_pl.shards.images import encode_png
-from maskgit_pl.shards.sources import open_source
-from maskgit_pl.shards.writer import make_shards
+from maskgit_pl.pipeline.pretrained import load_tokenizer
 from tests.cli.commands import call_command
 from tests.conftest import save_tiny_pretrained
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from maskgit_pl.cli import main
 from maskgit_pl.importers.released import import_jax
-from maskgit_pl.pretrained import fingerprint, load_transformer, read_config
+from maskgit_pl.pipeline.pretrained import fingerprint, load_transformer, read_config
 from tests.conftest import flags, save_tiny_pretrained
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -108,7 +108,7 @@ def test_the_weights_of_more_classes_are_those_of_the_mean_class(tiny_pretrained
     import dataclasses
 
     from maskgit_pl.networks.transformer import MaskedTransformer
-    from maskgit_pl.pretrained import weights_for
+    from maskgit_pl.pipeline.fine_tuning import weights_for
 
     given = load_transformer(tiny_pretrained / "transformer")
     old = given.network.config  # 16 codes, 3 classes, a null class, the mask token
@@ -128,7 +128,7 @@ def test_the_weights_of_more_classes_are_those_of_the_mean_class(tiny_pretrained
 def test_a_null_class_that_was_not_there_begins_as_the_mean_class(tmp_path):
     import dataclasses
 
-    from maskgit_pl.pretrained import weights_for
+    from maskgit_pl.pipeline.fine_tuning import weights_for
 
     given = load_transformer(save_tiny_pretrained(tmp_path / "given", class_dropout=0.0) / "transformer")
     made = weights_for(dataclasses.replace(given.network.config, class_dropout=0.1), given)

@@ -10,9 +10,9 @@ from PIL import Image
 
 from maskgit_pl import MaskGIT
 from maskgit_pl.cli import main
+from maskgit_pl.data.images import encode_png
 from maskgit_pl.evaluation.classifier_config import ClassifierConfig
-from maskgit_pl.networks.classifier import load_classifier
-from maskgit_pl.shards.images import encode_png
+from maskgit_pl.networks.feature_networks import load_classifier
 from tests.conftest import flags, save_tiny_pretrained
 
 BATCHES = {"global_batch": 8, "max_batch_per_device": 8, "validation_batch": 8, "num_workers": 0}

@@ -8,7 +8,7 @@ from PIL import Image
 
 from maskgit_pl.cli import main
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.pretrained import load_tokenizer
+from maskgit_pl.pipeline.pretrained import load_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TOKENIZER, TRANSFORMER = GOLDEN / "vqvae_checkpoint.msgpack", GOLDEN / "transformer_n16_checkpoint.msgpack"

@@ -10,7 +10,7 @@ import torch
 
 from maskgit_pl.cli import main
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.pretrained import load_tokenizer
+from maskgit_pl.pipeline.pretrained import load_tokenizer
 
 CONFIG = VQGANConfig(
     3,

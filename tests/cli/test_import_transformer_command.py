@@ -8,7 +8,7 @@ import torch
 
 from maskgit_pl.cli import main
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.pretrained import load_transformer, save_tokenizer
+from maskgit_pl.pipeline.pretrained import load_transformer, save_tokenizer
 from tests.importers.transformer_references import Halton, MaskGIL, randomise, save_checkpoint
 
 SIZES = {"codes": 24, "classes": 3, "side": 4, "size": 32, "blocks": 2, "heads": 4}

@@ -14,7 +14,7 @@ from maskgit_pl.cli import _flags_of, ablation, main, paper
 from maskgit_pl.evaluation import evaluator
 from maskgit_pl.evaluation.classifier_config import CASConfig
 from maskgit_pl.evaluation.ledger import Ledger
-from maskgit_pl.pretrained import read_config
+from maskgit_pl.pipeline.pretrained import read_config
 from tests.conftest import flags, save_tiny_pretrained
 
 TINY = Path(__file__).parents[1] / "tiny"

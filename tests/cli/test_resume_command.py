@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from maskgit_pl.cli import main
-from maskgit_pl.pretrained import fingerprint
-from maskgit_pl.shards.sources import open_source
-from maskgit_pl.shards.writer import make_shards
+from maskgit_pl.data.sources.opening import open_source
+from maskgit_pl.data.writer import make_shards
+from maskgit_pl.pipeline.pretrained import fingerprint
 from maskgit_pl.training.checkpoint_files import newest_checkpoint, read_settings, step_of
 from tests.conftest import flags, save_tiny_pretrained
 

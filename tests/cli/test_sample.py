@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from maskgit_pl.cli import main, sample
 from maskgit_pl.cli.decoding_flags import read_decoding_flags
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.networks.classifier import ClassifierSizes, create_classifier, describe_classifier
+from maskgit_pl.networks.feature_networks import ClassifierSizes, create_classifier, describe_classifier
 from maskgit_pl.pipeline import MaskGIT, sharing
 from maskgit_pl.pipeline.options import SETTINGS
 from maskgit_pl.pipeline.outline import Outline

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from maskgit_pl.cli import main
+from maskgit_pl.data import manifest
 from maskgit_pl.evaluation import classifier_training
-from maskgit_pl.networks.classifier import load_classifier
-from maskgit_pl.shards import manifest
+from maskgit_pl.networks.feature_networks import load_classifier
 from tests.conftest import CLASSES
 
 

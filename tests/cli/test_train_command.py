@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from maskgit_pl.cli import main
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.pretrained import fingerprint, save_tokenizer
+from maskgit_pl.pipeline.pretrained import fingerprint, save_tokenizer
 from maskgit_pl.runs import stage as stage_module
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint

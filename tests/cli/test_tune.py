@@ -12,7 +12,8 @@ from maskgit_pl.evaluation import evaluator
 from maskgit_pl.evaluation.ledger import Ledger, Row
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.bundled import bundled_models
-from maskgit_pl.pretrained import fingerprint, read_decoding, save_decoding
+from maskgit_pl.pipeline.decoding_file import read_decoding, save_decoding
+from maskgit_pl.pipeline.pretrained import fingerprint
 from tests.cli.commands import call_command
 from tests.conftest import save_tiny_pretrained
 
@@ -263,7 +264,7 @@ def test_the_page_is_written_even_if_the_decoding_cannot_be(
     def full(*_: object, **__: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("maskgit_pl.pretrained.save_decoding", full)
+    monkeypatch.setattr("maskgit_pl.pipeline.decoding_file.save_decoding", full)
     with pytest.raises(OSError, match="no space left"):
         call(run_folder, "--data", tiny_shards, "--num-images", 12, "--trials", 6, "--num-steps", "2-4")
     assert "## Second measurement" in (run_folder / "tuning" / "tuning.md").read_text()

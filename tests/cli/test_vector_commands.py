@@ -11,9 +11,9 @@ import torch
 
 from maskgit_pl import MaskGIT
 from maskgit_pl.cli import main
+from maskgit_pl.data.images import encode_png
 from maskgit_pl.pipeline.outline import Outline
-from maskgit_pl.pretrained import load_transformer
-from maskgit_pl.shards.images import encode_png
+from maskgit_pl.pipeline.pretrained import load_transformer
 from tests.conftest import flags
 
 DIM, SIDE = 3, 8

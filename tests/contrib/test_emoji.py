@@ -12,7 +12,7 @@ from PIL import Image
 from maskgit_pl.cli import main
 from maskgit_pl.contrib import emoji
 from maskgit_pl.contrib.emoji import CLASSES, DATASET, EmojiImages, base_of
-from maskgit_pl.shards.image_bytes import UnreadableImageError
+from maskgit_pl.data.image_bytes import UnreadableImageError
 
 
 def png(value, size=64):

@@ -23,7 +23,7 @@ from maskgit_pl.contrib.inspect_findings import (
 )
 from maskgit_pl.contrib.inspect_page import _safe_png, inspect_run
 from maskgit_pl.data import Batch
-from maskgit_pl.shards.images import encode_png
+from maskgit_pl.data.images import encode_png
 from tests.conftest import tiny_tokenizer
 
 MARKUP = "<script>alert(1)</script>\"'&\x1b"

@@ -12,11 +12,11 @@ from torchvision.transforms import RandomResizedCrop as Reference
 from maskgit_pl.data import InOrder, ShardData, ShardDataConfig, TokenizingConfig, describe_store, flip, tokenize
 from maskgit_pl.data.augmentations import Augmentation, RandomResizedCrop, augmentations, build_augmentations
 from maskgit_pl.data.batches import ImageBatches
-from maskgit_pl.shards.images import encode_png
-from maskgit_pl.shards.manifest import load_manifest
-from maskgit_pl.shards.reader import ShardReader
-from maskgit_pl.shards.store_description import augmentations_text
-from maskgit_pl.shards.tokens import open_store
+from maskgit_pl.data.images import encode_png
+from maskgit_pl.data.manifest import load_manifest
+from maskgit_pl.data.reader import ShardReader
+from maskgit_pl.data.store_description import augmentations_text
+from maskgit_pl.data.token_store import open_store
 from tests.data_folders import save_data
 
 LISTS = [[name] for name in augmentations.names()] + [

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from maskgit_pl.data import Batch, IndexedDataModule, IndexedDataset, ShardData, ShardDataConfig
-from maskgit_pl.shards.images import encode_png
+from maskgit_pl.data.images import encode_png
 from tests.data_folders import save_data
 
 COUNT = 23

@@ -22,7 +22,7 @@ from maskgit_pl.data import (
     split_batch,
 )
 from maskgit_pl.data.batches import make_loader
-from maskgit_pl.shards.manifest import INDEX_DTYPE, index_sha256
+from maskgit_pl.data.manifest import INDEX_DTYPE, index_sha256
 from tests.conftest import save_uneven_shards
 
 NUM_TRAIN = 23

@@ -19,9 +19,9 @@ import pytest
 import torch
 
 from maskgit_pl.data import Batch, ShardData, ShardDataConfig, StreamConfig, StreamError
+from maskgit_pl.data.images import encode_png
 from maskgit_pl.data.stream import StreamBatches
 from maskgit_pl.errors import DataBudgetError
-from maskgit_pl.shards.images import encode_png
 from tests.conftest import save_uneven_shards
 from tests.data_folders import save_data
 

@@ -20,16 +20,16 @@ from maskgit_pl.data import (
     tokenize,
 )
 from maskgit_pl.data.batches import ImageBatches
+from maskgit_pl.data.images import encode_png
+from maskgit_pl.data.index import index_shards
+from maskgit_pl.data.manifest import load_manifest
+from maskgit_pl.data.reader import ShardReader
+from maskgit_pl.data.samples import Sample
+from maskgit_pl.data.shard_files import find_shards
+from maskgit_pl.data.token_store import open_store
 from maskgit_pl.data.tokenizing import Outcome
+from maskgit_pl.data.writer import write_split
 from maskgit_pl.errors import DataBudgetError
-from maskgit_pl.shards.images import encode_png
-from maskgit_pl.shards.index import index_shards
-from maskgit_pl.shards.manifest import load_manifest
-from maskgit_pl.shards.reader import ShardReader
-from maskgit_pl.shards.shard_files import find_shards
-from maskgit_pl.shards.sources import Sample
-from maskgit_pl.shards.tokens import open_store
-from maskgit_pl.shards.writer import write_split
 from tests.data_folders import save_data
 
 NUM_TRAIN, NUM_VAL = 23, 11

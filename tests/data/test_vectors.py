@@ -1,222 +1,293 @@
-"""Vectors of images in batches: from shards, from a token store, and from a map-style dataset; on any rank."""
+"""Vectors of images: what is accepted and refused, and their way from files through shards and back."""
 
+import io
+import json
+import os
+import pickle
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from maskgit_pl.data import (
-    IndexedDataModule,
-    IndexedDataset,
-    ShardData,
-    ShardDataConfig,
-    StreamConfig,
-    TokenizingConfig,
-    describe_store,
-    tokenize,
-)
+from maskgit_pl.data.images import decode_image, encode_png
+from maskgit_pl.data.index import index_shards
+from maskgit_pl.data.manifest import check_vectors, load_manifest, read_manifest_summary
+from maskgit_pl.data.reader import ShardReader
+from maskgit_pl.data.samples import UnreadableSample
+from maskgit_pl.data.scan_progress import PROGRESS
+from maskgit_pl.data.shard_files import find_shards
+from maskgit_pl.data.sources.opening import open_source
+from maskgit_pl.data.vectors import VectorKind, parse_vector
+from maskgit_pl.data.verify import verify_shards
+from maskgit_pl.data.writer import make_shards
 from maskgit_pl.errors import DataChangedError
-from maskgit_pl.shards.images import encode_png
-from maskgit_pl.shards.index import index_shards
-from maskgit_pl.shards.manifest import read_manifest_summary
-from maskgit_pl.shards.samples import Sample
-from maskgit_pl.shards.shard_files import find_shards
-from maskgit_pl.shards.store_description import read_description
-from maskgit_pl.shards.tokens import open_store
-from maskgit_pl.shards.verify import verify_store
-from maskgit_pl.shards.writer import write_split
-from tests.data_folders import save_data
-from tests.shards.test_vectors import npy
 
-NUM_TRAIN, NUM_VAL, DIM = 23, 11, 3
-OFFSETS = {"train": 0, "val": 100}
+DIM = 5
 
 
-def image(number: int) -> torch.Tensor:
-    """Returns (1, 4, 4) uint8, whose first pixel is the number."""
-    return (number + torch.arange(16).reshape(1, 4, 4)).to(torch.uint8)
+def npy(array: object, **options: bool) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, **options)
+    return file.getvalue()
 
 
-def vector(number: int) -> np.ndarray:
-    """Returns (3,) float16, whose first value is the number."""
-    return np.array([number, number / 8, -1], np.float16)
+def vector(number: int, dtype: str = "float16") -> np.ndarray:
+    return (number + np.arange(DIM) / 8).astype(dtype)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data")
-    for split, count in (("train", NUM_TRAIN), ("val", NUM_VAL)):
-        numbers = range(OFFSETS[split], OFFSETS[split] + count)
-        samples = (Sample(encode_png(image(n)), "png", n % 3, f"{n}", npy(vector(n))) for n in numbers)
-        write_split(samples, path, split, shard_size=9)
-    index_shards(path, {split: find_shards(path, f"{split}-*.tar") for split in ("train", "val")})
-    return path
+def write_images(folder: Path, *, count: int = 8, dtype: str = "float16") -> Path:
+    """Writes images of two classes, whose first pixel is their number, with a vector beside each."""
+    for number in range(count):
+        place = folder / "ab"[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = torch.full((1, 4, 4), number, dtype=torch.uint8)
+        (place / f"{number}.png").write_bytes(encode_png(pixels))
+        np.save(place / f"{number}.npy", vector(number, dtype))
+    return folder
 
 
-def make_store(folder: Path, store: Path, **options: int) -> str:
-    description = describe_store(folder, grid=(2, 2), codebook_size=256, tokenizer="me", image_size=4)
-    config = TokenizingConfig(**{"batch_size": 4, "part_size": 6, **options})
-    return tokenize(
-        folder, store, description, encode=lambda images: images[:, 0, 0].long(), in_channels=1, config=config
-    )
+def make(source: Path, out: Path, **options: object) -> Path:
+    make_shards(open_source(source, val_fraction=0.3), out, shard_size=3, **options)
+    return out
 
 
 @pytest.fixture(scope="module")
-def store(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("store")
-    assert make_store(folder, path) == "made"
-    return path
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vectors")
+    return make(write_images(folder / "images", count=20), folder / "shards")
 
 
-def data(folder: Path, **options: object) -> ShardData:
-    defaults = {"image_size": 4, "in_channels": 1, "global_batch": 8, "max_batch_per_device": 8, "validation_batch": 4}
-    module = ShardData(ShardDataConfig(str(folder), **{**defaults, "vectors": True, **options}))
-    module.setup()
-    return module
+HUGE_HEADER = b"\x93NUMPY\x02\x00" + (2**31).to_bytes(4, "little") + b"{'descr': '<f4'}"
+HOSTILE = {
+    "pickle": (pickle.dumps([1]), r"must be a \.npy file"),
+    "objects": (
+        npy(np.array([{}], dtype=object), allow_pickle=True),
+        "must hold float16 or float32 values, got pickled Python objects",
+    ),
+    "a header of 2 GiB": (HUGE_HEADER, r"must be a \.npy file"),
+    "a header that is code": (npy(vector(0)).replace(b"'descr'", b"exit(1)"), r"must be a \.npy file"),
+    "empty": (b"", r"must be a \.npy file"),
+    "NaN": (npy(np.array([1, np.nan, 2], np.float32)), "must have finite values, got nan at place 1"),
+    "infinity": (npy(np.array([np.inf], np.float16)), "must have finite values, got inf at place 0"),
+    "float64": (npy(np.zeros(3)), "must hold little-endian float16 or float32 values, got <f8"),
+    "integers": (npy(np.zeros(3, np.int64)), "must hold little-endian float16 or float32 values, got <i8"),
+    "big-endian": (npy(np.zeros(3, ">f4")), "must hold little-endian float16 or float32 values, got >f4"),
+    "two dimensions": (npy(np.zeros((1, 3), np.float32)), r"must have 1 dimension, got shape \(1, 3\)"),
+    "a number": (npy(np.float32(1)), r"must have 1 dimension, got shape \(\)"),
+    "no values": (npy(np.zeros(0, np.float32)), "must have 1 to 65536 values, got 0"),
+    "too many values": (npy(np.zeros(2**16 + 1, np.float16)), "must have 1 to 65536 values, got 65537"),
+    "truncated": (npy(vector(0))[:-1], "must hold 5 float16 values, 10 bytes, got 9 bytes"),
+    "longer": (npy(vector(0)) + b"x", "must hold 5 float16 values, 10 bytes, got 11 bytes"),
+}
 
 
-class OnRank:
-    """The part of a Trainer that the data module reads."""
-
-    def __init__(self, rank: int, world_size: int) -> None:
-        self.global_rank, self.world_size, self.global_step = rank, world_size, 0
-
-
-def rows(batches) -> dict[int, tuple[int, list[float]]]:
-    """Maps positions to the first pixel or token and the vector of a sample."""
-    return {
-        int(position): (int(content.flatten()[0]), vector.tolist())
-        for batch in batches
-        for position, content, vector in zip(batch.position, batch.content, batch.vectors, strict=True)
-    }
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_file_that_is_no_vector_is_refused_by_name(kind: str) -> None:
+    data, message = HOSTILE[kind]
+    with pytest.raises(ValueError, match=rf"vector a/1\.npy {message}"):
+        parse_vector(data, name="a/1.npy")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("loader", ["train_dataloader", "val_dataloader"])
-def test_each_sample_has_its_own_vector_in_both_sources(folder, store, loader: str, num_workers: int) -> None:
-    found = [
-        rows(getattr(data(folder, num_workers=num_workers, **source), loader)())
-        for source in ({}, {"source": "tokens", "token_store": str(store)})
-    ]
-    assert found[0] == found[1]
-    assert len(found[0]) >= NUM_VAL
-    for number, read in found[0].values():
-        assert read == vector(number).tolist()
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("version", [(1, 0), (2, 0)])
+def test_values_start_where_the_header_says(dtype: str, version: tuple[int, int]) -> None:
+    file = io.BytesIO()
+    np.lib.format.write_array(file, vector(3, dtype), version=version)
+    kind, start = parse_vector(file.getvalue(), name="v")
+    assert kind == VectorKind(DIM, dtype)
+    assert np.array_equal(np.frombuffer(file.getvalue(), dtype, offset=start), vector(3, dtype))
 
 
-def test_two_ranks_share_the_vectors_of_a_step(folder: Path) -> None:
-    whole, parts = rows(data(folder).train_dataloader()), {}
-    for rank in range(2):
-        module = data(folder, max_batch_per_device=4)
-        module.trainer = OnRank(rank, 2)
-        part = rows(module.train_dataloader())
-        assert not part.keys() & parts.keys()
-        parts |= part
-    assert parts == whole
+def test_a_vector_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    path = write_images(tmp_path / "images", count=20) / "a" / "0.npy"
+    os.truncate(path, 2**40)
+    source = open_source(tmp_path / "images", val_fraction=0.3)
+    samples = [sample for split, count in source.counts.items() for sample in source.samples(split, range(count))]
+    faults = [sample.error for sample in samples if isinstance(sample, UnreadableSample)]
+    assert faults == [f"vector {path} must have at most 268 MB, got 1.1 TB"]
 
 
-def test_batches_move_with_and_without_vectors(folder: Path) -> None:
-    for vectors in (True, False):
-        module = data(folder, vectors=vectors)
-        batch = next(iter(module.train_dataloader()))
-        moved = module.transfer_batch_to_device(batch, torch.device("meta"), 0)
-        assert {tensor.device.type for tensor in moved if tensor is not None} == {"meta"}
-        assert (moved.vectors is None) == (not vectors)
-        assert vectors is False or batch.vectors.dtype == torch.float32
-
-
-def test_the_store_keeps_the_bits_of_the_vectors_on_any_number_of_processes(folder, store, tmp_path: Path) -> None:
-    assert make_store(folder, tmp_path, rank=1, world_size=2, part_size=4) == "incomplete"
-    assert make_store(folder, tmp_path, rank=0, world_size=2, part_size=4) == "made"
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_each_image_keeps_its_vector_through_make_verify_and_read(tmp_path: Path, dtype: str) -> None:
+    folder = make(write_images(tmp_path / "images", count=20, dtype=dtype), tmp_path / "shards", size=4)
+    assert read_manifest_summary(folder).vectors == VectorKind(DIM, dtype)
+    assert verify_shards(folder).bad == ()
+    seen = set()
     for split in ("train", "val"):
-        name = f"{split}-vectors.npy"
-        assert (tmp_path / name).read_bytes() == (store / name).read_bytes() == (folder / name).read_bytes()
-    assert read_description(tmp_path).vectors == read_manifest_summary(folder).vectors
-    assert make_store(folder, tmp_path) == "found"
+        manifest = load_manifest(folder, split)
+        check_vectors(manifest)
+        reader = ShardReader(manifest)
+        for index in range(len(reader)):
+            number = int(decode_image(reader.read(index), channels=1, name="")[0, 0, 0])
+            (read,) = reader.vector_reader.read(np.array([index]))
+            assert read.dtype == np.float32
+            assert np.array_equal(read, vector(number, dtype).astype(np.float32))
+            seen.add(number)
+    assert seen == set(range(20))
 
 
-def test_a_store_with_a_changed_vector_is_refused(folder, store, tmp_path: Path) -> None:
-    make_store(folder, tmp_path)
-    reader = open_store(tmp_path)["train"].vector_reader
-    array = np.load(tmp_path / "train-vectors.npy")
-    array[3] = 7
-    np.save(tmp_path / "train-vectors.npy", array)
-    with pytest.raises(ValueError, match=r"train-vectors\.npy: changed since it was made"):
-        open_store(tmp_path)
-    assert [bad.name for bad in verify_store(tmp_path).bad] == ["train-vectors.npy"]
-    array[3] = np.nan
-    np.save(tmp_path / "train-vectors.npy", array)
-    with pytest.raises(DataChangedError, match="must be finite"):
-        reader.read(np.array([3]))
+def test_other_vectors_of_the_same_images_are_other_data(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", count=20)
+    first = open_source(images, val_fraction=0.3).describe()
+    assert open_source(images, val_fraction=0.3).describe() == first
+    np.save(images / "a" / "0.npy", vector(77))
+    assert open_source(images, val_fraction=0.3).describe() != first
 
 
-def test_a_store_without_vectors_keeps_its_description(tmp_path: Path) -> None:
-    plain = save_data(tmp_path / "data", {split: [(encode_png(image(0)), 0)] * 2 for split in ("train", "val")})
-    assert make_store(plain, tmp_path / "store") == "made"
-    assert "vector" not in (tmp_path / "store" / "store.json").read_text()
-    assert not list((tmp_path / "store").glob("*vectors*"))
+def test_without_vectors_the_record_and_the_fingerprint_are_those_of_plain_images(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", count=20)
+    make_shards(open_source(images, val_fraction=0.3, vectors=False), tmp_path / "ignored")
+    for path in images.rglob("*.npy"):
+        path.unlink()
+    make_shards(open_source(images, val_fraction=0.3), tmp_path / "plain")
+    assert read_manifest_summary(tmp_path / "ignored") == read_manifest_summary(tmp_path / "plain")
+    assert "vector" not in (tmp_path / "plain" / "train.json").read_text()
+    assert "vectors" not in json.loads((tmp_path / "plain" / "made_from.json").read_text())["source"]
 
 
-def test_an_unreadable_image_is_replaced_together_with_its_vector(tmp_path: Path) -> None:
-    for split in ("train", "val"):
-        samples = [Sample(encode_png(image(n)), "png", 0, f"{n}", npy(vector(n))) for n in range(4)]
-        damaged = samples[2].data[:-20] + bytes(20)  # the header is whole
-        samples[2] = samples[2]._replace(data=damaged)
-        write_split(samples, tmp_path, split, shard_size=9)
-    index_shards(tmp_path, {split: find_shards(tmp_path, f"{split}-*.tar") for split in ("train", "val")})
-    (batch,) = data(tmp_path, validation_batch=4, unreadable_budget=0.5).val_dataloader()
-    assert batch.replacement.tolist() == [-1, -1, 3, -1]
-    assert batch.vectors[:, 0].tolist() == [0, 1, 3, 3]
+def test_an_image_without_a_vector_is_named_or_left_out(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", count=20)
+    (images / "a" / "0.npy").unlink()
+    (images / "b" / "1.npy").write_bytes(npy(np.zeros(DIM + 1, np.float16)))
+    with pytest.raises(ValueError, match=r"must have the vector 0\.npy beside it, got none") as error:
+        make(images, tmp_path / "shards")
+    assert "1.npy must have 5 float16 values" in str(error.value)
+    assert "--no-vectors" in str(error.value)
+    folder = make(images, tmp_path / "shards", lenient=True)
+    assert sum(read_manifest_summary(folder).samples.values()) == 18
 
 
-def test_vectors_are_refused_by_name_where_there_are_none(folder, tmp_path: Path) -> None:
-    plain = save_data(tmp_path, {split: [(encode_png(image(0)), 0)] * 2 for split in ("train", "val")})
-    with pytest.raises(ValueError, match=r"data\.vectors must be false for .* whose samples have no vectors, got true"):
-        data(plain)
-    assert data(folder, vectors=False).vector_dim == 0
-    assert data(folder).vector_dim == DIM
-    with pytest.raises(ValueError, match=r"data\.vectors must be false for data\.source: stream"):
-        ShardDataConfig(str(folder), source="stream", stream=StreamConfig("x.tar", 1), vectors=True)
+def tar_folder(tmp_path: Path, tars, members: dict[str, list[tuple[str, bytes]]]) -> Path:
+    for split, extra in members.items():
+        samples = [member for member in tars.samples(3) if member[0] not in dict(extra)]
+        by_key = sorted([*samples, *extra], key=lambda member: member[0].split(".")[0])
+        tars.write(tmp_path / f"{split}-0.tar", by_key)
+    return tmp_path
 
 
-def test_a_changed_array_of_the_data_ends_the_start_of_a_run(folder, tmp_path: Path) -> None:
-    changed = shutil.copytree(folder, tmp_path / "data")
-    array = np.load(changed / "val-vectors.npy")
-    np.save(changed / "val-vectors.npy", array + 1)
-    with pytest.raises(ValueError, match=r"val-vectors\.npy changed since they were indexed"):
-        data(changed)
+def index(folder: Path, **options: object):
+    return index_shards(folder, {split: find_shards(folder, f"{split}-*.tar") for split in ("train", "val")}, **options)
 
 
-@pytest.mark.parametrize("is_set_up", [False, True])
-def test_a_changed_array_is_refused_where_vectors_are_read_for_an_evaluation(folder, tmp_path, is_set_up) -> None:
-    changed = shutil.copytree(folder, tmp_path / "data")
-    array = np.load(changed / "val-vectors.npy")
-    np.save(changed / "val-vectors.npy", array + 1)
-    config = ShardDataConfig(str(changed), image_size=4, in_channels=1, global_batch=8)
-    module = ShardData(config)
-    if is_set_up:
-        module.setup()
-    with pytest.raises(ValueError, match=r"val-vectors\.npy changed since they were indexed"):
-        module.vector_pool("val")
-    with pytest.raises(ValueError, match=r"val-vectors\.npy changed since they were indexed"):
-        ShardData(replace(config, vectors=True)).val_dataloader()
+def three(**changed: bytes) -> list[tuple[str, bytes]]:
+    """Returns a vector member for each of three samples, some of them replaced."""
+    return [(f"{n:04d}.npy", changed.get(f"k{n}", npy(vector(n)))) for n in range(3)]
 
 
-def test_a_store_is_not_made_of_a_changed_array(folder, tmp_path: Path) -> None:
-    changed = shutil.copytree(folder, tmp_path / "data")
-    array = np.load(changed / "val-vectors.npy")
-    np.save(changed / "val-vectors.npy", array + 1)
-    with pytest.raises(ValueError, match=r"val-vectors\.npy changed since they were indexed"):
-        make_store(changed, tmp_path / "store")
-    assert not (tmp_path / "store").exists()
+def test_vectors_of_existing_tars_are_indexed(tmp_path: Path, tars) -> None:
+    folder = tar_folder(tmp_path, tars, {"train": three(), "val": three()})
+    manifest = index(folder).manifests["val"]
+    assert manifest.vectors.kind == VectorKind(DIM, "float16")
+    read = ShardReader(load_manifest(folder, "val")).vector_reader.read(np.arange(3))
+    assert np.array_equal(read, [vector(n) for n in range(3)])
+    assert not (folder / PROGRESS).exists()
 
 
-def test_a_map_style_dataset_may_have_vectors() -> None:
-    items = [(image(n), n % 3, vector(n)) for n in range(9)]
-    module = IndexedDataModule(IndexedDataset(items, image_size=4, in_channels=1), global_batch=4)
-    for number, read in rows(module.train_dataloader()).values():
-        assert read == vector(number).tolist()
+def test_all_faulty_vectors_are_listed_with_the_way_out(tmp_path: Path, tars) -> None:
+    bad = npy(np.zeros((1, DIM), np.float16))
+    folder = tar_folder(tmp_path, tars, {"train": three(k1=bad), "val": three()[:2]})
+    with pytest.raises(ValueError, match="1 with a vector that cannot be used") as error:
+        index(folder)
+    for part in ("train-0.tar:0001.npy must have 1 dimension", "1 without a vector (first val-0.tar:0002", "--lenient",
+                 "--no-vectors ignores .npy members"):  # fmt: skip
+        assert part in str(error.value)
+    kept = index(folder, lenient=True).manifests
+    assert {split: manifest.samples for split, manifest in kept.items()} == {"train": 2, "val": 2}
+    assert kept["val"].left_out == {"without a vector": 1}
+    assert verify_shards(folder).bad == ()
+    ignored = index(folder, vectors=False)
+    assert ignored.manifests["train"].vectors is None
+    assert ignored.ignored == {"train": {".npy": 3}, "val": {".npy": 2}}
+
+
+def test_vectors_of_two_sizes_are_refused_within_and_between_shards(tmp_path: Path, tars) -> None:
+    other = npy(vector(0, "float32"))
+    folder = tar_folder(tmp_path, tars, {"train": three(k2=other), "val": three()})
+    with pytest.raises(ValueError, match=r"0002\.npy must have 5 float16 values as those before it, got 5 float32"):
+        index(folder)
+    tar_folder(tmp_path, tars, {"val": [(name, other) for name, _ in three()], "train": three()})
+    with pytest.raises(ValueError, match="vectors must have 5 float16 values, as those of the first shard, got 5 flo"):
+        index(folder, lenient=True)
+
+
+def test_a_shard_without_any_vector_is_left_out_and_stays_so(tmp_path: Path, tars) -> None:
+    members = {"train-0": three(), "train-1": tars.samples(3), "val-0": three()}
+    folder = tar_folder(tmp_path, tars, members)
+    index(folder, lenient=True)
+    assert [shard.samples for shard in load_manifest(folder, "train").shards] == [3, 0]
+    assert not verify_shards(folder).bad
+
+
+def test_two_vectors_of_a_sample_are_a_fault(tmp_path: Path, tars) -> None:
+    folder = tar_folder(tmp_path, tars, {"train": [*three(), ("0001.npy", npy(vector(1)))], "val": three()})
+    with pytest.raises(ValueError, match="1 with two vectors"):
+        index(folder)
+
+
+def copy(folder: Path, to: Path) -> Path:
+    return shutil.copytree(folder, to)
+
+
+def test_verify_names_changed_vectors(shards: Path, tmp_path: Path) -> None:
+    folder = copy(shards, tmp_path / "shards")
+    array = np.load(folder / "train-vectors.npy")
+    array[1, 2] += 1
+    np.save(folder / "train-vectors.npy", array)
+    load_manifest(folder, "train")  # the quick check does not read it
+    (bad, wrong) = verify_shards(folder).bad
+    assert (bad.name, bad.reason) == ("train-vectors.npy", "vectors changed since they were indexed")
+    assert "row 1 of train-vectors.npy" in wrong.expected
+    with pytest.raises(ValueError, match=r"train-vectors\.npy changed since they were indexed"):
+        check_vectors(load_manifest(folder, "train"))
+
+
+def test_a_missing_or_truncated_array_is_found_before_it_is_read(shards: Path, tmp_path: Path) -> None:
+    folder = copy(shards, tmp_path / "shards")
+    reader = ShardReader(load_manifest(folder, "train")).vector_reader
+    reader.read(np.array([0]))
+    with open(folder / "train-vectors.npy", "r+b") as file:
+        file.truncate(130)
+    with pytest.raises(DataChangedError, match="was truncated"):
+        reader.read(np.array([0]))
+    with pytest.raises(ValueError, match=r"train-vectors\.npy"):
+        load_manifest(folder, "train")
+    (folder / "train-vectors.npy").unlink()
+    with pytest.raises(ValueError, match=r"train-vectors\.npy do not exist"):
+        load_manifest(folder, "train")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("vector_dim", 0, "must be given together, got no vector_dim"),
+        ("vector_dim", 70_000, r"vector_dim must be an integer in \[1, 65536\]"),
+        ("vector_dim", "5", "vector_dim must be an integer"),
+        ("vector_dtype", "float64", "vector_dtype must be one of"),
+        ("vectors_sha256", "x", "vectors_sha256 must be"),
+        ("vector_dim", DIM + 1, "train-vectors.npy must be"),
+    ],
+)
+def test_a_hostile_manifest_is_refused(shards: Path, tmp_path: Path, key: str, value: object, message: str) -> None:
+    folder = copy(shards, tmp_path / "shards")
+    content = json.loads((folder / "train.json").read_text())
+    (folder / "train.json").write_text(json.dumps(content | {key: value}))
+    with pytest.raises(ValueError, match=message):
+        load_manifest(folder, "train")
+
+
+def test_an_interrupted_index_run_keeps_the_vectors_it_has_scanned(tmp_path: Path, tars) -> None:
+    folder = tar_folder(tmp_path, tars, {"train": three(), "val": three()})
+    calls = []
+
+    def stop(split: str, total: int) -> None:
+        calls.append(split)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        index(folder, on_shard=stop)
+    assert '"vectors"' in (folder / PROGRESS).read_text()
+    resumed = index(folder).manifests["train"]
+    assert resumed == index(folder).manifests["train"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from maskgit_pl.evaluation.acceptance import generate_accepted, num_candidates
-from maskgit_pl.networks.classifier import ClassifierSizes, FrozenClassifier, create_classifier
+from maskgit_pl.networks.feature_networks import ClassifierSizes, FrozenClassifier, create_classifier
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.acceptance import Acceptance
 from maskgit_pl.pipeline.bulk import generate_many

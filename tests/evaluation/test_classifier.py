@@ -23,8 +23,8 @@ from maskgit_pl.evaluation.classifier_training import (
 )
 from maskgit_pl.evaluation.extractors import check_features, open_extractors
 from maskgit_pl.files import write_tensors
-from maskgit_pl.networks.classifier import load_classifier
-from maskgit_pl.networks.weight_file import read_tensors
+from maskgit_pl.networks.feature_networks import load_classifier
+from maskgit_pl.networks.weights import read_tensors
 from tests.evaluation.feature_networks import in_memory
 from tests.forked import run_ranks
 

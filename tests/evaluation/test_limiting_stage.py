@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import yaml
 
+from maskgit_pl.data.manifest import read_manifest_summary
 from maskgit_pl.evaluation.held_out import describe_held_out
 from maskgit_pl.evaluation.limiting_stage import describe_limit, find_limiting_stage, next_commands
-from maskgit_pl.shards.manifest import read_manifest_summary
 
 
 @pytest.mark.parametrize(

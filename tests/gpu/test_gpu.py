@@ -27,8 +27,8 @@ from maskgit_pl.data import Batch
 from maskgit_pl.data.step_module import StepDataModule
 from maskgit_pl.decoding import ConditionalModel, decode_classes
 from maskgit_pl.losses import chunked_statistics, token_statistics
-from maskgit_pl.token_model import TokenModel
 from maskgit_pl.training.strategies import shard_blocks
+from maskgit_pl.training.token_model import TokenModel
 from tests.decoding.test_graph import FIRST, OTHERS, whole_run
 from tests.test_one_graph import BERT, Run, batch, build
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from maskgit_pl.cli import main
 from maskgit_pl.importers.tokenizers import import_tokenizer
-from maskgit_pl.pretrained import load_tokenizer
+from maskgit_pl.pipeline.pretrained import load_tokenizer
 from tests.importers.test_taming import reference, save
 from tests.importers.test_tokenizers import ATTENTION, diffusers_model, save_diffusers
 from tests.importers.tokenizer_references import MaskBitModel, diffusers_config

@@ -22,7 +22,7 @@ from maskgit_pl.importers.released_weights import (
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.pretrained import load_tokenizer, load_transformer
+from maskgit_pl.pipeline.pretrained import load_tokenizer, load_transformer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TOKENIZER, TRANSFORMER = GOLDEN / "vqvae_checkpoint.msgpack", GOLDEN / "transformer_n16_checkpoint.msgpack"

@@ -6,13 +6,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from maskgit_pl.importers.layouts import tokenizer_weights
 from maskgit_pl.importers.magvit2 import OPEN_MAGVIT2
 from maskgit_pl.importers.maskbit import MASKBIT, OPEN_MUSE
 from maskgit_pl.importers.taming import DIFFUSERS
-from maskgit_pl.importers.tokenizer_layout import tokenizer_weights
 from maskgit_pl.importers.tokenizers import import_tokenizer, tokenizer_layout_of
 from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.pretrained import load_tokenizer
+from maskgit_pl.pipeline.pretrained import load_tokenizer
 from tests.importers.test_taming import Reference as Taming
 from tests.importers.tokenizer_references import (
     DiffusersVQModel,

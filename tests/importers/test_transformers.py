@@ -18,7 +18,7 @@ from maskgit_pl.importers.transformers import import_transformer, transformer_la
 from maskgit_pl.networks.adaln import AdaLNConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.pretrained import load_tokenizer, load_transformer, save_tokenizer
+from maskgit_pl.pipeline.pretrained import load_tokenizer, load_transformer, save_tokenizer
 from tests.importers.transformer_references import (
     HALTON_SIZES,
     MASKGIL_SIZES,

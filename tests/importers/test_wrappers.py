@@ -5,7 +5,7 @@ import torch
 
 from maskgit_pl.importers.tokenizers import import_tokenizer
 from maskgit_pl.importers.torch_file import remove_wrappers
-from maskgit_pl.pretrained import load_tokenizer
+from maskgit_pl.pipeline.pretrained import load_tokenizer
 from tests.importers.test_taming import reference, save
 from tests.importers.test_tokenizers import center_features, check_same, maskbit_model
 from tests.importers.tokenizer_references import Magvit2Model, add_average, with_random_values

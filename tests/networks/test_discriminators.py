@@ -8,7 +8,7 @@ from maskgit_pl.image_format import height_width
 from maskgit_pl.networks.discriminator import DiscriminatorConfig
 from maskgit_pl.networks.discriminators import build_discriminator, discriminators, with_defaults
 from maskgit_pl.networks.patch_discriminator import ActNorm, PatchDiscriminator, PatchDiscriminatorConfig
-from maskgit_pl.tokenizer_config import AdversarialConfig
+from maskgit_pl.training.tokenizer_losses import AdversarialConfig
 
 SMALL = {"stylegan": {"channel_multiplier": 1 / 64}, "patchgan": {"base_channels": 4, "num_layers": 2}}
 NORMS = ["group", "batch", "actnorm"]

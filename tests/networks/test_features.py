@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from maskgit_pl.networks import classifier as classifier_module
+from maskgit_pl.networks import feature_networks as classifier_module
 from maskgit_pl.networks import features as features_module
 from maskgit_pl.networks.feature_network import FeatureNetwork, weights_digest
 from maskgit_pl.networks.features import (

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from maskgit_pl.networks import feed_forward as module
 from maskgit_pl.networks.adaln import AdaLNConfig
 from maskgit_pl.networks.feed_forward import _count_parts, feed_forward
-from maskgit_pl.networks.packing_linear import PackingLinear, _packed_dtypes, add_output, set_packing
+from maskgit_pl.networks.kernels import PackingLinear, _packed_dtypes, add_output, set_packing
 from maskgit_pl.networks.transformer import TransformerConfig
 
 needs_bfloat16 = pytest.mark.skipif(

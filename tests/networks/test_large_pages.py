@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from maskgit_pl.networks import large_pages
-from maskgit_pl.networks.packing_linear import PackingLinear, _packed_dtypes, set_packing
+from maskgit_pl.networks.kernels import PackingLinear, _packed_dtypes, set_packing
 from tests.forked import run_ranks
 
 MB = 2**20

@@ -11,7 +11,7 @@ from torch.nn import functional as F  # its usual name
 
 from maskgit_pl.networks.features import FeatureOutput, feature_networks
 from maskgit_pl.networks.perceptual import FeatureDistance, build_perceptual, create_distance, perceptual_networks
-from maskgit_pl.tokenizer_config import PerceptualConfig
+from maskgit_pl.training.tokenizer_losses import PerceptualConfig
 from tests.installed_packages import install
 
 MODEL = "mobilenetv3_small_050"

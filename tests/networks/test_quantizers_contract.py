@@ -15,7 +15,7 @@ from einops import rearrange
 
 from maskgit_pl.networks.quantizers import build_sized, quantizers
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.pretrained import load_tokenizer, save_tokenizer
+from maskgit_pl.pipeline.pretrained import load_tokenizer, save_tokenizer
 from maskgit_pl.tokenizer import CodebookUsage
 from tests.forked import run_ranks
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from maskgit_pl.networks.taming import PaddedDownsample, SelfAttention, TamingResidualBlock
 from maskgit_pl.networks.vqgan import VQGAN, ResidualBlock, StridedDownsample, VQGANConfig
+from maskgit_pl.networks.vqgan_layouts import PaddedDownsample, SelfAttention, TamingResidualBlock
 
 SMALL = {
     "base_channels": 8,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskgit_pl.networks.classifier import ClassifierSizes, FrozenClassifier, create_classifier
+from maskgit_pl.networks.feature_networks import ClassifierSizes, FrozenClassifier, create_classifier
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.acceptance import Acceptance, choose_seeds
 from tests.conftest import CLASSES

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from maskgit_pl import MaskGIT
-from maskgit_pl.networks.packing_linear import PackingLinear
+from maskgit_pl.networks.kernels import PackingLinear
 
 
 def train(network: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -12,7 +12,7 @@ from maskgit_pl import MaskGIT, mask_schedules
 from maskgit_pl.decoding import DecodingConfig, DecodingStep
 from maskgit_pl.pipeline.display import ImageList, Recording, describe_settings
 from maskgit_pl.schedules import MaskSchedule
-from tests.imaging.decoding_steps import STEPS, random_images
+from tests.pipeline.decoding_steps import STEPS, random_images
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from maskgit_pl import MaskGIT
-from maskgit_pl.networks.packing_linear import PackingLinear, _packed_dtypes
+from maskgit_pl.networks.kernels import PackingLinear, _packed_dtypes
 from maskgit_pl.pipeline.negative import NegativeModel
 
 pytestmark = pytest.mark.skipif(torch.float32 not in _packed_dtypes(), reason="torch is built without MKL")

@@ -14,12 +14,12 @@ from maskgit_pl.networks.discriminator import DiscriminatorConfig
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.runs.costs import TokenizerCosts, TransformerCosts, _first_full_step, _one_image
-from maskgit_pl.tokenizer_config import AdversarialConfig
 from maskgit_pl.training.checkpoint_files import newest_checkpoint
+from maskgit_pl.training.tokenizer_losses import AdversarialConfig
 from tests.conftest import flags
-from tests.estimates.live_bytes import LiveBytes
 from tests.modules import masked_model, tokenizer_model
 from tests.networks.backbone_cases import small_config
+from tests.runs.live_bytes import LiveBytes
 
 TINY = Path(__file__).parents[1] / "tiny"
 VQGAN = VQGANConfig(

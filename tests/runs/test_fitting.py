@@ -11,9 +11,9 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 
-from maskgit_pl import MaskGIT, interruption, runs
+from maskgit_pl import MaskGIT, processes, runs
 from maskgit_pl.errors import PreemptedError
-from maskgit_pl.pretrained import fingerprint, load_transformer
+from maskgit_pl.pipeline.pretrained import fingerprint, load_transformer
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
 from maskgit_pl.training.stop_and_nonfinite import StepCheck
 from tests.holding import holder
@@ -38,7 +38,7 @@ def flat(tree: dict, path: str = "") -> dict:
 @pytest.mark.slow
 def test_both_stages_train_in_one_process_and_a_second_call_finds_them_finished(tiny_shards, tmp_path):
     where = {"run": tmp_path / "runs" / "one", "data": tiny_shards}
-    handlers = [signal.getsignal(number) for number in interruption.SIGNALS]
+    handlers = [signal.getsignal(number) for number in processes.SIGNALS]
     first = runs.fit(recipe("tokenizer"), **where)
     assert (first.folder, first.step, first.was_finished) == (where["run"], 1, False)
     assert first.metrics["val/psnr"] > 0
@@ -56,7 +56,7 @@ def test_both_stages_train_in_one_process_and_a_second_call_finds_them_finished(
         again = runs.fit(stage, **where)
         assert (again.step, again.was_finished, again.metrics) == (step, True, {})
     assert fingerprint(second.pretrained / "transformer") == weights
-    assert [signal.getsignal(number) for number in interruption.SIGNALS] == handlers
+    assert [signal.getsignal(number) for number in processes.SIGNALS] == handlers
 
     with pytest.raises(ValueError, match=r"cannot resume .* from step 1: settings changed .*data\.seed: 0 -> 7"):
         runs.fit(recipe("tokenizer", data__seed=7), **where)
@@ -112,12 +112,12 @@ def test_ctrl_c_raises_and_the_same_call_resumes(tiny_shards, tmp_path, monkeypa
 
     long = recipe("tokenizer", trainer__max_steps=5, checkpoint_every=2)
     where = {"run": tmp_path / "one", "data": tiny_shards}
-    handlers = [signal.getsignal(number) for number in interruption.SIGNALS]
+    handlers = [signal.getsignal(number) for number in processes.SIGNALS]
     with monkeypatch.context() as patch:
         patch.setattr(StepCheck, "on_train_batch_end", on_train_batch_end)
         with pytest.raises(PreemptedError if presses == 1 else KeyboardInterrupt):
             runs.fit(long, **where)
-    assert [signal.getsignal(number) for number in interruption.SIGNALS] == handlers
+    assert [signal.getsignal(number) for number in processes.SIGNALS] == handlers
     newest = newest_checkpoint(tmp_path / "one" / "tokenizer" / "checkpoints")
     assert newest.name == ("step-00000003" if presses == 1 else "step-00000002")
     assert runs.fit(long, **where).step == 5

@@ -2,10 +2,10 @@
 
 import pytest
 
+from maskgit_pl.data.manifest import read_manifest_summary
 from maskgit_pl.runs.plan import plan_run
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.resolve import merge_values, resolve
-from maskgit_pl.shards.manifest import read_manifest_summary
 
 
 def trainer_of(shards, folder, **flags):

@@ -7,7 +7,7 @@ from maskgit_pl.training.image_callbacks import ReconstructionPictures, SamplePi
 from maskgit_pl.training.loggers import TensorBoard
 from maskgit_pl.training.tolerant_logger import TolerantLogger
 from tests.conftest import tiny_tokenizer
-from tests.imaging.decoding_steps import random_images, step
+from tests.pipeline.decoding_steps import random_images, step
 
 
 class FakeModel:

@@ -15,7 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 from maskgit_pl.networks.discriminator import DiscriminatorConfig
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.tokenizer_config import AdversarialConfig
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO
 from maskgit_pl.training.learning_rates import LearningRate
 from maskgit_pl.training.optimizers import (
@@ -27,6 +26,7 @@ from maskgit_pl.training.optimizers import (
     state_values,
 )
 from maskgit_pl.training.speed import weight_norm
+from maskgit_pl.training.tokenizer_losses import AdversarialConfig
 from tests.forked import run_ranks
 from tests.modules import masked_model, tokenizer_model
 from tests.short_runs import data, fit

@@ -5,14 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from maskgit_pl.estimates.gpus import GPUS, find_gpu
 from maskgit_pl.networks.discriminator import DiscriminatorConfig
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.runs.costs import TransformerCosts, useful_flops
-from maskgit_pl.tokenizer_config import AdversarialConfig
 from maskgit_pl.training import speed
+from maskgit_pl.training.gpus import GPUS, find_gpu
 from maskgit_pl.training.speed import SpeedMonitor, weight_norm
+from maskgit_pl.training.tokenizer_losses import AdversarialConfig
 from tests.modules import masked_model, tokenizer_model
 
 MODULE = SimpleNamespace(device=torch.device("cpu"))

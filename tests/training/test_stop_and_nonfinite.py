@@ -11,17 +11,17 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from maskgit_pl import interruption
+from maskgit_pl import processes
 from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.errors import NonFiniteError, PreemptedError
 from maskgit_pl.networks.discriminator import DiscriminatorConfig
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.tokenizer_config import AdversarialConfig
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, complete_checkpoints
 from maskgit_pl.training.checkpoints import Checkpoints
 from maskgit_pl.training.learning_rates import LearningRate
 from maskgit_pl.training.stop_and_nonfinite import StepCheck, clip_gradients
+from maskgit_pl.training.tokenizer_losses import AdversarialConfig
 from tests.injection import Fault, Injection
 from tests.modules import masked_model, tokenizer_model
 
@@ -129,12 +129,12 @@ def test_the_fourth_in_a_row_ends_the_run_with_the_samples_of_all_four(fit, tmp_
 @pytest.fixture
 def listening() -> Iterator[None]:
     """Lets the stop signals set the flag during a test."""
-    before = {number: signal.getsignal(number) for number in interruption.SIGNALS}
-    with interruption.catch_stop_signals():
+    before = {number: signal.getsignal(number) for number in processes.SIGNALS}
+    with processes.catch_stop_signals():
         yield
     for number, handler in before.items():
         signal.signal(number, handler)
-    with interruption.catch_stop_signals():  # lowers the flag
+    with processes.catch_stop_signals():  # lowers the flag
         pass
 
 

@@ -7,7 +7,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from maskgit_pl.pretrained import load_tokenizer
+from maskgit_pl.pipeline.pretrained import load_tokenizer
 from tests.conftest import flags
 from tests.observing import Runs, Topology
 from tests.test_distributed import EXACT, TINY

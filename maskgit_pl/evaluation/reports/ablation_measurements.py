@@ -34,7 +34,7 @@ from maskgit_pl.evaluation.reports.ablation_protocol import AblationProtocol
 from maskgit_pl.evaluation.reports.options import ReportOptions
 from maskgit_pl.evaluation.run_folders import RunFolders, data_name
 from maskgit_pl.image_format import ImageSize, as_image_size
-from maskgit_pl.pretrained import fingerprint, load_tokenizer, read_config
+from maskgit_pl.pipeline.pretrained import fingerprint, load_tokenizer, read_config
 from maskgit_pl.progress import Bars, no_bars
 from maskgit_pl.provenance import describe_environment, device_name
 from maskgit_pl.runs.ablation_plan import AblationConfig

@@ -28,12 +28,17 @@ from maskgit_pl.evaluation.opening import (
 )
 from maskgit_pl.evaluation.pages import Page, choose_classes, image_to_png
 from maskgit_pl.evaluation.reports.options import ReportOptions
+from maskgit_pl.evaluation.reports.paper_tables import (
+    TASKS,
+    make_editing_page,
+    make_generation_page,
+    make_schedule_page,
+)
 from maskgit_pl.evaluation.reports.schedule_ablation import ablate, check_budgets
 from maskgit_pl.evaluation.reports.schedule_figures import draw_figure_8
-from maskgit_pl.evaluation.reports.tables import TASKS, make_editing_page, make_generation_page, make_schedule_page
 from maskgit_pl.evaluation.run_folders import RunFolders, read_run_recipe
 from maskgit_pl.image_format import pixels_text
-from maskgit_pl.imaging import image_grid
+from maskgit_pl.pipeline.imaging_grids import image_grid
 from maskgit_pl.progress import Bars
 
 __all__ = ["OpenedModels", "measure_editing", "measure_generation", "measure_schedules", "open_models"]

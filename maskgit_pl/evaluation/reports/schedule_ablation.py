@@ -15,7 +15,7 @@ from maskgit_pl.evaluation.evaluated_model import EvaluatedModel
 from maskgit_pl.evaluation.evaluator import Evaluator
 from maskgit_pl.evaluation.ledger import Row
 from maskgit_pl.evaluation.reports.published import SCHEDULES
-from maskgit_pl.pretrained import read_config
+from maskgit_pl.pipeline.pretrained import read_config
 from maskgit_pl.registry import describe
 from maskgit_pl.schedules import MaskSchedule
 

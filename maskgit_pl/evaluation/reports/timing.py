@@ -36,7 +36,7 @@ from maskgit_pl.networks.backbone import (
 )
 from maskgit_pl.networks.backbone_contract import create_network
 from maskgit_pl.networks.transformer import TransformerConfig
-from maskgit_pl.pretrained import read_config
+from maskgit_pl.pipeline.pretrained import read_config
 from maskgit_pl.provenance import describe_environment, device_name
 from maskgit_pl.schedules import mask_schedules
 

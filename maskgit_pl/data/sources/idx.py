@@ -1,0 +1,159 @@
+"""The IDX files of MNIST, Fashion-MNIST and similar data, as a source of samples. Used by ``open_source``."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from maskgit_pl.data.images import encode_png
+from maskgit_pl.data.manifest import Split
+from maskgit_pl.data.samples import Sample
+from maskgit_pl.files import size_text
+from maskgit_pl.text import printable
+
+__all__ = ["IdxFiles"]
+
+_IDX_SPLITS: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("t10k", "test", "val")}
+_MAX_IDX_BYTES = 2**30  # of a decompressed file; EMNIST's largest has 640 MB
+
+
+class IdxFiles:
+    """The four IDX files of MNIST, Fashion-MNIST and similar data, plain or gzipped; images become PNG.
+
+    Samples keep the order of the files: sample i of val is image i of the official test set.
+
+    Args:
+        folder: Folder of ``train-images-idx3-ubyte[.gz]``, ``train-labels-idx1-ubyte[.gz]`` and the t10k pair.
+        classes: Class names; None names the classes by their numbers.
+
+    Raises:
+        ValueError: if a file is missing, there are several data sets, or a file is not IDX, is larger than 1 GiB
+            decompressed, or has another length than its header states.
+    """
+
+    left_out: tuple[str, ...] = ()
+    has_splits = True
+
+    def __init__(self, folder: Path, *, classes: Sequence[str] | None = None) -> None:
+        self.folder = folder
+        self._splits = {split: _read_idx_split(folder, split) for split in _IDX_SPLITS}
+        largest = max(int(split.labels.max()) for split in self._splits.values())
+        self.classes = tuple(classes) if classes is not None else tuple(str(label) for label in range(largest + 1))
+        if largest >= len(self.classes):
+            raise ValueError(
+                f"source {printable(folder)}: labels must be in [0, {len(self.classes)}), the number of class names, "
+                f"got {largest}"
+            )
+
+    @property
+    def counts(self) -> dict[Split, int]:
+        """The number of images of each split."""
+        return {split: len(content.labels) for split, content in self._splits.items()}
+
+    def describe(self) -> dict[str, Any]:
+        """Returns class names, and a hash of the decompressed images and labels of each split."""
+        return {
+            "kind": "idx",
+            "classes": list(self.classes),
+            "files": {split: content.sha256 for split, content in self._splits.items()},
+        }
+
+    def samples(self, split: Split, places: range) -> Iterator[Sample]:
+        """Yields images of a split as PNG.
+
+        Args:
+            split: ``"train"`` or ``"val"``.
+            places: Range of image numbers.
+        """
+        import torch
+
+        content = self._splits[split]
+        for number in places:
+            # (1, H, W); a copy, since the file's bytes are read-only
+            pixels = torch.from_numpy(content.images[number].copy()).unsqueeze(0)
+            label = int(content.labels[number])
+            yield Sample(encode_png(pixels), "png", label, f"{self.folder}:{split} image {number}")
+
+
+@dataclass(frozen=True)
+class _IdxSplit:
+    """The content of a split's two IDX files."""
+
+    images: npt.NDArray[np.uint8]  # (n, H, W)
+    labels: npt.NDArray[np.uint8]  # (n,)
+    sha256: str
+
+
+def _read_idx_split(folder: Path, split: Split) -> _IdxSplit:
+    # The digest covers decompressed bytes: a recompressed file is the same data.
+    digest = hashlib.sha256()
+    images = _read_idx(_find_idx(folder, split, "images*idx3"), 3, digest)
+    labels = _read_idx(_find_idx(folder, split, "labels*idx1"), 1, digest)
+    if len(images) != len(labels):
+        raise ValueError(
+            f"source {printable(folder)}: {split} must have {len(images)} labels for its images, got {len(labels)}"
+        )
+    return _IdxSplit(images, labels, digest.hexdigest())
+
+
+def _find_idx(folder: Path, split: Split, kind: str) -> Path:
+    patterns = [f"*{name}-{kind}*" for name in _IDX_SPLITS[split]]
+    found = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
+    if not found:
+        shown = printable(folder)
+        raise ValueError(f"source {shown} must have a file {' or '.join(patterns)} for the {split} split, got none")
+    # EMNIST has six data sets in one folder: the user chooses.
+    sets = {path.name.rpartition(f"-{kind[:6]}")[0]: path for path in found}
+    if len(sets) > 1:
+        raise ValueError(
+            f"source {printable(folder)} must have one data set, got {', '.join(printable(name) for name in sets)} for "
+            f"the {split} split; move the files of one set to a folder of their own"
+        )
+    return found[0]
+
+
+def _read_idx(path: Path, dimensions: int, digest: Any) -> npt.NDArray[np.uint8]:
+    """Reads an IDX file, plain or gzipped, and updates a digest with its bytes.
+
+    IDX: two zero bytes, type 8 (uint8), number of dimensions, each dimension as big-endian uint32, then the values. No
+    more bytes are read than the header states, since a small gzip file may expand to any size.
+
+    Args:
+        path: The file.
+        dimensions: Expected number of dimensions: 3 for images, 1 for labels.
+        digest: A hash object of ``hashlib``.
+
+    Returns:
+        (n, H, W) or (n,) uint8.
+    """
+    name = f"IDX file {printable(path)}"
+    with open(path, "rb") as raw:
+        is_packed = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        stream: IO[bytes] = gzip.GzipFile(fileobj=raw) if is_packed else raw  # type: ignore[assignment]  # reads bytes
+        try:
+            header = stream.read(4 + 4 * dimensions)
+            if header[:4] != bytes((0, 0, 8, dimensions)) or len(header) < 4 + 4 * dimensions:
+                raise ValueError(f"{name} must hold bytes in {dimensions} dimensions, got a header of {header[:4]!r}")
+            shape = tuple(int(size) for size in np.frombuffer(header, ">u4", offset=4))
+            count = math.prod(shape)
+            if not 0 < count <= _MAX_IDX_BYTES:
+                raise ValueError(f"{name} must hold 1 byte to {size_text(_MAX_IDX_BYTES)}, got a header of {shape}")
+            values = stream.read(count + 1)  # one more, to notice a file that is too long
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{name} must be a complete gzip file, got: {error}") from error
+    if len(values) != count:
+        got = "more" if len(values) > count else str(len(values))
+        raise ValueError(f"{name} must hold the {count} values of {shape}, got {got}")
+    digest.update(header)
+    digest.update(values)
+    return np.frombuffer(values, np.uint8).reshape(shape)

@@ -1,0 +1,183 @@
+"""Labels in ``metadata.csv`` or ``metadata.jsonl`` beside the images, as in Hugging Face's ImageFolder.
+
+A row names a file relative to the folder of the metadata file, and its label. Used by ``image_folder``.
+
+Source: Hugging Face, Datasets, "Create an image dataset": ``file_name`` and further columns.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from maskgit_pl.checks import shorten
+from maskgit_pl.data.labels import MAX_CLASSES
+from maskgit_pl.data.sources.entries import Entries, EntryError
+from maskgit_pl.files import parse_any_json
+from maskgit_pl.text import printable
+
+__all__ = ["Metadata", "find_metadata", "read_metadata", "resolve_labels"]
+
+_FILES = ("metadata.csv", "metadata.jsonl")
+_MAX_BYTES = 2**29  # 100 bytes for each of five million files
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,8})")
+
+
+class _Row(NamedTuple):
+    """A row: the values by column, and its line for error messages."""
+
+    line: int
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """The content of a metadata file.
+
+    Args:
+        name: Its name inside the source.
+        labels: Label of each file, by its name inside the source; a class number or a class name, as text.
+        repeated: Names of files with several rows of the same label.
+        unused: Names of columns that are not used.
+    """
+
+    name: str
+    labels: dict[str, str]
+    repeated: tuple[str, ...]
+    unused: tuple[str, ...]
+
+
+def find_metadata(entries: Entries, root: str) -> str | None:
+    """Returns the name of the metadata file of a folder; None if it has none.
+
+    Args:
+        entries: Files of the source.
+        root: The folder inside the source, with a trailing ``/``, or an empty string.
+
+    Raises:
+        ValueError: if there are two.
+    """
+    found = [root + name for name in _FILES if root + name in entries.sizes]
+    if len(found) > 1:
+        raise ValueError(f"source {printable(entries.path)} must have one metadata file, got {' and '.join(found)}")
+    return found[0] if found else None
+
+
+def read_metadata(entries: Entries, name: str, *, label_field: str) -> Metadata:
+    """Reads a metadata file.
+
+    Args:
+        entries: Files of the source.
+        name: Name of the metadata file inside the source.
+        label_field: Column of the labels.
+
+    Raises:
+        ValueError: if it is damaged or too large, lacks a column or a value, names a file outside its folder, or has
+            two labels for one file.
+    """
+    shown = f"metadata {printable(entries.path / name)}"
+    try:
+        text = next(entries.readers([name], limit=_MAX_BYTES))().decode("utf-8-sig")  # Excel writes a BOM
+        rows = list((_csv_rows if name.endswith(".csv") else _json_rows)(text))
+    except EntryError as error:
+        raise ValueError(f"{shown} {error}") from error
+    except (ValueError, csv.Error, RecursionError, OSError) as error:
+        kind = "a CSV table" if name.endswith(".csv") else "one JSON object per line"
+        raise ValueError(f"{shown} must be UTF-8 text with {kind}, got: {printable(error)}") from error
+    columns = dict.fromkeys(column for row in rows for column in row.values)
+    for field in ("file_name", label_field):
+        if field not in columns:
+            got = ", ".join(map(printable, columns)) or "no rows"
+            hint = "; set it with --label-field, or remove the file to take the classes from folders"
+            raise ValueError(f"{shown} must have a column {field!r}, got {got}{hint * (field != 'file_name')}")
+    folder = name.rpartition("/")[0]
+    labels, repeated = dict[str, str](), list[str]()
+    for row in rows:
+        file, label = _file_name(row, folder, shown), _label(row, label_field, shown)
+        if file in labels:
+            repeated.append(file)
+        if labels.setdefault(file, label) != label:
+            got = f"{shorten(labels[file])} and {shorten(label)}"
+            raise ValueError(f"{shown}: line {row.line}: {printable(file)} must have one label, got {got}")
+    return Metadata(name, labels, tuple(repeated), tuple(sorted(columns.keys() - {"file_name", label_field})))
+
+
+def _csv_rows(text: str) -> Iterator[_Row]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    columns = [column.strip() for column in next(reader, [])]
+    if len(set(columns)) < len(columns):
+        raise ValueError(f"a repeated column in {columns}")
+    for values in reader:
+        if not values:  # a blank line
+            continue
+        if len(values) != len(columns):
+            raise ValueError(f"{len(values)} values for {len(columns)} columns in line {reader.line_num}")
+        yield _Row(reader.line_num, dict(zip(columns, values, strict=True)))
+
+
+def _json_rows(text: str) -> Iterator[_Row]:
+    # Not splitlines(): JSON allows the line separators of Unicode inside strings.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        values = parse_any_json(line, f"line {number}")
+        if not isinstance(values, dict):
+            raise ValueError(f"line {number} is not an object")
+        yield _Row(number, values)
+
+
+def _file_name(row: _Row, folder: str, shown: str) -> str:
+    name = row.values.get("file_name")
+    parts = [part for part in str(name).split("/") if part not in ("", ".")]
+    if not isinstance(name, str) or not parts or ".." in parts or name.startswith("/"):
+        wanted = "a path inside the folder of the metadata file"
+        raise ValueError(f"{shown}: line {row.line}: file_name must be {wanted}, got {shorten(name)}")
+    return "/".join([folder, *parts] if folder else parts)
+
+
+def _label(row: _Row, field: str, shown: str) -> str:
+    value = row.values.get(field)
+    if type(value) not in (int, str) or not str(value).strip():  # bool is a subclass of int
+        wanted = "a class name or a class number"
+        raise ValueError(f"{shown}: line {row.line}: {field} must be {wanted}, got {shorten(value)}")
+    return str(value).strip()
+
+
+def resolve_labels(
+    parts: Sequence[Metadata], given: Sequence[str] | None, *, label_field: str
+) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Returns the class names, and the class number of each file.
+
+    If every label is a whole number, labels are class numbers. Else they are class names: in the order of ``given``, or
+    sorted.
+
+    Args:
+        parts: Contents of the metadata files.
+        given: Class names from the user; None if they are not given.
+        label_field: Column of the labels, for error messages.
+
+    Raises:
+        ValueError: if a label is not a class, or there are more than 100,000 classes.
+    """
+    found = {label for part in parts for label in part.labels.values()}
+    if all(_NUMBER.fullmatch(label) for label in found):
+        limit = len(given) if given is not None else MAX_CLASSES
+        values = sorted(map(int, found))
+        if wrong := [value for value in (values[0], values[-1]) if not 0 <= value < limit]:
+            raise ValueError(f"metadata {parts[0].name}: {label_field} must be in [0, {limit}), got {wrong[0]}")
+        classes = tuple(given or map(str, range(values[-1] + 1)))
+        numbers = {label: int(label) for label in found}
+    else:
+        classes = tuple(given or sorted(found))
+        numbers = {name: number for number, name in enumerate(classes)}
+        if missing := sorted(found - numbers.keys()):
+            raise ValueError(
+                f"metadata {parts[0].name}: {label_field} must be one of the class names, got {shorten(missing[0])}"
+            )
+        if len(classes) > MAX_CLASSES:
+            raise ValueError(f"metadata {parts[0].name} must have at most {MAX_CLASSES} classes, got {len(classes)}")
+    return classes, {file: numbers[label] for part in parts for file, label in part.labels.items()}

@@ -1,0 +1,214 @@
+"""Public data sets that ``maskgit data fetch`` downloads, checks and opens as sources of samples.
+
+Fashion-MNIST is here. Each of the others is a file of ``contrib`` with a subclass of ``Dataset`` and an object
+``DATASET``. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import http.client
+import logging
+import shutil
+import subprocess
+import tempfile
+import urllib.request
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from maskgit_pl.data.samples import Source
+
+__all__ = ["Dataset", "FashionMNIST", "how_to_get", "public_datasets", "run_command"]
+
+_CONTRIB = ("maskgit_pl.contrib.blue_marble", "maskgit_pl.contrib.emoji")  # each with a ``DATASET``
+_CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"
+)  # fmt: skip
+# SHA-256 of the decompressed files, since mirrors and Debian compress them differently
+_FILES = {
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+}
+_LARGEST = 47_040_016  # bytes of the first file, decompressed
+_MIRROR = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"  # checked by SHA-256, so http is enough
+_MIRROR_SECONDS = 5  # without an answer; a blocked network gives no error
+_APT_SECONDS = 120
+_PACKAGE = "dataset-fashion-mnist"
+_log = logging.getLogger(__name__)
+
+
+class Dataset(ABC):
+    """A public data set.
+
+    Attributes:
+        name: Name for the command line and for recipes.
+        title: Name for people.
+        contents: Number and size of the images, classes and licence, in a few words.
+        image_sizes: Sides of the square images in pixels; the first one is the default.
+        source: Files that ``open`` takes in place of a download, such as ``the file bmng.jpg``.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    contents: ClassVar[str]
+    image_sizes: ClassVar[tuple[int, ...]]
+    source: ClassVar[str]
+
+    @abstractmethod
+    def fetch(self, raw: Path) -> Path:
+        """Downloads the files, unless they are there, and returns the path that ``open`` takes.
+
+        Args:
+            raw: Folder that keeps the downloaded files.
+
+        Raises:
+            FileNotFoundError: if no source can be reached. The message names the ways out.
+        """
+
+    @abstractmethod
+    def open(self, path: Path, *, image_size: int) -> Source:
+        """Checks the files and opens them.
+
+        Args:
+            path: The files; see ``source``.
+            image_size: One of ``image_sizes``.
+
+        Raises:
+            ValueError: if a file is missing or is not the known one.
+        """
+
+
+@cache
+def public_datasets() -> dict[str, Dataset]:
+    """Returns the data sets by name."""
+    others = [import_module(each).DATASET for each in _CONTRIB]
+    return {each.name: each for each in (FashionMNIST(), *others)}
+
+
+def how_to_get(name: str, folder: Path) -> str:
+    """Returns the commands that make a data folder, for the error that it is missing.
+
+    Args:
+        name: Name of the data set of a run, a public one or another.
+        folder: The data folder.
+    """
+    fetch = f"`maskgit data fetch {name} --out {folder}` or " if name in public_datasets() else ""
+    return f"make it with {fetch}`maskgit data make IMAGES --out {folder}`"
+
+
+class FashionMNIST(Dataset):
+    """Fashion-MNIST, the default data: 60,000 + 10,000 product photos, 28 x 28 grey, 10 classes (MIT licence).
+
+    Sources of the download, each with a timeout of seconds: the mirror that torchvision uses, and the Debian package
+    dataset-fashion-mnist, downloaded with apt into a temporary folder (without root).
+
+    Source: Xiao, Rasul, Vollgraf, arXiv:1708.07747.
+    """
+
+    name = "fashion-mnist"
+    title = "Fashion-MNIST"
+    contents = "60,000 + 10,000 product photos, 28 x 28 grey, 10 classes (MIT)"
+    image_sizes = (28,)
+    source = "a folder of the four IDX files (.gz or plain)"
+
+    def fetch(self, raw: Path) -> Path:
+        """Downloads the four files from the first source that has all of them, and returns their folder."""
+        if all(_fault_of(raw, name) is None for name in _FILES):
+            return raw
+        failures = []
+        for title, source in (("its mirror", _from_mirror), ("the Debian package", _from_debian)):
+            _log.info("Fashion-MNIST: trying %s", title)
+            with tempfile.TemporaryDirectory() as folder:
+                failure = _attempt(source, Path(folder))
+                if failure is None:
+                    raw.mkdir(parents=True, exist_ok=True)
+                    for name in _FILES:
+                        shutil.copyfile(Path(folder) / f"{name}.gz", raw / f"{name}.gz")
+                    return raw
+            failures.append(f"{title}: {failure}")
+        raise FileNotFoundError(
+            "Fashion-MNIST: no source answered (" + "; ".join(failures) + "). Connect to a network or an apt mirror; "
+            f"or copy the four files {', '.join(_FILES)} (.gz or plain) from another machine and pass --source FOLDER; "
+            "or train on your own images: `maskgit data make FOLDER --out DIR`"
+        )
+
+    def open(self, path: Path, *, image_size: int) -> Source:
+        """Checks the four files and opens them."""
+        bad = {name: fault for name in _FILES if (fault := _fault_of(path, name))}
+        if bad:
+            raise ValueError(f"{path}: " + "; ".join(f"{name}: {fault}" for name, fault in bad.items()))
+        from maskgit_pl.data.sources.idx import IdxFiles
+
+        return IdxFiles(path, classes=_CLASSES)
+
+
+def _fault_of(folder: Path, name: str) -> str | None:
+    """Returns the fault of a file in a few words; None if it has the known content."""
+    path = next((path for path in (folder / f"{name}.gz", folder / name) if path.is_file()), None)
+    if path is None:
+        return "missing"
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            data = file.read(_LARGEST + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        return f"not a complete gzip file ({error})"
+    return None if hashlib.sha256(data).hexdigest() == _FILES[name] else "wrong checksum"
+
+
+def _attempt(source: Callable[[Path], None], folder: Path) -> str | None:
+    """Tries one source and returns the reason if it fails, else None."""
+    try:
+        source(folder)
+    except (OSError, http.client.HTTPException) as error:
+        return " ".join(str(error).split())
+    faults = {name: fault for name in _FILES if (fault := _fault_of(folder, name))}
+    return str(faults) if faults else None
+
+
+def _from_mirror(folder: Path) -> None:
+    """Downloads the files from the mirror that torchvision uses."""
+    for name in sorted(_FILES):
+        with urllib.request.urlopen(f"{_MIRROR}{name}.gz", timeout=_MIRROR_SECONDS) as answer:
+            (folder / f"{name}.gz").write_bytes(answer.read(_LARGEST))
+
+
+def _from_debian(folder: Path) -> None:
+    """Downloads the files from Debian's package, with lists and cache in a temporary folder, not in the system's."""
+    for name in ("apt-get", "dpkg-deb"):
+        if shutil.which(name) is None:
+            raise FileNotFoundError(f"{name} is not installed (not a Debian or Ubuntu system?)")
+    for place in ("lists/partial", "cache/archives/partial"):
+        (folder / place).mkdir(parents=True)
+    options = [f"Dir::State::Lists={folder}/lists", f"Dir::Cache={folder}/cache", "Debug::NoLocking=1"]
+    options += ["Acquire::http::Timeout=5", "Acquire::https::Timeout=5", "Acquire::Retries=0"]
+    apt = ["apt-get", "-qq", *(word for option in options for word in ("-o", option))]
+    for command in ([*apt, "update"], [*apt, "download", _PACKAGE]):
+        run_command(command, folder=folder, seconds=_APT_SECONDS)
+    package = next(folder.glob("*.deb"))
+    run_command(["dpkg-deb", "-x", str(package), str(folder / "unpacked")], folder=folder, seconds=_APT_SECONDS)
+    for path in (folder / "unpacked/usr/share/datasets/fashion-mnist").iterdir():
+        path.rename(folder / path.name)
+
+
+def run_command(command: Sequence[str], *, folder: Path, seconds: float) -> None:
+    """Runs a command in a folder.
+
+    Raises:
+        OSError: if it fails or takes longer than ``seconds``. The end of its output is the message.
+    """
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise OSError(f"{Path(command[0]).name}: no answer in {seconds:g} s") from error
+    if done.returncode:
+        said = " ".join(done.stderr.split())[-300:]
+        raise OSError(f"{' '.join([Path(command[0]).name, *command[-2:]])}: {said}")

@@ -1,0 +1,242 @@
+"""Vectors of images, such as frozen text or image embeddings: safe parsing of ``.npy`` files, and batches of vectors.
+
+A vector is a ``.npy`` file of C little-endian float16 or float32 values, all finite. All vectors of a data set have the
+same C and dtype. The index of a data folder copies them into one array ``SPLIT-vectors.npy`` (n, C), row i for sample
+i, which is memory-mapped. Used by ``sources``, ``scan``, ``index``, ``reader`` and ``tokens``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from maskgit_pl.data.mapped_array import has_all_bytes, map_array
+from maskgit_pl.errors import DataChangedError
+from maskgit_pl.files import open_regular
+
+__all__ = [
+    "MAX_VECTOR_BYTES",
+    "MAX_VECTOR_DIM",
+    "VECTOR_DTYPES",
+    "VECTOR_EXTENSION",
+    "VectorKind",
+    "VectorReader",
+    "load_vectors",
+    "parse_vector",
+    "vectors_path",
+    "write_vectors",
+]
+
+VECTOR_EXTENSION = "npy"
+VECTOR_DTYPES = ("float16", "float32")
+MAX_VECTOR_DIM = 2**16  # the largest text encoders have 4,096
+_MAX_HEADER_BYTES = 2**12  # NumPy writes 128
+MAX_VECTOR_BYTES = 4 * MAX_VECTOR_DIM + _MAX_HEADER_BYTES
+_READ_ROWS = 4096  # rows of a shard that are copied at a time
+
+
+class VectorKind(NamedTuple):
+    """The size and the type of all vectors of a data set.
+
+    Args:
+        dim: Number of values C, in [1, 65536].
+        dtype: ``"float16"`` or ``"float32"``.
+    """
+
+    dim: int
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.dim} {self.dtype} values"
+
+    @property
+    def num_bytes(self) -> int:
+        """The number of bytes of the values of a vector."""
+        return self.dim * np.dtype(self.dtype).itemsize
+
+
+def vectors_path(folder: Path, split: str) -> Path:
+    """Returns the path of the array of a split's vectors, in a data folder or a token store."""
+    return folder / f"{split}-vectors.npy"
+
+
+def parse_vector(data: bytes, *, name: str) -> tuple[VectorKind, int]:
+    """Checks the bytes of a ``.npy`` file of one vector. Nothing is unpickled.
+
+    Args:
+        data: All bytes of the file.
+        name: The vector's name in error messages.
+
+    Returns:
+        The kind of the vector, and the position of its first value in ``data``.
+
+    Raises:
+        ValueError: if it is not a complete ``.npy`` file of one finite vector of float16 or float32.
+    """
+    try:
+        kind, start = _parse_header(data[: _header_bytes(data)])
+    except ValueError as error:
+        raise ValueError(f"vector {name} must {error}") from error
+    if len(data) != start + kind.num_bytes:
+        raise ValueError(f"vector {name} must hold {kind}, {kind.num_bytes} bytes, got {len(data) - start} bytes")
+    values = np.frombuffer(data, kind.dtype, offset=start)
+    if not np.isfinite(values).all():
+        place = int(np.isfinite(values).argmin())
+        raise ValueError(f"vector {name} must have finite values, got {values[place]} at place {place}")
+    return kind, start
+
+
+def write_vectors(file: IO[bytes], kind: VectorKind, count: int, blocks: Iterable[npt.NDArray[Any]]) -> str:
+    """Writes the array of a split, block by block, in the format of ``np.save``.
+
+    Args:
+        file: Open file.
+        kind: Kind of the vectors.
+        count: Number n of vectors.
+        blocks: Arrays (rows, C) of the kind's dtype, n rows in total.
+
+    Returns:
+        The SHA-256 of the file, hex.
+    """
+    header = io.BytesIO()
+    fields = {"descr": np.dtype(kind.dtype).str, "fortran_order": False, "shape": (count, kind.dim)}
+    np.lib.format.write_array_header_1_0(header, fields)
+    digest = hashlib.sha256(header.getvalue())
+    file.write(header.getvalue())
+    for block in blocks:
+        data = np.ascontiguousarray(block, kind.dtype).tobytes()
+        digest.update(data)
+        file.write(data)
+    return digest.hexdigest()
+
+
+def load_vectors(path: Path, offsets: npt.NDArray[np.int64], kind: VectorKind) -> Iterable[npt.NDArray[Any]]:
+    """Yields the vectors of a tar in blocks (rows, C) of the kind's dtype.
+
+    Args:
+        path: The tar.
+        offsets: (n,) int64: positions of the values of each vector in the file.
+        kind: Kind of the vectors.
+
+    Raises:
+        DataChangedError: if the file has become shorter.
+    """
+    descriptor = open_regular(path)
+    try:
+        for first in range(0, len(offsets), _READ_ROWS):
+            places = offsets[first : first + _READ_ROWS].tolist()
+            data = b"".join(os.pread(descriptor, kind.num_bytes, place) for place in places)
+            if len(data) != len(places) * kind.num_bytes:
+                raise DataChangedError(f"shard {path} was truncated while its vectors were read; restore it")
+            yield np.frombuffer(data, kind.dtype).reshape(-1, kind.dim)
+    finally:
+        os.close(descriptor)
+
+
+class VectorReader:
+    """A reader of the vectors of a split: one gather from a memory-mapped array for each batch.
+
+    Args:
+        path: The array (n, C).
+        count: Number n of samples.
+        kind: Kind of the vectors.
+        hint: The way to make the array again, for error messages.
+    """
+
+    def __init__(self, path: Path, count: int, kind: VectorKind, *, hint: str) -> None:
+        self.path = path
+        self.count = count
+        self.kind = kind
+        self.hint = hint
+        self._array: npt.NDArray[Any] | None = None
+
+    def array(self) -> npt.NDArray[Any]:
+        """Returns the array (n, C), mapped into memory at first use in each process.
+
+        Raises:
+            FileNotFoundError: if the file is missing.
+            ValueError: if it cannot be read, or has another shape or type.
+        """
+        if self._array is None:
+            try:
+                array = map_array(self.path)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"vectors {self.path} do not exist; {self.hint}") from error
+            except ValueError as error:
+                raise ValueError(f"vectors {error}; {self.hint}") from error
+            expected = (self.count, self.kind.dim), np.dtype(self.kind.dtype)
+            if (array.shape, array.dtype) != expected or not array.flags.c_contiguous:
+                raise ValueError(
+                    f"vectors {self.path} must be {expected[0]} of {self.kind.dtype}, got {array.shape} of "
+                    f"{array.dtype}; {self.hint}"
+                )
+            self._array = array
+        return self._array
+
+    def read(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Reads the vectors of samples.
+
+        Args:
+            indices: (B,) int64 in [0, n).
+
+        Returns:
+            (B, C) float32, finite.
+
+        Raises:
+            DataChangedError: if the array was truncated or changed after it was opened.
+        """
+        array = self.array()
+        # Checked for each batch, since reading a truncated map would kill the process.
+        if not has_all_bytes(array):
+            raise DataChangedError(f"vectors {self.path}: the file was truncated while it was in use; {self.hint}")
+        values: npt.NDArray[np.float32] = array.take(indices, axis=0).astype(np.float32)
+        if not np.isfinite(values).all():
+            raise DataChangedError(f"vectors {self.path} must be finite, got others; {self.hint}")
+        return values
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_array": None}  # each process maps the array itself
+
+
+def _header_bytes(data: bytes) -> int:
+    """Returns the length of the header of a ``.npy`` file: magic, version, its own length, and a Python literal."""
+    if len(data) < 12:
+        return len(data)
+    is_long = data[6] >= 2  # version 1 has two bytes of length, versions 2 and 3 have four
+    size = int.from_bytes(data[8 : 12 if is_long else 10], "little") + (12 if is_long else 10)
+    return min(size, _MAX_HEADER_BYTES + 1)
+
+
+@lru_cache(maxsize=64)
+def _parse_header(header: bytes) -> tuple[VectorKind, int]:
+    """Parses a header. The vectors of a data set have the same one, so almost every call finds it in the cache.
+
+    Raises:
+        ValueError: if it is not the header of a vector. The message continues "vector NAME must ".
+    """
+    if len(header) > _MAX_HEADER_BYTES:
+        raise ValueError(f"have a header of at most {_MAX_HEADER_BYTES} bytes, got more")
+    file = io.BytesIO(header)
+    try:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file, max_header_size=_MAX_HEADER_BYTES)
+    except Exception as error:  # the header is a Python literal, whose parser raises many kinds of errors
+        raise ValueError(f"be a .npy file, got {' '.join(str(error).split())[:200]}") from error
+    if dtype.hasobject:
+        raise ValueError("hold float16 or float32 values, got pickled Python objects, which are never loaded")
+    if dtype.str not in [np.dtype(name).newbyteorder("<").str for name in VECTOR_DTYPES]:
+        raise ValueError(f"hold little-endian float16 or float32 values, got {dtype.str}; use array.astype(np.float32)")
+    if len(shape) != 1:
+        raise ValueError(f"have 1 dimension, got shape {shape}; save one vector per image, such as array[0]")
+    if not 1 <= shape[0] <= MAX_VECTOR_DIM:
+        raise ValueError(f"have 1 to {MAX_VECTOR_DIM} values, got {shape[0]}")
+    return VectorKind(int(shape[0]), dtype.name), file.tell()

@@ -1,0 +1,361 @@
+"""Makes a data folder from a source: shards, manifests and a record of the source.
+
+Used by ``maskgit data make`` and the scripts in ``data/``. The folder is built with a temporary name beside its final
+place and renamed when it is complete, so an incomplete folder is never used. A run after an interruption or an error
+resumes with the missing shards; the bytes do not depend on interruptions or on the number of workers. A second run of
+the same command finds the record and does nothing. ``webdataset.ShardWriter`` writes the shards.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from maskgit_pl.checks import check_integer
+from maskgit_pl.data.crops import fit_image
+from maskgit_pl.data.folders import has_content, replace_folder, resolve_folder
+from maskgit_pl.data.image_bytes import UnreadableImageError
+from maskgit_pl.data.images import decode_image, encode_jpeg, encode_png, parse_image_header
+from maskgit_pl.data.index import index_shards
+from maskgit_pl.data.manifest import Split, load_manifest, splits_of
+from maskgit_pl.data.samples import Sample, Source, UnreadableSample
+from maskgit_pl.data.shard_files import find_shards
+from maskgit_pl.data.vectors import VECTOR_EXTENSION
+from maskgit_pl.files import read_json, sync, write_text
+from maskgit_pl.image_format import ImageSize, check_image_size, height_width, plain_size
+from maskgit_pl.parallel import choose_workers, run_jobs
+from maskgit_pl.text import printable
+
+__all__ = ["LEFT_OUT", "MAX_RECORD_BYTES", "RECORD", "is_made_from", "make_shards", "write_split"]
+
+RECORD = "made_from.json"
+MAX_RECORD_BYTES = 100_000_000  # a record lists the class names
+LEFT_OUT = "left_out.txt"  # one line for each image that could not be read
+_MAX_LISTED = 20  # lines of this file in an error message
+_SAMPLES = 5_000  # one process writes this many in about 10 seconds
+
+
+def make_shards(
+    source: Source,
+    folder: str | Path,
+    *,
+    size: ImageSize | None = None,
+    shard_size: int = 10_000,
+    lenient: bool = False,
+    workers: int | None = 1,
+    on_samples: Callable[[Split, int], object] = lambda split, count: None,
+) -> bool:
+    """Makes a data folder from a source.
+
+    1. Do nothing if the folder already holds the result, by its record; reject a folder of other content.
+    2. Write the missing shards to ``.NAME.partial``, in parallel. After an error, the complete ones stay there for the
+       next run; without ``lenient``, it reads those with unreadable images again, which may have been replaced.
+    3. List the unreadable images, and reject them unless ``lenient``.
+    4. Index the shards.
+    5. Rename the folder.
+
+    Args:
+        source: Source of the samples.
+        folder: The data folder to make. A link stays, and its target is written.
+        size: Side, or (height, width), to which each image is cropped (centre) and resized; None keeps the files.
+        shard_size: Maximum number of samples per shard.
+        lenient: True leaves out unreadable images and lists them in ``left_out.txt``; False rejects them.
+        workers: Number of processes; each writes one shard at a time, and the result does not depend on it. None: one
+            per core, fewer for little data.
+        on_samples: Called with the split and the number of its samples that were just finished (for a progress bar).
+
+    Returns:
+        False if the folder already holds the result, True if it was written.
+
+    Raises:
+        ValueError: if the folder has other content or cannot be written, or images cannot be read without ``lenient``.
+    """
+    folder = Path(folder)
+    workers = choose_workers(workers, work=sum(source.counts.values()) / _SAMPLES)
+    for name, value in (("shard_size", shard_size), ("num_workers", workers)):
+        check_integer(name, value, "[1, inf)")
+    size = None if size is None else check_image_size("image_size", size, "[1, 65536]")
+    record = describe(source, size=size, shard_size=shard_size)  # 1.
+    if is_made_from(folder, record):
+        return False
+    folder = resolve_folder("data folder", folder)
+    if has_content(folder):
+        raise ValueError(
+            f"data folder {printable(folder)} must be empty or made from the same source, got other content (see its "
+            f"{RECORD}); give another --out, or remove it"
+        )
+    partial = _partial_folder(folder, record)
+    plan = _Plan(source, partial, size, shard_size)
+    _write_missing(plan, lenient=lenient, workers=workers, on_samples=on_samples)  # 2.
+    _list_left_out(plan, lenient=lenient)  # 3.
+    _index(plan, workers=workers)  # 4.
+    replace_folder(partial, folder)  # 5.
+    for path in folder.glob(".left-out-*"):  # a run that resumes needs them until here
+        path.unlink()
+    return True
+
+
+def describe(source: Source, *, size: ImageSize | None = None, shard_size: int = 10_000) -> dict[str, Any]:
+    """Returns everything that determines the content of a data folder, as JSON values.
+
+    Args:
+        source: Source of the samples.
+        size: Size of the images; see ``make_shards``.
+        shard_size: Maximum number of samples per shard.
+    """
+    size_in_json = None if size is None else plain_size(size)
+    return {"source": source.describe(), "size": size_in_json, "shard_size": shard_size}
+
+
+def is_made_from(folder: str | Path, record: dict[str, Any]) -> bool:
+    """Returns whether a folder holds complete shards that were made from this record.
+
+    Args:
+        folder: The data folder.
+        record: The result of ``describe``.
+
+    Raises:
+        ValueError: if it was, but its shards have been changed or lost since.
+    """
+    if _read_record(Path(folder)) != record:
+        return False
+    for split in splits_of(folder) or ("train",):
+        load_manifest(folder, split)
+    return True
+
+
+def write_split(
+    samples: Iterable[Sample],
+    folder: Path,
+    split: Split,
+    *,
+    shard_size: int,
+    on_sample: Callable[[Split], object] = lambda split: None,
+    first_shard: int = 0,
+) -> None:
+    """Writes samples to shards named ``SPLIT-%06d.tar``.
+
+    The keys are the numbers of the samples: safe names that sort in the order of the samples.
+
+    Args:
+        samples: The samples.
+        folder: Existing folder to write to.
+        split: ``"train"`` or ``"val"``.
+        shard_size: Maximum number of samples per shard.
+        on_sample: Called with the split after each sample.
+        first_shard: Number of the first shard; its first key is ``first_shard * shard_size``.
+    """
+    from webdataset import ShardWriter
+
+    # All members have the same owner and time, so equal samples give equal bytes and an equal fingerprint.
+    # The opener returns an absolute path, which webdataset does not parse as a URL, and allows % in the folder's name.
+    writer = ShardWriter(
+        f"{split}-%06d.tar",
+        maxcount=shard_size,
+        maxsize=math.inf,  # by default, webdataset begins another shard after 3 GB
+        start_shard=first_shard,
+        verbose=0,
+        opener=lambda name: str(folder.resolve() / name),
+        mtime=0,
+        user="",
+        group="",
+    )
+    with writer:
+        for number, sample in enumerate(samples, first_shard * shard_size):
+            content = {"__key__": f"{number:08d}", sample.extension: sample.data, "cls": sample.label}
+            # webdataset writes bytes as they are.
+            writer.write(content if sample.vector is None else {**content, VECTOR_EXTENSION: sample.vector})
+            on_sample(split)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The settings of all shards of a data folder."""
+
+    source: Source
+    folder: Path
+    size: ImageSize | None
+    shard_size: int
+
+    def places(self, split: Split, shard: int) -> range:
+        """Returns the places of a shard's samples in the split's order."""
+        start = shard * self.shard_size
+        return range(start, min(start + self.shard_size, self.source.counts[split]))
+
+    def path(self, split: Split, shard: int) -> Path:
+        """Returns the path of a complete shard."""
+        return self.folder / f"{split}-{shard:06d}.tar"
+
+    def left_out_path(self, split: Split, shard: int) -> Path:
+        """Returns the path of the temporary list of a shard's unreadable images."""
+        return self.folder / f".left-out-{split}-{shard:06d}"
+
+    def left_out(self, split: Split, shard: int) -> list[str]:
+        """Returns the lines of this list; none if there is no list."""
+        try:
+            return self.left_out_path(split, shard).read_bytes().decode().split("\n")[:-1]
+        except FileNotFoundError:
+            return []
+
+    def shards(self, split: Split) -> range:
+        """Returns the numbers of a split's shards."""
+        return range(-(-self.source.counts[split] // self.shard_size))
+
+    def is_done(self, split: Split, shard: int, *, lenient: bool) -> bool:
+        """Returns whether a shard need not be written: it exists, or has no readable images.
+
+        Without ``lenient``, one with unreadable images is written again.
+        """
+        left_out = len(self.left_out(split, shard))
+        if left_out and not lenient:
+            return False
+        return self.path(split, shard).exists() or left_out == len(self.places(split, shard))
+
+
+def _partial_folder(folder: Path, record: dict[str, Any]) -> Path:
+    """Returns the temporary folder, with the shards of an interrupted run if it had the same record."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    if partial.is_symlink() or _read_record(partial) != record:
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir(parents=True)
+        except FileExistsError as error:  # a file, a link, or a folder of another user
+            raise ValueError(
+                f"data folder {printable(folder)} must have {printable(partial)} free for its shards, got something "
+                "that is no folder of this command; remove it, or give another --out"
+            ) from error
+        write_text(partial / RECORD, json.dumps(record, indent=1) + "\n")
+    # Half-written shards of a killed run.
+    for left in partial.glob(".writing-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    return partial
+
+
+def _read_record(folder: Path) -> Any:
+    try:
+        return read_json(folder / RECORD, max_bytes=MAX_RECORD_BYTES)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+
+
+def _write_missing(plan: _Plan, *, lenient: bool, workers: int, on_samples: Callable[[Split, int], object]) -> None:
+    jobs: list[tuple[Split, int]] = []
+    for split in plan.source.counts:
+        for shard in plan.shards(split):
+            if plan.is_done(split, shard, lenient=lenient):
+                on_samples(split, len(plan.places(split, shard)))
+            else:
+                jobs.append((split, shard))
+    if workers == 1 or len(jobs) == 1:
+        for job in jobs:
+            _write_shard(plan, job, on_sample=lambda split: on_samples(split, 1))
+        return
+    for (split, shard), _ in run_jobs(_write_shard, plan, jobs, workers=workers):
+        on_samples(split, len(plan.places(split, shard)))
+
+
+def _write_shard(
+    plan: _Plan, job: tuple[Split, int], *, on_sample: Callable[[Split], object] = lambda split: None
+) -> None:
+    """Writes one shard to a folder of its own, and renames it when it is complete and on disk."""
+    split, shard = job
+    left_out: list[UnreadableSample] = []
+    samples = _read_samples(plan, split, shard, left_out, on_sample=on_sample)
+    writing = plan.folder / f".writing-{split}-{shard:06d}-{os.getpid()}"
+    writing.mkdir()
+    try:
+        write_split(samples, writing, split, shard_size=plan.shard_size, on_sample=on_sample, first_shard=shard)
+        (path,) = writing.iterdir()
+        sync(path)
+        # The list changes while there is no shard: a shard that exists has its own list.
+        plan.path(split, shard).unlink(missing_ok=True)
+        plan.left_out_path(split, shard).unlink(missing_ok=True)
+        if left_out:
+            write_text(plan.left_out_path(split, shard), "".join(f"{sample.error}\n" for sample in left_out))
+        # A shard without readable images does not become a file.
+        if len(left_out) < len(plan.places(split, shard)):
+            os.replace(path, plan.path(split, shard))
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)
+
+
+def _read_samples(
+    plan: _Plan,
+    split: Split,
+    shard: int,
+    left_out: list[UnreadableSample],
+    *,
+    on_sample: Callable[[Split], object],
+) -> Iterator[Sample]:
+    """Yields the readable samples of a shard, resized if ``plan.size`` is given; adds the others to ``left_out``."""
+    for sample in plan.source.samples(split, plan.places(split, shard)):
+        made = sample if isinstance(sample, UnreadableSample) or plan.size is None else _resize(sample, plan.size)
+        if isinstance(made, Sample):
+            yield made
+        else:
+            left_out.append(made)
+            on_sample(split)
+
+
+def _list_left_out(plan: _Plan, *, lenient: bool) -> None:
+    """Joins the lists of unreadable images of all shards into one file.
+
+    Raises:
+        ValueError: if there are unreadable images and ``lenient`` is False, or a split has no readable images.
+    """
+    source, lines = plan.source, list[str]()
+    for split, count in source.counts.items():
+        found = [line for shard in plan.shards(split) for line in plan.left_out(split, shard)]
+        lines += found
+        if len(found) == count:
+            for shard in plan.shards(split):  # the next run reads all images again: there are no shards to keep
+                plan.left_out_path(split, shard).unlink()
+            raise ValueError(f"all {count} images of {split} are unreadable:\n{_format_lines(found)}")
+    if not lines:
+        (plan.folder / LEFT_OUT).unlink(missing_ok=True)  # of an interrupted run
+        return
+    if not lenient:
+        raise ValueError(
+            f"{len(lines)} of {sum(source.counts.values())} images cannot be read:\n{_format_lines(lines)}\n"
+            "replace or remove them, or leave them out with --lenient"
+            + ("; --no-vectors ignores .npy files" if any("vector" in line for line in lines) else "")
+        )
+    write_text(plan.folder / LEFT_OUT, "".join(f"{line}\n" for line in lines))
+
+
+def _index(plan: _Plan, *, workers: int) -> None:
+    """Writes the manifests of the shards."""
+    shards = {split: find_shards(plan.folder, f"{split}-*.tar") for split in plan.source.counts}
+    try:
+        index_shards(plan.folder, shards, classes=plan.source.classes, workers=workers)
+    except ValueError as error:  # damaged since they were written
+        raise ValueError(
+            f"{error}\nshards must stay as they were written; remove the rejected ones from "
+            f"{printable(plan.folder)}, then run the same command again to write them again"
+        ) from error
+
+
+def _format_lines(lines: list[str]) -> str:
+    more = [f"... and {len(lines) - _MAX_LISTED} more"] if len(lines) > _MAX_LISTED else []
+    return "\n".join(f"  {line}" for line in [*lines[:_MAX_LISTED], *more])
+
+
+def _resize(sample: Sample, size: ImageSize) -> Sample | UnreadableSample:
+    """Crops and resizes a sample's image. JPEG stays JPEG (quality 95); other formats become PNG, over white."""
+    header = parse_image_header(sample.data, name=sample.name)
+    if (header.height, header.width) == height_width(size):
+        return sample
+    try:
+        image = decode_image(sample.data, channels=header.channels, name=sample.name)
+    except UnreadableImageError as error:
+        return UnreadableSample(str(error))
+    fitted = fit_image(image, image_size=size, crop=None)
+    if header.format == "JPEG":
+        return sample._replace(data=encode_jpeg(fitted))
+    return sample._replace(data=encode_png(fitted), extension="png")

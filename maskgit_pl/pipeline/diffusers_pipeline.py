@@ -1,0 +1,301 @@
+"""``MaskGITPipeline`` and its networks, which diffusers loads from a folder of ``maskgit export --format diffusers``.
+
+``pipeline.py`` of each such folder imports the classes of this module, so their names stay. Weights are read
+and written as in any pretrained folder, with the same checks, and are never unpickled. Importing this module requires
+diffusers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self, TypeAlias
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, ModelMixin  # diffusers looks for ModelMixin in this module
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from torch import Tensor, nn
+
+from maskgit_pl.checks import check_number
+from maskgit_pl.decoding import DecodingStep
+from maskgit_pl.pipeline.classes import Classes
+from maskgit_pl.pipeline.decoding_file import read_decoding
+from maskgit_pl.pipeline.description import RunOrigin
+from maskgit_pl.pipeline.diffusers_folder import CLASSES, write_diffusers_files
+from maskgit_pl.pipeline.model import MaskGIT
+from maskgit_pl.pipeline.networks import PretrainedTokenizer, PretrainedTransformer
+from maskgit_pl.pipeline.options import GenerateOptions, OutputType, Seeds, check_output_type, read_options
+from maskgit_pl.pipeline.pretrained import load_tokenizer, load_transformer, read_config
+from maskgit_pl.pipeline.sharing import HubOptions, find_folder
+
+__all__ = ["MaskGITPipeline", "MaskGITTokenizer", "MaskGITTransformer"]
+
+StepEndCallback: TypeAlias = Callable[["MaskGITPipeline", int, int, dict[str, Tensor]], object]
+_NAMES_HERE = {"num_steps": "num_inference_steps", "callback": "callback_on_step_end"}
+# Options of diffusers that would be ignored here, although they change what is loaded or where.
+_REFUSED = ("device_map", "quantization_config", "variant", "use_flashpack")
+
+
+class _Network(ModelMixin):  # type: ignore[misc]  # diffusers: untyped
+    """A network as a part of a pipeline of diffusers."""
+
+    network: nn.Module
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | os.PathLike[str], *, torch_dtype: torch.dtype | None = None, **options: Any
+    ) -> Self:
+        """Reads the folder of a network; that of a transformer with ``decoding.json`` beside it, if there is one.
+
+        Args:
+            folder: Folder with ``config.json`` and ``model.safetensors``.
+            torch_dtype: Type of the weights; None keeps that of the file.
+            options: Options of diffusers; those of a device, a variant or a quantization must be unset.
+
+        Raises:
+            FileNotFoundError: if a file is missing.
+            ValueError: if a file is damaged, or an option is not supported.
+        """
+        _check_options(options)
+        made = cls._read(Path(folder))
+        made.network.to(dtype=torch_dtype)
+        return made
+
+    @classmethod
+    def _read(cls, folder: Path) -> Self:
+        """Reads the folder of a network of this class."""
+        raise NotImplementedError
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
+        """Refuses to write one network, because tokenizer and transformer belong together.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"{type(self).__name__} must be saved with its pipeline: pipe.save_pretrained(folder)")
+
+
+class MaskGITTokenizer(_Network):
+    """The tokenizer.
+
+    Args:
+        pretrained: The network and its image size.
+    """
+
+    def __init__(self, pretrained: PretrainedTokenizer) -> None:
+        super().__init__()
+        self.pretrained = pretrained
+        self.network = pretrained.network
+
+    @classmethod
+    def _read(cls, folder: Path) -> Self:
+        return cls(load_tokenizer(folder))
+
+
+class MaskGITTransformer(_Network):
+    """The transformer.
+
+    Args:
+        pretrained: The network, its classes and its decoding settings.
+        mask_schedule: Name or mapping of the mask schedule of the training; None for an autoregressive model.
+        origin: Folder that the weights come from, for the model card.
+    """
+
+    def __init__(
+        self, pretrained: PretrainedTransformer, *, mask_schedule: str | Mapping[str, Any] | None, origin: RunOrigin
+    ) -> None:
+        super().__init__()
+        self.pretrained = pretrained
+        self.network = pretrained.network
+        self.mask_schedule = mask_schedule
+        self.origin = origin
+
+    @classmethod
+    def _read(cls, folder: Path) -> Self:
+        pretrained = load_transformer(folder)
+        return cls(
+            replace(pretrained, decoding=read_decoding(folder.parent) or pretrained.decoding),
+            mask_schedule=read_config(folder, "transformer")["mask_schedule"],
+            origin=RunOrigin.of(folder.parent, tuned=False),
+        )
+
+
+class MaskGITPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers: untyped
+    """Generates images of classes, with the arguments and results of a pipeline of diffusers.
+
+    Example::
+
+        pipe = DiffusionPipeline.from_pretrained("folder", trust_remote_code=True)
+        pipe(["Sneaker", 3], num_inference_steps=8, seed=0).images[0].save("sneaker.png")
+
+    ``MaskGITPipeline.from_pretrained`` runs no code of a folder. It loads any pretrained folder, model of the package
+    and repository of the Hub, without its negative model.
+
+    Args:
+        tokenizer: Decodes tokens to images.
+        transformer: Predicts the tokens of a class.
+
+    Raises:
+        ValueError: if the transformer was trained on the tokens of another tokenizer.
+    """
+
+    def __init__(self, tokenizer: MaskGITTokenizer, transformer: MaskGITTransformer) -> None:
+        super().__init__()
+        self.register_modules(tokenizer=tokenizer, transformer=transformer)
+        _ = self.maskgit  # raises if the two do not fit
+
+    @property
+    def maskgit(self) -> MaskGIT:
+        """The two networks as a ``MaskGIT``, which also edits images."""
+        return MaskGIT(
+            self.tokenizer.pretrained,
+            self.transformer.pretrained,
+            mask_schedule=self.transformer.mask_schedule,
+            pack_weights=self.device.type == "cpu",
+            origin=self.transformer.origin,
+        )
+
+    def __call__(
+        self,
+        class_labels: Classes,
+        *,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        seed: Seeds | None = None,
+        output_type: OutputType = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepEndCallback | None = None,
+        **options: Any,
+    ) -> Any:
+        """Generates one image for each class.
+
+        Args:
+            class_labels: Indices or names of classes, as a list or a single one. None in a list is "no class".
+            num_inference_steps: Number of decoding steps; None for that of the model.
+            guidance_scale: Scale of guidance as in diffusers, at least 0: up to 1 is no guidance, and above 1 it is the
+                scale of ``MaskGIT`` + 1. None for the guidance of the model.
+            generator: Draws the seeds: one generator, or one for each image. None for the default generator of torch.
+            seed: Seed of the first image, image i has seed + i; or one for each image. The images are those of
+                ``MaskGIT.generate`` with these seeds. It takes the place of ``generator``.
+            output_type: ``"pil"``, ``"pt"`` for a tensor (n, C, H, W) on the CPU, or ``"np"`` for an array
+                (n, H, W, C), both float32 in [0, 1].
+            return_dict: False returns a tuple.
+            callback_on_step_end: Called with the pipeline, the step, the step again and a mapping with the ``tokens``
+                (B, N) and ``still_masked`` (B, N), after each step of each batch. What it returns is not used.
+            options: Other options of ``MaskGIT.generate``, such as ``choice_temperature`` and ``batch_size``.
+
+        Returns:
+            The images, as ``images`` of an ``ImagePipelineOutput`` or in a tuple.
+
+        Raises:
+            TypeError: if an option is unknown.
+            ValueError: if a class is unknown, a number is out of range, or both ``seed`` and ``generator`` are given.
+        """
+        for name, instead in _NAMES_HERE.items():
+            if name in options:
+                raise TypeError(f"option {name!r}: its name here is {instead!r}")
+        check_output_type(output_type)
+        maskgit = self.maskgit
+        count = len(maskgit.class_ids(class_labels))
+        options |= {"num_steps": num_inference_steps, "seed": _seeds(seed, generator, count)}
+        if guidance_scale is not None:
+            options["guidance_scale"] = max(0.0, check_number("guidance_scale", guidance_scale, "[0, inf)") - 1)
+        given, decoding = read_options(GenerateOptions, options, maskgit.decoding)
+        num_batches = -(-count // given.batch_size)
+        with self.progress_bar(total=decoding.num_steps * num_batches) as bar:
+
+            def end_step(step: DecodingStep) -> None:
+                bar.update()
+                if callback_on_step_end is not None:
+                    shown = {"tokens": step.tokens, "still_masked": step.still_masked}
+                    callback_on_step_end(self, step.step, step.step, shown)
+
+            images: Any = maskgit.generate(class_labels, output_type=output_type, callback=end_step, **options)
+        if output_type != "pil":
+            images = (images.float() if output_type == "pt" else images.astype(np.float32)) / 255
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,  # noqa: FBT001, FBT002  # the signature of diffusers
+        **options: Any,
+    ) -> None:
+        """Writes a folder as ``maskgit export --format diffusers`` does.
+
+        Args:
+            save_directory: Folder to write. A pipeline in it is replaced.
+            safe_serialization: True; weights are written as safetensors only.
+            options: Options of diffusers, which must be unset.
+
+        Raises:
+            ValueError: if an option is not supported.
+        """
+        given = {name: value for name, value in options.items() if value}
+        if given or not safe_serialization:
+            name, value = next(iter(given.items()), ("safe_serialization", safe_serialization))
+            raise ValueError(
+                f"{name} must be left out of save_pretrained, which writes safetensors to a folder, got {value!r}; "
+                "`maskgit push FOLDER OWNER/NAME` uploads it"
+            )
+        folder = Path(save_directory)
+        self.maskgit.save_pretrained(folder)
+        write_diffusers_files(folder)
+
+    def push_to_hub(self, repo_id: str, *arguments: Any, **options: Any) -> str:
+        """Refuses to upload files that have not been checked.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "pipe.push_to_hub is not supported; write a folder with pipe.save_pretrained, then upload it with "
+            f"`maskgit push FOLDER {repo_id}`"
+        )
+
+    @classmethod
+    def download(cls, pretrained_model_name: str | os.PathLike[str], **options: Any) -> Path:
+        """Returns the pretrained folder of a name, which is downloaded from the Hub if necessary."""
+        known = HubOptions.__annotations__
+        return find_folder(str(pretrained_model_name), **{name: options[name] for name in known if name in options})
+
+    @classmethod
+    def load_config(cls, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """Returns a ``model_index.json`` that names the classes of this module, so that no other code runs."""
+        return {"_class_name": cls.__name__, **{part: [__name__, name] for part, name in CLASSES.items()}}
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Checks the options of diffusers that load a network.
+
+    Raises:
+        ValueError: if one is set that is not supported.
+    """
+    for name in _REFUSED:
+        if options.get(name):
+            raise ValueError(
+                f"{name} must be left out, got {options[name]!r}; load the pipeline, then move it with pipe.to(device)"
+            )
+
+
+def _seeds(seed: Seeds | None, generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> Seeds:
+    """Returns the seeds of the images, which the generator draws if none are given.
+
+    Raises:
+        ValueError: if both are given, or there is not one generator for each image.
+    """
+    if seed is not None:
+        if generator is not None:
+            raise ValueError("seed and generator must not be set together; leave one out")
+        return seed
+    generators = list(generator) if isinstance(generator, Sequence) else [generator] * count
+    if len(generators) != count:
+        raise ValueError(f"generator must be one, or one for each of the {count} images, got {len(generators)}")
+    return [
+        int(torch.randint(2**32, (), generator=each, device="cpu" if each is None else each.device))
+        for each in generators
+    ]

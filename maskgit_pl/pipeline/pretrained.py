@@ -1,0 +1,309 @@
+"""Writes and reads the folder of a tokenizer or a transformer: ``model.safetensors`` and ``config.json``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from torch import Tensor, nn
+
+from maskgit_pl.checks import build_dataclass, check_class_names, check_keys, shorten
+from maskgit_pl.data.folders import check_only_known, write_folder
+from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.files import read_json, sha256_of, write_tensors, write_text
+from maskgit_pl.image_format import ImageSize, check_image_size
+from maskgit_pl.networks.backbone import BackboneConfig, build_config
+from maskgit_pl.networks.backbone_contract import create_network
+from maskgit_pl.networks.skeleton import skeletons
+from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
+from maskgit_pl.networks.weights import check_fit, check_tensor, load_weights, read_tensor_header, read_tensors
+from maskgit_pl.pipeline.decoding_file import NETWORK_FILES, WEIGHTS_FILE, copy_network, validate_decoding
+from maskgit_pl.pipeline.networks import PretrainedTokenizer, PretrainedTransformer
+from maskgit_pl.schedules import MaskSchedule, mask_schedules
+
+__all__ = [
+    "check_stage_folder",
+    "copy_stage_folder",
+    "fingerprint",
+    "has_weights_of",
+    "load_tokenizer",
+    "load_transformer",
+    "read_config",
+    "save_tokenizer",
+    "save_transformer",
+]
+
+Kind = Literal["tokenizer", "transformer", "pipeline"]
+Network = TypeVar("Network", bound=nn.Module)
+_VERSION = 1
+_CONFIG = "config.json"
+_MAX_CONFIG_BYTES = 8_000_000  # 100,000 classes with names of 80 letters
+_LARGEST_IMAGE = 8192
+
+
+def save_tokenizer(folder: Path, config: VQGANConfig, weights: Mapping[str, Tensor], *, image_size: ImageSize) -> None:
+    """Writes a tokenizer folder; an older one is replaced when the new one is complete.
+
+    Args:
+        folder: Folder such as ``runs/RUN/pretrained/tokenizer``.
+        config: Sizes of the network.
+        weights: State dict of a ``VQGAN``.
+        image_size: Size of the training images: a side, or (height, width), in pixels.
+    """
+    _save(folder, "tokenizer", weights, {"network": asdict(config), "image_size": image_size})
+
+
+def save_transformer(
+    folder: Path,
+    config: BackboneConfig,
+    weights: Mapping[str, Tensor],
+    *,
+    mask_schedule: str | dict[str, Any] | None,
+    decoding: DecodingConfig,
+    class_names: tuple[str, ...],
+    tokenizer_fingerprint: str,
+) -> None:
+    """Writes a transformer folder; an older one is replaced when the new one is complete.
+
+    Args:
+        folder: Folder such as ``runs/RUN/pretrained/transformer``.
+        config: Sizes of the network.
+        weights: State dict of the network that ``config`` creates.
+        mask_schedule: Name or mapping of the mask schedule, as in a recipe; None for an autoregressive transformer.
+        decoding: See ``PretrainedTransformer``.
+        class_names: See ``PretrainedTransformer``.
+        tokenizer_fingerprint: See ``PretrainedTransformer``.
+    """
+    _save(
+        folder,
+        "transformer",
+        weights,
+        {
+            "network": asdict(config),
+            "mask_schedule": mask_schedule,
+            "decoding": asdict(decoding),
+            "class_names": list(class_names),
+            "tokenizer_fingerprint": tokenizer_fingerprint,
+        },
+    )
+
+
+def load_tokenizer(folder: Path | str) -> PretrainedTokenizer:
+    """Reads a tokenizer folder.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or a file is missing.
+        ValueError: if it is not a tokenizer, a value is out of range, or the weights do not fit the configuration or
+            are non-finite.
+    """
+    folder = Path(folder)
+    config = _tokenizer(read_config(folder, "tokenizer"), folder)
+    network = _read_network(lambda: VQGAN(config.network), folder, num_blocks=config.network.num_blocks)
+    return PretrainedTokenizer(network, config.image_size, fingerprint(folder))
+
+
+def load_transformer(folder: Path | str) -> PretrainedTransformer:
+    """Reads a transformer folder.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or a file is missing.
+        ValueError: if it is not a transformer, a value is out of range or unknown, or the weights do not fit the
+            configuration or are non-finite.
+    """
+    folder = Path(folder)
+    config = _transformer(read_config(folder, "transformer"), folder)
+    return PretrainedTransformer(
+        _read_network(lambda: create_network(config.network), folder, num_blocks=config.network.num_blocks),
+        config.mask_schedule,
+        config.decoding,
+        config.class_names,
+        config.tokenizer_fingerprint,
+    )
+
+
+def read_config(folder: Path | str, kind: Kind) -> dict[str, Any]:
+    """Reads the configuration of a pretrained folder. That of a tokenizer or a transformer is checked completely.
+
+    Args:
+        folder: Folder of a tokenizer, a transformer, or both (``pipeline``).
+        kind: Kind that the file must have.
+
+    Returns:
+        The plain values of the file.
+
+    Raises:
+        FileNotFoundError: if there is no such folder or file.
+        ValueError: if it is not JSON, is of another kind or version, or a value is wrong.
+    """
+    folder = Path(folder)
+    file = folder / _CONFIG
+    if not file.exists():
+        raise FileNotFoundError(f"{kind} {folder}: no {_CONFIG} there; name a folder that training or an import wrote")
+    config = read_json(file, max_bytes=_MAX_CONFIG_BYTES)
+    _check_format(config, file, f"maskgit_pl.{kind}", thing=kind)
+    if kind == "tokenizer":
+        _tokenizer(config, folder)
+    elif kind == "transformer":
+        _transformer(config, folder)
+    return config
+
+
+def fingerprint(folder: Path | str) -> str:
+    """Returns the sha256 of a folder's weights, in hex, which tells tokens of one tokenizer from those of another."""
+    return sha256_of(Path(folder) / WEIGHTS_FILE)
+
+
+def _check_format(content: Mapping[str, Any], file: Path, expected: str, *, thing: str) -> None:
+    # True == 1 in Python, so a boolean is no version.
+    found, version = content.get("format"), content.get("version")
+    if found != expected:
+        raise ValueError(f"{thing} {file}: format must be {expected!r}, got {shorten(found)}")
+    if version != _VERSION or isinstance(version, bool):
+        raise ValueError(f"{thing} {file}: version must be {_VERSION}, got {shorten(version)}; update maskgit_pl")
+
+
+@dataclass(frozen=True)
+class _TokenizerConfig:
+    """The content of a tokenizer's ``config.json``."""
+
+    network: VQGANConfig
+    image_size: ImageSize
+
+
+def _tokenizer(content: Mapping[str, Any], folder: Path) -> _TokenizerConfig:
+    file = folder / _CONFIG
+    check_keys(str(file), content, known=content, required=("network", "image_size"))
+    try:
+        network = build_dataclass(VQGANConfig, content["network"], "network")
+        size = check_image_size("image_size", content["image_size"], f"[1, {_LARGEST_IMAGE}]")
+        network.grid(size)  # raises if the network cannot encode this size
+    except (ValueError, ArithmeticError) as error:
+        raise ValueError(f"{file}: {error}") from error
+    return _TokenizerConfig(network, size)
+
+
+@dataclass(frozen=True)
+class _TransformerConfig:
+    """The content of a transformer's ``config.json``."""
+
+    network: BackboneConfig
+    mask_schedule: MaskSchedule | None
+    decoding: DecodingConfig
+    class_names: tuple[str, ...]
+    tokenizer_fingerprint: str
+
+
+def _transformer(content: Mapping[str, Any], folder: Path) -> _TransformerConfig:
+    file = folder / _CONFIG
+    names = ("network", "mask_schedule", "decoding", "class_names", "tokenizer_fingerprint")
+    check_keys(str(file), content, known=content, required=names)
+    network = build_config(content["network"], f"{file}: network")
+    decoding = build_dataclass(DecodingConfig, content["decoding"], f"{file}: decoding")
+    return _TransformerConfig(
+        network,
+        _mask_schedule(content["mask_schedule"], network.attention, file),
+        validate_decoding(decoding, f"{file}: decoding"),
+        check_class_names(f"{file}: class_names", content["class_names"], network.num_classes),
+        _text(content["tokenizer_fingerprint"], f"{file}: tokenizer_fingerprint"),
+    )
+
+
+def _mask_schedule(spec: Any, attention: str, file: Path) -> MaskSchedule | None:
+    if (spec is None) != (attention == "causal"):
+        raise ValueError(
+            f"{file}: mask_schedule must be set for bidirectional and null for causal attention, got {shorten(spec)} "
+            f"for {attention}"
+        )
+    try:
+        return None if spec is None else mask_schedules.build(spec)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{where} must be a string, got {shorten(value)}")
+    return value
+
+
+def check_stage_folder(folder: Path) -> None:
+    """Checks that the folder of a tokenizer or transformer holds nothing that a new one would remove.
+
+    Raises:
+        FileExistsError: if it has other files.
+    """
+    check_only_known(folder, {WEIGHTS_FILE, _CONFIG, "pipeline.py"})  # pipeline.py is that of diffusers
+
+
+def has_weights_of(folder: Path, other: Path) -> bool:
+    """Returns True if a folder holds the weights of another one, with their configuration."""
+    is_complete = all((folder / name).is_file() for name in NETWORK_FILES)
+    return is_complete and fingerprint(folder) == fingerprint(other)
+
+
+def copy_stage_folder(source: Path, folder: Path) -> None:
+    """Copies a tokenizer or transformer, unless the folder holds the same weights already; see ``copy_network``.
+
+    Args:
+        source: Pretrained folder of the stage.
+        folder: Folder to write; an existing one is replaced.
+
+    Raises:
+        FileExistsError: if the folder has other files.
+    """
+    if not has_weights_of(folder, source):
+        copy_network(source, folder, check=check_stage_folder)
+
+
+def _save(folder: Path, kind: Kind, weights: Mapping[str, Tensor], config: dict[str, Any]) -> None:
+    # Checked before anything is written: a diverged run keeps its older export.
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    for name, tensor in tensors.items():
+        try:
+            if tensor.is_floating_point():
+                check_tensor(name, tensor)
+        except ValueError as error:
+            raise ValueError(f"{kind} {folder} is not written: {error}") from error
+    content = {"format": f"maskgit_pl.{kind}", "version": _VERSION, **config}
+    with write_folder(folder, check=check_stage_folder) as fresh:
+        write_tensors(fresh / WEIGHTS_FILE, tensors)
+        write_text(fresh / _CONFIG, json.dumps(content, indent=2) + "\n")
+
+
+def _read_network(build: Callable[[], Network], folder: Path, *, num_blocks: int) -> Network:
+    """Returns a network with the weights of a folder, frozen.
+
+    1. Read the header of the file. Refuse a network with more blocks than the file has tensors before it is built.
+    2. Build the network without memory, which is also faster than drawing initial weights, and compare names and shapes
+       with the header.
+    3. Read the tensors and check their numbers.
+
+    Args:
+        build: Builds the network.
+        folder: Folder with ``model.safetensors``.
+        num_blocks: Number of blocks of the network, each of at least one tensor.
+    """
+    file = folder / WEIGHTS_FILE
+    # 1.
+    header = read_tensor_header(file)
+    if num_blocks > len(header):
+        raise ValueError(
+            f"{folder / _CONFIG}: network of {num_blocks} blocks must fit {WEIGHTS_FILE}, which holds {len(header)} "
+            "tensors"
+        )
+    # 2.
+    with skeletons():
+        network = build()
+    check_fit(network, header, f"weights {file}")
+    # 3.
+    types = {name: tensor.dtype for name, tensor in network.state_dict().items()}
+    weights = {name: tensor.to(types[name]) for name, tensor in read_tensors(file).items()}
+    load_weights(network, weights, file, assign=True)
+    # A tensor that is not in the state dict would still be on meta.
+    empty = [name for name, tensor in (*network.named_parameters(), *network.named_buffers()) if tensor.is_meta]
+    if empty:
+        raise TypeError(f"network of {folder}: all tensors must be in its state dict, got others: {empty}")
+    return network.requires_grad_(requires_grad=False).eval()

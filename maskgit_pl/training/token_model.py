@@ -1,0 +1,382 @@
+"""Stage 2: the base class of both models, with training, averaged weights, samples and export.
+
+``mvtm.MaskedTokenModel`` predicts masked tokens, ``autoregressive.AutoregressiveModel`` the next token. A training step
+does for each micro-batch (the code repeats the numbers):
+
+1. Draw the mask (B, N) of the tokens to predict (``_draw_mask``). MaskedTokenModel draws it from (seed, sample, epoch,
+   position): ceil(ratio N) positions with ratio = max(gamma(u), min_mask_ratio). AutoregressiveModel predicts all
+   tokens.
+2. Replace each label by the null class with probability ``class_dropout``, a function of (seed, sample, epoch). The
+   null class also hides the vector of the sample, if the network is conditioned on vectors.
+3. Seed dropout with (seed, step, micro-batch, rank).
+4. Take the tokens (B, N) of the batch, or flip some of its images and encode them with the frozen tokenizer.
+5. Replace the masked tokens by the mask token (``_mask_tokens``; causal attention keeps all tokens), and compute logits
+   at the M predicted tokens only.
+6. Compute the loss, with label smoothing: the mean over rows of (sum of the row's cross-entropies / their number).
+
+The data modules run 1 and 2 on the host, before the batch is copied to the device (``draw_on_host``). M is then known
+on the host, so that no later operation has a size that depends on values: the host does not wait for the device, and 5
+and 6 are one graph, which ``compiled: step`` compiles. With another data module they run in the step, on its device.
+
+Lightning runs the backward pass. After the last micro-batch:
+
+7. Clip the gradients. All ranks vote: if one has a non-finite value, no rank steps.
+8. Step the optimizer, free the gradients, and update the averaged weights.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from maskgit_pl.checks import check_class_names
+from maskgit_pl.data import Batch, flip
+from maskgit_pl.decoding import DecodingConfig, DecodingStep
+from maskgit_pl.losses import (
+    TokenStatistics,
+    chunked_statistics,
+    mean_over_rows,
+    needs_chunks,
+    token_statistics,
+)
+from maskgit_pl.masking import Draws, true_positions
+from maskgit_pl.networks.backbone import Backbone
+from maskgit_pl.pipeline.fine_tuning import weights_for
+from maskgit_pl.pipeline.imaging_pixels import to_unit_range
+from maskgit_pl.pipeline.networks import PretrainedTokenizer
+from maskgit_pl.pipeline.pretrained import copy_stage_folder, load_tokenizer, load_transformer, save_transformer
+from maskgit_pl.randomness import random_bits, random_uniform
+from maskgit_pl.training.binned_means import NUM_BINS, BinnedMeans
+from maskgit_pl.training.checkpoints import full_state
+from maskgit_pl.training.compile_and_checkpointing import prepare_blocks
+from maskgit_pl.training.ema import frozen_copy
+from maskgit_pl.training.optimized_model import OptimizedModel
+from maskgit_pl.training.token_model_config import TokenModelConfig, check_samples, check_tokenizer
+
+__all__ = ["NUM_BINS", "StepLosses", "TokenModel"]
+
+
+class StepLosses(NamedTuple):
+    """The result of forward pass and loss for a micro-batch.
+
+    Args:
+        loss: Scalar float32, with a graph.
+        token_losses: (M,) float32: negative log-likelihoods of the predicted tokens, detached.
+        hits: (M,) float32: 1 where the most likely code is the right one.
+        counted: (M,) bool: the tokens that are masked and no padding, for the logs; None for all.
+    """
+
+    loss: Tensor
+    token_losses: Tensor
+    hits: Tensor
+    counted: Tensor | None = None
+
+
+class TokenModel(OptimizedModel):
+    """The LightningModule of stage 2: trains a transformer on tokens, or on images that it encodes on the fly.
+
+    A subclass defines the tokens to predict (``_draw_mask``), the input of the network (``_mask_tokens``), the groups
+    of logged values (``_assign_bins``) and the decoding of images (``_decode``).
+
+    Args:
+        config: Network, optimizer, tokenizer and loss.
+        transformer: The network, with initial weights.
+        decoding: Decoding settings for sample images, and of the exported model.
+
+    Source: paper, training; the numbers of the released configuration are in ``recipes/transformer``.
+    """
+
+    mask_schedule_spec: str | dict[str, Any] | None = None  # in the form of a recipe; None with causal attention
+    binned_by: str  # the quantity that ``_assign_bins`` groups by, in the names of logged values
+
+    def __init__(self, config: TokenModelConfig, transformer: Backbone, decoding: DecodingConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.decoding = decoding
+        self.transformer = transformer
+        self.ema_network = frozen_copy(transformer) if config.ema_decay > 0 else None
+        prepare_blocks(
+            transformer.blocks,
+            activation_checkpointing=config.activation_checkpointing,
+            compiled=config.compiled,
+        )
+        self._tokenizer: PretrainedTokenizer | None = None
+        self._validation_loss = MeanMetric()
+        self._validation_accuracy = MeanMetric()
+        self._bins = BinnedMeans(self.binned_by)
+        self._run_step: Callable[[Batch, Tensor], StepLosses] = self._compute_training_losses
+        if config.compiled == "step":
+            # Sizes are few and static, which a CUDA graph needs.
+            self._run_step = torch.compile(self._compute_training_losses, fullgraph=True, dynamic=False)
+
+    @abstractmethod
+    def _draw_mask(self, batch: Batch) -> Tensor:
+        """Returns the tokens to predict, (B, N) bool, as a function of the samples only."""
+
+    @abstractmethod
+    def _mask_tokens(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Returns the input of the network, (B, N) int64, for tokens (B, N) and a mask (B, N)."""
+
+    @abstractmethod
+    def _assign_bins(self, mask: Tensor, positions: Tensor) -> Tensor:
+        """Returns the group of each of the M predicted tokens in the logs, (M,) int64 in [0, 4).
+
+        Args:
+            mask: (B, N) bool.
+            positions: (M,) int64 in [0, B N): the places of the tokens in the batch.
+        """
+
+    @abstractmethod
+    def _decode(self, labels: Sequence[int], seeds: Sequence[int], vectors: Tensor | None) -> Iterator[DecodingStep]:
+        """Decodes one image for each label, seed and vector with the averaged network, which is in evaluation mode."""
+
+    @property
+    def averaged_network(self) -> Backbone:
+        """The network that is sampled, evaluated and exported: the average, or the trained one if there is none."""
+        return self.transformer if self.ema_network is None else self.ema_network
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The pretrained tokenizer folder."""
+        return Path(self.config.tokenizer)
+
+    @property
+    def tokenizer(self) -> PretrainedTokenizer:
+        """The frozen tokenizer on this module's device. It is loaded at its first use and stays out of checkpoints.
+
+        Raises:
+            ValueError: if its codebook or grid is not that of the transformer.
+        """
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.tokenizer_folder)
+            check_tokenizer(self.config.network, self._tokenizer)
+        self._tokenizer.network.to(self.device)
+        return self._tokenizer
+
+    def draw_on_host(self, batch: Batch) -> Batch:
+        """Adds the random draws of the step to a batch that is on the host; the data modules call it."""
+        drawn = self._with_draws(batch)
+        if self.device.type != "cuda" or drawn.draws is None:
+            return drawn
+        return drawn._replace(draws=drawn.draws.pin_memory())
+
+    def _with_draws(self, batch: Batch) -> Batch:
+        """Returns the batch with its random draws (steps 1 and 2), unless it has them already."""
+        if isinstance(batch, Batch) and batch.draws is not None:
+            return batch
+        check_samples(batch, self.config.network, lambda: self._tokenizer or self.tokenizer)
+        return batch._replace(draws=self._draw(batch))
+
+    def _draw(self, batch: Batch) -> Draws:
+        """Draws what a batch needs; in validation without class dropout."""
+        mask = self._draw_mask(batch)  # 1
+        if self.training:
+            return Draws(self._drop_classes(batch), mask, true_positions(mask))  # 2
+        # Rows that only pad the last batch do not count.
+        return Draws(batch.labels, mask, true_positions(mask & batch.valid.unsqueeze(1)))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Computes the loss of one micro-batch, scalar float32."""
+        batch = self._with_draws(batch)  # 1, 2, if the module is called without a Trainer
+        assert batch.draws is not None
+        self._reseed_dropout(batch_idx)  # 3
+        tokens, mask = self.tokens_and_mask(batch)  # 4
+        loss, token_loss, hits, counted = self._run_step(self._prepare(batch, tokens), tokens)  # 5, 6
+        bins = self._assign_bins(mask, batch.draws.positions)
+        self._bins.add(bins if counted is None else bins.masked_fill(~counted, NUM_BINS), token_loss, hits)
+        is_logged = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # set late
+        if is_logged and (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:  # the step's last micro-batch
+            self._log_training(loss.detach())
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Adds loss and accuracy of the averaged network, without class dropout and label smoothing."""
+        batch = self._with_draws(batch)
+        tokens, _ = self.tokens_and_mask(batch)
+        losses = self._compute_losses(self.averaged_network, batch, tokens, smoothing=0.0)
+        self._validation_loss.update(losses.token_losses)
+        self._validation_accuracy.update(losses.hits)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs loss and accuracy over all predicted tokens of all ranks."""
+        metrics = {"val/loss": self._validation_loss, "val/accuracy": self._validation_accuracy}
+        values = {name: metric.compute() for name, metric in metrics.items()}  # over all ranks
+        is_fitting = self.trainer.state.fn == TrainerFn.FITTING
+        self.log_dict(values, prog_bar=True, logger=False if is_fitting else None, sync_dist=True)
+        if is_fitting and not self.trainer.sanity_checking:  # Lightning's own logging would be a step too early
+            self._log_metrics({name: float(value) for name, value in values.items()}, self.trainer.global_step)
+        for metric in metrics.values():
+            metric.reset()
+
+    def tokens_and_mask(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Returns the tokens of a batch, (B, N) int64 in [0, K), and the mask of those to predict, (B, N) bool."""
+        mask = self._draw_mask(batch) if batch.draws is None else batch.draws.mask
+        return self._encode(batch), mask
+
+    @torch.no_grad()
+    def sample(
+        self, labels: Sequence[int], seeds: Sequence[int], vectors: Tensor | None = None
+    ) -> Iterator[DecodingStep]:
+        """Decodes one image for each label and seed with the averaged network, and yields after each step.
+
+        Args:
+            labels: Label of each image.
+            seeds: Seed of each image, in [0, 2**32).
+            vectors: (B, C) float, vector of each image; None for a network without conditioning vectors.
+        """
+        # Without an average this is the network that trains, so its mode is restored afterwards, also after a part.
+        self.averaged_network.eval()
+        try:
+            yield from self._decode(labels, seeds, vectors)
+        finally:
+            self.transformer.train(self.training)
+
+    def start_from(self, folder: Path) -> None:
+        """Replaces the initial weights by those of a pretrained transformer. Call it before the first step.
+
+        Args:
+            folder: Pretrained transformer folder. See ``pipeline.fine_tuning.weights_for`` for other classes.
+
+        Raises:
+            FileNotFoundError: if there is no such folder.
+            ValueError: if the folder holds no transformer, or one of other sizes.
+        """
+        weights = weights_for(self.config.network, load_transformer(folder))
+        for network in self._networks():
+            network.load_state_dict(weights)
+
+    def export(self, folder: Path | str, *, class_names: Sequence[str]) -> None:
+        """Writes a folder for ``MaskGIT.from_pretrained``. Call it on all ranks; rank 0 writes.
+
+        Args:
+            folder: Output folder, for ``transformer`` with the averaged weights and ``tokenizer``, a copy.
+            class_names: Name of each class.
+
+        Raises:
+            ValueError: if there is not one name for each class.
+        """
+        given = class_names if isinstance(class_names, str) else tuple(class_names)  # any sequence
+        names = check_class_names("class_names", given, self.config.network.num_classes)
+        # Under FSDP2 all ranks gather the weights, so this line must not depend on the rank.
+        weights, own = full_state(self.averaged_network), Path(folder) / "tokenizer"
+        if self.global_rank == 0:
+            copy_stage_folder(self.tokenizer_folder, own)
+            save_transformer(
+                own.with_name("transformer"),
+                self.config.network,
+                weights,
+                mask_schedule=self.mask_schedule_spec,
+                decoding=self.decoding,
+                class_names=names,
+                tokenizer_fingerprint=self.tokenizer.fingerprint,
+            )
+
+    def _encode(self, batch: Batch) -> Tensor:
+        """Returns the tokens of a batch, (B, N) int64; images are flipped in training only."""
+        if batch.content.ndim == 2:
+            return batch.content
+        images, config = batch.content, self.config
+        if self.training and config.flip_probability > 0:
+            images = flip(
+                images, probability=config.flip_probability, seed=config.seed, index=batch.index, epoch=batch.epoch
+            )
+        # In float32 in any precision of the Trainer, as `maskgit tokenize` and the pipeline encode.
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            return self.tokenizer.network.encode(to_unit_range(images))
+
+    def _drop_classes(self, batch: Batch) -> Tensor:
+        """Returns the labels (B,) int64, some of them replaced by the null label."""
+        network = self.config.network
+        if network.null_label is None:
+            return batch.labels
+        chance = random_uniform("class-dropout", seed=self.config.seed, index=batch.index, epoch=batch.epoch)[:, 0]
+        return batch.labels.masked_fill(chance < network.class_dropout, network.null_label)
+
+    def _networks(self) -> list[Backbone]:
+        """Returns the trained network, and the average if there is one."""
+        return [self.transformer] if self.ema_network is None else [self.transformer, self.ema_network]
+
+    def _prepare(self, batch: Batch, tokens: Tensor) -> Batch:
+        """Returns the batch with the tokens that the network sees where they are not masked, (B, N), as its content."""
+        return batch._replace(content=tokens)
+
+    def _compute_training_losses(self, batch: Batch, tokens: Tensor) -> StepLosses:
+        """Computes the results of ``_compute_losses`` for the trained network; a subclass may train on another loss.
+
+        Args:
+            batch: The batch with its draws, from ``_prepare``.
+            tokens: (B, N) int64, the true tokens.
+        """
+        return self._compute_losses(self.transformer, batch, tokens, smoothing=self.config.label_smoothing)
+
+    def _compute_losses(self, network: Backbone, batch: Batch, tokens: Tensor, *, smoothing: float) -> StepLosses:
+        """Computes the mean over rows of their cross-entropies, and the values for the logs."""
+        assert batch.draws is not None
+        found = self._measure_tokens(network, batch, tokens, seen=tokens, smoothing=smoothing)
+        rows = batch.draws.positions // tokens.shape[1]
+        return StepLosses(mean_over_rows(found.losses, rows, num_rows=len(tokens)), found.nll, found.hits)
+
+    def _measure_tokens(
+        self,
+        network: Backbone,
+        batch: Batch,
+        tokens: Tensor,
+        *,
+        seen: Tensor,
+        smoothing: float,
+        clusters: Tensor | None = None,
+    ) -> TokenStatistics:
+        """Computes logits at the M predicted tokens, in chunks if they are very large, and their statistics.
+
+        Args:
+            network: The network.
+            batch: The batch with its draws.
+            tokens: (B, N) int64, the true tokens.
+            seen: (B, N) int64, the tokens that the network sees where they are not masked.
+            smoothing: Label smoothing.
+            clusters: Clusters of the codes, for their losses.
+        """
+        draws, config, columns = batch.draws, self.config.network, self.config.loss_columns
+        assert draws is not None
+        targets = tokens.flatten()[draws.positions]  # (M,)
+        compute = partial(
+            network.forward_selected,
+            self._mask_tokens(seen, draws.mask),
+            draws.labels,
+            draws.positions,
+            vectors=batch.vectors_for(config.condition_dim),
+            vocabulary=columns,
+        )
+        groups = config.num_token_groups
+        measure = partial(token_statistics, label_smoothing=smoothing, num_token_groups=groups, clusters=clusters)
+        if network.takes_project and needs_chunks(len(targets), config.num_columns(columns)):
+            project = partial(chunked_statistics, targets=targets, measure=measure)
+            losses, nll, hits, *of_clusters = compute(project=project).unbind(1)
+            # A column of a tensor with a graph has one: sums of the logs would keep the graphs of their steps.
+            return TokenStatistics(losses, nll.detach(), hits.detach(), *of_clusters)
+        return measure(compute(), targets)
+
+    def _reseed_dropout(self, batch_idx: int) -> None:
+        """Seeds dropout by (seed, step, micro-batch, rank): a resumed run is bit-exact on the same number of ranks."""
+        if self.config.network.dropout == 0:
+            return
+        place = batch_idx % self.trainer.accumulate_grad_batches * self.trainer.world_size + self.global_rank
+        word = random_bits("dropout", seed=self.config.seed, index=place, epoch=self.trainer.global_step)
+        torch.manual_seed(int(word))
+
+    def _log_training(self, loss: Tensor) -> None:
+        """Logs the means of each group since the last call, over this rank's tokens only."""
+        metrics = self._bins.take(loss)
+        self.log("train/loss", loss, prog_bar=True, logger=False)
+        finite = {name: each for name, each in metrics.items() if math.isfinite(each)}
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self._log_metrics({**finite, "learning-rate": rate}, self.trainer.global_step + 1)

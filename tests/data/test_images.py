@@ -1,0 +1,421 @@
+import contextlib
+import io
+import json
+import re
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms, ImageOps
+
+from maskgit_pl.data.crops import fit_image
+from maskgit_pl.data.images import (
+    UnreadableImageError,
+    check_complete,
+    decode_image,
+    encode_png,
+    load_image,
+    load_image_into,
+    parse_image_header,
+    read_image_file,
+)
+from tests.hostile_images import REFUSED, SPECIAL, chunk, many_scans, png, sparse, write_refused, zeros
+
+RED = (200, 30, 40)
+
+
+def save(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def noise(height: int, width: int, channels: int) -> np.ndarray:
+    shape = (height, width, channels) if channels > 1 else (height, width)
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_png_gives_its_own_pixels_back(channels):
+    pixels = noise(9, 7, channels)
+    image = decode_image(save(Image.fromarray(pixels), "PNG"), channels=channels, name="x")
+    assert image.shape == (channels, 9, 7)
+    assert np.array_equal(image.permute(1, 2, 0).squeeze(-1).numpy(), pixels)
+    assert torch.equal(decode_image(encode_png(image), channels=channels, name="x"), image)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_format_agrees_with_pil(kind, mode, channels):
+    data = save(Image.fromarray(noise(16, 24, 3)).convert(mode), kind)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("L" if channels == 1 else "RGB"))
+    image = decode_image(data, channels=channels, name="x").permute(1, 2, 0).squeeze(-1).numpy()
+    assert np.array_equal(image, expected)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        save(Image.new("RGB", (8, 8), RED).convert("P", palette=Image.Palette.ADAPTIVE), "PNG"),
+        save(Image.new("RGBA", (8, 8), (*RED, 255)), "PNG"),
+        save(Image.new("RGBA", (8, 8), (*RED, 255)), "WEBP", lossless=True),
+    ],
+    ids=["palette", "alpha", "webp"],
+)
+def test_palette_and_alpha_become_the_right_rgb(data):
+    image = decode_image(data, channels=3, name="x")
+    assert image[:, 4, 4].tolist() == list(RED)
+
+
+def test_cmyk_jpeg_becomes_the_right_rgb():
+    data = save(Image.new("RGB", (16, 16), RED).convert("CMYK"), "JPEG", quality=100)
+    pixel = decode_image(data, channels=3, name="x")[:, 8, 8]
+    assert (pixel.int() - torch.tensor(RED)).abs().max() <= 6
+
+
+def test_transparent_pixels_become_white():
+    data = save(Image.new("RGBA", (8, 8), (0, 0, 0, 0)), "PNG")
+    assert decode_image(data, channels=3, name="x").min() == 255
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped():
+    data = save(Image.fromarray(np.full((8, 8), 0x80FF, np.uint16)), "PNG")
+    assert decode_image(data, channels=3, name="x").unique().tolist() == [0x80]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("channels", [1, 3])
+def test_exif_rotation_is_applied(kind, orientation, channels):
+    quarters = np.zeros((16, 32, 3), np.uint8)
+    quarters[:8, :16], quarters[8:, :16], quarters[:8, 16:] = (250, 0, 0), (0, 250, 0), (0, 0, 250)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = save(Image.fromarray(quarters), kind, exif=exif.tobytes())
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("L" if channels == 1 else "RGB")
+    image, header = decode_image(data, channels=channels, name="x"), parse_image_header(data, name="x")
+    assert tuple(image.shape[-2:]) == (header.height, header.width) == ((32, 16) if orientation > 4 else (16, 32))
+    assert np.array_equal(image.permute(1, 2, 0).squeeze(-1).numpy(), np.asarray(expected))
+
+
+def test_spoilt_exif_means_upright():
+    data = save(Image.new("RGB", (16, 8), RED), "JPEG", exif=b"Exif\0\0MM\0*\0\0\xff\xff spoilt")
+    assert decode_image(data, channels=3, name="x").shape == (3, 8, 16)
+    assert parse_image_header(data, name="x").width == 16
+
+
+@pytest.mark.parametrize(
+    ("data", "pixel"),
+    [
+        (save(Image.new("1", (8, 8), 1), "PNG"), (255, 255, 255)),
+        (save(Image.new("LA", (8, 8), (77, 255)), "PNG"), (77, 77, 77)),
+        (save(Image.new("P", (8, 8), 0), "PNG", transparency=0), (255, 255, 255)),
+        (save(Image.new("RGBA", (8, 8), (*RED, 0)), "WEBP", lossless=True), (255, 255, 255)),
+        (save(Image.new("L", (8, 8), 77), "JPEG"), (77, 77, 77)),
+        (save(Image.new("RGB", (8, 8), RED), "JPEG", keep_rgb=True, quality=100), RED),
+        (save(Image.new("RGB", (8, 8), RED), "JPEG", progressive=True, quality=100, subsampling=0), RED),
+    ],
+    ids=["1 bit", "grey + alpha", "palette + alpha", "WebP + alpha", "grey JPEG", "RGB JPEG", "progressive JPEG"],
+)
+def test_every_mode_becomes_the_right_rgb(data, pixel):
+    image = decode_image(data, channels=3, name="x")
+    assert (image[:, 4, 4].int() - torch.tensor(pixel)).abs().max() <= 1
+
+
+def test_sixteen_bit_colour_keeps_its_upper_byte():
+    pixels = struct.pack(">HHH", 0xC811, 0x1EFE, 0x2880) * 8
+    rows = (b"\0" + pixels) * 8
+    data = png(8, 8, zlib.compress(rows), depth=16, colour=2)
+    assert decode_image(data, channels=3, name="x")[:, 4, 4].tolist() == [0xC8, 0x1E, 0x28]
+
+
+def pack_row(values: list[int], depth: int) -> bytes:
+    """Returns one row of a PNG: no filter, then the values, the first in the highest bits."""
+    bits = "".join(format(value, f"0{depth}b") for value in values)
+    bits = bits.ljust(-(-len(bits) // 8) * 8, "0")
+    return b"\0" + int(bits, 2).to_bytes(len(bits) // 8, "big")
+
+
+def colour_key(depth: int, colour: int) -> tuple[bytes, list[int]]:
+    """Returns a PNG of four pixels, the second transparent, and the first channel of the others in RGB."""
+    top = 2**depth - 1
+    kept = [0, top, top - 1]  # the transparent value is next to the first: it differs in the lowest bit only
+    clear = 1
+    shown = [value * 255 // top if depth <= 8 else value >> 8 for value in kept]
+    words = [kept[0], clear, *kept[1:]]
+    if depth == 1:
+        words, shown = [0, 1, 0, 0], [0, 0, 0]
+    if colour in (0, 3):
+        values, chunk = words, struct.pack(">H", clear)
+    elif colour == 2:
+        values = [each for value in words for each in (value, 0, top)]
+        chunk = struct.pack(">HHH", clear, 0, top)
+    else:  # alpha of its own
+        grey = colour == 4
+        values = [e for n, value in enumerate(words) for e in ([value] * (1 if grey else 3) + [0 if n == 1 else top])]
+        chunk = b""
+    chunks = {"tRNS": chunk} if chunk else {}
+    if colour == 3:
+        palette = [word * 255 // top for word in range(top + 1)]
+        chunks = {"PLTE": bytes(each for value in palette for each in (value, 0, 255)), "tRNS": b"\xff\x00"}
+    return png(4, 1, zlib.compress(pack_row(values, depth)), depth=depth, colour=colour, **chunks), shown
+
+
+PNG_KINDS = [(8, 0), (8, 2), (1, 3), (2, 3), (4, 3), (8, 3), (8, 4), (16, 4), (8, 6), (16, 6)]
+
+
+@pytest.mark.parametrize(("depth", "colour"), [(depth, 0) for depth in (1, 2, 4, 16)] + [(16, 2)])
+def test_a_transparent_colour_of_other_depths_than_8_bits_is_shown_as_it_is(depth, colour):
+    data, _ = colour_key(depth, colour)
+    plain = data.replace(b"tRNS", b"tEXt")
+    image = decode_image(data, channels=3, name="x")
+    assert torch.equal(image, decode_image(plain, channels=3, name="x"))
+    assert parse_image_header(data, name="x").channels == (1 if colour == 0 else 3)
+
+
+@pytest.mark.parametrize(("depth", "colour"), PNG_KINDS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_transparent_pixel_of_palettes_alpha_and_8_bits_is_white_and_no_other(depth, colour, channels):
+    data, shown = colour_key(depth, colour)
+    image = decode_image(data, channels=channels, name="x")[:, 0]  # (C, 4)
+    assert image[:, 1].tolist() == [255] * channels
+    if channels == 3 or colour not in (2, 3):
+        assert image[0, [0, 2, 3]].tolist() == shown
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    turned = data.replace(chunk(b"IEND", b""), chunk(b"eXIf", exif.tobytes()[6:]) + chunk(b"IEND", b""))
+    assert torch.equal(decode_image(turned, channels=channels, name="x")[:, 0], image.flip(1))
+
+
+@pytest.mark.parametrize("shape", [(1, 60000), (60000, 1)])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_strip_of_one_pixel_is_decoded(kind, shape):
+    data = save(Image.new("RGB", shape, RED), kind, quality=100)
+    image = load_image(data, image_size=16, channels=3, crop=None, name="x")
+    assert image.shape == (3, 16, 16)
+    assert (image.int() - torch.tensor(RED)[:, None, None]).abs().max() <= 6
+
+
+def test_of_several_pictures_in_a_jpeg_the_first_is_the_photo():
+    data = save(Image.new("RGB", (8, 8), RED), "MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))])
+    assert (decode_image(data, channels=3, name="x")[:, 4, 4].int() - torch.tensor(RED)).abs().max() <= 6
+    assert parse_image_header(data, name="x").format == "JPEG"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_still_image_of_ours_is_refused_by_name_and_reason(name):
+    make, reason, words = REFUSED[name]
+    data, called = make(), f"shard.tar:{name}"
+    for read in (
+        lambda: decode_image(data, channels=3, name=called),
+        lambda: parse_image_header(data, name=called),
+        lambda: load_image(data, image_size=8, channels=1, crop=None, name=called),
+        lambda: load_image_into(torch.empty(3, 8, 8, dtype=torch.uint8), data, crop=None, name=called),
+    ):
+        with pytest.raises(UnreadableImageError, match=rf"image shard\.tar:{name} .*{re.escape(words)}") as caught:
+            read()
+        assert caught.value.reason == reason
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("make", SPECIAL, ids=lambda make: make.__name__)
+def test_a_file_that_has_no_end_is_refused_before_it_is_read(make, tmp_path):
+    path = make(tmp_path)
+    with pytest.raises(UnreadableImageError, match=f"image x {SPECIAL[make]}"):
+        read_image_file(path, name="x")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_every_cut_of_an_image_is_found_without_decoding_it(kind, progressive):
+    data = save(Image.fromarray(noise(24, 24, 3)), kind, progressive=progressive)
+    check_complete(data, name="x")
+    check_complete(data + b"\n", name="x")
+    for length in (*range(12, len(data), 37), len(data) - 1):
+        with pytest.raises(UnreadableImageError, match=rf"x is truncated after {length} bytes"):
+            check_complete(data[:length], name="x")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_bytes_that_were_cut_or_changed_give_an_image_or_the_one_error(kind, progressive):
+    generator, data = np.random.default_rng(0), save(Image.fromarray(noise(9, 9, 3)), kind, progressive=progressive)
+    spoilt = [data[:length] for length in range(0, len(data), 1 + len(data) // 150)]
+    for _ in range(150):
+        changed = bytearray(data)
+        for place in generator.integers(0, len(data), 3):
+            changed[place] = int(generator.choice([0, 1, 0xD8, 0xD9, 0xDA, 0xFF, generator.integers(256)]))
+        spoilt.append(bytes(changed))
+    read = (
+        lambda data: parse_image_header(data, name="x"),
+        lambda data: decode_image(data, channels=3, name="x"),
+        lambda data: check_complete(data, name="x"),
+    )
+    for bad in spoilt:
+        for each in read:
+            with contextlib.suppress(UnreadableImageError):
+                each(bad)
+
+
+def test_a_png_that_is_damaged_in_its_pixels_is_found_without_decoding_it():
+    data = bytearray(save(Image.fromarray(noise(24, 24, 3)), "PNG"))
+    data[len(data) // 2] ^= 1
+    with pytest.raises(UnreadableImageError, match="x is damaged in its IDAT chunk"):
+        check_complete(bytes(data), name="x")
+
+
+_MEASURE = """
+import json, sys, time
+from pathlib import Path
+from maskgit_pl.pipeline.pixels import image_pixels, read_image_header
+from maskgit_pl.data.images import UnreadableImageError, load_image
+
+def kilobytes(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+def load(read):
+    try:
+        read()
+    except UnreadableImageError:
+        pass
+
+def square(path):
+    return load_image(path.read_bytes(), image_size=64, channels=3, crop=None, name=path.name)
+
+def all_ways(path):
+    ways = [lambda: read_image_header(path), lambda: image_pixels(path, channels=3)]
+    return ways if path.stat().st_size > 2**30 else [*ways, lambda: square(path)]
+
+for path in sorted(Path(sys.argv[1]).glob("good.*")):
+    list(map(load, all_ways(path)))  # imports what decoding needs
+measured = {}
+for path in sorted(Path(sys.argv[1]).glob("bad-*")):
+    for number, read in enumerate(all_ways(path)):
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins again
+        before, start = kilobytes("VmRSS"), time.process_time()
+        load(read)
+        megabytes = (kilobytes("VmHWM") - before) // 1024
+        measured[f"{path.name} {number}"] = megabytes, round(time.process_time() - start, 2)
+print(json.dumps(measured))
+"""
+
+
+def _can_measure() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.slow  # 10 s; imports torch in a fresh process
+@pytest.mark.skipif(not _can_measure(), reason="the high-water mark of memory cannot be reset here")
+def test_no_hostile_image_takes_200_mb_or_2_s_however_it_is_opened(tmp_path):
+    for name in REFUSED:
+        write_refused(tmp_path, name).rename(tmp_path / f"bad-{name}")
+    sparse(tmp_path).rename(tmp_path / "bad-sparse.png")
+    bomb = zeros(300 * 2**20)
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    bad = {
+        "strip.png": png(60000, 1, zeros(180001)),
+        "profile.png": png(8, 8, zeros(200), iCCP=b"x\0\0" + bomb),
+        "text.png": png(8, 8, zeros(200), zTXt=b"x\0\0" + bomb),
+        "palette.png": png(8, 8, zeros(72), colour=3, PLTE=bytes(768), iCCP=b"x\0\0" + bomb, zTXt=b"x\0\0" + bomb),
+        "profile.jpg": save(Image.new("RGB", (8, 8)), "JPEG", icc_profile=profile + bytes(15 * 2**20)),
+        "short.png": png(8000, 7999, zeros(8000)),  # within the limit, without the pixels
+        "scans.jpg": many_scans(4000, 100),  # as many as are read
+        "control.png": png(7000, 7000, zeros(7000 * 7001), colour=0),  # 147 MB of RGB pixels
+    }
+    for name, data in bad.items():
+        (tmp_path / f"bad-{name}").write_bytes(data)
+    for kind in ("JPEG", "PNG", "WEBP"):
+        (tmp_path / f"good.{kind}").write_bytes(save(Image.fromarray(noise(80, 90, 3)), kind))
+    (tmp_path / "good.P").write_bytes(save(Image.new("P", (80, 80)), "PNG"))
+    command = [sys.executable, "-c", _MEASURE, str(tmp_path)]
+    measured = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout)
+    print(measured)
+    control = [measured.pop(f"bad-control.png {way}")[0] for way in range(3)]
+    assert max(control) > 130, "this measures nothing"
+    assert len(measured) == 3 * (len(REFUSED | bad) - 1) + 2
+    assert max(megabytes for megabytes, _ in measured.values()) < 200, measured
+    assert max(seconds for _, seconds in measured.values()) < 2, measured
+
+
+def photo(**options) -> bytes:
+    """Returns a JPEG of soft shapes, 256 x 256."""
+    soft = torch.nn.functional.interpolate(torch.rand(1, 3, 24, 24, generator=torch.Generator().manual_seed(0)), 256)
+    return save(Image.fromarray((soft[0].permute(1, 2, 0) * 255).byte().numpy()), "JPEG", quality=90, **options)
+
+
+def flipped(data: bytes, generator: np.random.Generator) -> bytes:
+    spoilt = bytearray(data)
+    for place in generator.integers(700, len(data) - 2, 8):
+        spoilt[place] ^= int(generator.integers(1, 256))
+    return bytes(spoilt)
+
+
+def zeroed(data: bytes, generator: np.random.Generator) -> bytes:
+    place = int(generator.integers(700, len(data) - 1026))
+    return data[:place] + bytes(1024) + data[place + 1024 :]
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("spoil", [flipped, zeroed])
+def test_flipped_and_zeroed_bytes_of_a_jpeg_are_mostly_found(spoil, progressive, capfd):
+    generator, data = np.random.default_rng(0), photo(progressive=progressive)
+    found = 0
+    for _ in range(40):
+        try:
+            decode_image(spoil(data, generator), channels=3, name="x")
+        except UnreadableImageError as error:
+            found += error.reason == "damaged"
+    print(f"{spoil.__name__}, {'progressive' if progressive else 'baseline'}: {found} of 40")
+    assert found >= 28  # PIL and torchvision find 0 to 3
+    assert "Corrupt" not in capfd.readouterr().err  # libjpeg does not write to the terminal
+
+
+@pytest.mark.parametrize("spoil", [flipped, zeroed])
+def test_flipped_and_zeroed_bytes_of_a_png_are_all_found(spoil):
+    generator, data = np.random.default_rng(0), save(Image.fromarray(noise(64, 64, 3)), "PNG")
+    for _ in range(20):
+        with pytest.raises(UnreadableImageError):
+            decode_image(spoil(data, generator), channels=3, name="x")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_truncated_pixels_are_refused_by_name(kind):
+    data = save(Image.fromarray(noise(64, 64, 3)), kind)
+    with pytest.raises(UnreadableImageError, match="shard:x"):
+        decode_image(data[: len(data) // 2], channels=3, name="shard:x")
+
+
+@pytest.mark.parametrize("source", [(500, 375), (300, 400), (64, 64)])
+def test_resampling_is_pil_s_bicubic(source):
+    data = save(Image.fromarray(noise(*source[::-1], 3)).resize(source), "JPEG", quality=95)
+    side = min(source)
+    left, top = (source[0] - side) // 2, (source[1] - side) // 2
+    square = Image.open(io.BytesIO(data)).crop((left, top, left + side, top + side))
+    expected = np.asarray(square.resize((96, 96), Image.Resampling.BICUBIC), dtype=int)
+    image = load_image(data, image_size=96, channels=3, crop=None, name="x")
+    assert np.abs(image.permute(1, 2, 0).numpy() - expected).max() <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_of_any_size_follow_one_another_through_the_same_memory(channels):
+    for size in ((64, 48), (500, 375), (30, 30), (2400, 2400), (96, 96)):
+        for orientation in (1, 6):
+            exif = Image.Exif()
+            exif[0x0112] = orientation
+            data = save(Image.fromarray(noise(*size, 3)), "JPEG", exif=exif.tobytes())
+            image = load_image(data, image_size=32, channels=channels, crop=(0.3, 0.6), name="x")
+            whole = decode_image(data, channels=channels, name="x")
+            assert torch.equal(image, fit_image(whole, image_size=32, crop=(0.3, 0.6)))

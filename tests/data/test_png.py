@@ -1,0 +1,233 @@
+"""PNG: every kind of pixel, damage in every place, and metadata that must not matter; and Pillow in many threads."""
+
+import io
+import struct
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from maskgit_pl.data.image_bytes import check_webp
+from maskgit_pl.data.images import (
+    UnreadableImageError,
+    check_complete,
+    decode_image,
+    encode_jpeg,
+    encode_png,
+    parse_image_header,
+)
+from tests.hostile_images import PNG, chunk, png, saved, zeros
+
+ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
+NOISE = np.random.default_rng(0).integers(0, 256, (9, 11, 3), dtype=np.uint8)
+ROTATED = Image.Exif()
+ROTATED[0x0112] = 6
+
+
+def save(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def interlaced(pixels: np.ndarray) -> bytes:
+    """Writes (H, W, 3) uint8 or uint16 as an interlaced RGB PNG: the seven passes of Adam7, without filters."""
+    depth = 8 * pixels.dtype.itemsize
+    rows = []
+    for top, left, down, right in ADAM7:
+        part = pixels[top::down, left::right]
+        rows += [b"\0" + row.astype(f">u{depth // 8}").tobytes() for row in part if part.shape[1]]
+    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], depth, 2, 0, 0, 1)
+    return PNG + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"".join(rows))) + chunk(b"IEND", b"")
+
+
+def sixteen_bits() -> bytes:
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in NOISE.astype(np.uint16) * 251)
+    return png(11, 9, zlib.compress(rows), depth=16, colour=2, tRNS=struct.pack(">HHH", 1, 2, 3))
+
+
+PICTURE = Image.fromarray(NOISE)
+FILES = {
+    **{f"PNG {mode}": save(PICTURE.convert(mode), "PNG") for mode in ("1", "L", "LA", "P", "RGB", "RGBA")},
+    "PNG I;16": save(Image.fromarray(NOISE[..., 0].astype(np.uint16) * 251), "PNG"),
+    "PNG interlaced": interlaced(NOISE),
+    "PNG 16 bits": sixteen_bits(),
+    "PNG EXIF": save(PICTURE, "PNG", exif=ROTATED),
+    "PNG animated": save(PICTURE, "PNG", save_all=True, append_images=[PICTURE.rotate(90)]),
+    "JPEG": save(PICTURE, "JPEG"),
+    "JPEG progressive": save(PICTURE, "JPEG", progressive=True),
+    "JPEG CMYK": save(PICTURE.convert("CMYK"), "JPEG"),
+    "JPEG EXIF": save(PICTURE, "JPEG", exif=ROTATED),
+    "WEBP": save(PICTURE, "WEBP"),
+    "WEBP lossless": save(PICTURE.convert("RGBA"), "WEBP", lossless=True),
+    "WEBP animated": save(PICTURE, "WEBP", save_all=True, append_images=[PICTURE.rotate(90)]),
+    "GIF": save(PICTURE, "GIF"),
+}
+STILL_PNG = [name for name in FILES if name.startswith("PNG") and "animated" not in name]
+
+
+def decode(data: bytes, channels: int = 3) -> np.ndarray:
+    return decode_image(data, channels=channels, name="x").permute(1, 2, 0).numpy()
+
+
+def damaged(data: bytes, generator: np.random.Generator) -> bytes:
+    """Changes, removes or repeats some bytes; half of the PNGs get right checksums again."""
+    spoilt = bytearray(data)
+    for place in generator.integers(0, len(data), generator.integers(1, 5)):
+        spoilt[place] = int(generator.choice([0, 1, 0x7F, 0xFF, generator.integers(256)]))
+    start, stop = sorted(generator.integers(0, len(data), 2).tolist())
+    kind = generator.integers(6)
+    if kind == 0:
+        spoilt = spoilt[:start]
+    elif kind == 1:
+        del spoilt[start : min(stop, start + 9)]
+    elif kind == 2:
+        spoilt[start:start] = spoilt[start : min(stop, start + 40)]
+    return with_checksums(bytes(spoilt)) if generator.integers(2) else bytes(spoilt)
+
+
+def with_checksums(data: bytes) -> bytes:
+    """Corrects the checksums of a PNG, so that the decoder gets its damage."""
+    place, out = 8, data[:8]
+    while data.startswith(PNG) and place + 8 <= len(data):
+        length = int.from_bytes(data[place : place + 4], "big")
+        out += chunk(data[place + 4 : place + 8], data[place + 8 : place + 8 + length])
+        place += 12 + length
+    return out if data.startswith(PNG) else data
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_gives_an_image_or_our_error(name, capfd):
+    generator, errors = np.random.default_rng(list(name.encode())), []
+    readers = (decode, lambda data: parse_image_header(data, name="x"), lambda data: check_complete(data, name="x"))
+    for _ in range(150):
+        bad = damaged(FILES[name], generator)
+        for read in readers:
+            try:
+                read(bad)
+            except UnreadableImageError as error:
+                errors.append(str(error))
+    assert errors
+    assert all("image x " in error for error in errors)
+    assert capfd.readouterr() == ("", "")  # no decoder writes to the terminal
+
+
+@pytest.mark.parametrize("name", STILL_PNG)
+def test_a_changed_byte_of_a_png_never_changes_its_pixels(name):
+    data, pixels = FILES[name], decode(FILES[name])
+    metadata = data.find(b"eXIf")  # damaged EXIF is ignored, so that the image is as stored
+    shapes = {pixels.shape} if metadata < 0 else {pixels.shape, (9, 11, 3)}
+    for place in range(8, len(data) - 12):
+        bad = bytearray(data)
+        bad[place] ^= 0x5A
+        try:
+            image = decode(bytes(bad))
+        except UnreadableImageError:
+            continue
+        assert metadata >= 0 or np.array_equal(image, pixels)
+        assert image.shape in shapes
+
+
+def test_an_interlaced_png_has_the_pixels_of_a_plain_one():
+    assert np.array_equal(decode(interlaced(NOISE)), NOISE)
+    wide = NOISE.astype(np.uint16) * 256 + 255
+    assert np.array_equal(decode(interlaced(wide)), NOISE)  # of 16 bits, the upper byte
+
+
+@pytest.mark.parametrize("key", [b"", b"\0", b"\0\1\0\2"])
+def test_a_transparent_colour_of_the_wrong_length_is_an_error(key):
+    with pytest.raises(UnreadableImageError):
+        decode(png(2, 1, zlib.compress(b"\0" + bytes(6)), tRNS=key))
+
+
+EXTRA = {
+    "text bomb": chunk(b"zTXt", b"x\0\0" + zeros(2**26)),
+    "profile bomb": chunk(b"iCCP", b"x\0\0" + zeros(2**26)),
+    "profile": chunk(b"iCCP", b"nonsense"),
+    "EXIF": chunk(b"eXIf", b"nonsense"),
+    "checksum of a text": chunk(b"tEXt", b"Comment\0x")[:-1] + b"?",
+    "checksum of EXIF": chunk(b"eXIf", ROTATED.tobytes()[6:])[:-1] + b"?",
+    "no frames": chunk(b"acTL", struct.pack(">II", 0, 0)),
+    "second header": chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("extra", EXTRA.values(), ids=EXTRA)
+def test_other_chunks_never_make_an_image_unreadable(extra):
+    data = FILES["PNG RGB"]
+    for at in (33, len(data) - 12):  # after the header, and after the pixels
+        changed = data[:at] + extra + data[at:]
+        assert np.array_equal(decode(changed), NOISE)
+        assert (parse_image_header(changed, name="x").height, parse_image_header(changed, name="x").width) == (9, 11)
+
+
+@pytest.mark.parametrize("packet", ['<x tiff:Orientation="6"/>', "<tiff:Orientation>6</tiff:Orientation>"])
+def test_the_orientation_may_be_in_exif_or_xmp_before_or_after_the_pixels(packet):
+    data, upright = FILES["PNG RGB"], NOISE[::-1].transpose(1, 0, 2)
+    xmp = chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + packet.encode())
+    for extra in (xmp, chunk(b"eXIf", ROTATED.tobytes()[6:])):
+        for at in (33, len(data) - 12):
+            changed = data[:at] + extra + data[at:]
+            assert np.array_equal(decode(changed), upright)
+            assert parse_image_header(changed, name="x").height == 11
+
+
+def test_pixels_that_the_file_cannot_hold_take_no_memory():
+    with pytest.raises(UnreadableImageError, match="is truncated: 24 bytes cannot hold 8000 x 7999 pixels"):
+        decode(png(8000, 7999, bytes(24)))
+    full = png(1000, 1000, zeros(1000 * 1001), colour=0)  # zeros are compressed best
+    assert decode(full).shape == (1000, 1000, 3)
+
+
+def test_many_threads_decode_at_once():
+    names = [name for name in FILES if "animated" not in name and name != "GIF"] * 20
+    expected = {name: decode(FILES[name]) for name in names}
+    filters = list(warnings.filters)
+    with ThreadPoolExecutor(8) as pool:
+        for name, image in zip(names, pool.map(lambda name: decode(FILES[name]), names), strict=True):
+            assert np.array_equal(image, expected[name])
+    assert list(warnings.filters) == filters
+
+
+@pytest.mark.parametrize(("start", "size", "bits"), [
+    (b"VP8 \0\0\0\0\0\0\0\x9d\x01\x2a", 2, 0x3FFF), (b"VP8X\0\0\0\0\0\0\0\0", 3, None),
+], ids=["lossy", "extended"])  # fmt: skip
+def test_the_size_of_a_webp_is_read_from_its_first_part(start, size, bits):
+    less = 1 if bits is None else 0  # the extended form stores the size minus 1
+    for width, height in ((8000, 8000), (16383, 3907), (1, 1)):
+        sides = (width - less).to_bytes(size, "little") + (height - less).to_bytes(size, "little")
+        if width * height <= 64 * 10**6:
+            check_webp(b"RIFF\0\0\0\0WEBP" + start + sides, "x")
+        else:
+            with pytest.raises(UnreadableImageError, match=f"got {width} x {height}"):
+                check_webp(b"RIFF\0\0\0\0WEBP" + start + sides, "x")
+
+
+@pytest.mark.parametrize(("width", "height"), [(300, 200), (1, 16383), (8000, 8001)])
+def test_the_size_of_a_lossless_webp_is_read_from_its_first_part(width, height):
+    data = bytearray(saved("WEBP", size=(300, 200), lossless=True))
+    data[21:25] = (width - 1 | height - 1 << 14).to_bytes(4, "little")
+    if width * height <= 64 * 10**6:
+        check_webp(bytes(data), "x")
+    else:
+        with pytest.raises(UnreadableImageError, match=f"got {width} x {height}"):
+            check_webp(bytes(data), "x")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_encoded_jpeg_is_close_to_its_image_and_the_same_every_time(channels):
+    ramp = torch.arange(64, dtype=torch.uint8).mul(3).expand(channels, 48, 64)
+    data = encode_jpeg(ramp)
+    assert parse_image_header(data, name="x").channels == channels
+    assert (decode_image(data, channels=channels, name="x").int() - ramp.int()).abs().max() <= 4
+    assert encode_jpeg(ramp.clone()) == data
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_equal_pixels_give_equal_png_bytes_in_any_layout(channels):
+    image = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (channels, 5, 7), dtype=np.uint8))
+    assert encode_png(image) == encode_png(image.permute(1, 2, 0).contiguous().permute(2, 0, 1))

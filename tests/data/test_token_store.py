@@ -1,0 +1,358 @@
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from maskgit_pl.data.store_description import StoreDescription
+from maskgit_pl.data.token_store import TokenReader, is_complete, open_store
+from maskgit_pl.data.token_writer import StoreParts
+from maskgit_pl.data.verify import verify_store
+from maskgit_pl.errors import DataChangedError
+
+DESCRIPTION = StoreDescription((2, 3), 256, 28, "tokenizer", "data", ("a", "b"), {"train": 10, "val": 3})
+LABELS = np.arange(10) % 2
+VIEWS = dataclasses.replace(DESCRIPTION, crops=2, flip=True)
+
+
+def rows(part, mirrors: int) -> np.ndarray:
+    """Returns tokens (samples, mirrors, 6): each row is different, and determined by split, sample and view."""
+    first = (100 if part.split == "val" else 0) + np.arange(part.start, part.stop) * 10 + part.crop * mirrors
+    return (first[:, None, None] + np.arange(mirrors)[:, None] + np.zeros(6, np.int64)) % 256
+
+
+def make(folder: Path, description=DESCRIPTION, *, part_size: int = 4, share=slice(None)) -> bool:
+    parts = StoreParts(folder, description, part_size=part_size)
+    for part in parts.parts()[share]:
+        if not parts.is_done(part):
+            parts.write(part, rows(part, description.mirrors_of(part.split)), LABELS[part.start : part.stop])
+    return parts.finish()
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_rows_come_back_as_written(tmp_path):
+    assert make(tmp_path)
+    reader = open_store(tmp_path, data="data", tokenizer="tokenizer")["train"]
+    tokens, labels = reader.read(np.array([7, 0, 7]))
+    assert tokens.dtype == labels.dtype == np.int64
+    assert tokens.tolist() == [[70] * 6, [0] * 6, [70] * 6]
+    assert labels.tolist() == [1, 0, 1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "store.json", "train-labels.npy", "train-tokens.npy", "val-labels.npy", "val-tokens.npy"
+    ]  # fmt: skip
+
+
+def test_arrays_are_what_numpy_would_save(tmp_path):
+    make(tmp_path)
+    np.save(tmp_path / "expected.npy", np.repeat(np.arange(10, dtype=np.uint16)[:, None] * 10, 6, axis=1))
+    assert (tmp_path / "train-tokens.npy").read_bytes() == (tmp_path / "expected.npy").read_bytes()
+
+
+def test_view_v_of_sample_i_is_row_i_v_and_validation_has_one(tmp_path):
+    make(tmp_path, VIEWS)
+    stored = np.load(tmp_path / "train-tokens.npy")
+    assert stored[:, 0].tolist() == [(10 * sample + view) % 256 for sample in range(10) for view in range(4)]
+    readers = open_store(tmp_path, data="data")
+    assert (readers["train"].views, readers["val"].views) == (4, 1)
+    tokens, labels = readers["train"].read(np.array([7, 2]), np.array([3, 1]))
+    assert (tokens[:, 0].tolist(), labels.tolist()) == ([73, 21], [1, 0])
+    assert np.load(tmp_path / "val-tokens.npy")[:, 0].tolist() == [100, 110, 120]
+
+
+@pytest.mark.parametrize(("codebook_size", "bytes_a_token"), [(2**16, 2), (2**16 + 1, 4)])
+def test_token_width_follows_the_codebook(tmp_path, codebook_size, bytes_a_token):
+    make(tmp_path, dataclasses.replace(DESCRIPTION, codebook_size=codebook_size))
+    assert np.load(tmp_path / "train-tokens.npy").dtype.itemsize == bytes_a_token
+
+
+@pytest.mark.parametrize("wanted", [{"data": "other"}, {"tokenizer": "other"}, {"image_size": 32}])
+def test_foreign_store_is_refused_with_the_way_out(tmp_path, wanted):
+    make(tmp_path)
+    with pytest.raises(ValueError, match=r"must be .* got .*maskgit tokenize"):
+        open_store(tmp_path, **{"data": "data", **wanted})
+
+
+def test_everything_that_differs_is_named_at_once(tmp_path):
+    make(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"data must be new, got data; its tokenizer must be me, got tokenizer; regenerate"
+    ):
+        open_store(tmp_path, data="new", tokenizer="me")
+
+
+@pytest.mark.parametrize("spoil", ["cut", "gone", "longer", "garbage", "pickled"])
+def test_spoilt_array_is_refused_by_name_when_the_store_is_opened(tmp_path, spoil):
+    make(tmp_path)
+    path = tmp_path / "val-tokens.npy"
+    if spoil == "cut":
+        os.truncate(path, path.stat().st_size - 1)
+    elif spoil == "gone":
+        path.unlink()
+    elif spoil == "longer":
+        np.save(path, np.zeros((4, 6), np.uint16))
+    elif spoil == "pickled":
+        np.save(path, np.array([{}], dtype=object), allow_pickle=True)
+    else:
+        path.write_bytes(b"\0" * 200)
+    assert not is_complete(tmp_path, DESCRIPTION)
+    with pytest.raises((ValueError, FileNotFoundError), match=r"token store .*val.*maskgit tokenize"):
+        open_store(tmp_path, data="data")
+    assert make(tmp_path)
+    assert is_complete(tmp_path, DESCRIPTION)
+
+
+class Killed(BaseException):
+    """A kill: no code runs after it except ``with`` and ``finally``, which have nothing to undo."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", ["replace", "fsync", "unlink"])
+def test_a_kill_at_any_moment_costs_a_part_and_changes_no_byte(tmp_path, monkeypatch, point):
+    make(tmp_path / "older")
+    make(tmp_path / "whole", VIEWS, part_size=10)
+    original, kills = getattr(os, point), 0
+    for moment in range(100):
+        calls = iter(range(1000))
+
+        def killing(*args, calls=calls, moment=moment, **options):
+            if next(calls) == moment:
+                raise Killed
+            return original(*args, **options)
+
+        folder = tmp_path / str(moment)
+        shutil.copytree(tmp_path / "older", folder)  # must give way
+        with monkeypatch.context() as patch:
+            patch.setattr(os, point, killing)
+            try:
+                make(folder, VIEWS, part_size=10)
+            except Killed:
+                kills += 1
+        if not is_complete(folder, VIEWS) and not is_complete(folder, DESCRIPTION):  # neither the new nor the older
+            with pytest.raises(FileNotFoundError, match="not finished"):
+                open_store(folder, data="data")
+        assert make(folder, VIEWS, part_size=10)
+        assert content(folder) == content(tmp_path / "whole")
+        if next(calls) <= moment:
+            break
+    assert moment < 99
+    assert kills >= (1 if point == "unlink" else 8)
+
+
+def test_the_share_that_is_done_last_finishes_and_the_bytes_are_those_of_one_process(tmp_path):
+    make(tmp_path / "one", VIEWS)
+    many = tmp_path / "many"
+    assert [make(many, VIEWS, share=slice(rank, None, 3)) for rank in (2, 0, 1)] == [False, False, True]
+    assert content(many) == content(tmp_path / "one")
+    assert not list(many.glob(".parts-*"))
+
+
+def test_a_process_that_joins_at_the_same_time_finds_the_store_finished(tmp_path, monkeypatch):
+    late = StoreParts(tmp_path, DESCRIPTION, part_size=4)
+    for part in late.parts():
+        late.write(part, rows(part, 1), LABELS[part.start : part.stop])
+    join = StoreParts._join
+
+    def overtaken(self, split):
+        if self is late:
+            assert StoreParts(tmp_path, DESCRIPTION, part_size=4).finish()
+        join(self, split)
+
+    monkeypatch.setattr(StoreParts, "_join", overtaken)
+    assert late.finish()
+    assert open_store(tmp_path, data="data")["train"].read(np.array([3]))[0].tolist() == [[30] * 6]
+
+
+def test_parts_of_another_tokenizer_are_not_gone_on_with(tmp_path):
+    make(tmp_path, share=slice(2))
+    other = StoreParts(tmp_path, dataclasses.replace(DESCRIPTION, tokenizer="other"), part_size=4)
+    assert not any(other.is_done(part) for part in other.parts())
+    assert len(list(tmp_path.glob(".parts-*"))) == 1
+
+
+def test_an_unfinished_store_is_refused(tmp_path):
+    assert not make(tmp_path, share=slice(2))
+    with pytest.raises(FileNotFoundError, match=r"not finished.*maskgit tokenize"):
+        open_store(tmp_path, data="data")
+
+
+def test_finished_store_is_known_and_a_new_one_takes_it_back(tmp_path):
+    make(tmp_path)
+    other = dataclasses.replace(DESCRIPTION, data="other")
+    assert is_complete(tmp_path, DESCRIPTION)
+    assert not is_complete(tmp_path, other)
+    StoreParts(tmp_path, other, part_size=4)
+    assert not is_complete(tmp_path, DESCRIPTION)
+
+
+def test_a_damaged_part_is_named_and_made_again(tmp_path):
+    make(tmp_path, share=slice(None, -1))
+    part = next(tmp_path.glob(".parts-*/train-0-0000000004.npy"))
+    part.write_bytes(part.read_bytes()[:-3])
+    with pytest.raises(ValueError, match=r"train-0-0000000004\.npy is damaged .* again"):
+        make(tmp_path)
+    assert make(tmp_path)
+
+
+def test_wrong_rows_are_refused(tmp_path):
+    parts = StoreParts(tmp_path, DESCRIPTION, part_size=4)
+    part = parts.parts()[0]
+    good = rows(part, 1)
+    for bad in (good[..., :5], good + 250, good - 1, good[:3]):
+        with pytest.raises(ValueError, match="tokens"):
+            parts.write(part, bad, LABELS[:4])
+    with pytest.raises(ValueError, match="part_size must be an integer in"):
+        StoreParts(tmp_path, DESCRIPTION, part_size=0)
+
+
+def test_reader_is_mapped_in_each_process_that_reads(tmp_path):
+    make(tmp_path)
+    reader = open_store(tmp_path, data="data")["train"]
+    assert isinstance(reader.arrays()[0], np.memmap)
+    assert reader.__getstate__()["_arrays"] is None
+    assert isinstance(reader, TokenReader)
+
+
+def overwrite(path: Path, row: int, value: int) -> None:
+    """Changes one value of an array on disk."""
+    array = np.load(path, mmap_mode="r+")
+    array[row] = value
+    array.flush()
+
+
+# array, row, value, True if the range check finds it
+DAMAGES = [
+    ("train-labels", 4, -1, True),
+    ("train-labels", 4, 2, True),
+    ("val-labels", 2, 2**40, True),
+    ("train-labels", 4, 1, False),
+    ("train-tokens", 7, 32767, True),
+    ("val-tokens", 0, 256, True),
+    ("train-tokens", 7, 71, False),
+]
+
+
+@pytest.mark.parametrize(("array", "row", "value", "out_of_range"), DAMAGES)
+def test_a_changed_value_is_refused_when_the_store_is_opened(tmp_path, array, row, value, out_of_range):
+    make(tmp_path)
+    overwrite(tmp_path / f"{array}.npy", row, value)
+    found = f"in row {row}" if out_of_range else "changed since it was made"
+    with pytest.raises(
+        ValueError, match=rf"token store .*/{array}\.npy: .*{found}.*; regenerate .* `maskgit tokenize`"
+    ):
+        open_store(tmp_path, data="data")
+    (bad,) = verify_store(tmp_path).bad
+    assert bad.name == f"{array}.npy"
+    assert found in f"{bad.actual} {bad.reason}"
+    assert not is_complete(tmp_path, DESCRIPTION)
+    assert make(tmp_path)  # the way out
+    assert not verify_store(tmp_path).bad
+
+
+def test_verify_names_every_bad_array(tmp_path):
+    make(tmp_path)
+    verified = verify_store(tmp_path)
+    assert (verified.rows, verified.bad) == (13, ())
+    overwrite(tmp_path / "train-labels.npy", 0, 1)
+    (tmp_path / "val-tokens.npy").unlink()
+    assert [bad.name for bad in verify_store(tmp_path).bad] == ["train-labels.npy", "val-*.npy"]
+
+
+@pytest.mark.parametrize(("array", "value"), [("labels", -1), ("labels", 2), ("labels", 2**40), ("tokens", 32767)])
+def test_a_value_that_leaves_its_range_while_the_store_is_read_ends_the_run_as_changed_data(tmp_path, array, value):
+    make(tmp_path)
+    reader = open_store(tmp_path, data="data")["train"]
+    overwrite(tmp_path / f"train-{array}.npy", 7, value)
+    reader.read(np.array([6]))
+    with pytest.raises(DataChangedError, match=rf"train: changed while .*{array} must be in \[0, .*got {value};"):
+        reader.read(np.array([6, 7]))
+
+
+@pytest.mark.parametrize("array", ["labels", "tokens"])
+def test_an_array_that_is_cut_while_it_is_read_ends_the_run_and_does_not_kill_it(tmp_path, array):
+    make(tmp_path)
+    reader = open_store(tmp_path, data="data")["train"]
+    os.truncate(tmp_path / f"train-{array}.npy", 130)
+    with pytest.raises(DataChangedError, match="a file was truncated"):
+        reader.read(np.array([9]))
+
+
+def changed_fields(**fields):
+    return lambda content: content | fields
+
+
+def without(key: str):
+    return lambda content: {name: value for name, value in content.items() if name != key}
+
+
+HOSTILE = {
+    "format": changed_fields(format=3),
+    "format ": changed_fields(format=[[]]),
+    "grid": changed_fields(grid=[10**9, 10**9]),
+    "grid ": changed_fields(grid=[2, 3, 4]),
+    "grid  ": changed_fields(grid="23"),
+    "codebook_size": changed_fields(num_codes=10**30),
+    "codebook_size ": changed_fields(num_codes=True),
+    "image_size": changed_fields(image_size=-1),
+    "samples": changed_fields(samples={"train": 10**15, "val": 3}),
+    "samples ": changed_fields(samples={"train": "10", "val": 3}),
+    "samples  ": changed_fields(samples={"../x": 10}),
+    "samples   ": changed_fields(samples={}),
+    "classes": changed_fields(classes=[]),
+    "classes ": changed_fields(classes=[1, 2]),
+    "classes  ": changed_fields(classes={"a": 1}),
+    "crops": changed_fields(crops=10**9),
+    "flip": changed_fields(flip=1),
+    "precision": changed_fields(precision="int4"),
+    "tokenizer": changed_fields(tokenizer=None),
+    "data": without("data"),
+    "num_codes": without("num_codes"),
+    "sha256": without("sha256"),
+    "sha256 ": changed_fields(sha256={}),
+    "sha256  ": changed_fields(sha256={"train-tokens": "0"}),
+    "sha256   ": changed_fields(sha256=[1]),
+    "sha256    ": changed_fields(sha256=dict.fromkeys(("train-tokens", "train-labels", "val-tokens", "val-labels"), 7)),
+    "extra": changed_fields(extra=1),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_description_is_refused_in_one_line_with_file_and_key(tmp_path, case):
+    make(tmp_path)
+    path = tmp_path / "store.json"
+    path.write_text(json.dumps(HOSTILE[case](json.loads(path.read_text()))))
+    with pytest.raises(ValueError, match=rf"token store .*store\.json.*{case.strip()}.*; regenerate it") as caught:
+        open_store(tmp_path, data="data")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600 + 2 * len(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"\xff\xfe", b'{"format":' + b"[" * 10**5, b'{"grid": NaN}'])
+def test_a_description_that_is_no_json_mapping_is_refused_in_one_line(tmp_path, content):
+    make(tmp_path)
+    (tmp_path / "store.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"token store .*store\.json.*; regenerate it") as caught:
+        open_store(tmp_path, data="data")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["store.json", "train-labels.npy", "val-tokens.npy"])
+def test_a_fifo_in_a_store_is_refused_and_not_waited_for(tmp_path, name):
+    make(tmp_path)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"token store .*{name}.*must be a regular file"):
+        open_store(tmp_path, data="data")
+
+
+def test_a_changed_part_is_not_joined(tmp_path):
+    make(tmp_path, share=slice(None, -1))
+    part = next(tmp_path.glob(".parts-*/train-0-0000000004.npy"))
+    part.write_bytes(part.read_bytes()[:-8] + b"\xff" * 8)  # a label of -1
+    with pytest.raises(ValueError, match=r"train-0-0000000004\.npy is damaged \(labels must be in \[0, 2\)"):
+        make(tmp_path)

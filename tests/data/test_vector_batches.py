@@ -1,0 +1,222 @@
+"""Vectors of images in batches: from shards, from a token store, and from a map-style dataset; on any rank."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from maskgit_pl.data import (
+    IndexedDataModule,
+    IndexedDataset,
+    ShardData,
+    ShardDataConfig,
+    StreamConfig,
+    TokenizingConfig,
+    describe_store,
+    tokenize,
+)
+from maskgit_pl.data.images import encode_png
+from maskgit_pl.data.index import index_shards
+from maskgit_pl.data.manifest import read_manifest_summary
+from maskgit_pl.data.samples import Sample
+from maskgit_pl.data.shard_files import find_shards
+from maskgit_pl.data.store_description import read_description
+from maskgit_pl.data.token_store import open_store
+from maskgit_pl.data.verify import verify_store
+from maskgit_pl.data.writer import write_split
+from maskgit_pl.errors import DataChangedError
+from tests.data.test_vectors import npy
+from tests.data_folders import save_data
+
+NUM_TRAIN, NUM_VAL, DIM = 23, 11, 3
+OFFSETS = {"train": 0, "val": 100}
+
+
+def image(number: int) -> torch.Tensor:
+    """Returns (1, 4, 4) uint8, whose first pixel is the number."""
+    return (number + torch.arange(16).reshape(1, 4, 4)).to(torch.uint8)
+
+
+def vector(number: int) -> np.ndarray:
+    """Returns (3,) float16, whose first value is the number."""
+    return np.array([number, number / 8, -1], np.float16)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data")
+    for split, count in (("train", NUM_TRAIN), ("val", NUM_VAL)):
+        numbers = range(OFFSETS[split], OFFSETS[split] + count)
+        samples = (Sample(encode_png(image(n)), "png", n % 3, f"{n}", npy(vector(n))) for n in numbers)
+        write_split(samples, path, split, shard_size=9)
+    index_shards(path, {split: find_shards(path, f"{split}-*.tar") for split in ("train", "val")})
+    return path
+
+
+def make_store(folder: Path, store: Path, **options: int) -> str:
+    description = describe_store(folder, grid=(2, 2), codebook_size=256, tokenizer="me", image_size=4)
+    config = TokenizingConfig(**{"batch_size": 4, "part_size": 6, **options})
+    return tokenize(
+        folder, store, description, encode=lambda images: images[:, 0, 0].long(), in_channels=1, config=config
+    )
+
+
+@pytest.fixture(scope="module")
+def store(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("store")
+    assert make_store(folder, path) == "made"
+    return path
+
+
+def data(folder: Path, **options: object) -> ShardData:
+    defaults = {"image_size": 4, "in_channels": 1, "global_batch": 8, "max_batch_per_device": 8, "validation_batch": 4}
+    module = ShardData(ShardDataConfig(str(folder), **{**defaults, "vectors": True, **options}))
+    module.setup()
+    return module
+
+
+class OnRank:
+    """The part of a Trainer that the data module reads."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.global_rank, self.world_size, self.global_step = rank, world_size, 0
+
+
+def rows(batches) -> dict[int, tuple[int, list[float]]]:
+    """Maps positions to the first pixel or token and the vector of a sample."""
+    return {
+        int(position): (int(content.flatten()[0]), vector.tolist())
+        for batch in batches
+        for position, content, vector in zip(batch.position, batch.content, batch.vectors, strict=True)
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("loader", ["train_dataloader", "val_dataloader"])
+def test_each_sample_has_its_own_vector_in_both_sources(folder, store, loader: str, num_workers: int) -> None:
+    found = [
+        rows(getattr(data(folder, num_workers=num_workers, **source), loader)())
+        for source in ({}, {"source": "tokens", "token_store": str(store)})
+    ]
+    assert found[0] == found[1]
+    assert len(found[0]) >= NUM_VAL
+    for number, read in found[0].values():
+        assert read == vector(number).tolist()
+
+
+def test_two_ranks_share_the_vectors_of_a_step(folder: Path) -> None:
+    whole, parts = rows(data(folder).train_dataloader()), {}
+    for rank in range(2):
+        module = data(folder, max_batch_per_device=4)
+        module.trainer = OnRank(rank, 2)
+        part = rows(module.train_dataloader())
+        assert not part.keys() & parts.keys()
+        parts |= part
+    assert parts == whole
+
+
+def test_batches_move_with_and_without_vectors(folder: Path) -> None:
+    for vectors in (True, False):
+        module = data(folder, vectors=vectors)
+        batch = next(iter(module.train_dataloader()))
+        moved = module.transfer_batch_to_device(batch, torch.device("meta"), 0)
+        assert {tensor.device.type for tensor in moved if tensor is not None} == {"meta"}
+        assert (moved.vectors is None) == (not vectors)
+        assert vectors is False or batch.vectors.dtype == torch.float32
+
+
+def test_the_store_keeps_the_bits_of_the_vectors_on_any_number_of_processes(folder, store, tmp_path: Path) -> None:
+    assert make_store(folder, tmp_path, rank=1, world_size=2, part_size=4) == "incomplete"
+    assert make_store(folder, tmp_path, rank=0, world_size=2, part_size=4) == "made"
+    for split in ("train", "val"):
+        name = f"{split}-vectors.npy"
+        assert (tmp_path / name).read_bytes() == (store / name).read_bytes() == (folder / name).read_bytes()
+    assert read_description(tmp_path).vectors == read_manifest_summary(folder).vectors
+    assert make_store(folder, tmp_path) == "found"
+
+
+def test_a_store_with_a_changed_vector_is_refused(folder, store, tmp_path: Path) -> None:
+    make_store(folder, tmp_path)
+    reader = open_store(tmp_path)["train"].vector_reader
+    array = np.load(tmp_path / "train-vectors.npy")
+    array[3] = 7
+    np.save(tmp_path / "train-vectors.npy", array)
+    with pytest.raises(ValueError, match=r"train-vectors\.npy: changed since it was made"):
+        open_store(tmp_path)
+    assert [bad.name for bad in verify_store(tmp_path).bad] == ["train-vectors.npy"]
+    array[3] = np.nan
+    np.save(tmp_path / "train-vectors.npy", array)
+    with pytest.raises(DataChangedError, match="must be finite"):
+        reader.read(np.array([3]))
+
+
+def test_a_store_without_vectors_keeps_its_description(tmp_path: Path) -> None:
+    plain = save_data(tmp_path / "data", {split: [(encode_png(image(0)), 0)] * 2 for split in ("train", "val")})
+    assert make_store(plain, tmp_path / "store") == "made"
+    assert "vector" not in (tmp_path / "store" / "store.json").read_text()
+    assert not list((tmp_path / "store").glob("*vectors*"))
+
+
+def test_an_unreadable_image_is_replaced_together_with_its_vector(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        samples = [Sample(encode_png(image(n)), "png", 0, f"{n}", npy(vector(n))) for n in range(4)]
+        damaged = samples[2].data[:-20] + bytes(20)  # the header is whole
+        samples[2] = samples[2]._replace(data=damaged)
+        write_split(samples, tmp_path, split, shard_size=9)
+    index_shards(tmp_path, {split: find_shards(tmp_path, f"{split}-*.tar") for split in ("train", "val")})
+    (batch,) = data(tmp_path, validation_batch=4, unreadable_budget=0.5).val_dataloader()
+    assert batch.replacement.tolist() == [-1, -1, 3, -1]
+    assert batch.vectors[:, 0].tolist() == [0, 1, 3, 3]
+
+
+def test_vectors_are_refused_by_name_where_there_are_none(folder, tmp_path: Path) -> None:
+    plain = save_data(tmp_path, {split: [(encode_png(image(0)), 0)] * 2 for split in ("train", "val")})
+    with pytest.raises(ValueError, match=r"data\.vectors must be false for .* whose samples have no vectors, got true"):
+        data(plain)
+    assert data(folder, vectors=False).vector_dim == 0
+    assert data(folder).vector_dim == DIM
+    with pytest.raises(ValueError, match=r"data\.vectors must be false for data\.source: stream"):
+        ShardDataConfig(str(folder), source="stream", stream=StreamConfig("x.tar", 1), vectors=True)
+
+
+def test_a_changed_array_of_the_data_ends_the_start_of_a_run(folder, tmp_path: Path) -> None:
+    changed = shutil.copytree(folder, tmp_path / "data")
+    array = np.load(changed / "val-vectors.npy")
+    np.save(changed / "val-vectors.npy", array + 1)
+    with pytest.raises(ValueError, match=r"val-vectors\.npy changed since they were indexed"):
+        data(changed)
+
+
+@pytest.mark.parametrize("is_set_up", [False, True])
+def test_a_changed_array_is_refused_where_vectors_are_read_for_an_evaluation(folder, tmp_path, is_set_up) -> None:
+    changed = shutil.copytree(folder, tmp_path / "data")
+    array = np.load(changed / "val-vectors.npy")
+    np.save(changed / "val-vectors.npy", array + 1)
+    config = ShardDataConfig(str(changed), image_size=4, in_channels=1, global_batch=8)
+    module = ShardData(config)
+    if is_set_up:
+        module.setup()
+    with pytest.raises(ValueError, match=r"val-vectors\.npy changed since they were indexed"):
+        module.vector_pool("val")
+    with pytest.raises(ValueError, match=r"val-vectors\.npy changed since they were indexed"):
+        ShardData(replace(config, vectors=True)).val_dataloader()
+
+
+def test_a_store_is_not_made_of_a_changed_array(folder, tmp_path: Path) -> None:
+    changed = shutil.copytree(folder, tmp_path / "data")
+    array = np.load(changed / "val-vectors.npy")
+    np.save(changed / "val-vectors.npy", array + 1)
+    with pytest.raises(ValueError, match=r"val-vectors\.npy changed since they were indexed"):
+        make_store(changed, tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_map_style_dataset_may_have_vectors() -> None:
+    items = [(image(n), n % 3, vector(n)) for n in range(9)]
+    module = IndexedDataModule(IndexedDataset(items, image_size=4, in_channels=1), global_batch=4)
+    for number, read in rows(module.train_dataloader()).values():
+        assert read == vector(number).tolist()

@@ -1,0 +1,191 @@
+import hashlib
+import io
+import json
+import os
+import shutil
+
+import pytest
+from PIL import Image
+
+from maskgit_pl.data.index import index_shards
+from maskgit_pl.data.manifest import load_manifest, load_manifests, save_manifest
+from maskgit_pl.data.shard_files import find_shards
+from maskgit_pl.data.verify import verify_shards
+
+SECOND = 4 * 512  # where the second sample begins: image and label take two blocks each
+
+
+@pytest.fixture
+def folder(tars, tmp_path):
+    """A data folder of three train shards and one val shard, of 4 samples each."""
+    for number in range(3):
+        tars.write(tmp_path / f"train-{number}.tar", tars.samples(4, start=10 * number))
+    tars.write(tmp_path / "val-0.tar", tars.samples(4, start=30))
+    index_shards(tmp_path, {split: find_shards(tmp_path, f"{split}-*.tar") for split in ("train", "val")})
+    return tmp_path
+
+
+def cut(at):
+    return lambda data: data[:at]
+
+
+def flipped(at, by=1):
+    return lambda data: data[:at] + bytes((data[at] ^ by,)) + data[at + 1 :]
+
+
+def zeroed(at):
+    return lambda data: data[:at] + bytes(512) + data[at + 512 :]
+
+
+# name: (what is done to the bytes, what the start-up check says or None, what verify says: expected, found, reason)
+FAULTS = {
+    "cut at a member boundary": (cut(SECOND), "10240 bytes expected, 2048 found", "2048 bytes", "truncated at byte"),
+    "cut in a header": (cut(SECOND + 200), "10240 bytes expected, 2248", "2248 bytes", "byte 2248, in a member"),
+    "cut in a payload": (cut(SECOND + 520), "10240 bytes expected, 2568", "2568 bytes", "truncated in member 0011.png"),
+    "cut between .png and .cls": (cut(SECOND + 1024), "expected, 3072", "3072 bytes", "truncated at byte 3072"),
+    "flipped header": (flipped(SECOND + 3), None, "damaged", "damaged member header at byte 2048"),
+    "flipped first header": (flipped(3), "a member expected at byte 0, none found", "damaged", "not a tar"),
+    "flipped last image's header": (flipped(3 * SECOND + 3), "expected at byte 6144, none", "damaged", "byte 6144"),
+    "header of zeros": (zeroed(SECOND), None, "damaged", "followed by other bytes"),
+    "zero bytes": (cut(0), "10240 bytes expected, 0 found", "0 bytes", "empty file"),
+    "zeros of the same length": (lambda data: bytes(len(data)), "byte 0, none found", "sha256", "number of samples"),
+    "garbage": (lambda data: b"garbage" * 100, "10240 bytes expected, 700 found", "700 bytes", "not a tar"),
+    "garbage of the same length": (lambda data: b"garbage!" * 1280, "byte 0, none", "damaged", "not a tar"),
+    "longer": (lambda data: data + bytes(512), "10240 bytes expected, 10752", "10752 bytes", "longer than when"),
+    "changed payload, same length": (flipped(SECOND + 600), None, "sha256", "changed after indexing, same length"),
+    "changed label, same length": (flipped(3 * 512), None, "sha256", "changed after indexing"),
+    "missing": (None, "10240 bytes expected, No such file or directory", "none", "No such file"),
+}  # fmt: skip
+
+
+def inject(folder, name, fault):
+    if fault is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(fault((folder / name).read_bytes()))
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_a_bad_shard_is_named_before_the_first_step_and_by_verify(folder, case):
+    fault, at_start, actual, reason = FAULTS[case]
+    inject(folder, "train-1.tar", fault)
+    if at_start is None:
+        load_manifests(folder)
+    else:
+        with pytest.raises(ValueError, match="1 of 4 shards differ from") as caught:
+            load_manifests(folder)
+        line = str(caught.value).splitlines()[1]
+        assert line.startswith("  train-1.tar: ")
+        assert at_start in line
+    (bad,) = verify_shards(folder).bad
+    assert bad.name == "train-1.tar"
+    assert actual in bad.actual
+    assert reason in bad.reason
+    assert bad.expected
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_two_bad_shards_of_different_splits_stand_in_one_list(folder, case):
+    fault, at_start, *_ = FAULTS[case]
+    for name in ("train-2.tar", "val-0.tar"):
+        inject(folder, name, fault)
+    assert [bad.name for bad in verify_shards(folder).bad] == ["train-2.tar", "val-0.tar"]
+    if at_start is not None:
+        with pytest.raises(ValueError, match=r"2 of 4 shards[\s\S]*train-2\.tar[\s\S]*val-0\.tar"):
+            load_manifests(folder)
+
+
+def test_no_permission_is_named(tars, unprivileged):
+    folder, not_root = unprivileged
+    for name in ("train-0", "train-1", "val-0"):
+        tars.write(folder / f"{name}.tar", tars.samples(2))
+    index_shards(folder, {split: find_shards(folder, f"{split}-*.tar") for split in ("train", "val")})
+    (folder / "train-1.tar").chmod(0)
+    with not_root():
+        with pytest.raises(ValueError, match=r"1 of 3[\s\S]*train-1\.tar: 10240 bytes expected, Permission denied"):
+            load_manifests(folder)
+        (bad,) = verify_shards(folder).bad
+    assert bad == ("train-1.tar", "10240 bytes", "none", "Permission denied")
+
+
+@pytest.mark.slow
+def test_workers_make_no_difference(folder):
+    inject(folder, "train-0.tar", cut(SECOND))
+    assert verify_shards(folder, workers=2) == verify_shards(folder)
+
+
+@pytest.mark.parametrize("spoil", [lambda data: data[:100], lambda data: data[:60] + b"\xff" + data[61:]])
+def test_images_that_were_cut_or_damaged_before_they_were_indexed_are_named(folder, tars, tmp_path, spoil):
+    image = spoil(tars.png(1, size=64))
+    tars.write(tmp_path / "train-0.tar", [*tars.samples(2), ("x.png", image), ("x.cls", b"0")])
+    index_shards(folder, {split: find_shards(folder, f"{split}-*.tar") for split in ("train", "val")})
+    (bad,) = verify_shards(folder).bad
+    assert bad[:3] == ("train-0.tar", "3 images", "2 images")
+    assert bad.reason.startswith("unreadable; image train-0.tar:x.png is ")
+
+
+def test_decode_names_images_whose_pixels_are_damaged(folder, tars, tmp_path):
+    buffer = io.BytesIO()
+    Image.effect_noise((64, 64), 90).save(buffer, "JPEG")
+    image = bytearray(buffer.getvalue())
+    image[-300:-200] = bytes(100)  # in the compressed pixels, after the header; nothing is missing
+    tars.write(tmp_path / "train-0.tar", [*tars.samples(2), ("x.jpg", bytes(image)), ("x.cls", b"0")])
+    index_shards(folder, {split: find_shards(folder, f"{split}-*.tar") for split in ("train", "val")})
+    assert not verify_shards(folder).bad
+    (bad,) = verify_shards(folder, decode=True).bad
+    assert bad[:3] == ("train-0.tar", "3 images", "2 images")
+    assert bad.reason.startswith("unreadable; image train-0.tar:x.jpg cannot be decoded: ")
+
+
+def test_changed_index_and_wrong_manifest_are_named(folder):
+    manifest = load_manifest(folder, "train")
+    rows = manifest.index().copy()
+    rows["label"][5] += 1
+    path = folder / "train.npy"
+    data = path.read_bytes()
+    path.write_bytes(data[:-4] + b"\x09\0\0\0")
+    bad = verify_shards(folder).bad
+    assert [(one.name, one.reason[:13]) for one in bad] == [
+        ("train.npy", "index changed"),
+        ("train-2.tar", "1 rows of tra"),
+    ]
+    content = json.loads((folder / "train.json").read_text())
+    content["index_sha256"] = hashlib.sha256(rows.tobytes()).hexdigest()
+    path.write_bytes(data)
+    save_manifest(manifest, rows)
+    (folder / "train.json").write_text(json.dumps(content))
+    (bad_shard,) = verify_shards(folder).bad
+    assert bad_shard.name == "train-1.tar"
+    assert "the first is 5" in bad_shard.reason
+
+
+def test_left_out_samples_stay_left_out(tars, tmp_path):
+    for split in ("train", "val"):
+        tars.write(tmp_path / f"{split}-0.tar", [("half.png", tars.png()), *tars.samples(2)])
+    shards = {split: find_shards(tmp_path, f"{split}-*.tar") for split in ("train", "val")}
+    index_shards(tmp_path, shards, lenient=True)
+    load_manifests(tmp_path)
+    assert not verify_shards(tmp_path).bad
+    index_shards(tmp_path, shards, labels="none")
+    assert not verify_shards(tmp_path).bad
+
+
+@pytest.mark.parametrize(("classes", "samples"), [(None, 2), (["0", "1"], 3)])
+def test_a_text_is_a_label_if_it_was_one_for_index(tars, tmp_path, classes, samples):
+    labels = (b'{"label": 0}', b'{"label": 1}', b'{"label": "1"}')
+    images = [(f"{n}.png", tars.png()) for n in range(3)]
+    members = [one for n, data in enumerate(labels) for one in (images[n], (f"{n}.json", data))]
+    for split in ("train", "val"):
+        tars.write(tmp_path / f"{split}-0.tar", members)
+    shards = {split: find_shards(tmp_path, f"{split}-*.tar") for split in ("train", "val")}
+    indexed = index_shards(tmp_path, shards, labels="json:label", classes=classes, lenient=True)
+    assert indexed.manifests["train"].samples == samples
+    assert not verify_shards(tmp_path).bad
+
+
+def test_a_moved_folder_is_as_good(folder, tmp_path_factory):
+    moved = tmp_path_factory.mktemp("moved") / "data"
+    shutil.copytree(folder, moved)
+    assert verify_shards(moved).samples == 16
+    os.utime(moved / "train-0.tar", (1, 1))
+    assert not verify_shards(moved).bad

@@ -1,0 +1,566 @@
+import gzip
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+import tracemalloc
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from PIL import Image
+
+from maskgit_pl.data.crops import fit_image
+from maskgit_pl.data.images import decode_image
+from maskgit_pl.data.manifest import load_manifest, read_manifest_summary
+from maskgit_pl.data.reader import ShardReader
+from maskgit_pl.data.sources.idx import IdxFiles
+from maskgit_pl.data.sources.image_folder import ImageFolder
+from maskgit_pl.data.sources.opening import open_source
+from maskgit_pl.data.writer import LEFT_OUT, RECORD, make_shards
+
+
+def write_idx(path: Path, values: np.ndarray) -> None:
+    header = bytes((0, 0, 8, values.ndim)) + b"".join(size.to_bytes(4, "big") for size in values.shape)
+    data = header + values.tobytes()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+@pytest.fixture
+def idx(tmp_path):
+    """A folder of IDX files: 12 + 5 images of 6 x 7; image i of train is filled with i."""
+    folder = tmp_path / "idx"
+    folder.mkdir()
+    for name, count, suffix in (("train", 12, ""), ("t10k", 5, ".gz")):
+        images = np.arange(count, dtype=np.uint8)[:, None, None] + np.zeros((1, 6, 7), np.uint8)
+        write_idx(folder / f"{name}-images-idx3-ubyte{suffix}", images)
+        write_idx(folder / f"{name}-labels-idx1-ubyte{suffix}", np.arange(count, dtype=np.uint8) % 3)
+    return folder
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A folder of two classes, 30 PNG and 30 JPEG files, one of each in a sub-folder."""
+    folder = tmp_path / "tree"
+    for kind, suffix, colour in (("cat", "png", "red"), ("dog", "jpeg", "blue")):
+        (folder / kind / "more").mkdir(parents=True)
+        for number in range(30):
+            Image.new("RGB", (10 + number % 2, 8), colour).save(
+                folder / kind / ("more" if number == 0 else ".") / f"{number}.{suffix}"
+            )
+    return folder
+
+
+@contextmanager
+def interrupted_index(monkeypatch) -> Iterator[None]:
+    """Interrupts ``make_shards`` when all shards are written."""
+
+    def interrupt(*args, **rest):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("maskgit_pl.data.writer.index_shards", interrupt)
+        yield
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_idx_files_keep_order_pixels_and_class_names(idx, tmp_path):
+    assert make_shards(IdxFiles(idx, classes=["a", "b", "c"]), tmp_path / "out", shard_size=5)
+    reader = ShardReader(load_manifest(tmp_path / "out", "train"))
+    images = torch.stack([decode_image(reader.read(i), channels=1, name="x") for i in range(len(reader))])
+    assert images.shape == (12, 1, 6, 7)
+    assert images[:, 0, 0, 0].tolist() == list(range(12))
+    assert reader.labels(np.arange(12)).tolist() == [0, 1, 2] * 4
+    assert read_manifest_summary(tmp_path / "out").classes == ("a", "b", "c")
+    assert [shard.samples for shard in reader.manifest.shards] == [5, 5, 2]
+
+
+def test_several_data_sets_in_a_folder_are_refused(idx, tmp_path):
+    shutil.copy(idx / "train-images-idx3-ubyte", idx / "train-images.idx3-ubyte.gz")  # another spelling is no other set
+    assert IdxFiles(idx).counts == {"train": 12, "val": 5}
+    with pytest.raises(ValueError, match=r"^val_fraction must not be set .* a train and a val split"):
+        open_source(idx, val_fraction=0.5)
+    for name in ("images-idx3", "labels-idx1"):
+        shutil.copy(idx / f"train-{name}-ubyte", idx / f"emnist-letters-train-{name}-ubyte")
+    with pytest.raises(ValueError, match="must have one data set, got emnist-letters-train, train for the train split"):
+        IdxFiles(idx)
+
+
+def test_a_device_or_pipe_is_not_replaced_by_a_data_folder(idx, tmp_path):
+    os.mkfifo(tmp_path / "out")
+    with pytest.raises(
+        ValueError, match=r"data folder must be a folder, got the device or pipe .*/out; give another path"
+    ):
+        make_shards(IdxFiles(idx), tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["idx", "out"]
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset's
+def test_webdataset_reads_what_we_write(idx, tmp_path):
+    make_shards(IdxFiles(idx), tmp_path / "out", shard_size=5)
+    shards = f"{tmp_path}/out/train-{{000000..000002}}.tar"
+    samples = list(webdataset.WebDataset(shards, shardshuffle=False).decode("pil").to_tuple("png", "cls"))
+    assert [label for _, label in samples] == [0, 1, 2] * 4
+    assert [image.getpixel((0, 0)) for image, _ in samples] == [(i, i, i) for i in range(12)]
+
+
+def test_image_folder_keeps_every_files_bytes_and_class(tree, tmp_path):
+    make_shards(ImageFolder(tree, val_fraction=0.3), tmp_path / "out")
+    found = []
+    for split in ("train", "val"):
+        reader = ShardReader(load_manifest(tmp_path / "out", split))
+        found += [(reader.read(i), int(reader.labels(np.array([i]))[0])) for i in range(len(reader))]
+    files = [(p.read_bytes(), int(p.relative_to(tree).parts[0] == "dog")) for p in tree.rglob("*.*") if p.is_file()]
+    assert sorted(found) == sorted(files)
+
+
+def test_new_file_moves_no_other_to_another_split(tree):
+    def split_of(source):
+        return {file.name: split for split, files in source._files.items() for file in files}
+
+    before = split_of(ImageFolder(tree, val_fraction=0.3))
+    Image.new("L", (4, 4)).save(tree / "cat" / "new.png")
+    after = split_of(ImageFolder(tree, val_fraction=0.3))
+    assert set(before.values()) == {"train", "val"}
+    assert {name: after[name] for name in before} == before
+
+
+def test_first_samples_of_a_split_are_of_mixed_classes(tree):
+    labels = [sample.label for sample in ImageFolder(tree).samples("train", range(20))]
+    assert 3 < sum(labels) < 17
+
+
+def test_train_and_val_folders_are_the_splits(tree, tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / "both" / split).mkdir(parents=True)
+    (tree / "cat").rename(tmp_path / "both" / "train" / "cat")
+    (tree / "dog").rename(tmp_path / "both" / "train" / "dog")
+    (tmp_path / "both" / "test" / "dog").mkdir()
+    Image.new("L", (4, 4)).save(tmp_path / "both" / "test" / "dog" / "x.png")
+    assert ImageFolder(tmp_path / "both").counts == {"train": 60, "val": 1}
+    (tmp_path / "both" / "test" / "bird").mkdir()
+    with pytest.raises(ValueError, match="lacks bird"):
+        ImageFolder(tmp_path / "both")
+
+
+def test_size_makes_squares_of_the_same_format(tree, tmp_path):
+    make_shards(ImageFolder(tree), tmp_path / "out", size=4)
+    images = read_manifest_summary(tmp_path / "out").images
+    assert (images.height, images.width) == ((4, 4), (4, 4))
+    with tarfile.open(tmp_path / "out" / "train-000000.tar") as archive:
+        extensions = {name.split(".")[1] for name in archive.getnames()}
+    assert extensions == {"png", "jpg", "cls"}
+
+
+def test_a_shard_has_its_number_of_samples_at_any_length(idx, tmp_path, monkeypatch):
+    writer = webdataset.ShardWriter
+    # Without a limit of its own, each writer has one of 99 bytes in place of webdataset's 3 GB.
+    monkeypatch.setattr(webdataset, "ShardWriter", lambda pattern, **rest: writer(pattern, **{"maxsize": 99, **rest}))
+    make_shards(IdxFiles(idx), tmp_path / "out", shard_size=8)
+    assert [shard.samples for shard in load_manifest(tmp_path / "out", "train").shards] == [8, 4]
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("LA", 1), ("RGBA", 3), ("P", 3)])
+def test_size_composites_transparent_images_over_white(tmp_path, mode, channels):
+    image = Image.new("L", (16, 16), 9)
+    image.putalpha(Image.fromarray(np.repeat(np.array([0, 255], np.uint8), 8)[None].repeat(16, axis=0)))
+    stream = io.BytesIO()
+    image.convert("RGBA").convert(mode).save(stream, "PNG")
+    (tmp_path / "tree" / "cat").mkdir(parents=True)
+    for number in range(4):
+        (tmp_path / "tree" / "cat" / f"{number}.png").write_bytes(stream.getvalue())
+    make_shards(ImageFolder(tmp_path / "tree", val_fraction=0.5), tmp_path / "out", size=8)
+    assert read_manifest_summary(tmp_path / "out").images.channels == (channels,)
+    made = decode_image(ShardReader(load_manifest(tmp_path / "out", "train")).read(0), channels=3, name="x")
+    whole = decode_image(stream.getvalue(), channels=3, name="x")
+    assert torch.equal(made, fit_image(whole, image_size=8, crop=None))
+    assert (made[:, :, 0] == 255).all()
+
+
+def test_second_run_does_nothing_and_the_same_input_gives_the_same_bytes(idx, tmp_path):
+    assert make_shards(IdxFiles(idx), tmp_path / "out")
+    before = contents(tmp_path / "out")
+    assert not make_shards(IdxFiles(idx), tmp_path / "out")
+    assert make_shards(IdxFiles(idx), tmp_path / "again")
+    assert contents(tmp_path / "out") == contents(tmp_path / "again") == before
+
+
+def test_other_data_is_never_overwritten(idx, tree, tmp_path):
+    make_shards(IdxFiles(idx), tmp_path / "out")
+    with pytest.raises(ValueError, match="another --out"):
+        make_shards(ImageFolder(tree), tmp_path / "out")
+    with pytest.raises(ValueError, match="another --out"):
+        make_shards(IdxFiles(idx), tmp_path / "out", size=3)
+    with pytest.raises(ValueError, match="another --out"):
+        make_shards(IdxFiles(idx), tree)
+
+
+@pytest.fixture
+def written(monkeypatch) -> list[tuple[str, int]]:
+    """The split and number of each shard that is written, in order."""
+    from maskgit_pl.data import writer
+
+    write_shard, jobs = writer._write_shard, []
+    monkeypatch.setattr(
+        writer, "_write_shard", lambda plan, job, **rest: jobs.append(job) or write_shard(plan, job, **rest)
+    )
+    return jobs
+
+
+def test_interrupted_run_leaves_nothing_that_passes_for_data_and_is_gone_on_with(idx, tmp_path, written):
+    make_shards(IdxFiles(idx), tmp_path / "alone", shard_size=3)
+    samples = []
+
+    def interrupt(split, count):
+        samples.append(split)
+        if len(samples) == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_shards(IdxFiles(idx), tmp_path / "out", shard_size=3, on_samples=interrupt)
+    assert not (tmp_path / "out").exists()
+    killed = tmp_path / ".out.partial" / ".writing-train-000002-1"  # what kill -9 leaves
+    killed.mkdir()
+    (killed / "train-000002.tar").write_bytes(b"half")
+    written.clear()
+    assert make_shards(IdxFiles(idx), tmp_path / "out", shard_size=3)
+    assert written == [("train", 2), ("train", 3), ("val", 0), ("val", 1)]
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+    assert not killed.parent.exists()
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError])
+def test_an_error_of_the_source_keeps_the_complete_shards(idx, tmp_path, written, monkeypatch, error):
+    make_shards(IdxFiles(idx), tmp_path / "alone", shard_size=3)
+    samples = IdxFiles.samples
+
+    def fail(source, split, places):
+        if places.start == 6:
+            raise error("connection reset")
+        return samples(source, split, places)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(IdxFiles, "samples", fail)
+        with pytest.raises(error, match="connection reset"):
+            make_shards(IdxFiles(idx), tmp_path / "out", shard_size=3)
+    written.clear()
+    make_shards(IdxFiles(idx), tmp_path / "out", shard_size=3)
+    assert written == [("train", 2), ("train", 3), ("val", 0), ("val", 1)]
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+
+
+def test_a_damaged_shard_of_an_earlier_run_is_named_with_the_way_out(idx, tmp_path, monkeypatch):
+    with interrupted_index(monkeypatch), pytest.raises(KeyboardInterrupt):
+        make_shards(IdxFiles(idx), tmp_path / "out", shard_size=3)
+    shard = tmp_path / ".out.partial" / "train-000001.tar"
+    shard.write_bytes(shard.read_bytes()[:700])
+    with pytest.raises(
+        ValueError, match=r"train-000001\.tar: [^\n]+\n(.*\n)?.*remove the rejected ones from .*partial, "
+    ):
+        make_shards(IdxFiles(idx), tmp_path / "out", shard_size=3)
+    shard.unlink()
+    assert make_shards(IdxFiles(idx), tmp_path / "out", shard_size=3)
+
+
+def test_what_is_left_of_another_command_is_not_gone_on_with(idx, tmp_path):
+    def interrupt(split, count):
+        if split == "val":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_shards(IdxFiles(idx), tmp_path / "out", size=3, on_samples=interrupt)
+    make_shards(IdxFiles(idx), tmp_path / "out")
+    make_shards(IdxFiles(idx), tmp_path / "alone")
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+
+
+@pytest.mark.slow  # 15 s: each process imports torch
+def test_a_killed_command_goes_on_to_the_bytes_of_one_process(tmp_path):
+    for kind in ("cat", "dog"):
+        (tmp_path / "tree" / kind).mkdir(parents=True)
+        for number in range(150):
+            Image.new("RGB", (90, 70), (number, 9, 9)).save(tmp_path / "tree" / kind / f"{number}.png")
+    command = [
+        sys.executable,
+        "-m",
+        "maskgit_pl",
+        "data",
+        "make",
+        str(tmp_path / "tree"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    partial = tmp_path / ".out.partial"
+    with subprocess.Popen([*command, "--image-size", "16", "--shard-size", "25", "--num-workers", "2"]) as process:
+        while len(list(partial.glob("*.tar"))) < 3:
+            assert process.poll() is None, "done before it was killed"
+            time.sleep(0.002)
+        process.kill()
+    kept = {path.name: path.stat().st_mtime_ns for path in partial.glob("*.tar")}
+    assert not (tmp_path / "out").exists()
+    counted = Counter()
+    source, options = ImageFolder(tmp_path / "tree"), {"size": 16, "shard_size": 25}
+    make_shards(
+        source, tmp_path / "out", workers=2, on_samples=lambda split, count: counted.update({split: count}), **options
+    )
+    make_shards(source, tmp_path / "alone", **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+    assert dict(counted) == source.counts
+    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in kept} == kept
+
+
+def test_shards_that_changed_are_noticed_by_the_second_run(idx, tmp_path):
+    make_shards(IdxFiles(idx), tmp_path / "out")
+    with open(tmp_path / "out" / "val-000000.tar", "ab") as file:
+        file.write(b"x")
+    with pytest.raises(ValueError, match=r"val-000000\.tar"):
+        make_shards(IdxFiles(idx), tmp_path / "out")
+    assert (tmp_path / "out" / RECORD).exists()
+
+
+@pytest.mark.parametrize("name", ["50% of: it", "pipe:echo"])
+def test_odd_folder_names_are_only_names(idx, tmp_path, name):
+    make_shards(IdxFiles(idx), tmp_path / name)
+    assert read_manifest_summary(tmp_path / name).samples == {"train": 12, "val": 5}
+
+
+def test_bad_sources_are_refused_by_name(idx, tree, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        open_source(tmp_path / "nowhere")
+    (tree / "cat" / "bad.png").write_bytes(b"<html>")
+    with pytest.raises(ValueError, match=r"bad\.png"):
+        make_shards(open_source(tree), tmp_path / "out")
+    path = idx / "train-labels-idx1-ubyte"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"train-labels-idx1-ubyte must hold the 12 values of \(12,\), got 11"):
+        open_source(idx)
+    path.unlink()
+    with pytest.raises(ValueError, match="must have a file"):
+        open_source(idx)
+
+
+def spoil(tree: Path) -> dict[str, str]:
+    """Puts bad images into a folder and returns the expected message about each."""
+    whole = (tree / "cat" / "1.png").read_bytes()
+    bad = {
+        "cat/empty.png": (b"", "is empty"),
+        "cat/text.jpg": (b"hello world", "must be a JPEG, PNG or WebP file, got one that begins with b'hello wo'"),
+        "dog/cut.png": (whole[:60], "is truncated after 60 bytes"),
+        "dog/cut.jpeg": ((tree / "dog" / "2.jpeg").read_bytes()[:-2], "is truncated after"),
+        "cat/-rf \n\x1b[31m\u202e.png": (b"x", "must be a JPEG"),
+        "cat/" + os.fsdecode(b"caf\xe9.png"): (b"x", "must be a JPEG"),
+    }
+    for name, (data, _) in bad.items():
+        (tree / name).write_bytes(data)
+    return {name: f"image {tree}/{repr(name)[1:-1]} {text}" for name, (_, text) in bad.items()}
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])  # 2: processes import torch
+def test_all_bad_images_are_named_at_once_each_on_a_line(tree, tmp_path, workers):
+    said = spoil(tree)
+    with pytest.raises(ValueError, match=f"{len(said)} of 66 images cannot be read") as caught:
+        make_shards(ImageFolder(tree), tmp_path / "out", shard_size=20, workers=workers)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == len(said) + 2
+    for text in said.values():
+        assert any(line.startswith(f"  {text}") for line in lines), text
+    assert lines[-1] == "replace or remove them, or leave them out with --lenient"
+    assert not (tmp_path / "out").exists()
+
+
+def test_lenient_leaves_bad_images_out_and_lists_them_also_after_a_kill(tree, tmp_path):
+    make_shards(ImageFolder(tree, val_fraction=0.3), tmp_path / "good")
+    said = spoil(tree)
+
+    def interrupt(split, count):
+        if split == "val":
+            raise KeyboardInterrupt
+
+    source = ImageFolder(tree, val_fraction=0.3)
+    with pytest.raises(KeyboardInterrupt):
+        make_shards(source, tmp_path / "out", shard_size=7, lenient=True, on_samples=interrupt)
+    counted = Counter()
+    make_shards(
+        source,
+        tmp_path / "out",
+        shard_size=7,
+        lenient=True,
+        on_samples=lambda split, count: counted.update({split: count}),
+    )
+    assert dict(counted) == source.counts
+    listed = (tmp_path / "out" / LEFT_OUT).read_text().splitlines()
+    assert len(listed) == len(said)
+    assert all(any(line.startswith(text) for line in listed) for text in said.values())
+    assert not list((tmp_path / "out").glob(".left-out-*"))
+    good, made = (read_manifest_summary(tmp_path / name) for name in ("good", "out"))
+    assert made.samples == good.samples
+    assert not make_shards(source, tmp_path / "out", shard_size=7)
+
+
+@pytest.fixture
+def spoilt(tree, tmp_path) -> dict[Path, bytes]:
+    """Maps damaged files of ``tree`` to their bytes before: in shards of 4, all of shard 0 and one of shard 2."""
+    names = [file.name for file in ImageFolder(tree)._files["train"]]
+    files = {tree / names[place]: (tree / names[place]).read_bytes() for place in (0, 1, 2, 3, 8)}
+    make_shards(ImageFolder(tree), tmp_path / "whole", shard_size=4)
+    for path, data in files.items():
+        path.write_bytes(bytes(len(data)))
+    return files
+
+
+def test_lenient_after_an_error_about_images_writes_nothing_again(tree, tmp_path, spoilt, written):
+    with pytest.raises(ValueError, match="5 of 60 images cannot be read"):
+        make_shards(ImageFolder(tree), tmp_path / "out", shard_size=4)
+    written.clear()
+    make_shards(ImageFolder(tree), tmp_path / "out", shard_size=4, lenient=True)
+    assert written == []
+    make_shards(ImageFolder(tree), tmp_path / "alone", shard_size=4, lenient=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("lenient", [False, True])
+def test_images_that_are_replaced_after_an_error_are_read_again(tree, tmp_path, spoilt, written, monkeypatch, lenient):
+    with interrupted_index(monkeypatch), pytest.raises(KeyboardInterrupt if lenient else ValueError):
+        make_shards(ImageFolder(tree), tmp_path / "out", shard_size=4, lenient=lenient)
+    first, *others = spoilt
+    first.write_bytes(spoilt[first])
+    with pytest.raises(ValueError, match="4 of 60 images cannot be read"):
+        make_shards(ImageFolder(tree), tmp_path / "out", shard_size=4)
+    for path in others:
+        path.write_bytes(spoilt[path])
+    written.clear()
+    make_shards(ImageFolder(tree), tmp_path / "out", shard_size=4)
+    assert {shard for _, shard in written} == {0, 2}
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_lenient_run_that_ends_while_it_indexes_keeps_its_list(tree, tmp_path, spoilt, monkeypatch):
+    with interrupted_index(monkeypatch), pytest.raises(KeyboardInterrupt):
+        make_shards(ImageFolder(tree), tmp_path / "out", shard_size=4, lenient=True)
+    make_shards(ImageFolder(tree), tmp_path / "out", shard_size=4, lenient=True)
+    assert len((tmp_path / "out" / LEFT_OUT).read_text("utf-8").splitlines()) == len(spoilt)
+    assert not list((tmp_path / "out").glob(".left-out-*"))
+
+
+def test_the_list_does_not_depend_on_the_encoding_of_the_system(tree, tmp_path, monkeypatch):
+    (tree / "cat" / "é.png").write_bytes(b"x")
+    monkeypatch.setattr(Path, "read_text", lambda path, encoding="latin-1": path.read_bytes().decode(encoding))
+    make_shards(ImageFolder(tree), tmp_path / "out", lenient=True)
+    assert "é.png must be" in (tmp_path / "out" / LEFT_OUT).read_text("utf-8")
+
+
+def test_damage_that_only_resizing_meets_is_listed_too(tree, tmp_path):
+    path = tree / "dog" / "noise.jpeg"
+    Image.effect_noise((64, 64), 90).save(path)
+    data = bytearray(path.read_bytes())
+    data[-300:-200] = bytes(100)
+    path.write_bytes(data)
+    assert make_shards(ImageFolder(tree), tmp_path / "as-it-is")
+    with pytest.raises(ValueError, match=r"1 of 61 images cannot be read:\n  image .*noise\.jpeg cannot be decoded: "):
+        make_shards(ImageFolder(tree), tmp_path / "out", size=4)
+    assert make_shards(ImageFolder(tree), tmp_path / "out", size=4, lenient=True)
+
+
+def test_a_split_without_a_readable_image_is_refused(tree, tmp_path):
+    for split, part in (("train", "cat"), ("val", "dog")):
+        (tmp_path / "both" / split).mkdir(parents=True)
+        (tree / part).rename(tmp_path / "both" / split / "thing")
+    whole = {path: path.read_bytes() for path in (tmp_path / "both" / "val").rglob("*.jpeg")}
+    for path, data in whole.items():
+        path.write_bytes(bytes(len(data)))
+    with pytest.raises(ValueError, match=r"all 30 images of val are unreadable:\n  image .* must be a JPEG"):
+        make_shards(ImageFolder(tmp_path / "both"), tmp_path / "out", lenient=True)
+    for path, data in whole.items():
+        path.write_bytes(data)
+    make_shards(ImageFolder(tmp_path / "both"), tmp_path / "out", lenient=True)
+    assert read_manifest_summary(tmp_path / "out").samples == {"train": 30, "val": 30}
+
+
+def test_files_that_are_no_images_of_a_class_are_counted_and_named(tree):
+    for name in (
+        "cat/a.gif",
+        "cat/b.GIF",
+        "dog/c.gif",
+        "dog/d.gif",
+        "dog/Thumbs.db",
+        "cat/README",
+        "loose.png",
+        "x\n.md",
+    ):
+        (tree / name).write_bytes(b"x")
+    os.mkfifo(tree / "dog" / "fifo.png")
+    (tree / "alias").symlink_to(tree / "cat")
+    (tree / ".git").mkdir()
+    (tree / ".git" / "a.png").write_bytes(b"x")
+    source = ImageFolder(tree)
+    assert source.left_out == (
+        "1 .db (dog/Thumbs.db)",
+        "4 .gif (cat/a.gif, cat/b.GIF, dog/c.gif, ...)",
+        "1 hidden (.git)",
+        "2 outside the class folders (loose.png, x\\n.md)",
+        "1 symbolic links to folders, which are not followed (alias)",
+        "1 that are not regular files (dog/fifo.png)",
+        "1 without an ending (cat/README)",
+    )
+    assert sum(source.counts.values()) == 60
+
+
+def test_a_class_folder_whose_name_is_no_line_of_text_is_refused(tree):
+    (tree / "a\nb").mkdir()
+    with pytest.raises(ValueError, match=r"must have a UTF-8 name on one line, got 'a\\nb'; rename it, or"):
+        ImageFolder(tree)
+
+
+def idx_header(*shape: int) -> bytes:
+    return bytes((0, 0, 8, len(shape))) + b"".join(size.to_bytes(4, "big") for size in shape)
+
+
+HOSTILE_IDX = {
+    "its header is small": (lambda: idx_header(5, 6, 7) + bytes(2**24), r"the 210 values of \(5, 6, 7\), got more"),
+    "its header is large": (
+        lambda: idx_header(2**31, 6, 7),
+        r"must hold 1 byte to 1.07 GB, got a header of \(2147483648,",
+    ),
+    "its header is empty": (lambda: idx_header(5, 0, 7), r"must hold 1 byte to 1.07 GB, got a header of \(5, 0, 7\)"),
+    "it is short": (lambda: idx_header(5, 6, 7) + bytes(9), r"the 210 values of \(5, 6, 7\), got 9"),
+    "it is no header": (lambda: b"\0\0\x0d\3" + bytes(2**24), "must hold bytes in 3 dimensions"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_IDX)
+@pytest.mark.parametrize("packed", [True, False])
+def test_no_more_of_an_idx_file_is_unpacked_than_its_header_says(idx, name, packed):
+    make, text = HOSTILE_IDX[name]
+    for path in idx.glob("t10k-images*"):
+        path.unlink()
+    path = idx / f"t10k-images-idx3-ubyte{'.gz' if packed else ''}"
+    path.write_bytes(gzip.compress(make(), 1) if packed else make())
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=rf"IDX file \S+t10k-images-idx3-ubyte\S* .*{text}") as caught:
+        open_source(idx)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
+    assert "\n" not in str(caught.value)
+
+
+def test_a_gzip_file_that_is_cut_or_damaged_is_named(idx):
+    path = idx / "t10k-images-idx3-ubyte.gz"
+    data = path.read_bytes()
+    for spoilt in (data[:-9], data[:20] + b"\xff\xff\xff" + data[23:]):
+        path.write_bytes(spoilt)
+        with pytest.raises(
+            ValueError, match=r"IDX file \S+t10k-images-idx3-ubyte.gz (must be a complete gzip file|must hold)"
+        ):
+            open_source(idx)

@@ -1,0 +1,139 @@
+"""Weights from files: finite floating point numbers that the file holds, refused by name before they are expanded."""
+
+import json
+import math
+import struct
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from maskgit_pl.files import write_tensors
+from maskgit_pl.networks.weights import (
+    check_held,
+    check_tensor,
+    load_weight_file,
+    load_weights,
+    read_tensor_header,
+    read_tensors,
+    read_weights,
+)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))  # the norm counts its batches in int64
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pth"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_not_finite_is_refused_by_file_and_tensor(tmp_path, ending, bad):
+    state, file = network().state_dict(), tmp_path / f"model.{ending}"
+    state["1.running_var"][2] = bad
+    if ending == "safetensors":
+        write_tensors(file, state)
+    else:
+        torch.save(state, file)
+    with pytest.raises(ValueError, match=rf"weights judge .*model\.{ending}: tensor '1\.running_var' must hold finite"):
+        load_weight_file(network(), file, thing="judge")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_other_kinds_of_numbers_are_refused_by_tensor(dtype):
+    state = network().state_dict()
+    state["0.weight"] = torch.ones(4, 3).to(dtype)
+    with pytest.raises(ValueError, match=rf"weights FILE: tensor '0\.weight' must be floating point .*, got {dtype}"):
+        load_weights(network(), state, "FILE")
+    state = network().state_dict() | {"1.num_batches_tracked": torch.tensor(1.0)}
+    with pytest.raises(ValueError, match=r"tensor '1\.num_batches_tracked' must be integers, got torch\.float32"):
+        load_weights(network(), state, "FILE")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_four_floating_point_kinds_are_taken(dtype):
+    made = network()
+    load_weights(made, {name: w.to(dtype) if w.is_floating_point() else w for name, w in made.state_dict().items()}, "")
+    check_tensor("empty", torch.empty(0, dtype=dtype))
+    check_tensor("largest", torch.tensor(torch.finfo(dtype).max, dtype=dtype))
+
+
+def header_of(length: int, shown: bytes = b"") -> bytes:
+    return struct.pack("<Q", length) + shown.ljust(length)
+
+
+@pytest.mark.parametrize("read", [read_tensor_header, read_tensors, lambda file: read_weights(file, thing="judge")])
+def test_a_large_header_is_refused_before_it_is_parsed(tmp_path, read, monkeypatch):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(header_of(9_000_000, b"{}"))
+    for parser in ("safe_open", "safetensors.load"):
+        monkeypatch.setattr(f"maskgit_pl.networks.weights.{parser}", None)
+    with pytest.raises(ValueError, match=r"model\.safetensors.*header must have at most 8 MB"):
+        read(file)
+
+
+def test_a_header_gives_names_kinds_and_shapes(tmp_path):
+    write_tensors(tmp_path / "a.safetensors", {"half": torch.ones(2, 3).half(), "one": torch.tensor(1)})
+    assert read_tensor_header(tmp_path / "a.safetensors") == {"half": ("F16", (2, 3)), "one": ("I64", ())}
+
+
+def test_tensors_that_a_file_does_not_hold_are_refused(tmp_path):
+    held = torch.ones(4, 4)
+    for tensor, fault in (
+        (torch.ones(1).expand(1000, 1000), "'a' must be stored in full, got 4 MB made of 4 bytes that repeat"),
+        (torch.ones(2, 2).to_sparse(), "'a' must be a dense CPU tensor"),
+        (torch.ones(2, 2, device="meta"), "'a' must be a dense CPU tensor"),
+    ):
+        with pytest.raises(ValueError, match=fault):
+            check_held({"a": tensor}, 100)
+    with pytest.raises(ValueError, match="got 640 bytes of them in a file of 100 bytes; several share"):
+        check_held({str(number): held for number in range(10)}, 100)
+    check_held({"a": held, "b": held.t()}, 128)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_file_of_few_bytes_that_describes_large_tensors_is_refused_by_tensor(tmp_path, legacy):
+    file = tmp_path / "model.pth"
+    state = {"0.weight": torch.ones(1).expand(40_000, 30_000)}  # 4.8 GB in 1 kB
+    torch.save(state, file, _use_new_zipfile_serialization=not legacy)
+    assert file.stat().st_size < 2000
+    with pytest.raises(ValueError, match=r"model\.pth: tensor '0\.weight' must be stored in full, got 4.8 GB"):
+        read_weights(file, thing="judge")
+
+
+def repack(file: Path, compression: int) -> None:
+    """Rewrites the archive of ``torch.save``, as an attacker can."""
+    with zipfile.ZipFile(file) as old:
+        entries = [(entry.filename, old.read(entry)) for entry in old.infolist()]
+    with zipfile.ZipFile(file, "w", compression) as new:
+        for name, content in entries:
+            new.writestr(name, content)
+
+
+def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    file = tmp_path / "model.pth"
+    torch.save({"a": torch.zeros(1_000_000)}, file)
+    repack(file, zipfile.ZIP_STORED)
+    assert read_weights(file, thing="judge")["a"].shape == (1_000_000,)
+    repack(file, zipfile.ZIP_DEFLATED)
+    assert file.stat().st_size < 10_000
+    monkeypatch.setattr(torch, "load", None)
+    with pytest.raises(ValueError, match=r"model\.pth .*must not be compressed, got .*data/0' of 4 MB in"):
+        read_weights(file, thing="judge")
+
+
+def test_an_archive_whose_entries_share_their_bytes_is_refused(tmp_path):
+    file = tmp_path / "model.pth"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data/0", b"\0" * 10_000)
+        archive.filelist *= 3  # the directory names it three times
+        archive._didModify = True
+    with pytest.raises(ValueError, match=r"entries of the archive must fit its 10\.\d kB, got 30 kB"):
+        read_weights(file, thing="judge")
+
+
+def test_metadata_of_the_header_comes_back(tmp_path):
+    write_tensors(tmp_path / "a.safetensors", {"a": torch.ones(2)}, metadata={"who": "me"})
+    content = (tmp_path / "a.safetensors").read_bytes()
+    assert json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"] == {"who": "me"}

@@ -1,0 +1,75 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from maskgit_pl.pipeline.imaging_grids import image_grid, reconstruction_grid, save_images, save_png
+from tests.pipeline.decoding_steps import random_images
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_each_image_stands_enlarged_at_its_place(channels: int) -> None:
+    images = random_images(5, channels)
+    picture = np.asarray(image_grid(images, columns=3))
+    assert picture.shape == (8 + 2 * 84 + 4 + 8, 8 + 3 * 84 + 2 * 4 + 8, 3)
+    for number, image in enumerate(images):
+        top, left = 8 + number // 3 * 88, 8 + number % 3 * 88
+        shown = picture[top : top + 84 : 3, left : left + 84 : 3]
+        assert (shown == image.permute(1, 2, 0).expand(28, 28, 3).numpy()).all()
+
+
+def test_large_images_keep_their_size_and_captions_make_room() -> None:
+    images = random_images(2, size=96)
+    plain = image_grid(images, columns=2)
+    captioned = image_grid(images, columns=2, row_captions=["Ankle boot"], column_captions=["a", "b" * 80])
+    assert plain.width == 8 + 96 + 4 + 96 + 8
+    assert captioned.width > plain.width + 50
+    assert captioned.height > plain.height
+
+
+@pytest.mark.parametrize(
+    ("images", "columns", "captions", "message"),
+    [
+        (random_images(0), 1, [], "n >= 1"),
+        (random_images(1).float(), 1, [], "uint8"),
+        (random_images(1), 0, [], "columns must be >= 1"),
+        (random_images(2), 2, ["a", "b"], "row_captions must be at most 1"),
+    ],
+)
+def test_refuses_what_cannot_be_laid_out(images: torch.Tensor, columns: int, captions: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        image_grid(images, columns=columns, row_captions=captions)
+
+
+def test_reconstructions_stand_below_their_originals() -> None:
+    originals, reconstructions = random_images(4, size=84), 255 - random_images(4, size=84)
+    picture = np.asarray(reconstruction_grid(originals, reconstructions, columns=2))
+    above, below = picture[8 : 8 + 84], picture[8 + 88 : 8 + 88 + 84]
+    assert (above[:, -92:-8] == 255 - below[:, -92:-8]).all()
+    assert picture.shape[0] == 8 + 4 * 84 + 3 * 4 + 8
+
+
+def test_a_failed_write_leaves_the_old_picture_and_no_other_file(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "deep" / "picture.png"
+    picture = image_grid(random_images(1), columns=1)
+    save_png(picture, path)
+    before = path.read_bytes()
+
+    def fail(self, file, **options):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_png(picture, path)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_each_image_has_a_file_named_after_its_class_and_seed(tmp_path) -> None:
+    images = random_images(2)
+    save_images(images, [3, None], tmp_path / "single", seed=7)
+    files = sorted((tmp_path / "single").iterdir())
+    assert [file.name for file in files] == ["class-0003-seed-000007.png", "no-class-seed-000008.png"]
+    with Image.open(files[0]) as picture:
+        assert (np.asarray(picture) == images[0, 0].numpy()).all()
