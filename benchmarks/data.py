@@ -30,13 +30,11 @@ from maskgit_pl.data import ImageBatches, ShuffledStream, TokenBatches, TrainBat
 from maskgit_pl.data.batches import make_loader
 from maskgit_pl.data.index import index_shards
 from maskgit_pl.data.manifest import load_manifest
-from maskgit_pl.data.reader import ShardReader
-from maskgit_pl.data.shard_files import find_shards
-from maskgit_pl.data.store_description import StoreDescription
-from maskgit_pl.data.token_store import TokenReader, open_store
-from maskgit_pl.data.token_writer import StoreParts
-from maskgit_pl.pipeline.imaging_pixels import to_unit_range
-from maskgit_pl.provenance import describe_environment
+from maskgit_pl.data.reader import ShardReader, find_shards
+from maskgit_pl.data.token_store import StoreDescription, TokenReader, open_store
+from maskgit_pl.data.tokenizing import StoreParts
+from maskgit_pl.distributed import describe_environment
+from maskgit_pl.pipeline.grids import to_unit_range
 
 _SIDE = 256  # pixels of the images that the loader returns
 _SOURCES = {"256 x 256": (256, 256), "500 x 375": (500, 375)}  # width and height as stored

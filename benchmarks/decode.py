@@ -60,12 +60,11 @@ from maskgit_pl.decoding import (
 )
 from maskgit_pl.decoding.guidance import guidance_scales, guidance_schedules
 from maskgit_pl.decoding.selectors import token_selectors
-from maskgit_pl.networks.feed_forward import feed_forward
+from maskgit_pl.distributed import describe_environment
 from maskgit_pl.networks.int8 import quantize
-from maskgit_pl.networks.kernels import PackingLinear, set_packing
+from maskgit_pl.networks.kernels import PackingLinear, feed_forward, set_packing
 from maskgit_pl.networks.transformer import AutoregressiveTransformer, MaskedTransformer, TransformerConfig
 from maskgit_pl.networks.transformer_block import Block
-from maskgit_pl.provenance import describe_environment
 from maskgit_pl.schedules import mask_schedules
 
 _CPU = torch.device("cpu")

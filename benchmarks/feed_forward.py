@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from measuring import Stopwatch, format_table, interleave, read_cpu_name
 from torch import Tensor, nn
 
-from maskgit_pl.networks.feed_forward import feed_forward
-from maskgit_pl.networks.kernels import PackingLinear, set_packing
+from maskgit_pl.networks.kernels import PackingLinear, feed_forward, set_packing
 
 _ROWS = 257
 _SIZES = ((512, 2048, False), (768, 3072, False), (1024, 4096, False), (768, 2048, True), (1024, 4096, True))

@@ -21,12 +21,12 @@ import torch
 from measuring import Stopwatch, format_table, interleave, read_cpu_name
 from stage1_step import Ours, Task
 
-from maskgit_pl.provenance import describe_environment
-from maskgit_pl.tokenizer_losses import gradient_norm
+from maskgit_pl.distributed import describe_environment
 from maskgit_pl.training.health import HealthMonitor
 from maskgit_pl.training.health_rules import HealthConfig
 from maskgit_pl.training.speed import SpeedMonitor
 from maskgit_pl.training.stop_and_nonfinite import clip_gradients
+from maskgit_pl.training.tokenizer_losses import gradient_norm
 
 LOG_EVERY = 50  # of recipes/tokenizer/base.yaml
 _LOSSES = 3  # reconstruction, perceptual and adversarial have a norm at the image

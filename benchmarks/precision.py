@@ -19,8 +19,8 @@ from measuring import format_table, read_cpu_name
 from torch import Tensor
 
 from maskgit_pl import MaskGIT
-from maskgit_pl.decoding.limits import DrawMethod
-from maskgit_pl.provenance import describe_environment
+from maskgit_pl.decoding.plan import DrawMethod
+from maskgit_pl.distributed import describe_environment
 
 
 def decode(pipe: MaskGIT, *, num_images: int, method: DrawMethod) -> tuple[Tensor, float]:

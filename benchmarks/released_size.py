@@ -24,10 +24,10 @@ from typing import TypeVar
 import torch
 from measuring import format_table, read_cpu_name
 
+from maskgit_pl.distributed import describe_environment
 from maskgit_pl.importers.released import import_jax
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.pipeline.imaging_grids import image_grid, save_png
-from maskgit_pl.provenance import describe_environment
+from maskgit_pl.pipeline.grids import image_grid, save_png
 
 _RECIPE = Path(__file__).parents[1] / "tests" / "golden" / "recipe.py"
 _SEED = "31"

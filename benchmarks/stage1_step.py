@@ -42,11 +42,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from maskgit_pl.data import Batch
-from maskgit_pl.networks.discriminator import DiscriminatorConfig
-from maskgit_pl.networks.feature_network import FrozenNetwork
+from maskgit_pl.distributed import describe_environment
+from maskgit_pl.networks.discriminators import DiscriminatorConfig
+from maskgit_pl.networks.feature_networks import FrozenNetwork
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig, VQGANOutput
-from maskgit_pl.pipeline.imaging_pixels import to_unit_range
-from maskgit_pl.provenance import describe_environment
+from maskgit_pl.pipeline.grids import to_unit_range
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.learning_rates import LearningRate
 from maskgit_pl.training.optimizers import OptimizerConfig

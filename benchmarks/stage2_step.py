@@ -39,13 +39,13 @@ from torch.optim import AdamW
 from torch.utils.flop_counter import FlopCounterMode
 
 from maskgit_pl.data import Batch
-from maskgit_pl.data.step_module import StepDataModule
+from maskgit_pl.data.batches import StepDataModule
+from maskgit_pl.distributed import describe_environment
 from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
 from maskgit_pl.networks.transformer import MaskedTransformer
-from maskgit_pl.provenance import describe_environment
-from maskgit_pl.training.compile_and_checkpointing import Compiled
 from maskgit_pl.training.learning_rates import LearningRate
 from maskgit_pl.training.optimizers import OptimizerConfig
+from maskgit_pl.training.strategies import Compiled
 
 Precision = Literal["fp32", "bf16"]
 

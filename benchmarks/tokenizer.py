@@ -23,9 +23,9 @@ from stage1_step import PEER, Task, build_diffusers, count_flops, list_installed
 from stage2_step import is_bfloat16_slow
 from torch import Tensor
 
+from maskgit_pl.distributed import describe_environment
 from maskgit_pl.networks.vqgan import VQGAN
-from maskgit_pl.pipeline.imaging_pixels import to_unit_range
-from maskgit_pl.provenance import describe_environment
+from maskgit_pl.pipeline.grids import to_unit_range
 
 BFLOAT16 = "ours, bf16"
 

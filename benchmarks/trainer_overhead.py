@@ -29,17 +29,16 @@ from webdataset import TarWriter
 from maskgit_pl.data import Batch, describe_store, tokenize
 from maskgit_pl.data.images import encode_png
 from maskgit_pl.data.index import index_shards
-from maskgit_pl.data.shard_files import find_shards
+from maskgit_pl.data.reader import find_shards
+from maskgit_pl.distributed import describe_environment
 from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.pipeline.imaging_pixels import to_unit_range
+from maskgit_pl.pipeline.grids import to_unit_range
 from maskgit_pl.pipeline.pretrained import load_tokenizer, save_tokenizer
-from maskgit_pl.provenance import describe_environment
 from maskgit_pl.runs.build import StageRun, build
 from maskgit_pl.runs.plan import Plan
-from maskgit_pl.runs.recipe import Recipe
-from maskgit_pl.runs.recipe_files import list_recipes
-from maskgit_pl.training.ema import update_ema
+from maskgit_pl.runs.recipe import Recipe, list_recipes
+from maskgit_pl.training.optimizers import update_ema
 from maskgit_pl.training.stop_and_nonfinite import clip_gradients
 
 Callbacks = Literal["ours", "none"]

@@ -14,8 +14,8 @@ from importlib import import_module
 from pathlib import Path
 
 from maskgit_pl.cli import build_parser
-from maskgit_pl.cli.plugins import REGISTRIES
-from maskgit_pl.runs.recipe_files import recipes_folders
+from maskgit_pl.cli.listing import REGISTRIES
+from maskgit_pl.runs.recipe import recipes_folders
 
 WIDTH = "88"  # columns of the help texts
 KINDS = {

@@ -17,10 +17,9 @@ from torch import Tensor
 from maskgit_pl.checks import check_choice
 from maskgit_pl.data import Batch
 from maskgit_pl.decoding import AutoregressiveDecoding, ConditionalModel, DecodingStep, decode_autoregressive
-from maskgit_pl.networks.backbone import AutoregressiveBackbone
-from maskgit_pl.networks.backbone_contract import create_network
+from maskgit_pl.networks.backbone import AutoregressiveBackbone, create_network
+from maskgit_pl.training.optimized_model import TokenModelConfig, check_decoding
 from maskgit_pl.training.token_model import NUM_BINS, TokenModel
-from maskgit_pl.training.token_model_config import TokenModelConfig, check_decoding
 
 __all__ = ["AutoregressiveConfig", "AutoregressiveModel"]
 

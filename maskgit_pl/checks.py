@@ -1,6 +1,16 @@
-"""Checks of values from users and files. Every message has the form ``NAME must RULE, got VALUE``.
+"""JSON Schemas of type annotations, and checks of plain values against them.
+
+Used for recipes, ``config.json`` and ``decoding.json``. Imports nothing heavy, so that a wrong key is reported
+immediately. The schemas are JSON Schema 2020-12, which editors understand.
+
+Checks of values from users and files. Every message has the form ``NAME must RULE, got VALUE``.
 
 Used by configuration dataclasses in ``__post_init__`` and by all readers of untrusted files.
+
+The size, the channels and the file names of images, as recipes and files give them. Imports no torch.
+
+A size is the side of square images, or (height, width). Equal sides are always one integer, so that a size has
+one form in files, digests and names.
 """
 
 from __future__ import annotations
@@ -8,29 +18,137 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Collection, Iterable, Mapping
+import types
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, is_dataclass
 from difflib import get_close_matches
 from numbers import Real
-from typing import Any, SupportsIndex, TypeVar, get_type_hints
-
-from maskgit_pl.schema import Schema, describe, fits, schema_of
+from typing import Any, Literal, SupportsIndex, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 
 __all__ = [
+    "CHANNELS",
+    "ImageSize",
+    "Schema",
+    "as_image_size",
     "build_dataclass",
+    "check_channels",
     "check_choice",
     "check_class_names",
+    "check_image_size",
     "check_integer",
     "check_keys",
     "check_number",
     "check_seed",
     "check_sha256",
+    "describe",
     "did_you_mean",
+    "fits",
+    "height_width",
+    "image_file_name",
+    "is_image_file_name",
+    "pixels_text",
     "plain_list",
     "plain_number",
+    "plain_size",
+    "schema_of",
     "shorten",
 ]
+
+Schema = dict[str, Any]
+
+_TYPES: dict[Any, str] = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}
+_NAMES = {
+    "integer": "an integer",
+    "number": "a number",
+    "string": "a string",
+    "boolean": "true or false",
+    "null": "null",
+    "object": "a mapping",
+}
+# Python counts a bool as an int; JSON Schema does not.
+_FITS: dict[str, Callable[[object], bool]] = {
+    "integer": lambda value: isinstance(value, int) and not isinstance(value, bool),
+    "number": lambda value: isinstance(value, int | float) and not isinstance(value, bool),
+    "string": lambda value: isinstance(value, str),
+    "boolean": lambda value: isinstance(value, bool),
+    "null": lambda value: value is None,
+    "object": lambda value: isinstance(value, Mapping) and all(isinstance(key, str) for key in value),
+}
+
+
+def schema_of(annotation: Any) -> Schema:
+    """Returns the JSON Schema of an annotation.
+
+    Args:
+        annotation: A plain type, dataclass, ``Literal``, union, tuple, sequence, mapping or ``Any``.
+
+    Raises:
+        TypeError: if the annotation is of another kind.
+    """
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation is Any:
+        return {}
+    if annotation is None:
+        annotation = type(None)
+    if annotation in _TYPES:
+        return {"type": _TYPES[annotation]}
+    # A dataclass is a mapping with exactly its fields.
+    if isinstance(annotation, type) and is_dataclass(annotation):
+        hints = get_type_hints(annotation)
+        properties = {field.name: schema_of(hints[field.name]) for field in fields(annotation) if field.init}
+        return {"type": "object", "properties": properties, "additionalProperties": False}
+    if origin is Literal:
+        return {"enum": list(arguments)}
+    if origin in (Union, types.UnionType):
+        return {"anyOf": [schema_of(each) for each in arguments]}
+    # tuple[float, float] has a fixed length; tuple[int, ...] is handled as a sequence below.
+    if origin is tuple and arguments[-1:] != (Ellipsis,):
+        return {"type": "array", "prefixItems": [schema_of(each) for each in arguments], **_length(len(arguments))}
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return {"type": "object"}
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        return {"type": "array", "items": schema_of(arguments[0])}
+    raise TypeError(f"{annotation} has no JSON Schema here")
+
+
+def _length(count: int) -> Schema:
+    return {"minItems": count, "maxItems": count}
+
+
+def fits(value: object, schema: Schema) -> bool:
+    """Returns True if a plain value fits a schema of ``schema_of``. Keys of mappings are not compared.
+
+    An integer fits ``number``, a tuple fits ``array``, and a bool fits only ``boolean``.
+    """
+    if "anyOf" in schema:
+        return any(fits(value, each) for each in schema["anyOf"])
+    if "enum" in schema:
+        # 1 == True in Python, so types are compared too.
+        return any(value == choice and type(value) is type(choice) for choice in schema["enum"])
+    if schema.get("type") == "array":
+        return isinstance(value, list | tuple) and _items_fit(value, schema)
+    return "type" not in schema or _FITS[schema["type"]](value)
+
+
+def _items_fit(values: Sequence[object], schema: Schema) -> bool:
+    if "prefixItems" in schema:
+        return len(values) == len(schema["prefixItems"]) and all(map(fits, values, schema["prefixItems"]))
+    return all(fits(each, schema["items"]) for each in values)
+
+
+def describe(schema: Schema) -> str:
+    """Returns the values that a schema accepts in words, such as ``"an integer or null"``."""
+    if "anyOf" in schema:
+        return " or ".join(describe(each) for each in schema["anyOf"])
+    if "enum" in schema:
+        return " or ".join(repr(each) if isinstance(each, str) else str(each).lower() for each in schema["enum"])
+    if "prefixItems" in schema:
+        return "a list of " + " and ".join(describe(each) for each in schema["prefixItems"])
+    if schema.get("type") == "array":
+        return f"a list of items that are each {describe(schema['items'])}"
+    return _NAMES.get(schema.get("type", ""), "any value")
+
 
 T = TypeVar("T")
 
@@ -266,3 +384,87 @@ def _end(word: str) -> float:
     base, _, exponent = word.partition("**")
     end: float = float(base) ** float(exponent or 1)
     return end
+
+
+ImageSize: TypeAlias = int | tuple[int, int]
+"""The side of square images, or (height, width), in pixels."""
+
+_FILE_NAME = re.compile(r"(no-class|class-\d{4,})-seed-\d{6,}\.png")  # of ``image_file_name``
+
+CHANNELS = {1: "grey", 3: "RGB"}
+"""The numbers of channels of images, and what they hold."""
+
+
+def height_width(size: int | Sequence[int]) -> tuple[int, int]:
+    """Returns the height and the width of a size."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
+def as_image_size(size: int | Sequence[int]) -> ImageSize:
+    """Returns a size in its one form: the side of a square, else (height, width)."""
+    height, width = height_width(size)
+    return height if height == width else (height, width)
+
+
+def plain_size(size: int | Sequence[int]) -> int | list[int]:
+    """Returns a size as JSON and YAML restore it: the side of a square, else [height, width]."""
+    size = as_image_size(size)
+    return size if isinstance(size, int) else list(size)
+
+
+def pixels_text(size: int | Sequence[int]) -> str:
+    """Returns a size for messages: width x height, as PIL and file managers show it."""
+    height, width = height_width(size)
+    return f"{width} x {height}"
+
+
+def image_file_name(label: int | None, seed: int) -> str:
+    """Returns the name of the PNG file of a generated image, such as ``class-0003-seed-000007.png``.
+
+    Args:
+        label: Class of the image; None is "no class".
+        seed: Seed of the image.
+    """
+    name = "no-class" if label is None else f"class-{label:04d}"
+    return f"{name}-seed-{seed:06d}.png"
+
+
+def is_image_file_name(name: str) -> bool:
+    """Returns True if a name can be one of ``image_file_name``."""
+    return _FILE_NAME.fullmatch(name) is not None
+
+
+def check_image_size(name: str, size: object, interval: str) -> ImageSize:
+    """Checks the size of images.
+
+    Args:
+        name: Name of the value for the message, such as a flag.
+        size: An integer, or a list or tuple [height, width].
+        interval: Range of a side, such as ``"[1, 8192]"``.
+
+    Returns:
+        The size in its one form; see ``as_image_size``.
+
+    Raises:
+        ValueError: if it is anything else, or a side is out of range.
+    """
+    if isinstance(size, list | tuple) and len(size) == 2:
+        return as_image_size([check_integer(name, side, interval) for side in size])
+    if not isinstance(size, int):
+        raise ValueError(
+            f"{name} must be an integer in {interval}, or [height, width] of two such integers, got {shorten(size)}"
+        )
+    return check_integer(name, size, interval)
+
+
+def check_channels(name: str, channels: object) -> int:
+    """Checks the number of channels of images.
+
+    Raises:
+        ValueError: if it is not 1 or 3.
+    """
+    if isinstance(channels, bool) or not isinstance(channels, int) or channels not in CHANNELS:
+        known = ", ".join(f"{number} ({what})" for number, what in CHANNELS.items())
+        raise ValueError(f"{name} must be one of {known}, got {shorten(channels)}")
+    return channels

@@ -1,4 +1,26 @@
-"""The masks of training, drawn from the mask schedule that decoding follows too.
+"""Distributions of the mask ratio in training. The default is that of the mask schedule, gamma(u).
+
+Used by ``masking.MaskSampler``. Each distribution is a function of a uniform number u, usually its inverse cumulative
+distribution: the u of a global batch are stratified, so the ratios are stratified too. Your own distribution is a
+registered frozen dataclass::
+
+    @mask_ratios.register("quarter")
+    @dataclass(frozen=True)
+    class Quarter(MaskRatio):
+        def __call__(self, u: Tensor, mask_schedule: MaskSchedule, num_tokens: int) -> Tensor:
+            return 0.75 + 0.25 * u
+
+The positions that a training mask covers, given their number: uniform, blocks or a Halton order.
+
+Used by ``masking.MaskSampler``. Your own rule is a registered frozen dataclass::
+
+    @mask_positions.register("top")
+    @dataclass(frozen=True)
+    class Top(MaskPositions):
+        def order(self, num_tokens, *, grid, seed, index, epoch):
+            return torch.arange(num_tokens, device=index.device).expand(len(index), -1)
+
+The masks of training, drawn from the mask schedule that decoding follows too.
 
 ``MaskSampler`` is used by ``mvtm.MaskedTokenModel`` and, as ``random_mask``, by ``evaluation.likelihood``. The
 distribution of the ratio is one of ``mask_ratios``, the rule for the positions one of ``mask_positions``. ``Draws``
@@ -7,21 +29,395 @@ holds everything that a training step draws at random for its samples.
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import lru_cache
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskgit_pl.checks import check_number
-from maskgit_pl.mask_positions import Grid, MaskPositions, UniformPositions, random_mask
-from maskgit_pl.mask_ratios import MaskRatio, ScheduleRatio
+from maskgit_pl.checks import check_number, shorten
 from maskgit_pl.randomness import random_bits, random_uniform
-from maskgit_pl.schedules import MaskSchedule, num_masked
+from maskgit_pl.registry import Registry
+from maskgit_pl.schedules import MaskSchedule, compute_ratios, halton_order, mask_schedules, num_masked
 
-__all__ = ["Draws", "MaskSampler", "pad_positions", "random_mask", "true_positions"]
+__all__ = [
+    "Draws",
+    "Grid",
+    "MaskPositions",
+    "MaskRatio",
+    "MaskSampler",
+    "mask_positions",
+    "mask_ratios",
+    "pad_positions",
+    "random_mask",
+    "true_positions",
+]
+
+_CHECKED_POINTS = 257  # with the quarters of [0, 1]
+_LEAST_MASS = 1e-6  # probability of the interval that a normal distribution is truncated to
+_BETA_POINTS = 16384  # intervals of the table of a beta distribution
+
+
+class MaskRatio(ABC):
+    """A distribution of the mask ratio, as a monotone function of a uniform number. Subclasses are frozen dataclasses.
+
+    Attributes:
+        follows_schedule: True if the ratio is that of the mask schedule.
+    """
+
+    follows_schedule: ClassVar[bool] = False
+
+    @abstractmethod
+    def __call__(self, u: Tensor, mask_schedule: MaskSchedule, num_tokens: int) -> Tensor:
+        """Computes the mask ratio.
+
+        Args:
+            u: (B,) float32, uniform on [0, 1].
+            mask_schedule: gamma: the schedule object that the decoder holds too.
+            num_tokens: N, tokens per image.
+
+        Returns:
+            (B,) float32 in [0, 1]. The objective ``elbo`` differentiates it with respect to ``u``.
+        """
+
+
+def check_mask_ratio(name: str, mask_ratio: MaskRatio) -> None:
+    """Checks the contract of a distribution: finite ratios in [0, 1] that never rise or never fall.
+
+    Raises:
+        ValueError: if the distribution breaks the contract. The message has the name, the rule and the value.
+    """
+    if not isinstance(mask_ratio, MaskRatio):
+        raise ValueError(f"mask ratio {name!r} must be a MaskRatio, got {shorten(mask_ratio)}")
+    u = torch.linspace(0, 1, _CHECKED_POINTS)
+    ratio = mask_ratio(u, mask_schedules.build("cosine"), 256)
+    if not isinstance(ratio, Tensor) or ratio.shape != u.shape or ratio.dtype != u.dtype:
+        seen = f"{ratio.dtype} {tuple(ratio.shape)}" if isinstance(ratio, Tensor) else shorten(ratio)
+        raise ValueError(f"mask ratio {name!r}: it must return a float32 tensor in the shape of u, got {seen}")
+    if not bool(ratio.isfinite().all() and (ratio >= 0).all() and (ratio <= 1).all()):
+        raise ValueError(
+            f"mask ratio {name!r}: its values must lie in [0, 1], got {float(ratio.min()):g} to {float(ratio.max()):g}"
+        )
+    steps = ratio.diff()
+    if bool((steps < -1e-6).any() and (steps > 1e-6).any()):
+        raise ValueError(f"mask ratio {name!r}: it must never rise or never fall with u, got both")
+
+
+mask_ratios: Registry[MaskRatio] = Registry("mask ratio", "maskgit_pl.mask_ratios", check=check_mask_ratio)
+
+
+@mask_ratios.register("schedule")
+@dataclass(frozen=True)
+class ScheduleRatio(MaskRatio):
+    """gamma(u), the mask schedule that decoding follows too. Source: paper, training objective."""
+
+    follows_schedule: ClassVar[bool] = True
+
+    def __call__(self, u: Tensor, mask_schedule: MaskSchedule, num_tokens: int) -> Tensor:
+        return compute_ratios(mask_schedule, u, num_tokens)
+
+
+@mask_ratios.register("uniform")
+@dataclass(frozen=True)
+class UniformRatio(MaskRatio):
+    """The uniform distribution on [low, high]: low + (high - low) u.
+
+    Args:
+        low: Smallest ratio, in [0, 1).
+        high: Largest ratio, in (low, 1].
+
+    Raises:
+        ValueError: if a number is out of range.
+
+    Source: on [0, 1], masked diffusion with a linear noise schedule, MDLM, arXiv:2406.07524.
+    """
+
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number("low", self.low, "[0, 1)")
+        check_number("high", self.high, f"({self.low}, 1]")
+
+    def __call__(self, u: Tensor, mask_schedule: MaskSchedule, num_tokens: int) -> Tensor:
+        return (self.low + (self.high - self.low) * u).clamp(0.0, 1.0)
+
+
+@mask_ratios.register("truncated_normal")
+@dataclass(frozen=True)
+class TruncatedNormalRatio(MaskRatio):
+    """The normal distribution, truncated to [low, high].
+
+    ratio = mean + std Phi^-1(Phi(a) + u (Phi(b) - Phi(a))), a = (low - mean) / std, b = (high - mean) / std
+
+    Args:
+        mean: Mean before the truncation, in [-1, 2].
+        std: Standard deviation before the truncation, in [0.01, 10].
+        low: Smallest ratio, in [0, 1).
+        high: Largest ratio, in (low, 1].
+
+    Raises:
+        ValueError: if a number is out of range, or [low, high] has a probability below 1e-6.
+
+    Source: MAGE, arXiv:2211.09117, section 3 (mean 0.55, std 0.25, truncated to [0.5, 1]).
+    """
+
+    mean: float = 0.55
+    std: float = 0.25
+    low: float = 0.5
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number("mean", self.mean, "[-1, 2]")
+        check_number("std", self.std, "[0.01, 10]")
+        check_number("low", self.low, "[0, 1)")
+        check_number("high", self.high, f"({self.low}, 1]")
+        below, above = self._bounds()
+        if above - below < _LEAST_MASS:
+            raise ValueError(
+                f"mean must be so close to [low, high] that its probability is at least {_LEAST_MASS:g}, got "
+                f"{above - below:.2g} for {self}; move mean towards [low, high], or raise std"
+            )
+
+    def _bounds(self) -> tuple[float, float]:
+        """Returns Phi(a) and Phi(b)."""
+        below, above = (0.5 * math.erfc((self.mean - end) / self.std / math.sqrt(2)) for end in (self.low, self.high))
+        return below, above
+
+    def __call__(self, u: Tensor, mask_schedule: MaskSchedule, num_tokens: int) -> Tensor:
+        below, above = self._bounds()
+        probability = below + (above - below) * u.double()  # float32 has no digits left near probability 1
+        ratio: Tensor = self.mean + self.std * torch.special.ndtri(probability)
+        return ratio.float().clamp(self.low, self.high)
+
+
+@mask_ratios.register("beta")
+@dataclass(frozen=True)
+class BetaRatio(MaskRatio):
+    """The beta distribution, with the density r^(a - 1) (1 - r)^(b - 1) up to a factor.
+
+    Its inverse cumulative distribution is interpolated linearly in a table of 16,384 intervals.
+
+    Args:
+        a: First parameter, in [0.5, 100]; the mean is a / (a + b).
+        b: Second parameter, in [0.5, 100].
+
+    Raises:
+        ValueError: if a number is out of range.
+
+    Source: none; ``a=2, b=1`` has the mean 2 / 3, like the schedule ``square``.
+    """
+
+    a: float = 2.0
+    b: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number("a", self.a, "[0.5, 100]")
+        check_number("b", self.b, "[0.5, 100]")
+
+    def __call__(self, u: Tensor, mask_schedule: MaskSchedule, num_tokens: int) -> Tensor:
+        ratios, cumulative = (each.to(u.device) for each in _beta_table(self.a, self.b))
+        wanted = u.double()
+        right = torch.searchsorted(cumulative, wanted.detach(), right=True).clamp(1, len(cumulative) - 1)
+        left = right - 1
+        width = cumulative[right] - cumulative[left]
+        share = (wanted - cumulative[left]) / width.clamp(min=1e-300)
+        return (ratios[left] + share * (ratios[right] - ratios[left])).float().clamp(0.0, 1.0)
+
+
+@lru_cache(maxsize=16)
+def _beta_table(a: float, b: float) -> tuple[Tensor, Tensor]:
+    """Returns ratios in [0, 1] and the cumulative distribution there, two float64 tensors."""
+    # r = sin^2(angle) keeps the density finite at both ends: 2 sin^(2a - 1) cos^(2b - 1), integrated by midpoints.
+    edges = torch.linspace(0, math.pi / 2, _BETA_POINTS + 1, dtype=torch.float64)
+    middle = (edges[1:] + edges[:-1]) / 2
+    mass = ((2 * a - 1) * middle.sin().log() + (2 * b - 1) * middle.cos().log()).exp()
+    cumulative = torch.cat([mass.new_zeros(1), mass.cumsum(0)])
+    return edges.sin().square(), cumulative / cumulative[-1].clone()
+
+
+Grid = tuple[int, int]
+
+_NUM_BLOCKS = 32  # blocks drawn per image; positions that none of them covers are masked last
+
+
+class MaskPositions(ABC):
+    """A rule that chooses the masked positions of each image. Subclasses are frozen dataclasses."""
+
+    @abstractmethod
+    def order(self, num_tokens: int, *, grid: Grid | None, seed: int, index: Tensor, epoch: Tensor | int) -> Tensor:
+        """Returns the order in which positions are masked: a permutation of range(N) for each row, (B, N) int64.
+
+        It must be a function of (seed, index, epoch) only.
+
+        Args:
+            num_tokens: N, tokens per image.
+            grid: Rows and columns of tokens; None if not given.
+            seed: Seed in [0, 2**32).
+            index: (B,) int64 in [0, 2**32): sample index.
+            epoch: (B,) int64 or an integer, in [0, 2**32).
+        """
+
+    def mask(
+        self,
+        count: Tensor,
+        num_tokens: int,
+        *,
+        grid: Grid | None = None,
+        seed: int,
+        index: Tensor,
+        epoch: Tensor | int = 0,
+    ) -> Tensor:
+        """Draws masks with exactly ``count`` (B,) int64 positions; see ``order`` for the other arguments.
+
+        Returns:
+            (B, N) bool, True = masked.
+
+        Raises:
+            ValueError: if the rule requires a grid and ``grid`` is None or does not hold N tokens.
+        """
+        order = self.order(num_tokens, grid=grid, seed=seed, index=index, epoch=epoch)  # (B, N)
+        is_first = torch.arange(num_tokens, device=order.device) < count.unsqueeze(1)  # (B, N): columns in that order
+        return torch.zeros_like(is_first).scatter(1, order, is_first)
+
+
+def _check_grid(name: str, grid: Grid | None, num_tokens: int) -> Grid:
+    if grid is None or math.prod(grid) != num_tokens:
+        raise ValueError(
+            f"mask positions {name} require the grid (rows, columns) of the {num_tokens} tokens, got {grid}; call "
+            "MaskSampler.mask(grid=(rows, columns))"
+        )
+    return grid
+
+
+def check_mask_positions(name: str, positions: MaskPositions) -> None:
+    """Checks the contract of a rule on a grid of 2 x 3 tokens: a permutation of the positions for each row.
+
+    Raises:
+        ValueError: if the rule breaks the contract. The message has the name, the rule and the value.
+    """
+    if not isinstance(positions, MaskPositions):
+        raise ValueError(f"mask positions {name!r} must be MaskPositions, got {shorten(positions)}")
+    index = torch.arange(3)
+    order = positions.order(6, grid=(2, 3), seed=0, index=index, epoch=torch.zeros_like(index))
+    if not isinstance(order, Tensor) or order.shape != (3, 6) or order.dtype != torch.int64:
+        seen = f"{order.dtype} {tuple(order.shape)}" if isinstance(order, Tensor) else shorten(order)
+        raise ValueError(f"mask positions {name!r}: the order must be an int64 tensor (B, N), got {seen}")
+    if not torch.equal(order.sort(dim=1).values, torch.arange(6).expand(3, 6)):
+        raise ValueError(f"mask positions {name!r}: each row must hold all positions once, got {order.tolist()}")
+
+
+mask_positions: Registry[MaskPositions] = Registry(
+    "mask positions", "maskgit_pl.mask_positions", check=check_mask_positions
+)
+
+
+@mask_positions.register("uniform")
+@dataclass(frozen=True)
+class UniformPositions(MaskPositions):
+    """All sets of positions are equally likely. Source: paper, training objective."""
+
+    def order(self, num_tokens: int, *, grid: Grid | None, seed: int, index: Tensor, epoch: Tensor | int) -> Tensor:
+        # Sorting random keys gives a uniformly random order of the positions. A stable sort breaks ties by position, so
+        # the mask is bit-exact on every device.
+        keys = random_bits("mask", seed=seed, index=index, epoch=epoch, count=num_tokens)  # (B, N)
+        return keys.argsort(dim=1, stable=True)
+
+
+def random_mask(count: Tensor, num_tokens: int, *, seed: int, index: Tensor, epoch: Tensor | int = 0) -> Tensor:
+    """Draws uniformly random masks with a given number of positions, a function of (seed, index, epoch) only.
+
+    Args:
+        count: (B,) int64 in [0, N]: masked positions of each row.
+        num_tokens: N, tokens per image.
+        seed: Seed in [0, 2**32).
+        index: (B,) int64 in [0, 2**32): sample index.
+        epoch: (B,) int64 or an integer, in [0, 2**32); each epoch gives other masks.
+
+    Returns:
+        (B, N) bool, True = masked.
+    """
+    return UniformPositions().mask(count, num_tokens, seed=seed, index=index, epoch=epoch)
+
+
+@mask_positions.register("blocks")
+@dataclass(frozen=True)
+class BlockPositions(MaskPositions):
+    """Rectangles of random size and place, one after another, until the count is reached; the last one is cut.
+
+    Height and width of a rectangle are independent: uniform on the integers between ``min_side * max_side`` and
+    ``max_side`` times the rows and columns, rounded up. Its place is uniform. At most 32 rectangles are drawn per
+    image. Positions outside of all rectangles are masked last, in random order.
+
+    Args:
+        max_side: Largest side as a fraction of the grid's side, in (0, 1].
+        min_side: Smallest side as a fraction of the largest one, in (0, 1].
+
+    Raises:
+        ValueError: if a number is out of range.
+
+    Source: the idea is that of blockwise masking, BEiT, arXiv:2106.08254; the sizes are not.
+    """
+
+    max_side: float = 0.5
+    min_side: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_number("max_side", self.max_side, "(0, 1]")
+        check_number("min_side", self.min_side, "(0, 1]")
+
+    def order(self, num_tokens: int, *, grid: Grid | None, seed: int, index: Tensor, epoch: Tensor | int) -> Tensor:
+        grid = _check_grid("blocks", grid, num_tokens)
+        uniform = random_uniform("mask/blocks", seed=seed, index=index, epoch=epoch, count=4 * _NUM_BLOCKS)
+        u = uniform.view(-1, _NUM_BLOCKS, 4, 1)  # (B, blocks, numbers, 1)
+        place = torch.arange(num_tokens, device=u.device)
+        rows, columns = place // grid[1], place % grid[1]  # (N,)
+        inside = self._covers(u[:, :, 0], u[:, :, 1], rows, grid[0]) & self._covers(
+            u[:, :, 2], u[:, :, 3], columns, grid[1]
+        )  # (B, blocks, N)
+        # The first block that covers a position; argmax of equal values returns any of them, so blocks are weighted.
+        weights = torch.arange(_NUM_BLOCKS, 0, -1, device=u.device).view(-1, 1)
+        first = _NUM_BLOCKS - (inside * weights).amax(1)  # (B, N) in [0, blocks]
+        # Blocks in turn, and raster order within a block, so that a cut block stays in one piece.
+        rest = random_bits("mask", seed=seed, index=index, epoch=epoch, count=num_tokens)  # (B, N) in [0, 2**32)
+        keys = (first << 32) + rest.where(first == _NUM_BLOCKS, place)
+        return keys.argsort(dim=1, stable=True)
+
+    def _covers(self, u_size: Tensor, u_place: Tensor, places: Tensor, side: int) -> Tensor:
+        """Returns (B, blocks, N) bool: True where an interval of random size and place covers ``places`` (N,)."""
+        # Products of a float32 and an integer, rounded down: bit-exact on every device.
+        least, most = (math.ceil(fraction * side) for fraction in (self.min_side * self.max_side, self.max_side))
+        size = least + (u_size * (most - least + 1)).floor().long().clamp(max=most - least)  # (B, blocks, 1)
+        start = (u_place * (side - size + 1)).floor().long().clamp(min=0).minimum(side - size)
+        return (places >= start) & (places < start + size)
+
+
+@mask_positions.register("halton")
+@dataclass(frozen=True)
+class HaltonPositions(MaskPositions):
+    """The masks that decoding with the token selector ``halton`` sees: the end of a Halton order, randomly rolled.
+
+    The visible tokens are consecutive in the order, so that they are spread evenly over the image.
+
+    Source: Besnier et al., arXiv:2503.17076, for the order and its roll; their training masks uniformly.
+    """
+
+    def order(self, num_tokens: int, *, grid: Grid | None, seed: int, index: Tensor, epoch: Tensor | int) -> Tensor:
+        order = _halton_tensor(_check_grid("halton", grid, num_tokens), index.device)  # (N,)
+        shift = random_bits("mask/halton", seed=seed, index=index, epoch=epoch)[:, :1] % num_tokens  # (B, 1)
+        # Decoding begins with the visible tokens, so the masked ones are the last of its order.
+        backwards = torch.arange(num_tokens - 1, -1, -1, device=order.device)
+        return order[(backwards + shift) % num_tokens]
+
+
+@lru_cache(maxsize=16)
+def _halton_tensor(grid: Grid, device: torch.device) -> Tensor:
+    return torch.tensor(halton_order(grid)).to(device)
 
 
 class Draws(NamedTuple):
@@ -109,8 +505,8 @@ class MaskSampler:
     mask_schedule: MaskSchedule
     seed: int
     min_mask_ratio: float = 0.0
-    mask_ratio: MaskRatio = ScheduleRatio()  # noqa: RUF009  # frozen
-    mask_positions: MaskPositions = UniformPositions()  # noqa: RUF009  # frozen
+    mask_ratio: MaskRatio = ScheduleRatio()  # frozen
+    mask_positions: MaskPositions = UniformPositions()  # frozen
 
     def __post_init__(self) -> None:
         check_number("min_mask_ratio", self.min_mask_ratio, "[0, 1]")

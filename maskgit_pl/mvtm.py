@@ -15,18 +15,22 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from maskgit_pl.checks import check_integer, check_number
-from maskgit_pl.code_clusters import balanced_clusters, check_clusters
-from maskgit_pl.corruption import Corruption, corruptions
 from maskgit_pl.data import Batch
 from maskgit_pl.decoding import ConditionalModel, DecodingConfig, DecodingStep, decode_classes
-from maskgit_pl.mask_positions import mask_positions
-from maskgit_pl.mask_ratios import mask_ratios
-from maskgit_pl.masking import Draws, MaskSampler, pad_positions, true_positions
-from maskgit_pl.networks.backbone_contract import create_network
-from maskgit_pl.objectives import Objective, TokenLosses, objectives
+from maskgit_pl.masking import Draws, MaskSampler, mask_positions, mask_ratios, pad_positions, true_positions
+from maskgit_pl.networks.backbone import create_network
+from maskgit_pl.objectives import (
+    Corruption,
+    Objective,
+    TokenLosses,
+    balanced_clusters,
+    check_clusters,
+    corruptions,
+    objectives,
+)
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
+from maskgit_pl.training.optimized_model import TokenModelConfig, check_decoding
 from maskgit_pl.training.token_model import NUM_BINS, StepLosses, TokenModel
-from maskgit_pl.training.token_model_config import TokenModelConfig, check_decoding
 
 __all__ = ["MaskedTokenConfig", "MaskedTokenModel"]
 

@@ -1,4 +1,9 @@
-"""Stop signals (SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C): their handler sets a flag and does nothing else.
+"""Rank and world size that ``torchrun`` or ``srun`` gave this process in its environment. Imports no torch.
+
+Used by commands whose processes share work without a process group (see ``distributed`` for those that have one), and
+by commands that must not act as a rank.
+
+Stop signals (SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C): their handler sets a flag and does nothing else.
 
 A handler that saved or talked to other ranks would do so in the middle of other work, and ranks that are not at the
 same place wait for each other forever. ``training.stop_and_nonfinite.StepCheck`` reads the flag after each step, on all
@@ -7,21 +12,104 @@ ranks together.
 A second Ctrl-C ends a command immediately, with exit code 130. A separate thread does this, because a Python handler
 runs only when the main thread does, and that may be waiting for other ranks. In a notebook, the second Ctrl-C raises
 KeyboardInterrupt. The files on disk are complete in either case, as after a kill.
+
+Runs one function over many shards, in this process or in several.
+
+Used by ``writer``, ``index`` and ``verify``. The results do not depend on the number of workers.
+
+Progress of long work: bars on a terminal, log lines every 15 seconds elsewhere.
+
+Used by every command that works for longer than a few seconds. Training runs use ``maskgit_pl.training.callbacks``. The
+lines go to the log, not to the output of a command.
 """
 
 from __future__ import annotations
 
+import datetime
+import logging
+import multiprocessing
 import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext, suppress
 from types import FrameType
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
-from maskgit_pl.errors import INTERRUPTED
+from maskgit_pl.checks import check_integer
+from maskgit_pl.errors import INTERRUPTED, DataWorkerError, is_user_error
 
-__all__ = ["SIGNALS", "catch_stop_signals", "hold_ctrl_c", "ignore_job_signals", "is_requested"]
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+__all__ = [
+    "SIGNALS",
+    "Bars",
+    "available_cores",
+    "catch_stop_signals",
+    "choose_workers",
+    "hide_launcher",
+    "hold_ctrl_c",
+    "ignore_job_signals",
+    "is_requested",
+    "launcher_rank",
+    "local_rank",
+    "named_bars",
+    "no_bars",
+    "progress_bars",
+    "run_jobs",
+]
+
+# torchrun under srun sets both. A batch script has SLURM_PROCID and SLURM_NTASKS, too, but is a single process.
+_RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
+_LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID")
+_VARIABLES = ("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "TORCHELASTIC_")
+
+
+def launcher_rank(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """Returns this process's rank and the number of processes; (0, 1) without a launcher.
+
+    Raises:
+        ValueError: if a variable is not a whole number.
+    """
+    found = next((names for names in _RANKS if all(name in environment for name in names)), None)
+    if found is None:
+        return 0, 1
+    rank, world_size = (_number(name, environment) for name in found)
+    return rank, world_size
+
+
+def local_rank(environment: Mapping[str, str] = os.environ) -> int:
+    """Returns this process's rank on its machine; 0 without a launcher.
+
+    Raises:
+        ValueError: if the variable is not a whole number.
+    """
+    return next((_number(name, environment) for name in _LOCAL_RANKS if name in environment), 0)
+
+
+@contextmanager
+def hide_launcher() -> Iterator[None]:
+    """Hides the variables of a launcher inside the context; Lightning would treat this process as a rank."""
+    hidden = {name: value for name, value in os.environ.items() if name.startswith(_VARIABLES)}
+    # In place, since child processes and libraries read os.environ.
+    for name in hidden:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def _number(name: str, environment: Mapping[str, str]) -> int:
+    if not environment[name].isdecimal():
+        raise ValueError(f"{name} must be a whole number, got {environment[name]!r}; give --rank and --world-size")
+    return int(environment[name])
+
 
 _NAMES = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")
 SIGNALS = tuple(signal.Signals[name] for name in _NAMES if hasattr(signal, name))  # Windows lacks some
@@ -190,3 +278,217 @@ def _leave_signals_to_parent() -> None:
 
 if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(before=_hold_signals, after_in_parent=_release_signals, after_in_child=_leave_signals_to_parent)
+
+Shared = TypeVar("Shared")
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+_shared: Any = None  # in a worker: the argument that all jobs share, sent once
+
+
+def available_cores() -> int:
+    """Returns the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def choose_workers(given: int | None, *, work: float) -> int:
+    """Returns the number of worker processes.
+
+    Args:
+        given: The number that the user asked for; None for one per core, fewer if there is little work.
+        work: Amount of work, in units that take one process about 10 seconds.
+    """
+    return min(available_cores(), 1 + int(work)) if given is None else given
+
+
+def run_jobs(
+    function: Callable[[Shared, Job], Result], shared: Shared, jobs: Sequence[Job], *, workers: int
+) -> Iterator[tuple[Job, Result]]:
+    """Calls ``function(shared, job)`` for every job.
+
+    Args:
+        function: Function that can be pickled: defined at the top level of a module.
+        shared: First argument of all calls; sent to each worker once.
+        jobs: Second argument of each call.
+        workers: Number of processes; with 1, or for one job, this process does the work.
+
+    Yields:
+        (job, result) in the order in which the jobs finish.
+
+    Raises:
+        ValueError: if ``workers`` is not an integer of at least 1.
+        DataWorkerError: if a worker was killed.
+    """
+    check_integer("workers", workers, "[1, inf)")
+    # One process: the results come in the order of the jobs, and starting another would take a second.
+    workers = min(workers, len(jobs))
+    if workers <= 1:
+        for job in jobs:
+            yield job, function(shared, job)
+        return
+    # spawn: a forked copy of a process with threads (torch's, the progress bar's) may deadlock.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_init_worker, initargs=(shared,))
+    others = set(multiprocessing.active_children())
+    try:
+        with hold_ctrl_c():
+            waiting = {pool.submit(_call, function, job): job for job in jobs}
+        for future in as_completed(waiting):
+            result = future.result()
+            if isinstance(result, _Refusal):
+                raise result.error
+            yield waiting.pop(future), result
+    except BrokenProcessPool as error:
+        raise DataWorkerError(
+            "a worker process was killed, most likely because it ran out of memory; use fewer workers (--num-workers), "
+            "then run the same command again to resume"
+        ) from error
+    except (KeyboardInterrupt, GeneratorExit):
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()  # its result will not be used
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class _Refusal(NamedTuple):
+    """A user error in a worker, sent back as a result; as an exception, it would get the worker's traceback."""
+
+    error: Exception
+
+
+def _init_worker(shared: Any) -> None:
+    global _shared
+    _shared = shared
+    os.environ["OMP_NUM_THREADS"] = "1"  # one core per worker; torch reads it when it is imported
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Ends a worker whose parent process was killed; else it would wait for jobs forever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _call(function: Callable[[Any, Job], Result], job: Job) -> Result | _Refusal:
+    try:
+        return function(_shared, job)
+    except Exception as error:
+        if is_user_error(error):
+            return _Refusal(error)
+        raise
+
+
+log = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_LINES = 15.0
+_SECONDS_BETWEEN_UPDATES = 0.1  # an update of a bar costs more than a small image
+_SHOWN_BARS = 10  # with more bars, finished ones are hidden
+
+
+class Bars(Protocol):
+    """The type of a function that makes a progress bar."""
+
+    def __call__(self, title: str, total: int, *, done: int = 0, unit: str = "") -> Callable[[int], None]:
+        """Makes the bar of a task.
+
+        Args:
+            title: Title of the bar.
+            total: Amount of work.
+            done: Amount done by an earlier run, which does not count for the speed.
+            unit: Unit of the amounts, such as ``"images"``.
+
+        Returns:
+            A function to call with each finished amount.
+        """
+        ...
+
+
+def no_bars(title: str, total: int, *, done: int = 0, unit: str = "") -> Callable[[int], None]:
+    """Returns a function that shows nothing, with the signature of ``Bars``."""
+    return lambda count: None
+
+
+@contextmanager
+def progress_bars(*, shown: bool = True) -> Iterator[Bars]:
+    """Yields a function that makes bars. Bars and log lines show the speed and the time left.
+
+    Args:
+        shown: False on all ranks except one.
+    """
+    if not shown:
+        yield no_bars
+    # A bar in a log file would be thousands of lines.
+    elif not sys.stdout.isatty():
+        yield _Lines
+    else:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        speed = TextColumn("{task.fields[speed]}")
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn())
+        with Progress(*columns, transient=True, speed_estimate_period=300) as progress:
+            yield lambda title, total, *, done=0, unit="": _Bar(progress, title, total, done=done, unit=unit)
+
+
+@contextmanager
+def named_bars(unit: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Yields ``advance(title, count, total)``, which adds to the bar of a title and makes it at the first call.
+
+    Args:
+        unit: Unit of the amounts, such as ``"images"``.
+    """
+    with progress_bars() as bars:
+        made: dict[str, Callable[[int], None]] = {}
+
+        def advance(title: str, count: int, total: int) -> None:
+            if title not in made:
+                made[title] = bars(title, total, unit=unit)
+            made[title](count)
+
+        yield advance
+
+
+class _Bar:
+    """A rich progress bar that is updated at most ten times per second."""
+
+    def __init__(self, progress: Progress, title: str, total: int, *, done: int, unit: str) -> None:
+        self.progress, self.total, self.done, self.unit = progress, total, done, unit
+        self.task = progress.add_task(title, total=total, completed=done, speed="")
+        self.updated = 0.0
+
+    def __call__(self, count: int) -> None:
+        self.done += count
+        now = time.monotonic()
+        if now - self.updated < _SECONDS_BETWEEN_UPDATES and self.done < self.total:
+            return
+        self.updated = now
+        task = self.progress.tasks[self.task]
+        self.progress.update(self.task, completed=self.done, speed=_speed(task.speed or 0.0, self.unit))
+        # More than ten bars would scroll the terminal: finished ones are hidden then.
+        self.progress.update(self.task, visible=not task.finished or len(self.progress.tasks) < _SHOWN_BARS)
+
+
+class _Lines:
+    """A log line every 15 seconds. Speed and time left are those since the line before."""
+
+    def __init__(self, title: str, total: int, *, done: int = 0, unit: str = "") -> None:
+        self.title, self.total, self.done, self.unit = title, total, done, unit
+        self.told, self.done_before = time.monotonic(), done
+
+    def __call__(self, count: int) -> None:
+        self.done += count
+        # Only the work since the last line counts, so that a slow start does not distort the time left.
+        now, made = time.monotonic(), self.done - self.done_before
+        if now - self.told < _SECONDS_BETWEEN_LINES or not made:
+            return
+        speed = made / max(now - self.told, 1e-9)
+        left = datetime.timedelta(seconds=round((self.total - self.done) / speed))
+        amount = f"{self.done} of {self.total} {self.unit}".rstrip()
+        log.info("%s: %s, %s, %s left", self.title, amount, _speed(speed, self.unit), left)
+        self.told, self.done_before = now, self.done
+
+
+def _speed(speed: float, unit: str) -> str:
+    """Returns a speed such as ``0.50 images/s`` or ``37 images/s``; without a unit ``37/s``."""
+    return f"{speed:.{2 if speed < 10 else 0}f} {unit}".rstrip() + "/s"

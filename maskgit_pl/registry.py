@@ -3,6 +3,8 @@
 A registry maps names to classes, usually frozen dataclasses. Recipes give a name (``cosine``) or a mapping
 (``{name: pow, exponent: 3}``). Other packages add parts through an entry point group. Each object is checked when it is
 built. A broken plug-in raises a ``PluginError`` with the name of its package, and all other names stay usable.
+
+Lazy imports: public names of a package that are imported when they are first used. Keeps ``import`` fast.
 """
 
 from __future__ import annotations
@@ -20,12 +22,21 @@ from importlib.metadata import EntryPoint, distributions
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from maskgit_pl.checks import build_dataclass, check_keys, did_you_mean, shorten
-from maskgit_pl.text import printable
+from maskgit_pl.errors import printable
+
+__all__ = [
+    "PluginError",
+    "Registry",
+    "derives_from",
+    "describe",
+    "lazy_names",
+    "nearest",
+    "plugin_names",
+]
 
 T = TypeVar("T")
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 
-__all__ = ["PluginError", "Registry", "derives_from", "describe", "nearest", "plugin_names"]
 
 _log = logging.getLogger(__name__)
 
@@ -313,3 +324,21 @@ def _warn(text: str) -> None:
 
 def _one_line(error: BaseException) -> str:
     return printable(" ".join("".join(traceback.format_exception_only(error)).split()), limit=300)
+
+
+def lazy_names(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
+    """Returns the ``__getattr__`` of a package (PEP 562).
+
+    No module of the package may have an exported name, because importing the module would replace it.
+
+    Args:
+        package: ``__name__`` of the package.
+        homes: Module inside the package for each public name.
+    """
+
+    def __getattr__(name: str) -> Any:  # noqa: N807  # the name that tracebacks show
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(f"{package}.{homes[name]}"), name)
+
+    return __getattr__

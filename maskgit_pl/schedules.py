@@ -12,6 +12,10 @@ Your own schedule is a registered frozen dataclass::
     class Sine(MaskSchedule):
         def __call__(self, progress: Tensor, num_tokens: int) -> Tensor:
             return 1 - torch.sin(progress * math.pi / 2)
+
+The Halton order of a grid, which visits the positions so that consecutive ones are far apart.
+
+Used by ``mask_positions`` in training and by ``decoding.selectors`` in decoding.
 """
 
 from __future__ import annotations
@@ -28,7 +32,15 @@ from maskgit_pl.registry import Registry
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["MaskSchedule", "Rounding", "check_mask_schedule", "compute_ratios", "mask_schedules", "num_masked"]
+__all__ = [
+    "MaskSchedule",
+    "Rounding",
+    "check_mask_schedule",
+    "compute_ratios",
+    "halton_order",
+    "mask_schedules",
+    "num_masked",
+]
 
 Rounding = Literal["ceil", "floor"]
 
@@ -240,3 +252,28 @@ class Logarithmic(MaskSchedule):
 
     def __call__(self, progress: Tensor, num_tokens: int) -> Tensor:
         return (-progress.log2() / math.log2(num_tokens)).clamp(0.0, 1.0)
+
+
+def halton_order(grid: tuple[int, int]) -> list[int]:
+    """Returns the positions of a grid (rows, columns) in the order of a Halton sequence of bases 2 and 3.
+
+    Source: Besnier et al., arXiv:2503.17076.
+    """
+    rows, columns = grid
+    order: dict[int, None] = {}  # a dictionary keeps the order of the first visits, and ignores later ones
+    point = 0
+    while len(order) < rows * columns:
+        point += 1
+        # Bases without a common factor make the two coordinates independent of each other.
+        row, column = int(_radical_inverse(point, 2) * rows), int(_radical_inverse(point, 3) * columns)
+        order[row * columns + column] = None
+    return list(order)
+
+
+def _radical_inverse(number: int, base: int) -> float:
+    """Returns the digits of a number in a base, mirrored at the radix point: a number in [0, 1)."""
+    mirrored, scale = 0, 1
+    while number:
+        number, digit = divmod(number, base)
+        mirrored, scale = mirrored * base + digit, scale * base
+    return mirrored / scale

@@ -1,4 +1,6 @@
-"""Stage 1: trains the VQGAN that turns images into tokens and back.
+"""Parts of a network that keep their weights while the rest is trained. Used by ``Tokenizer``.
+
+Stage 1: trains the VQGAN that turns images into tokens and back.
 
 Optimization is manual, because a GAN has two optimizers. A training step is one global batch. For each of its
 micro-batches (the code repeats the numbers):
@@ -33,26 +35,36 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
-from maskgit_pl.checks import check_integer
+from maskgit_pl.checks import check_integer, height_width
 from maskgit_pl.data import Batch, flip
 from maskgit_pl.data.batches import check_batch
 from maskgit_pl.distributed import mean_over_ranks
-from maskgit_pl.image_format import height_width
 from maskgit_pl.networks.discriminators import build_discriminator
 from maskgit_pl.networks.vqgan import VQGAN
 from maskgit_pl.networks.weights import load_weights
-from maskgit_pl.pipeline.imaging_pixels import to_unit_range
+from maskgit_pl.pipeline.grids import to_unit_range
 from maskgit_pl.pipeline.pretrained import load_tokenizer, save_tokenizer
-from maskgit_pl.tokenizer_losses import AdversarialStep, SimilarityLoss
-from maskgit_pl.training.compile_and_checkpointing import prepare_blocks
-from maskgit_pl.training.ema import frozen_copy, update_ema
-from maskgit_pl.training.freezing import freeze
-from maskgit_pl.training.optimizers import build_optimizer, parameter_groups
+from maskgit_pl.training.optimizers import build_optimizer, frozen_copy, parameter_groups, update_ema
 from maskgit_pl.training.stop_and_nonfinite import StepCheck, clip_gradients
-from maskgit_pl.training.strategies import check_precision
-from maskgit_pl.training.tokenizer_losses import Part, TokenizerConfig
+from maskgit_pl.training.strategies import check_precision, prepare_blocks
+from maskgit_pl.training.tokenizer_losses import AdversarialStep, Part, SimilarityLoss, TokenizerConfig
 
-__all__ = ["CodebookUsage", "Tokenizer"]
+__all__ = [
+    "CodebookUsage",
+    "Tokenizer",
+    "freeze",
+]
+
+
+def freeze(part: nn.Module) -> None:
+    """Freezes a part of a network in place: its weights take no gradients, and it stays in evaluation mode.
+
+    Args:
+        part: Module of the network. Its optimizer must be built later, and must leave out frozen parameters.
+    """
+    part.requires_grad_(requires_grad=False).eval()
+    part.train = lambda mode=True: part  # type: ignore[method-assign]  # Lightning calls train() on every submodule
+
 
 _NUM_PICTURES = 16  # validation images kept for a reconstruction grid
 _LECAM_DECAY = 0.999  # of the moving averages of the logits, for each global batch

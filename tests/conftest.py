@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from maskgit_pl.checks import ImageSize
 from maskgit_pl.data.images import encode_png
 from maskgit_pl.data.index import index_shards
-from maskgit_pl.data.shard_files import find_shards
+from maskgit_pl.data.reader import find_shards
 from maskgit_pl.data.sources.opening import open_source
 from maskgit_pl.data.writer import make_shards
 from maskgit_pl.decoding import AutoregressiveDecoding, DecodingConfig
-from maskgit_pl.image_format import ImageSize
 from maskgit_pl.networks.transformer import Attention, Transformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.pipeline.networks import PretrainedTokenizer
+from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer
 from maskgit_pl.pipeline.pretrained import fingerprint, save_tokenizer, save_transformer
 
 sys.path.insert(0, str(Path(__file__).parent / "golden"))  # modules of check.py, which runs from this folder

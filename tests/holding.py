@@ -11,7 +11,7 @@ from pathlib import Path
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from maskgit_pl.locks import hold_lock
+from maskgit_pl.data.folders import hold_lock
 rank = int(sys.argv[3]) if sys.argv[3:] else None
 with hold_lock(Path(sys.argv[1]), hint="wait", rank=rank):
     if sys.argv[2] == "fork":

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from maskgit_pl.devices import has_bfloat16
+from maskgit_pl.distributed import has_bfloat16
 from tests.benchmark_scripts import benchmark_script
 
 EXACT = ["ours", "ours, first step cached", "ours, weights not packed"]

@@ -5,10 +5,9 @@ import torch
 from torch import Tensor
 
 from maskgit_pl import mvtm
-from maskgit_pl.code_clusters import _assign, balanced_clusters, check_clusters
 from maskgit_pl.losses import cluster_cross_entropy, token_cross_entropy
 from maskgit_pl.networks.transformer import TransformerConfig
-from maskgit_pl.objectives import TokenLosses, objectives
+from maskgit_pl.objectives import TokenLosses, _assign, balanced_clusters, check_clusters, objectives
 from maskgit_pl.pipeline.pretrained import load_tokenizer
 from maskgit_pl.training.checkpoint_files import newest_checkpoint
 from tests.modules import masked_model

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskgit_pl.corruption import Corruption, corruptions
+from maskgit_pl.objectives import Corruption, corruptions
 
 B, N, K = 400, 16, 8
 TOKENS = torch.randint(K, (B, N), generator=torch.Generator().manual_seed(0))

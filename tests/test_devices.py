@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from maskgit_pl.devices import (
+from maskgit_pl.distributed import (
     check_device,
     default_device,
     device_names,
@@ -95,7 +95,7 @@ def test_bfloat16_is_chosen_where_the_cpu_has_instructions_for_it(monkeypatch, k
 
 LIMITED = """
 import torch
-from maskgit_pl.devices import has_bfloat16
+from maskgit_pl.distributed import has_bfloat16
 from maskgit_pl.networks.kernels import PackingLinear, set_packing
 layer = PackingLinear(32, 8).to(torch.bfloat16)
 set_packing(layer, enabled=True)

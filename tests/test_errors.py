@@ -12,7 +12,7 @@ import pytest
 from maskgit_pl import checks
 from maskgit_pl.errors import PreemptedError, describe_error, exit_code_of, is_user_error
 from maskgit_pl.files import read_json
-from maskgit_pl.parallel import run_jobs
+from maskgit_pl.processes import run_jobs
 
 
 def caught(call) -> BaseException:

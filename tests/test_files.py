@@ -12,14 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from maskgit_pl.data.folders import replace_folder, resolve_folder, write_folder
-from maskgit_pl.files import (
-    check_writable,
-    read_json,
-    sha256_of,
-    write_atomically,
-    write_tensors,
-    write_text,
-)
+from maskgit_pl.files import check_writable, read_json, sha256_of, write_atomically, write_tensors, write_text
 
 
 @pytest.mark.parametrize(

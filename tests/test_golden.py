@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from maskgit_pl.data import Batch
-from maskgit_pl.importers.released_weights import transformer_weights
+from maskgit_pl.importers.released import transformer_weights
 from tests.modules import masked_model
 
 GOLDEN = Folder(Path(__file__).parent / "golden")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from maskgit_pl.cli import main
 from maskgit_pl.data.images import encode_png
-from maskgit_pl.data.labels import Labels
+from maskgit_pl.data.samples import Labels
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.files import write_tensors
 from maskgit_pl.networks.feature_networks import (
@@ -31,12 +31,18 @@ from maskgit_pl.networks.feature_networks import (
 )
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.pipeline.decoding_file import read_decoding, save_decoding
-from maskgit_pl.pipeline.description import describe_run
-from maskgit_pl.pipeline.pretrained import load_tokenizer, load_transformer, save_tokenizer, save_transformer
-from maskgit_pl.runs.recipe_files import STAGES
+from maskgit_pl.pipeline.card import describe_run
+from maskgit_pl.pipeline.pretrained import (
+    load_tokenizer,
+    load_transformer,
+    read_decoding,
+    save_decoding,
+    save_tokenizer,
+    save_transformer,
+)
+from maskgit_pl.runs.recipe import STAGES
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, read_settings
-from maskgit_pl.training.step_clock import read_training_time
+from maskgit_pl.training.speed import read_training_time
 from tests.conftest import flags
 
 TINY = Path(__file__).parent / "tiny"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from maskgit_pl.image_format import (
+from maskgit_pl.checks import (
     as_image_size,
     check_channels,
     check_image_size,

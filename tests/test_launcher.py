@@ -1,6 +1,6 @@
 import pytest
 
-from maskgit_pl.launcher import launcher_rank, local_rank
+from maskgit_pl.processes import launcher_rank, local_rank
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from maskgit_pl.locks import hold_lock
+from maskgit_pl.data.folders import hold_lock
 from tests.holding import holder
 
 

@@ -5,10 +5,8 @@ import torch
 from torch import Tensor
 
 from maskgit_pl.decoding import DecodingConfig, SeededNoise
-from maskgit_pl.halton import halton_order
-from maskgit_pl.mask_positions import MaskPositions, mask_positions, random_mask
-from maskgit_pl.masking import MaskSampler
-from maskgit_pl.schedules import mask_schedules
+from maskgit_pl.masking import MaskPositions, MaskSampler, mask_positions, random_mask
+from maskgit_pl.schedules import halton_order, mask_schedules
 
 GRID = (6, 8)
 N = 48

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskgit_pl.mask_ratios import MaskRatio, mask_ratios
-from maskgit_pl.masking import MaskSampler
+from maskgit_pl.masking import MaskRatio, MaskSampler, mask_ratios
 from maskgit_pl.schedules import mask_schedules
 
 COSINE = mask_schedules.build("cosine")

@@ -15,14 +15,14 @@ from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.masking import MaskSampler, true_positions
 from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.transformer import TransformerConfig
-from maskgit_pl.pipeline.imaging_pixels import to_unit_range
+from maskgit_pl.pipeline.grids import to_unit_range
 from maskgit_pl.pipeline.pretrained import fingerprint, load_tokenizer, load_transformer
 from maskgit_pl.randomness import random_uniform
 from maskgit_pl.schedules import mask_schedules
-from maskgit_pl.training.binned_means import BinnedMeans
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
 from maskgit_pl.training.learning_rates import LearningRate
-from maskgit_pl.training.token_model_config import check_tokenizer
+from maskgit_pl.training.optimized_model import check_tokenizer
+from maskgit_pl.training.token_model import BinnedMeans
 from tests.conftest import peak_predictions, save_tiny_pretrained
 from tests.modules import masked_model
 from tests.short_runs import data, fit

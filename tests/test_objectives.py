@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from maskgit_pl.losses import masked_cross_entropy, token_cross_entropy
-from maskgit_pl.mask_ratios import mask_ratios
-from maskgit_pl.masking import MaskSampler
+from maskgit_pl.masking import MaskSampler, mask_ratios
 from maskgit_pl.objectives import Objective, TokenLosses, objectives
 from maskgit_pl.schedules import mask_schedules
 

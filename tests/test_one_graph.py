@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskgit_pl.data import Batch
-from maskgit_pl.data.step_module import StepDataModule
+from maskgit_pl.data.batches import StepDataModule
 from maskgit_pl.networks.adaln import AdaLNConfig
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.objectives import objectives
-from maskgit_pl.training.compile_and_checkpointing import check_compiled
 from maskgit_pl.training.optimizers import OptimizerConfig
+from maskgit_pl.training.strategies import check_compiled
 from maskgit_pl.training.token_model import TokenModel
 from tests.modules import RATE, autoregressive_model, masked_model
 

@@ -4,7 +4,7 @@ import signal
 import pytest
 
 from maskgit_pl.errors import DataWorkerError
-from maskgit_pl.parallel import run_jobs
+from maskgit_pl.processes import run_jobs
 
 
 def square(offset: int, number: int) -> int:

@@ -6,13 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from maskgit_pl.data.crops import fit_image
+from maskgit_pl.data.images import fit_image
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.pipeline.pretrained import (
-    load_tokenizer,
-    save_tokenizer,
-)
+from maskgit_pl.pipeline.pretrained import load_tokenizer, save_tokenizer
 from tests.conftest import save_tiny_pretrained
 
 

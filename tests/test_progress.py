@@ -3,15 +3,15 @@ import sys
 
 import pytest
 
-from maskgit_pl import progress
-from maskgit_pl.progress import named_bars, progress_bars
+from maskgit_pl import processes
+from maskgit_pl.processes import named_bars, progress_bars
 
 
 @pytest.fixture
 def clock(monkeypatch) -> list[float]:
     """Yields the seconds of a fake clock, one after the other."""
     seconds: list[float] = []
-    monkeypatch.setattr(progress.time, "monotonic", lambda: seconds.pop(0))
+    monkeypatch.setattr(processes.time, "monotonic", lambda: seconds.pop(0))
     return seconds
 
 
@@ -54,7 +54,7 @@ def test_nothing_is_told_where_it_is_not_to_be_shown_or_nothing_was_done(clock, 
 
 def test_a_terminal_has_bars_of_which_finished_ones_go_where_there_are_many(monkeypatch, lines):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_UPDATES", 0.0)
+    monkeypatch.setattr(processes, "_SECONDS_BETWEEN_UPDATES", 0.0)
     with progress_bars() as bars:
         made = [bars(f"work {number}", 4, done=1, unit="images") for number in range(12)]
         for advance in made[:2]:

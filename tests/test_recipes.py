@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 
+from maskgit_pl.files import read_yaml
 from maskgit_pl.networks.backbone import build_config
 from maskgit_pl.networks.transformer import AutoregressiveTransformer
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
@@ -15,7 +16,6 @@ from maskgit_pl.runs.layers import merge
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.stage import fit_stage
-from maskgit_pl.safe_yaml import read_yaml
 from maskgit_pl.schedules import mask_schedules
 
 RECIPES = Path(__file__).parents[1] / "recipes"

@@ -7,21 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskgit_pl.corruption import Corruption, corruptions
 from maskgit_pl.decoding import ParallelDecoder, SeededNoise
 from maskgit_pl.decoding.guidance import GuidanceSchedule, guidance_scales, guidance_schedules
 from maskgit_pl.decoding.selectors import TokenSelector, token_selectors
-from maskgit_pl.mask_positions import MaskPositions, mask_positions
-from maskgit_pl.mask_ratios import MaskRatio, mask_ratios
-from maskgit_pl.masking import MaskSampler
-from maskgit_pl.networks.discriminator import DiscriminatorConfig
-from maskgit_pl.networks.discriminators import discriminators
+from maskgit_pl.masking import MaskPositions, MaskRatio, MaskSampler, mask_positions, mask_ratios
+from maskgit_pl.networks.discriminators import DiscriminatorConfig, PatchDiscriminatorConfig, discriminators
 from maskgit_pl.networks.features import feature_networks
-from maskgit_pl.networks.lpips import LPIPSSpec
-from maskgit_pl.networks.patch_discriminator import PatchDiscriminatorConfig
-from maskgit_pl.networks.perceptual import perceptual_networks
+from maskgit_pl.networks.perceptual import LPIPSSpec, perceptual_networks
 from maskgit_pl.networks.quantizers import quantizers
-from maskgit_pl.objectives import Objective, TokenLosses, objectives
+from maskgit_pl.objectives import Corruption, Objective, TokenLosses, corruptions, objectives
 from maskgit_pl.registry import PluginError, Registry, describe, nearest
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
 from tests.installed_packages import install

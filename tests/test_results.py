@@ -13,11 +13,10 @@ import pytest
 from maskgit_pl.evaluation.ledger import REAL, Ledger, Row
 from maskgit_pl.evaluation.pages import Page
 from maskgit_pl.evaluation.reports.ablation_page import make_ablation_page
-from maskgit_pl.evaluation.reports.ablation_protocol import select_rows
+from maskgit_pl.evaluation.reports.options import select_rows
 from maskgit_pl.evaluation.reports.paper_tables import make_editing_page, make_generation_page, make_schedule_page
 from maskgit_pl.evaluation.reports.schedule_ablation import ScheduleResult
-from maskgit_pl.evaluation.reports.timing import METHODS, Timing, timing_of
-from maskgit_pl.evaluation.reports.timing_page import make_timing_page
+from maskgit_pl.evaluation.reports.timing import METHODS, Timing, make_timing_page, timing_of
 from maskgit_pl.schedules import mask_schedules
 
 RESULTS = Path(__file__).parents[1] / "results"

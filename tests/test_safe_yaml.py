@@ -1,6 +1,6 @@
 import pytest
 
-from maskgit_pl.safe_yaml import parse_yaml, read_yaml, set_key
+from maskgit_pl.files import parse_yaml, read_yaml, set_key
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import pytest
 
-from maskgit_pl.schema import describe, fits, schema_of
+from maskgit_pl.checks import describe, fits, schema_of
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,8 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from matplotlib.figure import Figure
 
-from maskgit_pl.pipeline.imaging_grids import image_grid
-from maskgit_pl.text import (
-    PrintableFormatter,
-    code_span,
-    markdown,
-    plain_label,
-    printable,
-    python_string,
-)
+from maskgit_pl.errors import PrintableFormatter, code_span, markdown, plain_label, printable, python_string
+from maskgit_pl.pipeline.grids import image_grid
 from tests.hostile_words import HOSTILE
 
 PARSER = MarkdownIt("commonmark").enable(["table", "strikethrough"])

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from maskgit_pl import losses
 from maskgit_pl.data import Batch
-from maskgit_pl.networks.discriminator import DiscriminatorConfig
+from maskgit_pl.networks.discriminators import DiscriminatorConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.pipeline.imaging_pixels import to_unit_range
+from maskgit_pl.pipeline.grids import to_unit_range
 from maskgit_pl.tokenizer import CodebookUsage, _to_uint8
 from maskgit_pl.training.learning_rates import LearningRate
 from maskgit_pl.training.strategies import build_strategy

@@ -11,8 +11,7 @@ import torchvision
 from maskgit_pl import losses
 from maskgit_pl.data import Batch
 from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.tokenizer_losses import AdversarialStep
-from maskgit_pl.training.tokenizer_losses import AdversarialConfig, PerceptualConfig
+from maskgit_pl.training.tokenizer_losses import AdversarialConfig, AdversarialStep, PerceptualConfig
 from tests.modules import tokenizer_model
 
 SIZE = 20

@@ -25,13 +25,22 @@ from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.pipeline.display import Recording
 from maskgit_pl.pipeline.options import replace_settings
 from maskgit_pl.pipeline.outline import Outline
-from maskgit_pl.web import markup, plots, server
-from maskgit_pl.web.answers import explain, pace
-from maskgit_pl.web.commands import Call, call_edit, call_sample
-from maskgit_pl.web.form import add_settings
-from maskgit_pl.web.frames import draw_frame
+from maskgit_pl.web import form as plots
+from maskgit_pl.web import markup, server
+from maskgit_pl.web.form import add_settings, explain, pace
+from maskgit_pl.web.markup import draw_frame
 from maskgit_pl.web.regions import MAX_UPLOAD_BYTES, EditRegion, canvas_picture, read_brush, read_upload
-from maskgit_pl.web.settings import OWN, FormSettings, PageRequest, guidance_choices, schedule_choices, selector_choices
+from maskgit_pl.web.settings import (
+    OWN,
+    Call,
+    FormSettings,
+    PageRequest,
+    call_edit,
+    call_sample,
+    guidance_choices,
+    schedule_choices,
+    selector_choices,
+)
 from maskgit_pl.web.studio import Made, Studio
 
 MODEL = "fashion-mnist-demo"
@@ -483,7 +492,7 @@ def test_errors_are_sentences(pipe, caplog):
 
 def test_a_fast_run_is_stretched_to_three_seconds_at_most(monkeypatch):
     slept: list[float] = []
-    monkeypatch.setattr("maskgit_pl.web.answers.time.sleep", slept.append)
+    monkeypatch.setattr("maskgit_pl.web.form.time.sleep", slept.append)
     assert list(pace(range(4), num_steps=4)) == [0, 1, 2, 3]
     assert sum(slept) == pytest.approx(0.6, abs=0.1)
     slept.clear()

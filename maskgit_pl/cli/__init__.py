@@ -24,18 +24,41 @@ from typing import Any, NoReturn
 from maskgit_pl import __version__
 from maskgit_pl.checks import did_you_mean, shorten
 from maskgit_pl.cli import completion
-from maskgit_pl.errors import BAD_INPUT, BROKEN_PIPE, describe_error, error_of_exit, exit_code_of
-from maskgit_pl.text import PrintableFormatter
+from maskgit_pl.errors import BAD_INPUT, BROKEN_PIPE, PrintableFormatter, describe_error, error_of_exit, exit_code_of
 
 __all__ = ["build_parser", "main"]
 
-_MODULES = (  # in the order of the help; most have the name of their command
-    "demo", "models", "data", "doctor", "train", "slurm", "tokenize", "export", "push", "sample", "inpaint", "outpaint",
-    "panorama", "web", "evaluate", "evaluate_tokenizer", "inspect", "compare", "tune", "ablation", "paper",
-    "train_classifier", "schedules", "recipes", "plugins", "env", "import_jax", "import_tokenizer",
-    "import_transformer",
-)  # fmt: skip
-_CONTRIB = {"inspect": "maskgit_pl.contrib.inspect"}  # modules that are not in this folder
+_COMMANDS = {  # the module of each command, in the order of the help
+    "demo": "cli.demo",
+    "models": "cli.listing",
+    "data": "cli.data",
+    "doctor": "cli.doctor",
+    "train": "cli.train",
+    "slurm": "cli.train",
+    "tokenize": "cli.train",
+    "export": "cli.export",
+    "push": "cli.export",
+    "sample": "cli.sample",
+    "inpaint": "cli.editing",
+    "outpaint": "cli.editing",
+    "panorama": "cli.editing",
+    "web": "cli.web",
+    "evaluate": "cli.evaluate",
+    "evaluate_tokenizer": "cli.evaluate",
+    "inspect": "contrib.inspect",
+    "compare": "cli.evaluate",
+    "tune": "cli.tune",
+    "ablation": "cli.ablation",
+    "paper": "cli.paper",
+    "train_classifier": "cli.evaluate",
+    "schedules": "cli.listing",
+    "recipes": "cli.listing",
+    "plugins": "cli.listing",
+    "env": "cli.listing",
+    "import_jax": "cli.importing",
+    "import_tokenizer": "cli.importing",
+    "import_transformer": "cli.importing",
+}
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -89,11 +112,11 @@ def _parser_and_commands(command: str | None = None) -> tuple[argparse.ArgumentP
         "--traceback", action="store_true", help="print the traceback when a command ends with an error"
     )
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
-    module = (command or "").replace("-", "_")
-    for name in (module,) if module in _MODULES else _MODULES:
-        import_module(_CONTRIB.get(name, f"maskgit_pl.cli.{name}")).add_parser(commands)
-    if module not in _MODULES:
-        completion.add_parser(commands, build_parser=build_parser)
+    command = (command or "").replace("-", "_")
+    for name in (command,) if command in _COMMANDS else _COMMANDS:
+        getattr(import_module(f"maskgit_pl.{_COMMANDS[name]}"), f"add_{name}_parser")(commands)
+    if command not in _COMMANDS:
+        completion.add_completion_parser(commands, build_parser=build_parser)
     return parser, list(commands.choices)
 
 

@@ -18,15 +18,22 @@ from maskgit_pl.cli.flags import format_flag, read_device_flag, use_flag_names
 from maskgit_pl.errors import RunError
 from maskgit_pl.evaluation import reports
 from maskgit_pl.evaluation.pages import command_line
-from maskgit_pl.progress import progress_bars
-from maskgit_pl.runs.ablation_plan import AblationConfig, Factor, parse_budget, parse_factor
+from maskgit_pl.processes import progress_bars
+from maskgit_pl.runs.ablation_plan import (
+    PAPER_SCHEDULES,
+    AblationConfig,
+    Factor,
+    parse_budget,
+    parse_factor,
+    train_schedules,
+)
 from maskgit_pl.runs.flag_values import parse_integers
 from maskgit_pl.runs.plan import plan_run
-from maskgit_pl.runs.recipe import Recipe
-from maskgit_pl.runs.recipe_files import DEFAULT_DATASET
-from maskgit_pl.runs.schedule_runs import PAPER_SCHEDULES, train_schedules
+from maskgit_pl.runs.recipe import DEFAULT_DATASET, Recipe
 
-__all__ = ["add_parser", "run"]
+__all__ = [
+    "add_ablation_parser",
+]
 
 _SCHEDULES = ",".join(PAPER_SCHEDULES)
 _SEEDS = "0,1"
@@ -47,7 +54,7 @@ class AblationError(RunError):
         self.exit_code = exit_code
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_ablation_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to ``maskgit``."""
     parser = subparsers.add_parser(
         "ablation",
@@ -81,7 +88,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="T,...",
         help="numbers of decoding steps of --schedules (default: 2,3,4,6,8,12,16,24, at most half the tokens)",
     )
-    parser.set_defaults(run=run, takes_overrides=True)
+    parser.set_defaults(run=_run_ablation, takes_overrides=True)
 
 
 def _add_variant_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,7 +112,7 @@ def _add_variant_arguments(parser: argparse.ArgumentParser) -> None:
                        "train and measure nothing")  # fmt: skip
 
 
-def run(args: argparse.Namespace) -> int:
+def _run_ablation(args: argparse.Namespace) -> int:
     """Trains and measures what is missing, then writes the pages."""
     is_of_schedules = args.vary is None and args.recipes is None and not args.page_only
     wrong, wanted = (_OF_VARIANTS, "--vary or --recipes") if is_of_schedules else (_OF_SCHEDULES, "no --vary")
@@ -199,7 +206,7 @@ def _run_schedules(args: argparse.Namespace) -> int:
     steps, options = read_num_steps_flag(args), read_report_flags(args)
     if args.device is not None:  # checked before hours of training, like the recipes
         read_device_flag(args)
-    from maskgit_pl.evaluation.extractors import check_features
+    from maskgit_pl.evaluation.metrics import check_features
 
     check_features(options.features, options.reference, classifier=options.classifier)
     schedules = [name.strip() for name in (args.schedules or _SCHEDULES).split(",") if name.strip()]
@@ -224,7 +231,7 @@ def _check_numbers(
     args: argparse.Namespace, schedules: Sequence[str], options: reports.ReportOptions, steps: Sequence[int] | None
 ) -> None:
     """Checks the numbers of images and steps, which classes and tokens limit, before hours of training."""
-    from maskgit_pl.evaluation.decodings import PLOT_STEPS, choose_plot_steps
+    from maskgit_pl.evaluation.options import PLOT_STEPS, choose_plot_steps
     from maskgit_pl.runs.resolve import merge_values
 
     words = {"dataset": args.dataset, "cluster": args.cluster, "overrides": args.overrides}

@@ -6,12 +6,12 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["add_parser"]
+__all__ = ["add_completion_parser"]
 
 SHELLS = ("bash", "zsh")
 
 
-def add_parser(
+def add_completion_parser(
     subparsers: argparse._SubParsersAction[argparse.ArgumentParser],
     *,
     build_parser: Callable[[], argparse.ArgumentParser],

@@ -1,4 +1,6 @@
-"""``maskgit data``: makes shards from images, indexes existing shards, verifies them and counts their images.
+"""``maskgit data fetch``: downloads a public data set and writes its shards.
+
+``maskgit data``: makes shards from images, indexes existing shards, verifies them and counts their images.
 
 The functions that run a command import torch, PIL and webdataset: this file is imported to build the parser.
 """
@@ -8,25 +10,75 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from maskgit_pl.cli import data_fetch
+from maskgit_pl.checks import ImageSize, check_choice
 from maskgit_pl.cli.flags import check_outputs, use_flag_names
-from maskgit_pl.image_format import ImageSize
-from maskgit_pl.locks import hold_lock
-from maskgit_pl.progress import named_bars
+from maskgit_pl.data.folders import hold_lock
+from maskgit_pl.data.sources.public import Dataset, public_datasets
+from maskgit_pl.processes import named_bars
 from maskgit_pl.runs.flag_values import parse_image_size
 
 if TYPE_CHECKING:
     from maskgit_pl.data.samples import Source
 
-__all__ = ["add_parser", "make"]
+__all__ = ["add_data_fetch_parser", "add_data_parser", "make"]
+
+
+class WriteShards(Protocol):
+    """Writes a source as a data folder, and does nothing if the folder is complete."""
+
+    def __call__(self, source: Source, out: Path) -> None:
+        """Writes the samples of ``source`` to ``out``."""
+
+
+def add_data_fetch_parser(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], *, write_shards: WriteShards
+) -> None:
+    """Adds ``fetch`` to the commands of ``maskgit data``."""
+    datasets = public_datasets()
+    listed = "; ".join(f"{name}: {each.contents}" for name, each in datasets.items())
+    parser = commands.add_parser(
+        "fetch",
+        help="download a public data set and write its shards",
+        description=f"Download a public data set, check it and write its shards. Complete data are kept. {listed}.",
+        epilog="Example: maskgit data fetch fashion-mnist",
+    )
+    parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(datasets)}")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="data folder to write (default: data/shards/NAME)")
+    parser.add_argument(
+        "--raw", type=Path, metavar="DIR", help="folder that keeps the downloaded files (default: data/raw/NAME)"
+    )
+    parser.add_argument("--source", type=Path, metavar="PATH", help="existing files in place of a download: "
+                        + "; ".join(f"{name}: {each.source}" for name, each in datasets.items()))  # fmt: skip
+    sizes = "; ".join(f"{name}: {_sizes_text(each)}" for name, each in datasets.items())
+    parser.add_argument("--image-size", type=int, metavar="S", help=f"side of the images in pixels ({sizes})")
+    parser.set_defaults(run=lambda args: _run(args, write_shards))
+
+
+def _run(args: argparse.Namespace, write_shards: WriteShards) -> int:
+    """Fetches the files and writes the shards."""
+    datasets = public_datasets()
+    check_choice("NAME", args.name, datasets)
+    dataset = datasets[args.name]
+    size = dataset.image_sizes[0] if args.image_size is None else args.image_size
+    if size not in dataset.image_sizes:
+        raise ValueError(f"--image-size must be {_sizes_text(dataset)} for {args.name}, got {size}")
+    raw = Path("data/raw", args.name) if args.raw is None else args.raw
+    files = dataset.fetch(raw) if args.source is None else args.source
+    write_shards(dataset.open(files, image_size=size), Path("data/shards", args.name) if args.out is None else args.out)
+    return 0
+
+
+def _sizes_text(dataset: Dataset) -> str:
+    return " or ".join(map(str, dataset.image_sizes))
+
 
 _MOST_COMPARED = 2**30  # bytes of shards that are read again after they are made
 _Parsers = argparse._SubParsersAction
 
 
-def add_parser(subparsers: _Parsers[argparse.ArgumentParser]) -> None:
+def add_data_parser(subparsers: _Parsers[argparse.ArgumentParser]) -> None:
     """Adds ``data make``, ``data index``, ``data verify`` and ``data stats``."""
     parser = subparsers.add_parser(
         "data",
@@ -36,7 +88,7 @@ def add_parser(subparsers: _Parsers[argparse.ArgumentParser]) -> None:
     commands = parser.add_subparsers(title="commands", dest="data_command", required=True, metavar="COMMAND")
     for add in (_add_make, _add_index, _add_verify, _add_stats):
         add(commands)
-    data_fetch.add_parser(commands, write_shards=make)
+    add_data_fetch_parser(commands, write_shards=make)
 
 
 def _add_make(commands: _Parsers[argparse.ArgumentParser]) -> None:
@@ -168,7 +220,7 @@ def make(
 ) -> None:
     """Makes a data folder with a progress bar and prints its content."""
     from maskgit_pl.data.manifest import read_manifest_summary
-    from maskgit_pl.data.report import describe_data, unreadable_lines, untrained_lines
+    from maskgit_pl.data.verify import describe_data, unreadable_lines, untrained_lines
     from maskgit_pl.data.writer import make_shards
 
     # The lock is held until the manifest is written, so that two commands never write to the same folder.
@@ -219,9 +271,9 @@ def _make(args: argparse.Namespace) -> int:
 
 def _report_duplicates(folder: Path) -> None:
     """Prints which images are equal, if any; for large data, which take long to read again, the command that does."""
-    from maskgit_pl.data.duplicates import find_duplicates
     from maskgit_pl.data.manifest import load_manifests
-    from maskgit_pl.data.report import duplicate_lines
+    from maskgit_pl.data.stats import find_duplicates
+    from maskgit_pl.data.verify import duplicate_lines
 
     if sum(file.stat().st_size for file in folder.glob("*.tar")) > _MOST_COMPARED:
         print(f"  duplicates: not searched for in so much data; `maskgit data stats {folder}` does")
@@ -232,11 +284,11 @@ def _report_duplicates(folder: Path) -> None:
 
 
 def _index(args: argparse.Namespace) -> int:
-    from maskgit_pl.data.class_names import find_class_names
     from maskgit_pl.data.index import index_shards
     from maskgit_pl.data.manifest import read_manifest_summary
-    from maskgit_pl.data.report import describe_data, index_lines, untrained_lines
-    from maskgit_pl.data.shard_files import locate_shards, split_shards
+    from maskgit_pl.data.reader import locate_shards, split_shards
+    from maskgit_pl.data.samples import find_class_names
+    from maskgit_pl.data.verify import describe_data, index_lines, untrained_lines
 
     folder, found = locate_shards(args.shards)
     shards, how = split_shards(folder, found, train=args.train, val=args.val, val_fraction=args.val_fraction)
@@ -265,9 +317,8 @@ def _index(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from maskgit_pl.data.report import describe_bad_files, describe_verification
-    from maskgit_pl.data.store_description import is_store
-    from maskgit_pl.data.verify import verify_shards
+    from maskgit_pl.data.token_store import is_store
+    from maskgit_pl.data.verify import describe_bad_files, describe_verification, verify_shards
 
     # A token store has another manifest and no images.
     if is_store(args.folder):
@@ -286,9 +337,8 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _verify_store(folder: Path, *, decode: bool) -> int:
-    from maskgit_pl.data.report import describe_bad_files, describe_store_verification
-    from maskgit_pl.data.store_description import DESCRIPTION_FILE, REMAKE_HINT
-    from maskgit_pl.data.verify import verify_store
+    from maskgit_pl.data.token_store import DESCRIPTION_FILE, REMAKE_HINT
+    from maskgit_pl.data.verify import describe_bad_files, describe_store_verification, verify_store
 
     if decode:
         raise ValueError(f"--decode must be left out for a token store, which has no images, got {folder}")
@@ -300,9 +350,8 @@ def _verify_store(folder: Path, *, decode: bool) -> int:
 
 
 def _stats(args: argparse.Namespace) -> int:
-    from maskgit_pl.data.duplicates import find_duplicates
-    from maskgit_pl.data.report import duplicate_lines, statistics_lines
-    from maskgit_pl.data.stats import read_statistics, statistics_as_json
+    from maskgit_pl.data.stats import find_duplicates, read_statistics, statistics_as_json
+    from maskgit_pl.data.verify import duplicate_lines, statistics_lines
 
     check_outputs(args, out=".png")
     statistics = read_statistics(args.folder)
@@ -321,7 +370,7 @@ def _stats(args: argparse.Namespace) -> int:
         if duplicates is not None:
             print("\n".join(["", *duplicate_lines(duplicates)]))
     if args.out is not None:
-        from maskgit_pl.pipeline.contact_sheet import draw_contact_sheet
+        from maskgit_pl.pipeline.grids import draw_contact_sheet
 
         draw_contact_sheet(statistics, args.out)
         if not args.json:
@@ -330,6 +379,6 @@ def _stats(args: argparse.Namespace) -> int:
 
 
 def _class_names(args: argparse.Namespace) -> list[str] | None:
-    from maskgit_pl.data.class_names import parse_class_names
+    from maskgit_pl.data.samples import parse_class_names
 
     return None if args.class_names is None else parse_class_names(args.class_names)

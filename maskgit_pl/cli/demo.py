@@ -16,13 +16,12 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-from maskgit_pl.cli.run_flags import add_new_run_arguments
+from maskgit_pl.cli.flags import add_new_run_arguments
 from maskgit_pl.data.sources.public import public_datasets
 from maskgit_pl.processes import SIGNALS
-from maskgit_pl.runs.recipe import Recipe
-from maskgit_pl.runs.recipe_files import DEFAULT_DATASET, STAGES
+from maskgit_pl.runs.recipe import DEFAULT_DATASET, STAGES, Recipe
 
-__all__ = ["Step", "add_parser", "plan_demo", "run_steps"]
+__all__ = ["Step", "add_demo_parser", "plan_demo", "run_steps"]
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +46,7 @@ class Step(NamedTuple):
     words: list[str]
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_demo_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to ``maskgit``."""
     parser = subparsers.add_parser(
         "demo",
@@ -64,10 +63,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--short", action="store_true", help=f"train 60 steps per stage, as a quick check (run: {_SHORT_RUN})"
     )
-    parser.set_defaults(run=run, takes_overrides=True)
+    parser.set_defaults(run=_run_demo, takes_overrides=True)
 
 
-def run(args: argparse.Namespace) -> int:
+def _run_demo(args: argparse.Namespace) -> int:
     """Runs the steps, and says what to do next."""
     steps = plan_demo(args)
     code = run_steps(steps)

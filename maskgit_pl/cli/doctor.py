@@ -11,13 +11,9 @@ from typing import TYPE_CHECKING
 
 from maskgit_pl import runs
 from maskgit_pl.checks import check_integer
-from maskgit_pl.cli.flags import use_flag_names
-from maskgit_pl.cli.run_flags import add_run_arguments, read_folder_flags, read_recipe_flags
-from maskgit_pl.errors import BAD_INPUT, is_user_error
-from maskgit_pl.runs.machines import Machines
-from maskgit_pl.runs.preflight_report import Check, Preflight
-from maskgit_pl.runs.units import parse_size
-from maskgit_pl.text import printable
+from maskgit_pl.cli.flags import add_run_arguments, read_folder_flags, read_recipe_flags, use_flag_names
+from maskgit_pl.errors import BAD_INPUT, is_user_error, printable
+from maskgit_pl.runs.preflight_report import Check, Machines, Preflight, parse_size
 from maskgit_pl.training.gpus import GPUS
 
 if TYPE_CHECKING:
@@ -26,14 +22,16 @@ if TYPE_CHECKING:
 
     from maskgit_pl.runs.preflight_report import Shares
 
-__all__ = ["add_parser", "run"]
+__all__ = [
+    "add_doctor_parser",
+]
 
 _VERDICT_WIDTH, _NAME_WIDTH, _COST_WIDTH = 7, 10, 15  # of the longest: warning, pretrained, FLOPs of a step
 _WORDS = {"ok": "ok", "warning": "warning", "error": "FAIL"}
 _COLOURS = {"ok": "green", "warning": "yellow", "FAIL": "bold red"}
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_doctor_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to ``maskgit``."""
     parser = subparsers.add_parser(
         "doctor",
@@ -55,10 +53,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--net-port", type=int, metavar="PORT", help="TCP port of rank 0 (default: MASTER_PORT, or Slurm's)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON, an object with ok, checks and costs")
-    parser.set_defaults(run=run, takes_overrides=True)
+    parser.set_defaults(run=_run_doctor, takes_overrides=True)
 
 
-def run(args: argparse.Namespace) -> int:
+def _run_doctor(args: argparse.Namespace) -> int:
     """Prints each check when it is made, then the costs, then all failures; returns 2 if a check fails."""
     if args.net_port is not None:
         check_integer("--net-port", args.net_port, "[1, 65535]")

@@ -7,9 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskgit_pl.checks import check_number
-from maskgit_pl.cli.flags import FOLDER, add_device_argument, add_dtype_argument, check_at_least, check_outputs
-from maskgit_pl.cli.negative_flags import add_negative_model_argument, check_negative_model_flag
-from maskgit_pl.cli.tables import print_rows
+from maskgit_pl.cli.flags import (
+    FOLDER,
+    add_device_argument,
+    add_dtype_argument,
+    add_negative_model_argument,
+    check_at_least,
+    check_negative_model_flag,
+    check_outputs,
+    print_rows,
+)
 from maskgit_pl.runs.flag_values import parse_features, parse_numbers
 
 if TYPE_CHECKING:
@@ -56,7 +63,7 @@ def _add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_measuring_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the fields of ``evaluation.measurement_options.MeasurementOptions`` from the flags."""
+    """Returns the fields of ``evaluation.options.MeasurementOptions`` from the flags."""
     if "negative_model" in args:
         check_negative_model_flag(args)
     fields = ("seed", "batch_size", "device", "dtype", "classifier", "negative_model")

@@ -1,27 +1,47 @@
-"""Flags that many commands share, and checks of their values. Imported by the other files of flags."""
+"""Flags that many commands share, and checks of their values. Imported by the other files of flags.
+
+Flags of a run: its recipe and its folders. Used by ``train``, ``tokenize``, ``doctor`` and ``slurm``.
+
+Tables on the terminal: rows of plain values, or the same rows as JSON for programs.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import re
-from collections.abc import Iterator
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypedDict
 
+from maskgit_pl.checks import is_image_file_name
+from maskgit_pl.errors import printable
 from maskgit_pl.files import check_writable
-from maskgit_pl.image_format import is_image_file_name
+from maskgit_pl.runs.recipe import DEFAULT_DATASET, Recipe
 
 __all__ = [
     "FOLDER",
+    "WantedFolders",
     "add_device_argument",
     "add_dtype_argument",
+    "add_json_argument",
+    "add_negative_model_argument",
+    "add_new_run_arguments",
+    "add_run_arguments",
     "check_at_least",
+    "check_negative_model_flag",
     "check_outputs",
     "format_flag",
     "make_folder",
+    "print_rows",
     "read_device_flag",
+    "read_folder_flags",
+    "read_recipe_flags",
     "use_flag_names",
 ]
 
@@ -45,7 +65,7 @@ def add_dtype_argument(parser: argparse._ActionsContainer, *, of: str) -> None:
 
 def read_device_flag(args: argparse.Namespace, *, default: str | None = None) -> str:
     """Returns the device of ``--device`` if it is available; without the flag, ``default`` or a GPU or the CPU."""
-    from maskgit_pl.devices import check_device, default_device
+    from maskgit_pl.distributed import check_device, default_device
 
     if args.device is None:
         return default or default_device()
@@ -134,3 +154,115 @@ def use_flag_names(args: argparse.Namespace) -> Iterator[None]:
             raise
         text = format_flag(name) + str(error).removeprefix(name)
         raise (TypeError if isinstance(error, TypeError) else ValueError)(text) from error
+
+
+class WantedFolders(TypedDict):
+    """Folders that the flags name: arguments of ``runs.fit`` and similar functions."""
+
+    run: Path
+    data: Path | None
+    tokenizer: Path | None
+    pretrained: Path | None
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the recipe, the data and the folders of a run."""
+    add_new_run_arguments(parser)
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="repeat the run of this config.yaml as a new run (--run)"
+    )
+
+
+def add_new_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of ``add_run_arguments`` without ``--config``."""
+    parser.add_argument("--recipe", default="", metavar="NAME", help="recipe, or the path of its file; of several in "
+                        "quotes, later ones override earlier ones: --recipe 'paper-256 log'")  # fmt: skip
+    parser.add_argument(
+        "--dataset", default=DEFAULT_DATASET, metavar="NAME", help=f"name of the data set (default: {DEFAULT_DATASET})"
+    )
+    parser.add_argument("--data", type=Path, metavar="DIR", help="data folder (default: data/shards/DATASET)")
+    parser.add_argument(
+        "--cluster", default="single", metavar="NAME", help="machines: a file of recipes/cluster (default: %(default)s)"
+    )
+    parser.add_argument("--run", dest="run_name", metavar="NAME", help="name of the run (default: DATASET-RECIPE)")
+    parser.add_argument(
+        "--runs-folder", type=Path, default=Path("runs"), metavar="DIR", help="folder of all runs (default: runs)"
+    )
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="pretrained tokenizer (default: the run's own)")
+    parser.add_argument(
+        "--pretrained", type=Path, metavar="DIR", help="fine-tune from the weights of this pretrained folder"
+    )
+
+
+def read_recipe_flags(args: argparse.Namespace) -> Recipe:
+    """Reads the recipe of a run from its files and flags, or with ``--config`` from an earlier run.
+
+    Raises:
+        ValueError: if a file or a flag is wrong.
+        FileNotFoundError: if there is no recipe with a given name.
+    """
+    if args.config is None:
+        return Recipe.read(
+            args.stage, names=args.recipe, dataset=args.dataset, cluster=args.cluster, overrides=args.overrides
+        )
+    # The config.yaml holds the complete recipe of the old run; only flags may change it.
+    if args.recipe or not args.run_name:
+        raise ValueError(
+            "--config repeats a run with its own recipe: leave out --recipe, and name the new run with --run"
+        )
+    return Recipe.from_run(args.stage, args.config, args.overrides)
+
+
+def read_folder_flags(args: argparse.Namespace, recipe: Recipe) -> WantedFolders:
+    """Returns the folders that the flags name. The recipe gives the default name of the run."""
+    run = args.runs_folder / (args.run_name or recipe.run_name)
+    return WantedFolders(run=run, data=args.data, tokenizer=args.tokenizer, pretrained=args.pretrained)
+
+
+def add_negative_model_argument(parser: argparse._ActionsContainer) -> None:
+    """Adds ``--negative-model``."""
+    parser.add_argument(
+        "--negative-model",
+        type=Path,
+        metavar="DIR",
+        help="weaker model that guidance moves away from, such as an early checkpoint of the run: a run or a folder of "
+        "`maskgit export` (default: that of decoding.json, or none)",
+    )
+
+
+def check_negative_model_flag(args: argparse.Namespace) -> None:
+    """Checks that ``--negative-model`` names a folder with a transformer, before torch is imported."""
+    if args.negative_model is None:
+        return
+    from maskgit_pl.pipeline.sharing import find_transformer
+
+    try:
+        find_transformer(args.negative_model)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"--negative-model{str(error).removeprefix('negative_model')}") from error
+
+
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag ``--json`` of the commands that print a table."""
+    parser.add_argument("--json", action="store_true", help="print JSON, a list of objects, instead of the table")
+
+
+def print_rows(rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
+    """Prints rows that have the same keys.
+
+    Args:
+        rows: One mapping a row; the keys are the columns.
+        as_json: True to print a JSON list of objects, with unchanged values.
+    """
+    if as_json:
+        print(json.dumps([dict(row) for row in rows], indent=1))
+        return
+    # Names of packages and files are untrusted: no control characters.
+    cells = [[column.replace("_", " ") for column in rows[0]] if rows else []]
+    cells += [[printable(str(value)) for value in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    # Only a terminal cuts a line; a file and a pipe have the whole text.
+    limit = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    for line in cells:
+        text = "  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
+        print(text if len(text) <= limit else f"{text[: limit - 3]}...")

@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from maskgit_pl.checks import height_width
 from maskgit_pl.cli.flags import FOLDER, make_folder
-from maskgit_pl.image_format import height_width
-from maskgit_pl.runs.units import count_text
+from maskgit_pl.runs.preflight_report import count_text
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -67,7 +67,7 @@ def record_steps(
     """
     from rich.progress import Progress
 
-    from maskgit_pl.pipeline.recording import StepRecorder
+    from maskgit_pl.pipeline.decoding_figures import StepRecorder
 
     record = StepRecorder()
     # The bar disappears at the end, so that only the names of the files stay on the terminal.
@@ -133,7 +133,7 @@ def write_generated(
         labels: (n) classes; None is "no class".
         recording: Decoding of the first images; None without ``--gif`` and ``--filmstrip``.
     """
-    from maskgit_pl.pipeline.imaging_grids import save_images, save_png
+    from maskgit_pl.pipeline.grids import save_images, save_png
 
     make_folder(args.out.parent)
     save_png(sheet, args.out)

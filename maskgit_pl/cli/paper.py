@@ -13,13 +13,12 @@ from maskgit_pl.cli.evaluation_flags import (
     read_report_flags,
     write_page,
 )
-from maskgit_pl.cli.flags import FOLDER, check_at_least, check_outputs, format_flag, use_flag_names
-from maskgit_pl.cli.tables import add_json_argument
+from maskgit_pl.cli.flags import FOLDER, add_json_argument, check_at_least, check_outputs, format_flag, use_flag_names
 from maskgit_pl.evaluation import reports
-from maskgit_pl.progress import progress_bars
+from maskgit_pl.processes import progress_bars
 from maskgit_pl.runs.flag_values import parse_numbers
 
-__all__ = ["add_parser", "run_figure", "run_table"]
+__all__ = ["add_paper_parser", "run_figure", "run_table"]
 
 _NUM_TOKENS = "16,64,256,1024"
 _SIZES = {
@@ -31,7 +30,7 @@ _SIZES = {
 }
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_paper_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds both commands to ``maskgit``."""
     table = subparsers.add_parser(
         "table",

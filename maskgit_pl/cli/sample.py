@@ -9,16 +9,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskgit_pl.checks import check_integer
-from maskgit_pl.cli.acceptance_flags import (
+from maskgit_pl.cli.flags import check_outputs, format_flag, make_folder, use_flag_names
+from maskgit_pl.cli.generation_flags import (
     add_acceptance_arguments,
+    add_classes_argument,
+    add_decoding_arguments,
+    add_model_argument,
+    add_vectors_argument,
     check_acceptance_flags,
+    check_seed_and_batch,
     choose_accepted,
     describe_acceptance,
+    find_model,
+    give_vectors,
     open_acceptance,
+    open_pipe,
+    read_decoding_flags,
+    read_vectors_flag,
 )
-from maskgit_pl.cli.decoding_flags import add_decoding_arguments, check_seed_and_batch, read_decoding_flags
-from maskgit_pl.cli.flags import check_outputs, format_flag, make_folder, use_flag_names
-from maskgit_pl.cli.model import add_classes_argument, add_model_argument, find_model, open_pipe
 from maskgit_pl.cli.outputs import (
     PICTURES,
     add_output_arguments,
@@ -27,18 +35,18 @@ from maskgit_pl.cli.outputs import (
     wants_decoding,
     write_generated,
 )
-from maskgit_pl.cli.vector_flags import add_vectors_argument, give_vectors, read_vectors_flag
-from maskgit_pl.launcher import launcher_rank, local_rank
-from maskgit_pl.locks import hold_lock
-from maskgit_pl.progress import progress_bars
-from maskgit_pl.runs.units import count_text
+from maskgit_pl.data.folders import hold_lock
+from maskgit_pl.processes import launcher_rank, local_rank, progress_bars
+from maskgit_pl.runs.preflight_report import count_text
 
 if TYPE_CHECKING:
     from maskgit_pl.decoding import DecodingConfig
     from maskgit_pl.pipeline import MaskGIT
     from maskgit_pl.pipeline.acceptance import Acceptance
 
-__all__ = ["add_parser", "run"]
+__all__ = [
+    "add_sample_parser",
+]
 
 _PER_CLASS = 8
 _ANIMATED = 4  # number of images side by side in an animation
@@ -55,7 +63,7 @@ _BULK = (
 )
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_sample_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to ``maskgit``."""
     parser = subparsers.add_parser(
         "sample",
@@ -90,10 +98,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="W",
         help="number of processes that share the work (default: from torchrun or Slurm)",
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=_run_sample)
 
 
-def run(args: argparse.Namespace) -> int:
+def _run_sample(args: argparse.Namespace) -> int:
     """Generates the images and writes them."""
     check_seed_and_batch(args)
     check_acceptance_flags(args)
@@ -125,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
         args.per_class = args.per_class or (_PER_CLASS if vectors is None else len(vectors))
         _generate_picture(pipe, labels, negative, decoding, args)
         return 0
-    from maskgit_pl.devices import default_device
+    from maskgit_pl.distributed import default_device
 
     # Each process of a node uses the GPU of its local rank.
     pipe = open_pipe(folder, args, device=default_device(local_rank=local_rank()))
@@ -161,7 +169,7 @@ def _bulk_options(args: argparse.Namespace) -> dict[str, int]:
     if args.out is None or args.out.suffix != ".npz":
         raise ValueError(f"--out must end in .npz with --num-images, got {args.out}")
     check_outputs(args, out=".npz")
-    from maskgit_pl.pipeline.bulk_plan import BulkOptions
+    from maskgit_pl.pipeline.bulk import BulkOptions
 
     options = {name: getattr(args, name) for name in _BULK}
     with use_flag_names(args):
@@ -171,7 +179,7 @@ def _bulk_options(args: argparse.Namespace) -> dict[str, int]:
 
 def _generate_bulk(pipe: MaskGIT, out: Path, options: dict[str, Any], acceptance: Acceptance | None) -> None:
     """Generates the images of this process, writes the file when all parts are complete, and prints a summary."""
-    from maskgit_pl.evaluation.acceptance import generate_accepted, num_candidates
+    from maskgit_pl.evaluation.generation import generate_accepted, num_candidates
     from maskgit_pl.pipeline.bulk import generate_many
 
     make = generate_many if acceptance is None else partial(generate_accepted, acceptance=acceptance)
@@ -206,7 +214,7 @@ def _generate_picture(
     pipe: MaskGIT, classes: list[int], negative: int | None, decoding: DecodingConfig, args: argparse.Namespace
 ) -> None:
     """Generates ``--per-class`` images of each class and writes the requested files."""
-    from maskgit_pl.pipeline.imaging_grids import image_grid
+    from maskgit_pl.pipeline.grids import image_grid
 
     per_class: int = args.per_class
     # One row of the picture for each class.

@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING
 
 from maskgit_pl.cli.evaluation_flags import add_measured_run_arguments, read_measuring_flags, read_num_steps_flag
 from maskgit_pl.cli.flags import FOLDER, check_at_least, check_outputs, use_flag_names
-from maskgit_pl.progress import progress_bars
+from maskgit_pl.processes import progress_bars
 from maskgit_pl.runs.flag_values import parse_specs
 
 if TYPE_CHECKING:
     from maskgit_pl.decoding import DecodingConfig
 
-__all__ = ["add_parser", "run"]
+__all__ = [
+    "add_tune_parser",
+]
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_tune_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to ``maskgit``."""
     parser = subparsers.add_parser(
         "tune",
@@ -70,10 +72,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--no-plot", action="store_true", help="skip the figure, which takes longer than the search")
     parser.add_argument("--dry-run", action="store_true", help="print the trials and exit")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=_run_tune)
 
 
-def run(args: argparse.Namespace) -> int:
+def _run_tune(args: argparse.Namespace) -> int:
     """Searches, confirms the best settings, and writes them with a page and a figure."""
     numbers = read_num_steps_flag(args)
     selectors = None if args.selectors == "all" else parse_specs("--selectors", args.selectors)
@@ -112,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
         )
     from rich.console import Console
 
-    from maskgit_pl.evaluation.tuning_report import make_table
+    from maskgit_pl.evaluation.decoding_search import make_table
 
     Console().print(make_table(result))
     # Without a better trial, the files of the model stay as they are.
@@ -135,7 +137,7 @@ def _print_trials(trials: Sequence[DecodingConfig], num_images: int) -> None:
     from rich.table import Table
 
     from maskgit_pl.evaluation.decoding_search import FINALISTS
-    from maskgit_pl.evaluation.decodings import describe_decoding
+    from maskgit_pl.evaluation.options import describe_decoding
 
     # The second measurement has the model's own decoding and the best trials, with twice as many images.
     confirmed = min(len(trials), FINALISTS + 1)

@@ -7,10 +7,12 @@ from pathlib import Path
 
 from maskgit_pl.cli.flags import add_device_argument, read_device_flag
 
-__all__ = ["add_parser", "run"]
+__all__ = [
+    "add_web_parser",
+]
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_web_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to ``maskgit``."""
     parser = subparsers.add_parser(
         "web",
@@ -37,10 +39,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--port", type=int, default=7860, metavar="N", help="port of the page (default: 7860)")
     add_device_argument(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=_run_web)
 
 
-def run(args: argparse.Namespace) -> int:
+def _run_web(args: argparse.Namespace) -> int:
     """Shows the page until Ctrl-C."""
     from maskgit_pl.web.server import LOCAL, check_gradio, check_port, serve
 

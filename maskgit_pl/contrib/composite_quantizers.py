@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from maskgit_pl.checks import check_integer
 from maskgit_pl.networks.quantizers.base import (
+    GradientEstimator,
     Quantizer,
     QuantizerOutput,
     build_sized,
+    estimate,
     quantizer_output,
     quantizers,
     rows_of,
 )
-from maskgit_pl.networks.quantizers.estimators import GradientEstimator, estimate
 
 __all__ = ["ProductQuantizer", "ProductQuantizerSpec", "ResidualQuantizer", "ResidualQuantizerSpec"]
 

@@ -33,18 +33,18 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from maskgit_pl.checks import height_width
 from maskgit_pl.data.folders import check_new_folder, write_folder
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.plan import step_progress
 from maskgit_pl.decoding.sampling import CodeSampling
+from maskgit_pl.errors import printable
 from maskgit_pl.files import sha256_of, size_text, write_text
-from maskgit_pl.image_format import height_width
 from maskgit_pl.networks.backbone import Backbone, BackboneConfig
+from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer, PretrainedTransformer
 from maskgit_pl.pipeline.model import MaskGIT
-from maskgit_pl.pipeline.networks import PretrainedTokenizer, PretrainedTransformer
 from maskgit_pl.pipeline.pretrained import read_config
 from maskgit_pl.pipeline.sharing import find_folder
-from maskgit_pl.text import printable
 
 __all__ = ["Format", "Graph", "NotExportableError", "compare_graph", "export_graphs", "graphs_of", "write_graph"]
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from maskgit_pl.checks import check_choice, check_integer, check_number
 from maskgit_pl.distributed import rank_and_world
 from maskgit_pl.networks.quantizers.base import (
+    WEIGHTS,
     CodebookQuantizer,
     Quantizer,
     QuantizerOutput,
@@ -22,7 +23,6 @@ from maskgit_pl.networks.quantizers.base import (
     rows_of,
     straight_through,
 )
-from maskgit_pl.networks.quantizers.entropy import WEIGHTS
 from maskgit_pl.randomness import gumbel, random_uniform
 
 __all__ = ["GumbelQuantizer", "GumbelQuantizerSpec"]

@@ -13,10 +13,12 @@ from maskgit_pl.cli.flags import (
     read_device_flag,
 )
 
-__all__ = ["add_parser", "run"]
+__all__ = [
+    "add_inspect_parser",
+]
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_inspect_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to ``maskgit``."""
     parser = subparsers.add_parser(
         "inspect",
@@ -33,10 +35,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     add_device_argument(parser, default="cpu")
     add_dtype_argument(parser, of="the tokenizer")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=_run_inspect)
 
 
-def run(args: argparse.Namespace) -> int:
+def _run_inspect(args: argparse.Namespace) -> int:
     """Writes the page and prints its path."""
     check_at_least(args, num_images=1)
     check_outputs(args, out=".html")

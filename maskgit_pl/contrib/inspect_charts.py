@@ -10,7 +10,7 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 
-from maskgit_pl.text import printable
+from maskgit_pl.errors import printable
 
 __all__ = ["bar_chart", "embed_png", "format_html", "line_chart", "make_section", "quote"]
 

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from maskgit_pl.checks import build_dataclass
 from maskgit_pl.data import Batch
+from maskgit_pl.errors import printable
 from maskgit_pl.evaluation.reconstruction import psnr
 from maskgit_pl.files import parse_any_json, size_text
 from maskgit_pl.networks.quantizers import quantizers
-from maskgit_pl.pipeline.networks import PretrainedTokenizer
+from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer
 from maskgit_pl.runs.layers import value_at
-from maskgit_pl.text import printable
 from maskgit_pl.training.health import FILE_NAME
 from maskgit_pl.training.health_rules import HealthConfig, HealthContext, Problem, find_problems
 

@@ -29,18 +29,17 @@ from maskgit_pl.contrib.inspect_findings import (
     read_reports,
 )
 from maskgit_pl.data.images import decode_image
-from maskgit_pl.devices import parse_dtype
+from maskgit_pl.distributed import parse_dtype
+from maskgit_pl.errors import printable
 from maskgit_pl.evaluation.opening import open_images
 from maskgit_pl.evaluation.pages import image_to_png
 from maskgit_pl.evaluation.run_folders import read_run_recipe
 from maskgit_pl.files import write_text
-from maskgit_pl.pipeline.imaging_grids import image_grid, reconstruction_grid
-from maskgit_pl.pipeline.imaging_pixels import to_pil
-from maskgit_pl.pipeline.networks import PretrainedTokenizer
+from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer
+from maskgit_pl.pipeline.grids import image_grid, reconstruction_grid, to_pil
 from maskgit_pl.pipeline.pretrained import load_tokenizer
-from maskgit_pl.runs.exporting import export
+from maskgit_pl.runs.fitting import export
 from maskgit_pl.runs.layers import value_at
-from maskgit_pl.text import printable
 from maskgit_pl.training.health_rules import Problem
 
 __all__ = ["inspect_run"]

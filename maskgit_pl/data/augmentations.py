@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from maskgit_pl.checks import check_number, shorten
-from maskgit_pl.data.crops import Crop, check_crop, fit_image, resize
+from maskgit_pl.data.images import Crop, check_crop, fit_image, resize
 from maskgit_pl.randomness import random_uniform
 from maskgit_pl.registry import Registry, derives_from
 

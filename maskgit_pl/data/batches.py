@@ -1,6 +1,10 @@
 """Datasets and the loader of whole batches of images or tokens, by their positions in the training stream.
 
 Used by the data modules, ``tokenize`` and the evaluation. Images stay uint8 until they are on the device.
+
+The base class of the data modules ``ShardData`` and ``IndexedDataModule``.
+
+Their position in the data is the Trainer's step, so a resumed run continues there.
 """
 
 from __future__ import annotations
@@ -16,25 +20,33 @@ from typing import Any, ClassVar, NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 import torch
+from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from maskgit_pl.checks import ImageSize, height_width
 from maskgit_pl.data.augmentations import CENTER, Augmentations
-from maskgit_pl.data.crops import Place
-from maskgit_pl.data.images import UnreadableImageError, decode_image, load_image_into
+from maskgit_pl.data.images import Place, UnreadableImageError, decode_image, load_image_into
 from maskgit_pl.data.order import Order, Rows
 from maskgit_pl.data.reader import ShardReader
+from maskgit_pl.data.samples import MAX_IN_A_ROW, Unreadable, UnreadableImages
 from maskgit_pl.data.token_store import TokenReader
-from maskgit_pl.data.unreadable import MAX_IN_A_ROW, Unreadable, UnreadableImages
 from maskgit_pl.data.vectors import VectorReader
 from maskgit_pl.errors import INTERNAL_ERROR, DataWorkerError, RunError, exit_code_of
-from maskgit_pl.image_format import ImageSize, height_width
 from maskgit_pl.masking import Draws
 from maskgit_pl.processes import ignore_job_signals
 from maskgit_pl.randomness import random_bits, random_uniform
 
-__all__ = ["Batch", "ImageBatches", "StepLoader", "TokenBatches", "check_batch", "flip", "make_loader"]
-
+__all__ = [
+    "Batch",
+    "ImageBatches",
+    "StepDataModule",
+    "StepLoader",
+    "TokenBatches",
+    "check_batch",
+    "flip",
+    "make_loader",
+]
 
 _SIGNAL_SECONDS = 1.0  # longest time until the signal of a worker's death arrives
 _NONE_REPLACED = torch.tensor(-1)
@@ -437,3 +449,30 @@ def flip(images: Tensor, *, probability: float, seed: int, index: Tensor, epoch:
     # Integer arithmetic without rounding, so the choice is the same on any device.
     chosen = random_uniform("flip", seed=seed, index=index, epoch=epoch)[:, 0] < probability
     return torch.where(chosen.to(images.device)[:, None, None, None], images.flip(-1), images)
+
+
+class StepDataModule(LightningDataModule):
+    """A data module that reads step, rank and world size from the Trainer; 0, 0 and 1 without a Trainer."""
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Lets a module of stage 2 draw the masks of a batch, while it is on the host."""
+        # Lightning warns if the LightningModule has this hook.
+        draw = getattr(None if self.trainer is None else self.trainer.lightning_module, "draw_on_host", None)
+        return batch if draw is None else cast("Batch", draw(batch))
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Moves the tensors of a batch; Lightning's own method would search it recursively."""
+        # non_blocking: copies from pinned memory overlap with computation.
+        moved = {name: part.to(device, non_blocking=True) for name, part in batch._asdict().items() if part is not None}
+        return Batch(**moved)
+
+    def _current_step(self) -> int:
+        return 0 if self.trainer is None else self.trainer.global_step
+
+    @property
+    def _world_size(self) -> int:
+        return 1 if self.trainer is None else self.trainer.world_size
+
+    @property
+    def _rank(self) -> int:
+        return 0 if self.trainer is None else self.trainer.global_rank

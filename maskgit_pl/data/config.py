@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from maskgit_pl.checks import check_choice, check_integer, check_seed
+from maskgit_pl.checks import ImageSize, check_channels, check_choice, check_image_size, check_integer, check_seed
 from maskgit_pl.data.augmentations import Augmentations, build_augmentations
-from maskgit_pl.data.braces import MAX_NAMES, expand_braces
-from maskgit_pl.data.crops import Crop
-from maskgit_pl.data.labels import MAX_CLASSES, Labels
+from maskgit_pl.data.images import Crop
 from maskgit_pl.data.order import BATCH_SIZE_RANGE, check_window
-from maskgit_pl.data.unreadable import check_budget
-from maskgit_pl.image_format import ImageSize, check_channels, check_image_size
+from maskgit_pl.data.reader import MAX_NAMES, expand_braces
+from maskgit_pl.data.samples import MAX_CLASSES, Labels, check_budget
 
 __all__ = ["ShardDataConfig", "StreamConfig", "check_stream", "expand_urls"]
 

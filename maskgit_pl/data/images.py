@@ -1,4 +1,13 @@
-"""Decoding of images: the bytes of a file become a uint8 tensor of a given size and number of channels.
+"""Crops and resizes decoded images to the size of the model's images.
+
+Resampling is bicubic (a = -0.5) and antialiased, from full resolution. Decoding a JPEG at a fraction of its size would
+make the pixels depend on the ratio of the sizes.
+
+Calls of Pillow on files that may be hostile: its errors become ours, and its warnings are silent in every thread.
+
+EXIF orientation: reading it, and rotating or mirroring an image so that it is upright. Used by ``images``.
+
+Decoding of images: the bytes of a file become a uint8 tensor of a given size and number of channels.
 
 Used by the data modules, by ``tokenize`` and by commands that read images.
 
@@ -13,12 +22,17 @@ Used by the data modules, by ``tokenize`` and by commands that read images.
 from __future__ import annotations
 
 import io
+import os
 import re
+import struct
 import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from maskgit_pl.data.crops import Place, fit_image
+from maskgit_pl.checks import ImageSize, check_channels, check_choice, height_width
 from maskgit_pl.data.image_bytes import (
     JPEG_MAGIC,
     MAX_PIXELS,
@@ -32,12 +46,11 @@ from maskgit_pl.data.image_bytes import (
     image_error,
     kind_of_fault,
     may_be_rotated,
+    open_png,
+    open_png_header,
     read_image_file,
 )
-from maskgit_pl.data.orientation import apply_orientation, find_orientation
-from maskgit_pl.data.pillow import PIL_ERRORS, decode_error, first_words, pil_errors, silent_warnings
-from maskgit_pl.data.png import open_png, open_png_header
-from maskgit_pl.image_format import ImageSize, check_channels, height_width
+from maskgit_pl.errors import printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,19 +59,193 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "PIL_ERRORS",
+    "Crop",
     "ImageHeader",
+    "Place",
     "Reason",
     "UnreadableImageError",
+    "apply_orientation",
     "check_complete",
+    "check_crop",
+    "crop_to_shape",
+    "decode_error",
     "decode_image",
     "encode_jpeg",
     "encode_png",
+    "find_orientation",
+    "first_words",
+    "fit_image",
     "from_pil",
     "load_image",
     "load_image_into",
     "parse_image_header",
+    "pil_errors",
     "read_image_file",
+    "resize",
+    "silent_warnings",
 ]
+
+Crop = Literal["center", "random"]
+Place = tuple[float, float] | Callable[["Tensor", tuple[int, int]], "Tensor"] | None
+"""The part of an image that is used: its place along (height, width), each in [0, 1), a function of the image and of
+the size of the result, which crops by itself, or None for the centre."""
+
+
+def check_crop(crop: str) -> None:
+    """Checks that a crop is ``"center"`` or ``"random"``.
+
+    Raises:
+        ValueError: if it is not. The message lists the choices.
+    """
+    check_choice("crop", crop, get_args(Crop))
+
+
+def fit_image(image: Tensor, *, image_size: ImageSize, crop: Place) -> Tensor:
+    """Crops an image to the shape of the result and resizes it. An image of the right size is returned unchanged.
+
+    The result is that of the usual "resize until the result fits in, then crop", without resizing the pixels outside
+    the crop.
+
+    Args:
+        image: (C, h, w) uint8.
+        image_size: Size of the result: H = W, or (H, W).
+        crop: Place of the crop; see ``crop_to_shape``. A function returns the result itself.
+
+    Returns:
+        (C, H, W) uint8.
+    """
+    size = height_width(image_size)
+    if callable(crop):
+        return crop(image, size)
+    part = crop_to_shape(image, image_size=size, crop=crop)
+    return part if part.shape[-2:] == size else resize(part, size)
+
+
+def crop_to_shape(image: Tensor, *, image_size: ImageSize, crop: tuple[float, float] | None = None) -> Tensor:
+    """Crops the largest part of an image whose sides have a given ratio.
+
+    Args:
+        image: (C, h, w).
+        image_size: H = W, or (H, W), of which only the ratio matters.
+        crop: Place of the part along (height, width), each in [0, 1); None for the centre.
+
+    Returns:
+        A part of ``image``. One side is that of the image; the other is rounded to the nearest pixel, at least 1.
+    """
+    (height, width), (rows, columns) = image.shape[-2:], height_width(image_size)
+    high = min(height, max(1, (2 * width * rows + columns) // (2 * columns)))
+    wide = min(width, max(1, (2 * height * columns + rows) // (2 * rows)))
+    if crop is None:
+        top, left = (height - high) // 2, (width - wide) // 2
+    else:
+        top, left = int(crop[0] * (height - high + 1)), int(crop[1] * (width - wide + 1))
+    return image[:, top : top + high, left : left + wide]
+
+
+def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resizes an image.
+
+    Args:
+        image: (C, h, w) uint8.
+        size: Height and width of the result.
+
+    Returns:
+        (C, H, W) uint8.
+    """
+    import torch
+
+    # The layout of decoded images; the other layout takes twice as long.
+    batch = image[None].contiguous(memory_format=torch.channels_last)
+    return torch.nn.functional.interpolate(batch, size, mode="bicubic", antialias=True)[0]
+
+
+PIL_ERRORS = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, struct.error)
+"""The errors that Pillow raises on damaged or hostile files."""
+
+_filters_lock = threading.Lock()  # the list of warning filters belongs to the process
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(
+        before=_filters_lock.acquire, after_in_parent=_filters_lock.release, after_in_child=_filters_lock.release
+    )
+
+
+@contextmanager
+def silent_warnings() -> Iterator[None]:
+    """Drops warnings. Pillow warns of odd metadata, which does no harm."""
+    with _filters_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def pil_errors(name: str) -> Iterator[None]:
+    """Turns errors of Pillow into ``UnreadableImageError``.
+
+    Args:
+        name: The image's name in error messages.
+    """
+    try:
+        yield
+    except UnreadableImageError:
+        raise
+    except PIL_ERRORS as error:
+        raise decode_error(name, error) from error
+
+
+def decode_error(name: str, error: Exception) -> UnreadableImageError:
+    """Returns the error for an image whose pixels another package cannot decode.
+
+    Args:
+        name: The image's name.
+        error: The package's error.
+    """
+    return UnreadableImageError(f"image {name} cannot be decoded: {first_words(error)}")
+
+
+def first_words(error: Exception) -> str:
+    """Returns the first line of another package's error, at most 200 characters."""
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0][:200])
+
+
+_ORIENTATION = 0x0112  # EXIF tag: 1 upright, 2 to 8 rotated or mirrored; 5 to 8 swap height and width
+
+
+def find_orientation(image: Image.Image) -> int:
+    """Returns the EXIF orientation, 1 to 8, without decoding pixels; 1 if EXIF is missing or damaged."""
+    from PIL import Image
+
+    if image.format == "PNG" and not {"exif", "xmp", "XML:com.adobe.xmp"} & image.info.keys():
+        return 1
+    try:
+        with silent_warnings():
+            # The method of PNG would decode the pixels, to search after them.
+            value = Image.Image.getexif(image).get(_ORIENTATION, 1)
+    except PIL_ERRORS:
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def apply_orientation(image: Image.Image, orientation: int) -> Image.Image:
+    """Returns an image upright.
+
+    Args:
+        image: The image as stored.
+        orientation: Its EXIF orientation, 1 to 8.
+    """
+    from PIL.Image import Transpose
+
+    undoing = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    return image if orientation == 1 else image.transpose(undoing[orientation])
+
 
 _GREY = ("1", "L", "LA", "I;16", "I")  # modes of PIL; every other one becomes RGB
 _MODES = {1: "L", 3: "RGB"}  # of PIL, by the channels of the result

@@ -1,4 +1,10 @@
-"""Indexing: writes manifests beside ordinary WebDataset tars, which stay unchanged.
+"""The error of an index run: all faults of all shards in one list, with the ways out. Used by ``index``.
+
+The file of an unfinished index run, with one line per scanned shard: a repeated run scans only the rest.
+
+Used by ``index``. The first line holds the options; the scans of other options are not used.
+
+Indexing: writes manifests beside ordinary WebDataset tars, which stay unchanged.
 
 Used by ``maskgit data index`` for existing shards (such as those of open_clip and img2dataset) and by ``writer``.
 Faults that would silently lose samples are rejected in one list, or left out and counted with ``lenient``.
@@ -6,19 +12,21 @@ Faults that would silently lose samples are rejected in one list, or left out an
 
 from __future__ import annotations
 
+import base64
+import json
+import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from maskgit_pl.data.index_faults import raise_faults
-from maskgit_pl.data.labels import Labels
 from maskgit_pl.data.manifest import (
     INDEX_DTYPE,
+    ImageRange,
     Manifest,
     Shard,
     Split,
@@ -27,14 +35,160 @@ from maskgit_pl.data.manifest import (
     save_manifest,
     union,
 )
-from maskgit_pl.data.scan import ShardScan, require_vectors, scan_shard
-from maskgit_pl.data.scan_progress import PROGRESS, read_progress, start_progress, write_scan
-from maskgit_pl.data.shard_files import glob_files
+from maskgit_pl.data.reader import glob_files
+from maskgit_pl.data.samples import Labels
+from maskgit_pl.data.scan import (
+    BAD_VECTOR,
+    NO_LABEL,
+    NO_VECTOR,
+    Fault,
+    ShardScan,
+    format_counts,
+    require_vectors,
+    scan_shard,
+)
 from maskgit_pl.data.vectors import VectorKind, load_vectors, vectors_path, write_vectors
-from maskgit_pl.files import parse_any_json, write_atomically
-from maskgit_pl.parallel import choose_workers, run_jobs
+from maskgit_pl.files import parse_any_json, parse_json, write_atomically
+from maskgit_pl.processes import choose_workers, run_jobs
 
-__all__ = ["IndexResult", "index_shards"]
+__all__ = [
+    "PROGRESS",
+    "IndexResult",
+    "index_shards",
+    "raise_faults",
+    "read_progress",
+    "start_progress",
+    "write_scan",
+]
+
+
+def raise_faults(
+    folder: Path,
+    scans: Mapping[str, ShardScan],
+    miscounts: Iterable[tuple[str, str]],
+    *,
+    lenient: bool,
+    labels: str,
+    kind: VectorKind | None,
+) -> None:
+    """Raises one error that lists all faults of all shards, if there are any.
+
+    Args:
+        folder: The data folder.
+        scans: Scan of each shard by its name.
+        miscounts: (shard, difference) of each count beside the tars that disagrees.
+        lenient: True if samples with a fault are left out, so that only damaged shards are faults.
+        labels: Source of the labels; see ``labels.Labels``.
+        kind: Kind that all vectors must have; None without vectors.
+
+    Raises:
+        ValueError: if there is a fault.
+    """
+    faults = {name: list(_faults_of(scan, lenient=lenient, kind=kind)) for name, scan in scans.items()}
+    for name, fault in miscounts:
+        faults.setdefault(name, []).append(fault)
+    listed = [f"{name}: {'; '.join(of_shard)}" for name, of_shard in faults.items() if of_shard]
+    if listed:
+        found = {fault for scan in scans.values() for fault in scan.faults}
+        lines, hints = "\n  ".join(listed), "; ".join(_hints(found, lenient=lenient, labels=labels))
+        raise ValueError(f"data {folder}: {len(listed)} of {len(scans)} shards are rejected:\n  {lines}\n{hints}")
+
+
+def _faults_of(scan: ShardScan, *, lenient: bool, kind: VectorKind | None) -> Iterator[str]:
+    if scan.damage:
+        yield scan.damage
+    elif not lenient:
+        yield from (f"{found.count} {fault} (first {found.first})" for fault, found in scan.faults.items())
+    if not (scan.damage or scan.num_keys or scan.faults):
+        found_members = f"only {format_counts(scan.ignored)}" if scan.ignored else "no members"
+        yield f"no image samples, {found_members}"
+    if scan.vector_kind not in (None, kind):
+        yield f"vectors must have {kind}, as those of the first shard, got {scan.vector_kind}"
+
+
+def _hints(found: set[str], *, lenient: bool, labels: str) -> Iterator[str]:
+    yield "restore damaged tars"
+    if not lenient and found:
+        yield "--lenient leaves out samples with a fault and counts them"
+    if labels == "cls" and NO_LABEL in found:
+        yield "--label-field NAME reads labels from .json, --no-labels trains without labels"
+    if found & {NO_VECTOR, BAD_VECTOR}:
+        yield "--no-vectors ignores .npy members"
+
+
+PROGRESS = ".index.partial"
+
+
+def start_progress(file: IO[bytes], labels: Labels, *, vectors: bool) -> None:
+    """Writes the line of the options to a new file."""
+    _write_line(file, _options_to_json(labels, vectors=vectors))
+
+
+def write_scan(file: IO[bytes], name: str, scan: ShardScan) -> None:
+    """Writes the line of a scanned shard."""
+    arrays = {field: base64.b64encode(getattr(scan, field).tobytes()).decode() for field in ("rows", "vectors")}
+    _write_line(file, {"name": name, **asdict(scan), **arrays})
+
+
+def read_progress(path: Path, folder: Path, labels: Labels, *, vectors: bool) -> dict[str, ShardScan]:
+    """Returns the scans of an interrupted run, if it had the same options, of shards that have not changed since."""
+    if not path.is_file():
+        return {}
+    with open(path, "rb") as file:
+        lines = _whole_lines(file)
+        # Other labels or class names would give other rows.
+        if next(lines, None) != _options_to_json(labels, vectors=vectors):
+            return {}
+        known = ((line, _reuse_scan(folder, line)) for line in lines)
+        return {line["name"]: scan for line, scan in known if scan is not None}
+
+
+def _options_to_json(labels: Labels, *, vectors: bool) -> dict[str, Any]:
+    classes = None if labels.classes is None else list(labels.classes)
+    return {"format": 2, "labels": labels.source, "classes": classes, "vectors": vectors}
+
+
+def _write_line(file: IO[bytes], content: Mapping[str, Any]) -> None:
+    file.write((json.dumps(content) + "\n").encode())
+    file.flush()
+
+
+def _whole_lines(file: IO[bytes]) -> Iterator[dict[str, Any]]:
+    for line in file:
+        try:
+            yield parse_json(line, "line")
+        except ValueError:
+            continue
+
+
+def _reuse_scan(folder: Path, line: dict[str, Any]) -> ShardScan | None:
+    try:
+        return _scan_from_json(folder, line)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # the shard is gone or the line is damaged
+        return None
+
+
+def _scan_from_json(folder: Path, line: dict[str, Any]) -> ShardScan | None:
+    status = os.stat(folder / line["name"])
+    if (status.st_size, status.st_mtime_ns) != (line["bytes"], line["mtime_ns"]):
+        return None
+    images = line["images"]
+    return ShardScan(
+        bytes=line["bytes"],
+        mtime_ns=line["mtime_ns"],
+        sha256=line["sha256"],
+        rows=np.frombuffer(base64.b64decode(line["rows"]), INDEX_DTYPE),
+        images=None
+        if images is None
+        else ImageRange(*(tuple(images[name]) for name in ("height", "width", "channels"))),
+        num_keys=line["num_keys"],
+        faults={fault: Fault(**found) for fault, found in line["faults"].items()},
+        ignored=line["ignored"],
+        vectors=np.frombuffer(base64.b64decode(line["vectors"]), np.int64),
+        vector_kind=None if line["vector_kind"] is None else VectorKind(*line["vector_kind"]),
+        without_vector=line["without_vector"],
+    )
+
 
 UNLABELLED = "image"  # name of the only class of data without labels
 _MAX_COUNTS_BYTES = 64 * 2**20  # of sizes.json and *_stats.json

@@ -20,14 +20,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from maskgit_pl.checks import check_integer, check_seed, shorten
+from maskgit_pl.checks import ImageSize, check_channels, check_image_size, check_integer, check_seed, shorten
 from maskgit_pl.data.augmentations import Augmentations, build_augmentations
-from maskgit_pl.data.batches import Batch, make_loader
-from maskgit_pl.data.crops import Crop, fit_image
-from maskgit_pl.data.images import from_pil
+from maskgit_pl.data.batches import Batch, StepDataModule, make_loader
+from maskgit_pl.data.images import Crop, fit_image, from_pil
 from maskgit_pl.data.order import BATCH_SIZE_RANGE, EvalBatchSampler, InOrder, Order, ShuffledStream, TrainBatchSampler
-from maskgit_pl.data.step_module import StepDataModule
-from maskgit_pl.image_format import ImageSize, check_channels, check_image_size
 
 __all__ = ["IndexedDataModule", "IndexedDataset"]
 

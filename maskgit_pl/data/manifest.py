@@ -27,8 +27,6 @@ import numpy.typing as npt
 
 from maskgit_pl.checks import check_integer, check_keys, check_sha256, shorten
 from maskgit_pl.data.image_bytes import MAX_IMAGE_BYTES
-from maskgit_pl.data.mapped_array import map_array
-from maskgit_pl.data.quick_check import find_fault
 from maskgit_pl.data.shard_facts import (
     ImageRange,
     Shard,
@@ -39,8 +37,8 @@ from maskgit_pl.data.shard_facts import (
     parse_vector_array,
     union,
 )
-from maskgit_pl.data.tar import BLOCK
-from maskgit_pl.data.vectors import VectorKind, VectorReader, vectors_path
+from maskgit_pl.data.tar import BLOCK, find_fault
+from maskgit_pl.data.vectors import VectorKind, VectorReader, map_array, vectors_path
 from maskgit_pl.files import read_json, sha256_of, write_atomically, write_text
 
 __all__ = [

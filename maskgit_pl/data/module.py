@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from maskgit_pl.data.augmentations import CENTER, Augmentations
-from maskgit_pl.data.batches import Batch, ImageBatches, StepLoader, TokenBatches, make_loader
+from maskgit_pl.data.batches import Batch, ImageBatches, StepDataModule, StepLoader, TokenBatches, make_loader
 from maskgit_pl.data.config import ShardDataConfig
 from maskgit_pl.data.manifest import (
     DataSummary,
@@ -34,10 +34,8 @@ from maskgit_pl.data.order import (
     split_batch,
 )
 from maskgit_pl.data.reader import ShardReader
-from maskgit_pl.data.step_module import StepDataModule
-from maskgit_pl.data.store_description import StoreDescription, augmentations_text, check_origin
 from maskgit_pl.data.stream import StreamBatches, StreamEval
-from maskgit_pl.data.token_store import TokenReader, open_store
+from maskgit_pl.data.token_store import StoreDescription, TokenReader, augmentations_text, check_origin, open_store
 from maskgit_pl.data.vectors import VectorReader
 from maskgit_pl.decoding.vectors import VectorPool
 from maskgit_pl.distributed import rank_and_world

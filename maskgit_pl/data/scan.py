@@ -28,12 +28,12 @@ import numpy.typing as npt
 
 from maskgit_pl.data.image_bytes import MAX_IMAGE_BYTES, UnreadableImageError
 from maskgit_pl.data.images import ImageHeader, parse_image_header
-from maskgit_pl.data.labels import Labels
 from maskgit_pl.data.manifest import INDEX_DTYPE, ImageRange
+from maskgit_pl.data.samples import Labels
 from maskgit_pl.data.tar import BLOCK, DamagedTarError, DescriptorBytes, Member, read_members
 from maskgit_pl.data.vectors import MAX_VECTOR_BYTES, VECTOR_EXTENSION, VectorKind, parse_vector
+from maskgit_pl.errors import printable
 from maskgit_pl.files import open_regular, sha256_of
-from maskgit_pl.text import printable
 
 __all__ = [
     "BAD_VECTOR",

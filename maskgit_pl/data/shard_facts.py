@@ -10,9 +10,19 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from maskgit_pl.checks import build_dataclass, check_choice, check_integer, check_keys, check_sha256, shorten
+from maskgit_pl.checks import (
+    ImageSize,
+    build_dataclass,
+    check_choice,
+    check_integer,
+    check_keys,
+    check_sha256,
+    height_width,
+    pixels_text,
+    plain_size,
+    shorten,
+)
 from maskgit_pl.data.vectors import MAX_VECTOR_DIM, VECTOR_DTYPES, VectorKind
-from maskgit_pl.image_format import ImageSize, height_width, pixels_text, plain_size
 
 __all__ = [
     "ImageRange",

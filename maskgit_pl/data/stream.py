@@ -25,12 +25,10 @@ from torch.utils.data import Dataset, get_worker_info
 
 from maskgit_pl.data.batches import Batch
 from maskgit_pl.data.config import ShardDataConfig, check_stream, expand_urls
-from maskgit_pl.data.crops import Place
 from maskgit_pl.data.image_bytes import MAX_IMAGE_BYTES
-from maskgit_pl.data.images import UnreadableImageError, load_image
-from maskgit_pl.data.labels import Labels
+from maskgit_pl.data.images import Place, UnreadableImageError, load_image
+from maskgit_pl.data.samples import ALWAYS_ALLOWED, MAX_IN_A_ROW, Labels
 from maskgit_pl.data.scan import IMAGE_EXTENSIONS
-from maskgit_pl.data.unreadable import ALWAYS_ALLOWED, MAX_IN_A_ROW
 from maskgit_pl.errors import DataBudgetError
 from maskgit_pl.files import open_regular
 from maskgit_pl.randomness import permutation

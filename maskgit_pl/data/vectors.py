@@ -1,4 +1,8 @@
-"""Vectors of images, such as frozen text or image embeddings: safe parsing of ``.npy`` files, and batches of vectors.
+"""Memory-mapped arrays, safe with files that are damaged or that are truncated while they are mapped.
+
+Used by everything that reads indexes and token stores.
+
+Vectors of images, such as frozen text or image embeddings: safe parsing of ``.npy`` files, and batches of vectors.
 
 A vector is a ``.npy`` file of C little-endian float16 or float32 values, all finite. All vectors of a data set have the
 same C and dtype. The index of a data folder copies them into one array ``SPLIT-vectors.npy`` (n, C), row i for sample
@@ -9,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import mmap
 import os
 from collections.abc import Iterable
 from functools import lru_cache
@@ -18,7 +23,6 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from maskgit_pl.data.mapped_array import has_all_bytes, map_array
 from maskgit_pl.errors import DataChangedError
 from maskgit_pl.files import open_regular
 
@@ -29,11 +33,45 @@ __all__ = [
     "VECTOR_EXTENSION",
     "VectorKind",
     "VectorReader",
+    "has_all_bytes",
     "load_vectors",
+    "map_array",
     "parse_vector",
     "vectors_path",
     "write_vectors",
 ]
+
+
+def map_array(path: Path) -> npt.NDArray[Any]:
+    """Maps a ``.npy`` file into memory, read-only.
+
+    Raises:
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it is not a complete ``.npy`` file of plain values.
+    """
+    try:
+        os.close(open_regular(path))  # rejects a FIFO or a device, which would block
+        array: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    except Exception as error:  # the header is a Python literal, whose parser raises many kinds of errors
+        raise ValueError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from error
+    return array
+
+
+def has_all_bytes(array: npt.NDArray[Any]) -> bool:
+    """Returns whether the file of a mapped array still has all its bytes.
+
+    Reading beyond the end of a truncated file would kill the process with SIGBUS.
+    """
+    # Views of a mapped array have it as a base.
+    mapped = array
+    while isinstance(mapped.base, np.ndarray):
+        mapped = mapped.base
+    return not isinstance(mapped.base, mmap.mmap) or mapped.base.size() >= len(mapped.base)
+
 
 VECTOR_EXTENSION = "npy"
 VECTOR_DTYPES = ("float16", "float32")

@@ -17,20 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maskgit_pl.checks import check_integer
-from maskgit_pl.data.crops import fit_image
+from maskgit_pl.checks import ImageSize, check_image_size, check_integer, height_width, plain_size
 from maskgit_pl.data.folders import has_content, replace_folder, resolve_folder
 from maskgit_pl.data.image_bytes import UnreadableImageError
-from maskgit_pl.data.images import decode_image, encode_jpeg, encode_png, parse_image_header
+from maskgit_pl.data.images import decode_image, encode_jpeg, encode_png, fit_image, parse_image_header
 from maskgit_pl.data.index import index_shards
 from maskgit_pl.data.manifest import Split, load_manifest, splits_of
+from maskgit_pl.data.reader import find_shards
 from maskgit_pl.data.samples import Sample, Source, UnreadableSample
-from maskgit_pl.data.shard_files import find_shards
 from maskgit_pl.data.vectors import VECTOR_EXTENSION
+from maskgit_pl.errors import printable
 from maskgit_pl.files import read_json, sync, write_text
-from maskgit_pl.image_format import ImageSize, check_image_size, height_width, plain_size
-from maskgit_pl.parallel import choose_workers, run_jobs
-from maskgit_pl.text import printable
+from maskgit_pl.processes import choose_workers, run_jobs
 
 __all__ = ["LEFT_OUT", "MAX_RECORD_BYTES", "RECORD", "is_made_from", "make_shards", "write_split"]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from maskgit_pl.lazy_names import lazy_names
+from maskgit_pl.registry import lazy_names
 
 if TYPE_CHECKING:
     from maskgit_pl.decoding.autoregressive import (
@@ -21,11 +21,10 @@ if TYPE_CHECKING:
         AutoregressivePredictor,
         decode_autoregressive,
     )
-    from maskgit_pl.decoding.classes import decode_classes
-    from maskgit_pl.decoding.config import AutoregressiveDecoding, DecodingConfig
-    from maskgit_pl.decoding.decoder import ParallelDecoder
-    from maskgit_pl.decoding.limits import check_parallel
+    from maskgit_pl.decoding.config import SETTINGS_FORMAT, AutoregressiveDecoding, DecodingConfig, read_settings_file
+    from maskgit_pl.decoding.decoder import DecodingStep, ParallelDecoder, decode_classes
     from maskgit_pl.decoding.noise import Noise, SeededNoise
+    from maskgit_pl.decoding.plan import check_parallel
     from maskgit_pl.decoding.predictors import (
         AutoguidedPredictor,
         ClassPredictor,
@@ -37,9 +36,7 @@ if TYPE_CHECKING:
         Predictor,
         build_class_predictor,
     )
-    from maskgit_pl.decoding.run import DecodingStep
     from maskgit_pl.decoding.sampling import CodeSampling
-    from maskgit_pl.decoding.settings_file import SETTINGS_FORMAT, read_settings_file
 
 __all__ = [
     "SETTINGS_FORMAT",
@@ -68,33 +65,33 @@ __all__ = [
     "read_settings_file",
 ]
 
-_NAMES = {
-    "classes": ("decode_classes",),
-    "config": ("AutoregressiveDecoding", "DecodingConfig"),
-    "decoder": ("ParallelDecoder",),
-    "run": ("DecodingStep",),
-    "limits": ("check_parallel",),
-    "noise": ("Noise", "SeededNoise"),
-    "predictors": (
-        "AutoguidedPredictor",
-        "ClassPredictor",
-        "ConditionalModel",
-        "ConditionalNetwork",
-        "FirstStepLogits",
-        "FirstStepPredictor",
-        "GuidedPredictor",
-        "Predictor",
-        "build_class_predictor",
-    ),
-    "settings_file": ("SETTINGS_FORMAT", "read_settings_file"),
-    "sampling": ("CodeSampling",),
-    "autoregressive": (
-        "AutoregressiveClassPredictor",
-        "AutoregressivePredictor",
-        "AutoregressiveDecoder",
-        "decode_autoregressive",
-    ),
-}
-
 # Names are imported when they are used: ``DecodingConfig`` imports no torch, and the command line checks flags with it.
-__getattr__ = lazy_names(__name__, {name: module for module, names in _NAMES.items() for name in names})
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "AutoguidedPredictor": "predictors",
+        "AutoregressiveClassPredictor": "autoregressive",
+        "AutoregressiveDecoder": "autoregressive",
+        "AutoregressiveDecoding": "config",
+        "AutoregressivePredictor": "autoregressive",
+        "ClassPredictor": "predictors",
+        "CodeSampling": "sampling",
+        "ConditionalModel": "predictors",
+        "ConditionalNetwork": "predictors",
+        "DecodingConfig": "config",
+        "DecodingStep": "decoder",
+        "FirstStepLogits": "predictors",
+        "FirstStepPredictor": "predictors",
+        "GuidedPredictor": "predictors",
+        "Noise": "noise",
+        "ParallelDecoder": "decoder",
+        "Predictor": "predictors",
+        "SETTINGS_FORMAT": "config",
+        "SeededNoise": "noise",
+        "build_class_predictor": "predictors",
+        "check_parallel": "plan",
+        "decode_autoregressive": "autoregressive",
+        "decode_classes": "decoder",
+        "read_settings_file": "config",
+    },
+)

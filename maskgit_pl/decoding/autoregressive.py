@@ -18,11 +18,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from maskgit_pl.decoding.limits import check_guidance
+from maskgit_pl.decoding.decoder import DecodingStep
 from maskgit_pl.decoding.noise import Noise, SeededNoise
-from maskgit_pl.decoding.plan import step_progress
+from maskgit_pl.decoding.plan import check_guidance, step_progress
 from maskgit_pl.decoding.predictors import ConditionalModel, apply_guidance
-from maskgit_pl.decoding.run import DecodingStep
 from maskgit_pl.decoding.sampling import CodeSampling
 from maskgit_pl.networks.backbone import AutoregressiveBackbone
 

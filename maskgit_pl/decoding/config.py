@@ -1,25 +1,36 @@
 """The decoding settings in plain values, as recipes, pretrained folders and ``decoding.json`` store them.
 
 Used by the pipeline, the command line and both training stages. It imports torch only to build a decoder.
+
+The reader of ``decoding.json``, the decoding settings that ``maskgit tune`` writes next to a model's weights.
+
+Used by ``pretrained`` and by the command line. It does not import torch.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maskgit_pl.checks import check_integer, plain_list, plain_number, shorten
+from maskgit_pl.checks import build_dataclass, check_integer, check_keys, plain_list, plain_number, shorten
 from maskgit_pl.decoding.guidance import guidance_scales, guidance_schedules
-from maskgit_pl.decoding.limits import DrawMethod, check_guidance, check_num_steps, check_token_counts, check_token_sum
+from maskgit_pl.decoding.plan import DrawMethod, check_guidance, check_num_steps, check_token_counts, check_token_sum
 from maskgit_pl.decoding.sampling import CodeSampling, Temperature
 from maskgit_pl.decoding.selectors import TokenSelector, token_selectors
+from maskgit_pl.files import read_json
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
 
 if TYPE_CHECKING:
     from maskgit_pl.decoding.autoregressive import AutoregressiveDecoder
     from maskgit_pl.decoding.decoder import ParallelDecoder
 
-__all__ = ["AutoregressiveDecoding", "DecodingConfig"]
+__all__ = [
+    "SETTINGS_FORMAT",
+    "AutoregressiveDecoding",
+    "DecodingConfig",
+    "read_settings_file",
+]
 
 _MOST_STEPS = 2**16  # the tokens of the largest grid
 
@@ -204,3 +215,31 @@ class AutoregressiveDecoding:
             top_p=self.top_p,
             draw_method=self.draw_method,
         )
+
+
+SETTINGS_FORMAT, _VERSION = "maskgit_pl.decoding", 1
+
+
+def read_settings_file(file: Path) -> tuple[DecodingConfig, dict[str, Any]]:
+    """Reads the decoding settings of a file.
+
+    Args:
+        file: Path of a ``decoding.json``.
+
+    Returns:
+        The settings, and the whole content of the file. Names and ranges are checked when a decoder is built.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is not JSON, has another format or version, or has unknown keys or values of a wrong
+            type.
+    """
+    content = read_json(file)
+    if (content.get("format"), content.get("version")) != (SETTINGS_FORMAT, _VERSION):
+        found = f"{shorten(content.get('format'))}, version {shorten(content.get('version'))}"
+        raise ValueError(
+            f"decoding {file}: format must be {SETTINGS_FORMAT!r}, version {_VERSION}, got {found}; `maskgit tune RUN` "
+            "writes such a file, RUN/pretrained/decoding.json"
+        )
+    check_keys(f"decoding {file}", content, known=content, required=("decoding",))
+    return build_dataclass(DecodingConfig, content["decoding"], f"decoding {file}: decoding"), content

@@ -18,28 +18,70 @@ Shapes: B images, N tokens per image, K codes, M the largest number of masked to
 with fewer masked tokens are padded to M with known positions. Padding never changes a code, a confidence or an order.
 
 Source: paper, section on iterative decoding; google-research/maskgit, ``parallel_decode.py``.
+
+The decoding loop; see ``decoder`` for its steps. ``correction`` holds the loop that looks at decided tokens too.
+
+The columns of a decoding step: the positions (B, M) that it works on, with padding for rows that have fewer.
+
+Used by ``run`` and ``correction``. All counts are known on the host, so that nothing here waits for the device.
+
+The decoding loop with self-correction, for selectors that ask for the current logits of decided tokens.
+
+Used by ``decoder.ParallelDecoder`` if ``TokenSelector.needs_decided_logits``. Each step processes all images together:
+
+    1. Predict. The predictor returns logits (B, U, K) at all U positions that were masked at the start.
+    2. Draw. A code is drawn for each of these positions that is masked. Decided positions keep their current code.
+    3. Score. The selector scores draws and decided tokens alike, both by the current logits.
+    4. Replace. A selector may give decided positions another code.
+    5. Mask. The tokens with the lowest scores are masked, as many as the plan says, new or old.
+
+The number of masked tokens follows the plan, so all shapes are known before the loop, and nothing waits for the device.
+
+Source: P2, Peng et al., arXiv:2502.03540, algorithm 1.
+
+Class-conditional decoding: labels and seeds in, tokens out.
+
+Used by the pipeline, and by ``mvtm.MaskedTokenModel`` for the sample images of the training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from maskgit_pl.decoding.correction import CorrectingRun
-from maskgit_pl.decoding.limits import check_num_steps, check_token_counts, check_token_sum
-from maskgit_pl.decoding.noise import Noise
-from maskgit_pl.decoding.plan import StepCounts, count_by_list, count_by_schedule, plan_steps
-from maskgit_pl.decoding.predictors import Predictor
-from maskgit_pl.decoding.run import DecodingRun, DecodingStep
+from maskgit_pl.decoding.noise import Noise, SeededNoise
+from maskgit_pl.decoding.plan import (
+    StepCounts,
+    check_num_steps,
+    check_token_counts,
+    check_token_sum,
+    count_by_list,
+    count_by_schedule,
+    plan_steps,
+    step_progress,
+)
+from maskgit_pl.decoding.predictors import ConditionalModel, ConditionalNetwork, Predictor, build_class_predictor
 from maskgit_pl.decoding.sampling import CodeSampling
-from maskgit_pl.decoding.selectors import TokenSelector
+from maskgit_pl.decoding.selectors import Candidates, Decided, TokenSelector
 from maskgit_pl.decoding.token_selector import CheckedSelector
 from maskgit_pl.schedules import MaskSchedule
 
-__all__ = ["ParallelDecoder"]
+__all__ = [
+    "CorrectingRun",
+    "DecodingRun",
+    "DecodingStep",
+    "ParallelDecoder",
+    "StepRules",
+    "decode_classes",
+    "mark_first_columns",
+    "mark_masked_columns",
+    "mask_first",
+    "sort_masked_first",
+]
 
 
 @dataclass(frozen=True)
@@ -147,3 +189,287 @@ class ParallelDecoder:
         for step in self.steps(predictor, tokens, noise, mask_token_id=mask_token_id, first_step=first_step):
             last = step.tokens
         return last
+
+
+@dataclass(frozen=True)
+class DecodingStep:
+    """One step of a decoding run.
+
+    Args:
+        step: t, counted from 0.
+        tokens: (B, N) int64 in [0, K): all tokens after the draw, before any is masked again.
+        was_masked: (B, N) bool, True = masked before the step.
+        still_masked: (B, N) bool, True = masked after the step; all False at the last step.
+        scores: (B, N) float32: the selector's scores where ``was_masked``, +inf elsewhere.
+        confidence: (B, N) float32 in [0, 1]: the probability that each code had when it was last drawn; 1 for codes
+            that were given.
+    """
+
+    step: int
+    tokens: Tensor
+    was_masked: Tensor
+    still_masked: Tensor
+    scores: Tensor
+    confidence: Tensor
+
+
+class StepRules(Protocol):
+    """The settings of a run; ``decoder.ParallelDecoder`` has them."""
+
+    @property
+    def token_selector(self) -> TokenSelector:
+        """The token selector."""
+
+    @property
+    def sampling(self) -> CodeSampling:
+        """The sampling of codes."""
+
+    @property
+    def num_steps(self) -> int:
+        """The number of steps, T."""
+
+
+class DecodingRun:
+    """The state of one decoding run; see ``ParallelDecoder.steps`` for the arguments.
+
+    Attributes:
+        tokens: (B, N) int64: codes in [0, K), and ``mask_token_id`` where ``masked``.
+        masked: (B, N) bool.
+        unknown: (B, N) bool, True = masked at the start. All other tokens were given and are never masked.
+        confidence: (B, N) float32 in [0, 1]: the probability that each code had when it was last drawn; 1 for given
+            codes.
+        no_scores: (B, N) float32: +inf, the score of a position that a step does not draw.
+    """
+
+    def __init__(
+        self,
+        rules: StepRules,
+        predictor: Predictor,
+        noise: Noise,
+        *,
+        mask_token_id: int,
+        grid: tuple[int, int] | None,
+        tokens: Tensor,
+        masked: Tensor,
+    ) -> None:
+        self.selector = CheckedSelector(rules.token_selector)
+        self.sampling, self.num_steps = rules.sampling, rules.num_steps
+        self.predictor, self.noise = predictor, noise
+        self.mask_token_id, self.grid = mask_token_id, grid
+        self.tokens, self.masked, self.unknown = tokens, masked, masked
+        self.confidence = torch.ones(tokens.shape, device=tokens.device)
+        self.no_scores = torch.full_like(self.confidence, torch.inf)
+
+    def steps(self, plan: Sequence[StepCounts], first_step: int) -> Iterator[DecodingStep]:
+        """Runs the loop of the module docstring, with the counts of ``plan`` or of the selector."""
+        num_masked = plan[0].before
+        positions = sort_masked_first(self.masked, num_masked)  # (B, M)
+        for step, counts in enumerate(plan, start=first_step):
+            if max(num_masked) == 0:  # a selector may finish early
+                return
+            # 1. Predict. Softmax and scores are computed in float32 for every dtype of the network.
+            logits = self.predictor(self.tokens, positions).float()  # (B, M, K)
+            # 2. Draw.
+            candidates = self._draw(logits, positions, step)
+            drawn, probability = candidates.tokens, candidates.drawn_log_probs.exp()  # (B, M)
+            # 3. Score.
+            scores = self.selector(candidates)  # (B, M)
+            is_masked = mark_masked_columns(num_masked, positions)  # (B, M); None if no row is padded
+            if is_masked is not None:  # padding keeps its code and confidence, and +inf sorts it last
+                scores = scores.where(is_masked, torch.inf)
+                drawn = drawn.where(is_masked, self.tokens.gather(1, positions))
+                probability = probability.where(is_masked, self.confidence.gather(1, positions))
+            self.selector.check_values(scores)
+            self.confidence = self.confidence.scatter(1, positions, probability)
+            scores_by_position = self.no_scores.scatter(1, positions, scores)  # (B, N)
+            # 4. Count. A selector with its own counts treats the plan as an upper bound.
+            if not self.selector.selector.follows_schedule and step < self.num_steps - 1:
+                counts = self._count_by_selector(candidates, scores, is_masked, num_masked)
+            # 5. Remask. Lowest scores first. The sort is stable, so equal scores give the same result on every device.
+            order = scores.argsort(dim=1, stable=True)
+            positions = positions.gather(1, order)
+            all_drawn = self.tokens.scatter(1, candidates.positions, drawn)  # (B, N)
+            was_masked = self.masked
+            self.tokens = mask_first(all_drawn, positions, counts.undecided, self.mask_token_id)
+            has_remasked = max(counts.remasked) > 0
+            if has_remasked:
+                self._mask_decided(counts.remasked, step)
+            self.masked = self.tokens == self.mask_token_id
+            yield DecodingStep(step, all_drawn, was_masked, self.masked, scores_by_position, self.confidence)
+            # The columns are sorted by score, so those that stay masked come first: they need no second sort, except
+            # when the selector has masked positions that are not among the columns.
+            num_masked = counts.after
+            positions = sort_masked_first(self.masked, num_masked) if has_remasked else positions[:, : max(num_masked)]
+
+    def _draw(self, logits: Tensor, positions: Tensor, step: int, *, is_decided: Tensor | None = None) -> Candidates:
+        """Draws a code for each of ``positions`` (B, M) from ``logits`` (B, M, K), except where ``is_decided``."""
+        # Selectors and the mask schedule count progress to the end of the step, in (0, 1]. Sampling temperature and
+        # guidance run from 0 at the first step to 1 at the last (``step_progress``).
+        progress = (step + 1) / self.num_steps
+        drawn = self.sampling.draw(
+            logits,
+            self.noise,
+            positions,
+            step=step,
+            progress=step_progress(step, self.num_steps),
+            sharpness=self.selector.sharpness(progress),
+        )
+        if is_decided is not None:
+            drawn = self.tokens.gather(1, positions).where(is_decided, drawn)
+        return Candidates(
+            log_probs=logits.log_softmax(-1),
+            tokens=drawn,
+            positions=positions,
+            gumbel=self.noise.gumbel(positions, step),
+            progress=progress,
+            grid=self.grid,
+            is_decided=is_decided,
+        )
+
+    def _count_by_selector(
+        self, candidates: Candidates, scores: Tensor, is_masked: Tensor | None, num_masked: list[int]
+    ) -> StepCounts:
+        """Reads the counts that the selector sets from the device; the step waits here, and only here."""
+        valid = torch.ones_like(scores, dtype=torch.bool) if is_masked is None else is_masked
+        return StepCounts.from_kept(num_masked, self.selector.num_kept(candidates, scores, valid))
+
+    def _mask_decided(self, counts: list[int], step: int) -> None:
+        """Masks the ``counts[b]`` tokens of row b with the highest remasking scores that earlier steps decided."""
+        # ``self.masked`` still is the mask before this step, so the draws of this step are not among them.
+        is_decided = self.unknown & ~self.masked  # (B, N)
+        every_position = torch.arange(is_decided.shape[1], device=is_decided.device).expand_as(is_decided)
+        scores = self.selector.remasking_scores(
+            Decided(
+                confidence=self.confidence,
+                gumbel=self.noise.gumbel(every_position, step),
+                progress=(step + 1) / self.num_steps,
+            )
+        )  # (B, N)
+        order = scores.masked_fill(~is_decided, -torch.inf).argsort(dim=1, descending=True, stable=True)
+        self.tokens = mask_first(self.tokens, order, counts, self.mask_token_id)
+
+
+def sort_masked_first(masked: Tensor, counts: list[int]) -> Tensor:
+    """Returns (B, M) int64: the masked positions of each row in raster order, then known positions as padding."""
+    num_tokens = masked.shape[1]
+    if min(counts) == num_tokens:  # all tokens are masked: the order is known without a sort
+        return torch.arange(num_tokens, device=masked.device).expand(masked.shape)
+    return masked.logical_not().argsort(dim=1, stable=True)[:, : max(counts)]
+
+
+def mark_masked_columns(counts: list[int], positions: Tensor) -> Tensor | None:
+    """Returns (B, M) bool: False in the columns that pad a row beyond counts[b]; None if no row is padded."""
+    return None if min(counts) == positions.shape[1] else mark_first_columns(counts, positions)
+
+
+def mark_first_columns(counts: list[int], like: Tensor) -> Tensor:
+    """Returns (B, M) bool in the shape of ``like``: True in the first counts[b] columns of row b."""
+    limit = torch.tensor(counts).to(like.device, non_blocking=True)
+    return torch.arange(like.shape[1], device=like.device) < limit.unsqueeze(1)
+
+
+def mask_first(tokens: Tensor, positions: Tensor, counts: list[int], mask_token_id: int) -> Tensor:
+    """Masks tokens (B, N) at the first counts[b] positions of row b."""
+    if min(counts) == max(counts):  # the usual case: slicing copies no counts to the device
+        return tokens.scatter(1, positions[:, : counts[0]], mask_token_id)
+    kept = tokens.gather(1, positions).masked_fill(mark_first_columns(counts, positions), mask_token_id)
+    return tokens.scatter(1, positions, kept)
+
+
+class CorrectingRun(DecodingRun):
+    """The state of a decoding run that corrects decided tokens; see ``DecodingRun``."""
+
+    def steps(self, plan: Sequence[StepCounts], first_step: int) -> Iterator[DecodingStep]:
+        """Runs the loop of the module docstring, with the counts of ``plan``."""
+        positions = sort_masked_first(self.masked, plan[0].before)  # (B, U), the same in every step
+        is_unknown = mark_masked_columns(plan[0].before, positions)  # (B, U); None if no row is padded
+        for step, counts in enumerate(plan, start=first_step):
+            if max(counts.before) == 0:
+                return
+            # 1. All of these positions are computed in each step, so none is newly known.
+            logits = self.predictor(self.tokens, positions).float()  # (B, U, K)
+            # 2.
+            is_decided = ~self.masked.gather(1, positions)  # (B, U), True in padding too
+            candidates = self._draw(logits, positions, step, is_decided=is_decided)
+            # 3.
+            scores = self.selector(candidates)  # (B, U)
+            if is_unknown is not None:
+                scores = scores.where(is_unknown, float("inf"))
+            self.selector.check_values(scores)
+            # 4.
+            codes = self._replace(candidates, is_decided if is_unknown is None else is_decided & is_unknown)
+            self._update_confidence(candidates, codes, is_decided)
+            # 5. Lowest scores first. The sort is stable, so equal scores give the same result on every device.
+            all_drawn = self.tokens.scatter(1, positions, codes)  # (B, N)
+            by_score = positions.gather(1, scores.argsort(dim=1, stable=True))
+            was_masked = self.masked
+            self.tokens = mask_first(all_drawn, by_score, counts.after, self.mask_token_id)
+            self.masked = self.tokens == self.mask_token_id
+            scores_by_position = self.no_scores.scatter(1, positions, scores.masked_fill(is_decided, float("inf")))
+            yield DecodingStep(step, all_drawn, was_masked, self.masked, scores_by_position, self.confidence)
+
+    def _replace(self, candidates: Candidates, is_replaceable: Tensor) -> Tensor:
+        """Returns the codes (B, U) after the selector has replaced decided ones."""
+        if not self.selector.selector.replaces_decided:
+            return candidates.tokens
+        return self.selector.replacements(candidates).where(is_replaceable, candidates.tokens)
+
+    def _update_confidence(self, candidates: Candidates, codes: Tensor, is_decided: Tensor) -> None:
+        """Sets the confidence of codes that are new at this step to their current probability."""
+        probability = candidates.log_probs.gather(-1, codes.unsqueeze(-1)).squeeze(-1).exp()  # (B, U)
+        is_new = ~is_decided | (codes != candidates.tokens)
+        old = self.confidence.gather(1, candidates.positions)
+        self.confidence = self.confidence.scatter(1, candidates.positions, probability.where(is_new, old))
+
+
+def decode_classes(
+    model: ConditionalModel[ConditionalNetwork],
+    labels: Sequence[int],
+    seeds: Sequence[int],
+    *,
+    decoder: ParallelDecoder,
+    scales: Sequence[float],
+    negative_labels: Sequence[int] | None = None,
+    tokens: Tensor | None = None,
+    first_step: int = 0,
+) -> Iterator[DecodingStep]:
+    """Decodes one image for each label, from mask tokens only or from partly known tokens.
+
+    Args:
+        model: The network with its grid, ids and caches.
+        labels: Class of each image, or the null label.
+        seeds: Seed of each image, in [0, 2**32). The rest of the batch does not change an image.
+        decoder: The mask schedule, the token selector and the number of steps.
+        scales: Guidance scale of each step, >= 0.
+        negative_labels: Class that guidance pushes each image away from; None uses the null class.
+        tokens: (B, N) int64 to begin with, see ``ParallelDecoder.steps``; None masks all tokens.
+        first_step: Step to begin at, in [0, T).
+
+    Returns:
+        An iterator over the steps.
+
+    Raises:
+        ValueError: if a scale is positive, the network has no null class and ``negative_labels`` is None.
+    """
+    num_masked = None
+    all_masked = tokens is None
+    # The steps are computed lazily, under ``no_grad`` of the decoder; the shared first step is computed here.
+    with torch.no_grad():
+        predictor = build_class_predictor(
+            model, labels, negative_labels=negative_labels, scales=scales[first_step:], all_masked=all_masked
+        )
+    if tokens is None:
+        shape = len(labels), model.num_tokens
+        tokens = torch.full(shape, model.mask_token_id, dtype=torch.int64, device=model.device)
+        num_masked = [model.num_tokens] * len(labels)  # known without asking the device
+    seed_tensor = torch.tensor(list(seeds), dtype=torch.int64, device=model.device)
+    return decoder.steps(
+        predictor,
+        tokens.to(model.device),
+        # All steps at once in few kernels; 32 bounds the memory of long runs.
+        SeededNoise(seed_tensor, model.num_tokens, min(decoder.num_steps, 32), decoder.sampling.method),
+        mask_token_id=model.mask_token_id,
+        first_step=first_step,
+        grid=model.grid,
+        num_masked=num_masked,
+    )

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from maskgit_pl.decoding.limits import DrawMethod
+from maskgit_pl.decoding.plan import DrawMethod
 from maskgit_pl.randomness import gumbel, gumbel_rows, random_bits, uniform_of
 
 __all__ = ["Noise", "SeededNoise", "draw_codes"]

@@ -1,4 +1,8 @@
-"""Predictors: the sources of the logits of ``ParallelDecoder``.
+"""Protocols of decoding: a source of logits, and the networks that predictors run. ``predictors`` implements them.
+
+The formula of guidance, and guidance by a second network. ``predictors`` builds it.
+
+Predictors: the sources of the logits of ``ParallelDecoder``.
 
 ``build_class_predictor`` composes them, from the inside out: ``ClassPredictor`` runs the network,
 ``GuidedPredictor`` adds classifier-free guidance or ``AutoguidedPredictor`` guidance by a second network, and
@@ -13,18 +17,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar, cast
+from typing import Generic, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from maskgit_pl.decoding.autoguidance import AutoguidedPredictor, apply_guidance
-from maskgit_pl.decoding.limits import check_guidance
-from maskgit_pl.decoding.predictor_protocols import ConditionalNetwork, Predictor
+from maskgit_pl.decoding.plan import check_guidance
 from maskgit_pl.decoding.vectors import VectorConditionalNetwork, VectorNetwork
 from maskgit_pl.networks.backbone import Backbone
-
-_MOST_NUMBERS = 2**28  # 1 GiB in float32
 
 __all__ = [
     "AutoguidedPredictor",
@@ -38,6 +38,86 @@ __all__ = [
     "apply_guidance",
     "build_class_predictor",
 ]
+
+
+class Predictor(Protocol):
+    """A source of the logits of masked tokens. It serves one decoding run: it may count its calls."""
+
+    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Predicts the codes at masked positions.
+
+        Args:
+            tokens: (B, N) int64: codes in [0, K), and ``mask_token_id`` at unknown positions.
+            positions: (B, M) int64 in [0, N): the masked positions. Rows with fewer masked tokens are padded with known
+                positions, whose logits are ignored.
+
+        Returns:
+            (B, M, K) float: logits of the codes.
+        """
+
+
+class ConditionalNetwork(Protocol):
+    """A network that computes the logits of the codes at some positions, given tokens and labels."""
+
+    def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+        """Computes logits (B, M, K) at positions (B, M) of tokens (B, N) for labels (B,), all int64."""
+
+
+def apply_guidance(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """Applies classifier-free guidance: conditional + scale (conditional - unconditional).
+
+    Args:
+        conditional: Logits of any shape.
+        unconditional: Logits of the same shape.
+        scale: Guidance scale >= 0; 0 returns the conditional logits.
+
+    Returns:
+        float32 logits of that shape.
+    """
+    # u + (1 + s) (c - u) = c + s (c - u), in one kernel.
+    return torch.lerp(unconditional.float(), conditional.float(), 1 + scale)
+
+
+class AutoguidedPredictor:
+    """A predictor with autoguidance: a weaker network takes the place of the unconditional prediction.
+
+    guided = positive + scale (positive - negative), on logits. Both networks see the same tokens, each with its own
+    mask token. Calls with scale 0 run the positive network only.
+
+    Args:
+        positive: Predictor of the network that generates.
+        negative: Predictor of the negative network.
+        mask_token_ids: Id of the mask token of the positive and of the negative network.
+        scales: Guidance scale of each call, >= 0.
+
+    Source: Karras et al., arXiv:2406.02507, equation 3, whose weight w is 1 + scale.
+    """
+
+    def __init__(
+        self,
+        positive: Predictor,
+        negative: Predictor,
+        *,
+        mask_token_ids: tuple[int, int],
+        scales: Sequence[float],
+    ) -> None:
+        self.positive = positive
+        self.negative = negative
+        self.mask_token_ids = mask_token_ids
+        self._scales = iter(scales)
+
+    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        scale = next(self._scales)
+        logits = self.positive(tokens, positions)  # (B, M, K)
+        if scale == 0:
+            return logits
+        # The mask tokens have different ids if only one network has a null class.
+        own, other = self.mask_token_ids
+        tokens = tokens if own == other else tokens.masked_fill(tokens == own, other)
+        return apply_guidance(logits, self.negative(tokens, positions), scale)
+
+
+_MOST_NUMBERS = 2**28  # 1 GiB in float32
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
 
 from maskgit_pl.checks import check_choice, check_integer, check_number, shorten
-from maskgit_pl.decoding.limits import DrawMethod
+from maskgit_pl.decoding.plan import DrawMethod
 
 if TYPE_CHECKING:
     from torch import Tensor

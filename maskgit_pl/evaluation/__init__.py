@@ -9,18 +9,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from maskgit_pl.lazy_names import lazy_names
+from maskgit_pl.registry import lazy_names
 
 if TYPE_CHECKING:
-    from maskgit_pl.evaluation.classifier_config import CASConfig, ClassifierConfig
     from maskgit_pl.evaluation.comparison import ComparisonOptions, compare
-    from maskgit_pl.evaluation.data_classifier import train_classifier
-    from maskgit_pl.evaluation.evaluated_model import EvaluatedModel
-    from maskgit_pl.evaluation.evaluator import Evaluator
+    from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
     from maskgit_pl.evaluation.ledger import Ledger
-    from maskgit_pl.evaluation.model_evaluation import EvaluationOptions, evaluate
-    from maskgit_pl.evaluation.options import TokenizerOptions
-    from maskgit_pl.evaluation.tokenizer_evaluation import evaluate_tokenizer
+    from maskgit_pl.evaluation.model_evaluation import EvaluationOptions, evaluate, evaluate_tokenizer, train_classifier
+    from maskgit_pl.evaluation.options import CASConfig, ClassifierConfig, TokenizerOptions
     from maskgit_pl.evaluation.tuning import TuningOptions, plan_trials, tune
 
 __all__ = [
@@ -44,10 +40,10 @@ __all__ = [
 __getattr__ = lazy_names(
     __name__,
     {
-        "CASConfig": "classifier_config",
-        "ClassifierConfig": "classifier_config",
+        "CASConfig": "options",
+        "ClassifierConfig": "options",
         "ComparisonOptions": "comparison",
-        "EvaluatedModel": "evaluated_model",
+        "EvaluatedModel": "evaluator",
         "EvaluationOptions": "model_evaluation",
         "Evaluator": "evaluator",
         "Ledger": "ledger",
@@ -55,9 +51,9 @@ __getattr__ = lazy_names(
         "TuningOptions": "tuning",
         "compare": "comparison",
         "evaluate": "model_evaluation",
-        "evaluate_tokenizer": "tokenizer_evaluation",
+        "evaluate_tokenizer": "model_evaluation",
         "plan_trials": "tuning",
-        "train_classifier": "data_classifier",
+        "train_classifier": "model_evaluation",
         "tune": "tuning",
     },
 )

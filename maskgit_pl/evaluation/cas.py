@@ -12,13 +12,11 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from maskgit_pl.checks import height_width
 from maskgit_pl.data import ShardData
-from maskgit_pl.devices import find_device
-from maskgit_pl.distributed import on_all_ranks, rank_and_world
-from maskgit_pl.evaluation.classifier import Accuracy
-from maskgit_pl.evaluation.classifier_config import CASConfig
-from maskgit_pl.evaluation.classifier_training import TrainingImages, fit_classifier, measure_accuracy
-from maskgit_pl.image_format import height_width
+from maskgit_pl.distributed import find_device, on_all_ranks, rank_and_world
+from maskgit_pl.evaluation.classifier import Accuracy, TrainingImages, fit_classifier, measure_accuracy
+from maskgit_pl.evaluation.options import CASConfig
 
 __all__ = ["classification_accuracy"]
 

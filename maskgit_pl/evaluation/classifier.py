@@ -2,27 +2,67 @@
 
 For small images, features of a classifier of the same data set are more informative than those of an ImageNet
 classifier. ``classifier_training`` trains and stores it; ``cas`` trains the same module on other images.
+
+Training of classifiers, on a data folder or on other images.
+
+A classifier of a data folder is stored in a folder with the fingerprint of the data and its configuration. The small
+network takes half a minute on two CPU cores. Images are read on demand.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.data import Dataset, Sampler
 
-from maskgit_pl.data import Batch, flip
-from maskgit_pl.evaluation.classifier_config import SMALL_TRAINING, ClassifierConfig
-from maskgit_pl.image_format import ImageSize
-from maskgit_pl.networks.feature_network import FeatureOutput
-from maskgit_pl.networks.feature_networks import ClassifierSizes, create_classifier
+from maskgit_pl.checks import ImageSize, as_image_size
+from maskgit_pl.data import Batch, ShardData, ShuffledStream, flip
+from maskgit_pl.data.batches import make_loader
+from maskgit_pl.data.order import Order, Rows
+from maskgit_pl.distributed import on_all_ranks, rank_and_world
+from maskgit_pl.evaluation.options import SMALL_TRAINING, ClassifierConfig
+from maskgit_pl.files import read_json, write_tensors, write_text
+from maskgit_pl.networks.feature_networks import (
+    CONFIG_FILE,
+    FORMAT,
+    MAX_CONFIG_BYTES,
+    SMALL,
+    WEIGHT_FILE,
+    ClassifierSizes,
+    FeatureOutput,
+    create_classifier,
+    describe_classifier,
+)
+from maskgit_pl.networks.weights import load_weights, read_tensors
+from maskgit_pl.processes import available_cores
+from maskgit_pl.training.stop_and_nonfinite import disable_sigterm_handler
 
-__all__ = ["Accuracy", "Classifier", "count_hits"]
+__all__ = [
+    "Accuracy",
+    "Classifier",
+    "TrainingImages",
+    "count_hits",
+    "fit_classifier",
+    "is_trained",
+    "measure_accuracy",
+    "obtain_classifier",
+    "provide_classifier",
+]
 
 _TOP_CLASSES = 5  # k of the top-k accuracy
 _WARM_UP = 0.25  # fraction of the steps in which the learning rate rises
@@ -129,3 +169,345 @@ def count_hits(logits: Tensor, labels: Tensor) -> Tensor:
     # (n, k) bool: entry (i, j) is True if the label of image i is its j-th most likely class.
     hit = logits.topk(min(_TOP_CLASSES, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
     return torch.stack([hit[:, 0].sum(), hit.any(1).sum()])
+
+
+OnStep: TypeAlias = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class TrainingImages:
+    """Training images that are not those of a data folder, read on demand.
+
+    Args:
+        read: Reads images by index: (b,) int64 -> (b, C, H, W) uint8.
+        shape: Shape (C, H, W) of an image.
+        labels: (n,) int64, in [0, number of classes).
+        class_names: Names of all classes, also of those without an image.
+
+    Raises:
+        ValueError: if the shape has not three numbers, there are no images, or a label is out of range.
+    """
+
+    read: Callable[[Tensor], Tensor]
+    shape: tuple[int, ...]
+    labels: Tensor
+    class_names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.shape) != 3:
+            raise ValueError(f"the shape of training images must be (C, H, W), got {self.shape}")
+        most = len(self.class_names) - 1
+        if not len(self.labels) or not 0 <= int(self.labels.min()) <= int(self.labels.max()) <= most:
+            raise ValueError(f"training images must be at least one, with labels in [0, {most}]")
+
+
+class _ImageBatches(Dataset[Batch]):
+    """The batches of other images than those of a data folder."""
+
+    def __init__(self, source: TrainingImages, order: Order) -> None:
+        self.source = source
+        self.order = order
+
+    def __getitems__(self, positions: range) -> Batch:
+        rows = self.order(positions)
+        return Batch(self.source.read(rows.index), self.source.labels[rows.index], *rows)
+
+
+@dataclass(frozen=True)
+class _Selected:
+    """An order of selected samples of a split: position p is sample ``chosen[order(p)]``."""
+
+    order: Order
+    chosen: Tensor
+
+    def __call__(self, positions: range) -> Rows:
+        rows = self.order(positions)
+        return rows._replace(index=self.chosen[rows.index])
+
+
+def obtain_classifier(
+    folder: Path,
+    data: ShardData,
+    *,
+    config: ClassifierConfig = SMALL_TRAINING,
+    on_step: OnStep = lambda: None,
+    device: str | None = None,
+) -> Classifier:
+    """Returns the classifier of a data set, read from ``folder`` if possible, else trained and stored there.
+
+    With several ranks, the first one trains, and all read the same folder.
+
+    Args:
+        folder: Folder of the classifier, e.g. ``runs/DATA-classifier/small``.
+        data: The real images. The stored classifier must match their fingerprint, image size and channels.
+        config: Network and training, which the stored classifier must match, too.
+        on_step: Called after each training step, for a progress bar.
+        device: See ``fit_classifier``.
+
+    Returns:
+        The classifier on the CPU, in evaluation mode.
+
+    Raises:
+        ValueError: if timm has no such network, or the stored weights are damaged.
+    """
+
+    def train() -> None:
+        # Training is short and not distributed; the other ranks wait for the first one.
+        if rank_and_world()[0] == 0 and not is_trained(folder, data, config):
+            classifier = fit_classifier(data, config=config, on_step=on_step, device=device)
+            _save(folder, classifier, _key(data, config))
+
+    on_all_ranks(train)
+    # Every rank reads the file, also the one that has trained, so that all have the same weights.
+    classifier = _create_classifier(data, config)
+    load_weights(classifier.network, read_tensors(folder / WEIGHT_FILE), folder / WEIGHT_FILE)
+    return classifier.eval()
+
+
+def provide_classifier(
+    folder: Path, data: ShardData, *, replaces: bool = False, on_step: OnStep = lambda: None
+) -> None:
+    """Trains the small classifier of a data set, unless the folder holds one, of any network and training.
+
+    With several ranks, the first one decides and trains.
+
+    Args:
+        folder: Folder of the classifier.
+        data: The real images. The stored classifier must match their fingerprint, classes, image size and channels.
+        replaces: True to replace a classifier of other data, as in the folder that all runs of the data share.
+        on_step: Called after each training step, for a progress bar.
+
+    Raises:
+        FileExistsError: if the folder holds another network, or a classifier of other data and not ``replaces``.
+        ValueError: if the stored weights are damaged.
+    """
+
+    def is_missing() -> bool:
+        if rank_and_world()[0] != 0 or _is_of(folder, data):
+            return False
+        _check_free(folder, replaces=replaces)
+        return True
+
+    if any(on_all_ranks(is_missing)):
+        obtain_classifier(folder, data, on_step=on_step)
+
+
+def is_trained(folder: Path, data: ShardData, config: ClassifierConfig) -> bool:
+    """Returns True if ``folder`` holds the complete classifier of this data set and configuration."""
+    return _read_key(folder) == _key(data, config) and (folder / WEIGHT_FILE).is_file()
+
+
+def fit_classifier(
+    data: ShardData | TrainingImages,
+    *,
+    chosen: Tensor | None = None,
+    num_workers: int | None = None,
+    config: ClassifierConfig = SMALL_TRAINING,
+    on_step: OnStep = lambda: None,
+    device: str | None = None,
+) -> Classifier:
+    """Trains a classifier; on the same machine, the result is bit-exact for equal data and configuration.
+
+    Args:
+        data: Real images, of which the train split is used, or other images.
+        chosen: (n,) int64: indices of the samples of the train split to train on; None is all.
+        num_workers: Number of processes that read images; None for the setting of the data, or 0 for other images.
+        config: Network and training.
+        on_step: Called after each training step, for a progress bar.
+        device: Device such as cpu, cuda, cuda:1 or mps; None for a GPU if there is one.
+
+    Returns:
+        The classifier on the CPU, in evaluation mode.
+
+    Raises:
+        ValueError: if timm has no such network.
+    """
+    classifier = _create_classifier(data, config)
+    # Batch i covers positions [i * batch, (i + 1) * batch) of a stream that is shuffled in each epoch.
+    steps = [range(step * config.batch, (step + 1) * config.batch) for step in range(config.max_steps)]
+    default_workers = data.config.num_workers if isinstance(data, ShardData) else 0
+    batches = make_loader(
+        _training_batches(data, config.seed, chosen),
+        cast("Sampler[range]", steps),
+        num_workers=default_workers if num_workers is None else num_workers,
+        unreadable_budget=data.config.unreadable_budget if isinstance(data, ShardData) else 0.0,
+    )
+    with _quiet_lightning(), _set_threads(config.model):
+        trainer = Trainer(
+            max_steps=config.max_steps,
+            max_epochs=-1,
+            **_trainer_device(device),
+            precision=config.precision,
+            plugins=[LightningEnvironment()],  # one process, also below torchrun or Slurm
+            callbacks=[_OnStep(on_step)],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+        disable_sigterm_handler(trainer)
+        trainer.fit(classifier, train_dataloaders=batches)  # without validation
+    return classifier.cpu().eval()
+
+
+def measure_accuracy(
+    classifier: Classifier, data: ShardData, *, on_images: Callable[[int], object] = lambda count: None
+) -> Accuracy:
+    """Measures the accuracy of a classifier on the real val split.
+
+    Args:
+        classifier: The classifier, on its device.
+        data: The real images.
+        on_images: Called after each batch with its number of images.
+    """
+    right, count = torch.zeros(2, dtype=torch.int64), 0  # top-1, top-5
+    with _set_threads(classifier.config.model):
+        for batch in data.val_dataloader():
+            images, labels = batch.content[batch.valid], batch.labels[batch.valid]
+            if len(labels):
+                right += count_hits(classifier.predict(images).logits, labels)
+            count += len(labels)
+            on_images(len(labels))
+    return Accuracy.from_hits(right, count)
+
+
+class _OnStep(Callback):
+    """A callback that reports each training step to a progress bar."""
+
+    def __init__(self, on_step: Callable[[], object]) -> None:
+        self.on_step = on_step
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.on_step()
+
+
+def _create_classifier(data: ShardData | TrainingImages, config: ClassifierConfig) -> Classifier:
+    if isinstance(data, ShardData):
+        channels, size, classes = data.config.in_channels, data.config.image_size, data.num_classes
+    else:
+        channels, size, classes = data.shape[0], as_image_size(data.shape[1:]), len(data.class_names)
+    # The seed determines the initial weights; fork_rng restores the caller's generator.
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        classifier = Classifier(channels, size, classes, config)
+    classifier.to(memory_format=torch.channels_last)
+    return classifier
+
+
+def _training_batches(data: ShardData | TrainingImages, seed: int, chosen: Tensor | None) -> Dataset[Batch]:
+    if isinstance(data, TrainingImages):
+        return _ImageBatches(data, ShuffledStream(len(data.labels), seed))
+    if chosen is None:
+        return data.batches("train", ShuffledStream(data.summary.samples["train"], seed))
+    return data.batches("train", _Selected(ShuffledStream(len(chosen), seed), chosen))
+
+
+def _trainer_device(name: str | None) -> dict[str, Any]:
+    """Returns the trainer arguments for one device."""
+    if name is None:
+        return {"devices": 1}  # Lightning chooses the accelerator
+    device = torch.device(name)
+    return {"accelerator": device.type, "devices": 1 if device.index is None else [device.index]}
+
+
+def _key(data: ShardData, config: ClassifierConfig) -> dict[str, Any]:
+    """Returns the content of ``config.json``: sizes of the network, classes, data and training."""
+    channels, size = data.config.in_channels, data.config.image_size
+    sizes = ClassifierSizes(channels, size, data.num_classes, config.model, config.width)
+    described = describe_classifier(sizes, data.class_names)
+    return {**described, "data": data.summary.fingerprint, "training": asdict(config)}
+
+
+def _read_key(folder: Path) -> Any:
+    try:
+        return read_json(folder / CONFIG_FILE, max_bytes=MAX_CONFIG_BYTES)
+    except (FileNotFoundError, ValueError):
+        # A damaged file is like a missing one: the classifier is trained again.
+        return None
+
+
+def check_classifier_folder(folder: Path) -> None:
+    """Checks that what a classifier replaces in a folder, ``config.json`` and its weights, is of a classifier.
+
+    Raises:
+        FileExistsError: if it is of another network.
+    """
+    key = _read_key(folder)
+    if key is not None and key.get("format") != FORMAT:
+        raise FileExistsError(f"{folder / CONFIG_FILE} is not of a classifier; name another folder with --out")
+
+
+def check_named_classifier(folder: Path) -> None:
+    """Checks that a folder that the user named holds a classifier, or that one can be trained there.
+
+    Raises:
+        FileExistsError: if it holds something else.
+    """
+    key = _read_key(folder)
+    if key is None or key.get("format") != FORMAT:
+        _check_free(folder, replaces=False)
+
+
+def _is_of(folder: Path, data: ShardData) -> bool:
+    """Returns True if a folder holds a complete classifier of a data set, of any network and training."""
+    key = _read_key(folder)
+    if key is None or not isinstance(key.get("network"), dict) or not (folder / WEIGHT_FILE).is_file():
+        return False
+    own, free = _key(data, SMALL_TRAINING), ("model", "width")
+    network = {**key["network"], **{name: own["network"][name] for name in free}}
+    return {**key, "network": network, "training": own["training"]} == own
+
+
+def _check_free(folder: Path, *, replaces: bool) -> None:
+    """Checks that a classifier can be trained into a folder without the loss of what somebody else put there."""
+    if replaces:
+        key = _read_key(folder)
+        is_free = key is None or key.get("format", FORMAT) == FORMAT
+    else:
+        is_free = not any((folder / name).exists() for name in (CONFIG_FILE, WEIGHT_FILE))
+    if not is_free:
+        raise FileExistsError(
+            f"classifier {folder} must hold a classifier of these data, classes and image size, or no model, got "
+            f"another {CONFIG_FILE} or {WEIGHT_FILE}; name an empty folder, or measure with a classifier of other data "
+            f"as the feature network classifier={folder}"
+        )
+
+
+def _save(folder: Path, classifier: Classifier, key: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    # The key is written last, and an old one is removed first: a process that is killed in between leaves no key, and
+    # weights without a key are never read.
+    (folder / CONFIG_FILE).unlink(missing_ok=True)
+    weights = {name: tensor.cpu().contiguous() for name, tensor in classifier.network.state_dict().items()}
+    write_tensors(folder / WEIGHT_FILE, weights)
+    write_text(folder / CONFIG_FILE, json.dumps(key, indent=2) + "\n")
+
+
+@contextmanager
+def _set_threads(model: str) -> Iterator[None]:
+    """Sets the number of CPU threads, which sums depend on in their last bits.
+
+    The layers of the small network are too small to gain from more than one thread.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if model == SMALL else available_cores())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Suppresses the trainer's messages about hardware and about loaders without workers, which are intended."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*does not have many workers.*")
+            warnings.filterwarnings("ignore", ".*LeafSpec.*")  # raised by Lightning's own code with torch 2.13
+            yield
+    finally:
+        logger.setLevel(level)

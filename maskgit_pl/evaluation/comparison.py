@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from maskgit_pl.checks import check_integer
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.decoding.limits import check_num_steps
+from maskgit_pl.decoding.plan import check_num_steps
 from maskgit_pl.decoding.selectors import Remasking, token_selectors
-from maskgit_pl.evaluation.decodings import Spec, decoding_key, with_steps
+from maskgit_pl.errors import markdown
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
-from maskgit_pl.evaluation.measurement_options import MeasurementOptions, default_steps, round_to_classes
 from maskgit_pl.evaluation.metric_names import format_value, title
 from maskgit_pl.evaluation.opening import (
     check_model_decoding,
@@ -26,6 +25,14 @@ from maskgit_pl.evaluation.opening import (
     open_data,
     open_evaluator,
     open_model,
+)
+from maskgit_pl.evaluation.options import (
+    MeasurementOptions,
+    Spec,
+    decoding_key,
+    default_steps,
+    round_to_classes,
+    with_steps,
 )
 from maskgit_pl.evaluation.pages import (
     Page,
@@ -39,16 +46,14 @@ from maskgit_pl.evaluation.pages import (
     terminal_word,
 )
 from maskgit_pl.evaluation.run_folders import find_run, read_outline
-from maskgit_pl.progress import Bars, no_bars
+from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.registry import describe
-from maskgit_pl.text import markdown
 
 if TYPE_CHECKING:
     from PIL import Image
     from rich.table import Table
 
-    from maskgit_pl.evaluation.evaluated_model import EvaluatedModel
-    from maskgit_pl.evaluation.evaluator import Evaluator
+    from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
     from maskgit_pl.pipeline import MaskGIT
 
 __all__ = [
@@ -394,7 +399,7 @@ def draw_selector_sheet(
     """
     import torch
 
-    from maskgit_pl.pipeline.imaging_grids import image_grid
+    from maskgit_pl.pipeline.grids import image_grid
 
     classes = choose_classes(len(pipe.class_names))
     images = []

@@ -1,4 +1,6 @@
-"""The evaluator: it measures models and keeps the results in the ledger, so that nothing is measured twice.
+"""A model to measure, and what identifies its images in the ledger. Used by ``Evaluator``.
+
+The evaluator: it measures models and keeps the results in the ledger, so that nothing is measured twice.
 
 ``evaluate``, ``compare``, ``tune``, ``table``, ``figure`` and ``ablation`` use it. The key of a ledger row consists of
 everything that determines its values: weights and configuration of the model, the data, weights and reference of the
@@ -10,25 +12,30 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from functools import lru_cache
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from maskgit_pl.data import ShardData
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.evaluation.acceptance import num_candidates
+from maskgit_pl.distributed import describe_environment, device_name
 from maskgit_pl.evaluation.cas import classification_accuracy
-from maskgit_pl.evaluation.classifier_config import CASConfig
-from maskgit_pl.evaluation.classifier_training import TrainingImages
-from maskgit_pl.evaluation.digests import shorten_digest
+from maskgit_pl.evaluation.classifier import TrainingImages
 from maskgit_pl.evaluation.distances import Metrics
-from maskgit_pl.evaluation.editing_tasks import Task, edit, hide_pixels
-from maskgit_pl.evaluation.evaluated_model import EvaluatedModel
-from maskgit_pl.evaluation.feature_metrics import FeatureMetrics
-from maskgit_pl.evaluation.generation import GeneratedImages, delete_generated, generate_images
+from maskgit_pl.evaluation.features import digest_of, model_digests, shorten_digest
+from maskgit_pl.evaluation.generation import (
+    GeneratedImages,
+    Task,
+    delete_generated,
+    edit,
+    generate_images,
+    hide_pixels,
+    num_candidates,
+)
 from maskgit_pl.evaluation.ledger import REAL, Ledger, Row, read_number
 from maskgit_pl.evaluation.likelihood import (
     ImageLikelihood,
@@ -40,11 +47,73 @@ from maskgit_pl.evaluation.likelihood import (
     negative_elbo,
 )
 from maskgit_pl.evaluation.metric_names import NETWORK_METRICS, metric_name
+from maskgit_pl.evaluation.metrics import FeatureMetrics
+from maskgit_pl.evaluation.options import CASConfig, decoding_key
 from maskgit_pl.evaluation.reference import ReferenceOrigin, draw_order, read_real_vectors
-from maskgit_pl.progress import Bars, no_bars
-from maskgit_pl.provenance import describe_environment, device_name
+from maskgit_pl.pipeline import MaskGIT
+from maskgit_pl.pipeline.acceptance import Acceptance
+from maskgit_pl.processes import Bars, no_bars
 
-__all__ = ["Evaluator", "collect_numbers"]
+__all__ = [
+    "EvaluatedModel",
+    "Evaluator",
+    "collect_numbers",
+]
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """A model to measure.
+
+    Args:
+        run: Name of the run.
+        pipe: The model.
+        pretrained: Folder that the model was read from.
+        folder: Folder of the generated images, such as ``RUN/evaluation``.
+        acceptance: Rejection sampling of the generated images; None for all images. Edited images are not rejected.
+    """
+
+    run: str
+    pipe: MaskGIT
+    pretrained: Path
+    folder: Path
+    acceptance: Acceptance | None = None
+
+    @property
+    def kind(self) -> str:
+        """The kind of the model in tables: "MaskGIT" or "autoregressive"."""
+        return "MaskGIT" if self.pipe.transformer.mask_schedule is not None else "autoregressive"
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """The ledger columns that identify the model."""
+        pipe = self.pipe
+        networks: tuple[nn.Module, ...] = (pipe.tokenizer.network, pipe.transformer.network)
+        return {
+            "model": self.kind,
+            "run": self.run,
+            "mask_schedule": "" if pipe.transformer.mask_schedule is None else repr(pipe.transformer.mask_schedule),
+            "parameters": sum(each.numel() for network in networks for each in network.parameters()),
+            **{name: shorten_digest(digest) for name, digest in model_digests(pipe, self.pretrained).items()},
+        }
+
+    def decoding_key(self, decoding: DecodingConfig) -> dict[str, Any]:
+        """Returns the ledger key of images: that of the decoding, and the negative model and acceptance if any."""
+        key, negative = decoding_key(decoding), self.pipe.negative_model
+        if self.acceptance is not None:
+            key |= {"accept_rate": self.acceptance.rate, "classifier": shorten_digest(self.acceptance.digest)}
+        if self.pipe.vector_pool is not None:
+            key["vectors"] = shorten_digest(self.pipe.vector_pool.digest)
+        if negative is not None and any(decoding.scales()):  # without guidance it changes nothing
+            key["negative_model"] = shorten_digest(negative.digest)
+        return key
+
+    def samples_file(self, decoding: DecodingConfig, *, num_images: int, seed: int) -> Path:
+        """Returns the file of generated images, whose name is a hash of everything that determines them."""
+        digests = {name: self.identity[name] for name in ("tokenizer", "transformer", "config")}
+        key = [digests, self.decoding_key(decoding), num_images, seed]
+        return self.folder / f"samples-{shorten_digest(digest_of(key))}.npz"
+
 
 _READ_BATCH = 200  # real images per read
 _OWN_COLUMNS = ("model", "max_steps", "seed")  # fields of ``CASConfig`` that have a column of their own

@@ -23,7 +23,7 @@ from maskgit_pl.evaluation.reference import iter_real_batches
 from maskgit_pl.masking import MaskSampler, random_mask
 from maskgit_pl.networks.backbone import Backbone
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.pipeline.imaging_pixels import to_unit_range
+from maskgit_pl.pipeline.grids import to_unit_range
 from maskgit_pl.randomness import random_bits
 from maskgit_pl.schedules import MaskSchedule
 

@@ -1,39 +1,66 @@
 """``evaluate``: measures a trained model and writes ``evaluation.json``, pictures and ledger rows.
 
 Several processes under ``torchrun`` share the work. Importing this file does not import torch.
+
+``evaluate_tokenizer``: measures a tokenizer without a transformer: reconstructions, codes, bits, speed and memory.
+
+Importing this file does not import torch: wrong arguments are answered at once.
+
+``train_classifier``: a classifier of a data folder, whose features measure generated images.
+
+Importing this file does not import torch.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maskgit_pl.checks import check_integer, check_number
-from maskgit_pl.evaluation.classifier_config import CASConfig
+from maskgit_pl.checks import ImageSize, check_image_size, check_integer, check_number, pixels_text
+from maskgit_pl.data.manifest import read_manifest_summary
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
-from maskgit_pl.evaluation.measurement_options import MeasurementOptions, round_to_classes
 from maskgit_pl.evaluation.opening import (
     check_model_decoding,
     create_evaluated_model,
     open_data,
     open_evaluator,
+    open_images,
     open_model,
 )
-from maskgit_pl.evaluation.run_folders import RunFolders, find_run, read_outline
-from maskgit_pl.progress import Bars, no_bars
+from maskgit_pl.evaluation.options import (
+    SMALL_TRAINING,
+    CASConfig,
+    ClassifierConfig,
+    MeasurementOptions,
+    TokenizerOptions,
+    check_tokenizer_data,
+    round_to_classes,
+)
+from maskgit_pl.evaluation.run_folders import RunFolders, find_run, find_tokenizer_folders, read_outline
+from maskgit_pl.files import check_writable
+from maskgit_pl.processes import Bars, no_bars
 
 if TYPE_CHECKING:
     from maskgit_pl.decoding import DecodingConfig
-    from maskgit_pl.evaluation.evaluated_model import EvaluatedModel
+    from maskgit_pl.evaluation.classifier import Accuracy
     from maskgit_pl.evaluation.evaluation_report import Measurements, Report
-    from maskgit_pl.evaluation.evaluator import Evaluator
+    from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
     from maskgit_pl.evaluation.reconstruction import Reconstruction
+    from maskgit_pl.evaluation.tokenizer_report import TokenizerReport
     from maskgit_pl.pipeline.acceptance import Acceptance
 
-__all__ = ["FEATURES", "EvaluationOptions", "evaluate"]
+__all__ = [
+    "FEATURES",
+    "EvaluationOptions",
+    "TrainedClassifier",
+    "evaluate",
+    "evaluate_tokenizer",
+    "train_classifier",
+]
 
 FEATURES: tuple[str | dict[str, Any], ...] = ("classifier", "lite0")
 _DRAWS = 4  # masks per image for likelihoods
@@ -123,7 +150,7 @@ def evaluate(
         title = f"{model.run}: pictures"
         generated = evaluator.generate(model, decoding, num_images=num_images, seed=options.seed, title=title)
         if rank_and_world()[0] == 0:
-            from maskgit_pl.evaluation.evaluation_pictures import write_pictures
+            from maskgit_pl.evaluation.evaluation_report import write_pictures
             from maskgit_pl.pipeline.card import refresh_card
 
             write_pictures(evaluator, model.pipe, decoding, generated, folder=file.parent, seed=options.seed)
@@ -155,7 +182,7 @@ def _open(
     from maskgit_pl.distributed import barrier, rank_and_world
     from maskgit_pl.evaluation.reconstruction import measure_reconstruction
     from maskgit_pl.evaluation.reference import iter_real_batches
-    from maskgit_pl.networks.lpips import load_lpips
+    from maskgit_pl.networks.perceptual import load_lpips
 
     pipe = open_model(folders, options.device, dtype=options.dtype, negative_model=options.negative_model)
     check_model_decoding(pipe, pipe.decoding_with(num_steps=options.num_steps))
@@ -231,14 +258,134 @@ def _open_acceptance(
     folders: RunFolders, evaluator: Evaluator, model: EvaluatedModel, options: EvaluationOptions
 ) -> Acceptance:
     """Reads the classifier that accepts images; that of the data is trained if it is missing."""
-    from maskgit_pl.evaluation import classifier_training
+    from maskgit_pl.evaluation import classifier
     from maskgit_pl.pipeline.acceptance import Acceptance
 
     assert options.accept_rate is not None
     folder = options.accept_classifier
     if folder is None:
         folder = folders.classifier
-        classifier_training.provide_classifier(folder, evaluator.data, replaces=folders.shares_classifier)
+        classifier.provide_classifier(folder, evaluator.data, replaces=folders.shares_classifier)
     acceptance = Acceptance.load(folder, options.accept_rate, device=model.pipe.device)
     acceptance.check_classes(model.pipe.class_names)
     return acceptance
+
+
+def evaluate_tokenizer(
+    folder: Path | str,
+    *,
+    data: Path | None = None,
+    features: Sequence[str | dict[str, Any]] = ("classifier",),
+    out: Path | None = None,
+    options: TokenizerOptions | None = None,
+    bars: Bars = no_bars,
+) -> TokenizerReport:
+    """Measures a tokenizer, and writes ``tokenizer.json``, ``tokenizer.md``, a picture and a ledger row.
+
+    Args:
+        folder: Run folder, pretrained folder, or the folder of a tokenizer.
+        data: Data folder; None for the data that the run was trained on.
+        features: Feature networks: names or mappings, see ``networks.features.parse_feature_network``.
+        out: Path of the JSON file, beside which the others are written; None for ``RUN/tokenizer.json``.
+        options: Number of images, tiles and other options; None for the defaults.
+        bars: Progress bars.
+
+    Raises:
+        FileNotFoundError: if there is no tokenizer, or no data.
+        TypeError: if a feature network does not accept its arguments.
+        ValueError: if the data do not fit the tokenizer, a network is unknown, or a number is out of range.
+    """
+    options = options or TokenizerOptions()
+    folders = find_tokenizer_folders(folder, data=data, classifier=options.classifier)
+    check_tokenizer_data(folders, options)
+    file = out or folders.run / "tokenizer.json"
+    check_writable("out", file)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("evaluate-tokenizer must run in one process; start it without torchrun")
+    ledger = Ledger(folders.evaluation / FILE_NAME)  # a damaged file is found before minutes of measurement
+    check_writable("ledger", ledger.file)
+    from maskgit_pl.evaluation.tokenizer_measurement import measure_tokenizer
+    from maskgit_pl.evaluation.tokenizer_report import make_tokenizer_report
+
+    measured = measure_tokenizer(folders, features, options, bars)
+    report = make_tokenizer_report(folders, measured, options, file)
+    report.save()
+    ledger.add("tokenizer", report.row())
+    return report
+
+
+@dataclass(frozen=True)
+class TrainedClassifier:
+    """A stored classifier.
+
+    Args:
+        folder: Folder of the classifier.
+        accuracy: Accuracy on the real val split.
+        is_reused: True if the folder already held it.
+        num_classes: Number of classes.
+    """
+
+    folder: Path
+    accuracy: Accuracy
+    is_reused: bool
+    num_classes: int
+
+
+def train_classifier(
+    data: Path | str,
+    *,
+    config: ClassifierConfig = SMALL_TRAINING,
+    image_size: ImageSize | None = None,
+    num_workers: int = 0,
+    device: str | None = None,
+    out: Path | None = None,
+    bars: Bars = no_bars,
+) -> TrainedClassifier:
+    """Trains a classifier on the train split of a data folder, stores it, and measures it on the val split.
+
+    A stored classifier of the same data and configuration is not trained again.
+
+    Args:
+        data: Data folder.
+        config: Network and training, such as ``default_training("resnet18")``.
+        image_size: Side of square images, or (height, width), in pixels; None for the size of the images, if all have
+            the same.
+        num_workers: Number of processes that read images.
+        device: Device such as ``cpu`` or ``cuda``; None for a GPU if there is one.
+        out: Folder of the classifier; None for ``runs/DATA-classifier/MODEL``.
+        bars: Progress bars.
+
+    Raises:
+        FileNotFoundError: if the data folder does not exist.
+        FileExistsError: if the folder holds another network.
+        ValueError: if ``image_size`` is None and the images have several sizes, the network is unknown, or the folder
+            cannot be written.
+    """
+    check_integer("num_workers", num_workers, "[0, inf)")
+    if image_size is not None:
+        check_image_size("image_size", image_size, "[1, inf)")
+    summary = read_manifest_summary(Path(data))  # before torch is imported
+    least, largest = zip(summary.images.height, summary.images.width, strict=True)
+    if image_size is None and least != largest:
+        raise ValueError(
+            f"image_size must be given for data {data}, whose images have {pixels_text(least)} to "
+            f"{pixels_text(largest)} pixels"
+        )
+    from maskgit_pl.distributed import find_device
+    from maskgit_pl.evaluation import classifier as classifier_training
+    from maskgit_pl.networks.feature_networks import check_model
+
+    check_model(config.model)
+    place = find_device(device)
+    source = open_images(Path(data), image_size or least, summary.channels, num_workers=num_workers)
+    folder = out or Path("runs") / f"{Path(data).resolve().name}-classifier" / config.model
+    check_writable("out", folder, is_folder=True)
+    classifier_training.check_classifier_folder(folder)
+    is_reused = classifier_training.is_trained(folder, source, config)
+    advance = bars(f"training {config.model}", config.max_steps)
+    classifier = classifier_training.obtain_classifier(
+        folder, source, config=config, on_step=lambda: advance(1), device=place
+    )
+    on_images = bars("real images", source.summary.samples["val"])
+    accuracy = classifier_training.measure_accuracy(classifier.to(place), source, on_images=on_images)
+    return TrainedClassifier(folder, accuracy, is_reused, source.num_classes)

@@ -25,9 +25,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from maskgit_pl.files import size_text
-from maskgit_pl.text import printable
-from maskgit_pl.zip_directory import TooLargeDirectoryError, open_zip
+from maskgit_pl.errors import printable
+from maskgit_pl.files import TooLargeDirectoryError, open_zip, size_text
 
 __all__ = ["ArrayFile", "SampleFile", "open_samples"]
 

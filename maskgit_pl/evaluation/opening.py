@@ -10,19 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from maskgit_pl.checks import ImageSize
 from maskgit_pl.evaluation.run_folders import RunFolders, data_name
-from maskgit_pl.image_format import ImageSize
-from maskgit_pl.progress import Bars, no_bars
+from maskgit_pl.processes import Bars, no_bars
 
 if TYPE_CHECKING:
     import torch
 
     from maskgit_pl.data import ShardData
     from maskgit_pl.decoding import DecodingConfig
-    from maskgit_pl.evaluation.evaluated_model import EvaluatedModel
-    from maskgit_pl.evaluation.evaluator import Evaluator
-    from maskgit_pl.evaluation.feature_metrics import FeatureMetrics
+    from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
     from maskgit_pl.evaluation.ledger import Ledger
+    from maskgit_pl.evaluation.metrics import FeatureMetrics
     from maskgit_pl.pipeline import MaskGIT
 
 __all__ = [
@@ -64,7 +63,7 @@ def open_model(
 
     if negative_model is not None:
         find_transformer(negative_model)  # before torch is imported
-    from maskgit_pl.devices import find_device, parse_dtype
+    from maskgit_pl.distributed import find_device, parse_dtype
     from maskgit_pl.pipeline import MaskGIT
 
     place = find_device(device)
@@ -223,8 +222,7 @@ def open_networks(
     Returns:
         The networks by label.
     """
-    from maskgit_pl.evaluation.extractors import open_extractors
-    from maskgit_pl.evaluation.feature_metrics import FeatureMetrics
+    from maskgit_pl.evaluation.metrics import FeatureMetrics, open_extractors
     from maskgit_pl.evaluation.reference import obtain_references, read_real_labels, read_references
 
     extractors = open_extractors(
@@ -244,6 +242,6 @@ def open_networks(
 
 def create_evaluated_model(folders: RunFolders, pipe: MaskGIT, folder: Path | None = None) -> EvaluatedModel:
     """Returns the model of a run for the evaluator; ``folder`` is for its images, by default ``RUN/evaluation``."""
-    from maskgit_pl.evaluation.evaluated_model import EvaluatedModel
+    from maskgit_pl.evaluation.evaluator import EvaluatedModel
 
     return EvaluatedModel(folders.run.name, pipe, folders.pretrained, folder or folders.evaluation)

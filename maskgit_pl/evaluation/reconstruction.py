@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from maskgit_pl.checks import height_width
 from maskgit_pl.data import Batch
 from maskgit_pl.distributed import gather_rows
 from maskgit_pl.evaluation.distances import frechet_distance
 from maskgit_pl.evaluation.features import Extractor, FeatureCollector
 from maskgit_pl.evaluation.reference import Reference, Statistics
-from maskgit_pl.image_format import height_width
-from maskgit_pl.networks.lpips import LPIPS
-from maskgit_pl.pipeline.imaging_pixels import to_unit_range
-from maskgit_pl.pipeline.networks import PretrainedTokenizer
+from maskgit_pl.networks.perceptual import LPIPS
+from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer
+from maskgit_pl.pipeline.grids import to_unit_range
 from maskgit_pl.tokenizer import CodebookUsage
 
 __all__ = ["Reconstruction", "ReconstructionMeter", "measure_reconstruction", "psnr"]

@@ -20,24 +20,25 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from maskgit_pl.checks import plain_size
 from maskgit_pl.data import Batch, InOrder, ShardData, ShuffledStream
 from maskgit_pl.data.batches import ImageBatches, make_loader
 from maskgit_pl.data.manifest import Split, load_manifest
 from maskgit_pl.data.order import Order
 from maskgit_pl.data.reader import ShardReader
 from maskgit_pl.distributed import on_all_ranks, rank_and_world
-from maskgit_pl.evaluation.digests import digest_of, shorten_digest
 from maskgit_pl.evaluation.features import (
     BATCH_SIZE,
     Extractor,
     ImageFeatures,
+    digest_of,
     extract,
     iter_image_batches,
     iter_row_batches,
+    shorten_digest,
 )
 from maskgit_pl.evaluation.npz import ArrayFile, open_samples
 from maskgit_pl.files import sha256_of, write_atomically
-from maskgit_pl.image_format import plain_size
 from maskgit_pl.pipeline import MaskGIT
 
 __all__ = [

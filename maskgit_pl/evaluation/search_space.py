@@ -19,7 +19,7 @@ import torch
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.guidance import guidance_schedules
 from maskgit_pl.decoding.selectors import token_selectors
-from maskgit_pl.evaluation.decodings import Spec, with_steps
+from maskgit_pl.evaluation.options import Spec, with_steps
 from maskgit_pl.randomness import permutation, random_uniform
 from maskgit_pl.schedules import mask_schedules
 

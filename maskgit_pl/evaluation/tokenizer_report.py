@@ -11,21 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from maskgit_pl.devices import default_device, parse_dtype
-from maskgit_pl.evaluation.digests import digest_of, shorten_digest
-from maskgit_pl.evaluation.held_out import describe_held_out
+from maskgit_pl.checks import plain_size
+from maskgit_pl.distributed import default_device, describe_environment, device_name, parse_dtype
+from maskgit_pl.errors import markdown
+from maskgit_pl.evaluation.features import digest_of, shorten_digest
 from maskgit_pl.evaluation.metric_names import format_value, metric_name, title
 from maskgit_pl.evaluation.options import TokenizerOptions
 from maskgit_pl.evaluation.pages import image_to_png, markdown_table, paragraph
 from maskgit_pl.evaluation.reconstruction import psnr
-from maskgit_pl.evaluation.run_folders import RunFolders, data_name
+from maskgit_pl.evaluation.run_folders import RunFolders, data_name, describe_held_out
 from maskgit_pl.evaluation.tokenizer_measurement import BEST_PSNR, ImagePair, MeasuredTokenizer
 from maskgit_pl.files import write_atomically, write_text
-from maskgit_pl.image_format import plain_size
-from maskgit_pl.pipeline.imaging_grids import image_grid
+from maskgit_pl.pipeline.grids import image_grid
 from maskgit_pl.pipeline.pretrained import fingerprint, read_config
-from maskgit_pl.provenance import describe_environment, device_name
-from maskgit_pl.text import markdown
 
 if TYPE_CHECKING:
     from PIL import Image

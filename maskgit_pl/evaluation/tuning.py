@@ -14,12 +14,19 @@ from typing import TYPE_CHECKING, Literal
 
 from maskgit_pl.checks import build_dataclass, check_choice, check_integer, check_number
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.decoding.limits import check_num_steps
+from maskgit_pl.decoding.plan import check_num_steps
 from maskgit_pl.decoding.selectors import token_selectors
-from maskgit_pl.evaluation.decoding_search import FINALISTS, SearchPlan, SearchResult, Trial, search
-from maskgit_pl.evaluation.decodings import Spec, describe_decoding
+from maskgit_pl.evaluation.decoding_search import (
+    FINALISTS,
+    SearchPlan,
+    SearchResult,
+    Trial,
+    draw_curves,
+    make_page,
+    measure_curves,
+    search,
+)
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
-from maskgit_pl.evaluation.measurement_options import MeasurementOptions, default_steps, round_to_classes
 from maskgit_pl.evaluation.opening import (
     can_guide,
     check_model_decoding,
@@ -28,17 +35,17 @@ from maskgit_pl.evaluation.opening import (
     open_evaluator,
     open_model,
 )
+from maskgit_pl.evaluation.options import MeasurementOptions, Spec, default_steps, describe_decoding, round_to_classes
 from maskgit_pl.evaluation.pages import command_line
 from maskgit_pl.evaluation.run_folders import RunFolders, find_run, read_outline
 from maskgit_pl.files import check_writable
-from maskgit_pl.pipeline.bundled import bundled_models
-from maskgit_pl.progress import Bars, no_bars
+from maskgit_pl.pipeline.sharing import bundled_models
+from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.schedules import mask_schedules
 
 if TYPE_CHECKING:
-    from maskgit_pl.evaluation.evaluated_model import EvaluatedModel
-    from maskgit_pl.evaluation.evaluator import Evaluator
-    from maskgit_pl.evaluation.schedule_curves import ScheduleCurves
+    from maskgit_pl.evaluation.decoding_search import ScheduleCurves
+    from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
     from maskgit_pl.evaluation.search_space import SearchSpace
     from maskgit_pl.pipeline import MaskGIT
 
@@ -117,7 +124,6 @@ def tune(
     _check_outputs(find_run(run, data=data, classifier=options.classifier), out)
     folders, pipe, space = _open(run, data, options)
     from maskgit_pl.evaluation.evaluator import collect_numbers
-    from maskgit_pl.evaluation.schedule_curves import measure_curves
 
     images = open_data(folders, pipe, num_workers=options.num_workers)
     count = round_to_classes(num_images, images.num_classes)
@@ -253,9 +259,9 @@ def _save_decoding(
     folders: RunFolders, pipe: MaskGIT, evaluator: Evaluator, result: SearchResult, options: TuningOptions
 ) -> SearchResult:
     """Writes the winner to ``decoding.json`` next to the weights, if the model has another decoding."""
+    from maskgit_pl.distributed import describe_environment
     from maskgit_pl.pipeline.card import refresh_card
-    from maskgit_pl.pipeline.decoding_file import save_decoding
-    from maskgit_pl.provenance import describe_environment
+    from maskgit_pl.pipeline.pretrained import save_decoding
 
     file = folders.pretrained / "decoding.json"
     negative = None if pipe.negative_model is None else pipe.negative_model.folder
@@ -281,7 +287,7 @@ def _save_decoding(
 
 def _is_recorded(file: Path, negative: Path | None) -> bool:
     """Returns True if ``decoding.json`` names a negative model; for None, if it names none."""
-    from maskgit_pl.pipeline.decoding_file import read_negative_model
+    from maskgit_pl.pipeline.pretrained import read_negative_model
 
     try:
         recorded = read_negative_model(file)
@@ -292,8 +298,6 @@ def _is_recorded(file: Path, negative: Path | None) -> bool:
 
 def _write_page(evaluator: Evaluator, result: SearchResult, figure: ScheduleCurves | None, command: str) -> None:
     from maskgit_pl.evaluation.evaluator import collect_numbers
-    from maskgit_pl.evaluation.schedule_curves import draw_curves
-    from maskgit_pl.evaluation.tuning_report import make_page
 
     (network,) = evaluator.networks.values()
     assert network.accuracy is not None

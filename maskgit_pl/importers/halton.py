@@ -18,12 +18,7 @@ from einops import rearrange
 from torch import Tensor
 
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.importers.transformer_layout import (
-    TransformerLayout,
-    count_blocks,
-    find_num_heads,
-    shape_of,
-)
+from maskgit_pl.importers.layouts import TransformerLayout, count_blocks, find_num_heads, shape_of
 from maskgit_pl.networks.adaln import AdaLNConfig
 from maskgit_pl.networks.backbone import BackboneConfig
 

@@ -19,12 +19,17 @@ from maskgit_pl.checks import check_choice
 from maskgit_pl.data.folders import write_folder
 from maskgit_pl.files import read_json
 from maskgit_pl.importers.files import TOKENIZER_LAYOUTS, check_out, find_weights
-from maskgit_pl.importers.layouts import TokenizerLayout, tokenizer_weights
-from maskgit_pl.importers.magvit2 import OPEN_MAGVIT2
-from maskgit_pl.importers.maskbit import MASKBIT, OPEN_MUSE
-from maskgit_pl.importers.next_commands import training_commands
+from maskgit_pl.importers.layouts import (
+    TokenizerLayout,
+    name_file,
+    name_some,
+    read_checkpoint,
+    remove_wrappers,
+    tokenizer_weights,
+    training_commands,
+)
+from maskgit_pl.importers.magvit2 import MASKBIT, OPEN_MAGVIT2, OPEN_MUSE
 from maskgit_pl.importers.taming import DIFFUSERS, IBQ, LLAMAGEN, TAMING
-from maskgit_pl.importers.torch_file import name_file, name_some, read_checkpoint, remove_wrappers
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.networks.weights import check_held, check_tensor
 from maskgit_pl.pipeline.pretrained import save_tokenizer

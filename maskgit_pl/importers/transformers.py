@@ -14,18 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskgit_pl.checks import ImageSize, height_width
 from maskgit_pl.data.folders import write_folder
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.image_format import ImageSize, height_width
-from maskgit_pl.importers.class_names import choose_class_names
-from maskgit_pl.importers.files import check_out
+from maskgit_pl.importers.files import check_out, choose_class_names
 from maskgit_pl.importers.halton import HALTON
+from maskgit_pl.importers.layouts import (
+    TransformerLayout,
+    check_shapes,
+    name_file,
+    name_some,
+    read_checkpoint,
+    remove_wrappers,
+)
 from maskgit_pl.importers.maskgil import MASKGIL
-from maskgit_pl.importers.torch_file import name_file, name_some, read_checkpoint, remove_wrappers
-from maskgit_pl.importers.transformer_layout import TransformerLayout, check_shapes
 from maskgit_pl.networks.backbone import BackboneConfig
 from maskgit_pl.networks.weights import check_held, check_tensor
-from maskgit_pl.pipeline.networks import PretrainedTokenizer
+from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer
 from maskgit_pl.pipeline.pretrained import fingerprint, load_tokenizer, save_tokenizer, save_transformer
 
 __all__ = ["ImportedTransformer", "import_transformer", "transformer_layout_of"]

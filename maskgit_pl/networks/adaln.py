@@ -43,11 +43,9 @@ from maskgit_pl.networks.backbone import (
     backbones,
     check_attention,
 )
-from maskgit_pl.networks.feed_forward import feed_forward
-from maskgit_pl.networks.kernels import PackingLinear
-from maskgit_pl.networks.rotary import Positions, rotate, rotation_table
+from maskgit_pl.networks.kernels import PackingLinear, feed_forward
 from maskgit_pl.networks.token_groups import TokenEmbedding, token_logits
-from maskgit_pl.networks.transformer_block import KVCache
+from maskgit_pl.networks.transformer_block import KVCache, Positions, rotate, rotation_table
 
 __all__ = ["AdaLNConfig", "AdaLNTransformer", "AutoregressiveAdaLN"]
 

@@ -2,21 +2,42 @@
 
 ``AdversarialConfig`` takes one by a recipe value (``patchgan``, or ``{name: patchgan, num_layers: 2}``); a value
 without a name is ``stylegan``. Other packages add their own in the entry point group ``maskgit_pl.discriminators``.
+
+The discriminator ``stylegan``, a residual network of StyleGAN's type: the one of the released code.
+
+The discriminator ``patchgan``, which judges overlapping patches, as in pix2pix, taming-transformers and LlamaGen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
-from typing import Any, Protocol
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from itertools import pairwise
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import override
 
-from maskgit_pl.checks import shorten
-from maskgit_pl.image_format import ImageSize
+from maskgit_pl.checks import ImageSize, check_choice, check_integer, check_number, height_width, shorten
+from maskgit_pl.distributed import mean_over_ranks
 from maskgit_pl.registry import Registry
 
-__all__ = ["DEFAULT_DISCRIMINATOR", "DiscriminatorSpec", "build_discriminator", "discriminators", "with_defaults"]
+__all__ = [
+    "DEFAULT_DISCRIMINATOR",
+    "Discriminator",
+    "DiscriminatorConfig",
+    "DiscriminatorSpec",
+    "PatchDiscriminator",
+    "PatchDiscriminatorConfig",
+    "PatchNorm",
+    "Pooling",
+    "build_discriminator",
+    "discriminators",
+    "with_defaults",
+]
 
 DEFAULT_DISCRIMINATOR = "stylegan"
 """The discriminator of recipes that name none."""
@@ -53,7 +74,6 @@ discriminators: Registry[DiscriminatorSpec] = Registry(
     "discriminator",
     "maskgit_pl.discriminators",
     check=_check_spec,
-    modules=("maskgit_pl.networks.discriminator", "maskgit_pl.networks.patch_discriminator"),
 )
 
 
@@ -97,3 +117,348 @@ def with_defaults(spec: str | Mapping[str, Any]) -> dict[str, Any]:
         defaults = {each.name: each.default for each in plain}
     # Without a name, the values of the default one are settings of their own, which a resuming run compares by key.
     return {**({} if name == DEFAULT_DISCRIMINATOR else {"name": name}), **defaults, **given}
+
+
+Pooling = Literal["blur", "average"]
+_Layer = TypeVar("_Layer", nn.Conv2d, nn.Linear)
+
+_SLOPE = 0.2
+_SMALLEST = 4  # the resolution at which the features are flattened
+
+
+@discriminators.register("stylegan")
+@dataclass(frozen=True)
+class DiscriminatorConfig:
+    """The sizes of the discriminator. The defaults are the released code's; the image size is the tokenizer's.
+
+    Attributes:
+        channel_multiplier: Factor of the released numbers of channels, in (0, 16]: 512 up to 32 px, then half for each
+            doubling of the shorter side, rounded up to a power of two: 28 px has the channels of 32. 1/8 suits small
+            images.
+        channels: Channels at each resolution, from the image's down to the last, instead of the released ones.
+        pooling: ``blur`` halves the resolution by a 4x4 blur of stride 2, ``average`` by a 2x2 mean.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    channel_multiplier: float = 1.0
+    channels: tuple[int, ...] | None = None
+    pooling: Pooling = "blur"
+
+    def __post_init__(self) -> None:
+        check_number("discriminator channel_multiplier", self.channel_multiplier, "(0, 16]")
+        check_choice("discriminator pooling", self.pooling, ("blur", "average"))
+        if self.channels is not None:
+            object.__setattr__(self, "channels", tuple(self.channels))
+            check_integer("length of discriminator channels", len(self.channels), "[1, 16]")
+            for width in self.channels:
+                check_integer("discriminator channels", width, "[1, 8192]")
+
+    def widths(self, image_size: ImageSize) -> tuple[int, ...]:
+        """Returns the channels at each resolution: the image's, then halved (rounded down) until it is at most 4.
+
+        The resolution is that of the shorter side.
+
+        Args:
+            image_size: Side of square images, or (height, width), in pixels.
+
+        Raises:
+            ValueError: if ``channels`` has not one number for each resolution.
+        """
+        # 28 px: 28, 14, 7, 3.
+        resolutions = [min(height_width(image_size))]
+        while resolutions[-1] > _SMALLEST:
+            resolutions.append(resolutions[-1] // 2)
+        if self.channels is None:
+            return tuple(max(1, round(self.channel_multiplier * _released_width(r))) for r in resolutions)
+        if len(self.channels) != len(resolutions):
+            raise ValueError(
+                f"discriminator channels must have one number for each of the resolutions {resolutions}, "
+                f"got {len(self.channels)}: {self.channels}"
+            )
+        return self.channels
+
+    def create(self, *, in_channels: int, image_size: ImageSize) -> nn.Module:
+        """Builds the network.
+
+        Raises:
+            ValueError: if ``channels`` has not one number for each resolution.
+        """
+        return Discriminator(self, in_channels=in_channels, image_size=image_size)
+
+
+class DiscriminatorBlock(nn.Module):
+    """A residual block: two 3x3 convolutions with a pooling between them, plus a pooled 1x1 shortcut, over sqrt(2).
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        pooling: Pooling that halves the resolution.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, pooling: Pooling) -> None:
+        super().__init__()
+        self.conv1 = _xavier(nn.Conv2d(in_channels, in_channels, 3, padding=1))
+        self.shortcut = _xavier(nn.Conv2d(in_channels, out_channels, 1, bias=False))
+        self.conv2 = _xavier(nn.Conv2d(in_channels, out_channels, 3, padding=1))
+        self.pool = Blur() if pooling == "blur" else nn.AvgPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the features (B, out_channels, floor(h / 2), floor(w / 2)) of x (B, in_channels, h, w)."""
+        hidden = self.pool(F.leaky_relu(self.conv1(x), _SLOPE))
+        hidden = F.leaky_relu(self.conv2(hidden), _SLOPE)
+        # sqrt(2) keeps the variance of a sum of two.
+        out: Tensor = (hidden + self.shortcut(self.pool(x))) / math.sqrt(2)
+        return out
+
+
+class Blur(nn.Module):
+    """A depthwise blur with the outer product of [1, 3, 3, 1] / 8, stride 2, zero padding of 1."""
+
+    kernel: Tensor  # (4, 4)
+
+    def __init__(self) -> None:
+        super().__init__()
+        taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+        self.register_buffer("kernel", torch.outer(taps, taps), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns x (B, C, h, w) at half the resolution, (B, C, floor(h / 2), floor(w / 2))."""
+        channels = x.shape[1]
+        kernel = self.kernel.to(x.dtype).expand(channels, 1, 4, 4)
+        return F.conv2d(x, kernel, stride=2, padding=1, groups=channels)
+
+
+class Discriminator(nn.Module):
+    """The discriminator: one logit for each image, high if the image looks real.
+
+    Args:
+        config: Channels and pooling.
+        in_channels: Channels of an image.
+        image_size: Side of square images, or (height, width), in pixels.
+
+    Source: released code, ``discriminator.py`` (StyleGAN2's, Karras et al., arXiv:1912.04958, without the minibatch
+    deviation and the equalised learning rate).
+    """
+
+    def __init__(self, config: DiscriminatorConfig, *, in_channels: int, image_size: ImageSize) -> None:
+        super().__init__()
+        widths = config.widths(image_size)
+        # Each block halves both sides, rounded down.
+        height, width = (side >> (len(widths) - 1) for side in height_width(image_size))
+        last = widths[-1]
+        self.stem = _xavier(nn.Conv2d(in_channels, widths[0], 3, padding=1))
+        self.blocks = nn.Sequential(*(DiscriminatorBlock(a, b, pooling=config.pooling) for a, b in pairwise(widths)))
+        self.conv = _xavier(nn.Conv2d(last, last, 3, padding=1))
+        self.hidden = _xavier(nn.Linear(last * height * width, last))
+        self.head = _xavier(nn.Linear(last, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns the logits (B, 1) of images (B, C, H, W) float in [0, 1]."""
+        x = self.blocks(F.leaky_relu(self.stem(images), _SLOPE))
+        x = F.leaky_relu(self.conv(x), _SLOPE).flatten(1)  # (B, channels h w)
+        out: Tensor = self.head(F.leaky_relu(self.hidden(x), _SLOPE))
+        return out
+
+
+def _released_width(resolution: int) -> int:
+    """Returns 512 up to 32 px, 256 at 64, 128 at 128 ... Source: released code."""
+    edge = 1 << max(0, resolution - 1).bit_length()
+    return min(512, 16384 // edge)
+
+
+def _xavier(layer: _Layer) -> _Layer:
+    """Draws Xavier uniform weights, sets biases to 0, and returns the layer. Source: released code."""
+    nn.init.xavier_uniform_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+PatchNorm = Literal["group", "batch", "actnorm"]
+
+_MAX_MULTIPLIER = 8  # of the base channels
+_MAX_GROUPS = 32
+_MIN_GROUP = 4  # channels of a group
+_DEVIATION = 0.02  # of the initial weights
+
+
+@discriminators.register("patchgan")
+@dataclass(frozen=True)
+class PatchDiscriminatorConfig:
+    """The sizes of the discriminator of patches.
+
+    Attributes:
+        num_layers: Convolutions of stride 2, in [1, 8]; 3 gives a logit for each patch of 70 x 70 pixels.
+        base_channels: Channels of the first layer, in [1, 1024]; doubled by each further one, at most 8 times as many.
+        norm: ``group``: GroupNorm of at most 32 groups, independent of batch, ranks and micro-batches. ``batch``:
+            BatchNorm over the micro-batch of all ranks (taming-transformers and LlamaGen), which allows no R1 penalty.
+            ``actnorm``: a scale and an offset per channel that normalise the first micro-batch, then trained.
+
+    Raises:
+        ValueError: if a number is out of range or the norm is unknown.
+
+    Source: Isola et al., arXiv:1611.07004; ``NLayerDiscriminator`` of CompVis/taming-transformers (3 layers, 64
+    channels), which has BatchNorm or ActNorm.
+    """
+
+    num_layers: int = 3
+    base_channels: int = 64
+    norm: PatchNorm = "group"
+
+    def __post_init__(self) -> None:
+        check_integer("discriminator num_layers", self.num_layers, "[1, 8]")
+        check_integer("discriminator base_channels", self.base_channels, "[1, 1024]")
+        check_choice("discriminator norm", self.norm, get_args(PatchNorm))
+
+    @property
+    def mixes_images(self) -> bool:
+        """A flag: True if a logit depends on other images of the batch."""
+        return self.norm == "batch"
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The channels after each convolution but the last: those of stride 2, then one of stride 1."""
+        return tuple(self.base_channels * min(2**layer, _MAX_MULTIPLIER) for layer in range(self.num_layers + 1))
+
+    def side(self, image_size: int) -> int:
+        """Returns a side of the map of logits: (that side of the image / 2^num_layers, rounded down) - 2.
+
+        Raises:
+            ValueError: if the image is too small to have a patch.
+        """
+        side = (image_size >> self.num_layers) - 2
+        if side < 1:
+            most = (image_size // 3).bit_length() - 1
+            way_out = f"set it to {most} or fewer" if most > 0 else "use the discriminator stylegan"
+            raise ValueError(
+                f"discriminator num_layers must leave 3 pixels of {image_size} after halving the side as often, got "
+                f"{self.num_layers}; {way_out}"
+            )
+        return side
+
+    def create(self, *, in_channels: int, image_size: ImageSize) -> nn.Module:
+        """Builds the network.
+
+        Raises:
+            ValueError: if the images are too small for ``num_layers``.
+        """
+        self.side(min(height_width(image_size)))
+        return PatchDiscriminator(self, in_channels=in_channels)
+
+
+class PatchDiscriminator(nn.Module):
+    """The discriminator of patches: 4x4 convolutions, each logit high if its patch looks real.
+
+    Args:
+        config: Layers, channels and norm.
+        in_channels: Channels of an image.
+
+    Source: ``NLayerDiscriminator`` of CompVis/taming-transformers, with its initial weights: convolutions N(0, 0.02),
+    scales of norms N(1, 0.02) and offsets 0.
+    """
+
+    def __init__(self, config: PatchDiscriminatorConfig, *, in_channels: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*_layers(config, in_channels))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0.0, _DEVIATION)
+            elif isinstance(module, nn.GroupNorm | BatchNorm):
+                nn.init.normal_(module.weight, 1.0, _DEVIATION)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns the logits (B, 1, h, w) of images (B, C, H, W) float in [0, 1]."""
+        out: Tensor = self.layers(2 * images - 1)  # the published networks see [-1, 1]
+        return out
+
+
+class BatchNorm(nn.Module):
+    """The normalisation by mean and variance of the micro-batch of all ranks.
+
+    Torch's ``SyncBatchNorm`` does not run on a CPU. There are no running statistics: a discriminator only trains, so
+    nothing would read them.
+
+    Args:
+        channels: C, number of channels.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns x (B, C, h, w), normalised, scaled and moved per channel."""
+        x = x.float()
+        mean, variance = _statistics(x)
+        scale = self.weight.view(1, -1, 1, 1) * (variance + 1e-5).rsqrt()
+        return (x - mean) * scale + self.bias.view(1, -1, 1, 1)
+
+
+class ActNorm(nn.Module):
+    """A trained offset and scale per channel, which give the first micro-batch of all ranks mean 0 and variance 1.
+
+    Args:
+        channels: C, number of channels.
+
+    Source: Kingma and Dhariwal, arXiv:1807.03039, section 3.1, as in CompVis/taming-transformers.
+    """
+
+    initialized: Tensor  # () float32: 1 after the first micro-batch
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.zeros(1, channels, 1, 1))
+        self.scale = nn.Parameter(torch.ones(1, channels, 1, 1))
+        self.register_buffer("initialized", torch.zeros(()))
+        self._is_initialized = False  # the buffer's value, which is on the device
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns scale (x + offset) for x (B, C, h, w)."""
+        if self.training and not self._is_initialized:
+            self._initialize(x)
+        return self.scale * (x + self.offset)
+
+    @torch.no_grad()
+    def _initialize(self, x: Tensor) -> None:
+        mean, variance = _statistics(x.float())
+        self.offset.copy_(-mean)
+        self.scale.copy_(1 / (variance.sqrt() + 1e-6))
+        self.initialized.fill_(1.0)
+        self._is_initialized = True
+
+    @override
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *others)
+        self._is_initialized = bool(self.initialized)
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns mean and variance of each channel over x (B, C, h, w) of all ranks, (1, C, 1, 1) each."""
+    mean = mean_over_ranks(x.mean((0, 2, 3), keepdim=True))
+    return mean, mean_over_ranks((x - mean).square().mean((0, 2, 3), keepdim=True))
+
+
+def _layers(config: PatchDiscriminatorConfig, in_channels: int) -> Iterator[nn.Module]:
+    """Yields the first convolution without a norm, further ones with one, and the convolution to the logits."""
+    yield nn.Conv2d(in_channels, config.base_channels, 4, stride=2, padding=1)
+    yield nn.LeakyReLU(_SLOPE)
+    for layer, (width, out) in enumerate(pairwise(config.widths), start=1):
+        stride = 2 if layer < config.num_layers else 1
+        # The mean of BatchNorm would remove a bias.
+        yield nn.Conv2d(width, out, 4, stride=stride, padding=1, bias=config.norm != "batch")
+        yield _norm(config.norm, out)
+        yield nn.LeakyReLU(_SLOPE)
+    yield nn.Conv2d(config.widths[-1], 1, 4, padding=1)
+
+
+def _norm(kind: PatchNorm, channels: int) -> nn.Module:
+    if kind == "batch":
+        return BatchNorm(channels)
+    if kind == "actnorm":
+        return ActNorm(channels)
+    # Groups of one channel would amplify the rounding of maps that are nearly constant.
+    num_groups = math.gcd(max(1, channels // _MIN_GROUP), _MAX_GROUPS, channels)
+    return nn.GroupNorm(num_groups, channels)

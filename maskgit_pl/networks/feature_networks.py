@@ -1,27 +1,64 @@
-"""Classifiers of the training data set: a small network or one of timm's, and the folder that holds a trained one.
+"""A frozen timm classifier with its input normalisation, and the output that all feature networks share.
 
-``evaluation.classifier_training`` trains them; ``features.ClassifierSpec`` loads them for metrics.
+Does not import the registry in ``features``, so that other networks can import this module.
+
+The InceptionV3 of published FID, sFID and IS, from torch-fidelity's blocks and weights.
+
+The constructor of torch-fidelity unpickles the weight file, so the network is built here; a test compares both bit by
+bit. ``features.InceptionSpec`` loads the weights.
+
+Classifiers of the training data set: a small network or one of timm's, and the folder that holds a trained one.
+
+``evaluation.classifier`` trains them; ``features.ClassifierSpec`` loads them for metrics.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
+from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import timm
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
+from torch_fidelity.feature_extractor_inceptionv3 import (
+    BasicConv2d,
+    InceptionA,
+    InceptionB,
+    InceptionC,
+    InceptionD,
+    InceptionE_1,
+    InceptionE_2,
+)
+from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+from typing_extensions import override
 
-from maskgit_pl.checks import build_dataclass, check_class_names, check_integer, check_keys, shorten
+from maskgit_pl.checks import (
+    ImageSize,
+    build_dataclass,
+    check_channels,
+    check_class_names,
+    check_image_size,
+    check_integer,
+    check_keys,
+    height_width,
+    plain_size,
+    shorten,
+)
 from maskgit_pl.files import read_json
-from maskgit_pl.image_format import ImageSize, check_channels, check_image_size, height_width, plain_size
-from maskgit_pl.networks.feature_network import FeatureOutput, FrozenNetwork
-from maskgit_pl.networks.skeleton import skeletons
-from maskgit_pl.networks.weights import check_fit, load_weights, read_tensor_header, read_tensors
+from maskgit_pl.networks.weights import (
+    check_fit,
+    load_weights,
+    read_tensor_header,
+    read_tensors,
+    skeletons,
+    tensors_digest,
+)
 
 __all__ = [
     "CONFIG_FILE",
@@ -30,14 +67,169 @@ __all__ = [
     "SMALL",
     "WEIGHT_FILE",
     "ClassifierSizes",
+    "FeatureNetwork",
+    "FeatureOutput",
     "FrozenClassifier",
+    "FrozenNetwork",
+    "Inception",
     "SmallClassifier",
     "TimmClassifier",
     "check_model",
     "create_classifier",
     "describe_classifier",
     "load_classifier",
+    "weights_digest",
 ]
+
+_SPATIAL_NUMBERS = 2023  # ADM's evaluator: 7 channels x 17 x 17 places
+
+
+class FeatureOutput(NamedTuple):
+    """The output of a feature network.
+
+    Attributes:
+        features: (B, F) float, pooled, before the classifier.
+        logits: (B, C) float.
+        spatial: (B, S) float, S at most 2023: some channels of a feature map, place by place, for sFID; None if the
+            network has no map.
+    """
+
+    features: Tensor
+    logits: Tensor
+    spatial: Tensor | None = None
+
+
+class FrozenNetwork(nn.Module):
+    """A network that is never trained: its weights take no gradients, and it stays in evaluation mode."""
+
+    def freeze(self) -> None:
+        """Freezes the weights; the last call of ``__init__``, when all modules exist."""
+        self.requires_grad_(requires_grad=False)
+        self.eval()
+
+    @override
+    def train(self, mode: bool = True) -> Self:
+        """Stays in evaluation mode."""
+        return super().train(mode=False)
+
+
+class FeatureNetwork(FrozenNetwork):
+    """A frozen timm classifier with its input normalisation; gradients reach the images.
+
+    Args:
+        model: A timm model with ``forward_features``, ``forward_head`` and ``get_classifier``.
+        size: Side in pixels to which images are resized.
+        mean: Mean of each colour in the model's training, for pixels in [0, 1].
+        std: Standard deviation of each colour in the model's training.
+    """
+
+    mean: Tensor  # (1, 3, 1, 1)
+    std: Tensor  # (1, 3, 1, 1)
+
+    def __init__(self, model: nn.Module, *, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self.size = size
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+        self.freeze()
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}"
+
+    def forward(self, images: Tensor) -> FeatureOutput:
+        """Returns features, logits and the first channels of the last map.
+
+        Args:
+            images: (B, 1 or 3, H, W), uint8 or float in [0, 1]; grey images are repeated to three colours.
+        """
+        # Float32: the resize below has no bfloat16 kernel on a CPU.
+        x = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+        x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
+        x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
+        model: Any = self.model  # timm's methods, which nn.Module's type does not have
+        last = model.forward_features((x - self.mean) / self.std)
+        features = model.forward_head(last, pre_logits=True)
+        channels_last = getattr(model, "output_fmt", None) == "NHWC"
+        return FeatureOutput(features, model.get_classifier()(features), _spatial(last, channels_last=channels_last))
+
+
+def _spatial(last: Tensor, *, channels_last: bool) -> Tensor | None:
+    """Returns the first channels of the last map, at most 2023 numbers, channel fastest: (B, S); None without a map."""
+    if last.ndim != 4:  # tokens of a transformer
+        return None
+    last = last if channels_last else rearrange(last, "b c h w -> b h w c")
+    # As many whole channels as fit into ADM's size, in its order: height, width, channel.
+    channels = _SPATIAL_NUMBERS // (last.shape[1] * last.shape[2])
+    return last[..., :channels].flatten(1) if channels else None
+
+
+def weights_digest(network: nn.Module) -> str:
+    """Returns the sha256 of a network's layers, weights and buffers; equal digests mean equal features."""
+    named = sorted([*network.named_parameters(), *network.named_buffers()])
+    return tensors_digest(named, prefix=repr(network))
+
+
+_SIZE = 299
+_SPATIAL_LAYER, _SPATIAL_CHANNELS = "Mixed_6d", 7
+
+
+class Inception(FrozenNetwork, nn.Sequential):
+    """The InceptionV3 of TensorFlow's graph of 2015-12-05, frozen; gradients reach the images.
+
+    ``features`` are the 2048 numbers of the last pooling. ``logits`` are the 1008 logits without bias, which define IS.
+    ``spatial`` are the first 7 channels of the 1 x 1 branch of Mixed_6d at its 17 x 17 places, channel fastest.
+
+    Source: torch_fidelity.FeatureExtractorInceptionV3; spatial: openai/guided-diffusion, evaluations/evaluator.py
+    (``mixed_6/conv:0``, ``[..., :7]`` of height x width x channels, which statistics made there keep).
+    """
+
+    fc: nn.Linear
+
+    def __init__(self) -> None:
+        super().__init__(
+            OrderedDict(
+                Conv2d_1a_3x3=BasicConv2d(3, 32, kernel_size=3, stride=2),
+                Conv2d_2a_3x3=BasicConv2d(32, 32, kernel_size=3),
+                Conv2d_2b_3x3=BasicConv2d(32, 64, kernel_size=3, padding=1),
+                MaxPool_1=nn.MaxPool2d(kernel_size=3, stride=2),
+                Conv2d_3b_1x1=BasicConv2d(64, 80, kernel_size=1),
+                Conv2d_4a_3x3=BasicConv2d(80, 192, kernel_size=3),
+                MaxPool_2=nn.MaxPool2d(kernel_size=3, stride=2),
+                Mixed_5b=InceptionA(192, pool_features=32),
+                Mixed_5c=InceptionA(256, pool_features=64),
+                Mixed_5d=InceptionA(288, pool_features=64),
+                Mixed_6a=InceptionB(288),
+                Mixed_6b=InceptionC(768, channels_7x7=128),
+                Mixed_6c=InceptionC(768, channels_7x7=160),
+                Mixed_6d=InceptionC(768, channels_7x7=160),
+                Mixed_6e=InceptionC(768, channels_7x7=192),
+                Mixed_7a=InceptionD(768),
+                Mixed_7b=InceptionE_1(1280),
+                Mixed_7c=InceptionE_2(2048),
+                AvgPool=nn.AdaptiveAvgPool2d(output_size=(1, 1)),
+                fc=nn.Linear(2048, 1008),
+            )
+        )
+        self.freeze()
+
+    def forward(self, images: Tensor) -> FeatureOutput:
+        """Returns features (B, 2048), logits (B, 1008) and spatial (B, 2023).
+
+        Args:
+            images: (B, 1 or 3, H, W), uint8 or float in [0, 1].
+        """
+        x = images.float() if images.dtype == torch.uint8 else images.float() * 255
+        x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
+        x = interpolate_bilinear_2d_like_tensorflow1x(x, size=(_SIZE, _SIZE), align_corners=False)
+        x = (x - 128) / 128  # not 127.5: the graph's own normalisation
+        for name, layer in list(self.named_children())[:-1]:  # all but fc, which has no bias here
+            if name == _SPATIAL_LAYER:
+                branch = layer.get_submodule("branch1x1")(x)[:, :_SPATIAL_CHANNELS]  # (B, 7, 17, 17)
+            x = layer(x)
+        features = x.flatten(1)  # (B, 2048)
+        return FeatureOutput(features, features @ self.fc.weight.T, rearrange(branch, "b c h w -> b (h w c)"))
+
 
 SMALL = "small"
 WEIGHT_FILE, CONFIG_FILE = "model.safetensors", "config.json"

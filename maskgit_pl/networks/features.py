@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol
 from torch import nn
 
 from maskgit_pl.checks import check_integer, shorten
-from maskgit_pl.networks.feature_network import FeatureNetwork, FeatureOutput
+from maskgit_pl.networks.feature_networks import FeatureNetwork, FeatureOutput, Inception, load_classifier
 from maskgit_pl.networks.weights import load_weight_file, load_weights, read_weights
 from maskgit_pl.registry import Registry, nearest
 
@@ -110,7 +110,6 @@ class InceptionSpec:
                 f"feature network 'inception': no file {self.path}; download {_INCEPTION_URL} to that path, or "
                 f"set inception=PATH or {_INCEPTION_VARIABLE}=PATH; `--features lite0` needs no file"
             )
-        from maskgit_pl.networks.inception import Inception
 
         network = Inception()
         load_weight_file(network, self.path, thing="feature network 'inception'", sha256=self.sha256)
@@ -219,8 +218,6 @@ class ClassifierSpec:
         Raises:
             ValueError: if the folder holds no classifier.
         """
-        from maskgit_pl.networks.feature_networks import load_classifier
-
         return load_classifier(Path(self.folder))
 
 

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from maskgit_pl.checks import shorten
-from maskgit_pl.networks.backbone import Backbone
-from maskgit_pl.networks.backbone_contract import is_plugin
+from maskgit_pl.networks.backbone import Backbone, is_plugin
 from maskgit_pl.networks.kernels import PackingLinear
-from maskgit_pl.networks.skeleton import skeletons
 from maskgit_pl.networks.transformer_block import QKVProjection
+from maskgit_pl.networks.weights import skeletons
 
 __all__ = ["Int8Linear", "find_largest_weight", "quantize"]
 

@@ -1,4 +1,24 @@
-"""Linear layers that pack their weights for inference on a CPU: the layout that matrix products read, made only once.
+"""Large memory pages for weights that are read again and again.
+
+Linux gives out memory in pages of 4 kB, so that a product with a weight of 10 MB looks up the addresses of thousands of
+pages. On virtual machines these lookups take up to half of the time of the linear layers, if there are only a few
+hundred rows. In pages of 2 MB there are few.
+
+Source: the manual of Linux, ``madvise(2)``: ``MADV_COLLAPSE``.
+
+Detects changes of weights, so that nothing computed from old weights is used after them.
+
+torch counts operations in place, such as those of ``load_state_dict``. It does not count fused optimizers, nor writes
+to ``weight.data`` or to the memory of a weight through NumPy. The changes are therefore found in three ways:
+
+1. ``Tensor._version`` counts operations in place.
+2. A hook counts the steps of all optimizers of the process.
+3. ``WeightWatch`` compares a sample of the weights with their earlier values, which finds the writes that nothing
+   counts. Only writes to few entries can stay unnoticed.
+
+``PackingLinear`` uses 1 and 2 at every call, a pipeline all three at every call of its methods.
+
+Linear layers that pack their weights for inference on a CPU: the layout that matrix products read, made only once.
 
 A matrix product on a CPU first copies the weight to blocks that fit its instructions. For a few hundred rows, as in
 decoding, this takes a fifth to a half of the time. Transformers are built of ``PackingLinear``; ``set_packing`` turns
@@ -8,24 +28,157 @@ float32 weights are packed by MKL, bfloat16 weights by oneDNN on CPUs with bfloa
 as much memory as the weight. Outputs are those of a plain layer to rounding.
 
 A packed weight that is used often moves to ``large_pages``.
+
+The MLP of a block, in parts whose hidden values stay in the cache.
+
+``PackingLinear`` makes bfloat16 products so fast that the second layer waits for hidden values that have left the
+cache. In parts, some of the hidden values are computed and multiplied at once, and the products are added.
+``benchmarks/feed_forward.py`` compares both.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
+from mmap import PAGESIZE
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from maskgit_pl.devices import has_bfloat16
-from maskgit_pl.networks import large_pages
-from maskgit_pl.networks.weight_changes import count_changes
+from maskgit_pl.distributed import has_amx, has_bfloat16
 
-__all__ = ["PackingLinear", "add_output", "free_packed", "set_packing"]
+__all__ = [
+    "PackingLinear",
+    "WeightWatch",
+    "add_output",
+    "are_available",
+    "count_changes",
+    "feed_forward",
+    "free_packed",
+    "move",
+    "set_packing",
+]
+
+_SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
+_MADV_COLLAPSE = 25
+
+
+@cache
+def are_available() -> bool:
+    """Returns True if programs on this machine may ask for large pages."""
+    # Where they are "always" in use, a weight has them already, except at its ends.
+    return sys.platform == "linux" and "[never]" not in _read("enabled", default="[never]")
+
+
+def move(address: int, num_bytes: int) -> None:
+    """Moves memory to large pages. Its content and its addresses stay.
+
+    Args:
+        address: First address.
+        num_bytes: Size. The large pages at both ends are completed with the memory around.
+
+    A large page of which less than half would be in use stays small, so that the program does not grow much. So does
+    what the system cannot move, for example because free memory is scattered. Nothing happens before Linux 6.1, and
+    where large pages are not available.
+    """
+    if not are_available():
+        return
+    size = int(_read("hpage_pmd_size", default="2097152"))
+    for page in range(address // size * size, address + num_bytes, size):
+        if _count_used(page, size) * 2 * PAGESIZE >= size:
+            # MADV_HUGEPAGE would also change what is stored at these addresses later.
+            _libc().madvise(page, size, _MADV_COLLAPSE)
+
+
+def _count_used(address: int, num_bytes: int) -> int:
+    """Returns the number of small pages that are in memory; 0 if some of the addresses belong to nothing."""
+    is_used = ctypes.create_string_buffer(num_bytes // PAGESIZE)
+    failed = _libc().mincore(address, num_bytes, is_used)
+    return 0 if failed else sum(byte & 1 for byte in is_used.raw)
+
+
+def _read(name: str, *, default: str) -> str:
+    try:
+        return (_SETTINGS / name).read_text()
+    except OSError:  # a system without large pages
+        return default
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    library = ctypes.CDLL(None)
+    library.madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    library.mincore.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p
+    return library
+
+
+# All entries of a tensor of at most 4096 are compared, else every 509th: the number is prime, so they lie in different
+# columns. For the released size this takes 0.3 % of the time of one image on a CPU; all entries take 1.2 to 2.4 %.
+_SMALL_WEIGHT, _STRIDE = 4096, 509
+
+
+class _Steps:
+    """The number of steps of all optimizers of the process."""
+
+    count = 0
+
+
+def _count_step(*_: object) -> None:
+    _Steps.count += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+def count_changes(weight: Tensor) -> tuple[int, int]:
+    """Returns two numbers that differ after an optimizer step and after an operation in place on a weight."""
+    # torch does not count the changes of tensors that were made in inference mode.
+    return _Steps.count, 0 if weight.is_inference() else weight._version
+
+
+class WeightWatch:
+    """Tells whether the weights of a network may have changed since the last question.
+
+    Args:
+        network: The network. Its parameters and buffers are compared.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._network = network
+        self._marks: list[tuple[int, tuple[int, int]]] = []
+        self._parts: list[Tensor] = []  # views of the weights
+        self._sample = torch.empty(0)
+        self.has_changed()
+
+    def has_changed(self) -> bool:
+        """Returns True if the weights may have changed since the last call, at first since the watch was made."""
+        weights = [*self._network.parameters(), *self._network.buffers()]
+        marks = [(weight.data_ptr(), count_changes(weight)) for weight in weights]
+        is_counted = marks != self._marks
+        if is_counted:
+            self._marks, self._parts = marks, [_view_sample(weight) for weight in weights]
+        sample, before = torch.cat(self._parts), self._sample
+        self._sample = sample
+        return is_counted or not torch.equal(sample, before)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns the state for copies and pickles, which have other memory."""
+        return self.__dict__ | {"_marks": [], "_parts": [], "_sample": torch.empty(0)}
+
+
+def _view_sample(weight: Tensor) -> Tensor:
+    """Returns the compared entries of a weight: a view, if the weight is contiguous."""
+    return weight.detach().reshape(-1)[:: _STRIDE if weight.numel() > _SMALL_WEIGHT else 1]
+
 
 _USUAL_ROWS = 256  # for which MKL chooses its blocks; the result does not depend on it
 _ROWS_IN_CACHE = 32
@@ -61,7 +214,7 @@ class _Packed:
     def move_to_large_pages(self) -> None:
         """Moves the packed part to large pages, unless it is small."""
         if self.num_bytes >= _SMALL:
-            large_pages.move(torch.ops.mkldnn.data_ptr(self.data), torch.ops.mkldnn._nbytes(self.data))
+            move(torch.ops.mkldnn.data_ptr(self.data), torch.ops.mkldnn._nbytes(self.data))
 
 
 class PackingLinear(nn.Linear):
@@ -250,3 +403,69 @@ def _pack(weight: Tensor) -> Tensor:
         return blocks
     panels: Tensor = torch.ops.mkl._mkl_reorder_linear_weight(weight.contiguous(), _USUAL_ROWS)
     return panels
+
+
+# Bytes of hidden values per thread above which two parts, or parts of at least 1024 values, are faster.
+_HALVED, _SPLIT = 2_000_000, 4_000_000
+_SMALLEST_PART = 1024
+
+_has_amx = cache(has_amx)
+
+_Gate = Callable[[Tensor, Tensor], Tensor]
+
+
+def feed_forward(
+    x: Tensor, inner: nn.Module, outer: nn.Module, gate: _Gate | None = None, *, to: Tensor | None = None
+) -> Tensor:
+    """Returns the output of an MLP, ``outer(inner(x))``.
+
+    With packed bfloat16 weights and many rows, it is the sum of parts, which is the same to rounding.
+
+    Args:
+        x: (..., D).
+        inner: Layer (..., D) -> (..., H) with the activation; (..., D) -> (..., 2 H) with ``gate``.
+        outer: Layer (..., H) -> (..., E).
+        gate: Function of both halves of the output of ``inner``, (..., H) each, to hidden values (..., H). It works
+            value by value.
+        to: (..., E), to which the output is added; None for zero.
+
+    Returns:
+        (..., E).
+    """
+    # Other layers, such as those with 8-bit weights, have no parts.
+    if isinstance(inner, PackingLinear) and isinstance(outer, PackingLinear):
+        num_parts = 1
+        if x.dtype == torch.bfloat16 and inner.packs_for(x):
+            num_parts = _count_parts(x.numel() // x.shape[-1], outer.in_features)
+        for layer in (inner, outer):
+            layer.set_num_parts(num_parts)
+        if num_parts > 1:
+            return _sum_parts(x, inner, outer, gate, to, num_parts)
+    hidden: Tensor = inner(x)
+    if gate is not None:
+        hidden = gate(*hidden.chunk(2, dim=-1))
+    out: Tensor = outer(hidden) if to is None else add_output(to, outer, hidden)
+    return out
+
+
+def _sum_parts(
+    x: Tensor, inner: PackingLinear, outer: PackingLinear, gate: _Gate | None, to: Tensor | None, num_parts: int
+) -> Tensor:
+    hidden_dim = outer.in_features
+    for first, last in pairwise(range(0, hidden_dim + 1, hidden_dim // num_parts)):
+        hidden = inner.part(x, first, last)
+        if gate is not None:
+            hidden = gate(hidden, inner.part(x, hidden_dim + first, hidden_dim + last))
+        to = outer.add_part(to, hidden, first, last)
+    assert to is not None
+    return to
+
+
+def _count_parts(num_rows: int, hidden_dim: int) -> int:
+    """Returns the number of equal parts of bfloat16 hidden values (num_rows, hidden_dim)."""
+    if not _has_amx():  # the products are too slow to wait for the cache
+        return 1
+    num_bytes = 2 * num_rows * hidden_dim / torch.get_num_threads()
+    most = hidden_dim // _SMALLEST_PART
+    wanted = most if num_bytes > _SPLIT else min(2, most) if num_bytes > _HALVED else 1
+    return next((parts for parts in range(wanted, 1, -1) if hidden_dim % parts == 0), 1)

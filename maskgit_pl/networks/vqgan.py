@@ -2,7 +2,7 @@
 
 The structure is that of the released code, quirks included, so that its weights fit: residual blocks and convolutions
 are created in the order in which the released code numbers them. ``networks.vqgan_layouts`` and
-``networks.magvit2`` have the other layouts.
+``networks.vqgan_layouts`` have the other layouts.
 ``Tokenizer`` trains the network; stage 2, sampling and editing use ``encode`` and ``decode``.
 
 Shapes: B images, C channels, H W pixels, h w token grid, N = h w tokens, D size of a code, K codes.
@@ -17,12 +17,18 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from maskgit_pl.image_format import ImageSize
-from maskgit_pl.networks.convolutions import Upsample, conv, group_norm
-from maskgit_pl.networks.magvit2 import Magvit2Decoder, Magvit2Encoder
+from maskgit_pl.checks import ImageSize
 from maskgit_pl.networks.quantizers import QuantizerOutput, quantizers
 from maskgit_pl.networks.vqgan_config import Activation, Downsampling, Layout, VQGANConfig
-from maskgit_pl.networks.vqgan_layouts import TamingDecoder, TamingEncoder
+from maskgit_pl.networks.vqgan_layouts import (
+    Magvit2Decoder,
+    Magvit2Encoder,
+    TamingDecoder,
+    TamingEncoder,
+    Upsample,
+    conv,
+    group_norm,
+)
 
 __all__ = ["VQGAN", "Activation", "Decoder", "Downsampling", "Encoder", "Layout", "VQGANConfig", "VQGANOutput"]
 

@@ -7,8 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-from maskgit_pl.checks import check_choice, check_integer, check_number, shorten
-from maskgit_pl.image_format import ImageSize, check_channels, height_width
+from maskgit_pl.checks import (
+    ImageSize,
+    check_channels,
+    check_choice,
+    check_integer,
+    check_number,
+    height_width,
+    shorten,
+)
 from maskgit_pl.networks.quantizers import build_sized
 
 __all__ = ["Activation", "Downsampling", "Layout", "VQGANConfig"]

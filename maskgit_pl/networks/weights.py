@@ -1,4 +1,6 @@
-"""Weights from untrusted files: the header is checked before tensors are read, and tensors before a network takes them.
+"""Networks with shapes, but without memory and values: to compare names, to count, or to be filled with weights.
+
+Weights from untrusted files: the header is checked before tensors are read, and tensors before a network takes them.
 
 Pretrained folders, feature networks, classifiers and importers read weights with these functions. No file is executed,
 and no memory is allocated for tensors that a file claims but does not hold.
@@ -12,18 +14,19 @@ import math
 import pickle
 import struct
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from maskgit_pl.checks import shorten
-from maskgit_pl.files import size_text
-from maskgit_pl.zip_directory import TooLargeDirectoryError, open_zip
+from maskgit_pl.files import TooLargeDirectoryError, open_zip, size_text
 
 __all__ = [
     "TensorInfo",
@@ -37,8 +40,33 @@ __all__ = [
     "read_tensor_header",
     "read_tensors",
     "read_weights",
+    "skeletons",
     "tensors_digest",
 ]
+
+
+class _NoDraws(TorchFunctionMode):
+    """Leaves out normal draws: on the meta device torch would import its compiler for them, in twice its own time."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],  # the interface of torch
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.Tensor.normal_, nn.init.normal_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def skeletons() -> Iterator[None]:
+    """Creates the networks of a ``with`` block on the meta device, and draws no initial weights for them."""
+    with torch.device("meta"), _NoDraws():
+        yield
+
 
 _MAX_HEADER_BYTES = 8_000_000  # about 60,000 tensors; safetensors accepts 100 MB, which take 1 GB to parse
 _MAX_ENTRIES = 10**6  # of the zip archive of torch.save; a tensor is one

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from maskgit_pl.lazy_names import lazy_names
-from maskgit_pl.pipeline.classes import Classes
-from maskgit_pl.pipeline.options import EditOptions, GenerateOptions, OutputType, Seeds
+from maskgit_pl.pipeline.options import Classes, EditOptions, GenerateOptions, OutputType, Seeds
+from maskgit_pl.registry import lazy_names
 
 if TYPE_CHECKING:
     from maskgit_pl.pipeline.model import MaskGIT

@@ -24,10 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maskgit_pl.checks import check_number
-from maskgit_pl.networks.feature_network import weights_digest
-from maskgit_pl.networks.feature_networks import FrozenClassifier, load_classifier
-from maskgit_pl.pipeline.classes import Classes
+from maskgit_pl.networks.feature_networks import FrozenClassifier, load_classifier, weights_digest
 from maskgit_pl.pipeline.generate import Generator
+from maskgit_pl.pipeline.options import Classes
 
 __all__ = ["Acceptance", "AcceptedSeeds", "check_accept_rate", "choose_seeds"]
 

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from maskgit_pl.data.folders import check_new_folder, write_folder
-from maskgit_pl.pipeline.decoding_file import read_decoding, read_negative_model
-from maskgit_pl.pipeline.diffusers_folder import CLASS_NAME, CLASSES, DIFFUSERS_FILES, INDEX
 from maskgit_pl.pipeline.model import MaskGIT
-from maskgit_pl.pipeline.sharing import find_folder
+from maskgit_pl.pipeline.pretrained import read_decoding, read_negative_model
+from maskgit_pl.pipeline.sharing import CLASS_NAME, CLASSES, DIFFUSERS_FILES, INDEX, find_folder
 
 if TYPE_CHECKING:
     from maskgit_pl.pipeline.diffusers_pipeline import MaskGITPipeline

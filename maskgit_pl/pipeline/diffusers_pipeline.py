@@ -21,15 +21,12 @@ from torch import Tensor, nn
 
 from maskgit_pl.checks import check_number
 from maskgit_pl.decoding import DecodingStep
-from maskgit_pl.pipeline.classes import Classes
-from maskgit_pl.pipeline.decoding_file import read_decoding
-from maskgit_pl.pipeline.description import RunOrigin
-from maskgit_pl.pipeline.diffusers_folder import CLASSES, write_diffusers_files
+from maskgit_pl.pipeline.card import RunOrigin
+from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer, PretrainedTransformer
 from maskgit_pl.pipeline.model import MaskGIT
-from maskgit_pl.pipeline.networks import PretrainedTokenizer, PretrainedTransformer
-from maskgit_pl.pipeline.options import GenerateOptions, OutputType, Seeds, check_output_type, read_options
-from maskgit_pl.pipeline.pretrained import load_tokenizer, load_transformer, read_config
-from maskgit_pl.pipeline.sharing import HubOptions, find_folder
+from maskgit_pl.pipeline.options import Classes, GenerateOptions, OutputType, Seeds, check_output_type, read_options
+from maskgit_pl.pipeline.pretrained import load_tokenizer, load_transformer, read_config, read_decoding
+from maskgit_pl.pipeline.sharing import CLASSES, HubOptions, find_folder, write_diffusers_files
 
 __all__ = ["MaskGITPipeline", "MaskGITTokenizer", "MaskGITTransformer"]
 

@@ -19,10 +19,9 @@ from torch import Tensor
 
 from maskgit_pl.checks import check_integer
 from maskgit_pl.decoding import DecodingConfig, DecodingStep
+from maskgit_pl.errors import printable
 from maskgit_pl.pipeline.decoding_figures import decoding_filmstrip, decoding_frames, number_windows, select_steps
-from maskgit_pl.pipeline.imaging_grids import image_grid, save_gif, save_png
-from maskgit_pl.pipeline.imaging_pixels import to_pil
-from maskgit_pl.text import printable
+from maskgit_pl.pipeline.grids import image_grid, save_gif, save_png, to_pil
 
 __all__ = ["ImageList", "Recording", "describe_settings"]
 

@@ -18,15 +18,14 @@ from maskgit_pl.decoding import (
     decode_classes,
 )
 from maskgit_pl.decoding.vectors import VectorPool, check_condition_vectors
-from maskgit_pl.devices import check_device
+from maskgit_pl.distributed import check_device
 from maskgit_pl.networks.backbone import AutoregressiveBackbone
 from maskgit_pl.networks.int8 import Int8Linear
 from maskgit_pl.networks.kernels import set_packing
-from maskgit_pl.pipeline.caches import Caches
-from maskgit_pl.pipeline.classes import Classes
-from maskgit_pl.pipeline.negative import NegativeModel, NegativeModelLike
-from maskgit_pl.pipeline.networks import PretrainedTokenizer, PretrainedTransformer
+from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer, PretrainedTransformer
+from maskgit_pl.pipeline.negative import Caches, NegativeModel, NegativeModelLike
 from maskgit_pl.pipeline.options import (
+    Classes,
     GenerateOptions,
     Images,
     OutputType,

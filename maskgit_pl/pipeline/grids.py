@@ -1,17 +1,32 @@
-"""Lays out tiles, captions, head lines and legends on a page. All pictures of this folder use it."""
+"""Converts pixels between tensors and PIL images.
+
+Lays out tiles, captions, head lines and legends on a page. All pictures of this folder use it.
+
+Draws grids of images and sheets of edits, and writes PNG and GIF files.
+
+Draws a few images of each class of a data set, for ``maskgit data stats --out``.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from maskgit_pl.pipeline.imaging_pixels import to_pil
-from maskgit_pl.text import printable
+from maskgit_pl.checks import ImageSize, height_width, image_file_name
+from maskgit_pl.data.images import load_image
+from maskgit_pl.data.shard_facts import ImageRange
+from maskgit_pl.data.stats import DataStatistics, images_of_classes
+from maskgit_pl.errors import printable
+from maskgit_pl.files import write_atomically
 
 __all__ = [
     "MASKED",
@@ -24,14 +39,36 @@ __all__ = [
     "add_legend",
     "add_title",
     "draw_color_bar",
+    "draw_contact_sheet",
+    "draw_mask",
     "draw_outline",
+    "edit_sheet",
     "enlarge",
+    "image_grid",
     "lay_out",
     "panel_scale",
+    "reconstruction_grid",
+    "save_gif",
+    "save_images",
+    "save_png",
     "scale_to",
     "swatch",
+    "to_pil",
+    "to_unit_range",
     "viridis",
 ]
+
+
+def to_unit_range(images: Tensor) -> Tensor:
+    """Converts uint8 pixels in [0, 255] to float32 in [0, 1]."""
+    return images.to(torch.float32) / 255
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """Converts (C, H, W) uint8 with C = 1 or 3 to an image of the mode L or RGB."""
+    pixels = rearrange(image.cpu().numpy(), "c h w -> h w c")
+    return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))
+
 
 TILE_SIZE = 84  # smallest edge of an image in pixels: images of 28 px are enlarged three times
 PANEL_SIZE = 168  # the same for pictures of decoding, in which single tokens must be visible
@@ -194,3 +231,168 @@ def _shorten(text: str, width: int, font: Any) -> str:
     while text and font.getlength(text + "…") > width:
         text = text[:-1]
     return text + "…"
+
+
+def image_grid(
+    images: Tensor,
+    *,
+    columns: int,
+    row_captions: Sequence[str] = (),
+    column_captions: Sequence[str] = (),
+    scale: int | None = None,
+) -> Image.Image:
+    """Lays images out in rows, enlarged without smoothing so that their pixels are visible.
+
+    Args:
+        images: (n, C, H, W) uint8 with C = 1 or 3 and n >= 1. The last row may be short.
+        columns: Number of images per row, at least 1.
+        row_captions: Text left of each row; empty for none.
+        column_captions: Text above each column; empty for none.
+        scale: Factor of the enlargement, at least 1; None enlarges small images to about 84 px.
+
+    Raises:
+        ValueError: if there are no images, fewer than one column, or more captions than rows or columns.
+    """
+    rows = _count_rows(images, columns, row_captions, column_captions)
+    scale = scale_to(images, TILE_SIZE) if scale is None else scale
+    tiles = [enlarge(image, scale) for image in images]
+    return lay_out(tiles, rows=rows, columns=columns, row_captions=row_captions, column_captions=column_captions)
+
+
+def reconstruction_grid(originals: Tensor, reconstructions: Tensor, *, columns: int = 8) -> Image.Image:
+    """Lays out rows of originals, each above the row of their reconstructions.
+
+    Args:
+        originals: (n, C, H, W) uint8.
+        reconstructions: (n, C, H, W) uint8.
+        columns: Number of images per row.
+    """
+    columns = min(columns, len(originals))
+    starts = range(0, len(originals) // columns * columns, columns)  # an incomplete last row is left out
+    # Rows alternate: originals, then their reconstructions.
+    rows = [part[start : start + columns] for start in starts for part in (originals, reconstructions)]
+    return image_grid(torch.cat(rows), columns=columns, row_captions=["original", "reconstruction"] * len(starts))
+
+
+def edit_sheet(
+    original: Tensor, variants: Tensor, *, mask: Tensor, region: Tensor, title: str, captions: Sequence[str]
+) -> Image.Image:
+    """Lays out an edit in one row: original, masked image (region grey, mask outlined), and variants; below, a legend.
+
+    Args:
+        original: (C, H, W) uint8 with C = 1 or 3.
+        variants: (n, C, H, W) uint8.
+        mask: (H, W) bool, the pixels that the user named.
+        region: (H, W) bool, the pixels that were generated: the mask and its surroundings.
+        title: Text above the row.
+        captions: Text above each variant.
+    """
+    scale = scale_to(original, TILE_SIZE)
+    masked = draw_mask(original, mask=mask, region=region, scale=scale)
+    tiles = [enlarge(original, scale), masked, *(enlarge(image, scale) for image in variants)]
+    page = lay_out(tiles, rows=1, columns=len(tiles), column_captions=["original", "masked", *captions])
+    legend = [(swatch(frame=REQUESTED), "requested"), (swatch(fill=MASKED), "generated again (whole tokens)")]
+    return add_title(add_legend(page, legend), title)
+
+
+def draw_mask(original: Tensor, *, mask: Tensor, region: Tensor, scale: int) -> Image.Image:
+    """Returns an image, enlarged ``scale`` times, with the region of an edit in grey and the mask in a green outline.
+
+    See ``edit_sheet`` for the other arguments.
+    """
+    # Grey images become RGB, because the outline has a color.
+    pixels = original.expand(3, -1, -1)
+    masked = torch.tensor(MASKED, dtype=torch.uint8)[:, None, None].where(region, pixels)
+    return draw_outline(enlarge(masked, scale), mask, REQUESTED)
+
+
+def save_png(picture: Image.Image, path: Path) -> None:
+    """Writes a PNG file atomically, and makes the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with write_atomically(path) as file:
+        picture.save(file, format="PNG")
+
+
+def save_images(images: Tensor, labels: Sequence[int | None], folder: Path, *, seed: int | Sequence[int]) -> None:
+    """Writes each image to a PNG file named after its class and its seed.
+
+    Args:
+        images: (n, C, H, W) uint8.
+        labels: Class of each image; None is "no class".
+        folder: Folder of the files, which is made if it does not exist.
+        seed: Seed of the first image, and image i has seed + i; or the seed of each image.
+    """
+    seeds = range(seed, seed + len(images)) if isinstance(seed, int) else seed
+    for image, label, own in zip(images, labels, seeds, strict=True):
+        save_png(to_pil(image), folder / image_file_name(label, own))
+
+
+def save_gif(frames: Sequence[Image.Image], path: Path, *, milliseconds: int = 600, last: int = 2400) -> None:
+    """Writes frames as a looping GIF atomically, and makes the folders above it.
+
+    Args:
+        frames: At least one frame. All have the same size.
+        path: File to write.
+        milliseconds: Duration of each frame but the last.
+        last: Duration of the last frame in milliseconds.
+    """
+    durations = [milliseconds] * (len(frames) - 1) + [last]
+    # 128 colours per frame keep the file small.
+    first, *rest = [frame.quantize(128) for frame in frames]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with write_atomically(path) as file:
+        first.save(file, format="GIF", save_all=True, append_images=rest, duration=durations, loop=0, disposal=1)
+
+
+def _count_rows(images: Tensor, columns: int, row_captions: Sequence[str], column_captions: Sequence[str]) -> int:
+    if images.ndim != 4 or images.dtype != torch.uint8 or len(images) == 0:
+        raise ValueError(f"images must be (n, C, H, W) uint8 with n >= 1, got {tuple(images.shape)} {images.dtype}")
+    if columns < 1:
+        raise ValueError(f"columns must be >= 1, got {columns}")
+    rows = math.ceil(len(images) / columns)
+    for name, captions, most in (("row", row_captions, rows), ("column", column_captions, columns)):
+        if len(captions) > most:
+            raise ValueError(f"{name}_captions must be at most {most}, one per {name}, got {len(captions)}")
+    return rows
+
+
+_MOST_ROWS = 40  # number of classes
+_COLUMNS = 8  # number of images of each class
+_SIDE = 84  # largest height and width of an image in pixels
+_LONGEST_CAPTION = 32  # characters
+
+
+def draw_contact_sheet(statistics: DataStatistics, out: Path) -> None:
+    """Draws a row of images for each class, or for 40 evenly spread classes if there are more.
+
+    Args:
+        statistics: Statistics of the data folder.
+        out: PNG file to write.
+    """
+    summary = statistics.summary
+    size = _tile_size(summary.images)
+    # With many classes, the shown ones are evenly spread over the indices.
+    shown = np.unique(np.linspace(0, summary.num_classes - 1, min(_MOST_ROWS, summary.num_classes)).round().astype(int))
+    # Classes with fewer images than columns end with white tiles.
+    paper = torch.full((summary.channels, *height_width(size)), 255, dtype=torch.uint8)
+    tiles = []
+    for files in images_of_classes(statistics.manifests["train"], shown.tolist(), each=_COLUMNS):
+        row = [
+            load_image(data, image_size=size, channels=summary.channels, crop=None, name=name) for data, name in files
+        ]
+        tiles += row + [paper] * (_COLUMNS - len(row))
+    captions = [_caption(summary.classes[label]) for label in shown]
+    save_png(image_grid(torch.stack(tiles), columns=_COLUMNS, row_captions=captions), out)
+
+
+def _tile_size(images: ImageRange) -> ImageSize:
+    """Returns the size of all tiles: the shape of the images, if all have the same, else a square of at most 84 px."""
+    (height, highest), (width, widest) = images.height, images.width
+    if (height, width) == (highest, widest):
+        scale = min(1.0, _SIDE / max(height, width))
+        return max(1, round(scale * height)), max(1, round(scale * width))
+    return _SIDE if min(highest, widest) > _SIDE else min(_SIDE, height, width)
+
+
+def _caption(name: str) -> str:
+    return name if len(name) <= _LONGEST_CAPTION else f"{name[: _LONGEST_CAPTION - 1]}…"

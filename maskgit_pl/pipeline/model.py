@@ -9,35 +9,31 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
+from maskgit_pl.checks import CHANNELS, pixels_text
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.image_format import CHANNELS, pixels_text
+from maskgit_pl.errors import printable
 from maskgit_pl.networks import int8
-from maskgit_pl.pipeline.card import write_card
-from maskgit_pl.pipeline.classes import Classes
-from maskgit_pl.pipeline.decoding_file import (
+from maskgit_pl.pipeline.card import STAGES, RunOrigin, check_run, fingerprints, write_card
+from maskgit_pl.pipeline.edit import Editor
+from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer, PretrainedTransformer
+from maskgit_pl.pipeline.negative import NegativeModelLike
+from maskgit_pl.pipeline.options import Classes, GenerateOptions, read_options
+from maskgit_pl.pipeline.pretrained import (
+    check_stage_folder,
+    fingerprint,
     load_decoding,
+    load_tokenizer,
+    load_transformer,
+    read_config,
     read_decoding,
     read_negative_model,
     remove_negative_model,
     save_decoding,
     save_negative_model,
-)
-from maskgit_pl.pipeline.description import STAGES, RunOrigin, check_run, fingerprints
-from maskgit_pl.pipeline.edit import Editor
-from maskgit_pl.pipeline.negative import NegativeModelLike
-from maskgit_pl.pipeline.networks import PretrainedTokenizer, PretrainedTransformer
-from maskgit_pl.pipeline.options import GenerateOptions, read_options
-from maskgit_pl.pipeline.pretrained import (
-    check_stage_folder,
-    fingerprint,
-    load_tokenizer,
-    load_transformer,
-    read_config,
     save_tokenizer,
     save_transformer,
 )
 from maskgit_pl.pipeline.sharing import HubOptions, find_folder
-from maskgit_pl.text import printable
 
 if TYPE_CHECKING:
     from maskgit_pl.pipeline.display import Recording

@@ -1,4 +1,6 @@
-"""The negative model of autoguidance: a weaker transformer of the same tokens, from which guidance moves away.
+"""``Caches``: all that a pipeline keeps of the weights of a transformer to decode faster.
+
+The negative model of autoguidance: a weaker transformer of the same tokens, from which guidance moves away.
 
 ``Generator`` uses it. It is usually an early checkpoint of the same run, or a smaller model.
 
@@ -12,10 +14,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias, Union, cast
 
-from maskgit_pl.decoding import ConditionalModel
+from maskgit_pl.decoding import ConditionalModel, FirstStepLogits
+from maskgit_pl.networks.kernels import WeightWatch, free_packed
 from maskgit_pl.networks.weights import tensors_digest
-from maskgit_pl.pipeline.caches import Caches
-from maskgit_pl.pipeline.networks import PretrainedTransformer
+from maskgit_pl.pipeline.fine_tuning import PretrainedTransformer
 from maskgit_pl.pipeline.pretrained import load_transformer
 from maskgit_pl.pipeline.sharing import find_transformer
 
@@ -24,7 +26,44 @@ if TYPE_CHECKING:
 
     from maskgit_pl.decoding import ConditionalNetwork
 
-__all__ = ["NegativeModel", "NegativeModelLike"]
+__all__ = [
+    "Caches",
+    "NegativeModel",
+    "NegativeModelLike",
+]
+
+
+class Caches:
+    """The packed weights of a transformer, and the logits of the first step of each class.
+
+    Args:
+        transformer: The transformer.
+
+    Attributes:
+        first_step: Logits of the first step. An autoregressive model does not use them.
+    """
+
+    def __init__(self, transformer: PretrainedTransformer) -> None:
+        config = transformer.network.config
+        self._network = transformer.network
+        self._watch = WeightWatch(self._network)
+        self.first_step = FirstStepLogits(
+            cast("ConditionalNetwork", transformer.network),
+            num_tokens=config.num_tokens,
+            mask_token_id=config.mask_token_id,
+        )
+
+    def clear(self) -> None:
+        """Removes everything."""
+        self._watch = WeightWatch(self._network)  # the old one keeps the memory of the old weights
+        free_packed(self._network)
+        self.first_step.clear()
+
+    def follow_weights(self) -> None:
+        """Removes everything if the weights may have changed since the last call; see ``networks.kernels``."""
+        if self._watch.has_changed():
+            free_packed(self._network)
+            self.first_step.clear()
 
 
 class _Pipeline(Protocol):

@@ -10,15 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maskgit_pl.checks import build_dataclass, check_integer
+from maskgit_pl.checks import ImageSize, build_dataclass, check_channels, check_image_size, check_integer, height_width
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.decoding.limits import check_parallel
-from maskgit_pl.decoding.settings_file import read_settings_file
+from maskgit_pl.decoding.config import read_settings_file
+from maskgit_pl.decoding.plan import check_parallel
+from maskgit_pl.errors import printable
 from maskgit_pl.files import read_json
-from maskgit_pl.image_format import ImageSize, check_channels, check_image_size, height_width
-from maskgit_pl.pipeline.classes import Classes, class_ids, parse_class, parse_classes
-from maskgit_pl.pipeline.options import replace_settings
-from maskgit_pl.text import printable
+from maskgit_pl.pipeline.options import Classes, class_ids, parse_class, parse_classes, replace_settings
 
 __all__ = ["Outline"]
 
@@ -122,7 +120,7 @@ class Outline:
         return replace_settings(self.decoding, settings)
 
     def check_parallel(self, task: str) -> None:
-        """Raises for an autoregressive model. See ``decoding.limits.check_parallel``."""
+        """Raises for an autoregressive model. See ``decoding.plan.check_parallel``."""
         check_parallel(task, is_autoregressive=self.is_autoregressive)
 
     def check_decoding(self, decoding: DecodingConfig, *, has_negative_class: bool = True) -> None:

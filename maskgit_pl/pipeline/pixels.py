@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 from einops import rearrange
 
-from maskgit_pl.checks import shorten
-from maskgit_pl.image_format import ImageSize, height_width, pixels_text
-from maskgit_pl.text import printable
+from maskgit_pl.checks import ImageSize, height_width, pixels_text, shorten
+from maskgit_pl.errors import printable
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -186,7 +185,7 @@ def fit_to_model(
     """
     import torch.nn.functional as F
 
-    from maskgit_pl.data.crops import crop_to_shape, fit_image
+    from maskgit_pl.data.images import crop_to_shape, fit_image
 
     height, width = image.shape[-2:]
     if mask.shape != image.shape[-2:]:

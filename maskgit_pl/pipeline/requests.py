@@ -9,13 +9,12 @@ from typing import cast
 
 from torch import Tensor
 
-from maskgit_pl.checks import plain_list
+from maskgit_pl.checks import height_width, plain_list
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.image_format import height_width
-from maskgit_pl.pipeline.classes import Classes
+from maskgit_pl.errors import printable
+from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer
 from maskgit_pl.pipeline.negative import NegativeModel
-from maskgit_pl.pipeline.networks import PretrainedTokenizer
-from maskgit_pl.pipeline.options import EditOptions, GenerateOptions, StepCallback, seed_list
+from maskgit_pl.pipeline.options import Classes, EditOptions, GenerateOptions, StepCallback, seed_list
 from maskgit_pl.pipeline.pixels import (
     ImageLike,
     MaskLike,
@@ -23,13 +22,7 @@ from maskgit_pl.pipeline.pixels import (
     image_pixels,
     mask_pixels,
 )
-from maskgit_pl.pipeline.regions import (
-    pixel_region,
-    seam,
-    seam_radius,
-    token_mask,
-)
-from maskgit_pl.text import printable
+from maskgit_pl.pipeline.regions import pixel_region, seam, seam_radius, token_mask
 
 __all__ = ["Edit", "Request", "rows_by_first_step", "slices"]
 

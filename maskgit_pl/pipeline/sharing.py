@@ -1,4 +1,12 @@
-"""Finds a pretrained folder on this machine, in the package or on the Hugging Face Hub.
+"""The small trained models that the package contains, by name: ``fashion-mnist-demo``. Imports no torch.
+
+The files that make a pretrained folder one of 🤗 diffusers: writes ``model_index.json`` and ``pipeline.py``.
+
+``model_index.json`` names the classes and their file. From the Hub, diffusers loads only classes whose file is in the
+folder of their network, so that ``pipeline.py`` is in three places. It imports the classes of ``diffusers_export``.
+Used by ``diffusers_export``, and by ``maskgit push``, which sends no other code.
+
+Finds a pretrained folder on this machine, in the package or on the Hugging Face Hub.
 
 ``ModelHubMixin`` does not fit: it writes the arguments of ``__init__`` to a ``config.json`` of its own, and the
 arguments of a pipeline are networks. ``snapshot_download`` is enough; ``runs.pushing`` uploads. Downloaded files are
@@ -7,23 +15,97 @@ read as data and never executed.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from difflib import get_close_matches
+from importlib.metadata import version
 from pathlib import Path
 from typing import TypedDict, Unpack
 
-from maskgit_pl.pipeline.bundled import bundled_models
+from maskgit_pl.files import read_json, write_text
 
 __all__ = [
+    "CLASSES",
+    "CLASS_NAME",
+    "DIFFUSERS_FILES",
     "FILES",
+    "INDEX",
     "HubOptions",
+    "bundled_models",
+    "check_diffusers_files",
     "check_hub_id",
     "check_token",
     "find_folder",
     "find_transformer",
     "local_folder",
+    "write_diffusers_files",
 ]
+
+_FOLDER = Path(__file__).parents[1] / "models"
+
+
+def bundled_models() -> dict[str, Path]:
+    """Returns the pretrained folder of each model in the package by name, sorted by name."""
+    return {config.parents[1].name: config.parents[1] for config in sorted(_FOLDER.glob("*/transformer/config.json"))}
+
+
+INDEX = "model_index.json"
+_FILES_OF_CODE = ("pipeline.py", "tokenizer/pipeline.py", "transformer/pipeline.py")
+DIFFUSERS_FILES = (INDEX, *_FILES_OF_CODE)
+"""The files that a pretrained folder does not have otherwise."""
+
+CLASSES = {"tokenizer": "MaskGITTokenizer", "transformer": "MaskGITTransformer"}
+"""The class of each network."""
+
+CLASS_NAME = ["pipeline", "MaskGITPipeline"]
+"""The entry ``_class_name`` of ``model_index.json``: the file without its suffix, and the class in it."""
+
+_INDEX = {"_class_name": CLASS_NAME, **{part: ["pipeline", name] for part, name in CLASSES.items()}}
+_CODE = f'''"""The classes of this folder. Their code is in a package: pip install 'maskgit_pl[diffusers]'."""
+
+try:
+    from maskgit_pl.pipeline.diffusers_pipeline import {", ".join((CLASS_NAME[1], *CLASSES.values()))}
+except ImportError as error:
+    raise ImportError("this pipeline requires maskgit_pl; run pip install 'maskgit_pl[diffusers]'") from error
+
+__all__ = {json.dumps([CLASS_NAME[1], *CLASSES.values()])}
+'''
+_CARD = "README.md"
+_EXAMPLE = """
+## In diffusers
+
+```python
+from diffusers import DiffusionPipeline  # pip install 'maskgit_pl[diffusers]'
+
+pipe = DiffusionPipeline.from_pretrained("path/to/this/folder", trust_remote_code=True)
+pipe([0], seed=0).images[0].save("image.png")
+```
+"""
+
+
+def write_diffusers_files(folder: Path) -> None:
+    """Adds ``model_index.json`` and ``pipeline.py`` to a pretrained folder, and an example to its card."""
+    for path in _FILES_OF_CODE:
+        write_text(folder / path, _CODE)
+    write_text(folder / INDEX, json.dumps({**_INDEX, "_diffusers_version": version("diffusers")}, indent=2) + "\n")
+    write_text(folder / _CARD, (folder / _CARD).read_text(encoding="utf-8") + _EXAMPLE)
+
+
+def check_diffusers_files(folder: Path) -> None:
+    """Checks that the files of diffusers in a folder, if there are any, are those that are written here.
+
+    Raises:
+        ValueError: if one differs, and could run other code.
+    """
+    for file in (folder / path for path in DIFFUSERS_FILES if (folder / path).is_file()):
+        if file.name == INDEX:
+            is_ours = {**read_json(file), "_diffusers_version": ""} == {**_INDEX, "_diffusers_version": ""}
+        else:
+            is_ours = file.read_bytes() == _CODE.encode()
+        if not is_ours:
+            raise ValueError(f"{file} must be the file that `maskgit export --format diffusers` writes; export again")
+
 
 # Files that a pipeline needs. Other files of a repository may be large and are not downloaded.
 _READ = tuple(

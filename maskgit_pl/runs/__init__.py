@@ -16,21 +16,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from maskgit_pl.lazy_names import lazy_names
+from maskgit_pl.registry import lazy_names
 
 if TYPE_CHECKING:
-    from maskgit_pl.runs.dry_fitting import dry_run
-    from maskgit_pl.runs.exporting import export
-    from maskgit_pl.runs.fitting import fit
-    from maskgit_pl.runs.job_options import JobOptions
-    from maskgit_pl.runs.machines import Machines
+    from maskgit_pl.runs.ablation_plan import train_schedules
+    from maskgit_pl.runs.fitting import export, fit
     from maskgit_pl.runs.plan import Plan, plan_run
     from maskgit_pl.runs.preflight_checks import preflight
-    from maskgit_pl.runs.preflight_report import Preflight
+    from maskgit_pl.runs.preflight_report import Machines, Preflight
     from maskgit_pl.runs.recipe import Recipe
-    from maskgit_pl.runs.schedule_runs import train_schedules
-    from maskgit_pl.runs.slurm import Submission, plan_submission, submit
-    from maskgit_pl.runs.stage import FitResult
+    from maskgit_pl.runs.slurm import JobOptions, Submission, plan_submission, submit
+    from maskgit_pl.runs.stage import FitResult, dry_run
     from maskgit_pl.runs.tokenizing import TokenizeOptions, tokenize
 
 __all__ = [
@@ -57,21 +53,21 @@ __getattr__ = lazy_names(
     __name__,
     {
         "FitResult": "stage",
-        "JobOptions": "job_options",
-        "Machines": "machines",
+        "JobOptions": "slurm",
+        "Machines": "preflight_report",
         "Plan": "plan",
         "Preflight": "preflight_report",
         "Recipe": "recipe",
         "Submission": "slurm",
         "TokenizeOptions": "tokenizing",
-        "dry_run": "dry_fitting",
-        "export": "exporting",
+        "dry_run": "stage",
+        "export": "fitting",
         "fit": "fitting",
         "plan_run": "plan",
         "plan_submission": "slurm",
         "preflight": "preflight_checks",
         "submit": "slurm",
         "tokenize": "tokenizing",
-        "train_schedules": "schedule_runs",
+        "train_schedules": "ablation_plan",
     },
 )

@@ -1,4 +1,8 @@
-"""The plan of an ablation: the variants of a recipe to compare, their seeds and their training budget.
+"""Runs a ``maskgit`` command in a process of its own, which saves its work at a stop signal. Used by ablations.
+
+Runs with different mask schedules and the same budget, as compared in Table 3 and Figure 8 of the paper.
+
+The plan of an ablation: the variants of a recipe to compare, their seeds and their training budget.
 
 A variant differs from the base in recipe keys or in recipe files. Imports no torch, so that a wrong key, value or
 combination is answered immediately.
@@ -6,23 +10,27 @@ combination is answered immediately.
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterator, Mapping
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
+from maskgit_pl import processes
 from maskgit_pl.checks import check_integer, check_number, shorten
+from maskgit_pl.errors import PreemptedError
+from maskgit_pl.files import parse_yaml
 from maskgit_pl.runs.flag_values import split_values
-from maskgit_pl.runs.flags import Overrides, flag_words, split_flags
-from maskgit_pl.runs.layers import value_at
-from maskgit_pl.runs.recipe import Recipe
-from maskgit_pl.runs.recipe_files import DEFAULT_DATASET, Stage
-from maskgit_pl.safe_yaml import parse_yaml
+from maskgit_pl.runs.layers import Overrides, flag_words, split_flags, value_at
+from maskgit_pl.runs.recipe import DEFAULT_DATASET, Recipe, Stage
 
 __all__ = [
+    "PAPER_SCHEDULES",
     "AblationConfig",
     "Budget",
     "Factor",
@@ -32,8 +40,109 @@ __all__ = [
     "parse_budget",
     "parse_factor",
     "plan_variants",
+    "run_maskgit",
     "short_name",
+    "train_schedules",
 ]
+
+_SECONDS_BETWEEN_POLLS = 0.2
+
+
+def run_maskgit(words: Sequence[str], output: IO[bytes] | None = None) -> tuple[int, bool]:
+    """Runs ``maskgit``. A stop signal to this process is passed on, so that a training saves and ends.
+
+    Args:
+        words: Arguments of ``maskgit``.
+        output: File for standard output and errors; None leaves them to this process's own.
+
+    Returns:
+        The exit code, and True if this process received a stop signal.
+    """
+    errors = None if output is None else subprocess.STDOUT
+    with processes.catch_stop_signals():
+        process = subprocess.Popen([sys.executable, "-m", "maskgit_pl", *words], stdout=output, stderr=errors)
+        is_told = False
+        try:
+            while True:
+                try:
+                    return process.wait(timeout=_SECONDS_BETWEEN_POLLS), processes.is_requested()
+                except subprocess.TimeoutExpired:
+                    if processes.is_requested() and not is_told:
+                        process.terminate()
+                        is_told = True
+        except KeyboardInterrupt:
+            process.kill()
+            process.wait()
+            raise
+
+
+log = logging.getLogger(__name__)
+
+PAPER_SCHEDULES = ("exp", "cubic", "square", "cosine", "linear", "sqrt", "log")  # paper, Table 3
+
+
+def train_schedules(
+    schedules: Sequence[str] = PAPER_SCHEDULES,
+    *,
+    names: str = "",
+    dataset: str = DEFAULT_DATASET,
+    cluster: str = "single",
+    overrides: Overrides = (),
+    runs: Path = Path("runs"),
+    data: Path | None = None,
+    tokenizer: Path | None = None,
+) -> list[Path]:
+    """Trains a transformer with each mask schedule, one after the other, each in a separate process.
+
+    All recipes are read before the first run starts. Finished runs are not trained again.
+
+    Args:
+        schedules: Recipe names, one per schedule.
+        names: Recipe names that come before that of the schedule, separated by spaces.
+        dataset: Name of the data set.
+        cluster: A file of ``recipes/cluster``.
+        overrides: Values on top of every recipe; see ``Recipe.read``.
+        runs: Folder of the runs.
+        data: Data folder; None means that of the data set.
+        tokenizer: Pretrained tokenizer folder; None means the only one for these data.
+
+    Returns:
+        The run folders, in the order of ``schedules``.
+
+    Raises:
+        FileNotFoundError: if a recipe does not exist.
+        ValueError: if a recipe is invalid, or a training fails; its process has printed the reason.
+        PreemptedError: if a training is stopped by a signal.
+    """
+    words = flag_words(overrides)
+    # Read before the first training, so that a mistake in the last recipe is found now.
+    recipes = {
+        schedule: Recipe.read(
+            "transformer", names=f"{names} {schedule}", dataset=dataset, cluster=cluster, overrides=words
+        )
+        for schedule in schedules
+    }
+    folders = ["--runs-folder", str(runs)]
+    folders += [] if data is None else ["--data", str(data)]
+    folders += [] if tokenizer is None else ["--tokenizer", str(tokenizer)]
+    trained = []
+    for place, (schedule, recipe) in enumerate(recipes.items(), start=1):
+        name = str(recipe.run_name)
+        log.info("mask schedule %s, %d of %d: run %s", schedule, place, len(recipes), name)
+        run = ["--recipe", f"{names} {schedule}".strip(), "--dataset", dataset, "--run", name, *folders]
+        _maskgit(schedule, "tokenize", *run, *words)
+        _maskgit(schedule, "train", "transformer", *run, "--cluster", cluster, *words)
+        trained.append(runs / name)
+    return trained
+
+
+def _maskgit(schedule: str, command: str, *words: str) -> None:
+    code, is_stopped = run_maskgit([command, *words])
+    if is_stopped or code == PreemptedError.exit_code:
+        raise PreemptedError(f"ablation {schedule}: stopped by a signal; repeat the command to resume")
+    if code != 0:
+        raise ValueError(f"ablation {schedule}: `maskgit {command}` exited with {code}; repeat the command to resume")
+
 
 _DECODING = "model.decoding"
 _GROUPS = ("model", "network", "optimizer", "data", "trainer", "decoding")  # left out of the names of variants

@@ -19,19 +19,15 @@ from maskgit_pl.checks import build_dataclass
 from maskgit_pl.decoding import AutoregressiveDecoding, DecodingConfig
 from maskgit_pl.errors import PreemptedError, RunError
 from maskgit_pl.files import read_json, sha256_of
-from maskgit_pl.parallel import available_cores
-from maskgit_pl.runs.ablation_plan import AblationConfig, Variant, base_values, plan_variants
-from maskgit_pl.runs.child import run_maskgit
-from maskgit_pl.runs.flags import Overrides, flag_words
-from maskgit_pl.runs.layers import merge, remove_key
+from maskgit_pl.processes import available_cores
+from maskgit_pl.runs.ablation_plan import AblationConfig, Variant, base_values, plan_variants, run_maskgit
+from maskgit_pl.runs.layers import Overrides, flag_words, merge, remove_key
 from maskgit_pl.runs.plan import Plan, find_data, find_tokenizer
-from maskgit_pl.runs.precision import AUTO
-from maskgit_pl.runs.preflight_build import build_without_weights
-from maskgit_pl.runs.recipe import Recipe
-from maskgit_pl.runs.recipe_files import Stage
-from maskgit_pl.runs.resolve import merge_values, resolve
+from maskgit_pl.runs.preflight_checks import build_without_weights
+from maskgit_pl.runs.recipe import Recipe, Stage
+from maskgit_pl.runs.resolve import AUTO, merge_values, resolve
 from maskgit_pl.runs.tokenizing import tokenize
-from maskgit_pl.training.step_clock import TrainingTime, read_training_time
+from maskgit_pl.training.speed import TrainingTime, read_training_time
 from maskgit_pl.training.token_model import TokenModel
 
 __all__ = ["AblationRuns", "ResolvedVariant", "TrainedRun", "TrainingError"]

@@ -24,14 +24,11 @@ from maskgit_pl.data import ShardData, ShardDataConfig, split_batch
 from maskgit_pl.data.config import check_stream
 from maskgit_pl.errors import is_user_error
 from maskgit_pl.networks.backbone import BackboneConfig, build_config
-from maskgit_pl.networks.discriminator import DiscriminatorConfig
-from maskgit_pl.networks.discriminators import build_discriminator
+from maskgit_pl.networks.discriminators import DiscriminatorConfig, build_discriminator
 from maskgit_pl.pipeline.pretrained import fingerprint, read_config
 from maskgit_pl.runs.costs import useful_flops
 from maskgit_pl.runs.plan import Plan
-from maskgit_pl.runs.precision import choose_precision
-from maskgit_pl.runs.recipe import Recipe
-from maskgit_pl.runs.recipe_files import Stage
+from maskgit_pl.runs.recipe import Recipe, Stage
 from maskgit_pl.runs.recipe_schema import (
     RunSettings,
     TokenizerRunSettings,
@@ -39,27 +36,41 @@ from maskgit_pl.runs.recipe_schema import (
     parameters_of,
     run_settings,
 )
-from maskgit_pl.runs.resolve import MODULES, dataclass_in, merge_values, resolve
-from maskgit_pl.runs.resume_check import fixed_settings, list_changes
+from maskgit_pl.runs.resolve import (
+    MODULES,
+    choose_precision,
+    dataclass_in,
+    fixed_settings,
+    list_changes,
+    merge_values,
+    resolve,
+)
 from maskgit_pl.runs.watchdog import Watchdog
 from maskgit_pl.tokenizer import Tokenizer
-from maskgit_pl.training.callbacks import callbacks, profilers
+from maskgit_pl.training.callbacks import (
+    ProgressLines,
+    ReconstructionPictures,
+    SamplePictures,
+    UnreadableReport,
+    callbacks,
+    profilers,
+)
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint, read_settings, step_of
 from maskgit_pl.training.checkpoints import Checkpoints
-from maskgit_pl.training.compile_and_checkpointing import check_compiled
 from maskgit_pl.training.health import HealthMonitor
 from maskgit_pl.training.health_rules import HealthConfig
-from maskgit_pl.training.image_callbacks import ReconstructionPictures, SamplePictures
-from maskgit_pl.training.loggers import loggers
+from maskgit_pl.training.loggers import TolerantLogger, loggers
 from maskgit_pl.training.optimizers import check_sharding
-from maskgit_pl.training.progress import ProgressLines
-from maskgit_pl.training.speed import SpeedMonitor
-from maskgit_pl.training.step_clock import StepClock
+from maskgit_pl.training.speed import SpeedMonitor, StepClock
 from maskgit_pl.training.stop_and_nonfinite import StepCheck, disable_sigterm_handler
-from maskgit_pl.training.strategies import build_strategy, check_accelerator, check_precision, check_strategy
+from maskgit_pl.training.strategies import (
+    build_strategy,
+    check_accelerator,
+    check_compiled,
+    check_precision,
+    check_strategy,
+)
 from maskgit_pl.training.token_model import TokenModel
-from maskgit_pl.training.tolerant_logger import TolerantLogger
-from maskgit_pl.training.unreadable_report import UnreadableReport
 
 __all__ = ["StageRun", "build"]
 

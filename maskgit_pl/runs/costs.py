@@ -10,16 +10,26 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from maskgit_pl.corruption import Corruption
+from maskgit_pl.checks import ImageSize, height_width
 from maskgit_pl.data import Batch
-from maskgit_pl.image_format import ImageSize, height_width
 from maskgit_pl.losses import rows_at_once
 from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.backbone import Backbone, BackboneConfig
-from maskgit_pl.networks.skeleton import skeletons
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.runs.flops import CountedStep, count_backbone, count_step, fake_tensors
+from maskgit_pl.networks.weights import skeletons
+from maskgit_pl.objectives import Corruption
+from maskgit_pl.runs.flops import (
+    Checkpointing,
+    CountedStep,
+    Precision,
+    count_backbone,
+    count_step,
+    fake_tensors,
+    mean_num_masked,
+    step_flops,
+    transformer_activations,
+)
 from maskgit_pl.runs.memory import (
     FLOAT,
     HALF,
@@ -31,7 +41,6 @@ from maskgit_pl.runs.memory import (
     estimate_memory,
     group_of,
 )
-from maskgit_pl.runs.transformer import Checkpointing, Precision, mean_num_masked, step_flops, transformer_activations
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.optimizers import state_values
 from maskgit_pl.training.token_model import TokenModel

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from maskgit_pl.checks import shorten
-from maskgit_pl.files import parse_json
-from maskgit_pl.image_format import ImageSize, as_image_size
+from maskgit_pl.checks import ImageSize, as_image_size, shorten
+from maskgit_pl.files import parse_json, parse_yaml
 
 __all__ = [
     "parse_features",
@@ -115,8 +114,6 @@ def parse_spec(flag: str, text: str) -> Any:
     Raises:
         ValueError: if the text is not valid YAML or has another type.
     """
-    from maskgit_pl.safe_yaml import parse_yaml  # most commands do not need yaml
-
     try:
         spec = parse_yaml(text)
     except ValueError as error:

@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from maskgit_pl.data.sources.public import how_to_get
-from maskgit_pl.files import sha256_of
+from maskgit_pl.files import read_yaml, sha256_of
 from maskgit_pl.registry import nearest
 from maskgit_pl.runs.layers import value_at
-from maskgit_pl.runs.recipe import Recipe
-from maskgit_pl.runs.recipe_files import Stage
-from maskgit_pl.safe_yaml import read_yaml
+from maskgit_pl.runs.recipe import Recipe, Stage
 
 __all__ = [
     "SHARED_TOKENS",

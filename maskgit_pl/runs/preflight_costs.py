@@ -8,20 +8,18 @@ from typing import Any, cast
 
 import torch
 
+from maskgit_pl.checks import as_image_size
 from maskgit_pl.data.manifest import DataSummary
 from maskgit_pl.files import size_text
-from maskgit_pl.image_format import as_image_size
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pipeline.pretrained import read_config
 from maskgit_pl.runs import host
 from maskgit_pl.runs.build import StageRun
 from maskgit_pl.runs.costs import Costs, TokenizerCosts, TransformerCosts
-from maskgit_pl.runs.machines import Machines
+from maskgit_pl.runs.flops import Precision
 from maskgit_pl.runs.memory import Memory, Strategy, max_num_checkpoints
 from maskgit_pl.runs.plan import Plan
-from maskgit_pl.runs.preflight_report import CheckList, RunCosts, Shares
-from maskgit_pl.runs.transformer import Precision
-from maskgit_pl.runs.units import count_text, flops_text
+from maskgit_pl.runs.preflight_report import CheckList, Machines, RunCosts, Shares, count_text, flops_text
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.checkpoint_files import complete_checkpoints
 from maskgit_pl.training.gpus import GPUS

@@ -1,18 +1,104 @@
-"""The result of ``preflight``: checks, samples of each rank, and costs of the run. Imports no torch."""
+"""Formatting and parsing of numbers with units: counts, FLOPs, sizes.
+
+The machines of a planned run. Imports no torch, so that invalid numbers are rejected immediately.
+
+The result of ``preflight``: checks, samples of each rank, and costs of the run. Imports no torch.
+"""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from maskgit_pl.checks import check_choice, check_integer, check_number
 from maskgit_pl.errors import is_user_error
+from maskgit_pl.training.gpus import GPUS
 
 if TYPE_CHECKING:
     from maskgit_pl.runs.memory import Memory
 
-__all__ = ["Check", "CheckList", "Preflight", "RunCosts", "Shares", "Verdict"]
+__all__ = [
+    "Check",
+    "CheckList",
+    "Machines",
+    "Preflight",
+    "RunCosts",
+    "Shares",
+    "Verdict",
+    "count_text",
+    "flops_text",
+    "parse_size",
+]
+
+_FACTORS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
+
+
+def count_text(count: int, noun: str) -> str:
+    """Formats a count with its noun, such as ``1 node``, ``1,024 nodes`` or ``2 classes``."""
+    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{ending}"
+
+
+def flops_text(count: float) -> str:
+    """Formats a number of floating-point operations with three digits, such as ``1.2 TFLOP``."""
+    for unit, factor in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count / 1e6:.3g} MFLOP"
+
+
+def parse_size(text: str) -> float:
+    """Parses a size such as ``80GB``, ``24GiB`` or ``4e10``.
+
+    Raises:
+        ValueError: if the text is not such a size, or not a finite number above 0.
+    """
+    found = re.fullmatch(r"([\d.]+(?:[eE][+-]?\d+)?)\s*([KMGTP]?)(i?)[bB]?", text)
+    try:
+        value = float(found.group(1)) if found else 0.0
+    except ValueError:
+        value = 0.0
+    if not found or not 0 < value < math.inf:
+        raise ValueError(f"must be a size such as 80GB, 24GiB or 4e10, got {text}")
+    # An i after the prefix means powers of 1024: 1e9 has 10 digits, so G is 1024**3.
+    factor = _FACTORS[found.group(2)]
+    return value * (1024 ** round(len(str(int(factor))) // 3) if found.group(3) else factor)
+
+
+@dataclass(frozen=True)
+class Machines:
+    """The machines of a planned run, as far as they are known.
+
+    Attributes:
+        nodes: Number of nodes, >= 1; None means that of the recipe.
+        devices: Number of devices per node, >= 1; None means that of the recipe.
+        gpu: Name of a GPU with known memory, a key of ``training.gpus.GPUS``.
+        memory: Memory per device in bytes; None means that of ``gpu``, or of this machine's GPU.
+        port: Port of rank 0, in [1, 65535]; None means ``MASTER_PORT``, or Lightning's choice.
+
+    Raises:
+        ValueError: if a number is out of range, or the GPU is unknown.
+    """
+
+    nodes: int | None = None
+    devices: int | None = None
+    gpu: str | None = None
+    memory: float | None = None
+    port: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, interval in (("nodes", "[1, inf)"), ("devices", "[1, inf)"), ("port", "[1, 65535]")):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), interval)
+        if self.memory is not None:
+            check_number("memory", self.memory, "(0, inf)")
+        if self.gpu is not None:
+            check_choice("gpu", self.gpu, GPUS)
+
 
 Verdict = Literal["ok", "warning", "error"]
 

@@ -16,12 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskgit_pl.checks import shorten
-from maskgit_pl.errors import BAD_INPUT, RunError
-from maskgit_pl.files import open_regular, sha256_of
-from maskgit_pl.pipeline.diffusers_folder import DIFFUSERS_FILES, check_diffusers_files
-from maskgit_pl.pipeline.sharing import FILES, check_hub_id, check_token, local_folder
-from maskgit_pl.safe_yaml import parse_yaml, set_key
-from maskgit_pl.text import python_string
+from maskgit_pl.errors import BAD_INPUT, RunError, python_string
+from maskgit_pl.files import open_regular, parse_yaml, set_key, sha256_of
+from maskgit_pl.pipeline.sharing import (
+    DIFFUSERS_FILES,
+    FILES,
+    check_diffusers_files,
+    check_hub_id,
+    check_token,
+    local_folder,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -219,7 +223,7 @@ def _check_text(file: Path) -> None:
 
 def _load(folder: Path) -> dict[str, Any]:
     """Loads the model, and returns the content of its ``config.json``, or of a new one if there is none."""
-    from maskgit_pl.pipeline.description import check_run_facts, describe_folder
+    from maskgit_pl.pipeline.card import check_run_facts, describe_folder
     from maskgit_pl.pipeline.model import MaskGIT
     from maskgit_pl.pipeline.pretrained import read_config
 

@@ -13,9 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from maskgit_pl.checks import check_choice, check_integer, check_number, shorten
+from maskgit_pl.checks import Schema, check_choice, check_integer, check_number, schema_of, shorten
 from maskgit_pl.registry import nearest, plugin_names
-from maskgit_pl.schema import Schema, schema_of
 from maskgit_pl.training.health_rules import HealthConfig
 
 __all__ = [

@@ -1,42 +1,116 @@
-"""Trains a stage of a planned run and exports it as a pretrained folder.
+"""Exit of the processes of a run when ``fit`` raises: each with its exit code, without waiting for ended ranks.
+
+1. An error on which all ranks agree (a signal, non-finite losses) is raised on rank 0. The other ranks exit silently
+   with the same exit code.
+2. An error of one rank leaves the other ranks in a collective, and this rank perhaps in the library's cleanup. The
+   process prints the error and exits immediately. The watchdogs of the other ranks then end them.
+3. Processes that were started by Lightning's launcher wait until the first process has ended, since the launcher kills
+   the first process within 5 s after another one ends.
+
+With a single process, the error is only raised, so that a notebook keeps its kernel.
+
+Trains a stage of a planned run and exports it as a pretrained folder.
 
 ``runs.fit`` and ``runs.export`` import this file only after their checks, since torch and Lightning take seconds.
+
+``runs.dry_run``: everything that a training checks before its first step, and what it would do. Writes nothing.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import resource
 import sys
-from collections.abc import Mapping
-from contextlib import nullcontext
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from maskgit_pl.data import ShardData, split_batch
+from maskgit_pl.data.folders import hold_lock
+from maskgit_pl.distributed import describe_environment
+from maskgit_pl.errors import PeerError, RunError, describe_error, exit_code_of
 from maskgit_pl.files import check_writable, read_json, write_text
-from maskgit_pl.locks import hold_lock
 from maskgit_pl.networks.weights import load_weights
 from maskgit_pl.pipeline.card import write_card
 from maskgit_pl.pipeline.pretrained import check_stage_folder, fingerprint, has_weights_of
-from maskgit_pl.provenance import describe_environment
 from maskgit_pl.runs.build import StageRun, build
 from maskgit_pl.runs.host import check_tasks
-from maskgit_pl.runs.plan import Plan
-from maskgit_pl.runs.precision import AUTO
-from maskgit_pl.runs.process_exit import exit_on_error
-from maskgit_pl.runs.resolve import config_text_of
-from maskgit_pl.runs.units import count_text
+from maskgit_pl.runs.plan import Plan, plan_run
+from maskgit_pl.runs.preflight_checks import describe_start
+from maskgit_pl.runs.preflight_report import count_text
+from maskgit_pl.runs.recipe import Recipe
+from maskgit_pl.runs.resolve import AUTO, config_text_of
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, SavedTensor, newest_checkpoint, step_of
 from maskgit_pl.training.token_model import TokenModel
 
-__all__ = ["FitResult", "check_run_outputs", "export_checkpoint", "fit_stage"]
+__all__ = [
+    "FitResult",
+    "check_run_outputs",
+    "dry_run",
+    "exit_on_error",
+    "export_checkpoint",
+    "fit_stage",
+]
+
+
+@contextmanager
+def exit_on_error(trainer: Trainer) -> Iterator[None]:
+    """Exits each process with its own exit code if the fit in the context raises an error.
+
+    Args:
+        trainer: Trainer of the fit; it knows the rank of this process and its launcher.
+
+    Raises:
+        BaseException: the error itself, with a single process, and on rank 0 if all ranks agree on it.
+    """
+    try:
+        yield
+    except BaseException as error:
+        agreed = error.on_all_ranks if isinstance(error, RunError) else not isinstance(error, Exception)
+        is_only_here = trainer.world_size > 1 and not agreed  # the other ranks do not raise it
+        if is_only_here:
+            with suppress(OSError):  # a full disk must not keep the process alive
+                _print_error(error, trainer)
+        # Only the processes that Lightning's own launcher has started.
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0:
+            # 3. Wait for the first process.
+            _wait_for_end_of(os.getppid())
+        # 2. Exit without cleanup, which would wait for the other ranks.
+        if is_only_here:
+            with suppress(OSError):
+                sys.stdout.flush()
+            os._exit(exit_code_of(error))
+        # 1. Rank 0 raises for all.
+        if isinstance(error, RunError) and not trainer.is_global_zero:
+            sys.exit(error.exit_code)
+        raise
+
+
+def _print_error(error: BaseException, trainer: Trainer) -> None:
+    """Prints an error as the command does. Only rank 0 prints an error that another rank has announced."""
+    if isinstance(error, PeerError):
+        if trainer.is_global_zero:
+            sys.stderr.write(f"all ranks exit: {error}\n")
+    else:
+        sys.stderr.write(describe_error(error, "maskgit train"))
+
+
+def _wait_for_end_of(parent: int, *, seconds: float = 30.0) -> None:
+    begun = time.monotonic()
+    while os.getppid() == parent and time.monotonic() - begun < seconds:
+        time.sleep(0.05)
+
 
 log = logging.getLogger(__name__)
 
@@ -226,3 +300,55 @@ def _write_records(run: StageRun, plan: Plan) -> None:
     if plan.pretrained is not None:
         environment["pretrained"] = {"folder": str(plan.pretrained), "sha256": fingerprint(plan.pretrained)}
     write_text(folder / _RECORDS[1], json.dumps(environment, indent=2) + "\n")
+
+
+def dry_run(
+    recipe: Recipe,
+    *,
+    run: str | Path | None = None,
+    data: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    pretrained: str | Path | None = None,
+) -> dict[str, str]:
+    """Builds a stage and opens its data as ``runs.fit`` does, with the same arguments, and describes the training.
+
+    Returns:
+        One line of text by name: ``run``, ``recipe``, ``data``, ``tokenizer``, ``weights``, ``model``, ``steps``,
+        ``devices``. Names without content are left out.
+
+    Raises:
+        FileNotFoundError: see ``runs.fit``.
+        ValueError: see ``runs.fit``.
+    """
+    plan = plan_run(recipe, run=run, data=data, tokenizer=tokenizer, pretrained=pretrained)
+    stage_run = build(plan)
+    check_run_outputs(plan)
+    stage_run.datamodule.setup()
+    trainer = stage_run.trainer
+    lines: Mapping[str, str | None] = {
+        "run": describe_start(plan, trainer.max_steps),
+        "recipe": recipe.title,
+        "data": _describe_data(stage_run, plan),
+        "tokenizer": None if plan.tokenizer is None else str(plan.tokenizer),
+        "weights": None if plan.pretrained is None else f"a new run starts from those of {plan.pretrained}",
+        "model": f"{sum(each.numel() for each in stage_run.model.parameters() if each.requires_grad):,} parameters",
+        "steps": f"{trainer.max_steps:,}, with a global batch of {_describe_batch(stage_run)}",
+        "devices": f"{trainer.world_size} x {trainer.strategy.root_device.type}, {trainer.precision}",
+    }
+    return {name: text for name, text in lines.items() if text is not None}
+
+
+def _describe_data(run: StageRun, plan: Plan) -> str:
+    if run.datamodule.config.source == "stream":
+        return "a stream of shards"
+    summary = run.datamodule.summary
+    counts = ", ".join(f"{count:,} {split}" for split, count in summary.samples.items())
+    parts = (f"{plan.shards}: {counts}", count_text(summary.num_classes, "class"), run.datamodule.resizing)
+    return "; ".join(part for part in parts if part is not None)
+
+
+def _describe_batch(run: StageRun) -> str:
+    config, ranks = run.datamodule.config, run.trainer.world_size
+    per_device, accumulation = split_batch(config.global_batch, config.max_batch_per_device, ranks)
+    parts = (count_text(ranks, "rank"), count_text(accumulation, "accumulation step"), count_text(per_device, "sample"))
+    return f"{config.global_batch} = {' x '.join(parts)}"

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from maskgit_pl.locks import hold_lock
-from maskgit_pl.parallel import available_cores
+from maskgit_pl.data.folders import hold_lock
+from maskgit_pl.processes import available_cores
 from maskgit_pl.runs.plan import SHARED_TOKENS, find_data, find_tokenizer, run_folder
 from maskgit_pl.runs.recipe import Recipe
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from maskgit_pl.data.store_description import StoreDescription
-    from maskgit_pl.pipeline.networks import PretrainedTokenizer
+    from maskgit_pl.data.token_store import StoreDescription
+    from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer
 
 __all__ = ["OnRows", "ProcessRank", "TokenizeOptions", "find_process_rank", "tokenize"]
 
@@ -153,7 +153,7 @@ def find_process_rank(rank: int | None = None, world_size: int | None = None) ->
 def _views(recipe: Recipe, options: TokenizeOptions) -> dict[str, Any]:
     """Returns what recipe and options say about the views of an image and the precision, without what neither says."""
     from maskgit_pl.data import ShardDataConfig  # torch takes seconds to import
-    from maskgit_pl.data.store_description import augmentations_text
+    from maskgit_pl.data.token_store import augmentations_text
 
     listed, crops = recipe.get("data.augmentations"), options.crops
     if listed is not None:
@@ -170,7 +170,7 @@ def _views(recipe: Recipe, options: TokenizeOptions) -> dict[str, Any]:
 def _describe(named: dict[str, Any], folder: Path, shards: Path, tokenizer: PretrainedTokenizer) -> StoreDescription:
     """Describes the wanted store. A run with a store keeps its views and its precision if ``named`` is empty."""
     from maskgit_pl.data import describe_store
-    from maskgit_pl.data.store_description import read_description
+    from maskgit_pl.data.token_store import read_description
 
     def describe(**views: Any) -> StoreDescription:
         return describe_store(
@@ -192,7 +192,7 @@ def _describe(named: dict[str, Any], folder: Path, shards: Path, tokenizer: Pret
 def _store_of(folder: Path, description: StoreDescription) -> Path:
     """Returns the folder of a store, and links ``RUN/tokens`` to it."""
     own = folder / "tokens"
-    from maskgit_pl.data.store_description import plain_description  # torch takes seconds to import
+    from maskgit_pl.data.token_store import plain_description  # torch takes seconds to import
 
     fields = plain_description(description)
     key = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
@@ -271,7 +271,7 @@ def _encoder(tokenizer: PretrainedTokenizer, device: torch.device, precision: st
     """Returns a function from (B, C, H, W) uint8 images on the CPU to (B, N) int64 tokens on the device."""
     import torch
 
-    from maskgit_pl.pipeline.imaging_pixels import to_unit_range
+    from maskgit_pl.pipeline.grids import to_unit_range
 
     network = tokenizer.network.to(device)
 
@@ -284,7 +284,7 @@ def _encoder(tokenizer: PretrainedTokenizer, device: torch.device, precision: st
 
 def _device(name: str, local_rank: int) -> torch.device:
     """Returns a device by name; for ``auto``, the processes of a machine take its accelerators in turn."""
-    from maskgit_pl.devices import check_device, default_device
+    from maskgit_pl.distributed import check_device, default_device
 
     return check_device(default_device(local_rank=local_rank) if name == "auto" else name, name="--device")
 

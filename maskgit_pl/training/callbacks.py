@@ -2,22 +2,51 @@
 
 A recipe has ``callbacks: [device_stats, {name: model_summary, max_depth: 3}]`` and ``profiler: simple``. ``runs.build``
 adds the callbacks after those that every run has.
+
+A progress callback for batch logs and CI: one line per interval instead of a progress bar.
+
+Callbacks that write pictures after each validation, to the stage's folder and to the loggers.
+
+A callback that reports images that could not be read in training: logged, summarized and listed in a file.
 """
 
 from __future__ import annotations
 
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, Protocol, cast
 
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import DeviceStatsMonitor, RichModelSummary
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import DeviceStatsMonitor, ProgressBar, RichModelSummary
 from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
+from PIL import Image
+from torch import Tensor
 
 from maskgit_pl.checks import check_integer
+from maskgit_pl.data.samples import UnreadableImages, write_unreadable
+from maskgit_pl.decoding import DecodingStep
+from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer
+from maskgit_pl.pipeline.grids import image_grid, reconstruction_grid, save_png
 from maskgit_pl.registry import Registry, derives_from
+from maskgit_pl.training.loggers import TolerantLogger
 
-__all__ = ["CallbackSpec", "DeviceStats", "ProfilerSpec", "SummaryTable", "callbacks", "profilers"]
+__all__ = [
+    "CallbackSpec",
+    "DeviceStats",
+    "ProfilerSpec",
+    "ProgressLines",
+    "ReconstructionPictures",
+    "SamplePictures",
+    "SummaryTable",
+    "UnreadableReport",
+    "callbacks",
+    "profilers",
+]
 
 
 class CallbackSpec:
@@ -105,3 +134,211 @@ class PyTorch(ProfilerSpec):
 
     def create(self, folder: Path) -> Profiler:
         return PyTorchProfiler(dirpath=folder, filename="profile")
+
+
+log = logging.getLogger(__name__)
+
+
+class ProgressLines(ProgressBar):
+    """A callback that logs step, metrics, speed and remaining time, at most once per interval.
+
+    Args:
+        seconds: Minimum time between two lines, in seconds.
+    """
+
+    def __init__(self, seconds: float = 15.0) -> None:
+        super().__init__()
+        self.seconds = seconds
+        self._is_enabled = True
+        self._start = (0.0, 0)  # time and step at the start of training
+        self._last = 0.0  # time of the last line
+
+    def enable(self) -> None:
+        """Turns the lines on."""
+        self._is_enabled = True
+
+    def disable(self) -> None:
+        """Turns the lines off; Lightning calls this on every rank except rank 0."""
+        self._is_enabled = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last = time.monotonic()
+        self._start = (self._last, trainer.global_step)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        now = time.monotonic()
+        if now - self._last >= self.seconds:
+            self._last = now
+            self._log_line(trainer, pl_module, now)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log_line(trainer, pl_module, time.monotonic())
+
+    def _log_line(self, trainer: Trainer, pl_module: LightningModule, now: float) -> None:
+        if not self._is_enabled:
+            return
+        begun, first = self._start
+        # Speed since the start of this process: a resumed run counts only its own steps.
+        speed = (trainer.global_step - first) / max(now - begun, 1e-9)
+        left = (trainer.max_steps - trainer.global_step) / speed if speed > 0 else float("inf")
+        metrics = {name: value for name, value in self.get_metrics(trainer, pl_module).items() if name != "v_num"}
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, int | float))
+        log.info(
+            "step %d/%d  %s  %.2f steps/s  %.0f s left", trainer.global_step, trainer.max_steps, shown, speed, left
+        )
+
+
+_MOST_CLASSES, _MOST_OF_A_CLASS = 10, 8
+_MOST_PAIRS = 16
+
+
+class ReconstructionPictures(Callback):
+    """A callback that writes ``reconstructions.png`` after each validation of stage 1.
+
+    Args:
+        folder: Folder of the stage.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        pair = cast("_Reconstructs", pl_module).reconstructions()
+        if pair is not None:
+            originals, reconstructions = (part[:_MOST_PAIRS] for part in pair)
+            _publish(reconstruction_grid(originals, reconstructions), self.folder, "reconstructions", trainer)
+
+
+class SamplePictures(Callback):
+    """A callback that writes ``samples.png`` after each validation of stage 2, always with the same classes and seeds.
+
+    Every rank samples tokens, since sharded networks must run the same number of forward passes on each rank. Only rank
+    0 turns the tokens into pixels and writes the picture. A network with conditioning vectors gets those of validation
+    samples of the classes.
+
+    Args:
+        folder: Folder of the stage.
+        class_names: Names of all classes; up to 10 evenly spaced classes are shown.
+        images_per_class: Images per class, at most 8.
+        seed: Seed of the first image; image i has seed + i.
+        find_vectors: Returns the vectors (B, C) of B labels and seeds; None for a network without conditioning vectors.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        class_names: Sequence[str],
+        images_per_class: int = 8,
+        seed: int = 0,
+        find_vectors: Callable[[Sequence[int], Sequence[int]], Tensor] | None = None,
+    ) -> None:
+        self.folder = folder
+        self.find_vectors = find_vectors
+        shown = min(len(class_names), _MOST_CLASSES)
+        self.classes = [number * len(class_names) // shown for number in range(shown)]
+        self.captions = [class_names[label] for label in self.classes]
+        self.images_per_class = min(images_per_class, _MOST_OF_A_CLASS)
+        self.labels = [label for label in self.classes for _ in range(self.images_per_class)]
+        self.seeds = [seed + number for number in range(len(self.labels))]
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        model = cast("_Samples", pl_module)
+        # Every rank runs all steps: with FSDP2, each forward pass is a collective.
+        vectors = {} if self.find_vectors is None else {"vectors": self.find_vectors(self.labels, self.seeds)}
+        (last,) = deque(model.sample(self.labels, self.seeds, **vectors), maxlen=1)  # keeps no other step in memory
+        if trainer.is_global_zero:
+            images = model.tokenizer.decode(last.tokens)
+            picture = image_grid(images, columns=self.images_per_class, row_captions=self.captions)
+            _publish(picture, self.folder, "samples", trainer)
+
+
+class _Reconstructs(Protocol):
+    def reconstructions(self) -> tuple[Tensor, Tensor] | None: ...
+
+
+class _Samples(Protocol):
+    @property
+    def tokenizer(self) -> PretrainedTokenizer: ...
+
+    def sample(
+        self, labels: Sequence[int], seeds: Sequence[int], vectors: Tensor | None = None
+    ) -> Iterator[DecodingStep]: ...
+
+
+def _publish(picture: Image.Image, folder: Path, name: str, trainer: Trainer) -> None:
+    """Writes a picture to the folder and to the loggers; a failed write is skipped with a warning."""
+    try:
+        save_png(picture, folder / f"{name}.png")
+    except OSError as error:
+        log.warning("%s cannot be written: %s; training continues", folder / f"{name}.png", error)
+    for logger in trainer.loggers:
+        if isinstance(logger, TolerantLogger):
+            logger.log_image(name, picture, trainer.global_step)
+
+
+class UnreadableReport(Callback):
+    """A callback that reports unreadable images.
+
+    The metric ``data/unreadable`` is their number on rank 0, logged at the Trainer's interval. At the end of the run,
+    or when it fails, one line summarizes them, and ``unreadable.json`` (``unreadable-rank1.json`` ... on other ranks)
+    lists each image of the train and val split with its reason. The counts start at 0 with each process.
+
+    Args:
+        folder: Folder of the stage.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._logged = -1
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # added at run time
+            self._log(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log(trainer)
+        self._report(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._report(trainer)
+
+    def _log(self, trainer: Trainer) -> None:
+        count = sum(images.count for images in _counters(trainer).values())
+        # Only changes are logged, so that a clean run has a single point.
+        if count != self._logged:
+            for logger in trainer.loggers:
+                logger.log_metrics({"data/unreadable": count}, step=trainer.global_step)
+            self._logged = count
+
+    def _report(self, trainer: Trainer) -> None:
+        counters = {split: images for split, images in _counters(trainer).items() if images.count}
+        if not counters:
+            return
+        rank = trainer.global_rank
+        path = self.folder / ("unreadable.json" if rank == 0 else f"unreadable-rank{rank}.json")
+        write_unreadable(path, counters)
+        for split, images in counters.items():
+            log.warning(
+                "data, split %s: %d of %d images could not be read (%s; %s) and were replaced by the next image of the "
+                "split; list: %s",
+                split, images.count, images.seen,
+                _format_counts(images.by_reason()), _format_counts(images.by_shard()), path,
+            )  # fmt: skip
+
+
+def _counters(trainer: Trainer) -> dict[str, UnreadableImages]:
+    """Returns the counter of each split that has one."""
+    loaders = {"train": trainer.train_dataloader, "val": trainer.val_dataloaders}
+    found = {split: getattr(loader, "unreadable", None) for split, loader in loaders.items()}
+    return {split: images for split, images in found.items() if isinstance(images, UnreadableImages)}
+
+
+def _format_counts(counts: dict[str, int], most: int = 5) -> str:
+    """Formats the first few counts: ``train-000000.tar 3, train-000004.tar 1``."""
+    items: Iterable[tuple[str, int]] = list(counts.items())[:most]
+    return ", ".join(f"{name} {count}" for name, count in items) + (", ..." if len(counts) > most else "")

@@ -1,4 +1,9 @@
-"""Strategies for several devices: ``auto`` (one device), ``ddp`` and ``fsdp``, by name in a recipe.
+"""Activation checkpointing and ``torch.compile`` for the blocks of a network in training.
+
+Both replace the ``forward`` of the blocks in place instead of wrapping the blocks. The names in a state dict do not
+change, and the hooks of DDP and FSDP2 are neither compiled nor run a second time.
+
+Strategies for several devices: ``auto`` (one device), ``ddp`` and ``fsdp``, by name in a recipe.
 
 They differ from Lightning's strategies in three points. DDP wraps the two networks of stage 1 separately, which avoids
 the search for unused parameters. FSDP2 reads and writes the same checkpoint folders as DDP. Both take batches that the
@@ -9,8 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.accelerators import AcceleratorRegistry
@@ -21,6 +27,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
 from maskgit_pl.registry import nearest
@@ -30,12 +37,59 @@ from maskgit_pl.training.checkpoint_tensors import SavedTensor, local_rows
 __all__ = [
     "PRECISIONS",
     "STRATEGIES",
+    "ActivationCheckpointing",
+    "Compiled",
     "build_strategy",
     "check_accelerator",
+    "check_compiled",
     "check_precision",
     "check_strategy",
+    "prepare_blocks",
     "shard_blocks",
 ]
+
+ActivationCheckpointing = Literal["none", "blocks"]
+Compiled = Literal["none", "blocks", "step"]
+
+
+def prepare_blocks(
+    blocks: Iterable[nn.Module],
+    *,
+    activation_checkpointing: ActivationCheckpointing = "none",
+    compiled: Compiled = "none",
+) -> None:
+    """Applies activation checkpointing and compilation to blocks.
+
+    Must be called once, on the trained network and not on its average, before it is sharded.
+
+    Args:
+        blocks: Modules whose ``forward`` takes tensors and returns one.
+        activation_checkpointing: ``blocks`` keeps only the inputs of each block for the backward pass, which runs the
+            block again with the same dropout mask. Losses and gradients are bit-exact.
+        compiled: ``blocks`` compiles each block with ``torch.compile`` at its first call. Sums are then rounded in a
+            different order, and dropout draws different numbers. ``step`` is compiled by the module that computes the
+            loss, not here.
+    """
+    for block in blocks:
+        if compiled == "blocks":
+            block.forward = torch.compile(block.forward)
+        # Checkpointing goes around the compiled forward; in the other order, nothing would be compiled.
+        if activation_checkpointing == "blocks":
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def check_compiled(compiled: Compiled, strategy: str) -> None:
+    """Checks that a strategy of the Trainer supports compilation.
+
+    Raises:
+        ValueError: if FSDP2 is set for one graph of the whole step: its hooks run between the blocks.
+    """
+    if strategy == "fsdp" and compiled == "step":
+        raise ValueError(
+            "model.compiled must be 'none' or 'blocks' with trainer.strategy 'fsdp', whose hooks run between the "
+            "blocks, got 'step'; use --model.compiled=blocks, or --cluster ddp"
+        )
+
 
 PRECISIONS = ("32-true", "bf16-mixed")
 """Precisions of training for both stages, in Lightning's names."""

@@ -6,19 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskgit_pl.data.crops import fit_image
-from maskgit_pl.data.images import decode_image, parse_image_header, read_image_file
+from maskgit_pl.checks import height_width
+from maskgit_pl.data.images import decode_image, fit_image, parse_image_header, read_image_file
 from maskgit_pl.files import size_text
-from maskgit_pl.image_format import height_width
-from maskgit_pl.pipeline.grids import enlarge, scale_to
-from maskgit_pl.pipeline.imaging_grids import draw_mask
-from maskgit_pl.pipeline.imaging_pixels import to_pil
-from maskgit_pl.pipeline.regions import (
-    box_mask,
-    parse_box,
-    pixel_region,
-    token_mask,
-)
+from maskgit_pl.pipeline.grids import draw_mask, enlarge, scale_to, to_pil
+from maskgit_pl.pipeline.regions import box_mask, parse_box, pixel_region, token_mask
 
 if TYPE_CHECKING:
     from PIL import Image

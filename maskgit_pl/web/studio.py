@@ -14,14 +14,23 @@ from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any, Literal
 
 from maskgit_pl.decoding import SETTINGS_FORMAT, DecodingConfig
+from maskgit_pl.pipeline.decoding_figures import StepRecorder
 from maskgit_pl.pipeline.display import Recording
-from maskgit_pl.pipeline.editing_canvas import Margins, check_canvas
-from maskgit_pl.pipeline.imaging_grids import save_png
-from maskgit_pl.pipeline.imaging_pixels import to_pil
-from maskgit_pl.pipeline.recording import StepRecorder
+from maskgit_pl.pipeline.grids import save_png, to_pil
+from maskgit_pl.pipeline.regions import Margins, check_canvas
 from maskgit_pl.schedules import mask_schedules
-from maskgit_pl.web.commands import Call, call_edit, call_outpaint, call_panorama, call_sample
-from maskgit_pl.web.settings import Choices, PageRequest, guidance_choices, schedule_choices, selector_choices
+from maskgit_pl.web.settings import (
+    Call,
+    Choices,
+    PageRequest,
+    call_edit,
+    call_outpaint,
+    call_panorama,
+    call_sample,
+    guidance_choices,
+    schedule_choices,
+    selector_choices,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,14 +8,22 @@ from typing import Any
 
 from torch import Tensor  # gradio reads the annotations of handlers
 
-from maskgit_pl.image_format import height_width
+from maskgit_pl.checks import height_width
 from maskgit_pl.pipeline.display import Recording
-from maskgit_pl.pipeline.grids import enlarge, panel_scale
-from maskgit_pl.pipeline.imaging_pixels import to_pil
-from maskgit_pl.web.answers import answer, explain, pace
-from maskgit_pl.web.form import MODEL, add_class, add_results, add_seed, add_settings, class_choices, show_results
-from maskgit_pl.web.frames import draw_frame
-from maskgit_pl.web.markup import figure, figures, frame_figures, legend, message
+from maskgit_pl.pipeline.grids import enlarge, panel_scale, to_pil
+from maskgit_pl.web.form import (
+    MODEL,
+    add_class,
+    add_results,
+    add_seed,
+    add_settings,
+    answer,
+    class_choices,
+    explain,
+    pace,
+    show_results,
+)
+from maskgit_pl.web.markup import draw_frame, figure, figures, frame_figures, legend, message
 from maskgit_pl.web.regions import EditRegion, canvas_picture, read_upload
 from maskgit_pl.web.settings import FormSettings, PageRequest
 from maskgit_pl.web.studio import Made, Studio

@@ -1,20 +1,16 @@
 """A function that calls a command, and the image that tests edit."""
 
-import argparse
-from types import ModuleType
-
 import torch
 
-from maskgit_pl.cli import _flags_of
+from maskgit_pl.cli import _flags_of, _parser_and_commands
 
 
-def call_command(module: ModuleType, *words: object, command: str | None = None) -> int:
-    """Runs a command without what ``main`` makes of an error; by default the one that its module is named after."""
-    parser = argparse.ArgumentParser()
-    module.add_parser(parser.add_subparsers())
-    words = (command or module.__name__.rpartition(".")[2], *map(str, words))
-    args = parser.parse_args(words)
-    args.flags = _flags_of(parser, words)
+def call_command(command: str, *words: object) -> int:
+    """Runs a command without what ``main`` makes of an error."""
+    parser, _ = _parser_and_commands(command)
+    given = (command, *map(str, words))
+    args = parser.parse_args(given)
+    args.flags = _flags_of(parser, given)
     code: int = args.run(args)
     return code
 

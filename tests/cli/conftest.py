@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from maskgit_pl.data import ShardData, ShardDataConfig
-from maskgit_pl.evaluation import classifier_training
-from maskgit_pl.evaluation.classifier_config import ClassifierConfig
+from maskgit_pl.evaluation import classifier
+from maskgit_pl.evaluation.options import ClassifierConfig
 from tests.cli.commands import pixels
 
 QUICK = replace(ClassifierConfig(), width=4, max_steps=3, batch=20)
@@ -23,10 +23,8 @@ def run_folder(tiny_pretrained: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def quick_judge(monkeypatch: pytest.MonkeyPatch) -> None:
     """Classifiers are trained for a moment."""
-    plain = classifier_training.obtain_classifier
-    monkeypatch.setattr(
-        classifier_training, "obtain_classifier", lambda *args, **options: plain(*args, config=QUICK, **options)
-    )
+    plain = classifier.obtain_classifier
+    monkeypatch.setattr(classifier, "obtain_classifier", lambda *args, **options: plain(*args, config=QUICK, **options))
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +33,7 @@ def judge(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = ShardData(ShardDataConfig(str(tiny_shards), image_size=8, in_channels=1))
     data.setup()
     folder = tmp_path_factory.mktemp("judge")
-    classifier_training.obtain_classifier(folder, data, config=QUICK)
+    classifier.obtain_classifier(folder, data, config=QUICK)
     return folder
 
 

@@ -165,7 +165,7 @@ def test_tokenizers_are_judged_by_their_reconstructions_and_their_transformers(
 
 def call(*words: str) -> int:
     parser = argparse.ArgumentParser()
-    ablation.add_parser(parser.add_subparsers(dest="command"))
+    ablation.add_ablation_parser(parser.add_subparsers(dest="command"))
     args, args.overrides = parser.parse_known_args(["ablation", *words])
     args.flags = _flags_of(parser, ["ablation"])
     code: int = args.run(args)
@@ -231,7 +231,7 @@ def test_images_of_too_few_classes_are_refused_before_training(words: list[str],
 @pytest.mark.slow
 def test_runs_are_named_by_what_determines_their_weights(words: list[str]) -> None:
     parser = argparse.ArgumentParser()
-    ablation.add_parser(parser.add_subparsers(dest="command"))
+    ablation.add_ablation_parser(parser.add_subparsers(dest="command"))
 
     def open_runs(*more: str) -> ablation_runs.AblationRuns:
         args, args.overrides = parser.parse_known_args([*words, *more])
@@ -261,7 +261,7 @@ def test_runs_are_named_by_what_determines_their_weights(words: list[str]) -> No
 
 def test_a_finished_run_under_another_label_is_reused(words: list[str], tmp_path: Path) -> None:
     args = argparse.ArgumentParser()
-    ablation.add_parser(args.add_subparsers(dest="command"))
+    ablation.add_ablation_parser(args.add_subparsers(dest="command"))
     parsed, parsed.overrides = args.parse_known_args([*words, "--vary", "model.network.depth=1,2"])
     runs = ablation_runs.AblationRuns.open(ablation._read_config(parsed, (ablation.parse_factor(parsed.vary[0]),)))
     deep = runs.variants[1]

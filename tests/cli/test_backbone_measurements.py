@@ -6,13 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskgit_pl.cli import compare, evaluate, tune
 from maskgit_pl.networks.backbone import backbones, build_config
-from maskgit_pl.pipeline.pretrained import (
-    fingerprint,
-    load_transformer,
-    save_transformer,
-)
+from maskgit_pl.pipeline.pretrained import fingerprint, load_transformer, save_transformer
 from tests.cli.commands import call_command
 from tests.conftest import CLASSES, peak_predictions
 
@@ -44,9 +39,9 @@ def replace_transformer(pretrained_folder: Path, name: str) -> None:
 def test_a_model_of_any_backbone_is_measured_compared_and_tuned(run_folder: Path, tiny_shards: Path, name: str) -> None:
     replace_transformer(run_folder / "pretrained", name)
     words = (run_folder, "--data", tiny_shards, "--num-images", 6, "--device", "cpu")
-    assert call_command(evaluate, *words, "--num-steps", 2, "--features", "classifier") == 0
+    assert call_command("evaluate", *words, "--num-steps", 2, "--features", "classifier") == 0
     report = json.loads((run_folder / "evaluation.json").read_text())
     assert report["samples"]["exported_guidance"]["fid/classifier"] > 0
     assert report["likelihood"]["elbo_bits_per_token"] > 0
-    assert call_command(compare, *words, "--num-steps", 2, "--selectors", "halton,margin") == 0
-    assert call_command(tune, *words, "--num-steps", 2, "--trials", 2, "--no-plot") == 0
+    assert call_command("compare", *words, "--num-steps", 2, "--selectors", "halton,margin") == 0
+    assert call_command("tune", *words, "--num-steps", 2, "--trials", 2, "--no-plot") == 0

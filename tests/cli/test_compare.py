@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from maskgit_pl.cli import compare, main
+from maskgit_pl.cli import main
 from maskgit_pl.evaluation import evaluator
 from maskgit_pl.evaluation.ledger import Ledger, Row
 from tests.cli.commands import call_command
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("quick_judge")
 
 
 def call(*words: object) -> int:
-    return call_command(compare, *words, "--device", "cpu")
+    return call_command("compare", *words, "--device", "cpu")
 
 
 def ledger(folder: Path) -> list[Row]:

@@ -13,14 +13,14 @@ from PIL import Image
 
 from maskgit_pl.cli import data, main
 from maskgit_pl.data.manifest import read_manifest_summary
-from maskgit_pl.data.store_description import StoreDescription
-from maskgit_pl.data.token_writer import StoreParts
+from maskgit_pl.data.token_store import StoreDescription
+from maskgit_pl.data.tokenizing import StoreParts
 from tests.cli.commands import call_command
 from tests.conftest import save_uneven_shards
 
 
 def call(*words) -> int:
-    return call_command(data, *words)
+    return call_command("data", *words)
 
 
 @pytest.fixture

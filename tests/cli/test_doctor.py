@@ -18,7 +18,7 @@ from maskgit_pl.cli import main
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.runs import preflight_checks
-from maskgit_pl.runs.preflight_build import _ZeroWeights
+from maskgit_pl.runs.preflight_checks import _ZeroWeights
 from maskgit_pl.runs.preflight_costs import CostChecks
 from tests.conftest import flags
 

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskgit_pl.cli import inpaint, main
+from maskgit_pl.cli import main
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.grids import REQUESTED
 from tests.cli.commands import call_command, pixels
 
 
 def call(*words: object) -> int:
-    return call_command(inpaint, *words, "--device", "cpu", command="edit")
+    return call_command("edit", *words, "--device", "cpu")
 
 
 def read(path: Path) -> np.ndarray:

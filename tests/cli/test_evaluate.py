@@ -6,17 +6,17 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from maskgit_pl.cli import evaluate, main
+from maskgit_pl.cli import main
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation import evaluator
-from maskgit_pl.pipeline.decoding_file import save_decoding
+from maskgit_pl.pipeline.pretrained import save_decoding
 from tests.cli.commands import call_command
 from tests.conftest import save_tiny_pretrained
 from tests.observing import run_on_ranks
 
 
 def call(*words: object) -> int:
-    return call_command(evaluate, "--device", "cpu", "--features", "classifier", *words)
+    return call_command("evaluate", "--device", "cpu", "--features", "classifier", *words)
 
 
 @pytest.mark.usefixtures("quick_judge")

@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 
 from maskgit_pl import evaluation
-from maskgit_pl.cli import evaluate_tokenizer, paper
 from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.data.images import encode_png
 from maskgit_pl.data.sources.opening import open_source
@@ -21,9 +20,7 @@ from tests.conftest import save_tiny_pretrained
 
 
 def call(judge: Path, *words: object) -> int:
-    return call_command(
-        evaluate_tokenizer, "--device", "cpu", "--features", f"classifier={judge}", *words, command="evaluate-tokenizer"
-    )
+    return call_command("evaluate-tokenizer", "--device", "cpu", "--features", f"classifier={judge}", *words)
 
 
 def test_writes_all_numbers_a_page_a_picture_and_one_ledger_row(
@@ -180,7 +177,7 @@ def test_the_table_measures_each_tokenizer_once_and_writes_a_row_for_each(
     runs = [save_tiny_pretrained(tmp_path / name, seed=seed) for seed, name in enumerate(("one", "two"))]
     words = ["tokenizers", *runs, "--data", tiny_shards, "--device", "cpu", "--features", f"classifier={judge}"]
     words += ["--results", tmp_path / "results", "--num-images", 12]
-    assert call_command(paper, *words, command="table") == 0
+    assert call_command("table", *words) == 0
     folder = tmp_path / "results" / "shards"
     page = (folder / "tokenizers.md").read_text()
     assert page.count("4 x 4 of 16") == 2
@@ -190,7 +187,7 @@ def test_the_table_measures_each_tokenizer_once_and_writes_a_row_for_each(
     assert rows[0]["psnr_db"] != rows[1]["psnr_db"]
     module = "maskgit_pl.evaluation.reports.tokenizer_table.measure_tokenizer"
     monkeypatch.setattr(module, lambda *_, **__: pytest.fail("measured again"))
-    assert call_command(paper, *words, command="table") == 0
+    assert call_command("table", *words) == 0
     assert (folder / "tokenizers.md").read_text() == page
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from maskgit_pl import MaskGIT
 from maskgit_pl.cli import main
 from maskgit_pl.data.images import encode_png
-from maskgit_pl.evaluation.classifier_config import ClassifierConfig
+from maskgit_pl.evaluation.options import ClassifierConfig
 from maskgit_pl.networks.feature_networks import load_classifier
 from tests.conftest import flags, save_tiny_pretrained
 

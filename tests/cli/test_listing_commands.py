@@ -11,10 +11,9 @@ import pytest
 
 import maskgit_pl
 from maskgit_pl.cli import build_parser, main
-from maskgit_pl.cli.model import find_model
-from maskgit_pl.cli.plugins import REGISTRIES
-from maskgit_pl.runs.recipe import Recipe
-from maskgit_pl.runs.recipe_files import STAGES, list_recipes
+from maskgit_pl.cli.generation_flags import find_model
+from maskgit_pl.cli.listing import REGISTRIES
+from maskgit_pl.runs.recipe import STAGES, Recipe, list_recipes
 from maskgit_pl.runs.recipe_schema import load_schema
 from tests.installed_packages import install
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from maskgit_pl import __version__
-from maskgit_pl.cli import main, schedules
+from maskgit_pl.cli import listing, main
 
 
 def answer(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -90,7 +90,7 @@ def exits(code: str) -> object:
     ],
 )
 def test_a_plug_in_cannot_end_a_command_in_silence(capsys, monkeypatch, code):
-    monkeypatch.setattr(schedules, "run", exits(code))
+    monkeypatch.setattr(listing, "_run_schedules", exits(code))
     code, _, error = answer(capsys, "schedules")
     assert code == 70
     assert "was called by plugin, which may not end a command" in error
@@ -103,7 +103,7 @@ def test_a_fault_of_ours_is_no_bad_input(capsys, monkeypatch, error):
     def run(args: argparse.Namespace) -> int:
         raise error
 
-    monkeypatch.setattr(schedules, "run", run)
+    monkeypatch.setattr(listing, "_run_schedules", run)
     code, _, text = answer(capsys, "schedules")
     assert code == 70
     assert text.startswith("Traceback")
@@ -115,14 +115,14 @@ def test_ctrl_c_ends_a_command_with_one_line_and_130(capsys, monkeypatch):
     def run(args: argparse.Namespace) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(schedules, "run", run)
+    monkeypatch.setattr(listing, "_run_schedules", run)
     assert answer(capsys, "schedules") == (130, "", "maskgit schedules: interrupted\n")
 
 
 def test_ctrl_c_within_exec_of_a_string_ends_python_m_with_130(tmp_path: Path):
     (tmp_path / "interrupted.py").write_text(
-        "import runpy\nfrom maskgit_pl.cli import schedules\n"
-        "schedules.run = lambda args: exec('raise KeyboardInterrupt')\n"
+        "import runpy\nfrom maskgit_pl.cli import listing\n"
+        "listing._run_schedules = lambda args: exec('raise KeyboardInterrupt')\n"
         "runpy.run_module('maskgit_pl', run_name='__main__')\n"
     )
     done = subprocess.run(

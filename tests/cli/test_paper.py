@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from maskgit_pl.cli import _flags_of, ablation, main, paper
 from maskgit_pl.evaluation import evaluator
-from maskgit_pl.evaluation.classifier_config import CASConfig
 from maskgit_pl.evaluation.ledger import Ledger
+from maskgit_pl.evaluation.options import CASConfig
 from maskgit_pl.pipeline.pretrained import read_config
 from tests.conftest import flags, save_tiny_pretrained
 
@@ -37,8 +37,8 @@ def runs(tmp_path: Path) -> list[Path]:
 def call(command: str, *words: object) -> int:
     parser = argparse.ArgumentParser()
     subparsers = parser.add_subparsers(dest="command")
-    paper.add_parser(subparsers)
-    ablation.add_parser(subparsers)
+    paper.add_paper_parser(subparsers)
+    ablation.add_ablation_parser(subparsers)
     args = parser.parse_args([command, *map(str, words)])
     args.overrides, args.flags = [], _flags_of(parser, [command])
     code: int = args.run(args)
@@ -267,7 +267,7 @@ def test_an_ablation_trains_measures_and_goes_on(
 
     def ablate() -> None:
         parser = argparse.ArgumentParser()
-        ablation.add_parser(parser.add_subparsers(dest="command"))
+        ablation.add_ablation_parser(parser.add_subparsers(dest="command"))
         words = [
             "ablation", "--schedules", "cosine", "--dataset", "shoes", "--runs-folder", tmp_path / "runs",
             "--tokenizer", tokenizer, "--num-steps", "2,4", *common(tiny_shards, judge, tmp_path / "results"),

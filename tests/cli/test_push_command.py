@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from maskgit_pl import MaskGIT
 from maskgit_pl.cli import main
 from maskgit_pl.files import sha256_of
-from maskgit_pl.pipeline.decoding_file import save_decoding
+from maskgit_pl.pipeline.pretrained import save_decoding
 from tests.conftest import save_tiny_pretrained
 from tests.local_hub import LocalHub, local_hub
 

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from maskgit_pl.cli import main, sample
-from maskgit_pl.cli.decoding_flags import read_decoding_flags
+from maskgit_pl.cli.generation_flags import read_decoding_flags
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.networks.feature_networks import ClassifierSizes, create_classifier, describe_classifier
 from maskgit_pl.pipeline import MaskGIT, sharing
@@ -26,12 +26,12 @@ from tests.conftest import CLASSES
 
 
 def call(*words: object) -> int:
-    return call_command(sample, *words, "--device", "cpu")
+    return call_command("sample", *words, "--device", "cpu")
 
 
 def namespace(*words: object) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    sample.add_parser(parser.add_subparsers())
+    sample.add_sample_parser(parser.add_subparsers())
     return parser.parse_args(["sample", "run", *map(str, words)])
 
 
@@ -340,7 +340,7 @@ def save_classifier(folder: Path, class_names: tuple[str, ...] = CLASSES) -> Pat
 def test_accepted_images_are_those_of_the_printed_seeds(tiny_pretrained: Path, tmp_path: Path, capsys) -> None:
     classifier = save_classifier(tmp_path / "classifier")
     words = (tiny_pretrained, "--per-class", 2, "--accept-rate", 0.5, "--classifier", classifier, "--device", "cpu")
-    assert call_command(sample, *words, "--out", tmp_path / "best.png", "--images", tmp_path / "best") == 0
+    assert call_command("sample", *words, "--out", tmp_path / "best.png", "--images", tmp_path / "best") == 0
     out = capsys.readouterr().out
     assert f"accepted 6 of 12 candidates (50.0%) by {classifier}" in out
     seeds = [int(word) for word in re.search("seeds: ([0-9, ]+)", out)[1].split(",")]
@@ -358,7 +358,7 @@ def test_many_accepted_images_come_with_their_seeds(tiny_pretrained: Path, tmp_p
     classifier = save_classifier(tmp_path / "classifier")
     words = (tiny_pretrained, "--num-images", 6, "--accept-rate", 0.25, "--device", "cpu")
     out = tmp_path / "best.npz"
-    assert call_command(sample, *words, "--classifier", classifier, "--out", out) == 0
+    assert call_command("sample", *words, "--classifier", classifier, "--out", out) == 0
     assert "accepted 6 of 24 candidates (25.0%)" in capsys.readouterr().out
     with np.load(out) as arrays:
         assert arrays["seeds"].shape == (6,)
@@ -388,5 +388,5 @@ def test_refuses_an_acceptance_that_cannot_be(
         "OTHER": save_classifier(tmp_path / "other", ("Bag", *CLASSES[1:])),
     }
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        call_command(sample, tiny_pretrained, "--device", "cpu", *(folders.get(word, word) for word in words))
+        call_command("sample", tiny_pretrained, "--device", "cpu", *(folders.get(word, word) for word in words))
     assert not list(tmp_path.glob("*.npz")) + list(tmp_path.glob("*.png"))

@@ -3,13 +3,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from maskgit_pl.cli import schedules
 from maskgit_pl.schedules import mask_schedules
 from tests.cli.commands import call_command
 
 
 def call(*words: str) -> int:
-    return call_command(schedules, *words)
+    return call_command("schedules", *words)
 
 
 def test_every_schedule_that_needs_no_argument_has_a_row(capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,7 +102,7 @@ def test_what_cannot_be_is_refused_in_a_line(environment, tiny_shards, tiny_pret
 def test_lines_tell_speed_and_rest_where_there_is_no_terminal(
     environment, tiny_shards, tiny_pretrained, tmp_path, caplog
 ):
-    environment.setattr("maskgit_pl.progress._SECONDS_BETWEEN_LINES", 0.0)
+    environment.setattr("maskgit_pl.processes._SECONDS_BETWEEN_LINES", 0.0)
     environment.setattr(logging.getLogger("maskgit_pl"), "propagate", True)
     environment.setattr("maskgit_pl.cli._print_log", lambda: None)
     with caplog.at_level(logging.INFO, "maskgit_pl"):

@@ -6,7 +6,7 @@ import pytest
 
 from maskgit_pl.cli import main
 from maskgit_pl.data import manifest
-from maskgit_pl.evaluation import classifier_training
+from maskgit_pl.evaluation import classifier, model_evaluation
 from maskgit_pl.networks.feature_networks import load_classifier
 from tests.conftest import CLASSES
 
@@ -36,7 +36,7 @@ def test_it_trains_once_and_says_how_good_it_is(tiny_shards, tmp_path, capsys):
 @pytest.mark.slow
 def test_a_network_of_timm_goes_where_the_data_say(tiny_shards, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(classifier_training, "available_cores", lambda: 1)
+    monkeypatch.setattr(classifier, "available_cores", lambda: 1)
     assert call(tiny_shards, "--model", "resnet10t", "--max-steps", "2", "--batch-size", "4", "--image-size", "16") == 0
     assert (tmp_path / "runs" / "shards-classifier" / "resnet10t" / "model.safetensors").is_file()
 
@@ -82,6 +82,6 @@ def test_data_that_are_not_there_are_said(tmp_path, capsys):
 def test_images_of_several_sizes_need_one(tiny_shards, monkeypatch, capsys):
     varied = manifest.ImageRange((8, 12), (8, 20), (1,))
     plain = manifest.read_manifest_summary(tiny_shards)
-    monkeypatch.setattr(manifest, "read_manifest_summary", lambda folder: replace(plain, images=varied))
+    monkeypatch.setattr(model_evaluation, "read_manifest_summary", lambda folder: replace(plain, images=varied))
     assert call(tiny_shards) == 2
     assert "--image-size must be given for data" in capsys.readouterr().err

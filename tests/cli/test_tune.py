@@ -6,14 +6,13 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from maskgit_pl.cli import compare, main, tune
+from maskgit_pl.cli import main
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation import evaluator
 from maskgit_pl.evaluation.ledger import Ledger, Row
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.pipeline.bundled import bundled_models
-from maskgit_pl.pipeline.decoding_file import read_decoding, save_decoding
-from maskgit_pl.pipeline.pretrained import fingerprint
+from maskgit_pl.pipeline.pretrained import fingerprint, read_decoding, save_decoding
+from maskgit_pl.pipeline.sharing import bundled_models
 from tests.cli.commands import call_command
 from tests.conftest import save_tiny_pretrained
 
@@ -23,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("quick_judge")
 
 
 def call(*words: object) -> int:
-    return call_command(tune, *words, "--device", "cpu")
+    return call_command("tune", *words, "--device", "cpu")
 
 
 def lines(folder: Path) -> list[Row]:
@@ -196,8 +195,8 @@ def test_out_has_a_ledger_of_its_own(run_folder: Path, tiny_shards: Path, tmp_pa
 def test_compare_finds_what_tune_has_measured(run_folder: Path, tiny_shards: Path, capsys) -> None:
     words = (run_folder, "--data", tiny_shards, "--num-images", 6, "--device", "cpu")
     save_decoding(run_folder / "pretrained", DecodingConfig(4, "halton"))
-    call_command(tune, *words, "--trials", 1, "--no-plot")
-    call_command(compare, *words, "--num-steps", 4, "--selectors", "halton")
+    call_command("tune", *words, "--trials", 1, "--no-plot")
+    call_command("compare", *words, "--num-steps", 4, "--selectors", "halton")
     assert "measured 0 rows, reused 1" in capsys.readouterr().out
 
 
@@ -264,7 +263,7 @@ def test_the_page_is_written_even_if_the_decoding_cannot_be(
     def full(*_: object, **__: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("maskgit_pl.pipeline.decoding_file.save_decoding", full)
+    monkeypatch.setattr("maskgit_pl.pipeline.pretrained.save_decoding", full)
     with pytest.raises(OSError, match="no space left"):
         call(run_folder, "--data", tiny_shards, "--num-images", 12, "--trials", 6, "--num-steps", "2-4")
     assert "## Second measurement" in (run_folder / "tuning" / "tuning.md").read_text()

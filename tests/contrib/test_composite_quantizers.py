@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from maskgit_pl.networks.quantizers import quantizers
-from maskgit_pl.networks.quantizers.estimators import rotate_to_codes
+from maskgit_pl.networks.quantizers.base import rotate_to_codes
 from tests.networks.test_quantizers_formulas import build, clusters, features, rows_of
 
 

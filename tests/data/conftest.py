@@ -11,7 +11,7 @@ import webdataset
 from PIL import Image
 
 from maskgit_pl.data.index import index_shards
-from maskgit_pl.data.shard_files import find_shards
+from maskgit_pl.data.reader import find_shards
 
 
 class Tars:

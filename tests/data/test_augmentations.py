@@ -15,8 +15,7 @@ from maskgit_pl.data.batches import ImageBatches
 from maskgit_pl.data.images import encode_png
 from maskgit_pl.data.manifest import load_manifest
 from maskgit_pl.data.reader import ShardReader
-from maskgit_pl.data.store_description import augmentations_text
-from maskgit_pl.data.token_store import open_store
+from maskgit_pl.data.token_store import augmentations_text, open_store
 from tests.data_folders import save_data
 
 LISTS = [[name] for name in augmentations.names()] + [

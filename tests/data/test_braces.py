@@ -4,8 +4,7 @@ import random
 import pytest
 from braceexpand import braceexpand
 
-from maskgit_pl.data.braces import count_names, expand_braces
-from maskgit_pl.data.shard_files import find_shards
+from maskgit_pl.data.reader import count_names, expand_braces, find_shards
 
 PIECES = ["{", "}", ",", "\\", "a", "1", "..", "{1..3}", "{c..a}", "{Y..b}", "{x,y}", "{03..1..2}", "{-2..2..0}"]
 

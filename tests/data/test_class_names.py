@@ -1,6 +1,6 @@
 import pytest
 
-from maskgit_pl.data.class_names import parse_class_names
+from maskgit_pl.data.samples import parse_class_names
 
 
 def test_names_stand_after_commas_or_one_a_line_of_a_file(tmp_path):

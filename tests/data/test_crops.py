@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from maskgit_pl.data.crops import crop_to_shape, fit_image
+from maskgit_pl.data.images import crop_to_shape, fit_image
 
 SIZES = [8, (8, 16), (24, 40), (7, 3), (1, 9)]
 

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskgit_pl.cli import data
-from maskgit_pl.data.duplicates import Duplicates, find_duplicates
 from maskgit_pl.data.manifest import load_manifest
-from maskgit_pl.data.report import duplicate_lines
+from maskgit_pl.data.stats import Duplicates, find_duplicates
+from maskgit_pl.data.verify import duplicate_lines
 from tests.cli.commands import call_command
 from tests.data_folders import save_data
 
@@ -76,10 +75,10 @@ def test_pixels_find_what_was_compressed_again_and_not_other_shapes(tmp_path):
 
 
 def test_files_of_a_length_of_their_own_are_not_read(tmp_path, monkeypatch):
-    from maskgit_pl.data import duplicates
+    from maskgit_pl.data import stats
 
     read = []
-    monkeypatch.setattr(duplicates.ShardReader, "read", lambda self, index: read.append(index) or b"%d" % index)
+    monkeypatch.setattr(stats.ShardReader, "read", lambda self, index: read.append(index) or b"%d" % index)
     assert find(tmp_path / "data", [(b"a", 0), (b"bb", 0), (b"ccc", 0), (b"dd", 0)], [(b"eeee", 0)]).pairs == ()
     assert read == [1, 3]
 
@@ -92,13 +91,13 @@ def test_a_folder_without_duplicates_says_so(tmp_path):
 
 def test_the_command_prints_them_as_text_and_as_json(tmp_path, capsys):
     find(tmp_path / "data", [(png(0), 0), (png(1), 1), (png(0), 0)], [(png(1), 1), (png(2), 1)])
-    call_command(data, "stats", tmp_path / "data")
+    call_command("data", "stats", tmp_path / "data")
     assert "  1 of 2 val images (50.0%) are in train" in capsys.readouterr().out
-    call_command(data, "stats", tmp_path / "data", "--json", "--decode")
+    call_command("data", "stats", tmp_path / "data", "--json", "--decode")
     found = json.loads(capsys.readouterr().out)
     assert found["duplicates"]["compared"] == "pixels"
     assert found["duplicates"]["share_of_val"] == 0.5
     assert found["splits"]["train"]["classes"] == [2, 1, 0]
     assert found["images"] == {"height": [8, 8], "width": [8, 8], "channels": [3]}
-    call_command(data, "stats", tmp_path / "data", "--json", "--no-duplicates")
+    call_command("data", "stats", tmp_path / "data", "--json", "--no-duplicates")
     assert json.loads(capsys.readouterr().out)["duplicates"] is None

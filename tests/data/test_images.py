@@ -13,12 +13,12 @@ import pytest
 import torch
 from PIL import Image, ImageCms, ImageOps
 
-from maskgit_pl.data.crops import fit_image
 from maskgit_pl.data.images import (
     UnreadableImageError,
     check_complete,
     decode_image,
     encode_png,
+    fit_image,
     load_image,
     load_image_into,
     parse_image_header,

@@ -12,12 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskgit_pl.data.index import index_shards
-from maskgit_pl.data.labels import parse_label
+from maskgit_pl.data.index import PROGRESS, index_shards
 from maskgit_pl.data.manifest import load_manifest, read_manifest_summary
-from maskgit_pl.data.reader import ShardReader
-from maskgit_pl.data.scan_progress import PROGRESS
-from maskgit_pl.data.shard_files import find_shards, locate_shards, split_shards
+from maskgit_pl.data.reader import ShardReader, find_shards, locate_shards, split_shards
+from maskgit_pl.data.samples import parse_label
 
 
 def index_one(path, **options):

@@ -20,8 +20,7 @@ from maskgit_pl.data.manifest import (
     read_manifest_summary,
     save_manifest,
 )
-from maskgit_pl.data.reader import ShardReader
-from maskgit_pl.data.shard_files import find_shards
+from maskgit_pl.data.reader import ShardReader, find_shards
 from maskgit_pl.data.verify import verify_shards
 
 

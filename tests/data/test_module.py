@@ -11,10 +11,10 @@ from torch import nn
 from maskgit_pl.data import ShardData, ShardDataConfig, ShuffledStream, describe_store, flip, tokenize
 from maskgit_pl.data.images import encode_png
 from maskgit_pl.data.index import index_shards
+from maskgit_pl.data.reader import find_shards
 from maskgit_pl.data.samples import Sample
-from maskgit_pl.data.shard_files import find_shards
 from maskgit_pl.data.writer import write_split
-from maskgit_pl.pipeline.imaging_pixels import to_unit_range
+from maskgit_pl.pipeline.grids import to_unit_range
 
 NUM_TRAIN, NUM_VAL = 23, 11
 

@@ -1,6 +1,6 @@
 import pytest
 
-from maskgit_pl.data.shard_files import find_shards, locate_shards, split_shards
+from maskgit_pl.data.reader import find_shards, locate_shards, split_shards
 
 
 def test_test_shards_beside_val_shards_are_neither(tars, tmp_path):

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from maskgit_pl.data.store_description import StoreDescription
-from maskgit_pl.data.token_store import TokenReader, is_complete, open_store
-from maskgit_pl.data.token_writer import StoreParts
+from maskgit_pl.data.token_store import StoreDescription, TokenReader, is_complete, open_store
+from maskgit_pl.data.tokenizing import StoreParts
 from maskgit_pl.data.verify import verify_store
 from maskgit_pl.errors import DataChangedError
 

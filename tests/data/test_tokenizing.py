@@ -23,9 +23,8 @@ from maskgit_pl.data.batches import ImageBatches
 from maskgit_pl.data.images import encode_png
 from maskgit_pl.data.index import index_shards
 from maskgit_pl.data.manifest import load_manifest
-from maskgit_pl.data.reader import ShardReader
+from maskgit_pl.data.reader import ShardReader, find_shards
 from maskgit_pl.data.samples import Sample
-from maskgit_pl.data.shard_files import find_shards
 from maskgit_pl.data.token_store import open_store
 from maskgit_pl.data.tokenizing import Outcome
 from maskgit_pl.data.writer import write_split

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from maskgit_pl.data.unreadable import (
+from maskgit_pl.data.samples import (
     ALWAYS_ALLOWED,
     MAX_IN_A_ROW,
     DataBudgetError,

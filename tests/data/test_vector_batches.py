@@ -21,10 +21,9 @@ from maskgit_pl.data import (
 from maskgit_pl.data.images import encode_png
 from maskgit_pl.data.index import index_shards
 from maskgit_pl.data.manifest import read_manifest_summary
+from maskgit_pl.data.reader import find_shards
 from maskgit_pl.data.samples import Sample
-from maskgit_pl.data.shard_files import find_shards
-from maskgit_pl.data.store_description import read_description
-from maskgit_pl.data.token_store import open_store
+from maskgit_pl.data.token_store import open_store, read_description
 from maskgit_pl.data.verify import verify_store
 from maskgit_pl.data.writer import write_split
 from maskgit_pl.errors import DataChangedError

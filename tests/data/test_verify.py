@@ -9,7 +9,7 @@ from PIL import Image
 
 from maskgit_pl.data.index import index_shards
 from maskgit_pl.data.manifest import load_manifest, load_manifests, save_manifest
-from maskgit_pl.data.shard_files import find_shards
+from maskgit_pl.data.reader import find_shards
 from maskgit_pl.data.verify import verify_shards
 
 SECOND = 4 * 512  # where the second sample begins: image and label take two blocks each

@@ -18,8 +18,7 @@ import torch
 import webdataset
 from PIL import Image
 
-from maskgit_pl.data.crops import fit_image
-from maskgit_pl.data.images import decode_image
+from maskgit_pl.data.images import decode_image, fit_image
 from maskgit_pl.data.manifest import load_manifest, read_manifest_summary
 from maskgit_pl.data.reader import ShardReader
 from maskgit_pl.data.sources.idx import IdxFiles

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from maskgit_pl.decoding import DecodingConfig, DecodingStep, ParallelDecoder, SeededNoise
 from maskgit_pl.decoding.selectors import Candidates, Confidence, Decided, TokenSelector, token_selectors
-from maskgit_pl.halton import halton_order
-from maskgit_pl.schedules import mask_schedules
+from maskgit_pl.schedules import halton_order, mask_schedules
 
 NUM_CODES, MASK, GRID = 7, 7, (3, 8)
 NUM_TOKENS = math.prod(GRID)

@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from maskgit_pl.evaluation.classifier_training import TrainingImages
+from maskgit_pl.evaluation.classifier import TrainingImages
 from maskgit_pl.evaluation.features import Extractor
-from maskgit_pl.networks.feature_network import FeatureOutput
+from maskgit_pl.networks.feature_networks import FeatureOutput
 
 
 class Few(nn.Module):

@@ -2,7 +2,7 @@
 
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.comparison import list_selectors
-from maskgit_pl.evaluation.schedule_curves import Curves, ScheduleCurves
+from maskgit_pl.evaluation.decoding_search import Curves, ScheduleCurves
 from maskgit_pl.evaluation.search_space import SearchSpace
 
 FID = "fid/classifier"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from maskgit_pl.evaluation.acceptance import generate_accepted, num_candidates
+from maskgit_pl.evaluation.generation import generate_accepted, num_candidates
 from maskgit_pl.networks.feature_networks import ClassifierSizes, FrozenClassifier, create_classifier
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.acceptance import Acceptance

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from maskgit_pl import evaluation
-from maskgit_pl.evaluation import classifier_training
-from maskgit_pl.evaluation.classifier_config import ClassifierConfig
+from maskgit_pl.evaluation import classifier
+from maskgit_pl.evaluation.options import ClassifierConfig
 
 
 def test_importing_the_package_and_its_functions_imports_nothing_heavy() -> None:
@@ -42,9 +42,9 @@ def test_other_names_are_refused() -> None:
 def run(tiny_pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run of its own, whose classifier is trained for a moment."""
     shutil.copytree(tiny_pretrained, tmp_path / "run" / "pretrained")
-    quick, plain = ClassifierConfig(width=4, max_steps=3, batch=20), classifier_training.obtain_classifier
+    quick, plain = ClassifierConfig(width=4, max_steps=3, batch=20), classifier.obtain_classifier
     monkeypatch.setattr(
-        classifier_training, "obtain_classifier", lambda *args, **options: plain(*args, **options | {"config": quick})
+        classifier, "obtain_classifier", lambda *args, **options: plain(*args, **options | {"config": quick})
     )
     return tmp_path / "run"
 

@@ -11,13 +11,12 @@ from torch import Tensor
 
 from maskgit_pl.data import InOrder, ShardData, ShardDataConfig
 from maskgit_pl.evaluation import cas as module
-from maskgit_pl.evaluation import classifier_training
+from maskgit_pl.evaluation import classifier
 from maskgit_pl.evaluation.cas import classification_accuracy
-from maskgit_pl.evaluation.classifier import Accuracy
-from maskgit_pl.evaluation.classifier_config import CASConfig
-from maskgit_pl.evaluation.classifier_training import TrainingImages
+from maskgit_pl.evaluation.classifier import Accuracy, TrainingImages
 from maskgit_pl.evaluation.generation import GeneratedImages
 from maskgit_pl.evaluation.npz import open_samples
+from maskgit_pl.evaluation.options import CASConfig
 from tests.evaluation.feature_networks import in_memory
 
 QUICK = CASConfig(model="small", width=8, max_steps=150, batch=20, peak_rate=4e-3)
@@ -144,7 +143,7 @@ def test_small_images_are_for_the_smaller_network() -> None:
 
 @pytest.mark.slow
 def test_a_network_of_timm_is_tested_too(data: ShardData, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(classifier_training, "available_cores", lambda: 1)
+    monkeypatch.setattr(classifier, "available_cores", lambda: 1)
     accuracy = classification_accuracy(taught(*real(data), data), data, CASConfig(max_steps=3, batch=4).for_images(8))
     assert 0 <= accuracy.top1 <= accuracy.top5 == 1
 

@@ -10,18 +10,20 @@ import torch
 import torch.distributed as dist
 
 from maskgit_pl.data import InOrder, ShardData, ShardDataConfig
-from maskgit_pl.evaluation import classifier_training as module
-from maskgit_pl.evaluation.classifier import Accuracy, Classifier, count_hits
-from maskgit_pl.evaluation.classifier_config import ClassifierConfig
-from maskgit_pl.evaluation.classifier_training import (
+from maskgit_pl.evaluation import classifier as module
+from maskgit_pl.evaluation.classifier import (
+    Accuracy,
+    Classifier,
     TrainingImages,
+    count_hits,
     fit_classifier,
     is_trained,
     measure_accuracy,
     obtain_classifier,
     provide_classifier,
 )
-from maskgit_pl.evaluation.extractors import check_features, open_extractors
+from maskgit_pl.evaluation.metrics import check_features, open_extractors
+from maskgit_pl.evaluation.options import ClassifierConfig
 from maskgit_pl.files import write_tensors
 from maskgit_pl.networks.feature_networks import load_classifier
 from maskgit_pl.networks.weights import read_tensors

@@ -1,5 +1,5 @@
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.evaluation.decodings import choose_plot_steps, decoding_key, describe_decoding, with_steps
+from maskgit_pl.evaluation.options import choose_plot_steps, decoding_key, describe_decoding, with_steps
 
 
 def test_another_number_of_steps_drops_the_tokens_per_step() -> None:

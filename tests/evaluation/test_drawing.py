@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 
-from maskgit_pl.evaluation.drawing import spread
+from maskgit_pl.evaluation.pages import spread
 
 
 def test_names_at_the_ends_of_lines_keep_their_order_and_their_distance() -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskgit_pl.evaluation.digests import model_digests
-from maskgit_pl.evaluation.measurement_options import MeasurementOptions
+from maskgit_pl.evaluation.features import model_digests
 from maskgit_pl.evaluation.opening import open_model
+from maskgit_pl.evaluation.options import MeasurementOptions
 from maskgit_pl.evaluation.run_folders import find_run
 
 

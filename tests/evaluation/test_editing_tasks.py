@@ -5,7 +5,7 @@ from typing import get_args
 import pytest
 import torch
 
-from maskgit_pl.evaluation.editing_tasks import Task, edit, hide_pixels, make_hidden_mask
+from maskgit_pl.evaluation.generation import Task, edit, hide_pixels, make_hidden_mask
 from maskgit_pl.pipeline import MaskGIT
 
 TASKS = get_args(Task)

@@ -11,15 +11,14 @@ import torch
 from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation import evaluator as module
-from maskgit_pl.evaluation import feature_metrics
+from maskgit_pl.evaluation import metrics as feature_metrics
 from maskgit_pl.evaluation.classifier import Accuracy
-from maskgit_pl.evaluation.classifier_config import CASConfig
 from maskgit_pl.evaluation.distances import distances
-from maskgit_pl.evaluation.evaluated_model import EvaluatedModel
-from maskgit_pl.evaluation.evaluator import Evaluator, collect_numbers
-from maskgit_pl.evaluation.feature_metrics import FeatureMetrics
+from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, collect_numbers
 from maskgit_pl.evaluation.features import extract
 from maskgit_pl.evaluation.ledger import Ledger, Row
+from maskgit_pl.evaluation.metrics import FeatureMetrics
+from maskgit_pl.evaluation.options import CASConfig
 from maskgit_pl.evaluation.reference import Reference, obtain_references, read_real_labels, read_references
 from maskgit_pl.pipeline import MaskGIT
 from tests.conftest import save_tiny_pretrained, save_uneven_shards

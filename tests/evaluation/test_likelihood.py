@@ -19,7 +19,7 @@ from maskgit_pl.evaluation.likelihood import (
 )
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.pipeline.imaging_pixels import to_unit_range
+from maskgit_pl.pipeline.grids import to_unit_range
 from maskgit_pl.schedules import mask_schedules, num_masked
 from tests.forked import run_ranks
 

@@ -1,6 +1,6 @@
 import pytest
 
-from maskgit_pl.evaluation.measurement_options import default_steps, round_to_classes
+from maskgit_pl.evaluation.options import default_steps, round_to_classes
 
 
 def test_all_classes_have_the_same_number_of_images_at_least_two() -> None:

@@ -3,8 +3,9 @@ from types import SimpleNamespace
 import pytest
 
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.evaluation.decoding_search import SearchResult, Trial
-from maskgit_pl.evaluation.schedule_curves import (
+from maskgit_pl.evaluation.decoding_search import (
+    SearchResult,
+    Trial,
     draw_curves,
     find_schedule_trial,
     measure_curves,

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from maskgit_pl.evaluation.tiling import reconstruct_in_tiles, tile_starts
+from maskgit_pl.evaluation.tokenizer_measurement import reconstruct_in_tiles, tile_starts
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 
 

@@ -5,8 +5,7 @@ import pytest
 from rich.console import Console
 
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.evaluation.decoding_search import SearchResult, Trial
-from maskgit_pl.evaluation.tuning_report import make_page, make_table
+from maskgit_pl.evaluation.decoding_search import SearchResult, Trial, make_page, make_table
 from tests.evaluation.searching import CURVES, FID, OWN, numbers
 from tests.hostile_words import HOSTILE
 from tests.test_text import structure

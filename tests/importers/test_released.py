@@ -11,8 +11,8 @@ import torch
 from maskgit_pl import importers
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.importers.flax import read_flax
-from maskgit_pl.importers.released import import_jax
-from maskgit_pl.importers.released_weights import (
+from maskgit_pl.importers.released import (
+    import_jax,
     parameters,
     tokenizer_config,
     tokenizer_weights,

@@ -20,12 +20,12 @@ from maskgit_pl.importers.files import check_torch_file
 from maskgit_pl.importers.layouts import tokenizer_weights
 from maskgit_pl.importers.taming import LLAMAGEN, TAMING
 from maskgit_pl.importers.tokenizers import import_tokenizer, tokenizer_layout_of
-from maskgit_pl.networks.discriminator import DiscriminatorConfig
+from maskgit_pl.networks.discriminators import DiscriminatorConfig
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pipeline.pretrained import fingerprint, load_tokenizer
 from maskgit_pl.training.learning_rates import LearningRate
-from maskgit_pl.training.token_model_config import check_tokenizer
+from maskgit_pl.training.optimized_model import check_tokenizer
 from maskgit_pl.training.tokenizer_losses import AdversarialConfig
 from tests.modules import masked_model, tokenizer_model
 

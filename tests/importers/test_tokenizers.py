@@ -7,8 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from maskgit_pl.importers.layouts import tokenizer_weights
-from maskgit_pl.importers.magvit2 import OPEN_MAGVIT2
-from maskgit_pl.importers.maskbit import MASKBIT, OPEN_MUSE
+from maskgit_pl.importers.magvit2 import MASKBIT, OPEN_MAGVIT2, OPEN_MUSE
 from maskgit_pl.importers.taming import DIFFUSERS
 from maskgit_pl.importers.tokenizers import import_tokenizer, tokenizer_layout_of
 from maskgit_pl.networks.vqgan import VQGANConfig

@@ -13,7 +13,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.data import AttributeDict
 
-from maskgit_pl.importers.torch_file import read_checkpoint
+from maskgit_pl.importers.layouts import read_checkpoint
 
 WEIGHTS = {"layer.weight": torch.arange(3.0)}
 

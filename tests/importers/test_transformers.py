@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from maskgit_pl.halton import halton_order
 from maskgit_pl.importers.halton import HALTON
 from maskgit_pl.importers.maskgil import MASKGIL
 from maskgit_pl.importers.transformers import import_transformer, transformer_layout_of
@@ -19,6 +18,7 @@ from maskgit_pl.networks.adaln import AdaLNConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.pretrained import load_tokenizer, load_transformer, save_tokenizer
+from maskgit_pl.schedules import halton_order
 from tests.importers.transformer_references import (
     HALTON_SIZES,
     MASKGIL_SIZES,

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from maskgit_pl.importers.layouts import remove_wrappers
 from maskgit_pl.importers.tokenizers import import_tokenizer
-from maskgit_pl.importers.torch_file import remove_wrappers
 from maskgit_pl.pipeline.pretrained import load_tokenizer
 from tests.importers.test_taming import reference, save
 from tests.importers.test_tokenizers import center_features, check_same, maskbit_model

@@ -18,15 +18,15 @@ from maskgit_pl.networks.backbone import (
     BackboneConfig,
     backbones,
     build_config,
+    create_network,
 )
-from maskgit_pl.networks.backbone_contract import create_network
 from maskgit_pl.networks.int8 import quantize
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.fine_tuning import weights_for
 from maskgit_pl.pipeline.pretrained import fingerprint, load_transformer, save_tokenizer, save_transformer
 from maskgit_pl.runs import layers
-from maskgit_pl.training.compile_and_checkpointing import prepare_blocks
 from maskgit_pl.training.optimizers import parameter_groups
+from maskgit_pl.training.strategies import prepare_blocks
 from tests.modules import masked_model
 from tests.networks.backbone_cases import all_configs, create, inputs, small_config, with_dropout
 from tests.short_runs import data, fit
@@ -459,7 +459,7 @@ def test_a_network_without_linear_layers_is_refused_by_int8():
 
 def test_tables_that_a_plugin_does_not_declare_cannot_follow_another_grid():
     config = LinearConfig(16, 3, (3, 4))
-    from maskgit_pl.pipeline.networks import PretrainedTransformer
+    from maskgit_pl.pipeline.fine_tuning import PretrainedTransformer
 
     given = PretrainedTransformer(create(config), None, DecodingConfig(num_steps=1), ("a", "b", "c"), "")
     assert weights_for(config, given).keys() == {"table.weight", "own.weight"}

@@ -9,8 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from maskgit_pl.networks.backbone import BackboneConfig, backbones
-from maskgit_pl.training.compile_and_checkpointing import prepare_blocks
-from maskgit_pl.training.strategies import shard_blocks
+from maskgit_pl.training.strategies import prepare_blocks, shard_blocks
 from tests.forked import run_ranks
 from tests.networks.backbone_cases import create, inputs, small_config
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from maskgit_pl.image_format import height_width
-from maskgit_pl.networks.discriminator import Blur, Discriminator, DiscriminatorConfig
+from maskgit_pl.checks import height_width
+from maskgit_pl.networks.discriminators import Blur, Discriminator, DiscriminatorConfig
 
 
 @pytest.mark.parametrize(("image_size", "parameters"), [(256, 23_998_017), (512, 24_026_913)])

@@ -4,10 +4,16 @@ import pytest
 import torch
 
 from maskgit_pl import losses
-from maskgit_pl.image_format import height_width
-from maskgit_pl.networks.discriminator import DiscriminatorConfig
-from maskgit_pl.networks.discriminators import build_discriminator, discriminators, with_defaults
-from maskgit_pl.networks.patch_discriminator import ActNorm, PatchDiscriminator, PatchDiscriminatorConfig
+from maskgit_pl.checks import height_width
+from maskgit_pl.networks.discriminators import (
+    ActNorm,
+    DiscriminatorConfig,
+    PatchDiscriminator,
+    PatchDiscriminatorConfig,
+    build_discriminator,
+    discriminators,
+    with_defaults,
+)
 from maskgit_pl.training.tokenizer_losses import AdversarialConfig
 
 SMALL = {"stylegan": {"channel_multiplier": 1 / 64}, "patchgan": {"base_channels": 4, "num_layers": 2}}

@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from maskgit_pl.networks.feature_network import weights_digest
 from maskgit_pl.networks.feature_networks import (
     SMALL,
     ClassifierSizes,
     create_classifier,
     describe_classifier,
     load_classifier,
+    weights_digest,
 )
 from maskgit_pl.networks.features import feature_networks
 

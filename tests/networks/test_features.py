@@ -10,9 +10,8 @@ import torch
 from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from maskgit_pl.networks import feature_networks as classifier_module
 from maskgit_pl.networks import features as features_module
-from maskgit_pl.networks.feature_network import FeatureNetwork, weights_digest
+from maskgit_pl.networks.feature_networks import FeatureNetwork, weights_digest
 from maskgit_pl.networks.features import (
     ClassifierSpec,
     InceptionSpec,
@@ -257,7 +256,7 @@ def test_a_name_with_too_little_or_too_much_is_refused(text, match):
 
 def test_the_classifier_is_read_from_its_folder(monkeypatch, tmp_path):
     read = []
-    monkeypatch.setattr(classifier_module, "load_classifier", lambda folder: read.append(folder) or nn.Identity())
+    monkeypatch.setattr(features_module, "load_classifier", lambda folder: read.append(folder) or nn.Identity())
     assert isinstance(parse_feature_network(f"classifier={tmp_path}").create(), nn.Identity)
     assert read == [tmp_path]
 

@@ -5,10 +5,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskgit_pl.networks import feed_forward as module
+from maskgit_pl.networks import kernels as module
 from maskgit_pl.networks.adaln import AdaLNConfig
-from maskgit_pl.networks.feed_forward import _count_parts, feed_forward
-from maskgit_pl.networks.kernels import PackingLinear, _packed_dtypes, add_output, set_packing
+from maskgit_pl.networks.kernels import (
+    PackingLinear,
+    _count_parts,
+    _packed_dtypes,
+    add_output,
+    feed_forward,
+    set_packing,
+)
 from maskgit_pl.networks.transformer import TransformerConfig
 
 needs_bfloat16 = pytest.mark.skipif(

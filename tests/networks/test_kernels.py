@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from maskgit_pl.devices import has_bfloat16
+from maskgit_pl.distributed import has_bfloat16
 from maskgit_pl.networks.kernels import PackingLinear, _apply_gelu, _packed_dtypes, free_packed, set_packing
 
 DTYPES = [

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskgit_pl.networks import large_pages
+from maskgit_pl.networks import kernels
 from maskgit_pl.networks.kernels import PackingLinear, _packed_dtypes, set_packing
 from tests.forked import run_ranks
 
@@ -46,7 +46,7 @@ needs_large_pages = pytest.mark.skipif(
 def test_memory_moves_with_its_content():
     filled = torch.arange(8 * MB, dtype=torch.int32)
     before = large_mb()
-    large_pages.move(filled.data_ptr(), filled.nbytes)
+    kernels.move(filled.data_ptr(), filled.nbytes)
     assert large_mb() >= before + 16  # of 32: what the system cannot move stays
     assert torch.equal(filled, torch.arange(8 * MB, dtype=torch.int32))
 
@@ -59,7 +59,7 @@ def test_memory_that_is_hardly_used_stays_in_small_pages():
             region[place] = 1
         resident, large = resident_mb(), large_mb()
         view = ctypes.c_char.from_buffer(region)
-        large_pages.move(ctypes.addressof(view), 64 * MB)
+        kernels.move(ctypes.addressof(view), 64 * MB)
         del view
         assert large + 4 <= large_mb() <= large + 12
         assert resident_mb() < resident + 4
@@ -73,7 +73,7 @@ def test_what_is_stored_later_at_the_same_addresses_has_small_pages():
         del view
         before, values = large_mb(), b"x" * (8 * MB)
         region[:] = values
-        large_pages.move(address, 8 * MB)
+        kernels.move(address, 8 * MB)
         assert large_mb() >= before + 4
         region.madvise(mmap.MADV_DONTNEED)
         region[:] = values
@@ -87,15 +87,15 @@ def test_memory_that_is_gone_is_left_alone():
     address = ctypes.addressof(view)
     del view
     region.close()
-    large_pages.move(address, 8 * MB)
+    kernels.move(address, 8 * MB)
 
 
 @pytest.mark.parametrize("setting", [None, "always madvise [never]\n"])
 def test_nothing_moves_where_large_pages_are_off(monkeypatch, tmp_path, setting):
-    monkeypatch.setattr(large_pages, "_SETTINGS", tmp_path)
+    monkeypatch.setattr(kernels, "_SETTINGS", tmp_path)
     if setting:
         (tmp_path / "enabled").write_text(setting)
-    assert not large_pages.are_available.__wrapped__()
+    assert not kernels.are_available.__wrapped__()
 
 
 @pytest.mark.slow
@@ -111,7 +111,7 @@ def test_a_packed_weight_moves_once_it_was_used_often(dtype, features, moves):
 @pytest.mark.parametrize("dtype", _packed_dtypes())
 def test_only_large_packed_weights_are_moved(dtype, monkeypatch):
     moved = []
-    monkeypatch.setattr(large_pages, "move", lambda address, num_bytes: moved.append(num_bytes))
+    monkeypatch.setattr(kernels, "move", lambda address, num_bytes: moved.append(num_bytes))
     for features in (128, 1024):
         module = PackingLinear(features, 4 * features).to(dtype).requires_grad_(requires_grad=False)
         set_packing(module, enabled=True)

@@ -7,7 +7,7 @@ import torchvision
 from torchmetrics.functional.image import lpips as theirs
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-from maskgit_pl.networks.lpips import load_lpips
+from maskgit_pl.networks.perceptual import load_lpips
 
 MODELS = {"alex": torchvision.models.alexnet, "squeeze": torchvision.models.squeezenet1_1}
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from maskgit_pl.networks.magvit2 import AdaptiveGroupNorm
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
+from maskgit_pl.networks.vqgan_layouts import AdaptiveGroupNorm
 
 SMALL = {
     "base_channels": 8,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from maskgit_pl.networks.quantizers import quantizers
-from maskgit_pl.networks.quantizers.estimators import rotate_to_codes
+from maskgit_pl.networks.quantizers.base import rotate_to_codes
 
 
 def features(dim, *, batch=2, seed=0):

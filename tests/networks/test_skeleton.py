@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from maskgit_pl.networks.skeleton import skeletons
+from maskgit_pl.networks.weights import skeletons
 
 
 @pytest.mark.parametrize("build", [lambda: nn.Embedding(3, 4), lambda: nn.Linear(3, 4), lambda: nn.Conv2d(1, 2, 3)])

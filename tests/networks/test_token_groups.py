@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from maskgit_pl.decoding.autoguidance import apply_guidance
+from maskgit_pl.decoding.predictors import apply_guidance
 from maskgit_pl.losses import token_cross_entropy
 from maskgit_pl.networks.backbone import LARGEST_COMPOSED, Backbone, BackboneConfig
 from maskgit_pl.networks.quantizers import quantizers

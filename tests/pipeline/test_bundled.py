@@ -10,12 +10,9 @@ import torch
 from maskgit_pl import MaskGIT
 from maskgit_pl.cli import main
 from maskgit_pl.evaluation.run_folders import find_run
-from maskgit_pl.pipeline.bundled import bundled_models
-from maskgit_pl.pipeline.sharing import find_folder
-from maskgit_pl.runs.precision import choose_precision
-from maskgit_pl.runs.recipe import Recipe
-from maskgit_pl.runs.recipe_files import STAGES
-from maskgit_pl.runs.resolve import resolve
+from maskgit_pl.pipeline.sharing import bundled_models, find_folder
+from maskgit_pl.runs.recipe import STAGES, Recipe
+from maskgit_pl.runs.resolve import choose_precision, resolve
 
 NAME = "fashion-mnist-demo"
 MAX_BYTES = 6_000_000

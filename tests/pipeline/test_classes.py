@@ -1,6 +1,6 @@
 import pytest
 
-from maskgit_pl.pipeline.classes import class_ids, parse_class, parse_classes
+from maskgit_pl.pipeline.options import class_ids, parse_class, parse_classes
 
 NAMES = ("Ankle boot", "T-shirt", "7")
 

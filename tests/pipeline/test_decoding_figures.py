@@ -16,8 +16,7 @@ from maskgit_pl.pipeline.decoding_figures import (
     select_steps,
     token_panel,
 )
-from maskgit_pl.pipeline.grids import NEW, REMASKED, REQUESTED
-from maskgit_pl.pipeline.imaging_grids import save_gif
+from maskgit_pl.pipeline.grids import NEW, REMASKED, REQUESTED, save_gif
 from tests.pipeline.decoding_steps import STEPS, random_images
 
 GREY = (176, 176, 176)

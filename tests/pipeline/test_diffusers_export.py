@@ -15,9 +15,8 @@ from maskgit_pl.cli import main
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.files import sha256_of
 from maskgit_pl.pipeline import diffusers_export
-from maskgit_pl.pipeline.decoding_file import save_decoding
-from maskgit_pl.pipeline.diffusers_folder import DIFFUSERS_FILES
-from maskgit_pl.pipeline.pretrained import fingerprint, load_transformer, save_transformer
+from maskgit_pl.pipeline.pretrained import fingerprint, load_transformer, save_decoding, save_transformer
+from maskgit_pl.pipeline.sharing import DIFFUSERS_FILES
 from tests.conftest import save_tiny_pretrained
 from tests.local_hub import local_hub
 from tests.networks.backbone_cases import create, small_config

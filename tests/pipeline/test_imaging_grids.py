@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from maskgit_pl.pipeline.imaging_grids import image_grid, reconstruction_grid, save_images, save_png
+from maskgit_pl.pipeline.grids import image_grid, reconstruction_grid, save_images, save_png
 from tests.pipeline.decoding_steps import random_images
 
 

@@ -10,12 +10,8 @@ from maskgit_pl.networks.backbone import backbones, build_config
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.bulk import generate_many
-from maskgit_pl.pipeline.decoding_file import read_negative_model, save_decoding
 from maskgit_pl.pipeline.outline import Outline
-from maskgit_pl.pipeline.pretrained import (
-    load_transformer,
-    save_transformer,
-)
+from maskgit_pl.pipeline.pretrained import load_transformer, read_negative_model, save_decoding, save_transformer
 from tests.conftest import CLASSES, peak_predictions, save_tiny_pretrained
 
 SMALL = {"bert": {"embed_dim": 8, "depth": 1, "num_heads": 1, "mlp_dim": 8}}

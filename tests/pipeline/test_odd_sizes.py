@@ -7,7 +7,7 @@ from PIL import Image
 
 from maskgit_pl import MaskGIT
 from maskgit_pl.cli import main
-from maskgit_pl.evaluation import editing_tasks
+from maskgit_pl.evaluation import generation
 from maskgit_pl.pipeline.outline import Outline
 from tests.conftest import save_tiny_pretrained
 
@@ -52,10 +52,10 @@ def test_an_image_may_become_as_large_as_the_grid_of_the_model(pipe):
 @pytest.mark.parametrize("task", ["outpaint-right", "inpaint-centre"])
 def test_the_tasks_of_table_2_can_be_measured(pipe, task):
     images = torch.randint(256, (2, 1, 7, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    made = editing_tasks.edit(task, pipe, images, torch.tensor([0, 1]), seed=3)
+    made = generation.edit(task, pipe, images, torch.tensor([0, 1]), seed=3)
     assert made.shape == images.shape
-    hidden = editing_tasks.hide_pixels(task, pipe.tokenizer, images)
-    alone = pipe.inpaint(hidden[1], editing_tasks.make_hidden_mask(task, pipe.tokenizer), classes=[1], seed=4,
+    hidden = generation.hide_pixels(task, pipe.tokenizer, images)
+    alone = pipe.inpaint(hidden[1], generation.make_hidden_mask(task, pipe.tokenizer), classes=[1], seed=4,
                          output_type="pt")  # fmt: skip
     assert torch.equal(made[1], alone[0])  # image i has the seed of the first one plus i
 

@@ -6,7 +6,7 @@ import pytest
 
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.pipeline import EditOptions, GenerateOptions
-from maskgit_pl.pipeline.bulk_plan import BulkOptions
+from maskgit_pl.pipeline.bulk import BulkOptions
 from maskgit_pl.pipeline.options import SETTINGS, read_options, replace_settings
 
 OWN = DecodingConfig(4, "halton", {"name": "linear", "scale": 1.0}, tokens_per_step=(1, 1, 2, 12))

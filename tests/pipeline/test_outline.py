@@ -8,8 +8,8 @@ import pytest
 
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.pipeline.decoding_file import save_decoding
 from maskgit_pl.pipeline.outline import Outline
+from maskgit_pl.pipeline.pretrained import save_decoding
 from tests.conftest import save_tiny_pretrained
 
 

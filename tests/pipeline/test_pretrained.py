@@ -18,13 +18,14 @@ from maskgit_pl.files import write_tensors
 from maskgit_pl.networks.transformer import AutoregressiveTransformer, MaskedTransformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.networks.weights import read_tensors
-from maskgit_pl.pipeline.decoding_file import read_decoding, save_decoding
-from maskgit_pl.pipeline.networks import PretrainedTokenizer, images_at_once
+from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer, images_at_once
 from maskgit_pl.pipeline.pretrained import (
     fingerprint,
     load_tokenizer,
     load_transformer,
     read_config,
+    read_decoding,
+    save_decoding,
     save_tokenizer,
     save_transformer,
 )
@@ -439,7 +440,7 @@ def test_decoding_in_parts_gives_the_same_pictures(monkeypatch):
     tokenizer = PretrainedTokenizer(VQGAN(config).eval(), 8, "")
     tokens = torch.randint(0, 16, (7, 16), generator=torch.Generator().manual_seed(0))
     whole, parts, decode = tokenizer.decode(tokens), [], tokenizer.network.decode
-    monkeypatch.setattr("maskgit_pl.pipeline.networks._MAX_PIXELS", 3 * 8 * 8)
+    monkeypatch.setattr("maskgit_pl.pipeline.fine_tuning._MAX_PIXELS", 3 * 8 * 8)
     monkeypatch.setattr(tokenizer.network, "decode", lambda part, grid: parts.append(len(part)) or decode(part, grid))
     made = tokenizer.decode(tokens)
     assert parts == [3, 3, 1]

@@ -1,4 +1,4 @@
-from maskgit_pl.pipeline.recording import StepRecorder
+from maskgit_pl.pipeline.decoding_figures import StepRecorder
 from tests.pipeline.decoding_steps import step
 
 ALL = list(range(16))

@@ -8,12 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from maskgit_pl.pipeline.editing_canvas import (
-    Margins,
-    windows,
-)
 from maskgit_pl.pipeline.pixels import fit_to_model, image_pixels, mask_pixels
 from maskgit_pl.pipeline.regions import (
+    Margins,
     box_mask,
     composite,
     first_step,
@@ -22,6 +19,7 @@ from maskgit_pl.pipeline.regions import (
     seam,
     seam_radius,
     token_mask,
+    windows,
 )
 from tests.hostile_images import REFUSED, SPECIAL, write_refused
 

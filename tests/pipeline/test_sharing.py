@@ -12,7 +12,7 @@ import torch
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pipeline import MaskGIT, sharing
-from maskgit_pl.pipeline.decoding_file import read_decoding, save_decoding
+from maskgit_pl.pipeline.pretrained import read_decoding, save_decoding
 from tests.conftest import CLASSES, save_tiny_pretrained
 from tests.modules import masked_model
 

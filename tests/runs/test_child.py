@@ -30,7 +30,7 @@ sys.exit(3)
 """
 PARENT = """
 import os, sys
-from maskgit_pl.runs.child import run_maskgit
+from maskgit_pl.runs.ablation_plan import run_maskgit
 
 os.chdir(sys.argv[1])
 with open("output", "wb") as output:

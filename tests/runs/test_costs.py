@@ -10,7 +10,7 @@ import yaml
 from maskgit_pl.cli import main
 from maskgit_pl.data import Batch
 from maskgit_pl.losses import chunked_statistics, token_statistics
-from maskgit_pl.networks.discriminator import DiscriminatorConfig
+from maskgit_pl.networks.discriminators import DiscriminatorConfig
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.runs.costs import TokenizerCosts, TransformerCosts, _first_full_step, _one_image

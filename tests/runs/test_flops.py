@@ -10,9 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from maskgit_pl.networks.backbone import backbones
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.runs.flops import count_backbone, count_step, fake_tensors
-from maskgit_pl.runs.transformer import step_flops, transformer_activations
-from maskgit_pl.training.compile_and_checkpointing import prepare_blocks
+from maskgit_pl.runs.flops import count_backbone, count_step, fake_tensors, step_flops, transformer_activations
+from maskgit_pl.training.strategies import prepare_blocks
 from tests.networks.backbone_cases import inputs, small_config
 from tests.runs.live_bytes import LiveBytes
 

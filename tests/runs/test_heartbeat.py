@@ -13,7 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from maskgit_pl.errors import DataBudgetError
-from maskgit_pl.runs.heartbeat import Ending, Peers
+from maskgit_pl.runs.watchdog import Ending, Peers
 from tests.forked import PROCESSES
 
 

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import yaml
 
+from maskgit_pl.files import read_yaml
 from maskgit_pl.runs.build import build
 from maskgit_pl.runs.layers import Layer
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Recipe
-from maskgit_pl.safe_yaml import read_yaml
 from tests.conftest import flags
 
 TINY = Path(__file__).parents[1] / "tiny"

@@ -7,11 +7,11 @@ import pytest
 import yaml
 
 from maskgit_pl import runs
-from maskgit_pl.runs import precision
+from maskgit_pl.runs import resolve
 from maskgit_pl.runs.ablation_plan import AblationConfig, Factor
 from maskgit_pl.runs.ablation_runs import AblationRuns
-from maskgit_pl.runs.machines import Machines
-from maskgit_pl.runs.precision import choose_precision
+from maskgit_pl.runs.preflight_report import Machines
+from maskgit_pl.runs.resolve import choose_precision
 from tests.conftest import flags
 
 TINY = Path(__file__).parents[1] / "tiny"
@@ -28,7 +28,7 @@ def bfloat16(monkeypatch):
             asked.append(device)
             return exists
 
-        monkeypatch.setattr(precision, "has_bfloat16", has_bfloat16)
+        monkeypatch.setattr(resolve, "has_bfloat16", has_bfloat16)
         return asked
 
     return set_to
@@ -59,7 +59,7 @@ def test_wide_networks_use_bfloat16_where_the_device_has_it(stage, width, exists
 
 def test_the_device_of_the_run_is_asked_and_a_named_gpu_is_not(bfloat16, tmp_path, monkeypatch):
     asked = bfloat16(exists=False)
-    monkeypatch.setattr(precision, "default_device", lambda: "cuda")
+    monkeypatch.setattr(resolve, "default_device", lambda: "cuda")
     for accelerator in ("cpu", "auto", "gpu"):
         choose_precision(config("transformer", 256, accelerator=accelerator), "transformer", tmp_path)
     assert asked == ["cpu", "cuda", "cuda"]

@@ -8,8 +8,7 @@ import torch
 import yaml
 
 from maskgit_pl import runs
-from maskgit_pl.runs.machines import Machines
-from maskgit_pl.runs.preflight_report import Shares
+from maskgit_pl.runs.preflight_report import Machines, Shares
 from tests.conftest import flags, save_tiny_pretrained
 
 TINY = Path(__file__).parents[1] / "tiny"

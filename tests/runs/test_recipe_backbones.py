@@ -2,12 +2,12 @@
 
 import pytest
 
+from maskgit_pl.files import parse_yaml
 from maskgit_pl.networks.backbone import BUILT_IN, config_class
 from maskgit_pl.runs.layers import Layer, merge
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.recipe_schema import load_schema, parameters_of
 from maskgit_pl.runs.resolve import config_text_of, resolve
-from maskgit_pl.safe_yaml import parse_yaml
 
 BERT = {"model": {"network": {"embed_dim": 128, "depth": 4, "num_heads": 4, "mlp_dim": 512, "dropout": 0.3}}}
 ADALN = {"model": {"network": {"backbone": "adaln", "positions": "rotary"}}}

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from maskgit_pl.runs.recipe_files import read_run_config, recipe_files
+from maskgit_pl.runs.recipe import read_run_config, recipe_files
 
 
 def stems(**options):

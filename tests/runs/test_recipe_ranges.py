@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
+from maskgit_pl.checks import fits
+from maskgit_pl.files import read_yaml
 from maskgit_pl.runs.build import StageRun
 from maskgit_pl.runs.layers import Layer
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.recipe_schema import load_schema
 from maskgit_pl.runs.resolve import merge_values
-from maskgit_pl.safe_yaml import read_yaml
-from maskgit_pl.schema import fits
 
 TINY = Path(__file__).parents[1] / "tiny"
 RECIPES = TINY.parents[1] / "recipes"

@@ -4,7 +4,7 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from maskgit_pl.runs.recipe_files import STAGES, list_recipes
+from maskgit_pl.runs.recipe import STAGES, list_recipes
 from maskgit_pl.runs.recipe_schema import build_schema, load_schema
 
 

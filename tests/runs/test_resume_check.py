@@ -8,7 +8,7 @@ import pytest
 from maskgit_pl.runs.build import build
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Recipe
-from maskgit_pl.runs.resume_check import fixed_settings, list_changes
+from maskgit_pl.runs.resolve import fixed_settings, list_changes
 from maskgit_pl.training.tokenizer_losses import AdversarialConfig, PerceptualConfig
 
 RECIPES, TINY = Path(__file__).parents[2] / "recipes", Path(__file__).parents[1] / "tiny"

@@ -4,7 +4,7 @@ import pytest
 
 from maskgit_pl import runs
 from maskgit_pl.errors import PreemptedError
-from maskgit_pl.runs import schedule_runs
+from maskgit_pl.runs import ablation_plan
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         called.append(words)
         return 0, False
 
-    monkeypatch.setattr(schedule_runs, "run_maskgit", run)
+    monkeypatch.setattr(ablation_plan, "run_maskgit", run)
     return called
 
 
@@ -57,7 +57,7 @@ def test_a_run_that_stops_stops_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, is_stopped: bool, kind: type[Exception]
 ) -> None:
     calls: list[list[str]] = []
-    monkeypatch.setattr(schedule_runs, "run_maskgit", lambda words: calls.append(words) or (code, is_stopped))
+    monkeypatch.setattr(ablation_plan, "run_maskgit", lambda words: calls.append(words) or (code, is_stopped))
     with pytest.raises(kind, match=r"ablation cosine: .*repeat the command to resume"):
         runs.train_schedules(["cosine", "square"], runs=tmp_path)
     assert len(calls) == 1

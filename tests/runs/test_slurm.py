@@ -10,8 +10,7 @@ import pytest
 import yaml
 
 from maskgit_pl import runs
-from maskgit_pl.runs.job_options import JobOptions
-from maskgit_pl.runs.slurm import check_submission
+from maskgit_pl.runs.slurm import JobOptions, check_submission
 from tests.conftest import flags
 
 TINY = Path(__file__).parents[1] / "tiny"

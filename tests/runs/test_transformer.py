@@ -13,9 +13,9 @@ from maskgit_pl import losses
 from maskgit_pl.losses import chunked_statistics, masked_cross_entropy, token_statistics
 from maskgit_pl.masking import true_positions
 from maskgit_pl.networks.transformer import TransformerConfig
-from maskgit_pl.runs.transformer import mean_num_masked, step_flops, transformer_activations
+from maskgit_pl.runs.flops import mean_num_masked, step_flops, transformer_activations
 from maskgit_pl.schedules import mask_schedules
-from maskgit_pl.training.compile_and_checkpointing import prepare_blocks
+from maskgit_pl.training.strategies import prepare_blocks
 from tests.runs.live_bytes import LiveBytes
 
 PAPER_256 = TransformerConfig(1024, 1000, (16, 16), class_dropout=0.0)

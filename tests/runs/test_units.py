@@ -1,6 +1,6 @@
 import pytest
 
-from maskgit_pl.runs.units import parse_size
+from maskgit_pl.runs.preflight_report import parse_size
 
 
 @pytest.mark.parametrize(("text", "value"), [("80GB", 80e9), ("24GiB", 24 * 1024**3), ("4e10", 4e10), ("1.5MB", 1.5e6)])

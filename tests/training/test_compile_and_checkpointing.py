@@ -7,7 +7,7 @@ import torch
 
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.training.compile_and_checkpointing import prepare_blocks
+from maskgit_pl.training.strategies import prepare_blocks
 
 SIZES = {
     "codebook_size": 16,

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from maskgit_pl.training.ema import frozen_copy, update_ema
+from maskgit_pl.training.optimizers import frozen_copy, update_ema
 
 
 def network() -> nn.Sequential:

@@ -3,9 +3,8 @@ from types import SimpleNamespace
 
 from PIL import Image
 
-from maskgit_pl.training.image_callbacks import ReconstructionPictures, SamplePictures
-from maskgit_pl.training.loggers import TensorBoard
-from maskgit_pl.training.tolerant_logger import TolerantLogger
+from maskgit_pl.training.callbacks import ReconstructionPictures, SamplePictures
+from maskgit_pl.training.loggers import TensorBoard, TolerantLogger
 from tests.conftest import tiny_tokenizer
 from tests.pipeline.decoding_steps import random_images, step
 

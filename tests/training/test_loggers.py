@@ -13,10 +13,9 @@ import pytest
 from lightning.pytorch.loggers import Logger
 from PIL import Image
 
-from maskgit_pl.training import tolerant_logger
+from maskgit_pl.training import loggers as tolerant_logger
 from maskgit_pl.training.callbacks import callbacks, profilers
-from maskgit_pl.training.loggers import LoggerSpec, TensorBoard, loggers
-from maskgit_pl.training.tolerant_logger import TolerantLogger
+from maskgit_pl.training.loggers import LoggerSpec, TensorBoard, TolerantLogger, loggers
 
 
 def wrap(spec: LoggerSpec, folder: Path, name: str = "tensorboard") -> TolerantLogger:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from maskgit_pl.networks.discriminator import DiscriminatorConfig
+from maskgit_pl.networks.discriminators import DiscriminatorConfig
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.runs.costs import TransformerCosts, useful_flops

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from maskgit_pl import processes
 from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.errors import NonFiniteError, PreemptedError
-from maskgit_pl.networks.discriminator import DiscriminatorConfig
+from maskgit_pl.networks.discriminators import DiscriminatorConfig
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, complete_checkpoints

@@ -17,7 +17,7 @@ from maskgit_pl.cli import main
 from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.data.images import encode_png
 from maskgit_pl.errors import DataBudgetError, DataChangedError, DataWorkerError
-from maskgit_pl.training.unreadable_report import UnreadableReport
+from maskgit_pl.training.callbacks import UnreadableReport
 from tests import forked
 from tests.data_folders import save_data
 

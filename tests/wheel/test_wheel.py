@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from maskgit_pl import __version__
-from maskgit_pl.pipeline.bundled import bundled_models
+from maskgit_pl.pipeline.sharing import bundled_models
 
 ROOT = Path(__file__).parents[2]
 HEAD = """# Quick start without a clone

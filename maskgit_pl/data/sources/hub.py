@@ -20,11 +20,10 @@ import numpy.typing as npt
 
 from maskgit_pl.checks import check_number
 from maskgit_pl.data.image_bytes import MAX_IMAGE_BYTES, UnreadableImageError, read_image_file
-from maskgit_pl.data.labels import MAX_CLASSES
 from maskgit_pl.data.manifest import Split
-from maskgit_pl.data.samples import Sample, UnreadableSample, is_val, read_sample
+from maskgit_pl.data.samples import MAX_CLASSES, Sample, UnreadableSample, is_val, read_sample
+from maskgit_pl.errors import printable
 from maskgit_pl.files import size_text
-from maskgit_pl.text import printable
 
 __all__ = ["HubDataset"]
 

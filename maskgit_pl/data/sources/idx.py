@@ -17,8 +17,8 @@ import numpy.typing as npt
 from maskgit_pl.data.images import encode_png
 from maskgit_pl.data.manifest import Split
 from maskgit_pl.data.samples import Sample
+from maskgit_pl.errors import printable
 from maskgit_pl.files import size_text
-from maskgit_pl.text import printable
 
 __all__ = ["IdxFiles"]
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from maskgit_pl.checks import shorten
-from maskgit_pl.data.labels import MAX_CLASSES
-from maskgit_pl.data.sources.entries import Entries, EntryError
+from maskgit_pl.data.samples import MAX_CLASSES
+from maskgit_pl.data.sources.archives import Entries, EntryError
+from maskgit_pl.errors import printable
 from maskgit_pl.files import parse_any_json
-from maskgit_pl.text import printable
 
 __all__ = ["Metadata", "find_metadata", "read_metadata", "resolve_labels"]
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from maskgit_pl.data.samples import Sample, Source
 from maskgit_pl.data.sources.idx import IdxFiles
 from maskgit_pl.data.sources.image_folder import ImageFolder
-from maskgit_pl.text import printable
+from maskgit_pl.errors import printable
 
 if TYPE_CHECKING:  # they import packages that a base installation may not have
     from maskgit_pl.data.sources.hub import HubDataset

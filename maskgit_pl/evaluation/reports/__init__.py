@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from maskgit_pl.lazy_names import lazy_names
+from maskgit_pl.registry import lazy_names
 
 if TYPE_CHECKING:
     from maskgit_pl.evaluation.reports.api import (

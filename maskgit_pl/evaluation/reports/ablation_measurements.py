@@ -19,27 +19,24 @@ from typing import Any
 
 import torch
 
-from maskgit_pl.devices import default_device, find_device
+from maskgit_pl.checks import ImageSize, as_image_size
+from maskgit_pl.distributed import default_device, describe_environment, device_name, find_device
 from maskgit_pl.errors import PreemptedError, describe_error, exit_code_of
-from maskgit_pl.evaluation.decodings import describe_decoding
-from maskgit_pl.evaluation.digests import digest_of, shorten_digest
 from maskgit_pl.evaluation.evaluator import Evaluator, collect_numbers
+from maskgit_pl.evaluation.features import digest_of, shorten_digest
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
-from maskgit_pl.evaluation.measurement_options import round_to_classes
 from maskgit_pl.evaluation.metric_names import metric_name
 from maskgit_pl.evaluation.opening import create_evaluated_model, open_images, open_model, open_networks
+from maskgit_pl.evaluation.options import describe_decoding, round_to_classes
 from maskgit_pl.evaluation.reconstruction import measure_reconstruction
 from maskgit_pl.evaluation.reference import iter_real_batches
-from maskgit_pl.evaluation.reports.ablation_protocol import AblationProtocol
-from maskgit_pl.evaluation.reports.options import ReportOptions
+from maskgit_pl.evaluation.reports.options import AblationProtocol, ReportOptions
 from maskgit_pl.evaluation.run_folders import RunFolders, data_name
-from maskgit_pl.image_format import ImageSize, as_image_size
 from maskgit_pl.pipeline.pretrained import fingerprint, load_tokenizer, read_config
-from maskgit_pl.progress import Bars, no_bars
-from maskgit_pl.provenance import describe_environment, device_name
+from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.runs.ablation_plan import AblationConfig
 from maskgit_pl.runs.ablation_runs import AblationRuns, ResolvedVariant, TrainedRun
-from maskgit_pl.training.step_clock import TrainingTime
+from maskgit_pl.training.speed import TrainingTime
 
 __all__ = ["Failure", "run_ablation"]
 

@@ -1,18 +1,268 @@
-"""The page of an ablation, made from ledger rows: results, differences from the base, and training budgets."""
+"""The statistics of an ablation: mean and range over seeds, and differences that exceed the spread of the seeds.
+
+The figure of an ablation: a panel per metric, with the mean, the range and the single seeds of each variant.
+
+The page of an ablation, made from ledger rows: results, differences from the base, and training budgets.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from math import comb
+from typing import TYPE_CHECKING, Any, Literal
 
+from maskgit_pl.errors import markdown, plain_label
 from maskgit_pl.evaluation.ledger import Row, read_number
-from maskgit_pl.evaluation.metric_names import direction, find_metric, format_value, title
-from maskgit_pl.evaluation.pages import Page, heading, markdown_table, paragraph
-from maskgit_pl.evaluation.reports.ablation_figure import choose_metrics, draw_ablation
-from maskgit_pl.evaluation.reports.ablation_summary import Spread, Summary, chance_of_separation, summarize
-from maskgit_pl.text import markdown
+from maskgit_pl.evaluation.metric_names import METRICS, direction, find_metric, format_value, is_better, title
+from maskgit_pl.evaluation.pages import Page, figure_to_png, heading, markdown_table, paragraph
+from maskgit_pl.evaluation.reports.options import AblationProtocol
 
-__all__ = ["ablation_markdown", "make_ablation_page"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = [
+    "Spread",
+    "Summary",
+    "Verdict",
+    "ablation_markdown",
+    "chance_of_separation",
+    "choose_metrics",
+    "draw_ablation",
+    "make_ablation_page",
+    "summarize",
+]
+
+Verdict = Literal["better", "worse", "unclear"]
+
+# Metrics of tables and figures, in their order; those of a network come once per network.
+_ORDER = ("rfid", "psnr_db", "ssim", "codebook_usage", "perplexity", "fid", "class_agreement", "diversity", "precision",
+          "recall", "bits_per_token", "seconds_per_image")  # fmt: skip
+_OF_FIRST = ("precision", "recall")  # shown only for the network that ranks the variants
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The values of a metric for all seeds of a variant.
+
+    Args:
+        values: Values by seed, at least one.
+    """
+
+    values: Mapping[int, float]
+
+    @property
+    def mean(self) -> float:
+        """The mean over the seeds."""
+        return sum(self.values.values()) / len(self.values)
+
+    @property
+    def low(self) -> float:
+        """The smallest value."""
+        return min(self.values.values())
+
+    @property
+    def high(self) -> float:
+        """The largest value."""
+        return max(self.values.values())
+
+    def compare(self, name: str, reference: Spread) -> Verdict:
+        """Compares with a reference: better or worse only if the ranges of the seeds do not overlap.
+
+        A single seed has no range, so that the verdict is always ``unclear``.
+
+        Args:
+            name: Name of the metric.
+            reference: Values of the reference.
+        """
+        if min(len(self.values), len(reference.values)) < 2:
+            return "unclear"
+        if self.low <= reference.high and reference.low <= self.high:
+            return "unclear"
+        return "better" if is_better(name, self.mean, reference.mean) else "worse"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The results of an ablation.
+
+    Args:
+        protocol: Settings that the variants share.
+        rows: Rows of the ledger, sorted by variant and seed.
+        metrics: Names of the metrics, in the order of tables and figures.
+        spreads: Values by variant and metric; a variant without any result is missing.
+        real: Values of real images by metric; empty if no images were generated.
+    """
+
+    protocol: AblationProtocol
+    rows: Sequence[Row]
+    metrics: tuple[str, ...]
+    spreads: Mapping[str, Mapping[str, Spread]]
+    real: Mapping[str, float]
+
+    @property
+    def failures(self) -> list[tuple[str, int, str]]:
+        """The variant, seed and reason of each run that failed."""
+        return [(str(row["variant"]), int(row["seed"]), str(row["failure"])) for row in self.rows if row.get("failure")]
+
+    @property
+    def missing(self) -> list[tuple[str, int]]:
+        """The variant and seed of each run that has neither a result nor a reason."""
+        found = {(row["variant"], row["seed"]) for row in self.rows}
+        protocol = self.protocol
+        return [(each, seed) for each in protocol.variants for seed in protocol.seeds if (each, seed) not in found]
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """The metrics in which variants are compared.
+
+        Times of a machine with other work are not compared, and bits per token not for tokenizers: a collapsed codebook
+        needs the fewest bits.
+        """
+        is_of_tokenizers = self.protocol.stage == "tokenizer"
+        left_out = ("seconds_per_image", *(["bits_per_token"] if is_of_tokenizers else []))
+        return tuple(name for name in self.metrics if name not in left_out)
+
+    @property
+    def ranking_metric(self) -> str:
+        """The metric by which variants are ranked: the first one of the table."""
+        return self.metrics[0]
+
+
+def summarize(rows: Sequence[Row]) -> Summary:
+    """Summarizes the rows of an ablation.
+
+    Args:
+        rows: Rows of ``select_rows``, at least one.
+
+    Raises:
+        ValueError: if a row is not one of an ablation.
+    """
+    protocol = AblationProtocol.from_row(rows[-1])
+    names = {name for row in rows for name in row["numbers"]}
+    shown = [name for name in names if _is_shown(name, protocol.first)]
+    metrics = tuple(sorted(shown, key=lambda name: _place(name, protocol.first)))
+    spreads: dict[str, dict[str, Spread]] = {}
+    for label in protocol.variants:
+        own = [row for row in rows if row["variant"] == label and not row["numbers"].keys().isdisjoint(metrics)]
+        if own:
+            spreads[label] = {
+                name: Spread({row["seed"]: float(row["numbers"][name]) for row in own if name in row["numbers"]})
+                for name in metrics
+                if any(name in row["numbers"] for row in own)
+            }
+    real = rows[-1].get("real") or {}
+    return Summary(protocol, rows, metrics, spreads, real)
+
+
+def _is_shown(name: str, first: str) -> bool:
+    metric, _, network = name.partition("/")
+    return metric in _ORDER and metric in METRICS and (metric not in _OF_FIRST or network == first)
+
+
+def _place(name: str, first: str) -> tuple[int, bool, str]:
+    metric, _, network = name.partition("/")
+    return _ORDER.index(metric), network != first, name
+
+
+def chance_of_separation(seeds: int) -> float:
+    """Returns the probability that the ranges of two equal variants are apart randomly.
+
+    Formula: 2 n! n! / (2 n)! for n seeds each, since all orders of the 2 n values are equally likely.
+
+    Args:
+        seeds: Number n of seeds of each variant, >= 1.
+    """
+    return 2 / comb(2 * seeds, seeds)
+
+
+_PANELS = 6
+_FIGURE_COLUMNS = 3
+_LABEL = 34  # characters of a label
+_COLOURS = {"better": "#1b7837", "worse": "#b2182b", "unclear": "#555555", "reference": "#2166ac"}
+
+
+def draw_ablation(summary: Summary) -> bytes:
+    """Draws up to 6 metrics, with one line per variant.
+
+    The colour tells whether a variant differs from the reference by more than the spread of the seeds.
+
+    Args:
+        summary: Results, with at least one metric to draw.
+
+    Returns:
+        A PNG.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    metrics = choose_metrics(summary)
+    labels = [label for label in summary.protocol.variants if label in summary.spreads]
+    rows = -(-len(metrics) // _FIGURE_COLUMNS)
+    columns = min(_FIGURE_COLUMNS, len(metrics))
+    height = rows * (1.3 + 0.3 * len(labels)) + 0.6
+    page = Figure(figsize=(4.0 * columns + 2.0, height), layout="constrained")
+    panels = page.subplots(rows, columns, squeeze=False, sharey=True)
+    for axes, name in zip(panels.flat, metrics, strict=False):
+        _draw_panel(axes, summary, name, labels)
+    for axes in list(panels.flat)[len(metrics) :]:
+        axes.set_visible(False)
+    for row in panels:
+        row[0].set_yticks(range(len(labels)), [_shorten(label) for label in labels], fontsize=9)
+        row[0].set_ylim(len(labels) - 0.4, -0.6)  # the first variant on top
+    protocol = summary.protocol
+    seeds = f"seeds {', '.join(map(str, protocol.seeds))}"
+    page.suptitle(plain_label(f"{protocol.dataset}, budget {protocol.budget}, {seeds}"), fontsize=11)
+    words = {"reference": f"reference: {_shorten(protocol.reference)}", "better": "better", "worse": "worse",
+             "unclear": "ranges overlap"}  # fmt: skip
+    handles = [Line2D([], [], color=_COLOURS[key], marker="o", label=text) for key, text in words.items()]
+    page.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    return figure_to_png(page)
+
+
+def choose_metrics(summary: Summary) -> list[str]:
+    """Returns the metrics of the panels: each kind once, in the first network."""
+    chosen: dict[str, str] = {}
+    for name in summary.compared:
+        if any(name in found for found in summary.spreads.values()):
+            chosen.setdefault(name.partition("/")[0], name)
+    return list(chosen.values())[:_PANELS]
+
+
+def _draw_panel(axes: Axes, summary: Summary, name: str, labels: list[str]) -> None:
+    factor = find_metric(name).factor
+    reference = summary.spreads.get(summary.protocol.reference, {}).get(name)
+    if reference is not None:
+        axes.axvline(reference.mean * factor, color=_COLOURS["reference"], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        if len(reference.values) > 1:
+            axes.axvspan(reference.low * factor, reference.high * factor, color=_COLOURS["reference"], alpha=0.12)
+    for place, label in enumerate(labels):
+        spread = summary.spreads[label].get(name)
+        if spread is not None:
+            _draw_variant(axes, place, spread, factor, _colour(summary, label, name, spread, reference))
+    axes.set_title(f"{plain_label(title(name))}\n{direction(name)}", fontsize=10, loc="left")
+    axes.grid(axis="x", alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.08)
+
+
+def _draw_variant(axes: Axes, place: int, spread: Spread, factor: float, colour: str) -> None:
+    axes.plot([spread.low * factor, spread.high * factor], [place, place], color=colour, linewidth=2, alpha=0.6)
+    values = [value * factor for value in spread.values.values()]
+    axes.plot(values, [place] * len(values), linestyle="", marker="|", markersize=9, color=colour, alpha=0.7)
+    axes.plot([spread.mean * factor], [place], marker="o", markersize=6, color=colour, zorder=3)
+
+
+def _colour(summary: Summary, label: str, name: str, spread: Spread, reference: Spread | None) -> str:
+    if label == summary.protocol.reference:
+        return _COLOURS["reference"]
+    return _COLOURS["unclear" if reference is None else spread.compare(name, reference)]
+
+
+def _shorten(label: str) -> str:
+    plain = plain_label(label)
+    return plain if len(plain) <= _LABEL else plain[: _LABEL - 3] + "..."
+
 
 _COLUMNS = ("variant", "seed", "run", "parameters", "max_steps", "global_batch", "seconds_per_step", "planned_seconds",
             "training_seconds",

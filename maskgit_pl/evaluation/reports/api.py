@@ -15,16 +15,15 @@ from typing import TYPE_CHECKING
 from maskgit_pl.checks import shorten
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
 from maskgit_pl.evaluation.pages import command_line
-from maskgit_pl.evaluation.reports.ablation_protocol import select_rows
-from maskgit_pl.evaluation.reports.options import ReportOptions, TimingOptions
+from maskgit_pl.evaluation.reports.options import ReportOptions, TimingOptions, select_rows
 from maskgit_pl.evaluation.run_folders import find_run, find_tokenizer_folders
 from maskgit_pl.files import check_writable
-from maskgit_pl.progress import Bars, no_bars
+from maskgit_pl.processes import Bars, no_bars
 
 if TYPE_CHECKING:
     from maskgit_pl.evaluation.pages import Page
     from maskgit_pl.evaluation.reports.ablation_measurements import Failure
-    from maskgit_pl.evaluation.reports.paper_measurements import OpenedModels
+    from maskgit_pl.evaluation.reports.paper_tables import OpenedModels
     from maskgit_pl.runs.ablation_plan import AblationConfig
 
 __all__ = ["ablation", "compare_tokenizers", "figure_4", "figure_8", "table_1", "table_2", "table_3"]
@@ -47,7 +46,7 @@ def table_1(runs: Runs, options: ReportOptions | None = None, *, bars: Bars = no
     options = options or ReportOptions()
     command = command_line(["maskgit table 1", *runs], {**options.flags(), **options.cas_flags()})
     opened = _open("table 1", runs, options, command, bars)
-    from maskgit_pl.evaluation.reports.paper_measurements import measure_generation
+    from maskgit_pl.evaluation.reports.paper_tables import measure_generation
 
     return measure_generation(opened)
 
@@ -56,7 +55,7 @@ def table_2(runs: Runs, options: ReportOptions | None = None, *, bars: Bars = no
     """Makes Table 2: outpainting and inpainting of val images. See ``table_1`` for arguments and errors."""
     options = options or ReportOptions()
     opened = _open("table 2", runs, options, command_line(["maskgit table 2", *runs], options.flags()), bars)
-    from maskgit_pl.evaluation.reports.paper_measurements import measure_editing
+    from maskgit_pl.evaluation.reports.paper_tables import measure_editing
 
     return measure_editing(opened)
 
@@ -86,7 +85,7 @@ def table_3(
     options = options or ReportOptions()
     own = command_line(["maskgit table 3", *runs], {**options.flags(), "num_steps": num_steps})
     opened = _open("table 3", runs, options, command or own, bars)
-    from maskgit_pl.evaluation.reports.paper_measurements import measure_schedules
+    from maskgit_pl.evaluation.reports.paper_tables import measure_schedules
 
     return measure_schedules(opened, num_steps=num_steps)
 
@@ -168,7 +167,7 @@ def figure_4(run: Path | str | None = None, options: TimingOptions | None = None
 
     options = options or TimingOptions()
     folder = None if run is None else local_folder(run) / "transformer"
-    from maskgit_pl.evaluation.reports.timing_page import measure_figure_4
+    from maskgit_pl.evaluation.reports.timing import measure_figure_4
 
     words = ["maskgit figure 4", *([] if run is None else [run])]
     return measure_figure_4(folder, options, command=command_line(words, options.flags()), bars=bars)
@@ -200,7 +199,7 @@ def compare_tokenizers(runs: Runs, options: ReportOptions | None = None, *, bars
 def _open(task: str, runs: Runs, options: ReportOptions, command: str, bars: Bars) -> OpenedModels:
     _check_runs(task, runs)
     folders = [find_run(run, data=options.data, classifier=options.classifier) for run in runs]
-    from maskgit_pl.evaluation.reports.paper_measurements import open_models
+    from maskgit_pl.evaluation.reports.paper_tables import open_models
 
     return open_models(folders, options, command, bars)
 

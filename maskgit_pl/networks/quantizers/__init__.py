@@ -6,24 +6,28 @@ in the entry point group ``maskgit_pl.quantizers``. docs/quantizers.md lists the
 
 from maskgit_pl.networks.quantizers.base import (
     CodebookQuantizer,
+    EntropyKind,
+    GradientEstimator,
     Quantizer,
     QuantizerOutput,
     QuantizerSpec,
     SizedQuantizerSpec,
     build_sized,
+    entropy_loss,
     quantizers,
 )
 from maskgit_pl.networks.quantizers.binary import BSQ, LFQ, BSQSpec, LFQSpec
 from maskgit_pl.networks.quantizers.codebooks import (
+    IBQ,
     EMAQuantizer,
     EMAQuantizerSpec,
     GradientQuantizer,
     GradientQuantizerSpec,
+    IBQSpec,
+    SimVQ,
+    SimVQSpec,
 )
-from maskgit_pl.networks.quantizers.entropy import EntropyKind, entropy_loss
-from maskgit_pl.networks.quantizers.estimators import GradientEstimator
 from maskgit_pl.networks.quantizers.fsq import FSQ, FSQSpec
-from maskgit_pl.networks.quantizers.similarity import IBQ, IBQSpec, SimVQ, SimVQSpec
 
 __all__ = [
     "BSQ",

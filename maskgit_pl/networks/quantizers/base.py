@@ -3,6 +3,10 @@
 ``VQGAN`` and ``Tokenizer`` use a quantizer through ``Quantizer`` only, so codes need no table: ``lookup`` returns them.
 
 Shapes: B images, D size of a code, K codes, h w token grid, N = h w tokens; rows (M, D), M = B h w.
+
+The entropy losses of quantizers: sure assignments of each feature, and even use of all codes in the global batch.
+
+Gradients through the choice of a code: straight-through, or the rotation trick.
 """
 
 from __future__ import annotations
@@ -10,26 +14,38 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from maskgit_pl.checks import shorten
+from maskgit_pl.checks import check_choice, check_number, shorten
+from maskgit_pl.distributed import mean_over_ranks
 from maskgit_pl.registry import Registry
 
 __all__ = [
+    "WEIGHTS",
     "CodebookQuantizer",
+    "Entropy",
+    "EntropyKind",
+    "GradientEstimator",
     "Quantizer",
     "QuantizerOutput",
     "QuantizerSpec",
     "SizedQuantizerSpec",
     "build_sized",
+    "check_estimator",
+    "check_losses",
+    "entropy_loss",
+    "estimate",
     "initial_codes",
+    "nearest_and_entropy",
     "quantizer_output",
     "quantizers",
+    "rotate_to_codes",
     "rows_of",
     "squared_distances",
     "straight_through",
@@ -252,3 +268,141 @@ def initial_codes(codebook_size: int, code_dim: int) -> Tensor:
     """Draws codes (K, D) uniform in +-sqrt(3 / K), of variance 1 / K. Source: released code (fan-in K)."""
     bound = math.sqrt(3.0 / codebook_size)
     return torch.empty(codebook_size, code_dim).uniform_(-bound, bound)
+
+
+EntropyKind = Literal["softmax", "argmax"]
+
+WEIGHTS = "[0, 1000000]"  # the range of the weight of a loss
+
+
+@dataclass(frozen=True)
+class Entropy:
+    """The weight and form of the entropy loss of -distance; see ``entropy_loss``.
+
+    Attributes:
+        weight: Factor of the loss, >= 0; 0 omits it.
+        temperature: Divisor of the distances before the softmax, > 0.
+        kind: ``softmax``: soft assignment; ``argmax``: one-hot assignment with a straight-through gradient.
+    """
+
+    weight: float
+    temperature: float
+    kind: EntropyKind
+
+
+class LossNumbers(Protocol):
+    """The fields that ``check_losses`` reads."""
+
+    @property
+    def commitment(self) -> float:
+        """The weight of the commitment loss."""
+        ...
+
+    @property
+    def entropy_weight(self) -> float:
+        """The weight of the entropy loss."""
+        ...
+
+    @property
+    def entropy_temperature(self) -> float:
+        """The divisor of the affinity."""
+        ...
+
+    @property
+    def entropy_kind(self) -> EntropyKind:
+        """The form of the assignment."""
+        ...
+
+
+def entropy_loss(affinity: Tensor, *, temperature: float, kind: EntropyKind = "softmax") -> Tensor:
+    """Computes the mean entropy of each row's assignment minus the entropy of the mean assignment.
+
+    mean_m H(p_m) - H(mean_m p_m), p = softmax(affinity / temperature): low if each row prefers one code and the rows
+    together use all codes. The mean assignment is all-reduced over the ranks, with its gradient.
+
+    Args:
+        affinity: (..., K) float, such as negative distances.
+        temperature: Divisor of the affinity, > 0.
+        kind: ``softmax``: soft assignments; ``argmax``: one-hot ones with the gradient of the soft ones.
+
+    Returns:
+        Scalar float32.
+
+    Source: released code, ``entropy_loss``, including the 1e-5 inside the logarithm.
+    """
+    flat = affinity.float().flatten(0, -2) / temperature  # (M, K)
+    log_probabilities = F.log_softmax(flat, dim=-1)
+    probabilities = log_probabilities.exp()
+    if kind == "argmax":
+        one_hot = F.one_hot(flat.argmax(-1), flat.shape[-1]).to(flat.dtype)
+        # Straight-through: the value is one-hot, the gradient that of the probabilities.
+        probabilities = one_hot + (probabilities - probabilities.detach())
+    mean = mean_over_ranks(probabilities.mean(0))
+    mean_entropy = -(mean * (mean + 1e-5).log()).sum()
+    return -(probabilities * log_probabilities).sum(-1).mean() - mean_entropy
+
+
+def nearest_and_entropy(quantizer: CodebookQuantizer, rows: Tensor, entropy: Entropy) -> tuple[Tensor, Tensor]:
+    """Returns (M,) nearest codes and the weighted entropy loss; without that loss, distances need no graph."""
+    with torch.set_grad_enabled(torch.is_grad_enabled() and entropy.weight > 0):
+        distances = quantizer.distances(rows)
+    tokens = distances.argmin(1)
+    if entropy.weight == 0:
+        return tokens, rows.new_zeros(())
+    return tokens, entropy.weight * entropy_loss(-distances, temperature=entropy.temperature, kind=entropy.kind)
+
+
+def check_losses(spec: LossNumbers) -> None:
+    """Checks the numbers of commitment and entropy.
+
+    Raises:
+        ValueError: if one is out of range.
+    """
+    check_number("commitment", spec.commitment, WEIGHTS)
+    check_number("entropy_weight", spec.entropy_weight, WEIGHTS)
+    check_number("entropy_temperature", spec.entropy_temperature, "[0.00001, 1000000]")
+    check_choice("entropy_kind", spec.entropy_kind, get_args(EntropyKind))
+
+
+GradientEstimator = Literal["straight-through", "rotation"]
+
+
+def check_estimator(value: object) -> None:
+    """Checks the name of a gradient estimator.
+
+    Raises:
+        ValueError: if it is unknown.
+    """
+    check_choice("gradient_estimator", value, get_args(GradientEstimator))
+
+
+def estimate(rows: Tensor, codes: Tensor, estimator: GradientEstimator) -> Tensor:
+    """Returns the codes (M, D) with a gradient for the rows (M, D), and none for the codes."""
+    return rotate_to_codes(rows, codes) if estimator == "rotation" else straight_through(rows, codes)
+
+
+def rotate_to_codes(rows: Tensor, codes: Tensor) -> Tensor:
+    """Returns the codes as a rotation and scaling of the rows, which are constants of the gradient.
+
+    q = (|q| / |e|) R e,  R e = e - 2 r (r . e) + 2 q' (e' . e),  e' = e / |e|, q' = q / |q|, r = (e' + q') / |e' + q'|
+
+    The gradient of e is that of q, rotated by the angle between them: its angle to e is its angle to q.
+
+    Args:
+        rows: (M, D) float32, the features e.
+        codes: (M, D) float32, the codes q.
+
+    Returns:
+        (M, D) float32, equal to the codes.
+
+    Source: Fifty et al., arXiv:2410.06424, section 4.2.
+    """
+    codes = codes.detach()
+    with torch.no_grad():
+        unit, target = F.normalize(rows, dim=1), F.normalize(codes, dim=1)
+        middle = F.normalize(unit + target, dim=1)
+        scale = codes.norm(dim=1, keepdim=True) / rows.norm(dim=1, keepdim=True).clamp(min=1e-6)
+    along_middle = (rows * middle).sum(1, keepdim=True)
+    along_unit = (rows * unit).sum(1, keepdim=True)
+    turned: Tensor = scale * (rows - 2 * middle * along_middle + 2 * target * along_unit)
+    return turned + (codes - turned).detach()  # without rounding errors, and the code where a feature is 0

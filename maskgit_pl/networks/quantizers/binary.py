@@ -20,6 +20,7 @@ from torch import Tensor
 from maskgit_pl.checks import check_number
 from maskgit_pl.distributed import mean_over_ranks
 from maskgit_pl.networks.quantizers.base import (
+    WEIGHTS,
     Quantizer,
     QuantizerOutput,
     quantizer_output,
@@ -27,7 +28,6 @@ from maskgit_pl.networks.quantizers.base import (
     rows_of,
     straight_through,
 )
-from maskgit_pl.networks.quantizers.entropy import WEIGHTS
 
 __all__ = ["BSQ", "LFQ", "BSQSpec", "LFQSpec"]
 

@@ -242,7 +242,7 @@ def test_a_zip_with_the_most_entries_is_read(tmp_path, monkeypatch):
 
 
 def test_a_gzip_file_that_expands_without_end_is_refused_at_the_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr("maskgit_pl.data.sources.entries._MAX_WHOLE", 2**24)
+    monkeypatch.setattr("maskgit_pl.data.sources.archives._MAX_WHOLE", 2**24)
     path = tmp_path / "photos.tar.gz"
     path.write_bytes(gzip.compress(bytes(2**26), 9))
     with pytest.raises(ValueError, match=r"must hold at most 16.8 MB.*got 17.8 MB or more; unpack it"):

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskgit_pl.cli import data as cli_data
 from maskgit_pl.data.images import parse_image_header
 from maskgit_pl.data.manifest import load_manifest
 from maskgit_pl.data.reader import ShardReader
@@ -299,7 +298,7 @@ def test_odd_images_are_treated_as_in_folders(hub, prefix):
 
 
 def test_the_command_streams_a_data_set(hub, tmp_path, capsys):
-    assert call_command(cli_data, "make", f"hf:{hub}", "--out", tmp_path / "out", "--image-size", "4") == 0
+    assert call_command("data", "make", f"hf:{hub}", "--out", tmp_path / "out", "--image-size", "4") == 0
     assert "made: 20 train, 6 val; 2 classes; 4 x 4 pixels, colour" in capsys.readouterr().out
 
 

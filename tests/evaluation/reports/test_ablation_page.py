@@ -6,12 +6,17 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from maskgit_pl.errors import printable
 from maskgit_pl.evaluation import reports
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
-from maskgit_pl.evaluation.reports.ablation_page import ablation_markdown, make_ablation_page
-from maskgit_pl.evaluation.reports.ablation_protocol import AblationProtocol, select_rows
-from maskgit_pl.evaluation.reports.ablation_summary import Spread, chance_of_separation, summarize
-from maskgit_pl.text import printable
+from maskgit_pl.evaluation.reports.ablation_page import (
+    Spread,
+    ablation_markdown,
+    chance_of_separation,
+    make_ablation_page,
+    summarize,
+)
+from maskgit_pl.evaluation.reports.options import AblationProtocol, select_rows
 from tests.hostile_words import HOSTILE
 from tests.test_text import structure
 

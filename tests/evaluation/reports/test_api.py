@@ -7,8 +7,8 @@ import pytest
 
 from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.evaluation import CASConfig, reports
-from maskgit_pl.evaluation.classifier_config import ClassifierConfig
-from maskgit_pl.evaluation.classifier_training import obtain_classifier
+from maskgit_pl.evaluation.classifier import obtain_classifier
+from maskgit_pl.evaluation.options import ClassifierConfig
 from tests.conftest import save_tiny_pretrained
 
 

@@ -13,8 +13,7 @@ from maskgit_pl.evaluation.reports.paper_tables import (
     make_generation_page,
     make_schedule_page,
 )
-from maskgit_pl.evaluation.reports.published import EDITING, GENERATION, SCHEDULES
-from maskgit_pl.evaluation.reports.schedule_ablation import ScheduleResult
+from maskgit_pl.evaluation.reports.schedule_ablation import EDITING, GENERATION, SCHEDULES, ScheduleResult
 from maskgit_pl.schedules import mask_schedules
 from tests.hostile_words import HOSTILE
 from tests.test_text import structure

@@ -4,8 +4,12 @@ from itertools import pairwise
 import pytest
 from PIL import Image
 
-from maskgit_pl.evaluation.reports.schedule_ablation import ScheduleResult
-from maskgit_pl.evaluation.reports.schedule_figures import count_known_tokens, draw_figure_8, draw_schedules
+from maskgit_pl.evaluation.reports.schedule_ablation import (
+    ScheduleResult,
+    count_known_tokens,
+    draw_figure_8,
+    draw_schedules,
+)
 from maskgit_pl.schedules import mask_schedules
 
 

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskgit_pl.evaluation.reports.timing import METHODS, Timing
-from maskgit_pl.evaluation.reports.timing_page import _COLOURS, make_timing_page
+from maskgit_pl.evaluation.reports.timing import _COLOURS, METHODS, Timing, make_timing_page
 
 COLOURS = list(_COLOURS.values())
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskgit_pl.importers.released_weights import parameters
+from maskgit_pl.importers.released import parameters
 
 __all__ = ["LARGEST", "TOLERANCE", "Comparison", "close", "equal", "given", "gradients", "present"]
 

@@ -15,9 +15,9 @@ from comparators.comparison import TOLERANCE, Comparison, given, gradients, pres
 from comparators.folder import Folder
 from comparators.losses import adversarial_losses
 from comparators.tokenizer import nhwc, to_images
-from maskgit_pl.importers.released_weights import parameters
+from maskgit_pl.importers.released import parameters
 from maskgit_pl.losses import r1_penalty
-from maskgit_pl.networks.discriminator import Discriminator, DiscriminatorConfig, Pooling
+from maskgit_pl.networks.discriminators import Discriminator, DiscriminatorConfig, Pooling
 
 __all__ = ["compare_discriminator", "network_from", "weights"]
 

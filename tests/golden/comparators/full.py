@@ -20,7 +20,7 @@ from comparators.tokenizer import nhwc, to_images
 from comparators.transformer import everywhere
 from comparators.transformer import network_from as transformer_from
 from maskgit_pl.importers.flax import read_flax
-from maskgit_pl.importers.released_weights import parameters
+from maskgit_pl.importers.released import parameters
 
 __all__ = ["check_full", "check_model"]
 

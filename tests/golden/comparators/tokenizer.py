@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from comparators.comparison import Comparison, given, gradients, present
 from comparators.folder import Folder
 from comparators.transformer import recorded_outputs
-from maskgit_pl.importers.released_weights import parameters, tokenizer_config, tokenizer_weights
+from maskgit_pl.importers.released import parameters, tokenizer_config, tokenizer_weights
 from maskgit_pl.losses import entropy_loss, reconstruction_loss
 from maskgit_pl.networks.quantizers import GradientQuantizerSpec, QuantizerOutput
 from maskgit_pl.networks.vqgan import VQGAN, Activation, Encoder, ResidualBlock, StridedDownsample, VQGANConfig

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from comparators.comparison import TOLERANCE, Comparison, close, equal, given, gradients, present
 from comparators.folder import Folder
 from comparators.losses import cross_entropy
-from maskgit_pl.importers.released_weights import parameters, transformer_config, transformer_weights
+from maskgit_pl.importers.released import parameters, transformer_config, transformer_weights
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 
 __all__ = ["compare_transformer", "everywhere", "load_transformer", "network_from", "our_tokens", "recorded_outputs"]
