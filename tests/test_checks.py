@@ -1,5 +1,7 @@
+"""Sizes, channels and file names of images: one form of each size."""
+
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,15 +10,26 @@ import pytest
 import torch
 
 from maskgit_pl.checks import (
+    as_image_size,
     build_dataclass,
+    check_channels,
     check_choice,
+    check_image_size,
     check_integer,
     check_keys,
     check_number,
     check_seed,
     check_sha256,
+    describe,
+    fits,
+    height_width,
+    image_file_name,
+    is_image_file_name,
+    pixels_text,
     plain_list,
     plain_number,
+    plain_size,
+    schema_of,
     shorten,
 )
 
@@ -153,3 +166,83 @@ def test_no_value_fills_a_message(value: object) -> None:
 
 def test_control_and_bidi_characters_are_escaped() -> None:
     assert shorten("\x1b[31m\u202e") == "'\\x1b[31m\\u202e'"
+
+
+@pytest.mark.parametrize(("given", "size"), [(8, 8), ([8, 8], 8), ((8, 8), 8), ([8, 16], (8, 16)), ((16, 8), (16, 8))])
+def test_a_size_has_one_form_which_files_keep(given, size):
+    assert check_image_size("size", given, "[1, 64]") == as_image_size(given) == size
+    assert as_image_size(plain_size(size)) == size
+    assert height_width(given) == height_width(size)
+
+
+@pytest.mark.parametrize("given", [0, True, 65, [8], [8, 8, 8], [8, 0], [8.0, 8], [True, 8], "8", None, {}, [[8], 8]])
+def test_anything_else_is_no_size(given):
+    with pytest.raises(ValueError, match=r"^size must be an integer in \[1, 64\]"):
+        check_image_size("size", given, "[1, 64]")
+
+
+def test_messages_show_the_width_first():
+    assert (pixels_text(8), pixels_text((24, 40))) == ("8 x 8", "40 x 24")
+
+
+def test_names_of_generated_images_are_known_again():
+    names = [image_file_name(label, seed) for label, seed in ((None, 0), (3, 7), (12345, 2**32 - 1))]
+    assert names[:2] == ["no-class-seed-000000.png", "class-0003-seed-000007.png"]
+    assert all(map(is_image_file_name, names))
+    for name in ("class-3-seed-000007.png", "class-0003-seed-000007.jpg", "x-class-0003-seed-000007.png", "photo.png"):
+        assert not is_image_file_name(name)
+
+
+@pytest.mark.parametrize("channels", [0, 2, 4, True, 3.0, "3", None])
+def test_other_numbers_of_channels_are_refused(channels):
+    with pytest.raises(ValueError, match=r"channels must be one of 1 \(grey\), 3 \(RGB\), got"):
+        check_channels("channels", channels)
+
+
+@dataclass(frozen=True)
+class Inner:
+    depth: int
+    kind: Literal["a", "b"] = "a"
+
+
+ACCEPTED = [
+    (int, 3), (float, 3), (float, 0.5), (bool, True), (str, "x"), (int | None, None), (Any, {"x": [1]}),
+    (Literal["a", 1], 1), (tuple[int, int], [7, 7]), (tuple[int, int], (7, 7)), (tuple[int, ...], []),
+    (list[str], ["a"]), (Sequence[float], [1, 2.5]), (str | dict[str, Any], {"name": "pow", "exponent": 3}),
+    (Mapping[str, Any], {}), (Inner | None, {"depth": 1}), (float | tuple[float, float], [1, 0.5]),
+]  # fmt: skip
+REFUSED = [
+    (int, True), (int, 1.0), (int, "1"), (float, True), (float, "1"), (bool, 1), (str, 1), (int | None, "null"),
+    (Literal["a", 1], True), (Literal["a", 1], "b"), (tuple[int, int], [1]), (tuple[int, int], 7), (list[str], "ab"),
+    (tuple[int, ...], ["a"]), (str | dict[str, Any], 3), (Mapping[str, Any], {3: 1}), (Inner, "inner.yaml"),
+    (Inner | None, [1]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("annotation", "value"), ACCEPTED)
+def test_a_value_of_the_annotated_type_fits(annotation: Any, value: object) -> None:
+    assert fits(value, schema_of(annotation))
+
+
+@pytest.mark.parametrize(("annotation", "value"), REFUSED)
+def test_a_value_of_another_type_does_not_fit(annotation: Any, value: object) -> None:
+    assert not fits(value, schema_of(annotation))
+
+
+def test_a_dataclass_is_an_object_that_admits_its_fields_only() -> None:
+    assert schema_of(Inner) == {
+        "type": "object",
+        "properties": {"depth": {"type": "integer"}, "kind": {"enum": ["a", "b"]}},
+        "additionalProperties": False,
+    }
+
+
+def test_a_type_that_files_cannot_hold_has_no_schema() -> None:
+    with pytest.raises(TypeError, match="has no JSON Schema"):
+        schema_of(bytes)
+
+
+def test_what_is_accepted_is_said_in_words() -> None:
+    assert describe(schema_of(int | None)) == "an integer or null"
+    assert describe(schema_of(Literal["a", "b"])) == "'a' or 'b'"
+    assert describe(schema_of(tuple[float, float])) == "a list of a number and a number"

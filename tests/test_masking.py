@@ -1,13 +1,19 @@
+"""Rules for the positions of a mask: exact counts, functions of the sample only, and what makes each different.
+
+Distributions of the mask ratio: their shape, their stratification, and what is refused.
+"""
+
+import math
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 from torch import Tensor
 
-from maskgit_pl.decoding import ParallelDecoder, SeededNoise
+from maskgit_pl.decoding import DecodingConfig, ParallelDecoder, SeededNoise
 from maskgit_pl.decoding.selectors import Confidence
-from maskgit_pl.masking import MaskSampler
-from maskgit_pl.schedules import MaskSchedule, mask_schedules
+from maskgit_pl.masking import MaskPositions, MaskRatio, MaskSampler, mask_positions, mask_ratios, random_mask
+from maskgit_pl.schedules import MaskSchedule, halton_order, mask_schedules
 
 GLOBAL_BATCH = 64
 
@@ -168,3 +174,253 @@ def test_one_schedule_object_serves_the_sampler_and_the_decoder():
     ]
     assert spy.asked == [(GLOBAL_BATCH, 16), (4, 16)]
     assert masked == [16, 12, 8, 4]
+
+
+GRID = (6, 8)
+N = 48
+EVERY = [*mask_positions.names(), {"name": "blocks", "min_side": 0.1, "max_side": 1.0}]
+every_rule = pytest.mark.parametrize("spec", EVERY, ids=str)
+
+
+def draw(spec, count: Tensor, *, seed: int = 3, index: Tensor | None = None, epoch: int = 0) -> Tensor:
+    index = torch.arange(len(count)) if index is None else index
+    return mask_positions.build(spec).mask(count, N, grid=GRID, seed=seed, index=index, epoch=epoch)
+
+
+@every_rule
+def test_the_count_is_exact_for_every_count(spec):
+    count = torch.arange(N + 1).repeat(4)
+    assert torch.equal(draw(spec, count).sum(1), count)
+
+
+@every_rule
+def test_masks_depend_on_sample_seed_and_epoch_only(spec):
+    count = torch.full((64,), 20)
+    whole = draw(spec, count)
+    rows = torch.tensor([5, 40, 3])
+    assert torch.equal(draw(spec, count[:3], index=rows), whole[rows])
+    for others in (
+        draw(spec, count, seed=4),
+        draw(spec, count, epoch=1),
+        draw(spec, count, index=torch.arange(64, 128)),
+    ):
+        assert (others != whole).any(1).float().mean() > 0.8
+
+
+@every_rule
+def test_every_position_is_masked_at_times_and_a_larger_mask_holds_the_smaller(spec):
+    small, large = (draw(spec, torch.full((500,), count)) for count in (12, 30))
+    assert small.any(0).all()
+    assert not small.all(0).any()
+    assert (small <= large).all()
+
+
+@every_rule
+def test_rules_say_where_they_come_from(spec):
+    assert "Source:" in (type(mask_positions.build(spec)).__doc__ or "")
+
+
+def neighbours(mask: Tensor) -> float:
+    """The mean share of masked right and lower neighbours of masked positions."""
+    grid = mask.view(-1, *GRID).float()
+    right, down = grid[:, :, :-1] * grid[:, :, 1:], grid[:, :-1] * grid[:, 1:]
+    return float((right.sum() + down.sum()) / (2 * grid.sum()))
+
+
+def test_blocks_are_connected_and_halton_masks_are_spread():
+    count = torch.full((300,), 16)
+    blocks, uniform, halton = (neighbours(draw(spec, count)) for spec in ("blocks", "uniform", "halton"))
+    assert blocks > 2 * uniform
+    # Visible tokens of a Halton mask are spread: they have fewer visible neighbours than by chance.
+    visible = neighbours(~draw("halton", N - count))
+    assert visible < 0.8 * uniform
+    assert halton < blocks
+
+
+def test_the_first_block_is_a_rectangle_with_sides_in_range():
+    for mask in draw({"name": "blocks", "min_side": 1.0}, torch.full((200,), 12)).view(-1, *GRID):
+        assert (int(mask.any(1).sum()), int(mask.any(0).sum())) == (3, 4)  # half of 6 rows and of 8 columns
+    blocks = mask_positions.build({"name": "blocks", "min_side": 0.6})
+    made = blocks.mask(torch.full((400,), 6), N, grid=GRID, seed=0, index=torch.arange(400)).view(-1, *GRID)
+    sides = {(int(mask.any(1).sum()), int(mask.any(0).sum())) for mask in made}
+    assert sides == {(2, 3), (2, 4)}  # 2 or 3 rows and 3 or 4 columns, cut in raster order after 6 tokens
+
+
+def test_halton_masks_are_what_the_halton_selector_has_left():
+    order = torch.tensor(halton_order(GRID))
+    for count in (1, 20, 47):
+        mask = draw("halton", torch.full((100,), count))
+        for row in mask:
+            known = (~row[order]).nonzero()[:, 0]  # ranks of visible positions: consecutive, up to a roll
+            gaps = known.diff()
+            assert ((gaps != 1).sum() + int(known[0] != 0 or known[-1] != N - 1)) <= 1
+    decoder = DecodingConfig(12, {"name": "halton", "seed": 5}).build_decoder(mask_schedules.build("cosine"))
+    steps = decoder.steps(
+        lambda tokens, at: torch.zeros(*at.shape, 9), torch.full((1, N), 9), SeededNoise(torch.tensor([0]), N),
+        mask_token_id=9, grid=GRID,
+    )  # fmt: skip
+    step = next(steps)
+    count = int(step.still_masked.sum())
+    assert (draw("halton", torch.full((2000,), count)) == step.still_masked).all(1).any()
+
+
+def test_uniform_is_random_mask_to_the_last_bit():
+    count, index = torch.arange(N), torch.arange(N)
+    assert torch.equal(draw("uniform", count), random_mask(count, N, seed=3, index=index))
+
+
+@pytest.mark.parametrize("name", ["blocks", "halton"])
+@pytest.mark.parametrize("grid", [None, (4, 8)])
+def test_a_rule_that_needs_a_grid_says_so(name, grid):
+    sampler = MaskSampler(mask_schedules.build("cosine"), 0, mask_positions=mask_positions.build(name))
+    index = torch.arange(4)
+    place = {"index": index, "epoch": index, "position": index, "global_batch": 4}
+    with pytest.raises(ValueError, match=rf"mask positions {name} require the grid .* of the 48 tokens, got"):
+        sampler.mask(N, **place, grid=grid)
+    assert sampler.mask(N, **place, grid=GRID).shape == (4, N)
+
+
+@pytest.mark.parametrize(
+    ("order", "rule"),
+    [
+        (lambda index: torch.zeros(3, 6).long(), "each row must hold all positions once"),
+        (lambda index: torch.arange(6).float().expand(3, 6), "int64 tensor"),
+        (lambda index: None, "int64 tensor .B, N., got None"),
+    ],
+)
+def test_a_broken_rule_is_refused_by_name(monkeypatch, order, rule):
+    class Broken(MaskPositions):
+        def order(self, num_tokens, *, grid, seed, index, epoch):
+            return order(index)
+
+    monkeypatch.setitem(mask_positions._factories, "broken", Broken)
+    with pytest.raises(ValueError, match=f"mask positions 'broken': .*{rule}"):
+        mask_positions.build("broken")
+    with pytest.raises(ValueError, match=r"max_side must be a number in \(0, 1\], got 1.2"):
+        mask_positions.build({"name": "blocks", "max_side": 1.2})
+
+
+COSINE = mask_schedules.build("cosine")
+EVERY_RATIO = [
+    *mask_ratios.names(),
+    {"name": "uniform", "low": 0.15, "high": 0.9},
+    {"name": "truncated_normal", "mean": 0.2, "std": 0.1, "low": 0.0, "high": 1.0},
+    {"name": "beta", "a": 0.5, "b": 3.0},
+    {"name": "beta", "a": 100, "b": 80},
+]
+every_ratio = pytest.mark.parametrize("spec", EVERY_RATIO, ids=str)
+
+
+def ratio_batch(size: int, step: int = 0) -> dict[str, Tensor | int]:
+    slot = torch.arange(size)
+    return {"index": slot, "epoch": torch.zeros_like(slot), "position": step * size + slot, "global_batch": size}
+
+
+def normal(x: float) -> float:
+    return 0.5 * math.erfc(-x / math.sqrt(2))
+
+
+def truncated_normal(r: Tensor, mean: float, std: float, low: float, high: float) -> Tensor:
+    below, above = normal((low - mean) / std), normal((high - mean) / std)
+    return torch.tensor([(normal((float(x) - mean) / std) - below) / (above - below) for x in r])
+
+
+CUMULATIVE = [  # a spec, and the cumulative distribution that it must have
+    ("schedule", lambda r: 1 - 2 / math.pi * r.acos()),  # P(cos(pi u / 2) <= r)
+    ("uniform", lambda r: r),
+    ({"name": "uniform", "low": 0.15, "high": 0.9}, lambda r: ((r - 0.15) / 0.75).clamp(0, 1)),
+    ("truncated_normal", lambda r: truncated_normal(r, 0.55, 0.25, 0.5, 1.0).clamp(0, 1)),
+    ("beta", lambda r: r**2),
+    ({"name": "beta", "a": 1, "b": 1}, lambda r: r),
+    ({"name": "beta", "a": 0.5, "b": 0.5}, lambda r: 2 / math.pi * r.sqrt().asin()),
+    ({"name": "beta", "a": 3, "b": 2}, lambda r: 4 * r**3 - 3 * r**4),
+]
+
+
+@pytest.mark.parametrize(("spec", "cumulative"), CUMULATIVE, ids=lambda part: "" if callable(part) else str(part))
+def test_the_ratios_of_a_batch_have_the_cumulative_distribution_of_the_formula(spec, cumulative):
+    size = 1000
+    ratios = MaskSampler(COSINE, 3, mask_ratio=mask_ratios.build(spec)).ratio(49, **ratio_batch(size)).sort().values
+    expected = cumulative(ratios.double())
+    # Stratified ratios lie within one stratum of the quantiles: closer than independent draws would.
+    observed = (torch.arange(size) + 0.5) / size
+    assert (expected - observed).abs().max() < 1.1 / size + 1e-4
+
+
+@every_ratio
+@pytest.mark.parametrize("size", [1, 8, 64])
+def test_each_stratum_of_the_distribution_is_hit_once_per_step(spec, size):
+    made = mask_ratios.build(spec)
+    edges = made(torch.linspace(0, 1, size + 1), COSINE, 49)
+    edges = edges if edges[0] < edges[-1] else edges.flip(0)
+    for step in range(3):
+        ratios = MaskSampler(COSINE, 3, mask_ratio=made).ratio(49, **ratio_batch(size, step)).sort().values
+        assert ((ratios >= edges[:-1] - 1e-6) & (ratios <= edges[1:] + 1e-6)).all()
+
+
+@every_ratio
+def test_equal_specs_give_equal_objects_and_say_where_they_come_from(spec):
+    made = mask_ratios.build(spec)
+    assert made == mask_ratios.build(spec)
+    assert hash(made) == hash(mask_ratios.build(spec))
+    assert "Source:" in (type(made).__doc__ or "")
+
+
+@every_ratio
+def test_the_slope_is_the_derivative_of_the_ratio(spec):
+    made, size = mask_ratios.build(spec), 64
+    sampler = MaskSampler(COSINE, 3, mask_ratio=made)
+    u = sampler._draw_progress(*(ratio_batch(size)[name] for name in ("index", "epoch", "position")), size)
+    inner = (u > 0.02) & (u < 0.98)  # away from vertical ends
+    near = 1e-3
+    difference = (made(u + near, COSINE, 49) - made(u - near, COSINE, 49)).abs() / (2 * near)
+    torch.testing.assert_close(sampler.slope(49, **ratio_batch(size))[inner], difference[inner], rtol=0.02, atol=2e-3)
+
+
+def test_the_default_is_the_schedule_to_the_last_bit():
+    assert MaskSampler(COSINE, 3) == MaskSampler(COSINE, 3, mask_ratio=mask_ratios.build("schedule"))
+    u = torch.rand(100, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(mask_ratios.build("schedule")(u, COSINE, 49), COSINE(u, 49))
+
+
+@pytest.mark.parametrize(
+    ("spec", "covers"),
+    [("schedule", True), ("uniform", True), ("truncated_normal", False), ({"name": "uniform", "low": 0.5}, False)],
+)
+def test_whether_all_counts_can_be_drawn(spec, covers):
+    assert MaskSampler(COSINE, 0, mask_ratio=mask_ratios.build(spec)).covers_all_counts(16) is covers
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        ("normal", "unknown mask ratio 'normal': .*known: beta, schedule, truncated_normal, uniform"),
+        ({"name": "uniform", "low": 0.7, "high": 0.3}, r"high must be a number in \(0.7, 1\], got 0.3"),
+        ({"name": "beta", "a": 0}, r"a must be a number in \[0.5, 100\], got 0"),
+        ({"name": "truncated_normal", "mean": -1, "std": 0.01}, "mean must be so close .*; move mean"),
+        ({"name": "truncated_normal", "sd": 0.1}, "'sd'.*did you mean 'std'"),
+    ],
+)
+def test_wrong_distributions_are_refused_by_name(spec, text):
+    with pytest.raises(ValueError, match=text):
+        mask_ratios.build(spec)
+
+
+@pytest.mark.parametrize(
+    ("function", "rule"),
+    [
+        (lambda u: u * math.nan, r"its values must lie in \[0, 1\]"),
+        (lambda u: 2 * u, r"its values must lie in \[0, 1\], got 0 to 2"),
+        (lambda u: (2 * u - 1).abs(), "it must never rise or never fall"),
+        (lambda u: u[:-1], "it must return a float32 tensor in the shape of u"),
+        (lambda u: 0.5, "it must return a float32 tensor in the shape of u, got 0.5"),
+    ],
+)
+def test_a_broken_distribution_is_refused_by_name(monkeypatch, function, rule):
+    class Broken(MaskRatio):
+        def __call__(self, u, mask_schedule, num_tokens):
+            return function(u)
+
+    monkeypatch.setitem(mask_ratios._factories, "broken", Broken)
+    with pytest.raises(ValueError, match=f"mask ratio 'broken': {rule}"):
+        mask_ratios.build("broken")

@@ -1,5 +1,6 @@
 """Signals to a process that listens, as it runs and as it waits for something that does not come."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -10,6 +11,8 @@ import time
 import pytest
 
 from maskgit_pl import processes
+from maskgit_pl.errors import DataWorkerError
+from maskgit_pl.processes import launcher_rank, local_rank, named_bars, progress_bars, run_jobs
 
 # Python 3.12 and newer warn of a fork beside another thread, such as the one that waits for signals.
 PYTHON = [sys.executable, "-W", "ignore::DeprecationWarning"]
@@ -209,3 +212,136 @@ with processes.catch_stop_signals(until="exit"):
 """
     made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (made.returncode, made.stdout) == (0, "True\n")
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, (0, 1)),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, (3, 4)),
+        ({"SLURM_PROCID": "2", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8"}, (2, 8)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, (0, 1)),  # a batch script: nobody has started 7 others
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "2"}, (1, 2)),
+        (
+            {"RANK": "1", "WORLD_SIZE": "2", "SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8"},
+            (1, 2),
+        ),  # torchrun in srun
+        ({"RANK": "3"}, (0, 1)),
+    ],
+)
+def test_ranks_are_those_of_whoever_started_the_processes(environment, expected):
+    assert launcher_rank(environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "rank"), [({}, 0), ({"SLURM_LOCALID": "2"}, 2), ({"LOCAL_RANK": "1", "SLURM_LOCALID": "0"}, 1)]
+)
+def test_the_rank_on_a_machine_is_that_of_torchrun_or_else_of_slurm(environment, rank):
+    assert local_rank(environment) == rank
+
+
+def test_a_rank_that_is_no_number_is_refused():
+    with pytest.raises(ValueError, match="RANK must be a whole number, got 'one'"):
+        launcher_rank({"RANK": "one", "WORLD_SIZE": "2"})
+
+
+def square(offset: int, number: int) -> int:
+    return offset + number**2
+
+
+def die(offset: int, number: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_each_job_has_its_result(workers: int) -> None:
+    assert dict(run_jobs(square, 1, [2, 3, 4], workers=workers)) == {2: 5, 3: 10, 4: 17}
+
+
+def test_a_worker_that_is_killed_is_said_in_a_line_with_the_way_out() -> None:
+    with pytest.raises(DataWorkerError, match=r"a worker process was killed, .*; use fewer workers \(--num-workers\)"):
+        list(run_jobs(die, 1, [2, 3, 4], workers=2))
+
+
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    """Yields the seconds of a fake clock, one after the other."""
+    seconds: list[float] = []
+    monkeypatch.setattr(processes.time, "monotonic", lambda: seconds.pop(0))
+    return seconds
+
+
+@pytest.fixture
+def lines(monkeypatch, caplog) -> pytest.LogCaptureFixture:
+    """The log lines without a terminal."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
+    monkeypatch.setattr(logging.getLogger("maskgit_pl"), "propagate", True)
+    caplog.set_level(logging.INFO, "maskgit_pl")
+    return caplog
+
+
+def test_a_log_has_a_line_now_and_then_with_the_pace_since_the_line_before(clock, lines):
+    clock += [0.0, 10.0, 40.0, 60.0]
+    with progress_bars() as bars:
+        advance = bars("sampling", 100, done=20, unit="images")
+        for _ in range(3):
+            advance(10)
+    assert lines.messages == [
+        "sampling: 40 of 100 images, 0.50 images/s, 0:02:00 left",
+        "sampling: 50 of 100 images, 0.50 images/s, 0:01:40 left",
+    ]
+
+
+def test_what_has_no_unit_is_counted_and_a_fast_pace_has_no_decimals(clock, lines):
+    clock += [0.0, 20.0]
+    with progress_bars() as bars:
+        bars("classifier", 5_000)(1_000)
+    assert lines.messages == ["classifier: 1000 of 5000, 50/s, 0:01:20 left"]
+
+
+def test_nothing_is_told_where_it_is_not_to_be_shown_or_nothing_was_done(clock, lines):
+    with progress_bars(shown=False) as bars:
+        bars("other ranks", 10, done=1, unit="images")(5)
+    clock += [0.0, 20.0]
+    with progress_bars() as bars:
+        bars("nothing", 10)(0)
+    assert lines.messages == []
+
+
+def test_a_terminal_has_bars_of_which_finished_ones_go_where_there_are_many(monkeypatch, lines):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(processes, "_SECONDS_BETWEEN_UPDATES", 0.0)
+    with progress_bars() as bars:
+        made = [bars(f"work {number}", 4, done=1, unit="images") for number in range(12)]
+        for advance in made[:2]:
+            advance(1)
+            advance(2)
+        tasks = made[0].progress.tasks
+        assert [task.completed for task in tasks[:3]] == [4, 4, 1]
+        assert [task.visible for task in tasks[:3]] == [False, False, True]
+        assert tasks[0].fields["speed"].endswith("images/s")
+    assert lines.messages == []
+
+
+def test_a_bar_is_not_updated_for_every_small_thing(monkeypatch, clock):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    clock += [1.0, 1.01, 1.02, 1.03]
+    with progress_bars() as bars:
+        advance = bars("work", 4)
+        monkeypatch.setattr(advance.progress, "get_time", lambda: 0.0)
+        seen = []
+        for _ in range(4):
+            advance(1)
+            seen.append(advance.progress.tasks[0].completed)
+    assert seen == [1, 1, 1, 4]
+
+
+def test_a_bar_with_a_name_is_made_when_its_work_begins(clock, lines):
+    clock += [0.0, 10.0, 30.0, 40.0, 60.0]
+    with named_bars("shards") as advance:
+        for title, count in (("train", 1), ("train", 1), ("val", 3)):
+            advance(title, count, 4)
+    assert [record.getMessage().partition(",")[0] for record in lines.records] == [
+        "train: 2 of 4 shards",
+        "val: 3 of 4 shards",
+    ]

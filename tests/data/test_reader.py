@@ -1,10 +1,15 @@
+""""""
+
+import itertools
 import os
+import random
 
 import pytest
+from braceexpand import braceexpand
 
 from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.data.manifest import load_manifest
-from maskgit_pl.data.reader import ShardReader
+from maskgit_pl.data.reader import ShardReader, count_names, expand_braces, find_shards, locate_shards, split_shards
 from maskgit_pl.errors import DataChangedError
 from tests.data_folders import save_data
 
@@ -74,3 +79,101 @@ def test_an_index_that_is_cut_while_it_is_read_ends_the_run_and_does_not_kill_it
     os.truncate(tmp_path / "train.npy", 100)
     with pytest.raises(DataChangedError, match=r"train\.npy changed .*the file was truncated"):
         reader.read(1)
+
+
+PIECES = ["{", "}", ",", "\\", "a", "1", "..", "{1..3}", "{c..a}", "{Y..b}", "{x,y}", "{03..1..2}", "{-2..2..0}"]
+
+
+@pytest.mark.slow
+def test_names_are_counted_as_they_are_expanded():
+    chance = random.Random(0)
+    outcomes = {"refused": 0, "format_counts": 0}
+    for _ in range(20_000):
+        pattern = "".join(chance.choice(PIECES) for _ in range(chance.randrange(1, 8)))
+        try:
+            expected = len(list(itertools.islice(braceexpand(pattern), 20_000)))
+        except ValueError:
+            outcomes["refused"] += 1
+            with pytest.raises(ValueError, match="braces must close"):
+                count_names(pattern)
+        else:
+            outcomes["format_counts"] += 1
+            assert count_names(pattern) == expected, pattern
+    assert min(outcomes.values()) > 2_000
+
+
+def test_names_come_in_order():
+    assert expand_braces("{train,val}-{00..02}.tar") == [f"{s}-0{n}.tar" for s in ("train", "val") for n in range(3)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "{0..1099511627776}.tar",
+        "{-600000..600000}.tar",
+        "{0..999999}{a,b}.tar",
+        "{a,b}" * 60,
+        "{{a,b}" + "{a,b}" * 60 + ",c}.tar",
+        "{" + ",".join(["{0..999999}"] * 200) + "}.tar",
+        "{0..999999}" + "x" * 4000,
+        "{0..1}" * 683,
+        "x" * 5000,
+        "{" * 2000 + "}" * 2000,
+        "{" + "9" * 3000 + ".." + "8" * 1000 + "}",
+    ],
+    ids=lambda pattern: pattern[:20],
+)
+def test_what_would_fill_memory_is_refused_before_it_is_expanded(pattern, tmp_path):
+    with pytest.raises(ValueError, match=r"a pattern must .*got"):
+        expand_braces(pattern)
+    with pytest.raises(ValueError, match=r"shard pattern: a pattern must .*got"):
+        find_shards(tmp_path, pattern)
+
+
+def test_test_shards_beside_val_shards_are_neither(tars, tmp_path):
+    for name in ("imagenet1k-train-0000", "imagenet1k-validation-00", "imagenet1k-test-00"):
+        tars.write(tmp_path / f"{name}.tar", tars.samples(1))
+    shards, _ = split_shards(*locate_shards(str(tmp_path)))
+    assert {split: [path.name for path in paths] for split, paths in shards.items()} == {
+        "train": ["imagenet1k-train-0000.tar"],
+        "val": ["imagenet1k-validation-00.tar"],
+    }
+
+
+def test_shards_that_would_be_both_or_none_are_refused(tars, tmp_path):
+    tars.write(tmp_path / "a.tar", tars.samples(1))
+    with pytest.raises(ValueError, match="must have at least 2 shards"):
+        split_shards(*locate_shards(str(tmp_path)))
+    tars.write(tmp_path / "b.tar", tars.samples(1))
+    with pytest.raises(ValueError, match=r"a\.tar must not be both"):
+        split_shards(*locate_shards(str(tmp_path)), train="*.tar", val="a.tar")
+    with pytest.raises(ValueError, match="train must have at least 1 shard"):
+        split_shards(*locate_shards(str(tmp_path)), val="*.tar")
+    with pytest.raises(ValueError, match="val_fraction"):
+        split_shards(*locate_shards(str(tmp_path)), val_fraction=1.5)
+
+
+@pytest.mark.parametrize("place", ["pipe:curl https://x/a.tar", "https://x/{0..3}.tar", "s3://bucket/a.tar"])
+def test_urls_and_commands_are_refused_by_name(place, tmp_path):
+    with pytest.raises(ValueError, match="local files, got"):
+        locate_shards(place)
+    with pytest.raises(ValueError, match="local files, got"):
+        find_shards(tmp_path, place)
+
+
+def test_patterns_take_braces_and_refuse_paths_and_gaps(folder):
+    names = ["train-000000.tar", "train-000001.tar"]
+    assert [p.name for p in find_shards(folder, "train-{000000..000001}.tar")] == names
+    assert [p.name for p in locate_shards(f"{folder}/{{train,val}}-*.tar")[1]] == [*names, "val-000000.tar"]
+    with pytest.raises(ValueError, match="train-000002"):
+        find_shards(folder, "train-{000000..000002}.tar")
+    for pattern in ("../*.tar", "/etc/*", "~/x.tar"):
+        with pytest.raises(ValueError, match="got a path outside"):
+            find_shards(folder, pattern)
+    with pytest.raises(ValueError, match="braces must close"):
+        find_shards(folder, "{a,b")
+    with pytest.raises(ValueError, match="at most"):
+        find_shards(folder, "{0..999999999999}.tar")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        locate_shards(f"{folder}/nowhere/*.tar")

@@ -1,19 +1,37 @@
-"""The decoding loop, with a predictor of three lines."""
+"""The decoding loop, with a predictor of three lines.
+
+Class-conditional decoding: guidance, the shared first step, seeds.
+
+Self-correction: decided tokens compete with new draws, or are replaced in place; plain selectors pay nothing.
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
 from maskgit_pl.decoding import (
+    ClassPredictor,
     CodeSampling,
+    ConditionalModel,
+    DecodingConfig,
+    FirstStepLogits,
+    FirstStepPredictor,
+    GuidedPredictor,
     ParallelDecoder,
     SeededNoise,
+    build_class_predictor,
+    decode_classes,
 )
-from maskgit_pl.decoding.selectors import Candidates, Confidence, TokenSelector
+from maskgit_pl.decoding.predictors import apply_guidance
+from maskgit_pl.decoding.selectors import Candidates, Confidence, TokenSelector, token_selectors
+from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.schedules import mask_schedules
-from tests.decoding.fakes import LOGITS, MASK, MIXED, NUM_CODES, decoder, fake_predictor, partly_known, run
+from tests.conftest import random_transformer
+from tests.decoding.fakes import CPU, LOGITS, MASK, MIXED, NUM_CODES, decoder, fake_predictor, partly_known, run
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 5, 12, 16])
@@ -195,3 +213,334 @@ def test_a_list_says_how_many_tokens_each_step_decides():
     assert [row[0] for row in decided] == [1, 5, 10]
     assert [row[1] for row in decided] == [1, 2, 5]  # in proportion: 8 * 15 // 16 and 8 * 10 // 16 stay masked
     assert [row[2] for row in decided] == [1, 1, 1]  # at least one a step
+
+
+@dataclass
+class Network:
+    """A network of gathers and sums, exact in any batch, that records all labels. Label 3 is the null class."""
+
+    labels: list[list[int]] = field(default_factory=list)
+
+    def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+        self.labels.append(labels.tolist())
+        known = (tokens.sum(1, keepdim=True) * 5) % 64
+        return LOGITS[(positions + known) % 64] + 2 * LOGITS[labels + 50].unsqueeze(1)
+
+
+ONE = (torch.full((2, 4), MASK), torch.tensor([[0, 3], [1, 2]]))
+
+
+def test_guided_logits_are_the_formula_worked_out_by_hand():
+    network = Network()
+    conditional = network.forward_at(ONE[0], torch.tensor([0, 2]), ONE[1])
+    unconditional = network.forward_at(ONE[0], torch.tensor([3, 3]), ONE[1])
+    guided = GuidedPredictor(network, torch.tensor([0, 2]), negative_labels=torch.tensor([3, 3]), scales=[1.5])(*ONE)
+    torch.testing.assert_close(guided, 2.5 * conditional - 1.5 * unconditional)
+    assert network.labels[2:] == [[0, 2, 3, 3]]  # one batched forward
+
+
+def test_guidance_of_scale_0_makes_one_conditional_forward():
+    network = Network()
+    predictor = GuidedPredictor(
+        network, torch.tensor([0, 2]), negative_labels=torch.tensor([3, 3]), scales=[0.0, 2.0, 0.0]
+    )
+    made = [predictor(*ONE) for _ in range(3)]
+    assert network.labels == [[0, 2], [0, 2, 3, 3], [0, 2]]
+    assert torch.equal(made[0], network.forward_at(ONE[0], torch.tensor([0, 2]), ONE[1]))
+    assert not torch.equal(made[1], made[0])
+
+
+def test_the_plain_predictor_makes_one_forward_with_the_classes():
+    network = Network()
+    assert torch.equal(
+        ClassPredictor(network, torch.tensor([1, 0]))(*ONE), network.forward_at(ONE[0], torch.tensor([1, 0]), ONE[1])
+    )
+    assert network.labels == [[1, 0]] * 2
+
+
+def model(network: Network, *, null_label: int | None = 3, **options: object) -> ConditionalModel:
+    return ConditionalModel(network, (4, 4), MASK, null_label, CPU, **options)
+
+
+def decoded(
+    labels: list[int],
+    seeds: list[int],
+    *,
+    scales: tuple[float, ...] = (0.0,) * 5,
+    network: Network | None = None,
+    kept: FirstStepLogits | None = None,
+    **options: object,
+):
+    return [
+        step.tokens
+        for step in decode_classes(
+            model(network or Network(), first_step_logits=kept),
+            labels,
+            seeds,
+            decoder=decoder(len(scales)),
+            scales=scales,
+            **options,
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    "scales",
+    [(0.0,) * 5, (2.0,) * 5, (0.0, 1.0, 2.0, 3.0, 4.0), (4.0, 3.0, 2.0, 1.0, 0.0)],
+    ids=["none", "all", "rising", "falling"],
+)
+def test_sharing_the_first_step_changes_no_token_and_saves_rows(scales):
+    labels, seeds = [2, 0, 2, 2, 0], [5, 6, 7, 8, 9]
+    network = Network()
+    shared = decoded(labels, seeds, scales=scales, network=network)
+    everything = build_class_predictor(model(Network()), labels, scales=scales)
+    assert not isinstance(everything, FirstStepPredictor)
+    tokens = torch.full((5, 16), MASK)
+    plain = decoder(5).steps(everything, tokens, SeededNoise(torch.tensor(seeds), 16), mask_token_id=MASK)
+    for step, expected in zip(shared, plain, strict=True):
+        assert torch.equal(step, expected.tokens)
+    assert network.labels[0] == ([0, 2, 3] if scales[0] > 0 else [0, 2])  # each class once, the null class too
+    assert network.labels[1] == labels + [3] * 5 * (scales[1] > 0)
+    assert len(network.labels) == 5
+
+
+def test_the_first_step_of_a_class_is_computed_once_for_all_runs_until_it_is_cleared():
+    network = Network()
+    kept = FirstStepLogits(network, num_tokens=16, mask_token_id=MASK, max_labels=2)
+    alone = decoded([2, 0], [5, 6])
+    for _ in range(2):
+        assert all(map(torch.equal, decoded([2, 0], [5, 6], network=network, kept=kept), alone))
+    assert network.labels.count([0, 2]) == 1
+    kept([1], device=CPU)  # the third class takes the place of the one that was asked for longest ago
+    assert torch.equal(
+        kept([0], device=CPU),
+        Network().forward_at(torch.full((1, 16), MASK), torch.tensor([0]), torch.arange(16)[None]),
+    )
+    assert network.labels[-1] == [1]
+    kept([2], device=CPU)
+    assert network.labels[-1] == [2]
+    kept.clear()
+    kept([2], device=CPU)
+    assert network.labels[-2:] == [[2], [2]]
+
+
+@pytest.mark.parametrize(("size", "kept"), [(2**26, 4), (2**27, 2), (2**30, 1)])
+def test_fewer_classes_are_kept_if_their_logits_are_large(size, kept):
+    class Large(Network):
+        def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+            self.labels.append(labels.tolist())
+            return torch.empty(len(labels), positions.shape[1], size // 16, device="meta")
+
+    network = Large()
+    cache = FirstStepLogits(network, num_tokens=16, mask_token_id=MASK)
+    for label in (*range(5), *range(5 - kept, 5), 4 - kept):
+        cache([label], device=CPU)
+    assert network.labels == [[0], [1], [2], [3], [4], [4 - kept]]
+
+
+def test_known_tokens_at_the_start_leave_the_first_step_alone():
+    network = Network()
+    decoded([0, 0], [1, 2], network=network, tokens=partly_known([16, 9]))
+    assert network.labels[0] == [0, 0]
+
+
+def test_a_late_start_takes_the_later_scales_and_steps():
+    scales, tokens = (4.0, 3.0, 2.0, 1.0, 0.5), partly_known([9, 5])
+    late = decoded([2, 0], [5, 6], scales=scales, tokens=tokens, first_step=2)
+    predictor = build_class_predictor(model(Network()), [2, 0], scales=scales[2:])
+    noise = SeededNoise(torch.tensor([5, 6]), 16)
+    expected = list(decoder(5).steps(predictor, tokens, noise, mask_token_id=MASK, first_step=2))
+    assert len(late) == len(expected) == 3
+    assert all(torch.equal(step, wanted.tokens) for step, wanted in zip(late, expected, strict=True))
+
+
+def test_named_negative_classes_take_the_place_of_the_null_class():
+    network = Network()
+    decoded([2, 0], [5, 6], scales=(1.0,) * 5, network=network, negative_labels=[1, 2])
+    assert network.labels == [[0, 1, 2], *[[2, 0, 1, 2]] * 4]
+
+
+def test_selectors_are_told_the_grid():
+    @dataclass(frozen=True)
+    class Spy(TokenSelector):
+        grids: list[tuple[int, int] | None] = field(default_factory=list)
+
+        def __call__(self, candidates: Candidates) -> Tensor:
+            self.grids.append(candidates.grid)
+            return candidates.gumbel
+
+    spy = Spy()
+    oblong = replace(model(Network()), grid=(2, 8))
+    made = ParallelDecoder(mask_schedules.build("cosine"), spy, num_steps=2)
+    list(decode_classes(oblong, [0], [1], decoder=made, scales=(0.0,) * 2))
+    assert spy.grids == [(2, 8)] * 2
+
+
+def test_a_batch_of_four_is_four_batches_of_one():
+    labels, seeds = [2, 0, 2, 1], [7, 8, 9, 7]
+    together = decoded(labels, seeds, scales=(0.0, 1.0, 2.0))[-1]
+    alone = [decoded([label], [seed], scales=(0.0, 1.0, 2.0))[-1] for label, seed in zip(labels, seeds, strict=True)]
+    assert torch.equal(together, torch.cat(alone))
+
+
+def test_the_same_seed_gives_the_same_image_and_another_seed_another():
+    first, second = decoded([1, 1, 1], [7, 8, 7])[-1], decoded([1, 1, 1], [7, 8, 7])[-1]
+    assert torch.equal(first, second)
+    assert torch.equal(first[0], first[2])
+    assert not torch.equal(first[0], first[1])
+
+
+def test_guidance_without_a_null_class_is_refused_and_scale_0_is_not():
+    with pytest.raises(ValueError, match="guidance must have scale 0 for a model that has no null class"):
+        build_class_predictor(model(Network(), null_label=None), [0], scales=[0.0, 1.0])
+    assert isinstance(build_class_predictor(model(Network(), null_label=None), [0], scales=[0.0, 0.0]), ClassPredictor)
+
+
+def test_guidance_may_push_away_from_another_class_without_a_null_class():
+    network = Network()
+    made = build_class_predictor(model(network, null_label=None), [0, 2], negative_labels=[1, 1], scales=[1.5])(*ONE)
+    conditional, other = (Network().forward_at(ONE[0], torch.tensor(labels), ONE[1]) for labels in ([0, 2], [1, 1]))
+    torch.testing.assert_close(made, 2.5 * conditional - 1.5 * other)
+    assert network.labels == [[0, 2, 1, 1]]
+
+
+def test_the_guided_distribution_is_normalised_at_each_position():
+    conditional, unconditional = LOGITS[:8].softmax(-1), LOGITS[8:16].softmax(-1)
+    expected = conditional**2.5 * unconditional**-1.5
+    made = apply_guidance(LOGITS[:8], LOGITS[8:16], 1.5).softmax(-1)
+    torch.testing.assert_close(made, expected / expected.sum(-1, keepdim=True))
+
+
+P2 = {"name": "p2", "choice_temperature": 0.0}
+EDIT = {"name": "edit", "choice_temperature": 0.0}
+CONFIDENCE = {"name": "confidence", "choice_temperature": 0.0}
+PLACE, WRONG, RIGHT = 6, 2, 5
+
+
+@dataclass
+class Misled:
+    """A predictor that is sure of the right code everywhere, except that its first call is surest of a wrong one."""
+
+    shapes: list[int] = field(default_factory=list)
+
+    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        logits = torch.zeros(*positions.shape, NUM_CODES)
+        logits[..., RIGHT] = 6.0
+        if not self.shapes:
+            logits[positions == PLACE] = torch.eye(NUM_CODES)[WRONG] * 30
+        self.shapes.append(positions.shape[1])
+        return logits
+
+
+def correcting_decoder(spec: object, num_steps: int = 6, **options: object):
+    return DecodingConfig(num_steps, spec, **options).build_decoder(mask_schedules.build("cosine"))
+
+
+def at_place(spec: object) -> list[tuple[int, bool]]:
+    """The code at PLACE after each draw, and whether it was masked before."""
+    steps = run(torch.full((1, 16), MASK), correcting_decoder(spec), Misled())
+    return [(int(step.tokens[0, PLACE]), bool(step.was_masked[0, PLACE])) for step in steps]
+
+
+def test_a_wrong_token_stays_with_confidence():
+    assert [code for code, _ in at_place(CONFIDENCE)] == [WRONG] * 6
+
+
+def test_p2_masks_a_wrong_token_again_and_draws_the_right_one():
+    found = at_place(P2)
+    assert found[0] == (WRONG, True)
+    assert found[1] == (WRONG, False)  # judged, and masked
+    assert found[2] == (RIGHT, True)
+    assert {code for code, _ in found[2:]} == {RIGHT}
+
+
+def test_edit_replaces_a_wrong_token_in_place():
+    found = at_place(EDIT)
+    assert found[0] == (WRONG, True)
+    assert found[1] == (RIGHT, False)
+    assert {code for code, _ in found[1:]} == {RIGHT}
+
+
+@pytest.mark.parametrize(
+    ("spec", "plain"),
+    [
+        ({**P2, "penalty": 0.0}, CONFIDENCE),  # all decided tokens have the highest score
+        ({"name": "edit", "choice_temperature": 3.0, "threshold": 1.0}, {**CONFIDENCE, "choice_temperature": 3.0}),
+    ],
+    ids=["p2", "edit"],
+)
+def test_without_corrections_the_tokens_are_those_of_confidence(spec, plain):
+    tokens = partly_known(MIXED)
+    for mine, other in zip(run(tokens, correcting_decoder(spec)), run(tokens, correcting_decoder(plain)), strict=True):
+        assert torch.equal(mine.tokens, other.tokens)
+        assert torch.equal(mine.still_masked, other.still_masked)
+        assert torch.equal(mine.confidence, other.confidence)
+        assert torch.equal(mine.scores, other.scores)
+
+
+@pytest.mark.parametrize("name", [name for name in token_selectors.names() if name != "entropy"])
+def test_only_selectors_that_ask_for_it_pay_for_decided_tokens(name):
+    predictor, made = Misled(), correcting_decoder(name)
+    noise = SeededNoise(torch.arange(2), 16)
+    list(made.steps(predictor, torch.full((2, 16), MASK), noise, mask_token_id=MASK, grid=(4, 4)))
+    counts = [before for (before, _) in made.count_masked([16, 16], 16)[:-1]]
+    assert predictor.shapes == ([16] * 6 if made.token_selector.needs_decided_logits else counts)
+
+
+@pytest.mark.parametrize("spec", [P2, EDIT], ids=["p2", "edit"])
+def test_given_tokens_are_never_judged(spec):
+    """Given tokens are as wrong as can be for the predictor; they stay."""
+    tokens = torch.full((2, 16), MASK)
+    tokens[0, :9], tokens[1, 3:5] = WRONG, WRONG
+    for step in run(tokens, correcting_decoder(spec), Misled()):
+        assert torch.equal(step.tokens[tokens != MASK], tokens[tokens != MASK])
+        assert not step.still_masked[tokens != MASK].any()
+
+
+@pytest.mark.parametrize("spec", ["p2", "edit"])
+def test_a_network_with_guidance_and_a_shared_first_step_gives_the_same_image_in_any_batch(spec):
+    network = random_transformer(TransformerConfig(16, 3, (4, 4), 16, 2, 2, 32))
+    model = ConditionalModel.from_network(network, torch.device("cpu"))
+    made = correcting_decoder(spec)
+
+    def tokens(labels: list[int], seeds: list[int]) -> Tensor:
+        *_, last = decode_classes(model, labels, seeds, decoder=made, scales=[0.0, 1, 1, 2, 2, 2])
+        return last.tokens
+
+    whole = tokens([0, 1, 2], [5, 6, 7])
+    assert torch.equal(torch.cat([tokens([label], [5 + label]) for label in range(3)]), whole)
+
+
+def test_a_decided_code_that_became_impossible_gets_a_finite_score():
+    log_probs = torch.tensor([[[0.0, -torch.inf]]])
+    given = Candidates(
+        log_probs, torch.ones(1, 1).long(), torch.zeros(1, 1).long(), torch.zeros(1, 1), 0.5, None, torch.ones(1, 1) > 0
+    )
+    assert token_selectors.build("p2")(given).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("attributes", "rule"),
+    [
+        ({"needs_decided_logits": True, "follows_schedule": False}, "follows_schedule must be True"),
+        ({"replaces_decided": True}, "needs_decided_logits must be True"),
+    ],
+)
+def test_attributes_that_contradict_each_other_are_refused(monkeypatch, attributes, rule):
+    @dataclass(frozen=True)
+    class Odd(TokenSelector):
+        kind: ClassVar[str] = "odd"
+
+        def __call__(self, candidates):
+            return candidates.gumbel
+
+    for name, value in attributes.items():
+        setattr(Odd, name, value)
+    monkeypatch.setitem(token_selectors._factories, "odd", Odd)
+    with pytest.raises(ValueError, match=f"token selector 'odd': {rule}"):
+        token_selectors.build("odd")
+
+
+def test_no_replacements_is_named():
+    with pytest.raises(TypeError, match="must define replacements"):
+        token_selectors.build("confidence").replacements(None)

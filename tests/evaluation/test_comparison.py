@@ -20,7 +20,7 @@ from maskgit_pl.evaluation.comparison import (
 from maskgit_pl.pipeline import MaskGIT
 from tests.evaluation.searching import numbers
 from tests.hostile_words import HOSTILE
-from tests.test_text import structure
+from tests.test_errors import structure
 
 OWN = {"name": "confidence", "choice_temperature": 9.0}
 DIGESTS = {"tokenizer": "aaaaaaaa1", "transformer": "bbbbbbbb1", "judge": "cccccccc1"}

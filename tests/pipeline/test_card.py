@@ -18,7 +18,7 @@ from maskgit_pl.pipeline.card import refresh_card, write_card
 from maskgit_pl.pipeline.pretrained import fingerprint
 from tests.conftest import save_tiny_pretrained
 from tests.hostile_words import HOSTILE
-from tests.test_text import structure
+from tests.test_errors import structure
 
 COMMAND = [
     "maskgit",

@@ -1,3 +1,5 @@
+""""""
+
 import math
 from dataclasses import replace
 from typing import Any
@@ -9,6 +11,7 @@ from PIL import Image, ImageFont
 
 from maskgit_pl.decoding import DecodingStep
 from maskgit_pl.pipeline.decoding_figures import (
+    StepRecorder,
     confidence_panel,
     decoding_filmstrip,
     decoding_frames,
@@ -17,7 +20,7 @@ from maskgit_pl.pipeline.decoding_figures import (
     token_panel,
 )
 from maskgit_pl.pipeline.grids import NEW, REMASKED, REQUESTED, save_gif
-from tests.pipeline.decoding_steps import STEPS, random_images
+from tests.pipeline.decoding_steps import STEPS, random_images, step
 
 GREY = (176, 176, 176)
 
@@ -143,3 +146,20 @@ def test_of_many_steps_some_are_shown_the_first_and_the_last_among_them() -> Non
         assert (numbers[0], numbers[-1]) == (0, 255)
         assert numbers == sorted(numbers)
         assert select_steps(2, kind) == [0, 1]
+
+
+ALL = list(range(16))
+
+
+def test_the_first_images_of_the_first_batch_are_recorded_to_the_end() -> None:
+    record = StepRecorder(max_images=2)
+    for each in (step(0, ALL, ALL[:8], 3), step(1, ALL[:8], [], 3), step(0, ALL, [], 3), step(0, ALL, [], 1)):
+        record(each)
+    assert [(each.step, len(each.tokens)) for each in record.steps] == [(0, 2), (1, 2)]
+
+
+def test_a_batch_of_another_size_is_not_mixed_in() -> None:
+    record = StepRecorder()
+    for each in (step(0, ALL, ALL[:8], 3), step(0, ALL, ALL[:8], 1), step(1, ALL[:8], [], 3)):
+        record(each)
+    assert [len(each.tokens) for each in record.steps] == [3, 3]

@@ -1,9 +1,19 @@
+"""A command in a process of its own: its exit code, its output, and what stop signals do."""
+
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from maskgit_pl import runs
+from maskgit_pl.errors import PreemptedError
+from maskgit_pl.runs import ablation_plan
 from maskgit_pl.runs.ablation_plan import (
     AblationConfig,
     Budget,
@@ -164,3 +174,120 @@ def test_a_registered_object_is_labelled_like_a_call() -> None:
     )
     labels = list(plan(quantizers, stage="tokenizer"))
     assert labels == ["base", "quantizer=lfq", "quantizer=product(num_groups=2, quantizer=ema(decay=0.9))"]
+
+
+ROOT = Path(__file__).parents[2]
+# Stands in for a training that takes a second to save; it is found as ``maskgit_pl`` in the current folder.
+SLOW = """
+import pathlib, signal, sys, time
+
+def save(*_):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    time.sleep(1)
+    pathlib.Path("saved").touch()
+    sys.exit(75)
+
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, save)
+print(*sys.argv[1:], flush=True)
+pathlib.Path("started").touch()
+time.sleep(0 if "short" in sys.argv else 60)
+sys.exit(3)
+"""
+PARENT = """
+import os, sys
+from maskgit_pl.runs.ablation_plan import run_maskgit
+
+os.chdir(sys.argv[1])
+with open("output", "wb") as output:
+    print(run_maskgit(sys.argv[2:], output))
+"""
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen[str]:
+    (folder / "work" / "maskgit_pl").mkdir(parents=True)
+    (folder / "work" / "maskgit_pl" / "__init__.py").touch()
+    (folder / "work" / "maskgit_pl" / "__main__.py").write_text(SLOW)
+    (folder / "parent.py").write_text(PARENT)
+    return subprocess.Popen(
+        [sys.executable, folder / "parent.py", folder / "work", *words], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True,
+    )  # fmt: skip
+
+
+def test_the_code_and_the_output_of_a_command(tmp_path):
+    assert start(tmp_path, "train", "short").communicate(timeout=60)[0] == "(3, False)\n"
+    assert (tmp_path / "work" / "output").read_text() == "train short\n"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="no such signals")
+@pytest.mark.parametrize("sent", ["Ctrl-C to all", "SIGTERM to the parent"])
+def test_a_stop_signal_waits_until_the_command_has_saved(tmp_path, sent):
+    process = start(tmp_path, "train")
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "work" / "started").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if sent == "Ctrl-C to all":
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    else:
+        process.terminate()
+    assert process.communicate(timeout=60)[0] == "(75, True)\n"
+    assert (tmp_path / "work" / "saved").exists()
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Replaces ``run_maskgit``, and returns the list of the commands."""
+    called: list[list[str]] = []
+
+    def run(words: list[str]) -> tuple[int, bool]:
+        called.append(words)
+        return 0, False
+
+    monkeypatch.setattr(ablation_plan, "run_maskgit", run)
+    return called
+
+
+def test_every_schedule_gets_a_run_of_its_own_on_shared_tokens(commands: list[list[str]], tmp_path: Path) -> None:
+    folders = runs.train_schedules(
+        ["cosine", "square"], names="paper-256", dataset="shoes", runs=tmp_path, overrides={"trainer.max_steps": 3}
+    )
+    assert folders == [tmp_path / "shoes-paper-256-cosine", tmp_path / "shoes-paper-256-square"]
+    assert len(commands) == 4
+    shared = [
+        "--recipe",
+        "paper-256 square",
+        "--dataset",
+        "shoes",
+        "--run",
+        "shoes-paper-256-square",
+        "--runs-folder",
+        str(tmp_path),
+    ]
+    assert commands[2] == ["tokenize", *shared, "--trainer.max_steps=3"]
+    assert commands[3] == ["train", "transformer", *shared, "--cluster", "single", "--trainer.max_steps=3"]
+
+
+def test_all_recipes_are_read_before_the_first_run(commands: list[list[str]], tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="recipe 'squar'"):
+        runs.train_schedules(["cosine", "squar"], runs=tmp_path)
+    with pytest.raises(ValueError, match=r"trainer\.max_step"):
+        runs.train_schedules(["cosine"], runs=tmp_path, overrides={"trainer.max_step": 3})
+    assert commands == []
+
+
+@pytest.mark.parametrize(
+    ("code", "is_stopped", "kind"),
+    [(PreemptedError.exit_code, False, PreemptedError), (0, True, PreemptedError), (1, False, ValueError)],
+    ids=["preempted", "stopped", "failed"],
+)
+def test_a_run_that_stops_stops_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, is_stopped: bool, kind: type[Exception]
+) -> None:
+    calls: list[list[str]] = []
+    monkeypatch.setattr(ablation_plan, "run_maskgit", lambda words: calls.append(words) or (code, is_stopped))
+    with pytest.raises(kind, match=r"ablation cosine: .*repeat the command to resume"):
+        runs.train_schedules(["cosine", "square"], runs=tmp_path)
+    assert len(calls) == 1

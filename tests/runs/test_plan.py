@@ -1,4 +1,4 @@
-"""The folders of a run. tests/cli/test_train_command.py tests them with whole commands."""
+"""The folders of a run. tests/cli/test_train.py tests them with whole commands."""
 
 from pathlib import Path
 

@@ -18,7 +18,7 @@ from maskgit_pl.evaluation.reports.ablation_page import (
 )
 from maskgit_pl.evaluation.reports.options import AblationProtocol, select_rows
 from tests.hostile_words import HOSTILE
-from tests.test_text import structure
+from tests.test_errors import structure
 
 PROTOCOL = AblationProtocol(
     command="maskgit ablation --vary model.network.depth=2,6",

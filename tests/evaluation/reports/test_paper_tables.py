@@ -16,7 +16,7 @@ from maskgit_pl.evaluation.reports.paper_tables import (
 from maskgit_pl.evaluation.reports.schedule_ablation import EDITING, GENERATION, SCHEDULES, ScheduleResult
 from maskgit_pl.schedules import mask_schedules
 from tests.hostile_words import HOSTILE
-from tests.test_text import structure
+from tests.test_errors import structure
 
 
 def row(model: str, network: str, **numbers: object) -> dict[str, object]:

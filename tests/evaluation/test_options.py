@@ -1,5 +1,16 @@
+""""""
+
+import pytest
+
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.evaluation.options import choose_plot_steps, decoding_key, describe_decoding, with_steps
+from maskgit_pl.evaluation.options import (
+    choose_plot_steps,
+    decoding_key,
+    default_steps,
+    describe_decoding,
+    round_to_classes,
+    with_steps,
+)
 
 
 def test_another_number_of_steps_drops_the_tokens_per_step() -> None:
@@ -31,3 +42,14 @@ def test_schedules_are_drawn_at_a_few_numbers_of_steps_up_to_half_the_tokens() -
     assert choose_plot_steps(16) == (2, 3, 4, 6, 8)
     assert choose_plot_steps(3) == (2,)
     assert choose_plot_steps(16, [8, 4, 16, 4]) == (4, 8)
+
+
+def test_all_classes_have_the_same_number_of_images_at_least_two() -> None:
+    assert [round_to_classes(count, 3) for count in (6, 7, 14)] == [6, 6, 12]
+    with pytest.raises(ValueError, match=r"^plot_images must be >= 20 \(2 per class\), got 19"):
+        round_to_classes(19, 10, name="plot_images")
+
+
+def test_the_usual_steps_go_as_far_as_there_are_tokens() -> None:
+    assert default_steps(16, (4, 8, 16, 32)) == (4, 8, 16)
+    assert default_steps(3, (4, 8)) == (3,)
