@@ -1,12 +1,9 @@
-"""The Lightning module of classifiers, and their accuracy.
+"""Classifiers of a data set: the Lightning module, its training, its accuracy, and the folder that stores it.
 
 For small images, features of a classifier of the same data set are more informative than those of an ImageNet
-classifier. ``classifier_training`` trains and stores it; ``cas`` trains the same module on other images.
-
-Training of classifiers, on a data folder or on other images.
-
-A classifier of a data folder is stored in a folder with the fingerprint of the data and its configuration. The small
-network takes half a minute on two CPU cores. Images are read on demand.
+classifier. Its folder holds the weights, the fingerprint of the data and the configuration. The small network takes
+half a minute on two CPU cores. Images are read on demand. ``metrics`` and ``train_classifier`` use it; ``cas`` trains
+the same module on other images.
 """
 
 from __future__ import annotations
@@ -18,12 +15,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim import AdamW
@@ -56,6 +54,8 @@ __all__ = [
     "Accuracy",
     "Classifier",
     "TrainingImages",
+    "check_classifier_folder",
+    "check_named_classifier",
     "count_hits",
     "fit_classifier",
     "is_trained",
@@ -67,32 +67,6 @@ __all__ = [
 _TOP_CLASSES = 5  # k of the top-k accuracy
 _WARM_UP = 0.25  # fraction of the steps in which the learning rate rises
 _MIN_CYCLE_STEPS = 5  # torch divides by zero if the learning rate rises in a single step
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """The accuracy of a classifier.
-
-    Args:
-        top1: Fraction of images whose most likely class is correct, in [0, 1].
-        top5: Fraction of images whose class is among the 5 most likely ones, or all if there are fewer classes.
-        images: Number of classified images.
-    """
-
-    top1: float
-    top5: float
-    images: int
-
-    @classmethod
-    def from_hits(cls, hits: Tensor, images: int) -> Accuracy:
-        """Computes the accuracy.
-
-        Args:
-            hits: (2,) int64: number of correct images, top-1 and top-5.
-            images: Number of classified images.
-        """
-        top1, top5 = (hits.double() / images).tolist()
-        return cls(top1, top5, images)
 
 
 class Classifier(LightningModule):
@@ -156,24 +130,6 @@ class Classifier(LightningModule):
         return FeatureOutput(features, logits)
 
 
-def count_hits(logits: Tensor, labels: Tensor) -> Tensor:
-    """Counts the images whose label is the most likely class, and whose label is among the 5 most likely ones.
-
-    Args:
-        logits: (n, C) float.
-        labels: (n,) int64.
-
-    Returns:
-        (2,) int64.
-    """
-    # (n, k) bool: entry (i, j) is True if the label of image i is its j-th most likely class.
-    hit = logits.topk(min(_TOP_CLASSES, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
-    return torch.stack([hit[:, 0].sum(), hit.any(1).sum()])
-
-
-OnStep: TypeAlias = Callable[[], object]
-
-
 @dataclass(frozen=True)
 class TrainingImages:
     """Training images that are not those of a data folder, read on demand.
@@ -201,109 +157,13 @@ class TrainingImages:
             raise ValueError(f"training images must be at least one, with labels in [0, {most}]")
 
 
-class _ImageBatches(Dataset[Batch]):
-    """The batches of other images than those of a data folder."""
-
-    def __init__(self, source: TrainingImages, order: Order) -> None:
-        self.source = source
-        self.order = order
-
-    def __getitems__(self, positions: range) -> Batch:
-        rows = self.order(positions)
-        return Batch(self.source.read(rows.index), self.source.labels[rows.index], *rows)
-
-
-@dataclass(frozen=True)
-class _Selected:
-    """An order of selected samples of a split: position p is sample ``chosen[order(p)]``."""
-
-    order: Order
-    chosen: Tensor
-
-    def __call__(self, positions: range) -> Rows:
-        rows = self.order(positions)
-        return rows._replace(index=self.chosen[rows.index])
-
-
-def obtain_classifier(
-    folder: Path,
-    data: ShardData,
-    *,
-    config: ClassifierConfig = SMALL_TRAINING,
-    on_step: OnStep = lambda: None,
-    device: str | None = None,
-) -> Classifier:
-    """Returns the classifier of a data set, read from ``folder`` if possible, else trained and stored there.
-
-    With several ranks, the first one trains, and all read the same folder.
-
-    Args:
-        folder: Folder of the classifier, e.g. ``runs/DATA-classifier/small``.
-        data: The real images. The stored classifier must match their fingerprint, image size and channels.
-        config: Network and training, which the stored classifier must match, too.
-        on_step: Called after each training step, for a progress bar.
-        device: See ``fit_classifier``.
-
-    Returns:
-        The classifier on the CPU, in evaluation mode.
-
-    Raises:
-        ValueError: if timm has no such network, or the stored weights are damaged.
-    """
-
-    def train() -> None:
-        # Training is short and not distributed; the other ranks wait for the first one.
-        if rank_and_world()[0] == 0 and not is_trained(folder, data, config):
-            classifier = fit_classifier(data, config=config, on_step=on_step, device=device)
-            _save(folder, classifier, _key(data, config))
-
-    on_all_ranks(train)
-    # Every rank reads the file, also the one that has trained, so that all have the same weights.
-    classifier = _create_classifier(data, config)
-    load_weights(classifier.network, read_tensors(folder / WEIGHT_FILE), folder / WEIGHT_FILE)
-    return classifier.eval()
-
-
-def provide_classifier(
-    folder: Path, data: ShardData, *, replaces: bool = False, on_step: OnStep = lambda: None
-) -> None:
-    """Trains the small classifier of a data set, unless the folder holds one, of any network and training.
-
-    With several ranks, the first one decides and trains.
-
-    Args:
-        folder: Folder of the classifier.
-        data: The real images. The stored classifier must match their fingerprint, classes, image size and channels.
-        replaces: True to replace a classifier of other data, as in the folder that all runs of the data share.
-        on_step: Called after each training step, for a progress bar.
-
-    Raises:
-        FileExistsError: if the folder holds another network, or a classifier of other data and not ``replaces``.
-        ValueError: if the stored weights are damaged.
-    """
-
-    def is_missing() -> bool:
-        if rank_and_world()[0] != 0 or _is_of(folder, data):
-            return False
-        _check_free(folder, replaces=replaces)
-        return True
-
-    if any(on_all_ranks(is_missing)):
-        obtain_classifier(folder, data, on_step=on_step)
-
-
-def is_trained(folder: Path, data: ShardData, config: ClassifierConfig) -> bool:
-    """Returns True if ``folder`` holds the complete classifier of this data set and configuration."""
-    return _read_key(folder) == _key(data, config) and (folder / WEIGHT_FILE).is_file()
-
-
 def fit_classifier(
     data: ShardData | TrainingImages,
     *,
     chosen: Tensor | None = None,
     num_workers: int | None = None,
     config: ClassifierConfig = SMALL_TRAINING,
-    on_step: OnStep = lambda: None,
+    on_step: Callable[[], object] = lambda: None,
     device: str | None = None,
 ) -> Classifier:
     """Trains a classifier; on the same machine, the result is bit-exact for equal data and configuration.
@@ -339,7 +199,7 @@ def fit_classifier(
             **_trainer_device(device),
             precision=config.precision,
             plugins=[LightningEnvironment()],  # one process, also below torchrun or Slurm
-            callbacks=[_OnStep(on_step)],
+            callbacks=[LambdaCallback(on_train_batch_end=lambda *_: on_step())],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -349,37 +209,6 @@ def fit_classifier(
         disable_sigterm_handler(trainer)
         trainer.fit(classifier, train_dataloaders=batches)  # without validation
     return classifier.cpu().eval()
-
-
-def measure_accuracy(
-    classifier: Classifier, data: ShardData, *, on_images: Callable[[int], object] = lambda count: None
-) -> Accuracy:
-    """Measures the accuracy of a classifier on the real val split.
-
-    Args:
-        classifier: The classifier, on its device.
-        data: The real images.
-        on_images: Called after each batch with its number of images.
-    """
-    right, count = torch.zeros(2, dtype=torch.int64), 0  # top-1, top-5
-    with _set_threads(classifier.config.model):
-        for batch in data.val_dataloader():
-            images, labels = batch.content[batch.valid], batch.labels[batch.valid]
-            if len(labels):
-                right += count_hits(classifier.predict(images).logits, labels)
-            count += len(labels)
-            on_images(len(labels))
-    return Accuracy.from_hits(right, count)
-
-
-class _OnStep(Callback):
-    """A callback that reports each training step to a progress bar."""
-
-    def __init__(self, on_step: Callable[[], object]) -> None:
-        self.on_step = on_step
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.on_step()
 
 
 def _create_classifier(data: ShardData | TrainingImages, config: ClassifierConfig) -> Classifier:
@@ -403,6 +232,30 @@ def _training_batches(data: ShardData | TrainingImages, seed: int, chosen: Tenso
     return data.batches("train", _Selected(ShuffledStream(len(chosen), seed), chosen))
 
 
+class _ImageBatches(Dataset[Batch]):
+    """The batches of other images than those of a data folder."""
+
+    def __init__(self, source: TrainingImages, order: Order) -> None:
+        self.source = source
+        self.order = order
+
+    def __getitems__(self, positions: range) -> Batch:
+        rows = self.order(positions)
+        return Batch(self.source.read(rows.index), self.source.labels[rows.index], *rows)
+
+
+@dataclass(frozen=True)
+class _Selected:
+    """An order of selected samples of a split: position p is sample ``chosen[order(p)]``."""
+
+    order: Order
+    chosen: Tensor
+
+    def __call__(self, positions: range) -> Rows:
+        rows = self.order(positions)
+        return rows._replace(index=self.chosen[rows.index])
+
+
 def _trainer_device(name: str | None) -> dict[str, Any]:
     """Returns the trainer arguments for one device."""
     if name is None:
@@ -411,20 +264,167 @@ def _trainer_device(name: str | None) -> dict[str, Any]:
     return {"accelerator": device.type, "devices": 1 if device.index is None else [device.index]}
 
 
-def _key(data: ShardData, config: ClassifierConfig) -> dict[str, Any]:
-    """Returns the content of ``config.json``: sizes of the network, classes, data and training."""
-    channels, size = data.config.in_channels, data.config.image_size
-    sizes = ClassifierSizes(channels, size, data.num_classes, config.model, config.width)
-    described = describe_classifier(sizes, data.class_names)
-    return {**described, "data": data.summary.fingerprint, "training": asdict(config)}
-
-
-def _read_key(folder: Path) -> Any:
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Suppresses the trainer's messages about hardware and about loaders without workers, which are intended."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
-        return read_json(folder / CONFIG_FILE, max_bytes=MAX_CONFIG_BYTES)
-    except (FileNotFoundError, ValueError):
-        # A damaged file is like a missing one: the classifier is trained again.
-        return None
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*does not have many workers.*")
+            warnings.filterwarnings("ignore", ".*LeafSpec.*")  # raised by Lightning's own code with torch 2.13
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The accuracy of a classifier.
+
+    Args:
+        top1: Fraction of images whose most likely class is correct, in [0, 1].
+        top5: Fraction of images whose class is among the 5 most likely ones, or all if there are fewer classes.
+        images: Number of classified images.
+    """
+
+    top1: float
+    top5: float
+    images: int
+
+    @classmethod
+    def from_hits(cls, hits: Tensor, images: int) -> Accuracy:
+        """Computes the accuracy.
+
+        Args:
+            hits: (2,) int64: number of correct images, top-1 and top-5.
+            images: Number of classified images.
+        """
+        top1, top5 = (hits.double() / images).tolist()
+        return cls(top1, top5, images)
+
+
+def measure_accuracy(
+    classifier: Classifier, data: ShardData, *, on_images: Callable[[int], object] = lambda count: None
+) -> Accuracy:
+    """Measures the accuracy of a classifier on the real val split.
+
+    Args:
+        classifier: The classifier, on its device.
+        data: The real images.
+        on_images: Called after each batch with its number of images.
+    """
+    right, count = torch.zeros(2, dtype=torch.int64), 0  # top-1, top-5
+    with _set_threads(classifier.config.model):
+        for batch in data.val_dataloader():
+            images, labels = batch.content[batch.valid], batch.labels[batch.valid]
+            if len(labels):
+                right += count_hits(classifier.predict(images).logits, labels)
+            count += len(labels)
+            on_images(len(labels))
+    return Accuracy.from_hits(right, count)
+
+
+def count_hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """Counts the images whose label is the most likely class, and whose label is among the 5 most likely ones.
+
+    Args:
+        logits: (n, C) float.
+        labels: (n,) int64.
+
+    Returns:
+        (2,) int64.
+    """
+    # (n, k) bool: entry (i, j) is True if the label of image i is its j-th most likely class.
+    hit = logits.topk(min(_TOP_CLASSES, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
+    return torch.stack([hit[:, 0].sum(), hit.any(1).sum()])
+
+
+@contextmanager
+def _set_threads(model: str) -> Iterator[None]:
+    """Sets the number of CPU threads, which sums depend on in their last bits.
+
+    The layers of the small network are too small to gain from more than one thread.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if model == SMALL else available_cores())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def obtain_classifier(
+    folder: Path,
+    data: ShardData,
+    *,
+    config: ClassifierConfig = SMALL_TRAINING,
+    on_step: Callable[[], object] = lambda: None,
+    device: str | None = None,
+) -> Classifier:
+    """Returns the classifier of a data set, read from ``folder`` if possible, else trained and stored there.
+
+    With several ranks, the first one trains, and all read the same folder.
+
+    Args:
+        folder: Folder of the classifier, e.g. ``runs/DATA-classifier/small``.
+        data: The real images. The stored classifier must match their fingerprint, image size and channels.
+        config: Network and training, which the stored classifier must match, too.
+        on_step: Called after each training step, for a progress bar.
+        device: See ``fit_classifier``.
+
+    Returns:
+        The classifier on the CPU, in evaluation mode.
+
+    Raises:
+        ValueError: if timm has no such network, or the stored weights are damaged.
+    """
+
+    def train() -> None:
+        # Training is short and not distributed; the other ranks wait for the first one.
+        if rank_and_world()[0] == 0 and not is_trained(folder, data, config):
+            classifier = fit_classifier(data, config=config, on_step=on_step, device=device)
+            _save(folder, classifier, _key(data, config))
+
+    on_all_ranks(train)
+    # Every rank reads the file, also the one that has trained, so that all have the same weights.
+    classifier = _create_classifier(data, config)
+    load_weights(classifier.network, read_tensors(folder / WEIGHT_FILE), folder / WEIGHT_FILE)
+    return classifier.eval()
+
+
+def provide_classifier(
+    folder: Path, data: ShardData, *, replaces: bool = False, on_step: Callable[[], object] = lambda: None
+) -> None:
+    """Trains the small classifier of a data set, unless the folder holds one, of any network and training.
+
+    With several ranks, the first one decides and trains.
+
+    Args:
+        folder: Folder of the classifier.
+        data: The real images. The stored classifier must match their fingerprint, classes, image size and channels.
+        replaces: True to replace a classifier of other data, as in the folder that all runs of the data share.
+        on_step: Called after each training step, for a progress bar.
+
+    Raises:
+        FileExistsError: if the folder holds another network, or a classifier of other data and not ``replaces``.
+        ValueError: if the stored weights are damaged.
+    """
+
+    def is_missing() -> bool:
+        if rank_and_world()[0] != 0 or _is_of(folder, data):
+            return False
+        _check_free(folder, replaces=replaces)
+        return True
+
+    if any(on_all_ranks(is_missing)):
+        obtain_classifier(folder, data, on_step=on_step)
+
+
+def is_trained(folder: Path, data: ShardData, config: ClassifierConfig) -> bool:
+    """Returns True if ``folder`` holds the complete classifier of this data set and configuration."""
+    return _read_key(folder) == _key(data, config) and (folder / WEIGHT_FILE).is_file()
 
 
 def check_classifier_folder(folder: Path) -> None:
@@ -447,6 +447,32 @@ def check_named_classifier(folder: Path) -> None:
     key = _read_key(folder)
     if key is None or key.get("format") != FORMAT:
         _check_free(folder, replaces=False)
+
+
+def _save(folder: Path, classifier: Classifier, key: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    # The key is written last, and an old one is removed first: a process that is killed in between leaves no key, and
+    # weights without a key are never read.
+    (folder / CONFIG_FILE).unlink(missing_ok=True)
+    weights = {name: tensor.cpu().contiguous() for name, tensor in classifier.network.state_dict().items()}
+    write_tensors(folder / WEIGHT_FILE, weights)
+    write_text(folder / CONFIG_FILE, json.dumps(key, indent=2) + "\n")
+
+
+def _key(data: ShardData, config: ClassifierConfig) -> dict[str, Any]:
+    """Returns the content of ``config.json``: sizes of the network, classes, data and training."""
+    channels, size = data.config.in_channels, data.config.image_size
+    sizes = ClassifierSizes(channels, size, data.num_classes, config.model, config.width)
+    described = describe_classifier(sizes, data.class_names)
+    return {**described, "data": data.summary.fingerprint, "training": asdict(config)}
+
+
+def _read_key(folder: Path) -> Any:
+    try:
+        return read_json(folder / CONFIG_FILE, max_bytes=MAX_CONFIG_BYTES)
+    except (FileNotFoundError, ValueError):
+        # A damaged file is like a missing one: the classifier is trained again.
+        return None
 
 
 def _is_of(folder: Path, data: ShardData) -> bool:
@@ -472,42 +498,3 @@ def _check_free(folder: Path, *, replaces: bool) -> None:
             f"another {CONFIG_FILE} or {WEIGHT_FILE}; name an empty folder, or measure with a classifier of other data "
             f"as the feature network classifier={folder}"
         )
-
-
-def _save(folder: Path, classifier: Classifier, key: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    # The key is written last, and an old one is removed first: a process that is killed in between leaves no key, and
-    # weights without a key are never read.
-    (folder / CONFIG_FILE).unlink(missing_ok=True)
-    weights = {name: tensor.cpu().contiguous() for name, tensor in classifier.network.state_dict().items()}
-    write_tensors(folder / WEIGHT_FILE, weights)
-    write_text(folder / CONFIG_FILE, json.dumps(key, indent=2) + "\n")
-
-
-@contextmanager
-def _set_threads(model: str) -> Iterator[None]:
-    """Sets the number of CPU threads, which sums depend on in their last bits.
-
-    The layers of the small network are too small to gain from more than one thread.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if model == SMALL else available_cores())
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Suppresses the trainer's messages about hardware and about loaders without workers, which are intended."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*does not have many workers.*")
-            warnings.filterwarnings("ignore", ".*LeafSpec.*")  # raised by Lightning's own code with torch 2.13
-            yield
-    finally:
-        logger.setLevel(level)

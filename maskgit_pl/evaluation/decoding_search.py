@@ -1,14 +1,13 @@
-"""A search for the best decoding of a model, measured on the val split. ``tuning`` runs it.
+"""A search for the best decoding of a model, measured on the val split, with its page and its figure.
+
+``tuning`` runs it:
 
 1. Measure the trials. Trial 0 is the model's own decoding; ``search_space`` makes the others.
 2. Measure the best trials and the model's own decoding again, with other noise and twice the number of images.
 3. The best of step 2 wins. Without the second measurement, the winner would be the trial with the luckiest noise.
 
-The figure of ``tune``: one model decoded with every mask schedule, as a metric over the number of steps.
-
-Source: paper, Figure 8, right. The paper trains a model for each schedule; here one model is decoded with all.
-
-The page and the terminal table of ``tune``.
+The figure shows the best decoding with every mask schedule, as a metric over the number of steps (paper, Figure 8,
+right). The paper trains a model for each schedule; here one model is decoded with all.
 """
 
 from __future__ import annotations
@@ -49,6 +48,7 @@ if TYPE_CHECKING:
     from maskgit_pl.pipeline import MaskGIT
 
 __all__ = [
+    "FINALISTS",
     "Curves",
     "Measure",
     "ScheduleCurves",
@@ -62,14 +62,20 @@ __all__ = [
     "measure_curves",
     "schedule_specs",
     "search",
-    "sort_trials",
 ]
+
+# (decoding, num_images, seed, purpose) -> numbers by name
+Measure: TypeAlias = Callable[[DecodingConfig, int, int, str], Mapping[str, float]]
+Curves: TypeAlias = Mapping[str, Mapping[int, Mapping[str, float]]]  # by schedule, T and name of the metric
 
 FINALISTS = 3  # trials of step 2, besides the model's own decoding
 _CONFIRMATION_OFFSET = 1_000_000  # between the seeds of steps 1 and 2, so that no image has the same noise
+_SHOWN_TRIALS = 10  # of the table of trials
+_COLUMNS = ("class_agreement", "fid/classifier", "kid/classifier", "diversity", "seconds_per_image")
+_MARKED, _TRAINED = "#d1460f", "#14427a"
+_OTHERS = ("#c58b3a", "#6d9a5c", "#a0709f", "#5aa0a3", "#b3605b", "#8a8a8a", "#9a8c4f", "#7f86c4")
 
-Measure: TypeAlias = Callable[[DecodingConfig, int, int, str], Mapping[str, float]]
-# (decoding, num_images, seed, purpose) -> numbers by name
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,29 @@ class Trial:
     number: int
     decoding: DecodingConfig
     numbers: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """The budget of a search.
+
+    Args:
+        metric: Name of the metric, such as ``fid/classifier``.
+        trials: Maximum number of trials, including trial 0.
+        num_images: Number of images per trial; the second measurement takes twice as many.
+        seed: Seed of the random draws, and of the first image: all trials have the same noise.
+        method: Random draws or a grid.
+        seconds: Time limit in seconds, after which no trial begins; None for no limit.
+        current: The decoding in ``decoding.json``; if it is one of the trials, it is measured again with the best.
+    """
+
+    metric: str
+    trials: int
+    num_images: int
+    seed: int = 0
+    method: Search = "random"
+    seconds: float | None = None
+    current: DecodingConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -121,35 +150,6 @@ class SearchResult:
     def before(self) -> Trial:
         """The model's own decoding, measured again."""
         return self.confirmed[0]
-
-
-def sort_trials(trials: Sequence[Trial], metric: str) -> list[Trial]:
-    """Returns trials sorted by a metric, the best first."""
-    sign = -1 if find_metric(metric).higher_is_better else 1
-    return sorted(trials, key=lambda trial: sign * trial.numbers[metric])
-
-
-@dataclass(frozen=True)
-class SearchPlan:
-    """The budget of a search.
-
-    Args:
-        metric: Name of the metric, such as ``fid/classifier``.
-        trials: Maximum number of trials, including trial 0.
-        num_images: Number of images per trial; the second measurement takes twice as many.
-        seed: Seed of the random draws, and of the first image: all trials have the same noise.
-        method: Random draws or a grid.
-        seconds: Time limit in seconds, after which no trial begins; None for no limit.
-        current: The decoding in ``decoding.json``; if it is one of the trials, it is measured again with the best.
-    """
-
-    metric: str
-    trials: int
-    num_images: int
-    seed: int = 0
-    method: Search = "random"
-    seconds: float | None = None
-    current: DecodingConfig | None = None
 
 
 def search(
@@ -191,7 +191,7 @@ def search(
 
 def _choose_finalists(trials: Sequence[Trial], metric: str, current: DecodingConfig | None) -> list[Trial]:
     """Returns trial 0, the trial with the current decoding, and the best others, without equal decodings."""
-    others = sort_trials(trials[1:], metric)
+    others = _sort_trials(trials[1:], metric)
     # The current decoding is a trial if an earlier run of this search wrote its winner.
     chosen = [trials[0], *(trial for trial in others if trial.decoding == current)][:2]
     # If it is among the best anyway, it takes no additional place.
@@ -202,36 +202,38 @@ def _choose_finalists(trials: Sequence[Trial], metric: str, current: DecodingCon
     return chosen
 
 
-Curves = Mapping[str, Mapping[int, Mapping[str, float]]]
-
-_MARKED, _TRAINED = "#d1460f", "#14427a"
-_log = logging.getLogger(__name__)
-_OTHERS = ("#c58b3a", "#6d9a5c", "#a0709f", "#5aa0a3", "#b3605b", "#8a8a8a", "#9a8c4f", "#7f86c4")
-
-
-def find_schedule_trial(result: SearchResult) -> Trial | None:
-    """Returns the best trial whose selector follows a mask schedule, or None if there is no such trial."""
-    for trial in (result.winner, *sort_trials(result.trials, result.metric)):
-        selector = trial.decoding.token_selector
-        if selector is not None and token_selectors.build(selector).follows_schedule:
-            return trial
-    return None
+def _sort_trials(trials: Sequence[Trial], metric: str) -> list[Trial]:
+    """Returns trials sorted by a metric, the best first."""
+    sign = -1 if find_metric(metric).higher_is_better else 1
+    return sorted(trials, key=lambda trial: sign * trial.numbers[metric])
 
 
-def schedule_specs(trained: MaskSchedule) -> tuple[str, dict[str, Spec | None]]:
-    """Returns the name of the training schedule, and the schedules to decode with.
+@dataclass(frozen=True)
+class ScheduleCurves:
+    """The values of each mask schedule at each number of steps.
 
     Args:
-        trained: Schedule of the training.
-
-    Returns:
-        The registered name of ``trained``, or its ``repr`` if it has none; and the specs of all registered schedules
-        without required arguments, by name. The spec of the training schedule is None.
+        curves: Values by schedule, T and name of the metric.
+        trained: Name of the training schedule.
+        decoding: Description of the decoding that all points share.
+        num_images: Number of images per point.
     """
-    built = mask_schedules.build_all()
-    # None as spec keeps the model's own schedule, which may have arguments that no registered name has.
-    trained_name = next((name for name, schedule in built.items() if schedule == trained), repr(trained))
-    return trained_name, {name: None if name == trained_name else name for name in sorted({*built, trained_name})}
+
+    curves: Curves
+    trained: str
+    decoding: str
+    num_images: int
+
+    def best(self, metric: str) -> tuple[str, int, float]:
+        """Returns the schedule, T and value of the best point of a metric."""
+        points = [
+            (name, steps, numbers[metric]) for name, line in self.curves.items() for steps, numbers in line.items()
+        ]
+        # Of equal points, the first one wins.
+        found = points[0]
+        for point in points[1:]:
+            found = point if is_better(metric, point[2], found[2]) else found
+        return found
 
 
 def measure_curves(
@@ -267,32 +269,29 @@ def measure_curves(
     return ScheduleCurves(curves, trained, describe_decoding(trial.decoding, steps=False), num_images)
 
 
-@dataclass(frozen=True)
-class ScheduleCurves:
-    """The values of each mask schedule at each number of steps.
+def find_schedule_trial(result: SearchResult) -> Trial | None:
+    """Returns the best trial whose selector follows a mask schedule, or None if there is no such trial."""
+    for trial in (result.winner, *_sort_trials(result.trials, result.metric)):
+        selector = trial.decoding.token_selector
+        if selector is not None and token_selectors.build(selector).follows_schedule:
+            return trial
+    return None
+
+
+def schedule_specs(trained: MaskSchedule) -> tuple[str, dict[str, Spec | None]]:
+    """Returns the name of the training schedule, and the schedules to decode with.
 
     Args:
-        curves: Values by schedule, T and name of the metric.
-        trained: Name of the training schedule.
-        decoding: Description of the decoding that all points share.
-        num_images: Number of images per point.
+        trained: Schedule of the training.
+
+    Returns:
+        The registered name of ``trained``, or its ``repr`` if it has none; and the specs of all registered schedules
+        without required arguments, by name. The spec of the training schedule is None.
     """
-
-    curves: Curves
-    trained: str
-    decoding: str
-    num_images: int
-
-    def best(self, metric: str) -> tuple[str, int, float]:
-        """Returns the schedule, T and value of the best point of a metric."""
-        points = [
-            (name, steps, numbers[metric]) for name, line in self.curves.items() for steps, numbers in line.items()
-        ]
-        # Of equal points, the first one wins.
-        found = points[0]
-        for point in points[1:]:
-            found = point if is_better(metric, point[2], found[2]) else found
-        return found
+    built = mask_schedules.build_all()
+    # None as spec keeps the model's own schedule, which may have arguments that no registered name has.
+    trained_name = next((name for name, schedule in built.items() if schedule == trained), repr(trained))
+    return trained_name, {name: None if name == trained_name else name for name in sorted({*built, trained_name})}
 
 
 def draw_curves(figure: ScheduleCurves, *, metric: str, floor: float | None) -> bytes:
@@ -352,10 +351,6 @@ def _format_axes(axes: Any, figure: ScheduleCurves, metric: str) -> None:
     axes.margins(y=0.14)
 
 
-_SHOWN_TRIALS = 10
-_COLUMNS = ("class_agreement", "fid/classifier", "kid/classifier", "diversity", "seconds_per_image")
-
-
 def make_page(result: SearchResult, real: Mapping[str, float], *, command: str, figure: ScheduleCurves | None) -> Page:
     """Returns the page of a search.
 
@@ -380,48 +375,12 @@ def make_page(result: SearchResult, real: Mapping[str, float], *, command: str, 
     if result.winner.number:
         lines += ["```json", json.dumps(asdict(result.winner.decoding), indent=2), "```", ""]
     lines += [f"## Best of {len(result.trials)} trials, {count} images each", ""]
-    best = sort_trials(result.trials, result.metric)[:_SHOWN_TRIALS]
+    best = _sort_trials(result.trials, result.metric)[:_SHOWN_TRIALS]
     lines += markdown_table(_headings(result), _rows(result, best, markdown), left=2)
     if figure is not None:
         lines += ["", *_figure_lines(figure, result.metric)]
     rows = [{"trial": each.number, **each.numbers, "decoding": decoding_key(each.decoding)} for each in result.trials]
     return Page("tuning", "\n".join(lines) + "\n", rows, folder=result.folder)
-
-
-def make_table(result: SearchResult) -> Table:
-    """Returns the second measurement as a table for the terminal."""
-    above = f"second measurement with other noise, {result.num_images} images each"
-    rows = _rows(result, result.confirmed, terminal_word, "[bold]{}[/]")
-    return terminal_table(above, _headings(result), rows, left=2)
-
-
-def _headings(result: SearchResult) -> list[str]:
-    return ["trial", "decoding", *map(title, _columns(result))]
-
-
-def _columns(result: SearchResult) -> list[str]:
-    """Returns the names of the values in a table, with the metric of the search first."""
-    return [result.metric, *(name for name in _COLUMNS if name != result.metric)]
-
-
-def _rows(
-    result: SearchResult, trials: Sequence[Trial], word: Callable[[str], str], bold: str = "{}"
-) -> Iterator[list[str]]:
-    """Yields the cells of each trial.
-
-    Args:
-        result: The search.
-        trials: Trials of the table.
-        word: Escapes a text for the markup of the table.
-        bold: Format of the cells of the winner.
-    """
-    for trial in trials:
-        cells = [
-            format_value(name, trial.numbers[name], more_digits=1) if name in trial.numbers else ""
-            for name in _columns(result)
-        ]
-        form = bold if trial.number == result.winner.number else "{}"
-        yield [form.format(cell) for cell in (str(trial.number), word(describe_decoding(trial.decoding)), *cells)]
 
 
 def _explanation(result: SearchResult, real: Mapping[str, float], count: int) -> list[str]:
@@ -464,3 +423,39 @@ def _figure_lines(figure: ScheduleCurves, metric: str) -> list[str]:
             cells[at] = f"**{cells[at]}**"
         rows.append([label, *cells.values()])
     return [*lines, "", *markdown_table(["mask schedule", *(f"T = {number}" for number in steps)], rows)]
+
+
+def make_table(result: SearchResult) -> Table:
+    """Returns the second measurement as a table for the terminal."""
+    above = f"second measurement with other noise, {result.num_images} images each"
+    rows = _rows(result, result.confirmed, terminal_word, "[bold]{}[/]")
+    return terminal_table(above, _headings(result), rows, left=2)
+
+
+def _headings(result: SearchResult) -> list[str]:
+    return ["trial", "decoding", *map(title, _columns(result))]
+
+
+def _columns(result: SearchResult) -> list[str]:
+    """Returns the names of the values in a table, with the metric of the search first."""
+    return [result.metric, *(name for name in _COLUMNS if name != result.metric)]
+
+
+def _rows(
+    result: SearchResult, trials: Sequence[Trial], word: Callable[[str], str], bold: str = "{}"
+) -> Iterator[list[str]]:
+    """Yields the cells of each trial.
+
+    Args:
+        result: The search.
+        trials: Trials of the table.
+        word: Escapes a text for the markup of the table.
+        bold: Format of the cells of the winner.
+    """
+    for trial in trials:
+        cells = [
+            format_value(name, trial.numbers[name], more_digits=1) if name in trial.numbers else ""
+            for name in _columns(result)
+        ]
+        form = bold if trial.number == result.winner.number else "{}"
+        yield [form.format(cell) for cell in (str(trial.number), word(describe_decoding(trial.decoding)), *cells)]

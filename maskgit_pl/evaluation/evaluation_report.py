@@ -1,10 +1,7 @@
-"""Says which stage of a model limits its images, and which commands to run next.
+"""The report of an evaluation: ``evaluation.json`` with everything that reproduces it, a table, findings and pictures.
 
-``evaluate`` prints the result, and writes it into ``evaluation.json``.
-
-The report of an evaluation: ``evaluation.json`` with everything that reproduces it, a table, and findings.
-
-Pictures of an evaluation: generated images by class, reconstructions, and an animation of the decoding.
+The findings say which stage of the model limits its images, and which commands to run next. ``evaluate`` writes the
+file and the pictures, and prints the rest.
 """
 
 from __future__ import annotations
@@ -43,7 +40,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = [
-    "LimitingStage",
     "Measurements",
     "Report",
     "describe_limit",
@@ -53,134 +49,17 @@ __all__ = [
     "write_pictures",
 ]
 
-LimitingStage = Literal["tokenizer", "transformer", "neither"]
+_LimitingStage = Literal["tokenizer", "transformer", "neither"]
 
+_OF_IMAGES = ("class_agreement", "diversity", "seconds_per_image")  # values of images that belong to no network
+_ESTIMATES = ("masked_nll", "elbo_", "exact_")  # prefixes of likelihoods
+_BITS = ("exact_bits_per_token", "elbo_bits_per_token")
 _TOKENIZER_SHARE = 0.5  # of the FID of generated images
 _NEAR_REAL = 1.5  # times the FID of real images
 _MANY_CODES = 0.9  # fraction of the codes in use from which more codes can help
 _BUDGETS, _LONGEST = ("15m", "1h"), "1h"  # recipes of the transformer
-_BITS = ("exact_bits_per_token", "elbo_bits_per_token")
 _MAX_ENVIRONMENT_BYTES = 1_000_000
-
-
-def find_limiting_stage(fid: float, reconstruction_fid: float, real_fid: float) -> LimitingStage:
-    """Finds the stage that most of the FID of generated images comes from.
-
-    The tokenizer decodes the generated tokens, so its reconstruction FID is about the FID that a perfect transformer
-    would have. The rule, in this order:
-
-    1. ``neither`` if the FID is at most 1.5 times that of as many real images: it can hardly fall further.
-    2. ``tokenizer`` if the reconstruction FID is more than half of the FID: a better transformer can remove less than
-       half of it.
-    3. ``transformer`` otherwise.
-
-    Args:
-        fid: FID of generated images.
-        reconstruction_fid: FID of reconstructed val images in the same network.
-        real_fid: FID of as many real images as were generated, in the same network.
-    """
-    if fid <= _NEAR_REAL * real_fid:
-        return "neither"
-    return "tokenizer" if reconstruction_fid > _TOKENIZER_SHARE * fid else "transformer"
-
-
-def describe_limit(content: Mapping[str, Any], run: Path) -> dict[str, Any]:
-    """Describes the limiting stage in plain values, by the FID of the first feature network.
-
-    Args:
-        content: Content of ``evaluation.json``.
-        run: Run folder.
-
-    Returns:
-        ``text``: one or two sentences. ``bits_per_token`` and ``uniform_bits_per_token`` (log2 K). Where the
-        reconstruction FID is known, ``stage``, ``reconstruction_share`` (a fraction of the FID) and ``commands``.
-    """
-    network = next(iter(content["protocol"]["features"]))
-    bits = next(content["likelihood"][name] for name in _BITS if name in content["likelihood"])
-    uniform = math.log2(content["model"]["codebook_size"])
-    described: dict[str, Any] = {"network": network, "bits_per_token": bits, "uniform_bits_per_token": uniform}
-    of_tokens = f"The transformer needs {bits:.2f} bits per val token, a uniform guess {uniform:.2f}."
-    rebuilt = content["reconstruction"].get(metric_name("rfid", network))
-    if rebuilt is None:  # reconstructions are compared with the val split only
-        return {**described, "text": of_tokens}
-    columns = content["samples"]["exported_guidance"], content["real_against_real"]
-    fid, real = (column[metric_name("fid", network)] for column in columns)
-    stage = find_limiting_stage(fid, rebuilt, real)
-    return {
-        **described,
-        "stage": stage,
-        "reconstruction_share": rebuilt / fid,
-        "text": f"{_sentence(stage, fid, rebuilt, real)} {of_tokens}",
-        "commands": next_commands(stage, run, content),
-    }
-
-
-def _sentence(stage: LimitingStage, fid: float, rebuilt: float, real: float) -> str:
-    if stage == "neither":
-        return (
-            f"Neither stage limits: FID {fid:.2f} is close to {real:.2f}, that of as many real images; a larger "
-            "--num-images shows smaller differences."
-        )
-    share = f"reconstructed real images already have FID {rebuilt:.2f}, {rebuilt / fid:.0%} of {fid:.2f}"
-    return f"The {stage} limits: {share}."
-
-
-def next_commands(stage: LimitingStage, run: Path, content: Mapping[str, Any]) -> list[str]:
-    """Returns the commands that improve the limiting stage in a new run.
-
-    A tokenizer gets four times as many codes if it uses at least 90 % of them, else twice as many steps. A transformer
-    gets the budget of an hour, after that twice as many steps.
-
-    Args:
-        stage: The limiting stage.
-        run: Run folder.
-        content: Content of ``evaluation.json``.
-
-    Returns:
-        The commands; none if neither stage limits, or the folder does not record its training.
-    """
-    if stage == "neither":
-        return []
-    file = run / stage / "environment.json"
-    steps = (read_run_recipe(run / stage / "config.yaml").get("trainer") or {}).get("max_steps")
-    if steps is None or not file.is_file():
-        return []
-    flags = _read_flags(read_json(file, max_bytes=_MAX_ENVIRONMENT_BYTES).get("command"))
-    recipes, dataset = flags.get("recipe", "").split(), flags.get("dataset", DEFAULT_DATASET)
-    if stage == "tokenizer" and content["reconstruction"]["codebook_usage"] >= _MANY_CODES:
-        more = [f"--model.network.codebook_size={4 * content['model']['codebook_size']}"]
-    elif stage == "tokenizer" or _LONGEST in recipes:
-        more = [f"--trainer.max_steps={2 * steps}"]
-    else:
-        recipes, more = [*(each for each in recipes if each not in _BUDGETS), _LONGEST], []
-    of_run = {
-        "--dataset": dataset,
-        "--data": flags.get("data") if flags.get("data") != f"data/shards/{dataset}" else None,
-        "--recipe": " ".join(recipes),
-        "--run": f"{run.resolve().name}-more",
-        "--tokenizer": f"{run}/pretrained/tokenizer" if stage == "transformer" else None,
-    }
-    words = [word for flag, text in of_run.items() if text for word in (flag, text)]
-    later = more if stage == "transformer" else []
-    commands = [["tokenize", *words, *later], ["train", "transformer", *words, *later]]
-    if stage == "tokenizer":
-        commands = [["train", "tokenizer", *words, *more], *commands]
-    return [shlex.join(["maskgit", *each]) for each in commands]
-
-
-def _read_flags(command: Any) -> dict[str, str]:
-    """Returns the flags of a recorded command line by name, without dashes."""
-    words = [printable(word) for word in command] if isinstance(command, Sequence) else []
-    flags = {}
-    for word, value in zip(words, [*words[1:], ""], strict=True):
-        if word.startswith("--"):
-            name, is_joined, joined = word[2:].partition("=")
-            flags[name] = joined if is_joined else value
-    return flags
-
-
-_OF_IMAGES = ("class_agreement", "diversity", "seconds_per_image")  # values of images that belong to no network
-_ESTIMATES = ("masked_nll", "elbo_", "exact_")
+_SHOWN_OF_A_CLASS, _SHOWN_PAIRS, _ANIMATED = 8, 16, 4
 
 
 @dataclass(frozen=True)
@@ -262,6 +141,44 @@ class Report:
         return [limit["text"], *(["To improve it:", *commands] if commands else []), self.content["held_out"]["text"]]
 
 
+def _add_model_rows(table: Table, report: Mapping[str, Any]) -> None:
+    rebuilt, model, likelihood = report["reconstruction"], report["model"], report["likelihood"]
+    for name, row in report.get("classification_accuracy_score", {}).items():
+        table.add_row(f"CAS top-1, trained on {name.replace('_', ' ')}", f"{row['top1']:.1%}")
+    uniform = math.log2(model["codebook_size"])
+    for name, text in (
+        ("masked_nll", "NLL per masked token, nats"),
+        ("elbo_bits_per_token", f"upper bound per token, bits, of {uniform:.3g}"),
+        ("exact_bits_per_token", f"NLL per token, bits, of {uniform:.3g}"),
+    ):
+        if name in likelihood:
+            table.add_row(text, f"{likelihood[name]:.3f} ± {likelihood[f'{name}_error']:.3f}")
+    table.add_row(f"reconstruction PSNR, {rebuilt['images']} images", f"{rebuilt['psnr_db']:.2f} dB")
+    table.add_row("reconstruction SSIM", f"{rebuilt['ssim']:.3f}" if "ssim" in rebuilt else "")
+    for name, value in rebuilt.items():
+        if name.startswith("lpips/"):
+            table.add_row(title(name), format_value(name, value))
+    table.add_row("codes used", f"{rebuilt['codebook_usage']:.1%} of {model['codebook_size']}")
+    table.add_row("tokens per image", " x ".join(map(str, model["grid"])))
+    parameters = (model["tokenizer_parameters"], model["transformer_parameters"])
+    table.add_row("parameters", " + ".join(f"{count / 1e6:.2f} M" for count in parameters))
+
+
+def _describe_acceptance(acceptance: Mapping[str, Any]) -> str:
+    """Returns a sentence about the accepted images; it warns if their classifier also judges them."""
+    text = (
+        f"accepted: the best {acceptance['accept_rate']:.1%} of {acceptance['num_candidates']} candidates by "
+        f"classifier {acceptance['classifier']}"
+    )
+    if acceptance["also_judges"]:
+        text += (
+            ", which also judges them: their class agreement and the metrics of "
+            f"{', '.join(acceptance['also_judges'])} are better than the images are; compare precision, recall and "
+            "diversity, and use another --accept-classifier"
+        )
+    return text
+
+
 def make_report(
     folders: RunFolders, model: EvaluatedModel, evaluator: Evaluator, measured: Measurements, file: Path
 ) -> Report:
@@ -291,7 +208,11 @@ def make_report(
         "reconstruction": measured.reconstruction.numbers(),
         "samples": {name: _collect_reported(rows) for name, rows in measured.samples.items()},
         "real_against_real": {**_collect_reported(measured.real), "images": floor["num_images"]},
-        "likelihood": {name: value for name, value in measured.likelihood.items() if _is_likelihood(name)},
+        "likelihood": {
+            name: value
+            for name, value in measured.likelihood.items()
+            if name.startswith(_ESTIMATES) or name in ("num_images", "draws")
+        },
         "model": _describe_model(pipe) | {f"{name}_digest": model.identity[name] for name in ("transformer", "config")},
         "environment": {**describe_environment(), "device": str(pipe.device)},
     }
@@ -322,6 +243,12 @@ def make_report(
     return Report(report, file)
 
 
+def _describe_reference(networks: Iterable[FeatureMetrics]) -> str:
+    """Returns the name of the split or file that generated images were compared with."""
+    origins = [network.reference.origin for network in networks]
+    return ", ".join(dict.fromkeys(origin.file or f"{origin.split} split" for origin in origins if origin is not None))
+
+
 def _describe_network(network: FeatureMetrics) -> dict[str, Any]:
     features, origin = network.reference.features, network.reference.origin
     assert origin is not None
@@ -332,64 +259,12 @@ def _describe_network(network: FeatureMetrics) -> dict[str, Any]:
     }
 
 
-def _describe_acceptance(acceptance: Mapping[str, Any]) -> str:
-    """Returns a sentence about the accepted images; it warns if their classifier also judges them."""
-    text = (
-        f"accepted: the best {acceptance['accept_rate']:.1%} of {acceptance['num_candidates']} candidates by "
-        f"classifier {acceptance['classifier']}"
-    )
-    if acceptance["also_judges"]:
-        text += (
-            ", which also judges them: their class agreement and the metrics of "
-            f"{', '.join(acceptance['also_judges'])} are better than the images are; compare precision, recall and "
-            "diversity, and use another --accept-classifier"
-        )
-    return text
-
-
 def _describe_negative(pipe: MaskGIT) -> dict[str, Any]:
     """Returns the folder and the digest of the model that guidance moves away from; nothing without one."""
     negative = pipe.negative_model
     if negative is None:
         return {}
     return {"negative_model": {"folder": str(negative.folder), "digest": negative.digest}}
-
-
-def _describe_reference(networks: Iterable[FeatureMetrics]) -> str:
-    """Returns the name of the split or file that generated images were compared with."""
-    origins = [network.reference.origin for network in networks]
-    return ", ".join(dict.fromkeys(origin.file or f"{origin.split} split" for origin in origins if origin is not None))
-
-
-def _collect_reported(rows: Mapping[str, Row]) -> dict[str, float]:
-    return {name: value for name, value in collect_numbers(rows).items() if name != "steps_taken"}
-
-
-def _is_likelihood(name: str) -> bool:
-    return name.startswith(_ESTIMATES) or name in ("num_images", "draws")
-
-
-def _add_model_rows(table: Table, report: Mapping[str, Any]) -> None:
-    rebuilt, model, likelihood = report["reconstruction"], report["model"], report["likelihood"]
-    for name, row in report.get("classification_accuracy_score", {}).items():
-        table.add_row(f"CAS top-1, trained on {name.replace('_', ' ')}", f"{row['top1']:.1%}")
-    uniform = math.log2(model["codebook_size"])
-    for name, text in (
-        ("masked_nll", "NLL per masked token, nats"),
-        ("elbo_bits_per_token", f"upper bound per token, bits, of {uniform:.3g}"),
-        ("exact_bits_per_token", f"NLL per token, bits, of {uniform:.3g}"),
-    ):
-        if name in likelihood:
-            table.add_row(text, f"{likelihood[name]:.3f} ± {likelihood[f'{name}_error']:.3f}")
-    table.add_row(f"reconstruction PSNR, {rebuilt['images']} images", f"{rebuilt['psnr_db']:.2f} dB")
-    table.add_row("reconstruction SSIM", f"{rebuilt['ssim']:.3f}" if "ssim" in rebuilt else "")
-    for name, value in rebuilt.items():
-        if name.startswith("lpips/"):
-            table.add_row(title(name), format_value(name, value))
-    table.add_row("codes used", f"{rebuilt['codebook_usage']:.1%} of {model['codebook_size']}")
-    table.add_row("tokens per image", " x ".join(map(str, model["grid"])))
-    parameters = (model["tokenizer_parameters"], model["transformer_parameters"])
-    table.add_row("parameters", " + ".join(f"{count / 1e6:.2f} M" for count in parameters))
 
 
 def _describe_model(pipe: MaskGIT) -> dict[str, Any]:
@@ -407,7 +282,124 @@ def _describe_model(pipe: MaskGIT) -> dict[str, Any]:
     }
 
 
-_SHOWN_OF_A_CLASS, _SHOWN_PAIRS, _ANIMATED = 8, 16, 4
+def _collect_reported(rows: Mapping[str, Row]) -> dict[str, float]:
+    return {name: value for name, value in collect_numbers(rows).items() if name != "steps_taken"}
+
+
+def describe_limit(content: Mapping[str, Any], run: Path) -> dict[str, Any]:
+    """Describes the limiting stage in plain values, by the FID of the first feature network.
+
+    Args:
+        content: Content of ``evaluation.json``.
+        run: Run folder.
+
+    Returns:
+        ``text``: one or two sentences. ``bits_per_token`` and ``uniform_bits_per_token`` (log2 K). Where the
+        reconstruction FID is known, ``stage``, ``reconstruction_share`` (a fraction of the FID) and ``commands``.
+    """
+    network = next(iter(content["protocol"]["features"]))
+    bits = next(content["likelihood"][name] for name in _BITS if name in content["likelihood"])
+    uniform = math.log2(content["model"]["codebook_size"])
+    described: dict[str, Any] = {"network": network, "bits_per_token": bits, "uniform_bits_per_token": uniform}
+    of_tokens = f"The transformer needs {bits:.2f} bits per val token, a uniform guess {uniform:.2f}."
+    rebuilt = content["reconstruction"].get(metric_name("rfid", network))
+    if rebuilt is None:  # reconstructions are compared with the val split only
+        return {**described, "text": of_tokens}
+    columns = content["samples"]["exported_guidance"], content["real_against_real"]
+    fid, real = (column[metric_name("fid", network)] for column in columns)
+    stage = find_limiting_stage(fid, rebuilt, real)
+    return {
+        **described,
+        "stage": stage,
+        "reconstruction_share": rebuilt / fid,
+        "text": f"{_sentence(stage, fid, rebuilt, real)} {of_tokens}",
+        "commands": next_commands(stage, run, content),
+    }
+
+
+def find_limiting_stage(fid: float, reconstruction_fid: float, real_fid: float) -> _LimitingStage:
+    """Finds the stage that most of the FID of generated images comes from.
+
+    The tokenizer decodes the generated tokens, so its reconstruction FID is about the FID that a perfect transformer
+    would have. The rule, in this order:
+
+    1. ``neither`` if the FID is at most 1.5 times that of as many real images: it can hardly fall further.
+    2. ``tokenizer`` if the reconstruction FID is more than half of the FID: a better transformer can remove less than
+       half of it.
+    3. ``transformer`` otherwise.
+
+    Args:
+        fid: FID of generated images.
+        reconstruction_fid: FID of reconstructed val images in the same network.
+        real_fid: FID of as many real images as were generated, in the same network.
+    """
+    if fid <= _NEAR_REAL * real_fid:
+        return "neither"
+    return "tokenizer" if reconstruction_fid > _TOKENIZER_SHARE * fid else "transformer"
+
+
+def _sentence(stage: _LimitingStage, fid: float, rebuilt: float, real: float) -> str:
+    if stage == "neither":
+        return (
+            f"Neither stage limits: FID {fid:.2f} is close to {real:.2f}, that of as many real images; a larger "
+            "--num-images shows smaller differences."
+        )
+    share = f"reconstructed real images already have FID {rebuilt:.2f}, {rebuilt / fid:.0%} of {fid:.2f}"
+    return f"The {stage} limits: {share}."
+
+
+def next_commands(stage: _LimitingStage, run: Path, content: Mapping[str, Any]) -> list[str]:
+    """Returns the commands that improve the limiting stage in a new run.
+
+    A tokenizer gets four times as many codes if it uses at least 90 % of them, else twice as many steps. A transformer
+    gets the budget of an hour, after that twice as many steps.
+
+    Args:
+        stage: The limiting stage.
+        run: Run folder.
+        content: Content of ``evaluation.json``.
+
+    Returns:
+        The commands; none if neither stage limits, or the folder does not record its training.
+    """
+    if stage == "neither":
+        return []
+    file = run / stage / "environment.json"
+    steps = (read_run_recipe(run / stage / "config.yaml").get("trainer") or {}).get("max_steps")
+    if steps is None or not file.is_file():
+        return []
+    flags = _read_flags(read_json(file, max_bytes=_MAX_ENVIRONMENT_BYTES).get("command"))
+    recipes, dataset = flags.get("recipe", "").split(), flags.get("dataset", DEFAULT_DATASET)
+    if stage == "tokenizer" and content["reconstruction"]["codebook_usage"] >= _MANY_CODES:
+        more = [f"--model.network.codebook_size={4 * content['model']['codebook_size']}"]
+    elif stage == "tokenizer" or _LONGEST in recipes:
+        more = [f"--trainer.max_steps={2 * steps}"]
+    else:
+        recipes, more = [*(each for each in recipes if each not in _BUDGETS), _LONGEST], []
+    of_run = {
+        "--dataset": dataset,
+        "--data": flags.get("data") if flags.get("data") != f"data/shards/{dataset}" else None,
+        "--recipe": " ".join(recipes),
+        "--run": f"{run.resolve().name}-more",
+        "--tokenizer": f"{run}/pretrained/tokenizer" if stage == "transformer" else None,
+    }
+    words = [word for flag, text in of_run.items() if text for word in (flag, text)]
+    later = more if stage == "transformer" else []
+    commands = [["tokenize", *words, *later], ["train", "transformer", *words, *later]]
+    if stage == "tokenizer":
+        commands = [["train", "tokenizer", *words, *more], *commands]
+    return [shlex.join(["maskgit", *each]) for each in commands]
+
+
+def _read_flags(command: Any) -> dict[str, str]:
+    """Returns the flags of a recorded command line by name, without dashes."""
+    words = [printable(word) for word in command] if isinstance(command, Sequence) else []
+    flags = {}
+    for word, value in zip(words, [*words[1:], ""], strict=True):
+        if word.startswith("--"):
+            name, is_joined, joined = word[2:].partition("=")
+            flags[name] = joined if is_joined else value
+    return flags
 
 
 def write_pictures(

@@ -1,6 +1,4 @@
-"""A model to measure, and what identifies its images in the ledger. Used by ``Evaluator``.
-
-The evaluator: it measures models and keeps the results in the ledger, so that nothing is measured twice.
+"""The evaluator: it measures models and keeps the results in the ledger, so that nothing is measured twice.
 
 ``evaluate``, ``compare``, ``tune``, ``table``, ``figure`` and ``ablation`` use it. The key of a ledger row consists of
 everything that determines its values: weights and configuration of the model, the data, weights and reference of the
@@ -60,6 +58,15 @@ __all__ = [
     "collect_numbers",
 ]
 
+_READ_BATCH = 200  # real images per read
+_OWN_COLUMNS = ("model", "max_steps", "seed")  # fields of ``CASConfig`` that have a column of their own
+# Columns of a row of real images, in place of those of a model and a decoding.
+_NO_MODEL = {"model": REAL, "run": "", "mask_schedule": "", "parameters": None, "tokenizer": "", "transformer": ""}
+_NO_DECODING: dict[str, Any] = {"num_steps": None, "decoding": None}
+_DEVIATIONS = ("kid_deviation", "is_deviation")
+_OF_IMAGES = ("class_agreement", "diversity", "steps_taken", "seconds_per_image")  # values that belong to no network
+_EDITED, _UNEDITED, _MASKED = "MaskGIT", "unedited", "masked"
+
 
 @dataclass(frozen=True)
 class EvaluatedModel:
@@ -113,16 +120,6 @@ class EvaluatedModel:
         digests = {name: self.identity[name] for name in ("tokenizer", "transformer", "config")}
         key = [digests, self.decoding_key(decoding), num_images, seed]
         return self.folder / f"samples-{shorten_digest(digest_of(key))}.npz"
-
-
-_READ_BATCH = 200  # real images per read
-_OWN_COLUMNS = ("model", "max_steps", "seed")  # fields of ``CASConfig`` that have a column of their own
-# Columns of a row of real images, in place of those of a model and a decoding.
-_NO_MODEL = {"model": REAL, "run": "", "mask_schedule": "", "parameters": None, "tokenizer": "", "transformer": ""}
-_NO_DECODING: dict[str, Any] = {"num_steps": None, "decoding": None}
-_DEVIATIONS = ("kid_deviation", "is_deviation")
-_OF_IMAGES = ("class_agreement", "diversity", "steps_taken", "seconds_per_image")  # values that belong to no network
-EDITED, UNEDITED, MASKED = "MaskGIT", "unedited", "masked"
 
 
 class Evaluator:
@@ -353,7 +350,7 @@ class Evaluator:
         rows: list[Row] = []
         images: dict[str, Tensor] = {}
         # The masked and the unedited images are the worst and the best case, which the edited ones lie between.
-        for kind in (EDITED, MASKED, UNEDITED):
+        for kind in (_EDITED, _MASKED, _UNEDITED):
             keys = self._key_columns(model, count, seed, decoding) | {"task": task, "model": kind}
             for label, row in self._find_rows("editing", keys).items():
                 if row is None:
@@ -369,7 +366,7 @@ class Evaluator:
         options: dict[str, Any] = {"batch_size": self.batch_size, "on_images": self.bars(f"{model.run}: {task}", count)}
         vectors = read_real_vectors(self.data, model.pipe, num_images=count)
         edited = edit(task, model.pipe, originals, labels, vectors=vectors, seed=seed, **options)
-        return {EDITED: edited, MASKED: hide_pixels(task, model.pipe.tokenizer, originals), UNEDITED: originals}
+        return {_EDITED: edited, _MASKED: hide_pixels(task, model.pipe.tokenizer, originals), _UNEDITED: originals}
 
     def _find_rows(
         self, kind: str, keys: Mapping[str, Any], networks: Sequence[str] | None = None, metrics: Metrics = "all"

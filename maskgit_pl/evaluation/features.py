@@ -1,10 +1,11 @@
-"""SHA-256 digests that identify settings and models in the keys of the ledger and of reference files.
+"""Features of images, which the ranks extract together, and digests that identify models and settings.
 
-Feature extraction: the ranks share the batches of images, and every rank gets the features of all images.
+The ranks share the batches of images, and every rank gets the features of all images. The last bits of a feature may
+depend on the other images of its batch. Batches are therefore cut by image index and not by rank: with the same number
+of threads, the features are bit-exact for any number of ranks.
 
-The last bits of a feature may depend on the other images of its batch. Batches are therefore cut by image index and not
-by rank: with the same number of threads, the features are bit-exact for any number of ranks. ``FeatureMetrics``,
-``reference`` and ``reconstruction`` use it.
+The SHA-256 digests are parts of the keys of the ledger and of reference files. ``metrics``, ``reference`` and
+``reconstruction`` use this file.
 """
 
 from __future__ import annotations
@@ -39,48 +40,8 @@ __all__ = [
     "shorten_digest",
 ]
 
+BATCH_SIZE = 50  # images; part of the result, see the module docstring
 _DIGITS = 16
-
-
-def digest_of(values: Any) -> str:
-    """Returns the SHA-256 in hex of plain values; the order of mapping keys does not matter."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def shorten_digest(digest: str) -> str:
-    """Returns the first 16 hex digits (64 bits), which file names and ledger rows hold."""
-    return digest[:_DIGITS]
-
-
-def model_digests(pipe: MaskGIT, pretrained: Path) -> dict[str, str]:
-    """Returns the SHA-256 digests of everything that determines a model's images, except decoding and seed.
-
-    Args:
-        pipe: The model.
-        pretrained: Folder that the model was read from.
-
-    Returns:
-        Digests in hex by name. ``tokenizer`` and ``transformer`` identify the weights; ``config`` identifies sizes,
-        mask schedule, classes and dtype.
-    """
-    tokenizer, transformer = pipe.tokenizer, pipe.transformer
-    # The same weights can be read with another configuration, e.g. another mask schedule, and then give other images.
-    config = {
-        "tokenizer": asdict(tokenizer.network.config),
-        "image_size": tokenizer.image_size,
-        "transformer": asdict(transformer.network.config),
-        "mask_schedule": repr(transformer.mask_schedule),
-        "class_names": list(transformer.class_names),
-        "dtype": str(next(transformer.network.parameters()).dtype),
-    }
-    return {
-        "tokenizer": tokenizer.fingerprint,
-        "transformer": fingerprint(pretrained / "transformer"),
-        "config": digest_of(config),
-    }
-
-
-BATCH_SIZE = 50  # images; part of the result, see above
 
 
 @dataclass(frozen=True)
@@ -261,3 +222,41 @@ def iter_image_batches(
     """
     for rows in iter_row_batches(count, batch_size=batch_size):
         yield read(rows), torch.arange(rows.start, rows.stop)
+
+
+def digest_of(values: Any) -> str:
+    """Returns the SHA-256 in hex of plain values; the order of mapping keys does not matter."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def shorten_digest(digest: str) -> str:
+    """Returns the first 16 hex digits (64 bits), which file names and ledger rows hold."""
+    return digest[:_DIGITS]
+
+
+def model_digests(pipe: MaskGIT, pretrained: Path) -> dict[str, str]:
+    """Returns the SHA-256 digests of everything that determines a model's images, except decoding and seed.
+
+    Args:
+        pipe: The model.
+        pretrained: Folder that the model was read from.
+
+    Returns:
+        Digests in hex by name. ``tokenizer`` and ``transformer`` identify the weights; ``config`` identifies sizes,
+        mask schedule, classes and dtype.
+    """
+    tokenizer, transformer = pipe.tokenizer, pipe.transformer
+    # The same weights can be read with another configuration, e.g. another mask schedule, and then give other images.
+    config = {
+        "tokenizer": asdict(tokenizer.network.config),
+        "image_size": tokenizer.image_size,
+        "transformer": asdict(transformer.network.config),
+        "mask_schedule": repr(transformer.mask_schedule),
+        "class_names": list(transformer.class_names),
+        "dtype": str(next(transformer.network.parameters()).dtype),
+    }
+    return {
+        "tokenizer": tokenizer.fingerprint,
+        "transformer": fingerprint(pretrained / "transformer"),
+        "config": digest_of(config),
+    }

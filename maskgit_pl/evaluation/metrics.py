@@ -1,8 +1,7 @@
-"""Class agreement and diversity of generated images, from the predictions and features of a classifier.
+"""Metrics of generated images in the features of one network, relative to real images.
 
-Metrics of images in the features of one network, relative to real images. ``Evaluator`` uses it.
-
-Opens the feature networks that a command names. ``opening`` and ``tokenizer_evaluation`` use it.
+``Evaluator`` computes them with ``FeatureMetrics``. Class agreement and diversity come from the classifier of the data.
+``opening`` and ``tokenizer_measurement`` open the feature networks that a command names.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from maskgit_pl.data import ShardData
 from maskgit_pl.errors import printable
-from maskgit_pl.evaluation import classifier as classifier_training
+from maskgit_pl.evaluation.classifier import check_named_classifier, provide_classifier
 from maskgit_pl.evaluation.distances import PRECISION_NEIGHBOURS, Metrics, distances
 from maskgit_pl.evaluation.features import Extractor, ImageFeatures, extract, iter_image_batches, shorten_digest
 from maskgit_pl.evaluation.options import SMALL_TRAINING
@@ -34,83 +33,6 @@ __all__ = [
     "mean_pairwise_distance",
     "open_extractors",
 ]
-
-
-def class_agreement(predicted: Tensor, requested: Tensor) -> float:
-    """Computes the fraction of images that the classifier assigns to the requested class.
-
-    Args:
-        predicted: (n,) int64: classes that the classifier predicts.
-        requested: (n,) int64: classes that the images were generated for.
-
-    Returns:
-        The fraction, in [0, 1].
-
-    Raises:
-        ValueError: if the shapes differ, or there are no images.
-    """
-    if predicted.shape != requested.shape or requested.numel() == 0:
-        raise ValueError(
-            "class agreement: predictions and requested classes must have the same shape (n,) with n >= 1, got "
-            f"{tuple(predicted.shape)} and {tuple(requested.shape)}"
-        )
-    return float((predicted == requested).double().mean())
-
-
-def mean_pairwise_distance(features: Tensor) -> float:
-    """Computes the mean L2 distance over all pairs of different rows.
-
-    Args:
-        features: (n, D) float, n >= 2.
-
-    Raises:
-        ValueError: if there are fewer than two rows.
-    """
-    if len(features) < 2:
-        raise ValueError(f"mean pairwise distance: the number of rows must be >= 2, got {len(features)}")
-    return float(torch.nn.functional.pdist(features.double()).mean())
-
-
-def diversity(
-    generated: Tensor, generated_labels: Tensor, real: Tensor, real_labels: Tensor, *, per_class: int = 100
-) -> float:
-    """Computes the diversity of generated images within their classes, relative to real images.
-
-    ::
-
-        diversity = mean over classes of d(generated) / mean over classes of d(real)
-
-    Here d is the mean pairwise distance of the features of a class. It is 1 for images as diverse as real ones, and 0
-    for images that are all equal. Both kinds take the same number of images of a class: the first ``per_class``, or
-    fewer if one kind has fewer. Classes with fewer than 2 images of either kind are left out.
-
-    Args:
-        generated: (n, D) float features of generated images.
-        generated_labels: (n,) int64: classes that the images were generated for.
-        real: (m, D) float features of real images.
-        real_labels: (m,) int64: classes of the real images.
-        per_class: Maximum number of images per class, >= 2.
-
-    Raises:
-        ValueError: if no class has 2 images of both kinds, or the real images of each class are equal.
-    """
-    distances = []  # (generated, real) of each class
-    for label in sorted(set(generated_labels.tolist())):
-        ours, theirs = generated[generated_labels == label], real[real_labels == label]
-        # The mean distance of few images has more noise, so that both kinds take the same number.
-        count = min(len(ours), len(theirs), per_class)
-        if count >= 2:
-            distances.append([mean_pairwise_distance(ours[:count]), mean_pairwise_distance(theirs[:count])])
-    if not distances:
-        raise ValueError("diversity: at least one class must have 2 generated and 2 real images, got none")
-    # The ratio of the means, not the mean of the ratios: a class with very similar real images does not dominate.
-    of_generated, of_real = torch.tensor(distances, dtype=torch.float64).mean(0).tolist()
-    if of_real == 0:
-        raise ValueError(
-            "diversity: the real images of at least one class must differ, got equal features in every class"
-        )
-    return float(of_generated / of_real)
-
 
 CLASSIFIER = "classifier"  # label of the classifier of the data at hand
 
@@ -213,6 +135,82 @@ class FeatureMetrics:
             return {}
 
 
+def class_agreement(predicted: Tensor, requested: Tensor) -> float:
+    """Computes the fraction of images that the classifier assigns to the requested class.
+
+    Args:
+        predicted: (n,) int64: classes that the classifier predicts.
+        requested: (n,) int64: classes that the images were generated for.
+
+    Returns:
+        The fraction, in [0, 1].
+
+    Raises:
+        ValueError: if the shapes differ, or there are no images.
+    """
+    if predicted.shape != requested.shape or requested.numel() == 0:
+        raise ValueError(
+            "class agreement: predictions and requested classes must have the same shape (n,) with n >= 1, got "
+            f"{tuple(predicted.shape)} and {tuple(requested.shape)}"
+        )
+    return float((predicted == requested).double().mean())
+
+
+def diversity(
+    generated: Tensor, generated_labels: Tensor, real: Tensor, real_labels: Tensor, *, per_class: int = 100
+) -> float:
+    """Computes the diversity of generated images within their classes, relative to real images.
+
+    ::
+
+        diversity = mean over classes of d(generated) / mean over classes of d(real)
+
+    Here d is the mean pairwise distance of the features of a class. It is 1 for images as diverse as real ones, and 0
+    for images that are all equal. Both kinds take the same number of images of a class: the first ``per_class``, or
+    fewer if one kind has fewer. Classes with fewer than 2 images of either kind are left out.
+
+    Args:
+        generated: (n, D) float features of generated images.
+        generated_labels: (n,) int64: classes that the images were generated for.
+        real: (m, D) float features of real images.
+        real_labels: (m,) int64: classes of the real images.
+        per_class: Maximum number of images per class, >= 2.
+
+    Raises:
+        ValueError: if no class has 2 images of both kinds, or the real images of each class are equal.
+    """
+    pairs = []  # mean distances (generated, real) of each class
+    for label in sorted(set(generated_labels.tolist())):
+        ours, theirs = generated[generated_labels == label], real[real_labels == label]
+        # The mean distance of few images has more noise, so that both kinds take the same number.
+        count = min(len(ours), len(theirs), per_class)
+        if count >= 2:
+            pairs.append([mean_pairwise_distance(ours[:count]), mean_pairwise_distance(theirs[:count])])
+    if not pairs:
+        raise ValueError("diversity: at least one class must have 2 generated and 2 real images, got none")
+    # The ratio of the means, not the mean of the ratios: a class with very similar real images does not dominate.
+    of_generated, of_real = torch.tensor(pairs, dtype=torch.float64).mean(0).tolist()
+    if of_real == 0:
+        raise ValueError(
+            "diversity: the real images of at least one class must differ, got equal features in every class"
+        )
+    return float(of_generated / of_real)
+
+
+def mean_pairwise_distance(features: Tensor) -> float:
+    """Computes the mean L2 distance over all pairs of different rows.
+
+    Args:
+        features: (n, D) float, n >= 2.
+
+    Raises:
+        ValueError: if there are fewer than two rows.
+    """
+    if len(features) < 2:
+        raise ValueError(f"mean pairwise distance: the number of rows must be >= 2, got {len(features)}")
+    return float(torch.nn.functional.pdist(features.double()).mean())
+
+
 def open_extractors(
     classifier: Path,
     data: ShardData,
@@ -243,7 +241,7 @@ def open_extractors(
     others = {place: Extractor.create(spec, device=device) for place, spec in _other_networks(features)}
     if CLASSIFIER in features:
         train = bars("classifier: training", SMALL_TRAINING.max_steps)
-        classifier_training.provide_classifier(classifier, data, replaces=replaces, on_step=lambda: train(1))
+        provide_classifier(classifier, data, replaces=replaces, on_step=lambda: train(1))
     return [
         others[place] if place in others else Extractor.create(judge, device=device) for place in range(len(features))
     ]
@@ -268,7 +266,7 @@ def check_features(
     for _, spec in _other_networks(features):
         Extractor.create(spec)
     if classifier is not None and CLASSIFIER in features:
-        classifier_training.check_named_classifier(classifier)
+        check_named_classifier(classifier)
     if reference is not None and not reference.is_file():
         raise FileNotFoundError(f"reference {printable(reference)}: no such file; name another one")
 

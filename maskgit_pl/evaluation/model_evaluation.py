@@ -1,14 +1,11 @@
-"""``evaluate``: measures a trained model and writes ``evaluation.json``, pictures and ledger rows.
+"""The commands that measure one model: ``evaluate``, ``evaluate_tokenizer`` and ``train_classifier``.
 
-Several processes under ``torchrun`` share the work. Importing this file does not import torch.
-
-``evaluate_tokenizer``: measures a tokenizer without a transformer: reconstructions, codes, bits, speed and memory.
+1. ``evaluate`` measures a trained model, and writes ``evaluation.json``, pictures and ledger rows. Several processes
+   under ``torchrun`` share the work.
+2. ``evaluate_tokenizer`` measures a tokenizer without a transformer: reconstructions, codes, bits, speed and memory.
+3. ``train_classifier`` trains a classifier of a data folder, whose features measure generated images.
 
 Importing this file does not import torch: wrong arguments are answered at once.
-
-``train_classifier``: a classifier of a data folder, whose features measure generated images.
-
-Importing this file does not import torch.
 """
 
 from __future__ import annotations
@@ -138,7 +135,7 @@ def evaluate(
     outline.check_decoding(outline.decoding_with(num_steps=options.num_steps))
     _check_acceptance(options, num_images, len(outline.class_names))
     from maskgit_pl.distributed import process_group, rank_and_world
-    from maskgit_pl.evaluation.evaluation_report import make_report
+    from maskgit_pl.evaluation.evaluation_report import make_report, write_pictures
 
     # All ranks measure; the first one writes. The file of generated images still exists and is read for the pictures.
     with process_group():
@@ -150,7 +147,6 @@ def evaluate(
         title = f"{model.run}: pictures"
         generated = evaluator.generate(model, decoding, num_images=num_images, seed=options.seed, title=title)
         if rank_and_world()[0] == 0:
-            from maskgit_pl.evaluation.evaluation_report import write_pictures
             from maskgit_pl.pipeline.card import refresh_card
 
             write_pictures(evaluator, model.pipe, decoding, generated, folder=file.parent, seed=options.seed)
@@ -258,14 +254,14 @@ def _open_acceptance(
     folders: RunFolders, evaluator: Evaluator, model: EvaluatedModel, options: EvaluationOptions
 ) -> Acceptance:
     """Reads the classifier that accepts images; that of the data is trained if it is missing."""
-    from maskgit_pl.evaluation import classifier
+    from maskgit_pl.evaluation.classifier import provide_classifier
     from maskgit_pl.pipeline.acceptance import Acceptance
 
     assert options.accept_rate is not None
     folder = options.accept_classifier
     if folder is None:
         folder = folders.classifier
-        classifier.provide_classifier(folder, evaluator.data, replaces=folders.shares_classifier)
+        provide_classifier(folder, evaluator.data, replaces=folders.shares_classifier)
     acceptance = Acceptance.load(folder, options.accept_rate, device=model.pipe.device)
     acceptance.check_classes(model.pipe.class_names)
     return acceptance
@@ -372,7 +368,12 @@ def train_classifier(
             f"{pixels_text(largest)} pixels"
         )
     from maskgit_pl.distributed import find_device
-    from maskgit_pl.evaluation import classifier as classifier_training
+    from maskgit_pl.evaluation.classifier import (
+        check_classifier_folder,
+        is_trained,
+        measure_accuracy,
+        obtain_classifier,
+    )
     from maskgit_pl.networks.feature_networks import check_model
 
     check_model(config.model)
@@ -380,12 +381,10 @@ def train_classifier(
     source = open_images(Path(data), image_size or least, summary.channels, num_workers=num_workers)
     folder = out or Path("runs") / f"{Path(data).resolve().name}-classifier" / config.model
     check_writable("out", folder, is_folder=True)
-    classifier_training.check_classifier_folder(folder)
-    is_reused = classifier_training.is_trained(folder, source, config)
+    check_classifier_folder(folder)
+    is_reused = is_trained(folder, source, config)
     advance = bars(f"training {config.model}", config.max_steps)
-    classifier = classifier_training.obtain_classifier(
-        folder, source, config=config, on_step=lambda: advance(1), device=place
-    )
+    classifier = obtain_classifier(folder, source, config=config, on_step=lambda: advance(1), device=place)
     on_images = bars("real images", source.summary.samples["val"])
-    accuracy = classifier_training.measure_accuracy(classifier.to(place), source, on_images=on_images)
+    accuracy = measure_accuracy(classifier.to(place), source, on_images=on_images)
     return TrainedClassifier(folder, accuracy, is_reused, source.num_classes)

@@ -1,10 +1,6 @@
-"""The options that all measurements of a run share, and rules for their numbers. Imports no torch.
+"""The options that measurements share, classifier configurations, and decodings in measurements. Imports no torch.
 
-Configurations of classifiers and their training, for feature metrics and CAS. The file does not import torch.
-
-The options of ``evaluate_tokenizer``, and the checks of its data. The file does not import torch.
-
-Decoding configurations in measurements: other numbers of steps, the ledger key, and a description in words.
+All commands that measure models use it. ``run_folders`` finds what the options are applied to.
 """
 
 from __future__ import annotations
@@ -48,6 +44,12 @@ __all__ = [
     "with_steps",
 ]
 
+Spec = str | dict[str, Any]  # name, or mapping with arguments, of a selector or schedule
+PLOT_STEPS = (2, 3, 4, 6, 8, 12, 16, 24)  # values of T in the curves of mask schedules
+_LEAST_IMAGES = 4  # each half of the real images needs two for a covariance
+_SMALL_IMAGES = 64  # pixels; smaller images do not need more than 18 layers
+_MAX_CONFIG_BYTES = 8_000_000
+
 
 @dataclass(frozen=True)
 class MeasurementOptions:
@@ -57,7 +59,7 @@ class MeasurementOptions:
         seed: Seed of the first image; image i has ``seed + i``.
         batch_size: Images per batch; it does not change results.
         device: Device such as ``cpu``, ``cuda`` or ``cuda:1``; None for a GPU if there is one.
-        dtype: Arithmetic of the transformer, as ``devices.parse_dtype`` reads it; only of a single run.
+        dtype: Arithmetic of the transformer, as ``distributed.parse_dtype`` reads it; only of a single run.
         num_workers: Number of processes that read real images.
         classifier: Folder of the classifier of the data, which is trained if it is missing; None for
             ``runs/DATA-classifier/small``.
@@ -81,16 +83,6 @@ class MeasurementOptions:
             raise ValueError(f"batch_size must be >= 1, got {self.batch_size}")
 
 
-def default_steps(num_tokens: int, usual: Sequence[int]) -> tuple[int, ...]:
-    """Returns the usual numbers of steps that do not exceed the number of tokens.
-
-    Args:
-        num_tokens: N.
-        usual: Numbers of steps; if all of them exceed N, N is returned.
-    """
-    return tuple(number for number in usual if number <= num_tokens) or (num_tokens,)
-
-
 def round_to_classes(num_images: int, num_classes: int, *, name: str = "num_images") -> int:
     """Returns ``num_images``, rounded down to a multiple of the number of classes.
 
@@ -105,86 +97,6 @@ def round_to_classes(num_images: int, num_classes: int, *, name: str = "num_imag
     if num_images < 2 * num_classes:
         raise ValueError(f"{name} must be >= {2 * num_classes} (2 per class), got {num_images}")
     return num_images - num_images % num_classes
-
-
-_SMALL_IMAGES = 64  # pixels; smaller images do not need more than 18 layers
-
-
-@dataclass(frozen=True)
-class ClassifierConfig:
-    """The network and the training of a classifier.
-
-    Args:
-        width: Channels of the first convolution of the small network.
-        max_steps: Number of training steps.
-        batch: Images per step, >= 2.
-        peak_rate: Learning rate at the peak of the one-cycle schedule.
-        weight_decay: Weight decay of AdamW.
-        seed: Seed of weights, order and flips.
-        model: ``"small"``, or the timm name of a network, e.g. ``resnet18``.
-        flip_probability: Probability of a horizontal flip of a training image, in [0, 1]; use 0 for digits and letters.
-        precision: Precision of the Lightning trainer.
-
-    Raises:
-        ValueError: if a number is out of range.
-    """
-
-    width: int = 24
-    max_steps: int = 900
-    batch: int = 128
-    peak_rate: float = 4e-3
-    weight_decay: float = 0.02
-    seed: int = 0
-    model: str = "small"
-    flip_probability: float = 0.0
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-
-    def __post_init__(self) -> None:
-        check_integer("classifier max_steps", self.max_steps, "[1, inf)")
-        check_integer("classifier batch", self.batch, "[2, inf)")  # BatchNorm requires two
-        check_number("classifier peak_rate", self.peak_rate, "(0, inf)")
-        check_number("classifier flip_probability", self.flip_probability, "[0, 1]")
-
-
-@dataclass(frozen=True)
-class CASConfig(ClassifierConfig):
-    """The network and the training of the classification accuracy score (CAS). See ``ClassifierConfig``.
-
-    Generated and real images use the same configuration. ``"auto"`` selects the paper's network resnet50, or resnet18
-    for images with sides below 64 pixels. The default training is short, for thousands of images: it takes two minutes
-    on one CPU core with resnet18 and grey images of 28 pixels. For the paper's 1.2 million images, set ``max_steps`` to
-    about 90 epochs (450,000 steps of 256 images), ``batch`` to 256 and ``precision`` to bf16-mixed.
-    """
-
-    model: str = "auto"
-    max_steps: int = 500
-    batch: int = 64
-    peak_rate: float = 1e-3
-    weight_decay: float = 0.05
-
-    def for_images(self, image_size: ImageSize) -> CASConfig:
-        """Returns the configuration with ``"auto"`` replaced by the network for this image size."""
-        if self.model != "auto":
-            return self
-        return replace(self, model="resnet18" if max(height_width(image_size)) < _SMALL_IMAGES else "resnet50")
-
-
-SMALL_TRAINING = ClassifierConfig()
-
-
-def default_training(model: str) -> ClassifierConfig:
-    """Returns the default training of a network from random weights.
-
-    Args:
-        model: ``"small"``, or the timm name of a network; timm networks use a smaller learning rate.
-    """
-    if model == SMALL_TRAINING.model:
-        return SMALL_TRAINING
-    return ClassifierConfig(model=model, max_steps=1000, batch=64, peak_rate=1e-3, weight_decay=0.05)
-
-
-_LEAST_IMAGES = 4  # each half of the real images needs two for a covariance
-_MAX_CONFIG_BYTES = 8_000_000
 
 
 @dataclass(frozen=True)
@@ -243,8 +155,8 @@ def check_tokenizer_data(folders: RunFolders, options: TokenizerOptions) -> Data
     channels = check_channels(f"{name}: in_channels", network.get("in_channels") if isinstance(network, dict) else None)
     size = check_image_size(f"{name}: image_size", config.get("image_size"), "[1, 8192]")
     where, images = f"data {folders.data}", summary.samples.get("val", 0)
-    if images < max(_LEAST_IMAGES, options.num_images or 0):
-        least = max(_LEAST_IMAGES, options.num_images or 0)
+    least = max(_LEAST_IMAGES, options.num_images or 0)
+    if images < least:
         raise ValueError(f"{where}: the val split must have >= {least} images, got {images}; lower --num-images")
     if channels == 1 and summary.channels != 1:
         raise ValueError(f"{where}: the images must be grey for this tokenizer, got colour; choose others with --data")
@@ -258,13 +170,87 @@ def check_tokenizer_data(folders: RunFolders, options: TokenizerOptions) -> Data
     return summary
 
 
-PLOT_STEPS = (2, 3, 4, 6, 8, 12, 16, 24)  # values of T in the curves of mask schedules
-Spec = str | dict[str, Any]  # name, or mapping with arguments, of a selector or schedule
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """The network and the training of a classifier.
+
+    Args:
+        width: Channels of the first convolution of the small network.
+        max_steps: Number of training steps.
+        batch: Images per step, >= 2.
+        peak_rate: Learning rate at the peak of the one-cycle schedule.
+        weight_decay: Weight decay of AdamW.
+        seed: Seed of weights, order and flips.
+        model: ``"small"``, or the timm name of a network, e.g. ``resnet18``.
+        flip_probability: Probability of a horizontal flip of a training image, in [0, 1]; use 0 for digits and letters.
+        precision: Precision of the Lightning trainer.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    width: int = 24
+    max_steps: int = 900
+    batch: int = 128
+    peak_rate: float = 4e-3
+    weight_decay: float = 0.02
+    seed: int = 0
+    model: str = "small"
+    flip_probability: float = 0.0
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+
+    def __post_init__(self) -> None:
+        check_integer("classifier max_steps", self.max_steps, "[1, inf)")
+        check_integer("classifier batch", self.batch, "[2, inf)")  # BatchNorm requires two
+        check_number("classifier peak_rate", self.peak_rate, "(0, inf)")
+        check_number("classifier flip_probability", self.flip_probability, "[0, 1]")
 
 
-def with_steps(decoding: DecodingConfig, num_steps: int) -> DecodingConfig:
-    """Returns the decoding with another number of steps, and without ``tokens_per_step``, whose length is T."""
-    return replace(decoding, num_steps=num_steps, tokens_per_step=None)
+SMALL_TRAINING = ClassifierConfig()
+
+
+@dataclass(frozen=True)
+class CASConfig(ClassifierConfig):
+    """The network and the training of the classification accuracy score (CAS). See ``ClassifierConfig``.
+
+    Generated and real images use the same configuration. ``"auto"`` selects the paper's network resnet50, or resnet18
+    for images with sides below 64 pixels. The default training is short, for thousands of images: it takes two minutes
+    on one CPU core with resnet18 and grey images of 28 pixels. For the paper's 1.2 million images, set ``max_steps`` to
+    about 90 epochs (450,000 steps of 256 images), ``batch`` to 256 and ``precision`` to bf16-mixed.
+    """
+
+    model: str = "auto"
+    max_steps: int = 500
+    batch: int = 64
+    peak_rate: float = 1e-3
+    weight_decay: float = 0.05
+
+    def for_images(self, image_size: ImageSize) -> CASConfig:
+        """Returns the configuration with ``"auto"`` replaced by the network for this image size."""
+        if self.model != "auto":
+            return self
+        return replace(self, model="resnet18" if max(height_width(image_size)) < _SMALL_IMAGES else "resnet50")
+
+
+def default_training(model: str) -> ClassifierConfig:
+    """Returns the default training of a network from random weights.
+
+    Args:
+        model: ``"small"``, or the timm name of a network; timm networks use a smaller learning rate.
+    """
+    if model == SMALL_TRAINING.model:
+        return SMALL_TRAINING
+    return ClassifierConfig(model=model, max_steps=1000, batch=64, peak_rate=1e-3, weight_decay=0.05)
+
+
+def default_steps(num_tokens: int, usual: Sequence[int]) -> tuple[int, ...]:
+    """Returns the usual numbers of steps that do not exceed the number of tokens.
+
+    Args:
+        num_tokens: N.
+        usual: Numbers of steps; if all of them exceed N, N is returned.
+    """
+    return tuple(number for number in usual if number <= num_tokens) or (num_tokens,)
 
 
 def choose_plot_steps(num_tokens: int, steps: Iterable[int] = PLOT_STEPS) -> tuple[int, ...]:
@@ -284,6 +270,11 @@ def choose_plot_steps(num_tokens: int, steps: Iterable[int] = PLOT_STEPS) -> tup
     if not wanted:
         raise ValueError(f"num_steps must be <= {most}, half the number of tokens, got only {list(steps)}")
     return wanted
+
+
+def with_steps(decoding: DecodingConfig, num_steps: int) -> DecodingConfig:
+    """Returns the decoding with another number of steps, and without ``tokens_per_step``, whose length is T."""
+    return replace(decoding, num_steps=num_steps, tokens_per_step=None)
 
 
 def decoding_key(decoding: DecodingConfig) -> dict[str, Any]:

@@ -1,8 +1,6 @@
-"""Finds the folders of a run to measure, and what it records of its data. Imports no torch.
+"""Finds the folders of a run to measure, and reads what they record of the model and its data. Imports no torch.
 
 ``opening`` opens what the folders hold.
-
-Describes the images that a measurement holds out: the val split of a data folder, and where it comes from.
 """
 
 from __future__ import annotations
@@ -28,6 +26,19 @@ __all__ = [
     "read_outline",
     "read_run_recipe",
 ]
+
+_ADVICE = (
+    "to judge on an official test set, put its images into test/ beside train/, or give a data folder whose val split "
+    "it is with --data"
+)
+_SOURCES = {  # kind of source in the data folder's record -> origin of its val split
+    "idx": "the official test set of the IDX files",
+    "emoji": "pictures of the emoji that `maskgit data fetch` holds out",
+    "blue marble": "tiles of the blocks that `maskgit data fetch` holds out",
+    "image folder": f"those in val/ or test/ of the image folder if it has one, else about a tenth of all; {_ADVICE}",
+    "parquet": "those of its validation or test files if it has them, else about a tenth of all",
+}
+_UNKNOWN = f"the val shards, which maskgit_pl did not choose; {_ADVICE}"
 
 
 @dataclass(frozen=True)
@@ -125,6 +136,24 @@ def _folders(pretrained: Path, home: Path, data: Path | None, classifier: Path |
     return RunFolders(pretrained, home, path, classifier or real / "small", real)
 
 
+def _find_data(home: Path) -> Path:
+    """Returns the data folder in the run's ``config.yaml``.
+
+    Raises:
+        FileNotFoundError: if no stage records one.
+    """
+    # Both stages record the data; a run may have only one of them.
+    for stage in ("transformer", "tokenizer"):
+        file = home / stage / "config.yaml"
+        data = read_run_recipe(file).get("data") or {}
+        path = data.get("path") if isinstance(data, dict) else data
+        if path is not None and not isinstance(path, str):
+            raise ValueError(f"{file}: data.path must be a string, got {shorten(path)}")
+        if path:
+            return Path(path)
+    raise FileNotFoundError(f"run {home} does not record the data that it was trained on; choose them with --data")
+
+
 def read_outline(folders: RunFolders) -> Outline:
     """Reads the outline of the model, which checks requests without torch.
 
@@ -151,38 +180,6 @@ def read_run_recipe(file: Path) -> dict[str, Any]:
         return read_yaml(file) if file.is_file() else {}
     except ValueError as error:
         raise ValueError(" ".join(str(error).split())) from error
-
-
-def _find_data(home: Path) -> Path:
-    """Returns the data folder in the run's ``config.yaml``.
-
-    Raises:
-        FileNotFoundError: if no stage records one.
-    """
-    # Both stages record the data; a run may have only one of them.
-    for stage in ("transformer", "tokenizer"):
-        file = home / stage / "config.yaml"
-        data = read_run_recipe(file).get("data") or {}
-        path = data.get("path") if isinstance(data, dict) else data
-        if path is not None and not isinstance(path, str):
-            raise ValueError(f"{file}: data.path must be a string, got {shorten(path)}")
-        if path:
-            return Path(path)
-    raise FileNotFoundError(f"run {home} does not record the data that it was trained on; choose them with --data")
-
-
-_ADVICE = (
-    "to judge on an official test set, put its images into test/ beside train/, or give a data folder whose val split "
-    "it is with --data"
-)
-_SOURCES = {  # kind of source in the data folder's record -> origin of its val split
-    "idx": "the official test set of the IDX files",
-    "emoji": "pictures of the emoji that `maskgit data fetch` holds out",
-    "blue marble": "tiles of the blocks that `maskgit data fetch` holds out",
-    "image folder": f"those in val/ or test/ of the image folder if it has one, else about a tenth of all; {_ADVICE}",
-    "parquet": "those of its validation or test files if it has them, else about a tenth of all",
-}
-_UNKNOWN = f"the val shards, which maskgit_pl did not choose; {_ADVICE}"
 
 
 def describe_held_out(folder: Path, summary: DataSummary) -> dict[str, Any]:

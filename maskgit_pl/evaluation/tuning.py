@@ -49,10 +49,10 @@ if TYPE_CHECKING:
     from maskgit_pl.evaluation.search_space import SearchSpace
     from maskgit_pl.pipeline import MaskGIT
 
-__all__ = ["METRIC_NAMES", "TuningOptions", "plan_trials", "tune"]
+__all__ = ["TuningOptions", "plan_trials", "tune"]
 
 _MAX_TRIALS = 100_000  # far more than a search has time for; all are planned before the first one
-METRIC_NAMES = {"fid": "fid/classifier", "kid": "kid/classifier", "agreement": "class_agreement"}
+_METRIC_NAMES = {"fid": "fid/classifier", "kid": "kid/classifier", "agreement": "class_agreement"}
 _STEPS = (4, 6, 8, 12, 16)
 _log = logging.getLogger(__name__)
 
@@ -182,7 +182,7 @@ def _check_search(metric: str, trials: int, num_images: int = 2) -> str:
     """Checks the metric and the numbers of trials and images, and returns the name of the metric in the ledger."""
     check_integer("trials", trials, f"[1, {_MAX_TRIALS}]")
     check_integer("num_images", num_images, "[2, inf)")
-    return METRIC_NAMES[check_choice("metric", metric, METRIC_NAMES)]
+    return _METRIC_NAMES[check_choice("metric", metric, _METRIC_NAMES)]
 
 
 def _check_outputs(folders: RunFolders, out: Path | None) -> None:

@@ -1,8 +1,7 @@
-"""The statistics of an ablation: mean and range over seeds, and differences that exceed the spread of the seeds.
+"""The page of an ablation, made from ledger rows: results, differences from the base, training budgets and a figure.
 
-The figure of an ablation: a panel per metric, with the mean, the range and the single seeds of each variant.
-
-The page of an ablation, made from ledger rows: results, differences from the base, and training budgets.
+The results are the mean and the range over the seeds. A difference counts only if it exceeds the spread of the seeds.
+The figure has a panel per metric, with the mean, the range and the single seeds of each variant.
 """
 
 from __future__ import annotations
@@ -24,21 +23,63 @@ if TYPE_CHECKING:
 __all__ = [
     "Spread",
     "Summary",
-    "Verdict",
     "ablation_markdown",
     "chance_of_separation",
-    "choose_metrics",
-    "draw_ablation",
     "make_ablation_page",
     "summarize",
 ]
-
-Verdict = Literal["better", "worse", "unclear"]
 
 # Metrics of tables and figures, in their order; those of a network come once per network.
 _ORDER = ("rfid", "psnr_db", "ssim", "codebook_usage", "perplexity", "fid", "class_agreement", "diversity", "precision",
           "recall", "bits_per_token", "seconds_per_image")  # fmt: skip
 _OF_FIRST = ("precision", "recall")  # shown only for the network that ranks the variants
+_COLUMNS = ("variant", "seed", "run", "parameters", "max_steps", "global_batch", "seconds_per_step", "planned_seconds",
+            "training_seconds",
+            "kind", "device", "failure")  # fmt: skip
+_TRAINING = {  # columns of the table of trainings
+    "parameters": "parameters",
+    "max_steps": "steps",
+    "global_batch": "batch",
+    "seconds_per_step": "pilot, s per step",
+    "planned_seconds": "planned, s",
+    "training_seconds": "measured, s",
+}
+_PANELS = 6
+_FIGURE_COLUMNS = 3
+_LABEL = 34  # characters of a label
+_COLOURS = {"better": "#1b7837", "worse": "#b2182b", "unclear": "#555555", "reference": "#2166ac"}
+
+
+def make_ablation_page(name: str, rows: Sequence[Row]) -> Page:
+    """Returns the page of an ablation.
+
+    Args:
+        name: Name of the ablation, and of the files of its page.
+        rows: Rows of ``select_rows``, at least one.
+
+    Raises:
+        ValueError: if there is no row.
+    """
+    if not rows:
+        raise ValueError(f"ablation {name}: there must be at least one row, got none; run it without --page-only first")
+    summary = summarize(rows)
+    pictures = {f"{name}.png": _draw_ablation(summary)} if _choose_metrics(summary) else {}
+    return Page(name, ablation_markdown(name, summary), [_flatten(row) for row in rows], pictures)
+
+
+def ablation_markdown(name: str, summary: Summary) -> str:
+    """Returns the text of the page; see ``make_ablation_page``."""
+    lines = heading(f"Ablation: {markdown(name.removeprefix('ablation-'))}", summary.protocol.command)
+    lines += [*_explain(summary), ""]
+    if summary.spreads:
+        lines += ["## Results", "", *_result_lines(summary), ""]
+        lines += [f"![results]({name}.png)", ""] if _choose_metrics(summary) else []
+        lines += [f"## Difference from {markdown(summary.protocol.reference)}", "", *_difference_lines(summary), ""]
+    lines += ["## Training", "", *_training_lines(summary), ""]
+    if summary.failures or summary.missing:
+        lines += ["## Failed or missing", "", *_failure_lines(summary), ""]
+    lines += paragraph(f"Measured on: {_long(summary.protocol.machine)}.")
+    return "\n".join(lines) + "\n"
 
 
 @dataclass(frozen=True)
@@ -66,7 +107,7 @@ class Spread:
         """The largest value."""
         return max(self.values.values())
 
-    def compare(self, name: str, reference: Spread) -> Verdict:
+    def compare(self, name: str, reference: Spread) -> Literal["better", "worse", "unclear"]:
         """Compares with a reference: better or worse only if the ranges of the seeds do not overlap.
 
         A single seed has no range, so that the verdict is always ``unclear``.
@@ -174,140 +215,6 @@ def chance_of_separation(seeds: int) -> float:
         seeds: Number n of seeds of each variant, >= 1.
     """
     return 2 / comb(2 * seeds, seeds)
-
-
-_PANELS = 6
-_FIGURE_COLUMNS = 3
-_LABEL = 34  # characters of a label
-_COLOURS = {"better": "#1b7837", "worse": "#b2182b", "unclear": "#555555", "reference": "#2166ac"}
-
-
-def draw_ablation(summary: Summary) -> bytes:
-    """Draws up to 6 metrics, with one line per variant.
-
-    The colour tells whether a variant differs from the reference by more than the spread of the seeds.
-
-    Args:
-        summary: Results, with at least one metric to draw.
-
-    Returns:
-        A PNG.
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
-    metrics = choose_metrics(summary)
-    labels = [label for label in summary.protocol.variants if label in summary.spreads]
-    rows = -(-len(metrics) // _FIGURE_COLUMNS)
-    columns = min(_FIGURE_COLUMNS, len(metrics))
-    height = rows * (1.3 + 0.3 * len(labels)) + 0.6
-    page = Figure(figsize=(4.0 * columns + 2.0, height), layout="constrained")
-    panels = page.subplots(rows, columns, squeeze=False, sharey=True)
-    for axes, name in zip(panels.flat, metrics, strict=False):
-        _draw_panel(axes, summary, name, labels)
-    for axes in list(panels.flat)[len(metrics) :]:
-        axes.set_visible(False)
-    for row in panels:
-        row[0].set_yticks(range(len(labels)), [_shorten(label) for label in labels], fontsize=9)
-        row[0].set_ylim(len(labels) - 0.4, -0.6)  # the first variant on top
-    protocol = summary.protocol
-    seeds = f"seeds {', '.join(map(str, protocol.seeds))}"
-    page.suptitle(plain_label(f"{protocol.dataset}, budget {protocol.budget}, {seeds}"), fontsize=11)
-    words = {"reference": f"reference: {_shorten(protocol.reference)}", "better": "better", "worse": "worse",
-             "unclear": "ranges overlap"}  # fmt: skip
-    handles = [Line2D([], [], color=_COLOURS[key], marker="o", label=text) for key, text in words.items()]
-    page.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
-    return figure_to_png(page)
-
-
-def choose_metrics(summary: Summary) -> list[str]:
-    """Returns the metrics of the panels: each kind once, in the first network."""
-    chosen: dict[str, str] = {}
-    for name in summary.compared:
-        if any(name in found for found in summary.spreads.values()):
-            chosen.setdefault(name.partition("/")[0], name)
-    return list(chosen.values())[:_PANELS]
-
-
-def _draw_panel(axes: Axes, summary: Summary, name: str, labels: list[str]) -> None:
-    factor = find_metric(name).factor
-    reference = summary.spreads.get(summary.protocol.reference, {}).get(name)
-    if reference is not None:
-        axes.axvline(reference.mean * factor, color=_COLOURS["reference"], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-        if len(reference.values) > 1:
-            axes.axvspan(reference.low * factor, reference.high * factor, color=_COLOURS["reference"], alpha=0.12)
-    for place, label in enumerate(labels):
-        spread = summary.spreads[label].get(name)
-        if spread is not None:
-            _draw_variant(axes, place, spread, factor, _colour(summary, label, name, spread, reference))
-    axes.set_title(f"{plain_label(title(name))}\n{direction(name)}", fontsize=10, loc="left")
-    axes.grid(axis="x", alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.08)
-
-
-def _draw_variant(axes: Axes, place: int, spread: Spread, factor: float, colour: str) -> None:
-    axes.plot([spread.low * factor, spread.high * factor], [place, place], color=colour, linewidth=2, alpha=0.6)
-    values = [value * factor for value in spread.values.values()]
-    axes.plot(values, [place] * len(values), linestyle="", marker="|", markersize=9, color=colour, alpha=0.7)
-    axes.plot([spread.mean * factor], [place], marker="o", markersize=6, color=colour, zorder=3)
-
-
-def _colour(summary: Summary, label: str, name: str, spread: Spread, reference: Spread | None) -> str:
-    if label == summary.protocol.reference:
-        return _COLOURS["reference"]
-    return _COLOURS["unclear" if reference is None else spread.compare(name, reference)]
-
-
-def _shorten(label: str) -> str:
-    plain = plain_label(label)
-    return plain if len(plain) <= _LABEL else plain[: _LABEL - 3] + "..."
-
-
-_COLUMNS = ("variant", "seed", "run", "parameters", "max_steps", "global_batch", "seconds_per_step", "planned_seconds",
-            "training_seconds",
-            "kind", "device", "failure")  # fmt: skip
-
-_TRAINING = {  # columns of the table of trainings
-    "parameters": "parameters",
-    "max_steps": "steps",
-    "global_batch": "batch",
-    "seconds_per_step": "pilot, s per step",
-    "planned_seconds": "planned, s",
-    "training_seconds": "measured, s",
-}
-
-
-def make_ablation_page(name: str, rows: Sequence[Row]) -> Page:
-    """Returns the page of an ablation.
-
-    Args:
-        name: Name of the ablation, and of the files of its page.
-        rows: Rows of ``select_rows``, at least one.
-
-    Raises:
-        ValueError: if there is no row.
-    """
-    if not rows:
-        raise ValueError(f"ablation {name}: there must be at least one row, got none; run it without --page-only first")
-    summary = summarize(rows)
-    pictures = {f"{name}.png": draw_ablation(summary)} if choose_metrics(summary) else {}
-    return Page(name, ablation_markdown(name, summary), [_flatten(row) for row in rows], pictures)
-
-
-def ablation_markdown(name: str, summary: Summary) -> str:
-    """Returns the text of the page; see ``make_ablation_page``."""
-    lines = heading(f"Ablation: {markdown(name.removeprefix('ablation-'))}", summary.protocol.command)
-    lines += [*_explain(summary), ""]
-    if summary.spreads:
-        lines += ["## Results", "", *_result_lines(summary), ""]
-        lines += [f"![results]({name}.png)", ""] if choose_metrics(summary) else []
-        lines += [f"## Difference from {markdown(summary.protocol.reference)}", "", *_difference_lines(summary), ""]
-    lines += ["## Training", "", *_training_lines(summary), ""]
-    if summary.failures or summary.missing:
-        lines += ["## Failed or missing", "", *_failure_lines(summary), ""]
-    lines += paragraph(f"Measured on: {_long(summary.protocol.machine)}.")
-    return "\n".join(lines) + "\n"
 
 
 def _explain(summary: Summary) -> list[str]:
@@ -485,3 +392,85 @@ def _long(text: str) -> str:
 
 def _text(value: object) -> str:
     return "not set" if value is None else str(value)
+
+
+def _draw_ablation(summary: Summary) -> bytes:
+    """Draws up to 6 metrics, with one line per variant.
+
+    The colour tells whether a variant differs from the reference by more than the spread of the seeds.
+
+    Args:
+        summary: Results, with at least one metric to draw.
+
+    Returns:
+        A PNG.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    metrics = _choose_metrics(summary)
+    labels = [label for label in summary.protocol.variants if label in summary.spreads]
+    rows = -(-len(metrics) // _FIGURE_COLUMNS)
+    columns = min(_FIGURE_COLUMNS, len(metrics))
+    height = rows * (1.3 + 0.3 * len(labels)) + 0.6
+    page = Figure(figsize=(4.0 * columns + 2.0, height), layout="constrained")
+    panels = page.subplots(rows, columns, squeeze=False, sharey=True)
+    for axes, name in zip(panels.flat, metrics, strict=False):
+        _draw_panel(axes, summary, name, labels)
+    for axes in list(panels.flat)[len(metrics) :]:
+        axes.set_visible(False)
+    for row in panels:
+        row[0].set_yticks(range(len(labels)), [_shorten(label) for label in labels], fontsize=9)
+        row[0].set_ylim(len(labels) - 0.4, -0.6)  # the first variant on top
+    protocol = summary.protocol
+    seeds = f"seeds {', '.join(map(str, protocol.seeds))}"
+    page.suptitle(plain_label(f"{protocol.dataset}, budget {protocol.budget}, {seeds}"), fontsize=11)
+    words = {"reference": f"reference: {_shorten(protocol.reference)}", "better": "better", "worse": "worse",
+             "unclear": "ranges overlap"}  # fmt: skip
+    handles = [Line2D([], [], color=_COLOURS[key], marker="o", label=text) for key, text in words.items()]
+    page.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    return figure_to_png(page)
+
+
+def _choose_metrics(summary: Summary) -> list[str]:
+    """Returns the metrics of the panels: each kind once, in the first network."""
+    chosen: dict[str, str] = {}
+    for name in summary.compared:
+        if any(name in found for found in summary.spreads.values()):
+            chosen.setdefault(name.partition("/")[0], name)
+    return list(chosen.values())[:_PANELS]
+
+
+def _draw_panel(axes: Axes, summary: Summary, name: str, labels: list[str]) -> None:
+    factor = find_metric(name).factor
+    reference = summary.spreads.get(summary.protocol.reference, {}).get(name)
+    if reference is not None:
+        axes.axvline(reference.mean * factor, color=_COLOURS["reference"], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        if len(reference.values) > 1:
+            axes.axvspan(reference.low * factor, reference.high * factor, color=_COLOURS["reference"], alpha=0.12)
+    for place, label in enumerate(labels):
+        spread = summary.spreads[label].get(name)
+        if spread is not None:
+            _draw_variant(axes, place, spread, factor, _colour(summary, label, name, spread, reference))
+    axes.set_title(f"{plain_label(title(name))}\n{direction(name)}", fontsize=10, loc="left")
+    axes.grid(axis="x", alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.08)
+
+
+def _draw_variant(axes: Axes, place: int, spread: Spread, factor: float, colour: str) -> None:
+    axes.plot([spread.low * factor, spread.high * factor], [place, place], color=colour, linewidth=2, alpha=0.6)
+    values = [value * factor for value in spread.values.values()]
+    axes.plot(values, [place] * len(values), linestyle="", marker="|", markersize=9, color=colour, alpha=0.7)
+    axes.plot([spread.mean * factor], [place], marker="o", markersize=6, color=colour, zorder=3)
+
+
+def _colour(summary: Summary, label: str, name: str, spread: Spread, reference: Spread | None) -> str:
+    if label == summary.protocol.reference:
+        return _COLOURS["reference"]
+    return _COLOURS["unclear" if reference is None else spread.compare(name, reference)]
+
+
+def _shorten(label: str) -> str:
+    plain = plain_label(label)
+    return plain if len(plain) <= _LABEL else plain[: _LABEL - 3] + "..."

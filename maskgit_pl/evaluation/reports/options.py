@@ -1,6 +1,6 @@
-"""The options of tables and figures. The file does not import torch.
+"""The options of tables and figures, and the protocol of an ablation. Imports no torch.
 
-The protocol of an ablation: a part of each of its ledger rows, so that a page can be made from the rows only.
+The protocol is a part of each ledger row of an ablation, so that a page can be made from the rows only.
 """
 
 from __future__ import annotations

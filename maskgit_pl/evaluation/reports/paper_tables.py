@@ -1,11 +1,8 @@
-"""The pages of Tables 1 to 3, made from rows of the ledger, with the published rows of the paper.
+"""Tables 1 to 3 and Figure 8 of the paper: the measurements, and the pages with the published rows of the paper.
 
-Our rows have separate tables per feature network, because values of different networks, data or numbers of images are
-not comparable. ``paper_measurements`` uses it.
-
-The measurements for Tables 1 to 3 and Figure 8 of the paper. Rows that the ledger holds are read from it.
-
-``api`` opens the runs with ``open_models`` and calls one of the ``measure_*`` functions.
+``api`` opens the runs with ``open_models`` and calls one of the ``measure_*`` functions. Rows that the ledger holds are
+read from it. Our rows have separate tables per feature network, because values of different networks, data or numbers
+of images are not comparable.
 """
 
 from __future__ import annotations
@@ -87,11 +84,164 @@ TASKS: dict[Task, str] = {
     "outpaint-right": "outpainting, the right 50 %",
     "inpaint-centre": "inpainting, the centre 50 % x 50 %",
 }
-
-
 _METRICS = (*NETWORK_METRICS, "class_agreement")
 _NAMED_AFTER_NETWORK = ("fid", "sfid", "kid", "is")
 _SHOWN_DIGITS = 8
+_SHOWN_EDITS = 12
+
+
+@dataclass(frozen=True)
+class OpenedModels:
+    """The models of a report, with their evaluator.
+
+    Args:
+        evaluator: Evaluator on the data of the first run.
+        models: Models in the order of the runs.
+        options: Number of images, seed, folder and other options.
+        command: Command that produces the page.
+    """
+
+    evaluator: Evaluator
+    models: Sequence[EvaluatedModel]
+    options: ReportOptions
+    command: str
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the pages, ``results/DATASET``."""
+        return self.options.results / self.evaluator.dataset
+
+
+def open_models(folders: Sequence[RunFolders], options: ReportOptions, command: str, bars: Bars) -> OpenedModels:
+    """Opens models, data and feature networks.
+
+    Args:
+        folders: Folders of each run; the data of the first one are used.
+        options: Number of images, networks and other options.
+        command: Command that produces the page.
+        bars: Progress bars.
+
+    Raises:
+        ValueError: if the runs differ in classes or image size, a network is unknown, or there are too few images.
+    """
+    first = folders[0]
+    models = [create_evaluated_model(each, open_model(each, options.device)) for each in folders]
+    data = open_data(first, models[0].pipe, num_workers=options.num_workers)
+    # All rows of a table must compare with the same real images.
+    for model in models[1:]:
+        check_data(model.pipe, data)
+        give_val_vectors(model.pipe, data)
+        if model.pipe.tokenizer.image_size != data.config.image_size:
+            raise ValueError(
+                f"run {model.run}: the image size must be that of the first run, {pixels_text(data.config.image_size)} "
+                f"pixels, got {pixels_text(model.pipe.tokenizer.image_size)}; make a separate table for it"
+            )
+    options.check_classes(data.num_classes)
+    evaluator = open_evaluator(
+        first,
+        models[0].pipe,
+        data,
+        Ledger(options.results / FILE_NAME),
+        features=options.features,
+        reference=options.reference,
+        batch_size=options.batch_size,
+        bars=bars,
+    )
+    return OpenedModels(evaluator, models, options, command)
+
+
+def measure_generation(opened: OpenedModels) -> Page:
+    """Measures Table 1: class-conditional generation."""
+    evaluator, count, seed = opened.evaluator, opened.options.num_images, opened.options.seed
+    rows: list[Row] = []
+    for model in opened.models:
+        rows += evaluator.measure_samples(model, model.pipe.decoding, num_images=count, seed=seed).values()
+    rows += evaluator.measure_real(num_images=count).values()
+    page = make_generation_page(rows, _accuracy_scores(opened), command=opened.command)
+    return replace(page, folder=opened.folder, pictures={"table-1.png": image_to_png(_sheet(opened))})
+
+
+def _accuracy_scores(opened: OpenedModels) -> list[Row]:
+    """Returns the rows of the classification accuracy score of each model, and of the same number of real images."""
+    evaluator, options = opened.evaluator, opened.options
+    if options.cas is None:
+        return []
+    count = min(options.cas_images or options.num_images, evaluator.data.summary.samples["train"])
+    return [
+        *(
+            evaluator.measure_cas(each, each.pipe.decoding, options.cas, num_images=count, seed=options.seed)
+            for each in opened.models
+        ),
+        evaluator.measure_cas(None, None, options.cas, num_images=count, seed=options.seed),
+    ]
+
+
+def _sheet(opened: OpenedModels) -> Image.Image:
+    """Draws a sheet with a row of real images, a row per model and a column per class."""
+    data, models = opened.evaluator.data, opened.models
+    classes = choose_classes(data.num_classes)
+    # 50 images per class on average contain one of each class almost certainly.
+    images, labels = opened.evaluator.read_real_images("val", 50 * data.num_classes)
+    rows = [torch.stack([_first_of(images, labels, label) for label in classes])]
+    for model in models:
+        rows.append(torch.as_tensor(model.pipe.generate(classes, seed=opened.options.seed, output_type="pt")))
+    captions = ["real images", *(f"{model.kind}, T = {model.pipe.decoding.num_steps}" for model in models)]
+    names = [data.class_names[label] for label in classes]
+    return image_grid(torch.cat(rows), columns=len(classes), row_captions=captions, column_captions=names)
+
+
+def _first_of(images: Tensor, labels: Tensor, label: int) -> Tensor:
+    """Returns the first image of a class, or a black one if the class has none."""
+    found = (labels == label).nonzero()
+    return images[int(found[0])] if len(found) else torch.zeros_like(images[0])
+
+
+def measure_editing(opened: OpenedModels) -> Page:
+    """Measures Table 2: outpainting and inpainting of val images. The picture shows the first model."""
+    evaluator, options = opened.evaluator, opened.options
+    rows = [
+        row
+        for model in opened.models
+        for task in TASKS
+        for row in evaluator.measure_editing(model, task, num_images=options.num_images, seed=options.seed)
+    ]
+    pipe = opened.models[0].pipe
+    images, labels = evaluator.read_real_images("val", _SHOWN_EDITS)
+    shown, captions = [images], ["held out"]
+    for task in TASKS:
+        shown += [hide_pixels(task, pipe.tokenizer, images), edit(task, pipe, images, labels, seed=options.seed)]
+        captions += ["given", task]
+    sheet = image_grid(torch.cat(shown), columns=len(images), row_captions=captions)
+    page = make_editing_page(rows, command=opened.command)
+    return replace(page, folder=opened.folder, pictures={"table-2.png": image_to_png(sheet)})
+
+
+def measure_schedules(opened: OpenedModels, *, num_steps: Sequence[int] | None) -> Page:
+    """Measures Table 3 and Figure 8: mask schedules, with a model per schedule.
+
+    Args:
+        opened: Models that differ only in their mask schedule.
+        num_steps: Numbers of steps; None for the usual ones. Those above half the number of tokens are left out.
+
+    Raises:
+        ValueError: if the training budgets differ, two runs have the same schedule, or no number of steps is left.
+    """
+    evaluator, options, models = opened.evaluator, opened.options, opened.models
+    # Schedules are only comparable for equal training budgets.
+    check_budgets({each.run: read_run_recipe(each.folder.parent / "transformer" / "config.yaml") for each in models})
+    results = ablate(evaluator, models, steps=num_steps or PLOT_STEPS, num_images=options.num_images, seed=options.seed)
+    first, *_ = evaluator.networks
+    floor = evaluator.measure_real(num_images=options.num_images, networks=[first])[first]
+    figure = draw_figure_8(
+        results,
+        num_tokens=models[0].pipe.transformer.network.config.num_tokens,
+        metric=f"fid/{first}",
+        num_images=options.num_images,
+        floor=float(floor["fid"]),
+        dataset=evaluator.dataset,
+    )
+    page = make_schedule_page(results, command=opened.command)
+    return replace(page, folder=opened.folder, pictures={"figure-8.png": figure})
 
 
 def make_generation_page(samples: Sequence[Row], cas: Sequence[Row], *, command: str) -> Page:
@@ -111,78 +261,6 @@ def make_generation_page(samples: Sequence[Row], cas: Sequence[Row], *, command:
         lines += ["## Classification accuracy score", "", *_cas_lines(cas), ""]
     lines += [*_describe_provenance(samples), "", "## Published", "", *_published_generation()]
     return _make_page("table-1", lines, [*samples, *cas], picture="table-1.png")
-
-
-def _make_page(name: str, lines: Sequence[str], rows: Sequence[Mapping[str, Any]], *, picture: str) -> Page:
-    shown = f"![{picture.removesuffix('.png')}]({picture})"
-    return Page(name, "\n".join([*lines, "", shown, ""]), rows)
-
-
-def _cell(row: Mapping[str, Any], name: str) -> str:
-    """Returns a value as text, or an empty cell if the row has none."""
-    value = read_number(row, name)
-    return "" if value is None else format_value(name, value)
-
-
-def _word(row: Mapping[str, Any], name: str) -> str:
-    """Returns a word or count as Markdown, or an empty text if the row has none."""
-    value = row.get(name)
-    return "" if value is None else markdown(value)
-
-
-def _millions(row: Mapping[str, Any]) -> str:
-    value = read_number(row, "parameters")
-    return "" if value is None else f"{value / 1e6:.2f}M"
-
-
-def _describe_provenance(rows: Sequence[Row]) -> list[str]:
-    """Returns two paragraphs: data, code and device of the rows; digests of references, networks and models."""
-    # Each value occurs once, although all rows repeat it.
-    facts = []
-    for name, column in (("data", "dataset"), ("data fingerprint", "data"), ("commit", "commit"), ("date", "date"),
-                         ("device", "device")):  # fmt: skip
-        values = dict.fromkeys(str(row.get(column) or "")[: 12 if column == "commit" else None] for row in rows)
-        facts.append(f"{name} {', '.join(markdown(value) for value in values if value)}")
-    compared = _join_names(rows, _reference_name, "reference")
-    networks = _join_names(rows, lambda row: _word(row, "network"), "judge")
-    models = dict.fromkeys(
-        f"{code_cell(row['run'])} tokenizer {_digest(row, 'tokenizer')}, transformer {_digest(row, 'transformer')}"
-        for row in rows
-        if row.get("run")
-    )
-    return [
-        *paragraph(f"Measured on: {'; '.join(facts)}. The ledger has every row with its decoding."),
-        "",
-        *paragraph(
-            f"First digits of SHA-256. Reference: {compared}. Weights of the feature networks: {networks}. Weights of",
-            f"the models: {'; '.join(models) or 'none'}.",
-        ),
-    ]
-
-
-def _join_names(rows: Sequence[Row], name: Callable[[Row], str], digest: str) -> str:
-    return ", ".join(dict.fromkeys(f"{name(row)} {_digest(row, digest)}" for row in rows))
-
-
-def _digest(row: Mapping[str, Any], name: str) -> str:
-    """Returns the first digits of a digest, which a row may lack."""
-    return markdown(str(row.get(name) or "")[:_SHOWN_DIGITS]) or "not recorded"
-
-
-def _reference_name(row: Mapping[str, Any]) -> str:
-    """Returns the name of the split or file that a row compares with."""
-    return markdown(row.get("reference_file") or f"the {row.get('split') or 'val'} split")
-
-
-def _describe_reference(rows: Sequence[Row]) -> str:
-    """Returns the number and the source of the real images that the rows compare with."""
-    found = dict.fromkeys(
-        f"{_word(row, 'real_images')} real images of {_reference_name(row)}"
-        if row.get("real_images")
-        else f"the statistics of {_reference_name(row)}"
-        for row in rows
-    )
-    return " and ".join(found)
 
 
 def _explain(rows: Sequence[Row]) -> list[str]:
@@ -377,158 +455,73 @@ def _flatten(result: ScheduleResult, networks: Sequence[str]) -> dict[str, objec
     return flat | {name: result.fresh[networks[0]].get(name, "") for name in kept}
 
 
-_SHOWN_EDITS = 12
+def _make_page(name: str, lines: Sequence[str], rows: Sequence[Mapping[str, Any]], *, picture: str) -> Page:
+    shown = f"![{picture.removesuffix('.png')}]({picture})"
+    return Page(name, "\n".join([*lines, "", shown, ""]), rows)
 
 
-@dataclass(frozen=True)
-class OpenedModels:
-    """The models of a report, with their evaluator.
-
-    Args:
-        evaluator: Evaluator on the data of the first run.
-        models: Models in the order of the runs.
-        options: Number of images, seed, folder and other options.
-        command: Command that produces the page.
-    """
-
-    evaluator: Evaluator
-    models: Sequence[EvaluatedModel]
-    options: ReportOptions
-    command: str
-
-    @property
-    def folder(self) -> Path:
-        """The folder of the pages, ``results/DATASET``."""
-        return self.options.results / self.evaluator.dataset
-
-
-def open_models(folders: Sequence[RunFolders], options: ReportOptions, command: str, bars: Bars) -> OpenedModels:
-    """Opens models, data and feature networks.
-
-    Args:
-        folders: Folders of each run; the data of the first one are used.
-        options: Number of images, networks and other options.
-        command: Command that produces the page.
-        bars: Progress bars.
-
-    Raises:
-        ValueError: if the runs differ in classes or image size, a network is unknown, or there are too few images.
-    """
-    first = folders[0]
-    models = [create_evaluated_model(each, open_model(each, options.device)) for each in folders]
-    data = open_data(first, models[0].pipe, num_workers=options.num_workers)
-    # All rows of a table must compare with the same real images.
-    for model in models[1:]:
-        check_data(model.pipe, data)
-        give_val_vectors(model.pipe, data)
-        if model.pipe.tokenizer.image_size != data.config.image_size:
-            raise ValueError(
-                f"run {model.run}: the image size must be that of the first run, {pixels_text(data.config.image_size)} "
-                f"pixels, got {pixels_text(model.pipe.tokenizer.image_size)}; make a separate table for it"
-            )
-    options.check_classes(data.num_classes)
-    evaluator = open_evaluator(
-        first,
-        models[0].pipe,
-        data,
-        Ledger(options.results / FILE_NAME),
-        features=options.features,
-        reference=options.reference,
-        batch_size=options.batch_size,
-        bars=bars,
+def _describe_reference(rows: Sequence[Row]) -> str:
+    """Returns the number and the source of the real images that the rows compare with."""
+    found = dict.fromkeys(
+        f"{_word(row, 'real_images')} real images of {_reference_name(row)}"
+        if row.get("real_images")
+        else f"the statistics of {_reference_name(row)}"
+        for row in rows
     )
-    return OpenedModels(evaluator, models, options, command)
+    return " and ".join(found)
 
 
-def measure_generation(opened: OpenedModels) -> Page:
-    """Measures Table 1: class-conditional generation."""
-    evaluator, count, seed = opened.evaluator, opened.options.num_images, opened.options.seed
-    rows: list[Row] = []
-    for model in opened.models:
-        rows += evaluator.measure_samples(model, model.pipe.decoding, num_images=count, seed=seed).values()
-    rows += evaluator.measure_real(num_images=count).values()
-    page = make_generation_page(rows, _accuracy_scores(opened), command=opened.command)
-    return replace(page, folder=opened.folder, pictures={"table-1.png": image_to_png(_sheet(opened))})
+def _reference_name(row: Mapping[str, Any]) -> str:
+    """Returns the name of the split or file that a row compares with."""
+    return markdown(row.get("reference_file") or f"the {row.get('split') or 'val'} split")
 
 
-def _accuracy_scores(opened: OpenedModels) -> list[Row]:
-    """Returns the rows of the classification accuracy score of each model, and of the same number of real images."""
-    evaluator, options = opened.evaluator, opened.options
-    if options.cas is None:
-        return []
-    count = min(options.cas_images or options.num_images, evaluator.data.summary.samples["train"])
+def _describe_provenance(rows: Sequence[Row]) -> list[str]:
+    """Returns two paragraphs: data, code and device of the rows; digests of references, networks and models."""
+    # Each value occurs once, although all rows repeat it.
+    facts = []
+    for name, column in (("data", "dataset"), ("data fingerprint", "data"), ("commit", "commit"), ("date", "date"),
+                         ("device", "device")):  # fmt: skip
+        values = dict.fromkeys(str(row.get(column) or "")[: 12 if column == "commit" else None] for row in rows)
+        facts.append(f"{name} {', '.join(markdown(value) for value in values if value)}")
+    compared = _join_names(rows, _reference_name, "reference")
+    networks = _join_names(rows, lambda row: _word(row, "network"), "judge")
+    models = dict.fromkeys(
+        f"{code_cell(row['run'])} tokenizer {_digest(row, 'tokenizer')}, transformer {_digest(row, 'transformer')}"
+        for row in rows
+        if row.get("run")
+    )
     return [
-        *(
-            evaluator.measure_cas(each, each.pipe.decoding, options.cas, num_images=count, seed=options.seed)
-            for each in opened.models
+        *paragraph(f"Measured on: {'; '.join(facts)}. The ledger has every row with its decoding."),
+        "",
+        *paragraph(
+            f"First digits of SHA-256. Reference: {compared}. Weights of the feature networks: {networks}. Weights of",
+            f"the models: {'; '.join(models) or 'none'}.",
         ),
-        evaluator.measure_cas(None, None, options.cas, num_images=count, seed=options.seed),
     ]
 
 
-def _sheet(opened: OpenedModels) -> Image.Image:
-    """Draws a sheet with a row of real images, a row per model and a column per class."""
-    data, models = opened.evaluator.data, opened.models
-    classes = choose_classes(data.num_classes)
-    # 50 images per class on average contain one of each class almost certainly.
-    images, labels = opened.evaluator.read_real_images("val", 50 * data.num_classes)
-    rows = [torch.stack([_first_of(images, labels, label) for label in classes])]
-    for model in models:
-        rows.append(torch.as_tensor(model.pipe.generate(classes, seed=opened.options.seed, output_type="pt")))
-    captions = ["real images", *(f"{model.kind}, T = {model.pipe.decoding.num_steps}" for model in models)]
-    names = [data.class_names[label] for label in classes]
-    return image_grid(torch.cat(rows), columns=len(classes), row_captions=captions, column_captions=names)
+def _join_names(rows: Sequence[Row], name: Callable[[Row], str], digest: str) -> str:
+    return ", ".join(dict.fromkeys(f"{name(row)} {_digest(row, digest)}" for row in rows))
 
 
-def _first_of(images: Tensor, labels: Tensor, label: int) -> Tensor:
-    """Returns the first image of a class, or a black one if the class has none."""
-    found = (labels == label).nonzero()
-    return images[int(found[0])] if len(found) else torch.zeros_like(images[0])
+def _digest(row: Mapping[str, Any], name: str) -> str:
+    """Returns the first digits of a digest, which a row may lack."""
+    return markdown(str(row.get(name) or "")[:_SHOWN_DIGITS]) or "not recorded"
 
 
-def measure_editing(opened: OpenedModels) -> Page:
-    """Measures Table 2: outpainting and inpainting of val images. The picture shows the first model."""
-    evaluator, options = opened.evaluator, opened.options
-    rows = [
-        row
-        for model in opened.models
-        for task in TASKS
-        for row in evaluator.measure_editing(model, task, num_images=options.num_images, seed=options.seed)
-    ]
-    pipe = opened.models[0].pipe
-    images, labels = evaluator.read_real_images("val", _SHOWN_EDITS)
-    shown, captions = [images], ["held out"]
-    for task in TASKS:
-        shown += [hide_pixels(task, pipe.tokenizer, images), edit(task, pipe, images, labels, seed=options.seed)]
-        captions += ["given", task]
-    sheet = image_grid(torch.cat(shown), columns=len(images), row_captions=captions)
-    page = make_editing_page(rows, command=opened.command)
-    return replace(page, folder=opened.folder, pictures={"table-2.png": image_to_png(sheet)})
+def _cell(row: Mapping[str, Any], name: str) -> str:
+    """Returns a value as text, or an empty cell if the row has none."""
+    value = read_number(row, name)
+    return "" if value is None else format_value(name, value)
 
 
-def measure_schedules(opened: OpenedModels, *, num_steps: Sequence[int] | None) -> Page:
-    """Measures Table 3 and Figure 8: mask schedules, with a model per schedule.
+def _word(row: Mapping[str, Any], name: str) -> str:
+    """Returns a word or count as Markdown, or an empty text if the row has none."""
+    value = row.get(name)
+    return "" if value is None else markdown(value)
 
-    Args:
-        opened: Models that differ only in their mask schedule.
-        num_steps: Numbers of steps; None for the usual ones. Those above half the number of tokens are left out.
 
-    Raises:
-        ValueError: if the training budgets differ, two runs have the same schedule, or no number of steps is left.
-    """
-    evaluator, options, models = opened.evaluator, opened.options, opened.models
-    # Schedules are only comparable for equal training budgets.
-    check_budgets({each.run: read_run_recipe(each.folder.parent / "transformer" / "config.yaml") for each in models})
-    results = ablate(evaluator, models, steps=num_steps or PLOT_STEPS, num_images=options.num_images, seed=options.seed)
-    first, *_ = evaluator.networks
-    floor = evaluator.measure_real(num_images=options.num_images, networks=[first])[first]
-    figure = draw_figure_8(
-        results,
-        num_tokens=models[0].pipe.transformer.network.config.num_tokens,
-        metric=f"fid/{first}",
-        num_images=options.num_images,
-        floor=float(floor["fid"]),
-        dataset=evaluator.dataset,
-    )
-    page = make_schedule_page(results, command=opened.command)
-    return replace(page, folder=opened.folder, pictures={"figure-8.png": figure})
+def _millions(row: Mapping[str, Any]) -> str:
+    value = read_number(row, "parameters")
+    return "" if value is None else f"{value / 1e6:.2f}M"

@@ -1,17 +1,12 @@
-"""The published rows of the paper's tables, which ``tables`` prints next to ours.
+"""The ablation of mask schedules in the paper's Table 3 and Figure 8, and the published rows of Tables 1 to 3.
 
-Tables 1 and 3 are measured on ImageNet with 50,000 images, Table 2 on Places2, all with the features of Inception.
-Other values are comparable with them only for the same data, network and number of images.
+The ablation decodes a model per schedule at several T. The panels of Figure 8 are the mask ratios, and the FID of the
+model of each schedule over T; ``maskgit schedules`` draws only the first one. ``paper_tables`` uses all of this.
+
+Published Tables 1 and 3 are measured on ImageNet with 50,000 images, Table 2 on Places2, all with the features of
+Inception. Other values are comparable with them only for the same data, network and number of images.
 
 Source: Chang et al., MaskGIT, CVPR 2022, arXiv:2202.04200, Tables 1 to 3.
-
-The ablation of mask schedules in the paper's Table 3 and Figure 8: a model per schedule, decoded at several T.
-
-``paper_measurements`` uses it.
-
-Figures of mask schedules: the mask ratios, and the FID of the model of each schedule over the number of steps.
-
-These are the two panels of the paper's Figure 8. ``maskgit schedules`` draws only the first one.
 """
 
 from __future__ import annotations
@@ -51,9 +46,29 @@ __all__ = [
     "count_known_tokens",
     "draw_figure_8",
     "draw_schedules",
-    "make_ablation_decoding",
-    "read_schedule_name",
 ]
+
+_DRAWS = 4  # masks per image for likelihoods
+_BUDGET = (  # settings that all runs must share
+    "trainer.max_steps",
+    "data.global_batch",
+    "model.network",
+    "model.optimizer.learning_rate",
+    "model.label_smoothing",
+)
+
+_COLOURS = {  # from schedules that decide late (concave) to those that decide early (convex)
+    "exp": "#5b2a86",
+    "cubic": "#3f51b5",
+    "square": "#2a7fb8",
+    "cosine": "#0d7d6c",
+    "linear": "#7a7a7a",
+    "sqrt": "#d98b1f",
+    "log": "#c0392b",
+}
+_OTHERS = ("#a0709f", "#6d9a5c", "#b3605b", "#8a7f4f")
+_POINTS = 513  # points of a curve of mask ratios
+_TICKS = (0.5, 1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 300)
 
 
 @dataclass(frozen=True)
@@ -160,15 +175,6 @@ SCHEDULES = (
     PublishedSchedule("log", 60, 29.17, 47.9, 3.08),
 )
 
-_DRAWS = 4  # masks per image for likelihoods
-_BUDGET = (  # settings that all runs must share
-    "trainer.max_steps",
-    "data.global_batch",
-    "model.network",
-    "model.optimizer.learning_rate",
-    "model.label_smoothing",
-)
-
 
 @dataclass(frozen=True)
 class ScheduleResult:
@@ -191,49 +197,6 @@ class ScheduleResult:
     fresh: Mapping[str, Row]
     likelihood: Row
     mask_schedule: MaskSchedule
-
-
-def read_schedule_name(model: EvaluatedModel) -> str:
-    """Reads the registered name of a model's mask schedule; arguments are added in words.
-
-    Raises:
-        ValueError: if the model is autoregressive.
-    """
-    spec: Any = read_config(model.pretrained / "transformer", "transformer")["mask_schedule"]
-    if spec is None:
-        raise ValueError(
-            f"run {model.run}: the model must have a mask schedule, got an autoregressive one; leave the run out"
-        )
-    return describe(spec)
-
-
-def check_budgets(configs: Mapping[str, Mapping[str, Any]]) -> None:
-    """Checks that all runs had the same training budget, since schedules are comparable only then.
-
-    Args:
-        configs: Complete recipes of the transformers by run; an empty one is ignored.
-
-    Raises:
-        ValueError: if a setting differs. The message names its values.
-    """
-    # A run without a recipe, e.g. a downloaded model, cannot be checked.
-    for key in _BUDGET:
-        values = {run: _find_value(config, key) for run, config in configs.items() if config}
-        if len({repr(value) for value in values.values()}) > 1:
-            given = ", ".join(f"{run} {value}" for run, value in values.items())
-            raise ValueError(f"{key} must be the same in all runs, so that their schedules are comparable, got {given}")
-
-
-def _find_value(config: Mapping[str, Any], path: str) -> Any:
-    node: Any = config
-    for part in path.split("."):
-        node = node.get(part) if isinstance(node, Mapping) else None
-    return node
-
-
-def make_ablation_decoding(model: EvaluatedModel, num_steps: int) -> DecodingConfig:
-    """Returns the exported decoding of a model with another T, without guidance, which the paper does not use."""
-    return with_steps(model.pipe.decoding_with(decoding=model.pipe.transformer.decoding, guidance_scale=0), num_steps)
 
 
 def ablate(
@@ -264,7 +227,7 @@ def ablate(
     Raises:
         ValueError: if no number of steps is left, two models have the same schedule, or a model is autoregressive.
     """
-    names = [read_schedule_name(model) for model in models]
+    names = [_read_schedule_name(model) for model in models]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"the mask schedules of the runs must differ, got several with {', '.join(twice)}")
@@ -281,72 +244,60 @@ def _ablate_one(
     first, *_ = evaluator.networks
     curve = {}  # 1.
     for number in steps:
-        decoding = make_ablation_decoding(model, number)
+        decoding = _make_decoding(model, number)
         rows = evaluator.measure_samples(model, decoding, num_images=num_images, seed=seed, networks=[first])
         curve[number] = float(rows[first]["fid"])
     best = min(curve, key=lambda number: curve[number])
     # 2. The seeds of step 1 are [seed, seed + num_images).
-    fresh = evaluator.measure_samples(
-        model, make_ablation_decoding(model, best), num_images=num_images, seed=seed + num_images
-    )
+    fresh = evaluator.measure_samples(model, _make_decoding(model, best), num_images=num_images, seed=seed + num_images)
     # 3.
     likelihood = evaluator.measure_likelihood(model, num_images=2 * num_images, draws=_DRAWS)
     schedule = model.pipe.transformer.mask_schedule
-    assert schedule is not None  # read_schedule_name raises for an autoregressive model
+    assert schedule is not None  # _read_schedule_name raises for an autoregressive model
     return ScheduleResult(name, model.run, best, curve, fresh, likelihood, schedule)
 
 
-_COLOURS = {  # from schedules that decide late (concave) to those that decide early (convex)
-    "exp": "#5b2a86",
-    "cubic": "#3f51b5",
-    "square": "#2a7fb8",
-    "cosine": "#0d7d6c",
-    "linear": "#7a7a7a",
-    "sqrt": "#d98b1f",
-    "log": "#c0392b",
-}
-_OTHERS = ("#a0709f", "#6d9a5c", "#b3605b", "#8a7f4f")
-_POINTS = 513  # points of a curve of mask ratios
-_TICKS = (0.5, 1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 300)
-
-
-def count_known_tokens(schedule: MaskSchedule, *, num_tokens: int, num_steps: int) -> list[int]:
-    """Counts the tokens of an image that are known after each decoding step.
-
-    Args:
-        schedule: The mask schedule.
-        num_tokens: Number N of tokens.
-        num_steps: Number T of steps, in [1, N].
-
-    Returns:
-        T counts, of which the last one is N.
+def _read_schedule_name(model: EvaluatedModel) -> str:
+    """Reads the registered name of a model's mask schedule; arguments are added in words.
 
     Raises:
-        ValueError: if ``num_steps`` is out of range.
+        ValueError: if the model is autoregressive.
     """
-    # The counts come from the decoder itself, so that the table shows what decoding does.
-    decoder = ParallelDecoder(schedule, token_selectors.build("confidence"), num_steps=num_steps)
-    return [num_tokens - masked for (masked,) in decoder.count_masked([num_tokens], num_tokens)[1:]]
+    spec: Any = read_config(model.pretrained / "transformer", "transformer")["mask_schedule"]
+    if spec is None:
+        raise ValueError(
+            f"run {model.run}: the model must have a mask schedule, got an autoregressive one; leave the run out"
+        )
+    return describe(spec)
 
 
-def draw_schedules(schedules: Mapping[str, MaskSchedule], *, num_tokens: int) -> bytes:
-    """Draws the mask ratio of each schedule over the progress.
+def _make_decoding(model: EvaluatedModel, num_steps: int) -> DecodingConfig:
+    """Returns the exported decoding of a model with another T, without guidance, which the paper does not use."""
+    return with_steps(model.pipe.decoding_with(decoding=model.pipe.transformer.decoding, guidance_scale=0), num_steps)
+
+
+def check_budgets(configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Checks that all runs had the same training budget, since schedules are comparable only then.
 
     Args:
-        schedules: Schedules by their name in the legend.
-        num_tokens: Number N of tokens, which some schedules depend on.
+        configs: Complete recipes of the transformers by run; an empty one is ignored.
 
-    Returns:
-        A PNG.
-
-    Source: paper, Figure 8, left.
+    Raises:
+        ValueError: if a setting differs. The message names its values.
     """
-    from matplotlib.figure import Figure
+    # A run without a recipe, e.g. a downloaded model, cannot be checked.
+    for key in _BUDGET:
+        values = {run: _find_value(config, key) for run, config in configs.items() if config}
+        if len({repr(value) for value in values.values()}) > 1:
+            given = ", ".join(f"{run} {value}" for run, value in values.items())
+            raise ValueError(f"{key} must be the same in all runs, so that their schedules are comparable, got {given}")
 
-    page = Figure(figsize=(6.4, 4.4), layout="constrained")
-    _plot_ratios(page.subplots(), schedules, num_tokens)
-    page.legend(loc="outside right center", frameon=False)
-    return figure_to_png(page)
+
+def _find_value(config: Mapping[str, Any], path: str) -> Any:
+    node: Any = config
+    for part in path.split("."):
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return node
 
 
 def draw_figure_8(
@@ -397,11 +348,24 @@ def draw_figure_8(
     return figure_to_png(page)
 
 
-def _colours(names: Iterable[str]) -> dict[str, str]:
-    """Returns a colour per schedule; schedules that the paper does not have share a few colours."""
-    names = list(names)
-    others = iter(_OTHERS * (1 + len(names) // len(_OTHERS)))
-    return {name: _COLOURS.get(name) or next(others) for name in names}
+def draw_schedules(schedules: Mapping[str, MaskSchedule], *, num_tokens: int) -> bytes:
+    """Draws the mask ratio of each schedule over the progress.
+
+    Args:
+        schedules: Schedules by their name in the legend.
+        num_tokens: Number N of tokens, which some schedules depend on.
+
+    Returns:
+        A PNG.
+
+    Source: paper, Figure 8, left.
+    """
+    from matplotlib.figure import Figure
+
+    page = Figure(figsize=(6.4, 4.4), layout="constrained")
+    _plot_ratios(page.subplots(), schedules, num_tokens)
+    page.legend(loc="outside right center", frameon=False)
+    return figure_to_png(page)
 
 
 def _plot_ratios(axes: Axes, schedules: Mapping[str, MaskSchedule], num_tokens: int) -> None:
@@ -430,3 +394,29 @@ def _plot_quality(axes: Axes, results: Sequence[ScheduleResult], colours: Mappin
     for result in results:
         axes.plot([result.best_steps], [result.curve[result.best_steps]], color=colours[result.schedule], marker="*",
                   markersize=14, markeredgecolor="white", zorder=5)  # fmt: skip
+
+
+def _colours(names: Iterable[str]) -> dict[str, str]:
+    """Returns a colour per schedule; schedules that the paper does not have share a few colours."""
+    names = list(names)
+    others = iter(_OTHERS * (1 + len(names) // len(_OTHERS)))
+    return {name: _COLOURS.get(name) or next(others) for name in names}
+
+
+def count_known_tokens(schedule: MaskSchedule, *, num_tokens: int, num_steps: int) -> list[int]:
+    """Counts the tokens of an image that are known after each decoding step.
+
+    Args:
+        schedule: The mask schedule.
+        num_tokens: Number N of tokens.
+        num_steps: Number T of steps, in [1, N].
+
+    Returns:
+        T counts, of which the last one is N.
+
+    Raises:
+        ValueError: if ``num_steps`` is out of range.
+    """
+    # The counts come from the decoder itself, so that the table shows what decoding does.
+    decoder = ParallelDecoder(schedule, token_selectors.build("confidence"), num_steps=num_steps)
+    return [num_tokens - masked for (masked,) in decoder.count_masked([num_tokens], num_tokens)[1:]]

@@ -1,9 +1,7 @@
-"""The decoding time per image of autoregressive decoding and MaskGIT, for several numbers of tokens.
+"""Figure 4 of the paper: the decoding time per image of autoregressive decoding and MaskGIT over the number of tokens.
 
 The time does not depend on the values of the weights, so that random ones are used; the tokenizer is not timed.
-``timing_page`` makes Figure 4 of the paper from the measurements.
-
-The page of Figure 4: the decoding time per image over the number of tokens, with ratios to MaskGIT.
+``api`` uses ``measure_figure_4``.
 """
 
 from __future__ import annotations
@@ -47,7 +45,6 @@ __all__ = [
     "SIZES",
     "Method",
     "Timing",
-    "draw_timings",
     "make_timing_page",
     "measure_figure_4",
     "measure_timings",
@@ -64,6 +61,54 @@ SIZES = TransformerConfig(1024, 1000, (16, 16), embed_dim=256, depth=8, num_head
 # A point has at most 15 runs, and ends when another run would exceed 10 s in all; it has at least one run.
 _SECONDS, _MAX_RUNS = 10.0, 15
 _WARM_UP = 8  # steps before the clock starts
+
+_COLOURS = {"MaskGIT": "#0d7d6c", "autoregressive, KV cache": "#d98b1f", "autoregressive, no cache": "#c0392b"}
+_TICKS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000]
+_INK = "#444444"
+_STRIP = 0.2  # height of the strip of ratios, as a fraction of the axes' height
+_EXPLANATIONS = {  # by type of the device
+    "cpu": "The paper reports ratios of 30 to 64 on a GPU, which computes all tokens of an image in about the time of "
+    "one. On a CPU, as here, the time is proportional to the work, and a cache saves most of it.",
+    "cuda": "The paper reports ratios of 30 to 64, also on a GPU. If the tokens of an image do not fill the GPU, a "
+    "step for all tokens takes about as long as a step for one, and the ratio approaches N / T. With more tokens, the "
+    "time is proportional to the work.",
+}
+_OTHER_DEVICE = "The paper reports ratios of 30 to 64 on a GPU."
+
+
+def measure_figure_4(folder: Path | None, options: TimingOptions, *, command: str, bars: Bars = no_bars) -> Page:
+    """Measures Figure 4 with random weights; points in the ledger are not measured again.
+
+    Args:
+        folder: Folder of the transformer whose sizes are timed; None for sizes that suit a CPU.
+        options: Numbers of tokens, sizes, folder and device.
+        command: Command that produces the page.
+        bars: Progress bars.
+
+    Raises:
+        ValueError: if a size is out of range, a number of tokens is not a square, or the device does not exist.
+    """
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    sizes = replace(SIZES if folder is None else read_sizes(folder), **options.sizes)
+    bar = bars("figure 4: points", len(METHODS) * len(options.num_tokens))
+    timings = measure_timings(
+        Ledger(options.results / FILE_NAME),
+        sizes=sizes,
+        num_tokens=options.num_tokens,
+        device=check_device(device),
+        on_point=lambda _: bar(1),
+    )
+    return make_timing_page(timings, command=command, folder=options.results)
+
+
+def read_sizes(folder: Path) -> BackboneConfig:
+    """Reads the configuration of the network of a transformer from its folder.
+
+    Raises:
+        ValueError: if ``config.json`` is not that of a transformer.
+    """
+    config = read_config(folder, "transformer")
+    return build_config(config.get("network"), f"{folder / 'config.json'}: network")
 
 
 @dataclass(frozen=True)
@@ -95,16 +140,6 @@ class Timing:
     torch: str
     dtype: str
     kind: str
-
-
-def read_sizes(folder: Path) -> BackboneConfig:
-    """Reads the configuration of the network of a transformer from its folder.
-
-    Raises:
-        ValueError: if ``config.json`` is not that of a transformer.
-    """
-    config = read_config(folder, "transformer")
-    return build_config(config.get("network"), f"{folder / 'config.json'}: network")
 
 
 def measure_timings(
@@ -294,50 +329,64 @@ def _build_decoders(
     }
 
 
-_COLOURS = {"MaskGIT": "#0d7d6c", "autoregressive, KV cache": "#d98b1f", "autoregressive, no cache": "#c0392b"}
-_TICKS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000]
-_INK = "#444444"
-_EXPLANATIONS = {  # by type of the device
-    "cpu": "The paper reports ratios of 30 to 64 on a GPU, which computes all tokens of an image in about the time of "
-    "one. On a CPU, as here, the time is proportional to the work, and a cache saves most of it.",
-    "cuda": "The paper reports ratios of 30 to 64, also on a GPU. If the tokens of an image do not fill the GPU, a "
-    "step for all tokens takes about as long as a step for one, and the ratio approaches N / T. With more tokens, the "
-    "time is proportional to the work.",
-}
-_OTHER_DEVICE = "The paper reports ratios of 30 to 64 on a GPU."
-_STRIP = 0.2  # height of the strip of ratios, as a fraction of the axes' height
+def make_timing_page(timings: Sequence[Timing], *, command: str, folder: Path = Path()) -> Page:
+    """Returns the page: an explanation, the figure, and a table with the ratios.
+
+    Args:
+        timings: See ``measure_timings``.
+        command: Command that produces the page.
+        folder: Folder of the page.
+    """
+    first, lines = timings[0], _group_by_method(timings)
+    counts = sorted({timing.num_tokens for timing in timings})
+    text = [
+        *heading("Figure 4: decoding time of autoregressive decoding and MaskGIT", command),
+        "![time per image over the number of tokens](figure-4.png)",
+        "",
+        *paragraph(
+            "Time of the transformer per image with batch size 1, without guidance and without the tokenizer. Each",
+            "value is the median of n runs, in which the methods took turns. Both methods use the same network with",
+            "random weights, autoregressive decoding with a causal attention mask. MaskGIT decodes with the cosine",
+            "schedule, the most confident tokens first; its first step, of an all-masked image, is computed, too.",
+            f"Network: {markdown(first.network)}, {markdown(first.dtype)}. Machine:",
+            f"{markdown(first.device)}, torch {markdown(first.torch)}.",
+        ),
+        "",
+    ]
+    rows = []
+    for count in counts:
+        here = [lines[method][count] for method in METHODS]
+        cells = [f"{_format_seconds(timing)} (n = {timing.runs})" for timing in here]
+        ratios = [_format_ratio(timing, lines) for timing in here[1:]]
+        rows.append([str(count), str(here[0].num_steps), *cells, *ratios])
+    headings = ["N", "T of MaskGIT", *METHODS, "KV cache / MaskGIT", "no cache / MaskGIT"]
+    text += markdown_table(headings, rows, left=0)
+    largest = [_format_ratio(lines[method][counts[-1]], lines) for method in METHODS[1:]]
+    conclusion = paragraph(
+        f"At N = {counts[-1]}, autoregressive decoding takes {largest[0]} times as long as MaskGIT with a cache, and",
+        f"{largest[1]} times without one. {_EXPLANATIONS.get(first.kind, _OTHER_DEVICE)}",
+    )
+    values = [asdict(timing) for timing in timings]
+    return Page(
+        "figure-4", "\n".join([*text, "", *conclusion, ""]), values, {"figure-4.png": _draw_timings(timings)}, folder
+    )
+
+
+def _format_seconds(timing: Timing) -> str:
+    return f"{timing.seconds:.3g} s" if timing.seconds >= 1 else f"{1000 * timing.seconds:.3g} ms"
+
+
+def _format_ratio(timing: Timing, lines: dict[Method, dict[int, Timing]]) -> str:
+    """Returns the ratio of a time to MaskGIT's, with two digits."""
+    factor = timing.seconds / lines["MaskGIT"][timing.num_tokens].seconds
+    return f"{factor:.1f}" if factor < 9.95 else f"{factor:.0f}"
 
 
 def _group_by_method(timings: Sequence[Timing]) -> dict[Method, dict[int, Timing]]:
     return {method: {timing.num_tokens: timing for timing in timings if timing.method == method} for method in METHODS}
 
 
-def measure_figure_4(folder: Path | None, options: TimingOptions, *, command: str, bars: Bars = no_bars) -> Page:
-    """Measures Figure 4 with random weights; points in the ledger are not measured again.
-
-    Args:
-        folder: Folder of the transformer whose sizes are timed; None for sizes that suit a CPU.
-        options: Numbers of tokens, sizes, folder and device.
-        command: Command that produces the page.
-        bars: Progress bars.
-
-    Raises:
-        ValueError: if a size is out of range, a number of tokens is not a square, or the device does not exist.
-    """
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    sizes = replace(SIZES if folder is None else read_sizes(folder), **options.sizes)
-    bar = bars("figure 4: points", len(METHODS) * len(options.num_tokens))
-    timings = measure_timings(
-        Ledger(options.results / FILE_NAME),
-        sizes=sizes,
-        num_tokens=options.num_tokens,
-        device=check_device(device),
-        on_point=lambda _: bar(1),
-    )
-    return make_timing_page(timings, command=command, folder=options.results)
-
-
-def draw_timings(timings: Sequence[Timing]) -> bytes:
+def _draw_timings(timings: Sequence[Timing]) -> bytes:
     """Draws the seconds per image over the number of tokens, with a line per method and its ratios to MaskGIT.
 
     Args:
@@ -392,12 +441,6 @@ def _write_ratios(axes: Axes, lines: dict[Method, dict[int, Timing]]) -> None:
     axes.text(0.012, 0.15, "time relative to MaskGIT", transform=axes.transAxes, color=_INK, fontsize=9, va="center")
 
 
-def _format_ratio(timing: Timing, lines: dict[Method, dict[int, Timing]]) -> str:
-    """Returns the ratio of a time to MaskGIT's, with two digits."""
-    factor = timing.seconds / lines["MaskGIT"][timing.num_tokens].seconds
-    return f"{factor:.1f}" if factor < 9.95 else f"{factor:.0f}"
-
-
 def _format_axes(axes: Axes, timings: Sequence[Timing]) -> None:
     counts = sorted({timing.num_tokens for timing in timings})
     seconds = [timing.seconds for timing in timings]
@@ -417,51 +460,3 @@ def _format_axes(axes: Axes, timings: Sequence[Timing]) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.06, y=0.1)
-
-
-def make_timing_page(timings: Sequence[Timing], *, command: str, folder: Path = Path()) -> Page:
-    """Returns the page: an explanation, the figure, and a table with the ratios.
-
-    Args:
-        timings: See ``measure_timings``.
-        command: Command that produces the page.
-        folder: Folder of the page.
-    """
-    first, lines = timings[0], _group_by_method(timings)
-    counts = sorted({timing.num_tokens for timing in timings})
-    text = [
-        *heading("Figure 4: decoding time of autoregressive decoding and MaskGIT", command),
-        "![time per image over the number of tokens](figure-4.png)",
-        "",
-        *paragraph(
-            "Time of the transformer per image with batch size 1, without guidance and without the tokenizer. Each",
-            "value is the median of n runs, in which the methods took turns. Both methods use the same network with",
-            "random weights, autoregressive decoding with a causal attention mask. MaskGIT decodes with the cosine",
-            "schedule,",
-            "the most confident tokens first; its first step, of an all-masked image, is computed, too.",
-            f"Network: {markdown(first.network)}, {markdown(first.dtype)}. Machine:",
-            f"{markdown(first.device)}, torch {markdown(first.torch)}.",
-        ),
-        "",
-    ]
-    rows = []
-    for count in counts:
-        here = [lines[method][count] for method in METHODS]
-        cells = [f"{_format_seconds(timing)} (n = {timing.runs})" for timing in here]
-        ratios = [_format_ratio(timing, lines) for timing in here[1:]]
-        rows.append([str(count), str(here[0].num_steps), *cells, *ratios])
-    headings = ["N", "T of MaskGIT", *METHODS, "KV cache / MaskGIT", "no cache / MaskGIT"]
-    text += markdown_table(headings, rows, left=0)
-    largest = [_format_ratio(lines[method][counts[-1]], lines) for method in METHODS[1:]]
-    conclusion = paragraph(
-        f"At N = {counts[-1]}, autoregressive decoding takes {largest[0]} times as long as MaskGIT with a cache, and",
-        f"{largest[1]} times without one. {_EXPLANATIONS.get(first.kind, _OTHER_DEVICE)}",
-    )
-    values = [asdict(timing) for timing in timings]
-    return Page(
-        "figure-4", "\n".join([*text, "", *conclusion, ""]), values, {"figure-4.png": draw_timings(timings)}, folder
-    )
-
-
-def _format_seconds(timing: Timing) -> str:
-    return f"{timing.seconds:.3g} s" if timing.seconds >= 1 else f"{1000 * timing.seconds:.3g} ms"

@@ -17,7 +17,7 @@ from maskgit_pl.evaluation.tokenizer_measurement import feature_digests, measure
 from maskgit_pl.evaluation.tokenizer_report import make_tokenizer_report, tokenizer_key
 from maskgit_pl.processes import Bars
 
-__all__ = ["make_tokenizer_page", "measure_tokenizers"]
+__all__ = ["measure_tokenizers"]
 
 _NOT_SHOWN = ("images_per_second", "peak_memory_mb")  # of one machine; the CSV has them
 
@@ -49,11 +49,11 @@ def measure_tokenizers(folders: Sequence[RunFolders], options: ReportOptions, co
             row = ledger.add("tokenizer", make_tokenizer_report(each, measured, own, each.run / "tokenizer.json").row())
         rows.append({**row, "run": each.run.name})
     text = describe_held_out(folders[0].data, summaries[0])["text"]
-    page = make_tokenizer_page(rows, command=command, held_out=text)
+    page = _make_tokenizer_page(rows, command=command, held_out=text)
     return Page(page.name, page.markdown, page.rows, folder=options.results / data_name(folders[0].data))
 
 
-def make_tokenizer_page(rows: Sequence[Row], *, command: str, held_out: str) -> Page:
+def _make_tokenizer_page(rows: Sequence[Row], *, command: str, held_out: str) -> Page:
     """Returns the page of tokenizers, one row for each.
 
     Args:
