@@ -117,11 +117,8 @@ class Report:
         table.add_column("")
         for name in (*(name.replace("_", " ") for name in samples), "real images"):
             table.add_column(name, justify="right")
-        names = [
-            [*_OF_IMAGES],
-            *([metric_name(each, label) for each in NETWORK_METRICS] for label in protocol["features"]),
-        ]
-        for section in names:
+        sections = [[metric_name(each, label) for each in NETWORK_METRICS] for label in protocol["features"]]
+        for section in ([*_OF_IMAGES], *sections):
             # A metric that no column has is left out; each network has a section of its own.
             shown = [name for name in section if any(name in column for column in columns)]
             for name in shown:
@@ -424,10 +421,9 @@ def write_pictures(
     classes = choose_classes(len(pipe.class_names))
     rows = []
     for label in classes:
-        start = int((generated.labels == label).nonzero()[0])
-        rows.append(
-            generated.read(range(start, min(start + _SHOWN_OF_A_CLASS, start + int((generated.labels == label).sum()))))
-        )
+        is_of_class = generated.labels == label
+        start, count = int(is_of_class.nonzero()[0]), min(_SHOWN_OF_A_CLASS, int(is_of_class.sum()))
+        rows.append(generated.read(range(start, start + count)))
     least = min(len(row) for row in rows)
     names = [pipe.class_names[label] for label in classes]
     folder.mkdir(parents=True, exist_ok=True)

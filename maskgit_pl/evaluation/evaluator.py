@@ -70,7 +70,7 @@ _EDITED, _UNEDITED, _MASKED = "MaskGIT", "unedited", "masked"
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """A model to measure.
+    """A model to measure, with what identifies its images in the ledger.
 
     Args:
         run: Name of the run.

@@ -230,10 +230,8 @@ def open_networks(
     )
     on_images = bars(f"real images: {', '.join(each.label for each in extractors)}", data.summary.samples["val"])
     if reference is not None:  # the classes of its images are unknown
-        references, labels = (
-            read_references(reference, extractors, folder=folders.references, on_images=on_images),
-            None,
-        )
+        references = read_references(reference, extractors, folder=folders.references, on_images=on_images)
+        labels = None
     else:
         references = obtain_references(folders.references, data, extractors, on_images=on_images)
         labels = read_real_labels(data)

@@ -167,11 +167,8 @@ class SearchSpace:
         return _add_arguments(spec, drawn)
 
     def _draw_guidance(self, sampler: _TrialSampler) -> Spec:
-        name, scale, start = (
-            sampler.choose(_find_scaled_schedules()),
-            sampler.uniform(0.1, 3.0),
-            sampler.uniform(0.0, 0.6),
-        )
+        name = sampler.choose(_find_scaled_schedules())
+        scale, start = sampler.uniform(0.1, 3.0), sampler.uniform(0.0, 0.6)
         if not self.can_guide:
             return self.baseline.guidance
         # Every eighth trial has no guidance, which a continuous scale would never reach.
@@ -237,11 +234,8 @@ def _draw_temperature(sampler: _TrialSampler) -> float | tuple[float, float]:
 
 
 def _draw_truncation(sampler: _TrialSampler, codebook_size: int) -> tuple[int | None, float | None]:
-    kind, share, top_p = (
-        sampler.choose(("none", "none", "top_k", "top_p")),
-        sampler.random(),
-        sampler.uniform(0.8, 0.99),
-    )
+    kind = sampler.choose(("none", "none", "top_k", "top_p"))
+    share, top_p = sampler.random(), sampler.uniform(0.8, 0.99)
     # Log-uniform between 4 and K, since the effect of k depends on its order of magnitude.
     top_k = round(4 * (codebook_size / 4) ** share) if codebook_size > 4 else None
     return (top_k if kind == "top_k" else None), (top_p if kind == "top_p" else None)

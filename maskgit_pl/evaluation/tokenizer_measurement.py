@@ -146,9 +146,9 @@ def feature_digests(
     folders: RunFolders, features: Sequence[str | dict[str, Any]], options: TokenizerOptions, bars: Bars
 ) -> dict[str, str]:
     """Returns the SHA-256 of each feature network by label; see ``measure_tokenizer``."""
-    config = load_tokenizer(folders.pretrained / "tokenizer")
-    data = open_images(folders.data, config.image_size, config.network.config.in_channels)
-    found = open_extractors(
+    tokenizer = load_tokenizer(folders.pretrained / "tokenizer")
+    data = open_images(folders.data, tokenizer.image_size, tokenizer.network.config.in_channels)
+    extractors = open_extractors(
         folders.classifier,
         data,
         features=features,
@@ -156,7 +156,7 @@ def feature_digests(
         bars=bars,
         replaces=folders.shares_classifier,
     )
-    return {each.label: each.digest for each in found}
+    return {each.label: each.digest for each in extractors}
 
 
 @dataclass
@@ -181,7 +181,8 @@ def _see_images(
     on_images: Callable[[int], object],
 ) -> _Pass:
     """Reconstructs and measures ``count`` images."""
-    seen, network, done = _Pass({each.label: FeatureCollector(each) for each in extractors}), meter.tokenizer.network, 0
+    seen = _Pass({each.label: FeatureCollector(each) for each in extractors})
+    network, done = meter.tokenizer.network, 0
     tile = height_width(meter.tokenizer.image_size if options.tile is None else options.tile)
     # An image of the plain pass is one tile.
     reconstruct = partial(
@@ -301,11 +302,8 @@ def reconstruct_in_tiles(
     if len(corners) == 1:
         return _reconstruct(network, images)
     weights = _ramp(size[0], images)[:, None] * _ramp(size[1], images)  # (h, w)
-    total, weight, tokens = (
-        torch.zeros_like(images, dtype=torch.float32),
-        torch.zeros(height, width, device=images.device),
-        [],
-    )
+    total, tokens = torch.zeros_like(images, dtype=torch.float32), []
+    weight = torch.zeros(height, width, device=images.device)
     for y, x in corners:
         place = (..., slice(y, y + size[0]), slice(x, x + size[1]))
         tokens_of_tile, decoded = _reconstruct(network, images[place])

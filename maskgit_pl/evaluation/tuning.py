@@ -16,6 +16,7 @@ from maskgit_pl.checks import build_dataclass, check_choice, check_integer, chec
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.plan import check_num_steps
 from maskgit_pl.decoding.selectors import token_selectors
+from maskgit_pl.evaluation.comparison import list_selectors
 from maskgit_pl.evaluation.decoding_search import (
     FINALISTS,
     SearchPlan,
@@ -211,7 +212,6 @@ def _open(run: Path | str, data: Path | None, options: TuningOptions) -> tuple[R
         token_selectors.build(spec)
     _check_schedules(options.schedules or ())
     pipe = open_model(folders, options.device, dtype=options.dtype, negative_model=options.negative_model)
-    from maskgit_pl.evaluation.comparison import list_selectors
     from maskgit_pl.evaluation.search_space import SearchSpace, list_schedules
 
     space = SearchSpace(

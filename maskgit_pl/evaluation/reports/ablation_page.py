@@ -34,8 +34,7 @@ _ORDER = ("rfid", "psnr_db", "ssim", "codebook_usage", "perplexity", "fid", "cla
           "recall", "bits_per_token", "seconds_per_image")  # fmt: skip
 _OF_FIRST = ("precision", "recall")  # shown only for the network that ranks the variants
 _COLUMNS = ("variant", "seed", "run", "parameters", "max_steps", "global_batch", "seconds_per_step", "planned_seconds",
-            "training_seconds",
-            "kind", "device", "failure")  # fmt: skip
+            "training_seconds", "kind", "device", "failure")  # fmt: skip
 _TRAINING = {  # columns of the table of trainings
     "parameters": "parameters",
     "max_steps": "steps",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from maskgit_pl.errors import markdown
@@ -49,18 +50,11 @@ def measure_tokenizers(folders: Sequence[RunFolders], options: ReportOptions, co
             row = ledger.add("tokenizer", make_tokenizer_report(each, measured, own, each.run / "tokenizer.json").row())
         rows.append({**row, "run": each.run.name})
     text = describe_held_out(folders[0].data, summaries[0])["text"]
-    page = _make_tokenizer_page(rows, command=command, held_out=text)
-    return Page(page.name, page.markdown, page.rows, folder=options.results / data_name(folders[0].data))
+    return _make_page(rows, command, text, options.results / data_name(folders[0].data))
 
 
-def _make_tokenizer_page(rows: Sequence[Row], *, command: str, held_out: str) -> Page:
-    """Returns the page of tokenizers, one row for each.
-
-    Args:
-        rows: Rows ``tokenizer`` of the ledger.
-        command: Command that produces the page.
-        held_out: Sentence about the images.
-    """
+def _make_page(rows: Sequence[Row], command: str, held_out: str, folder: Path) -> Page:
+    """Returns the page of tokenizers, one row for each; ``held_out`` is a sentence about the images."""
     names = [name for name in dict.fromkeys(name for row in rows for name in row["numbers"]) if name not in _NOT_SHOWN]
     lines = [
         *heading("Tokenizers", command),
@@ -87,7 +81,7 @@ def _make_tokenizer_page(rows: Sequence[Row], *, command: str, held_out: str) ->
     ]
     flat = [{**{key: value for key, value in row.items() if key != "numbers"}, **row["numbers"]} for row in rows]
     settings = [{**row, "settings": json.dumps(row["settings"], sort_keys=True)} for row in flat]
-    return Page("tokenizers", "\n".join([*lines, ""]), settings)
+    return Page("tokenizers", "\n".join([*lines, ""]), settings, folder=folder)
 
 
 def _cell(numbers: Mapping[str, Any], name: str) -> str:
