@@ -1,10 +1,9 @@
-"""Datasets and the loader of whole batches of images or tokens, by their positions in the training stream.
+"""Datasets and the loader of whole batches of images or tokens, and the base class of the data modules.
 
-Used by the data modules, ``tokenize`` and the evaluation. Images stay uint8 until they are on the device.
+Batches are drawn by their positions in the training stream. The position of a data module is the Trainer's step, so a
+resumed run continues there. Images stay uint8 until they are on the device.
 
-The base class of the data modules ``ShardData`` and ``IndexedDataModule``.
-
-Their position in the data is the Trainer's step, so a resumed run continues there.
+Used by ``ShardData``, ``IndexedDataModule``, ``tokenize`` and the evaluation.
 """
 
 from __future__ import annotations
@@ -121,6 +120,24 @@ def check_batch(batch: Batch, *, shape: tuple[int, ...]) -> None:
             f"samples of the data must have the shape {shape} {kinds[len(shape)]} of the model, got "
             f"{tuple(batch.content.shape[1:])}; set image_size and in_channels of the data, or build the model for them"
         )
+
+
+def flip(images: Tensor, *, probability: float, seed: int, index: Tensor, epoch: Tensor) -> Tensor:
+    """Mirrors random images of a batch horizontally; the choice depends only on (seed, index, epoch).
+
+    Args:
+        images: (B, C, H, W), any dtype, any device.
+        probability: Probability that an image is mirrored, in [0, 1].
+        seed: Seed of the run, in [0, 2**32).
+        index: (B,) int64, ``index`` of the batch.
+        epoch: (B,) int64, ``epoch`` of the batch.
+
+    Returns:
+        (B, C, H, W) of the same dtype.
+    """
+    # Integer arithmetic without rounding, so the choice is the same on any device.
+    chosen = random_uniform("flip", seed=seed, index=index, epoch=epoch)[:, 0] < probability
+    return torch.where(chosen.to(images.device)[:, None, None, None], images.flip(-1), images)
 
 
 class ImageBatches(Dataset[Batch]):
@@ -258,104 +275,6 @@ class TokenBatches(Dataset[Batch]):
         return (words % self.reader.views).numpy()
 
 
-def _read_vectors(reader: VectorReader | None, index: Tensor) -> Tensor | None:
-    """Returns the vectors (B, C) float32 of samples (B,), or None without a reader."""
-    return None if reader is None else torch.from_numpy(reader.read(index.numpy()))
-
-
-class _WorkerFailure(NamedTuple):
-    """A user error of a worker, in place of its batch."""
-
-    error: Exception
-
-
-class _ErrorForwardingDataset(Dataset[Any]):
-    """A dataset for workers that returns user errors instead of raising them.
-
-    Torch would replace a raised error by one whose message is a traceback.
-    """
-
-    def __init__(self, dataset: Dataset[Batch]) -> None:
-        self.dataset = dataset
-
-    def __getitems__(self, positions: range) -> Batch | _WorkerFailure:
-        try:
-            return cast("Batch", self.dataset.__getitems__(positions))  # type: ignore[attr-defined]  # all of ours do
-        except Exception as error:
-            if _is_internal(error):  # for an error of ours, the traceback is useful
-                raise
-            return _WorkerFailure(error)
-
-
-def _is_internal(error: Exception) -> bool:
-    return not isinstance(error, RunError) and exit_code_of(error) == INTERNAL_ERROR
-
-
-class _WorkerDeathHandler:
-    """A handler of SIGCHLD that stores the error of torch's handler until the next batch is requested.
-
-    Torch raises this error anywhere in the training process, perhaps in code that turns it into another error.
-    """
-
-    error: ClassVar[RuntimeError | None] = None
-
-    def __init__(self, handler: Callable[[int, FrameType | None], Any]) -> None:
-        self.handler = handler
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        try:
-            self.handler(number, frame)
-        except RuntimeError as error:
-            _WorkerDeathHandler.error = error
-
-    @classmethod
-    def watch(cls) -> None:
-        """Replaces torch's handler, which exists once a loader has workers."""
-        handler = signal.getsignal(signal.SIGCHLD)
-        is_main = threading.current_thread() is threading.main_thread()
-        if is_main and callable(handler) and not isinstance(handler, cls):
-            signal.signal(signal.SIGCHLD, cls(handler))
-
-
-@contextmanager
-def _translate_worker_errors() -> Iterator[None]:
-    """Turns torch's errors about a killed worker into ``DataWorkerError``.
-
-    1. Torch raises "DataLoader worker ... is killed" itself, or a connection to the worker breaks first.
-    2. In the second case, wait for the signal that tells whether a worker died.
-    3. Other errors pass unchanged.
-    """
-    try:
-        yield
-    except (RuntimeError, OSError, EOFError) as error:
-        if isinstance(error, RunError):
-            raise
-        # 2.
-        if not str(error).startswith("DataLoader worker"):
-            deadline = time.monotonic() + _SIGNAL_SECONDS
-            while _WorkerDeathHandler.error is None and time.monotonic() < deadline:
-                time.sleep(0.01)
-        # 3.
-        killed, _WorkerDeathHandler.error = _WorkerDeathHandler.error, None
-        if killed is None and not str(error).startswith("DataLoader worker"):
-            raise
-        raise _worker_error(killed or error) from error
-
-
-def _worker_error(error: Exception) -> DataWorkerError:
-    reason = " ".join(str(error).split()).rstrip(".")
-    return DataWorkerError(
-        f"a data loading worker was killed, most likely because it ran out of memory ({reason}); use fewer workers "
-        "(data.num_workers, or --num-workers) or a smaller batch (data.max_batch_per_device, or --batch-size), then "
-        "run the same command again to resume"
-    )
-
-
-def _collate(batch: Any) -> Any:
-    """Returns a batch unchanged: the dataset makes whole batches."""
-    return batch
-
-
 class StepLoader(DataLoader[Batch]):
     """A loader whose position is the Trainer's step.
 
@@ -433,24 +352,6 @@ def make_loader(
     return made
 
 
-def flip(images: Tensor, *, probability: float, seed: int, index: Tensor, epoch: Tensor) -> Tensor:
-    """Mirrors random images of a batch horizontally; the choice depends only on (seed, index, epoch).
-
-    Args:
-        images: (B, C, H, W), any dtype, any device.
-        probability: Probability that an image is mirrored, in [0, 1].
-        seed: Seed of the run, in [0, 2**32).
-        index: (B,) int64, ``index`` of the batch.
-        epoch: (B,) int64, ``epoch`` of the batch.
-
-    Returns:
-        (B, C, H, W) of the same dtype.
-    """
-    # Integer arithmetic without rounding, so the choice is the same on any device.
-    chosen = random_uniform("flip", seed=seed, index=index, epoch=epoch)[:, 0] < probability
-    return torch.where(chosen.to(images.device)[:, None, None, None], images.flip(-1), images)
-
-
 class StepDataModule(LightningDataModule):
     """A data module that reads step, rank and world size from the Trainer; 0, 0 and 1 without a Trainer."""
 
@@ -476,3 +377,97 @@ class StepDataModule(LightningDataModule):
     @property
     def _rank(self) -> int:
         return 0 if self.trainer is None else self.trainer.global_rank
+
+
+def _read_vectors(reader: VectorReader | None, index: Tensor) -> Tensor | None:
+    """Returns the vectors (B, C) float32 of samples (B,), or None without a reader."""
+    return None if reader is None else torch.from_numpy(reader.read(index.numpy()))
+
+
+def _collate(batch: Any) -> Any:
+    """Returns a batch unchanged: the dataset makes whole batches."""
+    return batch
+
+
+class _WorkerFailure(NamedTuple):
+    """A user error of a worker, in place of its batch."""
+
+    error: Exception
+
+
+class _ErrorForwardingDataset(Dataset[Any]):
+    """A dataset for workers that returns user errors instead of raising them.
+
+    Torch would replace a raised error by one whose message is a traceback.
+    """
+
+    def __init__(self, dataset: Dataset[Batch]) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, positions: range) -> Batch | _WorkerFailure:
+        try:
+            return cast("Batch", self.dataset.__getitems__(positions))  # type: ignore[attr-defined]  # all of ours do
+        except Exception as error:
+            if not isinstance(error, RunError) and exit_code_of(error) == INTERNAL_ERROR:
+                raise  # for an error of ours, the traceback is useful
+            return _WorkerFailure(error)
+
+
+@contextmanager
+def _translate_worker_errors() -> Iterator[None]:
+    """Turns torch's errors about a killed worker into ``DataWorkerError``.
+
+    1. Torch raises "DataLoader worker ... is killed" itself, or a connection to the worker breaks first.
+    2. In the second case, wait for the signal that tells whether a worker died.
+    3. Other errors pass unchanged.
+    """
+    try:
+        yield
+    except (RuntimeError, OSError, EOFError) as error:
+        if isinstance(error, RunError):
+            raise
+        # 2.
+        if not str(error).startswith("DataLoader worker"):
+            deadline = time.monotonic() + _SIGNAL_SECONDS
+            while _WorkerDeathHandler.error is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+        # 3.
+        killed, _WorkerDeathHandler.error = _WorkerDeathHandler.error, None
+        if killed is None and not str(error).startswith("DataLoader worker"):
+            raise
+        raise _worker_error(killed or error) from error
+
+
+class _WorkerDeathHandler:
+    """A handler of SIGCHLD that stores the error of torch's handler until the next batch is requested.
+
+    Torch raises this error anywhere in the training process, perhaps in code that turns it into another error.
+    """
+
+    error: ClassVar[RuntimeError | None] = None
+
+    def __init__(self, handler: Callable[[int, FrameType | None], Any]) -> None:
+        self.handler = handler
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        try:
+            self.handler(number, frame)
+        except RuntimeError as error:
+            _WorkerDeathHandler.error = error
+
+    @classmethod
+    def watch(cls) -> None:
+        """Replaces torch's handler, which exists once a loader has workers."""
+        handler = signal.getsignal(signal.SIGCHLD)
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and callable(handler) and not isinstance(handler, cls):
+            signal.signal(signal.SIGCHLD, cls(handler))
+
+
+def _worker_error(error: Exception) -> DataWorkerError:
+    reason = " ".join(str(error).split()).rstrip(".")
+    return DataWorkerError(
+        f"a data loading worker was killed, most likely because it ran out of memory ({reason}); use fewer workers "
+        "(data.num_workers, or --num-workers) or a smaller batch (data.max_batch_per_device, or --batch-size), then "
+        "run the same command again to resume"
+    )

@@ -1,8 +1,7 @@
-"""Locks of files and folders, so that only one process at a time writes to them.
+"""Atomic replacement of whole folders, with checks that nothing else is lost, and locks against other writers.
 
-Atomic replacement of whole folders, and checks that nothing else is lost by it.
-
-Used by exports, importers, checkpoints and data folders: a folder has its name only when all of it is on disk.
+Used by exports, importers, checkpoints and data folders: a folder has its name only when all of it is on disk, and only
+one process at a time writes it.
 """
 
 from __future__ import annotations
@@ -37,71 +36,89 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-
-@contextmanager
-def hold_lock(target: Path, *, hint: str, rank: int | None = None) -> Iterator[None]:
-    """Locks a file or folder against other processes while it is written.
-
-    The lock is on the file ``.NAME.lock`` beside the target, or beside what a link leads to, which is removed at the
-    end. The kernel releases it at every end of the process, so that a killed job never blocks its restart, and forked
-    data workers do not keep it. The lock holds between the nodes of a cluster on NFS, on GPFS, and on Lustre mounted
-    with ``flock``. Where nothing can be locked, a warning is logged.
-
-    Args:
-        target: File or folder to lock, which need not exist.
-        hint: Advice for the message besides waiting, such as ``"give another --out"``.
-        rank: Rank of a process that shares the work on the target with others, each with its own lock; None for
-            exclusive work.
-
-    Raises:
-        ValueError: if another process holds the lock, or its file belongs to another user and cannot be opened.
-    """
-    real = Path(os.path.realpath(target))  # one lock for all links to the target
-    path = real.parent / (f".{real.name}.lock" if rank is None else f".{real.name}.rank{rank}.lock")
-    # Folders that are made for the lock file are removed at the end if they are empty.
-    new_folders = [folder for folder in path.parents if not folder.exists()]
-    # Without flock, filelock would otherwise use a marker file, which outlives a killed process. All users may write
-    # the lock file, or one that another user left would block a shared folder.
-    lock = FileLock(path, mode=0o666, fallback_to_soft=False, on_acquired=_write_holder)
-    try:
-        lock.acquire(timeout=0.2)  # a holder that ends removes the file: then another one is made
-    except Timeout as error:
-        raise ValueError(f"{target} is in use by {_read_holder(path)}; wait until it ends, or {hint}") from error
-    except OSError as error:
-        if isinstance(error, PermissionError) and path.exists():
-            raise ValueError(
-                f"{path} belongs to another user; remove it if no run of theirs uses it, or {hint}"
-            ) from error
-        log.warning("%s cannot be locked (%s); make sure that only one process writes to it", target, error.strerror)
-    try:
-        yield
-    finally:
-        if lock.is_locked:  # False in a process that was forked inside the with block
-            with suppress(OSError):
-                path.unlink()  # before the release, while no other process can hold it
-        lock.release()
-        for folder in new_folders:
-            with suppress(OSError):  # not empty
-                folder.rmdir()
-
-
-def _write_holder(descriptor: int) -> None:
-    with suppress(OSError):  # a full disk
-        os.ftruncate(descriptor, 0)
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}".encode())
-
-
-def _read_holder(path: Path) -> str:
-    """Returns what the holder has written, which is untrusted text in a shared folder."""
-    with suppress(OSError), path.open("rb") as file:
-        said = file.read(1000).decode(errors="replace")
-        return "".join(letter for letter in said if letter.isprintable()) or "another process"
-    return "another process"
-
-
 _OF_FILE_MANAGERS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # macOS and Windows put them into folders that they show
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # arguments of renameat2(2)
+
+
+@contextmanager
+def write_folder(
+    folder: Path, *, name: str = "output", check: Callable[[Path], object] = lambda folder: None
+) -> Iterator[Path]:
+    """Makes an empty folder to write to, which replaces ``folder`` when all of it is on disk.
+
+    1. Follow links, and check that the folder can be replaced.
+    2. Lock it, so that of two processes only one writes it, put back an older one that a kill has left under its other
+       name (``replace_folder``), and check its content.
+    3. Remove the new folders that killed processes have left.
+    4. After the work, write all of the new folder to the disk, and give it the name.
+
+    After an error, the new folder is removed and an older one at ``folder`` is unchanged.
+
+    Args:
+        folder: Folder to write; an existing one is replaced. Folders above it are made. A link stays, and its target is
+            written.
+        name: Name of the setting for errors, such as ``--out``.
+        check: Raises an error if the content of the existing folder must stay.
+
+    Yields:
+        The new folder, beside ``folder``.
+
+    Raises:
+        ValueError: if ``folder`` cannot be replaced, or another process writes it.
+    """
+    folder = resolve_folder(name, folder)  # 1.
+    with hold_lock(folder, hint="give another path"):  # 2.
+        _put_back(folder)
+        check(folder)
+        for path in folder.parent.iterdir():  # 3.
+            if re.fullmatch(rf"\.{re.escape(folder.name)}\.partial-\w+", path.name):
+                shutil.rmtree(path, ignore_errors=True)
+        fresh = folder.with_name(f".{folder.name}.partial-{uuid.uuid4().hex}")
+        fresh.mkdir()
+        try:
+            yield fresh
+            # 4. A rename may reach the disk before the content of the files, so the content is synced first.
+            for path in fresh.rglob("*"):
+                sync(path)
+            replace_folder(fresh, folder)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+
+
+def replace_folder(fresh: Path, folder: Path) -> None:
+    """Replaces a folder by another one, so that after a kill one of the two is complete at ``folder``.
+
+    1. Without an old folder: renames the new one.
+    2. With an old folder: exchanges the two names in one system call.
+    3. On a file system without that call (NFS): renames the old folder to ``.NAME.old-PID``, then the new one. A kill
+       between the two leaves no folder at ``folder``; both exist under their other names, and the next
+       ``write_folder`` puts the old one back.
+    4. Removes the old folder.
+
+    Args:
+        fresh: New folder, whose files are on disk.
+        folder: Path to replace, on the same file system. A link stays, and its target is replaced.
+
+    Raises:
+        OSError: if the new folder cannot be renamed. The old folder is back at ``folder`` then.
+        ValueError: if ``folder`` is no folder.
+    """
+    folder = follow_links(folder, is_folder=True)
+    sync(fresh)
+    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    if not folder.exists():  # 1.
+        fresh.rename(folder)
+    elif _exchange(fresh, folder):  # 2.
+        old = fresh
+    else:  # 3.
+        folder.rename(old)
+        try:
+            fresh.rename(folder)
+        except OSError:
+            old.rename(folder)
+            raise
+    sync(folder.parent)  # the names are on disk
+    shutil.rmtree(old, ignore_errors=True)  # 4.
 
 
 def resolve_folder(name: str, folder: Path) -> Path:
@@ -187,84 +204,50 @@ def check_only_known(folder: Path, known: Collection[str]) -> None:
 
 
 @contextmanager
-def write_folder(
-    folder: Path, *, name: str = "output", check: Callable[[Path], object] = lambda folder: None
-) -> Iterator[Path]:
-    """Makes an empty folder to write to, which replaces ``folder`` when all of it is on disk.
+def hold_lock(target: Path, *, hint: str, rank: int | None = None) -> Iterator[None]:
+    """Locks a file or folder against other processes while it is written.
 
-    1. Follow links, and check that the folder can be replaced.
-    2. Lock it, so that of two processes only one writes it, put back an older one that a kill has left under its other
-       name (``replace_folder``), and check its content.
-    3. Remove the new folders that killed processes have left.
-    4. After the work, write all of the new folder to the disk, and give it the name.
-
-    After an error, the new folder is removed and an older one at ``folder`` is unchanged.
+    The lock is on the file ``.NAME.lock`` beside the target, or beside what a link leads to, which is removed at the
+    end. The kernel releases it at every end of the process, so that a killed job never blocks its restart, and forked
+    data workers do not keep it. The lock holds between the nodes of a cluster on NFS, on GPFS, and on Lustre mounted
+    with ``flock``. Where nothing can be locked, a warning is logged.
 
     Args:
-        folder: Folder to write; an existing one is replaced. Folders above it are made. A link stays, and its target is
-            written.
-        name: Name of the setting for errors, such as ``--out``.
-        check: Raises an error if the content of the existing folder must stay.
-
-    Yields:
-        The new folder, beside ``folder``.
+        target: File or folder to lock, which need not exist.
+        hint: Advice for the message besides waiting, such as ``"give another --out"``.
+        rank: Rank of a process that shares the work on the target with others, each with its own lock; None for
+            exclusive work.
 
     Raises:
-        ValueError: if ``folder`` cannot be replaced, or another process writes it.
+        ValueError: if another process holds the lock, or its file belongs to another user and cannot be opened.
     """
-    folder = resolve_folder(name, folder)  # 1.
-    with hold_lock(folder, hint="give another path"):  # 2.
-        _put_back(folder)
-        check(folder)
-        for path in folder.parent.iterdir():  # 3.
-            if re.fullmatch(rf"\.{re.escape(folder.name)}\.partial-\w+", path.name):
-                shutil.rmtree(path, ignore_errors=True)
-        fresh = folder.with_name(f".{folder.name}.partial-{uuid.uuid4().hex}")
-        fresh.mkdir()
-        try:
-            yield fresh
-            # 4. A rename may reach the disk before the content of the files, so the content is synced first.
-            for path in fresh.rglob("*"):
-                sync(path)
-            replace_folder(fresh, folder)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
-
-
-def replace_folder(fresh: Path, folder: Path) -> None:
-    """Replaces a folder by another one, so that after a kill one of the two is complete at ``folder``.
-
-    1. Without an old folder: renames the new one.
-    2. With an old folder: exchanges the two names in one system call.
-    3. On a file system without that call (NFS): renames the old folder to ``.NAME.old-PID``, then the new one. A kill
-       between the two leaves no folder at ``folder``; both exist under their other names, and the next
-       ``write_folder`` puts the old one back.
-    4. Removes the old folder.
-
-    Args:
-        fresh: New folder, whose files are on disk.
-        folder: Path to replace, on the same file system. A link stays, and its target is replaced.
-
-    Raises:
-        OSError: if the new folder cannot be renamed. The old folder is back at ``folder`` then.
-        ValueError: if ``folder`` is no folder.
-    """
-    folder = follow_links(folder, is_folder=True)
-    sync(fresh)
-    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-    if not folder.exists():  # 1.
-        fresh.rename(folder)
-    elif _exchange(fresh, folder):  # 2.
-        old = fresh
-    else:  # 3.
-        folder.rename(old)
-        try:
-            fresh.rename(folder)
-        except OSError:
-            old.rename(folder)
-            raise
-    sync(folder.parent)  # the names are on disk
-    shutil.rmtree(old, ignore_errors=True)  # 4.
+    real = Path(os.path.realpath(target))  # one lock for all links to the target
+    path = real.parent / (f".{real.name}.lock" if rank is None else f".{real.name}.rank{rank}.lock")
+    # Folders that are made for the lock file are removed at the end if they are empty.
+    new_folders = [folder for folder in path.parents if not folder.exists()]
+    # Without flock, filelock would otherwise use a marker file, which outlives a killed process. All users may write
+    # the lock file, or one that another user left would block a shared folder.
+    lock = FileLock(path, mode=0o666, fallback_to_soft=False, on_acquired=_write_holder)
+    try:
+        lock.acquire(timeout=0.2)  # a holder that ends removes the file: then another one is made
+    except Timeout as error:
+        raise ValueError(f"{target} is in use by {_read_holder(path)}; wait until it ends, or {hint}") from error
+    except OSError as error:
+        if isinstance(error, PermissionError) and path.exists():
+            raise ValueError(
+                f"{path} belongs to another user; remove it if no run of theirs uses it, or {hint}"
+            ) from error
+        log.warning("%s cannot be locked (%s); make sure that only one process writes to it", target, error.strerror)
+    try:
+        yield
+    finally:
+        if lock.is_locked:  # False in a process that was forked inside the with block
+            with suppress(OSError):
+                path.unlink()  # before the release, while no other process can hold it
+        lock.release()
+        for folder in new_folders:
+            with suppress(OSError):  # not empty
+                folder.rmdir()
 
 
 def _put_back(folder: Path) -> None:
@@ -284,3 +267,18 @@ def _exchange(one: Path, other: Path) -> bool:
         return False
     failed: int = rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
     return not failed
+
+
+def _write_holder(descriptor: int) -> None:
+    with suppress(OSError):  # a full disk
+        os.ftruncate(descriptor, 0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}".encode())
+
+
+def _read_holder(path: Path) -> str:
+    """Returns what the holder has written, which is untrusted text in a shared folder."""
+    with suppress(OSError), path.open("rb") as file:
+        said = file.read(1000).decode(errors="replace")
+        return "".join(letter for letter in said if letter.isprintable()) or "another process"
+    return "another process"

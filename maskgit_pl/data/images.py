@@ -1,22 +1,16 @@
-"""Crops and resizes decoded images to the size of the model's images.
+"""Decoding of images: the bytes of a file become a uint8 tensor of a given size and number of channels.
 
-Resampling is bicubic (a = -0.5) and antialiased, from full resolution. Decoding a JPEG at a fraction of its size would
-make the pixels depend on the ratio of the sizes.
-
-Calls of Pillow on files that may be hostile: its errors become ours, and its warnings are silent in every thread.
-
-EXIF orientation: reading it, and rotating or mirroring an image so that it is upright. Used by ``images``.
-
-Decoding of images: the bytes of a file become a uint8 tensor of a given size and number of channels.
-
-Used by the data modules, by ``tokenize`` and by commands that read images.
-
-* The header is read before any pixel is allocated. Files may be hostile; ``image_bytes`` limits their parts first.
+* The header is read before any pixel is allocated. Files may be hostile: ``image_bytes`` limits their parts first, and
+  Pillow's errors become ours.
 * Grey and colour JPEG: simplejpeg gives the pixels of PIL in half the time. It also raises an error where libjpeg only
   warns (flipped or zeroed bytes), while PIL returns garbage.
-* PNG: PIL, after the checks of ``png``: 28 x 28 in 75 us, 256 x 256 in 1.8 ms. Of 16 bits, the upper byte is kept.
+* PNG: PIL, after the checks of ``open_png``: 28 x 28 in 75 us, 256 x 256 in 1.8 ms. Of 16 bits, the upper byte is kept.
 * CMYK JPEG and WebP: PIL.
 * Transparent images are composited over white.
+* Resampling is bicubic (a = -0.5) and antialiased, from full resolution. Decoding a JPEG at a fraction of its size
+  would make the pixels depend on the ratio of the sizes.
+
+Used by the data modules, by ``tokenize`` and by commands that read images.
 """
 
 from __future__ import annotations
@@ -65,31 +59,205 @@ __all__ = [
     "Place",
     "Reason",
     "UnreadableImageError",
-    "apply_orientation",
     "check_complete",
     "check_crop",
     "crop_to_shape",
-    "decode_error",
     "decode_image",
     "encode_jpeg",
     "encode_png",
-    "find_orientation",
     "first_words",
     "fit_image",
     "from_pil",
     "load_image",
     "load_image_into",
     "parse_image_header",
-    "pil_errors",
     "read_image_file",
     "resize",
-    "silent_warnings",
 ]
 
 Crop = Literal["center", "random"]
 Place = tuple[float, float] | Callable[["Tensor", tuple[int, int]], "Tensor"] | None
 """The part of an image that is used: its place along (height, width), each in [0, 1), a function of the image and of
 the size of the result, which crops by itself, or None for the centre."""
+
+PIL_ERRORS = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, struct.error)
+"""The errors that Pillow raises on damaged or hostile files."""
+
+_ORIENTATION = 0x0112  # EXIF tag: 1 upright, 2 to 8 rotated or mirrored; 5 to 8 swap height and width
+_GREY = ("1", "L", "LA", "I;16", "I")  # modes of PIL; every other one becomes RGB
+_MODES = {1: "L", 3: "RGB"}  # of PIL, by the channels of the result
+_MAX_SCRATCH_BYTES = 2**24  # of the reused buffer; larger images get new memory
+
+_thread_local = threading.local()
+_filters_lock = threading.Lock()  # the list of warning filters belongs to the process
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(
+        before=_filters_lock.acquire, after_in_parent=_filters_lock.release, after_in_child=_filters_lock.release
+    )
+
+
+@dataclass(frozen=True)
+class ImageHeader:
+    """The header of an image.
+
+    Args:
+        format: ``"JPEG"``, ``"PNG"`` or ``"WEBP"``.
+        height: Height in pixels as displayed, after the EXIF orientation.
+        width: Width in pixels as displayed.
+        channels: 1 (grey) or 3 (colour); alpha is not counted.
+    """
+
+    format: str
+    height: int
+    width: int
+    channels: int
+
+
+def parse_image_header(data: bytes, *, name: str) -> ImageHeader:
+    """Reads format, size and channels of an image without decoding pixels.
+
+    Args:
+        data: All bytes of the file.
+        name: The image's name in error messages, such as ``train-000000.tar:00000012.png``.
+
+    Raises:
+        UnreadableImageError: if it is not a still JPEG, PNG or WebP of at most 64 million pixels.
+    """
+    image = _open(data, name)
+    width, height = image.size
+    if _find_orientation(image) >= 5:
+        width, height = height, width
+    # MPO: a JPEG followed by further pictures, as phones write it
+    kind = "JPEG" if image.format == "MPO" else str(image.format)
+    return ImageHeader(kind, height, width, 1 if image.mode in _GREY else 3)
+
+
+def decode_image(data: bytes, *, channels: int, name: str, background: str = "white") -> Tensor:
+    """Decodes an image and applies its EXIF orientation.
+
+    Args:
+        data: All bytes of the file.
+        channels: 1 for grey (luma of ITU-R 601), 3 for RGB.
+        name: The image's name in error messages.
+        background: Colour below transparent pixels.
+
+    Returns:
+        (channels, H, W) uint8, in most cases channels-last in memory.
+
+    Raises:
+        ValueError: if ``channels`` is not 1 or 3.
+        UnreadableImageError: if ``parse_image_header`` rejects the image, or its pixels cannot be decoded. Damage of a
+            JPEG is found where a code word is invalid, of a PNG by checksums; WebP has none.
+    """
+    check_channels("in_channels", channels)
+    if _plain_jpeg_size(data, name) is not None:
+        return _decode_jpeg(data, channels, name)
+    if data.startswith(PNG_MAGIC):
+        with _pil_errors(name):
+            image: Image.Image = open_png(data, name)
+    else:
+        image = _open(data, name)
+    return from_pil(image, channels=channels, name=name, background=background)
+
+
+def load_image(data: bytes, *, image_size: ImageSize, channels: int, crop: Place, name: str) -> Tensor:
+    """Decodes an image, crops it to the shape of the result and resizes it.
+
+    Args:
+        data: All bytes of the file.
+        image_size: Size of the result: H = W, or (H, W).
+        channels: Channels of the result; see ``decode_image``.
+        crop: Place of the crop; see ``load_image_into``.
+        name: The image's name in error messages.
+
+    Returns:
+        (channels, H, W) uint8, channels-last in memory.
+
+    Raises:
+        UnreadableImageError: See ``decode_image``.
+    """
+    import torch
+
+    image = torch.empty((*height_width(image_size), channels), dtype=torch.uint8).permute(2, 0, 1)
+    load_image_into(image, data, crop=crop, name=name)
+    return image
+
+
+def load_image_into(out: Tensor, data: bytes, *, crop: Place, name: str) -> None:
+    """Decodes an image, crops it and resizes it into existing memory, such as a row of a batch.
+
+    Args:
+        out: (C, H, W) uint8 with C = 1 or 3, overwritten with the result; fastest if it is channels-last.
+        data: All bytes of the file.
+        crop: Place of the crop, see ``Place``; None for the centre.
+        name: The image's name in error messages.
+
+    Raises:
+        UnreadableImageError: See ``decode_image``; ``out`` is then unchanged.
+    """
+    channels, height, width = out.shape
+    size = _plain_jpeg_size(data, name)
+    if size is None:
+        image = decode_image(data, channels=channels, name=name)
+    else:
+        image = _decode_jpeg(data, channels, name, buffer=_scratch(3 * size[0] * size[1]))
+    out.copy_(fit_image(image, image_size=(height, width), crop=crop))
+
+
+def from_pil(image: Image.Image, *, channels: int, name: str, background: str = "white") -> Tensor:
+    """Converts a PIL image to a tensor: orientation applied, 16-bit grey scaled to 8.
+
+    Args:
+        image: Image of any mode.
+        channels: Channels of the result; see ``decode_image``.
+        name: The image's name in error messages.
+        background: Colour below transparent pixels.
+
+    Returns:
+        (channels, H, W) uint8, channels-last in memory.
+
+    Raises:
+        UnreadableImageError: if it has more than 64 million pixels, or its file cannot be decoded.
+    """
+    import torch
+
+    check_size(image.height, image.width, name)
+    with _pil_errors(name):
+        image.load()  # EXIF may follow a PNG's pixels
+        upright = _apply_orientation(image, _find_orientation(image))
+        converted = _flatten(upright, background)
+        if converted.mode != _MODES[channels]:
+            converted = converted.convert(_MODES[channels])
+        pixels = _to_array(converted)  # (H, W) or (H, W, channels)
+    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1)
+
+
+def encode_png(image: Tensor) -> bytes:
+    """Encodes an image as PNG; equal pixels give equal bytes.
+
+    Args:
+        image: (C, H, W) uint8 with C = 1 or 3.
+    """
+    from PIL import Image
+
+    pixels = image.permute(1, 2, 0).contiguous().numpy()
+    stream = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def encode_jpeg(image: Tensor) -> bytes:
+    """Encodes an image as JPEG of quality 95, with colours at half the resolution, as most cameras do.
+
+    Args:
+        image: (C, H, W) uint8 with C = 1 or 3.
+    """
+    import simplejpeg
+
+    pixels = image.permute(1, 2, 0).contiguous().numpy()
+    kind, sampling = ("GRAY", "Gray") if pixels.shape[-1] == 1 else ("RGB", "420")
+    data: bytes = simplejpeg.encode_jpeg(pixels, quality=95, colorspace=kind, colorsubsampling=sampling)
+    return data
 
 
 def check_crop(crop: str) -> None:
@@ -160,262 +328,9 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.nn.functional.interpolate(batch, size, mode="bicubic", antialias=True)[0]
 
 
-PIL_ERRORS = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, struct.error)
-"""The errors that Pillow raises on damaged or hostile files."""
-
-_filters_lock = threading.Lock()  # the list of warning filters belongs to the process
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(
-        before=_filters_lock.acquire, after_in_parent=_filters_lock.release, after_in_child=_filters_lock.release
-    )
-
-
-@contextmanager
-def silent_warnings() -> Iterator[None]:
-    """Drops warnings. Pillow warns of odd metadata, which does no harm."""
-    with _filters_lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-@contextmanager
-def pil_errors(name: str) -> Iterator[None]:
-    """Turns errors of Pillow into ``UnreadableImageError``.
-
-    Args:
-        name: The image's name in error messages.
-    """
-    try:
-        yield
-    except UnreadableImageError:
-        raise
-    except PIL_ERRORS as error:
-        raise decode_error(name, error) from error
-
-
-def decode_error(name: str, error: Exception) -> UnreadableImageError:
-    """Returns the error for an image whose pixels another package cannot decode.
-
-    Args:
-        name: The image's name.
-        error: The package's error.
-    """
-    return UnreadableImageError(f"image {name} cannot be decoded: {first_words(error)}")
-
-
 def first_words(error: Exception) -> str:
     """Returns the first line of another package's error, at most 200 characters."""
     return printable((str(error).strip() or type(error).__name__).splitlines()[0][:200])
-
-
-_ORIENTATION = 0x0112  # EXIF tag: 1 upright, 2 to 8 rotated or mirrored; 5 to 8 swap height and width
-
-
-def find_orientation(image: Image.Image) -> int:
-    """Returns the EXIF orientation, 1 to 8, without decoding pixels; 1 if EXIF is missing or damaged."""
-    from PIL import Image
-
-    if image.format == "PNG" and not {"exif", "xmp", "XML:com.adobe.xmp"} & image.info.keys():
-        return 1
-    try:
-        with silent_warnings():
-            # The method of PNG would decode the pixels, to search after them.
-            value = Image.Image.getexif(image).get(_ORIENTATION, 1)
-    except PIL_ERRORS:
-        return 1
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
-
-
-def apply_orientation(image: Image.Image, orientation: int) -> Image.Image:
-    """Returns an image upright.
-
-    Args:
-        image: The image as stored.
-        orientation: Its EXIF orientation, 1 to 8.
-    """
-    from PIL.Image import Transpose
-
-    undoing = {
-        2: Transpose.FLIP_LEFT_RIGHT,
-        3: Transpose.ROTATE_180,
-        4: Transpose.FLIP_TOP_BOTTOM,
-        5: Transpose.TRANSPOSE,
-        6: Transpose.ROTATE_270,
-        7: Transpose.TRANSVERSE,
-        8: Transpose.ROTATE_90,
-    }
-    return image if orientation == 1 else image.transpose(undoing[orientation])
-
-
-_GREY = ("1", "L", "LA", "I;16", "I")  # modes of PIL; every other one becomes RGB
-_MODES = {1: "L", 3: "RGB"}  # of PIL, by the channels of the result
-_MAX_SCRATCH_BYTES = 2**24  # of the reused buffer; larger images get new memory
-_thread_local = threading.local()
-
-
-@dataclass(frozen=True)
-class ImageHeader:
-    """The header of an image.
-
-    Args:
-        format: ``"JPEG"``, ``"PNG"`` or ``"WEBP"``.
-        height: Height in pixels as displayed, after the EXIF orientation.
-        width: Width in pixels as displayed.
-        channels: 1 (grey) or 3 (colour); alpha is not counted.
-    """
-
-    format: str
-    height: int
-    width: int
-    channels: int
-
-
-def parse_image_header(data: bytes, *, name: str) -> ImageHeader:
-    """Reads format, size and channels of an image without decoding pixels.
-
-    Args:
-        data: All bytes of the file.
-        name: The image's name in error messages, such as ``train-000000.tar:00000012.png``.
-
-    Raises:
-        UnreadableImageError: if it is not a still JPEG, PNG or WebP of at most 64 million pixels.
-    """
-    image = _open(data, name)
-    width, height = image.size
-    if find_orientation(image) >= 5:
-        width, height = height, width
-    # MPO: a JPEG followed by further pictures, as phones write it
-    kind = "JPEG" if image.format == "MPO" else str(image.format)
-    return ImageHeader(kind, height, width, 1 if image.mode in _GREY else 3)
-
-
-def decode_image(data: bytes, *, channels: int, name: str, background: str = "white") -> Tensor:
-    """Decodes an image and applies its EXIF orientation.
-
-    Args:
-        data: All bytes of the file.
-        channels: 1 for grey (luma of ITU-R 601), 3 for RGB.
-        name: The image's name in error messages.
-        background: Colour below transparent pixels.
-
-    Returns:
-        (channels, H, W) uint8, in most cases channels-last in memory.
-
-    Raises:
-        ValueError: if ``channels`` is not 1 or 3.
-        UnreadableImageError: if ``parse_image_header`` rejects the image, or its pixels cannot be decoded. Damage of a
-            JPEG is found where a code word is invalid, of a PNG by checksums; WebP has none.
-    """
-    check_channels("in_channels", channels)
-    if _plain_jpeg_size(data, name) is not None:
-        return _decode_jpeg(data, channels, name)
-    image = _open_png(data, name) if data.startswith(PNG_MAGIC) else _open(data, name)
-    return from_pil(image, channels=channels, name=name, background=background)
-
-
-def load_image(data: bytes, *, image_size: ImageSize, channels: int, crop: Place, name: str) -> Tensor:
-    """Decodes an image, crops it to the shape of the result and resizes it.
-
-    Args:
-        data: All bytes of the file.
-        image_size: Size of the result: H = W, or (H, W).
-        channels: Channels of the result; see ``decode_image``.
-        crop: Place of the crop; see ``load_image_into``.
-        name: The image's name in error messages.
-
-    Returns:
-        (channels, H, W) uint8, channels-last in memory.
-
-    Raises:
-        UnreadableImageError: See ``decode_image``.
-    """
-    import torch
-
-    image = torch.empty((*height_width(image_size), channels), dtype=torch.uint8).permute(2, 0, 1)
-    load_image_into(image, data, crop=crop, name=name)
-    return image
-
-
-def load_image_into(out: Tensor, data: bytes, *, crop: Place, name: str) -> None:
-    """Decodes an image, crops it and resizes it into existing memory, such as a row of a batch.
-
-    Args:
-        out: (C, H, W) uint8 with C = 1 or 3, overwritten with the result; fastest if it is channels-last.
-        data: All bytes of the file.
-        crop: Place of the crop, see ``crops.Place``; None for the centre.
-        name: The image's name in error messages.
-
-    Raises:
-        UnreadableImageError: See ``decode_image``; ``out`` is then unchanged.
-    """
-    channels, height, width = out.shape
-    size = _plain_jpeg_size(data, name)
-    if size is None:
-        image = decode_image(data, channels=channels, name=name)
-    else:
-        image = _decode_jpeg(data, channels, name, buffer=_scratch(3 * size[0] * size[1]))
-    out.copy_(fit_image(image, image_size=(height, width), crop=crop))
-
-
-def from_pil(image: Image.Image, *, channels: int, name: str, background: str = "white") -> Tensor:
-    """Converts a PIL image to a tensor: orientation applied, 16-bit grey scaled to 8.
-
-    Args:
-        image: Image of any mode.
-        channels: Channels of the result; see ``decode_image``.
-        name: The image's name in error messages.
-        background: Colour below transparent pixels.
-
-    Returns:
-        (channels, H, W) uint8, channels-last in memory.
-
-    Raises:
-        UnreadableImageError: if it has more than 64 million pixels, or its file cannot be decoded.
-    """
-    import torch
-
-    check_size(image.height, image.width, name)
-    with pil_errors(name):
-        image.load()  # EXIF may follow a PNG's pixels
-        upright = apply_orientation(image, find_orientation(image))
-        converted = _flatten(upright, background)
-        if converted.mode != _MODES[channels]:
-            converted = converted.convert(_MODES[channels])
-        pixels = _to_array(converted)  # (H, W) or (H, W, channels)
-    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1)
-
-
-def encode_png(image: Tensor) -> bytes:
-    """Encodes an image as PNG; equal pixels give equal bytes.
-
-    Args:
-        image: (C, H, W) uint8 with C = 1 or 3.
-    """
-    from PIL import Image
-
-    pixels = image.permute(1, 2, 0).contiguous().numpy()
-    stream = io.BytesIO()
-    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(stream, format="PNG")
-    return stream.getvalue()
-
-
-def encode_jpeg(image: Tensor) -> bytes:
-    """Encodes an image as JPEG of quality 95, with colours at half the resolution, as most cameras do.
-
-    Args:
-        image: (C, H, W) uint8 with C = 1 or 3.
-    """
-    import simplejpeg
-
-    pixels = image.permute(1, 2, 0).contiguous().numpy()
-    kind, sampling = ("GRAY", "Gray") if pixels.shape[-1] == 1 else ("RGB", "420")
-    data: bytes = simplejpeg.encode_jpeg(pixels, quality=95, colorspace=kind, colorsubsampling=sampling)
-    return data
-
-
-def _open_png(data: bytes, name: str) -> Image.Image:
-    with pil_errors(name):
-        return open_png(data, name)
 
 
 def _plain_jpeg_size(data: bytes, name: str) -> tuple[int, int] | None:
@@ -437,6 +352,29 @@ def _plain_jpeg_size(data: bytes, name: str) -> tuple[int, int] | None:
     return (height, width) if colours in ("Gray", "RGB", "YCbCr") else None
 
 
+def _decode_jpeg(data: bytes, channels: int, name: str, *, buffer: npt.NDArray[np.uint8] | None = None) -> Tensor:
+    """Decodes a grey or colour JPEG.
+
+    Returns:
+        (channels, H, W) uint8, a view of ``buffer`` if one is given and the image is neither rotated nor made grey.
+    """
+    import simplejpeg
+    import torch
+    from PIL import Image
+
+    try:
+        # (H, W, 3) uint8; strict by default: libjpeg's warnings are errors
+        pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=buffer)
+    except ValueError as error:
+        raise _decode_error(name, error) from error
+    orientation = _find_orientation(_open(data, name)) if may_be_rotated(data) else 1
+    if orientation != 1:
+        pixels = _to_array(_apply_orientation(Image.fromarray(pixels), orientation))
+    if channels != 3:
+        pixels = _to_array(Image.fromarray(pixels).convert(_MODES[channels])).reshape(*pixels.shape[:2], channels)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
 def _scratch(size: int) -> npt.NDArray[np.uint8] | None:
     """Returns this thread's buffer to decode into, or None for large images.
 
@@ -452,40 +390,18 @@ def _scratch(size: int) -> npt.NDArray[np.uint8] | None:
     return buffer
 
 
-def _decode_jpeg(data: bytes, channels: int, name: str, *, buffer: npt.NDArray[np.uint8] | None = None) -> Tensor:
-    """Decodes a grey or colour JPEG.
-
-    Returns:
-        (channels, H, W) uint8, a view of ``buffer`` if one is given and the image is neither rotated nor made grey.
-    """
-    import simplejpeg
-    import torch
-    from PIL import Image
-
-    try:
-        # (H, W, 3) uint8; strict by default: libjpeg's warnings are errors
-        pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=buffer)
-    except ValueError as error:
-        raise decode_error(name, error) from error
-    if may_be_rotated(data):
-        pixels = _rotate_upright(pixels, find_orientation(_open(data, name)))
-    if channels != 3:
-        pixels = _to_array(Image.fromarray(pixels).convert(_MODES[channels])).reshape(*pixels.shape[:2], channels)
-    return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
 def _open(data: bytes, name: str) -> Image.Image:
     """Opens an image with PIL, which reads only the header, after the limits of ``image_bytes``."""
     if kind_of_fault(data) != "damaged":
         raise image_error(data, name)
     if data.startswith(PNG_MAGIC):
-        with pil_errors(name):
+        with _pil_errors(name):
             return open_png_header(data, name)
     (check_jpeg if data.startswith(JPEG_MAGIC) else check_webp)(data, name)
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with silent_warnings():
+        with _silent_warnings():
             image = Image.open(io.BytesIO(data), formats=("JPEG", "WEBP"))
         frames = int(getattr(image, "n_frames", 1))
     except Image.DecompressionBombError as error:
@@ -501,13 +417,35 @@ def _open(data: bytes, name: str) -> Image.Image:
     return image
 
 
-def _rotate_upright(pixels: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.uint8]:
+def _find_orientation(image: Image.Image) -> int:
+    """Returns the EXIF orientation, 1 to 8, without decoding pixels; 1 if EXIF is missing or damaged."""
     from PIL import Image
 
-    if orientation == 1:
-        return pixels
-    turned: npt.NDArray[np.uint8] = _to_array(apply_orientation(Image.fromarray(pixels), orientation))
-    return turned
+    if image.format == "PNG" and not {"exif", "xmp", "XML:com.adobe.xmp"} & image.info.keys():
+        return 1
+    try:
+        with _silent_warnings():
+            # The method of PNG would decode the pixels, to search after them.
+            value = Image.Image.getexif(image).get(_ORIENTATION, 1)
+    except PIL_ERRORS:
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _apply_orientation(image: Image.Image, orientation: int) -> Image.Image:
+    """Rotates or mirrors a stored image so that it is upright, by its EXIF orientation, 1 to 8."""
+    from PIL.Image import Transpose
+
+    undoing = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    return image if orientation == 1 else image.transpose(undoing[orientation])
 
 
 def _flatten(image: Image.Image, background: str) -> Image.Image:
@@ -525,3 +463,27 @@ def _to_array(image: Image.Image) -> Any:
     import numpy as np
 
     return np.array(image)
+
+
+@contextmanager
+def _pil_errors(name: str) -> Iterator[None]:
+    """Turns errors of Pillow into ``UnreadableImageError``."""
+    try:
+        yield
+    except UnreadableImageError:
+        raise
+    except PIL_ERRORS as error:
+        raise _decode_error(name, error) from error
+
+
+@contextmanager
+def _silent_warnings() -> Iterator[None]:
+    """Drops warnings, in every thread. Pillow warns of odd metadata, which does no harm."""
+    with _filters_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _decode_error(name: str, error: Exception) -> UnreadableImageError:
+    """Returns the error for an image whose pixels another package cannot decode."""
+    return UnreadableImageError(f"image {name} cannot be decoded: {first_words(error)}")

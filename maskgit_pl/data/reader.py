@@ -1,16 +1,11 @@
-"""Brace expansion of lists of shards, such as ``train-{00000..01023}.tar``, with a limit on the number of names.
+"""The tars of a data folder: finding them, dividing them between train and val, and random access to their samples.
 
-Used by ``index`` and by the configuration of streams. The names are counted before they are expanded, since
-``braceexpand`` keeps each range in memory, and a few characters can stand for any number of names.
+* Shards are named by a folder, a glob or braces such as ``train-{00000..01023}.tar``. A few characters can stand for
+  any number of names and ``braceexpand`` keeps each range in memory, so the names are counted before the expansion.
+* ``ShardReader`` needs one ``pread`` per image, without walking a tar. It may be forked or pickled into workers: it
+  shares no file position, and each process opens its own files.
 
-The tars of a data folder: finds them by folder, glob or braces, and divides them between train and val.
-
-Used by ``maskgit data index`` for existing shards, and by ``writer``.
-
-Random access to the samples of a split: one ``pread`` per image, without walking a tar.
-
-Used by the data modules, ``tokenize`` and ``stats``. A reader may be forked or pickled into workers: it shares no file
-position, and each process opens its own files.
+Used by ``maskgit data index``, the data modules, ``tokenize``, ``stats`` and the configuration of streams.
 """
 
 from __future__ import annotations
@@ -51,82 +46,11 @@ _INTEGERS = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?")
 _LETTERS = re.compile(r"([A-Za-z])\.\.([A-Za-z])(?:\.\.-?(\d+))?")
 _ALPHABET = string.ascii_uppercase + string.ascii_lowercase  # in the order of braceexpand
 
-
-def expand_braces(pattern: str) -> list[str]:
-    """Expands the braces of a pattern.
-
-    Args:
-        pattern: Braces of a shell: ``{000..012}``, ``{0..10..2}``, ``{a..c}``, ``{train,val}``; they may be nested.
-
-    Returns:
-        The names, in the order of a shell; the pattern itself if it has no braces.
-
-    Raises:
-        ValueError: if the braces do not close, the pattern is too long, or it has more than 1,000,000 names.
-    """
-    from braceexpand import braceexpand
-
-    if len(pattern) > _MAX_PATTERN:
-        raise ValueError(f"a pattern must have at most {_MAX_PATTERN} characters, got {len(pattern)}")
-    try:
-        count = count_names(pattern)
-    except RecursionError as error:
-        raise ValueError(f"a pattern must not have deeply nested braces, got {shorten(pattern)}") from error
-    if count > MAX_NAMES or count * len(pattern) > _MAX_CHARACTERS:
-        raise ValueError(f"a pattern must name at most {MAX_NAMES} shards, got {shorten(count)} in {shorten(pattern)}")
-    return list(braceexpand(pattern))
-
-
-def count_names(pattern: str) -> int:
-    """Returns the number of names in the expansion of a pattern, without expanding it.
-
-    The number is the product, over its outermost pairs of braces, of the choices in each pair.
-
-    Raises:
-        ValueError: if the braces do not close.
-    """
-    count, start = 1, 0
-    for place, mark, depth in _marks(pattern):
-        if mark == "{" and depth == 1:
-            start = place + 1
-        elif mark == "}" and depth == 0:
-            count *= _count_choices(pattern[start:place])
-    return count
-
-
-def _count_choices(inner: str) -> int:
-    """Returns the number of choices in a pair of braces: of a range, of a list, or 1 (then the braces are literal)."""
-    if match := _INTEGERS.fullmatch(inner):
-        return _steps(int(match[1]), int(match[2]), match[3])
-    if match := _LETTERS.fullmatch(inner):
-        return _steps(_ALPHABET.index(match[1]), _ALPHABET.index(match[2]), match[3])
-    # A list: its parts may contain braces again.
-    commas = [place for place, mark, depth in _marks(inner) if mark == "," and depth == 0]
-    ends = zip([-1, *commas], [*commas, len(inner)], strict=True)
-    return sum(count_names(inner[before + 1 : end]) for before, end in ends)
-
-
-def _steps(first: int, last: int, step: str | None) -> int:
-    return abs(last - first) // (int(step or 1) or 1) + 1
-
-
-def _marks(pattern: str) -> Iterator[tuple[int, str, int]]:
-    """Yields the braces and commas that are not escaped: position, character, and the nesting depth after it."""
-    depth, place = 0, 0
-    while place < len(pattern):
-        mark = pattern[place]
-        if mark == "\\":
-            place += 1
-        elif mark in "{},":
-            depth += (mark == "{") - (mark == "}")
-            yield place, mark, depth
-        place += 1
-    if depth:
-        raise ValueError(f"braces must close, got {shorten(pattern)}")
-
-
 _VAL, _TEST, _TRAIN = r"val|valid|validation", r"test", r"train|training"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+
+_MAX_OPEN = 64  # shards open at a time, far below the usual limit of 1,024 files per process
+_MAX_LISTED = 20  # samples named in an error
 
 
 def locate_shards(place: str) -> tuple[Path, list[Path]]:
@@ -172,8 +96,12 @@ def find_shards(folder: str | Path, pattern: str) -> list[Path]:
         ValueError: if the pattern names paths outside the folder, or an expansion of its braces matches no file.
     """
     folder = Path(folder)
+    try:
+        names = expand_braces(pattern)
+    except ValueError as error:
+        raise ValueError(f"shard pattern: {error}") from error
     found: set[Path] = set()
-    for one in _expand(pattern):
+    for one in names:
         if _URL.match(one) or "::" in one:
             raise ValueError(f"shard pattern {pattern!r} must name local files, got {one!r}; download the shards first")
         if one.startswith(("/", "~")) or ".." in one.split("/"):
@@ -246,47 +174,46 @@ def glob_files(folder: Path, pattern: str) -> list[Path]:
     return sorted(path for path in found if not path.name.startswith(".") and not path.is_dir())
 
 
-def _expand(pattern: str) -> list[str]:
+def expand_braces(pattern: str) -> list[str]:
+    """Expands the braces of a pattern.
+
+    Args:
+        pattern: Braces of a shell: ``{000..012}``, ``{0..10..2}``, ``{a..c}``, ``{train,val}``; they may be nested.
+
+    Returns:
+        The names, in the order of a shell; the pattern itself if it has no braces.
+
+    Raises:
+        ValueError: if the braces do not close, the pattern is too long, or it has more than 1,000,000 names.
+    """
+    from braceexpand import braceexpand
+
+    if len(pattern) > _MAX_PATTERN:
+        raise ValueError(f"a pattern must have at most {_MAX_PATTERN} characters, got {len(pattern)}")
     try:
-        return expand_braces(pattern)
-    except ValueError as error:
-        raise ValueError(f"shard pattern: {error}") from error
+        count = count_names(pattern)
+    except RecursionError as error:
+        raise ValueError(f"a pattern must not have deeply nested braces, got {shorten(pattern)}") from error
+    if count > MAX_NAMES or count * len(pattern) > _MAX_CHARACTERS:
+        raise ValueError(f"a pattern must name at most {MAX_NAMES} shards, got {shorten(count)} in {shorten(pattern)}")
+    return list(braceexpand(pattern))
 
 
-def _has_word(folder: Path, shard: Path, words: str) -> bool:
-    """Returns whether a shard's path inside the folder contains one of the words, not as a part of another word."""
-    return bool(re.search(rf"(?<![a-z])({words})(?![a-z])", shard.relative_to(folder).as_posix().lower()))
+def count_names(pattern: str) -> int:
+    """Returns the number of names in the expansion of a pattern, without expanding it.
 
+    The number is the product, over its outermost pairs of braces, of the choices in each pair.
 
-def _find_val_by_name(folder: Path, shards: Iterable[Path]) -> tuple[list[Path] | None, str]:
-    for words in (_VAL, _TEST):
-        found = sorted(shard for shard in shards if _has_word(folder, shard, words))
-        if found:
-            return found, "val shards were found by their names"
-    return None, ""
-
-
-def _take_last(shards: Sequence[Path], fraction: float, folder: Path) -> tuple[list[Path], str]:
-    if len(shards) < 2:
-        raise ValueError(
-            f"data folder {folder} must have at least 2 shards, since whole shards become val, got {len(shards)}; give "
-            "others with --val, or make smaller shards"
-        )
-    # At least one shard for each split.
-    count = min(max(1, round(fraction * len(shards))), len(shards) - 1)
-    return list(shards[-count:]), f"the last {count} of {len(shards)} shards are val (--val-fraction {fraction:g})"
-
-
-def _check_splits(folder: Path, train: Sequence[Path], val: Sequence[Path]) -> None:
-    both = sorted(set(train) & set(val))
-    if both:
-        raise ValueError(f"data folder {folder}: {both[0].name} must not be both train and val; give --train and --val")
-    if not train:
-        raise ValueError(f"data folder {folder}: train must have at least 1 shard, got none; give --train and --val")
-
-
-_MAX_OPEN = 64  # shards open at a time, far below the usual limit of 1,024 files per process
-_MAX_LISTED = 20  # samples named in an error
+    Raises:
+        ValueError: if the braces do not close.
+    """
+    count, start = 1, 0
+    for place, mark, depth in _marks(pattern):
+        if mark == "{" and depth == 1:
+            start = place + 1
+        elif mark == "}" and depth == 0:
+            count *= _count_choices(pattern[start:place])
+    return count
 
 
 class ShardReader:
@@ -424,3 +351,66 @@ class ShardReader:
 
     def __del__(self) -> None:
         self.close()
+
+
+def _has_word(folder: Path, shard: Path, words: str) -> bool:
+    """Returns whether a shard's path inside the folder contains one of the words, not as a part of another word."""
+    return bool(re.search(rf"(?<![a-z])({words})(?![a-z])", shard.relative_to(folder).as_posix().lower()))
+
+
+def _find_val_by_name(folder: Path, shards: Iterable[Path]) -> tuple[list[Path] | None, str]:
+    for words in (_VAL, _TEST):
+        found = sorted(shard for shard in shards if _has_word(folder, shard, words))
+        if found:
+            return found, "val shards were found by their names"
+    return None, ""
+
+
+def _take_last(shards: Sequence[Path], fraction: float, folder: Path) -> tuple[list[Path], str]:
+    if len(shards) < 2:
+        raise ValueError(
+            f"data folder {folder} must have at least 2 shards, since whole shards become val, got {len(shards)}; give "
+            "others with --val, or make smaller shards"
+        )
+    # At least one shard for each split.
+    count = min(max(1, round(fraction * len(shards))), len(shards) - 1)
+    return list(shards[-count:]), f"the last {count} of {len(shards)} shards are val (--val-fraction {fraction:g})"
+
+
+def _check_splits(folder: Path, train: Sequence[Path], val: Sequence[Path]) -> None:
+    both = sorted(set(train) & set(val))
+    if both:
+        raise ValueError(f"data folder {folder}: {both[0].name} must not be both train and val; give --train and --val")
+    if not train:
+        raise ValueError(f"data folder {folder}: train must have at least 1 shard, got none; give --train and --val")
+
+
+def _count_choices(inner: str) -> int:
+    """Returns the number of choices in a pair of braces: of a range, of a list, or 1 (then the braces are literal)."""
+    if match := _INTEGERS.fullmatch(inner):
+        return _steps(int(match[1]), int(match[2]), match[3])
+    if match := _LETTERS.fullmatch(inner):
+        return _steps(_ALPHABET.index(match[1]), _ALPHABET.index(match[2]), match[3])
+    # A list: its parts may contain braces again.
+    commas = [place for place, mark, depth in _marks(inner) if mark == "," and depth == 0]
+    ends = zip([-1, *commas], [*commas, len(inner)], strict=True)
+    return sum(count_names(inner[before + 1 : end]) for before, end in ends)
+
+
+def _steps(first: int, last: int, step: str | None) -> int:
+    return abs(last - first) // (int(step or 1) or 1) + 1
+
+
+def _marks(pattern: str) -> Iterator[tuple[int, str, int]]:
+    """Yields the braces and commas that are not escaped: position, character, and the nesting depth after it."""
+    depth, place = 0, 0
+    while place < len(pattern):
+        mark = pattern[place]
+        if mark == "\\":
+            place += 1
+        elif mark in "{},":
+            depth += (mark == "{") - (mark == "}")
+            yield place, mark, depth
+        place += 1
+    if depth:
+        raise ValueError(f"braces must close, got {shorten(pattern)}")

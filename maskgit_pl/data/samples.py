@@ -1,16 +1,10 @@
-"""Labels of samples: the member that holds them, and safe parsing of its bytes. Used by ``scan`` and streams.
-
-Class names that a user gives, and class names of an existing data folder. Used by ``maskgit data``.
-
-The samples of a source, and the interface and checks that all sources share.
-
-Used by ``sources``, ``parquet`` and ``writer``.
-
-Unreadable images during training: they are replaced, counted and listed, and too many of them end the run.
+"""Samples and their labels: the interface that all sources share, and the images that cannot be read in training.
 
 An unreadable image is replaced by the next readable one of its split (index + 1, + 2, ... modulo n), with its label.
 The replacement is thus a function of the data and the index: equal on all ranks and workers, and after a resume.
-Workers report replacements; the training process counts them. Imports neither torch nor PIL. Used by ``data``.
+Workers report replacements; the training process counts and lists them, and too many of them end the run.
+
+Used by the sources, ``writer``, ``scan``, streams and the data modules. Imports neither torch nor PIL.
 """
 
 from __future__ import annotations
@@ -37,7 +31,6 @@ from maskgit_pl.files import parse_any_json, write_text
 
 __all__ = [
     "ALWAYS_ALLOWED",
-    "EXTENSIONS",
     "MAX_CLASSES",
     "MAX_IN_A_ROW",
     "Labels",
@@ -56,131 +49,13 @@ __all__ = [
 ]
 
 MAX_CLASSES = 100_000  # upper limit if no class names are given
+ALWAYS_ALLOWED = 10  # different images; so few never end a run, even with little data
+MAX_IN_A_ROW = 100  # so many consecutive images mean that a shard is damaged
+
 _LABEL = re.compile(rb"\s*(0|[1-9][0-9]{0,8})\s*")
-
-
-@dataclass(frozen=True)
-class Labels:
-    """The source of labels.
-
-    Args:
-        source: ``"cls"``: a ``.cls`` member with a decimal class number. ``"json:FIELD"``: that field of the ``.json``
-            member, a class number or a class name. ``"none"``: no labels; all images have class 0.
-        classes: Class names; None if they are unknown, then any number below 100,000 is a class.
-
-    Raises:
-        ValueError: if ``source`` is none of these.
-    """
-
-    source: str = "cls"
-    classes: tuple[str, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"cls|none|json:.+", self.source):
-            raise ValueError(f"labels must be cls, json:FIELD or none, got {shorten(self.source)}")
-
-    @property
-    def extension(self) -> str | None:
-        """The extension of the members that hold labels; None without labels."""
-        return None if self.source == "none" else self.source.partition(":")[0]
-
-    def read(self, data: bytes, *, name: str) -> int:
-        """Reads a class number from the bytes of a label member.
-
-        Args:
-            data: Bytes of the ``.cls`` or ``.json`` member.
-            name: The member's name in error messages.
-
-        Raises:
-            ValueError: if the bytes are not a class.
-        """
-        if self.source == "cls":
-            return parse_label(data, name=name, num_classes=self._num_classes)
-        field_name = self.source.partition(":")[2]
-        try:
-            value = parse_any_json(data, name)[field_name]
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise ValueError(f"label {name} must be a JSON object with {field_name!r}, got {data[:40]!r}") from error
-        if isinstance(value, str) and value in (self.classes or ()):
-            return (self.classes or ()).index(value)
-        if type(value) is not int:  # bool is a subclass of int
-            raise ValueError(
-                f"label {name}: {field_name!r} must be a class number or one of the class names, got {value!r:.40}"
-            )
-        return parse_label(str(value).encode(), name=name, num_classes=self._num_classes)
-
-    @property
-    def _num_classes(self) -> int:
-        return MAX_CLASSES if self.classes is None else len(self.classes)
-
-
-def parse_label(data: bytes, *, name: str, num_classes: int | None = None) -> int:
-    """Reads a class number from the bytes of a ``.cls`` member; unlike ``int()``, rejects ``1_000`` and ``-1``.
-
-    Args:
-        data: Bytes of the member.
-        name: The member's name in error messages.
-        num_classes: Number of classes; None if unknown.
-
-    Raises:
-        ValueError: if it is not a decimal number, or not in [0, num_classes).
-    """
-    match = _LABEL.fullmatch(data)
-    if match is None:
-        raise ValueError(f"label {name} must be a decimal class number, got {data[:40]!r}")
-    label = int(match[1])
-    if num_classes is not None and label >= num_classes:
-        raise ValueError(f"label {name} must be a class in [0, {num_classes}), got {label}")
-    return label
-
-
 _MAX_BYTES = 2**24  # of a file with class names
-
-
-def parse_class_names(given: str) -> list[str]:
-    """Parses class names, in the order of their labels.
-
-    Args:
-        given: Names separated by commas, or the path of a UTF-8 file with one name per line.
-
-    Raises:
-        ValueError: if a name is empty or repeated, or the file is too large or not text.
-    """
-    is_file = os.path.isfile(given)  # Path.is_file() raises an error if many names make a path that is too long
-    names = _read_lines(Path(given)) if is_file else [name.strip() for name in given.split(",")]
-    doubled = [name for name, count in Counter(names).items() if count > 1]
-    if not all(names) or doubled:
-        raise ValueError(f"class names must be unique and not empty, got {shorten(doubled[0] if doubled else given)}")
-    return names
-
-
-def _read_lines(file: Path) -> list[str]:
-    with open(file, "rb") as stream:
-        text = stream.read(_MAX_BYTES + 1)
-    if len(text) > _MAX_BYTES:
-        raise ValueError(f"class names {file} must have at most {_MAX_BYTES} bytes")
-    try:
-        lines = text.decode("utf-8-sig").splitlines()  # Windows writes a byte order mark
-    except UnicodeDecodeError as error:
-        raise ValueError(f"class names {file} must be UTF-8 text, one name per line: {error}") from error
-    return [line.strip() for line in lines if line.strip()]
-
-
-def find_class_names(folder: Path) -> list[str] | None:
-    """Returns the class names of a data folder's manifests.
-
-    Returns:
-        The names; None if there is no valid manifest, or its names are only numbers or one name.
-    """
-    try:
-        names = read_manifest_summary(folder).classes
-    except (FileNotFoundError, ValueError):
-        return None
-    # Numbers and the name of unlabelled data were not given by a user.
-    return None if names == tuple(map(str, range(len(names)))) or len(names) == 1 else list(names)
-
-
-EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # by the format of the content, not by the file's name
+_EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # by the format of the content, not by the file's name
+_MAX_LISTED = 20  # images in an error message; the JSON file lists all
 
 
 class Sample(NamedTuple):
@@ -258,7 +133,7 @@ def read_sample(read: Callable[[], bytes], *, label: int, name: str) -> Sample |
         return UnreadableSample(str(error))
     except OSError as error:
         return UnreadableSample(f"image {name} cannot be read: {error.strerror}")
-    return Sample(data, EXTENSIONS[header.format], label, name)
+    return Sample(data, _EXTENSIONS[header.format], label, name)
 
 
 def is_val(digest: bytes, fraction: float) -> bool:
@@ -274,9 +149,110 @@ def is_val(digest: bytes, fraction: float) -> bool:
     return int.from_bytes(digest[-8:], "big") < math.ceil(fraction * 2**64)
 
 
-ALWAYS_ALLOWED = 10  # different images; so few never end a run, even with little data
-MAX_IN_A_ROW = 100  # so many consecutive images mean that a shard is damaged
-_MAX_LISTED = 20  # images in an error message; the JSON file lists all
+@dataclass(frozen=True)
+class Labels:
+    """The source of labels.
+
+    Args:
+        source: ``"cls"``: a ``.cls`` member with a decimal class number. ``"json:FIELD"``: that field of the ``.json``
+            member, a class number or a class name. ``"none"``: no labels; all images have class 0.
+        classes: Class names; None if they are unknown, then any number below 100,000 is a class.
+
+    Raises:
+        ValueError: if ``source`` is none of these.
+    """
+
+    source: str = "cls"
+    classes: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"cls|none|json:.+", self.source):
+            raise ValueError(f"labels must be cls, json:FIELD or none, got {shorten(self.source)}")
+
+    @property
+    def extension(self) -> str | None:
+        """The extension of the members that hold labels; None without labels."""
+        return None if self.source == "none" else self.source.partition(":")[0]
+
+    def read(self, data: bytes, *, name: str) -> int:
+        """Reads a class number from the bytes of a label member.
+
+        Args:
+            data: Bytes of the ``.cls`` or ``.json`` member.
+            name: The member's name in error messages.
+
+        Raises:
+            ValueError: if the bytes are not a class.
+        """
+        if self.source == "cls":
+            return parse_label(data, name=name, num_classes=self._num_classes)
+        field_name = self.source.partition(":")[2]
+        try:
+            value = parse_any_json(data, name)[field_name]
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"label {name} must be a JSON object with {field_name!r}, got {data[:40]!r}") from error
+        if isinstance(value, str) and value in (self.classes or ()):
+            return (self.classes or ()).index(value)
+        if type(value) is not int:  # bool is a subclass of int
+            raise ValueError(
+                f"label {name}: {field_name!r} must be a class number or one of the class names, got {value!r:.40}"
+            )
+        return parse_label(str(value).encode(), name=name, num_classes=self._num_classes)
+
+    @property
+    def _num_classes(self) -> int:
+        return MAX_CLASSES if self.classes is None else len(self.classes)
+
+
+def parse_label(data: bytes, *, name: str, num_classes: int | None = None) -> int:
+    """Reads a class number from the bytes of a ``.cls`` member; unlike ``int()``, rejects ``1_000`` and ``-1``.
+
+    Args:
+        data: Bytes of the member.
+        name: The member's name in error messages.
+        num_classes: Number of classes; None if unknown.
+
+    Raises:
+        ValueError: if it is not a decimal number, or not in [0, num_classes).
+    """
+    match = _LABEL.fullmatch(data)
+    if match is None:
+        raise ValueError(f"label {name} must be a decimal class number, got {data[:40]!r}")
+    label = int(match[1])
+    if num_classes is not None and label >= num_classes:
+        raise ValueError(f"label {name} must be a class in [0, {num_classes}), got {label}")
+    return label
+
+
+def parse_class_names(given: str) -> list[str]:
+    """Parses class names, in the order of their labels.
+
+    Args:
+        given: Names separated by commas, or the path of a UTF-8 file with one name per line.
+
+    Raises:
+        ValueError: if a name is empty or repeated, or the file is too large or not text.
+    """
+    is_file = os.path.isfile(given)  # Path.is_file() raises an error if many names make a path that is too long
+    names = _read_lines(Path(given)) if is_file else [name.strip() for name in given.split(",")]
+    doubled = [name for name, count in Counter(names).items() if count > 1]
+    if not all(names) or doubled:
+        raise ValueError(f"class names must be unique and not empty, got {shorten(doubled[0] if doubled else given)}")
+    return names
+
+
+def find_class_names(folder: Path) -> list[str] | None:
+    """Returns the class names of a data folder's manifests.
+
+    Returns:
+        The names; None if there is no valid manifest, or its names are only numbers or one name.
+    """
+    try:
+        names = read_manifest_summary(folder).classes
+    except (FileNotFoundError, ValueError):
+        return None
+    # Numbers and the name of unlabelled data were not given by a user.
+    return None if names == tuple(map(str, range(len(names)))) or len(names) == 1 else list(names)
 
 
 class Unreadable(NamedTuple):
@@ -427,3 +403,15 @@ def write_unreadable(path: Path, splits: dict[str, UnreadableImages]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {name: images.as_json() for name, images in splits.items()}
     write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def _read_lines(file: Path) -> list[str]:
+    with open(file, "rb") as stream:
+        text = stream.read(_MAX_BYTES + 1)
+    if len(text) > _MAX_BYTES:
+        raise ValueError(f"class names {file} must have at most {_MAX_BYTES} bytes")
+    try:
+        lines = text.decode("utf-8-sig").splitlines()  # Windows writes a byte order mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"class names {file} must be UTF-8 text, one name per line: {error}") from error
+    return [line.strip() for line in lines if line.strip()]

@@ -1,15 +1,12 @@
-"""Reader of the member headers of an uncompressed tar, safe with damaged and hostile files. Used by ``scan``.
+"""Reader of the member headers of an uncompressed tar, safe with damaged and hostile files.
 
 ``tarfile`` stops silently at a damaged header or a missing end, reads extended headers of any declared length into
 memory and takes 30 us per member. This reader raises an error, limits what it reads and takes a tenth of the time. It
 supports the formats that writers of shards use: ustar, older tars, GNU long names and pax headers. It never extracts or
-decompresses anything.
+decompresses anything. ``scan`` reads all headers; ``manifest`` checks each shard before a run by its length and the
+headers at its start and end (``find_fault``).
 
 Source: POSIX.1-2001, ``pax``: ustar and pax formats; GNU tar manual, "Basic Tar Format".
-
-The quick check of a shard before each run: its length, and the headers at its start and end.
-
-Used by ``manifest``. ``verify`` reads everything.
 """
 
 from __future__ import annotations
@@ -37,6 +34,7 @@ __all__ = [
 ]
 
 BLOCK = 512
+
 _END = bytes(2 * BLOCK)  # a tar ends with two blocks of zeros
 _WINDOW_BYTES = 128 * BLOCK  # read ahead: 64 KiB
 _MAX_EXTENDED_BYTES = 2**20  # of a long name or a pax header; a path has at most 4,096
@@ -143,6 +141,27 @@ def read_members(file: TarBytes) -> Iterator[Member]:
         offset += BLOCK + _pad_to_block(member.size)  # 4.
         long_name, extended = "", {}
     window.require_end(offset)  # 5.
+
+
+def find_fault(path: Path, size: int, rows: npt.NDArray[np.void]) -> str | None:
+    """Compares the length and the first and last headers of a shard with its manifest.
+
+    Args:
+        path: The shard.
+        size: Its length in bytes in the manifest.
+        rows: (n,) INDEX_DTYPE, its rows of the index.
+
+    Returns:
+        The difference in a few words; None if there is no difference.
+    """
+    try:
+        descriptor = open_regular(path)
+        try:
+            return _fault_of(descriptor, size, rows)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        return f"{size} bytes expected, {error.strerror}"
 
 
 def header_size(block: bytes) -> int | None:
@@ -319,29 +338,6 @@ def _member(name: str, kind_byte: bytes, size: int, offset: int, *, is_sparse: b
 
 def _pad_to_block(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
-
-
-def find_fault(path: Path, size: int, rows: npt.NDArray[np.void]) -> str | None:
-    """Compares the length and the first and last headers of a shard with its manifest.
-
-    Args:
-        path: The shard.
-        size: Its length in bytes in the manifest.
-        rows: (n,) INDEX_DTYPE, its rows of the index.
-
-    Returns:
-        The difference in a few words; None if there is no difference.
-    """
-    try:
-        descriptor = open_regular(path)
-    except OSError as error:
-        return f"{size} bytes expected, {error.strerror}"
-    try:
-        return _fault_of(descriptor, size, rows)
-    except OSError as error:
-        return f"{size} bytes expected, {error.strerror}"
-    finally:
-        os.close(descriptor)
 
 
 def _fault_of(descriptor: int, size: int, rows: npt.NDArray[np.void]) -> str | None:

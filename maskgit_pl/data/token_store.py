@@ -1,8 +1,4 @@
-"""The description of a token store, ``store.json``: its content, its origin and the hashes of its arrays.
-
-See ``tokens`` for the files of a store. Used by ``tokens``, which reads stores, and by ``token_writer``.
-
-The token store: the tokens of a data folder, in memory-mapped arrays that are read batch by batch.
+"""The token store: the tokens of a data folder, in memory-mapped arrays that are read batch by batch.
 
 A store is a folder::
 
@@ -14,9 +10,8 @@ A store is a folder::
     store.json          grid, codebook size, views, fingerprints of the tokenizer and of the data, and the SHA-256 of
                         each array's file; written last
 
-A store is rejected if another tokenizer made it, if it was made from other data, or if its arrays have changed. Stores
-of format 1 have no SHA-256; only their shapes and ranges are checked. This file reads the arrays, ``store_description``
-reads ``store.json``, and ``token_writer`` writes both. Used by the data modules, ``maskgit tokenize`` and ``verify``.
+A store is rejected if another tokenizer made it, if it was made from other data, or if its arrays have changed. Used by
+the data modules, ``maskgit tokenize`` and ``verify``; ``tokenizing`` writes stores.
 """
 
 from __future__ import annotations
@@ -72,11 +67,14 @@ __all__ = [
     "read_description",
 ]
 
+Tokens = npt.NDArray[np.unsignedinteger[Any]]  # of StoreDescription.dtype
+
 DESCRIPTION_FILE = "store.json"
 FORMAT = 2
+REMAKE_HINT = "regenerate it with `maskgit tokenize`"
 _CODEBOOK_SIZE = "num_codes"  # key of codebook_size in the file
 _MAX_DESCRIPTION_BYTES = 2**25  # most of it class names
-REMAKE_HINT = "regenerate it with `maskgit tokenize`"
+_BLOCK_VALUES = 2**22  # values of an array that are checked at a time
 
 
 @dataclass(frozen=True)
@@ -241,13 +239,49 @@ def array_paths(folder: Path, split: Split) -> tuple[Path, Path]:
     return folder / f"{split}-tokens.npy", folder / f"{split}-labels.npy"
 
 
-def _format_value(value: object) -> str:
-    """Formats a value for a message; twelve digits identify a fingerprint."""
-    return value[:12] if isinstance(value, str) else shorten(value)
+def open_store(folder: str | Path, **origin: object) -> dict[Split, TokenReader]:
+    """Opens every split of a finished store, after a check of its origin and of all bytes.
+
+    The whole store is read once, in 0.5 to 1 s per GB, since a changed token or label that is still in range would not
+    be noticed later. Readers check the ranges of each batch again.
+
+    Args:
+        folder: The store.
+        origin: Expected origin of the store; see ``check_origin``.
+
+    Raises:
+        FileNotFoundError: if there is no finished store, or an array is missing.
+        ValueError: if the store has another origin, or an array is damaged: another shape or type, a value out of
+            range, or another hash.
+    """
+    description = read_description(folder)
+    check_origin(description, folder, **origin)
+    readers = {split: TokenReader(Path(folder), split, description) for split in description.samples}
+    for reader in readers.values():
+        for bad in reader.bad_arrays():
+            raise ValueError(
+                f"token store {Path(folder) / bad.name}: {bad.reason}: {bad.expected} expected, got {bad.actual}; "
+                f"{REMAKE_HINT}"
+            )
+    return readers
 
 
-_BLOCK_VALUES = 2**22  # values of an array that are checked at a time
-Tokens = npt.NDArray[np.unsignedinteger[Any]]  # of StoreDescription.dtype
+def is_complete(folder: str | Path, description: StoreDescription) -> bool:
+    """Returns whether a folder is a finished store of exactly this description, with undamaged arrays."""
+    try:
+        open_store(folder, data=None)
+        return read_description(folder) == description
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+class BadFile(NamedTuple):
+    """A file of a token store or of a data folder that differs from its description."""
+
+    name: str
+    expected: str
+    actual: str
+    reason: str
 
 
 class TokenReader:
@@ -373,49 +407,17 @@ class TokenReader:
         return {**self.__dict__, "_arrays": None}  # each process maps the arrays itself
 
 
-class BadFile(NamedTuple):
-    """A file of a token store or of a data folder that differs from its description."""
-
-    name: str
-    expected: str
-    actual: str
-    reason: str
-
-
-def open_store(folder: str | Path, **origin: object) -> dict[Split, TokenReader]:
-    """Opens every split of a finished store, after a check of its origin and of all bytes.
-
-    The whole store is read once, in 0.5 to 1 s per GB, since a changed token or label that is still in range would not
-    be noticed later. Readers check the ranges of each batch again.
+def outside_range(values: npt.NDArray[Any], limit: int) -> npt.NDArray[np.bool_]:
+    """Returns a mask of the integers outside [0, limit).
 
     Args:
-        folder: The store.
-        origin: Expected origin of the store; see ``check_origin``.
+        values: Integers of any shape.
+        limit: Upper limit, exclusive.
 
-    Raises:
-        FileNotFoundError: if there is no finished store, or an array is missing.
-        ValueError: if the store has another origin, or an array is damaged: another shape or type, a value out of
-            range, or another hash.
+    Returns:
+        bool of the same shape, True outside the range.
     """
-    description = read_description(folder)
-    check_origin(description, folder, **origin)
-    readers = {split: TokenReader(Path(folder), split, description) for split in description.samples}
-    for reader in readers.values():
-        for bad in reader.bad_arrays():
-            raise ValueError(
-                f"token store {Path(folder) / bad.name}: {bad.reason}: {bad.expected} expected, got {bad.actual}; "
-                f"{REMAKE_HINT}"
-            )
-    return readers
-
-
-def is_complete(folder: str | Path, description: StoreDescription) -> bool:
-    """Returns whether a folder is a finished store of exactly this description, with undamaged arrays."""
-    try:
-        open_store(folder, data=None)
-        return read_description(folder) == description
-    except (FileNotFoundError, ValueError):
-        return False
+    return (values < 0) | (values >= limit)
 
 
 def _first_outside(array: npt.NDArray[Any], limit: int) -> tuple[int, int] | None:
@@ -436,14 +438,6 @@ def _first_outside(array: npt.NDArray[Any], limit: int) -> tuple[int, int] | Non
     return None
 
 
-def outside_range(values: npt.NDArray[Any], limit: int) -> npt.NDArray[np.bool_]:
-    """Returns a mask of the integers outside [0, limit).
-
-    Args:
-        values: Integers of any shape.
-        limit: Upper limit, exclusive.
-
-    Returns:
-        bool of the same shape, True outside the range.
-    """
-    return (values < 0) | (values >= limit)
+def _format_value(value: object) -> str:
+    """Formats a value for a message; twelve digits identify a fingerprint."""
+    return value[:12] if isinstance(value, str) else shorten(value)

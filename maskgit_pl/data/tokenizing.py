@@ -1,14 +1,12 @@
-"""Writer of token stores: several processes write parts without locks, and the last one joins the parts.
+"""Makes the token store of a data folder, with a tokenizer that the caller provides. Used by ``maskgit tokenize``.
+
+Several processes write parts without locks, and the last one joins the parts:
 
 1. Each part is one file in a hidden folder inside the store. The folder is named by a hash of the description, so parts
    of another description or another part size are never used.
 2. A part gets its name when it is complete and on disk. Processes that divide the parts among themselves need no
    locks, and after a kill only unfinished parts are made again.
 3. When all parts are on disk, they are joined into the arrays. ``store.json`` is written last and completes the store.
-
-Used by ``data.tokenizing``.
-
-Makes the token store of a data folder, with a tokenizer that the caller provides. Used by ``maskgit tokenize``.
 """
 
 from __future__ import annotations
@@ -51,7 +49,6 @@ from maskgit_pl.data.vectors import vectors_path, write_vectors
 from maskgit_pl.files import parse_any_json, sha256_of, sync, write_atomically
 
 __all__ = [
-    "PART_SIZE",
     "Outcome",
     "Part",
     "StoreParts",
@@ -59,6 +56,143 @@ __all__ = [
     "describe_store",
     "tokenize",
 ]
+
+Outcome = Literal["found", "made", "incomplete"]
+
+
+@dataclass(frozen=True)
+class TokenizingConfig:
+    """The settings of the execution of ``tokenize``. The tokens do not depend on them.
+
+    Args:
+        batch_size: Number of images encoded at a time.
+        part_size: Number of images written to disk at a time; a killed process loses at most one part.
+        num_workers: Number of processes that decode images; 0 decodes in this process.
+        rank: Number of this process among those that share the work, in [0, world_size).
+        world_size: Number of processes that share the work; they need not run at the same time.
+        unreadable_budget: Fraction of unreadable images that may be replaced, in [0, 1]; see ``UnreadableImages``.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    batch_size: int = 256
+    part_size: int = 1024
+    num_workers: int = 0
+    rank: int = 0
+    world_size: int = 1
+    unreadable_budget: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "part_size", "world_size"):
+            check_integer(f"tokenize {name}", getattr(self, name), "[1, inf)")
+        check_integer("tokenize num_workers", self.num_workers, "[0, 1024]")
+        check_integer("tokenize rank", self.rank, f"[0, {self.world_size - 1}]")
+        check_budget(self.unreadable_budget)
+
+
+def describe_store(
+    path: str | Path,
+    *,
+    grid: tuple[int, int],
+    codebook_size: int,
+    tokenizer: str,
+    image_size: ImageSize,
+    **views: Any,
+) -> StoreDescription:
+    """Describes a token store of a data folder, for ``tokenize``.
+
+    Args:
+        path: The data folder.
+        grid: Height and width of the token grid.
+        codebook_size: Codebook size.
+        tokenizer: Fingerprint of the tokenizer's weights.
+        image_size: Size of the images that the tokenizer encodes: a side, or (height, width).
+        views: The views of an image and the precision: the fields ``crops``, ``flip``, ``precision`` and
+            ``augmentations`` of ``StoreDescription``.
+
+    Raises:
+        ValueError: if a number is out of range, or ``crops`` is above 1 although all images have the shape of the
+            crops.
+    """
+    summary = read_manifest_summary(path)
+    if views.get("crops", 1) > 1 and not views.get("augmentations"):
+        _check_crops(summary.images, image_size)
+    samples = cast("dict[Split, int]", dict(summary.samples))
+    kind = summary.vectors
+    return StoreDescription(
+        grid,
+        codebook_size,
+        image_size,
+        tokenizer,
+        summary.fingerprint,
+        summary.classes,
+        samples,
+        vector_dim=0 if kind is None else kind.dim,
+        vector_dtype="" if kind is None else kind.dtype,
+        **views,
+    )
+
+
+def tokenize(
+    path: str | Path,
+    store: str | Path,
+    description: StoreDescription,
+    *,
+    encode: Callable[[Tensor], Tensor],
+    in_channels: int,
+    config: TokenizingConfig = TokenizingConfig(),  # frozen
+    on_rows: Callable[[Split, int, int], object] = lambda split, rows, total: None,
+) -> Outcome:
+    """Makes the token store of a data folder, or resumes an interrupted one.
+
+    1. Each rank takes its share of the parts of the store, without those that are already on disk.
+    2. It encodes each part batch by batch and writes it as a whole. A batch is the same on every rank, so the store
+       does not depend on ranks, workers or interruptions.
+    3. The rank that finds all parts on disk joins them into the store.
+
+    Args:
+        path: The data folder.
+        store: The folder of the store.
+        description: The store, as ``describe_store`` describes it for this data folder.
+        encode: Maps images (B, in_channels, H, W) uint8 on the CPU to tokens (B, N) int64 on any device.
+        in_channels: Channels of the images for ``encode``, 1 or 3.
+        config: Batches, processes and the budget of unreadable images.
+        on_rows: Called with the split, the number of rows that were just finished (first those of an earlier run), and
+            this rank's number of rows of that split.
+
+    Returns:
+        ``"found"`` if the store exists already; ``"made"`` if it is finished now; ``"incomplete"`` if this rank has
+        finished its share and other ranks have not.
+
+    Raises:
+        ValueError: if shards or vectors differ from the manifest.
+        DataBudgetError: if too many images are unreadable.
+    """
+    if is_complete(store, description):
+        return "found"
+    readers = {split: _open_split(path, split) for split in description.samples}
+    parts = StoreParts(store, description, part_size=config.part_size)
+    # Every world_size-th part, so that all ranks have equally many.
+    share = parts.parts()[config.rank :: config.world_size]
+    for split, reader in readers.items():
+        reading = _PartReader(reader, description, in_channels, config)
+        mirrors = description.mirrors_of(split)
+        # 1. The parts that are not on disk yet.
+        own = [part for part in share if part.split == split]
+        left = [part for part in own if not parts.is_done(part)]
+        total = _count_rows(own, mirrors)
+        on_rows(split, total - _count_rows(left, mirrors), total)
+        # 2. Encode and write the parts.
+        for part, batches in reading.by_part(left):
+            encoded = []
+            for batch in batches:
+                columns = [_encode(batch.content, encode, mirrors), batch.labels]
+                encoded.append(columns if batch.vectors is None else [*columns, batch.vectors])
+                on_rows(split, mirrors * len(batch.labels), total)
+            parts.write(part, *(torch.cat(column).numpy() for column in zip(*encoded, strict=True)))
+    # 3. Join the parts.
+    return "made" if parts.finish() else "incomplete"
 
 
 class Part(NamedTuple):
@@ -68,12 +202,6 @@ class Part(NamedTuple):
     crop: int
     start: int
     stop: int
-
-
-class _Rows(NamedTuple):
-    tokens: Tokens
-    labels: npt.NDArray[np.int64]
-    vectors: npt.NDArray[Any] | None
 
 
 class StoreParts:
@@ -270,6 +398,12 @@ class StoreParts:
         sync(path.parent)  # the rename is on disk before any step that relies on it
 
 
+class _Rows(NamedTuple):
+    tokens: Tokens
+    labels: npt.NDArray[np.int64]
+    vectors: npt.NDArray[Any] | None
+
+
 def _write_header(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
     fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, fields)
@@ -278,145 +412,6 @@ def _write_header(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any])
 def _to_json(description: StoreDescription) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **plain_description(description)}))
     return content
-
-
-PART_SIZE = 1024  # samples of a part; a kill costs at most one part per rank
-Outcome = Literal["found", "made", "incomplete"]
-
-
-@dataclass(frozen=True)
-class TokenizingConfig:
-    """The settings of the execution of ``tokenize``. The tokens do not depend on them.
-
-    Args:
-        batch_size: Number of images encoded at a time.
-        part_size: Number of images written to disk at a time; a killed process loses at most these.
-        num_workers: Number of processes that decode images; 0 decodes in this process.
-        rank: Number of this process among those that share the work, in [0, world_size).
-        world_size: Number of processes that share the work; they need not run at the same time.
-        unreadable_budget: Fraction of unreadable images that may be replaced, in [0, 1]; see ``UnreadableImages``.
-
-    Raises:
-        ValueError: if a number is out of range.
-    """
-
-    batch_size: int = 256
-    part_size: int = PART_SIZE
-    num_workers: int = 0
-    rank: int = 0
-    world_size: int = 1
-    unreadable_budget: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "part_size", "world_size"):
-            check_integer(f"tokenize {name}", getattr(self, name), "[1, inf)")
-        check_integer("tokenize num_workers", self.num_workers, "[0, 1024]")
-        check_integer("tokenize rank", self.rank, f"[0, {self.world_size - 1}]")
-        check_budget(self.unreadable_budget)
-
-
-def describe_store(
-    path: str | Path,
-    *,
-    grid: tuple[int, int],
-    codebook_size: int,
-    tokenizer: str,
-    image_size: ImageSize,
-    **views: Any,
-) -> StoreDescription:
-    """Describes a token store of a data folder, for ``tokenize``.
-
-    Args:
-        path: The data folder.
-        grid: Height and width of the token grid.
-        codebook_size: Codebook size.
-        tokenizer: Fingerprint of the tokenizer's weights.
-        image_size: Size of the images that the tokenizer encodes: a side, or (height, width).
-        views: The views of an image and the precision: the fields ``crops``, ``flip``, ``precision`` and
-            ``augmentations`` of ``StoreDescription``.
-
-    Raises:
-        ValueError: if a number is out of range, or ``crops`` is above 1 although all images have the shape of the
-            crops.
-    """
-    summary = read_manifest_summary(path)
-    if views.get("crops", 1) > 1 and not views.get("augmentations"):
-        _check_crops(summary.images, image_size)
-    samples = cast("dict[Split, int]", dict(summary.samples))
-    kind = summary.vectors
-    return StoreDescription(
-        grid,
-        codebook_size,
-        image_size,
-        tokenizer,
-        summary.fingerprint,
-        summary.classes,
-        samples,
-        vector_dim=0 if kind is None else kind.dim,
-        vector_dtype="" if kind is None else kind.dtype,
-        **views,
-    )
-
-
-def tokenize(
-    path: str | Path,
-    store: str | Path,
-    description: StoreDescription,
-    *,
-    encode: Callable[[Tensor], Tensor],
-    in_channels: int,
-    config: TokenizingConfig = TokenizingConfig(),  # frozen
-    on_rows: Callable[[Split, int, int], object] = lambda split, rows, total: None,
-) -> Outcome:
-    """Makes the token store of a data folder, or resumes an interrupted one.
-
-    1. Each rank takes its share of the parts of the store, without those that are already on disk.
-    2. It encodes each part batch by batch and writes it as a whole. A batch is the same on every rank, so the store
-       does not depend on ranks, workers or interruptions.
-    3. The rank that finds all parts on disk joins them into the store.
-
-    Args:
-        path: The data folder.
-        store: The folder of the store.
-        description: The store, as ``describe_store`` describes it for this data folder.
-        encode: Maps images (B, in_channels, H, W) uint8 on the CPU to tokens (B, N) int64 on any device.
-        in_channels: Channels of the images for ``encode``, 1 or 3.
-        config: Batches, processes and the budget of unreadable images.
-        on_rows: Called with the split, the number of rows that were just finished (first those of an earlier run), and
-            this rank's number of rows of that split.
-
-    Returns:
-        ``"found"`` if the store exists already; ``"made"`` if it is finished now; ``"incomplete"`` if this rank has
-        finished its share and other ranks have not.
-
-    Raises:
-        ValueError: if shards or vectors differ from the manifest.
-        DataBudgetError: if too many images are unreadable.
-    """
-    if is_complete(store, description):
-        return "found"
-    readers = {split: _open_split(path, split) for split in description.samples}
-    parts = StoreParts(store, description, part_size=config.part_size)
-    # Every world_size-th part, so that all ranks have equally many.
-    share = parts.parts()[config.rank :: config.world_size]
-    for split, reader in readers.items():
-        reading = _PartReader(reader, description, in_channels, config)
-        mirrors = description.mirrors_of(split)
-        # 1. The parts that are not on disk yet.
-        own = [part for part in share if part.split == split]
-        left = [part for part in own if not parts.is_done(part)]
-        total = _count_rows(own, mirrors)
-        on_rows(split, total - _count_rows(left, mirrors), total)
-        # 2. Encode and write the parts.
-        for part, batches in reading.by_part(left):
-            encoded = []
-            for batch in batches:
-                columns = [_encode(batch.content, encode, mirrors), batch.labels]
-                encoded.append(columns if batch.vectors is None else [*columns, batch.vectors])
-                on_rows(split, mirrors * len(batch.labels), total)
-            parts.write(part, *(torch.cat(column).numpy() for column in zip(*encoded, strict=True)))
-    # 3. Join the parts.
-    return "made" if parts.finish() else "incomplete"
 
 
 def _open_split(path: str | Path, split: Split) -> ShardReader:

@@ -1,12 +1,11 @@
-"""Memory-mapped arrays, safe with files that are damaged or that are truncated while they are mapped.
-
-Used by everything that reads indexes and token stores.
-
-Vectors of images, such as frozen text or image embeddings: safe parsing of ``.npy`` files, and batches of vectors.
+"""Vectors of images, such as frozen text or image embeddings, and the memory-mapped arrays that hold them.
 
 A vector is a ``.npy`` file of C little-endian float16 or float32 values, all finite. All vectors of a data set have the
 same C and dtype. The index of a data folder copies them into one array ``SPLIT-vectors.npy`` (n, C), row i for sample
-i, which is memory-mapped. Used by ``sources``, ``scan``, ``index``, ``reader`` and ``tokens``.
+i, which is memory-mapped.
+
+Files may be damaged, or be truncated while they are mapped: ``map_array`` and ``has_all_bytes`` guard every mapped
+array, those of indexes and token stores too.
 """
 
 from __future__ import annotations
@@ -40,38 +39,6 @@ __all__ = [
     "vectors_path",
     "write_vectors",
 ]
-
-
-def map_array(path: Path) -> npt.NDArray[Any]:
-    """Maps a ``.npy`` file into memory, read-only.
-
-    Raises:
-        FileNotFoundError: if the file does not exist.
-        ValueError: if it is not a complete ``.npy`` file of plain values.
-    """
-    try:
-        os.close(open_regular(path))  # rejects a FIFO or a device, which would block
-        array: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
-    except Exception as error:  # the header is a Python literal, whose parser raises many kinds of errors
-        raise ValueError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from error
-    return array
-
-
-def has_all_bytes(array: npt.NDArray[Any]) -> bool:
-    """Returns whether the file of a mapped array still has all its bytes.
-
-    Reading beyond the end of a truncated file would kill the process with SIGBUS.
-    """
-    # Views of a mapped array have it as a base.
-    mapped = array
-    while isinstance(mapped.base, np.ndarray):
-        mapped = mapped.base
-    return not isinstance(mapped.base, mmap.mmap) or mapped.base.size() >= len(mapped.base)
-
 
 VECTOR_EXTENSION = "npy"
 VECTOR_DTYPES = ("float16", "float32")
@@ -242,6 +209,37 @@ class VectorReader:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_array": None}  # each process maps the array itself
+
+
+def map_array(path: Path) -> npt.NDArray[Any]:
+    """Maps a ``.npy`` file into memory, read-only.
+
+    Raises:
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it is not a complete ``.npy`` file of plain values.
+    """
+    try:
+        os.close(open_regular(path))  # rejects a FIFO or a device, which would block
+        array: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    except Exception as error:  # the header is a Python literal, whose parser raises many kinds of errors
+        raise ValueError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from error
+    return array
+
+
+def has_all_bytes(array: npt.NDArray[Any]) -> bool:
+    """Returns whether the file of a mapped array still has all its bytes.
+
+    Reading beyond the end of a truncated file would kill the process with SIGBUS.
+    """
+    # Views of a mapped array have it as a base.
+    mapped = array
+    while isinstance(mapped.base, np.ndarray):
+        mapped = mapped.base
+    return not isinstance(mapped.base, mmap.mmap) or mapped.base.size() >= len(mapped.base)
 
 
 def _header_bytes(data: bytes) -> int:

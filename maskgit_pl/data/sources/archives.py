@@ -1,11 +1,8 @@
-"""Named files inside a source: those of a folder, or those of a zip or tar. Used by ``image_folder``.
+"""Named files inside a source: those of a folder, or those of a zip or tar, read in place. Used by ``image_folder``.
 
 A name is the path inside the source, with ``/``. Names are never used to write files, and archives are never unpacked
-to disk: an entry is read from its place in the archive.
-
-Zip and tar archives as named files, read in place. Used by ``image_folder``.
-
-Archives may be hostile: lengths are checked before memory is allocated, and expansion is limited.
+to disk: an entry is read from its place in the archive. Archives may be hostile: lengths are checked before memory is
+allocated, and expansion is limited.
 
 Source: PKWARE, APPNOTE.TXT 6.3.10, section 4.3.7: local file header; RFC 1952: gzip.
 """
@@ -31,14 +28,10 @@ from maskgit_pl.errors import printable
 from maskgit_pl.files import TooLargeDirectoryError, open_regular, open_zip, size_text
 
 __all__ = [
-    "ArchiveEntries",
-    "ArchiveMember",
     "Entries",
     "EntryError",
-    "FolderEntries",
     "LeftOut",
     "add_left_out",
-    "check_length",
     "open_entries",
 ]
 
@@ -46,10 +39,21 @@ LeftOut = dict[str, list[str]]  # names of files that are not samples, by kind
 
 _HIDDEN = "hidden"
 _UNSAFE = "with an absolute name, '..', a NUL character or more than 4096 characters"
-_MAX_NAME = 4096
 _REPEATED = "of a name that a later entry has too"
+_MAX_NAME = 4096
 _MAX_WHOLE = 2**30  # bytes that any archive may hold
 _MAX_RATIO = 100  # a larger archive may hold this many times its own bytes
+
+_ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz")
+_LOCAL_HEADER = struct.Struct("<4s22sHH")  # signature, fields that the directory repeats, lengths of name and extra
+_MAX_ENTRIES = 10**7  # of a zip: 6 GB of memory. ImageNet has 1.3 million images
+_ENCRYPTED = 0x1  # flag of a member of a zip
+# zipfile raises any of these on a damaged central directory.
+_ZIP_ERRORS = (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, struct.error, OverflowError, EOFError)
+_GZIP_ERRORS = (OSError, EOFError, zlib.error)  # gzip.BadGzipFile is an OSError
+_AT_ONCE = 2**28  # bytes of images of a .tar.gz in memory, for which it is read once
+_BLOCK = 2**20
+_STEP_BACK = 2**16  # bytes; the reader of headers goes back less than this
 
 
 class EntryError(ValueError):
@@ -89,13 +93,41 @@ def add_left_out(left_out: LeftOut, kind: str, name: str) -> None:
     left_out.setdefault(kind, []).append(name)
 
 
-def check_length(size: int, limit: int) -> None:
-    """Raises an ``EntryError`` if a file is longer than ``limit`` bytes."""
-    if size > limit:
-        raise EntryError(f"must have at most {size_text(limit)}, got {size_text(size)}")
+def open_entries(path: Path) -> Entries:
+    """Opens a folder, a zip, a tar or a tar compressed with gzip; the first bytes decide which.
+
+    Args:
+        path: The folder or the archive.
+
+    Raises:
+        FileNotFoundError: if it does not exist.
+        ValueError: if it is no archive, is damaged or encrypted, or would expand to implausibly many bytes.
+    """
+    if path.is_dir():
+        return _FolderEntries(path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"source {printable(path)} does not exist; name a folder or an archive ({', '.join(_ENDINGS)}) of images"
+        )
+    lowered = path.name.lower()
+    ending = max((ending for ending in _ENDINGS if lowered.endswith(ending)), key=len, default=path.suffix)
+    title = path.name.removesuffix(path.name[len(path.name) - len(ending) :]) if ending else path.name
+    try:
+        descriptor = open_regular(path)
+    except OSError as error:
+        raise ValueError(f"source {printable(path)} cannot be read: {error.strerror}") from error
+    try:
+        first = os.pread(descriptor, 4, 0)
+        if first.startswith(b"PK"):
+            return _ZipEntries(path, title, _zip_members(path))
+        if first.startswith(b"\x1f\x8b"):
+            return _GzipTarEntries(path, title, _gzip_tar_members(path))
+        return _TarEntries(path, title, _tar_members(path, DescriptorBytes(descriptor)))
+    finally:
+        os.close(descriptor)
 
 
-class FolderEntries:
+class _FolderEntries:
     """The files of a folder and of its sub-folders.
 
     A symbolic link to a file is that file, inside the folder or outside of it. Links to folders are not followed, so
@@ -140,11 +172,17 @@ class FolderEntries:
 def _read_file(path: Path, limit: int) -> bytes:
     descriptor = open_regular(path)
     with os.fdopen(descriptor, "rb") as file:
-        check_length(os.fstat(descriptor).st_size, limit)
+        _check_length(os.fstat(descriptor).st_size, limit)
         return file.read(limit)
 
 
-class ArchiveMember(NamedTuple):
+def _check_length(size: int, limit: int) -> None:
+    """Raises an ``EntryError`` if a file is longer than ``limit`` bytes."""
+    if size > limit:
+        raise EntryError(f"must have at most {size_text(limit)}, got {size_text(size)}")
+
+
+class _ArchiveMember(NamedTuple):
     """A member of an archive.
 
     Args:
@@ -168,7 +206,7 @@ class ArchiveMember(NamedTuple):
     is_deflated: bool = False
 
 
-class ArchiveEntries:
+class _ArchiveEntries:
     """The files of an archive.
 
     If everything in the archive lies in one folder, its names begin inside that folder. Absolute names, names with
@@ -184,10 +222,10 @@ class ArchiveEntries:
         ValueError: if the members together are implausibly large for the archive.
     """
 
-    def __init__(self, path: Path, title: str, members: Sequence[ArchiveMember]) -> None:
-        self.path, self.title = path, title
+    def __init__(self, path: Path, title: str, members: Sequence[_ArchiveMember]) -> None:
+        self.path = path
         self.left_out: LeftOut = {}
-        check_expansion(path, sum(member.size for member in members))
+        _check_expansion(path, sum(member.size for member in members))
         files, folders = self._named_members(members)
         top = _single_folder([*files, *(f"{folder}/" for folder in folders)])
         self.title = top.rstrip("/") or title
@@ -200,7 +238,7 @@ class ArchiveEntries:
         """Yields a function for each name; see ``Entries``."""
         return (partial(self._read, name, limit) for name in names)
 
-    def read_member(self, member: ArchiveMember) -> bytes:
+    def read_member(self, member: _ArchiveMember) -> bytes:
         """Returns the bytes of a member of at most 256 MiB.
 
         Raises:
@@ -209,7 +247,7 @@ class ArchiveEntries:
         """
         raise NotImplementedError
 
-    def member(self, name: str, *, limit: int) -> ArchiveMember:
+    def member(self, name: str, *, limit: int) -> _ArchiveMember:
         """Returns the member of a name.
 
         Raises:
@@ -218,15 +256,15 @@ class ArchiveEntries:
         """
         if name not in self.members:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-        check_length(self.members[name].size, limit)
+        _check_length(self.members[name].size, limit)
         return self.members[name]
 
     def _read(self, name: str, limit: int) -> bytes:
         return self.read_member(self.member(name, limit=limit))
 
-    def _named_members(self, members: Iterable[ArchiveMember]) -> tuple[dict[str, ArchiveMember], set[str]]:
+    def _named_members(self, members: Iterable[_ArchiveMember]) -> tuple[dict[str, _ArchiveMember], set[str]]:
         """Returns the files by their cleaned names and the names of folders, and notes what is left out."""
-        files, folders, hidden = dict[str, ArchiveMember](), set[str](), dict[str, None]()
+        files, folders, hidden = dict[str, _ArchiveMember](), set[str](), dict[str, None]()
         for member in members:
             name = _clean_name(member.name)
             if name is None:
@@ -248,16 +286,8 @@ class ArchiveEntries:
         return files, folders
 
 
-def check_expansion(path: Path, size: int) -> None:
-    """Checks that an archive does not hold implausibly many bytes.
-
-    Args:
-        path: The archive.
-        size: Bytes of its members together.
-
-    Raises:
-        ValueError: if this is more than 1 GiB and more than 100 times the length of the archive.
-    """
+def _check_expansion(path: Path, size: int) -> None:
+    """Checks that the members of an archive have at most 1 GiB, or 100 times the length of the archive, together."""
     limit = max(_MAX_WHOLE, _MAX_RATIO * path.stat().st_size)
     if size > limit:
         raise ValueError(
@@ -295,56 +325,10 @@ def _single_folder(names: Sequence[str]) -> str:
     return "".join(tops.pop()) if len(tops) == 1 and all("/" in name for name in names) else ""
 
 
-_ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz")
-_LOCAL_HEADER = struct.Struct("<4s22sHH")  # signature, fields that the directory repeats, lengths of name and extra
-_MAX_ENTRIES = 10**7  # of a zip: 6 GB of memory. ImageNet has 1.3 million images
-_ENCRYPTED = 0x1  # flag of a member of a zip
-# zipfile raises any of these on a damaged central directory.
-_ZIP_ERRORS = (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, struct.error, OverflowError, EOFError)
-_GZIP_ERRORS = (OSError, EOFError, zlib.error)  # gzip.BadGzipFile is an OSError
-_AT_ONCE = 2**28  # bytes of images of a .tar.gz in memory, for which it is read once
-_BLOCK = 2**20
-_STEP_BACK = 2**16  # bytes; the reader of headers goes back less than this
+class _ZipEntries(_ArchiveEntries):
+    """The files of a zip; see ``_ArchiveEntries``."""
 
-
-def open_entries(path: Path) -> Entries:
-    """Opens a folder, a zip, a tar or a tar compressed with gzip; the first bytes decide which.
-
-    Args:
-        path: The folder or the archive.
-
-    Raises:
-        FileNotFoundError: if it does not exist.
-        ValueError: if it is no archive, is damaged or encrypted, or would expand to implausibly many bytes.
-    """
-    if path.is_dir():
-        return FolderEntries(path)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"source {printable(path)} does not exist; name a folder or an archive ({', '.join(_ENDINGS)}) of images"
-        )
-    lowered = path.name.lower()
-    ending = max((ending for ending in _ENDINGS if lowered.endswith(ending)), key=len, default=path.suffix)
-    title = path.name.removesuffix(path.name[len(path.name) - len(ending) :]) if ending else path.name
-    try:
-        descriptor = open_regular(path)
-    except OSError as error:
-        raise ValueError(f"source {printable(path)} cannot be read: {error.strerror}") from error
-    try:
-        first = os.pread(descriptor, 4, 0)
-        if first.startswith(b"PK"):
-            return _ZipEntries(path, title, _zip_members(path))
-        if first.startswith(b"\x1f\x8b"):
-            return _GzipTarEntries(path, title, _gzip_tar_members(path))
-        return _TarEntries(path, title, _tar_members(path, DescriptorBytes(descriptor)))
-    finally:
-        os.close(descriptor)
-
-
-class _ZipEntries(ArchiveEntries):
-    """The files of a zip; see ``ArchiveEntries``."""
-
-    def read_member(self, member: ArchiveMember) -> bytes:
+    def read_member(self, member: _ArchiveMember) -> bytes:
         # Deflate adds a few bytes to what it cannot compress. More would be read into memory for nothing.
         if member.packed > member.size + (member.size // 1000 + 65536 if member.is_deflated else 0):
             raise EntryError(f"is damaged: {size_text(member.packed)} in the zip for {size_text(member.size)}")
@@ -372,7 +356,7 @@ def _inflate(packed: bytes, size: int) -> bytes:
         raise EntryError(f"is damaged: {error}") from error
 
 
-def _zip_members(path: Path) -> list[ArchiveMember]:
+def _zip_members(path: Path) -> list[_ArchiveMember]:
     shown = printable(path)
     try:
         with open(path, "rb") as stream, open_zip(stream, max_entries=_MAX_ENTRIES) as archive:
@@ -393,12 +377,12 @@ def _zip_members(path: Path) -> list[ArchiveMember]:
     return [_zip_member(info) for info in found]
 
 
-def _zip_member(info: zipfile.ZipInfo) -> ArchiveMember:
+def _zip_member(info: zipfile.ZipInfo) -> _ArchiveMember:
     kind = stat.S_IFMT(info.external_attr >> 16)  # 0 if the zip was not made on Unix
     fault = "links" if stat.S_ISLNK(kind) else ""
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         fault = "with a compression other than deflate"
-    return ArchiveMember(
+    return _ArchiveMember(
         name=info.filename.replace("\\", "/"),  # as some programs of Windows write it
         size=info.file_size,
         offset=info.header_offset,
@@ -410,10 +394,10 @@ def _zip_member(info: zipfile.ZipInfo) -> ArchiveMember:
     )
 
 
-class _TarEntries(ArchiveEntries):
-    """The files of a tar; see ``ArchiveEntries``."""
+class _TarEntries(_ArchiveEntries):
+    """The files of a tar; see ``_ArchiveEntries``."""
 
-    def read_member(self, member: ArchiveMember) -> bytes:
+    def read_member(self, member: _ArchiveMember) -> bytes:
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
             return os.pread(descriptor, member.size, member.offset)
@@ -421,11 +405,11 @@ class _TarEntries(ArchiveEntries):
             os.close(descriptor)
 
 
-def _tar_members(path: Path, data: TarBytes) -> list[ArchiveMember]:
+def _tar_members(path: Path, data: TarBytes) -> list[_ArchiveMember]:
     faults = {"link": "links", "device": "devices", "sparse file": "sparse files"}
     try:
         return [
-            ArchiveMember(
+            _ArchiveMember(
                 name=member.name,
                 size=member.size,
                 offset=member.offset,
@@ -440,8 +424,8 @@ def _tar_members(path: Path, data: TarBytes) -> list[ArchiveMember]:
         ) from error
 
 
-class _GzipTarEntries(ArchiveEntries):
-    """The files of a tar that is compressed with gzip; see ``ArchiveEntries``.
+class _GzipTarEntries(_ArchiveEntries):
+    """The files of a tar that is compressed with gzip; see ``_ArchiveEntries``.
 
     It has no random access: it is read from its beginning once for each 256 MiB of images.
     """
@@ -505,7 +489,7 @@ class _GzipBytes:
         return data
 
 
-def _gzip_tar_members(path: Path) -> list[ArchiveMember]:
+def _gzip_tar_members(path: Path) -> list[_ArchiveMember]:
     try:
         length = _expanded_length(path)
         with open(path, "rb") as raw:
@@ -520,5 +504,5 @@ def _expanded_length(path: Path) -> int:
     with gzip.open(path) as stream:
         while block := stream.read(_BLOCK):
             length += len(block)
-            check_expansion(path, length)
+            _check_expansion(path, length)
     return length

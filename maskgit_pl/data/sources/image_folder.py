@@ -1,6 +1,6 @@
-"""The vectors of an image folder: the files ``NAME.npy`` beside its images. Used by ``image_folder``.
+"""Image files as a source: a folder, a zip or a tar, with class folders, without classes, or with a metadata file.
 
-Image files as a source: a folder, a zip or a tar, with class folders, without classes, or with a metadata file.
+Files ``NAME.npy`` beside the images are their vectors.
 """
 
 from __future__ import annotations
@@ -25,124 +25,11 @@ from maskgit_pl.data.vectors import MAX_VECTOR_BYTES, VECTOR_EXTENSION, VectorKi
 from maskgit_pl.errors import printable
 
 __all__ = [
-    "FolderVectors",
     "ImageFolder",
 ]
 
-
-@dataclass(frozen=True)
-class FolderVectors:
-    """The size and type of the vectors of a folder, which the first valid one decides.
-
-    Args:
-        kind: Size and type.
-        first: Name of the vector that decided.
-    """
-
-    kind: VectorKind
-    first: str
-
-    @classmethod
-    def of(cls, entries: Entries, names: Sequence[str | None]) -> FolderVectors | None:
-        """Returns the vectors of some images; None if none of them has a vector.
-
-        Args:
-            entries: Files of the source.
-            names: Name of each image's vector; None for an image without one.
-
-        Raises:
-            ValueError: if there are vectors, and all of them are invalid. The message has the fault of the first.
-        """
-        errors: list[ValueError] = []
-        present = [name for name in names if name is not None]
-        for name, read in zip(present, entries.readers(present, limit=MAX_VECTOR_BYTES), strict=True):
-            shown = printable(entries.path / name)
-            try:
-                return cls(parse_vector(_read(read, shown), name=shown)[0], shown)
-            except ValueError as error:
-                errors.append(error)
-        if errors:
-            raise ValueError(f"{errors[0]}; correct the .npy files, or leave all of them out with --no-vectors")
-        return None
-
-    def add_to(self, sample: Sample, vector: str, read: Callable[[], bytes] | None) -> Sample | UnreadableSample:
-        """Adds a vector to its sample.
-
-        Args:
-            sample: The sample.
-            vector: The vector's name in error messages.
-            read: Returns the bytes of the vector; None if the sample has none.
-
-        Returns:
-            The sample with the vector, or an ``UnreadableSample`` if the vector is missing or invalid.
-        """
-        if read is None:
-            wanted = vector.rpartition("/")[2]
-            return UnreadableSample(f"image {sample.name} must have the vector {wanted} beside it, got none")
-        try:
-            data = _read(read, vector)
-            kind, _ = parse_vector(data, name=vector)
-        except ValueError as error:
-            return UnreadableSample(str(error))
-        if kind != self.kind:
-            return UnreadableSample(f"vector {vector} must have {self.kind}, as {self.first}, got {kind}")
-        return sample._replace(vector=data)
-
-    def digest(self, entries: Entries, names: Sequence[str | None]) -> str:
-        """Returns a hash of the content of all vectors, since another encoder gives files of the same lengths.
-
-        Args:
-            entries: Files of the source.
-            names: Name of each image's vector; None for an image without one.
-        """
-        digest = hashlib.sha256()
-        readers = entries.readers((name for name in names if name is not None), limit=MAX_VECTOR_BYTES)
-        for name in names:
-            try:
-                data = b"" if name is None else _read(next(readers), name)
-            except ValueError:  # its sample is reported as unreadable
-                data = b""
-            digest.update(hashlib.sha256(data).digest())
-        return digest.hexdigest()
-
-
-def _read(read: Callable[[], bytes], name: str) -> bytes:
-    try:
-        return read()
-    except OSError as error:
-        raise ValueError(f"vector {name} cannot be read: {error.strerror or error}") from error
-    except EntryError as error:
-        raise ValueError(f"vector {name} {error}") from error
-
-
 _VAL_FOLDERS = ("val", "valid", "validation", "test")
 _MAX_LISTED = 3  # names of files that are left out
-
-
-class _File(NamedTuple):
-    """An image of a source."""
-
-    name: str  # in the source
-    label: int
-    digest: bytes  # of the name relative to the split's root; determines order and split
-    vector: str | None = None  # the file NAME.npy beside NAME.jpg
-
-
-@dataclass
-class _Labelled:
-    """The classes of a source, and the files that have one.
-
-    Args:
-        classes: Class names.
-        labels: Label of each file, by its name in the source. With a metadata file, some may not exist.
-        left_out: Files that are not images of a class.
-        given: True if a metadata file has the labels; False if they follow from the names of the files.
-    """
-
-    classes: tuple[str, ...]
-    labels: dict[str, int] = field(default_factory=dict)
-    left_out: LeftOut = field(default_factory=dict)
-    given: bool = False
 
 
 class ImageFolder:
@@ -195,7 +82,7 @@ class ImageFolder:
                 raise ValueError(_no_images(entries, root, labelled.left_out))
         self.has_splits = None not in roots
         self._files = _split_files(roots, parts, val_fraction)
-        self._vectors = FolderVectors.of(entries, [file.vector for files in self._files.values() for file in files])
+        self._vectors = _FolderVectors.of(entries, [file.vector for files in self._files.values() for file in files])
         count = sum(map(len, self._files.values()))
         for split, files in self._files.items():
             if not files:  # only without split folders: a hash puts few files into one split
@@ -258,6 +145,32 @@ class ImageFolder:
         for file in files:
             digest.update(file.digest + self._entries.sizes.get(file.name, 0).to_bytes(8, "little"))
         return digest.hexdigest()
+
+
+class _File(NamedTuple):
+    """An image of a source."""
+
+    name: str  # in the source
+    label: int
+    digest: bytes  # of the name relative to the split's root; determines order and split
+    vector: str | None = None  # the file NAME.npy beside NAME.jpg
+
+
+@dataclass
+class _Labelled:
+    """The classes of a source, and the files that have one.
+
+    Args:
+        classes: Class names.
+        labels: Label of each file, by its name in the source. With a metadata file, some may not exist.
+        left_out: Files that are not images of a class.
+        given: True if a metadata file has the labels; False if they follow from the names of the files.
+    """
+
+    classes: tuple[str, ...]
+    labels: dict[str, int] = field(default_factory=dict)
+    left_out: LeftOut = field(default_factory=dict)
+    given: bool = False
 
 
 def _read_image(read: Callable[[], bytes], name: str) -> bytes:
@@ -443,3 +356,88 @@ def _no_images(entries: Entries, root: str, left_out: LeftOut) -> str:
     got = ", ".join(_format_files(kind, names) for kind, names in left_out.items()) or "none"
     hint = "; unpack archives inside it, or use maskgit data index for WebDataset shards" if ".tar" in left_out else ""
     return f"source {printable(entries.path / root)} must hold {kinds} files, got {got}{hint}"
+
+
+@dataclass(frozen=True)
+class _FolderVectors:
+    """The size and type of the vectors of a folder, which the first valid one decides.
+
+    Args:
+        kind: Size and type.
+        first: Name of the vector that decided.
+    """
+
+    kind: VectorKind
+    first: str
+
+    @classmethod
+    def of(cls, entries: Entries, names: Sequence[str | None]) -> _FolderVectors | None:
+        """Returns the vectors of some images; None if none of them has a vector.
+
+        Args:
+            entries: Files of the source.
+            names: Name of each image's vector; None for an image without one.
+
+        Raises:
+            ValueError: if there are vectors, and all of them are invalid. The message has the fault of the first.
+        """
+        errors: list[ValueError] = []
+        present = [name for name in names if name is not None]
+        for name, read in zip(present, entries.readers(present, limit=MAX_VECTOR_BYTES), strict=True):
+            shown = printable(entries.path / name)
+            try:
+                return cls(parse_vector(_read_vector(read, shown), name=shown)[0], shown)
+            except ValueError as error:
+                errors.append(error)
+        if errors:
+            raise ValueError(f"{errors[0]}; correct the .npy files, or leave all of them out with --no-vectors")
+        return None
+
+    def add_to(self, sample: Sample, vector: str, read: Callable[[], bytes] | None) -> Sample | UnreadableSample:
+        """Adds a vector to its sample.
+
+        Args:
+            sample: The sample.
+            vector: The vector's name in error messages.
+            read: Returns the bytes of the vector; None if the sample has none.
+
+        Returns:
+            The sample with the vector, or an ``UnreadableSample`` if the vector is missing or invalid.
+        """
+        if read is None:
+            wanted = vector.rpartition("/")[2]
+            return UnreadableSample(f"image {sample.name} must have the vector {wanted} beside it, got none")
+        try:
+            data = _read_vector(read, vector)
+            kind, _ = parse_vector(data, name=vector)
+        except ValueError as error:
+            return UnreadableSample(str(error))
+        if kind != self.kind:
+            return UnreadableSample(f"vector {vector} must have {self.kind}, as {self.first}, got {kind}")
+        return sample._replace(vector=data)
+
+    def digest(self, entries: Entries, names: Sequence[str | None]) -> str:
+        """Returns a hash of the content of all vectors, since another encoder gives files of the same lengths.
+
+        Args:
+            entries: Files of the source.
+            names: Name of each image's vector; None for an image without one.
+        """
+        digest = hashlib.sha256()
+        readers = entries.readers((name for name in names if name is not None), limit=MAX_VECTOR_BYTES)
+        for name in names:
+            try:
+                data = b"" if name is None else _read_vector(next(readers), name)
+            except ValueError:  # its sample is reported as unreadable
+                data = b""
+            digest.update(hashlib.sha256(data).digest())
+        return digest.hexdigest()
+
+
+def _read_vector(read: Callable[[], bytes], name: str) -> bytes:
+    try:
+        return read()
+    except OSError as error:
+        raise ValueError(f"vector {name} cannot be read: {error.strerror or error}") from error
+    except EntryError as error:
+        raise ValueError(f"vector {name} {error}") from error
