@@ -311,7 +311,7 @@ def open_png_header(data: bytes, name: str) -> PngImageFile:
     Raises:
         UnreadableImageError: if it is damaged before its pixels, animated, or has more than 100,000 chunks, 256 chunks
             without pixels, or 64 million pixels.
-        Exception: one of ``PIL_ERRORS``, if Pillow rejects a chunk.
+        Exception: an error of Pillow, if it rejects a chunk.
     """
     chunks = _list_chunks(data, name)
     _read_png_header(data, name)
@@ -332,7 +332,7 @@ def open_png(data: bytes, name: str) -> PngImageFile:
 
     Raises:
         UnreadableImageError: if a check fails.
-        Exception: one of ``PIL_ERRORS``, if Pillow rejects a chunk.
+        Exception: an error of Pillow, if it rejects a chunk.
     """
     chunks = _list_chunks(data, name)  # 1.
     header = _read_png_header(data, name)

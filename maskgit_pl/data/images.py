@@ -31,7 +31,6 @@ from maskgit_pl.data.image_bytes import (
     JPEG_MAGIC,
     MAX_PIXELS,
     PNG_MAGIC,
-    Reason,
     UnreadableImageError,
     check_complete,
     check_jpeg,
@@ -53,11 +52,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "PIL_ERRORS",
     "Crop",
     "ImageHeader",
     "Place",
-    "Reason",
     "UnreadableImageError",
     "check_complete",
     "check_crop",
@@ -65,7 +62,6 @@ __all__ = [
     "decode_image",
     "encode_jpeg",
     "encode_png",
-    "first_words",
     "fit_image",
     "from_pil",
     "load_image",
@@ -80,7 +76,7 @@ Place = tuple[float, float] | Callable[["Tensor", tuple[int, int]], "Tensor"] | 
 """The part of an image that is used: its place along (height, width), each in [0, 1), a function of the image and of
 the size of the result, which crops by itself, or None for the centre."""
 
-PIL_ERRORS = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, struct.error)
+_PIL_ERRORS = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, struct.error)
 """The errors that Pillow raises on damaged or hostile files."""
 
 _ORIENTATION = 0x0112  # EXIF tag: 1 upright, 2 to 8 rotated or mirrored; 5 to 8 swap height and width
@@ -328,7 +324,7 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.nn.functional.interpolate(batch, size, mode="bicubic", antialias=True)[0]
 
 
-def first_words(error: Exception) -> str:
+def _first_words(error: Exception) -> str:
     """Returns the first line of another package's error, at most 200 characters."""
     return printable((str(error).strip() or type(error).__name__).splitlines()[0][:200])
 
@@ -408,8 +404,8 @@ def _open(data: bytes, name: str) -> Image.Image:
         got = re.sub(r"\D*(\d+).*", r"\1", str(error))  # "Image size (N pixels) exceeds ..."
         text = f"image {name} must have at most {MAX_PIXELS} pixels, got {got}"
         raise UnreadableImageError(text, reason="too large") from error
-    except PIL_ERRORS as error:
-        why = "its header cannot be read" if isinstance(error, UnidentifiedImageError) else first_words(error)
+    except _PIL_ERRORS as error:
+        why = "its header cannot be read" if isinstance(error, UnidentifiedImageError) else _first_words(error)
         raise image_error(data, name, why) from error
     check_size(image.height, image.width, name)
     if frames > 1 and image.format != "MPO":  # the first picture of an MPO is the photo
@@ -427,7 +423,7 @@ def _find_orientation(image: Image.Image) -> int:
         with _silent_warnings():
             # The method of PNG would decode the pixels, to search after them.
             value = Image.Image.getexif(image).get(_ORIENTATION, 1)
-    except PIL_ERRORS:
+    except _PIL_ERRORS:
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
@@ -472,7 +468,7 @@ def _pil_errors(name: str) -> Iterator[None]:
         yield
     except UnreadableImageError:
         raise
-    except PIL_ERRORS as error:
+    except _PIL_ERRORS as error:
         raise _decode_error(name, error) from error
 
 
@@ -486,4 +482,4 @@ def _silent_warnings() -> Iterator[None]:
 
 def _decode_error(name: str, error: Exception) -> UnreadableImageError:
     """Returns the error for an image whose pixels another package cannot decode."""
-    return UnreadableImageError(f"image {name} cannot be decoded: {first_words(error)}")
+    return UnreadableImageError(f"image {name} cannot be decoded: {_first_words(error)}")

@@ -47,11 +47,7 @@ from maskgit_pl.data.vectors import VectorKind, load_vectors, vectors_path, writ
 from maskgit_pl.files import parse_any_json, parse_json, write_atomically
 from maskgit_pl.processes import choose_workers, run_jobs
 
-__all__ = [
-    "PROGRESS",
-    "IndexResult",
-    "index_shards",
-]
+__all__ = ["PROGRESS", "IndexResult", "index_shards"]
 
 PROGRESS = ".index.partial"
 _UNLABELLED = "image"  # name of the only class of data without labels

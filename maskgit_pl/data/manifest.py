@@ -62,7 +62,11 @@ __all__ = [
 ]
 
 Split = Literal["train", "val"]
-FORMAT = 1
+_FORMAT = 1
+_REQUIRED = ("format", "classes", "images", "index_sha256", "shards")
+_KNOWN = (
+    *_REQUIRED, "split", "samples", "labels", "left_out", "vector_dim", "vector_dtype", "vectors_sha256"
+)  # fmt: skip
 _MAX_MANIFEST_BYTES = 2**28  # enough for a million shards
 _BLOCK_ROWS = 2**20  # rows of an index that are checked at a time
 # Offset and size are those of the image's bytes inside the tar, so that one pread reads them.
@@ -358,7 +362,7 @@ def _to_json(manifest: Manifest) -> dict[str, Any]:
         kind, digest = manifest.vectors.kind, manifest.vectors.sha256
         unusual |= {"vector_dim": kind.dim, "vector_dtype": kind.dtype, "vectors_sha256": digest}
     return unusual | {
-        "format": FORMAT,
+        "format": _FORMAT,
         "split": manifest.split,
         "samples": manifest.samples,
         "classes": list(manifest.classes),
@@ -368,17 +372,11 @@ def _to_json(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-_REQUIRED = ("format", "classes", "images", "index_sha256", "shards")
-_KNOWN = (
-    *_REQUIRED, "split", "samples", "labels", "left_out", "vector_dim", "vector_dtype", "vectors_sha256"
-)  # fmt: skip
-
-
 def _from_json(path: Path, folder: Path, split: Split) -> Manifest:
     try:
         content = read_json(path, max_bytes=_MAX_MANIFEST_BYTES)
-        if content.get("format") != FORMAT:
-            raise ValueError(f"{path}: format must be {FORMAT}, got {shorten(content.get('format'))}")
+        if content.get("format") != _FORMAT:
+            raise ValueError(f"{path}: format must be {_FORMAT}, got {shorten(content.get('format'))}")
         check_keys(str(path), content, known=_KNOWN, required=_REQUIRED)
         _check_types(path, content)
         shards = tuple(

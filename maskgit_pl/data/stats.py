@@ -29,7 +29,7 @@ __all__ = [
     "statistics_as_json",
 ]
 
-HEADERS = 2_000  # images whose size is read, spread evenly over the split
+_HEADERS = 2_000  # images whose size is read, spread evenly over the split
 _BINS = 8  # of a histogram
 
 _MAX_PAIRS = 5
@@ -208,7 +208,7 @@ def _sizes(manifest: Manifest) -> npt.NDArray[np.int64]:
     """Returns heights and widths, (n, 2) int64, of images that are spread evenly over the split."""
     # Reading a header costs a read of the whole image, so only some images are read.
     reader = ShardReader(manifest)
-    indices = np.unique(np.linspace(0, len(reader) - 1, min(HEADERS, len(reader))).round().astype(int)).tolist()
+    indices = np.unique(np.linspace(0, len(reader) - 1, min(_HEADERS, len(reader))).round().astype(int)).tolist()
     headers = [parse_image_header(reader.read(index), name=reader.name(index)) for index in indices]
     reader.close()
     return np.array([(header.height, header.width) for header in headers], np.int64)

@@ -48,14 +48,7 @@ from maskgit_pl.data.token_store import (
 from maskgit_pl.data.vectors import vectors_path, write_vectors
 from maskgit_pl.files import parse_any_json, sha256_of, sync, write_atomically
 
-__all__ = [
-    "Outcome",
-    "Part",
-    "StoreParts",
-    "TokenizingConfig",
-    "describe_store",
-    "tokenize",
-]
+__all__ = ["Outcome", "Part", "StoreParts", "TokenizingConfig", "describe_store", "tokenize"]
 
 Outcome = Literal["found", "made", "incomplete"]
 

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from maskgit_pl.data.stats import DataStatistics, Duplicates
 
 __all__ = [
-    "BadFile",
     "StoreVerification",
     "Verification",
     "describe_bad_files",

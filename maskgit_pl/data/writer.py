@@ -30,7 +30,7 @@ from maskgit_pl.errors import printable
 from maskgit_pl.files import read_json, sync, write_text
 from maskgit_pl.processes import choose_workers, run_jobs
 
-__all__ = ["LEFT_OUT", "MAX_RECORD_BYTES", "RECORD", "is_made_from", "make_shards", "write_split"]
+__all__ = ["LEFT_OUT", "MAX_RECORD_BYTES", "RECORD", "make_shards", "write_split"]
 
 RECORD = "made_from.json"
 MAX_RECORD_BYTES = 100_000_000  # a record lists the class names
@@ -80,7 +80,7 @@ def make_shards(
         check_integer(name, value, "[1, inf)")
     size = None if size is None else check_image_size("image_size", size, "[1, 65536]")
     record = describe(source, size=size, shard_size=shard_size)  # 1.
-    if is_made_from(folder, record):
+    if _is_made_from(folder, record):
         return False
     folder = resolve_folder("data folder", folder)
     if has_content(folder):
@@ -111,12 +111,8 @@ def describe(source: Source, *, size: ImageSize | None = None, shard_size: int =
     return {"source": source.describe(), "size": size_in_json, "shard_size": shard_size}
 
 
-def is_made_from(folder: str | Path, record: dict[str, Any]) -> bool:
+def _is_made_from(folder: str | Path, record: dict[str, Any]) -> bool:
     """Returns whether a folder holds complete shards that were made from this record.
-
-    Args:
-        folder: The data folder.
-        record: The result of ``describe``.
 
     Raises:
         ValueError: if it was, but its shards have been changed or lost since.

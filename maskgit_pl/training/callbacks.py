@@ -1,13 +1,7 @@
-"""The registries of callbacks and profilers that a recipe names.
+"""The callbacks and profilers that a recipe names, and the callbacks that report progress, pictures and bad images.
 
 A recipe has ``callbacks: [device_stats, {name: model_summary, max_depth: 3}]`` and ``profiler: simple``. ``runs.build``
-adds the callbacks after those that every run has.
-
-A progress callback for batch logs and CI: one line per interval instead of a progress bar.
-
-Callbacks that write pictures after each validation, to the stage's folder and to the loggers.
-
-A callback that reports images that could not be read in training: logged, summarized and listed in a file.
+adds these callbacks after those that every run has.
 """
 
 from __future__ import annotations
@@ -15,11 +9,11 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import DeviceStatsMonitor, ProgressBar, RichModelSummary
@@ -29,11 +23,12 @@ from torch import Tensor
 
 from maskgit_pl.checks import check_integer
 from maskgit_pl.data.samples import UnreadableImages, write_unreadable
-from maskgit_pl.decoding import DecodingStep
-from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer
 from maskgit_pl.pipeline.grids import image_grid, reconstruction_grid, save_png
 from maskgit_pl.registry import Registry, derives_from
 from maskgit_pl.training.loggers import TolerantLogger
+
+if TYPE_CHECKING:
+    from maskgit_pl.training.token_model import TokenModel
 
 __all__ = [
     "CallbackSpec",
@@ -47,6 +42,11 @@ __all__ = [
     "callbacks",
     "profilers",
 ]
+
+log = logging.getLogger(__name__)
+
+_MOST_CLASSES, _MOST_OF_A_CLASS = 10, 8
+_MOST_PAIRS = 16
 
 
 class CallbackSpec:
@@ -77,6 +77,8 @@ class ProfilerSpec:
 
 
 callbacks: Registry[CallbackSpec] = Registry("callback", "maskgit_pl.callbacks", check=derives_from(CallbackSpec))
+
+
 profilers: Registry[ProfilerSpec] = Registry("profiler", "maskgit_pl.profilers", check=derives_from(ProfilerSpec))
 
 
@@ -136,11 +138,10 @@ class PyTorch(ProfilerSpec):
         return PyTorchProfiler(dirpath=folder, filename="profile")
 
 
-log = logging.getLogger(__name__)
-
-
 class ProgressLines(ProgressBar):
     """A callback that logs step, metrics, speed and remaining time, at most once per interval.
+
+    It is for batch logs and CI, in place of a progress bar.
 
     Args:
         seconds: Minimum time between two lines, in seconds.
@@ -186,10 +187,6 @@ class ProgressLines(ProgressBar):
         log.info(
             "step %d/%d  %s  %.2f steps/s  %.0f s left", trainer.global_step, trainer.max_steps, shown, speed, left
         )
-
-
-_MOST_CLASSES, _MOST_OF_A_CLASS = 10, 8
-_MOST_PAIRS = 16
 
 
 class ReconstructionPictures(Callback):
@@ -247,7 +244,7 @@ class SamplePictures(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
             return
-        model = cast("_Samples", pl_module)
+        model = cast("TokenModel", pl_module)
         # Every rank runs all steps: with FSDP2, each forward pass is a collective.
         vectors = {} if self.find_vectors is None else {"vectors": self.find_vectors(self.labels, self.seeds)}
         (last,) = deque(model.sample(self.labels, self.seeds, **vectors), maxlen=1)  # keeps no other step in memory
@@ -255,30 +252,6 @@ class SamplePictures(Callback):
             images = model.tokenizer.decode(last.tokens)
             picture = image_grid(images, columns=self.images_per_class, row_captions=self.captions)
             _publish(picture, self.folder, "samples", trainer)
-
-
-class _Reconstructs(Protocol):
-    def reconstructions(self) -> tuple[Tensor, Tensor] | None: ...
-
-
-class _Samples(Protocol):
-    @property
-    def tokenizer(self) -> PretrainedTokenizer: ...
-
-    def sample(
-        self, labels: Sequence[int], seeds: Sequence[int], vectors: Tensor | None = None
-    ) -> Iterator[DecodingStep]: ...
-
-
-def _publish(picture: Image.Image, folder: Path, name: str, trainer: Trainer) -> None:
-    """Writes a picture to the folder and to the loggers; a failed write is skipped with a warning."""
-    try:
-        save_png(picture, folder / f"{name}.png")
-    except OSError as error:
-        log.warning("%s cannot be written: %s; training continues", folder / f"{name}.png", error)
-    for logger in trainer.loggers:
-        if isinstance(logger, TolerantLogger):
-            logger.log_image(name, picture, trainer.global_step)
 
 
 class UnreadableReport(Callback):
@@ -329,6 +302,21 @@ class UnreadableReport(Callback):
                 split, images.count, images.seen,
                 _format_counts(images.by_reason()), _format_counts(images.by_shard()), path,
             )  # fmt: skip
+
+
+class _Reconstructs(Protocol):
+    def reconstructions(self) -> tuple[Tensor, Tensor] | None: ...
+
+
+def _publish(picture: Image.Image, folder: Path, name: str, trainer: Trainer) -> None:
+    """Writes a picture to the folder and to the loggers; a failed write is skipped with a warning."""
+    try:
+        save_png(picture, folder / f"{name}.png")
+    except OSError as error:
+        log.warning("%s cannot be written: %s; training continues", folder / f"{name}.png", error)
+    for logger in trainer.loggers:
+        if isinstance(logger, TolerantLogger):
+            logger.log_image(name, picture, trainer.global_step)
 
 
 def _counters(trainer: Trainer) -> dict[str, UnreadableImages]:

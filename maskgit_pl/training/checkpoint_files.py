@@ -1,10 +1,4 @@
-"""Conversion of a checkpoint to plain JSON, with names in place of tensors. Used by ``checkpoint_files``.
-
-JSON has no tuples, no numeric keys and no non-finite numbers, so a mapping with one key gives the type of each value:
-``{"list": [...]}``, ``{"tuple": [...]}``, ``{"items": [[key, value], ...]}``, ``{"tensor": name}``,
-``{"float": "nan"}``.
-
-The checkpoint folder: Lightning's checkpoint as safetensors and JSON, written atomically, without pickle.
+"""The checkpoint folder: Lightning's checkpoint as safetensors and JSON, written atomically, without pickle.
 
     step-00001000/
       tensors-00000-of-00002.safetensors   rank 0: its rows of sharded tensors, and all other tensors
@@ -13,6 +7,10 @@ The checkpoint folder: Lightning's checkpoint as safetensors and JSON, written a
       COMPLETE.json                        the marker, written last: size and sha256 of each file
 
 A single process and DDP write one tensor file; FSDP2 writes one per rank. Any number of ranks reads either.
+
+JSON has no tuples, no numeric keys and no non-finite numbers, so in ``state.json`` a mapping with one key gives the
+type of each value: ``{"list": [...]}``, ``{"tuple": [...]}``, ``{"items": [[key, value], ...]}``,
+``{"tensor": name}``, ``{"float": "nan"}``.
 
 Protocol of a save, on all ranks together; an error of one rank is raised on all of them:
 
@@ -51,125 +49,23 @@ __all__ = [
     "SETTINGS",
     "FolderCheckpointIO",
     "SavedTensor",
-    "StateFormatError",
     "complete_checkpoints",
     "find_leftovers",
-    "join_state",
     "newest_checkpoint",
     "read_settings",
-    "split_state",
     "step_of",
 ]
 
-_MAX_DEPTH = 32  # nesting depth; Lightning's checkpoints have 10
-_NOT_FINITE = ("nan", "inf", "-inf")
-
-
-def split_state(value: Any, key: str, tensors: dict[str, Tensor], depth: int = 0) -> Any:
-    """Splits a value into plain JSON and tensors.
-
-    Args:
-        value: Tensors and plain values in mappings, lists and tuples.
-        key: Key of ``value`` in the checkpoint, such as ``/state_dict``.
-        tensors: Mapping to which the tensors are added, named by their keys.
-        depth: Nesting depth of ``value``.
-
-    Returns:
-        Plain JSON with the names of the tensors.
-
-    Raises:
-        TypeError: if a value is neither a tensor nor plain. The message names its key.
-        ValueError: if ``join_state`` would refuse it: values that are nested too deep, a key that is not finite, or two
-            tensors with one key.
-    """
-    if depth > _MAX_DEPTH:
-        raise ValueError(
-            f"checkpoint {shorten(key)}: values must be nested at most {_MAX_DEPTH} deep; save flat mappings or tensors"
-        )
-    if isinstance(value, Tensor):
-        if key in tensors:
-            raise ValueError(f"checkpoint {key}: keys must be unique as text, got two tensors; rename one of the keys")
-        tensors[key] = value
-        return {"tensor": key}
-    if isinstance(value, Mapping):
-        return {"items": [[_key(k, key), split_state(v, f"{key}/{k}", tensors, depth + 1)] for k, v in value.items()]}
-    if isinstance(value, list | tuple):
-        kind = "list" if isinstance(value, list) else "tuple"
-        return {kind: [split_state(item, f"{key}/{i}", tensors, depth + 1) for i, item in enumerate(value)]}
-    # JSON has no non-finite numbers.
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"float": str(value)}
-    return _plain(value, key)
-
-
-def _plain(value: Any, key: str) -> Any:
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise TypeError(f"checkpoint {key or '/'}: tensors and plain values only, got {type(value).__name__}")
-
-
-def _key(value: Any, key: str) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"checkpoint {key or '/'}: keys of a mapping must be finite, got {value}; use text as the key")
-    return _plain(value, key)
-
-
-class StateFormatError(ValueError):
-    """Values that are not in the format of ``split_state``."""
-
-
-def join_state(node: Any, read: Callable[[str], Any], depth: int = 0) -> Any:
-    """Inverts ``split_state``.
-
-    Args:
-        node: Parsed JSON of a file, or a part of it.
-        read: Function that returns the tensor of a name.
-        depth: Nesting depth of ``node``.
-
-    Raises:
-        StateFormatError: if ``node`` is not in the format of ``split_state``.
-    """
-    if not isinstance(node, dict):
-        if isinstance(node, list):
-            raise StateFormatError("a list must be inside a mapping that gives its type")
-        return node
-    # The file may be hostile: limit the recursion, and accept only the five known forms.
-    if depth > _MAX_DEPTH:
-        raise StateFormatError(f"values must be nested at most {_MAX_DEPTH} deep")
-    kind, content = next(iter(node.items()), ("", None))
-    if len(node) != 1 or kind not in ("tensor", "float", "items", "list", "tuple"):
-        kinds = "tensor, float, items, list, tuple"
-        raise StateFormatError(f"a mapping must have one of the keys {kinds}, got {shorten(list(node))}")
-    if kind in ("tensor", "float"):
-        if not isinstance(content, str) or (kind == "float" and content not in _NOT_FINITE):
-            raise StateFormatError(f"a {kind} must be a string, got {shorten(content)}")
-        return read(content) if kind == "tensor" else float(content)
-    if not isinstance(content, list):
-        raise StateFormatError(f"{kind} must be a list, got {shorten(content)}")
-    if kind == "items":
-        return _join_items(content, read, depth)
-    made: Iterator[Any] = (join_state(item, read, depth + 1) for item in content)
-    return list(made) if kind == "list" else tuple(made)
-
-
-def _join_items(content: list[Any], read: Callable[[str], Any], depth: int) -> dict[Any, Any]:
-    made: dict[Any, Any] = {}
-    for pair in content:
-        if not isinstance(pair, list) or len(pair) != 2 or isinstance(pair[0], list | dict):
-            raise StateFormatError(f"items must be pairs of a key and a value, got {shorten(pair)}")
-        if pair[0] in made:
-            raise StateFormatError(f"keys of a mapping must be unique, got {shorten(pair[0])} twice")
-        made[pair[0]] = join_state(pair[1], read, depth + 1)
-    return made
-
+SETTINGS = "maskgit_pl.settings"
 
 _STATE, _MARKER = "state.json", "COMPLETE.json"
-_VERSION = 2
-SETTINGS = "maskgit_pl.settings"
-_STEP_FOLDER = re.compile(r"step-(\d{8,})")
 _FORMAT = "maskgit_pl.checkpoint"
+_VERSION = 2
+_STEP_FOLDER = re.compile(r"step-(\d{8,})")
 _FILE_NAME = re.compile(r"state\.json|tensors-\d{5,}-of-\d{5,}\.safetensors")
 _MAX_STATE_BYTES = 16_000_000  # state.json of a stage with 1,000 tensors has 600 kB
+_MAX_DEPTH = 32  # nesting depth; Lightning's checkpoints have 10
+_NOT_FINITE = ("nan", "inf", "-inf")
 
 
 class FolderCheckpointIO(CheckpointIO):
@@ -191,7 +87,7 @@ class FolderCheckpointIO(CheckpointIO):
         temporary = target.with_name(f".{target.name}.partial")
         # 1. Split the checkpoint, and select the tensors of this rank.
         tensors: dict[str, Tensor] = {}
-        state = split_state(checkpoint, "", tensors)
+        state = _split_state(checkpoint, "", tensors)
         rank, _ = rank_and_world()
         pieces = own_pieces(tensors, rank)
         sizes = on_all_ranks(lambda: sum(rows.nbytes for rows, _ in pieces.values()))
@@ -280,6 +176,52 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"checkpoint {folder}: {SETTINGS} must be a mapping, got {shorten(settings)}")
     return settings
+
+
+def _split_state(value: Any, key: str, tensors: dict[str, Tensor], depth: int = 0) -> Any:
+    """Returns a value as plain JSON, and adds its tensors to ``tensors``, named by their keys.
+
+    Args:
+        value: Tensors and plain values in mappings, lists and tuples.
+        key: Key of ``value`` in the checkpoint, such as ``/state_dict``.
+        tensors: Mapping to which the tensors are added.
+        depth: Nesting depth of ``value``.
+
+    Raises:
+        TypeError: if a value is neither a tensor nor plain. The message names its key.
+        ValueError: if ``_join_state`` would refuse it: values that are nested too deep, a key that is not finite, or
+            two tensors with one key.
+    """
+    if depth > _MAX_DEPTH:
+        raise ValueError(
+            f"checkpoint {shorten(key)}: values must be nested at most {_MAX_DEPTH} deep; save flat mappings or tensors"
+        )
+    if isinstance(value, Tensor):
+        if key in tensors:
+            raise ValueError(f"checkpoint {key}: keys must be unique as text, got two tensors; rename one of the keys")
+        tensors[key] = value
+        return {"tensor": key}
+    if isinstance(value, Mapping):
+        return {"items": [[_key(k, key), _split_state(v, f"{key}/{k}", tensors, depth + 1)] for k, v in value.items()]}
+    if isinstance(value, list | tuple):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [_split_state(item, f"{key}/{i}", tensors, depth + 1) for i, item in enumerate(value)]}
+    # JSON has no non-finite numbers.
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}
+    return _plain(value, key)
+
+
+def _plain(value: Any, key: str) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"checkpoint {key or '/'}: tensors and plain values only, got {type(value).__name__}")
+
+
+def _key(value: Any, key: str) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"checkpoint {key or '/'}: keys of a mapping must be finite, got {value}; use text as the key")
+    return _plain(value, key)
 
 
 def _make_temporary_folder(folder: Path, needed: int) -> None:
@@ -396,29 +338,6 @@ def _check_file(name: str, entry: Any, where: str) -> None:
     check_integer(f"{where}: {name}.bytes", entry["bytes"], "[0, inf)")
 
 
-def _read_state(folder: Path, read: Callable[[str], Any]) -> dict[str, Any]:
-    """Returns the values of a checkpoint, with the result of ``read`` in place of each tensor.
-
-    Raises:
-        ValueError: if the file is not JSON, or not in the format of ``split_state``.
-    """
-    file = folder / _STATE
-    return _join(read_json(file, max_bytes=_MAX_STATE_BYTES), file, read)
-
-
-def _join(content: dict[str, Any], file: Path, read: Callable[[str], Any]) -> dict[str, Any]:
-    """Returns the values of a parsed ``state.json`` after the checks of every load."""
-    try:
-        state = join_state(content, read)
-    except StateFormatError as error:
-        raise ValueError(f"checkpoint {file}: {error}") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"checkpoint {file} must hold a mapping, got {shorten(state)}")
-    for name in ("epoch", "global_step"):
-        check_integer(f"checkpoint {file}: {name}", state.get(name, 0), "[0, 1e15]")
-    return state
-
-
 def _verify(folder: Path, names: Sequence[str], files: Mapping[str, Any]) -> None:
     for name in names:
         file, expected = folder / name, files[name]
@@ -428,3 +347,70 @@ def _verify(folder: Path, names: Sequence[str], files: Mapping[str, Any]) -> Non
                 f"checkpoint {folder}: {name} has changed since it was written; remove the folder to resume from an "
                 "older one"
             )
+
+
+def _read_state(folder: Path, read: Callable[[str], Any]) -> dict[str, Any]:
+    """Returns the values of a checkpoint, with the result of ``read`` in place of each tensor.
+
+    Raises:
+        ValueError: if the file is not JSON, or not in the format of ``_split_state``.
+    """
+    file = folder / _STATE
+    return _join(read_json(file, max_bytes=_MAX_STATE_BYTES), file, read)
+
+
+def _join(content: dict[str, Any], file: Path, read: Callable[[str], Any]) -> dict[str, Any]:
+    """Returns the values of a parsed ``state.json`` after the checks of every load."""
+    try:
+        state = _join_state(content, read)
+    except _StateFormatError as error:
+        raise ValueError(f"checkpoint {file}: {error}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"checkpoint {file} must hold a mapping, got {shorten(state)}")
+    for name in ("epoch", "global_step"):
+        check_integer(f"checkpoint {file}: {name}", state.get(name, 0), "[0, 1e15]")
+    return state
+
+
+class _StateFormatError(ValueError):
+    """Values that are not in the format of ``_split_state``."""
+
+
+def _join_state(node: Any, read: Callable[[str], Any], depth: int = 0) -> Any:
+    """Inverts ``_split_state``: ``read`` returns the tensor of a name.
+
+    Raises:
+        _StateFormatError: if ``node`` is not in the format of ``_split_state``.
+    """
+    if not isinstance(node, dict):
+        if isinstance(node, list):
+            raise _StateFormatError("a list must be inside a mapping that gives its type")
+        return node
+    # The file may be hostile: limit the recursion, and accept only the five known forms.
+    if depth > _MAX_DEPTH:
+        raise _StateFormatError(f"values must be nested at most {_MAX_DEPTH} deep")
+    kind, content = next(iter(node.items()), ("", None))
+    if len(node) != 1 or kind not in ("tensor", "float", "items", "list", "tuple"):
+        kinds = "tensor, float, items, list, tuple"
+        raise _StateFormatError(f"a mapping must have one of the keys {kinds}, got {shorten(list(node))}")
+    if kind in ("tensor", "float"):
+        if not isinstance(content, str) or (kind == "float" and content not in _NOT_FINITE):
+            raise _StateFormatError(f"a {kind} must be a string, got {shorten(content)}")
+        return read(content) if kind == "tensor" else float(content)
+    if not isinstance(content, list):
+        raise _StateFormatError(f"{kind} must be a list, got {shorten(content)}")
+    if kind == "items":
+        return _join_items(content, read, depth)
+    made: Iterator[Any] = (_join_state(item, read, depth + 1) for item in content)
+    return list(made) if kind == "list" else tuple(made)
+
+
+def _join_items(content: list[Any], read: Callable[[str], Any], depth: int) -> dict[Any, Any]:
+    made: dict[Any, Any] = {}
+    for pair in content:
+        if not isinstance(pair, list) or len(pair) != 2 or isinstance(pair[0], list | dict):
+            raise _StateFormatError(f"items must be pairs of a key and a value, got {shorten(pair)}")
+        if pair[0] in made:
+            raise _StateFormatError(f"keys of a mapping must be unique, got {shorten(pair[0])} twice")
+        made[pair[0]] = _join_state(pair[1], read, depth + 1)
+    return made

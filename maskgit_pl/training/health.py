@@ -30,7 +30,7 @@ from maskgit_pl.files import parse_any_json, write_text
 from maskgit_pl.networks.quantizers import Quantizer, QuantizerOutput, quantizers
 from maskgit_pl.training.health_rules import HealthConfig, HealthContext, Problem, find_problems
 
-__all__ = ["FILE_NAME", "CodeHistory", "HealthMonitor", "context_of", "measure_vectors"]
+__all__ = ["FILE_NAME", "CodeHistory", "HealthMonitor", "measure_vectors"]
 
 log = logging.getLogger(__name__)
 
@@ -175,7 +175,7 @@ class HealthMonitor(Callback):
                 return
             metrics |= _discriminator_accuracy(trainer, pl_module.device)
             if trainer.is_global_zero:
-                self._judge(trainer, metrics, context_of(pl_module), num_tokens)
+                self._judge(trainer, metrics, _context_of(pl_module), num_tokens)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures before a validation."""
@@ -272,7 +272,7 @@ def measure_vectors(quantizer: Quantizer, features: Tensor, tokens: Tensor) -> d
     return dict(zip(names, mean_over_ranks(means).tolist(), strict=True))
 
 
-def context_of(module: LightningModule) -> HealthContext:
+def _context_of(module: LightningModule) -> HealthContext:
     """Returns the settings of a tokenizer that its health depends on."""
     config = cast("Any", module).config
     quantizer = cast("_HasQuantizer", module).network.quantizer

@@ -44,7 +44,7 @@ class LearningRateSchedule:
         raise NotImplementedError(f"{type(self).__name__} must define __call__(step, *, warmup_steps, max_steps)")
 
 
-def check_learning_rate_schedule(name: str, schedule: LearningRateSchedule) -> None:
+def _check_learning_rate_schedule(name: str, schedule: LearningRateSchedule) -> None:
     """Checks that a schedule starts at a factor in (0, 1] and stays in [0, 1].
 
     Raises:
@@ -61,7 +61,7 @@ def check_learning_rate_schedule(name: str, schedule: LearningRateSchedule) -> N
 
 
 learning_rate_schedules: Registry[LearningRateSchedule] = Registry(
-    "learning rate schedule", "maskgit_pl.learning_rate_schedules", check=check_learning_rate_schedule
+    "learning rate schedule", "maskgit_pl.learning_rate_schedules", check=_check_learning_rate_schedule
 )
 
 

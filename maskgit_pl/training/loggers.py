@@ -1,11 +1,8 @@
-"""The registry of loggers: trackers that a recipe names, which get the metrics and pictures of a run.
+"""The loggers of a run: trackers that a recipe names, which get its metrics and pictures.
 
 A recipe lists them: ``loggers: [tensorboard, {name: wandb, project: faces}]``. ``runs.build`` puts a ``TolerantLogger``
-around each one. Trackers of other packages are installed separately; see the extras of the package.
-
-The wrapper around each logger of a run. Training continues if a tracker fails, such as on a full disk.
-
-``runs.build`` builds one for each logger of the recipe.
+around each one: training continues if a tracker fails, such as on a full disk. Trackers of other packages are installed
+separately; see the extras of the package.
 """
 
 from __future__ import annotations
@@ -31,17 +28,14 @@ from maskgit_pl.errors import printable
 from maskgit_pl.files import write_text
 from maskgit_pl.registry import Registry, derives_from
 
-__all__ = [
-    "CSV",
-    "LoggerSpec",
-    "MLflow",
-    "TensorBoard",
-    "TolerantLogger",
-    "WandB",
-    "loggers",
-]
+__all__ = ["CSV", "LoggerSpec", "MLflow", "TensorBoard", "TolerantLogger", "WandB", "loggers"]
+
+log = logging.getLogger(__name__)
 
 _NEVER = 1 << 62  # steps
+_PAUSE = 60.0  # seconds without further attempts after a failure
+_LONGEST_WRITE = 20.0  # seconds that training waits for a write; after 100 the watchdog would end the run
+_MOST_OF_AN_ID = 200  # characters
 
 
 class LoggerSpec:
@@ -107,24 +101,6 @@ class CSV(LoggerSpec):
         return _CountingCSVLogger(folder, flush_every=self.flush_every)
 
 
-class _CountingCSVLogger(CSVLogger):
-    """A CSV logger that counts logged steps. Lightning's writes at multiples of a step, which may never be logged."""
-
-    def __init__(self, folder: Path, *, flush_every: int) -> None:
-        super().__init__(folder, name="csv", flush_logs_every_n_steps=_NEVER)
-        self._flush_every = flush_every
-        self._logged_steps = 0
-        self._last_step: int | None = None
-
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, Tensor | float], step: int | None = None) -> None:
-        super().log_metrics(dict(metrics), step)
-        if step is None or step != self._last_step:  # callbacks and module log the same step in turn
-            self._logged_steps, self._last_step = self._logged_steps + 1, step
-        if self._logged_steps % self._flush_every == 0:
-            self.save()
-
-
 @loggers.register("wandb")
 @dataclass(frozen=True)
 class WandB(LoggerSpec):
@@ -144,7 +120,7 @@ class WandB(LoggerSpec):
         check_choice("mode", self.mode, ("online", "offline"))
 
     def check(self) -> None:
-        _require("wandb", "wandb")
+        _require("wandb")
         import wandb
 
         if self.mode == "online" and not wandb.login(prompt=False):
@@ -187,7 +163,7 @@ class MLflow(LoggerSpec):
     tracking_uri: str | None = None
 
     def check(self) -> None:
-        _require("mlflow", "mlflow")
+        _require("mlflow")
 
     def create(self, folder: Path, *, run_id: str | None) -> Logger:
         address = self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
@@ -208,18 +184,6 @@ class MLflow(LoggerSpec):
     def log_image(self, logger: Logger, name: str, picture: Image.Image, step: int) -> None:
         own = cast(MLFlowLogger, logger)
         own.experiment.log_image(own.run_id, picture, key=name, step=step)
-
-
-def _require(package: str, extra: str) -> None:
-    if find_spec(package) is None:
-        raise ValueError(f"logger {package!r} must have the package {package}: pip install 'maskgit_pl[{extra}]'")
-
-
-log = logging.getLogger(__name__)
-
-_PAUSE = 60.0  # seconds without further attempts after a failure
-_LONGEST_WRITE = 20.0  # seconds that training waits for a write; after 100 the watchdog would end the run
-_MOST_OF_AN_ID = 200  # characters
 
 
 class TolerantLogger(Logger):
@@ -337,6 +301,29 @@ class TolerantLogger(Logger):
     def _keep_run_id(self, run_id: str | None) -> None:
         if run_id is not None:
             write_text(self._file, f"{run_id}\n")
+
+
+class _CountingCSVLogger(CSVLogger):
+    """A CSV logger that counts logged steps. Lightning's writes at multiples of a step, which may never be logged."""
+
+    def __init__(self, folder: Path, *, flush_every: int) -> None:
+        super().__init__(folder, name="csv", flush_logs_every_n_steps=_NEVER)
+        self._flush_every = flush_every
+        self._logged_steps = 0
+        self._last_step: int | None = None
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Tensor | float], step: int | None = None) -> None:
+        super().log_metrics(dict(metrics), step)
+        if step is None or step != self._last_step:  # callbacks and module log the same step in turn
+            self._logged_steps, self._last_step = self._logged_steps + 1, step
+        if self._logged_steps % self._flush_every == 0:
+            self.save()
+
+
+def _require(package: str) -> None:
+    if find_spec(package) is None:
+        raise ValueError(f"logger {package!r} must have the package {package}: pip install 'maskgit_pl[{package}]'")
 
 
 def _describe(error: BaseException) -> str:

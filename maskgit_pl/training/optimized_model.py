@@ -1,6 +1,6 @@
-"""The common configuration of both models of stage 2, and its checks against decoding settings and a tokenizer.
+"""The base of both models of stage 2: their common configuration, its checks, and their optimization.
 
-``OptimizedModel``: how both models of stage 2 are optimized. Base class of ``training.token_model.TokenModel``.
+``training.token_model.TokenModel`` extends ``OptimizedModel`` by the training step.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
-"""The registry of optimizers, and the parameter groups of both stages.
+"""The registry of optimizers, the parameter groups of both stages, and the averaged weights.
 
-A recipe names one by ``model.optimizer.algorithm``: ``lion``, or ``{name: sgd, momentum: 0.95}``. The default is AdamW.
-``timm_optimizers`` registers the others.
+A recipe names an optimizer by ``model.optimizer.algorithm``: ``lion``, or ``{name: sgd, momentum: 0.95}``. The default
+is AdamW. ``timm_optimizers`` registers the others.
 
-Exponential moving average (EMA) of the weights of a network, kept as a frozen copy of the network.
-
-The copy is a submodule, so that it is sharded, moved and saved with the rest of the LightningModule. Validation, sample
-pictures and exports use it.
+The exponential moving average (EMA) of the weights of a network is a frozen copy of the network. The copy is a
+submodule, so that it is sharded, moved and saved with the rest of the LightningModule. Validation, sample pictures and
+exports use it.
 """
 
 from __future__ import annotations
@@ -44,6 +43,8 @@ __all__ = [
 
 AdamWKind = Literal["fused", "foreach", "for-loop"]
 """Implementations of AdamW in torch: one kernel for everything, one kernel per operation, or one per parameter."""
+
+_Network = TypeVar("_Network", bound=nn.Module)
 
 _DECAYED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -196,16 +197,7 @@ def state_values(config: OptimizerConfig) -> float:
     return round(kept / weight.numel(), 2)
 
 
-def _keep_kind(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """Returns a state dict in which the groups have the implementation of ``optimizer``."""
-    kind = {name: optimizer.param_groups[0][name] for name in ("fused", "foreach")}
-    return {**state, "param_groups": [{**group, **kind} for group in state["param_groups"]]}
-
-
-Network = TypeVar("Network", bound=nn.Module)
-
-
-def frozen_copy(network: Network) -> Network:
+def frozen_copy(network: _Network) -> _Network:
     """Returns a deep copy that requires no gradients and stays in evaluation mode."""
     duplicate = copy.deepcopy(network).requires_grad_(requires_grad=False).eval()
     duplicate.train = lambda mode=True: duplicate  # type: ignore[method-assign]  # Lightning calls train() on every submodule
@@ -233,6 +225,12 @@ def update_ema(ema: nn.Module, source: nn.Module, *, decay: float, step: int) ->
     torch._foreach_lerp_(averaged, [_local(parameter) for parameter in source.parameters()], weight)
     for kept, new in zip(ema.buffers(), source.buffers(), strict=True):
         kept.copy_(new)
+
+
+def _keep_kind(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """Returns a state dict in which the groups have the implementation of ``optimizer``."""
+    kind = {name: optimizer.param_groups[0][name] for name in ("fused", "foreach")}
+    return {**state, "param_groups": [{**group, **kind} for group in state["param_groups"]]}
 
 
 def _reshard(network: nn.Module) -> None:

@@ -1,8 +1,7 @@
-"""A callback that measures the time of training steps, and keeps the total of a run in ``training_time.json``.
+"""Callbacks that measure training: the total time of the steps of a run, and its speed, memory and norms as metrics.
 
-The callback that logs how fast a run is, its memory, and the norm of its weights; both stages have it.
-
-At the Trainer's logging steps it logs, for the steps since the last time and without validations:
+``StepClock`` keeps the total in ``training_time.json``. ``SpeedMonitor`` logs at the Trainer's logging steps, for the
+steps since the last time and without validations; both stages have it:
 
 1. ``speed/images_per_second`` of all ranks together.
 2. ``speed/data_wait``, the share of the time between micro-batches, in [0, 1]: waiting for data, and copying them.
@@ -34,19 +33,12 @@ from maskgit_pl.distributed import device_name, peak_memory
 from maskgit_pl.files import read_json, write_text
 from maskgit_pl.training.gpus import find_gpu
 
-__all__ = [
-    "WARM_UP",
-    "SpeedMonitor",
-    "StepClock",
-    "TrainingTime",
-    "read_training_time",
-    "weight_norm",
-]
+__all__ = ["WARM_UP", "SpeedMonitor", "StepClock", "TrainingTime", "read_training_time", "weight_norm"]
 
 log = logging.getLogger(__name__)
 
-_FILE_NAME = "training_time.json"  # in the stage folder
 WARM_UP = 5  # first steps of a process, which allocate memory and choose kernels
+_FILE_NAME = "training_time.json"  # in the stage folder
 
 
 @dataclass(frozen=True)
@@ -83,6 +75,14 @@ class TrainingTime:
         """The mean cost of a step after the warm-up; None if no step was timed."""
         steady = self.steady_cpu_seconds if self.is_cpu else self.steady_seconds
         return steady / self.steady_steps if self.steady_steps else None
+
+
+def read_training_time(folder: Path) -> TrainingTime | None:
+    """Reads the time of the steps of a stage; None if its folder does not record it, or the file is damaged."""
+    try:
+        return build_dataclass(TrainingTime, read_json(folder / _FILE_NAME), _FILE_NAME)
+    except (OSError, ValueError):
+        return None
 
 
 class StepClock(Callback):
@@ -167,20 +167,6 @@ class StepClock(Callback):
                 write_text(self.file, json.dumps(asdict(self.total), indent=2) + "\n")
             except OSError as error:  # such as a full disk: the other ranks know nothing of it, and training continues
                 log.warning("%s cannot be written: %s; the time of this run will be incomplete", self.file, error)
-
-
-def _read_clocks() -> tuple[float, float]:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()  # kernels run after the call that starts them
-    return time.process_time(), time.perf_counter()
-
-
-def read_training_time(folder: Path) -> TrainingTime | None:
-    """Reads the time of the steps of a stage; None if its folder does not record it, or the file is damaged."""
-    try:
-        return build_dataclass(TrainingTime, read_json(folder / _FILE_NAME), _FILE_NAME)
-    except (OSError, ValueError):
-        return None
 
 
 class SpeedMonitor(Callback):
@@ -272,11 +258,6 @@ class SpeedMonitor(Callback):
         return None if gpu is None else gpu.rate(precision, tensor_float32=self.tensor_float32)
 
 
-def _weight_norms(optimizers: list[Optimizer]) -> dict[str, float]:
-    names = ("train/weight_norm", "train/weight_norm_discriminator")
-    return {name: float(weight_norm(each)) for name, each in zip(names, optimizers, strict=False)}
-
-
 @torch.no_grad()
 def weight_norm(optimizer: Optimizer) -> Tensor:
     """Computes the L2 norm of all trained weights of an optimizer; must be called on every rank.
@@ -286,3 +267,14 @@ def weight_norm(optimizer: Optimizer) -> Tensor:
     """
     norm = nn.utils.get_total_norm([each.detach() for group in optimizer.param_groups for each in group["params"]])
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _read_clocks() -> tuple[float, float]:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # kernels run after the call that starts them
+    return time.process_time(), time.perf_counter()
+
+
+def _weight_norms(optimizers: list[Optimizer]) -> dict[str, float]:
+    names = ("train/weight_norm", "train/weight_norm_discriminator")
+    return {name: float(weight_norm(each)) for name, each in zip(names, optimizers, strict=False)}

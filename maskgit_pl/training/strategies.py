@@ -1,13 +1,13 @@
-"""Activation checkpointing and ``torch.compile`` for the blocks of a network in training.
+"""Strategies for several devices, and activation checkpointing and compilation of the blocks of a network.
 
-Both replace the ``forward`` of the blocks in place instead of wrapping the blocks. The names in a state dict do not
-change, and the hooks of DDP and FSDP2 are neither compiled nor run a second time.
+A recipe names the strategy: ``auto`` (one device), ``ddp`` or ``fsdp``. They differ from Lightning's strategies in
+three points. DDP wraps the two networks of stage 1 separately, which avoids the search for unused parameters. FSDP2
+reads and writes the same checkpoint folders as DDP. Both take batches that the data module has already divided among
+the ranks.
 
-Strategies for several devices: ``auto`` (one device), ``ddp`` and ``fsdp``, by name in a recipe.
-
-They differ from Lightning's strategies in three points. DDP wraps the two networks of stage 1 separately, which avoids
-the search for unused parameters. FSDP2 reads and writes the same checkpoint folders as DDP. Both take batches that the
-data module has already divided among the ranks.
+Activation checkpointing and ``torch.compile`` replace the ``forward`` of the blocks of a network in place instead of
+wrapping the blocks. The names in a state dict do not change, and the hooks of DDP and FSDP2 are neither compiled nor
+run a second time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ from maskgit_pl.training.checkpoint_tensors import SavedTensor, local_rows
 
 __all__ = [
     "PRECISIONS",
-    "STRATEGIES",
     "ActivationCheckpointing",
     "Compiled",
     "build_strategy",
@@ -50,6 +49,97 @@ __all__ = [
 
 ActivationCheckpointing = Literal["none", "blocks"]
 Compiled = Literal["none", "blocks", "step"]
+
+PRECISIONS = ("32-true", "bf16-mixed")
+"""Precisions of training for both stages, in Lightning's names."""
+
+_STRATEGIES = ("auto", "ddp", "fsdp")
+_LATER = 600.0  # seconds between the limit of the watchdog and the end of a collective
+_LONGEST_WAIT = 365 * 86400.0  # torch counts nanoseconds in 64 bits
+
+_POLICIES = {
+    "32-true": MixedPrecisionPolicy(),
+    # Lightning's bf16-mixed is autocast, which chooses the precision of each operation: matrix products in bfloat16,
+    # norms and losses in float32. This policy only sets the dtypes of the collectives. Blocks are gathered in bfloat16:
+    # half the bytes, and autocast has no weights left to cast. Gradients are reduced in float32. The dtypes of
+    # activations between blocks are left to autocast.
+    "bf16-mixed": MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+    ),
+}
+
+
+def build_strategy(name: str, *, longest_wait: float = 1800.0) -> str | Strategy:
+    """Builds the strategy of a recipe from its name.
+
+    Args:
+        name: ``auto``, ``ddp`` or ``fsdp``.
+        longest_wait: Seconds for which ranks may have to wait for each other. A collective gives up later, since it
+            ends a rank without a reason, and without the stacks that the watchdog writes.
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
+    if name == "auto":
+        return name
+    timeout = timedelta(seconds=min(longest_wait, _LONGEST_WAIT) + _LATER)
+    if name == "ddp":
+        return _NetworksDDP(gradient_as_bucket_view=True, timeout=timeout)
+    if name == "fsdp":
+        return _FullyShardedDataParallel2(timeout=timeout)
+    raise ValueError(f"trainer.strategy {name!r}: {nearest(name, _STRATEGIES)}")
+
+
+def check_strategy(name: str, *, stage: str, ranks: int) -> None:
+    """Checks that a strategy supports a stage and a number of ranks.
+
+    Raises:
+        ValueError: if FSDP2 is set for stage 1, whose two networks only train with DDP, or ``auto`` is set for several
+            ranks.
+    """
+    if stage == "tokenizer" and name == "fsdp":
+        raise ValueError("trainer.strategy must be 'ddp' or 'auto' for the tokenizer, got 'fsdp'; use --cluster ddp")
+    if name == "auto" and ranks > 1:
+        raise ValueError(
+            f"trainer.strategy must be 'ddp' or 'fsdp' for {ranks} ranks, got 'auto'; use --cluster ddp or fsdp"
+        )
+
+
+def check_accelerator(name: str) -> None:
+    """Checks the name of an accelerator. This machine need not have one.
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
+    known = ("auto", "gpu", *AcceleratorRegistry.available_accelerators())
+    if name not in known:
+        raise ValueError(f"trainer.accelerator {name!r}: {nearest(name, known)}")
+
+
+def check_precision(name: str) -> None:
+    """Checks that training supports a precision.
+
+    Raises:
+        ValueError: if weights would have 16 bits, or activations would be float16.
+    """
+    if name not in PRECISIONS:
+        raise ValueError(
+            f"trainer.precision must be {' or '.join(PRECISIONS)}, got {name}: with 16-bit weights, a moving average "
+            "with a decay of 0.999 does not move, and float16 losses are not scaled"
+        )
+
+
+def check_compiled(compiled: Compiled, strategy: str) -> None:
+    """Checks that a strategy of the Trainer supports compilation.
+
+    Raises:
+        ValueError: if FSDP2 is set for one graph of the whole step: its hooks run between the blocks.
+    """
+    if strategy == "fsdp" and compiled == "step":
+        raise ValueError(
+            "model.compiled must be 'none' or 'blocks' with trainer.strategy 'fsdp', whose hooks run between the "
+            "blocks, got 'step'; use --model.compiled=blocks, or --cluster ddp"
+        )
 
 
 def prepare_blocks(
@@ -78,35 +168,24 @@ def prepare_blocks(
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def check_compiled(compiled: Compiled, strategy: str) -> None:
-    """Checks that a strategy of the Trainer supports compilation.
+def shard_blocks(network: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, *, precision: str) -> None:
+    """Applies FSDP2 to a network: each block is one group, and all other parameters are another group.
 
-    Raises:
-        ValueError: if FSDP2 is set for one graph of the whole step: its hooks run between the blocks.
+    Weights are gathered for ``forward``, and for the methods listed in ``entry_points`` of the network or the block.
+
+    Args:
+        network: Network, changed in place. Its parameters stay float32.
+        blocks: Blocks of the network.
+        mesh: One-dimensional device mesh.
+        precision: One of ``PRECISIONS``.
     """
-    if strategy == "fsdp" and compiled == "step":
-        raise ValueError(
-            "model.compiled must be 'none' or 'blocks' with trainer.strategy 'fsdp', whose hooks run between the "
-            "blocks, got 'step'; use --model.compiled=blocks, or --cluster ddp"
-        )
+    for part in (*blocks, network):  # the root comes last: it takes the parameters that are left
+        fully_shard(part, mesh=mesh, mp_policy=_POLICIES[precision])
+        for method in getattr(part, "entry_points", ()):
+            register_fsdp_forward_method(part, method)
 
 
-PRECISIONS = ("32-true", "bf16-mixed")
-"""Precisions of training for both stages, in Lightning's names."""
-
-_POLICIES = {
-    "32-true": MixedPrecisionPolicy(),
-    # Lightning's bf16-mixed is autocast, which chooses the precision of each operation: matrix products in bfloat16,
-    # norms and losses in float32. This policy only sets the dtypes of the collectives. Blocks are gathered in bfloat16:
-    # half the bytes, and autocast has no weights left to cast. Gradients are reduced in float32. The dtypes of
-    # activations between blocks are left to autocast.
-    "bf16-mixed": MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
-    ),
-}
-
-
-class NetworksDDP(DDPStrategy):
+class _NetworksDDP(DDPStrategy):
     """DDP for modules that wrap their networks themselves (``wrap_networks``), and plain DDP for all others."""
 
     def configure_ddp(self) -> None:
@@ -127,7 +206,7 @@ class NetworksDDP(DDPStrategy):
         return DistributedDataParallel(network, device_ids=self.determine_ddp_device_ids(), **self._ddp_kwargs)
 
 
-class FullyShardedDataParallel2(ModelParallelStrategy):
+class _FullyShardedDataParallel2(ModelParallelStrategy):
     """FSDP2 (``fully_shard``) over all ranks. Each rank writes and reads its own rows of a checkpoint."""
 
     checkpoint_io: FolderCheckpointIO
@@ -181,85 +260,3 @@ def _rows_like(tensor: Tensor, saved: SavedTensor) -> Tensor:
         return saved.read_all()
     rows = saved.read_rows(*local_rows(tensor)).to(tensor.device)
     return DTensor.from_local(rows, tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride())
-
-
-STRATEGIES = ("auto", "ddp", "fsdp")
-_LATER = 600.0  # seconds between the limit of the watchdog and the end of a collective
-_LONGEST_WAIT = 365 * 86400.0  # torch counts nanoseconds in 64 bits
-
-
-def build_strategy(name: str, *, longest_wait: float = 1800.0) -> str | Strategy:
-    """Builds the strategy of a recipe from its name.
-
-    Args:
-        name: One of ``STRATEGIES``.
-        longest_wait: Seconds for which ranks may have to wait for each other. A collective gives up later, since it
-            ends a rank without a reason, and without the stacks that the watchdog writes.
-
-    Raises:
-        ValueError: if the name is unknown.
-    """
-    if name == "auto":
-        return name
-    timeout = timedelta(seconds=min(longest_wait, _LONGEST_WAIT) + _LATER)
-    if name == "ddp":
-        return NetworksDDP(gradient_as_bucket_view=True, timeout=timeout)
-    if name == "fsdp":
-        return FullyShardedDataParallel2(timeout=timeout)
-    raise ValueError(f"trainer.strategy {name!r}: {nearest(name, STRATEGIES)}")
-
-
-def check_strategy(name: str, *, stage: str, ranks: int) -> None:
-    """Checks that a strategy supports a stage and a number of ranks.
-
-    Raises:
-        ValueError: if FSDP2 is set for stage 1, whose two networks only train with DDP, or ``auto`` is set for several
-            ranks.
-    """
-    if stage == "tokenizer" and name == "fsdp":
-        raise ValueError("trainer.strategy must be 'ddp' or 'auto' for the tokenizer, got 'fsdp'; use --cluster ddp")
-    if name == "auto" and ranks > 1:
-        raise ValueError(
-            f"trainer.strategy must be 'ddp' or 'fsdp' for {ranks} ranks, got 'auto'; use --cluster ddp or fsdp"
-        )
-
-
-def check_accelerator(name: str) -> None:
-    """Checks the name of an accelerator. This machine need not have one.
-
-    Raises:
-        ValueError: if the name is unknown.
-    """
-    known = ("auto", "gpu", *AcceleratorRegistry.available_accelerators())
-    if name not in known:
-        raise ValueError(f"trainer.accelerator {name!r}: {nearest(name, known)}")
-
-
-def check_precision(name: str) -> None:
-    """Checks that training supports a precision.
-
-    Raises:
-        ValueError: if weights would have 16 bits, or activations would be float16.
-    """
-    if name not in PRECISIONS:
-        raise ValueError(
-            f"trainer.precision must be {' or '.join(PRECISIONS)}, got {name}: with 16-bit weights, a moving average "
-            "with a decay of 0.999 does not move, and float16 losses are not scaled"
-        )
-
-
-def shard_blocks(network: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, *, precision: str) -> None:
-    """Applies FSDP2 to a network: each block is one group, and all other parameters are another group.
-
-    Weights are gathered for ``forward``, and for the methods listed in ``entry_points`` of the network or the block.
-
-    Args:
-        network: Network, changed in place. Its parameters stay float32.
-        blocks: Blocks of the network.
-        mesh: One-dimensional device mesh.
-        precision: One of ``PRECISIONS``.
-    """
-    for part in (*blocks, network):  # the root comes last: it takes the parameters that are left
-        fully_shard(part, mesh=mesh, mp_policy=_POLICIES[precision])
-        for method in getattr(part, "entry_points", ()):
-            register_fsdp_forward_method(part, method)

@@ -1,8 +1,6 @@
-"""The configuration of stage 1: the VQGAN, its losses and its training. ``tokenizer.Tokenizer`` takes it.
+"""The configuration of stage 1, its losses, and their gradients at the reconstructed image.
 
-The losses of stage 1, and their gradients at the reconstructed image.
-
-Used by ``Tokenizer``, which adds these gradients and propagates the sum once through the generator.
+Used by ``tokenizer.Tokenizer``, which adds these gradients and propagates the sum once through the generator.
 """
 
 from __future__ import annotations
@@ -40,7 +38,6 @@ __all__ = [
     "PerceptualConfig",
     "SimilarityLoss",
     "TokenizerConfig",
-    "gradient_at",
     "gradient_norm",
 ]
 
@@ -247,7 +244,7 @@ class SimilarityLoss:
 
     def __init__(
         self,
-        reconstruction_loss: losses.ReconstructionLoss,
+        reconstruction_loss: ReconstructionLoss,
         perceptual: PerceptualConfig | None,
         *,
         reconstruction_weight: float = 1.0,
@@ -269,11 +266,11 @@ class SimilarityLoss:
             (``reconstruction``, ``perceptual``), and the norms of their weighted gradients (``gradient/NAME``).
         """
         loss = losses.reconstruction_loss(image, images, kind=self.reconstruction_loss)
-        gradient = gradient_at(image, self.reconstruction_weight * loss)
+        gradient = _gradient_at(image, self.reconstruction_weight * loss)
         metrics = {"reconstruction": loss.detach(), "gradient/reconstruction": gradient_norm(gradient)}
         if self.perceptual is not None and self.network is not None:
             distance = self.network(image, images).mean()
-            part = gradient_at(image, self.perceptual.weight * distance)
+            part = _gradient_at(image, self.perceptual.weight * distance)
             metrics |= {"perceptual": distance.detach(), "gradient/perceptual": gradient_norm(part)}
             gradient = gradient + part
         return gradient, metrics
@@ -325,7 +322,7 @@ class AdversarialStep:
         """
         loss = losses.generator_loss(self.fake_logits, kind=self.config.loss)
         # The discriminator's loss needs the same graph again.
-        gradient = gradient_at(image, loss, retain_graph=True)
+        gradient = _gradient_at(image, loss, retain_graph=True)
         weight = torch.tensor(self.weight, device=gradient.device)
         if self.config.weight_rule == "adaptive":
             # Autograd runs only from the image to the last layer, once for each of the two gradients.
@@ -377,12 +374,6 @@ class AdversarialStep:
         return loss
 
 
-def gradient_at(image: Tensor, loss: Tensor, *, retain_graph: bool = False) -> Tensor:
-    """Computes the gradient of a scalar loss with respect to an image, in float32."""
-    (gradient,) = torch.autograd.grad(loss, image, retain_graph=retain_graph)
-    return gradient.float()
-
-
 def gradient_norm(gradient: Tensor) -> Tensor:
     """Computes the root mean square over images of the norm of the gradient of an image's own loss.
 
@@ -397,3 +388,9 @@ def gradient_norm(gradient: Tensor) -> Tensor:
     """
     norm: Tensor = torch.linalg.vector_norm(gradient) * len(gradient) ** 0.5
     return norm.detach()
+
+
+def _gradient_at(image: Tensor, loss: Tensor, *, retain_graph: bool = False) -> Tensor:
+    """Computes the gradient of a scalar loss with respect to an image, in float32."""
+    (gradient,) = torch.autograd.grad(loss, image, retain_graph=retain_graph)
+    return gradient.float()

@@ -27,13 +27,7 @@ from maskgit_pl.data.tar import DamagedTarError, DescriptorBytes, TarBytes, read
 from maskgit_pl.errors import printable
 from maskgit_pl.files import TooLargeDirectoryError, open_regular, open_zip, size_text
 
-__all__ = [
-    "Entries",
-    "EntryError",
-    "LeftOut",
-    "add_left_out",
-    "open_entries",
-]
+__all__ = ["Entries", "EntryError", "LeftOut", "add_left_out", "open_entries"]
 
 LeftOut = dict[str, list[str]]  # names of files that are not samples, by kind
 

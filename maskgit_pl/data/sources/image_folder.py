@@ -24,9 +24,7 @@ from maskgit_pl.data.sources.metadata import find_metadata, read_metadata, resol
 from maskgit_pl.data.vectors import MAX_VECTOR_BYTES, VECTOR_EXTENSION, VectorKind, parse_vector
 from maskgit_pl.errors import printable
 
-__all__ = [
-    "ImageFolder",
-]
+__all__ = ["ImageFolder"]
 
 _VAL_FOLDERS = ("val", "valid", "validation", "test")
 _MAX_LISTED = 3  # names of files that are left out

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskgit_pl.data.samples import Sample, Source
+from maskgit_pl.data.samples import Source
 from maskgit_pl.data.sources.idx import IdxFiles
 from maskgit_pl.data.sources.image_folder import ImageFolder
 from maskgit_pl.errors import printable
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # they import packages that a base installation may not have
     from maskgit_pl.data.sources.hub import HubDataset
     from maskgit_pl.data.sources.parquet import ParquetFolder
 
-__all__ = ["HUB_PREFIX", "IdxFiles", "ImageFolder", "Sample", "Source", "open_source"]
+__all__ = ["HUB_PREFIX", "open_source"]
 
 HUB_PREFIX = "hf:"
 

@@ -33,9 +33,7 @@ from maskgit_pl.files import parse_any_json, size_text
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
-__all__ = [
-    "ParquetFolder",
-]
+__all__ = ["ParquetFolder"]
 
 _SPLIT_NAMES = {"val": "validation|valid|val", "test": "test", "train": "train|training"}
 _IMAGE_COLUMNS = ("image", "img")
