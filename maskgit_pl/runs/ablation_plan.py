@@ -1,11 +1,8 @@
-"""Runs a ``maskgit`` command in a process of its own, which saves its work at a stop signal. Used by ablations.
+"""The plan of an ablation: the variants of a recipe to compare, their seeds and their training budget.
 
-Runs with different mask schedules and the same budget, as compared in Table 3 and Figure 8 of the paper.
-
-The plan of an ablation: the variants of a recipe to compare, their seeds and their training budget.
-
-A variant differs from the base in recipe keys or in recipe files. Imports no torch, so that a wrong key, value or
-combination is answered immediately.
+A variant differs from the base in recipe keys or in recipe files. ``train_schedules`` compares the mask schedules of
+Table 3 and Figure 8 of the paper with the same budget. Each training is a process of its own, which ``run_maskgit``
+starts. Imports no torch, so that a wrong key, value or combination is answered immediately.
 """
 
 from __future__ import annotations
@@ -36,114 +33,18 @@ __all__ = [
     "Factor",
     "Variant",
     "base_values",
-    "is_of_decoding",
     "parse_budget",
     "parse_factor",
     "plan_variants",
     "run_maskgit",
-    "short_name",
     "train_schedules",
 ]
-
-_SECONDS_BETWEEN_POLLS = 0.2
-
-
-def run_maskgit(words: Sequence[str], output: IO[bytes] | None = None) -> tuple[int, bool]:
-    """Runs ``maskgit``. A stop signal to this process is passed on, so that a training saves and ends.
-
-    Args:
-        words: Arguments of ``maskgit``.
-        output: File for standard output and errors; None leaves them to this process's own.
-
-    Returns:
-        The exit code, and True if this process received a stop signal.
-    """
-    errors = None if output is None else subprocess.STDOUT
-    with processes.catch_stop_signals():
-        process = subprocess.Popen([sys.executable, "-m", "maskgit_pl", *words], stdout=output, stderr=errors)
-        is_told = False
-        try:
-            while True:
-                try:
-                    return process.wait(timeout=_SECONDS_BETWEEN_POLLS), processes.is_requested()
-                except subprocess.TimeoutExpired:
-                    if processes.is_requested() and not is_told:
-                        process.terminate()
-                        is_told = True
-        except KeyboardInterrupt:
-            process.kill()
-            process.wait()
-            raise
-
 
 log = logging.getLogger(__name__)
 
 PAPER_SCHEDULES = ("exp", "cubic", "square", "cosine", "linear", "sqrt", "log")  # paper, Table 3
 
-
-def train_schedules(
-    schedules: Sequence[str] = PAPER_SCHEDULES,
-    *,
-    names: str = "",
-    dataset: str = DEFAULT_DATASET,
-    cluster: str = "single",
-    overrides: Overrides = (),
-    runs: Path = Path("runs"),
-    data: Path | None = None,
-    tokenizer: Path | None = None,
-) -> list[Path]:
-    """Trains a transformer with each mask schedule, one after the other, each in a separate process.
-
-    All recipes are read before the first run starts. Finished runs are not trained again.
-
-    Args:
-        schedules: Recipe names, one per schedule.
-        names: Recipe names that come before that of the schedule, separated by spaces.
-        dataset: Name of the data set.
-        cluster: A file of ``recipes/cluster``.
-        overrides: Values on top of every recipe; see ``Recipe.read``.
-        runs: Folder of the runs.
-        data: Data folder; None means that of the data set.
-        tokenizer: Pretrained tokenizer folder; None means the only one for these data.
-
-    Returns:
-        The run folders, in the order of ``schedules``.
-
-    Raises:
-        FileNotFoundError: if a recipe does not exist.
-        ValueError: if a recipe is invalid, or a training fails; its process has printed the reason.
-        PreemptedError: if a training is stopped by a signal.
-    """
-    words = flag_words(overrides)
-    # Read before the first training, so that a mistake in the last recipe is found now.
-    recipes = {
-        schedule: Recipe.read(
-            "transformer", names=f"{names} {schedule}", dataset=dataset, cluster=cluster, overrides=words
-        )
-        for schedule in schedules
-    }
-    folders = ["--runs-folder", str(runs)]
-    folders += [] if data is None else ["--data", str(data)]
-    folders += [] if tokenizer is None else ["--tokenizer", str(tokenizer)]
-    trained = []
-    for place, (schedule, recipe) in enumerate(recipes.items(), start=1):
-        name = str(recipe.run_name)
-        log.info("mask schedule %s, %d of %d: run %s", schedule, place, len(recipes), name)
-        run = ["--recipe", f"{names} {schedule}".strip(), "--dataset", dataset, "--run", name, *folders]
-        _maskgit(schedule, "tokenize", *run, *words)
-        _maskgit(schedule, "train", "transformer", *run, "--cluster", cluster, *words)
-        trained.append(runs / name)
-    return trained
-
-
-def _maskgit(schedule: str, command: str, *words: str) -> None:
-    code, is_stopped = run_maskgit([command, *words])
-    if is_stopped or code == PreemptedError.exit_code:
-        raise PreemptedError(f"ablation {schedule}: stopped by a signal; repeat the command to resume")
-    if code != 0:
-        raise ValueError(f"ablation {schedule}: `maskgit {command}` exited with {code}; repeat the command to resume")
-
-
+_SECONDS_BETWEEN_POLLS = 0.2
 _DECODING = "model.decoding"
 _GROUPS = ("model", "network", "optimizer", "data", "trainer", "decoding")  # left out of the names of variants
 _REFUSED = {  # keys that all variants share -> the reason
@@ -184,11 +85,6 @@ class Factor:
         twice = sorted({value for value in self.values if self.values.count(value) > 1})
         if twice:
             raise ValueError(f"--vary {self.key} must have different values, got {', '.join(twice)} twice")
-
-    @property
-    def is_of_decoding(self) -> bool:
-        """Tells if the key affects only the decoding, so that it needs no training."""
-        return is_of_decoding(self.key)
 
 
 @dataclass(frozen=True)
@@ -248,18 +144,18 @@ class Variant:
     @property
     def trained_label(self) -> str:
         """The label without the changes of the decoding."""
-        words = [*([f"recipe {self.names}"] if self.names else []), *_label_changes(self.trained)]
+        words = [*([f"recipe {self.names}"] if self.names else []), _label_changes(self.trained)]
         return ", ".join(word for word in words if word) or "base"
 
     @property
     def trained(self) -> dict[str, str]:
         """The changes that need a training."""
-        return {key: text for key, text in self.changes.items() if not is_of_decoding(key)}
+        return {key: text for key, text in self.changes.items() if not _is_of_decoding(key)}
 
     @property
     def decoding(self) -> dict[str, str]:
         """The changes of the decoding."""
-        return {key: text for key, text in self.changes.items() if is_of_decoding(key)}
+        return {key: text for key, text in self.changes.items() if _is_of_decoding(key)}
 
 
 @dataclass(frozen=True)
@@ -343,13 +239,8 @@ class AblationConfig:
             refused["trainer.max_steps"] = f"it follows --budget {self.budget}"
         if key in refused:
             raise ValueError(f"{name} must not be set in an ablation: {refused[key]}")
-        if self.stage == "tokenizer" and is_of_decoding(key):
+        if self.stage == "tokenizer" and _is_of_decoding(key):
             raise ValueError(f"{name} must not be set with --stage tokenizer, which decodes nothing")
-
-
-def is_of_decoding(key: str) -> bool:
-    """Returns True if a recipe key affects only the decoding."""
-    return key == _DECODING or key.startswith(f"{_DECODING}.")
 
 
 def parse_factor(text: str) -> Factor:
@@ -400,14 +291,115 @@ def plan_variants(config: AblationConfig) -> list[Variant]:
         for names in config.recipes:
             for chosen in product(*axes):
                 changes = dict(chosen)
-                label = ", ".join([*_label_files(names, config), *_label_changes(changes)])
+                label = ", ".join([*_label_files(names, config), _label_changes(changes)])
                 made.append(_read_variant(config, names, changes, label))
         return made
     made += [_read_variant(config, names, {}, *_label_files(names, config)) for names in others]
     for factor in config.factors:
         for value in factor.values:
-            made.append(_read_variant(config, base, {factor.key: value}, *_label_changes({factor.key: value})))
+            changes = {factor.key: value}
+            made.append(_read_variant(config, base, changes, _label_changes(changes)))
     return made
+
+
+def base_values(config: AblationConfig, tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values that the base has for the varied keys, from its complete recipe."""
+    found: dict[str, Any] = {}
+    for factor in config.factors:
+        keys = {key for text in factor.values for key in _changed_keys({factor.key: text})}
+        found |= {_short_name(key): value_at(tree, key) for key in sorted(keys)}
+    return found
+
+
+def train_schedules(
+    schedules: Sequence[str] = PAPER_SCHEDULES,
+    *,
+    names: str = "",
+    dataset: str = DEFAULT_DATASET,
+    cluster: str = "single",
+    overrides: Overrides = (),
+    runs: Path = Path("runs"),
+    data: Path | None = None,
+    tokenizer: Path | None = None,
+) -> list[Path]:
+    """Trains a transformer with each mask schedule, one after the other, each in a separate process.
+
+    All recipes are read before the first run starts. Finished runs are not trained again.
+
+    Args:
+        schedules: Recipe names, one per schedule.
+        names: Recipe names that come before that of the schedule, separated by spaces.
+        dataset: Name of the data set.
+        cluster: A file of ``recipes/cluster``.
+        overrides: Values on top of every recipe; see ``Recipe.read``.
+        runs: Folder of the runs.
+        data: Data folder; None means that of the data set.
+        tokenizer: Pretrained tokenizer folder; None means the only one for these data.
+
+    Returns:
+        The run folders, in the order of ``schedules``.
+
+    Raises:
+        FileNotFoundError: if a recipe does not exist.
+        ValueError: if a recipe is invalid, or a training fails; its process has printed the reason.
+        PreemptedError: if a training is stopped by a signal.
+    """
+    words = flag_words(overrides)
+    # Read before the first training, so that a mistake in the last recipe is found now.
+    recipes = {
+        schedule: Recipe.read(
+            "transformer", names=f"{names} {schedule}", dataset=dataset, cluster=cluster, overrides=words
+        )
+        for schedule in schedules
+    }
+    folders = ["--runs-folder", str(runs)]
+    folders += [] if data is None else ["--data", str(data)]
+    folders += [] if tokenizer is None else ["--tokenizer", str(tokenizer)]
+    trained = []
+    for place, (schedule, recipe) in enumerate(recipes.items(), start=1):
+        name = str(recipe.run_name)
+        log.info("mask schedule %s, %d of %d: run %s", schedule, place, len(recipes), name)
+        run = ["--recipe", f"{names} {schedule}".strip(), "--dataset", dataset, "--run", name, *folders]
+        _maskgit(schedule, "tokenize", *run, *words)
+        _maskgit(schedule, "train", "transformer", *run, "--cluster", cluster, *words)
+        trained.append(runs / name)
+    return trained
+
+
+def run_maskgit(words: Sequence[str], output: IO[bytes] | None = None) -> tuple[int, bool]:
+    """Runs ``maskgit``. A stop signal to this process is passed on, so that a training saves and ends.
+
+    Args:
+        words: Arguments of ``maskgit``.
+        output: File for standard output and errors; None leaves them to this process's own.
+
+    Returns:
+        The exit code, and True if this process received a stop signal.
+    """
+    errors = None if output is None else subprocess.STDOUT
+    with processes.catch_stop_signals():
+        process = subprocess.Popen([sys.executable, "-m", "maskgit_pl", *words], stdout=output, stderr=errors)
+        is_told = False
+        try:
+            while True:
+                try:
+                    return process.wait(timeout=_SECONDS_BETWEEN_POLLS), processes.is_requested()
+                except subprocess.TimeoutExpired:
+                    if processes.is_requested() and not is_told:
+                        process.terminate()
+                        is_told = True
+        except KeyboardInterrupt:
+            process.kill()
+            process.wait()
+            raise
+
+
+def _maskgit(schedule: str, command: str, *words: str) -> None:
+    code, is_stopped = run_maskgit([command, *words])
+    if is_stopped or code == PreemptedError.exit_code:
+        raise PreemptedError(f"ablation {schedule}: stopped by a signal; repeat the command to resume")
+    if code != 0:
+        raise ValueError(f"ablation {schedule}: `maskgit {command}` exited with {code}; repeat the command to resume")
 
 
 def _read_variant(config: AblationConfig, names: str, changes: Mapping[str, str], label: str) -> Variant:
@@ -424,10 +416,9 @@ def _label_files(names: str, config: AblationConfig) -> list[str]:
     return [f"recipe {names or 'base'}"] if len(config.recipes) > 1 else []
 
 
-def _label_changes(changes: Mapping[str, str]) -> list[str]:
+def _label_changes(changes: Mapping[str, str]) -> str:
     """Returns a name of the changes: ``depth=2``; a mapping of a group becomes ``depth=2, embed_dim=192``."""
-    changed = _changed_keys(changes)
-    return [", ".join(f"{short_name(key)}={_label_value(text)}" for key, text in changed.items())]
+    return ", ".join(f"{_short_name(key)}={_label_value(text)}" for key, text in _changed_keys(changes).items())
 
 
 def _label_value(text: str) -> str:
@@ -461,7 +452,7 @@ def _flatten(key: str, value: Any, text: str) -> Iterator[tuple[str, str]]:
         yield key, text
 
 
-def short_name(key: str) -> str:
+def _short_name(key: str) -> str:
     """Returns a recipe key without its groups: ``guidance.scale`` for ``model.decoding.guidance.scale``."""
     parts = key.split(".")
     while len(parts) > 1 and parts[0] in _GROUPS:
@@ -469,10 +460,6 @@ def short_name(key: str) -> str:
     return ".".join(parts)
 
 
-def base_values(config: AblationConfig, tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the values that the base has for the varied keys, from its complete recipe."""
-    found: dict[str, Any] = {}
-    for factor in config.factors:
-        keys = {key for text in factor.values for key in _changed_keys({factor.key: text})}
-        found |= {short_name(key): value_at(tree, key) for key in sorted(keys)}
-    return found
+def _is_of_decoding(key: str) -> bool:
+    """Returns True if a recipe key affects only the decoding."""
+    return key == _DECODING or key.startswith(f"{_DECODING}.")

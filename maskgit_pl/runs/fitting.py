@@ -1,6 +1,6 @@
-"""``runs.fit``: trains a stage of a run from Python, as ``maskgit train`` does.
+"""``runs.fit`` and ``runs.export``: train a stage of a run, and write a checkpoint of a run as a pretrained folder.
 
-``runs.export``: writes a checkpoint of a run as a pretrained folder, on a single CPU process.
+``maskgit train`` and ``maskgit export`` call them. All checks come before torch and Lightning are imported.
 """
 
 from __future__ import annotations
@@ -12,22 +12,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskgit_pl import processes
 from maskgit_pl.data.folders import hold_lock
 from maskgit_pl.files import check_writable
-from maskgit_pl.processes import launcher_rank, local_rank
+from maskgit_pl.processes import catch_stop_signals, launcher_rank, local_rank
 from maskgit_pl.runs.plan import Plan, folder_of, plan_run
 from maskgit_pl.runs.recipe import STAGES, Recipe, Stage
 
 if TYPE_CHECKING:
     from maskgit_pl.runs.stage import FitResult
 
-__all__ = [
-    "export",
-    "fit",
-]
+__all__ = ["export", "fit"]
 
 log = logging.getLogger(__name__)
+
+# Overrides of the run's settings: a single process on this machine, without the trackers and parts of its training.
+_HERE = (
+    "--trainer.accelerator=cpu", "--trainer.strategy=auto", "--trainer.devices=1", "--trainer.num_nodes=1",
+    "--loggers=[]", "--callbacks=[]", "--profiler=null",
+)  # fmt: skip
 
 
 def fit(
@@ -65,7 +67,7 @@ def fit(
     # The other ranks start when the folder has its new name.
     old = _set_aside(plan.stage_folder) if fresh and local_rank() == 0 else None
     try:
-        with processes.catch_stop_signals(), warnings.catch_warnings():
+        with catch_stop_signals(), warnings.catch_warnings():
             # Lightning warns on login nodes of Slurm.
             warnings.filterwarnings("ignore", message=".*`srun` command is available")
             from maskgit_pl.runs.stage import fit_stage  # lightning and torch take seconds to import
@@ -102,13 +104,6 @@ def _set_aside(folder: Path) -> Path | None:
         folder.rename(old)
     log.info("%s: renamed to %s; training starts at step 0. Without --fresh, the same command resumes it", folder, old)
     return old
-
-
-# Overrides of the run's settings: a single process on this machine, without the trackers and parts of its training.
-_HERE = (
-    "--trainer.accelerator=cpu", "--trainer.strategy=auto", "--trainer.devices=1", "--trainer.num_nodes=1",
-    "--loggers=[]", "--callbacks=[]", "--profiler=null",
-)  # fmt: skip
 
 
 def export(

@@ -1,14 +1,14 @@
-"""Closed formulas for the memory and FLOPs of stage 2.
+"""The FLOPs of a training step and the memory of the tensors that it keeps. Used by ``costs``.
+
+``transformer_activations`` and ``step_flops`` are closed formulas for stage 2 with the transformer of the paper. Other
+networks (those of stage 1, and all other backbones) are counted: ``count_step`` and ``count_backbone`` run a step with
+tensors that have a shape but no content. Such a step must have no operation whose result has a size that depends on
+values.
 
 Letters: B images of a micro-batch, N tokens per image, S = N + 1 with the class token (N with causal attention, where
 the last token is not an input), R = B S rows, m masked tokens of the micro-batch, D embedding dimension, F dimension of
 the MLP, h heads, L blocks, V rows of the token embedding, which are also the columns of the loss. A loss over the codes
 has K columns in place of V, and with G token groups of k values, G k.
-
-FLOPs of a training step and the tensors that it keeps, counted with tensors that have a shape but no content.
-
-Used for networks without closed formulas: those of stage 1, and all backbones but the transformer of the paper. Their
-step must have no operation whose result has a size that depends on values.
 """
 
 from __future__ import annotations
@@ -50,15 +50,6 @@ Checkpointing = Literal["none", "blocks"]
 
 _DROPPED = 1  # bytes per element of a dropout mask (bool)
 _STATISTICS = 2 * FLOAT  # mean and standard deviation of a row, which LayerNorm keeps
-
-
-def _length(config: TransformerConfig) -> int:
-    return config.num_tokens + (config.attention == "bidirectional")
-
-
-def _columns(config: TransformerConfig, vocabulary: Vocabulary) -> int:
-    """Returns the number of columns of the logits of the loss."""
-    return config.num_columns(config.loss_columns(vocabulary))
 
 
 def mean_num_masked(
@@ -136,20 +127,6 @@ def transformer_activations(
     return Activations(kept=kept, casts=matrices * HALF if half else 0, working=max(peaks))
 
 
-def _table(config: TransformerConfig) -> int:
-    """Returns the bytes of the token embedding, or of its gradient."""
-    return config.embed_dim * config.num_rows * FLOAT
-
-
-def _logits_working(config: TransformerConfig, masked_rows: int, columns: int) -> int:
-    """Returns the temporary bytes at the start of the backward pass; see ``transformer_activations``."""
-    at_once = rows_at_once(masked_rows, columns)
-    is_whole = at_once == masked_rows
-    logits = 3 * masked_rows * columns if is_whole else (4 * at_once + 2 * config.embed_dim) * columns
-    # The gradient of the rows in the loss becomes one of the whole table.
-    return logits * FLOAT + (_table(config) if columns < config.num_rows else 0)
-
-
 def _block_kept(config: TransformerConfig, batch: int, masked_rows: int, *, half: bool) -> int:
     """Returns the bytes that a block keeps for its backward pass.
 
@@ -168,6 +145,29 @@ def _block_kept(config: TransformerConfig, batch: int, masked_rows: int, *, half
     norms = masked_rows * (2 * d * FLOAT + 2 * _STATISTICS)
     dropped = masked_rows * 2 * d * _DROPPED if config.dropout > 0 else 0
     return attention + copied + norms + masked_rows * (d + 2 * f) * number + dropped
+
+
+def _logits_working(config: TransformerConfig, masked_rows: int, columns: int) -> int:
+    """Returns the temporary bytes at the start of the backward pass; see ``transformer_activations``."""
+    at_once = rows_at_once(masked_rows, columns)
+    is_whole = at_once == masked_rows
+    logits = 3 * masked_rows * columns if is_whole else (4 * at_once + 2 * config.embed_dim) * columns
+    # The gradient of the rows in the loss becomes one of the whole table.
+    return logits * FLOAT + (_table(config) if columns < config.num_rows else 0)
+
+
+def _table(config: TransformerConfig) -> int:
+    """Returns the bytes of the token embedding, or of its gradient."""
+    return config.embed_dim * config.num_rows * FLOAT
+
+
+def _length(config: TransformerConfig) -> int:
+    return config.num_tokens + (config.attention == "bidirectional")
+
+
+def _columns(config: TransformerConfig, vocabulary: Vocabulary) -> int:
+    """Returns the number of columns of the logits of the loss."""
+    return config.num_columns(config.loss_columns(vocabulary))
 
 
 def step_flops(config: TransformerConfig, *, images: int, masked: float, vocabulary: Vocabulary = "all") -> float:
@@ -214,6 +214,86 @@ class CountedStep:
         """Returns the bytes of the kept tensors; with ``blocks``, one block at a time has its own."""
         own = max(self.in_blocks, default=0) if checkpointing == "blocks" else sum(self.in_blocks)
         return self.outside + self.inputs + own
+
+
+def count_backbone(
+    config: BackboneConfig,
+    *,
+    images: int = 1,
+    masked: int,
+    vocabulary: Vocabulary = "all",
+    precision: Precision = "32-true",
+) -> CountedStep:
+    """Counts the training step of a backbone, without dropout: that of attention is not fused on a CPU.
+
+    bf16-mixed has the dtypes of autocast on a CPU, which are those on a GPU for the layers of our backbones.
+
+    Args:
+        config: Configuration of the backbone.
+        images: Images of the step.
+        masked: Tokens of each image whose logits the loss reads. A backbone without a ``forward_selected`` of its own
+            computes all.
+        vocabulary: Columns of the softmax of the loss.
+        precision: Precision of the Trainer.
+    """
+    without_dropout: dict[str, Any] = {"dropout": 0.0}
+    with skeletons():
+        network = replace(config, **without_dropout).create()
+    columns = config.loss_columns(vocabulary)
+
+    def step() -> None:
+        tokens = torch.zeros(images, config.num_tokens, dtype=torch.int64)
+        labels = torch.zeros(images, dtype=torch.int64)
+        vectors = torch.zeros(images, config.condition_dim) if config.condition_dim else None
+        if type(network).forward_selected is Backbone.forward_selected:
+            logits = network(tokens, labels, vectors=vectors, vocabulary=columns)
+        else:
+            positions = torch.zeros(images * masked, dtype=torch.int64)
+            logits = network.forward_selected(tokens, labels, positions, vectors=vectors, vocabulary=columns)
+        torch.autograd.backward(F.log_softmax(logits.float(), dim=-1).mean())
+
+    with fake_tensors(network), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+        return count_step(step, [network], blocks=network.blocks)
+
+
+def count_step(
+    step: Callable[[], object], networks: Iterable[nn.Module], *, blocks: Iterable[nn.Module] = ()
+) -> CountedStep:
+    """Runs a step and counts its FLOPs and the tensors that it keeps. Inside ``fake_tensors``, nothing is computed.
+
+    Args:
+        step: Function that runs forward and backward pass of a micro-batch.
+        networks: Networks whose weights and buffers exist already.
+        blocks: Blocks that activation checkpointing would run again.
+    """
+    owned = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
+    kept, products = _KeptTensors(owned, blocks), FlopCounterMode(display=False, custom_mapping=_ATTENTION)
+    products.mod_tracker = _NoModules()  # type: ignore[assignment]  # has all that is used of it
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        stack.enter_context(kept.watch())
+        stack.enter_context(products)
+        step()
+    return kept.counts(products.get_total_flops())
+
+
+def fake_tensors(*networks: nn.Module) -> FakeTensorMode:
+    """Returns a context in which new tensors are fake: they have shapes, but no content. It can be entered repeatedly.
+
+    Args:
+        networks: Networks whose weights become fake, in place and permanently, for this context only. They may be on
+            the meta device.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        for network in networks:
+            network._apply(_empty)  # type: ignore[no-untyped-call]  # torch: untyped
+    return mode
+
+
+def _empty(old: Tensor) -> Tensor:
+    return torch.empty_strided(old.shape, old.stride(), dtype=old.dtype)
 
 
 class _KeptTensors:
@@ -270,6 +350,12 @@ class _KeptTensors:
         self._place = "outside"
 
 
+class _NoModules(nullcontext[None]):
+    """Replaces the tracker of modules of ``FlopCounterMode``, whose hooks fail in ``autograd.grad``."""
+
+    parents = frozenset({"Global"})
+
+
 def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
     return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]  # torch: untyped
 
@@ -282,89 +368,3 @@ _ATTENTION = {  # the CPU's fused kernel, which torch leaves out
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
-
-
-class _NoModules(nullcontext[None]):
-    """Replaces the tracker of modules of ``FlopCounterMode``, whose hooks fail in ``autograd.grad``."""
-
-    parents = frozenset({"Global"})
-
-
-def count_step(
-    step: Callable[[], object], networks: Iterable[nn.Module], *, blocks: Iterable[nn.Module] = ()
-) -> CountedStep:
-    """Runs a step and counts its FLOPs and the tensors that it keeps. Inside ``fake_tensors``, nothing is computed.
-
-    Args:
-        step: Function that runs forward and backward pass of a micro-batch.
-        networks: Networks whose weights and buffers exist already.
-        blocks: Blocks that activation checkpointing would run again.
-    """
-    owned = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
-    kept, products = _KeptTensors(owned, blocks), FlopCounterMode(display=False, custom_mapping=_ATTENTION)
-    products.mod_tracker = _NoModules()  # type: ignore[assignment]  # has all that is used of it
-    with ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
-        stack.enter_context(kept.watch())
-        stack.enter_context(products)
-        step()
-    return kept.counts(products.get_total_flops())
-
-
-def fake_tensors(*networks: nn.Module) -> FakeTensorMode:
-    """Returns a context in which new tensors are fake: they have shapes, but no content. It can be entered repeatedly.
-
-    Args:
-        networks: Networks whose weights become fake, in place and permanently, for this context only. They may be on
-            the meta device.
-    """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode:
-        for network in networks:
-            network._apply(_empty)  # type: ignore[no-untyped-call]  # torch: untyped
-    return mode
-
-
-def _empty(old: Tensor) -> Tensor:
-    return torch.empty_strided(old.shape, old.stride(), dtype=old.dtype)
-
-
-def count_backbone(
-    config: BackboneConfig,
-    *,
-    images: int = 1,
-    masked: int,
-    vocabulary: Vocabulary = "all",
-    precision: Precision = "32-true",
-) -> CountedStep:
-    """Counts the training step of a backbone, without dropout: that of attention is not fused on a CPU.
-
-    bf16-mixed has the dtypes of autocast on a CPU, which are those on a GPU for the layers of our backbones.
-
-    Args:
-        config: Configuration of the backbone.
-        images: Images of the step.
-        masked: Tokens of each image whose logits the loss reads. A backbone without a ``forward_selected`` of its own
-            computes all.
-        vocabulary: Columns of the softmax of the loss.
-        precision: Precision of the Trainer.
-    """
-    without_dropout: dict[str, Any] = {"dropout": 0.0}
-    with skeletons():
-        network = replace(config, **without_dropout).create()
-    columns = config.loss_columns(vocabulary)
-
-    def step() -> None:
-        tokens = torch.zeros(images, config.num_tokens, dtype=torch.int64)
-        labels = torch.zeros(images, dtype=torch.int64)
-        vectors = torch.zeros(images, config.condition_dim) if config.condition_dim else None
-        if type(network).forward_selected is Backbone.forward_selected:
-            logits = network(tokens, labels, vectors=vectors, vocabulary=columns)
-        else:
-            positions = torch.zeros(images * masked, dtype=torch.int64)
-            logits = network.forward_selected(tokens, labels, positions, vectors=vectors, vocabulary=columns)
-        torch.autograd.backward(F.log_softmax(logits.float(), dim=-1).mean())
-
-    with fake_tensors(network), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
-        return count_step(step, [network], blocks=network.blocks)

@@ -1,8 +1,6 @@
-"""Trees of recipe values from files and flags, and the rule that merges later ones over earlier ones.
+"""Layers of recipe values from files and flags: checked against a schema, and merged. Used by ``Recipe``.
 
-Checks the keys and types of a recipe against its schema, and explains why some keys cannot be set.
-
-Flags that override single values of a recipe: ``--KEY=VALUE`` with dotted keys.
+A flag overrides one value by its dotted key: ``--KEY=VALUE``.
 """
 
 from __future__ import annotations
@@ -27,7 +25,6 @@ __all__ = [
     "flag_words",
     "merge",
     "remove_key",
-    "schema_at",
     "split_flags",
     "value_at",
 ]
@@ -35,7 +32,19 @@ __all__ = [
 DEFAULT_BACKBONE = "bert"
 """The backbone of recipes that name none; ``networks.backbone`` has the same."""
 
-_COMMON = (  # to all backbones
+DERIVED_KEYS = {
+    "model.seed": "data.seed",
+    "model.image_size": "data.image_size",
+    "model.network.in_channels": "data.in_channels",
+    "model.global_batch": "data.global_batch",
+    "model.accumulation": "data.global_batch and data.max_batch_per_device",
+}
+"""Keys of modules that no recipe can set, each with the key that determines it."""
+
+Overrides = Sequence[str] | Mapping[str, Any]
+"""Overrides of single recipe values: flags, or a mapping of dotted keys."""
+
+_COMMON = (  # keys of all backbones
     "codebook_size",
     "num_classes",
     "grid",
@@ -44,6 +53,24 @@ _COMMON = (  # to all backbones
     "condition_dim",
     "num_token_groups",
 )
+_STEPS = "runs are counted in steps; set trainer.max_steps"
+_REASONS = {  # keys that users of Lightning expect -> the reason why a recipe has no such key
+    **{key: f"it follows {other}" for key, other in DERIVED_KEYS.items()},
+    "trainer.max_epochs": _STEPS,
+    "trainer.min_epochs": _STEPS,
+    "trainer.min_steps": _STEPS,
+    "trainer.fast_dev_run": _STEPS,
+    "trainer.max_time": "end a run with SIGTERM or the job's time limit: it saves, and the same command resumes it",
+    "trainer.check_val_every_n_epoch": "set trainer.val_check_interval, in steps",
+    "trainer.accumulate_grad_batches": "it follows data.global_batch and data.max_batch_per_device",
+    "trainer.default_root_dir": "use --runs-folder and --run",
+    "trainer.enable_checkpointing": "set checkpoint_every, keep_last and keep_every",
+    "trainer.use_distributed_sampler": "the data module divides the samples among the ranks",
+    "trainer.logger": "name the loggers with the key loggers, such as loggers: [tensorboard, csv]",
+    "trainer.callbacks": "name the callbacks with the key callbacks, such as callbacks: [device_stats]",
+    "trainer.plugins": f"{NO_CODE}; plugins require your own Trainer in Python",
+    "trainer.profiler": "name it with the key profiler, such as profiler: simple",
+}
 
 
 @dataclass(frozen=True)
@@ -105,134 +132,6 @@ def remove_key(tree: Any, key: str) -> bool:
     return isinstance(tree, dict) and tree.pop(leaf, remove_key) is not remove_key
 
 
-DERIVED_KEYS = {  # key of a module -> the key that determines it
-    "model.seed": "data.seed",
-    "model.image_size": "data.image_size",
-    "model.network.in_channels": "data.in_channels",
-    "model.global_batch": "data.global_batch",
-    "model.accumulation": "data.global_batch and data.max_batch_per_device",
-}
-_STEPS = "runs are counted in steps; set trainer.max_steps"
-_REASONS = {  # keys that users of Lightning expect -> the reason why a recipe has no such key
-    **{key: f"it follows {other}" for key, other in DERIVED_KEYS.items()},
-    "trainer.max_epochs": _STEPS,
-    "trainer.min_epochs": _STEPS,
-    "trainer.min_steps": _STEPS,
-    "trainer.fast_dev_run": _STEPS,
-    "trainer.max_time": "end a run with SIGTERM or the job's time limit: it saves, and the same command resumes it",
-    "trainer.check_val_every_n_epoch": "set trainer.val_check_interval, in steps",
-    "trainer.accumulate_grad_batches": "it follows data.global_batch and data.max_batch_per_device",
-    "trainer.default_root_dir": "use --runs-folder and --run",
-    "trainer.enable_checkpointing": "set checkpoint_every, keep_last and keep_every",
-    "trainer.use_distributed_sampler": "the data module divides the samples among the ranks",
-    "trainer.logger": "name the loggers with the key loggers, such as loggers: [tensorboard, csv]",
-    "trainer.callbacks": "name the callbacks with the key callbacks, such as callbacks: [device_stats]",
-    "trainer.plugins": f"{NO_CODE}; plugins require your own Trainer in Python",
-    "trainer.profiler": "name it with the key profiler, such as profiler: simple",
-}
-
-
-def check_layer(layer: Layer, schema: Schema) -> None:
-    """Checks the keys and types of a layer against a schema.
-
-    Raises:
-        ValueError: if a key is unknown or cannot be set, or its value has a wrong type. The message names the origin,
-            the key, and the closest known key.
-    """
-    try:
-        _check_tree(layer.tree, schema, schema)
-    except ValueError as error:
-        is_named = layer.origin.startswith("flag --") and str(error).startswith(layer.origin[7:])
-        raise ValueError(f"flag --{error}" if is_named else f"{layer.origin}: {error}") from error
-
-
-def _check_tree(node: Any, schema: Schema, root: Schema, path: str = "") -> None:
-    """Checks the keys and types of a tree against a schema.
-
-    Raises:
-        ValueError: if a key is unknown (the message names the closest one), or its value has a wrong type.
-    """
-    group = _group(schema)
-    if isinstance(node, dict) and "name" in node and _takes_spec(schema):
-        return  # a registered object with its own keys, which building it will check
-    if isinstance(node, dict) and group is not None:
-        for key, value in node.items():
-            where = f"{path}.{key}" if path else key
-            is_open = _is_open(schema) and isinstance(key, str)
-            if where in DERIVED_KEYS or (key not in group and not is_open):
-                raise ValueError(_explain_unknown_key(where, root))
-            _check_tree(value, group.get(key, {}), root, where)
-    elif isinstance(node, dict) and "name" not in node and _takes_spec(schema):
-        return  # arguments of an object that an earlier layer names
-    elif not fits(node, schema):
-        raise ValueError(f"{path} must be {describe(schema)}, got {shorten(node)}")
-
-
-def _explain_unknown_key(key: str, root: Schema) -> str:
-    if key in _REASONS:
-        return f"{key} cannot be set: {_REASONS[key]}"
-    group, _, leaf = key.rpartition(".")
-    known = [name for name in _keys(root) if name not in DERIVED_KEYS]
-    beside = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == group}
-    # First candidates: similar names in the same group.
-    close = [beside[each] for each in get_close_matches(leaf, beside, n=1)]
-    # Second: the same name in another group.
-    close += [name for name in known if name.rpartition(".")[2] == leaf]
-    kind = (schema_at(root, group.split(".")) or {}).get("title", "")
-    if kind.startswith("backbone"):
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        return f"unknown key {key!r}: {hint}keys of {kind}: {', '.join(sorted(beside))}"
-    if not close:
-        return f"unknown key {key!r}; base.yaml of recipes/tokenizer and recipes/transformer shows the keys"
-    if key in close:  # a key with dots in a file
-        nested = key.replace(".", ": {") + ": ..." + "}" * key.count(".")
-        return f"unknown key {key!r}: keys of a file are nested, as in {nested}; dots are for flags"
-    return f"unknown key {key!r}: did you mean {close[0]!r}?"
-
-
-def _group(schema: Schema) -> Mapping[str, Schema] | None:
-    """Returns the schemas of the keys of a group (which may be optional), or None for a value."""
-    for each in (schema, *schema.get("anyOf", ())):
-        if "properties" in each:
-            properties: Mapping[str, Schema] = each["properties"]
-            return properties
-    return None
-
-
-def _takes_spec(schema: Schema) -> bool:
-    """Returns True if a value specifies a registered object, by name or as a mapping."""
-    return any(each.get("type") == "object" and "properties" not in each for each in schema.get("anyOf", (schema,)))
-
-
-def _is_open(schema: Schema) -> bool:
-    """Returns True if a group may have keys that the schema does not know, such as those of a plug-in."""
-    return schema.get("additionalProperties") is True or (_group(schema) is not None and _takes_spec(schema))
-
-
-def schema_at(schema: Schema, parts: Sequence[str]) -> Schema | None:
-    """Returns the schema of a key: None if unknown, ``{}`` for the arguments of a registered object."""
-    for part in parts:
-        group = _group(schema)
-        if group is None:
-            return {} if _takes_spec(schema) else None
-        if part not in group:
-            return {} if _is_open(schema) else None
-        schema = group[part]
-    return schema
-
-
-def _keys(schema: Schema, path: str = "") -> Iterator[str]:
-    """Yields the dotted keys of all values."""
-    for key, each in (_group(schema) or {}).items():
-        where = f"{path}.{key}" if path else key
-        yield where
-        yield from _keys(each, where)
-
-
-Overrides = Sequence[str] | Mapping[str, Any]
-"""Overrides of single recipe values: flags, or a mapping of dotted keys."""
-
-
 def flag_words(overrides: Overrides) -> tuple[str, ...]:
     """Returns overrides as flags. Python values become JSON, which is also YAML."""
     if isinstance(overrides, Mapping):
@@ -268,7 +167,7 @@ def flag_layer(key: str, text: str, schema: Schema) -> Layer:
     Raises:
         ValueError: if the text is not a safe value.
     """
-    own = schema_at(schema, key.split("."))  # None for an unknown key, which check_layer reports
+    own = _schema_at(schema, key.split("."))  # None for an unknown key, which check_layer reports
     try:
         value = parse_yaml(text)
         check_plain(value, key)
@@ -285,3 +184,96 @@ def flag_layer(key: str, text: str, schema: Schema) -> Layer:
         tree = {part: tree}
     check_plain(tree)
     return Layer(f"flag --{key}", tree)
+
+
+def check_layer(layer: Layer, schema: Schema) -> None:
+    """Checks the keys and types of a layer against a schema.
+
+    Raises:
+        ValueError: if a key is unknown or cannot be set, or its value has a wrong type. The message names the origin,
+            the key, and the closest known key.
+    """
+    try:
+        _check_tree(layer.tree, schema, schema)
+    except ValueError as error:
+        is_named = layer.origin.startswith("flag --") and str(error).startswith(layer.origin[7:])
+        raise ValueError(f"flag --{error}" if is_named else f"{layer.origin}: {error}") from error
+
+
+def _check_tree(node: Any, schema: Schema, root: Schema, path: str = "") -> None:
+    """Checks the keys and types of a part of a tree; see ``check_layer``."""
+    group = _group(schema)
+    if isinstance(node, dict) and "name" in node and _takes_spec(schema):
+        return  # a registered object with its own keys, which building it will check
+    if isinstance(node, dict) and group is not None:
+        for key, value in node.items():
+            where = f"{path}.{key}" if path else key
+            is_open = _is_open(schema) and isinstance(key, str)
+            if where in DERIVED_KEYS or (key not in group and not is_open):
+                raise ValueError(_explain_unknown_key(where, root))
+            _check_tree(value, group.get(key, {}), root, where)
+    elif isinstance(node, dict) and "name" not in node and _takes_spec(schema):
+        return  # arguments of an object that an earlier layer names
+    elif not fits(node, schema):
+        raise ValueError(f"{path} must be {describe(schema)}, got {shorten(node)}")
+
+
+def _explain_unknown_key(key: str, root: Schema) -> str:
+    if key in _REASONS:
+        return f"{key} cannot be set: {_REASONS[key]}"
+    group, _, leaf = key.rpartition(".")
+    known = [name for name in _keys(root) if name not in DERIVED_KEYS]
+    beside = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == group}
+    # First candidates: similar names in the same group.
+    close = [beside[each] for each in get_close_matches(leaf, beside, n=1)]
+    # Second: the same name in another group.
+    close += [name for name in known if name.rpartition(".")[2] == leaf]
+    kind = (_schema_at(root, group.split(".")) or {}).get("title", "")
+    if kind.startswith("backbone"):
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        return f"unknown key {key!r}: {hint}keys of {kind}: {', '.join(sorted(beside))}"
+    if not close:
+        return f"unknown key {key!r}; base.yaml of recipes/tokenizer and recipes/transformer shows the keys"
+    if key in close:  # a key with dots in a file
+        nested = key.replace(".", ": {") + ": ..." + "}" * key.count(".")
+        return f"unknown key {key!r}: keys of a file are nested, as in {nested}; dots are for flags"
+    return f"unknown key {key!r}: did you mean {close[0]!r}?"
+
+
+def _schema_at(schema: Schema, parts: Sequence[str]) -> Schema | None:
+    """Returns the schema of a key: None if unknown, ``{}`` for the arguments of a registered object."""
+    for part in parts:
+        group = _group(schema)
+        if group is None:
+            return {} if _takes_spec(schema) else None
+        if part not in group:
+            return {} if _is_open(schema) else None
+        schema = group[part]
+    return schema
+
+
+def _keys(schema: Schema, path: str = "") -> Iterator[str]:
+    """Yields the dotted keys of all values."""
+    for key, each in (_group(schema) or {}).items():
+        where = f"{path}.{key}" if path else key
+        yield where
+        yield from _keys(each, where)
+
+
+def _group(schema: Schema) -> Mapping[str, Schema] | None:
+    """Returns the schemas of the keys of a group (which may be optional), or None for a value."""
+    for each in (schema, *schema.get("anyOf", ())):
+        if "properties" in each:
+            properties: Mapping[str, Schema] = each["properties"]
+            return properties
+    return None
+
+
+def _takes_spec(schema: Schema) -> bool:
+    """Returns True if a value specifies a registered object, by name or as a mapping."""
+    return any(each.get("type") == "object" and "properties" not in each for each in schema.get("anyOf", (schema,)))
+
+
+def _is_open(schema: Schema) -> bool:
+    """Returns True if a group may have keys that the schema does not know, such as those of a plug-in."""
+    return schema.get("additionalProperties") is True or (_group(schema) is not None and _takes_spec(schema))

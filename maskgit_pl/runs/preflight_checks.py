@@ -1,6 +1,6 @@
-"""Builds a stage for ``preflight``: module and data as in training, but on the CPU and with weights of zero.
+"""``runs.preflight``: checks that a run will start and fit into memory, and estimates its costs, without training.
 
-``runs.preflight``: checks that a run will start and fit into memory, and estimates its costs, without training.
+It builds module and data as training does, but on the CPU and with weights of zero.
 """
 
 from __future__ import annotations
@@ -41,97 +41,6 @@ __all__ = [
 ]
 
 _ON_ONE_CPU = ("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto")
-
-
-def build_for_preflight(plan: Plan, checks: CheckList, *, is_complete: bool) -> StageRun | None:
-    """Builds as much of a stage as possible, and adds the errors of training to the checks.
-
-    It tries the following until one succeeds:
-
-    1. as in training, with data and tokenizer;
-    2. only from the recipe, without a Trainer and without reading data;
-    3. stage 1 without its perceptual network, whose weight file is often missing.
-
-    Args:
-        plan: Plan of the run.
-        checks: List to which errors are added.
-        is_complete: True if data and tokenizer exist; 1 is tried only then.
-
-    Returns:
-        The stage with weights of zero, or None if all attempts fail.
-    """
-    plan = replace(plan, recipe=plan.recipe.with_overrides(_ON_ONE_CPU))
-    with hide_launcher(), _keep_torch_settings(), _ZeroWeights():
-        if is_complete:  # 1.
-            with checks.catch_errors("recipe"):
-                run = build(plan)
-                if run.datamodule.config.source != "stream":
-                    run.datamodule.setup()
-                checks.add("recipe", f"{plan.recipe.title}: module, data and tokenizer fit together")
-                return run
-        with checks.catch_errors("recipe"):  # 2.
-            return _build_from_recipe(plan)
-        if plan.stage == "tokenizer":  # 3.
-            without = replace(plan, recipe=plan.recipe.with_overrides(["--model.perceptual=null"]))
-            with checks.catch_errors("recipe"):
-                run = _build_from_recipe(without)
-                checks.add("memory", "calculated without the perceptual network", "warning")
-                return run
-    return None
-
-
-def build_without_weights(plan: Plan) -> StageRun:
-    """Builds module and data of a run without a Trainer and with weights of zero. Checks all values of its recipe.
-
-    Data and tokenizer may be missing. No file is written, and the process-wide settings of torch stay as they are.
-
-    Raises:
-        ValueError: if a value is missing, out of range or unknown. The message names the key.
-    """
-    with hide_launcher(), _keep_torch_settings(), _ZeroWeights():
-        return StageRun(plan.recipe, merge_values(plan), plan.stage_folder)
-
-
-def _build_from_recipe(plan: Plan) -> StageRun:
-    """Builds module and data of a recipe; data and tokenizer may be missing."""
-    missing: dict[str, Any] = {"data": {"path": str(plan.shards), "token_store": str(plan.folder / "tokens")}}
-    if plan.stage == "transformer":
-        # The tokenizer would give these sizes. Without it, the sizes of the paper stand in.
-        sizes: dict[str, Any] = {"codebook_size": 1024, "num_classes": 1000, "grid": [16, 16]}
-        missing["model"] = {"tokenizer": str(plan.tokenizer or "missing"), "network": sizes}
-    return StageRun(plan.recipe, merge([missing, plan.recipe.tree]), plan.stage_folder)
-
-
-class _ZeroWeights(TorchFunctionMode):
-    """A mode that fills weights with zeros; random initialization takes half a minute for a large model."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Calls ``func``, but replaces random initialization by zeros."""
-        kwargs = kwargs or {}
-        # Methods of tensors, and functions of torch.nn.init.
-        if getattr(func, "__name__", "").endswith(("normal_", "uniform_")):
-            with torch.no_grad():
-                return (args[0] if args else kwargs["tensor"]).zero_()
-        return func(*args, **kwargs)
-
-
-@contextmanager
-def _keep_torch_settings() -> Iterator[None]:
-    """Restores the process-wide settings that building a run changes, and hides the warnings for training."""
-    lightning = logging.getLogger("lightning.pytorch")
-    level, threads, precision = lightning.level, torch.get_num_threads(), torch.get_float32_matmul_precision()
-    allows_tf32 = torch.backends.cudnn.allow_tf32
-    try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        lightning.setLevel(level)
-        torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32 = allows_tf32
-
-
 _STARTABLE = {"slurm", "network", "strategy"}  # errors in these checks do not prevent building module and data
 
 
@@ -186,7 +95,63 @@ def preflight(
     return Preflight(tuple(checks.checks), shares, cost_checks.costs())
 
 
-# The machines
+def build_for_preflight(plan: Plan, checks: CheckList, *, is_complete: bool) -> StageRun | None:
+    """Builds as much of a stage as possible, and adds the errors of training to the checks.
+
+    It tries the following until one succeeds:
+
+    1. as in training, with data and tokenizer;
+    2. only from the recipe, without a Trainer and without reading data;
+    3. stage 1 without its perceptual network, whose weight file is often missing.
+
+    Args:
+        plan: Plan of the run.
+        checks: List to which errors are added.
+        is_complete: True if data and tokenizer exist; 1 is tried only then.
+
+    Returns:
+        The stage with weights of zero, or None if all attempts fail.
+    """
+    plan = replace(plan, recipe=plan.recipe.with_overrides(_ON_ONE_CPU))
+    with hide_launcher(), _keep_torch_settings(), _ZeroWeights():
+        if is_complete:  # 1.
+            with checks.catch_errors("recipe"):
+                run = build(plan)
+                if run.datamodule.config.source != "stream":
+                    run.datamodule.setup()
+                checks.add("recipe", f"{plan.recipe.title}: module, data and tokenizer fit together")
+                return run
+        with checks.catch_errors("recipe"):  # 2.
+            return _build_from_recipe(plan)
+        if plan.stage == "tokenizer":  # 3.
+            without = replace(plan, recipe=plan.recipe.with_overrides(["--model.perceptual=null"]))
+            with checks.catch_errors("recipe"):
+                run = _build_from_recipe(without)
+                checks.add("memory", "calculated without the perceptual network", "warning")
+                return run
+    return None
+
+
+def build_without_weights(plan: Plan) -> StageRun:
+    """Builds module and data of a run without a Trainer and with weights of zero. Checks all values of its recipe.
+
+    Data and tokenizer may be missing. No file is written, and the process-wide settings of torch stay as they are.
+
+    Raises:
+        ValueError: if a value is missing, out of range or unknown. The message names the key.
+    """
+    with hide_launcher(), _keep_torch_settings(), _ZeroWeights():
+        return StageRun(plan.recipe, merge_values(plan), plan.stage_folder)
+
+
+def describe_start(plan: Plan, steps: int | None) -> str:
+    """Returns a line: whether the training starts, resumes or has nothing to do."""
+    newest = newest_checkpoint(plan.checkpoints)
+    if newest is None:
+        return f"{plan.stage_folder}: starts from scratch"
+    if steps is not None and 0 <= steps <= step_of(newest):
+        return f"{plan.stage_folder}: {newest.name} has all of {steps} steps; training has nothing to do"
+    return f"{plan.stage_folder}: resumes from {newest.name}"
 
 
 def _nodes_of(recipe: Recipe) -> int:
@@ -229,9 +194,6 @@ def _check_network(environment: Mapping[str, str], nodes: int) -> tuple[str, Ver
     return f"rank 0 listens at {address}, {'a free port' if port is None else f'port {port}'}", "ok"
 
 
-# What the run reads
-
-
 def _check_inputs(
     checks: CheckList, recipe: Recipe, folder: Path, named: Mapping[str, str | Path | None]
 ) -> tuple[Plan, DataSummary | None]:
@@ -268,19 +230,6 @@ def _read_summary(shards: Path) -> DataSummary:
     return summary
 
 
-def _check_image_size(checks: CheckList, plan: Plan, config: Mapping[str, Any], summary: DataSummary | None) -> None:
-    """Adds a warning if all images are resized. Without its tokenizer, the image size of stage 2 is unknown."""
-    size = config["data"]["image_size"]
-    if plan.stage == "transformer":
-        size = None if plan.tokenizer is None else read_config(plan.tokenizer, "tokenizer")["image_size"]
-    text = None if summary is None or size is None else describe_resizing(summary.images, size)
-    if text is not None:
-        checks.add("image size", text, "warning")
-
-
-# Strategy and batch
-
-
 def _check_strategy(checks: CheckList, plan: Plan, *, nodes: int, devices: int, gpu: str | None) -> Plan:
     """Returns the plan with the precision that training will choose; the stage is built on a CPU, which may differ."""
     recipe = plan.recipe
@@ -295,6 +244,16 @@ def _check_strategy(checks: CheckList, plan: Plan, *, nodes: int, devices: int, 
         checks.add("strategy", f"{name}, {precision}, {count_text(nodes, 'node')} x {count_text(devices, 'device')}")
         return replace(plan, recipe=recipe.with_overrides({"trainer.precision": precision}))
     return plan
+
+
+def _check_image_size(checks: CheckList, plan: Plan, config: Mapping[str, Any], summary: DataSummary | None) -> None:
+    """Adds a warning if all images are resized. Without its tokenizer, the image size of stage 2 is unknown."""
+    size = config["data"]["image_size"]
+    if plan.stage == "transformer":
+        size = None if plan.tokenizer is None else read_config(plan.tokenizer, "tokenizer")["image_size"]
+    text = None if summary is None or size is None else describe_resizing(summary.images, size)
+    if text is not None:
+        checks.add("image size", text, "warning")
 
 
 def _check_batch(
@@ -318,11 +277,41 @@ def _check_batch(
     return None
 
 
-def describe_start(plan: Plan, steps: int | None) -> str:
-    """Returns a line: whether the training starts, resumes or has nothing to do."""
-    newest = newest_checkpoint(plan.checkpoints)
-    if newest is None:
-        return f"{plan.stage_folder}: starts from scratch"
-    if steps is not None and 0 <= steps <= step_of(newest):
-        return f"{plan.stage_folder}: {newest.name} has all of {steps} steps; training has nothing to do"
-    return f"{plan.stage_folder}: resumes from {newest.name}"
+def _build_from_recipe(plan: Plan) -> StageRun:
+    """Builds module and data of a recipe; data and tokenizer may be missing."""
+    missing: dict[str, Any] = {"data": {"path": str(plan.shards), "token_store": str(plan.folder / "tokens")}}
+    if plan.stage == "transformer":
+        # The tokenizer would give these sizes. Without it, the sizes of the paper stand in.
+        sizes: dict[str, Any] = {"codebook_size": 1024, "num_classes": 1000, "grid": [16, 16]}
+        missing["model"] = {"tokenizer": str(plan.tokenizer or "missing"), "network": sizes}
+    return StageRun(plan.recipe, merge([missing, plan.recipe.tree]), plan.stage_folder)
+
+
+class _ZeroWeights(TorchFunctionMode):
+    """A mode that fills weights with zeros; random initialization takes half a minute for a large model."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Calls ``func``, but replaces random initialization by zeros."""
+        kwargs = kwargs or {}
+        # Methods of tensors, and functions of torch.nn.init.
+        if getattr(func, "__name__", "").endswith(("normal_", "uniform_")):
+            with torch.no_grad():
+                return (args[0] if args else kwargs["tensor"]).zero_()
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _keep_torch_settings() -> Iterator[None]:
+    """Restores the process-wide settings that building a run changes, and hides the warnings for training."""
+    lightning = logging.getLogger("lightning.pytorch")
+    level, threads, precision = lightning.level, torch.get_num_threads(), torch.get_float32_matmul_precision()
+    allows_tf32 = torch.backends.cudnn.allow_tf32
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        lightning.setLevel(level)
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = allows_tf32

@@ -1,8 +1,6 @@
-"""Formatting and parsing of numbers with units: counts, FLOPs, sizes.
+"""The machines and the result of ``preflight``: its checks, the samples of each rank, and the costs of the run.
 
-The machines of a planned run. Imports no torch, so that invalid numbers are rejected immediately.
-
-The result of ``preflight``: checks, samples of each rank, and costs of the run. Imports no torch.
+Also formats and parses numbers with units. Imports no torch, so that invalid numbers are rejected immediately.
 """
 
 from __future__ import annotations
@@ -34,39 +32,10 @@ __all__ = [
     "parse_size",
 ]
 
-_FACTORS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
+Verdict = Literal["ok", "warning", "error"]
 
-
-def count_text(count: int, noun: str) -> str:
-    """Formats a count with its noun, such as ``1 node``, ``1,024 nodes`` or ``2 classes``."""
-    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
-    return f"{count:,} {noun}{ending}"
-
-
-def flops_text(count: float) -> str:
-    """Formats a number of floating-point operations with three digits, such as ``1.2 TFLOP``."""
-    for unit, factor in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)):
-        if count >= factor:
-            return f"{count / factor:.3g} {unit}"
-    return f"{count / 1e6:.3g} MFLOP"
-
-
-def parse_size(text: str) -> float:
-    """Parses a size such as ``80GB``, ``24GiB`` or ``4e10``.
-
-    Raises:
-        ValueError: if the text is not such a size, or not a finite number above 0.
-    """
-    found = re.fullmatch(r"([\d.]+(?:[eE][+-]?\d+)?)\s*([KMGTP]?)(i?)[bB]?", text)
-    try:
-        value = float(found.group(1)) if found else 0.0
-    except ValueError:
-        value = 0.0
-    if not found or not 0 < value < math.inf:
-        raise ValueError(f"must be a size such as 80GB, 24GiB or 4e10, got {text}")
-    # An i after the prefix means powers of 1024: 1e9 has 10 digits, so G is 1024**3.
-    factor = _FACTORS[found.group(2)]
-    return value * (1024 ** round(len(str(int(factor))) // 3) if found.group(3) else factor)
+_FACTORS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}  # of the prefixes of a size
+_MAX_ROWS = 16  # of the table of shares: with more ranks, a row is a node instead of a rank
 
 
 @dataclass(frozen=True)
@@ -100,9 +69,42 @@ class Machines:
             check_choice("gpu", self.gpu, GPUS)
 
 
-Verdict = Literal["ok", "warning", "error"]
+@dataclass(frozen=True)
+class Preflight:
+    """The result of a preflight.
 
-_MAX_ROWS = 16  # with more ranks, a row is a node instead of a rank
+    Attributes:
+        checks: All checks in the order in which they were done.
+        shares: Samples of each rank; None if the ranks cannot share the global batch evenly.
+        costs: Memory, disk space and FLOPs of the run; None if the module could not be built.
+    """
+
+    checks: tuple[Check, ...]
+    shares: Shares | None = None
+    costs: RunCosts | None = None
+
+    @property
+    def ok(self) -> bool:
+        """A bool: no check has an error."""
+        return not self.errors
+
+    @property
+    def errors(self) -> tuple[Check, ...]:
+        """The checks with an error."""
+        return tuple(check for check in self.checks if check.verdict == "error")
+
+    def __str__(self) -> str:
+        lines = [f"{check.verdict:7}  {check.name:10}  {check.text}" for check in self.checks]
+        if self.costs is not None:
+            lines += [f"{name:15}  {text}" for name, text in self.costs.lines]
+        return "\n".join([*lines, self.summary])
+
+    @property
+    def summary(self) -> str:
+        """The result in one sentence."""
+        if self.errors:
+            return f"{len(self.errors)} of {len(self.checks)} checks fail."
+        return f"All {len(self.checks)} checks pass. Memory is calculated, not measured."
 
 
 @dataclass(frozen=True)
@@ -223,42 +225,36 @@ class RunCosts:
     lines: tuple[tuple[str, str], ...]
 
 
-@dataclass(frozen=True)
-class Preflight:
-    """The result of a preflight.
+def count_text(count: int, noun: str) -> str:
+    """Formats a count with its noun, such as ``1 node``, ``1,024 nodes`` or ``2 classes``."""
+    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{ending}"
 
-    Attributes:
-        checks: All checks in the order in which they were done.
-        shares: Samples of each rank; None if the ranks cannot share the global batch evenly.
-        costs: Memory, disk space and FLOPs of the run; None if the module could not be built.
+
+def flops_text(count: float) -> str:
+    """Formats a number of floating-point operations with three digits, such as ``1.2 TFLOP``."""
+    for unit, factor in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count / 1e6:.3g} MFLOP"
+
+
+def parse_size(text: str) -> float:
+    """Parses a size such as ``80GB``, ``24GiB`` or ``4e10``.
+
+    Raises:
+        ValueError: if the text is not such a size, or not a finite number above 0.
     """
-
-    checks: tuple[Check, ...]
-    shares: Shares | None = None
-    costs: RunCosts | None = None
-
-    @property
-    def ok(self) -> bool:
-        """A bool: no check has an error."""
-        return not self.errors
-
-    @property
-    def errors(self) -> tuple[Check, ...]:
-        """The checks with an error."""
-        return tuple(check for check in self.checks if check.verdict == "error")
-
-    def __str__(self) -> str:
-        lines = [f"{check.verdict:7}  {check.name:10}  {check.text}" for check in self.checks]
-        if self.costs is not None:
-            lines += [f"{name:15}  {text}" for name, text in self.costs.lines]
-        return "\n".join([*lines, self.summary])
-
-    @property
-    def summary(self) -> str:
-        """The result in one sentence."""
-        if self.errors:
-            return f"{len(self.errors)} of {len(self.checks)} checks fail."
-        return f"All {len(self.checks)} checks pass. Memory is calculated, not measured."
+    found = re.fullmatch(r"([\d.]+(?:[eE][+-]?\d+)?)\s*([KMGTP]?)(i?)[bB]?", text)
+    try:
+        value = float(found.group(1)) if found else 0.0
+    except ValueError:
+        value = 0.0
+    if not found or not 0 < value < math.inf:
+        raise ValueError(f"must be a size such as 80GB, 24GiB or 4e10, got {text}")
+    # An i after the prefix means powers of 1024: 1e9 has 10 digits, so G is 1024**3.
+    factor = _FACTORS[found.group(2)]
+    return value * (1024 ** round(len(str(int(factor))) // 3) if found.group(3) else factor)
 
 
 def _span(numbers: range) -> str:

@@ -1,16 +1,14 @@
-"""Chooses the precision of a run whose recipe has ``trainer.precision: auto``. Used by ``build`` and ``preflight``.
+"""All values of a run: those of its recipe, of data and tokenizer, and the defaults of all other keys.
 
-The settings of a run that must not change when it resumes.
+1. ``merge_values`` merges values, later over earlier: data and tokenizer, recipe files, sizes of pretrained weights,
+   flags.
+2. ``resolve`` gives missing keys their defaults.
+3. It sets derived keys from the keys that determine them.
 
-A checkpoint carries all settings that affect the training result. A run that resumes compares them with its own before
-it trains. Everything else may change: steps, logging, validation, devices, workers, micro-batch size, precision, and
-the execution of blocks and optimizer.
-
-Resolves all values of a run: those of its recipe, of data and tokenizer, and the defaults of all other keys.
-
-1. Values are merged, later over earlier: data and tokenizer, recipe files, sizes of pretrained weights, flags.
-2. Missing keys get their defaults.
-3. Derived keys are set from the keys that determine them.
+``choose_precision`` replaces ``trainer.precision: auto``. ``fixed_settings`` returns the values that must not change
+when a run resumes: a checkpoint carries all settings that affect the training result, and a run compares them with its
+own before it trains. Everything else may change: steps, logging, validation, devices, workers, micro-batch size,
+precision, and the execution of blocks and optimizer.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ from maskgit_pl.networks.backbone import DEFAULT_BACKBONE, BackboneConfig, confi
 from maskgit_pl.networks.discriminators import DiscriminatorConfig, with_defaults
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pipeline.pretrained import read_config
-from maskgit_pl.runs.layers import merge, value_at
+from maskgit_pl.runs.layers import DERIVED_KEYS, merge, remove_key, value_at
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Stage
 from maskgit_pl.runs.recipe_schema import Parameter, TrainerSettings, parameters_of, run_settings
@@ -63,57 +61,21 @@ log = logging.getLogger(__name__)
 
 AUTO = "auto"
 
+MODULES: dict[str, tuple[type[Any], type[LightningModule]]] = {
+    "tokenizer": (TokenizerConfig, Tokenizer),
+    "transformer": (MaskedTokenConfig, MaskedTokenModel),
+    "autoregressive": (AutoregressiveConfig, AutoregressiveModel),
+}
+"""The configuration and the module of each kind of recipe."""
+
 # The smallest widths that gain from bf16-mixed (docs/speed.md): a step of stage 1 takes 0.75 of its time with 64 base
 # channels and 0.98 with 32; a step of stage 2 takes 0.59 to 0.71 of its time with 256 dimensions.
 _WIDE: dict[Stage, tuple[str, int]] = {"tokenizer": ("base_channels", 64), "transformer": ("embed_dim", 256)}
 
-
-def choose_precision(config: Mapping[str, Any], stage: Stage, folder: Path, *, gpu: str | None = None) -> str:
-    """Returns the precision of a run, which is that of its recipe unless it is ``auto``.
-
-    1. A run that has a checkpoint keeps the precision of its last start, so that it continues as it began.
-    2. A wide network trains on one device with ``bf16-mixed``, if the device has instructions for bfloat16.
-    3. Any other run trains with ``32-true``: several ranks could choose differently.
-
-    Args:
-        config: Values of the run with all defaults; see ``resolve``.
-        stage: Stage to train.
-        folder: Stage folder.
-        gpu: Name of a GPU that the run will use, a key of ``training.gpus.GPUS``; None for a device of this machine.
-    """
-    given, trainer = str(config["trainer"]["precision"]), config["trainer"]
-    if given != AUTO:
-        return given
-    recorded = _recorded_precision(folder)  # 1.
-    if recorded is not None:
-        return recorded
-    key, width = _WIDE[stage]
-    own = config["model"]["network"].get(key)
-    is_wide = isinstance(own, int) and own >= width  # the keys of plug-ins are theirs
-    # All devices of GPUS have the instructions.
-    is_fast = trainer["strategy"] == "auto" and (gpu is not None or has_bfloat16(_device(trainer["accelerator"])))
-    return "bf16-mixed" if is_wide and is_fast else "32-true"  # 2. and 3.
-
-
-def _recorded_precision(folder: Path) -> str | None:
-    """Returns the precision of the last start of a run, or None if it has no checkpoint or no readable record."""
-    if newest_checkpoint(folder / "checkpoints") is None:
-        return None
-    try:
-        recorded = value_at(read_yaml(folder / "config.yaml"), "trainer.precision")
-    except (OSError, ValueError) as error:
-        log.warning("%s; trainer.precision is chosen again", error)
-        return None
-    return recorded if recorded in PRECISIONS else None
-
-
-def _device(accelerator: str) -> str:
-    return "cpu" if accelerator == "cpu" else default_device()
-
-
+# Settings that must not change: these of data and Trainer, and all of the model but _FREE_MODEL.
 _DATA = ("image_size", "in_channels", "augmentations", "crop", "global_batch", "seed", "shuffle_window")
 _TRAINER = ("gradient_clip_val", "gradient_clip_algorithm")
-_FREE_MODEL = {  # all other keys of the model are fixed
+_FREE_MODEL = {
     "model.activation_checkpointing",
     "model.compiled",
     "model.decoding",  # affects only pictures and exports
@@ -126,72 +88,6 @@ _FREE_MODEL = {  # all other keys of the model are fixed
     "model.seed",  # data.seed
     "model.tokenizer",  # a path; the content of the folder is compared instead
 }
-
-
-def fixed_settings(config: Mapping[str, Any], *, data: str, tokenizer: str | None = None) -> dict[str, Any]:
-    """Returns the settings that must not change, as plain values by dotted key.
-
-    They include betas, weight decay and the peak of the learning rate: the optimizer state restores these, so a change
-    would have no effect.
-
-    Args:
-        config: The resolved recipe: ``model``, ``data`` and ``trainer``.
-        data: Fingerprint of the data folder.
-        tokenizer: Fingerprint of the tokenizer, for stage 2.
-
-    Returns:
-        Mapping of dotted keys to values; a specification (``{name: ...}``) is a single value.
-    """
-    settings = {"data": data, **_flat(config["model"], "model")}
-    settings |= {f"data.{key}": config["data"].get(key) for key in _DATA}
-    settings |= {f"trainer.{key}": config["trainer"].get(key) for key in _TRAINER}
-    if tokenizer is not None:
-        settings["tokenizer"] = tokenizer
-    return settings
-
-
-def list_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Lists the changed settings as ``key: old -> new``, sorted by key; hashes are cut to 12 digits.
-
-    Args:
-        old: Settings of a checkpoint.
-        new: Settings of the run.
-    """
-    pairs = [(key, old.get(key), new.get(key)) for key in sorted({*old, *new})]
-    return [f"{key}: {_short(key, was)} -> {_short(key, now)}" for key, was, now in pairs if was != now]
-
-
-def _flat(node: Mapping[str, Any], path: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in node.items():
-        key = f"{path}.{name}"
-        if key in _FREE_MODEL:
-            continue
-        # A specification {name: ...} is compared as a whole.
-        if isinstance(value, Mapping) and "name" not in value:
-            found |= _flat(value, key)
-        else:
-            found[key] = _without_weights(value)
-    return found
-
-
-def _without_weights(value: Any) -> Any:
-    """Returns a value as JSON restores it, without the paths of weight files, which may move."""
-    if isinstance(value, Mapping):
-        return {name: _without_weights(item) for name, item in value.items() if name != "weights"}
-    return [_without_weights(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _short(key: str, value: Any) -> Any:
-    return str(value)[:12] if key in ("data", "tokenizer") else value
-
-
-MODULES: dict[str, tuple[type[Any], type[LightningModule]]] = {
-    "tokenizer": (TokenizerConfig, Tokenizer),
-    "transformer": (MaskedTokenConfig, MaskedTokenModel),
-    "autoregressive": (AutoregressiveConfig, AutoregressiveModel),
-}
-"""The configuration and the module of each kind of recipe."""
 
 
 def merge_values(plan: Plan) -> dict[str, Any]:
@@ -318,19 +214,112 @@ def _resolve_network(given: Mapping[str, Any]) -> dict[str, Any]:
     return {**_resolve_group(parameters_of(kind), given), **given}
 
 
-def _drop_derived_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the tree without the derived keys."""
-    model = {key: value for key, value in config["model"].items() if key not in ("seed", "image_size", "global_batch")}
-    if "in_channels" in model["network"]:
-        model["network"] = {key: value for key, value in model["network"].items() if key != "in_channels"}
-    return {**config, "model": model}
-
-
 def dataclass_in(annotation: Any) -> type[Any] | None:
     """Returns the dataclass in an annotation, which may be optional, or None."""
     options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     found = [each for each in options if isinstance(each, type) and is_dataclass(each)]
     return found[0] if found else None
+
+
+def choose_precision(config: Mapping[str, Any], stage: Stage, folder: Path, *, gpu: str | None = None) -> str:
+    """Returns the precision of a run, which is that of its recipe unless it is ``auto``.
+
+    1. A run that has a checkpoint keeps the precision of its last start, so that it continues as it began.
+    2. A wide network trains on one device with ``bf16-mixed``, if the device has instructions for bfloat16.
+    3. Any other run trains with ``32-true``: several ranks could choose differently.
+
+    Args:
+        config: Values of the run with all defaults; see ``resolve``.
+        stage: Stage to train.
+        folder: Stage folder.
+        gpu: Name of a GPU that the run will use, a key of ``training.gpus.GPUS``; None for a device of this machine.
+    """
+    given, trainer = str(config["trainer"]["precision"]), config["trainer"]
+    if given != AUTO:
+        return given
+    recorded = _recorded_precision(folder)  # 1.
+    if recorded is not None:
+        return recorded
+    key, width = _WIDE[stage]
+    own = config["model"]["network"].get(key)
+    is_wide = isinstance(own, int) and own >= width  # the keys of plug-ins are theirs
+    # All devices of GPUS have the instructions.
+    is_fast = trainer["strategy"] == "auto" and (gpu is not None or has_bfloat16(_device(trainer["accelerator"])))
+    return "bf16-mixed" if is_wide and is_fast else "32-true"  # 2. and 3.
+
+
+def _recorded_precision(folder: Path) -> str | None:
+    """Returns the precision of the last start of a run, or None if it has no checkpoint or no readable record."""
+    if newest_checkpoint(folder / "checkpoints") is None:
+        return None
+    try:
+        recorded = value_at(read_yaml(folder / "config.yaml"), "trainer.precision")
+    except (OSError, ValueError) as error:
+        log.warning("%s; trainer.precision is chosen again", error)
+        return None
+    return recorded if recorded in PRECISIONS else None
+
+
+def _device(accelerator: str) -> str:
+    return "cpu" if accelerator == "cpu" else default_device()
+
+
+def fixed_settings(config: Mapping[str, Any], *, data: str, tokenizer: str | None = None) -> dict[str, Any]:
+    """Returns the settings that must not change, as plain values by dotted key.
+
+    They include betas, weight decay and the peak of the learning rate: the optimizer state restores these, so a change
+    would have no effect.
+
+    Args:
+        config: The resolved recipe: ``model``, ``data`` and ``trainer``.
+        data: Fingerprint of the data folder.
+        tokenizer: Fingerprint of the tokenizer, for stage 2.
+
+    Returns:
+        Mapping of dotted keys to values; a specification (``{name: ...}``) is a single value.
+    """
+    settings = {"data": data, **_flat(config["model"], "model")}
+    settings |= {f"data.{key}": config["data"].get(key) for key in _DATA}
+    settings |= {f"trainer.{key}": config["trainer"].get(key) for key in _TRAINER}
+    if tokenizer is not None:
+        settings["tokenizer"] = tokenizer
+    return settings
+
+
+def list_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Lists the changed settings as ``key: old -> new``, sorted by key; hashes are cut to 12 digits.
+
+    Args:
+        old: Settings of a checkpoint.
+        new: Settings of the run.
+    """
+    pairs = [(key, old.get(key), new.get(key)) for key in sorted({*old, *new})]
+    return [f"{key}: {_short(key, was)} -> {_short(key, now)}" for key, was, now in pairs if was != now]
+
+
+def _flat(node: Mapping[str, Any], path: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in node.items():
+        key = f"{path}.{name}"
+        if key in _FREE_MODEL:
+            continue
+        # A specification {name: ...} is compared as a whole.
+        if isinstance(value, Mapping) and "name" not in value:
+            found |= _flat(value, key)
+        else:
+            found[key] = _without_weights(value)
+    return found
+
+
+def _without_weights(value: Any) -> Any:
+    """Returns a value as JSON restores it, without the paths of weight files, which may move."""
+    if isinstance(value, Mapping):
+        return {name: _without_weights(item) for name, item in value.items() if name != "weights"}
+    return [_without_weights(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _short(key: str, value: Any) -> Any:
+    return str(value)[:12] if key in ("data", "tokenizer") else value
 
 
 def config_text(plan: Plan) -> str:
@@ -341,11 +330,14 @@ def config_text(plan: Plan) -> str:
 def config_text_of(config: Mapping[str, Any]) -> str:
     """Returns a resolved tree as the text of ``config.yaml``, which is again a valid recipe."""
     head = "# The complete recipe of a run. To repeat it: maskgit train STAGE --config THIS_FILE --run NAME\n"
-    return head + str(yaml.safe_dump(_plain(_drop_derived_keys(config)), sort_keys=False))
+    tree = _plain(config)
+    for key in DERIVED_KEYS:
+        remove_key(tree, key)
+    return head + str(yaml.safe_dump(tree, sort_keys=False))
 
 
 def _plain(value: Any) -> Any:
-    """Returns a tree with lists instead of tuples, as in YAML."""
+    """Returns a copy of a tree with lists instead of tuples, as in YAML."""
     if isinstance(value, dict):
         return {key: _plain(each) for key, each in value.items()}
     return [_plain(each) for each in value] if isinstance(value, list | tuple) else value

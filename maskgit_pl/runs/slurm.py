@@ -1,6 +1,4 @@
-"""The options of a Slurm job. Imports no torch, so that invalid options are rejected immediately.
-
-Submits a stage of a run to Slurm, as ``maskgit slurm submit`` does.
+"""Submits a stage of a run to Slurm, as ``maskgit slurm submit`` does.
 
 ::
 
@@ -11,7 +9,8 @@ Submits a stage of a run to Slurm, as ``maskgit slurm submit`` does.
     print(submission)  # the shell command
     job_id = runs.submit(submission)
 
-The job script is ``recipes/slurm/train.sbatch``, which can also be submitted by hand.
+The job script is ``recipes/slurm/train.sbatch``, which can also be submitted by hand. This file imports no torch, so
+that invalid options are rejected immediately.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 from maskgit_pl.checks import check_integer, shorten
 from maskgit_pl.processes import hide_launcher
@@ -44,11 +42,13 @@ __all__ = [
     "submit",
 ]
 
+log = logging.getLogger(__name__)
+
 _TIME = re.compile(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d(:\d\d)?)?|UNLIMITED|INFINITE", re.IGNORECASE)
 _NODES = "it is set by --nodes of this command, which also divides the batch"
 _TASKS = "it follows --devices of this command, with one task per device"
 _LIMIT = "it is set by --time of this command, which must leave time to save"
-_REFUSED = {
+_REFUSED = {  # options of sbatch that the job sets itself -> the reason
     "--nodes": _NODES, "-N": _NODES, "--ntasks": _TASKS, "-n": _TASKS, "--ntasks-per-node": _TASKS,
     "--time": _LIMIT, "-t": _LIMIT,
     "--array": "several jobs would train the same run", "-a": "several jobs would train the same run",
@@ -58,9 +58,18 @@ _REFUSED = {
     "--wrap": "the job runs a script of its own",
 }  # fmt: skip
 _REFUSED_OF_TASKS = {flag: reason for flag, reason in _REFUSED.items() if reason in (_NODES, _TASKS)}
-_SIGNAL_LEAD = 120  # seconds between the signal to save and the time limit, of recipes/slurm/train.sbatch
 
-_SIGNALS = ("USR1", "USR2", "TERM", "INT", "10", "12", "15", "2")  # which script and training catch
+_SIGNALS = ("USR1", "USR2", "TERM", "INT", "10", "12", "15", "2")  # those that script and training catch
+_SIGNAL_LEAD = 120  # seconds between the signal to save and the time limit, of recipes/slurm/train.sbatch
+_SET_BY_JOB = {"trainer.num_nodes": "--nodes", "trainer.devices": "--devices"}
+_VARIABLES = (  # of the environment, which the script reads
+    "STAGE", "RUN", "RUNS", "DATASET", "DATA", "RECIPE", "CLUSTER", "TOKENIZER", "PRETRAINED", "CONTAINER", "SRUN",
+    "MASKGIT",
+)  # fmt: skip
+_PROGRAM = Path(".venv/bin/maskgit")  # the script's own default
+
+_NEXT_LINE = " \\\n    "
+_WIDTH = 110
 
 
 @dataclass(frozen=True)
@@ -174,57 +183,6 @@ class JobOptions:
             flag == "-G" or flag.startswith("--gpus") or (flag == "--gres" and ("gpu" in value or value == "none"))
             for flag, value in _flags(self.sbatch_words)
         )
-
-
-def _split(name: str, text: str) -> list[str]:
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise ValueError(f"{name} must be valid shell syntax, got {text!r} ({error}); close the quotes") from error
-
-
-def _limit_seconds(text: str) -> int:
-    """Returns a time limit in seconds, which Slurm rounds up to minutes; 0 for no limit."""
-    if not text[0].isdecimal():
-        return 0
-    days, dash, rest = text.rpartition("-")
-    parts = list(map(int, rest.split(":")))
-    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
-    seconds: int = 86400 * int(days or 0) + sum(map(operator.mul, parts, units))
-    return -(-seconds // 60) * 60
-
-
-def _check_words(name: str, words: Sequence[str]) -> None:
-    """Checks that words are options with values: sbatch and srun take another word for the program to run."""
-    for before, word in itertools.pairwise(["", *words]):
-        is_value = before.startswith("-") and "=" not in before
-        if word == "--" or not (word.startswith("-") or is_value):
-            raise ValueError(
-                f"{name} must be options, got the word {shorten(word)}, which would be run in place of the training; "
-                "write an option as --NAME=VALUE"
-            )
-
-
-def _flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yields each option with its value; ``-N2`` gives ``-N`` and ``2``."""
-    for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
-        if word.startswith("--"):
-            flag, equals, value = word.partition("=")
-            yield flag, value if equals else following
-        elif word.startswith("-"):
-            yield word[:2], word[2:] or following
-
-
-log = logging.getLogger(__name__)
-
-_NEXT_LINE = " \\\n    "
-_WIDTH = 110
-_PROGRAM = Path(".venv/bin/maskgit")  # the script's own default
-_VARIABLES = (
-    "STAGE", "RUN", "RUNS", "DATASET", "DATA", "RECIPE", "CLUSTER", "TOKENIZER", "PRETRAINED", "CONTAINER", "SRUN",
-    "MASKGIT",
-)  # fmt: skip
-_SET_BY_JOB = {"trainer.num_nodes": "--nodes", "trainer.devices": "--devices"}
 
 
 @dataclass(frozen=True)
@@ -367,7 +325,43 @@ def submit(submission: Submission) -> str:
     return done.stdout.strip().partition(";")[0]  # JOB_ID;CLUSTER on federated clusters
 
 
-# The job
+def _split(name: str, text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"{name} must be valid shell syntax, got {text!r} ({error}); close the quotes") from error
+
+
+def _flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yields each option with its value; ``-N2`` gives ``-N`` and ``2``."""
+    for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            yield flag, value if equals else following
+        elif word.startswith("-"):
+            yield word[:2], word[2:] or following
+
+
+def _check_words(name: str, words: Sequence[str]) -> None:
+    """Checks that words are options with values: sbatch and srun take another word for the program to run."""
+    for before, word in itertools.pairwise(["", *words]):
+        is_value = before.startswith("-") and "=" not in before
+        if word == "--" or not (word.startswith("-") or is_value):
+            raise ValueError(
+                f"{name} must be options, got the word {shorten(word)}, which would be run in place of the training; "
+                "write an option as --NAME=VALUE"
+            )
+
+
+def _limit_seconds(text: str) -> int:
+    """Returns a time limit in seconds, which Slurm rounds up to minutes; 0 for no limit."""
+    if not text[0].isdecimal():
+        return 0
+    days, dash, rest = text.rpartition("-")
+    parts = list(map(int, rest.split(":")))
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    seconds: int = 86400 * int(days or 0) + sum(map(operator.mul, parts, units))
+    return -(-seconds // 60) * 60
 
 
 def _script() -> Path:
@@ -445,23 +439,12 @@ def _wrap(words: Sequence[str]) -> str:
     return _NEXT_LINE.join(lines)
 
 
-# The queue
-
-
 def _environment_outside_job() -> dict[str, str]:
     """Returns the environment of this process without the variables of a surrounding Slurm job."""
     if "SLURM_JOB_ID" not in os.environ:
         return {**os.environ}
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     return kept | {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
-
-
-class _Job(NamedTuple):
-    """A job in the queue."""
-
-    number: str
-    state: str
-    comment: str
 
 
 def _refuse_second_job(plan: Plan) -> None:
@@ -479,10 +462,10 @@ def _refuse_second_job(plan: Plan) -> None:
         reason = " ".join(listed.stderr.split())
         raise ValueError(f"squeue cannot read the queue: {reason}; submit on a machine where Slurm responds")
     # The comment comes last, since it may contain the separator.
-    jobs = [_Job(*line.split("|", 2)) for line in listed.stdout.splitlines() if line.count("|") >= 2]
-    for job in jobs:
-        if job.comment == _job_comment(plan):
+    jobs = [line.split("|", 2) for line in listed.stdout.splitlines() if line.count("|") >= 2]
+    for number, state, comment in jobs:
+        if comment == _job_comment(plan):
             raise ValueError(
-                f"run {plan.stage_folder}: only one job at a time may train it, and job {job.number} is {job.state}; "
-                f"wait for it, end it with `scancel {job.number}`, or name another run with --run"
+                f"run {plan.stage_folder}: only one job at a time may train it, and job {number} is {state}; wait for "
+                f"it, end it with `scancel {number}`, or name another run with --run"
             )

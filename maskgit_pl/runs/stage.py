@@ -1,4 +1,8 @@
-"""Exit of the processes of a run when ``fit`` raises: each with its exit code, without waiting for ended ranks.
+"""Trains a stage of a planned run, exports it as a pretrained folder, or only describes what training would do.
+
+``runs.fit`` and ``runs.export`` import this file only after their checks, since torch and Lightning take seconds.
+
+When training raises an error, each process of the run exits with its exit code, without waiting for ended ranks:
 
 1. An error on which all ranks agree (a signal, non-finite losses) is raised on rank 0. The other ranks exit silently
    with the same exit code.
@@ -8,12 +12,6 @@
    the first process within 5 s after another one ends.
 
 With a single process, the error is only raised, so that a notebook keeps its kernel.
-
-Trains a stage of a planned run and exports it as a pretrained folder.
-
-``runs.fit`` and ``runs.export`` import this file only after their checks, since torch and Lightning take seconds.
-
-``runs.dry_run``: everything that a training checks before its first step, and what it would do. Writes nothing.
 """
 
 from __future__ import annotations
@@ -55,62 +53,10 @@ from maskgit_pl.training.token_model import TokenModel
 
 __all__ = [
     "FitResult",
-    "check_run_outputs",
     "dry_run",
-    "exit_on_error",
     "export_checkpoint",
     "fit_stage",
 ]
-
-
-@contextmanager
-def exit_on_error(trainer: Trainer) -> Iterator[None]:
-    """Exits each process with its own exit code if the fit in the context raises an error.
-
-    Args:
-        trainer: Trainer of the fit; it knows the rank of this process and its launcher.
-
-    Raises:
-        BaseException: the error itself, with a single process, and on rank 0 if all ranks agree on it.
-    """
-    try:
-        yield
-    except BaseException as error:
-        agreed = error.on_all_ranks if isinstance(error, RunError) else not isinstance(error, Exception)
-        is_only_here = trainer.world_size > 1 and not agreed  # the other ranks do not raise it
-        if is_only_here:
-            with suppress(OSError):  # a full disk must not keep the process alive
-                _print_error(error, trainer)
-        # Only the processes that Lightning's own launcher has started.
-        environment = getattr(trainer.strategy, "cluster_environment", None)
-        if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0:
-            # 3. Wait for the first process.
-            _wait_for_end_of(os.getppid())
-        # 2. Exit without cleanup, which would wait for the other ranks.
-        if is_only_here:
-            with suppress(OSError):
-                sys.stdout.flush()
-            os._exit(exit_code_of(error))
-        # 1. Rank 0 raises for all.
-        if isinstance(error, RunError) and not trainer.is_global_zero:
-            sys.exit(error.exit_code)
-        raise
-
-
-def _print_error(error: BaseException, trainer: Trainer) -> None:
-    """Prints an error as the command does. Only rank 0 prints an error that another rank has announced."""
-    if isinstance(error, PeerError):
-        if trainer.is_global_zero:
-            sys.stderr.write(f"all ranks exit: {error}\n")
-    else:
-        sys.stderr.write(describe_error(error, "maskgit train"))
-
-
-def _wait_for_end_of(parent: int, *, seconds: float = 30.0) -> None:
-    begun = time.monotonic()
-    while os.getppid() == parent and time.monotonic() - begun < seconds:
-        time.sleep(0.05)
-
 
 log = logging.getLogger(__name__)
 
@@ -163,54 +109,11 @@ def fit_stage(plan: Plan) -> FitResult:
             log.info("%s: finished at %s; nothing to do", plan.stage_folder, newest.name)
         return FitResult(plan.folder, step_of(newest), was_finished=True)
     check_tasks(trainer)
-    check_run_outputs(plan)
+    _check_run_outputs(plan)
     with hold_lock(plan.stage_folder, hint="train another run (--run)") if trainer.is_global_zero else nullcontext():
         _fit(run, plan)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
     return FitResult(plan.folder, trainer.global_step, metrics=metrics)
-
-
-def check_run_outputs(plan: Plan) -> None:
-    """Checks all that a stage writes, so that a training does not end with an output that cannot be written.
-
-    Raises:
-        FileExistsError: if there are other files in the folder of the export.
-        ValueError: if an output cannot be written, or would replace the tokenizer of the run by another one.
-    """
-    exported, name = plan.folder / "pretrained" / plan.stage, f"run {plan.folder}: output"
-    for folder in (plan.checkpoints, exported):
-        check_writable(name, folder, is_folder=True)
-    for file in (*_RECORDS, _EXPORTED):
-        check_writable(name, plan.stage_folder / file)
-    check_stage_folder(exported)  # which the export at the end replaces
-    own = plan.folder / "pretrained" / "tokenizer"
-    if plan.tokenizer is None or has_weights_of(own, plan.tokenizer):
-        return
-    check_stage_folder(own)
-    if (plan.folder / "tokenizer" / _RECORDS[0]).is_file() and (own / "config.json").is_file():
-        raise ValueError(
-            f"run {plan.folder} has trained a tokenizer of its own, which the export of {plan.tokenizer} would "
-            "replace; name another run with --run, or leave out --tokenizer"
-        )
-
-
-def _fit(run: StageRun, plan: Plan) -> None:
-    """Trains from the newest checkpoint to the last step, and exports; rank 0 holds the lock of the stage folder."""
-    module, data, trainer = run.model, run.datamodule, run.trainer
-    newest = newest_checkpoint(plan.checkpoints)
-    if plan.pretrained is not None and newest is None:
-        assert isinstance(module, Tokenizer | TokenModel)
-        module.start_from(plan.pretrained)  # only a new run: a checkpoint has its own weights
-    if trainer.is_global_zero:
-        _write_records(run, plan)
-        _log_start(run, plan, newest)
-    # All ranks compare it before they train.
-    run.checkpoints.resumes_from = newest
-    with exit_on_error(trainer), run.watchdog.watch_past_fit(trainer):
-        trainer.fit(module, datamodule=data, ckpt_path=newest)
-        _export(module, data, plan, plan.folder / "pretrained", step=trainer.global_step)
-        # The launcher ends the remaining ranks soon after the first one exits, so all exit together.
-        trainer.strategy.barrier("exported")
 
 
 def export_checkpoint(plan: Plan, checkpoint: Path, out: Path) -> None:
@@ -236,72 +139,6 @@ def export_checkpoint(plan: Plan, checkpoint: Path, out: Path) -> None:
     _export(module, run.datamodule, plan, out, step=step_of(checkpoint))
 
 
-def _log_start(run: StageRun, plan: Plan, newest: Path | None) -> None:
-    """Logs the starting point of the run, its batch, and the keys of its recipe that it ignores."""
-    if plan.pretrained is not None and newest is None:
-        log.info("%s: starts from the weights of %s", plan.stage_folder, plan.pretrained)
-    for origin, keys in plan.recipe.left_out.items():
-        log.info("%s: causal attention ignores %s", origin, ", ".join(keys))
-    if plan.recipe.get("trainer.precision") == AUTO and run.settings.precision != "32-true":
-        log.info("%s: trainer.precision %s: %s", plan.stage_folder, AUTO, run.settings.precision)
-    data, ranks = run.datamodule, run.trainer.world_size
-    data.warn_if_resized()
-    if data.stream is not None:
-        log.info(
-            "%s: the order of a stream is not exact: a resumed run starts another order of shards", plan.stage_folder
-        )
-    per_device, accumulation = split_batch(data.config.global_batch, data.config.max_batch_per_device, ranks)
-    log.info(
-        "%s: global batch %d = %s x %s x %s%s",
-        plan.stage_folder, data.config.global_batch, count_text(ranks, "rank"),
-        count_text(accumulation, "accumulation step"), count_text(per_device, "sample"),
-        f"; resuming from {newest.name}" if newest else "",
-    )  # fmt: skip
-
-
-def _is_exported(plan: Plan, step: int) -> bool:
-    """Returns True if the pretrained folder of the run holds the weights of this step, not of an earlier one."""
-    try:
-        record: object = read_json(plan.stage_folder / _EXPORTED)
-        return record == {"step": step, "sha256": fingerprint(plan.folder / "pretrained" / plan.stage)}
-    except (OSError, ValueError):
-        return False
-
-
-def _export(module: LightningModule, data: ShardData, plan: Plan, folder: Path, *, step: int) -> None:
-    """Writes the averaged weights; must be called on every rank."""
-    if isinstance(module, Tokenizer):
-        module.export(folder)
-    elif isinstance(module, TokenModel):
-        module.export(folder, class_names=data.class_names)
-        if module.global_rank == 0:
-            _describe(folder)
-    if module.global_rank == 0 and folder == plan.folder / "pretrained":
-        record = {"step": step, "sha256": fingerprint(folder / plan.stage)}
-        write_text(plan.stage_folder / _EXPORTED, json.dumps(record))
-    if module.global_rank == 0:
-        log.info("exported %s", folder)
-
-
-def _describe(folder: Path) -> None:
-    """Writes the model card. Its errors do not end the run, since the weights are already exported."""
-    try:
-        write_card(folder)
-    except Exception as error:
-        log.warning("%s: cannot write the model card (%s: %s)", folder, type(error).__name__, error)
-
-
-def _write_records(run: StageRun, plan: Plan) -> None:
-    """Writes the resolved recipe and the environment of a run, so that it can be repeated."""
-    folder = plan.stage_folder
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / _RECORDS[0], config_text_of(run.config))
-    environment = {"command": sys.argv, **describe_environment(), "world_size": run.trainer.world_size}
-    if plan.pretrained is not None:
-        environment["pretrained"] = {"folder": str(plan.pretrained), "sha256": fingerprint(plan.pretrained)}
-    write_text(folder / _RECORDS[1], json.dumps(environment, indent=2) + "\n")
-
-
 def dry_run(
     recipe: Recipe,
     *,
@@ -322,7 +159,7 @@ def dry_run(
     """
     plan = plan_run(recipe, run=run, data=data, tokenizer=tokenizer, pretrained=pretrained)
     stage_run = build(plan)
-    check_run_outputs(plan)
+    _check_run_outputs(plan)
     stage_run.datamodule.setup()
     trainer = stage_run.trainer
     lines: Mapping[str, str | None] = {
@@ -338,6 +175,151 @@ def dry_run(
     return {name: text for name, text in lines.items() if text is not None}
 
 
+def _check_run_outputs(plan: Plan) -> None:
+    """Checks all that a stage writes, so that a training does not end with an output that cannot be written.
+
+    Raises:
+        FileExistsError: if there are other files in the folder of the export.
+        ValueError: if an output cannot be written, or would replace the tokenizer of the run by another one.
+    """
+    exported, name = plan.folder / "pretrained" / plan.stage, f"run {plan.folder}: output"
+    for folder in (plan.checkpoints, exported):
+        check_writable(name, folder, is_folder=True)
+    for file in (*_RECORDS, _EXPORTED):
+        check_writable(name, plan.stage_folder / file)
+    check_stage_folder(exported)  # which the export at the end replaces
+    own = plan.folder / "pretrained" / "tokenizer"
+    if plan.tokenizer is None or has_weights_of(own, plan.tokenizer):
+        return
+    check_stage_folder(own)
+    if (plan.folder / "tokenizer" / _RECORDS[0]).is_file() and (own / "config.json").is_file():
+        raise ValueError(
+            f"run {plan.folder} has trained a tokenizer of its own, which the export of {plan.tokenizer} would "
+            "replace; name another run with --run, or leave out --tokenizer"
+        )
+
+
+def _is_exported(plan: Plan, step: int) -> bool:
+    """Returns True if the pretrained folder of the run holds the weights of this step, not of an earlier one."""
+    try:
+        record: object = read_json(plan.stage_folder / _EXPORTED)
+        return record == {"step": step, "sha256": fingerprint(plan.folder / "pretrained" / plan.stage)}
+    except (OSError, ValueError):
+        return False
+
+
+def _fit(run: StageRun, plan: Plan) -> None:
+    """Trains from the newest checkpoint to the last step, and exports; rank 0 holds the lock of the stage folder."""
+    module, data, trainer = run.model, run.datamodule, run.trainer
+    newest = newest_checkpoint(plan.checkpoints)
+    if plan.pretrained is not None and newest is None:
+        assert isinstance(module, Tokenizer | TokenModel)
+        module.start_from(plan.pretrained)  # only a new run: a checkpoint has its own weights
+    if trainer.is_global_zero:
+        _write_records(run, plan)
+        _log_start(run, plan, newest)
+    # All ranks compare it before they train.
+    run.checkpoints.resumes_from = newest
+    with _exit_on_error(trainer), run.watchdog.watch_past_fit(trainer):
+        trainer.fit(module, datamodule=data, ckpt_path=newest)
+        _export(module, data, plan, plan.folder / "pretrained", step=trainer.global_step)
+        # The launcher ends the remaining ranks soon after the first one exits, so all exit together.
+        trainer.strategy.barrier("exported")
+
+
+def _write_records(run: StageRun, plan: Plan) -> None:
+    """Writes the resolved recipe and the environment of a run, so that it can be repeated."""
+    folder = plan.stage_folder
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / _RECORDS[0], config_text_of(run.config))
+    environment = {"command": sys.argv, **describe_environment(), "world_size": run.trainer.world_size}
+    if plan.pretrained is not None:
+        environment["pretrained"] = {"folder": str(plan.pretrained), "sha256": fingerprint(plan.pretrained)}
+    write_text(folder / _RECORDS[1], json.dumps(environment, indent=2) + "\n")
+
+
+def _log_start(run: StageRun, plan: Plan, newest: Path | None) -> None:
+    """Logs the starting point of the run, its batch, and the keys of its recipe that it ignores."""
+    if plan.pretrained is not None and newest is None:
+        log.info("%s: starts from the weights of %s", plan.stage_folder, plan.pretrained)
+    for origin, keys in plan.recipe.left_out.items():
+        log.info("%s: causal attention ignores %s", origin, ", ".join(keys))
+    if plan.recipe.get("trainer.precision") == AUTO and run.settings.precision != "32-true":
+        log.info("%s: trainer.precision %s: %s", plan.stage_folder, AUTO, run.settings.precision)
+    run.datamodule.warn_if_resized()
+    if run.datamodule.stream is not None:
+        log.info(
+            "%s: the order of a stream is not exact: a resumed run starts another order of shards", plan.stage_folder
+        )
+    resuming = f"; resuming from {newest.name}" if newest else ""
+    log.info("%s: global batch %s%s", plan.stage_folder, _describe_batch(run), resuming)
+
+
+@contextmanager
+def _exit_on_error(trainer: Trainer) -> Iterator[None]:
+    """Exits each process with its own exit code if the fit in the context raises an error; see the module."""
+    try:
+        yield
+    except BaseException as error:
+        agreed = error.on_all_ranks if isinstance(error, RunError) else not isinstance(error, Exception)
+        is_only_here = trainer.world_size > 1 and not agreed  # the other ranks do not raise it
+        if is_only_here:
+            with suppress(OSError):  # a full disk must not keep the process alive
+                _print_error(error, trainer)
+        # Only the processes that Lightning's own launcher has started.
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0:
+            # 3. Wait for the first process.
+            _wait_for_end_of(os.getppid())
+        # 2. Exit without cleanup, which would wait for the other ranks.
+        if is_only_here:
+            with suppress(OSError):
+                sys.stdout.flush()
+            os._exit(exit_code_of(error))
+        # 1. Rank 0 raises for all.
+        if isinstance(error, RunError) and not trainer.is_global_zero:
+            sys.exit(error.exit_code)
+        raise
+
+
+def _print_error(error: BaseException, trainer: Trainer) -> None:
+    """Prints an error as the command does. Only rank 0 prints an error that another rank has announced."""
+    if isinstance(error, PeerError):
+        if trainer.is_global_zero:
+            sys.stderr.write(f"all ranks exit: {error}\n")
+    else:
+        sys.stderr.write(describe_error(error, "maskgit train"))
+
+
+def _wait_for_end_of(parent: int, *, seconds: float = 30.0) -> None:
+    begun = time.monotonic()
+    while os.getppid() == parent and time.monotonic() - begun < seconds:
+        time.sleep(0.05)
+
+
+def _export(module: LightningModule, data: ShardData, plan: Plan, folder: Path, *, step: int) -> None:
+    """Writes the averaged weights; must be called on every rank."""
+    if isinstance(module, Tokenizer):
+        module.export(folder)
+    elif isinstance(module, TokenModel):
+        module.export(folder, class_names=data.class_names)
+        if module.global_rank == 0:
+            _write_card(folder)
+    if module.global_rank == 0 and folder == plan.folder / "pretrained":
+        record = {"step": step, "sha256": fingerprint(folder / plan.stage)}
+        write_text(plan.stage_folder / _EXPORTED, json.dumps(record))
+    if module.global_rank == 0:
+        log.info("exported %s", folder)
+
+
+def _write_card(folder: Path) -> None:
+    """Writes the model card. Its errors do not end the run, since the weights are already exported."""
+    try:
+        write_card(folder)
+    except Exception as error:
+        log.warning("%s: cannot write the model card (%s: %s)", folder, type(error).__name__, error)
+
+
 def _describe_data(run: StageRun, plan: Plan) -> str:
     if run.datamodule.config.source == "stream":
         return "a stream of shards"
@@ -348,6 +330,7 @@ def _describe_data(run: StageRun, plan: Plan) -> str:
 
 
 def _describe_batch(run: StageRun) -> str:
+    """Returns the shares of the global batch, such as ``64 = 2 ranks x 1 accumulation step x 32 samples``."""
     config, ranks = run.datamodule.config, run.trainer.world_size
     per_device, accumulation = split_batch(config.global_batch, config.max_batch_per_device, ranks)
     parts = (count_text(ranks, "rank"), count_text(accumulation, "accumulation step"), count_text(per_device, "sample"))

@@ -1,33 +1,12 @@
-"""Heartbeat between the ranks of a run: detects ranks that have ended, and tells all ranks why the run ends.
-
-Collectives cannot do this: if a rank is gone, gloo raises an error, but NCCL waits. ``Watchdog`` calls this module.
-
-The protocol uses keys in the TCP store of the process group, which rank 0 holds:
-
-1. Each rank opens a listen socket, writes its first beat to ``beat/RANK`` and the socket's address to ``listen/RANK``.
-   It never accepts a connection: the kernel completes it and keeps it open for as long as the process lives.
-2. About once a second, each rank writes its next beat, a counter, to ``beat/RANK``.
-3. It then reads ``ending``. If the key exists, this rank ends, too.
-4. It then checks the connection to the next rank, (rank + 1) modulo the number of ranks:
-   a. An open connection means that the process lives, even if it is stopped or silent.
-   b. A closed or missing connection proves nothing, since the network may be the cause. As long as the next rank beats,
-      it lives, and this rank tries to connect again from time to time.
-   c. If the beats have also stopped, and the next rank has not written ``left/RANK``, this rank connects again. A
-      refusal comes from the kernel of the next rank's machine and means that the process has ended. The exception is a
-      firewall that refuses connections; it is known by an earlier refusal while the next rank was still beating.
-5. If the connection to the store breaks, the rank connects again. If the address refuses for several beats in a row,
-   rank 0 has ended.
-6. A rank that fails writes its error to ``ending``; only the first error is kept. A rank that ends as planned writes
-   ``left/RANK``.
-
-The watchdog of a run: ends a run that hangs, and names the rank that it waits for.
+"""The watchdog of a run: ends a run that hangs or has lost a rank, and names the rank that it waits for.
 
 Each rank runs two threads beside its training loop:
 
 1. The progress thread checks once per second for a finished micro-batch, validation batch or checkpoint. After a time
    without progress that exceeds the limit, it writes the stacks of all threads and ends the process.
 2. The heartbeat thread (only with several ranks) calls ``Peers.beat`` once per second. It ends the process when another
-   rank is gone or has announced an error.
+   rank is gone or has announced an error. Collectives cannot do this: if a rank is gone, gloo raises an error, but NCCL
+   waits.
 
 The main thread announces an error that only this rank has (``on_exception``). Each of the three follows the same steps
 to end the process:
@@ -40,7 +19,6 @@ d. exit without cleanup, which would wait for the collective that hangs.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -52,7 +30,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -65,274 +43,10 @@ from torch.distributed.distributed_c10d import PrefixStore
 from maskgit_pl.distributed import rank_and_world
 from maskgit_pl.errors import INTERNAL_ERROR, PeerError, RunError, exit_code_of
 
-__all__ = [
-    "Ending",
-    "Peers",
-    "Watchdog",
-]
-
-_SILENT_SECONDS = 3.5  # a living rank beats at least twice in this time
-_SILENT_BEATS = 4  # beats of this rank within _SILENT_SECONDS
-_GRACE_BEATS = 8  # beats from a broken connection to the end of the run, so that an announcement arrives first
-_CONNECT_BEATS = 20  # beats between two attempts to connect to the next rank, which a firewall may drop or refuse
-_STORE_SECONDS = 5.0  # the store answers in milliseconds, or not at all while the process of rank 0 is stopped
-_ENDING = "ending"
-_STORE = "rank 0 (which holds the store)"
-
-T = TypeVar("T")
-
-
-class Ending(NamedTuple):
-    """The reason why all ranks end.
-
-    Attributes:
-        code: Exit code of all ranks.
-        reason: ``hang`` if a rank makes no progress, ``rank`` if a rank has ended or is about to end.
-        text: Description for the user.
-    """
-
-    code: int
-    reason: Literal["hang", "rank"]
-    text: str
-
-
-class Peers:
-    """The other ranks as seen from this rank.
-
-    ``MASTER_ADDR`` and ``MASTER_PORT`` must name the store of the process group.
-
-    Args:
-        rank: Rank of this process.
-        world_size: Number of ranks, >= 2.
-    """
-
-    def __init__(self, rank: int, world_size: int) -> None:
-        self._store_address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self._store = _open_store(*self._store_address)
-        self._lock = threading.Lock()  # a store's connection serves one request at a time
-        self._rank = rank
-        self._beat_keys = [f"beat/{each}" for each in range(world_size)]
-        self._name = f"rank {rank} ({socket.gethostname()}, process {os.getpid()})"
-        self._beats = 0  # beats that this rank has written
-        self._store_refusals = 0  # refused connections to the store in a row
-        self._next = (rank + 1) % world_size
-        self._connection: socket.socket | None = None  # to the next rank
-        self._is_refused = False  # the last attempt to connect to the next rank was refused
-        self._is_firewalled = False  # connections to the next rank are refused although it lives
-        self._next_attempt = 0  # earliest beat of this rank for another attempt
-        self._last_beat = b""  # last beat read from the next rank
-        self._unchanged = 0  # number of reads in a row without a new beat
-        # 1. The beat comes before the address, so that a rank that finds the address also finds a beat.
-        self._listen_socket = _open_listen_socket()
-        self._write_beat()
-        self._store.set(
-            _listen_key(rank), f"{_own_address(*self._store_address)} {self._listen_socket.getsockname()[1]}"
-        )
-
-    def beat(self) -> Ending | None:
-        """Writes a beat, and checks the store and the next rank.
-
-        Must be called about once per second in a separate thread: it blocks while the process of rank 0 is stopped.
-
-        Returns:
-            The reason why this rank must end, or None.
-        """
-        try:
-            with self._lock:
-                self._write_beat()  # step 2
-                self._store_refusals = 0
-                ending = self._get_ending()  # step 3
-                return ending if ending is not None else self._check_next_rank()  # step 4
-        except dist.DistNetworkError:
-            self._reconnect_store()  # step 5
-        except RuntimeError:  # a slow answer of the store is not an error
-            pass
-        is_gone = self._store_refusals > _GRACE_BEATS
-        return Ending(INTERNAL_ERROR, "rank", f"{_STORE} has ended") if is_gone else None
-
-    def read_ending(self) -> Ending | None:
-        """Returns the reason that a rank has announced, or None."""
-        return _with_timeout(self._under_lock(self._get_ending))
-
-    def announce(self, ending: Ending) -> None:
-        """Announces to all ranks why they end; only the first announcement is kept."""
-        _with_timeout(self._under_lock(lambda: self._store.compare_set(_ENDING, "", json.dumps(ending))))
-
-    def leave(self) -> None:
-        """Ends the checks, as this rank ends as planned; no other rank then considers it lost."""
-        _with_timeout(self._under_lock(self._leave))
-
-    def describe_silent(self) -> str:
-        """Returns a text that names the ranks without new beats, empty if there are none; takes some seconds."""
-        before = _with_timeout(self._under_lock(self._read_beats))
-        # This rank keeps beating, since the other ranks may be in the same function.
-        for _ in range(_SILENT_BEATS if before else 0):
-            time.sleep(_SILENT_SECONDS / _SILENT_BEATS)
-            _with_timeout(self._under_lock(self._write_beat))
-        after = _with_timeout(self._under_lock(self._read_beats)) if before else None
-        if before is None or after is None:
-            return f"{_STORE} does not answer"
-        silent = [
-            new.rpartition(" ")[0]
-            for rank, (old, new) in enumerate(zip(before, after, strict=True))
-            if old == new and rank != self._rank
-        ]
-        return f"{', '.join(silent)}: no heartbeat for {_SILENT_SECONDS} s" if silent else ""
-
-    def _leave(self) -> None:
-        try:
-            self._store.set(_left_key(self._rank), "")
-        finally:
-            self._listen_socket.close()
-            self._close_connection()
-
-    def _get_ending(self) -> Ending | None:
-        return Ending(*json.loads(self._store.get(_ENDING))) if self._store.check([_ENDING]) else None
-
-    def _write_beat(self) -> None:
-        self._beats += 1
-        self._store.set(self._beat_keys[self._rank], f"{self._name} {self._beats}")
-
-    def _read_beats(self) -> list[str]:
-        """Returns the last beat of each rank, or ``rank R 0`` for a rank that has not started yet."""
-        if self._store.check(self._beat_keys):
-            return [beat.decode() for beat in self._store.multi_get(self._beat_keys)]
-        # ``get`` would wait for a missing key.
-        has_begun = [self._store.check([key]) for key in self._beat_keys]
-        return [
-            self._store.get(key).decode() if begun else f"rank {rank} 0"
-            for rank, (key, begun) in enumerate(zip(self._beat_keys, has_begun, strict=True))
-        ]
-
-    def _under_lock(self, request: Callable[[], T]) -> Callable[[], T | None]:
-        """Wraps ``request`` in the lock; the wrapped function returns None if the store does not answer."""
-
-        def call() -> T | None:
-            with contextlib.suppress(RuntimeError), self._lock:
-                return request()
-            return None
-
-        return call
-
-    def _reconnect_store(self) -> None:
-        """Connects to the store again, or counts a refusal (step 5 of the protocol)."""
-        try:
-            # A plain connection first, since the store itself retries for a long time if the port is closed.
-            socket.create_connection(self._store_address, timeout=1).close()
-            store = _open_store(*self._store_address)
-            with self._lock:
-                self._store = store
-        except ConnectionRefusedError:
-            self._store_refusals += 1
-        except (OSError, RuntimeError):  # the network is down, which proves nothing about rank 0
-            self._store_refusals = 0
-
-    def _check_next_rank(self) -> Ending | None:
-        """Returns an ending if the next rank has ended without an announcement (step 4 of the protocol)."""
-        state = "unreachable" if self._connection is None else _state_of(self._connection)
-        if state == "open":  # 4a
-            return None
-        if state == "unreachable":
-            self._close_connection()
-        if not self._store.check([_listen_key(self._next)]):  # the next rank has not started yet
-            return None
-        beat = self._store.get(self._beat_keys[self._next])
-        if beat != self._last_beat:  # 4b: it lives
-            # It has beaten after a refusal, so a firewall refused the connection, not the kernel for an ended process.
-            self._is_firewalled = self._is_firewalled or self._is_refused
-            self._last_beat, self._unchanged = beat, 0
-            if self._beats >= self._next_attempt:
-                self._connect_to_next_rank()
-            return None
-        self._unchanged += 1
-        late = self._unchanged - _GRACE_BEATS - 1
-        if late < 0 or late % _CONNECT_BEATS or self._store.check([_left_key(self._next)]):
-            return None
-        self._connect_to_next_rank()  # 4c: the kernel of its machine refuses if the process has ended
-        if not self._is_refused or self._is_firewalled:
-            return None
-        return Ending(INTERNAL_ERROR, "rank", f"{beat.decode().rpartition(' ')[0]}: its process has ended")
-
-    def _connect_to_next_rank(self) -> None:
-        """Connects to the listen socket of the next rank if it is reachable."""
-        self._close_connection()
-        self._next_attempt, self._is_refused = self._beats + _CONNECT_BEATS, False
-        host, _, port = self._store.get(_listen_key(self._next)).decode().rpartition(" ")
-        try:
-            self._connection, self._unchanged = _connect(host, int(port)), 0
-        except OSError as error:
-            self._is_refused = isinstance(error, ConnectionRefusedError)
-
-    def _close_connection(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-
-
-def _with_timeout(request: Callable[[], T]) -> T | None:
-    """Returns the result of ``request``, or None after some seconds; the store's own timeout is not reliable."""
-    answer: list[T] = []
-    thread = threading.Thread(target=lambda: answer.append(request()), name="store", daemon=True)
-    thread.start()
-    thread.join(_STORE_SECONDS)
-    return answer[0] if answer else None
-
-
-def _open_store(address: str, port: int) -> PrefixStore:
-    """Opens a second connection to the store, since that of the process group may be blocked in a request."""
-    # The store of torchrun survives a restart; an announcement from before must not end the new processes.
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
-    return PrefixStore(f"maskgit_pl/{restart}", store)
-
-
-def _listen_key(rank: int) -> str:
-    return f"listen/{rank}"
-
-
-def _left_key(rank: int) -> str:
-    return f"left/{rank}"
-
-
-def _open_listen_socket() -> socket.socket:
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
-    return socket.create_server(("", 0))
-
-
-def _connect(host: str, port: int) -> socket.socket:
-    connection = socket.create_connection((host, port), timeout=1)
-    connection.settimeout(0)  # reads do not block
-    # Firewalls drop connections without traffic, and ours carries no data: keep-alive packets prevent that.
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    if hasattr(socket, "TCP_KEEPIDLE"):
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
-    return connection
-
-
-def _own_address(address: str, port: int) -> str:
-    """Returns the address of this machine for the other ranks: the one from which it reaches rank 0."""
-    family, kind, _, _, target = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.connect(target)  # only selects the route: a datagram socket sends nothing here
-        own = str(probe.getsockname()[0])
-    # A loopback address means that this is the machine of rank 0, whose name all ranks know.
-    return address if own.startswith("127.") or own == "::1" else own
-
-
-def _state_of(connection: socket.socket) -> Literal["open", "closed", "unreachable"]:
-    """Returns the state of a connection on which the other side never sends data while its process lives."""
-    try:
-        return "closed" if connection.recv(1) == b"" else "open"
-    except BlockingIOError:  # nothing to read
-        return "open"
-    except ConnectionResetError:
-        return "closed"
-    except OSError:  # the network is down
-        return "unreachable"
-
+__all__ = ["Ending", "Peers", "Watchdog"]
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _TICK_SECONDS = 1.0
 _MEDIANS = 20  # limit of a training step, in median step times
@@ -342,6 +56,14 @@ _OTHER_PHASES = 18
 _DELIVERY_SECONDS = 3.0  # time for the other ranks to read the reason and to write their stacks
 _REPORT_SECONDS = 30.0  # time limit for writing the reason and the stacks
 _POLLS = 20  # polls of the child processes within a tick
+
+_SILENT_SECONDS = 3.5  # a living rank beats at least twice in this time
+_SILENT_BEATS = 4  # beats of this rank within _SILENT_SECONDS
+_GRACE_BEATS = 8  # beats from a broken connection to the end of the run, so that an announcement arrives first
+_CONNECT_BEATS = 20  # beats between two attempts to connect to the next rank, which a firewall may drop or refuse
+_STORE_SECONDS = 5.0  # the store answers in milliseconds, or not at all while the process of rank 0 is stopped
+_ENDING = "ending"
+_STORE = "rank 0 (which holds the store)"
 
 
 class Watchdog(Callback):
@@ -527,7 +249,7 @@ class Watchdog(Callback):
         if ending.reason == "hang":
             path = self.folder / ("stacks.txt" if rank == 0 else f"stacks-rank{rank}.txt")
             stacks = _format_stacks()
-            with contextlib.suppress(OSError):  # a full disk must not keep the process alive
+            with suppress(OSError):  # a full disk must not keep the process alive
                 path.write_text(stacks)
             sys.stderr.write(f"hang, rank {rank}: {ending.text}; stacks: {path}\n{stacks}")
         elif prints:
@@ -548,6 +270,216 @@ class Watchdog(Callback):
         return "" if self._peers is None else self._peers.describe_silent()
 
 
+class Ending(NamedTuple):
+    """The reason why all ranks end.
+
+    Attributes:
+        code: Exit code of all ranks.
+        reason: ``hang`` if a rank makes no progress, ``rank`` if a rank has ended or is about to end.
+        text: Description for the user.
+    """
+
+    code: int
+    reason: Literal["hang", "rank"]
+    text: str
+
+
+class Peers:
+    """The other ranks as seen from this rank: detects ranks that have ended, and tells all ranks why the run ends.
+
+    The protocol uses keys in the TCP store of the process group, which rank 0 holds. ``MASTER_ADDR`` and
+    ``MASTER_PORT`` must name it.
+
+    1. Each rank opens a listen socket, writes its first beat to ``beat/RANK`` and the socket's address to
+       ``listen/RANK``. It never accepts a connection: the kernel completes it and keeps it open for as long as the
+       process lives.
+    2. About once a second, each rank writes its next beat, a counter, to ``beat/RANK``.
+    3. It then reads ``ending``. If the key exists, this rank ends, too.
+    4. It then checks the connection to the next rank, (rank + 1) modulo the number of ranks:
+       a. An open connection means that the process lives, even if it is stopped or silent.
+       b. A closed or missing connection proves nothing, since the network may be the cause. As long as the next rank
+          beats, it lives, and this rank tries to connect again from time to time.
+       c. If the beats have also stopped, and the next rank has not written ``left/RANK``, this rank connects again. A
+          refusal comes from the kernel of the next rank's machine and means that the process has ended. The exception
+          is a firewall that refuses connections; it is known by an earlier refusal while the next rank was still
+          beating.
+    5. If the connection to the store breaks, the rank connects again. If the address refuses for several beats in a
+       row, rank 0 has ended.
+    6. A rank that fails writes its error to ``ending``; only the first error is kept. A rank that ends as planned
+       writes ``left/RANK``.
+
+    Args:
+        rank: Rank of this process.
+        world_size: Number of ranks, >= 2.
+    """
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self._store_address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self._store = _open_store(*self._store_address)
+        self._lock = threading.Lock()  # a store's connection serves one request at a time
+        self._rank = rank
+        self._beat_keys = [f"beat/{each}" for each in range(world_size)]
+        self._name = f"rank {rank} ({socket.gethostname()}, process {os.getpid()})"
+        self._beats = 0  # beats that this rank has written
+        self._store_refusals = 0  # refused connections to the store in a row
+        self._next = (rank + 1) % world_size
+        self._connection: socket.socket | None = None  # to the next rank
+        self._is_refused = False  # the last attempt to connect to the next rank was refused
+        self._is_firewalled = False  # connections to the next rank are refused although it lives
+        self._next_attempt = 0  # earliest beat of this rank for another attempt
+        self._last_beat = b""  # last beat read from the next rank
+        self._unchanged = 0  # number of reads in a row without a new beat
+        # 1. The beat comes before the address, so that a rank that finds the address also finds a beat.
+        self._listen_socket = _open_listen_socket()
+        self._write_beat()
+        self._store.set(
+            _listen_key(rank), f"{_own_address(*self._store_address)} {self._listen_socket.getsockname()[1]}"
+        )
+
+    def beat(self) -> Ending | None:
+        """Writes a beat, and checks the store and the next rank.
+
+        Must be called about once per second in a separate thread: it blocks while the process of rank 0 is stopped.
+
+        Returns:
+            The reason why this rank must end, or None.
+        """
+        try:
+            with self._lock:
+                self._write_beat()  # step 2
+                self._store_refusals = 0
+                ending = self._get_ending()  # step 3
+                return ending if ending is not None else self._check_next_rank()  # step 4
+        except dist.DistNetworkError:
+            self._reconnect_store()  # step 5
+        except RuntimeError:  # a slow answer of the store is not an error
+            pass
+        is_gone = self._store_refusals > _GRACE_BEATS
+        return Ending(INTERNAL_ERROR, "rank", f"{_STORE} has ended") if is_gone else None
+
+    def read_ending(self) -> Ending | None:
+        """Returns the reason that a rank has announced, or None."""
+        return self._ask(self._get_ending)
+
+    def announce(self, ending: Ending) -> None:
+        """Announces to all ranks why they end; only the first announcement is kept."""
+        self._ask(lambda: self._store.compare_set(_ENDING, "", json.dumps(ending)))
+
+    def leave(self) -> None:
+        """Ends the checks, as this rank ends as planned; no other rank then considers it lost."""
+        self._ask(self._leave)
+
+    def describe_silent(self) -> str:
+        """Returns a text that names the ranks without new beats, empty if there are none; takes some seconds."""
+        before = self._ask(self._read_beats)
+        # This rank keeps beating, since the other ranks may be in the same function.
+        for _ in range(_SILENT_BEATS if before else 0):
+            time.sleep(_SILENT_SECONDS / _SILENT_BEATS)
+            self._ask(self._write_beat)
+        after = self._ask(self._read_beats) if before else None
+        if before is None or after is None:
+            return f"{_STORE} does not answer"
+        silent = [
+            new.rpartition(" ")[0]
+            for rank, (old, new) in enumerate(zip(before, after, strict=True))
+            if old == new and rank != self._rank
+        ]
+        return f"{', '.join(silent)}: no heartbeat for {_SILENT_SECONDS} s" if silent else ""
+
+    def _leave(self) -> None:
+        try:
+            self._store.set(_left_key(self._rank), "")
+        finally:
+            self._listen_socket.close()
+            self._close_connection()
+
+    def _get_ending(self) -> Ending | None:
+        return Ending(*json.loads(self._store.get(_ENDING))) if self._store.check([_ENDING]) else None
+
+    def _write_beat(self) -> None:
+        self._beats += 1
+        self._store.set(self._beat_keys[self._rank], f"{self._name} {self._beats}")
+
+    def _read_beats(self) -> list[str]:
+        """Returns the last beat of each rank, or ``rank R 0`` for a rank that has not started yet."""
+        if self._store.check(self._beat_keys):
+            return [beat.decode() for beat in self._store.multi_get(self._beat_keys)]
+        # ``get`` would wait for a missing key.
+        has_begun = [self._store.check([key]) for key in self._beat_keys]
+        return [
+            self._store.get(key).decode() if begun else f"rank {rank} 0"
+            for rank, (key, begun) in enumerate(zip(self._beat_keys, has_begun, strict=True))
+        ]
+
+    def _ask(self, request: Callable[[], T]) -> T | None:
+        """Returns the result of a request to the store; None if it fails or takes more than some seconds."""
+        answer: list[T] = []
+
+        def call() -> None:
+            with suppress(RuntimeError), self._lock:
+                answer.append(request())
+
+        # In a thread, since the store's own timeout is not reliable.
+        thread = threading.Thread(target=call, name="store", daemon=True)
+        thread.start()
+        thread.join(_STORE_SECONDS)
+        return answer[0] if answer else None
+
+    def _reconnect_store(self) -> None:
+        """Connects to the store again, or counts a refusal (step 5)."""
+        try:
+            # A plain connection first, since the store itself retries for a long time if the port is closed.
+            socket.create_connection(self._store_address, timeout=1).close()
+            store = _open_store(*self._store_address)
+            with self._lock:
+                self._store = store
+        except ConnectionRefusedError:
+            self._store_refusals += 1
+        except (OSError, RuntimeError):  # the network is down, which proves nothing about rank 0
+            self._store_refusals = 0
+
+    def _check_next_rank(self) -> Ending | None:
+        """Returns an ending if the next rank has ended without an announcement (step 4)."""
+        state = "unreachable" if self._connection is None else _state_of(self._connection)
+        if state == "open":  # 4a
+            return None
+        if state == "unreachable":
+            self._close_connection()
+        if not self._store.check([_listen_key(self._next)]):  # the next rank has not started yet
+            return None
+        beat = self._store.get(self._beat_keys[self._next])
+        if beat != self._last_beat:  # 4b: it lives
+            # It has beaten after a refusal, so a firewall refused the connection, not the kernel for an ended process.
+            self._is_firewalled = self._is_firewalled or self._is_refused
+            self._last_beat, self._unchanged = beat, 0
+            if self._beats >= self._next_attempt:
+                self._connect_to_next_rank()
+            return None
+        self._unchanged += 1
+        late = self._unchanged - _GRACE_BEATS - 1
+        if late < 0 or late % _CONNECT_BEATS or self._store.check([_left_key(self._next)]):
+            return None
+        self._connect_to_next_rank()  # 4c: the kernel of its machine refuses if the process has ended
+        if not self._is_refused or self._is_firewalled:
+            return None
+        return Ending(INTERNAL_ERROR, "rank", f"{beat.decode().rpartition(' ')[0]}: its process has ended")
+
+    def _connect_to_next_rank(self) -> None:
+        """Connects to the listen socket of the next rank if it is reachable."""
+        self._close_connection()
+        self._next_attempt, self._is_refused = self._beats + _CONNECT_BEATS, False
+        host, _, port = self._store.get(_listen_key(self._next)).decode().rpartition(" ")
+        try:
+            self._connection, self._unchanged = _connect(host, int(port)), 0
+        except OSError as error:
+            self._is_refused = isinstance(error, ConnectionRefusedError)
+
+    def _close_connection(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
 def _format_stacks() -> str:
     """Returns the stacks of all threads as text.
 
@@ -558,3 +490,57 @@ def _format_stacks() -> str:
         f"Thread {names.get(number, number)}:\n{''.join(traceback.format_stack(frame))}\n"
         for number, frame in sys._current_frames().items()
     )
+
+
+def _open_store(address: str, port: int) -> PrefixStore:
+    """Opens a second connection to the store, since that of the process group may be blocked in a request."""
+    # The store of torchrun survives a restart; an announcement from before must not end the new processes.
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
+    return PrefixStore(f"maskgit_pl/{restart}", store)
+
+
+def _listen_key(rank: int) -> str:
+    return f"listen/{rank}"
+
+
+def _left_key(rank: int) -> str:
+    return f"left/{rank}"
+
+
+def _open_listen_socket() -> socket.socket:
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", 0))
+
+
+def _own_address(address: str, port: int) -> str:
+    """Returns the address of this machine for the other ranks: the one from which it reaches rank 0."""
+    family, kind, _, _, target = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(target)  # only selects the route: a datagram socket sends nothing here
+        own = str(probe.getsockname()[0])
+    # A loopback address means that this is the machine of rank 0, whose name all ranks know.
+    return address if own.startswith("127.") or own == "::1" else own
+
+
+def _connect(host: str, port: int) -> socket.socket:
+    connection = socket.create_connection((host, port), timeout=1)
+    connection.settimeout(0)  # reads do not block
+    # Firewalls drop connections without traffic, and ours carries no data: keep-alive packets prevent that.
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_KEEPIDLE"):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
+    return connection
+
+
+def _state_of(connection: socket.socket) -> Literal["open", "closed", "unreachable"]:
+    """Returns the state of a connection on which the other side never sends data while its process lives."""
+    try:
+        return "closed" if connection.recv(1) == b"" else "open"
+    except BlockingIOError:  # nothing to read
+        return "open"
+    except ConnectionResetError:
+        return "closed"
+    except OSError:  # the network is down
+        return "unreachable"
