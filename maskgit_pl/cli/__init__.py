@@ -1,8 +1,8 @@
 """The console script ``maskgit``: builds the parser of all commands, runs one, and turns errors into exit codes.
 
-Each command has a file of its own, in this folder or in ``contrib``, with ``add_parser`` and ``run``. These files
-import only what the parser needs, so that ``--help`` and wrong flags are answered without torch; ``run`` imports the
-rest.
+Each command NAME has a function ``add_NAME_parser`` in a file of this folder or of ``contrib``. These files import only
+what the parser needs, so that ``--help`` and wrong flags are answered without torch; the function that runs the command
+imports the rest.
 """
 
 from __future__ import annotations

@@ -31,9 +31,7 @@ from maskgit_pl.runs.flag_values import parse_integers
 from maskgit_pl.runs.plan import plan_run
 from maskgit_pl.runs.recipe import DEFAULT_DATASET, Recipe
 
-__all__ = [
-    "add_ablation_parser",
-]
+__all__ = ["add_ablation_parser"]
 
 _SCHEDULES = ",".join(PAPER_SCHEDULES)
 _SEEDS = "0,1"

@@ -30,10 +30,10 @@ def add_completion_parser(
         epilog='Example: eval "$(maskgit completion bash)"',
     )
     parser.add_argument("shell", choices=SHELLS, help="shell that reads the script")
-    parser.set_defaults(run=lambda args: _run(args, build_parser()))
+    parser.set_defaults(run=lambda args: _run_completion(args, build_parser()))
 
 
-def _run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def _run_completion(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Prints the script."""
     import shtab
 

@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 
     from maskgit_pl.runs.preflight_report import Shares
 
-__all__ = [
-    "add_doctor_parser",
-]
+__all__ = ["add_doctor_parser"]
 
 _VERDICT_WIDTH, _NAME_WIDTH, _COST_WIDTH = 7, 10, 15  # of the longest: warning, pretrained, FLOPs of a step
 _WORDS = {"ok": "ok", "warning": "warning", "error": "FAIL"}

@@ -1,9 +1,4 @@
-"""``maskgit inpaint`` and ``maskgit edit``: regenerate part of an image, with ``edit`` as another class.
-
-``maskgit outpaint``: extends an image beyond its borders.
-
-``maskgit panorama``: generates images of any width, window by window.
-"""
+"""``maskgit inpaint``, ``edit``, ``outpaint`` and ``panorama``: generate parts of images, and images of other sizes."""
 
 from __future__ import annotations
 
@@ -46,9 +41,12 @@ if TYPE_CHECKING:
 
 __all__ = ["add_inpaint_parser", "add_outpaint_parser", "add_panorama_parser"]
 
+_SIDES = ("left", "right", "up", "down")
+_TILE_SIZE = 84  # pixels: enlarges small images as the other sheets do (``pipeline.grids.TILE_SIZE``)
+
 
 def add_inpaint_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds both commands to ``maskgit``."""
+    """Adds ``inpaint`` and ``edit`` to ``maskgit``; ``edit`` generates another class."""
     inpaint = subparsers.add_parser(
         "inpaint",
         help="regenerate part of an image",
@@ -95,12 +93,7 @@ def _run_inpaint(args: argparse.Namespace) -> int:
     header, box = _read_region(args)
     folder, outline = find_model(args)
     label = outline.parse_class(args.class_)
-    from maskgit_pl.pipeline.pixels import (
-        check_fits,
-        fit_to_model,
-        image_pixels,
-        mask_pixels,
-    )
+    from maskgit_pl.pipeline.pixels import check_fits, fit_to_model, image_pixels, mask_pixels
     from maskgit_pl.pipeline.regions import box_mask, pixel_region, token_mask
 
     size, name = outline.image_size, f"image {args.image}"
@@ -153,9 +146,6 @@ def _read_region(args: argparse.Namespace) -> tuple[ImageHeader, list[int] | Non
     return image, box
 
 
-_SIDES = ("left", "right", "up", "down")
-
-
 def add_outpaint_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to ``maskgit``."""
     parser = subparsers.add_parser(
@@ -186,10 +176,7 @@ def _run_outpaint(args: argparse.Namespace) -> int:
     check_seed_and_batch(args)
     check_variant_flags(args)
     check_outputs(args, **PICTURES)
-    from maskgit_pl.pipeline.pixels import (
-        image_pixels,
-        read_image_header,
-    )
+    from maskgit_pl.pipeline.pixels import image_pixels, read_image_header
     from maskgit_pl.pipeline.regions import pixel_region, token_mask
 
     header = read_image_header(args.image)
@@ -240,9 +227,6 @@ def _read_margins(args: argparse.Namespace) -> Margins:
         raise ValueError("one of --left, --right, --up, --down and --all must be > 0 pixels, got none")
     with use_flag_names(args):
         return Margins(**sides)
-
-
-_TILE_SIZE = 84  # pixels: enlarges small images as the other sheets do (imaging.layout.TILE_SIZE)
 
 
 def add_panorama_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

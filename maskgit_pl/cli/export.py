@@ -1,7 +1,4 @@
-"""``maskgit export``: writes a checkpoint as a pretrained folder, or a model for ONNX, PyTorch or diffusers.
-
-``maskgit push``: uploads a pretrained folder with its model card to the Hugging Face Hub.
-"""
+"""``maskgit export`` and ``push``: write a model for this or other programs, and upload it to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from maskgit_pl.cli.flags import print_rows
 from maskgit_pl.errors import printable
 from maskgit_pl.files import size_text
 from maskgit_pl.runs.fitting import export
@@ -136,8 +134,6 @@ def _run_push(args: argparse.Namespace) -> int:
 
 def _show(plan: Push, *, private: bool) -> None:
     """Prints the files with size and digest, then the card."""
-    from maskgit_pl.cli.flags import print_rows
-
     visibility = "private" if private else "public"
     total = size_text(sum(each.num_bytes for each in plan.files))
     print(f"{plan.hub_id} ({visibility}): {len(plan.files)} files, {total}; nothing is uploaded (--dry-run)\n")

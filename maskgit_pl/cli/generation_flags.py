@@ -1,16 +1,6 @@
-"""The model of a command: its argument, its sizes and classes read without torch, and the loaded pipeline.
+"""Flags of the commands that generate images: the model, its decoding, and the options of ``sample`` and of editing.
 
-Decoding flags, one for each field of ``DecodingConfig``. Used by every command that generates images.
-
-They are read and checked before torch is imported.
-
-``--negative-model``, the flag of every command that generates images with a single model.
-
-Flags of the editing commands ``inpaint``, ``edit``, ``outpaint`` and ``panorama``.
-
-``--accept-rate`` and ``--classifier`` of ``maskgit sample``: rejection sampling by a classifier.
-
-``--vectors`` of ``maskgit sample``: a vector for each image, for models that were trained with vectors.
+Flags are read and checked before torch is imported. Each field of ``DecodingConfig`` has a flag.
 """
 
 from __future__ import annotations
@@ -65,6 +55,21 @@ __all__ = [
     "read_vectors_flag",
 ]
 
+_HELP = {
+    "num_steps": "number of decoding steps T",
+    "token_selector": 'token selector: a name such as halton, or \'{"name": "remdm", "eta": 0.1}\'',
+    "guidance": 'guidance schedule: a name such as cosine, or \'{"name": "linear", "scale": 2}\'',
+    "sampling_temperature": "softmax temperature of the codes; A,B goes from A at the first step to B at the last",
+    "top_k": "sample from the N most likely codes only",
+    "top_p": "sample from the most likely codes with a total probability of X only",
+    "tokens_per_step": "number of tokens decided at each step, in place of the mask schedule",
+    "mask_schedule": "mask schedule: a name such as cosine (default: that of the training)",
+    "draw_method": "how codes are drawn: gumbel (nearly the same images in all precisions) or inverse_cdf",
+    "guidance_scale": "scale of the guidance schedule, at least 0; 0 switches guidance off",
+    "choice_temperature": "scale of the Gumbel noise on the confidence; 0 keeps the most confident tokens",
+}
+_PLUG_IN_ARGUMENTS = ("guidance_scale", "choice_temperature")  # settings that replace one argument of a plug-in
+
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
     """Adds the positional argument RUN that names the model."""
@@ -103,7 +108,7 @@ def open_pipe(folder: Path, args: argparse.Namespace, *, device: str | None = No
 
     Args:
         folder: The folder with ``tokenizer/`` and ``transformer/``.
-        args: Flags of ``decoding_flags.add_decoding_arguments``.
+        args: Flags of ``add_decoding_arguments``.
         device: Default device; None for a GPU if there is one, else the CPU.
     """
     # int8 works on the CPU only, so it is the default device with --int8.
@@ -119,22 +124,6 @@ def open_pipe(folder: Path, args: argparse.Namespace, *, device: str | None = No
         dtype=parse_dtype(args.dtype, place),
     )
     return pipe.quantize() if args.int8 else pipe
-
-
-_HELP = {
-    "num_steps": "number of decoding steps T",
-    "token_selector": 'token selector: a name such as halton, or \'{"name": "remdm", "eta": 0.1}\'',
-    "guidance": 'guidance schedule: a name such as cosine, or \'{"name": "linear", "scale": 2}\'',
-    "sampling_temperature": "softmax temperature of the codes; A,B goes from A at the first step to B at the last",
-    "top_k": "sample from the N most likely codes only",
-    "top_p": "sample from the most likely codes with a total probability of X only",
-    "tokens_per_step": "number of tokens decided at each step, in place of the mask schedule",
-    "mask_schedule": "mask schedule: a name such as cosine (default: that of the training)",
-    "draw_method": "how codes are drawn: gumbel (nearly the same images in all precisions) or inverse_cdf",
-    "guidance_scale": "scale of the guidance schedule, at least 0; 0 switches guidance off",
-    "choice_temperature": "scale of the Gumbel noise on the confidence; 0 keeps the most confident tokens",
-}
-_PLUG_IN_ARGUMENTS = ("guidance_scale", "choice_temperature")  # settings that replace one argument of a plug-in
 
 
 def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
@@ -226,7 +215,6 @@ def _read_file(file: Path | None) -> tuple[DecodingConfig, bool] | None:
         return None
     if not file.is_file():
         raise FileNotFoundError(f"--decoding {file}: no such file; `maskgit tune` writes RUN/pretrained/decoding.json")
-
     decoding, content = read_settings_file(file)
     return decoding, content.get("negative_model") is not None
 
@@ -294,7 +282,7 @@ def check_overlap_flag(args: argparse.Namespace) -> None:
 
 
 def add_acceptance_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags."""
+    """Adds ``--accept-rate`` and ``--classifier``: rejection sampling by a classifier."""
     parser.add_argument(
         "--accept-rate",
         type=float,
@@ -311,14 +299,13 @@ def add_acceptance_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_acceptance_flags(args: argparse.Namespace) -> None:
-    """Checks the flags, and finds the classifier before torch is imported."""
+    """Checks ``--accept-rate``, and finds its classifier before torch is imported."""
     if args.accept_rate is None:
         if args.classifier is not None:
             raise ValueError(f"--classifier must be given with --accept-rate, got only {args.classifier}")
         return
     check_number("--accept-rate", args.accept_rate, "(0, 1]")
-    given = args.classifier is not None
-    if not given:
+    if args.classifier is None:
         from maskgit_pl.evaluation.run_folders import find_run
 
         try:
@@ -367,7 +354,7 @@ def describe_acceptance(acceptance: Acceptance, count: int, num_candidates: int)
 
 
 def add_vectors_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds the flag."""
+    """Adds ``--vectors``."""
     parser.add_argument(
         "--vectors",
         type=Path,

@@ -1,10 +1,6 @@
-"""Flags that the commands of importers share.
+"""``maskgit import-jax``, ``import-tokenizer`` and ``import-transformer``: convert checkpoints that others released.
 
-``maskgit import-jax``: converts checkpoints of the released JAX code to a pretrained folder.
-
-``maskgit import-tokenizer``: converts a tokenizer that others released to a pretrained folder.
-
-``maskgit import-transformer``: converts a transformer of Halton-MaskGIT or MaskGIL to a pretrained folder.
+Each writes a pretrained folder.
 """
 
 from __future__ import annotations
@@ -22,34 +18,7 @@ from maskgit_pl.importers.files import (
     read_class_names,
 )
 
-__all__ = [
-    "add_class_names_argument",
-    "add_import_jax_parser",
-    "add_import_tokenizer_parser",
-    "add_import_transformer_parser",
-    "add_out_argument",
-    "read_class_names_flag",
-]
-
-
-def add_out_argument(parser: argparse.ArgumentParser, text: str = "pretrained folder to write") -> None:
-    """Adds ``--out``, which ``importers.files.check_out`` checks."""
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help=text)
-
-
-def add_class_names_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--class-names``, which ``read_class_names_flag`` reads."""
-    parser.add_argument(
-        "--class-names",
-        type=Path,
-        metavar="FILE",
-        help="file with one class name per line (default: ImageNet's names for 1000 classes, else numbers)",
-    )
-
-
-def read_class_names_flag(args: argparse.Namespace) -> list[str] | None:
-    """Returns the class names of ``--class-names``, or None without it."""
-    return None if args.class_names is None else read_class_names(args.class_names)
+__all__ = ["add_import_jax_parser", "add_import_tokenizer_parser", "add_import_transformer_parser"]
 
 
 def add_import_jax_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -66,14 +35,14 @@ def add_import_jax_parser(subparsers: argparse._SubParsersAction[argparse.Argume
         "--tokenizer", type=Path, required=True, metavar="FILE", help="such as tokenizer_imagenet256_checkpoint"
     )
     parser.add_argument("--transformer", type=Path, metavar="FILE", help="such as maskgit_imagenet256_checkpoint")
-    add_out_argument(parser)
+    _add_out_argument(parser)
     parser.add_argument(
         "--image-size",
         type=int,
         metavar="256|512",
         help="side of the images in pixels (default: from the transformer's grid; 256 without a transformer)",
     )
-    add_class_names_argument(parser)
+    _add_class_names_argument(parser)
     parser.set_defaults(run=_run_import_jax)
 
 
@@ -83,7 +52,7 @@ def _run_import_jax(args: argparse.Namespace) -> int:
     check_flax_file(args.tokenizer)
     if args.transformer is not None:
         check_flax_file(args.transformer)
-    class_names = read_class_names_flag(args)
+    class_names = _read_class_names_flag(args)
     from maskgit_pl.importers.released import import_jax
 
     import_jax(
@@ -107,7 +76,7 @@ def add_import_tokenizer_parser(subparsers: argparse._SubParsersAction[argparse.
         metavar="FILE",
         help="checkpoint: .ckpt, .pt, .bin or .safetensors, or a folder that diffusers saved",
     )
-    add_out_argument(parser, "pretrained folder; DIR/tokenizer is written")
+    _add_out_argument(parser, "pretrained folder; DIR/tokenizer is written")
     parser.add_argument(
         "--image-size", type=int, default=256, metavar="PIXELS", help="side of the images in pixels (default: 256)"
     )
@@ -158,14 +127,14 @@ def add_import_transformer_parser(subparsers: argparse._SubParsersAction[argpars
         metavar="DIR",
         help="folder of its tokenizer, as maskgit import-tokenizer writes it",
     )
-    add_out_argument(parser)
+    _add_out_argument(parser)
     parser.add_argument(
         "--num-heads",
         type=int,
         metavar="N",
         help="attention heads, for a network of another size than the published ones",
     )
-    add_class_names_argument(parser)
+    _add_class_names_argument(parser)
     parser.set_defaults(run=_run_import_transformer)
 
 
@@ -174,7 +143,7 @@ def _run_import_transformer(args: argparse.Namespace) -> int:
     check_out(args.out)
     check_torch_file(args.file)
     check_at_least(args, num_heads=1)
-    names = read_class_names_flag(args)
+    names = _read_class_names_flag(args)
     from maskgit_pl.importers.transformers import import_transformer
 
     imported = import_transformer(
@@ -182,3 +151,23 @@ def _run_import_transformer(args: argparse.Namespace) -> int:
     )
     print(imported.report())
     return 0
+
+
+def _add_out_argument(parser: argparse.ArgumentParser, text: str = "pretrained folder to write") -> None:
+    """Adds ``--out``, which ``check_out`` checks."""
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help=text)
+
+
+def _add_class_names_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--class-names``, which ``_read_class_names_flag`` reads."""
+    parser.add_argument(
+        "--class-names",
+        type=Path,
+        metavar="FILE",
+        help="file with one class name per line (default: ImageNet's names for 1000 classes, else numbers)",
+    )
+
+
+def _read_class_names_flag(args: argparse.Namespace) -> list[str] | None:
+    """Returns the class names of ``--class-names``, or None without it."""
+    return None if args.class_names is None else read_class_names(args.class_names)

@@ -1,13 +1,4 @@
-"""``maskgit models``: lists the models that commands can load, and those that can be imported.
-
-``maskgit recipes list|show|copy|schema``: the recipes that ``--recipe`` can name, copies to change, their keys.
-
-``maskgit plugins``: lists the names of all registries, and the package that each name comes from.
-
-``maskgit env``: versions, machine and devices, for a report of a problem.
-
-``maskgit schedules``: lists the mask schedules, with the number of known tokens after each decoding step.
-"""
+"""Commands that list what there is: ``maskgit models``, ``recipes``, ``plugins``, ``env`` and ``schedules``."""
 
 from __future__ import annotations
 
@@ -51,9 +42,30 @@ __all__ = [
     "add_plugins_parser",
     "add_recipes_parser",
     "add_schedules_parser",
-    "copy",
-    "show",
 ]
+
+log = logging.getLogger(__name__)
+
+REGISTRIES = {  # module of each registry, by the name of the registry
+    "mask_schedules": "schedules",
+    "mask_ratios": "masking",
+    "mask_positions": "masking",
+    "objectives": "objectives",
+    "corruptions": "objectives",
+    "backbones": "networks.backbone",
+    "quantizers": "networks.quantizers",
+    "discriminators": "networks.discriminators",
+    "perceptual_networks": "networks.perceptual",
+    "feature_networks": "networks.features",
+    "token_selectors": "decoding.token_selector",
+    "guidance_schedules": "decoding.guidance",
+    "augmentations": "data.augmentations",
+    "optimizers": "training.optimizers",
+    "learning_rate_schedules": "training.learning_rates",
+    "loggers": "training.loggers",
+    "callbacks": "training.callbacks",
+    "profilers": "training.callbacks",
+}
 
 _IMPORTED = Path("pretrained")  # folder of the examples of the importers
 _TOKENIZER = "maskgit import-tokenizer FILE --out pretrained/NAME"
@@ -68,6 +80,12 @@ _RELEASED = (  # project, content, command
     ("Halton-MaskGIT", "transformer, ImageNet 256 and 384", _TRANSFORMER),
     ("MaskGIL", "transformer, ImageNet 256", _TRANSFORMER),
 )
+
+_KINDS: tuple[Stage | Literal["cluster"], ...] = (*STAGES, "cluster")
+
+_OPTIONAL = (  # libraries whose versions ``env`` also prints
+    "numpy", "pillow", "torchvision", "torchmetrics", "webdataset", "timm", "safetensors", "simplejpeg", "pyarrow",
+)  # fmt: skip
 
 
 def add_models_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -120,9 +138,6 @@ def _row_of_model(name: str, origin: str, content: str, command: str) -> dict[st
     return {"model": name, "from": origin, "content": content, "command": command}
 
 
-_KINDS: tuple[Stage | Literal["cluster"], ...] = (*STAGES, "cluster")
-
-
 def add_recipes_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to ``maskgit``."""
     parser = subparsers.add_parser(
@@ -136,11 +151,11 @@ def add_recipes_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentP
     listed = actions.add_parser("list", help="list all recipes", description="List all recipes.",
                                 epilog="Example: maskgit recipes list")  # fmt: skip
     add_json_argument(listed)
-    listed.set_defaults(run=_list)
+    listed.set_defaults(run=_run_list)
     shown = actions.add_parser("show", help="print a recipe", description="Print the files of a recipe.",
                                epilog="Example: maskgit recipes show paper-256")  # fmt: skip
     shown.add_argument("name", metavar="NAME", help="name of the recipe")
-    shown.set_defaults(run=show)
+    shown.set_defaults(run=_run_show)
     copied = actions.add_parser(
         "copy",
         help="copy a recipe, to change it",
@@ -149,7 +164,7 @@ def add_recipes_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentP
     )
     copied.add_argument("name", metavar="NAME", help="name of the recipe")
     copied.add_argument("--as", dest="new", metavar="NEW", help="name of the copy (default: NAME)")
-    copied.set_defaults(run=copy)
+    copied.set_defaults(run=_run_copy)
     schema = actions.add_parser(
         "schema",
         help="print the JSON Schema of recipes, for editors",
@@ -158,10 +173,10 @@ def add_recipes_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentP
         epilog="Example: maskgit recipes schema transformer > recipes/transformer.schema.json",
     )
     schema.add_argument("kind", choices=get_args(Kind), help="kind of recipe; autoregressive is for causal attention")
-    schema.set_defaults(run=_schema)
+    schema.set_defaults(run=_run_schema)
 
 
-def _list(args: argparse.Namespace) -> int:
+def _run_list(args: argparse.Namespace) -> int:
     found: dict[str, dict[str, Path]] = {}
     for kind in _KINDS:
         for name, file in list_recipes(kind).items():
@@ -170,7 +185,36 @@ def _list(args: argparse.Namespace) -> int:
     return 0
 
 
-def _schema(args: argparse.Namespace) -> int:
+def _run_show(args: argparse.Namespace) -> int:
+    """Prints the files of a recipe, each with its path."""
+    for file in _recipe_files(args.name).values():
+        print(f"# {file}\n{file.read_text()}")
+    return 0
+
+
+def _run_copy(args: argparse.Namespace) -> int:
+    """Copies the files of a recipe to ``recipes/`` of the working directory.
+
+    Raises:
+        FileNotFoundError: if there is no such recipe.
+        ValueError: if the new name is not one, or a file of this name exists.
+    """
+    name = args.name if args.new is None else args.new
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError(f"--as must be letters, digits and ._-, got {name!r}")
+    targets = {Path("recipes", kind, f"{name}.yaml"): file for kind, file in _recipe_files(args.name).items()}
+    for target in targets:
+        if target.exists():
+            raise ValueError(f"{target}: the file exists; choose another name with --as")
+    for target, file in targets.items():
+        make_folder(target.parent)
+        with write_atomically(target) as stream:
+            stream.write(file.read_bytes())
+        print(f"{target}: a copy of {file}")
+    return 0
+
+
+def _run_schema(args: argparse.Namespace) -> int:
     print(json.dumps(load_schema(args.kind), indent=1))
     return 0
 
@@ -186,36 +230,7 @@ def _recipe_row(name: str, files: Mapping[str, Path]) -> dict[str, str]:
     }
 
 
-def show(args: argparse.Namespace) -> int:
-    """Prints the files of a recipe, each with its path."""
-    for file in _files(args.name).values():
-        print(f"# {file}\n{file.read_text()}")
-    return 0
-
-
-def copy(args: argparse.Namespace) -> int:
-    """Copies the files of a recipe to ``recipes/`` of the working directory.
-
-    Raises:
-        FileNotFoundError: if there is no such recipe.
-        ValueError: if the new name is not one, or a file of this name exists.
-    """
-    name = args.name if args.new is None else args.new
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise ValueError(f"--as must be letters, digits and ._-, got {name!r}")
-    targets = {Path("recipes", kind, f"{name}.yaml"): file for kind, file in _files(args.name).items()}
-    for target in targets:
-        if target.exists():
-            raise ValueError(f"{target}: the file exists; choose another name with --as")
-    for target, file in targets.items():
-        make_folder(target.parent)
-        with write_atomically(target) as stream:
-            stream.write(file.read_bytes())
-        print(f"{target}: a copy of {file}")
-    return 0
-
-
-def _files(name: str) -> dict[str, Path]:
+def _recipe_files(name: str) -> dict[str, Path]:
     """Returns the file of each kind that has a recipe of this name.
 
     Raises:
@@ -240,28 +255,6 @@ def _first_sentence(file: Path) -> str:
     return re.split(r"(?<=\.) |:$", " ".join(text))[0]
 
 
-REGISTRIES = {  # module of each registry, by the name of the registry
-    "mask_schedules": "schedules",
-    "mask_ratios": "masking",
-    "mask_positions": "masking",
-    "objectives": "objectives",
-    "corruptions": "objectives",
-    "backbones": "networks.backbone",
-    "quantizers": "networks.quantizers",
-    "discriminators": "networks.discriminators",
-    "perceptual_networks": "networks.perceptual",
-    "feature_networks": "networks.features",
-    "token_selectors": "decoding.token_selector",
-    "guidance_schedules": "decoding.guidance",
-    "augmentations": "data.augmentations",
-    "optimizers": "training.optimizers",
-    "learning_rate_schedules": "training.learning_rates",
-    "loggers": "training.loggers",
-    "callbacks": "training.callbacks",
-    "profilers": "training.callbacks",
-}
-
-
 def add_plugins_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to ``maskgit``."""
     parser = subparsers.add_parser(
@@ -281,29 +274,16 @@ def _run_plugins(args: argparse.Namespace) -> int:
     if args.kind is not None:
         check_choice("KIND", args.kind, REGISTRIES)
     kinds = REGISTRIES if args.kind is None else [args.kind]
-    print_rows([row for kind in kinds for row in _rows(kind)], as_json=args.json)
+    print_rows([row for kind in kinds for row in _plugin_rows(kind)], as_json=args.json)
     return 0
 
 
-def _rows(kind: str) -> list[dict[str, Any]]:
+def _plugin_rows(kind: str) -> list[dict[str, Any]]:
     registry: Registry[Any] = getattr(import_module(f"maskgit_pl.{REGISTRIES[kind]}"), kind)
     return [
         {"kind": kind, "name": name, "package": package, "description": registry.summary(name)}
         for name, package in registry.origins().items()
     ]
-
-
-_OPTIONAL = (
-    "numpy",
-    "pillow",
-    "torchvision",
-    "torchmetrics",
-    "webdataset",
-    "timm",
-    "safetensors",
-    "simplejpeg",
-    "pyarrow",
-)
 
 
 def add_env_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -320,7 +300,7 @@ def add_env_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParse
 
 def _run_env(args: argparse.Namespace) -> int:
     """Prints one line for each value."""
-    values = _describe()
+    values = _describe_environment()
     if args.json:
         print(json.dumps(values, indent=1))
         return 0
@@ -331,7 +311,7 @@ def _run_env(args: argparse.Namespace) -> int:
     return 0
 
 
-def _describe() -> dict[str, Any]:
+def _describe_environment() -> dict[str, Any]:
     from importlib.metadata import PackageNotFoundError, version
 
     import torch
@@ -347,9 +327,6 @@ def _describe() -> dict[str, Any]:
     values["default device"] = device_name(torch.device(default_device()))
     values["recipes"] = list(map(str, recipes_folders()))
     return values
-
-
-log = logging.getLogger(__name__)
 
 
 def add_schedules_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -380,7 +357,7 @@ def _run_schedules(args: argparse.Namespace) -> int:
 
     with use_flag_names(args):
         check_num_steps(args.num_steps, args.num_tokens)
-    schedules = _schedules(args.schedules)
+    schedules = _build_schedules(args.schedules)
     from maskgit_pl.evaluation.reports.schedule_ablation import count_known_tokens, draw_schedules
 
     known = {
@@ -392,7 +369,7 @@ def _run_schedules(args: argparse.Namespace) -> int:
             [{"mask_schedule": name, "known": [*map(int, counts)]} for name, counts in known.items()], as_json=True
         )
     else:
-        _print_table(known, num_tokens=args.num_tokens, num_steps=args.num_steps)
+        _print_known(known, num_tokens=args.num_tokens, num_steps=args.num_steps)
     if args.out is not None:
         make_folder(args.out.parent)
         with write_atomically(args.out) as stream:
@@ -401,7 +378,7 @@ def _run_schedules(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_table(known: Mapping[str, Sequence[int]], *, num_tokens: int, num_steps: int) -> None:
+def _print_known(known: Mapping[str, Sequence[int]], *, num_tokens: int, num_steps: int) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -416,7 +393,7 @@ def _print_table(known: Mapping[str, Sequence[int]], *, num_tokens: int, num_ste
     Console().print(table)
 
 
-def _schedules(wanted: str | None) -> dict[str, MaskSchedule]:
+def _build_schedules(wanted: str | None) -> dict[str, MaskSchedule]:
     from maskgit_pl.schedules import mask_schedules
 
     if wanted is None:

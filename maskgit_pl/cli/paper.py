@@ -18,7 +18,7 @@ from maskgit_pl.evaluation import reports
 from maskgit_pl.processes import progress_bars
 from maskgit_pl.runs.flag_values import parse_numbers
 
-__all__ = ["add_paper_parser", "run_figure", "run_table"]
+__all__ = ["add_paper_parser"]
 
 _NUM_TOKENS = "16,64,256,1024"
 _SIZES = {
@@ -55,7 +55,7 @@ def add_paper_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentPar
     )
     table.add_argument("--num-steps", metavar="T,...", help="decoding steps T of Table 3 (default: "
                        "2,3,4,6,8,12,16,24, at most half the tokens)")  # fmt: skip
-    table.set_defaults(run=run_table)
+    table.set_defaults(run=_run_table)
 
     figure = subparsers.add_parser(
         "figure",
@@ -77,7 +77,7 @@ def add_paper_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentPar
     )
     for name, text in _SIZES.items():
         sizes.add_argument(format_flag(name), type=int, metavar="N", help=text)
-    figure.set_defaults(run=run_figure)
+    figure.set_defaults(run=_run_figure)
 
 
 def _add_runs(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +87,7 @@ def _add_runs(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run_table(args: argparse.Namespace) -> int:
+def _run_table(args: argparse.Namespace) -> int:
     """Measures what the ledger does not hold, and writes the table."""
     steps = read_num_steps_flag(args)
     check_at_least(args, cas_images=1)
@@ -110,7 +110,7 @@ def run_table(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_figure(args: argparse.Namespace) -> int:
+def _run_figure(args: argparse.Namespace) -> int:
     """Measures what the ledger does not hold, and draws the figure."""
     if args.number == 8:
         steps, options = read_num_steps_flag(args), read_report_flags(args)

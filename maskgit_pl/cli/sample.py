@@ -44,9 +44,7 @@ if TYPE_CHECKING:
     from maskgit_pl.pipeline import MaskGIT
     from maskgit_pl.pipeline.acceptance import Acceptance
 
-__all__ = [
-    "add_sample_parser",
-]
+__all__ = ["add_sample_parser"]
 
 _PER_CLASS = 8
 _ANIMATED = 4  # number of images side by side in an animation

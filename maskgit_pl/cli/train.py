@@ -1,9 +1,4 @@
-"""``maskgit train tokenizer|transformer``: trains a stage from a recipe, or resumes it from its last checkpoint.
-
-``maskgit tokenize``: encodes the images of a data set to a token store for stage 2.
-
-``maskgit slurm submit``: checks a stage of a run as training does, and submits it to Slurm.
-"""
+"""``maskgit train``, ``tokenize`` and ``slurm submit``: train a stage here or on a cluster, and encode its images."""
 
 from __future__ import annotations
 
@@ -11,17 +6,19 @@ import argparse
 import logging
 from collections.abc import Callable
 
-from maskgit_pl import processes, runs
+from maskgit_pl import runs
 from maskgit_pl.cli.flags import WantedFolders, add_run_arguments, read_folder_flags, read_recipe_flags, use_flag_names
 from maskgit_pl.errors import printable
-from maskgit_pl.processes import Bars, progress_bars
+from maskgit_pl.processes import Bars, catch_stop_signals, progress_bars
 from maskgit_pl.runs.fitting import fit
 from maskgit_pl.runs.plan import plan_run
-from maskgit_pl.runs.recipe import Recipe
+from maskgit_pl.runs.recipe import STAGES, Recipe
 from maskgit_pl.runs.slurm import JobOptions, check_submission, plan_submission, submit
 from maskgit_pl.runs.tokenizing import OnRows, ProcessRank, TokenizeOptions, find_process_rank, tokenize
 
 __all__ = ["add_slurm_parser", "add_tokenize_parser", "add_train_parser"]
+
+log = logging.getLogger(__name__)
 
 
 def add_train_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -33,7 +30,7 @@ def add_train_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentPar
         "recipe values, such as --trainer.max_steps 2000; --print-config lists them all.",
         epilog="Example: maskgit train transformer --recipe adaln --run fashion-mnist-adaln --trainer.max_steps 2000",
     )
-    parser.add_argument("stage", choices=("tokenizer", "transformer"), help="stage to train")
+    parser.add_argument("stage", choices=STAGES, help="stage to train")
     add_run_arguments(parser)
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--print-config", action="store_true", help="print the complete recipe of the run and exit")
@@ -46,7 +43,7 @@ def add_train_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentPar
 
 def _run_train(args: argparse.Namespace) -> int:
     """Trains the stage, or prints its recipe or its plan."""
-    with processes.catch_stop_signals(until="exit"):
+    with catch_stop_signals(until="exit"):
         recipe = read_recipe_flags(args)
         folders = read_folder_flags(args, recipe)
         if args.print_config:
@@ -177,9 +174,6 @@ def _make_bars(bars: Bars, process: ProcessRank) -> OnRows:
     return on_rows
 
 
-log = logging.getLogger(__name__)
-
-
 def add_slurm_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to ``maskgit``."""
     parser = subparsers.add_parser(
@@ -188,17 +182,17 @@ def add_slurm_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentPar
         description="Submit jobs that save before their time limit and requeue themselves.",
     )
     tasks = parser.add_subparsers(title="tasks", dest="task", required=True, metavar="TASK")
-    submit = tasks.add_parser(
+    task = tasks.add_parser(
         "submit",
         help="check a stage of a run and submit it",
         description="Check a stage of a run and submit it as a job. The same command resumes a run that was stopped. "
         "Further flags override single recipe values, such as --trainer.max_steps 2000.",
         epilog="Example: maskgit slurm submit transformer --recipe paper-256 --cluster fsdp --nodes 4 --dry-run",
     )
-    submit.add_argument("stage", choices=("tokenizer", "transformer"), help="stage to train")
-    add_run_arguments(submit)
-    _add_job_arguments(submit)
-    submit.set_defaults(run=_run_slurm, takes_overrides=True, cluster="ddp")
+    task.add_argument("stage", choices=STAGES, help="stage to train")
+    add_run_arguments(task)
+    _add_job_arguments(task)
+    task.set_defaults(run=_run_slurm, takes_overrides=True, cluster="ddp")
 
 
 def _add_job_arguments(parser: argparse.ArgumentParser) -> None:

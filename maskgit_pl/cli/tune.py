@@ -15,9 +15,7 @@ from maskgit_pl.runs.flag_values import parse_specs
 if TYPE_CHECKING:
     from maskgit_pl.decoding import DecodingConfig
 
-__all__ = [
-    "add_tune_parser",
-]
+__all__ = ["add_tune_parser"]
 
 
 def add_tune_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

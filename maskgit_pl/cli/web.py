@@ -7,9 +7,7 @@ from pathlib import Path
 
 from maskgit_pl.cli.flags import add_device_argument, read_device_flag
 
-__all__ = [
-    "add_web_parser",
-]
+__all__ = ["add_web_parser"]
 
 
 def add_web_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
