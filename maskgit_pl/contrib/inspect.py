@@ -13,9 +13,7 @@ from maskgit_pl.cli.flags import (
     read_device_flag,
 )
 
-__all__ = [
-    "add_inspect_parser",
-]
+__all__ = ["add_inspect_parser"]
 
 
 def add_inspect_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

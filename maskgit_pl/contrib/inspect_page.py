@@ -70,7 +70,7 @@ def inspect_run(
         out: File to write. Default: ``RUN/inspect.html``.
         max_images: Largest number of validation images that are measured, >= 1.
         device: Device of the tokenizer.
-        dtype: Arithmetic of the tokenizer, as ``devices.parse_dtype`` reads it; None for that of its weights.
+        dtype: Arithmetic of the tokenizer, as ``distributed.parse_dtype`` reads it; None for that of its weights.
 
     Returns:
         The written file.
