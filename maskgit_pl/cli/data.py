@@ -1,6 +1,6 @@
 """``maskgit data``: fetches public data sets, makes shards from images, indexes, verifies and counts shards.
 
-The functions that run a command import torch, PIL and webdataset: this file is imported to build the parser.
+This file is imported to build the parser, so only the functions that run a command import torch, PIL and webdataset.
 """
 
 from __future__ import annotations

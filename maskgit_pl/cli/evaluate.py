@@ -1,4 +1,7 @@
-"""``maskgit evaluate``, ``evaluate-tokenizer``, ``compare`` and ``train-classifier``: measure models."""
+"""``maskgit evaluate``, ``evaluate-tokenizer`` and ``compare``: measure models on the real images of the val split.
+
+``maskgit train-classifier`` trains a classifier of a data set, whose features measure generated images.
+"""
 
 from __future__ import annotations
 
