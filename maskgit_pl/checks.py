@@ -1,16 +1,8 @@
-"""JSON Schemas of type annotations, and checks of plain values against them.
+"""Checks of values from users and files. Every message has the form ``NAME must RULE, got VALUE``.
 
-Used for recipes, ``config.json`` and ``decoding.json``. Imports nothing heavy, so that a wrong key is reported
-immediately. The schemas are JSON Schema 2020-12, which editors understand.
-
-Checks of values from users and files. Every message has the form ``NAME must RULE, got VALUE``.
-
-Used by configuration dataclasses in ``__post_init__`` and by all readers of untrusted files.
-
-The size, the channels and the file names of images, as recipes and files give them. Imports no torch.
-
-A size is the side of square images, or (height, width). Equal sides are always one integer, so that a size has
-one form in files, digests and names.
+Used by configuration dataclasses in ``__post_init__`` and by all readers of untrusted files. Imports nothing heavy, so
+that a wrong key is reported immediately. In this order: single values, the mappings of files (keys, dataclasses), JSON
+Schemas of annotations (2020-12, which editors understand), and the sizes, channels and file names of images.
 """
 
 from __future__ import annotations
@@ -57,6 +49,17 @@ __all__ = [
 
 Schema = dict[str, Any]
 
+ImageSize: TypeAlias = int | tuple[int, int]
+"""The side of square images, or (height, width), in pixels."""
+
+T = TypeVar("T")
+
+CHANNELS = {1: "grey", 3: "RGB"}
+"""The numbers of channels of images, and what they hold."""
+
+_MAX_SHOWN = 80  # characters of a value in a message
+_FILE_NAME = re.compile(r"(no-class|class-\d{4,})-seed-\d{6,}\.png")  # of image_file_name
+
 _TYPES: dict[Any, str] = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}
 _NAMES = {
     "integer": "an integer",
@@ -77,84 +80,6 @@ _FITS: dict[str, Callable[[object], bool]] = {
 }
 
 
-def schema_of(annotation: Any) -> Schema:
-    """Returns the JSON Schema of an annotation.
-
-    Args:
-        annotation: A plain type, dataclass, ``Literal``, union, tuple, sequence, mapping or ``Any``.
-
-    Raises:
-        TypeError: if the annotation is of another kind.
-    """
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if annotation is Any:
-        return {}
-    if annotation is None:
-        annotation = type(None)
-    if annotation in _TYPES:
-        return {"type": _TYPES[annotation]}
-    # A dataclass is a mapping with exactly its fields.
-    if isinstance(annotation, type) and is_dataclass(annotation):
-        hints = get_type_hints(annotation)
-        properties = {field.name: schema_of(hints[field.name]) for field in fields(annotation) if field.init}
-        return {"type": "object", "properties": properties, "additionalProperties": False}
-    if origin is Literal:
-        return {"enum": list(arguments)}
-    if origin in (Union, types.UnionType):
-        return {"anyOf": [schema_of(each) for each in arguments]}
-    # tuple[float, float] has a fixed length; tuple[int, ...] is handled as a sequence below.
-    if origin is tuple and arguments[-1:] != (Ellipsis,):
-        return {"type": "array", "prefixItems": [schema_of(each) for each in arguments], **_length(len(arguments))}
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        return {"type": "object"}
-    if isinstance(origin, type) and issubclass(origin, Sequence):
-        return {"type": "array", "items": schema_of(arguments[0])}
-    raise TypeError(f"{annotation} has no JSON Schema here")
-
-
-def _length(count: int) -> Schema:
-    return {"minItems": count, "maxItems": count}
-
-
-def fits(value: object, schema: Schema) -> bool:
-    """Returns True if a plain value fits a schema of ``schema_of``. Keys of mappings are not compared.
-
-    An integer fits ``number``, a tuple fits ``array``, and a bool fits only ``boolean``.
-    """
-    if "anyOf" in schema:
-        return any(fits(value, each) for each in schema["anyOf"])
-    if "enum" in schema:
-        # 1 == True in Python, so types are compared too.
-        return any(value == choice and type(value) is type(choice) for choice in schema["enum"])
-    if schema.get("type") == "array":
-        return isinstance(value, list | tuple) and _items_fit(value, schema)
-    return "type" not in schema or _FITS[schema["type"]](value)
-
-
-def _items_fit(values: Sequence[object], schema: Schema) -> bool:
-    if "prefixItems" in schema:
-        return len(values) == len(schema["prefixItems"]) and all(map(fits, values, schema["prefixItems"]))
-    return all(fits(each, schema["items"]) for each in values)
-
-
-def describe(schema: Schema) -> str:
-    """Returns the values that a schema accepts in words, such as ``"an integer or null"``."""
-    if "anyOf" in schema:
-        return " or ".join(describe(each) for each in schema["anyOf"])
-    if "enum" in schema:
-        return " or ".join(repr(each) if isinstance(each, str) else str(each).lower() for each in schema["enum"])
-    if "prefixItems" in schema:
-        return "a list of " + " and ".join(describe(each) for each in schema["prefixItems"])
-    if schema.get("type") == "array":
-        return f"a list of items that are each {describe(schema['items'])}"
-    return _NAMES.get(schema.get("type", ""), "any value")
-
-
-T = TypeVar("T")
-
-_MAX_SHOWN = 80  # characters of a value in a message
-
-
 def shorten(value: object) -> str:
     """Returns ``repr(value)``, at most 80 characters long, with control characters escaped."""
     # A long list would fill the terminal, and repr() of it takes time.
@@ -171,28 +96,6 @@ def did_you_mean(name: str, choices: Collection[str]) -> str:
     """Returns ``"did you mean 'x'?"`` for the choice closest to ``name``, or an empty string if none is close."""
     close = get_close_matches(name, list(choices), n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else ""
-
-
-def plain_number(value: object) -> object:
-    """Returns a number of NumPy, or an integer in a tensor, as an ``int`` or a ``float``, and other values unchanged.
-
-    Methods that users call from Python apply it before the checks below, which accept plain numbers only, because
-    values from files are plain and values for files must be.
-    """
-    is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
-    if is_bool or bool(getattr(value, "ndim", 0)):
-        return value
-    with suppress(TypeError):  # arrays and tensors of floats have the method, too
-        if isinstance(value, SupportsIndex):
-            return operator.index(value)
-    return float(value) if isinstance(value, Real) else value
-
-
-def plain_list(value: object) -> list[Any] | None:
-    """Returns the elements of a list, an array or another iterable, with plain numbers; None for a single value."""
-    if isinstance(value, str | bytes) or not isinstance(value, Iterable) or getattr(value, "ndim", None) == 0:
-        return None
-    return [plain_number(each) for each in value]
 
 
 def check_integer(name: str, value: object, interval: str) -> int:
@@ -274,6 +177,47 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> str:
         hint = did_you_mean(value, choices) if isinstance(value, str) else ""
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {shorten(value)}; {hint}".removesuffix("; "))
     return value
+
+
+def _is_finite(value: int | float) -> bool:
+    return isinstance(value, int) or math.isfinite(value)
+
+
+def _contains(interval: str, value: int | float) -> bool:
+    # Round brackets exclude the end, square brackets include it.
+    low, high = (_end(word) for word in interval[1:-1].split(","))
+    above = low < value if interval[0] == "(" else low <= value
+    below = value < high if interval[-1] == ")" else value <= high
+    return above and below
+
+
+def _end(word: str) -> float:
+    # "2**32" and "inf" are both allowed.
+    base, _, exponent = word.partition("**")
+    end: float = float(base) ** float(exponent or 1)
+    return end
+
+
+def plain_number(value: object) -> object:
+    """Returns a number of NumPy, or an integer in a tensor, as an ``int`` or a ``float``, and other values unchanged.
+
+    Methods that users call from Python apply it before the checks below, which accept plain numbers only, because
+    values from files are plain and values for files must be.
+    """
+    is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
+    if is_bool or bool(getattr(value, "ndim", 0)):
+        return value
+    with suppress(TypeError):  # arrays and tensors of floats have the method, too
+        if isinstance(value, SupportsIndex):
+            return operator.index(value)
+    return float(value) if isinstance(value, Real) else value
+
+
+def plain_list(value: object) -> list[Any] | None:
+    """Returns the elements of a list, an array or another iterable, with plain numbers; None for a single value."""
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable) or getattr(value, "ndim", None) == 0:
+        return None
+    return [plain_number(each) for each in value]
 
 
 def check_keys(where: str, given: Collection[str], *, known: Collection[str], required: Collection[str] = ()) -> None:
@@ -367,32 +311,109 @@ def _hint(value: object, schema: Schema) -> str:
     return f"; {close}" if close else ""
 
 
-def _is_finite(value: int | float) -> bool:
-    return isinstance(value, int) or math.isfinite(value)
+def schema_of(annotation: Any) -> Schema:
+    """Returns the JSON Schema of an annotation.
+
+    Args:
+        annotation: A plain type, dataclass, ``Literal``, union, tuple, sequence, mapping or ``Any``.
+
+    Raises:
+        TypeError: if the annotation is of another kind.
+    """
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation is Any:
+        return {}
+    if annotation is None:
+        annotation = type(None)
+    if annotation in _TYPES:
+        return {"type": _TYPES[annotation]}
+    # A dataclass is a mapping with exactly its fields.
+    if isinstance(annotation, type) and is_dataclass(annotation):
+        hints = get_type_hints(annotation)
+        properties = {field.name: schema_of(hints[field.name]) for field in fields(annotation) if field.init}
+        return {"type": "object", "properties": properties, "additionalProperties": False}
+    if origin is Literal:
+        return {"enum": list(arguments)}
+    if origin in (Union, types.UnionType):
+        return {"anyOf": [schema_of(each) for each in arguments]}
+    # tuple[float, float] has a fixed length; tuple[int, ...] is handled as a sequence below.
+    if origin is tuple and arguments[-1:] != (Ellipsis,):
+        items, count = [schema_of(each) for each in arguments], len(arguments)
+        return {"type": "array", "prefixItems": items, "minItems": count, "maxItems": count}
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return {"type": "object"}
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        return {"type": "array", "items": schema_of(arguments[0])}
+    raise TypeError(f"{annotation} has no JSON Schema here")
 
 
-def _contains(interval: str, value: int | float) -> bool:
-    # Round brackets exclude the end, square brackets include it.
-    low, high = (_end(word) for word in interval[1:-1].split(","))
-    above = low < value if interval[0] == "(" else low <= value
-    below = value < high if interval[-1] == ")" else value <= high
-    return above and below
+def fits(value: object, schema: Schema) -> bool:
+    """Returns True if a plain value fits a schema of ``schema_of``. Keys of mappings are not compared.
+
+    An integer fits ``number``, a tuple fits ``array``, and a bool fits only ``boolean``.
+    """
+    if "anyOf" in schema:
+        return any(fits(value, each) for each in schema["anyOf"])
+    if "enum" in schema:
+        # 1 == True in Python, so types are compared too.
+        return any(value == choice and type(value) is type(choice) for choice in schema["enum"])
+    if schema.get("type") == "array":
+        return isinstance(value, list | tuple) and _items_fit(value, schema)
+    return "type" not in schema or _FITS[schema["type"]](value)
 
 
-def _end(word: str) -> float:
-    # "2**32" and "inf" are both allowed.
-    base, _, exponent = word.partition("**")
-    end: float = float(base) ** float(exponent or 1)
-    return end
+def _items_fit(values: Sequence[object], schema: Schema) -> bool:
+    if "prefixItems" in schema:
+        return len(values) == len(schema["prefixItems"]) and all(map(fits, values, schema["prefixItems"]))
+    return all(fits(each, schema["items"]) for each in values)
 
 
-ImageSize: TypeAlias = int | tuple[int, int]
-"""The side of square images, or (height, width), in pixels."""
+def describe(schema: Schema) -> str:
+    """Returns the values that a schema accepts in words, such as ``"an integer or null"``."""
+    if "anyOf" in schema:
+        return " or ".join(describe(each) for each in schema["anyOf"])
+    if "enum" in schema:
+        return " or ".join(repr(each) if isinstance(each, str) else str(each).lower() for each in schema["enum"])
+    if "prefixItems" in schema:
+        return "a list of " + " and ".join(describe(each) for each in schema["prefixItems"])
+    if schema.get("type") == "array":
+        return f"a list of items that are each {describe(schema['items'])}"
+    return _NAMES.get(schema.get("type", ""), "any value")
 
-_FILE_NAME = re.compile(r"(no-class|class-\d{4,})-seed-\d{6,}\.png")  # of ``image_file_name``
 
-CHANNELS = {1: "grey", 3: "RGB"}
-"""The numbers of channels of images, and what they hold."""
+def check_image_size(name: str, size: object, interval: str) -> ImageSize:
+    """Checks the size of images.
+
+    Args:
+        name: Name of the value for the message, such as a flag.
+        size: An integer, or a list or tuple [height, width].
+        interval: Range of a side, such as ``"[1, 8192]"``.
+
+    Returns:
+        The size in its one form; see ``as_image_size``.
+
+    Raises:
+        ValueError: if it is anything else, or a side is out of range.
+    """
+    if isinstance(size, list | tuple) and len(size) == 2:
+        return as_image_size([check_integer(name, side, interval) for side in size])
+    if not isinstance(size, int):
+        raise ValueError(
+            f"{name} must be an integer in {interval}, or [height, width] of two such integers, got {shorten(size)}"
+        )
+    return check_integer(name, size, interval)
+
+
+def check_channels(name: str, channels: object) -> int:
+    """Checks the number of channels of images.
+
+    Raises:
+        ValueError: if it is not 1 or 3.
+    """
+    if isinstance(channels, bool) or not isinstance(channels, int) or channels not in CHANNELS:
+        known = ", ".join(f"{number} ({what})" for number, what in CHANNELS.items())
+        raise ValueError(f"{name} must be one of {known}, got {shorten(channels)}")
+    return channels
 
 
 def height_width(size: int | Sequence[int]) -> tuple[int, int]:
@@ -433,38 +454,3 @@ def image_file_name(label: int | None, seed: int) -> str:
 def is_image_file_name(name: str) -> bool:
     """Returns True if a name can be one of ``image_file_name``."""
     return _FILE_NAME.fullmatch(name) is not None
-
-
-def check_image_size(name: str, size: object, interval: str) -> ImageSize:
-    """Checks the size of images.
-
-    Args:
-        name: Name of the value for the message, such as a flag.
-        size: An integer, or a list or tuple [height, width].
-        interval: Range of a side, such as ``"[1, 8192]"``.
-
-    Returns:
-        The size in its one form; see ``as_image_size``.
-
-    Raises:
-        ValueError: if it is anything else, or a side is out of range.
-    """
-    if isinstance(size, list | tuple) and len(size) == 2:
-        return as_image_size([check_integer(name, side, interval) for side in size])
-    if not isinstance(size, int):
-        raise ValueError(
-            f"{name} must be an integer in {interval}, or [height, width] of two such integers, got {shorten(size)}"
-        )
-    return check_integer(name, size, interval)
-
-
-def check_channels(name: str, channels: object) -> int:
-    """Checks the number of channels of images.
-
-    Raises:
-        ValueError: if it is not 1 or 3.
-    """
-    if isinstance(channels, bool) or not isinstance(channels, int) or channels not in CHANNELS:
-        known = ", ".join(f"{number} ({what})" for number, what in CHANNELS.items())
-        raise ValueError(f"{name} must be one of {known}, got {shorten(channels)}")
-    return channels

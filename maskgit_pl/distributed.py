@@ -1,11 +1,8 @@
-"""Collectives over the ranks of a process group: rank, sums, gathered rows, and errors that all ranks raise.
+"""The ranks of a process group, the devices of this machine, and the record of both that is saved with results.
 
-Without a process group, each function behaves as for a single process, so callers do not check whether there is one.
-Measurements gather their rows and sort them before they sum, so a result is bit-exact on any number of ranks.
-
-The devices that torch can use on this machine, and the check of a device name.
-
-The environment of a run or a measurement (versions, machine, devices), which is saved with its results.
+Collectives: sums, means, gathered rows, and errors that all ranks raise. Without a process group, each function behaves
+as for a single process, so callers do not check whether there is one. Measurements gather their rows and sort them
+before they sum, so a result is bit-exact on any number of ranks.
 """
 
 from __future__ import annotations
@@ -50,6 +47,8 @@ __all__ = [
 ]
 
 _TIMEOUT = datetime.timedelta(days=7)  # one rank may train a classifier while the others wait
+_CPUINFO = Path("/proc/cpuinfo")
+
 _Result = TypeVar("_Result")
 
 
@@ -144,25 +143,6 @@ def max_over_ranks(value: Tensor) -> Tensor:
     return largest
 
 
-class _SumOverRanks(torch.autograd.Function):
-    """The sum over the ranks. Its gradient is the sum over the ranks of the incoming gradients.
-
-    torch's ``distributed.nn.functional.all_reduce`` does the same, but is deprecated without a public successor.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
-        total = value.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        total = gradient.clone()
-        dist.all_reduce(total)
-        return total
-
-
 def own_rows(count: int) -> range:
     """Returns the rows of ``count`` that this rank measures: rank, rank + world size, ..."""
     rank, world_size = rank_and_world()
@@ -185,6 +165,25 @@ def gather_rows(rows: Tensor, index: Tensor) -> Tensor:
         rows, index = (torch.cat(gather_all_tensors(part.contiguous())) for part in (rows, index))
     # The order of rows does not depend on the number of ranks, so neither do sums over them.
     return rows[index.argsort()]
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum over the ranks. Its gradient is the sum over the ranks of the incoming gradients.
+
+    torch's ``distributed.nn.functional.all_reduce`` does the same, but is deprecated without a public successor.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total
 
 
 def device_names() -> list[str]:
@@ -288,7 +287,18 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # KiB on Linux
 
 
-_CPUINFO = Path("/proc/cpuinfo")
+def device_name(device: torch.device) -> str:
+    """Returns a readable name of a device: the GPU model, or the CPU model and its number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    # On Linux, the platform module often has no name of the CPU.
+    lines = _CPUINFO.read_text().splitlines() if _CPUINFO.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    threads = torch.get_num_threads()
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def describe_environment() -> dict[str, Any]:
@@ -304,20 +314,6 @@ def describe_environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "accelerators": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
     }
-
-
-def device_name(device: torch.device) -> str:
-    """Returns a readable name of a device: the GPU model, or the CPU model and its number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return device.type
-    # On Linux, the platform module often has no name of the CPU.
-    lines = _CPUINFO.read_text().splitlines() if _CPUINFO.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    threads = torch.get_num_threads()
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _commit() -> str | None:

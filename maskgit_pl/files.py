@@ -1,12 +1,8 @@
-"""Atomic writes of files, hashes, and checked reading of untrusted JSON. ``folders`` writes whole folders.
+"""Atomic writes of files, hashes, and checked reading of untrusted JSON, YAML and zip archives.
 
-Used by everything that writes to disk: a file has its name only when all of it is on disk.
-
-Zip archives of strangers: the directory of an archive is limited before ``zipfile`` parses all of it.
-
-Used by the readers of archives of images, of ``.npz`` files and of weight files.
-
-Reads YAML as plain values (numbers, strings, lists, mappings), which cannot name a class or another file.
+Used by everything that writes to disk: a file has its name only when all of it is on disk. ``data.folders`` writes
+whole folders. The readers return plain values (numbers, strings, lists, mappings), which name no class and no other
+file, and limit size and depth. The directory of a zip is limited before ``zipfile`` parses all of it.
 """
 
 from __future__ import annotations
@@ -57,58 +53,18 @@ __all__ = [
     "write_text",
 ]
 
-MAX_JSON_BYTES = 1_000_000
-_MAX_DEPTH = 64  # of JSON; ours have at most 21, and code that walks a tree needs 3 calls per level
+NO_CODE = "recipes name registered objects, not classes"
+
+_MAX_JSON_BYTES = 1_000_000
+_MAX_JSON_DEPTH = 64  # ours have at most 21, and code that walks a tree needs 3 calls per level
+_MAX_YAML_BYTES = 200_000  # PyYAML parses about 200 kB per second
+_MAX_YAML_DEPTH = 16
+_MAX_DIRECTORY_BYTES = 2**30  # of a zip; 10 million entries with names of 60 letters
+_SIGNATURE = b"PK\1\2"  # of an entry of a zip. Source: PKWARE, APPNOTE.TXT 6.3.10, section 4.3.12
 
 
 class OutputError(OSError, ValueError):
     """A path has the name of something that is not replaced. An OSError too, for code that survives a failed write."""
-
-
-def check_writable(name: str, path: Path, *, is_folder: bool = False) -> None:
-    """Checks, before any work, that a file or folder can be written. Leaves nothing on disk.
-
-    Args:
-        name: Name of the setting for the error, such as ``--out``.
-        path: File or folder to write later. Neither it nor the folders above it need to exist.
-        is_folder: True for a folder.
-
-    Raises:
-        ValueError: if a folder has the name of the file or the other way round, a device or a pipe has the name, a link
-            is broken, or the nearest existing folder is not writable.
-    """
-    path = follow_links(path, name, is_folder=is_folder)
-    # The nearest folder that exists decides: the ones below it are made later.
-    folder = path if is_folder else path.parent
-    existing = next(each for each in (folder, *folder.parents) if each.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing):  # permission bits are not reliable on all file systems
-            pass
-    except OSError as error:
-        raise ValueError(f"{name} must be in a writable folder, got {path} ({existing}: {error.strerror})") from error
-
-
-def follow_links(path: Path, name: str = "output", *, is_folder: bool = False) -> Path:
-    """Returns the file or folder that is written for a path: links are followed, so that a link stays one.
-
-    Raises:
-        OutputError: if something of another kind is there, which a rename would replace even if it is a device, or a
-            link leads to a folder that does not exist, such as one on a disk that is not mounted.
-    """
-    if path.exists() and not (path.is_dir() if is_folder else path.is_file()):
-        kind = "folder" if path.is_dir() else "file" if path.is_file() else "device or pipe"
-        raise OutputError(
-            f"{name} must be a {'folder' if is_folder else 'file'}, got the {kind} {path}; give another path"
-        )
-    real = Path(os.path.realpath(path))
-    nearest = next(each for each in (path.absolute(), *path.absolute().parents) if os.path.lexists(each))
-    # A link to nothing is written if it is the path itself, and the folder of its target exists.
-    if not nearest.exists() and (real.is_symlink() or not real.parent.is_dir()):
-        raise OutputError(
-            f"{name} must lead to a folder that exists, got {path}, and {nearest} is a link to {os.readlink(nearest)}; "
-            "make that folder, or give another path"
-        )
-    return real
 
 
 @contextmanager
@@ -186,6 +142,61 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, metadata: Mappin
         partial.unlink(missing_ok=True)
 
 
+def check_writable(name: str, path: Path, *, is_folder: bool = False) -> None:
+    """Checks, before any work, that a file or folder can be written. Leaves nothing on disk.
+
+    Args:
+        name: Name of the setting for the error, such as ``--out``.
+        path: File or folder to write later. Neither it nor the folders above it need to exist.
+        is_folder: True for a folder.
+
+    Raises:
+        ValueError: if a folder has the name of the file or the other way round, a device or a pipe has the name, a link
+            is broken, or the nearest existing folder is not writable.
+    """
+    path = follow_links(path, name, is_folder=is_folder)
+    # The nearest folder that exists decides: the ones below it are made later.
+    folder = path if is_folder else path.parent
+    existing = next(each for each in (folder, *folder.parents) if each.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):  # permission bits are not reliable on all file systems
+            pass
+    except OSError as error:
+        raise ValueError(f"{name} must be in a writable folder, got {path} ({existing}: {error.strerror})") from error
+
+
+def follow_links(path: Path, name: str = "output", *, is_folder: bool = False) -> Path:
+    """Returns the file or folder that is written for a path: links are followed, so that a link stays one.
+
+    Raises:
+        OutputError: if something of another kind is there, which a rename would replace even if it is a device, or a
+            link leads to a folder that does not exist, such as one on a disk that is not mounted.
+    """
+    if path.exists() and not (path.is_dir() if is_folder else path.is_file()):
+        kind = "folder" if path.is_dir() else "file" if path.is_file() else "device or pipe"
+        raise OutputError(
+            f"{name} must be a {'folder' if is_folder else 'file'}, got the {kind} {path}; give another path"
+        )
+    real = Path(os.path.realpath(path))
+    nearest = next(each for each in (path.absolute(), *path.absolute().parents) if os.path.lexists(each))
+    # A link to nothing is written if it is the path itself, and the folder of its target exists.
+    if not nearest.exists() and (real.is_symlink() or not real.parent.is_dir()):
+        raise OutputError(
+            f"{name} must lead to a folder that exists, got {path}, and {nearest} is a link to {os.readlink(nearest)}; "
+            "make that folder, or give another path"
+        )
+    return real
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the list of names in a folder, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def open_regular(path: str | Path) -> int:
     """Opens a regular file for reading.
 
@@ -224,16 +235,17 @@ def sha256_of(file: str | Path | int) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def sync(path: Path) -> None:
-    """Waits until a file, or the list of names in a folder, is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def size_text(count: float) -> str:
+    """Returns a number of bytes with a unit and three digits, such as ``1.34 GB`` or ``512 bytes``."""
+    # Decimal units, as disks are sold and as df -H prints them.
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            size = count / factor
+            return f"{size:.0f} {unit}" if size >= 100 else f"{size:.3g} {unit}"
+    return f"{count:.0f} bytes"
 
 
-def read_json(file: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+def read_json(file: Path, *, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any]:
     """Reads an untrusted JSON file.
 
     Args:
@@ -287,7 +299,7 @@ def parse_any_json(text: bytes | str, where: str, **hooks: Any) -> Any:
     Raises:
         ValueError: if the text is not UTF-8, not JSON, or nested over 64 levels deep. The message is one line.
     """
-    too_deep = f"{where} must be nested at most {_MAX_DEPTH} levels deep"
+    too_deep = f"{where} must be nested at most {_MAX_JSON_DEPTH} levels deep"
     try:
         content = json.loads(text, **hooks)
     except RecursionError as error:
@@ -296,12 +308,13 @@ def parse_any_json(text: bytes | str, where: str, **hooks: Any) -> Any:
     except ValueError as error:
         raise ValueError(f"{where} is not valid JSON: {' '.join(str(error).split())[:200]}") from error
     # json.loads stops at a depth that depends on its caller, and code that walks the tree stops earlier.
-    if _is_deeper(content, _MAX_DEPTH):
+    if _is_deeper(content, _MAX_JSON_DEPTH):
         raise ValueError(too_deep)
     return content
 
 
 def _is_deeper(tree: Any, limit: int) -> bool:
+    """Returns True if a tree is nested more than ``limit`` levels deep. Walks it level by level, not by recursion."""
     level: list[Any] = [[tree]]
     for _ in range(limit + 1):
         children = (child for node in level for child in (node.values() if isinstance(node, dict) else node))
@@ -323,112 +336,6 @@ def _finite_float(word: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"numbers must be finite, got {word[:20]}")
     return number
-
-
-def size_text(count: float) -> str:
-    """Returns a number of bytes with a unit and three digits, such as ``1.34 GB`` or ``512 bytes``."""
-    # Decimal units, as disks are sold and as df -H prints them.
-    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            size = count / factor
-            return f"{size:.0f} {unit}" if size >= 100 else f"{size:.3g} {unit}"
-    return f"{count:.0f} bytes"
-
-
-_MAX_DIRECTORY_BYTES = 2**30  # of a directory; 10 million entries with names of 60 letters
-_SIGNATURE = b"PK\1\2"  # of an entry. Source: PKWARE, APPNOTE.TXT 6.3.10, section 4.3.12
-
-
-class TooLargeDirectoryError(zipfile.BadZipFile):
-    """The directory of a zip has too many entries or bytes. The message continues "must have"."""
-
-
-def open_zip(stream: IO[bytes], *, max_entries: int) -> zipfile.ZipFile:
-    """Opens a zip for reading.
-
-    ``zipfile`` needs some 600 bytes of memory for each entry, which takes as few as 46 bytes of the file. It ignores
-    the number of entries that the file states.
-
-    Args:
-        stream: The file, which must stay open.
-        max_entries: Maximum number of entries.
-
-    Raises:
-        TooLargeDirectoryError: if there are more entries, or the directory is longer than 1 GiB.
-        zipfile.BadZipFile: if the file is damaged or not a zip.
-    """
-    limited = _LimitedStream(stream, max_entries)
-    archive = zipfile.ZipFile(cast("IO[bytes]", limited))
-    limited.is_limited = False  # members may have any length
-    return archive
-
-
-class _LimitedStream:
-    """A stream whose reads are limited in bytes and entries; ``zipfile`` reads the whole directory in one call."""
-
-    def __init__(self, stream: IO[bytes], max_entries: int) -> None:
-        self.is_limited, self._stream, self._max_entries = True, stream, max_entries
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def read(self, size: int = -1) -> bytes:
-        """Reads at most ``size`` bytes; all if it is negative."""
-        if self.is_limited and size > _MAX_DIRECTORY_BYTES:
-            raise TooLargeDirectoryError(
-                f"a directory of at most {size_text(_MAX_DIRECTORY_BYTES)}, got one of {size_text(size)}"
-            )
-        data = self._stream.read(size)
-        # At least the number of entries, since each begins with a signature.
-        count = data.count(_SIGNATURE) if self.is_limited else 0
-        if count > self._max_entries:
-            raise TooLargeDirectoryError(f"at most {self._max_entries:,} entries, got {count:,}")
-        return data
-
-
-NO_CODE = "recipes name registered objects, not classes"
-_MAX_YAML_BYTES = 200_000  # PyYAML parses about 200 kB per second
-_MAX_YAML_DEPTH = 16
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """A SafeLoader that rejects aliases (a few bytes can expand to gigabytes) and repeated keys."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.events.AliasEvent):
-            event = self.peek_event()  # type: ignore[no-untyped-call]  # PyYAML is untyped
-            raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed in recipes", event.start_mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002  # PyYAML's
-        # PyYAML would silently keep the last of two equal keys.
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            fault = "is not a string" if not isinstance(key, str) else "appears twice" if key in seen else None
-            if fault is not None:
-                text = f"the key {shorten(key)} {fault}"
-                raise yaml.constructor.ConstructorError(None, None, text, key_node.start_mark)
-            seen.add(key)
-        made: dict[Any, Any] = super().construct_mapping(node, deep=deep)
-        return made
-
-
-def _construct_number(loader: _PlainLoader, node: yaml.ScalarNode) -> Any:
-    """Reads a number as YAML 1.2 does: PyYAML would read 010 as 8, and 12:30 as 750."""
-    if ":" in node.value:
-        return node.value
-    if node.tag.endswith(":float"):
-        return loader.construct_yaml_float(node)
-    text = node.value.replace("_", "")
-    return int(text, 10 if text.lstrip("+-").isdigit() else 0)
-
-
-for _kind in ("int", "float"):
-    _PlainLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _construct_number)
-_PlainLoader.add_implicit_resolver(  # floats of YAML 1.2: PyYAML would read 1e-3 as a string
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -505,25 +412,6 @@ def set_key(text: str, key: str, value: str) -> str:
     return changed
 
 
-def _start_of_line(text: str, place: int) -> int:
-    return text.rfind("\n", 0, place) + 1
-
-
-@contextmanager
-def _one_line() -> Iterator[None]:
-    """Turns the errors of PyYAML into a ``ValueError`` of one line."""
-    try:
-        yield
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
-        raise ValueError(f"{place}{getattr(error, 'problem', None) or ' '.join(str(error).split())}") from error
-    except RecursionError as error:
-        raise ValueError("it is nested too deep") from error
-    except (UnicodeError, OverflowError) as error:
-        raise ValueError(str(error)) from error
-
-
 def check_plain(node: Any, path: str = "", depth: int = 0) -> None:
     """Checks that a tree is plain data.
 
@@ -551,3 +439,111 @@ def check_plain(node: Any, path: str = "", depth: int = 0) -> None:
         raise ValueError(f"{path} must be finite, got {node}")
     elif not isinstance(node, str | int | float | bool | None):
         raise ValueError(f"{path} must be a number, a word, a list or a mapping, got {shorten(node)}; quote it")
+
+
+def _start_of_line(text: str, place: int) -> int:
+    return text.rfind("\n", 0, place) + 1
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """Turns the errors of PyYAML into a ``ValueError`` of one line."""
+    try:
+        yield
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+        raise ValueError(f"{place}{getattr(error, 'problem', None) or ' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+    except (UnicodeError, OverflowError) as error:
+        raise ValueError(str(error)) from error
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """A SafeLoader that rejects aliases (a few bytes can expand to gigabytes) and repeated keys."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]  # PyYAML is untyped
+            raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed in recipes", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002  # PyYAML's
+        # PyYAML would silently keep the last of two equal keys.
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            fault = "is not a string" if not isinstance(key, str) else "appears twice" if key in seen else None
+            if fault is not None:
+                text = f"the key {shorten(key)} {fault}"
+                raise yaml.constructor.ConstructorError(None, None, text, key_node.start_mark)
+            seen.add(key)
+        made: dict[Any, Any] = super().construct_mapping(node, deep=deep)
+        return made
+
+
+def _construct_number(loader: _PlainLoader, node: yaml.ScalarNode) -> Any:
+    """Reads a number as YAML 1.2 does: PyYAML would read 010 as 8, and 12:30 as 750."""
+    if ":" in node.value:
+        return node.value
+    if node.tag.endswith(":float"):
+        return loader.construct_yaml_float(node)
+    text = node.value.replace("_", "")
+    return int(text, 10 if text.lstrip("+-").isdigit() else 0)
+
+
+for _kind in ("int", "float"):
+    _PlainLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _construct_number)
+
+
+_PlainLoader.add_implicit_resolver(  # floats of YAML 1.2: PyYAML would read 1e-3 as a string
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+class TooLargeDirectoryError(zipfile.BadZipFile):
+    """The directory of a zip has too many entries or bytes. The message continues "must have"."""
+
+
+def open_zip(stream: IO[bytes], *, max_entries: int) -> zipfile.ZipFile:
+    """Opens a zip for reading.
+
+    ``zipfile`` needs some 600 bytes of memory for each entry, which takes as few as 46 bytes of the file. It ignores
+    the number of entries that the file states.
+
+    Args:
+        stream: The file, which must stay open.
+        max_entries: Maximum number of entries.
+
+    Raises:
+        TooLargeDirectoryError: if there are more entries, or the directory is longer than 1 GiB.
+        zipfile.BadZipFile: if the file is damaged or not a zip.
+    """
+    limited = _LimitedStream(stream, max_entries)
+    archive = zipfile.ZipFile(cast("IO[bytes]", limited))
+    limited.is_limited = False  # members may have any length
+    return archive
+
+
+class _LimitedStream:
+    """A stream whose reads are limited in bytes and entries; ``zipfile`` reads the whole directory in one call."""
+
+    def __init__(self, stream: IO[bytes], max_entries: int) -> None:
+        self.is_limited, self._stream, self._max_entries = True, stream, max_entries
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def read(self, size: int = -1) -> bytes:
+        """Reads at most ``size`` bytes; all if it is negative."""
+        if self.is_limited and size > _MAX_DIRECTORY_BYTES:
+            raise TooLargeDirectoryError(
+                f"a directory of at most {size_text(_MAX_DIRECTORY_BYTES)}, got one of {size_text(size)}"
+            )
+        data = self._stream.read(size)
+        # At least the number of entries, since each begins with a signature.
+        count = data.count(_SIGNATURE) if self.is_limited else 0
+        if count > self._max_entries:
+            raise TooLargeDirectoryError(f"at most {self._max_entries:,} entries, got {count:,}")
+        return data

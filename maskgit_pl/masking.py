@@ -1,8 +1,11 @@
-"""Distributions of the mask ratio in training. The default is that of the mask schedule, gamma(u).
+"""The masks of training: how many tokens of an image are masked, and which. Section 3.1 of the paper.
 
-Used by ``masking.MaskSampler``. Each distribution is a function of a uniform number u, usually its inverse cumulative
-distribution: the u of a global batch are stratified, so the ratios are stratified too. Your own distribution is a
-registered frozen dataclass::
+``MaskSampler`` draws them for ``mvtm.MaskedTokenModel``. It holds the mask schedule that decoding follows too, a
+``MaskRatio`` (by default gamma(u), the ratio of that schedule) and ``MaskPositions`` (by default uniform).
+``evaluation.likelihood`` draws its masks with ``random_mask``.
+
+A mask ratio is a function of a uniform number u, usually its inverse cumulative distribution: the u of a global batch
+are stratified, so the ratios are stratified too. Your own ratios and positions are registered frozen dataclasses::
 
     @mask_ratios.register("quarter")
     @dataclass(frozen=True)
@@ -10,21 +13,11 @@ registered frozen dataclass::
         def __call__(self, u: Tensor, mask_schedule: MaskSchedule, num_tokens: int) -> Tensor:
             return 0.75 + 0.25 * u
 
-The positions that a training mask covers, given their number: uniform, blocks or a Halton order.
-
-Used by ``masking.MaskSampler``. Your own rule is a registered frozen dataclass::
-
     @mask_positions.register("top")
     @dataclass(frozen=True)
     class Top(MaskPositions):
         def order(self, num_tokens, *, grid, seed, index, epoch):
             return torch.arange(num_tokens, device=index.device).expand(len(index), -1)
-
-The masks of training, drawn from the mask schedule that decoding follows too.
-
-``MaskSampler`` is used by ``mvtm.MaskedTokenModel`` and, as ``random_mask``, by ``evaluation.likelihood``. The
-distribution of the ratio is one of ``mask_ratios``, the rule for the positions one of ``mask_positions``. ``Draws``
-holds everything that a training step draws at random for its samples.
 """
 
 from __future__ import annotations
@@ -32,7 +25,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import ClassVar, NamedTuple
 
@@ -47,7 +40,6 @@ from maskgit_pl.schedules import MaskSchedule, compute_ratios, halton_order, mas
 
 __all__ = [
     "Draws",
-    "Grid",
     "MaskPositions",
     "MaskRatio",
     "MaskSampler",
@@ -58,9 +50,144 @@ __all__ = [
     "true_positions",
 ]
 
+Grid = tuple[int, int]
+
 _CHECKED_POINTS = 257  # with the quarters of [0, 1]
 _LEAST_MASS = 1e-6  # probability of the interval that a normal distribution is truncated to
 _BETA_POINTS = 16384  # intervals of the table of a beta distribution
+_NUM_BLOCKS = 32  # blocks drawn per image; positions that none of them covers are masked last
+
+
+@dataclass(frozen=True)
+class MaskSampler:
+    """A sampler of the masks of masked visual token modeling.
+
+    The steps for each sample:
+
+    1. Draw u, uniform on [0, 1). The u of a global batch of G samples are stratified: u = (pi(slot) + v) / G, with a
+       random permutation pi for each step and v uniform on (0, 1). Together they cover [0, 1) evenly, which lowers the
+       variance of the gradient.
+    2. Compute the mask ratio max(gamma(u), min_mask_ratio), or with another distribution than gamma(u).
+    3. Mask ceil(ratio N) positions, chosen uniformly or by another rule.
+
+    The masks depend on (seed, sample, epoch, position) only, so they are equal for every number of ranks.
+
+    Args:
+        mask_schedule: gamma: the schedule object that the decoder holds too.
+        seed: Seed in [0, 2**32).
+        min_mask_ratio: Lower bound of the ratio, in [0, 1]. Ratios below it are raised to it, not rescaled.
+        mask_ratio: The distribution of the ratio.
+        mask_positions: The rule that chooses the positions.
+
+    Raises:
+        ValueError: if ``min_mask_ratio`` is out of range.
+
+    Source: paper, training objective; MAGVIT code for ``min_mask_ratio``.
+    """
+
+    mask_schedule: MaskSchedule
+    seed: int
+    min_mask_ratio: float = 0.0
+    mask_ratio: MaskRatio = field(default_factory=lambda: ScheduleRatio())
+    mask_positions: MaskPositions = field(default_factory=lambda: UniformPositions())
+
+    def __post_init__(self) -> None:
+        check_number("min_mask_ratio", self.min_mask_ratio, "[0, 1]")
+
+    def mask(
+        self,
+        num_tokens: int,
+        *,
+        index: Tensor,
+        epoch: Tensor,
+        position: Tensor,
+        global_batch: int,
+        grid: Grid | None = None,
+    ) -> Tensor:
+        """Draws the masks of a batch.
+
+        Args:
+            num_tokens: N, tokens per image.
+            index: (B,) int64 in [0, 2**32): global sample index.
+            epoch: (B,) int64 in [0, 2**32): epoch of each sample.
+            position: (B,) int64: position in the training stream, step * global_batch + slot.
+            global_batch: G, samples per step over all ranks.
+            grid: Rows and columns of tokens, for rules that depend on the place.
+
+        Returns:
+            (B, N) bool, True = masked; each row has 1 to N masked positions.
+
+        Raises:
+            ValueError: if the rule for the positions requires a grid and ``grid`` is None.
+        """
+        ratio = self.ratio(num_tokens, index=index, epoch=epoch, position=position, global_batch=global_batch)
+        count = num_masked(ratio, num_tokens, rounding="ceil")  # 3.
+        return self.mask_positions.mask(count, num_tokens, grid=grid, seed=self.seed, index=index, epoch=epoch)
+
+    def ratio(self, num_tokens: int, *, index: Tensor, epoch: Tensor, position: Tensor, global_batch: int) -> Tensor:
+        """Draws mask ratios, (B,) float32 in [0, 1]; see ``mask`` for the arguments."""
+        progress = self._draw_progress(index, epoch, position, global_batch)  # 1.
+        return self._ratio_at(progress, num_tokens)  # 2.
+
+    def slope(self, num_tokens: int, *, index: Tensor, epoch: Tensor, position: Tensor, global_batch: int) -> Tensor:
+        """Computes |d ratio / du| for the ratios of ``ratio``, (B,) float32 >= 0; infinite where the curve is vertical.
+
+        It is the inverse of the density of the ratio, so that a weight of ``slope`` turns an expectation under the
+        drawn ratios into one under uniform ratios.
+
+        Raises:
+            ValueError: if the ratio cannot be differentiated.
+        """
+        with torch.enable_grad():
+            progress = self._draw_progress(index, epoch, position, global_batch).requires_grad_()
+            ratio = self._ratio_at(progress, num_tokens)
+            if not ratio.requires_grad:
+                raise ValueError(
+                    f"mask_ratio must be differentiable for this objective, got {self.mask_ratio} and "
+                    f"{self.mask_schedule}; compute the ratio by torch operations on u, or choose another one"
+                )
+            (slope,) = torch.autograd.grad(ratio.sum(), progress)
+        return slope.abs()
+
+    def covers_all_counts(self, num_tokens: int) -> bool:
+        """Returns True if every number of masked tokens from 1 to N can be drawn."""
+        ends = self._ratio_at(torch.tensor([0.0, 1.0]), num_tokens)
+        low, high = (float(end) * num_tokens for end in (ends.min(), ends.max()))
+        return low <= 1 and high > num_tokens - 1 + 1e-3  # ceil gives 1 and N
+
+    def _draw_progress(self, index: Tensor, epoch: Tensor, position: Tensor, global_batch: int) -> Tensor:
+        """Draws u, (B,) float32 in [0, 1]."""
+        stratum = self._draw_stratum(position, global_batch)
+        jitter = random_uniform("mask-ratio", seed=self.seed, index=index, epoch=epoch)[:, 0]
+        return ((stratum + jitter) / global_batch).clamp(max=1.0)
+
+    def _ratio_at(self, progress: Tensor, num_tokens: int) -> Tensor:
+        return self.mask_ratio(progress, self.mask_schedule, num_tokens).clamp(min=self.min_mask_ratio)
+
+    def _draw_stratum(self, position: Tensor, global_batch: int) -> Tensor:
+        """Returns pi(slot), (B,) int64 in [0, G): the number of random keys of the step below the key of the slot."""
+        # Each rank computes all G keys of the step, so ranks agree on pi without communication.
+        step, slot = position // global_batch, position % global_batch
+        words = random_bits("mask-ratio/stratum", seed=self.seed, index=0, epoch=step, count=global_batch)
+        # The slot as the last digit makes the keys distinct: equal words would otherwise share a stratum.
+        keys = words * global_batch + torch.arange(global_batch, device=words.device)  # (B, G)
+        return (keys < keys.gather(1, slot.unsqueeze(1))).sum(1)
+
+
+def random_mask(count: Tensor, num_tokens: int, *, seed: int, index: Tensor, epoch: Tensor | int = 0) -> Tensor:
+    """Draws uniformly random masks with a given number of positions, a function of (seed, index, epoch) only.
+
+    Args:
+        count: (B,) int64 in [0, N]: masked positions of each row.
+        num_tokens: N, tokens per image.
+        seed: Seed in [0, 2**32).
+        index: (B,) int64 in [0, 2**32): sample index.
+        epoch: (B,) int64 or an integer, in [0, 2**32); each epoch gives other masks.
+
+    Returns:
+        (B, N) bool, True = masked.
+    """
+    return UniformPositions().mask(count, num_tokens, seed=seed, index=index, epoch=epoch)
 
 
 class MaskRatio(ABC):
@@ -86,12 +213,8 @@ class MaskRatio(ABC):
         """
 
 
-def check_mask_ratio(name: str, mask_ratio: MaskRatio) -> None:
-    """Checks the contract of a distribution: finite ratios in [0, 1] that never rise or never fall.
-
-    Raises:
-        ValueError: if the distribution breaks the contract. The message has the name, the rule and the value.
-    """
+def _check_mask_ratio(name: str, mask_ratio: MaskRatio) -> None:
+    """Checks the contract of a distribution: finite ratios in [0, 1] that never rise or never fall."""
     if not isinstance(mask_ratio, MaskRatio):
         raise ValueError(f"mask ratio {name!r} must be a MaskRatio, got {shorten(mask_ratio)}")
     u = torch.linspace(0, 1, _CHECKED_POINTS)
@@ -108,7 +231,7 @@ def check_mask_ratio(name: str, mask_ratio: MaskRatio) -> None:
         raise ValueError(f"mask ratio {name!r}: it must never rise or never fall with u, got both")
 
 
-mask_ratios: Registry[MaskRatio] = Registry("mask ratio", "maskgit_pl.mask_ratios", check=check_mask_ratio)
+mask_ratios: Registry[MaskRatio] = Registry("mask ratio", "maskgit_pl.mask_ratios", check=_check_mask_ratio)
 
 
 @mask_ratios.register("schedule")
@@ -241,11 +364,6 @@ def _beta_table(a: float, b: float) -> tuple[Tensor, Tensor]:
     return edges.sin().square(), cumulative / cumulative[-1].clone()
 
 
-Grid = tuple[int, int]
-
-_NUM_BLOCKS = 32  # blocks drawn per image; positions that none of them covers are masked last
-
-
 class MaskPositions(ABC):
     """A rule that chooses the masked positions of each image. Subclasses are frozen dataclasses."""
 
@@ -286,21 +404,8 @@ class MaskPositions(ABC):
         return torch.zeros_like(is_first).scatter(1, order, is_first)
 
 
-def _check_grid(name: str, grid: Grid | None, num_tokens: int) -> Grid:
-    if grid is None or math.prod(grid) != num_tokens:
-        raise ValueError(
-            f"mask positions {name} require the grid (rows, columns) of the {num_tokens} tokens, got {grid}; call "
-            "MaskSampler.mask(grid=(rows, columns))"
-        )
-    return grid
-
-
-def check_mask_positions(name: str, positions: MaskPositions) -> None:
-    """Checks the contract of a rule on a grid of 2 x 3 tokens: a permutation of the positions for each row.
-
-    Raises:
-        ValueError: if the rule breaks the contract. The message has the name, the rule and the value.
-    """
+def _check_mask_positions(name: str, positions: MaskPositions) -> None:
+    """Checks the contract of a rule on a grid of 2 x 3 tokens: a permutation of the positions for each row."""
     if not isinstance(positions, MaskPositions):
         raise ValueError(f"mask positions {name!r} must be MaskPositions, got {shorten(positions)}")
     index = torch.arange(3)
@@ -313,7 +418,7 @@ def check_mask_positions(name: str, positions: MaskPositions) -> None:
 
 
 mask_positions: Registry[MaskPositions] = Registry(
-    "mask positions", "maskgit_pl.mask_positions", check=check_mask_positions
+    "mask positions", "maskgit_pl.mask_positions", check=_check_mask_positions
 )
 
 
@@ -327,22 +432,6 @@ class UniformPositions(MaskPositions):
         # the mask is bit-exact on every device.
         keys = random_bits("mask", seed=seed, index=index, epoch=epoch, count=num_tokens)  # (B, N)
         return keys.argsort(dim=1, stable=True)
-
-
-def random_mask(count: Tensor, num_tokens: int, *, seed: int, index: Tensor, epoch: Tensor | int = 0) -> Tensor:
-    """Draws uniformly random masks with a given number of positions, a function of (seed, index, epoch) only.
-
-    Args:
-        count: (B,) int64 in [0, N]: masked positions of each row.
-        num_tokens: N, tokens per image.
-        seed: Seed in [0, 2**32).
-        index: (B,) int64 in [0, 2**32): sample index.
-        epoch: (B,) int64 or an integer, in [0, 2**32); each epoch gives other masks.
-
-    Returns:
-        (B, N) bool, True = masked.
-    """
-    return UniformPositions().mask(count, num_tokens, seed=seed, index=index, epoch=epoch)
 
 
 @mask_positions.register("blocks")
@@ -420,6 +509,15 @@ def _halton_tensor(grid: Grid, device: torch.device) -> Tensor:
     return torch.tensor(halton_order(grid)).to(device)
 
 
+def _check_grid(name: str, grid: Grid | None, num_tokens: int) -> Grid:
+    if grid is None or math.prod(grid) != num_tokens:
+        raise ValueError(
+            f"mask positions {name} require the grid (rows, columns) of the {num_tokens} tokens, got {grid}; call "
+            "MaskSampler.mask(grid=(rows, columns))"
+        )
+    return grid
+
+
 class Draws(NamedTuple):
     """The random draws of a micro-batch of B images of N tokens, a function of its samples.
 
@@ -473,119 +571,3 @@ def pad_positions(positions: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
     more = -len(positions) % multiple
     is_real = torch.arange(len(positions) + more, device=positions.device) < len(positions)
     return F.pad(positions, (0, more)), is_real
-
-
-@dataclass(frozen=True)
-class MaskSampler:
-    """A sampler of the masks of masked visual token modeling.
-
-    The steps for each sample:
-
-    1. Draw u, uniform on [0, 1). The u of a global batch of G samples are stratified: u = (pi(slot) + v) / G, with a
-       random permutation pi for each step and v uniform on (0, 1). Together they cover [0, 1) evenly, which lowers the
-       variance of the gradient.
-    2. Compute the mask ratio max(gamma(u), min_mask_ratio), or with another distribution than gamma(u).
-    3. Mask ceil(ratio N) positions, chosen uniformly or by another rule.
-
-    The masks depend on (seed, sample, epoch, position) only, so they are equal for every number of ranks.
-
-    Args:
-        mask_schedule: gamma: the schedule object that the decoder holds too.
-        seed: Seed in [0, 2**32).
-        min_mask_ratio: Lower bound of the ratio, in [0, 1]. Ratios below it are raised to it, not rescaled.
-        mask_ratio: The distribution of the ratio.
-        mask_positions: The rule that chooses the positions.
-
-    Raises:
-        ValueError: if ``min_mask_ratio`` is out of range.
-
-    Source: paper, training objective; MAGVIT code for ``min_mask_ratio``.
-    """
-
-    mask_schedule: MaskSchedule
-    seed: int
-    min_mask_ratio: float = 0.0
-    mask_ratio: MaskRatio = ScheduleRatio()  # frozen
-    mask_positions: MaskPositions = UniformPositions()  # frozen
-
-    def __post_init__(self) -> None:
-        check_number("min_mask_ratio", self.min_mask_ratio, "[0, 1]")
-
-    def ratio(self, num_tokens: int, *, index: Tensor, epoch: Tensor, position: Tensor, global_batch: int) -> Tensor:
-        """Draws mask ratios, (B,) float32 in [0, 1]; see ``mask`` for the arguments."""
-        progress = self._draw_progress(index, epoch, position, global_batch)  # 1.
-        return self._ratio_at(progress, num_tokens)  # 2.
-
-    def slope(self, num_tokens: int, *, index: Tensor, epoch: Tensor, position: Tensor, global_batch: int) -> Tensor:
-        """Computes |d ratio / du| for the ratios of ``ratio``, (B,) float32 >= 0; infinite where the curve is vertical.
-
-        It is the inverse of the density of the ratio, so that a weight of ``slope`` turns an expectation under the
-        drawn ratios into one under uniform ratios.
-
-        Raises:
-            ValueError: if the ratio cannot be differentiated.
-        """
-        with torch.enable_grad():
-            progress = self._draw_progress(index, epoch, position, global_batch).requires_grad_()
-            ratio = self._ratio_at(progress, num_tokens)
-            if not ratio.requires_grad:
-                raise ValueError(
-                    f"mask_ratio must be differentiable for this objective, got {self.mask_ratio} and "
-                    f"{self.mask_schedule}; compute the ratio by torch operations on u, or choose another one"
-                )
-            (slope,) = torch.autograd.grad(ratio.sum(), progress)
-        return slope.abs()
-
-    def covers_all_counts(self, num_tokens: int) -> bool:
-        """Returns True if every number of masked tokens from 1 to N can be drawn."""
-        ends = self._ratio_at(torch.tensor([0.0, 1.0]), num_tokens)
-        low, high = (float(end) * num_tokens for end in (ends.min(), ends.max()))
-        return low <= 1 and high > num_tokens - 1 + 1e-3  # ceil gives 1 and N
-
-    def _draw_progress(self, index: Tensor, epoch: Tensor, position: Tensor, global_batch: int) -> Tensor:
-        """Draws u, (B,) float32 in [0, 1]."""
-        stratum = self._draw_stratum(position, global_batch)
-        jitter = random_uniform("mask-ratio", seed=self.seed, index=index, epoch=epoch)[:, 0]
-        return ((stratum + jitter) / global_batch).clamp(max=1.0)
-
-    def _ratio_at(self, progress: Tensor, num_tokens: int) -> Tensor:
-        return self.mask_ratio(progress, self.mask_schedule, num_tokens).clamp(min=self.min_mask_ratio)
-
-    def _draw_stratum(self, position: Tensor, global_batch: int) -> Tensor:
-        """Returns pi(slot), (B,) int64 in [0, G): the number of random keys of the step below the key of the slot."""
-        # Each rank computes all G keys of the step, so ranks agree on pi without communication.
-        step, slot = position // global_batch, position % global_batch
-        words = random_bits("mask-ratio/stratum", seed=self.seed, index=0, epoch=step, count=global_batch)
-        # The slot as the last digit makes the keys distinct: equal words would otherwise share a stratum.
-        keys = words * global_batch + torch.arange(global_batch, device=words.device)  # (B, G)
-        return (keys < keys.gather(1, slot.unsqueeze(1))).sum(1)
-
-    def mask(
-        self,
-        num_tokens: int,
-        *,
-        index: Tensor,
-        epoch: Tensor,
-        position: Tensor,
-        global_batch: int,
-        grid: Grid | None = None,
-    ) -> Tensor:
-        """Draws the masks of a batch.
-
-        Args:
-            num_tokens: N, tokens per image.
-            index: (B,) int64 in [0, 2**32): global sample index.
-            epoch: (B,) int64 in [0, 2**32): epoch of each sample.
-            position: (B,) int64: position in the training stream, step * global_batch + slot.
-            global_batch: G, samples per step over all ranks.
-            grid: Rows and columns of tokens, for rules that depend on the place.
-
-        Returns:
-            (B, N) bool, True = masked; each row has 1 to N masked positions.
-
-        Raises:
-            ValueError: if the rule for the positions requires a grid and ``grid`` is None.
-        """
-        ratio = self.ratio(num_tokens, index=index, epoch=epoch, position=position, global_batch=global_batch)
-        count = num_masked(ratio, num_tokens, rounding="ceil")  # 3.
-        return self.mask_positions.mask(count, num_tokens, grid=grid, seed=self.seed, index=index, epoch=epoch)

@@ -1,18 +1,15 @@
-"""Training objectives of stage 2 by name: how the cross-entropies of an image's tokens become one number.
+"""Training objectives of stage 2 by name, and the corruption of the tokens that the network sees.
 
-Used by ``mvtm.MaskedTokenModel``. Your own objective is a registered frozen dataclass::
+An ``Objective`` turns the cross-entropies of the tokens of a batch into the loss. A ``Corruption`` replaces some
+visible tokens by wrong codes, and the network predicts the original: decoding makes mistakes that training on true
+tokens never shows. A network that has seen wrong tokens gives them low probabilities, which selectors such as ``p2``
+use to correct them. Used by ``mvtm.MaskedTokenModel``. Yours are registered frozen dataclasses::
 
     @objectives.register("sum")
     @dataclass(frozen=True)
     class Sum(Objective):
         def __call__(self, tokens: TokenLosses) -> Tensor:
             return tokens.sum_rows(tokens.losses).mean()
-
-Corruption of visible tokens in training: some are replaced by wrong codes, and the network predicts the original.
-
-Decoding makes mistakes that training on true tokens never shows. A network that has seen wrong tokens gives them low
-probabilities, which selectors such as ``p2`` use to correct them. Used by ``mvtm.MaskedTokenModel``. Your own
-corruption is a registered frozen dataclass::
 
     @corruptions.register("zero")
     @dataclass(frozen=True)
@@ -21,8 +18,6 @@ corruption is a registered frozen dataclass::
 
         def codes(self, tokens, replaced, uniform, *, codebook_size, predict):
             return torch.zeros_like(tokens[replaced])
-
-Clusters of the codes of a tokenizer, all of one size, for the objective ``cluster_cross_entropy``.
 """
 
 from __future__ import annotations
@@ -52,6 +47,10 @@ __all__ = [
     "corruptions",
     "objectives",
 ]
+
+Predict: TypeAlias = Callable[[Tensor], Tensor]
+
+_ITERATIONS = 10  # of the balanced k-means
 
 
 @dataclass(frozen=True)
@@ -103,12 +102,8 @@ class Objective(ABC):
         """Returns the loss of a batch, scalar float32: a mean over images, so that it does not depend on the ranks."""
 
 
-def check_objective(name: str, objective: Objective) -> None:
-    """Checks the contract of an objective on two images of three tokens: a finite scalar.
-
-    Raises:
-        ValueError: if the objective breaks the contract. The message has the name, the rule and the value.
-    """
+def _check_objective(name: str, objective: Objective) -> None:
+    """Checks the contract of an objective on two images of three tokens: a finite scalar."""
     if not isinstance(objective, Objective):
         raise ValueError(f"objective {name!r} must be an Objective, got {shorten(objective)}")
     check_number(f"objective {name!r}: visible_weight", objective.visible_weight, "[0, 1000000]")
@@ -118,7 +113,7 @@ def check_objective(name: str, objective: Objective) -> None:
         raise ValueError(f"objective {name!r}: the loss must be a finite scalar tensor, got {shorten(loss)}")
 
 
-objectives: Registry[Objective] = Registry("objective", "maskgit_pl.objectives", check=check_objective)
+objectives: Registry[Objective] = Registry("objective", "maskgit_pl.objectives", check=_check_objective)
 
 
 @objectives.register("masked_cross_entropy")
@@ -200,7 +195,7 @@ class ClusterCrossEntropy(MaskedCrossEntropy):
 
     c = -log(sum of the probabilities of the codes in the cluster of the right code). A wrong code costs less if it is
     similar to the right one. The clusters come from a balanced k-means of the tokenizer's codes
-    (``code_clusters.balanced_clusters``).
+    (``balanced_clusters``).
 
     Args:
         visible_weight: Weight of visible tokens, in [0, 1000000]; see ``masked_cross_entropy``.
@@ -222,143 +217,6 @@ class ClusterCrossEntropy(MaskedCrossEntropy):
     def __call__(self, tokens: TokenLosses) -> Tensor:
         assert tokens.cluster_losses is not None
         return super().__call__(replace(tokens, losses=tokens.losses + self.cluster_weight * tokens.cluster_losses))
-
-
-Predict: TypeAlias = Callable[[Tensor], Tensor]
-
-
-class Corruption(ABC):
-    """A rule that replaces visible tokens. Subclasses are frozen dataclasses.
-
-    Attributes:
-        fraction: Probability that a visible token is replaced, in (0, 1).
-    """
-
-    fraction: float
-
-    @abstractmethod
-    def codes(
-        self, tokens: Tensor, replaced: Tensor, uniform: Tensor, *, codebook_size: int, predict: Predict
-    ) -> Tensor:
-        """Returns the new codes, (R,) int64 in [0, K), image after image.
-
-        Args:
-            tokens: (B, N) int64 in [0, K): the true tokens.
-            replaced: (B, N) bool: the R positions to replace.
-            uniform: (R,) float32 in (0, 1): random numbers, a function of (seed, sample, epoch, position).
-            codebook_size: K.
-            predict: Computes the logits (R, K) of the replaced positions, which the network sees masked in addition to
-                the mask. It costs a forward pass.
-        """
-
-    def draw(self, mask: Tensor, *, seed: int, index: Tensor, epoch: Tensor) -> tuple[Tensor, Tensor]:
-        """Draws the positions to replace.
-
-        Args:
-            mask: (B, N) bool, True = masked; masked tokens are not replaced.
-            seed: Seed in [0, 2**32).
-            index: (B,) int64: sample index.
-            epoch: (B,) int64.
-
-        Returns:
-            (B, N) bool, True = replaced, and (R,) float32, the random numbers of ``codes``.
-        """
-        chance, codes = random_uniform(
-            ["corruption", "corruption/codes"], seed=seed, index=index, epoch=epoch, count=mask.shape[1]
-        )  # (B, N) each
-        replaced = (chance < self.fraction) & ~mask
-        return replaced, codes[replaced]
-
-    def corrupt(
-        self, tokens: Tensor, replaced: Tensor, uniform: Tensor, *, codebook_size: int, predict: Predict
-    ) -> Tensor:
-        """Returns the tokens (B, N) int64 with new codes where ``replaced``; a new code may be the true one.
-
-        Args:
-            tokens: (B, N) int64 in [0, K).
-            replaced: (B, N) bool, from ``draw``.
-            uniform: (R,) float32, from ``draw``.
-            codebook_size: K.
-            predict: (B, N) bool, the positions to replace -> their logits (R, K).
-        """
-        new = self.codes(tokens, replaced, uniform, codebook_size=codebook_size, predict=predict)
-        return tokens.masked_scatter(replaced, new)
-
-
-def check_corruption(name: str, corruption: Corruption) -> None:
-    """Checks the contract of a corruption on four tokens of two images.
-
-    Raises:
-        ValueError: if the corruption breaks the contract. The message has the name, the rule and the value.
-    """
-    if not isinstance(corruption, Corruption):
-        raise ValueError(f"corruption {name!r} must be a Corruption, got {shorten(corruption)}")
-    check_number(f"corruption {name!r}: fraction", getattr(corruption, "fraction", None), "(0, 1)")
-    tokens, replaced = torch.tensor([[0, 1], [2, 1]]), torch.tensor([[True, False], [True, True]])
-    uniform = torch.tensor([0.1, 0.5, 0.9])
-    codes = corruption.codes(
-        tokens, replaced, uniform, codebook_size=3, predict=lambda at: torch.zeros(int(at.sum()), 3)
-    )
-    if not isinstance(codes, Tensor) or codes.shape != (3,) or codes.dtype != torch.int64:
-        seen = f"{codes.dtype} {tuple(codes.shape)}" if isinstance(codes, Tensor) else shorten(codes)
-        raise ValueError(f"corruption {name!r}: the codes must be an int64 tensor (R,), got {seen}")
-    if not bool(((codes >= 0) & (codes < 3)).all()):
-        raise ValueError(f"corruption {name!r}: the codes must lie in [0, K), got {codes.tolist()} for K = 3")
-
-
-corruptions: Registry[Corruption] = Registry("corruption", "maskgit_pl.corruptions", check=check_corruption)
-
-
-@corruptions.register("uniform")
-@dataclass(frozen=True)
-class UniformCorruption(Corruption):
-    """Codes that are uniform over the codebook.
-
-    Args:
-        fraction: Probability that a visible token is replaced, in (0, 1).
-
-    Source: random replacement of BERT, arXiv:1810.04805; for token editing, LLaDA2.1, arXiv:2602.08676. NLD-Image,
-    arXiv:2606.29814, edits the tokens of images; its training was not reproduced.
-    """
-
-    fraction: float = 0.1
-
-    def __post_init__(self) -> None:
-        check_number("fraction", self.fraction, "(0, 1)")
-
-    def codes(
-        self, tokens: Tensor, replaced: Tensor, uniform: Tensor, *, codebook_size: int, predict: Predict
-    ) -> Tensor:
-        return (uniform * codebook_size).long().clamp(max=codebook_size - 1)
-
-
-@corruptions.register("model")
-@dataclass(frozen=True)
-class ModelCorruption(Corruption):
-    """Codes that the model draws for these positions: mistakes of the kind that decoding makes.
-
-    The averaged network, which is the one that is sampled, sees the replaced positions masked in addition to the mask.
-    It costs an additional forward pass without gradients.
-
-    Args:
-        fraction: Probability that a visible token is replaced, in (0, 1).
-
-    Source: the idea of ProSeCo, Schiff et al., arXiv:2602.11590, which instead fills all masked tokens with the most
-    likely codes, and adds a second loss on that sequence.
-    """
-
-    fraction: float = 0.1
-
-    def __post_init__(self) -> None:
-        check_number("fraction", self.fraction, "(0, 1)")
-
-    def codes(
-        self, tokens: Tensor, replaced: Tensor, uniform: Tensor, *, codebook_size: int, predict: Predict
-    ) -> Tensor:
-        return draw_codes(predict(replaced).float(), uniform)
-
-
-_ITERATIONS = 10
 
 
 def check_clusters(num_clusters: int, network: BackboneConfig, *, tokenizer: str) -> None:
@@ -433,11 +291,137 @@ def _assign(distances: Tensor) -> Tensor:
         order = nearest.argsort(stable=True)
         order = order[center[order].argsort(stable=True)]  # center after center, the nearest codes first
         asked = torch.bincount(center, minlength=num_clusters)
-        place = (
-            torch.arange(len(free)) - (asked.cumsum(0) - asked)[center[order]]
-        )  # of a code in the queue of its center
+        # The place of each code in the queue of its center.
+        place = torch.arange(len(free)) - (asked.cumsum(0) - asked)[center[order]]
         taken = order[place < room[center[order]]]
         assigned[free[taken]] = center[taken]
         room -= torch.bincount(center[taken], minlength=num_clusters)
         free = free[torch.ones(len(free), dtype=torch.bool).index_fill(0, taken, value=False)]
     return assigned
+
+
+class Corruption(ABC):
+    """A rule that replaces visible tokens. Subclasses are frozen dataclasses.
+
+    Attributes:
+        fraction: Probability that a visible token is replaced, in (0, 1).
+    """
+
+    fraction: float
+
+    @abstractmethod
+    def codes(
+        self, tokens: Tensor, replaced: Tensor, uniform: Tensor, *, codebook_size: int, predict: Predict
+    ) -> Tensor:
+        """Returns the new codes, (R,) int64 in [0, K), image after image.
+
+        Args:
+            tokens: (B, N) int64 in [0, K): the true tokens.
+            replaced: (B, N) bool: the R positions to replace.
+            uniform: (R,) float32 in (0, 1): random numbers, a function of (seed, sample, epoch, position).
+            codebook_size: K.
+            predict: Computes the logits (R, K) of the replaced positions, which the network sees masked in addition to
+                the mask. It costs a forward pass.
+        """
+
+    def draw(self, mask: Tensor, *, seed: int, index: Tensor, epoch: Tensor) -> tuple[Tensor, Tensor]:
+        """Draws the positions to replace.
+
+        Args:
+            mask: (B, N) bool, True = masked; masked tokens are not replaced.
+            seed: Seed in [0, 2**32).
+            index: (B,) int64: sample index.
+            epoch: (B,) int64.
+
+        Returns:
+            (B, N) bool, True = replaced, and (R,) float32, the random numbers of ``codes``.
+        """
+        chance, codes = random_uniform(
+            ["corruption", "corruption/codes"], seed=seed, index=index, epoch=epoch, count=mask.shape[1]
+        )  # (B, N) each
+        replaced = (chance < self.fraction) & ~mask
+        return replaced, codes[replaced]
+
+    def corrupt(
+        self, tokens: Tensor, replaced: Tensor, uniform: Tensor, *, codebook_size: int, predict: Predict
+    ) -> Tensor:
+        """Returns the tokens (B, N) int64 with new codes where ``replaced``; a new code may be the true one.
+
+        Args:
+            tokens: (B, N) int64 in [0, K).
+            replaced: (B, N) bool, from ``draw``.
+            uniform: (R,) float32, from ``draw``.
+            codebook_size: K.
+            predict: (B, N) bool, the positions to replace -> their logits (R, K).
+        """
+        new = self.codes(tokens, replaced, uniform, codebook_size=codebook_size, predict=predict)
+        return tokens.masked_scatter(replaced, new)
+
+
+def _check_corruption(name: str, corruption: Corruption) -> None:
+    """Checks the contract of a corruption on four tokens of two images."""
+    if not isinstance(corruption, Corruption):
+        raise ValueError(f"corruption {name!r} must be a Corruption, got {shorten(corruption)}")
+    check_number(f"corruption {name!r}: fraction", getattr(corruption, "fraction", None), "(0, 1)")
+    tokens, replaced = torch.tensor([[0, 1], [2, 1]]), torch.tensor([[True, False], [True, True]])
+    uniform = torch.tensor([0.1, 0.5, 0.9])
+    codes = corruption.codes(
+        tokens, replaced, uniform, codebook_size=3, predict=lambda at: torch.zeros(int(at.sum()), 3)
+    )
+    if not isinstance(codes, Tensor) or codes.shape != (3,) or codes.dtype != torch.int64:
+        seen = f"{codes.dtype} {tuple(codes.shape)}" if isinstance(codes, Tensor) else shorten(codes)
+        raise ValueError(f"corruption {name!r}: the codes must be an int64 tensor (R,), got {seen}")
+    if not bool(((codes >= 0) & (codes < 3)).all()):
+        raise ValueError(f"corruption {name!r}: the codes must lie in [0, K), got {codes.tolist()} for K = 3")
+
+
+corruptions: Registry[Corruption] = Registry("corruption", "maskgit_pl.corruptions", check=_check_corruption)
+
+
+@corruptions.register("uniform")
+@dataclass(frozen=True)
+class UniformCorruption(Corruption):
+    """Codes that are uniform over the codebook.
+
+    Args:
+        fraction: Probability that a visible token is replaced, in (0, 1).
+
+    Source: random replacement of BERT, arXiv:1810.04805; for token editing, LLaDA2.1, arXiv:2602.08676. NLD-Image,
+    arXiv:2606.29814, edits the tokens of images; its training was not reproduced.
+    """
+
+    fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_number("fraction", self.fraction, "(0, 1)")
+
+    def codes(
+        self, tokens: Tensor, replaced: Tensor, uniform: Tensor, *, codebook_size: int, predict: Predict
+    ) -> Tensor:
+        return (uniform * codebook_size).long().clamp(max=codebook_size - 1)
+
+
+@corruptions.register("model")
+@dataclass(frozen=True)
+class ModelCorruption(Corruption):
+    """Codes that the model draws for these positions: mistakes of the kind that decoding makes.
+
+    The averaged network, which is the one that is sampled, sees the replaced positions masked in addition to the mask.
+    It costs an additional forward pass without gradients.
+
+    Args:
+        fraction: Probability that a visible token is replaced, in (0, 1).
+
+    Source: the idea of ProSeCo, Schiff et al., arXiv:2602.11590, which instead fills all masked tokens with the most
+    likely codes, and adds a second loss on that sequence.
+    """
+
+    fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_number("fraction", self.fraction, "(0, 1)")
+
+    def codes(
+        self, tokens: Tensor, replaced: Tensor, uniform: Tensor, *, codebook_size: int, predict: Predict
+    ) -> Tensor:
+        return draw_codes(predict(replaced).float(), uniform)

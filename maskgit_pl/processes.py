@@ -1,26 +1,19 @@
-"""Rank and world size that ``torchrun`` or ``srun`` gave this process in its environment. Imports no torch.
+"""Processes: the rank that a launcher gave this one, stop signals, worker processes, and progress bars. No torch.
 
-Used by commands whose processes share work without a process group (see ``distributed`` for those that have one), and
-by commands that must not act as a rank.
+Launcher: rank and world size that ``torchrun`` or ``srun`` set in the environment, for commands whose processes share
+work without a process group (see ``distributed`` for those that have one) and commands that must not act as a rank.
 
-Stop signals (SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C): their handler sets a flag and does nothing else.
-
-A handler that saved or talked to other ranks would do so in the middle of other work, and ranks that are not at the
-same place wait for each other forever. ``training.stop_and_nonfinite.StepCheck`` reads the flag after each step, on all
-ranks together.
-
-A second Ctrl-C ends a command immediately, with exit code 130. A separate thread does this, because a Python handler
-runs only when the main thread does, and that may be waiting for other ranks. In a notebook, the second Ctrl-C raises
+Stop signals (SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C): their handler sets a flag and does nothing else. A handler that saved
+or talked to other ranks would do so in the middle of other work, and ranks that are not at the same place wait for each
+other forever. ``training.stop_and_nonfinite.StepCheck`` reads the flag after each step, on all ranks together. A second
+Ctrl-C ends a command immediately, with exit code 130. A separate thread does this, because a Python handler runs only
+when the main thread does, and that may be waiting for other ranks. In a notebook, the second Ctrl-C raises
 KeyboardInterrupt. The files on disk are complete in either case, as after a kill.
 
-Runs one function over many shards, in this process or in several.
+Workers: ``run_jobs`` runs a function over many shards, in this process or in several, with equal results.
 
-Used by ``writer``, ``index`` and ``verify``. The results do not depend on the number of workers.
-
-Progress of long work: bars on a terminal, log lines every 15 seconds elsewhere.
-
-Used by every command that works for longer than a few seconds. Training runs use ``maskgit_pl.training.callbacks``. The
-lines go to the log, not to the output of a command.
+Progress: bars on a terminal, log lines every 15 seconds elsewhere, for every command that works for longer than a few
+seconds. Training runs use ``training.callbacks``. The lines go to the log, not to the output of a command.
 """
 
 from __future__ import annotations
@@ -69,6 +62,22 @@ _RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
 _LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID")
 _VARIABLES = ("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "TORCHELASTIC_")
 
+_NAMES = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")
+SIGNALS = tuple(signal.Signals[name] for name in _NAMES if hasattr(signal, name))  # Windows lacks some
+_CTRL_C_ONCE = b"\nfinishing this step and saving; press Ctrl-C again to quit immediately\n"
+_CTRL_C = b"\nfinishing this step and saving; press Ctrl-C again to quit immediately (exit code 130)\n"
+_CTRL_C_AGAIN = b"\nquit immediately; repeat the command to resume from the last checkpoint\n"
+
+_SECONDS_BETWEEN_LINES = 15.0
+_SECONDS_BETWEEN_UPDATES = 0.1  # an update of a bar costs more than a small image
+_SHOWN_BARS = 10  # with more bars, finished ones are hidden
+
+_Shared = TypeVar("_Shared")
+_Job = TypeVar("_Job")
+_Result = TypeVar("_Result")
+
+log = logging.getLogger(__name__)
+
 
 def launcher_rank(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
     """Returns this process's rank and the number of processes; (0, 1) without a launcher.
@@ -109,13 +118,6 @@ def _number(name: str, environment: Mapping[str, str]) -> int:
     if not environment[name].isdecimal():
         raise ValueError(f"{name} must be a whole number, got {environment[name]!r}; give --rank and --world-size")
     return int(environment[name])
-
-
-_NAMES = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")
-SIGNALS = tuple(signal.Signals[name] for name in _NAMES if hasattr(signal, name))  # Windows lacks some
-_CTRL_C_ONCE = b"\nfinishing this step and saving; press Ctrl-C again to quit immediately\n"
-_CTRL_C = b"\nfinishing this step and saving; press Ctrl-C again to quit immediately (exit code 130)\n"
-_CTRL_C_AGAIN = b"\nquit immediately; repeat the command to resume from the last checkpoint\n"
 
 
 class _Flag:
@@ -161,19 +163,9 @@ def catch_stop_signals(*, until: Literal["return", "exit"] = "return") -> Iterat
         _Flag.process, _Flag.is_set = -1, False
 
 
-@contextmanager
-def _exit_at_second_ctrl_c() -> Iterator[None]:
-    """Starts a thread that counts Ctrl-C; a handler would wait for a main thread that waits for other ranks."""
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    # The interpreter writes the number of each signal to this pipe as soon as it arrives.
-    previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    threading.Thread(target=_count_ctrl_c, args=(reader,), name="Ctrl-C", daemon=True).start()
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(previous)
-        os.close(writer)  # ends the thread
+def is_requested() -> bool:
+    """Returns True if this process has received a stop signal."""
+    return _Flag.is_set
 
 
 @contextmanager
@@ -200,11 +192,6 @@ def hold_ctrl_c() -> Iterator[None]:
             handler(signal.SIGINT, None)
         elif received and handler == signal.SIG_DFL:
             signal.raise_signal(signal.SIGINT)
-
-
-def is_requested() -> bool:
-    """Returns True if this process has received a stop signal."""
-    return _Flag.is_set
 
 
 def ignore_job_signals(worker: int) -> None:
@@ -240,6 +227,21 @@ def _set_flag(number: int, frame: FrameType | None) -> None:
             raise KeyboardInterrupt
         with suppress(OSError):  # stderr may be closed
             os.write(2, _CTRL_C_ONCE)
+
+
+@contextmanager
+def _exit_at_second_ctrl_c() -> Iterator[None]:
+    """Starts a thread that counts Ctrl-C; a handler would wait for a main thread that waits for other ranks."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    # The interpreter writes the number of each signal to this pipe as soon as it arrives.
+    previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=_count_ctrl_c, args=(reader,), name="Ctrl-C", daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(previous)
+        os.close(writer)  # ends the thread
 
 
 def _count_ctrl_c(reader: int) -> None:
@@ -279,30 +281,10 @@ def _leave_signals_to_parent() -> None:
 if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(before=_hold_signals, after_in_parent=_release_signals, after_in_child=_leave_signals_to_parent)
 
-Shared = TypeVar("Shared")
-Job = TypeVar("Job")
-Result = TypeVar("Result")
-_shared: Any = None  # in a worker: the argument that all jobs share, sent once
-
-
-def available_cores() -> int:
-    """Returns the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def choose_workers(given: int | None, *, work: float) -> int:
-    """Returns the number of worker processes.
-
-    Args:
-        given: The number that the user asked for; None for one per core, fewer if there is little work.
-        work: Amount of work, in units that take one process about 10 seconds.
-    """
-    return min(available_cores(), 1 + int(work)) if given is None else given
-
 
 def run_jobs(
-    function: Callable[[Shared, Job], Result], shared: Shared, jobs: Sequence[Job], *, workers: int
-) -> Iterator[tuple[Job, Result]]:
+    function: Callable[[_Shared, _Job], _Result], shared: _Shared, jobs: Sequence[_Job], *, workers: int
+) -> Iterator[tuple[_Job, _Result]]:
     """Calls ``function(shared, job)`` for every job.
 
     Args:
@@ -350,6 +332,24 @@ def run_jobs(
         pool.shutdown(cancel_futures=True)
 
 
+def available_cores() -> int:
+    """Returns the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def choose_workers(given: int | None, *, work: float) -> int:
+    """Returns the number of worker processes.
+
+    Args:
+        given: The number that the user asked for; None for one per core, fewer if there is little work.
+        work: Amount of work, in units that take one process about 10 seconds.
+    """
+    return min(available_cores(), 1 + int(work)) if given is None else given
+
+
+_shared: Any = None  # in a worker: the argument that all jobs share, sent once
+
+
 class _Refusal(NamedTuple):
     """A user error in a worker, sent back as a result; as an exception, it would get the worker's traceback."""
 
@@ -371,43 +371,13 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _call(function: Callable[[Any, Job], Result], job: Job) -> Result | _Refusal:
+def _call(function: Callable[[Any, _Job], _Result], job: _Job) -> _Result | _Refusal:
     try:
         return function(_shared, job)
     except Exception as error:
         if is_user_error(error):
             return _Refusal(error)
         raise
-
-
-log = logging.getLogger(__name__)
-
-_SECONDS_BETWEEN_LINES = 15.0
-_SECONDS_BETWEEN_UPDATES = 0.1  # an update of a bar costs more than a small image
-_SHOWN_BARS = 10  # with more bars, finished ones are hidden
-
-
-class Bars(Protocol):
-    """The type of a function that makes a progress bar."""
-
-    def __call__(self, title: str, total: int, *, done: int = 0, unit: str = "") -> Callable[[int], None]:
-        """Makes the bar of a task.
-
-        Args:
-            title: Title of the bar.
-            total: Amount of work.
-            done: Amount done by an earlier run, which does not count for the speed.
-            unit: Unit of the amounts, such as ``"images"``.
-
-        Returns:
-            A function to call with each finished amount.
-        """
-        ...
-
-
-def no_bars(title: str, total: int, *, done: int = 0, unit: str = "") -> Callable[[int], None]:
-    """Returns a function that shows nothing, with the signature of ``Bars``."""
-    return lambda count: None
 
 
 @contextmanager
@@ -447,6 +417,29 @@ def named_bars(unit: str) -> Iterator[Callable[[str, int, int], None]]:
             made[title](count)
 
         yield advance
+
+
+class Bars(Protocol):
+    """The type of a function that makes a progress bar."""
+
+    def __call__(self, title: str, total: int, *, done: int = 0, unit: str = "") -> Callable[[int], None]:
+        """Makes the bar of a task.
+
+        Args:
+            title: Title of the bar.
+            total: Amount of work.
+            done: Amount done by an earlier run, which does not count for the speed.
+            unit: Unit of the amounts, such as ``"images"``.
+
+        Returns:
+            A function to call with each finished amount.
+        """
+        ...
+
+
+def no_bars(title: str, total: int, *, done: int = 0, unit: str = "") -> Callable[[int], None]:
+    """Returns a function that shows nothing, with the signature of ``Bars``."""
+    return lambda count: None
 
 
 class _Bar:

@@ -1,10 +1,9 @@
-"""Registries of exchangeable parts: mask schedules, token selectors, guidance schedules, quantizers and features.
+"""Registries of exchangeable parts, and the lazy import of a package's public names.
 
-A registry maps names to classes, usually frozen dataclasses. Recipes give a name (``cosine``) or a mapping
-(``{name: pow, exponent: 3}``). Other packages add parts through an entry point group. Each object is checked when it is
-built. A broken plug-in raises a ``PluginError`` with the name of its package, and all other names stay usable.
-
-Lazy imports: public names of a package that are imported when they are first used. Keeps ``import`` fast.
+A registry maps names to classes, usually frozen dataclasses: mask schedules, token selectors, guidance schedules,
+quantizers, features and others. Recipes give a name (``cosine``) or a mapping (``{name: pow, exponent: 3}``). Other
+packages add parts through an entry point group. Each object is checked when it is built. A broken plug-in raises a
+``PluginError`` with the name of its package, and all other names stay usable.
 """
 
 from __future__ import annotations
@@ -35,44 +34,13 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-Factory = TypeVar("Factory", bound=Callable[..., Any])
-
+_Factory = TypeVar("_Factory", bound=Callable[..., Any])
 
 _log = logging.getLogger(__name__)
 
 
 class PluginError(ValueError):
     """An error in the entry point of another package. The message names both."""
-
-
-class _Plugin(NamedTuple):
-    """An entry point and the package that announces it."""
-
-    package: str
-    point: EntryPoint
-
-    def __str__(self) -> str:
-        return printable(f"package {self.package} ({self.point.value})")
-
-
-def nearest(name: str, choices: Iterable[str]) -> str:
-    """Returns a hint for an unknown name: the closest choice, then the list of all choices.
-
-    Args:
-        name: Unknown name.
-        choices: Known names.
-    """
-    known = sorted(map(printable, choices))
-    hint = f"{did_you_mean(name, known)} ".lstrip()
-    return f"{hint}known: {', '.join(known) or 'none'}"
-
-
-def describe(spec: str | Mapping[str, Any] | None) -> str:
-    """Returns a short text for a spec of ``Registry.build``, such as ``remdm (eta 0.4)``."""
-    if spec is None or isinstance(spec, str):
-        return str(spec)
-    arguments = ", ".join(f"{key} {value}" for key, value in spec.items() if key != "name")
-    return f"{spec.get('name')} ({arguments})" if arguments else str(spec.get("name"))
 
 
 class Registry(Generic[T]):
@@ -101,14 +69,14 @@ class Registry(Generic[T]):
         self._factories: dict[str, Callable[..., T]] = {}
         self._loaded: dict[str, Callable[..., T] | PluginError] = {}  # by the name of the entry point
 
-    def register(self, name: str) -> Callable[[Factory], Factory]:
+    def register(self, name: str) -> Callable[[_Factory], _Factory]:
         """Returns a decorator that registers a factory named ``name``.
 
         Raises:
             ValueError: if the name is taken.
         """
 
-        def decorate(factory: Factory) -> Factory:
+        def decorate(factory: _Factory) -> _Factory:
             if name in self._factories:
                 raise ValueError(f"{self.kind} {name!r}: the name is taken by {self._factories[name]!r}")
             self._factories[name] = factory
@@ -282,19 +250,57 @@ def derives_from(base: type) -> Callable[[str, Any], None]:
     return check
 
 
-def _needs_no_argument(factory: Callable[..., Any]) -> bool:
-    try:
-        inspect.signature(factory).bind()
-    except TypeError:
-        return False
-    except ValueError:  # a class of C code has no signature
-        return True
-    return True
-
-
 def plugin_names(group: str) -> list[str]:
     """Returns the sorted names that installed packages announce in an entry point group. Imports no package."""
     return sorted({plugin.point.name for plugin in _find_plugins(group)})
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """Returns a hint for an unknown name: the closest choice, then the list of all choices.
+
+    Args:
+        name: Unknown name.
+        choices: Known names.
+    """
+    known = sorted(map(printable, choices))
+    hint = f"{did_you_mean(name, known)} ".lstrip()
+    return f"{hint}known: {', '.join(known) or 'none'}"
+
+
+def describe(spec: str | Mapping[str, Any] | None) -> str:
+    """Returns a short text for a spec of ``Registry.build``, such as ``remdm (eta 0.4)``."""
+    if spec is None or isinstance(spec, str):
+        return str(spec)
+    arguments = ", ".join(f"{key} {value}" for key, value in spec.items() if key != "name")
+    return f"{spec.get('name')} ({arguments})" if arguments else str(spec.get("name"))
+
+
+def lazy_names(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
+    """Returns the ``__getattr__`` of a package (PEP 562), which imports a name at its first use.
+
+    No module of the package may have an exported name, because importing the module would replace it.
+
+    Args:
+        package: ``__name__`` of the package.
+        homes: Module inside the package for each public name.
+    """
+
+    def __getattr__(name: str) -> Any:  # noqa: N807  # the name that tracebacks show
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(f"{package}.{homes[name]}"), name)
+
+    return __getattr__
+
+
+class _Plugin(NamedTuple):
+    """An entry point and the package that announces it."""
+
+    package: str
+    point: EntryPoint
+
+    def __str__(self) -> str:
+        return printable(f"package {self.package} ({self.point.value})")
 
 
 def _find_plugins(group: str) -> Iterator[_Plugin]:
@@ -316,6 +322,16 @@ def _find_plugins(group: str) -> Iterator[_Plugin]:
             found.add((package, point.name))
 
 
+def _needs_no_argument(factory: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(factory).bind()
+    except TypeError:
+        return False
+    except ValueError:  # a class of C code has no signature
+        return True
+    return True
+
+
 @cache
 def _warn(text: str) -> None:
     """Logs a warning once per process."""
@@ -324,21 +340,3 @@ def _warn(text: str) -> None:
 
 def _one_line(error: BaseException) -> str:
     return printable(" ".join("".join(traceback.format_exception_only(error)).split()), limit=300)
-
-
-def lazy_names(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """Returns the ``__getattr__`` of a package (PEP 562).
-
-    No module of the package may have an exported name, because importing the module would replace it.
-
-    Args:
-        package: ``__name__`` of the package.
-        homes: Module inside the package for each public name.
-    """
-
-    def __getattr__(name: str) -> Any:  # noqa: N807  # the name that tracebacks show
-        if name not in homes:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(import_module(f"{package}.{homes[name]}"), name)
-
-    return __getattr__

@@ -2,8 +2,8 @@
 
 One object serves training (``masking.MaskSampler`` draws mask ratios from it) and inference
 (``decoding.ParallelDecoder`` computes from it how many tokens stay masked after each step), so the two cannot differ.
-Rounding happens in one place, ``num_masked``. Functions import torch where they need it, so the command line can refuse
-an unknown name immediately.
+Rounding happens in one place, ``num_masked``. ``halton_order`` gives the order that training and decoding can visit the
+positions in. Functions import torch where they need it, so the command line can refuse an unknown name immediately.
 
 Your own schedule is a registered frozen dataclass::
 
@@ -12,10 +12,6 @@ Your own schedule is a registered frozen dataclass::
     class Sine(MaskSchedule):
         def __call__(self, progress: Tensor, num_tokens: int) -> Tensor:
             return 1 - torch.sin(progress * math.pi / 2)
-
-The Halton order of a grid, which visits the positions so that consecutive ones are far apart.
-
-Used by ``mask_positions`` in training and by ``decoding.selectors`` in decoding.
 """
 
 from __future__ import annotations
@@ -43,7 +39,6 @@ __all__ = [
 ]
 
 Rounding = Literal["ceil", "floor"]
-
 _CHECKED_NUM_TOKENS = (2, 16, 49, 256, 1024)  # the grids of the recipes, and small ones
 _CHECKED_POINTS = 257  # with the quarters of [0, 1]
 _MIN_RATIO = 1e-6  # released code: gamma is clipped to [1e-6, 1]
@@ -256,6 +251,8 @@ class Logarithmic(MaskSchedule):
 
 def halton_order(grid: tuple[int, int]) -> list[int]:
     """Returns the positions of a grid (rows, columns) in the order of a Halton sequence of bases 2 and 3.
+
+    Consecutive positions are far apart. Used by ``masking`` and by ``decoding.selectors``.
 
     Source: Besnier et al., arXiv:2503.17076.
     """

@@ -1,6 +1,4 @@
-"""Parts of a network that keep their weights while the rest is trained. Used by ``Tokenizer``.
-
-Stage 1: trains the VQGAN that turns images into tokens and back.
+"""Stage 1: trains the VQGAN that turns images into tokens and back.
 
 Optimization is manual, because a GAN has two optimizers. A training step is one global batch. For each of its
 micro-batches (the code repeats the numbers):
@@ -55,54 +53,10 @@ __all__ = [
     "freeze",
 ]
 
-
-def freeze(part: nn.Module) -> None:
-    """Freezes a part of a network in place: its weights take no gradients, and it stays in evaluation mode.
-
-    Args:
-        part: Module of the network. Its optimizer must be built later, and must leave out frozen parameters.
-    """
-    part.requires_grad_(requires_grad=False).eval()
-    part.train = lambda mode=True: part  # type: ignore[method-assign]  # Lightning calls train() on every submodule
-
-
 _NUM_PICTURES = 16  # validation images kept for a reconstruction grid
 _LECAM_DECAY = 0.999  # of the moving averages of the logits, for each global batch
 
-
-class CodebookUsage(Metric):
-    """The usage of the codebook by a set of tokens: the fraction of codes that occur, and the perplexity.
-
-    perplexity = exp(-sum_k p_k log p_k), with p_k the fraction of tokens that are code k
-
-    Args:
-        codebook_size: K, number of codes.
-    """
-
-    full_state_update = False
-    counts: Tensor  # (K,) float64
-
-    def __init__(self, codebook_size: int) -> None:
-        super().__init__()
-        self.add_state("counts", torch.zeros(codebook_size, dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, tokens: Tensor, weight: Tensor) -> None:
-        """Counts tokens.
-
-        Args:
-            tokens: (B, N) int64 in [0, K).
-            weight: (B,) float or bool: weight of each row, 0 for padding.
-        """
-        weights = weight.to(self.counts.dtype).unsqueeze(1).expand_as(tokens)
-        self.counts.index_add_(0, tokens.flatten(), weights.flatten())
-
-    def compute(self) -> dict[str, Tensor]:
-        """Returns ``codebook_usage`` in [0, 1] and ``perplexity`` in [1, K]."""
-        shares = self.counts / self.counts.sum().clamp(min=1)
-        return {
-            "codebook_usage": (self.counts > 0).float().mean(),
-            "perplexity": torch.special.entr(shares).sum().exp().float(),
-        }
+_Network = TypeVar("_Network", bound=nn.Module)
 
 
 class Tokenizer(LightningModule):
@@ -400,13 +354,49 @@ class Tokenizer(LightningModule):
                 logger.log_metrics(values, step=self.global_step)
 
 
-@dataclass
-class _PendingUpdate:
-    """The results of the micro-batches of the current global batch that step 7 needs."""
+class CodebookUsage(Metric):
+    """The usage of the codebook by a set of tokens: the fraction of codes that occur, and the perplexity.
 
-    tokens: list[Tensor] = field(default_factory=list)  # (B, N) int64 each
-    features: list[Tensor] = field(default_factory=list)  # encoder outputs, see ``networks.quantizers``
-    logits: list[Tensor] = field(default_factory=list)  # (2,) each: mean real and fake logit
+    perplexity = exp(-sum_k p_k log p_k), with p_k the fraction of tokens that are code k
+
+    Args:
+        codebook_size: K, number of codes.
+    """
+
+    full_state_update = False
+    counts: Tensor  # (K,) float64
+
+    def __init__(self, codebook_size: int) -> None:
+        super().__init__()
+        self.add_state("counts", torch.zeros(codebook_size, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, tokens: Tensor, weight: Tensor) -> None:
+        """Counts tokens.
+
+        Args:
+            tokens: (B, N) int64 in [0, K).
+            weight: (B,) float or bool: weight of each row, 0 for padding.
+        """
+        weights = weight.to(self.counts.dtype).unsqueeze(1).expand_as(tokens)
+        self.counts.index_add_(0, tokens.flatten(), weights.flatten())
+
+    def compute(self) -> dict[str, Tensor]:
+        """Returns ``codebook_usage`` in [0, 1] and ``perplexity`` in [1, K]."""
+        shares = self.counts / self.counts.sum().clamp(min=1)
+        return {
+            "codebook_usage": (self.counts > 0).float().mean(),
+            "perplexity": torch.special.entr(shares).sum().exp().float(),
+        }
+
+
+def freeze(part: nn.Module) -> None:
+    """Freezes a part of a network in place: its weights take no gradients, and it stays in evaluation mode.
+
+    Args:
+        part: Module of the network. Its optimizer must be built later, and must leave out frozen parameters.
+    """
+    part.requires_grad_(requires_grad=False).eval()
+    part.train = lambda mode=True: part  # type: ignore[method-assign]  # Lightning calls train() on every submodule
 
 
 def _freeze_parts(network: VQGAN, parts: Sequence[Part]) -> None:
@@ -424,7 +414,13 @@ def _freeze_parts(network: VQGAN, parts: Sequence[Part]) -> None:
         )
 
 
-_Network = TypeVar("_Network", bound=nn.Module)
+@dataclass
+class _PendingUpdate:
+    """The results of the micro-batches of the current global batch that step 7 needs."""
+
+    tokens: list[Tensor] = field(default_factory=list)  # (B, N) int64 each
+    features: list[Tensor] = field(default_factory=list)  # encoder outputs, see ``networks.quantizers``
+    logits: list[Tensor] = field(default_factory=list)  # (2,) each: mean real and fake logit
 
 
 def _set_memory_format(network: _Network, memory_format: torch.memory_format) -> _Network:

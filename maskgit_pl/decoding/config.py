@@ -49,7 +49,7 @@ class DecodingConfig:
         top_p: Probability of the smallest set of codes to draw from, in (0, 1]; None draws from all.
         tokens_per_step: Number of tokens that each step decides, in place of the mask schedule: T integers.
         mask_schedule: Name or mapping of a mask schedule to decode with; None uses that of the training.
-        draw_method: Method by which codes are drawn; see ``limits.DrawMethod``. Recipes and importers have
+        draw_method: Method by which codes are drawn; see ``plan.DrawMethod``. Recipes and importers have
             ``gumbel``.
 
     Raises:
@@ -195,7 +195,7 @@ class AutoregressiveDecoding:
         sampling_temperature: Temperature of the logits, >= 0: a number, or two for the first and the last token.
         top_k: Number of most likely codes to draw from, >= 1; None draws from all.
         top_p: Probability of the smallest set of codes to draw from, in (0, 1]; None draws from all.
-        draw_method: Method by which codes are drawn; see ``limits.DrawMethod``.
+        draw_method: Method by which codes are drawn; see ``plan.DrawMethod``.
     """
 
     guidance: str | dict[str, Any] = "constant"

@@ -52,7 +52,7 @@ class SeededNoise:
         num_tokens: N, tokens per image.
         steps_at_once: Steps whose numbers are generated together, >= 1. It changes no number. With 8, a run of 8
             steps launches an eighth of the kernels.
-        method: Method by which codes are drawn; see ``limits.DrawMethod``.
+        method: Method by which codes are drawn; see ``plan.DrawMethod``.
     """
 
     seeds: Tensor

@@ -35,7 +35,7 @@ class CodeSampling:
             the last step.
         top_k: Number of codes kept, >= 1; None keeps all codes.
         top_p: Probability kept, in (0, 1]; None keeps all codes.
-        method: Method by which codes are drawn; see ``limits.DrawMethod``.
+        method: Method by which codes are drawn; see ``plan.DrawMethod``.
 
     Raises:
         ValueError: if a number is out of range.
