@@ -6,8 +6,6 @@ A backbone is a frozen configuration, which is registered in ``backbones`` and c
 the paper. Another package adds one through an entry point; see ``docs/plug-ins.md``.
 
 Shapes: B images, N tokens per image, K codebook size, V columns of the logits, C size of a conditioning vector.
-
-Creates the network of a configuration; a backbone that another package defines is checked first.
 """
 
 from __future__ import annotations
@@ -67,6 +65,8 @@ LARGEST_SIZES = {"embed_dim": 2**16, "depth": 1024, "num_heads": 1024, "mlp_dim"
 
 _LARGEST = {"codebook_size": (1, 2**24), "num_classes": (1, 100_000), "condition_dim": (0, 2**16)}
 _MOST_GROUPS = 24
+
+_checked: set[tuple[type[BackboneConfig], str]] = set()  # configurations of plug-ins whose contract was checked
 
 
 @dataclass(frozen=True)
@@ -357,25 +357,8 @@ class AutoregressiveBackbone(Backbone):
         return [KVCache(self.config.num_tokens) for _ in self.blocks]
 
 
-def check_attention(config: BackboneConfig, network: type[Backbone], attention: Attention) -> None:
-    """Checks that a configuration names the attention that a class computes.
-
-    Raises:
-        ValueError: if it names the other one.
-    """
-    if config.attention != attention:
-        raise ValueError(
-            f"transformer attention must be {attention!r} for {network.__name__}, got {config.attention!r}; "
-            "config.create() builds the class for either"
-        )
-
-
 def _check_config(name: str, config: BackboneConfig) -> None:
-    """Checks the contract of a registered configuration.
-
-    Raises:
-        ValueError: if it is no ``BackboneConfig``, or has another name.
-    """
+    """Checks the contract of a registered configuration: its class and its name."""
     if not isinstance(config, BackboneConfig):
         raise ValueError(f"backbone {name!r}: the class must derive from BackboneConfig, got {type(config).__name__}")
     if config.backbone != name:
@@ -431,9 +414,6 @@ def config_class(name: str) -> type[BackboneConfig]:
     return kind
 
 
-_checked: set[tuple[type[BackboneConfig], str]] = set()
-
-
 def create_network(config: BackboneConfig) -> Backbone:
     """Creates the network of a configuration, and checks the contract of a plug-in once for each configuration.
 
@@ -480,3 +460,16 @@ def _check_contract(config: BackboneConfig) -> None:
     if not isinstance(logits, Tensor) or logits.shape != expected:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"{where}: forward must return logits of shape (B, N, K) = {expected}, got {got}")
+
+
+def check_attention(config: BackboneConfig, network: type[Backbone], attention: Attention) -> None:
+    """Checks that a configuration names the attention that a class computes.
+
+    Raises:
+        ValueError: if it names the other one.
+    """
+    if config.attention != attention:
+        raise ValueError(
+            f"transformer attention must be {attention!r} for {network.__name__}, got {config.attention!r}; "
+            "config.create() builds the class for either"
+        )

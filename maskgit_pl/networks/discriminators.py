@@ -1,11 +1,10 @@
 """Discriminators by name: the networks of the adversarial loss, which ``Tokenizer`` trains against the VQGAN.
 
+``stylegan`` is that of the released code, a residual network of StyleGAN's type with one logit for each image.
+``patchgan`` judges overlapping patches, as in pix2pix, taming-transformers and LlamaGen.
+
 ``AdversarialConfig`` takes one by a recipe value (``patchgan``, or ``{name: patchgan, num_layers: 2}``); a value
 without a name is ``stylegan``. Other packages add their own in the entry point group ``maskgit_pl.discriminators``.
-
-The discriminator ``stylegan``, a residual network of StyleGAN's type: the one of the released code.
-
-The discriminator ``patchgan``, which judges overlapping patches, as in pix2pix, taming-transformers and LlamaGen.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from maskgit_pl.distributed import mean_over_ranks
 from maskgit_pl.registry import Registry
 
 __all__ = [
-    "DEFAULT_DISCRIMINATOR",
     "Discriminator",
     "DiscriminatorConfig",
     "DiscriminatorSpec",
@@ -39,10 +37,18 @@ __all__ = [
     "with_defaults",
 ]
 
-DEFAULT_DISCRIMINATOR = "stylegan"
-"""The discriminator of recipes that name none."""
+Pooling = Literal["blur", "average"]
+PatchNorm = Literal["group", "batch", "actnorm"]
+_Layer = TypeVar("_Layer", nn.Conv2d, nn.Linear)
 
-_PLAIN = (str, int, float, bool, tuple, type(None))
+_DEFAULT = "stylegan"  # of recipes that name none
+_PLAIN = (str, int, float, bool, tuple, type(None))  # types of values in a recipe
+_SLOPE = 0.2  # of the leaky ReLUs
+_SMALLEST = 4  # the resolution at which stylegan flattens the features
+_MAX_MULTIPLIER = 8  # of the base channels of patchgan
+_MAX_GROUPS = 32  # of its GroupNorm
+_MIN_GROUP = 4  # channels of a group
+_DEVIATION = 0.02  # of its initial weights
 
 
 class DiscriminatorSpec(Protocol):
@@ -90,7 +96,7 @@ def build_discriminator(
         ValueError: if the name is unknown, or an argument is unknown or wrong.
     """
     if isinstance(spec, Mapping):
-        spec = {"name": DEFAULT_DISCRIMINATOR, **spec}
+        spec = {"name": _DEFAULT, **spec}
     elif not isinstance(spec, str):
         _check_spec(type(spec).__name__, spec)
         return spec
@@ -109,27 +115,20 @@ def with_defaults(spec: str | Mapping[str, Any]) -> dict[str, Any]:
     A wrong name or key stays, for ``build_discriminator`` to report.
     """
     given = {"name": spec} if isinstance(spec, str) else dict(spec)
-    name = given.pop("name", DEFAULT_DISCRIMINATOR)
+    name = given.pop("name", _DEFAULT)
     factory = discriminators.factory(name) if name in discriminators.names() else None
     defaults: dict[str, Any] = {}
     if isinstance(factory, type) and is_dataclass(factory):
         plain = [each for each in fields(factory) if each.init and isinstance(each.default, _PLAIN)]
         defaults = {each.name: each.default for each in plain}
     # Without a name, the values of the default one are settings of their own, which a resuming run compares by key.
-    return {**({} if name == DEFAULT_DISCRIMINATOR else {"name": name}), **defaults, **given}
-
-
-Pooling = Literal["blur", "average"]
-_Layer = TypeVar("_Layer", nn.Conv2d, nn.Linear)
-
-_SLOPE = 0.2
-_SMALLEST = 4  # the resolution at which the features are flattened
+    return {**({} if name == _DEFAULT else {"name": name}), **defaults, **given}
 
 
 @discriminators.register("stylegan")
 @dataclass(frozen=True)
 class DiscriminatorConfig:
-    """The sizes of the discriminator. The defaults are the released code's; the image size is the tokenizer's.
+    """The sizes of the discriminator ``stylegan``, by default the released code's. The image size is the tokenizer's.
 
     Attributes:
         channel_multiplier: Factor of the released numbers of channels, in (0, 16]: 512 up to 32 px, then half for each
@@ -188,6 +187,38 @@ class DiscriminatorConfig:
         return Discriminator(self, in_channels=in_channels, image_size=image_size)
 
 
+class Discriminator(nn.Module):
+    """The discriminator: one logit for each image, high if the image looks real.
+
+    Args:
+        config: Channels and pooling.
+        in_channels: Channels of an image.
+        image_size: Side of square images, or (height, width), in pixels.
+
+    Source: released code, ``discriminator.py`` (StyleGAN2's, Karras et al., arXiv:1912.04958, without the minibatch
+    deviation and the equalised learning rate).
+    """
+
+    def __init__(self, config: DiscriminatorConfig, *, in_channels: int, image_size: ImageSize) -> None:
+        super().__init__()
+        widths = config.widths(image_size)
+        # Each block halves both sides, rounded down.
+        height, width = (side >> (len(widths) - 1) for side in height_width(image_size))
+        last = widths[-1]
+        self.stem = _xavier(nn.Conv2d(in_channels, widths[0], 3, padding=1))
+        self.blocks = nn.Sequential(*(DiscriminatorBlock(a, b, pooling=config.pooling) for a, b in pairwise(widths)))
+        self.conv = _xavier(nn.Conv2d(last, last, 3, padding=1))
+        self.hidden = _xavier(nn.Linear(last * height * width, last))
+        self.head = _xavier(nn.Linear(last, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns the logits (B, 1) of images (B, C, H, W) float in [0, 1]."""
+        x = self.blocks(F.leaky_relu(self.stem(images), _SLOPE))
+        x = F.leaky_relu(self.conv(x), _SLOPE).flatten(1)  # (B, channels h w)
+        out: Tensor = self.head(F.leaky_relu(self.hidden(x), _SLOPE))
+        return out
+
+
 class DiscriminatorBlock(nn.Module):
     """A residual block: two 3x3 convolutions with a pooling between them, plus a pooled 1x1 shortcut, over sqrt(2).
 
@@ -230,38 +261,6 @@ class Blur(nn.Module):
         return F.conv2d(x, kernel, stride=2, padding=1, groups=channels)
 
 
-class Discriminator(nn.Module):
-    """The discriminator: one logit for each image, high if the image looks real.
-
-    Args:
-        config: Channels and pooling.
-        in_channels: Channels of an image.
-        image_size: Side of square images, or (height, width), in pixels.
-
-    Source: released code, ``discriminator.py`` (StyleGAN2's, Karras et al., arXiv:1912.04958, without the minibatch
-    deviation and the equalised learning rate).
-    """
-
-    def __init__(self, config: DiscriminatorConfig, *, in_channels: int, image_size: ImageSize) -> None:
-        super().__init__()
-        widths = config.widths(image_size)
-        # Each block halves both sides, rounded down.
-        height, width = (side >> (len(widths) - 1) for side in height_width(image_size))
-        last = widths[-1]
-        self.stem = _xavier(nn.Conv2d(in_channels, widths[0], 3, padding=1))
-        self.blocks = nn.Sequential(*(DiscriminatorBlock(a, b, pooling=config.pooling) for a, b in pairwise(widths)))
-        self.conv = _xavier(nn.Conv2d(last, last, 3, padding=1))
-        self.hidden = _xavier(nn.Linear(last * height * width, last))
-        self.head = _xavier(nn.Linear(last, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Returns the logits (B, 1) of images (B, C, H, W) float in [0, 1]."""
-        x = self.blocks(F.leaky_relu(self.stem(images), _SLOPE))
-        x = F.leaky_relu(self.conv(x), _SLOPE).flatten(1)  # (B, channels h w)
-        out: Tensor = self.head(F.leaky_relu(self.hidden(x), _SLOPE))
-        return out
-
-
 def _released_width(resolution: int) -> int:
     """Returns 512 up to 32 px, 256 at 64, 128 at 128 ... Source: released code."""
     edge = 1 << max(0, resolution - 1).bit_length()
@@ -276,18 +275,10 @@ def _xavier(layer: _Layer) -> _Layer:
     return layer
 
 
-PatchNorm = Literal["group", "batch", "actnorm"]
-
-_MAX_MULTIPLIER = 8  # of the base channels
-_MAX_GROUPS = 32
-_MIN_GROUP = 4  # channels of a group
-_DEVIATION = 0.02  # of the initial weights
-
-
 @discriminators.register("patchgan")
 @dataclass(frozen=True)
 class PatchDiscriminatorConfig:
-    """The sizes of the discriminator of patches.
+    """The sizes of the discriminator ``patchgan``.
 
     Attributes:
         num_layers: Convolutions of stride 2, in [1, 8]; 3 gives a logit for each patch of 70 x 70 pixels.
@@ -374,6 +365,29 @@ class PatchDiscriminator(nn.Module):
         return out
 
 
+def _layers(config: PatchDiscriminatorConfig, in_channels: int) -> Iterator[nn.Module]:
+    """Yields the first convolution without a norm, further ones with one, and the convolution to the logits."""
+    yield nn.Conv2d(in_channels, config.base_channels, 4, stride=2, padding=1)
+    yield nn.LeakyReLU(_SLOPE)
+    for layer, (width, out) in enumerate(pairwise(config.widths), start=1):
+        stride = 2 if layer < config.num_layers else 1
+        # The mean of BatchNorm would remove a bias.
+        yield nn.Conv2d(width, out, 4, stride=stride, padding=1, bias=config.norm != "batch")
+        yield _norm(config.norm, out)
+        yield nn.LeakyReLU(_SLOPE)
+    yield nn.Conv2d(config.widths[-1], 1, 4, padding=1)
+
+
+def _norm(kind: PatchNorm, channels: int) -> nn.Module:
+    if kind == "batch":
+        return BatchNorm(channels)
+    if kind == "actnorm":
+        return ActNorm(channels)
+    # Groups of one channel would amplify the rounding of maps that are nearly constant.
+    num_groups = math.gcd(max(1, channels // _MIN_GROUP), _MAX_GROUPS, channels)
+    return nn.GroupNorm(num_groups, channels)
+
+
 class BatchNorm(nn.Module):
     """The normalisation by mean and variance of the micro-batch of all ranks.
 
@@ -439,26 +453,3 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Returns mean and variance of each channel over x (B, C, h, w) of all ranks, (1, C, 1, 1) each."""
     mean = mean_over_ranks(x.mean((0, 2, 3), keepdim=True))
     return mean, mean_over_ranks((x - mean).square().mean((0, 2, 3), keepdim=True))
-
-
-def _layers(config: PatchDiscriminatorConfig, in_channels: int) -> Iterator[nn.Module]:
-    """Yields the first convolution without a norm, further ones with one, and the convolution to the logits."""
-    yield nn.Conv2d(in_channels, config.base_channels, 4, stride=2, padding=1)
-    yield nn.LeakyReLU(_SLOPE)
-    for layer, (width, out) in enumerate(pairwise(config.widths), start=1):
-        stride = 2 if layer < config.num_layers else 1
-        # The mean of BatchNorm would remove a bias.
-        yield nn.Conv2d(width, out, 4, stride=stride, padding=1, bias=config.norm != "batch")
-        yield _norm(config.norm, out)
-        yield nn.LeakyReLU(_SLOPE)
-    yield nn.Conv2d(config.widths[-1], 1, 4, padding=1)
-
-
-def _norm(kind: PatchNorm, channels: int) -> nn.Module:
-    if kind == "batch":
-        return BatchNorm(channels)
-    if kind == "actnorm":
-        return ActNorm(channels)
-    # Groups of one channel would amplify the rounding of maps that are nearly constant.
-    num_groups = math.gcd(max(1, channels // _MIN_GROUP), _MAX_GROUPS, channels)
-    return nn.GroupNorm(num_groups, channels)

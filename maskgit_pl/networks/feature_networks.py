@@ -1,15 +1,8 @@
-"""A frozen timm classifier with its input normalisation, and the output that all feature networks share.
+"""Networks whose features and logits compare images: timm models, the InceptionV3 of published FIDs, classifiers.
 
-Does not import the registry in ``features``, so that other networks can import this module.
-
-The InceptionV3 of published FID, sFID and IS, from torch-fidelity's blocks and weights.
-
-The constructor of torch-fidelity unpickles the weight file, so the network is built here; a test compares both bit by
-bit. ``features.InceptionSpec`` loads the weights.
-
-Classifiers of the training data set: a small network or one of timm's, and the folder that holds a trained one.
-
-``evaluation.classifier`` trains them; ``features.ClassifierSpec`` loads them for metrics.
+``features`` registers them by name and loads their weights for metrics and the perceptual loss; this module does not
+import that registry. Classifiers of the training data set are a small network or one of timm's.
+``evaluation.classifier`` trains them, and ``load_classifier`` reads the folder that holds a trained one.
 """
 
 from __future__ import annotations
@@ -81,7 +74,19 @@ __all__ = [
     "weights_digest",
 ]
 
+SMALL = "small"
+WEIGHT_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+FORMAT, _VERSION = "maskgit_pl.classifier", 1
+MAX_CONFIG_BYTES = 8_000_000  # 100,000 classes with names of 80 letters
+
 _SPATIAL_NUMBERS = 2023  # ADM's evaluator: 7 channels x 17 x 17 places
+_INCEPTION_SIZE = 299
+_SPATIAL_LAYER, _SPATIAL_CHANNELS = "Mixed_6d", 7
+_LARGEST = {"num_classes": 100_000, "width": 4096}
+_LARGEST_IMAGE = 1024
+_LONGEST_NAME = 80  # letters that are compared with timm's names
+_SMALLEST_MAP = 4  # largest side of the small network's last feature map, in pixels
+_MEAN, _DEVIATION = 0.5, 0.25  # of pixels in [0, 1]; near those of most data
 
 
 class FeatureOutput(NamedTuple):
@@ -143,35 +148,12 @@ class FeatureNetwork(FrozenNetwork):
         Args:
             images: (B, 1 or 3, H, W), uint8 or float in [0, 1]; grey images are repeated to three colours.
         """
-        # Float32: the resize below has no bfloat16 kernel on a CPU.
-        x = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+        x = _to_unit_range(images)
         x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
         x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
-        model: Any = self.model  # timm's methods, which nn.Module's type does not have
-        last = model.forward_features((x - self.mean) / self.std)
-        features = model.forward_head(last, pre_logits=True)
-        channels_last = getattr(model, "output_fmt", None) == "NHWC"
-        return FeatureOutput(features, model.get_classifier()(features), _spatial(last, channels_last=channels_last))
-
-
-def _spatial(last: Tensor, *, channels_last: bool) -> Tensor | None:
-    """Returns the first channels of the last map, at most 2023 numbers, channel fastest: (B, S); None without a map."""
-    if last.ndim != 4:  # tokens of a transformer
-        return None
-    last = last if channels_last else rearrange(last, "b c h w -> b h w c")
-    # As many whole channels as fit into ADM's size, in its order: height, width, channel.
-    channels = _SPATIAL_NUMBERS // (last.shape[1] * last.shape[2])
-    return last[..., :channels].flatten(1) if channels else None
-
-
-def weights_digest(network: nn.Module) -> str:
-    """Returns the sha256 of a network's layers, weights and buffers; equal digests mean equal features."""
-    named = sorted([*network.named_parameters(), *network.named_buffers()])
-    return tensors_digest(named, prefix=repr(network))
-
-
-_SIZE = 299
-_SPATIAL_LAYER, _SPATIAL_CHANNELS = "Mixed_6d", 7
+        last, features, logits = _run_timm(self.model, (x - self.mean) / self.std)
+        channels_last = getattr(self.model, "output_fmt", None) == "NHWC"
+        return FeatureOutput(features, logits, _spatial(last, channels_last=channels_last))
 
 
 class Inception(FrozenNetwork, nn.Sequential):
@@ -179,6 +161,9 @@ class Inception(FrozenNetwork, nn.Sequential):
 
     ``features`` are the 2048 numbers of the last pooling. ``logits`` are the 1008 logits without bias, which define IS.
     ``spatial`` are the first 7 channels of the 1 x 1 branch of Mixed_6d at its 17 x 17 places, channel fastest.
+
+    The blocks are torch-fidelity's. Its constructor unpickles the weight file, so the network is built here; a test
+    compares both bit by bit. ``features.InceptionSpec`` loads the weights.
 
     Source: torch_fidelity.FeatureExtractorInceptionV3; spatial: openai/guided-diffusion, evaluations/evaluator.py
     (``mixed_6/conv:0``, ``[..., :7]`` of height x width x channels, which statistics made there keep).
@@ -221,7 +206,7 @@ class Inception(FrozenNetwork, nn.Sequential):
         """
         x = images.float() if images.dtype == torch.uint8 else images.float() * 255
         x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
-        x = interpolate_bilinear_2d_like_tensorflow1x(x, size=(_SIZE, _SIZE), align_corners=False)
+        x = interpolate_bilinear_2d_like_tensorflow1x(x, size=(_INCEPTION_SIZE, _INCEPTION_SIZE), align_corners=False)
         x = (x - 128) / 128  # not 127.5: the graph's own normalisation
         for name, layer in list(self.named_children())[:-1]:  # all but fc, which has no bias here
             if name == _SPATIAL_LAYER:
@@ -229,17 +214,6 @@ class Inception(FrozenNetwork, nn.Sequential):
             x = layer(x)
         features = x.flatten(1)  # (B, 2048)
         return FeatureOutput(features, features @ self.fc.weight.T, rearrange(branch, "b c h w -> b (h w c)"))
-
-
-SMALL = "small"
-WEIGHT_FILE, CONFIG_FILE = "model.safetensors", "config.json"
-FORMAT, _VERSION = "maskgit_pl.classifier", 1
-MAX_CONFIG_BYTES = 8_000_000  # 100,000 classes with names of 80 letters
-_LARGEST = {"num_classes": 100_000, "width": 4096}
-_LARGEST_IMAGE = 1024
-_LONGEST_NAME = 80  # letters that are compared with timm's names
-_SMALLEST_MAP = 4  # largest side of the small network's last feature map, in pixels
-_MEAN, _DEVIATION = 0.5, 0.25  # of pixels in [0, 1]; near those of most data
 
 
 @dataclass(frozen=True)
@@ -270,19 +244,6 @@ class ClassifierSizes:
         size = check_image_size("classifier image_size", self.image_size, f"[1, {_LARGEST_IMAGE}]")
         object.__setattr__(self, "image_size", size)
         check_model(self.model)
-
-
-def check_model(name: str) -> None:
-    """Checks that a classifier of a name exists.
-
-    Raises:
-        ValueError: if it does not. The message has the nearest names.
-    """
-    if name == SMALL or timm.is_model(name):
-        return
-    close = difflib.get_close_matches(name[:_LONGEST_NAME], [SMALL, *timm.list_models()], n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() lists all"
-    raise ValueError(f"classifier model must be {SMALL!r} or a name that timm knows, got {shorten(name)}; {hint}")
 
 
 class SmallClassifier(nn.Module):
@@ -344,11 +305,8 @@ class TimmClassifier(nn.Module):
     def forward(self, images: Tensor) -> FeatureOutput:
         """Returns features (B, F) and logits (B, num_classes) of images (B, C, H, W), uint8 or float in [0, 1]."""
         x = _prepare(images, channels=self.sizes.in_channels, size=height_width(self.size))
-        model: Any = self.model  # timm's methods, which nn.Module's type does not have
-        # The features are those before the classifier, which is then applied to them.
-        last = model.forward_features(x.contiguous(memory_format=torch.channels_last))
-        features = model.forward_head(last, pre_logits=True)
-        return FeatureOutput(features, model.get_classifier()(features))
+        _, features, logits = _run_timm(self.model, x.contiguous(memory_format=torch.channels_last))
+        return FeatureOutput(features, logits)
 
 
 class FrozenClassifier(FrozenNetwork):
@@ -383,7 +341,7 @@ def describe_classifier(sizes: ClassifierSizes, class_names: tuple[str, ...]) ->
 
 
 def load_classifier(folder: Path) -> FrozenClassifier:
-    """Loads a classifier that ``maskgit train-classifier`` or ``classifier_training.obtain_classifier`` saved.
+    """Loads a classifier that ``maskgit train-classifier`` or ``evaluation.classifier.obtain_classifier`` saved.
 
     Args:
         folder: Folder with ``config.json`` and ``model.safetensors``, such as ``runs/RUN/classifier``.
@@ -419,9 +377,40 @@ def _read_config(folder: Path) -> tuple[ClassifierSizes, tuple[str, ...]]:
     return sizes, check_class_names(f"{where}: class_names", config["class_names"], sizes.num_classes)
 
 
+def check_model(name: str) -> None:
+    """Checks that a classifier of a name exists.
+
+    Raises:
+        ValueError: if it does not. The message has the nearest names.
+    """
+    if name == SMALL or timm.is_model(name):
+        return
+    close = difflib.get_close_matches(name[:_LONGEST_NAME], [SMALL, *timm.list_models()], n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() lists all"
+    raise ValueError(f"classifier model must be {SMALL!r} or a name that timm knows, got {shorten(name)}; {hint}")
+
+
+def weights_digest(network: nn.Module) -> str:
+    """Returns the sha256 of a network's layers, weights and buffers; equal digests mean equal features."""
+    named = sorted([*network.named_parameters(), *network.named_buffers()])
+    return tensors_digest(named, prefix=repr(network))
+
+
+def _to_unit_range(images: Tensor) -> Tensor:
+    """Returns images, uint8 or float in [0, 1], as float32 in [0, 1]: resizing has no bfloat16 kernel on a CPU."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
+
+
+def _run_timm(model: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the last map or tokens of a timm model, the features before its classifier, and the logits of these."""
+    last = model.forward_features(x)  # methods that the type nn.Module does not have
+    features = model.forward_head(last, pre_logits=True)
+    return last, features, model.get_classifier()(features)
+
+
 def _prepare(images: Tensor, *, channels: int, size: tuple[int, int]) -> Tensor:
     """Returns images with a network's channels and size, of about zero mean and unit deviation."""
-    x = images.float() / 255 if images.dtype == torch.uint8 else images.float()  # the resize: float32 on a CPU
+    x = _to_unit_range(images)
     # Grey images are repeated to three channels; colours become their mean.
     if x.shape[1] != channels:
         x = x.expand(-1, channels, -1, -1) if x.shape[1] == 1 else x.mean(1, keepdim=True)
@@ -432,7 +421,7 @@ def _prepare(images: Tensor, *, channels: int, size: tuple[int, int]) -> Tensor:
 
 @torch.no_grad()
 def _can_run(model: nn.Module, sizes: ClassifierSizes) -> bool:
-    """Returns whether a model runs on images of the data's size."""
+    """Returns True if a model runs on images of the data's size."""
     model.eval()  # BatchNorm needs no batch then, and keeps its statistics
     try:
         model(torch.zeros(1, sizes.in_channels, *height_width(sizes.image_size)))
@@ -441,3 +430,13 @@ def _can_run(model: nn.Module, sizes: ClassifierSizes) -> bool:
     finally:
         model.train()
     return True
+
+
+def _spatial(last: Tensor, *, channels_last: bool) -> Tensor | None:
+    """Returns the first channels of the last map, at most 2023 numbers, channel fastest: (B, S); None without a map."""
+    if last.ndim != 4:  # tokens of a transformer
+        return None
+    last = last if channels_last else rearrange(last, "b c h w -> b h w c")
+    # As many whole channels as fit into ADM's size, in its order: height, width, channel.
+    channels = _SPATIAL_NUMBERS // (last.shape[1] * last.shape[2])
+    return last[..., :channels].flatten(1) if channels else None

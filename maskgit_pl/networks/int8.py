@@ -105,10 +105,10 @@ class Int8QKVProjection(nn.Module):
         return torch.cat([self.query(x), self.key_value(x)], dim=-1)
 
 
-AnyBackbone = TypeVar("AnyBackbone", bound=Backbone)
+_AnyBackbone = TypeVar("_AnyBackbone", bound=Backbone)
 
 
-def quantize(network: AnyBackbone) -> AnyBackbone:
+def quantize(network: _AnyBackbone) -> _AnyBackbone:
     """Returns a copy of a network for inference, whose blocks have 8-bit linear layers.
 
     The copy cannot be saved, copied or moved to another device.
@@ -133,7 +133,7 @@ def quantize(network: AnyBackbone) -> AnyBackbone:
         )
     # The skeleton takes no memory; its linear layers are replaced, and the other weights assigned.
     with skeletons():
-        copy = cast("AnyBackbone", network.config.create())
+        copy = cast("_AnyBackbone", network.config.create())
     last = f"blocks.{len(network.blocks) - 1}."
     for name, module in linear.items():
         is_split = isinstance(module, QKVProjection) and name.startswith(last)

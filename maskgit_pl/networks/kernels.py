@@ -1,39 +1,13 @@
-"""Large memory pages for weights that are read again and again.
+"""Linear layers and MLPs for inference on a CPU, with weights in the layout that matrix products read.
 
-Linux gives out memory in pages of 4 kB, so that a product with a weight of 10 MB looks up the addresses of thousands of
-pages. On virtual machines these lookups take up to half of the time of the linear layers, if there are only a few
-hundred rows. In pages of 2 MB there are few.
-
-Source: the manual of Linux, ``madvise(2)``: ``MADV_COLLAPSE``.
-
-Detects changes of weights, so that nothing computed from old weights is used after them.
-
-torch counts operations in place, such as those of ``load_state_dict``. It does not count fused optimizers, nor writes
-to ``weight.data`` or to the memory of a weight through NumPy. The changes are therefore found in three ways:
-
-1. ``Tensor._version`` counts operations in place.
-2. A hook counts the steps of all optimizers of the process.
-3. ``WeightWatch`` compares a sample of the weights with their earlier values, which finds the writes that nothing
-   counts. Only writes to few entries can stay unnoticed.
-
-``PackingLinear`` uses 1 and 2 at every call, a pipeline all three at every call of its methods.
-
-Linear layers that pack their weights for inference on a CPU: the layout that matrix products read, made only once.
+Transformers are built of ``PackingLinear`` and ``feed_forward``. ``set_packing`` turns packing on, which ``MaskGIT``
+does for the networks that it loads.
 
 A matrix product on a CPU first copies the weight to blocks that fit its instructions. For a few hundred rows, as in
-decoding, this takes a fifth to a half of the time. Transformers are built of ``PackingLinear``; ``set_packing`` turns
-packing on, which ``MaskGIT`` does for the networks that it loads.
-
-float32 weights are packed by MKL, bfloat16 weights by oneDNN on CPUs with bfloat16 instructions. The packed copy takes
-as much memory as the weight. Outputs are those of a plain layer to rounding.
-
-A packed weight that is used often moves to ``large_pages``.
-
-The MLP of a block, in parts whose hidden values stay in the cache.
-
-``PackingLinear`` makes bfloat16 products so fast that the second layer waits for hidden values that have left the
-cache. In parts, some of the hidden values are computed and multiplied at once, and the products are added.
-``benchmarks/feed_forward.py`` compares both.
+decoding, this takes a fifth to a half of the time. ``PackingLinear`` copies it once. float32 weights are packed by MKL,
+bfloat16 weights by oneDNN on CPUs with bfloat16 instructions. The packed copy takes as much memory as the weight.
+Outputs are those of a plain layer to rounding. A packed weight that is used often moves to large pages (``move``). It
+is packed again when the weight has changed (``WeightWatch``).
 """
 
 from __future__ import annotations
@@ -61,167 +35,40 @@ __all__ = [
     "WeightWatch",
     "add_output",
     "are_available",
-    "count_changes",
     "feed_forward",
     "free_packed",
     "move",
     "set_packing",
 ]
 
-_SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
-_MADV_COLLAPSE = 25
+_Part = tuple[int, int, int]
+"""A part of a weight: the dimension, 0 for rows and 1 for columns; the first of them; the last one + 1."""
 
+_Gate = Callable[[Tensor, Tensor], Tensor]
 
-@cache
-def are_available() -> bool:
-    """Returns True if programs on this machine may ask for large pages."""
-    # Where they are "always" in use, a weight has them already, except at its ends.
-    return sys.platform == "linux" and "[never]" not in _read("enabled", default="[never]")
-
-
-def move(address: int, num_bytes: int) -> None:
-    """Moves memory to large pages. Its content and its addresses stay.
-
-    Args:
-        address: First address.
-        num_bytes: Size. The large pages at both ends are completed with the memory around.
-
-    A large page of which less than half would be in use stays small, so that the program does not grow much. So does
-    what the system cannot move, for example because free memory is scattered. Nothing happens before Linux 6.1, and
-    where large pages are not available.
-    """
-    if not are_available():
-        return
-    size = int(_read("hpage_pmd_size", default="2097152"))
-    for page in range(address // size * size, address + num_bytes, size):
-        if _count_used(page, size) * 2 * PAGESIZE >= size:
-            # MADV_HUGEPAGE would also change what is stored at these addresses later.
-            _libc().madvise(page, size, _MADV_COLLAPSE)
-
-
-def _count_used(address: int, num_bytes: int) -> int:
-    """Returns the number of small pages that are in memory; 0 if some of the addresses belong to nothing."""
-    is_used = ctypes.create_string_buffer(num_bytes // PAGESIZE)
-    failed = _libc().mincore(address, num_bytes, is_used)
-    return 0 if failed else sum(byte & 1 for byte in is_used.raw)
-
-
-def _read(name: str, *, default: str) -> str:
-    try:
-        return (_SETTINGS / name).read_text()
-    except OSError:  # a system without large pages
-        return default
-
-
-@cache
-def _libc() -> ctypes.CDLL:
-    library = ctypes.CDLL(None)
-    library.madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-    library.mincore.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p
-    return library
-
+_USUAL_ROWS = 256  # of an input, for which MKL chooses its blocks; the result does not depend on it
+_ROWS_IN_CACHE = 32  # on which GELU works at once
+_GELU_SCALE = 2 * math.sqrt(2 / math.pi)
+# Bytes of hidden values per thread above which two parts, or parts of at least 1024 values, are faster.
+_HALVED, _SPLIT = 2_000_000, 4_000_000
+_SMALLEST_PART = 1024
 
 # All entries of a tensor of at most 4096 are compared, else every 509th: the number is prime, so they lie in different
 # columns. For the released size this takes 0.3 % of the time of one image on a CPU; all entries take 1.2 to 2.4 %.
 _SMALL_WEIGHT, _STRIDE = 4096, 509
 
+_LEAST_BYTES_MOVED = 2**20  # networks of smaller weights gain nothing by large pages
+_SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
+_MADV_COLLAPSE = 25
 
-class _Steps:
-    """The number of steps of all optimizers of the process."""
-
-    count = 0
-
-
-def _count_step(*_: object) -> None:
-    _Steps.count += 1
-
-
-register_optimizer_step_post_hook(_count_step)
-
-
-def count_changes(weight: Tensor) -> tuple[int, int]:
-    """Returns two numbers that differ after an optimizer step and after an operation in place on a weight."""
-    # torch does not count the changes of tensors that were made in inference mode.
-    return _Steps.count, 0 if weight.is_inference() else weight._version
-
-
-class WeightWatch:
-    """Tells whether the weights of a network may have changed since the last question.
-
-    Args:
-        network: The network. Its parameters and buffers are compared.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        self._network = network
-        self._marks: list[tuple[int, tuple[int, int]]] = []
-        self._parts: list[Tensor] = []  # views of the weights
-        self._sample = torch.empty(0)
-        self.has_changed()
-
-    def has_changed(self) -> bool:
-        """Returns True if the weights may have changed since the last call, at first since the watch was made."""
-        weights = [*self._network.parameters(), *self._network.buffers()]
-        marks = [(weight.data_ptr(), count_changes(weight)) for weight in weights]
-        is_counted = marks != self._marks
-        if is_counted:
-            self._marks, self._parts = marks, [_view_sample(weight) for weight in weights]
-        sample, before = torch.cat(self._parts), self._sample
-        self._sample = sample
-        return is_counted or not torch.equal(sample, before)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Returns the state for copies and pickles, which have other memory."""
-        return self.__dict__ | {"_marks": [], "_parts": [], "_sample": torch.empty(0)}
-
-
-def _view_sample(weight: Tensor) -> Tensor:
-    """Returns the compared entries of a weight: a view, if the weight is contiguous."""
-    return weight.detach().reshape(-1)[:: _STRIDE if weight.numel() > _SMALL_WEIGHT else 1]
-
-
-_USUAL_ROWS = 256  # for which MKL chooses its blocks; the result does not depend on it
-_ROWS_IN_CACHE = 32
-_GELU_SCALE = 2 * math.sqrt(2 / math.pi)
-_SMALL = 2**20  # bytes; networks of smaller weights gain nothing by large pages
-
-_Part = tuple[int, int, int]
-"""A part of a weight: the dimension, 0 for rows and 1 for columns; the first of them; the last one + 1."""
-
-
-@dataclass(slots=True)
-class _Packed:
-    """A packed part of a weight, and the weight that it was made of.
-
-    Args:
-        source: The whole weight. While it is kept, no other weight can have its memory.
-        changes: ``weight_changes.count_changes`` of the weight when it was packed.
-        data: Packed part, of MKL or oneDNN.
-        num_bytes: Size of the part.
-        uses: Number of products so far.
-    """
-
-    source: Tensor
-    changes: tuple[int, int]
-    data: Tensor
-    num_bytes: int
-    uses: int = 0
-
-    def is_of(self, weight: Tensor) -> bool:
-        """Returns True if a weight is the one that was packed, unchanged."""
-        return self.source.data_ptr() == weight.data_ptr() and self.changes == count_changes(weight)
-
-    def move_to_large_pages(self) -> None:
-        """Moves the packed part to large pages, unless it is small."""
-        if self.num_bytes >= _SMALL:
-            move(torch.ops.mkldnn.data_ptr(self.data), torch.ops.mkldnn._nbytes(self.data))
+_has_amx = cache(has_amx)
 
 
 class PackingLinear(nn.Linear):
     """A linear layer, with GELU if asked for, that packs its weight for inference on a CPU.
 
     The weight stays a parameter. It is packed at the first call without gradients after ``set_packing``, and again
-    after an optimizer step or an operation in place. ``weight_changes`` names the changes that nothing counts; call
+    after an optimizer step or an operation in place. ``WeightWatch`` names the changes that nothing counts; call
     ``free_packed`` after them.
 
     Args:
@@ -321,7 +168,7 @@ class PackingLinear(nn.Linear):
             if not _can_pack(weight):
                 return None
             rows = weight.detach().narrow(dimension, first, last - first)
-            found = self._packed[part] = _Packed(weight.detach(), count_changes(weight), _pack(rows), rows.nbytes)
+            found = self._packed[part] = _Packed(weight.detach(), _count_changes(weight), _pack(rows), rows.nbytes)
         if found.uses == self.uses_in_small_pages:
             found.move_to_large_pages()
         found.uses += 1
@@ -333,21 +180,6 @@ class PackingLinear(nn.Linear):
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state for copies and pickles, which pack for themselves."""
         return self.__dict__ | {"_packed": {}}
-
-
-def add_output(to: Tensor, layer: nn.Module, x: Tensor) -> Tensor:
-    """Returns ``to + layer(x)``, the sum of a residual; to rounding, if a packed bfloat16 product can add it itself."""
-    if isinstance(layer, PackingLinear) and x.dtype == torch.bfloat16 and layer.packs_for(x):
-        return layer.add_part(to, x, 0, layer.in_features)
-    out: Tensor = to + layer(x)
-    return out
-
-
-def free_packed(network: nn.Module) -> None:
-    """Frees the packed weights of a network, such as those of a device that it has left."""
-    for layer in network.modules():
-        if isinstance(layer, PackingLinear):
-            layer._packed.clear()
 
 
 def set_packing(network: nn.Module, *, enabled: bool) -> None:
@@ -364,54 +196,19 @@ def set_packing(network: nn.Module, *, enabled: bool) -> None:
         free_packed(network)
 
 
-def _apply_gelu(x: Tensor) -> Tensor:
-    """Replaces a float32 tensor (..., D) by its GELU in the tanh form, and returns it.
-
-    With u = sqrt(2 / pi) (x + 0.044715 x^3), 0.5 x (1 + tanh u) = x sigmoid(2 u). Operations on rows that stay in the
-    cache take two thirds of the time of torch's GELU.
-    """
-    scale = torch.tensor(_GELU_SCALE)
-    for rows in torch.split(x.view(-1, x.shape[-1]), _ROWS_IN_CACHE):
-        rows.mul_(torch.addcmul(scale, rows, rows, value=_GELU_SCALE * 0.044715).mul_(rows).sigmoid_())
-    return x
+def free_packed(network: nn.Module) -> None:
+    """Frees the packed weights of a network, such as those of a device that it has left."""
+    for layer in network.modules():
+        if isinstance(layer, PackingLinear):
+            layer._packed.clear()
 
 
-def _can_pack(weight: Tensor) -> bool:
-    """Returns True if products with a packed weight are faster than with a weight, and its changes are counted."""
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype in _packed_dtypes()
-        and not weight.is_inference()  # torch does not count its changes
-    )
-
-
-@cache
-def _packed_dtypes() -> tuple[torch.dtype, ...]:
-    """Returns the dtypes whose products are faster with packed weights on this CPU."""
-    found = []
-    if torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]  # torch: untyped
-        found.append(torch.float32)
-    if has_bfloat16("cpu"):
-        found.append(torch.bfloat16)
-    return tuple(found)
-
-
-def _pack(weight: Tensor) -> Tensor:
-    """Packs a weight (out, in) or a part of it, float32 or bfloat16."""
-    if weight.dtype == torch.bfloat16:
-        blocks: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-        return blocks
-    panels: Tensor = torch.ops.mkl._mkl_reorder_linear_weight(weight.contiguous(), _USUAL_ROWS)
-    return panels
-
-
-# Bytes of hidden values per thread above which two parts, or parts of at least 1024 values, are faster.
-_HALVED, _SPLIT = 2_000_000, 4_000_000
-_SMALLEST_PART = 1024
-
-_has_amx = cache(has_amx)
-
-_Gate = Callable[[Tensor, Tensor], Tensor]
+def add_output(to: Tensor, layer: nn.Module, x: Tensor) -> Tensor:
+    """Returns ``to + layer(x)``, the sum of a residual; to rounding, if a packed bfloat16 product can add it itself."""
+    if isinstance(layer, PackingLinear) and x.dtype == torch.bfloat16 and layer.packs_for(x):
+        return layer.add_part(to, x, 0, layer.in_features)
+    out: Tensor = to + layer(x)
+    return out
 
 
 def feed_forward(
@@ -419,7 +216,9 @@ def feed_forward(
 ) -> Tensor:
     """Returns the output of an MLP, ``outer(inner(x))``.
 
-    With packed bfloat16 weights and many rows, it is the sum of parts, which is the same to rounding.
+    Packed bfloat16 products are so fast that the second layer waits for hidden values that have left the cache. With
+    many rows, some of the hidden values are therefore computed and multiplied at once, and the products of these parts
+    are added, which is the same to rounding. ``benchmarks/feed_forward.py`` compares both.
 
     Args:
         x: (..., D).
@@ -469,3 +268,191 @@ def _count_parts(num_rows: int, hidden_dim: int) -> int:
     most = hidden_dim // _SMALLEST_PART
     wanted = most if num_bytes > _SPLIT else min(2, most) if num_bytes > _HALVED else 1
     return next((parts for parts in range(wanted, 1, -1) if hidden_dim % parts == 0), 1)
+
+
+@dataclass(slots=True)
+class _Packed:
+    """A packed part of a weight, and the weight that it was made of.
+
+    Args:
+        source: The whole weight. While it is kept, no other weight can have its memory.
+        changes: ``_count_changes`` of the weight when it was packed.
+        data: Packed part, of MKL or oneDNN.
+        num_bytes: Size of the part.
+        uses: Number of products so far.
+    """
+
+    source: Tensor
+    changes: tuple[int, int]
+    data: Tensor
+    num_bytes: int
+    uses: int = 0
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Returns True if a weight is the one that was packed, unchanged."""
+        return self.source.data_ptr() == weight.data_ptr() and self.changes == _count_changes(weight)
+
+    def move_to_large_pages(self) -> None:
+        """Moves the packed part to large pages, unless it is small."""
+        if self.num_bytes >= _LEAST_BYTES_MOVED:
+            move(torch.ops.mkldnn.data_ptr(self.data), torch.ops.mkldnn._nbytes(self.data))
+
+
+def _can_pack(weight: Tensor) -> bool:
+    """Returns True if products with a packed weight are faster than with a weight, and its changes are counted."""
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype in _packed_dtypes()
+        and not weight.is_inference()  # torch does not count its changes
+    )
+
+
+@cache
+def _packed_dtypes() -> tuple[torch.dtype, ...]:
+    """Returns the dtypes whose products are faster with packed weights on this CPU."""
+    found = []
+    if torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]  # torch: untyped
+        found.append(torch.float32)
+    if has_bfloat16("cpu"):
+        found.append(torch.bfloat16)
+    return tuple(found)
+
+
+def _pack(weight: Tensor) -> Tensor:
+    """Packs a weight (out, in) or a part of it, float32 or bfloat16."""
+    if weight.dtype == torch.bfloat16:
+        blocks: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+        return blocks
+    panels: Tensor = torch.ops.mkl._mkl_reorder_linear_weight(weight.contiguous(), _USUAL_ROWS)
+    return panels
+
+
+def _apply_gelu(x: Tensor) -> Tensor:
+    """Replaces a float32 tensor (..., D) by its GELU in the tanh form, and returns it.
+
+    With u = sqrt(2 / pi) (x + 0.044715 x^3), 0.5 x (1 + tanh u) = x sigmoid(2 u). Operations on rows that stay in the
+    cache take two thirds of the time of torch's GELU.
+    """
+    scale = torch.tensor(_GELU_SCALE)
+    for rows in torch.split(x.view(-1, x.shape[-1]), _ROWS_IN_CACHE):
+        rows.mul_(torch.addcmul(scale, rows, rows, value=_GELU_SCALE * 0.044715).mul_(rows).sigmoid_())
+    return x
+
+
+class WeightWatch:
+    """Detects changes of the weights of a network, so that nothing computed from old weights is used after them.
+
+    torch counts operations in place, such as those of ``load_state_dict``. It does not count fused optimizers, nor
+    writes to ``weight.data`` or to the memory of a weight through NumPy. The changes are therefore found in three ways:
+
+    1. ``Tensor._version`` counts operations in place.
+    2. A hook counts the steps of all optimizers of the process.
+    3. A sample of the weights is compared with their earlier values, which finds the writes that nothing counts. Only
+       writes to few entries can stay unnoticed.
+
+    ``PackingLinear`` uses 1 and 2 at every call, a pipeline all three at every call of its methods.
+
+    Args:
+        network: The network. Its parameters and buffers are compared.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._network = network
+        self._marks: list[tuple[int, tuple[int, int]]] = []
+        self._parts: list[Tensor] = []  # views of the weights
+        self._sample = torch.empty(0)
+        self.has_changed()
+
+    def has_changed(self) -> bool:
+        """Returns True if the weights may have changed since the last call, at first since the watch was made."""
+        weights = [*self._network.parameters(), *self._network.buffers()]
+        marks = [(weight.data_ptr(), _count_changes(weight)) for weight in weights]
+        is_counted = marks != self._marks
+        if is_counted:
+            self._marks, self._parts = marks, [_view_sample(weight) for weight in weights]
+        sample, before = torch.cat(self._parts), self._sample
+        self._sample = sample
+        return is_counted or not torch.equal(sample, before)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns the state for copies and pickles, which have other memory."""
+        return self.__dict__ | {"_marks": [], "_parts": [], "_sample": torch.empty(0)}
+
+
+def _view_sample(weight: Tensor) -> Tensor:
+    """Returns the compared entries of a weight: a view, if the weight is contiguous."""
+    return weight.detach().reshape(-1)[:: _STRIDE if weight.numel() > _SMALL_WEIGHT else 1]
+
+
+def _count_changes(weight: Tensor) -> tuple[int, int]:
+    """Returns two numbers that differ after an optimizer step and after an operation in place on a weight."""
+    # torch does not count the changes of tensors that were made in inference mode.
+    return _Steps.count, 0 if weight.is_inference() else weight._version
+
+
+class _Steps:
+    """The number of steps of all optimizers of the process."""
+
+    count = 0
+
+
+def _count_step(*_: object) -> None:
+    _Steps.count += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+def move(address: int, num_bytes: int) -> None:
+    """Moves memory to large pages. Its content and its addresses stay.
+
+    Linux gives out memory in pages of 4 kB, so that a product with a weight of 10 MB looks up the addresses of
+    thousands of pages. On virtual machines these lookups take up to half of the time of the linear layers, if there are
+    only a few hundred rows. In pages of 2 MB there are few.
+
+    Args:
+        address: First address.
+        num_bytes: Size. The large pages at both ends are completed with the memory around.
+
+    A large page of which less than half would be in use stays small, so that the program does not grow much. So does
+    what the system cannot move, for example because free memory is scattered. Nothing happens before Linux 6.1, and
+    where large pages are not available.
+
+    Source: the manual of Linux, ``madvise(2)``: ``MADV_COLLAPSE``.
+    """
+    if not are_available():
+        return
+    size = int(_read("hpage_pmd_size", default="2097152"))
+    for page in range(address // size * size, address + num_bytes, size):
+        if _count_used(page, size) * 2 * PAGESIZE >= size:
+            # MADV_HUGEPAGE would also change what is stored at these addresses later.
+            _libc().madvise(page, size, _MADV_COLLAPSE)
+
+
+@cache
+def are_available() -> bool:
+    """Returns True if programs on this machine may ask for large pages."""
+    # Where they are "always" in use, a weight has them already, except at its ends.
+    return sys.platform == "linux" and "[never]" not in _read("enabled", default="[never]")
+
+
+def _count_used(address: int, num_bytes: int) -> int:
+    """Returns the number of small pages that are in memory; 0 if some of the addresses belong to nothing."""
+    is_used = ctypes.create_string_buffer(num_bytes // PAGESIZE)
+    failed = _libc().mincore(address, num_bytes, is_used)
+    return 0 if failed else sum(byte & 1 for byte in is_used.raw)
+
+
+def _read(name: str, *, default: str) -> str:
+    try:
+        return (_SETTINGS / name).read_text()
+    except OSError:  # a system without large pages
+        return default
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    library = ctypes.CDLL(None)
+    library.madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    library.mincore.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p
+    return library

@@ -1,12 +1,9 @@
 """Perceptual distances by name: what the perceptual loss of stage 1 compares images with.
 
-``lpips`` and those of other packages (entry point group ``maskgit_pl.perceptual_networks``) compare two images
-themselves. Any feature network (``timm``, ``classifier`` ...) compares them by its logits or its pooled features.
-
-LPIPS: the layers of torchmetrics with a backbone from a local torchvision file.
-
-The perceptual loss of stage 1 and the measurement of reconstructions use it. Nothing is downloaded: without the file
-there is no LPIPS.
+``lpips`` (also a measurement of reconstructions) and the distances of other packages (entry point group
+``maskgit_pl.perceptual_networks``) compare two images themselves. Any feature network (``timm``, ``classifier`` ...)
+compares them by its logits or its pooled features. Nothing is downloaded: LPIPS has the layers that torchmetrics ships,
+and a backbone from a local torchvision file.
 """
 
 from __future__ import annotations
@@ -35,10 +32,17 @@ __all__ = [
     "create_distance",
     "load_lpips",
     "perceptual_networks",
-    "read_lpips",
 ]
 
 PerceptualOutput = Literal["logits", "features"]
+
+_URL = "https://download.pytorch.org/models/"
+# Torchvision's weight files, whose names end with the first digits of their SHA-256.
+_BACKBONES = {
+    "alex": "alexnet-owt-7be5be79.pth",
+    "squeeze": "squeezenet1_1-b8a52dc0.pth",
+    "vgg": "vgg16-397923af.pth",
+}
 
 
 class PerceptualSpec(Protocol):
@@ -66,28 +70,6 @@ perceptual_networks: Registry[PerceptualSpec] = Registry(
     "maskgit_pl.perceptual_networks",
     check=_check_spec,
 )
-
-
-class FeatureDistance(FrozenNetwork):
-    """The mean squared difference of an output of a feature network, for each pair of images.
-
-    Args:
-        network: Feature network.
-        output: Output that is compared.
-    """
-
-    def __init__(self, network: nn.Module, output: PerceptualOutput) -> None:
-        super().__init__()
-        self.network = network
-        self.output = output
-        self.freeze()
-
-    def forward(self, images: Tensor, others: Tensor) -> Tensor:
-        """Returns (B,) float32 distances of images (B, C, H, W) float in [0, 1]."""
-        # Constants, such as the real images, keep no activations: frozen weights take no gradients.
-        ours, theirs = (getattr(self.network(part), self.output).float() for part in (images, others))
-        out: Tensor = (ours - theirs).square().flatten(1).mean(1)
-        return out
 
 
 def build_perceptual(
@@ -125,13 +107,26 @@ def create_distance(spec: str | Mapping[str, Any], output: PerceptualOutput = "l
     return network if is_distance else FeatureDistance(network, output)
 
 
-_URL = "https://download.pytorch.org/models/"
-# Torchvision's weight files, whose names end with the first digits of their SHA-256.
-_BACKBONES = {
-    "alex": "alexnet-owt-7be5be79.pth",
-    "squeeze": "squeezenet1_1-b8a52dc0.pth",
-    "vgg": "vgg16-397923af.pth",
-}
+class FeatureDistance(FrozenNetwork):
+    """The mean squared difference of an output of a feature network, for each pair of images.
+
+    Args:
+        network: Feature network.
+        output: Output that is compared.
+    """
+
+    def __init__(self, network: nn.Module, output: PerceptualOutput) -> None:
+        super().__init__()
+        self.network = network
+        self.output = output
+        self.freeze()
+
+    def forward(self, images: Tensor, others: Tensor) -> Tensor:
+        """Returns (B,) float32 distances of images (B, C, H, W) float in [0, 1]."""
+        # Constants, such as the real images, keep no activations: frozen weights take no gradients.
+        ours, theirs = (getattr(self.network(part), self.output).float() for part in (images, others))
+        out: Tensor = (ours - theirs).square().flatten(1).mean(1)
+        return out
 
 
 @perceptual_networks.register("lpips")
@@ -168,7 +163,7 @@ class LPIPSSpec:
         Raises:
             ValueError: if the file is missing, or is not torchvision's.
         """
-        return read_lpips(self.backbone, Path(self.weights), sha256=self.sha256)
+        return _read_lpips(self.backbone, Path(self.weights), sha256=self.sha256)
 
 
 class LPIPS(FrozenNetwork):
@@ -239,20 +234,11 @@ def load_lpips(text: str, *, sha256: str | None = None, device: torch.device | s
         raise ValueError(f"lpips {text!r}: unknown backbone {backbone!r}; {nearest(backbone, _BACKBONES)}")
     if not place or not Path(place).is_file():
         raise ValueError(f"lpips must be {backbone}=FILE with an existing file, got {text!r}; {_way_out(backbone)}")
-    return read_lpips(backbone, Path(place), sha256=sha256).to(device)
+    return _read_lpips(backbone, Path(place), sha256=sha256).to(device)
 
 
-def read_lpips(backbone: str, file: Path, *, sha256: str | None = None) -> LPIPS:
-    """Builds LPIPS with the weights of a backbone from a file.
-
-    Args:
-        backbone: ``alex``, ``squeeze`` or ``vgg``.
-        file: Torchvision's weight file.
-        sha256: First hex digits of the file's SHA-256; None for those of torchvision's file.
-
-    Raises:
-        ValueError: if the file is missing, or is not torchvision's.
-    """
+def _read_lpips(backbone: str, file: Path, *, sha256: str | None = None) -> LPIPS:
+    """Builds LPIPS with the weights of a backbone from torchvision's file; see ``load_lpips``."""
     from torchmetrics.functional.image.lpips import _NoTrainLpips  # imports torchvision
 
     if not file.is_file():

@@ -1,13 +1,7 @@
-"""Rotary positions: queries and keys are rotated by angles that grow with their position. Used by ``adaln``.
+"""The block of ``transformer``: post-norm attention and feed-forward, with the ways to run it at some positions.
 
-A pair of numbers (a, b) at a place t turns by the angle t w into (a cos - b sin, b cos + a sin), so that the product of
-a query and a key depends on the difference of their places only.
-
-Source: RoFormer, arXiv:2104.09864; rows and columns: EVA-02, arXiv:2303.11331, and LlamaGen, arXiv:2406.06525.
-
-The block of both transformers: post-norm attention and feed-forward, with the ways to run it at some positions.
-
-Used by ``transformer`` (bidirectional attention) and ``autoregressive`` (causal attention).
+Attention is bidirectional, or causal with a ``KVCache``. ``adaln`` and ``int8`` use parts of it. ``rotate`` and
+``rotation_table`` give ``adaln`` its rotary positions.
 
 Shapes: B images, S positions of the sequence, D embedding dimension.
 
@@ -37,111 +31,8 @@ __all__ = [
 
 Positions = Literal["learned", "rotary", "rotary-raster"]
 
-
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotates pairs of neighbouring numbers.
-
-    Args:
-        x: (..., S, D) float, D even.
-        table: (..., S, D / 2, 2) float: cosine and sine of each pair.
-
-    Returns:
-        (..., S, D) in the dtype of x.
-    """
-    first, second = rearrange(x.float(), "... (pairs two) -> two ... pairs", two=2)  # (..., S, D / 2)
-    cos, sin = table.unbind(-1)
-    return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2).type_as(x)
-
-
-def rotation_table(
-    kind: Positions, grid: tuple[int, int], length: int, size: int, base: float, device: torch.device
-) -> Tensor:
-    """Computes the cosines and sines of a sequence: the tokens of a grid, then a class token and registers.
-
-    ``rotary`` rotates the first half of each head by the row of the token, the second half by its column; all other
-    positions are not rotated. ``rotary-raster`` follows the released MaskGIL code: position t of the sequence is
-    rotated by t - 1, and the first one has a table of zeros, so that its query and key vanish.
-
-    Args:
-        kind: ``rotary`` or ``rotary-raster``.
-        grid: Rows and columns of the tokens.
-        length: S, positions of the sequence.
-        size: D, size of a head.
-        base: Base of the wavelengths: pair i of P has the frequency base^(-i / P).
-        device: Device that computes the table. It is cheap and not kept: a tensor that a fake or an inference mode made
-            would fail in training.
-
-    Returns:
-        (S, D / 2, 2) float32.
-    """
-    if kind == "rotary-raster":
-        table = _cos_sin(_angles(torch.arange(length, device=device) - 1, size, base))
-        table[0] = 0
-        return table
-    rows, columns = torch.meshgrid(*(torch.arange(side, device=device) for side in grid), indexing="ij")
-    angles = torch.cat([_angles(places.flatten(), size // 2, base) for places in (rows, columns)], dim=1)
-    # Angle 0 leaves class token and registers as they are.
-    return _cos_sin(torch.cat([angles, angles.new_zeros(length - len(angles), angles.shape[1])]))
-
-
-def _angles(places: Tensor, size: int, base: float) -> Tensor:
-    """Returns the angles (places, size / 2) of ``size`` numbers."""
-    return torch.outer(places.float(), base ** (-torch.arange(0, size, 2, device=places.device).float() / size))
-
-
-def _cos_sin(angles: Tensor) -> Tensor:
-    return torch.stack([angles.cos(), angles.sin()], dim=-1)
-
-
 LAYER_NORM_EPS = 1e-12
 """Epsilon of every layer norm; the released code's, far below torch's default of 1e-5."""
-
-
-class QKVProjection(PackingLinear):
-    """The projection to queries, keys and values in one matrix product, or to a part of them.
-
-    Args:
-        embed_dim: D, size of the input.
-    """
-
-    def __init__(self, embed_dim: int) -> None:
-        super().__init__(embed_dim, 3 * embed_dim)  # rows of the weight: queries, keys, values
-
-    def query(self, x: Tensor) -> Tensor:
-        """Returns the queries (B, S, D) of x (B, S, D)."""
-        return self.part(x, 0, self.in_features)
-
-    def key_value(self, x: Tensor) -> Tensor:
-        """Returns the keys, then the values, (B, S, 2 D), of x (B, S, D)."""
-        return self.part(x, self.in_features, self.out_features)
-
-
-class KVCache:
-    """The keys and values that a causal block has computed so far, row after row.
-
-    Args:
-        capacity: Largest number of rows. ``extend`` allocates all of them at its first call.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.num_rows = 0
-        self._rows: Tensor | None = None
-
-    def extend(self, new: Tensor) -> Tensor:
-        """Adds R rows and returns all rows so far.
-
-        Args:
-            new: (2, B, heads, R, D / heads): keys and values of the next rows.
-
-        Returns:
-            (2, B, heads, S, D / heads), a view of the cache.
-        """
-        if self._rows is None:  # dtype, device and batch are known only now
-            self._rows = new.new_empty(*new.shape[:3], self.capacity, new.shape[4])
-        first, self.num_rows = self.num_rows, self.num_rows + new.shape[3]
-        self._rows[:, :, :, first : self.num_rows] = new
-        return self._rows[:, :, :, : self.num_rows]
 
 
 class Block(nn.Module):
@@ -250,3 +141,110 @@ class Block(nn.Module):
 def _gather_rows(x: Tensor, positions: Tensor) -> Tensor:
     """Returns the rows (B, M, D) of x (B, S, D) at ``positions`` (B, M) int64."""
     return x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+class KVCache:
+    """The keys and values that a causal block has computed so far, row after row.
+
+    Args:
+        capacity: Largest number of rows. ``extend`` allocates all of them at its first call.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.num_rows = 0
+        self._rows: Tensor | None = None
+
+    def extend(self, new: Tensor) -> Tensor:
+        """Adds R rows and returns all rows so far.
+
+        Args:
+            new: (2, B, heads, R, D / heads): keys and values of the next rows.
+
+        Returns:
+            (2, B, heads, S, D / heads), a view of the cache.
+        """
+        if self._rows is None:  # dtype, device and batch are known only now
+            self._rows = new.new_empty(*new.shape[:3], self.capacity, new.shape[4])
+        first, self.num_rows = self.num_rows, self.num_rows + new.shape[3]
+        self._rows[:, :, :, first : self.num_rows] = new
+        return self._rows[:, :, :, : self.num_rows]
+
+
+class QKVProjection(PackingLinear):
+    """The projection to queries, keys and values in one matrix product, or to a part of them.
+
+    Args:
+        embed_dim: D, size of the input.
+    """
+
+    def __init__(self, embed_dim: int) -> None:
+        super().__init__(embed_dim, 3 * embed_dim)  # rows of the weight: queries, keys, values
+
+    def query(self, x: Tensor) -> Tensor:
+        """Returns the queries (B, S, D) of x (B, S, D)."""
+        return self.part(x, 0, self.in_features)
+
+    def key_value(self, x: Tensor) -> Tensor:
+        """Returns the keys, then the values, (B, S, 2 D), of x (B, S, D)."""
+        return self.part(x, self.in_features, self.out_features)
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Rotates pairs of neighbouring numbers by angles that grow with their position.
+
+    A pair (a, b) at a place t turns by the angle t w into (a cos - b sin, b cos + a sin), so that the product of a
+    query and a key depends on the difference of their places only.
+
+    Args:
+        x: (..., S, D) float, D even.
+        table: (..., S, D / 2, 2) float: cosine and sine of each pair.
+
+    Returns:
+        (..., S, D) in the dtype of x.
+
+    Source: RoFormer, arXiv:2104.09864; rows and columns: EVA-02, arXiv:2303.11331, and LlamaGen, arXiv:2406.06525.
+    """
+    first, second = rearrange(x.float(), "... (pairs two) -> two ... pairs", two=2)  # (..., S, D / 2)
+    cos, sin = table.unbind(-1)
+    return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2).type_as(x)
+
+
+def rotation_table(
+    kind: Positions, grid: tuple[int, int], length: int, size: int, base: float, device: torch.device
+) -> Tensor:
+    """Computes the cosines and sines of a sequence: the tokens of a grid, then a class token and registers.
+
+    ``rotary`` rotates the first half of each head by the row of the token, the second half by its column; all other
+    positions are not rotated. ``rotary-raster`` follows the released MaskGIL code: position t of the sequence is
+    rotated by t - 1, and the first one has a table of zeros, so that its query and key vanish.
+
+    Args:
+        kind: ``rotary`` or ``rotary-raster``.
+        grid: Rows and columns of the tokens.
+        length: S, positions of the sequence.
+        size: D, size of a head.
+        base: Base of the wavelengths: pair i of P has the frequency base^(-i / P).
+        device: Device that computes the table. It is cheap and not kept: a tensor that a fake or an inference mode made
+            would fail in training.
+
+    Returns:
+        (S, D / 2, 2) float32.
+    """
+    if kind == "rotary-raster":
+        table = _cos_sin(_angles(torch.arange(length, device=device) - 1, size, base))
+        table[0] = 0
+        return table
+    rows, columns = torch.meshgrid(*(torch.arange(side, device=device) for side in grid), indexing="ij")
+    angles = torch.cat([_angles(places.flatten(), size // 2, base) for places in (rows, columns)], dim=1)
+    # Angle 0 leaves class token and registers as they are.
+    return _cos_sin(torch.cat([angles, angles.new_zeros(length - len(angles), angles.shape[1])]))
+
+
+def _angles(places: Tensor, size: int, base: float) -> Tensor:
+    """Returns the angles (places, size / 2) of ``size`` numbers."""
+    return torch.outer(places.float(), base ** (-torch.arange(0, size, 2, device=places.device).float() / size))
+
+
+def _cos_sin(angles: Tensor) -> Tensor:
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)

@@ -1,8 +1,7 @@
 """The tokenizer's network: a convolutional encoder, a vector quantizer and a convolutional decoder.
 
 The structure is that of the released code, quirks included, so that its weights fit: residual blocks and convolutions
-are created in the order in which the released code numbers them. ``networks.vqgan_layouts`` and
-``networks.vqgan_layouts`` have the other layouts.
+are created in the order in which the released code numbers them. ``networks.vqgan_layouts`` has the other layouts.
 ``Tokenizer`` trains the network; stage 2, sampling and editing use ``encode`` and ``decode``.
 
 Shapes: B images, C channels, H W pixels, h w token grid, N = h w tokens, D size of a code, K codes.

@@ -1,19 +1,15 @@
-"""Layers that several layouts of the tokenizer's network share: ``vqgan``, ``taming`` and ``magvit2``.
+"""The layouts ``taming`` and ``magvit2`` of the tokenizer's encoder and decoder, and layers that all layouts share.
 
-Encoder and decoder in the layout of taming-transformers, which LlamaGen, diffusers and IBQ share.
+``VQGAN`` builds the networks of ``VQGANConfig.layout``; ``vqgan`` has those of the released MaskGIT code.
 
-It differs from the released MaskGIT code: every convolution has a bias; a block that changes the number of channels has
-a 1x1 convolution on its *input*; there is self-attention at chosen levels and, unless it is left out, in the middle; a
-strided convolution halves the resolution; the decoder has one more block at each level; and images are in [-1, 1]
-inside, so that padding with zeros is grey, unless ``VQGANConfig.signed_images`` is False. ``VQGAN`` builds both
-networks if ``VQGANConfig.layout`` is ``taming``.
-
-Encoder and decoder in the layout of Open-MAGVIT2's image tokenizers.
-
-It differs from the layout of taming-transformers: the convolutions of residual blocks have no bias; there is no
-self-attention; an upsampling is a convolution to four times the channels and a pixel shuffle; and each level of the
-decoder starts with a norm whose scale and shift depend on the codes of the whole image. ``VQGAN`` builds both networks
-if ``VQGANConfig.layout`` is ``magvit2``.
+- ``taming``, of taming-transformers, which LlamaGen, diffusers and IBQ share, differs from the released code: every
+  convolution has a bias; a block that changes the number of channels has a 1x1 convolution on its *input*; there is
+  self-attention at chosen levels and, unless it is left out, in the middle; a strided convolution halves the
+  resolution; the decoder has one more block at each level; and images are in [-1, 1] inside, so that padding with zeros
+  is grey, unless ``VQGANConfig.signed_images`` is False.
+- ``magvit2``, of Open-MAGVIT2's image tokenizers, differs from ``taming``: the convolutions of residual blocks have no
+  bias; there is no self-attention; an upsampling is a convolution to four times the channels and a pixel shuffle; and
+  each level of the decoder starts with a norm whose scale and shift depend on the codes of the whole image.
 """
 
 from __future__ import annotations
@@ -37,120 +33,9 @@ __all__ = [
     "group_norm",
 ]
 
-# flax's default and taming's choice; torch's 1e-5 changes the outputs of the released model.
+# Of all norms, and of the variance of codes. flax's default and taming's choice; torch's 1e-5 changes the outputs of
+# the released model.
 _NORM_EPSILON = 1e-6
-
-
-class Upsample(nn.Module):
-    """An upsampling by 2 (nearest neighbour), then a 3x3 convolution.
-
-    Args:
-        channels: Channels of input and output.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = conv(channels, channels, 3, bias=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns x (B, channels, h, w) at twice the resolution, (B, channels, 2 h, 2 w)."""
-        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return out
-
-
-def group_norm(channels: int, groups: int) -> nn.GroupNorm:
-    """Builds a GroupNorm with the epsilon of the released weights."""
-    return nn.GroupNorm(groups, channels, eps=_NORM_EPSILON)
-
-
-def conv(
-    in_channels: int, out_channels: int, kernel: int, *, bias: bool, stride: int = 1, padding: int | None = None
-) -> nn.Conv2d:
-    """Builds a convolution with flax's initial values: truncated LeCun normal, bias 0.
-
-    Source: released code.
-    """
-    pad = kernel // 2 if padding is None else padding
-    layer = nn.Conv2d(in_channels, out_channels, kernel, stride=stride, padding=pad, bias=bias)
-    # LeCun: variance 1 / fan-in. The constant is the deviation of a normal truncated at 2 deviations, as in jax.
-    deviation = math.sqrt(1 / (in_channels * kernel**2)) / 0.87962566103423978
-    nn.init.trunc_normal_(layer.weight, std=deviation, a=-2 * deviation, b=2 * deviation)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-    return layer
-
-
-class TamingResidualBlock(nn.Module):
-    """A residual block: norm, swish, 3x3 convolution, twice, plus the input.
-
-    If the number of channels changes, the input passes through a 1x1 convolution.
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        num_groups: Number of groups of each GroupNorm.
-        bias: True if the convolutions have a bias.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, num_groups: int, *, bias: bool = True) -> None:
-        super().__init__()
-        self.norm1 = group_norm(in_channels, num_groups)
-        self.conv1 = conv(in_channels, out_channels, 3, bias=bias)
-        self.norm2 = group_norm(out_channels, num_groups)
-        self.conv2 = conv(out_channels, out_channels, 3, bias=bias)
-        self.shortcut = conv(in_channels, out_channels, 1, bias=bias) if in_channels != out_channels else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns the features (B, out_channels, h, w) of x (B, in_channels, h, w)."""
-        hidden = self.conv1(F.silu(self.norm1(x)))
-        hidden = self.conv2(F.silu(self.norm2(hidden)))
-        out: Tensor = hidden + (x if self.shortcut is None else self.shortcut(x))
-        return out
-
-
-class SelfAttention(nn.Module):
-    """Self-attention with one head over all places: x + output(softmax(q k / sqrt(channels)) v), q, k, v of norm(x).
-
-    Args:
-        channels: Channels of input and output.
-        num_groups: Number of groups of the GroupNorm.
-    """
-
-    def __init__(self, channels: int, num_groups: int) -> None:
-        super().__init__()
-        self.norm = group_norm(channels, num_groups)
-        self.query = conv(channels, channels, 1, bias=True)
-        self.key = conv(channels, channels, 1, bias=True)
-        self.value = conv(channels, channels, 1, bias=True)
-        self.output = conv(channels, channels, 1, bias=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns x (B, channels, h, w) plus what each place attends to, of the same shape."""
-        normed = self.norm(x)
-        query, key, value = (
-            rearrange(layer(normed), "b c h w -> b 1 (h w) c") for layer in (self.query, self.key, self.value)
-        )
-        # One head of C channels, so that the scores are divided by sqrt(C).
-        attended = F.scaled_dot_product_attention(query, key, value)  # (B, 1, h w, C)
-        out: Tensor = x + self.output(rearrange(attended, "b 1 (h w) c -> b c h w", h=x.shape[-2]))
-        return out
-
-
-class PaddedDownsample(nn.Module):
-    """A 3x3 convolution of stride 2, after padding with a column of zeros at the right and a row at the bottom.
-
-    Args:
-        channels: Channels of input and output.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = conv(channels, channels, 3, bias=True, stride=2, padding=0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns x (B, channels, h, w), h and w even, at half the resolution, (B, channels, h / 2, w / 2)."""
-        out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
-        return out
 
 
 class TamingEncoder(nn.Module):
@@ -250,52 +135,6 @@ def _latent_channels(config: VQGANConfig) -> int:
     return config.latent_channels
 
 
-_EPSILON = 1e-6  # of the variance of the codes, as of all norms
-
-
-class ShuffleUpsample(nn.Module):
-    """An upsampling by 2: a 3x3 convolution to four times the channels, then depth to space.
-
-    Args:
-        channels: Channels of input and output.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = conv(channels, 4 * channels, 3, bias=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns x (B, channels, h, w) at twice the resolution, (B, channels, 2 h, 2 w)."""
-        return F.pixel_shuffle(self.conv(x), 2)
-
-
-class AdaptiveGroupNorm(nn.Module):
-    """A GroupNorm whose scale and shift are linear in the standard deviation and the mean of the codes of an image.
-
-    norm(x) gamma(sqrt(var(codes) + 1e-6)) + beta(mean(codes)), moments over all places of an image
-
-    Args:
-        channels: Channels of input and output.
-        code_dim: D, size of a code.
-        num_groups: Number of groups.
-    """
-
-    def __init__(self, channels: int, code_dim: int, num_groups: int) -> None:
-        super().__init__()
-        self.norm = nn.GroupNorm(num_groups, channels, eps=_EPSILON, affine=False)
-        self.gamma = nn.Linear(code_dim, channels)
-        self.beta = nn.Linear(code_dim, channels)
-
-    def forward(self, x: Tensor, codes: Tensor) -> Tensor:
-        """Returns x (B, channels, h', w') normalised, with the scale and the shift of codes (B, D, h, w)."""
-        places = codes.flatten(2)
-        # One place has no unbiased variance.
-        deviation = (places.var(-1, correction=min(1, places.shape[-1] - 1)) + _EPSILON).sqrt()
-        scale, shift = self.gamma(deviation), self.beta(places.mean(-1))
-        out: Tensor = self.norm(x) * scale[:, :, None, None] + shift[:, :, None, None]
-        return out
-
-
 class Magvit2Encoder(nn.Module):
     """The encoder: a stem, levels that halve the resolution, middle blocks, a 1x1 head.
 
@@ -372,3 +211,158 @@ def _magvit2_decoder_blocks(config: VQGANConfig) -> Iterator[nn.Module]:
 def _blocks(width: int, out: int, config: VQGANConfig, *, count: int) -> Iterator[nn.Module]:
     for block in range(count):
         yield TamingResidualBlock(width if block == 0 else out, out, config.num_groups, bias=False)
+
+
+def conv(
+    in_channels: int, out_channels: int, kernel: int, *, bias: bool, stride: int = 1, padding: int | None = None
+) -> nn.Conv2d:
+    """Builds a convolution with flax's initial values: truncated LeCun normal, bias 0.
+
+    Source: released code.
+    """
+    pad = kernel // 2 if padding is None else padding
+    layer = nn.Conv2d(in_channels, out_channels, kernel, stride=stride, padding=pad, bias=bias)
+    # LeCun: variance 1 / fan-in. The constant is the deviation of a normal truncated at 2 deviations, as in jax.
+    deviation = math.sqrt(1 / (in_channels * kernel**2)) / 0.87962566103423978
+    nn.init.trunc_normal_(layer.weight, std=deviation, a=-2 * deviation, b=2 * deviation)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def group_norm(channels: int, groups: int) -> nn.GroupNorm:
+    """Builds a GroupNorm with the epsilon of the released weights."""
+    return nn.GroupNorm(groups, channels, eps=_NORM_EPSILON)
+
+
+class Upsample(nn.Module):
+    """An upsampling by 2 (nearest neighbour), then a 3x3 convolution.
+
+    Args:
+        channels: Channels of input and output.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = conv(channels, channels, 3, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns x (B, channels, h, w) at twice the resolution, (B, channels, 2 h, 2 w)."""
+        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return out
+
+
+class ShuffleUpsample(nn.Module):
+    """An upsampling by 2: a 3x3 convolution to four times the channels, then depth to space.
+
+    Args:
+        channels: Channels of input and output.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = conv(channels, 4 * channels, 3, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns x (B, channels, h, w) at twice the resolution, (B, channels, 2 h, 2 w)."""
+        return F.pixel_shuffle(self.conv(x), 2)
+
+
+class PaddedDownsample(nn.Module):
+    """A 3x3 convolution of stride 2, after padding with a column of zeros at the right and a row at the bottom.
+
+    Args:
+        channels: Channels of input and output.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = conv(channels, channels, 3, bias=True, stride=2, padding=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns x (B, channels, h, w), h and w even, at half the resolution, (B, channels, h / 2, w / 2)."""
+        out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
+        return out
+
+
+class TamingResidualBlock(nn.Module):
+    """A residual block: norm, swish, 3x3 convolution, twice, plus the input.
+
+    If the number of channels changes, the input passes through a 1x1 convolution.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        num_groups: Number of groups of each GroupNorm.
+        bias: True if the convolutions have a bias.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, num_groups: int, *, bias: bool = True) -> None:
+        super().__init__()
+        self.norm1 = group_norm(in_channels, num_groups)
+        self.conv1 = conv(in_channels, out_channels, 3, bias=bias)
+        self.norm2 = group_norm(out_channels, num_groups)
+        self.conv2 = conv(out_channels, out_channels, 3, bias=bias)
+        self.shortcut = conv(in_channels, out_channels, 1, bias=bias) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the features (B, out_channels, h, w) of x (B, in_channels, h, w)."""
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        hidden = self.conv2(F.silu(self.norm2(hidden)))
+        out: Tensor = hidden + (x if self.shortcut is None else self.shortcut(x))
+        return out
+
+
+class SelfAttention(nn.Module):
+    """Self-attention with one head over all places: x + output(softmax(q k / sqrt(channels)) v), q, k, v of norm(x).
+
+    Args:
+        channels: Channels of input and output.
+        num_groups: Number of groups of the GroupNorm.
+    """
+
+    def __init__(self, channels: int, num_groups: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels, num_groups)
+        self.query = conv(channels, channels, 1, bias=True)
+        self.key = conv(channels, channels, 1, bias=True)
+        self.value = conv(channels, channels, 1, bias=True)
+        self.output = conv(channels, channels, 1, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns x (B, channels, h, w) plus what each place attends to, of the same shape."""
+        normed = self.norm(x)
+        query, key, value = (
+            rearrange(layer(normed), "b c h w -> b 1 (h w) c") for layer in (self.query, self.key, self.value)
+        )
+        # One head of C channels, so that the scores are divided by sqrt(C).
+        attended = F.scaled_dot_product_attention(query, key, value)  # (B, 1, h w, C)
+        out: Tensor = x + self.output(rearrange(attended, "b 1 (h w) c -> b c h w", h=x.shape[-2]))
+        return out
+
+
+class AdaptiveGroupNorm(nn.Module):
+    """A GroupNorm whose scale and shift are linear in the standard deviation and the mean of the codes of an image.
+
+    norm(x) gamma(sqrt(var(codes) + 1e-6)) + beta(mean(codes)), moments over all places of an image
+
+    Args:
+        channels: Channels of input and output.
+        code_dim: D, size of a code.
+        num_groups: Number of groups.
+    """
+
+    def __init__(self, channels: int, code_dim: int, num_groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(num_groups, channels, eps=_NORM_EPSILON, affine=False)
+        self.gamma = nn.Linear(code_dim, channels)
+        self.beta = nn.Linear(code_dim, channels)
+
+    def forward(self, x: Tensor, codes: Tensor) -> Tensor:
+        """Returns x (B, channels, h', w') normalised, with the scale and the shift of codes (B, D, h, w)."""
+        places = codes.flatten(2)
+        # One place has no unbiased variance.
+        deviation = (places.var(-1, correction=min(1, places.shape[-1] - 1)) + _NORM_EPSILON).sqrt()
+        scale, shift = self.gamma(deviation), self.beta(places.mean(-1))
+        out: Tensor = self.norm(x) * scale[:, :, None, None] + shift[:, :, None, None]
+        return out

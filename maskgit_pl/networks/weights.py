@@ -1,9 +1,8 @@
-"""Networks with shapes, but without memory and values: to compare names, to count, or to be filled with weights.
-
-Weights from untrusted files: the header is checked before tensors are read, and tensors before a network takes them.
+"""Weights from untrusted files: the header is checked before tensors are read, and tensors before a network takes them.
 
 Pretrained folders, feature networks, classifiers and importers read weights with these functions. No file is executed,
-and no memory is allocated for tensors that a file claims but does not hold.
+and no memory is allocated for tensors that a file claims but does not hold. ``skeletons`` creates networks with shapes,
+but without memory and values: to compare names, to count, or to be filled with weights.
 """
 
 from __future__ import annotations
@@ -44,37 +43,12 @@ __all__ = [
     "tensors_digest",
 ]
 
-
-class _NoDraws(TorchFunctionMode):
-    """Leaves out normal draws: on the meta device torch would import its compiler for them, in twice its own time."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],  # the interface of torch
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in (torch.Tensor.normal_, nn.init.normal_):
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
-
-
-@contextmanager
-def skeletons() -> Iterator[None]:
-    """Creates the networks of a ``with`` block on the meta device, and draws no initial weights for them."""
-    with torch.device("meta"), _NoDraws():
-        yield
-
-
 _MAX_HEADER_BYTES = 8_000_000  # about 60,000 tensors; safetensors accepts 100 MB, which take 1 GB to parse
 _MAX_ENTRIES = 10**6  # of the zip archive of torch.save; a tensor is one
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HEADER_FLOATS = ("F16", "BF16", "F32", "F64")  # the same, as a safetensors header spells them
 _SHOWN = 3  # names in a message
 _LONGEST = 300  # letters of torch's own message, which names every tensor
-
 _UNREADABLE = (  # errors of the loaders on a file that is damaged or hostile
     pickle.UnpicklingError,
     SafetensorError,
@@ -88,18 +62,6 @@ _UNREADABLE = (  # errors of the loaders on a file that is damaged or hostile
     MemoryError,
     OverflowError,
 )
-
-
-class TensorInfo(NamedTuple):
-    """A tensor as the header of a safetensors file describes it.
-
-    Attributes:
-        dtype: Type as the format spells it, such as ``F32``.
-        shape: Shape of the tensor.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
 
 
 def open_tensors(file: Path) -> safe_open:
@@ -148,6 +110,104 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     """
     with open_tensors(file) as opened:
         return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # it is no mapping
+
+
+class TensorInfo(NamedTuple):
+    """A tensor as the header of a safetensors file describes it.
+
+    Attributes:
+        dtype: Type as the format spells it, such as ``F32``.
+        shape: Shape of the tensor.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_weights(path: Path, *, thing: str, sha256: str = "") -> Mapping[str, Tensor]:
+    """Reads a ``.safetensors`` file, or one that ``torch.load(weights_only=True)`` reads.
+
+    Args:
+        path: The file.
+        thing: Owner of the weights, for errors, such as ``"feature network 'timm'"``.
+        sha256: First digits of the expected sha256; empty accepts any file.
+
+    Returns:
+        Tensors by name.
+
+    Raises:
+        ValueError: if the file is missing, its sha256 differs, or it holds anything but tensors, or tensors larger
+            than itself.
+    """
+    if not path.is_file():
+        raise ValueError(f"{thing} weights must be an existing file, got {path}")
+    content = path.read_bytes()  # read once, so that the bytes that are hashed are those that are parsed
+    found = hashlib.sha256(content).hexdigest()
+    if not found.startswith(sha256):
+        raise ValueError(
+            f"{thing} weights must be a file whose sha256 begins with {sha256}, got {path} with {found[:16]}...; "
+            "it was not loaded: download it again"
+        )
+    try:
+        state = _parse(content, is_safetensors=path.suffix == ".safetensors")
+    except _UNREADABLE as error:
+        raise ValueError(
+            f"{thing} weights: {path} must hold tensors only, got an error: {_first_line(error)}"
+        ) from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{thing} weights: {path} must hold a mapping of names to tensors")
+    try:
+        check_held(state, len(content))
+    except ValueError as error:
+        raise ValueError(f"{thing} weights {path}: {error}") from error
+    return state
+
+
+def load_weight_file(network: nn.Module, path: Path, *, thing: str, sha256: str = "") -> None:
+    """Loads the weights of a file into a network.
+
+    Args:
+        network: Network with the sizes of the weights.
+        path: See ``read_weights``.
+        thing: See ``read_weights``.
+        sha256: See ``read_weights``.
+
+    Raises:
+        ValueError: see ``read_weights`` and ``load_weights``.
+    """
+    load_weights(network, read_weights(path, thing=thing, sha256=sha256), f"{thing} {path}")
+
+
+def load_weights(network: nn.Module, weights: Mapping[str, Tensor], where: Path | str, *, assign: bool = False) -> None:
+    """Loads weights that come from a file into a network, after checking them.
+
+    Args:
+        network: Network with the sizes of the weights.
+        weights: State dict of the network.
+        where: File or folder of the weights, for the error.
+        assign: True to use these tensors themselves; False to copy their values.
+
+    Raises:
+        ValueError: if names, shapes or kinds of numbers differ, or a number is non-finite.
+    """
+    # load_state_dict would cast integers and accept nan without a word.
+    own = network.state_dict()
+    for name, tensor in weights.items():
+        if name not in own:  # load_state_dict reports it
+            continue
+        try:
+            if own[name].is_floating_point():
+                check_tensor(name, tensor)
+            elif tensor.is_floating_point():
+                raise ValueError(f"tensor {_kind_rule(name, own[name])}, got {tensor.dtype}")
+        except ValueError as error:
+            raise ValueError(f"weights {where}: {error}") from error
+    try:
+        network.load_state_dict(weights, assign=assign)
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        shown = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
+        raise ValueError(f"weights {where} do not fit the network's sizes: {shown}") from error
 
 
 def check_fit(network: nn.Module, header: Mapping[str, TensorInfo], where: str) -> None:
@@ -262,92 +322,6 @@ def check_archive(stream: IO[bytes], size: int) -> None:
         raise ValueError(f"entries of the archive must fit its {size_text(size)}, got {size_text(total)}")
 
 
-def read_weights(path: Path, *, thing: str, sha256: str = "") -> Mapping[str, Tensor]:
-    """Reads a ``.safetensors`` file, or one that ``torch.load(weights_only=True)`` reads.
-
-    Args:
-        path: The file.
-        thing: Owner of the weights, for errors, such as ``"feature network 'timm'"``.
-        sha256: First digits of the expected sha256; empty accepts any file.
-
-    Returns:
-        Tensors by name.
-
-    Raises:
-        ValueError: if the file is missing, its sha256 differs, or it holds anything but tensors, or tensors larger
-            than itself.
-    """
-    if not path.is_file():
-        raise ValueError(f"{thing} weights must be an existing file, got {path}")
-    content = path.read_bytes()  # read once, so that the bytes that are hashed are those that are parsed
-    found = hashlib.sha256(content).hexdigest()
-    if not found.startswith(sha256):
-        raise ValueError(
-            f"{thing} weights must be a file whose sha256 begins with {sha256}, got {path} with {found[:16]}...; "
-            "it was not loaded: download it again"
-        )
-    try:
-        state = _parse(content, is_safetensors=path.suffix == ".safetensors")
-    except _UNREADABLE as error:
-        raise ValueError(
-            f"{thing} weights: {path} must hold tensors only, got an error: {_first_line(error)}"
-        ) from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{thing} weights: {path} must hold a mapping of names to tensors")
-    try:
-        check_held(state, len(content))
-    except ValueError as error:
-        raise ValueError(f"{thing} weights {path}: {error}") from error
-    return state
-
-
-def load_weight_file(network: nn.Module, path: Path, *, thing: str, sha256: str = "") -> None:
-    """Loads the weights of a file into a network.
-
-    Args:
-        network: Network with the sizes of the weights.
-        path: See ``read_weights``.
-        thing: See ``read_weights``.
-        sha256: See ``read_weights``.
-
-    Raises:
-        ValueError: see ``read_weights`` and ``load_weights``.
-    """
-    load_weights(network, read_weights(path, thing=thing, sha256=sha256), f"{thing} {path}")
-
-
-def load_weights(network: nn.Module, weights: Mapping[str, Tensor], where: Path | str, *, assign: bool = False) -> None:
-    """Loads weights that come from a file into a network, after checking them.
-
-    Args:
-        network: Network with the sizes of the weights.
-        weights: State dict of the network.
-        where: File or folder of the weights, for the error.
-        assign: True to use these tensors themselves; False to copy their values.
-
-    Raises:
-        ValueError: if names, shapes or kinds of numbers differ, or a number is non-finite.
-    """
-    # load_state_dict would cast integers and accept nan without a word.
-    own = network.state_dict()
-    for name, tensor in weights.items():
-        if name not in own:  # load_state_dict reports it
-            continue
-        try:
-            if own[name].is_floating_point():
-                check_tensor(name, tensor)
-            elif tensor.is_floating_point():
-                raise ValueError(f"tensor {_kind_rule(name, own[name])}, got {tensor.dtype}")
-        except ValueError as error:
-            raise ValueError(f"weights {where}: {error}") from error
-    try:
-        network.load_state_dict(weights, assign=assign)
-    except RuntimeError as error:
-        text = " ".join(str(error).split())
-        shown = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
-        raise ValueError(f"weights {where} do not fit the network's sizes: {shown}") from error
-
-
 def tensors_digest(named: Iterable[tuple[str, Tensor]], *, prefix: str = "") -> str:
     """Returns the sha256, in hex, of tensors: their names, types, shapes and bytes, in the given order.
 
@@ -361,6 +335,29 @@ def tensors_digest(named: Iterable[tuple[str, Tensor]], *, prefix: str = "") -> 
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+@contextmanager
+def skeletons() -> Iterator[None]:
+    """Creates the networks of a ``with`` block on the meta device, and draws no initial weights for them."""
+    with torch.device("meta"), _NoDraws():
+        yield
+
+
+class _NoDraws(TorchFunctionMode):
+    """Leaves out normal draws: on the meta device torch would import its compiler for them, in twice its own time."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],  # the interface of torch
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.Tensor.normal_, nn.init.normal_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def _parse(content: bytes, *, is_safetensors: bool) -> object:

@@ -1,12 +1,10 @@
-"""The base of all quantizers: the interface, the registry, and the nearest code by squared L2 distance.
+"""The base of all quantizers: the interface, the registry, the nearest code, and the losses and gradients they share.
 
 ``VQGAN`` and ``Tokenizer`` use a quantizer through ``Quantizer`` only, so codes need no table: ``lookup`` returns them.
+The entropy losses ask for sure assignments of each feature, and for even use of all codes in the global batch.
+Gradients pass the choice of a code straight through, or by the rotation trick.
 
 Shapes: B images, D size of a code, K codes, h w token grid, N = h w tokens; rows (M, D), M = B h w.
-
-The entropy losses of quantizers: sure assignments of each feature, and even use of all codes in the global batch.
-
-Gradients through the choice of a code: straight-through, or the rotation trick.
 """
 
 from __future__ import annotations
@@ -51,6 +49,11 @@ __all__ = [
     "straight_through",
 ]
 
+EntropyKind = Literal["softmax", "argmax"]
+GradientEstimator = Literal["straight-through", "rotation"]
+
+WEIGHTS = "[0, 1000000]"  # the range of the weight of a loss
+
 
 class QuantizerOutput(NamedTuple):
     """The output of a quantizer in training.
@@ -66,55 +69,6 @@ class QuantizerOutput(NamedTuple):
     tokens: Tensor
     loss: Tensor
     features: Tensor
-
-
-class QuantizerSpec(Protocol):
-    """A registered quantizer: a frozen dataclass of the values in a recipe, which builds the module."""
-
-    def create(self, *, codebook_size: int, code_dim: int) -> Quantizer:
-        """Builds the quantizer of K = ``codebook_size`` codes of size D = ``code_dim``."""
-        ...
-
-
-@runtime_checkable
-class SizedQuantizerSpec(QuantizerSpec, Protocol):
-    """A registered quantizer that does not fit every K and D. Recipes are checked before anything is built."""
-
-    def check(self, *, codebook_size: int, code_dim: int) -> None:
-        """Checks that the quantizer can have K = ``codebook_size`` codes of size D = ``code_dim``.
-
-        Raises:
-            ValueError: if it cannot; the message names the values that fit.
-        """
-        ...
-
-
-def check_quantizer(name: str, spec: QuantizerSpec) -> None:
-    """Checks that a registered quantizer can build its module.
-
-    Args:
-        name: Name in the registry.
-        spec: The quantizer.
-
-    Raises:
-        ValueError: if it has no method ``create``.
-    """
-    if not callable(getattr(spec, "create", None)):
-        raise ValueError(
-            f"quantizer {name!r} must have a method create(*, codebook_size, code_dim), got {shorten(spec)}"
-        )
-
-
-quantizers: Registry[QuantizerSpec] = Registry(
-    "quantizer",
-    "maskgit_pl.quantizers",
-    check=check_quantizer,
-    modules=(
-        "maskgit_pl.contrib.gumbel_quantizer",
-        "maskgit_pl.contrib.composite_quantizers",
-        "maskgit_pl.contrib.vq_pytorch",
-    ),
-)
 
 
 class Quantizer(nn.Module):
@@ -218,6 +172,47 @@ class CodebookQuantizer(Quantizer):
         return F.embedding(tokens, self.codebook)
 
 
+class QuantizerSpec(Protocol):
+    """A registered quantizer: a frozen dataclass of the values in a recipe, which builds the module."""
+
+    def create(self, *, codebook_size: int, code_dim: int) -> Quantizer:
+        """Builds the quantizer of K = ``codebook_size`` codes of size D = ``code_dim``."""
+        ...
+
+
+@runtime_checkable
+class SizedQuantizerSpec(QuantizerSpec, Protocol):
+    """A registered quantizer that does not fit every K and D. Recipes are checked before anything is built."""
+
+    def check(self, *, codebook_size: int, code_dim: int) -> None:
+        """Checks that the quantizer can have K = ``codebook_size`` codes of size D = ``code_dim``.
+
+        Raises:
+            ValueError: if it cannot; the message names the values that fit.
+        """
+        ...
+
+
+def _check_quantizer(name: str, spec: QuantizerSpec) -> None:
+    """Checks that a registered quantizer can build its module."""
+    if not callable(getattr(spec, "create", None)):
+        raise ValueError(
+            f"quantizer {name!r} must have a method create(*, codebook_size, code_dim), got {shorten(spec)}"
+        )
+
+
+quantizers: Registry[QuantizerSpec] = Registry(
+    "quantizer",
+    "maskgit_pl.quantizers",
+    check=_check_quantizer,
+    modules=(
+        "maskgit_pl.contrib.gumbel_quantizer",
+        "maskgit_pl.contrib.composite_quantizers",
+        "maskgit_pl.contrib.vq_pytorch",
+    ),
+)
+
+
 def build_sized(spec: str | Mapping[str, Any], *, codebook_size: int, code_dim: int) -> QuantizerSpec:
     """Builds the spec of a quantizer and checks that it can have K codes of size D.
 
@@ -247,9 +242,9 @@ def squared_distances(rows: Tensor, codes: Tensor) -> Tensor:
         return products + rows.square().sum(1, keepdim=True)
 
 
-def straight_through(rows: Tensor, codes: Tensor) -> Tensor:
-    """Returns the codes (M, D), with the gradient of the rows (M, D)."""
-    return rows + (codes - rows).detach()
+def rows_of(features: Tensor) -> Tensor:
+    """Reshapes (B, D, h, w) to (B h w, D); needs no copy in channels-last memory."""
+    return rearrange(features, "b d h w -> (b h w) d")
 
 
 def quantizer_output(features: Tensor, quantized: Tensor, tokens: Tensor, loss: Tensor) -> QuantizerOutput:
@@ -259,20 +254,47 @@ def quantizer_output(features: Tensor, quantized: Tensor, tokens: Tensor, loss: 
     return QuantizerOutput(grid, tokens.view(batch, -1), loss, features.detach().float())
 
 
-def rows_of(features: Tensor) -> Tensor:
-    """Reshapes (B, D, h, w) to (B h w, D); needs no copy in channels-last memory."""
-    return rearrange(features, "b d h w -> (b h w) d")
-
-
 def initial_codes(codebook_size: int, code_dim: int) -> Tensor:
     """Draws codes (K, D) uniform in +-sqrt(3 / K), of variance 1 / K. Source: released code (fan-in K)."""
     bound = math.sqrt(3.0 / codebook_size)
     return torch.empty(codebook_size, code_dim).uniform_(-bound, bound)
 
 
-EntropyKind = Literal["softmax", "argmax"]
+def estimate(rows: Tensor, codes: Tensor, estimator: GradientEstimator) -> Tensor:
+    """Returns the codes (M, D) with a gradient for the rows (M, D), and none for the codes."""
+    return rotate_to_codes(rows, codes) if estimator == "rotation" else straight_through(rows, codes)
 
-WEIGHTS = "[0, 1000000]"  # the range of the weight of a loss
+
+def straight_through(rows: Tensor, codes: Tensor) -> Tensor:
+    """Returns the codes (M, D), with the gradient of the rows (M, D)."""
+    return rows + (codes - rows).detach()
+
+
+def rotate_to_codes(rows: Tensor, codes: Tensor) -> Tensor:
+    """Returns the codes as a rotation and scaling of the rows, which are constants of the gradient.
+
+    q = (|q| / |e|) R e,  R e = e - 2 r (r . e) + 2 q' (e' . e),  e' = e / |e|, q' = q / |q|, r = (e' + q') / |e' + q'|
+
+    The gradient of e is that of q, rotated by the angle between them: its angle to e is its angle to q.
+
+    Args:
+        rows: (M, D) float32, the features e.
+        codes: (M, D) float32, the codes q.
+
+    Returns:
+        (M, D) float32, equal to the codes.
+
+    Source: Fifty et al., arXiv:2410.06424, section 4.2.
+    """
+    codes = codes.detach()
+    with torch.no_grad():
+        unit, target = F.normalize(rows, dim=1), F.normalize(codes, dim=1)
+        middle = F.normalize(unit + target, dim=1)
+        scale = codes.norm(dim=1, keepdim=True) / rows.norm(dim=1, keepdim=True).clamp(min=1e-6)
+    along_middle = (rows * middle).sum(1, keepdim=True)
+    along_unit = (rows * unit).sum(1, keepdim=True)
+    turned: Tensor = scale * (rows - 2 * middle * along_middle + 2 * target * along_unit)
+    return turned + (codes - turned).detach()  # without rounding errors, and the code where a feature is 0
 
 
 @dataclass(frozen=True)
@@ -288,30 +310,6 @@ class Entropy:
     weight: float
     temperature: float
     kind: EntropyKind
-
-
-class LossNumbers(Protocol):
-    """The fields that ``check_losses`` reads."""
-
-    @property
-    def commitment(self) -> float:
-        """The weight of the commitment loss."""
-        ...
-
-    @property
-    def entropy_weight(self) -> float:
-        """The weight of the entropy loss."""
-        ...
-
-    @property
-    def entropy_temperature(self) -> float:
-        """The divisor of the affinity."""
-        ...
-
-    @property
-    def entropy_kind(self) -> EntropyKind:
-        """The form of the assignment."""
-        ...
 
 
 def entropy_loss(affinity: Tensor, *, temperature: float, kind: EntropyKind = "softmax") -> Tensor:
@@ -352,7 +350,7 @@ def nearest_and_entropy(quantizer: CodebookQuantizer, rows: Tensor, entropy: Ent
     return tokens, entropy.weight * entropy_loss(-distances, temperature=entropy.temperature, kind=entropy.kind)
 
 
-def check_losses(spec: LossNumbers) -> None:
+def check_losses(spec: _LossNumbers) -> None:
     """Checks the numbers of commitment and entropy.
 
     Raises:
@@ -364,9 +362,6 @@ def check_losses(spec: LossNumbers) -> None:
     check_choice("entropy_kind", spec.entropy_kind, get_args(EntropyKind))
 
 
-GradientEstimator = Literal["straight-through", "rotation"]
-
-
 def check_estimator(value: object) -> None:
     """Checks the name of a gradient estimator.
 
@@ -376,33 +371,25 @@ def check_estimator(value: object) -> None:
     check_choice("gradient_estimator", value, get_args(GradientEstimator))
 
 
-def estimate(rows: Tensor, codes: Tensor, estimator: GradientEstimator) -> Tensor:
-    """Returns the codes (M, D) with a gradient for the rows (M, D), and none for the codes."""
-    return rotate_to_codes(rows, codes) if estimator == "rotation" else straight_through(rows, codes)
+class _LossNumbers(Protocol):
+    """The fields that ``check_losses`` reads."""
 
+    @property
+    def commitment(self) -> float:
+        """The weight of the commitment loss."""
+        ...
 
-def rotate_to_codes(rows: Tensor, codes: Tensor) -> Tensor:
-    """Returns the codes as a rotation and scaling of the rows, which are constants of the gradient.
+    @property
+    def entropy_weight(self) -> float:
+        """The weight of the entropy loss."""
+        ...
 
-    q = (|q| / |e|) R e,  R e = e - 2 r (r . e) + 2 q' (e' . e),  e' = e / |e|, q' = q / |q|, r = (e' + q') / |e' + q'|
+    @property
+    def entropy_temperature(self) -> float:
+        """The divisor of the affinity."""
+        ...
 
-    The gradient of e is that of q, rotated by the angle between them: its angle to e is its angle to q.
-
-    Args:
-        rows: (M, D) float32, the features e.
-        codes: (M, D) float32, the codes q.
-
-    Returns:
-        (M, D) float32, equal to the codes.
-
-    Source: Fifty et al., arXiv:2410.06424, section 4.2.
-    """
-    codes = codes.detach()
-    with torch.no_grad():
-        unit, target = F.normalize(rows, dim=1), F.normalize(codes, dim=1)
-        middle = F.normalize(unit + target, dim=1)
-        scale = codes.norm(dim=1, keepdim=True) / rows.norm(dim=1, keepdim=True).clamp(min=1e-6)
-    along_middle = (rows * middle).sum(1, keepdim=True)
-    along_unit = (rows * unit).sum(1, keepdim=True)
-    turned: Tensor = scale * (rows - 2 * middle * along_middle + 2 * target * along_unit)
-    return turned + (codes - turned).detach()  # without rounding errors, and the code where a feature is 0
+    @property
+    def entropy_kind(self) -> EntropyKind:
+        """The form of the assignment."""
+        ...

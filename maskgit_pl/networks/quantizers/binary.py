@@ -99,8 +99,8 @@ class LFQ(BinaryQuantizer):
             return self._total(commitment=commitment)
         # The softmax of -distance / temperature: the two codes of a bit differ by 4 z in squared distance.
         logits = 4 * rows / spec.entropy_temperature  # (M, D), of a set bit
-        sample = bit_entropy(logits).sum(-1).mean()
-        mean = mean_over_ranks(mean_of_products(logits))  # (K,)
+        sample = _bit_entropy(logits).sum(-1).mean()
+        mean = mean_over_ranks(_mean_of_products(logits))  # (K,)
         diversity = -(mean * (mean + 1e-5).log()).sum()
         return self._total(
             commitment=commitment,
@@ -125,7 +125,7 @@ class BSQ(BinaryQuantizer):
         if spec.entropy_weight == 0:
             return self._total(commitment=commitment)
         logits = 4 * self.scale * rows / spec.entropy_temperature
-        sample = bit_entropy(logits).sum(-1).mean()
+        sample = _bit_entropy(logits).sum(-1).mean()
         mean = mean_over_ranks(logits.sigmoid().mean(0))  # (D,)
         both = torch.stack([mean, 1 - mean])
         # 1e-8 as in the released code: a bit that is set nowhere would have an infinite gradient.
@@ -138,13 +138,13 @@ class BSQ(BinaryQuantizer):
         )
 
 
-def bit_entropy(logits: Tensor) -> Tensor:
+def _bit_entropy(logits: Tensor) -> Tensor:
     """Computes the entropy of bits that are set with probability sigmoid(logits), in nats; finite for large logits."""
     # H = -p log p - (1 - p) log(1 - p), with log p = logsigmoid(l) and log(1 - p) = logsigmoid(-l).
     return -(logits.sigmoid() * F.logsigmoid(logits) + (-logits).sigmoid() * F.logsigmoid(-logits))
 
 
-def mean_of_products(logits: Tensor) -> Tensor:
+def _mean_of_products(logits: Tensor) -> Tensor:
     """Computes the mean distribution over all 2^D codes of rows of independent bits.
 
     Args:

@@ -1,11 +1,8 @@
-"""Statistics and random choices over the rows of a global batch, equal for any number of ranks and micro-batches.
+"""Quantizers with a table of codes: learnt by gradient, as moving averages of features, by one layer, by a softmax.
 
-Quantizers with a table of codes that learns by gradient or as moving averages of features.
-
-Batch statistics (the mean probability of the entropy loss, the moving averages, the candidates of a restart) are those
-of the global batch: they are all-reduced if a process group exists.
-
-Quantizers that train all codes at once: SimVQ by one linear layer, IBQ by a softmax over all codes.
+Batch statistics (the mean probability of the entropy loss, the moving averages, the candidates of a restart, k-means)
+are those of the global batch: they are all-reduced if a process group exists, and equal for any number of ranks and
+micro-batches. SimVQ trains all codes at once by one linear layer, IBQ by a softmax over all codes.
 """
 
 from __future__ import annotations
@@ -50,175 +47,13 @@ __all__ = [
     "IBQSpec",
     "SimVQ",
     "SimVQSpec",
-    "code_statistics",
-    "global_choice",
     "kmeans",
 ]
 
-_ITERATIONS = 10  # of k-means; that of lucidrains/vector-quantize-pytorch
-
-
-def code_statistics(tokens: Tensor, rows: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
-    """Returns the number of rows of each code in the global batch, (K,), and their sum, (K, D)."""
-    statistics = rows.new_zeros(codebook_size, rows.shape[1] + 1)  # sums and counts: one all-reduce for both
-    statistics[:, :-1].index_add_(0, tokens, rows)
-    statistics[:, -1] = torch.bincount(tokens, minlength=codebook_size)
-    statistics = sum_over_ranks(statistics)
-    return statistics[:, -1].clone(), statistics[:, :-1]
-
-
-def global_choice(rows: Tensor, micro_batches: int, count: int, *, seed: int, step: int) -> Tensor:
-    """Draws ``count`` rows of the global batch, the same for every number of ranks and of micro-batches."""
-    total = rows.shape[0] * rank_and_world()[1]
-    chosen = random_bits("restart", seed=seed, index=0, epoch=step, count=count)[0] % total
-    return _rows_at(chosen, rows, micro_batches)
-
-
-def kmeans(rows: Tensor, micro_batches: int, count: int, *, seed: int, step: int) -> Tensor:
-    """Computes the centers of ``count`` clusters of the rows of the global batch, by Lloyd's algorithm.
-
-    1. Start from different rows, drawn by a counter-based permutation; from repeated ones if there are too few.
-    2. Assign each row to its nearest center, and move each center to the mean of its rows, 10 times. A center without
-       rows stays.
-
-    Args:
-        rows: (A M, D) float32, the rows of this rank's A micro-batches.
-        micro_batches: A.
-        count: K.
-        seed: Seed of the choice.
-        step: Number of the step.
-
-    Returns:
-        (K, D) float32, the same on each rank.
-
-    Source: Lloyd, "Least squares quantization in PCM", 1982.
-    """
-    # 1.
-    total = rows.shape[0] * rank_and_world()[1]
-    places = permutation(torch.arange(count) % total, total, stream="kmeans", seed=seed, epoch=step)
-    centers = _rows_at(places, rows, micro_batches)
-    # 2.
-    for _ in range(_ITERATIONS):
-        # Distances of one micro-batch at a time: the training held as many.
-        parts = [squared_distances(part, centers).argmin(1) for part in rows.chunk(micro_batches)]
-        counts, sums = code_statistics(torch.cat(parts), rows, count)
-        means = sums / counts.clamp(min=1).unsqueeze(1)
-        centers = torch.where(counts.unsqueeze(1) > 0, means, centers)
-    return centers
-
-
-def _rows_at(chosen: Tensor, rows: Tensor, micro_batches: int) -> Tensor:
-    """Returns the rows at places (count,) of the global batch, (count, D) on each rank.
-
-    1. With W ranks and M rows a micro-batch, row j of micro-batch a on rank r is at (a W + r) M + j: the order in which
-       the data module deals samples out.
-    2. Each rank takes its own rows at these places, and zeros for those of other ranks.
-    3. The sum over ranks is the result.
-    """
-    # 1.
-    (rank, ranks), size = rank_and_world(), rows.shape[0] // micro_batches
-    micro_batch, owner, row = chosen // (size * ranks), chosen // size % ranks, chosen % size
-    # 2.
-    local = rows[(micro_batch * size + row).to(rows.device)]  # (count, D)
-    # 3.
-    return local if ranks == 1 else sum_over_ranks(local * (owner == rank).to(local).unsqueeze(1))
-
-
 InitialCodes = Literal["random", "kmeans"]
 
+_ITERATIONS = 10  # of k-means; that of lucidrains/vector-quantize-pytorch
 _LEAST_COUNT = 1e-12  # smaller counts and sums lose their digits, and their quotient is not a mean
-
-
-class GradientQuantizer(CodebookQuantizer):
-    """A quantizer whose codes are a parameter that the optimizer trains; see ``GradientQuantizerSpec``."""
-
-    def __init__(self, spec: GradientQuantizerSpec, *, codebook_size: int, code_dim: int) -> None:
-        super().__init__(codebook_size=codebook_size, code_dim=code_dim)
-        self.spec = spec
-        self.codebook = nn.Parameter(initial_codes(codebook_size, code_dim))
-        self._waits = spec.initial_codes == "kmeans"
-        if self._waits:  # no entry in the state dict of others
-            self.register_buffer("is_initialized", torch.zeros(()))
-
-    is_initialized: Tensor  # () float32, 1 after k-means
-
-    def forward(self, features: Tensor) -> QuantizerOutput:
-        """Quantizes features (B, D, h, w); the loss is commitment + codebook + entropy."""
-        rows = rows_of(features).float()  # (M, D)
-        tokens, entropy = nearest_and_entropy(self, rows, self.spec.entropy)
-        codes = self.lookup(tokens)
-        # Each loss moves one side only: the commitment the features, the codebook loss the codes.
-        commitment = self.spec.commitment * F.mse_loss(rows, codes.detach())
-        codebook = self.spec.codebook_weight * F.mse_loss(codes, rows.detach())
-        loss = self._total(commitment=commitment, codebook=codebook, entropy=entropy)
-        return quantizer_output(features, estimate(rows, codes, self.spec.gradient_estimator), tokens, loss)
-
-    @torch.no_grad()
-    def update(self, tokens: Sequence[Tensor], features: Sequence[Tensor], *, seed: int, step: int) -> None:
-        """Replaces the codes by the k-means of the first global batch if the spec says so, else does nothing."""
-        # The flag is read once, since reading waits for the device: a resumed or pretrained codebook is kept.
-        if self._waits and not self.is_initialized.item():
-            rows = torch.cat([rows_of(part) for part in features])
-            self.codebook.copy_(kmeans(rows, len(features), self.codebook_size, seed=seed, step=step))
-            self.is_initialized.fill_(1)
-        self._waits = False
-
-
-class EMAQuantizer(CodebookQuantizer):
-    """A quantizer whose codes are moving averages of the features nearest to them; see ``EMAQuantizerSpec``.
-
-    The codebook and its statistics are buffers. All counts start at 0, so nearly every code is dead at the first
-    update, and the codebook starts from features of the first global batch.
-    """
-
-    counts: Tensor  # (K,) float32: moving average of a code's features in a global batch
-    sums: Tensor  # (K, D) float32: moving average of their sum
-
-    def __init__(self, spec: EMAQuantizerSpec, *, codebook_size: int, code_dim: int) -> None:
-        super().__init__(codebook_size=codebook_size, code_dim=code_dim)
-        self.spec = spec
-        self.register_buffer("codebook", initial_codes(codebook_size, code_dim))
-        self.register_buffer("counts", torch.zeros(codebook_size))
-        self.register_buffer("sums", torch.zeros(codebook_size, code_dim))
-
-    def forward(self, features: Tensor) -> QuantizerOutput:
-        """Quantizes features (B, D, h, w); the loss is commitment + entropy."""
-        rows = rows_of(features).float()
-        tokens, entropy = nearest_and_entropy(self, rows, self.spec.entropy)
-        codes = self.lookup(tokens)
-        commitment = self.spec.commitment * F.mse_loss(rows, codes)
-        loss = self._total(commitment=commitment, entropy=entropy)
-        return quantizer_output(features, estimate(rows, codes, self.spec.gradient_estimator), tokens, loss)
-
-    @torch.no_grad()
-    def update(self, tokens: Sequence[Tensor], features: Sequence[Tensor], *, seed: int, step: int) -> None:
-        """Updates the averages from a global batch, then restarts dead codes from its features.
-
-        1. Count the features of each code in the global batch, and sum them.
-        2. Move the averages towards these counts and sums.
-        3. Draw K features of the global batch, one candidate for each code, and put those of dead codes in their place.
-        4. Recompute the codebook.
-        """
-        # 1.
-        rows = torch.cat([rows_of(part) for part in features])  # (A M, D), A micro-batches
-        counts, sums = code_statistics(torch.cat([part.flatten() for part in tokens]), rows, self.codebook_size)
-        # 2.
-        self.counts.lerp_(counts, 1 - self.spec.decay)
-        self.sums.lerp_(sums, 1 - self.spec.decay)
-        # 3. One candidate for every code: the number of dead ones would have to be fetched from the device.
-        share = counts.sum() / self.codebook_size  # features of a code if all were used equally
-        candidates = global_choice(rows, len(features), self.codebook_size, seed=seed, step=step)  # (K, D)
-        self._restart(candidates, share)
-        # 4.
-        self.codebook.copy_(self.sums / self.counts.unsqueeze(1))
-
-    def _restart(self, candidates: Tensor, share: Tensor) -> None:
-        """Replaces each dead code k by row k of the candidates (K, D), without waiting for the device."""
-        threshold = (self.spec.restart_below * share).clamp(min=_LEAST_COUNT)
-        dead = self.counts <= threshold
-        fresh = threshold.clamp(min=1e-3) * 2  # a small weight: the code reaches its cluster's mean in a few steps
-        self.counts.copy_(torch.where(dead, fresh, self.counts))
-        self.sums.copy_(torch.where(dead.unsqueeze(1), candidates * fresh, self.sums))
 
 
 @quantizers.register("gradient")
@@ -266,6 +101,41 @@ class GradientQuantizerSpec:
     def create(self, *, codebook_size: int, code_dim: int) -> Quantizer:
         """Builds the module, with codes uniform in +-sqrt(3 / K)."""
         return GradientQuantizer(self, codebook_size=codebook_size, code_dim=code_dim)
+
+
+class GradientQuantizer(CodebookQuantizer):
+    """A quantizer whose codes are a parameter that the optimizer trains; see ``GradientQuantizerSpec``."""
+
+    def __init__(self, spec: GradientQuantizerSpec, *, codebook_size: int, code_dim: int) -> None:
+        super().__init__(codebook_size=codebook_size, code_dim=code_dim)
+        self.spec = spec
+        self.codebook = nn.Parameter(initial_codes(codebook_size, code_dim))
+        self._waits = spec.initial_codes == "kmeans"
+        if self._waits:  # no entry in the state dict of others
+            self.register_buffer("is_initialized", torch.zeros(()))
+
+    is_initialized: Tensor  # () float32, 1 after k-means
+
+    def forward(self, features: Tensor) -> QuantizerOutput:
+        """Quantizes features (B, D, h, w); the loss is commitment + codebook + entropy."""
+        rows = rows_of(features).float()  # (M, D)
+        tokens, entropy = nearest_and_entropy(self, rows, self.spec.entropy)
+        codes = self.lookup(tokens)
+        # Each loss moves one side only: the commitment the features, the codebook loss the codes.
+        commitment = self.spec.commitment * F.mse_loss(rows, codes.detach())
+        codebook = self.spec.codebook_weight * F.mse_loss(codes, rows.detach())
+        loss = self._total(commitment=commitment, codebook=codebook, entropy=entropy)
+        return quantizer_output(features, estimate(rows, codes, self.spec.gradient_estimator), tokens, loss)
+
+    @torch.no_grad()
+    def update(self, tokens: Sequence[Tensor], features: Sequence[Tensor], *, seed: int, step: int) -> None:
+        """Replaces the codes by the k-means of the first global batch if the spec says so, else does nothing."""
+        # The flag is read once, since reading waits for the device: a resumed or pretrained codebook is kept.
+        if self._waits and not self.is_initialized.item():
+            rows = torch.cat([rows_of(part) for part in features])
+            self.codebook.copy_(kmeans(rows, len(features), self.codebook_size, seed=seed, step=step))
+            self.is_initialized.fill_(1)
+        self._waits = False
 
 
 @quantizers.register("ema")
@@ -317,42 +187,61 @@ class EMAQuantizerSpec:
         return EMAQuantizer(self, codebook_size=codebook_size, code_dim=code_dim)
 
 
-class SimVQ(CodebookQuantizer):
-    """A quantizer of frozen random codes times one trained matrix; see ``SimVQSpec``."""
+class EMAQuantizer(CodebookQuantizer):
+    """A quantizer whose codes are moving averages of the features nearest to them; see ``EMAQuantizerSpec``.
 
-    frozen_codes: Tensor  # (K, D) float32
+    The codebook and its statistics are buffers. All counts start at 0, so nearly every code is dead at the first
+    update, and the codebook starts from features of the first global batch.
+    """
 
-    def __init__(self, spec: SimVQSpec, *, codebook_size: int, code_dim: int) -> None:
+    counts: Tensor  # (K,) float32: moving average of a code's features in a global batch
+    sums: Tensor  # (K, D) float32: moving average of their sum
+
+    def __init__(self, spec: EMAQuantizerSpec, *, codebook_size: int, code_dim: int) -> None:
         super().__init__(codebook_size=codebook_size, code_dim=code_dim)
         self.spec = spec
-        self.register_buffer("frozen_codes", torch.randn(codebook_size, code_dim) * code_dim**-0.5)
-        # A plain parameter, not nn.Linear: weight decay would shrink all codes.
-        bound = code_dim**-0.5
-        self.projection = nn.Parameter(torch.empty(code_dim, code_dim).uniform_(-bound, bound))
-        self.offset = nn.Parameter(torch.empty(code_dim).uniform_(-bound, bound))
-
-    @property
-    def codebook(self) -> Tensor:  # type: ignore[override]  # read-only
-        """The codes (K, D) float32, computed: a cached product would miss an optimizer step."""
-        with torch.autocast(self.projection.device.type, enabled=False):
-            return F.linear(self.frozen_codes, self.projection, self.offset)
+        self.register_buffer("codebook", initial_codes(codebook_size, code_dim))
+        self.register_buffer("counts", torch.zeros(codebook_size))
+        self.register_buffer("sums", torch.zeros(codebook_size, code_dim))
 
     def forward(self, features: Tensor) -> QuantizerOutput:
-        """Quantizes features (B, D, h, w); the loss is commitment + codebook + entropy."""
-        spec, rows = self.spec, rows_of(features).float()
-        entropy = Entropy(spec.entropy_weight, spec.entropy_temperature, spec.entropy_kind)
-        tokens, uneven = nearest_and_entropy(self, rows, entropy)
+        """Quantizes features (B, D, h, w); the loss is commitment + entropy."""
+        rows = rows_of(features).float()
+        tokens, entropy = nearest_and_entropy(self, rows, self.spec.entropy)
         codes = self.lookup(tokens)
-        loss = self._total(
-            commitment=spec.commitment * F.mse_loss(rows, codes.detach()),
-            codebook=spec.codebook_weight * F.mse_loss(codes, rows.detach()),
-            entropy=uneven,
-        )
-        return quantizer_output(features, estimate(rows, codes, spec.gradient_estimator), tokens, loss)
+        commitment = self.spec.commitment * F.mse_loss(rows, codes)
+        loss = self._total(commitment=commitment, entropy=entropy)
+        return quantizer_output(features, estimate(rows, codes, self.spec.gradient_estimator), tokens, loss)
 
-    def lookup(self, tokens: Tensor) -> Tensor:
-        """Returns the codes of int64 tokens in [0, K) of any shape: (..., D) float32."""
-        return F.embedding(tokens, self.codebook)
+    @torch.no_grad()
+    def update(self, tokens: Sequence[Tensor], features: Sequence[Tensor], *, seed: int, step: int) -> None:
+        """Updates the averages from a global batch, then restarts dead codes from its features.
+
+        1. Count the features of each code in the global batch, and sum them.
+        2. Move the averages towards these counts and sums.
+        3. Draw K features of the global batch, one candidate for each code, and put those of dead codes in their place.
+        4. Recompute the codebook.
+        """
+        # 1.
+        rows = torch.cat([rows_of(part) for part in features])  # (A M, D), A micro-batches
+        counts, sums = _code_statistics(torch.cat([part.flatten() for part in tokens]), rows, self.codebook_size)
+        # 2.
+        self.counts.lerp_(counts, 1 - self.spec.decay)
+        self.sums.lerp_(sums, 1 - self.spec.decay)
+        # 3. One candidate for every code: the number of dead ones would have to be fetched from the device.
+        share = counts.sum() / self.codebook_size  # features of a code if all were used equally
+        candidates = _global_choice(rows, len(features), self.codebook_size, seed=seed, step=step)  # (K, D)
+        self._restart(candidates, share)
+        # 4.
+        self.codebook.copy_(self.sums / self.counts.unsqueeze(1))
+
+    def _restart(self, candidates: Tensor, share: Tensor) -> None:
+        """Replaces each dead code k by row k of the candidates (K, D), without waiting for the device."""
+        threshold = (self.spec.restart_below * share).clamp(min=_LEAST_COUNT)
+        dead = self.counts <= threshold
+        fresh = threshold.clamp(min=1e-3) * 2  # a small weight: the code reaches its cluster's mean in a few steps
+        self.counts.copy_(torch.where(dead, fresh, self.counts))
+        self.sums.copy_(torch.where(dead.unsqueeze(1), candidates * fresh, self.sums))
 
 
 @quantizers.register("simvq")
@@ -392,6 +281,79 @@ class SimVQSpec:
     def create(self, *, codebook_size: int, code_dim: int) -> Quantizer:
         """Builds the module."""
         return SimVQ(self, codebook_size=codebook_size, code_dim=code_dim)
+
+
+class SimVQ(CodebookQuantizer):
+    """A quantizer of frozen random codes times one trained matrix; see ``SimVQSpec``."""
+
+    frozen_codes: Tensor  # (K, D) float32
+
+    def __init__(self, spec: SimVQSpec, *, codebook_size: int, code_dim: int) -> None:
+        super().__init__(codebook_size=codebook_size, code_dim=code_dim)
+        self.spec = spec
+        self.register_buffer("frozen_codes", torch.randn(codebook_size, code_dim) * code_dim**-0.5)
+        # A plain parameter, not nn.Linear: weight decay would shrink all codes.
+        bound = code_dim**-0.5
+        self.projection = nn.Parameter(torch.empty(code_dim, code_dim).uniform_(-bound, bound))
+        self.offset = nn.Parameter(torch.empty(code_dim).uniform_(-bound, bound))
+
+    @property
+    def codebook(self) -> Tensor:  # type: ignore[override]  # read-only
+        """The codes (K, D) float32, computed: a cached product would miss an optimizer step."""
+        with torch.autocast(self.projection.device.type, enabled=False):
+            return F.linear(self.frozen_codes, self.projection, self.offset)
+
+    def forward(self, features: Tensor) -> QuantizerOutput:
+        """Quantizes features (B, D, h, w); the loss is commitment + codebook + entropy."""
+        spec, rows = self.spec, rows_of(features).float()
+        entropy = Entropy(spec.entropy_weight, spec.entropy_temperature, spec.entropy_kind)
+        tokens, uneven = nearest_and_entropy(self, rows, entropy)
+        codes = self.lookup(tokens)
+        loss = self._total(
+            commitment=spec.commitment * F.mse_loss(rows, codes.detach()),
+            codebook=spec.codebook_weight * F.mse_loss(codes, rows.detach()),
+            entropy=uneven,
+        )
+        return quantizer_output(features, estimate(rows, codes, spec.gradient_estimator), tokens, loss)
+
+
+@quantizers.register("ibq")
+@dataclass(frozen=True)
+class IBQSpec:
+    """Index backpropagation quantization: the index is a straight-through one-hot of a softmax over all codes.
+
+    p = softmax(C z),  i = one_hot(argmax p) + p - sg(p),  q = i^T C
+    loss = |q - z|^2 + commitment |sg(c) - z|^2 + codebook_weight |c - sg(z)|^2 + entropy_weight entropy(C z / T)
+
+    c is the chosen code without the gradient of p, T the entropy temperature. The memory is (M, K) numbers.
+
+    Attributes:
+        commitment: Weight of the loss that moves features towards their codes, in [0, 1e6].
+        codebook_weight: Weight of the loss that moves codes towards their features, in [0, 1e6].
+        entropy_weight: Weight of the entropy loss, in [0, 1e6].
+        entropy_temperature: Temperature of its softmax, in [1e-5, 1e6].
+        entropy_kind: ``softmax`` or ``argmax``.
+
+    Raises:
+        ValueError: if a number is out of range.
+
+    Source: Shi et al., arXiv:2412.02692, section 3.2. Released code ``IndexPropagationQuantize``: 1, 0.25 (beta), 0.01,
+    and standard normal codes.
+    """
+
+    commitment: float = 1.0
+    codebook_weight: float = 0.25
+    entropy_weight: float = 0.1  # that of the released MaskGIT tokenizer
+    entropy_temperature: float = 0.01
+    entropy_kind: EntropyKind = "softmax"
+
+    def __post_init__(self) -> None:
+        check_number("codebook_weight", self.codebook_weight, WEIGHTS)
+        check_losses(self)
+
+    def create(self, *, codebook_size: int, code_dim: int) -> Quantizer:
+        """Builds the module."""
+        return IBQ(self, codebook_size=codebook_size, code_dim=code_dim)
 
 
 class IBQ(Quantizer):
@@ -449,40 +411,67 @@ class IBQ(Quantizer):
         return self._total(**losses)
 
 
-@quantizers.register("ibq")
-@dataclass(frozen=True)
-class IBQSpec:
-    """Index backpropagation quantization: the index is a straight-through one-hot of a softmax over all codes.
+def kmeans(rows: Tensor, micro_batches: int, count: int, *, seed: int, step: int) -> Tensor:
+    """Computes the centers of ``count`` clusters of the rows of the global batch, by Lloyd's algorithm.
 
-    p = softmax(C z),  i = one_hot(argmax p) + p - sg(p),  q = i^T C
-    loss = |q - z|^2 + commitment |sg(c) - z|^2 + codebook_weight |c - sg(z)|^2 + entropy_weight entropy(C z / T)
+    1. Start from different rows, drawn by a counter-based permutation; from repeated ones if there are too few.
+    2. Assign each row to its nearest center, and move each center to the mean of its rows, 10 times. A center without
+       rows stays.
 
-    c is the chosen code without the gradient of p, T the entropy temperature. The memory is (M, K) numbers.
+    Args:
+        rows: (A M, D) float32, the rows of this rank's A micro-batches.
+        micro_batches: A.
+        count: K.
+        seed: Seed of the choice.
+        step: Number of the step.
 
-    Attributes:
-        commitment: Weight of the loss that moves features towards their codes, in [0, 1e6].
-        codebook_weight: Weight of the loss that moves codes towards their features, in [0, 1e6].
-        entropy_weight: Weight of the entropy loss, in [0, 1e6].
-        entropy_temperature: Temperature of its softmax, in [1e-5, 1e6].
-        entropy_kind: ``softmax`` or ``argmax``.
+    Returns:
+        (K, D) float32, the same on each rank.
 
-    Raises:
-        ValueError: if a number is out of range.
-
-    Source: Shi et al., arXiv:2412.02692, section 3.2. Released code ``IndexPropagationQuantize``: 1, 0.25 (beta), 0.01,
-    and standard normal codes.
+    Source: Lloyd, "Least squares quantization in PCM", 1982.
     """
+    # 1.
+    total = rows.shape[0] * rank_and_world()[1]
+    places = permutation(torch.arange(count) % total, total, stream="kmeans", seed=seed, epoch=step)
+    centers = _rows_at(places, rows, micro_batches)
+    # 2.
+    for _ in range(_ITERATIONS):
+        # Distances of one micro-batch at a time: the training held as many.
+        parts = [squared_distances(part, centers).argmin(1) for part in rows.chunk(micro_batches)]
+        counts, sums = _code_statistics(torch.cat(parts), rows, count)
+        means = sums / counts.clamp(min=1).unsqueeze(1)
+        centers = torch.where(counts.unsqueeze(1) > 0, means, centers)
+    return centers
 
-    commitment: float = 1.0
-    codebook_weight: float = 0.25
-    entropy_weight: float = 0.1  # that of the released MaskGIT tokenizer
-    entropy_temperature: float = 0.01
-    entropy_kind: EntropyKind = "softmax"
 
-    def __post_init__(self) -> None:
-        check_number("codebook_weight", self.codebook_weight, WEIGHTS)
-        check_losses(self)
+def _code_statistics(tokens: Tensor, rows: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
+    """Returns the number of rows of each code in the global batch, (K,), and their sum, (K, D)."""
+    statistics = rows.new_zeros(codebook_size, rows.shape[1] + 1)  # sums and counts: one all-reduce for both
+    statistics[:, :-1].index_add_(0, tokens, rows)
+    statistics[:, -1] = torch.bincount(tokens, minlength=codebook_size)
+    statistics = sum_over_ranks(statistics)
+    return statistics[:, -1].clone(), statistics[:, :-1]
 
-    def create(self, *, codebook_size: int, code_dim: int) -> Quantizer:
-        """Builds the module."""
-        return IBQ(self, codebook_size=codebook_size, code_dim=code_dim)
+
+def _global_choice(rows: Tensor, micro_batches: int, count: int, *, seed: int, step: int) -> Tensor:
+    """Draws ``count`` rows of the global batch, the same for every number of ranks and of micro-batches."""
+    total = rows.shape[0] * rank_and_world()[1]
+    chosen = random_bits("restart", seed=seed, index=0, epoch=step, count=count)[0] % total
+    return _rows_at(chosen, rows, micro_batches)
+
+
+def _rows_at(chosen: Tensor, rows: Tensor, micro_batches: int) -> Tensor:
+    """Returns the rows at places (count,) of the global batch, (count, D) on each rank.
+
+    1. With W ranks and M rows a micro-batch, row j of micro-batch a on rank r is at (a W + r) M + j: the order in which
+       the data module deals samples out.
+    2. Each rank takes its own rows at these places, and zeros for those of other ranks.
+    3. The sum over ranks is the result.
+    """
+    # 1.
+    (rank, ranks), size = rank_and_world(), rows.shape[0] // micro_batches
+    micro_batch, owner, row = chosen // (size * ranks), chosen // size % ranks, chosen % size
+    # 2.
+    local = rows[(micro_batch * size + row).to(rows.device)]  # (count, D)
+    # 3.
+    return local if ranks == 1 else sum_over_ranks(local * (owner == rank).to(local).unsqueeze(1))
