@@ -1,10 +1,7 @@
 """The decoding settings in plain values, as recipes, pretrained folders and ``decoding.json`` store them.
 
-Used by the pipeline, the command line and both training stages. It imports torch only to build a decoder.
-
-The reader of ``decoding.json``, the decoding settings that ``maskgit tune`` writes next to a model's weights.
-
-Used by ``pretrained`` and by the command line. It does not import torch.
+Used by the pipeline, the command line and both training stages. ``maskgit tune`` writes ``decoding.json`` next to a
+model's weights, and ``read_settings_file`` reads it. torch is imported only to build a decoder.
 """
 
 from __future__ import annotations
@@ -32,7 +29,11 @@ __all__ = [
     "read_settings_file",
 ]
 
+SETTINGS_FORMAT, _VERSION = "maskgit_pl.decoding", 1
+
 _MOST_STEPS = 2**16  # the tokens of the largest grid
+# The settings that an autoregressive model does not have: it masks nothing, and its order is fixed.
+_AUTOREGRESSIVE_VALUES = {"token_selector": None, "mask_schedule": None, "tokens_per_step": None}
 
 
 @dataclass(frozen=True)
@@ -182,10 +183,6 @@ class DecodingConfig:
         return guidance_scales(guidance_schedules.build(self.guidance), self.num_steps)
 
 
-# The settings that an autoregressive model does not have: it masks nothing, and its order is fixed.
-_AUTOREGRESSIVE_VALUES = {"token_selector": None, "mask_schedule": None, "tokens_per_step": None}
-
-
 @dataclass(frozen=True)
 class AutoregressiveDecoding:
     """The decoding settings of an autoregressive model in plain values, as its recipe holds them.
@@ -215,9 +212,6 @@ class AutoregressiveDecoding:
             top_p=self.top_p,
             draw_method=self.draw_method,
         )
-
-
-SETTINGS_FORMAT, _VERSION = "maskgit_pl.decoding", 1
 
 
 def read_settings_file(file: Path) -> tuple[DecodingConfig, dict[str, Any]]:

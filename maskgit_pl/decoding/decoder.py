@@ -1,6 +1,6 @@
 """The parallel decoder of MaskGIT: fills all masked tokens of an image in T steps.
 
-Used by ``classes.decode_classes``. Each step processes all images of the batch together:
+Each step processes all images of the batch together:
 
     1. Predict. The predictor returns logits (B, M, K) at the masked positions.
     2. Draw. A code is drawn for each of these positions.
@@ -9,46 +9,23 @@ Used by ``classes.decode_classes``. Each step processes all images of the batch 
     5. Remask. The draws with the lowest scores become mask tokens again. A selector may also mask tokens that earlier
        steps decided.
 
-The last step keeps all of its draws. They are the result.
+The last step keeps all of its draws. They are the result. A selector with ``needs_decided_logits`` compares the draws
+with the tokens that earlier steps decided; ``_CorrectingRun`` has its steps.
 
-A selector with ``needs_decided_logits`` compares the draws with the tokens that earlier steps decided; see
-``correction``.
+``decode_classes`` decodes images of given classes and seeds for the pipeline, and for the sample images of
+``mvtm.MaskedTokenModel``.
 
 Shapes: B images, N tokens per image, K codes, M the largest number of masked tokens of an image in the batch. Images
 with fewer masked tokens are padded to M with known positions. Padding never changes a code, a confidence or an order.
+All counts are known on the host, so that nothing waits for the device, unless a selector counts.
 
 Source: paper, section on iterative decoding; google-research/maskgit, ``parallel_decode.py``.
-
-The decoding loop; see ``decoder`` for its steps. ``correction`` holds the loop that looks at decided tokens too.
-
-The columns of a decoding step: the positions (B, M) that it works on, with padding for rows that have fewer.
-
-Used by ``run`` and ``correction``. All counts are known on the host, so that nothing here waits for the device.
-
-The decoding loop with self-correction, for selectors that ask for the current logits of decided tokens.
-
-Used by ``decoder.ParallelDecoder`` if ``TokenSelector.needs_decided_logits``. Each step processes all images together:
-
-    1. Predict. The predictor returns logits (B, U, K) at all U positions that were masked at the start.
-    2. Draw. A code is drawn for each of these positions that is masked. Decided positions keep their current code.
-    3. Score. The selector scores draws and decided tokens alike, both by the current logits.
-    4. Replace. A selector may give decided positions another code.
-    5. Mask. The tokens with the lowest scores are masked, as many as the plan says, new or old.
-
-The number of masked tokens follows the plan, so all shapes are known before the loop, and nothing waits for the device.
-
-Source: P2, Peng et al., arXiv:2502.03540, algorithm 1.
-
-Class-conditional decoding: labels and seeds in, tokens out.
-
-Used by the pipeline, and by ``mvtm.MaskedTokenModel`` for the sample images of the training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -71,16 +48,9 @@ from maskgit_pl.decoding.token_selector import CheckedSelector
 from maskgit_pl.schedules import MaskSchedule
 
 __all__ = [
-    "CorrectingRun",
-    "DecodingRun",
     "DecodingStep",
     "ParallelDecoder",
-    "StepRules",
     "decode_classes",
-    "mark_first_columns",
-    "mark_masked_columns",
-    "mask_first",
-    "sort_masked_first",
 ]
 
 
@@ -116,6 +86,47 @@ class ParallelDecoder:
         if self.tokens_per_step is not None:
             check_token_counts(self.tokens_per_step, self.num_steps, self.token_selector)
 
+    @torch.no_grad()
+    def steps(
+        self,
+        predictor: Predictor,
+        tokens: Tensor,
+        noise: Noise,
+        *,
+        mask_token_id: int,
+        first_step: int = 0,
+        grid: tuple[int, int] | None = None,
+        num_masked: Sequence[int] | None = None,
+    ) -> Iterator[DecodingStep]:
+        """Decodes, and yields after each step.
+
+        Args:
+            predictor: Computes the logits.
+            tokens: (B, N) int64: known codes in [0, K), and ``mask_token_id`` at unknown positions.
+            noise: Source of the random numbers.
+            mask_token_id: Id of the mask token.
+            first_step: Step to begin at, in [0, T).
+            grid: Rows and columns of tokens, for selectors that depend on the position.
+            num_masked: Masked tokens of each row; None counts them, which waits for the device.
+
+        Yields:
+            A ``DecodingStep`` for each step. Known tokens never change. Nothing is yielded if no token is masked. A
+            selector that sets the number of tokens to keep may finish before the last step.
+        """
+        kind = _CorrectingRun if self.token_selector.needs_decided_logits else _Run
+        run = kind(self, predictor, tokens, noise, mask_token_id=mask_token_id, grid=grid)
+        at_start = list(num_masked) if num_masked is not None else run.masked.sum(1).tolist()
+        yield from run.steps(self.plan(at_start, tokens.shape[1], first_step=first_step), first_step)
+
+    def decode(
+        self, predictor: Predictor, tokens: Tensor, noise: Noise, *, mask_token_id: int, first_step: int = 0
+    ) -> Tensor:
+        """Returns the tokens (B, N) int64 in [0, K) of the last step; see ``steps`` for the arguments."""
+        last = tokens
+        for step in self.steps(predictor, tokens, noise, mask_token_id=mask_token_id, first_step=first_step):
+            last = step.tokens
+        return last
+
     def count_masked(self, at_start: Sequence[int], num_tokens: int, *, first_step: int = 0) -> list[list[int]]:
         """Counts the masked tokens of each row before each step, and after the last (0).
 
@@ -147,90 +158,9 @@ class ParallelDecoder:
         num_remasked = CheckedSelector(self.token_selector).num_remasked
         return plan_steps(at_start, planned, num_remasked, first_step=first_step)
 
-    @torch.no_grad()
-    def steps(
-        self,
-        predictor: Predictor,
-        tokens: Tensor,
-        noise: Noise,
-        *,
-        mask_token_id: int,
-        first_step: int = 0,
-        grid: tuple[int, int] | None = None,
-        num_masked: Sequence[int] | None = None,
-    ) -> Iterator[DecodingStep]:
-        """Decodes, and yields after each step.
 
-        Args:
-            predictor: Computes the logits.
-            tokens: (B, N) int64: known codes in [0, K), and ``mask_token_id`` at unknown positions.
-            noise: Source of the random numbers.
-            mask_token_id: Id of the mask token.
-            first_step: Step to begin at, in [0, T).
-            grid: Rows and columns of tokens, for selectors that depend on the position.
-            num_masked: Masked tokens of each row; None counts them, which waits for the device.
-
-        Yields:
-            A ``DecodingStep`` for each step. Known tokens never change. Nothing is yielded if no token is masked. A
-            selector that sets the number of tokens to keep may finish before the last step.
-        """
-        masked = tokens == mask_token_id
-        at_start = list(num_masked) if num_masked is not None else masked.sum(1).tolist()
-        plan = self.plan(at_start, tokens.shape[1], first_step=first_step)
-        kind = CorrectingRun if self.token_selector.needs_decided_logits else DecodingRun
-        run = kind(self, predictor, noise, mask_token_id=mask_token_id, grid=grid, tokens=tokens, masked=masked)
-        yield from run.steps(plan, first_step)
-
-    def decode(
-        self, predictor: Predictor, tokens: Tensor, noise: Noise, *, mask_token_id: int, first_step: int = 0
-    ) -> Tensor:
-        """Returns the tokens (B, N) int64 in [0, K) of the last step; see ``steps`` for the arguments."""
-        last = tokens
-        for step in self.steps(predictor, tokens, noise, mask_token_id=mask_token_id, first_step=first_step):
-            last = step.tokens
-        return last
-
-
-@dataclass(frozen=True)
-class DecodingStep:
-    """One step of a decoding run.
-
-    Args:
-        step: t, counted from 0.
-        tokens: (B, N) int64 in [0, K): all tokens after the draw, before any is masked again.
-        was_masked: (B, N) bool, True = masked before the step.
-        still_masked: (B, N) bool, True = masked after the step; all False at the last step.
-        scores: (B, N) float32: the selector's scores where ``was_masked``, +inf elsewhere.
-        confidence: (B, N) float32 in [0, 1]: the probability that each code had when it was last drawn; 1 for codes
-            that were given.
-    """
-
-    step: int
-    tokens: Tensor
-    was_masked: Tensor
-    still_masked: Tensor
-    scores: Tensor
-    confidence: Tensor
-
-
-class StepRules(Protocol):
-    """The settings of a run; ``decoder.ParallelDecoder`` has them."""
-
-    @property
-    def token_selector(self) -> TokenSelector:
-        """The token selector."""
-
-    @property
-    def sampling(self) -> CodeSampling:
-        """The sampling of codes."""
-
-    @property
-    def num_steps(self) -> int:
-        """The number of steps, T."""
-
-
-class DecodingRun:
-    """The state of one decoding run; see ``ParallelDecoder.steps`` for the arguments.
+class _Run:
+    """The state of a decoding run and its loop; see ``ParallelDecoder.steps`` for the arguments.
 
     Attributes:
         tokens: (B, N) int64: codes in [0, K), and ``mask_token_id`` where ``masked``.
@@ -243,27 +173,27 @@ class DecodingRun:
 
     def __init__(
         self,
-        rules: StepRules,
+        decoder: ParallelDecoder,
         predictor: Predictor,
+        tokens: Tensor,
         noise: Noise,
         *,
         mask_token_id: int,
         grid: tuple[int, int] | None,
-        tokens: Tensor,
-        masked: Tensor,
     ) -> None:
-        self.selector = CheckedSelector(rules.token_selector)
-        self.sampling, self.num_steps = rules.sampling, rules.num_steps
+        self.selector = CheckedSelector(decoder.token_selector)
+        self.sampling, self.num_steps = decoder.sampling, decoder.num_steps
         self.predictor, self.noise = predictor, noise
         self.mask_token_id, self.grid = mask_token_id, grid
-        self.tokens, self.masked, self.unknown = tokens, masked, masked
+        self.tokens = tokens
+        self.masked = self.unknown = tokens == mask_token_id
         self.confidence = torch.ones(tokens.shape, device=tokens.device)
         self.no_scores = torch.full_like(self.confidence, torch.inf)
 
     def steps(self, plan: Sequence[StepCounts], first_step: int) -> Iterator[DecodingStep]:
-        """Runs the loop of the module docstring, with the counts of ``plan`` or of the selector."""
+        """Runs the steps of the module docstring, with the counts of ``plan`` or of the selector."""
         num_masked = plan[0].before
-        positions = sort_masked_first(self.masked, num_masked)  # (B, M)
+        positions = _sort_masked_first(self.masked, num_masked)  # (B, M)
         for step, counts in enumerate(plan, start=first_step):
             if max(num_masked) == 0:  # a selector may finish early
                 return
@@ -271,35 +201,27 @@ class DecodingRun:
             logits = self.predictor(self.tokens, positions).float()  # (B, M, K)
             # 2. Draw.
             candidates = self._draw(logits, positions, step)
-            drawn, probability = candidates.tokens, candidates.drawn_log_probs.exp()  # (B, M)
             # 3. Score.
-            scores = self.selector(candidates)  # (B, M)
-            is_masked = mark_masked_columns(num_masked, positions)  # (B, M); None if no row is padded
-            if is_masked is not None:  # padding keeps its code and confidence, and +inf sorts it last
-                scores = scores.where(is_masked, torch.inf)
-                drawn = drawn.where(is_masked, self.tokens.gather(1, positions))
-                probability = probability.where(is_masked, self.confidence.gather(1, positions))
-            self.selector.check_values(scores)
-            self.confidence = self.confidence.scatter(1, positions, probability)
-            scores_by_position = self.no_scores.scatter(1, positions, scores)  # (B, N)
+            is_masked = _mark_masked_columns(num_masked, positions)  # (B, M); None if no row is padded
+            scores, drawn = self._score(candidates, is_masked)  # (B, M)
             # 4. Count. A selector with its own counts treats the plan as an upper bound.
             if not self.selector.selector.follows_schedule and step < self.num_steps - 1:
                 counts = self._count_by_selector(candidates, scores, is_masked, num_masked)
             # 5. Remask. Lowest scores first. The sort is stable, so equal scores give the same result on every device.
-            order = scores.argsort(dim=1, stable=True)
-            positions = positions.gather(1, order)
-            all_drawn = self.tokens.scatter(1, candidates.positions, drawn)  # (B, N)
+            by_score = positions.gather(1, scores.argsort(dim=1, stable=True))  # (B, M)
+            all_drawn = self.tokens.scatter(1, positions, drawn)  # (B, N)
             was_masked = self.masked
-            self.tokens = mask_first(all_drawn, positions, counts.undecided, self.mask_token_id)
+            self.tokens = _mask_first(all_drawn, by_score, counts.undecided, self.mask_token_id)
             has_remasked = max(counts.remasked) > 0
             if has_remasked:
                 self._mask_decided(counts.remasked, step)
             self.masked = self.tokens == self.mask_token_id
-            yield DecodingStep(step, all_drawn, was_masked, self.masked, scores_by_position, self.confidence)
+            all_scores = self.no_scores.scatter(1, positions, scores)  # (B, N)
+            yield DecodingStep(step, all_drawn, was_masked, self.masked, all_scores, self.confidence)
             # The columns are sorted by score, so those that stay masked come first: they need no second sort, except
             # when the selector has masked positions that are not among the columns.
             num_masked = counts.after
-            positions = sort_masked_first(self.masked, num_masked) if has_remasked else positions[:, : max(num_masked)]
+            positions = _sort_masked_first(self.masked, num_masked) if has_remasked else by_score[:, : max(num_masked)]
 
     def _draw(self, logits: Tensor, positions: Tensor, step: int, *, is_decided: Tensor | None = None) -> Candidates:
         """Draws a code for each of ``positions`` (B, M) from ``logits`` (B, M, K), except where ``is_decided``."""
@@ -326,6 +248,26 @@ class DecodingRun:
             is_decided=is_decided,
         )
 
+    def _score(self, candidates: Candidates, is_masked: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Scores the draws, and keeps their probabilities as the confidence.
+
+        Args:
+            candidates: The draws.
+            is_masked: (B, M) bool, False in padding, which keeps its code and confidence, and which +inf sorts last.
+
+        Returns:
+            The scores (B, M) float32, and the codes (B, M) int64.
+        """
+        positions, drawn = candidates.positions, candidates.tokens
+        scores, probability = self.selector(candidates), candidates.drawn_log_probs.exp()
+        if is_masked is not None:
+            scores = scores.where(is_masked, torch.inf)
+            drawn = drawn.where(is_masked, self.tokens.gather(1, positions))
+            probability = probability.where(is_masked, self.confidence.gather(1, positions))
+        self.selector.check_values(scores)
+        self.confidence = self.confidence.scatter(1, positions, probability)
+        return scores, drawn
+
     def _count_by_selector(
         self, candidates: Candidates, scores: Tensor, is_masked: Tensor | None, num_masked: list[int]
     ) -> StepCounts:
@@ -346,47 +288,53 @@ class DecodingRun:
             )
         )  # (B, N)
         order = scores.masked_fill(~is_decided, -torch.inf).argsort(dim=1, descending=True, stable=True)
-        self.tokens = mask_first(self.tokens, order, counts, self.mask_token_id)
+        self.tokens = _mask_first(self.tokens, order, counts, self.mask_token_id)
 
 
-def sort_masked_first(masked: Tensor, counts: list[int]) -> Tensor:
-    """Returns (B, M) int64: the masked positions of each row in raster order, then known positions as padding."""
-    num_tokens = masked.shape[1]
-    if min(counts) == num_tokens:  # all tokens are masked: the order is known without a sort
-        return torch.arange(num_tokens, device=masked.device).expand(masked.shape)
-    return masked.logical_not().argsort(dim=1, stable=True)[:, : max(counts)]
+@dataclass(frozen=True)
+class DecodingStep:
+    """One step of a decoding run.
+
+    Args:
+        step: t, counted from 0.
+        tokens: (B, N) int64 in [0, K): all tokens after the draw, before any is masked again.
+        was_masked: (B, N) bool, True = masked before the step.
+        still_masked: (B, N) bool, True = masked after the step; all False at the last step.
+        scores: (B, N) float32: the selector's scores where ``was_masked``, +inf elsewhere.
+        confidence: (B, N) float32 in [0, 1]: the probability that each code had when it was last drawn; 1 for codes
+            that were given.
+    """
+
+    step: int
+    tokens: Tensor
+    was_masked: Tensor
+    still_masked: Tensor
+    scores: Tensor
+    confidence: Tensor
 
 
-def mark_masked_columns(counts: list[int], positions: Tensor) -> Tensor | None:
-    """Returns (B, M) bool: False in the columns that pad a row beyond counts[b]; None if no row is padded."""
-    return None if min(counts) == positions.shape[1] else mark_first_columns(counts, positions)
+class _CorrectingRun(_Run):
+    """A decoding run with self-correction, for selectors that ask for the current logits of decided tokens.
 
+    Each step processes all images together:
 
-def mark_first_columns(counts: list[int], like: Tensor) -> Tensor:
-    """Returns (B, M) bool in the shape of ``like``: True in the first counts[b] columns of row b."""
-    limit = torch.tensor(counts).to(like.device, non_blocking=True)
-    return torch.arange(like.shape[1], device=like.device) < limit.unsqueeze(1)
+    1. Predict. The predictor returns logits (B, U, K) at all U positions that were masked at the start.
+    2. Draw. A code is drawn for each of these positions that is masked. Decided positions keep their current code.
+    3. Score. The selector scores draws and decided tokens alike, both by the current logits.
+    4. Replace. A selector may give decided positions another code.
+    5. Mask. The tokens with the lowest scores are masked, as many as the plan says, new or old.
 
-
-def mask_first(tokens: Tensor, positions: Tensor, counts: list[int], mask_token_id: int) -> Tensor:
-    """Masks tokens (B, N) at the first counts[b] positions of row b."""
-    if min(counts) == max(counts):  # the usual case: slicing copies no counts to the device
-        return tokens.scatter(1, positions[:, : counts[0]], mask_token_id)
-    kept = tokens.gather(1, positions).masked_fill(mark_first_columns(counts, positions), mask_token_id)
-    return tokens.scatter(1, positions, kept)
-
-
-class CorrectingRun(DecodingRun):
-    """The state of a decoding run that corrects decided tokens; see ``DecodingRun``."""
+    Source: P2, Peng et al., arXiv:2502.03540, algorithm 1.
+    """
 
     def steps(self, plan: Sequence[StepCounts], first_step: int) -> Iterator[DecodingStep]:
-        """Runs the loop of the module docstring, with the counts of ``plan``."""
-        positions = sort_masked_first(self.masked, plan[0].before)  # (B, U), the same in every step
-        is_unknown = mark_masked_columns(plan[0].before, positions)  # (B, U); None if no row is padded
+        """Runs the steps of the class docstring, with the counts of ``plan``."""
+        positions = _sort_masked_first(self.masked, plan[0].before)  # (B, U), the same in every step
+        is_unknown = _mark_masked_columns(plan[0].before, positions)  # (B, U); None if no row is padded
         for step, counts in enumerate(plan, start=first_step):
             if max(counts.before) == 0:
                 return
-            # 1. All of these positions are computed in each step, so none is newly known.
+            # 1.
             logits = self.predictor(self.tokens, positions).float()  # (B, U, K)
             # 2.
             is_decided = ~self.masked.gather(1, positions)  # (B, U), True in padding too
@@ -394,7 +342,7 @@ class CorrectingRun(DecodingRun):
             # 3.
             scores = self.selector(candidates)  # (B, U)
             if is_unknown is not None:
-                scores = scores.where(is_unknown, float("inf"))
+                scores = scores.where(is_unknown, torch.inf)
             self.selector.check_values(scores)
             # 4.
             codes = self._replace(candidates, is_decided if is_unknown is None else is_decided & is_unknown)
@@ -403,10 +351,10 @@ class CorrectingRun(DecodingRun):
             all_drawn = self.tokens.scatter(1, positions, codes)  # (B, N)
             by_score = positions.gather(1, scores.argsort(dim=1, stable=True))
             was_masked = self.masked
-            self.tokens = mask_first(all_drawn, by_score, counts.after, self.mask_token_id)
+            self.tokens = _mask_first(all_drawn, by_score, counts.after, self.mask_token_id)
             self.masked = self.tokens == self.mask_token_id
-            scores_by_position = self.no_scores.scatter(1, positions, scores.masked_fill(is_decided, float("inf")))
-            yield DecodingStep(step, all_drawn, was_masked, self.masked, scores_by_position, self.confidence)
+            all_scores = self.no_scores.scatter(1, positions, scores.masked_fill(is_decided, torch.inf))  # (B, N)
+            yield DecodingStep(step, all_drawn, was_masked, self.masked, all_scores, self.confidence)
 
     def _replace(self, candidates: Candidates, is_replaceable: Tensor) -> Tensor:
         """Returns the codes (B, U) after the selector has replaced decided ones."""
@@ -420,6 +368,33 @@ class CorrectingRun(DecodingRun):
         is_new = ~is_decided | (codes != candidates.tokens)
         old = self.confidence.gather(1, candidates.positions)
         self.confidence = self.confidence.scatter(1, candidates.positions, probability.where(is_new, old))
+
+
+def _sort_masked_first(masked: Tensor, counts: list[int]) -> Tensor:
+    """Returns (B, M) int64: the masked positions of each row in raster order, then known positions as padding."""
+    num_tokens = masked.shape[1]
+    if min(counts) == num_tokens:  # all tokens are masked: the order is known without a sort
+        return torch.arange(num_tokens, device=masked.device).expand(masked.shape)
+    return masked.logical_not().argsort(dim=1, stable=True)[:, : max(counts)]
+
+
+def _mark_masked_columns(counts: list[int], positions: Tensor) -> Tensor | None:
+    """Returns (B, M) bool: False in the columns that pad a row beyond counts[b]; None if no row is padded."""
+    return None if min(counts) == positions.shape[1] else _mark_first_columns(counts, positions)
+
+
+def _mark_first_columns(counts: list[int], like: Tensor) -> Tensor:
+    """Returns (B, M) bool in the shape of ``like``: True in the first counts[b] columns of row b."""
+    limit = torch.tensor(counts).to(like.device, non_blocking=True)
+    return torch.arange(like.shape[1], device=like.device) < limit.unsqueeze(1)
+
+
+def _mask_first(tokens: Tensor, positions: Tensor, counts: list[int], mask_token_id: int) -> Tensor:
+    """Masks tokens (B, N) at the first counts[b] positions of row b."""
+    if min(counts) == max(counts):  # the usual case: slicing copies no counts to the device
+        return tokens.scatter(1, positions[:, : counts[0]], mask_token_id)
+    kept = tokens.gather(1, positions).masked_fill(_mark_first_columns(counts, positions), mask_token_id)
+    return tokens.scatter(1, positions, kept)
 
 
 def decode_classes(

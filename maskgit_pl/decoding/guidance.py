@@ -17,7 +17,6 @@ from maskgit_pl.registry import Registry
 
 __all__ = ["GuidanceSchedule", "guidance_scales", "guidance_schedules"]
 
-
 _SCALES = "[0, 10000]"  # so that guided logits are finite
 _CHECKED_POINTS = 257
 
@@ -30,7 +29,7 @@ class GuidanceSchedule(ABC):
         """Returns the scale of a step, in [0, 10000]; ``progress`` is 0 at the first step and 1 at the last."""
 
 
-def check_guidance_schedule(name: str, schedule: GuidanceSchedule) -> None:
+def _check_guidance_schedule(name: str, schedule: GuidanceSchedule) -> None:
     """Checks that a schedule has scales in [0, 10000] at 257 values of progress from 0 to 1.
 
     Raises:
@@ -49,7 +48,7 @@ def guidance_scales(schedule: GuidanceSchedule, num_steps: int) -> tuple[float, 
 guidance_schedules: Registry[GuidanceSchedule] = Registry(
     "guidance schedule",
     "maskgit_pl.guidance_schedules",
-    check=check_guidance_schedule,
+    check=_check_guidance_schedule,
 )
 
 

@@ -1,8 +1,4 @@
-"""Protocols of decoding: a source of logits, and the networks that predictors run. ``predictors`` implements them.
-
-The formula of guidance, and guidance by a second network. ``predictors`` builds it.
-
-Predictors: the sources of the logits of ``ParallelDecoder``.
+"""Predictors: the sources of the logits of ``ParallelDecoder``.
 
 ``build_class_predictor`` composes them, from the inside out: ``ClassPredictor`` runs the network,
 ``GuidedPredictor`` adds classifier-free guidance or ``AutoguidedPredictor`` guidance by a second network, and
@@ -39,6 +35,11 @@ __all__ = [
     "build_class_predictor",
 ]
 
+_NetworkT = TypeVar("_NetworkT", covariant=True)
+_BackboneT = TypeVar("_BackboneT", bound=Backbone)
+
+_MOST_NUMBERS = 2**28  # of the cached logits; 1 GiB in float32
+
 
 class Predictor(Protocol):
     """A source of the logits of masked tokens. It serves one decoding run: it may count its calls."""
@@ -61,63 +62,6 @@ class ConditionalNetwork(Protocol):
 
     def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
         """Computes logits (B, M, K) at positions (B, M) of tokens (B, N) for labels (B,), all int64."""
-
-
-def apply_guidance(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Applies classifier-free guidance: conditional + scale (conditional - unconditional).
-
-    Args:
-        conditional: Logits of any shape.
-        unconditional: Logits of the same shape.
-        scale: Guidance scale >= 0; 0 returns the conditional logits.
-
-    Returns:
-        float32 logits of that shape.
-    """
-    # u + (1 + s) (c - u) = c + s (c - u), in one kernel.
-    return torch.lerp(unconditional.float(), conditional.float(), 1 + scale)
-
-
-class AutoguidedPredictor:
-    """A predictor with autoguidance: a weaker network takes the place of the unconditional prediction.
-
-    guided = positive + scale (positive - negative), on logits. Both networks see the same tokens, each with its own
-    mask token. Calls with scale 0 run the positive network only.
-
-    Args:
-        positive: Predictor of the network that generates.
-        negative: Predictor of the negative network.
-        mask_token_ids: Id of the mask token of the positive and of the negative network.
-        scales: Guidance scale of each call, >= 0.
-
-    Source: Karras et al., arXiv:2406.02507, equation 3, whose weight w is 1 + scale.
-    """
-
-    def __init__(
-        self,
-        positive: Predictor,
-        negative: Predictor,
-        *,
-        mask_token_ids: tuple[int, int],
-        scales: Sequence[float],
-    ) -> None:
-        self.positive = positive
-        self.negative = negative
-        self.mask_token_ids = mask_token_ids
-        self._scales = iter(scales)
-
-    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        scale = next(self._scales)
-        logits = self.positive(tokens, positions)  # (B, M, K)
-        if scale == 0:
-            return logits
-        # The mask tokens have different ids if only one network has a null class.
-        own, other = self.mask_token_ids
-        tokens = tokens if own == other else tokens.masked_fill(tokens == own, other)
-        return apply_guidance(logits, self.negative(tokens, positions), scale)
-
-
-_MOST_NUMBERS = 2**28  # 1 GiB in float32
 
 
 @dataclass(frozen=True)
@@ -162,6 +106,79 @@ class GuidedPredictor:
         # Both halves have the same tokens and differ in their labels; the conditional half comes first.
         conditional, unconditional = self.both(tokens.repeat(2, 1), positions.repeat(2, 1)).chunk(2)  # (B, M, K) each
         return apply_guidance(conditional, unconditional, scale)
+
+
+class AutoguidedPredictor:
+    """A predictor with autoguidance: a weaker network takes the place of the unconditional prediction.
+
+    guided = positive + scale (positive - negative), on logits. Both networks see the same tokens, each with its own
+    mask token. Calls with scale 0 run the positive network only.
+
+    Args:
+        positive: Predictor of the network that generates.
+        negative: Predictor of the negative network.
+        mask_token_ids: Id of the mask token of the positive and of the negative network.
+        scales: Guidance scale of each call, >= 0.
+
+    Source: Karras et al., arXiv:2406.02507, equation 3, whose weight w is 1 + scale.
+    """
+
+    def __init__(
+        self,
+        positive: Predictor,
+        negative: Predictor,
+        *,
+        mask_token_ids: tuple[int, int],
+        scales: Sequence[float],
+    ) -> None:
+        self.positive = positive
+        self.negative = negative
+        self.mask_token_ids = mask_token_ids
+        self._scales = iter(scales)
+
+    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        scale = next(self._scales)
+        logits = self.positive(tokens, positions)  # (B, M, K)
+        if scale == 0:
+            return logits
+        # The mask tokens have different ids if only one network has a null class.
+        own, other = self.mask_token_ids
+        tokens = tokens if own == other else tokens.masked_fill(tokens == own, other)
+        return apply_guidance(logits, self.negative(tokens, positions), scale)
+
+
+def apply_guidance(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """Applies classifier-free guidance: conditional + scale (conditional - unconditional).
+
+    Args:
+        conditional: Logits of any shape.
+        unconditional: Logits of the same shape.
+        scale: Guidance scale >= 0; 0 returns the conditional logits.
+
+    Returns:
+        float32 logits of that shape.
+    """
+    # u + (1 + s) (c - u) = c + s (c - u), in one kernel.
+    return torch.lerp(unconditional.float(), conditional.float(), 1 + scale)
+
+
+class FirstStepPredictor:
+    """A predictor with given logits for the first call. Correct only if all tokens start masked.
+
+    Args:
+        logits: (B, N, K) float: logits of the first step, with guidance applied.
+        rest: Predictor of all later calls.
+    """
+
+    def __init__(self, logits: Tensor, rest: Predictor) -> None:
+        self.logits: Tensor | None = logits
+        self.rest = rest
+
+    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        if self.logits is None:
+            return self.rest(tokens, positions)
+        logits, self.logits = self.logits, None  # frees B N K numbers after the first step
+        return logits  # all positions are masked, so ``positions`` is raster order
 
 
 class FirstStepLogits:
@@ -216,31 +233,8 @@ class FirstStepLogits:
         self._known.update(zip(labels, rows, strict=True))
 
 
-class FirstStepPredictor:
-    """A predictor with given logits for the first call. Correct only if all tokens start masked.
-
-    Args:
-        logits: (B, N, K) float: logits of the first step, with guidance applied.
-        rest: Predictor of all later calls.
-    """
-
-    def __init__(self, logits: Tensor, rest: Predictor) -> None:
-        self.logits: Tensor | None = logits
-        self.rest = rest
-
-    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        if self.logits is None:
-            return self.rest(tokens, positions)
-        logits, self.logits = self.logits, None  # frees B N K numbers after the first step
-        return logits  # all positions are masked, so ``positions`` is raster order
-
-
-NetworkT = TypeVar("NetworkT", covariant=True)
-BackboneT = TypeVar("BackboneT", bound=Backbone)
-
-
 @dataclass(frozen=True)
-class ConditionalModel(Generic[NetworkT]):
+class ConditionalModel(Generic[_NetworkT]):
     """A class-conditional network with the facts that decoding needs; ``from_network`` reads most of them from it.
 
     Args:
@@ -256,7 +250,7 @@ class ConditionalModel(Generic[NetworkT]):
         condition_dim: Size C of the vector of an image; 0 for a network without vectors.
     """
 
-    network: NetworkT
+    network: _NetworkT
     grid: tuple[int, int]
     mask_token_id: int
     null_label: int | None
@@ -267,8 +261,8 @@ class ConditionalModel(Generic[NetworkT]):
 
     @staticmethod
     def from_network(
-        network: BackboneT, device: torch.device, *, first_step_logits: FirstStepLogits | None = None
-    ) -> ConditionalModel[BackboneT]:
+        network: _BackboneT, device: torch.device, *, first_step_logits: FirstStepLogits | None = None
+    ) -> ConditionalModel[_BackboneT]:
         """Returns the model of a ``Backbone``, whose configuration holds the grid and the ids."""
         config = network.config
         return ConditionalModel(

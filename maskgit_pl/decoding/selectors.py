@@ -1,16 +1,8 @@
-"""The token selectors that score draws: confidence, random, Halton order, margin, entropy and moment.
+"""The built-in token selectors: those that score draws, and those that correct tokens which earlier steps decided.
 
-Used through ``decoding.selectors``. Functions import torch where they need it, so the command line can refuse an
-unknown name immediately.
-
-The token selectors that correct tokens which earlier steps decided.
-
-Used through ``decoding.selectors``. Functions import torch where they need it, so the command line can refuse an
-unknown name immediately.
-
-The token selectors: the interface, the registry and all built-in ones.
-
-Used by ``decoding.DecodingConfig``, by the evaluation, and by packages that add their own selector.
+The names of ``token_selector`` are here too, since this module fills its registry. Used by ``decoding.DecodingConfig``,
+by the evaluation, and by packages that add their own selector. Functions import torch where they need it, so the
+command line can refuse an unknown name immediately.
 """
 
 from __future__ import annotations
@@ -29,7 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "TEMPERATURES",
     "Candidates",
     "Confidence",
     "Decided",
@@ -46,8 +37,12 @@ __all__ = [
     "token_selectors",
 ]
 
-TEMPERATURES = "[0, 1000000]"
-"""The range of noise scales. Gumbel noise from 24-bit uniforms is below 17, so scores stay finite in float32."""
+Remasking = Literal["cap", "rescale", "confidence", "loop"]
+
+# The range of noise scales. Gumbel noise from 24-bit uniforms is below 17, so scores stay finite in float32.
+_TEMPERATURES = "[0, 1000000]"
+_LEAST_LOG_PROB = -1e4  # of a decided code whose probability is now 0; finite scores are required
+_KEPT = 1e30  # score of a decided token that is never masked again
 
 
 @token_selectors.register("confidence")
@@ -65,7 +60,7 @@ class Confidence(TokenSelector):
     choice_temperature: float = 4.5
 
     def __post_init__(self) -> None:
-        check_number("choice_temperature", self.choice_temperature, TEMPERATURES)
+        check_number("choice_temperature", self.choice_temperature, _TEMPERATURES)
 
     def __call__(self, candidates: Candidates) -> Tensor:
         noise_scale = self.choice_temperature * (1 - candidates.progress)  # 0 at the last step
@@ -140,7 +135,7 @@ class Margin(TokenSelector):
     choice_temperature: float = 4.5
 
     def __post_init__(self) -> None:
-        check_number("choice_temperature", self.choice_temperature, TEMPERATURES)
+        check_number("choice_temperature", self.choice_temperature, _TEMPERATURES)
 
     def __call__(self, candidates: Candidates) -> Tensor:
         first, second = _two_likeliest(candidates.log_probs)
@@ -205,7 +200,7 @@ class Moment(TokenSelector):
     choice_temperature: float = 4.5
 
     def __post_init__(self) -> None:
-        check_number("choice_temperature", self.choice_temperature, TEMPERATURES)
+        check_number("choice_temperature", self.choice_temperature, _TEMPERATURES)
 
     def _exponent(self, progress: float) -> float:
         """Returns b; the bound 1e-4 keeps it finite at temperature 0 and at the last step."""
@@ -217,12 +212,6 @@ class Moment(TokenSelector):
     def __call__(self, candidates: Candidates) -> Tensor:
         moments = (self._exponent(candidates.progress) * candidates.log_probs).logsumexp(-1)
         return moments + candidates.gumbel
-
-
-_LEAST_LOG_PROB = -1e4  # of a decided code whose probability is now 0; finite scores are required
-_KEPT = 1e30  # score of a decided token that is never masked again
-
-Remasking = Literal["cap", "rescale", "confidence", "loop"]
 
 
 @token_selectors.register("remdm")
