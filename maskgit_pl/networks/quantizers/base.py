@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
@@ -27,7 +26,6 @@ from maskgit_pl.registry import Registry
 __all__ = [
     "WEIGHTS",
     "CodebookQuantizer",
-    "Entropy",
     "EntropyKind",
     "GradientEstimator",
     "Quantizer",
@@ -297,21 +295,6 @@ def rotate_to_codes(rows: Tensor, codes: Tensor) -> Tensor:
     return turned + (codes - turned).detach()  # without rounding errors, and the code where a feature is 0
 
 
-@dataclass(frozen=True)
-class Entropy:
-    """The weight and form of the entropy loss of -distance; see ``entropy_loss``.
-
-    Attributes:
-        weight: Factor of the loss, >= 0; 0 omits it.
-        temperature: Divisor of the distances before the softmax, > 0.
-        kind: ``softmax``: soft assignment; ``argmax``: one-hot assignment with a straight-through gradient.
-    """
-
-    weight: float
-    temperature: float
-    kind: EntropyKind
-
-
 def entropy_loss(affinity: Tensor, *, temperature: float, kind: EntropyKind = "softmax") -> Tensor:
     """Computes the mean entropy of each row's assignment minus the entropy of the mean assignment.
 
@@ -340,14 +323,15 @@ def entropy_loss(affinity: Tensor, *, temperature: float, kind: EntropyKind = "s
     return -(probabilities * log_probabilities).sum(-1).mean() - mean_entropy
 
 
-def nearest_and_entropy(quantizer: CodebookQuantizer, rows: Tensor, entropy: Entropy) -> tuple[Tensor, Tensor]:
-    """Returns (M,) nearest codes and the weighted entropy loss; without that loss, distances need no graph."""
-    with torch.set_grad_enabled(torch.is_grad_enabled() and entropy.weight > 0):
+def nearest_and_entropy(quantizer: CodebookQuantizer, rows: Tensor, spec: _LossNumbers) -> tuple[Tensor, Tensor]:
+    """Returns (M,) nearest codes and the weighted ``entropy_loss`` of -distance; weight 0 omits it and its graph."""
+    with torch.set_grad_enabled(torch.is_grad_enabled() and spec.entropy_weight > 0):
         distances = quantizer.distances(rows)
     tokens = distances.argmin(1)
-    if entropy.weight == 0:
+    if spec.entropy_weight == 0:
         return tokens, rows.new_zeros(())
-    return tokens, entropy.weight * entropy_loss(-distances, temperature=entropy.temperature, kind=entropy.kind)
+    loss = entropy_loss(-distances, temperature=spec.entropy_temperature, kind=spec.entropy_kind)
+    return tokens, spec.entropy_weight * loss
 
 
 def check_losses(spec: _LossNumbers) -> None:
@@ -372,7 +356,7 @@ def check_estimator(value: object) -> None:
 
 
 class _LossNumbers(Protocol):
-    """The fields that ``check_losses`` reads."""
+    """The fields of a spec that ``check_losses`` and ``nearest_and_entropy`` read."""
 
     @property
     def commitment(self) -> float:

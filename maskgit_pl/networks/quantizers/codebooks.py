@@ -20,7 +20,6 @@ from maskgit_pl.distributed import rank_and_world, sum_over_ranks
 from maskgit_pl.networks.quantizers.base import (
     WEIGHTS,
     CodebookQuantizer,
-    Entropy,
     EntropyKind,
     GradientEstimator,
     Quantizer,
@@ -93,11 +92,6 @@ class GradientQuantizerSpec:
         check_losses(self)
         check_estimator(self.gradient_estimator)
 
-    @property
-    def entropy(self) -> Entropy:
-        """The entropy loss of these numbers."""
-        return Entropy(self.entropy_weight, self.entropy_temperature, self.entropy_kind)
-
     def create(self, *, codebook_size: int, code_dim: int) -> Quantizer:
         """Builds the module, with codes uniform in +-sqrt(3 / K)."""
         return GradientQuantizer(self, codebook_size=codebook_size, code_dim=code_dim)
@@ -119,7 +113,7 @@ class GradientQuantizer(CodebookQuantizer):
     def forward(self, features: Tensor) -> QuantizerOutput:
         """Quantizes features (B, D, h, w); the loss is commitment + codebook + entropy."""
         rows = rows_of(features).float()  # (M, D)
-        tokens, entropy = nearest_and_entropy(self, rows, self.spec.entropy)
+        tokens, entropy = nearest_and_entropy(self, rows, self.spec)
         codes = self.lookup(tokens)
         # Each loss moves one side only: the commitment the features, the codebook loss the codes.
         commitment = self.spec.commitment * F.mse_loss(rows, codes.detach())
@@ -177,11 +171,6 @@ class EMAQuantizerSpec:
         check_losses(self)
         check_estimator(self.gradient_estimator)
 
-    @property
-    def entropy(self) -> Entropy:
-        """The entropy loss of these numbers."""
-        return Entropy(self.entropy_weight, self.entropy_temperature, self.entropy_kind)
-
     def create(self, *, codebook_size: int, code_dim: int) -> Quantizer:
         """Builds the module; its codes come from the first global batch."""
         return EMAQuantizer(self, codebook_size=codebook_size, code_dim=code_dim)
@@ -207,7 +196,7 @@ class EMAQuantizer(CodebookQuantizer):
     def forward(self, features: Tensor) -> QuantizerOutput:
         """Quantizes features (B, D, h, w); the loss is commitment + entropy."""
         rows = rows_of(features).float()
-        tokens, entropy = nearest_and_entropy(self, rows, self.spec.entropy)
+        tokens, entropy = nearest_and_entropy(self, rows, self.spec)
         codes = self.lookup(tokens)
         commitment = self.spec.commitment * F.mse_loss(rows, codes)
         loss = self._total(commitment=commitment, entropy=entropy)
@@ -306,13 +295,12 @@ class SimVQ(CodebookQuantizer):
     def forward(self, features: Tensor) -> QuantizerOutput:
         """Quantizes features (B, D, h, w); the loss is commitment + codebook + entropy."""
         spec, rows = self.spec, rows_of(features).float()
-        entropy = Entropy(spec.entropy_weight, spec.entropy_temperature, spec.entropy_kind)
-        tokens, uneven = nearest_and_entropy(self, rows, entropy)
+        tokens, entropy = nearest_and_entropy(self, rows, spec)
         codes = self.lookup(tokens)
         loss = self._total(
             commitment=spec.commitment * F.mse_loss(rows, codes.detach()),
             codebook=spec.codebook_weight * F.mse_loss(codes, rows.detach()),
-            entropy=uneven,
+            entropy=entropy,
         )
         return quantizer_output(features, estimate(rows, codes, spec.gradient_estimator), tokens, loss)
 
