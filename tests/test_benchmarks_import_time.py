@@ -14,7 +14,7 @@ INFERENCE = [
     "import maskgit_pl",
     "from maskgit_pl import MaskGIT",
     "from maskgit_pl import ParallelDecoder",
-    *(f"import maskgit_pl.{name}" for name in ("pipeline", "decoding", "editing", "importers", "imaging")),
+    *(f"import maskgit_pl.{name}" for name in ("pipeline", "pipeline.regions", "pipeline.grids", "decoding")),
     "from maskgit_pl.importers.released import import_jax",
     "from maskgit_pl.importers.tokenizers import import_tokenizer",
     "from maskgit_pl.importers.transformers import import_transformer",

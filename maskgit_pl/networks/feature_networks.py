@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import timm
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -290,6 +289,8 @@ class TimmClassifier(nn.Module):
     """
 
     def __init__(self, sizes: ClassifierSizes) -> None:
+        import timm
+
         super().__init__()
         self.sizes = sizes
         model: Any = timm.create_model(
@@ -383,6 +384,8 @@ def check_model(name: str) -> None:
     Raises:
         ValueError: if it does not. The message has the nearest names.
     """
+    import timm  # takes half a second, which most runs need not spend
+
     if name == SMALL or timm.is_model(name):
         return
     close = difflib.get_close_matches(name[:_LONGEST_NAME], [SMALL, *timm.list_models()], n=3, cutoff=0.5)

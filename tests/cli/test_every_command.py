@@ -267,7 +267,6 @@ NO_TORCH = [
     ["sample", RUN, "--out", "a.jpgg"],
     ["sample", RUN, "--decoding", "OTHER"],
     ["sample", f"{RUN}x"],
-    ["sample", RUN, "--num-images", "4", "--out", "a.npz", "--classes", "1,1,Trousers"],
     ["inpaint", RUN, IMAGE, "--box", "0,0,9,9"],
     ["inpaint", RUN, IMAGE, "--box", "0,0,4,4", "--class", "Trousers"],
     ["inpaint", RUN, "OTHER", "--box", "0,0,4,4"],
