@@ -28,15 +28,11 @@ from maskgit_pl.networks.feature_networks import FrozenClassifier, load_classifi
 from maskgit_pl.pipeline.generate import Generator
 from maskgit_pl.pipeline.options import Classes
 
-__all__ = ["Acceptance", "AcceptedSeeds", "check_accept_rate", "choose_seeds"]
+__all__ = ["Acceptance", "AcceptedSeeds", "choose_seeds"]
 
+_RATES = "(0, 1]"
 _ROUNDING = 1e-9  # 21 / 0.7 is 30.000000000000004 in floating point
 _BATCH = 50  # images that are classified at a time
-
-
-def check_accept_rate(rate: float) -> float:
-    """Returns an acceptance rate after a check that it is in (0, 1]."""
-    return check_number("accept_rate", rate, "(0, 1]")
 
 
 @dataclass(frozen=True)
@@ -57,7 +53,7 @@ class Acceptance:
     name: str = "classifier"
 
     def __post_init__(self) -> None:
-        check_accept_rate(self.rate)
+        check_number("accept_rate", self.rate, _RATES)
 
     @classmethod
     def load(cls, folder: Path | str, rate: float, *, device: torch.device | str = "cpu") -> Acceptance:
@@ -67,7 +63,7 @@ class Acceptance:
             FileNotFoundError: if there are no weights.
             ValueError: if ``rate`` is out of range, or the folder holds no classifier.
         """
-        check_accept_rate(rate)
+        check_number("accept_rate", rate, _RATES)
         return cls(rate, load_classifier(Path(folder)).to(device), str(folder))
 
     @cached_property

@@ -1,11 +1,9 @@
-"""Options of ``generate_many``, and the plan of all images, which every part and the file contain.
-
-``generate_many``: thousands of images in one ``.npz`` file, generated in parts that processes share.
+"""``generate_many``: thousands of images in one ``.npz`` file, generated in parts that processes share.
 
 Used by ``maskgit sample --num-images`` and by the evaluation. Image i is a function of its index: it has seed + i, and
 its class follows from its place among all images. Any process can therefore generate any part at any time, and a killed
-run resumes from the parts on disk. The file has the layout that evaluators of class-conditional models read: ``arr_0``
-(n, H, W, 3) uint8 and ``arr_1`` (n,) int64, not compressed.
+run resumes from the parts on disk. Every part and the file contain the plan of all images. The file has the layout that
+evaluators of class-conditional models read: ``arr_0`` (n, H, W, 3) uint8 and ``arr_1`` (n,) int64, not compressed.
 
 Source of the layout: openai/guided-diffusion, ``classifier_sample.py`` and ``evaluations/evaluator.py``.
 """
@@ -47,7 +45,6 @@ __all__ = [
     "generate_many",
     "is_finished",
     "make_plan",
-    "read_plan",
     "remove_samples",
     "write_samples",
 ]
@@ -55,6 +52,13 @@ __all__ = [
 _FORMAT, _VERSION = "maskgit_pl.samples", 1
 _SEEDS = 2**32  # number of seeds
 _LONGEST_COMMENT = 65535  # bytes of the comment of a zip file, which holds the plan
+_PLAN = "plan.json"
+_CHANNELS = 3  # of an image in the file; evaluators read grey images as RGB
+_MAX_ENTRIES = 100  # of the file; it has one for each array
+_SPARE = 1 << 20  # bytes reserved for labels, headers and the plan
+# Exceptions that reading a damaged part may raise; a damaged zip may seem encrypted or compressed.
+_BROKEN = (OSError, ValueError, LookupError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,131 +100,6 @@ class BulkOptions:
         if self.seed + self.num_images > _SEEDS:
             last = self.seed + self.num_images - 1
             raise ValueError(f"seed and all seeds after it must be in [0, 2**32), got {self.seed} to {last}")
-
-
-@dataclass(frozen=True)
-class BulkPlan:
-    """A description of all images. Parts and files carry it, so that images of different plans are never mixed.
-
-    Args:
-        count: Number of images, at least 1.
-        seed: Seed of the first image.
-        part_size: Number of images of a part, at least 1. The last part may have fewer.
-        classes: Labels, each at most once. The images are spread evenly over them, class by class.
-        negative_class: Label that guidance moves away from; None is "no class".
-        decoding: ``DecodingConfig`` in plain values.
-        mask_schedule: ``repr`` of the mask schedule of the model.
-        image: (H, W, C) of an image.
-        tokenizer: SHA-256 of the weights of the tokenizer.
-        transformer: SHA-256 of the weights of the transformer.
-        negative_model: SHA-256 of the weights of the model that guidance moves away from; None without one.
-        accept_rate: Fraction of the candidates that are kept; None without rejection sampling.
-        classifier: SHA-256 of the classifier that ranks candidates; None without rejection sampling.
-        vectors: SHA-256 of the vectors of the images; None for a model without vectors.
-
-    Raises:
-        ValueError: if a class is given twice, or there are too many classes for the file.
-    """
-
-    count: int
-    seed: int
-    part_size: int
-    classes: tuple[int, ...]
-    negative_class: int | None
-    decoding: Mapping[str, Any]
-    mask_schedule: str
-    image: tuple[int, int, int]
-    tokenizer: str
-    transformer: str
-    negative_model: str | None = None
-    accept_rate: float | None = None
-    classifier: str | None = None
-    vectors: str | None = None
-
-    def __post_init__(self) -> None:
-        if len(set(self.classes)) != len(self.classes):
-            raise ValueError("classes must be different, because the images are spread evenly over them, got one twice")
-        if len(self.text) > _LONGEST_COMMENT:
-            raise ValueError(f"classes must be fewer for one file, got {len(self.classes)}; write several files")
-
-    @cached_property
-    def text(self) -> bytes:
-        """The plan as JSON: the content of ``plan.json`` and the comment of the finished file."""
-        return json.dumps({"format": _FORMAT, "version": _VERSION, **asdict(self)}).encode()
-
-    @property
-    def digest(self) -> str:
-        """The SHA-256 of ``text``, which every part contains."""
-        return hashlib.sha256(self.text).hexdigest()
-
-    @property
-    def num_parts(self) -> int:
-        """The number of parts."""
-        return -(-self.count // self.part_size)
-
-    @property
-    def image_bytes(self) -> int:
-        """The number of bytes of an image in a part."""
-        return self.image[0] * self.image[1] * self.image[2]
-
-    def rows(self, part: int) -> range:
-        """Returns the indices of the images of a part."""
-        return range(part * self.part_size, min((part + 1) * self.part_size, self.count))
-
-    def label(self, row: int) -> int:
-        """Returns the label of an image."""
-        # Image i belongs to class floor(i * classes / images): class by class, evenly.
-        return self.classes[row * len(self.classes) // self.count]
-
-
-def read_plan(text: bytes) -> dict[str, Any] | None:
-    """Parses a plan of this version; returns None for any other text."""
-    try:
-        content = parse_json(text, "plan")
-    except ValueError:
-        return None
-    if (content.get("format"), content.get("version")) != (_FORMAT, _VERSION):
-        return None
-    return content
-
-
-def check_same(place: Path, known: Mapping[str, Any], plan: BulkPlan) -> None:
-    """Raises if two plans differ, so that their images are not mixed.
-
-    Raises:
-        ValueError: if they differ. The message lists each difference as ``key old -> new``.
-    """
-    # JSON turns tuples into lists, so the new plan is converted too before the comparison.
-    old, new = dict(_flat(known)), dict(_flat(json.loads(plan.text)))
-    changed = [f"{key} {_short(old.get(key))} -> {_short(new.get(key))}" for key in sorted({*old, *new})
-               if old.get(key) != new.get(key)]  # fmt: skip
-    if changed:
-        raise ValueError(
-            f"{place} holds images of other settings: {', '.join(changed)}. Use the same settings, name another file, "
-            "or delete it"
-        )
-
-
-def _flat(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}", value
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value) if isinstance(value, list) else str(value)
-    return text if len(text) <= 24 else f"{text[:24]}..."
-
-
-_PLAN = "plan.json"
-_CHANNELS = 3  # of an image in the file; evaluators read grey images as RGB
-_MAX_ENTRIES = 100  # of the file; it has one for each array
-_SPARE = 1 << 20  # bytes reserved for labels, headers and the plan
-# Exceptions that reading a damaged part may raise; a damaged zip may seem encrypted or compressed.
-_BROKEN = (OSError, ValueError, LookupError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -302,38 +181,79 @@ def generate_many(
     return BulkResult(file, to_make, found, work.finish())
 
 
-def is_finished(file: Path, plan: BulkPlan) -> bool:
-    """Returns True if a file exists and holds the images of a plan.
+@dataclass(frozen=True)
+class BulkPlan:
+    """A description of all images. Parts and files carry it, so that images of different plans are never mixed.
+
+    Args:
+        count: Number of images, at least 1.
+        seed: Seed of the first image.
+        part_size: Number of images of a part, at least 1. The last part may have fewer.
+        classes: Labels, each at most once. The images are spread evenly over them, class by class.
+        negative_class: Label that guidance moves away from; None is "no class".
+        decoding: ``DecodingConfig`` in plain values.
+        mask_schedule: ``repr`` of the mask schedule of the model.
+        image: (H, W, C) of an image.
+        tokenizer: SHA-256 of the weights of the tokenizer.
+        transformer: SHA-256 of the weights of the transformer.
+        negative_model: SHA-256 of the weights of the model that guidance moves away from; None without one.
+        accept_rate: Fraction of the candidates that are kept; None without rejection sampling.
+        classifier: SHA-256 of the classifier that ranks candidates; None without rejection sampling.
+        vectors: SHA-256 of the vectors of the images; None for a model without vectors.
 
     Raises:
-        FileExistsError: if the file was not written by ``generate_many``.
-        ValueError: if it holds images of another plan.
+        ValueError: if a class is given twice, or there are too many classes for the file.
     """
-    if not file.exists():
-        return False
-    try:
-        with file.open("rb") as stream, open_zip(stream, max_entries=_MAX_ENTRIES) as archive:
-            text = archive.comment
-    except (OSError, zipfile.BadZipFile):
-        text = b""
-    known = read_plan(text)
-    if known is None:
-        raise FileExistsError(f"{file} exists and was not written by generate_many; delete it, or name another file")
-    check_same(file, known, plan)
-    return True
 
+    count: int
+    seed: int
+    part_size: int
+    classes: tuple[int, ...]
+    negative_class: int | None
+    decoding: Mapping[str, Any]
+    mask_schedule: str
+    image: tuple[int, int, int]
+    tokenizer: str
+    transformer: str
+    negative_model: str | None = None
+    accept_rate: float | None = None
+    classifier: str | None = None
+    vectors: str | None = None
 
-def remove_samples(file: Path, plan: BulkPlan) -> None:
-    """Removes the file and the parts of a plan. What belongs to another plan, or is no file of this package, stays."""
-    work = _Work(file, plan)
-    with suppress(OSError, ValueError):
-        if is_finished(file, plan):
-            file.unlink(missing_ok=True)
-    with suppress(OSError, ValueError):
-        known = read_plan((work.folder / _PLAN).read_bytes())
-        if known is not None:
-            check_same(work.folder, known, plan)
-            shutil.rmtree(work.folder, ignore_errors=True)
+    def __post_init__(self) -> None:
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError("classes must be different, because the images are spread evenly over them, got one twice")
+        if len(self.text) > _LONGEST_COMMENT:
+            raise ValueError(f"classes must be fewer for one file, got {len(self.classes)}; write several files")
+
+    @cached_property
+    def text(self) -> bytes:
+        """The plan as JSON: the content of ``plan.json`` and the comment of the finished file."""
+        return json.dumps({"format": _FORMAT, "version": _VERSION, **asdict(self)}).encode()
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of ``text``, which every part contains."""
+        return hashlib.sha256(self.text).hexdigest()
+
+    @property
+    def num_parts(self) -> int:
+        """The number of parts."""
+        return -(-self.count // self.part_size)
+
+    @property
+    def image_bytes(self) -> int:
+        """The number of bytes of an image in a part."""
+        return self.image[0] * self.image[1] * self.image[2]
+
+    def rows(self, part: int) -> range:
+        """Returns the indices of the images of a part."""
+        return range(part * self.part_size, min((part + 1) * self.part_size, self.count))
+
+    def label(self, row: int) -> int:
+        """Returns the label of an image."""
+        # Image i belongs to class floor(i * classes / images): class by class, evenly.
+        return self.classes[row * len(self.classes) // self.count]
 
 
 def make_plan(pipe: MaskGIT, options: BulkOptions, decoding: DecodingConfig) -> BulkPlan:
@@ -361,48 +281,86 @@ def make_plan(pipe: MaskGIT, options: BulkOptions, decoding: DecodingConfig) -> 
     )
 
 
-def _digest(network: nn.Module) -> str:
-    """Returns the SHA-256 of the weights of a network in their dtype."""
-    return tensors_digest(_weights(network))
+def is_finished(file: Path, plan: BulkPlan) -> bool:
+    """Returns True if a file exists and holds the images of a plan.
+
+    Raises:
+        FileExistsError: if the file was not written by ``generate_many``.
+        ValueError: if it holds images of another plan.
+    """
+    if not file.exists():
+        return False
+    try:
+        with file.open("rb") as stream, open_zip(stream, max_entries=_MAX_ENTRIES) as archive:
+            text = archive.comment
+    except (OSError, zipfile.BadZipFile):
+        text = b""
+    known = _read_plan(text)
+    if known is None:
+        raise FileExistsError(f"{file} exists and was not written by generate_many; delete it, or name another file")
+    check_same(file, known, plan)
+    return True
 
 
-def _weights(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from network.state_dict().items()
-    for name, module in network.named_modules():
-        if isinstance(module, Int8Linear):  # has no state dict; these tensors depend on all its weights
-            yield f"{name}.int8", torch.stack([module.scales, module.row_sums, module.bias])
+def check_same(place: Path, known: Mapping[str, Any], plan: BulkPlan) -> None:
+    """Raises if two plans differ, so that their images are not mixed.
 
-
-def _images(
-    pipe: MaskGIT,
-    plan: BulkPlan,
-    decoding: DecodingConfig,
-    *,
-    part: int,
-    batch_size: int,
-    on_images: Callable[[int], object] | None,
-    on_step: StepCallback | None,
-) -> Iterator[npt.NDArray[np.uint8]]:
-    """Yields the images of a part batch by batch, (b, H, W, C) uint8."""
-    rows = plan.rows(part)
-    for first in range(0, len(rows), batch_size):
-        batch = rows[first : first + batch_size]
-        yield pipe.generate(
-            [_class(pipe, plan.label(row)) for row in batch],
-            seed=plan.seed + batch[0],
-            negative_classes=plan.negative_class,
-            batch_size=len(batch),
-            output_type="np",
-            callback=on_step,
-            decoding=decoding,
+    Raises:
+        ValueError: if they differ. The message lists each difference as ``key old -> new``.
+    """
+    # JSON turns tuples into lists, so the new plan is converted too before the comparison.
+    old, new = dict(_flat(known)), dict(_flat(json.loads(plan.text)))
+    changed = [f"{key} {_short(old.get(key))} -> {_short(new.get(key))}" for key in sorted({*old, *new})
+               if old.get(key) != new.get(key)]  # fmt: skip
+    if changed:
+        raise ValueError(
+            f"{place} holds images of other settings: {', '.join(changed)}. Use the same settings, name another file, "
+            "or delete it"
         )
-        if on_images is not None:
-            on_images(len(batch))
 
 
-def _class(pipe: MaskGIT, label: int) -> int | None:
-    """Returns the class of a label for ``generate``, which takes None for the null class."""
-    return None if label == len(pipe.class_names) else label
+def remove_samples(file: Path, plan: BulkPlan) -> None:
+    """Removes the file and the parts of a plan. What belongs to another plan, or is no file of this package, stays."""
+    work = _Work(file, plan)
+    with suppress(OSError, ValueError):
+        if is_finished(file, plan):
+            file.unlink(missing_ok=True)
+    with suppress(OSError, ValueError):
+        known = _read_plan((work.folder / _PLAN).read_bytes())
+        if known is not None:
+            check_same(work.folder, known, plan)
+            shutil.rmtree(work.folder, ignore_errors=True)
+
+
+def write_samples(
+    stream: IO[bytes],
+    plan: BulkPlan,
+    parts: Iterable[npt.NDArray[np.uint8]],
+    labels: npt.NDArray[np.int64],
+    **arrays: npt.NDArray[Any],
+) -> None:
+    """Writes the ``.npz`` file of a plan part by part, with the memory of one part.
+
+    numpy writes an array only as a whole, so the zip members and their headers are written here.
+
+    Args:
+        stream: File to write to.
+        plan: Plan of the images, which becomes the comment of the file.
+        parts: All images, in parts (b, H, W, C) of any size; grey ones are repeated to three channels.
+        labels: (n,) int64.
+        arrays: Further arrays by name.
+    """
+    header = {"descr": "|u1", "fortran_order": False, "shape": (plan.count, *plan.image[:2], _CHANNELS)}
+    # An .npz file is a zip archive of .npy files. The plan is its comment, which numpy ignores.
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        archive.comment = plan.text
+        with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
+            np.lib.format.write_array_header_1_0(member, header)
+            for images in parts:
+                member.write(np.broadcast_to(images, (*images.shape[:3], _CHANNELS)).tobytes())
+        for name, values in {"arr_1": labels, **arrays}.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, values, allow_pickle=False)
 
 
 class _Work:
@@ -438,7 +396,7 @@ class _Work:
         if not plan.exists():
             with write_atomically(plan) as stream:
                 stream.write(self.plan.text)
-        known = read_plan(plan.read_bytes())  # another process may have written it in the meantime
+        known = _read_plan(plan.read_bytes())  # another process may have written it in the meantime
         if known is None:
             raise ValueError(f"{plan} is not a plan of this version; delete {self.folder}")
         check_same(self.folder, known, self.plan)
@@ -515,32 +473,69 @@ class _Work:
         return images
 
 
-def write_samples(
-    stream: IO[bytes],
+def _images(
+    pipe: MaskGIT,
     plan: BulkPlan,
-    parts: Iterable[npt.NDArray[np.uint8]],
-    labels: npt.NDArray[np.int64],
-    **arrays: npt.NDArray[Any],
-) -> None:
-    """Writes the ``.npz`` file of a plan part by part, with the memory of one part.
+    decoding: DecodingConfig,
+    *,
+    part: int,
+    batch_size: int,
+    on_images: Callable[[int], object] | None,
+    on_step: StepCallback | None,
+) -> Iterator[npt.NDArray[np.uint8]]:
+    """Yields the images of a part batch by batch, (b, H, W, C) uint8."""
+    rows = plan.rows(part)
+    for first in range(0, len(rows), batch_size):
+        batch = rows[first : first + batch_size]
+        yield pipe.generate(
+            [_class(pipe, plan.label(row)) for row in batch],
+            seed=plan.seed + batch[0],
+            negative_classes=plan.negative_class,
+            batch_size=len(batch),
+            output_type="np",
+            callback=on_step,
+            decoding=decoding,
+        )
+        if on_images is not None:
+            on_images(len(batch))
 
-    numpy writes an array only as a whole, so the zip members and their headers are written here.
 
-    Args:
-        stream: File to write to.
-        plan: Plan of the images, which becomes the comment of the file.
-        parts: All images, in parts (b, H, W, C) of any size; grey ones are repeated to three channels.
-        labels: (n,) int64.
-        arrays: Further arrays by name.
-    """
-    header = {"descr": "|u1", "fortran_order": False, "shape": (plan.count, *plan.image[:2], _CHANNELS)}
-    # An .npz file is a zip archive of .npy files. The plan is its comment, which numpy ignores.
-    with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        archive.comment = plan.text
-        with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
-            np.lib.format.write_array_header_1_0(member, header)
-            for images in parts:
-                member.write(np.broadcast_to(images, (*images.shape[:3], _CHANNELS)).tobytes())
-        for name, values in {"arr_1": labels, **arrays}.items():
-            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, values, allow_pickle=False)
+def _class(pipe: MaskGIT, label: int) -> int | None:
+    """Returns the class of a label for ``generate``, which takes None for the null class."""
+    return None if label == len(pipe.class_names) else label
+
+
+def _digest(network: nn.Module) -> str:
+    """Returns the SHA-256 of the weights of a network in their dtype."""
+    return tensors_digest(_weights(network))
+
+
+def _weights(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from network.state_dict().items()
+    for name, module in network.named_modules():
+        if isinstance(module, Int8Linear):  # has no state dict; these tensors depend on all its weights
+            yield f"{name}.int8", torch.stack([module.scales, module.row_sums, module.bias])
+
+
+def _read_plan(text: bytes) -> dict[str, Any] | None:
+    """Parses a plan of this version; returns None for any other text."""
+    try:
+        content = parse_json(text, "plan")
+    except ValueError:
+        return None
+    if (content.get("format"), content.get("version")) != (_FORMAT, _VERSION):
+        return None
+    return content
+
+
+def _flat(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value) if isinstance(value, list) else str(value)
+    return text if len(text) <= 24 else f"{text[:24]}..."

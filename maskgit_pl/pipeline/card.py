@@ -1,10 +1,7 @@
-"""Collects the facts in the top-level ``config.json`` of a pretrained folder from its files and from its run.
+"""The model card of a pretrained folder: ``config.json`` with all facts of the model, and ``README.md`` from it.
 
-The model card (``card``) shows them. Used by ``MaskGIT`` and by training when it exports.
-
-The model card of a pretrained folder: writes ``config.json`` with all facts of the model, and ``README.md`` from it.
-
-Used by ``MaskGIT.save_pretrained``, by training when it exports, and by the commands that measure a run.
+The facts come from the files of the folder and of its run. Used by ``MaskGIT.save_pretrained``, by training when it
+exports, and by the commands that measure a run.
 """
 
 from __future__ import annotations
@@ -34,7 +31,6 @@ if TYPE_CHECKING:
 __all__ = [
     "SETTINGS",
     "STAGES",
-    "VERSIONS",
     "RunOrigin",
     "check_run",
     "check_run_facts",
@@ -43,12 +39,11 @@ __all__ = [
     "fingerprints",
     "model_card",
     "refresh_card",
-    "run_of",
     "write_card",
 ]
 
 STAGES = ("tokenizer", "transformer")
-# Keys of the recipe that a card shows. config.yaml of the run has all of them.
+# Keys of the recipe and of the environment that a card shows. The files of the run have all of them.
 SETTINGS = (
     "trainer.max_steps",
     "trainer.precision",
@@ -65,9 +60,73 @@ SETTINGS = (
     "model.mask_schedule",
     "model.label_smoothing",
 )
-VERSIONS = ("maskgit_pl", "commit", "python", "torch", "lightning", "accelerators", "world_size")
+_VERSIONS = ("maskgit_pl", "commit", "python", "torch", "lightning", "accelerators", "world_size")
 _PROTOCOL = ("num_images", "num_steps", "seed", "split", "reference")
 _NOT_FIGURES = ("protocol", "model", "environment")  # sections of evaluation.json that hold no metrics
+_TASK = "unconditional-image-generation"  # the Hub has no task for class-conditional images
+_NAMES_SHOWN = 20  # number of class names in the table
+_LONGEST_EXAMPLE = 80  # characters of a class name in the example
+# Figures of evaluation.json that the Hub lists: metric and feature network of the exported settings.
+_SHARED_FIGURE = re.compile(
+    r"samples\.exported[a-z_]*\.(fid|sfid|kid|is|precision|recall|density|coverage)/([\w.:-]+)", re.ASCII
+)
+_log = logging.getLogger(__name__)
+
+
+def write_card(
+    folder: Path | str,
+    *,
+    run: Path | str | None = None,
+    known: Mapping[str, Any] | None = None,
+    license: str | None = None,  # noqa: A002  # the Hub's word
+    name: str | None = None,
+) -> dict[str, Any]:
+    """Writes ``config.json`` and ``README.md`` into a folder that has both stages.
+
+    Args:
+        folder: Folder with ``tokenizer/`` and ``transformer/``.
+        run: Run folder that the weights come from; None looks above a folder ``pretrained``.
+        known: Content of an older ``config.json`` of the same weights. Its facts are kept if there is no run.
+        license: License of the weights as the Hub spells it, such as ``apache-2.0``; None leaves it open.
+        name: Name for ``from_pretrained`` in the example on the card, such as ``owner/name``.
+
+    Returns:
+        The content of ``config.json``.
+
+    Raises:
+        FileNotFoundError: if a stage or the run is missing.
+        ValueError: if a file of the folder has another format.
+    """
+    folder = Path(folder)
+    # Facts of a run come from the run itself, if there is one, else from the older config.json.
+    run = _run_of(folder) if run is None else Path(run)
+    known = known or {}
+    content = describe_folder(folder)
+    content["license"] = license or known.get("license")
+    content["run"] = (
+        check_run_facts(known.get("run")) if run is None else describe_run(run, weights=content["fingerprints"])
+    )
+    for file, text in (
+        ("config.json", json.dumps(content, indent=2) + "\n"),
+        ("README.md", model_card(folder, content, name=name)),
+    ):
+        write_text(folder / file, text)
+    return content
+
+
+def refresh_card(folder: Path) -> None:
+    """Rewrites the card of a run after its metrics or decoding settings changed; does nothing for other folders.
+
+    An error is logged as a warning, because the measurement before it must not be lost.
+    """
+    if _run_of(folder) is None:
+        return
+    try:
+        config = folder / "config.json"
+        written = read_json(config) if config.is_file() else {}
+        write_card(folder, license=written.get("license"))
+    except Exception as error:
+        _log.warning("%s: cannot write the model card (%s: %s)", folder, type(error).__name__, error)
 
 
 @dataclass(frozen=True)
@@ -116,17 +175,12 @@ class RunOrigin:
 
     def run(self) -> Path | None:
         """Returns the run folder above the folder, or None."""
-        return None if self.folder is None else run_of(self.folder)
+        return None if self.folder is None else _run_of(self.folder)
 
 
 def fingerprints(folder: Path) -> dict[str, str]:
     """Returns the SHA-256 of the weights of each stage, in hex."""
     return {stage: fingerprint(folder / stage) for stage in STAGES}
-
-
-def run_of(folder: Path) -> Path | None:
-    """Returns the run folder of ``RUN/pretrained``; None for any other pretrained folder."""
-    return folder.parent if (folder.parent / "transformer" / "config.yaml").is_file() else None
 
 
 def describe_folder(folder: Path) -> dict[str, Any]:
@@ -162,22 +216,6 @@ def describe_folder(folder: Path) -> dict[str, Any]:
     }
 
 
-def _parameters(build: Callable[[], nn.Module]) -> int:
-    with skeletons():  # parameters with shapes only, without memory
-        network = build()
-    return sum(parameter.numel() for parameter in network.parameters())
-
-
-def check_run(run: Path) -> None:
-    """Checks that a run exists, before weights are written.
-
-    Raises:
-        FileNotFoundError: if there is no such folder.
-    """
-    if not run.is_dir():
-        raise FileNotFoundError(f"run {run}: no such folder; name a run folder that training wrote, or leave it out")
-
-
 def describe_run(run: Path, *, weights: Mapping[str, str]) -> dict[str, Any]:
     """Describes the training and the evaluation of a run, from those of its files that exist.
 
@@ -191,6 +229,16 @@ def describe_run(run: Path, *, weights: Mapping[str, str]) -> dict[str, Any]:
     check_run(run)
     stages = {stage: _stage(run / stage) for stage in STAGES}
     return {"name": run.resolve().name, **stages, "measured": _read_figures(run / "evaluation.json", weights)}
+
+
+def check_run(run: Path) -> None:
+    """Checks that a run exists, before weights are written.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+    """
+    if not run.is_dir():
+        raise FileNotFoundError(f"run {run}: no such folder; name a run folder that training wrote, or leave it out")
 
 
 def check_run_facts(run: Any) -> Mapping[str, Any] | None:
@@ -211,6 +259,34 @@ def check_run_facts(run: Any) -> Mapping[str, Any] | None:
     return {**run, "measured": run.get("measured")}
 
 
+def model_card(folder: Path, content: Mapping[str, Any], *, name: str | None = None) -> str:
+    """Returns the text of ``README.md``, which begins with the YAML metadata of the Hub.
+
+    Words from data or weights (class names, license, names of runs and recipes) are escaped, so that they cannot act
+    as markup or as metadata keys.
+
+    Args:
+        folder: Pretrained folder, which names the classes.
+        content: Content of ``config.json``.
+        name: See ``write_card``.
+    """
+    classes: list[str] = read_config(folder / "transformer", "transformer")["class_names"]
+    return "\n".join(
+        [*_metadata(content), *_introduction(content, classes, name or "path/to/this/folder"), *_run(content)]
+    )
+
+
+def _run_of(folder: Path) -> Path | None:
+    """Returns the run folder of ``RUN/pretrained``; None for any other pretrained folder."""
+    return folder.parent if (folder.parent / "transformer" / "config.yaml").is_file() else None
+
+
+def _parameters(build: Callable[[], nn.Module]) -> int:
+    with skeletons():  # parameters with shapes only, without memory
+        network = build()
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
 def _stage(folder: Path) -> dict[str, Any]:
     """Returns the recipe names, settings and versions of a stage of a run."""
     file = folder / "config.yaml"
@@ -224,7 +300,7 @@ def _stage(folder: Path) -> dict[str, Any]:
     return {
         "recipe": _words_after("--recipe", list(map(str, command)) if isinstance(command, list) else []),
         "settings": {key: value for key, value in values.items() if value is not None},
-        "environment": {key: environment[key] for key in VERSIONS if environment.get(key)},
+        "environment": {key: environment[key] for key in _VERSIONS if environment.get(key)},
     }
 
 
@@ -274,90 +350,6 @@ def _words_after(flag: str, command: list[str]) -> list[str]:
     words = command[command.index(flag) + 1 :] if flag in command else []
     until = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
     return words[:until]
-
-
-_log = logging.getLogger(__name__)
-
-_TASK = "unconditional-image-generation"  # the Hub has no task for class-conditional images
-_NAMES_SHOWN = 20  # number of class names in the table
-_LONGEST_EXAMPLE = 80  # characters of a class name in the example
-# Figures of evaluation.json that the Hub lists: metric and feature network of the exported settings.
-_SHARED_FIGURE = re.compile(
-    r"samples\.exported[a-z_]*\.(fid|sfid|kid|is|precision|recall|density|coverage)/([\w.:-]+)", re.ASCII
-)
-
-
-def write_card(
-    folder: Path | str,
-    *,
-    run: Path | str | None = None,
-    known: Mapping[str, Any] | None = None,
-    license: str | None = None,  # noqa: A002  # the Hub's word
-    name: str | None = None,
-) -> dict[str, Any]:
-    """Writes ``config.json`` and ``README.md`` into a folder that has both stages.
-
-    Args:
-        folder: Folder with ``tokenizer/`` and ``transformer/``.
-        run: Run folder that the weights come from; None looks beside the folder (``run_of``).
-        known: Content of an older ``config.json`` of the same weights. Its facts are kept if there is no run.
-        license: License of the weights as the Hub spells it, such as ``apache-2.0``; None leaves it open.
-        name: Name for ``from_pretrained`` in the example on the card, such as ``owner/name``.
-
-    Returns:
-        The content of ``config.json``.
-
-    Raises:
-        FileNotFoundError: if a stage or the run is missing.
-        ValueError: if a file of the folder has another format.
-    """
-    folder = Path(folder)
-    # Facts of a run come from the run itself, if there is one, else from the older config.json.
-    run = run_of(folder) if run is None else Path(run)
-    known = known or {}
-    content = describe_folder(folder)
-    content["license"] = license or known.get("license")
-    content["run"] = (
-        check_run_facts(known.get("run")) if run is None else describe_run(run, weights=content["fingerprints"])
-    )
-    for file, text in (
-        ("config.json", json.dumps(content, indent=2) + "\n"),
-        ("README.md", model_card(folder, content, name=name)),
-    ):
-        write_text(folder / file, text)
-    return content
-
-
-def refresh_card(folder: Path) -> None:
-    """Rewrites the card of a run after its metrics or decoding settings changed; does nothing for other folders.
-
-    An error is logged as a warning, because the measurement before it must not be lost.
-    """
-    if run_of(folder) is None:
-        return
-    try:
-        config = folder / "config.json"
-        written = read_json(config) if config.is_file() else {}
-        write_card(folder, license=written.get("license"))
-    except Exception as error:
-        _log.warning("%s: cannot write the model card (%s: %s)", folder, type(error).__name__, error)
-
-
-def model_card(folder: Path, content: Mapping[str, Any], *, name: str | None = None) -> str:
-    """Returns the text of ``README.md``, which begins with the YAML metadata of the Hub.
-
-    Words from data or weights (class names, license, names of runs and recipes) are escaped, so that they cannot act
-    as markup or as metadata keys.
-
-    Args:
-        folder: Pretrained folder, which names the classes.
-        content: Content of ``config.json``.
-        name: See ``write_card``.
-    """
-    classes: list[str] = read_config(folder / "transformer", "transformer")["class_names"]
-    return "\n".join(
-        [*_metadata(content), *_introduction(content, classes, name or "path/to/this/folder"), *_run(content)]
-    )
 
 
 def _metadata(content: Mapping[str, Any]) -> list[str]:
@@ -459,7 +451,7 @@ def _run(content: Mapping[str, Any]) -> list[str]:
         return []
     lines = ["## Training", "", "| | tokenizer | transformer |", "|---|---|---|"]
     lines += _row("recipe", [run[stage]["recipe"] or None for stage in STAGES])
-    for part, keys in (("settings", SETTINGS), ("environment", VERSIONS)):
+    for part, keys in (("settings", SETTINGS), ("environment", _VERSIONS)):
         for key in keys:
             lines += _row(key, [run[stage][part].get(key) for stage in STAGES])
     measured = run["measured"]

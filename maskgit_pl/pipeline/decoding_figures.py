@@ -1,6 +1,6 @@
-"""Draws decoding step by step, as the frames of an animation or as a filmstrip.
+"""Records decoding steps while a model generates, and draws them as frames of an animation or as a filmstrip.
 
-Records decoding steps while a model generates. ``pipeline.display.Recording`` shows them.
+``pipeline.display.Recording`` shows what ``StepRecorder`` recorded; the web page draws single panels.
 """
 
 from __future__ import annotations
@@ -47,6 +47,32 @@ __all__ = [
 _MAX_COLUMNS = 12  # number of steps in a filmstrip
 _MAX_FRAMES = 64  # number of steps in an animation
 _WIDE = 2  # width / height from which a filmstrip has a row for each step
+
+
+class StepRecorder:
+    """A callback of ``MaskGIT.generate`` that keeps the decoding steps of the first images of the first batch.
+
+    Args:
+        max_images: Number of images whose steps are kept.
+
+    Attributes:
+        steps: Steps recorded so far.
+    """
+
+    def __init__(self, *, max_images: int = 4) -> None:
+        self.max_images = max_images
+        self.steps: list[DecodingStep] = []
+        self._batch_size: int | None = None
+
+    def __call__(self, step: DecodingStep) -> None:
+        self._batch_size = self._batch_size or len(step.tokens)
+        # Steps of later batches are ignored: the first batch is complete when no token is masked, and another batch may
+        # have another size.
+        is_complete = bool(self.steps) and not bool(self.steps[-1].still_masked.any())
+        if is_complete or len(step.tokens) != self._batch_size:
+            return
+        names = [field.name for field in fields(step) if field.name != "step"]
+        self.steps.append(replace(step, **{name: getattr(step, name)[: self.max_images] for name in names}))
 
 
 def select_steps(count: int, kind: Literal["animation", "filmstrip"]) -> list[int]:
@@ -190,16 +216,6 @@ def token_panel(
     return _cells_panel(image, token_size, filled=still, framed=framed, size=size, requested=requested)
 
 
-def undrawn_tokens(step: DecodingStep, first: DecodingStep) -> Tensor:
-    """Returns the tokens without a confidence, (n, N) bool: given ones, and those of windows that are still to come.
-
-    Args:
-        step: A step of n images.
-        first: The first step of the same images.
-    """
-    return (step.confidence >= 1) & (step.still_masked | ~first.was_masked)
-
-
 def confidence_panel(
     values: Tensor, image: Tensor, token_size: int, *, undrawn: Tensor, size: int = PANEL_SIZE
 ) -> Image.Image:
@@ -220,6 +236,16 @@ def confidence_panel(
     ):
         draw.rectangle(box, PAPER if is_undrawn else color, MASKED if is_undrawn else None)
     return panel
+
+
+def undrawn_tokens(step: DecodingStep, first: DecodingStep) -> Tensor:
+    """Returns the tokens without a confidence, (n, N) bool: given ones, and those of windows that are still to come.
+
+    Args:
+        step: A step of n images.
+        first: The first step of the same images.
+    """
+    return (step.confidence >= 1) & (step.still_masked | ~first.was_masked)
 
 
 def _describe(step: DecodingStep, num_steps: int) -> str:
@@ -271,29 +297,3 @@ def _boxes(size: Sequence[int], token_size: int, scale: int) -> list[tuple[int, 
         for row in range(rows)
         for column in range(columns)
     ]
-
-
-class StepRecorder:
-    """A callback of ``MaskGIT.generate`` that keeps the decoding steps of the first images of the first batch.
-
-    Args:
-        max_images: Number of images whose steps are kept.
-
-    Attributes:
-        steps: Steps recorded so far.
-    """
-
-    def __init__(self, *, max_images: int = 4) -> None:
-        self.max_images = max_images
-        self.steps: list[DecodingStep] = []
-        self._batch_size: int | None = None
-
-    def __call__(self, step: DecodingStep) -> None:
-        self._batch_size = self._batch_size or len(step.tokens)
-        # Steps of later batches are ignored: the first batch is complete when no token is masked, and another batch may
-        # have another size.
-        is_complete = bool(self.steps) and not bool(self.steps[-1].still_masked.any())
-        if is_complete or len(step.tokens) != self._batch_size:
-            return
-        names = [field.name for field in fields(step) if field.name != "step"]
-        self.steps.append(replace(step, **{name: getattr(step, name)[: self.max_images] for name in names}))

@@ -17,7 +17,7 @@ from maskgit_pl.pipeline.sharing import CLASS_NAME, CLASSES, DIFFUSERS_FILES, IN
 if TYPE_CHECKING:
     from maskgit_pl.pipeline.diffusers_pipeline import MaskGITPipeline
 
-__all__ = ["compare_images", "export_diffusers"]
+__all__ = ["export_diffusers"]
 
 _FILES = {
     "README.md", "config.json", *DIFFUSERS_FILES,
@@ -71,11 +71,11 @@ def export_diffusers(model: str | Path, out: str | Path, *, replace: bool = Fals
         pipe.save_pretrained(fresh)
         # 3.
         expected = MaskGIT.from_pretrained(folder, decoding=read_decoding(folder), pack_weights=False)
-        compare_images(MaskGITPipeline.from_pretrained(fresh, low_cpu_mem_usage=False), expected)
+        _compare_images(MaskGITPipeline.from_pretrained(fresh, low_cpu_mem_usage=False), expected)
         # 4. On leaving the block.
 
 
-def compare_images(pipe: MaskGITPipeline, model: MaskGIT) -> None:
+def _compare_images(pipe: MaskGITPipeline, model: MaskGIT) -> None:
     """Generates images of two classes with two seeds by both pipelines, and compares each pixel.
 
     Raises:

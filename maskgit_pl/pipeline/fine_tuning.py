@@ -1,9 +1,7 @@
-"""A pretrained tokenizer and a pretrained transformer, with the data that decoding needs.
+"""A pretrained tokenizer and a pretrained transformer, and initial weights for fine-tuning on other classes or grids.
 
-Initial weights for fine-tuning a pretrained transformer on other classes or another grid. ``TokenModel`` uses them.
-
-A backbone declares its tables with a row for each id, class or token (``Backbone.vocabulary_tables``). All other
-tensors are copied.
+``TokenModel`` fine-tunes from ``weights_for``. A backbone declares its tables with a row for each id, class or token
+(``Backbone.vocabulary_tables``, ``class_tables``, ``position_tables``); all other tensors are copied.
 """
 
 from __future__ import annotations
@@ -27,11 +25,11 @@ __all__ = [
     "PretrainedTokenizer",
     "PretrainedTransformer",
     "images_at_once",
-    "resize_positions",
     "weights_for",
 ]
 
 _MAX_PIXELS = 2**20  # of a batch in the tokenizer: 16 images of 256 x 256
+_Convert = Callable[[Tensor, BackboneConfig, BackboneConfig], Tensor]
 
 
 @dataclass(frozen=True)
@@ -134,11 +132,6 @@ class PretrainedTransformer:
         return self.mask_schedule
 
 
-def _check_not_empty(name: str, batch: Tensor) -> None:
-    if not len(batch):
-        raise ValueError(f"{name} must have at least 1 row, got shape {tuple(batch.shape)}")
-
-
 def images_at_once(height: int, width: int) -> int:
     """Returns the largest number of images that a tokenizer encodes or decodes at a time, at least 1.
 
@@ -186,6 +179,11 @@ def weights_for(config: BackboneConfig, pretrained: PretrainedTransformer) -> di
     return weights
 
 
+def _check_not_empty(name: str, batch: Tensor) -> None:
+    if not len(batch):
+        raise ValueError(f"{name} must have at least 1 row, got shape {tuple(batch.shape)}")
+
+
 def _check_same(new: BackboneConfig, old: BackboneConfig) -> None:
     """Checks that two configurations differ only in fields that may differ.
 
@@ -215,9 +213,6 @@ def _explain_shape(
         f"backbone {old.backbone!r} does not list it in vocabulary_tables, class_tables or position_tables; leave the "
         "key out"
     )
-
-
-_Convert = Callable[[Tensor, BackboneConfig, BackboneConfig], Tensor]
 
 
 def _tables(network: Backbone) -> Iterator[tuple[str, _Convert]]:
@@ -253,19 +248,11 @@ def _fit_classes(table: Tensor, old: BackboneConfig, new: BackboneConfig) -> Ten
 def _fit_positions(table: Tensor, old: BackboneConfig, new: BackboneConfig) -> Tensor:
     """Converts rows (others + old grid, D) to (others + new grid, D)."""
     others = len(table) - old.num_tokens
-    return torch.cat([table[:others], resize_positions(table[others:], old.grid, new.grid)])
+    return torch.cat([table[:others], _resize_positions(table[others:], old.grid, new.grid)])
 
 
-def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Interpolates the position embeddings of a grid for another grid (bicubic, 2-D), as for images of another size.
-
-    Args:
-        table: (N, D) float: a row for each token of the old grid, in raster order.
-        old: Rows and columns of the old grid; N is their product.
-        new: Rows and columns of the new grid.
-
-    Returns:
-        (N', D) float for N' tokens of the new grid; ``table`` itself if both grids are the same.
+def _resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Interpolates position embeddings (old grid, D) in raster order to (new grid, D), bicubic in 2-D.
 
     Source: ViT, arXiv:2010.11929, section 3.2.
     """

@@ -1,10 +1,6 @@
-"""Converts pixels between tensors and PIL images.
+"""Draws pages of images with captions, head lines and legends, and writes PNG and GIF files.
 
-Lays out tiles, captions, head lines and legends on a page. All pictures of this folder use it.
-
-Draws grids of images and sheets of edits, and writes PNG and GIF files.
-
-Draws a few images of each class of a data set, for ``maskgit data stats --out``.
+All pictures of this folder use its parts of a page: tiles with captions, head lines, legends and color bars.
 """
 
 from __future__ import annotations
@@ -58,6 +54,20 @@ __all__ = [
     "viridis",
 ]
 
+TILE_SIZE = 84  # smallest edge of an image in pixels: images of 28 px are enlarged three times
+PANEL_SIZE = 168  # the same for pictures of decoding, in which single tokens must be visible
+# RGB. MASKED fills masked tokens; NEW and REMASKED frame tokens just kept and just masked again; REQUESTED outlines the
+# pixels that the user of an edit named.
+PAPER, _INK, MASKED, NEW, REMASKED = (255, 255, 255), (40, 40, 40), (176, 176, 176), (230, 90, 20), (40, 110, 220)
+REQUESTED = (0, 158, 115)
+_GAP, _MARGIN, _FONT_SIZE = 4, 8, 14  # pixels
+_NARROWEST = 420  # pixels: a head line or a legend widens a narrower picture to it
+_BAR = (160, 12)  # width and height of a color bar in pixels
+_LINE = 2  # pixels of an outline
+# Of a contact sheet: classes, images of each class, largest height and width of an image in pixels.
+_MOST_ROWS, _COLUMNS, _SIDE = 40, 8, 84
+_LONGEST_CAPTION = 32  # characters of the name of a class
+
 
 def to_unit_range(images: Tensor) -> Tensor:
     """Converts uint8 pixels in [0, 255] to float32 in [0, 1]."""
@@ -68,18 +78,6 @@ def to_pil(image: Tensor) -> Image.Image:
     """Converts (C, H, W) uint8 with C = 1 or 3 to an image of the mode L or RGB."""
     pixels = rearrange(image.cpu().numpy(), "c h w -> h w c")
     return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))
-
-
-TILE_SIZE = 84  # smallest edge of an image in pixels: images of 28 px are enlarged three times
-PANEL_SIZE = 168  # the same for pictures of decoding, in which single tokens must be visible
-# RGB. MASKED fills masked tokens; NEW and REMASKED frame tokens just kept and just masked again; REQUESTED outlines the
-# pixels that the user of an edit named.
-PAPER, INK, MASKED, NEW, REMASKED = (255, 255, 255), (40, 40, 40), (176, 176, 176), (230, 90, 20), (40, 110, 220)
-REQUESTED = (0, 158, 115)
-_GAP, _MARGIN, _FONT_SIZE = 4, 8, 14  # pixels
-_NARROWEST = 420  # pixels: a head line or a legend widens a narrower picture to it
-_BAR = (160, 12)  # width and height of a color bar in pixels
-_LINE = 2  # pixels of an outline
 
 
 def scale_to(images: Tensor, wanted: int) -> int:
@@ -121,10 +119,10 @@ def lay_out(
     # Anchors of Pillow: "rm" is right and vertically centred, "mm" centred in both directions.
     for row, text in enumerate(row_captions):
         middle = top + row * (height + _GAP) + height // 2
-        draw.text((left - _MARGIN, middle), text, INK, font, anchor="rm")
+        draw.text((left - _MARGIN, middle), text, _INK, font, anchor="rm")
     for column, text in enumerate(column_captions):
         middle = left + column * (width + _GAP) + width // 2
-        draw.text((middle, _MARGIN + _FONT_SIZE // 2), _shorten(text, width, font), INK, font, anchor="mm")
+        draw.text((middle, _MARGIN + _FONT_SIZE // 2), _shorten(text, width, font), _INK, font, anchor="mm")
     return page
 
 
@@ -137,7 +135,7 @@ def add_title(picture: Image.Image, title: str) -> Image.Image:
     page.paste(picture, (0, len(lines) * line))
     for number, text in enumerate(lines):
         middle = _MARGIN + _FONT_SIZE // 2 + number * line
-        ImageDraw.Draw(page).text((_MARGIN, middle), text, INK, font, anchor="lm")
+        ImageDraw.Draw(page).text((_MARGIN, middle), text, _INK, font, anchor="lm")
     return page
 
 
@@ -162,7 +160,7 @@ def add_legend(picture: Image.Image, entries: Sequence[tuple[Image.Image, str]])
     for (left, top), (sample, text) in zip(places, entries, strict=True):
         page.paste(sample, (left, top + (line - _MARGIN - sample.height) // 2))
         middle = top + (line - _MARGIN) // 2
-        ImageDraw.Draw(page).text((left + sample.width + _MARGIN, middle), text, INK, font, anchor="lm")
+        ImageDraw.Draw(page).text((left + sample.width + _MARGIN, middle), text, _INK, font, anchor="lm")
     return page
 
 
@@ -182,7 +180,7 @@ def draw_color_bar(top: float) -> Image.Image:
     for x, color in enumerate(viridis([x / (width - 1) for x in range(width)])):
         draw.line((x, 0, x, height - 1), fill=color)
     for share, anchor in ((0.0, "la"), (0.5, "ma"), (1.0, "ra")):
-        draw.text((share * (width - 1), height), f"{share * top:.2f}", INK, font, anchor=anchor)
+        draw.text((share * (width - 1), height), f"{share * top:.2f}", _INK, font, anchor=anchor)
     return bar
 
 
@@ -210,27 +208,6 @@ def draw_outline(picture: Image.Image, mask: Tensor, color: tuple[int, int, int]
     outlined = picture.copy()
     outlined.paste(color, mask=to_pil(line[None].byte() * 255))
     return outlined
-
-
-def _wrap(text: str, width: int, font: Any) -> Iterator[str]:
-    """Yields the lines of a text: as many words in each as ``width`` pixels hold, and at least one."""
-    line = ""
-    for word in text.split(" "):
-        longer = f"{line} {word}" if line else word
-        if line and font.getlength(longer) > width:
-            yield line
-            longer = word
-        line = longer
-    yield _shorten(line, width, font)
-
-
-def _shorten(text: str, width: int, font: Any) -> str:
-    """Returns a text, shortened with an ellipsis if it is wider than ``width`` pixels."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
 
 
 def image_grid(
@@ -306,6 +283,29 @@ def draw_mask(original: Tensor, *, mask: Tensor, region: Tensor, scale: int) -> 
     return draw_outline(enlarge(masked, scale), mask, REQUESTED)
 
 
+def draw_contact_sheet(statistics: DataStatistics, out: Path) -> None:
+    """Draws a row of images for each class, or for 40 evenly spread classes if there are more.
+
+    Args:
+        statistics: Statistics of the data folder.
+        out: PNG file to write.
+    """
+    summary = statistics.summary
+    size = _tile_size(summary.images)
+    # With many classes, the shown ones are evenly spread over the indices.
+    shown = np.unique(np.linspace(0, summary.num_classes - 1, min(_MOST_ROWS, summary.num_classes)).round().astype(int))
+    # Classes with fewer images than columns end with white tiles.
+    paper = torch.full((summary.channels, *height_width(size)), 255, dtype=torch.uint8)
+    tiles = []
+    for files in images_of_classes(statistics.manifests["train"], shown.tolist(), each=_COLUMNS):
+        row = [
+            load_image(data, image_size=size, channels=summary.channels, crop=None, name=name) for data, name in files
+        ]
+        tiles += row + [paper] * (_COLUMNS - len(row))
+    captions = [_caption(summary.classes[label]) for label in shown]
+    save_png(image_grid(torch.stack(tiles), columns=_COLUMNS, row_captions=captions), out)
+
+
 def save_png(picture: Image.Image, path: Path) -> None:
     """Writes a PNG file atomically, and makes the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -344,6 +344,27 @@ def save_gif(frames: Sequence[Image.Image], path: Path, *, milliseconds: int = 6
         first.save(file, format="GIF", save_all=True, append_images=rest, duration=durations, loop=0, disposal=1)
 
 
+def _wrap(text: str, width: int, font: Any) -> Iterator[str]:
+    """Yields the lines of a text: as many words in each as ``width`` pixels hold, and at least one."""
+    line = ""
+    for word in text.split(" "):
+        longer = f"{line} {word}" if line else word
+        if line and font.getlength(longer) > width:
+            yield line
+            longer = word
+        line = longer
+    yield _shorten(line, width, font)
+
+
+def _shorten(text: str, width: int, font: Any) -> str:
+    """Returns a text, shortened with an ellipsis if it is wider than ``width`` pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"
+
+
 def _count_rows(images: Tensor, columns: int, row_captions: Sequence[str], column_captions: Sequence[str]) -> int:
     if images.ndim != 4 or images.dtype != torch.uint8 or len(images) == 0:
         raise ValueError(f"images must be (n, C, H, W) uint8 with n >= 1, got {tuple(images.shape)} {images.dtype}")
@@ -354,35 +375,6 @@ def _count_rows(images: Tensor, columns: int, row_captions: Sequence[str], colum
         if len(captions) > most:
             raise ValueError(f"{name}_captions must be at most {most}, one per {name}, got {len(captions)}")
     return rows
-
-
-_MOST_ROWS = 40  # number of classes
-_COLUMNS = 8  # number of images of each class
-_SIDE = 84  # largest height and width of an image in pixels
-_LONGEST_CAPTION = 32  # characters
-
-
-def draw_contact_sheet(statistics: DataStatistics, out: Path) -> None:
-    """Draws a row of images for each class, or for 40 evenly spread classes if there are more.
-
-    Args:
-        statistics: Statistics of the data folder.
-        out: PNG file to write.
-    """
-    summary = statistics.summary
-    size = _tile_size(summary.images)
-    # With many classes, the shown ones are evenly spread over the indices.
-    shown = np.unique(np.linspace(0, summary.num_classes - 1, min(_MOST_ROWS, summary.num_classes)).round().astype(int))
-    # Classes with fewer images than columns end with white tiles.
-    paper = torch.full((summary.channels, *height_width(size)), 255, dtype=torch.uint8)
-    tiles = []
-    for files in images_of_classes(statistics.manifests["train"], shown.tolist(), each=_COLUMNS):
-        row = [
-            load_image(data, image_size=size, channels=summary.channels, crop=None, name=name) for data, name in files
-        ]
-        tiles += row + [paper] * (_COLUMNS - len(row))
-    captions = [_caption(summary.classes[label]) for label in shown]
-    save_png(image_grid(torch.stack(tiles), columns=_COLUMNS, row_captions=captions), out)
 
 
 def _tile_size(images: ImageRange) -> ImageSize:

@@ -1,8 +1,7 @@
-"""``Caches``: all that a pipeline keeps of the weights of a transformer to decode faster.
+"""The negative model of autoguidance: a weaker transformer of the same tokens, from which guidance moves away.
 
-The negative model of autoguidance: a weaker transformer of the same tokens, from which guidance moves away.
-
-``Generator`` uses it. It is usually an early checkpoint of the same run, or a smaller model.
+It is usually an early checkpoint of the same run, or a smaller model. ``Caches`` holds what is kept of the weights of
+any transformer to decode faster. ``Generator`` uses both.
 
 Source: Karras et al., arXiv:2406.02507.
 """
@@ -32,49 +31,7 @@ __all__ = [
     "NegativeModelLike",
 ]
 
-
-class Caches:
-    """The packed weights of a transformer, and the logits of the first step of each class.
-
-    Args:
-        transformer: The transformer.
-
-    Attributes:
-        first_step: Logits of the first step. An autoregressive model does not use them.
-    """
-
-    def __init__(self, transformer: PretrainedTransformer) -> None:
-        config = transformer.network.config
-        self._network = transformer.network
-        self._watch = WeightWatch(self._network)
-        self.first_step = FirstStepLogits(
-            cast("ConditionalNetwork", transformer.network),
-            num_tokens=config.num_tokens,
-            mask_token_id=config.mask_token_id,
-        )
-
-    def clear(self) -> None:
-        """Removes everything."""
-        self._watch = WeightWatch(self._network)  # the old one keeps the memory of the old weights
-        free_packed(self._network)
-        self.first_step.clear()
-
-    def follow_weights(self) -> None:
-        """Removes everything if the weights may have changed since the last call; see ``networks.kernels``."""
-        if self._watch.has_changed():
-            free_packed(self._network)
-            self.first_step.clear()
-
-
-class _Pipeline(Protocol):
-    """A pipeline such as ``MaskGIT``, whose transformer is used."""
-
-    @property
-    def transformer(self) -> PretrainedTransformer:
-        """The transformer."""
-
-
-NegativeModelLike: TypeAlias = Union[Path, str, PretrainedTransformer, _Pipeline, "NegativeModel"]
+NegativeModelLike: TypeAlias = Union[Path, str, PretrainedTransformer, "_Pipeline", "NegativeModel"]
 
 
 @dataclass(frozen=True)
@@ -199,3 +156,44 @@ class NegativeModel:
         """Moves and casts the network in place."""
         self.transformer.network.to(device=device, dtype=dtype)
         self.caches.clear()
+
+
+class Caches:
+    """The packed weights of a transformer, and the logits of the first step of each class.
+
+    Args:
+        transformer: The transformer.
+
+    Attributes:
+        first_step: Logits of the first step. An autoregressive model does not use them.
+    """
+
+    def __init__(self, transformer: PretrainedTransformer) -> None:
+        config = transformer.network.config
+        self._network = transformer.network
+        self._watch = WeightWatch(self._network)
+        self.first_step = FirstStepLogits(
+            cast("ConditionalNetwork", transformer.network),
+            num_tokens=config.num_tokens,
+            mask_token_id=config.mask_token_id,
+        )
+
+    def clear(self) -> None:
+        """Removes everything."""
+        self._watch = WeightWatch(self._network)  # the old one keeps the memory of the old weights
+        free_packed(self._network)
+        self.first_step.clear()
+
+    def follow_weights(self) -> None:
+        """Removes everything if the weights may have changed since the last call; see ``networks.kernels``."""
+        if self._watch.has_changed():
+            free_packed(self._network)
+            self.first_step.clear()
+
+
+class _Pipeline(Protocol):
+    """A pipeline such as ``MaskGIT``, whose transformer is used."""
+
+    @property
+    def transformer(self) -> PretrainedTransformer:
+        """The transformer."""

@@ -1,6 +1,4 @@
-"""Maps classes that a user gives by index or by name to labels. Used by ``MaskGIT`` and the commands, without torch.
-
-Options of the methods of ``MaskGIT``: their names, types and checks.
+"""Options of the methods of ``MaskGIT``: their names, types and checks.
 
 A method takes the fields of its options class and the decoding settings as keyword arguments. Only ``as_output``
 imports torch, so that the command line can make the same checks before it loads a model.
@@ -52,85 +50,16 @@ __all__ = [
 ]
 
 Classes: TypeAlias = int | str | Sequence[int | str | None]
-
-_MAX_LISTED = 20  # with more classes, an error lists the nearest names only
-_INTEGER = re.compile(r"-?[0-9]{1,18}")
-
-
-def class_ids(classes: Classes, names: Sequence[str], *, null_label: int | None) -> list[int]:
-    """Returns the labels of classes given by index or by name; None is "no class".
-
-    Args:
-        classes: A list of indices in [0, number of classes), names and None; or a single index or name.
-        names: Names of all classes in order.
-        null_label: Label of "no class"; None if the model was trained without it.
-
-    Raises:
-        ValueError: if the list is empty, a class is unknown, a name belongs to several classes, or None is given to
-            a model that was trained without "no class".
-        TypeError: if a class is neither an integer nor a string.
-    """
-    given = plain_list(classes)
-    if given is None:  # a single class
-        given = [plain_number(classes)]
-        if not isinstance(given[0], str | int):
-            raise TypeError(f"classes must be class indices or names, got {shorten(classes)}")
-    if not given:
-        raise ValueError("classes must have at least one class, got none")
-    return [_class_id(wanted, names, null_label) for wanted in given]
-
-
-def parse_class(word: str, names: Sequence[str]) -> int | str:
-    """Returns the class of a command line argument. Class names take precedence over indices."""
-    return int(word) if word not in names and _INTEGER.fullmatch(word) else word
-
-
-def parse_classes(text: str, names: Sequence[str], *, max_shown: int) -> list[int | str]:
-    """Returns the classes of a comma-separated list. ``all`` gives at most ``max_shown`` classes, evenly spread."""
-    if text == "all" and text not in names:
-        shown = min(len(names), max_shown)
-        return [number * len(names) // shown for number in range(shown)]
-    return [parse_class(word, names) for word in map(str.strip, text.split(",")) if word]
-
-
-def _class_id(wanted: object, names: Sequence[str], null_label: int | None) -> int:
-    if wanted is None:
-        if null_label is None:
-            raise ValueError(
-                "class must not be None: the model was trained without a null class (class_dropout 0); name a class"
-            )
-        return null_label
-    if isinstance(wanted, str):
-        return _find_class(wanted, names)
-    if isinstance(wanted, bool) or not isinstance(wanted, int):
-        raise TypeError(f"class must be an index or a name, got {shorten(wanted)} ({type(wanted).__name__})")
-    if not 0 <= wanted < len(names):
-        raise ValueError(f"class must be an index in [0, {len(names)}) or a name, got {shorten(wanted)}")
-    return wanted
-
-
-def _find_class(wanted: str, names: Sequence[str]) -> int:
-    # An exact match wins; without one, the case of letters is ignored.
-    found = [number for number, name in enumerate(names) if name == wanted]
-    found = found or [number for number, name in enumerate(names) if name.casefold() == wanted.casefold()]
-    if not found:
-        # 1,000 names of ImageNet would fill the terminal: only close ones are listed.
-        close = difflib.get_close_matches(wanted, names, n=5, cutoff=0.3)
-        raise ValueError(f"unknown class {wanted!r}: {nearest(wanted, names if len(names) <= _MAX_LISTED else close)}")
-    if len(found) > 1:
-        raise ValueError(f"class {wanted!r} is the name of several classes; give one of the indices {found}")
-    return found[0]
-
-
-MAX_RESULTS = 10_000
-"""The largest number of images of one class or edit at a time: 2 GB of RGB pixels for images of 256 x 256."""
-
 OutputType = Literal["pil", "pt", "np"]
 Images: TypeAlias = Union[list["Image.Image"], "Tensor", "npt.NDArray[np.uint8]"]
 Seeds: TypeAlias = int | Sequence[int]
 StepCallback: TypeAlias = Callable[["DecodingStep"], object]
 Options = TypeVar("Options", bound="DataclassInstance")
 
+MAX_RESULTS = 10_000
+"""The largest number of images of one class or edit at a time: 2 GB of RGB pixels for images of 256 x 256."""
+_MAX_LISTED = 20  # with more classes, an error lists the nearest names only
+_INTEGER = re.compile(r"-?[0-9]{1,18}")
 # Settings that replace one argument of a plug-in: name -> (field of DecodingConfig, argument, range).
 _ARGUMENTS = {
     "guidance_scale": ("guidance", "scale", "[0, 10000]"),
@@ -271,19 +200,40 @@ def replace_settings(own: DecodingConfig, settings: Mapping[str, Any]) -> Decodi
     return dataclasses.replace(config, **given)
 
 
-def _check_names(given: Mapping[str, Any], known: Sequence[str]) -> None:
-    for name in given:
-        if name not in known:
-            raise TypeError(f"option {name!r}: {nearest(name, set(known))}")
+def class_ids(classes: Classes, names: Sequence[str], *, null_label: int | None) -> list[int]:
+    """Returns the labels of classes given by index or by name; None is "no class".
+
+    Args:
+        classes: A list of indices in [0, number of classes), names and None; or a single index or name.
+        names: Names of all classes in order.
+        null_label: Label of "no class"; None if the model was trained without it.
+
+    Raises:
+        ValueError: if the list is empty, a class is unknown, a name belongs to several classes, or None is given to
+            a model that was trained without "no class".
+        TypeError: if a class is neither an integer nor a string.
+    """
+    given = plain_list(classes)
+    if given is None:  # a single class
+        given = [plain_number(classes)]
+        if not isinstance(given[0], str | int):
+            raise TypeError(f"classes must be class indices or names, got {shorten(classes)}")
+    if not given:
+        raise ValueError("classes must have at least one class, got none")
+    return [_class_id(wanted, names, null_label) for wanted in given]
 
 
-def _with_argument(spec: str | dict[str, Any] | None, argument: str, value: float) -> str | dict[str, Any]:
-    """Returns the spec of a plug-in with one argument replaced."""
-    if spec is None:  # an autoregressive model, whose decoder raises the error
-        return {argument: value}
-    if not isinstance(spec, str | Mapping):  # the registry raises the error for it
-        return spec
-    return {**({"name": spec} if isinstance(spec, str) else spec), argument: value}
+def parse_class(word: str, names: Sequence[str]) -> int | str:
+    """Returns the class of a command line argument. Class names take precedence over indices."""
+    return int(word) if word not in names and _INTEGER.fullmatch(word) else word
+
+
+def parse_classes(text: str, names: Sequence[str], *, max_shown: int) -> list[int | str]:
+    """Returns the classes of a comma-separated list. ``all`` gives at most ``max_shown`` classes, evenly spread."""
+    if text == "all" and text not in names:
+        shown = min(len(names), max_shown)
+        return [number * len(names) // shown for number in range(shown)]
+    return [parse_class(word, names) for word in map(str.strip, text.split(",")) if word]
 
 
 def seed_list(seed: Seeds, count: int) -> list[int]:
@@ -323,3 +273,47 @@ def as_output(output_type: OutputType, images: Tensor) -> Images:
     from maskgit_pl.pipeline.grids import to_pil
 
     return ImageList(to_pil(image) for image in images)
+
+
+def _check_names(given: Mapping[str, Any], known: Sequence[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise TypeError(f"option {name!r}: {nearest(name, set(known))}")
+
+
+def _with_argument(spec: str | dict[str, Any] | None, argument: str, value: float) -> str | dict[str, Any]:
+    """Returns the spec of a plug-in with one argument replaced."""
+    if spec is None:  # an autoregressive model, whose decoder raises the error
+        return {argument: value}
+    if not isinstance(spec, str | Mapping):  # the registry raises the error for it
+        return spec
+    return {**({"name": spec} if isinstance(spec, str) else spec), argument: value}
+
+
+def _class_id(wanted: object, names: Sequence[str], null_label: int | None) -> int:
+    if wanted is None:
+        if null_label is None:
+            raise ValueError(
+                "class must not be None: the model was trained without a null class (class_dropout 0); name a class"
+            )
+        return null_label
+    if isinstance(wanted, str):
+        return _find_class(wanted, names)
+    if isinstance(wanted, bool) or not isinstance(wanted, int):
+        raise TypeError(f"class must be an index or a name, got {shorten(wanted)} ({type(wanted).__name__})")
+    if not 0 <= wanted < len(names):
+        raise ValueError(f"class must be an index in [0, {len(names)}) or a name, got {shorten(wanted)}")
+    return wanted
+
+
+def _find_class(wanted: str, names: Sequence[str]) -> int:
+    # An exact match wins; without one, the case of letters is ignored.
+    found = [number for number, name in enumerate(names) if name == wanted]
+    found = found or [number for number, name in enumerate(names) if name.casefold() == wanted.casefold()]
+    if not found:
+        # 1,000 names of ImageNet would fill the terminal: only close ones are listed.
+        close = difflib.get_close_matches(wanted, names, n=5, cutoff=0.3)
+        raise ValueError(f"unknown class {wanted!r}: {nearest(wanted, names if len(names) <= _MAX_LISTED else close)}")
+    if len(found) > 1:
+        raise ValueError(f"class {wanted!r} is the name of several classes; give one of the indices {found}")
+    return found[0]

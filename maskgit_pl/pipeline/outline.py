@@ -90,7 +90,7 @@ class Outline:
         return -(-height // self.token_size) * self.token_size, -(-width // self.token_size) * self.token_size
 
     def class_ids(self, classes: Classes) -> list[int]:
-        """Returns the labels of classes given by index or by name. See ``classes.class_ids`` for errors."""
+        """Returns the labels of classes given by index or by name. See ``options.class_ids`` for errors."""
         return class_ids(classes, self.class_names, null_label=self.null_label)
 
     def parse_class(self, word: str | None) -> int | None:

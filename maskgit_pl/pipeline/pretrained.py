@@ -1,6 +1,8 @@
-"""``decoding.json`` of a pretrained folder, which replaces the transformer's own decoding configuration.
+"""Writes and reads the folder of a tokenizer or a transformer, and what a pretrained folder holds beside them.
 
-Writes and reads the folder of a tokenizer or a transformer: ``model.safetensors`` and ``config.json``.
+- ``tokenizer/`` and ``transformer/``: ``model.safetensors`` and ``config.json`` each.
+- ``decoding.json``: decoding settings in place of the transformer's own, from ``maskgit tune``.
+- ``negative/``: a copy of the transformer from which guidance moves away.
 """
 
 from __future__ import annotations
@@ -35,9 +37,7 @@ from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer, PretrainedTrans
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
 
 __all__ = [
-    "NETWORK_FILES",
     "check_stage_folder",
-    "copy_network",
     "copy_stage_folder",
     "fingerprint",
     "has_weights_of",
@@ -52,215 +52,20 @@ __all__ = [
     "save_negative_model",
     "save_tokenizer",
     "save_transformer",
-    "validate_decoding",
 ]
-
-WEIGHTS_FILE = "model.safetensors"
-_DECODING = "decoding.json"
-_NEGATIVE = "negative"
-NETWORK_FILES = ("config.json", WEIGHTS_FILE)
-_VERSION = 1
-_log = logging.getLogger(__name__)
-
-
-def save_decoding(
-    folder: Path | str,
-    decoding: DecodingConfig,
-    *,
-    tuned: Mapping[str, Any] | None = None,
-    negative_model: Path | None = None,
-) -> Path | None:
-    """Writes ``decoding.json``, by which the images of this folder are decoded from then on.
-
-    Args:
-        folder: Folder such as ``runs/RUN/pretrained``.
-        decoding: Configuration of decoding.
-        tuned: Record of the search that found it, in plain values, for people.
-        negative_model: Transformer folder from which guidance moves away; None for guidance by classes. It is recorded
-            relative to ``folder``, with the SHA-256 of its weights.
-
-    Returns:
-        The copy of an older ``decoding.json``; None if there was none.
-
-    Raises:
-        FileNotFoundError: if the folder has no transformer.
-    """
-    file = Path(folder) / _DECODING
-    content = {
-        "format": SETTINGS_FORMAT,
-        "version": _VERSION,
-        "decoding": asdict(decoding),
-        "transformer": sha256_of(file.parent / "transformer" / WEIGHTS_FILE),
-        "tuned": dict(tuned or {}),
-    }
-    if negative_model is not None:
-        place = Path(os.path.relpath(negative_model.resolve(), file.parent.resolve())).as_posix()
-        content["negative_model"] = {"folder": place, "transformer": sha256_of(negative_model / WEIGHTS_FILE)}
-    old = file.with_name(f"{_DECODING}.old") if file.is_file() else None
-    if old is not None:
-        shutil.copyfile(file, old)  # a copy: the folder is never without one
-    write_text(file, json.dumps(content, indent=2) + "\n")
-    return old
-
-
-def read_decoding(folder: Path | str) -> DecodingConfig | None:
-    """Reads ``decoding.json``; returns None if there is none.
-
-    A file that was tuned for other weights is used too, with a warning.
-
-    Args:
-        folder: Folder such as ``runs/RUN/pretrained``.
-
-    Raises:
-        ValueError: if it is not JSON, has another format or version or unknown keys, or its values are wrong.
-    """
-    file = Path(folder) / _DECODING
-    if not file.is_file():
-        return None
-    try:
-        content, decoding = _decoding_file(file)
-    except ValueError as error:
-        raise ValueError(f"{error}; delete the file to decode as the model was exported") from error
-    # Tuned settings fit one set of weights; after more training they may not be the best.
-    weights = sha256_of(file.parent / "transformer" / WEIGHTS_FILE)
-    if content.get("transformer") != weights:
-        _log.warning(
-            "decoding %s: tuned for a transformer with fingerprint %s, used with one with %s; run "
-            "`maskgit tune` for this one, or delete the file to use the model's own decoding",
-            file,
-            str(content.get("transformer"))[:12],
-            weights[:12],
-        )
-    return decoding
-
-
-def read_negative_model(file: Path) -> Path | None:
-    """Returns the transformer folder from which guidance moves away; None if there is no file or it names none.
-
-    A negative model with other weights than those of the search is used too, with a warning.
-
-    Args:
-        file: Path of a ``decoding.json``.
-
-    Raises:
-        FileNotFoundError: if the folder does not exist.
-        ValueError: if the file is not JSON, or its entry ``negative_model`` is wrong.
-    """
-    if not file.is_file():
-        return None
-    entry = read_json(file).get("negative_model")
-    if entry is None:
-        return None
-    where = f"decoding {file}: negative_model"
-    if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) for name in ("folder", "transformer")):
-        raise ValueError(f"{where} must be a mapping with the texts folder and transformer, got {shorten(entry)}")
-    folder = file.parent / str(entry["folder"])
-    weights = folder / WEIGHTS_FILE
-    if not weights.is_file():
-        raise FileNotFoundError(
-            f"{where}: no transformer in {folder}; copy it there, name another with --negative-model, or delete the "
-            "file to decode as the model was exported"
-        )
-    if sha256_of(weights) != entry["transformer"]:
-        _log.warning("%s: %s has other weights than those of the search; run `maskgit tune` again", where, folder)
-    return folder
-
-
-def save_negative_model(folder: Path | str, source: Path | None) -> Path:
-    """Copies a transformer folder to ``negative/`` in a pretrained folder, so that the pipeline can be shared.
-
-    Args:
-        folder: Pretrained folder.
-        source: Transformer folder of the negative model; None if the model came from memory.
-
-    Returns:
-        The copy, which is complete: an older one is replaced as a whole.
-
-    Raises:
-        FileExistsError: if an older copy has other files.
-        FileNotFoundError: if a file of ``source`` is missing.
-        ValueError: if ``source`` is None.
-    """
-    if source is None:
-        raise ValueError(
-            "negative_model must be read from a folder to be saved with the pipeline, got a model from memory; save it "
-            "with save_pretrained, and name that folder"
-        )
-    target = Path(folder) / _NEGATIVE
-    if target.exists() and target.samefile(source):
-        return target
-    copy_network(source, target, check=partial(check_only_known, known=NETWORK_FILES))
-    return target
-
-
-def copy_network(source: Path, folder: Path, *, check: Callable[[Path], object]) -> None:
-    """Copies the files of a network to a folder, which is replaced as a whole.
-
-    Loaded pipelines map the file of the weights to memory, so that overwriting it would change them.
-
-    Args:
-        source: Pretrained folder of the network.
-        folder: Folder to write.
-        check: Raises an error if the content of an existing folder must stay.
-    """
-    with write_folder(folder, check=check) as fresh:
-        for name in NETWORK_FILES:
-            shutil.copyfile(source / name, fresh / name)
-
-
-def remove_negative_model(folder: Path | str) -> None:
-    """Removes the copy that ``save_negative_model`` wrote, if there is one. Other files there stay."""
-    target = Path(folder) / _NEGATIVE
-    if target.is_symlink():
-        target.unlink()
-    elif target.is_dir():
-        for name in NETWORK_FILES:
-            (target / name).unlink(missing_ok=True)
-        if not any(target.iterdir()):
-            target.rmdir()
-
-
-def load_decoding(file: Path | str) -> DecodingConfig:
-    """Reads a file in the format of ``decoding.json``, from any place and tuned for any weights.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: see ``read_decoding``.
-    """
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"decoding {file}: no such file; `maskgit tune` writes RUN/pretrained/{_DECODING}")
-    return _decoding_file(Path(file))[1]
-
-
-def _decoding_file(file: Path) -> tuple[dict[str, Any], DecodingConfig]:
-    """Returns the content of a file, and the configuration in it."""
-    decoding, content = read_settings_file(file)
-    return content, validate_decoding(decoding, f"decoding {file}: decoding")
-
-
-def validate_decoding(decoding: DecodingConfig, where: str) -> DecodingConfig:
-    """Returns ``decoding`` after building a decoder from it, which checks its names and numbers.
-
-    Raises:
-        ValueError: if a name is unknown or a number is wrong. The message begins with ``where``.
-    """
-    try:
-        if decoding.is_autoregressive:
-            decoding.build_autoregressive_decoder(decoding.num_steps)
-        else:
-            # Any schedule serves: this checks names and numbers.
-            decoding.build_decoder(mask_schedules.build("cosine"))
-        decoding.scales()
-    except (ValueError, ArithmeticError) as error:
-        raise ValueError(f"{where}: {error}") from error
-    return decoding
-
 
 Kind = Literal["tokenizer", "transformer", "pipeline"]
 Network = TypeVar("Network", bound=nn.Module)
+
+_WEIGHTS_FILE = "model.safetensors"
 _CONFIG = "config.json"
+_NETWORK_FILES = (_CONFIG, _WEIGHTS_FILE)
+_DECODING = "decoding.json"
+_NEGATIVE = "negative"
+_VERSION = 1
 _MAX_CONFIG_BYTES = 8_000_000  # 100,000 classes with names of 80 letters
 _LARGEST_IMAGE = 8192
+_log = logging.getLogger(__name__)
 
 
 def save_tokenizer(folder: Path, config: VQGANConfig, weights: Mapping[str, Tensor], *, image_size: ImageSize) -> None:
@@ -319,9 +124,9 @@ def load_tokenizer(folder: Path | str) -> PretrainedTokenizer:
             are non-finite.
     """
     folder = Path(folder)
-    config = _tokenizer(read_config(folder, "tokenizer"), folder)
-    network = _read_network(lambda: VQGAN(config.network), folder, num_blocks=config.network.num_blocks)
-    return PretrainedTokenizer(network, config.image_size, fingerprint(folder))
+    config, image_size = _parse_tokenizer(read_config(folder, "tokenizer"), folder)
+    network = _read_network(lambda: VQGAN(config), folder, num_blocks=config.num_blocks)
+    return PretrainedTokenizer(network, image_size, fingerprint(folder))
 
 
 def load_transformer(folder: Path | str) -> PretrainedTransformer:
@@ -333,7 +138,7 @@ def load_transformer(folder: Path | str) -> PretrainedTransformer:
             configuration or are non-finite.
     """
     folder = Path(folder)
-    config = _transformer(read_config(folder, "transformer"), folder)
+    config = _parse_transformer(read_config(folder, "transformer"), folder)
     return PretrainedTransformer(
         _read_network(lambda: create_network(config.network), folder, num_blocks=config.network.num_blocks),
         config.mask_schedule,
@@ -362,37 +167,259 @@ def read_config(folder: Path | str, kind: Kind) -> dict[str, Any]:
     if not file.exists():
         raise FileNotFoundError(f"{kind} {folder}: no {_CONFIG} there; name a folder that training or an import wrote")
     config = read_json(file, max_bytes=_MAX_CONFIG_BYTES)
-    _check_format(config, file, f"maskgit_pl.{kind}", thing=kind)
+    if config.get("format") != f"maskgit_pl.{kind}":
+        raise ValueError(f"{kind} {file}: format must be 'maskgit_pl.{kind}', got {shorten(config.get('format'))}")
+    version = config.get("version")
+    if version != _VERSION or isinstance(version, bool):  # True == 1 in Python
+        raise ValueError(f"{kind} {file}: version must be {_VERSION}, got {shorten(version)}; update maskgit_pl")
     if kind == "tokenizer":
-        _tokenizer(config, folder)
+        _parse_tokenizer(config, folder)
     elif kind == "transformer":
-        _transformer(config, folder)
+        _parse_transformer(config, folder)
     return config
 
 
 def fingerprint(folder: Path | str) -> str:
     """Returns the sha256 of a folder's weights, in hex, which tells tokens of one tokenizer from those of another."""
-    return sha256_of(Path(folder) / WEIGHTS_FILE)
+    return sha256_of(Path(folder) / _WEIGHTS_FILE)
 
 
-def _check_format(content: Mapping[str, Any], file: Path, expected: str, *, thing: str) -> None:
-    # True == 1 in Python, so a boolean is no version.
-    found, version = content.get("format"), content.get("version")
-    if found != expected:
-        raise ValueError(f"{thing} {file}: format must be {expected!r}, got {shorten(found)}")
-    if version != _VERSION or isinstance(version, bool):
-        raise ValueError(f"{thing} {file}: version must be {_VERSION}, got {shorten(version)}; update maskgit_pl")
+def has_weights_of(folder: Path, other: Path) -> bool:
+    """Returns True if a folder holds the weights of another one, with their configuration."""
+    is_complete = all((folder / name).is_file() for name in _NETWORK_FILES)
+    return is_complete and fingerprint(folder) == fingerprint(other)
 
 
-@dataclass(frozen=True)
-class _TokenizerConfig:
-    """The content of a tokenizer's ``config.json``."""
+def check_stage_folder(folder: Path) -> None:
+    """Checks that the folder of a tokenizer or transformer holds nothing that a new one would remove.
 
-    network: VQGANConfig
-    image_size: ImageSize
+    Raises:
+        FileExistsError: if it has other files.
+    """
+    check_only_known(folder, {*_NETWORK_FILES, "pipeline.py"})  # pipeline.py is that of diffusers
 
 
-def _tokenizer(content: Mapping[str, Any], folder: Path) -> _TokenizerConfig:
+def copy_stage_folder(source: Path, folder: Path) -> None:
+    """Copies a tokenizer or transformer, unless the folder holds the same weights already.
+
+    Args:
+        source: Pretrained folder of the stage.
+        folder: Folder to write; an existing one is replaced.
+
+    Raises:
+        FileExistsError: if the folder has other files.
+    """
+    if not has_weights_of(folder, source):
+        _copy_network(source, folder, check=check_stage_folder)
+
+
+def save_decoding(
+    folder: Path | str,
+    decoding: DecodingConfig,
+    *,
+    tuned: Mapping[str, Any] | None = None,
+    negative_model: Path | None = None,
+) -> Path | None:
+    """Writes ``decoding.json``, by which the images of this folder are decoded from then on.
+
+    Args:
+        folder: Folder such as ``runs/RUN/pretrained``.
+        decoding: Configuration of decoding.
+        tuned: Record of the search that found it, in plain values, for people.
+        negative_model: Transformer folder from which guidance moves away; None for guidance by classes. It is recorded
+            relative to ``folder``, with the SHA-256 of its weights.
+
+    Returns:
+        The copy of an older ``decoding.json``; None if there was none.
+
+    Raises:
+        FileNotFoundError: if the folder has no transformer.
+    """
+    file = Path(folder) / _DECODING
+    content = {
+        "format": SETTINGS_FORMAT,
+        "version": _VERSION,
+        "decoding": asdict(decoding),
+        "transformer": sha256_of(file.parent / "transformer" / _WEIGHTS_FILE),
+        "tuned": dict(tuned or {}),
+    }
+    if negative_model is not None:
+        place = Path(os.path.relpath(negative_model.resolve(), file.parent.resolve())).as_posix()
+        content["negative_model"] = {"folder": place, "transformer": sha256_of(negative_model / _WEIGHTS_FILE)}
+    old = file.with_name(f"{_DECODING}.old") if file.is_file() else None
+    if old is not None:
+        shutil.copyfile(file, old)  # a copy: the folder is never without one
+    write_text(file, json.dumps(content, indent=2) + "\n")
+    return old
+
+
+def read_decoding(folder: Path | str) -> DecodingConfig | None:
+    """Reads ``decoding.json``; returns None if there is none.
+
+    A file that was tuned for other weights is used too, with a warning.
+
+    Args:
+        folder: Folder such as ``runs/RUN/pretrained``.
+
+    Raises:
+        ValueError: if it is not JSON, has another format or version or unknown keys, or its values are wrong.
+    """
+    file = Path(folder) / _DECODING
+    if not file.is_file():
+        return None
+    try:
+        content, decoding = _decoding_file(file)
+    except ValueError as error:
+        raise ValueError(f"{error}; delete the file to decode as the model was exported") from error
+    # Tuned settings fit one set of weights; after more training they may not be the best.
+    weights = sha256_of(file.parent / "transformer" / _WEIGHTS_FILE)
+    if content.get("transformer") != weights:
+        _log.warning(
+            "decoding %s: tuned for a transformer with fingerprint %s, used with one with %s; run "
+            "`maskgit tune` for this one, or delete the file to use the model's own decoding",
+            file,
+            str(content.get("transformer"))[:12],
+            weights[:12],
+        )
+    return decoding
+
+
+def load_decoding(file: Path | str) -> DecodingConfig:
+    """Reads a file in the format of ``decoding.json``, from any place and tuned for any weights.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: see ``read_decoding``.
+    """
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"decoding {file}: no such file; `maskgit tune` writes RUN/pretrained/{_DECODING}")
+    return _decoding_file(Path(file))[1]
+
+
+def read_negative_model(file: Path) -> Path | None:
+    """Returns the transformer folder from which guidance moves away; None if there is no file or it names none.
+
+    A negative model with other weights than those of the search is used too, with a warning.
+
+    Args:
+        file: Path of a ``decoding.json``.
+
+    Raises:
+        FileNotFoundError: if the folder does not exist.
+        ValueError: if the file is not JSON, or its entry ``negative_model`` is wrong.
+    """
+    if not file.is_file():
+        return None
+    entry = read_json(file).get("negative_model")
+    if entry is None:
+        return None
+    where = f"decoding {file}: negative_model"
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) for name in ("folder", "transformer")):
+        raise ValueError(f"{where} must be a mapping with the texts folder and transformer, got {shorten(entry)}")
+    folder = file.parent / str(entry["folder"])
+    weights = folder / _WEIGHTS_FILE
+    if not weights.is_file():
+        raise FileNotFoundError(
+            f"{where}: no transformer in {folder}; copy it there, name another with --negative-model, or delete the "
+            "file to decode as the model was exported"
+        )
+    if sha256_of(weights) != entry["transformer"]:
+        _log.warning("%s: %s has other weights than those of the search; run `maskgit tune` again", where, folder)
+    return folder
+
+
+def save_negative_model(folder: Path | str, source: Path | None) -> Path:
+    """Copies a transformer folder to ``negative/`` in a pretrained folder, so that the pipeline can be shared.
+
+    Args:
+        folder: Pretrained folder.
+        source: Transformer folder of the negative model; None if the model came from memory.
+
+    Returns:
+        The copy, which is complete: an older one is replaced as a whole.
+
+    Raises:
+        FileExistsError: if an older copy has other files.
+        FileNotFoundError: if a file of ``source`` is missing.
+        ValueError: if ``source`` is None.
+    """
+    if source is None:
+        raise ValueError(
+            "negative_model must be read from a folder to be saved with the pipeline, got a model from memory; save it "
+            "with save_pretrained, and name that folder"
+        )
+    target = Path(folder) / _NEGATIVE
+    if target.exists() and target.samefile(source):
+        return target
+    _copy_network(source, target, check=partial(check_only_known, known=_NETWORK_FILES))
+    return target
+
+
+def remove_negative_model(folder: Path | str) -> None:
+    """Removes the copy that ``save_negative_model`` wrote, if there is one. Other files there stay."""
+    target = Path(folder) / _NEGATIVE
+    if target.is_symlink():
+        target.unlink()
+    elif target.is_dir():
+        for name in _NETWORK_FILES:
+            (target / name).unlink(missing_ok=True)
+        if not any(target.iterdir()):
+            target.rmdir()
+
+
+def _save(folder: Path, kind: Kind, weights: Mapping[str, Tensor], config: dict[str, Any]) -> None:
+    # Checked before anything is written: a diverged run keeps its older export.
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    for name, tensor in tensors.items():
+        try:
+            if tensor.is_floating_point():
+                check_tensor(name, tensor)
+        except ValueError as error:
+            raise ValueError(f"{kind} {folder} is not written: {error}") from error
+    content = {"format": f"maskgit_pl.{kind}", "version": _VERSION, **config}
+    with write_folder(folder, check=check_stage_folder) as fresh:
+        write_tensors(fresh / _WEIGHTS_FILE, tensors)
+        write_text(fresh / _CONFIG, json.dumps(content, indent=2) + "\n")
+
+
+def _read_network(build: Callable[[], Network], folder: Path, *, num_blocks: int) -> Network:
+    """Returns a network with the weights of a folder, frozen.
+
+    1. Read the header of the file. Refuse a network with more blocks than the file has tensors before it is built.
+    2. Build the network without memory, which is also faster than drawing initial weights, and compare names and shapes
+       with the header.
+    3. Read the tensors and check their numbers.
+
+    Args:
+        build: Builds the network.
+        folder: Folder with ``model.safetensors``.
+        num_blocks: Number of blocks of the network, each of at least one tensor.
+    """
+    file = folder / _WEIGHTS_FILE
+    # 1.
+    header = read_tensor_header(file)
+    if num_blocks > len(header):
+        raise ValueError(
+            f"{folder / _CONFIG}: network of {num_blocks} blocks must fit {_WEIGHTS_FILE}, which holds {len(header)} "
+            "tensors"
+        )
+    # 2.
+    with skeletons():
+        network = build()
+    check_fit(network, header, f"weights {file}")
+    # 3.
+    types = {name: tensor.dtype for name, tensor in network.state_dict().items()}
+    weights = {name: tensor.to(types[name]) for name, tensor in read_tensors(file).items()}
+    load_weights(network, weights, file, assign=True)
+    # A tensor that is not in the state dict would still be on meta.
+    empty = [name for name, tensor in (*network.named_parameters(), *network.named_buffers()) if tensor.is_meta]
+    if empty:
+        raise TypeError(f"network of {folder}: all tensors must be in its state dict, got others: {empty}")
+    return network.requires_grad_(requires_grad=False).eval()
+
+
+def _parse_tokenizer(content: Mapping[str, Any], folder: Path) -> tuple[VQGANConfig, ImageSize]:
+    """Returns the sizes of the network and of the images in a ``config.json``."""
     file = folder / _CONFIG
     check_keys(str(file), content, known=content, required=("network", "image_size"))
     try:
@@ -401,7 +428,7 @@ def _tokenizer(content: Mapping[str, Any], folder: Path) -> _TokenizerConfig:
         network.grid(size)  # raises if the network cannot encode this size
     except (ValueError, ArithmeticError) as error:
         raise ValueError(f"{file}: {error}") from error
-    return _TokenizerConfig(network, size)
+    return network, size
 
 
 @dataclass(frozen=True)
@@ -415,7 +442,7 @@ class _TransformerConfig:
     tokenizer_fingerprint: str
 
 
-def _transformer(content: Mapping[str, Any], folder: Path) -> _TransformerConfig:
+def _parse_transformer(content: Mapping[str, Any], folder: Path) -> _TransformerConfig:
     file = folder / _CONFIG
     names = ("network", "mask_schedule", "decoding", "class_names", "tokenizer_fingerprint")
     check_keys(str(file), content, known=content, required=names)
@@ -424,7 +451,7 @@ def _transformer(content: Mapping[str, Any], folder: Path) -> _TransformerConfig
     return _TransformerConfig(
         network,
         _mask_schedule(content["mask_schedule"], network.attention, file),
-        validate_decoding(decoding, f"{file}: decoding"),
+        _validate_decoding(decoding, f"{file}: decoding"),
         check_class_names(f"{file}: class_names", content["class_names"], network.num_classes),
         _text(content["tokenizer_fingerprint"], f"{file}: tokenizer_fingerprint"),
     )
@@ -448,81 +475,31 @@ def _text(value: Any, where: str) -> str:
     return value
 
 
-def check_stage_folder(folder: Path) -> None:
-    """Checks that the folder of a tokenizer or transformer holds nothing that a new one would remove.
+def _copy_network(source: Path, folder: Path, *, check: Callable[[Path], object]) -> None:
+    """Replaces a folder by the files of a network, unless ``check`` raises an error because its content must stay.
 
-    Raises:
-        FileExistsError: if it has other files.
+    Loaded pipelines map the file of the weights to memory, so that overwriting it would change them.
     """
-    check_only_known(folder, {WEIGHTS_FILE, _CONFIG, "pipeline.py"})  # pipeline.py is that of diffusers
+    with write_folder(folder, check=check) as fresh:
+        for name in _NETWORK_FILES:
+            shutil.copyfile(source / name, fresh / name)
 
 
-def has_weights_of(folder: Path, other: Path) -> bool:
-    """Returns True if a folder holds the weights of another one, with their configuration."""
-    is_complete = all((folder / name).is_file() for name in NETWORK_FILES)
-    return is_complete and fingerprint(folder) == fingerprint(other)
+def _decoding_file(file: Path) -> tuple[dict[str, Any], DecodingConfig]:
+    """Returns the content of a file, and the configuration in it."""
+    decoding, content = read_settings_file(file)
+    return content, _validate_decoding(decoding, f"decoding {file}: decoding")
 
 
-def copy_stage_folder(source: Path, folder: Path) -> None:
-    """Copies a tokenizer or transformer, unless the folder holds the same weights already; see ``copy_network``.
-
-    Args:
-        source: Pretrained folder of the stage.
-        folder: Folder to write; an existing one is replaced.
-
-    Raises:
-        FileExistsError: if the folder has other files.
-    """
-    if not has_weights_of(folder, source):
-        copy_network(source, folder, check=check_stage_folder)
-
-
-def _save(folder: Path, kind: Kind, weights: Mapping[str, Tensor], config: dict[str, Any]) -> None:
-    # Checked before anything is written: a diverged run keeps its older export.
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    for name, tensor in tensors.items():
-        try:
-            if tensor.is_floating_point():
-                check_tensor(name, tensor)
-        except ValueError as error:
-            raise ValueError(f"{kind} {folder} is not written: {error}") from error
-    content = {"format": f"maskgit_pl.{kind}", "version": _VERSION, **config}
-    with write_folder(folder, check=check_stage_folder) as fresh:
-        write_tensors(fresh / WEIGHTS_FILE, tensors)
-        write_text(fresh / _CONFIG, json.dumps(content, indent=2) + "\n")
-
-
-def _read_network(build: Callable[[], Network], folder: Path, *, num_blocks: int) -> Network:
-    """Returns a network with the weights of a folder, frozen.
-
-    1. Read the header of the file. Refuse a network with more blocks than the file has tensors before it is built.
-    2. Build the network without memory, which is also faster than drawing initial weights, and compare names and shapes
-       with the header.
-    3. Read the tensors and check their numbers.
-
-    Args:
-        build: Builds the network.
-        folder: Folder with ``model.safetensors``.
-        num_blocks: Number of blocks of the network, each of at least one tensor.
-    """
-    file = folder / WEIGHTS_FILE
-    # 1.
-    header = read_tensor_header(file)
-    if num_blocks > len(header):
-        raise ValueError(
-            f"{folder / _CONFIG}: network of {num_blocks} blocks must fit {WEIGHTS_FILE}, which holds {len(header)} "
-            "tensors"
-        )
-    # 2.
-    with skeletons():
-        network = build()
-    check_fit(network, header, f"weights {file}")
-    # 3.
-    types = {name: tensor.dtype for name, tensor in network.state_dict().items()}
-    weights = {name: tensor.to(types[name]) for name, tensor in read_tensors(file).items()}
-    load_weights(network, weights, file, assign=True)
-    # A tensor that is not in the state dict would still be on meta.
-    empty = [name for name, tensor in (*network.named_parameters(), *network.named_buffers()) if tensor.is_meta]
-    if empty:
-        raise TypeError(f"network of {folder}: all tensors must be in its state dict, got others: {empty}")
-    return network.requires_grad_(requires_grad=False).eval()
+def _validate_decoding(decoding: DecodingConfig, where: str) -> DecodingConfig:
+    """Returns ``decoding`` after building a decoder from it, which checks its names and numbers."""
+    try:
+        if decoding.is_autoregressive:
+            decoding.build_autoregressive_decoder(decoding.num_steps)
+        else:
+            # Any schedule serves: this checks names and numbers.
+            decoding.build_decoder(mask_schedules.build("cosine"))
+        decoding.scales()
+    except (ValueError, ArithmeticError) as error:
+        raise ValueError(f"{where}: {error}") from error
+    return decoding

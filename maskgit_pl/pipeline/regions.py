@@ -1,17 +1,13 @@
 """Regions of an edit: boxes and masks in pixels, the tokens that they cover, and the seam of the result.
 
+Outpainting and panoramas fill a canvas that is larger than the images of the model; ``windows`` says in which order.
 Used by ``pipeline.edit`` and the editing commands.
 
 Source: paper, section on class-conditional image editing; google-research/maskgit, the editing functions of its demo.
-
-Canvases larger than the images of the model: the pixels added around an image, and the windows that fill a canvas.
-
-Used by outpainting and panoramas.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -50,54 +46,9 @@ __all__ = [
 Box: TypeAlias = Sequence[int]
 
 _RANGE = "[0, 65536]"  # of dilation and blend: the sides of the largest image
-
+_SIDES = f"[0, {MAX_PIXELS}]"  # a canvas has at most as many pixels as an image that can be read
 _STEPS_SKIPPED = 6  # an edit skips one sixth of the steps: the released code skips 2 of 12
 _EDGE = re.compile(r"(?P<number>-?[0-9]{1,9}(\.[0-9]{1,9})?)(?P<percent>%)?")  # one edge of a box
-
-
-def check_dilation(dilation: object) -> int:
-    """Returns ``dilation``, a number of tokens, as an ``int``.
-
-    Raises:
-        ValueError: if it is not an integer in [0, 65536].
-    """
-    return check_integer("dilation", plain_number(dilation), _RANGE)
-
-
-def check_blend(blend: object) -> float:
-    """Returns ``blend``, a blur in pixels.
-
-    Raises:
-        ValueError: if it is not a number in [0, 65536].
-    """
-    return check_number("blend", plain_number(blend), _RANGE)
-
-
-def check_box(box: Box, *, height: int, width: int) -> None:
-    """Checks that a box lies within an image.
-
-    Args:
-        box: (left, top, right, bottom) in pixels; right and bottom are exclusive.
-        height: H of the image in pixels.
-        width: W of the image in pixels.
-
-    Raises:
-        ValueError: if it does not have four numbers, is empty or reversed, or leaves the image.
-        TypeError: if a number is not an integer.
-    """
-    shown = ",".join(map(str, box))
-    if len(box) != 4:
-        raise ValueError(f"box must have four numbers left,top,right,bottom, got {shown}")
-    if any(isinstance(edge, bool) or not hasattr(edge, "__index__") for edge in box):
-        raise TypeError(f"box must have integers, got {shown}; round the pixels")
-    left, top, right, bottom = box
-    for low, high, names in ((left, right, "left < right"), (top, bottom, "top < bottom")):
-        if low >= high:
-            raise ValueError(f"box must be left,top,right,bottom with {names}, got {shown}")
-    if left < 0 or top < 0 or right > width or bottom > height:
-        raise ValueError(
-            f"box must lie in the image, with left and top >= 0, right <= {width} and bottom <= {height}, got {shown}"
-        )
 
 
 def parse_box(text: str, *, height: int, width: int) -> list[int]:
@@ -128,6 +79,33 @@ def parse_box(text: str, *, height: int, width: int) -> list[int]:
             f"got {text}"
         )
     return box
+
+
+def check_box(box: Box, *, height: int, width: int) -> None:
+    """Checks that a box lies within an image.
+
+    Args:
+        box: (left, top, right, bottom) in pixels; right and bottom are exclusive.
+        height: H of the image in pixels.
+        width: W of the image in pixels.
+
+    Raises:
+        ValueError: if it does not have four numbers, is empty or reversed, or leaves the image.
+        TypeError: if a number is not an integer.
+    """
+    shown = ",".join(map(str, box))
+    if len(box) != 4:
+        raise ValueError(f"box must have four numbers left,top,right,bottom, got {shown}")
+    if any(isinstance(edge, bool) or not hasattr(edge, "__index__") for edge in box):
+        raise TypeError(f"box must have integers, got {shown}; round the pixels")
+    left, top, right, bottom = box
+    for low, high, names in ((left, right, "left < right"), (top, bottom, "top < bottom")):
+        if low >= high:
+            raise ValueError(f"box must be left,top,right,bottom with {names}, got {shown}")
+    if left < 0 or top < 0 or right > width or bottom > height:
+        raise ValueError(
+            f"box must lie in the image, with left and top >= 0, right <= {width} and bottom <= {height}, got {shown}"
+        )
 
 
 def box_mask(box: Box, *, height: int, width: int) -> Tensor:
@@ -192,6 +170,24 @@ def first_step(tokens: Tensor, *, num_steps: int) -> int:
     return 0 if bool(tokens.all()) else num_steps // _STEPS_SKIPPED
 
 
+def check_dilation(dilation: object) -> int:
+    """Returns ``dilation``, a number of tokens, as an ``int``.
+
+    Raises:
+        ValueError: if it is not an integer in [0, 65536].
+    """
+    return check_integer("dilation", plain_number(dilation), _RANGE)
+
+
+def check_blend(blend: object) -> float:
+    """Returns ``blend``, a blur in pixels.
+
+    Raises:
+        ValueError: if it is not a number in [0, 65536].
+    """
+    return check_number("blend", plain_number(blend), _RANGE)
+
+
 def seam_radius(image_size: ImageSize) -> float:
     """Returns the blur of the seam in the released code: max(0, side / 16 - 1) pixels, here of the shorter side."""
     return max(0.0, min(height_width(image_size)) / 16 - 1)
@@ -238,9 +234,6 @@ def composite(original: Tensor, edited: Tensor, weight: Tensor) -> Tensor:
     """
     mixed = original + weight * (edited.float() - original)
     return mixed.round().to(original.dtype)
-
-
-_SIDES = f"[0, {MAX_PIXELS}]"  # a canvas has at most as many pixels as an image that can be read
 
 
 @dataclass(frozen=True)
@@ -347,15 +340,6 @@ def check_canvas(height: int, width: int, *, factor: int, least: ImageSize) -> t
     return height, width
 
 
-def _check_whole_tokens(name: str, value: int, factor: int, *, least: int = 0) -> None:
-    if value % factor:
-        lower = value - value % factor
-        fitting = " or ".join(str(number) for number in (lower, lower + factor) if number >= least)
-        raise ValueError(
-            f"{name} must be a multiple of {factor} pixels, the size of a token, got {value}; use {fitting}"
-        )
-
-
 def check_overlap(overlap: float) -> None:
     """Checks ``overlap``, a fraction of a window.
 
@@ -417,10 +401,19 @@ def windows(unknown: Tensor, *, size: tuple[int, int], overlap: float) -> Iterat
         counts = left.float().unfold(0, size[0], 1).unfold(1, size[1], 1).sum((-1, -2))
         # 2. A window without unknown tokens is never chosen: -1 known tokens.
         known = (size[0] * size[1] - counts).masked_fill(counts == 0, -1)
-        enough = min(math.ceil(overlap * size[0] * size[1]), int(known.max()))
+        enough = min(ceil(overlap * size[0] * size[1]), int(known.max()))
         # 3. argmax returns the first maximum in raster order.
         place = int(counts.masked_fill(known < enough, -1).flatten().argmax())
         top, column = divmod(place, counts.shape[1])
         window = left[top : top + size[0], column : column + size[1]]
         yield Window(top, column, window.clone())
         window.fill_(value=False)  # a view of ``left``
+
+
+def _check_whole_tokens(name: str, value: int, factor: int, *, least: int = 0) -> None:
+    if value % factor:
+        lower = value - value % factor
+        fitting = " or ".join(str(number) for number in (lower, lower + factor) if number >= least)
+        raise ValueError(
+            f"{name} must be a multiple of {factor} pixels, the size of a token, got {value}; use {fitting}"
+        )

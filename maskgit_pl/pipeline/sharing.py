@@ -1,16 +1,13 @@
-"""The small trained models that the package contains, by name: ``fashion-mnist-demo``. Imports no torch.
-
-The files that make a pretrained folder one of 🤗 diffusers: writes ``model_index.json`` and ``pipeline.py``.
-
-``model_index.json`` names the classes and their file. From the Hub, diffusers loads only classes whose file is in the
-folder of their network, so that ``pipeline.py`` is in three places. It imports the classes of ``diffusers_export``.
-Used by ``diffusers_export``, and by ``maskgit push``, which sends no other code.
-
-Finds a pretrained folder on this machine, in the package or on the Hugging Face Hub.
+"""Finds a pretrained folder on this machine, in the package or on the Hugging Face Hub. Imports no torch.
 
 ``ModelHubMixin`` does not fit: it writes the arguments of ``__init__`` to a ``config.json`` of its own, and the
 arguments of a pipeline are networks. ``snapshot_download`` is enough; ``runs.pushing`` uploads. Downloaded files are
 read as data and never executed.
+
+Two further files, ``model_index.json`` and ``pipeline.py``, make a pretrained folder one of 🤗 diffusers.
+``model_index.json`` names the classes and their file. From the Hub, diffusers loads only classes whose file is in the
+folder of their network, so that ``pipeline.py`` is in three places. It imports the classes of ``diffusers_pipeline``.
+``diffusers_pipeline`` writes them, and ``maskgit push`` sends no other code.
 """
 
 from __future__ import annotations
@@ -43,24 +40,24 @@ __all__ = [
 ]
 
 _FOLDER = Path(__file__).parents[1] / "models"
-
-
-def bundled_models() -> dict[str, Path]:
-    """Returns the pretrained folder of each model in the package by name, sorted by name."""
-    return {config.parents[1].name: config.parents[1] for config in sorted(_FOLDER.glob("*/transformer/config.json"))}
-
+# Files that a pipeline needs. Other files of a repository may be large and are not downloaded.
+_READ = tuple(
+    f"{stage}/{file}" for stage in ("tokenizer", "transformer") for file in ("config.json", "model.safetensors")
+)
+FILES = (*_READ, "config.json", "decoding.json", "negative/config.json", "negative/model.safetensors")
+"""The files of a pretrained folder, without card and license."""
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_TOKEN = re.compile(r"[!-~]+")
+_OUR_FOLDERS = ("runs", "pretrained")  # a name in one of these folders is a path, even if it does not exist
 
 INDEX = "model_index.json"
 _FILES_OF_CODE = ("pipeline.py", "tokenizer/pipeline.py", "transformer/pipeline.py")
 DIFFUSERS_FILES = (INDEX, *_FILES_OF_CODE)
 """The files that a pretrained folder does not have otherwise."""
-
 CLASSES = {"tokenizer": "MaskGITTokenizer", "transformer": "MaskGITTransformer"}
 """The class of each network."""
-
 CLASS_NAME = ["pipeline", "MaskGITPipeline"]
 """The entry ``_class_name`` of ``model_index.json``: the file without its suffix, and the class in it."""
-
 _INDEX = {"_class_name": CLASS_NAME, **{part: ["pipeline", name] for part, name in CLASSES.items()}}
 _CODE = f'''"""The classes of this folder. Their code is in a package: pip install 'maskgit_pl[diffusers]'."""
 
@@ -82,40 +79,6 @@ pipe = DiffusionPipeline.from_pretrained("path/to/this/folder", trust_remote_cod
 pipe([0], seed=0).images[0].save("image.png")
 ```
 """
-
-
-def write_diffusers_files(folder: Path) -> None:
-    """Adds ``model_index.json`` and ``pipeline.py`` to a pretrained folder, and an example to its card."""
-    for path in _FILES_OF_CODE:
-        write_text(folder / path, _CODE)
-    write_text(folder / INDEX, json.dumps({**_INDEX, "_diffusers_version": version("diffusers")}, indent=2) + "\n")
-    write_text(folder / _CARD, (folder / _CARD).read_text(encoding="utf-8") + _EXAMPLE)
-
-
-def check_diffusers_files(folder: Path) -> None:
-    """Checks that the files of diffusers in a folder, if there are any, are those that are written here.
-
-    Raises:
-        ValueError: if one differs, and could run other code.
-    """
-    for file in (folder / path for path in DIFFUSERS_FILES if (folder / path).is_file()):
-        if file.name == INDEX:
-            is_ours = {**read_json(file), "_diffusers_version": ""} == {**_INDEX, "_diffusers_version": ""}
-        else:
-            is_ours = file.read_bytes() == _CODE.encode()
-        if not is_ours:
-            raise ValueError(f"{file} must be the file that `maskgit export --format diffusers` writes; export again")
-
-
-# Files that a pipeline needs. Other files of a repository may be large and are not downloaded.
-_READ = tuple(
-    f"{stage}/{file}" for stage in ("tokenizer", "transformer") for file in ("config.json", "model.safetensors")
-)
-FILES = (*_READ, "config.json", "decoding.json", "negative/config.json", "negative/model.safetensors")
-"""The files of a pretrained folder, without card and license."""
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_TOKEN = re.compile(r"[!-~]+")
-_OUR_FOLDERS = ("runs", "pretrained")  # a name in one of these folders is a path, even if it does not exist
 
 
 class HubOptions(TypedDict, total=False):
@@ -158,27 +121,6 @@ def find_folder(path_or_hub_id: Path | str, **hub: Unpack[HubOptions]) -> Path:
     return local_folder(path_or_hub_id)
 
 
-def find_transformer(path_or_hub_id: Path | str) -> Path:
-    """Returns the transformer folder of a run, of a pretrained folder, or of a repository of the Hub.
-
-    A negative model needs no tokenizer, so that ``maskgit export --stage transformer`` is enough.
-
-    Raises:
-        FileNotFoundError: if there is none.
-    """
-    path = Path(path_or_hub_id)
-    for folder in (path / "pretrained" / "transformer", path / "transformer", path):
-        if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
-            return folder
-    try:
-        return find_folder(path_or_hub_id) / "transformer"
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"negative_model {path_or_hub_id} must be a run or a pretrained folder with a transformer: {error}; "
-            "`maskgit export RUN --stage transformer --step N --out DIR` writes one from an early checkpoint"
-        ) from error
-
-
 def local_folder(path: Path | str) -> Path:
     """Returns the pretrained folder of a run or of a model in the package, or the folder itself.
 
@@ -208,15 +150,83 @@ def local_folder(path: Path | str) -> Path:
     return found
 
 
-def _nearest_folder(folder: Path) -> Path | None:
-    """Returns the existing folder with the name closest to that of a missing one, beside its first missing part."""
-    missing = next(part for part in (*reversed(folder.parents), folder) if not part.is_dir())
+def find_transformer(path_or_hub_id: Path | str) -> Path:
+    """Returns the transformer folder of a run, of a pretrained folder, or of a repository of the Hub.
+
+    A negative model needs no tokenizer, so that ``maskgit export --stage transformer`` is enough.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    path = Path(path_or_hub_id)
+    for folder in (path / "pretrained" / "transformer", path / "transformer", path):
+        if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
+            return folder
     try:
-        neighbours = [entry.name for entry in os.scandir(missing.parent) if entry.is_dir()]
-    except OSError:  # a folder without permission to list it
-        return None
-    close = get_close_matches(missing.name, neighbours, n=1, cutoff=0.5)
-    return missing.with_name(close[0]) if close else None
+        return find_folder(path_or_hub_id) / "transformer"
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"negative_model {path_or_hub_id} must be a run or a pretrained folder with a transformer: {error}; "
+            "`maskgit export RUN --stage transformer --step N --out DIR` writes one from an early checkpoint"
+        ) from error
+
+
+def bundled_models() -> dict[str, Path]:
+    """Returns the pretrained folder of each model in the package by name, sorted by name."""
+    return {config.parents[1].name: config.parents[1] for config in sorted(_FOLDER.glob("*/transformer/config.json"))}
+
+
+def check_hub_id(text: str) -> None:
+    """Checks the name of a repository before weights are written.
+
+    Raises:
+        ValueError: if it is not ``owner/name``.
+    """
+    if _HUB_ID.fullmatch(text) is None:
+        raise ValueError(f"hub_id must be owner/name, such as alice/maskgit-flowers, got {text}")
+
+
+def check_token(hub_id: str, *, token: str | bool | None = None) -> None:
+    """Checks that the access token can stand in a header of HTTP, without showing it.
+
+    Args:
+        hub_id: Repository, for the message.
+        token: Access token; None and True are that of ``hf auth login`` or ``HF_TOKEN``, and False is none.
+
+    Raises:
+        ValueError: if it has spaces, or characters outside of ASCII.
+    """
+    from huggingface_hub import get_token
+
+    used = token if isinstance(token, str) else None if token is False else get_token()
+    if used is not None and _TOKEN.fullmatch(used) is None:
+        raise ValueError(
+            f"hub {hub_id}: the access token must be printable ASCII characters without spaces; log in again with "
+            "`hf auth login`, or set another HF_TOKEN"
+        )
+
+
+def write_diffusers_files(folder: Path) -> None:
+    """Adds ``model_index.json`` and ``pipeline.py`` to a pretrained folder, and an example to its card."""
+    for path in _FILES_OF_CODE:
+        write_text(folder / path, _CODE)
+    write_text(folder / INDEX, json.dumps({**_INDEX, "_diffusers_version": version("diffusers")}, indent=2) + "\n")
+    write_text(folder / _CARD, (folder / _CARD).read_text(encoding="utf-8") + _EXAMPLE)
+
+
+def check_diffusers_files(folder: Path) -> None:
+    """Checks that the files of diffusers in a folder, if there are any, are those that are written here.
+
+    Raises:
+        ValueError: if one differs, and could run other code.
+    """
+    for file in (folder / path for path in DIFFUSERS_FILES if (folder / path).is_file()):
+        if file.name == INDEX:
+            is_ours = {**read_json(file), "_diffusers_version": ""} == {**_INDEX, "_diffusers_version": ""}
+        else:
+            is_ours = file.read_bytes() == _CODE.encode()
+        if not is_ours:
+            raise ValueError(f"{file} must be the file that `maskgit export --format diffusers` writes; export again")
 
 
 def _is_hub_id(text: str) -> bool:
@@ -263,31 +273,12 @@ def _fetch(hub_id: str, **hub: Unpack[HubOptions]) -> Path:
     return Path(folder)
 
 
-def check_hub_id(text: str) -> None:
-    """Checks the name of a repository before weights are written.
-
-    Raises:
-        ValueError: if it is not ``owner/name``.
-    """
-    if _HUB_ID.fullmatch(text) is None:
-        raise ValueError(f"hub_id must be owner/name, such as alice/maskgit-flowers, got {text}")
-
-
-def check_token(hub_id: str, *, token: str | bool | None = None) -> None:
-    """Checks that the access token can stand in a header of HTTP, without showing it.
-
-    Args:
-        hub_id: Repository, for the message.
-        token: Access token; None and True are that of ``hf auth login`` or ``HF_TOKEN``, and False is none.
-
-    Raises:
-        ValueError: if it has spaces, or characters outside of ASCII.
-    """
-    from huggingface_hub import get_token
-
-    used = token if isinstance(token, str) else None if token is False else get_token()
-    if used is not None and _TOKEN.fullmatch(used) is None:
-        raise ValueError(
-            f"hub {hub_id}: the access token must be printable ASCII characters without spaces; log in again with "
-            "`hf auth login`, or set another HF_TOKEN"
-        )
+def _nearest_folder(folder: Path) -> Path | None:
+    """Returns the existing folder with the name closest to that of a missing one, beside its first missing part."""
+    missing = next(part for part in (*reversed(folder.parents), folder) if not part.is_dir())
+    try:
+        neighbours = [entry.name for entry in os.scandir(missing.parent) if entry.is_dir()]
+    except OSError:  # a folder without permission to list it
+        return None
+    close = get_close_matches(missing.name, neighbours, n=1, cutoff=0.5)
+    return missing.with_name(close[0]) if close else None
