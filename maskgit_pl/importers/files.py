@@ -1,6 +1,6 @@
-"""Names of the classes of imported transformers. Used by the importers, since released checkpoints hold no names.
+"""Checks of the files that an import reads and of the folder that it writes, and names of the imported classes.
 
-Checks of the files that an import reads and of the folder that it writes, before torch is imported.
+Imports no torch, so that wrong files and folders are refused at once. Released checkpoints hold no class names.
 """
 
 from __future__ import annotations
@@ -23,45 +23,11 @@ __all__ = [
     "read_class_names",
 ]
 
-_IMAGENET_CLASSES = 1000
-
-
-def choose_class_names(given: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
-    """Returns the names of the classes of an imported transformer, whose file has none.
-
-    Args:
-        given: One name per class; None for ImageNet's names if there are 1000 classes, otherwise numbers.
-        num_classes: Number of classes of the transformer.
-
-    Raises:
-        ValueError: if the number of names is wrong, or one is empty.
-    """
-    if given is None:
-        return _imagenet_names() if num_classes == _IMAGENET_CLASSES else tuple(map(str, range(num_classes)))
-    names = tuple(given)
-    if len(names) != num_classes:
-        raise ValueError(
-            f"class names must be {num_classes}, one for each class of the transformer, got {len(names)}; change "
-            "the list, or leave it out"
-        )
-    empty = next((number for number, name in enumerate(names) if not name.strip()), None)
-    if empty is not None:
-        raise ValueError(f"class names must not be empty, got an empty one for class {empty}")
-    return names
-
-
-def _imagenet_names() -> tuple[str, ...]:
-    """Returns the first name of each class of ILSVRC 2012, in the order of its synset ids."""
-    from timm.data.imagenet_info import ImageNetInfo
-
-    info = ImageNetInfo()
-    return tuple(info.index_to_description(number).partition(",")[0].strip() for number in range(_IMAGENET_CLASSES))
-
-
 Format = Literal["msgpack", "pickle", "safetensors", "zip"]
 
 TOKENIZER_LAYOUTS = ("taming-transformers", "LlamaGen", "diffusers", "MaskBit", "Open-MAGVIT2", "IBQ", "open-muse")
 """The layouts of tokenizers that are imported, for flags."""
+_IMAGENET_CLASSES = 1000
 _DIFFUSERS = tuple(f"diffusion_pytorch_model.{ending}" for ending in ("safetensors", "fp16.safetensors", "bin"))
 _HEAD = 512  # bytes; a pointer of Git LFS is shorter
 # Recognised in this order: the first bytes of msgpack are the least distinctive.
@@ -149,6 +115,30 @@ def read_class_names(path: Path) -> list[str]:
         raise ValueError(f"class names {path} must be a text in UTF-8, one name per line ({error})") from error
 
 
+def choose_class_names(given: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
+    """Returns the names of the classes of an imported transformer, whose file has none.
+
+    Args:
+        given: One name per class; None for ImageNet's names if there are 1000 classes, otherwise numbers.
+        num_classes: Number of classes of the transformer.
+
+    Raises:
+        ValueError: if the number of names is wrong, or one is empty.
+    """
+    if given is None:
+        return _imagenet_names() if num_classes == _IMAGENET_CLASSES else tuple(map(str, range(num_classes)))
+    names = tuple(given)
+    if len(names) != num_classes:
+        raise ValueError(
+            f"class names must be {num_classes}, one for each class of the transformer, got {len(names)}; change "
+            "the list, or leave it out"
+        )
+    empty = next((number for number, name in enumerate(names) if not name.strip()), None)
+    if empty is not None:
+        raise ValueError(f"class names must not be empty, got an empty one for class {empty}")
+    return names
+
+
 def _check_format(path: Path, accepted: Sequence[Format], description: str) -> Format:
     """Returns the format of a file, which must be one of the accepted ones."""
     rule = f"checkpoint {path} must be {description}"
@@ -167,3 +157,11 @@ def _check_format(path: Path, accepted: Sequence[Format], description: str) -> F
                 raise ValueError(f"checkpoint {path}: the file is cut off; download it again")
             return wanted
     raise ValueError(f"{rule}, got {text or f'one that begins with {head[:8]!r}'}")
+
+
+def _imagenet_names() -> tuple[str, ...]:
+    """Returns the first name of each class of ILSVRC 2012, in the order of its synset ids."""
+    from timm.data.imagenet_info import ImageNetInfo
+
+    info = ImageNetInfo()
+    return tuple(info.index_to_description(number).partition(",")[0].strip() for number in range(_IMAGENET_CLASSES))

@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor
 
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.importers.layouts import TransformerLayout, count_blocks, find_num_heads, shape_of
+from maskgit_pl.importers.layouts import TransformerLayout, count_numbers, find_num_heads, shape_of
 from maskgit_pl.networks.adaln import AdaLNConfig
 from maskgit_pl.networks.backbone import BackboneConfig
 
@@ -63,7 +63,7 @@ def _read_config(tensors: Mapping[str, Tensor], grid: tuple[int, int], num_heads
     side = math.isqrt(num_tokens)
     if side**2 != num_tokens:
         raise ValueError(f"tensor pos_emb.weight must have a square number of rows, got {num_tokens}")
-    depth = count_blocks(tensors, _BLOCKS)
+    depth = count_numbers(tensors, _BLOCKS)
     inner, _ = shape_of(tensors, f"{_BLOCKS}0.attn.wq.weight")
     published = _PUBLISHED.get((embed_dim, depth))
     known = None if published is None else published.num_heads

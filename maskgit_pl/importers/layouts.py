@@ -1,16 +1,9 @@
-"""Reads checkpoints that other training programs wrote with torch.save or safetensors. Used by the importers.
+"""Layouts of released checkpoints in torch: how to recognise one, and how to read its sizes and its weights.
+
+``importers.taming`` and ``importers.magvit2`` define layouts of tokenizers for ``importers.tokenizers``;
+``importers.halton`` and ``importers.maskgil`` define those of transformers for ``importers.transformers``.
 
 No file is executed: torch's loader for tensors reads it, and known records of training programs are skipped.
-
-The layout of a released tokenizer: how to recognise it, and how to read its sizes and its weights.
-
-Used by ``importers.tokenizers``; ``importers.taming``, ``importers.magvit2`` and ``importers.magvit2`` define layouts.
-
-The layout of a released transformer: how to recognise it, and how to read its sizes and its weights.
-
-Used by ``importers.transformers``; ``importers.halton`` and ``importers.maskgil`` define the layouts.
-
-The commands that follow the import of a tokenizer, for the reports of the importers.
 """
 
 from __future__ import annotations
@@ -42,7 +35,6 @@ __all__ = [
     "TokenizerLayout",
     "TransformerLayout",
     "check_shapes",
-    "count_blocks",
     "count_numbers",
     "find_num_heads",
     "name_file",
@@ -57,187 +49,20 @@ __all__ = [
     "training_commands",
 ]
 
+CODEBOOK = "quantize.embedding.weight"
+"""The codebook, by the name that all projects with a table of codes give it."""
+_MAX_BITS = 24  # the largest codebook that a configuration accepts
+_OUTER = {"stem": "conv_in", "norm": "norm_out", "head": "conv_out"}  # our layers outside the levels -> theirs
+_RECIPE, _CODES, _GRID = "paper-256", 1024, (16, 16)  # a recipe, and the sizes that it sets
+
 # Classes that training programs store beside weights; numpy's are learning rates and scores.
 _RECORDS = ("pytorch_lightning.", "lightning.", "argparse.Namespace", "omegaconf.", "numpy.")
 # Types that the containers of omegaconf hold; the loader names built-in ones without their module.
 _TYPES = ("typing.Any", "collections.defaultdict")
 _BUILT_IN_TYPES = ("bool", "bytes", "dict", "float", "int", "list", "str", "tuple")
-_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # parts that torch adds to names
 _MAPPING = ".AttributeDict"  # end of the name of Lightning's class of hyper-parameters
 _MAX_RECORDS = 100  # each class is found by another try, so that very many of them would take hours
-
-
-def read_checkpoint(file: Path, *, entries: Sequence[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Reads the state dict of a checkpoint.
-
-    Args:
-        file: A file of torch.save or safetensors.
-        entries: Names of the entries that may hold the state dict; the first that does is read. A file without such an
-            entry is a state dict itself.
-
-    Returns:
-        The state dict, with texts as names and values of any type, and the names of the other entries.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is of another format, damaged, or holds a Python object, a name that is no text, or a sparse
-            or nested tensor.
-    """
-    kind = check_torch_file(file)
-    try:
-        if kind == "safetensors":
-            return dict(read_tensors(file)), ()
-        if kind == "zip":
-            with file.open("rb") as stream:
-                check_archive(stream, file.stat().st_size)
-        content = _load_tensors(file, mmap=kind == "zip")
-    except pickle.UnpicklingError as error:
-        raise ValueError(_refusal(file, str(error), entries)) from error
-    except Exception as error:  # the loaders raise many types, depending on where a file is damaged
-        raise ValueError(f"checkpoint {file}: cannot be read ({_first_line(error)}); download it again") from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"checkpoint {file} must hold a state dict, got {type(content).__name__}")
-    for name in entries:
-        if isinstance(content.get(name), Mapping) and content[name]:
-            return _check_entries(file, content[name]), tuple(str(other) for other in content if other != name)
-    return _check_entries(file, content), ()
-
-
-def _check_entries(file: Path, state: Mapping[Any, Any]) -> dict[str, Any]:
-    """Returns a state dict after a check that its names are texts, and its tensors are of the usual layout."""
-    for name, value in state.items():
-        if not isinstance(name, str):
-            raise ValueError(
-                f"checkpoint {file} must hold tensors by their names, got the name {shorten(name)}, which is no text; "
-                "name a file of weights"
-            )
-        # A tensor of another layout has no shape or no memory to compare.
-        if isinstance(value, Tensor) and (value.is_nested or value.layout != torch.strided):
-            got = "a nested tensor" if value.is_nested else value.layout
-            raise ValueError(f"checkpoint {file}: tensor {shorten(name)} must be a dense CPU tensor, got {got}")
-    return dict(state)
-
-
-def remove_wrappers(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a state dict by the names of the network itself, without those of torch's wrappers.
-
-    Args:
-        state: State dict of a network, or of one in ``DistributedDataParallel``, ``torch.compile`` or FSDP.
-
-    Raises:
-        ValueError: if a tensor is there with and without a wrapper.
-    """
-    own: dict[str, Any] = {}
-    for name, value in state.items():
-        inner = ".".join(part for part in name.split(".") if part not in _WRAPPED)
-        while inner.startswith("module."):  # DistributedDataParallel's; elsewhere it may be the network's
-            inner = inner.removeprefix("module.")
-        if inner in own:
-            raise ValueError(f"tensor {inner} must be there once, got it twice, with and without a prefix")
-        own[inner] = value
-    return own
-
-
-class _Record:
-    """A stand-in for an object of a training program: it accepts any arguments and keeps nothing."""
-
-    def __new__(cls, *args: object, **kwargs: object) -> _Record:
-        return super().__new__(cls)
-
-    def __setstate__(self, state: object) -> None:
-        return
-
-
-def _load_tensors(file: Path, *, mmap: bool) -> Any:
-    """Reads a file with torch's loader for tensors, and with a stand-in for each known class of training programs.
-
-    Lightning before 1.7 keyed its callbacks' states by their classes, LlamaGen stores its arguments, and the optimizer
-    of Halton-MaskGIT has a learning rate of numpy. The classes are never imported.
-
-    1. Load with the stand-ins so far.
-    2. If the loader names a class of ``_RECORDS`` that has no stand-in, make one, and try again.
-    """
-    stand_ins: list[tuple[type, str]] = []
-    while True:
-        # 1.
-        try:
-            with torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]  # torch's type lacks the pairs
-                return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-        except pickle.UnpicklingError as error:
-            # 2.
-            name = _find_unknown_class(str(error))
-            if name is None or not _is_record(name) or any(name == known for _, known in stand_ins):
-                raise
-            if len(stand_ins) >= _MAX_RECORDS:
-                raise
-            # The loader fills mappings of a few classes only.
-            kind = OrderedDict if name.endswith(_MAPPING) else type(name.rpartition(".")[2], (_Record,), {})
-            stand_ins.append((kind, name))
-
-
-def _find_unknown_class(text: str) -> str | None:
-    """Returns the class that torch's loader for tensors names in its refusal, if there is one."""
-    found = re.search(r"GLOBAL (\S+)", text)
-    if found is None:
-        return None
-    return f"builtins.{found[1]}" if found[1] in _BUILT_IN_TYPES else found[1]
-
-
-def _is_record(name: str) -> bool:
-    """Returns True if a class of this name is passed over."""
-    module, _, last = name.rpartition(".")
-    return name.startswith(_RECORDS) or name in _TYPES or (module == "builtins" and last in _BUILT_IN_TYPES)
-
-
-def _refusal(file: Path, text: str, entries: Sequence[str]) -> str:
-    """Returns the message for a file that torch's loader refuses, with the way out.
-
-    Args:
-        file: The file.
-        text: Message of the loader.
-        entries: Names of the entries that may hold the weights.
-    """
-    found = _find_unknown_class(text)
-    if found is None:
-        return f"checkpoint {file}: damaged, or not a file of torch.save; download it again"
-    return (
-        f"checkpoint {file} must hold tensors only, got also {found}, a Python object; on a machine that trusts the "
-        "file, load it with the program that wrote it and save only the weights: "
-        f'torch.save(checkpoint["..."], "weights.pt") with the name of its weights, such as {" or ".join(entries)}'
-    )
-
-
-@contextmanager
-def name_file(file: Path) -> Iterator[None]:
-    """Adds the name of the file to each ValueError."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"checkpoint {file}: {error}") from error
-
-
-def name_some(names: Iterable[str], *, limit: int = 3) -> str:
-    """Lists the first names of a file, without control characters, and the number of the others."""
-    shown = list(names)
-    more = f" and {len(shown) - limit} more" if len(shown) > limit else ""
-    return ", ".join(map(printable, shown[:limit])) + more
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-CODEBOOK = "quantize.embedding.weight"
-"""The codebook, by the name that all projects with a table of codes give it."""
-_MAX_BITS = 24  # the largest codebook that a configuration accepts
-
-
-def _is_the_network_itself(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return dict(tensors)
-
-
-def _needs_no_change(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return weights
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # parts that torch adds to names
 
 
 @dataclass(frozen=True)
@@ -251,8 +76,8 @@ class TokenizerLayout:
             of ``config.json`` beside the file, empty if there is none.
         names: Returns the project's name of each tensor of our network, for its sizes and our names.
         others: Names of tensors that are not part of the network; a name that ends in a dot is a beginning.
-        prepare: Returns the tensors under today's names and with the axes of a convolution.
-        convert: Converts float32 tensors by our names to the state dict of our network.
+        prepare: Returns the tensors under today's names and with the axes of a convolution; by default all as they are.
+        convert: Converts float32 tensors by our names to the state dict of our network; by default they are it.
         codes: Tensors of the quantizer, of which a file has at least one; empty if no tensor tells its kind.
         has_average: True if the project evaluates the averaged weights, where a file has them.
     """
@@ -262,8 +87,8 @@ class TokenizerLayout:
     read_config: Callable[[Mapping[str, Tensor], Mapping[str, Any]], VQGANConfig]
     names: Callable[[VQGANConfig, tuple[str, ...]], dict[str, str]]
     others: tuple[str, ...]
-    prepare: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = _is_the_network_itself
-    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] = _needs_no_change
+    prepare: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict
+    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
     codes: tuple[str, ...] = (CODEBOOK,)
     has_average: bool = False
 
@@ -340,19 +165,100 @@ class LevelNames:
                 yield f"up.{number}.{self.upsample}"
 
 
-_OUTER = {"stem": "conv_in", "norm": "norm_out", "head": "conv_out"}  # our layers outside the levels -> theirs
+@dataclass(frozen=True)
+class TransformerLayout:
+    """The layout of the transformers of a project.
+
+    Args:
+        name: Name of the project.
+        markers: Tensors that tell this layout from others.
+        tied: Tensor that must equal another one, and that other one; None if there is no such pair.
+        read_config: Reads the sizes of the network off the tensors; the arguments are the tensors, the grid of the
+            tokenizer (rows, columns), and the number of attention heads or None.
+        shapes: Returns the names and shapes of all tensors of a network.
+        read_weights: Converts tensors of these names and shapes to the state dict of our network.
+        decoding: Returns the decoding settings that the project publishes for a network.
+    """
+
+    name: str
+    markers: tuple[str, ...]
+    tied: tuple[str, str] | None
+    read_config: Callable[[Mapping[str, Tensor], tuple[int, int], int | None], BackboneConfig]
+    shapes: Callable[[BackboneConfig], dict[str, tuple[int, ...]]]
+    read_weights: Callable[[Mapping[str, Tensor], BackboneConfig], dict[str, Tensor]]
+    decoding: Callable[[BackboneConfig], DecodingConfig]
 
 
-def _name(name: str, places: Mapping[str, str]) -> str:
-    layer, _, kind = name.rpartition(".")
-    part, _, inner = layer.rpartition(".")
-    if layer == "quantizer":
-        return CODEBOOK
-    if layer in places or inner == "conv":  # a sampling, whose only layer is a convolution
-        return f"{places[layer if layer in places else part]}.{kind}"
-    if part in places:
-        return f"{places[part]}.{'nin_shortcut' if inner == 'shortcut' else inner}.{kind}"
-    return f"{part}.{_OUTER[inner]}.{kind}"
+def read_checkpoint(file: Path, *, entries: Sequence[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Reads the state dict of a checkpoint.
+
+    Args:
+        file: A file of torch.save or safetensors.
+        entries: Names of the entries that may hold the state dict; the first that does is read. A file without such an
+            entry is a state dict itself.
+
+    Returns:
+        The state dict, with texts as names and values of any type, and the names of the other entries.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is of another format, damaged, or holds a Python object, a name that is no text, or a sparse
+            or nested tensor.
+    """
+    kind = check_torch_file(file)
+    try:
+        if kind == "safetensors":
+            return dict(read_tensors(file)), ()
+        if kind == "zip":
+            with file.open("rb") as stream:
+                check_archive(stream, file.stat().st_size)
+        content = _load_tensors(file, mmap=kind == "zip")
+    except pickle.UnpicklingError as error:
+        raise ValueError(_refusal(file, str(error), entries)) from error
+    except Exception as error:  # the loaders raise many types, depending on where a file is damaged
+        raise ValueError(f"checkpoint {file}: cannot be read ({_first_line(error)}); download it again") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"checkpoint {file} must hold a state dict, got {type(content).__name__}")
+    for name in entries:
+        if isinstance(content.get(name), Mapping) and content[name]:
+            return _check_entries(file, content[name]), tuple(str(other) for other in content if other != name)
+    return _check_entries(file, content), ()
+
+
+def remove_wrappers(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a state dict by the names of the network itself, without those of torch's wrappers.
+
+    Args:
+        state: State dict of a network, or of one in ``DistributedDataParallel``, ``torch.compile`` or FSDP.
+
+    Raises:
+        ValueError: if a tensor is there with and without a wrapper.
+    """
+    own: dict[str, Any] = {}
+    for name, value in state.items():
+        inner = ".".join(part for part in name.split(".") if part not in _WRAPPED)
+        while inner.startswith("module."):  # DistributedDataParallel's; elsewhere it may be the network's
+            inner = inner.removeprefix("module.")
+        if inner in own:
+            raise ValueError(f"tensor {inner} must be there once, got it twice, with and without a prefix")
+        own[inner] = value
+    return own
+
+
+@contextmanager
+def name_file(file: Path) -> Iterator[None]:
+    """Adds the name of the file to each ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"checkpoint {file}: {error}") from error
+
+
+def name_some(names: Iterable[str], *, limit: int = 3) -> str:
+    """Lists the first names of a file, without control characters, and the number of the others."""
+    shown = list(names)
+    more = f" and {len(shown) - limit} more" if len(shown) > limit else ""
+    return ", ".join(map(printable, shown[:limit])) + more
 
 
 def tokenizer_weights(tensors: Mapping[str, Tensor], config: VQGANConfig, layout: TokenizerLayout) -> dict[str, Tensor]:
@@ -368,19 +274,27 @@ def tokenizer_weights(tensors: Mapping[str, Tensor], config: VQGANConfig, layout
     """
     # The names and shapes of our network, without memory.
     with skeletons():
-        own = {name: tensor.shape for name, tensor in VQGAN(config).state_dict().items()}
+        own = {name: tuple(tensor.shape) for name, tensor in VQGAN(config).state_dict().items()}
     names = layout.names(config, tuple(own))
-    missing = [name for name in names.values() if name not in tensors]
+    check_shapes(tensors, {theirs: own[ours] for ours, theirs in names.items()})
+    return layout.convert({ours: tensors[theirs].float() for ours, theirs in names.items()})
+
+
+def check_shapes(tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Checks that tensors have exactly the names and shapes of a network.
+
+    Raises:
+        ValueError: if a tensor is missing, superfluous, or of another shape.
+    """
+    missing = [name for name in wanted if name not in tensors]
     if missing:
         raise ValueError(f"tensors are missing: {name_some(missing)}")
-    left_over = tensors.keys() - set(names.values())
+    left_over = sorted(tensors.keys() - wanted.keys())
     if left_over:
-        raise ValueError(f"tensors are not in the network: {name_some(sorted(left_over))}")
-    for ours, theirs in names.items():
-        if tensors[theirs].shape != own[ours]:
-            got = tuple(tensors[theirs].shape)
-            raise ValueError(f"tensor {theirs} must have shape {tuple(own[ours])}, got {got}")
-    return layout.convert({ours: tensors[theirs].float() for ours, theirs in names.items()})
+        raise ValueError(f"tensors are not in the network: {name_some(left_over)}")
+    for name, shape in wanted.items():
+        if tuple(tensors[name].shape) != shape:
+            raise ValueError(f"tensor {name} must have shape {shape}, got {tuple(tensors[name].shape)}")
 
 
 def count_numbers(tensors: Mapping[str, Tensor], prefix: str) -> int:
@@ -400,6 +314,20 @@ def read_shape(tensors: Mapping[str, Tensor], name: str, *, axes: int) -> tuple[
     if len(shape) != axes:
         raise ValueError(f"tensor {name} must have {axes} axes, got shape {shape}")
     return shape
+
+
+def shape_of(tensors: Mapping[str, Tensor], name: str) -> tuple[int, int]:
+    """Returns the shape of a matrix.
+
+    Raises:
+        ValueError: if there is no such tensor, or it is not a matrix with elements.
+    """
+    if name not in tensors:
+        raise ValueError(f"tensors are missing: {name}")
+    shape = tuple(tensors[name].shape)
+    if len(shape) != 2 or not all(shape):
+        raise ValueError(f"tensor {name} must be a matrix, got shape {shape}")
+    return shape[0], shape[1]
 
 
 def read_bits(tensors: Mapping[str, Tensor]) -> int:
@@ -436,49 +364,6 @@ def read_widths(tensors: Mapping[str, Tensor], first: str, blocks: list[str]) ->
     return channels, tuple(width // channels for width in widths)
 
 
-@dataclass(frozen=True)
-class TransformerLayout:
-    """The layout of the transformers of a project.
-
-    Args:
-        name: Name of the project.
-        markers: Tensors that tell this layout from others.
-        tied: Tensor that must equal another one, and that other one; None if there is no such pair.
-        read_config: Reads the sizes of the network off the tensors; the arguments are the tensors, the grid of the
-            tokenizer (rows, columns), and the number of attention heads or None.
-        shapes: Returns the names and shapes of all tensors of a network.
-        read_weights: Converts tensors of these names and shapes to the state dict of our network.
-        decoding: Returns the decoding settings that the project publishes for a network.
-    """
-
-    name: str
-    markers: tuple[str, ...]
-    tied: tuple[str, str] | None
-    read_config: Callable[[Mapping[str, Tensor], tuple[int, int], int | None], BackboneConfig]
-    shapes: Callable[[BackboneConfig], dict[str, tuple[int, ...]]]
-    read_weights: Callable[[Mapping[str, Tensor], BackboneConfig], dict[str, Tensor]]
-    decoding: Callable[[BackboneConfig], DecodingConfig]
-
-
-def shape_of(tensors: Mapping[str, Tensor], name: str) -> tuple[int, int]:
-    """Returns the shape of a matrix.
-
-    Raises:
-        ValueError: if there is no such tensor, or it is not a matrix with elements.
-    """
-    if name not in tensors:
-        raise ValueError(f"tensors are missing: {name}")
-    shape = tuple(tensors[name].shape)
-    if len(shape) != 2 or not all(shape):
-        raise ValueError(f"tensor {name} must be a matrix, got shape {shape}")
-    return shape[0], shape[1]
-
-
-def count_blocks(tensors: Mapping[str, Tensor], prefix: str) -> int:
-    """Returns the number of blocks, whose numbers follow ``prefix`` in the names of the tensors."""
-    return len({name[len(prefix) :].partition(".")[0] for name in tensors if name.startswith(prefix)})
-
-
 def find_num_heads(given: int | None, published: int | None, *, embed_dim: int, depth: int) -> int:
     """Returns the number of attention heads, which no shape of a tensor tells.
 
@@ -501,26 +386,6 @@ def find_num_heads(given: int | None, published: int | None, *, embed_dim: int, 
     return published
 
 
-def check_shapes(tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Checks that tensors have exactly the names and shapes of a network.
-
-    Raises:
-        ValueError: if a tensor is missing, superfluous, or of another shape.
-    """
-    missing = [name for name in wanted if name not in tensors]
-    if missing:
-        raise ValueError(f"tensors are missing: {name_some(missing)}")
-    left_over = sorted(tensors.keys() - wanted.keys())
-    if left_over:
-        raise ValueError(f"tensors are not in the network: {name_some(left_over)}")
-    for name, shape in wanted.items():
-        if tuple(tensors[name].shape) != shape:
-            raise ValueError(f"tensor {name} must have shape {shape}, got {tuple(tensors[name].shape)}")
-
-
-_RECIPE, _CODES, _GRID = "paper-256", 1024, (16, 16)  # a recipe, and the sizes that it sets
-
-
 def training_commands(config: VQGANConfig, folder: Path, image_size: int) -> tuple[str, str]:
     """Returns the commands that make the tokens of a data set and train a transformer on them.
 
@@ -537,3 +402,103 @@ def training_commands(config: VQGANConfig, folder: Path, image_size: int) -> tup
         words += ["--model.network.grid", f"[{rows},{columns}]"]
     options = shlex.join(words)
     return f"maskgit tokenize {options}", f"maskgit train transformer {options}"
+
+
+def _check_entries(file: Path, state: Mapping[Any, Any]) -> dict[str, Any]:
+    """Returns a state dict after a check that its names are texts, and its tensors are of the usual layout."""
+    for name, value in state.items():
+        if not isinstance(name, str):
+            raise ValueError(
+                f"checkpoint {file} must hold tensors by their names, got the name {shorten(name)}, which is no text; "
+                "name a file of weights"
+            )
+        # A tensor of another layout has no shape or no memory to compare.
+        if isinstance(value, Tensor) and (value.is_nested or value.layout != torch.strided):
+            got = "a nested tensor" if value.is_nested else value.layout
+            raise ValueError(f"checkpoint {file}: tensor {shorten(name)} must be a dense CPU tensor, got {got}")
+    return dict(state)
+
+
+def _load_tensors(file: Path, *, mmap: bool) -> Any:
+    """Reads a file with torch's loader for tensors, and with a stand-in for each known class of training programs.
+
+    Lightning before 1.7 keyed its callbacks' states by their classes, LlamaGen stores its arguments, and the optimizer
+    of Halton-MaskGIT has a learning rate of numpy. The classes are never imported.
+
+    1. Load with the stand-ins so far.
+    2. If the loader names a class of ``_RECORDS`` that has no stand-in, make one, and try again.
+    """
+    stand_ins: list[tuple[type, str]] = []
+    while True:
+        # 1.
+        try:
+            with torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]  # torch's type lacks the pairs
+                return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        except pickle.UnpicklingError as error:
+            # 2.
+            name = _find_unknown_class(str(error))
+            if name is None or not _is_record(name) or any(name == known for _, known in stand_ins):
+                raise
+            if len(stand_ins) >= _MAX_RECORDS:
+                raise
+            # The loader fills mappings of a few classes only.
+            kind = OrderedDict if name.endswith(_MAPPING) else type(name.rpartition(".")[2], (_Record,), {})
+            stand_ins.append((kind, name))
+
+
+class _Record:
+    """A stand-in for an object of a training program: it accepts any arguments and keeps nothing."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> _Record:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: object) -> None:
+        return
+
+
+def _find_unknown_class(text: str) -> str | None:
+    """Returns the class that torch's loader for tensors names in its refusal, if there is one."""
+    found = re.search(r"GLOBAL (\S+)", text)
+    if found is None:
+        return None
+    return f"builtins.{found[1]}" if found[1] in _BUILT_IN_TYPES else found[1]
+
+
+def _is_record(name: str) -> bool:
+    """Returns True if a class of this name is passed over."""
+    module, _, last = name.rpartition(".")
+    return name.startswith(_RECORDS) or name in _TYPES or (module == "builtins" and last in _BUILT_IN_TYPES)
+
+
+def _refusal(file: Path, text: str, entries: Sequence[str]) -> str:
+    """Returns the message for a file that torch's loader refuses, with the way out.
+
+    Args:
+        file: The file.
+        text: Message of the loader.
+        entries: Names of the entries that may hold the weights.
+    """
+    found = _find_unknown_class(text)
+    if found is None:
+        return f"checkpoint {file}: damaged, or not a file of torch.save; download it again"
+    return (
+        f"checkpoint {file} must hold tensors only, got also {found}, a Python object; on a machine that trusts the "
+        "file, load it with the program that wrote it and save only the weights: "
+        f'torch.save(checkpoint["..."], "weights.pt") with the name of its weights, such as {" or ".join(entries)}'
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _name(name: str, places: Mapping[str, str]) -> str:
+    layer, _, kind = name.rpartition(".")
+    part, _, inner = layer.rpartition(".")
+    if layer == "quantizer":
+        return CODEBOOK
+    if layer in places or inner == "conv":  # a sampling, whose only layer is a convolution
+        return f"{places[layer if layer in places else part]}.{kind}"
+    if part in places:
+        return f"{places[part]}.{'nin_shortcut' if inner == 'shortcut' else inner}.{kind}"
+    return f"{part}.{_OUTER[inner]}.{kind}"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.importers.layouts import TransformerLayout, count_blocks, find_num_heads, shape_of
+from maskgit_pl.importers.layouts import TransformerLayout, count_numbers, find_num_heads, shape_of
 from maskgit_pl.networks.adaln import AdaLNConfig
 from maskgit_pl.networks.backbone import BackboneConfig
 
@@ -35,7 +35,7 @@ def _read_config(tensors: Mapping[str, Tensor], grid: tuple[int, int], num_heads
             f"tensor tok_emb.weight must have rows for {codebook_size} codes, the mask token, classes, and no class, "
             f"got {vocabulary}"
         )
-    depth = count_blocks(tensors, _BLOCKS)
+    depth = count_numbers(tensors, _BLOCKS)
     return AdaLNConfig(
         codebook_size=codebook_size,
         num_classes=num_classes,
