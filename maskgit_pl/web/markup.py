@@ -1,8 +1,7 @@
-"""The pictures of a decoding step, as the page shows them.
+"""The HTML of the page: the pictures of a decoding step with their legends, plots, tables of counts and lines of code.
 
-The HTML of pictures: figures with a text for screen readers, a color bar, tables of counts.
-
-Pictures are inside the HTML as data, so that the page loads no file. All text is escaped.
+Pictures are inside the HTML as data, so that the page loads no file; they have a text for screen readers. All text is
+escaped.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Frame",
-    "color_bar",
     "counts_table",
     "draw_frame",
     "figure",
@@ -40,6 +38,16 @@ __all__ = [
 
 _SIZE = 320  # pixels of the longer edge of a panel
 _WIDE = 2  # width / height from which a picture takes the whole width of the page
+_LEGEND = {
+    "masked": "masked",
+    "again": "tokens that are generated",
+    "new": "new",
+    "remasked": "masked again",
+    "requested": "requested pixels",
+    "undrawn": "no confidence: given, or not drawn yet",
+}
+_STOPS = 11  # colors of the bar
+_DRAWING = 300  # pixels from which a picture is shown smoothed
 
 
 @dataclass(frozen=True)
@@ -95,25 +103,22 @@ def draw_frame(recording: Recording, number: int) -> Frame:
     )
 
 
-def _describe(recording: Recording, place: int) -> str:
-    """Returns the number of a step and the counts of its tokens."""
-    step, window = recording.steps[place], number_windows(recording.steps[: place + 1])[-1]
-    still, was = int(step.still_masked[0].sum()), int(step.was_masked[0].sum())
-    decided = f"{step.still_masked.shape[1] - still} of {step.still_masked.shape[1]} tokens decided"
-    where = f"Window {window}, step" if window > 1 else "Step"
-    return f"{where} {step.step + 1} of {recording.decoding.num_steps}: {decided}, {was - still} in this step"
+def frame_figures(frame: Frame, *, title: str = "") -> str:
+    """Returns the pictures of a decoding step with its settings, its counts, a legend and a color bar.
 
-
-_LEGEND = {
-    "masked": "masked",
-    "again": "tokens that are generated",
-    "new": "new",
-    "remasked": "masked again",
-    "requested": "requested pixels",
-    "undrawn": "no confidence: given, or not drawn yet",
-}
-_STOPS = 11  # colors of the bar
-_DRAWING = 300  # pixels from which a picture is shown smoothed
+    Args:
+        frame: Pictures of the step.
+        title: Text before the counts, such as the name of a setting.
+    """
+    caption, kind = f"{title}{frame.caption}", "wide" if frame.is_wide else "panel"
+    tokens = figure(frame.tokens, alt=f"Tokens. {caption}", caption="tokens", kind=kind)
+    tokens = tokens.replace("</figcaption>", f"</figcaption>{legend(frame.legend)}")
+    confidence = figure(frame.confidence, alt=f"Confidence of each token. {caption}", caption="confidence", kind=kind)
+    confidence = confidence.replace(
+        "</figcaption>", f"</figcaption>{_color_bar()}{legend(['undrawn'] * frame.has_undrawn)}"
+    )
+    image = figure(frame.image, alt=f"Image of all tokens. {caption}", caption="image of all tokens", kind=kind)
+    return f'{message(caption)}<p class="settings">{_text(frame.title)}</p>{figures([tokens, confidence, image])}'
 
 
 def figure(picture: Image.Image, *, alt: str, caption: str, kind: str = "panel") -> str:
@@ -139,39 +144,12 @@ def figures(parts: Iterable[str], *, title: str = "") -> str:
     return f'{heading}<div class="figures">{"".join(parts)}</div>'
 
 
-def frame_figures(frame: Frame, *, title: str = "") -> str:
-    """Returns the pictures of a decoding step with its settings, its counts, a legend and a color bar.
-
-    Args:
-        frame: Pictures of the step.
-        title: Text before the counts, such as the name of a setting.
-    """
-    caption, kind = f"{title}{frame.caption}", "wide" if frame.is_wide else "panel"
-    tokens = figure(frame.tokens, alt=f"Tokens. {caption}", caption="tokens", kind=kind)
-    tokens = tokens.replace("</figcaption>", f"</figcaption>{legend(frame.legend)}")
-    confidence = figure(frame.confidence, alt=f"Confidence of each token. {caption}", caption="confidence", kind=kind)
-    confidence = confidence.replace(
-        "</figcaption>", f"</figcaption>{color_bar()}{legend(['undrawn'] * frame.has_undrawn)}"
-    )
-    image = figure(frame.image, alt=f"Image of all tokens. {caption}", caption="image of all tokens", kind=kind)
-    return f'{message(caption)}<p class="settings">{_text(frame.title)}</p>{figures([tokens, confidence, image])}'
-
-
 def legend(names: Sequence[str]) -> str:
     """Returns the legend of a picture of tokens: ``names`` are keys of its entries, none for no legend."""
     if not names:
         return ""
     entries = "".join(f'<li><span class="{name}" aria-hidden="true"></span>{_LEGEND[name]}</li>' for name in names)
     return f'<ul class="legend">{entries}</ul>'
-
-
-def color_bar() -> str:
-    """Returns the color bar of the confidence: viridis from 0 to 1."""
-    stops = ", ".join(f"rgb{color}" for color in viridis([stop / (_STOPS - 1) for stop in range(_STOPS)]))
-    bar = f'<div style="background: linear-gradient(to right, {stops})"></div>'
-    label = "Color bar of the confidence, from dark (0) to bright (1)"
-    ends = "<p><span>0</span><span>0.5</span><span>1</span></p>"
-    return f'<div class="bar" role="img" aria-label="{label}">{bar}{ends}</div>'
 
 
 def plot(picture: bytes, *, alt: str, caption: str = "", kind: str = "image/svg+xml") -> str:
@@ -212,6 +190,24 @@ def code(label: str, line: str) -> str:
 def message(text: str) -> str:
     """Returns a line of text that screen readers announce."""
     return f'<p class="step" role="status">{_text(text)}</p>'
+
+
+def _describe(recording: Recording, place: int) -> str:
+    """Returns the number of a step and the counts of its tokens."""
+    step, window = recording.steps[place], number_windows(recording.steps[: place + 1])[-1]
+    still, was = int(step.still_masked[0].sum()), int(step.was_masked[0].sum())
+    decided = f"{step.still_masked.shape[1] - still} of {step.still_masked.shape[1]} tokens decided"
+    where = f"Window {window}, step" if window > 1 else "Step"
+    return f"{where} {step.step + 1} of {recording.decoding.num_steps}: {decided}, {was - still} in this step"
+
+
+def _color_bar() -> str:
+    """Returns the color bar of the confidence: viridis from 0 to 1."""
+    stops = ", ".join(f"rgb{color}" for color in viridis([stop / (_STOPS - 1) for stop in range(_STOPS)]))
+    bar = f'<div style="background: linear-gradient(to right, {stops})"></div>'
+    label = "Color bar of the confidence, from dark (0) to bright (1)"
+    ends = "<p><span>0</span><span>0.5</span><span>1</span></p>"
+    return f'<div class="bar" role="img" aria-label="{label}">{bar}{ends}</div>'
 
 
 def _text(text: str) -> str:

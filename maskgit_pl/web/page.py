@@ -1,8 +1,6 @@
-"""The tabs that generate: one image step by step, and two settings side by side on the same noise.
+"""The page of a model: its title, its style, and the tabs that generate, compare settings and compare mask schedules.
 
-The tab of mask schedules: their curves, the tokens that each step keeps, and the image under each.
-
-The page of a model: its tabs, its title and its style.
+``tab_edit`` adds the tabs that edit.
 """
 
 from __future__ import annotations
@@ -47,12 +45,10 @@ from maskgit_pl.web.studio import Studio
 
 __all__ = [
     "STYLE",
-    "add_compare_tab",
-    "add_generate_tab",
-    "add_schedules_tab",
     "build_page",
 ]
 
+STYLE = Path(__file__).with_name("style.css")
 _FIELDS = 8  # of FormSettings
 _SCRUB: dict[str, Any] = {
     "show_progress": "hidden",
@@ -63,7 +59,35 @@ _SCRUB: dict[str, Any] = {
 }
 
 
-def add_generate_tab(studio: Studio, page: Any) -> Any:
+def build_page(studio: Studio) -> Any:
+    """Builds the page of a model.
+
+    Args:
+        studio: The model.
+
+    Returns:
+        The ``gradio.Blocks``.
+    """
+    import gradio as gr
+
+    from maskgit_pl.web.tab_edit import add_edit_tab, add_panorama_tab
+
+    with gr.Blocks(title=f"MaskGIT: {studio.name}", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+        gr.Markdown(f"# MaskGIT\n{_describe(studio)}")
+        with gr.Tab("Generate"):
+            generated = _add_generate_tab(studio, page)
+        with gr.Tab("Compare"):
+            _add_compare_tab(studio, page)
+        with gr.Tab("Edit") as tab:
+            add_edit_tab(studio, tab, generated)
+        with gr.Tab("Panorama"):
+            add_panorama_tab(studio)
+        with gr.Tab("Schedules"):
+            _add_schedules_tab(studio, page)
+    return page
+
+
+def _add_generate_tab(studio: Studio, page: Any) -> Any:
     """Adds the tab that generates an image; returns the state that holds its recording."""
     import gradio as gr
 
@@ -98,7 +122,7 @@ def add_generate_tab(studio: Studio, page: Any) -> Any:
     return recording
 
 
-def add_compare_tab(studio: Studio, page: Any) -> None:
+def _add_compare_tab(studio: Studio, page: Any) -> None:
     """Adds the tab that generates an image with two settings, on the same noise."""
     import gradio as gr
 
@@ -149,40 +173,7 @@ def add_compare_tab(studio: Studio, page: Any) -> None:
     scrubber.input(scrub, [*recordings, scrubber], pictures, **_SCRUB)
 
 
-def _show(found: Recording) -> list[Any]:
-    """Returns the pictures of the last step, and the scrubber at that step."""
-    import gradio as gr
-
-    number = len(found.steps)
-    return [frame_figures(draw_frame(found, number)), gr.Slider(maximum=max(2, found.decoding.num_steps), value=number)]
-
-
-def _show_pair(found: list[Recording], num_steps: int) -> list[Any]:
-    import gradio as gr
-
-    number = max(len(each.steps) for each in found)
-    pictures = [
-        frame_figures(draw_frame(each, number), title=f"{side}. ") for side, each in zip("AB", found, strict=True)
-    ]
-    return [*pictures, gr.Slider(maximum=max(2, num_steps), value=number)]
-
-
-def _pair(found: list[Recording], number: int) -> list[str]:
-    return [frame_figures(draw_frame(each, number), title=f"{side}. ") for side, each in zip("AB", found, strict=True)]
-
-
-def _scrub(recording: Recording | None, number: int) -> Any:
-    import gradio as gr
-
-    return gr.skip() if recording is None else frame_figures(draw_frame(recording, number))
-
-
-def _agreement(first: Recording, second: Recording) -> str:
-    same = (first.steps[-1].tokens == second.steps[-1].tokens).sum()
-    return message(f"{int(same)} of {first.steps[-1].tokens.numel()} tokens are the same in A and B.")
-
-
-def add_schedules_tab(studio: Studio, page: Any) -> None:
+def _add_schedules_tab(studio: Studio, page: Any) -> None:
     """Adds the tab that compares all registered mask schedules."""
     import gradio as gr
 
@@ -220,6 +211,43 @@ def add_schedules_tab(studio: Studio, page: Any) -> None:
     stop.click(None, cancels=[event], api_visibility="private")
 
 
+def _describe(studio: Studio) -> str:
+    """Returns the name and the sizes of the model as Markdown."""
+    sizes = repr(studio.pipe).removeprefix("MaskGIT(").removesuffix(")")
+    named = sizes if sizes.startswith(f"{studio.name}: ") else f"{studio.name}: {sizes}"
+    return markdown(named)
+
+
+def _show(found: Recording) -> list[Any]:
+    """Returns the pictures of the last step, and the scrubber at that step."""
+    import gradio as gr
+
+    number = len(found.steps)
+    return [frame_figures(draw_frame(found, number)), gr.Slider(maximum=max(2, found.decoding.num_steps), value=number)]
+
+
+def _show_pair(found: list[Recording], num_steps: int) -> list[Any]:
+    import gradio as gr
+
+    number = max(len(each.steps) for each in found)
+    return [*_pair(found, number), gr.Slider(maximum=max(2, num_steps), value=number)]
+
+
+def _pair(found: list[Recording], number: int) -> list[str]:
+    return [frame_figures(draw_frame(each, number), title=f"{side}. ") for side, each in zip("AB", found, strict=True)]
+
+
+def _scrub(recording: Recording | None, number: int) -> Any:
+    import gradio as gr
+
+    return gr.skip() if recording is None else frame_figures(draw_frame(recording, number))
+
+
+def _agreement(first: Recording, second: Recording) -> str:
+    same = (first.steps[-1].tokens == second.steps[-1].tokens).sum()
+    return message(f"{int(same)} of {first.steps[-1].tokens.numel()} tokens are the same in A and B.")
+
+
 @cache
 def _curves(num_tokens: int) -> str:
     picture = draw_schedules(mask_schedules.build_all(), num_tokens=num_tokens)
@@ -235,41 +263,3 @@ def _row(name: str, recording: Recording) -> str:
         tiles.append(figure(frame.tokens, alt=f"{name}. {frame.caption}", caption=f"step {place + 1}", kind="thumb"))
     last = figure(recording.images[0], alt=f"{name}. The image", caption="image", kind="thumb")
     return schedule_heading(name, mask_schedules.summary(name)) + strip([*tiles, last], label=f"Decoding with {name}")
-
-
-STYLE = Path(__file__).with_name("style.css")
-
-
-def build_page(studio: Studio) -> Any:
-    """Builds the page of a model.
-
-    Args:
-        studio: The model.
-
-    Returns:
-        The ``gradio.Blocks``.
-    """
-    import gradio as gr
-
-    from maskgit_pl.web.tab_edit import add_edit_tab, add_panorama_tab
-
-    with gr.Blocks(title=f"MaskGIT: {studio.name}", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        gr.Markdown(f"# MaskGIT\n{_describe(studio)}")
-        with gr.Tab("Generate"):
-            generated = add_generate_tab(studio, page)
-        with gr.Tab("Compare"):
-            add_compare_tab(studio, page)
-        with gr.Tab("Edit") as tab:
-            add_edit_tab(studio, tab, generated)
-        with gr.Tab("Panorama"):
-            add_panorama_tab(studio)
-        with gr.Tab("Schedules"):
-            add_schedules_tab(studio, page)
-    return page
-
-
-def _describe(studio: Studio) -> str:
-    """Returns the name and the sizes of the model as Markdown."""
-    sizes = repr(studio.pipe).removeprefix("MaskGIT(").removesuffix(")")
-    named = sizes if sizes.startswith(f"{studio.name}: ") else f"{studio.name}: {sizes}"
-    return markdown(named)

@@ -1,9 +1,7 @@
-"""The decoding settings of a form, and the keyword arguments of ``MaskGIT.generate`` that they stand for.
+"""Values of a form, the arguments of ``MaskGIT`` that they stand for, and the lines that repeat what the page made.
 
-The Python line and the command line that repeat what the page made.
-
-They read ``image.png`` and ``mask.png``, which the page offers for download. The Python line writes ``made.png``, the
-command writes the folder ``images``.
+The lines read ``image.png`` and ``mask.png``, which the page offers for download. The Python line writes ``made.png``,
+the command writes the folder ``images``.
 """
 
 from __future__ import annotations
@@ -36,32 +34,10 @@ __all__ = [
     "selector_choices",
 ]
 
-OWN = ""
-"""The choice of a form that keeps the model's own part."""
-
 Choices = list[tuple[str, str]]
 
-
-def selector_choices(own: DecodingConfig) -> Choices:
-    """Returns the label and the value of each token selector of a form, the model's own first."""
-    return _choices(_name(own.token_selector), token_selectors.build_all())
-
-
-def guidance_choices(own: DecodingConfig) -> Choices:
-    """Returns the label and the value of each guidance schedule of a form, the model's own first."""
-    return _choices(_name(own.guidance), guidance_schedules.build_all())
-
-
-def schedule_choices(own: DecodingConfig, trained: MaskSchedule) -> Choices:
-    """Returns the label and the value of each mask schedule of a form, the model's own first.
-
-    Args:
-        own: The model's own settings.
-        trained: Mask schedule of the training, which settings without a schedule use.
-    """
-    built = mask_schedules.build_all()
-    name = next((name for name, schedule in built.items() if schedule == trained), type(trained).__name__)
-    return _choices(name if own.mask_schedule is None else _name(own.mask_schedule), built)
+OWN = ""
+"""The choice of a form that keeps the model's own part."""
 
 
 @dataclass(frozen=True)
@@ -160,25 +136,26 @@ class PageRequest:
         check_integer("dilation", self.dilation, "[0, 8]")
 
 
-def _choices(own: str | None, built: Mapping[str, object]) -> Choices:
-    return [(f"{own} (as the model)", OWN), *((name, name) for name in built)]
+def selector_choices(own: DecodingConfig) -> Choices:
+    """Returns the label and the value of each token selector of a form, the model's own first."""
+    return _choices(_name(own.token_selector), token_selectors.build_all())
 
 
-def _name(spec: str | Mapping[str, Any] | None) -> str | None:
-    return str(spec["name"]) if isinstance(spec, Mapping) else spec
+def guidance_choices(own: DecodingConfig) -> Choices:
+    """Returns the label and the value of each guidance schedule of a form, the model's own first."""
+    return _choices(_name(own.guidance), guidance_schedules.build_all())
 
 
-def _takes_noise(selector: str | dict[str, Any] | None) -> bool:
-    return selector is not None and hasattr(token_selectors.build(selector), "choice_temperature")
+def schedule_choices(own: DecodingConfig, trained: MaskSchedule) -> Choices:
+    """Returns the label and the value of each mask schedule of a form, the model's own first.
 
-
-def _choice_temperature(own: DecodingConfig) -> float:
-    selector = None if own.token_selector is None else token_selectors.build(own.token_selector)
-    return float(getattr(selector, "choice_temperature", 4.5))
-
-
-def _scale(own: DecodingConfig) -> float:
-    return float(getattr(guidance_schedules.build(own.guidance), "scale", 0.0))
+    Args:
+        own: The model's own settings.
+        trained: Mask schedule of the training, which settings without a schedule use.
+    """
+    built = mask_schedules.build_all()
+    name = next((name for name, schedule in built.items() if schedule == trained), type(trained).__name__)
+    return _choices(name if own.mask_schedule is None else _name(own.mask_schedule), built)
 
 
 @dataclass(frozen=True)
@@ -257,6 +234,27 @@ def call_panorama(
     words += [word for name, value in options.items() for word in (_flag(name), str(value))]
     arguments = [[_class_value(request.label, names)]]
     return Call("panorama", arguments, options, "panorama", words, changes)
+
+
+def _choices(own: str | None, built: Mapping[str, object]) -> Choices:
+    return [(f"{own} (as the model)", OWN), *((name, name) for name in built)]
+
+
+def _name(spec: str | Mapping[str, Any] | None) -> str | None:
+    return str(spec["name"]) if isinstance(spec, Mapping) else spec
+
+
+def _takes_noise(selector: str | dict[str, Any] | None) -> bool:
+    return selector is not None and hasattr(token_selectors.build(selector), "choice_temperature")
+
+
+def _choice_temperature(own: DecodingConfig) -> float:
+    selector = None if own.token_selector is None else token_selectors.build(own.token_selector)
+    return float(getattr(selector, "choice_temperature", 4.5))
+
+
+def _scale(own: DecodingConfig) -> float:
+    return float(getattr(guidance_schedules.build(own.guidance), "scale", 0.0))
 
 
 def _edit_words(request: PageRequest, names: Sequence[str]) -> list[str]:

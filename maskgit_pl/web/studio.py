@@ -39,9 +39,7 @@ if TYPE_CHECKING:
     from maskgit_pl.pipeline.generate import StepsOfImages
     from maskgit_pl.web.regions import EditRegion
 
-__all__ = ["EditTask", "Made", "Studio"]
-
-EditTask = Literal["inpaint", "edit"]
+__all__ = ["Made", "Studio"]
 
 _MAX_KEPT = 64  # results whose files are kept
 _MAX_CANVAS = 16  # area of a canvas, in images of the model
@@ -114,7 +112,7 @@ class Studio:
         return self._made(folder, [folder / "image.png"], recording, images, call)
 
     def edit(
-        self, pixels: Tensor, region: EditRegion, task: EditTask, request: PageRequest
+        self, pixels: Tensor, region: EditRegion, task: Literal["inpaint", "edit"], request: PageRequest
     ) -> Iterator[Recording | Made]:
         """Generates a region of an image again, with ``edit`` as another class.
 
