@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
 __all__ = [
-    "SETTINGS",
     "STAGES",
     "RunOrigin",
     "check_run",
@@ -44,7 +43,7 @@ __all__ = [
 
 STAGES = ("tokenizer", "transformer")
 # Keys of the recipe and of the environment that a card shows. The files of the run have all of them.
-SETTINGS = (
+_SETTINGS = (
     "trainer.max_steps",
     "trainer.precision",
     "data.path",
@@ -292,7 +291,7 @@ def _stage(folder: Path) -> dict[str, Any]:
     file = folder / "config.yaml"
     recipe = read_yaml(file) if file.is_file() else {}
     # Settings that a stage does not have are None here and left out below.
-    values = {key: _value(recipe, key) for key in SETTINGS}
+    values = {key: _value(recipe, key) for key in _SETTINGS}
     if values["data.path"] is not None:  # a card must not publish paths of the machine
         values["data.path"] = Path(str(values["data.path"])).name
     environment = _json(folder / "environment.json")
@@ -451,7 +450,7 @@ def _run(content: Mapping[str, Any]) -> list[str]:
         return []
     lines = ["## Training", "", "| | tokenizer | transformer |", "|---|---|---|"]
     lines += _row("recipe", [run[stage]["recipe"] or None for stage in STAGES])
-    for part, keys in (("settings", SETTINGS), ("environment", _VERSIONS)):
+    for part, keys in (("settings", _SETTINGS), ("environment", _VERSIONS)):
         for key in keys:
             lines += _row(key, [run[stage][part].get(key) for stage in STAGES])
     measured = run["measured"]

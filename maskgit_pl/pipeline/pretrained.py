@@ -55,7 +55,7 @@ __all__ = [
 ]
 
 Kind = Literal["tokenizer", "transformer", "pipeline"]
-Network = TypeVar("Network", bound=nn.Module)
+_Network = TypeVar("_Network", bound=nn.Module)
 
 _WEIGHTS_FILE = "model.safetensors"
 _CONFIG = "config.json"
@@ -382,7 +382,7 @@ def _save(folder: Path, kind: Kind, weights: Mapping[str, Tensor], config: dict[
         write_text(fresh / _CONFIG, json.dumps(content, indent=2) + "\n")
 
 
-def _read_network(build: Callable[[], Network], folder: Path, *, num_blocks: int) -> Network:
+def _read_network(build: Callable[[], _Network], folder: Path, *, num_blocks: int) -> _Network:
     """Returns a network with the weights of a folder, frozen.
 
     1. Read the header of the file. Refuse a network with more blocks than the file has tensors before it is built.

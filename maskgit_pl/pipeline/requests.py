@@ -24,7 +24,7 @@ from maskgit_pl.pipeline.pixels import (
 )
 from maskgit_pl.pipeline.regions import pixel_region, seam, seam_radius, token_mask
 
-__all__ = ["Edit", "Request", "rows_by_first_step", "slices"]
+__all__ = ["Edit", "Request", "rows_by_first_step"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Request:
     def batches(self) -> list[list[int]]:
         """Returns the indices of the results batch by batch."""
         count = len(self.labels)
-        return [list(range(count)[part]) for part in slices(count, self.batch_size)]
+        return [list(range(count)[part]) for part in _slices(count, self.batch_size)]
 
     def part(self, rows: Sequence[int], *, seeds: Sequence[int] | None = None) -> Request:
         """Returns the request for some of the results, with other seeds if ``seeds`` is given."""
@@ -139,7 +139,7 @@ class Edit:
         return edits
 
 
-def slices(count: int, size: int) -> Iterator[slice]:
+def _slices(count: int, size: int) -> Iterator[slice]:
     """Returns slices of range(``count``), each at most ``size`` long."""
     return (slice(first, first + size) for first in range(0, count, size))
 
@@ -149,7 +149,7 @@ def rows_by_first_step(first_steps: Sequence[int], batch_size: int) -> Iterator[
     # A batch shares its steps, so rows with different first steps cannot be in one.
     for first_step in sorted(set(first_steps)):
         rows = [row for row, own in enumerate(first_steps) if own == first_step]
-        for part in slices(len(rows), batch_size):
+        for part in _slices(len(rows), batch_size):
             yield first_step, rows[part]
 
 

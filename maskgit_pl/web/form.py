@@ -48,7 +48,7 @@ __all__ = [
     "show_results",
 ]
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
 """Options of events that use the model: they wait for one another, and other events do not wait for them."""
@@ -211,7 +211,7 @@ def explain(error: Exception) -> str:
     return f"{type(error).__name__}: internal error of maskgit_pl or of a library; the terminal shows where"
 
 
-def pace(steps: Iterable[T], *, num_steps: int) -> Iterator[T]:
+def pace(steps: Iterable[_T], *, num_steps: int) -> Iterator[_T]:
     """Yields the steps of a fast model slowly enough to be seen: 0.15 s each, and at most 3 s in all.
 
     Args:
