@@ -1,27 +1,31 @@
 """Checks of values from users and files. Every message has the form ``NAME must RULE, got VALUE``.
 
 Used by configuration dataclasses in ``__post_init__`` and by all readers of untrusted files. Imports nothing heavy, so
-that a wrong key is reported immediately. In this order: single values, the mappings of files (keys, dataclasses), JSON
-Schemas of annotations (2020-12, which editors understand), and the sizes, channels and file names of images.
+that a wrong key is reported immediately. In this order: single values, the mappings of files (keys, dataclasses, whose
+types pydantic checks), and the sizes, channels and file names of images.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import operator
 import re
-import types
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, fields
 from difflib import get_close_matches
+from functools import cache
 from numbers import Real
-from typing import Any, Literal, SupportsIndex, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, SupportsIndex, TypeAlias, TypeVar, cast
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 __all__ = [
     "CHANNELS",
     "ImageSize",
-    "Schema",
+    "WrongValue",
     "as_image_size",
     "build_dataclass",
     "check_channels",
@@ -33,9 +37,8 @@ __all__ = [
     "check_number",
     "check_seed",
     "check_sha256",
-    "describe",
+    "describe_wrong_values",
     "did_you_mean",
-    "fits",
     "height_width",
     "image_file_name",
     "is_image_file_name",
@@ -43,11 +46,10 @@ __all__ = [
     "plain_list",
     "plain_number",
     "plain_size",
-    "schema_of",
     "shorten",
+    "type_adapter",
+    "validate",
 ]
-
-Schema = dict[str, Any]
 
 ImageSize: TypeAlias = int | tuple[int, int]
 """The side of square images, or (height, width), in pixels."""
@@ -59,25 +61,6 @@ CHANNELS = {1: "grey", 3: "RGB"}
 
 _MAX_SHOWN = 80  # characters of a value in a message
 _FILE_NAME = re.compile(r"(no-class|class-\d{4,})-seed-\d{6,}\.png")  # of image_file_name
-
-_TYPES: dict[Any, str] = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}
-_NAMES = {
-    "integer": "an integer",
-    "number": "a number",
-    "string": "a string",
-    "boolean": "true or false",
-    "null": "null",
-    "object": "a mapping",
-}
-# Python counts a bool as an int; JSON Schema does not.
-_FITS: dict[str, Callable[[object], bool]] = {
-    "integer": lambda value: isinstance(value, int) and not isinstance(value, bool),
-    "number": lambda value: isinstance(value, int | float) and not isinstance(value, bool),
-    "string": lambda value: isinstance(value, str),
-    "boolean": lambda value: isinstance(value, bool),
-    "null": lambda value: value is None,
-    "object": lambda value: isinstance(value, Mapping) and all(isinstance(key, str) for key in value),
-}
 
 
 def shorten(value: object) -> str:
@@ -266,8 +249,8 @@ def build_dataclass(kind: type[T], values: object, where: str) -> T:
     """Builds a dataclass from the plain values of a file, after checking its keys and the types of its values.
 
     Args:
-        kind: Dataclass whose ``__post_init__`` checks ranges.
-        values: Mapping from the file. JSON lists are accepted for tuples.
+        kind: Dataclass whose annotations give the types, and whose ``__post_init__`` checks ranges.
+        values: Mapping from the file. JSON lists are accepted for tuples, and integers for floats.
         where: File and key of ``values``, for the message.
 
     Raises:
@@ -276,109 +259,143 @@ def build_dataclass(kind: type[T], values: object, where: str) -> T:
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{where} must be a mapping, got {shorten(values)}")
-    every = fields(kind)  # type: ignore[arg-type]  # a type variable cannot be bound to dataclasses
-    own: dict[str, Field[Any]] = {field.name: field for field in every if field.init}
+    own = {field.name: field for field in fields(kind) if field.init}  # type: ignore[arg-type]  # T is a dataclass
     required = [n for n, field in own.items() if field.default is MISSING and field.default_factory is MISSING]
     check_keys(where, values, known=own, required=required)
-    schemas = _schemas(kind)
-    for key, value in values.items():
-        schema = schemas.get(key, {})
-        if not fits(value, schema):
-            raise ValueError(f"{where}.{key} must be {describe(schema)}, got {shorten(value)}{_hint(value, schema)}")
-    # __post_init__ knows its fields, not the file: the message gets the place in front.
     try:
-        return kind(**values)
+        return validate(kind, values)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(describe_wrong_values(error, values, where)[0].text) from error
 
 
-def _schemas(kind: type) -> dict[str, Schema]:
-    """Returns the schemas of the annotations that are plain types. Plug-ins may have others, and check them."""
-    try:
-        hints = get_type_hints(kind)
-    except NameError:  # names that are imported for type checkers only
-        return {}
-    schemas = {}
-    for name, hint in hints.items():
-        with suppress(TypeError):
-            schemas[name] = schema_of(hint)
-    return schemas
-
-
-def _hint(value: object, schema: Schema) -> str:
-    """Returns ``; did you mean 'x'?`` for a value close to one of an enum, else an empty string."""
-    close = did_you_mean(value, [str(choice) for choice in schema.get("enum", ())]) if isinstance(value, str) else ""
-    return f"; {close}" if close else ""
-
-
-def schema_of(annotation: Any) -> Schema:
-    """Returns the JSON Schema of an annotation.
-
-    Args:
-        annotation: A plain type, dataclass, ``Literal``, union, tuple, sequence, mapping or ``Any``.
+def validate(kind: type[T], values: Mapping[str, Any]) -> T:
+    """Builds a dataclass from plain values. Types are compared strictly, as in JSON: a bool is no number.
 
     Raises:
-        TypeError: if the annotation is of another kind.
+        ValueError: if a key or a type is wrong, or the dataclass raises a ``ValueError``; for the messages, see
+            ``describe_wrong_values``.
     """
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if annotation is Any:
-        return {}
-    if annotation is None:
-        annotation = type(None)
-    if annotation in _TYPES:
-        return {"type": _TYPES[annotation]}
-    # A dataclass is a mapping with exactly its fields.
-    if isinstance(annotation, type) and is_dataclass(annotation):
-        hints = get_type_hints(annotation)
-        properties = {field.name: schema_of(hints[field.name]) for field in fields(annotation) if field.init}
-        return {"type": "object", "properties": properties, "additionalProperties": False}
-    if origin is Literal:
-        return {"enum": list(arguments)}
-    if origin in (Union, types.UnionType):
-        return {"anyOf": [schema_of(each) for each in arguments]}
-    # tuple[float, float] has a fixed length; tuple[int, ...] is handled as a sequence below.
-    if origin is tuple and arguments[-1:] != (Ellipsis,):
-        items, count = [schema_of(each) for each in arguments], len(arguments)
-        return {"type": "array", "prefixItems": items, "minItems": count, "maxItems": count}
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        return {"type": "object"}
-    if isinstance(origin, type) and issubclass(origin, Sequence):
-        return {"type": "array", "items": schema_of(arguments[0])}
-    raise TypeError(f"{annotation} has no JSON Schema here")
+    adapter = type_adapter(cast(Hashable, kind))
+    if adapter is None:
+        return kind(**values)
+    try:
+        text = json.dumps([values], ensure_ascii=False).encode()
+    except TypeError:  # objects, from Python code
+        return cast(T, adapter.validate_python([values])[0])
+    except UnicodeEncodeError as error:  # a name of a file that is no text
+        bad = error.object[error.start :].partition('"')[0]
+        raise ValueError(f"names must be UTF-8 text, got {shorten(bad)}; rename the file or the folder") from error
+    return cast(T, adapter.validate_json(text)[0])
 
 
-def fits(value: object, schema: Schema) -> bool:
-    """Returns True if a plain value fits a schema of ``schema_of``. Keys of mappings are not compared.
+@cache
+def type_adapter(kind: type) -> TypeAdapter[Any] | None:
+    """Returns the validator of a dataclass; None for annotations that have no plain values, such as a plug-in's."""
+    from pydantic import ConfigDict, TypeAdapter
+    from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnnotation
 
-    An integer fits ``number``, a tuple fits ``array``, and a bool fits only ``boolean``.
+    try:
+        # In a list, the settings apply to dataclasses inside of the dataclass too.
+        return TypeAdapter(list[kind], config=ConfigDict(extra="forbid", strict=True))  # type: ignore[valid-type]
+    except (PydanticSchemaGenerationError, PydanticUndefinedAnnotation, NameError):
+        return None
+
+
+class WrongValue(NamedTuple):
+    """A wrong value.
+
+    Args:
+        key: Keys that lead to the value, such as ``("data", "seed")``.
+        text: The message.
+        kind: ``missing`` for a required value, ``type``, or ``value`` for what a dataclass refuses.
     """
-    if "anyOf" in schema:
-        return any(fits(value, each) for each in schema["anyOf"])
-    if "enum" in schema:
-        # 1 == True in Python, so types are compared too.
-        return any(value == choice and type(value) is type(choice) for choice in schema["enum"])
-    if schema.get("type") == "array":
-        return isinstance(value, list | tuple) and _items_fit(value, schema)
-    return "type" not in schema or _FITS[schema["type"]](value)
+
+    key: tuple[str, ...]
+    text: str
+    kind: Literal["missing", "type", "value"]
 
 
-def _items_fit(values: Sequence[object], schema: Schema) -> bool:
-    if "prefixItems" in schema:
-        return len(values) == len(schema["prefixItems"]) and all(map(fits, values, schema["prefixItems"]))
-    return all(fits(each, schema["items"]) for each in values)
+_RULES = {  # type of an error of pydantic -> what the value must be
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "string_type": "a string",
+    "bool_type": "true or false",
+    "none_required": "null",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "mapping_type": "a mapping",
+    "dataclass_type": "a mapping",
+}
 
 
-def describe(schema: Schema) -> str:
-    """Returns the values that a schema accepts in words, such as ``"an integer or null"``."""
-    if "anyOf" in schema:
-        return " or ".join(describe(each) for each in schema["anyOf"])
-    if "enum" in schema:
-        return " or ".join(repr(each) if isinstance(each, str) else str(each).lower() for each in schema["enum"])
-    if "prefixItems" in schema:
-        return "a list of " + " and ".join(describe(each) for each in schema["prefixItems"])
-    if schema.get("type") == "array":
-        return f"a list of items that are each {describe(schema['items'])}"
-    return _NAMES.get(schema.get("type", ""), "any value")
+def describe_wrong_values(
+    error: ValueError, values: Mapping[str, Any], where: str, *, names: Collection[str] = ()
+) -> list[WrongValue]:
+    """Returns what is wrong with values that ``validate`` has refused, in the order of the fields.
+
+    Args:
+        error: The error of ``validate``.
+        values: The values.
+        where: Their file and key.
+        names: Fields whose names continue the key where a message of a dataclass begins with them.
+    """
+    if not hasattr(error, "errors"):
+        return [_refused_value(where, (), str(error), names)]
+    found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for each in error.errors():
+        found.setdefault(_key_of(each["loc"], values), []).append(each)
+    return [_describe_wrong_value(key, each, values, where, names) for key, each in found.items()]
+
+
+def _key_of(location: Sequence[str | int], values: Any) -> tuple[str, ...]:
+    """Returns the keys of a location: without the members of unions and the items of lists."""
+    key: list[str] = []
+    for part in location:
+        if isinstance(values, Mapping) and isinstance(part, str):
+            key.append(part)
+            if part not in values:
+                break
+            values = values[part]
+        elif not isinstance(part, int):  # a member of a union
+            break
+    return tuple(key)
+
+
+def _describe_wrong_value(
+    key: tuple[str, ...], found: Sequence[Mapping[str, Any]], values: Any, where: str, names: Collection[str]
+) -> WrongValue:
+    first = found[0]
+    if first["type"] == "value_error":
+        return _refused_value(where, key, str(first["ctx"]["error"]), names)
+    place = ".".join((where, *key) if where else key)
+    for part in key:
+        if not isinstance(values, Mapping) or part not in values:
+            return WrongValue(key, f"{place} must be given", "missing")
+        values = values[part]
+    choices = [choice for each in found for choice in re.findall("'([^']*)'", each.get("ctx", {}).get("expected", ""))]
+    close = did_you_mean(values, choices) if isinstance(values, str) else ""
+    rule = " or ".join(dict.fromkeys(map(_rule_of, found)))
+    if isinstance(values, list | tuple):
+        rule = f"a list with {rule} as each item" if "a list" not in rule else rule
+    return WrongValue(key, f"{place} must be {rule}, got {shorten(values)}{close and f'; {close}'}", "type")
+
+
+def _rule_of(found: Mapping[str, Any]) -> str:
+    """Returns what a value must be, in words."""
+    if found["type"] in ("missing", "too_long", "too_short"):
+        return "a list of the right length"
+    return _RULES.get(found["type"]) or str(found.get("ctx", {}).get("expected") or found["msg"])
+
+
+def _refused_value(where: str, key: Sequence[str], message: str, names: Collection[str]) -> WrongValue:
+    """Puts the place in front of the message of a dataclass, which knows its fields and not its file."""
+    place = ".".join((where, *key) if where else key)
+    if place and not message.startswith(f"{place}."):
+        is_field = re.split(r"[.:\s]", message, maxsplit=1)[0] in names
+        message = f"{place}.{message}" if is_field else f"{place}: {message}"
+    return WrongValue(tuple(re.split(r"[:\s]", message, maxsplit=1)[0].split(".")), message, "value")
 
 
 def check_image_size(name: str, size: object, interval: str) -> ImageSize:

@@ -198,7 +198,6 @@ READERS = {  # modules that parse JSON or YAML themselves, and why; all others u
     "evaluation/ledger": "its own values; rows of files are read with parse_json",
     "pipeline/bulk": "its own plan",
     "runs/watchdog": "what the ranks of the run tell one another",
-    "runs/recipe_schema": "a file of the package",
     "data/tokenizing": "its own values",
 }
 

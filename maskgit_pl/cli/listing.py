@@ -27,9 +27,9 @@ from maskgit_pl.importers.files import TOKENIZER_LAYOUTS
 from maskgit_pl.pipeline.sharing import bundled_models
 from maskgit_pl.registry import describe, nearest
 from maskgit_pl.runs.flag_values import parse_specs
+from maskgit_pl.runs.layers import Kind
 from maskgit_pl.runs.preflight_report import count_text
 from maskgit_pl.runs.recipe import STAGES, Stage, list_recipes, recipes_folders
-from maskgit_pl.runs.recipe_schema import Kind, load_schema
 
 if TYPE_CHECKING:
     from maskgit_pl.registry import Registry
@@ -215,7 +215,9 @@ def _run_copy(args: argparse.Namespace) -> int:
 
 
 def _run_schema(args: argparse.Namespace) -> int:
-    print(json.dumps(load_schema(args.kind), indent=1))
+    from maskgit_pl.runs.settings import json_schema
+
+    print(json.dumps(json_schema(args.kind), indent=1))
     return 0
 
 

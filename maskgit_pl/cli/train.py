@@ -65,13 +65,14 @@ def _print_config(recipe: Recipe, folders: WantedFolders) -> None:
         if any(folders[name] is not None for name in ("data", "tokenizer", "pretrained")):
             raise
         missing = str(error)
-    from maskgit_pl.runs.resolve import config_text, config_text_of, resolve  # lightning and torch take seconds
+    from maskgit_pl.runs.resolve import config_text, config_text_without_data, merge_values
+    from maskgit_pl.runs.settings import resolve
 
     if missing is None:
-        print(config_text(plan), end="")
+        print(config_text(resolve(recipe.kind, merge_values(plan))), end="")
     else:
         print(f"# Keys that data and tokenizer give (paths, sizes, classes) are left out or have defaults: {missing}")
-        print(config_text_of(resolve(recipe.kind, recipe.tree)), end="")
+        print(config_text_without_data(recipe), end="")
 
 
 def add_tokenize_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

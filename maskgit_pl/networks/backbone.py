@@ -13,13 +13,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
-from typing import ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskgit_pl.checks import check_integer, check_keys, check_number, shorten
+from maskgit_pl.checks import check_integer, check_keys, check_number, shorten, validate
 from maskgit_pl.networks.transformer_block import KVCache
 from maskgit_pl.networks.weights import skeletons
 from maskgit_pl.registry import Registry
@@ -398,6 +398,20 @@ def build_config(values: object, where: str) -> BackboneConfig:
     known = [each.name for each in fields(kind) if each.init]
     check_keys(where if name == DEFAULT_BACKBONE else f"{where}: backbone {name!r}", values, known=known)
     return backbones.build({**values, "backbone": name, "name": name}, where=where)
+
+
+def read_config_values(values: Any) -> Any:
+    """Builds the configuration of the backbone that plain values name; other objects are returned as they are.
+
+    For ``model.network`` of a recipe, whose dataclass depends on the backbone.
+
+    Raises:
+        ValueError: if a field is unknown, missing or wrong, or the backbone is unknown.
+    """
+    if not isinstance(values, Mapping):
+        return values
+    name = values.get("backbone", DEFAULT_BACKBONE)
+    return validate(config_class(name), {**values, "backbone": name})
 
 
 def config_class(name: str) -> type[BackboneConfig]:

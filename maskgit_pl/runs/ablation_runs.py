@@ -15,17 +15,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from maskgit_pl.checks import build_dataclass
-from maskgit_pl.decoding import AutoregressiveDecoding, DecodingConfig
+from maskgit_pl.autoregressive import AutoregressiveConfig
+from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.errors import PreemptedError, RunError
 from maskgit_pl.files import read_json, sha256_of
+from maskgit_pl.mvtm import MaskedTokenConfig
 from maskgit_pl.processes import available_cores
 from maskgit_pl.runs.ablation_plan import AblationConfig, Variant, base_values, plan_variants, run_maskgit
 from maskgit_pl.runs.layers import Overrides, flag_words, merge, remove_key
 from maskgit_pl.runs.plan import Plan, find_data, find_tokenizer
 from maskgit_pl.runs.preflight_checks import build_without_weights
 from maskgit_pl.runs.recipe import Recipe, Stage
-from maskgit_pl.runs.resolve import AUTO, merge_values, resolve
+from maskgit_pl.runs.resolve import AUTO, merge_values
+from maskgit_pl.runs.settings import ResolvedRun, resolve
 from maskgit_pl.runs.tokenizing import tokenize
 from maskgit_pl.training.speed import TrainingTime, read_training_time
 from maskgit_pl.training.token_model import TokenModel
@@ -167,7 +169,7 @@ class AblationRuns:
         threads = None
         if config.budget.unit == "seconds":
             threads = variants[reference].cpu_threads or available_cores()
-        values = base_values(config, resolver.resolve_tree(base))
+        values = base_values(config, resolver.values(base).tree)
         return cls(config, variants, reference, values, shards, tokenizer, stage_2, threads)
 
     def pilot(self, variant: ResolvedVariant) -> TrainingTime:
@@ -271,15 +273,17 @@ class _Resolver:
                 )
         except (TypeError, ValueError) as error:
             raise ValueError(f"variant {planned.label}: {error}") from error
-        tree = merge([run.config])
+        tree = merge([run.values.tree])
         tree["tokenizer"] = None if self.tokenizer is None else sha256_of(self.tokenizer / "model.safetensors")
         tree["stage_2"] = None if self.stage_2 is None else self.stage_2.tree
         for key in (*_NO_PART, *_OF_A_RUN):
             remove_key(tree, key)
         parameters = sum(each.numel() for each in run.model.parameters() if each.requires_grad)
-        return ResolvedVariant(planned, tree, run.settings.max_steps, run.run.cpu_threads, decoding, parameters)
+        return ResolvedVariant(
+            planned, tree, run.values.trainer.max_steps, run.values.cpu_threads, decoding, parameters
+        )
 
-    def resolve_tree(self, recipe: Recipe) -> dict[str, Any]:
+    def values(self, recipe: Recipe) -> ResolvedRun:
         """Returns the complete values of a recipe."""
         return resolve(recipe.kind, merge_values(self._plan(recipe)))
 
@@ -293,12 +297,10 @@ class _Resolver:
             return None  # a transformer of ``stage_2`` exports its own
         if recipe.kind == self.base.kind:
             recipe = self.base.with_overrides([f"--{key}={text}" for key, text in planned.decoding.items()])
-        config = self.resolve_tree(recipe)["model"]
-        if recipe.kind == "autoregressive":
-            made = build_dataclass(AutoregressiveDecoding, config["decoding"], "model.decoding")
-            height, width = config["network"]["grid"]
-            return made.to_config(height * width)
-        return build_dataclass(DecodingConfig, config["decoding"], "model.decoding")
+        config: AutoregressiveConfig | MaskedTokenConfig = self.values(recipe).model
+        if isinstance(config, AutoregressiveConfig):
+            return config.decoding.to_config(config.network.num_tokens)
+        return config.decoding
 
 
 def _with_precision(config: AblationConfig) -> AblationConfig:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import re
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -19,32 +18,15 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.profilers import PassThroughProfiler, Profiler
 from torch import Tensor
 
-from maskgit_pl.checks import build_dataclass
-from maskgit_pl.data import ShardData, ShardDataConfig, split_batch
+from maskgit_pl.data import ShardData, split_batch
 from maskgit_pl.data.config import check_stream
 from maskgit_pl.errors import is_user_error
-from maskgit_pl.networks.backbone import BackboneConfig, build_config
-from maskgit_pl.networks.discriminators import DiscriminatorConfig, build_discriminator
 from maskgit_pl.pipeline.pretrained import fingerprint, read_config
 from maskgit_pl.runs.costs import useful_flops
 from maskgit_pl.runs.plan import Plan
-from maskgit_pl.runs.recipe import Recipe, Stage
-from maskgit_pl.runs.recipe_schema import (
-    RunSettings,
-    TokenizerRunSettings,
-    TrainerSettings,
-    parameters_of,
-    run_settings,
-)
-from maskgit_pl.runs.resolve import (
-    MODULES,
-    choose_precision,
-    dataclass_in,
-    fixed_settings,
-    list_changes,
-    merge_values,
-    resolve,
-)
+from maskgit_pl.runs.recipe import Stage
+from maskgit_pl.runs.resolve import choose_precision, fixed_settings, list_changes, merge_values
+from maskgit_pl.runs.settings import ResolvedRun, TokenizerRun, TrainerSettings, resolve
 from maskgit_pl.runs.watchdog import Watchdog
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.callbacks import (
@@ -58,7 +40,6 @@ from maskgit_pl.training.callbacks import (
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint, read_settings, step_of
 from maskgit_pl.training.checkpoints import Checkpoints
 from maskgit_pl.training.health import HealthMonitor
-from maskgit_pl.training.health_rules import HealthConfig
 from maskgit_pl.training.loggers import TolerantLogger, loggers
 from maskgit_pl.training.optimizers import check_sharding
 from maskgit_pl.training.speed import SpeedMonitor, StepClock
@@ -97,7 +78,7 @@ def build(plan: Plan) -> StageRun:
         warnings.filterwarnings("ignore", message=f".*{message}")
     # Only initial weights use torch's generator: all other random numbers are functions of the recipe's seed.
     torch.manual_seed(plan.recipe.get("data.seed") or 0)
-    run = StageRun(plan.recipe, merge_values(plan), plan.stage_folder)
+    run = StageRun(plan.stage, resolve(plan.recipe.kind, merge_values(plan)), plan.stage_folder)
     run.add_trainer()
     module, data, trainer = run.model, run.datamodule, run.trainer
     if trainer.max_steps < 1:
@@ -145,50 +126,42 @@ def _check_vectors(module: TokenModel, data: ShardData) -> None:
 
 
 class StageRun:
-    """A stage of a run: module and data from a recipe, and after ``add_trainer`` also the Trainer.
+    """A stage of a run: module and data, and after ``add_trainer`` also the Trainer.
 
     Args:
-        recipe: Recipe of the stage; it selects the module.
-        tree: All values of the run; see ``merge_values``.
+        stage: Stage to train.
+        values: All values of the run.
         folder: Stage folder, ``runs/RUN/STAGE``.
 
     Attributes:
-        config: ``tree`` with a default for every missing key, and the chosen precision.
-        run: Settings of checkpoints, watchdog and precision.
-        settings: Settings of the Trainer.
+        values: All values of the run, with the chosen precision.
         datamodule: Data of the stage.
         model: Module of the stage.
         trainer: The Trainer. Set by ``add_trainer``.
         fixed: Settings that must not change when the run resumes. Set by ``add_trainer``.
         checkpoints: Callback that writes checkpoints. Set by ``add_trainer``.
         watchdog: Callback that ends a run that hangs. Set by ``add_trainer``.
-
-    Raises:
-        ValueError: if a value is missing, out of range or unknown. The message names the key.
     """
 
     trainer: Trainer
 
-    def __init__(self, recipe: Recipe, tree: Mapping[str, Any], folder: Path) -> None:
-        self.stage: Stage = recipe.stage
-        self.kind = recipe.kind
+    def __init__(self, stage: Stage, values: ResolvedRun, folder: Path) -> None:
+        self.stage: Stage = stage
         self.folder = folder
-        self.config = resolve(recipe.kind, tree)
-        self.config["trainer"]["precision"] = choose_precision(self.config, self.stage, folder)
-        run = {name: value for name, value in self.config.items() if name not in ("data", "model", "trainer")}
-        self.run = _build_run_settings(recipe.kind, run)
-        self.settings = build_dataclass(TrainerSettings, self.config["trainer"], "trainer")
+        trainer = replace(
+            values.trainer, precision=choose_precision(values.trainer, values.model.network, stage, folder)
+        )
+        self.values = replace(values, trainer=trainer)
         self._set_precision()
-        self.datamodule = ShardData(ShardDataConfig(**_build_arguments(ShardDataConfig, self.config["data"], "data")))
-        config, module = MODULES[recipe.kind]
-        self.model = module(_build_value(self.config["model"], config, "model"))
+        self.datamodule = ShardData(values.data)
+        self.model = values.module(values.model)
 
     def _set_precision(self) -> None:
         """Sets threads and precision of torch. Must be called before any computation."""
-        if self.run.cpu_threads is not None:
-            torch.set_num_threads(self.run.cpu_threads)
-        torch.set_float32_matmul_precision(self.run.matmul_precision)
-        torch.backends.cudnn.allow_tf32 = self.run.matmul_precision != "highest"  # for convolutions
+        if self.values.cpu_threads is not None:
+            torch.set_num_threads(self.values.cpu_threads)
+        torch.set_float32_matmul_precision(self.values.matmul_precision)
+        torch.backends.cudnn.allow_tf32 = self.values.matmul_precision != "highest"  # for convolutions
 
     def add_trainer(self) -> None:
         """Builds the Trainer with our callbacks, checkpoint format and strategies.
@@ -201,7 +174,7 @@ class StageRun:
         newest = newest_checkpoint(self.folder / "checkpoints")
         if newest is not None:
             self._check_resumes(newest)
-        given = self.settings
+        given = self.values.trainer
         check_accelerator(given.accelerator)
         # Checked before the Trainer is built, which silently replaces float16 by bfloat16 on a CPU.
         check_precision(given.precision)
@@ -211,7 +184,7 @@ class StageRun:
             check_compiled(self.model.config.compiled, given.strategy)
         if self.stage == "tokenizer" and given.gradient_clip_val is not None:
             raise ValueError("trainer.gradient_clip_val cannot be set for the tokenizer: set model.gradient_clip")
-        self.watchdog = Watchdog(self.folder, seconds=self.run.hang_seconds)
+        self.watchdog = Watchdog(self.folder, seconds=self.values.hang_seconds)
         ours = {
             "strategy": build_strategy(given.strategy, longest_wait=self.watchdog.longest_limit),
             "profiler": self._build_profiler(),
@@ -245,10 +218,10 @@ class StageRun:
             identity = data.summary.fingerprint
         tokenizer = None
         if self.stage == "transformer":
-            folder = Path(self.config["model"]["tokenizer"])
+            folder = Path(self.values.model.tokenizer)
             read_config(folder, "tokenizer")  # raises if it is not a tokenizer
             tokenizer = fingerprint(folder)
-        return fixed_settings(self.config, data=identity, tokenizer=tokenizer)
+        return fixed_settings(self.values.tree, data=identity, tokenizer=tokenizer)
 
     def _check_resumes(self, checkpoint: Path) -> None:
         """Raises ValueError if a setting has changed that must not change when a run resumes."""
@@ -266,23 +239,23 @@ class StageRun:
     def _build_loggers(self) -> list[TolerantLogger]:
         """Builds the loggers of the recipe, and checks that they can be used, before anything is trained."""
         built = []
-        for spec in self.run.loggers:
+        for spec in self.values.loggers:
             name = spec if isinstance(spec, str) else str(spec.get("name"))
             tracker = loggers.build(spec)
             tracker.check()
-            built.append(TolerantLogger(tracker, self.folder, name=name, settings=self.config))
+            built.append(TolerantLogger(tracker, self.folder, name=name, settings=self.values.tree))
         return built
 
     def _build_profiler(self) -> Profiler:
-        spec = self.run.profiler
+        spec = self.values.profiler
         return _NoProfiler() if spec is None else profilers.build(spec).create(self.folder)
 
     def _build_callbacks(self) -> list[Callback]:
         self.checkpoints = Checkpoints(
             self.folder / "checkpoints",
-            every_n_steps=self.run.checkpoint_every,
-            keep_last=self.run.keep_last,
-            keep_every=self.run.keep_every,
+            every_n_steps=self.values.checkpoint_every,
+            keep_last=self.values.keep_last,
+            keep_every=self.values.keep_every,
             settings=self.fixed,
         )
         # A progress bar for a terminal, lines for a log file.
@@ -300,9 +273,9 @@ class StageRun:
         clock = StepClock(self.folder)
         # Health comes first: another callback may save a step and end the run. The clock comes last, so that it does
         # not count the pictures after a validation.
-        health = [HealthMonitor(self.folder, self.run.health)] if isinstance(self.run, TokenizerRunSettings) else []
-        named = [callbacks.build(spec).create(self.folder) for spec in self.run.callbacks]
-        speed = SpeedMonitor(self._count_flops, tensor_float32=self.run.matmul_precision != "highest")
+        health = [HealthMonitor(self.folder, self.values.health)] if isinstance(self.values, TokenizerRun) else []
+        named = [callbacks.build(spec).create(self.folder) for spec in self.values.callbacks]
+        speed = SpeedMonitor(self._count_flops, tensor_float32=self.values.matmul_precision != "highest")
         usual = [step_check, self.watchdog, self.checkpoints, progress, pictures, unreadable]
         return [*health, *usual, *named, speed, clock]
 
@@ -310,47 +283,6 @@ class StageRun:
         assert isinstance(self.model, Tokenizer | TokenModel)
         data = self.datamodule.config
         return useful_flops(self.model, global_batch=data.global_batch, encodes=data.source != "tokens")
-
-
-def _build_run_settings(kind: str, values: Mapping[str, Any]) -> RunSettings:
-    health = values.get("health")
-    plain = {name: value for name, value in values.items() if name != "health"}
-    run = build_dataclass(run_settings(kind), plain, "recipe")
-    if isinstance(run, TokenizerRunSettings):
-        run = replace(run, health=None if health is None else build_dataclass(HealthConfig, health, "health"))
-    return run
-
-
-def _build_arguments(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Returns the arguments of a class, with nested dataclasses built from their mappings.
-
-    Raises:
-        ValueError: if an argument is missing, or a dataclass rejects a value. The message names the key.
-    """
-    found = {}
-    for name, parameter in parameters_of(kind).items():
-        if name not in values:
-            raise ValueError(f"{where}.{name} must be set by the recipe")
-        found[name] = _build_value(values[name], parameter.annotation, f"{where}.{name}")
-    return found
-
-
-def _build_value(value: Any, annotation: Any, where: str) -> Any:
-    kind = dataclass_in(annotation)
-    if kind is None or value is None:
-        return tuple(value) if isinstance(value, list) and get_origin(annotation) is tuple else value
-    if kind is BackboneConfig:
-        return build_config(value, where)
-    if kind is DiscriminatorConfig:
-        return build_discriminator(value, where=where)
-    values = _build_arguments(kind, value, where)
-    try:
-        return kind(**values)
-    except ValueError as error:
-        # A message that begins with a field continues the key (data.seed must ...).
-        first = re.split(r"[.:\s]", str(error), maxsplit=1)[0]
-        between = "." if first in {each.name for each in fields(kind)} else ": "
-        raise ValueError(f"{where}{between}{error}") from error
 
 
 def _describe_missing_devices(given: TrainerSettings, error: Exception) -> str:

@@ -10,17 +10,18 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Literal
 
-from maskgit_pl.checks import Schema, describe, fits, shorten
+from maskgit_pl.checks import shorten
 from maskgit_pl.files import NO_CODE, check_plain, parse_yaml
 
 __all__ = [
     "DEFAULT_BACKBONE",
     "DERIVED_KEYS",
+    "Kind",
     "Layer",
     "Overrides",
-    "check_layer",
+    "explain_unknown_key",
     "flag_layer",
     "flag_words",
     "merge",
@@ -28,6 +29,9 @@ __all__ = [
     "split_flags",
     "value_at",
 ]
+
+Kind = Literal["tokenizer", "transformer", "autoregressive"]
+"""The kinds of modules that a recipe trains."""
 
 DEFAULT_BACKBONE = "bert"
 """The backbone of recipes that name none; ``networks.backbone`` has the same."""
@@ -80,10 +84,14 @@ class Layer:
     Args:
         origin: Name of the file or flag, for messages.
         tree: Nested mappings of plain values.
+        readings: Other trees that the text of a flag may mean, if the first does not fit the type of its key.
+        fault: The reason why the text of a flag is not YAML.
     """
 
     origin: str
     tree: Mapping[str, Any]
+    readings: tuple[Mapping[str, Any], ...] = ()
+    fault: str | None = None
 
 
 def merge(trees: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -158,122 +166,54 @@ def split_flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield key, text
 
 
-def flag_layer(key: str, text: str, schema: Schema) -> Layer:
-    """Returns the layer of one flag.
+def flag_layer(key: str, text: str) -> Layer:
+    """Returns the layer of one flag, whose text is YAML.
 
-    The text is parsed as YAML if the result fits the type of the key. Otherwise it is the value itself, so that a path
-    may be named ``[a``.
-
-    Raises:
-        ValueError: if the text is not a safe value.
+    A name such as ``on``, which YAML reads as a bool, and a path such as ``[a`` are strings where the key takes one; a
+    single item is the list of this item where the key takes a list.
     """
-    own = _schema_at(schema, key.split("."))  # None for an unknown key, which check_layer reports
+    readings: list[Any] = [text]
+    fault = None
     try:
         value = parse_yaml(text)
         check_plain(value, key)
-    except ValueError:
-        if own is None or not fits(text, own):
-            raise
-        value = text
-    # For example a name such as `on`, which YAML reads as a bool.
-    if own is not None and not fits(value, own) and fits(text, own):
-        value = text
-    # a.b.c = value becomes {a: {b: {c: value}}}.
-    tree: Any = value
-    for part in reversed(key.split(".")):
-        tree = {part: tree}
-    check_plain(tree)
-    return Layer(f"flag --{key}", tree)
-
-
-def check_layer(layer: Layer, schema: Schema) -> None:
-    """Checks the keys and types of a layer against a schema.
-
-    Raises:
-        ValueError: if a key is unknown or cannot be set, or its value has a wrong type. The message names the origin,
-            the key, and the closest known key.
-    """
-    try:
-        _check_tree(layer.tree, schema, schema)
+        readings = [value, *([text] if value != text else []), [value]]
     except ValueError as error:
-        is_named = layer.origin.startswith("flag --") and str(error).startswith(layer.origin[7:])
-        raise ValueError(f"flag --{error}" if is_named else f"{layer.origin}: {error}") from error
+        fault = str(error)
+    trees = []
+    for reading in readings:
+        # a.b.c = value becomes {a: {b: {c: value}}}.
+        tree: Any = reading
+        for part in reversed(key.split(".")):
+            tree = {part: tree}
+        trees.append(tree)
+    check_plain(trees[0])
+    return Layer(f"flag --{key}", trees[0], tuple(trees[1:]), fault)
 
 
-def _check_tree(node: Any, schema: Schema, root: Schema, path: str = "") -> None:
-    """Checks the keys and types of a part of a tree; see ``check_layer``."""
-    group = _group(schema)
-    if isinstance(node, dict) and "name" in node and _takes_spec(schema):
-        return  # a registered object with its own keys, which building it will check
-    if isinstance(node, dict) and group is not None:
-        for key, value in node.items():
-            where = f"{path}.{key}" if path else key
-            is_open = _is_open(schema) and isinstance(key, str)
-            if where in DERIVED_KEYS or (key not in group and not is_open):
-                raise ValueError(_explain_unknown_key(where, root))
-            _check_tree(value, group.get(key, {}), root, where)
-    elif isinstance(node, dict) and "name" not in node and _takes_spec(schema):
-        return  # arguments of an object that an earlier layer names
-    elif not fits(node, schema):
-        raise ValueError(f"{path} must be {describe(schema)}, got {shorten(node)}")
+def explain_unknown_key(key: str, known: Sequence[str], *, backbone: str) -> str:
+    """Returns the message for a key that a recipe cannot have.
 
-
-def _explain_unknown_key(key: str, root: Schema) -> str:
+    Args:
+        key: The dotted key.
+        known: All dotted keys of the recipe.
+        backbone: Name of the backbone, whose keys ``model.network`` has; empty for stage 1.
+    """
     if key in _REASONS:
         return f"{key} cannot be set: {_REASONS[key]}"
     group, _, leaf = key.rpartition(".")
-    known = [name for name in _keys(root) if name not in DERIVED_KEYS]
+    known = [name for name in known if name not in DERIVED_KEYS]
     beside = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == group}
     # First candidates: similar names in the same group.
     close = [beside[each] for each in get_close_matches(leaf, beside, n=1)]
     # Second: the same name in another group.
     close += [name for name in known if name.rpartition(".")[2] == leaf]
-    kind = (_schema_at(root, group.split(".")) or {}).get("title", "")
-    if kind.startswith("backbone"):
+    if backbone and group == "model.network":
         hint = f"did you mean {close[0]!r}? " if close else ""
-        return f"unknown key {key!r}: {hint}keys of {kind}: {', '.join(sorted(beside))}"
+        return f"unknown key {key!r}: {hint}keys of backbone {backbone}: {', '.join(sorted(beside))}"
     if not close:
         return f"unknown key {key!r}; base.yaml of recipes/tokenizer and recipes/transformer shows the keys"
     if key in close:  # a key with dots in a file
         nested = key.replace(".", ": {") + ": ..." + "}" * key.count(".")
         return f"unknown key {key!r}: keys of a file are nested, as in {nested}; dots are for flags"
     return f"unknown key {key!r}: did you mean {close[0]!r}?"
-
-
-def _schema_at(schema: Schema, parts: Sequence[str]) -> Schema | None:
-    """Returns the schema of a key: None if unknown, ``{}`` for the arguments of a registered object."""
-    for part in parts:
-        group = _group(schema)
-        if group is None:
-            return {} if _takes_spec(schema) else None
-        if part not in group:
-            return {} if _is_open(schema) else None
-        schema = group[part]
-    return schema
-
-
-def _keys(schema: Schema, path: str = "") -> Iterator[str]:
-    """Yields the dotted keys of all values."""
-    for key, each in (_group(schema) or {}).items():
-        where = f"{path}.{key}" if path else key
-        yield where
-        yield from _keys(each, where)
-
-
-def _group(schema: Schema) -> Mapping[str, Schema] | None:
-    """Returns the schemas of the keys of a group (which may be optional), or None for a value."""
-    for each in (schema, *schema.get("anyOf", ())):
-        if "properties" in each:
-            properties: Mapping[str, Schema] = each["properties"]
-            return properties
-    return None
-
-
-def _takes_spec(schema: Schema) -> bool:
-    """Returns True if a value specifies a registered object, by name or as a mapping."""
-    return any(each.get("type") == "object" and "properties" not in each for each in schema.get("anyOf", (schema,)))
-
-
-def _is_open(schema: Schema) -> bool:
-    """Returns True if a group may have keys that the schema does not know, such as those of a plug-in."""
-    return schema.get("additionalProperties") is True or (_group(schema) is not None and _takes_spec(schema))

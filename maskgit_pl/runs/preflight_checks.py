@@ -29,7 +29,8 @@ from maskgit_pl.runs.plan import Plan, find_data, find_pretrained, find_tokenize
 from maskgit_pl.runs.preflight_costs import CostChecks
 from maskgit_pl.runs.preflight_report import Check, CheckList, Machines, Preflight, Shares, Verdict, count_text
 from maskgit_pl.runs.recipe import Recipe
-from maskgit_pl.runs.resolve import choose_precision, merge_recipe_values, merge_values, resolve
+from maskgit_pl.runs.resolve import choose_precision, merge_recipe_values, merge_values, values_without_data
+from maskgit_pl.runs.settings import ResolvedRun, resolve
 from maskgit_pl.training.checkpoint_files import newest_checkpoint, step_of
 from maskgit_pl.training.strategies import build_strategy, check_accelerator, check_precision, check_strategy
 
@@ -82,13 +83,13 @@ def preflight(
     stage_run = build_for_preflight(plan, checks, is_complete=checks.names_with_errors() <= _STARTABLE)
     if stage_run is None:
         return Preflight(tuple(checks.checks))
-    config = stage_run.config
+    values = stage_run.values
     # The recipe check is missing if the stage was built without data: report what is known.
     if all(check.name != "recipe" for check in checks.checks):
         checks.add("recipe", f"{recipe.title}: keys, types and names are valid")
-    _check_image_size(checks, plan, config, summary)
-    shares = _check_batch(checks, config, summary, nodes=nodes, devices=devices)
-    checks.add("run", describe_start(plan, config["trainer"]["max_steps"]))
+    _check_image_size(checks, plan, values, summary)
+    shares = _check_batch(checks, values, summary, nodes=nodes, devices=devices)
+    checks.add("run", describe_start(plan, values.trainer.max_steps))
     cost_checks = CostChecks(plan, stage_run, replace(machines, nodes=nodes, devices=devices), shares, summary)
     cost_checks.check_memory(checks)
     cost_checks.check_disk(checks)
@@ -141,7 +142,7 @@ def build_without_weights(plan: Plan) -> StageRun:
         ValueError: if a value is missing, out of range or unknown. The message names the key.
     """
     with hide_launcher(), _keep_torch_settings(), _ZeroWeights():
-        return StageRun(plan.recipe, merge_values(plan), plan.stage_folder)
+        return StageRun(plan.stage, resolve(plan.recipe.kind, merge_values(plan)), plan.stage_folder)
 
 
 def describe_start(plan: Plan, steps: int | None) -> str:
@@ -237,8 +238,11 @@ def _check_strategy(checks: CheckList, plan: Plan, *, nodes: int, devices: int, 
     with checks.catch_errors("strategy"):
         build_strategy(name)
         check_accelerator(str(recipe.get("trainer.accelerator") or "auto"))
-        values = resolve(recipe.kind, merge_recipe_values(plan))
-        precision = choose_precision(values, plan.stage, plan.stage_folder, gpu=gpu)
+        try:
+            values = resolve(recipe.kind, merge([_values_without_data(plan), merge_recipe_values(plan)]))
+        except ValueError:  # the check of the recipe reports it
+            return plan
+        precision = choose_precision(values.trainer, values.model.network, plan.stage, plan.stage_folder, gpu=gpu)
         check_precision(precision)
         check_strategy(name, stage=recipe.stage, ranks=nodes * devices)
         checks.add("strategy", f"{name}, {precision}, {count_text(nodes, 'node')} x {count_text(devices, 'device')}")
@@ -246,9 +250,9 @@ def _check_strategy(checks: CheckList, plan: Plan, *, nodes: int, devices: int, 
     return plan
 
 
-def _check_image_size(checks: CheckList, plan: Plan, config: Mapping[str, Any], summary: DataSummary | None) -> None:
+def _check_image_size(checks: CheckList, plan: Plan, values: ResolvedRun, summary: DataSummary | None) -> None:
     """Adds a warning if all images are resized. Without its tokenizer, the image size of stage 2 is unknown."""
-    size = config["data"]["image_size"]
+    size: Any = values.data.image_size
     if plan.stage == "transformer":
         size = None if plan.tokenizer is None else read_config(plan.tokenizer, "tokenizer")["image_size"]
     text = None if summary is None or size is None else describe_resizing(summary.images, size)
@@ -257,13 +261,11 @@ def _check_image_size(checks: CheckList, plan: Plan, config: Mapping[str, Any], 
 
 
 def _check_batch(
-    checks: CheckList, config: Mapping[str, Any], summary: DataSummary | None, *, nodes: int, devices: int
+    checks: CheckList, values: ResolvedRun, summary: DataSummary | None, *, nodes: int, devices: int
 ) -> Shares | None:
-    global_batch = config["data"]["global_batch"]
+    global_batch = values.data.global_batch
     with checks.catch_errors("batch"):
-        shares = Shares(
-            nodes, devices, *split_batch(global_batch, config["data"]["max_batch_per_device"], nodes * devices)
-        )
+        shares = Shares(nodes, devices, *split_batch(global_batch, values.data.max_batch_per_device, nodes * devices))
         text = (
             f"{global_batch} = {count_text(shares.ranks, 'rank')} x "
             f"{count_text(shares.micro_batches, 'accumulation step')} x {count_text(shares.per_device, 'sample')}"
@@ -279,12 +281,17 @@ def _check_batch(
 
 def _build_from_recipe(plan: Plan) -> StageRun:
     """Builds module and data of a recipe; data and tokenizer may be missing."""
-    missing: dict[str, Any] = {"data": {"path": str(plan.shards), "token_store": str(plan.folder / "tokens")}}
-    if plan.stage == "transformer":
-        # The tokenizer would give these sizes. Without it, the sizes of the paper stand in.
-        sizes: dict[str, Any] = {"codebook_size": 1024, "num_classes": 1000, "grid": [16, 16]}
-        missing["model"] = {"tokenizer": str(plan.tokenizer or "missing"), "network": sizes}
-    return StageRun(plan.recipe, merge([missing, plan.recipe.tree]), plan.stage_folder)
+    tree = merge([_values_without_data(plan), plan.recipe.tree])
+    return StageRun(plan.stage, resolve(plan.recipe.kind, tree), plan.stage_folder)
+
+
+def _values_without_data(plan: Plan) -> dict[str, Any]:
+    return values_without_data(
+        plan.stage,
+        path=str(plan.shards),
+        token_store=str(plan.folder / "tokens"),
+        tokenizer=str(plan.tokenizer or "missing"),
+    )
 
 
 class _ZeroWeights(TorchFunctionMode):

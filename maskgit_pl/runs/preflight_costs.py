@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any, cast
+from typing import cast
 
 import torch
 
@@ -47,14 +47,14 @@ class CostChecks:
         assert machines.nodes is not None
         assert machines.devices is not None
         self._plan = plan
-        self._config: dict[str, Any] = stage_run.config
+        self._values = stage_run.values
         self._module = stage_run.model
         self._machines = machines
         self._ranks = machines.nodes * machines.devices
         self._shares = shares
         self._summary = summary
-        self._global_batch: int = self._config["data"]["global_batch"]
-        self._largest_batch: int = self._config["data"]["max_batch_per_device"]
+        self._global_batch: int = self._values.data.global_batch
+        self._largest_batch: int = self._values.data.max_batch_per_device
 
     # Memory
 
@@ -63,13 +63,13 @@ class CostChecks:
         name = str(self._plan.recipe.get("trainer.strategy"))
         strategy = cast("Strategy", name if name in ("ddp", "fsdp") else "auto")
         precision: Precision = "bf16-mixed" if "16" in self._precision else "32-true"
-        checkpointing = self._config["model"].get("activation_checkpointing", "none")
+        checkpointing = self._values.model.activation_checkpointing
         if isinstance(self._module, TokenModel):
             sizes = None
             if self._plan.tokenizer is not None:
                 tokenizer = read_config(self._plan.tokenizer, "tokenizer")
                 sizes = VQGANConfig(**tokenizer["network"]), as_image_size(tokenizer["image_size"])
-            encodes = self._config["data"]["source"] != "tokens"
+            encodes = self._values.data.source != "tokens"
             return TransformerCosts(
                 strategy, self._ranks, precision, checkpointing, module=self._module, tokenizer=sizes, encodes=encodes
             )
@@ -87,7 +87,7 @@ class CostChecks:
 
     @property
     def _precision(self) -> str:
-        return str(self._config["trainer"]["precision"])
+        return self._values.trainer.precision
 
     def check_memory(self, checks: CheckList) -> None:
         """Checks that a micro-batch fits into the memory of a device, and otherwise names the largest that does."""
@@ -167,13 +167,13 @@ class CostChecks:
 
     def _checkpoints_to_come(self) -> tuple[int, str]:
         """Returns the bytes of the checkpoints that the run still adds, and a description."""
-        config = self._config
-        steps = config["trainer"]["max_steps"]
+        run = self._values
+        steps = run.trainer.max_steps
         # A run without an end is an error elsewhere: count only the newest checkpoints.
-        if steps is None or steps < 1:
-            steps = config["checkpoint_every"] * (config["keep_last"] + 1)
+        if steps < 1:
+            steps = run.checkpoint_every * (run.keep_last + 1)
         most = max_num_checkpoints(
-            steps, every=config["checkpoint_every"], keep_last=config["keep_last"], keep_every=config["keep_every"]
+            steps, every=run.checkpoint_every, keep_last=run.keep_last, keep_every=run.keep_every
         )
         count, size = max(1, most - len(complete_checkpoints(self._plan.checkpoints))), self._costs.checkpoint()
         return count * size, f"{size_text(count * size)} for {count_text(count, 'checkpoint')} of {size_text(size)}"
@@ -188,16 +188,16 @@ class CostChecks:
         )
 
     def _describe(self, flops: float) -> Iterator[tuple[str, str]]:
-        rate = self._config["model"]["optimizer"]["learning_rate"]
+        rate = self._values.model.optimizer.learning_rate
         yield "parameters", f"{self._costs.trained:,} trained"
         yield (
             "learning rate",
-            f"peak {rate['peak']:g} after {rate['warmup_steps']} steps, then {rate['decay']}; for a global batch of "
+            f"peak {rate.peak:g} after {rate.warmup_steps} steps, then {rate.decay}; for a global batch of "
             f"{self._global_batch}, not rescaled by the number of devices",
         )
         yield "FLOPs of a step", f"{flops_text(flops)}; {flops_text(flops / self._ranks)} per rank"
-        steps = self._config["trainer"]["max_steps"]
-        if steps is not None and steps > 0:
+        steps = self._values.trainer.max_steps
+        if steps > 0:
             yield "the run", self._describe_run(steps)
 
     def _describe_run(self, steps: int) -> str:

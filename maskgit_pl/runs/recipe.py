@@ -15,15 +15,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from maskgit_pl.checks import Schema, shorten
 from maskgit_pl.files import parse_yaml, read_yaml
 from maskgit_pl.registry import nearest
 from maskgit_pl.runs.layers import (
-    DEFAULT_BACKBONE,
     DERIVED_KEYS,
+    Kind,
     Layer,
     Overrides,
-    check_layer,
     flag_layer,
     flag_words,
     merge,
@@ -31,7 +29,6 @@ from maskgit_pl.runs.layers import (
     split_flags,
     value_at,
 )
-from maskgit_pl.runs.recipe_schema import Kind, load_backbone_schema, load_schema
 
 __all__ = [
     "DEFAULT_DATASET",
@@ -164,26 +161,15 @@ class Recipe:
         # Files are shared with masked models, so their masking keys are dropped; flags must not have any.
         if kind == "autoregressive":
             layers, left_out = _drop_masking_keys(layers)
-        # Each layer is checked on its own, so that a message can name the file, with the keys of its backbone: that of
-        # the last layer up to itself that names one.
-        for number, layer in enumerate(layers, start=1):
-            check_layer(layer, _schema_of(kind, merge(each.tree for each in layers[:number]), layer.origin))
-        base = merge([layer.tree for layer in layers])
-        files = tuple(layer.origin for layer in layers)
-        return cls(stage, kind, base, files=files, left_out=left_out).with_overrides(words)
+        flags = _read_flags(kind, layers, words)
+        base, files = merge([layer.tree for layer in layers]), tuple(layer.origin for layer in layers)
+        return cls(stage, kind, base, flags, words, files, left_out)
 
     def with_overrides(self, overrides: Overrides) -> Recipe:
         """Returns the recipe with more overrides, checked as in ``read``."""
         words = flag_words(overrides)
-        given = sorted(split_flags(words), key=lambda pair: pair[0] != _BACKBONE)  # the backbone decides on other keys
-        named = [flag_layer(key, text, load_schema(self.kind)).tree for key, text in given if key == _BACKBONE]
-        schema = _schema_of(self.kind, merge([self.tree, *named]), f"flag --{_BACKBONE}")
-        added = [flag_layer(key, text, schema) for key, text in given]
-        for layer in added:
-            if self.kind == "autoregressive":
-                _refuse_masking(layer)
-            check_layer(layer, schema)
-        return replace(self, flags=(*self.flags, *(layer.tree for layer in added)), words=(*self.words, *words))
+        flags = _read_flags(self.kind, [Layer("recipe", self.tree)], words)
+        return replace(self, flags=(*self.flags, *flags), words=(*self.words, *words))
 
     @cached_property
     def tree(self) -> dict[str, Any]:
@@ -322,19 +308,16 @@ def _find_kind(stage: Stage, files: Sequence[Layer], words: Sequence[str]) -> Ki
     return "autoregressive" if merged.get("attention") == "causal" else "transformer"
 
 
-def _schema_of(kind: Kind, tree: Mapping[str, Any], origin: str) -> Schema:
-    """Returns the schema of a layer on top of others, which depends on the backbone of the merged ``tree``.
+def _read_flags(kind: Kind, layers: Sequence[Layer], words: Sequence[str]) -> tuple[Mapping[str, Any], ...]:
+    """Checks layers together with flags on top of them, and returns the trees of the flags."""
+    from maskgit_pl.runs.settings import check_layers  # lightning and torch take seconds to import
 
-    Raises:
-        ValueError: if no backbone has this name. The message names the layer.
-    """
-    backbone = value_at(tree, _BACKBONE)
-    if not isinstance(backbone, str | None):
-        raise ValueError(f"{origin}: {_BACKBONE} must be a string, got {shorten(backbone)}")
-    try:
-        return load_backbone_schema(kind, backbone or DEFAULT_BACKBONE)
-    except ValueError as error:
-        raise ValueError(f"{origin}: {_BACKBONE}: {error}") from error
+    # The backbone decides on other keys.
+    flags = [flag_layer(*pair) for pair in sorted(split_flags(words), key=lambda pair: pair[0] != _BACKBONE)]
+    if kind == "autoregressive":
+        for flag in flags:
+            _refuse_masking(flag)
+    return tuple(flag.tree for flag in check_layers(kind, [*layers, *flags])[len(layers) :])
 
 
 def _drop_masking_keys(files: Sequence[Layer]) -> tuple[list[Layer], dict[str, list[str]]]:

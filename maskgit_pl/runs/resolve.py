@@ -1,72 +1,53 @@
-"""All values of a run: those of its recipe, of data and tokenizer, and the defaults of all other keys.
+"""The values of a run, built and checked once from its recipe, its data, its tokenizer and its initial weights.
 
-1. ``merge_values`` merges values, later over earlier: data and tokenizer, recipe files, sizes of pretrained weights,
-   flags.
-2. ``resolve`` gives missing keys their defaults.
-3. It sets derived keys from the keys that determine them.
+1. Values are merged, later over earlier: data and tokenizer, recipe files, sizes of pretrained weights, flags.
+2. Derived keys are set from the keys that determine them.
+3. ``ResolvedRun`` is built from the tree: its dataclasses own the names, types, ranges and defaults of all keys.
 
-``choose_precision`` replaces ``trainer.precision: auto``. ``fixed_settings`` returns the values that must not change
-when a run resumes: a checkpoint carries all settings that affect the training result, and a run compares them with its
-own before it trains. Everything else may change: steps, logging, validation, devices, workers, micro-batch size,
-precision, and the execution of blocks and optimizer.
+A checkpoint carries all settings that affect the training result (``fixed_settings``). A run that resumes compares them
+with its own before it trains. Everything else may change: steps, logging, validation, devices, workers, micro-batch
+size, precision, and the execution of blocks and optimizer.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, is_dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any
 
 import yaml
-from lightning.pytorch import LightningModule
 
-from maskgit_pl.autoregressive import AutoregressiveConfig, AutoregressiveModel
-from maskgit_pl.checks import plain_size
-from maskgit_pl.data import ShardDataConfig
 from maskgit_pl.data.manifest import read_manifest_summary
 from maskgit_pl.distributed import default_device, has_bfloat16
 from maskgit_pl.files import read_yaml
-from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
-from maskgit_pl.networks.backbone import DEFAULT_BACKBONE, BackboneConfig, config_class
-from maskgit_pl.networks.discriminators import DiscriminatorConfig, with_defaults
+from maskgit_pl.networks.backbone import DEFAULT_BACKBONE, BackboneConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pipeline.pretrained import read_config
 from maskgit_pl.runs.layers import DERIVED_KEYS, merge, remove_key, value_at
 from maskgit_pl.runs.plan import Plan
-from maskgit_pl.runs.recipe import Stage
-from maskgit_pl.runs.recipe_schema import Parameter, TrainerSettings, parameters_of, run_settings
-from maskgit_pl.tokenizer import Tokenizer
+from maskgit_pl.runs.recipe import Recipe, Stage
+from maskgit_pl.runs.settings import ResolvedRun, TrainerSettings, resolve
 from maskgit_pl.training.checkpoint_files import newest_checkpoint
 from maskgit_pl.training.strategies import PRECISIONS
-from maskgit_pl.training.tokenizer_losses import TokenizerConfig
 
 __all__ = [
     "AUTO",
-    "MODULES",
     "choose_precision",
     "config_text",
-    "config_text_of",
-    "dataclass_in",
+    "config_text_without_data",
     "fixed_settings",
     "list_changes",
     "merge_recipe_values",
     "merge_values",
-    "resolve",
+    "values_without_data",
 ]
 
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
 
-MODULES: dict[str, tuple[type[Any], type[LightningModule]]] = {
-    "tokenizer": (TokenizerConfig, Tokenizer),
-    "transformer": (MaskedTokenConfig, MaskedTokenModel),
-    "autoregressive": (AutoregressiveConfig, AutoregressiveModel),
-}
-"""The configuration and the module of each kind of recipe."""
+_OF_DATA = {"codebook_size": 1024, "num_classes": 1000, "grid": [16, 16]}  # keys of the network, and sizes of the paper
 
 # The smallest widths that gain from bf16-mixed (docs/speed.md): a step of stage 1 takes 0.75 of its time with 64 base
 # channels and 0.98 with 32; a step of stage 2 takes 0.59 to 0.71 of its time with 256 dimensions.
@@ -99,6 +80,14 @@ def merge_values(plan: Plan) -> dict[str, Any]:
 def merge_recipe_values(plan: Plan) -> dict[str, Any]:
     """Merges the values of a run that do not need its data and its tokenizer, which may be missing."""
     return merge([plan.recipe.base, _values_of_pretrained(plan), *plan.recipe.flags])
+
+
+def values_without_data(stage: Stage, *, path: str = "", token_store: str = "", tokenizer: str = "") -> dict[str, Any]:
+    """Returns values in place of those that data and tokenizer give; the sizes are those of the paper."""
+    values: dict[str, Any] = {"data": {"path": path, "token_store": token_store}}
+    if stage == "transformer":
+        values["model"] = {"tokenizer": tokenizer, "network": dict(_OF_DATA)}
+    return values
 
 
 def _limit_passes(plan: Plan, base: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,62 +155,9 @@ def _values_of_pretrained(plan: Plan) -> dict[str, Any]:
     return {"model": {"network": {"backbone": DEFAULT_BACKBONE, **network}}}
 
 
-def resolve(kind: str, tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds defaults and derived keys to a tree (steps 2 and 3 of the module).
-
-    Args:
-        kind: Kind of recipe, a key of ``MODULES``.
-        tree: Checked values of a recipe.
-
-    Returns:
-        Groups ``data``, ``model`` and ``trainer``, and the keys of ``run_settings``.
-    """
-    groups = {"data": parameters_of(ShardDataConfig), "model": parameters_of(MODULES[kind][0])}
-    config = {name: _resolve_group(known, tree.get(name, {})) for name, known in groups.items()}
-    config["trainer"] = {**asdict(TrainerSettings()), **tree.get("trainer", {})}
-    config |= _resolve_group(parameters_of(run_settings(kind)), tree)
-    config["data"]["image_size"] = plain_size(config["data"]["image_size"])
-    # Derived keys.
-    config["model"]["seed"] = config["data"]["seed"]
-    if kind == "transformer":
-        config["model"]["global_batch"] = config["data"]["global_batch"]
-    if kind == "tokenizer":
-        config["model"]["image_size"] = config["data"]["image_size"]
-        config["model"]["network"]["in_channels"] = config["data"]["in_channels"]
-    return config
-
-
-def _resolve_group(known: Mapping[str, Parameter], given: Mapping[str, Any]) -> dict[str, Any]:
-    found = {}
-    for name, parameter in known.items():
-        value = given.get(name, parameter.default)
-        kind = dataclass_in(parameter.annotation)
-        if value is MISSING and kind is None:  # a required key: building the dataclass will report it
-            continue
-        if kind is BackboneConfig:
-            value = _resolve_network({} if value is MISSING else value)
-        elif kind is DiscriminatorConfig:
-            value = with_defaults(value)
-        elif kind is not None and value is not None:
-            value = _resolve_group(parameters_of(kind), {} if value is MISSING else value)
-        found[name] = value
-    return found
-
-
-def _resolve_network(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds the defaults of the backbone that ``given`` names. Unknown keys stay, for ``build_config`` to report."""
-    kind = config_class(given.get("backbone", DEFAULT_BACKBONE))
-    return {**_resolve_group(parameters_of(kind), given), **given}
-
-
-def dataclass_in(annotation: Any) -> type[Any] | None:
-    """Returns the dataclass in an annotation, which may be optional, or None."""
-    options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    found = [each for each in options if isinstance(each, type) and is_dataclass(each)]
-    return found[0] if found else None
-
-
-def choose_precision(config: Mapping[str, Any], stage: Stage, folder: Path, *, gpu: str | None = None) -> str:
+def choose_precision(
+    trainer: TrainerSettings, network: object, stage: Stage, folder: Path, *, gpu: str | None = None
+) -> str:
     """Returns the precision of a run, which is that of its recipe unless it is ``auto``.
 
     1. A run that has a checkpoint keeps the precision of its last start, so that it continues as it began.
@@ -229,22 +165,22 @@ def choose_precision(config: Mapping[str, Any], stage: Stage, folder: Path, *, g
     3. Any other run trains with ``32-true``: several ranks could choose differently.
 
     Args:
-        config: Values of the run with all defaults; see ``resolve``.
+        trainer: Settings of the Trainer.
+        network: Configuration of the network.
         stage: Stage to train.
         folder: Stage folder.
         gpu: Name of a GPU that the run will use, a key of ``training.gpus.GPUS``; None for a device of this machine.
     """
-    given, trainer = str(config["trainer"]["precision"]), config["trainer"]
-    if given != AUTO:
-        return given
+    if trainer.precision != AUTO:
+        return trainer.precision
     recorded = _recorded_precision(folder)  # 1.
     if recorded is not None:
         return recorded
     key, width = _WIDE[stage]
-    own = config["model"]["network"].get(key)
+    own = getattr(network, key, None)
     is_wide = isinstance(own, int) and own >= width  # the keys of plug-ins are theirs
     # All devices of GPUS have the instructions.
-    is_fast = trainer["strategy"] == "auto" and (gpu is not None or has_bfloat16(_device(trainer["accelerator"])))
+    is_fast = trainer.strategy == "auto" and (gpu is not None or has_bfloat16(_device(trainer.accelerator)))
     return "bf16-mixed" if is_wide and is_fast else "32-true"  # 2. and 3.
 
 
@@ -264,23 +200,23 @@ def _device(accelerator: str) -> str:
     return "cpu" if accelerator == "cpu" else default_device()
 
 
-def fixed_settings(config: Mapping[str, Any], *, data: str, tokenizer: str | None = None) -> dict[str, Any]:
+def fixed_settings(tree: Mapping[str, Any], *, data: str, tokenizer: str | None = None) -> dict[str, Any]:
     """Returns the settings that must not change, as plain values by dotted key.
 
     They include betas, weight decay and the peak of the learning rate: the optimizer state restores these, so a change
     would have no effect.
 
     Args:
-        config: The resolved recipe: ``model``, ``data`` and ``trainer``.
+        tree: All values of the run, ``ResolvedRun.tree``.
         data: Fingerprint of the data folder.
         tokenizer: Fingerprint of the tokenizer, for stage 2.
 
     Returns:
         Mapping of dotted keys to values; a specification (``{name: ...}``) is a single value.
     """
-    settings = {"data": data, **_flat(config["model"], "model")}
-    settings |= {f"data.{key}": config["data"].get(key) for key in _DATA}
-    settings |= {f"trainer.{key}": config["trainer"].get(key) for key in _TRAINER}
+    settings = {"data": data, **_flat(tree["model"], "model")}
+    settings |= {f"data.{key}": tree["data"].get(key) for key in _DATA}
+    settings |= {f"trainer.{key}": tree["trainer"].get(key) for key in _TRAINER}
     if tokenizer is not None:
         settings["tokenizer"] = tokenizer
     return settings
@@ -322,22 +258,24 @@ def _short(key: str, value: Any) -> Any:
     return str(value)[:12] if key in ("data", "tokenizer") else value
 
 
-def config_text(plan: Plan) -> str:
-    """Returns the complete recipe of a run as YAML, with all defaults, without building anything."""
-    return config_text_of(resolve(plan.recipe.kind, merge_values(plan)))
-
-
-def config_text_of(config: Mapping[str, Any]) -> str:
-    """Returns a resolved tree as the text of ``config.yaml``, which is again a valid recipe."""
+def config_text(run: ResolvedRun) -> str:
+    """Returns the text of ``config.yaml``: the complete recipe of a run, which is again a valid recipe."""
     head = "# The complete recipe of a run. To repeat it: maskgit train STAGE --config THIS_FILE --run NAME\n"
-    tree = _plain(config)
+    return head + _recipe_text(run.tree)
+
+
+def config_text_without_data(recipe: Recipe) -> str:
+    """Returns the complete recipe without the keys that data and tokenizer give, unless the recipe sets them."""
+    given = values_without_data(recipe.stage)
+    tree = resolve(recipe.kind, merge([given, recipe.tree])).tree
+    for key in ("data.path", "data.token_store", "model.tokenizer", *(f"model.network.{name}" for name in _OF_DATA)):
+        if value_at(recipe.tree, key) is None:
+            remove_key(tree, key)
+    return _recipe_text(tree)
+
+
+def _recipe_text(tree: Mapping[str, Any]) -> str:
+    tree = merge([tree])
     for key in DERIVED_KEYS:
         remove_key(tree, key)
-    return head + str(yaml.safe_dump(tree, sort_keys=False))
-
-
-def _plain(value: Any) -> Any:
-    """Returns a copy of a tree with lists instead of tuples, as in YAML."""
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+    return str(yaml.safe_dump(tree, sort_keys=False))

@@ -46,7 +46,7 @@ from maskgit_pl.runs.plan import Plan, plan_run
 from maskgit_pl.runs.preflight_checks import describe_start
 from maskgit_pl.runs.preflight_report import count_text
 from maskgit_pl.runs.recipe import Recipe
-from maskgit_pl.runs.resolve import AUTO, config_text_of
+from maskgit_pl.runs.resolve import AUTO, config_text
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, SavedTensor, newest_checkpoint, step_of
 from maskgit_pl.training.token_model import TokenModel
@@ -231,7 +231,7 @@ def _write_records(run: StageRun, plan: Plan) -> None:
     """Writes the resolved recipe and the environment of a run, so that it can be repeated."""
     folder = plan.stage_folder
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / _RECORDS[0], config_text_of(run.config))
+    write_text(folder / _RECORDS[0], config_text(run.values))
     environment = {"command": sys.argv, **describe_environment(), "world_size": run.trainer.world_size}
     if plan.pretrained is not None:
         environment["pretrained"] = {"folder": str(plan.pretrained), "sha256": fingerprint(plan.pretrained)}
@@ -244,8 +244,8 @@ def _log_start(run: StageRun, plan: Plan, newest: Path | None) -> None:
         log.info("%s: starts from the weights of %s", plan.stage_folder, plan.pretrained)
     for origin, keys in plan.recipe.left_out.items():
         log.info("%s: causal attention ignores %s", origin, ", ".join(keys))
-    if plan.recipe.get("trainer.precision") == AUTO and run.settings.precision != "32-true":
-        log.info("%s: trainer.precision %s: %s", plan.stage_folder, AUTO, run.settings.precision)
+    if plan.recipe.get("trainer.precision") == AUTO and run.values.trainer.precision != "32-true":
+        log.info("%s: trainer.precision %s: %s", plan.stage_folder, AUTO, run.values.trainer.precision)
     run.datamodule.warn_if_resized()
     if run.datamodule.stream is not None:
         log.info(

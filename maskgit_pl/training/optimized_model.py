@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from pydantic import BeforeValidator
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from maskgit_pl.checks import check_choice, check_number, check_seed, height_width
 from maskgit_pl.data.batches import Batch, check_batch
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.networks.backbone import Backbone, BackboneConfig, Vocabulary
+from maskgit_pl.networks.backbone import Backbone, BackboneConfig, Vocabulary, read_config_values
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer
 from maskgit_pl.training.optimizers import OptimizerConfig, build_optimizer, parameter_groups, update_ema
 from maskgit_pl.training.stop_and_nonfinite import StepCheck, clip_gradients
@@ -39,7 +40,7 @@ LossVocabulary = Literal["codes", "all"]
 class TokenModelConfig:
     """The common fields of both models' configurations, which document them."""
 
-    network: BackboneConfig
+    network: Annotated[BackboneConfig, BeforeValidator(read_config_values)]
     optimizer: OptimizerConfig
     tokenizer: str
     _: KW_ONLY

@@ -15,7 +15,7 @@ from maskgit_pl.cli import build_parser, main
 from maskgit_pl.cli.generation_flags import find_model
 from maskgit_pl.cli.listing import REGISTRIES
 from maskgit_pl.runs.recipe import STAGES, Recipe, list_recipes
-from maskgit_pl.runs.recipe_schema import load_schema
+from maskgit_pl.runs.settings import json_schema
 from maskgit_pl.schedules import mask_schedules
 from tests.cli.commands import call_command
 from tests.installed_packages import install
@@ -128,7 +128,7 @@ def test_models_lists_package_runs_and_folders_with_commands_that_there_are(
 
 def test_the_schema_of_editors_is_printed(capsys) -> None:
     for kind in ("tokenizer", "transformer", "autoregressive"):
-        assert json.loads(printed(capsys, "recipes", "schema", kind)) == load_schema(kind)
+        assert json.loads(printed(capsys, "recipes", "schema", kind)) == json_schema(kind)
 
 
 def test_schedules_are_printed_as_json(capsys) -> None:

@@ -381,7 +381,7 @@ def test_remdm_by_confidence_doubts_codes_that_were_unlikely_more():
         ({"name": "moment", "choice_temperature": float("inf")}, "'moment': choice_temperature must be a finite"),
         ({"name": "entropy", "gamma": -1.0}, r"'entropy': gamma must be a number in \[0, 1000000\], got -1.0"),
         ({"name": "halton", "seed": -1}, r"'halton': seed must be an integer in \[0, 2\*\*32\), got -1"),
-        ({"name": "remdm", "strategy": "lop"}, "'remdm'.strategy must be 'cap' or .* got 'lop'; did you mean 'loop'"),
+        ({"name": "remdm", "strategy": "lop"}, "'remdm'.strategy must be 'cap', .* got 'lop'; did you mean 'loop'"),
         ({"name": "remdm", "eta": 1.5}, r"'remdm': eta must be a number in \[0, 1\], got 1.5"),
         ({"name": "remdm", "start": 0.9, "stop": 0.5}, r"'remdm': stop must be a number in \(0.9, 1\), got 0.5"),
     ],

@@ -138,7 +138,7 @@ def test_actnorm_normalises_the_first_batch_only():
         ({"name": "patchgan", "base_channels": 0}, r"base_channels must be an integer in \[1, 1024\], got 0"),
         (
             {"name": "patchgan", "norm": "groupp"},
-            r"norm must be .group. or .batch. or .actnorm., got .groupp.; did you mean .group.",
+            r"norm must be .group., .batch. or .actnorm., got .groupp.; did you mean .group.",
         ),
         ({"name": "patchgan", "pooling": "blur"}, "pooling"),
         ({"name": 3}, "must have the key 'name'"),

@@ -20,8 +20,10 @@ from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pipeline import MaskGIT, sharing
 from maskgit_pl.pipeline.pretrained import read_decoding, save_decoding
 from maskgit_pl.pipeline.sharing import bundled_models, find_folder
+from maskgit_pl.runs.layers import merge
 from maskgit_pl.runs.recipe import STAGES, Recipe
-from maskgit_pl.runs.resolve import choose_precision, resolve
+from maskgit_pl.runs.resolve import choose_precision, values_without_data
+from maskgit_pl.runs.settings import resolve
 from tests.conftest import CLASSES, save_tiny_pretrained
 from tests.modules import masked_model
 
@@ -240,7 +242,8 @@ def test_it_was_trained_with_the_recipe_of_the_demo(stage) -> None:
     assert recipe.run_name == run["name"] == "fashion-mnist-adaln"  # the demo's
     assert {"trainer.max_steps", "data.global_batch", "model.ema_decay"} <= settings.keys()
     given = {key: recipe.get(key) for key in settings if recipe.get(key) is not None}
-    given["trainer.precision"] = choose_precision(resolve(stage, recipe.tree), stage, Path("nowhere"))
+    values = resolve(stage, merge([values_without_data(stage), recipe.tree]))
+    given["trainer.precision"] = choose_precision(values.trainer, values.model.network, stage, Path("nowhere"))
     assert len(given) > 4
     for key, value in given.items():
         trained = settings[key]

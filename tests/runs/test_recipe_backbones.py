@@ -1,13 +1,15 @@
 """Recipes that name a backbone: its keys, its defaults, and what remains of the keys of another."""
 
+from dataclasses import fields
+
 import pytest
 
 from maskgit_pl.files import parse_yaml
 from maskgit_pl.networks.backbone import BUILT_IN, config_class
 from maskgit_pl.runs.layers import Layer, merge
 from maskgit_pl.runs.recipe import Recipe
-from maskgit_pl.runs.recipe_schema import load_schema, parameters_of
-from maskgit_pl.runs.resolve import config_text_of, resolve
+from maskgit_pl.runs.resolve import config_text, values_without_data
+from maskgit_pl.runs.settings import json_schema, resolve
 
 BERT = {"model": {"network": {"embed_dim": 128, "depth": 4, "num_heads": 4, "mlp_dim": 512, "dropout": 0.3}}}
 ADALN = {"model": {"network": {"backbone": "adaln", "positions": "rotary"}}}
@@ -48,14 +50,13 @@ def test_the_order_of_flags_does_not_matter(turned):
 
 def test_missing_keys_get_the_defaults_of_the_backbone_and_the_record_is_a_recipe_again():
     for tree in (BERT, ADALN):
-        config = resolve("transformer", merge([tree]))
+        given = merge([values_without_data("transformer"), Recipe.read("transformer").tree, tree])
+        run = resolve("transformer", given)
         name = tree["model"]["network"].get("backbone", "bert")
-        network = config["model"]["network"]
-        assert network["backbone"] == name
-        required = {"codebook_size", "num_classes", "grid"}
-        assert network.keys() == parameters_of(config_class(name)).keys() - required
-        again = read(parse_yaml(config_text_of(config)))
-        assert resolve("transformer", again.tree) == config
+        assert run.model.network == config_class(name)(**{**given["model"]["network"], "grid": (16, 16)})
+        assert run.tree["model"]["network"].keys() == {each.name for each in fields(config_class(name))}
+        again = merge([read(parse_yaml(config_text(run))).tree, {"model": {"tokenizer": ""}}])
+        assert resolve("transformer", again) == run
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_missing_keys_get_the_defaults_of_the_backbone_and_the_record_is_a_recip
             (),
             r"^recipe 1\.yaml: model\.network\.backbone must be a string, got 3",
         ),
-        ((ADALN,), ("--model.network.positions=round",), r"positions must be 'learned' or 'rotary' or .*got 'round'"),
+        ((ADALN,), ("--model.network.positions=round",), r"positions must be 'learned', 'rotary' or .*got 'round'"),
         (({"model": {"network": {"backbone": "adaln", "depth": "x"}}},), (), r"depth must be an integer, got 'x'"),
     ],
 )
@@ -102,10 +103,9 @@ def test_the_kind_of_a_recipe_follows_the_attention_of_the_last_backbone():
 
 
 def test_the_schema_of_editors_has_the_keys_of_each_backbone():
-    network = load_schema("transformer")["properties"]["model"]["properties"]["network"]
-    assert network["$defs"].keys() == BUILT_IN.keys()
-    for name, own in network["$defs"].items():
-        assert own["properties"].keys() == parameters_of(config_class(name)).keys()
-        assert own["properties"].keys() <= network["properties"].keys()
-        assert own["properties"]["backbone"] == {"enum": [name]}
+    schema = json_schema("transformer")
+    choices = schema["$defs"]["MaskedTokenConfig"]["properties"]["network"]["anyOf"]
+    for name, choice in zip(BUILT_IN, choices, strict=True):
+        own = schema["$defs"][choice["$ref"].rpartition("/")[2]]
+        assert own["properties"].keys() == {each.name for each in fields(config_class(name))}
         assert not own["additionalProperties"]

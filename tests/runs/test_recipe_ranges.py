@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from maskgit_pl.checks import fits
 from maskgit_pl.files import read_yaml
 from maskgit_pl.runs.build import StageRun
 from maskgit_pl.runs.layers import Layer
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Recipe
-from maskgit_pl.runs.recipe_schema import load_schema
 from maskgit_pl.runs.resolve import merge_values
+from maskgit_pl.runs.settings import RUNS, resolve
 
 TINY = Path(__file__).parents[1] / "tiny"
 RECIPES = TINY.parents[1] / "recipes"
@@ -54,21 +55,29 @@ TAKEN: dict[str, set[float]] = {
 }
 
 
-def number_keys(schema: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    for key, each in schema.get("properties", {}).items():
-        where = f"{path}.{key}" if path else key
-        if any("properties" in option for option in each.get("anyOf", ())):
-            continue  # an optional group: its numbers are the dataclass's own tests
-        if "properties" in each:
-            yield from number_keys(each, where)
-        elif fits(1, each) and each:
-            yield where, each
+def fits(value: object, annotation: Any) -> bool:
+    try:
+        TypeAdapter(annotation, config=ConfigDict(strict=True)).validate_python(value)
+    except ValidationError:
+        return False
+    return True
+
+
+def number_keys(kind: type, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the key and the annotation of each number; those of optional groups are their dataclass's own tests."""
+    hints = get_type_hints(kind)
+    for name, annotation in ((each.name, hints[each.name]) for each in fields(kind)):
+        where = f"{path}.{name}" if path else name
+        if is_dataclass(annotation):
+            yield from number_keys(annotation, where)
+        elif not any(map(is_dataclass, get_args(annotation))) and fits(1, annotation):
+            yield where, annotation
 
 
 KEYS = {
-    (stage, key): schema
+    (stage, key): annotation
     for stage in ("tokenizer", "transformer")
-    for key, schema in number_keys(load_schema(stage))  # type: ignore[arg-type]  # a stage is a kind
+    for key, annotation in number_keys(RUNS[stage])
     if key not in ("model.seed", "model.image_size", "model.global_batch", "model.network.in_channels")
 }
 OWN = [(stage, key) for stage, key in KEYS if key in TAKEN]
@@ -87,7 +96,7 @@ def read(stage: Any, word: str) -> Recipe:
 
 def built(stage: Any, word: str, shards: Path, folder: Path, tokenizer: Path | None) -> StageRun:
     plan = Plan(read(stage, word), shards, folder, tokenizer)
-    return StageRun(plan.recipe, merge_values(plan), folder)
+    return StageRun(stage, resolve(plan.recipe.kind, merge_values(plan)), folder)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -17,6 +18,7 @@ from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.preflight_report import Machines
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.resolve import choose_precision, fixed_settings, list_changes
+from maskgit_pl.runs.settings import TrainerSettings
 from maskgit_pl.training.tokenizer_losses import AdversarialConfig, PerceptualConfig
 from tests.conftest import flags
 
@@ -40,9 +42,8 @@ def bfloat16(monkeypatch):
     return set_to
 
 
-def config(stage: str, width: object, given: str = "auto", **trainer: object) -> dict:
-    trainer = {"precision": given, "strategy": "auto", "accelerator": "auto", **trainer}
-    return {"trainer": trainer, "model": {"network": {NAMES[stage]: width}}}
+def config(stage: str, width: object, given: str = "auto", **trainer: object) -> tuple[TrainerSettings, object]:
+    return TrainerSettings(precision=given, **trainer), SimpleNamespace(**{NAMES[stage]: width})
 
 
 @pytest.mark.parametrize(
@@ -58,32 +59,32 @@ def config(stage: str, width: object, given: str = "auto", **trainer: object) ->
 )
 def test_wide_networks_use_bfloat16_where_the_device_has_it(stage, width, exists, chosen, bfloat16, tmp_path):
     bfloat16(exists=exists)
-    assert choose_precision(config(stage, width), stage, tmp_path) == chosen
+    assert choose_precision(*config(stage, width), stage, tmp_path) == chosen
     for given in ("32-true", "bf16-mixed", "16-mixed"):  # the last one has an error of its own
-        assert choose_precision(config(stage, width, given), stage, tmp_path) == given
+        assert choose_precision(*config(stage, width, given), stage, tmp_path) == given
 
 
 def test_the_device_of_the_run_is_asked_and_a_named_gpu_is_not(bfloat16, tmp_path, monkeypatch):
     asked = bfloat16(exists=False)
     monkeypatch.setattr(resolve, "default_device", lambda: "cuda")
     for accelerator in ("cpu", "auto", "gpu"):
-        choose_precision(config("transformer", 256, accelerator=accelerator), "transformer", tmp_path)
+        choose_precision(*config("transformer", 256, accelerator=accelerator), "transformer", tmp_path)
     assert asked == ["cpu", "cuda", "cuda"]
-    assert choose_precision(config("transformer", 256), "transformer", tmp_path, gpu="h100") == "bf16-mixed"
+    assert choose_precision(*config("transformer", 256), "transformer", tmp_path, gpu="h100") == "bf16-mixed"
     assert len(asked) == 3
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_several_ranks_do_not_choose_each_for_itself(strategy, bfloat16, tmp_path):
     asked = bfloat16(exists=True)
-    assert choose_precision(config("transformer", 256, strategy=strategy), "transformer", tmp_path) == "32-true"
+    assert choose_precision(*config("transformer", 256, strategy=strategy), "transformer", tmp_path) == "32-true"
     assert asked == []
 
 
 @pytest.mark.parametrize("width", [[256, 512], "wide", None, {"first": 256}])
 def test_the_width_of_a_plugin_is_what_it_likes(width, bfloat16, tmp_path):
     bfloat16(exists=True)
-    assert choose_precision(config("transformer", width), "transformer", tmp_path) == "32-true"
+    assert choose_precision(*config("transformer", width), "transformer", tmp_path) == "32-true"
 
 
 def test_doctor_knows_the_width_of_pretrained_weights(tiny_pretrained, tmp_path):
@@ -265,7 +266,7 @@ def test_every_key_of_a_resolved_model_is_refused_but_those_that_are_free(
     files = [RECIPES / stage / "base.yaml", RECIPES / "cluster" / "single.yaml", TINY_RECIPES / f"{stage}.yaml"]
     tokenizer = tiny_pretrained / "tokenizer" if stage == "transformer" else None
     run = build(Plan(Recipe.from_files(stage, files), tiny_shards, tmp_path, tokenizer))
-    config = run.config
+    config = run.values.tree
     if stage == "tokenizer":  # the groups that the recipe leaves out
         perceptual = PerceptualConfig({"name": "timm", "model": "resnet50", "weights": "here.pth"})
         config["model"] |= {"adversarial": asdict(AdversarialConfig()), "perceptual": asdict(perceptual)}

@@ -1,0 +1,408 @@
+"""The values of a run: ``ResolvedRun``, built and checked once from the tree of its recipe.
+
+Its dataclasses own the names, types, ranges and defaults of all keys: pydantic compares the types, and each dataclass
+checks its ranges. No value can name code: a registered part is a name with arguments, which its registry builds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from functools import cached_property
+from types import UnionType
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+
+from lightning.pytorch import LightningModule
+
+from maskgit_pl.autoregressive import AutoregressiveConfig, AutoregressiveModel
+from maskgit_pl.checks import (
+    WrongValue,
+    check_choice,
+    check_integer,
+    check_number,
+    describe_wrong_values,
+    shorten,
+    type_adapter,
+    validate,
+)
+from maskgit_pl.data import ShardDataConfig
+from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
+from maskgit_pl.networks.backbone import BUILT_IN, DEFAULT_BACKBONE, BackboneConfig, config_class
+from maskgit_pl.networks.vqgan import VQGANConfig
+from maskgit_pl.runs.layers import DERIVED_KEYS, Kind, Layer, explain_unknown_key, merge, value_at
+from maskgit_pl.tokenizer import Tokenizer
+from maskgit_pl.training.health_rules import HealthConfig
+from maskgit_pl.training.tokenizer_losses import TokenizerConfig
+
+__all__ = [
+    "RUNS",
+    "ResolvedRun",
+    "RunSettings",
+    "TokenizerRun",
+    "TrainerSettings",
+    "check_layers",
+    "json_schema",
+    "resolve",
+]
+
+_INT64 = 2**63 - 1  # largest count that Lightning and torch can store
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """The arguments of Lightning's Trainer that a recipe can set.
+
+    Args:
+        accelerator: ``auto`` uses a GPU if there is one, else the CPU.
+        strategy: ``auto`` for one device, ``ddp``, or ``fsdp`` (FSDP2; stage 2 only).
+        devices: Devices per node: their number, ``auto`` for all, or a list of indices.
+        num_nodes: Number of nodes.
+        precision: ``32-true``, ``bf16-mixed`` or ``auto``: ``bf16-mixed`` on one device with instructions for
+            bfloat16 if the network is wide, else ``32-true``. A run that resumes with ``auto`` keeps its precision.
+        max_steps: Number of steps (global batches) of the run.
+        val_check_interval: Steps between validations.
+        limit_val_batches: Maximum number of validation batches per rank, or a fraction of all; None uses all.
+        num_sanity_val_steps: Number of validation batches before the first step.
+        log_every_n_steps: Steps between log entries.
+        gradient_clip_val: Maximum gradient norm in stage 2; None disables clipping. Stage 1: ``model.gradient_clip``.
+        gradient_clip_algorithm: ``norm`` or None, which means the norm. Lightning's ``value`` is not offered.
+        deterministic: True allows only deterministic kernels.
+        benchmark: True lets cuDNN benchmark its convolutions; None leaves it to Lightning.
+        detect_anomaly: True lets autograd check each backward pass for NaN, which is slow.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    accelerator: str = "auto"
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    devices: int | str | list[int] = "auto"
+    num_nodes: int = 1
+    precision: str = "32-true"
+    max_steps: int = -1
+    val_check_interval: int | None = None
+    limit_val_batches: int | float | None = None
+    num_sanity_val_steps: int | None = None
+    log_every_n_steps: int = 50
+    gradient_clip_val: float | None = None
+    gradient_clip_algorithm: Literal["norm"] | None = None
+    deterministic: bool | Literal["warn"] | None = None
+    benchmark: bool | None = None
+    detect_anomaly: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.devices, str):
+            check_choice("trainer.devices", self.devices, ("auto",))
+        elif isinstance(self.devices, int):
+            check_integer("trainer.devices", self.devices, "[-1, 1024]")
+        check_integer("trainer.num_nodes", self.num_nodes, "[1, 100000]")
+        check_integer("trainer.max_steps", self.max_steps, f"[-1, {_INT64}]")
+        check_integer("trainer.log_every_n_steps", self.log_every_n_steps, f"[1, {_INT64}]")
+        if self.num_sanity_val_steps is not None:
+            check_integer("trainer.num_sanity_val_steps", self.num_sanity_val_steps, f"[-1, {_INT64}]")
+        if self.gradient_clip_val is not None:
+            check_number("trainer.gradient_clip_val", self.gradient_clip_val, "(0, inf)")
+        if self.val_check_interval is not None:
+            check_integer("trainer.val_check_interval", self.val_check_interval, f"[1, {_INT64}]")
+        if isinstance(self.limit_val_batches, int):  # a number of batches; a float is a fraction
+            check_integer("trainer.limit_val_batches", self.limit_val_batches, f"[0, {_INT64}]")
+        elif self.limit_val_batches is not None:
+            check_number("trainer.limit_val_batches", self.limit_val_batches, "(0, 1]")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The keys of a recipe that belong to neither module, data nor Trainer.
+
+    Args:
+        checkpoint_every: Steps between checkpoints.
+        keep_last: Number of newest checkpoints to keep.
+        keep_every: Checkpoints of multiples of this step are never removed; None keeps only the newest.
+        hang_seconds: Shortest time without progress, in seconds, after which the watchdog ends the run.
+        matmul_precision: Precision of float32 products and convolutions; ``high`` is TF32 if the device supports it.
+        cpu_threads: Number of CPU threads of torch; None leaves it to torch.
+        max_passes: Maximum number of passes over the training images: lowers ``trainer.max_steps`` of the recipe files
+            for small data sets, which a model would learn by heart. A flag ``--trainer.max_steps`` overrides it.
+            None does not limit the steps, nor does a stream, of which the number of images is unknown.
+        loggers: Trackers that get metrics and pictures: names or mappings of registered loggers.
+        callbacks: Further callbacks: names or mappings of registered callbacks.
+        profiler: Name or mapping of a registered profiler; None for none.
+
+    Raises:
+        ValueError: if a number is out of range, or a logger is listed twice.
+    """
+
+    checkpoint_every: int = 500
+    keep_last: int = 2
+    keep_every: int | None = None
+    hang_seconds: float = 100.0
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    cpu_threads: int | None = None
+    max_passes: int | None = None
+    loggers: list[str | dict[str, Any]] = field(default_factory=lambda: ["tensorboard"])
+    callbacks: list[str | dict[str, Any]] = field(default_factory=list)
+    profiler: str | dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        check_integer("checkpoint_every", self.checkpoint_every, f"[1, {_INT64}]")
+        check_integer("keep_last", self.keep_last, "[1, 1000000]")
+        check_number("hang_seconds", self.hang_seconds, "(0, 1e9]")
+        if self.keep_every is not None:
+            check_integer("keep_every", self.keep_every, f"[1, {_INT64}]")
+        if self.cpu_threads is not None:
+            check_integer("cpu_threads", self.cpu_threads, "[1, 4096]")
+        if self.max_passes is not None:
+            check_integer("max_passes", self.max_passes, f"[1, {_INT64}]")
+        names = [each if isinstance(each, str) else each.get("name") for each in self.loggers]
+        if len(set(names)) < len(names):
+            raise ValueError(f"loggers must be different, got {shorten(names)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedRun(RunSettings):
+    """All values of a run, built and checked once. Each kind of recipe has a class.
+
+    Args:
+        data: Data and batches.
+        model: Configuration of the module.
+        trainer: Settings of the Trainer.
+    """
+
+    data: ShardDataConfig
+    model: Any
+    trainer: TrainerSettings = TrainerSettings()  # frozen
+
+    module: ClassVar[type[LightningModule]]
+
+    @cached_property
+    def tree(self) -> dict[str, Any]:
+        """The values as a tree of plain values and lists, which begins with ``data``, ``model`` and ``trainer``."""
+        tree: dict[str, Any] = _plain(asdict(self))
+        return {**{group: tree[group] for group in ("data", "model", "trainer")}, **tree}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerRun(ResolvedRun):
+    """All values of a run of stage 1.
+
+    Args:
+        health: Healthy ranges of the training; values outside of them are reported. None for no reports.
+    """
+
+    model: TokenizerConfig
+    health: HealthConfig | None = HealthConfig()  # noqa: RUF009  # frozen
+    module = Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedRun(ResolvedRun):
+    """All values of a run of stage 2 with masked tokens."""
+
+    model: MaskedTokenConfig
+    module = MaskedTokenModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoregressiveRun(ResolvedRun):
+    """All values of a run of stage 2 with causal attention."""
+
+    model: AutoregressiveConfig
+    module = AutoregressiveModel
+
+
+RUNS: dict[Kind, type[ResolvedRun]] = {
+    "tokenizer": TokenizerRun,
+    "transformer": MaskedRun,
+    "autoregressive": AutoregressiveRun,
+}
+
+
+def resolve(kind: Kind, tree: Mapping[str, Any]) -> ResolvedRun:
+    """Builds all values of a run from a tree, with defaults and derived keys (steps 2 and 3 of the module).
+
+    Raises:
+        ValueError: if a value is missing, out of range or unknown. The message names the key.
+    """
+    run, faults = _build(kind, tree)
+    if run is not None:
+        return run
+    first = faults[0]
+    raise ValueError(f"{'.'.join(first.key)} must be set by the recipe" if first.kind == "missing" else first.text)
+
+
+def _build(kind: Kind, tree: Mapping[str, Any]) -> tuple[ResolvedRun | None, list[WrongValue]]:
+    """Builds all values, or returns what is wrong: first what is there, then what is missing."""
+    tree = _derive(kind, tree)
+    try:
+        return validate(RUNS[kind], tree), []
+    except ValueError as error:
+        names = {key.rpartition(".")[2] for key in _keys(RUNS[kind], tree)}
+        faults = [_of_source(fault) for fault in describe_wrong_values(error, tree, "", names=names)]
+        return None, sorted(faults, key=lambda fault: fault.kind == "missing")
+
+
+def _of_source(fault: WrongValue) -> WrongValue:
+    """Returns the fault of a derived key as that of the key that determines it."""
+    source = DERIVED_KEYS.get(".".join(fault.key))
+    if source is None:
+        return fault
+    return WrongValue(tuple(source.split(".")), fault.text.replace(".".join(fault.key), source, 1), fault.kind)
+
+
+def _derive(kind: Kind, tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a copy of a tree with the keys of ``DERIVED_KEYS`` that the module takes."""
+    tree = merge([{"data": {}, "model": {"network": {}}}, tree])
+    data, model = tree["data"], tree["model"]
+    if not isinstance(data, dict) or not isinstance(model, dict):
+        return tree
+    model["seed"] = data.get("seed", ShardDataConfig.seed)
+    if kind == "transformer":
+        model["global_batch"] = data.get("global_batch", ShardDataConfig.global_batch)
+    if kind == "tokenizer":
+        model["image_size"] = data.get("image_size", ShardDataConfig.image_size)
+        if isinstance(model["network"], dict):
+            model["network"]["in_channels"] = data.get("in_channels", ShardDataConfig.in_channels)
+    return tree
+
+
+def check_layers(kind: Kind, layers: Sequence[Layer]) -> list[Layer]:
+    """Checks the keys and values of the layers of a recipe, in merge order.
+
+    Values that data and tokenizer determine may be missing.
+
+    Returns:
+        The layers, with those readings of flags that fit the types of their keys.
+
+    Raises:
+        ValueError: if a key is unknown or cannot be set, or a value is of a wrong type or out of range. The message
+            names the file or the flag, the key, and the closest known key.
+    """
+    layers = list(layers)
+    for number, layer in enumerate(layers, start=1):
+        with _named(layer.origin):
+            _check_names(layer.tree, RUNS[kind], run=RUNS[kind], root=merge(each.tree for each in layers[:number]))
+    while fault := _first_fault(kind, layers):
+        places = [number for number, layer in enumerate(layers) if _has(layer.tree, fault.key)]
+        if not places:
+            raise ValueError(f"recipe: {fault.text}")
+        place, layer = places[-1], layers[places[-1]]
+        reading = next((each for each in layer.readings if _fits(kind, layers, place, each, fault)), None)
+        if reading is None:
+            with _named(layer.origin):
+                raise ValueError(layer.fault or fault.text)
+        layers[place] = replace(layer, tree=reading, readings=())
+    return layers
+
+
+def _first_fault(kind: Kind, layers: Sequence[Layer]) -> WrongValue | None:
+    """Returns the first wrong value of merged layers, which may miss values."""
+    _, faults = _build(kind, merge(layer.tree for layer in layers))
+    return faults[0] if faults and faults[0].kind != "missing" else None
+
+
+def _fits(kind: Kind, layers: Sequence[Layer], place: int, reading: Mapping[str, Any], fault: WrongValue) -> bool:
+    """Returns True if another reading of a flag has the type of its key."""
+    other = [*layers[:place], Layer("", reading), *layers[place + 1 :]]
+    _, faults = _build(kind, merge(layer.tree for layer in other))
+    return fault.kind == "type" and all(each.key != fault.key or each.kind != "type" for each in faults)
+
+
+@contextmanager
+def _named(origin: str) -> Iterator[None]:
+    """Puts the file or the flag in front of the message of an error; a flag is named once."""
+    try:
+        yield
+    except ValueError as error:
+        key = origin.removeprefix("flag --")
+        text = f"flag --{error}" if key != origin and str(error).startswith(key) else f"{origin}: {error}"
+        raise ValueError(text) from error
+
+
+def _has(tree: Any, key: Sequence[str]) -> bool:
+    for part in key:
+        if not isinstance(tree, Mapping) or part not in tree:
+            return False
+        tree = tree[part]
+    return True
+
+
+def _check_names(
+    node: Mapping[str, Any], kind: type, *, run: type[ResolvedRun], root: Mapping[str, Any], path: str = ""
+) -> None:
+    """Checks the keys of a part of a tree. ``root`` is the whole tree, which names the backbone."""
+    groups = _groups(kind, root)
+    for key, value in node.items():
+        where = f"{path}.{key}" if path else str(key)
+        if where in DERIVED_KEYS or key not in groups:
+            backbone = "" if kind is VQGANConfig else value_at(root, "model.network.backbone") or DEFAULT_BACKBONE
+            raise ValueError(explain_unknown_key(where, list(_keys(run, root)), backbone=backbone))
+        inner = groups[key]
+        if inner is not None and isinstance(value, Mapping):
+            _check_names(value, inner, run=run, root=root, path=where)
+
+
+def _groups(kind: type, root: Mapping[str, Any]) -> dict[str, type[Any] | None]:
+    """Returns the fields of a dataclass by name: the dataclass of a group, None for a value."""
+    hints = get_type_hints(kind)
+    return {each.name: _group(hints[each.name], root) for each in fields(kind) if each.init}
+
+
+def _group(annotation: Any, root: Mapping[str, Any]) -> type[Any] | None:
+    """Returns the dataclass of a group of keys; None for a value, or for a registered part, which checks its own."""
+    options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    if len(options) > 2:
+        return None
+    found = [each for each in options if isinstance(each, type) and is_dataclass(each)]
+    if found == [BackboneConfig]:
+        name = value_at(root, "model.network.backbone")
+        if not isinstance(name, str | None):
+            raise ValueError(f"model.network.backbone must be a string, got {shorten(name)}")
+        try:
+            return config_class(name or DEFAULT_BACKBONE)
+        except ValueError as error:
+            raise ValueError(f"model.network.backbone: {error}") from error
+    return found[0] if found else None
+
+
+def _keys(kind: type, root: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    """Yields the dotted keys of all values of a dataclass."""
+    for name, inner in _groups(kind, root).items():
+        where = f"{path}.{name}" if path else name
+        yield where
+        if inner is not None:
+            yield from _keys(inner, root, where)
+
+
+def json_schema(kind: Kind) -> dict[str, Any]:
+    """Returns the JSON Schema of a recipe, with which editors check and complete its files.
+
+    ``model.network`` may have the keys of any backbone of this package; those of plug-ins are not known to it.
+    """
+    definitions = _definitions(RUNS[kind])
+    if kind != "tokenizer":
+        networks = [config_class(name) for name in BUILT_IN]
+        for network in networks:
+            definitions |= _definitions(network)
+        choices = [{"$ref": f"#/$defs/{network.__name__}"} for network in networks]
+        definitions[get_type_hints(RUNS[kind])["model"].__name__]["properties"]["network"] = {"anyOf": choices}
+    root = definitions.pop(RUNS[kind].__name__)
+    title = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": f"maskgit_pl recipe: {kind}"}
+    return {**root, **title, "$defs": definitions}
+
+
+def _definitions(kind: type) -> dict[str, Any]:
+    """Returns the schemas of a dataclass and of those inside it by name. A file of a recipe needs none of the keys."""
+    adapter = type_adapter(kind)
+    assert adapter is not None
+    found: dict[str, Any] = adapter.json_schema()["$defs"]
+    for each in found.values():
+        each.pop("required", None)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """Returns a copy of a tree with lists instead of tuples, as in YAML."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
