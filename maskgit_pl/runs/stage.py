@@ -49,6 +49,7 @@ from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.resolve import AUTO, config_text
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, SavedTensor, newest_checkpoint, step_of
+from maskgit_pl.training.loggers import TolerantLogger
 from maskgit_pl.training.token_model import TokenModel
 
 __all__ = [
@@ -246,6 +247,9 @@ def _log_start(run: StageRun, plan: Plan, newest: Path | None) -> None:
         log.info("%s: causal attention ignores %s", origin, ", ".join(keys))
     if plan.recipe.get("trainer.precision") == AUTO and run.values.trainer.precision != "32-true":
         log.info("%s: trainer.precision %s: %s", plan.stage_folder, AUTO, run.values.trainer.precision)
+    for logger in run.trainer.loggers:
+        if isinstance(logger, TolerantLogger) and (to := logger.spec.destination()):
+            log.info("%s: logger %s sends metrics, pictures and the recipe to %s", plan.stage_folder, logger.name, to)
     run.datamodule.warn_if_resized()
     if run.datamodule.stream is not None:
         log.info(

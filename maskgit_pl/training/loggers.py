@@ -61,6 +61,10 @@ class LoggerSpec:
         """Returns the name under which the tracker continues this run; None if it needs no name."""
         return None
 
+    def destination(self) -> str | None:
+        """Returns the address to which the tracker sends what it gets; None if all of it stays in the stage folder."""
+        return None
+
     def log_settings(self, logger: Logger, settings: Mapping[str, Any]) -> None:
         """Sends the complete recipe of a new run."""
 
@@ -106,14 +110,15 @@ class CSV(LoggerSpec):
 class WandB(LoggerSpec):
     """Weights & Biases. A resumed training continues the same run.
 
+    The account, its team and the server are those of the environment (``WANDB_ENTITY``, ``WANDB_BASE_URL``): a recipe,
+    which may come from elsewhere, cannot choose where a run is sent.
+
     Args:
         project: Name of the project.
-        entity: User or team; None for the default one of the account.
         mode: ``online``, or ``offline`` for files in the stage folder that ``wandb sync`` sends later.
     """
 
     project: str = "maskgit_pl"
-    entity: str | None = None
     mode: Literal["online", "offline"] = "online"
 
     def __post_init__(self) -> None:
@@ -132,11 +137,14 @@ class WandB(LoggerSpec):
             save_dir=folder,
             id=run_id,
             project=self.project,
-            entity=self.entity,
             offline=self.mode == "offline",
             group=folder.parent.name,
             job_type=folder.name,
         )
+
+    def destination(self) -> str | None:
+        server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+        return None if self.mode == "offline" else f"project {self.project} of {server}"
 
     def run_id(self, logger: Logger) -> str | None:
         return str(cast(WandbLogger, logger).experiment.id)
@@ -153,20 +161,23 @@ class WandB(LoggerSpec):
 class MLflow(LoggerSpec):
     """MLflow. A resumed training continues the same run.
 
+    The environment variable ``MLFLOW_TRACKING_URI`` has the address of the server. Without it, all is written to the
+    database ``mlflow.db`` of the stage folder, and the pictures to ``mlflow-files``.
+
     Args:
         experiment: Name of the experiment.
-        tracking_uri: Address of the server; None for the environment variable ``MLFLOW_TRACKING_URI`` or, without it,
-            the database ``mlflow.db`` of the stage folder, with the pictures in ``mlflow-files``.
     """
 
     experiment: str = "maskgit_pl"
-    tracking_uri: str | None = None
 
     def check(self) -> None:
         _require("mlflow")
 
+    def destination(self) -> str | None:
+        return os.environ.get("MLFLOW_TRACKING_URI") or None
+
     def create(self, folder: Path, *, run_id: str | None) -> Logger:
-        address = self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        address = self.destination()
         return MLFlowLogger(
             experiment_name=self.experiment,
             run_name=f"{folder.parent.name}/{folder.name}",

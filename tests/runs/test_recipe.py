@@ -30,6 +30,7 @@ UNKNOWN = [
     ("trainer: {logger: true}", "trainer.logger cannot be set: name the loggers with the key loggers"),
     ("trainer: {default_root_dir: x}", "trainer.default_root_dir cannot be set: use --runs-folder and --run"),
     ("model: {seed: 3}", "model.seed cannot be set: it follows data.seed"),
+    ("data: {seed: 18446744073709551616}", "data.seed must be an integer in [0, 2**32), got 18446744073709551616"),
     ("trainer: inner.yaml", "trainer must be a mapping, got 'inner.yaml'"),
     ("trainer: {val_check_interval: 0.5}", "trainer.val_check_interval must be an integer, got 0.5"),
     ("chekpoint_every: 3", "unknown key 'chekpoint_every': did you mean 'checkpoint_every'?"),
@@ -270,3 +271,19 @@ def test_config_yaml_of_a_run_is_a_recipe_without_its_paths(tmp_path):
     file.write_text("model: {}")
     with pytest.raises(ValueError, match=r"must be the config\.yaml of a run"):
         read_run_config(file)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--loggers=csv", ["csv"]),  # the list of one item
+        ("--loggers=[tensorboard, csv]", ["tensorboard", "csv"]),
+        ("--data.path=on", "on"),  # YAML's true
+        ("--data.path=[a", "[a"),  # no YAML
+        ("--trainer.devices=2", 2),
+        ("--trainer.devices=[0, 2]", [0, 2]),
+        ("--trainer.limit_val_batches=0.5", 0.5),
+    ],
+)
+def test_a_flag_is_read_as_the_type_of_its_key(flag, value):
+    assert Recipe.read("tokenizer", overrides=[flag]).get(flag[2:].partition("=")[0]) == value

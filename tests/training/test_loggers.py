@@ -196,6 +196,19 @@ def _finish(name: str) -> None:
         sys.modules["wandb"].finish()
 
 
+def test_the_environment_and_not_a_recipe_says_where_a_run_is_sent(monkeypatch):
+    for spec in ({"name": "mlflow", "tracking_uri": "http://there"}, {"name": "wandb", "entity": "others"}):
+        with pytest.raises(ValueError, match="unknown key"):
+            loggers.build(spec)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("WANDB_BASE_URL", "https://ours")
+    assert loggers.build({"name": "wandb", "project": "faces"}).destination() == "project faces of https://ours"
+    for stays in ("tensorboard", "csv", "mlflow", {"name": "wandb", "mode": "offline"}):
+        assert loggers.build(stays).destination() is None
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://here")
+    assert loggers.build("mlflow").destination() == "http://here"
+
+
 @pytest.mark.parametrize("package", ["wandb", "mlflow"])
 def test_a_missing_package_is_named_before_training(package, monkeypatch):
     monkeypatch.setattr("maskgit_pl.training.loggers.find_spec", lambda _: None)
