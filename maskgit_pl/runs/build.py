@@ -76,9 +76,10 @@ def build(plan: Plan) -> StageRun:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hide its tips and device lists
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=f".*{message}")
+    values = resolve(plan.recipe.kind, merge_values(plan))
     # Only initial weights use torch's generator: all other random numbers are functions of the recipe's seed.
-    torch.manual_seed(plan.recipe.get("data.seed") or 0)
-    run = StageRun(plan.stage, resolve(plan.recipe.kind, merge_values(plan)), plan.stage_folder)
+    torch.manual_seed(values.data.seed)
+    run = StageRun(plan.stage, values, plan.stage_folder)
     run.add_trainer()
     module, data, trainer = run.model, run.datamodule, run.trainer
     if trainer.max_steps < 1:
