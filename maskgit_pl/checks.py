@@ -11,7 +11,7 @@ import json
 import math
 import operator
 import re
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
@@ -301,6 +301,9 @@ def type_adapter(kind: type) -> TypeAdapter[Any] | None:
         return None
 
 
+FieldsAt = Callable[[tuple[str, ...]], Collection[str]]
+
+
 class WrongValue(NamedTuple):
     """A wrong value.
 
@@ -331,7 +334,7 @@ _RULES = {  # type of an error of pydantic -> what the value must be
 
 
 def describe_wrong_values(
-    error: ValueError, values: Mapping[str, Any], where: str, *, names: Collection[str] = ()
+    error: ValueError, values: Mapping[str, Any], where: str, *, fields_at: FieldsAt | None = None
 ) -> list[WrongValue]:
     """Returns what is wrong with values that ``validate`` has refused, in the order of the fields.
 
@@ -339,14 +342,14 @@ def describe_wrong_values(
         error: The error of ``validate``.
         values: The values.
         where: Their file and key.
-        names: Fields whose names continue the key where a message of a dataclass begins with them.
+        fields_at: Returns the fields of the dataclass at a key. A message of it that begins with one continues the key.
     """
     if not hasattr(error, "errors"):
-        return [_refused_value(where, (), str(error), names)]
+        return [_refused_value(where, (), str(error), fields_at)]
     found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for each in error.errors():
         found.setdefault(_key_of(each["loc"], values), []).append(each)
-    return [_describe_wrong_value(key, each, values, where, names) for key, each in found.items()]
+    return [_describe_wrong_value(key, each, values, where, fields_at) for key, each in found.items()]
 
 
 def _key_of(location: Sequence[str | int], values: Any) -> tuple[str, ...]:
@@ -364,11 +367,15 @@ def _key_of(location: Sequence[str | int], values: Any) -> tuple[str, ...]:
 
 
 def _describe_wrong_value(
-    key: tuple[str, ...], found: Sequence[Mapping[str, Any]], values: Any, where: str, names: Collection[str]
+    key: tuple[str, ...],
+    found: Sequence[Mapping[str, Any]],
+    values: Any,
+    where: str,
+    fields_at: FieldsAt | None,
 ) -> WrongValue:
     first = found[0]
     if first["type"] == "value_error":
-        return _refused_value(where, key, str(first["ctx"]["error"]), names)
+        return _refused_value(where, key, str(first["ctx"]["error"]), fields_at)
     place = ".".join((where, *key) if where else key)
     for part in key:
         if not isinstance(values, Mapping) or part not in values:
@@ -389,11 +396,12 @@ def _rule_of(found: Mapping[str, Any]) -> str:
     return _RULES.get(found["type"]) or str(found.get("ctx", {}).get("expected") or found["msg"])
 
 
-def _refused_value(where: str, key: Sequence[str], message: str, names: Collection[str]) -> WrongValue:
+def _refused_value(where: str, key: tuple[str, ...], message: str, fields_at: FieldsAt | None) -> WrongValue:
     """Puts the place in front of the message of a dataclass, which knows its fields and not its file."""
     place = ".".join((where, *key) if where else key)
-    if place and not message.startswith(f"{place}."):
-        is_field = re.split(r"[.:\s]", message, maxsplit=1)[0] in names
+    word = re.split(r"[.:\s]", message, maxsplit=1)[0]
+    if place and not message.startswith((f"{place}.", f"{place}:")):
+        is_field = fields_at is not None and word in fields_at(key)
         message = f"{place}.{message}" if is_field else f"{place}: {message}"
     return WrongValue(tuple(re.split(r"[:\s]", message, maxsplit=1)[0].split(".")), message, "value")
 

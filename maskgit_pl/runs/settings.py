@@ -6,7 +6,7 @@ checks its ranges. No value can name code: a registered part is a name with argu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
@@ -237,8 +237,8 @@ def _build(kind: Kind, tree: Mapping[str, Any]) -> tuple[ResolvedRun | None, lis
     try:
         return validate(RUNS[kind], tree), []
     except ValueError as error:
-        names = {key.rpartition(".")[2] for key in _keys(RUNS[kind], tree)}
-        faults = [_of_source(fault) for fault in describe_wrong_values(error, tree, "", names=names)]
+        found = describe_wrong_values(error, tree, "", fields_at=lambda key: _fields_at(RUNS[kind], tree, key))
+        faults = [_of_source(fault) for fault in found]
         return None, sorted(faults, key=lambda fault: fault.kind == "missing")
 
 
@@ -248,6 +248,16 @@ def _of_source(fault: WrongValue) -> WrongValue:
     if source is None:
         return fault
     return WrongValue(tuple(source.split(".")), fault.text.replace(".".join(fault.key), source, 1), fault.kind)
+
+
+def _fields_at(kind: type, root: Mapping[str, Any], key: Sequence[str]) -> Collection[str]:
+    """Returns the names of the fields of the dataclass at a key; none for a value."""
+    for part in key:
+        inner = _groups(kind, root).get(part)
+        if inner is None:
+            return ()
+        kind = inner
+    return _groups(kind, root)
 
 
 def _derive(kind: Kind, tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -290,7 +300,7 @@ def check_layers(kind: Kind, layers: Sequence[Layer]) -> list[Layer]:
         reading = next((each for each in layer.readings if _fits(kind, layers, place, each, fault)), None)
         if reading is None:
             with _named(layer.origin):
-                raise ValueError(layer.fault or fault.text)
+                raise ValueError(layer.fault or _without_place(fault, layer.origin))
         layers[place] = replace(layer, tree=reading, readings=())
     return layers
 
@@ -306,6 +316,12 @@ def _fits(kind: Kind, layers: Sequence[Layer], place: int, reading: Mapping[str,
     other = [*layers[:place], Layer("", reading), *layers[place + 1 :]]
     _, faults = _build(kind, merge(layer.tree for layer in other))
     return fault.kind == "type" and all(each.key != fault.key or each.kind != "type" for each in faults)
+
+
+def _without_place(fault: WrongValue, origin: str) -> str:
+    """Returns the message without the place in front of it, if the flag that it is about names the place."""
+    place = ".".join(fault.key)
+    return fault.text.removeprefix(f"{place}: ") if origin.startswith(f"flag --{place}") else fault.text
 
 
 @contextmanager
@@ -338,8 +354,11 @@ def _check_names(
             backbone = "" if kind is VQGANConfig else value_at(root, "model.network.backbone") or DEFAULT_BACKBONE
             raise ValueError(explain_unknown_key(where, list(_keys(run, root)), backbone=backbone))
         inner = groups[key]
-        if inner is not None and isinstance(value, Mapping):
-            _check_names(value, inner, run=run, root=root, path=where)
+        if inner is None or (value is None and type(None) in get_args(get_type_hints(kind)[key])):
+            continue
+        if not isinstance(value, Mapping):  # else a later layer would hide that the group has lost its values
+            raise ValueError(f"{where} must be a mapping, got {shorten(value)}")
+        _check_names(value, inner, run=run, root=root, path=where)
 
 
 def _groups(kind: type, root: Mapping[str, Any]) -> dict[str, type[Any] | None]:
