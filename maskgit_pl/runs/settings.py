@@ -46,6 +46,7 @@ __all__ = [
     "resolve",
 ]
 
+_OF_COMMAND = {"data": {"path": "", "token_store": ""}}  # in place of the paths that a command sets
 _INT64 = 2**63 - 1  # largest count that Lightning and torch can store
 
 
@@ -307,14 +308,14 @@ def check_layers(kind: Kind, layers: Sequence[Layer]) -> list[Layer]:
 
 def _first_fault(kind: Kind, layers: Sequence[Layer]) -> WrongValue | None:
     """Returns the first wrong value of merged layers, which may miss values."""
-    _, faults = _build(kind, merge(layer.tree for layer in layers))
+    _, faults = _build(kind, merge([_OF_COMMAND, *(layer.tree for layer in layers)]))
     return faults[0] if faults and faults[0].kind != "missing" else None
 
 
 def _fits(kind: Kind, layers: Sequence[Layer], place: int, reading: Mapping[str, Any], fault: WrongValue) -> bool:
     """Returns True if another reading of a flag has the type of its key."""
     other = [*layers[:place], Layer("", reading), *layers[place + 1 :]]
-    _, faults = _build(kind, merge(layer.tree for layer in other))
+    _, faults = _build(kind, merge([_OF_COMMAND, *(each.tree for each in other)]))
     return fault.kind == "type" and all(each.key != fault.key or each.kind != "type" for each in faults)
 
 
