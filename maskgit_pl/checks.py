@@ -7,7 +7,6 @@ types pydantic checks), and the sizes, channels and file names of images.
 
 from __future__ import annotations
 
-import json
 import math
 import operator
 import re
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, SupportsIndex, TypeA
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
+    from pydantic_core import SchemaValidator
 
 __all__ = [
     "CHANNELS",
@@ -275,30 +275,39 @@ def validate(kind: type[T], values: Mapping[str, Any]) -> T:
         ValueError: if a key or a type is wrong, or the dataclass raises a ``ValueError``; for the messages, see
             ``describe_wrong_values``.
     """
-    adapter = type_adapter(cast(Hashable, kind))
-    if adapter is None:
-        return kind(**values)
-    try:
-        text = json.dumps([values], ensure_ascii=False).encode()
-    except TypeError:  # objects, from Python code
-        return cast(T, adapter.validate_python([values])[0])
-    except UnicodeEncodeError as error:  # a name of a file that is no text
-        bad = error.object[error.start :].partition('"')[0]
-        raise ValueError(f"names must be UTF-8 text, got {shorten(bad)}; rename the file or the folder") from error
-    return cast(T, adapter.validate_json(text)[0])
+    validator = _validator(cast(Hashable, kind))
+    return kind(**values) if validator is None else cast(T, validator.validate_python([values])[0])
 
 
 @cache
-def type_adapter(kind: type) -> TypeAdapter[Any] | None:
-    """Returns the validator of a dataclass; None for annotations that have no plain values, such as a plug-in's."""
+def type_adapter(kind: type) -> TypeAdapter[Any]:
+    """Returns pydantic's adapter of the lists of a dataclass, which refuses unknown keys also in inner dataclasses."""
     from pydantic import ConfigDict, TypeAdapter
+
+    return TypeAdapter(list[kind], config=ConfigDict(extra="forbid"))  # type: ignore[valid-type]
+
+
+@cache
+def _validator(kind: type) -> SchemaValidator | None:
+    """Returns the validator of a dataclass; None for annotations that have no plain values, such as a plug-in's."""
     from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnnotation
+    from pydantic_core import SchemaValidator
 
     try:
-        # In a list, the settings apply to dataclasses inside of the dataclass too.
-        return TypeAdapter(list[kind], config=ConfigDict(extra="forbid", strict=True))  # type: ignore[valid-type]
+        schema = type_adapter(cast(Hashable, kind)).core_schema
     except (PydanticSchemaGenerationError, PydanticUndefinedAnnotation, NameError):
         return None
+    return SchemaValidator(_strict(schema))
+
+
+def _strict(schema: Any) -> Any:
+    """Returns a schema that converts nothing but lists to tuples, mappings to dataclasses, and integers to floats."""
+    if isinstance(schema, list | tuple):
+        return type(schema)(_strict(each) for each in schema)
+    if not isinstance(schema, dict):
+        return schema
+    parts = {name: _strict(each) for name, each in schema.items()}
+    return {**parts, "strict": True} if schema.get("type") in _CONVERTED else parts
 
 
 FieldsAt = Callable[[tuple[str, ...]], Collection[str]]
@@ -317,6 +326,8 @@ class WrongValue(NamedTuple):
     text: str
     kind: Literal["missing", "type", "value"]
 
+
+_CONVERTED = ("int", "float", "str", "bool", "list", "dict")  # types to which pydantic would convert other values
 
 _RULES = {  # type of an error of pydantic -> what the value must be
     "int_type": "an integer",

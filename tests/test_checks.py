@@ -134,6 +134,7 @@ def test_keys_are_named_when_unknown_or_missing() -> None:
         {"depth": 1, "rate": "x"},
         {"depth": 1, "kind": "c"},
         {"depth": 1, "spec": 3},
+        {"depth": 1, "spec": {3: 1}},
         {"depth": 1, "grid": [1, 2, 3]},
         {"depth": 1, "grid": 7},
         {"depth": 1, "names": ["a", 1]},
@@ -213,7 +214,7 @@ ACCEPTED = [
 REFUSED = [
     (int, True), (int, 1.0), (int, "1"), (float, True), (float, "1"), (bool, 1), (str, 1), (int | None, "null"),
     (Literal["a", 1], "b"), (tuple[int, int], [1]), (tuple[int, int], 7), (list[str], "ab"),
-    (tuple[int, ...], ["a"]), (str | dict[str, Any], 3), (Inner, "inner.yaml"),
+    (tuple[int, ...], ["a"]), (str | dict[str, Any], 3), (Mapping[str, Any], {3: 1}), (Inner, "inner.yaml"),
     (Inner | None, [1]),
 ]  # fmt: skip
 

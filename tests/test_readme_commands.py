@@ -93,7 +93,9 @@ def test_the_pages_have_commands() -> None:
 def plugin_of_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Announces the backbone whose package ``docs/plug-ins.md`` shows; ``test_backbone_plugin`` runs it."""
     points = "[maskgit_pl.backbones]\nconv = conv_backbone:ConvConfig\n"
-    install(tmp_path, name="conv-backbone", entry_points=points, modules={})
+    page = (ROOT / "docs" / "plug-ins.md").read_text()
+    (source,) = re.findall(r"```python\n(# conv_backbone\.py\n.*?)```", page, re.DOTALL)
+    install(tmp_path, name="conv-backbone", entry_points=points, modules={"conv_backbone": source})
     monkeypatch.syspath_prepend(tmp_path)
 
 

@@ -408,7 +408,10 @@ def _read_variant(config: AblationConfig, names: str, changes: Mapping[str, str]
         words.append(f"--trainer.max_steps={int(config.budget.amount)}")
     # base.yaml is part of every recipe; named again, it would override the file of the data set.
     files = " ".join(name for name in names.split() if name != "base")
-    recipe = Recipe.read(config.stage, names=files, dataset=config.dataset, cluster=config.cluster, overrides=words)
+    try:
+        recipe = Recipe.read(config.stage, names=files, dataset=config.dataset, cluster=config.cluster, overrides=words)
+    except ValueError as error:
+        raise ValueError(f"variant {label}: {error}" if label else str(error)) from error
     return Variant(label, files, changes, recipe)
 
 

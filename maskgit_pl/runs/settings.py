@@ -413,9 +413,7 @@ def json_schema(kind: Kind) -> dict[str, Any]:
 
 def _definitions(kind: type) -> dict[str, Any]:
     """Returns the schemas of a dataclass and of those inside it by name. A file of a recipe needs none of the keys."""
-    adapter = type_adapter(kind)
-    assert adapter is not None
-    found: dict[str, Any] = adapter.json_schema()["$defs"]
+    found: dict[str, Any] = type_adapter(kind).json_schema()["$defs"]
     for each in found.values():
         each.pop("required", None)
     return found

@@ -134,7 +134,7 @@ def test_without_slurm_nothing_can_be_submitted(submit):
         ("tokenizer", "--trainer.precision=16-mixed", ("trainer.precision", "bf16-mixed", "got 16-mixed")),
         ("tokenizer", "--data.num_workers=-1", ("data.num_workers must be", "[0, inf)", "got -1")),
         ("tokenizer", "--data.num_workers=many", ("data.num_workers must be an integer", "got 'many'")),
-        ("tokenizer", "--cpu_threads=some", ("cpu_threads must be an integer or null", "got 'some'")),
+        ("tokenizer", "--cpu_threads=some", ("cpu_threads must be an integer", "got 'some'")),
         ("tokenizer", "--cpu_threads=0", ("cpu_threads must be", "[1, inf)", "got 0")),
         ("tokenizer", "--sbatch='--mem", ("sbatch must be", "quotes")),
         ("tokenizer", "--sbatch=--mem=0 --nodes=4", ("sbatch must not have --nodes", "leave it out of --sbatch")),
