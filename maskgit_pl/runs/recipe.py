@@ -2,8 +2,8 @@
 
 Merge order: base, data set, RECIPE from left to right, cluster, flags. A recipe is only data: numbers, strings, lists
 and mappings with known keys, and names of registered objects. It is parsed exactly once, so that no value can name a
-class, a function or another file to read. The ``config.yaml`` of an earlier run is also a recipe. Imports neither torch
-nor Lightning.
+class, a function or another file to read. ``settings`` checks the values, and imports torch and Lightning for it. The
+``config.yaml`` of an earlier run is also a recipe.
 """
 
 from __future__ import annotations

@@ -397,9 +397,9 @@ def _resources(plan: Plan, job: JobOptions) -> list[str]:
 
 
 def _integer(plan: Plan, key: str, *, default: int) -> int:
-    """Returns an integer of the recipe, which must be >= ``default``, or ``default`` if it is not set."""
+    """Returns an integer of the recipe, or ``default`` if it is not set."""
     value = plan.recipe.get(key)
-    return default if value is None else check_integer(key, value, f"[{default}, inf)")
+    return default if value is None else value
 
 
 def _variables(
