@@ -19,7 +19,7 @@ IMPORTED_AS = {
     "pyyaml": "yaml",
 }
 # Imported, but declared by a package that is: tensorboard (google.protobuf).
-OF_DEPENDENCIES = {"google"}
+OF_DEPENDENCIES = {"google", "pydantic_core"}
 OF_AN_EXTRA = {"pipeline/diffusers_pipeline.py": "diffusers"}  # modules that subclass what only an extra has
 FOR_DEVELOPMENT = {"benchmarks", "dev", "docs", "test", "test-web"}  # extras whose packages the code does not import
 
