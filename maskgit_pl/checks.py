@@ -284,29 +284,29 @@ def type_adapter(kind: type) -> TypeAdapter[Any]:
     """Returns pydantic's adapter of the lists of a dataclass, which refuses unknown keys also in inner dataclasses."""
     from pydantic import ConfigDict, TypeAdapter
 
-    return TypeAdapter(list[kind], config=ConfigDict(extra="forbid"))  # type: ignore[valid-type]
+    # A plug-in may have types that no file can hold: its __post_init__ converts them.
+    settings = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+    return TypeAdapter(list[kind], config=settings)  # type: ignore[valid-type]
 
 
 @cache
 def _validator(kind: type) -> SchemaValidator | None:
-    """Returns the validator of a dataclass; None for annotations that have no plain values, such as a plug-in's."""
-    from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnnotation
+    """Returns the validator of a dataclass; None if a plug-in imports names of its annotations for type checkers."""
     from pydantic_core import SchemaValidator
 
-    try:
-        schema = type_adapter(cast(Hashable, kind)).core_schema
-    except (PydanticSchemaGenerationError, PydanticUndefinedAnnotation, NameError):
-        return None
-    return SchemaValidator(_strict(schema))
+    adapter = type_adapter(cast(Hashable, kind))
+    return SchemaValidator(_strict(adapter.core_schema)) if adapter.pydantic_complete else None
 
 
 def _strict(schema: Any) -> Any:
-    """Returns a schema that converts nothing but lists to tuples, mappings to dataclasses, and integers to floats."""
-    if isinstance(schema, list | tuple):
+    """Returns a schema that converts only lists to tuples, mappings to dataclasses, and integers to floats."""
+    if type(schema) in (list, tuple):
         return type(schema)(_strict(each) for each in schema)
-    if not isinstance(schema, dict):
+    if type(schema) is not dict:
         return schema
-    parts = {name: _strict(each) for name, each in schema.items()}
+    if schema.get("type") == "is-instance":  # of a type that no file can hold
+        return {"type": "any"}
+    parts = {name: each if name == "default" else _strict(each) for name, each in schema.items()}
     return {**parts, "strict": True} if schema.get("type") in _CONVERTED else parts
 
 
@@ -334,9 +334,11 @@ _RULES = {  # type of an error of pydantic -> what the value must be
     "int_from_float": "an integer",
     "float_type": "a number",
     "string_type": "a string",
+    "string_unicode": "a string",
     "bool_type": "true or false",
     "none_required": "null",
     "list_type": "a list",
+    "sequence_str": "a list",
     "tuple_type": "a list",
     "dict_type": "a mapping",
     "mapping_type": "a mapping",
@@ -358,20 +360,21 @@ def describe_wrong_values(
     if not hasattr(error, "errors"):
         return [_refused_value(where, (), str(error), fields_at)]
     found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for each in error.errors():
-        found.setdefault(_key_of(each["loc"], values), []).append(each)
+    for each in error.errors(include_url=False):
+        key = _key_of(each["loc"], values, is_missing=each["type"] == "missing")
+        found.setdefault(key, []).append(each)
     return [_describe_wrong_value(key, each, values, where, fields_at) for key, each in found.items()]
 
 
-def _key_of(location: Sequence[str | int], values: Any) -> tuple[str, ...]:
+def _key_of(location: Sequence[str | int], values: Any, *, is_missing: bool) -> tuple[str, ...]:
     """Returns the keys of a location: without the members of unions and the items of lists."""
     key: list[str] = []
     for part in location:
         if isinstance(values, Mapping) and isinstance(part, str):
-            key.append(part)
-            if part not in values:
+            if part not in values and not is_missing:
                 break
-            values = values[part]
+            key.append(part)
+            values = values.get(part)
         elif not isinstance(part, int):  # a member of a union
             break
     return tuple(key)
@@ -385,11 +388,11 @@ def _describe_wrong_value(
     fields_at: FieldsAt | None,
 ) -> WrongValue:
     first = found[0]
-    if first["type"] == "value_error":
+    if first["type"] in ("value_error", "assertion_error"):
         return _refused_value(where, key, str(first["ctx"]["error"]), fields_at)
     place = ".".join((where, *key) if where else key)
     for part in key:
-        if not isinstance(values, Mapping) or part not in values:
+        if first["type"] == "missing" and part not in values:
             return WrongValue(key, f"{place} must be given", "missing")
         values = values[part]
     choices = [choice for each in found for choice in re.findall("'([^']*)'", each.get("ctx", {}).get("expected", ""))]

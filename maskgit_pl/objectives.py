@@ -153,7 +153,7 @@ class Elbo(Objective):
 
     The mask ratio r = gamma(u) of a uniform u has the density 1 / |dr/du|, so the weight |dr/du| turns the expectation
     under the drawn ratios into that under uniform ratios. With ceil(r N) masked tokens, it is the order-agnostic bound
-    of ``evaluation.negative_elbo``, divided by N. Set ``label_smoothing`` to 0 for a bound in nats.
+    of ``evaluation.likelihood.negative_elbo``, divided by N. Set ``label_smoothing`` to 0 for a bound in nats.
 
     ``max_weight`` bounds the weight where gamma is steep, and makes the estimate too low there. With 100, ``cosine``,
     ``linear``, ``square``, ``cubic`` and, up to 512 tokens, ``log`` are exact; ``sqrt`` loses 0.25 % of the masks. The

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from maskgit_pl.networks.feature_networks import Inception
+from maskgit_pl.networks.inception import Inception
 
 
 def save_inception(file: Path) -> tuple[Path, str]:

@@ -1,10 +1,12 @@
 """Sizes, channels and file names of images: one form of each size."""
 
+from __future__ import annotations
+
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, make_dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pytest
@@ -253,3 +255,32 @@ def test_what_is_accepted_is_said_in_words(annotation: Any, value: object, text:
 
 def test_an_annotation_that_files_cannot_hold_is_left_to_the_dataclass() -> None:
     assert built(torch.Tensor, 3).value == 3
+
+
+@dataclass(frozen=True)
+class OfAPlugIn:
+    count: int = 0
+    late: NotThere | None = None  # type: ignore[name-defined]  # noqa: F821  # imported for type checkers only
+
+
+class Pair(NamedTuple):
+    first: int
+    second: int
+
+
+@dataclass(frozen=True)
+class WithDevice:
+    width: int
+    device: torch.device | None = None
+    pair: Pair = Pair(1, 2)  # noqa: RUF009  # a default that is a tuple of a class
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "device", torch.device(self.device or "cpu"))
+
+
+def test_the_types_of_a_plug_in_are_its_own_and_its_other_fields_are_checked() -> None:
+    assert build_dataclass(OfAPlugIn, {"count": 1}, "a.json") == OfAPlugIn(1)
+    made = build_dataclass(WithDevice, {"width": 1, "device": "cpu"}, "a.json")
+    assert (made.device, made.pair) == (torch.device("cpu"), Pair(1, 2))
+    with pytest.raises(ValueError, match=r"^a\.json\.width must be an integer, got 'x'$"):
+        build_dataclass(WithDevice, {"width": "x"}, "a.json")

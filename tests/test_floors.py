@@ -49,7 +49,7 @@ FOUND = [name for name in MODULES if name != "__init__"]  # the root names the p
 
 
 def part(module: str) -> str:
-    """The entry of FLOORS that a module such as ``shards/index`` belongs to."""
+    """The entry of FLOORS that a module such as ``data/index`` belongs to."""
     return module.split("/")[0]
 
 
@@ -380,10 +380,12 @@ def test_the_check_of_hidden_imports_finds_what_it_is_for(monkeypatch):
 
 def test_the_check_of_inner_folders_finds_what_it_is_for(monkeypatch):
     monkeypatch.setattr(
-        f"{__name__}.own", lambda module: {"evaluation/reports/tables", "evaluation/metrics", "pipeline/model"}
+        f"{__name__}.own", lambda module: {"evaluation/reports/paper_tables", "evaluation/metrics", "pipeline/model"}
     )
-    assert list(backwards("evaluation/metrics", INNER[0])) == ["evaluation/metrics imports evaluation/reports/tables"]
-    assert list(backwards("evaluation/reports/tables", INNER[0])) == []
+    assert list(backwards("evaluation/metrics", INNER[0])) == [
+        "evaluation/metrics imports evaluation/reports/paper_tables"
+    ]
+    assert list(backwards("evaluation/reports/paper_tables", INNER[0])) == []
 
 
 def test_the_check_of_circles_finds_one(monkeypatch):

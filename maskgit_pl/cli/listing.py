@@ -57,7 +57,7 @@ REGISTRIES = {  # module of each registry, by the name of the registry
     "discriminators": "networks.discriminators",
     "perceptual_networks": "networks.perceptual",
     "feature_networks": "networks.features",
-    "token_selectors": "decoding.token_selector",
+    "token_selectors": "decoding.selectors",
     "guidance_schedules": "decoding.guidance",
     "augmentations": "data.augmentations",
     "optimizers": "training.optimizers",

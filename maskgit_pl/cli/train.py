@@ -71,8 +71,9 @@ def _print_config(recipe: Recipe, folders: WantedFolders) -> None:
     if missing is None:
         print(config_text(resolve(recipe.kind, merge_values(plan))), end="")
     else:
+        text = config_text_without_data(recipe)
         print(f"# Keys that data and tokenizer give (paths, sizes, classes) are left out or have defaults: {missing}")
-        print(config_text_without_data(recipe), end="")
+        print(text, end="")
 
 
 def add_tokenize_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

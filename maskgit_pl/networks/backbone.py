@@ -411,7 +411,16 @@ def read_config_values(values: Any) -> Any:
     if not isinstance(values, Mapping):
         return values
     name = values.get("backbone", DEFAULT_BACKBONE)
-    return validate(config_class(name), {**values, "backbone": name})
+    if not isinstance(name, str):
+        raise ValueError(f"backbone must be a string, got {shorten(name)}")
+    try:
+        config = validate(config_class(name), {**values, "backbone": name})
+    except ValueError:
+        raise
+    except (Exception, SystemExit) as error:  # of a plug-in
+        raise ValueError(f"backbone {name!r} cannot be built: {type(error).__name__}: {error}") from error
+    _check_config(name, config)
+    return config
 
 
 def config_class(name: str) -> type[BackboneConfig]:

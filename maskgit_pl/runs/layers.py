@@ -1,4 +1,4 @@
-"""Layers of recipe values from files and flags: checked against a schema, and merged. Used by ``Recipe``.
+"""Layers of recipe values from files and flags, and their merge. Used by ``Recipe``.
 
 A flag overrides one value by its dotted key: ``--KEY=VALUE``.
 """

@@ -295,7 +295,7 @@ def read_run_config(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 def _find_kind(stage: Stage, files: Sequence[Layer], words: Sequence[str]) -> Kind:
     """Returns the kind of module that files and flags select."""
-    # Flags count, too, and the last one wins. They are parsed again with the schema of this kind.
+    # Flags count, too, and the last one wins. They are parsed again by ``flag_layer``.
     network = [value_at(layer.tree, "model.network") for layer in files]
     for key, text in sorted(split_flags(words), key=lambda pair: pair[0] != _BACKBONE):
         if key in (_BACKBONE, _ATTENTION):

@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 AUTO = "auto"
 
-_OF_DATA = {"codebook_size": 1024, "num_classes": 1000, "grid": [16, 16]}  # keys of the network, and sizes of the paper
+_PAPER_SIZES = {"codebook_size": 1024, "num_classes": 1000, "grid": [16, 16]}  # in place of those of data
 
 # The smallest widths that gain from bf16-mixed (docs/speed.md): a step of stage 1 takes 0.75 of its time with 64 base
 # channels and 0.98 with 32; a step of stage 2 takes 0.59 to 0.71 of its time with 256 dimensions.
@@ -86,7 +86,7 @@ def values_without_data(stage: Stage, *, path: str = "", token_store: str = "", 
     """Returns values in place of those that data and tokenizer give; the sizes are those of the paper."""
     values: dict[str, Any] = {"data": {"path": path, "token_store": token_store}}
     if stage == "transformer":
-        values["model"] = {"tokenizer": tokenizer, "network": dict(_OF_DATA)}
+        values["model"] = {"tokenizer": tokenizer, "network": dict(_PAPER_SIZES)}
     return values
 
 
@@ -267,8 +267,12 @@ def config_text(run: ResolvedRun) -> str:
 def config_text_without_data(recipe: Recipe) -> str:
     """Returns the complete recipe without the keys that data and tokenizer give, unless the recipe sets them."""
     given = values_without_data(recipe.stage)
-    tree = resolve(recipe.kind, merge([given, recipe.tree])).tree
-    for key in ("data.path", "data.token_store", "model.tokenizer", *(f"model.network.{name}" for name in _OF_DATA)):
+    try:
+        tree = resolve(recipe.kind, merge([given, recipe.tree])).tree
+    except ValueError:  # the sizes of the paper do not fit the recipe, whose tokenizer may have others
+        return _recipe_text(recipe.tree)
+    sizes = (f"model.network.{name}" for name in _PAPER_SIZES)
+    for key in ("data.path", "data.token_store", "model.tokenizer", *sizes):
         if value_at(recipe.tree, key) is None:
             remove_key(tree, key)
     return _recipe_text(tree)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from types import UnionType
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from lightning.pytorch import LightningModule
 
@@ -46,7 +46,7 @@ __all__ = [
     "resolve",
 ]
 
-_OF_COMMAND = {"data": {"path": "", "token_store": ""}}  # in place of the paths that a command sets
+_COMMAND_PATHS = {"data": {"path": "", "token_store": ""}}  # in place of the paths that a command sets
 _INT64 = 2**63 - 1  # largest count that Lightning and torch can store
 
 
@@ -156,7 +156,7 @@ class RunSettings:
         if self.max_passes is not None:
             check_integer("max_passes", self.max_passes, f"[1, {_INT64}]")
         names = [each if isinstance(each, str) else each.get("name") for each in self.loggers]
-        if len(set(names)) < len(names):
+        if any(names.count(name) > 1 for name in names):
             raise ValueError(f"loggers must be different, got {shorten(names)}")
 
 
@@ -220,7 +220,7 @@ RUNS: dict[Kind, type[ResolvedRun]] = {
 
 
 def resolve(kind: Kind, tree: Mapping[str, Any]) -> ResolvedRun:
-    """Builds all values of a run from a tree, with defaults and derived keys (steps 2 and 3 of the module).
+    """Builds all values of a run from a tree, with derived keys and defaults.
 
     Raises:
         ValueError: if a value is missing, out of range or unknown. The message names the key.
@@ -254,7 +254,7 @@ def _of_source(fault: WrongValue) -> WrongValue:
 def _fields_at(kind: type, root: Mapping[str, Any], key: Sequence[str]) -> Collection[str]:
     """Returns the names of the fields of the dataclass at a key; none for a value."""
     for part in key:
-        inner = _groups(kind, root).get(part)
+        inner, _ = _groups(kind, root).get(part, (None, False))
         if inner is None:
             return ()
         kind = inner
@@ -280,7 +280,7 @@ def _derive(kind: Kind, tree: Mapping[str, Any]) -> dict[str, Any]:
 def check_layers(kind: Kind, layers: Sequence[Layer]) -> list[Layer]:
     """Checks the keys and values of the layers of a recipe, in merge order.
 
-    Values that data and tokenizer determine may be missing.
+    Values that data and tokenizer determine may be missing. Ranges of the model are then checked when the run is built.
 
     Returns:
         The layers, with those readings of flags that fit the types of their keys.
@@ -293,36 +293,54 @@ def check_layers(kind: Kind, layers: Sequence[Layer]) -> list[Layer]:
     for number, layer in enumerate(layers, start=1):
         with _named(layer.origin):
             _check_names(layer.tree, RUNS[kind], run=RUNS[kind], root=merge(each.tree for each in layers[:number]))
-    while fault := _first_fault(kind, layers):
-        places = [number for number, layer in enumerate(layers) if _has(layer.tree, fault.key)]
-        if not places:
-            raise ValueError(f"recipe: {fault.text}")
-        place, layer = places[-1], layers[places[-1]]
-        reading = next((each for each in layer.readings if _fits(kind, layers, place, each, fault)), None)
-        if reading is None:
-            with _named(layer.origin):
-                raise ValueError(layer.fault or _without_place(fault, layer.origin))
-        layers[place] = replace(layer, tree=reading, readings=())
+    # Files first: their merged values are used without the flags, too.
+    files = [layer for layer in layers if not layer.origin.startswith("flag --")]
+    if faults := _faults(kind, files):
+        _refuse(kind, files, faults[0])
+    while faults := _faults(kind, layers):
+        number = _culprit(kind, layers, faults[0])
+        readings = [replace(layers[number], tree=tree, readings=()) for tree in layers[number].readings]
+        others = [[*layers[:number], reading, *layers[number + 1 :]] for reading in readings]
+        fitting = [other for other in others if _has_type(_faults(kind, other), faults[0])]
+        if faults[0].kind != "type" or not fitting:
+            _refuse(kind, layers, faults[0])
+        layers = fitting[0]
     return layers
 
 
-def _first_fault(kind: Kind, layers: Sequence[Layer]) -> WrongValue | None:
-    """Returns the first wrong value of merged layers, which may miss values."""
-    _, faults = _build(kind, merge([_OF_COMMAND, *(layer.tree for layer in layers)]))
-    return faults[0] if faults and faults[0].kind != "missing" else None
+def _faults(kind: Kind, layers: Sequence[Layer]) -> list[WrongValue]:
+    """Returns the wrong values of merged layers, which may miss values."""
+    tree = merge([_COMMAND_PATHS, *(layer.tree for layer in layers)])
+    _, faults = _build(kind, tree)
+    found = [fault for fault in faults if fault.kind != "missing"]
+    if found or not faults:
+        return found
+    # A missing value of the model hides the ranges of the other settings.
+    own = {each.name: tree[each.name] for each in fields(RunSettings) if each.name in tree}
+    try:
+        validate(RunSettings, own)
+    except ValueError as error:
+        return describe_wrong_values(error, own, "", fields_at=lambda _: [each.name for each in fields(RunSettings)])
+    return []
 
 
-def _fits(kind: Kind, layers: Sequence[Layer], place: int, reading: Mapping[str, Any], fault: WrongValue) -> bool:
-    """Returns True if another reading of a flag has the type of its key."""
-    other = [*layers[:place], Layer("", reading), *layers[place + 1 :]]
-    _, faults = _build(kind, merge([_OF_COMMAND, *(each.tree for each in other)]))
-    return fault.kind == "type" and all(each.key != fault.key or each.kind != "type" for each in faults)
+def _culprit(kind: Kind, layers: Sequence[Layer], fault: WrongValue) -> int:
+    """Returns the number of the layer from which on the merged layers have a fault."""
+    without = [n for n in range(len(layers)) if fault.text not in {each.text for each in _faults(kind, layers[:n])}]
+    return max(without, default=0)
 
 
-def _without_place(fault: WrongValue, origin: str) -> str:
-    """Returns the message without the place in front of it, if the flag that it is about names the place."""
-    place = ".".join(fault.key)
-    return fault.text.removeprefix(f"{place}: ") if origin.startswith(f"flag --{place}") else fault.text
+def _has_type(faults: Sequence[WrongValue], fault: WrongValue) -> bool:
+    """Returns True if the key of a fault, and the groups around it, are not among the wrong types."""
+    return all(each.kind != "type" or each.key != fault.key[: len(each.key)] for each in faults)
+
+
+def _refuse(kind: Kind, layers: Sequence[Layer], fault: WrongValue) -> NoReturn:
+    """Raises the error of a wrong value, with its file or flag; a flag takes the place of the key."""
+    layer, place = layers[_culprit(kind, layers, fault)], ".".join(fault.key)
+    is_of_flag = f"{layer.origin}.".startswith(f"flag --{place}.")
+    with _named(layer.origin):
+        raise ValueError(layer.fault or (fault.text.removeprefix(f"{place}: ") if is_of_flag else fault.text))
 
 
 @contextmanager
@@ -336,14 +354,6 @@ def _named(origin: str) -> Iterator[None]:
         raise ValueError(text) from error
 
 
-def _has(tree: Any, key: Sequence[str]) -> bool:
-    for part in key:
-        if not isinstance(tree, Mapping) or part not in tree:
-            return False
-        tree = tree[part]
-    return True
-
-
 def _check_names(
     node: Mapping[str, Any], kind: type, *, run: type[ResolvedRun], root: Mapping[str, Any], path: str = ""
 ) -> None:
@@ -354,18 +364,22 @@ def _check_names(
         if where in DERIVED_KEYS or key not in groups:
             backbone = "" if kind is VQGANConfig else value_at(root, "model.network.backbone") or DEFAULT_BACKBONE
             raise ValueError(explain_unknown_key(where, list(_keys(run, root)), backbone=backbone))
-        inner = groups[key]
-        if inner is None or (value is None and type(None) in get_args(get_type_hints(kind)[key])):
+        inner, is_optional = groups[key]
+        if inner is None or (value is None and is_optional):
             continue
         if not isinstance(value, Mapping):  # else a later layer would hide that the group has lost its values
             raise ValueError(f"{where} must be a mapping, got {shorten(value)}")
         _check_names(value, inner, run=run, root=root, path=where)
 
 
-def _groups(kind: type, root: Mapping[str, Any]) -> dict[str, type[Any] | None]:
-    """Returns the fields of a dataclass by name: the dataclass of a group, None for a value."""
-    hints = get_type_hints(kind)
-    return {each.name: _group(hints[each.name], root) for each in fields(kind) if each.init}
+def _groups(kind: type, root: Mapping[str, Any]) -> dict[str, tuple[type[Any] | None, bool]]:
+    """Returns the fields of a dataclass: the dataclass of a group, None for a value, and True if it may be null."""
+    try:
+        hints = get_type_hints(kind)
+    except (NameError, SyntaxError):  # a plug-in imports the names for type checkers
+        hints = {}
+    annotations = {each.name: hints.get(each.name, Any) for each in fields(kind) if each.init}
+    return {name: (_group(each, root), type(None) in get_args(each)) for name, each in annotations.items()}
 
 
 def _group(annotation: Any, root: Mapping[str, Any]) -> type[Any] | None:
@@ -374,20 +388,21 @@ def _group(annotation: Any, root: Mapping[str, Any]) -> type[Any] | None:
     if len(options) > 2:
         return None
     found = [each for each in options if isinstance(each, type) and is_dataclass(each)]
-    if found == [BackboneConfig]:
-        name = value_at(root, "model.network.backbone")
-        if not isinstance(name, str | None):
-            raise ValueError(f"model.network.backbone must be a string, got {shorten(name)}")
-        try:
-            return config_class(name or DEFAULT_BACKBONE)
-        except ValueError as error:
-            raise ValueError(f"model.network.backbone: {error}") from error
-    return found[0] if found else None
+    if found != [BackboneConfig]:
+        return found[0] if found else None
+    network = value_at(root, "model.network")
+    name = network.get("backbone", DEFAULT_BACKBONE) if isinstance(network, Mapping) else DEFAULT_BACKBONE
+    if not isinstance(name, str):
+        raise ValueError(f"model.network.backbone must be a string, got {shorten(name)}")
+    try:
+        return config_class(name)
+    except ValueError as error:
+        raise ValueError(f"model.network.backbone: {error}") from error
 
 
 def _keys(kind: type, root: Mapping[str, Any], path: str = "") -> Iterator[str]:
     """Yields the dotted keys of all values of a dataclass."""
-    for name, inner in _groups(kind, root).items():
+    for name, (inner, _) in _groups(kind, root).items():
         where = f"{path}.{name}" if path else name
         yield where
         if inner is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -144,7 +145,7 @@ class WandB(LoggerSpec):
 
     def destination(self) -> str | None:
         server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-        return None if self.mode == "offline" else f"project {self.project} of {server}"
+        return None if self.mode == "offline" else f"project {self.project} of {_without_user(server)}"
 
     def run_id(self, logger: Logger) -> str | None:
         return str(cast(WandbLogger, logger).experiment.id)
@@ -174,10 +175,10 @@ class MLflow(LoggerSpec):
         _require("mlflow")
 
     def destination(self) -> str | None:
-        return os.environ.get("MLFLOW_TRACKING_URI") or None
+        return _without_user(os.environ.get("MLFLOW_TRACKING_URI", "")) or None
 
     def create(self, folder: Path, *, run_id: str | None) -> Logger:
-        address = self.destination()
+        address = os.environ.get("MLFLOW_TRACKING_URI")
         return MLFlowLogger(
             experiment_name=self.experiment,
             run_name=f"{folder.parent.name}/{folder.name}",
@@ -330,6 +331,11 @@ class _CountingCSVLogger(CSVLogger):
             self._logged_steps, self._last_step = self._logged_steps + 1, step
         if self._logged_steps % self._flush_every == 0:
             self.save()
+
+
+def _without_user(address: str) -> str:
+    """Returns an address without the user and the password that it may have."""
+    return re.sub(r"//[^/@]*@", "//", address)
 
 
 def _require(package: str) -> None:

@@ -24,7 +24,7 @@ from maskgit_pl.checks import (
 )
 from maskgit_pl.distributed import mean_over_ranks
 from maskgit_pl.losses import AdversarialLoss, ReconstructionLoss
-from maskgit_pl.networks.discriminators import DiscriminatorConfig, build_discriminator
+from maskgit_pl.networks.discriminators import DiscriminatorConfig, build_discriminator, with_defaults
 from maskgit_pl.networks.perceptual import PerceptualOutput, build_perceptual, create_distance
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.training.optimizers import OptimizerConfig
@@ -130,6 +130,8 @@ class AdversarialConfig:
         check_integer("adversarial warmup_steps", self.warmup_steps, "[0, inf)")
         check_integer("adversarial r1_every", self.r1_every, "[1, inf)")
         discriminator = build_discriminator(self.discriminator)
+        if not isinstance(self.discriminator, DiscriminatorConfig):  # one form of each, with all values
+            object.__setattr__(self, "discriminator", with_defaults(self.discriminator))
         if self.r1_weight > 0 and getattr(discriminator, "mixes_images", False):
             raise ValueError(
                 f"adversarial r1_weight must be 0 with a discriminator that normalises over the batch, got "

@@ -1,4 +1,4 @@
-"""The commands inpaint, outpaint and panorama, beside ``test_edit_command.py``."""
+"""The commands inpaint, edit, outpaint and panorama."""
 
 import subprocess
 import sys

@@ -286,3 +286,44 @@ def test_config_yaml_of_a_run_is_a_recipe_without_its_paths(tmp_path):
 )
 def test_a_flag_is_read_as_the_type_of_its_key(flag, value):
     assert Recipe.read("tokenizer", overrides=[flag]).get(flag[2:].partition("=")[0]) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "stage", "said"),
+    [
+        (
+            "",
+            ["--model.network.backbone=null"],
+            "transformer",
+            "flag --model.network.backbone must be a string",
+        ),
+        ("model: {network: {backbone: }}", [], "transformer", "recipe .*: model.network.backbone must be a string"),
+        ("", ["--loggers=[{name: [a]}, {name: [a]}]"], "tokenizer", "flag --loggers must be different"),
+        (
+            "",
+            ["--trainer.devices={a: 1}"],
+            "tokenizer",
+            "flag --trainer.devices must be an integer or .*'a': 1",
+        ),
+        (
+            "",
+            ["--data.stream={urls: 3, samples: x}"],
+            "tokenizer",
+            "flag --data.stream.*urls must be a string or",
+        ),
+        ("trainer: {max_steps: abc}", ["--trainer.max_steps=10"], "tokenizer", "recipe .*: trainer.max_steps must be"),
+        (
+            "data: {augmentations: [nope]}",
+            ["--data.seed=3"],
+            "tokenizer",
+            "recipe .*: data: unknown augmentation",
+        ),
+        ("trainer: ", ["--trainer.max_steps=10"], "tokenizer", "recipe .*: trainer must be a mapping, got None"),
+        ("", ["--checkpoint_every=0"], "transformer", "flag --checkpoint_every must be an integer in"),
+    ],
+)
+def test_a_mistake_is_answered_with_the_file_or_the_flag_that_made_it(tmp_path, text, flags, stage, said):
+    (tmp_path / "mine.yaml").write_text(text or "{}")
+    with pytest.raises(ValueError, match=f"^{said}") as caught:
+        Recipe.read(stage, names=[str(tmp_path / "mine.yaml")], overrides=flags)
+    assert "\n" not in str(caught.value)
