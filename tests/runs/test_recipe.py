@@ -301,7 +301,12 @@ def test_a_flag_is_read_as_the_type_of_its_key(flag, value):
         ("", ["--loggers=[{name: [a]}, {name: [a]}]"], "tokenizer", "flag --loggers must be different"),
         (
             "",
-            ["--trainer.devices={a: 1}"],
+            (
+                "",
+                ["--trainer.limit_val_batches={a: 1}"],
+                "tokenizer",
+                "flag --trainer.limit_val_batches must be an integer or",
+            ),
             "tokenizer",
             "flag --trainer.devices must be an integer or .*'a': 1",
         ),
