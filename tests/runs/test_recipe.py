@@ -301,21 +301,11 @@ def test_a_flag_is_read_as_the_type_of_its_key(flag, value):
         ("", ["--loggers=[{name: [a]}, {name: [a]}]"], "tokenizer", "flag --loggers must be different"),
         (
             "",
-            (
-                "",
-                ["--trainer.limit_val_batches={a: 1}"],
-                "tokenizer",
-                "flag --trainer.limit_val_batches must be an integer or",
-            ),
+            ["--trainer.limit_val_batches={a: 1}"],
             "tokenizer",
-            "flag --trainer.devices must be an integer or .*'a': 1",
+            "flag --trainer.limit_val_batches must be an integer",
         ),
-        (
-            "",
-            ["--data.stream={urls: 3, samples: x}"],
-            "tokenizer",
-            "flag --data.stream.*urls must be a string or",
-        ),
+        ("", ["--data.stream={urls: 3, samples: x}"], "tokenizer", "flag --data.stream.*urls must be a string or"),
         ("trainer: {max_steps: abc}", ["--trainer.max_steps=10"], "tokenizer", "recipe .*: trainer.max_steps must be"),
         (
             "data: {augmentations: [nope]}",
