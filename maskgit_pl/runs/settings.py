@@ -293,10 +293,10 @@ def check_layers(kind: Kind, layers: Sequence[Layer]) -> list[Layer]:
     for number, layer in enumerate(layers, start=1):
         with _named(layer.origin):
             _check_names(layer.tree, RUNS[kind], run=RUNS[kind], root=merge(each.tree for each in layers[:number]))
-    # Files first: their merged values are used without the flags, too.
+    # The types of the files first: a flag must not hide a wrong one, because their values are used without flags, too.
     files = [layer for layer in layers if not layer.origin.startswith("flag --")]
-    if faults := _faults(kind, files):
-        _refuse(kind, files, faults[0])
+    if wrong_types := [fault for fault in _faults(kind, files) if fault.kind == "type"]:
+        _refuse(kind, files, wrong_types[0])
     while faults := _faults(kind, layers):
         number = _culprit(kind, layers, faults[0])
         readings = [replace(layers[number], tree=tree, readings=()) for tree in layers[number].readings]

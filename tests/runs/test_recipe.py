@@ -288,6 +288,14 @@ def test_a_flag_is_read_as_the_type_of_its_key(flag, value):
     assert Recipe.read("tokenizer", overrides=[flag]).get(flag[2:].partition("=")[0]) == value
 
 
+def test_a_flag_may_bring_the_values_of_files_into_range(tmp_path):
+    (tmp_path / "mine.yaml").write_text("data: {source: tokens, crop: random}")  # the store has central crops
+    names = [str(tmp_path / "mine.yaml")]
+    with pytest.raises(ValueError, match=r"data\.crop must be 'center'"):
+        Recipe.read("transformer", names=names)
+    assert Recipe.read("transformer", names=names, overrides=["--data.crop=center"]).get("data.crop") == "center"
+
+
 @pytest.mark.parametrize(
     ("text", "flags", "stage", "said"),
     [
