@@ -130,7 +130,7 @@ def test_a_tokenizer_recipe_builds_at_full_size(name):
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_tokenizer_recipe_trains_a_step(name, tiny_shards, tmp_path):
     files = [*layers("tokenizer", name), RECIPES / "cluster" / "single.yaml", TINY / "tokenizer.yaml"]
-    recipe = Recipe.from_files("tokenizer", files).with_overrides(SMALLER.get(name, []))
+    recipe = Recipe.from_files("tokenizer", files, SMALLER.get(name, []))
     assert fit_stage(Plan(recipe, tiny_shards, tmp_path)).step == 1
     assert load_tokenizer(tmp_path / "pretrained" / "tokenizer").image_size == 8
     assert (tmp_path / "tokenizer" / "reconstructions.png").is_file()
