@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -66,10 +67,13 @@ class Imported:
 def measure(imports: Mapping[str, str] = IMPORTS, *, repeats: int) -> dict[str, Imported]:
     """Runs each import in fresh interpreters, in turn; the first round fills the file cache and is not counted."""
     found: dict[str, list[tuple[float, list[str]]]] = {name: [] for name in imports}
+    # As installed: with the bytecode of all modules, which round 0 writes.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     for round_ in range(repeats + 1):
         for name, statement in imports.items():
             command = [sys.executable, "-c", _PROBE.format(statement=statement)]
-            printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+            done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+            printed = done.stdout.splitlines()[-1]
             # Round 0 reads the files from disk into the cache of the system.
             if round_ > 0:
                 found[name].append(tuple(json.loads(printed)))
