@@ -59,8 +59,43 @@ T = TypeVar("T")
 CHANNELS = {1: "grey", 3: "RGB"}
 """The numbers of channels of images, and what they hold."""
 
+FieldsAt = Callable[[tuple[str, ...]], Collection[str]]
+"""Returns the fields of the dataclass at a key."""
+
 _MAX_SHOWN = 80  # characters of a value in a message
 _FILE_NAME = re.compile(r"(no-class|class-\d{4,})-seed-\d{6,}\.png")  # of image_file_name
+
+_CONVERTED = ("int", "float", "str", "bool", "list", "dict")  # types to which pydantic would convert other values
+
+_RULES = {  # type of an error of pydantic -> what the value must be
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "string_type": "a string",
+    "string_unicode": "a string",
+    "bool_type": "true or false",
+    "none_required": "null",
+    "list_type": "a list",
+    "sequence_str": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "mapping_type": "a mapping",
+    "dataclass_type": "a mapping",
+}
+
+
+class WrongValue(NamedTuple):
+    """A wrong value.
+
+    Args:
+        key: Keys that lead to the value, such as ``("data", "seed")``.
+        text: The message.
+        kind: ``missing`` for a required value, ``type``, or ``value`` for what a dataclass refuses.
+    """
+
+    key: tuple[str, ...]
+    text: str
+    kind: Literal["missing", "type", "value"]
 
 
 def shorten(value: object) -> str:
@@ -310,42 +345,6 @@ def _strict(schema: Any) -> Any:
     return {**parts, "strict": True} if schema.get("type") in _CONVERTED else parts
 
 
-FieldsAt = Callable[[tuple[str, ...]], Collection[str]]
-
-
-class WrongValue(NamedTuple):
-    """A wrong value.
-
-    Args:
-        key: Keys that lead to the value, such as ``("data", "seed")``.
-        text: The message.
-        kind: ``missing`` for a required value, ``type``, or ``value`` for what a dataclass refuses.
-    """
-
-    key: tuple[str, ...]
-    text: str
-    kind: Literal["missing", "type", "value"]
-
-
-_CONVERTED = ("int", "float", "str", "bool", "list", "dict")  # types to which pydantic would convert other values
-
-_RULES = {  # type of an error of pydantic -> what the value must be
-    "int_type": "an integer",
-    "int_from_float": "an integer",
-    "float_type": "a number",
-    "string_type": "a string",
-    "string_unicode": "a string",
-    "bool_type": "true or false",
-    "none_required": "null",
-    "list_type": "a list",
-    "sequence_str": "a list",
-    "tuple_type": "a list",
-    "dict_type": "a mapping",
-    "mapping_type": "a mapping",
-    "dataclass_type": "a mapping",
-}
-
-
 def describe_wrong_values(
     error: ValueError, values: Mapping[str, Any], where: str, *, fields_at: FieldsAt | None = None
 ) -> list[WrongValue]:
@@ -371,7 +370,7 @@ def _key_of(location: Sequence[str | int], values: Any, *, is_missing: bool) -> 
     key: list[str] = []
     for part in location:
         if isinstance(values, Mapping) and isinstance(part, str):
-            if part not in values and not is_missing:
+            if part not in values and not (is_missing and part is location[-1]):
                 break
             key.append(part)
             values = values.get(part)
@@ -405,6 +404,9 @@ def _describe_wrong_value(
 
 def _rule_of(found: Mapping[str, Any]) -> str:
     """Returns what a value must be, in words."""
+    last = found["loc"][-1]
+    if found["type"] == "missing" and isinstance(last, str):  # in a dataclass that is a member of a union
+        return f"a mapping with the key {last!r}"
     if found["type"] in ("missing", "too_long", "too_short"):
         return "a list of the right length"
     return _RULES.get(found["type"]) or str(found.get("ctx", {}).get("expected") or found["msg"])

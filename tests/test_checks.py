@@ -246,6 +246,7 @@ def test_a_value_of_another_type_is_refused(annotation: Any, value: object) -> N
         (tuple[float, float], [1], "value must be a list of the right length, got [1]"),
         (Inner, {"depth": "x"}, "value.depth must be an integer, got 'x'"),
         (Inner, {}, "value.depth must be given"),
+        (Inner | str, {"kind": "a"}, "value must be a mapping with the key 'depth' or a string, got {'kind': 'a'}"),
     ],
 )
 def test_what_is_accepted_is_said_in_words(annotation: Any, value: object, text: str) -> None:

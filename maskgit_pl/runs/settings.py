@@ -431,6 +431,7 @@ def _definitions(kind: type) -> dict[str, Any]:
     found: dict[str, Any] = type_adapter(kind).json_schema()["$defs"]
     for each in found.values():
         each.pop("required", None)
+        each["additionalProperties"] = False  # pydantic before 2.14 leaves it out of inner dataclasses
     return found
 
 
