@@ -78,7 +78,7 @@ def preflight(
     _check_host(checks, nodes=nodes, devices=devices, port=machines.port)
     folders = {"data": data, "tokenizer": tokenizer, "pretrained": pretrained}
     plan, summary = _check_inputs(checks, recipe, run_folder(recipe, run), folders)
-    plan = _check_strategy(checks, plan, nodes=nodes, devices=devices, gpu=machines.gpu)
+    plan = _check_strategy(checks, plan, summary, nodes=nodes, devices=devices, gpu=machines.gpu)
     # Without data or tokenizer, the stage is built from the recipe only, for its costs.
     stage_run = build_for_preflight(plan, checks, is_complete=checks.names_with_errors() <= _STARTABLE)
     if stage_run is None:
@@ -231,15 +231,18 @@ def _read_summary(shards: Path) -> DataSummary:
     return summary
 
 
-def _check_strategy(checks: CheckList, plan: Plan, *, nodes: int, devices: int, gpu: str | None) -> Plan:
+def _check_strategy(
+    checks: CheckList, plan: Plan, summary: DataSummary | None, *, nodes: int, devices: int, gpu: str | None
+) -> Plan:
     """Returns the plan with the precision that training will choose; the stage is built on a CPU, which may differ."""
     recipe = plan.recipe
     name = str(recipe.get("trainer.strategy") or "auto")
     with checks.catch_errors("strategy"):
         build_strategy(name)
         check_accelerator(str(recipe.get("trainer.accelerator") or "auto"))
+        known = merge_recipe_values(plan) if summary is None else merge_values(plan)
         try:
-            values = resolve(recipe.kind, merge([_values_without_data(plan), merge_recipe_values(plan)]))
+            values = resolve(recipe.kind, merge([_values_without_data(plan), known]))
         except ValueError:  # the check of the recipe reports it
             return plan
         precision = choose_precision(values.trainer, values.model.network, plan.stage, plan.stage_folder, gpu=gpu)

@@ -103,6 +103,15 @@ def test_a_recipe_that_training_would_refuse_has_no_costs(examine):
     assert found.costs is None
 
 
+def test_the_strategy_is_checked_with_the_sizes_of_data_and_tokenizer(tmp_path, tiny_shards, tiny_pretrained):
+    tiny = [word for word in flags(yaml.safe_load((TINY / "transformer.yaml").read_text())) if ".grid=" not in word]
+    counts = ["--model.decoding.num_steps=2", "--model.decoding.tokens_per_step=[8, 8]"]  # of the tokenizer's 4 x 4
+    recipe = runs.Recipe.read("transformer", overrides=[*tiny, *counts])
+    found = runs.preflight(recipe, run=tmp_path / "one", data=tiny_shards, tokenizer=tiny_pretrained / "tokenizer")
+    assert found.ok, str(found)
+    assert "strategy" in [check.name for check in found.checks]
+
+
 def test_torch_and_its_random_numbers_are_left_as_they_were(examine):
     def state():
         return torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.get_rng_state().tolist()
