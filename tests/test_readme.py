@@ -142,7 +142,7 @@ def test_the_links_of_a_page_lead_somewhere(page: str):
     file = ROOT / page
     for target, anchor in re.findall(r"\]\(([^)#:\s]*)(?:#([^)\s]*))?\)", file.read_text()):
         linked = file.parent / target if target else file
-        assert linked.exists(), target
+        assert linked.is_file(), f"{target} must be a file: the site has no page of a folder"
         assert not anchor or anchor in slugs(linked.read_text()), f"{target}#{anchor}"
 
 
