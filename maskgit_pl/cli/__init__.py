@@ -1,8 +1,7 @@
-"""The console script ``maskgit``: builds the parser of all commands, runs one, and turns errors into exit codes.
+"""The console script ``maskgit``: builds the parser of the commands, runs one, and turns errors into exit codes.
 
-Each command NAME has a function ``add_NAME_parser`` in a file of this folder or of ``contrib``. These files import only
-what the parser needs, so that ``--help`` and wrong flags are answered without torch; the function that runs the command
-imports the rest.
+Each command is a function of this folder or of ``contrib``; ``arguments`` makes its flags from its signature. The files
+of the commands import no torch at their top, so that ``--help`` and wrong flags are answered at once.
 """
 
 from __future__ import annotations
@@ -11,53 +10,68 @@ import argparse
 import io
 import logging
 import os
+import re
 import select
 import sys
 import textwrap
 import warnings
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
 from maskgit_pl import __version__
 from maskgit_pl.checks import did_you_mean, shorten
-from maskgit_pl.cli import completion
-from maskgit_pl.errors import BAD_INPUT, BROKEN_PIPE, PrintableFormatter, describe_error, error_of_exit, exit_code_of
+from maskgit_pl.cli.arguments import add_command, flag_of, read_call, takes_overrides
+from maskgit_pl.errors import (
+    BAD_INPUT,
+    BROKEN_PIPE,
+    PrintableFormatter,
+    describe_error,
+    error_of_exit,
+    exit_code_of,
+    is_user_error,
+)
 
 __all__ = ["build_parser", "main"]
 
-_COMMANDS = {  # the module of each command, in the order of the help
+_COMMANDS = {  # the function of each command, in the order of the help
     "demo": "cli.demo",
     "models": "cli.listing",
     "data": "cli.data",
     "doctor": "cli.doctor",
-    "train": "cli.train",
-    "slurm": "cli.train",
-    "tokenize": "cli.train",
+    "train": "cli.train:train",
+    "slurm submit": "cli.train:submit",
+    "tokenize": "cli.train:tokenize",
     "export": "cli.export",
     "push": "cli.export",
-    "sample": "cli.sample",
-    "inpaint": "cli.editing",
-    "outpaint": "cli.editing",
-    "panorama": "cli.editing",
+    "sample": "cli.sample:sample",
+    "inpaint": "cli.editing:inpaint",
+    "edit": "cli.editing:edit",
+    "outpaint": "cli.editing:outpaint",
+    "panorama": "cli.editing:panorama",
     "web": "cli.web",
     "evaluate": "cli.evaluate",
-    "evaluate_tokenizer": "cli.evaluate",
+    "evaluate-tokenizer": "cli.evaluate",
     "inspect": "contrib.inspect",
     "compare": "cli.evaluate",
     "tune": "cli.tune",
     "ablation": "cli.ablation",
     "paper": "cli.paper",
-    "train_classifier": "cli.evaluate",
+    "train-classifier": "cli.evaluate",
     "schedules": "cli.listing",
     "recipes": "cli.listing",
     "plugins": "cli.listing",
     "env": "cli.listing",
-    "import_jax": "cli.importing",
-    "import_tokenizer": "cli.importing",
-    "import_transformer": "cli.importing",
+    "import-jax": "cli.importing",
+    "import-tokenizer": "cli.importing",
+    "import-transformer": "cli.importing",
+}
+_GROUPS = {  # commands that have commands
+    "data": "Fetch, make, index, verify and count shards of images.",
+    "slurm": "Train on a Slurm cluster with jobs that save before their time limit and requeue themselves.",
+    "recipes": "List, show and copy the recipes that --recipe can name, and print their JSON Schema.",
 }
 
 
@@ -75,15 +89,22 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that takes no abbreviated flags. Its subparsers have this class too."""
+    """A parser that takes no abbreviated flags, and tells an error in one line. Its subparsers have this class too."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
         # argparse takes "--sbatch --mem=0" for two flags.
-        hint = "; give a value that begins with - as FLAG=VALUE"
-        super().error(message + (hint if message.endswith("expected one argument") else ""))
+        hint = "; give a value that begins with - as FLAG=VALUE" if message.endswith("expected one argument") else ""
+        self.exit(BAD_INPUT, f"{self.prog}: {message.removeprefix('argument ')}{hint}; see {self.prog} --help\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        # The function of a command reads the choices of a flag.
+        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+            hint = f"{did_you_mean(value, action.choices)} ".lstrip()
+            listed = ", ".join(action.choices)
+            self.exit(BAD_INPUT, f"{self.prog}: unknown command {shorten(value)}: {hint}commands: {listed}\n")
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         # An empty word is mostly a variable of the shell without a value, but Path("") is the current folder.
@@ -94,13 +115,12 @@ class _Parser(argparse.ArgumentParser):
         return super()._get_value(action, arg_string)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Returns the parser of the console script with all commands."""
-    return _parser_and_commands()[0]
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """Returns the parser of the console script.
 
-
-def _parser_and_commands(command: str | None = None) -> tuple[argparse.ArgumentParser, list[str]]:
-    """Returns the parser, and the names of its commands: only ``command`` if a module has its name, else all."""
+    Args:
+        command: First word of the only commands that it has; all commands if there is no such command.
+    """
     parser: argparse.ArgumentParser = _Parser(
         prog="maskgit",
         description="MaskGIT in PyTorch Lightning: train a VQGAN tokenizer and a masked token transformer, and "
@@ -112,12 +132,21 @@ def _parser_and_commands(command: str | None = None) -> tuple[argparse.ArgumentP
         "--traceback", action="store_true", help="print the traceback when a command ends with an error"
     )
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
-    command = (command or "").replace("-", "_")
-    for name in (command,) if command in _COMMANDS else _COMMANDS:
-        getattr(import_module(f"maskgit_pl.{_COMMANDS[name]}"), f"add_{name}_parser")(commands)
-    if command not in _COMMANDS:
-        completion.add_completion_parser(commands, build_parser=build_parser)
-    return parser, list(commands.choices)
+    groups: dict[str, Any] = {}
+    only = [name for name in _COMMANDS if name.split()[0] == command]
+    for name in only or _COMMANDS:
+        group, _, inner = name.rpartition(" ")
+        if group and group not in groups:
+            text = _GROUPS[group]
+            child = commands.add_parser(group, help=f"{text[0].lower()}{text[1:-1]}", description=text)
+            groups[group] = child.add_subparsers(title="commands", dest="inner", required=True, metavar="COMMAND")
+        module, _, function = _COMMANDS[name].partition(":")
+        home = import_module(f"maskgit_pl.{module}")
+        if not function:
+            getattr(home, f"add_{name.replace('-', '_')}_parser")(commands)
+            continue
+        add_command(groups.get(group, commands), inner, getattr(home, function))
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -177,11 +206,8 @@ def _print_log() -> None:
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
-    name = next((word for word in words if not word.startswith("-")), None)
-    parser, known = _parser_and_commands(name if words[:1] == [name] else None)
-    if name is not None and name not in known:
-        hint = f"{did_you_mean(name, known)} ".lstrip()
-        parser.exit(BAD_INPUT, f"maskgit: unknown command {shorten(name)}: {hint}commands: {', '.join(known)}\n")
+    """Returns the words of the arguments that are given, the function of the command and its parser."""
+    parser = build_parser(words[0] if words else None)
     if not words:
         parser.print_help()
         parser.exit()
@@ -191,24 +217,17 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     # --traceback may stand anywhere, also after the command. What argparse does not know is a key of a recipe
     # (--trainer.max_steps) for the commands that take overrides, and a mistake for all others.
     args, rest = parser.parse_known_args([word for word in words if word != "--traceback"])
-    if rest and not getattr(args, "takes_overrides", False):
+    if rest and not takes_overrides(args.function):
         # Dashes are not compared: they would make all flags alike.
-        hint = did_you_mean(rest[0].partition("=")[0].lstrip("-"), _flags_of(parser, words)).replace(" '", " '--")
-        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint and f'; {hint}'}")
-    args.overrides = rest
-    args.flags = _flags_of(parser, words)
+        hint = did_you_mean(rest[0].partition("=")[0].lstrip("-"), _flags_of(args.parser)).replace(" '", " '--")
+        args.parser.exit(BAD_INPUT, f"{args.parser.prog}: unknown argument {' '.join(rest)}{hint and f'; {hint}'}\n")
+    args.rest = rest
     args.traceback = "--traceback" in words
     return args
 
 
-def _flags_of(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
-    """Returns the flags of the command that ``words`` name, without dashes."""
-    # ``data make`` has two names: each leads to the parser of the next one.
-    for word in words:
-        for action in parser._actions:
-            if isinstance(action, argparse._SubParsersAction) and word in action.choices:
-                parser = action.choices[word]
-                break
+def _flags_of(parser: argparse.ArgumentParser) -> list[str]:
+    """Returns the flags of a command, without dashes."""
     return [flag.removeprefix("--") for flag in parser._option_string_actions if flag.startswith("--")]
 
 
@@ -219,7 +238,7 @@ def _run(args: argparse.Namespace) -> int:
             if isinstance(handler, logging.StreamHandler):
                 handler.setStream(sys.stderr)
     try:
-        code: int = args.run(args)
+        code = _call(args)
         if code == 0:
             print(end="", flush=True)  # an output that is lost is an error of the command
         return code
@@ -234,8 +253,30 @@ def _run(args: argparse.Namespace) -> int:
     if isinstance(error, BrokenPipeError) and _is_output_broken():
         return BROKEN_PIPE
     with suppress(OSError):  # the exit code also tells the reason, where stderr is on a full disk
-        sys.stderr.write(describe_error(error, f"maskgit {args.command}", with_traceback=args.traceback))
+        sys.stderr.write(describe_error(error, args.parser.prog, with_traceback=args.traceback))
     return exit_code_of(error)
+
+
+def _call(args: argparse.Namespace) -> int:
+    """Calls the function of the command; returns its exit code, 0 for None."""
+    with _use_flag_names(_flags_of(args.parser)):
+        return args.function(**read_call(args.function, vars(args), args.rest)) or 0
+
+
+@contextmanager
+def _use_flag_names(flags: Sequence[str]) -> Iterator[None]:
+    """Makes a ValueError that begins with a setting (``num_steps must ...``) begin with its flag.
+
+    Functions name their own arguments in errors. The user of a command knows the flags.
+    """
+    try:
+        yield
+    except ValueError as error:
+        # "num_steps must be ..." -> num_steps; "height of the image must ..." -> height, no flag of the command.
+        found = re.match(r"([a-z_]+) must ", str(error))
+        if found is None or not is_user_error(error) or flag_of(found[1]).removeprefix("--") not in flags:
+            raise
+        raise ValueError(str(error).replace(found[1], flag_of(found[1]), 1)) from error
 
 
 def _is_output_broken() -> bool:

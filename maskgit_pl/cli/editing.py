@@ -2,293 +2,356 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Annotated, Any, Unpack, cast
 
-from maskgit_pl.checks import height_width, pixels_text
-from maskgit_pl.cli.flags import check_outputs, use_flag_names
-from maskgit_pl.cli.generation_flags import (
-    add_classes_argument,
-    add_decoding_arguments,
-    add_model_argument,
-    add_overlap_argument,
-    add_variant_arguments,
-    check_overlap_flag,
-    check_seed_and_batch,
-    check_variant_flags,
-    find_model,
-    list_seeds,
-    open_pipe,
-    read_decoding_flags,
-    read_edit_flags,
-)
-from maskgit_pl.cli.outputs import (
-    PICTURES,
-    add_output_arguments,
-    record_steps,
-    recording_of,
-    wants_decoding,
-    write_generated,
-)
+from maskgit_pl.checks import check_integer, height_width, pixels_text
+from maskgit_pl.cli.arguments import Output, Word
+from maskgit_pl.cli.flags import ModelFlags, Run, check_one_of
+from maskgit_pl.cli.outputs import Generated, Pictures, record_steps
+from maskgit_pl.pipeline.options import MAX_RESULTS, DecodingSettings, replace_settings
 from maskgit_pl.runs.preflight_report import count_text
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from maskgit_pl.data.images import ImageHeader
-    from maskgit_pl.pipeline.regions import Margins
+    from maskgit_pl.decoding import DecodingConfig, DecodingStep
+    from maskgit_pl.pipeline import MaskGIT
 
-__all__ = ["add_inpaint_parser", "add_outpaint_parser", "add_panorama_parser"]
+__all__ = ["edit", "inpaint", "outpaint", "panorama"]
 
-_SIDES = ("left", "right", "up", "down")
+ImageFile = Annotated[Path, Word("IMAGE")]
+Pixels = Annotated[int, Word("PIXELS")]
+Picture = Annotated[Path, Output(".png")]
+
 _TILE_SIZE = 84  # pixels: enlarges small images as the other sheets do (``pipeline.grids.TILE_SIZE``)
 
 
-def add_inpaint_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds ``inpaint`` and ``edit`` to ``maskgit``; ``edit`` generates another class."""
-    inpaint = subparsers.add_parser(
-        "inpaint",
-        help="regenerate part of an image",
-        description="Generate the tokens under a box or a mask again, and paste the result into the image.",
-        epilog="Example: maskgit inpaint runs/fashion-mnist-adaln sneaker.png --box 0,0,28,14 --out inpainted.png",
+@dataclass(frozen=True)
+class Region:
+    """The region of an image that is generated.
+
+    Args:
+        box: Region to generate: left,top,right,bottom in pixels of IMAGE before --fit, or in percent of its width and
+            height, such as 10%,20%,60%,80%.
+        mask: Region to generate: a picture of the size of IMAGE, white inside the region; black and transparent pixels
+            stay.
+        fit: Crop the centre of IMAGE and resize it to the size of the model.
+    """
+
+    box: Annotated[str, Word("L,T,R,B")] | None = None
+    mask: Annotated[Path, Word("FILE.png")] | None = None
+    fit: bool = False
+
+    def read(self, file: Path, pipe: MaskGIT) -> tuple[Tensor, Tensor]:
+        """Returns the image (C, H, W) uint8 and the mask (H, W) bool, both of the size of the model."""
+        from maskgit_pl.pipeline.pixels import fit_to_model, image_pixels, mask_pixels
+        from maskgit_pl.pipeline.regions import box_mask, parse_box
+
+        image = image_pixels(file, channels=pipe.outline.channels)
+        height, width = image.shape[-2:]
+        if self.box is not None:
+            mask = box_mask(parse_box(self.box, height=height, width=width), height=height, width=width)
+        else:
+            assert self.mask is not None  # checked
+            mask = mask_pixels(self.mask)
+        return fit_to_model(image, mask, image_size=pipe.outline.image_size, fit=self.fit, name=f"image {file}")
+
+
+@dataclass(frozen=True)
+class Variants:
+    """The results of an edit.
+
+    Args:
+        variants: Number of results.
+        seed: Seed of the first result; result i has seed + i (default: 0).
+        batch_size: Results decoded at a time.
+        blend: Blur the seam; --no-blend keeps every pixel outside the region unchanged (default: --blend).
+        dilation: Tokens by which the region grows on each side (default: 1 inside an image, 0 beyond its borders).
+    """
+
+    variants: int = 4
+    seed: int = 0
+    batch_size: int = 100
+    blend: bool = True
+    dilation: int | None = None
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seed of each result."""
+        return [self.seed + number for number in range(self.variants)]
+
+    def options(self, label: int | None) -> dict[str, Any]:
+        """Returns the options of the editing methods of ``MaskGIT``."""
+        check_integer("variants", self.variants, f"[1, {MAX_RESULTS}]")
+        options = {"classes": [label] * self.variants, "seed": self.seed, "batch_size": self.batch_size}
+        return {**options, "dilation": self.dilation, "blend": None if self.blend else 0.0}
+
+
+def inpaint(
+    folder: Run,
+    image: ImageFile,
+    *,
+    class_: str | None = None,
+    out: Picture = Path("edited.png"),
+    region: Region,
+    variants: Variants,
+    pictures: Pictures,
+    model: ModelFlags,
+    **decoding_settings: Unpack[DecodingSettings],
+) -> None:
+    """Regenerates part of an image.
+
+    The tokens under a box or a mask are generated again, and the result is pasted into the image.
+
+    Example: maskgit inpaint runs/fashion-mnist-adaln sneaker.png --box 0,0,28,14 --out inpainted.png
+
+    Args:
+        folder: Run folder (runs/NAME), pretrained folder, owner/name on the Hub, or fashion-mnist-demo.
+        image: JPEG, PNG or WebP file.
+        class_: Class name or index (default: no class).
+        out: Picture of the image and all results.
+    """
+    check_one_of(box=region.box, mask=region.mask, required=True)
+    pipe = model.open(folder)
+    label = pipe.outline.parse_class(class_)
+    decoding = replace_settings(pipe.decoding, decoding_settings)
+    pixels, mask = region.read(image, pipe)
+    with record_steps("inpainting", is_recording=pictures.show_decoding) as (after_step, steps):
+        made = pipe.inpaint(
+            pixels, mask, output_type="pt", callback=after_step, decoding=decoding, **variants.options(label)
+        )
+    dilation = 1 if variants.dilation is None else variants.dilation
+    generated = _make_sheet(pipe, cast("Tensor", made), image, pixels, mask, dilation, label, variants, decoding, steps)
+    pictures.write(generated, out, pipe=pipe, decoding=decoding)
+
+
+def edit(
+    folder: Run,
+    image: ImageFile,
+    *,
+    class_: str,
+    out: Picture = Path("edited.png"),
+    region: Region,
+    variants: Variants,
+    pictures: Pictures,
+    model: ModelFlags,
+    **decoding_settings: Unpack[DecodingSettings],
+) -> None:
+    """Turns part of an image into another class.
+
+    What is in a box or under a mask is generated again, and the result is pasted into the image.
+
+    Example: maskgit edit runs/fashion-mnist-adaln sneaker.png --box 0,4,28,16 --class 'Ankle boot'
+
+    Args:
+        folder: Run folder (runs/NAME), pretrained folder, owner/name on the Hub, or fashion-mnist-demo.
+        image: JPEG, PNG or WebP file.
+        class_: Class name or index.
+        out: Picture of the image and all results.
+    """
+    inpaint(
+        folder,
+        image,
+        class_=class_,
+        out=out,
+        region=region,
+        variants=variants,
+        pictures=pictures,
+        model=model,
+        **decoding_settings,
     )
-    edit = subparsers.add_parser(
-        "edit",
-        help="turn part of an image into another class",
-        description="Turn what is in a box or under a mask into another class, and paste the result into the image.",
-        epilog="Example: maskgit edit runs/fashion-mnist-adaln sneaker.png --box 0,4,28,16 --class 'Ankle boot'",
-    )
-    for parser in (inpaint, edit):
-        add_model_argument(parser)
-        parser.add_argument("image", type=Path, metavar="IMAGE", help="JPEG, PNG or WebP file")
-        parser.add_argument(
-            "--box",
-            metavar="L,T,R,B",
-            help="region to generate: left,top,right,bottom in pixels of IMAGE before --fit, or in percent of its "
-            "width and height, such as 10%%,20%%,60%%,80%%",
-        )
-        parser.add_argument(
-            "--mask",
-            type=Path,
-            metavar="FILE.png",
-            help="region to generate: a picture of the size of IMAGE, white inside the region; black and transparent "
-            "pixels stay",
-        )
-        parser.add_argument(
-            "--fit", action="store_true", help="crop the centre of IMAGE and resize it to the size of the model"
-        )
-        add_variant_arguments(parser, dilation=1, class_required=parser is edit)
-        add_decoding_arguments(parser)
-        add_output_arguments(parser, out="edited.png", default=Path("edited.png"))
-        parser.set_defaults(run=_run_inpaint)
 
 
-def _run_inpaint(args: argparse.Namespace) -> int:
-    """Edits the image and writes the results."""
-    check_seed_and_batch(args)
-    check_variant_flags(args)
-    check_outputs(args, **PICTURES)
-    # Cheap checks come first: region, model files, size, settings. The weights are loaded after all of them.
-    header, box = _read_region(args)
-    folder, outline = find_model(args)
-    label = outline.parse_class(args.class_)
-    from maskgit_pl.pipeline.pixels import check_fits, fit_to_model, image_pixels, mask_pixels
-    from maskgit_pl.pipeline.regions import box_mask, pixel_region, token_mask
+@dataclass(frozen=True)
+class Sides:
+    """The pixels that are added on each side; they must be a multiple of the pixels of a token.
 
-    size, name = outline.image_size, f"image {args.image}"
-    check_fits(header.height, header.width, image_size=size, fit=args.fit, name=name)
-    outline.check_parallel("inpaint")
-    decoding = read_decoding_flags(args, outline)
+    Args:
+        left: Pixels to add on the left (default: that of --all, or 0).
+        right: Pixels to add on the right (default: that of --all, or 0).
+        up: Pixels to add above (default: that of --all, or 0).
+        down: Pixels to add below (default: that of --all, or 0).
+        all: Pixels to add on each side that is not given.
+    """
+
+    left: Pixels | None = None
+    right: Pixels | None = None
+    up: Pixels | None = None
+    down: Pixels | None = None
+    all: Pixels = 0
+
+
+def outpaint(
+    folder: Run,
+    image: ImageFile,
+    *,
+    class_: str | None = None,
+    overlap: float = 0.5,
+    out: Picture = Path("outpainted.png"),
+    sides: Sides,
+    variants: Variants,
+    pictures: Pictures,
+    model: ModelFlags,
+    **decoding_settings: Unpack[DecodingSettings],
+) -> None:
+    """Extends an image beyond its borders.
+
+    A window slides over a larger canvas and fills it.
+
+    Example: maskgit outpaint runs/fashion-mnist-adaln bag.png --up 8 --class Bag --out taller.png
+
+    Args:
+        folder: Run folder (runs/NAME), pretrained folder, owner/name on the Hub, or fashion-mnist-demo.
+        image: JPEG, PNG or WebP file, of any size.
+        class_: Class name or index (default: no class).
+        overlap: Fraction of a window that is known before it is decoded.
+        out: Picture of the image and all results.
+    """
+    from maskgit_pl.pipeline.pixels import image_pixels
+    from maskgit_pl.pipeline.regions import Margins
+
+    given = (sides.left, sides.right, sides.up, sides.down)
+    added = Margins(*(sides.all if side is None else side for side in given))
+    if not any(added.sides):
+        raise ValueError("one of --left, --right, --up, --down and --all must be > 0 pixels, got none")
+    pipe = model.open(folder)
+    label = pipe.outline.parse_class(class_)
+    decoding = replace_settings(pipe.decoding, decoding_settings)
+    pixels = image_pixels(image, channels=pipe.outline.channels)
+    left, right, up, down = added.sides
+    with record_steps("outpainting", is_recording=pictures.show_decoding) as (after_step, steps):
+        made = pipe.outpaint(
+            pixels,
+            left=left,
+            right=right,
+            up=up,
+            down=down,
+            overlap=overlap,
+            output_type="pt",
+            callback=after_step,
+            decoding=decoding,
+            **variants.options(label),
+        )
+    # (H + up + down, W + left + right): True outside the image, and the image on the canvas.
+    outside, original = added.outside(*pixels.shape[-2:]), added.pad(pixels, size=1)
+    # With --dilation, tokens along the border of the image are generated again too.
+    dilation = variants.dilation or 0
+    images = cast("Tensor", made)
+    generated = _make_sheet(pipe, images, image, original, outside, dilation, label, variants, decoding, steps)
+    pictures.write(generated, out, pipe=pipe, decoding=decoding)
+
+
+def _make_sheet(
+    pipe: MaskGIT,
+    images: Tensor,
+    file: Path,
+    original: Tensor,
+    mask: Tensor,
+    dilation: int,
+    label: int | None,
+    variants: Variants,
+    decoding: DecodingConfig,
+    steps: list[DecodingStep],
+) -> Generated:
+    """Draws the original, the region that was generated, and the results.
+
+    Args:
+        pipe: Model.
+        images: (n, C, H, W) uint8 results.
+        file: File of the original, for the title.
+        original: (C, H, W) uint8.
+        mask: (H, W) bool, the region that the user named; the sheet also shows the larger one of whole tokens.
+        dilation: Tokens by which the region grew.
+        label: Class of the results.
+        variants: Seeds of the results.
+        decoding: Settings, for the title.
+        steps: Recorded decoding steps.
+    """
     from maskgit_pl.pipeline.display import describe_settings
     from maskgit_pl.pipeline.grids import edit_sheet
-
-    image = image_pixels(args.image, channels=outline.channels)
-    mask = mask_pixels(args.mask) if box is None else box_mask(box, height=header.height, width=header.width)
-    image, mask = fit_to_model(image, mask, image_size=size, fit=args.fit, name=name)
-    pipe = open_pipe(folder, args)
-    with record_steps("inpainting", is_recording=wants_decoding(args)) as (after_step, steps):
-        made = pipe.inpaint(
-            image, mask, output_type="pt", callback=after_step, decoding=decoding, **read_edit_flags(args, label)
-        )
-    variants = cast("Tensor", made)  # output_type "pt"
-    # The sheet shows the box or mask of the user, and the larger region of whole tokens that was generated.
-    unknown = token_mask(mask, factor=outline.token_size, dilation=args.dilation)
-    height, width = height_width(size)
-    region = pixel_region(unknown, factor=outline.token_size, height=height, width=width)
-    described, seeds = outline.describe_class(label), list_seeds(args)
-    title = f"{args.image.name}: {described}, {describe_settings(decoding)}"
-    texts = [f"seed {seed}" for seed in seeds]
-    sheet = edit_sheet(image, variants, mask=mask, region=region, title=title, captions=texts)
-    tokens = f"{int(unknown.sum())} of {unknown.numel()} tokens generated"
-    summary = f"{count_text(len(variants), 'variant')} of {described}, {tokens}"
-    labels, captions = [label] * len(variants), [described] * len(variants)
-    recording = recording_of(steps, pipe, variants, decoding=decoding, captions=captions, seeds=seeds, requested=mask)
-    write_generated(variants, args, sheet=sheet, summary=summary, labels=labels, recording=recording)
-    return 0
-
-
-def _read_region(args: argparse.Namespace) -> tuple[ImageHeader, list[int] | None]:
-    """Returns the header of the image and the box in pixels (None with ``--mask``), checked without the model."""
-    if (args.box is None) == (args.mask is None):
-        got = "neither" if args.box is None else "both"
-        raise ValueError(f"one of --box and --mask must be given, got {got}; they name the region to generate")
-    from maskgit_pl.pipeline.pixels import check_mask_file, read_image_header
-    from maskgit_pl.pipeline.regions import check_box, parse_box
-
-    image = read_image_header(args.image)
-    if args.box is None:
-        check_mask_file(args.mask, image)
-        return image, None
-    with use_flag_names(args):
-        box = parse_box(args.box, height=image.height, width=image.width)
-        check_box(box, height=image.height, width=image.width)
-    return image, box
-
-
-def add_outpaint_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command to ``maskgit``."""
-    parser = subparsers.add_parser(
-        "outpaint",
-        help="extend an image beyond its borders",
-        description="Extend an image beyond its borders: a window slides over a larger canvas and fills it. The number "
-        "of pixels to add must be a multiple of the pixels of a token.",
-        epilog="Example: maskgit outpaint runs/fashion-mnist-adaln bag.png --up 8 --class Bag --out taller.png",
-    )
-    add_model_argument(parser)
-    parser.add_argument("image", type=Path, metavar="IMAGE", help="JPEG, PNG or WebP file, of any size")
-    for side in _SIDES:
-        parser.add_argument(
-            f"--{side}", type=int, metavar="PIXELS", help="pixels to add on this side (default: that of --all, or 0)"
-        )
-    parser.add_argument("--all", type=int, metavar="PIXELS", help="pixels to add on each side that is not given")
-    add_overlap_argument(parser)
-    add_variant_arguments(parser, dilation=0)
-    add_decoding_arguments(parser)
-    add_output_arguments(parser, out="outpainted.png", default=Path("outpainted.png"))
-    parser.set_defaults(run=_run_outpaint)
-
-
-def _run_outpaint(args: argparse.Namespace) -> int:
-    """Extends the image and writes the results."""
-    added = _read_margins(args)
-    check_overlap_flag(args)
-    check_seed_and_batch(args)
-    check_variant_flags(args)
-    check_outputs(args, **PICTURES)
-    from maskgit_pl.pipeline.pixels import image_pixels, read_image_header
     from maskgit_pl.pipeline.regions import pixel_region, token_mask
 
-    header = read_image_header(args.image)
-    folder, outline = find_model(args)
-    label = outline.parse_class(args.class_)
-    with use_flag_names(args):
-        added.check((header.height, header.width), factor=outline.token_size, least=outline.image_size)
-    outline.check_parallel("outpaint")
-    decoding = read_decoding_flags(args, outline)
-    from maskgit_pl.pipeline.display import describe_settings
-    from maskgit_pl.pipeline.grids import edit_sheet
-
-    image = image_pixels(args.image, channels=outline.channels)
-    pipe = open_pipe(folder, args)
-    options = {**dict(zip(_SIDES, added.sides, strict=True)), **read_edit_flags(args, label)}
-    with record_steps("outpainting", is_recording=wants_decoding(args)) as (after_step, steps):
-        made = pipe.outpaint(
-            image, overlap=args.overlap, output_type="pt", callback=after_step, decoding=decoding, **options
-        )
-    variants = cast("Tensor", made)  # output_type "pt"
-    # (H + up + down, W + left + right): True outside the image, and the image on the canvas.
-    outside, original = added.outside(header.height, header.width), added.pad(image, size=1)
-    # With --dilation, tokens along the border of the image are generated again too.
-    unknown = token_mask(outside, factor=outline.token_size, dilation=args.dilation)
-    region = pixel_region(unknown, factor=outline.token_size, height=outside.shape[0], width=outside.shape[1])
-    described, seeds = outline.describe_class(label), list_seeds(args)
-    title = f"{args.image.name}: {described}, {describe_settings(decoding)}"
-    texts = [f"seed {seed}" for seed in seeds]
-    sheet = edit_sheet(original, variants, mask=outside, region=region, title=title, captions=texts)
-    summary = (
-        f"{count_text(len(variants), 'variant')} of {described}, {variants.shape[-1]} x {variants.shape[-2]} pixels"
+    factor = pipe.outline.token_size
+    height, width = mask.shape
+    unknown = token_mask(mask, factor=factor, dilation=dilation)
+    region = pixel_region(unknown, factor=factor, height=height, width=width)
+    described = pipe.outline.describe_class(label)
+    sheet = edit_sheet(
+        original,
+        images,
+        mask=mask,
+        region=region,
+        title=f"{file.name}: {described}, {describe_settings(decoding)}",
+        captions=[f"seed {seed}" for seed in variants.seeds],
     )
-    labels, captions = [label] * len(variants), [described] * len(variants)
-    recording = recording_of(
-        steps, pipe, variants, decoding=decoding, captions=captions, seeds=seeds, requested=outside
+    tokens = f"{int(unknown.sum())} of {unknown.numel()} tokens generated"
+    pixels = f"{width} x {height} pixels"
+    is_canvas = (height, width) != height_width(pipe.outline.image_size)
+    summary = f"{count_text(len(images), 'variant')} of {described}, {pixels if is_canvas else tokens}"
+    count = len(images)
+    return Generated(
+        images, [label] * count, variants.seeds, sheet, summary, steps, [described] * count, variants.seeds, mask
     )
-    write_generated(variants, args, sheet=sheet, summary=summary, labels=labels, recording=recording)
-    return 0
 
 
-def _read_margins(args: argparse.Namespace) -> Margins:
-    """Returns the pixels to add on each side from the flags, checked without the image."""
-    from maskgit_pl.pipeline.regions import Margins  # imports neither torch nor PIL
+def panorama(
+    folder: Run,
+    *,
+    classes: Annotated[str, Word("A,B,...")] = "all",
+    width: Pixels,
+    height: Pixels | None = None,
+    overlap: float = 0.5,
+    seed: int = 0,
+    batch_size: int = 100,
+    out: Picture = Path("panorama.png"),
+    pictures: Pictures,
+    model: ModelFlags,
+    **decoding_settings: Unpack[DecodingSettings],
+) -> None:
+    """Generates images of any width.
 
-    given = {side: getattr(args, side) for side in _SIDES}
-    sides = {side: (args.all or 0) if pixels is None else pixels for side, pixels in given.items()}
-    if not any(sides.values()):
-        raise ValueError("one of --left, --right, --up, --down and --all must be > 0 pixels, got none")
-    with use_flag_names(args):
-        return Margins(**sides)
+    A window slides over a canvas of tokens and fills it.
 
+    Example: maskgit panorama runs/fashion-mnist-adaln --classes Bag --width 112
 
-def add_panorama_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command to ``maskgit``."""
-    parser = subparsers.add_parser(
-        "panorama",
-        help="generate images of any width",
-        description="Generate images that are larger than those of the training: a window slides over a canvas of "
-        "tokens and fills it.",
-        epilog="Example: maskgit panorama runs/fashion-mnist-adaln --classes Bag --width 112",
-    )
-    add_model_argument(parser)
-    add_classes_argument(parser)
-    parser.add_argument("--width", type=int, required=True, metavar="PIXELS", help="width of each image")
-    parser.add_argument(
-        "--height", type=int, metavar="PIXELS", help="height of each image (default: that of the model's images)"
-    )
-    add_overlap_argument(parser)
-    add_decoding_arguments(parser)
-    add_output_arguments(parser, out="panorama.png", default=Path("panorama.png"))
-    parser.set_defaults(run=_run_panorama)
-
-
-def _run_panorama(args: argparse.Namespace) -> int:
-    """Generates the images and writes them."""
-    check_overlap_flag(args)
-    check_seed_and_batch(args)
-    check_outputs(args, **PICTURES)
-    folder, outline = find_model(args)
-    labels = outline.parse_classes(args.classes)
-    from maskgit_pl.pipeline.regions import check_canvas
-
-    # The size and the settings are checked before torch is imported.
-    height = outline.least_canvas[0] if args.height is None else args.height
-    with use_flag_names(args):
-        check_canvas(height, args.width, factor=outline.token_size, least=outline.image_size)
-    outline.check_parallel("panorama")
-    decoding = read_decoding_flags(args, outline)
+    Args:
+        folder: Run folder (runs/NAME), pretrained folder, owner/name on the Hub, or fashion-mnist-demo.
+        classes: Class names or indices, or all (default: all, at most 10).
+        width: Width of each image.
+        height: Height of each image (default: that of the model's images).
+        overlap: Fraction of a window that is known before it is decoded.
+        seed: Seed of the first image; image i has seed + i (default: 0).
+        batch_size: Images per batch.
+        out: Picture of all images.
+    """
     from maskgit_pl.pipeline.display import describe_settings
     from maskgit_pl.pipeline.grids import add_title, image_grid
 
-    pipe = open_pipe(folder, args)
-    with record_steps("panorama", is_recording=wants_decoding(args)) as (after_step, steps):
+    pipe = model.open(folder)
+    outline = pipe.outline
+    labels = outline.parse_classes(classes)
+    decoding = replace_settings(pipe.decoding, decoding_settings)
+    with record_steps("panorama", is_recording=pictures.show_decoding) as (after_step, steps):
         made = pipe.panorama(
             labels,
-            args.width,
+            width,
             height=height,
-            overlap=args.overlap,
+            overlap=overlap,
             output_type="pt",
-            seed=args.seed,
-            batch_size=args.batch_size,
+            seed=seed,
+            batch_size=batch_size,
             callback=after_step,
             decoding=decoding,
         )
-    images = cast("Tensor", made)  # output_type "pt"
-    names, seeds = [outline.class_names[label] for label in labels], [args.seed + row for row in range(len(labels))]
-    captions = [f"{name}, seed {seed}" for name, seed in zip(names, seeds, strict=True)]
+    images = cast("Tensor", made)
+    height = images.shape[-2]
+    names, seeds = [outline.class_names[label] for label in labels], [seed + row for row in range(len(labels))]
+    captions = [f"{name}, seed {each}" for name, each in zip(names, seeds, strict=True)]
     sheet = image_grid(images, columns=1, row_captions=captions, scale=max(1, _TILE_SIZE // height))
-    summary = f"{count_text(len(images), 'image')} of {args.width} x {height} pixels"
-    size = outline.image_size
-    title = f"{args.width} x {height} pixels in windows of {pixels_text(size)}: {describe_settings(decoding)}"
-    recording = recording_of(steps, pipe, images, decoding=decoding, captions=names, seeds=seeds)
-    sheet = add_title(sheet, title)
-    write_generated(images, args, sheet=sheet, summary=summary, labels=labels, recording=recording)
-    return 0
+    size = pixels_text(outline.image_size)
+    title = f"{width} x {height} pixels in windows of {size}: {describe_settings(decoding)}"
+    summary = f"{count_text(len(images), 'image')} of {width} x {height} pixels"
+    generated = Generated(images, labels, seeds, add_title(sheet, title), summary, steps, names, seeds)
+    pictures.write(generated, out, pipe=pipe, decoding=decoding)

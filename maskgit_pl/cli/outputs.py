@@ -1,16 +1,17 @@
-"""Output files of the commands that generate images: their flags, and the functions that write them."""
+"""Output files of the commands that generate images."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from maskgit_pl.checks import height_width
-from maskgit_pl.cli.flags import FOLDER, make_folder
+from maskgit_pl.cli.arguments import Output
+from maskgit_pl.cli.flags import make_folder
 from maskgit_pl.runs.preflight_report import count_text
 
 if TYPE_CHECKING:
@@ -19,36 +20,83 @@ if TYPE_CHECKING:
 
     from maskgit_pl.decoding import DecodingConfig, DecodingStep
     from maskgit_pl.pipeline import MaskGIT
-    from maskgit_pl.pipeline.display import Recording
 
-__all__ = ["PICTURES", "add_output_arguments", "record_steps", "recording_of", "wants_decoding", "write_generated"]
-
-PICTURES = {"out": ".png", "gif": ".gif", "filmstrip": ".png", "images": FOLDER}  # for ``check_outputs``
+__all__ = ["Generated", "Pictures", "record_steps"]
 
 
-def add_output_arguments(parser: argparse.ArgumentParser, *, out: str, default: Path | None = None) -> None:
-    """Adds the flags of the files that a command writes.
+@dataclass(frozen=True)
+class Generated:
+    """The images of a command, and their decoding.
 
     Args:
-        parser: Parser of the command.
-        out: Default of ``--out`` as the help shows it.
-        default: Default of ``--out``; None if the command chooses it.
+        images: (n, C, H, W) uint8.
+        labels: Class of each image; None is "no class".
+        seeds: Seed of each image.
+        sheet: Picture of all images.
+        summary: Text beside the name of that picture.
+        steps: Recorded decoding steps of some images; empty without a recording.
+        captions: Name of the class of each recorded image.
+        recorded: Seed of each recorded image.
+        requested: (H, W) bool, the pixels that the user of an edit named; None for no edit.
     """
-    parser.add_argument(
-        "--out", type=Path, default=default, metavar="FILE.png", help=f"picture of all images (default: {out})"
-    )
-    parser.add_argument(
-        "--images", type=Path, metavar="DIR", help="also write each image to its own file in this folder"
-    )
-    parser.add_argument("--gif", type=Path, metavar="FILE.gif", help="also write an animation of the decoding")
-    parser.add_argument(
-        "--filmstrip", type=Path, metavar="FILE.png", help="also write the decoding of the first image step by step"
-    )
+
+    images: Tensor
+    labels: Sequence[int | None]
+    seeds: Sequence[int]
+    sheet: Image.Image
+    summary: str
+    steps: Sequence[DecodingStep]
+    captions: Sequence[str]
+    recorded: Sequence[int]
+    requested: Tensor | None = None
 
 
-def wants_decoding(args: argparse.Namespace) -> bool:
-    """Returns True if ``--gif`` or ``--filmstrip`` is given."""
-    return args.gif is not None or args.filmstrip is not None
+@dataclass(frozen=True)
+class Pictures:
+    """Files besides the picture of all images.
+
+    Args:
+        images: Also write each image to its own file in this folder.
+        gif: Also write an animation of the decoding.
+        filmstrip: Also write the decoding of the first image step by step.
+    """
+
+    images: Annotated[Path, Output("")] | None = None
+    gif: Annotated[Path, Output(".gif")] | None = None
+    filmstrip: Annotated[Path, Output(".png")] | None = None
+
+    @property
+    def show_decoding(self) -> bool:
+        """Returns True if a file shows the decoding."""
+        return self.gif is not None or self.filmstrip is not None
+
+    def write(self, made: Generated, out: Path, *, pipe: MaskGIT, decoding: DecodingConfig) -> None:
+        """Writes all images as one picture, and the other files."""
+        from maskgit_pl.pipeline.display import Recording
+        from maskgit_pl.pipeline.grids import save_images, save_png
+
+        make_folder(out.parent)
+        save_png(made.sheet, out)
+        print(f"{out}: {made.summary}")
+        if self.images is not None:
+            make_folder(self.images)
+            save_images(made.images, made.labels, self.images, seed=made.seeds)
+            print(f"{self.images}: {count_text(len(made.images), 'file')}")
+        if not made.steps:
+            return
+        size, tokenizer, count = made.images.shape[-2:], pipe.tokenizer, len(made.steps[0].tokens)
+        grid, decode = tokenizer.network.config.grid(tuple(size)), tokenizer.decode
+        if tuple(size) != height_width(tokenizer.image_size):  # a canvas of outpaint or panorama
+            decode = partial(tokenizer.decode, grid=grid)
+        captions, seeds = made.captions[:count], made.recorded[:count]
+        recording = Recording(
+            made.steps, decode, grid, decoding, captions, seeds, made.requested, pipe.outline.token_size
+        )
+        for file, shown in ((self.gif, count_text(count, "image")), (self.filmstrip, "the first image")):
+            if file is not None:
+                make_folder(file.parent)
+                recording.save(file)
+                print(f"{file}: decoding of {shown}")
 
 
 @contextmanager
@@ -80,72 +128,3 @@ def record_steps(
                 record(step)
 
         yield after_step, record.steps
-
-
-def recording_of(
-    steps: Sequence[DecodingStep],
-    pipe: MaskGIT,
-    images: Tensor,
-    *,
-    decoding: DecodingConfig,
-    captions: Sequence[str],
-    seeds: Sequence[int],
-    requested: Tensor | None = None,
-) -> Recording | None:
-    """Returns the recording of the first images; None without steps.
-
-    Args:
-        steps: Decoding steps of ``record_steps``.
-        pipe: Model that decodes tokens.
-        images: (n, C, H, W) uint8.
-        decoding: Decoding settings, which the pictures of the decoding name.
-        captions: Name of the class of at least each recorded image.
-        seeds: Seed of at least each recorded image.
-        requested: (H, W) bool, the pixels that the user of an edit named; None for no edit.
-    """
-    if not steps:
-        return None
-    from maskgit_pl.pipeline.display import Recording
-
-    size, tokenizer, count = (images.shape[-2], images.shape[-1]), pipe.tokenizer, len(steps[0].tokens)
-    grid, decode = tokenizer.network.config.grid(size), tokenizer.decode
-    if size != height_width(tokenizer.image_size):  # a canvas of outpaint or panorama
-        decode = partial(tokenizer.decode, grid=grid)
-    return Recording(steps, decode, grid, decoding, captions[:count], seeds[:count], requested, pipe.outline.token_size)
-
-
-def write_generated(
-    images: Tensor,
-    args: argparse.Namespace,
-    *,
-    sheet: Image.Image,
-    summary: str,
-    labels: Sequence[int | None],
-    recording: Recording | None,
-) -> None:
-    """Writes all images as one picture, and the files of ``--images``, ``--gif`` and ``--filmstrip``.
-
-    Args:
-        images: (n, C, H, W) uint8.
-        args: Flags of ``add_output_arguments``, and ``--seed``: one number, or the seed of each image.
-        sheet: Picture of all images.
-        summary: Text printed beside the name of that picture.
-        labels: (n) classes; None is "no class".
-        recording: Decoding of the first images; None without ``--gif`` and ``--filmstrip``.
-    """
-    from maskgit_pl.pipeline.grids import save_images, save_png
-
-    make_folder(args.out.parent)
-    save_png(sheet, args.out)
-    print(f"{args.out}: {summary}")
-    if args.images is not None:
-        make_folder(args.images)
-        save_images(images, labels, args.images, seed=args.seed)
-        print(f"{args.images}: {count_text(len(images), 'file')}")
-    if recording is None:
-        return
-    for file, shown in ((args.gif, count_text(len(recording.seeds), "image")), (args.filmstrip, "the first image")):
-        if file is not None:
-            make_folder(file.parent)
-            recording.save(file)
-            print(f"{file}: decoding of {shown}")

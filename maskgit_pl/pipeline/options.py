@@ -10,12 +10,14 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, Union, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, TypeVar, Union, get_args
 
 from einops import rearrange
 
 from maskgit_pl.checks import check_choice, check_integer, check_number, check_seed, plain_list, plain_number, shorten
 from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.decoding.plan import DrawMethod
+from maskgit_pl.decoding.sampling import Temperature
 from maskgit_pl.pipeline.regions import check_blend, check_dilation
 from maskgit_pl.registry import nearest
 
@@ -33,6 +35,7 @@ __all__ = [
     "MAX_RESULTS",
     "SETTINGS",
     "Classes",
+    "DecodingSettings",
     "EditOptions",
     "GenerateOptions",
     "Images",
@@ -60,12 +63,44 @@ MAX_RESULTS = 10_000
 """The largest number of images of one class or edit at a time: 2 GB of RGB pixels for images of 256 x 256."""
 _MAX_LISTED = 20  # with more classes, an error lists the nearest names only
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
+
+
+class DecodingSettings(TypedDict, total=False):
+    """Decoding settings as keyword arguments. What is left out, or None, is the model's own.
+
+    Args:
+        num_steps: T, number of decoding steps.
+        token_selector: Token selector: a name such as halton, or a mapping such as {"name": "remdm", "eta": 0.1}.
+        guidance: Guidance schedule: a name such as cosine, or a mapping such as {"name": "linear", "scale": 2}.
+        sampling_temperature: Softmax temperature of the codes; A,B goes from A at the first step to B at the last.
+        top_k: Sample from the N most likely codes only.
+        top_p: Sample from the most likely codes with a total probability of X only.
+        tokens_per_step: Number of tokens decided at each step, in place of the mask schedule.
+        mask_schedule: Mask schedule: a name such as cosine, or a mapping (default: that of the training).
+        draw_method: Method by which codes are drawn: gumbel (nearly the same images in all precisions) or inverse_cdf.
+        guidance_scale: Scale of the guidance schedule, at least 0; 0 switches guidance off.
+        choice_temperature: Scale of the Gumbel noise on the confidence; 0 keeps the most confident tokens.
+    """
+
+    num_steps: int
+    token_selector: str | dict[str, Any]
+    guidance: str | dict[str, Any]
+    sampling_temperature: Temperature
+    top_k: int
+    top_p: float
+    tokens_per_step: tuple[int, ...]
+    mask_schedule: str | dict[str, Any]
+    draw_method: DrawMethod
+    guidance_scale: float
+    choice_temperature: float
+
+
 # Settings that replace one argument of a plug-in: name -> (field of DecodingConfig, argument, range).
 _ARGUMENTS = {
     "guidance_scale": ("guidance", "scale", "[0, 10000]"),
     "choice_temperature": ("token_selector", "choice_temperature", "[0, inf)"),
 }
-SETTINGS = (*(field.name for field in dataclasses.fields(DecodingConfig)), *_ARGUMENTS)
+SETTINGS = tuple(DecodingSettings.__annotations__)
 """The names of all decoding settings: the fields of ``DecodingConfig``, ``guidance_scale``, ``choice_temperature``."""
 
 

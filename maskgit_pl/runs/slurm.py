@@ -76,7 +76,7 @@ _WIDTH = 110
 class JobOptions:
     """The nodes, devices and limits of a job, and how its tasks are started.
 
-    Attributes:
+    Args:
         nodes: Number of nodes, >= 1.
         devices: Number of devices, and of tasks, per node, >= 1.
         cpus: CPU cores per task, >= 1; None means one plus one per data worker.

@@ -2,17 +2,12 @@
 
 import torch
 
-from maskgit_pl.cli import _flags_of, _parser_and_commands
+from maskgit_pl.cli import _call, _parse
 
 
 def call_command(command: str, *words: object) -> int:
     """Runs a command without what ``main`` makes of an error."""
-    parser, _ = _parser_and_commands(command)
-    given = (command, *map(str, words))
-    args = parser.parse_args(given)
-    args.flags = _flags_of(parser, given)
-    code: int = args.run(args)
-    return code
+    return _call(_parse((command, *map(str, words))))
 
 
 def pixels(height: int = 8, width: int = 8) -> torch.Tensor:

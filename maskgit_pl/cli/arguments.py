@@ -1,0 +1,344 @@
+"""The command line of a function: a parser from its signature and docstring, and the call with the user's words.
+
+A command is an ordinary function, which Python can call too::
+
+    def panorama(folder: Run, *, width: int, overlap: float = 0.5, pictures: Pictures) -> None:
+        '''Generates images of any width.
+
+        A window slides over a canvas of tokens and fills it.
+
+        Example: maskgit panorama runs/fashion-mnist-adaln --width 112
+
+Args:
+            folder: Run folder.
+            width: Width of each image in pixels.
+            ...
+        '''
+
+1. A parameter before ``*`` is positional, any other is a flag, such as ``--width``. ``Args`` has its help.
+2. A dataclass, or ``**settings: Unpack[Settings]`` with a TypedDict, stands for a flag for each of its fields.
+3. The annotation tells how words are read: see ``_read``. ``Annotated[T, Word(...)]`` names another placeholder or
+   reader, ``Annotated[Path, Output(".png")]`` a file that the command writes.
+4. A parameter ``overrides`` takes the flags that the command does not have: keys of a recipe.
+
+argparse only splits the command line. What is not given is not passed: a default stands once, in the signature.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, Unpack, get_args, get_origin, get_type_hints
+
+from maskgit_pl.checks import check_choice, is_image_file_name, shorten
+from maskgit_pl.files import check_writable
+from maskgit_pl.runs.flag_values import parse_json_spec, parse_list, parse_numbers
+
+__all__ = ["Output", "Word", "add_command", "flag_of", "read_call", "summary_of"]
+
+_OVERRIDES = "overrides"
+_METAVARS: dict[Any, str] = {int: "N", float: "X", str: "NAME", Path: "PATH"}
+
+
+@dataclass(frozen=True)
+class Word:
+    """The form of an argument: ``Annotated[T, Word("A,B,...", parse_specs)]``.
+
+    Args:
+        metavar: Placeholder in the help.
+        parse: Function of (name, text) that returns the value; by default, the type decides.
+        bare: Text that a flag without a value stands for; by default, it must have one.
+    """
+
+    metavar: str
+    parse: Callable[[str, str], Any] | None = None
+    bare: str | None = None
+
+
+@dataclass(frozen=True)
+class Output:
+    """A file or folder that a command writes: ``Annotated[Path, Output(".png")]``.
+
+    Its suffix is checked before any work, that it can be written, and that it is neither a file that the command reads
+    nor another output.
+
+    Args:
+        suffix: Suffix of the file; "" for a folder.
+        other: Another suffix that the file may have.
+    """
+
+    suffix: str
+    other: str = ""
+
+    @property
+    def metavar(self) -> str:
+        """The placeholder in the help."""
+        return f"FILE{self.suffix}" if self.suffix else "DIR"
+
+
+class _Argument(NamedTuple):
+    """A positional argument or a flag: name, type without None, default (MISSING: required), help and form."""
+
+    name: str
+    hint: Any
+    default: Any
+    help: str
+    form: Word | Output | None
+    is_flag: bool
+
+    @property
+    def shown(self) -> str:
+        """The name that the user knows: ``--num-steps``, or the placeholder of a positional argument."""
+        return flag_of(self.name) if self.is_flag else self.metavar
+
+    @property
+    def metavar(self) -> str:
+        """The placeholder in the help."""
+        if self.form is not None:
+            return self.form.metavar
+        if get_origin(self.hint) is Literal:
+            return "|".join(map(str, get_args(self.hint)))
+        if get_origin(self.hint) in (tuple, list) and not self.is_flag:
+            return _METAVARS[get_args(self.hint)[0]]
+        return _METAVARS.get(self.hint, "A,B,..." if _members(self.hint, tuple) else "NAME")
+
+
+class _Group(NamedTuple):
+    """Arguments that the function takes together: ``kind`` builds the parameter ``name`` from them, if there is one."""
+
+    name: str | None
+    kind: Callable[..., Any] | None
+    arguments: list[_Argument]
+
+
+def flag_of(name: str) -> str:
+    """Returns the flag of a parameter, such as ``--num-steps`` for ``num_steps``."""
+    return f"--{name.rstrip('_').replace('_', '-')}"
+
+
+def add_command(subparsers: Any, name: str, function: Callable[..., Any]) -> None:
+    """Adds the parser of a command, which returns the words of each argument that is given.
+
+    Args:
+        subparsers: The commands of argparse.
+        name: Name of the command.
+        function: The command; the namespace has it as ``function``, and its parser as ``parser``.
+    """
+    summary, text, example = _sections(function)
+    parser = subparsers.add_parser(
+        name, help=summary_of(function), description=f"{summary} {text}".strip(), epilog=example
+    )
+    groups = _groups(function)
+    needed = [each for group in groups for each in group.arguments if each.default is MISSING]
+    words = [f"{each.shown} {each.metavar}" if each.is_flag else each.metavar for each in needed]
+    parser.usage = " ".join([parser.prog, *words, "[FLAGS]"])
+    for group in groups:
+        target = parser if group.name is None else parser.add_argument_group(group.name.replace("_", " "))
+        for each in group.arguments:
+            target.add_argument(flag_of(each.name) if each.is_flag else each.name, **_options(each))
+    parser.set_defaults(function=function, parser=parser)
+
+
+def summary_of(function: Callable[..., Any]) -> str:
+    """Returns the first sentence of the docstring as a line of the list of commands."""
+    summary = _sections(function)[0]
+    return f"{summary[0].lower()}{summary[1:]}".rstrip(".")
+
+
+def read_call(function: Callable[..., Any], given: Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Returns the keyword arguments with which the command line calls a command.
+
+    Args:
+        function: The command.
+        given: Words by the name of the argument.
+        overrides: Words that the parser does not know, for the parameter ``overrides``.
+
+    Raises:
+        ValueError: if a word cannot be read, or an output is refused. See ``Output``.
+    """
+    call: dict[str, Any] = {}
+    values: list[tuple[_Argument, Any]] = []
+    groups = _groups(function)
+    for group in groups:
+        read = {each.name: _read_given(each, given[each.name]) for each in group.arguments if each.name in given}
+        values += [(each, read.get(each.name, each.default)) for each in group.arguments]
+        call |= read if group.kind is None else {str(group.name): read}
+    _check_outputs(values)
+    for group in groups:
+        if group.kind is not None:
+            call[str(group.name)] = group.kind(**call[str(group.name)])
+    return call | ({_OVERRIDES: list(overrides)} if takes_overrides(function) else {})
+
+
+def takes_overrides(function: Callable[..., Any]) -> bool:
+    """Returns True if a command takes keys of a recipe as flags."""
+    return _OVERRIDES in inspect.signature(function).parameters
+
+
+def _groups(function: Callable[..., Any]) -> list[_Group]:
+    """Returns the arguments of a command: those of its own, then those of each dataclass or TypedDict."""
+    hints, texts = get_type_hints(function, include_extras=True), _helps(function)
+    own = _Group(None, None, [])
+    groups = [own]
+    for name, parameter in inspect.signature(function).parameters.items():
+        hint, has_fields = hints[name], get_origin(hints[name]) is Unpack
+        if name == _OVERRIDES:
+            continue
+        if has_fields:  # **name: Unpack[TypedDict]
+            (kind,) = get_args(hint)
+            arguments = [_argument(key, each, None, _helps(kind)) for key, each in _hints(kind).items()]
+            groups.append(_Group(name, None, arguments))
+        elif is_dataclass(hint):
+            found, helps = _hints(hint), _helps(hint)
+            defaults = {field.name: field.default for field in fields(hint)}
+            arguments = [_argument(key, found[key], default, helps) for key, default in defaults.items()]
+            groups.append(_Group(name, hint, arguments))  # type: ignore[arg-type]  # a dataclass is its constructor
+        else:
+            default = MISSING if parameter.default is parameter.empty else parameter.default
+            is_flag = parameter.kind is parameter.KEYWORD_ONLY
+            own.arguments.append(_argument(name, hint, default, texts, is_flag=is_flag))
+    return groups
+
+
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
+def _argument(name: str, hint: Any, default: Any, helps: Mapping[str, str], *, is_flag: bool = True) -> _Argument:
+    form = None
+    for each in (hint, *get_args(hint)):  # ``Annotated[...] | None`` too
+        if get_origin(each) is Annotated:
+            hint, form = (
+                each.__origin__,
+                next((item for item in each.__metadata__ if isinstance(item, Word | Output)), None),
+            )
+    members = [each for each in get_args(hint) if each is not type(None)]
+    if get_origin(hint) in (Union, UnionType) and len(members) == 1:
+        (hint,) = members
+    return _Argument(name, hint, default, helps[name], form, is_flag)
+
+
+def _options(argument: _Argument) -> dict[str, Any]:
+    """Returns the keyword arguments of ``add_argument``."""
+    text, default = argument.help.rstrip("."), argument.default
+    if "(default" not in text and default not in (MISSING, None, False, "", ()):
+        text += f" (default: {','.join(map(str, default)) if isinstance(default, tuple) else default})"
+    options: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
+    if argument.hint is bool:
+        return {**options, "action": "store_true" if default is False else argparse.BooleanOptionalAction}
+    options["metavar"] = argument.metavar
+    if get_origin(argument.hint) is Literal:
+        options["choices"] = [str(choice) for choice in get_args(argument.hint)]
+    if argument.hint is Path:
+        options["type"] = Path
+    if not argument.is_flag:
+        several = get_origin(argument.hint) in (tuple, list)
+        return {**options, "nargs": "*" if several else None if default is MISSING else "?"}
+    if isinstance(argument.form, Word) and argument.form.bare is not None:
+        options |= {"nargs": "?", "const": argument.form.bare}
+    if get_origin(argument.hint) is list:
+        options["action"] = "append"
+    return {**options, "required": default is MISSING}
+
+
+def _read_given(argument: _Argument, given: Any) -> Any:
+    """Returns the value of what argparse returns: a word, a list of words, or True and False of a bare flag."""
+    if isinstance(given, list):
+        (kind, *_) = get_args(argument.hint)
+        values = [_read(argument.shown, word, kind, argument.form) for word in given]
+        return values if get_origin(argument.hint) is list else tuple(values)
+    return given if isinstance(given, bool | Path) else _read(argument.shown, given, argument.hint, argument.form)
+
+
+def _read(name: str, text: str, hint: Any, form: Word | Output | None) -> Any:
+    """Returns the value of a word.
+
+    ``str | Mapping`` is a name or a JSON mapping, ``tuple[int, ...]`` numbers and ranges such as ``1,4-8``, and
+    ``float | tuple[float, float]`` one number or two.
+
+    Raises:
+        ValueError: if the word has another form. The message begins with ``name``.
+    """
+    if isinstance(form, Word) and form.parse is not None:
+        return form.parse(name, text)
+    if get_origin(hint) is Literal:
+        choices = {str(choice): choice for choice in get_args(hint)}
+        return choices[check_choice(name, text, choices)]
+    if hint in (int, float):
+        try:
+            return hint(text)
+        except ValueError:
+            raise ValueError(
+                f"{name} must be {'an integer' if hint is int else 'a number'}, got {shorten(text)}"
+            ) from None
+    if _members(hint, dict) or _members(hint, Mapping):
+        return parse_json_spec(name, text)
+    if _members(hint, tuple) and float in get_args(hint):
+        numbers = parse_list(name, text, float)
+        return numbers[0] if len(numbers) == 1 else numbers
+    return parse_numbers(name, text) if get_origin(hint) is tuple else text
+
+
+def _members(hint: Any, kind: type) -> list[Any]:
+    """Returns the members of a union, or the type itself, that are ``kind[...]``."""
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return [each for each in members if get_origin(each) is kind or each is kind]
+
+
+def _check_outputs(values: Iterable[tuple[_Argument, Any]]) -> None:
+    """Raises a ValueError for an output that cannot be written, overwrites an input, or is named twice."""
+    outputs = [(each, path) for each, path in values if isinstance(each.form, Output) and isinstance(path, Path)]
+    inputs = {
+        os.path.realpath(path)
+        for each, path in values
+        if isinstance(path, Path) and not isinstance(each.form, Output) and path.is_file()
+    }
+    named: dict[str, str] = {}
+    for argument, path in outputs:
+        assert isinstance(argument.form, Output)
+        flag, suffix, real = argument.shown, argument.form.suffix, os.path.realpath(path)
+        if suffix and path.suffix.lower() not in (suffix, argument.form.other or suffix):
+            raise ValueError(f"{flag} must end in {suffix}, got {path}")
+        if real in named:
+            raise ValueError(f"{flag} must differ from {named[real]}, got {path} for both")
+        named[real] = flag
+        for each in inputs:
+            folder, name = os.path.split(each)
+            if each == real or (not suffix and folder == real and is_image_file_name(name)):
+                raise ValueError(
+                    f"{flag} must not overwrite a file that the command reads, got {path} and {each}; give another "
+                    f"{flag}"
+                )
+        check_writable(flag, path, is_folder=not suffix)
+
+
+def _sections(documented: Any) -> tuple[str, str, str]:
+    """Returns the summary of a docstring, the text below it, and the line or lines with an example."""
+    head = re.split(r"\n(?:Args|Raises|Returns):\n", _docstring(documented))[0]
+    summary, *paragraphs = [" ".join(each.split()) for each in re.split(r"\n\s*\n", head.strip())]
+    examples = [each for each in paragraphs if each.startswith("Example: ")]
+    return summary, " ".join(each for each in paragraphs if each not in examples), " ".join(examples)
+
+
+def _helps(documented: Any) -> dict[str, str]:
+    """Returns the texts of ``Args`` by the name of the argument; a class has those of its bases too."""
+    helps: dict[str, str] = {}
+    for each in reversed(documented.__mro__ if isinstance(documented, type) else [documented]):
+        _, _, section = _docstring(each).partition("\nArgs:\n")
+        section = re.split(r"\n\S", section)[0]
+        for entry in re.split(r"\n(?= {4}\w)", section):
+            name, colon, text = entry.strip().partition(":")
+            if colon:
+                helps[name] = " ".join(text.split())
+    return helps
+
+
+def _docstring(documented: Any) -> str:
+    text = documented.__dict__.get("__doc__") if isinstance(documented, type) else documented.__doc__
+    return inspect.cleandoc(text or "").replace("``", "")
