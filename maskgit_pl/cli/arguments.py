@@ -230,6 +230,7 @@ def _options(argument: _Argument) -> dict[str, Any]:
     if "(default" not in text and default not in (MISSING, None, False, "", ()):
         text += f" (default: {','.join(map(str, default)) if isinstance(default, tuple) else default})"
     options: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
+    options |= {"dest": argument.name} if argument.is_flag else {}
     if argument.hint is bool:
         return {**options, "action": "store_true" if default is False else argparse.BooleanOptionalAction}
     options["metavar"] = argument.metavar
