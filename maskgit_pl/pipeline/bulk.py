@@ -99,7 +99,7 @@ class BulkOptions:
         # The last image has the largest seed.
         if self.seed + self.num_images > _SEEDS:
             last = self.seed + self.num_images - 1
-            raise ValueError(f"seed and all seeds after it must be in [0, 2**32), got {self.seed} to {last}")
+            raise ValueError(f"seed must leave room below 2**32 for a seed for each image, got {self.seed} to {last}")
 
 
 @dataclass(frozen=True)
