@@ -84,9 +84,10 @@ class Pictures:
             print(f"{self.images}: {count_text(len(made.images), 'file')}")
         if not made.steps:
             return
-        size, tokenizer, count = made.images.shape[-2:], pipe.tokenizer, len(made.steps[0].tokens)
-        grid, decode = tokenizer.network.config.grid(tuple(size)), tokenizer.decode
-        if tuple(size) != height_width(tokenizer.image_size):  # a canvas of outpaint or panorama
+        tokenizer, count = pipe.tokenizer, len(made.steps[0].tokens)
+        size = (made.images.shape[-2], made.images.shape[-1])
+        grid, decode = tokenizer.network.config.grid(size), tokenizer.decode
+        if size != height_width(tokenizer.image_size):  # a canvas of outpaint or panorama
             decode = partial(tokenizer.decode, grid=grid)
         captions, seeds = made.captions[:count], made.recorded[:count]
         recording = Recording(

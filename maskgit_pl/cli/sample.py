@@ -112,7 +112,11 @@ def sample(
     from maskgit_pl.pipeline.bulk import BulkOptions
 
     # torchrun and Slurm set the ranks in the environment.
-    rank, world_size = launcher_rank() if many_images.rank is None else (many_images.rank, many_images.world_size)
+    rank, world_size = many_images.rank, many_images.world_size
+    if rank is None or world_size is None:
+        rank, world_size = launcher_rank()
+    assert out is not None
+    assert many_images.num_images is not None
     options = BulkOptions(
         num_images=many_images.num_images,
         classes=labels,
@@ -123,7 +127,6 @@ def sample(
         rank=rank,
         world_size=world_size,
     )
-    assert out is not None  # checked
     _generate_many(pipe, out, options, decoding, acceptance)
 
 
