@@ -43,7 +43,7 @@ from maskgit_pl.pipeline.bulk import (
     write_samples,
 )
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer
-from maskgit_pl.pipeline.options import read_options
+from maskgit_pl.pipeline.options import StepCallback, read_options
 from maskgit_pl.pipeline.regions import pixel_region
 
 __all__ = [
@@ -202,6 +202,7 @@ def generate_accepted(
     on_scored: Callable[[int], object] = lambda count: None,
     on_start: Callable[[int, int], object] | None = None,
     on_images: Callable[[int], object] | None = None,
+    on_step: StepCallback | None = None,
     **options: Unpack[BulkKeywords],
 ) -> BulkResult:
     """Generates candidates into ``FILE.candidates.npz``, and writes those that are accepted to a file.
@@ -217,6 +218,7 @@ def generate_accepted(
         on_scored: Called after each batch with its number of scored candidates.
         on_start: See ``generate_many``; it counts candidates.
         on_images: See ``generate_many``; it counts candidates.
+        on_step: See ``generate_many``.
         options: See ``generate_many``.
 
     Returns:
@@ -241,7 +243,7 @@ def generate_accepted(
         remove_samples(candidates, candidates_plan)  # left by a run that was killed in step 3
         return BulkResult(file, 0, count, 0)
     options["num_images"] = count
-    result = generate_many(pipe, candidates, on_start=on_start, on_images=on_images, **options)
+    result = generate_many(pipe, candidates, on_start=on_start, on_images=on_images, on_step=on_step, **options)
     if result.missing_parts == 0:
         try:
             samples = open_samples(candidates)
