@@ -1,7 +1,7 @@
 """The engine that makes command lines of functions."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict, Unpack
@@ -81,9 +81,9 @@ def draw(
     """
 
 
-def parser_of() -> argparse.ArgumentParser:
+def parser_of(function: Callable[..., None] = draw) -> argparse.ArgumentParser:
     parser = _Parser(prog="maskgit")
-    add_command(parser.add_subparsers(), "draw", draw)
+    add_command(parser.add_subparsers(), "draw", function)
     return parser
 
 
@@ -140,6 +140,68 @@ def test_a_wrong_word_is_refused(words: str, message: str, tmp_path: Path, monke
     Path("in.png").touch()
     with pytest.raises(ValueError, match=message.replace("[", r"\[")):
         call_of("in.png", "--class", "x", *words.split())
+
+
+@dataclass(frozen=True)
+class Written:
+    """Files.
+
+    Args:
+        out: A picture.
+        sheet: Another picture.
+        images: A folder.
+    """
+
+    out: Annotated[Path, Output(".png", ".npz")] | None = None
+    sheet: Annotated[Path, Output(".png")] | None = None
+    images: Annotated[Path, Output("")] | None = None
+
+
+def write(image: Path, *, written: Written) -> None:
+    """Writes.
+
+    Args:
+        image: File to read.
+    """
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--out a.mp4", "--out must end in .png, got a.mp4"),
+        ("--out png", "--out must end in .png, got png"),
+        ("--out in.png/a.png", r"--out must be in a writable folder, got .*Not a directory"),
+        ("--out /proc/x.png", r"got /proc/x.png \(/proc: "),
+        ("--out folder.png", "--out must be a file, got the folder"),
+        ("--images other.png", "--images must be a folder, got the file other.png"),
+        ("--out a.png --sheet a.png", "--sheet must differ from --out, got a.png for both"),
+        ("--out a.PNG --sheet link/a.PNG", "--sheet must differ from --out, got link/a.PNG for both"),
+        ("--out link/in.png", "--out must not overwrite a file that the command reads, got link/in.png"),
+        ("--out in-link.png", "--out must not overwrite a file that the command reads, got in-link.png"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused(
+    words: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("in.png").touch()
+    Path("other.png").touch()
+    Path("folder.png").mkdir()
+    Path("link").symlink_to(".")
+    Path("in-link.png").symlink_to("in.png")
+    before = sorted(tmp_path.iterdir())
+    args = vars(parser_of(write).parse_args(["draw", "in.png", *words.split()]))
+    with pytest.raises(ValueError, match=message):
+        read_call(write, args)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_output_may_have_its_other_suffix_and_no_image_of_a_folder_is_overwritten(tmp_path: Path) -> None:
+    image = tmp_path / "class-0001-seed-000003.png"
+    image.touch()
+    assert read_call(write, {"image": image, "out": tmp_path / "a.npz"})["written"].out == tmp_path / "a.npz"
+    with pytest.raises(ValueError, match="--images must not overwrite a file that the command reads"):
+        read_call(write, {"image": image, "images": tmp_path})
 
 
 def test_the_help_comes_from_the_docstrings() -> None:

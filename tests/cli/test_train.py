@@ -362,17 +362,6 @@ def test_a_training_whose_log_cannot_be_written_trains_to_its_end(tiny_shards, r
     assert (runs / "one" / "pretrained" / "tokenizer" / "config.json").is_file()
 
 
-def test_help_imports_no_heavy_package():
-    code = (
-        "import sys; from maskgit_pl.cli import main\n"
-        "try: main(['--help'])\n"
-        "finally: assert not {'torch', 'lightning', 'numpy'} & set(sys.modules), sorted(sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "train the tokenizer or the transformer from a recipe" in done.stdout
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "names"), [("tokenizer", "val/psnr"), ("transformer", "val/loss")])
 def test_validation_curves_and_pictures_stand_at_the_same_steps(train, runs, stage, names):
