@@ -196,7 +196,8 @@ def _groups(function: Callable[..., Any]) -> list[_Group]:
             groups.append(_Group(name, None, arguments))
         elif is_dataclass(hint):
             found, helps = _hints(hint), _helps(hint)
-            defaults = {field.name: field.default for field in fields(hint)}
+            # What a factory makes is no text of the help.
+            defaults = {each.name: None if callable(each.default_factory) else each.default for each in fields(hint)}
             arguments = [_argument(key, found[key], default, helps) for key, default in defaults.items()]
             groups.append(_Group(name, hint, arguments))  # type: ignore[arg-type]  # a dataclass is its constructor
         else:
@@ -214,10 +215,7 @@ def _argument(name: str, hint: Any, default: Any, helps: Mapping[str, str], *, i
     form = None
     for each in (hint, *get_args(hint)):  # ``Annotated[...] | None`` too
         if get_origin(each) is Annotated:
-            hint, form = (
-                each.__origin__,
-                next((item for item in each.__metadata__ if isinstance(item, Word | Output)), None),
-            )
+            hint, (form, *_) = each.__origin__, each.__metadata__
     members = [each for each in get_args(hint) if each is not type(None)]
     if get_origin(hint) in (Union, UnionType) and len(members) == 1:
         (hint,) = members
@@ -272,12 +270,11 @@ def _read(name: str, text: str, hint: Any, form: Word | Output | None) -> Any:
         choices = {str(choice): choice for choice in get_args(hint)}
         return choices[check_choice(name, text, choices)]
     if hint in (int, float):
+        kind = "an integer" if hint is int else "a number"
         try:
             return hint(text)
         except ValueError:
-            raise ValueError(
-                f"{name} must be {'an integer' if hint is int else 'a number'}, got {shorten(text)}"
-            ) from None
+            raise ValueError(f"{name} must be {kind}, got {shorten(text)}") from None
     if _members(hint, dict):
         return parse_json_spec(name, text)
     if _members(hint, tuple) and float in get_args(hint):
