@@ -9,10 +9,10 @@ from __future__ import annotations
 import io
 import logging
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple, TypedDict, Unpack
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 
 from maskgit_pl.data.sources.making import convert_images, fetch_dataset
 from maskgit_pl.data.sources.public import public_datasets
@@ -118,48 +118,48 @@ def plan_demo(**options: Unpack[DemoOptions]) -> tuple[list[Step], Path]:
     flags = [*flag_words(options.get("overrides", ())), *(_SHORT if is_short else ())]
     read = [Recipe.read(each, names=recipe, dataset=dataset, cluster=cluster, overrides=flags) for each in STAGES]
     for each in read:
-        if (devices := each.get("trainer.devices")) != 1:
+        devices = each.get("trainer.devices")
+        if devices != 1 and not (isinstance(devices, list) and len(devices) == 1):
             raise ValueError(
-                f"trainer.devices must be 1 in the demo, which is one process, got {devices!r}; for several devices "
-                "run its steps one by one, such as `maskgit train tokenizer`"
+                f"trainer.devices must be 1 or a list of one index in the demo, got {devices!r}; for several "
+                "devices run its steps one by one, such as `maskgit train tokenizer`"
             )
     name = options.get("run") or (_SHORT_RUN if is_short else str(read[0].run_name))
     runs_folder = options.get("runs_folder", "runs")
-    folders = _Folders(
-        run=Path(runs_folder, name),
-        data=Path(options.get("data") or Path("data/shards", dataset)),
-        tokenizer=options.get("tokenizer"),
-        pretrained=options.get("pretrained"),
-    )
-    common = ["--dataset", dataset, "--data", str(folders["data"]), "--recipe", recipe, "--run", name]
+    run, data = Path(runs_folder, name), Path(options.get("data") or Path("data/shards", dataset))
+    given = {name: options.get(name) for name in ("tokenizer", "pretrained")}
+    folders = {"run": run, "data": data, **given}
+    common = ["--dataset", dataset, "--data", str(data), "--recipe", recipe, "--run", name]
     common += ["--runs-folder", str(runs_folder), "--cluster", cluster]
-    for flag, folder in (("--tokenizer", folders["tokenizer"]), ("--pretrained", folders["pretrained"])):
-        common += [] if folder is None else [flag, str(folder)]
+    common += [word for flag, folder in given.items() if folder is not None for word in (f"--{flag}", str(folder))]
     common += flags
     times = _SHORT_TIMES if is_short else _TIMES if dataset == DEFAULT_DATASET else _OWN_TIMES
     times = times if recipe == usual else {}
-    steps = [
-        *_plan_data(dataset, options.get("images"), folders["data"], times.get("data")),
-        Step(
-            _title("train the tokenizer (stage 1)", times.get("tokenizer")),
-            ["train", "tokenizer", *common],
-            partial(_train, read[0], folders),
-        ),
-        Step(
-            _title("encode the images to tokens", times.get("tokens")),
-            ["tokenize", *common],
-            partial(_encode, read[1], folders),
-        ),
-        Step(
-            _title("train the transformer (stage 2)", times.get("transformer")),
-            ["train", "transformer", *common],
-            partial(_train, read[1], folders),
-        ),
-        _plan_measurement(folders, is_short=is_short),
-    ]
-    if folders["tokenizer"] is not None:
-        steps = [step for step in steps if step.words[:2] != ["train", "tokenizer"]]
-    return steps, folders["run"]
+    stage_1 = Step(
+        _title("train the tokenizer (stage 1)", times.get("tokenizer")),
+        ["train", "tokenizer", *common],
+        partial(_train, read[0], folders),
+    )
+    tokens = Step(
+        _title("encode the images to tokens", times.get("tokens")),
+        ["tokenize", *common],
+        partial(_encode, read[1], folders),
+    )
+    stage_2 = Step(
+        _title("train the transformer (stage 2)", times.get("transformer")),
+        ["train", "transformer", *common],
+        partial(_train, read[1], folders),
+    )
+    num_images = _SHORT_NUM_IMAGES if is_short else _NUM_IMAGES
+    words = ["evaluate", str(run), "--data", str(data), "--features", _FEATURES, "--num-images", str(num_images)]
+    measured = Step(
+        _title("generate pictures and measure the model", "1 minute"),
+        words,
+        partial(_measure, run, data, num_images),
+    )
+    first = [] if given["tokenizer"] is not None else [stage_1]
+    made = _plan_data(dataset, options.get("images"), data, times.get("data"))
+    return [*made, *first, tokens, stage_2, measured], run
 
 
 def _plan_data(dataset: str, images: str | Path | None, data: Path, time: str | None) -> list[Step]:
@@ -179,36 +179,18 @@ def _plan_data(dataset: str, images: str | Path | None, data: Path, time: str | 
     return []
 
 
-def _plan_measurement(folders: _Folders, *, is_short: bool) -> Step:
-    num_images = _SHORT_NUM_IMAGES if is_short else _NUM_IMAGES
-    words = ["evaluate", str(folders["run"]), "--data", str(folders["data"]), "--features", _FEATURES]
-    words += ["--num-images", str(num_images)] if is_short else []
-    return Step(
-        _title("generate pictures and measure the model", "1 minute"), words, partial(_measure, folders, num_images)
-    )
-
-
 def _title(text: str, time: str | None) -> str:
     return text if time is None else f"{text}, about {time} on 2 CPU cores"
 
 
-class _Folders(TypedDict):
-    """The folders of ``runs.fit`` and ``runs.tokenize``."""
-
-    run: Path
-    data: Path
-    tokenizer: str | Path | None
-    pretrained: str | Path | None
-
-
-def _train(recipe: Recipe, folders: _Folders) -> None:
+def _train(recipe: Recipe, folders: Mapping[str, Any]) -> None:
     with catch_stop_signals():
         fit(recipe, **folders)
         if is_requested():  # too late to stop this step: the next one does not begin
             raise PreemptedError("stopped by a signal after the end of a training; repeat the command to resume")
 
 
-def _encode(recipe: Recipe, folders: _Folders) -> None:
+def _encode(recipe: Recipe, folders: Mapping[str, Any]) -> None:
     made: dict[str, Callable[[int], None]] = {}  # the bar of each split, made when its number of rows is known
     with progress_bars() as bars:
 
@@ -221,9 +203,9 @@ def _encode(recipe: Recipe, folders: _Folders) -> None:
         tokenize(recipe, **folders, on_rows=on_rows)
 
 
-def _measure(folders: _Folders, num_images: int) -> None:
+def _measure(run: Path, data: Path, num_images: int) -> None:
     with progress_bars() as bars:
-        report = evaluate(folders["run"], data=folders["data"], num_images=num_images, features=[_FEATURES], bars=bars)
+        report = evaluate(run, data=data, num_images=num_images, features=[_FEATURES], bars=bars)
     from rich.console import Console
 
     table = io.StringIO()

@@ -66,7 +66,7 @@ def test_a_tokenizer_that_is_named_is_not_trained() -> None:
         ({"recipe": "cosin"}, FileNotFoundError, "did you mean 'cosine'"),
         ({"overrides": {"trainer.max_step": 3}}, ValueError, "trainer.max_steps"),
         ({"dataset": "nowhere"}, ValueError, "convert your own images with --images FOLDER"),
-        ({"cluster": "ddp"}, ValueError, "trainer.devices must be 1 in the demo"),
+        ({"cluster": "ddp"}, ValueError, "trainer.devices must be 1 or a list of one index in the demo"),
         ({"shrot": True}, TypeError, "demo has no options .'shrot'., only recipe, "),
     ],
 )
