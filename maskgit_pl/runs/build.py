@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import os
 import sys
 import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -53,7 +55,7 @@ from maskgit_pl.training.strategies import (
 )
 from maskgit_pl.training.token_model import TokenModel
 
-__all__ = ["StageRun", "build"]
+__all__ = ["StageRun", "build", "restore_process_state"]
 
 log = logging.getLogger(__name__)
 
@@ -64,11 +66,48 @@ _EXPECTED_WARNINGS = (
     "The '.*_dataloader' does not have many workers",  # num_workers is the recipe's choice
     "The number of training batches .* is smaller than the logging interval",  # we count steps across epochs
     "Checkpoint directory .* exists and is not empty",  # a run that resumes
+    "`srun` command is available",  # on a login node of Slurm
 )
+_VARIABLES = ("CUBLAS_WORKSPACE_CONFIG", "CUDA_DEVICE_ORDER")  # set by Lightning
+
+
+@contextmanager
+def restore_process_state() -> Iterator[None]:
+    """Restores, at its end, what building and training a run change in the process, and frees the memory of the run.
+
+    A later stage or a notebook then computes as in a new process. Also a decorator of a function. Limits of open files
+    and the variables in which a launcher keeps the ranks stay.
+    """
+    lightning, cudnn = logging.getLogger("lightning.pytorch"), torch.backends.cudnn
+    level, threads, precision = lightning.level, torch.get_num_threads(), torch.get_float32_matmul_precision()
+    allow_tf32, benchmark = cudnn.allow_tf32, cudnn.benchmark
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    environment = {name: os.environ.get(name) for name in _VARIABLES}
+    has_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch: untyped
+    devices = range(torch.cuda.device_count()) if has_cuda else ()
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng(devices):
+            yield
+    finally:
+        lightning.setLevel(level)
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+        cudnn.allow_tf32, cudnn.benchmark = allow_tf32, benchmark
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        for name, value in environment.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        gc.collect()  # module, data and Trainer refer to one another
 
 
 def build(plan: Plan) -> StageRun:
     """Builds module, data and Trainer of a run, and divides its global batch among the devices. Trains nothing.
+
+    It changes settings of the process, such as the threads of torch, which the training needs: call it inside of
+    ``restore_process_state``.
 
     Raises:
         ValueError: if the recipe is invalid, data or tokenizer do not fit, or the settings of the run have changed.

@@ -5,11 +5,9 @@ It builds module and data as training does, but on the CPU and with weights of z
 
 from __future__ import annotations
 
-import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pipeline.pretrained import read_config
 from maskgit_pl.processes import hide_launcher
 from maskgit_pl.runs import host
-from maskgit_pl.runs.build import StageRun, build
+from maskgit_pl.runs.build import StageRun, build, restore_process_state
 from maskgit_pl.runs.layers import merge
 from maskgit_pl.runs.plan import Plan, find_data, find_pretrained, find_tokenizer, run_folder
 from maskgit_pl.runs.preflight_costs import CostChecks
@@ -114,7 +112,8 @@ def build_for_preflight(plan: Plan, checks: CheckList, *, is_complete: bool) -> 
         The stage with weights of zero, or None if all attempts fail.
     """
     plan = replace(plan, recipe=plan.recipe.with_overrides(_ON_ONE_CPU))
-    with hide_launcher(), _keep_torch_settings(), _ZeroWeights():
+    with hide_launcher(), restore_process_state(), _ZeroWeights():
+        warnings.simplefilter("ignore")  # they are for training
         if is_complete:  # 1.
             with checks.catch_errors("recipe"):
                 run = build(plan)
@@ -141,7 +140,8 @@ def build_without_weights(plan: Plan) -> StageRun:
     Raises:
         ValueError: if a value is missing, out of range or unknown. The message names the key.
     """
-    with hide_launcher(), _keep_torch_settings(), _ZeroWeights():
+    with hide_launcher(), restore_process_state(), _ZeroWeights():
+        warnings.simplefilter("ignore")
         return StageRun(plan.stage, resolve(plan.recipe.kind, merge_values(plan)), plan.stage_folder)
 
 
@@ -308,20 +308,3 @@ class _ZeroWeights(TorchFunctionMode):
             with torch.no_grad():
                 return (args[0] if args else kwargs["tensor"]).zero_()
         return func(*args, **kwargs)
-
-
-@contextmanager
-def _keep_torch_settings() -> Iterator[None]:
-    """Restores the process-wide settings that building a run changes, and hides the warnings for training."""
-    lightning = logging.getLogger("lightning.pytorch")
-    level, threads, precision = lightning.level, torch.get_num_threads(), torch.get_float32_matmul_precision()
-    allows_tf32 = torch.backends.cudnn.allow_tf32
-    try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        lightning.setLevel(level)
-        torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32 = allows_tf32

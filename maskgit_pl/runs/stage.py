@@ -40,7 +40,7 @@ from maskgit_pl.files import check_writable, read_json, write_text
 from maskgit_pl.networks.weights import load_weights
 from maskgit_pl.pipeline.card import write_card
 from maskgit_pl.pipeline.pretrained import check_stage_folder, fingerprint, has_weights_of
-from maskgit_pl.runs.build import StageRun, build
+from maskgit_pl.runs.build import StageRun, build, restore_process_state
 from maskgit_pl.runs.host import check_tasks
 from maskgit_pl.runs.plan import Plan, plan_run
 from maskgit_pl.runs.preflight_checks import describe_start
@@ -88,6 +88,7 @@ class FitResult:
         return self.folder / "pretrained"
 
 
+@restore_process_state()
 def fit_stage(plan: Plan) -> FitResult:
     """Trains a stage and exports it; does nothing if the run is finished.
 
@@ -117,6 +118,7 @@ def fit_stage(plan: Plan) -> FitResult:
     return FitResult(plan.folder, trainer.global_step, metrics=metrics)
 
 
+@restore_process_state()
 def export_checkpoint(plan: Plan, checkpoint: Path, out: Path) -> None:
     """Exports the averaged weights of a checkpoint, as training does at its end.
 
@@ -140,6 +142,7 @@ def export_checkpoint(plan: Plan, checkpoint: Path, out: Path) -> None:
     _export(module, run.datamodule, plan, out, step=step_of(checkpoint))
 
 
+@restore_process_state()
 def dry_run(
     recipe: Recipe,
     *,
@@ -233,7 +236,15 @@ def _write_records(run: StageRun, plan: Plan) -> None:
     folder = plan.stage_folder
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / _RECORDS[0], config_text(run.values))
-    environment = {"command": sys.argv, **describe_environment(), "world_size": run.trainer.world_size}
+    recipe = plan.recipe
+    environment = {
+        "command": sys.argv,
+        "recipe": recipe.names,
+        "dataset": recipe.dataset,
+        "data": str(plan.shards),
+        **describe_environment(),
+        "world_size": run.trainer.world_size,
+    }
     if plan.pretrained is not None:
         environment["pretrained"] = {"folder": str(plan.pretrained), "sha256": fingerprint(plan.pretrained)}
     write_text(folder / _RECORDS[1], json.dumps(environment, indent=2) + "\n")
