@@ -37,7 +37,7 @@ from maskgit_pl.errors import (
 __all__ = ["build_parser", "main"]
 
 _COMMANDS = {  # the function of each command, in the order of the help
-    "demo": "cli.demo",
+    "demo": "cli.demo:demo",
     "models": "cli.listing",
     "data": "cli.data",
     "doctor": "cli.doctor",

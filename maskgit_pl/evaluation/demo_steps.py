@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypedDict, Unpack
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 from maskgit_pl.data.sources.making import convert_images, fetch_dataset
 from maskgit_pl.data.sources.public import public_datasets
@@ -191,16 +191,8 @@ def _train(recipe: Recipe, folders: Mapping[str, Any]) -> None:
 
 
 def _encode(recipe: Recipe, folders: Mapping[str, Any]) -> None:
-    made: dict[str, Callable[[int], None]] = {}  # the bar of each split, made when its number of rows is known
     with progress_bars() as bars:
-
-        def on_rows(split: Literal["train", "val"], rows: int, total: int) -> None:
-            if split in made:
-                made[split](rows)
-            else:  # the rows that an earlier run encoded
-                made[split] = bars(f"tokens of {split}", total, done=rows, unit="images")
-
-        tokenize(recipe, **folders, on_rows=on_rows)
+        tokenize(recipe, **folders, bars=bars)
 
 
 def _measure(run: Path, data: Path, num_images: int) -> None:

@@ -1,18 +1,20 @@
 """``maskgit demo``: its flags, and the end of the command. ``tests/evaluation/test_demo_steps.py`` tests its steps."""
 
 import shlex
+from dataclasses import asdict
 
 import pytest
 
-from maskgit_pl.cli import build_parser, main
-from maskgit_pl.cli.demo import read_demo_flags
+from maskgit_pl.cli import _parse, main
+from maskgit_pl.cli.arguments import read_call
 from maskgit_pl.evaluation.demo_steps import plan_demo
 from tests.test_makefile import run_make
 
 
 def commands(*words: str) -> list[list[str]]:
-    args, args.overrides = build_parser().parse_known_args(["demo", *words])
-    return [step.words for step in plan_demo(**read_demo_flags(args))[0]]
+    args = _parse(["demo", *words])
+    call = read_call(args.function, vars(args), args.rest)
+    return [step.words for step in plan_demo(**asdict(call.pop("run")), **call)[0]]
 
 
 @pytest.mark.parametrize(
