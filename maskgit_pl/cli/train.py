@@ -95,7 +95,7 @@ def tokenize(
     recipe = run.read("transformer", overrides)
     process = find_process_rank(rank, world_size)
     with progress_bars() as bars:
-        runs.tokenize(recipe, **run.folders(recipe), options=store, process=process, on_rows=_make_bars(bars, process))
+        runs.tokenize(recipe, **run.folders(recipe), options=store, process=process, bars=bars)
 
 
 @dataclass(frozen=True)
