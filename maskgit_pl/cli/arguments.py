@@ -38,7 +38,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, Unpack, get_args,
 
 from maskgit_pl.checks import check_choice, is_image_file_name, shorten
 from maskgit_pl.files import check_writable
-from maskgit_pl.runs.flag_values import parse_json_spec, parse_list, parse_numbers
+from maskgit_pl.runs.flag_values import parse_floats, parse_named_spec, parse_numbers
 
 __all__ = ["Output", "Word", "add_command", "flag_of", "read_call", "summary_of"]
 
@@ -260,8 +260,8 @@ def _read_given(argument: _Argument, given: Any) -> Any:
 def _read(name: str, text: str, hint: Any, form: Word | Output | None) -> Any:
     """Returns the value of a word.
 
-    ``str | Mapping`` is a name or a JSON mapping, ``tuple[int, ...]`` numbers and ranges such as ``1,4-8``, and
-    ``float | tuple[float, float]`` one number or two.
+    ``str | Mapping`` is a name or a mapping in YAML, which JSON is too, ``tuple[int, ...]`` numbers and ranges such as
+    ``1,4-8``, and ``float | tuple[float, float]`` one number or two.
 
     Raises:
         ValueError: if the word has another form. The message begins with ``name``.
@@ -279,9 +279,9 @@ def _read(name: str, text: str, hint: Any, form: Word | Output | None) -> Any:
                 f"{name} must be {'an integer' if hint is int else 'a number'}, got {shorten(text)}"
             ) from None
     if _members(hint, dict) or _members(hint, Mapping):
-        return parse_json_spec(name, text)
+        return parse_named_spec(name, text)
     if _members(hint, tuple) and float in get_args(hint):
-        numbers = parse_list(name, text, float)
+        numbers = parse_floats(name, text)
         return numbers[0] if len(numbers) == 1 else numbers
     return parse_numbers(name, text) if get_origin(hint) is tuple else text
 

@@ -110,8 +110,8 @@ def test_bad_input_is_refused_and_nothing_written(
         (["--top-p", "1.5"], "--top-p must be a number in (0, 1], got 1.5"),
         (["--seed", "-1"], "--seed must be an integer in [0, 2**32), got -1"),
         (["--token-selector", '{"name": "remdm"'], 'got {"name": "remdm" ('),
-        (["--token-selector", '{"eta": 0.1}'], "must be a name or a JSON mapping such as"),
-        (["--mask-schedule", "[1]"], "--mask-schedule must be a name or a JSON mapping"),
+        (["--token-selector", '{"eta": 0.1}'], "must be a name or a mapping such as"),
+        (["--mask-schedule", "[1]"], "--mask-schedule must be a name or a mapping"),
         (["--sampling-temperature", "1,2,3"], "--sampling-temperature must be a number >= 0, or two"),
         (
             ["--sampling-temperature", "warm"],
