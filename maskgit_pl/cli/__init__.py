@@ -115,6 +115,8 @@ class _Parser(argparse.ArgumentParser):
             self.exit(BAD_INPUT, f"{self.prog}: unknown command {shorten(value)}: {hint}commands: {listed}\n")
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        if arg_string is argparse.SUPPRESS:  # the default of a positional argument, of which argparse would make a path
+            return arg_string
         # An empty word is mostly a variable of the shell without a value, but Path("") is the current folder.
         is_positional = not action.option_strings and action.nargs != argparse.PARSER
         if not arg_string and (action.type is Path or is_positional):

@@ -215,13 +215,10 @@ def _recipe_files(name: str) -> dict[str, Path]:
 
 def _first_sentence(file: Path) -> str:
     """Returns the first sentence of the comment that opens a recipe."""
-    text: list[str] = []
-    for line in file.read_text().splitlines():
-        words = line.removeprefix("#").strip()
-        if not line.startswith("#") or not words:
-            break
-        text.append(words)
-    return re.split(r"(?<=\.) |:$", " ".join(text))[0]
+    opening = re.match(r"(?:#.*\w.*\n)*", file.read_text())
+    assert opening is not None
+    words = re.sub(r"(?m)^#", "", opening[0]).split()
+    return re.split(r"(?<=\.) |:$", " ".join(words))[0]
 
 
 def plugins(kind: Annotated[str, Word("KIND")] | None = None, *, json: bool = False) -> None:

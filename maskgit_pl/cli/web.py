@@ -31,24 +31,6 @@ def web(
         port: Port of the page.
         device: cpu, cuda, cuda:1, mps ... (default: a GPU if there is one).
     """
-    from maskgit_pl.web.server import LOCAL, check_gradio, check_port, serve
+    from maskgit_pl.web.server import serve
 
-    check_gradio()
-    check_port(host, port)
-    from maskgit_pl.distributed import find_device
-    from maskgit_pl.pipeline import MaskGIT
-
-    pipe = MaskGIT.from_pretrained(folder, device=find_device(device))
-    if host not in LOCAL:
-        print(
-            f"warning: everyone who can reach {host} can use this page and the computing time of this machine. It has "
-            "no password. Leave out --host to keep it to this machine."
-        )
-    serve(
-        pipe,
-        str(folder),
-        host=host,
-        port=port,
-        on_start=lambda url: print(f"{url} shows {folder}; Ctrl-C ends it", flush=True),
-        on_stop=lambda: print("\nmaskgit web: ended; its temporary files are removed"),
-    )
+    serve(folder, host=host, port=port, device=device)
