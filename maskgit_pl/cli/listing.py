@@ -299,8 +299,9 @@ def schedules(
     from maskgit_pl.schedules import mask_schedules
 
     check_integer("num_tokens", num_tokens, "[1, inf)")
-    shown = mask_schedules.build_all()
-    if schedules is not None:
+    if schedules is None:
+        shown = mask_schedules.build_all()
+    else:
         shown = {describe(spec): mask_schedules.build(spec) for spec in schedules}
     known = {
         name: count_known_tokens(schedule, num_tokens=num_tokens, num_steps=num_steps)
@@ -310,13 +311,9 @@ def schedules(
         print_json([{"mask_schedule": name, "known": counts} for name, counts in known.items()])
     else:
         print(f"tokens known after each of {num_steps} steps, of {num_tokens}")
-        print_rows(
-            [
-                {"mask_schedule": name, **{str(step): count for step, count in enumerate(counts, 1)}}
-                for name, counts in known.items()
-            ],
-            as_json=False,
-        )
+        steps = [*map(str, range(1, num_steps + 1))]
+        rows = [{"mask_schedule": name, **dict(zip(steps, counts, strict=True))} for name, counts in known.items()]
+        print_rows(rows, as_json=False)
     if out is not None:
         make_folder(out.parent)
         with write_atomically(out) as stream:
