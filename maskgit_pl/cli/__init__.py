@@ -38,20 +38,24 @@ __all__ = ["build_parser", "main"]
 
 _COMMANDS = {  # the function of each command, in the order of the help
     "demo": "cli.demo:demo",
-    "models": "cli.listing",
-    "data": "cli.data",
+    "models": "cli.listing:models",
+    "data make": "cli.data:make",
+    "data index": "cli.data:index",
+    "data verify": "cli.data:verify",
+    "data stats": "cli.data:stats",
+    "data fetch": "cli.data:fetch",
     "doctor": "cli.doctor",
     "train": "cli.train:train",
     "slurm submit": "cli.train:submit",
     "tokenize": "cli.train:tokenize",
-    "export": "cli.export",
-    "push": "cli.export",
+    "export": "cli.export:export",
+    "push": "cli.export:push",
     "sample": "cli.sample:sample",
     "inpaint": "cli.editing:inpaint",
     "edit": "cli.editing:edit",
     "outpaint": "cli.editing:outpaint",
     "panorama": "cli.editing:panorama",
-    "web": "cli.web",
+    "web": "cli.web:web",
     "evaluate": "cli.evaluate",
     "evaluate-tokenizer": "cli.evaluate",
     "inspect": "contrib.inspect",
@@ -60,13 +64,17 @@ _COMMANDS = {  # the function of each command, in the order of the help
     "ablation": "cli.ablation",
     "paper": "cli.paper",
     "train-classifier": "cli.evaluate",
-    "schedules": "cli.listing",
-    "recipes": "cli.listing",
-    "plugins": "cli.listing",
-    "env": "cli.listing",
-    "import-jax": "cli.importing",
-    "import-tokenizer": "cli.importing",
-    "import-transformer": "cli.importing",
+    "schedules": "cli.listing:schedules",
+    "recipes list": "cli.listing:recipes_list",
+    "recipes show": "cli.listing:recipes_show",
+    "recipes copy": "cli.listing:recipes_copy",
+    "recipes schema": "cli.listing:recipes_schema",
+    "plugins": "cli.listing:plugins",
+    "env": "cli.listing:env",
+    "completion": "cli.listing:completion",
+    "import-jax": "cli.importing:import_jax",
+    "import-tokenizer": "cli.importing:import_tokenizer",
+    "import-transformer": "cli.importing:import_transformer",
 }
 _GROUPS = {  # commands that have commands
     "data": "Fetch, make, index, verify and count shards of images.",
@@ -107,6 +115,8 @@ class _Parser(argparse.ArgumentParser):
             self.exit(BAD_INPUT, f"{self.prog}: unknown command {shorten(value)}: {hint}commands: {listed}\n")
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        if arg_string is argparse.SUPPRESS:  # the default of a positional argument, of which argparse would make a path
+            return arg_string
         # An empty word is mostly a variable of the shell without a value, but Path("") is the current folder.
         is_positional = not action.option_strings and action.nargs != argparse.PARSER
         if not arg_string and (action.type is Path or is_positional):

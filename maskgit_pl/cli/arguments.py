@@ -38,7 +38,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, Unpack, get_args,
 
 from maskgit_pl.checks import check_choice, is_image_file_name, shorten
 from maskgit_pl.files import check_writable
-from maskgit_pl.runs.flag_values import parse_json_spec, parse_list
+from maskgit_pl.runs.flag_values import parse_named_spec
 
 __all__ = ["Output", "Word", "add_command", "flag_of", "read_call", "summary_of"]
 
@@ -258,8 +258,8 @@ def _read_given(argument: _Argument, given: Any) -> Any:
 def _read(name: str, text: str, hint: Any, form: Word | Output | None) -> Any:
     """Returns the value of a word.
 
-    ``str | dict`` is a name or a JSON mapping, ``tuple[int, ...]`` are numbers separated by commas, and
-    ``float | tuple[float, float]`` is one number or two.
+    ``str | dict`` is a name or a mapping in YAML, which JSON is too, ``tuple[int, ...]`` are numbers separated by
+    commas, and ``float | tuple[float, float]`` is one number or several.
 
     Raises:
         ValueError: if the word has another form. The message begins with ``name``.
@@ -276,12 +276,11 @@ def _read(name: str, text: str, hint: Any, form: Word | Output | None) -> Any:
         except ValueError:
             raise ValueError(f"{name} must be {kind}, got {shorten(text)}") from None
     if _members(hint, dict):
-        return parse_json_spec(name, text)
-    if _members(hint, tuple) and float in get_args(hint):
-        numbers = parse_list(name, text, float)
-        return numbers[0] if len(numbers) == 1 else numbers
-    if get_origin(hint) is tuple:
-        return parse_list(name, text, get_args(hint)[0])
+        return parse_named_spec(name, text)
+    if several := _members(hint, tuple):
+        (kind, *_) = get_args(several[0])
+        values = tuple(_read(name, word, kind, None) for word in text.split(","))
+        return values[0] if len(values) == 1 and hint not in several else values
     return Path(text) if hint is Path else text
 
 

@@ -130,7 +130,7 @@ def test_a_bare_flag_has_its_text_and_one_number_is_no_pair() -> None:
     [
         ("--kind c", "--kind must be one of a, b, 3, got 'c'"),
         ("--size much", "--size must be a number, got 'much'"),
-        ("--counts 1,x", "--counts must be integers separated by commas, got 1,x"),
+        ("--counts 1,x", "--counts must be an integer, got 'x'"),
         ("--file out.gif", "--file must end in .png, got out.gif"),
         ("--file in.png", "--file must not overwrite a file that the command reads, got in.png"),
     ],
