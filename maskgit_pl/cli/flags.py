@@ -48,7 +48,7 @@ ClassName = Annotated[str, Word("NAME")]
 Numbers = Annotated[tuple[int, ...], Word("T,...", parse_numbers)]
 Seeds = Annotated[tuple[int, ...], Word("N,...", parse_integers)]
 Specs = Annotated[list[str | dict[str, Any]], Word("A,B,...", parse_specs)]
-Features = Annotated[list[str | dict[str, Any]], Word("A,B,...", parse_features)]
+Features = Annotated[Sequence[str | dict[str, Any]], Word("A,B,...", parse_features)]
 ImageSize = Annotated[int | tuple[int, int], Word("S|H,W", parse_image_size)]
 
 

@@ -125,17 +125,17 @@ def parse_spec(flag: str, text: str) -> Any:
     return spec
 
 
-def parse_features(text: str) -> list[str | dict[str, Any]]:
-    """Parses the feature networks of ``--features``: names, ``NAME=PATH``, ``timm:MODEL=FILE`` or mappings.
+def parse_features(flag: str, text: str) -> list[str | dict[str, Any]]:
+    """Parses feature networks: names, ``NAME=PATH``, ``timm:MODEL=FILE`` or mappings.
 
     Raises:
         ValueError: if the text is empty, a network is given twice, or a part has another form.
     """
-    specs = parse_specs("--features", text)
+    specs = parse_specs(flag, text)
     names = [str(spec if isinstance(spec, str) else spec.get("name")).partition("=")[0] for spec in specs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"--features must name each network once, got {', '.join(twice)} twice")
+        raise ValueError(f"{flag} must name each network once, got {', '.join(twice)} twice")
     return specs
 
 

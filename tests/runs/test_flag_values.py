@@ -29,9 +29,9 @@ def test_specs_are_names_or_mappings_in_json_or_yaml() -> None:
 
 
 def test_features_come_once_each() -> None:
-    assert parse_features("classifier,inception=a.pt") == ["classifier", "inception=a.pt"]
+    assert parse_features("--features", "classifier,inception=a.pt") == ["classifier", "inception=a.pt"]
     with pytest.raises(ValueError, match="must name each network once, got inception twice"):
-        parse_features("inception=a.pt,inception=b.pt")
+        parse_features("--features", "inception=a.pt,inception=b.pt")
 
 
 def test_a_plug_in_is_a_name_or_a_mapping_in_json() -> None:
