@@ -252,13 +252,9 @@ def _ablate_variants(variants: VariantFlags, recipe: str, report: ReportFlags, s
             **shared,
         )
     name = variants.name
-    if variants.page_only:
-        if name is None:
-            if config is None:
-                raise ValueError("--page-only must come with --name, or with the --vary flags of the ablation")
-            name = config.name
-        config = None
-    elif len(variants.seeds) == 1:
+    if variants.page_only and config is not None:
+        name, config = name or config.name, None
+    if config is not None and len(config.seeds) == 1:
         print("--seeds: with one seed, the spread is unknown, and no difference can be told from chance")
     with progress_bars() as bars:
         page, failures = reports.ablation(config, report, name=name, bars=bars)

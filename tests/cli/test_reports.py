@@ -192,8 +192,8 @@ def test_a_wrong_flag_is_refused_before_anything_is_measured(
         (["table", 3, one, again], "the mask schedules of the runs must differ, got several with"),
         (["table", 3, *runs, "--num-steps", 12], "--num-steps must be <= 8, half the number of tokens, got only"),
         (["figure", 4, *runs], "figure 4 must have at most one RUN"),
-        (["figure", 4, "--depth", 0], "--depth must be"),
-        (["figure", 4, "--embed-dim", 17], "--embed-dim must be a multiple of num_heads"),
+        (["figure", 4, "--depth", 0], "transformer depth must be an integer in"),
+        (["figure", 4, "--embed-dim", 17], "embed_dim must be a multiple of num_heads"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=match):
             call(words[0], *common(tiny_shards, judge, results), *words[1:])
@@ -374,7 +374,7 @@ def test_tokenizers_are_judged_by_their_reconstructions_and_their_transformers(
         (("--vary", "model.network.dept=2"), "did you mean 'model.network.depth'"),
         (("--vary", "model.network.depth=2", "--budget", "hours=2"), "--budget must be"),
         (("--vary", "model.network.depth=2", "--num-images", "1"), "--num-images must be"),
-        (("--page-only",), "--page-only must come with --name"),
+        (("--page-only",), "--name must be given, or the ablation"),
         (("--page-only", "--name", "x"), "ablation x: there must be at least one row"),
         (("--schedules", "square,cosin"), "recipe 'cosin'"),
         (("--features", "bogus"), "unknown feature network 'bogus'"),

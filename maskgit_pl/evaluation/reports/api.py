@@ -139,7 +139,7 @@ def ablation(
     options = options or ReportOptions()
     if name is None:
         if config is None:
-            raise ValueError("name must be given to make a page without its ablation, got None")
+            raise ValueError("name must be given, or the ablation (--vary) that it comes from, got neither")
         name = config.name
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", name):
         raise ValueError(f"name must be letters, digits and ._- only, got {shorten(name)}")
