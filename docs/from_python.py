@@ -39,7 +39,7 @@ found = evaluation.tune(run, data=data, trials=2, num_images=30, options=evaluat
 print(found.winner)
 
 # Table 1 of the paper for these weights. A second call measures nothing: results/ledger.jsonl has the numbers.
-options = reports.ReportOptions(data=data, num_images=30, features=["classifier"], cas=None)
-page = reports.table_1([run], options)
+options = reports.ReportOptions(data=data, num_images=30, features=["classifier"])
+page = reports.table_1([run], options, cas=None)
 print(page.markdown)
 print(*page.write(), sep="\n")

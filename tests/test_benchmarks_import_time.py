@@ -80,7 +80,7 @@ def test_a_sample_loads_no_compiler(import_time) -> None:
     assert "sympy" not in measured["sample"].packages
     assert "torch._dynamo" not in measured["sample"].modules
     assert "maskgit_pl.cli.sample" in measured["sample"].modules
-    assert "maskgit_pl.cli.ablation" not in measured["sample"].modules  # only the parser of the command is built
+    assert "maskgit_pl.cli.reports" not in measured["sample"].modules  # only the parser of the command is built
 
 
 def test_the_table_says_what_is_loaded_beyond_the_first_import(import_time) -> None:

@@ -269,6 +269,8 @@ def _read(name: str, text: str, hint: Any, form: Word | Output | None) -> Any:
     if get_origin(hint) is Literal:
         choices = {str(choice): choice for choice in get_args(hint)}
         return choices[check_choice(name, text, choices)]
+    if hint is Path:
+        return Path(text)
     if hint in (int, float):
         kind = "an integer" if hint is int else "a number"
         try:

@@ -2,49 +2,40 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
+from typing import Annotated
 
-from maskgit_pl.cli.flags import (
-    add_device_argument,
-    add_dtype_argument,
-    check_at_least,
-    check_outputs,
-    read_device_flag,
-)
+from maskgit_pl.cli.arguments import Output
+from maskgit_pl.cli.flags import Device, Dtype, Folder, Run
 
-__all__ = ["add_inspect_parser"]
+__all__ = ["inspect"]
 
 
-def add_inspect_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command to ``maskgit``."""
-    parser = subparsers.add_parser(
-        "inspect",
-        help="write an HTML page about the training of a run",
-        description="Write one self-contained HTML page about a run, which may still be training: what looks wrong and "
-        "what to try, the logged metrics, the use of codes, a picture of each code, and the worst reconstructions.",
-        epilog="Example: maskgit inspect runs/fashion-mnist-adaln",
-    )
-    parser.add_argument("folder", type=Path, metavar="RUN", help="run folder (runs/NAME), or a pretrained folder")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="data folder (default: that of the run)")
-    parser.add_argument("--out", type=Path, metavar="HTML", help="page to write (default: RUN/inspect.html)")
-    parser.add_argument(
-        "--num-images", type=int, default=2000, metavar="N", help="measure at most N val images (default: 2000)"
-    )
-    add_device_argument(parser, default="cpu")
-    add_dtype_argument(parser, of="the tokenizer")
-    parser.set_defaults(run=_run_inspect)
+def inspect(
+    folder: Run,
+    *,
+    data: Folder | None = None,
+    out: Annotated[Path, Output(".html")] | None = None,
+    num_images: int = 2000,
+    device: Device = "cpu",
+    dtype: Dtype | None = None,
+) -> None:
+    """Writes an HTML page about the training of a run.
 
+    The run may still be training. The page is one file and shows what looks wrong and what to try, the logged metrics,
+    the use of codes, a picture of each code, and the worst reconstructions.
 
-def _run_inspect(args: argparse.Namespace) -> int:
-    """Writes the page and prints its path."""
-    check_at_least(args, num_images=1)
-    check_outputs(args, out=".html")
-    device = read_device_flag(args, default="cpu")
+    Example: maskgit inspect runs/fashion-mnist-adaln
+
+    Args:
+        folder: Run folder (runs/NAME), or a pretrained folder.
+        data: Data folder (default: that of the run).
+        out: Page to write (default: RUN/inspect.html).
+        num_images: Measure at most N val images.
+        device: cpu, cuda, cuda:1, mps ... (default: cpu)
+        dtype: Arithmetic of the tokenizer; auto: bfloat16 on devices with instructions for it, else float32 (default:
+            that of the weights).
+    """
     from maskgit_pl.contrib.inspect_page import inspect_run  # torch takes seconds to import
 
-    out = inspect_run(
-        args.folder, data=args.data, out=args.out, max_images=args.num_images, device=device, dtype=args.dtype
-    )
-    print(out)
-    return 0
+    print(inspect_run(folder, data=data, out=out, num_images=num_images, device=device, dtype=dtype))

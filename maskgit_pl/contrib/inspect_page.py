@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskgit_pl.checks import check_integer
 from maskgit_pl.contrib.inspect_charts import bar_chart, embed_png, format_html, line_chart, make_section, quote
 from maskgit_pl.contrib.inspect_findings import (
     CodeUse,
@@ -29,7 +30,7 @@ from maskgit_pl.contrib.inspect_findings import (
     read_reports,
 )
 from maskgit_pl.data.images import decode_image
-from maskgit_pl.distributed import parse_dtype
+from maskgit_pl.distributed import find_device, parse_dtype
 from maskgit_pl.errors import printable
 from maskgit_pl.evaluation.opening import open_images
 from maskgit_pl.evaluation.pages import image_to_png
@@ -58,7 +59,7 @@ def inspect_run(
     *,
     data: Path | None = None,
     out: Path | None = None,
-    max_images: int = 2000,
+    num_images: int = 2000,
     device: str = "cpu",
     dtype: str | None = None,
 ) -> Path:
@@ -68,7 +69,7 @@ def inspect_run(
         run: Run folder, or a pretrained folder (then with ``data``).
         data: Data folder with validation images. Default: that of the run.
         out: File to write. Default: ``RUN/inspect.html``.
-        max_images: Largest number of validation images that are measured, >= 1.
+        num_images: Largest number of validation images that are measured, >= 1.
         device: Device of the tokenizer.
         dtype: Arithmetic of the tokenizer, as ``distributed.parse_dtype`` reads it; None for that of its weights.
 
@@ -77,8 +78,10 @@ def inspect_run(
 
     Raises:
         FileNotFoundError: if the folder holds no stage, or the data do not exist.
-        ValueError: if a recipe or a pretrained folder is invalid.
+        ValueError: if a recipe or a pretrained folder is invalid, a number is out of range, or there is no such device.
     """
+    check_integer("num_images", num_images, "[1, inf)")
+    device = find_device(device)
     if not run.is_dir():
         raise FileNotFoundError(f"run {run}: no such folder; name a run folder, such as runs/NAME")
     recipes = {stage: read_run_recipe(run / stage / "config.yaml") for stage in ("tokenizer", "transformer")}
@@ -93,7 +96,7 @@ def inspect_run(
         if tokenizer is not None:
             path = _find_data(recipes, data, notes)
             if path is not None:
-                measured, codes = _inspect_codes(tokenizer, path, max_images, device, parse_dtype(dtype, device))
+                measured, codes = _inspect_codes(tokenizer, path, num_images, device, parse_dtype(dtype, device))
     stage_1 = _Stage(run / "tokenizer", logs["tokenizer"], recipes["tokenizer"])
     stage_2 = _Stage(run / "transformer", logs["transformer"], recipes["transformer"])
     problems = find_in_tokenizer(stage_1.logs, stage_1.recipe, measured)
@@ -207,13 +210,13 @@ def _find_data(recipes: Mapping[str, Mapping[str, Any]], data: Path | None, note
 
 
 def _inspect_codes(
-    folder: Path, data: Path, max_images: int, device: str, dtype: torch.dtype | None
+    folder: Path, data: Path, num_images: int, device: str, dtype: torch.dtype | None
 ) -> tuple[CodeUse, str]:
     """Returns the measurements of a tokenizer, and their section."""
     tokenizer = load_tokenizer(folder)
     tokenizer.network.to(device, dtype=dtype)
     images = open_images(data, tokenizer.image_size, tokenizer.network.config.in_channels)
-    measured = measure_codes(tokenizer, images.val_dataloader(), max_images=max_images)
+    measured = measure_codes(tokenizer, images.val_dataloader(), max_images=num_images)
     return measured, _codes_section(tokenizer, measured, images.class_names)
 
 

@@ -12,12 +12,19 @@ from typing import TYPE_CHECKING
 from maskgit_pl.registry import lazy_names
 
 if TYPE_CHECKING:
-    from maskgit_pl.evaluation.comparison import ComparisonOptions, compare
+    from maskgit_pl.evaluation.comparison import compare
     from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
     from maskgit_pl.evaluation.ledger import Ledger
-    from maskgit_pl.evaluation.model_evaluation import EvaluationOptions, evaluate, evaluate_tokenizer, train_classifier
-    from maskgit_pl.evaluation.options import CASConfig, ClassifierConfig, TokenizerOptions
-    from maskgit_pl.evaluation.tuning import TuningOptions, plan_trials, tune
+    from maskgit_pl.evaluation.model_evaluation import evaluate, evaluate_tokenizer, train_classifier
+    from maskgit_pl.evaluation.options import (
+        CASConfig,
+        ClassifierConfig,
+        ComparisonOptions,
+        EvaluationOptions,
+        TokenizerOptions,
+        TuningOptions,
+    )
+    from maskgit_pl.evaluation.tuning import plan_trials, tune
 
 __all__ = [
     "CASConfig",
@@ -42,13 +49,13 @@ __getattr__ = lazy_names(
     {
         "CASConfig": "options",
         "ClassifierConfig": "options",
-        "ComparisonOptions": "comparison",
+        "ComparisonOptions": "options",
         "EvaluatedModel": "evaluator",
-        "EvaluationOptions": "model_evaluation",
+        "EvaluationOptions": "options",
         "Evaluator": "evaluator",
         "Ledger": "ledger",
         "TokenizerOptions": "options",
-        "TuningOptions": "tuning",
+        "TuningOptions": "options",
         "compare": "comparison",
         "evaluate": "model_evaluation",
         "evaluate_tokenizer": "model_evaluation",

@@ -27,7 +27,7 @@ from maskgit_pl.evaluation.opening import (
     open_model,
 )
 from maskgit_pl.evaluation.options import (
-    MeasurementOptions,
+    ComparisonOptions,
     Spec,
     decoding_key,
     default_steps,
@@ -58,7 +58,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Comparison",
-    "ComparisonOptions",
     "MeasuredSelector",
     "compare",
     "draw_selector_sheet",
@@ -72,17 +71,6 @@ _SHEET_STEPS = 8
 _DISTANCES = ("fid/classifier", "kid/classifier")
 _COLUMNS = ("class_agreement", *_DISTANCES, "diversity", "steps_taken", "seconds_per_image")
 _HEADINGS = ("T", "token selector", *map(title, _COLUMNS))
-
-
-@dataclass(frozen=True)
-class ComparisonOptions(MeasurementOptions):
-    """Options of ``compare``; see ``MeasurementOptions`` for the others.
-
-    Args:
-        guidance: Guidance scale, or name or mapping of a guidance schedule; None for the model's own.
-    """
-
-    guidance: float | Spec | None = None
 
 
 @dataclass(frozen=True)
@@ -234,7 +222,7 @@ def compare(
     num_steps: Sequence[int] | None = None,
     num_images: int = 1000,
     out: Path | None = None,
-    options: ComparisonOptions = ComparisonOptions(),  # frozen
+    options: ComparisonOptions | None = None,
     bars: Bars = no_bars,
 ) -> Comparison:
     """Measures token selectors of one model with the same noise, and writes a page, a CSV and a sheet of images.
@@ -246,7 +234,7 @@ def compare(
         num_steps: Numbers of decoding steps; None for 4, 8, 16 and 32, as far as there are tokens.
         num_images: Number of images per row, at least 2 per class.
         out: Folder of the page and the ledger; None for ``RUN/comparison`` and ``RUN/evaluation``.
-        options: Guidance, seed and other options.
+        options: Guidance, seed and other options; None for the defaults.
         bars: Progress bars.
 
     Raises:
@@ -255,6 +243,7 @@ def compare(
         ValueError: if a name is unknown, the model is autoregressive, the classes of the data are not the model's, or a
             number is out of range.
     """
+    options = options or ComparisonOptions()
     # Checks without torch come first, so that a wrong argument is answered immediately.
     check_integer("num_images", num_images, "[1, inf)")
     folders = find_run(run, data=data, classifier=options.classifier)
@@ -268,7 +257,7 @@ def compare(
     # Few steps first, since they are fast: a command that is stopped early has complete comparisons.
     steps = sorted(num_steps or default_steps(outline.num_tokens, _STEPS))
     assert pipe.decoding.token_selector is not None  # the model is not autoregressive
-    work = _plan_decodings(pipe, label_selectors(selectors, pipe.decoding.token_selector), steps, options.guidance)
+    work = _plan_decodings(pipe, label_selectors(selectors, pipe.decoding.token_selector), steps, options)
     images = open_data(folders, pipe, num_workers=options.num_workers)
     count = round_to_classes(num_images, images.num_classes)
     model = create_evaluated_model(folders, pipe, out)
@@ -277,9 +266,8 @@ def compare(
     comparison = _measure(evaluator, model, work, num_images=count, seed=options.seed)
     comparison = replace(comparison, folder=out or folders.run / "comparison")
     flags = {"num_images": num_images, "seed": options.seed, "selectors": selectors, "num_steps": num_steps}
-    flag = "guidance_scale" if isinstance(options.guidance, int | float) else "guidance"
-    given = flags | {flag: options.guidance, "negative_model": options.negative_model}
-    page = comparison.page(command_line(["maskgit compare", run], given))
+    flags |= {name: getattr(options, name) for name in ("guidance", "guidance_scale", "negative_model")}
+    page = comparison.page(command_line(["maskgit compare", run], flags))
     shown = {each.label: each.decoding for each in comparison.results if each.num_steps == comparison.sheet_steps}
     advance = bars("sheet of images", len(shown))
     # The ledger keeps no images: those of the sheet are generated for it.
@@ -289,12 +277,9 @@ def compare(
 
 
 def _plan_decodings(
-    pipe: MaskGIT, variants: Mapping[str, Spec], steps: Sequence[int], guidance: float | Spec | None
+    pipe: MaskGIT, variants: Mapping[str, Spec], steps: Sequence[int], options: ComparisonOptions
 ) -> list[tuple[str, DecodingConfig]]:
-    if isinstance(guidance, int | float):
-        base = pipe.decoding_with(guidance_scale=float(guidance))
-    else:
-        base = pipe.decoding_with(guidance=guidance)
+    base = pipe.decoding_with(guidance=options.guidance, guidance_scale=options.guidance_scale)
     work = []
     for number in steps:
         for label, selector in variants.items():

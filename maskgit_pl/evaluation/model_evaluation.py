@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from maskgit_pl.checks import ImageSize, check_image_size, check_integer, check_number, pixels_text
+from maskgit_pl.checks import ImageSize, check_image_size, check_integer, pixels_text
 from maskgit_pl.data.manifest import read_manifest_summary
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
 from maskgit_pl.evaluation.opening import (
@@ -29,17 +29,24 @@ from maskgit_pl.evaluation.opening import (
     open_model,
 )
 from maskgit_pl.evaluation.options import (
+    FEATURES,
     SMALL_TRAINING,
     CASConfig,
     ClassifierConfig,
-    MeasurementOptions,
+    EvaluationOptions,
+    Spec,
     TokenizerOptions,
-    check_tokenizer_data,
     round_to_classes,
 )
-from maskgit_pl.evaluation.run_folders import RunFolders, find_run, find_tokenizer_folders, read_outline
+from maskgit_pl.evaluation.run_folders import (
+    RunFolders,
+    check_tokenizer_data,
+    find_run,
+    find_tokenizer_folders,
+    read_outline,
+)
 from maskgit_pl.files import check_writable
-from maskgit_pl.processes import Bars, no_bars
+from maskgit_pl.processes import Bars, local_rank, no_bars
 
 if TYPE_CHECKING:
     from maskgit_pl.decoding import DecodingConfig
@@ -50,53 +57,9 @@ if TYPE_CHECKING:
     from maskgit_pl.evaluation.tokenizer_report import TokenizerReport
     from maskgit_pl.pipeline.acceptance import Acceptance
 
-__all__ = [
-    "FEATURES",
-    "EvaluationOptions",
-    "TrainedClassifier",
-    "evaluate",
-    "evaluate_tokenizer",
-    "train_classifier",
-]
+__all__ = ["TrainedClassifier", "evaluate", "evaluate_tokenizer", "train_classifier"]
 
-FEATURES: tuple[str | dict[str, Any], ...] = ("classifier", "lite0")
 _DRAWS = 4  # masks per image for likelihoods
-
-
-@dataclass(frozen=True)
-class EvaluationOptions(MeasurementOptions):
-    """Options of ``evaluate``; see ``MeasurementOptions`` for the others.
-
-    Args:
-        num_steps: Number of decoding steps; None for the model's own.
-        reference: File in the layout of ADM to compare with; None for the val split.
-        lpips: ``vgg=FILE``, ``alex=FILE`` or ``squeeze=FILE`` for the LPIPS of the reconstructions; None leaves it out.
-        likelihood_images: Number of real images for the likelihood, >= 2.
-        cas: Training of the classification accuracy score; None leaves it out.
-        accept_rate: Also measure images that rejection sampling accepts at this rate, in (0, 1]; None leaves it out.
-        accept_classifier: Folder of the classifier that accepts images; None for the classifier of the data, which also
-            judges them: its values are then better than the images are.
-        resume: True to reuse rows and images of an earlier evaluation; False to measure everything again.
-    """
-
-    num_steps: int | None = None
-    reference: Path | None = None
-    lpips: str | None = None
-    likelihood_images: int = 2000
-    cas: CASConfig | None = None
-    accept_rate: float | None = None
-    accept_classifier: Path | None = None
-    resume: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_integer("likelihood_images", self.likelihood_images, "[2, inf)")
-        if self.accept_rate is not None:
-            check_number("accept_rate", self.accept_rate, "(0, 1]")
-        elif self.accept_classifier is not None:
-            raise ValueError(
-                f"accept_classifier must be given with accept_rate, got only {self.accept_classifier}; give the rate"
-            )
 
 
 def evaluate(
@@ -104,9 +67,10 @@ def evaluate(
     *,
     data: Path | None = None,
     num_images: int = 1000,
-    features: Sequence[str | dict[str, Any]] = FEATURES,
+    features: Sequence[Spec] = FEATURES,
     out: Path | None = None,
-    options: EvaluationOptions = EvaluationOptions(),  # frozen
+    cas: CASConfig | None = None,
+    options: EvaluationOptions | None = None,
     bars: Bars = no_bars,
 ) -> Report:
     """Measures a model, and writes ``evaluation.json`` and pictures.
@@ -117,7 +81,8 @@ def evaluate(
         num_images: Number of generated images, at least 2 per class.
         features: Feature networks: names or mappings, see ``networks.features.parse_feature_network``.
         out: Path of the JSON file, in whose folder the pictures are written; None for ``RUN/evaluation.json``.
-        options: Steps, reference, seed and other options.
+        cas: Training of the classification accuracy score; None leaves the score out.
+        options: Steps, reference, seed and other options; None for the defaults.
         bars: Progress bars.
 
     Returns:
@@ -128,6 +93,7 @@ def evaluate(
         TypeError: if a feature network does not accept its arguments.
         ValueError: if the classes of the data are not the model's, a network is unknown, or a number is out of range.
     """
+    options = options or EvaluationOptions()
     # Checks without torch come first, so that a wrong argument is answered immediately.
     check_integer("num_images", num_images, "[1, inf)")
     folders = find_run(run, data=data, classifier=options.classifier)
@@ -142,7 +108,7 @@ def evaluate(
         evaluator, model, rebuilt = _open(folders, num_images, features, options, bars)
         decoding = model.pipe.decoding_with(num_steps=options.num_steps)
         file = out or folders.run / "evaluation.json"
-        measured = _measure(folders, evaluator, model, decoding, num_images, rebuilt, options)
+        measured = _measure(folders, evaluator, model, decoding, num_images, rebuilt, cas, options)
         report = make_report(folders, model, evaluator, measured, file)
         title = f"{model.run}: pictures"
         generated = evaluator.generate(model, decoding, num_images=num_images, seed=options.seed, title=title)
@@ -170,22 +136,26 @@ def _check_acceptance(options: EvaluationOptions, num_images: int, num_classes: 
 def _open(
     folders: RunFolders,
     num_images: int,
-    features: Sequence[str | dict[str, Any]],
+    features: Sequence[Spec],
     options: EvaluationOptions,
     bars: Bars,
 ) -> tuple[Evaluator, EvaluatedModel, Reconstruction]:
     """Opens model, data and evaluator, and measures the reconstruction, which has no ledger row."""
-    from maskgit_pl.distributed import barrier, rank_and_world
+    from maskgit_pl.distributed import barrier, default_device, rank_and_world
     from maskgit_pl.evaluation.reconstruction import measure_reconstruction
     from maskgit_pl.evaluation.reference import iter_real_batches
     from maskgit_pl.networks.perceptual import load_lpips
 
-    pipe = open_model(folders, options.device, dtype=options.dtype, negative_model=options.negative_model)
+    rank, world_size = rank_and_world()
+    device = options.device
+    if device is None and world_size > 1:  # one GPU for each process
+        device = default_device(local_rank=local_rank())
+    pipe = open_model(folders, device, dtype=options.dtype, negative_model=options.negative_model)
     check_model_decoding(pipe, pipe.decoding_with(num_steps=options.num_steps))
     data = open_data(folders, pipe, num_workers=options.num_workers)
     round_to_classes(num_images, data.num_classes, name="num_images")
     lpips = None if options.lpips is None else load_lpips(options.lpips, device=pipe.device)
-    ledger = Ledger(folders.evaluation / FILE_NAME, writes=rank_and_world()[0] == 0, reuse=options.resume)
+    ledger = Ledger(folders.evaluation / FILE_NAME, writes=rank == 0, reuse=options.resume)
     evaluator = open_evaluator(
         folders,
         pipe,
@@ -216,6 +186,7 @@ def _measure(
     decoding: DecodingConfig,
     num_images: int,
     rebuilt: Reconstruction,
+    cas: CASConfig | None,
     options: EvaluationOptions,
 ) -> Measurements:
     """Measures generated images with and without guidance, real images, the likelihood and the CAS."""
@@ -240,14 +211,14 @@ def _measure(
         samples["accepted"] = evaluator.measure_samples(accepted, decoding, num_images=num_images, seed=seed, keep=True)
     real = evaluator.measure_real(num_images=num_images)
     likelihood = evaluator.measure_likelihood(model, num_images=options.likelihood_images, draws=_DRAWS)
-    cas: dict[str, Row] = {}
-    if options.cas is not None:
+    scores: dict[str, Row] = {}
+    if cas is not None:
         trained_on = {"generated_images": model, **({} if accepted is None else {"accepted_images": accepted})}
         for name, each in trained_on.items():
-            cas[name] = evaluator.measure_cas(each, decoding, options.cas, num_images=num_images, seed=seed)
-        cas["real_images"] = evaluator.measure_cas(None, None, options.cas, num_images=num_images, seed=seed)
+            scores[name] = evaluator.measure_cas(each, decoding, cas, num_images=num_images, seed=seed)
+        scores["real_images"] = evaluator.measure_cas(None, None, cas, num_images=num_images, seed=seed)
     acceptance = None if accepted is None else accepted.acceptance
-    return Measurements(decoding, num_images, seed, samples, real, rebuilt, likelihood, cas, acceptance)
+    return Measurements(decoding, num_images, seed, samples, real, rebuilt, likelihood, scores, acceptance)
 
 
 def _open_acceptance(
@@ -271,7 +242,7 @@ def evaluate_tokenizer(
     folder: Path | str,
     *,
     data: Path | None = None,
-    features: Sequence[str | dict[str, Any]] = ("classifier",),
+    features: Sequence[Spec] = ("classifier",),
     out: Path | None = None,
     options: TokenizerOptions | None = None,
     bars: Bars = no_bars,

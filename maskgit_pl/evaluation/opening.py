@@ -51,7 +51,7 @@ def open_model(
 
     Args:
         folders: The run's folders.
-        device: See ``options.MeasurementOptions``, as for the other arguments.
+        device: See ``options.ModelOptions``, as for the other arguments.
         dtype: Arithmetic of the transformer.
         negative_model: Weaker model.
 

@@ -9,32 +9,34 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from maskgit_pl.checks import (
     ImageSize,
-    check_channels,
-    check_image_size,
+    check_choice,
     check_integer,
     check_number,
     height_width,
-    pixels_text,
 )
-from maskgit_pl.data.manifest import DataSummary, read_manifest_summary
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.evaluation.run_folders import RunFolders
-from maskgit_pl.files import read_json
 from maskgit_pl.registry import describe
 
 __all__ = [
+    "CAS_TRAINING",
+    "FEATURES",
     "PLOT_STEPS",
     "SMALL_TRAINING",
     "CASConfig",
     "ClassifierConfig",
+    "ComparisonOptions",
+    "EvaluationOptions",
     "MeasurementOptions",
+    "ModelOptions",
+    "Precision",
     "Spec",
     "TokenizerOptions",
-    "check_tokenizer_data",
+    "TuningMetric",
+    "TuningOptions",
     "choose_plot_steps",
     "decoding_key",
     "default_steps",
@@ -44,43 +46,144 @@ __all__ = [
     "with_steps",
 ]
 
-Spec = str | dict[str, Any]  # name, or mapping with arguments, of a selector or schedule
+Spec = str | dict[str, Any]  # name, or mapping with arguments, of a selector, a schedule or a feature network
+Dtype = Literal["auto", "float32", "bfloat16"]
+Precision = Literal["32-true", "bf16-mixed"]
+SearchMethod = Literal["random", "grid"]
+TuningMetric = Literal["fid", "kid", "agreement"]
+
+FEATURES: tuple[Spec, ...] = ("classifier", "lite0")
 PLOT_STEPS = (2, 3, 4, 6, 8, 12, 16, 24)  # values of T in the curves of mask schedules
 _LEAST_IMAGES = 4  # each half of the real images needs two for a covariance
 _SMALL_IMAGES = 64  # pixels; smaller images do not need more than 18 layers
-_MAX_CONFIG_BYTES = 8_000_000
 
 
 @dataclass(frozen=True)
 class MeasurementOptions:
-    """The options of every measurement of a run.
+    """Options of every measurement.
 
     Args:
-        seed: Seed of the first image; image i has ``seed + i``.
         batch_size: Images per batch; it does not change results.
-        device: Device such as ``cpu``, ``cuda`` or ``cuda:1``; None for a GPU if there is one.
-        dtype: Arithmetic of the transformer, as ``distributed.parse_dtype`` reads it; only of a single run.
-        num_workers: Number of processes that read real images.
-        classifier: Folder of the classifier of the data, which is trained if it is missing; None for
-            ``runs/DATA-classifier/small``.
-        negative_model: Weaker model of guidance (see ``pipeline.GenerateOptions``), only of a single run; None for that
-            of the model's ``decoding.json``, if it names one.
+        device: cpu, cuda, cuda:1, mps ... (default: a GPU if there is one).
+        num_workers: Processes that read real images (default: 0).
+        classifier: Folder of the classifier that judges images, which is trained if it is missing (default:
+            runs/DATA-classifier/small).
+    """
 
-    Raises:
-        ValueError: if ``batch_size`` is less than 1.
+    batch_size: int = 100
+    device: str | None = None
+    num_workers: int = 0
+    classifier: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_integer("batch_size", self.batch_size, "[1, inf)")
+        check_integer("num_workers", self.num_workers, "[0, inf)")
+
+
+@dataclass(frozen=True)
+class ModelOptions(MeasurementOptions):
+    """Options of the measurements of one model.
+
+    Args:
+        seed: Seed of the first image; image i has seed + i (default: 0).
+        dtype: Arithmetic of the transformer; auto: bfloat16 on devices with instructions for it, else float32 (default:
+            that of the weights).
+        negative_model: Weaker model that guidance moves away from, such as an early checkpoint of the run: a run or a
+            folder of `maskgit export` (default: that of decoding.json, or none).
     """
 
     seed: int = 0
-    batch_size: int = 100
-    device: str | None = None
-    dtype: str | None = None
-    num_workers: int = 0
-    classifier: Path | None = None
+    dtype: Dtype | None = None
     negative_model: Path | str | None = None
 
+
+@dataclass(frozen=True)
+class EvaluationOptions(ModelOptions):
+    """Options of ``evaluate``.
+
+    Args:
+        num_steps: Number of decoding steps (default: the model's own).
+        reference: Statistics or images of ADM in a .npz file, in place of the val split.
+        lpips: Also measure LPIPS of the reconstructions with vgg=FILE, alex=FILE or squeeze=FILE.
+        likelihood_images: Number of real images for the likelihood.
+        accept_rate: Generate 1 / X times as many images, and also measure the fraction X of each class to which a
+            classifier gives the highest probability of that class.
+        accept_classifier: Classifier of --accept-rate; another one than --classifier, which would judge its own choice,
+            is better (default: --classifier).
+        resume: Keep the measurements of an interrupted evaluation.
+
+    Raises:
+        ValueError: if a number is out of range, or a classifier is given without a rate.
+    """
+
+    num_steps: int | None = None
+    reference: Path | None = None
+    lpips: str | None = None
+    likelihood_images: int = 2000
+    accept_rate: float | None = None
+    accept_classifier: Path | None = None
+    resume: bool = False
+
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1, got {self.batch_size}")
+        super().__post_init__()
+        check_integer("likelihood_images", self.likelihood_images, "[2, inf)")
+        if self.accept_rate is not None:
+            check_number("accept_rate", self.accept_rate, "(0, 1]")
+        elif self.accept_classifier is not None:
+            raise ValueError(
+                f"accept_classifier must be given with accept_rate, got only {self.accept_classifier}; give the rate"
+            )
+
+
+@dataclass(frozen=True)
+class ComparisonOptions(ModelOptions):
+    """Options of ``compare``.
+
+    Args:
+        guidance: Name or mapping of a guidance schedule (default: the model's own).
+        guidance_scale: Scale of the guidance schedule.
+    """
+
+    guidance: Spec | None = None
+    guidance_scale: float | None = None
+
+
+@dataclass(frozen=True)
+class TuningOptions(ModelOptions):
+    """Options of ``tune``.
+
+    Args:
+        search: Method of the search.
+        num_steps: Numbers of decoding steps to try, or a range such as 4-16 (default: 4,6,8,12,16, at most the tokens
+            per image).
+        selectors: Token selectors to try: names, or mappings such as {name: remdm, strategy: loop}, whose arguments are
+            fixed (default: all).
+        schedules: Mask schedules to try besides the model's own: names, mappings such as {name: pow, exponent: 2.5},
+            pow (any exponent), or free (any number of tokens per step); own: only the model's (default: all).
+        seconds: Start no further trial after this time (default: no limit).
+        plot: Measure and draw the figure of mask schedules, which takes longer than the search (default: --plot).
+        plot_images: Images for each point of the figure (default: those of a trial).
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    search: SearchMethod = "random"
+    num_steps: Sequence[int] | None = None
+    selectors: Sequence[Spec] | None = None
+    schedules: Sequence[Spec] | None = None
+    seconds: float | None = None
+    plot: bool = True
+    plot_images: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("search", self.search, get_args(SearchMethod))
+        check_integer("seed", self.seed, "[0, 2147483647]")
+        if self.seconds is not None:
+            check_number("seconds", self.seconds, "(0, inf)")
+        if self.plot_images is not None:
+            check_integer("plot_images", self.plot_images, "[2, inf)")
 
 
 def round_to_classes(num_images: int, num_classes: int, *, name: str = "num_images") -> int:
@@ -101,23 +204,23 @@ def round_to_classes(num_images: int, num_classes: int, *, name: str = "num_imag
 
 @dataclass(frozen=True)
 class TokenizerOptions(MeasurementOptions):
-    """Options of ``evaluate_tokenizer``; see ``MeasurementOptions`` for the others.
-
-    The seed is not used, and ``dtype`` is the arithmetic of the tokenizer.
+    """Options of ``evaluate_tokenizer``.
 
     Args:
-        num_images: Number of random val images, >= 4; None for all.
-        lpips: ``vgg=FILE``, ``alex=FILE`` or ``squeeze=FILE`` for LPIPS; None leaves it out.
-        tile: Edge of the tiles in pixels, by which images of any height and width are reconstructed at their own size;
-            None crops and resizes them to the image size of the tokenizer.
-        tile_overlap: Least number of pixels that neighbouring tiles share, in [0, ``tile``); None for a quarter of a
-            tile.
+        num_images: Number of random val images (default: all).
+        dtype: Arithmetic of the tokenizer; auto: bfloat16 on devices with instructions for it, else float32 (default:
+            that of the weights).
+        lpips: Also measure LPIPS with vgg=FILE, alex=FILE or squeeze=FILE.
+        tile: Keep the size of each image, and reconstruct it from overlapping square tiles with a side of N pixels
+            (default: crop and resize the images as in training).
+        tile_overlap: Smallest overlap of two tiles in pixels (default: a quarter of --tile).
 
     Raises:
         ValueError: if a number is out of range, or there is an overlap without a tile.
     """
 
     num_images: int | None = None
+    dtype: Dtype | None = None
     lpips: str | None = None
     tile: int | None = None
     tile_overlap: int | None = None
@@ -134,40 +237,15 @@ class TokenizerOptions(MeasurementOptions):
             check_integer("tile_overlap", self.tile_overlap, f"[0, {self.tile - 1}]")
 
     @property
+    def least_images(self) -> int:
+        """The smallest number of val images."""
+        return max(_LEAST_IMAGES, self.num_images or 0)
+
+    @property
     def overlap(self) -> int:
         """The overlap of tiles, in pixels."""
         assert self.tile is not None
         return self.tile // 4 if self.tile_overlap is None else self.tile_overlap
-
-
-def check_tokenizer_data(folders: RunFolders, options: TokenizerOptions) -> DataSummary:
-    """Checks that a data folder fits a tokenizer, from JSON files only.
-
-    Raises:
-        FileNotFoundError: if there are no data.
-        ValueError: if there are too few val images, they are smaller than those of the tokenizer, or they have colours
-            that it does not take.
-    """
-    summary = read_manifest_summary(folders.data)
-    config = read_json(folders.pretrained / "tokenizer" / "config.json", max_bytes=_MAX_CONFIG_BYTES)
-    network = config.get("network")
-    name = f"tokenizer {folders.pretrained}"
-    channels = check_channels(f"{name}: in_channels", network.get("in_channels") if isinstance(network, dict) else None)
-    size = check_image_size(f"{name}: image_size", config.get("image_size"), "[1, 8192]")
-    where, images = f"data {folders.data}", summary.samples.get("val", 0)
-    least = max(_LEAST_IMAGES, options.num_images or 0)
-    if images < least:
-        raise ValueError(f"{where}: the val split must have >= {least} images, got {images}; lower --num-images")
-    if channels == 1 and summary.channels != 1:
-        raise ValueError(f"{where}: the images must be grey for this tokenizer, got colour; choose others with --data")
-    smallest = (summary.images.height[0], summary.images.width[0])
-    if options.tile is None and any(have < need for have, need in zip(smallest, height_width(size), strict=True)):
-        raise ValueError(
-            f"{where}: the images must have >= {pixels_text(size)} pixels, those of the tokenizer, got "
-            f"{pixels_text(smallest)}; choose larger images with --data, or give --tile to reconstruct them at their "
-            "own size"
-        )
-    return summary
 
 
 @dataclass(frozen=True)
@@ -197,13 +275,13 @@ class ClassifierConfig:
     seed: int = 0
     model: str = "small"
     flip_probability: float = 0.0
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    precision: Precision = "32-true"
 
     def __post_init__(self) -> None:
-        check_integer("classifier max_steps", self.max_steps, "[1, inf)")
-        check_integer("classifier batch", self.batch, "[2, inf)")  # BatchNorm requires two
-        check_number("classifier peak_rate", self.peak_rate, "(0, inf)")
-        check_number("classifier flip_probability", self.flip_probability, "[0, 1]")
+        check_integer("max_steps", self.max_steps, "[1, inf)")
+        check_integer("batch size of the classifier", self.batch, "[2, inf)")  # BatchNorm requires two
+        check_number("learning rate of the classifier", self.peak_rate, "(0, inf)")
+        check_number("flip_probability", self.flip_probability, "[0, 1]")
 
 
 SMALL_TRAINING = ClassifierConfig()
@@ -230,6 +308,9 @@ class CASConfig(ClassifierConfig):
         if self.model != "auto":
             return self
         return replace(self, model="resnet18" if max(height_width(image_size)) < _SMALL_IMAGES else "resnet50")
+
+
+CAS_TRAINING = CASConfig()
 
 
 def default_training(model: str) -> ClassifierConfig:

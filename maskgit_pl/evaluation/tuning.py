@@ -8,11 +8,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from maskgit_pl.checks import build_dataclass, check_choice, check_integer, check_number
+from maskgit_pl.checks import build_dataclass, check_choice, check_integer
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.plan import check_num_steps
 from maskgit_pl.decoding.selectors import token_selectors
@@ -36,7 +36,14 @@ from maskgit_pl.evaluation.opening import (
     open_evaluator,
     open_model,
 )
-from maskgit_pl.evaluation.options import MeasurementOptions, Spec, default_steps, describe_decoding, round_to_classes
+from maskgit_pl.evaluation.options import (
+    Spec,
+    TuningMetric,
+    TuningOptions,
+    default_steps,
+    describe_decoding,
+    round_to_classes,
+)
 from maskgit_pl.evaluation.pages import command_line
 from maskgit_pl.evaluation.run_folders import RunFolders, find_run, read_outline
 from maskgit_pl.files import check_writable
@@ -50,7 +57,7 @@ if TYPE_CHECKING:
     from maskgit_pl.evaluation.search_space import SearchSpace
     from maskgit_pl.pipeline import MaskGIT
 
-__all__ = ["TuningOptions", "plan_trials", "tune"]
+__all__ = ["plan_trials", "tune"]
 
 _MAX_TRIALS = 100_000  # far more than a search has time for; all are planned before the first one
 _METRIC_NAMES = {"fid": "fid/classifier", "kid": "kid/classifier", "agreement": "class_agreement"}
@@ -58,49 +65,15 @@ _STEPS = (4, 6, 8, 12, 16)
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class TuningOptions(MeasurementOptions):
-    """Options of ``tune``; see ``MeasurementOptions`` for the others.
-
-    Args:
-        search: Random draws or a grid.
-        num_steps: Numbers of steps to choose from; None for 4, 6, 8, 12 and 16, as far as there are tokens.
-        selectors: Names and mappings; the arguments in a mapping are fixed. None for all selectors.
-        schedules: Mask schedules to choose from besides the model's own: names and mappings, ``pow`` with any exponent,
-            and ``free`` for a number of tokens of each step that follows no schedule. None for all of these; empty to
-            keep the model's own.
-        seconds: Time limit in seconds, after which no trial begins; None for no limit.
-        plot: True to measure and draw the figure of mask schedules, which takes longer than the search.
-        plot_images: Number of images per point of the figure; None for that of a trial.
-    """
-
-    search: Literal["random", "grid"] = "random"
-    num_steps: Sequence[int] | None = None
-    selectors: Sequence[Spec] | None = None
-    schedules: Sequence[Spec] | None = None
-    seconds: float | None = None
-    plot: bool = True
-    plot_images: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("search", self.search, ("random", "grid"))
-        check_integer("seed", self.seed, "[0, 2147483647]")
-        if self.seconds is not None:
-            check_number("seconds", self.seconds, "(0, inf)")
-        if self.plot_images is not None:
-            check_integer("plot_images", self.plot_images, "[2, inf)")
-
-
 def tune(
     run: Path | str,
     *,
     data: Path | None = None,
     trials: int = 40,
-    metric: str = "fid",
+    metric: TuningMetric = "fid",
     num_images: int = 500,
     out: Path | None = None,
-    options: TuningOptions = TuningOptions(),  # frozen
+    options: TuningOptions | None = None,
     bars: Bars = no_bars,
 ) -> SearchResult:
     """Searches for the best decoding of a model, and writes it next to the weights, with a page and a figure.
@@ -112,7 +85,7 @@ def tune(
         metric: ``fid`` or ``kid``, in the features of the data's own classifier, or ``agreement``.
         num_images: Number of images per trial, at least 2 per class.
         out: Folder of the page and the ledger; None for ``RUN/tuning`` and ``RUN/evaluation``.
-        options: The search, the seed and other options.
+        options: The search, the seed and other options; None for the defaults.
         bars: Progress bars.
 
     Raises:
@@ -121,6 +94,7 @@ def tune(
         ValueError: if a name is unknown, the model is autoregressive or one of the package, the classes of the data are
             not the model's, an output cannot be written, or a number is out of range.
     """
+    options = options or TuningOptions()
     name = _check_search(metric, trials, num_images)
     _check_outputs(find_run(run, data=data, classifier=options.classifier), out)
     folders, pipe, space = _open(run, data, options)
@@ -170,16 +144,17 @@ def plan_trials(
     *,
     data: Path | None = None,
     trials: int = 40,
-    metric: str = "fid",
-    options: TuningOptions = TuningOptions(),  # frozen
+    metric: TuningMetric = "fid",
+    options: TuningOptions | None = None,
 ) -> list[DecodingConfig]:
     """Returns the decodings that ``tune`` would measure. See ``tune`` for arguments and errors."""
+    options = options or TuningOptions()
     _check_search(metric, trials)
     _, _, space = _open(run, data, options)
     return list(space.iter_trials(trials, seed=options.seed, method=options.search))
 
 
-def _check_search(metric: str, trials: int, num_images: int = 2) -> str:
+def _check_search(metric: TuningMetric, trials: int, num_images: int = 2) -> str:
     """Checks the metric and the numbers of trials and images, and returns the name of the metric in the ledger."""
     check_integer("trials", trials, f"[1, {_MAX_TRIALS}]")
     check_integer("num_images", num_images, "[2, inf)")

@@ -86,6 +86,9 @@ class Factor:
         if twice:
             raise ValueError(f"--vary {self.key} must have different values, got {', '.join(twice)} twice")
 
+    def __str__(self) -> str:
+        return f"{self.key}={','.join(self.values)}"
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -218,6 +221,12 @@ class AblationConfig:
             raise ValueError(f"--recipes must be different sets, got {'; '.join(self.recipes)}")
         self._check_keys()
 
+    @property
+    def name(self) -> str:
+        """The name of the page: what is varied, such as ``ablation-depth``."""
+        words = [*(["tokenizer"] if self.stage == "tokenizer" else []), *(["recipes"] if len(self.recipes) > 1 else [])]
+        return "-".join(["ablation", *words, *(factor.key.rpartition(".")[2] for factor in self.factors)])
+
     def _check_keys(self) -> None:
         keys = [factor.key for factor in self.factors]
         for key in keys:
@@ -243,7 +252,7 @@ class AblationConfig:
             raise ValueError(f"{name} must not be set with --stage tokenizer, which decodes nothing")
 
 
-def parse_factor(text: str) -> Factor:
+def parse_factor(flag: str, text: str) -> Factor:
     """Parses a factor such as ``model.network.depth=2,4`` or ``model.network={depth: 2, embed_dim: 192},{depth: 4}``.
 
     ``decoding.KEY`` is short for ``model.decoding.KEY``.
@@ -254,11 +263,11 @@ def parse_factor(text: str) -> Factor:
     key, equals, values = text.partition("=")
     key = key.strip().removeprefix("--")
     if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", key):
-        raise ValueError(f"--vary must be KEY=VALUE,VALUE,... such as model.network.depth=2,4, got {shorten(text)}")
+        raise ValueError(f"{flag} must be KEY=VALUE,VALUE,... such as model.network.depth=2,4, got {shorten(text)}")
     return Factor(re.sub(r"^decoding(?=\.|$)", _DECODING, key), tuple(split_values(values)))
 
 
-def parse_budget(text: str) -> Budget:
+def parse_budget(flag: str, text: str) -> Budget:
     """Parses a budget: ``steps``, ``steps=2000`` or ``seconds=100``.
 
     Raises:
@@ -270,7 +279,7 @@ def parse_budget(text: str) -> Budget:
     except ValueError:
         number = float("nan")
     if unit not in ("steps", "seconds") or (number is not None and not number > 0):
-        raise ValueError(f"--budget must be steps, steps=N or seconds=X, got {shorten(text)}")
+        raise ValueError(f"{flag} must be steps, steps=N or seconds=X, got {shorten(text)}")
     return Budget("steps" if unit == "steps" else "seconds", number)
 
 

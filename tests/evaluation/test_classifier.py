@@ -274,10 +274,10 @@ def test_a_network_of_timm_is_trained_and_stored(data: ShardData, tmp_path: Path
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"max_steps": 0}, r"classifier max_steps must be an integer in \[1, inf\), got 0"),
-        ({"batch": 1}, "classifier batch must be an integer"),
-        ({"peak_rate": float("nan")}, "classifier peak_rate must be a finite number"),
-        ({"flip_probability": 1.5}, "classifier flip_probability must be a number in"),
+        ({"max_steps": 0}, r"max_steps must be an integer in \[1, inf\), got 0"),
+        ({"batch": 1}, "batch size of the classifier must be an integer"),
+        ({"peak_rate": float("nan")}, "learning rate of the classifier must be a finite number"),
+        ({"flip_probability": 1.5}, "flip_probability must be a number in"),
     ],
 )
 def test_numbers_of_the_training_are_bounded(changes: dict, match: str) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from maskgit_pl.evaluation.features import model_digests
 from maskgit_pl.evaluation.opening import open_model
-from maskgit_pl.evaluation.options import MeasurementOptions
+from maskgit_pl.evaluation.options import EvaluationOptions
 from maskgit_pl.evaluation.run_folders import find_run
 
 
@@ -17,7 +17,7 @@ def test_the_transformer_is_cast_and_the_tokenizer_is_not(tiny_pretrained):
     pipe = open_model(folders, "cpu", dtype="bfloat16")
     assert next(pipe.transformer.network.parameters()).dtype == torch.bfloat16
     assert next(pipe.tokenizer.network.parameters()).dtype == torch.float32
-    assert MeasurementOptions().dtype is None
+    assert EvaluationOptions().dtype is None
 
 
 @pytest.mark.parametrize("dtype", [None, "float32"])

@@ -1,6 +1,7 @@
 import pytest
 
-from maskgit_pl.evaluation.tuning import TuningOptions, tune
+from maskgit_pl.evaluation.options import TuningOptions
+from maskgit_pl.evaluation.tuning import tune
 
 
 def test_invalid_options_are_refused_before_the_run_is_opened() -> None:

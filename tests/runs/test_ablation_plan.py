@@ -93,21 +93,21 @@ def test_the_base_tells_its_values_of_the_varied_keys() -> None:
     ],
 )
 def test_factors_are_parsed(text: str, factor: Any) -> None:
-    assert parse_factor(text) == (factor if isinstance(factor, Factor) else Factor(factor[0], factor[1:]))
+    assert parse_factor("--vary", text) == (factor if isinstance(factor, Factor) else Factor(factor[0], factor[1:]))
 
 
 @pytest.mark.parametrize(("text", "steps"), [("seconds=100", 400), ("seconds=0.1", 1), ("seconds=99.9", 400)])
 def test_a_budget_of_seconds_gives_steps_by_the_time_of_a_step(text: str, steps: int) -> None:
-    budget = parse_budget(text)
+    budget = parse_budget("--budget", text)
     assert budget.steps(0.25) == steps
     assert math.isclose(budget.steps(0.25) * 0.25, budget.amount or 0, abs_tol=0.25)
 
 
 def test_a_budget_of_steps_sets_those_of_every_variant() -> None:
-    variants = plan(DEPTH, budget=parse_budget("steps=70"))
+    variants = plan(DEPTH, budget=parse_budget("--budget", "steps=70"))
     assert {each.recipe.get("trainer.max_steps") for each in variants.values()} == {70}
-    assert str(parse_budget("steps")) == "steps"
-    assert str(parse_budget("seconds=2.5")) == "seconds=2.5"
+    assert str(parse_budget("--budget", "steps")) == "steps"
+    assert str(parse_budget("--budget", "seconds=2.5")) == "seconds=2.5"
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_a_budget_of_steps_sets_those_of_every_variant() -> None:
 )
 def test_a_wrong_factor_is_refused(text: str, match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        parse_factor(text)
+        parse_factor("--vary", text)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_a_wrong_factor_is_refused(text: str, match: str) -> None:
 )
 def test_a_wrong_budget_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="--budget"):
-        parse_budget(text)
+        parse_budget("--budget", text)
 
 
 @pytest.mark.parametrize(

@@ -26,11 +26,10 @@ if TYPE_CHECKING:
         table_2,
         table_3,
     )
-    from maskgit_pl.evaluation.reports.options import ReportOptions, TimingOptions
+    from maskgit_pl.evaluation.reports.options import ReportOptions
 
 __all__ = [
     "ReportOptions",
-    "TimingOptions",
     "ablation",
     "compare_tokenizers",
     "figure_4",
@@ -44,7 +43,6 @@ __getattr__ = lazy_names(
     __name__,
     {
         "ReportOptions": "options",
-        "TimingOptions": "options",
         "ablation": "api",
         "compare_tokenizers": "api",
         "figure_4": "api",

@@ -7,18 +7,22 @@ torch.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskgit_pl.checks import shorten
+from maskgit_pl.checks import check_integer, shorten
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
+from maskgit_pl.evaluation.options import CAS_TRAINING, CASConfig
 from maskgit_pl.evaluation.pages import command_line
-from maskgit_pl.evaluation.reports.options import ReportOptions, TimingOptions, select_rows
+from maskgit_pl.evaluation.reports.options import NUM_TOKENS, ReportOptions, cas_flags, select_rows
 from maskgit_pl.evaluation.run_folders import find_run, find_tokenizer_folders
 from maskgit_pl.files import check_writable
 from maskgit_pl.processes import Bars, no_bars
+from maskgit_pl.runs.layers import flag_words
 
 if TYPE_CHECKING:
     from maskgit_pl.evaluation.pages import Page
@@ -31,12 +35,21 @@ __all__ = ["ablation", "compare_tokenizers", "figure_4", "figure_8", "table_1", 
 Runs = Sequence[Path | str]
 
 
-def table_1(runs: Runs, options: ReportOptions | None = None, *, bars: Bars = no_bars) -> Page:
+def table_1(
+    runs: Runs,
+    options: ReportOptions | None = None,
+    *,
+    cas: CASConfig | None = CAS_TRAINING,
+    cas_images: int | None = None,
+    bars: Bars = no_bars,
+) -> Page:
     """Makes Table 1: class-conditional generation, with a row per model.
 
     Args:
         runs: Run folders or pretrained folders of the same data.
         options: Number of images, networks, folders and other options; None for the defaults.
+        cas: Training of the classification accuracy score; None leaves the score out.
+        cas_images: Number of training images of the score; None for that of a row.
         bars: Progress bars.
 
     Raises:
@@ -44,11 +57,13 @@ def table_1(runs: Runs, options: ReportOptions | None = None, *, bars: Bars = no
         ValueError: if there is no run, the runs have different data or classes, or an option is out of range.
     """
     options = options or ReportOptions()
-    command = command_line(["maskgit table 1", *runs], {**options.flags(), **options.cas_flags()})
+    if cas_images is not None:
+        check_integer("cas_images", cas_images, "[1, inf)")
+    command = command_line(["maskgit table 1", *runs], {**options.flags(), **cas_flags(cas, cas_images)})
     opened = _open("table 1", runs, options, command, bars)
     from maskgit_pl.evaluation.reports.paper_tables import measure_generation
 
-    return measure_generation(opened)
+    return measure_generation(opened, cas, cas_images)
 
 
 def table_2(runs: Runs, options: ReportOptions | None = None, *, bars: Bars = no_bars) -> Page:
@@ -98,8 +113,7 @@ def ablation(
     config: AblationConfig | None,
     options: ReportOptions | None = None,
     *,
-    name: str,
-    command: str = "",
+    name: str | None = None,
     bars: Bars = no_bars,
 ) -> tuple[Page, list[Failure]]:
     """Runs an ablation, or makes its page again: trains variants of a recipe with several seeds and compares them.
@@ -111,8 +125,7 @@ def ablation(
         config: The ablation; None makes the page from the ledger, without training or measuring anything.
         options: Number of images, networks, folders and other options; None for the defaults. The data folder is that
             of ``config``.
-        name: Name of the ablation, and of the files of its page.
-        command: Command that repeats the ablation, for the page.
+        name: Name of the ablation, and of the files of its page; None for ``config.name``.
         bars: Progress bars.
 
     Returns:
@@ -124,6 +137,12 @@ def ablation(
         PreemptedError: if a training is stopped by a signal. The same call resumes.
     """
     options = options or ReportOptions()
+    if name is None:
+        if config is None:
+            raise ValueError("name must be given, or the ablation (--vary) that it comes from, got neither")
+        name = config.name
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", name):
+        raise ValueError(f"name must be letters, digits and ._- only, got {shorten(name)}")
     check_writable("results", options.results, is_folder=True)
     failures: list[Failure] = []
     if config is not None:
@@ -132,12 +151,33 @@ def ablation(
         plan_variants(config)  # wrong keys are reported before torch is imported, which takes seconds
         from maskgit_pl.evaluation.reports.ablation_measurements import run_ablation
 
-        failures = run_ablation(config, options, name=name, command=command, bars=bars)
+        failures = run_ablation(config, options, name=name, command=_describe(config, options, name), bars=bars)
     from maskgit_pl.evaluation.reports.ablation_page import make_ablation_page
 
     rows = select_rows(Ledger(options.results / FILE_NAME).rows("ablation"), name)
     page = make_ablation_page(name, rows)
     return replace(page, folder=_dataset_folder(options.results, rows)), failures
+
+
+def _describe(config: AblationConfig, options: ReportOptions, name: str) -> str:
+    """Returns the command that repeats an ablation, for its page."""
+    words = ["maskgit ablation", *(f"--vary {shlex.quote(str(factor))}" for factor in config.factors)]
+    words += ["--grid"] if config.grid else []
+    if config.stage_2 is not None:
+        text = shlex.join(flag_words(config.stage_2))
+        words.append(f"--stage-2={shlex.quote(text)}" if text else "--stage-2")
+    files = ";".join(config.recipes)
+    flags = {
+        "recipes" if len(config.recipes) > 1 else "recipe": files or None,
+        "dataset": config.dataset,
+        "stage": config.stage,
+        "seeds": config.seeds,
+        "budget": config.budget,
+        "pilot_steps": config.pilot_steps if config.budget.unit == "seconds" else None,
+        "name": None if name == config.name else name,
+        **options.flags(),
+    }
+    return " ".join([command_line(words, flags), shlex.join(flag_words(config.overrides))]).rstrip()
 
 
 def _dataset_folder(results: Path, rows: Sequence[Row]) -> Path:
@@ -151,12 +191,21 @@ def _dataset_folder(results: Path, rows: Sequence[Row]) -> Path:
     return results / dataset
 
 
-def figure_4(run: Path | str | None = None, options: TimingOptions | None = None, *, bars: Bars = no_bars) -> Page:
+def figure_4(
+    run: Path | str | None = None,
+    options: ReportOptions | None = None,
+    *,
+    num_tokens: Sequence[int] = NUM_TOKENS,
+    sizes: Mapping[str, int] | None = None,
+    bars: Bars = no_bars,
+) -> Page:
     """Makes Figure 4: the time per image over the number of tokens, for autoregressive decoding and MaskGIT.
 
     Args:
         run: Run folder or pretrained folder whose sizes are timed, with random weights; None for sizes that suit a CPU.
-        options: Numbers of tokens, sizes, folder and device; None for the defaults.
+        options: Folder of the results, and device; None for the defaults.
+        num_tokens: Numbers N of tokens, all squares.
+        sizes: Sizes of the transformer, such as ``{"depth": 8}``, that replace those of the run or the defaults.
         bars: Progress bars.
 
     Raises:
@@ -165,12 +214,14 @@ def figure_4(run: Path | str | None = None, options: TimingOptions | None = None
     """
     from maskgit_pl.pipeline.sharing import local_folder
 
-    options = options or TimingOptions()
+    options, sizes = options or ReportOptions(), dict(sizes or {})
     folder = None if run is None else local_folder(run) / "transformer"
     from maskgit_pl.evaluation.reports.timing import measure_figure_4
 
     words = ["maskgit figure 4", *([] if run is None else [run])]
-    return measure_figure_4(folder, options, command=command_line(words, options.flags()), bars=bars)
+    points = None if tuple(num_tokens) == NUM_TOKENS else num_tokens
+    command = command_line(words, {"num_tokens": points, **sizes, "device": options.device})
+    return measure_figure_4(folder, options, num_tokens=num_tokens, sizes=sizes, command=command, bars=bars)
 
 
 def compare_tokenizers(runs: Runs, options: ReportOptions | None = None, *, bars: Bars = no_bars) -> Page:

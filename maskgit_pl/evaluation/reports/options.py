@@ -6,55 +6,46 @@ The protocol is a part of each ledger row of an ablation, so that a page can be 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from maskgit_pl.checks import build_dataclass
+from maskgit_pl.checks import build_dataclass, check_integer
 from maskgit_pl.evaluation.ledger import Row
-from maskgit_pl.evaluation.model_evaluation import FEATURES
-from maskgit_pl.evaluation.options import CASConfig, MeasurementOptions
+from maskgit_pl.evaluation.options import CAS_TRAINING, FEATURES, CASConfig, MeasurementOptions, Spec
 
-__all__ = [
-    "NUM_TOKENS",
-    "AblationProtocol",
-    "ReportOptions",
-    "TimingOptions",
-    "select_rows",
-]
+__all__ = ["NUM_TOKENS", "AblationProtocol", "ReportOptions", "cas_flags", "select_rows"]
 
 NUM_TOKENS = (16, 64, 256, 1024)  # paper, Figure 4
 
 
 @dataclass(frozen=True)
 class ReportOptions(MeasurementOptions):
-    """The options of a table; see ``MeasurementOptions`` for the others.
+    """Options of tables and figures.
 
     Args:
-        data: Data folder; None for the data that the first run was trained on.
-        num_images: Number of images per row, >= 2 and at least one per class.
-        features: Feature networks: names or mappings. The FID of the first one chooses the best T of Table 3.
-        reference: File in the layout of ADM to compare with; None for the val split.
-        results: Folder of the ledger; pages are written to ``results/DATASET``.
-        cas: Training of the classification accuracy score of Table 1; None leaves the score out.
-        cas_images: Number of training images of the score; None for ``num_images``.
+        data: Data folder (default: that of the training).
+        seed: Seed of the first image; image i has seed + i (default: 0).
+        num_images: Images generated for each row.
+        features: Feature networks: classifier, lite0, inception[=FILE], timm:MODEL=FILE, or mappings; the first one
+            ranks results.
+        reference: Statistics or images of ADM in a .npz file, in place of the val split.
+        results: Folder of the pages and the ledger, whose measurements are reused.
 
     Raises:
         ValueError: if a number is out of range.
     """
 
     data: Path | None = None
+    seed: int = 0
     num_images: int = 1000
-    features: Sequence[str | dict[str, Any]] = FEATURES
+    features: Sequence[Spec] = FEATURES
     reference: Path | None = None
     results: Path = Path("results")
-    cas: CASConfig | None = field(default_factory=CASConfig)
-    cas_images: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_images < 2:
-            raise ValueError(f"num_images must be >= 2, got {self.num_images}")
+        check_integer("num_images", self.num_images, "[2, inf)")
 
     def check_classes(self, num_classes: int) -> None:
         """Checks that there is at least one image for each class.
@@ -74,43 +65,26 @@ class ReportOptions(MeasurementOptions):
             "reference": self.reference,
         }
 
-    def cas_flags(self) -> dict[str, object]:
-        """Returns the flags that determine the classification accuracy score; None stands for a default."""
-        if self.cas is None:
-            return {"cas_model": "none"}
-        # Only what differs from the default is repeated on the page.
-        usual = CASConfig()
-        given = {name: value for name, value in vars(self.cas).items() if value != getattr(usual, name)}
-        return {
-            "cas_model": given.get("model"),
-            "cas_images": self.cas_images,
-            "cas_max_steps": given.get("max_steps"),
-            "cas_batch_size": given.get("batch"),
-            "cas_learning_rate": given.get("peak_rate"),
-            "cas_precision": given.get("precision"),
-        }
 
-
-@dataclass(frozen=True)
-class TimingOptions:
-    """The options of Figure 4.
+def cas_flags(cas: CASConfig | None, num_images: int | None) -> dict[str, object]:
+    """Returns the flags that determine the classification accuracy score; None stands for a default.
 
     Args:
-        num_tokens: Numbers N of tokens, all squares.
-        sizes: Sizes of the transformer, such as ``{"depth": 8}``, that replace those of the run or the defaults.
-        results: Folder of the ledger and of the page.
-        device: Device such as ``cpu``, ``cuda`` or ``cuda:1``; None for a GPU if there is one.
+        cas: Training of the score; None leaves it out.
+        num_images: Number of training images.
     """
-
-    num_tokens: Sequence[int] = NUM_TOKENS
-    sizes: Mapping[str, Any] = field(default_factory=dict)
-    results: Path = Path("results")
-    device: str | None = None
-
-    def flags(self) -> dict[str, object]:
-        """Returns the flags that determine the values; None stands for a default."""
-        points = None if tuple(self.num_tokens) == NUM_TOKENS else self.num_tokens
-        return {"num_tokens": points, **self.sizes, "device": self.device}
+    if cas is None:
+        return {"cas_model": "none"}
+    # Only what differs from the default is repeated on the page.
+    given = {name: value for name, value in vars(cas).items() if value != getattr(CAS_TRAINING, name)}
+    return {
+        "cas_model": given.get("model"),
+        "cas_images": num_images,
+        "cas_max_steps": given.get("max_steps"),
+        "cas_batch_size": given.get("batch"),
+        "cas_learning_rate": given.get("peak_rate"),
+        "cas_precision": given.get("precision"),
+    }
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from maskgit_pl.evaluation.opening import (
     open_evaluator,
     open_model,
 )
-from maskgit_pl.evaluation.options import PLOT_STEPS
+from maskgit_pl.evaluation.options import PLOT_STEPS, CASConfig
 from maskgit_pl.evaluation.pages import (
     Page,
     choose_classes,
@@ -150,29 +150,31 @@ def open_models(folders: Sequence[RunFolders], options: ReportOptions, command: 
     return OpenedModels(evaluator, models, options, command)
 
 
-def measure_generation(opened: OpenedModels) -> Page:
-    """Measures Table 1: class-conditional generation."""
+def measure_generation(opened: OpenedModels, cas: CASConfig | None, cas_images: int | None) -> Page:
+    """Measures Table 1: class-conditional generation.
+
+    Args:
+        opened: Models and options.
+        cas: Training of the classification accuracy score; None leaves the score out.
+        cas_images: Number of training images of the score; None for that of a row.
+    """
     evaluator, count, seed = opened.evaluator, opened.options.num_images, opened.options.seed
     rows: list[Row] = []
     for model in opened.models:
         rows += evaluator.measure_samples(model, model.pipe.decoding, num_images=count, seed=seed).values()
     rows += evaluator.measure_real(num_images=count).values()
-    page = make_generation_page(rows, _accuracy_scores(opened), command=opened.command)
+    scores = [] if cas is None else _accuracy_scores(opened, cas, cas_images or count)
+    page = make_generation_page(rows, scores, command=opened.command)
     return replace(page, folder=opened.folder, pictures={"table-1.png": image_to_png(_sheet(opened))})
 
 
-def _accuracy_scores(opened: OpenedModels) -> list[Row]:
+def _accuracy_scores(opened: OpenedModels, cas: CASConfig, num_images: int) -> list[Row]:
     """Returns the rows of the classification accuracy score of each model, and of the same number of real images."""
-    evaluator, options = opened.evaluator, opened.options
-    if options.cas is None:
-        return []
-    count = min(options.cas_images or options.num_images, evaluator.data.summary.samples["train"])
+    evaluator, seed = opened.evaluator, opened.options.seed
+    count = min(num_images, evaluator.data.summary.samples["train"])
     return [
-        *(
-            evaluator.measure_cas(each, each.pipe.decoding, options.cas, num_images=count, seed=options.seed)
-            for each in opened.models
-        ),
-        evaluator.measure_cas(None, None, options.cas, num_images=count, seed=options.seed),
+        *(evaluator.measure_cas(each, each.pipe.decoding, cas, num_images=count, seed=seed) for each in opened.models),
+        evaluator.measure_cas(None, None, cas, num_images=count, seed=seed),
     ]
 
 

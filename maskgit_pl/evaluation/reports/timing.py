@@ -30,7 +30,7 @@ from maskgit_pl.distributed import check_device, describe_environment, device_na
 from maskgit_pl.errors import markdown, plain_label
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
 from maskgit_pl.evaluation.pages import LineEnd, Page, figure_to_png, heading, markdown_table, name_lines, paragraph
-from maskgit_pl.evaluation.reports.options import NUM_TOKENS, TimingOptions
+from maskgit_pl.evaluation.reports.options import NUM_TOKENS, ReportOptions
 from maskgit_pl.networks.backbone import Attention, AutoregressiveBackbone, BackboneConfig, build_config, create_network
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pipeline.pretrained import read_config
@@ -76,12 +76,22 @@ _EXPLANATIONS = {  # by type of the device
 _OTHER_DEVICE = "The paper reports ratios of 30 to 64 on a GPU."
 
 
-def measure_figure_4(folder: Path | None, options: TimingOptions, *, command: str, bars: Bars = no_bars) -> Page:
+def measure_figure_4(
+    folder: Path | None,
+    options: ReportOptions,
+    *,
+    num_tokens: Sequence[int],
+    sizes: Mapping[str, Any],
+    command: str,
+    bars: Bars = no_bars,
+) -> Page:
     """Measures Figure 4 with random weights; points in the ledger are not measured again.
 
     Args:
         folder: Folder of the transformer whose sizes are timed; None for sizes that suit a CPU.
-        options: Numbers of tokens, sizes, folder and device.
+        options: Folder of the results, and device.
+        num_tokens: Numbers N of tokens, all squares.
+        sizes: Sizes of the transformer by name, which replace those of the folder or the defaults.
         command: Command that produces the page.
         bars: Progress bars.
 
@@ -89,12 +99,12 @@ def measure_figure_4(folder: Path | None, options: TimingOptions, *, command: st
         ValueError: if a size is out of range, a number of tokens is not a square, or the device does not exist.
     """
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    sizes = replace(SIZES if folder is None else read_sizes(folder), **options.sizes)
-    bar = bars("figure 4: points", len(METHODS) * len(options.num_tokens))
+    config = replace(SIZES if folder is None else read_sizes(folder), **sizes)
+    bar = bars("figure 4: points", len(METHODS) * len(num_tokens))
     timings = measure_timings(
         Ledger(options.results / FILE_NAME),
-        sizes=sizes,
-        num_tokens=options.num_tokens,
+        sizes=config,
+        num_tokens=num_tokens,
         device=check_device(device),
         on_point=lambda _: bar(1),
     )

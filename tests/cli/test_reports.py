@@ -1,0 +1,414 @@
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from maskgit_pl.cli import main
+from maskgit_pl.evaluation import evaluator
+from maskgit_pl.evaluation.ledger import Ledger
+from maskgit_pl.evaluation.reports import ablation_measurements
+from maskgit_pl.runs import ablation_runs
+from tests.cli.commands import call_command as call
+from tests.conftest import flags, save_tiny_pretrained
+
+TINY = Path(__file__).parents[1] / "tiny"
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    """Makes two runs with different weights; the second one has another schedule."""
+    folders = [tmp_path / "runs" / name for name in ("shoes-square", "shoes-cosine")]
+    for seed, folder in enumerate(folders):
+        save_tiny_pretrained(folder / "pretrained", seed=seed)
+    file = folders[1] / "pretrained" / "transformer" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "mask_schedule": "cosine"}))
+    return folders
+
+
+def common(data: Path, judge: Path, results: Path) -> list[object]:
+    words = ["--data", data, "--features", f"classifier={judge}", "--results", results, "--num-images", 12]
+    return [*words, "--device", "cpu"]
+
+
+def rows(results: Path, measurement: str) -> list[dict[str, Any]]:
+    return Ledger(results / "ledger.jsonl").rows(measurement)
+
+
+# table and figure
+
+
+@pytest.mark.slow
+def test_table_1_is_measured_once_and_written_with_the_paper_s_rows(
+    runs: list[Path], tiny_shards: Path, judge: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["1", *runs, *common(tiny_shards, judge, tmp_path / "results"), "--cas-model", "none"]
+    assert call("table", *words) == 0
+    page = (tmp_path / "results" / "shards" / "table-1.md").read_text()
+    for text in ("`shoes-square`", "`shoes-cosine`", "real images", "BigGAN-deep", "maskgit table 1"):
+        assert text in page
+    assert "MaskGIT" in capsys.readouterr().out
+    measured = rows(tmp_path / "results", "samples")
+    assert [row["run"] for row in measured] == ["shoes-square", "shoes-cosine", ""]
+    assert all(row["commit"] and row["date"] and row["num_images"] == 12 for row in measured)
+    with Image.open(tmp_path / "results" / "shards" / "table-1.png") as picture:
+        assert picture.height > 100
+
+    monkeypatch.setattr(evaluator, "generate_images", lambda *_, **__: pytest.fail("measured again"))
+    assert call("table", *words) == 0
+    assert rows(tmp_path / "results", "samples") == measured
+
+
+@pytest.mark.slow
+def test_the_training_of_cas_is_set_by_flags_and_kept_apart(
+    runs: list[Path], tiny_shards: Path, judge: Path, tmp_path: Path
+) -> None:
+    how = [*common(tiny_shards, judge, tmp_path / "results"), "--cas-model", "small", "--cas-max-steps", 3]
+    for words in ([6], [6], [5, "--cas-precision", "bf16-mixed", "--cas-images", 24]):
+        call("table", 1, runs[0], *how, "--cas-batch-size", *words)
+    measured = rows(tmp_path / "results", "cas")
+    assert [row["model"] for row in measured] == ["MaskGIT", "real images"] * 2
+    assert all(0 <= float(row["top1"]) <= float(row["top5"]) == 1 for row in measured)  # of 3 classes
+    assert [row["training"]["batch"] for row in measured] == [6, 6, 5, 5]
+    assert [row["training_steps"] for row in measured] == [3] * 4
+    page = (tmp_path / "results" / "shards" / "table-1.md").read_text()
+    assert "--cas-images 24 --cas-max-steps 3 --cas-batch-size 5 --cas-precision bf16-mixed" in page
+
+
+@pytest.mark.slow
+def test_figure_4_times_the_sizes_of_a_run_or_of_flags(runs: list[Path], tmp_path: Path) -> None:
+    how = ["--results", tmp_path, "--device", "cpu", "--num-tokens", "4"]
+    call("figure", 4, runs[0], *how)
+    call("figure", 4, *how, "--depth", 1, "--embed-dim", 16, "--num-heads", 2, "--mlp-dim", 8, "--codebook-size", 32)
+    networks = {row["network"] for row in rows(tmp_path, "timing")}
+    assert networks == {
+        "1 layers x 16, MLP 32, 2 heads, 16 codes, 3 classes",
+        "1 layers x 16, MLP 8, 2 heads, 32 codes, 1000 classes",
+    }
+    page = (tmp_path / "figure-4.md").read_text()
+    assert "maskgit figure 4 --num-tokens 4 --depth 1 --embed-dim 16" in page
+    assert "--device cpu" in page
+    assert f"torch {torch.__version__}" in page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["[1]", "data: [1]", "data: {path: 3}", "a: &a [*a]", "x: " + "[" * 5000])
+def test_a_run_s_own_recipe_of_a_stranger_is_refused_in_one_line(runs: list[Path], text: str, capsys) -> None:
+    (runs[0] / "transformer").mkdir()
+    (runs[0] / "transformer" / "config.yaml").write_text(text)
+    assert main(["table", "1", str(runs[0]), "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert "shoes-square" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_table_2_edits_held_out_images(runs: list[Path], tiny_shards: Path, judge: Path, tmp_path: Path) -> None:
+    call("table", 2, runs[0], *common(tiny_shards, judge, tmp_path / "results"))
+    measured = rows(tmp_path / "results", "editing")
+    assert [(row["task"], row["model"]) for row in measured] == [
+        (task, kind) for task in ("outpaint-right", "inpaint-centre") for kind in ("MaskGIT", "masked", "unedited")
+    ]
+    assert measured[2]["fid"] == measured[5]["fid"]  # the same images, as they are
+    assert "CoModGAN" in (tmp_path / "results" / "shards" / "table-2.md").read_text()
+
+
+@pytest.mark.slow
+def test_table_3_and_figure_8_choose_t_and_measure_it_again(
+    runs: list[Path], tiny_shards: Path, judge: Path, tmp_path: Path
+) -> None:
+    config = {"trainer": {"max_steps": 100}, "data": {"global_batch": 64}}
+    for run in runs:
+        (run / "transformer").mkdir()
+        (run / "transformer" / "config.yaml").write_text(yaml.safe_dump(config))
+    how = [*common(tiny_shards, judge, tmp_path / "results"), "--num-steps", "2,4,16"]
+    call("table", 3, *runs, *how)
+    measured = rows(tmp_path / "results", "samples")
+    steps = [(row["run"], row["num_steps"], row["seed"]) for row in measured if row["run"]]
+    assert {each for each in steps if each[2] == 0} == {
+        (run.name, number, 0)
+        for run in runs
+        for number in (2, 4)  # at most half of 16 tokens
+    }
+    for run in runs:
+        curve = {row["num_steps"]: row["fid"] for row in measured if row["run"] == run.name and row["seed"] == 0}
+        best = min(curve, key=lambda number: curve[number])
+        assert (run.name, best, 12) in steps  # noise that took no part in the choice
+    page = (tmp_path / "results" / "shards" / "table-3.md").read_text()
+    assert "`cosine`" in page
+    assert "`pow (exponent 2.0)`" in page
+    assert (tmp_path / "results" / "shards" / "figure-8.png").is_file()
+    assert {row["run"] for row in rows(tmp_path / "results", "likelihood")} == {run.name for run in runs}
+
+    (runs[0] / "transformer" / "config.yaml").write_text(yaml.safe_dump({**config, "trainer": {"max_steps": 50}}))
+    with pytest.raises(ValueError, match=r"trainer\.max_steps must be the same in all runs, .* shoes-square 50"):
+        call("figure", 8, *runs, *how)
+
+
+def test_the_table_measures_each_tokenizer_once_and_writes_a_row_for_each(
+    tiny_shards: Path, judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [save_tiny_pretrained(tmp_path / name, seed=seed) for seed, name in enumerate(("one", "two"))]
+    words = ["tokenizers", *runs, "--data", tiny_shards, "--device", "cpu", "--features", f"classifier={judge}"]
+    words += ["--results", tmp_path / "results", "--num-images", 12]
+    assert call("table", *words) == 0
+    folder = tmp_path / "results" / "shards"
+    page = (folder / "tokenizers.md").read_text()
+    assert page.count("4 x 4 of 16") == 2
+    assert "| `one` |" in page
+    rows = list(csv.DictReader((folder / "tokenizers.csv").read_text().splitlines()))
+    assert [row["run"] for row in rows] == ["one", "two"]
+    assert rows[0]["psnr_db"] != rows[1]["psnr_db"]
+    module = "maskgit_pl.evaluation.reports.tokenizer_table.measure_tokenizer"
+    monkeypatch.setattr(module, lambda *_, **__: pytest.fail("measured again"))
+    assert call("table", *words) == 0
+    assert (folder / "tokenizers.md").read_text() == page
+
+
+@pytest.mark.slow
+def test_a_wrong_flag_is_refused_before_anything_is_measured(
+    runs: list[Path], tiny_shards: Path, judge: Path, tmp_path: Path
+) -> None:
+    results, one = tmp_path / "results", runs[0]
+    shutil.copytree(one, one.with_name("again"))
+    again = one.with_name("again")
+    for words, match in (
+        (["table", 1], "table 1 must have at least one run"),
+        (["table", 1, tmp_path / "nowhere"], "nowhere: no such folder"),
+        (["table", 1, one, "--num-images", 2], "--num-images must be >= 3, one per class, got 2"),
+        (["table", 1, one, "--cas-batch-size", 1], "batch size of the classifier must be an integer in"),
+        (["table", 1, one, "--cas-images", 0], "--cas-images must be an integer in"),
+        (["table", 1, one, "--results", __file__], "--results must be a folder, got the file"),
+        (["table", 3, one, again], "the mask schedules of the runs must differ, got several with"),
+        (["table", 3, *runs, "--num-steps", 12], "--num-steps must be <= 8, half the number of tokens, got only"),
+        (["figure", 4, *runs], "figure 4 must have at most one RUN"),
+        (["figure", 4, "--depth", 0], "transformer depth must be an integer in"),
+        (["figure", 4, "--embed-dim", 17], "embed_dim must be a multiple of num_heads"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=match):
+            call(words[0], *common(tiny_shards, judge, results), *words[1:])
+    assert not results.exists()
+
+
+# ablation
+
+
+@pytest.fixture
+def words(tiny_shards: Path, judge: Path, tmp_path: Path) -> list[str]:
+    """The flags of a tiny ablation."""
+    tokenizer = save_tiny_pretrained(tmp_path / "pretrained") / "tokenizer"
+    tiny = yaml.safe_load((TINY / "transformer.yaml").read_text())
+    tiny["trainer"] |= {"max_steps": 3, "val_check_interval": 2}
+    where = ["--dataset", "shoes", "--runs-folder", tmp_path / "runs", "--tokenizer", tokenizer]
+    return ["ablation", *map(str, [*where, *common(tiny_shards, judge, tmp_path / "results")]), *flags(tiny)]
+
+
+@pytest.mark.trainings
+@pytest.mark.slow
+def test_an_ablation_of_schedules_trains_measures_and_goes_on(
+    words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command, results = [*words, "--schedules", "cosine", "--num-steps", "2,4"], tmp_path / "results"
+    assert main(command) == 0
+    page = (results / "shards" / "table-3.md").read_text()
+    assert "maskgit ablation --dataset shoes --schedules cosine" in page
+    assert page.count("shoes-") == page.count("`shoes-cosine` tokenizer") == 1  # where the weights are named
+    measured = rows(results, "samples")
+    assert {row["run"] for row in measured} == {"shoes-cosine", ""}
+    capfd.readouterr()
+    assert main(command) == 0
+    assert capfd.readouterr().out.count("finished at step-00000003; nothing to do") == 1
+    assert rows(results, "samples") == measured
+
+
+def start(words: list[str], file: Path) -> subprocess.Popen[bytes]:
+    """Starts the command in a process group of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    with file.open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "maskgit_pl", *words], stdout=output, stderr=output, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+
+
+def wait_for(condition: Any, process: subprocess.Popen[bytes]) -> None:
+    while not condition():
+        assert process.poll() is None, "the command ended before"
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.trainings
+def test_an_ablation_survives_kills_and_failures_and_is_not_repeated(words: list[str], tmp_path: Path) -> None:
+    command = [*words, "--vary", "model.network.depth=1,2", "--vary", "decoding.guidance.scale=2",
+               "--trainer.max_steps=40", "--checkpoint_every=10"]  # fmt: skip
+    log, runs = tmp_path / "log", tmp_path / "runs" / "ablation"
+
+    # A stop signal reaches the training, which saves; the command ends with 75.
+    stopped = start(command, log)
+    wait_for(lambda: list(runs.glob("*/transformer/checkpoints/step-*/COMPLETE.json")), stopped)
+    stopped.send_signal(signal.SIGTERM)
+    assert stopped.wait() == 75
+    assert "repeat the command to resume" in log.read_text()
+
+    # A kill of everything loses nothing that was measured.
+    killed = start(command, log)
+    wait_for(
+        lambda: (tmp_path / "results" / "ledger.jsonl").exists() and len(rows(tmp_path / "results", "ablation")) == 1,
+        killed,
+    )
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    first = rows(tmp_path / "results", "samples")
+
+    again = start(command, log)
+    assert again.wait() == 0, log.read_text()
+    measured = rows(tmp_path / "results", "ablation")
+    assert [(row["variant"], row["seed"]) for row in measured] == [
+        (variant, seed) for seed in (0, 1) for variant in ("base", "depth=2", "guidance.scale=2")
+    ]
+    assert rows(tmp_path / "results", "samples")[: len(first)] == first  # not measured again
+    assert len(list(runs.glob("shoes-*"))) == 4  # guidance needs no training
+    by = {(row["variant"], row["seed"]): row for row in measured}
+    assert by["base", 0]["run"] == by["guidance.scale=2", 0]["run"]
+    for row in measured:
+        assert {"fid/classifier", "class_agreement", "diversity", "bits_per_token"} <= row["numbers"].keys()
+        assert row["max_steps"] == 40
+        assert row["training_seconds"] > 0
+    assert len({row["numbers"]["bits_per_token"] for row in measured}) == 4  # seeds differ, decoding does not matter
+    samples = [row["seed"] for row in rows(tmp_path / "results", "samples") if row["run"]]
+    assert set(samples) == {0, 12}  # other noise for each seed
+
+    # The same command repeats nothing, and --page-only needs no run.
+    assert main(command) == 0
+    assert rows(tmp_path / "results", "ablation") == measured
+    page = tmp_path / "results" / "shards" / "ablation-depth-scale.md"
+    text = page.read_text()
+    page.unlink()
+    (tmp_path / "runs").rename(tmp_path / "gone")
+    assert main([*command, "--page-only"]) == 0
+    assert page.read_text() == text
+    assert page.with_suffix(".png").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.trainings
+def test_a_budget_of_seconds_is_divided_by_the_time_of_a_step_and_a_failure_does_not_end_the_others(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = ablation_runs.run_maskgit
+
+    def fail(command: list[str], output: IO[bytes]) -> tuple[int, bool]:
+        if "--model.network.depth=2" in command:
+            output.write(b"maskgit train: out of memory\n")
+            return 70, False
+        return own(command, output)
+
+    monkeypatch.setattr(ablation_runs, "run_maskgit", fail)
+    words = [word for word in words if not word.startswith("--trainer.max_steps")]
+    command = [*words, "--vary", "model.network.depth=1,2", "--vary", "model.network.mlp_dim=64", "--seeds", "3",
+               "--budget", "seconds=0.5", "--pilot-steps", "20"]  # fmt: skip
+    assert main(command) == 70
+    assert "depth=2, pilot: maskgit train: out of memory" in capsys.readouterr().err
+    pilots = {row["variant"]: row["seconds_per_step"] for row in rows(tmp_path / "results", "pilot")}
+    assert set(pilots) == {"base", "mlp_dim=64"}
+    for row in rows(tmp_path / "results", "ablation"):
+        assert row["max_steps"] == max(1, round(0.5 / pilots[row["variant"]]))
+        assert row["planned_seconds"] == pytest.approx(row["max_steps"] * row["seconds_per_step"])
+        file = tmp_path / "runs" / "ablation" / row["run"] / "transformer" / "config.yaml"
+        config = yaml.safe_load(file.read_text())
+        assert config["trainer"]["max_steps"] == row["max_steps"]
+        assert config["cpu_threads"] >= 1
+        assert config["data"]["seed"] == 3
+    assert not list((tmp_path / "runs" / "ablation").glob("pilot-*"))
+    text = next((tmp_path / "results" / "shards").glob("*.md")).read_text()
+    assert "depth=2, seed 3: not trained or not measured" in text
+
+    # The pilot is not measured again, so that a repeated command has the same runs.
+    monkeypatch.setattr(ablation_runs, "run_maskgit", own)
+    monkeypatch.setattr(ablation_measurements.AblationRuns, "pilot", lambda *_: pytest.fail("measured again"))
+    before = rows(tmp_path / "results", "ablation")
+    assert main([word if word != "model.network.depth=1,2" else "model.network.depth=1" for word in command]) == 0
+    assert [row["run"] for row in rows(tmp_path / "results", "ablation")][: len(before)] == [
+        row["run"] for row in before
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.trainings
+def test_tokenizers_are_judged_by_their_reconstructions_and_their_transformers(
+    tiny_shards: Path, judge: Path, tmp_path: Path
+) -> None:
+    tiny = yaml.safe_load((TINY / "tokenizer.yaml").read_text())
+    command = ["ablation", "--stage", "tokenizer", "--vary", "model.network.codebook_size=16,32", "--dataset", "shoes",
+               "--runs-folder", tmp_path / "runs", "--data", tiny_shards, "--features", f"classifier={judge}",
+               "--results", tmp_path / "results", "--num-images", 12, "--device", "cpu", "--seeds", 0,
+               *flags(tiny)]  # fmt: skip
+    assert main([str(word) for word in command]) == 0
+    found = {row["variant"]: row["numbers"] for row in rows(tmp_path / "results", "ablation")}
+    assert set(found) == {"base", "codebook_size=32"}
+    for numbers in found.values():
+        assert {"rfid/classifier", "psnr_db", "codebook_usage", "perplexity"} <= numbers.keys()
+        assert "fid/classifier" not in numbers
+    assert (tmp_path / "results" / "shards" / "ablation-tokenizer-codebook_size.md").is_file()
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        (("--grid",), "--grid must come with --vary or --recipes"),
+        (("--seeds", "0"), "--seeds must come with --vary or --recipes"),
+        (("--vary", "model.network.depth=2", "--schedules", "cosine"), "--schedules must come with no --vary"),
+        (("--vary", "model.network.depth=2", "--seeds", "a"), "--seeds must be integers"),
+        (("--vary", "model.network.depth=2", "--name", "../x"), "--name must be letters"),
+        (("--vary", "model.network.dept=2"), "did you mean 'model.network.depth'"),
+        (("--vary", "model.network.depth=2", "--budget", "hours=2"), "--budget must be"),
+        (("--vary", "model.network.depth=2", "--num-images", "1"), "--num-images must be"),
+        (("--page-only",), "--name must be given, or the ablation"),
+        (("--page-only", "--name", "x"), "ablation x: there must be at least one row"),
+        (("--schedules", "square,cosin"), "recipe 'cosin'"),
+        (("--features", "bogus"), "unknown feature network 'bogus'"),
+        (("--features", "lite0,inception=nowhere"), "nowhere"),
+        (("--results", __file__), "--results must be a folder, got the file"),
+        (("--reference", "nowhere.npz"), "reference nowhere.npz: no such file"),
+        (("--device", "cuda:99"), "--device must be one of"),
+    ],
+)
+def test_a_wrong_flag_is_answered_before_anything_is_trained(
+    given: tuple[str, ...], match: str, tmp_path: Path
+) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=match):
+        call("ablation", "--runs-folder", tmp_path, "--results", tmp_path, *given)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ("--vary model.network.num_heads=2,3", r"variant num_heads=3: .*num_heads"),
+        ("--vary decoding.token_selector=confidence,confidenc", r"variant token_selector=confidenc: .*did you mean"),
+        ("--vary decoding.num_steps=4,99", r"variant num_steps=99: .*num_steps must be"),
+        ("--vary model.network.class_dropout=0.1,0", r"variant class_dropout=0: .*guidance"),
+        ("--vary model.network.depth=1", "at least two variants"),
+        ("--vary model.network.depth=1,2 --num-images 5", "--num-images must be >= 6"),
+        ("--schedules cosine --num-steps 12", "--num-steps must be <= 8, half the number of tokens, got only"),
+        ("--schedules cosine --num-images 2", "--num-images must be >= 3, one per class, got 2"),
+    ],
+)
+def test_a_value_that_cannot_be_trained_or_measured_names_its_variant(
+    words: list[str], given: str, match: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=match):
+        call(*words, *given.split())
+    assert not list((tmp_path / "runs").glob("**/*.safetensors"))
