@@ -44,7 +44,7 @@ from maskgit_pl.training.checkpoints import Checkpoints
 from maskgit_pl.training.health import HealthMonitor
 from maskgit_pl.training.loggers import TolerantLogger, loggers
 from maskgit_pl.training.optimizers import check_sharding
-from maskgit_pl.training.speed import SpeedMonitor, StepClock
+from maskgit_pl.training.speed import SpeedMonitor
 from maskgit_pl.training.stop_and_nonfinite import StepCheck, disable_sigterm_handler
 from maskgit_pl.training.strategies import (
     build_strategy,
@@ -310,14 +310,14 @@ class StageRun:
                 find_vectors=self._find_vectors if self.datamodule.config.vectors else None,
             )
         step_check, unreadable = StepCheck(self.folder, self.checkpoints), UnreadableReport(self.folder)
-        clock = StepClock(self.folder)
-        # Health comes first: another callback may save a step and end the run. The clock comes last, so that it does
-        # not count the pictures after a validation.
+        # Health comes first: another callback may save a step and end the run. Speed comes last, so that it does not
+        # count the pictures after a validation.
         health = [HealthMonitor(self.folder, self.values.health)] if isinstance(self.values, TokenizerRun) else []
         named = [callbacks.build(spec).create(self.folder) for spec in self.values.callbacks]
-        speed = SpeedMonitor(self._count_flops, tensor_float32=self.values.matmul_precision != "highest")
+        tensor_float32 = self.values.matmul_precision != "highest"
+        speed = SpeedMonitor(self.folder, self._count_flops, tensor_float32=tensor_float32)
         usual = [step_check, self.watchdog, self.checkpoints, progress, pictures, unreadable]
-        return [*health, *usual, *named, speed, clock]
+        return [*health, *usual, *named, speed]
 
     def _count_flops(self) -> float:
         assert isinstance(self.model, Tokenizer | TokenModel)
