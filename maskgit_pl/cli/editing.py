@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from maskgit_pl.checks import height_width, pixels_text
+from maskgit_pl.checks import count_text, height_width, pixels_text
 from maskgit_pl.cli.flags import check_outputs, use_flag_names
 from maskgit_pl.cli.generation_flags import (
     add_classes_argument,
@@ -31,7 +31,6 @@ from maskgit_pl.cli.outputs import (
     wants_decoding,
     write_generated,
 )
-from maskgit_pl.runs.preflight_report import count_text
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from maskgit_pl.checks import CHANNELS, check_choice, pixels_text
+from maskgit_pl.checks import CHANNELS, check_choice, count_text, pixels_text
 from maskgit_pl.cli.flags import (
     add_json_argument,
     check_at_least,
@@ -28,7 +28,6 @@ from maskgit_pl.pipeline.sharing import bundled_models
 from maskgit_pl.registry import describe, nearest
 from maskgit_pl.runs.flag_values import parse_specs
 from maskgit_pl.runs.layers import Kind
-from maskgit_pl.runs.preflight_report import count_text
 from maskgit_pl.runs.recipe import STAGES, Stage, list_recipes, recipes_folders
 
 if TYPE_CHECKING:

@@ -9,9 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskgit_pl.checks import height_width
+from maskgit_pl.checks import count_text, height_width
 from maskgit_pl.cli.flags import FOLDER, make_folder
-from maskgit_pl.runs.preflight_report import count_text
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maskgit_pl.checks import check_integer
+from maskgit_pl.checks import check_integer, count_text
 from maskgit_pl.cli.flags import check_outputs, format_flag, make_folder, use_flag_names
 from maskgit_pl.cli.generation_flags import (
     add_acceptance_arguments,
@@ -37,7 +37,6 @@ from maskgit_pl.cli.outputs import (
 )
 from maskgit_pl.data.folders import hold_lock
 from maskgit_pl.processes import launcher_rank, local_rank, progress_bars
-from maskgit_pl.runs.preflight_report import count_text
 
 if TYPE_CHECKING:
     from maskgit_pl.decoding import DecodingConfig

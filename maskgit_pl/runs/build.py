@@ -1,12 +1,12 @@
-"""Builds module, data and Trainer of a stage from its recipe. Used by ``stage``, ``slurm`` and ``preflight``."""
+"""Builds module, data and Trainer of a stage from its recipe. Used by ``stage``, ``slurm`` and ``doctor``."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ from torch import Tensor
 from maskgit_pl.data import ShardData, split_batch
 from maskgit_pl.data.config import check_stream
 from maskgit_pl.errors import is_user_error
+from maskgit_pl.networks.weights import ZeroWeights
 from maskgit_pl.pipeline.pretrained import fingerprint, read_config
+from maskgit_pl.processes import hide_launcher
 from maskgit_pl.runs.costs import useful_flops
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Stage
@@ -53,7 +55,7 @@ from maskgit_pl.training.strategies import (
 )
 from maskgit_pl.training.token_model import TokenModel
 
-__all__ = ["StageRun", "build"]
+__all__ = ["StageRun", "build", "build_without_weights", "leave_no_trace"]
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +108,38 @@ def build(plan: Plan) -> StageRun:
     if isinstance(trainer.val_check_interval, int):
         trainer.val_check_interval *= accumulation
     return run
+
+
+def build_without_weights(plan: Plan) -> StageRun:
+    """Builds module and data of a run without a Trainer and with weights of zero. Checks all values of its recipe.
+
+    No file is written, and the process-wide settings of torch stay as they are.
+
+    Raises:
+        ValueError: if a value is missing, out of range or unknown. The message names the key.
+    """
+    with leave_no_trace():
+        return StageRun(plan.stage, resolve(plan.recipe.kind, merge_values(plan)), plan.stage_folder)
+
+
+@contextmanager
+def leave_no_trace() -> Iterator[None]:
+    """Builds runs of its context outside a launcher and with weights of zero, and restores what they set.
+
+    These are process-wide settings of torch, its random state, and filters of warnings for a training.
+    """
+    lightning = logging.getLogger("lightning.pytorch")
+    level, threads, precision = lightning.level, torch.get_num_threads(), torch.get_float32_matmul_precision()
+    allows_tf32 = torch.backends.cudnn.allow_tf32
+    try:
+        with hide_launcher(), ZeroWeights(), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        lightning.setLevel(level)
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = allows_tf32
 
 
 def _check_classes(module: TokenModel, data: ShardData) -> None:
@@ -283,7 +317,10 @@ class StageRun:
     def _count_flops(self) -> float:
         assert isinstance(self.model, Tokenizer | TokenModel)
         data = self.datamodule.config
-        return useful_flops(self.model, global_batch=data.global_batch, encodes=data.source != "tokens")
+        encoder = None
+        if isinstance(self.model, TokenModel) and data.source != "tokens":
+            encoder = self.model.tokenizer.network.config, self.model.tokenizer.image_size
+        return useful_flops(self.model, global_batch=data.global_batch, encoder=encoder)
 
 
 def _describe_missing_devices(given: TrainerSettings, error: Exception) -> str:

@@ -137,18 +137,6 @@ def test_schedules_are_printed_as_json(capsys) -> None:
     assert found[0]["known"] == [4, 8, 12, 16]
 
 
-def test_the_checks_of_doctor_are_printed_as_json(capsys, tiny_shards) -> None:
-    words = ["doctor", "tokenizer", "--data", str(tiny_shards), "--json"]
-    words += ["--data.image_size=8", "--model.perceptual=null"]
-    assert main(words) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["ok"]
-    assert {"data", "batch", "memory"} <= {check["name"] for check in found["checks"]}
-    assert found["costs"]
-    assert main([*words, "--data.seed=x"]) == 2
-    assert not json.loads(capsys.readouterr().out)["ok"]
-
-
 def call(*words: str) -> int:
     return call_command("schedules", *words)
 
