@@ -44,7 +44,7 @@ _COMMANDS = {  # the function of each command, in the order of the help
     "data verify": "cli.data:verify",
     "data stats": "cli.data:stats",
     "data fetch": "cli.data:fetch",
-    "doctor": "cli.doctor",
+    "doctor": "cli.doctor:doctor",
     "train": "cli.train:train",
     "slurm submit": "cli.train:submit",
     "tokenize": "cli.train:tokenize",

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from maskgit_pl.checks import CHANNELS, check_choice, check_integer, pixels_text
+from maskgit_pl.checks import CHANNELS, check_choice, check_integer, count_text, pixels_text
 from maskgit_pl.cli.arguments import Output, Word
 from maskgit_pl.cli.flags import Folder, Specs, make_folder, print_json, print_rows
 from maskgit_pl.files import read_json, write_atomically
@@ -20,7 +20,6 @@ from maskgit_pl.pipeline.sharing import bundled_models
 from maskgit_pl.registry import describe, nearest
 from maskgit_pl.runs import recipe
 from maskgit_pl.runs.layers import Kind
-from maskgit_pl.runs.preflight_report import count_text
 from maskgit_pl.runs.recipe import STAGES, Stage
 
 if TYPE_CHECKING:

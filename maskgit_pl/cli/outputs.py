@@ -9,10 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from maskgit_pl.checks import height_width
+from maskgit_pl.checks import count_text, height_width
 from maskgit_pl.cli.arguments import Output
 from maskgit_pl.cli.flags import make_folder
-from maskgit_pl.runs.preflight_report import count_text
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -9,14 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
-from maskgit_pl.checks import check_integer
+from maskgit_pl.checks import check_integer, count_text
 from maskgit_pl.cli.arguments import Output, Word, flag_of
 from maskgit_pl.cli.flags import Folder, ModelFlags, Run, make_folder
 from maskgit_pl.cli.outputs import Generated, Pictures, record_steps
 from maskgit_pl.data.folders import hold_lock
 from maskgit_pl.pipeline.options import MAX_RESULTS, DecodingSettings, replace_settings
 from maskgit_pl.processes import launcher_rank, local_rank, progress_bars
-from maskgit_pl.runs.preflight_report import count_text
 
 if TYPE_CHECKING:
     from maskgit_pl.decoding import DecodingConfig

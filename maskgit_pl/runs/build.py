@@ -1,4 +1,4 @@
-"""Builds module, data and Trainer of a stage from its recipe. Used by ``stage``, ``slurm`` and ``preflight``."""
+"""Builds module, data and Trainer of a stage from its recipe. Used by ``stage``, ``slurm`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ from torch import Tensor
 from maskgit_pl.data import ShardData, split_batch
 from maskgit_pl.data.config import check_stream
 from maskgit_pl.errors import is_user_error
+from maskgit_pl.networks.weights import ZeroWeights
 from maskgit_pl.pipeline.pretrained import fingerprint, read_config
+from maskgit_pl.processes import hide_launcher
 from maskgit_pl.runs.costs import useful_flops
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Stage
@@ -55,7 +57,7 @@ from maskgit_pl.training.strategies import (
 )
 from maskgit_pl.training.token_model import TokenModel
 
-__all__ = ["StageRun", "build", "restore_process_state"]
+__all__ = ["StageRun", "build", "build_without_weights", "leave_no_trace", "restore_process_state"]
 
 log = logging.getLogger(__name__)
 
@@ -145,6 +147,26 @@ def build(plan: Plan) -> StageRun:
     if isinstance(trainer.val_check_interval, int):
         trainer.val_check_interval *= accumulation
     return run
+
+
+def build_without_weights(plan: Plan) -> StageRun:
+    """Builds module and data of a run without a Trainer and with weights of zero. Checks all values of its recipe.
+
+    No file is written, and the process-wide settings of torch stay as they are.
+
+    Raises:
+        ValueError: if a value is missing, out of range or unknown. The message names the key.
+    """
+    with leave_no_trace():
+        return StageRun(plan.stage, resolve(plan.recipe.kind, merge_values(plan)), plan.stage_folder)
+
+
+@contextmanager
+def leave_no_trace() -> Iterator[None]:
+    """Builds runs of its context outside a launcher, with weights of zero and without warnings for a training."""
+    with hide_launcher(), restore_process_state(), ZeroWeights():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _check_classes(module: TokenModel, data: ShardData) -> None:
@@ -322,7 +344,10 @@ class StageRun:
     def _count_flops(self) -> float:
         assert isinstance(self.model, Tokenizer | TokenModel)
         data = self.datamodule.config
-        return useful_flops(self.model, global_batch=data.global_batch, encodes=data.source != "tokens")
+        encoder = None
+        if isinstance(self.model, TokenModel) and data.source != "tokens":
+            encoder = self.model.tokenizer.network.config, self.model.tokenizer.image_size
+        return useful_flops(self.model, global_batch=data.global_batch, encoder=encoder)
 
 
 def _describe_missing_devices(given: TrainerSettings, error: Exception) -> str:

@@ -5,15 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from maskgit_pl.networks.discriminators import DiscriminatorConfig
-from maskgit_pl.networks.transformer import TransformerConfig
-from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.runs.costs import TransformerCosts, useful_flops
 from maskgit_pl.training import speed
 from maskgit_pl.training.gpus import GPUS
 from maskgit_pl.training.speed import SpeedMonitor, read_training_time, weight_norm
-from maskgit_pl.training.tokenizer_losses import AdversarialConfig
-from tests.modules import masked_model, tokenizer_model
 
 MODULE = SimpleNamespace(device=torch.device("cpu"))
 
@@ -140,26 +134,3 @@ def test_the_norm_is_that_of_all_weights():
     weights = [torch.nn.Parameter(torch.randn(3, 4)), torch.nn.Parameter(torch.randn(7))]
     expected = torch.cat([weight.flatten() for weight in weights]).norm()
     torch.testing.assert_close(weight_norm(torch.optim.SGD(weights, lr=1.0)), expected.detach())
-
-
-def test_flops_of_stage_2_are_those_of_the_estimate(tiny_pretrained):
-    network = TransformerConfig(16, 3, (4, 4), embed_dim=16, depth=1, num_heads=2, mlp_dim=32)
-    module = masked_model(network, tiny_pretrained / "tokenizer", activation_checkpointing="blocks")
-    expected = TransformerCosts("auto", 1, module=module).flops(8)
-    assert useful_flops(module, global_batch=8, encodes=False) == expected
-    assert useful_flops(module, global_batch=8, encodes=True) > expected
-
-
-@pytest.mark.slow
-def test_counting_the_flops_of_stage_1_changes_nothing():
-    network = VQGANConfig(
-        1, base_channels=8, channel_multipliers=(1,), num_res_blocks=1, num_middle_blocks=0, num_groups=4,
-        codebook_size=16, code_dim=4, patch_size=2, quantizer="ema",
-    )  # fmt: skip
-    adversarial = AdversarialConfig(DiscriminatorConfig(channel_multiplier=1 / 64))
-    module = tokenizer_model(network, image_size=8, adversarial=adversarial)
-    before, generator = {k: v.clone() for k, v in module.state_dict().items()}, torch.get_rng_state()
-    one, two = (useful_flops(module, global_batch=size, encodes=True) for size in (1, 2))
-    assert 2 * one == two > 0
-    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
-    assert torch.equal(torch.get_rng_state(), generator)
