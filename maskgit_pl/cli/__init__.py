@@ -78,9 +78,9 @@ _COMMANDS = {  # the function of each command, in the order of the help
     "import-transformer": "cli.importing:import_transformer",
 }
 _GROUPS = {  # commands that have commands
-    "data": "Fetch, make, index, verify and count shards of images.",
-    "slurm": "Train on a Slurm cluster with jobs that save before their time limit and requeue themselves.",
-    "recipes": "List, show and copy the recipes that --recipe can name, and print their JSON Schema.",
+    "data": "Fetches, makes, indexes, verifies and counts shards of images.",
+    "slurm": "Trains on a Slurm cluster with jobs that save before their time limit and requeue themselves.",
+    "recipes": "Lists, shows and copies the recipes that --recipe can name, and prints their JSON Schema.",
 }
 
 
@@ -151,12 +151,8 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
             text = _GROUPS[group]
             child = commands.add_parser(group, help=f"{text[0].lower()}{text[1:-1]}", description=text)
             groups[group] = child.add_subparsers(title="commands", dest="inner", required=True, metavar="COMMAND")
-        module, _, function = _COMMANDS[name].partition(":")
-        home = import_module(f"maskgit_pl.{module}")
-        if not function:
-            getattr(home, f"add_{name.replace('-', '_')}_parser")(commands)
-            continue
-        add_command(groups.get(group, commands), inner, getattr(home, function))
+        module, function = _COMMANDS[name].split(":")
+        add_command(groups.get(group, commands), inner, getattr(import_module(f"maskgit_pl.{module}"), function))
     return parser
 
 
