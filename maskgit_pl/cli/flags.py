@@ -150,7 +150,7 @@ class ModelFlags:
         """Loads a model.
 
         Args:
-            folder: What the user names as RUN. See ``MaskGIT.from_pretrained``.
+            folder: The run or model that the user names. See ``MaskGIT.from_pretrained``.
             local_rank: Local rank of a process that shares the GPUs of its node with others.
         """
         check_one_of(int8=self.int8, dtype=self.dtype)

@@ -43,14 +43,15 @@ def serve(folder: str | Path, *, host: str = "127.0.0.1", port: int = 7860, devi
 
     Raises:
         FileNotFoundError: if there is no such model.
-        ValueError: if gradio is missing, the port is out of range or used, the address is not one of this machine, or
-            the page cannot show the model.
+        ValueError: if the device or gradio is missing, the port is out of range or used, the address is not one of this
+            machine, or the page cannot show the model.
         KeyboardInterrupt: if Ctrl-C or SIGTERM comes before the page can be opened.
     """
+    chosen = find_device(device)
     if find_spec("gradio") is None:
         raise ValueError("web requires the package gradio: pip install 'maskgit_pl[web]'")
     check_port(host, port)
-    pipe = MaskGIT.from_pretrained(folder, device=find_device(device))
+    pipe = MaskGIT.from_pretrained(folder, device=chosen)
     if host not in _LOCAL:
         _log.warning(
             "warning: everyone who can reach %s can use this page and the computing time of this machine. It has no "

@@ -83,7 +83,7 @@ def test_what_is_missing_is_named(tiny_pretrained: Path, tmp_path: Path) -> None
         ("--top-k 0", "--top-k must be an integer in [1, inf), got 0"),
         ("--top-p 1.5", "--top-p must be a number in (0, 1], got 1.5"),
         ("--seed -1", "--seed must be an integer in [0, 2**32), got -1"),
-        ('--token-selector {"name":"remdm"', 'got {"name":"remdm" ('),
+        ('--token-selector {"name":"remdm"', "must be a name or a mapping such as '{name: remdm, eta: 0.4}', got"),
         ('--token-selector {"eta":0.1}', "must be a name or a mapping such as"),
         ("--mask-schedule [1]", "--mask-schedule must be a name or a mapping"),
         ("--sampling-temperature 1,2,3", "--sampling-temperature must be a number >= 0, or two"),
