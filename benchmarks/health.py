@@ -22,8 +22,7 @@ from measuring import Stopwatch, format_table, interleave, read_cpu_name
 from stage1_step import Ours, Task
 
 from maskgit_pl.distributed import describe_environment
-from maskgit_pl.training.health import HealthMonitor
-from maskgit_pl.training.health_rules import HealthConfig
+from maskgit_pl.training.health import HealthConfig, HealthMonitor
 from maskgit_pl.training.speed import SpeedMonitor
 from maskgit_pl.training.stop_and_nonfinite import clip_gradients
 from maskgit_pl.training.tokenizer_losses import gradient_norm
@@ -68,7 +67,7 @@ class Contenders:
         self.ours = Ours(task, "fp32")
         self.module, self.trainer = self.ours.module, self.ours.trainer
         vars(self.trainer).update(loggers=[], is_global_zero=True, callback_metrics={}, precision="32-true")
-        self.speed = SpeedMonitor(lambda: 1e12)
+        self.speed = SpeedMonitor(folder, lambda: 1e12)
         self.monitor = HealthMonitor(folder, HealthConfig(grace_steps=0))
         self.monitor.setup(self.trainer, self.module, "fit")  # type: ignore[arg-type]  # stands in for the Trainer
         self.tokens = torch.randint(task.codebook_size, (task.batch, *self.module.grid)).flatten(1)

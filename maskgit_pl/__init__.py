@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from maskgit_pl.autoregressive import AutoregressiveConfig, AutoregressiveModel
     from maskgit_pl.decoding import AutoregressiveDecoder, ParallelDecoder
+    from maskgit_pl.evaluation.demo_steps import demo
     from maskgit_pl.masking import MaskSampler
     from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
     from maskgit_pl.pipeline import MaskGIT
@@ -34,6 +35,7 @@ __all__ = [
     "ParallelDecoder",
     "Tokenizer",
     "TokenizerConfig",
+    "demo",
     "mask_schedules",
 ]
 
@@ -50,6 +52,7 @@ _HOMES = {
     "AutoregressiveDecoder": "decoding",
     "Tokenizer": "tokenizer",
     "TokenizerConfig": "training.tokenizer_losses",
+    "demo": "evaluation.demo_steps",
     "mask_schedules": "schedules",
 }
 

@@ -37,6 +37,7 @@ __all__ = [
     "check_number",
     "check_seed",
     "check_sha256",
+    "count_text",
     "describe_wrong_values",
     "did_you_mean",
     "height_width",
@@ -479,6 +480,12 @@ def pixels_text(size: int | Sequence[int]) -> str:
     """Returns a size for messages: width x height, as PIL and file managers show it."""
     height, width = height_width(size)
     return f"{width} x {height}"
+
+
+def count_text(count: int, noun: str) -> str:
+    """Formats a count with its noun, such as ``1 node``, ``1,024 nodes`` or ``2 classes``."""
+    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{ending}"
 
 
 def image_file_name(label: int | None, seed: int) -> str:

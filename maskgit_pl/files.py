@@ -41,6 +41,7 @@ __all__ = [
     "open_zip",
     "parse_any_json",
     "parse_json",
+    "parse_size",
     "parse_yaml",
     "read_json",
     "read_yaml",
@@ -243,6 +244,20 @@ def size_text(count: float) -> str:
             size = count / factor
             return f"{size:.0f} {unit}" if size >= 100 else f"{size:.3g} {unit}"
     return f"{count:.0f} bytes"
+
+
+def parse_size(text: str) -> float:
+    """Parses a number of bytes such as ``80GB``, ``24GiB`` or ``4e10``.
+
+    Raises:
+        ValueError: if the text is not such a size, or not a finite number above 0.
+    """
+    found = re.fullmatch(r"(\d+\.?\d*(?:[eE][+-]?\d+)?)\s*(?:([KMGTP])(i?))?[bB]?", text)
+    power = 1 + "KMGTP".index(found[2]) if found and found[2] else 0
+    size = float(found[1]) * (1024 if found[3] else 1000) ** power if found else 0.0
+    if not 0 < size < math.inf:
+        raise ValueError(f"must be a size such as 80GB, 24GiB or 4e10, got {text}")
+    return size
 
 
 def read_json(file: Path, *, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any]:

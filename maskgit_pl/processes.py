@@ -297,10 +297,8 @@ def run_jobs(
         (job, result) in the order in which the jobs finish.
 
     Raises:
-        ValueError: if ``workers`` is not an integer of at least 1.
         DataWorkerError: if a worker was killed.
     """
-    check_integer("workers", workers, "[1, inf)")
     # One process: the results come in the order of the jobs, and starting another would take a second.
     workers = min(workers, len(jobs))
     if workers <= 1:
@@ -343,8 +341,11 @@ def choose_workers(given: int | None, *, work: float) -> int:
     Args:
         given: The number that the user asked for; None for one per core, fewer if there is little work.
         work: Amount of work, in units that take one process about 10 seconds.
+
+    Raises:
+        ValueError: if ``given`` is not an integer of at least 1.
     """
-    return min(available_cores(), 1 + int(work)) if given is None else given
+    return min(available_cores(), 1 + int(work)) if given is None else check_integer("num_workers", given, "[1, inf)")
 
 
 _shared: Any = None  # in a worker: the argument that all jobs share, sent once

@@ -1,7 +1,6 @@
 """Every JSON file that the package writes beside weights, mutated key by key: it loads, or is refused in one line."""
 
 import copy
-import hashlib
 import itertools
 import json
 import resource
@@ -41,7 +40,6 @@ from maskgit_pl.pipeline.pretrained import (
     save_transformer,
 )
 from maskgit_pl.runs.recipe import STAGES
-from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, read_settings
 from maskgit_pl.training.speed import read_training_time
 from tests.conftest import flags
 
@@ -191,53 +189,7 @@ def classifier(folder: Path) -> tuple[Path, Callable[[], Any]]:
     return folder / "config.json", lambda: load_classifier(folder).state_dict()
 
 
-def checkpoint(folder: Path) -> Path:
-    state = {
-        "epoch": 0,
-        "global_step": 3,
-        "state_dict": {"weight": torch.arange(6.0).reshape(2, 3), "scale": torch.tensor(2.0)},
-        "loops": [{"done": 3}],
-        "maskgit_pl.settings": {"data.seed": 0, "model.betas": (0.9, 0.96)},
-        "worst": float("inf"),
-    }
-    FolderCheckpointIO().save_checkpoint(state, folder)
-    return folder
-
-
-def read_checkpoint(folder: Path) -> dict[str, Tensor]:
-    read_settings(folder)
-    state = FolderCheckpointIO().load_checkpoint(folder)
-    return {name: state["state_dict"][name] for name in ("weight", "scale")} if "state_dict" in state else {}
-
-
-def marker(folder: Path) -> tuple[Path, Callable[[], Any]]:
-    checkpoint(folder)
-    return folder / "COMPLETE.json", lambda: read_checkpoint(folder)
-
-
-def hashed_anew(folder: Path) -> None:
-    """Makes the marker say what the files are, as someone who wants them read would."""
-    said = json.loads((folder / "COMPLETE.json").read_text())
-    for name in said["files"]:
-        content = (folder / name).read_bytes()
-        said["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (folder / "COMPLETE.json").write_text(json.dumps(said))
-
-
-def state(folder: Path) -> tuple[Path, Callable[[], Any]]:
-    checkpoint(folder)
-
-    def load() -> Any:
-        hashed_anew(folder)
-        try:
-            return read_checkpoint(folder)
-        except (KeyError, TypeError, AttributeError):  # values in other places: they are plain, and Lightning judges
-            return {}
-
-    return folder / "state.json", load
-
-
-FILES = (tokenizer, transformer, decoding, classifier, marker, state)
+FILES = (tokenizer, transformer, decoding, classifier)
 
 
 @pytest.mark.slow
@@ -251,7 +203,7 @@ def test_a_file_with_one_key_changed_loads_the_same_weights_or_is_refused_in_one
         found = outcome(load, file, changed)
         tried += 1
         refused += found is None
-        if found is not None and make is not state:
+        if found is not None:
             assert equal(found, expected) or make is decoding, f"{changed}: other weights"
     assert tried > 100
     assert refused > tried / 4
@@ -260,7 +212,7 @@ def test_a_file_with_one_key_changed_loads_the_same_weights_or_is_refused_in_one
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [tokenizer, transformer, classifier, marker])
+@pytest.mark.parametrize("make", [tokenizer, transformer, classifier])
 def test_weights_with_one_byte_of_the_header_changed_load_or_are_refused_in_one_line(tmp_path, make):
     _, load = make(tmp_path / "folder")
     (file,) = (tmp_path / "folder").glob("*.safetensors")
@@ -269,8 +221,6 @@ def test_weights_with_one_byte_of_the_header_changed_load_or_are_refused_in_one_
     for place in {*range(16), *range(16, length, max(1, length // 80))}:
         for byte in (0x31, 0xFF):
             file.write_bytes(good[:place] + bytes([byte]) + good[place + 1 :])
-            if make is marker:
-                hashed_anew(file.parent)
             outcome(load, file, f"byte {place}: {byte}")
 
 

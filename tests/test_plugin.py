@@ -129,7 +129,7 @@ def test_the_table_of_schedules_names_the_broken_ones_in_one_line_each(workplace
     ):
         assert f"mask schedule {said}\n" in done.stdout
     for name in ("sine", "cosine", "log"):
-        assert f"│ {name} " in done.stdout
+        assert f"\n{name} " in done.stdout
 
 
 @pytest.mark.parametrize("name", ["missing", "leaving"])

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from maskgit_pl.data import Batch
 from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.transformer import TransformerConfig
-from maskgit_pl.runs.costs import _count_predicted
+from maskgit_pl.runs.costs import count_predicted
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
 from maskgit_pl.training.learning_rates import LearningRate
 from tests.modules import masked_model
@@ -100,7 +100,7 @@ def test_the_original_is_asked_for_where_a_token_was_replaced(name):
 def test_the_defaults_are_the_plain_loss_to_the_last_bit():
     module, given = model(network=replace(CONFIG, dropout=0.0)), batch()
     drawn, found = losses_of(module, given)
-    plain = module._compute_losses(module.transformer, drawn, given.content, smoothing=0.1)
+    plain = module.compute_losses(module.transformer, drawn, given.content, smoothing=0.1)
     assert found.counted is plain.counted is None
     for mine, other in zip(found[:3], plain[:3], strict=True):
         assert torch.equal(mine, other)
@@ -190,4 +190,4 @@ def test_what_cannot_be_trained_is_refused_before_the_first_step(options, text):
     ],
 )
 def test_costs_count_the_tokens_that_are_predicted(options, count):
-    assert _count_predicted(model(**options))[0] == pytest.approx(count, abs=0.01)
+    assert count_predicted(model(**options))[0] == pytest.approx(count, abs=0.01)

@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 
 from maskgit_pl import MaskGIT, mask_schedules
-from maskgit_pl.cli import main
+from maskgit_pl.cli import _parse, main
+from maskgit_pl.cli.arguments import read_call
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.pipeline.display import Recording
@@ -508,8 +509,15 @@ def test_a_used_port_is_named():
         port = used.getsockname()[1]
         with pytest.raises(ValueError, match=f"free port of this machine, got 127.0.0.1:{port}"):
             server.check_port("127.0.0.1", port)
-    with pytest.raises(ValueError, match="--port must be in"):
+    with pytest.raises(ValueError, match="port must be an integer in"):
         server.check_port("127.0.0.1", 0)
+
+
+def test_the_command_shows_the_model_of_the_package_by_default():
+    args = _parse(["web"])
+    assert read_call(args.function, vars(args)) == {}
+    args = _parse(["web", "runs/one", "--port=80"])
+    assert read_call(args.function, vars(args)) == {"folder": Path("runs/one"), "port": 80}
 
 
 def test_without_gradio_the_command_says_how_to_install_it(monkeypatch, capsys):

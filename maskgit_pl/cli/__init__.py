@@ -37,21 +37,25 @@ from maskgit_pl.errors import (
 __all__ = ["build_parser", "main"]
 
 _COMMANDS = {  # the function of each command, in the order of the help
-    "demo": "cli.demo",
-    "models": "cli.listing",
-    "data": "cli.data",
-    "doctor": "cli.doctor",
+    "demo": "cli.demo:demo",
+    "models": "cli.listing:models",
+    "data make": "cli.data:make",
+    "data index": "cli.data:index",
+    "data verify": "cli.data:verify",
+    "data stats": "cli.data:stats",
+    "data fetch": "cli.data:fetch",
+    "doctor": "cli.doctor:doctor",
     "train": "cli.train:train",
     "slurm submit": "cli.train:submit",
     "tokenize": "cli.train:tokenize",
-    "export": "cli.export",
-    "push": "cli.export",
+    "export": "cli.export:export",
+    "push": "cli.export:push",
     "sample": "cli.sample:sample",
     "inpaint": "cli.editing:inpaint",
     "edit": "cli.editing:edit",
     "outpaint": "cli.editing:outpaint",
     "panorama": "cli.editing:panorama",
-    "web": "cli.web",
+    "web": "cli.web:web",
     "evaluate": "cli.evaluate:evaluate",
     "evaluate-tokenizer": "cli.evaluate:evaluate_tokenizer",
     "inspect": "contrib.inspect:inspect",
@@ -61,18 +65,22 @@ _COMMANDS = {  # the function of each command, in the order of the help
     "table": "cli.reports:table",
     "figure": "cli.reports:figure",
     "train-classifier": "cli.evaluate:train_classifier",
-    "schedules": "cli.listing",
-    "recipes": "cli.listing",
-    "plugins": "cli.listing",
-    "env": "cli.listing",
-    "import-jax": "cli.importing",
-    "import-tokenizer": "cli.importing",
-    "import-transformer": "cli.importing",
+    "schedules": "cli.listing:schedules",
+    "recipes list": "cli.listing:recipes_list",
+    "recipes show": "cli.listing:recipes_show",
+    "recipes copy": "cli.listing:recipes_copy",
+    "recipes schema": "cli.listing:recipes_schema",
+    "plugins": "cli.listing:plugins",
+    "env": "cli.listing:env",
+    "completion": "cli.listing:completion",
+    "import-jax": "cli.importing:import_jax",
+    "import-tokenizer": "cli.importing:import_tokenizer",
+    "import-transformer": "cli.importing:import_transformer",
 }
 _GROUPS = {  # commands that have commands
-    "data": "Fetch, make, index, verify and count shards of images.",
-    "slurm": "Train on a Slurm cluster with jobs that save before their time limit and requeue themselves.",
-    "recipes": "List, show and copy the recipes that --recipe can name, and print their JSON Schema.",
+    "data": "Fetches, makes, indexes, verifies and counts shards of images.",
+    "slurm": "Trains on a Slurm cluster with jobs that save before their time limit and requeue themselves.",
+    "recipes": "Lists, shows and copies the recipes that --recipe can name, and prints their JSON Schema.",
 }
 
 
@@ -108,6 +116,8 @@ class _Parser(argparse.ArgumentParser):
             self.exit(BAD_INPUT, f"{self.prog}: unknown command {shorten(value)}: {hint}commands: {listed}\n")
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        if arg_string is argparse.SUPPRESS:  # the default of a positional argument, of which argparse would make a path
+            return arg_string
         # An empty word is mostly a variable of the shell without a value, but Path("") is the current folder.
         is_positional = not action.option_strings and action.nargs != argparse.PARSER
         if not arg_string and (action.type is Path or is_positional):
@@ -141,12 +151,8 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
             text = _GROUPS[group]
             child = commands.add_parser(group, help=f"{text[0].lower()}{text[1:-1]}", description=text)
             groups[group] = child.add_subparsers(title="commands", dest="inner", required=True, metavar="COMMAND")
-        module, _, function = _COMMANDS[name].partition(":")
-        home = import_module(f"maskgit_pl.{module}")
-        if not function:
-            getattr(home, f"add_{name.replace('-', '_')}_parser")(commands)
-            continue
-        add_command(groups.get(group, commands), inner, getattr(home, function))
+        module, function = _COMMANDS[name].split(":")
+        add_command(groups.get(group, commands), inner, getattr(import_module(f"maskgit_pl.{module}"), function))
     return parser
 
 

@@ -38,7 +38,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, Unpack, get_args,
 
 from maskgit_pl.checks import check_choice, is_image_file_name, shorten
 from maskgit_pl.files import check_writable
-from maskgit_pl.runs.flag_values import parse_json_spec, parse_list, parse_numbers
+from maskgit_pl.runs.flag_values import parse_named_spec
 
 __all__ = ["Output", "Word", "add_command", "flag_of", "read_call", "summary_of"]
 
@@ -196,7 +196,8 @@ def _groups(function: Callable[..., Any]) -> list[_Group]:
             groups.append(_Group(name, None, arguments))
         elif is_dataclass(hint):
             found, helps = _hints(hint), _helps(hint)
-            defaults = {field.name: field.default for field in fields(hint)}
+            # What a factory makes is no text of the help.
+            defaults = {each.name: None if callable(each.default_factory) else each.default for each in fields(hint)}
             arguments = [_argument(key, found[key], default, helps) for key, default in defaults.items()]
             groups.append(_Group(name, hint, arguments))  # type: ignore[arg-type]  # a dataclass is its constructor
         else:
@@ -214,10 +215,7 @@ def _argument(name: str, hint: Any, default: Any, helps: Mapping[str, str], *, i
     form = None
     for each in (hint, *get_args(hint)):  # ``Annotated[...] | None`` too
         if get_origin(each) is Annotated:
-            hint, form = (
-                each.__origin__,
-                next((item for item in each.__metadata__ if isinstance(item, Word | Output)), None),
-            )
+            hint, (form, *_) = each.__origin__, each.__metadata__
     members = [each for each in get_args(hint) if each is not type(None)]
     if get_origin(hint) in (Union, UnionType) and len(members) == 1:
         (hint,) = members
@@ -260,8 +258,8 @@ def _read_given(argument: _Argument, given: Any) -> Any:
 def _read(name: str, text: str, hint: Any, form: Word | Output | None) -> Any:
     """Returns the value of a word.
 
-    ``str | Mapping`` is a name or a JSON mapping, ``tuple[int, ...]`` numbers and ranges such as ``1,4-8``, and
-    ``float | tuple[float, float]`` one number or two.
+    ``str | dict`` is a name or a mapping in YAML, which JSON is too, ``tuple[int, ...]`` are numbers separated by
+    commas, and ``float | tuple[float, float]`` is one number or several.
 
     Raises:
         ValueError: if the word has another form. The message begins with ``name``.
@@ -274,18 +272,18 @@ def _read(name: str, text: str, hint: Any, form: Word | Output | None) -> Any:
     if hint is Path:
         return Path(text)
     if hint in (int, float):
+        kind = "an integer" if hint is int else "a number"
         try:
             return hint(text)
         except ValueError:
-            raise ValueError(
-                f"{name} must be {'an integer' if hint is int else 'a number'}, got {shorten(text)}"
-            ) from None
-    if _members(hint, dict) or _members(hint, Mapping):
-        return parse_json_spec(name, text)
-    if _members(hint, tuple) and float in get_args(hint):
-        numbers = parse_list(name, text, float)
-        return numbers[0] if len(numbers) == 1 else numbers
-    return parse_numbers(name, text) if get_origin(hint) is tuple else text
+            raise ValueError(f"{name} must be {kind}, got {shorten(text)}") from None
+    if _members(hint, dict):
+        return parse_named_spec(name, text)
+    if several := _members(hint, tuple):
+        (kind, *_) = get_args(several[0])
+        values = tuple(_read(name, word, kind, None) for word in text.split(","))
+        return values[0] if len(values) == 1 and hint not in several else values
+    return Path(text) if hint is Path else text
 
 
 def _members(hint: Any, kind: type) -> list[Any]:

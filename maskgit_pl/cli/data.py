@@ -1,113 +1,91 @@
-"""``maskgit data``: fetches public data sets, makes shards from images, indexes, verifies and counts shards.
-
-This file is imported to build the parser, so only the functions that run a command import torch, PIL and webdataset.
-"""
+"""``maskgit data``: fetches public data sets, makes shards from images, indexes, verifies and counts shards."""
 
 from __future__ import annotations
 
-import argparse
-import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
-from maskgit_pl.checks import ImageSize, check_choice
-from maskgit_pl.cli.flags import check_outputs, use_flag_names
+from maskgit_pl.checks import check_choice
+from maskgit_pl.cli.arguments import Output, Word
+from maskgit_pl.cli.flags import Folder, ImageSize, check_one_of, print_json
 from maskgit_pl.data.folders import hold_lock
 from maskgit_pl.data.sources.public import Dataset, public_datasets
 from maskgit_pl.processes import named_bars
-from maskgit_pl.runs.flag_values import parse_image_size
 
 if TYPE_CHECKING:
     from maskgit_pl.data.samples import Source
 
-__all__ = ["add_data_parser", "make"]
-
-_Parsers = argparse._SubParsersAction
+__all__ = ["fetch", "index", "make", "stats", "verify"]
 
 _MOST_COMPARED = 2**30  # bytes of shards that are read again after they are made
 
 
-def add_data_parser(subparsers: _Parsers[argparse.ArgumentParser]) -> None:
-    """Adds the command to ``maskgit``."""
-    parser = subparsers.add_parser(
-        "data",
-        help="fetch, make, index, verify and count shards of images",
-        description="Download a data set, make shards from images, index existing shards, verify and count them.",
-    )
-    commands = parser.add_subparsers(title="commands", dest="data_command", required=True, metavar="COMMAND")
-    for add in (_add_make, _add_index, _add_verify, _add_stats, _add_fetch):
-        add(commands)
+def _read_class_names(flag: str, text: str) -> Sequence[str]:
+    from maskgit_pl.data.samples import parse_class_names
+
+    return parse_class_names(text)
 
 
-def _add_make(commands: _Parsers[argparse.ArgumentParser]) -> None:
-    make = commands.add_parser(
-        "make",
-        help="write images of folders, archives or data sets as shards",
-        description="Write images as shards with a train and a val split. The source is a folder, zip, tar or .tar.gz "
-        "of images (one sub-folder per class, or metadata.csv or .jsonl with file_name and label, or one class; train/ "
-        "and val/ are kept as splits), a folder of IDX or parquet files, or hf:OWNER/NAME[@REVISION][:SPLIT].",
-        epilog="Examples: maskgit data make photos.zip --out data/shards/photos --image-size 64; "
-        "maskgit data make hf:zalando-datasets/fashion_mnist --out data/shards/fashion",
-    )
-    make.add_argument(
-        "source",
-        metavar="SOURCE",
-        help="folder or archive of images, folder of IDX or parquet files, or hf:OWNER/NAME of the Hugging Face Hub",
-    )
-    make.add_argument("--out", type=Path, required=True, metavar="DIR", help="data folder to write")
-    make.add_argument(
-        "--val-fraction",
-        type=float,
-        metavar="F",
-        help="val fraction of a source without a val split (default: 0.1)",
-    )
-    make.add_argument(
-        "--image-size",
-        metavar="S|H,W",
-        help="crop the centre and resize to S x S pixels, or height H and width W (default: keep the files)",
-    )
-    make.add_argument("--shard-size", type=int, default=10_000, metavar="N", help="images per shard (default: 10000)")
-    make.add_argument(
-        "--label-field", default="label", metavar="NAME", help="column of the labels in a table (default: label)"
-    )
-    make.add_argument("--lenient", action="store_true", help="skip and list images that cannot be read")
-    _add_vectors(make, "files beside the images")
-    _add_class_names(make, "default: those of the source")
-    _add_workers(make)
-    make.set_defaults(run=_run_make)
-
-
-def _run_make(args: argparse.Namespace) -> int:
-    from maskgit_pl.data.sources.opening import HUB_PREFIX, open_source
-
-    names = _class_names(args)
-    size = None if args.image_size is None else parse_image_size("--image-size", args.image_size)
-    # Several workers would each read a stream from its beginning.
-    is_stream = args.source.startswith(HUB_PREFIX)
-    workers = 1 if is_stream and args.num_workers is None else args.num_workers
-    with use_flag_names(args):
-        source = open_source(
-            args.source,
-            classes=names,
-            val_fraction=args.val_fraction,
-            label_field=args.label_field,
-            vectors=not args.no_vectors,
-        )
-        make(source, args.out, size=size, shard_size=args.shard_size, lenient=args.lenient, workers=workers)
-    _report_duplicates(args.out)
-    return 0
+Pattern = Annotated[str, Word("PATTERN")]
+ClassNames = Annotated[Sequence[str], Word("A,B,...|FILE", _read_class_names)]
 
 
 def make(
-    source: Source,
-    out: Path,
+    source: Annotated[str, Word("SOURCE")],
     *,
-    size: ImageSize | None = None,
+    out: Folder,
+    val_fraction: float | None = None,
+    image_size: ImageSize | None = None,
     shard_size: int = 10_000,
+    label_field: str = "label",
     lenient: bool = False,
-    workers: int | None = 1,
+    no_vectors: bool = False,
+    class_names: ClassNames | None = None,
+    num_workers: int | None = None,
 ) -> None:
-    """Makes a data folder with a progress bar and prints its content."""
+    """Writes images of folders, archives or data sets as shards.
+
+    The shards have a train and a val split. The source is a folder, zip, tar or .tar.gz of images (one sub-folder per
+    class, or metadata.csv or .jsonl with file_name and label, or one class; train/ and val/ are kept as splits), a
+    folder of IDX or parquet files, or a data set of the Hugging Face Hub such as hf:zalando-datasets/fashion_mnist.
+
+    Example: maskgit data make photos.zip --out data/shards/photos --image-size 64
+
+    Args:
+        source: Folder or archive of images, folder of IDX or parquet files, or hf:OWNER/NAME[@REVISION][:SPLIT] of the
+            Hugging Face Hub.
+        out: Data folder to write.
+        val_fraction: Val fraction of a source without a val split (default: 0.1).
+        image_size: Crop the centre and resize to S x S pixels, or height H and width W (default: keep the files).
+        shard_size: Images per shard.
+        label_field: Column of the labels in a table.
+        lenient: Skip and list images that cannot be read.
+        no_vectors: Ignore .npy files beside the images (default: they are the images' vectors).
+        class_names: Class names in order, or a file with one name per line (default: those of the source).
+        num_workers: Worker processes (default: one per CPU core, fewer for little data).
+    """
+    from maskgit_pl.data.manifest import load_manifests
+    from maskgit_pl.data.sources.opening import HUB_PREFIX, open_source
+    from maskgit_pl.data.stats import find_duplicates
+    from maskgit_pl.data.verify import duplicate_lines
+
+    if source.startswith(HUB_PREFIX) and num_workers is None:
+        num_workers = 1  # several would each read the stream from its beginning
+    opened = open_source(
+        source, classes=class_names, val_fraction=val_fraction, label_field=label_field, vectors=not no_vectors
+    )
+    _make(opened, out, size=image_size, shard_size=shard_size, lenient=lenient, workers=num_workers)
+    if sum(file.stat().st_size for file in out.glob("*.tar")) > _MOST_COMPARED:
+        print(f"  duplicates: not searched for in so much data; `maskgit data stats {out}` does")
+        return
+    duplicates = find_duplicates(load_manifests(out))
+    if duplicates.val_in_train or any(duplicates.repeated.values()):
+        _print_lines(*duplicate_lines(duplicates))
+
+
+def _make(source: Source, out: Path, **options: Any) -> None:
+    """Makes a data folder with a progress bar and prints its content. See ``make_shards`` for the options."""
     from maskgit_pl.data.manifest import read_manifest_summary
     from maskgit_pl.data.verify import describe_data, unreadable_lines, untrained_lines
     from maskgit_pl.data.writer import make_shards
@@ -115,250 +93,203 @@ def make(
     # The lock is held until the manifest is written, so that two commands never write to the same folder.
     with hold_lock(out, hint="give another --out"), named_bars("samples") as advance:
         made = make_shards(
-            source,
-            out,
-            size=size,
-            shard_size=shard_size,
-            lenient=lenient,
-            workers=workers,
-            on_samples=lambda split, count: advance(split, count, source.counts[split]),
+            source, out, on_samples=lambda split, count: advance(split, count, source.counts[split]), **options
         )
     print(describe_data(out, read_manifest_summary(out), "made" if made else "complete already, nothing to do"))
-    for line in [*source.left_out, *unreadable_lines(out)]:
-        print(f"  left out: {line}")
-    for line in untrained_lines(out):
+    left_out = [f"left out: {line}" for line in (*source.left_out, *unreadable_lines(out))]
+    _print_lines(*left_out, *untrained_lines(out))
+
+
+def _print_lines(*lines: str) -> None:
+    for line in lines:
         print(f"  {line}")
 
 
-def _report_duplicates(folder: Path) -> None:
-    """Prints which images are equal, if any; for large data, which take long to read again, the command that does."""
-    from maskgit_pl.data.manifest import load_manifests
-    from maskgit_pl.data.stats import find_duplicates
-    from maskgit_pl.data.verify import duplicate_lines
+def index(
+    shards: Annotated[str, Word("DIR|PATTERN")],
+    *,
+    train: Pattern | None = None,
+    val: Pattern | None = None,
+    val_fraction: float | None = None,
+    label_field: str | None = None,
+    no_labels: bool = False,
+    lenient: bool = False,
+    no_vectors: bool = False,
+    class_names: ClassNames | None = None,
+    num_workers: int | None = None,
+) -> None:
+    """Writes the manifests of existing WebDataset tars.
 
-    if sum(file.stat().st_size for file in folder.glob("*.tar")) > _MOST_COMPARED:
-        print(f"  duplicates: not searched for in so much data; `maskgit data stats {folder}` does")
-        return
-    found = find_duplicates(load_manifests(folder))
-    if found.val_in_train or any(found.repeated.values()):
-        print("\n".join(f"  {line}" for line in duplicate_lines(found)))
+    Another program may have made the tars. They are not changed.
 
+    Example: maskgit data index 'imagenet/imagenet-{train,val}-*.tar'
 
-def _add_index(commands: _Parsers[argparse.ArgumentParser]) -> None:
-    index = commands.add_parser(
-        "index",
-        help="write the manifests of existing WebDataset tars",
-        description="Write the manifests of WebDataset tars that another program made. The tars are not changed.",
-        epilog="Example: maskgit data index 'imagenet/imagenet-{train,val}-*.tar'",
-    )
-    index.add_argument("shards", metavar="DIR|PATTERN", help="folder of tars, or a quoted glob or brace pattern")
-    index.add_argument("--train", metavar="PATTERN", help="train tars in the folder (default: all except val)")
-    index.add_argument("--val", metavar="PATTERN", help="val tars (default: those with val or test in their names)")
-    index.add_argument(
-        "--val-fraction",
-        type=float,
-        metavar="F",
-        help="without val tars: fraction of the tars, the last ones, that become val (default: 0.1)",
-    )
-    labels = index.add_mutually_exclusive_group()
-    labels.add_argument(
-        "--label-field", metavar="NAME", help="read labels from this field of .json (default: from .cls)"
-    )
-    labels.add_argument("--no-labels", action="store_true", help="put all images into one class")
-    index.add_argument("--lenient", action="store_true", help="skip and count damaged samples")
-    _add_vectors(index, "members")
-    _add_class_names(index, "default: numbers")
-    _add_workers(index)
-    index.set_defaults(run=_run_index)
-
-
-def _run_index(args: argparse.Namespace) -> int:
+    Args:
+        shards: Folder of tars, or a quoted glob or brace pattern.
+        train: Train tars in the folder (default: all except val).
+        val: Val tars (default: those with val or test in their names).
+        val_fraction: Without val tars: fraction of the tars, the last ones, that become val (default: 0.1).
+        label_field: Read labels from this field of .json (default: from .cls).
+        no_labels: Put all images into one class.
+        lenient: Skip and count damaged samples.
+        no_vectors: Ignore .npy members (default: they are the images' vectors).
+        class_names: Class names in order, or a file with one name per line (default: numbers).
+        num_workers: Worker processes (default: one per CPU core, fewer for little data).
+    """
     from maskgit_pl.data.index import index_shards
     from maskgit_pl.data.manifest import read_manifest_summary
     from maskgit_pl.data.reader import locate_shards, split_shards
     from maskgit_pl.data.samples import find_class_names
     from maskgit_pl.data.verify import describe_data, index_lines, untrained_lines
 
-    folder, found = locate_shards(args.shards)
-    shards, how = split_shards(folder, found, train=args.train, val=args.val, val_fraction=args.val_fraction)
+    check_one_of(label_field=label_field, no_labels=no_labels)
+    folder, found = locate_shards(shards)
+    splits, how = split_shards(folder, found, train=train, val=val, val_fraction=val_fraction)
     # Without --class-names, the names of an existing manifest are kept, unless all images get one class.
-    names = _class_names(args) or (None if args.no_labels else find_class_names(folder))
-    # The three kinds of labels as the index reads them.
-    labels = "none" if args.no_labels else f"json:{args.label_field}" if args.label_field else "cls"
+    names = class_names or (None if no_labels else find_class_names(folder))
     with named_bars("shards") as advance:
         indexed = index_shards(
             folder,
-            shards,
+            splits,
             classes=names,
-            labels=labels,
-            vectors=not args.no_vectors,
-            lenient=args.lenient,
-            workers=args.num_workers,
+            labels="none" if no_labels else f"json:{label_field}" if label_field else "cls",
+            vectors=not no_vectors,
+            lenient=lenient,
+            workers=num_workers,
             on_shard=lambda split, total: advance(split, 1, total),
         )
     print(describe_data(folder, read_manifest_summary(folder), "indexed"))
-    if names is not None and args.class_names is None:
+    if names is not None and class_names is None:
         print("  class names: kept from the existing manifest")
-    print("\n".join(index_lines(folder, shards, how, indexed)))
-    for line in untrained_lines(folder):
-        print(f"  {line}")
-    return 0
+    print("\n".join(index_lines(folder, splits, how, indexed)))
+    _print_lines(*untrained_lines(folder))
 
 
-def _add_verify(commands: _Parsers[argparse.ArgumentParser]) -> None:
-    verify = commands.add_parser(
-        "verify",
-        help="read every shard or token file and list the damaged ones",
-        description="Read every shard of a data folder, or every file of a token store, compare them with the "
-        "manifests, and list the damaged ones.",
-        epilog="Example: maskgit data verify data/shards/fashion-mnist",
+def verify(folder: Folder, *, decode: bool = False, num_workers: int | None = None) -> None:
+    """Reads every shard or token file and lists the damaged ones.
+
+    The files of a data folder or a token store are compared with their manifests.
+
+    Example: maskgit data verify data/shards/fashion-mnist
+
+    Args:
+        folder: Data folder or token store.
+        decode: Also decode every image.
+        num_workers: Worker processes (default: one per CPU core, fewer for little data).
+    """
+    from maskgit_pl.data.token_store import DESCRIPTION_FILE, REMAKE_HINT, is_store
+    from maskgit_pl.data.verify import (
+        describe_bad_files,
+        describe_store_verification,
+        describe_verification,
+        verify_shards,
+        verify_store,
     )
-    verify.add_argument("folder", type=Path, metavar="DIR", help="data folder or token store")
-    verify.add_argument("--decode", action="store_true", help="also decode every image")
-    _add_workers(verify)
-    verify.set_defaults(run=_run_verify)
 
-
-def _run_verify(args: argparse.Namespace) -> int:
-    from maskgit_pl.data.token_store import is_store
-    from maskgit_pl.data.verify import describe_bad_files, describe_verification, verify_shards
-
-    # A token store has another manifest and no images.
-    if is_store(args.folder):
-        return _verify_store(args.folder, decode=args.decode)
+    if is_store(folder):  # which has another manifest and no images
+        if decode:
+            raise ValueError(f"--decode must be left out for a token store, which has no images, got {folder}")
+        store = verify_store(folder)
+        if store.bad:
+            raise ValueError(f"token store {folder}: {describe_bad_files(store.bad, DESCRIPTION_FILE)}\n{REMAKE_HINT}")
+        print(describe_store_verification(folder, store))
+        return
     with named_bars("shards") as advance:
-        found = verify_shards(
-            args.folder,
-            decode=args.decode,
-            workers=args.num_workers,
-            on_shard=lambda split, total: advance(split, 1, total),
+        data = verify_shards(
+            folder, decode=decode, workers=num_workers, on_shard=lambda split, total: advance(split, 1, total)
         )
-    if found.bad:
-        raise ValueError(f"data {args.folder}: {describe_bad_files(found.bad, 'the manifest')}")
-    print(describe_verification(args.folder, found, decoded=args.decode))
-    return 0
+    if data.bad:
+        raise ValueError(f"data {folder}: {describe_bad_files(data.bad, 'the manifest')}")
+    print(describe_verification(folder, data, decoded=decode))
 
 
-def _verify_store(folder: Path, *, decode: bool) -> int:
-    from maskgit_pl.data.token_store import DESCRIPTION_FILE, REMAKE_HINT
-    from maskgit_pl.data.verify import describe_bad_files, describe_store_verification, verify_store
+def stats(
+    folder: Folder,
+    *,
+    no_duplicates: bool = False,
+    decode: bool = False,
+    json: bool = False,
+    out: Annotated[Path, Output(".png")] | None = None,
+) -> None:
+    """Counts the classes, images and bytes of a data folder.
 
-    if decode:
-        raise ValueError(f"--decode must be left out for a token store, which has no images, got {folder}")
-    found = verify_store(folder)
-    if found.bad:
-        raise ValueError(f"token store {folder}: {describe_bad_files(found.bad, DESCRIPTION_FILE)}\n{REMAKE_HINT}")
-    print(describe_store_verification(folder, found))
-    return 0
+    Sizes are printed too, and images that are equal to others.
 
+    Example: maskgit data stats data/shards/fashion-mnist --out sheet.png
 
-def _add_stats(commands: _Parsers[argparse.ArgumentParser]) -> None:
-    stats = commands.add_parser(
-        "stats",
-        help="count the classes, images and bytes of a data folder",
-        description="Print the number of images, classes, sizes and bytes of a data folder, and find images that are "
-        "equal to others.",
-        epilog="Example: maskgit data stats data/shards/fashion-mnist --out sheet.png",
-    )
-    stats.add_argument("folder", type=Path, metavar="DIR", help="data folder")
-    duplicates = stats.add_mutually_exclusive_group()
-    duplicates.add_argument("--no-duplicates", action="store_true", help="do not read all images to find equal ones")
-    duplicates.add_argument("--decode", action="store_true", help="compare decoded pixels (default: the files' bytes)")
-    stats.add_argument("--json", action="store_true", help="print JSON")
-    stats.add_argument("--out", type=Path, metavar="FILE.png", help="draw the first images of each class")
-    stats.set_defaults(run=_run_stats)
-
-
-def _run_stats(args: argparse.Namespace) -> int:
+    Args:
+        folder: Data folder.
+        no_duplicates: Do not read all images to find equal ones.
+        decode: Compare decoded pixels (default: the files' bytes).
+        json: Print JSON.
+        out: Draw the first images of each class.
+    """
     from maskgit_pl.data.stats import find_duplicates, read_statistics, statistics_as_json
     from maskgit_pl.data.verify import duplicate_lines, statistics_lines
 
-    check_outputs(args, out=".png")
-    statistics = read_statistics(args.folder)
+    check_one_of(no_duplicates=no_duplicates, decode=decode)
+    statistics = read_statistics(folder)
     duplicates = None
-    if not args.no_duplicates:
+    if not no_duplicates:
         with named_bars("images") as advance:
             duplicates = find_duplicates(
                 statistics.manifests,
-                compare="pixels" if args.decode else "bytes",
+                compare="pixels" if decode else "bytes",
                 on_image=lambda split, total: advance(split, 1, total),
             )
-    if args.json:
-        print(json.dumps(statistics_as_json(statistics, duplicates), indent=1))
+    if json:
+        print_json(statistics_as_json(statistics, duplicates))
     else:
-        print("\n".join(statistics_lines(args.folder, statistics)))
+        print("\n".join(statistics_lines(folder, statistics)))
         if duplicates is not None:
             print("\n".join(["", *duplicate_lines(duplicates)]))
-    if args.out is not None:
+    if out is not None:
         from maskgit_pl.pipeline.grids import draw_contact_sheet
 
-        draw_contact_sheet(statistics, args.out)
-        if not args.json:
-            print(f"{args.out}: first images of each class")
-    return 0
+        draw_contact_sheet(statistics, out)
+        if not json:
+            print(f"{out}: first images of each class")
 
 
-def _add_fetch(commands: _Parsers[argparse.ArgumentParser]) -> None:
+def fetch(
+    name: str,
+    *,
+    out: Folder | None = None,
+    raw: Folder | None = None,
+    source: Path | None = None,
+    image_size: Annotated[int, Word("S")] | None = None,
+) -> None:
+    """Downloads a public data set and writes its shards.
+
+    The files are checked, and complete data are kept. {contents}.
+
+    Example: maskgit data fetch fashion-mnist
+
+    Args:
+        name: Name of the data set.
+        out: Data folder to write (default: data/shards/NAME).
+        raw: Folder that keeps the downloaded files (default: data/raw/NAME).
+        source: Existing files in place of a download: {source}.
+        image_size: Side of the images in pixels ({sizes}).
+    """
     datasets = public_datasets()
-    listed = "; ".join(f"{name}: {each.contents}" for name, each in datasets.items())
-    parser = commands.add_parser(
-        "fetch",
-        help="download a public data set and write its shards",
-        description=f"Download a public data set, check it and write its shards. Complete data are kept. {listed}.",
-        epilog="Example: maskgit data fetch fashion-mnist",
-    )
-    parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(datasets)}")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="data folder to write (default: data/shards/NAME)")
-    parser.add_argument(
-        "--raw", type=Path, metavar="DIR", help="folder that keeps the downloaded files (default: data/raw/NAME)"
-    )
-    parser.add_argument("--source", type=Path, metavar="PATH", help="existing files in place of a download: "
-                        + "; ".join(f"{name}: {each.source}" for name, each in datasets.items()))  # fmt: skip
-    sizes = "; ".join(f"{name}: {_sizes_text(each)}" for name, each in datasets.items())
-    parser.add_argument("--image-size", type=int, metavar="S", help=f"side of the images in pixels ({sizes})")
-    parser.set_defaults(run=_run_fetch)
-
-
-def _run_fetch(args: argparse.Namespace) -> int:
-    """Fetches the files and writes the shards."""
-    datasets = public_datasets()
-    check_choice("NAME", args.name, datasets)
-    dataset = datasets[args.name]
-    size = dataset.image_sizes[0] if args.image_size is None else args.image_size
+    dataset = datasets[check_choice("NAME", name, datasets)]
+    size = dataset.image_sizes[0] if image_size is None else image_size
     if size not in dataset.image_sizes:
-        raise ValueError(f"--image-size must be {_sizes_text(dataset)} for {args.name}, got {size}")
-    raw = Path("data/raw", args.name) if args.raw is None else args.raw
-    files = dataset.fetch(raw) if args.source is None else args.source
-    make(dataset.open(files, image_size=size), Path("data/shards", args.name) if args.out is None else args.out)
-    return 0
+        raise ValueError(f"--image-size must be {_sizes(dataset)} for {name}, got {size}")
+    files = dataset.fetch(raw or Path("data/raw", name)) if source is None else source
+    _make(dataset.open(files, image_size=size), out or Path("data/shards", name))
 
 
-def _sizes_text(dataset: Dataset) -> str:
+def _sizes(dataset: Dataset) -> str:
     return " or ".join(map(str, dataset.image_sizes))
 
 
-def _add_class_names(parser: argparse.ArgumentParser, when: str) -> None:
-    parser.add_argument(
-        "--class-names", metavar="A,B,...|FILE", help=f"class names in order, or a file with one name per line ({when})"
-    )
+def _of_each(text: Callable[[Dataset], str]) -> str:
+    """Returns a text of each data set, for the help."""
+    return "; ".join(f"{name}: {text(each)}" for name, each in public_datasets().items())
 
 
-def _class_names(args: argparse.Namespace) -> list[str] | None:
-    from maskgit_pl.data.samples import parse_class_names
-
-    return None if args.class_names is None else parse_class_names(args.class_names)
-
-
-def _add_vectors(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument(
-        "--no-vectors", action="store_true", help=f"ignore .npy {what} (default: they are the images' vectors)"
-    )
-
-
-def _add_workers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--num-workers",
-        type=int,
-        metavar="N",
-        help="worker processes (default: one per CPU core, fewer for little data)",
-    )
+fetch.__doc__ = (fetch.__doc__ or "").format(
+    contents=_of_each(lambda each: each.contents), source=_of_each(lambda each: each.source), sizes=_of_each(_sizes)
+)

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack, cast
 
-from maskgit_pl.checks import check_integer, height_width, pixels_text
+from maskgit_pl.checks import check_integer, count_text, height_width, pixels_text
 from maskgit_pl.cli.arguments import Output, Word
 from maskgit_pl.cli.flags import ModelFlags, Run, check_one_of
 from maskgit_pl.cli.outputs import Generated, Pictures, record_steps
 from maskgit_pl.pipeline.options import MAX_RESULTS, DecodingSettings, replace_settings
-from maskgit_pl.runs.preflight_report import count_text
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -36,6 +36,7 @@ __all__ = [
     "WantedFolders",
     "check_one_of",
     "make_folder",
+    "print_json",
     "print_rows",
 ]
 
@@ -47,7 +48,7 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 ClassName = Annotated[str, Word("NAME")]
 Numbers = Annotated[tuple[int, ...], Word("T,...", parse_numbers)]
 Seeds = Annotated[tuple[int, ...], Word("N,...", parse_integers)]
-Specs = Annotated[list[str | dict[str, Any]], Word("A,B,...", parse_specs)]
+Specs = Annotated[Sequence[str | dict[str, Any]], Word("A,B,...", parse_specs)]
 Features = Annotated[Sequence[str | dict[str, Any]], Word("A,B,...", parse_features)]
 ImageSize = Annotated[int | tuple[int, int], Word("S|H,W", parse_image_size)]
 
@@ -191,6 +192,11 @@ def make_folder(folder: Path) -> None:
         print(f"{folder}: new folder")
 
 
+def print_json(value: object) -> None:
+    """Prints plain values as JSON."""
+    print(json.dumps(value, indent=1))
+
+
 def print_rows(rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
     """Prints rows that have the same keys.
 
@@ -199,7 +205,7 @@ def print_rows(rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
         as_json: True to print a JSON list of objects, with unchanged values.
     """
     if as_json:
-        print(json.dumps([dict(row) for row in rows], indent=1))
+        print_json([dict(row) for row in rows])
         return
     # Names of packages and files are untrusted: no control characters.
     cells = [[column.replace("_", " ") for column in rows[0]] if rows else []]

@@ -9,10 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from maskgit_pl.checks import height_width
+from maskgit_pl.checks import count_text, height_width
 from maskgit_pl.cli.arguments import Output
 from maskgit_pl.cli.flags import make_folder
-from maskgit_pl.runs.preflight_report import count_text
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -84,9 +83,10 @@ class Pictures:
             print(f"{self.images}: {count_text(len(made.images), 'file')}")
         if not made.steps:
             return
-        size, tokenizer, count = made.images.shape[-2:], pipe.tokenizer, len(made.steps[0].tokens)
-        grid, decode = tokenizer.network.config.grid(tuple(size)), tokenizer.decode
-        if tuple(size) != height_width(tokenizer.image_size):  # a canvas of outpaint or panorama
+        tokenizer, count = pipe.tokenizer, len(made.steps[0].tokens)
+        size = (made.images.shape[-2], made.images.shape[-1])
+        grid, decode = tokenizer.network.config.grid(size), tokenizer.decode
+        if size != height_width(tokenizer.image_size):  # a canvas of outpaint or panorama
             decode = partial(tokenizer.decode, grid=grid)
         captions, seeds = made.captions[:count], made.recorded[:count]
         recording = Recording(

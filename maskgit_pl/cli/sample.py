@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
-from maskgit_pl.checks import check_integer
+from maskgit_pl.checks import check_integer, count_text
 from maskgit_pl.cli.arguments import Output, Word, flag_of
 from maskgit_pl.cli.flags import Folder, ModelFlags, Run, make_folder
 from maskgit_pl.cli.outputs import Generated, Pictures, record_steps
 from maskgit_pl.data.folders import hold_lock
 from maskgit_pl.pipeline.options import MAX_RESULTS, DecodingSettings, replace_settings
 from maskgit_pl.processes import launcher_rank, local_rank, progress_bars
-from maskgit_pl.runs.preflight_report import count_text
 
 if TYPE_CHECKING:
     from maskgit_pl.decoding import DecodingConfig
@@ -111,7 +111,11 @@ def sample(
     from maskgit_pl.pipeline.bulk import BulkOptions
 
     # torchrun and Slurm set the ranks in the environment.
-    rank, world_size = launcher_rank() if many_images.rank is None else (many_images.rank, many_images.world_size)
+    rank, world_size = many_images.rank, many_images.world_size
+    if rank is None or world_size is None:
+        rank, world_size = launcher_rank()
+    assert out is not None
+    assert many_images.num_images is not None
     options = BulkOptions(
         num_images=many_images.num_images,
         classes=labels,
@@ -122,7 +126,6 @@ def sample(
         rank=rank,
         world_size=world_size,
     )
-    assert out is not None  # checked
     _generate_many(pipe, out, options, decoding, acceptance)
 
 
@@ -233,7 +236,7 @@ def _generate(
     if acceptance is not None:
         seeds = _choose_seeds(pipe, labels, acceptance, seed=seed, batch_size=batch_size, **options)
     # The bar counts decoding steps of all batches.
-    total = -(-len(labels) // batch_size) * decoding.num_steps
+    total = math.ceil(len(labels) / max(1, batch_size)) * decoding.num_steps
     with record_steps("sampling", is_recording=False, total=total) as (after_step, _):
         images = pipe.generate(
             labels, output_type="pt", seed=seeds, batch_size=batch_size, callback=after_step, **options

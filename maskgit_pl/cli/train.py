@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from maskgit_pl import runs
 from maskgit_pl.cli.flags import RunFlags, WantedFolders, check_one_of
 from maskgit_pl.errors import printable
-from maskgit_pl.processes import Bars, catch_stop_signals, progress_bars
+from maskgit_pl.processes import catch_stop_signals, progress_bars
 from maskgit_pl.runs.plan import plan_run
 from maskgit_pl.runs.recipe import Recipe, Stage
 from maskgit_pl.runs.slurm import JobOptions, check_submission, plan_submission
-from maskgit_pl.runs.tokenizing import OnRows, ProcessRank, TokenizeOptions, find_process_rank
+from maskgit_pl.runs.tokenizing import TokenizeOptions, find_process_rank
 
 __all__ = ["submit", "tokenize", "train"]
 
@@ -95,22 +95,7 @@ def tokenize(
     recipe = run.read("transformer", overrides)
     process = find_process_rank(rank, world_size)
     with progress_bars() as bars:
-        runs.tokenize(recipe, **run.folders(recipe), options=store, process=process, on_rows=_make_bars(bars, process))
-
-
-def _make_bars(bars: Bars, process: ProcessRank) -> OnRows:
-    """Returns a callback that shows a progress bar for each split."""
-    name = "" if process.world_size == 1 else f"rank {process.rank} of {process.world_size}: "
-    # The bar of a split is made at the first call, when its number of rows is known.
-    shown: dict[str, Callable[[int], None]] = {}
-
-    def on_rows(split: str, rows: int, total: int) -> None:
-        if split in shown:
-            shown[split](rows)
-        else:  # the rows that an earlier run encoded
-            shown[split] = bars(f"{name}tokens of {split}", total, done=rows, unit="images")
-
-    return on_rows
+        runs.tokenize(recipe, **run.folders(recipe), options=store, process=process, bars=bars)
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,7 @@ from maskgit_pl.files import parse_any_json, size_text
 from maskgit_pl.networks.quantizers import quantizers
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer
 from maskgit_pl.runs.layers import value_at
-from maskgit_pl.training.health import FILE_NAME
-from maskgit_pl.training.health_rules import HealthConfig, HealthContext, Problem, find_problems
+from maskgit_pl.training.health import FILE_NAME, HealthConfig, Problem, find_problems
 
 __all__ = [
     "CodeUse",
@@ -243,24 +242,26 @@ def find_in_tokenizer(logs: Logs, recipe: Mapping[str, Any], measured: CodeUse |
         recipe: The recipe of the run, unchecked; may be empty.
         measured: Measurements on validation images; None without them.
     """
-    config = _health_config(recipe)
+    config, quantizer = _health_config(recipe), _quantizer(recipe)
     step, max_steps = logs.last_step, _number(value_at(recipe, "trainer.max_steps")) or 0
-    found: dict[str, Problem] = {}
+    found: list[Problem] = []
     if measured is not None:
-        context = _context(recipe, len(measured.counts))
-        metrics = {"codebook_usage": measured.usage, "perplexity": measured.perplexity}
-        for problem in find_problems(metrics, config, context, num_tokens=float(measured.counts.sum())):
-            found[problem.cause] = problem
-    size = _number(value_at(recipe, "model.network.codebook_size"))
-    if size and size >= 1 and step > config.grace(int(max_steps)):
-        context, metrics = _context(recipe, int(size)), logs.last("train")
+        metrics, size = {"codebook_usage": measured.usage, "perplexity": measured.perplexity}, len(measured.counts)
+        num_tokens = float(measured.counts.sum())
+        found += find_problems(metrics, config, codebook_size=size, num_tokens=num_tokens, quantizer=quantizer)
+    logged_size = int(_number(value_at(recipe, "model.network.codebook_size")) or 0)
+    if logged_size >= 1 and step > config.grace(int(max_steps)):
         # The number of tokens is at least that of images since the last logging step.
         every, batch = (
             _number(value_at(recipe, key)) or 1 for key in ("trainer.log_every_n_steps", "data.global_batch")
         )
-        for problem in find_problems(metrics, config, context, num_tokens=every * batch):
-            found.setdefault(problem.cause, problem)
-    return list(found.values())
+        found += find_problems(
+            logs.last("train"), config, codebook_size=logged_size, num_tokens=every * batch, quantizer=quantizer
+        )
+    first: dict[str, Problem] = {}
+    for problem in found:
+        first.setdefault(problem.cause, problem)
+    return list(first.values())
 
 
 def find_in_transformer(logs: Logs) -> list[Problem]:
@@ -270,13 +271,12 @@ def find_in_transformer(logs: Logs) -> list[Problem]:
     if len(loss) > 2 and loss[-1] > _RISE * min(loss):
         text = f"the validation loss has risen from {min(loss):.4g} to {loss[-1]:.4g}, so the transformer overfits"
         advice = ["stop earlier (trainer.max_steps)", "raise model.network.dropout", "use more training images"]
-        problems.append(Problem("overfitting", "val/loss", loss[-1], _RISE * min(loss), text, advice))
+        problems.append(Problem("overfitting", loss[-1], text, advice))
     norms = _finite(logs.scalars.get("train/gradient_norm", {}))
     if len(norms) > 5 and norms[-1] > _NORM_RISE * median(norms):
         text = f"the gradient norm has grown to {norms[-1]:.4g}, from a median of {median(norms):.4g}"
         advice = ["set trainer.gradient_clip_val", "lower model.optimizer.learning_rate.peak"]
-        limit = _NORM_RISE * median(norms)
-        problems.append(Problem("gradient_norm", "train/gradient_norm", norms[-1], limit, text, advice))
+        problems.append(Problem("gradient_norm", norms[-1], text, advice))
     return problems
 
 
@@ -306,18 +306,14 @@ def _health_config(recipe: Mapping[str, Any]) -> HealthConfig:
         return HealthConfig()
 
 
-def _context(recipe: Mapping[str, Any], codebook_size: int) -> HealthContext:
-    spec = value_at(recipe, "model.network.quantizer")
-    options = {str(key): value for key, value in spec.items()} if isinstance(spec, Mapping) else {}
-    start = _number(value_at(recipe, "model.adversarial.start_step"))
-    return HealthContext(
-        codebook_size,
-        str(options.pop("name", "")) if isinstance(spec, Mapping) else str(spec or ""),
-        options=options,
-        learning_rate=_number(value_at(recipe, "model.optimizer.learning_rate.peak")),
-        start_step=None if start is None else int(start),
-        known_quantizers=quantizers.names(),
-    )
+def _quantizer(recipe: Mapping[str, Any]) -> str | Mapping[str, Any] | None:
+    """Returns the name or mapping of the quantizer; None if the recipe has none that can be built."""
+    spec: Any = value_at(recipe, "model.network.quantizer")
+    try:
+        quantizers.build(spec)
+    except ValueError:
+        return None
+    return spec  # type: ignore[no-any-return]  # the line above checks it
 
 
 def _number(value: object) -> float | None:

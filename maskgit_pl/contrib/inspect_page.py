@@ -41,7 +41,7 @@ from maskgit_pl.pipeline.grids import image_grid, reconstruction_grid, to_pil
 from maskgit_pl.pipeline.pretrained import load_tokenizer
 from maskgit_pl.runs.fitting import export
 from maskgit_pl.runs.layers import value_at
-from maskgit_pl.training.health_rules import Problem
+from maskgit_pl.training.health import Problem
 
 __all__ = ["inspect_run"]
 

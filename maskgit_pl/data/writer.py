@@ -76,8 +76,7 @@ def make_shards(
     """
     folder = Path(folder)
     workers = choose_workers(workers, work=sum(source.counts.values()) / _SAMPLES)
-    for name, value in (("shard_size", shard_size), ("num_workers", workers)):
-        check_integer(name, value, "[1, inf)")
+    check_integer("shard_size", shard_size, "[1, inf)")
     size = None if size is None else check_image_size("image_size", size, "[1, 65536]")
     record = describe(source, size=size, shard_size=shard_size)  # 1.
     if _is_made_from(folder, record):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,7 +34,6 @@ from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.acceptance import Acceptance
 from maskgit_pl.pipeline.display import Recording
 from maskgit_pl.pipeline.grids import image_grid, reconstruction_grid, save_png
-from maskgit_pl.runs.recipe import DEFAULT_DATASET
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -58,7 +57,6 @@ _TOKENIZER_SHARE = 0.5  # of the FID of generated images
 _NEAR_REAL = 1.5  # times the FID of real images
 _MANY_CODES = 0.9  # fraction of the codes in use from which more codes can help
 _BUDGETS, _LONGEST = ("15m", "1h"), "1h"  # recipes of the transformer
-_MAX_ENVIRONMENT_BYTES = 1_000_000
 _SHOWN_OF_A_CLASS, _SHOWN_PAIRS, _ANIMATED = 8, 16, 4
 
 
@@ -363,10 +361,11 @@ def next_commands(stage: _LimitingStage, run: Path, content: Mapping[str, Any]) 
         return []
     file = run / stage / "environment.json"
     steps = (read_run_recipe(run / stage / "config.yaml").get("trainer") or {}).get("max_steps")
-    if steps is None or not file.is_file():
+    record = read_json(file) if file.is_file() else {}
+    if steps is None or "recipe" not in record:
         return []
-    flags = _read_flags(read_json(file, max_bytes=_MAX_ENVIRONMENT_BYTES).get("command"))
-    recipes, dataset = flags.get("recipe", "").split(), flags.get("dataset", DEFAULT_DATASET)
+    recipes = [printable(name) for name in record["recipe"]]
+    dataset, data = printable(record["dataset"]), printable(record["data"])
     if stage == "tokenizer" and content["reconstruction"]["codebook_usage"] >= _MANY_CODES:
         more = [f"--model.network.codebook_size={4 * content['model']['codebook_size']}"]
     elif stage == "tokenizer" or _LONGEST in recipes:
@@ -375,7 +374,7 @@ def next_commands(stage: _LimitingStage, run: Path, content: Mapping[str, Any]) 
         recipes, more = [*(each for each in recipes if each not in _BUDGETS), _LONGEST], []
     of_run = {
         "--dataset": dataset,
-        "--data": flags.get("data") if flags.get("data") != f"data/shards/{dataset}" else None,
+        "--data": None if data == f"data/shards/{dataset}" else data,
         "--recipe": " ".join(recipes),
         "--run": f"{run.resolve().name}-more",
         "--tokenizer": f"{run}/pretrained/tokenizer" if stage == "transformer" else None,
@@ -386,17 +385,6 @@ def next_commands(stage: _LimitingStage, run: Path, content: Mapping[str, Any]) 
     if stage == "tokenizer":
         commands = [["train", "tokenizer", *words, *more], *commands]
     return [shlex.join(["maskgit", *each]) for each in commands]
-
-
-def _read_flags(command: Any) -> dict[str, str]:
-    """Returns the flags of a recorded command line by name, without dashes."""
-    words = [printable(word) for word in command] if isinstance(command, Sequence) else []
-    flags = {}
-    for word, value in zip(words, [*words[1:], ""], strict=True):
-        if word.startswith("--"):
-            name, is_joined, joined = word[2:].partition("=")
-            flags[name] = joined if is_joined else value
-    return flags
 
 
 def write_pictures(

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, Unpack, cast
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from maskgit_pl.files import write_atomically
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.acceptance import Acceptance
 from maskgit_pl.pipeline.bulk import (
+    BulkKeywords,
     BulkOptions,
     BulkPlan,
     BulkResult,
@@ -42,7 +43,7 @@ from maskgit_pl.pipeline.bulk import (
     write_samples,
 )
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer
-from maskgit_pl.pipeline.options import read_options
+from maskgit_pl.pipeline.options import StepCallback, read_options
 from maskgit_pl.pipeline.regions import pixel_region
 
 __all__ = [
@@ -199,7 +200,10 @@ def generate_accepted(
     acceptance: Acceptance,
     *,
     on_scored: Callable[[int], object] = lambda count: None,
-    **options: Any,
+    on_start: Callable[[int, int], object] | None = None,
+    on_images: Callable[[int], object] | None = None,
+    on_step: StepCallback | None = None,
+    **options: Unpack[BulkKeywords],
 ) -> BulkResult:
     """Generates candidates into ``FILE.candidates.npz``, and writes those that are accepted to a file.
 
@@ -212,7 +216,10 @@ def generate_accepted(
         file: Path that ends in ``.npz``. ``num_images`` is the number of accepted images in it.
         acceptance: Classifier and acceptance rate.
         on_scored: Called after each batch with its number of scored candidates.
-        options: See ``generate_many``; its callbacks count candidates.
+        on_start: See ``generate_many``; it counts candidates.
+        on_images: See ``generate_many``; it counts candidates.
+        on_step: See ``generate_many``.
+        options: See ``generate_many``.
 
     Returns:
         The result of ``generate_many`` for the candidates, with the path of the file. Without missing parts, the file
@@ -225,8 +232,7 @@ def generate_accepted(
     """
     file = Path(file)
     acceptance.check_classes(pipe.class_names)
-    given = {name: value for name, value in options.items() if not name.startswith("on_")}
-    bulk, decoding = read_options(BulkOptions, given, pipe.decoding)
+    bulk, decoding = read_options(BulkOptions, options, pipe.decoding)
     plan = make_plan(pipe, bulk, decoding)
     if max(plan.classes) >= len(pipe.class_names):
         raise ValueError("classes must not be None with accept_rate, which ranks by the class; name a class")
@@ -236,7 +242,8 @@ def generate_accepted(
     if is_finished(file, plan):
         remove_samples(candidates, candidates_plan)  # left by a run that was killed in step 3
         return BulkResult(file, 0, count, 0)
-    result = generate_many(pipe, candidates, **{**options, "num_images": count})
+    options["num_images"] = count
+    result = generate_many(pipe, candidates, on_start=on_start, on_images=on_images, on_step=on_step, **options)
     if result.missing_parts == 0:
         try:
             samples = open_samples(candidates)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from maskgit_pl.data.folders import has_content, resolve_folder
 
 __all__ = [
     "TOKENIZER_LAYOUTS",
     "Format",
+    "LayoutName",
     "check_flax_file",
     "check_out",
     "check_torch_file",
@@ -25,8 +26,9 @@ __all__ = [
 
 Format = Literal["msgpack", "pickle", "safetensors", "zip"]
 
-TOKENIZER_LAYOUTS = ("taming-transformers", "LlamaGen", "diffusers", "MaskBit", "Open-MAGVIT2", "IBQ", "open-muse")
-"""The layouts of tokenizers that are imported, for flags."""
+LayoutName = Literal["taming-transformers", "LlamaGen", "diffusers", "MaskBit", "Open-MAGVIT2", "IBQ", "open-muse"]
+"""The layouts of tokenizers that are imported."""
+TOKENIZER_LAYOUTS = get_args(LayoutName)
 _IMAGENET_CLASSES = 1000
 _DIFFUSERS = tuple(f"diffusion_pytorch_model.{ending}" for ending in ("safetensors", "fp16.safetensors", "bin"))
 _HEAD = 512  # bytes; a pointer of Git LFS is shorter

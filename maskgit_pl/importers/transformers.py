@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskgit_pl.checks import ImageSize, height_width
+from maskgit_pl.checks import ImageSize, check_integer, height_width
 from maskgit_pl.data.folders import write_folder
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.importers.files import check_out, choose_class_names
@@ -112,6 +112,8 @@ def import_transformer(
     """
     # 1.
     check_out(out)
+    if num_heads is not None:
+        check_integer("num_heads", num_heads, "[1, inf)")
     contents, beside = read_checkpoint(file, entries=_WEIGHTS)
     source = load_tokenizer(tokenizer / "tokenizer" if (tokenizer / "tokenizer").is_dir() else tokenizer)
     # 2.

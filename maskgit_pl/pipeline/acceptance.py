@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Unpack, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from torch import Tensor
 from maskgit_pl.checks import check_number
 from maskgit_pl.networks.feature_networks import FrozenClassifier, load_classifier, weights_digest
 from maskgit_pl.pipeline.generate import Generator
-from maskgit_pl.pipeline.options import Classes
+from maskgit_pl.pipeline.options import Classes, DecodingKeywords
 
 __all__ = ["Acceptance", "AcceptedSeeds", "choose_seeds"]
 
@@ -148,8 +148,9 @@ def choose_seeds(
     *,
     seed: int = 0,
     batch_size: int = 64,
+    negative_classes: int | str | None = None,
     on_images: Callable[[int], object] = lambda count: None,
-    **options: Any,
+    **settings: Unpack[DecodingKeywords],
 ) -> AcceptedSeeds:
     """Generates candidates, and chooses the seeds of those to keep.
 
@@ -166,8 +167,9 @@ def choose_seeds(
         acceptance: Classifier and acceptance rate.
         seed: Seed of the first candidate; candidate j has seed + j, class by class in the order of ``classes``.
         batch_size: Candidates generated at a time.
+        negative_classes: Class that guidance moves away from; "no class" by default.
         on_images: Called after each batch with its number of candidates.
-        options: Decoding settings and other options of ``MaskGIT.generate``, the same for all images.
+        settings: Decoding settings of ``MaskGIT.generate``.
 
     Raises:
         ValueError: if the classifier has other classes than the model, or a class is "no class" or unknown.
@@ -181,7 +183,14 @@ def choose_seeds(
     scores = []
     for first in range(0, len(candidates), batch_size):
         batch = candidates[first : first + batch_size]
-        images = pipe.generate(batch, output_type="pt", seed=seed + first, batch_size=len(batch), **options)
+        images = pipe.generate(
+            batch,
+            output_type="pt",
+            seed=seed + first,
+            batch_size=len(batch),
+            negative_classes=negative_classes,
+            **settings,
+        )
         scores.append(acceptance.log_probs(images, torch.tensor(batch)))
         on_images(len(batch))
     log_probs = torch.cat(scores)

@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Required, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -35,9 +35,10 @@ from maskgit_pl.files import open_zip, parse_json, size_text, write_atomically
 from maskgit_pl.networks.int8 import Int8Linear
 from maskgit_pl.networks.weights import tensors_digest
 from maskgit_pl.pipeline.model import MaskGIT
-from maskgit_pl.pipeline.options import Classes, StepCallback, read_options
+from maskgit_pl.pipeline.options import Classes, DecodingKeywords, StepCallback, read_options
 
 __all__ = [
+    "BulkKeywords",
     "BulkOptions",
     "BulkPlan",
     "BulkResult",
@@ -99,7 +100,20 @@ class BulkOptions:
         # The last image has the largest seed.
         if self.seed + self.num_images > _SEEDS:
             last = self.seed + self.num_images - 1
-            raise ValueError(f"seed and all seeds after it must be in [0, 2**32), got {self.seed} to {last}")
+            raise ValueError(f"seed must leave room below 2**32 for a seed for each image, got {self.seed} to {last}")
+
+
+class BulkKeywords(DecodingKeywords, total=False):
+    """Keyword arguments of ``generate_many``: the fields of ``BulkOptions``, and decoding settings."""
+
+    num_images: Required[int]
+    classes: Classes | None
+    seed: int
+    negative_class: int | str | None
+    part_size: int
+    batch_size: int
+    rank: int
+    world_size: int
 
 
 @dataclass(frozen=True)
@@ -126,7 +140,7 @@ def generate_many(
     on_start: Callable[[int, int], object] | None = None,
     on_images: Callable[[int], object] | None = None,
     on_step: StepCallback | None = None,
-    **options: Any,
+    **options: Unpack[BulkKeywords],
 ) -> BulkResult:
     """Generates many images into one file; a second call resumes, or does nothing if the file is complete.
 

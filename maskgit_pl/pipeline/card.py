@@ -295,9 +295,8 @@ def _stage(folder: Path) -> dict[str, Any]:
     if values["data.path"] is not None:  # a card must not publish paths of the machine
         values["data.path"] = Path(str(values["data.path"])).name
     environment = _json(folder / "environment.json")
-    command = environment.get("command")
     return {
-        "recipe": _words_after("--recipe", list(map(str, command)) if isinstance(command, list) else []),
+        "recipe": environment.get("recipe", []),
         "settings": {key: value for key, value in values.items() if value is not None},
         "environment": {key: environment[key] for key in _VERSIONS if environment.get(key)},
     }
@@ -340,15 +339,6 @@ def _json(file: Path) -> dict[str, Any]:
     """Returns the mapping in a JSON file; an empty one if there is no file."""
     content = parse_any_json(file.read_bytes(), str(file)) if file.is_file() else {}
     return content if isinstance(content, dict) else {}
-
-
-def _words_after(flag: str, command: list[str]) -> list[str]:
-    """Returns the arguments of a flag in a command line, up to the next flag."""
-    # --flag=a and --flag a are the same.
-    command = [part for word in command for part in (word.split("=", 1) if word.startswith(f"{flag}=") else [word])]
-    words = command[command.index(flag) + 1 :] if flag in command else []
-    until = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
-    return words[:until]
 
 
 def _metadata(content: Mapping[str, Any]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Unpack, cast
 
 import torch
 from einops import rearrange
@@ -17,7 +17,9 @@ from maskgit_pl.pipeline.generate import Generator, StepsOfImages, finish
 from maskgit_pl.pipeline.options import (
     MAX_RESULTS,
     Classes,
+    EditKeywords,
     EditOptions,
+    GenerateKeywords,
     GenerateOptions,
     Images,
     OutputType,
@@ -58,7 +60,7 @@ class Editor(Generator):
         *,
         classes: Classes | None = None,
         output_type: OutputType = "pil",
-        **options: Any,
+        **options: Unpack[EditKeywords],
     ) -> Images:
         """Regenerates the masked part of images, one result for each class.
 
@@ -102,7 +104,7 @@ class Editor(Generator):
         mask: MaskLike | Sequence[MaskLike],
         *,
         classes: Classes | None = None,
-        **options: Any,
+        **options: Unpack[EditKeywords],
     ) -> StepsOfImages:
         """Yields the decoding steps of ``inpaint`` as they are decoded, and returns its images as with ``"pt"``.
 
@@ -138,7 +140,7 @@ class Editor(Generator):
         *,
         variants: int = 1,
         output_type: OutputType = "pil",
-        **options: Any,
+        **options: Unpack[EditKeywords],
     ) -> Images:
         """Turns what is in a box or under a mask into another class. The rest of the image stays.
 
@@ -184,7 +186,7 @@ class Editor(Generator):
         classes: Classes | None = None,
         overlap: float = 0.5,
         output_type: OutputType = "pil",
-        **options: Any,
+        **options: Unpack[EditKeywords],
     ) -> Images:
         """Extends an image beyond its borders, one result for each class.
 
@@ -232,7 +234,7 @@ class Editor(Generator):
         down: int = 0,
         classes: Classes | None = None,
         overlap: float = 0.5,
-        **options: Any,
+        **options: Unpack[EditKeywords],
     ) -> StepsOfImages:
         """Yields the decoding steps of ``outpaint``, each of the whole canvas. See ``inpaint_steps``."""
         self.transformer.schedule_for("outpaint")
@@ -262,7 +264,7 @@ class Editor(Generator):
         height: int | None = None,
         overlap: float = 0.5,
         output_type: OutputType = "pil",
-        **options: Any,
+        **options: Unpack[GenerateKeywords],
     ) -> Images:
         """Generates images of any width window by window, one for each class.
 
@@ -291,7 +293,13 @@ class Editor(Generator):
         return as_output(output_type, finish(steps, options.get("callback")))
 
     def panorama_steps(
-        self, classes: Classes, width: int, *, height: int | None = None, overlap: float = 0.5, **options: Any
+        self,
+        classes: Classes,
+        width: int,
+        *,
+        height: int | None = None,
+        overlap: float = 0.5,
+        **options: Unpack[GenerateKeywords],
     ) -> StepsOfImages:
         """Yields the decoding steps of ``panorama``, each of the whole canvas. See ``inpaint_steps``."""
         self.transformer.schedule_for("panorama")
@@ -304,7 +312,7 @@ class Editor(Generator):
         tokens = torch.zeros(unknown.shape, dtype=torch.int64)
         return (yield from self._fill(request, tokens, unknown, overlap))
 
-    def _edit_request(self, classes: Classes | None, options: dict[str, Any]) -> tuple[EditOptions, Request]:
+    def _edit_request(self, classes: Classes | None, options: EditKeywords) -> tuple[EditOptions, Request]:
         read, decoding = read_options(EditOptions, options, self.decoding)
         return read, self._request([None] if classes is None else classes, read, decoding)
 

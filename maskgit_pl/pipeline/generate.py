@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections.abc
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, overload
+from typing import TYPE_CHECKING, Literal, Self, TypeAlias, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -26,10 +26,11 @@ from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer, PretrainedTrans
 from maskgit_pl.pipeline.negative import Caches, NegativeModel, NegativeModelLike
 from maskgit_pl.pipeline.options import (
     Classes,
+    DecodingKeywords,
+    GenerateKeywords,
     GenerateOptions,
     Images,
     OutputType,
-    Seeds,
     StepCallback,
     as_output,
     check_output_type,
@@ -167,15 +168,23 @@ class Generator:
             self._negative_model.caches.clear()
 
     @overload
-    def generate(self, classes: Classes, *, output_type: Literal["pt"], **options: Any) -> Tensor: ...
+    def generate(
+        self, classes: Classes, *, output_type: Literal["pt"], **options: Unpack[GenerateKeywords]
+    ) -> Tensor: ...
 
     @overload
-    def generate(self, classes: Classes, *, output_type: Literal["np"], **options: Any) -> npt.NDArray[np.uint8]: ...
+    def generate(
+        self, classes: Classes, *, output_type: Literal["np"], **options: Unpack[GenerateKeywords]
+    ) -> npt.NDArray[np.uint8]: ...
 
     @overload
-    def generate(self, classes: Classes, *, output_type: Literal["pil"] = ..., **options: Any) -> list[Image.Image]: ...
+    def generate(
+        self, classes: Classes, *, output_type: Literal["pil"] = ..., **options: Unpack[GenerateKeywords]
+    ) -> list[Image.Image]: ...
 
-    def generate(self, classes: Classes, *, output_type: OutputType = "pil", **options: Any) -> Images:
+    def generate(
+        self, classes: Classes, *, output_type: OutputType = "pil", **options: Unpack[GenerateKeywords]
+    ) -> Images:
         """Generates one image for each class.
 
         An image depends on its class, its seed and the settings only, not on the batch that it is decoded in. An
@@ -207,12 +216,12 @@ class Generator:
         parts = [finish(self._images(self._decode(request, rows)), request.callback) for rows in request.batches()]
         return as_output(output_type, torch.cat(parts))
 
-    def steps(self, classes: Classes, *, seed: Seeds = 0, **options: Any) -> Iterator[DecodingStep]:
+    def steps(self, classes: Classes, **options: Unpack[GenerateKeywords]) -> Iterator[DecodingStep]:
         """Yields the decoding steps of one batch. See ``generate`` for the arguments.
 
         ``pipe.tokenizer.decode(step.tokens)`` gives the images at a step.
         """
-        read, decoding = read_options(GenerateOptions, {"seed": seed, **options}, self.decoding)
+        read, decoding = read_options(GenerateOptions, options, self.decoding)
         request = self._request(classes, read, decoding)
         return self._decode(request, range(len(request.labels)))
 
@@ -220,7 +229,7 @@ class Generator:
         """Returns the labels of classes given by index or by name. None is "no class". See ``generate`` for errors."""
         return self.outline.class_ids(classes)
 
-    def decoding_with(self, **settings: Any) -> DecodingConfig:
+    def decoding_with(self, **settings: Unpack[DecodingKeywords]) -> DecodingConfig:
         """Returns the default decoding settings with some of them replaced. See ``generate`` for their names.
 
         Raises:

@@ -17,7 +17,7 @@ from maskgit_pl.pipeline.card import STAGES, RunOrigin, check_run, fingerprints,
 from maskgit_pl.pipeline.edit import Editor
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer, PretrainedTransformer
 from maskgit_pl.pipeline.negative import NegativeModelLike
-from maskgit_pl.pipeline.options import Classes, GenerateOptions, read_options
+from maskgit_pl.pipeline.options import Classes, GenerateKeywords, GenerateOptions, read_options
 from maskgit_pl.pipeline.pretrained import (
     check_stage_folder,
     fingerprint,
@@ -187,7 +187,7 @@ class MaskGIT(Editor):
             name=name,
         )
 
-    def record(self, classes: Classes, **options: Any) -> Recording:
+    def record(self, classes: Classes, **options: Unpack[GenerateKeywords]) -> Recording:
         """Decodes one batch of images and keeps every step. A notebook shows the result as an animation.
 
         Args:

@@ -35,8 +35,11 @@ __all__ = [
     "MAX_RESULTS",
     "SETTINGS",
     "Classes",
+    "DecodingKeywords",
     "DecodingSettings",
+    "EditKeywords",
     "EditOptions",
+    "GenerateKeywords",
     "GenerateOptions",
     "Images",
     "OutputType",
@@ -82,17 +85,17 @@ class DecodingSettings(TypedDict, total=False):
         choice_temperature: Scale of the Gumbel noise on the confidence; 0 keeps the most confident tokens.
     """
 
-    num_steps: int
-    token_selector: str | dict[str, Any]
-    guidance: str | dict[str, Any]
-    sampling_temperature: Temperature
-    top_k: int
-    top_p: float
-    tokens_per_step: tuple[int, ...]
-    mask_schedule: str | dict[str, Any]
-    draw_method: DrawMethod
-    guidance_scale: float
-    choice_temperature: float
+    num_steps: int | None
+    token_selector: str | dict[str, Any] | None
+    guidance: str | dict[str, Any] | None
+    sampling_temperature: Temperature | None
+    top_k: int | None
+    top_p: float | None
+    tokens_per_step: tuple[int, ...] | None
+    mask_schedule: str | dict[str, Any] | None
+    draw_method: DrawMethod | None
+    guidance_scale: float | None
+    choice_temperature: float | None
 
 
 # Settings that replace one argument of a plug-in: name -> (field of DecodingConfig, argument, range).
@@ -102,6 +105,31 @@ _ARGUMENTS = {
 }
 SETTINGS = tuple(DecodingSettings.__annotations__)
 """The names of all decoding settings: the fields of ``DecodingConfig``, ``guidance_scale``, ``choice_temperature``."""
+
+
+class DecodingKeywords(DecodingSettings, total=False):
+    """Decoding settings, and ``decoding`` in place of the model's own, which single settings override."""
+
+    decoding: DecodingConfig | None
+
+
+class GenerateKeywords(DecodingKeywords, total=False):
+    """Keyword arguments of ``MaskGIT.generate``: decoding settings, and the fields of ``GenerateOptions``."""
+
+    seed: Seeds
+    negative_classes: int | str | Classes | None
+    negative_model: NegativeModelLike | None
+    vectors: npt.ArrayLike | Tensor | None
+    batch_size: int
+    callback: StepCallback | None
+
+
+class EditKeywords(GenerateKeywords, total=False):
+    """Keyword arguments of the editing methods: those of ``generate``, and the fields of ``EditOptions``."""
+
+    dilation: int | None
+    blend: float | None
+    fit: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

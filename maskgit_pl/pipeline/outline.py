@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 from maskgit_pl.checks import ImageSize, build_dataclass, check_channels, check_image_size, check_integer, height_width
 from maskgit_pl.decoding import DecodingConfig
@@ -16,7 +16,14 @@ from maskgit_pl.decoding.config import read_settings_file
 from maskgit_pl.decoding.plan import check_parallel
 from maskgit_pl.errors import printable
 from maskgit_pl.files import read_json
-from maskgit_pl.pipeline.options import Classes, class_ids, parse_class, parse_classes, replace_settings
+from maskgit_pl.pipeline.options import (
+    Classes,
+    DecodingKeywords,
+    class_ids,
+    parse_class,
+    parse_classes,
+    replace_settings,
+)
 
 __all__ = ["Outline"]
 
@@ -115,7 +122,7 @@ class Outline:
         """Returns ``class NAME`` or ``no class``, for messages and titles."""
         return "no class" if label is None else f"class {printable(self.class_names[label])}"
 
-    def decoding_with(self, **settings: Any) -> DecodingConfig:
+    def decoding_with(self, **settings: Unpack[DecodingKeywords]) -> DecodingConfig:
         """Returns the default settings with some of them replaced. See ``options.replace_settings``."""
         return replace_settings(self.decoding, settings)
 

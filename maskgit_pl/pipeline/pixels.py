@@ -15,57 +15,19 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from maskgit_pl.data.images import ImageHeader
-
 __all__ = [
     "ImageLike",
     "MaskLike",
     "check_fits",
-    "check_mask_file",
     "fit_to_model",
     "image_pixels",
     "mask_pixels",
-    "read_image_header",
 ]
 
 ImageLike: TypeAlias = Union[str, Path, "Image.Image", "Tensor", "npt.NDArray[Any]"]
 MaskLike: TypeAlias = ImageLike
 
 _WHITE = 128  # pixels of a mask picture with at least this grey value are generated
-
-
-def read_image_header(path: Path, *, name: str = "image") -> ImageHeader:
-    """Reads the size and format of an image file from its header, without torch.
-
-    Args:
-        path: JPEG, PNG or WebP file.
-        name: Word for the image in an error.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not an image.
-    """
-    from maskgit_pl.data import images
-
-    shown = printable(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{name} {shown}: no such file; name a JPEG, PNG or WebP file")
-    return images.parse_image_header(images.read_image_file(path, name=shown), name=shown)
-
-
-def check_mask_file(path: Path, image: ImageHeader) -> None:
-    """Checks that a mask file is a picture of the size of the image, without torch.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not a picture, or has another size.
-    """
-    mask = read_image_header(path, name="mask")
-    if (mask.height, mask.width) != (image.height, image.width):
-        raise ValueError(
-            f"mask {path} must have the {image.width} x {image.height} pixels of the image, got "
-            f"{mask.width} x {mask.height}; resize the mask"
-        )
 
 
 def image_pixels(image: ImageLike, *, channels: int, name: str = "image", background: str = "white") -> Tensor:

@@ -20,10 +20,9 @@ from maskgit_pl.registry import lazy_names
 
 if TYPE_CHECKING:
     from maskgit_pl.runs.ablation_plan import train_schedules
+    from maskgit_pl.runs.doctor import Machines, Preflight, preflight
     from maskgit_pl.runs.fitting import export, fit
     from maskgit_pl.runs.plan import Plan, plan_run
-    from maskgit_pl.runs.preflight_checks import preflight
-    from maskgit_pl.runs.preflight_report import Machines, Preflight
     from maskgit_pl.runs.recipe import Recipe
     from maskgit_pl.runs.slurm import JobOptions, Submission, plan_submission, submit
     from maskgit_pl.runs.stage import FitResult, dry_run
@@ -54,9 +53,9 @@ __getattr__ = lazy_names(
     {
         "FitResult": "stage",
         "JobOptions": "slurm",
-        "Machines": "preflight_report",
+        "Machines": "doctor",
         "Plan": "plan",
-        "Preflight": "preflight_report",
+        "Preflight": "doctor",
         "Recipe": "recipe",
         "Submission": "slurm",
         "TokenizeOptions": "tokenizing",
@@ -65,7 +64,7 @@ __getattr__ = lazy_names(
         "fit": "fitting",
         "plan_run": "plan",
         "plan_submission": "slurm",
-        "preflight": "preflight_checks",
+        "preflight": "doctor",
         "submit": "slurm",
         "tokenize": "tokenizing",
         "train_schedules": "ablation_plan",

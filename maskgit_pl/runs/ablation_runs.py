@@ -22,9 +22,9 @@ from maskgit_pl.files import read_json, sha256_of
 from maskgit_pl.mvtm import MaskedTokenConfig
 from maskgit_pl.processes import available_cores
 from maskgit_pl.runs.ablation_plan import AblationConfig, Variant, base_values, plan_variants, run_maskgit
+from maskgit_pl.runs.build import build_without_weights
 from maskgit_pl.runs.layers import Overrides, flag_words, merge, remove_key
 from maskgit_pl.runs.plan import Plan, find_data, find_tokenizer
-from maskgit_pl.runs.preflight_checks import build_without_weights
 from maskgit_pl.runs.recipe import Recipe, Stage
 from maskgit_pl.runs.resolve import AUTO, merge_values
 from maskgit_pl.runs.settings import ResolvedRun, resolve

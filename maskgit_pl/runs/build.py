@@ -1,12 +1,14 @@
-"""Builds module, data and Trainer of a stage from its recipe. Used by ``stage``, ``slurm`` and ``preflight``."""
+"""Builds module, data and Trainer of a stage from its recipe. Used by ``stage``, ``slurm`` and ``doctor``."""
 
 from __future__ import annotations
 
+import gc
 import logging
+import os
 import sys
 import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,9 @@ from torch import Tensor
 from maskgit_pl.data import ShardData, split_batch
 from maskgit_pl.data.config import check_stream
 from maskgit_pl.errors import is_user_error
+from maskgit_pl.networks.weights import ZeroWeights
 from maskgit_pl.pipeline.pretrained import fingerprint, read_config
+from maskgit_pl.processes import hide_launcher
 from maskgit_pl.runs.costs import useful_flops
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Stage
@@ -42,7 +46,7 @@ from maskgit_pl.training.checkpoints import Checkpoints
 from maskgit_pl.training.health import HealthMonitor
 from maskgit_pl.training.loggers import TolerantLogger, loggers
 from maskgit_pl.training.optimizers import check_sharding
-from maskgit_pl.training.speed import SpeedMonitor, StepClock
+from maskgit_pl.training.speed import SpeedMonitor
 from maskgit_pl.training.stop_and_nonfinite import StepCheck, disable_sigterm_handler
 from maskgit_pl.training.strategies import (
     build_strategy,
@@ -53,7 +57,7 @@ from maskgit_pl.training.strategies import (
 )
 from maskgit_pl.training.token_model import TokenModel
 
-__all__ = ["StageRun", "build"]
+__all__ = ["StageRun", "build", "build_without_weights", "leave_no_trace", "restore_process_state"]
 
 log = logging.getLogger(__name__)
 
@@ -64,11 +68,48 @@ _EXPECTED_WARNINGS = (
     "The '.*_dataloader' does not have many workers",  # num_workers is the recipe's choice
     "The number of training batches .* is smaller than the logging interval",  # we count steps across epochs
     "Checkpoint directory .* exists and is not empty",  # a run that resumes
+    "`srun` command is available",  # on a login node of Slurm
 )
+_VARIABLES = ("CUBLAS_WORKSPACE_CONFIG", "CUDA_DEVICE_ORDER")  # set by Lightning
+
+
+@contextmanager
+def restore_process_state() -> Iterator[None]:
+    """Restores, at its end, what building and training a run change in the process, and frees the memory of the run.
+
+    A later stage or a notebook then computes as in a new process. Also a decorator of a function. Limits of open files
+    and the variables in which a launcher keeps the ranks stay.
+    """
+    lightning, cudnn = logging.getLogger("lightning.pytorch"), torch.backends.cudnn
+    level, threads, precision = lightning.level, torch.get_num_threads(), torch.get_float32_matmul_precision()
+    allow_tf32, benchmark = cudnn.allow_tf32, cudnn.benchmark
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    environment = {name: os.environ.get(name) for name in _VARIABLES}
+    has_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch: untyped
+    devices = range(torch.cuda.device_count()) if has_cuda else ()
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng(devices):
+            yield
+    finally:
+        lightning.setLevel(level)
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+        cudnn.allow_tf32, cudnn.benchmark = allow_tf32, benchmark
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        for name, value in environment.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        gc.collect()  # module, data and Trainer refer to one another
 
 
 def build(plan: Plan) -> StageRun:
     """Builds module, data and Trainer of a run, and divides its global batch among the devices. Trains nothing.
+
+    It changes settings of the process, such as the threads of torch, which the training needs: call it inside of
+    ``restore_process_state``.
 
     Raises:
         ValueError: if the recipe is invalid, data or tokenizer do not fit, or the settings of the run have changed.
@@ -106,6 +147,26 @@ def build(plan: Plan) -> StageRun:
     if isinstance(trainer.val_check_interval, int):
         trainer.val_check_interval *= accumulation
     return run
+
+
+def build_without_weights(plan: Plan) -> StageRun:
+    """Builds module and data of a run without a Trainer and with weights of zero. Checks all values of its recipe.
+
+    No file is written, and the process-wide settings of torch stay as they are.
+
+    Raises:
+        ValueError: if a value is missing, out of range or unknown. The message names the key.
+    """
+    with leave_no_trace():
+        return StageRun(plan.stage, resolve(plan.recipe.kind, merge_values(plan)), plan.stage_folder)
+
+
+@contextmanager
+def leave_no_trace() -> Iterator[None]:
+    """Builds runs of its context outside a launcher, with weights of zero and without warnings for a training."""
+    with hide_launcher(), restore_process_state(), ZeroWeights():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _check_classes(module: TokenModel, data: ShardData) -> None:
@@ -271,19 +332,22 @@ class StageRun:
                 find_vectors=self._find_vectors if self.datamodule.config.vectors else None,
             )
         step_check, unreadable = StepCheck(self.folder, self.checkpoints), UnreadableReport(self.folder)
-        clock = StepClock(self.folder)
-        # Health comes first: another callback may save a step and end the run. The clock comes last, so that it does
-        # not count the pictures after a validation.
+        # Health comes first: another callback may save a step and end the run. Speed comes last, so that it does not
+        # count the pictures after a validation.
         health = [HealthMonitor(self.folder, self.values.health)] if isinstance(self.values, TokenizerRun) else []
         named = [callbacks.build(spec).create(self.folder) for spec in self.values.callbacks]
-        speed = SpeedMonitor(self._count_flops, tensor_float32=self.values.matmul_precision != "highest")
+        tensor_float32 = self.values.matmul_precision != "highest"
+        speed = SpeedMonitor(self.folder, self._count_flops, tensor_float32=tensor_float32)
         usual = [step_check, self.watchdog, self.checkpoints, progress, pictures, unreadable]
-        return [*health, *usual, *named, speed, clock]
+        return [*health, *usual, *named, speed]
 
     def _count_flops(self) -> float:
         assert isinstance(self.model, Tokenizer | TokenModel)
         data = self.datamodule.config
-        return useful_flops(self.model, global_batch=data.global_batch, encodes=data.source != "tokens")
+        encoder = None
+        if isinstance(self.model, TokenModel) and data.source != "tokens":
+            encoder = self.model.tokenizer.network.config, self.model.tokenizer.image_size
+        return useful_flops(self.model, global_batch=data.global_batch, encoder=encoder)
 
 
 def _describe_missing_devices(given: TrainerSettings, error: Exception) -> str:

@@ -1,352 +1,313 @@
-"""Costs of a stage (memory, FLOPs, disk space), calculated from its module. Used by ``preflight`` and ``build``."""
+"""Memory and FLOPs of a training step, counted in a step on tensors that have shapes but no content.
+
+``doctor`` says with them whether a run fits into a device, and ``build`` logs the FLOP/s of a run. The counted step
+runs the code of the training, forward and backward, in torch's ``FakeTensorMode``: it takes seconds for any size of
+network and batch, and needs no GPU. Such a step must have no operation whose result has a size that depends on values.
+"""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+import math
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from maskgit_pl.checks import ImageSize, height_width
 from maskgit_pl.data import Batch
-from maskgit_pl.losses import rows_at_once
+from maskgit_pl.masking import Draws
 from maskgit_pl.mvtm import MaskedTokenModel
-from maskgit_pl.networks.backbone import Backbone, BackboneConfig
-from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.networks.weights import skeletons
-from maskgit_pl.objectives import Corruption
-from maskgit_pl.runs.flops import (
-    Checkpointing,
-    CountedStep,
-    Precision,
-    count_backbone,
-    count_step,
-    fake_tensors,
-    mean_num_masked,
-    step_flops,
-    transformer_activations,
-)
-from maskgit_pl.runs.memory import (
-    FLOAT,
-    HALF,
-    Activations,
-    Group,
-    Memory,
-    Strategy,
-    checkpoint_bytes,
-    estimate_memory,
-    group_of,
-)
+from maskgit_pl.networks.weights import ZeroWeights, skeletons
+from maskgit_pl.schedules import num_masked
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.optimizers import state_values
+from maskgit_pl.training.strategies import ActivationCheckpointing, prepare_blocks
 from maskgit_pl.training.token_model import TokenModel
-from maskgit_pl.training.tokenizer_losses import AdversarialConfig, TokenizerConfig
 
-__all__ = ["Costs", "TokenizerCosts", "TransformerCosts", "useful_flops"]
+__all__ = [
+    "Encoder",
+    "Memory",
+    "StepMeter",
+    "checkpoint_bytes",
+    "count_predicted",
+    "max_num_checkpoints",
+    "shard_numel",
+    "step_memory",
+    "useful_flops",
+]
+
+Encoder = tuple[VQGANConfig, ImageSize]
+"""Sizes of the tokenizer that encodes the images of stage 2, and its image size in pixels."""
+
+_FLOAT, _HALF = 4, 2  # bytes: weights, gradients and moments are float32 in both precisions
 
 
-@dataclass
-class Costs(ABC):
-    """The costs of a stage.
+@dataclass(frozen=True)
+class Memory:
+    """The peak memory of a step on the rank with the largest share, in bytes, without the device's own context.
+
+    Attributes:
+        states: Weights, gradients, state of the optimizer, moving average, and the networks that are not trained
+            (tokenizer, perceptual network). Under FSDP2, this rank's shard.
+        gathered: Whole weights and gradients that FSDP2 holds temporarily.
+        activations: Peak of everything else: what is kept for the backward pass, temporary tensors, and under
+            bf16-mixed the bfloat16 copies of the weights.
+    """
+
+    states: int
+    gathered: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """The sum of all parts."""
+        return self.states + self.gathered + self.activations
+
+
+def step_memory(
+    module: TokenModel | Tokenizer,
+    *,
+    per_device: int,
+    strategy: str = "auto",
+    ranks: int = 1,
+    precision: str = "32-true",
+    encoder: Encoder | None = None,
+    encodes: bool = False,
+) -> Memory:
+    """Calculates the peak memory of a training step whose tokens are all masked, the largest that there can be.
+
+    With AdamW, each trained parameter takes 20 bytes: 4 as a weight, 4 as a gradient, 8 in two moments and 4 in the
+    average. ``auto`` and ``ddp`` hold all of them (DDP's buckets are the gradients themselves), ``fsdp`` holds shards.
+    At its peak, FSDP2 also holds, unsharded:
+
+    - weights and gradients of the root, which are all parameters outside of blocks;
+    - weights of the current block and of the next one, which is prefetched, and the buffer of that all-gather;
+    - gradients of one block, and the buffer of their reduce-scatter.
+
+    Under bf16-mixed, FSDP2 gathers weights in bfloat16, and autocast makes no copies. Stage 1 is then counted in
+    float32, an upper bound, since norms and the R1 penalty stay in float32.
 
     Args:
-        strategy: Strategy of the Trainer.
+        module: The module that would be trained. It stays as it is.
+        per_device: Samples of a micro-batch on a rank.
+        strategy: Strategy of the Trainer; stage 1 trains under ``auto`` and ``ddp`` only.
         ranks: Number of ranks.
         precision: Precision of the Trainer.
-        checkpointing: ``model.activation_checkpointing``.
-        module: The module that would be trained. It stays as it is.
-    """
-
-    strategy: Strategy
-    ranks: int
-    precision: Precision = "32-true"
-    checkpointing: Checkpointing = "none"
-    module: TokenModel | Tokenizer = field(kw_only=True)
-
-    @property
-    @abstractmethod
-    def groups(self) -> tuple[list[Group], Group]:
-        """The groups that FSDP2 gathers one after the other, and the group of all other parameters."""
-
-    @property
-    @abstractmethod
-    def averaged(self) -> int:
-        """The number of parameters in the moving average."""
-
-    @abstractmethod
-    def memory(self, per_device: int) -> Memory:
-        """Returns the peak memory of a rank with ``per_device`` samples in a micro-batch."""
-
-    @abstractmethod
-    def flops(self, global_batch: int) -> float:
-        """Returns the FLOPs of a step over all ranks, without recomputation."""
-
-    @abstractmethod
-    def checkpoint(self) -> int:
-        """Returns the size of a checkpoint in bytes."""
-
-    @property
-    def trained(self) -> int:
-        """The number of trained parameters."""
-        blocks, root = self.groups
-        return sum(group.numel for group in (*blocks, root))
-
-    @cached_property
-    def moments(self) -> float:
-        """The number of values that the optimizer keeps for each trained parameter."""
-        return state_values(self.module.config.optimizer)
-
-    @property
-    def num_tensors(self) -> int:
-        """The number of trained tensors."""
-        blocks, root = self.groups
-        return sum(len(group.shapes) for group in (*blocks, root))
-
-    def largest_batch(self, per_rank: int, limit: float) -> int | None:
-        """Returns the largest micro-batch that divides a rank's samples and fits ``limit`` bytes, or None."""
-        divisors = (size for size in range(per_rank, 0, -1) if per_rank % size == 0)
-        return next((size for size in divisors if self.memory(size).total <= limit), None)
-
-    @property
-    def casts(self) -> int:
-        """The bytes of bfloat16 copies of the trained weights."""
-        return HALF * self.trained if self.precision == "bf16-mixed" else 0
-
-
-@dataclass(kw_only=True)
-class TransformerCosts(Costs):
-    """The costs of stage 2: by closed formulas for the transformer of the paper, counted for other backbones.
-
-    Args:
-        module: The module that would be trained.
-        tokenizer: Sizes of the tokenizer and its image size in pixels, if known.
-        encodes: True if training encodes images, instead of reading tokens.
-    """
-
-    module: TokenModel
-    tokenizer: tuple[VQGANConfig, ImageSize] | None = None
-    encodes: bool = False
-
-    @cached_property
-    def _network(self) -> Backbone:
-        with skeletons():
-            return self._config.create()
-
-    @cached_property
-    def groups(self) -> tuple[list[Group], Group]:
-        in_blocks = {id(parameter) for parameter in self._network.blocks.parameters()}
-        others = [parameter for parameter in self._network.parameters() if id(parameter) not in in_blocks]
-        return [group_of([block]) for block in self._network.blocks], Group(tuple(tuple(each.shape) for each in others))
-
-    @property
-    def averaged(self) -> int:
-        return self.trained if self.module.config.ema_decay > 0 else 0
-
-    @property
-    def _config(self) -> BackboneConfig:
-        return self.module.config.network
-
-    @cached_property
-    def _encoder(self) -> VQGAN | None:
-        if self.tokenizer is None:
-            return None
-        with skeletons():
-            return VQGAN(self.tokenizer[0]).requires_grad_(requires_grad=False)
-
-    @cached_property
-    def _encoding_flops(self) -> int:
-        """The FLOPs of encoding one image."""
-        encoder = self._encoder
-        if encoder is None or self.tokenizer is None or not self.encodes:
-            return 0
-        with fake_tensors(encoder):
-            images = torch.empty(1, encoder.config.in_channels, *height_width(self.tokenizer[1]))
-            return count_step(lambda: encoder.encode(images), [encoder]).flops
-
-    def _encoding_bytes(self) -> int:
-        """Returns the memory of encoding one image: five tensors of a block at full resolution, the largest."""
-        if self.tokenizer is None or not self.encodes:
-            return 0
-        config, size = self.tokenizer
-        height, width = height_width(size)
-        return 5 * FLOAT * config.base_channels * config.channel_multipliers[0] * height * width // config.patch_size**2
-
-    @cached_property
-    def _kept_by_image(self) -> int:
-        """The bytes that an image keeps, without what all images share, such as casts of weights."""
-        one, two = (
-            count_backbone(
-                self._config,
-                images=images,
-                masked=self._config.num_tokens,
-                vocabulary=self.module.config.loss_vocabulary,
-                precision=self.precision,
-            ).kept(self.checkpointing)
-            for images in (1, 2)
-        )
-        return two - one
-
-    def activations(self, per_device: int) -> Activations:
-        """Returns the activations of a micro-batch whose tokens are all masked, the largest that there can be."""
-        config, vocabulary = self._config, self.module.config.loss_vocabulary
-        if isinstance(config, TransformerConfig):
-            made = transformer_activations(
-                config,
-                batch=per_device,
-                precision=self.precision,
-                checkpointing=self.checkpointing,
-                vocabulary=vocabulary,
-            )
-        else:
-            rows, columns = per_device * config.num_tokens, config.num_columns(config.loss_columns(vocabulary))
-            at_once = rows_at_once(rows, columns) if self._network.takes_project else rows
-            # Each image keeps its log-probabilities; of a loss in chunks, only those of a chunk exist. The logits,
-            # their gradient and that of the log-probabilities have the same size.
-            unkept = FLOAT * columns * (rows - at_once)
-            made = Activations(per_device * self._kept_by_image - unkept, self.casts, 3 * FLOAT * columns * at_once)
-        # Encoding ends before the network starts.
-        return replace(made, working=max(made.working, per_device * self._encoding_bytes() - made.kept))
-
-    def memory(self, per_device: int) -> Memory:
-        blocks, root = self.groups
-        frozen = [] if self._encoder is None else [*self._encoder.parameters(), *self._encoder.buffers()]
-        return estimate_memory(
-            blocks, root, self.activations(per_device), strategy=self.strategy, ranks=self.ranks,
-            averaged=None if self.averaged else 0, frozen=sum(each.nbytes for each in frozen), moments=self.moments,
-        )  # fmt: skip
-
-    def flops(self, global_batch: int) -> float:
-        module, share = self.module, float(self._config.num_tokens)
-        before = float(self._encoding_flops)  # of what precedes the network
-        if isinstance(module, MaskedTokenModel):
-            share, replaced = _count_predicted(module)
-            if num_passes := _count_predictions(module.corruption):  # a forward pass is a third of a step
-                before += num_passes * self._network_flops(replaced) / 3
-        return (self._network_flops(share) + before) * global_batch
-
-    def _network_flops(self, masked: float) -> float:
-        """Returns the FLOPs of an image with a mean number of masked tokens."""
-        config = self._config
-        if isinstance(config, TransformerConfig):
-            return step_flops(config, images=1, masked=masked, vocabulary=self.module.config.loss_vocabulary)
-        most, least = self._flops_of_all_and_one
-        return most - (config.num_tokens - masked) * (most - least) / max(1, config.num_tokens - 1)
-
-    @cached_property
-    def _flops_of_all_and_one(self) -> tuple[int, int]:
-        """The FLOPs of an image with all tokens masked, and with one."""
-        config, vocabulary = self._config, self.module.config.loss_vocabulary
-        most, least = (count_backbone(config, masked=n, vocabulary=vocabulary).flops for n in (config.num_tokens, 1))
-        return most, least
-
-    def checkpoint(self) -> int:
-        return checkpoint_bytes(self.trained, averaged=self.averaged, tensors=self.num_tensors, moments=self.moments)
-
-
-@dataclass(kw_only=True)
-class TokenizerCosts(Costs):
-    """The costs of stage 1, from its step with one image; n images cost n times as much.
-
-    Args:
-        module: The module that would be trained.
-    """
-
-    module: Tokenizer
-
-    @property
-    def _networks(self) -> list[nn.Module]:
-        return _trained_networks(self.module)
-
-    @property
-    def groups(self) -> tuple[list[Group], Group]:
-        *blocks, root = (group_of([network]) for network in self._networks)
-        return blocks, root
-
-    @property
-    def averaged(self) -> int:
-        return sum(parameter.numel() for parameter in self.module.ema_network.parameters())
-
-    @property
-    def _untrained(self) -> int:
-        """The bytes of the frozen parts of the trained networks."""
-        parameters = (each for network in self._networks for each in network.parameters())
-        return sum(each.nbytes for each in parameters if not each.requires_grad)
-
-    @cached_property
-    def _step(self) -> CountedStep:
-        return self._count_step(_first_full_step(self.module.config.adversarial))
-
-    def _count_step(self, step: int) -> CountedStep:
-        twin, mode = self._twin
-        networks = [*_trained_networks(twin), *_perceptual_networks(twin)]
-        blocks = [*twin.network.encoder.blocks, *twin.network.decoder.blocks]
-        with mode:
-            return count_step(lambda: twin.replay_step(_one_image(twin.config), step=step), networks, blocks=blocks)
-
-    @cached_property
-    def _twin(self) -> tuple[Tokenizer, FakeTensorMode]:
-        """A module without content and activation checkpointing, and its context."""
-        with torch.random.fork_rng(devices=[]):  # it draws weights, which become fake
-            twin = Tokenizer(replace(self.module.config, activation_checkpointing="none"))
-        mode = fake_tensors(*_trained_networks(twin), *_perceptual_networks(twin))
-        with mode:
-            # Gradients exist between steps.
-            for parameter in (each for network in _trained_networks(twin) for each in network.parameters()):
-                parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-        return twin, mode
-
-    def memory(self, per_device: int) -> Memory:
-        blocks, root = self.groups
-        # In float32 with bf16-mixed, too: an upper bound, as norms and the R1 penalty stay in float32.
-        activations = Activations(per_device * self._step.kept(self.checkpointing), self.casts, 0)
-        # Buffers count twice, since the average has copies of them.
-        buffers = sum(buffer.nbytes for network in self._networks for buffer in network.buffers())
-        perceptual = [each for network in _perceptual_networks(self.module) for each in network.parameters()]
-        frozen = sum(each.nbytes for each in perceptual) + self._untrained
-        return estimate_memory(
-            blocks, root, activations, strategy=self.strategy, ranks=self.ranks,
-            averaged=self.averaged, frozen=frozen + 2 * buffers, moments=self.moments,
-        )  # fmt: skip
-
-    def flops(self, global_batch: int) -> float:
-        """Returns the mean over the steps from one R1 penalty to the next."""
-        config, most = self.module.config.adversarial, self._step.flops
-        if config is None or config.r1_weight == 0 or config.r1_every == 1:
-            return float(most * global_batch)
-        without = self._count_step(_first_full_step(config) + 1).flops  # as all others that have none
-        return (without + (most - without) / config.r1_every) * global_batch
-
-    def checkpoint(self) -> int:
-        buffers = sum(tensor.nbytes for tensor in self.module.network.buffers())
-        return checkpoint_bytes(
-            self.trained,
-            averaged=self.averaged,
-            others=2 * buffers + self._untrained,
-            tensors=self.num_tensors,
-            moments=self.moments,
-        )
-
-
-def useful_flops(module: TokenModel | Tokenizer, *, global_batch: int, encodes: bool) -> float:
-    """Returns the FLOPs of a step of the model over all ranks, without recomputation. The module stays as it is.
-
-    Args:
-        module: The module that trains.
-        global_batch: Samples of a step.
+        encoder: Tokenizer of stage 2, if known.
         encodes: True if stage 2 encodes images, instead of reading tokens.
     """
+    config, is_half = module.config, precision != "32-true"
+    trained = _trained(module)
+    copies = _HALF * sum(each.numel() for each in trained if each.ndim > 1) if is_half else 0
+    own, average, gathered = _count(trained), module.ema_network, 0
+    averaged = 0 if average is None else _count(average.parameters())
     if isinstance(module, TokenModel):
-        sizes = (module.tokenizer.network.config, module.tokenizer.image_size) if encodes else None
-        return TransformerCosts("auto", 1, module=module, tokenizer=sizes, encodes=encodes).flops(global_batch)
-    return TokenizerCosts("auto", 1, module=module).flops(global_batch)
+        with skeletons():
+            frozen = 0 if encoder is None else _bytes_of(VQGAN(encoder[0]))
+        activations = _run_token_step(
+            module, images=per_device, masked=module.config.network.num_tokens, encoder=encoder if encodes else None,
+            checkpointing=config.activation_checkpointing, is_half=is_half,
+        ).peak  # fmt: skip
+        if strategy == "fsdp":
+            blocks: list[list[Tensor]] = [list(block.parameters()) for block in module.transformer.blocks]
+            inside = {id(each) for block in blocks for each in block}
+            root = [each for each in trained if id(each) not in inside]
+            own = shard_numel(trained, ranks)
+            averaged = own if averaged else 0
+            # Collectives need equal parts, so each rank sends as much as rank 0: on 512 ranks, a bias of 768 is 1024.
+            rest = ranks * shard_numel(root, ranks)
+            block = ranks * max((shard_numel(each, ranks) for each in blocks), default=0)
+            gathered = (_HALF if is_half else _FLOAT) * (rest + 3 * block) + _FLOAT * (rest + 2 * block)
+            activations -= copies
+    else:
+        step = _first_full_step(module)
+        meter = _run_tokenizer_step(module, images=per_device, step=step, checkpointing=config.activation_checkpointing)
+        activations = meter.peak + copies
+        others = _bytes_of(*_trained_networks(module), *_perceptual_networks(module)) - _FLOAT * own
+        frozen = others + sum(buffer.nbytes for buffer in module.network.buffers())  # of the average
+    states = _FLOAT * (own * (2 + state_values(config.optimizer)) + averaged) + frozen
+    return Memory(round(states), gathered, activations)
 
 
-def _trained_networks(module: Tokenizer) -> list[nn.Module]:
+def shard_numel(tensors: Iterable[Tensor], ranks: int, rank: int = 0) -> int:
+    """Returns the number of values of tensors that a rank holds under FSDP2; rank 0 holds the most.
+
+    FSDP2 splits each tensor along its first dimension, as ``torch.chunk`` does: with n ranks and c = ceil(rows / n),
+    rank r holds the existing rows of [r c, (r + 1) c). With more ranks than rows, the last ranks hold none.
+    """
+    total = 0
+    for tensor in tensors:
+        rows = -(-len(tensor) // ranks)
+        total += max(0, min(rows, len(tensor) - rank * rows)) * math.prod(tensor.shape[1:])
+    return total
+
+
+def useful_flops(module: TokenModel | Tokenizer, *, global_batch: int, encoder: Encoder | None = None) -> float:
+    """Returns the FLOPs of a step over all ranks: matrix products and convolutions, forward and backward.
+
+    What activation checkpointing computes again does not count. The masked tokens are the mean of the training; the R1
+    penalty counts in the mean over the steps from one to the next.
+
+    Args:
+        module: The module that trains. It stays as it is.
+        global_batch: Samples of a step.
+        encoder: Tokenizer, if stage 2 encodes images instead of reading tokens.
+    """
+    if isinstance(module, TokenModel):
+        masked, replaced = map(round, count_predicted(module))
+        return global_batch * _run_token_step(module, images=1, masked=masked, replaced=replaced, encoder=encoder).flops
+    step, config = _first_full_step(module), module.config.adversarial
+    flops = float(_run_tokenizer_step(module, images=1, step=step).flops)
+    if config is not None and config.r1_weight > 0 and config.r1_every > 1:
+        without = _run_tokenizer_step(module, images=1, step=step + 1).flops
+        flops = without + (flops - without) / config.r1_every
+    return global_batch * flops
+
+
+def count_predicted(module: TokenModel) -> tuple[float, float]:
+    """Returns the mean numbers of tokens per image at which training computes logits, and which it replaces."""
+    num_tokens = module.config.network.num_tokens
+    if not isinstance(module, MaskedTokenModel):
+        return float(num_tokens), 0.0
+    progress, sampler = (torch.arange(4096) + 0.5) / 4096, module.mask_sampler
+    ratios = sampler.mask_ratio(progress, module.mask_schedule, num_tokens).clamp(min=sampler.min_mask_ratio)
+    masked = float(num_masked(ratios, num_tokens, rounding="ceil").double().mean())
+    replaced = 0.0 if module.corruption is None else module.corruption.fraction * (num_tokens - masked)
+    return float(num_tokens) if module.objective.visible_weight > 0 else masked + replaced, replaced
+
+
+def checkpoint_bytes(module: TokenModel | Tokenizer) -> int:
+    """Returns the size of a checkpoint: weights, buffers, moments and averages, under each strategy.
+
+    Each trained tensor adds about 1,200 bytes: its names in the header and in ``state.json``, and its step counts.
+    """
+    trained, average = _trained(module), module.ema_network
+    moments = state_values(module.config.optimizer) * _FLOAT * _count(trained)
+    averages = 0 if average is None else _bytes_of(average)
+    return round(_bytes_of(*_trained_networks(module)) + moments) + averages + 1200 * len(trained)
+
+
+def max_num_checkpoints(max_steps: int, *, every: int, keep_last: int, keep_every: int | None) -> int:
+    """Returns the largest number of checkpoints that a run has on disk at the same time.
+
+    These are the ``keep_last`` newest, another one that is being written, and all older ones whose step is a multiple
+    of ``keep_every``.
+
+    Args:
+        max_steps: Steps of the run. The last step always has a checkpoint.
+        every: Steps between checkpoints.
+        keep_last: Number of newest checkpoints to keep.
+        keep_every: Older checkpoints of multiples of this step are kept, too; None keeps none of them.
+    """
+    count = -(-max_steps // every)  # the last step has a checkpoint even if it is no multiple
+    # One more than keep_last: the oldest is removed only after the new one is complete.
+    newest = min(count, keep_last + 1)
+    # All older ones are multiples of every: every, 2 every, ...
+    older = 0 if keep_every is None else (count - newest) * every // math.lcm(every, keep_every)
+    return newest + older
+
+
+# The counted steps
+
+
+def _run_token_step(
+    module: TokenModel,
+    *,
+    images: int,
+    masked: int,
+    replaced: int = 0,
+    encoder: Encoder | None = None,
+    checkpointing: ActivationCheckpointing = "none",
+    is_half: bool = False,
+) -> StepMeter:
+    """Counts a micro-batch of stage 2.
+
+    Args:
+        module: The module.
+        images: Images of the micro-batch.
+        masked: Tokens of each image that the network predicts.
+        replaced: Tokens of each image that a corruption replaces.
+        encoder: Tokenizer that encodes the images; None for tokens.
+        checkpointing: See ``prepare_blocks``.
+        is_half: True for bf16-mixed. The dtypes are those of autocast on a CPU, which are those on a GPU for the layers
+            of our backbones.
+    """
+    config = module.config.network
+    with skeletons():
+        network = config.create()
+        tokenizers = [] if encoder is None else [VQGAN(encoder[0]).requires_grad_(requires_grad=False)]
+    for block in network.blocks:  # no mode reaches the blocks that the backward pass runs again
+        block.forward = partial(_as_on_gpu, block.forward)
+    prepare_blocks(network.blocks, activation_checkpointing=checkpointing)
+    with _count_step(network, *tokenizers) as meter, torch.autocast("cpu", torch.bfloat16, enabled=is_half):
+        if encoder is not None:
+            content = torch.empty(images, encoder[0].in_channels, *height_width(encoder[1]))
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+                tokenizers[0].encode(content)
+        number = torch.zeros(images, dtype=torch.int64)
+        tokens = number.unsqueeze(1).repeat(1, config.num_tokens)
+        vectors = torch.empty(images, config.condition_dim) if config.condition_dim else None
+        draws = Draws(number, tokens == 0, torch.arange(images * masked))
+        if replaced and isinstance(module, MaskedTokenModel) and module.corruption is not None:
+
+            def predict(_: Tensor) -> Tensor:
+                places = torch.arange(images * replaced)
+                return network.forward_selected(tokens, number, places, vectors=vectors)
+
+            with torch.no_grad():
+                uniform = torch.empty(images * replaced)
+                module.corruption.codes(
+                    tokens, draws.mask, uniform, codebook_size=config.codebook_size, predict=predict
+                )
+        batch = Batch(tokens, number, number, number, number, number == 0, vectors=vectors, draws=draws)
+        with _GPUKernels():
+            losses = module.compute_losses(network, batch, tokens, smoothing=module.config.label_smoothing)
+        torch.autograd.backward(losses.loss)
+    return meter
+
+
+def _run_tokenizer_step(
+    module: Tokenizer, *, images: int, step: int, checkpointing: ActivationCheckpointing = "none"
+) -> StepMeter:
+    """Counts a micro-batch of a step of stage 1, with discriminator and R1 penalty if the step has them."""
+    with torch.random.fork_rng(devices=[]), ZeroWeights():
+        twin = Tokenizer(replace(module.config, activation_checkpointing=checkpointing))
+    with _count_step(*_trained_networks(twin), *_perceptual_networks(twin)) as meter:
+        size = height_width(twin.config.image_size)
+        content = torch.empty(images, twin.config.network.in_channels, *size, dtype=torch.uint8)
+        number = torch.zeros(images, dtype=torch.int64)
+        twin.replay_step(Batch(content, number, number, number, number, number == 0), step=step)
+    return meter
+
+
+def _first_full_step(module: Tokenizer) -> int:
+    """Returns the first step with discriminator and R1 penalty: the most expensive kind of step."""
+    config = module.config.adversarial
+    return 0 if config is None else -(-config.start_step // config.r1_every) * config.r1_every
+
+
+def _trained_networks(module: TokenModel | Tokenizer) -> list[nn.Module]:
+    if isinstance(module, TokenModel):
+        return [module.transformer]
     return [module.network] if module.discriminator is None else [module.network, module.discriminator]
+
+
+def _trained(module: TokenModel | Tokenizer) -> list[Tensor]:
+    parameters = (each for network in _trained_networks(module) for each in network.parameters())
+    return [each for each in parameters if each.requires_grad]
 
 
 def _perceptual_networks(module: Tokenizer) -> list[nn.Module]:
@@ -354,37 +315,115 @@ def _perceptual_networks(module: Tokenizer) -> list[nn.Module]:
     return [] if perceptual is None else [perceptual]
 
 
-def _one_image(config: TokenizerConfig) -> Batch:
-    image = torch.empty(1, config.network.in_channels, *height_width(config.image_size), dtype=torch.uint8)
-    number = torch.zeros(1, dtype=torch.int64)
-    return Batch(image, number, number, number, number, number == 0)
+def _count(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
 
 
-def _first_full_step(config: AdversarialConfig | None) -> int:
-    """Returns the first step with discriminator and R1 penalty: the most expensive kind of step."""
-    return 0 if config is None else -(-config.start_step // config.r1_every) * config.r1_every
+def _bytes_of(*networks: nn.Module) -> int:
+    return sum(each.nbytes for network in networks for each in (*network.parameters(), *network.buffers()))
 
 
-def _count_predicted(module: MaskedTokenModel) -> tuple[float, float]:
-    """Returns the mean numbers of tokens per image at which training computes logits, and which it replaces."""
-    num_tokens, sampler = module.config.network.num_tokens, module.mask_sampler
-    masked = mean_num_masked(
-        module.mask_schedule, num_tokens, min_mask_ratio=sampler.min_mask_ratio, mask_ratio=sampler.mask_ratio
-    )
-    replaced = 0.0 if module.corruption is None else module.corruption.fraction * (num_tokens - masked)
-    return float(num_tokens) if module.objective.visible_weight > 0 else masked + replaced, replaced
+@contextmanager
+def _count_step(*networks: nn.Module) -> Iterator[StepMeter]:
+    """Counts the step in the context, in which tensors have shapes but no content.
+
+    Args:
+        networks: Networks of the step, which lose their weights. They may be on the meta device. Weights, gradients and
+            buffers exist before the step and are not counted.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        known: list[Tensor] = []
+        for network in networks:
+            network._apply(_empty)  # type: ignore[no-untyped-call]  # torch: untyped
+            for parameter in network.parameters():
+                if parameter.requires_grad:
+                    parameter.grad = torch.empty_like(parameter)
+                    known.append(parameter.grad)
+            known += [*network.parameters(), *network.buffers()]
+        with StepMeter(known) as meter:
+            yield meter
 
 
-def _count_predictions(corruption: Corruption | None) -> int:
-    """Returns the number of forward passes of a corruption, which it makes for a token, too."""
-    calls = 0
+def _empty(old: Tensor) -> Tensor:
+    return torch.empty_strided(old.shape, old.stride(), dtype=old.dtype)
 
-    def predict(replaced: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        return torch.zeros(int(replaced.sum()), 2)
 
-    if corruption is not None:
-        token = torch.zeros(1, 1, dtype=torch.int64)
-        corruption.corrupt(token, token == 0, torch.full((1,), 0.5), codebook_size=2, predict=predict)
-    return calls
+class StepMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch: untyped
+    """A dispatch mode that counts FLOPs, and the bytes of living tensors that were allocated in its context.
+
+    ``FlopCounterMode`` fails in ``autograd.grad``, and torch's ``MemTracker`` counts some tensors twice.
+
+    Attributes:
+        flops: FLOPs of matrix products and convolutions.
+        live: Bytes that are alive now.
+        peak: Maximum of ``live``.
+
+    Args:
+        known: Existing tensors, which are not counted.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch: untyped
+        self.flops = self.live = self.peak = 0
+        self._seen: set[int] = set()
+        for tensor in known:
+            self._see(tensor, counts=False)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Calls ``func``, and counts its FLOPs and the results that do not share memory with known tensors."""
+        made = func(*args, **(kwargs or {}))
+        operation = func._overloadpacket
+        if operation in _ATTENTION:
+            self.flops += _ATTENTION[operation](*args)
+        elif operation in flop_registry:
+            self.flops += int(flop_registry[operation](*args, **(kwargs or {}), out_val=made))
+        tree_map_only(Tensor, self._see, made)
+        return made
+
+    def _see(self, tensor: Tensor, *, counts: bool = True) -> None:
+        storage = tensor.untyped_storage()  # views share it and are counted once
+        key = storage._cdata
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        size = storage.nbytes() if counts else 0
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        # Called when the last tensor that shares the storage is freed.
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.live -= size
+
+
+class _GPUKernels(TorchFunctionMode):
+    """Dropout and attention as on a GPU: a mask is bool, and attention with dropout is fused, too."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Calls ``func``, or what replaces it."""
+        kwargs = dict(kwargs or {})
+        if func is F.scaled_dot_product_attention:
+            kwargs["dropout_p"] = 0.0
+        if func is F.dropout and kwargs["training"] and kwargs["p"] > 0:
+            return torch.native_dropout(args[0], kwargs["p"], train=True)[0]
+        return func(*args, **kwargs)
+
+
+def _as_on_gpu(forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    with _GPUKernels():
+        return forward(*args, **kwargs)
+
+
+def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> int:
+    return int(sdpa_flop_count(query.shape, key.shape, value.shape))  # type: ignore[no-untyped-call]  # torch: untyped
+
+
+_ATTENTION: dict[Any, Any] = {  # the CPU's fused kernel, which torch leaves out
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    # Four products of the backward pass; a fifth one recomputes the scores.
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, *rest: 2 * _attention_flops(*rest),
+}

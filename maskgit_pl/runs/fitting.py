@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,9 +66,7 @@ def fit(
     # The other ranks start when the folder has its new name.
     old = _set_aside(plan.stage_folder) if fresh and local_rank() == 0 else None
     try:
-        with catch_stop_signals(), warnings.catch_warnings():
-            # Lightning warns on login nodes of Slurm.
-            warnings.filterwarnings("ignore", message=".*`srun` command is available")
+        with catch_stop_signals():
             from maskgit_pl.runs.stage import fit_stage  # lightning and torch take seconds to import
 
             return fit_stage(plan)

@@ -32,7 +32,7 @@ from maskgit_pl.networks.backbone import BUILT_IN, DEFAULT_BACKBONE, BackboneCon
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.runs.layers import DERIVED_KEYS, Kind, Layer, explain_unknown_key, merge, value_at
 from maskgit_pl.tokenizer import Tokenizer
-from maskgit_pl.training.health_rules import HealthConfig
+from maskgit_pl.training.health import HealthConfig
 from maskgit_pl.training.tokenizer_losses import TokenizerConfig
 
 __all__ = [

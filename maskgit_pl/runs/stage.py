@@ -29,9 +29,11 @@ from pathlib import Path
 
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from maskgit_pl.checks import count_text
 from maskgit_pl.data import ShardData, split_batch
 from maskgit_pl.data.folders import hold_lock
 from maskgit_pl.distributed import describe_environment
@@ -40,11 +42,8 @@ from maskgit_pl.files import check_writable, read_json, write_text
 from maskgit_pl.networks.weights import load_weights
 from maskgit_pl.pipeline.card import write_card
 from maskgit_pl.pipeline.pretrained import check_stage_folder, fingerprint, has_weights_of
-from maskgit_pl.runs.build import StageRun, build
-from maskgit_pl.runs.host import check_tasks
+from maskgit_pl.runs.build import StageRun, build, restore_process_state
 from maskgit_pl.runs.plan import Plan, plan_run
-from maskgit_pl.runs.preflight_checks import describe_start
-from maskgit_pl.runs.preflight_report import count_text
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.resolve import AUTO, config_text
 from maskgit_pl.tokenizer import Tokenizer
@@ -54,6 +53,8 @@ from maskgit_pl.training.token_model import TokenModel
 
 __all__ = [
     "FitResult",
+    "check_run_outputs",
+    "describe_start",
     "dry_run",
     "export_checkpoint",
     "fit_stage",
@@ -88,6 +89,7 @@ class FitResult:
         return self.folder / "pretrained"
 
 
+@restore_process_state()
 def fit_stage(plan: Plan) -> FitResult:
     """Trains a stage and exports it; does nothing if the run is finished.
 
@@ -109,14 +111,15 @@ def fit_stage(plan: Plan) -> FitResult:
         if trainer.is_global_zero:
             log.info("%s: finished at %s; nothing to do", plan.stage_folder, newest.name)
         return FitResult(plan.folder, step_of(newest), was_finished=True)
-    check_tasks(trainer)
-    _check_run_outputs(plan)
+    _check_tasks(trainer)
+    check_run_outputs(plan)
     with hold_lock(plan.stage_folder, hint="train another run (--run)") if trainer.is_global_zero else nullcontext():
         _fit(run, plan)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
     return FitResult(plan.folder, trainer.global_step, metrics=metrics)
 
 
+@restore_process_state()
 def export_checkpoint(plan: Plan, checkpoint: Path, out: Path) -> None:
     """Exports the averaged weights of a checkpoint, as training does at its end.
 
@@ -140,6 +143,7 @@ def export_checkpoint(plan: Plan, checkpoint: Path, out: Path) -> None:
     _export(module, run.datamodule, plan, out, step=step_of(checkpoint))
 
 
+@restore_process_state()
 def dry_run(
     recipe: Recipe,
     *,
@@ -160,11 +164,11 @@ def dry_run(
     """
     plan = plan_run(recipe, run=run, data=data, tokenizer=tokenizer, pretrained=pretrained)
     stage_run = build(plan)
-    _check_run_outputs(plan)
+    check_run_outputs(plan)
     stage_run.datamodule.setup()
     trainer = stage_run.trainer
     lines: Mapping[str, str | None] = {
-        "run": describe_start(plan, trainer.max_steps),
+        "run": describe_start(plan.stage_folder, trainer.max_steps),
         "recipe": recipe.title,
         "data": _describe_data(stage_run, plan),
         "tokenizer": None if plan.tokenizer is None else str(plan.tokenizer),
@@ -176,7 +180,32 @@ def dry_run(
     return {name: text for name, text in lines.items() if text is not None}
 
 
-def _check_run_outputs(plan: Plan) -> None:
+def describe_start(stage_folder: Path, max_steps: int) -> str:
+    """Returns a line: whether the training starts, resumes or has nothing to do."""
+    newest = newest_checkpoint(stage_folder / "checkpoints")
+    if newest is None:
+        return f"{stage_folder}: starts from scratch"
+    if max_steps <= step_of(newest):
+        return f"{stage_folder}: {newest.name} has all of {max_steps} steps; training has nothing to do"
+    return f"{stage_folder}: resumes from {newest.name}"
+
+
+def _check_tasks(trainer: Trainer) -> None:
+    """Checks that ``srun`` has started the ranks for which Lightning will wait in a Slurm job.
+
+    Raises:
+        ValueError: if the training was started in a batch script or an interactive job of several tasks without it.
+    """
+    if not isinstance(getattr(trainer.strategy, "cluster_environment", None), SLURMEnvironment):
+        return
+    if os.environ.get("SLURM_STEP_NUM_TASKS", "1") == "1" and trainer.world_size > 1:
+        raise ValueError(
+            f"{trainer.world_size} ranks must be started with srun, got 1 task in a Slurm job of several; put `srun` "
+            "before the command, use recipes/slurm/train.sbatch, or start the ranks with torchrun"
+        )
+
+
+def check_run_outputs(plan: Plan) -> None:
     """Checks all that a stage writes, so that a training does not end with an output that cannot be written.
 
     Raises:
@@ -233,7 +262,15 @@ def _write_records(run: StageRun, plan: Plan) -> None:
     folder = plan.stage_folder
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / _RECORDS[0], config_text(run.values))
-    environment = {"command": sys.argv, **describe_environment(), "world_size": run.trainer.world_size}
+    recipe = plan.recipe
+    environment = {
+        "command": sys.argv,
+        "recipe": recipe.names,
+        "dataset": recipe.dataset,
+        "data": str(plan.shards),
+        **describe_environment(),
+        "world_size": run.trainer.world_size,
+    }
     if plan.pretrained is not None:
         environment["pretrained"] = {"folder": str(plan.pretrained), "sha256": fingerprint(plan.pretrained)}
     write_text(folder / _RECORDS[1], json.dumps(environment, indent=2) + "\n")

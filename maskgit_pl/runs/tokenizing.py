@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from maskgit_pl.data.folders import hold_lock
-from maskgit_pl.processes import available_cores
+from maskgit_pl.processes import Bars, available_cores, no_bars
 from maskgit_pl.runs.plan import SHARED_TOKENS, find_data, find_tokenizer, run_folder
 from maskgit_pl.runs.recipe import Recipe
 
@@ -29,13 +29,12 @@ if TYPE_CHECKING:
     from maskgit_pl.data.token_store import StoreDescription
     from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer
 
-__all__ = ["OnRows", "ProcessRank", "TokenizeOptions", "find_process_rank", "tokenize"]
+__all__ = ["ProcessRank", "TokenizeOptions", "find_process_rank", "tokenize"]
 
 log = logging.getLogger(__name__)
 
 _MOST_WORKERS = 8
 _VIEWS = ("crops", "flip", "precision", "augmentations")
-OnRows = Callable[[Literal["train", "val"], int, int], object]
 
 
 class ProcessRank(NamedTuple):
@@ -89,7 +88,7 @@ def tokenize(
     pretrained: str | Path | None = None,
     options: TokenizeOptions | None = None,
     process: ProcessRank | None = None,
-    on_rows: OnRows = lambda split, rows, total: None,
+    bars: Bars = no_bars,
 ) -> Path | None:
     """Makes the token store of a run if its recipe reads tokens. Resumes an interrupted store.
 
@@ -101,8 +100,7 @@ def tokenize(
         pretrained: Pretrained folder of both stages with the tokenizer, if ``tokenizer`` is None.
         options: Options of the store.
         process: Rank of this process. Default: ``find_process_rank()``.
-        on_rows: Called with the split, the number of new rows (first those of an earlier run), and the number of rows
-            of that split for this process.
+        bars: Shows the progress of each split.
 
     Returns:
         The folder of the store; None if the recipe does not read tokens.
@@ -127,7 +125,7 @@ def tokenize(
     description = _describe(views, folder, shards, loaded)
     store = _store_of(folder, description)
     with hold_lock(store, hint="name another run (--run)", rank=process.rank):
-        _make(shards, store, loaded, description, options, process, device, on_rows)
+        _make(shards, store, loaded, description, options, process, device, bars)
     return store
 
 
@@ -217,7 +215,7 @@ def _make(
     options: TokenizeOptions,
     process: ProcessRank,
     device: torch.device,
-    on_rows: OnRows,
+    bars: Bars,
 ) -> None:
     """Encodes this rank's share of the images, and logs the outcome."""
     import torch
@@ -225,7 +223,8 @@ def _make(
     from maskgit_pl.data import TokenizingConfig
     from maskgit_pl.data import tokenize as make_store
 
-    count, begun = _Count(on_rows), time.monotonic()
+    name = "" if process.world_size == 1 else f"rank {process.rank} of {process.world_size}: "
+    count, begun = _Count(bars, name), time.monotonic()
     with torch.inference_mode():
         outcome = make_store(
             shards,
@@ -247,7 +246,6 @@ def _make(
         log.info("%s exists already, made by this tokenizer from these data", store)
         return
     seconds = max(time.monotonic() - begun, 1e-9)
-    name = "" if process.world_size == 1 else f"rank {process.rank} of {process.world_size}: "
     log.info("%s: %s%d images in %.1f s, %.0f images/s", store, name, count.rows, seconds, count.rows / seconds)
     if outcome == "incomplete":
         log.info(
@@ -256,15 +254,21 @@ def _make(
 
 
 class _Count:
-    """A callback that counts newly encoded rows; the first call for each split reports rows of an earlier run."""
+    """A callback that shows the progress of each split, and counts newly encoded rows.
 
-    def __init__(self, on_rows: OnRows) -> None:
-        self.on_rows, self.splits, self.rows = on_rows, set[str](), 0
+    The first call for a split reports the rows of an earlier run, and the number of rows.
+    """
+
+    def __init__(self, bars: Bars, name: str) -> None:
+        self.bars, self.name, self.rows = bars, name, 0
+        self._advance: dict[str, Callable[[int], None]] = {}
 
     def __call__(self, split: Literal["train", "val"], rows: int, total: int) -> None:
-        self.rows += rows if split in self.splits else 0
-        self.splits.add(split)
-        self.on_rows(split, rows, total)
+        if split in self._advance:
+            self.rows += rows
+            self._advance[split](rows)
+        else:
+            self._advance[split] = self.bars(f"{self.name}tokens of {split}", total, done=rows, unit="images")
 
 
 def _encoder(tokenizer: PretrainedTokenizer, device: torch.device, precision: str) -> Callable[[Tensor], Tensor]:

@@ -99,6 +99,7 @@ class Watchdog(Callback):
         self._step = 0
         self._outlives_fit = False
         self._is_done = threading.Event()
+        self._thread: threading.Thread | None = None
         self._peers: Peers | None = None
         self._peers_ending: Ending | None = None
 
@@ -116,7 +117,8 @@ class Watchdog(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._note_progress("set-up", trainer)
-        threading.Thread(target=self._watch_progress, args=(trainer,), name="watchdog", daemon=True).start()
+        self._thread = threading.Thread(target=self._watch_progress, args=(trainer,), name="watchdog", daemon=True)
+        self._thread.start()
         rank, world_size = rank_and_world()
         if world_size > 1:
             self._peers = Peers(rank, world_size)
@@ -167,6 +169,8 @@ class Watchdog(Callback):
 
     def _stop(self) -> None:
         self._is_done.set()
+        if self._thread is not None:
+            self._thread.join(_TICK_SECONDS)  # it holds the Trainer, whose memory is freed next
         if self._peers is not None:
             self._peers.leave()
 

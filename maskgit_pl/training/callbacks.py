@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import DeviceStatsMonitor, ProgressBar, RichModelSummary
@@ -202,7 +202,7 @@ class ReconstructionPictures(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
-        pair = cast("_Reconstructs", pl_module).reconstructions()
+        pair = cast(Any, pl_module).reconstructions()
         if pair is not None:
             originals, reconstructions = (part[:_MOST_PAIRS] for part in pair)
             _publish(reconstruction_grid(originals, reconstructions), self.folder, "reconstructions", trainer)
@@ -302,10 +302,6 @@ class UnreadableReport(Callback):
                 split, images.count, images.seen,
                 _format_counts(images.by_reason()), _format_counts(images.by_shard()), path,
             )  # fmt: skip
-
-
-class _Reconstructs(Protocol):
-    def reconstructions(self) -> tuple[Tensor, Tensor] | None: ...
 
 
 def _publish(picture: Image.Image, folder: Path, name: str, trainer: Trainer) -> None:

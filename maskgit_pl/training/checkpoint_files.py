@@ -6,11 +6,11 @@
       state.json                           plain values, with names in place of tensors
       COMPLETE.json                        the marker, written last: size and sha256 of each file
 
-A single process and DDP write one tensor file; FSDP2 writes one per rank. Any number of ranks reads either.
+A single process and DDP write one tensor file; FSDP2 writes one per rank. The header of a tensor file has the first row
+of each piece, so that any number of ranks reads a checkpoint of any other number.
 
-JSON has no tuples, no numeric keys and no non-finite numbers, so in ``state.json`` a mapping with one key gives the
-type of each value: ``{"list": [...]}``, ``{"tuple": [...]}``, ``{"items": [[key, value], ...]}``,
-``{"tensor": name}``, ``{"float": "nan"}``.
+JSON has no tuples and no numeric keys, so in ``state.json`` a mapping with one key stands for what is neither a number,
+a text nor a list: ``{"tuple": [...]}``, ``{"items": [[key, value], ...]}``, ``{"tensor": name}``.
 
 Protocol of a save, on all ranks together; an error of one rank is raised on all of them:
 
@@ -28,22 +28,23 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
-from maskgit_pl.checks import check_integer, check_keys, shorten
 from maskgit_pl.data.folders import replace_folder
 from maskgit_pl.distributed import on_all_ranks, rank_and_world
-from maskgit_pl.files import parse_json, read_json, sha256_of, size_text, write_tensors, write_text
-from maskgit_pl.training.checkpoint_tensors import FIRST_ROWS, SavedTensor, TensorPieces, own_pieces
+from maskgit_pl.files import sha256_of, size_text, write_tensors, write_text
+from maskgit_pl.networks.weights import open_tensors
 
 __all__ = [
     "SETTINGS",
@@ -51,6 +52,7 @@ __all__ = [
     "SavedTensor",
     "complete_checkpoints",
     "find_leftovers",
+    "local_rows",
     "newest_checkpoint",
     "read_settings",
     "step_of",
@@ -59,13 +61,9 @@ __all__ = [
 SETTINGS = "maskgit_pl.settings"
 
 _STATE, _MARKER = "state.json", "COMPLETE.json"
-_FORMAT = "maskgit_pl.checkpoint"
-_VERSION = 2
+_VERSION = 3
+_FIRST_ROWS = "first_rows"  # key in the header of a tensor file: tensor name -> first row of the piece, if not 0
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
-_FILE_NAME = re.compile(r"state\.json|tensors-\d{5,}-of-\d{5,}\.safetensors")
-_MAX_STATE_BYTES = 16_000_000  # state.json of a stage with 1,000 tensors has 600 kB
-_MAX_DEPTH = 32  # nesting depth; Lightning's checkpoints have 10
-_NOT_FINITE = ("nan", "inf", "-inf")
 
 
 class FolderCheckpointIO(CheckpointIO):
@@ -79,8 +77,6 @@ class FolderCheckpointIO(CheckpointIO):
 
         Raises:
             TypeError: if the checkpoint holds a value that is neither a tensor nor plain. The message names its key.
-            ValueError: if ``load_checkpoint`` would refuse the plain values: they are too large, nested too deep, or
-                have a key that is not finite. The message names the part.
             OSError: if the disk is full or not writable. No partial folder is left.
         """
         target = Path(path)
@@ -89,7 +85,7 @@ class FolderCheckpointIO(CheckpointIO):
         tensors: dict[str, Tensor] = {}
         state = _split_state(checkpoint, "", tensors)
         rank, _ = rank_and_world()
-        pieces = own_pieces(tensors, rank)
+        pieces = _own_pieces(tensors, rank)
         sizes = on_all_ranks(lambda: sum(rows.nbytes for rows, _ in pieces.values()))
         writers = [each for each, size in enumerate(sizes) if size]
         try:
@@ -132,8 +128,8 @@ class FolderCheckpointIO(CheckpointIO):
         files = on_all_ranks(lambda: _read_marker(folder))[rank]  # a rank may see an older state of a shared folder
         # Each rank hashes a part of the files.
         on_all_ranks(lambda: _verify(folder, sorted(files)[rank::world_size], files))
-        with TensorPieces(folder, [name for name in sorted(files) if name != _STATE], rank) as pieces:
-            return _read_state(folder, lambda key: read(key, SavedTensor(key, pieces)))
+        with _TensorFiles(folder, [name for name in sorted(files) if name != _STATE], rank) as opened:
+            return _read_state(folder, lambda key: read(key, SavedTensor(key, opened)))
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Deletes a checkpoint. The marker goes first, so that a partly deleted checkpoint is never used."""
@@ -169,46 +165,33 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """Reads the settings of the run from a complete checkpoint.
 
     Raises:
-        ValueError: if the file has changed or has no settings.
+        ValueError: if the file has changed.
     """
     _verify(folder, [_STATE], _read_marker(folder))
-    settings = _read_state(folder, lambda _: None).get(SETTINGS)
-    if not isinstance(settings, dict):
-        raise ValueError(f"checkpoint {folder}: {SETTINGS} must be a mapping, got {shorten(settings)}")
+    settings: dict[str, Any] = _read_state(folder, lambda _: None)[SETTINGS]
     return settings
 
 
-def _split_state(value: Any, key: str, tensors: dict[str, Tensor], depth: int = 0) -> Any:
+def _split_state(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
     """Returns a value as plain JSON, and adds its tensors to ``tensors``, named by their keys.
 
     Args:
         value: Tensors and plain values in mappings, lists and tuples.
         key: Key of ``value`` in the checkpoint, such as ``/state_dict``.
         tensors: Mapping to which the tensors are added.
-        depth: Nesting depth of ``value``.
 
     Raises:
         TypeError: if a value is neither a tensor nor plain. The message names its key.
-        ValueError: if ``_join_state`` would refuse it: values that are nested too deep, a key that is not finite, or
-            two tensors with one key.
     """
-    if depth > _MAX_DEPTH:
-        raise ValueError(
-            f"checkpoint {shorten(key)}: values must be nested at most {_MAX_DEPTH} deep; save flat mappings or tensors"
-        )
     if isinstance(value, Tensor):
-        if key in tensors:
-            raise ValueError(f"checkpoint {key}: keys must be unique as text, got two tensors; rename one of the keys")
+        assert key not in tensors, f"checkpoint {key}: two tensors with this key"
         tensors[key] = value
         return {"tensor": key}
     if isinstance(value, Mapping):
-        return {"items": [[_key(k, key), _split_state(v, f"{key}/{k}", tensors, depth + 1)] for k, v in value.items()]}
+        return {"items": [[_plain(k, key), _split_state(v, f"{key}/{k}", tensors)] for k, v in value.items()]}
     if isinstance(value, list | tuple):
-        kind = "list" if isinstance(value, list) else "tuple"
-        return {kind: [_split_state(item, f"{key}/{i}", tensors, depth + 1) for i, item in enumerate(value)]}
-    # JSON has no non-finite numbers.
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"float": str(value)}
+        items = [_split_state(item, f"{key}/{i}", tensors) for i, item in enumerate(value)]
+        return items if isinstance(value, list) else {"tuple": items}
     return _plain(value, key)
 
 
@@ -218,10 +201,18 @@ def _plain(value: Any, key: str) -> Any:
     raise TypeError(f"checkpoint {key or '/'}: tensors and plain values only, got {type(value).__name__}")
 
 
-def _key(value: Any, key: str) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"checkpoint {key or '/'}: keys of a mapping must be finite, got {value}; use text as the key")
-    return _plain(value, key)
+def _join_state(node: Any, read: Callable[[str], Any]) -> Any:
+    """Inverts ``_split_state``: ``read`` returns the tensor of a name."""
+    if isinstance(node, list):
+        return [_join_state(item, read) for item in node]
+    if not isinstance(node, dict):
+        return node
+    ((kind, content),) = node.items()
+    if kind == "tensor":
+        return read(content)
+    if kind == "tuple":
+        return tuple(_join_state(item, read) for item in content)
+    return {key: _join_state(value, read) for key, value in content}
 
 
 def _make_temporary_folder(folder: Path, needed: int) -> None:
@@ -234,64 +225,39 @@ def _make_temporary_folder(folder: Path, needed: int) -> None:
     folder.mkdir()
 
 
+def _own_pieces(tensors: Mapping[str, Tensor], rank: int) -> dict[str, tuple[Tensor, int]]:
+    """Returns the tensors that this rank writes, each with its first row: its shards, and on rank 0 all others."""
+    pieces: dict[str, tuple[Tensor, int]] = {}
+    for key, tensor in tensors.items():
+        if isinstance(tensor, DTensor):
+            pieces[key] = tensor.to_local(), local_rows(tensor)[0]
+        elif rank == 0:
+            pieces[key] = tensor, 0
+    return pieces
+
+
+def local_rows(tensor: DTensor) -> tuple[int, int]:
+    """Returns the range [start, stop) of this rank's rows of a tensor that is sharded along its first dimension."""
+    (chunk,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]  # torch has no types for it
+    assert chunk.sizes[1:] == tensor.shape[1:]
+    return chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]
+
+
 def _write_tensors(folder: Path, pieces: Mapping[str, tuple[Tensor, int]], number: int, count: int) -> dict[str, Any]:
     """Writes a tensor file, and returns its entry for the marker."""
     file = folder / f"tensors-{number:05d}-of-{count:05d}.safetensors"
     tensors = {key: rows.detach().cpu().contiguous().clone() for key, (rows, _) in pieces.items()}
-    # Pieces that begin at row 0 need no entry.
     starts = {key: start for key, (_, start) in pieces.items() if start}
-    write_tensors(file, tensors, metadata={FIRST_ROWS: json.dumps(starts)})
+    write_tensors(file, tensors, metadata={_FIRST_ROWS: json.dumps(starts)})
     return {file.name: _describe_file(file)}
 
 
 def _finish(temporary: Path, target: Path, state: Any, written: Sequence[Mapping[str, Any]]) -> None:
-    text = json.dumps(state)
-    _check_readable(text, state, target)
-    write_text(temporary / _STATE, text)
+    write_text(temporary / _STATE, json.dumps(state))
     files = {name: entry for each in written for name, entry in each.items()}
     files[_STATE] = _describe_file(temporary / _STATE)
-    write_text(temporary / _MARKER, json.dumps({"format": _FORMAT, "version": _VERSION, "files": files}))
+    write_text(temporary / _MARKER, json.dumps({"version": _VERSION, "files": files}))
     replace_folder(temporary, target)
-
-
-def _check_readable(text: str, state: Any, target: Path) -> None:
-    """Checks that the plain values can be read again, before older checkpoints are removed for this one.
-
-    Raises:
-        ValueError: if they cannot. The message names the part that is to blame.
-    """
-    if len(text) > _MAX_STATE_BYTES:
-        where, part = max(_parts(state), key=lambda each: len(each[1]))
-        raise ValueError(
-            f"checkpoint {target}: values that are not tensors must have at most {size_text(_MAX_STATE_BYTES)}, got "
-            f"{size_text(len(text))}, of which {where} has {size_text(len(part))}; save long lists as tensors, or in "
-            "files of their own"
-        )
-    try:
-        _join(parse_json(text, _STATE), target / _STATE, lambda _: None)
-    except ValueError as error:
-        blamed = next((f" because of {where}" for where, part in _parts(state) if not _is_json(part)), "")
-        raise ValueError(
-            f"checkpoint {target} could not be loaded again{blamed}: {error}; save it in another form"
-        ) from error
-
-
-def _parts(state: Any) -> Iterator[tuple[str, str]]:
-    """Yields the key and the JSON of each entry of the checkpoint, and of each callback instead of all of them."""
-    for key, value in state["items"]:
-        callbacks = value.get("items") if key == "callbacks" and isinstance(value, dict) else None
-        for name, each in callbacks or ():
-            yield f"{key}/{name}", json.dumps({"items": [[key, {"items": [[name, each]]}]]})
-        if not callbacks:
-            yield str(key), json.dumps({"items": [[key, value]]})
-
-
-def _is_json(text: str) -> bool:
-    try:
-        parse_json(text, _STATE)
-    except ValueError:
-        return False
-    return True
 
 
 def _describe_file(file: Path) -> dict[str, Any]:
@@ -299,118 +265,120 @@ def _describe_file(file: Path) -> dict[str, Any]:
 
 
 def _read_marker(folder: Path) -> dict[str, Any]:
-    """Returns the entry of each file in the marker.
+    """Returns size and sha256 of each file.
 
     Raises:
-        ValueError: if there is no marker, or it is invalid or of another version.
+        ValueError: if there is no marker, or it is damaged or of another version.
     """
-    where = f"checkpoint {folder}: {_MARKER}"
-    if not (folder / _MARKER).is_file():
+    file = folder / _MARKER
+    if not file.is_file():
         raise ValueError(f"checkpoint {folder} is incomplete: it has no {_MARKER}; use an older one or train again")
     try:
-        marker = read_json(folder / _MARKER)
-    except ValueError as error:
-        raise ValueError(
-            f"{where} has changed since it was written ({error}); remove the folder to resume from an older one"
-        ) from error
-    check_keys(where, marker, known=marker, required=("format", "version", "files"))
-    if marker["format"] != _FORMAT:
-        raise ValueError(f"{where}: format must be {_FORMAT!r}, got {shorten(marker['format'])}")
-    if marker["version"] != _VERSION:
-        raise ValueError(
-            f"{where}: version must be {_VERSION}, got {shorten(marker['version'])}; start a new run with --run"
-        )
-    files = marker["files"]
-    if not isinstance(files, dict) or _STATE not in files:
-        raise ValueError(f"{where}: files must be a mapping with {_STATE}, got {shorten(files)}")
-    for name, entry in files.items():
-        _check_file(name, entry, where)
+        marker = json.loads(file.read_bytes())
+        version, files = marker["version"], dict(marker["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise _changed(folder, _MARKER) from error
+    if version != _VERSION:
+        raise ValueError(f"checkpoint {folder}: version must be {_VERSION}, got {version}; start a new run with --run")
     return files
-
-
-def _check_file(name: str, entry: Any, where: str) -> None:
-    """Checks an entry of a marker: the name of a file in the folder, its size and its hash."""
-    if not _FILE_NAME.fullmatch(name):
-        raise ValueError(f"{where}: files must be {_STATE} and tensors*.safetensors, got {shorten(name)}")
-    if not isinstance(entry, dict):
-        raise ValueError(f"{where}: {name} must be a mapping, got {shorten(entry)}")
-    check_keys(f"{where}: {name}", entry, known=entry, required=("bytes", "sha256"))
-    check_integer(f"{where}: {name}.bytes", entry["bytes"], "[0, inf)")
 
 
 def _verify(folder: Path, names: Sequence[str], files: Mapping[str, Any]) -> None:
     for name in names:
-        file, expected = folder / name, files[name]
-        size = file.stat().st_size if file.is_file() else None
-        if size != expected["bytes"] or sha256_of(file) != expected["sha256"]:
-            raise ValueError(
-                f"checkpoint {folder}: {name} has changed since it was written; remove the folder to resume from an "
-                "older one"
-            )
+        if not (folder / name).is_file() or files.get(name) != _describe_file(folder / name):
+            raise _changed(folder, name)
+
+
+def _changed(folder: Path, name: str) -> ValueError:
+    return ValueError(
+        f"checkpoint {folder}: {name} has changed since it was written; remove the folder to resume from an older one"
+    )
 
 
 def _read_state(folder: Path, read: Callable[[str], Any]) -> dict[str, Any]:
-    """Returns the values of a checkpoint, with the result of ``read`` in place of each tensor.
-
-    Raises:
-        ValueError: if the file is not JSON, or not in the format of ``_split_state``.
-    """
-    file = folder / _STATE
-    return _join(read_json(file, max_bytes=_MAX_STATE_BYTES), file, read)
-
-
-def _join(content: dict[str, Any], file: Path, read: Callable[[str], Any]) -> dict[str, Any]:
-    """Returns the values of a parsed ``state.json`` after the checks of every load."""
-    try:
-        state = _join_state(content, read)
-    except _StateFormatError as error:
-        raise ValueError(f"checkpoint {file}: {error}") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"checkpoint {file} must hold a mapping, got {shorten(state)}")
-    for name in ("epoch", "global_step"):
-        check_integer(f"checkpoint {file}: {name}", state.get(name, 0), "[0, 1e15]")
+    """Returns the values of a checkpoint, with the result of ``read`` in place of each tensor."""
+    state: dict[str, Any] = _join_state(json.loads((folder / _STATE).read_bytes()), read)
     return state
 
 
-class _StateFormatError(ValueError):
-    """Values that are not in the format of ``_split_state``."""
+class _Piece(NamedTuple):
+    """Rows of a tensor in an open file."""
+
+    file: Any  # an open safetensors file
+    key: str
+    start: int
+    shape: list[int]
+
+    @property
+    def end(self) -> int:
+        return self.start + self.shape[0]
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Reads rows [start, stop) of the tensor, which this piece holds."""
+        rows: Tensor = self.file.get_slice(self.key)[start - self.start : stop - self.start]
+        return rows
 
 
-def _join_state(node: Any, read: Callable[[str], Any], depth: int = 0) -> Any:
-    """Inverts ``_split_state``: ``read`` returns the tensor of a name.
+class _TensorFiles:
+    """The tensor files of a checkpoint, which are opened on first use, beginning with the file of this rank."""
 
-    Raises:
-        _StateFormatError: if ``node`` is not in the format of ``_split_state``.
+    def __init__(self, folder: Path, names: Sequence[str], rank: int) -> None:
+        self.folder = folder
+        # With an unchanged number of ranks, each rank finds its rows in its own file.
+        self._names = [*names[rank : rank + 1], *names[:rank], *names[rank + 1 :]]
+        self._open: dict[str, tuple[Any, set[str], dict[str, int]]] = {}
+        self._files = ExitStack()
+
+    def __enter__(self) -> _TensorFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
+
+    def find(self, key: str) -> Iterator[_Piece]:
+        """Yields the pieces of a tensor."""
+        for name in self._names:
+            if name not in self._open:
+                file = self._files.enter_context(open_tensors(self.folder / name))
+                self._open[name] = file, set(file.keys()), json.loads(file.metadata()[_FIRST_ROWS])
+            file, keys, starts = self._open[name]
+            if key in keys:
+                yield _Piece(file, key, starts.get(key, 0), file.get_slice(key).get_shape())
+
+
+class SavedTensor(NamedTuple):
+    """A tensor of a checkpoint, whole or in pieces. Any of its rows can be read.
+
+    Attributes:
+        key: Key in the checkpoint, such as ``/state_dict/layer.weight``.
+        files: Open files of the checkpoint.
     """
-    if not isinstance(node, dict):
-        if isinstance(node, list):
-            raise _StateFormatError("a list must be inside a mapping that gives its type")
-        return node
-    # The file may be hostile: limit the recursion, and accept only the five known forms.
-    if depth > _MAX_DEPTH:
-        raise _StateFormatError(f"values must be nested at most {_MAX_DEPTH} deep")
-    kind, content = next(iter(node.items()), ("", None))
-    if len(node) != 1 or kind not in ("tensor", "float", "items", "list", "tuple"):
-        kinds = "tensor, float, items, list, tuple"
-        raise _StateFormatError(f"a mapping must have one of the keys {kinds}, got {shorten(list(node))}")
-    if kind in ("tensor", "float"):
-        if not isinstance(content, str) or (kind == "float" and content not in _NOT_FINITE):
-            raise _StateFormatError(f"a {kind} must be a string, got {shorten(content)}")
-        return read(content) if kind == "tensor" else float(content)
-    if not isinstance(content, list):
-        raise _StateFormatError(f"{kind} must be a list, got {shorten(content)}")
-    if kind == "items":
-        return _join_items(content, read, depth)
-    made: Iterator[Any] = (_join_state(item, read, depth + 1) for item in content)
-    return list(made) if kind == "list" else tuple(made)
 
+    key: str
+    files: _TensorFiles
 
-def _join_items(content: list[Any], read: Callable[[str], Any], depth: int) -> dict[Any, Any]:
-    made: dict[Any, Any] = {}
-    for pair in content:
-        if not isinstance(pair, list) or len(pair) != 2 or isinstance(pair[0], list | dict):
-            raise _StateFormatError(f"items must be pairs of a key and a value, got {shorten(pair)}")
-        if pair[0] in made:
-            raise _StateFormatError(f"keys of a mapping must be unique, got {shorten(pair[0])} twice")
-        made[pair[0]] = _join_state(pair[1], read, depth + 1)
-    return made
+    @property
+    def is_scalar(self) -> bool:
+        """A bool: the tensor has no dimensions."""
+        return not next(self.files.find(self.key)).shape
+
+    def read_all(self) -> Tensor:
+        """Reads the whole tensor to the CPU."""
+        pieces = list(self.files.find(self.key))
+        if not pieces[0].shape:
+            scalar: Tensor = pieces[0].file.get_tensor(self.key)
+            return scalar
+        return self.read_rows(0, max(piece.end for piece in pieces))
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        """Reads rows [start, stop) of the first dimension to the CPU."""
+        parts: dict[int, Tensor] = {}  # by their first row
+        for piece in self.files.find(self.key):
+            if piece.start <= start and stop <= piece.end:  # all rows are in this piece: no copy, and no other file
+                return piece.read(start, stop)
+            first, last = max(start, piece.start), min(stop, piece.end)
+            if first < last:
+                parts[first] = piece.read(first, last)
+        rows = torch.cat([parts[first] for first in sorted(parts)])
+        assert len(rows) == stop - start, f"checkpoint {self.files.folder}: {self.key} is incomplete"
+        return rows

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.optim import Optimizer
 
-from maskgit_pl.checks import check_integer, shorten
 from maskgit_pl.distributed import on_all_ranks
 from maskgit_pl.errors import CannotWriteError
 from maskgit_pl.training.checkpoint_files import (
@@ -42,11 +41,11 @@ class Checkpoints(Checkpoint):
         folder: The ``checkpoints`` folder of the run.
         every_n_steps: Steps (global batches) between checkpoints, >= 1.
         keep_last: Number of newest checkpoints to keep, >= 1.
-        keep_every: Checkpoints of multiples of this step are never removed; None keeps only the newest.
+        keep_every: Checkpoints of multiples of this step, >= 1, are never removed; None keeps only the newest.
         settings: Settings of the run as plain values, saved with each checkpoint.
 
     Raises:
-        ValueError: if a number is below 1, or ``keep_every`` is not a multiple of ``every_n_steps``.
+        ValueError: if ``keep_every`` is not a multiple of ``every_n_steps``.
     """
 
     def __init__(
@@ -58,10 +57,6 @@ class Checkpoints(Checkpoint):
         keep_every: int | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        least = {"checkpoint_every": every_n_steps, "keep_last": keep_last, "keep_every": keep_every}
-        for name, value in least.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}")
         if keep_every is not None and keep_every % every_n_steps:
             raise ValueError(
                 f"keep_every must be a multiple of checkpoint_every ({every_n_steps}), got {keep_every}; other steps "
@@ -111,12 +106,10 @@ class Checkpoints(Checkpoint):
 
         Lightning ends a step when the number of micro-batches of the epoch is a multiple of the accumulation. With the
         counts of another accumulation, steps would end within a global batch.
-
-        Raises:
-            ValueError: if the checkpoint has no micro-batch counts.
         """
         accumulation = getattr(pl_module, "accumulation", trainer.accumulate_grad_batches)  # stage 1 has its own
-        total, current = _batch_progress(checkpoint, str(trainer.ckpt_path))
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        total, current = progress["total"], progress["current"]  # of the whole run, and of the current epoch
         # Micro-batches per step when the checkpoint was written; 0 before the first step.
         before = total["ready"] // max(1, checkpoint["global_step"])
         for counts in (total, current) if before else ():
@@ -190,22 +183,6 @@ class Checkpoints(Checkpoint):
                 FolderCheckpointIO().remove_checkpoint(old)
             except OSError as error:
                 log.warning("checkpoint %s cannot be removed: %s", old, error)
-
-
-def _batch_progress(checkpoint: Mapping[str, Any], where: str) -> tuple[dict[str, int], dict[str, int]]:
-    """Returns Lightning's micro-batch counts: of the whole run, and of the current epoch."""
-    node: Any = checkpoint
-    for name in ("loops", "fit_loop", "epoch_loop.batch_progress"):
-        node = node.get(name) if isinstance(node, dict) else None
-    total, current = (node.get(name) if isinstance(node, dict) else None for name in ("total", "current"))
-    for counts in (total, current):
-        if not isinstance(counts, dict) or "ready" not in counts:
-            raise ValueError(f"checkpoint {where} must hold micro-batch counts, got {shorten(counts)}")
-        for name, count in counts.items():
-            check_integer(f"checkpoint {where}: micro-batches {name}", count, "[0, 1e15]")
-    assert isinstance(total, dict)
-    assert isinstance(current, dict)
-    return total, current
 
 
 @torch.no_grad()

@@ -1,12 +1,13 @@
-"""The callback that measures the health of a tokenizer during training, and warns in plain words.
+"""The health of a tokenizer: measurements during training, their healthy ranges, and what to change outside of them.
 
-After each step it knows which codes the training batches have used (steps of the code):
+``HealthMonitor`` knows which codes the training batches have used (steps of the code):
 
 1. A forward hook of the quantizer counts the tokens of each micro-batch, and notes the step at which a code was used.
 2. At the Trainer's logging steps, and before a validation, the ranks add up their counts, and the measurements go to
    all loggers.
-3. The measurements are compared with their healthy ranges. A value that stays outside is reported once: a warning, and
-   an entry of ``health.json`` in the stage folder. Training continues.
+3. ``find_problems`` compares the measurements with their ranges; ``maskgit inspect`` does it with the logs of a run. A
+   value that stays outside is reported once: a warning, and an entry of ``health.json`` in the stage folder. Training
+   continues.
 
 Counts and reports are saved in checkpoints, so a resumed run has the same measurements and repeats no report.
 """
@@ -15,26 +16,209 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 from einops import rearrange
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from maskgit_pl.checks import check_integer, check_number
 from maskgit_pl.distributed import max_over_ranks, mean_over_ranks, rank_and_world, sum_over_ranks
 from maskgit_pl.files import parse_any_json, write_text
 from maskgit_pl.networks.quantizers import Quantizer, QuantizerOutput, quantizers
-from maskgit_pl.training.health_rules import HealthConfig, HealthContext, Problem, find_problems
 
-__all__ = ["FILE_NAME", "CodeHistory", "HealthMonitor", "measure_vectors"]
+__all__ = [
+    "FILE_NAME",
+    "CodeHistory",
+    "HealthConfig",
+    "HealthMonitor",
+    "Problem",
+    "attainable_codes",
+    "find_problems",
+    "measure_vectors",
+]
 
 log = logging.getLogger(__name__)
 
 FILE_NAME = "health.json"  # in the stage folder
+
+_RESTART_BELOW = 0.2  # of recipes/tokenizer/base.yaml, where all codes are used
+_LOWER_RATE = "lower model.optimizer.learning_rate.peak"
+
+
+@dataclass(frozen=True)
+class HealthConfig:
+    """The healthy ranges of the training of a tokenizer, and when a value outside of them is reported.
+
+    Args:
+        least_usage: Smallest healthy codebook usage, in [0, 1], of what uniform use of all codes would give. A
+            collapsed codebook uses a few percent of its codes; a healthy one uses nearly all.
+        least_perplexity: Smallest healthy perplexity, in [0, 1], of what uniform use would give. Some codes are always
+            more frequent (background), so it is lower than the usage.
+        largest_distance: Largest healthy commitment distance, > 0, in units of the feature norm, for quantizers with a
+            codebook. At 1 the nearest code is as far from a feature as the origin is: the codes explain nothing.
+        least_discriminator_accuracy: Smallest healthy accuracy of the discriminator, in [0, 1]. It is 0.5 if images
+            cannot be told apart; lower values mean that its training is unstable.
+        largest_discriminator_accuracy: Largest healthy accuracy of the discriminator, in [0, 1]. A discriminator that
+            is always right leaves the generator nearly no gradient.
+        dead_after: A code is dead if no training batch has used it for this number of steps, >= 1. The number is
+            raised until uniform use would use each code 10 times.
+        grace_steps: Steps without alarms at the beginning, and after the first step of the discriminator, >= 0. None:
+            5 % of the run, at least 200 and at most 5,000, since the warm-up changes features faster than codes.
+        patience: Number of measurements in a row outside of a range before an alarm, >= 1, since single
+            measurements are noisy.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    least_usage: float = 0.3
+    least_perplexity: float = 0.1
+    largest_distance: float = 1.0
+    least_discriminator_accuracy: float = 0.3
+    largest_discriminator_accuracy: float = 0.98
+    dead_after: int = 100
+    grace_steps: int | None = None
+    patience: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("least_usage", "least_perplexity", "least_discriminator_accuracy"):
+            check_number(name, getattr(self, name), "[0, 1]")
+        interval = f"[{self.least_discriminator_accuracy}, 1]"
+        check_number("largest_discriminator_accuracy", self.largest_discriminator_accuracy, interval)
+        check_number("largest_distance", self.largest_distance, "(0, inf)")
+        check_integer("dead_after", self.dead_after, "[1, 2**53)")
+        check_integer("patience", self.patience, "[1, 1000000]")
+        if self.grace_steps is not None:
+            check_integer("grace_steps", self.grace_steps, "[0, 2**53)")
+
+    def grace(self, max_steps: int) -> int:
+        """Returns the number of steps without alarms in a run of ``max_steps`` steps."""
+        return min(max(max_steps // 20, 200), 5000) if self.grace_steps is None else self.grace_steps
+
+    def dead_steps(self, codebook_size: int, tokens_per_step: int) -> int:
+        """Returns the number of steps after which an unused code is dead.
+
+        Args:
+            codebook_size: K, number of codes.
+            tokens_per_step: Number of tokens of a global batch, >= 1.
+        """
+        return max(self.dead_after, -(-10 * codebook_size // tokens_per_step))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A value outside of its healthy range.
+
+    Args:
+        cause: Key of the problem, such as ``codebook_usage``; each is reported once.
+        value: The measured value.
+        text: The problem in one sentence without a period.
+        advice: Changes that may cure it, the most promising first.
+    """
+
+    cause: str
+    value: float
+    text: str
+    advice: Sequence[str]
+
+
+def attainable_codes(codebook_size: int, num_tokens: float) -> float:
+    """Returns the expected number of different codes among tokens that are drawn uniformly.
+
+    K (1 - (1 - 1/K)^n)
+
+    Args:
+        codebook_size: K, number of codes, >= 1.
+        num_tokens: n, number of tokens, >= 0.
+    """
+    return float(codebook_size * (1 - (1 - 1 / codebook_size) ** num_tokens))
+
+
+def find_problems(
+    metrics: Mapping[str, float],
+    config: HealthConfig,
+    *,
+    codebook_size: int,
+    num_tokens: float,
+    quantizer: str | Mapping[str, Any] | None,
+    has_codebook: bool = True,
+) -> Iterator[Problem]:
+    """Compares measurements with their healthy ranges.
+
+    Args:
+        metrics: Measurements by name without ``train/`` or ``val/``; missing ones are not judged.
+        config: The ranges.
+        codebook_size: K, number of codes.
+        num_tokens: Number of tokens that usage and perplexity were measured on.
+        quantizer: Name or mapping of the quantizer, for advice; None if unknown.
+        has_codebook: True if the quantizer stores its codes as vectors, in the space of the features.
+    """
+    attainable = attainable_codes(codebook_size, num_tokens)
+    advice = _advise_on_codes(quantizer, has_codebook=has_codebook)
+
+    value, limit = metrics.get("codebook_usage", math.inf), config.least_usage * attainable / codebook_size
+    if value < limit:
+        text = f"only {value * codebook_size:.0f} of {codebook_size} codes are in use ({value:.1%}, healthy: at least "
+        yield Problem("codebook_usage", value, f"{text}{limit:.1%})", advice)
+
+    value, limit = metrics.get("perplexity", math.inf), max(1.0, config.least_perplexity * attainable)
+    if value < limit:
+        text = (
+            f"the tokens are distributed like {value:.1f} equally frequent codes of {codebook_size} (perplexity, "
+            f"healthy: at least {limit:.1f}), so a few codes describe nearly everything"
+        )
+        yield Problem("perplexity", value, text, advice)
+
+    value, norm = metrics.get("commitment_distance", 0.0), metrics.get("feature_norm", math.inf)
+    limit = config.largest_distance * norm
+    if value > limit and has_codebook:
+        text = (
+            f"the features are {value:.3g} away from their codes on average (healthy: at most {limit:.3g}, for a "
+            f"feature norm of {norm:.3g}), so the codes explain nothing of them"
+        )
+        yield Problem("commitment_distance", value, text, ["raise model.network.quantizer.commitment", _LOWER_RATE])
+
+    accuracy = metrics.get("discriminator_accuracy", 0.5)
+    if accuracy > config.largest_discriminator_accuracy:
+        text = (
+            f"the discriminator is right on {accuracy:.1%} of the images (healthy: at most "
+            f"{config.largest_discriminator_accuracy:.1%}), so the generator learns nearly nothing from it"
+        )
+        advice = [
+            "start it later: raise model.adversarial.start_step",
+            "raise model.adversarial.r1_weight, or set model.adversarial.lecam_weight above 0",
+            "use a smaller discriminator (model.adversarial.discriminator)",
+        ]
+        yield Problem("discriminator_wins", accuracy, text, advice)
+    elif accuracy < config.least_discriminator_accuracy:
+        text = (
+            f"the discriminator is right on only {accuracy:.1%} of the images (healthy: at least "
+            f"{config.least_discriminator_accuracy:.1%}; guessing gives 50 %), so its training is unstable"
+        )
+        advice = ["lower model.adversarial.weight, or set weight_rule: adaptive", "lower model.adversarial.r1_weight"]
+        yield Problem("discriminator_fails", accuracy, text, [_LOWER_RATE, *advice])
+
+
+def _advise_on_codes(quantizer: str | Mapping[str, Any] | None, *, has_codebook: bool) -> list[str]:
+    """Returns the changes that bring unused codes back."""
+    key, advice = "model.network.quantizer", []
+    built = None if quantizer is None else quantizers.build(quantizer)
+    if getattr(built, "restart_below", _RESTART_BELOW) < _RESTART_BELOW:
+        advice.append(f"raise {key}.restart_below to {_RESTART_BELOW}, which replaces rare codes")
+    if has_codebook:
+        name = quantizer if isinstance(quantizer, str | None) else quantizer["name"]
+        cures = {"ema": f"{{name: ema, restart_below: {_RESTART_BELOW}}}", "simvq": "simvq", "fsq": "fsq"}
+        others = " or ".join(cure for cured, cure in cures.items() if cured != name)
+        advice.append(f"use {key} {others}, which keeps its codes in use")
+    if getattr(built, "entropy_weight", None) == 0:
+        advice.append(f"set {key}.entropy_weight above 0 (0.1 in the released configuration)")
+    return [*advice, _LOWER_RATE, "use a smaller model.network.codebook_size or code_dim"]
 
 
 class CodeHistory:
@@ -60,8 +244,7 @@ class CodeHistory:
             step: Step that the micro-batch belongs to, counted from 1.
         """
         flat = tokens.flatten()
-        if self.counts.device != flat.device:
-            self.counts, self.last_used = self.counts.to(flat.device), self.last_used.to(flat.device)
+        self.counts, self.last_used = self.counts.to(flat.device), self.last_used.to(flat.device)
         # No bincount: it waits for the device to learn the largest token.
         self.counts.index_add_(0, flat, torch.ones_like(flat))
         self.last_used.index_fill_(0, flat, step)
@@ -107,150 +290,6 @@ class CodeHistory:
         return dict(zip(names, found, strict=True)), int(num_tokens)
 
 
-class HealthMonitor(Callback):
-    """A callback that logs the health of a tokenizer, and warns if it leaves its healthy ranges.
-
-    Logged as ``train/NAME``: the measurements of ``CodeHistory.measure`` and ``measure_vectors``.
-
-    Args:
-        folder: Folder of the stage, for ``health.json``.
-        config: Healthy ranges; None for no alarms. The measurements are logged in both cases.
-    """
-
-    def __init__(self, folder: Path, config: HealthConfig | None = None) -> None:
-        self.folder = folder
-        self.config = config
-        self.history: CodeHistory | None = None
-        self.reports: list[dict[str, Any]] = []  # what was reported so far, as in ``health.json``
-        self._streaks: dict[str, int] = {}  # measurements in a row outside of a range, by cause
-        self._first_judged: int | None = None  # first step with a measurement of the discriminator
-        self._hook: torch.utils.hooks.RemovableHandle | None = None
-        self._last: tuple[Tensor, Tensor] | None = None  # features and tokens of the last micro-batch
-        self._measured_step = -1
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Starts to observe the quantizer."""
-        if stage != "fit":
-            return
-        quantizer = cast("_HasQuantizer", pl_module).network.quantizer
-        self.history = CodeHistory(quantizer.codebook_size)
-
-        def observe(module: nn.Module, given: Any, output: QuantizerOutput) -> None:
-            # A frozen quantizer stays in evaluation mode, and is observed too.
-            if not (torch.is_grad_enabled() and pl_module.training):
-                return
-            # 1.
-            assert self.history is not None
-            self._last = output.features, output.tokens
-            self.history.add(output.tokens, trainer.global_step + 1)
-
-        self._hook = quantizer.register_forward_hook(observe)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Stops to observe the quantizer."""
-        if self._hook is not None:
-            self._hook.remove()
-        self._hook = self._last = None
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Removes the reports of another run in the same folder, before the first step."""
-        self._measured_step = trainer.global_step
-        if not trainer.global_step and trainer.is_global_zero:
-            (self.folder / FILE_NAME).unlink(missing_ok=True)  # of another run in the same folder
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Frees the features of the last micro-batch."""
-        self._last = None
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Measures and judges at logging steps."""
-        # A micro-batch that ends no step leaves global_step as it is.
-        is_logged = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # added at run time
-        if is_logged and trainer.global_step > self._measured_step:
-            self._measured_step = trainer.global_step
-            metrics, num_tokens = self._measure(trainer, pl_module)
-            assert self.history is not None
-            self.history.counts.zero_()
-            if self.config is None:
-                return
-            metrics |= _discriminator_accuracy(trainer, pl_module.device)
-            if trainer.is_global_zero:
-                self._judge(trainer, metrics, _context_of(pl_module), num_tokens)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measures before a validation."""
-        # The counts continue, so that a resumed run, which may repeat no validation, has the same ones.
-        if not trainer.sanity_checking and trainer.global_step > self._measured_step:
-            self._measure(trainer, pl_module)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns counts and reports; must be called on every rank."""
-        assert self.history is not None
-        reported = {"reports": self.reports, "streaks": self._streaks, "first_judged": self._first_judged}
-        return {**self.history.state(), "reported": json.dumps(reported)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores ``state_dict``."""
-        if self.history is not None:
-            self.history.load(state_dict)
-        reported = parse_any_json(state_dict["reported"], "the health of a checkpoint")
-        self.reports, self._streaks = reported["reports"], reported["streaks"]
-        self._first_judged = reported["first_judged"]
-
-    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> tuple[dict[str, float], int]:
-        """Logs the measurements of a step, and returns them with the number of tokens; called on every rank (2)."""
-        if self._last is None or self.history is None:
-            return {}, 0
-        (features, tokens), quantizer = self._last, cast("_HasQuantizer", pl_module).network.quantizer
-        tokens_per_step = tokens.numel() * getattr(pl_module, "accumulation", 1) * trainer.world_size
-        dead_after = (self.config or HealthConfig()).dead_steps(quantizer.codebook_size, tokens_per_step)
-        metrics, num_tokens = self.history.measure(trainer.global_step, dead_after=dead_after)
-        metrics |= measure_vectors(quantizer, features, tokens)
-        for logger in trainer.loggers:
-            named = {f"train/{name}": value for name, value in metrics.items()}
-            logger.log_metrics(named, step=trainer.global_step)
-        return metrics, num_tokens
-
-    def _judge(self, trainer: Trainer, metrics: Mapping[str, float], context: HealthContext, num_tokens: int) -> None:
-        """Reports each cause that has been outside of its range for ``patience`` measurements (3)."""
-        assert self.config is not None
-        step, grace = trainer.global_step, self.config.grace(int(trainer.max_steps))
-        if "discriminator_accuracy" in metrics and self._first_judged is None:
-            self._first_judged = step
-        problems = {
-            problem.cause: problem
-            for problem in find_problems(metrics, self.config, context, num_tokens=num_tokens)
-            if step > grace + ((self._first_judged or 0) if problem.cause.startswith("discriminator") else 0)
-        }
-        self._streaks = {cause: self._streaks.get(cause, 0) + 1 for cause in problems}
-        known = {report["cause"] for report in self.reports}
-        fresh = [
-            problem
-            for cause, problem in problems.items()
-            if cause not in known and self._streaks[cause] >= self.config.patience
-        ]
-        healed = [each for each in self.reports if each["cause"] not in problems and each["healthy_again"] is None]
-        for report in healed:
-            report["healthy_again"] = step
-            log.info("step %d: health: %s is in its healthy range again", step, report["metric"])
-        for problem in fresh:
-            self._report(step, problem)
-        if fresh or healed:
-            self._write()
-
-    def _report(self, step: int, problem: Problem) -> None:
-        advice = "; or ".join(problem.advice)
-        log.warning("step %d: health: %s. Try: %s. Training continues", step, problem.text, advice)
-        self.reports.append({"step": step, "healthy_again": None, **asdict(problem), "advice": list(problem.advice)})
-
-    def _write(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(self.folder / FILE_NAME, json.dumps(self.reports, indent=2) + "\n")
-        except OSError as error:
-            log.warning("%s cannot be written: %s; training continues", self.folder / FILE_NAME, error)
-
-
 @torch.no_grad()
 def measure_vectors(quantizer: Quantizer, features: Tensor, tokens: Tensor) -> dict[str, float]:
     """Measures features and codes of a micro-batch, averaged over the ranks; must be called on every rank.
@@ -272,36 +311,139 @@ def measure_vectors(quantizer: Quantizer, features: Tensor, tokens: Tensor) -> d
     return dict(zip(names, mean_over_ranks(means).tolist(), strict=True))
 
 
-def _context_of(module: LightningModule) -> HealthContext:
-    """Returns the settings of a tokenizer that its health depends on."""
-    config = cast("Any", module).config
-    quantizer = cast("_HasQuantizer", module).network.quantizer
-    spec = config.network.quantizer
-    built = quantizers.build(spec)
-    adversarial = config.adversarial
-    return HealthContext(
-        quantizer.codebook_size,
-        spec if isinstance(spec, str) else str(spec.get("name", "")),
-        options=asdict(built) if is_dataclass(built) and not isinstance(built, type) else {},
-        has_codebook=isinstance(getattr(quantizer, "codebook", None), Tensor),
-        learning_rate=config.optimizer.learning_rate.peak,
-        start_step=None if adversarial is None else adversarial.start_step,
-        known_quantizers=quantizers.names(),
-    )
+class HealthMonitor(Callback):
+    """A callback that logs the health of a tokenizer, and warns if it leaves its healthy ranges.
 
+    Logged as ``train/NAME``: the measurements of ``CodeHistory.measure`` and ``measure_vectors``.
 
-def _discriminator_accuracy(trainer: Trainer, device: torch.device) -> dict[str, float]:
-    """Returns the accuracy over real images and reconstructions, if the module logs it; called on every rank.
-
-    A rank logs that of its own micro-batch, and of a few images all are often classified correctly.
+    Args:
+        folder: Folder of the stage, for ``health.json``.
+        config: Healthy ranges; None for no alarms. The measurements are logged in both cases.
     """
-    value = trainer.callback_metrics.get("train/discriminator_accuracy")
-    return {} if value is None else {"discriminator_accuracy": float(mean_over_ranks(value.to(device)))}
 
-
-class _Network(Protocol):
+    history: CodeHistory
     quantizer: Quantizer
 
+    def __init__(self, folder: Path, config: HealthConfig | None = None) -> None:
+        self.folder = folder
+        self.config = config
+        self.reports: list[dict[str, Any]] = []  # what was reported so far, as in ``health.json``
+        self._streaks: dict[str, int] = {}  # measurements in a row outside of a range, by cause
+        self._first_judged: int | None = None  # first step with a measurement of the discriminator
+        self._hook: torch.utils.hooks.RemovableHandle | None = None
+        self._last: tuple[Tensor, Tensor] | None = None  # features and tokens of the last micro-batch
+        self._measured_step = -1
 
-class _HasQuantizer(Protocol):
-    network: _Network
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Starts to observe the quantizer."""
+        self.quantizer = pl_module.network.quantizer  # type: ignore[union-attr, assignment]  # of a tokenizer
+        self.history = CodeHistory(self.quantizer.codebook_size)
+
+        def observe(module: nn.Module, given: Any, output: QuantizerOutput) -> None:
+            # 1. A frozen quantizer stays in evaluation mode, and is observed too.
+            if torch.is_grad_enabled() and pl_module.training:
+                self._last = output.features, output.tokens
+                self.history.add(output.tokens, trainer.global_step + 1)
+
+        self._hook = self.quantizer.register_forward_hook(observe)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Stops to observe the quantizer."""
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = self._last = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._measured_step = trainer.global_step
+        if not trainer.global_step and trainer.is_global_zero:
+            (self.folder / FILE_NAME).unlink(missing_ok=True)  # of another run in the same folder
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._last = None  # frees the features
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        # A micro-batch that ends no step leaves global_step as it is.
+        is_logged = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # added at run time
+        if not is_logged or trainer.global_step <= self._measured_step:
+            return
+        self._measured_step = trainer.global_step
+        metrics, num_tokens = self._measure(trainer, pl_module)
+        self.history.counts.zero_()
+        if self.config is None:
+            return
+        # A rank logs the accuracy of its own micro-batch, and of a few images all are often classified correctly.
+        accuracy = trainer.callback_metrics.get("train/discriminator_accuracy")
+        if accuracy is not None:
+            metrics["discriminator_accuracy"] = float(mean_over_ranks(accuracy.to(pl_module.device)))
+        if trainer.is_global_zero:
+            problems = find_problems(
+                metrics,
+                self.config,
+                codebook_size=self.quantizer.codebook_size,
+                num_tokens=num_tokens,
+                quantizer=pl_module.config.network.quantizer,  # type: ignore[union-attr, arg-type]  # of a tokenizer
+                has_codebook=isinstance(getattr(self.quantizer, "codebook", None), Tensor),
+            )
+            if "discriminator_accuracy" in metrics and self._first_judged is None:
+                self._first_judged = trainer.global_step
+            self._judge(trainer.global_step, self.config.grace(int(trainer.max_steps)), problems)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # The counts continue, so that a resumed run, which may repeat no validation, has the same ones.
+        if not trainer.sanity_checking and trainer.global_step > self._measured_step:
+            self._measure(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns counts and reports; must be called on every rank."""
+        reported = {"reports": self.reports, "streaks": self._streaks, "first_judged": self._first_judged}
+        return {**self.history.state(), "reported": json.dumps(reported)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores ``state_dict``."""
+        self.history.load(state_dict)
+        reported = parse_any_json(state_dict["reported"], "the health of a checkpoint")
+        self.reports, self._streaks = reported["reports"], reported["streaks"]
+        self._first_judged = reported["first_judged"]
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> tuple[dict[str, float], int]:
+        """Logs the measurements of a step, and returns them with the number of tokens; called on every rank (2)."""
+        if self._last is None:
+            return {}, 0
+        features, tokens = self._last
+        tokens_per_step = tokens.numel() * getattr(pl_module, "accumulation", 1) * trainer.world_size
+        dead_after = (self.config or HealthConfig()).dead_steps(self.quantizer.codebook_size, tokens_per_step)
+        metrics, num_tokens = self.history.measure(trainer.global_step, dead_after=dead_after)
+        metrics |= measure_vectors(self.quantizer, features, tokens)
+        for logger in trainer.loggers:
+            logger.log_metrics({f"train/{name}": value for name, value in metrics.items()}, step=trainer.global_step)
+        return metrics, num_tokens
+
+    def _judge(self, step: int, grace: int, found: Iterable[Problem]) -> None:
+        """Reports each cause that has been outside of its range for ``patience`` measurements (3)."""
+        assert self.config is not None
+        problems = {
+            problem.cause: problem
+            for problem in found
+            if step > grace + ((self._first_judged or 0) if problem.cause.startswith("discriminator") else 0)
+        }
+        self._streaks = {cause: self._streaks.get(cause, 0) + 1 for cause in problems}
+        healed = [each for each in self.reports if each["cause"] not in problems and each["healthy_again"] is None]
+        for report in healed:
+            report["healthy_again"] = step
+            log.info("step %d: health: %s is in its healthy range again", step, report["cause"])
+        reported = {report["cause"] for report in self.reports}
+        new = [problems[cause] for cause, streak in self._streaks.items() if streak >= self.config.patience]
+        new = [problem for problem in new if problem.cause not in reported]
+        for problem in new:
+            advice = "; or ".join(problem.advice)
+            log.warning("step %d: health: %s. Try: %s. Training continues", step, problem.text, advice)
+            self.reports.append({"step": step, "healthy_again": None, **asdict(problem)})
+        if new or healed:
+            self._write()
+
+    def _write(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(self.folder / FILE_NAME, json.dumps(self.reports, indent=2) + "\n")
+        except OSError as error:
+            log.warning("%s cannot be written: %s; training continues", self.folder / FILE_NAME, error)

@@ -22,9 +22,8 @@ import numpy as np
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
-from torch import Tensor
 
-from maskgit_pl.checks import check_choice, check_integer
+from maskgit_pl.checks import check_choice
 from maskgit_pl.errors import printable
 from maskgit_pl.files import write_text
 from maskgit_pl.registry import Registry, derives_from
@@ -33,10 +32,8 @@ __all__ = ["CSV", "LoggerSpec", "MLflow", "TensorBoard", "TolerantLogger", "Wand
 
 log = logging.getLogger(__name__)
 
-_NEVER = 1 << 62  # steps
 _PAUSE = 60.0  # seconds without further attempts after a failure
 _LONGEST_WRITE = 20.0  # seconds that training waits for a write; after 100 the watchdog would end the run
-_MOST_OF_AN_ID = 200  # characters
 
 
 class LoggerSpec:
@@ -59,15 +56,15 @@ class LoggerSpec:
         """
 
     def run_id(self, logger: Logger) -> str | None:
-        """Returns the name under which the tracker continues this run; None if it needs no name."""
+        """Returns the name under which the tracker continues this run; None if it has no runs.
+
+        A new run with a name gets the complete recipe by ``logger.log_hyperparams``.
+        """
         return None
 
     def destination(self) -> str | None:
         """Returns the address to which the tracker sends what it gets; None if all of it stays in the stage folder."""
         return None
-
-    def log_settings(self, logger: Logger, settings: Mapping[str, Any]) -> None:
-        """Sends the complete recipe of a new run."""
 
     def log_image(self, logger: Logger, name: str, picture: Image.Image, step: int) -> None:
         """Sends a picture. By default nothing is sent: the stage folder has the newest picture."""
@@ -91,19 +88,10 @@ class TensorBoard(LoggerSpec):
 @loggers.register("csv")
 @dataclass(frozen=True)
 class CSV(LoggerSpec):
-    """``csv/version_N/metrics.csv`` in the stage folder; each start of the training writes another version.
-
-    Args:
-        flush_every: Number of logged steps that are written together, >= 1.
-    """
-
-    flush_every: int = 1
-
-    def __post_init__(self) -> None:
-        check_integer("flush_every", self.flush_every, "[1, 1000000]")
+    """``csv/version_N/metrics.csv`` in the stage folder; each start of the training writes another version."""
 
     def create(self, folder: Path, *, run_id: str | None) -> Logger:
-        return _CountingCSVLogger(folder, flush_every=self.flush_every)
+        return CSVLogger(folder, name="csv", flush_logs_every_n_steps=1)
 
 
 @loggers.register("wandb")
@@ -150,9 +138,6 @@ class WandB(LoggerSpec):
     def run_id(self, logger: Logger) -> str | None:
         return str(cast(WandbLogger, logger).experiment.id)
 
-    def log_settings(self, logger: Logger, settings: Mapping[str, Any]) -> None:
-        logger.log_hyperparams(dict(settings))
-
     def log_image(self, logger: Logger, name: str, picture: Image.Image, step: int) -> None:
         cast(WandbLogger, logger).log_image(name, [picture], step=step)
 
@@ -189,9 +174,6 @@ class MLflow(LoggerSpec):
 
     def run_id(self, logger: Logger) -> str | None:
         return cast(MLFlowLogger, logger).run_id
-
-    def log_settings(self, logger: Logger, settings: Mapping[str, Any]) -> None:
-        logger.log_hyperparams(dict(settings))
 
     def log_image(self, logger: Logger, name: str, picture: Image.Image, step: int) -> None:
         own = cast(MLFlowLogger, logger)
@@ -237,7 +219,6 @@ class TolerantLogger(Logger):
         """The folder of the stage."""
         return str(self.folder)
 
-    @rank_zero_only
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
         """Does nothing: a new run of a tracker gets the complete recipe."""
 
@@ -287,50 +268,23 @@ class TolerantLogger(Logger):
         except Exception as error:  # of another package, or of a server or disk
             self._inner = None  # TensorBoard's writer thread is dead; a new logger starts a new file
             self._paused_until = time.monotonic() + _PAUSE
+            cause = error.__cause__ or error  # Lightning wraps some
+            why = printable(" ".join(f"{type(cause).__name__}: {cause}".split()), limit=300)
             text = "%s: the logger %s failed: %s; training continues without it for %.0f s"
-            log.warning(text, self.folder, self._name, printable(_describe(error), limit=300), _PAUSE)
+            log.warning(text, self.folder, self._name, why, _PAUSE)
 
     def _open(self) -> Logger:
         """Returns the tracker's logger; builds it at the first call and after a failure."""
         if self._inner is None:
-            known = self._read_run_id()
+            file = self.folder / f"{self._name}-run.txt"
+            known = file.read_text().strip() or None if file.is_file() else None
             inner = self.spec.create(self.folder, run_id=known)
-            if known is None:
-                self.spec.log_settings(inner, self.settings)
-                self._keep_run_id(self.spec.run_id(inner))
+            run_id = self.spec.run_id(inner)
+            if known is None and run_id is not None:
+                inner.log_hyperparams(dict(self.settings))
+                write_text(file, f"{run_id}\n")
             self._inner = inner
         return self._inner
-
-    @property
-    def _file(self) -> Path:
-        return self.folder / f"{self._name}-run.txt"
-
-    def _read_run_id(self) -> str | None:
-        if not self._file.is_file():
-            return None
-        return printable(self._file.read_text().strip()[:_MOST_OF_AN_ID]) or None
-
-    def _keep_run_id(self, run_id: str | None) -> None:
-        if run_id is not None:
-            write_text(self._file, f"{run_id}\n")
-
-
-class _CountingCSVLogger(CSVLogger):
-    """A CSV logger that counts logged steps. Lightning's writes at multiples of a step, which may never be logged."""
-
-    def __init__(self, folder: Path, *, flush_every: int) -> None:
-        super().__init__(folder, name="csv", flush_logs_every_n_steps=_NEVER)
-        self._flush_every = flush_every
-        self._logged_steps = 0
-        self._last_step: int | None = None
-
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, Tensor | float], step: int | None = None) -> None:
-        super().log_metrics(dict(metrics), step)
-        if step is None or step != self._last_step:  # callbacks and module log the same step in turn
-            self._logged_steps, self._last_step = self._logged_steps + 1, step
-        if self._logged_steps % self._flush_every == 0:
-            self.save()
 
 
 def _without_user(address: str) -> str:
@@ -341,9 +295,3 @@ def _without_user(address: str) -> str:
 def _require(package: str) -> None:
     if find_spec(package) is None:
         raise ValueError(f"logger {package!r} must have the package {package}: pip install 'maskgit_pl[{package}]'")
-
-
-def _describe(error: BaseException) -> str:
-    """Returns the cause of an error, which Lightning wraps, in one line."""
-    cause = error.__cause__ or error
-    return " ".join(f"{type(cause).__name__}: {cause}".split())

@@ -1,7 +1,8 @@
 """The registry of optimizers, the parameter groups of both stages, and the averaged weights.
 
 A recipe names an optimizer by ``model.optimizer.algorithm``: ``lion``, or ``{name: sgd, momentum: 0.95}``. The default
-is AdamW. ``timm_optimizers`` registers the others.
+is AdamW of torch. The others are timm's, which is imported when one of them is named. Registered are algorithms with
+decoupled weight decay that resume bit-exactly: none that draws random numbers or needs a second backward pass.
 
 The exponential moving average (EMA) of the weights of a network is a frozen copy of the network. The copy is a
 submodule, so that it is sharded, moved and saved with the rest of the LightningModule. Validation, sample pictures and
@@ -11,9 +12,10 @@ exports use it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, make_dataclass
+from functools import cache, cached_property, partial
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
@@ -23,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
-from maskgit_pl.checks import check_choice, check_number
+from maskgit_pl.checks import build_dataclass, check_choice, check_number
 from maskgit_pl.registry import Registry, derives_from, describe
 from maskgit_pl.training.learning_rates import LearningRate
 
@@ -32,6 +34,7 @@ __all__ = [
     "AdamWSpec",
     "OptimizerConfig",
     "OptimizerSpec",
+    "TimmOptimizer",
     "build_optimizer",
     "check_sharding",
     "frozen_copy",
@@ -75,12 +78,7 @@ class OptimizerSpec:
         raise NotImplementedError(f"{type(self).__name__} must define create(groups, config)")
 
 
-optimizers: Registry[OptimizerSpec] = Registry(
-    "optimizer",
-    "maskgit_pl.optimizers",
-    check=derives_from(OptimizerSpec),
-    modules=("maskgit_pl.training.timm_optimizers",),
-)
+optimizers: Registry[OptimizerSpec] = Registry("optimizer", "maskgit_pl.optimizers", check=derives_from(OptimizerSpec))
 
 
 @optimizers.register("adamw")
@@ -96,6 +94,167 @@ class AdamWSpec(OptimizerSpec):
         optimizer = AdamW(groups, lr=config.learning_rate.peak, betas=config.betas, fused=fused, foreach=foreach)
         optimizer.register_load_state_dict_pre_hook(_keep_kind)
         return optimizer
+
+
+class TimmOptimizer(OptimizerSpec):
+    """The base of the optimizers of timm: dataclasses whose fields are options of the recipe; see ``_register``.
+
+    Attributes:
+        factory: The optimizer class of timm with its defaults.
+        has_betas: True if the algorithm takes the two betas of the recipe.
+    """
+
+    factory: ClassVar[Callable[..., Optimizer]]
+    has_betas: ClassVar[bool]
+
+    def __post_init__(self) -> None:
+        self._build([nn.Parameter(torch.zeros(1))])  # timm raises ValueError for an option out of range
+
+    def create(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:
+        """Builds the optimizer, for which a step without gradients changes nothing."""
+        betas = {"betas": config.betas} if self.has_betas else {}
+        optimizer = self._build(groups, lr=config.learning_rate.peak, weight_decay=0.0, **betas)
+        _keep_idle_steps(optimizer)
+        return optimizer
+
+    def _build(self, parameters: Sequence[Any], **arguments: Any) -> Optimizer:
+        return self.factory(parameters, **asdict(self), **arguments)  # type: ignore[call-overload]  # its subclasses are dataclasses
+
+
+def _keep_idle_steps(optimizer: Optimizer) -> None:
+    """Lets a step without gradients change nothing: Adan and LAMB count it in their parameter groups."""
+    before: list[Any] = []
+
+    def remember(*_: Any) -> None:
+        before[:] = [copy.deepcopy(group.get("step")) for group in optimizer.param_groups]  # a number or a tensor
+
+    def restore(*_: Any) -> None:
+        # After the step, whose closure computes the gradients.
+        if all(parameter.grad is None for group in optimizer.param_groups for parameter in group["params"]):
+            for group, step in zip(optimizer.param_groups, before, strict=True):
+                group.pop("step", None)
+                group.update({} if step is None else {"step": step})
+
+    optimizer.register_step_pre_hook(remember)
+    optimizer.register_step_post_hook(restore)
+
+
+def _register(
+    name: str,
+    timm_name: str,
+    options: Sequence[str],
+    text: str,
+    *,
+    elementwise: bool = True,
+    other_options: Mapping[str, Any] = MappingProxyType({}),
+    **arguments: Any,
+) -> None:
+    """Registers an optimizer of timm, whose options have the defaults and types of the signature of its class.
+
+    Args:
+        name: Name in recipes.
+        timm_name: Name in ``timm.optim.list_optimizers()``, of the variant with decoupled weight decay.
+        options: Arguments that a recipe can set.
+        text: The algorithm and its source.
+        elementwise: See ``OptimizerSpec``.
+        other_options: See ``OptimizerSpec``.
+        arguments: Arguments with another value than timm's default.
+    """
+
+    @cache
+    def define() -> type[TimmOptimizer]:
+        from timm.optim import get_optimizer_class  # type: ignore[attr-defined]  # its public name; takes a second
+
+        factory = partial(get_optimizer_class(timm_name), **arguments)
+        defaults = {key: each.default for key, each in inspect.signature(factory).parameters.items()}
+        attributes = {
+            "factory": staticmethod(factory),
+            "has_betas": len(defaults.get("betas") or ()) == 2,
+            "elementwise": elementwise,
+            "other_options": other_options,
+        }
+        own = [(key, _type_of(defaults[key]), defaults[key]) for key in options]
+        return make_dataclass(f"Timm{name.title()}", own, bases=(TimmOptimizer,), frozen=True, namespace=attributes)
+
+    def build(**given: Any) -> TimmOptimizer:
+        return build_dataclass(define(), given, f"optimizer {name!r}")
+
+    build.__doc__ = text
+    optimizers.register(name)(build)
+
+
+def _type_of(default: Any) -> Any:
+    return tuple[(float,) * len(default)] if isinstance(default, tuple) else type(default)  # type: ignore[misc]
+
+
+_register(
+    "adafactor",
+    "adafactor",
+    ["clip_threshold"],
+    "Adafactor without momentum: second moments of rows and columns, at the learning rate of the recipe. "
+    "Source: arXiv:1804.04235.",
+    elementwise=False,
+    scale_parameter=False,
+)
+_register(
+    "adan",
+    "adanw",
+    ["betas", "eps"],
+    "Adan, with Nesterov momentum and three betas of its own. Source: arXiv:2208.06677.",
+)
+_register("adopt", "adoptw", ["eps"], "ADOPT, an Adam that converges with any second beta. Source: arXiv:2411.02853.")
+_register(
+    "lamb",
+    "lambw",
+    ["eps"],
+    "LAMB, an Adam with a trust ratio for each tensor. Source: arXiv:1904.00962.",
+    elementwise=False,
+    max_grad_norm=None,  # the stages clip
+    always_adapt=True,  # a weight decay of 0 is no special case
+)
+_register("laprop", "laprop", ["eps"], "LaProp, momentum of normalized gradients. Source: arXiv:2002.04839.")
+_register(
+    "lion",
+    "lion",
+    [],
+    "Lion, the sign of a momentum: one moment, and a peak of about a tenth of AdamW's. Source: arXiv:2302.06675.",
+)
+_register(
+    "mars",
+    "mars",
+    ["eps", "gamma"],
+    "MARS, an AdamW with variance reduction. Source: arXiv:2411.10438.",
+    elementwise=False,
+)
+_register(
+    "muon",
+    "muon",
+    ["momentum", "nesterov", "ns_steps"],
+    "Muon, orthogonal steps of Linear and Conv weights; AdamW with the recipe's betas for all others. "
+    "Source: github.com/KellerJordan/Muon; scaled as in arXiv:2502.16982.",
+    elementwise=False,
+    other_options={"use_fallback": True},
+)
+_register(
+    "nadamw",
+    "nadamw",
+    ["eps"],
+    "NAdam with decoupled weight decay. Source: Dozat, 2016, Incorporating Nesterov momentum into Adam.",
+)
+_register("radam", "radamw", ["eps"], "RAdam, an Adam that rectifies its first steps. Source: arXiv:1908.03265.")
+_register(
+    "rmsprop",
+    "rmsproptfw",
+    ["alpha", "momentum", "eps"],
+    "RMSprop as in TensorFlow: eps inside of the root, and a second moment that starts at 1. Source: timm.",
+)
+_register(
+    "sgd",
+    "sgdw",
+    ["momentum", "nesterov"],
+    "SGD with momentum and decoupled weight decay. Source: arXiv:1711.05101.",
+    momentum=0.9,
+)
 
 
 @dataclass(frozen=True)

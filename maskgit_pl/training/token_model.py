@@ -196,7 +196,7 @@ class TokenModel(OptimizedModel):
         """Adds loss and accuracy of the averaged network, without class dropout and label smoothing."""
         batch = self._with_draws(batch)
         tokens, _ = self.tokens_and_mask(batch)
-        losses = self._compute_losses(self.averaged_network, batch, tokens, smoothing=0.0)
+        losses = self.compute_losses(self.averaged_network, batch, tokens, smoothing=0.0)
         self._validation_loss.update(losses.token_losses)
         self._validation_accuracy.update(losses.hits)
 
@@ -304,15 +304,15 @@ class TokenModel(OptimizedModel):
         return batch._replace(content=tokens)
 
     def _compute_training_losses(self, batch: Batch, tokens: Tensor) -> StepLosses:
-        """Computes the results of ``_compute_losses`` for the trained network; a subclass may train on another loss.
+        """Computes the results of ``compute_losses`` for the trained network; a subclass may train on another loss.
 
         Args:
             batch: The batch with its draws, from ``_prepare``.
             tokens: (B, N) int64, the true tokens.
         """
-        return self._compute_losses(self.transformer, batch, tokens, smoothing=self.config.label_smoothing)
+        return self.compute_losses(self.transformer, batch, tokens, smoothing=self.config.label_smoothing)
 
-    def _compute_losses(self, network: Backbone, batch: Batch, tokens: Tensor, *, smoothing: float) -> StepLosses:
+    def compute_losses(self, network: Backbone, batch: Batch, tokens: Tensor, *, smoothing: float) -> StepLosses:
         """Computes the mean over rows of their cross-entropies, and the values for the logs."""
         assert batch.draws is not None
         found = self._measure_tokens(network, batch, tokens, seen=tokens, smoothing=smoothing)

@@ -10,49 +10,77 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
+from maskgit_pl.checks import check_integer
+from maskgit_pl.distributed import find_device
+from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.web.regions import MAX_UPLOAD_BYTES, MAX_UPLOAD_PIXELS
 
-if TYPE_CHECKING:
-    from maskgit_pl.pipeline import MaskGIT
+__all__ = ["check_port", "serve"]
 
-__all__ = ["LOCAL", "check_gradio", "check_port", "serve"]
-
-LOCAL = ("127.0.0.1", "localhost", "::1")
-"""Addresses that only this machine can reach."""
-
+_LOCAL = ("127.0.0.1", "localhost", "::1")  # addresses that only this machine can reach
 _MAX_WAITING = 64  # events in the queue
 _MAX_SESSIONS = 200  # whose results are kept
 _ATTEMPTS = 20  # to remove the temporary folder
+_log = logging.getLogger(__name__)
 
 
-def check_gradio() -> None:
-    """Checks that the extra ``web`` is installed.
+def serve(folder: str | Path, *, host: str = "127.0.0.1", port: int = 7860, device: str | None = None) -> NoReturn:
+    """Shows the page of a model until Ctrl-C or SIGTERM, and then ends the process with exit code 0.
+
+    Runs of the model end in the middle: the process does not wait for its threads. Its temporary folder is removed.
+
+    Args:
+        folder: Run folder, pretrained folder, name of a model in the package, or ``owner/name`` on the Hub.
+        host: Address of this machine. Others than 127.0.0.1 let other machines use the page, without a password.
+        port: Port in [1, 65535].
+        device: Device of the model; None for a GPU if there is one.
 
     Raises:
-        ValueError: if it is not. The message says how to install it.
+        FileNotFoundError: if there is no such model.
+        ValueError: if gradio is missing, the port is out of range or used, the address is not one of this machine, or
+            the page cannot show the model.
+        KeyboardInterrupt: if Ctrl-C or SIGTERM comes before the page can be opened.
     """
     if find_spec("gradio") is None:
         raise ValueError("web requires the package gradio: pip install 'maskgit_pl[web]'")
+    check_port(host, port)
+    pipe = MaskGIT.from_pretrained(folder, device=find_device(device))
+    if host not in _LOCAL:
+        _log.warning(
+            "warning: everyone who can reach %s can use this page and the computing time of this machine. It has no "
+            "password. Leave out --host to keep it to this machine.",
+            host,
+        )
+    _skip_proxies(host)
+    _interrupt_once()
+    with _temporary_folder() as temporary:
+        url = _launch(pipe, str(folder), temporary, host=host, port=port)
+        with suppress(KeyboardInterrupt):
+            _log.info("%s shows %s; Ctrl-C ends it", url, folder)
+            while True:
+                time.sleep(3600)
+        # A thread whose files disappear has errors that concern nobody.
+        logging.disable()
+    logging.disable(logging.NOTSET)
+    _log.info("\nmaskgit web: ended; its temporary files are removed")
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(0)  # threads of gradio would wait for open pages and for the model
 
 
 def check_port(host: str, port: int) -> None:
     """Checks that the page can be shown at an address.
 
-    Args:
-        host: Address of this machine.
-        port: Port in [1, 65535].
-
     Raises:
         ValueError: if the port is out of range or used, or the address is not one of this machine.
     """
-    if not 1 <= port <= 65535:
-        raise ValueError(f"--port must be in [1, 65535], got {port}")
+    check_integer("port", port, "[1, 65535]")
     try:
         with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
             pass
@@ -61,47 +89,6 @@ def check_port(host: str, port: int) -> None:
             f"--host and --port must name a free port of this machine, got {host}:{port} ({error.strerror}); choose "
             f"another one, such as --port {port % 65535 + 1}"
         ) from error
-
-
-def serve(
-    pipe: MaskGIT,
-    name: str,
-    *,
-    host: str,
-    port: int,
-    on_start: Callable[[str], object],
-    on_stop: Callable[[], object],
-) -> NoReturn:
-    """Shows the page of a model until Ctrl-C or SIGTERM, and then ends the process with exit code 0.
-
-    Runs of the model end in the middle: the process does not wait for its threads. Its temporary folder is removed.
-
-    Args:
-        pipe: The model.
-        name: Name of the model for commands.
-        host: Address to bind.
-        port: Port to bind.
-        on_start: Called with the URL when the page can be opened.
-        on_stop: Called after the temporary folder is removed.
-
-    Raises:
-        ValueError: if the page cannot show the model.
-        KeyboardInterrupt: if Ctrl-C or SIGTERM comes before the page can be opened.
-    """
-    _skip_proxies(host)
-    _interrupt_once()
-    with _temporary_folder() as folder:
-        url = _launch(pipe, name, folder, host=host, port=port)
-        with suppress(KeyboardInterrupt):
-            on_start(url)
-            while True:
-                time.sleep(3600)
-        # A thread whose files disappear has errors that concern nobody.
-        logging.disable()
-    on_stop()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(0)  # threads of gradio would wait for open pages and for the model
 
 
 def _launch(pipe: MaskGIT, name: str, folder: Path, *, host: str, port: int) -> str:
@@ -140,7 +127,7 @@ def _interrupt_once() -> None:
 def _skip_proxies(host: str) -> None:
     """Excepts this machine from the proxies of the environment: gradio asks its own server whether it is up."""
     for name in ("no_proxy", "NO_PROXY"):
-        os.environ[name] = ",".join(filter(None, [os.environ.get(name), *LOCAL, host]))
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), *_LOCAL, host]))
 
 
 def _theme() -> Any:

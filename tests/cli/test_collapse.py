@@ -32,13 +32,13 @@ def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(recipe: str, data: Path, folder: Path) -> tuple[dict[str, str], float]:
-    """Trains a tokenizer; returns its alarms by metric, and the fraction of codes that the validation images use."""
+    """Trains a tokenizer; returns its alarms by cause, and the fraction of codes that the validation images use."""
     where = ["--data", str(data), "--runs-folder", str(folder), "--run", "one", "--recipe", recipe]
     assert main(["train", "tokenizer", *where, "--data.validation_batch=100", "--data.validation_samples=100"]) == 0
     stage = folder / "one" / "tokenizer"
     health = stage / "health.json"
     reports = json.loads(health.read_text()) if health.exists() else []
-    advice = {report["metric"]: " ".join(report["advice"]) for report in reports}
+    advice = {report["cause"]: " ".join(report["advice"]) for report in reports}
     return advice, read_logs(stage).last("val")["codebook_usage"]
 
 

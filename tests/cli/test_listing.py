@@ -1,9 +1,11 @@
-"""The commands that list what there is: ``recipes``, ``plugins``, ``models`` and ``env``."""
+"""The commands that list what there is, and ``maskgit completion``, whose script is tried in a real shell."""
 
 import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -11,14 +13,15 @@ import pytest
 from PIL import Image
 
 import maskgit_pl
-from maskgit_pl.cli import build_parser, main
-from maskgit_pl.cli.generation_flags import find_model
+from maskgit_pl.cli import _parse, main
 from maskgit_pl.cli.listing import REGISTRIES
+from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.runs.recipe import STAGES, Recipe, list_recipes
 from maskgit_pl.runs.settings import json_schema
 from maskgit_pl.schedules import mask_schedules
-from tests.cli.commands import call_command
 from tests.installed_packages import install
+
+ROOT = Path(__file__).parents[2]
 
 
 def printed(capsys, *words: str) -> str:
@@ -28,6 +31,58 @@ def printed(capsys, *words: str) -> str:
 
 def rows(capsys, *words: str) -> list[dict[str, str]]:
     return json.loads(printed(capsys, *words, "--json"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("recipes show cosin", "did you mean 'cosine'"),
+        ("recipes copy log --as=../x", "--as must be letters, digits and ._-, got '../x'"),
+        ("recipes copy log --as='a b'", "--as must be letters, digits and ._-"),
+        ("recipes copy log --as=", "--as must be letters, digits and ._-"),
+        ("recipes copy log --as=-x", "--as must be letters, digits and ._-"),
+        ("recipes schema tokeniser", "must be one of tokenizer, transformer, autoregressive, got 'tokeniser'; did you"),
+        ("plugins quantisers", "KIND must be one of mask_schedules, .*did you mean 'quantizers'"),
+        ("schedules --schedules cosin", "did you mean 'cosine'"),
+        ("schedules --schedules '{name'", "--schedules must be a name or a mapping such as"),
+        ("schedules --num-tokens 4", "--num-steps must be <= 4, the tokens per image"),
+        ("schedules --num-tokens 0", r"--num-tokens must be an integer in \[1, inf\), got 0"),
+        ("schedules --num-steps 0", "--num-steps must be >= 1, got 0"),
+        ("schedules --out a.jpg", r"--out must end in \.png, got a\.jpg"),
+        ("completion fish", "must be one of bash, zsh, got 'fish'"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(words: str, message: str, capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(words)) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error)
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+# models, plugins and env
+
+
+def test_models_lists_package_runs_and_folders_with_commands_that_there_are(
+    capsys, tmp_path, monkeypatch, tiny_pretrained
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_pretrained, "runs/one run/pretrained")
+    shutil.copytree(tiny_pretrained / "tokenizer", "pretrained/taming/tokenizer")
+    shutil.copytree(tiny_pretrained, "pretrained/damaged")
+    (tmp_path / "pretrained/damaged/transformer/config.json").write_text("{")
+    found = {row["model"]: row for row in rows(capsys, "models")}
+    assert found["fashion-mnist-demo"]["content"] == "28 x 28 grey, 49 tokens, 10 classes"
+    assert (found["runs/one run"]["from"], found["runs/one run"]["command"]) == ("run", "maskgit sample 'runs/one run'")
+    assert found["pretrained/taming"]["content"] == "tokenizer"
+    assert found["pretrained/damaged"]["content"] == "cannot be read"
+    assert {"google-research/maskgit", "LlamaGen", "Halton-MaskGIT"} <= found.keys()
+    for row in found.values():
+        args = _parse(shlex.split(row["command"])[1:])
+        if row["from"] in ("package", "run"):
+            assert MaskGIT.from_pretrained(args.folder).class_names
+    assert "28 x 28 grey" in printed(capsys, "models")
 
 
 def test_plugins_lists_every_registry_of_the_package(capsys) -> None:
@@ -54,6 +109,17 @@ def test_plugins_names_the_package_of_a_plug_in_and_does_not_load_it(capsys, tmp
     assert found["cosine"]["package"] == "maskgit_pl"
 
 
+def test_env_prints_the_versions_that_a_report_needs(capsys) -> None:
+    values = json.loads(printed(capsys, "env", "--json"))
+    text = printed(capsys, "env")
+    for name in ("maskgit_pl", "python", "torch", "lightning", "machine", "default device", "recipes"):
+        value = values[name]
+        assert re.search(rf"^{name} +{re.escape(value[0] if isinstance(value, list) else value)}", text, re.M)
+
+
+# recipes
+
+
 def test_recipes_list_has_every_recipe_once_with_a_sentence(capsys) -> None:
     found = rows(capsys, "recipes", "list")
     names = {name for kind in (*STAGES, "cluster") for name in list_recipes(kind)}
@@ -63,8 +129,7 @@ def test_recipes_list_has_every_recipe_once_with_a_sentence(capsys) -> None:
 
 def test_recipes_show_prints_the_files_of_both_stages(capsys) -> None:
     text = printed(capsys, "recipes", "show", "own-images")
-    for stage in STAGES:
-        assert list_recipes(stage)["own-images"].read_text() in text
+    assert all(list_recipes(stage)["own-images"].read_text() in text for stage in STAGES)
 
 
 def test_a_copied_recipe_is_found_first_and_is_never_overwritten(capsys, tmp_path, monkeypatch) -> None:
@@ -80,108 +145,74 @@ def test_a_copied_recipe_is_found_first_and_is_never_overwritten(capsys, tmp_pat
     assert "77" in copied.read_text()
 
 
-@pytest.mark.parametrize("name", ["../x", "a b", "", "-x"])
-def test_a_copy_stays_in_the_folder_of_recipes(name: str, capsys, tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main(["recipes", "copy", "log", f"--as={name}"]) == 2
-    assert "--as must be letters, digits and ._-" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("words", "answer"),
-    [(("recipes", "show", "cosin"), "did you mean 'cosine'"), (("plugins", "quantisers"), "did you mean 'quantizers'")],
-)
-def test_an_unknown_name_is_answered_with_the_nearest(words: tuple[str, ...], answer: str, capsys) -> None:
-    assert main(words) == 2
-    assert answer in capsys.readouterr().err
-
-
-def test_env_prints_the_versions_that_a_report_needs(capsys) -> None:
-    values = json.loads(printed(capsys, "env", "--json"))
-    text = printed(capsys, "env")
-    for name in ("maskgit_pl", "python", "torch", "lightning", "machine", "default device", "recipes"):
-        value = values[name]
-        assert re.search(rf"^{name} +{re.escape(value[0] if isinstance(value, list) else value)}", text, re.M)
-
-
-def test_models_lists_package_runs_and_folders_with_commands_that_there_are(
-    capsys, tmp_path, monkeypatch, tiny_pretrained
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(tiny_pretrained, "runs/one run/pretrained")
-    shutil.copytree(tiny_pretrained / "tokenizer", "pretrained/taming/tokenizer")
-    shutil.copytree(tiny_pretrained, "pretrained/damaged")
-    (tmp_path / "pretrained/damaged/transformer/config.json").write_text("{")
-    found = {row["model"]: row for row in rows(capsys, "models")}
-    assert found["fashion-mnist-demo"]["content"] == "28 x 28 grey, 49 tokens, 10 classes"
-    assert (found["runs/one run"]["from"], found["runs/one run"]["command"]) == ("run", "maskgit sample 'runs/one run'")
-    assert found["pretrained/taming"]["content"] == "tokenizer"
-    assert found["pretrained/damaged"]["content"] == "cannot be read"
-    assert {"google-research/maskgit", "LlamaGen", "Halton-MaskGIT"} <= found.keys()
-    for row in found.values():
-        args = build_parser().parse_args(shlex.split(row["command"])[1:])
-        if row["from"] in ("package", "run"):
-            assert find_model(args)[1].class_names
-    assert "28 x 28 grey" in printed(capsys, "models")
-
-
 def test_the_schema_of_editors_is_printed(capsys) -> None:
     for kind in ("tokenizer", "transformer", "autoregressive"):
         assert json.loads(printed(capsys, "recipes", "schema", kind)) == json_schema(kind)
 
 
-def test_schedules_are_printed_as_json(capsys) -> None:
-    found = rows(capsys, "schedules", "--num-steps", "4", "--num-tokens", "16", "--schedules", "linear,cosine")
-    assert [row["mask_schedule"] for row in found] == ["linear", "cosine"]
+# schedules
+
+
+def test_every_schedule_that_needs_no_argument_has_a_row(capsys) -> None:
+    title, head, *lines = printed(capsys, "schedules", "--num-tokens", "49", "--num-steps", "4").splitlines()
+    assert title == "tokens known after each of 4 steps, of 49"
+    assert head.split() == ["mask", "schedule", "1", "2", "3", "4"]
+    assert [line.split()[0] for line in lines] == [name for name in mask_schedules.names() if name != "pow"]
+    assert all(line.split()[-1] == "49" for line in lines)
+
+
+def test_named_schedules_and_mappings_are_counted(capsys) -> None:
+    words = ["--num-steps", "4", "--num-tokens", "16", "--schedules", 'linear, {"name": "pow", "exponent": 4}']
+    found = rows(capsys, "schedules", *words)
+    assert [row["mask_schedule"] for row in found] == ["linear", "pow (exponent 4)"]
     assert found[0]["known"] == [4, 8, 12, 16]
 
 
-def test_the_checks_of_doctor_are_printed_as_json(capsys, tiny_shards) -> None:
-    words = ["doctor", "tokenizer", "--data", str(tiny_shards), "--json"]
-    words += ["--data.image_size=8", "--model.perceptual=null"]
-    assert main(words) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["ok"]
-    assert {"data", "batch", "memory"} <= {check["name"] for check in found["checks"]}
-    assert found["costs"]
-    assert main([*words, "--data.seed=x"]) == 2
-    assert not json.loads(capsys.readouterr().out)["ok"]
-
-
-def call(*words: str) -> int:
-    return call_command("schedules", *words)
-
-
-def test_every_schedule_that_needs_no_argument_has_a_row(capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("--num-tokens", "49", "--num-steps", "4") == 0
-    shown = capsys.readouterr().out
-    rows = [line.split("│")[1].strip() for line in shown.splitlines() if line.startswith("│")]
-    assert rows == [name for name in mask_schedules.names() if name != "pow"]
-
-
-def test_named_schedules_and_mappings_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    call("--schedules", 'linear, {"name": "pow", "exponent": 4}', "--num-steps", "4")
-    shown = capsys.readouterr().out
-    assert "pow (exponent 4)" in shown
-    assert "cosine" not in shown
-
-
-def test_the_plot_is_a_png(tmp_path: Path) -> None:
-    call("--out", str(tmp_path / "deep" / "figure.png"), "--schedules", "cosine,linear")
+def test_the_plot_is_a_png(tmp_path: Path, capsys) -> None:
+    printed(capsys, "schedules", "--out", str(tmp_path / "deep" / "figure.png"), "--schedules", "cosine,linear")
     with Image.open(tmp_path / "deep" / "figure.png") as picture:
         assert picture.format == "PNG"
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 10
 
 
+# completion
+
+TAB = """
+source "$1"; shift
+function=$(complete -p maskgit | sed -E 's/.*-F ([^ ]+) .*/\\1/')
+COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); $function
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("completion")
+    with open(folder / "maskgit.bash", "w") as file:
+        subprocess.run([sys.executable, "-m", "maskgit_pl", "completion", "bash"], check=True, stdout=file, cwd=ROOT)
+    return folder / "maskgit.bash"
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "wanted"),
     [
-        (["--schedules", "cosin"], "did you mean 'cosine'"),
-        (["--schedules", "{name"], "a name or a mapping such as"),
-        (["--num-tokens", "4"], "--num-steps must be <= 4, the tokens per image"),
+        (["sam"], {"sample"}),
+        (["data", "fe"], {"fetch"}),
+        (["train", ""], {"tokenizer", "transformer"}),
+        (["train", "tokenizer", "--dry"], {"--dry-run"}),
+        (["sample", "--num-"], {"--num-steps", "--num-images"}),
+        (["export", "recipes/tok"], {"recipes/tokenizer"}),  # files and folders
+        (["tokenize", "--precision", ""], {"float32", "bfloat16"}),
     ],
 )
-def test_bad_input_is_refused(words: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        call(*words)
+def test_bash_completes_commands_choices_flags_and_files(words: list[str], wanted: set[str], script: Path) -> None:
+    command = ["bash", "-c", TAB, "tab", str(script), "maskgit", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert set(done.stdout.split()) == wanted, done.stderr
+
+
+def test_zsh_has_a_script_with_every_command(capsys) -> None:
+    text = printed(capsys, "completion", "zsh")
+    assert text.startswith("#compdef maskgit")
+    assert all(command in text for command in ("evaluate-tokenizer", "data", "recipes", "completion"))

@@ -10,7 +10,6 @@ import pytest
 import yaml
 
 from maskgit_pl.cli import main
-from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.training.checkpoint_files import newest_checkpoint
 from tests.conftest import flags, save_uneven_shards
 
@@ -94,16 +93,3 @@ def test_what_is_wrong_is_said_in_a_line(train, capsys, more, part):
     error = capsys.readouterr().err
     assert part in error
     assert len(error.splitlines()) == 1
-
-
-def test_the_value_of_a_key_is_the_last_that_files_and_flags_give(tmp_path):
-    files = [tmp_path / "one.yaml", tmp_path / "two.yaml"]
-    files[0].write_text("data: {source: tokens, stream: {classes: 3}}\n")
-    files[1].write_text("data: {source: images}\n")
-    assert Recipe.from_files("transformer", files, []).get("data.source") == "images"
-    assert Recipe.from_files("transformer", files, ["--data.source=stream"]).get("data.source") == "stream"
-    assert Recipe.from_files("transformer", files, ["--data.source", "stream"]).get("data.source") == "stream"
-    words = ["--data.stream.classes=[a, b]"]
-    assert Recipe.from_files("transformer", files, words).get("data.stream.classes") == ["a", "b"]
-    assert Recipe.from_files("transformer", files, []).get("data.stream.classes") == 3
-    assert Recipe.from_files("transformer", files, []).get("data.stream.classes.x") is None

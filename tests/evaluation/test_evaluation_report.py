@@ -37,12 +37,12 @@ def report(*, rfid: float | None = 0.55, codebook_usage: float = 1.0) -> dict[st
     }
 
 
-def make_run(folder: Path, *flags: str) -> Path:
+def make_run(folder: Path, recipe: str) -> Path:
     for stage in ("tokenizer", "transformer"):
         (folder / stage).mkdir(parents=True)
         (folder / stage / "config.yaml").write_text(yaml.safe_dump({"trainer": {"max_steps": 850}}))
-        command = ["maskgit", "train", stage, "--dataset", "mine", "--data", "data/shards/mine", *flags]
-        (folder / stage / "environment.json").write_text(json.dumps({"command": command}))
+        record = {"recipe": recipe.split(), "dataset": "mine", "data": "data/shards/mine"}
+        (folder / stage / "environment.json").write_text(json.dumps(record))
     return folder
 
 
@@ -57,7 +57,7 @@ def test_bits_stand_beside_those_of_a_uniform_guess_with_or_without_a_reconstruc
 
 
 def test_the_commands_repeat_the_recipe_with_more(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "mine-adaln", "--recipe", "adaln 15m")
+    run = make_run(tmp_path / "mine-adaln", "adaln 15m")
     of_run = "--dataset mine --recipe 'adaln 15m' --run mine-adaln-more"
     assert next_commands("tokenizer", run, report()) == [
         f"maskgit train tokenizer {of_run} --model.network.codebook_size=1024",
@@ -73,14 +73,14 @@ def test_the_commands_repeat_the_recipe_with_more(tmp_path: Path) -> None:
 
 
 def test_after_an_hour_or_with_unused_codes_there_are_more_steps(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", "--recipe=1h")
+    run = make_run(tmp_path / "run", "1h")
     unused = report(codebook_usage=0.5)
     for stage, content in (("transformer", report()), ("tokenizer", unused)):
         assert next_commands(stage, run, content)[0].endswith(" --trainer.max_steps=1700")
 
 
 def test_words_of_a_stranger_are_quoted(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", "--recipe", "$(rm -rf x)\x1b")
+    run = make_run(tmp_path / "run", "$(rm -rf x)\x1b")
     for command in next_commands("transformer", run, report()):
         assert r"--recipe '$(rm -rf x)\x1b 1h'" in command
 

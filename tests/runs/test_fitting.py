@@ -91,11 +91,14 @@ def test_tokens_are_made_and_read(tiny_shards, tiny_pretrained, tmp_path):
     reads_tokens, told = recipe("transformer", data__source="tokens"), Counter()
     options = runs.TokenizeOptions(flip=True, batch_size=4)
     store = runs.tokenize(
-        reads_tokens, **where, options=options, on_rows=lambda split, rows, total: told.update({split: rows})
+        reads_tokens,
+        **where,
+        options=options,
+        bars=lambda title, total, **_: lambda rows: told.update({title: rows}),
     )
     assert store.parent == tmp_path / "tokens"
     assert store == (tmp_path / "one" / "tokens").resolve()
-    assert told == {"train": 120, "val": 24}
+    assert told == {"tokens of train": 120, "tokens of val": 24}
     assert runs.fit(reads_tokens, **where).step == 1
 
 

@@ -2,48 +2,59 @@ import pytest
 
 from maskgit_pl.runs.flag_values import (
     parse_features,
-    parse_json_spec,
-    parse_list,
+    parse_image_size,
+    parse_integers,
+    parse_named_spec,
     parse_numbers,
     parse_spec,
     parse_specs,
 )
 
-
-def test_numbers_of_steps_are_listed_or_ranges() -> None:
-    assert parse_numbers("--num-steps", "4,8, 16") == (4, 8, 16)
-    assert parse_numbers("--num-steps", "2-4,4,12") == (2, 3, 4, 12)
-    for text in ("", "4-", "8-4", "-3", "1.5", "\u00b2", "1-99999999999", "9" * 5000):
-        with pytest.raises(ValueError, match="--num-steps"):
-            parse_numbers("--num-steps", text)
+REMDM = {"name": "remdm", "eta": 0.4}
 
 
-def test_specs_are_names_or_mappings_in_json_or_yaml() -> None:
-    mapping = {"name": "remdm", "eta": 0.4}
-    assert parse_specs("--selectors", "halton, {name: remdm, eta: 0.4}") == ["halton", mapping]
-    assert parse_specs("--selectors", '{"name": "remdm", "eta": 0.4},halton,') == [mapping, "halton"]
-    assert parse_spec("--guidance", "1.5") == 1.5
-    for text in ("[halton", "true", "[halton]", "}{"):
-        with pytest.raises(ValueError, match="--guidance"):
-            parse_spec("--guidance", text)
+@pytest.mark.parametrize(
+    ("parse", "text", "value"),
+    [
+        (parse_numbers, "4,8, 16", (4, 8, 16)),
+        (parse_numbers, "2-4,4,12", (2, 3, 4, 12)),
+        (parse_integers, "0, 7,", (0, 7)),
+        (parse_image_size, "64", 64),
+        (parse_image_size, "48, 64", (48, 64)),
+        (parse_specs, "halton, {name: remdm, eta: 0.4}", ["halton", REMDM]),
+        (parse_specs, '{"name": "remdm", "eta": 0.4},halton,', [REMDM, "halton"]),
+        (parse_spec, "1.5", 1.5),
+        (parse_spec, "1e-3", 0.001),
+        (parse_spec, "linear", "linear"),
+        (parse_named_spec, "linear", "linear"),
+        (parse_named_spec, "1e-3", "1e-3"),  # a name is no YAML
+        (parse_named_spec, "true", "true"),
+        (parse_named_spec, '{"name": "remdm", "eta": 4e-1}', REMDM),
+        (parse_named_spec, "{name: remdm, eta: 0.4}", REMDM),
+        (parse_features, "classifier,inception=a.pt", ["classifier", "inception=a.pt"]),
+    ],
+)
+def test_a_text_has_a_value(parse, text, value) -> None:
+    assert parse("--x", text) == value
 
 
-def test_features_come_once_each() -> None:
-    assert parse_features("--features", "classifier,inception=a.pt") == ["classifier", "inception=a.pt"]
-    with pytest.raises(ValueError, match="must name each network once, got inception twice"):
-        parse_features("--features", "inception=a.pt,inception=b.pt")
-
-
-def test_a_plug_in_is_a_name_or_a_mapping_in_json() -> None:
-    assert parse_json_spec("--guidance", "linear") == "linear"
-    assert parse_json_spec("--guidance", '{"name": "linear", "scale": 2}') == {"name": "linear", "scale": 2}
-    for text in ('{"name"', "[1]", '{"scale": 2}', '"linear"'):
-        with pytest.raises(ValueError, match=r"--guidance must be a name or a JSON mapping"):
-            parse_json_spec("--guidance", text)
-
-
-def test_numbers_in_a_list_are_of_one_kind() -> None:
-    assert parse_list("--x", "1,2", int) == (1, 2)
-    assert parse_list("--x", "1,2.5", float) == (1.0, 2.5)
-    with pytest.raises(ValueError, match=r"--x must be integers separated by commas, got 1,2\.5"):
-        parse_list("--x", "1,2.5", int)
+@pytest.mark.parametrize(
+    ("parse", "texts", "rule"),
+    [
+        (
+            parse_numbers,
+            ["", ",", "4-", "8-4", "-3", "0", "1.5", "\u00b2", "100001", "1-99999999999", "9" * 5000],
+            "numbers such as 4,8,16 or a range",
+        ),
+        (parse_integers, ["", "-1", "x", "1.0"], "integers >= 0 such as 0,1"),
+        (parse_image_size, ["", "48,", ",48", "1,2,3", "-1", "x"], "a side such as 64, or height,width"),
+        (parse_spec, ["[halton", "true", "[halton]", "}{"], "a name or a mapping such as"),
+        (parse_named_spec, ['{"name"', "[1]", '{"scale": 2}', '"linear"'], "a name or a mapping such as"),
+        (parse_specs, ["4"], "names or mappings, got 4"),
+        (parse_features, ["inception=a.pt,inception=b.pt"], "name each network once, got inception twice"),
+    ],
+)
+def test_another_text_is_refused(parse, texts, rule) -> None:
+    for text in texts:
+        with pytest.raises(ValueError, match=f"^--x must (be )?{rule}"):
+            parse("--x", text)

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,8 +16,14 @@ from maskgit_pl.networks.quantizers import quantizers
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO
 from maskgit_pl.training.checkpoints import Checkpoints
-from maskgit_pl.training.health import CodeHistory, HealthMonitor, measure_vectors
-from maskgit_pl.training.health_rules import HealthConfig, HealthContext, attainable_codes, find_problems
+from maskgit_pl.training.health import (
+    CodeHistory,
+    HealthConfig,
+    HealthMonitor,
+    attainable_codes,
+    find_problems,
+    measure_vectors,
+)
 from tests.forked import run_ranks
 from tests.modules import tokenizer_model
 
@@ -36,7 +41,6 @@ NETWORK = VQGANConfig(
     1, base_channels=8, channel_multipliers=(1,), num_res_blocks=1, num_middle_blocks=0, num_groups=4,
     codebook_size=16, code_dim=8, patch_size=4, quantizer="ema",
 )  # fmt: skip
-CONTEXT = HealthContext(16, "ema", {"restart_below": 0.05, "entropy_weight": 0.0}, known_quantizers=("ema", "gradient"))
 # Any usage below all codes is reported, so that a healthy network gives alarms.
 STRICT = HealthConfig(least_usage=1.0, least_perplexity=1.0, grace_steps=2, patience=2)
 
@@ -159,21 +163,16 @@ def test_counts_are_those_of_all_ranks_after_a_checkpoint_of_any():
 def judge_own_accuracy(rank, store, folder):
     """Rank 0 classifies its few images correctly, and rank 1 half of its own."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    judged = []
-    monitor = HealthMonitor(folder, HealthConfig(grace_steps=0, patience=1))
-    monitor.history = CodeHistory(4)
-    monitor._judge = lambda trainer, metrics, *_: judged.append(metrics["discriminator_accuracy"])
+    monitor = HealthMonitor(folder, HealthConfig(largest_discriminator_accuracy=0.7, grace_steps=0, patience=1))
+    module = tokenizer_model(NETWORK, image_size=16)
     trainer = SimpleNamespace(
-        global_step=2, log_every_n_steps=2, is_global_zero=rank == 0, loggers=[],
+        global_step=2, max_steps=10, log_every_n_steps=2, is_global_zero=rank == 0, loggers=[],
         callback_metrics={"train/discriminator_accuracy": torch.tensor(1.0 - rank / 2)},
     )  # fmt: skip
-    config = SimpleNamespace(
-        network=SimpleNamespace(quantizer="ema"), adversarial=None,
-        optimizer=SimpleNamespace(learning_rate=SimpleNamespace(peak=1e-4)),
-    )  # fmt: skip
-    network = SimpleNamespace(quantizer=SimpleNamespace(codebook_size=4))
-    monitor.on_train_batch_end(trainer, SimpleNamespace(config=config, network=network, device=torch.device("cpu")))
-    assert judged == ([0.75] if rank == 0 else [])
+    monitor.setup(trainer, module, "fit")
+    for trainer.global_step in (2, 4):  # the grace period begins with the first judgement
+        monitor.on_train_batch_end(trainer, module)
+    assert [report["value"] for report in monitor.reports] == ([0.75] if rank == 0 else [])
     dist.destroy_process_group()
 
 
@@ -206,8 +205,9 @@ def test_an_unwritable_folder_is_a_warning(tmp_path, caplog):
     assert "health.json cannot be written" in caplog.text
 
 
-def problems(metrics, config=None, context=CONTEXT, num_tokens=10_000):
-    return find_problems(metrics, config or HealthConfig(), context, num_tokens=num_tokens)
+def problems(metrics, *, codebook_size=16, num_tokens=10_000, quantizer="ema", has_codebook=True):
+    options = {"codebook_size": codebook_size, "quantizer": quantizer, "has_codebook": has_codebook}
+    return list(find_problems(metrics, HealthConfig(), num_tokens=num_tokens, **options))
 
 
 @pytest.mark.parametrize(
@@ -234,27 +234,31 @@ def test_values_inside_of_the_ranges_are_no_problem():
 
 
 def test_few_tokens_cannot_use_many_codes():
-    large = replace(CONTEXT, codebook_size=2**18)
+    sizes = {"codebook_size": 2**18, "num_tokens": 100}
     assert attainable_codes(2**18, 100) == pytest.approx(100, rel=1e-3)
-    assert problems({"codebook_usage": 100 / 2**18, "perplexity": 100.0}, context=large, num_tokens=100) == []
-    assert len(problems({"codebook_usage": 20 / 2**18, "perplexity": 9.0}, context=large, num_tokens=100)) == 2
+    assert problems({"codebook_usage": 100 / 2**18, "perplexity": 100.0}, **sizes) == []
+    assert len(problems({"codebook_usage": 20 / 2**18, "perplexity": 9.0}, **sizes)) == 2
 
 
 def test_codes_without_a_codebook_have_no_distance_to_judge():
-    far = {"commitment_distance": 9.0, "feature_norm": 1.0}
-    assert problems(far, context=replace(CONTEXT, has_codebook=False)) == []
+    assert problems({"commitment_distance": 9.0, "feature_norm": 1.0}, has_codebook=False) == []
 
 
-def test_advice_names_only_quantizers_that_exist_and_options_that_are_not_set():
-    (found,) = problems({"codebook_usage": 0.1})
-    advice = " ".join(found.advice)
-    assert "raise model.network.quantizer.restart_below (now 0.05" in advice
-    assert "simvq" not in advice
-    more = replace(CONTEXT, options={"restart_below": 0.3}, known_quantizers=("ema", "simvq"))
-    (found,) = problems({"codebook_usage": 0.1}, context=more)
-    advice = " ".join(found.advice)
-    assert "simvq" in advice
-    assert "restart_below (now" not in advice
+@pytest.mark.parametrize(
+    ("quantizer", "advised", "left_out"),
+    [
+        ("ema", ("restart_below to 0.2", "simvq or fsq", "entropy_weight"), ("{name: ema",)),
+        ({"name": "ema", "restart_below": 0.3, "entropy_weight": 0.1}, (), ("restart_below to", "entropy_weight")),
+        ("simvq", ("{name: ema, restart_below: 0.2} or fsq",), ("or simvq",)),
+        (None, ("simvq", "fsq", "ema"), ()),
+    ],
+    ids=str,
+)
+def test_advice_fits_the_quantizer(quantizer, advised, left_out):
+    (found,) = problems({"codebook_usage": 0.1}, quantizer=quantizer)
+    advice = "; ".join(found.advice)
+    assert all(text in advice for text in advised)
+    assert not any(text in advice for text in left_out)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +267,10 @@ def test_advice_names_only_quantizers_that_exist_and_options_that_are_not_set():
         ({"least_usage": 1.5}, r"least_usage must be a number in \[0, 1\], got 1.5"),
         ({"patience": 0}, r"patience must be an integer in \[1, 1000000\], got 0"),
         ({"largest_distance": 0.0}, "largest_distance must be a number in"),
-        ({"least_discriminator_accuracy": 0.99}, "least_discriminator_accuracy must be <="),
+        (
+            {"least_discriminator_accuracy": 0.99},
+            r"largest_discriminator_accuracy must be .* \[0.99, 1\]",
+        ),
     ],
 )
 def test_ranges_out_of_range_are_refused(changes, message):

@@ -216,11 +216,6 @@ def test_a_missing_package_is_named_before_training(package, monkeypatch):
         loggers.build(package).check()
 
 
-def test_a_damaged_run_name_starts_a_new_run(tmp_path):
-    (tmp_path / "csv-run.txt").write_text("\n")
-    assert wrap(loggers.build("csv"), tmp_path, "csv")._read_run_id() is None
-
-
 @dataclass(frozen=True)
 class Plain:
     """A class without a base."""
@@ -231,15 +226,3 @@ def test_a_part_that_does_not_derive_from_its_base_is_refused_by_name(registry, 
     monkeypatch.setitem(registry._factories, "plain", Plain)
     with pytest.raises(ValueError, match=r"'plain' must derive from maskgit_pl\.training\.\w+\.\w+Spec, got Plain"):
         registry.build("plain")
-
-
-def test_csv_writes_as_many_logged_steps_together_as_it_is_told(tmp_path):
-    logger = wrap(loggers.build({"name": "csv", "flush_every": 3}), tmp_path, "csv")
-    file, found = tmp_path / "csv" / "version_0" / "metrics.csv", []
-    for step in range(50, 400, 50):  # of which no step + 1 is a multiple of 3 or 10
-        for name in ("train/loss", "speed/data_wait"):
-            logger.log_metrics({name: 0.5}, step=step)
-        found.append(len(file.read_text().splitlines()) - 1 if file.exists() else 0)
-    assert found == [0, 0, 6, 6, 6, 12, 12]
-    logger.finalize("failed")
-    assert len(file.read_text().splitlines()) - 1 == 14

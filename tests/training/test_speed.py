@@ -5,15 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from maskgit_pl.networks.discriminators import DiscriminatorConfig
-from maskgit_pl.networks.transformer import TransformerConfig
-from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.runs.costs import TransformerCosts, useful_flops
 from maskgit_pl.training import speed
-from maskgit_pl.training.gpus import GPUS, find_gpu
-from maskgit_pl.training.speed import SpeedMonitor, weight_norm
-from maskgit_pl.training.tokenizer_losses import AdversarialConfig
-from tests.modules import masked_model, tokenizer_model
+from maskgit_pl.training.gpus import GPUS
+from maskgit_pl.training.speed import SpeedMonitor, read_training_time, weight_norm
 
 MODULE = SimpleNamespace(device=torch.device("cpu"))
 
@@ -32,8 +26,8 @@ class Records:
 def trainer() -> SimpleNamespace:
     optimizer = torch.optim.SGD([torch.full((4,), 3.0), torch.full((8,), 2.0)], lr=0.1)
     return SimpleNamespace(
-        global_step=0, log_every_n_steps=2, world_size=3, is_global_zero=True, precision="bf16-mixed",
-        optimizers=[optimizer], loggers=[Records()],
+        global_step=0, log_every_n_steps=2, world_size=3, is_global_zero=True, sanity_checking=False,
+        precision="bf16-mixed", optimizers=[optimizer], loggers=[Records()],
     )  # fmt: skip
 
 
@@ -54,13 +48,14 @@ def train(monitor: SpeedMonitor, trainer: SimpleNamespace, clock: SimpleNamespac
         trainer.global_step += micro_batch % 2
         monitor.on_train_batch_end(trainer, MODULE)
         if micro_batch + 1 == validate_after:
+            monitor.on_validation_start(trainer, MODULE)
             clock.seconds += 1000
             monitor.on_validation_end(trainer, MODULE)
 
 
 @pytest.mark.parametrize("validate_after", [0, 1, 2, 4])
-def test_figures_are_of_the_steps_since_the_last_time_without_validations(trainer, clock, validate_after):
-    monitor = SpeedMonitor(lambda: 48e12)
+def test_figures_are_of_the_steps_since_the_last_time_without_validations(trainer, clock, validate_after, tmp_path):
+    monitor = SpeedMonitor(tmp_path, lambda: 48e12)
     train(monitor, trainer, clock, validate_after=validate_after)
     (logger,) = trainer.loggers
     assert [step for step, _ in logger.rows] == [2, 4]
@@ -73,8 +68,8 @@ def test_figures_are_of_the_steps_since_the_last_time_without_validations(traine
         assert "speed/model_flops_utilization" not in values  # of a CPU
 
 
-def test_writing_a_checkpoint_is_no_waiting_for_data(trainer, clock):
-    monitor = SpeedMonitor(lambda: 0.0)
+def test_writing_a_checkpoint_is_no_waiting_for_data(trainer, clock, tmp_path):
+    monitor = SpeedMonitor(tmp_path, lambda: 0.0)
     monitor.on_train_start(trainer, MODULE)
     for step in range(1, 5):
         clock.seconds += 1
@@ -91,63 +86,51 @@ def test_writing_a_checkpoint_is_no_waiting_for_data(trainer, clock):
     assert other["speed/data_wait"] == pytest.approx(0.25)
 
 
-def test_the_share_of_the_peak_is_that_of_the_device(trainer, clock, monkeypatch):
+def test_the_share_of_the_peak_is_that_of_the_device(trainer, clock, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5e9)
     monkeypatch.setattr(MODULE, "device", torch.device("cuda"))
-    train(SpeedMonitor(lambda: 48e12), trainer, clock)
+    train(SpeedMonitor(tmp_path, lambda: 48e12), trainer, clock)
     _, values = trainer.loggers[0].rows[0]
     assert values["speed/model_flops_utilization"] == pytest.approx(2e12 / GPUS["h100"].bfloat16)
     assert values["speed/peak_memory_gb"] == 5.0
 
 
-def test_flops_that_cannot_be_counted_cost_one_warning(trainer, clock, caplog):
+def test_flops_that_cannot_be_counted_cost_one_warning(trainer, clock, caplog, tmp_path):
     def fail() -> float:
         raise RuntimeError("needs values")
 
-    train(SpeedMonitor(fail), trainer, clock)
+    train(SpeedMonitor(tmp_path, fail), trainer, clock)
     assert [record.getMessage() for record in caplog.records] == [
         "the FLOPs of a step cannot be counted, and are not logged: needs values"
     ]
     assert all("speed/tflops" not in values for _, values in trainer.loggers[0].rows)
 
 
+def test_the_time_of_all_steps_continues_over_restarts_without_validations(trainer, clock, tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "_WARM_UP", 1)
+    monkeypatch.setattr(speed.time, "process_time", lambda: 2 * clock.seconds)  # two busy threads
+    for steps in (4, 8):
+        monitor = SpeedMonitor(tmp_path, lambda: 0.0)
+        train(monitor, trainer, clock, validate_after=4)
+        clock.seconds += 4
+        monitor.on_train_end(trainer, MODULE)
+        time = read_training_time(tmp_path)
+        assert (time.steps, time.steady_steps) == (steps, steps - steps // 4)
+        assert time.cost == 2 * 9 * steps
+        assert time.cost_per_step == pytest.approx(2 * 28 / 3)  # of 3 steps, and the end
+
+
+def test_the_time_of_another_run_in_the_same_folder_is_dropped(trainer, clock, tmp_path):
+    for _ in range(2):
+        trainer.global_step = 0
+        monitor = SpeedMonitor(tmp_path, lambda: 0.0)
+        train(monitor, trainer, clock)
+        monitor.on_save_checkpoint(trainer, MODULE, {})
+        assert read_training_time(tmp_path).steps == 4
+
+
 def test_the_norm_is_that_of_all_weights():
     weights = [torch.nn.Parameter(torch.randn(3, 4)), torch.nn.Parameter(torch.randn(7))]
     expected = torch.cat([weight.flatten() for weight in weights]).norm()
     torch.testing.assert_close(weight_norm(torch.optim.SGD(weights, lr=1.0)), expected.detach())
-
-
-@pytest.mark.parametrize(
-    ("name", "key"),
-    [
-        ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H200", "h200"), ("NVIDIA A100-SXM4-40GB", "a100-40"),
-        ("NVIDIA A100-SXM4-80GB", "a100-80"), ("NVIDIA A100 80GB PCIe", "a100-80"), ("NVIDIA L40S", "l40s"),
-        ("NVIDIA GeForce RTX 4090", "rtx4090"), ("NVIDIA H100 PCIe", None), ("Tesla T4", None),
-    ],
-)  # fmt: skip
-def test_a_gpu_is_found_by_the_name_of_the_driver(name, key):
-    assert find_gpu(name) is (None if key is None else GPUS[key])
-
-
-def test_flops_of_stage_2_are_those_of_the_estimate(tiny_pretrained):
-    network = TransformerConfig(16, 3, (4, 4), embed_dim=16, depth=1, num_heads=2, mlp_dim=32)
-    module = masked_model(network, tiny_pretrained / "tokenizer", activation_checkpointing="blocks")
-    expected = TransformerCosts("auto", 1, module=module).flops(8)
-    assert useful_flops(module, global_batch=8, encodes=False) == expected
-    assert useful_flops(module, global_batch=8, encodes=True) > expected
-
-
-@pytest.mark.slow
-def test_counting_the_flops_of_stage_1_changes_nothing():
-    network = VQGANConfig(
-        1, base_channels=8, channel_multipliers=(1,), num_res_blocks=1, num_middle_blocks=0, num_groups=4,
-        codebook_size=16, code_dim=4, patch_size=2, quantizer="ema",
-    )  # fmt: skip
-    adversarial = AdversarialConfig(DiscriminatorConfig(channel_multiplier=1 / 64))
-    module = tokenizer_model(network, image_size=8, adversarial=adversarial)
-    before, generator = {k: v.clone() for k, v in module.state_dict().items()}, torch.get_rng_state()
-    one, two = (useful_flops(module, global_batch=size, encodes=True) for size in (1, 2))
-    assert 2 * one == two > 0
-    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
-    assert torch.equal(torch.get_rng_state(), generator)

@@ -1,0 +1,207 @@
+"""``maskgit_pl.demo``: makes the data, trains both stages and measures the model, in one process.
+
+Each step is one call of a public function, which leaves the process as it was: its results are those of the command
+that the step shows, bit for bit.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import shlex
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict, Unpack
+
+from maskgit_pl.data.sources.making import convert_images, fetch_dataset
+from maskgit_pl.data.sources.public import public_datasets
+from maskgit_pl.errors import PreemptedError
+from maskgit_pl.evaluation.model_evaluation import evaluate
+from maskgit_pl.processes import catch_stop_signals, is_requested, progress_bars
+from maskgit_pl.runs.fitting import fit
+from maskgit_pl.runs.layers import Overrides, flag_words
+from maskgit_pl.runs.recipe import DEFAULT_DATASET, STAGES, Recipe
+from maskgit_pl.runs.tokenizing import tokenize
+
+__all__ = ["DemoOptions", "Step", "demo", "plan_demo"]
+
+log = logging.getLogger(__name__)
+
+_RECIPE, _BUDGET = "adaln", "15m"  # the temperatures of `adaln` without a budget suit Fashion-MNIST
+_SHORT_RUN = "demo-short"
+_SHORT = ("--trainer.max_steps=60", "--trainer.val_check_interval=60", "--data.validation_samples=500")
+_FEATURES = "classifier"
+_NUM_IMAGES, _SHORT_NUM_IMAGES = 1000, 50
+# Of the default recipes, on 2 CPU cores.
+_TIMES = {"data": "1 minute", "tokenizer": "2 minutes", "tokens": "20 seconds", "transformer": "5 minutes"}
+_OWN_TIMES = {"tokenizer": "10 minutes", "tokens": "20 seconds", "transformer": "10 minutes"}
+_SHORT_TIMES = {"data": "1 minute", "tokenizer": "20 seconds", "tokens": "20 seconds", "transformer": "1 minute"}
+
+
+class DemoOptions(TypedDict, total=False):
+    """The options of ``demo``.
+
+    Args:
+        recipe: Recipes from left to right. Default: ``adaln``, and on other data than Fashion-MNIST ``adaln 15m``.
+        dataset: Name of a public data set, or of your own. Default: ``fashion-mnist``.
+        data: Data folder. Default: ``data/shards/DATASET``.
+        images: Folder or archive of your own images; see ``open_source``.
+        cluster: A file of ``recipes/cluster`` with one device. Default: ``single``.
+        run: Name of the run. Default: ``DATASET-RECIPE``, or ``demo-short``.
+        runs_folder: Folder of all runs. Default: ``runs``.
+        tokenizer: Pretrained tokenizer folder, in place of the training of stage 1.
+        pretrained: Pretrained folder with the initial weights.
+        overrides: Overrides of recipe values of both stages; see ``Recipe.read``.
+        short: True trains 60 steps per stage and generates 50 images, as a quick check.
+    """
+
+    recipe: str
+    dataset: str
+    data: str | Path | None
+    images: str | Path | None
+    cluster: str
+    run: str | None
+    runs_folder: str | Path
+    tokenizer: str | Path | None
+    pretrained: str | Path | None
+    overrides: Overrides
+    short: bool
+
+
+class Step(NamedTuple):
+    """A step of the demo.
+
+    Attributes:
+        title: One line for people: what it does, and about how long.
+        words: The command line after ``maskgit`` that does the same.
+        work: Function that does it.
+    """
+
+    title: str
+    words: list[str]
+    work: Callable[[], object]
+
+
+def demo(**options: Unpack[DemoOptions]) -> Path:
+    """Fetches a data set, or converts your own images, trains both stages of a model, and measures it.
+
+    The same call resumes after a stop; only the measurement is always made again. Several processes convert many
+    images, so a script must call it below ``if __name__ == "__main__"``.
+
+    Args:
+        options: See ``DemoOptions``.
+
+    Returns:
+        The run folder, which holds the model, its pictures and ``evaluation.json``.
+
+    Raises:
+        ValueError: if the recipe is wrong or names several devices, or there are neither data nor a way to get them.
+        FileNotFoundError: if there is no recipe with a given name, or no source of the data answers.
+        RunError: if a step ends early, such as a training that has saved after a stop signal; see ``runs.fit``.
+    """
+    steps, folder = plan_demo(**options)
+    for number, step in enumerate(steps, start=1):
+        log.info("\n[%d/%d] %s\n      maskgit %s", number, len(steps), step.title, shlex.join(step.words))
+        step.work()
+    return folder
+
+
+def plan_demo(**options: Unpack[DemoOptions]) -> tuple[list[Step], Path]:
+    """Returns the steps of ``demo``, and its run folder. Finds mistakes before anything is downloaded."""
+    if unknown := options.keys() - DemoOptions.__annotations__.keys():
+        raise TypeError(f"demo has no options {sorted(unknown)}, only {', '.join(DemoOptions.__annotations__)}")
+    dataset, cluster = options.get("dataset", DEFAULT_DATASET), options.get("cluster", "single")
+    is_short = options.get("short", False)
+    usual = _RECIPE if dataset == DEFAULT_DATASET else f"{_RECIPE} {_BUDGET}"
+    recipe = options.get("recipe") or usual
+    flags = [*flag_words(options.get("overrides", ())), *(_SHORT if is_short else ())]
+    read = [Recipe.read(each, names=recipe, dataset=dataset, cluster=cluster, overrides=flags) for each in STAGES]
+    for each in read:
+        devices = each.get("trainer.devices")
+        if devices != 1 and not (isinstance(devices, list) and len(devices) == 1):
+            raise ValueError(
+                f"trainer.devices must be 1 or a list of one index in the demo, got {devices!r}; for several "
+                "devices run its steps one by one, such as `maskgit train tokenizer`"
+            )
+    name = options.get("run") or (_SHORT_RUN if is_short else str(read[0].run_name))
+    runs_folder = options.get("runs_folder", "runs")
+    run, data = Path(runs_folder, name), Path(options.get("data") or Path("data/shards", dataset))
+    given = {name: options.get(name) for name in ("tokenizer", "pretrained")}
+    folders = {"run": run, "data": data, **given}
+    common = ["--dataset", dataset, "--data", str(data), "--recipe", recipe, "--run", name]
+    common += ["--runs-folder", str(runs_folder), "--cluster", cluster]
+    common += [word for flag, folder in given.items() if folder is not None for word in (f"--{flag}", str(folder))]
+    common += flags
+    times = _SHORT_TIMES if is_short else _TIMES if dataset == DEFAULT_DATASET else _OWN_TIMES
+    times = times if recipe == usual else {}
+    stage_1 = Step(
+        _title("train the tokenizer (stage 1)", times.get("tokenizer")),
+        ["train", "tokenizer", *common],
+        partial(_train, read[0], folders),
+    )
+    tokens = Step(
+        _title("encode the images to tokens", times.get("tokens")),
+        ["tokenize", *common],
+        partial(_encode, read[1], folders),
+    )
+    stage_2 = Step(
+        _title("train the transformer (stage 2)", times.get("transformer")),
+        ["train", "transformer", *common],
+        partial(_train, read[1], folders),
+    )
+    num_images = _SHORT_NUM_IMAGES if is_short else _NUM_IMAGES
+    words = ["evaluate", str(run), "--data", str(data), "--features", _FEATURES, "--num-images", str(num_images)]
+    measured = Step(
+        _title("generate pictures and measure the model", "1 minute"),
+        words,
+        partial(_measure, run, data, num_images),
+    )
+    first = [] if given["tokenizer"] is not None else [stage_1]
+    made = _plan_data(dataset, options.get("images"), data, times.get("data"))
+    return [*made, *first, tokens, stage_2, measured], run
+
+
+def _plan_data(dataset: str, images: str | Path | None, data: Path, time: str | None) -> list[Step]:
+    """Returns the step that makes the data folder; none if it is the user's own and exists."""
+    if images is not None:
+        words = ["data", "make", str(images), "--out", str(data)]
+        return [Step(f"write the images of {images} as shards", words, partial(convert_images, images, data))]
+    datasets = public_datasets()
+    if dataset in datasets:
+        title = _title(f"fetch {datasets[dataset].title}: {datasets[dataset].contents}", time)
+        return [Step(title, ["data", "fetch", dataset, "--out", str(data)], partial(fetch_dataset, dataset, data))]
+    if not data.is_dir():
+        raise ValueError(
+            f"data {data}: no such folder; convert your own images with --images FOLDER, or name a data set that can "
+            f"be fetched with --dataset: {', '.join(datasets)}"
+        )
+    return []
+
+
+def _title(text: str, time: str | None) -> str:
+    return text if time is None else f"{text}, about {time} on 2 CPU cores"
+
+
+def _train(recipe: Recipe, folders: Mapping[str, Any]) -> None:
+    with catch_stop_signals():
+        fit(recipe, **folders)
+        if is_requested():  # too late to stop this step: the next one does not begin
+            raise PreemptedError("stopped by a signal after the end of a training; repeat the command to resume")
+
+
+def _encode(recipe: Recipe, folders: Mapping[str, Any]) -> None:
+    with progress_bars() as bars:
+        tokenize(recipe, **folders, bars=bars)
+
+
+def _measure(run: Path, data: Path, num_images: int) -> None:
+    with progress_bars() as bars:
+        report = evaluate(run, data=data, num_images=num_images, features=[_FEATURES], bars=bars)
+    from rich.console import Console
+
+    table = io.StringIO()
+    Console(file=table, force_jupyter=False).print(report.table())
+    pictures = "samples.png, reconstructions.png and decoding.gif"
+    log.info("%s", "\n".join([table.getvalue().rstrip("\n"), *report.findings()]))
+    log.info("%s: results; beside it %s", report.file, pictures)

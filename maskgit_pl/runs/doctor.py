@@ -1,0 +1,511 @@
+"""``runs.preflight``: checks a run before it starts, or this machine. ``maskgit doctor`` prints the result.
+
+A run is built as training builds it, but on the CPU and with weights of zero. Nothing is trained or written.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from maskgit_pl.checks import as_image_size, check_choice, check_integer, check_number, count_text
+from maskgit_pl.data import split_batch
+from maskgit_pl.data.manifest import DataSummary, load_manifest, read_manifest_summary
+from maskgit_pl.distributed import device_name, device_names
+from maskgit_pl.errors import is_user_error, printable
+from maskgit_pl.files import size_text
+from maskgit_pl.networks.vqgan import VQGANConfig
+from maskgit_pl.pipeline.pretrained import read_config
+from maskgit_pl.processes import available_cores
+from maskgit_pl.runs.build import StageRun, build, leave_no_trace
+from maskgit_pl.runs.costs import Encoder, Memory, checkpoint_bytes, max_num_checkpoints, step_memory, useful_flops
+from maskgit_pl.runs.layers import merge
+from maskgit_pl.runs.plan import Plan, find_data, find_pretrained, find_tokenizer, run_folder
+from maskgit_pl.runs.recipe import Recipe
+from maskgit_pl.runs.resolve import choose_precision, merge_recipe_values, merge_values, values_without_data
+from maskgit_pl.runs.settings import ResolvedRun, resolve
+from maskgit_pl.runs.stage import check_run_outputs, describe_start
+from maskgit_pl.tokenizer import Tokenizer
+from maskgit_pl.training.checkpoint_files import complete_checkpoints
+from maskgit_pl.training.gpus import GPUS
+from maskgit_pl.training.strategies import build_strategy, check_accelerator, check_precision, check_strategy
+from maskgit_pl.training.token_model import TokenModel
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+__all__ = ["Check", "Machines", "Preflight", "preflight", "rank_rows", "slurm_faults"]
+
+_HEADROOM = 0.92  # usable fraction of memory: the rest is CUDA context, NCCL buffers and fragmentation
+_MAX_ROWS = 16  # of the table of ranks: with more ranks, a row is a node
+_SHARED_MEMORY = Path("/dev/shm")  # through which data workers send their batches
+_EXTRAS = {  # the module that shows that an optional extra is installed
+    "diffusers": "diffusers", "export": "onnxruntime", "hf": "datasets", "import-jax": "msgpack", "mlflow": "mlflow",
+    "parquet": "pyarrow", "quantizers": "vector_quantize_pytorch", "wandb": "wandb", "web": "gradio",
+}  # fmt: skip
+_STYLES = {"ok": "green", "warning": "yellow", "FAIL": "bold red"}
+
+Verdict = Literal["ok", "warning", "FAIL"]
+
+
+@dataclass(frozen=True)
+class Machines:
+    """The machines of a planned run, as far as they are known.
+
+    Attributes:
+        nodes: Number of nodes, >= 1; None means that of the recipe.
+        devices: Number of devices per node, >= 1; None means that of the recipe.
+        gpu: Name of a GPU with known memory, a key of ``training.gpus.GPUS``.
+        memory: Memory per device in bytes; None means that of ``gpu``, or of this machine's GPU.
+
+    Raises:
+        ValueError: if a number is out of range, or the GPU is unknown.
+    """
+
+    nodes: int | None = None
+    devices: int | None = None
+    gpu: str | None = None
+    memory: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "devices"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), "[1, inf)")
+        if self.memory is not None:
+            check_number("memory", self.memory, "(0, inf)")
+        if self.gpu is not None:
+            check_choice("device", self.gpu, GPUS)
+
+    def count(self, recipe: Recipe) -> tuple[int, int]:
+        """Returns the numbers of nodes and of devices per node; those of a recipe where none is given."""
+        nodes, devices = recipe.get("trainer.num_nodes"), recipe.get("trainer.devices")
+        if isinstance(devices, list):  # the indices of the devices
+            devices = len(devices)
+        if not isinstance(devices, int) or devices < 1:
+            # On a CPU, Lightning's auto is one process.
+            devices = 1 if recipe.get("trainer.accelerator") == "cpu" else max(1, torch.cuda.device_count())
+        return self.nodes or (nodes if isinstance(nodes, int) and nodes > 0 else 1), self.devices or devices
+
+    def device_memory(self) -> float | None:
+        """Returns the memory of a device in bytes, or None if it is unknown."""
+        if self.memory is not None or self.gpu is not None:
+            return self.memory or GPUS[str(self.gpu)].memory
+        return float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check.
+
+    Attributes:
+        name: Subject of the check, such as ``batch``.
+        verdict: ``FAIL`` if the run would not start; ``warning`` if it might not, or if too little is known.
+        text: Result; for a failure also the rule and a hint.
+    """
+
+    name: str
+    verdict: Verdict
+    text: str
+
+
+@dataclass
+class Preflight:
+    """The result of the checks. ``print`` shows it as a text, and ``rich`` in colour.
+
+    Attributes:
+        checks: All checks in the order in which they were done.
+        ranks: Rows of a table: node, local rank, global rank and samples of a step; see ``rank_rows``.
+        num_parameters: Number of trained parameters; None if the module could not be built.
+        memory: Peak memory of a rank, calculated.
+        step_flops: FLOPs of a step of all ranks, without the recomputation of activation checkpointing.
+    """
+
+    checks: list[Check] = field(default_factory=list)
+    ranks: list[tuple[str, ...]] = field(default_factory=list)
+    num_parameters: int | None = None
+    memory: Memory | None = None
+    step_flops: float | None = None
+
+    @property
+    def ok(self) -> bool:
+        """A bool: no check has failed."""
+        return not self.errors
+
+    @property
+    def errors(self) -> list[Check]:
+        """The checks that have failed."""
+        return [check for check in self.checks if check.verdict == "FAIL"]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns plain values, for JSON."""
+        return {"ok": self.ok, **asdict(self)}
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=120, color_system=None, highlight=False)
+        with console.capture() as captured:
+            console.print(self)
+        return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+    def __rich__(self) -> RenderableType:
+        from rich.box import SIMPLE
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        lines, ranks = (
+            Table.grid(padding=(0, 2, 0, 0)),
+            Table("node", "local rank", "global rank", "samples", box=SIMPLE),
+        )
+        for check in self.checks:
+            # A text may contain names from untrusted files, and line breaks.
+            text = " ".join(printable(line, limit=None) for line in check.text.split("\n"))
+            lines.add_row(Text(check.verdict, _STYLES[check.verdict]), check.name, Text(text))
+        for row in self.ranks:
+            ranks.add_row(*row)
+        failed, count = len(self.errors), len(self.checks)
+        end = f"{failed} of {count} checks fail." if failed else f"All {count} checks pass."
+        return Group(lines, *[ranks] * bool(self.ranks), Text(end, _STYLES["FAIL" if failed else "ok"]))
+
+    def add(self, name: str, text: str, verdict: Verdict = "ok") -> None:
+        """Adds a check. A failure that is already in the list is not repeated."""
+        if verdict != "FAIL" or all(check.text != text for check in self.checks):
+            self.checks.append(Check(name, verdict, text))
+
+    @contextmanager
+    def catch(self, name: str) -> Iterator[None]:
+        """Adds a user's error that is raised in the context as a failure; other errors are raised."""
+        try:
+            yield
+        except Exception as error:
+            if not is_user_error(error):
+                raise
+            self.add(name, str(error), "FAIL")
+
+
+def preflight(
+    recipe: Recipe | None = None,
+    *,
+    run: str | Path | None = None,
+    data: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    pretrained: str | Path | None = None,
+    machines: Machines | None = None,
+) -> Preflight:
+    """Checks a run on any machine: data, tokenizer, ranks, strategy, recipe, batch, memory, disk.
+
+    A failed check stops only those that need its result. The arguments up to ``pretrained`` are those of ``runs.fit``.
+
+    Args:
+        recipe: Values of the run, and the stage. None checks this machine instead.
+        run: A name in ``runs/``, or a folder. Default: ``DATASET-RECIPE``.
+        data: Data folder. Default: ``data/shards/DATASET``. Without data, sizes are those of the paper.
+        tokenizer: Pretrained tokenizer folder, for stage 2. Default: the run's own, or the only one for these data.
+        pretrained: Pretrained folder with the initial weights of a new run.
+        machines: Machines of the run. Default: nodes and devices of the recipe, and the GPU memory of this machine, if
+            it has a GPU.
+
+    Raises:
+        ValueError: if the run has no name, or a reserved one.
+    """
+    found, machines = Preflight(), machines or Machines()
+    if recipe is None:
+        _check_machine(found)
+        return found
+    nodes, devices = machines.count(recipe)
+    folders = {"data": data, "tokenizer": tokenizer, "pretrained": pretrained}
+    plan, summary = _find_inputs(found, recipe, run_folder(recipe, run), folders)
+    is_complete = found.ok
+    _check_ranks(found, os.environ, nodes, devices)
+    stage_run = None
+    with found.catch("recipe"), leave_no_trace():
+        stage_run = _build(found, plan, summary, nodes * devices, machines.gpu, is_complete=is_complete)
+    if stage_run is None:
+        return found
+    module, values = stage_run.model, stage_run.values
+    assert isinstance(module, TokenModel | Tokenizer)
+    encoder = None
+    if plan.tokenizer is not None:
+        config = read_config(plan.tokenizer, "tokenizer")
+        encoder = VQGANConfig(**config["network"]), as_image_size(config["image_size"])
+    per_device = _share_batch(found, values, summary, nodes, devices)
+    _describe_run(found, plan, module, values, summary, encoder)
+    options = {  # the run was built for one CPU
+        "strategy": str(recipe.get("trainer.strategy") or "auto"),
+        "ranks": nodes * devices,
+        "precision": values.trainer.precision,
+        "encoder": encoder,
+        "encodes": values.data.source != "tokens",
+    }
+    with _may_be_uncountable(found, "memory"):
+        _check_memory(found, module, options, per_device, machines.device_memory())
+    _check_disk(found, plan, module, values)
+    return found
+
+
+def _find_inputs(
+    found: Preflight, recipe: Recipe, folder: Path, named: Mapping[str, str | Path | None]
+) -> tuple[Plan, DataSummary | None]:
+    """Finds the folders of a run. A missing folder is a failure, and its expected path stays in the plan."""
+    plan, summary = Plan(recipe, shards=Path(named["data"] or ""), folder=folder), None
+    with found.catch("data"):
+        plan = replace(plan, shards=find_data(recipe, named["data"]))
+        if recipe.get("data.source") != "stream":
+            for split in ("train", "val"):
+                load_manifest(plan.shards, split, check=False)
+            summary = read_manifest_summary(plan.shards)
+            counts = ", ".join(f"{count:,} {split}" for split, count in summary.samples.items())
+            found.add("data", f"{plan.shards}: {counts}; {count_text(summary.num_classes, 'class')}")
+    if plan.stage == "transformer":
+        with found.catch("tokenizer"):
+            others = {"tokenizer": named["tokenizer"], "pretrained": named["pretrained"]}
+            tokenizer = find_tokenizer(recipe, folder=folder, shards=plan.shards, **others)
+            codes = VQGANConfig(**read_config(tokenizer, "tokenizer")["network"]).codebook_size
+            plan = replace(plan, tokenizer=tokenizer)
+            found.add("tokenizer", f"{tokenizer}: {count_text(codes, 'code')}")
+    with found.catch("pretrained"):
+        plan = replace(plan, pretrained=find_pretrained(plan.stage, named["pretrained"]))
+    return plan, summary
+
+
+def _check_ranks(found: Preflight, environment: Mapping[str, str], nodes: int, devices: int) -> None:
+    """Checks Slurm's variables, and that several nodes know the address of rank 0."""
+    text = f"{count_text(nodes, 'node')} x {count_text(devices, 'device')}"
+    faults = slurm_faults(environment, nodes=nodes, devices=devices)
+    for fault in faults:
+        found.add("ranks", fault, "FAIL")
+    if nodes > 1 and not environment.keys() & {"MASTER_ADDR", "SLURM_JOB_ID"}:
+        found.add("ranks", f"{text}; without Slurm, export MASTER_ADDR and MASTER_PORT on each node", "warning")
+    elif not faults:
+        found.add("ranks", text)
+
+
+def slurm_faults(environment: Mapping[str, str], *, nodes: int, devices: int) -> list[str]:
+    """Returns an error message for each Slurm variable that contradicts nodes x devices; none outside a job."""
+    if "SLURM_JOB_ID" not in environment:
+        return []
+    # Slurm sets a variable only if the job asked for it. Lightning needs the tasks of a node.
+    tasks = environment.get("SLURM_NTASKS_PER_NODE", "nothing" if environment.get("SLURM_NTASKS", "1") != "1" else None)
+    given = {**environment, **({} if tasks is None else {"SLURM_NTASKS_PER_NODE": tasks})}
+    expected = {
+        "SLURM_NNODES": (nodes, "--nodes"),
+        "SLURM_NTASKS_PER_NODE": (devices, "--ntasks-per-node"),
+        "SLURM_GPUS_ON_NODE": (devices, "--gpus-per-node"),
+        "SLURM_NTASKS": (nodes * devices, "--ntasks-per-node and --nodes"),
+    }
+    return [
+        f"{name} must be {wanted} for {nodes} nodes x {devices} devices, got {given[name]}; change {flag} of sbatch, "
+        "or nodes and devices here"
+        for name, (wanted, flag) in expected.items()
+        if name in given and given[name] != str(wanted)
+    ]
+
+
+def _build(
+    found: Preflight, plan: Plan, summary: DataSummary | None, ranks: int, gpu: str | None, *, is_complete: bool
+) -> StageRun:
+    """Builds a run on one CPU, with the precision of its own devices: as training does, or only from its recipe."""
+    recipe, folder = plan.recipe, plan.stage_folder
+    missing = {"path": str(plan.shards), "tokenizer": str(plan.tokenizer or "missing")}
+    instead = values_without_data(plan.stage, token_store=str(plan.folder / "tokens"), **missing)
+    given = merge_recipe_values(plan) if summary is None else merge_values(plan)
+    values = resolve(recipe.kind, merge([instead, given]))
+    trainer = values.trainer
+    precision = choose_precision(trainer, values.model.network, plan.stage, folder, gpu=gpu)
+    with found.catch("strategy"):
+        build_strategy(trainer.strategy)
+        check_accelerator(trainer.accelerator)
+        check_precision(precision)
+        check_strategy(trainer.strategy, stage=recipe.stage, ranks=ranks)
+        found.add("strategy", f"{trainer.strategy}, {precision}")
+    if not is_complete:
+        run = StageRun(plan.stage, replace(values, trainer=replace(trainer, precision=precision)), folder)
+        found.add("recipe", f"{recipe.title}: keys, types and names are valid")
+        return run
+    on_cpu = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": precision}
+    run = build(replace(plan, recipe=recipe.with_overrides({f"trainer.{key}": on_cpu[key] for key in on_cpu})))
+    check_run_outputs(plan)
+    if run.datamodule.stream is None:
+        run.datamodule.setup()
+    found.add("recipe", f"{recipe.title}: module, data and tokenizer fit together")
+    if run.datamodule.resizing is not None:
+        found.add("image size", run.datamodule.resizing, "warning")
+    return run
+
+
+def _share_batch(found: Preflight, values: ResolvedRun, summary: DataSummary | None, nodes: int, devices: int) -> int:
+    """Divides the global batch among the ranks, and returns the samples of a micro-batch."""
+    batch, most, ranks = values.data.global_batch, values.data.max_batch_per_device, nodes * devices
+    with found.catch("batch"):
+        per_device, micro_batches = split_batch(batch, most, ranks)
+        found.ranks = rank_rows(nodes, devices, per_device, micro_batches) if ranks > 1 else []
+        parts = (count_text(ranks, "rank"), count_text(micro_batches, "accumulation step"))
+        text = f"{batch} = {' x '.join(parts)} x {count_text(per_device, 'sample')}"
+        is_small = summary is not None and summary.samples["train"] < batch
+        more = "; a step needs more samples than the train split has" if is_small else ""
+        found.add("batch", text + more, "warning" if is_small else "ok")
+        return per_device
+    return most
+
+
+def rank_rows(nodes: int, devices: int, per_device: int, micro_batches: int) -> list[tuple[str, ...]]:
+    """Returns node, local rank, global rank and samples of a step for each rank, or each node if there are many ranks.
+
+    Micro-batch a of rank r has the samples [(a W + r) b, (a W + r + 1) b) of the global batch, with W ranks and b
+    samples per micro-batch. The first three micro-batches show the pattern.
+    """
+    ranks = nodes * devices
+    rows: list[tuple[str, ...]] = []
+    width = 1 if ranks <= _MAX_ROWS else devices  # ranks per row
+    for rank in range(0, ranks, width)[:_MAX_ROWS]:
+        firsts = [(micro_batch * ranks + rank) * per_device for micro_batch in range(min(3, micro_batches))]
+        samples = ", ".join(_span(first, width * per_device) for first in firsts)
+        row = (str(rank // devices), _span(rank % devices, width), _span(rank, width))
+        rows.append((*row, samples + ", ..." * (micro_batches > 3)))
+    if ranks > _MAX_ROWS * width:
+        rows.append(("...", "...", "...", f"up to rank {ranks - 1}"))
+    return rows
+
+
+def _span(first: int, count: int) -> str:
+    return str(first) if count == 1 else f"{first}-{first + count - 1}"
+
+
+def _describe_run(
+    found: Preflight,
+    plan: Plan,
+    module: TokenModel | Tokenizer,
+    values: ResolvedRun,
+    summary: DataSummary | None,
+    encoder: Encoder | None,
+) -> None:
+    """Adds what training will do, the size of the model and the work of a step."""
+    rate = values.model.optimizer.learning_rate
+    batch, steps = values.data.global_batch, values.trainer.max_steps
+    found.add("run", describe_start(plan.stage_folder, steps))
+    epochs = "" if summary is None else f", {steps * batch / summary.samples['train']:,.1f} epochs"
+    found.add(
+        "steps",
+        f"{count_text(steps, 'step')}{epochs}; learning rate {rate.peak:g} after {rate.warmup_steps} steps, then "
+        f"{rate.decay}, not rescaled by the number of devices",
+    )
+    found.num_parameters = sum(each.numel() for each in module.parameters() if each.requires_grad)
+    work = ""
+    with _may_be_uncountable(found, "work"):
+        reads_tokens = values.data.source == "tokens"
+        found.step_flops = useful_flops(module, global_batch=batch, encoder=None if reads_tokens else encoder)
+        work = f", {flops_text(found.step_flops)} per step"
+    found.add("model", f"{found.num_parameters:,} trained parameters{work}")
+
+
+def flops_text(count: float) -> str:
+    """Formats a number of floating-point operations with three digits, such as ``1.2 TFLOP``."""
+    unit, factor = next(
+        (each for each in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)) if count >= each[1]), ("MFLOP", 1e6)
+    )
+    return f"{count / factor:.3g} {unit}"
+
+
+@contextmanager
+def _may_be_uncountable(found: Preflight, name: str) -> Iterator[None]:
+    """Adds a warning if a step of a plug-in cannot run without values."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = (str(error).splitlines() or [""])[0]
+        found.add(name, f"cannot be calculated ({type(error).__name__}: {reason})", "warning")
+
+
+def _check_memory(
+    found: Preflight, module: Any, options: Mapping[str, Any], per_device: int, device: float | None
+) -> None:
+    """Checks that a micro-batch fits into the memory of a device, and otherwise names the largest that does."""
+    memory = found.memory = step_memory(module, per_device=per_device, **options)
+    gathered = f", {size_text(memory.gathered)} gathered" if memory.gathered else ""
+    text = (
+        f"{size_text(memory.total)} per device with {count_text(per_device, 'sample')}: {size_text(memory.states)} "
+        f"weights and optimizer{gathered}, {size_text(memory.activations)} activations"
+    )
+    if device is None:
+        found.add("memory", f"{text}; give the available memory with --device or --device-memory", "warning")
+        return
+    limit = device * _HEADROOM
+    if memory.total <= limit:
+        found.add("memory", f"{text}; {size_text(device)} available")
+        return
+    # Activations grow linearly with the micro-batch.
+    one = step_memory(module, per_device=1, **options).total
+    slope = (memory.total - one) / max(1, per_device - 1)
+    sizes = (size for size in range(per_device - 1, 0, -1) if per_device % size == 0)
+    largest = next((size for size in sizes if one + (size - 1) * slope <= limit), None)
+    hint = f"--data.max_batch_per_device={largest} fits" if largest else "not even one sample fits"
+    is_transformer = isinstance(module, TokenModel)  # stage 1 counts float32 in both precisions
+    savings = {
+        "--model.activation_checkpointing=blocks": module.config.activation_checkpointing == "none",
+        "--trainer.precision=bf16-mixed": is_transformer and options["precision"] == "32-true",
+        "--cluster fsdp": is_transformer and options["strategy"] == "ddp",
+    }
+    flags = ", ".join(flag for flag, helps in savings.items() if helps)
+    found.add(
+        "memory",
+        f"a micro-batch must fit into {size_text(limit)} of a device with {size_text(device)}, got {text}; {hint}"
+        + (f"; to save memory: {flags}" if flags else ""),
+        "FAIL",
+    )
+
+
+def _check_disk(found: Preflight, plan: Plan, module: TokenModel | Tokenizer, values: ResolvedRun) -> None:
+    """Checks that the run folder is writable, and that its disk has room for the checkpoints to come."""
+    most = max_num_checkpoints(
+        max(1, values.trainer.max_steps), every=values.checkpoint_every, keep_last=values.keep_last,
+        keep_every=values.keep_every,
+    )  # fmt: skip
+    count, size = max(1, most - len(complete_checkpoints(plan.checkpoints))), checkpoint_bytes(module)
+    existing = next(each for each in plan.checkpoints.absolute().parents if each.exists())
+    free = shutil.disk_usage(existing).free
+    text = (
+        f"{existing}: {size_text(count * size)} for {count_text(count, 'checkpoint')} of {size_text(size)}, "
+        f"{size_text(free)} free"
+    )
+    with found.catch("disk"):
+        if free < count * size:
+            raise ValueError(f"{text}; free space, name another --runs-folder, or lower keep_last or raise keep_every")
+        check_run_outputs(plan)
+        found.add("disk", text)
+
+
+def _check_machine(found: Preflight) -> None:
+    """Adds what this machine has: versions, devices, memory for workers, disk, data and optional packages."""
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("maskgit_pl", "torch", "lightning"))
+    found.add("versions", f"{libraries}, Python {platform.python_version()}")
+    gpus = [torch.device(name) for name in device_names()[2:]]
+    for gpu in gpus:
+        memory = f", {size_text(torch.cuda.get_device_properties(gpu).total_memory)}" if gpu.type == "cuda" else ""
+        found.add("device", f"{gpu}: {device_name(gpu)}{memory}")
+    if not gpus:
+        found.add("device", "no GPU: small runs train on the CPU", "warning")
+    found.add("cpu", f"{count_text(available_cores(), 'core')}, {device_name(torch.device('cpu'))}")
+    if _SHARED_MEMORY.is_dir():
+        total = shutil.disk_usage(_SHARED_MEMORY).total
+        hint = "; data workers need 1 GB: in a container, set --shm-size or --ipc=host" if total < 1e9 else ""
+        found.add("shared memory", f"{size_text(total)}{hint}", "warning" if hint else "ok")
+    runs = Path("runs") if Path("runs").is_dir() else Path()
+    found.add("disk", f"{size_text(shutil.disk_usage(runs).free)} free for runs/")
+    names = sorted(each.parent.name for each in Path("data/shards").glob("*/train.json"))
+    hint = "no data in data/shards; start with `maskgit demo`, or `maskgit data fetch fashion-mnist`"
+    found.add("data", ", ".join(names) or hint, "ok" if names else "warning")
+    missing = [name for name, module in _EXTRAS.items() if importlib.util.find_spec(module) is None]
+    present = [name for name in _EXTRAS if name not in missing]
+    more = f"; pip install 'maskgit_pl[{','.join(missing)}]' adds the others" if missing else ""
+    found.add("extras", f"{', '.join(present) or 'none'}{more}")

@@ -1,0 +1,257 @@
+"""``runs.preflight``: each check against the fault that it is for, really there. It prints and changes nothing."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from maskgit_pl import runs
+from maskgit_pl.cli import main
+from maskgit_pl.runs.doctor import _EXTRAS, Machines, rank_rows, slurm_faults
+from tests.conftest import flags, save_tiny_pretrained
+
+ROOT = Path(__file__).parents[2]
+
+
+def tiny(stage: str) -> list[str]:
+    return flags(yaml.safe_load((ROOT / "tests" / "tiny" / f"{stage}.yaml").read_text()))
+
+
+@pytest.fixture(autouse=True)
+def _no_job(monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "MASTER_"))]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def examine(tmp_path, tiny_shards, tiny_pretrained):
+    """Checks a tiny run; flags that are given later count."""
+
+    def call(*words: str, stage="transformer", cluster="ddp", machines=None, **folders):
+        recipe = runs.Recipe.read(stage, cluster=cluster, overrides=[*tiny(stage), *words])
+        tokenizer = tiny_pretrained / "tokenizer" if stage == "transformer" else None
+        folders = {"run": tmp_path / "runs" / "one", "data": tiny_shards, "tokenizer": tokenizer, **folders}
+        return runs.preflight(recipe, machines=machines or Machines(memory=1e9), **folders)
+
+    return call
+
+
+def fails(found, name: str, *parts: object) -> None:
+    (check,) = [check for check in found.errors if check.name == name]
+    for part in parts:
+        assert str(part) in check.text
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
+def test_a_run_that_can_start(examine, stage, tmp_path, capsys):
+    def state():
+        return torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.get_rng_state().tolist()
+
+    before = state()
+    machines = Machines(nodes=2, devices=2, memory=1e9)
+    found = examine("--cpu_threads=1", "--matmul_precision=high", stage=stage, machines=machines)
+    assert found.ok, found
+    names = ["data", "tokenizer", "ranks", "strategy", "recipe", "batch", "run", "steps", "model", "memory", "disk"]
+    assert [check.name for check in found.checks] == [name for name in names if name != stage]
+    assert found.ranks[-1] == ("1", "1", "3", "3")
+    assert found.memory.total > 16 * found.num_parameters
+    assert found.step_flops > 0
+    assert found.as_dict()["memory"]["states"] == found.memory.states
+    text = str(found)
+    assert text.startswith("ok")
+    assert "4 = 4 ranks x 1 accumulation step x 1 sample" in text
+    assert text.endswith("checks pass.")
+    assert state() == before
+    assert capsys.readouterr() == ("", "")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "name", "parts"),
+    [
+        ([], {"machines": Machines(devices=3)}, "batch", ["multiple of the 3 ranks, got 4", "1, 2, 4 ranks"]),
+        ([], {"machines": Machines(memory=1e4)}, "memory", ["must fit into 9.2 kB", "not even one sample fits"]),
+        ([], {"stage": "tokenizer", "cluster": "fsdp"}, "strategy", ["'fsdp'", "--cluster ddp"]),
+        ([], {"cluster": "single", "machines": Machines(devices=2)}, "strategy", ["'auto'", "--cluster ddp"]),
+        (["--trainer.precision=16-mixed"], {}, "strategy", ["trainer.precision", "16-mixed"]),
+        (["--trainer.accelerator=gpus"], {}, "strategy", ["trainer.accelerator 'gpus'"]),
+        (["--model.decoding.guidance=liner"], {}, "recipe", ["did you mean 'linear'"]),
+        (["--model.network.codebook_size=8"], {}, "recipe", ["must be 16, that of the tokenizer, got 8"]),
+        (["--data.source=tokens"], {}, "recipe", ["tokenize"]),
+        ([], {"data": Path("nowhere")}, "data", ["data nowhere: no such folder", "maskgit data make"]),
+        ([], {"tokenizer": Path("none")}, "tokenizer", ["tokenizer none: no config.json there"]),
+        ([], {"pretrained": Path("none")}, "pretrained", ["pretrained none"]),
+        (
+            ["--model.perceptual={network: {name: timm, model: resnet18, weights: no-such-file}, weight: 0.1}"],
+            {"stage": "tokenizer"},
+            "recipe",
+            ["got no-such-file", "--model.perceptual.network.weights FILE"],
+        ),
+        ([], {"run": Path("/proc/1/runs/one"), "cluster": "single"}, "recipe", ["writable", "/proc/1"]),
+    ],
+)
+def test_a_wrong_run_is_one_line(examine, words, options, name, parts):
+    found = examine(*words, **options)
+    fails(found, name, *parts)
+    assert len(found.errors) == 1
+
+
+def test_memory_that_is_too_small_is_answered_with_the_batch_that_fits(examine):
+    batch = ("--data.global_batch=64", "--data.max_batch_per_device=64")
+    found = examine(*batch, machines=Machines(memory=600e3))
+    fails(found, "memory", "got", "--data.max_batch_per_device=", "--model.activation_checkpointing=blocks, ")
+    fails(found, "memory", "--trainer.precision=bf16-mixed, --cluster fsdp")
+    largest = found.errors[0].text.partition("max_batch_per_device=")[2].split()[0]
+    assert examine(batch[0], f"--data.max_batch_per_device={largest}", machines=Machines(memory=600e3)).ok
+    more = f"--data.max_batch_per_device={2 * int(largest)}"
+    assert not examine(batch[0], more, machines=Machines(memory=600e3)).ok
+
+
+def test_a_run_without_data_is_examined_to_its_end(examine, tmp_path):
+    found = examine(data=tmp_path / "nowhere", tokenizer=tmp_path, machines=Machines(devices=3, memory=1e3))
+    assert [check.name for check in found.errors] == ["data", "tokenizer", "batch", "memory"]
+    assert str(found).endswith("4 of 11 checks fail.")
+
+
+def test_damaged_data_is_named(examine, tiny_shards, tmp_path):
+    data = shutil.copytree(tiny_shards, tmp_path / "cut")
+    shard = next(data.glob("train-*.tar"))
+    shard.write_bytes(shard.read_bytes()[:-1024])
+    fails(examine(data=data), "recipe", shard.name)
+    (data / "val.json").unlink()
+    fails(examine(data=data), "data", "val.json")
+    shutil.copy(tiny_shards / "val.json", data)
+    (data / "train.json").unlink()
+    fails(examine("--max_passes=3", data=data), "data", "no manifest train.json", "maskgit data index")
+
+
+def test_images_of_another_size_are_a_warning(examine, tmp_path):
+    larger = save_tiny_pretrained(tmp_path / "larger", image_size=16) / "tokenizer"
+    for options, effect in (
+        ({"tokenizer": larger, "words": ["--model.network.grid=[8, 8]"]}, "enlarged to 16 x 16"),
+        ({"stage": "tokenizer", "words": ["--data.image_size=4"]}, "reduced to 4 x 4"),
+        ({"words": []}, None),
+    ):
+        found = examine(*options.pop("words"), **options)
+        said = [check for check in found.checks if check.name == "image size"]
+        assert [check.verdict for check in said] == ["warning"] * (effect is not None), found
+        assert all(f"images of 8 x 8 pixels are {effect}" in check.text for check in said)
+
+
+def test_the_strategy_is_checked_with_the_sizes_of_data_and_tokenizer(tmp_path, tiny_shards, tiny_pretrained):
+    own = [word for word in tiny("transformer") if ".grid=" not in word]
+    counts = ["--model.decoding.num_steps=2", "--model.decoding.tokens_per_step=[8, 8]"]  # of the tokenizer's 4 x 4
+    recipe = runs.Recipe.read("transformer", overrides=[*own, *counts])
+    found = runs.preflight(recipe, run=tmp_path / "one", data=tiny_shards, tokenizer=tiny_pretrained / "tokenizer")
+    assert found.ok, found
+
+
+def test_devices_that_are_not_given_are_those_of_the_recipe(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    for words, count in (
+        ("--trainer.devices=[0, 2]", 2), ("--trainer.devices=auto", 8), ("--trainer.accelerator=cpu", 1),
+    ):  # fmt: skip
+        recipe = runs.Recipe.read("tokenizer", overrides=["--trainer.devices=auto", words])
+        assert Machines().count(recipe) == (1, count)
+        assert Machines(nodes=3, devices=5).count(recipe) == (3, 5)
+
+
+@pytest.mark.parametrize("wrong", [{"nodes": 0}, {"devices": True}, {"memory": 0}, {"gpu": "h1000"}])
+def test_machines_that_cannot_be(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
+        Machines(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "flag"),
+    [
+        ("SLURM_NNODES", "3", "change --nodes"),
+        ("SLURM_NTASKS_PER_NODE", "1", "change --ntasks-per-node"),
+        ("SLURM_NTASKS_PER_NODE", None, "must be 2 for 2 nodes x 2 devices, got nothing; change --ntasks-per-node"),
+        ("SLURM_GPUS_ON_NODE", "4", "change --gpus-per-node"),
+    ],
+)
+def test_slurm_variables_that_contradict_the_run(examine, monkeypatch, variable, value, flag):
+    job = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NTASKS": "4"}
+    assert slurm_faults(job, nodes=2, devices=2) == slurm_faults({}, nodes=3, devices=2) == []
+    for name, right in {**job, variable: value}.items():
+        if right is not None:
+            monkeypatch.setenv(name, right)
+    fails(examine(machines=Machines(nodes=2, devices=2)), "ranks", variable, flag)
+    assert os.environ["SLURM_NNODES"]  # hidden while the run was built, and back
+
+
+def test_several_nodes_need_an_address(examine, monkeypatch):
+    machines = Machines(nodes=2, devices=2)
+    assert "export MASTER_ADDR" in str(examine(machines=machines))
+    monkeypatch.setenv("MASTER_ADDR", "here")
+    assert "export MASTER_ADDR" not in str(examine(machines=machines))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "devices", "per_device", "micro_batches"), [(2, 3, 2, 3), (2, 8, 1, 1), (3, 8, 2, 2)]
+)
+def test_the_samples_of_all_ranks_are_the_global_batch(nodes, devices, per_device, micro_batches):
+    rows = rank_rows(nodes, devices, per_device, micro_batches)
+    assert len(rows) == (nodes * devices if nodes * devices <= 16 else nodes)
+    spans = [span.split("-") for *_, samples in rows for span in samples.split(", ")]
+    samples = [sample for span in spans for sample in range(int(span[0]), int(span[-1]) + 1)]
+    assert sorted(samples) == [*range(nodes * devices * per_device * micro_batches)]
+
+
+def test_many_nodes_and_micro_batches_are_shown_in_part():
+    rows = rank_rows(64, 8, 1, 4)
+    assert rows[0] == ("0", "0-7", "0-7", "0-7, 512-519, 1024-1031, ...")
+    assert rows[-1] == ("...", "...", "...", "up to rank 511")
+    assert len(rows) == 17
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 32 kB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a file system needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_without_room_for_the_checkpoints(examine, small_disk):
+    fails(examine(run=small_disk / "one"), "disk", small_disk, "free", "--runs-folder", "keep_last")
+
+
+@pytest.mark.slow
+def test_a_run_that_is_there_goes_on_or_is_refused(examine, tmp_path, tiny_shards, tiny_pretrained):
+    words = ["--data", tiny_shards, "--runs-folder", tmp_path / "runs", "--run", "one", *tiny("transformer")]
+    assert main(["train", "transformer", "--tokenizer", str(tiny_pretrained / "tokenizer"), *map(str, words)]) == 0
+    found = examine("--trainer.max_steps=5", cluster="single")
+    assert found.ok, found
+    assert "resumes from step-00000001" in " ".join(check.text for check in found.checks)
+    changed = examine("--trainer.max_steps=5", "--model.mask_schedule=square", cluster="single")
+    fails(changed, "recipe", "cosine -> square")
+    assert any("training has nothing to do" in check.text for check in examine(cluster="single").checks)
+
+
+def test_this_machine(tmp_path, tiny_shards, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = runs.preflight()
+    assert found.ok
+    assert f"torch {torch.__version__}" in str(found)
+    (data,) = [check for check in found.checks if check.name == "data"]
+    assert data.verdict == "warning"
+    shutil.copytree(tiny_shards, tmp_path / "data" / "shards" / "mine")
+    assert runs.preflight().checks[-2].text == "mine"
+
+
+def test_the_extras_are_those_of_the_package():
+    text = (ROOT / "pyproject.toml").read_text()
+    (line,) = [line for line in text.splitlines() if line.startswith("all = ")]
+    assert line.partition("[maskgit_pl[")[2] or line.partition("maskgit_pl[")[2].partition("]")[0].split(",") == [
+        *_EXTRAS
+    ]
