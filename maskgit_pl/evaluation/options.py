@@ -11,13 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from maskgit_pl.checks import (
-    ImageSize,
-    check_choice,
-    check_integer,
-    check_number,
-    height_width,
-)
+from maskgit_pl.checks import ImageSize, check_choice, check_integer, check_number, height_width
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.registry import describe
 
@@ -151,6 +145,8 @@ class ComparisonOptions(ModelOptions):
 @dataclass(frozen=True)
 class TuningOptions(ModelOptions):
     """Options of ``tune``.
+
+    In Python, None stands for all selectors or schedules, and an empty list of schedules keeps the model's own.
 
     Args:
         search: Method of the search.

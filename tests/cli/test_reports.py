@@ -294,6 +294,8 @@ def test_an_ablation_survives_kills_and_failures_and_is_not_repeated(words: list
     assert rows(tmp_path / "results", "ablation") == measured
     page = tmp_path / "results" / "shards" / "ablation-depth-scale.md"
     text = page.read_text()
+    varied = "--vary model.network.depth=1,2 --vary model.decoding.guidance.scale=2"
+    assert f"maskgit ablation {varied} --dataset shoes --seeds 0,1 --features" in text
     page.unlink()
     (tmp_path / "runs").rename(tmp_path / "gone")
     assert main([*command, "--page-only"]) == 0

@@ -170,9 +170,9 @@ def _describe(config: AblationConfig, options: ReportOptions, name: str) -> str:
     flags = {
         "recipes" if len(config.recipes) > 1 else "recipe": files or None,
         "dataset": config.dataset,
-        "stage": config.stage,
+        "stage": None if config.stage == "transformer" else config.stage,
         "seeds": config.seeds,
-        "budget": config.budget,
+        "budget": None if config.budget.amount is None else config.budget,
         "pilot_steps": config.pilot_steps if config.budget.unit == "seconds" else None,
         "name": None if name == config.name else name,
         **options.flags(),
