@@ -45,9 +45,9 @@ def _run_doctor(args: argparse.Namespace) -> int:
             raise ValueError("stage must be tokenizer or transformer for a recipe, got none; put it after `doctor`")
         found = runs.preflight()
     else:
+        recipe = read_recipe_flags(args)
         with use_flag_names(args):
             machines = runs.Machines(args.nodes, args.devices, args.device, args.device_memory)
-        recipe = read_recipe_flags(args)
         found = runs.preflight(recipe, **read_folder_flags(args, recipe), machines=machines)
     if args.json:
         print(json.dumps(found.as_dict(), indent=1))
