@@ -335,7 +335,6 @@ def _build(
         return run
     on_cpu = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": precision}
     run = build(replace(plan, recipe=recipe.with_overrides({f"trainer.{key}": on_cpu[key] for key in on_cpu})))
-    check_run_outputs(plan)
     if run.datamodule.stream is None:
         run.datamodule.setup()
     found.add("recipe", f"{recipe.title}: module, data and tokenizer fit together")
@@ -479,9 +478,9 @@ def _check_disk(found: Preflight, plan: Plan, module: TokenModel | Tokenizer, va
         f"{size_text(free)} free"
     )
     with found.catch("disk"):
+        check_run_outputs(plan)
         if free < count * size:
             raise ValueError(f"{text}; free space, name another --runs-folder, or lower keep_last or raise keep_every")
-        check_run_outputs(plan)
         found.add("disk", text)
 
 

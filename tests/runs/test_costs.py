@@ -142,7 +142,10 @@ def test_other_work_of_stage_2():
     # The forward pass is a third of a step, and has logits at replaced tokens only.
     assert uniform + plain / 6 < model < uniform + plain / 3
     module = masked_model(config, "")
+    before, generator = {k: v.clone() for k, v in module.state_dict().items()}, torch.get_rng_state()
     assert useful_flops(module, global_batch=4, encoder=(VQGAN, 16)) > 2 * plain
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), generator)
     alone, held, encodes = (
         step_memory(module, per_device=4, **more)
         for more in ({}, {"encoder": (VQGAN, 16)}, {"encoder": (VQGAN, 16), "encodes": True})

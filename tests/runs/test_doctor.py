@@ -91,7 +91,7 @@ def test_a_run_that_can_start(examine, stage, tmp_path, capsys):
             "recipe",
             ["got no-such-file", "--model.perceptual.network.weights FILE"],
         ),
-        ([], {"run": Path("/proc/1/runs/one"), "cluster": "single"}, "recipe", ["writable", "/proc/1"]),
+        ([], {"run": Path("/proc/1/runs/one"), "cluster": "single"}, "disk", ["writable", "/proc/1"]),
     ],
 )
 def test_a_wrong_run_is_one_line(examine, words, options, name, parts):
