@@ -52,8 +52,8 @@ class Watchdog(Callback):
     """A callback that ends the process if the run makes no progress, or if another rank has ended; see the module.
 
     The limit in training is max(``seconds``, 20 x the median step); with gradient accumulation, a step here is a
-    micro-batch. The limit is 18 x ``seconds`` during set-up, validation, saving and export, and in the first steps.
-    Time in which the process is stopped (SIGSTOP) does not count.
+    micro-batch. The limit is 18 x ``seconds`` during set-up, validation, saving, export and cleanup, and in the first
+    steps. Time in which the process is stopped (SIGSTOP) does not count.
 
     After a hang, each rank writes the stacks of all its threads to ``stacks.txt`` (``stacks-rank1.txt`` ...) in the
     folder of the stage, and to stderr.
@@ -125,6 +125,7 @@ class Watchdog(Callback):
         self._note_progress("export")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._note_progress("cleanup")
         self._report(trainer, exception)  # before Lightning's cleanup, which may wait for the other ranks
 
     def _note_progress(self, phase: str) -> None:

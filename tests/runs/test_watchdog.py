@@ -10,7 +10,7 @@ import yaml
 from lightning.pytorch import LightningModule, Trainer
 
 from maskgit_pl import runs
-from maskgit_pl.errors import INTERNAL_ERROR
+from maskgit_pl.errors import INTERNAL_ERROR, PreemptedError
 from maskgit_pl.runs.build import build
 from maskgit_pl.runs.plan import plan_run
 from maskgit_pl.runs.watchdog import Watchdog
@@ -30,7 +30,12 @@ def test_what_has_no_median_has_more_time_from_its_start(tmp_path):
         time.sleep(0.01)
     of_a_step = watchdog.limit
     assert 20 * 0.01 <= of_a_step < 18
-    for begin in (watchdog.on_validation_start, lambda *_: watchdog.on_save_checkpoint(trainer, module, {})):
+    for begin in (
+        watchdog.on_validation_start,
+        watchdog.on_train_end,
+        lambda *_: watchdog.on_save_checkpoint(trainer, module, {}),
+        lambda *_: watchdog.on_exception(trainer, module, PreemptedError("stopped")),
+    ):
         begin(trainer, module)
         assert watchdog.limit == 18 * 0.05
         watchdog.on_train_batch_end(trainer, module)
