@@ -4,7 +4,7 @@
 |---|---|
 | 0 | success |
 | 2 | bad input: one line names the fault and what to do |
-| 70 | internal error of this package, a library or a plug-in (with a traceback), a hang, a killed worker |
+| 70 | internal error of this package, a library or a plug-in (with a traceback), a hang, a killed worker or rank |
 | 74 | cannot write checkpoints, or an output on a full disk |
 | 75 | stopped by a signal or one Ctrl-C after saving; the same command resumes the run |
 | 76 | too many unreadable images, or the data changed during the run |
@@ -45,7 +45,6 @@ __all__ = [
     "DataChangedError",
     "DataWorkerError",
     "NonFiniteError",
-    "PeerError",
     "PreemptedError",
     "PrintableFormatter",
     "RunError",
@@ -131,21 +130,6 @@ class NonFiniteError(RunError):
     """An error for non-finite losses or gradients in several steps in a row."""
 
     exit_code = 77
-
-
-class PeerError(RunError):
-    """The end of a run on this rank because another rank ends it.
-
-    Args:
-        exit_code: Exit code of the other rank.
-        text: Reason, for the user.
-    """
-
-    on_all_ranks = False
-
-    def __init__(self, exit_code: int, text: str) -> None:
-        super().__init__(text)
-        self.exit_code = exit_code
 
 
 def is_user_error(error: BaseException) -> bool:

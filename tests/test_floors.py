@@ -197,7 +197,6 @@ READERS = {  # modules that parse JSON or YAML themselves, and why; all others u
     "evaluation/options": "its own values",
     "evaluation/ledger": "its own values; rows of files are read with parse_json",
     "pipeline/bulk": "its own plan",
-    "runs/watchdog": "what the ranks of the run tell one another",
     "data/tokenizing": "its own values",
     "training/checkpoint_files": "what the run has written, whose SHA-256 is in the marker",
 }

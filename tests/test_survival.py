@@ -122,6 +122,12 @@ to those of a run without a fault. The messages are as printed, but with shorten
 values count the steps before the one that failed: a fault in step 5 is reported as `step 4`. A negative exit code is
 the signal that ended the process.
 
+Collectives connect the ranks. If a rank ends by itself, the collectives of the others fail, and they exit with
+{INTERNAL_ERROR}. They do not know which rank was the first: its own output, with its exit code, has the cause.
+Collectives of gloo fail immediately. Those of NCCL may wait, until the launcher or the time limit of a hang ends the
+rank: `torchrun` 30 s after the first rank has ended, `srun --wait=60` 60 s after it, and the command that started its
+ranks itself after a second.
+
 Other pages and tests cover bit-exact resume ([reproducibility.md](reproducibility.md)), Slurm
 ([slurm-transcript.md](slurm-transcript.md)), and memory and open files over 2,000 steps (`tests/test_memory.py`).
 
@@ -131,7 +137,7 @@ Other pages and tests cover bit-exact resume ([reproducibility.md](reproducibili
 |---|---|
 | 0 | finished |
 | {BAD_INPUT} | bad input |
-| {INTERNAL_ERROR} | internal error, or a hang |
+| {INTERNAL_ERROR} | internal error, a hang, or another rank has ended |
 | {CANNOT_WRITE} | checkpoints cannot be written |
 | {PREEMPTED} | stopped by a signal and saved; the same command resumes |
 | {DataBudgetError.exit_code} | too many unreadable images, or data that changed during the run |
@@ -288,46 +294,30 @@ def test_a_signal_to_a_whole_job_with_its_workers_stops_it_as_well(bench, report
 # Ranks that are gone
 
 
-def test_a_rank_that_dies_is_named_by_the_others_within_30_seconds(bench, report):
-    runs = bench.runs["transformer"]
+WAITED = r"maskgit train: rank {}, step \d+: another rank has ended"
+
+
+@pytest.mark.parametrize("rank", [1, 0])
+def test_a_rank_that_dies_ends_the_others_within_30_seconds(bench, report, rank):
+    runs, run = bench.runs["transformer"], f"dead{rank}"
     begun: list[float] = []
-    for rank in (1, 0):
-
-        def wait(processes, rank=rank) -> None:
-            processes[rank].join()
-            begun.append(time.monotonic())
-
-        codes = [INTERNAL_ERROR, INTERNAL_ERROR]
-        codes[rank] = KILLED
-        texts = runs.leg(f"dead{rank}", TWO, faults=[Fault(signal.SIGKILL, 3, rank=rank)], code=codes, during=wait)
-        took = time.monotonic() - begun[-1]
-        assert took < 30
-        said = line(texts[1 - rank], rf"rank {1 - rank}, step \d+: .*rank {rank}")
-        report.add(
-            "lost rank", f"SIGKILL to rank {rank}", INTERNAL_ERROR, said, f"the other rank ended {took:.0f} s later"
-        )
-
-
-def test_a_rank_that_dies_is_missed_by_one_that_is_in_no_collective(bench, report):
-    """Makes collectives wait for a rank that is gone, as with NCCL."""
-    runs = bench.runs["transformer"]
-    ended: list[float] = []
 
     def wait(processes) -> None:
-        processes[1].join()
-        ended.append(time.monotonic())
+        processes[rank].join()
+        begun.append(time.monotonic())
+        processes[1 - rank].join()
 
-    faults = [Fault("asleep", 4, rank=0), Fault(signal.SIGKILL, 4, rank=1)]
-    texts = runs.leg("missed", TWO, faults=faults, code=[INTERNAL_ERROR, KILLED], during=wait)
-    took = time.monotonic() - ended[0]
+    codes = [INTERNAL_ERROR, INTERNAL_ERROR]
+    codes[rank] = KILLED
+    fault = Fault(signal.SIGKILL, 3, rank=rank)
+    texts = runs.leg(run, TWO, "--checkpoint_every=2", faults=[fault], code=codes, during=wait)
+    took = time.monotonic() - begun[0]
     assert took < 30
-    said = line(texts[0], r"all ranks exit: rank 1 \(.*\): its process has ended")
+    said = line(texts[1 - rank], WAITED.format(1 - rank))
+    assert "Traceback" not in texts[1 - rank]
+    bench.ends_as_the_straight_run("transformer", run, TWO)
     report.add(
-        "lost rank",
-        "SIGKILL to rank 1 while rank 0 waits for something else",
-        INTERNAL_ERROR,
-        said,
-        f"{took:.0f} s later",
+        "lost rank", f"SIGKILL to rank {rank}", INTERNAL_ERROR, said, f"the other rank ended {took:.0f} s later; exact"
     )
 
 
@@ -335,55 +325,81 @@ def test_a_rank_that_dies_is_missed_by_one_that_is_in_no_collective(bench, repor
 @pytest.mark.parametrize(
     "error", [DataBudgetError("too many unreadable"), FileNotFoundError("no such thing")], ids=repr
 )
-def test_all_ranks_end_with_the_code_of_the_one_that_cannot_go_on(bench, report, error, rank):
+def test_a_rank_with_an_error_prints_it_and_ends_the_others(bench, report, error, rank):
     runs = bench.runs["transformer"]
     code, run = exit_code_of(error), f"alone{rank}-{exit_code_of(error)}"
-    texts = runs.leg(run, TWO, faults=[Fault(error, 4, rank=rank)], code=code)
+    codes = [INTERNAL_ERROR, INTERNAL_ERROR]
+    codes[rank] = code
+    texts = runs.leg(run, TWO, "--checkpoint_every=2", faults=[Fault(error, 4, rank=rank)], code=codes)
     assert "Traceback" not in texts[0] + texts[1]
-    assert line(texts[rank], "maskgit train: ") == f"maskgit train: {error}"
+    said = line(texts[rank], "maskgit train: ")
+    assert said == f"maskgit train: {error}"
+    assert line(texts[1 - rank], "maskgit train: ").startswith(f"maskgit train: rank {1 - rank}, step 3: another rank")
+    bench.ends_as_the_straight_run("transformer", run, TWO)
     if rank == 1:
-        said = line(texts[0], f"all ranks exit: rank 1, step 3: {type(error).__name__}: {error}")
-        report.add("lost rank", f"{type(error).__name__} on rank 1 only", code, said, "both ranks ended with this code")
+        name = f"{type(error).__name__} on rank 1 only"
+        report.add("lost rank", name, code, said, f"rank 0 exited with {INTERNAL_ERROR}; exact")
 
 
 def test_no_rank_waits_for_one_that_cannot_export(bench, report):
     runs = bench.runs["transformer"]
-    blocked = runs.runs / "unexported" / "pretrained"
-    blocked.parent.mkdir()
-    blocked.write_text("no folder")
-    texts = runs.leg("unexported", TWO, code=BAD_INPUT)
+    blocked, observed = runs.runs / "unexported" / "pretrained", runs.folder / "unexported-leg00-rank1.jsonl"
+
+    def block(processes) -> None:
+        while not (observed.exists() and observed.stat().st_size):  # until the first step, after the checks
+            time.sleep(0.01)
+        blocked.write_text("no folder")
+
+    texts = runs.leg("unexported", TWO, code=[BAD_INPUT, INTERNAL_ERROR], during=block)
     said = line(texts[0], "maskgit train: .*pretrained")
-    report.add(
-        "lost rank", "a file with the name of the exported folder", BAD_INPUT, said, "both ranks ended with this code"
-    )
+    assert re.search(WAITED.format(1), texts[1])
     blocked.unlink()
-    runs.leg("unexported", TWO)
+    bench.ends_as_the_straight_run("transformer", "unexported", TWO)
     assert (blocked / "transformer" / "config.json").is_file()
+    report.add(
+        "lost rank",
+        "a file with the name of the exported folder, written during the training",
+        BAD_INPUT,
+        said,
+        f"rank 1 exited with {INTERNAL_ERROR}; exact",
+    )
 
 
-@pytest.mark.parametrize(
-    ("rank", "file", "named"),
-    [
-        (1, "stacks.txt", r"rank 1 \(.*\): no heartbeat"),
-        (0, "stacks-rank1.txt", r"rank 0 \(which holds the store\) does not"),
-    ],
-)
-def test_a_rank_that_hangs_ends_the_run_with_all_stacks(bench, report, rank, file, named):
-    runs, other = bench.runs["transformer"], 1 - rank
+STACKS = ("stacks.txt", "stacks-rank1.txt")
+
+
+@pytest.mark.parametrize("rank", [1, 0])
+def test_a_stopped_rank_ends_the_run_with_the_stacks_of_the_other(bench, report, rank):
+    runs, other, run = bench.runs["transformer"], 1 - rank, f"hung{rank}"
 
     def wake_up(processes) -> None:
         processes[other].join(60)
         assert processes[other].exitcode == INTERNAL_ERROR
         os.kill(processes[rank].pid, signal.SIGCONT)
 
-    fault = Fault(signal.SIGSTOP, 7, rank=rank)
-    texts = runs.leg(f"hung{rank}", TWO, "--hang_seconds=3", faults=[fault], code=INTERNAL_ERROR, during=wake_up)
+    fault, more = Fault(signal.SIGSTOP, 9, rank=rank), ("--hang_seconds=3", "--checkpoint_every=6")
+    texts = runs.leg(run, TWO, *more, faults=[fault], code=INTERNAL_ERROR, during=wake_up)
     said = line(texts[other], f"^hang, rank {other}: training: no progress")
-    assert re.search(named, said)
-    stacks = (runs.folder / f"hung{rank}" / "transformer" / file).read_text()
+    stacks = (runs.folder / run / "transformer" / STACKS[other]).read_text()
     assert "training_step" in stacks or "backward" in stacks or "all_reduce" in stacks
-    seen = f"`{file}` holds the stacks of all threads"
+    bench.ends_as_the_straight_run("transformer", run, TWO)
+    seen = f"`{STACKS[other]}` holds the stacks of all threads; exact"
     report.add("hang", f"SIGSTOP to rank {rank}, `--hang_seconds 3`", INTERNAL_ERROR, said, seen)
+
+
+@pytest.mark.parametrize("rank", [1, 0])
+def test_a_rank_that_hangs_ends_the_run_with_the_stacks_of_both(bench, report, rank):
+    """The other rank waits in a collective, so both reach the limit."""
+    runs, run = bench.runs["transformer"], f"asleep{rank}"
+    fault, more = Fault("asleep", 9, rank=rank), ("--hang_seconds=3", "--checkpoint_every=6")
+    texts = runs.leg(run, TWO, *more, faults=[fault], code=INTERNAL_ERROR)
+    said = [line(text, f"^hang, rank {each}: training: no progress") for each, text in enumerate(texts)]
+    for each, file in enumerate(STACKS):
+        stacks = (runs.folder / run / "transformer" / file).read_text()
+        assert bool(re.search(r'injection.py", line \d+ in on_train_batch_end', stacks)) == (each == rank)
+    bench.ends_as_the_straight_run("transformer", run, TWO)
+    seen = "the stacks of both ranks are written; exact"
+    report.add("hang", f"rank {rank} sleeps in a callback, `--hang_seconds 3`", INTERNAL_ERROR, said[rank], seen)
 
 
 def fill_stderr() -> None:
@@ -505,42 +521,58 @@ def test_three_checkpoints_that_cannot_be_written_end_the_run(bench, report, sma
 
 LAUNCHED = {
     "SIGTERM to the command": (PREEMPTED, "stopped by a signal after saving step"),
-    "SIGKILL to the process of rank 1": (INTERNAL_ERROR, r"rank 0, step \d+: rank 1 \(process \d+\) ended with -9"),
+    "SIGKILL to the process of rank 1": (INTERNAL_ERROR, r"rank 1 \(process \d+\) ended with -9"),
+    "DataBudgetError on rank 1 only": (DataBudgetError.exit_code, r"rank 1 \(process \d+\) ended with 76"),
+    "SIGKILL to the command": (KILLED, "maskgit train: rank 1, step .*: another rank has ended"),
 }
+COMMAND = """
+import sys
+from maskgit_pl.cli import main
+from maskgit_pl.errors import DataBudgetError
+from maskgit_pl.runs.build import StageRun
+from tests.injection import Fault, Injection
+
+own, faults = StageRun._build_callbacks, (Fault(DataBudgetError("too many unreadable"), 100, rank=1),)
+StageRun._build_callbacks = lambda run: [*own(run), Injection(faults)]
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 @pytest.mark.parametrize("fault", LAUNCHED)
-def test_the_command_that_starts_its_ranks_itself_ends_with_the_code_of_the_run(bench, report, fault):
+def test_the_command_that_starts_its_ranks_itself_ends_with_the_code_of_the_run(bench, report, tmp_path, fault):
     (code, pattern), runs = LAUNCHED[fault], bench.runs["transformer"]
-    run = fault.split()[0]
+    run = fault.replace(" ", "-")
     words = runs.words(
         run, TWO, "--trainer.max_steps=100000", "--checkpoint_every=5", "--trainer.val_check_interval=100000"
     )
+    (tmp_path / "command.py").write_text(COMMAND)
+    program = [str(tmp_path / "command.py")] if "Error" in fault else ["-m", "maskgit_pl"]
     log = runs.folder / f"{run}.txt"
     with log.open("w") as output:
-        command = [sys.executable, "-m", "maskgit_pl", *words]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+        process = subprocess.Popen([sys.executable, *program, *words], stdout=output, stderr=output, env=environment)
         while process.poll() is None and newest_checkpoint(runs.folder / run / "transformer" / "checkpoints") is None:
             time.sleep(0.01)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        ranks = [int(child) for child in children if "maskgit_pl" in Path(f"/proc/{child}/cmdline").read_text()]
-        os.kill(process.pid if code == PREEMPTED else ranks[0], signal.SIGTERM if code == PREEMPTED else signal.SIGKILL)
+        commands = {child: Path(f"/proc/{child}/cmdline").read_text() for child in children}
+        (rank1,) = (int(child) for child, typed in commands.items() if f"--run={run}" in typed)
+        if fault.startswith("SIG"):
+            name, _, receiver = fault.partition(" to ")
+            os.kill(process.pid if receiver == "the command" else rank1, signal.Signals[name])
         begun = time.monotonic()
         assert process.wait(90) == code, log.read_text()[-3000:]
+        while Path(f"/proc/{rank1}").exists() and time.monotonic() - begun < 60:
+            time.sleep(0.05)
     took = time.monotonic() - begun
     assert took < 60
-    ended = time.monotonic()  # the last rank may end a moment after the command
-    while Path(f"/proc/{ranks[0]}").exists() and time.monotonic() - ended < 30:
-        time.sleep(0.05)
-    assert not Path(f"/proc/{ranks[0]}").exists()
+    assert "Traceback" not in log.read_text()
     said = line(log.read_text(), pattern)
     report.add(
-        "lost rank" if code == INTERNAL_ERROR else "stop signal",
-        f"{fault}, which started both ranks",
+        "stop signal" if code == PREEMPTED else "lost rank",
+        f"{fault}, which started both ranks" if "command" in fault else f"{fault}, which the command started",
         code,
         said,
-        f"ended {took:.0f} s later, no process left",
+        f"ended {took:.0f} s later, no process left" if fault.startswith("SIG") else "no process left",
     )
 
 

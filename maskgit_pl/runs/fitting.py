@@ -43,8 +43,8 @@ def fit(
     """Trains a stage of a run and exports it. Resumes an interrupted run, and does nothing for a finished one.
 
     During training, SIGTERM and a first Ctrl-C save the run and raise PreemptedError; the same call resumes it. With
-    several ranks, an error of one rank ends all processes with the exit code of the command, since ranks wait for each
-    other. A step that hangs ends the process in the same way.
+    several ranks, an error that only one rank has ends its process with the exit code of the command, and the other
+    ranks, which would wait for it, with 70. A step that hangs ends the process with 70, too.
 
     Args:
         recipe: Values of the run, and the stage.

@@ -1,17 +1,6 @@
 """Trains a stage of a planned run, exports it as a pretrained folder, or only describes what training would do.
 
 ``runs.fit`` and ``runs.export`` import this file only after their checks, since torch and Lightning take seconds.
-
-When training raises an error, each process of the run exits with its exit code, without waiting for ended ranks:
-
-1. An error on which all ranks agree (a signal, non-finite losses) is raised on rank 0. The other ranks exit silently
-   with the same exit code.
-2. An error of one rank leaves the other ranks in a collective, and this rank perhaps in the library's cleanup. The
-   process prints the error and exits immediately. The watchdogs of the other ranks then end them.
-3. Processes that were started by Lightning's launcher wait until the first process has ended, since the launcher kills
-   the first process within 5 s after another one ends.
-
-With a single process, the error is only raised, so that a notebook keeps its kernel.
 """
 
 from __future__ import annotations
@@ -21,14 +10,12 @@ import logging
 import os
 import resource
 import sys
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -37,7 +24,6 @@ from maskgit_pl.checks import count_text
 from maskgit_pl.data import ShardData, split_batch
 from maskgit_pl.data.folders import hold_lock
 from maskgit_pl.distributed import describe_environment
-from maskgit_pl.errors import PeerError, RunError, describe_error, exit_code_of
 from maskgit_pl.files import check_writable, read_json, write_text
 from maskgit_pl.networks.weights import load_weights
 from maskgit_pl.pipeline.card import write_card
@@ -250,10 +236,10 @@ def _fit(run: StageRun, plan: Plan) -> None:
         _log_start(run, plan, newest)
     # All ranks compare it before they train.
     run.checkpoints.resumes_from = newest
-    with _exit_on_error(trainer), run.watchdog.watch_past_fit(trainer):
+    with run.watchdog.watch(trainer):
         trainer.fit(module, datamodule=data, ckpt_path=newest)
         _export(module, data, plan, plan.folder / "pretrained", step=trainer.global_step)
-        # The launcher ends the remaining ranks soon after the first one exits, so all exit together.
+        # Launchers end the remaining ranks soon after the first one exits, so all exit together.
         trainer.strategy.barrier("exported")
 
 
@@ -294,48 +280,6 @@ def _log_start(run: StageRun, plan: Plan, newest: Path | None) -> None:
         )
     resuming = f"; resuming from {newest.name}" if newest else ""
     log.info("%s: global batch %s%s", plan.stage_folder, _describe_batch(run), resuming)
-
-
-@contextmanager
-def _exit_on_error(trainer: Trainer) -> Iterator[None]:
-    """Exits each process with its own exit code if the fit in the context raises an error; see the module."""
-    try:
-        yield
-    except BaseException as error:
-        agreed = error.on_all_ranks if isinstance(error, RunError) else not isinstance(error, Exception)
-        is_only_here = trainer.world_size > 1 and not agreed  # the other ranks do not raise it
-        if is_only_here:
-            with suppress(OSError):  # a full disk must not keep the process alive
-                _print_error(error, trainer)
-        # Only the processes that Lightning's own launcher has started.
-        environment = getattr(trainer.strategy, "cluster_environment", None)
-        if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0:
-            # 3. Wait for the first process.
-            _wait_for_end_of(os.getppid())
-        # 2. Exit without cleanup, which would wait for the other ranks.
-        if is_only_here:
-            with suppress(OSError):
-                sys.stdout.flush()
-            os._exit(exit_code_of(error))
-        # 1. Rank 0 raises for all.
-        if isinstance(error, RunError) and not trainer.is_global_zero:
-            sys.exit(error.exit_code)
-        raise
-
-
-def _print_error(error: BaseException, trainer: Trainer) -> None:
-    """Prints an error as the command does. Only rank 0 prints an error that another rank has announced."""
-    if isinstance(error, PeerError):
-        if trainer.is_global_zero:
-            sys.stderr.write(f"all ranks exit: {error}\n")
-    else:
-        sys.stderr.write(describe_error(error, "maskgit train"))
-
-
-def _wait_for_end_of(parent: int, *, seconds: float = 30.0) -> None:
-    begun = time.monotonic()
-    while os.getppid() == parent and time.monotonic() - begun < seconds:
-        time.sleep(0.05)
 
 
 def _export(module: LightningModule, data: ShardData, plan: Plan, folder: Path, *, step: int) -> None:

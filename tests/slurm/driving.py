@@ -158,6 +158,10 @@ class Cluster:
                 found[pid] = variables
         return found
 
+    def tasks(self, number: str, node: str) -> list[int]:
+        """Returns the process IDs of the tasks of the training of a job on a node."""
+        return [pid for pid, variables in self.processes(number, node).items() if "SLURM_STEP_NUM_TASKS" in variables]
+
     def programs(self, number: str) -> list[int]:
         """Returns the process IDs of the tasks of a job that run Python already."""
         nodes = ("node1", "node2", "node3", "node4")

@@ -171,7 +171,7 @@ def test_signals_to_a_job_and_to_one_task_without_scontrol_in_the_container(site
         cluster.run(f"scancel {words}--signal=USR1 {run.number}")
         cluster.wait_until(lambda count=restarts: run.restarts == count, "back in the queue", run.number)  # type: ignore[misc]
         run.wait_beyond(run.step)
-    (task,) = (pid for pid, each in cluster.processes(run.number, "node2").items() if each.get("SLURM_PROCID") == "1")
+    (task,) = cluster.tasks(run.number, "node2")
     cluster.transcript.said("kill -TERM of the task on node2")
     os.kill(task, signal.SIGTERM)
     run.finish()
@@ -251,6 +251,22 @@ def test_what_is_no_preemption_is_not_put_back(site: Site) -> None:
         run.finish(state="FAILED")
         assert cluster.job(run.number)["ExitCode"] == f"{code}:0", run.log
         assert run.restarts == 0
+
+
+def test_a_task_that_waits_for_one_that_died_is_killed_a_minute_later(site: Site) -> None:
+    cluster, run = site.cluster, site.run("died", "transformer ddp", f"--trainer.max_steps={LONG}")
+    cluster.transcript.title("A task that dies while the other one does not answer")
+    run.submit()
+    run.wait_beyond(0)
+    (waiting,), (dying,) = (cluster.tasks(run.number, node) for node in ("node1", "node2"))
+    cluster.transcript.said("kill -STOP of task 0, kill -KILL of task 1")
+    os.kill(waiting, signal.SIGSTOP)
+    os.kill(dying, signal.SIGKILL)
+    begun = time.monotonic()
+    run.finish(state="FAILED")
+    assert 55 < time.monotonic() - begun < 90
+    assert cluster.job(run.number)["ExitCode"] == "137:0", run.log
+    assert run.restarts == 0
 
 
 def test_a_finished_run_is_left_as_it_is(site: Site) -> None:
