@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from maskgit_pl import __version__
 from maskgit_pl.checks import did_you_mean, shorten
@@ -177,9 +177,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault(name, "FALSE")
     _open_closed_streams()
     warnings.filterwarnings("ignore", message=".*`srun` command is available")  # from Lightning, on a login node
-    _print_log()
     try:
-        return _run(_parse(sys.argv[1:] if argv is None else argv))
+        args = _parse(sys.argv[1:] if argv is None else argv)
+        _print_log(sys.stderr if getattr(args, "json", False) else sys.stdout)  # JSON stands alone on stdout
+        return _run(args)
     finally:
         try:
             print(end="", flush=True)
@@ -198,16 +199,19 @@ def _open_closed_streams() -> None:
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
-def _print_log() -> None:
+def _print_log(stream: TextIO) -> None:
     """Prints the log of this package as plain lines, and leaves the handlers of other libraries as they are."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # letters that its encoding lacks are no reason to end
     logging.raiseExceptions = False  # no traceback for each line that cannot be written, such as on a full disk
     ours = logging.getLogger("maskgit_pl")
     if not ours.handlers:
-        handler = logging.StreamHandler(sys.stdout)
+        handler = logging.StreamHandler()
         handler.setFormatter(PrintableFormatter("%(message)s"))
         ours.addHandler(handler)
+    for each in ours.handlers:
+        if type(each) is logging.StreamHandler:  # ours, now or of an earlier call
+            each.stream = stream
     ours.setLevel(logging.INFO)
     ours.propagate = False
 
@@ -240,10 +244,6 @@ def _flags_of(parser: argparse.ArgumentParser) -> list[str]:
 
 def _run(args: argparse.Namespace) -> int:
     """Runs the parsed command and returns its exit code; prints the error that ends it."""
-    if getattr(args, "json", False):  # stdout has the JSON and nothing else
-        for handler in logging.getLogger("maskgit_pl").handlers:
-            if isinstance(handler, logging.StreamHandler):
-                handler.setStream(sys.stderr)
     try:
         code = _call(args)
         if code == 0:

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import maskgit_pl
 from maskgit_pl.cli.arguments import Word
 from maskgit_pl.cli.flags import NewRunFlags
 
@@ -34,5 +33,7 @@ def demo(
         images: Folder or archive of your own images, one sub-folder per class, for a --dataset of your own.
         short: Train 60 steps per stage, as a quick check (run: demo-short).
     """
-    folder = maskgit_pl.demo(**asdict(run), images=images, short=short, overrides=overrides)
+    from maskgit_pl.evaluation import demo_steps  # torch takes seconds to import
+
+    folder = demo_steps.demo(**asdict(run), images=images, short=short, overrides=overrides)
     print(f"\nThe model is in {folder}. Next: maskgit sample {shlex.quote(str(folder))} --out sampled.png")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from maskgit_pl import runs
+from maskgit_pl.checks import check_choice
 from maskgit_pl.cli.arguments import Word
 from maskgit_pl.cli.flags import RunFlags, print_json
 from maskgit_pl.errors import BAD_INPUT
@@ -16,6 +17,10 @@ from maskgit_pl.runs.recipe import Stage
 from maskgit_pl.training.gpus import GPUS
 
 __all__ = ["doctor"]
+
+
+def _parse_gpu(flag: str, text: str) -> str:
+    return check_choice(flag, text, GPUS)
 
 
 def _parse_memory(flag: str, text: str) -> float:
@@ -38,7 +43,7 @@ class MachineFlags:
 
     nodes: int | None = None
     devices: int | None = None
-    device: Annotated[str, Word("|".join(GPUS))] | None = None
+    device: Annotated[str, Word("|".join(GPUS), _parse_gpu)] | None = None
     device_memory: Annotated[float, Word("SIZE", _parse_memory)] | None = None
 
 

@@ -14,10 +14,9 @@ from typing import Annotated, Any
 
 from maskgit_pl import evaluation
 from maskgit_pl.cli.arguments import Output, Word
-from maskgit_pl.cli.flags import Device, Features, Folder, ImageSize, Numbers, Run, print_rows
+from maskgit_pl.cli.flags import CasFlags, Device, Features, Folder, ImageSize, Numbers, Run, print_rows
 from maskgit_pl.evaluation.options import (
     FEATURES,
-    CASConfig,
     ComparisonOptions,
     EvaluationOptions,
     Precision,
@@ -45,39 +44,6 @@ def _parse_schedules(flag: str, text: str) -> Sequence[Spec] | None:
 
 
 Selectors = Annotated[Sequence[Spec], Word("A,B,...", _parse_selectors)]
-
-
-@dataclass(frozen=True)
-class CasFlags:
-    """The training of the classification accuracy score (CAS), up to the scale of the paper.
-
-    Args:
-        cas_model: timm network of the classification accuracy score (CAS), or none to skip it (default: resnet50, or
-            resnet18 below 64 pixels).
-        cas_max_steps: Training steps of that network.
-        cas_batch_size: Images per training step.
-        cas_learning_rate: Peak learning rate.
-        cas_precision: Training precision.
-    """
-
-    cas_model: str = CASConfig.model
-    cas_max_steps: int = CASConfig.max_steps
-    cas_batch_size: int = CASConfig.batch
-    cas_learning_rate: float = CASConfig.peak_rate
-    cas_precision: Precision = CASConfig.precision
-
-    @property
-    def config(self) -> CASConfig | None:
-        """The training, or None if the score is skipped."""
-        if self.cas_model == "none":
-            return None
-        return CASConfig(
-            model=self.cas_model,
-            max_steps=self.cas_max_steps,
-            batch=self.cas_batch_size,
-            peak_rate=self.cas_learning_rate,
-            precision=self.cas_precision,
-        )
 
 
 def evaluate(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 from maskgit_pl import pipeline
 from maskgit_pl.cli.arguments import Word, flag_of
 from maskgit_pl.errors import printable
+from maskgit_pl.evaluation.options import CASConfig, Precision
 from maskgit_pl.runs.flag_values import parse_features, parse_image_size, parse_integers, parse_numbers, parse_specs
 from maskgit_pl.runs.recipe import DEFAULT_DATASET, Recipe, Stage
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from maskgit_pl.pipeline import MaskGIT
 
 __all__ = [
+    "CasFlags",
     "ClassName",
     "Device",
     "Dtype",
@@ -166,6 +168,39 @@ class ModelFlags:
             dtype=parse_dtype(self.dtype, device),
         )
         return pipe.quantize() if self.int8 else pipe
+
+
+@dataclass(frozen=True)
+class CasFlags:
+    """The training of the classification accuracy score (CAS), up to the scale of the paper.
+
+    Args:
+        cas_model: timm network of the classification accuracy score (CAS), or none to skip it (default: resnet50, or
+            resnet18 below 64 pixels).
+        cas_max_steps: Training steps of that network.
+        cas_batch_size: Images per training step.
+        cas_learning_rate: Peak learning rate.
+        cas_precision: Training precision.
+    """
+
+    cas_model: str = CASConfig.model
+    cas_max_steps: int = CASConfig.max_steps
+    cas_batch_size: int = CASConfig.batch
+    cas_learning_rate: float = CASConfig.peak_rate
+    cas_precision: Precision = CASConfig.precision
+
+    @property
+    def config(self) -> CASConfig | None:
+        """The training, or None if the score is skipped."""
+        if self.cas_model == "none":
+            return None
+        return CASConfig(
+            model=self.cas_model,
+            max_steps=self.cas_max_steps,
+            batch=self.cas_batch_size,
+            peak_rate=self.cas_learning_rate,
+            precision=self.cas_precision,
+        )
 
 
 def check_one_of(*, required: bool = False, **given: object) -> None:

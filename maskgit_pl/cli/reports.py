@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from maskgit_pl.cli.arguments import Output, Word, flag_of
-from maskgit_pl.cli.evaluate import CasFlags
-from maskgit_pl.cli.flags import Features, Folder, Numbers, Runs, Seeds, print_rows
+from maskgit_pl.cli.flags import CasFlags, Features, Folder, Numbers, Runs, Seeds, print_rows
 from maskgit_pl.errors import printable
 from maskgit_pl.evaluation import reports
 from maskgit_pl.evaluation.options import FEATURES, PLOT_STEPS, choose_plot_steps

@@ -95,13 +95,13 @@ def sample(
     negative = None if negative_class is None else outline.parse_class(negative_class)
     decoding = replace_settings(outline.decoding, decoding_settings)
     count = _give_vectors(pipe, vectors, seed=seed)
-    acceptance = _open_acceptance(pipe, folder, accept_rate, classifier)
-    if acceptance is not None and (count or 0) > 1:
+    if accept_rate is not None and (count or 0) > 1:
         # The best candidates of a class may all have the same vector.
         raise ValueError(
-            f"vectors must hold 1 vector with --accept-rate, which chooses among all images of a class, got {count}; "
-            "give them one at a time"
+            f"--vectors {vectors} must hold 1 vector with --accept-rate, which chooses among all images of a class, "
+            f"got {count}; give them one at a time"
         )
+    acceptance = _open_acceptance(pipe, folder, accept_rate, classifier)
     if not is_bulk:
         made = _generate(
             pipe, labels, negative, decoding, acceptance, pictures, per_class or count or _PER_CLASS, seed, batch_size

@@ -84,7 +84,7 @@ class Machines:
         if self.memory is not None:
             check_number("memory", self.memory, "(0, inf)")
         if self.gpu is not None:
-            check_choice("device", self.gpu, GPUS)
+            check_choice("gpu", self.gpu, GPUS)
 
     def count(self, recipe: Recipe) -> tuple[int, int]:
         """Returns the numbers of nodes and of devices per node; those of a recipe where none is given."""

@@ -70,8 +70,8 @@ def test_without_a_stage_it_checks_this_machine(capsys):
     ("words", "rule"),
     [
         (("--nodes=0",), "--nodes must be an integer in"),
-        (("--device-memory=much",), "argument --device-memory: must be a size such as 80GB"),
-        (("--device=h1000",), "invalid choice: 'h1000'"),
+        (("--device-memory=much",), "--device-memory must be a size such as 80GB"),
+        (("--device=h1000",), "--device must be one of a100-40"),
         (("--recipe=cosin",), "did you mean 'cosine'"),
         (("--model.mask_sched=square",), "did you mean 'model.mask_schedule'"),
     ],

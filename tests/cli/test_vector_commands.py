@@ -12,7 +12,6 @@ import torch
 from maskgit_pl import MaskGIT
 from maskgit_pl.cli import main
 from maskgit_pl.data.images import encode_png
-from maskgit_pl.pipeline.outline import Outline
 from maskgit_pl.pipeline.pretrained import load_transformer
 from tests.conftest import flags
 
@@ -94,9 +93,9 @@ def test_a_model_with_vectors_is_evaluated_with_those_of_the_val_split(
     assert (run / "evaluation.json").is_file()
 
 
-def test_wrong_vectors_are_refused_before_the_model_is_loaded(tiny_pretrained, tmp_path, capsys, monkeypatch) -> None:
+def test_wrong_vectors_are_refused(tiny_pretrained, tmp_path, capsys, monkeypatch) -> None:
     outline = MaskGIT.from_pretrained(tiny_pretrained).outline
-    monkeypatch.setattr(Outline, "read", classmethod(lambda cls, folder: replace(outline, condition_dim=DIM)))
+    monkeypatch.setattr(MaskGIT, "outline", replace(outline, condition_dim=DIM))
     np.save(tmp_path / "wide.npy", np.zeros((2, DIM + 1)))
     np.save(tmp_path / "nan.npy", np.full((2, DIM), np.nan))
     np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
@@ -109,7 +108,7 @@ def test_wrong_vectors_are_refused_before_the_model_is_loaded(tiny_pretrained, t
     ):
         assert main([str(word) for word in ("sample", tiny_pretrained, "--out", tmp_path / "s.png", *words)]) == 2
         assert message in capsys.readouterr().err
-    monkeypatch.setattr(Outline, "read", classmethod(lambda cls, folder: outline))
+    monkeypatch.setattr(MaskGIT, "outline", outline)
     words = ("sample", tiny_pretrained, "--out", tmp_path / "s.png", "--vectors", tmp_path / "wide.npy")
     assert main([str(word) for word in words]) == 2
     assert "--vectors must be left out" in capsys.readouterr().err
@@ -117,7 +116,7 @@ def test_wrong_vectors_are_refused_before_the_model_is_loaded(tiny_pretrained, t
 
 def test_accepted_images_have_one_vector(tiny_pretrained, tmp_path, capsys, monkeypatch) -> None:
     outline = MaskGIT.from_pretrained(tiny_pretrained).outline
-    monkeypatch.setattr(Outline, "read", classmethod(lambda cls, folder: replace(outline, condition_dim=DIM)))
+    monkeypatch.setattr(MaskGIT, "outline", replace(outline, condition_dim=DIM))
     (tmp_path / "classifier").mkdir()
     (tmp_path / "classifier" / "config.json").write_text("{}")
     for rows, out in ((2, ("--out", tmp_path / "s.png")), (3, ("--num-images", 3, "--out", tmp_path / "s.npz"))):
