@@ -179,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message=".*`srun` command is available")  # from Lightning, on a login node
     try:
         args = _parse(sys.argv[1:] if argv is None else argv)
-        _print_log(sys.stderr if getattr(args, "json", False) else sys.stdout)  # JSON stands alone on stdout
+        _print_log(sys.stderr if getattr(args, "json", False) else sys.stdout)  # stdout has only the JSON
         return _run(args)
     finally:
         try:

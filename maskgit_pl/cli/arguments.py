@@ -94,8 +94,10 @@ class _Argument(NamedTuple):
 
     @property
     def shown(self) -> str:
-        """The name that the user knows: ``--num-steps``, or the placeholder of a positional argument."""
-        return flag_of(self.name) if self.is_flag else self.metavar
+        """The name that the user knows: ``--num-steps``, ``RUN``, or that of an argument with choices."""
+        if self.is_flag:
+            return flag_of(self.name)
+        return self.name if get_origin(self.hint) is Literal else self.metavar
 
     @property
     def metavar(self) -> str:

@@ -104,7 +104,7 @@ def test_lines_tell_speed_and_rest_where_there_is_no_terminal(
 ):
     environment.setattr("maskgit_pl.processes._SECONDS_BETWEEN_LINES", 0.0)
     environment.setattr(logging.getLogger("maskgit_pl"), "propagate", True)
-    environment.setattr("maskgit_pl.cli._print_log", lambda: None)
+    environment.setattr("maskgit_pl.cli._print_log", lambda stream: None)
     with caplog.at_level(logging.INFO, "maskgit_pl"):
         assert main(words(tiny_shards, tiny_pretrained / "tokenizer", tmp_path, "--precision", "bfloat16")) == 0
     lines = "\n".join(caplog.messages)
@@ -152,7 +152,7 @@ def test_runs_with_the_same_tokenizer_and_data_share_their_tokens(environment, t
 
 def test_a_recipe_that_reads_images_makes_no_tokens(environment, tiny_shards, tiny_pretrained, tmp_path, caplog):
     environment.setattr(logging.getLogger("maskgit_pl"), "propagate", True)
-    environment.setattr("maskgit_pl.cli._print_log", lambda: None)
+    environment.setattr("maskgit_pl.cli._print_log", lambda stream: None)
     with caplog.at_level(logging.INFO, "maskgit_pl"):
         assert main(words(tiny_shards, tiny_pretrained / "tokenizer", tmp_path, "--data.source=images")) == 0
     assert "data.source images: stage 2 reads no tokens; nothing to do" in caplog.messages
