@@ -12,11 +12,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+import torch
+
 from maskgit_pl.checks import check_integer
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.plan import check_num_steps
 from maskgit_pl.decoding.selectors import Remasking, token_selectors
 from maskgit_pl.errors import markdown
+from maskgit_pl.evaluation.evaluator import collect_numbers
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
 from maskgit_pl.evaluation.metric_names import format_value, title
 from maskgit_pl.evaluation.opening import (
@@ -46,6 +49,7 @@ from maskgit_pl.evaluation.pages import (
     terminal_word,
 )
 from maskgit_pl.evaluation.run_folders import find_run, read_outline
+from maskgit_pl.pipeline.grids import image_grid
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.registry import describe
 
@@ -298,7 +302,6 @@ def _measure(
     num_images: int,
     seed: int,
 ) -> Comparison:
-    from maskgit_pl.evaluation.evaluator import collect_numbers
 
     real = evaluator.measure_real(num_images=num_images, metrics="fast")
     before, results = evaluator.num_measured, []
@@ -382,10 +385,6 @@ def draw_selector_sheet(
         seed: Seed of the first column; column i has ``seed + i`` in all rows.
         on_row: Called after each row.
     """
-    import torch
-
-    from maskgit_pl.pipeline.grids import image_grid
-
     classes = choose_classes(len(pipe.class_names))
     images = []
     for decoding in decodings.values():

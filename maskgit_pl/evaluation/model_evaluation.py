@@ -19,6 +19,16 @@ from typing import TYPE_CHECKING
 
 from maskgit_pl.checks import ImageSize, check_image_size, check_integer, pixels_text
 from maskgit_pl.data.manifest import read_manifest_summary
+from maskgit_pl.distributed import barrier, default_device, find_device, process_group, rank_and_world
+from maskgit_pl.evaluation.classifier import (
+    check_classifier_folder,
+    is_trained,
+    measure_accuracy,
+    obtain_classifier,
+    provide_classifier,
+)
+from maskgit_pl.evaluation.evaluation_report import Measurements, make_report, write_pictures
+from maskgit_pl.evaluation.generation import delete_generated
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
 from maskgit_pl.evaluation.opening import (
     check_model_decoding,
@@ -38,6 +48,8 @@ from maskgit_pl.evaluation.options import (
     TokenizerOptions,
     round_to_classes,
 )
+from maskgit_pl.evaluation.reconstruction import measure_reconstruction
+from maskgit_pl.evaluation.reference import iter_real_batches
 from maskgit_pl.evaluation.run_folders import (
     RunFolders,
     check_tokenizer_data,
@@ -45,7 +57,12 @@ from maskgit_pl.evaluation.run_folders import (
     find_tokenizer_folders,
     read_outline,
 )
+from maskgit_pl.evaluation.tokenizer_measurement import measure_tokenizer
+from maskgit_pl.evaluation.tokenizer_report import make_tokenizer_report
 from maskgit_pl.files import check_writable
+from maskgit_pl.networks.feature_networks import check_model
+from maskgit_pl.networks.perceptual import load_lpips
+from maskgit_pl.pipeline.acceptance import Acceptance
 from maskgit_pl.processes import Bars, local_rank, no_bars
 
 if TYPE_CHECKING:
@@ -100,8 +117,6 @@ def evaluate(
     outline = read_outline(folders)
     outline.check_decoding(outline.decoding_with(num_steps=options.num_steps))
     _check_acceptance(options, num_images, len(outline.class_names))
-    from maskgit_pl.distributed import process_group, rank_and_world
-    from maskgit_pl.evaluation.evaluation_report import make_report, write_pictures
 
     # All ranks measure; the first one writes. The file of generated images still exists and is read for the pictures.
     with process_group():
@@ -141,11 +156,6 @@ def _open(
     bars: Bars,
 ) -> tuple[Evaluator, EvaluatedModel, Reconstruction]:
     """Opens model, data and evaluator, and measures the reconstruction, which has no ledger row."""
-    from maskgit_pl.distributed import barrier, default_device, rank_and_world
-    from maskgit_pl.evaluation.reconstruction import measure_reconstruction
-    from maskgit_pl.evaluation.reference import iter_real_batches
-    from maskgit_pl.networks.perceptual import load_lpips
-
     rank, world_size = rank_and_world()
     device = options.device
     if device is None and world_size > 1:  # one GPU for each process
@@ -190,9 +200,6 @@ def _measure(
     options: EvaluationOptions,
 ) -> Measurements:
     """Measures generated images with and without guidance, real images, the likelihood and the CAS."""
-    from maskgit_pl.evaluation.evaluation_report import Measurements
-    from maskgit_pl.evaluation.generation import delete_generated
-
     accepted = None  # a wrong classifier is answered before anything is generated
     if options.accept_rate is not None:
         accepted = replace(model, acceptance=_open_acceptance(folders, evaluator, model, options))
@@ -225,9 +232,6 @@ def _open_acceptance(
     folders: RunFolders, evaluator: Evaluator, model: EvaluatedModel, options: EvaluationOptions
 ) -> Acceptance:
     """Reads the classifier that accepts images; that of the data is trained if it is missing."""
-    from maskgit_pl.evaluation.classifier import provide_classifier
-    from maskgit_pl.pipeline.acceptance import Acceptance
-
     assert options.accept_rate is not None
     folder = options.accept_classifier
     if folder is None:
@@ -271,8 +275,6 @@ def evaluate_tokenizer(
         raise ValueError("evaluate-tokenizer must run in one process; start it without torchrun")
     ledger = Ledger(folders.evaluation / FILE_NAME)  # a damaged file is found before minutes of measurement
     check_writable("ledger", ledger.file)
-    from maskgit_pl.evaluation.tokenizer_measurement import measure_tokenizer
-    from maskgit_pl.evaluation.tokenizer_report import make_tokenizer_report
 
     measured = measure_tokenizer(folders, features, options, bars)
     report = make_tokenizer_report(folders, measured, options, file)
@@ -338,14 +340,6 @@ def train_classifier(
             f"image_size must be given for data {data}, whose images have {pixels_text(least)} to "
             f"{pixels_text(largest)} pixels"
         )
-    from maskgit_pl.distributed import find_device
-    from maskgit_pl.evaluation.classifier import (
-        check_classifier_folder,
-        is_trained,
-        measure_accuracy,
-        obtain_classifier,
-    )
-    from maskgit_pl.networks.feature_networks import check_model
 
     check_model(config.model)
     place = find_device(device)

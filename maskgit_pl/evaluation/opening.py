@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskgit_pl.checks import ImageSize
+from maskgit_pl.data import ShardData, ShardDataConfig
+from maskgit_pl.distributed import find_device, parse_dtype
+from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
+from maskgit_pl.evaluation.metrics import FeatureMetrics, open_extractors
+from maskgit_pl.evaluation.reference import obtain_references, read_real_labels, read_references
 from maskgit_pl.evaluation.run_folders import RunFolders, data_name
+from maskgit_pl.pipeline import MaskGIT
+from maskgit_pl.pipeline.sharing import find_transformer
 from maskgit_pl.processes import Bars, no_bars
 
 if TYPE_CHECKING:
@@ -59,12 +66,8 @@ def open_model(
         FileNotFoundError: if the negative model does not exist.
         ValueError: if the device does not exist, a file is invalid, or the negative model predicts other tokens.
     """
-    from maskgit_pl.pipeline.sharing import find_transformer
-
     if negative_model is not None:
         find_transformer(negative_model)  # before torch is imported
-    from maskgit_pl.distributed import find_device, parse_dtype
-    from maskgit_pl.pipeline import MaskGIT
 
     place = find_device(device)
     pipe = MaskGIT.from_pretrained(folders.pretrained, negative_model=negative_model).to(place)
@@ -112,8 +115,6 @@ def open_images(folder: Path, image_size: ImageSize, in_channels: int, *, num_wo
         in_channels: Channels of the images, 1 or 3.
         num_workers: Number of processes that read the images.
     """
-    from maskgit_pl.data import ShardData, ShardDataConfig
-
     config = ShardDataConfig(
         str(folder),
         image_size=image_size,
@@ -187,8 +188,6 @@ def open_evaluator(
         TypeError: if a network does not accept its arguments.
         ValueError: if a network is unknown, its weights are missing, or their SHA-256 does not match.
     """
-    from maskgit_pl.evaluation.evaluator import Evaluator
-
     return Evaluator(
         data,
         dataset=data_name(folders.data),
@@ -222,9 +221,6 @@ def open_networks(
     Returns:
         The networks by label.
     """
-    from maskgit_pl.evaluation.metrics import FeatureMetrics, open_extractors
-    from maskgit_pl.evaluation.reference import obtain_references, read_real_labels, read_references
-
     extractors = open_extractors(
         folders.classifier, data, features=features, device=device, bars=bars, replaces=folders.shares_classifier
     )
@@ -240,6 +236,4 @@ def open_networks(
 
 def create_evaluated_model(folders: RunFolders, pipe: MaskGIT, folder: Path | None = None) -> EvaluatedModel:
     """Returns the model of a run for the evaluator; ``folder`` is for its images, by default ``RUN/evaluation``."""
-    from maskgit_pl.evaluation.evaluator import EvaluatedModel
-
     return EvaluatedModel(folders.run.name, pipe, folders.pretrained, folder or folders.evaluation)

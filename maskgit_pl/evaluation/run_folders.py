@@ -14,6 +14,8 @@ from maskgit_pl.data.manifest import DataSummary, read_manifest_summary
 from maskgit_pl.data.writer import MAX_RECORD_BYTES, RECORD
 from maskgit_pl.evaluation.options import TokenizerOptions
 from maskgit_pl.files import read_json, read_yaml
+from maskgit_pl.pipeline.outline import Outline
+from maskgit_pl.pipeline.sharing import bundled_models, local_folder
 
 if TYPE_CHECKING:
     from maskgit_pl.pipeline.outline import Outline
@@ -91,8 +93,6 @@ def find_run(run: Path | str, *, data: Path | None = None, classifier: Path | No
     Raises:
         FileNotFoundError: if the run or the data do not exist, or the run does not record its data.
     """
-    from maskgit_pl.pipeline.sharing import bundled_models, local_folder
-
     pretrained = local_folder(run)
     if pretrained in bundled_models().values():
         return _folders(pretrained, Path("runs", pretrained.name), data, classifier)
@@ -163,8 +163,6 @@ def read_outline(folders: RunFolders) -> Outline:
     Raises:
         ValueError: if a file of the model is invalid.
     """
-    from maskgit_pl.pipeline.outline import Outline
-
     outline = Outline.read(folders.pretrained)
     if outline is None:  # loading the model raises the error that explains it
         from maskgit_pl.pipeline import MaskGIT

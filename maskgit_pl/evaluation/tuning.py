@@ -16,6 +16,7 @@ from maskgit_pl.checks import build_dataclass, check_choice, check_integer
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.plan import check_num_steps
 from maskgit_pl.decoding.selectors import token_selectors
+from maskgit_pl.distributed import describe_environment
 from maskgit_pl.evaluation.comparison import list_selectors
 from maskgit_pl.evaluation.decoding_search import (
     FINALISTS,
@@ -27,6 +28,7 @@ from maskgit_pl.evaluation.decoding_search import (
     measure_curves,
     search,
 )
+from maskgit_pl.evaluation.evaluator import collect_numbers
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
 from maskgit_pl.evaluation.opening import (
     can_guide,
@@ -46,7 +48,10 @@ from maskgit_pl.evaluation.options import (
 )
 from maskgit_pl.evaluation.pages import command_line
 from maskgit_pl.evaluation.run_folders import RunFolders, find_run, read_outline
+from maskgit_pl.evaluation.search_space import SearchSpace, list_schedules
 from maskgit_pl.files import check_writable
+from maskgit_pl.pipeline.card import refresh_card
+from maskgit_pl.pipeline.pretrained import read_negative_model, save_decoding
 from maskgit_pl.pipeline.sharing import bundled_models
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.schedules import mask_schedules
@@ -98,7 +103,6 @@ def tune(
     name = _check_search(metric, trials, num_images)
     _check_outputs(find_run(run, data=data, classifier=options.classifier), out)
     folders, pipe, space = _open(run, data, options)
-    from maskgit_pl.evaluation.evaluator import collect_numbers
 
     images = open_data(folders, pipe, num_workers=options.num_workers)
     count = round_to_classes(num_images, images.num_classes)
@@ -187,7 +191,6 @@ def _open(run: Path | str, data: Path | None, options: TuningOptions) -> tuple[R
         token_selectors.build(spec)
     _check_schedules(options.schedules or ())
     pipe = open_model(folders, options.device, dtype=options.dtype, negative_model=options.negative_model)
-    from maskgit_pl.evaluation.search_space import SearchSpace, list_schedules
 
     space = SearchSpace(
         pipe.decoding,
@@ -234,10 +237,6 @@ def _save_decoding(
     folders: RunFolders, pipe: MaskGIT, evaluator: Evaluator, result: SearchResult, options: TuningOptions
 ) -> SearchResult:
     """Writes the winner to ``decoding.json`` next to the weights, if the model has another decoding."""
-    from maskgit_pl.distributed import describe_environment
-    from maskgit_pl.pipeline.card import refresh_card
-    from maskgit_pl.pipeline.pretrained import save_decoding
-
     file = folders.pretrained / "decoding.json"
     negative = None if pipe.negative_model is None else pipe.negative_model.folder
     if result.winner.decoding == pipe.decoding and _is_recorded(file, negative):
@@ -262,8 +261,6 @@ def _save_decoding(
 
 def _is_recorded(file: Path, negative: Path | None) -> bool:
     """Returns True if ``decoding.json`` names a negative model; for None, if it names none."""
-    from maskgit_pl.pipeline.pretrained import read_negative_model
-
     try:
         recorded = read_negative_model(file)
     except (FileNotFoundError, ValueError):  # it names none that exists, and the search took that of its options
@@ -272,7 +269,6 @@ def _is_recorded(file: Path, negative: Path | None) -> bool:
 
 
 def _write_page(evaluator: Evaluator, result: SearchResult, figure: ScheduleCurves | None, command: str) -> None:
-    from maskgit_pl.evaluation.evaluator import collect_numbers
 
     (network,) = evaluator.networks.values()
     assert network.accuracy is not None

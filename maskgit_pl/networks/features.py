@@ -18,6 +18,7 @@ from torch import nn
 
 from maskgit_pl.checks import check_integer, shorten
 from maskgit_pl.networks.feature_networks import FeatureNetwork, FeatureOutput, load_classifier
+from maskgit_pl.networks.inception import Inception
 from maskgit_pl.networks.weights import load_weight_file, load_weights, read_weights
 from maskgit_pl.registry import Registry, nearest
 
@@ -110,8 +111,6 @@ class InceptionSpec:
                 f"feature network 'inception': no file {self.path}; download {_INCEPTION_URL} to that path, or "
                 f"set inception=PATH or {_INCEPTION_VARIABLE}=PATH; `--features lite0` needs no file"
             )
-
-        from maskgit_pl.networks.inception import Inception  # torch-fidelity takes a second to import
 
         network = Inception()
         load_weight_file(network, self.path, thing="feature network 'inception'", sha256=self.sha256)

@@ -14,6 +14,7 @@ from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.errors import printable
 from maskgit_pl.networks import int8
 from maskgit_pl.pipeline.card import STAGES, RunOrigin, check_run, fingerprints, write_card
+from maskgit_pl.pipeline.display import Recording
 from maskgit_pl.pipeline.edit import Editor
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer, PretrainedTransformer
 from maskgit_pl.pipeline.negative import NegativeModelLike
@@ -194,8 +195,6 @@ class MaskGIT(Editor):
             classes: See ``generate``.
             options: See ``generate``.
         """
-        from maskgit_pl.pipeline.display import Recording  # which imports Pillow
-
         read, decoding = read_options(GenerateOptions, options, self.decoding)
         request = self._request(classes, read, decoding)
         names = [

@@ -5,9 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
+import numpy as np
+import torch
+import torch.nn.functional as F
 from einops import rearrange
+from PIL import Image
+from torch import Tensor
 
 from maskgit_pl.checks import ImageSize, height_width, pixels_text, shorten
+from maskgit_pl.data.images import crop_to_shape, decode_image, fit_image, from_pil, read_image_file
 from maskgit_pl.errors import printable
 
 if TYPE_CHECKING:
@@ -49,10 +55,6 @@ def image_pixels(image: ImageLike, *, channels: int, name: str = "image", backgr
             of floats or 32-bit integers.
         TypeError: if it is something else.
     """
-    from PIL import Image
-
-    from maskgit_pl.data.images import decode_image, from_pil, read_image_file
-
     if isinstance(image, str | Path):
         shown = printable(image)
         if not Path(image).exists():
@@ -86,10 +88,6 @@ def mask_pixels(mask: MaskLike, *, name: str = "mask") -> Tensor:
         ValueError: if it is neither a picture nor (H, W) bool.
         TypeError: if it is something else.
     """
-    import numpy as np
-    import torch
-    from PIL import Image
-
     if isinstance(mask, str | Path) and not Path(mask).exists():
         raise FileNotFoundError(f"mask {printable(mask)}: no such file; name a JPEG, PNG or WebP file")
     if isinstance(mask, str | Path | Image.Image):
@@ -145,10 +143,6 @@ def fit_to_model(
         ValueError: if image and mask differ in size, their size is not the model's without ``fit``, or the mask is all
             False.
     """
-    import torch.nn.functional as F
-
-    from maskgit_pl.data.images import crop_to_shape, fit_image
-
     height, width = image.shape[-2:]
     if mask.shape != image.shape[-2:]:
         raise ValueError(
@@ -167,9 +161,6 @@ def fit_to_model(
 
 def _pixels(image: Tensor | npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
     """Checks a tensor (C, H, W) or array (H, W) or (H, W, C), and converts it to an array (H, W) or (H, W, C > 1)."""
-    import numpy as np
-    from torch import Tensor
-
     if not isinstance(image, Tensor | np.ndarray):
         raise TypeError(
             f"{name} must be a file, a PIL image, a tensor (C, H, W) or an array (H, W, C), got {shorten(image)}"

@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING, Any
 from maskgit_pl.checks import shorten
 from maskgit_pl.errors import BAD_INPUT, RunError, python_string
 from maskgit_pl.files import open_regular, parse_yaml, set_key, sha256_of
+from maskgit_pl.pipeline.card import check_run_facts, describe_folder, model_card
+from maskgit_pl.pipeline.model import MaskGIT
+from maskgit_pl.pipeline.pretrained import read_config
 from maskgit_pl.pipeline.sharing import (
     DIFFUSERS_FILES,
     FILES,
@@ -223,10 +226,6 @@ def _check_text(file: Path) -> None:
 
 def _load(folder: Path) -> dict[str, Any]:
     """Loads the model, and returns the content of its ``config.json``, or of a new one if there is none."""
-    from maskgit_pl.pipeline.card import check_run_facts, describe_folder
-    from maskgit_pl.pipeline.model import MaskGIT
-    from maskgit_pl.pipeline.pretrained import read_config
-
     pipe = MaskGIT.from_pretrained(folder, pack_weights=False)
     negative = pipe.negative_model
     if negative is not None and negative.folder != folder / "negative":
@@ -240,7 +239,6 @@ def _load(folder: Path) -> dict[str, Any]:
 
 
 def _write_card(folder: Path, content: dict[str, Any]) -> str:
-    from maskgit_pl.pipeline.card import model_card
 
     return model_card(folder, content)
 

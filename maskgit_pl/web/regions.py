@@ -6,6 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
+import torch.nn.functional as F
+
 from maskgit_pl.checks import height_width
 from maskgit_pl.data.images import decode_image, fit_image, parse_image_header, read_image_file
 from maskgit_pl.files import size_text
@@ -68,10 +72,6 @@ def read_brush(layers: Sequence[Image.Image], *, height: int, width: int) -> Ten
         height: H of the image.
         width: W of the image.
     """
-    import numpy as np
-    import torch
-    import torch.nn.functional as F
-
     mask = torch.zeros(height, width, dtype=torch.bool)
     for layer in layers:
         painted = torch.from_numpy(np.array(layer.convert("RGBA"))[..., 3]) >= _PAINTED

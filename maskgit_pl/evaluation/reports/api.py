@@ -18,9 +18,19 @@ from maskgit_pl.checks import check_integer, shorten
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
 from maskgit_pl.evaluation.options import CAS_TRAINING, CASConfig
 from maskgit_pl.evaluation.pages import command_line
+from maskgit_pl.evaluation.reports.ablation_page import make_ablation_page
 from maskgit_pl.evaluation.reports.options import NUM_TOKENS, ReportOptions, cas_flags, select_rows
+from maskgit_pl.evaluation.reports.paper_tables import (
+    measure_editing,
+    measure_generation,
+    measure_schedules,
+    open_models,
+)
+from maskgit_pl.evaluation.reports.timing import measure_figure_4
+from maskgit_pl.evaluation.reports.tokenizer_table import measure_tokenizers
 from maskgit_pl.evaluation.run_folders import find_run, find_tokenizer_folders
 from maskgit_pl.files import check_writable
+from maskgit_pl.pipeline.sharing import local_folder
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.runs.layers import flag_words
 
@@ -61,7 +71,6 @@ def table_1(
         check_integer("cas_images", cas_images, "[1, inf)")
     command = command_line(["maskgit table 1", *runs], {**options.flags(), **cas_flags(cas, cas_images)})
     opened = _open("table 1", runs, options, command, bars)
-    from maskgit_pl.evaluation.reports.paper_tables import measure_generation
 
     return measure_generation(opened, cas, cas_images)
 
@@ -70,7 +79,6 @@ def table_2(runs: Runs, options: ReportOptions | None = None, *, bars: Bars = no
     """Makes Table 2: outpainting and inpainting of val images. See ``table_1`` for arguments and errors."""
     options = options or ReportOptions()
     opened = _open("table 2", runs, options, command_line(["maskgit table 2", *runs], options.flags()), bars)
-    from maskgit_pl.evaluation.reports.paper_tables import measure_editing
 
     return measure_editing(opened)
 
@@ -100,7 +108,6 @@ def table_3(
     options = options or ReportOptions()
     own = command_line(["maskgit table 3", *runs], {**options.flags(), "num_steps": num_steps})
     opened = _open("table 3", runs, options, command or own, bars)
-    from maskgit_pl.evaluation.reports.paper_tables import measure_schedules
 
     return measure_schedules(opened, num_steps=num_steps)
 
@@ -152,7 +159,6 @@ def ablation(
         from maskgit_pl.evaluation.reports.ablation_measurements import run_ablation
 
         failures = run_ablation(config, options, name=name, command=_describe(config, options, name), bars=bars)
-    from maskgit_pl.evaluation.reports.ablation_page import make_ablation_page
 
     rows = select_rows(Ledger(options.results / FILE_NAME).rows("ablation"), name)
     page = make_ablation_page(name, rows)
@@ -212,11 +218,8 @@ def figure_4(
         FileNotFoundError: if the run does not exist.
         ValueError: if a size is out of range, or a number of tokens is not a square.
     """
-    from maskgit_pl.pipeline.sharing import local_folder
-
     options, sizes = options or ReportOptions(), dict(sizes or {})
     folder = None if run is None else local_folder(run) / "transformer"
-    from maskgit_pl.evaluation.reports.timing import measure_figure_4
 
     words = ["maskgit figure 4", *([] if run is None else [run])]
     points = None if tuple(num_tokens) == NUM_TOKENS else num_tokens
@@ -241,7 +244,6 @@ def compare_tokenizers(runs: Runs, options: ReportOptions | None = None, *, bars
     folders = [find_tokenizer_folders(run, data=options.data, classifier=options.classifier) for run in runs]
     # All rows compare with the same real images.
     folders = [replace(each, data=folders[0].data) for each in folders]
-    from maskgit_pl.evaluation.reports.tokenizer_table import measure_tokenizers
 
     command = command_line(["maskgit table tokenizers", *runs], options.flags())
     return measure_tokenizers(folders, options, command, bars)
@@ -250,7 +252,6 @@ def compare_tokenizers(runs: Runs, options: ReportOptions | None = None, *, bars
 def _open(task: str, runs: Runs, options: ReportOptions, command: str, bars: Bars) -> OpenedModels:
     _check_runs(task, runs)
     folders = [find_run(run, data=options.data, classifier=options.classifier) for run in runs]
-    from maskgit_pl.evaluation.reports.paper_tables import open_models
 
     return open_models(folders, options, command, bars)
 
