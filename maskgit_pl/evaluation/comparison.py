@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
+from PIL import Image
 
 from maskgit_pl.checks import check_integer
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.decoding.plan import check_num_steps
 from maskgit_pl.decoding.selectors import Remasking, token_selectors
 from maskgit_pl.errors import markdown
-from maskgit_pl.evaluation.evaluator import collect_numbers
+from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, collect_numbers
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
 from maskgit_pl.evaluation.metric_names import format_value, title
 from maskgit_pl.evaluation.opening import (
@@ -48,17 +48,15 @@ from maskgit_pl.evaluation.pages import (
     terminal_table,
     terminal_word,
 )
-from maskgit_pl.evaluation.run_folders import find_run, read_outline
+from maskgit_pl.evaluation.run_folders import find_run
+from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.grids import image_grid
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.registry import describe
 
 if TYPE_CHECKING:
-    from PIL import Image
     from rich.table import Table
 
-    from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
-    from maskgit_pl.pipeline import MaskGIT
 
 __all__ = [
     "Comparison",
@@ -248,18 +246,12 @@ def compare(
             number is out of range.
     """
     options = options or ComparisonOptions()
-    # Checks without torch come first, so that a wrong argument is answered immediately.
     check_integer("num_images", num_images, "[1, inf)")
     folders = find_run(run, data=data, classifier=options.classifier)
-    outline = read_outline(folders)
-    outline.check_parallel("compare")
-    for number in num_steps or ():
-        check_num_steps(number, outline.num_tokens)
-    for spec in selectors or ():
-        token_selectors.build(spec)
     pipe = open_model(folders, options.device, dtype=options.dtype, negative_model=options.negative_model)
+    pipe.outline.check_parallel("compare")
     # Few steps first, since they are fast: a command that is stopped early has complete comparisons.
-    steps = sorted(num_steps or default_steps(outline.num_tokens, _STEPS))
+    steps = sorted(num_steps or default_steps(pipe.outline.num_tokens, _STEPS))
     assert pipe.decoding.token_selector is not None  # the model is not autoregressive
     work = _plan_decodings(pipe, label_selectors(selectors, pipe.decoding.token_selector), steps, options)
     images = open_data(folders, pipe, num_workers=options.num_workers)

@@ -38,14 +38,14 @@ from maskgit_pl.evaluation.pages import (
     terminal_table,
     terminal_word,
 )
+from maskgit_pl.evaluation.search_space import Search, SearchSpace
+from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from maskgit_pl.evaluation.search_space import Search, SearchSpace
-    from maskgit_pl.pipeline import MaskGIT
 
 __all__ = [
     "FINALISTS",

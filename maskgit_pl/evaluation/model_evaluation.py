@@ -15,19 +15,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from maskgit_pl.checks import ImageSize, check_image_size, check_integer, pixels_text
 from maskgit_pl.data.manifest import read_manifest_summary
+from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.distributed import barrier, default_device, find_device, process_group, rank_and_world
 from maskgit_pl.evaluation.classifier import (
+    Accuracy,
     check_classifier_folder,
     is_trained,
     measure_accuracy,
     obtain_classifier,
     provide_classifier,
 )
-from maskgit_pl.evaluation.evaluation_report import Measurements, make_report, write_pictures
+from maskgit_pl.evaluation.evaluation_report import Measurements, Report, make_report, write_pictures
+from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
 from maskgit_pl.evaluation.generation import delete_generated
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
 from maskgit_pl.evaluation.opening import (
@@ -48,31 +50,21 @@ from maskgit_pl.evaluation.options import (
     TokenizerOptions,
     round_to_classes,
 )
-from maskgit_pl.evaluation.reconstruction import measure_reconstruction
+from maskgit_pl.evaluation.reconstruction import Reconstruction, measure_reconstruction
 from maskgit_pl.evaluation.reference import iter_real_batches
 from maskgit_pl.evaluation.run_folders import (
     RunFolders,
     check_tokenizer_data,
     find_run,
     find_tokenizer_folders,
-    read_outline,
 )
 from maskgit_pl.evaluation.tokenizer_measurement import measure_tokenizer
-from maskgit_pl.evaluation.tokenizer_report import make_tokenizer_report
+from maskgit_pl.evaluation.tokenizer_report import TokenizerReport, make_tokenizer_report
 from maskgit_pl.files import check_writable
 from maskgit_pl.networks.feature_networks import check_model
 from maskgit_pl.networks.perceptual import load_lpips
 from maskgit_pl.pipeline.acceptance import Acceptance
 from maskgit_pl.processes import Bars, local_rank, no_bars
-
-if TYPE_CHECKING:
-    from maskgit_pl.decoding import DecodingConfig
-    from maskgit_pl.evaluation.classifier import Accuracy
-    from maskgit_pl.evaluation.evaluation_report import Measurements, Report
-    from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
-    from maskgit_pl.evaluation.reconstruction import Reconstruction
-    from maskgit_pl.evaluation.tokenizer_report import TokenizerReport
-    from maskgit_pl.pipeline.acceptance import Acceptance
 
 __all__ = ["TrainedClassifier", "evaluate", "evaluate_tokenizer", "train_classifier"]
 
@@ -114,10 +106,6 @@ def evaluate(
     # Checks without torch come first, so that a wrong argument is answered immediately.
     check_integer("num_images", num_images, "[1, inf)")
     folders = find_run(run, data=data, classifier=options.classifier)
-    outline = read_outline(folders)
-    outline.check_decoding(outline.decoding_with(num_steps=options.num_steps))
-    _check_acceptance(options, num_images, len(outline.class_names))
-
     # All ranks measure; the first one writes. The file of generated images still exists and is read for the pictures.
     with process_group():
         evaluator, model, rebuilt = _open(folders, num_images, features, options, bars)
@@ -162,6 +150,7 @@ def _open(
         device = default_device(local_rank=local_rank())
     pipe = open_model(folders, device, dtype=options.dtype, negative_model=options.negative_model)
     check_model_decoding(pipe, pipe.decoding_with(num_steps=options.num_steps))
+    _check_acceptance(options, num_images, len(pipe.class_names))
     data = open_data(folders, pipe, num_workers=options.num_workers)
     round_to_classes(num_images, data.num_classes, name="num_images")
     lpips = None if options.lpips is None else load_lpips(options.lpips, device=pipe.device)

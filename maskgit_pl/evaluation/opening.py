@@ -8,28 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from maskgit_pl.checks import ImageSize
 from maskgit_pl.data import ShardData, ShardDataConfig
+from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.distributed import find_device, parse_dtype
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
+from maskgit_pl.evaluation.ledger import Ledger
 from maskgit_pl.evaluation.metrics import FeatureMetrics, open_extractors
 from maskgit_pl.evaluation.reference import obtain_references, read_real_labels, read_references
 from maskgit_pl.evaluation.run_folders import RunFolders, data_name
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.sharing import find_transformer
 from maskgit_pl.processes import Bars, no_bars
-
-if TYPE_CHECKING:
-    import torch
-
-    from maskgit_pl.data import ShardData
-    from maskgit_pl.decoding import DecodingConfig
-    from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
-    from maskgit_pl.evaluation.ledger import Ledger
-    from maskgit_pl.evaluation.metrics import FeatureMetrics
-    from maskgit_pl.pipeline import MaskGIT
 
 __all__ = [
     "can_guide",

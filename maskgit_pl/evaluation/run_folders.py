@@ -7,18 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from maskgit_pl.checks import check_channels, check_image_size, height_width, pixels_text, shorten
 from maskgit_pl.data.manifest import DataSummary, read_manifest_summary
 from maskgit_pl.data.writer import MAX_RECORD_BYTES, RECORD
 from maskgit_pl.evaluation.options import TokenizerOptions
 from maskgit_pl.files import read_json, read_yaml
-from maskgit_pl.pipeline.outline import Outline
 from maskgit_pl.pipeline.sharing import bundled_models, local_folder
-
-if TYPE_CHECKING:
-    from maskgit_pl.pipeline.outline import Outline
 
 __all__ = [
     "RunFolders",
@@ -27,7 +23,6 @@ __all__ = [
     "describe_held_out",
     "find_run",
     "find_tokenizer_folders",
-    "read_outline",
     "read_run_recipe",
 ]
 
@@ -155,20 +150,6 @@ def _find_data(home: Path) -> Path:
         if path:
             return Path(path)
     raise FileNotFoundError(f"run {home} does not record the data that it was trained on; choose them with --data")
-
-
-def read_outline(folders: RunFolders) -> Outline:
-    """Reads the outline of the model, which checks requests without torch.
-
-    Raises:
-        ValueError: if a file of the model is invalid.
-    """
-    outline = Outline.read(folders.pretrained)
-    if outline is None:  # loading the model raises the error that explains it
-        from maskgit_pl.pipeline import MaskGIT
-
-        return MaskGIT.from_pretrained(folders.pretrained).outline
-    return outline
 
 
 def read_run_recipe(file: Path) -> dict[str, Any]:

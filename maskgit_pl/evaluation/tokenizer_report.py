@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 
 from maskgit_pl.checks import plain_size
 from maskgit_pl.distributed import default_device, describe_environment, device_name, parse_dtype
@@ -26,7 +27,6 @@ from maskgit_pl.pipeline.grids import image_grid
 from maskgit_pl.pipeline.pretrained import fingerprint, read_config
 
 if TYPE_CHECKING:
-    from PIL import Image
     from rich.table import Table
 
 __all__ = ["TokenizerReport", "make_tokenizer_report", "tokenizer_key"]

@@ -10,16 +10,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from maskgit_pl.checks import build_dataclass, check_choice, check_integer
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.decoding.plan import check_num_steps
-from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.distributed import describe_environment
 from maskgit_pl.evaluation.comparison import list_selectors
 from maskgit_pl.evaluation.decoding_search import (
     FINALISTS,
+    ScheduleCurves,
     SearchPlan,
     SearchResult,
     Trial,
@@ -28,7 +26,7 @@ from maskgit_pl.evaluation.decoding_search import (
     measure_curves,
     search,
 )
-from maskgit_pl.evaluation.evaluator import collect_numbers
+from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, collect_numbers
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
 from maskgit_pl.evaluation.opening import (
     can_guide,
@@ -47,20 +45,15 @@ from maskgit_pl.evaluation.options import (
     round_to_classes,
 )
 from maskgit_pl.evaluation.pages import command_line
-from maskgit_pl.evaluation.run_folders import RunFolders, find_run, read_outline
+from maskgit_pl.evaluation.run_folders import RunFolders, find_run
 from maskgit_pl.evaluation.search_space import SearchSpace, list_schedules
 from maskgit_pl.files import check_writable
+from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.card import refresh_card
 from maskgit_pl.pipeline.pretrained import read_negative_model, save_decoding
 from maskgit_pl.pipeline.sharing import bundled_models
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.schedules import mask_schedules
-
-if TYPE_CHECKING:
-    from maskgit_pl.evaluation.decoding_search import ScheduleCurves
-    from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
-    from maskgit_pl.evaluation.search_space import SearchSpace
-    from maskgit_pl.pipeline import MaskGIT
 
 __all__ = ["plan_trials", "tune"]
 
@@ -183,23 +176,17 @@ def _check_outputs(folders: RunFolders, out: Path | None) -> None:
 def _open(run: Path | str, data: Path | None, options: TuningOptions) -> tuple[RunFolders, MaskGIT, SearchSpace]:
     """Opens the model and the search space, after all checks that do not need torch."""
     folders = find_run(run, data=data, classifier=options.classifier)
-    outline = read_outline(folders)
-    outline.check_parallel("tune")
-    for number in options.num_steps or ():
-        check_num_steps(number, outline.num_tokens)
-    for spec in options.selectors or ():
-        token_selectors.build(spec)
-    _check_schedules(options.schedules or ())
     pipe = open_model(folders, options.device, dtype=options.dtype, negative_model=options.negative_model)
-
+    pipe.outline.check_parallel("tune")
+    _check_schedules(options.schedules or ())
     space = SearchSpace(
         pipe.decoding,
         tuple(options.selectors or (spec for _, spec in list_selectors())),
-        tuple(options.num_steps or default_steps(outline.num_tokens, _STEPS)),
+        tuple(options.num_steps or default_steps(pipe.outline.num_tokens, _STEPS)),
         pipe.tokenizer.network.config.codebook_size,
         can_guide=can_guide(pipe),
         schedules=list_schedules() if options.schedules is None else tuple(options.schedules),
-        num_tokens=outline.num_tokens,
+        num_tokens=pipe.outline.num_tokens,
     )
     # Every selector and number of steps is checked before the first trial.
     for decoding in space.iter_selectors_and_steps():

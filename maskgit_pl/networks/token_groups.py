@@ -14,14 +14,12 @@ group for itself; here a token is masked and decoded as a whole.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from maskgit_pl.networks.backbone import BackboneConfig, Project, Vocabulary
+from maskgit_pl.networks.backbone import BackboneConfig, Project, Vocabulary
 
 __all__ = [
     "TokenEmbedding",

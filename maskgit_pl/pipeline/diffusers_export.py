@@ -5,17 +5,15 @@ from __future__ import annotations
 import logging
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from maskgit_pl.data.folders import check_new_folder, write_folder
+from maskgit_pl.pipeline.diffusers_pipeline import MaskGITPipeline
 from maskgit_pl.pipeline.model import MaskGIT
 from maskgit_pl.pipeline.pretrained import read_decoding, read_negative_model
 from maskgit_pl.pipeline.sharing import CLASS_NAME, CLASSES, DIFFUSERS_FILES, INDEX, find_folder
-
-if TYPE_CHECKING:
-    from maskgit_pl.pipeline.diffusers_pipeline import MaskGITPipeline
 
 __all__ = ["export_diffusers"]
 

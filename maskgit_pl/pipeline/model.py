@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
 import torch
 
@@ -35,9 +35,6 @@ from maskgit_pl.pipeline.pretrained import (
     save_transformer,
 )
 from maskgit_pl.pipeline.sharing import HubOptions, find_folder
-
-if TYPE_CHECKING:
-    from maskgit_pl.pipeline.display import Recording
 
 __all__ = ["MaskGIT"]
 

@@ -11,19 +11,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeAlias, Union, cast
+from typing import Protocol, TypeAlias, Union, cast
 
-from maskgit_pl.decoding import ConditionalModel, FirstStepLogits
+import torch
+
+from maskgit_pl.decoding import ConditionalModel, ConditionalNetwork, FirstStepLogits
 from maskgit_pl.networks.kernels import WeightWatch, free_packed
 from maskgit_pl.networks.weights import tensors_digest
 from maskgit_pl.pipeline.fine_tuning import PretrainedTransformer
 from maskgit_pl.pipeline.pretrained import load_transformer
 from maskgit_pl.pipeline.sharing import find_transformer
-
-if TYPE_CHECKING:
-    import torch
-
-    from maskgit_pl.decoding import ConditionalNetwork
 
 __all__ = [
     "Caches",

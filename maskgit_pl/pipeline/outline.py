@@ -1,21 +1,17 @@
 """``Outline``: classes, sizes and default settings of a model, by which requests are checked.
 
-``MaskGIT`` has it from its networks. The command line reads it from the JSON files of a pretrained folder without
-torch, and reports an unknown class or too many steps before it loads the model.
+``MaskGIT`` has it from its networks.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Unpack
 
-from maskgit_pl.checks import ImageSize, build_dataclass, check_channels, check_image_size, check_integer, height_width
+from maskgit_pl.checks import ImageSize, height_width
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.decoding.config import read_settings_file
 from maskgit_pl.decoding.plan import check_parallel
 from maskgit_pl.errors import printable
-from maskgit_pl.files import read_json
 from maskgit_pl.pipeline.options import (
     Classes,
     DecodingKeywords,
@@ -41,7 +37,6 @@ class Outline:
         image_size: Size of the images: a side, or (height, width), in pixels.
         token_size: Height and width of a token in pixels.
         channels: C, channels of the images.
-        has_negative_model: True if the pipeline has a negative model for guidance.
         condition_dim: Size of the vector of an image; 0 for a model without vectors.
     """
 
@@ -53,42 +48,7 @@ class Outline:
     image_size: ImageSize
     token_size: int
     channels: int
-    has_negative_model: bool = False
     condition_dim: int = 0
-
-    @classmethod
-    def read(cls, folder: Path) -> Outline | None:
-        """Reads the outline of a pretrained folder.
-
-        Args:
-            folder: The folder with ``tokenizer/`` and ``transformer/``.
-
-        Returns:
-            The outline, or None if a file is damaged; ``MaskGIT.from_pretrained`` then raises the error.
-        """
-        try:
-            tokenizer, transformer = (read_json(folder / part / "config.json") for part in ("tokenizer", "transformer"))
-            # Untrusted files: any missing key or wrong type leads to None.
-            tuned = folder / "decoding.json"
-            network, vqgan = transformer["network"], tokenizer["network"]
-            rows, columns = (_size(number) for number in network["grid"])
-            return cls(
-                tuple(map(str, transformer["class_names"])),
-                _size(network["num_classes"]) if network["class_dropout"] > 0 else None,
-                rows * columns,
-                network.get("attention") == "causal",
-                read_settings_file(tuned)[0]
-                if tuned.is_file()
-                else build_dataclass(DecodingConfig, transformer["decoding"], ""),
-                check_image_size("image_size", tokenizer["image_size"], "[1, 65536]"),
-                # Each level after the first halves height and width.
-                _size(vqgan["patch_size"]) * 2 ** (_size(len(vqgan["channel_multipliers"])) - 1),
-                check_channels("in_channels", vqgan["in_channels"]),
-                tuned.is_file() and read_json(tuned).get("negative_model") is not None,
-                check_integer("condition_dim", network.get("condition_dim", 0), "[0, 65536]"),
-            )
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
 
     @property
     def least_canvas(self) -> tuple[int, int]:
@@ -133,7 +93,3 @@ class Outline:
     def check_decoding(self, decoding: DecodingConfig, *, has_negative_class: bool = True) -> None:
         """Raises if the model cannot use decoding settings. See ``DecodingConfig.check``."""
         decoding.check(self.num_tokens, is_autoregressive=self.is_autoregressive, has_negative_class=has_negative_class)
-
-
-def _size(value: object) -> int:
-    return check_integer("size", value, "[1, 65536]")

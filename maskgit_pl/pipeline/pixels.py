@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, Union
+from typing import Any, TypeAlias, Union
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -15,11 +16,6 @@ from torch import Tensor
 from maskgit_pl.checks import ImageSize, height_width, pixels_text, shorten
 from maskgit_pl.data.images import crop_to_shape, decode_image, fit_image, from_pil, read_image_file
 from maskgit_pl.errors import printable
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
-    from PIL import Image
-    from torch import Tensor
 
 __all__ = [
     "ImageLike",

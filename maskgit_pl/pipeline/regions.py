@@ -29,7 +29,6 @@ __all__ = [
     "Window",
     "box_mask",
     "check_blend",
-    "check_box",
     "check_canvas",
     "check_dilation",
     "check_overlap",
@@ -62,7 +61,7 @@ def parse_box(text: str, *, height: int, width: int) -> list[int]:
         width: W of the image in pixels.
 
     Raises:
-        ValueError: if the text has another form. ``check_box`` checks that the box lies within the image.
+        ValueError: if the text has another form. ``box_mask`` checks that the box lies within the image.
     """
     # Percentages of left and right refer to the width, those of top and bottom to the height.
     edges = [_EDGE.fullmatch(word.strip()) for word in text.split(",")]
@@ -81,7 +80,7 @@ def parse_box(text: str, *, height: int, width: int) -> list[int]:
     return box
 
 
-def check_box(box: Box, *, height: int, width: int) -> None:
+def _check_box(box: Box, *, height: int, width: int) -> None:
     """Checks that a box lies within an image.
 
     Args:
@@ -109,10 +108,10 @@ def check_box(box: Box, *, height: int, width: int) -> None:
 
 
 def box_mask(box: Box, *, height: int, width: int) -> Tensor:
-    """Returns (H, W) bool, True inside a box. See ``check_box`` for arguments and errors."""
+    """Returns (H, W) bool, True inside a box. See ``_check_box`` for errors."""
     import torch
 
-    check_box(box, height=height, width=width)
+    _check_box(box, height=height, width=width)
     left, top, right, bottom = box
     mask = torch.zeros(height, width, dtype=torch.bool)
     mask[top:bottom, left:right] = True

@@ -9,7 +9,6 @@ import itertools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from maskgit_pl.data.folders import hold_lock
 from maskgit_pl.files import check_writable
@@ -17,11 +16,8 @@ from maskgit_pl.pipeline.pretrained import check_stage_folder
 from maskgit_pl.processes import catch_stop_signals, launcher_rank, local_rank
 from maskgit_pl.runs.plan import Plan, folder_of, plan_run
 from maskgit_pl.runs.recipe import STAGES, Recipe, Stage
-from maskgit_pl.runs.stage import export_checkpoint, fit_stage
+from maskgit_pl.runs.stage import FitResult, export_checkpoint, fit_stage
 from maskgit_pl.training.checkpoint_files import complete_checkpoints, step_of
-
-if TYPE_CHECKING:
-    from maskgit_pl.runs.stage import FitResult
 
 __all__ = ["export", "fit"]
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import DeviceStatsMonitor, ProgressBar, RichModelSummary
@@ -26,9 +26,7 @@ from maskgit_pl.data.samples import UnreadableImages, write_unreadable
 from maskgit_pl.pipeline.grids import image_grid, reconstruction_grid, save_png
 from maskgit_pl.registry import Registry, derives_from
 from maskgit_pl.training.loggers import TolerantLogger
-
-if TYPE_CHECKING:
-    from maskgit_pl.training.token_model import TokenModel
+from maskgit_pl.training.token_model import TokenModel
 
 __all__ = [
     "CallbackSpec",

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
 
 from maskgit_pl.checks import height_width
 from maskgit_pl.data.images import decode_image, fit_image, parse_image_header, read_image_file
 from maskgit_pl.files import size_text
 from maskgit_pl.pipeline.grids import draw_mask, enlarge, scale_to, to_pil
+from maskgit_pl.pipeline.outline import Outline
 from maskgit_pl.pipeline.regions import box_mask, parse_box, pixel_region, token_mask
-
-if TYPE_CHECKING:
-    from PIL import Image
-    from torch import Tensor
-
-    from maskgit_pl.pipeline.outline import Outline
 
 __all__ = ["MAX_UPLOAD_BYTES", "MAX_UPLOAD_PIXELS", "EditRegion", "canvas_picture", "read_brush", "read_upload"]
 

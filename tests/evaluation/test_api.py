@@ -14,10 +14,9 @@ from maskgit_pl.evaluation import classifier
 from maskgit_pl.evaluation.options import ClassifierConfig
 
 
-def test_importing_the_package_and_its_functions_imports_nothing_heavy() -> None:
+def test_importing_the_package_imports_nothing_heavy() -> None:
     code = (
-        "import sys, maskgit_pl.evaluation as e\n"
-        "e.compare, e.tune, e.evaluate, e.train_classifier, e.Ledger\n"
+        "import sys, maskgit_pl.evaluation, maskgit_pl.evaluation.reports\n"
         "print([name for name in ('torch', 'lightning', 'matplotlib') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

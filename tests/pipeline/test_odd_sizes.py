@@ -8,7 +8,6 @@ from PIL import Image
 from maskgit_pl import MaskGIT
 from maskgit_pl.cli import main
 from maskgit_pl.evaluation import generation
-from maskgit_pl.pipeline.outline import Outline
 from tests.conftest import save_tiny_pretrained
 
 
@@ -31,8 +30,8 @@ def test_images_have_the_size_of_the_model_and_canvases_whole_tokens(pipe):
     assert pipe.generate([0], output_type="pt").shape == (1, 1, 7, 7)
 
 
-def test_a_panorama_is_as_large_as_asked_for(pipe, folder):
-    assert pipe.outline.least_canvas == Outline.read(folder).least_canvas == (8, 8)
+def test_a_panorama_is_as_large_as_asked_for(pipe):
+    assert pipe.outline.least_canvas == (8, 8)
     for height, width in ((8, 8), (8, 12), (10, 8)):
         made = pipe.panorama([0], width, height=height, output_type="pt")
         assert made.shape == (1, 1, height, width)

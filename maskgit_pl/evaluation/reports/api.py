@@ -12,15 +12,16 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from maskgit_pl.checks import check_integer, shorten
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
 from maskgit_pl.evaluation.options import CAS_TRAINING, CASConfig
-from maskgit_pl.evaluation.pages import command_line
+from maskgit_pl.evaluation.pages import Page, command_line
+from maskgit_pl.evaluation.reports.ablation_measurements import Failure
 from maskgit_pl.evaluation.reports.ablation_page import make_ablation_page
 from maskgit_pl.evaluation.reports.options import NUM_TOKENS, ReportOptions, cas_flags, select_rows
 from maskgit_pl.evaluation.reports.paper_tables import (
+    OpenedModels,
     measure_editing,
     measure_generation,
     measure_schedules,
@@ -32,13 +33,8 @@ from maskgit_pl.evaluation.run_folders import find_run, find_tokenizer_folders
 from maskgit_pl.files import check_writable
 from maskgit_pl.pipeline.sharing import local_folder
 from maskgit_pl.processes import Bars, no_bars
+from maskgit_pl.runs.ablation_plan import AblationConfig
 from maskgit_pl.runs.layers import flag_words
-
-if TYPE_CHECKING:
-    from maskgit_pl.evaluation.pages import Page
-    from maskgit_pl.evaluation.reports.ablation_measurements import Failure
-    from maskgit_pl.evaluation.reports.paper_tables import OpenedModels
-    from maskgit_pl.runs.ablation_plan import AblationConfig
 
 __all__ = ["ablation", "compare_tokenizers", "figure_4", "figure_8", "table_1", "table_2", "table_3"]
 

@@ -1,5 +1,3 @@
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,17 +61,3 @@ def test_invalid_input_is_refused(run: Path, options: reports.ReportOptions, mon
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="table 3 must run in one process"):
         reports.table_3([run], options)
-
-
-def test_nothing_heavy_is_imported_before_something_is_measured() -> None:
-    source = """
-import sys
-from maskgit_pl.evaluation import reports
-for make, run in ((reports.table_1, ["x"]), (reports.figure_8, ["x"]), (reports.figure_4, "x")):
-    try:
-        make(run)
-    except FileNotFoundError:
-        pass
-print({name for name in ("torch", "lightning", "matplotlib", "huggingface_hub") if name in sys.modules})
-"""
-    assert subprocess.check_output([sys.executable, "-c", source], text=True).strip() == "set()"
