@@ -39,7 +39,7 @@ from maskgit_pl.data.shard_facts import (
 )
 from maskgit_pl.data.tar import BLOCK, find_fault
 from maskgit_pl.data.vectors import VectorKind, VectorReader, map_array, vectors_path
-from maskgit_pl.files import read_json, sha256_of, write_atomically, write_text
+from maskgit_pl.files import read_json, sha256_of, sync, write_atomically, write_text
 
 __all__ = [
     "INDEX_DTYPE",
@@ -288,7 +288,7 @@ def check_vectors(manifest: Manifest) -> None:
 
 
 def save_manifest(manifest: Manifest, rows: npt.NDArray[np.void]) -> None:
-    """Writes the two files of a split, each atomically; the JSON last, since it makes the split valid.
+    """Writes the two files of a split, each atomically; the JSON last, when the index is on disk under its name.
 
     Args:
         manifest: The manifest.
@@ -297,6 +297,7 @@ def save_manifest(manifest: Manifest, rows: npt.NDArray[np.void]) -> None:
     folder, split = manifest.folder, manifest.split
     with write_atomically(folder / f"{split}.npy") as file:
         np.save(file, rows, allow_pickle=False)
+    sync(folder)
     write_text(folder / f"{split}.json", json.dumps(_to_json(manifest), indent=1) + "\n")
 
 

@@ -95,7 +95,6 @@ class ShardScan:
 
     Args:
         bytes: Length of the file.
-        mtime_ns: Time of its last modification, in nanoseconds.
         sha256: Hash of the whole file, hex; empty if the tar is damaged, its samples are to be rejected, or no hash was
             asked for.
         rows: (n,) INDEX_DTYPE, the samples without a fault; ``shard`` is 0.
@@ -110,7 +109,6 @@ class ShardScan:
     """
 
     bytes: int
-    mtime_ns: int
     sha256: str
     rows: npt.NDArray[np.void]
     images: ImageRange | None
@@ -158,7 +156,6 @@ def scan_shard(
     """
     descriptor = open_regular(path)
     try:
-        status = os.fstat(descriptor)
         scan = _Scanner(descriptor, path.name, labels, lenient=lenient, vectors=vectors)
         damage, digest = "", ""
         try:
@@ -170,7 +167,7 @@ def scan_shard(
                 digest = sha256_of(descriptor)
         except DamagedTarError as error:
             damage = str(error)
-        return scan.result(status, digest, damage)
+        return scan.result(os.fstat(descriptor).st_size, digest, damage)
     finally:
         os.close(descriptor)
 
@@ -240,11 +237,11 @@ class _Scanner:
         self._finish()
         return bool(self.table) and not self.num_faulty
 
-    def result(self, status: os.stat_result, digest: str, damage: str) -> ShardScan:
+    def result(self, size: int, digest: str, damage: str) -> ShardScan:
         """Returns the result of the scan; call it after the last member.
 
         Args:
-            status: ``os.fstat`` of the file.
+            size: Length of the file in bytes.
             digest: Hash of the file, or empty.
             damage: The reason if the tar is damaged, or empty.
         """
@@ -260,8 +257,7 @@ class _Scanner:
         for name, column in (("offset", offsets), ("size", sizes), ("label", labels)):
             rows[name] = column[whole]
         return ShardScan(
-            bytes=status.st_size,
-            mtime_ns=status.st_mtime_ns,
+            bytes=size,
             sha256=digest,
             rows=rows,
             images=_image_range(shapes[whole]),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from maskgit_pl.data.images import decode_image, encode_png
-from maskgit_pl.data.index import PROGRESS, index_shards
+from maskgit_pl.data.index import index_shards
 from maskgit_pl.data.manifest import check_vectors, load_manifest, read_manifest_summary
 from maskgit_pl.data.reader import ShardReader, find_shards
 from maskgit_pl.data.samples import UnreadableSample
@@ -180,7 +180,6 @@ def test_vectors_of_existing_tars_are_indexed(tmp_path: Path, tars) -> None:
     assert manifest.vectors.kind == VectorKind(DIM, "float16")
     read = ShardReader(load_manifest(folder, "val")).vector_reader.read(np.arange(3))
     assert np.array_equal(read, [vector(n) for n in range(3)])
-    assert not (folder / PROGRESS).exists()
 
 
 def test_all_faulty_vectors_are_listed_with_the_way_out(tmp_path: Path, tars) -> None:
@@ -273,19 +272,3 @@ def test_a_hostile_manifest_is_refused(shards: Path, tmp_path: Path, key: str, v
     (folder / "train.json").write_text(json.dumps(content | {key: value}))
     with pytest.raises(ValueError, match=message):
         load_manifest(folder, "train")
-
-
-def test_an_interrupted_index_run_keeps_the_vectors_it_has_scanned(tmp_path: Path, tars) -> None:
-    folder = tar_folder(tmp_path, tars, {"train": three(), "val": three()})
-    calls = []
-
-    def stop(split: str, total: int) -> None:
-        calls.append(split)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        index(folder, on_shard=stop)
-    assert '"vectors"' in (folder / PROGRESS).read_text()
-    resumed = index(folder).manifests["train"]
-    assert resumed == index(folder).manifests["train"]
