@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from maskgit_pl.checks import check_number, shorten
 from maskgit_pl.data.manifest import Manifest, Split
-from maskgit_pl.data.tar import BLOCK
+from maskgit_pl.data.tar import BLOCK, member_label
 from maskgit_pl.data.vectors import has_all_bytes
 from maskgit_pl.errors import DataChangedError
 from maskgit_pl.files import open_regular
@@ -289,14 +289,8 @@ class ShardReader:
         return self._name(*self.index[index].item()[:2])
 
     def _name(self, shard: int, offset: int) -> str:
-        # The member's header is the block before its payload; fields of ustar: name, magic, prefix.
         header = self._pread(shard, BLOCK, offset - BLOCK) if offset >= BLOCK else b""
-        member, magic, prefix = header[:100], header[257:262], header[345:500]
-        if magic != b"ustar":
-            return f"{self.manifest.shards[shard].name}:byte {offset}"
-        parts = [part.split(b"\0")[0].decode(errors="replace") for part in (prefix, member)]
-        path = "/".join(part for part in parts if part)
-        return f"{self.manifest.shards[shard].name}:" + "".join(c if c.isprintable() else "?" for c in path)
+        return member_label(self.manifest.shards[shard].name, header, offset)
 
     def _data_changed_error(self, name: str, fault: str) -> DataChangedError:
         folder = self.manifest.folder

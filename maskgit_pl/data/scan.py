@@ -30,7 +30,7 @@ from maskgit_pl.data.image_bytes import MAX_IMAGE_BYTES, UnreadableImageError
 from maskgit_pl.data.images import ImageHeader, parse_image_header
 from maskgit_pl.data.manifest import INDEX_DTYPE, ImageRange
 from maskgit_pl.data.samples import Labels
-from maskgit_pl.data.tar import BLOCK, DamagedTarError, DescriptorBytes, Member, read_members
+from maskgit_pl.data.tar import BLOCK, DamagedTarError, DescriptorBytes, Member, member_label, read_members
 from maskgit_pl.data.vectors import MAX_VECTOR_BYTES, VECTOR_EXTENSION, VectorKind, parse_vector
 from maskgit_pl.errors import printable
 from maskgit_pl.files import open_regular, sha256_of
@@ -415,9 +415,8 @@ class _Scanner:
         return found
 
     def _member_label_at(self, place: int) -> str:
-        """Returns ``SHARD:MEMBER`` of a sample's first member, whose header is the block before its payload."""
-        name = os.pread(self.descriptor, 100, place - BLOCK).partition(b"\0")[0]
-        return f"{self.shard}:{printable(name.decode('utf-8', 'surrogateescape'))}"
+        """Returns ``SHARD:MEMBER`` of a sample's first member."""
+        return member_label(self.shard, os.pread(self.descriptor, BLOCK, place - BLOCK), place)
 
 
 def _pack(header: ImageHeader) -> int:

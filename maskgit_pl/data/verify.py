@@ -21,7 +21,7 @@ from maskgit_pl.data.images import decode_image
 from maskgit_pl.data.manifest import DataSummary, Manifest, Shard, Split, index_sha256, load_manifest, splits_of, union
 from maskgit_pl.data.samples import Labels
 from maskgit_pl.data.scan import ShardScan, format_counts, require_vectors, scan_shard
-from maskgit_pl.data.tar import BLOCK
+from maskgit_pl.data.tar import BLOCK, member_label
 from maskgit_pl.data.token_store import BadFile, TokenReader, read_description
 from maskgit_pl.data.vectors import load_vectors, vectors_path
 from maskgit_pl.data.writer import LEFT_OUT
@@ -398,8 +398,7 @@ def _find_bad_images(path: Path, shard: Shard, rows: npt.NDArray[np.void], *, de
     try:
         for _, offset, size, _ in rows.tolist():
             data = os.pread(descriptor, size, offset)
-            member = os.pread(descriptor, 100, offset - BLOCK).rstrip(b"\0").decode("utf-8", "surrogateescape")
-            name = f"{shard.name}:{printable(member)}"
+            name = member_label(shard.name, os.pread(descriptor, BLOCK, offset - BLOCK), offset)
             try:
                 check_complete(data, name=name)
                 if decode:

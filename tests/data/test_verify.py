@@ -3,13 +3,14 @@ import io
 import json
 import os
 import shutil
+import tarfile
 
 import pytest
 from PIL import Image
 
 from maskgit_pl.data.index import index_shards
 from maskgit_pl.data.manifest import load_manifest, load_manifests, save_manifest
-from maskgit_pl.data.reader import find_shards
+from maskgit_pl.data.reader import ShardReader, find_shards
 from maskgit_pl.data.verify import verify_shards
 
 SECOND = 4 * 512  # where the second sample begins: image and label take two blocks each
@@ -122,6 +123,18 @@ def test_images_that_were_cut_or_damaged_before_they_were_indexed_are_named(fold
     (bad,) = verify_shards(folder).bad
     assert bad[:3] == ("train-0.tar", "3 images", "2 images")
     assert bad.reason.startswith("unreadable; image train-0.tar:x.png is ")
+
+
+def test_the_name_of_a_member_in_folders_is_whole_everywhere(folder, tars):
+    key = "folder/" * 20 + "x"  # ustar keeps the folders in a field of their own
+    members = [*tars.samples(2), (f"{key}.png", tars.png(1, size=64)[:100]), (f"{key}.cls", b"0")]
+    path = tars.write(folder / "train-0.tar", members, format=tarfile.USTAR_FORMAT)
+    index_shards(folder, {split: find_shards(folder, f"{split}-*.tar") for split in ("train", "val")})
+    assert ShardReader(load_manifest(folder, "train")).name(2) == f"train-0.tar:{key}.png"
+    assert f"train-0.tar:{key}.png" in verify_shards(folder).bad[0].reason
+    tars.write(path, members[:-1], format=tarfile.USTAR_FORMAT)
+    with pytest.raises(ValueError, match=rf"without a label \(first train-0\.tar:{key}\.png\)"):
+        index_shards(folder, {"train": [path]})
 
 
 def test_decode_names_images_whose_pixels_are_damaged(folder, tars, tmp_path):
