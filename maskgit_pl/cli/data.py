@@ -147,7 +147,7 @@ def index(
     splits, how = split_shards(folder, found, train=train, val=val, val_fraction=val_fraction)
     # Without --class-names, the names of an existing manifest are kept, unless all images get one class.
     names = class_names or (None if no_labels else find_class_names(folder))
-    with hold_lock(folder, hint="index another folder"), named_bars("shards") as advance:
+    with named_bars("shards") as advance:
         indexed = index_shards(
             folder,
             splits,

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from maskgit_pl.data.folders import hold_lock
 from maskgit_pl.data.manifest import (
     INDEX_DTYPE,
     Manifest,
@@ -81,7 +82,7 @@ def index_shards(
     4. Copy the vectors of each split into one array, if the samples have vectors.
     5. Write the manifests.
 
-    Half-written files of a killed run are removed first: no other process may write to the folder.
+    The folder is locked. Half-written files of a killed run are removed first.
 
     Args:
         folder: The data folder: parent of the shards; the manifests are written to it.
@@ -95,30 +96,34 @@ def index_shards(
         on_shard: Called with the split of each finished shard and the split's number of shards (for a progress bar).
 
     Raises:
-        ValueError: if shards are damaged or, unless lenient, have samples with a fault. The message lists all of them.
+        ValueError: if another process indexes the folder, or shards are damaged or, unless lenient, have samples with a
+            fault. The message lists all of them.
     """
     folder = Path(folder)
-    remove_partials(folder)
-    if labels == "none":
-        classes = _only_class(classes)
-    options = Labels(labels, None if classes is None else tuple(classes))
-    # One process reads 256 MiB in about 10 seconds.
-    workers = choose_workers(workers, work=sum(path.stat().st_size for of in shards.values() for path in of) / 2**28)
-    names = {split: [path.relative_to(folder).as_posix() for path in paths] for split, paths in shards.items()}
-    # 1. Scan.
-    task = _ScanTask(folder, options, lenient, vectors)
-    scans = _scan_all(task, names, workers=workers, on_shard=on_shard)
-    # The first shard with vectors decides their kind.
-    kind = next((scan.vector_kind for scan in scans.values() if scan.vector_kind is not None), None)
-    if kind is not None:
-        scans = {name: require_vectors(scan) for name, scan in scans.items()}
-    # 2. and 3. Compare counts, and reject faults.
-    miscounts = _find_miscounts(folder, scans)
-    _raise_faults(folder, scans, [] if lenient else miscounts, lenient=lenient, labels=labels, kind=kind)
-    # 4. and 5. Copy the vectors and write the manifests.
-    manifests = _save_all(folder, names, scans, labels=labels, classes=classes or _number_classes(scans), kind=kind)
-    ignored = {split: _sum_counts(scans[name].ignored for name in of_split) for split, of_split in names.items()}
-    return IndexResult(manifests, ignored, tuple(f"{name}: {fault}" for name, fault in miscounts))
+    with hold_lock(folder, hint="index another folder"):
+        remove_partials(folder)
+        if labels == "none":
+            classes = _only_class(classes)
+        options = Labels(labels, None if classes is None else tuple(classes))
+        # One process reads 256 MiB in about 10 seconds.
+        workers = choose_workers(
+            workers, work=sum(path.stat().st_size for of in shards.values() for path in of) / 2**28
+        )
+        names = {split: [path.relative_to(folder).as_posix() for path in paths] for split, paths in shards.items()}
+        # 1. Scan.
+        task = _ScanTask(folder, options, lenient, vectors)
+        scans = _scan_all(task, names, workers=workers, on_shard=on_shard)
+        # The first shard with vectors decides their kind.
+        kind = next((scan.vector_kind for scan in scans.values() if scan.vector_kind is not None), None)
+        if kind is not None:
+            scans = {name: require_vectors(scan) for name, scan in scans.items()}
+        # 2. and 3. Compare counts, and reject faults.
+        miscounts = _find_miscounts(folder, scans)
+        _raise_faults(folder, scans, [] if lenient else miscounts, lenient=lenient, labels=labels, kind=kind)
+        # 4. and 5. Copy the vectors and write the manifests.
+        manifests = _save_all(folder, names, scans, labels=labels, classes=classes or _number_classes(scans), kind=kind)
+        ignored = {split: _sum_counts(scans[name].ignored for name in of_split) for split, of_split in names.items()}
+        return IndexResult(manifests, ignored, tuple(f"{name}: {fault}" for name, fault in miscounts))
 
 
 def _only_class(classes: Sequence[str] | None) -> Sequence[str]:

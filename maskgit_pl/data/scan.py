@@ -1,6 +1,6 @@
 """Scan of one tar: the position of each image and vector, its label, and a count of each kind of fault.
 
-Used by ``index``, which writes manifests from scans, by ``verify``, which compares both, and by streams.
+Used by ``index``, which writes manifests from scans.
 
 1. Walk the members of the tar; see ``tar.read_members``.
 2. Group consecutive members by key, as webdataset does: the key is the name up to the first dot of its last component.
@@ -19,7 +19,7 @@ import os
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -95,8 +95,7 @@ class ShardScan:
 
     Args:
         bytes: Length of the file.
-        sha256: Hash of the whole file, hex; empty if the tar is damaged, its samples are to be rejected, or no hash was
-            asked for.
+        sha256: Hash of the whole file, hex; empty if the tar is damaged or its samples are to be rejected.
         rows: (n,) INDEX_DTYPE, the samples without a fault; ``shard`` is 0.
         images: Range of their sizes; None without samples.
         num_keys: Number of samples that have an image, with or without a fault.
@@ -137,8 +136,6 @@ def scan_shard(
     *,
     lenient: bool = True,
     vectors: bool = True,
-    hashed: bool = True,
-    on_member: Callable[[], object] = lambda: None,
 ) -> ShardScan:
     """Scans a tar: reads its labels, image headers and vectors, and hashes it.
 
@@ -148,8 +145,6 @@ def scan_shard(
         lenient: True if samples with a fault will be left out. False if they will be rejected; then the scan stops
             after 100,000 of them, and a shard with faults is not hashed.
         vectors: True to read ``.npy`` members as vectors; False ignores them.
-        hashed: False to read the file once only, and to leave the hash empty.
-        on_member: Called after each member.
 
     Raises:
         OSError: if the file cannot be opened or read, or is not a regular file.
@@ -161,9 +156,8 @@ def scan_shard(
         try:
             for member in read_members(DescriptorBytes(descriptor)):
                 scan.take(member)
-                on_member()
             # A second pass over the file, only if the hash will be used.
-            if hashed and (scan.has_no_faults() or lenient):
+            if scan.has_no_faults() or lenient:
                 digest = sha256_of(descriptor)
         except DamagedTarError as error:
             damage = str(error)

@@ -233,9 +233,8 @@ def test_verify_names_changed_vectors(shards: Path, tmp_path: Path) -> None:
     array[1, 2] += 1
     np.save(folder / "train-vectors.npy", array)
     load_manifest(folder, "train")  # the quick check does not read it
-    (bad, wrong) = verify_shards(folder).bad
+    (bad,) = verify_shards(folder).bad
     assert (bad.name, bad.reason) == ("train-vectors.npy", "vectors changed since they were indexed")
-    assert "row 1 of train-vectors.npy" in wrong.expected
     with pytest.raises(ValueError, match=r"train-vectors\.npy changed since they were indexed"):
         check_vectors(load_manifest(folder, "train"))
 
