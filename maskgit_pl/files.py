@@ -37,6 +37,7 @@ __all__ = [
     "check_plain",
     "check_writable",
     "follow_links",
+    "name_in_errors",
     "open_regular",
     "open_zip",
     "parse_any_json",
@@ -148,17 +149,25 @@ def remove_partials(folder: Path) -> None:
 
 
 @contextmanager
+def name_in_errors(path: Path, *hidden: Path) -> Iterator[None]:
+    """Names a file in the errors of the system that name none, or one of the hidden files in its place."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, *hidden, *map(str, hidden)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
 def _replacing(path: Path, folder: Path) -> Iterator[Path]:
     """Yields a new path in a folder. The file that is written there is synced and renamed to ``path`` at the end."""
     partial = folder / f".{path.name}.{uuid.uuid4().hex}.partial"  # unique over all hosts
     try:
-        yield partial
-        sync(partial)
-        os.replace(partial, path)
-    except OSError as error:
-        if error.errno is None or str(error.filename) not in ("None", str(partial)):
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error  # names the file, not the partial one
+        with name_in_errors(path, partial):
+            yield partial
+            sync(partial)
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -213,9 +222,8 @@ def sync(path: Path) -> None:
     """Waits until a file, or the list of names in a folder, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        with name_in_errors(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -1,3 +1,4 @@
+import errno
 import gzip
 import io
 import os
@@ -590,3 +591,13 @@ def test_what_a_killed_run_has_left_is_removed(tree, tmp_path, monkeypatch):
         (tmp_path / ".out.partial" / f".{name}.{'0f' * 16}.partial").touch()
     make_shards(ImageFolder(tree), tmp_path / "out")
     assert not [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+
+def test_a_full_disk_is_named_with_the_shard_and_leaves_no_half_of_it(tree, tmp_path, monkeypatch):
+    def fail(self, *arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tarfile.TarFile, "addfile", fail)
+    with pytest.raises(OSError, match=r"No space left on device: '.*train-000000\.tar'"):
+        make_shards(ImageFolder(tree), tmp_path / "out")
+    assert [path.name for path in (tmp_path / ".out.partial").iterdir()] == [RECORD]
