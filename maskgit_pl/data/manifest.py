@@ -146,26 +146,33 @@ class Manifest:
         content = json.dumps(_to_json(self), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(content.encode()).hexdigest()
 
-    def index(self) -> npt.NDArray[np.void]:
+    def index(self, *, check: bool = False) -> npt.NDArray[np.void]:
         """Maps the index into memory and checks its shape and type.
+
+        Args:
+            check: True compares all rows with their hash, too.
 
         Returns:
             (samples,) INDEX_DTYPE, one row per sample.
 
         Raises:
-            ValueError: if the file cannot be read, or has another shape or type.
+            ValueError: if the file cannot be read, has another shape or type, or differs from its hash.
         """
-        path = self.folder / f"{self.split}.npy"
+        path, hint = self.folder / f"{self.split}.npy", _remake_hint(self.folder)
         try:
             rows: npt.NDArray[np.void] = map_array(path)
         except FileNotFoundError as error:
-            raise ValueError(f"index {path}: cannot be read ({error.strerror}); {_remake_hint(self.folder)}") from error
+            raise ValueError(f"index {path}: cannot be read ({error.strerror}); {hint}") from error
         except ValueError as error:
-            raise ValueError(f"index {error}; {_remake_hint(self.folder)}") from error
+            raise ValueError(f"index {error}; {hint}") from error
         if rows.dtype != INDEX_DTYPE or rows.shape != (self.samples,):
             raise ValueError(
-                f"index {path} must have {self.samples} rows of {INDEX_DTYPE}, got {rows.shape} of {rows.dtype}; "
-                f"{_remake_hint(self.folder)}"
+                f"index {path} must have {self.samples} rows of {INDEX_DTYPE}, got {rows.shape} of {rows.dtype}; {hint}"
+            )
+        if check and (actual := index_sha256(rows)) != self.index_sha256:
+            raise ValueError(
+                f"index {path} changed since it was made: sha256 {self.index_sha256[:12]} expected, got "
+                f"{actual[:12]}; {hint}"
             )
         return rows
 
@@ -385,13 +392,7 @@ def index_sha256(rows: npt.NDArray[np.void]) -> str:
 
 
 def _faults(manifest: Manifest) -> Iterator[str]:
-    rows, end = manifest.index(), 0
-    actual = index_sha256(rows)
-    if actual != manifest.index_sha256:
-        raise ValueError(
-            f"index {manifest.folder / manifest.split}.npy changed since it was made: sha256 "
-            f"{manifest.index_sha256[:12]} expected, got {actual[:12]}; {_remake_hint(manifest.folder)}"
-        )
+    rows, end = manifest.index(check=True), 0
     if manifest.vectors is not None:
         try:
             manifest.vector_reader().array()

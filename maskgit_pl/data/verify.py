@@ -17,7 +17,7 @@ import numpy as np
 from maskgit_pl.checks import CHANNELS, count_text, pixels_text
 from maskgit_pl.data.image_bytes import UnreadableImageError, check_complete
 from maskgit_pl.data.images import decode_image
-from maskgit_pl.data.manifest import DataSummary, Manifest, Shard, Split, index_sha256, load_manifest, splits_of
+from maskgit_pl.data.manifest import DataSummary, Manifest, Shard, Split, check_vectors, load_manifest, splits_of
 from maskgit_pl.data.scan import format_counts
 from maskgit_pl.data.tar import BLOCK, DamagedTarError, DescriptorBytes, member_label, read_members
 from maskgit_pl.data.token_store import BadFile, TokenReader, read_description
@@ -89,7 +89,7 @@ def verify_shards(
     manifests = {split: load_manifest(folder, split, check=False) for split in splits_of(folder) or ("train",)}
     # 1.
     bad_indexes = {split: _find_bad_index(manifest) for split, manifest in manifests.items()}
-    arrays = (bad for split in manifests for bad in (bad_indexes[split], _find_bad_vectors(manifests[split])))
+    arrays = [bad for split in manifests for bad in (bad_indexes[split], _find_bad_vectors(manifests[split]))]
     # 2. Jobs finish in any order; the report has the order of the manifests.
     jobs = [(split, number) for split, manifest in manifests.items() for number in range(len(manifest.shards))]
     shards = [shard for manifest in manifests.values() for shard in manifest.shards]
@@ -265,28 +265,22 @@ class _Task:
 
 
 def _find_bad_index(manifest: Manifest) -> BadFile | None:
-    name = f"{manifest.split}.npy"
     try:
-        actual = index_sha256(manifest.index())
+        manifest.index(check=True)
     except ValueError as error:
-        return BadFile(name, f"{manifest.samples} rows", "unreadable", str(error))
-    if actual == manifest.index_sha256:
-        return None
-    return BadFile(name, _short(manifest.index_sha256), _short(actual), "index changed since it was made")
+        return BadFile(f"{manifest.split}.npy", f"{manifest.samples} rows", "damaged", str(error))
+    return None
 
 
 def _find_bad_vectors(manifest: Manifest) -> BadFile | None:
     if manifest.vectors is None:
         return None
-    path, expected = vectors_path(manifest.folder, manifest.split), manifest.vectors
     try:
-        manifest.vector_reader().array()
-        actual = sha256_of(path)
+        check_vectors(manifest)
     except (OSError, ValueError) as error:
-        return BadFile(path.name, f"{manifest.samples} vectors of {expected.kind}", "unreadable", str(error))
-    if actual == expected.sha256:
-        return None
-    return BadFile(path.name, _short(expected.sha256), _short(actual), "vectors changed since they were indexed")
+        name, kind = vectors_path(manifest.folder, manifest.split).name, manifest.vectors.kind
+        return BadFile(name, f"{manifest.samples} vectors of {kind}", "damaged", str(error))
+    return None
 
 
 def _verify_shard(task: _Task, job: tuple[Split, int]) -> BadFile | None:

@@ -234,7 +234,8 @@ def test_verify_names_changed_vectors(shards: Path, tmp_path: Path) -> None:
     np.save(folder / "train-vectors.npy", array)
     load_manifest(folder, "train")  # the quick check does not read it
     (bad,) = verify_shards(folder).bad
-    assert (bad.name, bad.reason) == ("train-vectors.npy", "vectors changed since they were indexed")
+    assert bad.name == "train-vectors.npy"
+    assert "changed since they were indexed" in bad.reason
     with pytest.raises(ValueError, match=r"train-vectors\.npy changed since they were indexed"):
         check_vectors(load_manifest(folder, "train"))
 
