@@ -302,6 +302,8 @@ def load_manifest(folder: str | Path, split: Split, *, check: bool = True) -> Ma
         FileNotFoundError: if the folder or the manifest is missing.
         ValueError: if the manifest is invalid, or index or shards differ from it.
     """
+    if check:
+        return load_manifests(folder, (split,))[split]
     folder = Path(folder)
     path = folder / f"{split}.json"
     if not folder.is_dir():
@@ -314,10 +316,7 @@ def load_manifest(folder: str | Path, split: Split, *, check: bool = True) -> Ma
             f"data folder {folder} has no manifest {path.name}; {_remake_hint(folder)} if it holds shards, or convert "
             f"images with `maskgit data make {folder} --out DIR`"
         )
-    manifest = _read_manifest(path, split)
-    if check:
-        _check_files(manifest)
-    return manifest
+    return _read_manifest(path, split)
 
 
 def load_manifests(folder: str | Path, splits: Sequence[Split] = ("train", "val")) -> dict[Split, Manifest]:
@@ -332,26 +331,14 @@ def load_manifests(folder: str | Path, splits: Sequence[Split] = ("train", "val"
         ValueError: if a manifest is invalid, or index or shards differ from it.
     """
     manifests = {split: load_manifest(folder, split, check=False) for split in splits}
-    _check_files(*manifests.values())
-    return manifests
-
-
-def _check_files(*manifests: Manifest) -> None:
-    """Compares the files on disk with manifests. One error lists the faults of all splits.
-
-    Raises:
-        ValueError: if an index differs from its manifest, or a shard is missing, cannot be read, or has another length
-            or another header.
-    """
-    faults = [fault for manifest in manifests for fault in _faults(manifest)]
-    if faults:
-        folder, total = manifests[0].folder, sum(len(manifest.shards) for manifest in manifests)
-        listed = "\n  ".join(faults)
+    if faults := [fault for manifest in manifests.values() for fault in _faults(manifest)]:
+        total, listed = sum(len(manifest.shards) for manifest in manifests.values()), "\n  ".join(faults)
         raise ValueError(
             f"data {folder}: {len(faults)} of {total} shards differ from the manifest:\n  {listed}\n"
             f"restore the shards, or, if they were changed on purpose, make the manifest again with "
             f"`maskgit data index {folder}`"
         )
+    return manifests
 
 
 def check_vectors(manifest: Manifest) -> None:
@@ -400,32 +387,31 @@ def _faults(manifest: Manifest) -> Iterator[str]:
             yield str(error)
     for shard in manifest.shards:
         start, end = end, end + shard.samples
+        if (fault := _fault_of(manifest.folder / shard.name, shard, rows[start:end])) is not None:
+            yield f"{shard.name}: {fault}"
+
+
+def _fault_of(path: Path, shard: Shard, rows: npt.NDArray[np.void]) -> str | None:
+    """Compares the length of a shard, and the headers of its first member and its first and last image."""
+    try:
+        descriptor = open_regular(path)
         try:
-            descriptor = open_regular(manifest.folder / shard.name)
-        except OSError as error:
-            yield f"{shard.name}: {shard.bytes} bytes expected, {error.strerror}"
-            continue
-        try:
-            yield from (f"{shard.name}: {fault}" for fault in _faults_of_shard(descriptor, shard, rows[start:end]))
+            length = os.fstat(descriptor).st_size
+            images = [(int(row["offset"]) - BLOCK, int(row["size"])) for row in (rows[[0, -1]] if len(rows) else ())]
+            headers = [(*place, parse_header(os.pread(descriptor, BLOCK, place[0]))) for place in [(0, None), *images]]
         finally:
             os.close(descriptor)
-
-
-def _faults_of_shard(descriptor: int, shard: Shard, rows: npt.NDArray[np.void]) -> Iterator[str]:
-    """Compares the length of a shard, and the headers of its first member and its first and last image."""
-    length = os.fstat(descriptor).st_size
+    except OSError as error:
+        return f"{shard.bytes} bytes expected, {error.strerror}"
     if length != shard.bytes:
-        yield f"{shard.bytes} bytes expected, {length} found"
-        return
-    images = [(int(row["offset"]) - BLOCK, int(row["size"])) for row in (rows[[0, -1]] if len(rows) else ())]
-    for offset, size in [(0, None), *images]:
+        return f"{shard.bytes} bytes expected, {length} found"
+    for offset, size, header in headers:
         # A valid checksum, and the length of the payload in the index.
-        header = parse_header(os.pread(descriptor, BLOCK, offset))
         if header is None or size not in (None, header[1]):
             stated = "" if size is None else f" of {size} bytes"
             found = "none" if header is None else f"one of {header[1]} bytes"
-            yield f"a member{stated} expected at byte {offset}, {found} found; changed after indexing"
-            return
+            return f"a member{stated} expected at byte {offset}, {found} found; changed after indexing"
+    return None
 
 
 def _to_json(manifest: Manifest) -> dict[str, Any]:
