@@ -103,6 +103,7 @@ def write_atomically(path: Path, *, partial_in: Path | None = None) -> Iterator[
         expected, written = file.tell(), os.fstat(file.fileno()).st_size
         if written < expected:
             raise OSError(errno.ENOSPC, f"only {written} of {expected} bytes could be written", str(path))
+        os.fsync(file.fileno())  # 2.
 
 
 def write_text(path: Path, text: str) -> None:
@@ -139,6 +140,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, metadata: Mappin
             code, sizes = errno.ENOSPC if free < needed else errno.EIO, f"{size_text(needed)}, {size_text(free)}"
             raise OSError(code, f"{error}; it needs {sizes} are free", str(file)) from error
         partial.chmod(mode)
+        sync(partial)
 
 
 def remove_partials(folder: Path) -> None:
@@ -161,13 +163,12 @@ def name_in_errors(path: Path, *hidden: Path) -> Iterator[None]:
 
 @contextmanager
 def _replacing(path: Path, folder: Path) -> Iterator[Path]:
-    """Yields a new path in a folder. The file that is written there is synced and renamed to ``path`` at the end."""
+    """Yields a new path in a folder. The file that is written and synced there is renamed to ``path`` at the end."""
     partial = folder / f".{path.name}.{uuid.uuid4().hex}.partial"  # unique over all hosts
     try:
         with name_in_errors(path, partial):
             yield partial
-            sync(partial)
-            os.replace(partial, path)
+            os.replace(partial, path)  # 3.
     finally:
         partial.unlink(missing_ok=True)
 

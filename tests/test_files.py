@@ -150,7 +150,7 @@ def test_a_disk_that_ends_within_a_file_leaves_no_part_of_it(tmp_path: Path, kin
 
 @pytest.mark.parametrize(
     ("call", "number"),
-    [("fsync", errno.EIO), ("replace", errno.EXDEV), ("replace", errno.EBUSY), ("open", errno.ESTALE)],
+    [("fsync", errno.EIO), ("replace", errno.EXDEV), ("replace", errno.EBUSY), ("fsync", errno.ESTALE)],
 )
 @pytest.mark.parametrize("kind", WRITES)
 def test_a_failing_disk_is_named_with_the_file(tmp_path: Path, monkeypatch, call: str, number: int, kind: str) -> None:
