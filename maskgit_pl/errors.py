@@ -5,7 +5,7 @@
 | 0 | success |
 | 2 | bad input: one line names the fault and what to do |
 | 70 | internal error of this package, a library or a plug-in (with a traceback), a hang, a killed worker or rank |
-| 74 | cannot write checkpoints, or an output on a full disk |
+| 74 | cannot write a checkpoint or an output: a full, failing or busy disk, or a lost network disk |
 | 75 | stopped by a signal or one Ctrl-C after saving; the same command resumes the run |
 | 76 | too many unreadable images, or the data changed during the run |
 | 77 | non-finite losses or gradients |
@@ -66,7 +66,10 @@ BROKEN_PIPE = 141
 
 _FILE_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 _BAD_NAMES = (errno.ENAMETOOLONG, errno.ELOOP)
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+# Full disks and quotas, failing disks, file systems that are lost, busy, read-only or on the other side of a mount.
+_BAD_DISK = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EBUSY, errno.EXDEV, errno.EROFS,
+}  # fmt: skip
 
 _MAX_SHOWN = 200  # characters of a text
 _MAX_LABEL = 60  # characters; longer labels leave no room for the axes
@@ -145,8 +148,8 @@ def exit_code_of(error: BaseException) -> int:
         return error.exit_code
     if is_user_error(error):
         return BAD_INPUT
-    # A full disk is no bad input: the same command works later or elsewhere.
-    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+    # A full or failing disk is no bad input: the same command works later or elsewhere.
+    if isinstance(error, OSError) and error.errno in _BAD_DISK:
         return CannotWriteError.exit_code
     if isinstance(error, BrokenPipeError):
         return BROKEN_PIPE

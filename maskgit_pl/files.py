@@ -37,6 +37,7 @@ __all__ = [
     "check_plain",
     "check_writable",
     "follow_links",
+    "name_in_errors",
     "open_regular",
     "open_zip",
     "parse_any_json",
@@ -45,6 +46,7 @@ __all__ = [
     "parse_yaml",
     "read_json",
     "read_yaml",
+    "remove_partials",
     "set_key",
     "sha256_of",
     "size_text",
@@ -72,11 +74,12 @@ class OutputError(OSError, ValueError):
 def write_atomically(path: Path, *, partial_in: Path | None = None) -> Iterator[IO[bytes]]:
     """Opens a binary file that gets its name when all of it is on disk.
 
-    1. Writes to a hidden partial file.
+    1. Writes to a hidden partial file, and checks that all bytes are in it.
     2. Flushes it to the disk with ``fsync``.
     3. Renames it to ``path``, which is atomic.
 
-    After an error, the partial file is removed and an older file at ``path`` is unchanged.
+    After an error, the partial file is removed and an older file at ``path`` is unchanged. A killed process leaves the
+    partial file; see ``remove_partials``.
 
     Args:
         path: File to write; an existing one is replaced. A link stays, and its target is written.
@@ -87,20 +90,20 @@ def write_atomically(path: Path, *, partial_in: Path | None = None) -> Iterator[
         The stream to write to.
 
     Raises:
+        OSError: if the file cannot be written. The message names ``path``.
         OutputError: if ``path`` is a folder, a device, a pipe or a broken link.
     """
     if path.is_symlink():
         partial_in = None  # the target may be on another file system
     path = follow_links(path)
-    partial = (partial_in or path.parent) / f".{path.name}.{uuid.uuid4().hex}.partial"  # unique over all hosts
-    try:
-        with open(partial, "wb") as file:  # 1.
-            yield file
-            file.flush()  # 2.
-            os.fsync(file.fileno())
-        os.replace(partial, path)  # 3.
-    finally:
-        partial.unlink(missing_ok=True)
+    with _replacing(path, partial_in or path.parent) as partial, open(partial, "wb") as file:  # 1.
+        yield file
+        file.flush()
+        # np.save writes through a copy of the descriptor and does not report a failure of its last write.
+        expected, written = file.tell(), os.fstat(file.fileno()).st_size
+        if written < expected:
+            raise OSError(errno.ENOSPC, f"only {written} of {expected} bytes could be written", str(path))
+        os.fsync(file.fileno())  # 2.
 
 
 def write_text(path: Path, text: str) -> None:
@@ -127,18 +130,45 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, metadata: Mappin
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}.partial")
-    try:
+    with _replacing(file, file.parent) as partial:
         partial.touch()  # the mode of a new file follows the umask
         mode = stat.S_IMODE(partial.stat().st_mode)
-        save_file(dict(tensors), partial, metadata=None if metadata is None else dict(metadata))
+        try:
+            save_file(dict(tensors), partial, metadata=None if metadata is None else dict(metadata))
+        except SafetensorError as error:  # hides the errno of the system
+            needed, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(file.parent).free
+            code, sizes = errno.ENOSPC if free < needed else errno.EIO, f"{size_text(needed)}, {size_text(free)}"
+            raise OSError(code, f"{error}; it needs {sizes} are free", str(file)) from error
         partial.chmod(mode)
         sync(partial)
-        os.replace(partial, file)
-    except SafetensorError as error:  # hides the errno of the system
-        needed, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(file.parent).free
-        code = errno.ENOSPC if free < needed else errno.EIO
-        raise OSError(code, f"{error}; it needs {size_text(needed)}, {size_text(free)} are free", str(file)) from error
+
+
+def remove_partials(folder: Path) -> None:
+    """Removes the partial files that killed processes have left in a folder, which no other process may be writing."""
+    for path in folder.iterdir():
+        if re.fullmatch(r"\..+\.[0-9a-f]{32}\.partial", path.name):
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def name_in_errors(path: Path, *hidden: Path) -> Iterator[None]:
+    """Names a file in the errors of the system that name none, or one of the hidden files in its place."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, *hidden, *map(str, hidden)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def _replacing(path: Path, folder: Path) -> Iterator[Path]:
+    """Yields a new path in a folder. The file that is written and synced there is renamed to ``path`` at the end."""
+    partial = folder / f".{path.name}.{uuid.uuid4().hex}.partial"  # unique over all hosts
+    try:
+        with name_in_errors(path, partial):
+            yield partial
+            os.replace(partial, path)  # 3.
     finally:
         partial.unlink(missing_ok=True)
 
@@ -193,7 +223,8 @@ def sync(path: Path) -> None:
     """Waits until a file, or the list of names in a folder, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with name_in_errors(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -1,12 +1,14 @@
-"""Writes data folders that `maskgit data` would refuse to make, for tests of damaged data."""
+"""Writes data folders that `maskgit data` would refuse to make, and watches what is written to the disk."""
 
 import io
+import os
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from maskgit_pl.data.manifest import INDEX_DTYPE, ImageRange, Manifest, Shard, Split, save_manifest
 
@@ -36,3 +38,19 @@ def save_data(
         digest = sha256(rows.tobytes()).hexdigest()
         save_manifest(Manifest(folder, split, tuple(shards), names, sizes, digest), rows)
     return folder
+
+
+def spy_on_disk(monkeypatch: pytest.MonkeyPatch, on_call: Callable[[str, Path], None]) -> None:
+    """Calls ``on_call(name, path)`` before each sync of a file or folder and before each rename."""
+    fsync, rename = os.fsync, os.replace
+
+    def spy_on_fsync(descriptor: int) -> None:
+        on_call("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def spy_on_rename(source: Path, target: Path) -> None:
+        on_call("rename", Path(target))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", spy_on_fsync)
+    monkeypatch.setattr(os, "replace", spy_on_rename)

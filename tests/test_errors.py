@@ -104,8 +104,14 @@ def test_a_value_error_that_was_never_raised_is_not_the_users():
     assert exit_code_of(ValueError("x")) == 70
 
 
-def test_a_full_disk_preemption_and_ctrl_c_have_codes_of_their_own():
-    assert exit_code_of(OSError(errno.ENOSPC, "full")) == 74
+@pytest.mark.parametrize("name", ["ENOSPC", "EDQUOT", "EFBIG", "EIO", "ESTALE", "EBUSY", "EXDEV", "EROFS"])
+def test_a_disk_that_cannot_be_written_is_no_internal_error(name):
+    error = OSError(getattr(errno, name), "fault", "out/file")
+    assert exit_code_of(error) == 74
+    assert describe_error(error, "maskgit sample").endswith(" fault: 'out/file'\n")
+
+
+def test_preemption_and_ctrl_c_have_codes_of_their_own():
     assert exit_code_of(PreemptedError("saved")) == 75
     assert exit_code_of(KeyboardInterrupt()) == 130
     assert describe_error(KeyboardInterrupt(), "maskgit sample") == "maskgit sample: interrupted\n"

@@ -5,20 +5,25 @@ import hashlib
 import itertools
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
 
 from maskgit_pl.data.folders import replace_folder, resolve_folder, write_folder
+from maskgit_pl.errors import exit_code_of
 from maskgit_pl.files import (
     check_writable,
     parse_yaml,
     read_json,
     read_yaml,
+    remove_partials,
     set_key,
     sha256_of,
     write_atomically,
@@ -114,6 +119,58 @@ def test_a_file_is_there_when_all_is_written_and_never_half(tmp_path: Path) -> N
         stream.writelines([b"newer", None])
     assert file.read_bytes() == b"new"
     assert {path.name for path in tmp_path.rglob("*")} == {"file", "elsewhere"}
+
+
+WRITES = {
+    "bytes": lambda path: write_text(path, "x" * 9000),
+    "array": lambda path: save_array(path, np.zeros(8184, np.uint8)),  # 8,312 bytes with the header
+    "tensors": lambda path: write_tensors(path, {"a": torch.zeros(9000)}),
+}
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    with write_atomically(path) as file:
+        np.save(file, array)
+
+
+@pytest.mark.parametrize("kind", WRITES)
+def test_a_disk_that_ends_within_a_file_leaves_no_part_of_it(tmp_path: Path, kind: str) -> None:
+    code = (
+        "import resource, signal, sys; from pathlib import Path; from tests.test_files import WRITES\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))\n"
+        "try: WRITES[sys.argv[1]](Path(sys.argv[2]))\n"
+        "except OSError as error: print(error.errno, error.filename)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, kind, tmp_path / "file"], capture_output=True, text=True)
+    number, _, name = done.stdout.strip().partition(" ")
+    assert exit_code_of(OSError(int(number), "")) == 74, done.stderr
+    assert name == str(tmp_path / "file")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("call", "number"),
+    [("fsync", errno.EIO), ("replace", errno.EXDEV), ("replace", errno.EBUSY), ("fsync", errno.ESTALE)],
+)
+@pytest.mark.parametrize("kind", WRITES)
+def test_a_failing_disk_is_named_with_the_file(tmp_path: Path, monkeypatch, call: str, number: int, kind: str) -> None:
+    def fail(*arguments: object) -> None:
+        paths = [os.fspath(each) for each in arguments if isinstance(each, str | Path)]
+        raise OSError(number, os.strerror(number), *paths[:1])
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(OSError, match=rf"{os.strerror(number)}: '{tmp_path}/file'") as caught:
+        WRITES[kind](tmp_path / "file")
+    assert exit_code_of(caught.value) == 74
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_partial_files_of_killed_processes_are_removed(tmp_path: Path) -> None:
+    others = {".hidden", "a.partial", ".a.partial", ".a.0f.partial", f"a.{'0' * 32}.partial"}
+    for name in {*others, f".val.npy.{'0f' * 16}.partial"}:
+        (tmp_path / name).touch()
+    remove_partials(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == others
 
 
 def test_a_hash_is_that_of_the_whole_file_by_name_or_descriptor(tmp_path: Path) -> None:

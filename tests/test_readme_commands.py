@@ -14,7 +14,7 @@ from textwrap import indent
 import pytest
 
 from maskgit_pl.cli import build_parser
-from maskgit_pl.runs.recipe import Recipe
+from maskgit_pl.cli.arguments import read_call, takes_overrides
 from tests.installed_packages import install
 from tests.test_makefile import run_make
 from tests.test_readme import PAGES, ROOT, RUN_IN_ORDER, python_blocks, save_small_model
@@ -114,9 +114,10 @@ def test_a_command_of_a_page_is_one_that_there_is(line: str) -> None:
         if command == ["--help"]:
             continue
         args, rest = parser.parse_known_args(command)
-        assert not rest or getattr(args, "takes_overrides", False), rest
+        assert not rest or takes_overrides(args.function), rest
         if rest and args.command in ("train", "tokenize"):
-            Recipe.read(args.stage, names=args.recipe, dataset=args.dataset, cluster=args.cluster, overrides=rest)
+            call = read_call(args.function, vars(args), rest)
+            call["run"].read(call.get("stage", "transformer"), rest)
 
 
 @pytest.mark.slow

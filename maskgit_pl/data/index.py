@@ -2,27 +2,23 @@
 
 Used by ``maskgit data index`` for existing shards (such as those of open_clip and img2dataset) and by ``writer``.
 Faults that would silently lose samples are rejected in one list, with the ways out, or left out and counted with
-``lenient``. The file ``.index.partial`` of an unfinished run has a first line with the options and one line per scanned
-shard; a run with other options does not use it.
+``lenient``.
 """
 
 from __future__ import annotations
 
-import base64
-import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from maskgit_pl.data.folders import hold_lock
 from maskgit_pl.data.manifest import (
     INDEX_DTYPE,
-    ImageRange,
     Manifest,
     Shard,
     Split,
@@ -37,19 +33,17 @@ from maskgit_pl.data.scan import (
     BAD_VECTOR,
     NO_LABEL,
     NO_VECTOR,
-    Fault,
     ShardScan,
     format_counts,
     require_vectors,
     scan_shard,
 )
 from maskgit_pl.data.vectors import VectorKind, load_vectors, vectors_path, write_vectors
-from maskgit_pl.files import parse_any_json, parse_json, write_atomically
+from maskgit_pl.files import parse_any_json, remove_partials, write_atomically
 from maskgit_pl.processes import choose_workers, run_jobs
 
-__all__ = ["PROGRESS", "IndexResult", "index_shards"]
+__all__ = ["IndexResult", "index_shards"]
 
-PROGRESS = ".index.partial"
 _UNLABELLED = "image"  # name of the only class of data without labels
 _MAX_COUNTS_BYTES = 64 * 2**20  # of sizes.json and *_stats.json
 
@@ -82,12 +76,13 @@ def index_shards(
 ) -> IndexResult:
     """Scans the shards of every split and writes their manifests.
 
-    1. Scan each shard, in parallel. Each finished scan is appended to ``.index.partial``, so that an interrupted run
-       resumes with the shards that are left; a shard is scanned again if its length or modification time differs.
+    1. Scan each shard, in parallel.
     2. Compare the counts with files beside the tars.
     3. Reject all faults in one error, unless ``lenient``.
     4. Copy the vectors of each split into one array, if the samples have vectors.
-    5. Write the manifests and remove ``.index.partial``.
+    5. Write the manifests.
+
+    The folder is locked. Half-written files of a killed run are removed first.
 
     Args:
         folder: The data folder: parent of the shards; the manifests are written to it.
@@ -101,30 +96,34 @@ def index_shards(
         on_shard: Called with the split of each finished shard and the split's number of shards (for a progress bar).
 
     Raises:
-        ValueError: if shards are damaged or, unless lenient, have samples with a fault. The message lists all of them.
+        ValueError: if another process indexes the folder, or shards are damaged or, unless lenient, have samples with a
+            fault. The message lists all of them.
     """
     folder = Path(folder)
-    if labels == "none":
-        classes = _only_class(classes)
-    options = Labels(labels, None if classes is None else tuple(classes))
-    # One process reads 256 MiB in about 10 seconds.
-    workers = choose_workers(workers, work=sum(path.stat().st_size for of in shards.values() for path in of) / 2**28)
-    names = {split: [path.relative_to(folder).as_posix() for path in paths] for split, paths in shards.items()}
-    # 1. Scan.
-    task = _ScanTask(folder, options, lenient, vectors)
-    scans, progress = _scan_all(task, names, workers=workers, on_shard=on_shard)
-    # The first shard with vectors decides their kind.
-    kind = next((scan.vector_kind for scan in scans.values() if scan.vector_kind is not None), None)
-    if kind is not None:
-        scans = {name: require_vectors(scan) for name, scan in scans.items()}
-    # 2. and 3. Compare counts, and reject faults.
-    miscounts = _find_miscounts(folder, names, scans)
-    _raise_faults(folder, scans, [] if lenient else miscounts, lenient=lenient, labels=labels, kind=kind)
-    # 4. and 5. Copy the vectors and write the manifests.
-    manifests = _save_all(folder, names, scans, labels=labels, classes=classes or _number_classes(scans), kind=kind)
-    progress.unlink(missing_ok=True)
-    ignored = {split: _sum_counts(scans[name].ignored for name in of_split) for split, of_split in names.items()}
-    return IndexResult(manifests, ignored, tuple(f"{name}: {fault}" for name, fault in miscounts))
+    with hold_lock(folder, hint="index another folder"):
+        remove_partials(folder)
+        if labels == "none":
+            classes = _only_class(classes)
+        options = Labels(labels, None if classes is None else tuple(classes))
+        # One process reads 256 MiB in about 10 seconds.
+        workers = choose_workers(
+            workers, work=sum(path.stat().st_size for of in shards.values() for path in of) / 2**28
+        )
+        names = {split: [path.relative_to(folder).as_posix() for path in paths] for split, paths in shards.items()}
+        # 1. Scan.
+        task = _ScanTask(folder, options, lenient, vectors)
+        scans = _scan_all(task, names, workers=workers, on_shard=on_shard)
+        # The first shard with vectors decides their kind.
+        kind = next((scan.vector_kind for scan in scans.values() if scan.vector_kind is not None), None)
+        if kind is not None:
+            scans = {name: require_vectors(scan) for name, scan in scans.items()}
+        # 2. and 3. Compare counts, and reject faults.
+        miscounts = _find_miscounts(folder, scans)
+        _raise_faults(folder, scans, [] if lenient else miscounts, lenient=lenient, labels=labels, kind=kind)
+        # 4. and 5. Copy the vectors and write the manifests.
+        manifests = _save_all(folder, names, scans, labels=labels, classes=classes or _number_classes(scans), kind=kind)
+        ignored = {split: _sum_counts(scans[name].ignored for name in of_split) for split, of_split in names.items()}
+        return IndexResult(manifests, ignored, tuple(f"{name}: {fault}" for name, fault in miscounts))
 
 
 def _only_class(classes: Sequence[str] | None) -> Sequence[str]:
@@ -154,25 +153,13 @@ def _scan_all(
     *,
     workers: int,
     on_shard: Callable[[Split, int], object],
-) -> tuple[dict[str, ShardScan], Path]:
-    path = task.folder / PROGRESS
-    known = _read_progress(path, task.folder, task.labels, vectors=task.vectors)
+) -> dict[str, ShardScan]:
     split_of = {name: split for split, of_split in names.items() for name in of_split}
-    scans = {name: known[name] for name in split_of if name in known}
-    for name in scans:
+    scans = {}
+    for name, scan in run_jobs(_scan_by_name, task, list(split_of), workers=workers):
+        scans[name] = scan
         on_shard(split_of[name], len(names[split_of[name]]))
-    jobs = [name for name in split_of if name not in scans]
-    with open(path, "ab" if known else "wb") as file:
-        if known:
-            file.write(b"\n")  # a killed run may have left half a line
-        else:
-            _write_line(file, _options_to_json(task.labels, vectors=task.vectors))
-        for name, scan in run_jobs(_scan_by_name, task, jobs, workers=workers):
-            scans[name] = scan
-            if scan.sha256:
-                _write_scan(file, name, scan)
-            on_shard(split_of[name], len(names[split_of[name]]))
-    return {name: scans[name] for name in split_of}, path
+    return {name: scans[name] for name in split_of}  # jobs end in any order
 
 
 def _scan_by_name(task: _ScanTask, name: str) -> ShardScan:
@@ -180,114 +167,36 @@ def _scan_by_name(task: _ScanTask, name: str) -> ShardScan:
         return scan_shard(task.folder / name, task.labels, lenient=task.lenient, vectors=task.vectors)
     except OSError as error:
         none = np.zeros(0, INDEX_DTYPE), np.zeros(0, np.int64)
-        return ShardScan(0, 0, "", none[0], None, 0, {}, {}, none[1], damage=str(error.strerror))
+        return ShardScan(0, "", none[0], None, 0, {}, {}, none[1], damage=str(error.strerror))
 
 
-def _write_scan(file: IO[bytes], name: str, scan: ShardScan) -> None:
-    """Writes the line of a scanned shard."""
-    arrays = {field: base64.b64encode(getattr(scan, field).tobytes()).decode() for field in ("rows", "vectors")}
-    _write_line(file, {"name": name, **asdict(scan), **arrays})
+def _find_miscounts(folder: Path, scans: Mapping[str, ShardScan]) -> list[tuple[str, str]]:
+    """Compares the numbers of samples with the counts in files beside the shards.
 
-
-def _read_progress(path: Path, folder: Path, labels: Labels, *, vectors: bool) -> dict[str, ShardScan]:
-    """Returns the scans of an interrupted run, if it had the same options, of shards that have not changed since."""
-    if not path.is_file():
-        return {}
-    with open(path, "rb") as file:
-        lines = _whole_lines(file)
-        # Other labels or class names would give other rows.
-        if next(lines, None) != _options_to_json(labels, vectors=vectors):
-            return {}
-        known = ((line, _reuse_scan(folder, line)) for line in lines)
-        return {line["name"]: scan for line, scan in known if scan is not None}
-
-
-def _options_to_json(labels: Labels, *, vectors: bool) -> dict[str, Any]:
-    classes = None if labels.classes is None else list(labels.classes)
-    return {"format": 2, "labels": labels.source, "classes": classes, "vectors": vectors}
-
-
-def _write_line(file: IO[bytes], content: Mapping[str, Any]) -> None:
-    file.write((json.dumps(content) + "\n").encode())
-    file.flush()
-
-
-def _whole_lines(file: IO[bytes]) -> Iterator[dict[str, Any]]:
-    for line in file:
-        try:
-            yield parse_json(line, "line")
-        except ValueError:
-            continue
-
-
-def _reuse_scan(folder: Path, line: dict[str, Any]) -> ShardScan | None:
-    try:
-        return _scan_from_json(folder, line)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # the shard is gone or the line is damaged
-        return None
-
-
-def _scan_from_json(folder: Path, line: dict[str, Any]) -> ShardScan | None:
-    status = os.stat(folder / line["name"])
-    if (status.st_size, status.st_mtime_ns) != (line["bytes"], line["mtime_ns"]):
-        return None
-    images = line["images"]
-    return ShardScan(
-        bytes=line["bytes"],
-        mtime_ns=line["mtime_ns"],
-        sha256=line["sha256"],
-        rows=np.frombuffer(base64.b64decode(line["rows"]), INDEX_DTYPE),
-        images=None
-        if images is None
-        else ImageRange(*(tuple(images[name]) for name in ("height", "width", "channels"))),
-        num_keys=line["num_keys"],
-        faults={fault: Fault(**found) for fault, found in line["faults"].items()},
-        ignored=line["ignored"],
-        vectors=np.frombuffer(base64.b64decode(line["vectors"]), np.int64),
-        vector_kind=None if line["vector_kind"] is None else VectorKind(*line["vector_kind"]),
-        without_vector=line["without_vector"],
-    )
-
-
-def _find_miscounts(
-    folder: Path, names: Mapping[Split, Sequence[str]], scans: Mapping[str, ShardScan]
-) -> list[tuple[str, str]]:
-    """Compares the number of samples of each shard with the counts in files beside it.
-
-    open_clip reads ``sizes.json``; img2dataset writes ``NNNNN_stats.json``.
+    open_clip reads ``sizes.json``; img2dataset writes ``NNNNN_stats.json``; ``__len__`` counts all shards of a folder.
 
     Returns:
         (shard, difference) of each count that disagrees.
     """
     found = []
-    for parent in sorted({(folder / name).parent for name in scans}):
-        sizes = _read_json(parent / "sizes.json")
-        for name, scan in scans.items():
-            path = folder / name
-            if path.parent != parent or scan.damage:
-                continue
-            stats = _read_json(parent / f"{path.stem}_stats.json")
-            stated = {
-                "sizes.json": sizes.get(path.name),
-                f"{path.stem}_stats.json": stats.get("successes"),
-            }
-            found += [
-                (name, f"{scan.num_keys} samples, {file} states {count!r:.20}")
-                for file, count in stated.items()
-                if count is not None and count != scan.num_keys
-            ]
-    return found + _check_total(folder, scans)
-
-
-def _check_total(folder: Path, scans: Mapping[str, ShardScan]) -> list[tuple[str, str]]:
-    """Compares the total with the file ``__len__``, which counts all shards of a folder: it is ignored for a part."""
-    path = folder / "__len__"
-    if not path.is_file() or {folder / name for name in scans} != set(glob_files(folder, "*.tar")):
-        return []
-    with open(path, "rb") as file:
-        stated = file.read(32).strip()
-    total = sum(scan.num_keys for scan in scans.values())
-    return [] if stated == str(total).encode() else [("__len__", f"states {stated!r} samples, the shards have {total}")]
+    sizes = {parent: _read_json(parent / "sizes.json") for parent in {(folder / name).parent for name in scans}}
+    for name, scan in scans.items():
+        path = folder / name
+        stats = path.with_name(f"{path.stem}_stats.json")
+        stated = {"sizes.json": sizes[path.parent].get(path.name), stats.name: _read_json(stats).get("successes")}
+        found += [
+            (name, f"{scan.num_keys} samples, {file} states {count!r:.20}")
+            for file, count in stated.items()
+            if count not in (None, scan.num_keys) and not scan.damage
+        ]
+    length, total = folder / "__len__", sum(scan.num_keys for scan in scans.values())
+    # It says nothing about a part of the shards.
+    if length.is_file() and {folder / name for name in scans} == set(glob_files(folder, "*.tar")):
+        with open(length, "rb") as file:
+            stated_total = file.read(32).strip()
+        if stated_total != str(total).encode():
+            found.append(("__len__", f"states {stated_total!r} samples, the shards have {total}"))
+    return found
 
 
 def _read_json(path: Path) -> dict[str, Any]:

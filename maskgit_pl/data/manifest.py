@@ -16,30 +16,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from maskgit_pl.checks import check_integer, check_keys, check_sha256, shorten
-from maskgit_pl.data.image_bytes import MAX_IMAGE_BYTES
-from maskgit_pl.data.shard_facts import (
-    ImageRange,
-    Shard,
-    VectorArray,
-    describe_resizing,
-    parse_image_range,
-    parse_shard,
-    parse_vector_array,
-    union,
-)
-from maskgit_pl.data.tar import BLOCK, find_fault
+from maskgit_pl.checks import ImageSize, build_dataclass, height_width, pixels_text, plain_size, shorten
+from maskgit_pl.data.tar import BLOCK, parse_header
 from maskgit_pl.data.vectors import VectorKind, VectorReader, map_array, vectors_path
-from maskgit_pl.files import read_json, sha256_of, write_atomically, write_text
+from maskgit_pl.files import open_regular, read_json, sha256_of, sync, write_atomically, write_text
 
 __all__ = [
     "INDEX_DTYPE",
@@ -49,7 +38,6 @@ __all__ = [
     "Shard",
     "Split",
     "VectorArray",
-    "check_shards",
     "check_vectors",
     "describe_resizing",
     "index_sha256",
@@ -63,14 +51,62 @@ __all__ = [
 
 Split = Literal["train", "val"]
 _FORMAT = 1
-_REQUIRED = ("format", "classes", "images", "index_sha256", "shards")
-_KNOWN = (
-    *_REQUIRED, "split", "samples", "labels", "left_out", "vector_dim", "vector_dtype", "vectors_sha256"
-)  # fmt: skip
 _MAX_MANIFEST_BYTES = 2**28  # enough for a million shards
-_BLOCK_ROWS = 2**20  # rows of an index that are checked at a time
 # Offset and size are those of the image's bytes inside the tar, so that one pread reads them.
 INDEX_DTYPE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("label", "<i4")])
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar in a manifest.
+
+    Args:
+        name: Path inside the data folder.
+        bytes: Length of the file.
+        samples: Number of samples in it.
+        sha256: Hash of the whole file, hex.
+
+    Raises:
+        ValueError: if the name leaves the folder.
+    """
+
+    name: str
+    bytes: int
+    samples: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        path = PurePosixPath(self.name)  # a stranger may have written the manifest
+        if path.is_absolute() or ".." in path.parts or path.name.startswith(".") or not self.name.isprintable():
+            raise ValueError(f"name must be a path inside the data folder, got {shorten(self.name)}")
+
+
+@dataclass(frozen=True)
+class ImageRange:
+    """The range of image sizes in a split.
+
+    Args:
+        height: Smallest and largest height in pixels, after the EXIF orientation.
+        width: Smallest and largest width.
+        channels: Numbers of channels that occur, sorted: 1 and 3; alpha is not counted.
+    """
+
+    height: tuple[int, int]
+    width: tuple[int, int]
+    channels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class VectorArray:
+    """The array of the vectors of a split, ``SPLIT-vectors.npy``.
+
+    Args:
+        kind: Size and type of the vectors.
+        sha256: Hash of the whole file, hex.
+    """
+
+    kind: VectorKind
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -110,26 +146,33 @@ class Manifest:
         content = json.dumps(_to_json(self), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(content.encode()).hexdigest()
 
-    def index(self) -> npt.NDArray[np.void]:
+    def index(self, *, check: bool = False) -> npt.NDArray[np.void]:
         """Maps the index into memory and checks its shape and type.
+
+        Args:
+            check: True compares all rows with their hash, too.
 
         Returns:
             (samples,) INDEX_DTYPE, one row per sample.
 
         Raises:
-            ValueError: if the file cannot be read, or has another shape or type.
+            ValueError: if the file cannot be read, has another shape or type, or differs from its hash.
         """
-        path = self.folder / f"{self.split}.npy"
+        path, hint = self.folder / f"{self.split}.npy", _remake_hint(self.folder)
         try:
             rows: npt.NDArray[np.void] = map_array(path)
         except FileNotFoundError as error:
-            raise ValueError(f"index {path}: cannot be read ({error.strerror}); {_remake_hint(self.folder)}") from error
+            raise ValueError(f"index {path}: cannot be read ({error.strerror}); {hint}") from error
         except ValueError as error:
-            raise ValueError(f"index {error}; {_remake_hint(self.folder)}") from error
+            raise ValueError(f"index {error}; {hint}") from error
         if rows.dtype != INDEX_DTYPE or rows.shape != (self.samples,):
             raise ValueError(
-                f"index {path} must have {self.samples} rows of {INDEX_DTYPE}, got {rows.shape} of {rows.dtype}; "
-                f"{_remake_hint(self.folder)}"
+                f"index {path} must have {self.samples} rows of {INDEX_DTYPE}, got {rows.shape} of {rows.dtype}; {hint}"
+            )
+        if check and (actual := index_sha256(rows)) != self.index_sha256:
+            raise ValueError(
+                f"index {path} changed since it was made: sha256 {self.index_sha256[:12]} expected, got "
+                f"{actual[:12]}; {hint}"
             )
         return rows
 
@@ -202,18 +245,65 @@ def read_manifest_summary(folder: str | Path) -> DataSummary:
     )
 
 
+def union(ranges: Sequence[ImageRange]) -> ImageRange:
+    """Returns the smallest range that contains all given ranges.
+
+    Args:
+        ranges: At least one range.
+    """
+    return ImageRange(
+        height=(min(r.height[0] for r in ranges), max(r.height[1] for r in ranges)),
+        width=(min(r.width[0] for r in ranges), max(r.width[1] for r in ranges)),
+        channels=tuple(sorted({channel for r in ranges for channel in r.channels})),
+    )
+
+
+def describe_resizing(images: ImageRange, image_size: ImageSize) -> str | None:
+    """Describes that images are resized for a model, and how to avoid it.
+
+    Only resizing that concerns all images is described: every image is enlarged, or all images have one size and are
+    reduced. Photos of several sizes are expected to be resized.
+
+    Args:
+        images: Range of the image sizes.
+        image_size: Size of the model's images: a side, or (height, width), in pixels.
+
+    Returns:
+        A sentence; None if not all images are resized, or this cannot be known from the range.
+    """
+    size, least, most = height_width(image_size), *zip(images.height, images.width, strict=True)
+    wanted, own = pixels_text(size), plain_size(most)
+    # An image is resized by the larger of the two ratios, and the rest of it is cropped.
+    if any(side < model_side for side, model_side in zip(most, size, strict=True)):
+        bound = "" if least == most else "at most "
+        return (
+            f"images of {bound}{pixels_text(most)} pixels are enlarged to {wanted}, which adds no detail; set "
+            f"data.image_size of the tokenizer to {bound}{own}, or make the data from larger images with --image-size "
+            f"{_flag_text(size)}"
+        )
+    if least == most and all(side > model_side for side, model_side in zip(most, size, strict=True)):
+        return (
+            f"images of {pixels_text(most)} pixels are reduced to {wanted}; set data.image_size of the tokenizer to "
+            f"{own}, or make the data with --image-size {_flag_text(size)}"
+        )
+    return None
+
+
 def load_manifest(folder: str | Path, split: Split, *, check: bool = True) -> Manifest:
     """Reads the manifest of a split and compares the files on disk with it.
 
     Args:
         folder: The data folder.
         split: ``"train"`` or ``"val"``.
-        check: True calls ``check_shards``.
+        check: True compares the whole index, and length, first and last header of each shard, which is fast enough for
+            the start of each run; ``maskgit data verify`` reads everything.
 
     Raises:
         FileNotFoundError: if the folder or the manifest is missing.
         ValueError: if the manifest is invalid, or index or shards differ from it.
     """
+    if check:
+        return load_manifests(folder, (split,))[split]
     folder = Path(folder)
     path = folder / f"{split}.json"
     if not folder.is_dir():
@@ -226,10 +316,7 @@ def load_manifest(folder: str | Path, split: Split, *, check: bool = True) -> Ma
             f"data folder {folder} has no manifest {path.name}; {_remake_hint(folder)} if it holds shards, or convert "
             f"images with `maskgit data make {folder} --out DIR`"
         )
-    manifest = _from_json(path, folder, split)
-    if check:
-        check_shards(manifest)
-    return manifest
+    return _read_manifest(path, split)
 
 
 def load_manifests(folder: str | Path, splits: Sequence[Split] = ("train", "val")) -> dict[Split, Manifest]:
@@ -244,29 +331,14 @@ def load_manifests(folder: str | Path, splits: Sequence[Split] = ("train", "val"
         ValueError: if a manifest is invalid, or index or shards differ from it.
     """
     manifests = {split: load_manifest(folder, split, check=False) for split in splits}
-    check_shards(*manifests.values())
-    return manifests
-
-
-def check_shards(*manifests: Manifest) -> None:
-    """Compares the files on disk with manifests: the whole index, and length, first and last header of each shard.
-
-    This is fast enough for the start of each run; ``maskgit data verify`` reads everything.
-
-    Raises:
-        ValueError: if an index differs from its manifest, or a shard is missing, cannot be read, or has another length
-            or another header. The message lists all such shards.
-    """
-    # All faults of all splits in one message, so that they can be repaired together.
-    faults = [fault for manifest in manifests for fault in _faults(manifest)]
-    if faults:
-        folder, total = manifests[0].folder, sum(len(manifest.shards) for manifest in manifests)
-        listed = "\n  ".join(faults)
+    if faults := [fault for manifest in manifests.values() for fault in _faults(manifest)]:
+        total, listed = sum(len(manifest.shards) for manifest in manifests.values()), "\n  ".join(faults)
         raise ValueError(
             f"data {folder}: {len(faults)} of {total} shards differ from the manifest:\n  {listed}\n"
             f"restore the shards, or, if they were changed on purpose, make the manifest again with "
             f"`maskgit data index {folder}`"
         )
+    return manifests
 
 
 def check_vectors(manifest: Manifest) -> None:
@@ -288,7 +360,7 @@ def check_vectors(manifest: Manifest) -> None:
 
 
 def save_manifest(manifest: Manifest, rows: npt.NDArray[np.void]) -> None:
-    """Writes the two files of a split, each atomically; the JSON last, since it makes the split valid.
+    """Writes the two files of a split, each atomically; the JSON last, when the index is on disk under its name.
 
     Args:
         manifest: The manifest.
@@ -297,6 +369,7 @@ def save_manifest(manifest: Manifest, rows: npt.NDArray[np.void]) -> None:
     folder, split = manifest.folder, manifest.split
     with write_atomically(folder / f"{split}.npy") as file:
         np.save(file, rows, allow_pickle=False)
+    sync(folder)
     write_text(folder / f"{split}.json", json.dumps(_to_json(manifest), indent=1) + "\n")
 
 
@@ -305,40 +378,8 @@ def index_sha256(rows: npt.NDArray[np.void]) -> str:
     return hashlib.sha256(np.ascontiguousarray(rows).view(np.uint8).data).hexdigest()
 
 
-def _check_index(manifest: Manifest, rows: npt.NDArray[np.void]) -> None:
-    """Checks the rows of an index: their hash, and that each image lies inside its shard.
-
-    Raises:
-        ValueError: if they differ from the manifest.
-    """
-    path, hint = manifest.folder / f"{manifest.split}.npy", _remake_hint(manifest.folder)
-    actual = index_sha256(rows)
-    if actual != manifest.index_sha256:
-        raise ValueError(
-            f"index {path} changed since it was made: sha256 {manifest.index_sha256[:12]} expected, got "
-            f"{actual[:12]}; {hint}"
-        )
-    # The hash protects against accidents; a hostile folder may have a matching hash, so check the ranges too.
-    lengths = np.array([shard.bytes for shard in manifest.shards], np.uint64)
-    for start in range(0, len(rows), _BLOCK_ROWS):
-        block = rows[start : start + _BLOCK_ROWS]
-        shard, offset, size = block["shard"], block["offset"], block["size"]
-        # A header precedes every payload; compare differences, since offset + size might overflow.
-        bad = (shard >= len(lengths)) | (offset < BLOCK)
-        bad |= offset > lengths[np.minimum(shard, len(lengths) - 1)]
-        bad |= size > lengths[np.minimum(shard, len(lengths) - 1)] - np.where(bad, 0, offset)
-        bad |= size > MAX_IMAGE_BYTES
-        if bad.any():
-            row = int(bad.argmax())
-            raise ValueError(
-                f"index {path}: row {start + row} must lie inside one of {len(lengths)} shards, with at most "
-                f"{MAX_IMAGE_BYTES} bytes, got {block[row]}; {hint}"
-            )
-
-
 def _faults(manifest: Manifest) -> Iterator[str]:
-    rows, end = manifest.index(), 0
-    _check_index(manifest, rows)
+    rows, end = manifest.index(check=True), 0
     if manifest.vectors is not None:
         try:
             manifest.vector_reader().array()
@@ -346,9 +387,31 @@ def _faults(manifest: Manifest) -> Iterator[str]:
             yield str(error)
     for shard in manifest.shards:
         start, end = end, end + shard.samples
-        fault = find_fault(manifest.folder / shard.name, shard.bytes, rows[start:end])
-        if fault is not None:
+        if (fault := _fault_of(manifest.folder / shard.name, shard, rows[start:end])) is not None:
             yield f"{shard.name}: {fault}"
+
+
+def _fault_of(path: Path, shard: Shard, rows: npt.NDArray[np.void]) -> str | None:
+    """Compares the length of a shard, and the headers of its first member and its first and last image."""
+    try:
+        descriptor = open_regular(path)
+        try:
+            length = os.fstat(descriptor).st_size
+            images = [(int(row["offset"]) - BLOCK, int(row["size"])) for row in (rows[[0, -1]] if len(rows) else ())]
+            headers = [(*place, parse_header(os.pread(descriptor, BLOCK, place[0]))) for place in [(0, None), *images]]
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        return f"{shard.bytes} bytes expected, {error.strerror}"
+    if length != shard.bytes:
+        return f"{shard.bytes} bytes expected, {length} found"
+    for offset, size, header in headers:
+        # A valid checksum, and the length of the payload in the index.
+        if header is None or size not in (None, header[1]):
+            stated = "" if size is None else f" of {size} bytes"
+            found = "none" if header is None else f"one of {header[1]} bytes"
+            return f"a member{stated} expected at byte {offset}, {found} found; changed after indexing"
+    return None
 
 
 def _to_json(manifest: Manifest) -> dict[str, Any]:
@@ -372,50 +435,23 @@ def _to_json(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _from_json(path: Path, folder: Path, split: Split) -> Manifest:
+def _read_manifest(path: Path, split: Split) -> Manifest:
     try:
         content = read_json(path, max_bytes=_MAX_MANIFEST_BYTES)
-        if content.get("format") != _FORMAT:
-            raise ValueError(f"{path}: format must be {_FORMAT}, got {shorten(content.get('format'))}")
-        check_keys(str(path), content, known=_KNOWN, required=_REQUIRED)
-        _check_types(path, content)
-        shards = tuple(
-            parse_shard(fields, f"{path}: shards[{number}]") for number, fields in enumerate(content["shards"])
-        )
-        # The keys split and samples repeat other facts, for people who read the file; they must agree.
-        samples = sum(shard.samples for shard in shards)
-        check_integer(f"{path}: samples of all shards", samples, "[1, 4294967296]")
-        for key, expected in (("split", split), ("samples", samples)):
-            if content.get(key, expected) != expected:
-                raise ValueError(f"{path}: {key} must be {expected!r}, got {shorten(content[key])}")
-        return Manifest(
-            folder=folder,
-            split=split,
-            shards=shards,
-            classes=tuple(content["classes"]),
-            images=parse_image_range(content["images"], f"{path}: images"),
-            index_sha256=check_sha256(f"{path}: index_sha256", content["index_sha256"]),
-            labels=content.get("labels", "cls"),
-            left_out=content.get("left_out", {}),
-            vectors=parse_vector_array(content, str(path)),
+        if content.pop("format", None) != _FORMAT:
+            raise ValueError(f"{path} must have format {_FORMAT}")
+        content.pop("samples", None)  # for people who read the file, as is the split
+        dim, dtype, digest = (content.pop(key, None) for key in ("vector_dim", "vector_dtype", "vectors_sha256"))
+        vectors = None if dim is None else VectorArray(VectorKind(dim, dtype), digest)
+        return build_dataclass(
+            Manifest, {**content, "folder": path.parent, "split": split, "vectors": vectors}, str(path)
         )
     except ValueError as error:
-        raise ValueError(f"manifest {error}; {_remake_hint(folder)}") from error
+        raise ValueError(f"manifest {error}; {_remake_hint(path.parent)}") from error
 
 
-def _check_types(path: Path, content: Mapping[str, Any]) -> None:
-    classes = content["classes"]
-    if not classes or not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise ValueError(f"{path}: classes must be a list of names, got {shorten(classes)}")
-    if not isinstance(content["shards"], list):
-        raise ValueError(f"{path}: shards must be a list, got {shorten(content['shards'])}")
-    labels, left_out = content.get("labels", "cls"), content.get("left_out", {})
-    if not isinstance(labels, str) or not re.fullmatch(r"cls|none|json:.+", labels):
-        raise ValueError(f"{path}: labels must be cls, json:FIELD or none, got {shorten(labels)}")
-    if not isinstance(left_out, dict):
-        raise ValueError(f"{path}: left_out must be a mapping of counts, got {shorten(left_out)}")
-    for fault, count in left_out.items():
-        check_integer(f"{path}: left_out[{shorten(fault)}]", count, "[0, 4294967296]")
+def _flag_text(size: tuple[int, int]) -> str:
+    return str(size[0]) if size[0] == size[1] else f"{size[0]},{size[1]}"
 
 
 def _remake_hint(folder: Path) -> str:

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from maskgit_pl.checks import check_number, shorten
 from maskgit_pl.data.manifest import Manifest, Split
-from maskgit_pl.data.tar import BLOCK
+from maskgit_pl.data.tar import BLOCK, member_label
 from maskgit_pl.data.vectors import has_all_bytes
 from maskgit_pl.errors import DataChangedError
 from maskgit_pl.files import open_regular
@@ -142,22 +142,32 @@ def split_shards(
     """
     fraction = 0.1 if val_fraction is None else val_fraction
     check_number("val_fraction", fraction, "(0, 1)")
-    train_shards = None if train is None else find_shards(folder, train)
-    val_shards, how = (None, "") if val is None else (find_shards(folder, val), f"val is {val}")
-    pool = shards if train_shards is None else train_shards
+    pool = list(shards) if train is None else find_shards(folder, train)
+    others = shards if train is None else sorted(set(shards) - set(pool))
+    named = _find_named(folder, others, _VAL) or _find_named(folder, others, _TEST)
     # 1. val
-    if val_shards is None and val_fraction is None:
-        val_shards, how = _find_val_by_name(folder, shards if train_shards is None else set(shards) - set(train_shards))
-    if val_shards is None:
-        val_shards, how = _take_last(pool, fraction, folder)
+    if val is not None:
+        val_shards, how = find_shards(folder, val), f"val is {val}"
+    elif named and val_fraction is None:
+        val_shards, how = named, "val shards were found by their names"
+    elif len(pool) < 2:
+        raise ValueError(
+            f"data folder {folder} must have at least 2 shards, since whole shards become val, got {len(pool)}; give "
+            "others with --val, or make smaller shards"
+        )
+    else:
+        count = min(max(1, round(fraction * len(pool))), len(pool) - 1)  # at least one shard for each split
+        val_shards = pool[-count:]
+        how = f"the last {count} of {len(pool)} shards are val (--val-fraction {fraction:g})"
     # 2. train
-    if train_shards is None:
-        rest = [shard for shard in pool if shard not in set(val_shards)]
+    train_shards = pool if train is not None and val is not None else sorted(set(pool) - set(val_shards))
+    if train is None:
         # If some shards are named train, other shards (such as test, beside val) belong to no split.
-        train_shards = [shard for shard in rest if _has_word(folder, shard, _TRAIN)] or rest
-    elif how.startswith("the last"):
-        train_shards = [shard for shard in train_shards if shard not in set(val_shards)]
-    _check_splits(folder, train_shards, val_shards)
+        train_shards = _find_named(folder, train_shards, _TRAIN) or train_shards
+    if both := sorted(set(train_shards) & set(val_shards)):
+        raise ValueError(f"data folder {folder}: {both[0].name} must not be both train and val; give --train and --val")
+    if not train_shards:
+        raise ValueError(f"data folder {folder}: train must have at least 1 shard, got none; give --train and --val")
     return {"train": train_shards, "val": val_shards}, how
 
 
@@ -289,14 +299,8 @@ class ShardReader:
         return self._name(*self.index[index].item()[:2])
 
     def _name(self, shard: int, offset: int) -> str:
-        # The member's header is the block before its payload; fields of ustar: name, magic, prefix.
         header = self._pread(shard, BLOCK, offset - BLOCK) if offset >= BLOCK else b""
-        member, magic, prefix = header[:100], header[257:262], header[345:500]
-        if magic != b"ustar":
-            return f"{self.manifest.shards[shard].name}:byte {offset}"
-        parts = [part.split(b"\0")[0].decode(errors="replace") for part in (prefix, member)]
-        path = "/".join(part for part in parts if part)
-        return f"{self.manifest.shards[shard].name}:" + "".join(c if c.isprintable() else "?" for c in path)
+        return member_label(self.manifest.shards[shard].name, header, offset)
 
     def _data_changed_error(self, name: str, fault: str) -> DataChangedError:
         folder = self.manifest.folder
@@ -311,9 +315,7 @@ class ShardReader:
             return
         wrong = np.flatnonzero((labels < 0) | (labels >= classes))
         names = [f"{self._name(*row.item()[:2])}: {row['label']}" for row in rows[wrong[:_MAX_LISTED]]]
-        listed = "\n  ".join(
-            [*names, f"... and {len(wrong) - _MAX_LISTED} more"] if len(wrong) > _MAX_LISTED else names
-        )
+        listed = "\n  ".join(names + [f"... and {len(wrong) - len(names)} more"] * (len(wrong) > len(names)))
         raise ValueError(
             f"data {self.manifest.folder}, split {self.manifest.split}: labels must be in [0, {classes}), "
             f"got others in {len(wrong)} samples:\n  {listed}\n"
@@ -353,36 +355,10 @@ class ShardReader:
         self.close()
 
 
-def _has_word(folder: Path, shard: Path, words: str) -> bool:
-    """Returns whether a shard's path inside the folder contains one of the words, not as a part of another word."""
-    return bool(re.search(rf"(?<![a-z])({words})(?![a-z])", shard.relative_to(folder).as_posix().lower()))
-
-
-def _find_val_by_name(folder: Path, shards: Iterable[Path]) -> tuple[list[Path] | None, str]:
-    for words in (_VAL, _TEST):
-        found = sorted(shard for shard in shards if _has_word(folder, shard, words))
-        if found:
-            return found, "val shards were found by their names"
-    return None, ""
-
-
-def _take_last(shards: Sequence[Path], fraction: float, folder: Path) -> tuple[list[Path], str]:
-    if len(shards) < 2:
-        raise ValueError(
-            f"data folder {folder} must have at least 2 shards, since whole shards become val, got {len(shards)}; give "
-            "others with --val, or make smaller shards"
-        )
-    # At least one shard for each split.
-    count = min(max(1, round(fraction * len(shards))), len(shards) - 1)
-    return list(shards[-count:]), f"the last {count} of {len(shards)} shards are val (--val-fraction {fraction:g})"
-
-
-def _check_splits(folder: Path, train: Sequence[Path], val: Sequence[Path]) -> None:
-    both = sorted(set(train) & set(val))
-    if both:
-        raise ValueError(f"data folder {folder}: {both[0].name} must not be both train and val; give --train and --val")
-    if not train:
-        raise ValueError(f"data folder {folder}: train must have at least 1 shard, got none; give --train and --val")
+def _find_named(folder: Path, shards: Iterable[Path], words: str) -> list[Path]:
+    """Returns the shards whose path inside the folder contains one of the words, not as a part of another word."""
+    pattern = re.compile(rf"(?<![a-z])({words})(?![a-z])")
+    return [shard for shard in shards if pattern.search(shard.relative_to(folder).as_posix().lower())]
 
 
 def _count_choices(inner: str) -> int:

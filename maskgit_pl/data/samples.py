@@ -325,19 +325,19 @@ class UnreadableImages:
         for drawn, shown in zip(index[row].tolist(), replacement[row].tolist(), strict=True):
             length = (shown - drawn) % self.num_samples or self.num_samples
             longest = max(longest, length)
-            for number in range(drawn, drawn + length):
-                self._note(number % self.num_samples)
+            for number in (place % self.num_samples for place in range(drawn, drawn + length)):
+                self.times[number] += 1
+                if number not in self.images:
+                    self.images[number] = self._explain(number)
         # 2.
         if longest >= min(MAX_IN_A_ROW, self.num_samples):
-            raise DataBudgetError(self._text(f"{longest} images in a row cannot be read"))
+            raise self._error(f"{longest} images in a row cannot be read")
         # 3.
         allowed = ALWAYS_ALLOWED if self.budget > 0 else 0
         if len(self.images) > allowed and self.count > self.budget * self.seen:
-            raise DataBudgetError(
-                self._text(
-                    f"unreadable images must be at most {self.budget:g} of all images, or {allowed} in total, "
-                    f"got {len(self.images)} ({self.count} times in {self.seen} images)"
-                )
+            raise self._error(
+                f"unreadable images must be at most {self.budget:g} of all images, or {allowed} in total, "
+                f"got {len(self.images)} ({self.count} times in {self.seen} images)"
             )
 
     def by_shard(self) -> dict[str, int]:
@@ -355,18 +355,8 @@ class UnreadableImages:
             | {"reason": image.reason, "error": image.error}
             for index, image in sorted(self.images.items())
         ]
-        return {
-            "seen": self.seen,
-            "unreadable": self.count,
-            "shards": self.by_shard(),
-            "reasons": self.by_reason(),
-            "images": images,
-        }
-
-    def _note(self, index: int) -> None:
-        self.times[index] += 1
-        if index not in self.images:
-            self.images[index] = self._explain(index)
+        counts = {"shards": self.by_shard(), "reasons": self.by_reason()}
+        return {"seen": self.seen, "unreadable": self.count, **counts, "images": images}
 
     def _count_by(self, key: Callable[[Unreadable], str]) -> dict[str, int]:
         counts: Counter[str] = Counter()
@@ -374,11 +364,11 @@ class UnreadableImages:
             counts[key(self.images[index])] += times
         return dict(counts.most_common())
 
-    def _text(self, rule: str) -> str:
+    def _error(self, rule: str) -> DataBudgetError:
         lines = [f"{image.name}: {image.reason}: {image.error}" for _, image in sorted(self.images.items())]
         more = [f"... and {len(lines) - _MAX_LISTED} more"] if len(lines) > _MAX_LISTED else []
         listed = "\n  ".join([*lines[:_MAX_LISTED], *more])
-        return (
+        return DataBudgetError(
             f"data budget: {rule}:\n  {listed}\n"
             "repair or leave out these images and make the shards again, or raise data.unreadable_budget"
         )

@@ -1,6 +1,6 @@
 """Scan of one tar: the position of each image and vector, its label, and a count of each kind of fault.
 
-Used by ``index``, which writes manifests from scans, by ``verify``, which compares both, and by streams.
+Used by ``index``, which writes manifests from scans.
 
 1. Walk the members of the tar; see ``tar.read_members``.
 2. Group consecutive members by key, as webdataset does: the key is the name up to the first dot of its last component.
@@ -22,15 +22,16 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from maskgit_pl.data.image_bytes import MAX_IMAGE_BYTES, UnreadableImageError
+from maskgit_pl.data.image_bytes import MAX_IMAGE_BYTES
 from maskgit_pl.data.images import ImageHeader, parse_image_header
 from maskgit_pl.data.manifest import INDEX_DTYPE, ImageRange
 from maskgit_pl.data.samples import Labels
-from maskgit_pl.data.tar import BLOCK, DamagedTarError, DescriptorBytes, Member, read_members
+from maskgit_pl.data.tar import BLOCK, DamagedTarError, DescriptorBytes, Member, member_label, read_members
 from maskgit_pl.data.vectors import MAX_VECTOR_BYTES, VECTOR_EXTENSION, VectorKind, parse_vector
 from maskgit_pl.errors import printable
 from maskgit_pl.files import open_regular, sha256_of
@@ -95,9 +96,7 @@ class ShardScan:
 
     Args:
         bytes: Length of the file.
-        mtime_ns: Time of its last modification, in nanoseconds.
-        sha256: Hash of the whole file, hex; empty if the tar is damaged, its samples are to be rejected, or no hash was
-            asked for.
+        sha256: Hash of the whole file, hex; empty if the tar is damaged or its samples are to be rejected.
         rows: (n,) INDEX_DTYPE, the samples without a fault; ``shard`` is 0.
         images: Range of their sizes; None without samples.
         num_keys: Number of samples that have an image, with or without a fault.
@@ -110,7 +109,6 @@ class ShardScan:
     """
 
     bytes: int
-    mtime_ns: int
     sha256: str
     rows: npt.NDArray[np.void]
     images: ImageRange | None
@@ -139,8 +137,6 @@ def scan_shard(
     *,
     lenient: bool = True,
     vectors: bool = True,
-    hashed: bool = True,
-    on_member: Callable[[], object] = lambda: None,
 ) -> ShardScan:
     """Scans a tar: reads its labels, image headers and vectors, and hashes it.
 
@@ -150,27 +146,23 @@ def scan_shard(
         lenient: True if samples with a fault will be left out. False if they will be rejected; then the scan stops
             after 100,000 of them, and a shard with faults is not hashed.
         vectors: True to read ``.npy`` members as vectors; False ignores them.
-        hashed: False to read the file once only, and to leave the hash empty.
-        on_member: Called after each member.
 
     Raises:
         OSError: if the file cannot be opened or read, or is not a regular file.
     """
     descriptor = open_regular(path)
     try:
-        status = os.fstat(descriptor)
         scan = _Scanner(descriptor, path.name, labels, lenient=lenient, vectors=vectors)
         damage, digest = "", ""
         try:
             for member in read_members(DescriptorBytes(descriptor)):
                 scan.take(member)
-                on_member()
             # A second pass over the file, only if the hash will be used.
-            if hashed and (scan.has_no_faults() or lenient):
+            if scan.has_no_faults() or lenient:
                 digest = sha256_of(descriptor)
         except DamagedTarError as error:
             damage = str(error)
-        return scan.result(status, digest, damage)
+        return scan.result(os.fstat(descriptor).st_size, digest, damage)
     finally:
         os.close(descriptor)
 
@@ -178,7 +170,7 @@ def scan_shard(
 class _Sample:
     """A sample: consecutive members with the same key."""
 
-    __slots__ = ("faults", "key", "label", "offset", "other", "place", "shape", "size", "vector")
+    __slots__ = ("faults", "key", "label", "offset", "other", "place", "shape", "size", "taken", "vector")
 
     def __init__(self, key: str = "", place: int = -1) -> None:
         self.key = key
@@ -189,7 +181,24 @@ class _Sample:
         self.shape = -1  # height, width and channels of the image, packed; see _pack
         self.vector = -1  # offset of the first value of the vector; -1 without a vector
         self.faults = 0  # bits, see _BIT
-        self.other: list[str] = []  # extensions of members that are neither image nor label
+        self.taken = 0  # the parts that have been read, as the bits of their faults
+        self.other: list[str] = []  # extensions of members that are no part
+
+
+class _Part(NamedTuple):
+    """A kind of member that is read: image, label or vector.
+
+    Args:
+        limit: Maximum size in bytes.
+        read: Takes a member, its bytes, and its name for errors; raises a ``ValueError`` for a bad one.
+        bad: Fault of a sample whose member cannot be used.
+        twice: Fault of a sample with two of them.
+    """
+
+    limit: int
+    read: Callable[[Member, bytes, str], None]
+    bad: str
+    twice: str
 
 
 class _Scanner:
@@ -197,8 +206,13 @@ class _Scanner:
 
     def __init__(self, descriptor: int, shard: str, labels: Labels, *, lenient: bool, vectors: bool) -> None:
         self.descriptor, self.shard, self.labels, self.lenient = descriptor, shard, labels, lenient
-        self.label_extension = labels.extension
-        self.vector_extension = VECTOR_EXTENSION if vectors else None
+        image = _Part(MAX_IMAGE_BYTES, self._read_image, BAD_IMAGE, TWO_IMAGES)
+        limit = _MAX_LABEL_BYTES if labels.source == "cls" else _MAX_JSON_BYTES
+        self.parts = dict.fromkeys(IMAGE_EXTENSIONS, image)
+        if labels.extension is not None:
+            self.parts[labels.extension] = _Part(limit, self._read_label, BAD_LABEL, TWO_LABELS)
+        if vectors:
+            self.parts[VECTOR_EXTENSION] = _Part(MAX_VECTOR_BYTES, self._read_vector, BAD_VECTOR, TWO_VECTORS)
         self.vector_kind: VectorKind | None = None  # of the first vector
         self.without_vector = ""
         self.sample = _Sample()
@@ -223,28 +237,26 @@ class _Scanner:
             self._finish()
             self.sample = _Sample(key, member.offset)
         # 3. Read images, labels and vectors; note the extension of any other member.
-        is_image = extension in IMAGE_EXTENSIONS
-        if not is_image and extension not in (self.label_extension, self.vector_extension):
+        part = self.parts.get(extension)
+        if part is None:
             self.sample.other.append(extension)
         elif fault := _member_fault(member):
             self._add_fault(fault, member)
-        elif is_image:
-            self._take_image(member)
-        elif extension == self.label_extension:
-            self._take_label(member)
+        elif self.sample.taken & _BIT[part.bad]:
+            self._add_fault(part.twice, member)
         else:
-            self._take_vector(member)
+            self._read(member, part)
 
     def has_no_faults(self) -> bool:
         """Returns whether there are samples and none has a fault; call it after the last member."""
         self._finish()
         return bool(self.table) and not self.num_faulty
 
-    def result(self, status: os.stat_result, digest: str, damage: str) -> ShardScan:
+    def result(self, size: int, digest: str, damage: str) -> ShardScan:
         """Returns the result of the scan; call it after the last member.
 
         Args:
-            status: ``os.fstat`` of the file.
+            size: Length of the file in bytes.
             digest: Hash of the file, or empty.
             damage: The reason if the tar is damaged, or empty.
         """
@@ -260,8 +272,7 @@ class _Scanner:
         for name, column in (("offset", offsets), ("size", sizes), ("label", labels)):
             rows[name] = column[whole]
         return ShardScan(
-            bytes=status.st_size,
-            mtime_ns=status.st_mtime_ns,
+            bytes=size,
             sha256=digest,
             rows=rows,
             images=_image_range(shapes[whole]),
@@ -274,54 +285,28 @@ class _Scanner:
             damage=damage,
         )
 
-    def _take_image(self, member: Member) -> None:
-        if self.sample.offset >= 0:
-            self._add_fault(TWO_IMAGES, member)
+    def _read(self, member: Member, part: _Part) -> None:
+        self.sample.taken |= _BIT[part.bad]
+        if not 0 < member.size <= part.limit:
+            self._add_fault(part.bad, member, f"size must be 1 to {part.limit} bytes, got {member.size}")
             return
+        try:
+            part.read(member, os.pread(self.descriptor, member.size, member.offset), self._member_label(member))
+        except ValueError as error:
+            self._add_fault(part.bad, member, str(error))
+
+    def _read_image(self, member: Member, data: bytes, name: str) -> None:
         self.sample.offset, self.sample.size = member.offset, member.size
-        if not 0 < member.size <= MAX_IMAGE_BYTES:
-            self._add_fault(BAD_IMAGE, member, f"size must be 1 to {MAX_IMAGE_BYTES} bytes, got {member.size}")
-            return
-        try:
-            header = parse_image_header(self._payload(member), name=self._member_label(member))
-        except UnreadableImageError as error:
-            self._add_fault(BAD_IMAGE, member, str(error))
-        else:
-            self.sample.shape = _pack(header)
+        self.sample.shape = _pack(parse_image_header(data, name=name))
 
-    def _take_label(self, member: Member) -> None:
-        # A bad label leaves -1 and counts as a label too.
-        if self.sample.label >= 0 or self.sample.faults & _BIT[BAD_LABEL]:
-            self._add_fault(TWO_LABELS, member)
-            return
-        limit = _MAX_LABEL_BYTES if self.labels.source == "cls" else _MAX_JSON_BYTES
-        if member.size > limit:
-            self._add_fault(BAD_LABEL, member, f"size must be at most {limit} bytes, got {member.size}")
-            return
-        try:
-            self.sample.label = self.labels.read(self._payload(member), name=self._member_label(member))
-        except ValueError as error:
-            self._add_fault(BAD_LABEL, member, str(error))
+    def _read_label(self, member: Member, data: bytes, name: str) -> None:
+        self.sample.label = self.labels.read(data, name=name)
 
-    def _take_vector(self, member: Member) -> None:
-        if self.sample.vector >= 0 or self.sample.faults & _BIT[BAD_VECTOR]:
-            self._add_fault(TWO_VECTORS, member)
-            return
-        if member.size > MAX_VECTOR_BYTES:
-            self._add_fault(BAD_VECTOR, member, f"size must be at most {MAX_VECTOR_BYTES} bytes, got {member.size}")
-            return
-        name = self._member_label(member)
-        try:
-            kind, start = parse_vector(self._payload(member), name=name)
-            if kind != (self.vector_kind or kind):
-                raise ValueError(f"vector {name} must have {self.vector_kind} as those before it, got {kind}")
-        except ValueError as error:
-            self._add_fault(BAD_VECTOR, member, str(error))
-        else:
-            self.sample.vector, self.vector_kind = member.offset + start, kind
-
-    def _payload(self, member: Member) -> bytes:
-        return os.pread(self.descriptor, member.size, member.offset)
+    def _read_vector(self, member: Member, data: bytes, name: str) -> None:
+        kind, start = parse_vector(data, name=name)
+        if kind != (self.vector_kind or kind):
+            raise ValueError(f"vector {name} must have {self.vector_kind} as those before it, got {kind}")
+        self.sample.vector, self.vector_kind = member.offset + start, kind
 
     def _finish(self) -> None:
         """Closes the current sample and adds its row."""
@@ -331,12 +316,11 @@ class _Scanner:
         self.sample = _Sample()
         if not self._count_ignored(sample):
             return
-        has_label = sample.label >= 0 or bool(sample.faults & _BIT[BAD_LABEL])
-        if self.label_extension is None:
-            sample.label, has_label = 0, True
+        if self.labels.extension is None:
+            sample.label = 0
         # 4. Missing members are reported only for samples without another fault.
         if not sample.faults:
-            sample.faults = (0 if has_label else _BIT[NO_LABEL]) | (0 if sample.offset >= 0 else _BIT[NO_IMAGE])
+            sample.faults = (_BIT[NO_LABEL] if sample.label < 0 else 0) | (_BIT[NO_IMAGE] if sample.offset < 0 else 0)
         self.num_faulty += sample.faults != 0
         if sample.vector < 0 and not sample.faults and not self.without_vector:
             self.without_vector = self._member_label_at(sample.place)
@@ -419,9 +403,8 @@ class _Scanner:
         return found
 
     def _member_label_at(self, place: int) -> str:
-        """Returns ``SHARD:MEMBER`` of a sample's first member, whose header is the block before its payload."""
-        name = os.pread(self.descriptor, 100, place - BLOCK).partition(b"\0")[0]
-        return f"{self.shard}:{printable(name.decode('utf-8', 'surrogateescape'))}"
+        """Returns ``SHARD:MEMBER`` of a sample's first member."""
+        return member_label(self.shard, os.pread(self.descriptor, BLOCK, place - BLOCK), place)
 
 
 def _pack(header: ImageHeader) -> int:

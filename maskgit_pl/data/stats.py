@@ -183,21 +183,26 @@ def find_duplicates(
     """
     readers: dict[Split, ShardReader] = {split: ShardReader(manifest) for split, manifest in manifests.items()}
     digest = _digest_of_bytes if compare == "bytes" else _digest_of_pixels
-    first: dict[bytes, _Image] = {}
+    lengths, counts = np.unique(
+        np.concatenate([reader.index["size"] for reader in readers.values()]), return_counts=True
+    )
+    first: dict[bytes, tuple[Split, int]] = {}  # digest -> split and number of the first image
     repeated: dict[Split, int] = dict.fromkeys(readers, 0)
     val_in_train, other_label, pairs = 0, 0, list[DuplicatePair]()
-    for image, is_candidate in _images(readers, any_length=compare == "pixels"):
-        reader = readers[image.split]
-        if is_candidate:
-            original = first.setdefault(digest(reader.read(image.place), reader.name(image.place)), image)
-            if original is not image:
-                repeated[image.split] += original.split == image.split
-                val_in_train += original.split != image.split
-                other_label += original.label != image.label
-                if len(pairs) < _MAX_PAIRS:
-                    names = (readers[each.split].name(each.place) for each in (original, image))
-                    pairs.append(DuplicatePair(*names))
-        on_image(image.split, len(reader))
+    for split, reader in readers.items():
+        is_candidate = np.isin(reader.index["size"], lengths[counts > 1]) | (compare == "pixels")
+        for place in range(len(reader)):
+            on_image(split, len(reader))
+            if not is_candidate[place]:
+                continue
+            original, number = first.setdefault(digest(reader.read(place), reader.name(place)), (split, place))
+            if (original, number) == (split, place):
+                continue
+            repeated[split] += original == split
+            val_in_train += original != split
+            other_label += int(readers[original].index["label"][number] != reader.index["label"][place])
+            if len(pairs) < _MAX_PAIRS:
+                pairs.append(DuplicatePair(readers[original].name(number), reader.name(place)))
     for reader in readers.values():
         reader.close()
     images = {split: len(reader) for split, reader in readers.items()}
@@ -221,25 +226,6 @@ def _histogram(sides: npt.NDArray[np.int64]) -> tuple[SizeCount, ...]:
     counts, _ = np.histogram(sides, edges)
     spans = zip(edges[:-1], edges[1:], counts.tolist(), strict=True)
     return tuple(SizeCount(start, end - 1, count) for start, end, count in spans)
-
-
-class _Image(NamedTuple):
-    """An image of a data folder."""
-
-    split: Split
-    place: int
-    label: int
-
-
-def _images(readers: Mapping[Split, ShardReader], *, any_length: bool) -> Iterator[tuple[_Image, bool]]:
-    """Yields all images, and whether another one has the same length (or True for all)."""
-    lengths = [np.asarray(reader.index["size"]) for reader in readers.values()]
-    values, counts = np.unique(np.concatenate(lengths), return_counts=True)
-    for (split, reader), own in zip(readers.items(), lengths, strict=True):
-        candidates = np.isin(own, values[counts > 1]) | any_length
-        labels = reader.labels(np.arange(len(reader)))
-        for place, (label, is_candidate) in enumerate(zip(labels.tolist(), candidates.tolist(), strict=True)):
-            yield _Image(split, place, label), is_candidate
 
 
 def _digest_of_bytes(data: bytes, name: str) -> bytes:

@@ -1,6 +1,6 @@
 """Verification of a data folder or a token store against its description, and the text output of ``maskgit data``.
 
-``maskgit data verify`` reads all bytes. The check before each run, ``manifest.check_shards``, reads only a few headers.
+``maskgit data verify`` reads all bytes; the check before each run, ``manifest.load_manifests``, only a few headers.
 The functions ``describe_*`` and ``*_lines`` turn the content of a data folder and its faults into text.
 """
 
@@ -13,17 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
-from maskgit_pl.checks import CHANNELS, pixels_text
+from maskgit_pl.checks import CHANNELS, count_text, pixels_text
 from maskgit_pl.data.image_bytes import UnreadableImageError, check_complete
 from maskgit_pl.data.images import decode_image
-from maskgit_pl.data.manifest import DataSummary, Manifest, Shard, Split, index_sha256, load_manifest, splits_of, union
-from maskgit_pl.data.samples import Labels
-from maskgit_pl.data.scan import ShardScan, format_counts, require_vectors, scan_shard
-from maskgit_pl.data.tar import BLOCK
+from maskgit_pl.data.manifest import DataSummary, Manifest, Shard, Split, check_vectors, load_manifest, splits_of
+from maskgit_pl.data.scan import format_counts
+from maskgit_pl.data.tar import BLOCK, DamagedTarError, DescriptorBytes, member_label, read_members
 from maskgit_pl.data.token_store import BadFile, TokenReader, read_description
-from maskgit_pl.data.vectors import load_vectors, vectors_path
+from maskgit_pl.data.vectors import vectors_path
 from maskgit_pl.data.writer import LEFT_OUT
 from maskgit_pl.errors import printable
 from maskgit_pl.files import open_regular, sha256_of, size_text
@@ -72,11 +70,10 @@ def verify_shards(
     workers: int | None = 1,
     on_shard: Callable[[Split, int], object] = lambda split, total: None,
 ) -> Verification:
-    """Compares lengths, hashes, headers, offsets and labels of all shards with the manifests.
+    """Compares all files with the hashes in the manifests, and checks that every image is complete.
 
-    1. Compare each index file and each array of vectors with its manifest.
-    2. Scan every shard in parallel, as ``index`` does, and compare the result with the manifest.
-    3. If nothing differs, compare the range of image sizes, which depends on all shards.
+    1. Compare each index file and each array of vectors.
+    2. Compare every shard, in parallel, and check its images where the index says that they are.
 
     Args:
         folder: The data folder.
@@ -91,23 +88,21 @@ def verify_shards(
     folder = Path(folder)
     manifests = {split: load_manifest(folder, split, check=False) for split in splits_of(folder) or ("train",)}
     # 1.
-    bad = {split: [*_find_bad_index(manifest), *_find_bad_vectors(manifest)] for split, manifest in manifests.items()}
-    jobs = [(split, number) for split, manifest in manifests.items() for number in range(len(manifest.shards))]
+    bad_indexes = {split: _find_bad_index(manifest) for split, manifest in manifests.items()}
+    arrays = [bad for split in manifests for bad in (bad_indexes[split], _find_bad_vectors(manifests[split]))]
     # 2. Jobs finish in any order; the report has the order of the manifests.
-    found: dict[tuple[Split, int], tuple[BadFile | None, ShardScan | None]] = {}
-    size = sum(shard.bytes for manifest in manifests.values() for shard in manifest.shards)
+    jobs = [(split, number) for split, manifest in manifests.items() for number in range(len(manifest.shards))]
+    shards = [shard for manifest in manifests.values() for shard in manifest.shards]
+    size = sum(shard.bytes for shard in shards)
     workers = choose_workers(workers, work=size / (_DECODED_BYTES if decode else _READ_BYTES))
-    for job, result in run_jobs(_verify_shard, _Task(manifests, decode), jobs, workers=workers):
+    task = _Task(manifests, {split for split in manifests if bad_indexes[split] is None}, decode)
+    found: dict[tuple[Split, int], BadFile | None] = {}
+    for job, result in run_jobs(_verify_shard, task, jobs, workers=workers):
         found[job] = result
         on_shard(job[0], len(manifests[job[0]].shards))
-    files = [bad_file for split in manifests for bad_file in bad[split]]
-    files += [bad_file for job in jobs if (bad_file := found[job][0]) is not None]
-    # 3.
-    if not files:
-        files += list(_find_bad_summary(manifests, [found[job][1] for job in jobs], jobs))
-    shards = [shard for manifest in manifests.values() for shard in manifest.shards]
+    files = [*arrays, *(found[job] for job in jobs)]
     samples = sum(shard.samples for shard in shards)
-    return Verification(len(shards), samples, size, tuple(files))
+    return Verification(len(shards), samples, size, tuple(bad for bad in files if bad is not None))
 
 
 @dataclass(frozen=True)
@@ -190,7 +185,7 @@ def index_lines(folder: Path, shards: Mapping[Split, Sequence[Path]], how: str, 
     for split, paths in shards.items():
         names = [path.relative_to(folder).as_posix() for path in paths]
         span = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
-        yield f"  {split}: {_count_shards(len(names))}, {span}"
+        yield f"  {split}: {count_text(len(names), 'shard')}, {span}"
     yield f"  {how}"
     for split, manifest in indexed.manifests.items():
         yield from (f"  {split}: left out: {count} {printable(fault)}" for fault, count in manifest.left_out.items())
@@ -201,8 +196,8 @@ def index_lines(folder: Path, shards: Mapping[Split, Sequence[Path]], how: str, 
 
 def describe_verification(folder: Path, found: Verification, *, decoded: bool) -> str:
     """Returns one line about shards that agree with their manifests."""
-    what = "hashes, headers, labels and images" if decoded else "hashes, headers and labels"
-    amount = f"{_count_shards(found.shards)}, {found.samples} samples, {size_text(found.bytes)}"
+    what = "hashes and decoded images" if decoded else "hashes and images"
+    amount = f"{count_text(found.shards, 'shard')}, {found.samples} samples, {size_text(found.bytes)}"
     return f"{folder}: {amount}: {what} agree with the index"
 
 
@@ -230,7 +225,7 @@ def statistics_lines(folder: Path, statistics: DataStatistics) -> Iterator[str]:
     """Yields lines about the splits, classes and image sizes of a data folder."""
     for split, manifest in statistics.manifests.items():
         total = size_text(sum(shard.bytes for shard in manifest.shards))
-        yield f"{folder}: {split}: {manifest.samples} samples in {_count_shards(len(manifest.shards))}, {total}"
+        yield f"{folder}: {split}: {manifest.samples} samples in {count_text(len(manifest.shards), 'shard')}, {total}"
         yield from (f"  left out: {count} {printable(fault)}" for fault, count in manifest.left_out.items())
     yield from (f"  left out: {printable(line)}" for line in unreadable_lines(folder))
     yield ""
@@ -262,150 +257,48 @@ def duplicate_lines(found: Duplicates) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class _Task:
-    """The argument that all workers share."""
+    """The argument that all workers share: manifests, the splits whose index is intact, and the kind of check."""
 
     manifests: dict[Split, Manifest]
+    indexed: set[Split]
     decode: bool
 
 
-def _find_bad_index(manifest: Manifest) -> Iterator[BadFile]:
-    name = f"{manifest.split}.npy"
+def _find_bad_index(manifest: Manifest) -> BadFile | None:
     try:
-        actual = index_sha256(manifest.index())
+        manifest.index(check=True)
     except ValueError as error:
-        yield BadFile(name, f"{manifest.samples} rows", "unreadable", str(error))
-        return
-    if actual != manifest.index_sha256:
-        yield BadFile(name, _short(manifest.index_sha256), _short(actual), "index changed since it was made")
-
-
-def _find_bad_vectors(manifest: Manifest) -> Iterator[BadFile]:
-    if manifest.vectors is None:
-        return
-    path, expected = vectors_path(manifest.folder, manifest.split), manifest.vectors
-    try:
-        manifest.vector_reader().array()
-        actual = sha256_of(path)
-    except (OSError, ValueError) as error:
-        yield BadFile(path.name, f"{manifest.samples} vectors of {expected.kind}", "unreadable", str(error))
-        return
-    if actual != expected.sha256:
-        yield BadFile(path.name, _short(expected.sha256), _short(actual), "vectors changed since they were indexed")
-
-
-def _find_bad_summary(
-    manifests: dict[Split, Manifest], scans: Sequence[ShardScan | None], jobs: Sequence[tuple[Split, int]]
-) -> Iterator[BadFile]:
-    """Yields each manifest whose range of image sizes is not that of its shards."""
-    for split, manifest in manifests.items():
-        ranges = [
-            scan.images
-            for (of_split, _), scan in zip(jobs, scans, strict=True)
-            if of_split == split and scan is not None and scan.images is not None
-        ]
-        actual = union(ranges)
-        if actual != manifest.images:
-            yield BadFile(
-                f"{split}.json", str(manifest.images), str(actual), "differs from the image sizes of the shards"
-            )
-
-
-def _verify_shard(task: _Task, job: tuple[Split, int]) -> tuple[BadFile | None, ShardScan | None]:
-    split, number = job
-    manifest = task.manifests[split]
-    shard, path = manifest.shards[number], manifest.folder / manifest.shards[number].name
-    try:
-        scan = _scan_as_indexed(manifest, shard, path)
-    except OSError as error:
-        return BadFile(shard.name, f"{shard.bytes} bytes", "none", str(error.strerror)), None
-    fault = _find_difference(manifest, shard, number, scan)
-    if fault is None:
-        fault = _find_bad_images(path, shard, scan.rows, decode=task.decode)
-    return fault, scan
-
-
-def _scan_as_indexed(manifest: Manifest, shard: Shard, path: Path) -> ShardScan:
-    """Scans a shard, with the labels and vectors that ``index`` took."""
-
-    def scan(classes: tuple[str, ...] | None) -> ShardScan:
-        found = scan_shard(path, Labels(manifest.labels, classes), vectors=manifest.vectors is not None)
-        return found if manifest.vectors is None else require_vectors(found)
-
-    found = scan(manifest.classes)
-    # Names that are numbers were given, or made after the scan; then the text "1" was no label.
-    made = manifest.classes == tuple(map(str, range(len(manifest.classes))))
-    if made and len(found.rows) > shard.samples and found.sha256 == shard.sha256:
-        found = scan(None)
-    return found
-
-
-def _find_difference(manifest: Manifest, shard: Shard, number: int, scan: ShardScan) -> BadFile | None:
-    if scan.bytes != shard.bytes:
-        reason = scan.damage or ("shorter" if scan.bytes < shard.bytes else "longer") + " than when it was indexed"
-        return BadFile(shard.name, f"{shard.bytes} bytes", f"{scan.bytes} bytes", reason)
-    if scan.damage:
-        return BadFile(shard.name, "a complete tar", "damaged", scan.damage)
-    if scan.sha256 != shard.sha256:
-        what = "with another number of samples" if len(scan.rows) != shard.samples else "same length"
-        return BadFile(shard.name, _short(shard.sha256), _short(scan.sha256), f"changed after indexing, {what}")
-    if len(scan.rows) != shard.samples:
-        return BadFile(shard.name, f"{shard.samples} samples", f"{len(scan.rows)} samples", "the manifest is wrong")
-    return _find_wrong_row(manifest, shard, number, scan.rows) or _find_wrong_vector(manifest, shard, number, scan)
-
-
-def _find_wrong_row(manifest: Manifest, shard: Shard, number: int, rows: npt.NDArray[np.void]) -> BadFile | None:
-    start = sum(earlier.samples for earlier in manifest.shards[:number])
-    try:
-        stated = manifest.index()[start : start + shard.samples]
-    except ValueError:
-        return None  # _find_bad_index reports it
-    # A scan of one tar has shard number 0 in every row.
-    actual = rows.copy()
-    actual["shard"] = number
-    wrong = np.flatnonzero(np.asarray(stated) != actual)
-    if not len(wrong):
-        return None
-    row = int(wrong[0])
-    where = f"{len(wrong)} rows of {manifest.split}.npy are wrong, the first is {start + row}"
-    return BadFile(shard.name, str(stated[row]), str(actual[row]), where)
-
-
-def _find_wrong_vector(manifest: Manifest, shard: Shard, number: int, scan: ShardScan) -> BadFile | None:
-    """Compares the vectors of a shard with their rows of the array of the split."""
-    if manifest.vectors is None or not len(scan.rows):
-        return None
-    kind = manifest.vectors.kind
-    if scan.vector_kind != kind:
-        return BadFile(shard.name, str(kind), str(scan.vector_kind), "vectors of another size or type")
-    try:
-        array = manifest.vector_reader().array()
-    except (FileNotFoundError, ValueError):
-        return None  # _find_bad_vectors reports it
-    row = sum(earlier.samples for earlier in manifest.shards[:number])
-    for block in load_vectors(manifest.folder / shard.name, scan.vectors, kind):
-        wrong = (array[row : row + len(block)] != block).any(axis=1)
-        if wrong.any():
-            place = f"row {row + int(wrong.argmax())} of {vectors_path(Path(), manifest.split)}"
-            return BadFile(shard.name, f"the vector in {place}", "another vector", "the array is wrong")
-        row += len(block)
+        return BadFile(f"{manifest.split}.npy", f"{manifest.samples} rows", "damaged", str(error))
     return None
 
 
-def _find_bad_images(path: Path, shard: Shard, rows: npt.NDArray[np.void], *, decode: bool) -> BadFile | None:
-    """Finds images that are truncated or, with ``decode``, that cannot be decoded."""
-    faults = []
-    descriptor = open_regular(path)
+def _find_bad_vectors(manifest: Manifest) -> BadFile | None:
+    if manifest.vectors is None:
+        return None
     try:
-        for _, offset, size, _ in rows.tolist():
-            data = os.pread(descriptor, size, offset)
-            member = os.pread(descriptor, 100, offset - BLOCK).rstrip(b"\0").decode("utf-8", "surrogateescape")
-            name = f"{shard.name}:{printable(member)}"
-            try:
-                check_complete(data, name=name)
-                if decode:
-                    decode_image(data, channels=3, name=name)
-            except UnreadableImageError as error:
-                faults.append(str(error))
+        check_vectors(manifest)
+    except (OSError, ValueError) as error:
+        name, kind = vectors_path(manifest.folder, manifest.split).name, manifest.vectors.kind
+        return BadFile(name, f"{manifest.samples} vectors of {kind}", "damaged", str(error))
+    return None
+
+
+def _verify_shard(task: _Task, job: tuple[Split, int]) -> BadFile | None:
+    split, number = job
+    manifest = task.manifests[split]
+    shard = manifest.shards[number]
+    try:
+        descriptor = open_regular(manifest.folder / shard.name)
+    except OSError as error:
+        return BadFile(shard.name, f"{shard.bytes} bytes", "none", str(error.strerror))
+    try:
+        if (bad := _find_difference(descriptor, shard)) is not None or split not in task.indexed:
+            return bad
+        first = sum(earlier.samples for earlier in manifest.shards[:number])
+        images = manifest.index()[["offset", "size"]][first : first + shard.samples]
+        faults = list(_find_bad_images(descriptor, shard, images.tolist(), decode=task.decode))
+    except OSError as error:
+        return BadFile(shard.name, f"{shard.bytes} bytes", "unreadable", str(error.strerror))
     finally:
         os.close(descriptor)
     if not faults:
@@ -414,13 +307,42 @@ def _find_bad_images(path: Path, shard: Shard, rows: npt.NDArray[np.void], *, de
     return BadFile(shard.name, f"{shard.samples} images", f"{whole} images", f"unreadable; {faults[0]}")
 
 
+def _find_difference(descriptor: int, shard: Shard) -> BadFile | None:
+    """Compares a shard with its length and hash, and finds the damage of one that differs."""
+    size, actual = os.fstat(descriptor).st_size, sha256_of(descriptor)
+    if actual == shard.sha256:
+        return None
+    damage = ""
+    try:
+        for _ in read_members(DescriptorBytes(descriptor)):
+            pass
+    except DamagedTarError as error:
+        damage = str(error)
+    if size != shard.bytes:
+        reason = damage or ("shorter" if size < shard.bytes else "longer") + " than when it was indexed"
+        return BadFile(shard.name, f"{shard.bytes} bytes", f"{size} bytes", reason)
+    if damage:
+        return BadFile(shard.name, "a complete tar", "damaged", damage)
+    return BadFile(shard.name, _short(shard.sha256), _short(actual), "changed after indexing, same length")
+
+
+def _find_bad_images(
+    descriptor: int, shard: Shard, images: Sequence[tuple[int, int]], *, decode: bool
+) -> Iterator[str]:
+    """Yields the fault of each image that is truncated or, with ``decode``, that cannot be decoded."""
+    for offset, size in images:
+        data = os.pread(descriptor, size, offset)
+        name = member_label(shard.name, os.pread(descriptor, BLOCK, offset - BLOCK), offset)
+        try:
+            check_complete(data, name=name)
+            if decode:
+                decode_image(data, channels=3, name=name)
+        except UnreadableImageError as error:
+            yield str(error)
+
+
 def _short(digest: str) -> str:
     return f"sha256 {digest[:12]}"
-
-
-def _count_shards(count: int) -> str:
-    """Returns ``1 shard`` or ``12 shards``."""
-    return "1 shard" if count == 1 else f"{count} shards"
 
 
 def _class_table(statistics: DataStatistics) -> Iterator[str]:

@@ -27,7 +27,7 @@ from maskgit_pl.data.reader import find_shards
 from maskgit_pl.data.samples import Sample, Source, UnreadableSample
 from maskgit_pl.data.vectors import VECTOR_EXTENSION
 from maskgit_pl.errors import printable
-from maskgit_pl.files import read_json, sync, write_text
+from maskgit_pl.files import name_in_errors, read_json, remove_partials, sync, write_text
 from maskgit_pl.processes import choose_workers, run_jobs
 
 __all__ = ["LEFT_OUT", "MAX_RECORD_BYTES", "RECORD", "make_shards", "write_split"]
@@ -224,7 +224,8 @@ def _partial_folder(folder: Path, record: dict[str, Any]) -> Path:
                 "that is no folder of this command; remove it, or give another --out"
             ) from error
         write_text(partial / RECORD, json.dumps(record, indent=1) + "\n")
-    # Half-written shards of a killed run.
+    # Half-written files of a killed run.
+    remove_partials(partial)
     for left in partial.glob(".writing-*"):
         shutil.rmtree(left, ignore_errors=True)
     return partial
@@ -263,7 +264,8 @@ def _write_shard(
     writing = plan.folder / f".writing-{split}-{shard:06d}-{os.getpid()}"
     writing.mkdir()
     try:
-        write_split(samples, writing, split, shard_size=plan.shard_size, on_sample=on_sample, first_shard=shard)
+        with name_in_errors(plan.path(split, shard)):
+            write_split(samples, writing, split, shard_size=plan.shard_size, on_sample=on_sample, first_shard=shard)
         (path,) = writing.iterdir()
         sync(path)
         # The list changes while there is no shard: a shard that exists has its own list.

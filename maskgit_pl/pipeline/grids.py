@@ -19,7 +19,7 @@ from torch import Tensor
 
 from maskgit_pl.checks import ImageSize, height_width, image_file_name
 from maskgit_pl.data.images import load_image
-from maskgit_pl.data.shard_facts import ImageRange
+from maskgit_pl.data.manifest import ImageRange
 from maskgit_pl.data.stats import DataStatistics, images_of_classes
 from maskgit_pl.errors import printable
 from maskgit_pl.files import write_atomically

@@ -214,7 +214,7 @@ def test_verify_prints_counts_or_one_table(tars, capsys):
     capsys.readouterr()
     assert call("verify", tars) == 0
     printed = capsys.readouterr().out
-    assert printed == f"{tars}: 3 shards, 12 samples, 61.4 kB: hashes, headers and labels agree with the index\n"
+    assert printed == f"{tars}: 3 shards, 12 samples, 61.4 kB: hashes and images agree with the index\n"
     assert call("verify", tars, "--decode") == 0
     with open(tars / "00000.tar", "r+b") as file:
         file.truncate(3072)

@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,10 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskgit_pl.data.index import PROGRESS, index_shards
+from maskgit_pl.data.index import index_shards
 from maskgit_pl.data.manifest import load_manifest, read_manifest_summary
-from maskgit_pl.data.reader import ShardReader, find_shards, locate_shards, split_shards
+from maskgit_pl.data.reader import ShardReader, locate_shards, split_shards
 from maskgit_pl.data.samples import parse_label
+from tests.data_folders import spy_on_disk
 
 
 def index_one(path, **options):
@@ -254,7 +256,7 @@ def test_class_names_of_unlabelled_data(tars, tmp_path):
         index_one(path, labels="json")
 
 
-# in parallel, and interrupted
+# in parallel, and killed
 
 
 def test_workers_make_no_difference(tars, tmp_path):
@@ -268,44 +270,38 @@ def test_workers_make_no_difference(tars, tmp_path):
         index_shards(tmp_path, {"train": shards}, workers=0)
 
 
-def test_an_interrupted_run_goes_on_with_the_shards_that_are_left(tars, tmp_path, monkeypatch):
-    shards = [tars.write(tmp_path / f"{n}.tar", tars.samples(3, start=10 * n)) for n in range(4)]
-    index_shards(tmp_path, {"train": shards})
-    alone = content(tmp_path)
-    walked = []
-
-    def interrupted(path, labels, **rest):
-        if len(walked) == 2:
-            raise KeyboardInterrupt
-        walked.append(path.name)
-        return scan_shard(path, labels)
-
-    from maskgit_pl.data import index
-    from maskgit_pl.data.scan import scan_shard
-
-    monkeypatch.setattr(index, "scan_shard", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        index_shards(tmp_path, {"train": shards})
-    with open(tmp_path / PROGRESS, "ab") as file:
-        file.write(b'{"name": "2.t')  # killed while it wrote
-    os.utime(shards[1], (1, 1))  # this one has changed since
-    again = []
-    monkeypatch.setattr(
-        index, "scan_shard", lambda path, labels, **rest: again.append(path.name) or scan_shard(path, labels)
-    )
-    index_shards(tmp_path, {"train": shards})
-    assert (walked, again) == (["0.tar", "1.tar"], ["1.tar", "2.tar", "3.tar"])
-    assert content(tmp_path) == alone
+def test_an_index_is_on_disk_before_the_manifest_that_makes_it_valid(tars, tmp_path, monkeypatch):
+    path, calls = tars.write(tmp_path / "x.tar", tars.samples(3)), []
+    spy_on_disk(monkeypatch, lambda name, path: calls.append((name, re.sub(r"\.[0-9a-f]{32}\.partial", "", path.name))))
+    index_one(path)
+    in_folder = ("sync", tmp_path.name)
+    assert calls == [
+        *[("sync", ".train.npy"), ("rename", "train.npy"), in_folder],
+        *[("sync", ".train.json"), ("rename", "train.json")],
+    ]
 
 
-def test_progress_of_other_options_is_not_used(tars, tmp_path):
-    path = tars.write(tmp_path / "x.tar", tars.samples(3))
-    (tmp_path / "bad.tar").write_bytes(b"")
-    for options in ({}, {"labels": "none"}):
-        with pytest.raises(ValueError, match="1 of 2 shards"):
-            index_shards(tmp_path, {"train": [path, tmp_path / "bad.tar"]}, **options)
-    (tmp_path / "bad.tar").unlink()
-    assert ShardReader(index_one(path)).labels(np.arange(3)).tolist() == [0, 1, 2]
+@pytest.mark.parametrize("number", range(5))
+def test_a_killed_index_leaves_no_half_of_one_and_the_next_run_removes_what_it_left(
+    tars, tmp_path, monkeypatch, number
+):
+    path, calls = tars.write(tmp_path / "x.tar", tars.samples(3)), []
+
+    def kill(name, path):
+        calls.append(name)
+        if len(calls) > number:
+            os._exit(1)
+
+    child = os.fork()
+    if not child:
+        spy_on_disk(monkeypatch, kill)
+        index_one(path)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    assert any(file.suffix == ".partial" for file in tmp_path.iterdir()) == (number != 2)
+    assert not (tmp_path / "train.json").exists()
+    assert index_one(path) == load_manifest(tmp_path, "train")
+    assert {file.name for file in tmp_path.iterdir()} == {"x.tar", "train.json", "train.npy"}
 
 
 @pytest.mark.slow  # 6 s
@@ -314,11 +310,11 @@ def test_workers_end_when_the_command_is_killed(tars, tmp_path):
         tars.write(tmp_path / f"{number}.tar", tars.samples(200, start=200 * number))
     command = [sys.executable, "-m", "maskgit_pl", "data", "index", str(tmp_path), "--num-workers", "2"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    while not (tmp_path / PROGRESS).exists() or (tmp_path / PROGRESS).stat().st_size < 4000:
+    children = []
+    while len(children) < 2:
         assert process.poll() is None
         time.sleep(0.02)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    assert children
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.send_signal(signal.SIGKILL)
     process.wait()
     deadline = time.monotonic() + 10
@@ -328,21 +324,3 @@ def test_workers_end_when_the_command_is_killed(tars, tmp_path):
     assert not (tmp_path / "train.json").exists()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     assert sum(read_manifest_summary(tmp_path).samples.values()) == 8000
-
-
-@pytest.mark.parametrize("line", ["[1]", "7", '{"name": 7}', '{"name": "train-000000.tar", "bytes": -1}', "[" * 10**5])
-def test_a_damaged_list_of_what_an_interrupted_run_knew_is_not_used(folder, line):
-    before = load_manifest(folder, "train")
-    options = json.dumps({"format": 1, "labels": "cls", "classes": None})
-    (folder / ".index.partial").write_text(f"{options}\n{line}\n")
-    index_shards(folder, {"train": find_shards(folder, "train-*.tar")})
-    assert load_manifest(folder, "train") == before
-
-
-def test_a_line_without_its_rows_is_not_used(folder):
-    path = folder / "train-000000.tar"
-    status = path.stat()
-    known = {"name": path.name, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
-    options = json.dumps({"format": 1, "labels": "cls", "classes": None})
-    (folder / ".index.partial").write_text(f"{options}\n{json.dumps(known)}\n")
-    assert index_shards(folder, {"train": find_shards(folder, "train-*.tar")}).manifests["train"].samples == 10

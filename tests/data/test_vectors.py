@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from maskgit_pl.data.images import decode_image, encode_png
-from maskgit_pl.data.index import PROGRESS, index_shards
+from maskgit_pl.data.index import index_shards
 from maskgit_pl.data.manifest import check_vectors, load_manifest, read_manifest_summary
 from maskgit_pl.data.reader import ShardReader, find_shards
 from maskgit_pl.data.samples import UnreadableSample
@@ -180,7 +180,6 @@ def test_vectors_of_existing_tars_are_indexed(tmp_path: Path, tars) -> None:
     assert manifest.vectors.kind == VectorKind(DIM, "float16")
     read = ShardReader(load_manifest(folder, "val")).vector_reader.read(np.arange(3))
     assert np.array_equal(read, [vector(n) for n in range(3)])
-    assert not (folder / PROGRESS).exists()
 
 
 def test_all_faulty_vectors_are_listed_with_the_way_out(tmp_path: Path, tars) -> None:
@@ -234,9 +233,9 @@ def test_verify_names_changed_vectors(shards: Path, tmp_path: Path) -> None:
     array[1, 2] += 1
     np.save(folder / "train-vectors.npy", array)
     load_manifest(folder, "train")  # the quick check does not read it
-    (bad, wrong) = verify_shards(folder).bad
-    assert (bad.name, bad.reason) == ("train-vectors.npy", "vectors changed since they were indexed")
-    assert "row 1 of train-vectors.npy" in wrong.expected
+    (bad,) = verify_shards(folder).bad
+    assert bad.name == "train-vectors.npy"
+    assert "changed since they were indexed" in bad.reason
     with pytest.raises(ValueError, match=r"train-vectors\.npy changed since they were indexed"):
         check_vectors(load_manifest(folder, "train"))
 
@@ -259,33 +258,16 @@ def test_a_missing_or_truncated_array_is_found_before_it_is_read(shards: Path, t
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("vector_dim", 0, "must be given together, got no vector_dim"),
-        ("vector_dim", 70_000, r"vector_dim must be an integer in \[1, 65536\]"),
-        ("vector_dim", "5", "vector_dim must be an integer"),
-        ("vector_dtype", "float64", "vector_dtype must be one of"),
-        ("vectors_sha256", "x", "vectors_sha256 must be"),
+        ("vector_dim", 0, "train-vectors.npy must be"),
+        ("vector_dtype", "float64", "train-vectors.npy must be"),
         ("vector_dim", DIM + 1, "train-vectors.npy must be"),
     ],
 )
-def test_a_hostile_manifest_is_refused(shards: Path, tmp_path: Path, key: str, value: object, message: str) -> None:
+def test_a_manifest_of_other_vectors_is_refused(
+    shards: Path, tmp_path: Path, key: str, value: object, message: str
+) -> None:
     folder = copy(shards, tmp_path / "shards")
     content = json.loads((folder / "train.json").read_text())
     (folder / "train.json").write_text(json.dumps(content | {key: value}))
     with pytest.raises(ValueError, match=message):
         load_manifest(folder, "train")
-
-
-def test_an_interrupted_index_run_keeps_the_vectors_it_has_scanned(tmp_path: Path, tars) -> None:
-    folder = tar_folder(tmp_path, tars, {"train": three(), "val": three()})
-    calls = []
-
-    def stop(split: str, total: int) -> None:
-        calls.append(split)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        index(folder, on_shard=stop)
-    assert '"vectors"' in (folder / PROGRESS).read_text()
-    resumed = index(folder).manifests["train"]
-    assert resumed == index(folder).manifests["train"]

@@ -1,6 +1,8 @@
+import errno
 import gzip
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from maskgit_pl.data.sources.idx import IdxFiles
 from maskgit_pl.data.sources.image_folder import ImageFolder
 from maskgit_pl.data.sources.opening import open_source
 from maskgit_pl.data.writer import LEFT_OUT, RECORD, make_shards
+from tests.data_folders import spy_on_disk
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:
@@ -563,3 +566,38 @@ def test_a_gzip_file_that_is_cut_or_damaged_is_named(idx):
             ValueError, match=r"IDX file \S+t10k-images-idx3-ubyte.gz (must be a complete gzip file|must hold)"
         ):
             open_source(idx)
+
+
+def test_every_file_is_on_disk_before_its_name_and_the_manifest_comes_last(tree, tmp_path, monkeypatch):
+    synced, renamed = set(), []
+
+    def note(call, path):
+        name = re.sub(r"^\.(.*)\.[0-9a-f]{32}\.partial$", r"\1", path.name)
+        if call == "sync":
+            synced.add(name)
+        else:
+            assert name in synced
+            renamed.append(name)
+
+    spy_on_disk(monkeypatch, note)
+    make_shards(ImageFolder(tree), tmp_path / "out")
+    assert renamed == [RECORD, "train-000000.tar", "val-000000.tar", "train.npy", "train.json", "val.npy", "val.json"]
+
+
+def test_what_a_killed_run_has_left_is_removed(tree, tmp_path, monkeypatch):
+    with interrupted_index(monkeypatch), pytest.raises(KeyboardInterrupt):
+        make_shards(ImageFolder(tree), tmp_path / "out")
+    for name in ("val.npy", ".left-out-train-000000"):
+        (tmp_path / ".out.partial" / f".{name}.{'0f' * 16}.partial").touch()
+    make_shards(ImageFolder(tree), tmp_path / "out")
+    assert not [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+
+def test_a_full_disk_is_named_with_the_shard_and_leaves_no_half_of_it(tree, tmp_path, monkeypatch):
+    def fail(self, *arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tarfile.TarFile, "addfile", fail)
+    with pytest.raises(OSError, match=r"No space left on device: '.*train-000000\.tar'"):
+        make_shards(ImageFolder(tree), tmp_path / "out")
+    assert [path.name for path in (tmp_path / ".out.partial").iterdir()] == [RECORD]
