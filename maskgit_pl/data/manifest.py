@@ -360,7 +360,7 @@ def check_vectors(manifest: Manifest) -> None:
 
 
 def save_manifest(manifest: Manifest, rows: npt.NDArray[np.void]) -> None:
-    """Writes the two files of a split, each atomically; the JSON last, when the index is on disk under its name.
+    """Writes the two files of a split, each atomically; the JSON last, when the index is on disk with its name.
 
     Args:
         manifest: The manifest.
