@@ -82,6 +82,7 @@ _GROUPS = {  # commands that have commands
     "slurm": "Trains on a Slurm cluster with jobs that save before their time limit and requeue themselves.",
     "recipes": "Lists, shows and copies the recipes that --recipe can name, and prints their JSON Schema.",
 }
+_HANDLER = logging.StreamHandler()  # prints the log of the package
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -206,12 +207,9 @@ def _print_log(stream: TextIO) -> None:
     logging.raiseExceptions = False  # no traceback for each line that cannot be written, such as on a full disk
     ours = logging.getLogger("maskgit_pl")
     if not ours.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(PrintableFormatter("%(message)s"))
-        ours.addHandler(handler)
-    for each in ours.handlers:
-        if type(each) is logging.StreamHandler:  # ours, now or of an earlier call
-            each.stream = stream
+        _HANDLER.setFormatter(PrintableFormatter("%(message)s"))
+        ours.addHandler(_HANDLER)
+    _HANDLER.stream = stream
     ours.setLevel(logging.INFO)
     ours.propagate = False
 

@@ -67,13 +67,15 @@ def doctor(
         json: Print JSON, an object with ok, checks and figures.
     """
     if stage is None:
-        if run.recipe or run.config or overrides:
-            raise ValueError("stage must be tokenizer or transformer for a recipe, got none; put it after `doctor`")
+        if run != RunFlags() or machines != MachineFlags() or overrides:
+            raise ValueError("stage must be tokenizer or transformer for a run, got none; put it after `doctor`")
         found = runs.preflight()
     else:
-        recipe = run.read(stage, overrides)
         planned = runs.Machines(machines.nodes, machines.devices, machines.device, machines.device_memory)
-        found = runs.preflight(recipe, **run.folders(recipe), machines=planned)
+        found = runs.Preflight()
+        with found.catch("recipe"):
+            recipe = run.read(stage, overrides)
+            found = runs.preflight(recipe, **run.folders(recipe), machines=planned)
     if json:
         print_json(found.as_dict())
     elif sys.stdout.isatty():

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
 from maskgit_pl import pipeline
+from maskgit_pl.checks import check_integer, check_number
 from maskgit_pl.cli.arguments import Word, flag_of
 from maskgit_pl.errors import printable
 from maskgit_pl.evaluation.options import CASConfig, Precision
@@ -159,7 +160,9 @@ class ModelFlags:
         from maskgit_pl.distributed import check_device, default_device, parse_dtype
 
         # int8 works on the CPU only, so that it is the default device with --int8.
-        device = self.device or ("cpu" if self.int8 else default_device(local_rank=local_rank))
+        device = self.device
+        if device is None:
+            device = "cpu" if self.int8 else default_device(local_rank=local_rank)
         pipe = pipeline.MaskGIT.from_pretrained(
             folder,
             decoding=self.decoding,
@@ -188,6 +191,11 @@ class CasFlags:
     cas_batch_size: int = CASConfig.batch
     cas_learning_rate: float = CASConfig.peak_rate
     cas_precision: Precision = CASConfig.precision
+
+    def __post_init__(self) -> None:
+        check_integer("cas_max_steps", self.cas_max_steps, "[1, inf)")
+        check_integer("cas_batch_size", self.cas_batch_size, "[2, inf)")
+        check_number("cas_learning_rate", self.cas_learning_rate, "(0, inf)")
 
     @property
     def config(self) -> CASConfig | None:

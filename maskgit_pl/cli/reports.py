@@ -27,7 +27,7 @@ from maskgit_pl.runs.ablation_plan import (
     parse_factor,
     train_schedules,
 )
-from maskgit_pl.runs.flag_values import parse_numbers
+from maskgit_pl.runs.flag_values import parse_numbers, split_values
 from maskgit_pl.runs.plan import plan_run
 from maskgit_pl.runs.recipe import DEFAULT_DATASET, Recipe, Stage
 
@@ -37,8 +37,11 @@ if TYPE_CHECKING:
 __all__ = ["ablation", "figure", "table"]
 
 
-def _split_names(_: str, text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+def _split_names(flag: str, text: str) -> tuple[str, ...]:
+    names = tuple(split_values(text))
+    if not names:
+        raise ValueError(f"{flag} must have at least one name, got {text!r}")
+    return names
 
 
 def _split_sets(_: str, text: str) -> tuple[str, ...]:
@@ -227,7 +230,7 @@ def ablation(
                     f"{flag_of(field.name)} must come with --vary or --recipes, got it without; see maskgit ablation "
                     "--help"
                 )
-        _ablate_schedules(schedules or PAPER_SCHEDULES, recipe, num_steps, report, shared)
+        _ablate_schedules(PAPER_SCHEDULES if schedules is None else schedules, recipe, num_steps, report, shared)
         return 0
     for name, value in {"schedules": schedules, "num_steps": num_steps}.items():
         if value is not None:

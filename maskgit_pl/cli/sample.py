@@ -28,7 +28,6 @@ __all__ = ["sample"]
 _PER_CLASS = 8
 _ANIMATED = 4  # number of images side by side in an animation
 _MAX_CLASSES = 10  # number of classes that ``--classes all`` shows in a picture
-_OUT = Path("samples.png")
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def sample(
     accept_rate: float | None = None,
     classifier: Folder | None = None,
     vectors: Annotated[Path, Word("FILE.npy")] | None = None,
-    out: Annotated[Path, Output(".png", ".npz")] | None = None,
+    out: Annotated[Path, Output(".png", ".npz")] = Path("samples.png"),
     pictures: Pictures,
     many_images: ManyImages,
     model: ModelFlags,
@@ -85,7 +84,7 @@ def sample(
         classifier: Classifier of --accept-rate (default: that of the data of the run, runs/DATA-classifier/small).
         vectors: Array with one vector per row, for a model that was trained with vectors: makes one image of each class
             for each row, or takes the rows in turn with --num-images; one row only with --accept-rate.
-        out: Picture of all images (default: samples.png; FILE.npz with --num-images).
+        out: Picture of all images; FILE.npz with --num-images.
     """
     is_bulk = many_images.num_images is not None
     _check_flags(many_images, out, accept_rate, classifier, per_class=per_class, **asdict(pictures))
@@ -106,7 +105,7 @@ def sample(
         made = _generate(
             pipe, labels, negative, decoding, acceptance, pictures, per_class or count or _PER_CLASS, seed, batch_size
         )
-        pictures.write(made, out or _OUT, pipe=pipe, decoding=decoding)
+        pictures.write(made, out, pipe=pipe, decoding=decoding)
         return
     from maskgit_pl.pipeline.bulk import BulkOptions
 
@@ -114,7 +113,6 @@ def sample(
     rank, world_size = many_images.rank, many_images.world_size
     if rank is None or world_size is None:
         rank, world_size = launcher_rank()
-    assert out is not None
     assert many_images.num_images is not None
     options = BulkOptions(
         num_images=many_images.num_images,
@@ -130,7 +128,7 @@ def sample(
 
 
 def _check_flags(
-    many: ManyImages, out: Path | None, accept_rate: float | None, classifier: Path | None, **of_pictures: Any
+    many: ManyImages, out: Path, accept_rate: float | None, classifier: Path | None, **of_pictures: Any
 ) -> None:
     """Checks flags that must or must not be given together."""
     if accept_rate is None and classifier is not None:
@@ -140,7 +138,7 @@ def _check_flags(
     if many.num_images is None:
         if many.rank is not None:
             raise ValueError("--rank and --world-size must be given with --num-images")
-        if out is not None and out.suffix == ".npz":
+        if out.suffix.lower() == ".npz":
             raise ValueError(f"--out must end in .png without --num-images, got {out}")
         if of_pictures["per_class"] is not None:
             check_integer("--per-class", of_pictures["per_class"], f"[1, {MAX_RESULTS}]")
@@ -148,7 +146,7 @@ def _check_flags(
     for name, value in of_pictures.items():
         if value is not None:
             raise ValueError(f"{flag_of(name)} must not be given with --num-images")
-    if out is None or out.suffix != ".npz":
+    if out.suffix.lower() != ".npz":
         raise ValueError(f"--out must end in .npz with --num-images, got {out}")
 
 

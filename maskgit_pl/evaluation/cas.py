@@ -17,8 +17,19 @@ from maskgit_pl.data import ShardData
 from maskgit_pl.distributed import find_device, on_all_ranks, rank_and_world
 from maskgit_pl.evaluation.classifier import Accuracy, TrainingImages, fit_classifier, measure_accuracy
 from maskgit_pl.evaluation.options import CASConfig
+from maskgit_pl.networks.feature_networks import check_model
 
-__all__ = ["classification_accuracy"]
+__all__ = ["check_cas", "classification_accuracy"]
+
+
+def check_cas(config: CASConfig | None) -> None:
+    """Checks that the network of the score exists, before anything is generated. None leaves the score out.
+
+    Raises:
+        ValueError: if timm does not know the network.
+    """
+    if config is not None and config.model != "auto":
+        check_model(config.model)
 
 
 def classification_accuracy(

@@ -1,7 +1,6 @@
 """``compare``: measures token selectors at several numbers of steps, all with the same noise.
 
-It measures the rows that the ledger lacks, and writes a page and a sheet of images. Importing this file does not import
-torch.
+It measures the rows that the ledger lacks, and writes a page and a sheet of images.
 """
 
 from __future__ import annotations

@@ -362,7 +362,7 @@ def next_commands(stage: _LimitingStage, run: Path, content: Mapping[str, Any]) 
     file = run / stage / "environment.json"
     steps = (read_run_recipe(run / stage / "config.yaml").get("trainer") or {}).get("max_steps")
     record = read_json(file) if file.is_file() else {}
-    if steps is None or "recipe" not in record:
+    if steps is None or not {"recipe", "dataset", "data"} <= record.keys():
         return []
     recipes = [printable(name) for name in record["recipe"]]
     dataset, data = printable(record["dataset"]), printable(record["data"])

@@ -4,8 +4,6 @@
    under ``torchrun`` share the work.
 2. ``evaluate_tokenizer`` measures a tokenizer without a transformer: reconstructions, codes, bits, speed and memory.
 3. ``train_classifier`` trains a classifier of a data folder, whose features measure generated images.
-
-Importing this file does not import torch: wrong arguments are answered at once.
 """
 
 from __future__ import annotations
@@ -20,6 +18,7 @@ from maskgit_pl.checks import ImageSize, check_image_size, check_integer, pixels
 from maskgit_pl.data.manifest import read_manifest_summary
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.distributed import barrier, default_device, find_device, process_group, rank_and_world
+from maskgit_pl.evaluation.cas import check_cas
 from maskgit_pl.evaluation.classifier import (
     Accuracy,
     check_classifier_folder,
@@ -103,8 +102,8 @@ def evaluate(
         ValueError: if the classes of the data are not the model's, a network is unknown, or a number is out of range.
     """
     options = options or EvaluationOptions()
-    # Checks without torch come first, so that a wrong argument is answered immediately.
     check_integer("num_images", num_images, "[1, inf)")
+    check_cas(cas)
     folders = find_run(run, data=data, classifier=options.classifier)
     # All ranks measure; the first one writes. The file of generated images still exists and is read for the pictures.
     with process_group():
@@ -322,7 +321,7 @@ def train_classifier(
     check_integer("num_workers", num_workers, "[0, inf)")
     if image_size is not None:
         check_image_size("image_size", image_size, "[1, inf)")
-    summary = read_manifest_summary(Path(data))  # before torch is imported
+    summary = read_manifest_summary(Path(data))
     least, largest = zip(summary.images.height, summary.images.width, strict=True)
     if image_size is None and least != largest:
         raise ValueError(

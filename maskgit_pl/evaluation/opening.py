@@ -1,7 +1,6 @@
 """Opens the parts of a run that a measurement needs: model, data, and the feature networks of the data.
 
-``evaluate``, ``compare``, ``tune`` and the reports use it. All checks that do not need torch come before the import of
-torch.
+``evaluate``, ``compare``, ``tune`` and the reports use it.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from maskgit_pl.evaluation.metrics import FeatureMetrics, open_extractors
 from maskgit_pl.evaluation.reference import obtain_references, read_real_labels, read_references
 from maskgit_pl.evaluation.run_folders import RunFolders, data_name
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.pipeline.sharing import find_transformer
 from maskgit_pl.processes import Bars, no_bars
 
 __all__ = [
@@ -60,9 +58,6 @@ def open_model(
         FileNotFoundError: if the negative model does not exist.
         ValueError: if the device does not exist, a file is invalid, or the negative model predicts other tokens.
     """
-    if negative_model is not None:
-        find_transformer(negative_model)  # before torch is imported
-
     place = find_device(device)
     pipe = MaskGIT.from_pretrained(folders.pretrained, negative_model=negative_model).to(place)
     models = [pipe.transformer] if pipe.negative_model is None else [pipe.transformer, pipe.negative_model.transformer]

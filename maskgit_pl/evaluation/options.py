@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from maskgit_pl.checks import ImageSize, check_choice, check_integer, check_number, height_width
+from maskgit_pl.checks import ImageSize, check_choice, check_integer, check_number, check_seed, height_width
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.registry import describe
 
@@ -89,6 +89,10 @@ class ModelOptions(MeasurementOptions):
     seed: int = 0
     dtype: Dtype | None = None
     negative_model: Path | str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_seed("seed", self.seed)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,4 @@
-"""``tune``: searches for the best decoding of a run's model and writes it next to the weights, with a report.
-
-Importing this file does not import torch.
-"""
+"""``tune``: searches for the best decoding of a run's model and writes it next to the weights, with a report."""
 
 from __future__ import annotations
 
@@ -174,7 +171,7 @@ def _check_outputs(folders: RunFolders, out: Path | None) -> None:
 
 
 def _open(run: Path | str, data: Path | None, options: TuningOptions) -> tuple[RunFolders, MaskGIT, SearchSpace]:
-    """Opens the model and the search space, after all checks that do not need torch."""
+    """Opens the model and the search space, and checks all that the search tries."""
     folders = find_run(run, data=data, classifier=options.classifier)
     pipe = open_model(folders, options.device, dtype=options.dtype, negative_model=options.negative_model)
     pipe.outline.check_parallel("tune")

@@ -1,7 +1,7 @@
 """Options of the methods of ``MaskGIT``: their names, types and checks.
 
-A method takes the fields of its options class and the decoding settings as keyword arguments. Only ``as_output``
-imports torch, so that the command line can make the same checks before it loads a model.
+A method takes the fields of its options class and the decoding settings as keyword arguments. The command line makes
+flags of them, so that only ``as_output`` imports torch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The functions ``table_1`` to ``table_3``, ``figure_4`` and others, which turn run folders into a page.
 
-``maskgit table``, ``figure`` and ``ablation`` use them. All checks that do not need torch come before the import of
-torch.
+``maskgit table``, ``figure`` and ``ablation`` use them.
 """
 
 from __future__ import annotations
@@ -14,10 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from maskgit_pl.checks import check_integer, shorten
+from maskgit_pl.evaluation.cas import check_cas
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
 from maskgit_pl.evaluation.options import CAS_TRAINING, CASConfig
 from maskgit_pl.evaluation.pages import Page, command_line
-from maskgit_pl.evaluation.reports.ablation_measurements import Failure
+from maskgit_pl.evaluation.reports.ablation_measurements import Failure, run_ablation
 from maskgit_pl.evaluation.reports.ablation_page import make_ablation_page
 from maskgit_pl.evaluation.reports.options import NUM_TOKENS, ReportOptions, cas_flags, select_rows
 from maskgit_pl.evaluation.reports.paper_tables import (
@@ -65,9 +65,9 @@ def table_1(
     options = options or ReportOptions()
     if cas_images is not None:
         check_integer("cas_images", cas_images, "[1, inf)")
+    check_cas(cas)
     command = command_line(["maskgit table 1", *runs], {**options.flags(), **cas_flags(cas, cas_images)})
     opened = _open("table 1", runs, options, command, bars)
-
     return measure_generation(opened, cas, cas_images)
 
 
@@ -75,7 +75,6 @@ def table_2(runs: Runs, options: ReportOptions | None = None, *, bars: Bars = no
     """Makes Table 2: outpainting and inpainting of val images. See ``table_1`` for arguments and errors."""
     options = options or ReportOptions()
     opened = _open("table 2", runs, options, command_line(["maskgit table 2", *runs], options.flags()), bars)
-
     return measure_editing(opened)
 
 
@@ -149,11 +148,6 @@ def ablation(
     check_writable("results", options.results, is_folder=True)
     failures: list[Failure] = []
     if config is not None:
-        from maskgit_pl.runs.ablation_plan import plan_variants
-
-        plan_variants(config)  # wrong keys are reported before torch is imported, which takes seconds
-        from maskgit_pl.evaluation.reports.ablation_measurements import run_ablation
-
         failures = run_ablation(config, options, name=name, command=_describe(config, options, name), bars=bars)
 
     rows = select_rows(Ledger(options.results / FILE_NAME).rows("ablation"), name)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from maskgit_pl.checks import build_dataclass, check_integer
+from maskgit_pl.checks import build_dataclass, check_integer, check_seed
 from maskgit_pl.evaluation.ledger import Row
 from maskgit_pl.evaluation.options import CAS_TRAINING, FEATURES, CASConfig, MeasurementOptions, Spec
 
@@ -46,6 +46,7 @@ class ReportOptions(MeasurementOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_integer("num_images", self.num_images, "[2, inf)")
+        check_seed("seed", self.seed)
 
     def check_classes(self, num_classes: int) -> None:
         """Checks that there is at least one image for each class.
