@@ -33,7 +33,6 @@ __all__ = [
     "needs_chunks",
     "r1_penalty",
     "reconstruction_loss",
-    "rows_at_once",
     "token_cross_entropy",
     "token_statistics",
 ]
@@ -156,7 +155,7 @@ def needs_chunks(num_tokens: int, num_columns: int) -> bool:
     return num_columns >= _LEAST_COLUMNS and num_tokens * num_columns > _MOST_LOGITS
 
 
-def rows_at_once(num_tokens: int, num_columns: int) -> int:
+def _rows_at_once(num_tokens: int, num_columns: int) -> int:
     """Returns the number of rows of logits (M, V) that a step holds at once: M, or those of a chunk."""
     if not needs_chunks(num_tokens, num_columns):
         return num_tokens
@@ -190,7 +189,7 @@ def chunked_statistics(
         found = measure(F.linear(rows, table, bias), own_targets)
         return torch.stack([each for each in found if each is not None], dim=1)
 
-    size = rows_at_once(len(x), len(table))
+    size = _rows_at_once(len(x), len(table))
     parts = [
         checkpoint(compute, *chunk, use_reentrant=False, preserve_rng_state=False)
         for chunk in zip(torch.split(x, size), torch.split(targets, size), strict=True)

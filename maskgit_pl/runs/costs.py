@@ -407,7 +407,7 @@ class _GPUKernels(TorchFunctionMode):
         """Calls ``func``, or what replaces it."""
         kwargs = dict(kwargs or {})
         if func is F.scaled_dot_product_attention:
-            kwargs["dropout_p"] = 0.0
+            args, kwargs = args[:4], kwargs | {"dropout_p": 0.0, **dict(zip(("is_causal",), args[5:6], strict=False))}
         if func is F.dropout and kwargs["training"] and kwargs["p"] > 0:
             return torch.native_dropout(args[0], kwargs["p"], train=True)[0]
         return func(*args, **kwargs)

@@ -421,7 +421,7 @@ def _may_be_uncountable(found: Preflight, name: str) -> Iterator[None]:
     """Adds a warning if a step of a plug-in cannot run without values."""
     try:
         yield
-    except RuntimeError as error:
+    except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
         found.add(name, f"cannot be calculated ({type(error).__name__}: {reason})", "warning")
 
@@ -443,11 +443,13 @@ def _check_memory(
     if memory.total <= limit:
         found.add("memory", f"{text}; {size_text(device)} available")
         return
-    # Activations grow linearly with the micro-batch.
-    one = step_memory(module, per_device=1, **options).total
-    slope = (memory.total - one) / max(1, per_device - 1)
-    sizes = (size for size in range(per_device - 1, 0, -1) if per_device % size == 0)
-    largest = next((size for size in sizes if one + (size - 1) * slope <= limit), None)
+    # Activations of images grow linearly with the micro-batch; a step on tokens is counted in a second.
+    fixed, each = memory.total - memory.activations, memory.activations / per_device
+    sizes = [size for size in range(per_device - 1, 0, -1) if per_device % size == 0]
+    largest = next((size for size in sizes if fixed + size * each <= limit), None)
+    if isinstance(module, TokenModel):
+        fitting = (size for size in sizes if step_memory(module, per_device=size, **options).total <= limit)
+        largest = next(fitting, None)
     hint = f"--data.max_batch_per_device={largest} fits" if largest else "not even one sample fits"
     is_transformer = isinstance(module, TokenModel)  # stage 1 counts float32 in both precisions
     savings = {

@@ -9,15 +9,16 @@ import itertools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from maskgit_pl.data.folders import hold_lock
 from maskgit_pl.files import check_writable
-from maskgit_pl.pipeline.pretrained import check_stage_folder
 from maskgit_pl.processes import catch_stop_signals, launcher_rank, local_rank
 from maskgit_pl.runs.plan import Plan, folder_of, plan_run
 from maskgit_pl.runs.recipe import STAGES, Recipe, Stage
-from maskgit_pl.runs.stage import FitResult, export_checkpoint, fit_stage
-from maskgit_pl.training.checkpoint_files import complete_checkpoints, step_of
+
+if TYPE_CHECKING:
+    from maskgit_pl.runs.stage import FitResult
 
 __all__ = ["export", "fit"]
 
@@ -66,6 +67,8 @@ def fit(
     old = _set_aside(plan.stage_folder) if fresh and local_rank() == 0 else None
     try:
         with catch_stop_signals():
+            from maskgit_pl.runs.stage import fit_stage  # lightning and torch take seconds to import
+
             return fit_stage(plan)
     except SystemExit as stop:
         # Lightning turns KeyboardInterrupt into SystemExit, which would end a notebook's kernel.
@@ -142,6 +145,8 @@ def export(
         # Everything is found before torch is imported and before anything is written.
         plans = [_plan(folder, each, data, out) for each in stages]
         chosen = [_checkpoint(plan, step) for plan in plans]
+        from maskgit_pl.pipeline.pretrained import check_stage_folder  # lightning and torch take seconds to import
+        from maskgit_pl.runs.stage import export_checkpoint
 
         for each in stages:
             check_stage_folder(out / each)
@@ -183,6 +188,8 @@ def _plan(folder: Path, stage: Stage, data: str | Path | None, out: Path) -> Pla
 
 def _checkpoint(plan: Plan, step: int | None) -> Path:
     """Returns the complete checkpoint of a step, or the newest one."""
+    from maskgit_pl.training.checkpoint_files import complete_checkpoints, step_of
+
     found = {step_of(path): path for path in complete_checkpoints(plan.checkpoints)}
     if not found or step not in {None, *found}:
         there = ", ".join(map(str, found)) or "none"

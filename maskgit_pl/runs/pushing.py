@@ -239,7 +239,6 @@ def _load(folder: Path) -> dict[str, Any]:
 
 
 def _write_card(folder: Path, content: dict[str, Any]) -> str:
-
     return model_card(folder, content)
 
 

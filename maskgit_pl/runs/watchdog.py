@@ -103,9 +103,7 @@ class Watchdog(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._note_progress("set-up")
-        started = getattr(trainer.strategy.launcher, "procs", [])
-        # Lightning's observer of an emptied list ends; it would kill this process as soon as another one has ended.
-        self._children, started[:] = [*started], []
+        self._adopt_children(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         now = time.monotonic()
@@ -130,6 +128,15 @@ class Watchdog(Callback):
         self._note_progress("cleanup")
         self._report(trainer, exception)  # before Lightning's cleanup, which may wait for the other ranks
 
+    def _adopt_children(self, trainer: Trainer) -> None:
+        """Takes over the ranks that Lightning's launcher has started from its observer, which ends with an empty list.
+
+        The observer would kill this process as soon as another one has ended.
+        """
+        started = getattr(trainer.strategy.launcher, "procs", [])
+        while started:
+            self._children.append(started.pop(0))
+
     def _note_progress(self, phase: str) -> None:
         self._phase, self._idle_ticks = phase, 0
 
@@ -140,6 +147,7 @@ class Watchdog(Callback):
         parent = os.getppid()
         while not is_done.wait(_TICK_SECONDS):
             self._idle_ticks += 1
+            self._adopt_children(trainer)
             if self._idle_ticks * _TICK_SECONDS > self.limit:
                 self._exit_after_hang(trainer)
             if self._error is not None:  # the main thread exits
@@ -211,7 +219,9 @@ def _is_shared(error: BaseException) -> bool:
 
 def _is_of_collective(error: BaseException) -> bool:
     """Returns True if a collective has failed: gloo raises RuntimeError with its own source file in the text."""
-    return isinstance(error, dist.DistBackendError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    if isinstance(error, RunError) or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, dist.DistBackendError) or "gloo" in str(error)
 
 
 def _write(text: str) -> None:

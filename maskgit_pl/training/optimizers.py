@@ -96,6 +96,12 @@ class AdamWSpec(OptimizerSpec):
         return optimizer
 
 
+_RANGES = {  # of options, by their name
+    "eps": "(0, 1]", "momentum": "[0, 1)", "alpha": "[0, 1)", "gamma": "[0, 1]", "ns_steps": "[1, 20]",
+    "clip_threshold": "(0, 1000000]",
+}  # fmt: skip
+
+
 class TimmOptimizer(OptimizerSpec):
     """The base of the optimizers of timm: dataclasses whose fields are options of the recipe; see ``_register``.
 
@@ -108,6 +114,9 @@ class TimmOptimizer(OptimizerSpec):
     has_betas: ClassVar[bool]
 
     def __post_init__(self) -> None:
+        for name, interval in _RANGES.items():  # which timm does not check for each optimizer
+            if hasattr(self, name):
+                check_number(name, getattr(self, name), interval)
         self._build([nn.Parameter(torch.zeros(1))])  # timm raises ValueError for an option out of range
 
     def create(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:

@@ -87,8 +87,8 @@ class SpeedMonitor(Callback):
 
     Args:
         folder: Folder of the stage.
-        count_flops: Function that returns the model's FLOPs in a step of all ranks. Called once, at the first logging
-            step.
+        count_flops: Function that returns the model's FLOPs in a step of all ranks. Called once, before
+            the first step.
         tensor_float32: True if float32 products use TF32, which has another peak.
     """
 
@@ -113,6 +113,10 @@ class SpeedMonitor(Callback):
         # A longer record has steps that are trained again, or is that of another run.
         if found is not None and found.steps <= trainer.global_step:
             self._before = found
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+        if trainer.is_global_zero:
+            self._flops_of_step()  # may take longer than a step, which the watchdog would take for a hang
         self._restart(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

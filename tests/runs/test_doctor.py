@@ -252,6 +252,4 @@ def test_this_machine(tmp_path, tiny_shards, monkeypatch):
 def test_the_extras_are_those_of_the_package():
     text = (ROOT / "pyproject.toml").read_text()
     (line,) = [line for line in text.splitlines() if line.startswith("all = ")]
-    assert line.partition("[maskgit_pl[")[2] or line.partition("maskgit_pl[")[2].partition("]")[0].split(",") == [
-        *_EXTRAS
-    ]
+    assert line.partition("maskgit_pl[")[2].partition("]")[0].split(",") == [*_EXTRAS]
