@@ -297,9 +297,10 @@ def test_odd_images_are_treated_as_in_folders(hub, prefix):
             assert (sample.data, header.height, header.width, header.channels) == (data, *expected)
 
 
-def test_the_command_streams_a_data_set(hub, tmp_path, capsys):
+def test_the_command_streams_a_data_set(hub, tmp_path, caplog):
+    caplog.set_level("INFO")
     assert call_command("data", "make", f"hf:{hub}", "--out", tmp_path / "out", "--image-size", "4") == 0
-    assert "made: 20 train, 6 val; 2 classes; 4 x 4 pixels, colour" in capsys.readouterr().out
+    assert "made: 20 train, 6 val; 2 classes; 4 x 4 pixels, colour" in caplog.text
 
 
 def test_code_of_a_data_set_is_not_run(tmp_path):
