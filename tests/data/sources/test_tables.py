@@ -1,29 +1,34 @@
-"""Data sets in the format of the Hugging Face Hub, in local folders."""
+"""Tables of images: parquet files in a folder, and data sets in the format of the Hugging Face Hub."""
 
+import builtins
 import importlib
 import io
+import json
 import os
 import shutil
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from maskgit_pl.data.images import parse_image_header
-from maskgit_pl.data.manifest import load_manifest
+from maskgit_pl.data.manifest import load_manifest, read_manifest_summary
 from maskgit_pl.data.reader import ShardReader
 from maskgit_pl.data.samples import Sample
 from maskgit_pl.data.sources.opening import open_source
 from maskgit_pl.data.writer import make_shards
-from tests.cli.commands import call_command
 from tests.data.sources.test_image_folder import ODD_IMAGES
+from tests.data.sources.test_parquet_pages import repeated_zeros
 
 datasets = pytest.importorskip("datasets", minversion="4")
 # The streams of datasets leave files and generators to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 
+NAMES = ["cat", "dog", "tench, Tinca tinca"]
 README = """---
 dataset_info:
   features:
@@ -39,6 +44,161 @@ dataset_info:
 """
 
 
+def write(tars, path, start, count, *, struct=True, names=NAMES, label_field="label", image_field="image", labels=None):
+    images = [tars.png(number) for number in range(start, start + count)]
+    labels = [number % 3 for number in range(start, start + count)] if labels is None else labels
+    column = [{"bytes": data, "path": f"{n}.png"} for n, data in enumerate(images)] if struct else images
+    table = pa.table({image_field: column, label_field: labels})
+    if names is not None:
+        features = {label_field: {"names": names, "_type": "ClassLabel"}, image_field: {"_type": "Image"}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path, row_group_size=4)
+    return path
+
+
+def values(folder, split):
+    """Returns the first pixel of each image, which is its number, and the labels."""
+    reader = ShardReader(load_manifest(folder, split))
+    pixels = [Image.open(io.BytesIO(reader.read(index))).getpixel((0, 0)) for index in range(len(reader))]
+    return pixels, reader.labels(np.arange(len(reader))).tolist()
+
+
+@pytest.mark.parametrize("struct", [True, False])
+@pytest.mark.parametrize("val", ["validation", "test"])
+def test_files_of_both_splits_keep_rows_labels_and_class_names(tars, tmp_path, struct, val):
+    for name, start, count in (("train-00000-of-00002", 0, 7), ("train-00001-of-00002", 7, 6), (f"{val}-00000", 20, 5)):
+        write(tars, tmp_path / "data" / f"{name}.parquet", start, count, struct=struct)
+    make_shards(open_source(tmp_path), tmp_path / "out", shard_size=5)
+    assert values(tmp_path / "out", "train") == (list(range(13)), [n % 3 for n in range(13)])
+    assert values(tmp_path / "out", "val") == (list(range(20, 25)), [n % 3 for n in range(20, 25)])
+    assert read_manifest_summary(tmp_path / "out").classes == tuple(NAMES)
+    with pytest.raises(ValueError, match=r"^val_fraction must not be set .* a train and a val split"):
+        open_source(tmp_path, val_fraction=0.5)
+
+
+@pytest.mark.parametrize("name", ["{}/0000", "{}/data-0", "latest-test/{}-0"])
+def test_a_sub_folder_names_the_split_of_files_that_name_none(tars, tmp_path, name):
+    for split, start, count in (("train", 0, 6), ("validation", 10, 3), ("test", 20, 2)):
+        write(tars, tmp_path / f"{name.format(split)}.parquet", start, count)
+    source = open_source(tmp_path)
+    assert (source.counts, source.has_splits) == ({"train": 6, "val": 3}, True)
+    assert source.left_out == (f"parquet file {name.format('test')}.parquet",)
+    make_shards(source, tmp_path / "out")
+    assert values(tmp_path / "out", "train")[0] == list(range(6))
+    assert values(tmp_path / "out", "val")[0] == [10, 11, 12]
+
+
+@pytest.mark.parametrize(
+    ("second", "val"), [("validation", [10, 11, 12]), ("train-val", [10, 11, 12]), (None, [20, 21])]
+)
+def test_files_of_a_test_split_never_become_train(tars, tmp_path, second, val):
+    write(tars, tmp_path / "data-0.parquet", 0, 6)
+    if second is not None:
+        write(tars, tmp_path / f"{second}-0.parquet", 10, 3)
+    write(tars, tmp_path / "test-0.parquet", 20, 2)
+    source = open_source(tmp_path)
+    assert source.left_out == (("parquet file test-0.parquet",) if second else ())
+    make_shards(source, tmp_path / "out")
+    assert values(tmp_path / "out", "train")[0] == list(range(6))
+    assert values(tmp_path / "out", "val")[0] == val
+
+
+def test_files_of_one_val_split_alone_are_refused_with_their_folder(tars, tmp_path):
+    write(tars, tmp_path / "test" / "0000.parquet", 0, 3)
+    with pytest.raises(ValueError, match=r"must have files of the train split, got test/0000\.parquet$"):
+        open_source(tmp_path)
+
+
+def test_rows_are_split_by_a_hash_where_files_are_not(tars, tmp_path):
+    write(tars, tmp_path / "in" / "train.parquet", 0, 60)
+    make_shards(open_source(tmp_path / "in", val_fraction=0.3), tmp_path / "out")
+    train, val = values(tmp_path / "out", "train"), values(tmp_path / "out", "val")
+    assert sorted(train[0] + val[0]) == list(range(60))
+    assert 8 < len(val[0]) < 30
+    assert train[1] == [number % 3 for number in train[0]]
+
+
+def test_other_columns_and_names_of_ones_own(tars, tmp_path):
+    path = tmp_path / "in" / "train.parquet"
+    write(tars, path, 0, 40, names=None, label_field="fine_label", image_field="img")
+    with pytest.raises(ValueError, match=r"must have a column 'label', got img, fine_label; set it with --label-field"):
+        open_source(path.parent)
+    assert open_source(path.parent, label_field="fine_label").classes == ("0", "1", "2")
+    assert open_source(path.parent, label_field="fine_label", classes=NAMES).classes == tuple(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"labels": [0, 3, 1]}, "row 1: label must be one of 3 classes, got 3"),
+        ({"labels": [0, -1, 1]}, "row 1: label must be one of 3 classes, got -1"),
+        ({"labels": [0, None, 1]}, "row 1: label must be one of 3 classes, got None"),
+        ({"labels": ["a", "b", "c"]}, r"must hold class numbers, got string"),
+        ({"names": ["a", "b"]}, r"must have the class names of"),
+    ],
+)
+def test_bad_files_are_refused_by_name(tars, tmp_path, options, message):
+    write(tars, tmp_path / "train-0.parquet", 0, 3)
+    write(tars, tmp_path / "train-1.parquet", 3, 3, **options)
+    with pytest.raises(ValueError, match=rf"train-1\.parquet.*{message}"):
+        open_source(tmp_path)
+
+
+def test_without_pyarrow_the_way_to_install_it_is_named(tars, tmp_path, monkeypatch):
+    write(tars, tmp_path / "train.parquet", 0, 3)
+    real = builtins.__import__
+
+    def without(name, *rest):
+        if name.startswith("pyarrow"):
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ValueError, match=r'pip install "maskgit_pl\[parquet\]"'):
+        open_source(tmp_path)
+
+
+def test_rows_that_repeat_one_large_image_are_read_few_at_a_time(tars, tmp_path, monkeypatch):
+    monkeypatch.setattr("maskgit_pl.data.sources.tables._BYTES_AT_ONCE", 2**21)
+    write(tars, tmp_path / "validation.parquet", 0, 3, struct=False, names=None)
+    repeated_zeros(tmp_path / "train.parquet")
+    before = pa.total_allocated_bytes()
+    held = [pa.total_allocated_bytes() - before for _ in open_source(tmp_path).samples("train", range(64))]
+    assert len(held) == 64
+    assert max(held) < 16 * 2**20  # 64 of them have 128 MiB
+
+
+def test_a_long_path_beside_an_image_is_not_decompressed(tars, tmp_path):
+    write(tars, tmp_path / "validation.parquet", 0, 3, names=None)
+    images = [{"bytes": tars.png(n), "path": "a" * 2**25 if n == 0 else ""} for n in range(4)]
+    table = pa.table({"image": images, "label": [0, 1, 0, 1]})
+    pq.write_table(table, tmp_path / "train.parquet", compression="zstd", use_dictionary=False, write_statistics=False)
+    del images, table
+    before = pa.total_allocated_bytes()
+    held = [pa.total_allocated_bytes() - before for _ in open_source(tmp_path).samples("train", range(4))]
+    assert len(held) == 4
+    assert max(held) < 4 * 2**20  # the path has 32 MiB
+
+
+def test_more_rows_than_can_be_numbered_are_refused(tmp_path):
+    columns = {"image": pa.nulls(2**25 + 1, pa.binary()), "label": pa.nulls(2**25 + 1, pa.int8())}
+    pq.write_table(pa.table(columns), tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="must have at most 33554432 rows, got 33554433"):
+        open_source(tmp_path)
+
+
+def test_images_are_bytes_and_paths_of_a_parquet_file_are_not_followed(tmp_path):
+    pq.write_table(pa.table({"label": [0, 1]}), tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=r"must have a column of images, got label$"):
+        open_source(tmp_path)
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    rows = pa.array([{"bytes": None, "path": "/etc/passwd"}] * 40, kind)
+    pq.write_table(pa.table({"image": rows, "label": [0] * 40}), tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=r"train\.parquet row \d+ must be inside the data set"):
+        make_shards(open_source(tmp_path, val_fraction=0.5), tmp_path / "out")
+
+
 def png(number: int) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (9, 8), (number, 1, 2)).save(file, "PNG")
@@ -47,9 +207,6 @@ def png(number: int) -> bytes:
 
 def write_parquet(folder: Path, split: str, images: list[bytes | str], labels: list[object]) -> None:
     """Writes the rows of a split as two parquet files, like those of the Hub."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
     (folder / "data").mkdir(parents=True, exist_ok=True)
     rows = [
         {"bytes": image, "path": f"{n}.png"} if isinstance(image, bytes) else {"bytes": None, "path": image}
@@ -58,7 +215,7 @@ def write_parquet(folder: Path, split: str, images: list[bytes | str], labels: l
     half = len(rows) // 2
     for number, part in enumerate((slice(0, half), slice(half, None))):
         table = pa.table({"picture": rows[part], "other": list(map(str, labels[part])), "label": labels[part]})
-        parquet.write_table(table, folder / "data" / f"{split}-0000{number}-of-00002.parquet")
+        pq.write_table(table, folder / "data" / f"{split}-0000{number}-of-00002.parquet")
 
 
 @pytest.fixture
@@ -213,7 +370,7 @@ def test_a_file_outside_of_the_repository_is_not_read(remote, tmp_path, place):
 
 def test_a_remote_image_that_is_too_large_or_gone_is_named(remote, monkeypatch):
     put, files = remote
-    monkeypatch.setattr("maskgit_pl.data.sources.hub.MAX_IMAGE_BYTES", 1000)
+    monkeypatch.setattr("maskgit_pl.data.sources.tables.MAX_IMAGE_BYTES", 1000)
     put(files[3].removeprefix("hf://datasets/"), png(3) + bytes(2000))
     source = open_source("hf:owner/name", val_fraction=0.3)
     samples = [*source.samples("train", range(20)), *source.samples("val", range(20))]
@@ -225,7 +382,7 @@ def test_a_remote_image_that_is_too_large_or_gone_is_named(remote, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr("datasets.utils.file_utils.xopen", fail)
-    with pytest.raises(ValueError, match=r"^source hf:owner/name cannot be read: no network$"):
+    with pytest.raises(ValueError, match=r"^source hf:owner/name:train cannot be read: no network$"):
         list(source.samples("train", range(20)))
 
 
@@ -255,7 +412,7 @@ def test_labels_without_class_names_are_numbers_or_names(hub, labels, given, cla
 @pytest.mark.parametrize("label", [-1, 2])
 def test_a_label_that_is_no_class_is_named_with_its_row(hub, label):
     write_parquet(hub, "test", [png(n) for n in range(6)], [0, 0, 0, 0, label, 0])
-    with pytest.raises(ValueError, match=rf":test: row 4: label must be one of 2 classes, got {label}; name"):
+    with pytest.raises(ValueError, match=rf":test: row 4: label must be one of 2 classes, got {label}"):
         open_source(f"hf:{hub}")
 
 
@@ -295,12 +452,6 @@ def test_odd_images_are_treated_as_in_folders(hub, prefix):
         else:
             header = parse_image_header(sample.data, name=name)
             assert (sample.data, header.height, header.width, header.channels) == (data, *expected)
-
-
-def test_the_command_streams_a_data_set(hub, tmp_path, caplog):
-    caplog.set_level("INFO")
-    assert call_command("data", "make", f"hf:{hub}", "--out", tmp_path / "out", "--image-size", "4") == 0
-    assert "made: 20 train, 6 val; 2 classes; 4 x 4 pixels, colour" in caplog.text
 
 
 def test_code_of_a_data_set_is_not_run(tmp_path):
