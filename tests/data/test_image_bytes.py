@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from maskgit_pl.data.image_bytes import check_webp
+from maskgit_pl.data.image_bytes import _check_webp
 from maskgit_pl.data.images import (
     UnreadableImageError,
     check_complete,
@@ -201,10 +201,10 @@ def test_the_size_of_a_webp_is_read_from_its_first_part(start, size, bits):
     for width, height in ((8000, 8000), (16383, 3907), (1, 1)):
         sides = (width - less).to_bytes(size, "little") + (height - less).to_bytes(size, "little")
         if width * height <= 64 * 10**6:
-            check_webp(b"RIFF\0\0\0\0WEBP" + start + sides, "x")
+            _check_webp(b"RIFF\0\0\0\0WEBP" + start + sides, "x")
         else:
             with pytest.raises(UnreadableImageError, match=f"got {width} x {height}"):
-                check_webp(b"RIFF\0\0\0\0WEBP" + start + sides, "x")
+                _check_webp(b"RIFF\0\0\0\0WEBP" + start + sides, "x")
 
 
 @pytest.mark.parametrize(("width", "height"), [(300, 200), (1, 16383), (8000, 8001)])
@@ -212,10 +212,10 @@ def test_the_size_of_a_lossless_webp_is_read_from_its_first_part(width, height):
     data = bytearray(saved("WEBP", size=(300, 200), lossless=True))
     data[21:25] = (width - 1 | height - 1 << 14).to_bytes(4, "little")
     if width * height <= 64 * 10**6:
-        check_webp(bytes(data), "x")
+        _check_webp(bytes(data), "x")
     else:
         with pytest.raises(UnreadableImageError, match=f"got {width} x {height}"):
-            check_webp(bytes(data), "x")
+            _check_webp(bytes(data), "x")
 
 
 @pytest.mark.parametrize("channels", [1, 3])
