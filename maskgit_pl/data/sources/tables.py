@@ -38,6 +38,7 @@ _MIN_VERSION = 4  # of datasets: trusts no remote code
 _ROWS_AT_ONCE = 64  # images in memory, for row groups of any size
 _BYTES_AT_ONCE = 2**28  # limit for pages of any size: with a dictionary, each row may repeat a whole page
 _MAX_ROWS = 2**25  # of all parquet files together
+_END = object()
 
 
 class _Columns(NamedTuple):
@@ -46,22 +47,6 @@ class _Columns(NamedTuple):
     every: Sequence[str]
     images: Sequence[str]
     classes: tuple[str, ...]
-
-
-class _Rows:
-    """An iterator over the images of a stream that knows its position."""
-
-    def __init__(self, values: Iterator[Any], position: int = 0) -> None:
-        self._values = values
-        self.position = position
-
-    def take(self, row: int) -> Any:
-        """Returns the image of a row at or after the position."""
-        for value in self._values:
-            self.position += 1
-            if self.position > row:
-                return value
-        raise ValueError(f"there must be a row {row}, got the end after {self.position} rows")
 
 
 class _Table(ABC):
@@ -110,7 +95,7 @@ class _Table(ABC):
         labels = [self._read_labels(name) for name in self._streams]
         self.classes, self._labels = self._number_labels(labels, columns[0].classes or tuple(classes or ()))
         self._rows = self._split_rows(streams, val_fraction)
-        self._opened: tuple[str, _Rows] | None = None
+        self._opened: tuple[str, int, Iterator[tuple[int, Any]]] | None = None  # stream, next row, rows
         for split, rows in self._rows.items():
             if not len(rows):
                 raise ValueError(f"source {shown}: the {split} split must have at least 1 row, got 0")
@@ -163,17 +148,23 @@ class _Table(ABC):
         """Returns the label of each row."""
 
     @abstractmethod
-    def _read_images(self, stream: str, row: int) -> _Rows:
-        """Returns the images from a row at or before the given one."""
+    def _read_images(self, stream: str, row: int) -> Iterator[tuple[int, Any]]:
+        """Yields the number and the image of each row from one at or before the given one."""
 
     @abstractmethod
     def _describe_files(self, stream: str) -> str:
         """Returns names and lengths of the files of a stream."""
 
     def _take(self, stream: str, row: int) -> Any:
-        if self._opened is None or self._opened[0] != stream or self._opened[1].position > row:
-            self._opened = stream, self._read_images(stream, row)
-        return self._opened[1].take(row)
+        """Returns the image of a row; rows that ascend are read in one pass."""
+        if self._opened is None or self._opened[0] != stream or self._opened[1] > row:
+            self._opened = stream, 0, self._read_images(stream, row)
+        rows = self._opened[2]
+        value = next((value for number, value in rows if number == row), _END)
+        if value is _END:
+            raise ValueError(f"there must be a row {row}, got the end")
+        self._opened = stream, row + 1, rows
+        return value
 
     def _image_bytes(self, value: Any, name: str) -> bytes:
         """Returns the bytes of an image from what ``_take`` has returned."""
@@ -224,15 +215,10 @@ class _Table(ABC):
         self, streams: Mapping[Split, Sequence[str]], val_fraction: float
     ) -> dict[Split, npt.NDArray[np.int64]]:
         """Returns the stream's number and the row of each sample of each split, (n, 2) int64."""
-        every = {
-            split: [
-                (number, row)
-                for number, (name, labels) in enumerate(zip(self._streams, self._labels, strict=True))
-                for row in range(len(labels))
-                if name in names
-            ]
-            for split, names in streams.items()
-        }
+        every: dict[Split, list[tuple[int, int]]] = {split: [] for split in streams}
+        split_of = {name: split for split, names in streams.items() for name in names}
+        for number, (name, labels) in enumerate(zip(self._streams, self._labels, strict=True)):
+            every[split_of[name]] += [(number, row) for row in range(len(labels))]
         if not self.has_splits:
             both: dict[bool, list[tuple[int, int]]] = {False: [], True: []}
             for number, row in every["train"]:
@@ -319,7 +305,7 @@ class ParquetFolder(_Table):
             labels: list[Any] = file.read(columns=[self.label_field]).column(0).to_pylist()
             return labels
 
-    def _read_images(self, stream: str, row: int) -> _Rows:
+    def _read_images(self, stream: str, row: int) -> Iterator[tuple[int, Any]]:
         import pyarrow as pa
 
         file, group, start = self._file(stream), 0, 0
@@ -331,7 +317,7 @@ class ParquetFolder(_Table):
         batches = file.iter_batches(self._rows_at_once, row_groups=groups, columns=[column])
         images = (image for batch in batches for image in batch.column(0))
         images = (image["bytes"] if is_struct and image.is_valid else image for image in images)
-        return _Rows((image.as_buffer() if image.is_valid else None for image in images), start)
+        return enumerate((image.as_buffer() if image.is_valid else None for image in images), start)
 
     def _describe_files(self, stream: str) -> str:
         return f"{stream} {(self.folder / stream).stat().st_size}\n"
@@ -427,11 +413,11 @@ class HubDataset(_Table):
         with self._one_line(stream):
             return [row[self.label_field] for row in self._load(stream, self.label_field)]
 
-    def _read_images(self, stream: str, row: int) -> _Rows:
+    def _read_images(self, stream: str, row: int) -> Iterator[tuple[int, Any]]:
         import datasets
 
         rows = self._load(stream, self.image_field).cast_column(self.image_field, datasets.Image(decode=False))
-        return _Rows(values[self.image_field] for values in rows)
+        return enumerate(values[self.image_field] for values in rows)
 
     def _describe_files(self, stream: str) -> str:
         # The address of a file of the Hub has the commit. Of a local file, the length counts, not the time.
