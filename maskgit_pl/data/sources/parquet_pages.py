@@ -9,6 +9,7 @@ Source: apache/parquet-format, ``parquet.thrift``; apache/thrift, ``thrift-compa
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 from typing import IO
@@ -22,7 +23,8 @@ _MAX_FOOTER_BYTES = 2**25
 _MAX_PAGE_BYTES = 2**29  # decompressed; writers end a page after about 1 MB
 _WINDOW = 2**14  # bytes that are read for a header; its statistics have at most 8 kB
 # Type codes of the compact protocol; the two booleans have no bytes of their own.
-_BOOLEANS, _BYTE, _INTEGERS, _DOUBLE, _BINARY, _STRUCT = (1, 2), 3, (4, 5, 6), 7, 8, 12
+_BOOLEANS, _INTEGERS, _BINARY, _STRUCT = (1, 2), (4, 5, 6), 8, 12
+_LENGTHS = {3: 1, 7: 8}  # bytes of a byte and a double
 _MAX_DEPTH = 4  # of structs in a header
 
 
@@ -39,7 +41,7 @@ def check_parquet(path: str | Path) -> tuple[int, int]:
         ValueError: if it is not a parquet file, its footer has more than 32 MiB, a page more than 512 MiB, or a page
             header is damaged.
     """
-    from pyarrow import parquet
+    from pyarrow import ArrowException, parquet
 
     shown = f"parquet file {printable(path)}"
     try:
@@ -65,7 +67,7 @@ def check_parquet(path: str | Path) -> tuple[int, int]:
                     largest = max(largest, _largest_page(file, start, end))
     except OSError as error:
         raise ValueError(f"{shown} cannot be read: {_first_line(error.strerror or error)}") from error
-    except ValueError as error:
+    except (ValueError, ArrowException) as error:
         text = _first_line(error)
         raise ValueError(f"{shown} {text if text.startswith('must') else f'cannot be read: {text}'}") from error
     if largest > _MAX_PAGE_BYTES:
@@ -83,63 +85,60 @@ def _largest_page(file: IO[bytes], start: int, end: int) -> int:
     place, largest = start, 0
     while place < end:
         file.seek(place)
-        reader = _Reader(file.read(min(_WINDOW, end - place)))
+        header = io.BytesIO(file.read(min(_WINDOW, end - place)))
         try:
-            fields = reader.read_struct(_MAX_DEPTH)
+            fields = _read_struct(header, _MAX_DEPTH)
             expanded, stored = fields[2], fields[3]
-        except (IndexError, KeyError) as error:
+        except (IndexError, KeyError, OverflowError) as error:
             raise ValueError(f"damaged page header at byte {place}") from error
-        place += reader.place + stored
+        place += header.tell() + stored
         if expanded < 0 or stored < 0 or place > end:
             raise ValueError(f"damaged page of {stored} bytes before byte {place}")
         largest = max(largest, expanded)
     return largest
 
 
-class _Reader:
-    """A reader of Thrift's compact protocol from the bytes of a header."""
+def _read_struct(header: io.BytesIO, depth: int) -> dict[int, int]:
+    """Reads a struct of Thrift's compact protocol.
 
-    def __init__(self, data: bytes) -> None:
-        self.data = data
-        self.place = 0
+    Args:
+        header: Bytes of the header, at the beginning of the struct.
+        depth: Allowed depth of nested structs.
 
-    def read_struct(self, depth: int) -> dict[int, int]:
-        """Returns the integer fields of a struct by their numbers, and skips the others.
+    Returns:
+        The integer fields by their numbers; the others are skipped.
 
-        Args:
-            depth: Allowed depth of nested structs.
-        """
-        fields, number = dict[int, int](), 0
-        while (head := self._byte()) != 0:
-            # Low 4 bits: type; high 4 bits: difference from the last field number, 0 if the number follows.
-            kind = head & 0x0F
-            number = number + (head >> 4) if head >> 4 else _decode_zigzag(self._varint())
-            if kind in _INTEGERS:
-                fields[number] = _decode_zigzag(self._varint())
-            elif kind == _STRUCT and depth:
-                self.read_struct(depth - 1)
-            elif kind in (_BYTE, _DOUBLE, _BINARY):
-                length = {_BYTE: 1, _DOUBLE: 8}.get(kind) or self._varint()
-                self.place += length
-            elif kind not in _BOOLEANS:
-                raise KeyError(kind)  # page headers have no lists or maps
-        return fields
-
-    def _varint(self) -> int:
-        # 7 bits per byte, lowest first; the top bit says that more follow
-        value = 0
-        for shift in range(0, 64, 7):
-            byte = self._byte()
-            value |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                return value
-        raise KeyError("a varint has at most 10 bytes")
-
-    def _byte(self) -> int:
-        byte = self.data[self.place]
-        self.place += 1
-        return byte
+    Raises:
+        IndexError: if the bytes end within the struct.
+        KeyError: if it has a list, a map or too long a number, which page headers do not have.
+    """
+    fields, number = dict[int, int](), 0
+    while (head := header.read(1)[0]) != 0:
+        # Low 4 bits: type; high 4 bits: difference from the last field number, 0 if the number follows.
+        kind = head & 0x0F
+        number = number + (head >> 4) if head >> 4 else _read_integer(header)
+        if kind in _INTEGERS:
+            fields[number] = _read_integer(header)
+        elif kind == _STRUCT and depth:
+            _read_struct(header, depth - 1)
+        elif kind == _BINARY:
+            header.seek(_read_varint(header), os.SEEK_CUR)
+        elif kind not in _BOOLEANS:
+            header.seek(_LENGTHS[kind], os.SEEK_CUR)
+    return fields
 
 
-def _decode_zigzag(value: int) -> int:
-    return value >> 1 ^ -(value & 1)
+def _read_integer(header: io.BytesIO) -> int:
+    value = _read_varint(header)
+    return value >> 1 ^ -(value & 1)  # zigzag: the lowest bit is the sign
+
+
+def _read_varint(header: io.BytesIO) -> int:
+    # 7 bits per byte, lowest first; the top bit says that more follow
+    value = 0
+    for shift in range(0, 64, 7):
+        byte = header.read(1)[0]
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value
+    raise KeyError("a varint has at most 10 bytes")
