@@ -77,46 +77,28 @@ def test_files_of_both_splits_keep_rows_labels_and_class_names(tars, tmp_path, s
         open_source(tmp_path, val_fraction=0.5)
 
 
-@pytest.mark.parametrize("name", ["{}/0000", "{}/data-0", "latest-test/{}-0"])
-def test_a_sub_folder_names_the_split_of_files_that_name_none(tars, tmp_path, name):
-    for split, start, count in (("train", 0, 6), ("validation", 10, 3), ("test", 20, 2)):
-        write(tars, tmp_path / f"{name.format(split)}.parquet", start, count)
-    source = open_source(tmp_path)
-    assert (source.counts, source.has_splits) == ({"train": 6, "val": 3}, True)
-    assert source.left_out == (f"parquet file {name.format('test')}.parquet",)
-    make_shards(source, tmp_path / "out")
-    assert values(tmp_path / "out", "train")[0] == list(range(6))
-    assert values(tmp_path / "out", "val")[0] == [10, 11, 12]
-
-
 @pytest.mark.parametrize(
-    ("second", "val"), [("validation", [10, 11, 12]), ("train-val", [10, 11, 12]), (None, [20, 21])]
+    ("files", "counts", "left_out"),
+    [
+        ({"train/0": 6, "validation/0": 3, "test/0": 2}, {"train": 6, "val": 3}, ["test/0"]),
+        ({"train/data-0": 6, "val/data-0": 3, "test/data-0": 2}, {"train": 6, "val": 3}, ["test/data-0"]),
+        ({"latest-train/0": 6, "latest-test/0": 2}, {"train": 6, "val": 2}, []),
+        ({"data-0": 6, "train-val-0": 3, "test-0": 2}, {"train": 6, "val": 3}, ["test-0"]),
+        ({"data-0": 6, "test-0": 2}, {"train": 6, "val": 2}, []),
+    ],
 )
-def test_files_of_a_test_split_never_become_train(tars, tmp_path, second, val):
-    write(tars, tmp_path / "data-0.parquet", 0, 6)
-    if second is not None:
-        write(tars, tmp_path / f"{second}-0.parquet", 10, 3)
-    write(tars, tmp_path / "test-0.parquet", 20, 2)
+def test_the_file_or_else_its_folder_names_the_split(tars, tmp_path, files, counts, left_out):
+    for name, count in files.items():
+        write(tars, tmp_path / f"{name}.parquet", 0, count)
     source = open_source(tmp_path)
-    assert source.left_out == (("parquet file test-0.parquet",) if second else ())
-    make_shards(source, tmp_path / "out")
-    assert values(tmp_path / "out", "train")[0] == list(range(6))
-    assert values(tmp_path / "out", "val")[0] == val
+    assert (source.counts, source.has_splits) == (counts, True)
+    assert source.left_out == tuple(f"parquet file {name}.parquet" for name in left_out)
 
 
 def test_files_of_one_val_split_alone_are_refused_with_their_folder(tars, tmp_path):
     write(tars, tmp_path / "test" / "0000.parquet", 0, 3)
     with pytest.raises(ValueError, match=r"must have files of the train split, got test/0000\.parquet$"):
         open_source(tmp_path)
-
-
-def test_rows_are_split_by_a_hash_where_files_are_not(tars, tmp_path):
-    write(tars, tmp_path / "in" / "train.parquet", 0, 60)
-    make_shards(open_source(tmp_path / "in", val_fraction=0.3), tmp_path / "out")
-    train, val = values(tmp_path / "out", "train"), values(tmp_path / "out", "val")
-    assert sorted(train[0] + val[0]) == list(range(60))
-    assert 8 < len(val[0]) < 30
-    assert train[1] == [number % 3 for number in train[0]]
 
 
 def test_other_columns_and_names_of_ones_own(tars, tmp_path):
@@ -236,38 +218,44 @@ def read(source: object, split: str, places: range) -> list[tuple[bytes, int]]:
     return [(sample.data, sample.label) for sample in samples]
 
 
-def test_rows_keep_their_order_bytes_labels_and_splits(hub):
-    source = open_source(f"hf:{hub}")
-    assert source.classes == ("cat", "dog")
+@pytest.fixture(params=["hf:", ""], ids=["datasets", "parquet files"])
+def path(hub: Path, request: pytest.FixtureRequest) -> str:
+    """The rows of ``hub`` as a source of either kind."""
+    return f"hf:{hub}" if request.param else str(hub / "data")
+
+
+def test_rows_keep_their_order_bytes_labels_and_splits(path):
+    source = open_source(path)
+    assert source.classes == (("cat", "dog") if path.startswith("hf:") else ("0", "1"))
     assert source.counts == {"train": 20, "val": 6}
     assert read(source, "train", range(20)) == [(png(n), n % 2) for n in range(20)]
     assert read(source, "val", range(6)) == [(png(100 + n), n % 2) for n in range(6)]
     with pytest.raises(ValueError, match=r"^val_fraction must not be set .* a train and a val split"):
-        open_source(f"hf:{hub}", val_fraction=0.5)
+        open_source(path, val_fraction=0.5)
 
 
-def test_any_range_can_be_read_in_any_order(hub):
-    source = open_source(f"hf:{hub}")
+def test_any_range_can_be_read_in_any_order(path):
+    source = open_source(path)
     for places in (range(15, 20), range(3, 6), range(6, 9), range(20)):
         assert read(source, "train", places) == [(png(n), n % 2) for n in places]
 
 
-def test_shards_have_the_rows_and_a_second_run_does_nothing(hub, tmp_path):
-    assert make_shards(open_source(f"hf:{hub}"), tmp_path / "out", shard_size=6)
+def test_shards_have_the_rows_and_a_second_run_does_nothing(path, hub, tmp_path):
+    assert make_shards(open_source(path), tmp_path / "out", shard_size=6)
     reader = ShardReader(load_manifest(tmp_path / "out", "train"))
     assert [reader.read(n) for n in range(20)] == [png(n) for n in range(20)]
     assert reader.labels(np.arange(20)).tolist() == [0, 1] * 10
     os.utime(hub / "data" / "train-00000-of-00002.parquet", (1, 1))  # a copy has another time
-    assert not make_shards(open_source(f"hf:{hub}"), tmp_path / "out", shard_size=6)
+    assert not make_shards(open_source(path), tmp_path / "out", shard_size=6)
     write_parquet(hub, "train", [png(n) for n in range(20)], [0] * 20)
     with pytest.raises(ValueError, match="another --out"):
-        make_shards(open_source(f"hf:{hub}"), tmp_path / "out", shard_size=6)
+        make_shards(open_source(path), tmp_path / "out", shard_size=6)
 
 
 @pytest.mark.slow  # worker processes import torch
-def test_workers_write_the_shards_of_one_process(hub, tmp_path):
+def test_workers_write_the_shards_of_one_process(path, tmp_path):
     for name, workers in (("one", 1), ("two", 2)):
-        make_shards(open_source(f"hf:{hub}"), tmp_path / name, shard_size=6, workers=workers)
+        make_shards(open_source(path), tmp_path / name, shard_size=6, workers=workers)
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
     assert one == two
 
@@ -439,11 +427,9 @@ def test_faults_are_one_line(hub, tmp_path):
         open_source(f"hf:{hub}", classes=["a", "b"])
 
 
-@pytest.mark.parametrize("prefix", ["hf:", ""], ids=["datasets", "parquet files"])
-def test_odd_images_are_treated_as_in_folders(hub, prefix):
+def test_odd_images_are_treated_as_in_folders(path, hub):
     images = [data for data, _ in ODD_IMAGES.values()]
     write_parquet(hub, "train", images, [n % 2 for n in range(len(images))])
-    path = f"hf:{hub}" if prefix else hub / "data"
     source = open_source(path)
     samples = source.samples("train", range(len(images)))
     for (name, (data, expected)), sample in zip(ODD_IMAGES.items(), samples, strict=True):
