@@ -64,6 +64,7 @@ class _Table(ABC):
     """
 
     kind: ClassVar[str]
+    extra: ClassVar[str]  # of the installation
     left_out: tuple[str, ...] = ()
 
     def __init__(
@@ -181,8 +182,8 @@ class _Table(ABC):
         try:
             yield
         except ImportError as error:
-            extra = "hf" if isinstance(self, HubDataset) else "parquet"
-            raise ValueError(f'source {self.shown} requires {error.name}: pip install "maskgit_pl[{extra}]"') from error
+            install = f'pip install "maskgit_pl[{self.extra}]"'
+            raise ValueError(f"source {self.shown} requires {error.name}: {install}") from error
         except Exception as error:
             # datasets raises errors of many libraries: pyarrow, fsspec, huggingface_hub, yaml.
             text = printable((str(error).splitlines() or [type(error).__name__])[0])
@@ -204,9 +205,10 @@ class _Table(ABC):
         for stream, values in zip(self._streams, labels, strict=True):
             wrong = next((row for row, value in enumerate(values) if not (_is_label(value) and value in numbers)), None)
             if wrong is not None:
+                hint = f"; name another split, such as {self.shown}:train" if self.kind == "datasets" else ""
                 raise ValueError(
                     f"source {self.shown}:{printable(stream)}: row {wrong}: {self.label_field} must be one of "
-                    f"{len(given) or MAX_CLASSES} classes, got {values[wrong]!r:.40}"
+                    f"{len(given) or MAX_CLASSES} classes, got {values[wrong]!r:.40}{hint}"
                 )
         classes = given or tuple(map(str, range(1 + max(numbers.values(), default=0))))
         return classes, [np.array([numbers[label] for label in values], np.int64) for values in labels]
@@ -252,7 +254,7 @@ class ParquetFolder(_Table):
             label is not a class, or the class names of the files differ.
     """
 
-    kind = "parquet"
+    kind, extra = "parquet", "parquet"
 
     def __init__(
         self, folder: Path, *, classes: Sequence[str] | None, val_fraction: float = 0.1, label_field: str = "label"
@@ -355,7 +357,7 @@ class HubDataset(_Table):
         ValueError: if ``datasets`` is missing, there is no such data set, split or column, or a label is not a class.
     """
 
-    kind = "datasets"
+    kind, extra = "datasets", "hf"
 
     def __init__(
         self, name: str, *, classes: Sequence[str] | None, val_fraction: float = 0.1, label_field: str = "label"
