@@ -19,7 +19,9 @@ import io
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
+
+import numpy as np
 
 from maskgit_pl.checks import ImageSize, check_channels, check_choice, height_width
 from maskgit_pl.data.image_bytes import (
@@ -37,7 +39,6 @@ from maskgit_pl.data.image_bytes import (
 )
 
 if TYPE_CHECKING:
-    import numpy as np
     import numpy.typing as npt
     from PIL import Image
     from torch import Tensor
@@ -196,7 +197,7 @@ def from_pil(image: Image.Image, *, channels: int, name: str, background: str = 
         converted = _flatten(upright, background)
         if converted.mode != _MODES[channels]:
             converted = converted.convert(_MODES[channels])
-        pixels = _to_array(converted)  # (H, W) or (H, W, channels)
+        pixels = np.array(converted)  # (H, W) or (H, W, channels)
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1)
 
 
@@ -319,11 +320,9 @@ def _decode(data: bytes, *, channels: int, name: str, background: str = "white",
     except ValueError as error:
         raise UnreadableImageError(f"image {name} cannot be decoded: {first_line(error)}") from error
     orientation = _find_orientation(open_image(data, name)) if may_be_rotated else 1
-    if orientation != 1:
-        pixels = _to_array(_apply_orientation(Image.fromarray(pixels), orientation))
-    if channels != 3:
-        pixels = _to_array(Image.fromarray(pixels).convert(_MODES[channels])).reshape(*pixels.shape[:2], channels)
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    if orientation == 1 and channels == 3:
+        return torch.from_numpy(pixels).permute(2, 0, 1)
+    return from_pil(_apply_orientation(Image.fromarray(pixels), orientation), channels=channels, name=name)
 
 
 def _scratch(size: int) -> npt.NDArray[np.uint8] | None:
@@ -331,8 +330,6 @@ def _scratch(size: int) -> npt.NDArray[np.uint8] | None:
 
     Allocating new memory for each image would take a fifth of the decoding time.
     """
-    import numpy as np
-
     if size > _MAX_SCRATCH_BYTES:
         return None
     buffer: npt.NDArray[np.uint8] | None = getattr(_thread_local, "buffer", None)
@@ -377,13 +374,7 @@ def _flatten(image: Image.Image, background: str) -> Image.Image:
     from PIL import Image
 
     if image.mode.startswith("I"):
-        return Image.fromarray((_to_array(image).astype("uint32") >> 8).clip(max=255).astype("uint8"))
+        return Image.fromarray((np.array(image).astype("uint32") >> 8).clip(max=255).astype("uint8"))
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
         return Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))
     return image
-
-
-def _to_array(image: Image.Image) -> Any:
-    import numpy as np
-
-    return np.array(image)

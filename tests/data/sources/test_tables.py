@@ -400,9 +400,7 @@ def test_labels_without_class_names_are_numbers_or_names(hub, labels, given, cla
 @pytest.mark.parametrize("label", [-1, 2])
 def test_a_label_that_is_no_class_is_named_with_its_row(hub, label):
     write_parquet(hub, "test", [png(n) for n in range(6)], [0, 0, 0, 0, label, 0])
-    with pytest.raises(
-        ValueError, match=rf":test: row 4: label must be one of 2 classes, got {label}; name"
-    ):
+    with pytest.raises(ValueError, match=rf":test: row 4: label must be one of 2 classes, got {label}; name"):
         open_source(f"hf:{hub}")
 
 
