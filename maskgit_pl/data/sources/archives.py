@@ -219,8 +219,11 @@ class _ArchiveEntries(Entries):
 
     def _read_at(self, size: int, offset: int) -> bytes:
         """Returns bytes of the archive."""
-        with open(self.path, "rb", buffering=0) as file:
-            return os.pread(file.fileno(), size, offset)
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            return os.pread(descriptor, size, offset)
+        finally:
+            os.close(descriptor)
 
     def _named_members(self, members: Iterable[_ArchiveMember]) -> tuple[dict[str, _ArchiveMember], set[str]]:
         """Returns the files by their cleaned names and the names of folders, and notes what is left out."""
