@@ -4,21 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
-from maskgit_pl.checks import check_choice
 from maskgit_pl.cli.arguments import Output, Word
 from maskgit_pl.cli.flags import Folder, ImageSize, check_one_of, print_json
-from maskgit_pl.data.folders import hold_lock
 from maskgit_pl.data.sources.public import Dataset, public_datasets
 from maskgit_pl.processes import named_bars
 
-if TYPE_CHECKING:
-    from maskgit_pl.data.samples import Source
-
 __all__ = ["fetch", "index", "make", "stats", "verify"]
-
-_MOST_COMPARED = 2**30  # bytes of shards that are read again after they are made
 
 
 def _read_class_names(flag: str, text: str) -> Sequence[str]:
@@ -65,44 +58,20 @@ def make(
         class_names: Class names in order, or a file with one name per line (default: those of the source).
         num_workers: Worker processes (default: one per CPU core, fewer for little data).
     """
-    from maskgit_pl.data.manifest import load_manifests
-    from maskgit_pl.data.sources.opening import HUB_PREFIX, open_source
-    from maskgit_pl.data.stats import find_duplicates
-    from maskgit_pl.data.verify import duplicate_lines
+    from maskgit_pl.data.sources.making import convert_images
 
-    if source.startswith(HUB_PREFIX) and num_workers is None:
-        num_workers = 1  # several would each read the stream from its beginning
-    opened = open_source(
-        source, classes=class_names, val_fraction=val_fraction, label_field=label_field, vectors=not no_vectors
+    convert_images(
+        source,
+        out,
+        image_size=image_size,
+        shard_size=shard_size,
+        val_fraction=val_fraction,
+        classes=class_names,
+        label_field=label_field,
+        vectors=not no_vectors,
+        lenient=lenient,
+        workers=num_workers,
     )
-    _make(opened, out, size=image_size, shard_size=shard_size, lenient=lenient, workers=num_workers)
-    if sum(file.stat().st_size for file in out.glob("*.tar")) > _MOST_COMPARED:
-        print(f"  duplicates: not searched for in so much data; `maskgit data stats {out}` does")
-        return
-    duplicates = find_duplicates(load_manifests(out))
-    if duplicates.val_in_train or any(duplicates.repeated.values()):
-        _print_lines(*duplicate_lines(duplicates))
-
-
-def _make(source: Source, out: Path, **options: Any) -> None:
-    """Makes a data folder with a progress bar and prints its content. See ``make_shards`` for the options."""
-    from maskgit_pl.data.manifest import read_manifest_summary
-    from maskgit_pl.data.verify import describe_data, unreadable_lines, untrained_lines
-    from maskgit_pl.data.writer import make_shards
-
-    # The lock is held until the manifest is written, so that two commands never write to the same folder.
-    with hold_lock(out, hint="give another --out"), named_bars("samples") as advance:
-        made = make_shards(
-            source, out, on_samples=lambda split, count: advance(split, count, source.counts[split]), **options
-        )
-    print(describe_data(out, read_manifest_summary(out), "made" if made else "complete already, nothing to do"))
-    left_out = [f"left out: {line}" for line in (*source.left_out, *unreadable_lines(out))]
-    _print_lines(*left_out, *untrained_lines(out))
-
-
-def _print_lines(*lines: str) -> None:
-    for line in lines:
-        print(f"  {line}")
 
 
 def index(
@@ -162,7 +131,8 @@ def index(
     if names is not None and class_names is None:
         print("  class names: kept from the existing manifest")
     print("\n".join(index_lines(folder, splits, how, indexed)))
-    _print_lines(*untrained_lines(folder))
+    for line in untrained_lines(folder):
+        print(f"  {line}")
 
 
 def verify(folder: Folder, *, decode: bool = False, num_workers: int | None = None) -> None:
@@ -272,13 +242,9 @@ def fetch(
         source: Existing files in place of a download: {source}.
         image_size: Side of the images in pixels ({sizes}).
     """
-    datasets = public_datasets()
-    dataset = datasets[check_choice("NAME", name, datasets)]
-    size = dataset.image_sizes[0] if image_size is None else image_size
-    if size not in dataset.image_sizes:
-        raise ValueError(f"--image-size must be {_sizes(dataset)} for {name}, got {size}")
-    files = dataset.fetch(raw or Path("data/raw", name)) if source is None else source
-    _make(dataset.open(files, image_size=size), out or Path("data/shards", name))
+    from maskgit_pl.data.sources.making import fetch_dataset
+
+    fetch_dataset(name, out, raw=raw, source=source, image_size=image_size)
 
 
 def _sizes(dataset: Dataset) -> str:

@@ -17,6 +17,7 @@ __all__ = ["demo"]
 def demo(
     *,
     images: Annotated[Path, Word("DIR")] | None = None,
+    lenient: bool = False,
     short: bool = False,
     run: NewRunFlags,
     overrides: Sequence[str] = (),
@@ -31,9 +32,10 @@ def demo(
 
     Args:
         images: Folder or archive of your own images, one sub-folder per class, for a --dataset of your own.
+        lenient: Skip and list images that cannot be read.
         short: Train 60 steps per stage, as a quick check (run: demo-short).
     """
     from maskgit_pl.evaluation import demo_steps  # torch takes seconds to import
 
-    folder = demo_steps.demo(**asdict(run), images=images, short=short, overrides=overrides)
+    folder = demo_steps.demo(**asdict(run), images=images, lenient=lenient, short=short, overrides=overrides)
     print(f"\nThe model is in {folder}. Next: maskgit sample {shlex.quote(str(folder))} --out sampled.png")

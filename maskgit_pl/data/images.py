@@ -4,7 +4,7 @@
   Pillow's errors become ours.
 * Grey and colour JPEG: simplejpeg gives the pixels of PIL in half the time. It also raises an error where libjpeg only
   warns (flipped or zeroed bytes), while PIL returns garbage.
-* PNG: PIL, after the checks of ``open_png``: 28 x 28 in 75 us, 256 x 256 in 1.8 ms. Of 16 bits, the upper byte is kept.
+* PNG: PIL, after checks of all chunks: 28 x 28 in 75 us, 256 x 256 in 1.8 ms. Of 16 bits, the upper byte is kept.
 * CMYK JPEG and WebP: PIL.
 * Transparent images are composited over white.
 * Resampling is bicubic (a = -0.5) and antialiased, from full resolution. Decoding a JPEG at a fraction of its size
@@ -16,37 +16,29 @@ Used by the data modules, by ``tokenize`` and by commands that read images.
 from __future__ import annotations
 
 import io
-import os
-import re
-import struct
 import threading
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
+
+import numpy as np
 
 from maskgit_pl.checks import ImageSize, check_channels, check_choice, height_width
 from maskgit_pl.data.image_bytes import (
     JPEG_MAGIC,
-    MAX_PIXELS,
-    PNG_MAGIC,
+    PIL_ERRORS,
     UnreadableImageError,
     check_complete,
     check_jpeg,
     check_size,
-    check_webp,
-    image_error,
-    kind_of_fault,
-    may_be_rotated,
-    open_png,
-    open_png_header,
+    first_line,
+    open_image,
+    pil_errors,
     read_image_file,
+    silent_warnings,
 )
-from maskgit_pl.errors import printable
 
 if TYPE_CHECKING:
-    import numpy as np
     import numpy.typing as npt
     from PIL import Image
     from torch import Tensor
@@ -76,20 +68,12 @@ Place = tuple[float, float] | Callable[["Tensor", tuple[int, int]], "Tensor"] | 
 """The part of an image that is used: its place along (height, width), each in [0, 1), a function of the image and of
 the size of the result, which crops by itself, or None for the centre."""
 
-_PIL_ERRORS = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, struct.error)
-"""The errors that Pillow raises on damaged or hostile files."""
-
 _ORIENTATION = 0x0112  # EXIF tag: 1 upright, 2 to 8 rotated or mirrored; 5 to 8 swap height and width
 _GREY = ("1", "L", "LA", "I;16", "I")  # modes of PIL; every other one becomes RGB
 _MODES = {1: "L", 3: "RGB"}  # of PIL, by the channels of the result
 _MAX_SCRATCH_BYTES = 2**24  # of the reused buffer; larger images get new memory
 
 _thread_local = threading.local()
-_filters_lock = threading.Lock()  # the list of warning filters belongs to the process
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(
-        before=_filters_lock.acquire, after_in_parent=_filters_lock.release, after_in_child=_filters_lock.release
-    )
 
 
 @dataclass(frozen=True)
@@ -119,7 +103,7 @@ def parse_image_header(data: bytes, *, name: str) -> ImageHeader:
     Raises:
         UnreadableImageError: if it is not a still JPEG, PNG or WebP of at most 64 million pixels.
     """
-    image = _open(data, name)
+    image = open_image(data, name, header_only=True)
     width, height = image.size
     if _find_orientation(image) >= 5:
         width, height = height, width
@@ -146,14 +130,7 @@ def decode_image(data: bytes, *, channels: int, name: str, background: str = "wh
             JPEG is found where a code word is invalid, of a PNG by checksums; WebP has none.
     """
     check_channels("in_channels", channels)
-    if _plain_jpeg_size(data, name) is not None:
-        return _decode_jpeg(data, channels, name)
-    if data.startswith(PNG_MAGIC):
-        with _pil_errors(name):
-            image: Image.Image = open_png(data, name)
-    else:
-        image = _open(data, name)
-    return from_pil(image, channels=channels, name=name, background=background)
+    return _decode(data, channels=channels, name=name, background=background)
 
 
 def load_image(data: bytes, *, image_size: ImageSize, channels: int, crop: Place, name: str) -> Tensor:
@@ -192,11 +169,7 @@ def load_image_into(out: Tensor, data: bytes, *, crop: Place, name: str) -> None
         UnreadableImageError: See ``decode_image``; ``out`` is then unchanged.
     """
     channels, height, width = out.shape
-    size = _plain_jpeg_size(data, name)
-    if size is None:
-        image = decode_image(data, channels=channels, name=name)
-    else:
-        image = _decode_jpeg(data, channels, name, buffer=_scratch(3 * size[0] * size[1]))
+    image = _decode(data, channels=channels, name=name, with_scratch=True)
     out.copy_(fit_image(image, image_size=(height, width), crop=crop))
 
 
@@ -218,13 +191,13 @@ def from_pil(image: Image.Image, *, channels: int, name: str, background: str = 
     import torch
 
     check_size(image.height, image.width, name)
-    with _pil_errors(name):
+    with pil_errors(name):
         image.load()  # EXIF may follow a PNG's pixels
         upright = _apply_orientation(image, _find_orientation(image))
         converted = _flatten(upright, background)
         if converted.mode != _MODES[channels]:
             converted = converted.convert(_MODES[channels])
-        pixels = _to_array(converted)  # (H, W) or (H, W, channels)
+        pixels = np.array(converted)  # (H, W) or (H, W, channels)
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1)
 
 
@@ -324,51 +297,32 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.nn.functional.interpolate(batch, size, mode="bicubic", antialias=True)[0]
 
 
-def _first_words(error: Exception) -> str:
-    """Returns the first line of another package's error, at most 200 characters."""
-    return printable((str(error).strip() or type(error).__name__).splitlines()[0][:200])
-
-
-def _plain_jpeg_size(data: bytes, name: str) -> tuple[int, int] | None:
-    """Returns height and width, as stored, of a grey or colour JPEG; None for other files. Takes 2 microseconds.
-
-    Raises:
-        UnreadableImageError: if the JPEG exceeds a limit of ``check_jpeg`` or ``check_size``.
-    """
+def _decode(data: bytes, *, channels: int, name: str, background: str = "white", with_scratch: bool = False) -> Tensor:
+    """Decodes an image; with ``with_scratch``, the result may be a view of memory that the next call overwrites."""
     if data[:3] != JPEG_MAGIC:
-        return None
-    check_jpeg(data, name)
-    import simplejpeg
-
-    try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:  # damaged, or a rare layout: PIL decides
-        return None
-    check_size(height, width, name)
-    return (height, width) if colours in ("Gray", "RGB", "YCbCr") else None
-
-
-def _decode_jpeg(data: bytes, channels: int, name: str, *, buffer: npt.NDArray[np.uint8] | None = None) -> Tensor:
-    """Decodes a grey or colour JPEG.
-
-    Returns:
-        (channels, H, W) uint8, a view of ``buffer`` if one is given and the image is neither rotated nor made grey.
-    """
+        return from_pil(open_image(data, name), channels=channels, name=name, background=background)
+    may_be_rotated = check_jpeg(data, name)
     import simplejpeg
     import torch
     from PIL import Image
 
     try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:  # damaged, or a rare layout: PIL decides
+        height, width, colours = 0, 0, "unknown"
+    check_size(height, width, name)
+    if colours not in ("Gray", "RGB", "YCbCr"):
+        return from_pil(open_image(data, name), channels=channels, name=name, background=background)
+    try:
         # (H, W, 3) uint8; strict by default: libjpeg's warnings are errors
+        buffer = _scratch(3 * height * width) if with_scratch else None
         pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=buffer)
     except ValueError as error:
-        raise _decode_error(name, error) from error
-    orientation = _find_orientation(_open(data, name)) if may_be_rotated(data) else 1
-    if orientation != 1:
-        pixels = _to_array(_apply_orientation(Image.fromarray(pixels), orientation))
-    if channels != 3:
-        pixels = _to_array(Image.fromarray(pixels).convert(_MODES[channels])).reshape(*pixels.shape[:2], channels)
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+        raise UnreadableImageError(f"image {name} cannot be decoded: {first_line(error)}") from error
+    orientation = _find_orientation(open_image(data, name)) if may_be_rotated else 1
+    if orientation == 1 and channels == 3:
+        return torch.from_numpy(pixels).permute(2, 0, 1)
+    return from_pil(_apply_orientation(Image.fromarray(pixels), orientation), channels=channels, name=name)
 
 
 def _scratch(size: int) -> npt.NDArray[np.uint8] | None:
@@ -376,41 +330,12 @@ def _scratch(size: int) -> npt.NDArray[np.uint8] | None:
 
     Allocating new memory for each image would take a fifth of the decoding time.
     """
-    import numpy as np
-
     if size > _MAX_SCRATCH_BYTES:
         return None
     buffer: npt.NDArray[np.uint8] | None = getattr(_thread_local, "buffer", None)
     if buffer is None or buffer.size < size:
         _thread_local.buffer = buffer = np.empty(size, np.uint8)
     return buffer
-
-
-def _open(data: bytes, name: str) -> Image.Image:
-    """Opens an image with PIL, which reads only the header, after the limits of ``image_bytes``."""
-    if kind_of_fault(data) != "damaged":
-        raise image_error(data, name)
-    if data.startswith(PNG_MAGIC):
-        with _pil_errors(name):
-            return open_png_header(data, name)
-    (check_jpeg if data.startswith(JPEG_MAGIC) else check_webp)(data, name)
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with _silent_warnings():
-            image = Image.open(io.BytesIO(data), formats=("JPEG", "WEBP"))
-        frames = int(getattr(image, "n_frames", 1))
-    except Image.DecompressionBombError as error:
-        got = re.sub(r"\D*(\d+).*", r"\1", str(error))  # "Image size (N pixels) exceeds ..."
-        text = f"image {name} must have at most {MAX_PIXELS} pixels, got {got}"
-        raise UnreadableImageError(text, reason="too large") from error
-    except _PIL_ERRORS as error:
-        why = "its header cannot be read" if isinstance(error, UnidentifiedImageError) else _first_words(error)
-        raise image_error(data, name, why) from error
-    check_size(image.height, image.width, name)
-    if frames > 1 and image.format != "MPO":  # the first picture of an MPO is the photo
-        raise UnreadableImageError(f"image {name} must be a still image, got {frames} frames", reason="animated")
-    return image
 
 
 def _find_orientation(image: Image.Image) -> int:
@@ -420,10 +345,10 @@ def _find_orientation(image: Image.Image) -> int:
     if image.format == "PNG" and not {"exif", "xmp", "XML:com.adobe.xmp"} & image.info.keys():
         return 1
     try:
-        with _silent_warnings():
+        with silent_warnings():
             # The method of PNG would decode the pixels, to search after them.
             value = Image.Image.getexif(image).get(_ORIENTATION, 1)
-    except _PIL_ERRORS:
+    except PIL_ERRORS:
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
@@ -449,37 +374,7 @@ def _flatten(image: Image.Image, background: str) -> Image.Image:
     from PIL import Image
 
     if image.mode.startswith("I"):
-        return Image.fromarray((_to_array(image).astype("uint32") >> 8).clip(max=255).astype("uint8"))
+        return Image.fromarray((np.array(image).astype("uint32") >> 8).clip(max=255).astype("uint8"))
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
         return Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))
     return image
-
-
-def _to_array(image: Image.Image) -> Any:
-    import numpy as np
-
-    return np.array(image)
-
-
-@contextmanager
-def _pil_errors(name: str) -> Iterator[None]:
-    """Turns errors of Pillow into ``UnreadableImageError``."""
-    try:
-        yield
-    except UnreadableImageError:
-        raise
-    except _PIL_ERRORS as error:
-        raise _decode_error(name, error) from error
-
-
-@contextmanager
-def _silent_warnings() -> Iterator[None]:
-    """Drops warnings, in every thread. Pillow warns of odd metadata, which does no harm."""
-    with _filters_lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _decode_error(name: str, error: Exception) -> UnreadableImageError:
-    """Returns the error for an image whose pixels another package cannot decode."""
-    return UnreadableImageError(f"image {name} cannot be decoded: {_first_words(error)}")

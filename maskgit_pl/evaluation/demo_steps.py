@@ -47,6 +47,7 @@ class DemoOptions(TypedDict, total=False):
         dataset: Name of a public data set, or of your own. Default: ``fashion-mnist``.
         data: Data folder. Default: ``data/shards/DATASET``.
         images: Folder or archive of your own images; see ``open_source``.
+        lenient: True leaves out and lists images that cannot be read; False rejects them.
         cluster: A file of ``recipes/cluster`` with one device. Default: ``single``.
         run: Name of the run. Default: ``DATASET-RECIPE``, or ``demo-short``.
         runs_folder: Folder of all runs. Default: ``runs``.
@@ -60,6 +61,7 @@ class DemoOptions(TypedDict, total=False):
     dataset: str
     data: str | Path | None
     images: str | Path | None
+    lenient: bool
     cluster: str
     run: str | None
     runs_folder: str | Path
@@ -158,15 +160,16 @@ def plan_demo(**options: Unpack[DemoOptions]) -> tuple[list[Step], Path]:
         partial(_measure, run, data, num_images),
     )
     first = [] if given["tokenizer"] is not None else [stage_1]
-    made = _plan_data(dataset, options.get("images"), data, times.get("data"))
+    made = _plan_data(dataset, options.get("images"), data, times.get("data"), lenient=options.get("lenient", False))
     return [*made, *first, tokens, stage_2, measured], run
 
 
-def _plan_data(dataset: str, images: str | Path | None, data: Path, time: str | None) -> list[Step]:
+def _plan_data(dataset: str, images: str | Path | None, data: Path, time: str | None, *, lenient: bool) -> list[Step]:
     """Returns the step that makes the data folder; none if it is the user's own and exists."""
     if images is not None:
-        words = ["data", "make", str(images), "--out", str(data)]
-        return [Step(f"write the images of {images} as shards", words, partial(convert_images, images, data))]
+        words = ["data", "make", str(images), "--out", str(data), *(["--lenient"] if lenient else [])]
+        work = partial(convert_images, images, data, lenient=lenient)
+        return [Step(f"write the images of {images} as shards", words, work)]
     datasets = public_datasets()
     if dataset in datasets:
         title = _title(f"fetch {datasets[dataset].title}: {datasets[dataset].contents}", time)

@@ -1,6 +1,7 @@
 """``maskgit data``: the lines that each command prints, and what it refuses."""
 
 import io
+import logging
 import os
 import re
 import shutil
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskgit_pl.cli import data, main
+from maskgit_pl.cli import main
 from maskgit_pl.data.manifest import read_manifest_summary
+from maskgit_pl.data.sources import making
 from maskgit_pl.data.sources.public import public_datasets
 from maskgit_pl.data.token_store import StoreDescription
 from maskgit_pl.data.tokenizing import StoreParts
@@ -21,6 +23,19 @@ from tests.cli.commands import call_command
 
 def call(*words) -> int:
     return call_command("data", *words)
+
+
+@pytest.fixture
+def logged(caplog):
+    """A function that returns the lines that the command has logged since the last call."""
+    caplog.set_level(logging.INFO)
+
+    def lines() -> list[str]:
+        text = "\n".join(caplog.messages)
+        caplog.clear()
+        return text.splitlines()
+
+    return lines
 
 
 def png(value: int, blue: int = 0, size: tuple[int, int] = (9, 6)) -> bytes:
@@ -68,33 +83,33 @@ def tars(tmp_path):
 # make
 
 
-def test_make_then_make_again_then_index_agree(tree, tmp_path, capsys):
+def test_make_then_make_again_then_index_agree(tree, tmp_path, logged):
     out = tmp_path / "out"
     words = ("make", tree, "--out", out, "--val-fraction", 0.25, "--image-size", 8)
     assert call(*words) == 0
-    assert "2 classes; 8 x 8 pixels, colour" in capsys.readouterr().out
+    assert "2 classes; 8 x 8 pixels, colour" in logged()[0]
     made = read_manifest_summary(out)
     assert sum(made.samples.values()) == 40
     call(*words)
-    assert "nothing to do" in capsys.readouterr().out
+    assert "nothing to do" in logged()[0]
     call("index", out, "--class-names", "cat,dog")
     assert read_manifest_summary(out) == made
 
 
-def test_make_says_which_images_are_equal(tree, tmp_path, capsys, monkeypatch):
+def test_make_says_which_images_are_equal(tree, tmp_path, logged, monkeypatch):
     shutil.copy(tree / "cat" / "1.png", tree / "dog" / "again.png")
     for _ in range(2):  # made, and complete already
         assert call("make", tree, "--out", tmp_path / "out", "--val-fraction", 0.25) == 0
-        said = capsys.readouterr().out
+        said = "\n".join(logged())
         assert "  duplicates: 1 image has the same bytes as an earlier one" in said
-        assert "    1 have another class than the earlier one\n" in said
-        assert re.search(r"    \S+\.tar:\d+\.png = train-000000\.tar:\d+\.png\n", said)
-    monkeypatch.setattr(data, "_MOST_COMPARED", 10)
+        assert "    1 have another class than the earlier one" in said
+        assert re.search(r"    \S+\.tar:\d+\.png = train-000000\.tar:\d+\.png", said)
+    monkeypatch.setattr(making, "_MOST_COMPARED", 10)
     call("make", tree, "--out", tmp_path / "out", "--val-fraction", 0.25)
-    assert f"not searched for in so much data; `maskgit data stats {tmp_path / 'out'}` does" in capsys.readouterr().out
+    assert f"not searched for in so much data; `maskgit data stats {tmp_path / 'out'}` does" in logged()[-1]
 
 
-def test_make_says_what_it_left_out_and_stats_says_it_again(tree, tmp_path, capsys):
+def test_make_says_what_it_left_out_and_stats_says_it_again(tree, tmp_path, logged, capsys):
     (tree / "cat" / "a.gif").write_bytes(b"GIF89a")
     (tree / "loose.png").write_bytes(b"x")
     (tree / "dog" / "cut.png").write_bytes((tree / "cat" / "1.png").read_bytes()[:60])
@@ -108,18 +123,19 @@ def test_make_says_what_it_left_out_and_stats_says_it_again(tree, tmp_path, caps
     ]
     for _ in range(2):
         assert call("make", tree, "--out", tmp_path / "out", "--lenient") == 0
-        assert capsys.readouterr().out.splitlines()[1:] == said
+        assert logged()[1:] == said
     call("stats", tmp_path / "out")
     assert said[-1] in capsys.readouterr().out.splitlines()
 
 
-def test_make_and_index_name_the_classes_that_train_lacks(tree, tmp_path, capsys):
+def test_make_and_index_name_the_classes_that_train_lacks(tree, tmp_path, logged, capsys):
     for split, kind, empty in (("train", "cat", "dog"), ("val", "dog", "cat")):
         (tmp_path / "split" / split / empty).mkdir(parents=True)
         (tree / kind).rename(tmp_path / "split" / split / kind)
     for words in (("make", tmp_path / "split", "--out", tmp_path / "out"), ("index", tmp_path / "out")):
         call(*words)
-        assert "  no image in train of 1 of 2 classes: dog" in capsys.readouterr().out.splitlines()
+        said = [*logged(), *capsys.readouterr().out.splitlines()]
+        assert "  no image in train of 1 of 2 classes: dog" in said
 
 
 @pytest.mark.parametrize(

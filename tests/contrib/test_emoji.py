@@ -13,6 +13,7 @@ from maskgit_pl.cli import main
 from maskgit_pl.contrib import emoji
 from maskgit_pl.contrib.emoji import CLASSES, DATASET, EmojiImages, base_of
 from maskgit_pl.data.image_bytes import UnreadableImageError
+from tests.cli.commands import call_command
 
 
 def png(value, size=64):
@@ -60,14 +61,15 @@ def write_packages(folder, monkeypatch, *, table, pictures, link=False):
     monkeypatch.setattr(emoji, "PACKAGES", tuple(packages))
 
 
-def test_emoji_packages_become_shards_and_nothing_is_unpacked(tmp_path, monkeypatch, capsys):
+def test_emoji_packages_become_shards_and_nothing_is_unpacked(tmp_path, monkeypatch, caplog):
     (tmp_path / "packages").mkdir()
     table = [entry(f"1F6{i:02d}", "face-smiling") for i in range(30)] + [entry("1F600", "no such group")]
     pictures = {f"1F6{i:02d}.png": png(8 * i) for i in range(30)}
     write_packages(tmp_path / "packages", monkeypatch, table=table, pictures=pictures, link=True)
     monkeypatch.chdir(tmp_path)
-    assert main(["data", "fetch", "emoji", "--source", "packages"]) == 0
-    assert "made: 26 train, 4 val" in capsys.readouterr().out  # both artworks are equal here
+    caplog.set_level("INFO")
+    assert call_command("data", "fetch", "emoji", "--source", "packages") == 0
+    assert "made: 26 train, 4 val" in caplog.text  # both artworks are equal here
     assert {path.name for path in tmp_path.iterdir()} == {"packages", "data"}
 
 

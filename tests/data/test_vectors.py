@@ -104,7 +104,7 @@ def test_a_vector_that_is_too_large_is_not_read(tmp_path: Path) -> None:
     source = open_source(tmp_path / "images", val_fraction=0.3)
     samples = [sample for split, count in source.counts.items() for sample in source.samples(split, range(count))]
     faults = [sample.error for sample in samples if isinstance(sample, UnreadableSample)]
-    assert faults == [f"vector {path} must have at most 268 MB, got 1.1 TB"]
+    assert faults == [f"vector {path} must have at most 266 kB, got 1.1 TB"]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

@@ -13,23 +13,25 @@ import errno
 import gzip
 import io
 import os
+import re
 import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from abc import ABC, abstractmethod
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from maskgit_pl.data.image_bytes import MAX_IMAGE_BYTES
 from maskgit_pl.data.tar import DamagedTarError, DescriptorBytes, TarBytes, read_members
 from maskgit_pl.errors import printable
 from maskgit_pl.files import TooLargeDirectoryError, open_regular, open_zip, size_text
 
-__all__ = ["Entries", "EntryError", "LeftOut", "add_left_out", "open_entries"]
+__all__ = ["Entries", "EntryError", "LeftOut", "open_entries"]
 
-LeftOut = dict[str, list[str]]  # names of files that are not samples, by kind
+LeftOut = defaultdict[str, list[str]]  # names of files that are not samples, by kind
 
 _HIDDEN = "hidden"
 _UNSAFE = "with an absolute name, '..', a NUL character or more than 4096 characters"
@@ -44,7 +46,6 @@ _MAX_ENTRIES = 10**7  # of a zip: 6 GB of memory. ImageNet has 1.3 million image
 _ENCRYPTED = 0x1  # flag of a member of a zip
 # zipfile raises any of these on a damaged central directory.
 _ZIP_ERRORS = (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, struct.error, OverflowError, EOFError)
-_GZIP_ERRORS = (OSError, EOFError, zlib.error)  # gzip.BadGzipFile is an OSError
 _AT_ONCE = 2**28  # bytes of images of a .tar.gz in memory, for which it is read once
 _BLOCK = 2**20
 _STEP_BACK = 2**16  # bytes; the reader of headers goes back less than this
@@ -54,37 +55,44 @@ class EntryError(ValueError):
     """An entry of an archive cannot be read. The message is a predicate: ``is damaged: ...``."""
 
 
-class Entries(Protocol):
+class Entries(ABC):
     """Files of a source by their names.
 
     Args:
         path: The folder or the archive.
         title: Its name without an ending, which names the class of images without classes.
+
+    Attributes:
         sizes: Length in bytes of each file.
         folders: Names of all folders.
         left_out: Names of what is not a readable file, by kind.
     """
 
-    path: Path
-    title: str
-    sizes: dict[str, int]
-    folders: set[str]
-    left_out: LeftOut
+    def __init__(self, path: Path, title: str) -> None:
+        self.path, self.title = path, title
+        self.sizes: dict[str, int] = {}
+        self.folders: set[str] = set()
+        self.left_out: LeftOut = defaultdict(list)
 
-    def readers(self, names: Iterable[str], *, limit: int = MAX_IMAGE_BYTES) -> Iterator[Callable[[], bytes]]:
-        """Yields, for each name, a function that returns the bytes of the file.
+    def expect(self, names: Iterable[str]) -> None:  # noqa: B027  # only a compressed archive needs to know
+        """Tells which files will be read next, and in which order."""
 
-        The functions raise ``OSError`` or ``EntryError``; each is to be called before the next one is taken.
+    def read(self, name: str, *, limit: int = MAX_IMAGE_BYTES) -> bytes:
+        """Returns the bytes of a file.
 
-        Args:
-            names: Names of files, in any order.
-            limit: Maximum length of a file in bytes.
+        Raises:
+            OSError: if there is no such file, or it cannot be read.
+            EntryError: if it is longer than ``limit`` bytes, or damaged.
         """
+        if name not in self.sizes:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        if self.sizes[name] > limit:
+            raise EntryError(f"must have at most {size_text(limit)}, got {size_text(self.sizes[name])}")
+        return self._read(name)
 
-
-def add_left_out(left_out: LeftOut, kind: str, name: str) -> None:
-    """Adds the name of a file that is not a sample."""
-    left_out.setdefault(kind, []).append(name)
+    @abstractmethod
+    def _read(self, name: str) -> bytes:
+        """Returns the bytes of a file of at most 256 MiB."""
 
 
 def open_entries(path: Path) -> Entries:
@@ -95,7 +103,8 @@ def open_entries(path: Path) -> Entries:
 
     Raises:
         FileNotFoundError: if it does not exist.
-        ValueError: if it is no archive, is damaged or encrypted, or would expand to implausibly many bytes.
+        ValueError: if it is no archive, is damaged or encrypted, or would expand to implausibly many bytes, or a link
+            in the folder leads out of it.
     """
     if path.is_dir():
         return _FolderEntries(path)
@@ -103,47 +112,27 @@ def open_entries(path: Path) -> Entries:
         raise FileNotFoundError(
             f"source {printable(path)} does not exist; name a folder or an archive ({', '.join(_ENDINGS)}) of images"
         )
-    lowered = path.name.lower()
-    ending = max((ending for ending in _ENDINGS if lowered.endswith(ending)), key=len, default=path.suffix)
-    title = path.name.removesuffix(path.name[len(path.name) - len(ending) :]) if ending else path.name
     try:
-        descriptor = open_regular(path)
+        with open(open_regular(path), "rb") as file:
+            first = file.read(2)
     except OSError as error:
         raise ValueError(f"source {printable(path)} cannot be read: {error.strerror}") from error
-    try:
-        first = os.pread(descriptor, 4, 0)
-        if first.startswith(b"PK"):
-            return _ZipEntries(path, title, _zip_members(path))
-        if first.startswith(b"\x1f\x8b"):
-            return _GzipTarEntries(path, title, _gzip_tar_members(path))
-        return _TarEntries(path, title, _tar_members(path, DescriptorBytes(descriptor)))
-    finally:
-        os.close(descriptor)
+    kind = {b"PK": _ZipEntries, b"\x1f\x8b": _GzipTarEntries}.get(first, _TarEntries)
+    return kind(path)
 
 
-class _FolderEntries:
+class _FolderEntries(Entries):
     """The files of a folder and of its sub-folders.
 
-    A symbolic link to a file is that file, inside the folder or outside of it. Links to folders are not followed, so
-    there are no loops. Names that begin with a dot are left out.
-
-    Args:
-        path: The folder.
+    A symbolic link to a file of the folder is that file. Links to folders are not followed, so there are no loops.
+    Names that begin with a dot are left out.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.title = path.resolve().name
-        self.sizes: dict[str, int] = {}
-        self.folders: set[str] = set()
-        self.left_out: LeftOut = {}
+        super().__init__(path, path.resolve().name)
         waiting = [""]
         while waiting:
             waiting += self._scan(waiting.pop())
-
-    def readers(self, names: Iterable[str], *, limit: int = MAX_IMAGE_BYTES) -> Iterator[Callable[[], bytes]]:
-        """Yields a function for each name; see ``Entries``."""
-        return (partial(_read_file, self.path / name, limit) for name in names)
 
     def _scan(self, folder: str) -> Iterator[str]:
         """Takes the files of a folder, and yields the names of its sub-folders with a trailing ``/``."""
@@ -151,29 +140,25 @@ class _FolderEntries:
             for entry in sorted(found, key=lambda entry: entry.name):
                 name = folder + entry.name
                 if entry.name.startswith("."):
-                    add_left_out(self.left_out, _HIDDEN, name)
+                    self.left_out[_HIDDEN].append(name)
                 elif entry.is_dir(follow_symlinks=False):
                     self.folders.add(name)
                     yield f"{name}/"
                 elif entry.is_dir():
-                    add_left_out(self.left_out, "symbolic links to folders, which are not followed", name)
+                    self.left_out["symbolic links to folders, which are not followed"].append(name)
                 elif not entry.is_file():
-                    add_left_out(self.left_out, "that are not regular files", name)
+                    self.left_out["that are not regular files"].append(name)
+                elif entry.is_symlink() and not Path(os.path.realpath(entry)).is_relative_to(self.path.resolve()):
+                    raise ValueError(
+                        f"source {printable(self.path)} must have no links that lead out of it, got {printable(name)}; "
+                        "replace it by the file, or name the folder that has the files"
+                    )
                 else:
                     self.sizes[name] = entry.stat().st_size
 
-
-def _read_file(path: Path, limit: int) -> bytes:
-    descriptor = open_regular(path)
-    with os.fdopen(descriptor, "rb") as file:
-        _check_length(os.fstat(descriptor).st_size, limit)
-        return file.read(limit)
-
-
-def _check_length(size: int, limit: int) -> None:
-    """Raises an ``EntryError`` if a file is longer than ``limit`` bytes."""
-    if size > limit:
-        raise EntryError(f"must have at most {size_text(limit)}, got {size_text(size)}")
+    def _read(self, name: str) -> bytes:
+        with open(open_regular(self.path / name), "rb") as file:
+            return file.read(self.sizes[name])
 
 
 class _ArchiveMember(NamedTuple):
@@ -200,7 +185,7 @@ class _ArchiveMember(NamedTuple):
     is_deflated: bool = False
 
 
-class _ArchiveEntries:
+class _ArchiveEntries(Entries):
     """The files of an archive.
 
     If everything in the archive lies in one folder, its names begin inside that folder. Absolute names, names with
@@ -209,52 +194,36 @@ class _ArchiveEntries:
 
     Args:
         path: The archive.
-        title: The archive's name without its ending.
-        members: Its members in their order.
 
     Raises:
-        ValueError: if the members together are implausibly large for the archive.
+        ValueError: if it is damaged, or the members together are implausibly large for the archive.
     """
 
-    def __init__(self, path: Path, title: str, members: Sequence[_ArchiveMember]) -> None:
-        self.path = path
-        self.left_out: LeftOut = {}
+    def __init__(self, path: Path) -> None:
+        lowered = path.name.lower()
+        ending = max((ending for ending in _ENDINGS if lowered.endswith(ending)), key=len, default=path.suffix)
+        super().__init__(path, path.name[: len(path.name) - len(ending)])
+        members = self._list_members()
         _check_expansion(path, sum(member.size for member in members))
         files, folders = self._named_members(members)
         top = _single_folder([*files, *(f"{folder}/" for folder in folders)])
-        self.title = top.rstrip("/") or title
+        self.title = top.rstrip("/") or self.title
         self.members = {name[len(top) :]: member for name, member in files.items()}
         self.sizes = {name: member.size for name, member in self.members.items()}
         parents = {parent for name in files for parent in _parents(name)}
         self.folders = {name[len(top) :] for name in folders | parents if len(name) > len(top)}
 
-    def readers(self, names: Iterable[str], *, limit: int = MAX_IMAGE_BYTES) -> Iterator[Callable[[], bytes]]:
-        """Yields a function for each name; see ``Entries``."""
-        return (partial(self._read, name, limit) for name in names)
+    @abstractmethod
+    def _list_members(self) -> list[_ArchiveMember]:
+        """Returns the members in their order."""
 
-    def read_member(self, member: _ArchiveMember) -> bytes:
-        """Returns the bytes of a member of at most 256 MiB.
-
-        Raises:
-            OSError: if the archive cannot be read.
-            EntryError: if the member is damaged.
-        """
-        raise NotImplementedError
-
-    def member(self, name: str, *, limit: int) -> _ArchiveMember:
-        """Returns the member of a name.
-
-        Raises:
-            FileNotFoundError: if there is none.
-            EntryError: if it is longer than ``limit`` bytes.
-        """
-        if name not in self.members:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-        _check_length(self.members[name].size, limit)
-        return self.members[name]
-
-    def _read(self, name: str, limit: int) -> bytes:
-        return self.read_member(self.member(name, limit=limit))
+    def _read_at(self, size: int, offset: int) -> bytes:
+        """Returns bytes of the archive."""
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            return os.pread(descriptor, size, offset)
+        finally:
+            os.close(descriptor)
 
     def _named_members(self, members: Iterable[_ArchiveMember]) -> tuple[dict[str, _ArchiveMember], set[str]]:
         """Returns the files by their cleaned names and the names of folders, and notes what is left out."""
@@ -262,18 +231,18 @@ class _ArchiveEntries:
         for member in members:
             name = _clean_name(member.name)
             if name is None:
-                add_left_out(self.left_out, _UNSAFE, member.name)
+                self.left_out[_UNSAFE].append(member.name)
             elif not name:  # the folder "./" itself
                 continue
-            elif (secret := _hidden_part(name)) is not None:
-                hidden[secret] = None
+            elif found := re.match(r"(?:.*?/)??(?:\.[^/]*|__MACOSX)(?=/|\Z)", name, re.DOTALL):
+                hidden[found[0]] = None
             elif member.fault:
-                add_left_out(self.left_out, member.fault, name)
+                self.left_out[member.fault].append(name)
             elif member.is_folder:
-                folders |= {name, *_parents(name)} - {""}
+                folders |= {name, *_parents(name)}
             else:
                 if name in files:
-                    add_left_out(self.left_out, _REPEATED, name)
+                    self.left_out[_REPEATED].append(name)
                 files[name] = member
         if hidden:
             self.left_out[_HIDDEN] = list(hidden)
@@ -300,14 +269,6 @@ def _clean_name(name: str) -> str | None:
     return "/".join(part for part in parts if part not in ("", "."))
 
 
-def _hidden_part(name: str) -> str | None:
-    """Returns a name up to its first hidden part; None if it has none."""
-    parts = name.split("/")
-    places = (place for place, part in enumerate(parts, 1) if part.startswith(".") or part == "__MACOSX")
-    place = next(places, None)
-    return None if place is None else "/".join(parts[:place])
-
-
 def _parents(name: str) -> Iterator[str]:
     while name := name.rpartition("/")[0]:
         yield name
@@ -322,53 +283,46 @@ def _single_folder(names: Sequence[str]) -> str:
 class _ZipEntries(_ArchiveEntries):
     """The files of a zip; see ``_ArchiveEntries``."""
 
-    def read_member(self, member: _ArchiveMember) -> bytes:
+    def _list_members(self) -> list[_ArchiveMember]:
+        shown, length = printable(self.path), self.path.stat().st_size
+        try:
+            with open(self.path, "rb") as stream, open_zip(stream, max_entries=_MAX_ENTRIES) as archive:
+                found = archive.infolist()
+        except TooLargeDirectoryError as error:
+            raise ValueError(
+                f"archive {shown} must have {error}; extract it and name the folder, or make a tar of it"
+            ) from error
+        except _ZIP_ERRORS as error:
+            raise ValueError(f"archive {shown} must be a complete zip, got: {printable(error)}") from error
+        for info in found:
+            name = printable(info.filename)
+            if info.flag_bits & _ENCRYPTED:
+                raise ValueError(
+                    f"archive {shown} must not be encrypted, got the encrypted file {name}; decrypt it first"
+                )
+            if info.header_offset < 0 or info.header_offset + info.compress_size > length:
+                raise ValueError(f"archive {shown} must be a complete zip, got {name} beyond its end")
+        return [_zip_member(info) for info in found]
+
+    def _read(self, name: str) -> bytes:
+        member = self.members[name]
         # Deflate adds a few bytes to what it cannot compress. More would be read into memory for nothing.
         if member.packed > member.size + (member.size // 1000 + 65536 if member.is_deflated else 0):
             raise EntryError(f"is damaged: {size_text(member.packed)} in the zip for {size_text(member.size)}")
         # The central directory states all values; the local header only gives the lengths of its own fields.
-        descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            header = os.pread(descriptor, _LOCAL_HEADER.size, member.offset)
-            if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\3\4"):
-                raise EntryError("is damaged: its header in the zip is missing")
-            _, _, name, extra = _LOCAL_HEADER.unpack(header)
-            packed = os.pread(descriptor, member.packed, member.offset + _LOCAL_HEADER.size + name + extra)
-        finally:
-            os.close(descriptor)
-        data = _inflate(packed, member.size) if member.is_deflated else packed
+        header = self._read_at(_LOCAL_HEADER.size, member.offset)
+        if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\3\4"):
+            raise EntryError("is damaged: its header in the zip is missing")
+        _, _, name_length, extra = _LOCAL_HEADER.unpack(header)
+        data = self._read_at(member.packed, member.offset + _LOCAL_HEADER.size + name_length + extra)
+        if member.is_deflated:
+            try:
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, member.size + 1)
+            except zlib.error as error:
+                raise EntryError(f"is damaged: {error}") from error
         if len(data) != member.size or zlib.crc32(data) != member.checksum:
             raise EntryError("is damaged: its length or its checksum in the zip is wrong")
         return data
-
-
-def _inflate(packed: bytes, size: int) -> bytes:
-    """Decompresses at most ``size + 1`` bytes."""
-    try:
-        return zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, size + 1)
-    except zlib.error as error:
-        raise EntryError(f"is damaged: {error}") from error
-
-
-def _zip_members(path: Path) -> list[_ArchiveMember]:
-    shown = printable(path)
-    try:
-        with open(path, "rb") as stream, open_zip(stream, max_entries=_MAX_ENTRIES) as archive:
-            found = archive.infolist()
-    except TooLargeDirectoryError as error:
-        raise ValueError(
-            f"archive {shown} must have {error}; extract it and name the folder, or make a tar of it"
-        ) from error
-    except _ZIP_ERRORS as error:
-        raise ValueError(f"archive {shown} must be a complete zip, got: {printable(error)}") from error
-    length = path.stat().st_size
-    for info in found:
-        name = printable(info.filename)
-        if info.flag_bits & _ENCRYPTED:
-            raise ValueError(f"archive {shown} must not be encrypted, got the encrypted file {name}; decrypt it first")
-        if info.header_offset < 0 or info.header_offset + info.compress_size > length:
-            raise ValueError(f"archive {shown} must be a complete zip, got {name} beyond its end")
-    return [_zip_member(info) for info in found]
 
 
 def _zip_member(info: zipfile.ZipInfo) -> _ArchiveMember:
@@ -391,66 +345,71 @@ def _zip_member(info: zipfile.ZipInfo) -> _ArchiveMember:
 class _TarEntries(_ArchiveEntries):
     """The files of a tar; see ``_ArchiveEntries``."""
 
-    def read_member(self, member: _ArchiveMember) -> bytes:
-        descriptor = os.open(self.path, os.O_RDONLY)
+    def _list_members(self) -> list[_ArchiveMember]:
+        with open(self.path, "rb") as file:
+            return self._tar_members(DescriptorBytes(file.fileno()))
+
+    def _tar_members(self, data: TarBytes) -> list[_ArchiveMember]:
+        faults = {"link": "links", "device": "devices", "sparse file": "sparse files"}
         try:
-            return os.pread(descriptor, member.size, member.offset)
-        finally:
-            os.close(descriptor)
+            return [
+                _ArchiveMember(
+                    name=member.name,
+                    size=member.size,
+                    offset=member.offset,
+                    fault=faults.get(member.kind, ""),
+                    is_folder=member.kind == "folder",
+                )
+                for member in read_members(data)
+            ]
+        except DamagedTarError as error:
+            raise ValueError(
+                f"source {printable(self.path)} must be a folder, a zip, a tar or a .tar.gz, got: {error}"
+            ) from error
+
+    def _read(self, name: str) -> bytes:
+        return self._read_at(self.members[name].size, self.members[name].offset)
 
 
-def _tar_members(path: Path, data: TarBytes) -> list[_ArchiveMember]:
-    faults = {"link": "links", "device": "devices", "sparse file": "sparse files"}
-    try:
-        return [
-            _ArchiveMember(
-                name=member.name,
-                size=member.size,
-                offset=member.offset,
-                fault=faults.get(member.kind, ""),
-                is_folder=member.kind == "folder",
-            )
-            for member in read_members(data)
-        ]
-    except DamagedTarError as error:
-        raise ValueError(
-            f"source {printable(path)} must be a folder, a zip, a tar or a .tar.gz, got: {error}"
-        ) from error
-
-
-class _GzipTarEntries(_ArchiveEntries):
+class _GzipTarEntries(_TarEntries):
     """The files of a tar that is compressed with gzip; see ``_ArchiveEntries``.
 
-    It has no random access: it is read from its beginning once for each 256 MiB of images.
+    It has no random access: it is read from its beginning once for each 256 MiB of expected images.
     """
 
-    def readers(self, names: Iterable[str], *, limit: int = MAX_IMAGE_BYTES) -> Iterator[Callable[[], bytes]]:
-        for window in self._windows(names, limit):
-            loaded = self._load(window, limit)
-            yield from (partial(self._take, loaded, name, limit) for name in window)
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._expected: deque[str] = deque()
+        self._loaded: dict[str, bytes] = {}
 
-    def _windows(self, names: Iterable[str], limit: int) -> Iterator[list[str]]:
-        """Yields successive names whose files have about 256 MiB together."""
-        window, size = list[str](), 0
-        for name in names:
-            window.append(name)
-            size += min(limit, self.sizes.get(name, 0))
-            if size >= _AT_ONCE:
-                yield window
-                window, size = [], 0
-        if window:
-            yield window
+    def expect(self, names: Iterable[str]) -> None:
+        self._expected, self._loaded = deque(names), {}
 
-    def _load(self, names: Iterable[str], limit: int) -> dict[str, bytes]:
-        members = {name: self.members[name] for name in names if self.sizes.get(name, limit + 1) <= limit}
-        in_order = sorted(members.items(), key=lambda item: item[1].offset)
-        with open(self.path, "rb") as raw:
-            data = _GzipBytes(raw, length=0)
-            return {name: data.read_at(member.size, member.offset) for name, member in in_order}
+    def _list_members(self) -> list[_ArchiveMember]:
+        try:
+            # Decompressed once with its checksum; the number of bytes is limited.
+            length = 0
+            with gzip.open(self.path) as stream:
+                while block := stream.read(_BLOCK):
+                    length += len(block)
+                    _check_expansion(self.path, length)
+            with open(self.path, "rb") as raw:
+                return self._tar_members(_GzipBytes(raw, length=length))
+        except (OSError, EOFError, zlib.error) as error:  # gzip.BadGzipFile is an OSError
+            raise ValueError(f"archive {printable(self.path)} must be a complete gzip file, got: {error}") from error
 
-    def _take(self, loaded: Mapping[str, bytes], name: str, limit: int) -> bytes:
-        self.member(name, limit=limit)
-        return loaded[name]
+    def _read(self, name: str) -> bytes:
+        if name not in self._loaded:
+            window, size = [name], 0
+            while self._expected and size < _AT_ONCE:
+                window.append(self._expected.popleft())
+                size += self.sizes.get(window[-1], 0)
+            members = {name: self.members[name] for name in window if self.sizes.get(name, _AT_ONCE) < _AT_ONCE}
+            with open(self.path, "rb") as raw:
+                data = _GzipBytes(raw, length=0)
+                in_order = sorted(members.items(), key=lambda item: item[1].offset)
+                self._loaded = {name: data.read_at(member.size, member.offset) for name, member in in_order}
+        return self._loaded.pop(name)
 
 
 class _GzipBytes:
@@ -481,22 +440,3 @@ class _GzipBytes:
             self._kept = (self._kept + more)[-_STEP_BACK:]
             self._end += len(more)
         return data
-
-
-def _gzip_tar_members(path: Path) -> list[_ArchiveMember]:
-    try:
-        length = _expanded_length(path)
-        with open(path, "rb") as raw:
-            return _tar_members(path, _GzipBytes(raw, length=length))
-    except _GZIP_ERRORS as error:
-        raise ValueError(f"archive {printable(path)} must be a complete gzip file, got: {error}") from error
-
-
-def _expanded_length(path: Path) -> int:
-    """Decompresses a gzip file, with its checksum, and returns the number of bytes; stops if they are too many."""
-    length = 0
-    with gzip.open(path) as stream:
-        while block := stream.read(_BLOCK):
-            length += len(block)
-            _check_expansion(path, length)
-    return length

@@ -7,7 +7,6 @@ import hashlib
 import math
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -45,8 +44,8 @@ class IdxFiles:
 
     def __init__(self, folder: Path, *, classes: Sequence[str] | None = None) -> None:
         self.folder = folder
-        self._splits = {split: _read_idx_split(folder, split) for split in _IDX_SPLITS}
-        largest = max(int(split.labels.max()) for split in self._splits.values())
+        self._splits = {split: _read_split(folder, split) for split in _IDX_SPLITS}
+        largest = max(int(labels.max()) for _, labels, _ in self._splits.values())
         self.classes = tuple(classes) if classes is not None else tuple(str(label) for label in range(largest + 1))
         if largest >= len(self.classes):
             raise ValueError(
@@ -57,15 +56,12 @@ class IdxFiles:
     @property
     def counts(self) -> dict[Split, int]:
         """The number of images of each split."""
-        return {split: len(content.labels) for split, content in self._splits.items()}
+        return {split: len(labels) for split, (_, labels, _) in self._splits.items()}
 
     def describe(self) -> dict[str, Any]:
         """Returns class names, and a hash of the decompressed images and labels of each split."""
-        return {
-            "kind": "idx",
-            "classes": list(self.classes),
-            "files": {split: content.sha256 for split, content in self._splits.items()},
-        }
+        files = {split: sha256 for split, (_, _, sha256) in self._splits.items()}
+        return {"kind": "idx", "classes": list(self.classes), "files": files}
 
     def samples(self, split: Split, places: range) -> Iterator[Sample]:
         """Yields images of a split as PNG.
@@ -76,24 +72,14 @@ class IdxFiles:
         """
         import torch
 
-        content = self._splits[split]
+        images, labels, _ = self._splits[split]
         for number in places:
-            # (1, H, W); a copy, since the file's bytes are read-only
-            pixels = torch.from_numpy(content.images[number].copy()).unsqueeze(0)
-            label = int(content.labels[number])
-            yield Sample(encode_png(pixels), "png", label, f"{self.folder}:{split} image {number}")
+            pixels = torch.from_numpy(images[number].copy())[None]  # (1, H, W); the file's bytes are read-only
+            yield Sample(encode_png(pixels), "png", int(labels[number]), f"{self.folder}:{split} image {number}")
 
 
-@dataclass(frozen=True)
-class _IdxSplit:
-    """The content of a split's two IDX files."""
-
-    images: npt.NDArray[np.uint8]  # (n, H, W)
-    labels: npt.NDArray[np.uint8]  # (n,)
-    sha256: str
-
-
-def _read_idx_split(folder: Path, split: Split) -> _IdxSplit:
+def _read_split(folder: Path, split: Split) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8], str]:
+    """Returns images (n, H, W), labels (n,) and a hash of both."""
     # The digest covers decompressed bytes: a recompressed file is the same data.
     digest = hashlib.sha256()
     images = _read_idx(_find_idx(folder, split, "images*idx3"), 3, digest)
@@ -102,7 +88,7 @@ def _read_idx_split(folder: Path, split: Split) -> _IdxSplit:
         raise ValueError(
             f"source {printable(folder)}: {split} must have {len(images)} labels for its images, got {len(labels)}"
         )
-    return _IdxSplit(images, labels, digest.hexdigest())
+    return images, labels, digest.hexdigest()
 
 
 def _find_idx(folder: Path, split: Split, kind: str) -> Path:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from maskgit_pl.checks import shorten
@@ -22,20 +22,14 @@ from maskgit_pl.files import parse_any_json
 
 __all__ = ["Metadata", "find_metadata", "read_metadata", "resolve_labels"]
 
+log = logging.getLogger(__name__)
+
 _FILES = ("metadata.csv", "metadata.jsonl")
 _MAX_BYTES = 2**29  # 100 bytes for each of five million files
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,8})")
 
 
-class _Row(NamedTuple):
-    """A row: the values by column, and its line for error messages."""
-
-    line: int
-    values: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Metadata:
+class Metadata(NamedTuple):
     """The content of a metadata file.
 
     Args:
@@ -81,14 +75,14 @@ def read_metadata(entries: Entries, name: str, *, label_field: str) -> Metadata:
     """
     shown = f"metadata {printable(entries.path / name)}"
     try:
-        text = next(entries.readers([name], limit=_MAX_BYTES))().decode("utf-8-sig")  # Excel writes a BOM
+        text = entries.read(name, limit=_MAX_BYTES).decode("utf-8-sig")  # Excel writes a BOM
         rows = list((_csv_rows if name.endswith(".csv") else _json_rows)(text))
     except EntryError as error:
         raise ValueError(f"{shown} {error}") from error
     except (ValueError, csv.Error, RecursionError, OSError) as error:
         kind = "a CSV table" if name.endswith(".csv") else "one JSON object per line"
         raise ValueError(f"{shown} must be UTF-8 text with {kind}, got: {printable(error)}") from error
-    columns = dict.fromkeys(column for row in rows for column in row.values)
+    columns = dict.fromkeys(column for _, values in rows for column in values)
     for field in ("file_name", label_field):
         if field not in columns:
             got = ", ".join(map(printable, columns)) or "no rows"
@@ -96,54 +90,55 @@ def read_metadata(entries: Entries, name: str, *, label_field: str) -> Metadata:
             raise ValueError(f"{shown} must have a column {field!r}, got {got}{hint * (field != 'file_name')}")
     folder = name.rpartition("/")[0]
     labels, repeated = dict[str, str](), list[str]()
-    for row in rows:
-        file, label = _file_name(row, folder, shown), _label(row, label_field, shown)
+    for line, values in rows:
+        where = f"{shown}: line {line}"
+        file, label = (
+            _file_name(values.get("file_name"), folder, where),
+            _label(values.get(label_field), label_field, where),
+        )
         if file in labels:
             repeated.append(file)
         if labels.setdefault(file, label) != label:
             got = f"{shorten(labels[file])} and {shorten(label)}"
-            raise ValueError(f"{shown}: line {row.line}: {printable(file)} must have one label, got {got}")
+            raise ValueError(f"{where}: {printable(file)} must have one label, got {got}")
     return Metadata(name, labels, tuple(repeated), tuple(sorted(columns.keys() - {"file_name", label_field})))
 
 
-def _csv_rows(text: str) -> Iterator[_Row]:
+def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the line and the values of each row."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     columns = [column.strip() for column in next(reader, [])]
     if len(set(columns)) < len(columns):
         raise ValueError(f"a repeated column in {columns}")
     for values in reader:
-        if not values:  # a blank line
-            continue
-        if len(values) != len(columns):
+        if values and len(values) != len(columns):  # a blank line has no values
             raise ValueError(f"{len(values)} values for {len(columns)} columns in line {reader.line_num}")
-        yield _Row(reader.line_num, dict(zip(columns, values, strict=True)))
+        if values:
+            yield reader.line_num, dict(zip(columns, values, strict=True))
 
 
-def _json_rows(text: str) -> Iterator[_Row]:
+def _json_rows(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the line and the values of each row."""
     # Not splitlines(): JSON allows the line separators of Unicode inside strings.
     for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        values = parse_any_json(line, f"line {number}")
-        if not isinstance(values, dict):
-            raise ValueError(f"line {number} is not an object")
-        yield _Row(number, values)
+        if line.strip():
+            values = parse_any_json(line, f"line {number}")
+            if not isinstance(values, dict):
+                raise ValueError(f"line {number} is not an object")
+            yield number, values
 
 
-def _file_name(row: _Row, folder: str, shown: str) -> str:
-    name = row.values.get("file_name")
+def _file_name(name: Any, folder: str, where: str) -> str:
     parts = [part for part in str(name).split("/") if part not in ("", ".")]
     if not isinstance(name, str) or not parts or ".." in parts or name.startswith("/"):
         wanted = "a path inside the folder of the metadata file"
-        raise ValueError(f"{shown}: line {row.line}: file_name must be {wanted}, got {shorten(name)}")
+        raise ValueError(f"{where}: file_name must be {wanted}, got {shorten(name)}")
     return "/".join([folder, *parts] if folder else parts)
 
 
-def _label(row: _Row, field: str, shown: str) -> str:
-    value = row.values.get(field)
+def _label(value: Any, field: str, where: str) -> str:
     if type(value) not in (int, str) or not str(value).strip():  # bool is a subclass of int
-        wanted = "a class name or a class number"
-        raise ValueError(f"{shown}: line {row.line}: {field} must be {wanted}, got {shorten(value)}")
+        raise ValueError(f"{where}: {field} must be a class name or a class number, got {shorten(value)}")
     return str(value).strip()
 
 
@@ -152,8 +147,8 @@ def resolve_labels(
 ) -> tuple[tuple[str, ...], dict[str, int]]:
     """Returns the class names, and the class number of each file.
 
-    If every label is a whole number, labels are class numbers. Else they are class names: in the order of ``given``, or
-    sorted.
+    If every label is a whole number of at most 9 digits, labels are class numbers. Else they are class names: in the
+    order of ``given``, or sorted. If only some of them are such numbers, this is logged.
 
     Args:
         parts: Contents of the metadata files.
@@ -164,7 +159,8 @@ def resolve_labels(
         ValueError: if a label is not a class, or there are more than 100,000 classes.
     """
     found = {label for part in parts for label in part.labels.values()}
-    if all(_NUMBER.fullmatch(label) for label in found):
+    others = sorted(label for label in found if not _NUMBER.fullmatch(label))
+    if not others:
         limit = len(given) if given is not None else MAX_CLASSES
         values = sorted(map(int, found))
         if wrong := [value for value in (values[0], values[-1]) if not 0 <= value < limit]:
@@ -172,6 +168,11 @@ def resolve_labels(
         classes = tuple(given or map(str, range(values[-1] + 1)))
         numbers = {label: int(label) for label in found}
     else:
+        if given is None and len(others) < len(found):
+            log.info(
+                "metadata %s: all values of %s are class names, also numbers such as %s, since %s is no class number",
+                *(printable(word) for word in (parts[0].name, label_field, min(found - {*others}), shorten(others[0]))),
+            )
         classes = tuple(given or sorted(found))
         numbers = {name: number for number, name in enumerate(classes)}
         if missing := sorted(found - numbers.keys()):

@@ -8,16 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from maskgit_pl.data.samples import Source
 from maskgit_pl.data.sources.idx import IdxFiles
 from maskgit_pl.data.sources.image_folder import ImageFolder
+from maskgit_pl.data.sources.tables import HubDataset, ParquetFolder
 from maskgit_pl.errors import printable
-
-if TYPE_CHECKING:  # they import packages that a base installation may not have
-    from maskgit_pl.data.sources.hub import HubDataset
-    from maskgit_pl.data.sources.parquet import ParquetFolder
 
 __all__ = ["HUB_PREFIX", "open_source"]
 
@@ -61,15 +57,11 @@ def _open(
 ) -> IdxFiles | ParquetFolder | HubDataset | ImageFolder:
     """Opens a source with a class for its kind."""
     if str(path).startswith(HUB_PREFIX):
-        from maskgit_pl.data.sources.hub import HubDataset
-
         name = str(path).removeprefix(HUB_PREFIX)
         return HubDataset(name, classes=classes, val_fraction=val_fraction, label_field=label_field)
     folder = Path(path)
     if folder.is_dir() and any(folder.glob("*-images*idx3*")):
         return IdxFiles(folder, classes=classes)
     if folder.is_dir() and (any(folder.glob("*.parquet")) or any(folder.glob("*/*.parquet"))):
-        from maskgit_pl.data.sources.parquet import ParquetFolder
-
         return ParquetFolder(folder, classes=classes, val_fraction=val_fraction, label_field=label_field)
     return ImageFolder(folder, classes=classes, val_fraction=val_fraction, label_field=label_field, vectors=vectors)

@@ -16,7 +16,7 @@ import tempfile
 import urllib.request
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -122,14 +122,18 @@ class FashionMNIST(Dataset):
 
     def fetch(self, raw: Path) -> Path:
         """Downloads the four files from the first source that has all of them, and returns their folder."""
-        if all(_fault_of(raw, name) is None for name in _FILES):
+        if not _faults_of(raw):
             return raw
         failures = []
         for title, source in (("its mirror", _from_mirror), ("the Debian package", _from_debian)):
             _log.info("Fashion-MNIST: trying %s", title)
             with tempfile.TemporaryDirectory() as folder:
-                failure = _attempt(source, Path(folder))
-                if failure is None:
+                try:
+                    source(Path(folder))
+                    failure = _faults_of(Path(folder))
+                except (OSError, http.client.HTTPException) as error:
+                    failure = " ".join(str(error).split())
+                if not failure:
                     raw.mkdir(parents=True, exist_ok=True)
                     for name in _FILES:
                         shutil.copyfile(Path(folder) / f"{name}.gz", raw / f"{name}.gz")
@@ -143,12 +147,17 @@ class FashionMNIST(Dataset):
 
     def open(self, path: Path, *, image_size: int) -> Source:
         """Checks the four files and opens them."""
-        bad = {name: fault for name in _FILES if (fault := _fault_of(path, name))}
-        if bad:
-            raise ValueError(f"{path}: " + "; ".join(f"{name}: {fault}" for name, fault in bad.items()))
+        if faults := _faults_of(path):
+            raise ValueError(f"{path}: {faults}")
         from maskgit_pl.data.sources.idx import IdxFiles
 
         return IdxFiles(path, classes=_CLASSES)
+
+
+def _faults_of(folder: Path) -> str:
+    """Returns the faults of all files of a folder; an empty text if they are the known ones."""
+    faults = {name: _fault_of(folder, name) for name in _FILES}
+    return "; ".join(f"{name}: {fault}" for name, fault in faults.items() if fault is not None)
 
 
 def _fault_of(folder: Path, name: str) -> str | None:
@@ -162,16 +171,6 @@ def _fault_of(folder: Path, name: str) -> str | None:
     except (OSError, EOFError, zlib.error) as error:
         return f"not a complete gzip file ({error})"
     return None if hashlib.sha256(data).hexdigest() == _FILES[name] else "wrong checksum"
-
-
-def _attempt(source: Callable[[Path], None], folder: Path) -> str | None:
-    """Tries one source and returns the reason if it fails, else None."""
-    try:
-        source(folder)
-    except (OSError, http.client.HTTPException) as error:
-        return " ".join(str(error).split())
-    faults = {name: fault for name in _FILES if (fault := _fault_of(folder, name))}
-    return str(faults) if faults else None
 
 
 def _from_mirror(folder: Path) -> None:

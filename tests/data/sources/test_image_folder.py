@@ -197,8 +197,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in (".hidden.png", "._0.png", ".cache/0.png"):
         draw(folder / "a" / name, 1)
     shutil.copy(folder / "c" / "1.png", folder / "a" / "copy-of-1.png")
-    (folder / "a" / "outside.png").symlink_to(folder.parent / "elsewhere.png")
-    draw(folder.parent / "elsewhere.png", 77)
+    (folder / "a" / "link.png").symlink_to("../c/1.png")
     (folder / "a" / "broken.png").symlink_to("nothing.png")
     (folder / "a" / "loop").symlink_to(folder)
     (folder / "b").symlink_to(folder / "a")
@@ -239,8 +238,7 @@ def test_odd_images_are_read_or_named_with_their_fault_in_every_form(odd, form, 
             assert (header.height, header.width, header.channels) == expected
             assert decode_image(sample.data, channels=3, name=name).shape == (3, *expected[:2])
     regular = {*(f"{number}.png" for number in range(20)), "copy-of-1.png"}
-    # The link leads outside of this folder: in a tar it is a link, in a zip it was followed.
-    assert samples.keys() - {"outside.png"} == regular
+    assert samples.keys() - {"link.png"} == regular  # which is left out of a tar
     assert samples["copy-of-1.png"].data == samples["1.png"].data
 
 
@@ -255,9 +253,25 @@ def test_files_that_are_left_out_of_a_folder_are_listed(odd):
     )
 
 
-def test_a_link_to_a_file_is_that_file(odd):
-    sample = all_samples(ImageFolder(odd))["a/outside.png"]
-    assert sample.data == (odd.parent / "elsewhere.png").read_bytes()
+def test_a_link_to_a_file_inside_the_folder_is_that_file(odd):
+    sample = all_samples(ImageFolder(odd))["a/link.png"]
+    assert sample.data == (odd / "c" / "1.png").read_bytes()
+
+
+def test_a_link_that_leads_out_of_the_folder_is_refused(classes, tmp_path):
+    draw(tmp_path / "photos-2" / "secret.png", 1)
+    (classes / "cat" / "0 out.png").symlink_to(tmp_path / "photos-2" / "secret.png")
+    with pytest.raises(ValueError, match=r"photos must have no links that lead out of it, got cat/0 out\.png; replace"):
+        open_source(classes)
+
+
+def test_a_table_does_not_lead_out_of_the_folder_by_a_link(flat, tmp_path):
+    draw(tmp_path / "secrets" / "0.png", 1)
+    (flat / "inner").symlink_to(tmp_path / "secrets")
+    lines = [f"{number}.JPG,a\n" for number in range(30)]
+    (flat / "metadata.csv").write_text("file_name,label\ninner/0.png,a\n" + "".join(lines))
+    samples = all_samples(ImageFolder(flat, val_fraction=0.3))
+    assert "inner/0.png cannot be read: No such file or directory" in samples["inner/0.png"].error
 
 
 def test_a_folder_without_images_says_what_it_has(tmp_path):
@@ -267,6 +281,7 @@ def test_a_folder_without_images_says_what_it_has(tmp_path):
         open_source(tmp_path / "photos")
     (tmp_path / "photos" / "train-0.tar").write_bytes(b"x")
     with pytest.raises(
-        ValueError, match=r"1 .tar \(train-0.tar\); unpack archives inside it, or use maskgit data index"
+        ValueError,
+        match=r"1 .tar \(train-0.tar\), 1 .zip \(inner.zip\); unpack archives inside it, or use maskgit data index",
     ):
         open_source(tmp_path / "photos")

@@ -56,6 +56,17 @@ def test_numbers_with_leading_zeros_are_names(photos):
     assert open_source(photos, val_fraction=0.3).classes == ("00", "01", "02")
 
 
+@pytest.mark.parametrize("odd", [str(2**40), "cat", "01"])
+def test_numbers_that_become_names_because_of_one_label_are_named(photos, odd, caplog):
+    caplog.set_level("INFO")
+    write(photos, [f"{number}.png,{number % 3}" for number in range(19)] + [f"19.png,{odd}"])
+    assert open_source(photos, val_fraction=0.3).classes == tuple(sorted(["0", "1", "2", odd]))
+    assert caplog.messages == [
+        "metadata metadata.csv: all values of label are class names, also numbers such as 0, since "
+        f"'{odd}' is no class number"
+    ]
+
+
 def test_quotes_bom_and_other_columns_are_read_as_csv(photos):
     (photos / 'a, "b".png').write_bytes((photos / "0.png").read_bytes())
     lines = [f'{number}.png,"a cat, asleep\non a mat",kind {number % 2}' for number in range(20)]
