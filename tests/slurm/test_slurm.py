@@ -256,7 +256,7 @@ def test_what_is_no_preemption_is_not_put_back(site: Site) -> None:
 def test_a_task_that_waits_for_one_that_died_is_killed_a_minute_later(site: Site) -> None:
     cluster, run = site.cluster, site.run("died", "transformer ddp", f"--trainer.max_steps={LONG}")
     cluster.transcript.title("A task that dies while the other one does not answer")
-    run.submit()
+    run.submit("--srun=--wait=60")  # 300 by default
     run.wait_beyond(0)
     (waiting,), (dying,) = (cluster.tasks(run.number, node) for node in ("node1", "node2"))
     cluster.transcript.said("kill -STOP of task 0, kill -KILL of task 1")
