@@ -59,7 +59,7 @@ def forbid_generation(patch: pytest.MonkeyPatch) -> None:
         ("evaluate", "--features inception=nowhere.pth", "MASKGIT_INCEPTION"),
         ("evaluate", "--data nowhere", "nowhere: no such folder"),
         ("evaluate", "--num-images 5", "--num-images must be >= 6 (2 per class), got 5"),
-        ("evaluate", "--cas --cas-learning-rate nan", "learning rate of the classifier must be a finite number"),
+        ("evaluate", "--cas --cas-learning-rate nan", "--cas-learning-rate must be a finite number"),
         ("evaluate-tokenizer", "--num-images 25", "must have >= 25 images, got 24"),
         ("evaluate-tokenizer", "--num-images 3", "--num-images must be an integer in [4, inf), got 3"),
         ("evaluate-tokenizer", "--tile-overlap 3", "--tile-overlap must be given with tile"),
@@ -80,7 +80,7 @@ def forbid_generation(patch: pytest.MonkeyPatch) -> None:
         ("tune", "--search bayes", "--search must be one of random, grid, got 'bayes'"),
         ("tune", "--schedules cosin", "did you mean 'cosine'"),
         ("tune", "--plot-images 5", "--plot-images must be >= 6 (2 per class), got 5"),
-        ("tune", "--seed -1", "--seed must be an integer in [0, 2147483647], got -1"),
+        ("tune", "--seed -1", "--seed must be an integer in [0, 2**32), got -1"),
         ("tune", "--negative-model nowhere", "negative_model nowhere must be a run"),
     ],
 )

@@ -174,7 +174,7 @@ def test_the_callback_of_the_documentation_is_called(train, tmp_path, monkeypatc
         ({"model": {"optimizer": {"algorithm": "lio"}}}, "unknown optimizer 'lio': did you mean 'lion'?"),
         (
             {"model": {"optimizer": {"algorithm": {"name": "sgd", "momentum": -1.0}}}},
-            "optimizer 'sgd': Invalid momentum value: -1.0",
+            "optimizer 'sgd': momentum must be a number in [0, 1), got -1.0",
         ),
         ({"data": {"augmentations": ["flipp"]}}, "unknown augmentation 'flipp': did you mean 'flip'?"),
         (

@@ -235,7 +235,7 @@ def test_the_page_names_every_optimizer_with_the_values_that_it_keeps():
     [
         ("lio", "unknown optimizer 'lio': did you mean 'lion'?"),
         ({"name": "lion", "betas": [0.9, 0.99]}, "optimizer 'lion': unknown key 'betas'"),
-        ({"name": "sgd", "momentum": -1.0}, "optimizer 'sgd': Invalid momentum value: -1.0"),
+        ({"name": "sgd", "momentum": -1.0}, "optimizer 'sgd': momentum must be a number in [0, 1), got -1.0"),
         ({"name": "sgd", "momentum": 0.0}, "optimizer 'sgd': Nesterov momentum requires a momentum"),
         ({"name": "adan", "betas": [0.9, 0.9, 1.0]}, "optimizer 'adan': Invalid beta parameter at index 2: 1.0"),
         ({"name": "muon", "ns_steps": 2.5}, "optimizer 'muon'.ns_steps must be an integer, got 2.5"),

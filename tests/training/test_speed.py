@@ -89,6 +89,7 @@ def test_writing_a_checkpoint_is_no_waiting_for_data(trainer, clock, tmp_path):
 def test_the_share_of_the_peak_is_that_of_the_device(trainer, clock, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5e9)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(MODULE, "device", torch.device("cuda"))
     train(SpeedMonitor(tmp_path, lambda: 48e12), trainer, clock)
     _, values = trainer.loggers[0].rows[0]
