@@ -407,7 +407,10 @@ class _GPUKernels(TorchFunctionMode):
         """Calls ``func``, or what replaces it."""
         kwargs = dict(kwargs or {})
         if func is F.scaled_dot_product_attention:
-            args, kwargs = args[:4], kwargs | {"dropout_p": 0.0, **dict(zip(("is_causal",), args[5:6], strict=False))}
+            if len(args) > 4:  # noqa: PLR2004  # query, key, value, mask, dropout, causal
+                args = (*args[:4], 0.0, *args[5:])
+            else:
+                kwargs["dropout_p"] = 0.0
         if func is F.dropout and kwargs["training"] and kwargs["p"] > 0:
             return torch.native_dropout(args[0], kwargs["p"], train=True)[0]
         return func(*args, **kwargs)
