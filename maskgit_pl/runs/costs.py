@@ -407,7 +407,7 @@ class _GPUKernels(TorchFunctionMode):
         """Calls ``func``, or what replaces it."""
         kwargs = dict(kwargs or {})
         if func is F.scaled_dot_product_attention:
-            if len(args) > 4:  # noqa: PLR2004  # query, key, value, mask, dropout, causal
+            if len(args) > 4:  # query, key, value, mask, dropout, causal
                 args = (*args[:4], 0.0, *args[5:])
             else:
                 kwargs["dropout_p"] = 0.0
