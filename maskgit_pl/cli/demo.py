@@ -19,7 +19,7 @@ def demo(
     images: Annotated[Path, Word("DIR")] | None = None,
     lenient: bool = False,
     short: bool = False,
-    run: NewRunFlags,
+    run: NewRunFlags = NewRunFlags(),
     overrides: Sequence[str] = (),
 ) -> None:
     """Does everything once: fetches data, trains both stages, makes pictures, measures.

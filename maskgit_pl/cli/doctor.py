@@ -51,8 +51,8 @@ def doctor(
     stage: Stage | None = None,
     *,
     json: bool = False,
-    run: RunFlags,
-    machines: MachineFlags,
+    run: RunFlags = RunFlags(),
+    machines: MachineFlags = MachineFlags(),
     overrides: Sequence[str] = (),
 ) -> int:
     """Checks a run before it starts: recipe, data, batch, memory, disk; or this machine.

@@ -94,10 +94,10 @@ def inpaint(
     *,
     class_: str | None = None,
     out: Picture = Path("edited.png"),
-    region: Region,
-    variants: Variants,
-    pictures: Pictures,
-    model: ModelFlags,
+    region: Region = Region(),
+    variants: Variants = Variants(),
+    pictures: Pictures = Pictures(),
+    model: ModelFlags = ModelFlags(),
     **decoding_settings: Unpack[DecodingSettings],
 ) -> None:
     """Regenerates part of an image.
@@ -132,10 +132,10 @@ def edit(
     *,
     class_: str,
     out: Picture = Path("edited.png"),
-    region: Region,
-    variants: Variants,
-    pictures: Pictures,
-    model: ModelFlags,
+    region: Region = Region(),
+    variants: Variants = Variants(),
+    pictures: Pictures = Pictures(),
+    model: ModelFlags = ModelFlags(),
     **decoding_settings: Unpack[DecodingSettings],
 ) -> None:
     """Turns part of an image into another class.
@@ -189,10 +189,10 @@ def outpaint(
     class_: str | None = None,
     overlap: float = 0.5,
     out: Picture = Path("outpainted.png"),
-    sides: Sides,
-    variants: Variants,
-    pictures: Pictures,
-    model: ModelFlags,
+    sides: Sides = Sides(),
+    variants: Variants = Variants(),
+    pictures: Pictures = Pictures(),
+    model: ModelFlags = ModelFlags(),
     **decoding_settings: Unpack[DecodingSettings],
 ) -> None:
     """Extends an image beyond its borders.
@@ -305,8 +305,8 @@ def panorama(
     seed: int = 0,
     batch_size: int = 100,
     out: Picture = Path("panorama.png"),
-    pictures: Pictures,
-    model: ModelFlags,
+    pictures: Pictures = Pictures(),
+    model: ModelFlags = ModelFlags(),
     **decoding_settings: Unpack[DecodingSettings],
 ) -> None:
     """Generates images of any width.

@@ -54,8 +54,8 @@ def evaluate(
     features: Features = FEATURES,
     cas: bool = False,
     out: Annotated[Path, Output(".json")] | None = None,
-    measurement: EvaluationOptions,
-    accuracy_score: CasFlags,
+    measurement: EvaluationOptions = EvaluationOptions(),
+    accuracy_score: CasFlags = CasFlags(),
 ) -> None:
     """Measures a trained model on the val split.
 
@@ -100,7 +100,7 @@ def evaluate_tokenizer(
     features: Features = ("classifier",),
     json: bool = False,
     out: Annotated[Path, Output(".json")] | None = None,
-    measurement: TokenizerOptions,
+    measurement: TokenizerOptions = TokenizerOptions(),
 ) -> None:
     """Measures a tokenizer on the val split.
 
@@ -146,7 +146,7 @@ def compare(
     num_steps: Numbers | None = None,
     num_images: int = 1000,
     out: Annotated[Path, Output("")] | None = None,
-    measurement: ComparisonFlags,
+    measurement: ComparisonFlags = ComparisonFlags(),
 ) -> None:
     """Measures every token selector on one model.
 
@@ -201,7 +201,7 @@ def tune(
     num_images: int = 500,
     out: Annotated[Path, Output("")] | None = None,
     dry_run: bool = False,
-    search: TuningFlags,
+    search: TuningFlags = TuningFlags(),
 ) -> None:
     """Searches for better decoding settings of a model.
 

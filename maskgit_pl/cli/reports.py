@@ -67,8 +67,8 @@ def table(
     num_steps: Numbers | None = None,
     cas_images: int | None = None,
     json: bool = False,
-    report: ReportFlags,
-    accuracy_score: CasFlags,
+    report: ReportFlags = ReportFlags(),
+    accuracy_score: CasFlags = CasFlags(),
 ) -> None:
     """Writes Table 1, 2 or 3 of the paper with our rows, or a table of tokenizers.
 
@@ -124,8 +124,8 @@ def figure(
     num_steps: Numbers | None = None,
     num_tokens: Annotated[tuple[int, ...], Word("N,...", parse_numbers)] = NUM_TOKENS,
     json: bool = False,
-    report: ReportFlags,
-    transformer_of_figure_4: NetworkSizes,
+    report: ReportFlags = ReportFlags(),
+    transformer_of_figure_4: NetworkSizes = NetworkSizes(),
 ) -> None:
     """Draws Figure 4 or 8 of the paper with our measurements.
 
@@ -194,8 +194,8 @@ def ablation(
     cluster: str = "single",
     runs_folder: Folder = Path("runs"),
     tokenizer: Folder | None = None,
-    variants: VariantFlags,
-    report: ReportFlags,
+    variants: VariantFlags = VariantFlags(),
+    report: ReportFlags = ReportFlags(),
     overrides: Sequence[str] = (),
 ) -> int:
     """Trains variants of a recipe on the same budget and compares them; by default, the schedules of Table 3.

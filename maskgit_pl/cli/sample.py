@@ -59,9 +59,9 @@ def sample(
     classifier: Folder | None = None,
     vectors: Annotated[Path, Word("FILE.npy")] | None = None,
     out: Annotated[Path, Output(".png", ".npz")] = Path("samples.png"),
-    pictures: Pictures,
-    many_images: ManyImages,
-    model: ModelFlags,
+    pictures: Pictures = Pictures(),
+    many_images: ManyImages = ManyImages(),
+    model: ModelFlags = ModelFlags(),
     **decoding_settings: Unpack[DecodingSettings],
 ) -> None:
     """Generates images of classes.

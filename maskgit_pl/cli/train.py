@@ -26,7 +26,7 @@ def train(
     print_config: bool = False,
     dry_run: bool = False,
     fresh: bool = False,
-    run: RunFlags,
+    run: RunFlags = RunFlags(),
     overrides: Sequence[str] = (),
 ) -> None:
     """Trains the tokenizer or the transformer from a recipe, or resumes it from its last checkpoint.
@@ -75,8 +75,8 @@ def tokenize(
     *,
     rank: int | None = None,
     world_size: int | None = None,
-    run: RunFlags,
-    store: TokenizeOptions,
+    run: RunFlags = RunFlags(),
+    store: TokenizeOptions = TokenizeOptions(),
     overrides: Sequence[str] = (),
 ) -> None:
     """Encodes the images of a data set to tokens, once.

@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from maskgit_pl.cli import main
+from maskgit_pl.cli.sample import sample
 from maskgit_pl.networks.feature_networks import ClassifierSizes, create_classifier, describe_classifier
 from maskgit_pl.pipeline import MaskGIT, sharing
 from maskgit_pl.pipeline.options import SETTINGS
@@ -49,6 +50,13 @@ def test_a_run_folder_stands_for_its_pretrained_folder(tiny_pretrained: Path, tm
     assert call(tiny_pretrained.parent, "--per-class", 1, "--out", tmp_path / "all.png") == 0
     with Image.open(tmp_path / "all.png") as picture:
         assert picture.height == 8 + 3 * 88 + 2 * 4 + 8  # all three classes, 8 px shown as 88
+
+
+def test_a_command_is_a_function_of_the_same_names(tiny_pretrained: Path, tmp_path: Path) -> None:
+    words = ("--classes", "2", "--per-class", 2, "--num-steps", 3, "--token-selector", "margin")
+    call(tiny_pretrained, *words, "--out", tmp_path / "flags.png")
+    sample(tiny_pretrained, classes="2", per_class=2, num_steps=3, token_selector="margin", out=tmp_path / "call.png")
+    assert (tmp_path / "call.png").read_bytes() == (tmp_path / "flags.png").read_bytes()
 
 
 def test_what_is_missing_is_named(tiny_pretrained: Path, tmp_path: Path) -> None:
