@@ -30,7 +30,7 @@ from maskgit_pl.evaluation.options import (
 from maskgit_pl.processes import progress_bars
 from maskgit_pl.runs.flag_values import parse_spec, parse_specs
 
-__all__ = ["CasFlags", "compare", "evaluate", "evaluate_tokenizer", "train_classifier", "tune"]
+__all__ = ["compare", "evaluate", "evaluate_tokenizer", "train_classifier", "tune"]
 
 
 def _parse_selectors(flag: str, text: str) -> list[Spec] | None:
