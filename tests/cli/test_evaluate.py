@@ -472,7 +472,7 @@ def test_the_page_is_written_even_if_the_decoding_cannot_be(
     def full(*_: object, **__: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("maskgit_pl.pipeline.pretrained.save_decoding", full)
+    monkeypatch.setattr("maskgit_pl.evaluation.tuning.save_decoding", full)
     with pytest.raises(OSError, match="no space left"):
         call_tune(run_folder, "--data", tiny_shards, "--num-images", 12, "--trials", 6, "--num-steps", "2-4")
     assert "## Second measurement" in (run_folder / "tuning" / "tuning.md").read_text()

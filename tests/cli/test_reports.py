@@ -186,7 +186,7 @@ def test_a_wrong_flag_is_refused_before_anything_is_measured(
         (["table", 1], "table 1 must have at least one run"),
         (["table", 1, tmp_path / "nowhere"], "nowhere: no such folder"),
         (["table", 1, one, "--num-images", 2], "--num-images must be >= 3, one per class, got 2"),
-        (["table", 1, one, "--cas-batch-size", 1], "batch size of the classifier must be an integer in"),
+        (["table", 1, one, "--cas-batch-size", 1], "--cas-batch-size must be an integer in"),
         (["table", 1, one, "--cas-images", 0], "--cas-images must be an integer in"),
         (["table", 1, one, "--results", __file__], "--results must be a folder, got the file"),
         (["table", 3, one, again], "the mask schedules of the runs must differ, got several with"),
