@@ -5,12 +5,9 @@ from __future__ import annotations
 import collections.abc
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Literal, Self, TypeAlias, Unpack, overload
+from typing import TYPE_CHECKING, Literal, Self, TypeAlias, Unpack, overload
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 
 from maskgit_pl.decoding import (
@@ -41,6 +38,11 @@ from maskgit_pl.pipeline.options import (
 )
 from maskgit_pl.pipeline.outline import Outline
 from maskgit_pl.pipeline.requests import Request
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from PIL import Image
 
 __all__ = ["Generator", "StepsOfImages", "finish"]
 

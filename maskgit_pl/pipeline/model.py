@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
@@ -14,7 +14,6 @@ from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.errors import printable
 from maskgit_pl.networks import int8
 from maskgit_pl.pipeline.card import STAGES, RunOrigin, check_run, fingerprints, write_card
-from maskgit_pl.pipeline.display import Recording
 from maskgit_pl.pipeline.edit import Editor
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer, PretrainedTransformer
 from maskgit_pl.pipeline.negative import NegativeModelLike
@@ -35,6 +34,9 @@ from maskgit_pl.pipeline.pretrained import (
     save_transformer,
 )
 from maskgit_pl.pipeline.sharing import HubOptions, find_folder
+
+if TYPE_CHECKING:
+    from maskgit_pl.pipeline.display import Recording
 
 __all__ = ["MaskGIT"]
 
@@ -192,6 +194,8 @@ class MaskGIT(Editor):
             classes: See ``generate``.
             options: See ``generate``.
         """
+        from maskgit_pl.pipeline.display import Recording  # which imports Pillow
+
         read, decoding = read_options(GenerateOptions, options, self.decoding)
         request = self._request(classes, read, decoding)
         names = [

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeAlias, Union
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image
 from torch import Tensor
 
 from maskgit_pl.checks import ImageSize, height_width, pixels_text, shorten
-from maskgit_pl.data.images import crop_to_shape, decode_image, fit_image, from_pil, read_image_file
 from maskgit_pl.errors import printable
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 __all__ = [
     "ImageLike",
@@ -51,6 +52,10 @@ def image_pixels(image: ImageLike, *, channels: int, name: str = "image", backgr
             of floats or 32-bit integers.
         TypeError: if it is something else.
     """
+    from PIL import Image  # with the first image only
+
+    from maskgit_pl.data.images import decode_image, from_pil, read_image_file
+
     if isinstance(image, str | Path):
         shown = printable(image)
         if not Path(image).exists():
@@ -84,6 +89,8 @@ def mask_pixels(mask: MaskLike, *, name: str = "mask") -> Tensor:
         ValueError: if it is neither a picture nor (H, W) bool.
         TypeError: if it is something else.
     """
+    from PIL import Image
+
     if isinstance(mask, str | Path) and not Path(mask).exists():
         raise FileNotFoundError(f"mask {printable(mask)}: no such file; name a JPEG, PNG or WebP file")
     if isinstance(mask, str | Path | Image.Image):
@@ -139,6 +146,8 @@ def fit_to_model(
         ValueError: if image and mask differ in size, their size is not the model's without ``fit``, or the mask is all
             False.
     """
+    from maskgit_pl.data.images import crop_to_shape, fit_image
+
     height, width = image.shape[-2:]
     if mask.shape != image.shape[-2:]:
         raise ValueError(
