@@ -15,17 +15,19 @@ from dataclasses import asdict
 from functools import wraps
 from html import escape
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.errors import RunError, is_user_error, printable
 from maskgit_pl.evaluation.reports.schedule_ablation import count_known_tokens
-from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
 from maskgit_pl.web.markup import code, message, plot
 from maskgit_pl.web.settings import FormSettings
 from maskgit_pl.web.studio import Made, Studio
+
+if TYPE_CHECKING:
+    from maskgit_pl.decoding import DecodingConfig
+    from maskgit_pl.pipeline import MaskGIT
 
 __all__ = [
     "MODEL",

@@ -11,13 +11,16 @@ from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-
-from PIL import Image
+from typing import TYPE_CHECKING
 
 from maskgit_pl.errors import printable
 from maskgit_pl.pipeline.decoding_figures import confidence_panel, number_windows, token_panel, undrawn_tokens
-from maskgit_pl.pipeline.display import Recording
 from maskgit_pl.pipeline.grids import enlarge, panel_scale, to_pil, viridis
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from maskgit_pl.pipeline.display import Recording
 
 __all__ = [
     "Frame",

@@ -42,7 +42,6 @@ from maskgit_pl.web.markup import (
 )
 from maskgit_pl.web.settings import FormSettings, PageRequest
 from maskgit_pl.web.studio import Studio
-from maskgit_pl.web.tab_edit import add_edit_tab, add_panorama_tab
 
 __all__ = [
     "STYLE",
@@ -70,6 +69,8 @@ def build_page(studio: Studio) -> Any:
         The ``gradio.Blocks``.
     """
     import gradio as gr
+
+    from maskgit_pl.web.tab_edit import add_edit_tab, add_panorama_tab
 
     with gr.Blocks(title=f"MaskGIT: {studio.name}", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(f"# MaskGIT\n{_describe(studio)}")

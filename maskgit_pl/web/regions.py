@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from maskgit_pl.checks import height_width
 from maskgit_pl.data.images import decode_image, fit_image, parse_image_header, read_image_file
 from maskgit_pl.files import size_text
 from maskgit_pl.pipeline.grids import draw_mask, enlarge, scale_to, to_pil
-from maskgit_pl.pipeline.outline import Outline
 from maskgit_pl.pipeline.regions import box_mask, parse_box, pixel_region, token_mask
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from maskgit_pl.pipeline.outline import Outline
 
 __all__ = ["MAX_UPLOAD_BYTES", "MAX_UPLOAD_PIXELS", "EditRegion", "canvas_picture", "read_brush", "read_upload"]
 
@@ -68,6 +68,10 @@ def read_brush(layers: Sequence[Image.Image], *, height: int, width: int) -> Ten
         height: H of the image.
         width: W of the image.
     """
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+
     mask = torch.zeros(height, width, dtype=torch.bool)
     for layer in layers:
         painted = torch.from_numpy(np.array(layer.convert("RGBA"))[..., 3]) >= _PAINTED

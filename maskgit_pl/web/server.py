@@ -16,14 +16,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-from PIL import Image
-
 from maskgit_pl.checks import check_integer
 from maskgit_pl.distributed import find_device
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.web.page import STYLE, build_page
 from maskgit_pl.web.regions import MAX_UPLOAD_BYTES, MAX_UPLOAD_PIXELS
-from maskgit_pl.web.studio import Studio
 
 __all__ = ["check_port", "serve"]
 
@@ -98,6 +94,11 @@ def check_port(host: str, port: int) -> None:
 
 def _launch(pipe: MaskGIT, name: str, folder: Path, *, host: str, port: int) -> str:
     """Starts the server of the page in threads, and returns its URL."""
+    from PIL import Image
+
+    from maskgit_pl.web.page import STYLE, build_page
+    from maskgit_pl.web.studio import Studio
+
     Image.MAX_IMAGE_PIXELS = MAX_UPLOAD_PIXELS // 2  # PIL refuses twice as many
     page = build_page(Studio(pipe, name, folder))
     page.queue(max_size=_MAX_WAITING, api_open=False)

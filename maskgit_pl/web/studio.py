@@ -11,19 +11,14 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any, Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from maskgit_pl.decoding import SETTINGS_FORMAT, DecodingConfig
-from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.decoding_figures import StepRecorder
 from maskgit_pl.pipeline.display import Recording
-from maskgit_pl.pipeline.generate import StepsOfImages
 from maskgit_pl.pipeline.grids import save_png, to_pil
 from maskgit_pl.pipeline.regions import Margins, check_canvas
 from maskgit_pl.schedules import mask_schedules
-from maskgit_pl.web.regions import EditRegion
 from maskgit_pl.web.settings import (
     Call,
     Choices,
@@ -36,6 +31,13 @@ from maskgit_pl.web.settings import (
     schedule_choices,
     selector_choices,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from maskgit_pl.pipeline import MaskGIT
+    from maskgit_pl.pipeline.generate import StepsOfImages
+    from maskgit_pl.web.regions import EditRegion
 
 __all__ = ["Made", "Studio"]
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor  # gradio reads the annotations of handlers
 
 from maskgit_pl.checks import height_width
@@ -148,6 +147,7 @@ def _add_buttons(name: str) -> tuple[Any, Any]:
 
 def _add_editor(studio: Studio) -> Any:
     import gradio as gr
+    import torch
 
     height, width = height_width(studio.pipe.outline.image_size)
     empty = canvas_picture(torch.full((1, height, width), 255, dtype=torch.uint8))
