@@ -20,9 +20,6 @@ import torch
 from maskgit_pl.decoding import DecodingConfig, ParallelDecoder
 from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.errors import plain_label
-from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
-from maskgit_pl.evaluation.generation import Task
-from maskgit_pl.evaluation.ledger import Row
 from maskgit_pl.evaluation.options import PLOT_STEPS, choose_plot_steps, with_steps
 from maskgit_pl.evaluation.pages import LineEnd, figure_to_png, name_lines, plot_by_steps, plot_floor
 from maskgit_pl.pipeline.pretrained import read_config
@@ -32,6 +29,9 @@ from maskgit_pl.schedules import MaskSchedule
 if TYPE_CHECKING:  # ``maskgit schedules`` and the page draw schedules without Lightning
     from matplotlib.axes import Axes
 
+    from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
+    from maskgit_pl.evaluation.generation import Task
+    from maskgit_pl.evaluation.ledger import Row
 
 __all__ = [
     "CLASSIFIER_ON_REAL_IMAGES",
