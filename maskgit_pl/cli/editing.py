@@ -10,7 +10,7 @@ from maskgit_pl.checks import check_integer, count_text, height_width, pixels_te
 from maskgit_pl.cli.arguments import Output, Word
 from maskgit_pl.cli.flags import ModelFlags, Run, check_one_of
 from maskgit_pl.cli.outputs import Generated, Pictures, record_steps
-from maskgit_pl.pipeline.options import MAX_RESULTS, DecodingSettings, replace_settings
+from maskgit_pl.pipeline.options import MAX_RESULTS, DecodingSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,7 +115,7 @@ def inpaint(
     check_one_of(box=region.box, mask=region.mask, required=True)
     pipe = model.open(folder)
     label = pipe.outline.parse_class(class_)
-    decoding = replace_settings(pipe.decoding, decoding_settings)
+    decoding = pipe.decoding_with(**decoding_settings)
     pixels, mask = region.read(image, pipe)
     with record_steps("inpainting", is_recording=pictures.show_decoding) as (after_step, steps):
         made = pipe.inpaint(
@@ -217,7 +217,7 @@ def outpaint(
         raise ValueError("one of --left, --right, --up, --down and --all must be > 0 pixels, got none")
     pipe = model.open(folder)
     label = pipe.outline.parse_class(class_)
-    decoding = replace_settings(pipe.decoding, decoding_settings)
+    decoding = pipe.decoding_with(**decoding_settings)
     pixels = image_pixels(image, channels=pipe.outline.channels)
     left, right, up, down = added.sides
     with record_steps("outpainting", is_recording=pictures.show_decoding) as (after_step, steps):
@@ -331,7 +331,7 @@ def panorama(
     pipe = model.open(folder)
     outline = pipe.outline
     labels = outline.parse_classes(classes)
-    decoding = replace_settings(pipe.decoding, decoding_settings)
+    decoding = pipe.decoding_with(**decoding_settings)
     with record_steps("panorama", is_recording=pictures.show_decoding) as (after_step, steps):
         made = pipe.panorama(
             labels,

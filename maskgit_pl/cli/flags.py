@@ -8,13 +8,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from maskgit_pl import pipeline
 from maskgit_pl.checks import check_integer, check_number
 from maskgit_pl.cli.arguments import Word, flag_of
 from maskgit_pl.errors import printable
-from maskgit_pl.evaluation.options import CASConfig, Precision
+from maskgit_pl.evaluation.options import CASConfig, Dtype, Precision
 from maskgit_pl.runs.flag_values import parse_features, parse_image_size, parse_integers, parse_numbers, parse_specs
 from maskgit_pl.runs.recipe import DEFAULT_DATASET, Recipe, Stage
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CasFlags",
-    "ClassName",
     "Device",
     "Dtype",
     "Features",
@@ -47,8 +46,6 @@ Folder = Annotated[Path, Word("DIR")]
 Run = Annotated[Path, Word("RUN")]
 Runs = Annotated[tuple[Path, ...], Word("RUN")]
 Device = Annotated[str, Word("NAME")]
-Dtype = Literal["auto", "float32", "bfloat16"]
-ClassName = Annotated[str, Word("NAME")]
 Numbers = Annotated[tuple[int, ...], Word("T,...", parse_numbers)]
 Seeds = Annotated[tuple[int, ...], Word("N,...", parse_integers)]
 Specs = Annotated[Sequence[str | dict[str, Any]], Word("A,B,...", parse_specs)]

@@ -14,7 +14,7 @@ from maskgit_pl.cli.arguments import Output, Word, flag_of
 from maskgit_pl.cli.flags import Folder, ModelFlags, Run, make_folder
 from maskgit_pl.cli.outputs import Generated, Pictures, record_steps
 from maskgit_pl.data.folders import hold_lock
-from maskgit_pl.pipeline.options import MAX_RESULTS, DecodingSettings, replace_settings
+from maskgit_pl.pipeline.options import MAX_RESULTS, DecodingSettings
 from maskgit_pl.processes import launcher_rank, local_rank, progress_bars
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def sample(
     outline = pipe.outline
     labels = outline.parse_classes(classes, max_shown=len(pipe.class_names) if is_bulk else _MAX_CLASSES)
     negative = None if negative_class is None else outline.parse_class(negative_class)
-    decoding = replace_settings(outline.decoding, decoding_settings)
+    decoding = pipe.decoding_with(**decoding_settings)
     count = _give_vectors(pipe, vectors, seed=seed)
     if accept_rate is not None and (count or 0) > 1:
         # The best candidates of a class may all have the same vector.

@@ -404,11 +404,11 @@ def _describe_run(
     with _may_be_uncountable(found, "work"):
         reads_tokens = values.data.source == "tokens"
         found.step_flops = useful_flops(module, global_batch=batch, encoder=None if reads_tokens else encoder)
-        work = f", {flops_text(found.step_flops)} per step"
+        work = f", {_flops_text(found.step_flops)} per step"
     found.add("model", f"{found.num_parameters:,} trained parameters{work}")
 
 
-def flops_text(count: float) -> str:
+def _flops_text(count: float) -> str:
     """Formats a number of floating-point operations with three digits, such as ``1.2 TFLOP``."""
     unit, factor = next(
         (each for each in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)) if count >= each[1]), ("MFLOP", 1e6)

@@ -1,4 +1,4 @@
-"""What a training changes in its process, and that all of it is as before afterwards."""
+"""A training restores all that it changes in its process."""
 
 import gc
 import logging

@@ -21,6 +21,7 @@ from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.networks.weights import skeletons
 from maskgit_pl.runs.costs import (
+    StepMeter,
     checkpoint_bytes,
     count_predicted,
     max_num_checkpoints,
@@ -35,7 +36,6 @@ from maskgit_pl.training.tokenizer_losses import AdversarialConfig
 from tests.conftest import flags
 from tests.modules import autoregressive_model, masked_model, tokenizer_model
 from tests.networks.backbone_cases import small_config
-from tests.runs.live_bytes import LiveBytes
 
 TINY = Path(__file__).parents[1] / "tiny"
 VQGAN = VQGANConfig(
@@ -74,7 +74,7 @@ def peak_of(networks, step):
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     buffers = [buffer for network in networks for buffer in network.buffers()]
-    with LiveBytes([*parameters, *(parameter.grad for parameter in parameters), *buffers]) as live:
+    with StepMeter([*parameters, *(parameter.grad for parameter in parameters), *buffers]) as live:
         step()
     return live.peak
 
