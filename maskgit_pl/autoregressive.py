@@ -82,9 +82,6 @@ class AutoregressiveModel(TokenModel):
     def _draw_mask(self, batch: Batch) -> Tensor:
         return torch.ones(len(batch.index), self.config.network.num_tokens, dtype=torch.bool, device=batch.index.device)
 
-    def _mask_tokens(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        return tokens  # causal attention hides the token to predict and all later ones
-
     def _assign_bins(self, mask: Tensor, positions: Tensor) -> Tensor:
         """Groups tokens by their position in raster order, in four equal parts."""
         return positions % mask.shape[1] * NUM_BINS // mask.shape[1]  # (M,)

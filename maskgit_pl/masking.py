@@ -45,7 +45,6 @@ __all__ = [
     "MaskSampler",
     "mask_positions",
     "mask_ratios",
-    "pad_positions",
     "random_mask",
     "true_positions",
 ]
@@ -529,6 +528,8 @@ class Draws(NamedTuple):
         mask: (B, N) bool, True = masked.
         positions: (M,) int64 in [0, B N): the tokens that the network predicts, by their places in the batch, image
             after image; rising, except for padding.
+        is_masked: (M,) bool, False for predicted tokens that the network sees; None if all are masked.
+        is_visible: (M,) bool, True for predicted tokens that are neither masked nor replaced; None if there are none.
         is_real: (M,) bool, False for positions that only pad to a fixed number; None if there are none.
         replaced: (B, N) bool: visible tokens that a corruption replaces; None without corruption.
         replaced_positions: (R,) int64 in [0, B N), rising: the places of ``replaced``.
@@ -539,11 +540,41 @@ class Draws(NamedTuple):
     labels: Tensor
     mask: Tensor
     positions: Tensor
+    is_masked: Tensor | None = None
+    is_visible: Tensor | None = None
     is_real: Tensor | None = None
     replaced: Tensor | None = None
     replaced_positions: Tensor | None = None
     uniform: Tensor | None = None
     slopes: Tensor | None = None
+
+    @property
+    def rows(self) -> Tensor:
+        """The image of each predicted token, (M,) int64 in [0, B]; B for padding."""
+        rows = self.positions // self.mask.shape[1]
+        return rows if self.is_real is None else rows.masked_fill(~self.is_real, len(self.mask))
+
+    @property
+    def counted(self) -> Tensor | None:
+        """The predicted tokens that the logs count, those that are masked and no padding, (M,) bool; None for all."""
+        return self.is_real if self.is_masked is None else self.is_masked
+
+    def predict(self, tokens: Tensor) -> Draws:
+        """Returns a copy with other predicted tokens, (B, N) bool, of which some are not masked."""
+        positions = true_positions(tokens)
+        replaced = torch.zeros_like(self.mask) if self.replaced is None else self.replaced
+        is_masked, is_replaced = self.mask.flatten()[positions], replaced.flatten()[positions]
+        return self._replace(positions=positions, is_masked=is_masked, is_visible=~(is_masked | is_replaced))
+
+    def pad(self, multiple: int) -> Draws:
+        """Returns a copy whose positions are padded with zeros to a multiple of a number, so that few sizes occur."""
+        count, more = len(self.positions), -len(self.positions) % multiple
+        flags = {
+            name: None if flag is None else F.pad(flag, (0, more))
+            for name, flag in (("is_masked", self.is_masked), ("is_visible", self.is_visible))
+        }
+        is_real = torch.arange(count + more, device=self.positions.device) < count
+        return self._replace(positions=F.pad(self.positions, (0, more)), is_real=is_real, **flags)
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> Draws:
         """Returns a copy on a device; see ``torch.Tensor.to``."""
@@ -560,14 +591,3 @@ class Draws(NamedTuple):
 def true_positions(mask: Tensor) -> Tensor:
     """Returns the places (M,) int64, rising, where a mask (B, N) bool on the host is True; see ``Draws.positions``."""
     return mask.flatten().nonzero().squeeze(1)
-
-
-def pad_positions(positions: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
-    """Pads positions (M,) with zeros to a multiple of a number, so that few sizes occur.
-
-    Returns:
-        (M',) int64 positions, and (M',) bool, True where they are not padding.
-    """
-    more = -len(positions) % multiple
-    is_real = torch.arange(len(positions) + more, device=positions.device) < len(positions)
-    return F.pad(positions, (0, more)), is_real

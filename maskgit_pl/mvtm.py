@@ -8,27 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from maskgit_pl.checks import check_integer, check_number
+from maskgit_pl.checks import check_integer
 from maskgit_pl.data import Batch
 from maskgit_pl.decoding import ConditionalModel, DecodingConfig, DecodingStep, decode_classes
-from maskgit_pl.masking import Draws, MaskSampler, mask_positions, mask_ratios, pad_positions, true_positions
+from maskgit_pl.masking import Draws, MaskSampler, mask_positions, mask_ratios, true_positions
 from maskgit_pl.networks.backbone import create_network
 from maskgit_pl.objectives import (
     Corruption,
     Objective,
     TokenLosses,
     balanced_clusters,
-    check_clusters,
     corruptions,
     objectives,
 )
-from maskgit_pl.schedules import MaskSchedule, mask_schedules
+from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.training.optimized_model import TokenModelConfig, check_decoding
 from maskgit_pl.training.token_model import NUM_BINS, StepLosses, TokenModel
 
@@ -88,41 +88,29 @@ class MaskedTokenConfig(TokenModelConfig):
                 "AutoregressiveModel trains a causal transformer"
             )
         check_integer("global_batch", self.global_batch, "[1, 4294967296]")
-        check_number("min_mask_ratio", self.min_mask_ratio, "[0, 1]")
-        self.build_objective(self.build_sampler(mask_schedules.build(self.mask_schedule)))
-        self.build_corruption()
+        self.built_objective.check(self.sampler, self.network, tokenizer=self.tokenizer)
+        _ = self.built_corruption  # built now, so that it is checked
         check_decoding(self.decoding, self.network, is_autoregressive=False)
 
-    def build_sampler(self, mask_schedule: MaskSchedule) -> MaskSampler:
-        """Builds the sampler of the masks, which holds ``mask_schedule``."""
+    @cached_property
+    def sampler(self) -> MaskSampler:
+        """The sampler of the masks. Its schedule is the one that decoding follows."""
         return MaskSampler(
-            mask_schedule,
+            mask_schedules.build(self.mask_schedule),
             self.seed,
             self.min_mask_ratio,
             mask_ratios.build(self.mask_ratio),
             mask_positions.build(self.mask_positions),
         )
 
-    def build_objective(self, sampler: MaskSampler) -> Objective:
-        """Builds the objective, and checks that it can be used with the mask ratios of ``sampler``."""
-        objective = objectives.build(self.objective)
-        if objective.num_clusters:
-            check_clusters(objective.num_clusters, self.network, tokenizer=self.tokenizer)
-        if not objective.needs_slopes:
-            return objective
-        if not sampler.covers_all_counts(self.network.num_tokens):
-            raise ValueError(
-                f"objective {self.objective!r} must be used with mask ratios that give every count from 1 to "
-                f"{self.network.num_tokens}, got mask_ratio {self.mask_ratio!r}, mask_schedule {self.mask_schedule!r} "
-                f"and min_mask_ratio {self.min_mask_ratio:g}; use mask_ratio uniform, or schedule with cosine or "
-                "linear, and min_mask_ratio 0"
-            )
-        index = torch.zeros(1, dtype=torch.int64)
-        sampler.slope(self.network.num_tokens, index=index, epoch=index, position=index, global_batch=1)
-        return objective
+    @cached_property
+    def built_objective(self) -> Objective:
+        """The objective that ``objective`` names."""
+        return objectives.build(self.objective)
 
-    def build_corruption(self) -> Corruption | None:
-        """Builds the corruption of visible tokens, if there is one."""
+    @cached_property
+    def built_corruption(self) -> Corruption | None:
+        """The corruption that ``corruption`` names."""
         return None if self.corruption is None else corruptions.build(self.corruption)
 
 
@@ -142,13 +130,26 @@ class MaskedTokenModel(TokenModel):
     def __init__(self, config: MaskedTokenConfig) -> None:
         super().__init__(config, create_network(config.network), config.decoding)
         self.mask_schedule_spec = config.mask_schedule
-        self.mask_schedule = mask_schedules.build(config.mask_schedule)
-        self.mask_sampler = config.build_sampler(self.mask_schedule)
-        self.objective = config.build_objective(self.mask_sampler)
-        self.corruption = config.build_corruption()
+        # One schedule for training and decoding.
+        self.mask_sampler = config.sampler
+        self.mask_schedule = config.sampler.mask_schedule
         self.decoder = config.decoding.build_decoder(self.mask_schedule)
+        self.objective, self.corruption = config.built_objective, config.built_corruption
         codes, num_clusters = torch.arange(config.network.codebook_size), self.objective.num_clusters
         self.register_buffer("code_clusters", codes.view(num_clusters, -1) if num_clusters else None)
+
+    def _compute_training_losses(self, batch: Batch, tokens: Tensor) -> StepLosses:
+        """Computes the loss of the paper, the cross-entropy at the masked tokens, or another objective."""
+        draws = batch.draws
+        assert draws is not None
+        # 5. Mask, and predict the masked tokens.
+        hidden = batch.content.masked_fill(draws.mask, self.config.network.mask_token_id)  # (B, N)
+        losses, nll, hits, cluster_losses = self._predict(
+            self.transformer, hidden, batch, tokens, smoothing=self.config.label_smoothing, clusters=self.code_clusters
+        )  # (M,) each
+        # 6. Average over the tokens of each image, then over images.
+        loss = self.objective(TokenLosses.of(losses, draws, cluster_losses=cluster_losses))
+        return StepLosses(loss, nll, hits, draws.counted)
 
     def setup(self, stage: str) -> None:
         """Computes the clusters of the tokenizer's codes, if the objective needs them; a checkpoint replaces them."""
@@ -181,54 +182,22 @@ class MaskedTokenModel(TokenModel):
         draws = super()._draw(batch)
         if not self.training:
             return draws
-        predicted, seed = draws.mask, self.config.seed
         if self.corruption is not None:
-            replaced, uniform = self.corruption.draw(draws.mask, seed=seed, index=batch.index, epoch=batch.epoch)
+            place = {"seed": self.config.seed, "index": batch.index, "epoch": batch.epoch}
+            replaced, uniform = self.corruption.draw(draws.mask, **place)
             draws = draws._replace(replaced=replaced, replaced_positions=true_positions(replaced), uniform=uniform)
-            predicted = predicted | replaced
+            draws = draws.predict(draws.mask | replaced)
         if self.objective.needs_slopes:
-            draws = draws._replace(slopes=self.mask_sampler.slope(predicted.shape[1], **self._place(batch)))
+            draws = draws._replace(slopes=self.mask_sampler.slope(draws.mask.shape[1], **self._place(batch)))
         if self.objective.visible_weight > 0:
-            return draws._replace(positions=torch.arange(predicted.numel(), device=predicted.device))
-        positions = draws.positions if predicted is draws.mask else true_positions(predicted)
-        if self.config.compiled != "step":
-            return draws._replace(positions=positions)
-        padded, is_real = pad_positions(positions, max(1, predicted.numel() // _NUM_SIZES))
-        return draws._replace(positions=padded, is_real=is_real)
+            return draws.predict(torch.ones_like(draws.mask))
+        if self.config.compiled == "step":
+            return draws.pad(max(1, draws.mask.numel() // _NUM_SIZES))
+        return draws
 
     def _prepare(self, batch: Batch, tokens: Tensor) -> Batch:
         """Replaces some visible tokens, if there is a corruption; see ``TokenModel``."""
         return super()._prepare(batch, tokens if self.corruption is None else self._corrupt(batch, tokens))
-
-    def _compute_training_losses(self, batch: Batch, tokens: Tensor) -> StepLosses:
-        """Computes the loss of the objective.
-
-        1. Compute logits at masked tokens, at replaced ones, and at all others if the objective weights them.
-        2. Compute their cross-entropies; those of padding are 0.
-        3. Compute the objective.
-        """
-        draws, (num_rows, num_tokens) = batch.draws, tokens.shape
-        assert draws is not None
-        positions, smoothing = draws.positions, self.config.label_smoothing
-        # 1, 2.
-        losses, nll, hits, of_clusters = self._measure_tokens(
-            self.transformer, batch, tokens, seen=batch.content, smoothing=smoothing, clusters=self.code_clusters
-        )
-        rows, weight = positions // num_tokens, self.objective.visible_weight
-        if draws.is_real is not None:
-            padding = ~draws.is_real
-            losses, rows = losses.masked_fill(padding, 0.0), rows.masked_fill(padding, num_rows)
-            of_clusters = None if of_clusters is None else of_clusters.masked_fill(padding, 0.0)
-        # 3.
-        is_masked = weights = None
-        if draws.replaced is not None or weight > 0:
-            is_masked = draws.mask.flatten()[positions]
-        if weight > 0:
-            asked = draws.mask if draws.replaced is None else draws.mask | draws.replaced
-            weights = torch.full(tokens.shape, weight, device=asked.device).masked_fill(asked, 1.0).flatten()
-        loss = self.objective(TokenLosses(losses, rows, num_rows, is_masked, weights, draws.slopes, of_clusters))
-        counted = is_masked if draws.is_real is None or is_masked is None else is_masked & draws.is_real
-        return StepLosses(loss, nll, hits, draws.is_real if counted is None else counted)
 
     @torch.no_grad()
     def _corrupt(self, batch: Batch, tokens: Tensor) -> Tensor:
@@ -244,7 +213,7 @@ class MaskedTokenModel(TokenModel):
 
         def predict(replaced: Tensor) -> Tensor:
             positions = places if replaced is wanted else true_positions(replaced)
-            hidden = self._mask_tokens(tokens, mask | replaced)
+            hidden = self._hide(tokens, mask | replaced)
             return network.forward_selected(hidden, labels, positions, vectors=vectors)
 
         size = self.config.network.codebook_size
@@ -265,9 +234,6 @@ class MaskedTokenModel(TokenModel):
                 f"global_batch must be the samples per step of the data, got {self.config.global_batch} and {rows} "
                 f"samples x {ranks} ranks x {accumulated} accumulated; give MaskedTokenConfig the data's global batch"
             )
-
-    def _mask_tokens(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        return tokens.masked_fill(mask, self.config.network.mask_token_id)
 
     def _assign_bins(self, mask: Tensor, positions: Tensor) -> Tensor:
         """Groups tokens by the mask ratio of their row: bin i holds ratios in (i / 4, (i + 1) / 4]."""

@@ -33,6 +33,7 @@ from torch import Tensor
 from maskgit_pl.checks import check_integer, check_number, shorten
 from maskgit_pl.decoding.noise import draw_codes
 from maskgit_pl.losses import mean_over_rows
+from maskgit_pl.masking import Draws, MaskSampler
 from maskgit_pl.networks.backbone import BackboneConfig
 from maskgit_pl.networks.quantizers.base import squared_distances
 from maskgit_pl.randomness import permutation, random_uniform
@@ -62,8 +63,8 @@ class TokenLosses:
         rows: (M,) int64 in [0, B]: the image of each token; B for padding, which ``compiled: step`` adds.
         num_rows: B, images of the batch.
         is_masked: (M,) bool, False for tokens that the network saw; None if all are masked.
-        weights: (M,) float32 >= 0: 1 for masked and for replaced tokens, ``visible_weight`` for other visible tokens;
-            None if all are 1.
+        is_visible: (M,) bool, True for tokens that the network saw and that no corruption replaced; None if there are
+            none.
         slopes: (B,) float32 >= 0: |dr/du| of the mask ratio r; None if the objective needs none.
         cluster_losses: (M,) float32: cross-entropies of the clusters of the codes, with a graph; None if the objective
             needs none.
@@ -73,9 +74,23 @@ class TokenLosses:
     rows: Tensor
     num_rows: int
     is_masked: Tensor | None = None
-    weights: Tensor | None = None
+    is_visible: Tensor | None = None
     slopes: Tensor | None = None
     cluster_losses: Tensor | None = None
+
+    @classmethod
+    def of(cls, losses: Tensor, draws: Draws, *, cluster_losses: Tensor | None = None) -> TokenLosses:
+        """Returns the cross-entropies (M,) of the tokens that a micro-batch predicts; those of padding become 0."""
+        if draws.is_real is not None:
+            losses = losses.masked_fill(~draws.is_real, 0.0)
+            cluster_losses = None if cluster_losses is None else cluster_losses.masked_fill(~draws.is_real, 0.0)
+        flags = draws.is_masked, draws.is_visible
+        return cls(losses, draws.rows, len(draws.mask), *flags, draws.slopes, cluster_losses)
+
+    def weights(self, visible_weight: float) -> Tensor:
+        """Returns (M,) float32: ``visible_weight`` for visible tokens, 1 for masked and for replaced ones."""
+        ones = torch.ones_like(self.losses)
+        return ones if self.is_visible is None else ones.masked_fill(self.is_visible, visible_weight)
 
     def sum_rows(self, values: Tensor) -> Tensor:
         """Returns (B,) float32: the sums of ``values`` (M,) over the tokens of each image."""
@@ -101,14 +116,38 @@ class Objective(ABC):
     def __call__(self, tokens: TokenLosses) -> Tensor:
         """Returns the loss of a batch, scalar float32: a mean over images, so that it does not depend on the ranks."""
 
+    def check(self, sampler: MaskSampler, network: BackboneConfig, *, tokenizer: str) -> None:
+        """Checks that a model can be trained on this objective.
+
+        Args:
+            sampler: The sampler of its masks.
+            network: Configuration of its network.
+            tokenizer: Folder of its tokenizer.
+
+        Raises:
+            ValueError: if it cannot.
+        """
+        if self.num_clusters:
+            check_clusters(self.num_clusters, network, tokenizer=tokenizer)
+        if not self.needs_slopes:
+            return
+        if not sampler.covers_all_counts(network.num_tokens):
+            raise ValueError(
+                f"objective {self} must be used with mask ratios that give every count from 1 to {network.num_tokens}, "
+                f"got {sampler.mask_ratio} of {sampler.mask_schedule} with min_mask_ratio {sampler.min_mask_ratio:g}; "
+                "use mask_ratio uniform, or schedule with cosine or linear, and min_mask_ratio 0"
+            )
+        first = torch.zeros(1, dtype=torch.int64)
+        sampler.slope(network.num_tokens, index=first, epoch=first, position=first, global_batch=1)
+
 
 def _check_objective(name: str, objective: Objective) -> None:
     """Checks the contract of an objective on two images of three tokens: a finite scalar."""
     if not isinstance(objective, Objective):
         raise ValueError(f"objective {name!r} must be an Objective, got {shorten(objective)}")
     check_number(f"objective {name!r}: visible_weight", objective.visible_weight, "[0, 1000000]")
-    rows, ones = torch.tensor([0, 0, 0, 1, 1, 1]), torch.ones(6)
-    loss = objective(TokenLosses(ones, rows, 2, torch.arange(6) % 2 == 0, ones, torch.ones(2), ones))
+    rows, ones, is_masked = torch.tensor([0, 0, 0, 1, 1, 1]), torch.ones(6), torch.arange(6) % 2 == 0
+    loss = objective(TokenLosses(ones, rows, 2, is_masked, ~is_masked, torch.ones(2), ones))
     if not isinstance(loss, Tensor) or loss.shape != () or not bool(loss.isfinite()):
         raise ValueError(f"objective {name!r}: the loss must be a finite scalar tensor, got {shorten(loss)}")
 
@@ -137,10 +176,11 @@ class MaskedCrossEntropy(Objective):
         check_number("visible_weight", self.visible_weight, "[0, 1000000]")
 
     def __call__(self, tokens: TokenLosses) -> Tensor:
-        if tokens.weights is None:
+        if self.visible_weight == 0:
             return mean_over_rows(tokens.losses, tokens.rows, num_rows=tokens.num_rows)
-        total = tokens.sum_rows(tokens.weights * tokens.losses)
-        return (total / tokens.sum_rows(tokens.weights)).mean()  # each image has a masked token, so the sum is >= 1
+        weights = tokens.weights(self.visible_weight)
+        # Each image has a masked token, so the sum of its weights is at least 1.
+        return (tokens.sum_rows(weights * tokens.losses) / tokens.sum_rows(weights)).mean()
 
 
 @objectives.register("elbo")
@@ -183,8 +223,7 @@ class Elbo(Objective):
         loss = (tokens.slopes.clamp(max=self.max_weight) * bound).mean()
         if tokens.is_masked is None:
             return loss
-        weights = ones if tokens.weights is None else tokens.weights
-        visible = tokens.sum_rows((1 - masked) * weights * tokens.losses)
+        visible = tokens.sum_rows((1 - masked) * tokens.weights(self.visible_weight) * tokens.losses)
         return loss + (visible / tokens.sum_rows(1 - masked).clamp(min=1)).mean()
 
 

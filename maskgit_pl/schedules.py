@@ -75,6 +75,80 @@ class MaskSchedule(ABC):
         return file.getvalue()
 
 
+mask_schedules: Registry[MaskSchedule] = Registry(
+    "mask schedule", "maskgit_pl.mask_schedules", check=lambda name, made: check_mask_schedule(name, made)
+)
+
+
+@mask_schedules.register("cosine")
+@dataclass(frozen=True)
+class Cosine(MaskSchedule):
+    """cos(pi r / 2), the best schedule of the paper. Source: paper, Table 3."""
+
+    def __call__(self, progress: Tensor, num_tokens: int) -> Tensor:
+        return (progress * (math.pi / 2)).cos().clamp(0.0, 1.0)
+
+
+@mask_schedules.register("arccos")
+@dataclass(frozen=True)
+class Arccos(MaskSchedule):
+    """2 / pi acos(r): the same mean as cosine, with less variance. Source: Halton-MaskGIT, TiTok, MaskBit."""
+
+    def __call__(self, progress: Tensor, num_tokens: int) -> Tensor:
+        return progress.acos() * (2 / math.pi)
+
+
+@mask_schedules.register("pow")
+@dataclass(frozen=True)
+class Pow(MaskSchedule):
+    """1 - r^exponent. Source: paper, Table 3 (the released code names them ``pow2``, ``pow3``, ``pow0.5``).
+
+    Args:
+        exponent: Exponent in [0.001, 1000]. Above 1 the schedule is concave (more tokens stay masked for longer), below
+            1 convex.
+    """
+
+    exponent: float
+
+    def __post_init__(self) -> None:
+        check_number("exponent", self.exponent, "[0.001, 1000]")
+
+    def __call__(self, progress: Tensor, num_tokens: int) -> Tensor:
+        return 1 - progress.pow(self.exponent)
+
+
+def _make_power(exponent: float) -> Callable[[], Pow]:
+    """Returns a factory that takes no argument; a lambda in the loop would see its last exponent only."""
+
+    def make() -> Pow:
+        return Pow(exponent)
+
+    make.__doc__ = f"1 - r^{exponent:g}."
+    return make
+
+
+for _name, _exponent in (("linear", 1.0), ("square", 2.0), ("cubic", 3.0), ("sqrt", 0.5)):  # paper, Table 3
+    mask_schedules.register(_name)(_make_power(_exponent))
+
+
+@mask_schedules.register("exp")
+@dataclass(frozen=True)
+class Exponential(MaskSchedule):
+    """1 - 2^(-log2(N) (1 - r)). Source: paper, Table 3 (exponential); formula of the released code."""
+
+    def __call__(self, progress: Tensor, num_tokens: int) -> Tensor:
+        return 1 - (-math.log2(num_tokens) * (1 - progress)).exp2()
+
+
+@mask_schedules.register("log")
+@dataclass(frozen=True)
+class Logarithmic(MaskSchedule):
+    """-log2(r) / log2(N). Source: paper, Table 3 (logarithmic); formula of the released code."""
+
+    def __call__(self, progress: Tensor, num_tokens: int) -> Tensor:
+        return (-progress.log2() / math.log2(num_tokens)).clamp(0.0, 1.0)
+
+
 def num_masked(ratio: Tensor, num_tokens: int | Tensor, *, rounding: Rounding) -> Tensor:
     """Computes the number of tokens that a mask ratio masks: the only place where a ratio becomes a count.
 
@@ -173,80 +247,6 @@ def _find_broken_rule(ratio: Any, progress: Tensor, *, tolerance: float) -> str 
         (float(ratio[-1]) <= tolerance, f"it must end at 0, got {float(ratio[-1]):.4g} at progress 1"),
     )
     return next((rule for holds, rule in rules if not holds), None)
-
-
-mask_schedules: Registry[MaskSchedule] = Registry(
-    "mask schedule", "maskgit_pl.mask_schedules", check=check_mask_schedule
-)
-
-
-@mask_schedules.register("cosine")
-@dataclass(frozen=True)
-class Cosine(MaskSchedule):
-    """cos(pi r / 2), the best schedule of the paper. Source: paper, Table 3."""
-
-    def __call__(self, progress: Tensor, num_tokens: int) -> Tensor:
-        return (progress * (math.pi / 2)).cos().clamp(0.0, 1.0)
-
-
-@mask_schedules.register("arccos")
-@dataclass(frozen=True)
-class Arccos(MaskSchedule):
-    """2 / pi acos(r): the same mean as cosine, with less variance. Source: Halton-MaskGIT, TiTok, MaskBit."""
-
-    def __call__(self, progress: Tensor, num_tokens: int) -> Tensor:
-        return progress.acos() * (2 / math.pi)
-
-
-@mask_schedules.register("pow")
-@dataclass(frozen=True)
-class Pow(MaskSchedule):
-    """1 - r^exponent. Source: paper, Table 3 (the released code names them ``pow2``, ``pow3``, ``pow0.5``).
-
-    Args:
-        exponent: Exponent in [0.001, 1000]. Above 1 the schedule is concave (more tokens stay masked for longer), below
-            1 convex.
-    """
-
-    exponent: float
-
-    def __post_init__(self) -> None:
-        check_number("exponent", self.exponent, "[0.001, 1000]")
-
-    def __call__(self, progress: Tensor, num_tokens: int) -> Tensor:
-        return 1 - progress.pow(self.exponent)
-
-
-def _make_power(exponent: float) -> Callable[[], Pow]:
-    """Returns a factory that takes no argument; a lambda in the loop would see its last exponent only."""
-
-    def make() -> Pow:
-        return Pow(exponent)
-
-    make.__doc__ = f"1 - r^{exponent:g}."
-    return make
-
-
-for _name, _exponent in (("linear", 1.0), ("square", 2.0), ("cubic", 3.0), ("sqrt", 0.5)):  # paper, Table 3
-    mask_schedules.register(_name)(_make_power(_exponent))
-
-
-@mask_schedules.register("exp")
-@dataclass(frozen=True)
-class Exponential(MaskSchedule):
-    """1 - 2^(-log2(N) (1 - r)). Source: paper, Table 3 (exponential); formula of the released code."""
-
-    def __call__(self, progress: Tensor, num_tokens: int) -> Tensor:
-        return 1 - (-math.log2(num_tokens) * (1 - progress)).exp2()
-
-
-@mask_schedules.register("log")
-@dataclass(frozen=True)
-class Logarithmic(MaskSchedule):
-    """-log2(r) / log2(N). Source: paper, Table 3 (logarithmic); formula of the released code."""
-
-    def __call__(self, progress: Tensor, num_tokens: int) -> Tensor:
-        return (-progress.log2() / math.log2(num_tokens)).clamp(0.0, 1.0)
 
 
 def halton_order(grid: tuple[int, int]) -> list[int]:

@@ -6,6 +6,7 @@ Corruption of visible tokens: which are replaced, by what, and that the masks st
 """
 
 import math
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -101,33 +102,25 @@ def test_the_largest_weight_is_a_bound():
     assert float(objectives.build({"name": "elbo", "max_weight": 5})(given)) == pytest.approx((1 + 5) / 2)
 
 
-def random_losses(*, weights: bool) -> tuple[TokenLosses, Tensor, Tensor]:
-    chance = torch.Generator().manual_seed(0)
-    losses, rows = torch.rand(12, generator=chance), torch.arange(12) // 4
+def loss_of_half_masked_images(name: str, *, visible_weight: float) -> tuple[float, Tensor]:
+    """The loss of three images of four tokens, of which the first and the last are masked, and their losses (3, 4)."""
+    losses = torch.rand(12, generator=torch.Generator().manual_seed(0))
     is_masked = torch.tensor([1, 0, 0, 1] * 3).bool()
-    weight = torch.where(is_masked, 1.0, 0.25)
-    return (
-        TokenLosses(losses, rows, 3, is_masked, weight if weights else None, torch.ones(3)),
-        losses.view(3, 4),
-        weight,
-    )
+    given = TokenLosses(losses, torch.arange(12) // 4, 3, is_masked, ~is_masked, torch.ones(3))
+    return float(objectives.build({"name": name, "visible_weight": visible_weight})(given)), losses.view(3, 4)
 
 
-def test_visible_weight_is_the_weight_of_a_mean():
-    given, losses, weight = random_losses(weights=True)
-    expected = (losses * weight.view(3, 4)).sum(1) / 2.5
-    assert float(objectives.build("masked_cross_entropy")(given)) == pytest.approx(float(expected.mean()))
-
-
-def test_weights_of_one_are_the_plain_mean_over_all_tokens():
-    given, losses, _ = random_losses(weights=False)
-    assert float(objectives.build("masked_cross_entropy")(given)) == pytest.approx(float(losses.mean()))
+@pytest.mark.parametrize("weight", [0.25, 1.0])
+def test_visible_weight_is_the_weight_of_a_mean(weight):
+    found, losses = loss_of_half_masked_images("masked_cross_entropy", visible_weight=weight)
+    expected = losses @ torch.tensor([1, weight, weight, 1]) / (2 + 2 * weight)
+    assert found == pytest.approx(float(expected.mean()))
 
 
 def test_visible_tokens_are_added_to_the_bound():
-    given, losses, _ = random_losses(weights=True)
+    found, losses = loss_of_half_masked_images("elbo", visible_weight=0.25)
     expected = losses[:, [0, 3]].mean(1) + 0.25 * losses[:, [1, 2]].mean(1)
-    assert float(objectives.build("elbo")(given)) == pytest.approx(float(expected.mean()))
+    assert found == pytest.approx(float(expected.mean()))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -233,8 +226,10 @@ def test_the_objective_adds_the_weighted_loss_of_clusters():
     given = TokenLosses(losses, torch.tensor([0, 0, 1]), 2, cluster_losses=of_clusters)
     objective = objectives.build({"name": "cluster_cross_entropy", "cluster_weight": 3.0})
     assert float(objective(given)) == pytest.approx(((1 + 1.5 + 2 + 3) / 2 + (4 + 6)) / 2)
-    weighted = TokenLosses(losses, given.rows, 2, None, torch.tensor([1.0, 0.0, 1.0]), None, of_clusters)
-    assert float(objective(weighted)) == pytest.approx((1 + 1.5 + 4 + 6) / 2)
+    visible = torch.tensor([False, True, False])
+    weighted = TokenLosses(losses, given.rows, 2, ~visible, visible, None, of_clusters)
+    objective = replace(objective, visible_weight=0.5)
+    assert float(objective(weighted)) == pytest.approx(((1 + 1.5 + 0.5 * (2 + 3)) / 1.5 + (4 + 6)) / 2)
 
 
 def test_clusters_need_a_tokenizer():

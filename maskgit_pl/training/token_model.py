@@ -10,8 +10,8 @@ does for each micro-batch (the code repeats the numbers):
    null class also hides the vector of the sample, if the network is conditioned on vectors.
 3. Seed dropout with (seed, step, micro-batch, rank).
 4. Take the tokens (B, N) of the batch, or flip some of its images and encode them with the frozen tokenizer.
-5. Replace the masked tokens by the mask token (``_mask_tokens``; causal attention keeps all tokens), and compute logits
-   at the M predicted tokens only.
+5. Replace the masked tokens by the mask token (causal attention keeps all tokens), and compute logits at the M
+   predicted tokens only.
 6. Compute the loss, with label smoothing: the mean over rows of (sum of the row's cross-entropies / their number).
 
 The data modules run 1 and 2 on the host, before the batch is copied to the device (``draw_on_host``). M is then known
@@ -78,8 +78,8 @@ class StepLosses(NamedTuple):
 class TokenModel(OptimizedModel):
     """The LightningModule of stage 2: trains a transformer on tokens, or on images that it encodes on the fly.
 
-    A subclass defines the tokens to predict (``_draw_mask``), the input of the network (``_mask_tokens``), the groups
-    of logged values (``_assign_bins``) and the decoding of images (``_decode``).
+    A subclass defines the tokens to predict (``_draw_mask``), the groups of logged values (``_assign_bins``) and the
+    decoding of images (``_decode``), and may train on another loss (``_compute_training_losses``).
 
     Args:
         config: Network, optimizer, tokenizer and loss.
@@ -115,10 +115,6 @@ class TokenModel(OptimizedModel):
     @abstractmethod
     def _draw_mask(self, batch: Batch) -> Tensor:
         """Returns the tokens to predict, (B, N) bool, as a function of the samples only."""
-
-    @abstractmethod
-    def _mask_tokens(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Returns the input of the network, (B, N) int64, for tokens (B, N) and a mask (B, N)."""
 
     @abstractmethod
     def _assign_bins(self, mask: Tensor, positions: Tensor) -> Tensor:
@@ -314,41 +310,42 @@ class TokenModel(OptimizedModel):
 
     def compute_losses(self, network: Backbone, batch: Batch, tokens: Tensor, *, smoothing: float) -> StepLosses:
         """Computes the mean over rows of their cross-entropies, and the values for the logs."""
-        assert batch.draws is not None
-        found = self._measure_tokens(network, batch, tokens, seen=tokens, smoothing=smoothing)
-        rows = batch.draws.positions // tokens.shape[1]
-        return StepLosses(mean_over_rows(found.losses, rows, num_rows=len(tokens)), found.nll, found.hits)
+        draws = batch.draws
+        assert draws is not None
+        found = self._predict(network, self._hide(tokens, draws.mask), batch, tokens, smoothing=smoothing)
+        return StepLosses(mean_over_rows(found.losses, draws.rows, num_rows=len(tokens)), found.nll, found.hits)
 
-    def _measure_tokens(
+    def _hide(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Returns tokens (B, N) with the mask token where ``mask`` is True; causal attention hides tokens itself."""
+        network = self.config.network
+        return tokens if network.attention == "causal" else tokens.masked_fill(mask, network.mask_token_id)
+
+    def _predict(
         self,
         network: Backbone,
+        hidden: Tensor,
         batch: Batch,
         tokens: Tensor,
         *,
-        seen: Tensor,
         smoothing: float,
         clusters: Tensor | None = None,
     ) -> TokenStatistics:
-        """Computes logits at the M predicted tokens, in chunks if they are very large, and their statistics.
+        """Computes logits at the M predicted tokens, in chunks if they are very large, and their cross-entropies.
 
         Args:
             network: The network.
+            hidden: (B, N) int64, the tokens that the network sees, some of them the mask token.
             batch: The batch with its draws.
             tokens: (B, N) int64, the true tokens.
-            seen: (B, N) int64, the tokens that the network sees where they are not masked.
             smoothing: Label smoothing.
             clusters: Clusters of the codes, for their losses.
         """
         draws, config, columns = batch.draws, self.config.network, self.config.loss_columns
         assert draws is not None
         targets = tokens.flatten()[draws.positions]  # (M,)
+        vectors = batch.vectors_for(config.condition_dim)
         compute = partial(
-            network.forward_selected,
-            self._mask_tokens(seen, draws.mask),
-            draws.labels,
-            draws.positions,
-            vectors=batch.vectors_for(config.condition_dim),
-            vocabulary=columns,
+            network.forward_selected, hidden, draws.labels, draws.positions, vectors=vectors, vocabulary=columns
         )
         groups = config.num_token_groups
         measure = partial(token_statistics, label_smoothing=smoothing, num_token_groups=groups, clusters=clusters)
