@@ -50,7 +50,13 @@ from maskgit_pl.pipeline.grids import to_unit_range
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.learning_rates import LearningRate
 from maskgit_pl.training.optimizers import OptimizerConfig
-from maskgit_pl.training.tokenizer_losses import AdversarialConfig, MemoryFormat, TokenizerConfig
+from maskgit_pl.training.tokenizer_losses import (
+    AdversarialConfig,
+    LossInputs,
+    MemoryFormat,
+    TokenizerConfig,
+    TokenizerLoss,
+)
 
 Precision = Literal["fp32", "bf16"]
 Weights = dict[str, Tensor]
@@ -144,10 +150,14 @@ class RandomVGG(FrozenNetwork):
 
 
 @dataclass(frozen=True)
-class _Perceptual:
+class _Perceptual(TokenizerLoss):
     """A stand-in for ``PerceptualConfig``, whose network must have a registered name."""
 
     weight: float = _PERCEPTUAL_WEIGHT
+
+    def __call__(self, given: LossInputs, network: nn.Module) -> Tensor:
+        distances: Tensor = network(given.reconstruction, given.images)
+        return distances.mean()
 
 
 class Contender(Protocol):
@@ -231,7 +241,7 @@ class Plain:
         ours = build_tokenizer(task)
         assert ours.discriminator is not None
         self.network, self.last_layer, self.precision = network, last_layer, precision
-        self.discriminator, self.perceptual = ours.discriminator, ours.similarity_loss.network
+        self.discriminator, self.perceptual = ours.discriminator, ours.loss_terms.networks.get("perceptual")
         self.images = to_unit_range(task.data().content)
         self.optimizers = [AdamW(each.parameters(), _RATE, betas=_BETAS, weight_decay=0.0) for each in self._networks]
 
@@ -304,8 +314,8 @@ def build_tokenizer(task: Task) -> Tokenizer:
     module = Tokenizer(task.tokenizer)
     if task.has_perceptual:
         # Not by name: a registered network would stay registered.
-        module.similarity_loss.network = RandomVGG()
-        module.similarity_loss.perceptual = _Perceptual()  # type: ignore[assignment]  # stands in for a recipe's
+        module.loss_terms.terms["perceptual"] = _Perceptual()
+        module.loss_terms.networks["perceptual"] = RandomVGG()
     return module
 
 

@@ -569,12 +569,12 @@ class Draws(NamedTuple):
     def pad(self, multiple: int) -> Draws:
         """Returns a copy whose positions are padded with zeros to a multiple of a number, so that few sizes occur."""
         count, more = len(self.positions), -len(self.positions) % multiple
-        flags = {
-            name: None if flag is None else F.pad(flag, (0, more))
-            for name, flag in (("is_masked", self.is_masked), ("is_visible", self.is_visible))
-        }
+        is_masked, is_visible = (
+            None if flag is None else F.pad(flag, (0, more)) for flag in (self.is_masked, self.is_visible)
+        )
         is_real = torch.arange(count + more, device=self.positions.device) < count
-        return self._replace(positions=F.pad(self.positions, (0, more)), is_real=is_real, **flags)
+        positions = F.pad(self.positions, (0, more))
+        return self._replace(positions=positions, is_masked=is_masked, is_visible=is_visible, is_real=is_real)
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> Draws:
         """Returns a copy on a device; see ``torch.Tensor.to``."""

@@ -183,8 +183,9 @@ class MaskedTokenModel(TokenModel):
         if not self.training:
             return draws
         if self.corruption is not None:
-            place = {"seed": self.config.seed, "index": batch.index, "epoch": batch.epoch}
-            replaced, uniform = self.corruption.draw(draws.mask, **place)
+            replaced, uniform = self.corruption.draw(
+                draws.mask, seed=self.config.seed, index=batch.index, epoch=batch.epoch
+            )
             draws = draws._replace(replaced=replaced, replaced_positions=true_positions(replaced), uniform=uniform)
             draws = draws.predict(draws.mask | replaced)
         if self.objective.needs_slopes:

@@ -4,8 +4,8 @@ Optimization is manual, because a GAN has two optimizers. A training step is one
 micro-batches (the code repeats the numbers):
 
 1. Convert the images to float32 in [0, 1], and flip some of them.
-2. Run the generator (the VQGAN) forward once. Differentiate the reconstruction loss and the perceptual loss at the
-   reconstructed image, not further.
+2. Run the generator (the VQGAN) forward once. Differentiate the terms of the loss (``TokenizerLoss``: reconstruction,
+   perceptual, and your own) at the reconstructed image and at the features, not further.
 3. From ``adversarial.start_step``, run the discriminator on real images and reconstructions. Differentiate the
    generator's adversarial loss at the reconstructed image too. Compute the discriminator's loss, which keeps its graph.
 4. Propagate the sum of the gradients at the image through the generator once, then the discriminator's loss through the
@@ -45,7 +45,7 @@ from maskgit_pl.pipeline.pretrained import load_tokenizer, save_tokenizer
 from maskgit_pl.training.optimizers import build_optimizer, frozen_copy, parameter_groups, update_ema
 from maskgit_pl.training.stop_and_nonfinite import StepCheck, clip_gradients
 from maskgit_pl.training.strategies import check_precision, prepare_blocks
-from maskgit_pl.training.tokenizer_losses import AdversarialStep, Part, SimilarityLoss, TokenizerConfig
+from maskgit_pl.training.tokenizer_losses import AdversarialStep, LossInputs, LossTerms, Part, TokenizerConfig
 
 __all__ = [
     "CodebookUsage",
@@ -95,9 +95,7 @@ class Tokenizer(LightningModule):
             discriminator = spec.create(in_channels=in_channels, image_size=config.image_size)
             self.discriminator = _set_memory_format(discriminator, self.memory_format)
             self.register_buffer("lecam_means", torch.zeros(2))  # moving averages of the real and the fake logits
-        self.similarity_loss = SimilarityLoss(
-            config.reconstruction_loss, config.perceptual, reconstruction_weight=config.reconstruction_weight
-        )
+        self.loss_terms = LossTerms(config.terms)
 
         self.squared_error = MeanMetric()
         self.codebook_usage = CodebookUsage(config.network.codebook_size)
@@ -129,14 +127,13 @@ class Tokenizer(LightningModule):
         return [build_optimizer(parameter_groups(network, config.weight_decay), config) for network in networks]
 
     def on_fit_start(self) -> None:
-        """Checks the precision, and moves the perceptual network to the device.
+        """Checks the precision, and moves the networks of the loss to the device.
 
         Raises:
             ValueError: if the stage does not support the Trainer's precision.
         """
         check_precision(self.trainer.precision)
-        if self.similarity_loss.network is not None:
-            self.similarity_loss.network.to(self.device)
+        self.loss_terms.to(self.device)
 
     # Training
 
@@ -174,12 +171,13 @@ class Tokenizer(LightningModule):
 
     def _add_gradients(self, images: Tensor, *, step: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
         """Adds the gradients of one (B, C, H, W) micro-batch to both networks and returns its losses."""
-        # 2. Generator. The detached image is a leaf, so the gradient of the losses stops at it. Losses are in float32.
+        # 2. Generator. The detached tensors are leaves, where the gradients of the losses stop. Losses are in float32.
         place = {"seed": self.config.seed, "step": step, "micro_batch": len(self._pending.tokens)}
         self.network.quantizer.begin_micro_batch(**place)
         output = self._run_network("network", images)
         image = output.reconstruction.detach().float().requires_grad_()
-        gradient, metrics = self.similarity_loss.gradient(image, images)
+        features = output.features.detach().requires_grad_()
+        gradient, at_features, metrics = self.loss_terms.gradients(LossInputs(images, image, features, step))
         # 3. Discriminator.
         discriminator_loss = None
         if self._has_adversarial_loss(step):
@@ -197,6 +195,8 @@ class Tokenizer(LightningModule):
         # 4. Backward. The gradient g is a constant, so d(sum(reconstruction * g)) = sum(g * d(reconstruction)), which
         # is the gradient of the losses with respect to the weights.
         propagated = (output.reconstruction.float() * gradient).sum() + output.quantized.loss
+        if at_features is not None:
+            propagated = propagated + (output.features.float() * at_features).sum()
         backward(propagated / self.accumulation)
         if discriminator_loss is not None:
             backward(discriminator_loss / self.accumulation)

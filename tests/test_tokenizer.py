@@ -21,7 +21,7 @@ from maskgit_pl.pipeline.grids import to_unit_range
 from maskgit_pl.tokenizer import CodebookUsage, _to_uint8
 from maskgit_pl.training.learning_rates import LearningRate
 from maskgit_pl.training.strategies import build_strategy
-from maskgit_pl.training.tokenizer_losses import AdversarialConfig, PerceptualConfig
+from maskgit_pl.training.tokenizer_losses import AdversarialConfig, LossInputs, PerceptualConfig
 from tests.forked import run_ranks
 from tests.modules import tokenizer_model
 
@@ -344,8 +344,10 @@ def test_a_perceptual_network_reaches_the_generator_and_stays_out_of_the_checkpo
     assert module.state_dict().keys() == plain.state_dict().keys()
     images, image = batch_of(range(8)).content / 255, torch.rand(8, 1, 16, 16, requires_grad=True)
     module = tokenizer(perceptual=PerceptualConfig(spec, weight=1e5))  # random features hardly differ
-    gradient, metrics = module.similarity_loss.gradient(image, images)
-    wanted, got = (module.similarity_loss.network.network(each).logits for each in (images, image))
+    given = LossInputs(images, image, torch.ones(1, requires_grad=True), 0)
+    gradient, at_features, metrics = module.loss_terms.gradients(given)
+    assert at_features is None
+    wanted, got = (module.loss_terms.networks["perceptual"].network(each).logits for each in (images, image))
     perceptual = F.mse_loss(got, wanted.detach())
     torch.testing.assert_close(metrics["perceptual"], perceptual)
     total = F.mse_loss(image, images) + 1e5 * perceptual

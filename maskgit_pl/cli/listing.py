@@ -48,6 +48,7 @@ REGISTRIES = {  # module of each registry, by the name of the registry
     "corruptions": "objectives",
     "backbones": "networks.backbone",
     "quantizers": "networks.quantizers",
+    "tokenizer_losses": "training.tokenizer_losses",
     "discriminators": "networks.discriminators",
     "perceptual_networks": "networks.perceptual",
     "feature_networks": "networks.features",

@@ -38,10 +38,12 @@ class VQGANOutput(NamedTuple):
     Attributes:
         reconstruction: (B, C, H, W) float, not clipped.
         quantized: Output of the quantizer: codes, tokens, loss.
+        features: (B, D, h, w) float, output of the encoder.
     """
 
     reconstruction: Tensor
     quantized: QuantizerOutput
+    features: Tensor
 
 
 class ResidualBlock(nn.Module):
@@ -192,12 +194,13 @@ class VQGAN(nn.Module):
             images: (B, C, H, W) float in [0, 1].
 
         Returns:
-            The reconstruction, cut to H x W if the grid covers more, and the quantizer's output.
+            The reconstruction, cut to H x W if the grid covers more, the quantizer's output, and the features.
         """
         # The grid is rounded up, so the reconstruction may be larger than the images.
-        quantized = self.quantizer(self.encoder(images))
+        features = self.encoder(images)
+        quantized = self.quantizer(features)
         reconstruction = self.decoder(quantized.quantized)[..., : images.shape[-2], : images.shape[-1]]
-        return VQGANOutput(reconstruction, quantized)
+        return VQGANOutput(reconstruction, quantized, features)
 
     def encode(self, images: Tensor) -> Tensor:
         """Encodes images to tokens.

@@ -311,8 +311,7 @@ def _trained(module: TokenModel | Tokenizer) -> list[Tensor]:
 
 
 def _perceptual_networks(module: Tokenizer) -> list[nn.Module]:
-    perceptual = module.similarity_loss.network
-    return [] if perceptual is None else [perceptual]
+    return [network for network in module.loss_terms.networks.values() if isinstance(network, nn.Module)]
 
 
 def _count(tensors: Iterable[Tensor]) -> int:

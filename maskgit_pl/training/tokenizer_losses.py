@@ -5,9 +5,11 @@ Used by ``tokenizer.Tokenizer``, which adds these gradients and propagates the s
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,35 +23,134 @@ from maskgit_pl.checks import (
     check_number,
     check_seed,
     height_width,
+    shorten,
 )
 from maskgit_pl.distributed import mean_over_ranks
 from maskgit_pl.losses import AdversarialLoss, ReconstructionLoss
 from maskgit_pl.networks.discriminators import DiscriminatorConfig, build_discriminator, with_defaults
 from maskgit_pl.networks.perceptual import PerceptualOutput, build_perceptual, create_distance
+from maskgit_pl.networks.quantizers.base import WEIGHTS
 from maskgit_pl.networks.vqgan import VQGANConfig
+from maskgit_pl.registry import Registry
 from maskgit_pl.training.optimizers import OptimizerConfig
 from maskgit_pl.training.strategies import ActivationCheckpointing
 
 __all__ = [
     "AdversarialConfig",
     "AdversarialStep",
+    "LossInputs",
+    "LossTerms",
     "MemoryFormat",
     "Part",
     "PerceptualConfig",
-    "SimilarityLoss",
     "TokenizerConfig",
+    "TokenizerLoss",
     "gradient_norm",
+    "tokenizer_losses",
 ]
 
 MemoryFormat = Literal["contiguous", "channels_last"]
 Part = Literal["encoder", "quantizer", "decoder"]
 
 
-@dataclass(frozen=True)
-class PerceptualConfig:
-    """The perceptual loss: weight x mean distance of a pretrained network.
+class LossInputs(NamedTuple):
+    """The tensors of one micro-batch that the terms of the loss are computed from.
 
-    The distance is LPIPS, or the mean squared difference of a feature network's outputs.
+    Args:
+        images: (B, C, H, W) float32 in [0, 1]: the real images.
+        reconstruction: (B, C, H, W) float32, not clipped; it requires a gradient.
+        features: (B, D, h, w) float: the output of the encoder, before the quantizer; it requires a gradient.
+        step: Step of the training, from 0.
+    """
+
+    images: Tensor
+    reconstruction: Tensor
+    features: Tensor
+    step: int
+
+
+class TokenizerLoss(ABC):
+    """A term of the loss of stage 1. Subclasses are frozen dataclasses.
+
+    A complete one::
+
+        @tokenizer_losses.register("edges")
+        @dataclass(frozen=True)
+        class Edges(TokenizerLoss):
+            weight: float = 1.0
+
+            def __call__(self, given: LossInputs, network: None) -> Tensor:
+                return (given.reconstruction.diff(dim=-1) - given.images.diff(dim=-1)).abs().mean()
+
+    Attributes:
+        weight: Factor of the term, in [0, 1e6].
+    """
+
+    weight: float
+
+    @property
+    def min_image_size(self) -> int:
+        """The smallest side of an image that the term supports, in pixels."""
+        return 1
+
+    def create_network(self) -> Any:
+        """Builds the frozen network of the term, which is moved to the device and stays out of checkpoints, or None."""
+        return None
+
+    @abstractmethod
+    def __call__(self, given: LossInputs, network: Any) -> Tensor:
+        """Computes the term without its weight, a scalar float32: a mean over images.
+
+        Args:
+            given: Images, reconstructions and features.
+            network: The network of ``create_network``, or None.
+        """
+
+
+def _check_term(name: str, term: TokenizerLoss) -> None:
+    """Checks the contract of a term without a network on two images: a finite scalar."""
+    if not isinstance(term, TokenizerLoss):
+        raise ValueError(f"tokenizer loss {name!r} must be a TokenizerLoss, got {shorten(term)}")
+    check_number(f"tokenizer loss {name!r}: weight", getattr(term, "weight", None), WEIGHTS)
+    if type(term).create_network is not TokenizerLoss.create_network:
+        return
+    images = torch.linspace(0, 1, 1536).view(2, 3, 16, 16)
+    loss = term(
+        LossInputs(images, images.flip(3).requires_grad_(), torch.ones(2, 4, 4, 4, requires_grad=True), 0), None
+    )
+    if not isinstance(loss, Tensor) or loss.shape != () or not bool(loss.isfinite()):
+        raise ValueError(f"tokenizer loss {name!r} must be a finite scalar tensor, got {shorten(loss)}")
+
+
+tokenizer_losses: Registry[TokenizerLoss] = Registry("tokenizer loss", "maskgit_pl.tokenizer_losses", check=_check_term)
+
+
+@tokenizer_losses.register("l2")
+@dataclass(frozen=True)
+class SquaredError(TokenizerLoss):
+    """The mean squared difference of images. Source: released configuration."""
+
+    weight: float = 1.0
+
+    def __call__(self, given: LossInputs, network: None) -> Tensor:
+        return losses.reconstruction_loss(given.reconstruction, given.images, kind="l2")
+
+
+@tokenizer_losses.register("l1")
+@dataclass(frozen=True)
+class AbsoluteError(TokenizerLoss):
+    """The mean absolute difference of images. Source: taming-transformers, ``VQLPIPSWithDiscriminator``."""
+
+    weight: float = 1.0
+
+    def __call__(self, given: LossInputs, network: None) -> Tensor:
+        return losses.reconstruction_loss(given.reconstruction, given.images, kind="l1")
+
+
+@tokenizer_losses.register("perceptual")
+@dataclass(frozen=True)
+class PerceptualConfig(TokenizerLoss):
+    """The mean distance of images in a pretrained network: LPIPS, or the mean squared difference of features.
 
     Args:
         network: Name or mapping: ``lpips``, or a registered feature network.
@@ -90,6 +191,10 @@ class PerceptualConfig:
                 f"model.perceptual.network: {error}; set --model.perceptual.network.weights FILE, or train without "
                 "it by --model.perceptual=null"
             ) from error
+
+    def __call__(self, given: LossInputs, network: nn.Module) -> Tensor:
+        distances: Tensor = network(given.reconstruction, given.images)
+        return distances.mean()
 
 
 @dataclass(frozen=True)
@@ -165,6 +270,7 @@ class TokenizerConfig:
         reconstruction_weight: Its factor, in [0, 1e6].
         perceptual: The perceptual loss; None for none.
         adversarial: The adversarial loss and its discriminator; None for none.
+        losses: Further terms of the loss: names or mappings of registered tokenizer losses.
         freeze: Parts of the network that keep their weights and codes, such as ``[encoder, quantizer]`` for a new
             decoder of old tokens: no gradient, no optimizer state, no update of the codebook's statistics.
         gradient_clip: Largest gradient norm of each network, > 0; None for no clipping.
@@ -186,6 +292,7 @@ class TokenizerConfig:
     reconstruction_weight: float = 1.0
     perceptual: PerceptualConfig | None = None
     adversarial: AdversarialConfig | None = None
+    losses: tuple[str | dict[str, Any], ...] = ()
     freeze: tuple[Part, ...] = ()
     gradient_clip: float | None = None
     ema_decay: float = 0.999
@@ -207,12 +314,28 @@ class TokenizerConfig:
             check_number("gradient_clip", self.gradient_clip, "(0, inf)")
         object.__setattr__(self, "freeze", tuple(self.freeze))
         self._check_freeze()
+        object.__setattr__(self, "losses", tuple(self.losses))
         shorter = min(height_width(self.image_size))
-        if self.perceptual is not None and shorter < self.perceptual.min_image_size:
-            raise ValueError(
-                f"image_size must be >= {self.perceptual.min_image_size} with this perceptual network, got "
-                f"{shorter}; set another model.perceptual.network, or null for model.perceptual"
-            )
+        for name, term in self.terms.items():
+            if shorter < term.min_image_size:
+                raise ValueError(
+                    f"image_size must be >= {term.min_image_size} with the loss {name!r}, got {shorter}; leave the "
+                    "loss out, or set another network for it"
+                )
+
+    @cached_property
+    def terms(self) -> dict[str, TokenizerLoss]:
+        """The terms of the loss at the reconstructed image, by their names in the logs."""
+        weight = float(self.reconstruction_weight)
+        terms = {"reconstruction": tokenizer_losses.build({"name": self.reconstruction_loss, "weight": weight})}
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual
+        for spec in self.losses:
+            term, name = tokenizer_losses.build(spec), str(spec["name"] if isinstance(spec, dict) else spec)
+            if name in terms:
+                name = f"{name}-{sum(each.partition('-')[0] == name for each in terms) + 1}"
+            terms[name] = term
+        return terms
 
     def _check_freeze(self) -> None:
         parts = get_args(Part)
@@ -230,52 +353,52 @@ class TokenizerConfig:
             )
 
 
-class SimilarityLoss:
-    """The weighted sum of the reconstruction loss and the perceptual loss.
+class LossTerms:
+    """The weighted sum of the terms at the reconstructed image.
 
-    It is not an ``nn.Module``, so the frozen perceptual network stays out of checkpoints.
+    It is not an ``nn.Module``, so the frozen networks of the terms stay out of checkpoints.
 
     Args:
-        reconstruction_loss: ``l2`` or ``l1``.
-        reconstruction_weight: Its factor.
-        perceptual: Network and weight of the perceptual loss; None for no perceptual loss.
+        terms: The terms by their names in the logs.
 
     Raises:
-        ValueError: if the weights of the perceptual network cannot be read.
+        ValueError: if the weights of a network cannot be read.
     """
 
-    def __init__(
-        self,
-        reconstruction_loss: ReconstructionLoss,
-        perceptual: PerceptualConfig | None,
-        *,
-        reconstruction_weight: float = 1.0,
-    ) -> None:
-        self.reconstruction_loss = reconstruction_loss
-        self.reconstruction_weight = reconstruction_weight
-        self.perceptual = perceptual
-        self.network: nn.Module | None = None if perceptual is None else perceptual.create_network()
+    def __init__(self, terms: Mapping[str, TokenizerLoss]) -> None:
+        self.terms = dict(terms)
+        self.networks = {name: term.create_network() for name, term in terms.items()}
 
-    def gradient(self, image: Tensor, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Computes the gradient of the weighted sum. Each loss is differentiated once.
+    def to(self, device: torch.device) -> None:
+        """Moves the networks of the terms to a device."""
+        for network in self.networks.values():
+            if isinstance(network, nn.Module):
+                network.to(device)
+
+    def gradients(self, given: LossInputs) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """Computes the gradients of the weighted sum. Each term is differentiated once.
 
         Args:
-            image: (B, C, H, W) float32 reconstruction in [0, 1], a leaf that requires a gradient.
-            images: (B, C, H, W) float32 in [0, 1].
+            given: Images, and reconstruction and features as leaves that require a gradient.
 
         Returns:
-            Gradient at ``image``, (B, C, H, W) float32, and detached scalars by name: the losses without their weights
-            (``reconstruction``, ``perceptual``), and the norms of their weighted gradients (``gradient/NAME``).
+            Gradient at the reconstruction, (B, C, H, W) float32; that at the features, (B, D, h, w) float, None if no
+            term uses them; and detached scalars by name: the terms without their weights, and the norms of their
+            weighted gradients at the image (``gradient/NAME``).
         """
-        loss = losses.reconstruction_loss(image, images, kind=self.reconstruction_loss)
-        gradient = _gradient_at(image, self.reconstruction_weight * loss)
-        metrics = {"reconstruction": loss.detach(), "gradient/reconstruction": gradient_norm(gradient)}
-        if self.perceptual is not None and self.network is not None:
-            distance = self.network(image, images).mean()
-            part = _gradient_at(image, self.perceptual.weight * distance)
-            metrics |= {"perceptual": distance.detach(), "gradient/perceptual": gradient_norm(part)}
-            gradient = gradient + part
-        return gradient, metrics
+        leaves, metrics = (given.reconstruction, given.features), {}
+        at_image, at_features = None, None
+        for name, term in self.terms.items():
+            loss = term(given, self.networks[name])
+            parts = torch.autograd.grad(term.weight * loss, leaves, allow_unused=True)
+            metrics[name] = loss.detach()
+            if parts[0] is not None:
+                metrics[f"gradient/{name}"] = gradient_norm(parts[0])
+                at_image = parts[0] if at_image is None else at_image + parts[0]
+            if parts[1] is not None:
+                at_features = parts[1] if at_features is None else at_features + parts[1]
+        assert at_image is not None  # of the reconstruction loss
+        return at_image, at_features, metrics
 
 
 @dataclass

@@ -12,6 +12,7 @@ from maskgit_pl import losses
 from maskgit_pl.data import Batch
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.training.tokenizer_losses import AdversarialConfig, AdversarialStep, PerceptualConfig
+from tests.installed_packages import install
 from tests.modules import tokenizer_model
 
 SIZE = 20
@@ -73,7 +74,7 @@ def test_the_gradient_is_that_of_the_plain_sum(reconstruction, perceptual, discr
     difference = output.reconstruction - images
     parts = [4.0 * (difference.abs() if reconstruction == "l1" else difference.square()).mean()]
     if perceptual is not None:
-        parts.append(2.0 * module.similarity_loss.network(output.reconstruction, images).mean())
+        parts.append(2.0 * module.loss_terms.networks["perceptual"](output.reconstruction, images).mean())
         torch.testing.assert_close(metrics["perceptual"], (parts[-1] / 2.0).detach())
     total = sum(parts)
     if discriminator is not None:
@@ -159,13 +160,49 @@ def test_mean_logits_are_those_of_float32():
 
 def test_an_image_that_is_too_small_for_the_perceptual_network_is_refused_before_it_is_read():
     perceptual = PerceptualConfig({"name": "lpips", "weights": "none.pth"})
-    with pytest.raises(ValueError, match=r"image_size must be >= 16 with this perceptual network, got 12"):
+    with pytest.raises(ValueError, match=r"image_size must be >= 16 with the loss 'perceptual', got 12"):
         tokenizer_model(NETWORK, image_size=12, perceptual=perceptual)
+
+
+EDGES = """
+from dataclasses import dataclass
+from maskgit_pl.training.tokenizer_losses import TokenizerLoss
+
+@dataclass(frozen=True)
+class Edges(TokenizerLoss):
+    weight: float = 1.0
+
+    def __call__(self, given, network):
+        edges = (given.reconstruction.diff(dim=-1) - given.images.diff(dim=-1)).abs().mean()
+        return edges + given.features.square().mean()
+"""
+
+
+def test_a_term_of_another_package_is_part_of_the_loss(site):
+    points = "[maskgit_pl.tokenizer_losses]\nedges = edge_loss:Edges\n"
+    install(site, name="edge-loss", entry_points=points, modules={"edge_loss": EDGES})
+    module, images = module_of(losses=("edges", {"name": "edges", "weight": 2.0})), batch().content / 255
+    metrics = module.replay_step(batch(), step=0)
+    got = {name: parameter.grad.clone() for name, parameter in module.network.named_parameters()}
+    module.network.zero_grad()
+    output = module.network(images)
+    edges = (output.reconstruction.diff(dim=-1) - images.diff(dim=-1)).abs().mean() + output.features.square().mean()
+    torch.testing.assert_close(metrics["edges"], edges.detach())
+    assert torch.equal(metrics["edges"], metrics["edges-2"])
+    total = (output.reconstruction - images).square().mean() + 3 * edges
+    (total + output.quantized.loss).backward()
+    for name, parameter in module.network.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad, rtol=1e-4, atol=1e-7, msg=name)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"losses": ["l3"]}, "unknown tokenizer loss 'l3': known: l1, l2, perceptual"),
+        (
+            {"losses": [{"name": "l1", "weight": -1.0}]},
+            r"tokenizer loss 'l1': weight must be a number in \[0, 1000000\]",
+        ),
         ({"reconstruction_weight": -1.0}, "reconstruction_weight must be a number in"),
         ({"reconstruction_loss": "l3"}, "reconstruction_loss must be one of l2, l1, got 'l3'"),
     ],
