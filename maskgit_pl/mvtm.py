@@ -28,12 +28,20 @@ from maskgit_pl.objectives import (
     corruptions,
     objectives,
 )
+from maskgit_pl.registry import Registry
 from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.training.optimized_model import TokenModelConfig, check_decoding
 from maskgit_pl.training.token_model import NUM_BINS, StepLosses, TokenModel
 
 __all__ = ["MaskedTokenConfig", "MaskedTokenModel"]
 
+_PARTS: dict[str, Registry[Any]] = {  # field of the configuration -> registry of its names
+    "mask_schedule": mask_schedules,
+    "mask_ratio": mask_ratios,
+    "mask_positions": mask_positions,
+    "objective": objectives,
+    "corruption": corruptions,
+}
 _NUM_SIZES = 8  # numbers of predicted tokens that a compiled step is made for; torch compiles 8 variants at most
 
 
@@ -56,7 +64,8 @@ class MaskedTokenConfig(TokenModelConfig):
             and loss as one graph.
         global_batch: Samples per step over all ranks and micro-batches. The mask ratios of a global batch are
             stratified; see ``MaskSampler``.
-        mask_schedule: Name or mapping of a registered mask schedule, for training and decoding.
+        mask_schedule: Name or mapping of a registered mask schedule, for training and decoding; this and the following
+            parts may be objects of registered classes, too.
         min_mask_ratio: Lower bound of the mask ratio in training, in [0, 1].
         mask_ratio: Name or mapping of a registered distribution of the mask ratio in training.
         mask_positions: Name or mapping of a registered rule for the positions that are masked in training.
@@ -87,6 +96,9 @@ class MaskedTokenConfig(TokenModelConfig):
                 f"network.attention must be 'bidirectional' for MaskedTokenModel, got {self.network.attention!r}; "
                 "AutoregressiveModel trains a causal transformer"
             )
+        for name, registry in _PARTS.items():
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, registry.spec(getattr(self, name)))
         check_integer("global_batch", self.global_batch, "[1, 4294967296]")
         self.built_objective.check(self.sampler, self.network, tokenizer=self.tokenizer)
         _ = self.built_corruption  # built now, so that it is checked

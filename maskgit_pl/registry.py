@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, distributions
@@ -72,12 +72,15 @@ class Registry(Generic[T]):
     def register(self, name: str) -> Callable[[_Factory], _Factory]:
         """Returns a decorator that registers a factory named ``name``.
 
+        A notebook may run a cell again: a factory of ``__main__`` replaces another one of it.
+
         Raises:
             ValueError: if the name is taken.
         """
 
         def decorate(factory: _Factory) -> _Factory:
-            if name in self._factories:
+            taken = self._factories.get(name)
+            if taken is not None and not taken.__module__ == factory.__module__ == "__main__":
                 raise ValueError(f"{self.kind} {name!r}: the name is taken by {self._factories[name]!r}")
             self._factories[name] = factory
             return factory
@@ -141,6 +144,37 @@ class Registry(Generic[T]):
             return self._make(name, factory, arguments, where)
         with self._guard(name, announced, "built", where):
             return self._make(name, factory, arguments, where)
+
+    def spec(self, part: str | Mapping[str, Any] | T) -> str | dict[str, Any]:
+        """Returns the name, or the mapping with name and arguments, from which ``build`` makes a part.
+
+        Args:
+            part: Name or mapping, which is returned; or an object whose class is registered.
+
+        Raises:
+            ValueError: if the class is not registered.
+        """
+        if isinstance(part, str):
+            return part
+        if isinstance(part, Mapping):
+            return dict(part)
+        self._import_modules()
+        for name, factory in self._factories.items():
+            if _needs_no_argument(factory) and factory() == part:
+                return name
+        kind = type(part)
+        names = [name for name, factory in self._factories.items() if factory is kind]
+        names += [
+            name
+            for name, plugins in self._plugins().items()
+            if plugins[0].point.value == f"{kind.__module__}:{kind.__qualname__}"
+        ]
+        if not names or not is_dataclass(part):
+            raise ValueError(
+                f"{self.kind} must be a name, a mapping, or an object of a registered class, got {shorten(part)}; "
+                "register a class of your own by @REGISTRY.register('NAME')"
+            )
+        return {"name": names[0], **{each.name: getattr(part, each.name) for each in fields(part)}}
 
     def build_all(self) -> dict[str, T]:
         """Builds all objects that require no argument, by name. Warns of plug-ins that fail, and leaves them out."""

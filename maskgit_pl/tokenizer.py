@@ -251,6 +251,8 @@ class Tokenizer(LightningModule):
         return dict(zip(("gradient/generator", "gradient/discriminator"), reversed(norms), strict=False))
 
     def _set_learning_rate(self, step: int) -> None:
+        if type(self).configure_optimizers is not Tokenizer.configure_optimizers:
+            return  # a subclass has optimizers of its own
         learning_rate = self.config.optimizer.learning_rate
         rate = learning_rate.peak * learning_rate.factor(step, self.trainer.max_steps)
         for optimizer in self.trainer.optimizers:

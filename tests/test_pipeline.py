@@ -8,8 +8,10 @@ from PIL import Image
 
 from maskgit_pl.data.images import fit_image
 from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.pretrained import load_tokenizer, save_tokenizer
+from maskgit_pl.schedules import Pow
 from tests.conftest import save_tiny_pretrained
 
 
@@ -105,6 +107,23 @@ def test_a_saved_pipeline_generates_the_same(pipe, tmp_path) -> None:
     assert torch.equal(images(pipe, [0, 1, 2]), images(again, [0, 1, 2]))
     assert again.decoding == pipe.decoding
     assert again.transformer.mask_schedule == pipe.transformer.mask_schedule
+
+
+def test_a_mask_schedule_is_used_before_it_is_saved_and_after(pipe, tmp_path) -> None:
+    other = MaskGIT(pipe.tokenizer, pipe.transformer, mask_schedule=Pow(0.3))
+    assert not torch.equal(images(other, [0, 1, 2]), images(pipe, [0, 1, 2]))
+    assert torch.equal(images(other, [0, 1, 2]), images(pipe, [0, 1, 2], mask_schedule=Pow(0.3)))
+    other.save_pretrained(tmp_path / "copy")
+    again = MaskGIT.from_pretrained(tmp_path / "copy")
+    assert again.transformer.mask_schedule == Pow(0.3)
+    assert torch.equal(images(other, [0, 1, 2]), images(again, [0, 1, 2]))
+
+
+def test_parts_may_be_objects(pipe) -> None:
+    by_name = images(pipe, [0, 1], token_selector={"name": "halton"}, mask_schedule="square")
+    assert torch.equal(
+        images(pipe, [0, 1], token_selector=token_selectors.build("halton"), mask_schedule=Pow(2)), by_name
+    )
 
 
 def test_a_pipeline_saved_in_bfloat16_still_fits_together(tiny_pretrained, tmp_path) -> None:

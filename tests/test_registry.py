@@ -21,7 +21,7 @@ from maskgit_pl.networks.perceptual import LPIPSSpec, perceptual_networks
 from maskgit_pl.networks.quantizers import quantizers
 from maskgit_pl.objectives import Corruption, Objective, TokenLosses, corruptions, objectives
 from maskgit_pl.registry import PluginError, Registry, describe, nearest
-from maskgit_pl.schedules import MaskSchedule, mask_schedules
+from maskgit_pl.schedules import MaskSchedule, Pow, mask_schedules
 from tests.installed_packages import install
 
 ARGUMENTS = {"pow": {"exponent": 3.0}}  # what a name needs beyond its defaults
@@ -95,6 +95,34 @@ def test_unknown_arguments_are_refused_with_the_name(chairs):
     for arguments in ({"arms": 2}, {3: 2}):
         with pytest.raises(ValueError, match=r"chair 'bespoke': unknown key .*known keys: legs"):
             chairs.build({"name": "bespoke", **arguments})
+
+
+def test_a_cell_of_a_notebook_may_register_its_class_again(chairs):
+    for legs in (3, 5):
+        factory = dataclass(frozen=True)(type("Stool", (), {"__module__": "__main__", "legs": legs}))
+        chairs.register("stool")(factory)
+    assert chairs.build("stool").legs == 5
+    with pytest.raises(ValueError, match="the name is taken"):
+        chairs.register("plain")(factory)
+
+
+@pytest.mark.parametrize(
+    ("part", "spec"),
+    [
+        (Pow(1.0), "linear"),
+        (Pow(3), "cubic"),
+        (Pow(2.5), {"name": "pow", "exponent": 2.5}),
+        ("anything", "anything"),
+        ({"name": "pow", "exponent": 2}, {"name": "pow", "exponent": 2}),
+    ],
+)
+def test_an_object_has_the_spec_that_builds_it(part, spec):
+    assert mask_schedules.spec(part) == spec
+
+
+def test_an_object_of_a_class_without_a_name_is_refused():
+    with pytest.raises(ValueError, match="must be a name, a mapping, or an object of a registered class"):
+        mask_schedules.spec(Chair())
 
 
 def test_every_object_is_checked_when_it_is_built():

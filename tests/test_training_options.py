@@ -7,9 +7,12 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from maskgit_pl.data import Batch
+from maskgit_pl.masking import UniformRatio
 from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.transformer import TransformerConfig
+from maskgit_pl.objectives import Elbo
 from maskgit_pl.runs.costs import count_predicted
+from maskgit_pl.schedules import Pow
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
 from maskgit_pl.training.learning_rates import LearningRate
 from tests.modules import masked_model
@@ -68,6 +71,25 @@ def losses_of(module: MaskedTokenModel, given: Batch):
     given = module._with_draws(given)
     given = given._replace(draws=given.draws._replace(labels=given.labels))
     return given, module._compute_training_losses(module._prepare(given, given.content), given.content)
+
+
+def test_parts_of_the_configuration_may_be_objects():
+    config = model(mask_schedule=Pow(2.0), objective=Elbo(visible_weight=0.5), mask_ratio=UniformRatio()).config
+    assert (config.mask_schedule, config.mask_ratio) == ("square", "uniform")
+    assert config.objective == {"name": "elbo", "visible_weight": 0.5, "max_weight": 100.0}
+    assert config.built_objective == Elbo(visible_weight=0.5)
+
+
+def test_a_subclass_with_an_optimizer_of_its_own_trains_at_its_rate(tiny_shards, tiny_pretrained, tmp_path):
+    class Plain(MaskedTokenModel):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.transformer.parameters(), lr=0.25)
+
+    module = Plain(masked_model(CONFIG, tiny_pretrained / "tokenizer").config)
+    before = module.transformer.token_embedding.weight.clone()
+    fit(module, data(tiny_shards), steps=2, folder=tmp_path)
+    assert module.trainer.optimizers[0].param_groups[0]["lr"] == 0.25
+    assert not torch.equal(before, module.transformer.token_embedding.weight)
 
 
 def test_the_weighted_loss_by_hand():

@@ -16,6 +16,7 @@ from maskgit_pl.decoding.plan import DrawMethod, check_guidance, check_num_steps
 from maskgit_pl.decoding.sampling import CodeSampling, Temperature
 from maskgit_pl.decoding.selectors import TokenSelector, token_selectors
 from maskgit_pl.files import read_json
+from maskgit_pl.registry import Registry
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
 
 if TYPE_CHECKING:
@@ -42,14 +43,14 @@ class DecodingConfig:
 
     Args:
         num_steps: T, number of decoding steps, in [1, 65536].
-        token_selector: Name or mapping of a registered token selector; None for an autoregressive model, which
-            draws tokens in raster order.
-        guidance: Name or mapping of a registered guidance schedule.
+        token_selector: Name or mapping of a registered token selector, or an object of its class; None for an
+            autoregressive model, which draws tokens in raster order.
+        guidance: Name, mapping or object of a registered guidance schedule.
         sampling_temperature: Temperature of the logits, >= 0: a number, or two for the first and the last step.
         top_k: Number of most likely codes to draw from, >= 1; None draws from all.
         top_p: Probability of the smallest set of codes to draw from, in (0, 1]; None draws from all.
         tokens_per_step: Number of tokens that each step decides, in place of the mask schedule: T integers.
-        mask_schedule: Name or mapping of a mask schedule to decode with; None uses that of the training.
+        mask_schedule: Name, mapping or object of a mask schedule to decode with; None uses that of the training.
         draw_method: Method by which codes are drawn; see ``plan.DrawMethod``. Recipes and importers have
             ``gumbel``.
 
@@ -68,6 +69,12 @@ class DecodingConfig:
     draw_method: DrawMethod = "inverse_cdf"
 
     def __post_init__(self) -> None:
+        parts: tuple[tuple[str, Registry[Any]], ...] = (
+            ("token_selector", token_selectors), ("guidance", guidance_schedules), ("mask_schedule", mask_schedules)
+        )  # fmt: skip
+        for name, registry in parts:
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, registry.spec(getattr(self, name)))
         for name in ("num_steps", "sampling_temperature", "top_k", "top_p"):
             several = plain_list(getattr(self, name))
             plain = plain_number(getattr(self, name)) if several is None else tuple(several)  # JSON has no tuples

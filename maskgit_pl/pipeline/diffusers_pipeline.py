@@ -25,7 +25,7 @@ from maskgit_pl.pipeline.card import RunOrigin
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer, PretrainedTransformer
 from maskgit_pl.pipeline.model import MaskGIT
 from maskgit_pl.pipeline.options import Classes, GenerateOptions, OutputType, Seeds, check_output_type, read_options
-from maskgit_pl.pipeline.pretrained import load_tokenizer, load_transformer, read_config, read_decoding
+from maskgit_pl.pipeline.pretrained import load_tokenizer, load_transformer, read_decoding
 from maskgit_pl.pipeline.sharing import CLASSES, HubOptions, find_folder, write_diffusers_files
 
 __all__ = ["MaskGITPipeline", "MaskGITTokenizer", "MaskGITTransformer"]
@@ -97,17 +97,13 @@ class MaskGITTransformer(_Network):
 
     Args:
         pretrained: The network, its classes and its decoding settings.
-        mask_schedule: Name or mapping of the mask schedule of the training; None for an autoregressive model.
         origin: Folder that the weights come from, for the model card.
     """
 
-    def __init__(
-        self, pretrained: PretrainedTransformer, *, mask_schedule: str | Mapping[str, Any] | None, origin: RunOrigin
-    ) -> None:
+    def __init__(self, pretrained: PretrainedTransformer, *, origin: RunOrigin) -> None:
         super().__init__()
         self.pretrained = pretrained
         self.network = pretrained.network
-        self.mask_schedule = mask_schedule
         self.origin = origin
 
     @classmethod
@@ -115,7 +111,6 @@ class MaskGITTransformer(_Network):
         pretrained = load_transformer(folder)
         return cls(
             replace(pretrained, decoding=read_decoding(folder.parent) or pretrained.decoding),
-            mask_schedule=read_config(folder, "transformer")["mask_schedule"],
             origin=RunOrigin.of(folder.parent, tuned=False),
         )
 
@@ -150,7 +145,6 @@ class MaskGITPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers: un
         return MaskGIT(
             self.tokenizer.pretrained,
             self.transformer.pretrained,
-            mask_schedule=self.transformer.mask_schedule,
             pack_weights=self.device.type == "cpu",
             origin=self.transformer.origin,
         )

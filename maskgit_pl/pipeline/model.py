@@ -24,7 +24,6 @@ from maskgit_pl.pipeline.pretrained import (
     load_decoding,
     load_tokenizer,
     load_transformer,
-    read_config,
     read_decoding,
     read_negative_model,
     remove_negative_model,
@@ -34,6 +33,7 @@ from maskgit_pl.pipeline.pretrained import (
     save_transformer,
 )
 from maskgit_pl.pipeline.sharing import HubOptions, find_folder
+from maskgit_pl.schedules import MaskSchedule, mask_schedules
 
 if TYPE_CHECKING:
     from maskgit_pl.pipeline.display import Recording
@@ -53,8 +53,8 @@ class MaskGIT(Editor):
     Args:
         tokenizer: Encodes images to tokens and decodes tokens to images.
         transformer: Predicts the tokens of a class.
-        mask_schedule: Name or mapping of the mask schedule of the training, which ``save_pretrained`` writes; None for
-            an autoregressive model.
+        mask_schedule: Mask schedule to decode with and to save, in place of that of the transformer's training: a name,
+            a mapping, or an object of a registered class.
         decoding: Decoding settings; by default those that were exported with the transformer.
         negative_model: Default of the option ``negative_model``; see ``GenerateOptions``.
         pack_weights: See ``Generator``.
@@ -70,16 +70,18 @@ class MaskGIT(Editor):
         tokenizer: PretrainedTokenizer,
         transformer: PretrainedTransformer,
         *,
-        mask_schedule: str | Mapping[str, Any] | None,
+        mask_schedule: str | Mapping[str, Any] | MaskSchedule | None = None,
         decoding: DecodingConfig | None = None,
         negative_model: NegativeModelLike | None = None,
         pack_weights: bool = True,
         origin: RunOrigin | None = None,
     ) -> None:
+        if mask_schedule is not None:
+            schedule = mask_schedules.build(mask_schedules.spec(mask_schedule))
+            transformer = replace(transformer, mask_schedule=schedule)
         super().__init__(
             tokenizer, transformer, decoding=decoding, negative_model=negative_model, pack_weights=pack_weights
         )
-        self._mask_schedule_spec = mask_schedule
         self._origin = origin or RunOrigin()
 
     @classmethod
@@ -127,11 +129,9 @@ class MaskGIT(Editor):
             decoding = load_decoding(decoding)
         origin = RunOrigin.of(folder, tuned=own)
         tokenizer, transformer = load_tokenizer(folder / "tokenizer"), load_transformer(folder / "transformer")
-        spec = read_config(folder / "transformer", "transformer")["mask_schedule"]
         pipe = cls(
             tokenizer,
             transformer,
-            mask_schedule=spec,
             decoding=decoding,
             negative_model=negative_model,
             pack_weights=pack_weights,
@@ -224,7 +224,6 @@ class MaskGIT(Editor):
         made = MaskGIT(
             self.tokenizer,
             transformer,
-            mask_schedule=self._mask_schedule_spec,
             decoding=self._decoding,
             negative_model=self._negative_model,
             pack_weights=self._pack_weights,
@@ -250,12 +249,12 @@ class MaskGIT(Editor):
     def _save_networks(self, folder: Path) -> None:
         network = self.tokenizer.network
         save_tokenizer(folder / "tokenizer", network.config, network.state_dict(), image_size=self.tokenizer.image_size)
-        spec = self._mask_schedule_spec
+        schedule = self.transformer.mask_schedule
         save_transformer(
             folder / "transformer",
             self.transformer.network.config,
             self.transformer.network.state_dict(),
-            mask_schedule=dict(spec) if isinstance(spec, Mapping) else spec,
+            mask_schedule=None if schedule is None else mask_schedules.spec(schedule),
             decoding=self.transformer.decoding,
             class_names=self.class_names,
             tokenizer_fingerprint=fingerprint(folder / "tokenizer"),

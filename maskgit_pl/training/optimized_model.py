@@ -173,7 +173,12 @@ class OptimizedModel(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Sets the learning rate of the first step: a resumed run may have another decay or number of steps."""
+        """Sets the learning rate of the first step: a resumed run may have another decay or number of steps.
+
+        A subclass with optimizers of its own keeps their rates.
+        """
+        if type(self).configure_optimizers is not OptimizedModel.configure_optimizers:
+            return
         rate = self.config.optimizer.learning_rate
         factor = rate.factor(self.trainer.global_step, int(self.trainer.max_steps))
         for optimizer in self.trainer.optimizers:

@@ -224,7 +224,7 @@ def test_a_loaded_pipeline_keeps_its_images_when_its_folder_gets_another_negativ
     other = load_transformer(weaker / "transformer")
     for parameter in other.network.parameters():
         parameter.data.copy_(-parameter.data)
-    MaskGIT(first.tokenizer, other, mask_schedule="cosine").save_pretrained(tmp_path / "other")
+    MaskGIT(first.tokenizer, other).save_pretrained(tmp_path / "other")
     MaskGIT.from_pretrained(tiny_pretrained, negative_model=tmp_path / "other").save_pretrained(tmp_path / "copy")
     weights = list(loaded.negative_model.transformer.network.parameters())
     assert all(torch.equal(one, -two) for one, two in zip(weights, other.network.parameters(), strict=True))
@@ -363,7 +363,7 @@ def cached_pipe(tiny_pretrained) -> MaskGIT:
 def renewed(cached_pipe: MaskGIT, **options) -> MaskGIT:
     """Returns a new pipeline with the present weights of another."""
     transformer = replace(cached_pipe.transformer, network=copy.deepcopy(cached_pipe.transformer.network))
-    return MaskGIT(cached_pipe.tokenizer, transformer, mask_schedule="cosine", **options)
+    return MaskGIT(cached_pipe.tokenizer, transformer, **options)
 
 
 @pytest.mark.slow

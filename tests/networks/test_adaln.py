@@ -1,0 +1,50 @@
+"""The ``adaln`` backbone: each block starts as the identity, and both of its dropouts act in training only."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from maskgit_pl.networks.adaln import AdaLNConfig, AdaLNTransformer
+
+SMALL = AdaLNConfig(16, 3, (3, 4), embed_dim=32, depth=2, num_heads=4, mlp_dim=64)
+TOKENS, LABELS = torch.arange(12).expand(2, -1), torch.tensor([0, 2])
+
+
+def test_each_block_starts_as_the_identity():
+    torch.manual_seed(0)
+    network = AdaLNTransformer(dataclasses.replace(SMALL, dropout=0.0))
+    x, condition = torch.randn(2, 5, 32), torch.randn(2, 32)
+    rotation = None
+    for block in network.blocks:
+        assert not block.modulation.weight.any()
+        assert torch.equal(block(x, condition, rotation), x)
+    assert not network.head_modulation.weight.any()
+
+
+def test_the_gates_of_a_new_network_take_gradients():
+    torch.manual_seed(0)
+    network = AdaLNTransformer(dataclasses.replace(SMALL, dropout=0.0))
+    network(TOKENS, LABELS).square().sum().backward()
+    for block in network.blocks:
+        *_, gate_1, _, _, gate_2 = block.modulation.weight.grad.chunk(6)
+        assert gate_1.any()
+        assert gate_2.any()
+
+
+@pytest.mark.parametrize("place", ["_attend", "_gate"])
+def test_dropout_acts_in_training_only(place, monkeypatch):
+    torch.manual_seed(0)
+    network = AdaLNTransformer(dataclasses.replace(SMALL, dropout=0.5))
+    for parameter in network.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.3)
+    block, x, condition = network.blocks[0], torch.randn(2, 5, 32), torch.randn(2, 32)
+    # The other dropouts are switched off, so that a difference comes from this one.
+    monkeypatch.setattr(F, "dropout", F.dropout if place == "_gate" else lambda value, *_: value)
+    if place == "_gate":
+        monkeypatch.setattr(type(block), "_attend", lambda self, asking, *_, **__: asking)
+    evaluated = [block.eval()(x, condition, None) for _ in range(2)]
+    assert torch.equal(*evaluated)
+    trained = [block.train()(x, condition, None) for _ in range(2)]
+    assert not torch.equal(*trained)
