@@ -136,6 +136,7 @@ class MaskedTokenModel(TokenModel):
     """
 
     config: MaskedTokenConfig
+    config_class = MaskedTokenConfig
     binned_by = "mask-ratio"
     code_clusters: Tensor | None  # (n, K / n) int64: the codes of each cluster; None if the objective needs none
 

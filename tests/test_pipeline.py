@@ -1,5 +1,6 @@
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -142,6 +143,11 @@ def test_refuses_a_tokenizer_that_the_transformer_does_not_know(tiny_pretrained,
     save_tokenizer(tmp_path / "mixed" / "tokenizer", other.network.config, weights, image_size=8)
     with pytest.raises(ValueError, match="transformer must be used with the tokenizer that it was trained with"):
         MaskGIT.from_pretrained(tmp_path / "mixed")
+
+
+def test_an_image_size_that_does_not_give_the_grid_is_refused(pipe) -> None:
+    with pytest.raises(ValueError, match=r"image_size .* grid of 4 x 4 .*, got 16 x 16 pixels with a grid of 8 x 8"):
+        MaskGIT(replace(pipe.tokenizer, image_size=16), pipe.transformer)
 
 
 def test_missing_folders_are_named(tmp_path) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, Self, TypeAlias, Unpack, overload
 import torch
 from torch import Tensor
 
+from maskgit_pl.checks import pixels_text
 from maskgit_pl.decoding import (
     ConditionalModel,
     DecodingConfig,
@@ -85,6 +86,12 @@ class Generator:
                 "transformer must be used with the tokenizer that it was trained with, whose fingerprint is "
                 f"{transformer.tokenizer_fingerprint[:12]}, got {tokenizer.fingerprint[:12]}; load that tokenizer, or "
                 "train the transformer on this one"
+            )
+        grid = transformer.network.config.grid
+        if tokenizer.grid != grid:
+            raise ValueError(
+                f"image_size of the tokenizer must give the transformer's grid of {grid[0]} x {grid[1]} tokens, got "
+                f"{pixels_text(tokenizer.image_size)} pixels with a grid of {tokenizer.grid[0]} x {tokenizer.grid[1]}"
             )
         self.tokenizer = tokenizer
         self.transformer = transformer

@@ -1,12 +1,16 @@
-"""The callback that saves the checkpoints of a run, removes old ones, and handles failed writes."""
+"""The callback that saves the checkpoints of a run, removes old ones, and handles failed writes.
+
+``CheckpointedModule`` is the base of the modules of both stages, which are built from a checkpoint again.
+"""
 
 from __future__ import annotations
 
 import logging
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -15,6 +19,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.optim import Optimizer
 
+from maskgit_pl.checks import build_dataclass
 from maskgit_pl.distributed import on_all_ranks
 from maskgit_pl.errors import CannotWriteError
 from maskgit_pl.training.checkpoint_files import (
@@ -25,10 +30,11 @@ from maskgit_pl.training.checkpoint_files import (
     step_of,
 )
 
-__all__ = ["Checkpoints", "full_state"]
+__all__ = ["CheckpointedModule", "Checkpoints", "full_state"]
 
 log = logging.getLogger(__name__)
 
+_CONFIG = "maskgit_pl.config"  # key of the module's configuration in a checkpoint
 _MOST_FAILURES = 3
 
 
@@ -183,6 +189,38 @@ class Checkpoints(Checkpoint):
                 FolderCheckpointIO().remove_checkpoint(old)
             except OSError as error:
                 log.warning("checkpoint %s cannot be removed: %s", old, error)
+
+
+class CheckpointedModule(LightningModule):
+    """A LightningModule whose checkpoints hold its configuration, so that ``load_from_checkpoint`` builds it again.
+
+    Attributes:
+        config: Configuration, a dataclass of plain values: the only argument that the class needs.
+        config_class: Its class.
+    """
+
+    config: Any
+    config_class: ClassVar[type]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the configuration."""
+        checkpoint[_CONFIG] = asdict(self.config)
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Path | str) -> Self:  # type: ignore[override]  # a folder of our own
+        """Builds the module of a checkpoint, on the CPU, with the weights and averages of its step.
+
+        Args:
+            checkpoint_path: Folder such as ``runs/RUN/transformer/checkpoints/step-00001000``.
+
+        Raises:
+            ValueError: if the folder is incomplete, a file has changed, or it belongs to a module of another class.
+        """
+        checkpoint = FolderCheckpointIO().load_checkpoint(checkpoint_path)
+        config: Any = build_dataclass(cls.config_class, checkpoint[_CONFIG], f"checkpoint {checkpoint_path}")
+        module = cls(config)
+        module.load_state_dict(checkpoint["state_dict"])
+        return module
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Any, Literal, get_args
 
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from pydantic import BeforeValidator
 from torch.optim import Optimizer
@@ -20,6 +19,7 @@ from maskgit_pl.data.batches import Batch, check_batch
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.networks.backbone import Backbone, BackboneConfig, Vocabulary, read_config_values
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer
+from maskgit_pl.training.checkpoints import CheckpointedModule
 from maskgit_pl.training.optimizers import OptimizerConfig, build_optimizer, parameter_groups, update_ema
 from maskgit_pl.training.stop_and_nonfinite import StepCheck, clip_gradients
 from maskgit_pl.training.strategies import ActivationCheckpointing, Compiled, check_precision, shard_blocks
@@ -131,7 +131,7 @@ def check_samples(batch: Batch, config: BackboneConfig, tokenizer: Callable[[], 
         )
 
 
-class OptimizedModel(LightningModule):
+class OptimizedModel(CheckpointedModule):
     """The optimizer, the clipping of gradients, the averaged weights and FSDP2 of a transformer.
 
     Attributes:

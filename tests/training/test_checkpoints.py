@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ from torch import nn
 
 from maskgit_pl.errors import CannotWriteError
 from maskgit_pl.files import sha256_of, write_tensors
+from maskgit_pl.networks.transformer import TransformerConfig
+from maskgit_pl.networks.vqgan import VQGANConfig
+from maskgit_pl.schedules import Pow
 from maskgit_pl.training.checkpoint_files import (
     FolderCheckpointIO,
     complete_checkpoints,
@@ -23,7 +27,10 @@ from maskgit_pl.training.checkpoint_files import (
     read_settings,
 )
 from maskgit_pl.training.checkpoints import Checkpoints
+from maskgit_pl.training.tokenizer_losses import AdversarialConfig
 from tests.forked import run_ranks
+from tests.modules import autoregressive_model, masked_model, tokenizer_model
+from tests.short_runs import data, fit
 
 STATE = {
     "state_dict": {"weight": torch.arange(6.0).reshape(2, 3).t(), "half": torch.ones(2, dtype=torch.bfloat16)},
@@ -398,3 +405,25 @@ def test_steps_are_whole_when_a_run_goes_on_with_another_accumulation(tmp_path, 
     assert fit(before, steps=3) == [step for step in range(3) for _ in range(before)]
     resumed = fit(after, steps=6, resume=newest_checkpoint(tmp_path))
     assert resumed == [step for step in range(3, 6) for _ in range(after)]
+
+
+NETWORK = TransformerConfig(16, 3, (4, 4), embed_dim=16, depth=1, num_heads=2, mlp_dim=32)
+VQGAN = VQGANConfig(
+    1, base_channels=8, channel_multipliers=(1, 1), num_res_blocks=1, num_groups=4, codebook_size=16, code_dim=4
+)
+OPPONENT = AdversarialConfig({"name": "patchgan", "num_layers": 1, "base_channels": 4}, r1_weight=0.0)
+MODULES = {
+    "masked": lambda tokenizer: masked_model(NETWORK, tokenizer, objective="elbo", mask_schedule=Pow(1.5)),
+    "autoregressive": lambda tokenizer: autoregressive_model(replace(NETWORK, attention="causal"), tokenizer),
+    "adversarial": lambda _: tokenizer_model(VQGAN, image_size=8, adversarial=OPPONENT),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_is_built_from_a_checkpoint(tiny_shards, tiny_pretrained, tmp_path, name):
+    module = MODULES[name](tiny_pretrained / "tokenizer")
+    fit(module, data(tiny_shards), steps=2, folder=tmp_path)
+    again = type(module).load_from_checkpoint(newest_checkpoint(tmp_path))
+    assert again.config == module.config
+    assert again.state_dict().keys() == module.state_dict().keys()
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in module.state_dict().items())
