@@ -4,16 +4,17 @@
 """
 
 import math
-import os
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from maskgit_pl.importers.halton import HALTON
-from maskgit_pl.importers.maskgil import MASKGIL
-from maskgit_pl.importers.transformers import import_transformer, transformer_layout_of
+from maskgit_pl.importers.transformers import (
+    HALTON,
+    MASKGIL,
+    import_transformer,
+    transformer_layout_of,
+)
 from maskgit_pl.networks.adaln import AdaLNConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pipeline import MaskGIT
@@ -86,7 +87,7 @@ def test_logits_are_those_of_the_original(kind, changes, tokenizer, tmp_path):
         save_checkpoint(original, tmp_path / "a.pth"), tmp_path / "out", tokenizer=tokenizer(side=side), num_heads=heads
     )
     network = MaskGIT.from_pretrained(tmp_path / "out").transformer.network
-    assert made.config == network.config
+    assert made.transformer.config == network.config
     tokens, labels = draw(original, side=side)
     expected = original(tokens, labels)
     got = network(tokens, labels, vocabulary="all")
@@ -111,7 +112,7 @@ def test_every_tensor_of_the_file_changes_the_logits(kind, layout):
         tensors = {name: tensor for name, tensor in original.state_dict().items() if name != "head.weight"}
         config = layout.read_config(tensors, (4, 4), 4)
         network = config.create().eval()
-        network.load_state_dict(layout.read_weights(tensors, config))
+        network.load_state_dict(layout.convert(tensors, config))
         return network(tokens, labels, vocabulary="all").detach()
 
     before = logits()
@@ -214,8 +215,8 @@ def test_the_published_halton_networks_are_read_off(name, side, millions, scale)
     assert (config.embed_dim, config.depth, config.num_heads, config.num_registers) == (size, blocks, heads, 1)
     assert config.mlp_dim == original.transformer.layers[0].ff.w1.out_features
     # Two gains of each block and the last norm's gain and bias are folded into the modulation.
-    assert count(HALTON.read_weights(tensors, config)) == count(tensors) - 2 * size * (blocks + 1)
-    check_fits(config, HALTON.read_weights(tensors, config))
+    assert count(HALTON.convert(tensors, config)) == count(tensors) - 2 * size * (blocks + 1)
+    check_fits(config, HALTON.convert(tensors, config))
     decoding = HALTON.decoding(config)
     assert (decoding.num_steps, decoding.token_selector) == (32, "halton")
     assert decoding.guidance == {"name": "constant", "scale": scale}
@@ -230,7 +231,7 @@ def test_the_published_maskgil_networks_are_read_off(name, millions):
     config = MASKGIL.read_config(tensors, (16, 16), None)
     assert (config.codebook_size, config.num_classes, config.grid) == (16384, 1000, (16, 16))
     assert (config.embed_dim, config.depth, config.num_heads) == (size, blocks, heads)
-    check_fits(config, MASKGIL.read_weights(tensors, config))
+    check_fits(config, MASKGIL.convert(tensors, config))
     decoding = MASKGIL.decoding(config)
     assert decoding.guidance == {"name": "linear", "scale": 4.0}
     assert decoding.token_selector == {"name": "confidence", "choice_temperature": 4.5}
@@ -299,23 +300,13 @@ def test_maskgil_has_the_grid_of_a_tokenizer_of_wide_images(tokenizer, tmp_path)
     save_tokenizer(tmp_path / "wide", own.config, own.state_dict(), image_size=(4, 16))
     file = save_checkpoint(randomise(MaskGIL(**SMALL)), tmp_path / "a.pth")
     made = import_transformer(file, tmp_path / "out", tokenizer=tmp_path / "wide", num_heads=4)
-    assert "images    4 x 16 -> 2 x 8 tokens" in made.report()
+    assert "images    3 x 4 x 16 -> 2 x 8 tokens" in str(made)
     pipe = MaskGIT.from_pretrained(tmp_path / "out")
     assert pipe.tokenizer.grid == pipe.transformer.network.config.grid == (2, 8)
     assert pipe.generate([0], seed=0)[0].size == (16, 4)
 
 
 # Other files with the same tensors.
-
-
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
-def test_prefixes_of_wrappers_are_removed(prefix, tokenizer, tmp_path):
-    original = randomise(Halton(**SMALL))
-    file = save_checkpoint(original, tmp_path / "a.pth", prefix=prefix)
-    import_transformer(file, tmp_path / "out", tokenizer=tokenizer(), num_heads=4)
-    tokens, labels = draw(original, side=4)
-    got = load_transformer(tmp_path / "out" / "transformer").network(tokens, labels)
-    torch.testing.assert_close(got, original(tokens, labels)[..., :-1], rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -367,22 +358,6 @@ def test_a_pretrained_folder_names_its_tokenizer_too(tokenizer, tmp_path):
 # What is refused.
 
 
-@pytest.mark.parametrize("old", [False, True])
-def test_a_hostile_file_runs_nothing(old, tokenizer, tmp_path):
-    canary = tmp_path / "canary"
-
-    class Hostile:
-        def __reduce__(self):
-            return os.mkdir, (str(canary),)
-
-    content = {"model_state_dict": Halton(**SMALL).state_dict(), "args": SimpleNamespace(x=Hostile())}
-    torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=not old)
-    with pytest.raises(ValueError, match=r"must hold tensors only, got also .*, a Python object"):
-        import_transformer(tmp_path / "a.pth", tmp_path / "out", tokenizer=tokenizer(), num_heads=4)
-    assert not canary.exists()
-    assert not (tmp_path / "out").exists()
-
-
 def changed(kind=Halton, **values):
     """Writes a checkpoint with other tensors; None removes one. Dots of names are spelled as two underscores."""
 
@@ -401,11 +376,6 @@ def changed(kind=Halton, **values):
 
 LAYER = "transformer__layers__1__"
 REFUSED = {
-    "web page": (lambda path: path.write_text("<html>Sign in</html>"), "web page; the download"),
-    "LFS pointer": (
-        lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n"),
-        "Git LFS pointer.*git lfs pull",
-    ),
     "cut off": (
         lambda path: path.write_bytes(save_checkpoint(Halton(**SMALL), path).read_bytes()[:-100]),
         "cut off; download it again",
@@ -418,10 +388,7 @@ REFUSED = {
         lambda path: torch.save({f"fc{n}.weight": torch.zeros(1) for n in range(5)}, path),
         r"must be a transformer of Halton-MaskGIT or MaskGIL, got something else \(fc0.weight, .* and 2 more\)",
     ),
-    "number among tensors": (changed(scale=1.0), "entry scale must be a tensor, got float"),
-    "twice": (changed(module__head__bias=torch.zeros(25)), r"tensor head\.bias must be there once, got it twice"),
     "missing": (changed(**{f"{LAYER}ff__w3__weight": None}), r"missing: transformer\.layers\.1\.ff\.w3\.weight"),
-    "missing size": (changed(tok_emb__weight=None), r"missing: tok_emb\.weight"),
     "missing of MaskGIL": (
         changed(MaskGIL, layers__1__ffn_norm__weight=None),
         r"missing: layers\.1\.ffn_norm\.weight",
@@ -444,14 +411,6 @@ REFUSED = {
     ),
     "wrong axes": (changed(pos_emb__weight=torch.zeros(16)), r"pos_emb\.weight must be a matrix, got shape \(16,\)"),
     "no square": (changed(pos_emb__weight=torch.zeros(15, 32)), "must have a square number of rows, got 15"),
-    "not finite": (
-        changed(**{f"{LAYER}mlp__1__weight": torch.full((192, 32), math.nan)}),
-        r"transformer\.layers\.1\.mlp\.1\.weight' must hold finite numbers, got nan",
-    ),
-    "integers": (
-        changed(MaskGIL, output__weight=torch.zeros(25, 32, dtype=torch.int64)),
-        r"output\.weight' must be floating point .*, got torch\.int64",
-    ),
     "one number that repeats": (  # 4 GB in a small file
         changed(pos_emb__weight=torch.ones(1).expand(1 << 22, 256)),
         r"pos_emb\.weight' must be stored in full, got 4\.29 GB made of 4 bytes that repeat",
@@ -519,17 +478,3 @@ def test_a_tokenizer_with_another_codebook_is_refused(tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer .* must have the 24 codes of the transformer, got 16; name"):
         import_transformer(file, tmp_path / "out", tokenizer=tokenizer(codes=16), num_heads=4)
     assert not (tmp_path / "out").exists()
-
-
-def test_class_names_are_counted(tokenizer, tmp_path):
-    file = save_checkpoint(Halton(**SMALL), tmp_path / "a.pth")
-    with pytest.raises(ValueError, match="class names must be 5, one for each class of the transformer, got 2"):
-        import_transformer(file, tmp_path / "out", tokenizer=tokenizer(), num_heads=4, class_names=["a", "b"])
-
-
-def test_what_was_there_is_kept(tokenizer, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").write_text("kept")
-    with pytest.raises(FileExistsError, match="must be a new or empty folder, got one with content"):
-        import_transformer(tmp_path / "a.pth", tmp_path / "out", tokenizer=tokenizer())
-    assert (tmp_path / "out" / "mine").read_text() == "kept"
