@@ -43,7 +43,7 @@ _FORMATS = {
     "gzip": ("a gzip archive; unpack it first", rb"\x1f\x8b"),
     "tar": ("a tar archive; unpack it first", rb"(?s:.{257})ustar"),
     "safetensors": ("a safetensors file", rb"(?s:.{4})\x00{4}\{"),  # the length of the header, below 2^32
-    "msgpack": ("a msgpack file", rb"[\x80-\x8f\xde\xdf]"),
+    "msgpack": ("", rb"[\x80-\x8f\xde\xdf]"),
 }
 _HEAD = 512  # bytes; a pointer of Git LFS is shorter
 
@@ -89,10 +89,11 @@ def check_format(path: Path, description: str, *accepted: str) -> str:
         head = stream.read(_HEAD)
     if not head:
         raise ValueError(f"{rule}, got an empty file; download it again")
-    kind = next((name for name, (_, beginning) in _FORMATS.items() if re.match(beginning, head)), None)
+    found = ((name, text) for name, (text, beginning) in _FORMATS.items() if re.match(beginning, head))
+    kind, text = next(found, ("", ""))
     if kind not in accepted:
-        raise ValueError(f"{rule}, got {_FORMATS[kind][0] if kind else f'one that begins with {head[:8]!r}'}")
-    return str(kind)
+        raise ValueError(f"{rule}, got {text or f'one that begins with {head[:8]!r}'}")
+    return kind
 
 
 def read_checkpoint(file: Path, *, entries: Sequence[str]) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor
 
 from maskgit_pl.checks import ImageSize, height_width
@@ -171,6 +170,8 @@ def choose_class_names(given: Path | Sequence[str] | None, num_classes: int) -> 
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"class names {given} must be a text in UTF-8, one name per line, got {error}") from error
     if given is None and num_classes == _IMAGENET_CLASSES:
+        from timm.data.imagenet_info import ImageNetInfo  # half of the import time of an importer
+
         info = ImageNetInfo()  # in the order of the synset ids of ILSVRC 2012
         return tuple(info.index_to_description(number).partition(",")[0].strip() for number in range(num_classes))
     names = tuple(map(str, range(num_classes)) if given is None else given)

@@ -10,8 +10,9 @@ self-attention in the middle, aMUSEd's: its pipeline does not normalize images.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -187,8 +188,8 @@ class TokenizerLayout:
             "decoder.norm": f"decoder.{self.norm_out}",
             "decoder.head": "decoder.conv_out",
         }
-        for half, blocks in (("encoder", self._encoder(config)), ("decoder", self._decoder(config))):
-            places |= {f"{half}.blocks.{number}": name for number, name in enumerate(blocks)}
+        for half in ("encoder", "decoder"):
+            places |= {f"{half}.blocks.{number}": name for number, name in enumerate(self._blocks(half, config))}
         rules = [Rule("quantizer.codebook", _CODEBOOK)]
         for name in names:
             # encoder.blocks.3.shortcut.bias: the place encoder.blocks.3, the layer shortcut, the kind bias.
@@ -197,40 +198,29 @@ class TokenizerLayout:
                 rules.append(Rule(name, ".".join(filter(None, (places[match[1]], layer, match[3])))))
         return rules
 
-    def _encoder(self, config: VQGANConfig) -> Iterator[str]:
-        """Yields the project's names of our encoder's blocks, in their order."""
-        last = len(config.channel_multipliers) - 1
+    def _blocks(self, half: str, config: VQGANConfig) -> list[str]:
+        """Returns the project's names of the blocks of our encoder or decoder, in their order."""
+        is_decoder, is_taming = half == "decoder", config.layout == "taming"
+        levels, last = [], len(config.channel_multipliers) - 1
         for level in range(last + 1):
-            yield from self._level(f"{self.encoder}.{level}", level, config.num_res_blocks, config)
-            if level < last:
-                yield f"{self.encoder}.{level}.{self.downsample}"  # no tensor has this name if it is a mean
-        yield from self._middle("encoder", config)
-
-    def _decoder(self, config: VQGANConfig) -> Iterator[str]:
-        """Yields the project's names of our decoder's blocks, in their order."""
-        yield from self._middle("decoder", config)
-        last = len(config.channel_multipliers) - 1
-        for level in range(last, -1, -1):
-            number = last - level if self.lowest_first else level
-            if self.norm:
-                yield f"{self.norm}.{number}"
-            more = config.layout == "taming"  # one block more than in the encoder
-            yield from self._level(f"{self.decoder}.{number}", level, config.num_res_blocks + more, config)
-            if level > 0:
-                yield f"{self.decoder}.{number}.{self.upsample}"
-
-    def _level(self, name: str, level: int, blocks: int, config: VQGANConfig) -> Iterator[str]:
-        for block in range(blocks):
-            yield f"{name}.{self.block}.{block}"
-            if level in config.attention_levels:
-                yield f"{name}.{self.attention}.{block}"
-
-    def _middle(self, half: str, config: VQGANConfig) -> Iterator[str]:
-        if config.layout == "taming":
-            block, attention, last = (f"{half}.{part}" for part in self.middle)
-            yield from (block, attention, last) if config.middle_attention else (block, last)
+            number = last - level if is_decoder and self.lowest_first else level
+            name = f"{self.decoder if is_decoder else self.encoder}.{number}"
+            blocks = [f"{self.norm}.{number}"] if is_decoder and self.norm else []
+            for block in range(config.num_res_blocks + (is_decoder and is_taming)):
+                blocks.append(f"{name}.{self.block}.{block}")
+                if level in config.attention_levels:
+                    blocks.append(f"{name}.{self.attention}.{block}")
+            if is_decoder and level > 0:
+                blocks.append(f"{name}.{self.upsample}")
+            if not is_decoder and level < last:
+                blocks.append(f"{name}.{self.downsample}")  # no tensor has this name if it is a mean
+            levels.append(blocks)
+        if is_taming:
+            middle = [f"{half}.{name}" for name in self.middle if config.middle_attention or name != self.middle[1]]
         else:
-            yield from (f"{half}.{self.middle[0]}.{block}" for block in range(config.num_middle_blocks))
+            middle = [f"{half}.{self.middle[0]}.{block}" for block in range(config.num_middle_blocks)]
+        # The encoder runs from full resolution to the middle, and the decoder back.
+        return [*middle, *chain(*reversed(levels))] if is_decoder else [*chain(*levels), *middle]
 
 
 def _normalize_codes(weights: dict[str, Tensor]) -> dict[str, Tensor]:

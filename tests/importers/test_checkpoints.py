@@ -49,6 +49,7 @@ FOREIGN = {
     "empty file; download": lambda path: path.write_bytes(b""),
     "got a folder; name the file itself": lambda path: path.mkdir(),
     "one that begins with b'# a text'": lambda path: path.write_text("# a text"),
+    "one that begins with b'.x89PNG": lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(64)),
     "one that begins with b": lambda path: path.write_bytes(bytes(4096)),
 }
 
@@ -57,14 +58,14 @@ FOREIGN = {
 def test_a_file_of_another_kind_is_named(name, tmp_path):
     FOREIGN[name](tmp_path / "checkpoint")
     with pytest.raises(ValueError, match=name) as caught:
-        check_format(tmp_path / "checkpoint", "a msgpack file", "msgpack")
-    assert str(caught.value).startswith(f"checkpoint {tmp_path / 'checkpoint'} must be a msgpack file, got ")
+        check_format(tmp_path / "checkpoint", "an archive", "hdf5")
+    assert str(caught.value).startswith(f"checkpoint {tmp_path / 'checkpoint'} must be an archive, got ")
     assert "\n" not in str(caught.value)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere: no such file; download it"):
-        check_format(tmp_path / "nowhere", "a msgpack file", "msgpack")
+        check_format(tmp_path / "nowhere", "an archive", "hdf5")
 
 
 @pytest.mark.parametrize("form", ["torch", "before torch 1.6", "safetensors"])

@@ -59,64 +59,6 @@ def test_the_sizes_of_a_tokenizer_are_read_off_its_arrays():
     assert tokenizer_config(arrays_of(TOKENIZER), activation="relu").activation == "relu"
 
 
-def theirs(network: VQGAN) -> dict[str, np.ndarray]:
-    """Returns our weights by the released names, numbered by hand."""
-    weights = network.state_dict()
-    arrays = {"quantizer/codebook": weights.pop("quantizer.codebook").numpy()}
-    for half in ("encoder", "decoder"):
-        blocks, convolutions = 0, 1
-        for place, block in enumerate(getattr(network, half).blocks):
-            ours = f"{half}.blocks.{place}"
-            if f"{ours}.norm1.weight" in weights:
-                prefix = f"{half}/ResBlock_{blocks}"
-                blocks += 1
-                names = {"norm1": "GroupNorm_0", "conv1": "Conv_0", "norm2": "GroupNorm_1", "conv2": "Conv_1"}
-                names["shortcut"] = "Conv_2"
-                parts = {f"{ours}.{name}": f"{prefix}/{flax}" for name, flax in names.items()}
-            elif isinstance(block, torch.nn.AvgPool2d):
-                continue
-            else:
-                parts = {f"{ours}.conv": f"{half}/Conv_{convolutions}"}
-                convolutions += 1
-            arrays |= renamed(weights, parts)
-        head = f"{half}/Conv_{convolutions}"
-        parts = {f"{half}.stem": f"{half}/Conv_0", f"{half}.norm": f"{half}/GroupNorm_0", f"{half}.head": head}
-        arrays |= renamed(weights, parts)
-    assert not weights
-    return arrays
-
-
-def renamed(weights: dict[str, torch.Tensor], parts: dict[str, str]) -> dict[str, np.ndarray]:
-    found = {}
-    for ours, flax in parts.items():
-        if f"{ours}.weight" in weights:
-            weight = weights.pop(f"{ours}.weight")
-            kernel = weight.ndim == 4
-            found[f"{flax}/{'kernel' if kernel else 'scale'}"] = (
-                weight.permute(2, 3, 1, 0).contiguous() if kernel else weight
-            ).numpy()
-        if f"{ours}.bias" in weights:
-            found[f"{flax}/bias"] = weights.pop(f"{ours}.bias").numpy()
-    return found
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("levels", [(1,), (1, 2), (1, 1, 2, 2, 4)])
-@pytest.mark.parametrize("blocks", [1, 2, 3])
-@pytest.mark.parametrize("downsampling", ["average", "strided"])
-def test_every_architecture_of_the_released_code_goes_there_and_back(levels, blocks, downsampling):
-    config = VQGANConfig(
-        3, base_channels=32, channel_multipliers=levels, num_res_blocks=blocks, num_middle_blocks=blocks,
-        downsampling=downsampling if len(levels) > 1 else "average", codebook_size=8, code_dim=4,
-    )  # fmt: skip
-    network = VQGAN(config)
-    arrays = theirs(network)
-    assert tokenizer_config(arrays) == config
-    weights = tokenizer_weights(arrays, config)
-    assert weights.keys() == network.state_dict().keys()
-    assert all(torch.equal(weights[name], tensor) for name, tensor in network.state_dict().items())
-
-
 # Weights and gradients.
 
 

@@ -95,7 +95,6 @@ TAMING_CASES = {
         **attention(2, 3, count=4),
     },
     "one level": {**SMALL, "block_out_channels": [64], **attention(0, count=1)},
-    "narrower below": {**SMALL, "block_out_channels": [64, 32], "vq_embed_dim": 8, **attention(0, count=2)},
 }
 
 

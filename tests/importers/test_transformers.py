@@ -358,92 +358,56 @@ def test_a_pretrained_folder_names_its_tokenizer_too(tokenizer, tmp_path):
 # What is refused.
 
 
-def changed(kind=Halton, **values):
-    """Writes a checkpoint with other tensors; None removes one. Dots of names are spelled as two underscores."""
-
-    def write(path):
-        weights = {name: value.clone() for name, value in kind(**SMALL).state_dict().items()}
-        weights.pop("head.weight", None)
-        for name, value in values.items():
-            key = name.replace("__", ".")
-            weights.pop(key, None)
-            if value is not None:
-                weights[key] = value
-        torch.save({"model_state_dict": weights}, path)
-
-    return write
+def put(name, value):
+    return lambda weights: weights.update({name: value})
 
 
-LAYER = "transformer__layers__1__"
-REFUSED = {
-    "cut off": (
-        lambda path: path.write_bytes(save_checkpoint(Halton(**SMALL), path).read_bytes()[:-100]),
-        "cut off; download it again",
-    ),
-    "tokenizer": (
-        lambda path: torch.save({"model": {"encoder.conv_in.weight": torch.zeros(4)}}, path),
-        r"got a tokenizer: use maskgit import-tokenizer \(encoder\.conv_in\.weight\)",
-    ),
-    "something else": (
-        lambda path: torch.save({f"fc{n}.weight": torch.zeros(1) for n in range(5)}, path),
-        r"must be a transformer of Halton-MaskGIT or MaskGIL, got something else \(fc0.weight, .* and 2 more\)",
-    ),
-    "missing": (changed(**{f"{LAYER}ff__w3__weight": None}), r"missing: transformer\.layers\.1\.ff\.w3\.weight"),
-    "missing of MaskGIL": (
-        changed(MaskGIL, layers__1__ffn_norm__weight=None),
-        r"missing: layers\.1\.ffn_norm\.weight",
-    ),
-    "left over": (
-        changed(**{f"{LAYER}attn__wq__bias": torch.zeros(32)}),
-        r"not in the network: transformer\.layers\.1\.attn\.wq\.bias",
-    ),
-    "left over of MaskGIL": (
-        changed(MaskGIL, cls_embedding__embedding_table__weight=torch.zeros(6, 32)),
-        r"not in the network: cls_embedding\.embedding_table\.weight",
-    ),
-    "a gap in the blocks": (
-        changed(**{f"transformer__layers__3__{rest}": torch.zeros(1) for rest in ("ln1__weight", "ln2__weight")}),
-        r"missing: transformer\.layers\.2\.",
-    ),
-    "wrong shape": (
-        changed(**{f"{LAYER}attn__wo__weight": torch.zeros(32, 16)}),
-        r"transformer\.layers\.1\.attn\.wo\.weight must have shape \(32, 32\), got \(32, 16\)",
-    ),
-    "wrong axes": (changed(pos_emb__weight=torch.zeros(16)), r"pos_emb\.weight must be a matrix, got shape \(16,\)"),
-    "no square": (changed(pos_emb__weight=torch.zeros(15, 32)), "must have a square number of rows, got 15"),
-    "one number that repeats": (  # 4 GB in a small file
-        changed(pos_emb__weight=torch.ones(1).expand(1 << 22, 256)),
-        r"pos_emb\.weight' must be stored in full, got 4\.29 GB made of 4 bytes that repeat",
-    ),
-    "another head": (
-        changed(head__weight=torch.ones(25, 32)),
-        r"tensor head\.weight must equal tok_emb\.weight: the network has one table for both",
-    ),
-    "a head that repeats one number": (
-        changed(head__weight=torch.ones(1).expand(1 << 22, 256)),
-        r"head\.weight' must be stored in full",
-    ),
-    "patches": (
-        lambda path: save_checkpoint(Halton(**SMALL, patch=2), path),
-        r"must read one token per position, got one that joins 2 x 2 tokens \(tensor in_proj\.weight, option proj 2\)",
-    ),
-    "no classes": (
-        changed(MaskGIL, tok_emb__weight=torch.zeros(26, 32)),
-        r"tok_emb\.weight must have rows for 24 codes, the mask token, classes, and no class, got 26",
-    ),
+def drop(name):
+    return lambda weights: weights.pop(name)
+
+
+ONES, ZERO, LAYER = torch.ones(1).expand(1 << 22, 256), torch.zeros(1), "transformer.layers.1"
+NETWORKS = {
+    "Halton": lambda: Halton(**SMALL).state_dict(),
+    "patches": lambda: Halton(**SMALL, patch=2).state_dict(),
+    "MaskGIL": lambda: MaskGIL(**SMALL).state_dict(),
+    "nothing": dict,
 }
+REFUSED = [  # a network, what is done to its tensors, and the message
+    ("nothing", put("encoder.conv_in.weight", ZERO), r"got a tokenizer: use maskgit import-tokenizer \(enc"),
+    ("nothing", put("fc.weight", ZERO), r"must be a transformer of Halton-MaskGIT or MaskGIL, got something else \(fc"),
+    ("Halton", put("scale", 1.0), "entry scale must be a tensor, got float"),
+    ("Halton", drop(f"{LAYER}.ff.w3.weight"), r"missing: transformer\.layers\.1\.ff\.w3\.weight"),
+    ("Halton", drop("tok_emb.weight"), r"missing: tok_emb\.weight"),
+    ("Halton", put(f"{LAYER}.attn.wq.bias", ZERO), r"not in the network: transformer\.layers\.1\.attn\.wq\.bias"),
+    ("Halton", put("transformer.layers.3.ln1.weight", ZERO), r"missing: transformer\.layers\.2\."),
+    ("Halton", put(f"{LAYER}.attn.wo.weight", torch.zeros(32, 16)), r"wo\.weight \(32, 16\) instead of \(32, 32\)"),
+    ("Halton", put(f"{LAYER}.ln2.weight", torch.zeros(16)), r"ln2\.weight \(16,\) instead of \(32,\)"),
+    ("Halton", put("pos_emb.weight", torch.zeros(16)), r"pos_emb\.weight must have 2 axes of sizes >= 1, got shape"),
+    ("Halton", put("pos_emb.weight", torch.zeros(15, 32)), "must have a square number of rows, got 15"),
+    ("Halton", put("pos_emb.weight", ONES), r"pos_emb\.weight' must be stored in full, got 4\.29 GB made of 4 bytes"),
+    ("Halton", put("head.weight", torch.ones(25, 32)), r"head\.weight must equal tok_emb\.weight: the network has"),
+    ("Halton", put("head.weight", ONES), r"head\.weight' must be stored in full"),
+    ("patches", put("scale", ZERO), r"one that joins 2 x 2 tokens \(tensor in_proj\.weight, option proj 2\)"),
+    ("MaskGIL", drop("layers.1.ffn_norm.weight"), r"missing: layers\.1\.ffn_norm\.weight"),
+    ("MaskGIL", put("cls_embedding.embedding_table.weight", ZERO), r"not in the network: cls_embedding\.emb"),
+    ("MaskGIL", put("tok_emb.weight", torch.zeros(26, 32)), r"rows for 24 codes, the mask token, classes"),
+    ("MaskGIL", put("output.weight", torch.full((25, 32), torch.nan)), r"output\.weight' must hold finite numbers"),
+]  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_is_no_such_transformer_is_refused_in_one_line_and_nothing_is_written(case, tokenizer, tmp_path):
-    write, message = REFUSED[case]
-    file = tmp_path / "file.pth"
-    write(file)
+@pytest.mark.parametrize(("kind", "damage", "message"), REFUSED)
+def test_what_is_no_such_transformer_is_refused_in_one_line_and_nothing_is_written(
+    kind, damage, message, tokenizer, tmp_path
+):
+    weights = NETWORKS[kind]()
+    damage(weights)
+    torch.save({"model_state_dict": weights}, tmp_path / "file.pth")
     with pytest.raises(ValueError, match=message) as refusal:
-        import_transformer(file, tmp_path / "out", tokenizer=tokenizer(), num_heads=4)
+        import_transformer(tmp_path / "file.pth", tmp_path / "out", tokenizer=tokenizer(), num_heads=4)
     assert "\n" not in str(refusal.value)
-    assert str(refusal.value).startswith(f"checkpoint {file}")
+    assert str(refusal.value).startswith(f"checkpoint {tmp_path / 'file.pth'}")
     assert not (tmp_path / "out").exists()
 
 
