@@ -206,8 +206,8 @@ def name_file(file: Path) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        text = str(error)
-        raise ValueError(text if str(file) in text else f"checkpoint {file}: {text}") from error
+        text, name = str(error), f"checkpoint {file}"
+        raise ValueError(text if text.startswith(name) else f"{name}: {text}") from error
 
 
 def name_some(names: Iterable[str], *, limit: int = 3) -> str:

@@ -178,17 +178,10 @@ class TokenizerLayout:
 
     def rules(self, config: VQGANConfig, names: Iterable[str]) -> list[Rule]:
         """Returns the rules of a network of these sizes, whose tensors have these names."""
-        places = {
-            "encoder.stem": "encoder.conv_in",
-            "encoder.norm": f"encoder.{self.norm_out}",
-            "encoder.head": "encoder.conv_out",
-            "encoder.projection": "quant_conv",
-            "decoder.projection": "post_quant_conv",
-            "decoder.stem": "decoder.conv_in",
-            "decoder.norm": f"decoder.{self.norm_out}",
-            "decoder.head": "decoder.conv_out",
-        }
+        places = {"encoder.projection": "quant_conv", "decoder.projection": "post_quant_conv"}
+        outer = {"stem": "conv_in", "norm": self.norm_out, "head": "conv_out"}
         for half in ("encoder", "decoder"):
+            places |= {f"{half}.{ours}": f"{half}.{theirs}" for ours, theirs in outer.items()}
             places |= {f"{half}.blocks.{number}": name for number, name in enumerate(self._blocks(half, config))}
         rules = [Rule("quantizer.codebook", _CODEBOOK)]
         for name in names:
@@ -274,22 +267,12 @@ def _reorder_upsamplings(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _gradient(commitment: float, codebook_weight: float) -> dict[str, Any]:
-    return {
-        "name": "gradient",
-        "commitment": commitment,
-        "codebook_weight": codebook_weight,
-        "entropy_weight": 0.0,
-    }
+    return {"name": "gradient", "commitment": commitment, "codebook_weight": codebook_weight, "entropy_weight": 0.0}
 
 
 def _lfq(entropy_weight: float) -> dict[str, Any]:
-    return {
-        "name": "lfq",
-        "commitment": 0.25,
-        "entropy_weight": entropy_weight,
-        "entropy_temperature": 0.01,
-        "diversity": 1.0,
-    }
+    weights = {"commitment": 0.25, "entropy_weight": entropy_weight, "diversity": 1.0}
+    return {"name": "lfq", **weights, "entropy_temperature": 0.01}
 
 
 TAMING = TokenizerLayout(

@@ -240,10 +240,9 @@ def _read_halton(tensors: Mapping[str, Tensor], grid: tuple[int, int], num_heads
 
 def _fold_norms(weights: dict[str, Tensor], config: AdaLNConfig) -> dict[str, Tensor]:
     """Folds the weights of the norms into the modulations, as the norms of our ``adaln`` backbone have none."""
-    theirs = {name: weights.pop(name) for name in list(weights) if ".norm" in name or name.startswith("norm")}
-    weights |= _fold(weights, "head_modulation", [theirs["norm.weight"]], theirs["norm.bias"])
+    weights |= _fold(weights, "head_modulation", [weights.pop("norm.weight")], weights.pop("norm.bias"))
     for block in range(config.depth):
-        gains = [theirs[f"blocks.{block}.norm1.weight"], theirs[f"blocks.{block}.norm2.weight"]]
+        gains = [weights.pop(f"blocks.{block}.norm{number}.weight") for number in (1, 2)]
         weights |= _fold(weights, f"blocks.{block}.modulation", gains)
     return weights
 
