@@ -271,8 +271,8 @@ def _gradient(commitment: float, codebook_weight: float) -> dict[str, Any]:
 
 
 def _lfq(entropy_weight: float) -> dict[str, Any]:
-    weights = {"commitment": 0.25, "entropy_weight": entropy_weight, "diversity": 1.0}
-    return {"name": "lfq", **weights, "entropy_temperature": 0.01}
+    entropy = {"entropy_weight": entropy_weight, "entropy_temperature": 0.01, "diversity": 1.0}
+    return {"name": "lfq", "commitment": 0.25, **entropy}
 
 
 TAMING = TokenizerLayout(
