@@ -10,7 +10,7 @@ from typing import Annotated
 
 from maskgit_pl.cli.arguments import Word
 from maskgit_pl.cli.flags import Folder
-from maskgit_pl.importers.files import LayoutName, read_class_names
+from maskgit_pl.importers import LayoutName
 
 __all__ = ["import_jax", "import_tokenizer", "import_transformer"]
 
@@ -41,15 +41,14 @@ def import_jax(
     """
     from maskgit_pl.importers import released
 
-    names = None if class_names is None else read_class_names(class_names)
-    released.import_jax(tokenizer, out, transformer=transformer, image_size=image_size, class_names=names)
+    print(released.import_jax(tokenizer, out, transformer=transformer, image_size=image_size, class_names=class_names))
 
 
 def import_tokenizer(
     file: File,
     *,
     out: Folder,
-    image_size: Annotated[int, Word("PIXELS")] = 256,
+    image_size: Annotated[int, Word("PIXELS")] | None = None,
     layout: LayoutName | None = None,
     signed_images: bool | None = None,
 ) -> None:
@@ -62,7 +61,7 @@ def import_tokenizer(
     Args:
         file: Checkpoint: .ckpt, .pt, .bin or .safetensors, or a folder that diffusers saved.
         out: Pretrained folder; DIR/tokenizer is written.
-        image_size: Side of the images in pixels.
+        image_size: Side of the images in pixels (default: as config.json of diffusers says, else 256).
         layout: Project that wrote the file (default: by the names of its tensors); IBQ and taming-transformers have the
             same names.
         signed_images: The network expects images in [-1, 1]; with --no-signed-images, in [0, 1] (default: as in the
@@ -70,8 +69,7 @@ def import_tokenizer(
     """
     from maskgit_pl.importers import tokenizers
 
-    imported = tokenizers.import_tokenizer(file, out, image_size=image_size, layout=layout, signed_images=signed_images)
-    print(imported.report(image_size))
+    print(tokenizers.import_tokenizer(file, out, image_size=image_size, layout=layout, signed_images=signed_images))
 
 
 def import_transformer(
@@ -99,6 +97,4 @@ def import_transformer(
     """
     from maskgit_pl.importers import transformers
 
-    names = None if class_names is None else read_class_names(class_names)
-    imported = transformers.import_transformer(file, out, tokenizer=tokenizer, num_heads=num_heads, class_names=names)
-    print(imported.report())
+    print(transformers.import_transformer(file, out, tokenizer=tokenizer, num_heads=num_heads, class_names=class_names))

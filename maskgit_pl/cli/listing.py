@@ -15,7 +15,7 @@ from maskgit_pl.checks import CHANNELS, check_choice, check_integer, count_text,
 from maskgit_pl.cli.arguments import Output, Word
 from maskgit_pl.cli.flags import Folder, Specs, make_folder, print_json, print_rows
 from maskgit_pl.files import read_json, write_atomically
-from maskgit_pl.importers.files import TOKENIZER_LAYOUTS
+from maskgit_pl.importers import TOKENIZER_LAYOUTS
 from maskgit_pl.pipeline.sharing import bundled_models
 from maskgit_pl.registry import describe, nearest
 from maskgit_pl.runs import recipe

@@ -1,1 +1,15 @@
-"""Importers: convert weights that other projects released to pretrained folders."""
+"""Importers: convert weights that other projects released to pretrained folders.
+
+- ``checkpoints`` reads files of torch and safetensors, ``flax`` those of JAX, as tensors by name.
+- ``tokenizers``, ``transformers`` and ``released`` (the JAX code of MaskGIT) hold a table of names for each project.
+- ``rules`` converts tensors by such a table, after it has compared names and shapes with our network.
+- ``folder`` writes the pretrained folder and describes it.
+"""
+
+from typing import Literal, get_args
+
+__all__ = ["TOKENIZER_LAYOUTS", "LayoutName"]
+
+LayoutName = Literal["taming-transformers", "LlamaGen", "diffusers", "MaskBit", "Open-MAGVIT2", "IBQ", "open-muse"]
+"""The projects whose tokenizers in torch are imported."""
+TOKENIZER_LAYOUTS = get_args(LayoutName)

@@ -1,37 +1,29 @@
 """Imports checkpoints of the released MaskGIT code (JAX) as pretrained folders. Used by ``maskgit import-jax``.
 
-Names and shapes of the released code stand beside ours in a list of rules for each network. Weights are converted by
-them, and in golden tests gradients too.
+Weights are converted by the rules below, and in golden tests gradients too.
 
 Source: google-research/maskgit, ``maskgit_transformer.py`` and ``vqgan_tokenizer.py``.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
-from maskgit_pl.data.folders import write_folder
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.importers.files import check_flax_file, check_out, choose_class_names
+from maskgit_pl.importers.checkpoints import name_file, name_some
 from maskgit_pl.importers.flax import Array, read_flax
-from maskgit_pl.importers.layouts import training_commands
+from maskgit_pl.importers.folder import Imported, ImportedTransformer, check_out, choose_class_names, write_import
+from maskgit_pl.importers.rules import Rule, convert, count_numbers, number_rules, read_widths, shape_of, shapes_of
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, Activation, ResidualBlock, VQGANConfig
-from maskgit_pl.networks.weights import skeletons
-from maskgit_pl.pipeline.pretrained import fingerprint, save_tokenizer, save_transformer
+from maskgit_pl.networks.weights import check_tensor, skeletons
 
 __all__ = [
     "import_jax",
@@ -49,18 +41,47 @@ _PARAMS = "params/"
 _MARKS = {"tokenizer": "quantizer/codebook", "transformer": "Embed_0/word_embeddings/embedding"}
 _KINDS: dict[type[nn.Module], str] = {nn.Conv2d: "Conv", nn.GroupNorm: "GroupNorm", ResidualBlock: "ResBlock"}
 _DROPOUT = 0.1  # released configuration
-_MAX_SIZE = 1 << 20  # largest axis; the released code's longest is 3072
-_SHOWN, _SHOWN_LETTERS = 3, 120  # names in an error, and letters of each
 _TOKENIZER_SIZE = 256  # px, without a transformer: the smaller of the two released sizes
 _STEPS, _STEPS_OF_LARGE_GRIDS, _LARGE_GRID = 8, 12, 32  # paper, tables 1 and 2: 8 steps at 256 px, 12 at 512 px
-_CHOICE_TEMPERATURE = 4.5
+_MASK_SCHEDULE, _CHOICE_TEMPERATURE = "cosine", 4.5
 # flax keeps inputs first and outputs last, torch outputs first.
 _DENSE = "inputs outputs -> outputs inputs"
 _CONV = "rows columns inputs outputs -> outputs inputs rows columns"
 _TO_HEADS = "inputs heads head_width -> (heads head_width) inputs"
 _FROM_HEADS = "heads head_width outputs -> outputs (heads head_width)"
 _HEADS = "heads head_width -> (heads head_width)"
-_log = logging.getLogger(__name__)
+_ATTENTION, _MLP = "TransformerLayer_{}/Attention_0", "TransformerLayer_{}/Mlp_0"
+_QUERY = f"{_ATTENTION}/self_attention/query/kernel"
+
+
+def _norm(ours: str, theirs: str) -> tuple[Rule, Rule]:
+    return Rule(f"{ours}.weight", f"{theirs}/scale"), Rule(f"{ours}.bias", f"{theirs}/bias")
+
+
+def _layer(ours: str, theirs: str, axes: str) -> tuple[Rule, Rule]:
+    return Rule(f"{ours}.weight", f"{theirs}/kernel", axes), Rule(f"{ours}.bias", f"{theirs}/bias")
+
+
+def _query_key_value(kind: str) -> str:
+    """Returns the names of three arrays, whose rows are those of our one product."""
+    return " ".join(f"{_ATTENTION}/self_attention/{name}/{kind}" for name in ("query", "key", "value"))
+
+
+_TRANSFORMER = (
+    Rule("token_embedding.weight", _MARKS["transformer"]),
+    Rule("position_embedding.weight", "Embed_0/position_embeddings/embedding"),
+    *_norm("embedding_norm", "Embed_0/embeddings_ln"),
+    Rule("blocks.{}.qkv.weight", _query_key_value("kernel"), _TO_HEADS),
+    Rule("blocks.{}.qkv.bias", _query_key_value("bias"), _HEADS),
+    *_layer("blocks.{}.proj", f"{_ATTENTION}/self_attention/out", _FROM_HEADS),
+    *_norm("blocks.{}.attention_norm", f"{_ATTENTION}/attention_output_ln"),
+    *_layer("blocks.{}.fc1", f"{_MLP}/intermediate_output", _DENSE),
+    *_layer("blocks.{}.fc2", f"{_MLP}/layer_output", _DENSE),
+    *_norm("blocks.{}.mlp_norm", f"{_MLP}/layer_output_ln"),
+    *_layer("head_dense", "MlmLayer_0/mlm_dense", _DENSE),
+    *_norm("head_norm", "MlmLayer_0/mlm_ln"),
+    Rule("head_bias", "MlmLayer_0/mlm_bias/bias"),
+)
 
 
 def import_jax(
@@ -69,13 +90,9 @@ def import_jax(
     *,
     transformer: Path | None = None,
     image_size: int | None = None,
-    class_names: Sequence[str] | None = None,
-) -> None:
-    """Writes a pretrained folder from released checkpoints; it appears when all parts are complete.
-
-    1. Check the first bytes of the files, and that ``out`` is new.
-    2. Read the arrays, infer sizes from their shapes, and convert them to our names and layouts.
-    3. Write the folder, then log its sizes.
+    class_names: Path | Sequence[str] | None = None,
+) -> Imported:
+    """Writes a pretrained folder from released checkpoints.
 
     Args:
         tokenizer: Checkpoint such as ``tokenizer_imagenet256_checkpoint``.
@@ -83,7 +100,7 @@ def import_jax(
         transformer: Checkpoint such as ``maskgit_imagenet256_checkpoint``, trained on this tokenizer's tokens.
         image_size: Side of the images in pixels. Default: the size that follows from the transformer's grid; 256
             without a transformer.
-        class_names: Name of each class. Default: ImageNet's names for 1000 classes, otherwise numbers.
+        class_names: See ``folder.choose_class_names``.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -91,49 +108,41 @@ def import_jax(
             number of names is wrong.
         FileExistsError: if ``out`` exists.
     """
-    # 1.
     check_out(out)
-    for path in (tokenizer, transformer):
-        if path is not None:
-            check_flax_file(path)
     if transformer is None and class_names is not None:
         raise ValueError("class names must come with a transformer, which has the classes; add --transformer")
-    # 2. and 3.
-    vqgan, vqgan_weights = _read_tokenizer(tokenizer)
-    if transformer is None:
-        _write_tokenizer(out, vqgan, vqgan_weights, _TOKENIZER_SIZE if image_size is None else image_size)
-        return
-    config, weights = _read_transformer(transformer, vqgan)
-    size = _image_size(config, vqgan, image_size)
-    names = choose_class_names(class_names, config.num_classes)
-    with write_folder(out, name="--out", check=check_out) as fresh:
-        save_tokenizer(fresh / "tokenizer", vqgan, vqgan_weights, image_size=size)
-        save_transformer(
-            fresh / "transformer",
-            config,
-            weights,
-            mask_schedule="cosine",
-            decoding=_decoding(config),
-            class_names=names,
-            tokenizer_fingerprint=fingerprint(fresh / "tokenizer"),
-        )
-    _report_tokenizer(vqgan, vqgan_weights, size)
-    _report_transformer(config, weights, names)
-    _log.info("%s: written; next: maskgit sample %s --classes 0,%d", out, out, config.num_classes - 1)
+    with name_file(tokenizer):
+        arrays, ignored = _read(tokenizer)
+        vqgan = tokenizer_config(arrays)
+        weights = tokenizer_weights(arrays, vqgan)
+    made, size = None, _TOKENIZER_SIZE if image_size is None else image_size
+    if transformer is not None:
+        with name_file(transformer):
+            arrays, others = _read(transformer)
+            config = transformer_config(arrays, codebook_size=vqgan.codebook_size)
+            own = transformer_weights(arrays, config)
+        names, ignored = choose_class_names(class_names, config.num_classes), [*ignored, *others]
+        made = ImportedTransformer(config, own, _MASK_SCHEDULE, _decoding(config), names)
+        rows, columns = config.grid
+        size = rows * vqgan.downsampling_factor  # released grids are square
+        if image_size not in (None, size):
+            raise ValueError(
+                f"--image-size must be {size}, for {rows} x {columns} tokens of this transformer, got {image_size}; "
+                f"leave --image-size out, or name the checkpoints of {image_size} px"
+            )
+    return write_import(Imported(out, "google-research/maskgit", vqgan, weights, size, made, ignored=ignored))
 
 
 def parameters(arrays: Arrays) -> dict[str, Array]:
-    """Returns the collection ``params`` of a checkpoint without the prefix. Other collections are named in the log.
+    """Returns the collection ``params`` of a checkpoint without the prefix.
 
     Raises:
         ValueError: if there is none.
     """
     found = {name.removeprefix(_PARAMS): array for name, array in arrays.items() if name.startswith(_PARAMS)}
-    others = sorted({name.partition("/")[0] for name in arrays if not name.startswith(_PARAMS)})
     if not found:
-        raise ValueError(f"checkpoint must have a collection 'params', got {_some(others)}; name another file")
-    if others:
-        _log.info("not imported: %s", _some(others))
+        names = name_some(_top(arrays)) or "nothing"
+        raise ValueError(f"it must have a collection 'params', got {names}; name another file")
     return found
 
 
@@ -151,11 +160,10 @@ def transformer_config(arrays: Arrays, *, codebook_size: int) -> TransformerConf
         ValueError: if it is not a transformer of the released code, not of this tokenizer, or its grid is not square.
     """
     _check_kind(arrays, "transformer")
-    vocabulary_size, embed_dim = _shape(arrays, _MARKS["transformer"], axes=2)
-    positions, _ = _shape(arrays, "Embed_0/position_embeddings/embedding", axes=2)
-    _, num_heads, _ = _shape(arrays, "TransformerLayer_0/Attention_0/self_attention/query/kernel", axes=3)
-    _, mlp_dim = _shape(arrays, "TransformerLayer_0/Mlp_0/intermediate_output/kernel", axes=2)
-    edge = math.isqrt(max(positions - 1, 0))  # the first position is the class
+    vocabulary_size, embed_dim = shape_of(arrays, _MARKS["transformer"])
+    positions, _ = shape_of(arrays, "Embed_0/position_embeddings/embedding")
+    _, num_heads, _ = shape_of(arrays, _QUERY.format(0), axes=3)
+    edge = math.isqrt(positions - 1)  # the first position is the class
     if edge < 1 or edge**2 != positions - 1:
         raise ValueError(
             f"transformer positions must be 1 plus a square number (257, 1025, ...), got {positions}; only square "
@@ -172,9 +180,9 @@ def transformer_config(arrays: Arrays, *, codebook_size: int) -> TransformerConf
         num_classes=num_classes,
         grid=(edge, edge),
         embed_dim=embed_dim,
-        depth=_count(arrays, "TransformerLayer_"),
+        depth=count_numbers(arrays, "TransformerLayer_"),
         num_heads=num_heads,
-        mlp_dim=mlp_dim,
+        mlp_dim=shape_of(arrays, f"{_MLP.format(0)}/intermediate_output/kernel")[1],
         dropout=_DROPOUT,
         class_dropout=0.0,
     )
@@ -188,32 +196,31 @@ def transformer_weights(arrays: Arrays, config: TransformerConfig) -> dict[str, 
         config: Sizes.
 
     Returns:
-        State dict of a ``MaskedTransformer`` of ``config``: float32 copies.
+        State dict of a ``MaskedTransformer`` of ``config``, float32.
 
     Raises:
-        ValueError: if an array is missing, superfluous or of another shape, or holds non-finite numbers.
+        ValueError: if an array is missing, superfluous or of another shape, or does not hold finite numbers.
     """
-    return _convert(dict(arrays), list(_transformer_rules(config)), "transformer")
+    with skeletons():
+        shapes = shapes_of(config.create())
+    return convert(_tensors(arrays), number_rules(_TRANSFORMER, config.depth), shapes, heads=config.num_heads)
 
 
-def tokenizer_config(
-    arrays: Arrays, *, activation: Activation = "swish", quantizer: str | Mapping[str, Any] = "gradient"
-) -> VQGANConfig:
+def tokenizer_config(arrays: Arrays, *, activation: Activation = "swish") -> VQGANConfig:
     """Infers the sizes of a tokenizer from the shapes of its arrays.
 
     Args:
         arrays: Result of ``parameters``.
         activation: Activation of its blocks, which no array shows.
-        quantizer: Name or mapping of a quantizer whose only state is the codebook.
 
     Raises:
         ValueError: if it is not a tokenizer of the released code, or its blocks do not make levels.
     """
     _check_kind(arrays, "tokenizer")
-    _, _, in_channels, channels = _shape(arrays, "encoder/Conv_0/kernel", axes=4)
-    codebook_size, code_dim = _shape(arrays, _MARKS["tokenizer"], axes=2)
-    levels = _count(arrays, "decoder/Conv_") - 1  # first, last, and one for each doubling of the resolution
-    blocks = _count(arrays, "encoder/ResBlock_")
+    _, _, in_channels, channels = shape_of(arrays, "encoder/Conv_0/kernel", axes=4)
+    codebook_size, code_dim = shape_of(arrays, _MARKS["tokenizer"])
+    levels = count_numbers(arrays, "decoder/Conv_") - 1  # first, last, and one for each doubling of the resolution
+    blocks = count_numbers(arrays, "encoder/ResBlock_")
     num_res_blocks = blocks // max(levels + 1, 1)  # as many in the middle
     if levels < 1 or blocks < 1 or blocks != num_res_blocks * (levels + 1):
         raise ValueError(
@@ -221,63 +228,70 @@ def tokenizer_config(
             "the encoder; this is not a released tokenizer"
         )
     kernels = [f"encoder/ResBlock_{level * num_res_blocks}/Conv_0/kernel" for level in range(levels)]
-    widths = [_shape(arrays, name, axes=4)[-1] for name in kernels]
-    if any(width % channels or width < channels for width in widths):
-        raise ValueError(
-            f"tokenizer channels of each level must be multiples of the first convolution's {channels}, got {widths}"
-        )
     return VQGANConfig(
         in_channels,
         base_channels=channels,
-        channel_multipliers=tuple(width // channels for width in widths),
+        channel_multipliers=read_widths(channels, [shape_of(arrays, name, axes=4)[-1] for name in kernels]),
         num_res_blocks=num_res_blocks,
         num_middle_blocks=num_res_blocks,
-        downsampling="strided" if _count(arrays, "encoder/Conv_") > 2 else "average",
+        downsampling="strided" if count_numbers(arrays, "encoder/Conv_") > 2 else "average",
         activation=activation,
         codebook_size=codebook_size,
         code_dim=code_dim,
-        quantizer=quantizer,
     )
 
 
 def tokenizer_weights(arrays: Arrays, config: VQGANConfig) -> dict[str, Tensor]:
     """Converts weights, or gradients, of a tokenizer to our names and layouts; see ``transformer_weights``."""
-    return _convert(dict(arrays), list(_tokenizer_rules(config)), "tokenizer")
+    with skeletons():
+        network = VQGAN(config)
+    halves = [rule for half in ("encoder", "decoder") for rule in _rules_of(network.get_submodule(half), half, half)]
+    rules = [Rule("quantizer.codebook", _MARKS["tokenizer"]), *halves]
+    return convert(_tensors(arrays), rules, shapes_of(network))
 
 
-@contextmanager
-def _name_file(path: Path) -> Iterator[None]:
-    """Adds the name of the file to each ValueError that has none."""
-    try:
-        yield
-    except ValueError as error:
-        text = str(error)
-        raise ValueError(text if str(path) in text else f"{path}: {text}") from error
+def _rules_of(module: nn.Module, ours: str, theirs: str) -> Iterator[Rule]:
+    """Yields the rules of a module's children. flax numbers modules of a kind in the order of their creation."""
+    # Conv_0, Conv_1, ..., ResBlock_0, ...: each module counts each kind of its children from 0.
+    numbers: Counter[str] = Counter()
+    for name, child in _children(module, ours):
+        kind = _KINDS[type(child)]
+        path = f"{theirs}/{kind}_{numbers[kind]}"
+        numbers[kind] += 1
+        if kind == "ResBlock":
+            yield from _rules_of(child, name, path)
+        else:
+            yield from _layer(name, path, _CONV) if kind == "Conv" else _norm(name, path)
 
 
-def _read_tokenizer(path: Path) -> tuple[VQGANConfig, dict[str, Tensor]]:
-    with _name_file(path):
-        arrays = parameters(read_flax(path))
-        config = tokenizer_config(arrays)
-        return config, tokenizer_weights(arrays, config)
+def _children(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yields the nearest descendants that flax has too, with our names; ours have containers that flax lacks."""
+    for part, child in module.named_children():
+        if type(child) in _KINDS:
+            yield f"{name}.{part}", child
+        else:
+            yield from _children(child, f"{name}.{part}")
 
 
-def _read_transformer(path: Path, vqgan: VQGANConfig) -> tuple[TransformerConfig, dict[str, Tensor]]:
-    with _name_file(path):
-        arrays = parameters(read_flax(path))
-        config = transformer_config(arrays, codebook_size=vqgan.codebook_size)
-        return config, transformer_weights(arrays, config)
+def _read(path: Path) -> tuple[dict[str, Array], list[str]]:
+    """Returns the parameters of a file, and the names of its other collections."""
+    arrays = read_flax(path)
+    return parameters(arrays), [name for name in _top(arrays) if name != "params"]
 
 
-def _image_size(config: TransformerConfig, vqgan: VQGANConfig, wanted: int | None) -> int:
-    """Returns the side of the images in pixels, which follows from the transformer's grid."""
-    size = config.grid[0] * vqgan.downsampling_factor  # released grids are square
-    if wanted is not None and wanted != size:
-        raise ValueError(
-            f"--image-size must be {size}, for {config.grid[0]} x {config.grid[1]} tokens of this transformer, got "
-            f"{wanted}; leave --image-size out, or name the checkpoints of {wanted} px"
-        )
-    return size
+def _top(arrays: Arrays) -> list[str]:
+    return sorted({name.partition("/")[0] for name in arrays})
+
+
+def _tensors(arrays: Arrays) -> dict[str, Tensor]:
+    """Returns arrays as tensors of the same memory, after a check that they hold finite floating point numbers."""
+    tensors = {}
+    for name, array in arrays.items():
+        if array.dtype.kind == "U":
+            raise ValueError(f"array {name} must hold numbers, got a text; name another file")
+        tensors[name] = torch.from_numpy(array)
+        check_tensor(name, tensors[name])
+    return tensors
 
 
 def _decoding(config: TransformerConfig) -> DecodingConfig:
@@ -290,198 +304,10 @@ def _decoding(config: TransformerConfig) -> DecodingConfig:
     )
 
 
-def _write_tokenizer(out: Path, config: VQGANConfig, weights: Mapping[str, Tensor], size: int) -> None:
-    """Writes a folder with a tokenizer only."""
-    config.grid(size)  # raises for a size that is not positive
-    with write_folder(out, name="--out", check=check_out) as fresh:
-        save_tokenizer(fresh / "tokenizer", config, weights, image_size=size)
-    _report_tokenizer(config, weights, size)
-    _log.info("%s: written; next: %s; then: %s", out, *training_commands(config, out / "tokenizer", size))
-
-
-def _report_tokenizer(config: VQGANConfig, weights: Mapping[str, Tensor], size: int) -> None:
-    _log.info(
-        "tokenizer: %s parameters; %d codes; images of %d x %d px are %d x %d tokens",
-        f"{_count_numbers(weights):,}", config.codebook_size, size, size, *config.grid(size),
-    )  # fmt: skip
-
-
-def _report_transformer(config: TransformerConfig, weights: Mapping[str, Tensor], names: Sequence[str]) -> None:
-    _log.info(
-        "transformer: %s parameters; %d blocks of size %d; %d classes, %r to %r",
-        f"{_count_numbers(weights):,}", config.depth, config.embed_dim, config.num_classes, names[0], names[-1],
-    )  # fmt: skip
-
-
-def _count_numbers(weights: Mapping[str, Tensor]) -> int:
-    return sum(tensor.numel() for tensor in weights.values())
-
-
-@dataclass(frozen=True)
-class _Rule:
-    """A rule that makes one of our tensors from arrays of the released code.
-
-    Args:
-        ours: Name of the tensor in our state dict.
-        theirs: Names of the arrays that become its rows, in this order.
-        shape: Shape of each of these arrays.
-        axes: Pattern of einops by which each is rearranged.
-    """
-
-    ours: str
-    theirs: tuple[str, ...]
-    shape: tuple[int, ...]
-    axes: str = "... -> ..."
-
-
-def _transformer_rules(config: TransformerConfig) -> Iterator[_Rule]:
-    width = config.embed_dim
-    yield _Rule("token_embedding.weight", (_MARKS["transformer"],), (config.vocabulary_size, width))
-    yield _Rule("position_embedding.weight", ("Embed_0/position_embeddings/embedding",), (config.num_tokens + 1, width))
-    yield from _norm_rules("embedding_norm", "Embed_0/embeddings_ln", width)
-    for number in range(config.depth):
-        yield from _layer_rules(f"blocks.{number}", f"TransformerLayer_{number}", config)
-    yield from _dense_rules("head_dense", "MlmLayer_0/mlm_dense", width, width)
-    yield from _norm_rules("head_norm", "MlmLayer_0/mlm_ln", width)
-    yield _Rule("head_bias", ("MlmLayer_0/mlm_bias/bias",), (config.vocabulary_size,))
-
-
-def _layer_rules(ours: str, theirs: str, config: TransformerConfig) -> Iterator[_Rule]:
-    width, heads = config.embed_dim, config.num_heads
-    attention, mlp = f"{theirs}/Attention_0", f"{theirs}/Mlp_0"
-    split = (heads, width // heads)
-    # Three arrays of theirs become the rows of our one product: query, key, value.
-    kernels, biases = (
-        tuple(f"{attention}/self_attention/{name}/{kind}" for name in ("query", "key", "value"))
-        for kind in ("kernel", "bias")
-    )
-    yield _Rule(f"{ours}.qkv.weight", kernels, (width, *split), _TO_HEADS)
-    yield _Rule(f"{ours}.qkv.bias", biases, split, _HEADS)
-    output = f"{attention}/self_attention/out"
-    yield _Rule(f"{ours}.proj.weight", (f"{output}/kernel",), (*split, width), _FROM_HEADS)
-    yield _Rule(f"{ours}.proj.bias", (f"{output}/bias",), (width,))
-    yield from _norm_rules(f"{ours}.attention_norm", f"{attention}/attention_output_ln", width)
-    yield from _dense_rules(f"{ours}.fc1", f"{mlp}/intermediate_output", width, config.mlp_dim)
-    yield from _dense_rules(f"{ours}.fc2", f"{mlp}/layer_output", config.mlp_dim, width)
-    yield from _norm_rules(f"{ours}.mlp_norm", f"{mlp}/layer_output_ln", width)
-
-
-def _tokenizer_rules(config: VQGANConfig) -> Iterator[_Rule]:
-    with skeletons():  # shapes only
-        network = VQGAN(config)
-    yield _Rule("quantizer.codebook", (_MARKS["tokenizer"],), (config.codebook_size, config.code_dim))
-    for half in ("encoder", "decoder"):
-        yield from _module_rules(network.get_submodule(half), half, half)
-
-
-def _module_rules(module: nn.Module, ours: str, theirs: str) -> Iterator[_Rule]:
-    """Yields the rules of a module's children. flax numbers modules of a kind in the order of their creation."""
-    # Conv_0, Conv_1, ..., ResBlock_0, ...: each module counts each kind of its children from 0.
-    numbers: Counter[str] = Counter()
-    for name, child in _children(module, ours):
-        kind = _KINDS[type(child)]
-        path = f"{theirs}/{kind}_{numbers[kind]}"
-        numbers[kind] += 1
-        if isinstance(child, nn.Conv2d):
-            yield from _convolution_rules(name, path, child)
-        elif isinstance(child, nn.GroupNorm):
-            yield from _norm_rules(name, path, child.num_channels)
-        else:
-            yield from _module_rules(child, name, path)
-
-
-def _children(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yields the nearest descendants that flax has too, with our names; ours have containers that flax lacks."""
-    for part, child in module.named_children():
-        if type(child) in _KINDS:
-            yield f"{name}.{part}", child
-        else:
-            yield from _children(child, f"{name}.{part}")
-
-
-def _convolution_rules(ours: str, theirs: str, convolution: nn.Conv2d) -> Iterator[_Rule]:
-    outputs, inputs, rows, columns = convolution.weight.shape
-    yield _Rule(f"{ours}.weight", (f"{theirs}/kernel",), (rows, columns, inputs, outputs), _CONV)
-    if convolution.bias is not None:
-        yield _Rule(f"{ours}.bias", (f"{theirs}/bias",), (outputs,))
-
-
-def _dense_rules(ours: str, theirs: str, inputs: int, outputs: int) -> Iterator[_Rule]:
-    yield _Rule(f"{ours}.weight", (f"{theirs}/kernel",), (inputs, outputs), _DENSE)
-    yield _Rule(f"{ours}.bias", (f"{theirs}/bias",), (outputs,))
-
-
-def _norm_rules(ours: str, theirs: str, width: int) -> Iterator[_Rule]:
-    yield _Rule(f"{ours}.weight", (f"{theirs}/scale",), (width,))
-    yield _Rule(f"{ours}.bias", (f"{theirs}/bias",), (width,))
-
-
-def _convert(arrays: dict[str, Array], rules: Sequence[_Rule], kind: str) -> dict[str, Tensor]:
-    """Converts arrays by the rules.
-
-    Arrays are removed from the mapping one by one, so that a large file is not held in memory twice.
-    """
-    shapes = {name: rule.shape for rule in rules for name in rule.theirs}
-    # All differences are collected first: one message shows whether the file is of another network.
-    differences = {
-        "missing": [name for name in shapes if name not in arrays],
-        "superfluous": [name for name in arrays if name not in shapes],
-        "of another shape": [
-            f"{name} {arrays[name].shape} instead of {shape}"
-            for name, shape in shapes.items()
-            if name in arrays and arrays[name].shape != shape
-        ],
-    }
-    found = [f"{what}: {_some(names)}" for what, names in differences.items() if names]
-    if found:
-        raise ValueError(f"{kind} arrays must have the names and shapes of the released code, got {'; '.join(found)}")
-    return {rule.ours: _tensor(arrays, rule, kind) for rule in rules}
-
-
-def _tensor(arrays: dict[str, Array], rule: _Rule, kind: str) -> Tensor:
-    parts = [arrays.pop(name) for name in rule.theirs]
-    for name, part in zip(rule.theirs, parts, strict=True):
-        if part.dtype.kind != "f":
-            raise ValueError(f"{kind} {name} must hold floating point numbers, got {part.dtype}; name another file")
-    rows = [rearrange(part, rule.axes) for part in parts]
-    tensor = np.empty((sum(map(len, rows)), *rows[0].shape[1:]), np.float32)
-    with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite, and is refused below
-        np.concatenate(rows, out=tensor, casting="same_kind")
-    if not np.isfinite(tensor).all():
-        raise ValueError(f"{kind} {_some(rule.theirs)} must hold finite numbers only; download the file again")
-    return torch.from_numpy(tensor)
-
-
 def _check_kind(arrays: Arrays, kind: str) -> None:
     if _MARKS[kind] in arrays:
         return
     other = next((name for name, mark in _MARKS.items() if mark in arrays), None)
-    top = sorted({name.partition("/")[0] for name in arrays})
-    found = f"those of a {other}; name that file with --{other}" if other else f"{_some(top)}; name another file"
+    names = name_some(_top(arrays))
+    found = f"those of a {other}; name that file with --{other}" if other else f"{names}; name another file"
     raise ValueError(f"{kind} arrays must be those of a released {kind}, got {found}")
-
-
-def _shape(arrays: Arrays, name: str, *, axes: int) -> tuple[int, ...]:
-    if name not in arrays:
-        raise ValueError(f"{name} must be in the file, since sizes are inferred from it; name a released checkpoint")
-    shape = arrays[name].shape
-    if len(shape) != axes or not all(1 <= size <= _MAX_SIZE for size in shape):
-        raise ValueError(f"{name} must have {axes} axes of sizes in [1, {_MAX_SIZE}], got {shape}")
-    return shape
-
-
-def _count(arrays: Arrays, prefix: str) -> int:
-    """Returns the number of names ``PREFIX0``, ``PREFIX1``, ..."""
-    return len({name.removeprefix(prefix).partition("/")[0] for name in arrays if name.startswith(prefix)})
-
-
-def _some(names: Iterable[str]) -> str:
-    """Lists the first few names in natural order, and the number of the others."""
-    ordered = sorted(names, key=_natural)
-    more = f" and {len(ordered) - _SHOWN} more" if len(ordered) > _SHOWN else ""
-    return f"{', '.join(name[:_SHOWN_LETTERS] for name in ordered[:_SHOWN]) or 'nothing'}{more}"
-
-
-def _natural(name: str) -> list[str | int]:
-    """Returns a sort key that puts ResBlock_2 before ResBlock_10."""
-    return [int(part) if place % 2 else part for place, part in enumerate(re.split("([0-9]+)", name))]

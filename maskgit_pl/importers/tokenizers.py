@@ -1,104 +1,420 @@
-"""Imports tokenizers that others released as pretrained folders. Used by ``maskgit import-tokenizer``.
+"""Imports tokenizers in torch that others released as pretrained folders. Used by ``maskgit import-tokenizer``.
 
-The names of the tensors tell the layouts apart, and their shapes tell the sizes. No file is executed: torch's loader
-for tensors reads it.
+A project is one ``TokenizerLayout``: the names of the parts of its network, and what no tensor tells. The names of the
+tensors tell the layouts apart, except IBQ from taming-transformers, and their shapes tell all sizes.
+
+No file tells the range of the images. It is [-1, 1] in layout ``taming``, except for the only network without
+self-attention in the middle, aMUSEd's: its pipeline does not normalize images.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
-from maskgit_pl.checks import check_choice
-from maskgit_pl.data.folders import write_folder
+from maskgit_pl.checks import ImageSize, as_image_size, check_choice, check_image_size, pixels_text, shorten
 from maskgit_pl.files import read_json
-from maskgit_pl.importers.files import TOKENIZER_LAYOUTS, check_out, find_weights
-from maskgit_pl.importers.layouts import (
-    TokenizerLayout,
+from maskgit_pl.importers import TOKENIZER_LAYOUTS
+from maskgit_pl.importers.checkpoints import (
+    check_weights,
+    find_weights,
     name_file,
     name_some,
     read_checkpoint,
-    remove_wrappers,
-    tokenizer_weights,
-    training_commands,
+    select_tensors,
 )
-from maskgit_pl.importers.magvit2 import MASKBIT, OPEN_MAGVIT2, OPEN_MUSE
-from maskgit_pl.importers.taming import DIFFUSERS, IBQ, LLAMAGEN, TAMING
-from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.networks.weights import check_held, check_tensor
-from maskgit_pl.pipeline.pretrained import save_tokenizer
+from maskgit_pl.importers.folder import Imported, check_out, write_import
+from maskgit_pl.importers.rules import Rule, convert, count_numbers, read_widths, shape_of, shapes_of
+from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
+from maskgit_pl.networks.vqgan_config import Layout
+from maskgit_pl.networks.weights import skeletons
 
-__all__ = ["ImportedTokenizer", "import_tokenizer", "tokenizer_layout_of"]
+__all__ = ["LAYOUTS", "TokenizerLayout", "import_tokenizer", "tokenizer_layout_of"]
 
-_LAYOUTS = (TAMING, LLAMAGEN, DIFFUSERS, MASKBIT, OPEN_MAGVIT2, IBQ, OPEN_MUSE)
-# Entries that hold the tensors; as in LlamaGen, its average comes before "model".
-_WEIGHTS = ("state_dict", "ema", "model", "model_state_dict")
+_WEIGHTS = ("state_dict", "ema", "model", "model_state_dict")  # entries; as in LlamaGen, its average before "model"
 _AVERAGE = "model_ema."
+_CODEBOOK = "quantize.embedding.weight"  # of all projects with a table of codes
+_BITS = "quantize.bits_to_indices"
+_MAX_BITS = 24  # the largest codebook that a configuration accepts
+_GROUPS = 32  # groups of every GroupNorm, unless config.json sets another number
+_IMAGE_SIZE = 256  # px, of most published tokenizers
+_DIFFUSERS_SIZE = 32  # px, the default of diffusers, which files of 256 and 512 px hold too: it tells nothing
 _SAME_NAMES = "tokenizers of IBQ have the same names, but choose other codes; if this is one, import with --layout IBQ"
 _GUMBEL = ("quantize.embed.weight", "quantize.proj.weight")
 _TRANSFORMER = re.compile(r"(^|\.)(transformer|first_stage_model|tok_emb|tok_embeddings|layers\.0)\.")
+_OF_TAMING = (  # tensors beside the network
+    "loss.",  # discriminator and perceptual network of Lightning checkpoints
+    "discriminator.",
+    _AVERAGE,
+    "quantize.codebook_used",
+    "quantize.embedding.cluster_size",
+    "quantize.embedding.embed_avg",
+)
+_TAMING_LAYERS = {"shortcut": "nin_shortcut", "query": "q", "key": "k", "value": "v", "output": "proj_out"}
+_PLAIN_LAYERS = {"shortcut": "nin_shortcut", "conv": ""}  # a sampling is its only convolution
+# Old name of a layer of a self-attention of diffusers -> today's.
+_OLD_DIFFUSERS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_OLD_ATTENTION = re.compile(rf"(\.attentions\.\d+)\.({'|'.join(_OLD_DIFFUSERS)})\.")
 
 
 @dataclass(frozen=True)
-class ImportedTokenizer:
-    """A tokenizer that was imported.
+class TokenizerLayout:
+    """The names that a project gives to the parts of its network, and what no tensor tells.
 
     Attributes:
-        folder: Tokenizer folder, for ``load_tokenizer``.
-        layout: Name of the file's layout.
-        config: Sizes of the network.
-        num_parameters: Number of parameters, codebook included.
-        ignored: Other entries of the file.
+        name: Name of the project.
+        marks: Beginnings of names, each of which a tensor of this layout has.
+        layout: Our layout of the network.
+        quantizer: Our quantizer and its losses; for tokens of bits, that of ``bits`` instead.
+        encoder: Name of the encoder's levels.
+        decoder: Name of the decoder's levels.
+        block: Name of the residual blocks of a level.
+        middle: Names of block, attention and block in the middle, or one name of all blocks there.
+        attention: Name of the self-attentions of a level.
+        downsample: Name of the downsampling at the end of a level of the encoder.
+        upsample: Name of the upsampling at the end of a level of the decoder.
+        norm: Name of the norms at the beginning of the decoder's levels, if it has them.
+        norm_out: Name of the norm before the last convolution of both halves.
+        layers: Our name of a layer of a block -> the project's; an empty one is left out, others are the same.
+        lowest_first: True if the decoder's levels are numbered in the order in which they run, from the lowest
+            resolution.
+        bits: The quantizer of tokens of bits, which have no table.
+        others: Names of tensors that are not part of the network; a name that ends in a dot is a beginning.
+        prepare: Returns the tensors under today's names and with the axes of a convolution; by default all as they are.
+        finish: Changes float32 tensors by our names to the state dict of our network; by default they are it.
+        has_average: True if the project evaluates the averaged weights, where a file has them.
     """
 
-    folder: Path
-    layout: str
-    config: VQGANConfig
-    num_parameters: int
-    ignored: tuple[str, ...]
+    name: str
+    marks: tuple[str, ...]
+    layout: Layout
+    quantizer: str | Mapping[str, Any] = "gradient"
+    encoder: str = "encoder.down"
+    decoder: str = "decoder.up"
+    block: str = "block"
+    middle: tuple[str, ...] = ("mid.block_1", "mid.attn_1", "mid.block_2")
+    attention: str = "attn"
+    downsample: str = "downsample"
+    upsample: str = "upsample"
+    norm: str = ""
+    norm_out: str = "norm_out"
+    layers: Mapping[str, str] = field(default_factory=lambda: _TAMING_LAYERS)
+    lowest_first: bool = False
+    bits: Mapping[str, Any] = field(default_factory=dict)
+    others: tuple[str, ...] = ()
+    prepare: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict
+    finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
+    has_average: bool = False
 
-    def report(self, image_size: int) -> str:
-        """Returns text for people: sizes, ignored entries, and the next commands."""
-        config = self.config
-        tokenize, train = training_commands(config, self.folder, image_size)
-        rows, columns = config.grid(image_size)
-        return "\n".join(
-            [
-                f"{self.folder}: {self.layout} layout, {self.num_parameters:,} parameters",
-                f"  images    {config.in_channels} x {image_size} x {image_size} -> {rows} x {columns} tokens"
-                f"{'' if config.signed_images else ', in [0, 1] inside'}",
-                f"  codebook  {config.codebook_size} codes of size {config.code_dim}, quantizer "
-                f"{config.quantizer['name'] if isinstance(config.quantizer, Mapping) else config.quantizer}",
-                f"  network   channels {' '.join(map(str, config.widths))}, {config.num_res_blocks} blocks a level"
-                f"{_attention_words(config)}",
-                f"  ignored   {name_some(self.ignored, limit=20) or 'nothing'}",
-                *([f"  note      {_SAME_NAMES}"] if self.layout == TAMING.name else []),
-                f"next: {tokenize}",
-                f"then: {train}",
-            ]
+    def is_of(self, tensors: Mapping[str, Any]) -> bool:
+        """Returns True if the tensors' names are those of this layout."""
+        return all(any(name.startswith(mark) for name in tensors) for mark in self.marks)
+
+    def read_config(self, tensors: Mapping[str, Tensor], *, num_groups: int = _GROUPS) -> VQGANConfig:
+        """Reads the sizes of the network off the shapes of its tensors.
+
+        Raises:
+            ValueError: if a tensor is missing, or sizes do not make a network.
+        """
+        levels = [f"{self.encoder}.{level}" for level in range(count_numbers(tensors, f"{self.encoder}."))]
+        channels, in_channels, _, _ = shape_of(tensors, "encoder.conv_in.weight", axes=4)
+        widths = [shape_of(tensors, f"{level}.{self.block}.0.conv1.weight", axes=4)[0] for level in levels]
+        multipliers = read_widths(channels, widths)
+        last = shape_of(tensors, "encoder.conv_out.weight", axes=4)[0]
+        quantizer = self.quantizer
+        if self.bits and _CODEBOOK not in tensors:
+            if last > _MAX_BITS:
+                raise ValueError(
+                    f"tensor encoder.conv_out.weight must have 1 to {_MAX_BITS} rows, one a bit, got {last}"
+                )
+            codebook_size, code_dim, quantizer = 2**last, last, self.bits
+        else:
+            codebook_size, code_dim = shape_of(tensors, _CODEBOOK)
+        more: dict[str, Any]
+        if self.layout == "taming":
+            has_middle = any(name.startswith(f"encoder.{self.middle[1]}.") for name in tensors)
+            more = {
+                "attention_levels": tuple(
+                    level for level, name in enumerate(levels) if count_numbers(tensors, f"{name}.{self.attention}.")
+                ),
+                "middle_attention": has_middle,
+                "latent_channels": last,
+                "signed_images": has_middle,
+            }
+        else:
+            more = {"num_middle_blocks": count_numbers(tensors, f"encoder.{self.middle[0]}.")}
+            if self.layout == "maskgit" and f"{levels[0]}.{self.downsample}.weight" in tensors:
+                more["downsampling"] = "strided-3x3"
+        return VQGANConfig(
+            in_channels,
+            base_channels=channels,
+            channel_multipliers=multipliers,
+            num_res_blocks=count_numbers(tensors, f"{levels[0]}.{self.block}."),
+            num_groups=num_groups,
+            codebook_size=codebook_size,
+            code_dim=code_dim,
+            quantizer=quantizer,
+            layout=self.layout,
+            **more,
         )
+
+    def convert(self, tensors: Mapping[str, Tensor], config: VQGANConfig) -> dict[str, Tensor]:
+        """Converts prepared tensors to the state dict of our ``VQGAN``, float32.
+
+        Raises:
+            ValueError: if a tensor is missing, superfluous, or of another shape.
+        """
+        with skeletons():
+            shapes = shapes_of(VQGAN(config))
+        return self.finish(convert(tensors, self.rules(config, shapes), shapes))
+
+    def rules(self, config: VQGANConfig, names: Iterable[str]) -> list[Rule]:
+        """Returns the rules of a network of these sizes, whose tensors have these names."""
+        places = {"encoder.projection": "quant_conv", "decoder.projection": "post_quant_conv"}
+        outer = {"stem": "conv_in", "norm": self.norm_out, "head": "conv_out"}
+        for half in ("encoder", "decoder"):
+            places |= {f"{half}.{ours}": f"{half}.{theirs}" for ours, theirs in outer.items()}
+            places |= {f"{half}.blocks.{number}": name for number, name in enumerate(self._blocks(half, config))}
+        rules = [Rule("quantizer.codebook", _CODEBOOK)]
+        for name in names:
+            # encoder.blocks.3.shortcut.bias: the place encoder.blocks.3, the layer shortcut, the kind bias.
+            if match := re.fullmatch(r"(\w+\.(?:blocks\.\d+|\w+))(?:\.(\w+))?\.(weight|bias)", name):
+                layer = self.layers.get(match[2] or "", match[2])
+                rules.append(Rule(name, ".".join(filter(None, (places[match[1]], layer, match[3])))))
+        return rules
+
+    def _blocks(self, half: str, config: VQGANConfig) -> list[str]:
+        """Returns the project's names of the blocks of our encoder or decoder, in their order."""
+        is_decoder, is_taming = half == "decoder", config.layout == "taming"
+        levels, last = [], len(config.channel_multipliers) - 1
+        for level in range(last + 1):
+            number = last - level if is_decoder and self.lowest_first else level
+            name = f"{self.decoder if is_decoder else self.encoder}.{number}"
+            blocks = [f"{self.norm}.{number}"] if is_decoder and self.norm else []
+            for block in range(config.num_res_blocks + (is_decoder and is_taming)):
+                blocks.append(f"{name}.{self.block}.{block}")
+                if level in config.attention_levels:
+                    blocks.append(f"{name}.{self.attention}.{block}")
+            if is_decoder and level > 0:
+                blocks.append(f"{name}.{self.upsample}")
+            if not is_decoder and level < last:
+                blocks.append(f"{name}.{self.downsample}")  # no tensor has this name if it is a mean
+            levels.append(blocks)
+        if is_taming:
+            middle = [f"{half}.{name}" for name in self.middle if config.middle_attention or name != self.middle[1]]
+        else:
+            middle = [f"{half}.{self.middle[0]}.{block}" for block in range(config.num_middle_blocks)]
+        # The encoder runs from full resolution to the middle, and the decoder back.
+        return [*middle, *chain(*reversed(levels))] if is_decoder else [*chain(*levels), *middle]
+
+
+def _normalize_codes(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the weights with codes of length 1.
+
+    LlamaGen compares features and codes at length 1. The nearest code of length 1, by |z|^2 - 2 z c + |c|^2, does not
+    depend on the length of z, so that tokens and images are the same. Fine-tuning does not keep the lengths.
+    """
+    return {**weights, "quantizer.codebook": F.normalize(weights["quantizer.codebook"], dim=1)}
+
+
+def _prepare_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors with today's names of the self-attention, whose matrices become 1x1 convolutions."""
+    if any(".conv_norm_out.conv_y." in name or ".norm_layer." in name for name in tensors):
+        raise ValueError("norm_type must be 'group', got spatial norms (MOVQ), which are not supported")
+    prepared = {}
+    for name, tensor in tensors.items():
+        new = _OLD_ATTENTION.sub(lambda match: f"{match[1]}.{_OLD_DIFFUSERS[match[2]]}.", name)
+        if new in prepared or (new != name and new in tensors):
+            raise ValueError(f"tensor {new} must be there once, got it by its old name too")
+        is_matrix = ".attentions." in new and new.endswith(".weight") and tensor.dim() == 2
+        prepared[new] = tensor[:, :, None, None] if is_matrix else tensor
+    return prepared
+
+
+def _order_levels(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors of MaskBit with the decoder's levels in the order in which they run.
+
+    The class for older weights numbers them from full resolution; its level 0 has no upsampling.
+    """
+    count = count_numbers(tensors, "decoder.up.")
+    if count < 2 or "decoder.up.0.upsample_conv.weight" in tensors:
+        return dict(tensors)
+    return {
+        re.sub(r"^decoder\.up\.(\d+)", lambda match: f"decoder.up.{count - 1 - int(match[1])}", name): tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _reorder_upsamplings(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the weights with the channels of the upsamplings in the order of torch's pixel shuffle.
+
+    The convolution gives four channels for each place: Open-MAGVIT2's are numbered place first, torch's channel first.
+    """
+    return {
+        name: rearrange(tensor, "(place c) ... -> (c place) ...", place=4)
+        if re.match(r"decoder\.blocks\.\d+\.conv\.", name)
+        else tensor
+        for name, tensor in weights.items()
+    }
+
+
+def _gradient(commitment: float, codebook_weight: float) -> dict[str, Any]:
+    return {"name": "gradient", "commitment": commitment, "codebook_weight": codebook_weight, "entropy_weight": 0.0}
+
+
+def _lfq(entropy_weight: float) -> dict[str, Any]:
+    entropy = {"entropy_weight": entropy_weight, "entropy_temperature": 0.01, "diversity": 1.0}
+    return {"name": "lfq", "commitment": 0.25, **entropy}
+
+
+TAMING = TokenizerLayout(
+    name="taming-transformers",
+    marks=("encoder.down.", "encoder.mid.block_1."),
+    layout="taming",
+    quantizer=_gradient(1.0, 0.25),
+    others=_OF_TAMING,
+)
+"""Source: CompVis/taming-transformers, modules/diffusionmodules/model.py and modules/vqvae/quantize.py, whose weights
+of the two losses are swapped: 1 and 0.25."""
+
+LLAMAGEN = TokenizerLayout(
+    name="LlamaGen",
+    marks=("encoder.conv_blocks.", "encoder.mid.0."),
+    layout="taming",
+    quantizer=_gradient(0.25, 1.0),
+    encoder="encoder.conv_blocks",
+    decoder="decoder.conv_blocks",
+    block="res",
+    middle=("mid.0", "mid.1", "mid.2"),
+    lowest_first=True,
+    others=_OF_TAMING,
+    finish=_normalize_codes,
+)
+"""Source: FoundationVision/LlamaGen, tokenizer_image/vq_model.py."""
+
+DIFFUSERS = TokenizerLayout(
+    name="diffusers",
+    marks=("encoder.down_blocks.", "encoder.mid_block.resnets.0."),
+    layout="taming",
+    quantizer=_gradient(1.0, 0.25),
+    encoder="encoder.down_blocks",
+    decoder="decoder.up_blocks",
+    block="resnets",
+    middle=("mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1"),
+    attention="attentions",
+    downsample="downsamplers.0",
+    upsample="upsamplers.0",
+    norm_out="conv_norm_out",
+    layers={
+        "shortcut": "conv_shortcut",
+        "norm": "group_norm",
+        "query": "to_q",
+        "key": "to_k",
+        "value": "to_v",
+        "output": "to_out.0",
+    },
+    lowest_first=True,
+    prepare=_prepare_diffusers,
+)
+"""Source: huggingface/diffusers, models/autoencoders/vq_model.py and vae.py, whose ``VectorQuantizer`` is taming's with
+beta 0.25; the tokenizers of aMUSEd (arXiv:2401.01808) and of Lumina-DiMOO (arXiv:2510.06308). Range of the images:
+pipelines/amused/pipeline_amused_img2img.py (``do_normalize=False``)."""
+
+MASKBIT = TokenizerLayout(
+    name="MaskBit",
+    marks=("encoder.down.0.res_blocks.0.conv1.weight",),
+    layout="maskgit",
+    quantizer=_gradient(0.25, 1.0),
+    block="res_blocks",
+    middle=("mid.res_blocks",),
+    downsample="down_conv",
+    upsample="upsample_conv",
+    layers=_PLAIN_LAYERS,
+    lowest_first=True,
+    bits=_lfq(0.02),
+    others=(_BITS, "quantize.codebook"),  # constants of the bits
+    prepare=_order_levels,
+)
+"""VQGAN+: our layout ``maskgit`` with a 3x3 convolution of stride 2 between levels.
+
+Codes are in a table, or bits: token k has bit i set where channel i is positive. Images are in [0, 1].
+
+Source: arXiv:2409.16211; markweberdev/maskbit, modeling/modules/autoencoder.py, modeling/conv_vqgan.py,
+modeling/quantizer and configs/tokenizer."""
+
+OPEN_MAGVIT2 = TokenizerLayout(
+    name="Open-MAGVIT2",
+    marks=("encoder.mid_block.0.conv1.weight", "decoder.adaptive.0.gamma.weight"),
+    layout="magvit2",
+    middle=("mid_block",),
+    upsample="upsample.conv1",
+    norm="decoder.adaptive",
+    layers=_PLAIN_LAYERS,
+    bits=_lfq(0.1),
+    others=("loss.", _AVERAGE),
+    finish=_reorder_upsamplings,
+    has_average=True,
+)
+"""Tokens of bits. Lightning checkpoints hold averaged weights too, which the project evaluates.
+
+Source: arXiv:2409.04410; TencentARC/Open-MAGVIT2, modules/diffusionmodules/improved_model.py,
+modules/vqvae/lookup_free_quantize.py, models/lfqgan.py and evaluation.py; losses of the 256 px recipes."""
+
+IBQ = replace(
+    TAMING,
+    name="IBQ",
+    quantizer={"name": "ibq", "commitment": 1.0, "codebook_weight": 0.25, "entropy_weight": 0.05},
+    has_average=True,
+)
+"""The names are those of taming-transformers, but the code of a feature is that of the largest inner product.
+
+Source: arXiv:2412.02692; TencentARC/SEED-Voken, IBQ/models/ibqgan.py and IBQ/modules/vqvae/quantize.py."""
+
+OPEN_MUSE = TokenizerLayout(
+    name="open-muse",
+    marks=("encoder.down.0.block.0.conv1.weight", "encoder.mid.0.conv1.weight"),
+    layout="maskgit",
+    middle=("mid",),
+    downsample="",
+    upsample="upsample_conv",
+    layers=_PLAIN_LAYERS,
+)
+"""The released MaskGIT tokenizer itself, converted from JAX; TiTok decodes with the same file. Images are in [0, 1].
+
+Source: huggingface/open-muse, muse/modeling_maskgit_vqgan.py; bytedance/1d-tokenizer,
+modeling/modules/maskgit_vqgan.py."""
+
+LAYOUTS = (TAMING, LLAMAGEN, DIFFUSERS, MASKBIT, OPEN_MAGVIT2, IBQ, OPEN_MUSE)
 
 
 def import_tokenizer(
-    file: Path, out: Path, *, image_size: int = 256, layout: str | None = None, signed_images: bool | None = None
-) -> ImportedTokenizer:
+    file: Path,
+    out: Path,
+    *,
+    image_size: ImageSize | None = None,
+    layout: str | None = None,
+    signed_images: bool | None = None,
+) -> Imported:
     """Writes ``out/tokenizer`` from a checkpoint.
 
     1. Check that ``out`` is new, and open the file.
     2. Find the layout by the names, and separate the network's tensors from others.
-    3. Check the numbers, read the sizes off the shapes, and check names and shapes of all tensors.
+    3. Read the sizes off the shapes, build the network without memory, and check names, shapes and numbers.
     4. Convert and write them.
 
     Args:
         file: A ``.ckpt``, ``.pt``, ``.bin`` or ``.safetensors`` file of a tokenizer, or a folder of diffusers.
         out: Pretrained folder to make.
-        image_size: Side of the square images that it will encode, in pixels; no file has it.
+        image_size: Size of the images that it will encode: a side, or (height, width), in pixels. Default: that of
+            diffusers' ``config.json``, otherwise 256.
         layout: Name of the layout, such as ``IBQ``; by default the one that the names of the tensors tell.
         signed_images: True if the network expects images in [-1, 1], False if in [0, 1]; by default as in the published
             networks. Only networks of taming-transformers, LlamaGen, diffusers and IBQ have the choice.
@@ -117,27 +433,25 @@ def import_tokenizer(
     contents, beside = read_checkpoint(file, entries=_WEIGHTS)
     with name_file(file):
         # 2.
-        contents = remove_wrappers(contents)
         kind = tokenizer_layout_of(contents, layout)
-        found, ignored = _network_tensors(contents, kind)
+        settings = _read_settings(file) if kind is DIFFUSERS else {}
+        tensors, ignored = select_tensors(contents, kind.others)
         if kind.has_average and any(name.startswith(_AVERAGE) for name in contents):
-            found = _average_tensors(found, contents)
+            tensors = _average_tensors(tensors, contents)
             ignored = (*(name for name in ignored if not name.startswith(_AVERAGE)), "the last, not averaged weights")
         # 3.
-        check_held(found, file.stat().st_size)
-        for name, tensor in found.items():
-            check_tensor(name, tensor)
-        tensors = kind.prepare(found)
-        config = kind.read_config(tensors, _read_settings(file) if kind is DIFFUSERS else {})
+        check_weights(tensors, file.stat().st_size)
+        tensors = kind.prepare(tensors)
+        config = kind.read_config(tensors, num_groups=settings.get("norm_num_groups", _GROUPS))
+        _check_settings(settings, config)
+        size, notes = _choose_size(image_size, settings.get("sample_size", _DIFFUSERS_SIZE))
         if signed_images is not None:
             config = replace(config, signed_images=signed_images)
-        weights = tokenizer_weights(tensors, config, kind)
+        weights = kind.convert(tensors, config)
     # 4.
-    config.grid(image_size)
-    with write_folder(out, name="--out", check=check_out) as fresh:
-        save_tokenizer(fresh / "tokenizer", config, weights, image_size=image_size)
-    count = sum(tensor.numel() for tensor in weights.values())
-    return ImportedTokenizer(out / "tokenizer", kind.name, config, count, (*beside, *ignored))
+    if kind is TAMING:
+        notes.append(_SAME_NAMES)
+    return write_import(Imported(out, kind.name, config, weights, size, ignored=(*beside, *ignored), notes=notes))
 
 
 def tokenizer_layout_of(tensors: Mapping[str, Any], name: str | None = None) -> TokenizerLayout:
@@ -152,61 +466,31 @@ def tokenizer_layout_of(tensors: Mapping[str, Any], name: str | None = None) -> 
         ValueError: if it has none of the layouts, not the named one, or two. The message says what it is, if that is
             known.
     """
-    gumbel = [name for name in _GUMBEL if name in tensors]
+    gumbel = next((name for name in _GUMBEL if name in tensors), None)
     if gumbel:
         raise ValueError(
-            f"the tokenizer must quantize to the nearest code, got a Gumbel-softmax tokenizer ({gumbel[0]}); "
-            "name another one, such as vqgan_imagenet_f16_16384 of taming-transformers"
+            f"the tokenizer must quantize to the nearest code, got a Gumbel-softmax tokenizer ({gumbel}); name another "
+            "one, such as vqgan_imagenet_f16_16384 of taming-transformers"
         )
-    found = [layout for layout in _LAYOUTS if layout.is_marked(tensors)]
+    found = {layout.name: layout for layout in LAYOUTS if layout.is_of(tensors)}
     if not found:
         is_transformer = any(map(_TRANSFORMER.search, tensors))
         kind = "a transformer" if is_transformer else "something else"
         way_out = "its tokenizer, or use maskgit import-transformer" if is_transformer else "a file of one of these"
         known = ", ".join(TOKENIZER_LAYOUTS)
         raise ValueError(f"it must be a tokenizer of {known}, got {kind} ({name_some(tensors)}); name {way_out}")
-    chosen = _choose_layout(found, tensors, name)
-    codes = chosen.codes
-    if codes and not any(name in tensors for name in codes):
-        raise ValueError(f"tensor {' or '.join(codes)} must be there: it is the codebook; name a tokenizer")
-    return chosen
-
-
-def _choose_layout(found: Sequence[TokenizerLayout], tensors: Mapping[str, Any], name: str | None) -> TokenizerLayout:
-    """Returns the named one of the layouts that a file may have, or the first."""
-    names = [layout.name for layout in found]
-    if name is not None and name not in names:
-        raise ValueError(f"--layout must be {' or '.join(names)} for the names of these tensors, got {name}")
+    names = " or ".join(found)
     if name is None and len(found) > 1 and any(tensor.startswith(_AVERAGE) for tensor in tensors):
         raise ValueError(
-            f"--layout must be given, {' or '.join(names)}: the file has averaged weights ({_AVERAGE}*), and the names "
-            "of its tensors are those of both"
+            f"--layout must be given, {names}: the file has averaged weights ({_AVERAGE}*), and the names of its "
+            "tensors are those of both"
         )
-    return found[0 if name is None else names.index(name)]
-
-
-def _read_settings(file: Path) -> dict[str, Any]:
-    """Returns the content of ``config.json`` beside a file of diffusers, empty if there is none."""
-    path = file.with_name("config.json")
-    return read_json(path) if path.is_file() else {}
-
-
-def _network_tensors(contents: Mapping[str, Any], layout: TokenizerLayout) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Returns the network's tensors, and the names of known others with their counts."""
-    # Only known others are ignored: an unknown tensor means another network.
-    tensors: dict[str, Tensor] = {}
-    ignored: Counter[str] = Counter()
-    for name, value in contents.items():
-        known = next((other for other in layout.others if _matches(name, other)), None)
-        if known is not None:
-            ignored[f"{known}*" if known.endswith(".") else known] += 1
-        elif isinstance(value, Tensor):
-            tensors[name] = value
-        else:
-            raise ValueError(f"entry {name} must be a tensor, got {type(value).__name__}")
-    return tensors, tuple(
-        f"{name} ({count} tensors)" if name.endswith("*") else name for name, count in ignored.items()
-    )
+    chosen = found.get(name or next(iter(found)))
+    if chosen is None:
+        raise ValueError(f"--layout must be {names} for the names of these tensors, got {name}")
+    if chosen is MASKBIT and _CODEBOOK not in tensors and _BITS not in tensors:
+        raise ValueError(f"tensor {_CODEBOOK} or {_BITS} must be there, which tells codes from bits; name a tokenizer")
+    return chosen
 
 
 def _average_tensors(tensors: Mapping[str, Tensor], contents: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -221,13 +505,41 @@ def _average_tensors(tensors: Mapping[str, Tensor], contents: Mapping[str, Any])
     return {name: contents[average] for name, average in names.items()}
 
 
-def _matches(name: str, known: str) -> bool:
-    return name.startswith(known) if known.endswith(".") else name == known
+def _read_settings(file: Path) -> dict[str, Any]:
+    """Returns the ``config.json`` of diffusers beside a file, empty if there is none."""
+    path = file.with_name("config.json")
+    settings = read_json(path) if path.is_file() else {}
+    _check_entries(settings, {"_class_name": "VQModel", "act_fn": "silu", "norm_type": "group"})
+    return settings
 
 
-def _attention_words(config: VQGANConfig) -> str:
-    """Returns where a network has self-attention, such as ``, self-attention in level 4 and the middle``."""
-    places = [f"level {level}" for level in config.attention_levels]
-    if config.layout == "taming" and config.middle_attention:
-        places.append("the middle")
-    return f", self-attention in {' and '.join(places)}" if places else ""
+def _check_settings(settings: Mapping[str, Any], config: VQGANConfig) -> None:
+    """Checks that ``config.json`` of diffusers has the sizes of the tensors."""
+    sizes = {
+        "in_channels": config.in_channels,
+        "out_channels": config.in_channels,
+        "block_out_channels": list(config.widths),
+        "layers_per_block": config.num_res_blocks,
+        "latent_channels": config.latent_channels,
+        "num_vq_embeddings": config.codebook_size,
+        "mid_block_add_attention": config.middle_attention,
+    }
+    if settings.get("vq_embed_dim") is not None:  # null is latent_channels
+        sizes["vq_embed_dim"] = config.code_dim
+    _check_entries(settings, sizes)
+
+
+def _check_entries(settings: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    for key, value in expected.items():
+        if settings.get(key, value) != value:
+            raise ValueError(f"{key} of config.json must be {value!r}, got {shorten(settings[key])}; name its own file")
+
+
+def _choose_size(given: ImageSize | None, declared: Any) -> tuple[ImageSize, list[str]]:
+    """Returns the size of the images, and a note if the user gives another one than ``config.json``."""
+    if declared == _DIFFUSERS_SIZE:
+        return _IMAGE_SIZE if given is None else given, []
+    declared = check_image_size("sample_size of config.json", declared, "[1, 8192]")
+    if given is None or as_image_size(given) == declared:
+        return declared, []
+    return given, [f"config.json gives images of {pixels_text(declared)}, not of {pixels_text(given)}"]

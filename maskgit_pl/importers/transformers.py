@@ -1,85 +1,92 @@
 """Imports transformers of Halton-MaskGIT and MaskGIL as pretrained folders. Used by ``maskgit import-transformer``.
 
-The names of the tensors tell the layouts apart, and their shapes tell the sizes. No file is executed: torch's loader
-for tensors reads it.
+A project is one ``TransformerLayout``: a table of names, how to read its sizes, and the decoding that it publishes.
+Both are our ``adaln`` backbone. The names of the tensors tell the layouts apart, and their shapes tell all sizes except
+the number of attention heads.
+
+Source: Halton-MaskGIT, arXiv:2503.17076; valeoai/Halton-MaskGIT, ``Network/transformer.py``, ``Config``, README,
+``Trainer/cls_trainer.py`` and ``Trainer/abstract_trainer.py``. MaskGIL, arXiv:2507.13032; synbol/MaskGIL,
+``Network/gpt.py``, ``Trainer/vit.py``, ``main.py`` and ``FID_sample.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from maskgit_pl.checks import ImageSize, check_integer, height_width
-from maskgit_pl.data.folders import write_folder
+from maskgit_pl.checks import ImageSize, check_integer
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.importers.files import check_out, choose_class_names
-from maskgit_pl.importers.halton import HALTON
-from maskgit_pl.importers.layouts import (
-    TransformerLayout,
-    check_shapes,
-    name_file,
-    name_some,
-    read_checkpoint,
-    remove_wrappers,
-)
-from maskgit_pl.importers.maskgil import MASKGIL
-from maskgit_pl.networks.backbone import BackboneConfig
-from maskgit_pl.networks.weights import check_held, check_tensor
+from maskgit_pl.importers.checkpoints import check_weights, name_file, name_some, read_checkpoint, select_tensors
+from maskgit_pl.importers.folder import Imported, ImportedTransformer, check_out, choose_class_names, write_import
+from maskgit_pl.importers.rules import Rule, convert, count_numbers, number_rules, shape_of, shapes_of
+from maskgit_pl.networks.adaln import AdaLNConfig
+from maskgit_pl.networks.weights import check_held, skeletons
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer
-from maskgit_pl.pipeline.pretrained import fingerprint, load_tokenizer, save_tokenizer, save_transformer
+from maskgit_pl.pipeline.pretrained import load_tokenizer
 
-__all__ = ["ImportedTransformer", "import_transformer", "transformer_layout_of"]
+__all__ = [
+    "HALTON",
+    "MASKGIL",
+    "TransformerLayout",
+    "import_transformer",
+    "transformer_layout_of",
+]
 
-_LAYOUTS = (HALTON, MASKGIL)
 _WEIGHTS = ("model_state_dict", "state_dict", "model")  # entries that hold the tensors; both projects write the first
 _MASK_SCHEDULE = "arccos"  # both projects: default of --sched-mode in main.py, and of get_mask_code in training
+_STEPS = 32  # both projects
+_DROPOUT, _CLASS_DROPOUT = 0.1, 0.1  # both projects: configurations of the training
+# Halton-MaskGIT, (D, blocks) -> attention heads: tiny, small, base, large, xlarge; guidance scale of its FID.
+_HALTON_HEADS = {(384, 6): 6, (512, 12): 6, (768, 12): 12, (1024, 24): 16, (1152, 28): 16}
+_HALTON_SCALES = {(384, 6): 1.5, (512, 12): 1.0, (768, 12): 0.7, (1024, 24): 0.5}
+_HALTON_SCALE = 2.0  # of the example in its README; for networks without a published figure
+_MASKGIL_HEADS = {(768, 12): 12, (1024, 24): 16, (1280, 36): 20, (1536, 48): 24}  # B, L, XL, XXL
+_MASKGIL_SCALE, _CHOICE_TEMPERATURE = 4.0, 4.5  # cfg_scale, r_temp
+_COPY = ("head.weight", "tok_emb.weight")  # Halton-MaskGIT: a second name of the token embedding
 
 
 @dataclass(frozen=True)
-class ImportedTransformer:
-    """The network that was read, and where it is now.
+class TransformerLayout:
+    """The names that a project gives to the tensors of its transformer, its sizes and its decoding.
 
     Attributes:
-        folder: Pretrained folder with ``tokenizer/`` and ``transformer/``.
-        layout: Name of the file's layout.
-        config: Sizes of the network.
-        num_parameters: Number of parameters.
-        image_size: Side of the images in pixels, or (height, width).
-        decoding: Decoding settings that were written.
-        class_names: Name of each class.
-        ignored: Other entries of the file.
+        name: Name of the project.
+        marks: Tensors that tell this layout from others.
+        rules: The table of names, for any number of blocks.
+        read_config: Reads the sizes of the network off the tensors; the arguments are the tensors, the grid of the
+            tokenizer (rows, columns), and the number of attention heads or None.
+        decoding: Returns the decoding settings that the project publishes for a network.
+        norms: Names in ``rules`` of vectors of D numbers that our network does not have, which ``finish`` folds.
+        finish: Changes float32 tensors by our names to the state dict of our network.
     """
 
-    folder: Path
-    layout: str
-    config: BackboneConfig
-    num_parameters: int
-    image_size: ImageSize
-    decoding: DecodingConfig
-    class_names: tuple[str, ...]
-    ignored: tuple[str, ...]
+    name: str
+    marks: tuple[str, ...]
+    rules: tuple[Rule, ...]
+    read_config: Callable[[Mapping[str, Tensor], tuple[int, int], int | None], AdaLNConfig]
+    decoding: Callable[[AdaLNConfig], DecodingConfig]
+    finish: Callable[[dict[str, Tensor], AdaLNConfig], dict[str, Tensor]]
+    norms: tuple[str, ...] = ()
 
-    def report(self) -> str:
-        """Returns text for people: sizes, decoding settings, ignored entries, and the next command."""
-        config, decoding, names = self.config, self.decoding, self.class_names
-        (height, width), (rows, columns) = height_width(self.image_size), config.grid
-        return "\n".join(
-            [
-                f"{self.folder}: {self.layout} layout, {self.num_parameters:,} parameters",
-                f"  images    {height} x {width} -> {rows} x {columns} tokens of {config.codebook_size} codes",
-                f"  network   {config.backbone}, {config.num_blocks} blocks",
-                f"  classes   {config.num_classes}, {names[0]!r} to {names[-1]!r}",
-                f"  decoding  {decoding.num_steps} steps, {_words(decoding.token_selector)}, guidance "
-                f"{_words(decoding.guidance)}",
-                f"  ignored   {name_some(self.ignored, limit=20) or 'nothing'}",
-                f"next: maskgit sample {self.folder} --classes 0,{config.num_classes - 1}",
-            ]
-        )
+    def convert(self, tensors: Mapping[str, Tensor], config: AdaLNConfig) -> dict[str, Tensor]:
+        """Converts tensors to the state dict of our ``AdaLNTransformer``, float32.
+
+        Raises:
+            ValueError: if a tensor is missing, superfluous, or of another shape.
+        """
+        with skeletons():
+            shapes = shapes_of(config.create())
+        rules = number_rules(self.rules, config.depth)
+        norms = number_rules([rule for rule in self.rules if rule.ours in self.norms], config.depth)
+        return self.finish(convert(tensors, rules, shapes | {rule.ours: (config.embed_dim,) for rule in norms}), config)
 
 
 def import_transformer(
@@ -88,21 +95,21 @@ def import_transformer(
     *,
     tokenizer: Path,
     num_heads: int | None = None,
-    class_names: Sequence[str] | None = None,
-) -> ImportedTransformer:
+    class_names: Path | Sequence[str] | None = None,
+) -> Imported:
     """Writes a pretrained folder from a checkpoint of a transformer and its tokenizer.
 
     1. Check that ``out`` is new, and open the file and the tokenizer.
-    2. Find the layout by the names, and read the sizes off the shapes. Check names and shapes of all tensors.
-    3. Check that the tokenizer belongs to it.
-    4. Check the numbers, convert them, and write both.
+    2. Find the layout by the names, and read the sizes off the shapes.
+    3. Build the network without memory, check names, shapes and numbers, and convert them.
+    4. Check that the tokenizer belongs to it, and write both.
 
     Args:
         file: A ``.pth``, ``.pt`` or ``.safetensors`` file of a transformer in either layout.
         out: Pretrained folder to make.
         tokenizer: Folder of its tokenizer, or a pretrained folder that holds one, as ``import_tokenizer`` writes it.
         num_heads: Number of attention heads; by default that of the published network of this size.
-        class_names: Name of each class. Default: ImageNet's names for 1000 classes, otherwise numbers.
+        class_names: See ``folder.choose_class_names``.
 
     Raises:
         FileNotFoundError: if a file or folder is missing.
@@ -116,34 +123,22 @@ def import_transformer(
         check_integer("num_heads", num_heads, "[1, inf)")
     contents, beside = read_checkpoint(file, entries=_WEIGHTS)
     source = load_tokenizer(tokenizer / "tokenizer" if (tokenizer / "tokenizer").is_dir() else tokenizer)
-    # 2.
     with name_file(file):
-        tensors = _unwrap(contents)
+        # 2.
+        tensors, _ = select_tensors(contents)
         layout = transformer_layout_of(tensors)
-        config = _check_network(layout, tensors, source.grid, num_heads, size=file.stat().st_size)
-    # 3.
-    image_size = _check_tokenizer(source, config, tokenizer)
-    names, decoding = choose_class_names(class_names, config.num_classes), layout.decoding(config)
-    decoding.check(config.num_tokens, is_autoregressive=False)
+        _drop_copy(tensors, size=file.stat().st_size)
+        config = layout.read_config(tensors, source.grid, num_heads)
+        # 3.
+        weights = layout.convert(tensors, config)
     # 4.
-    with name_file(file):
-        for name, tensor in tensors.items():
-            check_tensor(name, tensor)
-    weights = layout.read_weights(tensors, config)
-    with write_folder(out, name="--out", check=check_out) as fresh:
-        network = source.network
-        save_tokenizer(fresh / "tokenizer", network.config, network.state_dict(), image_size=image_size)
-        save_transformer(
-            fresh / "transformer",
-            config,
-            weights,
-            mask_schedule=_MASK_SCHEDULE,
-            decoding=decoding,
-            class_names=names,
-            tokenizer_fingerprint=fingerprint(fresh / "tokenizer"),
-        )
-    count = sum(tensor.numel() for tensor in weights.values())
-    return ImportedTransformer(out, layout.name, config, count, image_size, decoding, names, beside)
+    image_size = _choose_size(source, config, tokenizer)
+    names, decoding = choose_class_names(class_names, config.num_classes), layout.decoding(config)
+    transformer = ImportedTransformer(config, weights, _MASK_SCHEDULE, decoding, names)
+    own = source.network
+    return write_import(
+        Imported(out, layout.name, own.config, own.state_dict(), image_size, transformer, ignored=beside)
+    )
 
 
 def transformer_layout_of(tensors: Mapping[str, Any]) -> TransformerLayout:
@@ -152,49 +147,31 @@ def transformer_layout_of(tensors: Mapping[str, Any]) -> TransformerLayout:
     Raises:
         ValueError: if it has neither layout. The message says what it is, if that is known.
     """
-    found = [layout for layout in _LAYOUTS if all(marker in tensors for marker in layout.markers)]
-    if not found:
+    layout = next((layout for layout in (HALTON, MASKGIL) if all(mark in tensors for mark in layout.marks)), None)
+    if layout is None:
         is_tokenizer = any(name.startswith(("encoder.", "decoder.", "quantize.")) for name in tensors)
         kind = "a tokenizer: use maskgit import-tokenizer" if is_tokenizer else "something else"
         raise ValueError(f"it must be a transformer of Halton-MaskGIT or MaskGIL, got {kind} ({name_some(tensors)})")
-    return found[0]
+    return layout
 
 
-def _check_network(
-    layout: TransformerLayout, tensors: dict[str, Tensor], grid: tuple[int, int], num_heads: int | None, *, size: int
-) -> BackboneConfig:
-    """Returns the sizes of a network in a file of ``size`` bytes, and removes the second name of a tied tensor."""
-    if layout.tied is not None:
-        _untie(tensors, *layout.tied, size=size)
-    check_held(tensors, size)
-    config = layout.read_config(tensors, grid, num_heads)
-    check_shapes(tensors, layout.shapes(config))
-    return config
+def _drop_copy(tensors: dict[str, Tensor], *, size: int) -> None:
+    """Removes a tensor that is another one under a second name, in a file of ``size`` bytes.
+
+    Raises:
+        ValueError: if the two differ, or tensors describe more than the file holds.
+    """
+    name, original = _COPY
+    copy = tensors.pop(name, None)
+    check_weights(tensors, size)
+    if copy is None or original not in tensors:
+        return  # files without the copy have the same weights
+    check_held({name: copy}, size)  # before a comparison reads all of it
+    if copy.shape != tensors[original].shape or not torch.equal(copy, tensors[original]):
+        raise ValueError(f"tensor {name} must equal {original}: the network has one table for both, got another one")
 
 
-def _unwrap(contents: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Returns the tensors by their own names, without the prefixes of wrappers."""
-    for name, value in contents.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"entry {name} must be a tensor, got {type(value).__name__}")
-    return remove_wrappers(contents)
-
-
-def _untie(tensors: dict[str, Tensor], copy: str, original: str, *, size: int) -> None:
-    """Removes a tensor that is another one under a second name."""
-    if copy not in tensors or original not in tensors:
-        return  # the check of the names reports the original; files without the copy have the same weights
-    first, second = tensors[copy], tensors[original]
-    if first.shape == second.shape and first.dtype == second.dtype and first.data_ptr() == second.data_ptr():
-        del tensors[copy]
-        return
-    check_held({copy: first, original: second}, size)  # before a comparison reads all of it
-    if first.shape != second.shape or not torch.equal(first, second):
-        raise ValueError(f"tensor {copy} must equal {original}: the network has one table for both, got another one")
-    del tensors[copy]
-
-
-def _check_tokenizer(source: PretrainedTokenizer, config: BackboneConfig, folder: Path) -> ImageSize:
+def _choose_size(source: PretrainedTokenizer, config: AdaLNConfig, folder: Path) -> ImageSize:
     """Returns the size of the images, for a tokenizer that has the codes of a transformer."""
     network = source.network.config
     if network.codebook_size != config.codebook_size:
@@ -207,8 +184,247 @@ def _check_tokenizer(source: PretrainedTokenizer, config: BackboneConfig, folder
     return config.grid[0] * network.downsampling_factor  # the grid of a table of positions is square
 
 
-def _words(spec: str | dict[str, Any] | None) -> str:
-    """Returns a spec of a plug-in on one line, such as ``constant scale 0.5``."""
-    if not isinstance(spec, dict):
-        return str(spec)
-    return " ".join([str(spec["name"]), *(f"{name} {value}" for name, value in spec.items() if name != "name")])
+def _find_num_heads(given: int | None, published: Mapping[tuple[int, int], int], *, embed_dim: int, depth: int) -> int:
+    """Returns the number of attention heads, which no shape of a tensor tells.
+
+    Raises:
+        ValueError: if the user names none, and no published network has this size.
+    """
+    known = published.get((embed_dim, depth)) if given is None else given
+    if known is None:
+        raise ValueError(
+            f"the number of attention heads must be given for a network of {depth} blocks of size {embed_dim}, as no "
+            "tensor tells it and no published network has this size; add --num-heads"
+        )
+    return known
+
+
+# Halton-MaskGIT
+
+
+def _read_halton(tensors: Mapping[str, Tensor], grid: tuple[int, int], num_heads: int | None) -> AdaLNConfig:
+    """Reads the sizes of the network off the shapes; the grid is that of the position table, not of the tokenizer."""
+    if "in_proj.weight" in tensors:
+        raise ValueError(
+            "the network must read one token per position, got one that joins 2 x 2 tokens (tensor in_proj.weight, "
+            "option proj 2), which is not supported; none of the published networks does"
+        )
+    rows, embed_dim = shape_of(tensors, "tok_emb.weight")
+    num_tokens = shape_of(tensors, "pos_emb.weight")[0]
+    side = math.isqrt(num_tokens)
+    if side**2 != num_tokens:
+        raise ValueError(f"tensor pos_emb.weight must have a square number of rows, got {num_tokens}")
+    depth = count_numbers(tensors, "transformer.layers.")
+    query = "transformer.layers.0.attn.wq.weight"
+    inner, _ = shape_of(tensors, query)
+    heads = _find_num_heads(num_heads, _HALTON_HEADS, embed_dim=embed_dim, depth=depth)
+    # Their heads have the size D // heads, so that "small" has 6 heads of size 85 for D = 512.
+    if heads > embed_dim or heads * (embed_dim // heads) != inner:
+        raise ValueError(
+            f"--num-heads must fit the {inner} rows of tensor {query}, {embed_dim} // heads for each head, got {heads}"
+        )
+    return AdaLNConfig(
+        codebook_size=rows - 1,
+        num_classes=shape_of(tensors, "cls_emb.weight")[0] - 1,
+        grid=(side, side),
+        embed_dim=embed_dim,
+        depth=depth,
+        num_heads=heads,
+        attention_dim=None if inner == embed_dim else inner,
+        mlp_dim=shape_of(tensors, "transformer.layers.0.ff.w1.weight")[0],
+        num_registers=shape_of(tensors, "reg_tokens.weight")[0] if "reg_tokens.weight" in tensors else 0,
+        dropout=_DROPOUT,
+        class_dropout=_CLASS_DROPOUT,
+    )
+
+
+def _fold_norms(weights: dict[str, Tensor], config: AdaLNConfig) -> dict[str, Tensor]:
+    """Folds the weights of the norms into the modulations, as the norms of our ``adaln`` backbone have none."""
+    weights |= _fold(weights, "head_modulation", [weights.pop("norm.weight")], weights.pop("norm.bias"))
+    for block in range(config.depth):
+        gains = [weights.pop(f"blocks.{block}.norm{number}.weight") for number in (1, 2)]
+        weights |= _fold(weights, f"blocks.{block}.modulation", gains)
+    return weights
+
+
+def _fold(
+    weights: Mapping[str, Tensor], layer: str, gains: Sequence[Tensor], bias: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Returns a linear layer that gives shift, scale and perhaps gate of each norm, the norms' weights folded into it.
+
+    With the norm w x + b and their shift t and scale s, (w x + b) (1 + s) + t = x (1 + s') + t', where
+    1 + s' = w (1 + s) and t' = t + b (1 + s). Both are linear in the condition.
+
+    Args:
+        weights: Tensors by our names.
+        layer: Our name of the layer. Its rows are shift, scale and, in blocks, gate of each norm.
+        gains: w of each norm, in the order of the rows.
+        bias: b of the norms, if they have one.
+    """
+    # Parts (norms, shift / scale / gate, D, D + 1): the last column is the bias.
+    dim = weights[f"{layer}.weight"].shape[1]
+    rows = torch.cat([weights[f"{layer}.weight"], weights[f"{layer}.bias"].unsqueeze(1)], dim=1)
+    parts = rearrange(rows, "(norms parts d) columns -> norms parts d columns", norms=len(gains), d=dim).clone()
+    for shift_scale_gate, gain in zip(parts, gains, strict=True):
+        one_and_scale = shift_scale_gate[1].clone()
+        one_and_scale[:, -1] += 1
+        shift_scale_gate[1] = one_and_scale * gain.unsqueeze(1)
+        shift_scale_gate[1, :, -1] -= 1
+        if bias is not None:
+            shift_scale_gate[0] += one_and_scale * bias.unsqueeze(1)
+    folded = parts.flatten(0, 2)
+    return {f"{layer}.weight": folded[:, :-1].contiguous(), f"{layer}.bias": folded[:, -1].contiguous()}
+
+
+def _halton_decoding(config: AdaLNConfig) -> DecodingConfig:
+    """Returns the decoding of the README's figures; small grids have fewer steps than tokens."""
+    num_steps = min(_STEPS, config.num_tokens)
+    scale = _HALTON_SCALES.get((config.embed_dim, config.depth), _HALTON_SCALE)
+    return DecodingConfig(
+        num_steps=num_steps,
+        token_selector="halton",
+        guidance={"name": "constant", "scale": scale},
+        tokens_per_step=_halton_counts(num_steps, config.num_tokens),
+        draw_method="gumbel",
+    )
+
+
+def _halton_counts(num_steps: int, num_tokens: int) -> tuple[int, ...]:
+    """Computes the number of tokens that each step decides: floor(N (1 - 2 / pi arccos(t / T))) after t steps.
+
+    It is the schedule ``arccos`` but for rounding: at least t tokens are decided after t steps.
+
+    Args:
+        num_steps: T.
+        num_tokens: N.
+
+    Returns:
+        T integers >= 1 that sum to N.
+
+    Source: Sampler/halton_sampler.py, in float32 as there: for N = 576 and T = 32, 191 tokens after 16 steps, not 192.
+    """
+    steps = range(1, num_steps + 1)
+    left = torch.tensor([step / num_steps for step in steps]).acos() / (math.pi / 2)
+    decided = [0, *(max(step, int(ratio)) for step, ratio in zip(steps, (1 - left) * num_tokens, strict=True))]
+    return tuple(after - before for before, after in pairwise(decided))
+
+
+HALTON = TransformerLayout(
+    name="Halton-MaskGIT",
+    marks=("cls_emb.weight", "last_norm.mlp.1.weight"),
+    rules=(
+        Rule("token_embedding.weight", "tok_emb.weight"),
+        Rule("class_embedding.weight", "cls_emb.weight"),
+        Rule("position_embedding.weight", "pos_emb.weight"),
+        Rule("register_embedding.weight", "reg_tokens.weight"),
+        Rule("blocks.{}.query.weight", "transformer.layers.{}.attn.wq.weight"),
+        Rule("blocks.{}.key_value.weight", "transformer.layers.{}.attn.wk.weight transformer.layers.{}.attn.wv.weight"),
+        Rule("blocks.{}.proj.weight", "transformer.layers.{}.attn.wo.weight"),
+        Rule("blocks.{}.fc1.weight", "transformer.layers.{}.ff.w1.weight transformer.layers.{}.ff.w3.weight"),
+        Rule("blocks.{}.fc2.weight", "transformer.layers.{}.ff.w2.weight"),
+        Rule("blocks.{}.modulation.weight", "transformer.layers.{}.mlp.1.weight"),
+        Rule("blocks.{}.modulation.bias", "transformer.layers.{}.mlp.1.bias"),
+        Rule("blocks.{}.norm1.weight", "transformer.layers.{}.ln1.weight"),
+        Rule("blocks.{}.norm2.weight", "transformer.layers.{}.ln2.weight"),
+        Rule("head_modulation.weight", "last_norm.mlp.1.weight"),
+        Rule("head_modulation.bias", "last_norm.mlp.1.bias"),
+        Rule("norm.weight", "last_norm.norm_final.weight"),
+        Rule("norm.bias", "last_norm.norm_final.bias"),
+        Rule("head_bias", "head.bias"),
+    ),
+    norms=("blocks.{}.norm1.weight", "blocks.{}.norm2.weight", "norm.weight", "norm.bias"),
+    read_config=_read_halton,
+    decoding=_halton_decoding,
+    finish=_fold_norms,
+)
+
+
+# MaskGIL
+
+
+def _read_maskgil(tensors: Mapping[str, Tensor], grid: tuple[int, int], num_heads: int | None) -> AdaLNConfig:
+    """Reads the sizes of the network off the shapes. It has no table of positions: the grid is the tokenizer's."""
+    vocabulary, embed_dim = shape_of(tensors, "tok_emb.weight")
+    codebook_size = shape_of(tensors, "output.weight")[0] - 1
+    # Rows of their table: codes, the mask token, classes, no class.
+    num_classes = vocabulary - (codebook_size + 1) - 1
+    if num_classes < 1:
+        raise ValueError(
+            f"tensor tok_emb.weight must have rows for {codebook_size} codes, the mask token, classes, and no class, "
+            f"got {vocabulary}"
+        )
+    depth = count_numbers(tensors, "layers.")
+    return AdaLNConfig(
+        codebook_size=codebook_size,
+        num_classes=num_classes,
+        grid=grid,
+        embed_dim=embed_dim,
+        depth=depth,
+        num_heads=_find_num_heads(num_heads, _MASKGIL_HEADS, embed_dim=embed_dim, depth=depth),
+        mlp_dim=shape_of(tensors, "layers.0.feed_forward.w1.weight")[0],
+        num_registers=0,
+        positions="rotary-raster",
+        conditioning="token",
+        qk_norm=False,
+        tied_head=False,
+        dropout=_DROPOUT,
+        class_dropout=_CLASS_DROPOUT,
+    )
+
+
+def _add_bias(weights: dict[str, Tensor], config: AdaLNConfig) -> dict[str, Tensor]:
+    """Adds the bias of our head; theirs has none."""
+    return weights | {"head_bias": weights["head_embedding.weight"].new_zeros(config.codebook_size + 1)}
+
+
+def _maskgil_decoding(config: AdaLNConfig) -> DecodingConfig:
+    """Returns the decoding of ``FID_sample.py``; small grids have fewer steps than tokens."""
+    num_steps = min(_STEPS, config.num_tokens)
+    return DecodingConfig(
+        num_steps=num_steps,
+        token_selector={"name": "confidence", "choice_temperature": _CHOICE_TEMPERATURE},
+        guidance={"name": "linear", "scale": _MASKGIL_SCALE},
+        tokens_per_step=_maskgil_counts(num_steps, config.num_tokens),
+        draw_method="gumbel",
+    )
+
+
+def _maskgil_counts(num_steps: int, num_tokens: int) -> tuple[int, ...] | None:
+    """Computes the number of tokens that each step decides, proportional to arccos(1 - t / (T - 1)).
+
+    The arccos is the share of a step, not the share of tokens that stay masked as in a mask schedule.
+
+    Args:
+        num_steps: T.
+        num_tokens: N.
+
+    Returns:
+        T integers that sum to N; None if the last step would decide no token, for grids of few tokens.
+
+    Source: ``adap_sche`` of FID_sample.py.
+    """
+    shares = [math.acos(1 - step / max(1, num_steps - 1)) for step in range(num_steps)]
+    total = sum(shares) or 1.0
+    counts = [max(1, round(num_tokens * share / total)) for share in shares]
+    counts[-1] += num_tokens - sum(counts)
+    return tuple(counts) if counts[-1] > 0 else None
+
+
+MASKGIL = TransformerLayout(
+    name="MaskGIL",
+    marks=("tok_emb.weight", "output.weight", "layers.0.attention.wqkv.weight"),
+    rules=(
+        Rule("token_embedding.weight class_embedding.weight", "tok_emb.weight"),
+        Rule("blocks.{}.attention_norm.weight", "layers.{}.attention_norm.weight"),
+        Rule("blocks.{}.query.weight blocks.{}.key_value.weight", "layers.{}.attention.wqkv.weight"),
+        Rule("blocks.{}.proj.weight", "layers.{}.attention.wo.weight"),
+        Rule("blocks.{}.mlp_norm.weight", "layers.{}.ffn_norm.weight"),
+        Rule("blocks.{}.fc1.weight", "layers.{}.feed_forward.w1.weight layers.{}.feed_forward.w3.weight"),
+        Rule("blocks.{}.fc2.weight", "layers.{}.feed_forward.w2.weight"),
+        Rule("head_norm.weight", "norm.weight"),
+        Rule("head_embedding.weight", "output.weight"),
+    ),
+    read_config=_read_maskgil,
+    decoding=_maskgil_decoding,
+    finish=_add_bias,
+)

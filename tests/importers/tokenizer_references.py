@@ -5,6 +5,8 @@ They share no code with ``maskgit_pl``. Images are in the range that the project
 
 from __future__ import annotations
 
+import re
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -110,7 +112,7 @@ class DiffusersHalf(nn.Module):
         latent, blocks, last = config["latent_channels"], config["layers_per_block"], len(widths) - 1
         middle, levels = config["mid_block_add_attention"], []
         width = widths[0] if encoder else widths[-1]
-        self.encoder = encoder
+        self.encoder, self.num_levels = encoder, len(widths)
         self.conv_in = nn.Conv2d(3 if encoder else latent, width, 3, padding=1)
         for place, level in enumerate(range(last + 1) if encoder else range(last, -1, -1)):
             kind = config["down_block_types" if encoder else "up_block_types"][place]
@@ -180,6 +182,73 @@ class DiffusersVQModel(nn.Module):
     def decode(self, tokens, grid):
         codes = self.quantize.embedding.weight[tokens].unflatten(1, grid).movedim(-1, 1)
         images = self.decoder(self.post_quant_conv(codes))
+        return (images + 1) / 2 if self.signed else images
+
+
+# The tokenizers of taming-transformers, LlamaGen and IBQ: the same network with other names, and other choices of codes
+
+_TAMING_NAMES = {
+    r"conv_norm_out": "norm_out",
+    r"conv_shortcut": "nin_shortcut",
+    r"(down|up)samplers\.0": r"\1sample",
+    r"group_norm": "norm",
+    r"to_([qkv])\.": r"\1.",
+    r"to_out\.0": "proj_out",
+    r"attentions\.(\d+)": r"attn.\1",
+}
+_BLOCKS = {
+    "taming": {
+        r"mid_block\.resnets\.0": "mid.block_1",
+        r"mid_block\.resnets\.1": "mid.block_2",
+        r"mid_block\.attn\.0": "mid.attn_1",
+        r"down_blocks": "down",
+        r"up_blocks": "up",
+        r"resnets": "block",
+    },
+    "llamagen": {
+        r"mid_block\.resnets\.0": "mid.0",
+        r"mid_block\.resnets\.1": "mid.2",
+        r"mid_block\.attn\.0": "mid.1",
+        r"(down|up)_blocks": "conv_blocks",
+        r"resnets": "res",
+    },
+}
+
+
+class TamingModel(DiffusersVQModel):
+    """``VQModel`` of taming-transformers, of LlamaGen (codes of length 1) or of IBQ (largest inner product)."""
+
+    def __init__(self, config, project="taming"):
+        super().__init__(config)
+        self.project = project
+
+    def named(self):
+        """Returns the state dict by the names of the project, with 1x1 convolutions in the self-attention."""
+        last = self.decoder.num_levels - 1
+        weights = {}
+        for name, value in self.state_dict().items():
+            is_matrix = "attentions" in name and value.dim() == 2
+            for pattern, new in (
+                _TAMING_NAMES | _BLOCKS["llamagen" if self.project == "llamagen" else "taming"]
+            ).items():
+                name = re.sub(pattern, new, name)
+            # taming numbers the decoder's levels from full resolution
+            name = re.sub(r"decoder\.up\.(\d+)", lambda match: f"decoder.up.{last - int(match[1])}", name)
+            weights[name] = value[:, :, None, None] if is_matrix else value
+        return weights
+
+    def codes(self):
+        codes = self.quantize.embedding.weight
+        return F.normalize(codes) if self.project == "llamagen" else codes
+
+    def tokens(self, features):
+        rows = features.movedim(1, -1)
+        if self.project == "ibq":
+            return (rows @ self.codes().T).argmax(-1).flatten(1)
+        return nearest(F.normalize(rows, dim=-1) if self.project == "llamagen" else rows, self.codes())
+
+    def decode(self, tokens, grid):
+        images = self.decoder(self.post_quant_conv(self.codes()[tokens].unflatten(1, grid).movedim(-1, 1)))
         return (images + 1) / 2 if self.signed else images
 
 
