@@ -37,7 +37,6 @@ __all__ = [
     "check_plain",
     "check_writable",
     "follow_links",
-    "name_in_errors",
     "open_regular",
     "open_zip",
     "parse_any_json",
@@ -151,7 +150,7 @@ def remove_partials(folder: Path) -> None:
 
 
 @contextmanager
-def name_in_errors(path: Path, *hidden: Path) -> Iterator[None]:
+def _name_in_errors(path: Path, *hidden: Path) -> Iterator[None]:
     """Names a file in the errors of the system that name none, or one of the hidden files in its place."""
     try:
         yield
@@ -166,7 +165,7 @@ def _replacing(path: Path, folder: Path) -> Iterator[Path]:
     """Yields a new path in a folder. The file that is written and synced there is renamed to ``path`` at the end."""
     partial = folder / f".{path.name}.{uuid.uuid4().hex}.partial"  # unique over all hosts
     try:
-        with name_in_errors(path, partial):
+        with _name_in_errors(path, partial):
             yield partial
             os.replace(partial, path)  # 3.
     finally:
@@ -223,7 +222,7 @@ def sync(path: Path) -> None:
     """Waits until a file, or the list of names in a folder, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        with name_in_errors(path):
+        with _name_in_errors(path):
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
