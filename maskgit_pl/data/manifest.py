@@ -388,13 +388,13 @@ def _faults(manifest: Manifest) -> Iterator[str]:
 
 def _fault_of(path: Path, shard: Shard, rows: npt.NDArray[np.void]) -> str | None:
     """Compares the length of a shard, and the headers of its first and last image."""
-    images = {int(row["offset"]) - BLOCK: int(row["size"]) for row in (rows[[0, -1]] if len(rows) else ())}
+    images = {int(row["offset"]) - BLOCK: int(row["size"]) for row in (*rows[:1], *rows[-1:])}
     try:
         with open(open_regular(path), "rb", buffering=0) as file:
             length = os.fstat(file.fileno()).st_size
             headers = {offset: parse_header(os.pread(file.fileno(), BLOCK, offset)) for offset in images}
-    except OSError as error:
-        return f"{shard.bytes} bytes expected, {error.strerror}"
+    except (OSError, OverflowError) as error:
+        return f"{shard.bytes} bytes expected, {getattr(error, 'strerror', error)}"
     if length != shard.bytes:
         return f"{shard.bytes} bytes expected, {length} found"
     for offset, header in headers.items():

@@ -157,11 +157,9 @@ def test_shards_that_would_be_both_or_none_are_refused(tars, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["pipe:curl https://x/a.tar", "https://x/{0..3}.tar", "s3://bucket/a.tar"])
-def test_urls_and_commands_are_refused_by_name(place, tmp_path):
+def test_urls_and_commands_are_refused_by_name(place):
     with pytest.raises(ValueError, match="local files, got"):
         locate_shards(place)
-    with pytest.raises(ValueError, match="local files, got"):
-        find_shards(tmp_path, place)
 
 
 def test_patterns_take_braces_and_refuse_paths_and_gaps(folder):
@@ -170,7 +168,7 @@ def test_patterns_take_braces_and_refuse_paths_and_gaps(folder):
     assert [p.name for p in locate_shards(f"{folder}/{{train,val}}-*.tar")[1]] == [*names, "val-000000.tar"]
     with pytest.raises(ValueError, match="train-000002"):
         find_shards(folder, "train-{000000..000002}.tar")
-    for pattern in ("../*.tar", "/etc/*", "~/x.tar"):
+    for pattern in ("../*.tar", "/etc/*"):
         with pytest.raises(ValueError, match="got a path outside"):
             find_shards(folder, pattern)
     with pytest.raises(ValueError, match="braces must close"):
