@@ -161,9 +161,7 @@ class Manifest:
         path, hint = self.folder / f"{self.split}.npy", _remake_hint(self.folder)
         try:
             rows: npt.NDArray[np.void] = map_array(path)
-        except FileNotFoundError as error:
-            raise ValueError(f"index {path}: cannot be read ({error.strerror}); {hint}") from error
-        except ValueError as error:
+        except (FileNotFoundError, ValueError) as error:
             raise ValueError(f"index {error}; {hint}") from error
         if rows.dtype != INDEX_DTYPE or rows.shape != (self.samples,):
             raise ValueError(
@@ -226,12 +224,10 @@ def read_manifest_summary(folder: str | Path) -> DataSummary:
     """
     manifests = [load_manifest(folder, split, check=False) for split in splits_of(folder)]
     kinds = [None if manifest.vectors is None else manifest.vectors.kind for manifest in manifests]
-    if len({manifest.classes for manifest in manifests}) > 1:
-        raise ValueError(f"data {folder}: both splits must have the same classes; {_remake_hint(Path(folder))}")
-    if len(set(kinds)) > 1:
+    if len({manifest.classes for manifest in manifests}) > 1 or len(set(kinds)) > 1:
         raise ValueError(
-            f"data {folder}: both splits must have vectors of the same size and type, got "
-            f"{' and '.join(map(str, kinds))}; {_remake_hint(Path(folder))}"
+            f"data {folder}: both splits must have the same classes, and vectors of the same size and type, got "
+            f"vectors of {' and '.join(map(str, kinds))}; {_remake_hint(Path(folder))}"
         )
     return DataSummary(
         classes=manifests[0].classes,

@@ -60,7 +60,6 @@ def locate_shards(place: str) -> tuple[Path, list[Path]]:
             ``data/{train,val}-{00000..00012}.tar``. The folder is then the part before the first wildcard.
 
     Raises:
-        FileNotFoundError: if the folder does not exist.
         ValueError: if the place is a URL or a command, or contains no tars.
     """
     folder = Path(place)
@@ -72,8 +71,6 @@ def locate_shards(place: str) -> tuple[Path, list[Path]]:
         parts = folder.parts
         magic = next((n for n, part in enumerate(parts) if re.search(r"[*?\[{]", part)), len(parts) - 1)
         folder, pattern = Path(*parts[:magic]), "/".join(parts[magic:])
-        if not folder.is_dir():
-            raise FileNotFoundError(f"data folder {folder} does not exist")
         return folder, find_shards(folder, pattern)
     shards = _glob_files(folder, "*.tar") or _glob_files(folder, "*/*.tar")
     if not shards:
@@ -199,10 +196,8 @@ def expand_braces(pattern: str) -> list[str]:
         raise ValueError(f"a pattern must name at most {MAX_NAMES} shards, got {shorten(most)} in {shorten(pattern)}")
     try:
         return list(braceexpand(pattern))
-    except ValueError as error:
-        raise ValueError(f"braces must close, got {shorten(pattern)}") from error
-    except RecursionError as error:
-        raise ValueError(f"a pattern must not have deeply nested braces, got {shorten(pattern)}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"braces must close, and not be nested deeply, got {shorten(pattern)}") from error
 
 
 def most_names(pattern: str) -> int:

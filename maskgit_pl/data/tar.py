@@ -149,12 +149,11 @@ def _read_header(file: TarBytes, offset: int) -> bytes | None:
         return block
     if not any(block):
         return None
-    if offset:
-        raise DamagedTarError(f"damaged member header at byte {offset}")
     packed = next((kind for magic, kind in _MAGIC.items() if block.startswith(magic)), None)
-    if packed:
-        raise DamagedTarError(f"compressed ({packed}), decompress it")
-    raise DamagedTarError(f"not a tar, or its first header is damaged; it begins with {block[:8]!r}")
+    damage = f"not a tar, or its first header is damaged; it begins with {block[:8]!r}"
+    if offset or packed:
+        damage = f"damaged member header at byte {offset}" if offset else f"compressed ({packed}), decompress it"
+    raise DamagedTarError(damage)
 
 
 def _check_end(file: TarBytes, offset: int) -> None:
@@ -212,11 +211,8 @@ def _size(header: bytes) -> int:
 
 def _number(field: bytes) -> int:
     """Reads a number of a header: octal digits or, if the first bit is set, GNU's base 256 (for 8 GiB and more)."""
-    if field[0] & 0x80:
-        number = int.from_bytes(bytes((field[0] & 0x7F,)) + field[1:], "big")
-        if field[0] & 0x40:
-            raise ValueError("negative")
-        return number
+    if field[0] == 0x80:  # 0xFF would be a negative number
+        return int.from_bytes(field[1:], "big")
     number = int(field.strip(b" \0") or b"0", 8)
     if number < 0:
         raise ValueError("negative")
@@ -246,9 +242,8 @@ def _pax_records(data: bytes, offset: int) -> dict[bytes, bytes]:
             space = data.index(b" ", place, place + 20)  # no length has more than 20 digits
             end = place + int(data[place:space])
             key, equals, value = data[space + 1 : end - 1].partition(b"=")
-            if end <= space or data[end - 1 : end] != b"\n" or not equals:
-                raise ValueError
-            if key == b"size" and not (value.isdigit() and len(value) <= 20):
+            is_record = end > space and data[end - 1 : end] == b"\n" and equals
+            if not is_record or (key == b"size" and not (value.isdigit() and len(value) <= 20)):
                 raise ValueError
             records[key] = value
             place = end

@@ -127,9 +127,9 @@ def test_names_come_in_order():
     ids=lambda pattern: pattern[:20],
 )
 def test_what_would_fill_memory_is_refused_before_it_is_expanded(pattern, tmp_path):
-    with pytest.raises(ValueError, match=r"a pattern must .*got"):
+    with pytest.raises(ValueError, match=r"(a pattern|braces) must .*got"):
         expand_braces(pattern)
-    with pytest.raises(ValueError, match=r"shard pattern: a pattern must .*got"):
+    with pytest.raises(ValueError, match=r"shard pattern: (a pattern|braces) must .*got"):
         find_shards(tmp_path, pattern)
 
 
@@ -175,5 +175,5 @@ def test_patterns_take_braces_and_refuse_paths_and_gaps(folder):
         find_shards(folder, "{a,b")
     with pytest.raises(ValueError, match="at most"):
         find_shards(folder, "{0..999999999999}.tar")
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(ValueError, match="nowhere"):
         locate_shards(f"{folder}/nowhere/*.tar")

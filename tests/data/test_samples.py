@@ -37,10 +37,9 @@ def test_names_that_are_empty_or_come_twice_are_refused(given):
         parse_class_names(given)
 
 
-@pytest.mark.parametrize(("content", "rule"), [(b"\xff\xfe", "UTF-8 text"), (b"a\n" * 2**24, "at most 16777216 bytes")])
-def test_a_file_that_is_no_text_or_too_large_is_refused_by_name(tmp_path, content, rule):
-    (tmp_path / "names.txt").write_bytes(content)
-    with pytest.raises(ValueError, match=rf"names\.txt must (be|have) {rule}"):
+def test_a_file_that_is_no_text_is_refused_by_name(tmp_path):
+    (tmp_path / "names.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"names\.txt must be UTF-8 text"):
         parse_class_names(str(tmp_path / "names.txt"))
 
 
