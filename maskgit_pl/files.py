@@ -37,7 +37,6 @@ __all__ = [
     "check_plain",
     "check_writable",
     "follow_links",
-    "name_in_errors",
     "open_regular",
     "open_zip",
     "parse_any_json",
@@ -151,7 +150,7 @@ def remove_partials(folder: Path) -> None:
 
 
 @contextmanager
-def name_in_errors(path: Path, *hidden: Path) -> Iterator[None]:
+def _name_in_errors(path: Path, *hidden: Path) -> Iterator[None]:
     """Names a file in the errors of the system that name none, or one of the hidden files in its place."""
     try:
         yield
@@ -166,7 +165,7 @@ def _replacing(path: Path, folder: Path) -> Iterator[Path]:
     """Yields a new path in a folder. The file that is written and synced there is renamed to ``path`` at the end."""
     partial = folder / f".{path.name}.{uuid.uuid4().hex}.partial"  # unique over all hosts
     try:
-        with name_in_errors(path, partial):
+        with _name_in_errors(path, partial):
             yield partial
             os.replace(partial, path)  # 3.
     finally:
@@ -223,7 +222,7 @@ def sync(path: Path) -> None:
     """Waits until a file, or the list of names in a folder, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        with name_in_errors(path):
+        with _name_in_errors(path):
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -307,12 +306,16 @@ def read_json(file: Path, *, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any]
             levels deep, not a mapping, has a key twice, or holds NaN or infinity. The message is one line that names
             the file.
     """
+    return parse_json(_read_bounded(file, max_bytes), str(file))
+
+
+def _read_bounded(file: Path, max_bytes: int) -> bytes:
     if file.exists() and not file.is_file():  # reading a FIFO would block
         raise ValueError(f"{file} must be a regular file")
     size = file.stat().st_size
     if size > max_bytes:
         raise ValueError(f"{file} must have at most {size_text(max_bytes)}, got {size_text(size)}")
-    return parse_json(file.read_bytes(), str(file))
+    return file.read_bytes()
 
 
 def parse_json(text: bytes | str, where: str) -> dict[str, Any]:
@@ -392,13 +395,9 @@ def read_yaml(file: Path) -> dict[str, Any]:
             repeated key, a non-finite number, a value that is not plain, or a key that names code. The message is one
             line.
     """
-    # Reading a FIFO would block.
-    if file.exists() and not file.is_file():
-        raise ValueError(f"recipe {file} must be a regular file")
-    if file.stat().st_size > _MAX_YAML_BYTES:
-        raise ValueError(f"recipe {file} must have at most {_MAX_YAML_BYTES} bytes, got {file.stat().st_size}")
+    text = _read_bounded(file, _MAX_YAML_BYTES)
     try:
-        tree = parse_yaml(file.read_text(encoding="utf-8"))
+        tree = parse_yaml(text.decode())
         if tree is not None and not isinstance(tree, dict):
             raise ValueError(f"it must be a mapping, got {shorten(tree)}")
         check_plain(tree)

@@ -3,7 +3,7 @@
 import io
 import os
 import tarfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from maskgit_pl.data.manifest import INDEX_DTYPE, ImageRange, Manifest, Shard, Split, save_manifest
+from maskgit_pl.data.samples import Sample
+from maskgit_pl.data.writer import write_shard
 
 
 def save_data(
@@ -38,6 +40,14 @@ def save_data(
         digest = sha256(rows.tobytes()).hexdigest()
         save_manifest(Manifest(folder, split, tuple(shards), names, sizes, digest), rows)
     return folder
+
+
+def write_split(samples: Iterable[Sample], folder: Path, split: Split, *, shard_size: int) -> None:
+    """Writes samples to shards named ``SPLIT-%06d.tar``."""
+    samples = list(samples)
+    for shard, first in enumerate(range(0, len(samples), shard_size)):
+        with open(folder / f"{split}-{shard:06d}.tar", "wb") as stream:
+            write_shard(samples[first : first + shard_size], stream, first_key=first)
 
 
 def spy_on_disk(monkeypatch: pytest.MonkeyPatch, on_call: Callable[[str, Path], None]) -> None:

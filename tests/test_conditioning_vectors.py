@@ -14,7 +14,6 @@ from maskgit_pl.data.images import encode_png
 from maskgit_pl.data.index import index_shards
 from maskgit_pl.data.reader import find_shards
 from maskgit_pl.data.samples import Sample
-from maskgit_pl.data.writer import write_split
 from maskgit_pl.decoding import ConditionalModel, DecodingConfig, FirstStepLogits
 from maskgit_pl.decoding.predictors import build_class_predictor
 from maskgit_pl.decoding.vectors import VectorPool
@@ -25,6 +24,7 @@ from maskgit_pl.pipeline.bulk import generate_many
 from maskgit_pl.pipeline.pretrained import fingerprint, save_transformer
 from maskgit_pl.training.learning_rates import LearningRate
 from tests.data.test_vectors import npy
+from tests.data_folders import write_split
 from tests.modules import masked_model
 from tests.short_runs import data, fit
 

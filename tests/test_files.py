@@ -289,7 +289,7 @@ def test_a_link_to_a_disk_that_is_not_there_is_refused_and_makes_no_folder(tmp_p
         ("a: " + "9" * 5000, "recipe.yaml"),
         ("a: b: c", r"line 1, column 5: mapping values are not allowed here"),
         ("model: !!python/object/apply:os.system [echo]", "recipe.yaml"),
-        ("a: " + "x" * 200_001, "at most 200000 bytes"),
+        ("a: " + "x" * 200_001, "at most 200 kB"),
     ],
 )
 def test_an_unsafe_recipe_is_refused_by_name(tmp_path, text, rule):

@@ -247,7 +247,6 @@ def test_no_folder_lies_deeper_than_those_whose_order_is_known():
 
 SHARED_NAMES = {  # public names that two modules may define, and why
     "Cosine": "a mask schedule and a guidance schedule, each in its registry",
-    "describe": "of a schema, of a registry's entry, of shards",
     "tokenize": "shards to a store, and the run that asks for it",
 }
 

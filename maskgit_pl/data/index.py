@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +26,6 @@ from maskgit_pl.data.manifest import (
     save_manifest,
     union,
 )
-from maskgit_pl.data.reader import glob_files
 from maskgit_pl.data.samples import Labels
 from maskgit_pl.data.scan import (
     BAD_VECTOR,
@@ -39,28 +37,22 @@ from maskgit_pl.data.scan import (
     scan_shard,
 )
 from maskgit_pl.data.vectors import VectorKind, load_vectors, vectors_path, write_vectors
-from maskgit_pl.files import parse_any_json, remove_partials, write_atomically
+from maskgit_pl.files import remove_partials, write_atomically
 from maskgit_pl.processes import choose_workers, run_jobs
 
 __all__ = ["IndexResult", "index_shards"]
 
 _UNLABELLED = "image"  # name of the only class of data without labels
-_MAX_COUNTS_BYTES = 64 * 2**20  # of sizes.json and *_stats.json
+_SCANNED_BYTES = 2**28  # one process reads this much in about 10 seconds
+
+_Scans = Mapping[str, ShardScan]  # by the name of the shard
 
 
-@dataclass(frozen=True)
-class IndexResult:
-    """The result of indexing a data folder.
-
-    Args:
-        manifests: Manifest of each split.
-        ignored: Number of members of each split that were not read, by extension.
-        notes: Counts beside the tars that disagree with them.
-    """
+class IndexResult(NamedTuple):
+    """The manifest of each split, and the number of its members that were not read, by extension."""
 
     manifests: dict[Split, Manifest]
     ignored: dict[Split, dict[str, int]]
-    notes: tuple[str, ...] = ()
 
 
 def index_shards(
@@ -77,10 +69,9 @@ def index_shards(
     """Scans the shards of every split and writes their manifests.
 
     1. Scan each shard, in parallel.
-    2. Compare the counts with files beside the tars.
-    3. Reject all faults in one error, unless ``lenient``.
-    4. Copy the vectors of each split into one array, if the samples have vectors.
-    5. Write the manifests.
+    2. Reject all faults in one error, unless ``lenient``.
+    3. Copy the vectors of each split into one array, if the samples have vectors.
+    4. Write the manifests.
 
     The folder is locked. Half-written files of a killed run are removed first.
 
@@ -100,42 +91,33 @@ def index_shards(
             fault. The message lists all of them.
     """
     folder = Path(folder)
+    if labels == "none":
+        if classes is not None and len(classes) != 1:
+            raise ValueError(f"class names: data without labels must have 1 name, got {len(classes)}")
+        classes = classes or (_UNLABELLED,)
+    task = _ScanTask(folder, Labels(labels, None if classes is None else tuple(classes)), lenient, vectors)
     with hold_lock(folder, hint="index another folder"):
         remove_partials(folder)
-        if labels == "none":
-            classes = _only_class(classes)
-        options = Labels(labels, None if classes is None else tuple(classes))
-        # One process reads 256 MiB in about 10 seconds.
-        workers = choose_workers(
-            workers, work=sum(path.stat().st_size for of in shards.values() for path in of) / 2**28
-        )
-        names = {split: [path.relative_to(folder).as_posix() for path in paths] for split, paths in shards.items()}
-        # 1. Scan.
-        task = _ScanTask(folder, options, lenient, vectors)
-        scans = _scan_all(task, names, workers=workers, on_shard=on_shard)
+        scans = _scan_all(task, shards, workers=workers, on_shard=on_shard)  # 1.
         # The first shard with vectors decides their kind.
-        kind = next((scan.vector_kind for scan in scans.values() if scan.vector_kind is not None), None)
+        of_all = {name: scan for of_split in scans.values() for name, scan in of_split.items()}
+        kind = next((scan.vector_kind for scan in of_all.values() if scan.vector_kind is not None), None)
         if kind is not None:
-            scans = {name: require_vectors(scan) for name, scan in scans.items()}
-        # 2. and 3. Compare counts, and reject faults.
-        miscounts = _find_miscounts(folder, scans)
-        _raise_faults(folder, scans, [] if lenient else miscounts, lenient=lenient, labels=labels, kind=kind)
-        # 4. and 5. Copy the vectors and write the manifests.
-        manifests = _save_all(folder, names, scans, labels=labels, classes=classes or _number_classes(scans), kind=kind)
-        ignored = {split: _sum_counts(scans[name].ignored for name in of_split) for split, of_split in names.items()}
-        return IndexResult(manifests, ignored, tuple(f"{name}: {fault}" for name, fault in miscounts))
-
-
-def _only_class(classes: Sequence[str] | None) -> Sequence[str]:
-    if classes is not None and len(classes) != 1:
-        raise ValueError(f"class names: data without labels must have 1 name, got {len(classes)}")
-    return classes or (_UNLABELLED,)
-
-
-def _number_classes(scans: Mapping[str, ShardScan]) -> list[str]:
-    """Returns numbers as class names, up to the largest label."""
-    largest = max((int(scan.rows["label"].max()) for scan in scans.values() if len(scan.rows)), default=0)
-    return [str(label) for label in range(largest + 1)]
+            of_all = {name: require_vectors(scan) for name, scan in of_all.items()}
+            scans = {split: {name: of_all[name] for name in of_split} for split, of_split in scans.items()}
+        _raise_faults(task, of_all, kind)  # 2.
+        if classes is None:
+            largest = max((int(scan.rows["label"].max()) for scan in of_all.values() if len(scan.rows)), default=0)
+            classes = [str(label) for label in range(largest + 1)]
+        # All indexes are made before the first is written: an error leaves none.
+        indexes = {split: _make_index(folder, split, of_split) for split, of_split in scans.items()}
+        manifests = {}
+        for split, rows in indexes.items():
+            array = None if kind is None else _save_vectors(folder, split, scans[split], kind)  # 3.
+            manifests[split] = _make_manifest(folder, split, scans[split], rows, array, tuple(classes), labels)
+            save_manifest(manifests[split], rows)  # 4.
+    ignored = {split: _sum_counts(scan.ignored for scan in of_split.values()) for split, of_split in scans.items()}
+    return IndexResult(manifests, ignored)
 
 
 class _ScanTask(NamedTuple):
@@ -149,136 +131,66 @@ class _ScanTask(NamedTuple):
 
 def _scan_all(
     task: _ScanTask,
-    names: Mapping[Split, Sequence[str]],
+    shards: Mapping[Split, Sequence[Path]],
     *,
-    workers: int,
+    workers: int | None,
     on_shard: Callable[[Split, int], object],
-) -> dict[str, ShardScan]:
-    split_of = {name: split for split, of_split in names.items() for name in of_split}
+) -> dict[Split, dict[str, ShardScan]]:
+    workers = choose_workers(
+        workers, work=sum(path.stat().st_size for paths in shards.values() for path in paths) / _SCANNED_BYTES
+    )
+    split_of = {path.relative_to(task.folder).as_posix(): split for split, paths in shards.items() for path in paths}
     scans = {}
-    for name, scan in run_jobs(_scan_by_name, task, list(split_of), workers=workers):
+    for name, scan in run_jobs(_scan, task, list(split_of), workers=workers):
         scans[name] = scan
-        on_shard(split_of[name], len(names[split_of[name]]))
-    return {name: scans[name] for name in split_of}  # jobs end in any order
+        on_shard(split_of[name], len(shards[split_of[name]]))
+    # Jobs end in any order.
+    return {split: {name: scans[name] for name in split_of if split_of[name] == split} for split in shards}
 
 
-def _scan_by_name(task: _ScanTask, name: str) -> ShardScan:
+def _scan(task: _ScanTask, name: str) -> ShardScan:
     try:
         return scan_shard(task.folder / name, task.labels, lenient=task.lenient, vectors=task.vectors)
     except OSError as error:
-        none = np.zeros(0, INDEX_DTYPE), np.zeros(0, np.int64)
-        return ShardScan(0, "", none[0], None, 0, {}, {}, none[1], damage=str(error.strerror))
+        rows, vectors = np.zeros(0, INDEX_DTYPE), np.zeros(0, np.int64)
+        return ShardScan(0, "", rows, None, {}, {}, vectors, damage=str(error.strerror))
 
 
-def _find_miscounts(folder: Path, scans: Mapping[str, ShardScan]) -> list[tuple[str, str]]:
-    """Compares the numbers of samples with the counts in files beside the shards.
-
-    open_clip reads ``sizes.json``; img2dataset writes ``NNNNN_stats.json``; ``__len__`` counts all shards of a folder.
-
-    Returns:
-        (shard, difference) of each count that disagrees.
-    """
-    found = []
-    sizes = {parent: _read_json(parent / "sizes.json") for parent in {(folder / name).parent for name in scans}}
-    for name, scan in scans.items():
-        path = folder / name
-        stats = path.with_name(f"{path.stem}_stats.json")
-        stated = {"sizes.json": sizes[path.parent].get(path.name), stats.name: _read_json(stats).get("successes")}
-        found += [
-            (name, f"{scan.num_keys} samples, {file} states {count!r:.20}")
-            for file, count in stated.items()
-            if count not in (None, scan.num_keys) and not scan.damage
-        ]
-    length, total = folder / "__len__", sum(scan.num_keys for scan in scans.values())
-    # It says nothing about a part of the shards.
-    if length.is_file() and {folder / name for name in scans} == set(glob_files(folder, "*.tar")):
-        with open(length, "rb") as file:
-            stated_total = file.read(32).strip()
-        if stated_total != str(total).encode():
-            found.append(("__len__", f"states {stated_total!r} samples, the shards have {total}"))
-    return found
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        with open(path, "rb") as file:
-            content = parse_any_json(file.read(_MAX_COUNTS_BYTES), f"file {path}")
-    except ValueError as error:
-        raise ValueError(f"{error}; correct it or remove it") from error
-    return content if isinstance(content, dict) else {}
-
-
-def _raise_faults(
-    folder: Path,
-    scans: Mapping[str, ShardScan],
-    miscounts: Iterable[tuple[str, str]],
-    *,
-    lenient: bool,
-    labels: str,
-    kind: VectorKind | None,
-) -> None:
+def _raise_faults(task: _ScanTask, scans: _Scans, kind: VectorKind | None) -> None:
     """Raises one error that lists all faults of all shards, if there are any.
 
     If ``lenient``, samples with a fault are left out, so that only damaged shards are faults.
     """
-    faults = {name: list(_faults_of(scan, lenient=lenient, kind=kind)) for name, scan in scans.items()}
-    for name, fault in miscounts:
-        faults.setdefault(name, []).append(fault)
-    listed = [f"{name}: {'; '.join(of_shard)}" for name, of_shard in faults.items() if of_shard]
-    if listed:
-        found = {fault for scan in scans.values() for fault in scan.faults}
-        lines, hints = "\n  ".join(listed), "; ".join(_hints(found, lenient=lenient, labels=labels))
-        raise ValueError(f"data {folder}: {len(listed)} of {len(scans)} shards are rejected:\n  {lines}\n{hints}")
+    of_shards = {name: "; ".join(_faults_of(scan, lenient=task.lenient, kind=kind)) for name, scan in scans.items()}
+    listed = [f"{name}: {faults}" for name, faults in of_shards.items() if faults]
+    if not listed:
+        return
+    found = {fault for scan in scans.values() for fault in scan.faults}
+    hints = ["restore damaged tars"]
+    if not task.lenient and found:
+        hints.append("--lenient leaves out samples with a fault and counts them")
+    if task.labels.source == "cls" and NO_LABEL in found:
+        hints.append("--label-field NAME reads labels from .json, --no-labels trains without labels")
+    if found & {NO_VECTOR, BAD_VECTOR}:
+        hints.append("--no-vectors ignores .npy members")
+    lines = "\n  ".join(listed)
+    raise ValueError(
+        f"data {task.folder}: {len(listed)} of {len(scans)} shards are rejected:\n  {lines}\n{'; '.join(hints)}"
+    )
 
 
 def _faults_of(scan: ShardScan, *, lenient: bool, kind: VectorKind | None) -> Iterator[str]:
     if scan.damage:
         yield scan.damage
     elif not lenient:
-        yield from (f"{found.count} {fault} (first {found.first})" for fault, found in scan.faults.items())
-    if not (scan.damage or scan.num_keys or scan.faults):
-        found_members = f"only {format_counts(scan.ignored)}" if scan.ignored else "no members"
-        yield f"no image samples, {found_members}"
+        yield from (f"{found.samples} {fault} (first {found.first})" for fault, found in scan.faults.items())
+    if not (scan.damage or len(scan.rows) or scan.faults):
+        yield f"no image samples, {f'only {format_counts(scan.ignored)}' if scan.ignored else 'no members'}"
     if scan.vector_kind not in (None, kind):
         yield f"vectors must have {kind}, as those of the first shard, got {scan.vector_kind}"
 
 
-def _hints(found: set[str], *, lenient: bool, labels: str) -> Iterator[str]:
-    yield "restore damaged tars"
-    if not lenient and found:
-        yield "--lenient leaves out samples with a fault and counts them"
-    if labels == "cls" and NO_LABEL in found:
-        yield "--label-field NAME reads labels from .json, --no-labels trains without labels"
-    if found & {NO_VECTOR, BAD_VECTOR}:
-        yield "--no-vectors ignores .npy members"
-
-
-def _save_all(
-    folder: Path,
-    names: Mapping[Split, Sequence[str]],
-    scans: Mapping[str, ShardScan],
-    *,
-    labels: str,
-    classes: Sequence[str],
-    kind: VectorKind | None,
-) -> dict[Split, Manifest]:
-    """Writes index, vectors and manifest of each split."""
-    by_split = {split: {name: scans[name] for name in of_split} for split, of_split in names.items()}
-    # All manifests are made before the first is written: an error leaves none.
-    made = {split: _make_manifest(folder, split, of_split, classes, labels) for split, of_split in by_split.items()}
-    manifests = {}
-    for split, (manifest, rows) in made.items():
-        vectors = None if kind is None else _save_vectors(folder, split, by_split[split], kind)
-        manifests[split] = replace(manifest, vectors=vectors)
-        save_manifest(manifests[split], rows)
-    return manifests
-
-
-def _make_manifest(
-    folder: Path, split: Split, scans: Mapping[str, ShardScan], classes: Sequence[str], labels: str
-) -> tuple[Manifest, npt.NDArray[np.void]]:
+def _make_index(folder: Path, split: Split, scans: _Scans) -> npt.NDArray[np.void]:
     rows = np.concatenate([scan.rows for scan in scans.values()])
     if not len(rows):
         raise ValueError(
@@ -286,14 +198,32 @@ def _make_manifest(
         )
     # A scan of one tar has shard number 0 in every row.
     rows["shard"] = np.repeat(np.arange(len(scans)), [len(scan.rows) for scan in scans.values()])
-    shards = tuple(Shard(name, scan.bytes, len(scan.rows), scan.sha256) for name, scan in scans.items())
-    images = union([scan.images for scan in scans.values() if scan.images is not None])
-    left_out = _sum_counts({fault: found.count for fault, found in scan.faults.items()} for scan in scans.values())
-    digest = index_sha256(rows)
-    return Manifest(folder, split, shards, tuple(classes), images, digest, labels, left_out), rows
+    return rows
 
 
-def _save_vectors(folder: Path, split: Split, scans: Mapping[str, ShardScan], kind: VectorKind) -> VectorArray:
+def _make_manifest(
+    folder: Path,
+    split: Split,
+    scans: _Scans,
+    rows: npt.NDArray[np.void],
+    vectors: VectorArray | None,
+    classes: tuple[str, ...],
+    labels: str,
+) -> Manifest:
+    return Manifest(
+        folder,
+        split,
+        shards=tuple(Shard(name, scan.bytes, len(scan.rows), scan.sha256) for name, scan in scans.items()),
+        classes=classes,
+        images=union([scan.images for scan in scans.values() if scan.images is not None]),
+        index_sha256=index_sha256(rows),
+        labels=labels,
+        left_out=_sum_counts({fault: found.samples for fault, found in scan.faults.items()} for scan in scans.values()),
+        vectors=vectors,
+    )
+
+
+def _save_vectors(folder: Path, split: Split, scans: _Scans, kind: VectorKind) -> VectorArray:
     """Copies the vectors of all shards of a split into one array, in the order of the samples."""
     blocks = (block for name, scan in scans.items() for block in load_vectors(folder / name, scan.vectors, kind))
     with write_atomically(vectors_path(folder, split)) as file:

@@ -161,9 +161,7 @@ class Manifest:
         path, hint = self.folder / f"{self.split}.npy", _remake_hint(self.folder)
         try:
             rows: npt.NDArray[np.void] = map_array(path)
-        except FileNotFoundError as error:
-            raise ValueError(f"index {path}: cannot be read ({error.strerror}); {hint}") from error
-        except ValueError as error:
+        except (FileNotFoundError, ValueError) as error:
             raise ValueError(f"index {error}; {hint}") from error
         if rows.dtype != INDEX_DTYPE or rows.shape != (self.samples,):
             raise ValueError(
@@ -213,8 +211,8 @@ class DataSummary:
 
 
 def splits_of(folder: str | Path) -> tuple[Split, ...]:
-    """Returns the splits of a data folder that have a manifest."""
-    return tuple(split for split in get_args(Split) if (Path(folder) / f"{split}.json").is_file())
+    """Returns the splits of a data folder that have a manifest; train if none has one, whose error says the way out."""
+    return tuple(split for split in get_args(Split) if (Path(folder) / f"{split}.json").is_file()) or ("train",)
 
 
 def read_manifest_summary(folder: str | Path) -> DataSummary:
@@ -224,20 +222,15 @@ def read_manifest_summary(folder: str | Path) -> DataSummary:
         FileNotFoundError: if the folder or its train manifest is missing.
         ValueError: if a manifest is invalid, or the splits have different classes.
     """
-    # Without any manifest, reading that of train raises the right error.
-    manifests = [load_manifest(folder, split, check=False) for split in splits_of(folder) or ("train",)]
-    first = manifests[0]
+    manifests = [load_manifest(folder, split, check=False) for split in splits_of(folder)]
     kinds = [None if manifest.vectors is None else manifest.vectors.kind for manifest in manifests]
-    for other in manifests[1:]:
-        if other.classes != first.classes:
-            raise ValueError(f"data {folder}: both splits must have the same classes; {_remake_hint(Path(folder))}")
-    if len(set(kinds)) > 1:
+    if len({manifest.classes for manifest in manifests}) > 1 or len(set(kinds)) > 1:
         raise ValueError(
-            f"data {folder}: both splits must have vectors of the same size and type, got "
-            f"{' and '.join(map(str, kinds))}; {_remake_hint(Path(folder))}"
+            f"data {folder}: both splits must have the same classes, and vectors of the same size and type, got "
+            f"vectors of {' and '.join(map(str, kinds))}; {_remake_hint(Path(folder))}"
         )
     return DataSummary(
-        classes=first.classes,
+        classes=manifests[0].classes,
         samples={manifest.split: manifest.samples for manifest in manifests},
         images=union([manifest.images for manifest in manifests]),
         fingerprint=hashlib.sha256("".join(manifest.fingerprint for manifest in manifests).encode()).hexdigest(),
@@ -272,21 +265,19 @@ def describe_resizing(images: ImageRange, image_size: ImageSize) -> str | None:
         A sentence; None if not all images are resized, or this cannot be known from the range.
     """
     size, least, most = height_width(image_size), *zip(images.height, images.width, strict=True)
-    wanted, own = pixels_text(size), plain_size(most)
     # An image is resized by the larger of the two ratios, and the rest of it is cropped.
     if any(side < model_side for side, model_side in zip(most, size, strict=True)):
-        bound = "" if least == most else "at most "
-        return (
-            f"images of {bound}{pixels_text(most)} pixels are enlarged to {wanted}, which adds no detail; set "
-            f"data.image_size of the tokenizer to {bound}{own}, or make the data from larger images with --image-size "
-            f"{_flag_text(size)}"
-        )
-    if least == most and all(side > model_side for side, model_side in zip(most, size, strict=True)):
-        return (
-            f"images of {pixels_text(most)} pixels are reduced to {wanted}; set data.image_size of the tokenizer to "
-            f"{own}, or make the data with --image-size {_flag_text(size)}"
-        )
-    return None
+        change, source = f"enlarged to {pixels_text(size)}, which adds no detail", "from larger images "
+    elif least == most and all(side > model_side for side, model_side in zip(most, size, strict=True)):
+        change, source = f"reduced to {pixels_text(size)}", ""
+    else:
+        return None
+    bound = "" if least == most else "at most "
+    flag = str(size[0]) if size[0] == size[1] else f"{size[0]},{size[1]}"
+    return (
+        f"images of {bound}{pixels_text(most)} pixels are {change}; set data.image_size of the tokenizer to "
+        f"{bound}{plain_size(most)}, or make the data {source}with --image-size {flag}"
+    )
 
 
 def load_manifest(folder: str | Path, split: Split, *, check: bool = True) -> Manifest:
@@ -392,33 +383,28 @@ def _faults(manifest: Manifest) -> Iterator[str]:
 
 
 def _fault_of(path: Path, shard: Shard, rows: npt.NDArray[np.void]) -> str | None:
-    """Compares the length of a shard, and the headers of its first member and its first and last image."""
+    """Compares the length of a shard, and the headers of its first and last image."""
+    images = {int(row["offset"]) - BLOCK: int(row["size"]) for row in (*rows[:1], *rows[-1:])}
     try:
-        descriptor = open_regular(path)
-        try:
-            length = os.fstat(descriptor).st_size
-            images = [(int(row["offset"]) - BLOCK, int(row["size"])) for row in (rows[[0, -1]] if len(rows) else ())]
-            headers = [(*place, parse_header(os.pread(descriptor, BLOCK, place[0]))) for place in [(0, None), *images]]
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        return f"{shard.bytes} bytes expected, {error.strerror}"
+        with open(open_regular(path), "rb", buffering=0) as file:
+            length = os.fstat(file.fileno()).st_size
+            headers = {offset: parse_header(os.pread(file.fileno(), BLOCK, offset)) for offset in images}
+    except (OSError, OverflowError) as error:
+        return f"{shard.bytes} bytes expected, {getattr(error, 'strerror', error)}"
     if length != shard.bytes:
         return f"{shard.bytes} bytes expected, {length} found"
-    for offset, size, header in headers:
+    for offset, header in headers.items():
         # A valid checksum, and the length of the payload in the index.
-        if header is None or size not in (None, header[1]):
-            stated = "" if size is None else f" of {size} bytes"
+        if header is None or header[1] != images[offset]:
             found = "none" if header is None else f"one of {header[1]} bytes"
-            return f"a member{stated} expected at byte {offset}, {found} found; changed after indexing"
+            member = f"a member of {images[offset]} bytes expected at byte {offset}"
+            return f"{member}, {found} found; changed after indexing"
     return None
 
 
 def _to_json(manifest: Manifest) -> dict[str, Any]:
     # Written only if they differ from the default: the fingerprint of the data is made of these keys.
-    unusual: dict[str, Any] = {}
-    if manifest.labels != "cls":
-        unusual["labels"] = manifest.labels
+    unusual: dict[str, Any] = {} if manifest.labels == "cls" else {"labels": manifest.labels}
     if manifest.left_out:
         unusual["left_out"] = dict(manifest.left_out)
     if manifest.vectors is not None:
@@ -448,10 +434,6 @@ def _read_manifest(path: Path, split: Split) -> Manifest:
         )
     except ValueError as error:
         raise ValueError(f"manifest {error}; {_remake_hint(path.parent)}") from error
-
-
-def _flag_text(size: tuple[int, int]) -> str:
-    return str(size[0]) if size[0] == size[1] else f"{size[0]},{size[1]}"
 
 
 def _remake_hint(folder: Path) -> str:

@@ -1,7 +1,7 @@
 """The tars of a data folder: finding them, dividing them between train and val, and random access to their samples.
 
 * Shards are named by a folder, a glob or braces such as ``train-{00000..01023}.tar``. A few characters can stand for
-  any number of names and ``braceexpand`` keeps each range in memory, so the names are counted before the expansion.
+  any number of names and ``braceexpand`` keeps each range in memory, so the number is bounded before the expansion.
 * ``ShardReader`` needs one ``pread`` per image, without walking a tar. It may be forked or pickled into workers: it
   shares no file position, and each process opens its own files.
 
@@ -10,16 +10,17 @@ Used by ``maskgit data index``, the data modules, ``tokenize``, ``stats`` and th
 
 from __future__ import annotations
 
+import math
 import os
 import re
-import string
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from braceexpand import braceexpand
 
 from maskgit_pl.checks import check_number, shorten
 from maskgit_pl.data.manifest import Manifest, Split
@@ -31,11 +32,10 @@ from maskgit_pl.files import open_regular
 __all__ = [
     "MAX_NAMES",
     "ShardReader",
-    "count_names",
     "expand_braces",
     "find_shards",
-    "glob_files",
     "locate_shards",
+    "most_names",
     "split_shards",
 ]
 
@@ -44,7 +44,6 @@ _MAX_PATTERN = 4096  # characters
 _MAX_CHARACTERS = 2**28  # of all names together; no name is longer than its pattern
 _INTEGERS = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?")
 _LETTERS = re.compile(r"([A-Za-z])\.\.([A-Za-z])(?:\.\.-?(\d+))?")
-_ALPHABET = string.ascii_uppercase + string.ascii_lowercase  # in the order of braceexpand
 
 _VAL, _TEST, _TRAIN = r"val|valid|validation", r"test", r"train|training"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
@@ -61,7 +60,6 @@ def locate_shards(place: str) -> tuple[Path, list[Path]]:
             ``data/{train,val}-{00000..00012}.tar``. The folder is then the part before the first wildcard.
 
     Raises:
-        FileNotFoundError: if the folder does not exist.
         ValueError: if the place is a URL or a command, or contains no tars.
     """
     folder = Path(place)
@@ -73,10 +71,8 @@ def locate_shards(place: str) -> tuple[Path, list[Path]]:
         parts = folder.parts
         magic = next((n for n, part in enumerate(parts) if re.search(r"[*?\[{]", part)), len(parts) - 1)
         folder, pattern = Path(*parts[:magic]), "/".join(parts[magic:])
-        if not folder.is_dir():
-            raise FileNotFoundError(f"data folder {folder} does not exist")
         return folder, find_shards(folder, pattern)
-    shards = glob_files(folder, "*.tar") or glob_files(folder, "*/*.tar")
+    shards = _glob_files(folder, "*.tar") or _glob_files(folder, "*/*.tar")
     if not shards:
         raise ValueError(
             f"data folder {folder} must contain *.tar files, got none; name the tars with a pattern, or convert images "
@@ -102,11 +98,9 @@ def find_shards(folder: str | Path, pattern: str) -> list[Path]:
         raise ValueError(f"shard pattern: {error}") from error
     found: set[Path] = set()
     for one in names:
-        if _URL.match(one) or "::" in one:
-            raise ValueError(f"shard pattern {pattern!r} must name local files, got {one!r}; download the shards first")
-        if one.startswith(("/", "~")) or ".." in one.split("/"):
+        if one.startswith("/") or ".." in one.split("/"):
             raise ValueError(f"shard pattern {pattern!r} must name files inside {folder}, got a path outside")
-        matches = glob_files(folder, one)
+        matches = _glob_files(folder, one)
         if not matches:
             raise ValueError(f"shard pattern {pattern!r}: no file in {folder} matches {one!r}")
         found.update(matches)
@@ -171,7 +165,7 @@ def split_shards(
     return {"train": train_shards, "val": val_shards}, how
 
 
-def glob_files(folder: Path, pattern: str) -> list[Path]:
+def _glob_files(folder: Path, pattern: str) -> list[Path]:
     """Returns the files in a folder that match a glob, sorted, without hidden files.
 
     Raises:
@@ -196,34 +190,23 @@ def expand_braces(pattern: str) -> list[str]:
     Raises:
         ValueError: if the braces do not close, the pattern is too long, or it has more than 1,000,000 names.
     """
-    from braceexpand import braceexpand
-
     if len(pattern) > _MAX_PATTERN:
         raise ValueError(f"a pattern must have at most {_MAX_PATTERN} characters, got {len(pattern)}")
+    if (most := most_names(pattern)) > min(MAX_NAMES, _MAX_CHARACTERS // max(1, len(pattern))):
+        raise ValueError(f"a pattern must name at most {MAX_NAMES} shards, got {shorten(most)} in {shorten(pattern)}")
     try:
-        count = count_names(pattern)
-    except RecursionError as error:
-        raise ValueError(f"a pattern must not have deeply nested braces, got {shorten(pattern)}") from error
-    if count > MAX_NAMES or count * len(pattern) > _MAX_CHARACTERS:
-        raise ValueError(f"a pattern must name at most {MAX_NAMES} shards, got {shorten(count)} in {shorten(pattern)}")
-    return list(braceexpand(pattern))
+        return list(braceexpand(pattern))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"braces must close, and not be nested deeply, got {shorten(pattern)}") from error
 
 
-def count_names(pattern: str) -> int:
-    """Returns the number of names in the expansion of a pattern, without expanding it.
-
-    The number is the product, over its outermost pairs of braces, of the choices in each pair.
-
-    Raises:
-        ValueError: if the braces do not close.
-    """
-    count, start = 1, 0
-    for place, mark, depth in _marks(pattern):
-        if mark == "{" and depth == 1:
-            start = place + 1
-        elif mark == "}" and depth == 0:
-            count *= _count_choices(pattern[start:place])
-    return count
+def most_names(pattern: str) -> int:
+    """Returns an upper bound of the names of a pattern: the product of the choices of all braces, nested ones too."""
+    most, rest = 1, re.sub(r"\\.", "", pattern)
+    while choices := re.findall(r"\{([^{}]*)\}", rest):
+        most *= math.prod(map(_count_choices, choices))
+        rest = re.sub(r"\{[^{}]*\}", "_", rest)
+    return most
 
 
 class ShardReader:
@@ -330,8 +313,8 @@ class ShardReader:
     def _pread(self, number: int, size: int, offset: int) -> bytes:
         try:
             return os.pread(self._file(number), size, offset)
-        except OSError as error:
-            raise self._data_changed_error(self.manifest.shards[number].name, str(error.strerror)) from error
+        except (OSError, OverflowError) as error:
+            raise self._data_changed_error(self.manifest.shards[number].name, str(error)) from error
 
     def _file(self, number: int) -> int:
         if number not in self._files:
@@ -364,29 +347,9 @@ def _find_named(folder: Path, shards: Iterable[Path], words: str) -> list[Path]:
 def _count_choices(inner: str) -> int:
     """Returns the number of choices in a pair of braces: of a range, of a list, or 1 (then the braces are literal)."""
     if match := _INTEGERS.fullmatch(inner):
-        return _steps(int(match[1]), int(match[2]), match[3])
-    if match := _LETTERS.fullmatch(inner):
-        return _steps(_ALPHABET.index(match[1]), _ALPHABET.index(match[2]), match[3])
-    # A list: its parts may contain braces again.
-    commas = [place for place, mark, depth in _marks(inner) if mark == "," and depth == 0]
-    ends = zip([-1, *commas], [*commas, len(inner)], strict=True)
-    return sum(count_names(inner[before + 1 : end]) for before, end in ends)
-
-
-def _steps(first: int, last: int, step: str | None) -> int:
-    return abs(last - first) // (int(step or 1) or 1) + 1
-
-
-def _marks(pattern: str) -> Iterator[tuple[int, str, int]]:
-    """Yields the braces and commas that are not escaped: position, character, and the nesting depth after it."""
-    depth, place = 0, 0
-    while place < len(pattern):
-        mark = pattern[place]
-        if mark == "\\":
-            place += 1
-        elif mark in "{},":
-            depth += (mark == "{") - (mark == "}")
-            yield place, mark, depth
-        place += 1
-    if depth:
-        raise ValueError(f"braces must close, got {shorten(pattern)}")
+        first, last = int(match[1]), int(match[2])
+    elif match := _LETTERS.fullmatch(inner):
+        first, last = ord(match[1]), ord(match[2])
+    else:
+        return inner.count(",") + 1
+    return abs(last - first) // (int(match[3] or 1) or 1) + 1

@@ -53,7 +53,6 @@ ALWAYS_ALLOWED = 10  # different images; so few never end a run, even with littl
 MAX_IN_A_ROW = 100  # so many consecutive images mean that a shard is damaged
 
 _LABEL = re.compile(rb"\s*(0|[1-9][0-9]{0,8})\s*")
-_MAX_BYTES = 2**24  # of a file with class names
 _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # by the format of the content, not by the file's name
 _MAX_LISTED = 20  # images in an error message; the JSON file lists all
 
@@ -231,7 +230,7 @@ def parse_class_names(given: str) -> list[str]:
         given: Names separated by commas, or the path of a UTF-8 file with one name per line.
 
     Raises:
-        ValueError: if a name is empty or repeated, or the file is too large or not text.
+        ValueError: if a name is empty or repeated, or the file is not text.
     """
     is_file = os.path.isfile(given)  # Path.is_file() raises an error if many names make a path that is too long
     names = _read_lines(Path(given)) if is_file else [name.strip() for name in given.split(",")]
@@ -396,12 +395,8 @@ def write_unreadable(path: Path, splits: dict[str, UnreadableImages]) -> None:
 
 
 def _read_lines(file: Path) -> list[str]:
-    with open(file, "rb") as stream:
-        text = stream.read(_MAX_BYTES + 1)
-    if len(text) > _MAX_BYTES:
-        raise ValueError(f"class names {file} must have at most {_MAX_BYTES} bytes")
     try:
-        lines = text.decode("utf-8-sig").splitlines()  # Windows writes a byte order mark
+        lines = file.read_text("utf-8-sig").splitlines()  # Windows writes a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"class names {file} must be UTF-8 text, one name per line: {error}") from error
     return [line.strip() for line in lines if line.strip()]

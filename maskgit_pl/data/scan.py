@@ -7,7 +7,7 @@ Used by ``index``, which writes manifests from scans.
    Members without a key are passed over.
 3. Read the header of each image, each label and each vector (``.npy``), within limits on their size; no other member
    is read.
-4. Note the faults of each sample as bits, and close the sample when the key changes.
+4. Note the faults of each sample as bits.
 5. At the end, find keys that occur more than once, and count the faults.
 
 Names are used as keys only, never as paths.
@@ -19,8 +19,9 @@ import os
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from maskgit_pl.data.image_bytes import MAX_IMAGE_BYTES
-from maskgit_pl.data.images import ImageHeader, parse_image_header
+from maskgit_pl.data.images import parse_image_header
 from maskgit_pl.data.manifest import INDEX_DTYPE, ImageRange
 from maskgit_pl.data.samples import Labels
 from maskgit_pl.data.tar import BLOCK, DamagedTarError, DescriptorBytes, Member, member_label, read_members
@@ -49,9 +50,9 @@ __all__ = [
 ]
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+_BESIDE_IMAGES = ("txt", "json", "cls")  # captions and metadata, which are not counted as ignored
 _MAX_LABEL_BYTES = 64  # a .cls member has one number
 _MAX_JSON_BYTES = 2**20
-_COLUMNS = 8  # of the scanner's table
 _MAX_FAULTY = _MAX_IGNORED = 100_000  # more than this is a wrong file, not a few bad samples
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f]|^/|(?:^|/)\.\.(?:/|$)")  # control characters, paths out of a folder
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
@@ -70,6 +71,10 @@ _FAULTS = (
 )  # fmt: skip
 _BIT = {fault: 1 << number for number, fault in enumerate(_FAULTS)}  # a sample's faults are one integer
 
+# Columns of the table of a scan; -1 is a missing value. FIRST is the offset of the payload of the first member.
+_KEY, _FIRST, _OFFSET, _SIZE, _SHAPE, _LABEL, _VECTOR, _BITS = range(8)
+_EMPTY_ROW = [0, 0, -1, 0, -1, -1, -1, 0]
+
 
 def format_counts(ignored: Mapping[str, int]) -> str:
     """Returns the five most frequent extensions with their counts, safe to print: ``12 .txt, 3 .npy``."""
@@ -77,16 +82,10 @@ def format_counts(ignored: Mapping[str, int]) -> str:
     return ", ".join(listed + [f"{len(ignored) - 5} more kinds"] * (len(ignored) > 5))
 
 
-@dataclass(frozen=True)
-class Fault:
-    """A kind of fault in a shard.
+class Fault(NamedTuple):
+    """The number of samples with a kind of fault, and the name of the first of them, with a reason if there is one."""
 
-    Args:
-        count: Number of samples with this fault.
-        first: Name of the first of them, with the reason if there is one.
-    """
-
-    count: int
+    samples: int
     first: str
 
 
@@ -99,7 +98,6 @@ class ShardScan:
         sha256: Hash of the whole file, hex; empty if the tar is damaged or its samples are to be rejected.
         rows: (n,) INDEX_DTYPE, the samples without a fault; ``shard`` is 0.
         images: Range of their sizes; None without samples.
-        num_keys: Number of samples that have an image, with or without a fault.
         faults: Faults of the other samples.
         ignored: Number of members that belong to no sample, by extension.
         vectors: (n,) int64: position of the first value of each sample's vector in the file, -1 without a vector.
@@ -112,7 +110,6 @@ class ShardScan:
     sha256: str
     rows: npt.NDArray[np.void]
     images: ImageRange | None
-    num_keys: int
     faults: dict[str, Fault]
     ignored: dict[str, int]
     vectors: npt.NDArray[np.int64]
@@ -124,20 +121,13 @@ class ShardScan:
 def require_vectors(scan: ShardScan) -> ShardScan:
     """Returns a scan whose samples without a vector have a fault, for data whose other samples have vectors."""
     has_vector = scan.vectors >= 0
-    count = int((~has_vector).sum())
-    if not count:
+    if has_vector.all():
         return scan
-    faults = scan.faults | {NO_VECTOR: Fault(count, scan.without_vector)}
+    faults = scan.faults | {NO_VECTOR: Fault(int((~has_vector).sum()), scan.without_vector)}
     return replace(scan, rows=scan.rows[has_vector], vectors=scan.vectors[has_vector], faults=faults)
 
 
-def scan_shard(
-    path: Path,
-    labels: Labels,
-    *,
-    lenient: bool = True,
-    vectors: bool = True,
-) -> ShardScan:
+def scan_shard(path: Path, labels: Labels, *, lenient: bool = True, vectors: bool = True) -> ShardScan:
     """Scans a tar: reads its labels, image headers and vectors, and hashes it.
 
     Args:
@@ -152,196 +142,167 @@ def scan_shard(
     """
     descriptor = open_regular(path)
     try:
-        scan = _Scanner(descriptor, path.name, labels, lenient=lenient, vectors=vectors)
+        scan = _Scan(descriptor, path.name, labels, vectors=vectors)
         damage, digest = "", ""
         try:
-            for member in read_members(DescriptorBytes(descriptor)):
-                scan.take(member)
+            for key, members in groupby(scan.named_members(), lambda named: named[0]):  # 2.
+                scan.add(key, members)
+                if scan.num_faulty > _MAX_FAULTY and not lenient:
+                    first = next(iter(scan.first.values()), printable(key))
+                    raise DamagedTarError(f"more than {_MAX_FAULTY} samples have a fault (first {first})")
             # A second pass over the file, only if the hash will be used.
-            if scan.has_no_faults() or lenient:
+            if lenient or not scan.num_faulty:
                 digest = sha256_of(descriptor)
         except DamagedTarError as error:
             damage = str(error)
-        return scan.result(os.fstat(descriptor).st_size, digest, damage)
+        return scan.result(digest, damage)
     finally:
         os.close(descriptor)
-
-
-class _Sample:
-    """A sample: consecutive members with the same key."""
-
-    __slots__ = ("faults", "key", "label", "offset", "other", "place", "shape", "size", "taken", "vector")
-
-    def __init__(self, key: str = "", place: int = -1) -> None:
-        self.key = key
-        self.place = place  # offset of the first member's payload; -1 before the first member
-        self.offset = -1  # of the image's payload; -1 without an image
-        self.size = 0
-        self.label = -1
-        self.shape = -1  # height, width and channels of the image, packed; see _pack
-        self.vector = -1  # offset of the first value of the vector; -1 without a vector
-        self.faults = 0  # bits, see _BIT
-        self.taken = 0  # the parts that have been read, as the bits of their faults
-        self.other: list[str] = []  # extensions of members that are no part
 
 
 class _Part(NamedTuple):
     """A kind of member that is read: image, label or vector.
 
     Args:
+        column: First column of its values in the table.
         limit: Maximum size in bytes.
-        read: Takes a member, its bytes, and its name for errors; raises a ``ValueError`` for a bad one.
+        read: Returns the values from a member, its bytes, and its name for errors; raises a ``ValueError`` for a bad
+            one.
         bad: Fault of a sample whose member cannot be used.
         twice: Fault of a sample with two of them.
     """
 
+    column: int
     limit: int
-    read: Callable[[Member, bytes, str], None]
+    read: Callable[[Member, bytes, str], tuple[int, ...]]
     bad: str
     twice: str
 
 
-class _Scanner:
-    """A collector of samples, member by member. A tar may have millions, so time and memory per sample matter here."""
+class _Scan:
+    """A collector of samples. A tar may have millions, so time and memory per sample matter here."""
 
-    def __init__(self, descriptor: int, shard: str, labels: Labels, *, lenient: bool, vectors: bool) -> None:
-        self.descriptor, self.shard, self.labels, self.lenient = descriptor, shard, labels, lenient
-        image = _Part(MAX_IMAGE_BYTES, self._read_image, BAD_IMAGE, TWO_IMAGES)
+    def __init__(self, descriptor: int, shard: str, labels: Labels, *, vectors: bool) -> None:
+        self.descriptor, self.shard, self.labels = descriptor, shard, labels
+        image = _Part(_OFFSET, MAX_IMAGE_BYTES, self._read_image, BAD_IMAGE, TWO_IMAGES)
         limit = _MAX_LABEL_BYTES if labels.source == "cls" else _MAX_JSON_BYTES
         self.parts = dict.fromkeys(IMAGE_EXTENSIONS, image)
         if labels.extension is not None:
-            self.parts[labels.extension] = _Part(limit, self._read_label, BAD_LABEL, TWO_LABELS)
+            self.parts[labels.extension] = _Part(_LABEL, limit, self._read_label, BAD_LABEL, TWO_LABELS)
         if vectors:
-            self.parts[VECTOR_EXTENSION] = _Part(MAX_VECTOR_BYTES, self._read_vector, BAD_VECTOR, TWO_VECTORS)
+            self.parts[VECTOR_EXTENSION] = _Part(_VECTOR, MAX_VECTOR_BYTES, self._read_vector, BAD_VECTOR, TWO_VECTORS)
         self.vector_kind: VectorKind | None = None  # of the first vector
-        self.without_vector = ""
-        self.sample = _Sample()
-        # Rows of (hash of the key, place, offset, size, label, shape, vector, faults): 64 bytes per sample, an object
-        # 500.
-        self.table = array("q")
+        self.table = array("q")  # a row is 64 bytes, an object would be 500
         self.first: dict[str, str] = {}  # fault -> message about the first sample with it
         self.ignored: Counter[str] = Counter()
         self.num_faulty = self.num_ignored = 0
 
-    def take(self, member: Member) -> None:
-        """Adds the next member of the tar."""
-        if member.kind == "folder":
-            return
-        # 2. Group by key; a new key closes the sample before it.
-        match = _NAME.fullmatch(member.name)
-        if match is None:  # no key, as in "._0.png", which macOS adds before 0.png; the sample continues after it
-            self._ignore("")
-            return
-        key, extension = match[1], match[2].lower()
-        if key != self.sample.key or self.sample.place < 0:
-            self._finish()
-            self.sample = _Sample(key, member.offset)
-        # 3. Read images, labels and vectors; note the extension of any other member.
-        part = self.parts.get(extension)
-        if part is None:
-            self.sample.other.append(extension)
-        elif fault := _member_fault(member):
-            self._add_fault(fault, member)
-        elif self.sample.taken & _BIT[part.bad]:
-            self._add_fault(part.twice, member)
-        else:
-            self._read(member, part)
+    def named_members(self) -> Iterator[tuple[str, str, Member]]:
+        """Yields key, extension and member of the members that have a key."""
+        for member in read_members(DescriptorBytes(self.descriptor)):  # 1.
+            match = _NAME.fullmatch(member.name)
+            if member.kind == "folder":
+                continue
+            if match is None:  # as "._0.png", which macOS adds before 0.png; the sample continues after it
+                self._ignore("")
+            else:
+                yield match[1], match[2].lower(), member
 
-    def has_no_faults(self) -> bool:
-        """Returns whether there are samples and none has a fault; call it after the last member."""
-        self._finish()
-        return bool(self.table) and not self.num_faulty
+    def add(self, key: str, members: Iterable[tuple[str, str, Member]]) -> None:
+        """Reads the parts of a sample, and adds its row to the table."""
+        row, bits, taken, other = _EMPTY_ROW.copy(), 0, set[str](), list[str]()
+        row[_KEY] = hash(key)  # compared within this process only
+        for _, extension, member in members:
+            row[_FIRST] = row[_FIRST] or member.offset
+            if part := self.parts.get(extension):
+                bits |= self._read_part(part, member, row, taken)
+            else:
+                other.append(extension)
+        is_sample = row[_OFFSET] >= 0 or row[_LABEL] >= 0 or bits
+        if row[_VECTOR] >= 0 and not is_sample:
+            other.append(VECTOR_EXTENSION)
+        for extension in other:
+            if not is_sample or extension not in _BESIDE_IMAGES:
+                self._ignore(extension)
+        if not is_sample:
+            return
+        if self.labels.extension is None:
+            row[_LABEL] = 0
+        # 4. Missing members are reported only for samples without another fault.
+        if not bits:
+            bits = (_BIT[NO_LABEL] if row[_LABEL] < 0 else 0) | (_BIT[NO_IMAGE] if row[_OFFSET] < 0 else 0)
+        row[_BITS] = bits
+        self.num_faulty += bits != 0
+        self.table.extend(row)
 
-    def result(self, size: int, digest: str, damage: str) -> ShardScan:
+    def result(self, digest: str, damage: str) -> ShardScan:
         """Returns the result of the scan; call it after the last member.
 
         Args:
-            size: Length of the file in bytes.
             digest: Hash of the file, or empty.
             damage: The reason if the tar is damaged, or empty.
         """
-        if not damage:  # else the last sample may lack members
-            self._finish()
         # A view, since a copy of millions of samples costs memory; NumPy does not take an empty buffer.
-        table = np.frombuffer(self.table or array("q", [0]), np.int64)[: len(self.table)].reshape(-1, _COLUMNS)
-        keys, _, offsets, sizes, labels, shapes, vectors, bits = table.T  # each (n,) int64
-        # 5. Find repeated keys; samples with a fault get no row.
-        bits, repeated = self._mark_repeated(keys, bits, table)
+        table = np.frombuffer(self.table or array("q", [0]), np.int64)[: len(self.table)]
+        columns = table.reshape(-1, len(_EMPTY_ROW)).T  # each (n,) int64
+        bits = _mark_repeated(columns[_KEY], columns[_BITS])  # 5.
         whole = bits == 0
         rows = np.zeros(int(whole.sum()), INDEX_DTYPE)
-        for name, column in (("offset", offsets), ("size", sizes), ("label", labels)):
-            rows[name] = column[whole]
+        for name, column in (("offset", _OFFSET), ("size", _SIZE), ("label", _LABEL)):
+            rows[name] = columns[column, whole]
+        faults = {}
+        for fault, bit in _BIT.items():
+            chosen = columns[:, bits & bit != 0]
+            if chosen.size:
+                first = self.first.get(fault) or self._label_at(int(chosen[_FIRST, 0]))
+                faults[fault] = Fault(len(np.unique(chosen[_KEY])), first)
+        without_vector = columns[_FIRST, whole & (columns[_VECTOR] < 0)]
         return ShardScan(
-            bytes=size,
+            bytes=os.fstat(self.descriptor).st_size,
             sha256=digest,
             rows=rows,
-            images=_image_range(shapes[whole]),
-            num_keys=len(np.unique(keys[offsets >= 0])),
-            faults=self._count(bits, table) | repeated,
+            images=_image_range(columns[_SHAPE, whole]),
+            faults=faults,
             ignored=dict(self.ignored),
-            vectors=vectors[whole],
+            vectors=columns[_VECTOR, whole],
             vector_kind=self.vector_kind,
-            without_vector=self.without_vector,
+            without_vector=self._label_at(int(without_vector[0])) if len(without_vector) else "",
             damage=damage,
         )
 
-    def _read(self, member: Member, part: _Part) -> None:
-        self.sample.taken |= _BIT[part.bad]
-        if not 0 < member.size <= part.limit:
-            self._add_fault(part.bad, member, f"size must be 1 to {part.limit} bytes, got {member.size}")
-            return
+    def _read_part(self, part: _Part, member: Member, row: list[int], taken: set[str]) -> int:
+        """Writes the values of a part to the row of its sample, or returns the bit of its fault."""
+        if _UNSAFE.search(member.name):
+            return self._note(BAD_NAME, member)
+        if member.kind != "file":
+            return self._note(BAD_KIND, member)
+        if part.twice in taken:
+            return self._note(part.twice, member)
+        taken.add(part.twice)
         try:
-            part.read(member, os.pread(self.descriptor, member.size, member.offset), self._member_label(member))
+            if not 0 < member.size <= part.limit:
+                raise ValueError(f"size must be 1 to {part.limit} bytes, got {member.size}")
+            data = os.pread(self.descriptor, member.size, member.offset)
+            values = part.read(member, data, f"{self.shard}:{printable(member.name)}")
         except ValueError as error:
-            self._add_fault(part.bad, member, str(error))
+            return self._note(part.bad, member, str(error))
+        row[part.column : part.column + len(values)] = values
+        return 0
 
-    def _read_image(self, member: Member, data: bytes, name: str) -> None:
-        self.sample.offset, self.sample.size = member.offset, member.size
-        self.sample.shape = _pack(parse_image_header(data, name=name))
+    def _read_image(self, member: Member, data: bytes, name: str) -> tuple[int, ...]:
+        header = parse_image_header(data, name=name)
+        # An image has at most 64 million pixels: channels in 3 bits, width in 27, height above.
+        return member.offset, member.size, header.height << 30 | header.width << 3 | header.channels
 
-    def _read_label(self, member: Member, data: bytes, name: str) -> None:
-        self.sample.label = self.labels.read(data, name=name)
+    def _read_label(self, member: Member, data: bytes, name: str) -> tuple[int, ...]:
+        return (self.labels.read(data, name=name),)
 
-    def _read_vector(self, member: Member, data: bytes, name: str) -> None:
+    def _read_vector(self, member: Member, data: bytes, name: str) -> tuple[int, ...]:
         kind, start = parse_vector(data, name=name)
         if kind != (self.vector_kind or kind):
             raise ValueError(f"vector {name} must have {self.vector_kind} as those before it, got {kind}")
-        self.sample.vector, self.vector_kind = member.offset + start, kind
-
-    def _finish(self) -> None:
-        """Closes the current sample and adds its row."""
-        sample = self.sample
-        if sample.place < 0:
-            return
-        self.sample = _Sample()
-        if not self._count_ignored(sample):
-            return
-        if self.labels.extension is None:
-            sample.label = 0
-        # 4. Missing members are reported only for samples without another fault.
-        if not sample.faults:
-            sample.faults = (_BIT[NO_LABEL] if sample.label < 0 else 0) | (_BIT[NO_IMAGE] if sample.offset < 0 else 0)
-        self.num_faulty += sample.faults != 0
-        if sample.vector < 0 and not sample.faults and not self.without_vector:
-            self.without_vector = self._member_label_at(sample.place)
-        if self.num_faulty > _MAX_FAULTY and not self.lenient:
-            first = next(iter(self.first.values()), printable(sample.key))
-            raise DamagedTarError(f"more than {_MAX_FAULTY} samples have a fault (first {first})")
-        # Hashes are compared within this process only.
-        key = hash(sample.key)
-        position = (key, sample.place, sample.offset, sample.size)
-        self.table.extend((*position, sample.label, sample.shape, sample.vector, sample.faults))
-
-    def _count_ignored(self, sample: _Sample) -> bool:
-        """Counts the members that are not read, and returns whether the others are a sample."""
-        is_sample = sample.offset >= 0 or sample.label >= 0 or bool(sample.faults)
-        if sample.vector >= 0 and not is_sample:
-            sample.other.append(VECTOR_EXTENSION)
-        # Captions and metadata beside an image are normal; all other members are counted as ignored.
-        for extension in sample.other:
-            if not is_sample or extension not in ("txt", "json", "cls"):
-                self._ignore(extension)
-        return is_sample
+        self.vector_kind = kind
+        return (member.offset + start,)
 
     def _ignore(self, extension: str) -> None:
         self.ignored[f".{extension}"] += 1
@@ -349,70 +310,30 @@ class _Scanner:
         if self.num_ignored > _MAX_IGNORED:
             raise DamagedTarError(f"more than {_MAX_IGNORED} members are not images: {format_counts(self.ignored)}")
 
-    def _add_fault(self, fault: str, member: Member, reason: str = "") -> None:
-        self.sample.faults |= _BIT[fault]
+    def _note(self, fault: str, member: Member, reason: str = "") -> int:
+        """Keeps the message of the first sample with a fault, and returns the bit of the fault."""
         if fault not in self.first:
-            called = self._member_label(member)
-            self.first[fault] = called if not reason else reason if called in reason else f"{called}: {reason}"
+            name = f"{self.shard}:{printable(member.name)}"
+            self.first[fault] = name if not reason else reason if name in reason else f"{name}: {reason}"
+        return _BIT[fault]
 
-    def _member_label(self, member: Member) -> str:
-        return f"{self.shard}:{printable(member.name)}"
-
-    def _mark_repeated(
-        self, keys: npt.NDArray[np.int64], bits: npt.NDArray[np.int64], table: npt.NDArray[np.int64]
-    ) -> tuple[npt.NDArray[np.int64], dict[str, Fault]]:
-        """Marks keys that occur more than once.
-
-        If every occurrence is a complete sample, the key is repeated. If one lacks its image or its label, the parts of
-        one sample are apart in the tar: its members are not consecutive.
-
-        Args:
-            keys: (n,) int64, hash of each sample's key.
-            bits: (n,) int64, faults of each sample.
-            table: (n, 8) int64, all columns.
-
-        Returns:
-            The faults with these marks, (n,) int64, and a count of each kind; a key counts once.
-        """
-        if len(np.unique(keys)) == len(keys):  # the usual case, at the price of one sort
-            return bits, {}
-        _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
-        many = counts[inverse] > 1
-        halves = _BIT[NO_IMAGE] | _BIT[NO_LABEL]
-        in_parts = np.zeros(len(counts), bool)  # by key
-        in_parts[inverse[many & (bits & halves != 0)]] = True
-        parts = in_parts[inverse]  # by sample
-        # "no image" of one part and "no label" of the other are one fault
-        bits = np.where(parts, bits & ~halves | _BIT[INTERLEAVED], bits)
-        bits = np.where(many & ~parts, bits | _BIT[REPEATED], bits)
-        found = {}
-        for fault, chosen in ((REPEATED, many & ~parts), (INTERLEAVED, parts)):
-            if chosen.any():
-                found[fault] = Fault(
-                    len(np.unique(keys[chosen])), self._member_label_at(int(table[chosen.argmax(), 1]))
-                )
-        return bits, found
-
-    def _count(self, bits: npt.NDArray[np.int64], table: npt.NDArray[np.int64]) -> dict[str, Fault]:
-        found = {}
-        for fault in _FAULTS:
-            chosen = bits & _BIT[fault] != 0
-            if chosen.any() and fault not in (REPEATED, INTERLEAVED):  # _mark_repeated counts those, once per key
-                first = self.first.get(fault) or self._member_label_at(int(table[chosen.argmax(), 1]))
-                found[fault] = Fault(int(chosen.sum()), first)
-        return found
-
-    def _member_label_at(self, place: int) -> str:
-        """Returns ``SHARD:MEMBER`` of a sample's first member."""
-        return member_label(self.shard, os.pread(self.descriptor, BLOCK, place - BLOCK), place)
+    def _label_at(self, offset: int) -> str:
+        """Returns ``SHARD:MEMBER`` of the member whose payload begins at an offset."""
+        return member_label(self.shard, os.pread(self.descriptor, BLOCK, offset - BLOCK), offset)
 
 
-def _pack(header: ImageHeader) -> int:
-    """Packs height, width and channels into one integer: channels in 3 bits, width in 27, height above.
+def _mark_repeated(keys: npt.NDArray[np.int64], bits: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Returns the faults of samples, with those of keys that occur more than once.
 
-    An image has at most 64 million pixels, so a side has at most 26 bits.
+    A complete sample is repeated. One that lacks its image or its label is a part of a sample whose other part is
+    elsewhere in the tar.
     """
-    return header.height << 30 | header.width << 3 | header.channels
+    _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
+    is_repeated = counts[inverse] > 1
+    lacking = _BIT[NO_IMAGE] | _BIT[NO_LABEL]
+    is_part = is_repeated & (bits & lacking != 0)
+    bits = np.where(is_part, bits & ~lacking | _BIT[INTERLEAVED], bits)
+    return np.where(is_repeated & ~is_part, bits | _BIT[REPEATED], bits)
 
 
 def _image_range(shapes: npt.NDArray[np.int64]) -> ImageRange | None:
@@ -424,9 +345,3 @@ def _image_range(shapes: npt.NDArray[np.int64]) -> ImageRange | None:
         width=(int(widths.min()), int(widths.max())),
         channels=tuple(channels.tolist()),
     )
-
-
-def _member_fault(member: Member) -> str | None:
-    if _UNSAFE.search(member.name):
-        return BAD_NAME
-    return None if member.kind == "file" else BAD_KIND

@@ -15,14 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from maskgit_pl.data.images import UnreadableImageError, decode_image, parse_image_header
-from maskgit_pl.data.manifest import DataSummary, Manifest, Split, load_manifest, read_manifest_summary, splits_of
+from maskgit_pl.data.manifest import DataSummary, Manifest, Split, load_manifests, read_manifest_summary, splits_of
 from maskgit_pl.data.reader import ShardReader
 
 __all__ = [
     "DataStatistics",
     "DuplicatePair",
     "Duplicates",
-    "SizeCount",
     "find_duplicates",
     "images_of_classes",
     "read_statistics",
@@ -30,18 +29,8 @@ __all__ = [
 ]
 
 _HEADERS = 2_000  # images whose size is read, spread evenly over the split
-_BINS = 8  # of a histogram
-
 _MAX_PAIRS = 5
 _DIGEST_BYTES = 16  # two of 10^9 different images are equal with a probability of 10^-21
-
-
-class SizeCount(NamedTuple):
-    """A bar of a histogram: the number of images whose shorter side is in [low, high] pixels."""
-
-    low: int
-    high: int
-    images: int
 
 
 @dataclass(frozen=True)
@@ -52,17 +41,13 @@ class DataStatistics:
         summary: Class names, samples of the splits, range of the image sizes.
         manifests: Manifest of each split.
         classes: Number of samples of each class, (num_classes,) int64, for each split.
-        measured: Number of train images whose size was read, at most 2,000.
-        medians: Median (height, width) of these images.
-        short_sides: Histogram of their shorter sides.
+        medians: Median (height, width) of the train images, of at most 2,000 of them.
     """
 
     summary: DataSummary
     manifests: dict[Split, Manifest]
     classes: dict[Split, npt.NDArray[np.int64]]
-    measured: int
     medians: tuple[int, int]
-    short_sides: tuple[SizeCount, ...]
 
 
 def read_statistics(folder: str | Path) -> DataStatistics:
@@ -74,15 +59,13 @@ def read_statistics(folder: str | Path) -> DataStatistics:
     """
     folder = Path(folder)
     summary = read_manifest_summary(folder)
-    splits: dict[Split, None] = dict.fromkeys(("train", *splits_of(folder)))  # raises an error without train
-    manifests = {split: load_manifest(folder, split) for split in splits}
+    # Raises an error without train.
+    manifests: dict[Split, Manifest] = load_manifests(folder, tuple(dict.fromkeys(("train", *splits_of(folder)))))
     classes = {
         split: np.bincount(ShardReader(manifest).index["label"], minlength=summary.num_classes)
         for split, manifest in manifests.items()
     }
-    sizes = _sizes(manifests["train"])
-    height, width = np.median(sizes, axis=0).round().astype(int).tolist()
-    return DataStatistics(summary, manifests, classes, len(sizes), (height, width), _histogram(sizes.min(axis=1)))
+    return DataStatistics(summary, manifests, classes, _medians(manifests["train"]))
 
 
 def statistics_as_json(statistics: DataStatistics, duplicates: Duplicates | None) -> dict[str, Any]:
@@ -108,7 +91,6 @@ def statistics_as_json(statistics: DataStatistics, duplicates: Duplicates | None
         "splits": splits,
         "images": {"height": list(images.height), "width": list(images.width), "channels": list(images.channels)},
         "median": list(statistics.medians),
-        "short_sides": [bar._asdict() for bar in statistics.short_sides],
         "duplicates": None if duplicates is None else {**asdict(duplicates), "share_of_val": duplicates.share_of_val},
     }
 
@@ -209,23 +191,16 @@ def find_duplicates(
     return Duplicates(compare, images, repeated, val_in_train, other_label, tuple(pairs))
 
 
-def _sizes(manifest: Manifest) -> npt.NDArray[np.int64]:
-    """Returns heights and widths, (n, 2) int64, of images that are spread evenly over the split."""
+def _medians(manifest: Manifest) -> tuple[int, int]:
+    """Returns the median height and width of images that are spread evenly over the split."""
     # Reading a header costs a read of the whole image, so only some images are read.
     reader = ShardReader(manifest)
     indices = np.unique(np.linspace(0, len(reader) - 1, min(_HEADERS, len(reader))).round().astype(int)).tolist()
     headers = [parse_image_header(reader.read(index), name=reader.name(index)) for index in indices]
     reader.close()
-    return np.array([(header.height, header.width) for header in headers], np.int64)
-
-
-def _histogram(sides: npt.NDArray[np.int64]) -> tuple[SizeCount, ...]:
-    low, high = int(sides.min()), int(sides.max())
-    # Bins of whole pixels; small ranges have fewer.
-    edges = np.unique(np.linspace(low, high + 1, _BINS + 1).round().astype(int)).tolist()
-    counts, _ = np.histogram(sides, edges)
-    spans = zip(edges[:-1], edges[1:], counts.tolist(), strict=True)
-    return tuple(SizeCount(start, end - 1, count) for start, end, count in spans)
+    medians = np.median([(header.height, header.width) for header in headers], axis=0)
+    height, width = medians.round().astype(int).tolist()
+    return height, width
 
 
 def _digest_of_bytes(data: bytes, name: str) -> bytes:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -32,12 +31,9 @@ if TYPE_CHECKING:
     from maskgit_pl.data.stats import DataStatistics, Duplicates
 
 __all__ = [
-    "StoreVerification",
     "Verification",
     "describe_bad_files",
     "describe_data",
-    "describe_store_verification",
-    "describe_verification",
     "duplicate_lines",
     "index_lines",
     "statistics_lines",
@@ -50,16 +46,12 @@ __all__ = [
 _READ_BYTES, _DECODED_BYTES = 2**28, 2**25  # one process reads, and decodes, this much in about 10 seconds
 
 _SHOWN_CLASSES = 10
-_LONGEST_BAR = 40  # characters of the histogram's largest bar
 
 
-@dataclass(frozen=True)
-class Verification:
-    """The result of ``verify_shards``: number of shards, samples and bytes, and the bad files."""
+class Verification(NamedTuple):
+    """The amount of data that was verified, such as ``"3 shards, 12 samples, 61.4 kB"``, and the bad files."""
 
-    shards: int
-    samples: int
-    bytes: int
+    amount: str
     bad: tuple[BadFile, ...]
 
 
@@ -86,35 +78,24 @@ def verify_shards(
         ValueError: if a manifest is invalid.
     """
     folder = Path(folder)
-    manifests = {split: load_manifest(folder, split, check=False) for split in splits_of(folder) or ("train",)}
-    # 1.
-    bad_indexes = {split: _find_bad_index(manifest) for split, manifest in manifests.items()}
-    arrays = [bad for split in manifests for bad in (bad_indexes[split], _find_bad_vectors(manifests[split]))]
+    manifests = {split: load_manifest(folder, split, check=False) for split in splits_of(folder)}
+    arrays = {split: list(_find_bad_arrays(manifest)) for split, manifest in manifests.items()}  # 1.
     # 2. Jobs finish in any order; the report has the order of the manifests.
     jobs = [(split, number) for split, manifest in manifests.items() for number in range(len(manifest.shards))]
     shards = [shard for manifest in manifests.values() for shard in manifest.shards]
     size = sum(shard.bytes for shard in shards)
     workers = choose_workers(workers, work=size / (_DECODED_BYTES if decode else _READ_BYTES))
-    task = _Task(manifests, {split for split in manifests if bad_indexes[split] is None}, decode)
+    task = _Task(manifests, arrays, decode)
     found: dict[tuple[Split, int], BadFile | None] = {}
     for job, result in run_jobs(_verify_shard, task, jobs, workers=workers):
         found[job] = result
         on_shard(job[0], len(manifests[job[0]].shards))
-    files = [*arrays, *(found[job] for job in jobs)]
-    samples = sum(shard.samples for shard in shards)
-    return Verification(len(shards), samples, size, tuple(bad for bad in files if bad is not None))
+    files = [*(bad for of_split in arrays.values() for bad in of_split), *(found[job] for job in jobs)]
+    amount = f"{count_text(len(shards), 'shard')}, {sum(shard.samples for shard in shards)} samples, {size_text(size)}"
+    return Verification(amount, tuple(bad for bad in files if bad is not None))
 
 
-@dataclass(frozen=True)
-class StoreVerification:
-    """The result of ``verify_store``: number of rows and bytes, and the bad files."""
-
-    rows: int
-    bytes: int
-    bad: tuple[BadFile, ...]
-
-
-def verify_store(folder: str | Path) -> StoreVerification:
+def verify_store(folder: str | Path) -> Verification:
     """Compares shapes, ranges and hashes of all arrays of a token store with its ``store.json``.
 
     Args:
@@ -136,7 +117,7 @@ def verify_store(folder: str | Path) -> StoreVerification:
             bad.append(BadFile(f"{split}-*.npy", "valid arrays", "an invalid array", str(error)))
             continue
         rows, size = rows + len(tokens), size + tokens.nbytes + labels.nbytes + vectors
-    return StoreVerification(rows, size, tuple(bad))
+    return Verification(f"{rows} rows, {size_text(size)}", tuple(bad))
 
 
 def describe_data(folder: Path, summary: DataSummary, done: str) -> str:
@@ -191,19 +172,6 @@ def index_lines(folder: Path, shards: Mapping[Split, Sequence[Path]], how: str, 
         yield from (f"  {split}: left out: {count} {printable(fault)}" for fault, count in manifest.left_out.items())
         if indexed.ignored[split]:
             yield f"  {split}: members not read: {format_counts(indexed.ignored[split])}"
-    yield from (f"  {printable(note, limit=None)}" for note in indexed.notes)
-
-
-def describe_verification(folder: Path, found: Verification, *, decoded: bool) -> str:
-    """Returns one line about shards that agree with their manifests."""
-    what = "hashes and decoded images" if decoded else "hashes and images"
-    amount = f"{count_text(found.shards, 'shard')}, {found.samples} samples, {size_text(found.bytes)}"
-    return f"{folder}: {amount}: {what} agree with the index"
-
-
-def describe_store_verification(folder: Path, found: StoreVerification) -> str:
-    """Returns one line about a token store that agrees with its description."""
-    return f"{folder}: {found.rows} rows, {size_text(found.bytes)}: hashes and ranges agree with the description"
 
 
 def describe_bad_files(bad: Sequence[BadFile], source: str) -> str:
@@ -255,32 +223,25 @@ def duplicate_lines(found: Duplicates) -> Iterator[str]:
         yield f"  ... and {total - len(found.pairs)} more"
 
 
-@dataclass(frozen=True)
-class _Task:
-    """The argument that all workers share: manifests, the splits whose index is intact, and the kind of check."""
+class _Task(NamedTuple):
+    """The argument that all workers share: manifests, bad arrays of each split, and the kind of check."""
 
     manifests: dict[Split, Manifest]
-    indexed: set[Split]
+    bad_arrays: dict[Split, list[BadFile]]
     decode: bool
 
 
-def _find_bad_index(manifest: Manifest) -> BadFile | None:
+def _find_bad_arrays(manifest: Manifest) -> Iterator[BadFile]:
     try:
         manifest.index(check=True)
     except ValueError as error:
-        return BadFile(f"{manifest.split}.npy", f"{manifest.samples} rows", "damaged", str(error))
-    return None
-
-
-def _find_bad_vectors(manifest: Manifest) -> BadFile | None:
-    if manifest.vectors is None:
-        return None
-    try:
-        check_vectors(manifest)
-    except (OSError, ValueError) as error:
-        name, kind = vectors_path(manifest.folder, manifest.split).name, manifest.vectors.kind
-        return BadFile(name, f"{manifest.samples} vectors of {kind}", "damaged", str(error))
-    return None
+        yield BadFile(f"{manifest.split}.npy", f"{manifest.samples} rows", "damaged", str(error))
+    if manifest.vectors is not None:
+        try:
+            check_vectors(manifest)
+        except (OSError, ValueError) as error:
+            name = vectors_path(manifest.folder, manifest.split).name
+            yield BadFile(name, f"{manifest.samples} vectors of {manifest.vectors.kind}", "damaged", str(error))
 
 
 def _verify_shard(task: _Task, job: tuple[Split, int]) -> BadFile | None:
@@ -292,8 +253,10 @@ def _verify_shard(task: _Task, job: tuple[Split, int]) -> BadFile | None:
     except OSError as error:
         return BadFile(shard.name, f"{shard.bytes} bytes", "none", str(error.strerror))
     try:
-        if (bad := _find_difference(descriptor, shard)) is not None or split not in task.indexed:
+        if (bad := _find_difference(descriptor, shard)) is not None:
             return bad
+        if f"{split}.npy" in (array.name for array in task.bad_arrays[split]):  # the places of the images are unknown
+            return None
         first = sum(earlier.samples for earlier in manifest.shards[:number])
         images = manifest.index()[["offset", "size"]][first : first + shard.samples]
         faults = list(_find_bad_images(descriptor, shard, images.tolist(), decode=task.decode))
@@ -312,18 +275,17 @@ def _find_difference(descriptor: int, shard: Shard) -> BadFile | None:
     size, actual = os.fstat(descriptor).st_size, sha256_of(descriptor)
     if actual == shard.sha256:
         return None
-    damage = ""
+    expected, found = f"sha256 {shard.sha256[:12]}", f"sha256 {actual[:12]}"
+    reason = "changed after indexing, same length"
+    if size != shard.bytes:
+        expected, found = f"{shard.bytes} bytes", f"{size} bytes"
+        reason = ("shorter" if size < shard.bytes else "longer") + " than when it was indexed"
     try:
         for _ in read_members(DescriptorBytes(descriptor)):
             pass
     except DamagedTarError as error:
-        damage = str(error)
-    if size != shard.bytes:
-        reason = damage or ("shorter" if size < shard.bytes else "longer") + " than when it was indexed"
-        return BadFile(shard.name, f"{shard.bytes} bytes", f"{size} bytes", reason)
-    if damage:
-        return BadFile(shard.name, "a complete tar", "damaged", damage)
-    return BadFile(shard.name, _short(shard.sha256), _short(actual), "changed after indexing, same length")
+        reason = str(error)
+    return BadFile(shard.name, expected, found, reason)
 
 
 def _find_bad_images(
@@ -339,10 +301,6 @@ def _find_bad_images(
                 decode_image(data, channels=3, name=name)
         except UnreadableImageError as error:
             yield str(error)
-
-
-def _short(digest: str) -> str:
-    return f"sha256 {digest[:12]}"
 
 
 def _class_table(statistics: DataStatistics) -> Iterator[str]:
@@ -365,13 +323,3 @@ def _size_lines(statistics: DataStatistics) -> Iterator[str]:
     sizes = ((heights[0], widths[0]), statistics.medians, (heights[1], widths[1]))
     smallest, median, largest = map(pixels_text, sizes)
     yield f"width x height: smallest {smallest}, median {median}, largest {largest} pixels; {channels}"
-    bars = statistics.short_sides
-    if len(bars) < 2:
-        return
-    yield f"shorter side in pixels, {statistics.measured} images of train:"
-    largest_bar = max(bar.images for bar in bars)
-    spans = [f"{bar.low}-{bar.high}" if bar.low < bar.high else str(bar.low) for bar in bars]
-    for span, bar in zip(spans, bars, strict=True):
-        # Rounded up, so that every bar with images is visible.
-        stroke = "#" * -(-_LONGEST_BAR * bar.images // largest_bar)
-        yield f"  {span.rjust(max(map(len, spans)))}  {stroke} {bar.images}".rstrip()

@@ -3,34 +3,35 @@
 Used by ``maskgit data make`` and the scripts in ``data/``. The folder is built with a temporary name beside its final
 place and renamed when it is complete, so an incomplete folder is never used. A run after an interruption or an error
 resumes with the missing shards; the bytes do not depend on interruptions or on the number of workers. A second run of
-the same command finds the record and does nothing. ``webdataset.ShardWriter`` writes the shards.
+the same command finds the record and does nothing. ``webdataset`` writes the shards.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from webdataset import TarWriter
 
 from maskgit_pl.checks import ImageSize, check_image_size, check_integer, height_width, plain_size
 from maskgit_pl.data.folders import has_content, replace_folder, resolve_folder
 from maskgit_pl.data.image_bytes import UnreadableImageError
 from maskgit_pl.data.images import decode_image, encode_jpeg, encode_png, fit_image, parse_image_header
 from maskgit_pl.data.index import index_shards
-from maskgit_pl.data.manifest import Split, load_manifest, splits_of
+from maskgit_pl.data.manifest import Split, load_manifests, splits_of
 from maskgit_pl.data.reader import find_shards
 from maskgit_pl.data.samples import Sample, Source, UnreadableSample
 from maskgit_pl.data.vectors import VECTOR_EXTENSION
 from maskgit_pl.errors import printable
-from maskgit_pl.files import name_in_errors, read_json, remove_partials, sync, write_text
+from maskgit_pl.files import read_json, remove_partials, write_atomically, write_text
 from maskgit_pl.processes import choose_workers, run_jobs
 
-__all__ = ["LEFT_OUT", "MAX_RECORD_BYTES", "RECORD", "make_shards", "write_split"]
+__all__ = ["LEFT_OUT", "MAX_RECORD_BYTES", "RECORD", "make_shards", "write_shard"]
 
 RECORD = "made_from.json"
 MAX_RECORD_BYTES = 100_000_000  # a record lists the class names
@@ -78,8 +79,10 @@ def make_shards(
     workers = choose_workers(workers, work=sum(source.counts.values()) / _SAMPLES)
     check_integer("shard_size", shard_size, "[1, inf)")
     size = None if size is None else check_image_size("image_size", size, "[1, 65536]")
-    record = describe(source, size=size, shard_size=shard_size)  # 1.
-    if _is_made_from(folder, record):
+    # All that determines the content of the folder.
+    record = {"source": source.describe(), "size": size and plain_size(size), "shard_size": shard_size}
+    if _read_record(folder) == record:  # 1.
+        load_manifests(folder, splits_of(folder))  # raises an error if the shards have changed since
         return False
     folder = resolve_folder("data folder", folder)
     if has_content(folder):
@@ -98,73 +101,22 @@ def make_shards(
     return True
 
 
-def describe(source: Source, *, size: ImageSize | None = None, shard_size: int = 10_000) -> dict[str, Any]:
-    """Returns everything that determines the content of a data folder, as JSON values.
-
-    Args:
-        source: Source of the samples.
-        size: Size of the images; see ``make_shards``.
-        shard_size: Maximum number of samples per shard.
-    """
-    size_in_json = None if size is None else plain_size(size)
-    return {"source": source.describe(), "size": size_in_json, "shard_size": shard_size}
-
-
-def _is_made_from(folder: str | Path, record: dict[str, Any]) -> bool:
-    """Returns whether a folder holds complete shards that were made from this record.
-
-    Raises:
-        ValueError: if it was, but its shards have been changed or lost since.
-    """
-    if _read_record(Path(folder)) != record:
-        return False
-    for split in splits_of(folder) or ("train",):
-        load_manifest(folder, split)
-    return True
-
-
-def write_split(
-    samples: Iterable[Sample],
-    folder: Path,
-    split: Split,
-    *,
-    shard_size: int,
-    on_sample: Callable[[Split], object] = lambda split: None,
-    first_shard: int = 0,
-) -> None:
-    """Writes samples to shards named ``SPLIT-%06d.tar``.
+def write_shard(samples: Iterable[Sample], stream: IO[bytes], *, first_key: int) -> None:
+    """Writes samples as a WebDataset tar.
 
     The keys are the numbers of the samples: safe names that sort in the order of the samples.
 
     Args:
         samples: The samples.
-        folder: Existing folder to write to.
-        split: ``"train"`` or ``"val"``.
-        shard_size: Maximum number of samples per shard.
-        on_sample: Called with the split after each sample.
-        first_shard: Number of the first shard; its first key is ``first_shard * shard_size``.
+        stream: Open file.
+        first_key: Key of the first sample.
     """
-    from webdataset import ShardWriter
-
     # All members have the same owner and time, so equal samples give equal bytes and an equal fingerprint.
-    # The opener returns an absolute path, which webdataset does not parse as a URL, and allows % in the folder's name.
-    writer = ShardWriter(
-        f"{split}-%06d.tar",
-        maxcount=shard_size,
-        maxsize=math.inf,  # by default, webdataset begins another shard after 3 GB
-        start_shard=first_shard,
-        verbose=0,
-        opener=lambda name: str(folder.resolve() / name),
-        mtime=0,
-        user="",
-        group="",
-    )
-    with writer:
-        for number, sample in enumerate(samples, first_shard * shard_size):
+    with TarWriter(stream, mtime=0, user="", group="") as writer:
+        for number, sample in enumerate(samples, first_key):
             content = {"__key__": f"{number:08d}", sample.extension: sample.data, "cls": sample.label}
             # webdataset writes bytes as they are.
             writer.write(content if sample.vector is None else {**content, VECTOR_EXTENSION: sample.vector})
-            on_sample(split)
 
 
 @dataclass(frozen=True)
@@ -224,10 +176,7 @@ def _partial_folder(folder: Path, record: dict[str, Any]) -> Path:
                 "that is no folder of this command; remove it, or give another --out"
             ) from error
         write_text(partial / RECORD, json.dumps(record, indent=1) + "\n")
-    # Half-written files of a killed run.
     remove_partials(partial)
-    for left in partial.glob(".writing-*"):
-        shutil.rmtree(left, ignore_errors=True)
     return partial
 
 
@@ -248,36 +197,35 @@ def _write_missing(plan: _Plan, *, lenient: bool, workers: int, on_samples: Call
                 jobs.append((split, shard))
     if workers == 1 or len(jobs) == 1:
         for job in jobs:
-            _write_shard(plan, job, on_sample=lambda split: on_samples(split, 1))
+            _write_job(plan, job, on_sample=lambda split: on_samples(split, 1))
         return
-    for (split, shard), _ in run_jobs(_write_shard, plan, jobs, workers=workers):
+    for (split, shard), _ in run_jobs(_write_job, plan, jobs, workers=workers):
         on_samples(split, len(plan.places(split, shard)))
 
 
-def _write_shard(
+def _write_job(
     plan: _Plan, job: tuple[Split, int], *, on_sample: Callable[[Split], object] = lambda split: None
 ) -> None:
-    """Writes one shard to a folder of its own, and renames it when it is complete and on disk."""
+    """Writes one shard, and the list of its unreadable images."""
     split, shard = job
     left_out: list[UnreadableSample] = []
     samples = _read_samples(plan, split, shard, left_out, on_sample=on_sample)
-    writing = plan.folder / f".writing-{split}-{shard:06d}-{os.getpid()}"
-    writing.mkdir()
-    try:
-        with name_in_errors(plan.path(split, shard)):
-            write_split(samples, writing, split, shard_size=plan.shard_size, on_sample=on_sample, first_shard=shard)
-        (path,) = writing.iterdir()
-        sync(path)
+    path, first = plan.path(split, shard), next(samples, None)
+    if first is None:  # a shard without readable images does not become a file
+        path.unlink(missing_ok=True)
+        _write_left_out(plan.left_out_path(split, shard), left_out)
+        return
+    with write_atomically(path) as stream:
+        write_shard(chain([first], samples), stream, first_key=shard * plan.shard_size)
         # The list changes while there is no shard: a shard that exists has its own list.
-        plan.path(split, shard).unlink(missing_ok=True)
-        plan.left_out_path(split, shard).unlink(missing_ok=True)
-        if left_out:
-            write_text(plan.left_out_path(split, shard), "".join(f"{sample.error}\n" for sample in left_out))
-        # A shard without readable images does not become a file.
-        if len(left_out) < len(plan.places(split, shard)):
-            os.replace(path, plan.path(split, shard))
-    finally:
-        shutil.rmtree(writing, ignore_errors=True)
+        path.unlink(missing_ok=True)
+        _write_left_out(plan.left_out_path(split, shard), left_out)
+
+
+def _write_left_out(path: Path, left_out: Sequence[UnreadableSample]) -> None:
+    path.unlink(missing_ok=True)
+    if left_out:
+        write_text(path, "".join(f"{sample.error}\n" for sample in left_out))
 
 
 def _read_samples(
@@ -295,7 +243,7 @@ def _read_samples(
             yield made
         else:
             left_out.append(made)
-            on_sample(split)
+        on_sample(split)
 
 
 def _list_left_out(plan: _Plan, *, lenient: bool) -> None:

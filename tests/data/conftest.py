@@ -1,3 +1,4 @@
+import gzip
 import io
 import os
 import shutil
@@ -6,6 +7,7 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import webdataset
 from PIL import Image
@@ -41,6 +43,24 @@ class Tars:
             for kind, data in (("png", self.png(number)), ("cls", b"%d" % (number % 3)))
             if label or kind == "png"
         ]
+
+
+def write_idx(path: Path, values: np.ndarray) -> None:
+    header = bytes((0, 0, 8, values.ndim)) + b"".join(size.to_bytes(4, "big") for size in values.shape)
+    data = header + values.tobytes()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+@pytest.fixture
+def idx(tmp_path):
+    """A folder of IDX files: 12 + 5 images of 6 x 7; image i of train is filled with i."""
+    folder = tmp_path / "idx"
+    folder.mkdir()
+    for name, count, suffix in (("train", 12, ""), ("t10k", 5, ".gz")):
+        images = np.arange(count, dtype=np.uint8)[:, None, None] + np.zeros((1, 6, 7), np.uint8)
+        write_idx(folder / f"{name}-images-idx3-ubyte{suffix}", images)
+        write_idx(folder / f"{name}-labels-idx1-ubyte{suffix}", np.arange(count, dtype=np.uint8) % 3)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,12 +13,15 @@ from maskgit_pl.data.index import index_shards
 from maskgit_pl.data.manifest import (
     ImageRange,
     describe_resizing,
+    index_sha256,
     load_manifest,
     load_manifests,
     read_manifest_summary,
+    save_manifest,
 )
 from maskgit_pl.data.reader import ShardReader, find_shards
 from maskgit_pl.data.verify import verify_shards
+from maskgit_pl.errors import DataChangedError
 
 
 def test_every_sample_is_read_by_index(folder):
@@ -77,7 +81,7 @@ def test_damaged_index_is_refused_by_name(folder, data):
     with pytest.raises(ValueError, match=r"index .*train\.npy: cannot be read"):
         load_manifests(folder)
     (folder / "train.npy").unlink()
-    with pytest.raises(ValueError, match=r"index .*train\.npy: cannot be read"):
+    with pytest.raises(ValueError, match=r"index .*No such file .*train\.npy"):
         load_manifests(folder)
 
 
@@ -100,6 +104,18 @@ def test_a_changed_index_is_refused_before_training_with_the_way_out(folder, cas
     with pytest.raises(ValueError, match=r"index .*train\.npy changed since it was made.*maskgit data index"):
         load_manifests(folder)
     assert verify_shards(folder).bad[0].name == "train.npy"
+
+
+@pytest.mark.parametrize("offset", [10**6, 2**64 - 1])
+def test_an_index_of_a_stranger_that_leads_out_of_the_shard_is_refused_with_its_name(folder, offset):
+    manifest = load_manifest(folder, "val")
+    rows = np.array(manifest.index())
+    rows["offset"][-1] = offset
+    save_manifest(replace(manifest, index_sha256=index_sha256(rows)), rows)
+    with pytest.raises(ValueError, match=r"1 of 3 shards[^\n]*\n  val-000000\.tar: .* expected"):
+        load_manifests(folder)
+    with pytest.raises(DataChangedError, match=r"val-000000\.tar changed while it was in use"):
+        ShardReader(load_manifest(folder, "val", check=False)).read(2)
 
 
 HOSTILE = {  # what the message names, and what is done to the manifest

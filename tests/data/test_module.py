@@ -13,8 +13,8 @@ from maskgit_pl.data.images import encode_png
 from maskgit_pl.data.index import index_shards
 from maskgit_pl.data.reader import find_shards
 from maskgit_pl.data.samples import Sample
-from maskgit_pl.data.writer import write_split
 from maskgit_pl.pipeline.grids import to_unit_range
+from tests.data_folders import write_split
 
 NUM_TRAIN, NUM_VAL = 23, 11
 
@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("data")
     for split, count in (("train", NUM_TRAIN), ("val", NUM_VAL)):
         samples = (Sample(encode_png(image(n)), "png", n % 3, f"{n}") for n in range(count))
-        write_split(samples, path, split, shard_size=9, on_sample=lambda split: None)
+        write_split(samples, path, split, shard_size=9)
     index_shards(path, {split: find_shards(path, f"{split}-*.tar") for split in ("train", "val")})
     return path
 
@@ -116,7 +116,7 @@ def test_stale_and_foreign_stores_are_refused(folder, store, tmp_path):
         data(folder, source="tokens", token_store=str(store)).require_tokenizer("other", grid=(4, 4), codebook_size=16)
     samples = [Sample(encode_png(image(0)), "png", 0, "0")]
     for split in ("train", "val"):
-        write_split(samples, tmp_path, split, shard_size=9, on_sample=lambda split: None)
+        write_split(samples, tmp_path, split, shard_size=9)
     index_shards(tmp_path, {split: find_shards(tmp_path, f"{split}-*.tar") for split in ("train", "val")})
     with pytest.raises(ValueError, match=r"data must be .*maskgit tokenize"):
         data(tmp_path, source="tokens", token_store=str(store))

@@ -9,7 +9,7 @@ from braceexpand import braceexpand
 
 from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.data.manifest import load_manifest
-from maskgit_pl.data.reader import ShardReader, count_names, expand_braces, find_shards, locate_shards, split_shards
+from maskgit_pl.data.reader import ShardReader, expand_braces, find_shards, locate_shards, most_names, split_shards
 from maskgit_pl.errors import DataChangedError
 from tests.data_folders import save_data
 
@@ -84,22 +84,24 @@ def test_an_index_that_is_cut_while_it_is_read_ends_the_run_and_does_not_kill_it
 PIECES = ["{", "}", ",", "\\", "a", "1", "..", "{1..3}", "{c..a}", "{Y..b}", "{x,y}", "{03..1..2}", "{-2..2..0}"]
 
 
-@pytest.mark.slow
-def test_names_are_counted_as_they_are_expanded():
-    chance = random.Random(0)
-    outcomes = {"refused": 0, "format_counts": 0}
-    for _ in range(20_000):
+def test_patterns_have_no_more_names_than_their_bound():
+    chance, refused = random.Random(0), 0
+    for _ in range(5_000):
         pattern = "".join(chance.choice(PIECES) for _ in range(chance.randrange(1, 8)))
         try:
-            expected = len(list(itertools.islice(braceexpand(pattern), 20_000)))
+            count = len(list(itertools.islice(braceexpand(pattern), 20_000)))
         except ValueError:
-            outcomes["refused"] += 1
+            refused += 1
             with pytest.raises(ValueError, match="braces must close"):
-                count_names(pattern)
+                expand_braces(pattern)
         else:
-            outcomes["format_counts"] += 1
-            assert count_names(pattern) == expected, pattern
-    assert min(outcomes.values()) > 2_000
+            assert most_names(pattern) >= count, pattern
+    assert 500 < refused < 4_500
+
+
+@pytest.mark.parametrize(("pattern", "most"), [("a{x,y}{3..1}", 6), ("{a..c}", 3), ("{00..12..4}", 4), (r"\{a,b}", 1)])
+def test_the_bound_is_exact_for_ranges_and_lists(pattern, most):
+    assert most_names(pattern) == most
 
 
 def test_names_come_in_order():
@@ -125,9 +127,9 @@ def test_names_come_in_order():
     ids=lambda pattern: pattern[:20],
 )
 def test_what_would_fill_memory_is_refused_before_it_is_expanded(pattern, tmp_path):
-    with pytest.raises(ValueError, match=r"a pattern must .*got"):
+    with pytest.raises(ValueError, match=r"(a pattern|braces) must .*got"):
         expand_braces(pattern)
-    with pytest.raises(ValueError, match=r"shard pattern: a pattern must .*got"):
+    with pytest.raises(ValueError, match=r"shard pattern: (a pattern|braces) must .*got"):
         find_shards(tmp_path, pattern)
 
 
@@ -155,11 +157,9 @@ def test_shards_that_would_be_both_or_none_are_refused(tars, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["pipe:curl https://x/a.tar", "https://x/{0..3}.tar", "s3://bucket/a.tar"])
-def test_urls_and_commands_are_refused_by_name(place, tmp_path):
+def test_urls_and_commands_are_refused_by_name(place):
     with pytest.raises(ValueError, match="local files, got"):
         locate_shards(place)
-    with pytest.raises(ValueError, match="local files, got"):
-        find_shards(tmp_path, place)
 
 
 def test_patterns_take_braces_and_refuse_paths_and_gaps(folder):
@@ -168,12 +168,12 @@ def test_patterns_take_braces_and_refuse_paths_and_gaps(folder):
     assert [p.name for p in locate_shards(f"{folder}/{{train,val}}-*.tar")[1]] == [*names, "val-000000.tar"]
     with pytest.raises(ValueError, match="train-000002"):
         find_shards(folder, "train-{000000..000002}.tar")
-    for pattern in ("../*.tar", "/etc/*", "~/x.tar"):
+    for pattern in ("../*.tar", "/etc/*"):
         with pytest.raises(ValueError, match="got a path outside"):
             find_shards(folder, pattern)
     with pytest.raises(ValueError, match="braces must close"):
         find_shards(folder, "{a,b")
     with pytest.raises(ValueError, match="at most"):
         find_shards(folder, "{0..999999999999}.tar")
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(ValueError, match="nowhere"):
         locate_shards(f"{folder}/nowhere/*.tar")

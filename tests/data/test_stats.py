@@ -31,11 +31,7 @@ def test_classes_and_sizes_are_counted(tars, tmp_path):
         "train": [3, 0, 2],
         "val": [1, 1, 1],
     }
-    assert (statistics.medians, statistics.measured) == ((8, 8), 5)
-    assert sum(bar.images for bar in statistics.short_sides) == 5
-    assert statistics.short_sides[0][:2] == (8, 14)
-    assert statistics.short_sides[0].images == 3
-    assert statistics.short_sides[-1].high == 64
+    assert statistics.medians == (8, 8)
 
 
 def test_first_images_of_each_class(folder):

@@ -27,9 +27,8 @@ from maskgit_pl.data.reader import ShardReader, find_shards
 from maskgit_pl.data.samples import Sample
 from maskgit_pl.data.token_store import open_store
 from maskgit_pl.data.tokenizing import Outcome
-from maskgit_pl.data.writer import write_split
 from maskgit_pl.errors import DataBudgetError
-from tests.data_folders import save_data
+from tests.data_folders import save_data, write_split
 
 NUM_TRAIN, NUM_VAL = 23, 11
 VIEWS = ("crops", "flip")
@@ -58,7 +57,7 @@ def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("data")
     for split, count in (("train", NUM_TRAIN), ("val", NUM_VAL)):
         samples = (Sample(encode_png(image(n)), "png", n % 3, f"{n}") for n in range(count))
-        write_split(samples, path, split, shard_size=9, on_sample=lambda split: None)
+        write_split(samples, path, split, shard_size=9)
     index_shards(path, {split: find_shards(path, f"{split}-*.tar") for split in ("train", "val")})
     return path
 

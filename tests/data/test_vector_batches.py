@@ -25,10 +25,9 @@ from maskgit_pl.data.reader import find_shards
 from maskgit_pl.data.samples import Sample
 from maskgit_pl.data.token_store import open_store, read_description
 from maskgit_pl.data.verify import verify_store
-from maskgit_pl.data.writer import write_split
 from maskgit_pl.errors import DataChangedError
 from tests.data.test_vectors import npy
-from tests.data_folders import save_data
+from tests.data_folders import save_data, write_split
 
 NUM_TRAIN, NUM_VAL, DIM = 23, 11, 3
 OFFSETS = {"train": 0, "val": 100}

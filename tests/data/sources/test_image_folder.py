@@ -285,3 +285,29 @@ def test_a_folder_without_images_says_what_it_has(tmp_path):
         match=r"1 .tar \(train-0.tar\), 1 .zip \(inner.zip\); unpack archives inside it, or use maskgit data index",
     ):
         open_source(tmp_path / "photos")
+
+
+def test_a_new_file_moves_no_other_to_another_split(classes):
+    def split_of(folder):
+        source = ImageFolder(folder, val_fraction=0.3)
+        return {file.name: split for split, files in source._files.items() for file in files}
+
+    before = split_of(classes)
+    draw(classes / "cat" / "new.png", 1)
+    after = split_of(classes)
+    assert set(before.values()) == {"train", "val"}
+    assert {name: after[name] for name in before} == before
+
+
+def test_the_first_samples_of_a_split_are_of_mixed_classes(classes):
+    labels = [sample.label for sample in ImageFolder(classes).samples("train", range(20))]
+    assert 3 < sum(labels) < 17
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("test/bird", "lacks bird"), ("train/a\nb", r"a UTF-8 name on one line, got 'a\\nb'; rename")]
+)
+def test_a_class_folder_of_one_split_or_with_an_odd_name_is_refused(splits, name, message):
+    (splits / name).mkdir()
+    with pytest.raises(ValueError, match=message):
+        ImageFolder(splits)
