@@ -88,9 +88,7 @@ ARCHIVES: dict[str, Callable[[Path], Path]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("archive", ARCHIVES)
 @pytest.mark.parametrize("form", ["classes", "splits", "flat"])
-def test_an_archive_gives_the_data_folder_of_its_files_byte_for_byte(form, archive, request, tmp_path, monkeypatch):
-    # Several passes over a compressed tar.
-    monkeypatch.setattr("maskgit_pl.data.sources.archives._AT_ONCE", 700)
+def test_an_archive_gives_the_data_folder_of_its_files_byte_for_byte(form, archive, request, tmp_path):
     folder = request.getfixturevalue(form)
     path = ARCHIVES[archive](folder)
     fraction = None if form == "splits" else 0.3
