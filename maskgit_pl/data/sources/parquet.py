@@ -22,7 +22,6 @@ from maskgit_pl.data.image_bytes import MAX_IMAGE_BYTES, UnreadableImageError
 from maskgit_pl.data.manifest import Split
 from maskgit_pl.data.samples import Sample, UnreadableSample, is_val, read_sample
 from maskgit_pl.data.sources.labels import number_classes
-from maskgit_pl.data.sources.parquet_pages import check_parquet
 from maskgit_pl.errors import printable
 from maskgit_pl.files import parse_any_json, size_text
 
@@ -86,12 +85,15 @@ class ParquetFolder:
         check_number("val_fraction", val_fraction, "(0, 1)")
         self.folder, self.shown, self.label_field = folder, printable(folder), label_field
         with self._one_line():
-            import pyarrow.parquet  # noqa: F401  # or the way to install it
+            from maskgit_pl.data.sources.parquet_pages import check_parquet  # imports pyarrow
         files, unused = self._find_files()
         self.left_out = tuple(f"parquet file {printable(name)}" for name in unused)
         self.has_splits = "val" in files
         self._files = [name for names in files.values() for name in names]
-        checked = [check_parquet(folder / name) for name in self._files]
+        checked: list[tuple[int, int]] = []
+        for name in self._files:
+            with self._one_line(name):
+                checked.append(check_parquet(folder / name))
         if (count := sum(rows for rows, _ in checked)) > _MAX_ROWS:
             raise ValueError(f"source {self.shown} must have at most {_MAX_ROWS} rows, got {count}")
         self._rows_at_once = min(_ROWS_AT_ONCE, 1 + _BYTES_AT_ONCE // max(1, *(page for _, page in checked)))
