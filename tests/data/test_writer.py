@@ -348,7 +348,7 @@ def test_bad_sources_are_refused_by_name(idx, tree, tmp_path):
     with pytest.raises(ValueError, match=r"train-labels-idx1-ubyte must hold the 12 values of \(12,\), got 11"):
         open_source(idx)
     path.unlink()
-    with pytest.raises(ValueError, match="must have a file"):
+    with pytest.raises(ValueError, match="got no file"):
         open_source(idx)
 
 

@@ -95,8 +95,8 @@ def open_entries(path: Path) -> Entries:
 
     Raises:
         FileNotFoundError: if it does not exist.
-        ValueError: if it is no archive, is damaged or encrypted, or would expand to implausibly many bytes, or a link
-            in the folder leads out of it.
+        ValueError: if it is no archive, is damaged, or would expand to implausibly many bytes, or a link in the folder
+            leads out of it.
     """
     if path.is_dir():
         return _Folder(path)
@@ -252,25 +252,17 @@ class _Zip(_Archive):
 
     def __init__(self, path: Path) -> None:
         self._zip: zipfile.ZipFile | None = None
-        shown, length = printable(path), path.stat().st_size
+        shown = printable(path)
         try:
             with open(path, "rb") as stream, open_zip(stream, max_entries=_MAX_ENTRIES) as archive:
-                found = archive.infolist()
+                members = [_zip_member(info) for info in archive.infolist()]
         except TooLargeDirectoryError as error:
             raise ValueError(
                 f"archive {shown} must have {error}; extract it and name the folder, or make a tar of it"
             ) from error
         except _ZIP_ERRORS as error:
             raise ValueError(f"archive {shown} must be a complete zip, got: {printable(error)}") from error
-        for info in found:
-            name = printable(info.filename)
-            if info.flag_bits & _ENCRYPTED:
-                raise ValueError(
-                    f"archive {shown} must not be encrypted, got the encrypted file {name}; decrypt it first"
-                )
-            if info.header_offset < 0 or info.header_offset + info.compress_size > length:
-                raise ValueError(f"archive {shown} must be a complete zip, got {name} beyond its end")
-        super().__init__(path, [_zip_member(info) for info in found])
+        super().__init__(path, members)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_zip": None}  # a worker process opens the file itself
@@ -293,6 +285,8 @@ def _zip_member(info: zipfile.ZipInfo) -> _Member:
     fault = "links" if stat.S_ISLNK(info.external_attr >> 16) else ""  # 0 if the zip was not made on Unix
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # bzip2 and LZMA may take any memory
         fault = "with a compression other than deflate"
+    if info.flag_bits & _ENCRYPTED:
+        fault = "encrypted"
     name = info.filename.replace("\\", "/")  # as some programs of Windows write it
     return _Member(name, info.file_size, info, fault, is_folder=name.endswith("/"))
 

@@ -283,15 +283,14 @@ class ImageFolder:
 
     def _find_vector_kind(self) -> tuple[VectorKind, str] | None:
         """Returns size and type of the vectors, which the first valid one decides, and its name; None without any."""
-        names = [file.vector for files in self._files.values() for file in files if file.vector is not None]
-        errors: list[ValueError] = []
-        for name in names:
+        first_error: ValueError | None = None
+        for name in (file.vector for files in self._files.values() for file in files if file.vector is not None):
             try:
                 return self._read_vector(name)[1], printable(self._entries.path / name)
             except ValueError as error:
-                errors.append(error)
-        if errors:
-            raise ValueError(f"{errors[0]}; correct the .npy files, or leave all of them out with --no-vectors")
+                first_error = first_error or error
+        if first_error is not None:
+            raise ValueError(f"{first_error}; correct the .npy files, or leave all of them out with --no-vectors")
         return None
 
     def _read_vector(self, name: str) -> tuple[bytes, VectorKind]:

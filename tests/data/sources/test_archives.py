@@ -103,19 +103,11 @@ def test_links_and_archives_inside_and_files_of_macos_are_left_out(name, tmp_pat
     )
 
 
-def test_an_encrypted_zip_is_refused(tmp_path):
-    path = write_zip(tmp_path / "photos.zip", GOOD)
-    data = bytearray(path.read_bytes())
-    entry = data.rindex(b"PK\1\2")
-    data[entry + 8] |= 1
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"must not be encrypted, got the encrypted file b/19.png; decrypt it first$"):
-        open_source(path)
-
-
-def test_a_compression_other_than_deflate_is_left_out(tmp_path):
+def test_encrypted_files_and_a_compression_other_than_deflate_are_left_out(tmp_path):
     path = write_zip(tmp_path / "photos.zip", [*GOOD, ("a/x.png", png(1))], compress_type=zipfile.ZIP_LZMA)
     assert ImageFolder(path, val_fraction=0.3).left_out == ("1 with a compression other than deflate (a/x.png)",)
+    directory_field(path, 8, b"\1\0")
+    assert ImageFolder(path, val_fraction=0.3).left_out == ("1 encrypted (a/x.png)",)
 
 
 def directory_field(path: Path, offset: int, value: bytes) -> None:
