@@ -20,7 +20,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from maskgit_pl.data.image_bytes import MAX_IMAGE_BYTES
 from maskgit_pl.data.tar import DamagedTarError, DescriptorBytes, read_members
@@ -294,16 +294,16 @@ def _zip_member(info: zipfile.ZipInfo) -> _Member:
 class _Tar(_Archive):
     """The files of a tar; see ``_Archive``.
 
-    A compressed one has no random access: it is decompressed to a temporary file, which is removed with this object.
+    A compressed one has no random access: it is decompressed to a temporary file, which ends with this object.
     """
 
     def __init__(self, path: Path, *, is_compressed: bool) -> None:
         self._tar = path
         if is_compressed:
-            descriptor, name = tempfile.mkstemp(prefix="maskgit-", suffix=".tar")
-            self._tar = Path(name)
-            weakref.finalize(self, self._tar.unlink)
-            _decompress(path, descriptor)
+            file = tempfile.TemporaryFile()  # noqa: SIM115  # without a name: also a killed process leaves nothing
+            weakref.finalize(self, file.close)
+            self._tar = Path(f"/proc/{os.getpid()}/fd/{file.fileno()}")  # which worker processes can open
+            _decompress(path, file)
         faults = {"link": "links", "device": "devices", "sparse file": "sparse files"}
         try:
             with open(self._tar, "rb") as file:
@@ -323,12 +323,16 @@ class _Tar(_Archive):
             return file.read(self.sizes[name])
 
 
-def _decompress(path: Path, descriptor: int) -> None:
+def _decompress(path: Path, file: IO[bytes]) -> None:
     """Decompresses a gzip file into an open file, up to the limit of an archive."""
     try:
-        with open(descriptor, "wb") as file, gzip.open(path) as stream:
+        with gzip.open(path) as stream:
             while block := stream.read(_BLOCK):
                 _check_expansion(path, file.tell() + len(block))
                 file.write(block)
+        file.flush()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"archive {printable(path)} must be a complete gzip file, got: {error}") from error
+    except OSError as error:  # such as a full disk
+        text = f"{error.strerror}; decompress it to a .tar, or set TMPDIR to a folder with more space"
+        raise OSError(error.errno, text, str(path)) from error

@@ -1,6 +1,5 @@
 """Hostile and damaged archives: each is answered in one line, or the member is left out and listed."""
 
-import gc
 import gzip
 import io
 import stat
@@ -247,17 +246,11 @@ def test_a_gzip_file_that_expands_without_end_is_refused_at_the_limit(tmp_path, 
         open_source(path)
 
 
-def test_the_temporary_file_of_a_compressed_tar_is_removed_with_its_source(tmp_path, monkeypatch):
+def test_a_compressed_tar_leaves_no_temporary_file_even_if_the_process_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     entries = open_entries(write_tar(tmp_path / "photos.tar.gz", GOOD))
     assert {name: entries.read(name) for name, _ in GOOD} == dict(GOOD)
-    assert len([*(tmp_path / "temporary").iterdir()]) == 1
-    del entries
-    (tmp_path / "cut.tar.gz").write_bytes((tmp_path / "photos.tar.gz").read_bytes()[:-9])
-    with pytest.raises(ValueError, match="must be a complete gzip file"):
-        open_entries(tmp_path / "cut.tar.gz")
-    gc.collect()
     assert not [*(tmp_path / "temporary").iterdir()]
 
 
