@@ -300,10 +300,11 @@ class _Tar(_Archive):
     def __init__(self, path: Path, *, is_compressed: bool) -> None:
         self._tar = path
         if is_compressed:
-            file = tempfile.TemporaryFile()  # noqa: SIM115  # without a name: also a killed process leaves nothing
-            weakref.finalize(self, file.close)
-            self._tar = Path(f"/proc/{os.getpid()}/fd/{file.fileno()}")  # which worker processes can open
-            _decompress(path, file)
+            # Without a name, so that also a killed process leaves nothing; worker processes can open it.
+            plain = tempfile.TemporaryFile()  # noqa: SIM115
+            weakref.finalize(self, plain.close)
+            self._tar = Path(f"/proc/{os.getpid()}/fd/{plain.fileno()}")
+            _decompress(path, plain)
         faults = {"link": "links", "device": "devices", "sparse file": "sparse files"}
         try:
             with open(self._tar, "rb") as file:
