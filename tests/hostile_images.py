@@ -35,11 +35,14 @@ def zeros(count: int) -> bytes:
 
 def saved(kind: str, *, frames: int = 1, size: tuple[int, int] = (8, 8), **options) -> bytes:
     """Returns the file that Pillow writes."""
-    pictures = [Image.new("RGB", size, (number % 256, 9, 9)) for number in range(frames)]
+    first, *others = [Image.new("RGB", size, (number % 256, 9, 9)) for number in range(frames)]
+    return save(first, kind, **({"save_all": True, "append_images": others} if others else {}), **options)
+
+
+def save(image: Image.Image, kind: str, **options) -> bytes:
+    """Returns the file of an image."""
     buffer = io.BytesIO()
-    pictures[0].save(
-        buffer, kind, **({"save_all": True, "append_images": pictures[1:]} if frames > 1 else {}), **options
-    )
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 

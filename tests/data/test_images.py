@@ -34,18 +34,13 @@ from tests.hostile_images import (
     many_scans,
     many_segments,
     png,
+    save,
     sparse,
     write_refused,
     zeros,
 )
 
 RED = (200, 30, 40)
-
-
-def save(image: Image.Image, kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def noise(height: int, width: int, channels: int) -> np.ndarray:

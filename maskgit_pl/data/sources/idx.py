@@ -16,6 +16,7 @@ import numpy.typing as npt
 from maskgit_pl.data.images import encode_png
 from maskgit_pl.data.manifest import Split
 from maskgit_pl.data.samples import Sample
+from maskgit_pl.data.sources.labels import number_classes
 from maskgit_pl.errors import printable
 from maskgit_pl.files import size_text
 
@@ -45,11 +46,10 @@ class IdxFiles:
     def __init__(self, folder: Path, *, classes: Sequence[str] | None = None) -> None:
         self.folder = folder
         self._splits = {split: _read_split(folder, split) for split in _IDX_SPLITS}
-        largest = max(int(labels.max()) for _, labels, _ in self._splits.values())
-        self.classes = tuple(map(str, range(largest + 1))) if classes is None else tuple(classes)
-        if largest >= len(self.classes):
-            rule = f"labels must be in [0, {len(self.classes)}), the number of class names"
-            raise ValueError(f"source {printable(folder)}: {rule}, got {largest}")
+        found = {
+            int(labels.max()): f"source {printable(folder)}:{split}" for split, (_, labels, _) in self._splits.items()
+        }
+        self.classes, _ = number_classes(found, classes, label_field="label")
 
     @property
     def counts(self) -> dict[Split, int]:

@@ -1,7 +1,7 @@
 """Labels of samples: files ``metadata.csv`` and ``metadata.jsonl``, and the class numbers of labels.
 
 A row of a metadata file names an image relative to the folder of the file, and its label, as in Hugging Face's
-ImageFolder. Used by ``image_folder`` and ``parquet``.
+ImageFolder. Used by the other sources.
 
 Source: Hugging Face, Datasets, "Create an image dataset": ``file_name`` and further columns.
 """

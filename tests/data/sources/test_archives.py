@@ -19,12 +19,11 @@ from maskgit_pl.data.sources.archives import open_entries
 from maskgit_pl.data.sources.image_folder import ImageFolder
 from maskgit_pl.data.sources.opening import open_source
 from maskgit_pl.data.writer import make_shards
+from tests.hostile_images import save
 
 
 def png(number: int) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (9, 8), (number, 1, 2)).save(file, "PNG")
-    return file.getvalue()
+    return save(Image.new("RGB", (9, 8), (number, 1, 2)), "PNG")
 
 
 GOOD = [(f"{'ab'[number % 2]}/{number}.png", png(number)) for number in range(20)]

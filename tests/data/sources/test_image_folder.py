@@ -1,6 +1,5 @@
 """Folders and archives of images: every form gives the same shards, and odd files are treated alike."""
 
-import io
 import os
 import shutil
 import tarfile
@@ -17,6 +16,7 @@ from maskgit_pl.data.samples import UnreadableSample
 from maskgit_pl.data.sources.image_folder import ImageFolder
 from maskgit_pl.data.sources.opening import open_source
 from maskgit_pl.data.writer import make_shards
+from tests.hostile_images import save
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -146,11 +146,9 @@ def test_a_webdataset_tar_is_sent_to_the_index(tars, tmp_path):
 
 
 def saved(mode: str, suffix: str, **options: object) -> bytes:
-    file = io.BytesIO()
     image = Image.new(mode, (6, 4))
     image.putpixel((0, 0), 200 if len(image.getbands()) == 1 else tuple([200] * len(image.getbands())))
-    image.save(file, suffix, **options)
-    return file.getvalue()
+    return save(image, suffix, **options)
 
 
 def with_orientation() -> bytes:

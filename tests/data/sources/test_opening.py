@@ -1,6 +1,5 @@
 """Data sets of the Hub: they are downloaded once, and read like any folder."""
 
-import io
 import re
 
 import pyarrow as pa
@@ -11,13 +10,12 @@ from PIL import Image
 
 from maskgit_pl.cli import main
 from maskgit_pl.data.sources.opening import open_source
+from tests.hostile_images import save
 from tests.local_hub import local_hub
 
 
 def png(number: int) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (9, 8), (number, 1, 2)).save(file, "PNG")
-    return file.getvalue()
+    return save(Image.new("RGB", (9, 8), (number, 1, 2)), "PNG")
 
 
 def table(start: int, count: int, **labels: list[int]) -> bytes:
