@@ -158,14 +158,14 @@ class _Member(NamedTuple):
     Args:
         name: Name as stored.
         size: Length in bytes, as the archive states it.
-        place: Position of its bytes in a tar, its entry of the directory of a zip.
+        place: Position of its bytes in a tar, number of its entry in the directory of a zip.
         fault: Kind under which it is left out, such as ``"links"``; empty for a file or folder.
         is_folder: True for a folder.
     """
 
     name: str
     size: int
-    place: Any
+    place: int
     fault: str = ""
     is_folder: bool = False
 
@@ -255,7 +255,7 @@ class _Zip(_Archive):
         shown = printable(path)
         try:
             with open(path, "rb") as stream, open_zip(stream, max_entries=_MAX_ENTRIES) as archive:
-                members = [_zip_member(info) for info in archive.infolist()]
+                members = [_zip_member(info, place) for place, info in enumerate(archive.infolist())]
         except TooLargeDirectoryError as error:
             raise ValueError(
                 f"archive {shown} must have {error}; extract it and name the folder, or make a tar of it"
@@ -271,7 +271,8 @@ class _Zip(_Archive):
         self._zip = self._zip or zipfile.ZipFile(self.path)
         size = self.sizes[name]
         try:
-            with self._zip.open(self.places[name]) as stream:  # gives at most the length in the directory
+            info = self._zip.infolist()[self.places[name]]
+            with self._zip.open(info) as stream:  # gives at most the length in the directory
                 data = stream.read(size)
                 stream.read(1)  # compares the checksum, also of a member of no bytes
         except (*_ZIP_ERRORS, zlib.error) as error:
@@ -281,14 +282,14 @@ class _Zip(_Archive):
         return data
 
 
-def _zip_member(info: zipfile.ZipInfo) -> _Member:
+def _zip_member(info: zipfile.ZipInfo, place: int) -> _Member:
     fault = "links" if stat.S_ISLNK(info.external_attr >> 16) else ""  # 0 if the zip was not made on Unix
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # bzip2 and LZMA may take any memory
         fault = "with a compression other than deflate"
     if info.flag_bits & _ENCRYPTED:
         fault = "encrypted"
     name = info.filename.replace("\\", "/")  # as some programs of Windows write it
-    return _Member(name, info.file_size, info, fault, is_folder=name.endswith("/"))
+    return _Member(name, info.file_size, place, fault, is_folder=name.endswith("/"))
 
 
 class _Tar(_Archive):
