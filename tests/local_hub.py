@@ -70,8 +70,9 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/repos/create":
             return self._create(json.loads(body))
         words = path.strip("/").split("/")
-        is_api = words[:2] == ["api", "models"]
-        owner, name, *rest = words[2:] if is_api else words
+        is_api = words[:1] == ["api"]
+        words = words[2:] if is_api else words[words[:1] == ["datasets"] :]  # after "api/models" or "api/datasets"
+        owner, name, *rest = words
         files = self.hub.repositories.get(f"{owner}/{name}")
         if files is None:
             return self._answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")

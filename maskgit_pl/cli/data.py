@@ -47,7 +47,7 @@ def make(
 
     Args:
         source: Folder or archive of images, folder of IDX or parquet files, or hf:OWNER/NAME[@REVISION][:SPLIT] of the
-            Hugging Face Hub.
+            Hugging Face Hub, which is downloaded to data/raw.
         out: Data folder to write.
         val_fraction: Val fraction of a source without a val split (default: 0.1).
         image_size: Crop the centre and resize to S x S pixels, or height H and width W (default: keep the files).

@@ -1,9 +1,9 @@
 """Opening of image files that may be hostile: checks of format, parts and completeness before any pixel is decoded.
 
-Bytes, PNG chunks, JPEG segments and JPEG scans are counted and limited here, so that no file takes minutes or gigabytes
-to open. Pillow gets only those chunks of a PNG on which pixels and orientation depend, after a check of their sizes and
-checksums. Profiles, texts and animations never reach it, so that they cost nothing and cannot fail. Used by ``images``,
-which decodes, and by the code that reads only headers.
+Bytes, PNG chunks and JPEG scans are counted and limited here, so that no file takes minutes or gigabytes to open.
+Pillow gets only those chunks of a PNG and segments of a JPEG on which pixels and orientation depend. Profiles, texts
+and animations never reach it, so that they cost nothing and cannot fail. Used by ``images``, which decodes, and by the
+code that reads only headers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from maskgit_pl.errors import printable
 from maskgit_pl.files import size_text
@@ -36,12 +36,12 @@ __all__ = [
     "Reason",
     "UnreadableImageError",
     "check_complete",
-    "check_jpeg",
     "check_size",
     "first_line",
     "open_image",
     "pil_errors",
     "read_image_file",
+    "read_jpeg_head",
     "silent_warnings",
 ]
 
@@ -54,21 +54,20 @@ PIL_ERRORS = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError,
 
 JPEG_MAGIC = b"\xff\xd8\xff"
 _MAX_SCANS = 100  # of a JPEG; a progressive one has about 10, and each takes time for all pixels
-_MAX_SEGMENTS = 2_000  # of a JPEG before its pixels
-_MAX_METADATA = 32 * 2**20  # bytes of these segments: profiles, EXIF, depth maps of phones
-_MAX_FILLER = 1_000  # bytes between these segments
+_MAX_SEGMENTS = 100  # of a JPEG before its pixels, on which they depend; about 10 are usual
 _MAX_MARKERS = 20_000  # of a JPEG, including the markers between its scans
 # Markers of a JPEG that have a segment, and the end marker; not 0xFF00 (a data byte) and restart markers.
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 _SCAN, _END_OF_IMAGE, _APP1 = 0xDA, 0xD9, 0xE1
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # the segments that state the size and the coding
+# Also tables (DHT, DAC, DQT), the restart interval, and the colour space of JFIF and Adobe.
+_PIXEL_SEGMENTS = _FRAMES | {0xC4, 0xCC, 0xDB, 0xDD, 0xE0, 0xEE, _SCAN}
+_METADATA = (b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0")  # beginnings of APP1 segments that may hold an orientation
 
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _MAX_CHUNKS = 100_000  # of a PNG; a file of the largest size has 32,768 of 8 kB
-_MAX_OTHER_CHUNKS = 256  # chunks without pixels; libpng may print a line for each
-_PIXEL_CHUNKS = (b"IDAT", b"fcTL", b"fdAT")
 _MAX_RATIO = 1032  # of deflate: a block of 258 equal bytes takes 2 bits
-_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # per pixel, by the colour type
+_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # per pixel, by colour: grey, RGB, palette, grey and RGB with alpha
 _XMP = b"XML:com.adobe.xmp\0"  # beginning of the iTXt chunk that may hold an orientation
 _END = b"\0\0\0\0IEND\xaeB`\x82"
 
@@ -90,6 +89,20 @@ class UnreadableImageError(ValueError):
     def __init__(self, text: str, *, reason: Reason = "damaged") -> None:
         super().__init__(text)
         self.reason: Reason = reason
+
+
+class _Part(NamedTuple):
+    """A part of a file.
+
+    Args:
+        kind: Name of a PNG chunk, or code of a JPEG marker.
+        start: Position of the content of a chunk, or of a marker.
+        end: Position after the content of a chunk, which a checksum of 4 bytes follows, or after a segment.
+    """
+
+    kind: Any
+    start: int
+    end: int
 
 
 def read_image_file(path: str | Path, *, name: str) -> bytes:
@@ -125,35 +138,28 @@ def open_image(data: bytes, name: str, *, header_only: bool = False) -> Image.Im
     Args:
         data: All bytes of the file.
         name: The image's name in error messages.
-        header_only: True leaves the pixels of a PNG out.
+        header_only: True leaves the pixels out.
 
     Raises:
         UnreadableImageError: if it is not a JPEG, PNG or WebP, is animated, damaged before its pixels or, in PNG,
             within them, or has more than 64 million pixels or too many parts.
     """
     _check_format(data, name)
-    if data.startswith(_PNG_MAGIC):
-        with pil_errors(name):
-            return _open_png(data, name, header_only=header_only)
-    if data.startswith(JPEG_MAGIC):
-        check_jpeg(data, name)
-    else:
-        _check_webp(data, name)
-    from PIL import Image, UnidentifiedImageError
+    from PIL import JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
-    try:
+    image: Image.Image
+    with pil_errors(name):
+        if data.startswith(_PNG_MAGIC):
+            return PngImagePlugin.PngImageFile(io.BytesIO(_read_png(data, name, header_only=header_only)))
         with silent_warnings():
-            image = Image.open(io.BytesIO(data), formats=("JPEG", "WEBP"))
-        frames = int(getattr(image, "n_frames", 1))
-    except Image.DecompressionBombError as error:
-        text = f"image {name} must have at most {MAX_PIXELS} pixels, got more"
-        raise UnreadableImageError(text, reason="too large") from error
-    except PIL_ERRORS as error:
-        why = "its header cannot be read" if isinstance(error, UnidentifiedImageError) else first_line(error)
-        raise UnreadableImageError(f"image {name} is damaged: {why}") from error
+            if data.startswith(JPEG_MAGIC):
+                head, start = read_jpeg_head(data, name)
+                image = JpegImagePlugin.JpegImageFile(io.BytesIO(head if header_only else head + data[start:]))
+            else:
+                _check_webp(data, name)
+                image = webp = WebPImagePlugin.WebPImageFile(io.BytesIO(data))
+                _check_still(webp.n_frames, name)
     check_size(image.height, image.width, name)
-    if image.format != "MPO":  # the first picture of an MPO is the photo
-        _check_still(frames, name)
     return image
 
 
@@ -170,18 +176,18 @@ def check_complete(data: bytes, *, name: str) -> None:
         UnreadableImageError: if a part is missing or, in PNG, damaged.
     """
     if data.startswith(_PNG_MAGIC):
-        whole = False
-        for chunk in _png_chunks(data):
-            if chunk.is_critical:
-                chunk.check(data, name)
-            whole = chunk.name == b"IEND"
+        chunks = list(_png_chunks(data))
+        for chunk in chunks:
+            if chunk.kind[:1].isupper():
+                _check_chunk(chunk, data, name)
+        whole = bool(chunks) and chunks[-1].kind == b"IEND"
     elif data.startswith(JPEG_MAGIC):
-        whole = any(marker.code == _END_OF_IMAGE for marker in _jpeg_markers(data))
+        whole = any(marker.kind == _END_OF_IMAGE for marker in _jpeg_markers(data))
     else:
         # RIFF: the length of what follows the first 8 bytes
         whole = len(data) >= 8 + int.from_bytes(data[4:8], "little")
     if not whole:
-        raise _truncated_error(data, name)
+        raise UnreadableImageError(f"image {name} is truncated after {len(data)} bytes")
 
 
 def check_size(height: int, width: int, name: str) -> None:
@@ -232,65 +238,50 @@ def _check_still(frames: int, name: str) -> None:
         raise UnreadableImageError(f"image {name} must be a still image, got {frames} frames", reason="animated")
 
 
-def _truncated_error(data: bytes, name: str) -> UnreadableImageError:
-    return UnreadableImageError(f"image {name} is truncated after {len(data)} bytes")
+def read_jpeg_head(data: bytes, name: str) -> tuple[bytes, int]:
+    """Returns a JPEG up to the pixels, without other segments than those on which pixels and orientation depend.
 
-
-def check_jpeg(data: bytes, name: str) -> bool:
-    """Checks that a JPEG does not take minutes to open or to decode.
-
-    1. Its pixels begin after at most 2,000 segments, 32 MiB of segments and 1,000 bytes between segments.
-    2. It has at most 100 scans. Counting the bytes of a scan marker is fast and gives an upper limit, since they may
-       also occur inside a segment. The markers are walked only if this limit is above 100.
+    1. Keep at most 100 segments up to the first scan, and of EXIF and of XMP the first one.
+    2. Check that there are at most 100 scans. Counting the bytes of a scan marker is fast and gives an upper limit,
+       since they may also occur inside a segment. The markers are walked only if this limit is above 100.
 
     Args:
         data: All bytes of the file.
         name: The image's name in error messages.
 
     Returns:
-        True if it has an EXIF or XMP segment before its pixels, which may give an orientation.
+        These bytes, and the position after the header of the first scan in ``data``.
 
     Raises:
-        UnreadableImageError: if a limit is exceeded.
+        UnreadableImageError: if a limit is exceeded, or there is no scan.
     """
     # 1.
-    head: list[_Marker] = []
-    for marker in islice(_jpeg_markers(data), _MAX_SEGMENTS):
-        head.append(marker)
-        if marker.code == _SCAN:
+    kept: list[_Part] = []
+    missing = {*_METADATA}
+    for marker in _jpeg_markers(data):
+        if marker.kind == _APP1:
+            first = {each for each in missing if data.startswith(each, marker.start + 4)}
+            missing -= first
+            kept += [marker] * len(first)
+        elif marker.kind in _PIXEL_SEGMENTS:
+            kept.append(marker)
+        if marker.kind == _SCAN or len(kept) > _MAX_SEGMENTS:
             break
-    if not head or head[-1].code != _SCAN:
-        raise UnreadableImageError(f"image {name} is damaged: no pixels after {len(head)} segments")
-    before = head[-1].start
-    if before > _MAX_METADATA:
-        limit = size_text(_MAX_METADATA)
-        raise UnreadableImageError(
-            f"image {name} must have at most {limit} before its pixels, got {size_text(before)}", reason="too large"
-        )
-    if before - 2 - sum(marker.end - marker.start for marker in head[:-1]) > _MAX_FILLER:
-        raise UnreadableImageError(f"image {name} is damaged: over {_MAX_FILLER} bytes between its segments")
+    if not kept or kept[-1].kind != _SCAN:
+        raise UnreadableImageError(f"image {name} is damaged: its pixels were not found")
     # 2. If a sequential frame's first scan has all colour components, libjpeg rejects a second scan itself.
-    frames = [marker for marker in head if marker.code in _FRAMES]
-    scan, frame = head[-1].start + 4, frames[0].start + 9 if frames else 0  # positions of the number of components
-    is_whole = len(frames) == 1 and frames[0].code <= 0xC1 and data[scan : scan + 1] == data[frame : frame + 1]
+    frames = [marker for marker in kept if marker.kind in _FRAMES]
+    scan, frame = kept[-1].start + 4, frames[0].start + 9 if frames else 0  # positions of the number of components
+    is_whole = len(frames) == 1 and frames[0].kind <= 0xC1 and data[scan : scan + 1] == data[frame : frame + 1]
     if not is_whole and data.count(b"\xff\xda") > _MAX_SCANS:
-        codes = [marker.code for marker in _jpeg_markers(data)]
+        codes = [marker.kind for marker in _jpeg_markers(data)]
         if codes.count(_SCAN) > _MAX_SCANS or codes[-1] != _END_OF_IMAGE:
-            raise UnreadableImageError(
-                f"image {name} must have at most {_MAX_SCANS} JPEG scans, got more", reason="too large"
-            )
-    return any(marker.code == _APP1 for marker in head)
+            text = f"image {name} must have at most {_MAX_SCANS} JPEG scans, got more"
+            raise UnreadableImageError(text, reason="too large")
+    return b"".join([JPEG_MAGIC[:2], *(data[marker.start : marker.end] for marker in kept)]), kept[-1].end
 
 
-class _Marker(NamedTuple):
-    """A marker of a JPEG: its code, its position, and the end of its segment."""
-
-    code: int
-    start: int
-    end: int
-
-
-def _jpeg_markers(data: bytes) -> Iterator[_Marker]:
+def _jpeg_markers(data: bytes) -> Iterator[_Part]:
     """Yields the markers of a JPEG that have a segment, found as libjpeg finds them, and the end marker."""
     place = 2  # after the start marker
     for _ in range(_MAX_MARKERS):
@@ -299,7 +290,7 @@ def _jpeg_markers(data: bytes) -> Iterator[_Marker]:
         code, place = data[found.end() - 1], found.end()
         if code != _END_OF_IMAGE:
             place += int.from_bytes(data[place : place + 2], "big")  # length of the segment, these 2 bytes included
-        yield _Marker(code, found.start(), place)
+        yield _Part(code, found.start(), place)
         if code == _END_OF_IMAGE:
             return
 
@@ -320,55 +311,52 @@ def _check_webp(data: bytes, name: str) -> None:
     check_size(height, width, name)
 
 
-def _open_png(data: bytes, name: str, *, header_only: bool) -> Image.Image:
-    """Opens a PNG with Pillow.
+def _read_png(data: bytes, name: str, *, header_only: bool) -> bytes:
+    """Returns a PNG without other chunks than those on which pixels and orientation depend.
 
-    1. Check the number of chunks and the size.
-    2. Keep the chunks before the pixels on which pixels and orientation depend.
-    3. Check that no critical chunk before the end mark is damaged or truncated; Pillow does not notice all damage.
-    4. Check that the compressed bytes can be enough for all pixels, before Pillow takes memory for them.
+    The compressed bytes must be enough for all pixels, before Pillow takes memory for them.
     """
-    # 1.
     chunks = list(islice(_png_chunks(data), _MAX_CHUNKS + 1))
-    if len(chunks) > _MAX_CHUNKS or sum(chunk.name not in _PIXEL_CHUNKS for chunk in chunks) > _MAX_OTHER_CHUNKS:
-        limits = f"{_MAX_CHUNKS} PNG chunks and {_MAX_OTHER_CHUNKS} without pixels"
-        raise UnreadableImageError(f"image {name} must have at most {limits}, got more", reason="too large")
+    if len(chunks) > _MAX_CHUNKS:
+        text = f"image {name} must have at most {_MAX_CHUNKS} PNG chunks, got more"
+        raise UnreadableImageError(text, reason="too large")
     if len(data) < 33 or data[12:16] != b"IHDR":
         raise UnreadableImageError(f"image {name} is damaged: its header cannot be read")
     width, height, depth, colour = struct.unpack_from(">IIBB", data, 16)
     check_size(height, width, name)
-    kept = _png_head(chunks, data, name)  # 2.
+    kept = _keep_chunks(chunks, data, name)
     if not header_only:
-        for chunk in chunks:  # 3.
-            if chunk.is_critical and chunk.name != b"IEND":
-                chunk.check(data, name)
-        pixels = [chunk for chunk in chunks if chunk.name == b"IDAT"]
-        compressed = sum(chunk.end - chunk.start for chunk in pixels)  # 4.
+        pixels = [chunk for chunk in chunks if chunk.kind == b"IDAT"]
+        for chunk in pixels:
+            _check_chunk(chunk, data, name)
+        compressed = sum(chunk.end - chunk.start for chunk in pixels)
         if width * height * depth * _SAMPLES.get(colour, 1) // 8 > _MAX_RATIO * compressed:
             size = f"{width} x {height}"
             raise UnreadableImageError(f"image {name} is truncated: {compressed} bytes cannot hold {size} pixels")
         kept += pixels
-    from PIL.PngImagePlugin import PngImageFile
-
-    content = (data[chunk.start - 8 : chunk.end + 4] for chunk in kept)
-    return PngImageFile(io.BytesIO(b"".join([_PNG_MAGIC, *content, _END])))
+    return b"".join([_PNG_MAGIC, *(data[chunk.start - 8 : chunk.end + 4] for chunk in kept), _END])
 
 
-def _png_head(chunks: list[_Chunk], data: bytes, name: str) -> list[_Chunk]:
-    """Returns the chunks before the pixels on which pixels and orientation depend; each kind counts once."""
-    # Colour: 0 grey, 2 RGB, 3 palette, 4 grey with alpha, 6 RGB with alpha.
+def _keep_chunks(chunks: list[_Part], data: bytes, name: str) -> list[_Part]:
+    """Returns the chunks, other than pixels, on which pixels and orientation depend; the first of each kind counts.
+
+    No critical chunk before the end mark may be damaged or truncated; Pillow does not notice all damage.
+    """
     depth, colour = data[24:26]
-    kept: dict[bytes, _Chunk] = {}
+    kept: dict[bytes, _Part] = {}
     for chunk in chunks:
-        if chunk.name in (b"IHDR", b"PLTE") and chunk.name not in kept:
-            chunk.check(data, name)
-            kept[chunk.name] = chunk
-        elif chunk.name == b"tRNS" and (depth == 8 or colour == 3):
+        kind = chunk.kind
+        if kind[:1].isupper() and kind not in (b"IDAT", b"IEND"):
+            _check_chunk(chunk, data, name)
+        if kind in (b"IHDR", b"PLTE"):
+            kept.setdefault(kind, chunk)
+        elif kind == b"eXIf" or (kind == b"iTXt" and data.startswith(_XMP, chunk.start)):
+            if _is_intact(chunk, data):
+                kept.setdefault(kind, chunk)
+        elif kind == b"tRNS" and (depth == 8 or colour == 3):
             # Pillow compares the transparent colour of grey and RGB with pixels of 8 bits.
-            kept.setdefault(chunk.name, chunk)
-        elif chunk.may_rotate(data) and chunk.is_intact(data):
-            kept.setdefault(chunk.name, chunk)
-        elif chunk.name == b"acTL":
+            kept.setdefault(kind, chunk)
+        elif kind == b"acTL":
             frames = int.from_bytes(data[chunk.start : chunk.end][:4], "big")
             _check_still(frames if frames <= 2**31 else 1, name)  # a number that the format forbids: a still image
     if colour == 3 and b"PLTE" not in kept:  # Pillow would show black
@@ -376,43 +364,28 @@ def _png_head(chunks: list[_Chunk], data: bytes, name: str) -> list[_Chunk]:
     return list(kept.values())
 
 
-class _Chunk(NamedTuple):
-    """A chunk of a PNG: its name, and the start and end of its content. A checksum of 4 bytes follows the content."""
-
-    name: bytes
-    start: int
-    end: int
-
-    @property
-    def is_critical(self) -> bool:
-        """Returns True if pixels depend on the chunk: its name begins with an upper-case letter."""
-        return self.name[:1].isupper()
-
-    def may_rotate(self, data: bytes) -> bool:
-        """Returns whether the chunk may hold an orientation."""
-        return self.name == b"eXIf" or (self.name == b"iTXt" and data.startswith(_XMP, self.start))
-
-    def is_intact(self, data: bytes) -> bool:
-        """Returns whether the checksum, CRC-32 of name and content, is right."""
-        stated = int.from_bytes(data[self.end : self.end + 4], "big")
-        return zlib.crc32(memoryview(data)[self.start - 4 : self.end]) == stated
-
-    def check(self, data: bytes, name: str) -> None:
-        """Raises an ``UnreadableImageError`` if the chunk is truncated or has a wrong checksum."""
-        if self.end + 4 > len(data):
-            raise _truncated_error(data, name)
-        if not self.is_intact(data):
-            part = printable(self.name.decode("latin1"))
-            raise UnreadableImageError(f"image {name} is damaged in its {part} chunk")
-
-
-def _png_chunks(data: bytes) -> Iterator[_Chunk]:
+def _png_chunks(data: bytes) -> Iterator[_Part]:
     """Yields the chunks of a PNG up to ``IEND`` or the end of the bytes; the last may be truncated."""
     place = len(_PNG_MAGIC)
     # Each chunk: length (4 bytes), name (4), content, checksum (4).
     while place + 8 <= len(data):
         length, name = struct.unpack_from(">I4s", data, place)
-        yield _Chunk(name, place + 8, place + 8 + length)
+        yield _Part(name, place + 8, place + 8 + length)
         if name == b"IEND":
             return
         place += 12 + length
+
+
+def _is_intact(chunk: _Part, data: bytes) -> bool:
+    """Returns whether the checksum of a chunk, CRC-32 of name and content, is right."""
+    stated = int.from_bytes(data[chunk.end : chunk.end + 4], "big")
+    return zlib.crc32(memoryview(data)[chunk.start - 4 : chunk.end]) == stated
+
+
+def _check_chunk(chunk: _Part, data: bytes, name: str) -> None:
+    """Raises an ``UnreadableImageError`` if a chunk is truncated or has a wrong checksum."""
+    if chunk.end + 4 > len(data):
+        raise UnreadableImageError(f"image {name} is truncated after {len(data)} bytes")
+    if not _is_intact(chunk, data):
+        part = printable(chunk.kind.decode("latin1"))
+        raise UnreadableImageError(f"image {name} is damaged in its {part} chunk")

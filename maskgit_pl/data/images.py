@@ -29,12 +29,12 @@ from maskgit_pl.data.image_bytes import (
     PIL_ERRORS,
     UnreadableImageError,
     check_complete,
-    check_jpeg,
     check_size,
     first_line,
     open_image,
     pil_errors,
     read_image_file,
+    read_jpeg_head,
     silent_warnings,
 )
 
@@ -107,9 +107,7 @@ def parse_image_header(data: bytes, *, name: str) -> ImageHeader:
     width, height = image.size
     if _find_orientation(image) >= 5:
         width, height = height, width
-    # MPO: a JPEG followed by further pictures, as phones write it
-    kind = "JPEG" if image.format == "MPO" else str(image.format)
-    return ImageHeader(kind, height, width, 1 if image.mode in _GREY else 3)
+    return ImageHeader(str(image.format), height, width, 1 if image.mode in _GREY else 3)
 
 
 def decode_image(data: bytes, *, channels: int, name: str, background: str = "white") -> Tensor:
@@ -301,7 +299,7 @@ def _decode(data: bytes, *, channels: int, name: str, background: str = "white",
     """Decodes an image; with ``with_scratch``, the result may be a view of memory that the next call overwrites."""
     if data[:3] != JPEG_MAGIC:
         return from_pil(open_image(data, name), channels=channels, name=name, background=background)
-    may_be_rotated = check_jpeg(data, name)
+    head, _ = read_jpeg_head(data, name)
     import simplejpeg
     import torch
     from PIL import Image
@@ -319,7 +317,7 @@ def _decode(data: bytes, *, channels: int, name: str, background: str = "white",
         pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=buffer)
     except ValueError as error:
         raise UnreadableImageError(f"image {name} cannot be decoded: {first_line(error)}") from error
-    orientation = _find_orientation(open_image(data, name)) if may_be_rotated else 1
+    orientation = _find_orientation(open_image(head, name, header_only=True)) if b"\xff\xe1" in head else 1
     if orientation == 1 and channels == 3:
         return torch.from_numpy(pixels).permute(2, 0, 1)
     return from_pil(_apply_orientation(Image.fromarray(pixels), orientation), channels=channels, name=name)

@@ -1,6 +1,5 @@
 """PNG: every kind of pixel, damage in every place, and metadata that must not matter; and Pillow in many threads."""
 
-import io
 import struct
 import warnings
 import zlib
@@ -19,18 +18,12 @@ from maskgit_pl.data.images import (
     encode_png,
     parse_image_header,
 )
-from tests.hostile_images import PNG, chunk, png, saved, zeros
+from tests.hostile_images import PNG, chunk, png, save, saved, zeros
 
 ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
 NOISE = np.random.default_rng(0).integers(0, 256, (9, 11, 3), dtype=np.uint8)
 ROTATED = Image.Exif()
 ROTATED[0x0112] = 6
-
-
-def save(image: Image.Image, kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def interlaced(pixels: np.ndarray) -> bytes:

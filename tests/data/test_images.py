@@ -26,15 +26,21 @@ from maskgit_pl.data.images import (
     parse_image_header,
     read_image_file,
 )
-from tests.hostile_images import REFUSED, SPECIAL, chunk, many_scans, png, sparse, write_refused, zeros
+from tests.hostile_images import (
+    REFUSED,
+    SPECIAL,
+    chunk,
+    many_chunks,
+    many_scans,
+    many_segments,
+    png,
+    save,
+    sparse,
+    write_refused,
+    zeros,
+)
 
 RED = (200, 30, 40)
-
-
-def save(image: Image.Image, kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def noise(height: int, width: int, channels: int) -> np.ndarray:
@@ -280,6 +286,9 @@ def test_no_hostile_image_takes_200_mb_or_2_s_however_it_is_opened(tmp_path):
         "profile.png": png(8, 8, zeros(200), iCCP=b"x\0\0" + bomb),
         "text.png": png(8, 8, zeros(200), zTXt=b"x\0\0" + bomb),
         "palette.png": png(8, 8, zeros(72), colour=3, PLTE=bytes(768), iCCP=b"x\0\0" + bomb, zTXt=b"x\0\0" + bomb),
+        "texts.png": many_chunks(b"tEXt", 90_000),
+        "exif.jpg": many_segments(0xE1, b"Exif\0\0" + bytes(2**16 - 10), 600),
+        "filler.jpg": b"\xff\xd8" + b"\xff" * 2 * 10**6 + save(Image.new("RGB", (8, 8)), "JPEG")[2:],
         "profile.jpg": save(Image.new("RGB", (8, 8)), "JPEG", icc_profile=profile + bytes(15 * 2**20)),
         "short.png": png(8000, 7999, zeros(8000)),  # within the limit, without the pixels
         "scans.jpg": many_scans(4000, 100),  # as many as are read

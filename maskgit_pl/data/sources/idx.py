@@ -8,7 +8,7 @@ import math
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from maskgit_pl.data.images import encode_png
 from maskgit_pl.data.manifest import Split
 from maskgit_pl.data.samples import Sample
+from maskgit_pl.data.sources.labels import number_classes
 from maskgit_pl.errors import printable
 from maskgit_pl.files import size_text
 
@@ -45,13 +46,10 @@ class IdxFiles:
     def __init__(self, folder: Path, *, classes: Sequence[str] | None = None) -> None:
         self.folder = folder
         self._splits = {split: _read_split(folder, split) for split in _IDX_SPLITS}
-        largest = max(int(labels.max()) for _, labels, _ in self._splits.values())
-        self.classes = tuple(classes) if classes is not None else tuple(str(label) for label in range(largest + 1))
-        if largest >= len(self.classes):
-            raise ValueError(
-                f"source {printable(folder)}: labels must be in [0, {len(self.classes)}), the number of class names, "
-                f"got {largest}"
-            )
+        found = {
+            int(labels.max()): f"source {printable(folder)}:{split}" for split, (_, labels, _) in self._splits.items()
+        }
+        self.classes, _ = number_classes(found, classes, label_field="label")
 
     @property
     def counts(self) -> dict[Split, int]:
@@ -85,24 +83,21 @@ def _read_split(folder: Path, split: Split) -> tuple[npt.NDArray[np.uint8], npt.
     images = _read_idx(_find_idx(folder, split, "images*idx3"), 3, digest)
     labels = _read_idx(_find_idx(folder, split, "labels*idx1"), 1, digest)
     if len(images) != len(labels):
-        raise ValueError(
-            f"source {printable(folder)}: {split} must have {len(images)} labels for its images, got {len(labels)}"
-        )
+        rule = f"{split} must have {len(images)} labels for its images"
+        raise ValueError(f"source {printable(folder)}: {rule}, got {len(labels)}")
     return images, labels, digest.hexdigest()
 
 
 def _find_idx(folder: Path, split: Split, kind: str) -> Path:
     patterns = [f"*{name}-{kind}*" for name in _IDX_SPLITS[split]]
     found = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
-    if not found:
-        shown = printable(folder)
-        raise ValueError(f"source {shown} must have a file {' or '.join(patterns)} for the {split} split, got none")
-    # EMNIST has six data sets in one folder: the user chooses.
-    sets = {path.name.rpartition(f"-{kind[:6]}")[0]: path for path in found}
-    if len(sets) > 1:
+    # A file may be there twice, also compressed. EMNIST has six data sets in one folder: the user chooses.
+    sets = sorted({path.name.rpartition(f"-{kind[:6]}")[0] for path in found})
+    if len(sets) != 1:
+        got = ", ".join(map(printable, sets)) or f"no file {' or '.join(patterns)}"
         raise ValueError(
-            f"source {printable(folder)} must have one data set, got {', '.join(printable(name) for name in sets)} for "
-            f"the {split} split; move the files of one set to a folder of their own"
+            f"source {printable(folder)} must have one data set, got {got} for the {split} split; give each data set a "
+            "folder of its own"
         )
     return found[0]
 
@@ -122,11 +117,10 @@ def _read_idx(path: Path, dimensions: int, digest: Any) -> npt.NDArray[np.uint8]
         (n, H, W) or (n,) uint8.
     """
     name = f"IDX file {printable(path)}"
-    with open(path, "rb") as raw:
-        is_packed = raw.read(2) == b"\x1f\x8b"
-        raw.seek(0)
-        stream: IO[bytes] = gzip.GzipFile(fileobj=raw) if is_packed else raw  # type: ignore[assignment]  # reads bytes
-        try:
+    with open(path, "rb") as file:
+        is_packed = file.read(2) == b"\x1f\x8b"
+    try:
+        with gzip.open(path) if is_packed else open(path, "rb") as stream:
             header = stream.read(4 + 4 * dimensions)
             if header[:4] != bytes((0, 0, 8, dimensions)) or len(header) < 4 + 4 * dimensions:
                 raise ValueError(f"{name} must hold bytes in {dimensions} dimensions, got a header of {header[:4]!r}")
@@ -135,8 +129,8 @@ def _read_idx(path: Path, dimensions: int, digest: Any) -> npt.NDArray[np.uint8]
             if not 0 < count <= _MAX_IDX_BYTES:
                 raise ValueError(f"{name} must hold 1 byte to {size_text(_MAX_IDX_BYTES)}, got a header of {shape}")
             values = stream.read(count + 1)  # one more, to notice a file that is too long
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{name} must be a complete gzip file, got: {error}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{name} must be a complete gzip file, got: {error}") from error
     if len(values) != count:
         got = "more" if len(values) > count else str(len(values))
         raise ValueError(f"{name} must hold the {count} values of {shape}, got {got}")

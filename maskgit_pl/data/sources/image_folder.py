@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 import unicodedata
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,8 +18,8 @@ from maskgit_pl.data.image_bytes import UnreadableImageError
 from maskgit_pl.data.manifest import Split
 from maskgit_pl.data.samples import Sample, UnreadableSample, is_val, read_sample
 from maskgit_pl.data.scan import IMAGE_EXTENSIONS
-from maskgit_pl.data.sources.archives import EntryError, LeftOut, open_entries
-from maskgit_pl.data.sources.metadata import find_metadata, read_metadata, resolve_labels
+from maskgit_pl.data.sources.archives import EntryError, open_entries
+from maskgit_pl.data.sources.labels import find_metadata, number_metadata, read_metadata
 from maskgit_pl.data.vectors import MAX_VECTOR_BYTES, VECTOR_EXTENSION, VectorKind, parse_vector
 from maskgit_pl.errors import printable
 
@@ -78,12 +77,11 @@ class ImageFolder:
         check_number("val_fraction", val_fraction, "(0, 1)")
         self._entries = open_entries(Path(path))
         self._shown = printable(self._entries.path)
-        self._left_out: LeftOut = defaultdict(list)
+        self._left_out = self._entries.left_out
         self._roots = self._split_roots()
         self.has_splits = None not in self._roots
-        found = [
-            name for root in dict.fromkeys(["", *self._roots.values()]) if (name := find_metadata(self._entries, root))
-        ]
+        roots = dict.fromkeys(["", *self._roots.values()])
+        found = [name for root in roots if (name := find_metadata(self._entries, root))]
         if len(found) > 1 and "/" not in found[0]:
             raise ValueError(f"source {self._shown} must have one metadata file, got {' and '.join(found)}")
         self._has_metadata = bool(found)
@@ -97,13 +95,11 @@ class ImageFolder:
                     f"source {self._shown}: a class must have a UTF-8 name on one line, got '{printable(name)}'; "
                     "rename it, or use a UTF-8 locale, such as LC_ALL=C.UTF-8"
                 )
-        for kind, names in self._entries.left_out.items():
-            self._left_out[kind] += names
-        beside = {name.partition("/")[0] for name in [*self._entries.sizes, *self._entries.folders]
-                  if self._root_of(name) is None}  # fmt: skip
-        if beside := beside - {root.rstrip("/") for root in self._roots.values()} - set(found):
-            self._left_out["beside the folders of the splits"] = sorted(beside)
-        self._files = self._split_files(labels, self._take_vectors(labels) if vectors else {}, val_fraction)
+        outside = (name for name in [*self._entries.sizes, *self._entries.folders] if self._root_of(name) is None)
+        used = {root.rstrip("/") for root in self._roots.values()} | {*found}
+        self._left_out["beside the folders of the splits"] = sorted({name.partition("/")[0] for name in outside} - used)
+        vector_of = self._take_vectors(labels) if vectors else {}
+        self._files = self._split_files(labels, vector_of, val_fraction)
         self._vector_kind = self._find_vector_kind()
 
     @property
@@ -143,9 +139,7 @@ class ImageFolder:
             split: ``"train"`` or ``"val"``.
             places: Range of places in the split's order.
         """
-        files = self._files[split][places.start : places.stop]
-        self._entries.expect(name for file in files for name in (file.name, file.vector) if name is not None)
-        for file in files:
+        for file in self._files[split][places.start : places.stop]:
             name = printable(self._entries.path / file.name)
             sample = read_sample(partial(self._read_image, file.name, name), label=file.label, name=name)
             if self._vector_kind is not None and isinstance(sample, Sample):
@@ -224,7 +218,7 @@ class ImageFolder:
     ) -> tuple[tuple[str, ...], dict[str, int]]:
         """Returns class names, and the label of each row that names an image; some may not exist."""
         parts = [read_metadata(self._entries, name, label_field=label_field) for name in found]
-        classes, labels = resolve_labels(parts, given, label_field=label_field)
+        classes, labels = number_metadata(parts, given, label_field=label_field)
         for name in sorted(labels.keys() | self._entries.sizes.keys() - set(found)):
             if not _is_image(name):
                 self._left_out[_suffix_kind(name)].append(name)
@@ -289,16 +283,14 @@ class ImageFolder:
 
     def _find_vector_kind(self) -> tuple[VectorKind, str] | None:
         """Returns size and type of the vectors, which the first valid one decides, and its name; None without any."""
-        names = [file.vector for files in self._files.values() for file in files if file.vector is not None]
-        self._entries.expect(names)
-        errors: list[ValueError] = []
-        for name in names:
+        first_error: ValueError | None = None
+        for name in (file.vector for files in self._files.values() for file in files if file.vector is not None):
             try:
                 return self._read_vector(name)[1], printable(self._entries.path / name)
             except ValueError as error:
-                errors.append(error)
-        if errors:
-            raise ValueError(f"{errors[0]}; correct the .npy files, or leave all of them out with --no-vectors")
+                first_error = first_error or error
+        if first_error is not None:
+            raise ValueError(f"{first_error}; correct the .npy files, or leave all of them out with --no-vectors")
         return None
 
     def _read_vector(self, name: str) -> tuple[bytes, VectorKind]:
@@ -337,7 +329,6 @@ class ImageFolder:
                 data = b""
             return hashlib.sha256(data).digest()
 
-        self._entries.expect(file.vector for file in files if file.vector is not None)
         return _sha256(digest(file.vector) for file in files)
 
 

@@ -14,7 +14,7 @@ from maskgit_pl.checks import ImageSize, check_choice
 from maskgit_pl.data.folders import hold_lock
 from maskgit_pl.data.manifest import load_manifests, read_manifest_summary
 from maskgit_pl.data.samples import Source
-from maskgit_pl.data.sources.opening import HUB_PREFIX, open_source
+from maskgit_pl.data.sources.opening import open_source
 from maskgit_pl.data.sources.public import public_datasets
 from maskgit_pl.data.stats import find_duplicates
 from maskgit_pl.data.verify import describe_data, duplicate_lines, unreadable_lines, untrained_lines
@@ -60,9 +60,6 @@ def convert_images(  # noqa: PLR0913  # the options of its source and of its sha
         ValueError: if images cannot be read, or the folder has other content.
     """
     source = open_source(images, classes=classes, val_fraction=val_fraction, label_field=label_field, vectors=vectors)
-    if workers is None and str(images).startswith(HUB_PREFIX):
-        workers = 1  # several would each download the data set
-
     _make(source, out, image_size=image_size, shard_size=shard_size, lenient=lenient, workers=workers)
     if sum(file.stat().st_size for file in out.glob("*.tar")) > _MOST_COMPARED:
         log.info("  duplicates: not searched for in so much data; `maskgit data stats %s` does", out)

@@ -2,7 +2,8 @@
 
 The footer states sizes too, but they may be wrong, so the page headers are read here. A page header is a Thrift struct
 in the compact protocol. Its field 2 is the decompressed length of the page's content, field 3 its length in the file.
-Used by ``tables``.
+Used by
+``parquet``.
 
 Source: apache/parquet-format, ``parquet.thrift``; apache/thrift, ``thrift-compact-protocol.md``.
 """
@@ -14,7 +15,8 @@ import os
 from pathlib import Path
 from typing import IO
 
-from maskgit_pl.errors import printable
+from pyarrow import parquet
+
 from maskgit_pl.files import open_regular, size_text
 
 __all__ = ["check_parquet"]
@@ -38,46 +40,34 @@ def check_parquet(path: str | Path) -> tuple[int, int]:
         The number of rows, and the decompressed bytes of the largest page.
 
     Raises:
+        OSError: if it cannot be opened or is not a regular file.
         ValueError: if it is not a parquet file, its footer has more than 32 MiB, a page more than 512 MiB, or a page
-            header is damaged.
+            header is damaged. ``ArrowInvalid`` is one.
     """
-    from pyarrow import ArrowException, parquet
-
-    shown = f"parquet file {printable(path)}"
-    try:
-        with open(open_regular(path), "rb") as file:
-            length = file.seek(0, os.SEEK_END)
-            file.seek(max(0, length - 8))
-            # A file ends with the length of its footer (4 bytes) and the magic bytes; pyarrow reads any footer.
-            footer = int.from_bytes(file.read(4), "little")
-            if file.read(4) == b"PAR1" and footer > _MAX_FOOTER_BYTES:
-                limit = size_text(_MAX_FOOTER_BYTES)
-                raise ValueError(f"must have a footer of at most {limit}, got {size_text(footer)}")
-            file.seek(0)
-            metadata = parquet.read_metadata(file)
-            largest = 0
-            for group in (metadata.row_group(number) for number in range(metadata.num_row_groups)):
-                for column in (group.column(number) for number in range(group.num_columns)):
-                    # There may be no dictionary page.
-                    starts = (column.dictionary_page_offset, column.data_page_offset)
-                    start = min((offset for offset in starts if offset), default=0)
-                    end = start + column.total_compressed_size
-                    if not 0 <= start <= end <= length:
-                        raise ValueError(f"must have its pages within its {length} bytes, got {start} to {end}")
-                    largest = max(largest, _largest_page(file, start, end))
-    except OSError as error:
-        raise ValueError(f"{shown} cannot be read: {_first_line(error.strerror or error)}") from error
-    except (ValueError, ArrowException) as error:
-        text = _first_line(error)
-        raise ValueError(f"{shown} {text if text.startswith('must') else f'cannot be read: {text}'}") from error
+    with open(open_regular(path), "rb") as file:
+        length = file.seek(0, os.SEEK_END)
+        file.seek(max(0, length - 8))
+        # A file ends with the length of its footer (4 bytes) and the magic bytes; pyarrow reads any footer.
+        footer = int.from_bytes(file.read(4), "little")
+        if file.read(4) == b"PAR1" and footer > _MAX_FOOTER_BYTES:
+            limit = size_text(_MAX_FOOTER_BYTES)
+            raise ValueError(f"its footer must have at most {limit}, got {size_text(footer)}")
+        file.seek(0)
+        metadata = parquet.read_metadata(file)
+        largest = 0
+        for group in map(metadata.row_group, range(metadata.num_row_groups)):
+            for column in map(group.column, range(group.num_columns)):
+                # There may be no dictionary page.
+                starts = (column.dictionary_page_offset, column.data_page_offset)
+                start = min((offset for offset in starts if offset), default=0)
+                end = start + column.total_compressed_size
+                if not 0 <= start <= end <= length:
+                    raise ValueError(f"its pages must lie within its {length} bytes, got {start} to {end}")
+                largest = max(largest, _largest_page(file, start, end))
     if largest > _MAX_PAGE_BYTES:
         limit = size_text(_MAX_PAGE_BYTES)
-        raise ValueError(f"{shown} must have pages of at most {limit}, got {size_text(largest)}")
+        raise ValueError(f"its pages must have at most {limit}, got {size_text(largest)}")
     return metadata.num_rows, largest
-
-
-def _first_line(error: object) -> str:
-    return printable((str(error).splitlines() or [""])[0][:200])
 
 
 def _largest_page(file: IO[bytes], start: int, end: int) -> int:

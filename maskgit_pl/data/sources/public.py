@@ -156,21 +156,21 @@ class FashionMNIST(Dataset):
 
 def _faults_of(folder: Path) -> str:
     """Returns the faults of all files of a folder; an empty text if they are the known ones."""
-    faults = {name: _fault_of(folder, name) for name in _FILES}
-    return "; ".join(f"{name}: {fault}" for name, fault in faults.items() if fault is not None)
-
-
-def _fault_of(folder: Path, name: str) -> str | None:
-    """Returns the fault of a file in a few words; None if it has the known content."""
-    path = next((path for path in (folder / f"{name}.gz", folder / name) if path.is_file()), None)
-    if path is None:
-        return "missing"
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            data = file.read(_LARGEST + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        return f"not a complete gzip file ({error})"
-    return None if hashlib.sha256(data).hexdigest() == _FILES[name] else "wrong checksum"
+    faults = []
+    for name, sha256 in _FILES.items():
+        path = next((path for path in (folder / f"{name}.gz", folder / name) if path.is_file()), None)
+        if path is None:
+            faults.append(f"{name}: missing")
+            continue
+        try:
+            with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+                data = file.read(_LARGEST + 1)
+        except (OSError, EOFError, zlib.error) as error:
+            faults.append(f"{name}: not a complete gzip file ({error})")
+            continue
+        if hashlib.sha256(data).hexdigest() != sha256:
+            faults.append(f"{name}: wrong checksum")
+    return "; ".join(faults)
 
 
 def _from_mirror(folder: Path) -> None:

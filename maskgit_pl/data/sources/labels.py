@@ -1,6 +1,7 @@
-"""Labels in ``metadata.csv`` or ``metadata.jsonl`` beside the images, as in Hugging Face's ImageFolder.
+"""Labels of samples: files ``metadata.csv`` and ``metadata.jsonl``, and the class numbers of labels.
 
-A row names a file relative to the folder of the metadata file, and its label. Used by ``image_folder``.
+A row of a metadata file names an image relative to the folder of the file, and its label, as in Hugging Face's
+ImageFolder. Used by the other sources.
 
 Source: Hugging Face, Datasets, "Create an image dataset": ``file_name`` and further columns.
 """
@@ -11,7 +12,7 @@ import csv
 import io
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from maskgit_pl.checks import shorten
@@ -20,13 +21,46 @@ from maskgit_pl.data.sources.archives import Entries, EntryError
 from maskgit_pl.errors import printable
 from maskgit_pl.files import parse_any_json
 
-__all__ = ["Metadata", "find_metadata", "read_metadata", "resolve_labels"]
+__all__ = ["Metadata", "find_metadata", "number_classes", "number_metadata", "read_metadata"]
 
 log = logging.getLogger(__name__)
 
 _FILES = ("metadata.csv", "metadata.jsonl")
 _MAX_BYTES = 2**29  # 100 bytes for each of five million files
-_NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,8})")
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,99})")
+
+
+def number_classes(
+    found: Mapping[Any, str], given: Sequence[str] | None, *, label_field: str
+) -> tuple[tuple[str, ...], dict[Any, int]]:
+    """Returns the class names, and the class number of each label.
+
+    Integers are class numbers. Texts are class names: in the order of ``given``, or sorted.
+
+    Args:
+        found: Labels, all int or all str, and the row of each one for error messages.
+        given: Class names from the user; None if they are not given.
+        label_field: Column of the labels, for error messages.
+
+    Raises:
+        ValueError: if a label is not a class, or there are more than 100,000 classes.
+    """
+    limit = MAX_CLASSES if given is None else len(given)
+    if all(isinstance(label, int) for label in found):
+        rule = f"in [0, {limit})"
+        wrong = [label for label in sorted(found) if not 0 <= label < limit]
+        numbers = {label: label for label in found}
+        classes = tuple(given or map(str, range(1 + max(found, default=0)))) if not wrong else ()
+    else:
+        rule = "one of the class names"
+        classes = tuple(given or sorted(found))
+        numbers = {name: number for number, name in enumerate(classes)}
+        wrong = sorted(found.keys() - numbers.keys())
+    if wrong:
+        raise ValueError(f"{found[wrong[0]]}: {label_field} must be {rule}, got {shorten(wrong[0])}")
+    if len(classes) > MAX_CLASSES:
+        raise ValueError(f"{found[classes[0]]}: {label_field} must be one of at most {MAX_CLASSES} classes, got more")
+    return classes, numbers
 
 
 class Metadata(NamedTuple):
@@ -92,10 +126,8 @@ def read_metadata(entries: Entries, name: str, *, label_field: str) -> Metadata:
     labels, repeated = dict[str, str](), list[str]()
     for line, values in rows:
         where = f"{shown}: line {line}"
-        file, label = (
-            _file_name(values.get("file_name"), folder, where),
-            _label(values.get(label_field), label_field, where),
-        )
+        file = _file_name(values.get("file_name"), folder, where)
+        label = _label(values.get(label_field), label_field, where)
         if file in labels:
             repeated.append(file)
         if labels.setdefault(file, label) != label:
@@ -142,43 +174,38 @@ def _label(value: Any, field: str, where: str) -> str:
     return str(value).strip()
 
 
-def resolve_labels(
+def number_metadata(
     parts: Sequence[Metadata], given: Sequence[str] | None, *, label_field: str
 ) -> tuple[tuple[str, ...], dict[str, int]]:
     """Returns the class names, and the class number of each file.
 
-    If every label is a whole number of at most 9 digits, labels are class numbers. Else they are class names: in the
-    order of ``given``, or sorted. If only some of them are such numbers, this is logged.
+    If every label is a whole number, labels are class numbers. Else they are class names; if some of them are such
+    numbers, a warning says so.
 
     Args:
         parts: Contents of the metadata files.
         given: Class names from the user; None if they are not given.
-        label_field: Column of the labels, for error messages.
+        label_field: Column of the labels, for messages.
 
     Raises:
-        ValueError: if a label is not a class, or there are more than 100,000 classes.
+        ValueError: See ``number_classes``.
     """
-    found = {label for part in parts for label in part.labels.values()}
+    labels = {file: label for part in parts for file, label in part.labels.items()}
+    found: dict[Any, str] = {}
+    for part in parts:
+        for file, label in part.labels.items():
+            if label not in found:
+                found[label] = f"metadata {part.name}: {printable(file)}"
     others = sorted(label for label in found if not _NUMBER.fullmatch(label))
     if not others:
-        limit = len(given) if given is not None else MAX_CLASSES
-        values = sorted(map(int, found))
-        if wrong := [value for value in (values[0], values[-1]) if not 0 <= value < limit]:
-            raise ValueError(f"metadata {parts[0].name}: {label_field} must be in [0, {limit}), got {wrong[0]}")
-        classes = tuple(given or map(str, range(values[-1] + 1)))
-        numbers = {label: int(label) for label in found}
-    else:
-        if given is None and len(others) < len(found):
-            log.info(
-                "metadata %s: all values of %s are class names, also numbers such as %s, since %s is no class number",
-                *(printable(word) for word in (parts[0].name, label_field, min(found - {*others}), shorten(others[0]))),
-            )
-        classes = tuple(given or sorted(found))
-        numbers = {name: number for number, name in enumerate(classes)}
-        if missing := sorted(found - numbers.keys()):
-            raise ValueError(
-                f"metadata {parts[0].name}: {label_field} must be one of the class names, got {shorten(missing[0])}"
-            )
-        if len(classes) > MAX_CLASSES:
-            raise ValueError(f"metadata {parts[0].name} must have at most {MAX_CLASSES} classes, got {len(classes)}")
-    return classes, {file: numbers[label] for part in parts for file, label in part.labels.items()}
+        classes, numbers = number_classes(
+            {int(label): row for label, row in found.items()}, given, label_field=label_field
+        )
+        return classes, {file: numbers[int(label)] for file, label in labels.items()}
+    if given is None and len(others) < len(found):
+        log.warning(
+            "%s: %s is %s, which is no class number; so all labels are class names, also numbers such as %s",
+            *(found[others[0]], label_field, shorten(others[0]), printable(min(found.keys() - {*others}))),
+        )
+    classes, numbers = number_classes(found, given, label_field=label_field)
+    return classes, {file: numbers[label] for file, label in labels.items()}
