@@ -115,7 +115,7 @@ class StoreVerification:
 
 
 def verify_store(folder: str | Path) -> StoreVerification:
-    """Compares shapes, ranges and hashes of all arrays of a token store with its ``store.json``.
+    """Compares shapes and hashes of all arrays of a token store with its ``store.json``.
 
     Args:
         folder: The store.
@@ -130,12 +130,11 @@ def verify_store(folder: str | Path) -> StoreVerification:
         reader = TokenReader(Path(folder), split, description)
         try:
             tokens, labels = reader.arrays()
-            vectors = 0 if reader.vector_reader is None else reader.vector_reader.array().nbytes
             bad += reader.bad_arrays()
         except (FileNotFoundError, ValueError) as error:
             bad.append(BadFile(f"{split}-*.npy", "valid arrays", "an invalid array", str(error)))
             continue
-        rows, size = rows + len(tokens), size + tokens.nbytes + labels.nbytes + vectors
+        rows, size = rows + len(tokens), size + tokens.nbytes + labels.nbytes
     return StoreVerification(rows, size, tuple(bad))
 
 
@@ -203,7 +202,7 @@ def describe_verification(folder: Path, found: Verification, *, decoded: bool) -
 
 def describe_store_verification(folder: Path, found: StoreVerification) -> str:
     """Returns one line about a token store that agrees with its description."""
-    return f"{folder}: {found.rows} rows, {size_text(found.bytes)}: hashes and ranges agree with the description"
+    return f"{folder}: {found.rows} rows, {size_text(found.bytes)}: hashes agree with the description"
 
 
 def describe_bad_files(bad: Sequence[BadFile], source: str) -> str:

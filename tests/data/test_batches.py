@@ -113,11 +113,11 @@ def test_a_split_without_a_readable_image_ends_with_the_list(tmp_path, num_worke
         list(loader)
 
 
-def test_tokenizing_ends_at_an_unreadable_image_by_default(folder, tmp_path):
+def test_tokenizing_without_a_budget_ends_at_an_unreadable_image(folder, tmp_path):
     from maskgit_pl.data import TokenizingConfig, describe_store, tokenize
 
     description = describe_store(folder, grid=(2, 4), codebook_size=256, tokenizer="me", image_size=8)
-    config = TokenizingConfig(batch_size=4)
+    config = TokenizingConfig(batch_size=4, unreadable_budget=0.0)
     with pytest.raises(DataBudgetError, match=r"train-000000.tar:00000003.jpg: damaged"):
         tokenize(
             folder, tmp_path, description, encode=lambda images: images[:, 0, 0].long(), in_channels=3, config=config
