@@ -222,8 +222,7 @@ def _read_samples(urls: Iterable[str], labels: Labels) -> Iterator[Sample | Unre
                     data = os.pread(file.fileno(), BLOCK + size, offset - BLOCK)  # after the header of the member
                     yield Sample(data[BLOCK:], "", label, member_label(url, data[:BLOCK], offset))
         except (OSError, HTTPException) as error:
-            got = f"{type(error).__name__}: {error}"
-            raise StreamError(f"stream {url}: cannot be read: {got}; the same command resumes the run") from error
+            raise StreamError(f"stream {url}: cannot be read: {type(error).__name__}: {error}") from error
 
 
 @contextmanager
