@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.datasets import FakeData
 
 from maskgit_pl.data import Batch, IndexedDataModule, IndexedDataset, ShardData, ShardDataConfig
 from maskgit_pl.data.images import encode_png
@@ -79,6 +80,12 @@ def test_the_batches_are_those_of_the_same_images_in_shards(tmp_path: Path, crop
 def test_an_image_may_be_a_tensor_an_array_or_a_picture(kind: str) -> None:
     expected = next(iter(data().train_dataloader()))
     assert same(next(iter(data(kind).train_dataloader())), expected)
+
+
+def test_a_data_set_of_torchvision_is_served_as_it_is() -> None:
+    module = IndexedDataModule(IndexedDataset(FakeData(size=6, image_size=(3, 9, 8)), image_size=8), global_batch=4)
+    batch = next(iter(module.train_dataloader()))
+    assert (tuple(batch.content.shape), batch.content.dtype) == ((4, 3, 8, 8), torch.uint8)
 
 
 def test_a_grey_image_fills_three_channels() -> None:

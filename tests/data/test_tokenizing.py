@@ -1,8 +1,5 @@
 """Making a token store from images: its rows, shared work of processes, and unreadable images."""
 
-import multiprocessing
-import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -114,34 +111,6 @@ def test_neither_ranks_nor_workers_nor_interruptions_change_a_byte(folder, views
     expected = content(views)
     for name in ("ranks", "workers", "interrupted"):
         assert content(tmp_path / name) == expected
-
-
-@pytest.mark.slow
-def test_killed_processes_are_resumed_to_the_same_bytes(folder, views, tmp_path):
-    """Kills real processes after so many parts, at an arbitrary point of their work."""
-    options = {"crops": 3, "flip": True, "part_size": 1, "batch_size": 1}
-    assert make(folder, tmp_path / "whole", **options) == "made"
-    killed, store = 0, tmp_path / "store"
-    for parts_on_disk in (1, 9, 30, 50, 60, 70, 75, 79):  # of 80; the next is the join
-        process = multiprocessing.get_context("fork").Process(
-            target=make, args=(folder, store), kwargs=options | {"encode": slowly}
-        )
-        process.start()
-        while len(list(store.glob(".parts-*/*-?????????*[0-9].npy"))) < parts_on_disk and process.is_alive():
-            pass
-        process.kill()
-        process.join()
-        killed += process.exitcode == -signal.SIGKILL
-    assert killed == 8
-    assert not (store / "store.json").exists()
-    assert make(folder, store, **options) == "made"
-    assert content(store) == content(tmp_path / "whole")
-    assert {name: content(store)[name] for name in ("train-tokens.npy",)}.items() <= content(views).items()
-
-
-def slowly(images: torch.Tensor) -> torch.Tensor:
-    time.sleep(0.002)
-    return top_row(images)
 
 
 def test_earlier_rows_are_told_first_and_all_are_told(folder, tmp_path):

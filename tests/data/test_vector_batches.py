@@ -1,5 +1,6 @@
 """Vectors of images in batches: from shards, from a token store, and from a map-style dataset; on any rank."""
 
+import itertools
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -72,13 +73,6 @@ def data(folder: Path, **options: object) -> ShardData:
     return module
 
 
-class OnRank:
-    """The part of a Trainer that the data module reads."""
-
-    def __init__(self, rank: int, world_size: int) -> None:
-        self.global_rank, self.world_size, self.global_step = rank, world_size, 0
-
-
 def rows(batches) -> dict[int, tuple[int, list[float]]]:
     """Maps positions to the first pixel or token and the vector of a sample."""
     return {
@@ -102,15 +96,51 @@ def test_each_sample_has_its_own_vector_in_both_sources(folder, store, loader: s
         assert read == vector(number).tolist()
 
 
-def test_two_ranks_share_the_vectors_of_a_step(folder: Path) -> None:
-    whole, parts = rows(data(folder).train_dataloader()), {}
-    for rank in range(2):
-        module = data(folder, max_batch_per_device=4)
-        module.trainer = OnRank(rank, 2)
-        part = rows(module.train_dataloader())
-        assert not part.keys() & parts.keys()
-        parts |= part
-    assert parts == whole
+class OnRank:
+    """The part of a Trainer that the data module reads."""
+
+    def __init__(self, rank: int, world_size: int, step: int) -> None:
+        self.global_rank, self.world_size, self.global_step = rank, world_size, step
+
+
+def read_steps(folder: Path, first: int, *, world_size: int = 1, **options: object) -> dict[int, tuple]:
+    """Maps each position from a step to step 8 to all that a batch has of it, read by a run that begins there."""
+    found = {}
+    starts = [first, *range(first // 2 * 2 + 2, 8, 2)]  # an epoch has 2 steps
+    for rank, step in itertools.product(range(world_size), starts):
+        module = data(folder, global_batch=12, max_batch_per_device=2, unreadable_budget=0.5, **options)
+        module.trainer = OnRank(rank, world_size, step)
+        for batch in module.train_dataloader():
+            *columns, vectors, _ = batch
+            for row, position in enumerate(batch.position.tolist()):
+                found[position] = tuple(column[row].numpy().tobytes() for column in (*columns, vectors))
+    return found
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data in shards of 9, 9 and 6 samples, one of which cannot be read."""
+    folder = tmp_path_factory.mktemp("uneven")
+    for split in ("train", "val"):
+        samples = [Sample(encode_png(image(n)), "png", n % 3, f"{n}", npy(vector(n))) for n in range(24)]
+        samples[7] = samples[7]._replace(data=samples[7].data[:-20] + bytes(20))
+        write_split(samples, folder, split, shard_size=9)
+    index_shards(folder, {split: find_shards(folder, f"{split}-*.tar") for split in ("train", "val")})
+    make_store(folder, folder / "store", unreadable_budget=0.5)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")  # on fewer cores
+@pytest.mark.parametrize("num_workers", [0, 1, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("source", ["images", "tokens"])
+def test_a_resumed_run_reads_the_same_on_any_number_of_ranks_and_workers(uneven, source, world_size, num_workers):
+    options = {"images": {"augmentations": ["random_resized_crop", "flip"], "shuffle_window": 2}, "tokens": {}}[source]
+    options |= {"source": source, "token_store": str(uneven / "store"), "seed": 3}
+    whole = read_steps(uneven, 0, **options)
+    resumed = read_steps(uneven, 5, world_size=world_size, num_workers=num_workers, **options)
+    assert resumed == {position: whole[position] for position in range(5 * 12, 8 * 12)}
 
 
 def test_batches_move_with_and_without_vectors(folder: Path) -> None:
