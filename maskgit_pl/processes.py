@@ -320,7 +320,7 @@ def run_jobs(
     except BrokenProcessPool as error:
         raise DataWorkerError(
             "a worker process was killed, most likely because it ran out of memory; use fewer workers (--num-workers), "
-            "then run the same command again to resume"
+            "then run the same command again"
         ) from error
     except (KeyboardInterrupt, GeneratorExit):
         for worker in set(multiprocessing.active_children()) - others:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from maskgit_pl import runs
 from maskgit_pl.cli.flags import RunFlags, WantedFolders, check_one_of
+from maskgit_pl.data.token_store import TokenizeOptions
 from maskgit_pl.errors import printable
 from maskgit_pl.processes import catch_stop_signals, progress_bars
 from maskgit_pl.runs.plan import plan_run
 from maskgit_pl.runs.recipe import Recipe, Stage
 from maskgit_pl.runs.slurm import JobOptions, check_submission, plan_submission
-from maskgit_pl.runs.tokenizing import TokenizeOptions, find_process_rank
 
 __all__ = ["submit", "tokenize", "train"]
 
@@ -93,9 +93,8 @@ def tokenize(
         world_size: Number of processes that share the work (default: from torchrun or Slurm).
     """
     recipe = run.read("transformer", overrides)
-    process = find_process_rank(rank, world_size)
     with progress_bars() as bars:
-        runs.tokenize(recipe, **run.folders(recipe), options=store, process=process, bars=bars)
+        runs.tokenize(recipe, **run.folders(recipe), options=store, ranks=(rank, world_size), bars=bars)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
         split_batch,
     )
     from maskgit_pl.data.stream import StreamError
-    from maskgit_pl.data.tokenizing import TokenizingConfig, describe_store, tokenize
+    from maskgit_pl.data.token_store import TokenizingConfig
+    from maskgit_pl.data.tokenizing import describe_store, tokenize
 
 __all__ = [
     "Batch",
@@ -59,7 +60,7 @@ __getattr__ = lazy_names(
         "StreamConfig": "config",
         "StreamError": "stream",
         "TokenBatches": "batches",
-        "TokenizingConfig": "tokenizing",
+        "TokenizingConfig": "token_store",
         "TrainBatchSampler": "order",
         "WindowedStream": "order",
         "describe_store": "tokenizing",

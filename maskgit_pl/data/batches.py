@@ -9,12 +9,10 @@ Used by ``ShardData``, ``IndexedDataModule``, ``tokenize`` and the evaluation.
 from __future__ import annotations
 
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
-from typing import Any, ClassVar, NamedTuple, cast
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from maskgit_pl.checks import ImageSize, height_width
 from maskgit_pl.data.augmentations import CENTER, Augmentations
 from maskgit_pl.data.images import Place, UnreadableImageError, decode_image, load_image_into
-from maskgit_pl.data.order import Order, Rows
+from maskgit_pl.data.order import EvalBatchSampler, Order, Rows, TrainBatchSampler
 from maskgit_pl.data.reader import ShardReader
 from maskgit_pl.data.samples import MAX_IN_A_ROW, Unreadable, UnreadableImages
 from maskgit_pl.data.token_store import TokenReader
@@ -45,9 +43,10 @@ __all__ = [
     "check_batch",
     "flip",
     "make_loader",
+    "stack_batch",
 ]
 
-_SIGNAL_SECONDS = 1.0  # longest time until the signal of a worker's death arrives
+_DEATH_SECONDS = 1.0  # longest time in which a process ends after its connections
 _NONE_REPLACED = torch.tensor(-1)
 
 
@@ -96,6 +95,12 @@ class Batch(NamedTuple):
                 f"{condition_dim}; set data.vectors: true, or give the data a vector for each image"
             )
         return self.vectors if condition_dim else None
+
+
+def stack_batch(samples: Sequence[tuple[Tensor, int]], rows: Rows) -> Batch:
+    """Returns the batch of images (C, H, W) uint8 and their labels, none of which replaces another."""
+    images, labels = zip(*samples, strict=True)
+    return Batch(torch.stack(images), torch.tensor(labels), *rows, replacement=torch.full_like(rows.index, -1))
 
 
 def check_batch(batch: Batch, *, shape: tuple[int, ...]) -> None:
@@ -150,7 +155,6 @@ class ImageBatches(Dataset[Batch]):
         in_channels: Channels of the images, 1 or 3.
         augmentations: Crops and flips; by default the centre of each image.
         seed: Seed of the augmentations, in [0, 2**32).
-        vectors: Reader of the vectors; None reads no vectors.
     """
 
     def __init__(
@@ -162,7 +166,6 @@ class ImageBatches(Dataset[Batch]):
         in_channels: int,
         augmentations: Augmentations = CENTER,
         seed: int = 0,
-        vectors: VectorReader | None = None,
     ) -> None:
         self.reader = reader
         self.order = order
@@ -170,14 +173,13 @@ class ImageBatches(Dataset[Batch]):
         self.in_channels = in_channels
         self.augmentations = augmentations
         self.seed = seed
-        self.vectors = vectors
 
     def __getitems__(self, positions: range) -> Batch:
         """Returns the batch at some positions.
 
         1. Map the positions to samples.
         2. Decode each sample into its row, or the next readable sample.
-        3. Take the labels and vectors of the samples shown.
+        3. Take the labels of the samples shown.
 
         Args:
             positions: Consecutive positions of the stream; B is their number.
@@ -185,20 +187,19 @@ class ImageBatches(Dataset[Batch]):
         Returns:
             The batch; content is (B, in_channels, H, W) uint8, channels-last.
         """
-        rows = self.order(positions)
+        rows = self.order(positions)  # 1.
         shape, count = (len(positions), *height_width(self.image_size), self.in_channels), len(self.reader)
         # Channels-last, as images are decoded: the copy into a row is a plain copy of memory.
         content = torch.empty(shape, dtype=torch.uint8).permute(0, 3, 1, 2)
         drawn = self.augmentations.draw(rows.index, rows.epoch, seed=self.seed)
-        skipped = [
+        skipped = [  # 2.
             self._load(content[row], index, augment)
             for row, (index, augment) in enumerate(zip(rows.index.tolist(), drawn, strict=True))
         ]
         num_skipped = torch.tensor(skipped)  # (B,) unreadable samples before the readable one; 0 in most rows
         shown = (rows.index + num_skipped) % count
-        labels = torch.from_numpy(self.reader.labels(shown.numpy()))
-        replacement = shown.masked_fill(num_skipped == 0, -1)
-        return Batch(content, labels, *rows, replacement=replacement, vectors=_read_vectors(self.vectors, shown))
+        labels = torch.from_numpy(self.reader.labels(shown.numpy()))  # 3.
+        return Batch(content, labels, *rows, replacement=shown.masked_fill(num_skipped == 0, -1))
 
     def explain(self, index: int) -> Unreadable:
         """Reads an unreadable image again and describes its fault.
@@ -246,26 +247,20 @@ class TokenBatches(Dataset[Batch]):
         reader: The split of the store.
         order: Maps positions to samples.
         seed: Seed of the view of a sample in an epoch, if the store has several views.
-        vectors: Reader of the vectors; None reads no vectors.
     """
 
-    def __init__(
-        self, reader: TokenReader, order: Order, *, seed: int = 0, vectors: VectorReader | None = None
-    ) -> None:
+    def __init__(self, reader: TokenReader, order: Order, *, seed: int = 0) -> None:
         self.reader = reader
         self.order = order
         self.seed = seed
-        self.vectors = vectors
 
     def __getitems__(self, positions: range) -> Batch:
         """Returns the batch at some positions; content is (B, N) int64."""
         rows = self.order(positions)
-        tokens, labels = self.reader.read(rows.index.numpy(), self._views(rows))
-        none_replaced = torch.full_like(rows.index, -1)
-        vectors = _read_vectors(self.vectors, rows.index)
-        return Batch(
-            torch.from_numpy(tokens), torch.from_numpy(labels), *rows, replacement=none_replaced, vectors=vectors
-        )
+        index = rows.index.numpy()
+        tokens, labels = self.reader.read(index, self._views(rows))
+        replacement = torch.from_numpy(self.reader.replacements(index))
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), *rows, replacement=replacement)
 
     def _views(self, rows: Rows) -> npt.NDArray[np.int64] | int:
         """Returns the view of each row, (B,) int64, a function of (seed, index, epoch); 0 if there is only one view."""
@@ -273,6 +268,24 @@ class TokenBatches(Dataset[Batch]):
             return 0
         words = random_bits("view", seed=self.seed, index=rows.index, epoch=rows.epoch)[:, 0]
         return (words % self.reader.views).numpy()
+
+
+class _WithVectors(Dataset[Batch]):
+    """A dataset of batches with the vectors of their samples.
+
+    Args:
+        batches: The dataset of the batches.
+        reader: Reader of the vectors of the split.
+    """
+
+    def __init__(self, batches: ImageBatches | TokenBatches, reader: VectorReader) -> None:
+        self.batches = batches
+        self.reader = reader
+
+    def __getitems__(self, positions: range) -> Batch:
+        batch = self.batches.__getitems__(positions)
+        shown = torch.where(batch.replacement < 0, batch.index, batch.replacement)
+        return batch._replace(vectors=torch.from_numpy(self.reader.read(shown.numpy())))
 
 
 class StepLoader(DataLoader[Batch]):
@@ -286,31 +299,44 @@ class StepLoader(DataLoader[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # any iterator serves
         # super().__iter__() runs here and not at the first next(), since the sampler reads the step now.
-        if not self.num_workers:
-            return self._count_unreadable(super().__iter__())
-        with _translate_worker_errors():
-            batches = super().__iter__()
-        _WorkerDeathHandler.watch()
-        return self._count_unreadable(self._from_workers(batches))
+        try:
+            with _keep_sigchld() if self.num_workers else nullcontext():
+                return self._serve(super().__iter__())
+        except (RuntimeError, OSError, EOFError) as error:
+            self._check_workers(error)
+            raise
 
-    def _from_workers(self, batches: Iterator[Batch | _WorkerFailure]) -> Iterator[Batch]:
+    def _serve(self, batches: Iterator[Batch | _WorkerFailure]) -> Iterator[Batch]:
         while True:
-            with _translate_worker_errors():
-                # A worker may have died while the training process did something else.
-                if _WorkerDeathHandler.error is not None:
-                    raise _WorkerDeathHandler.error
+            try:
                 batch = next(batches, None)
+            except (RuntimeError, OSError, EOFError) as error:
+                self._check_workers(error)
+                raise
             if batch is None:
                 return
             if isinstance(batch, _WorkerFailure):
                 raise batch.error
-            yield batch
-
-    def _count_unreadable(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        for batch in batches:
             if self.unreadable is not None:
                 self.unreadable.add(batch.index.numpy(), batch.replacement.numpy())
             yield batch
+
+    def _check_workers(self, error: Exception) -> None:
+        """Raises ``DataWorkerError`` if an error follows the death of a worker.
+
+        Torch notices a death within 5 s, or a connection to the worker breaks first, while the process ends.
+        """
+        workers = [] if isinstance(error, RunError) else getattr(self._iterator, "_workers", [])
+        deadline = time.monotonic() + _DEATH_SECONDS
+        while workers and all(worker.is_alive() for worker in workers) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        for worker in workers:
+            if worker.exitcode:
+                raise DataWorkerError(
+                    f"a data loading worker was killed, most likely because it ran out of memory (process {worker.pid} "
+                    f"ended with {worker.exitcode}); use fewer workers (data.num_workers, or --num-workers) or a "
+                    "smaller batch (data.max_batch_per_device, or --batch-size), then run the same command again"
+                ) from error
 
     def state_dict(self) -> dict[str, Any]:
         """Returns an empty state: the sampler reads the Trainer's step."""
@@ -320,35 +346,48 @@ class StepLoader(DataLoader[Batch]):
         """Does nothing, since the state is empty."""
 
 
+@contextmanager
+def _keep_sigchld() -> Iterator[None]:
+    """Keeps the handler of SIGCHLD. Torch's would raise the death of a worker anywhere in the training process."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    yield
+    if signal.getsignal(signal.SIGCHLD) is not handler:  # torch sets one in the main thread only
+        signal.signal(signal.SIGCHLD, handler)
+
+
 def make_loader(
     dataset: Dataset[Batch],
     order: Sampler[range],
     *,
     num_workers: int,
-    pin_memory: bool = False,
     unreadable_budget: float = 0.0,
+    vectors: VectorReader | None = None,
 ) -> StepLoader:
-    """Makes a loader of whole batches.
+    """Makes a loader of whole batches, in pinned memory if there is a GPU.
 
     Args:
         dataset: Dataset of images or tokens; ``__getitems__(range)`` returns a batch.
         order: Sampler that yields ranges of positions.
         num_workers: Number of worker processes; 0 reads in this process.
-        pin_memory: See ``torch.utils.data.DataLoader``.
         unreadable_budget: Fraction of unreadable images that may be replaced, in [0, 1]; see ``UnreadableImages``.
+        vectors: Reader of the vectors of the samples; None reads no vectors.
     """
+    unreadable = None
+    if isinstance(dataset, ImageBatches):
+        unreadable = UnreadableImages(dataset.explain, num_samples=len(dataset.reader), budget=unreadable_budget)
+    if vectors is not None:
+        dataset = _WithVectors(cast("ImageBatches | TokenBatches", dataset), vectors)
     # The sampler yields whole ranges, so torch calls __getitems__ once per batch.
     made = StepLoader(
         _ErrorForwardingDataset(dataset) if num_workers else dataset,
         batch_sampler=cast("Sampler[list[int]]", order),  # our __getitems__ takes a range
         num_workers=num_workers,
         collate_fn=_collate,
-        pin_memory=pin_memory,
+        pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
         worker_init_fn=ignore_job_signals,
     )
-    if isinstance(dataset, ImageBatches):
-        made.unreadable = UnreadableImages(dataset.explain, num_samples=len(dataset.reader), budget=unreadable_budget)
+    made.unreadable = unreadable
     return made
 
 
@@ -367,6 +406,21 @@ class StepDataModule(LightningDataModule):
         moved = {name: part.to(device, non_blocking=True) for name, part in batch._asdict().items() if part is not None}
         return Batch(**moved)
 
+    def _train_order(self, num_samples: int, *, per_device: int, accumulation: int) -> TrainBatchSampler:
+        """Returns the micro-batches of this rank, from the Trainer's step to the end of the epoch."""
+        return TrainBatchSampler(
+            num_samples,
+            per_device=per_device,
+            accumulation=accumulation,
+            world_size=self._world_size,
+            rank=self._rank,
+            current_step=self._current_step,
+        )
+
+    def _eval_order(self, num_samples: int, *, per_device: int) -> EvalBatchSampler:
+        """Returns this rank's batches of validation samples, each sample once over all ranks."""
+        return EvalBatchSampler(num_samples, per_device=per_device, world_size=self._world_size, rank=self._rank)
+
     def _current_step(self) -> int:
         return 0 if self.trainer is None else self.trainer.global_step
 
@@ -377,11 +431,6 @@ class StepDataModule(LightningDataModule):
     @property
     def _rank(self) -> int:
         return 0 if self.trainer is None else self.trainer.global_rank
-
-
-def _read_vectors(reader: VectorReader | None, index: Tensor) -> Tensor | None:
-    """Returns the vectors (B, C) float32 of samples (B,), or None without a reader."""
-    return None if reader is None else torch.from_numpy(reader.read(index.numpy()))
 
 
 def _collate(batch: Any) -> Any:
@@ -411,63 +460,3 @@ class _ErrorForwardingDataset(Dataset[Any]):
             if not isinstance(error, RunError) and exit_code_of(error) == INTERNAL_ERROR:
                 raise  # for an error of ours, the traceback is useful
             return _WorkerFailure(error)
-
-
-@contextmanager
-def _translate_worker_errors() -> Iterator[None]:
-    """Turns torch's errors about a killed worker into ``DataWorkerError``.
-
-    1. Torch raises "DataLoader worker ... is killed" itself, or a connection to the worker breaks first.
-    2. In the second case, wait for the signal that tells whether a worker died.
-    3. Other errors pass unchanged.
-    """
-    try:
-        yield
-    except (RuntimeError, OSError, EOFError) as error:
-        if isinstance(error, RunError):
-            raise
-        # 2.
-        if not str(error).startswith("DataLoader worker"):
-            deadline = time.monotonic() + _SIGNAL_SECONDS
-            while _WorkerDeathHandler.error is None and time.monotonic() < deadline:
-                time.sleep(0.01)
-        # 3.
-        killed, _WorkerDeathHandler.error = _WorkerDeathHandler.error, None
-        if killed is None and not str(error).startswith("DataLoader worker"):
-            raise
-        raise _worker_error(killed or error) from error
-
-
-class _WorkerDeathHandler:
-    """A handler of SIGCHLD that stores the error of torch's handler until the next batch is requested.
-
-    Torch raises this error anywhere in the training process, perhaps in code that turns it into another error.
-    """
-
-    error: ClassVar[RuntimeError | None] = None
-
-    def __init__(self, handler: Callable[[int, FrameType | None], Any]) -> None:
-        self.handler = handler
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        try:
-            self.handler(number, frame)
-        except RuntimeError as error:
-            _WorkerDeathHandler.error = error
-
-    @classmethod
-    def watch(cls) -> None:
-        """Replaces torch's handler, which exists once a loader has workers."""
-        handler = signal.getsignal(signal.SIGCHLD)
-        is_main = threading.current_thread() is threading.main_thread()
-        if is_main and callable(handler) and not isinstance(handler, cls):
-            signal.signal(signal.SIGCHLD, cls(handler))
-
-
-def _worker_error(error: Exception) -> DataWorkerError:
-    reason = " ".join(str(error).split()).rstrip(".")
-    return DataWorkerError(
-        f"a data loading worker was killed, most likely because it ran out of memory ({reason}); use fewer workers "
-        "(data.num_workers, or --num-workers) or a smaller batch (data.max_batch_per_device, or --batch-size), then "
-        "run the same command again to resume"
-    )

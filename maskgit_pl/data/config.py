@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -13,11 +12,11 @@ from typing import Any, Literal
 from maskgit_pl.checks import ImageSize, check_channels, check_choice, check_image_size, check_integer, check_seed
 from maskgit_pl.data.augmentations import Augmentations, build_augmentations
 from maskgit_pl.data.images import Crop
-from maskgit_pl.data.order import BATCH_SIZE_RANGE, check_window
+from maskgit_pl.data.order import BATCH_SIZE_RANGE
 from maskgit_pl.data.reader import MAX_NAMES, expand_braces
 from maskgit_pl.data.samples import MAX_CLASSES, Labels, check_budget
 
-__all__ = ["ShardDataConfig", "StreamConfig", "check_stream", "expand_urls"]
+__all__ = ["ShardDataConfig", "StreamConfig", "expand_urls"]
 
 
 @dataclass(frozen=True)
@@ -68,43 +67,14 @@ class StreamConfig:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def check_stream(config: StreamConfig | None, validation_samples: int | None) -> StreamConfig:
-    """Checks that the settings of a stream are complete.
-
-    Args:
-        config: The stream, or None.
-        validation_samples: Number of validation samples, or None.
-
-    Returns:
-        ``config``.
-
-    Raises:
-        ValueError: if there is no stream, or there are validation URLs without a number of validation samples.
-    """
-    if config is None:
-        raise ValueError("data.stream.urls must be given for data.source: stream, got none")
-    if config.validation_urls is not None and validation_samples is None:
-        raise ValueError("data.validation_samples must be given with data.stream.validation_urls, got none")
-    return config
-
-
-def expand_urls(name: str, urls: str | Sequence[str]) -> list[str]:
-    """Expands the braces of URLs and checks each URL.
-
-    Args:
-        name: Name of the setting in error messages: ``"urls"`` or ``"validation_urls"``.
-        urls: One pattern, or several.
-
-    Returns:
-        All URLs, in order.
+def expand_urls(name: str, urls: str | list[str]) -> list[str]:
+    """Expands the braces of ``urls`` or ``validation_urls`` and checks each URL.
 
     Raises:
         ValueError: if there are no URLs or too many, or one has another scheme.
     """
-    # Counted before and after each pattern: a list of patterns may also be too long.
-    patterns = [urls] if isinstance(urls, str) else list(urls)
     found: list[str] = []
-    for pattern in patterns:
+    for pattern in [urls] if isinstance(urls, str) else urls:
         try:
             found += expand_braces(pattern)
         except ValueError as error:
@@ -112,8 +82,8 @@ def expand_urls(name: str, urls: str | Sequence[str]) -> list[str]:
         if len(found) > MAX_NAMES:
             raise ValueError(f"data.stream.{name} must name at most {MAX_NAMES} shards, got more")
     if not found or not all(found):
-        raise ValueError(f"data.stream.{name} must have at least 1 URL and no empty one, got {patterns}")
-    # A recipe may come from elsewhere: "pipe:" would run a command.
+        raise ValueError(f"data.stream.{name} must have at least 1 URL and no empty one, got {urls!r}")
+    # A recipe may come from elsewhere: "file:" or "ftp:" would read other things.
     for url in found:
         if re.match(r"(?!https?://)[a-z][\w+.-]*:", url, re.IGNORECASE):
             raise ValueError(
@@ -181,26 +151,21 @@ class ShardDataConfig:
     def __post_init__(self) -> None:
         # All values are checked here, before data is read or a process group starts.
         _ = self.train_augmentations  # raises if a name or a value is wrong
-        if self.views is not None:
-            check_integer("data.views", self.views, "[1, 65536]")
-        check_budget(self.unreadable_budget)
-        check_window(self.shuffle_window)
         object.__setattr__(self, "image_size", check_image_size("data.image_size", self.image_size, "[1, 8192]"))
+        check_channels("data.in_channels", self.in_channels)
+        check_seed("data.seed", self.seed)
+        check_budget(self.unreadable_budget)
         for name in ("global_batch", "max_batch_per_device", "validation_batch"):
             check_integer(f"data.{name}", getattr(self, name), BATCH_SIZE_RANGE)
         check_integer("data.num_workers", self.num_workers, "[0, 1024]")
-        check_seed("data.seed", self.seed)
-        if self.validation_samples is not None:
-            check_integer("data.validation_samples", self.validation_samples, "[1, 4294967296]")
-        check_channels("data.in_channels", self.in_channels)
+        for name, interval in (("views", "[1, 65536]"), ("validation_samples", "[1, 4294967296]")):
+            if getattr(self, name) is not None:
+                check_integer(f"data.{name}", getattr(self, name), interval)
+        if self.shuffle_window is not None:
+            check_integer("data.shuffle_window", self.shuffle_window, "[1, inf)")
         check_choice("data.source", self.source, ("images", "tokens", "stream"))
         if self.source == "stream":
-            check_stream(self.stream, self.validation_samples)
-            if self.vectors:
-                raise ValueError(
-                    "data.vectors must be false for data.source: stream, which reads no vectors, got true; index the "
-                    "shards with `maskgit data index`, and use data.source: images or tokens"
-                )
+            self._check_stream()
         if self.source == "tokens":
             self._check_tokens()
 
@@ -213,6 +178,17 @@ class ShardDataConfig:
             raise ValueError(
                 f"data.{error}" if str(error).startswith(("crop", "augmentations")) else f"data: {error}"
             ) from error
+
+    def _check_stream(self) -> None:
+        if self.stream is None:
+            raise ValueError("data.stream.urls must be given for data.source: stream, got none")
+        if self.stream.validation_urls is not None and self.validation_samples is None:
+            raise ValueError("data.validation_samples must be given with data.stream.validation_urls, got none")
+        if self.vectors:
+            raise ValueError(
+                "data.vectors must be false for data.source: stream, which reads no vectors, got true; index the "
+                "shards with `maskgit data index`, and use data.source: images or tokens"
+            )
 
     def _check_tokens(self) -> None:
         if self.token_store is None:

@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from maskgit_pl.checks import ImageSize, check_channels, check_image_size, check_integer, check_seed, shorten
 from maskgit_pl.data.augmentations import Augmentations, build_augmentations
-from maskgit_pl.data.batches import Batch, StepDataModule, make_loader
+from maskgit_pl.data.batches import Batch, StepDataModule, make_loader, stack_batch
 from maskgit_pl.data.images import Crop, fit_image, from_pil
-from maskgit_pl.data.order import BATCH_SIZE_RANGE, EvalBatchSampler, InOrder, Order, ShuffledStream, TrainBatchSampler
+from maskgit_pl.data.order import BATCH_SIZE_RANGE, InOrder, Order, ShuffledStream
 
 __all__ = ["IndexedDataModule", "IndexedDataset"]
 
@@ -88,27 +88,25 @@ class IndexedDataset(Dataset[Batch]):
             ValueError: if a label is negative, or the vectors of the items do not have one length.
         """
         rows = (InOrder(self.num_samples) if self.order is None else self.order)(positions)
-        images, labels, vectors = [], [], []
-        drawn = self._built.draw(rows.index, rows.epoch, seed=self.seed)
-        for index, place in zip(rows.index.tolist(), drawn, strict=True):
+        samples: list[tuple[Tensor, int]] = []
+        vectors: list[Tensor] = []
+        for index, place in zip(
+            rows.index.tolist(), self._built.draw(rows.index, rows.epoch, seed=self.seed), strict=True
+        ):
             name = f"sample {index}"
             image, label, *others = _check_item(self.dataset[index], name=name)
             pixels = _to_pixels(image, channels=self.in_channels, name=name)
-            images.append(fit_image(pixels, image_size=self.image_size, crop=place))
-            labels.append(_to_label(label, name=name))
+            samples.append((fit_image(pixels, image_size=self.image_size, crop=place), _to_label(label, name=name)))
             vectors += [_to_vector(vector, name=name) for vector in others]
-        if vectors and (len(vectors) < len(labels) or len({len(vector) for vector in vectors}) > 1):
+        batch = stack_batch(samples, rows)
+        if not vectors:
+            return batch
+        if len(vectors) < len(samples) or len({len(vector) for vector in vectors}) > 1:
             raise ValueError(
                 f"samples {rows.index.tolist()}: all must have a vector of the same length, or none, got the lengths "
-                f"{sorted({len(vector) for vector in vectors})} and {len(labels) - len(vectors)} samples without one"
+                f"{sorted({len(vector) for vector in vectors})} and {len(samples) - len(vectors)} samples without one"
             )
-        return Batch(
-            torch.stack(images),
-            torch.tensor(labels),
-            *rows,
-            replacement=torch.full_like(rows.index, -1),
-            vectors=torch.stack(vectors) if vectors else None,
-        )
+        return batch._replace(vectors=torch.stack(vectors))
 
 
 class IndexedDataModule(StepDataModule):
@@ -132,8 +130,9 @@ class IndexedDataModule(StepDataModule):
 
     Example::
 
-        data = IndexedDataModule(IndexedDataset(my_dataset, image_size=28, in_channels=1), global_batch=64)
-        lightning.Trainer(max_steps=1000).fit(module, datamodule=data)
+        images = torchvision.datasets.FashionMNIST("data", download=True)
+        data = IndexedDataModule(IndexedDataset(images, image_size=28, in_channels=1), global_batch=64)
+        lightning.Trainer(max_steps=1000, limit_val_batches=0).fit(module, datamodule=data)
     """
 
     def __init__(
@@ -151,7 +150,6 @@ class IndexedDataModule(StepDataModule):
         check_integer("global_batch", global_batch, BATCH_SIZE_RANGE)
         check_integer("accumulation", accumulation, BATCH_SIZE_RANGE)
         check_integer("validation_batch", validation_batch, BATCH_SIZE_RANGE)
-        check_integer("num_workers", num_workers, "[0, 1024]")
         check_seed("seed", seed)
         # Validation keeps the dataset's order, with central or random crops as given.
         self.train = replace(train, order=ShuffledStream(len(train), seed), seed=seed)
@@ -175,33 +173,21 @@ class IndexedDataModule(StepDataModule):
         """
         self._check_trainer()
         # The Trainer knows the number of ranks only now, so the division is checked here.
-        micro_batches = self._world_size * self.accumulation
-        if self.global_batch % micro_batches:
+        per_device, rest = divmod(self.global_batch, self._world_size * self.accumulation)
+        if rest:
             raise ValueError(
                 f"global_batch must be a multiple of {self._world_size} ranks x {self.accumulation} micro-batches, got "
                 f"{self.global_batch}"
             )
-        order = TrainBatchSampler(
-            len(self.train),
-            per_device=self.global_batch // micro_batches,
-            accumulation=self.accumulation,
-            world_size=self._world_size,
-            rank=self._rank,
-            current_step=self._current_step,
-        )
-        return self._loader(self.train, order)
+        order = self._train_order(len(self.train), per_device=per_device, accumulation=self.accumulation)
+        return make_loader(self.train, order, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Returns this rank's batches, each sample once over all ranks; an empty list without validation samples."""
         if self.validation is None:
             return []
-        order = EvalBatchSampler(
-            len(self.validation), per_device=self.validation_batch, world_size=self._world_size, rank=self._rank
-        )
-        return self._loader(self.validation, order)
-
-    def _loader(self, dataset: IndexedDataset, order: TrainBatchSampler | EvalBatchSampler) -> DataLoader[Batch]:
-        return make_loader(dataset, order, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
+        order = self._eval_order(len(self.validation), per_device=self.validation_batch)
+        return make_loader(self.validation, order, num_workers=self.num_workers)
 
     def _check_trainer(self) -> None:
         if self.trainer is None:
@@ -212,8 +198,7 @@ class IndexedDataModule(StepDataModule):
                 "the samples among the ranks itself"
             )
         # With manual optimization (the tokenizer), the module accumulates itself.
-        module = self.trainer.lightning_module
-        wanted = self.accumulation if module.automatic_optimization else 1
+        wanted = self.accumulation if self.trainer.lightning_module.automatic_optimization else 1
         if self.trainer.accumulate_grad_batches != wanted:
             raise ValueError(
                 f"Trainer(accumulate_grad_batches=) must be {wanted}, got {self.trainer.accumulate_grad_batches}; the "
@@ -234,11 +219,10 @@ def _check_item(item: Any, *, name: str) -> Sequence[Any]:
 
 def _to_label(label: Any, *, name: str) -> int:
     """Converts an integer of Python, NumPy or torch to an int that is not negative."""
-    if isinstance(label, Tensor | np.ndarray) and math.prod(label.shape) == 1:
-        label = label.item()
     try:
-        number = operator.index(label)
-    except TypeError as error:
+        value: Any = label.item() if isinstance(label, Tensor | np.ndarray) else label
+        number = operator.index(value)
+    except (TypeError, ValueError, RuntimeError) as error:
         wanted = "an integer, the number of its class from 0"
         raise TypeError(f"{name}: the label must be {wanted}, got {shorten(label)}") from error
     if number < 0:
@@ -248,10 +232,7 @@ def _to_label(label: Any, *, name: str) -> int:
 
 def _to_vector(vector: Any, *, name: str) -> Tensor:
     """Converts the vector of an image to (C,) float32."""
-    try:
-        values = torch.as_tensor(vector, dtype=torch.float32)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name}: the vector must be numbers, got {shorten(vector)}") from error
+    values = torch.as_tensor(vector, dtype=torch.float32)
     if values.ndim != 1 or not values.isfinite().all():
         got = "non-finite values" if values.ndim == 1 else f"the shape {tuple(values.shape)}"
         raise ValueError(f"{name}: the vector must have the shape (C,) and finite values, got {got}")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from maskgit_pl.data.augmentations import CENTER, Augmentations
-from maskgit_pl.data.batches import Batch, ImageBatches, StepDataModule, StepLoader, TokenBatches, make_loader
+from maskgit_pl.data.batches import Batch, ImageBatches, StepDataModule, TokenBatches, make_loader
 from maskgit_pl.data.config import ShardDataConfig
 from maskgit_pl.data.manifest import (
     DataSummary,
@@ -24,15 +24,7 @@ from maskgit_pl.data.manifest import (
     load_manifests,
     read_manifest_summary,
 )
-from maskgit_pl.data.order import (
-    EvalBatchSampler,
-    InOrder,
-    Order,
-    ShuffledStream,
-    TrainBatchSampler,
-    WindowedStream,
-    split_batch,
-)
+from maskgit_pl.data.order import InOrder, Order, ShuffledStream, WindowedStream, split_batch
 from maskgit_pl.data.reader import ShardReader
 from maskgit_pl.data.stream import StreamBatches, StreamEval
 from maskgit_pl.data.token_store import StoreDescription, TokenReader, augmentations_text, check_origin, open_store
@@ -58,9 +50,8 @@ class ShardData(StepDataModule):
         super().__init__()
         self.config = config
         self.stream = config.stream if config.source == "stream" else None
-        self.token_store = config.token_store if config.source == "tokens" else None
         self._readers: dict[Split, ShardReader] = {}
-        self._checked_vectors: set[Split] = set()
+        self._vectors: dict[Split, VectorReader] = {}
 
     @cached_property
     def summary(self) -> DataSummary:
@@ -68,9 +59,13 @@ class ShardData(StepDataModule):
         return read_manifest_summary(self.config.path)
 
     @property
+    def fingerprint(self) -> str:
+        """The SHA-256, hex, that identifies the data: a run may find the same data in another folder."""
+        return self.summary.fingerprint if self.stream is None else self.stream.fingerprint
+
+    @property
     def class_names(self) -> tuple[str, ...]:
-        """The class names; label i is ``class_names[i]``."""
-        # A stream may name its own classes; else the folder's are used.
+        """The class names; label i is ``class_names[i]``. A stream may name its own; else the folder's are used."""
         named = None if self.stream is None else self.stream.class_names
         return self.summary.classes if named is None else named
 
@@ -127,7 +122,8 @@ class ShardData(StepDataModule):
             ValueError: if another tokenizer made it, or it has another grid or codebook. The message names both values.
         """
         if self.store is not None:
-            check_origin(self.store, self.token_store, tokenizer=fingerprint, grid=grid, codebook_size=codebook_size)
+            origin = {"tokenizer": fingerprint, "grid": grid, "codebook_size": codebook_size}
+            check_origin(self.store, self.config.token_store, **origin)
 
     def setup(self, stage: str | None = None) -> None:
         """Checks the data before the first step: the index, and the length and ends of each shard; or the token store.
@@ -140,18 +136,14 @@ class ShardData(StepDataModule):
             ValueError: if shards differ from the manifest, the store is damaged or made from other data, the samples
                 have no vectors, or the batch cannot be divided evenly among the ranks.
         """
-        _ = self.vector_dim
-        if self.config.source != "tokens":
+        split_batch(self.config.global_batch, self.config.max_batch_per_device, self._world_size)
+        if self._tokens is None:  # opens and checks the token store, if there is one
             for split, manifest in load_manifests(self.config.path, self._splits_of_folder).items():
                 self._readers[split] = ShardReader(manifest)
                 _ = self._readers[split].index  # checks the labels
-                if self.config.vectors:
-                    self._vector_reader(split)
-        else:
+        if self.vector_dim:
             for split in self._splits_of_folder:
-                load_manifest(self.config.path, split, check=False)
-        split_batch(self.config.global_batch, self.config.max_batch_per_device, self._world_size)
-        _ = self.store  # opens and checks the token store
+                self._vector_reader(split)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Returns the micro-batches of this rank, from the Trainer's step to the end of the epoch."""
@@ -159,39 +151,24 @@ class ShardData(StepDataModule):
         per_device, accumulation = split_batch(
             self.config.global_batch, self.config.max_batch_per_device, self._world_size
         )
-        order = TrainBatchSampler(
-            self._train_samples,
-            per_device=per_device,
-            accumulation=accumulation,
-            world_size=self._world_size,
-            rank=self._rank,
-            current_step=self._current_step,
-        )
+        order = self._train_order(self._train_samples, per_device=per_device, accumulation=accumulation)
         if self.stream is not None:
-            batches = StreamBatches(
-                self.config,
-                class_names=self.class_names,
-                rank=self._rank,
-                world_size=self._world_size,
-                first_step=self._current_step(),
-            )
-            return self._loader(batches, order)
-        return self._loader(self.batches("train", self._order(), augmentations=self.config.train_augmentations), order)
+            place = {"rank": self._rank, "world_size": self._world_size, "first_step": self._current_step()}
+            return self._loader(StreamBatches(self.config, self.class_names, **place), order)
+        batches = self.batches("train", self._order(), augmentations=self.config.train_augmentations)
+        return self._loader(batches, order, vectors_of="train")
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Returns this rank's batches of the val split, each sample once over all ranks."""
-        samples = self._validation_samples
-        order = EvalBatchSampler(
-            samples, per_device=self.config.validation_batch, world_size=self._world_size, rank=self._rank
-        )
+        order = self._eval_order(self._validation_samples, per_device=self.config.validation_batch)
         if self.stream is not None and self.stream.validation_urls is not None:
-            return self._loader(StreamEval(self.config, samples, class_names=self.class_names), order)
-        return self._loader(self.batches("val", InOrder(samples)), order)
+            return self._loader(StreamEval(self.config, self.class_names), order)
+        return self._loader(self.batches("val", InOrder(self._validation_samples)), order, vectors_of="val")
 
     def batches(
         self, split: Split, order: Order, *, augmentations: Augmentations = CENTER
     ) -> ImageBatches | TokenBatches:
-        """Returns a dataset of batches of a split.
+        """Returns a dataset of batches of a split, without vectors.
 
         Args:
             split: ``"train"`` or ``"val"``.
@@ -201,9 +178,8 @@ class ShardData(StepDataModule):
         Returns:
             A dataset whose ``__getitems__(range of positions)`` returns a ``Batch``.
         """
-        vectors = self._vector_reader(split) if self.vector_dim else None
         if self._tokens is not None:
-            return TokenBatches(self._tokens[split], order, seed=self.config.seed, vectors=vectors)
+            return TokenBatches(self._tokens[split], order, seed=self.config.seed)
         return ImageBatches(
             self._shard_reader(split),
             order,
@@ -211,28 +187,7 @@ class ShardData(StepDataModule):
             in_channels=self.config.in_channels,
             augmentations=augmentations,
             seed=self.config.seed,
-            vectors=vectors,
         )
-
-    def _shard_reader(self, split: Split) -> ShardReader:
-        # Without ``setup``, as in the evaluation, shards are opened and checked here.
-        if split not in self._readers:
-            self._readers[split] = ShardReader(load_manifest(self.config.path, split))
-        return self._readers[split]
-
-    def _vector_reader(self, split: Split) -> VectorReader | None:
-        """Returns the vectors of a split, after a check of their hash at the first call; None if there are none.
-
-        Raises:
-            ValueError: if they differ from the manifest.
-        """
-        if self._tokens is not None:
-            return self._tokens[split].vector_reader  # opening the store checks its hashes
-        reader = self._shard_reader(split)
-        if reader.vector_reader is not None and split not in self._checked_vectors:
-            check_vectors(reader.manifest)
-            self._checked_vectors.add(split)
-        return reader.vector_reader
 
     def read_vectors(self, split: Split, index: npt.NDArray[np.int64]) -> Tensor:
         """Returns the vectors (B, C) float32 of samples (B,) of a split.
@@ -240,12 +195,7 @@ class ShardData(StepDataModule):
         Raises:
             ValueError: if the samples have no vectors, or the vectors differ from the manifest.
         """
-        reader = self._vector_reader(split)
-        if reader is None:
-            raise ValueError(
-                f"data {self.config.path} must have a vector for each image, got none; make it with .npy files"
-            )
-        return torch.from_numpy(reader.read(index))
+        return torch.from_numpy(self._vector_reader(split).read(index))
 
     def vector_pool(self, split: Split) -> VectorPool:
         """Returns all vectors of a split with their labels, for images that are generated without the data.
@@ -258,6 +208,24 @@ class ShardData(StepDataModule):
         else:
             labels = self._shard_reader(split).index["label"].astype(np.int64)
         return VectorPool(self.read_vectors(split, np.arange(len(labels))), torch.tensor(labels))
+
+    def _shard_reader(self, split: Split) -> ShardReader:
+        # Without ``setup``, as in the evaluation, shards are opened and checked here.
+        if split not in self._readers:
+            self._readers[split] = ShardReader(load_manifest(self.config.path, split))
+        return self._readers[split]
+
+    def _vector_reader(self, split: Split) -> VectorReader:
+        """Returns the vectors of a split of the data folder, after a check of their hash at the first call."""
+        if split not in self._vectors:
+            manifest = load_manifest(self.config.path, split, check=False)
+            if manifest.vectors is None:
+                raise ValueError(
+                    f"data {self.config.path} must have a vector for each image, got none; make it with .npy files"
+                )
+            check_vectors(manifest)
+            self._vectors[split] = manifest.vector_reader()
+        return self._vectors[split]
 
     @property
     def _splits_of_folder(self) -> tuple[Split, ...]:
@@ -272,11 +240,11 @@ class ShardData(StepDataModule):
 
     @property
     def _validation_samples(self) -> int:
-        if "val" not in self._splits_of_folder:
-            assert self.config.validation_samples is not None  # check_stream
-            return self.config.validation_samples
+        limit = self.config.validation_samples
+        if limit is not None and "val" not in self._splits_of_folder:
+            return limit
         samples = self.summary.samples["val"]
-        return samples if self.config.validation_samples is None else min(samples, self.config.validation_samples)
+        return samples if limit is None else min(samples, limit)
 
     def _order(self) -> Order:
         if self.config.shuffle_window is None:
@@ -286,24 +254,26 @@ class ShardData(StepDataModule):
             [shard.samples for shard in shards], window=self.config.shuffle_window, seed=self.config.seed
         )
 
-    def _loader(self, dataset: Dataset[Batch], order: Sampler[range]) -> StepLoader:
+    def _loader(
+        self, dataset: Dataset[Batch], order: Sampler[range], *, vectors_of: Split | None = None
+    ) -> DataLoader[Batch]:
         return make_loader(
             dataset,
             order,
             num_workers=self.config.num_workers,
-            pin_memory=torch.cuda.is_available(),
             unreadable_budget=self.config.unreadable_budget,
+            vectors=self._vector_reader(vectors_of) if vectors_of is not None and self.vector_dim else None,
         )
 
     @cached_property
     def _tokens(self) -> dict[Split, TokenReader] | None:
-        if self.token_store is None:
+        if self.config.source != "tokens" or self.config.token_store is None:
             return None
-        views, listed = self.config.views, self.config.augmentations
+        listed = self.config.augmentations
         # The values that the store must share with the data and the settings of this run.
         return open_store(
-            self.token_store,
-            crops=views,
+            self.config.token_store,
+            crops=self.config.views,
             augmentations=None if listed is None else augmentations_text(listed),
             data=self.summary.fingerprint,
             image_size=self.config.image_size,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from maskgit_pl.checks import check_integer, shorten
+from maskgit_pl.checks import check_integer
 from maskgit_pl.randomness import permutation
 
 __all__ = [
@@ -33,7 +33,6 @@ __all__ = [
     "ShuffledStream",
     "TrainBatchSampler",
     "WindowedStream",
-    "check_window",
     "split_batch",
 ]
 
@@ -71,18 +70,6 @@ def split_batch(global_batch: int, max_per_device: int, world_size: int) -> tupl
     low = [size for size in range(1, math.isqrt(per_rank) + 1) if per_rank % size == 0]
     per_device = max(size for size in (*low, *(per_rank // size for size in low)) if size <= max_per_device)
     return per_device, per_rank // per_device
-
-
-def check_window(window: int | None) -> None:
-    """Checks that a shuffle window is None or has at least one shard.
-
-    Raises:
-        ValueError: if it is not an integer >= 1.
-    """
-    if window is not None and (type(window) is not int or window < 1):
-        raise ValueError(
-            f"data.shuffle_window must be an integer >= 1, or null for the whole split, got {shorten(window)}"
-        )
 
 
 class Rows(NamedTuple):
@@ -144,13 +131,9 @@ class WindowedStream:
         window: Number of shards in a window, at least 1.
         seed: Seed of the order, in [0, 2**32).
         max_cached: Largest window, in samples, whose permutation is cached.
-
-    Raises:
-        ValueError: if the window is below 1.
     """
 
     def __init__(self, shard_samples: Sequence[int], *, window: int, seed: int, max_cached: int = _MAX_CACHED) -> None:
-        check_window(window)
         self.window = window
         self.seed = seed
         self.max_cached = max_cached

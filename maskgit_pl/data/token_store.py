@@ -5,22 +5,23 @@ A store is a folder::
     train-tokens.npy    (n V, N) uint16, or uint32 if the codebook has more than 65,536 codes; row i V + v is view v
                         of sample i
     train-labels.npy    (n,) int64
-    train-vectors.npy   (n, C) float16 or float32, if the samples have vectors; row i is that of sample i
     val-...             the same, with one view
     store.json          grid, codebook size, views, fingerprints of the tokenizer and of the data, and the SHA-256 of
                         each array's file; written last
 
-A store is rejected if another tokenizer made it, if it was made from other data, or if its arrays have changed. Used by
-the data modules, ``maskgit tokenize`` and ``verify``; ``tokenizing`` writes stores.
+A store is rejected if another tokenizer made it, if it was made from other data, or if its arrays have changed. It may
+come from somebody else: its description is checked, its arrays are compared with their hashes when it is opened, and
+each batch is checked again. Used by the data modules, ``maskgit tokenize`` and ``verify``; ``tokenizing`` writes
+stores.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -32,19 +33,12 @@ from maskgit_pl.checks import (
     check_image_size,
     check_integer,
     check_keys,
+    check_number,
     check_sha256,
     shorten,
 )
 from maskgit_pl.data.manifest import Split
-from maskgit_pl.data.vectors import (
-    MAX_VECTOR_DIM,
-    VECTOR_DTYPES,
-    VectorKind,
-    VectorReader,
-    has_all_bytes,
-    map_array,
-    vectors_path,
-)
+from maskgit_pl.data.vectors import has_all_bytes, map_array
 from maskgit_pl.errors import DataChangedError
 from maskgit_pl.files import read_json, sha256_of
 
@@ -55,6 +49,8 @@ __all__ = [
     "BadFile",
     "StoreDescription",
     "TokenReader",
+    "TokenizeOptions",
+    "TokenizingConfig",
     "Tokens",
     "array_paths",
     "augmentations_text",
@@ -62,7 +58,6 @@ __all__ = [
     "is_complete",
     "is_store",
     "open_store",
-    "outside_range",
     "plain_description",
     "read_description",
 ]
@@ -74,7 +69,53 @@ FORMAT = 2
 REMAKE_HINT = "regenerate it with `maskgit tokenize`"
 _CODEBOOK_SIZE = "num_codes"  # key of codebook_size in the file
 _MAX_DESCRIPTION_BYTES = 2**25  # most of it class names
-_BLOCK_VALUES = 2**22  # values of an array that are checked at a time
+
+
+@dataclass(frozen=True)
+class TokenizingConfig:
+    """The settings of the work of ``tokenize``. The tokens do not depend on them.
+
+    Args:
+        batch_size: Images per batch of the tokenizer.
+        part_size: Images per part that is written at a time; a kill loses at most one part.
+        num_workers: Processes that decode images. None: 0 on a CPU, up to 8 with a GPU.
+        unreadable_budget: Allowed fraction of unreadable images, in [0, 1]; see ``UnreadableImages``.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    batch_size: int = 256
+    part_size: int = 1024
+    num_workers: int | None = None
+    unreadable_budget: float = 1e-4
+
+    def __post_init__(self) -> None:
+        check_integer("tokenize batch_size", self.batch_size, "[1, inf)")
+        check_integer("tokenize part_size", self.part_size, "[1, inf)")
+        if self.num_workers is not None:
+            check_integer("tokenize num_workers", self.num_workers, "[0, 1024]")
+        check_number("data.unreadable_budget", self.unreadable_budget, "[0, 1]")
+
+
+@dataclass(frozen=True)
+class TokenizeOptions(TokenizingConfig):
+    """The options of ``maskgit tokenize``.
+
+    If ``crops``, ``flip`` and ``precision`` are all None, and the recipe sets neither ``data.views`` nor
+    ``data.augmentations``, an existing store of the run keeps its own.
+
+    Args:
+        crops: Crops per training image, beginning with the central crop. Default: ``data.views`` of the recipe, or 1.
+        flip: True adds the mirrored training images. Default: False.
+        precision: Precision of the tokenizer. Default: ``"float32"``.
+        device: ``"cpu"``, ``"cuda:1"``, ...; ``"auto"`` takes a GPU if there is one.
+    """
+
+    crops: int | None = None
+    flip: bool | None = None
+    precision: Literal["float32", "bfloat16"] | None = None
+    device: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -92,11 +133,11 @@ class StoreDescription:
         crops: Crops of each training image: the central one, then random or augmented ones.
         flip: True if each training crop is also stored mirrored.
         precision: Precision of the tokenizer's computation, ``"float32"`` or ``"bfloat16"``.
-        vector_dim: Size C of the vectors of the samples; 0 without vectors.
-        vector_dtype: Type of the vectors, ``"float16"`` or ``"float32"``; empty without vectors.
         augmentations: Augmentations of the other crops, see ``augmentations_text``; empty for random crops.
+        replaced: Unreadable samples of each split, each with the sample whose tokens and label it has. Comparison of
+            descriptions ignores this field and the next.
         sha256: Hash of each array's file by its name, ``{"train-tokens": hex, ...}``; empty until the store is
-            finished. Comparison of descriptions ignores it.
+            finished.
 
     Raises:
         ValueError: if a number is out of range.
@@ -112,9 +153,8 @@ class StoreDescription:
     crops: int = 1
     flip: bool = False
     precision: str = "float32"
-    vector_dim: int = 0
-    vector_dtype: str = ""
     augmentations: str = ""
+    replaced: Mapping[Split, tuple[tuple[int, int], ...]] = field(default_factory=dict, compare=False)
     sha256: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
@@ -129,8 +169,10 @@ class StoreDescription:
             check_integer(f"samples.{split}", count, "[1, 4294967296]")
         if not self.samples or not self.classes:
             raise ValueError("samples and classes must not be empty")
-        check_integer("vector_dim", self.vector_dim, f"[0, {MAX_VECTOR_DIM}]")
-        check_choice("vector_dtype", self.vector_dtype, VECTOR_DTYPES if self.vector_dim else ("",))
+        check_keys("replaced", self.replaced, known=self.samples)
+        for split, pairs in self.replaced.items():
+            for number in (number for pair in pairs for number in pair):
+                check_integer(f"replaced.{split}", number, f"[0, {self.samples[split]})")
         if self.sha256:
             names = [path.stem for path in self.files(Path())]
             check_keys("sha256", self.sha256, known=names, required=names)
@@ -147,15 +189,9 @@ class StoreDescription:
         """The dtype of the tokens: uint16 if it can represent every code, else uint32."""
         return np.dtype(np.uint16 if self.codebook_size <= 2**16 else np.uint32)
 
-    @property
-    def vectors(self) -> VectorKind | None:
-        """The size and type of the vectors; None without vectors."""
-        return VectorKind(self.vector_dim, self.vector_dtype) if self.vector_dim else None
-
     def files(self, folder: Path) -> list[Path]:
         """Returns the paths of all arrays of a store in a folder."""
-        paths = [path for split in self.samples for path in array_paths(folder, split)]
-        return paths + [vectors_path(folder, split) for split in self.samples if self.vector_dim]
+        return [path for split in self.samples for path in array_paths(folder, split)]
 
     def crops_of(self, split: Split) -> int:
         """Returns the number of crops of each image of a split; val has only the central crop."""
@@ -197,14 +233,13 @@ def read_description(folder: str | Path) -> StoreDescription:
             raise ValueError(f"{path}: sha256 must not be empty")
     except ValueError as error:
         raise ValueError(f"token store {error}; {REMAKE_HINT}") from error
-    return replace(made, grid=(made.grid[0], made.grid[1]), classes=tuple(made.classes))
+    return made
 
 
 def plain_description(description: StoreDescription) -> dict[str, Any]:
-    """Returns a description in plain values, with the keys of ``store.json`` and without its hashes."""
-    # Folders of stores are named by hashes of these keys. Those without a value are left out.
-    unused = {"sha256"} if description.vector_dim else {"sha256", "vector_dim", "vector_dtype"}
-    unused |= set() if description.augmentations else {"augmentations"}
+    """Returns what is known of a store before it is made, in plain values, with the keys of ``store.json``."""
+    # Folders of stores are named by hashes of these keys.
+    unused = {"sha256", "replaced"} if description.augmentations else {"sha256", "replaced", "augmentations"}
     fields = {name: value for name, value in asdict(description).items() if name not in unused}
     return {_CODEBOOK_SIZE if name == "codebook_size" else name: value for name, value in fields.items()}
 
@@ -243,7 +278,7 @@ def open_store(folder: str | Path, **origin: object) -> dict[Split, TokenReader]
     """Opens every split of a finished store, after a check of its origin and of all bytes.
 
     The whole store is read once, in 0.5 to 1 s per GB, since a changed token or label that is still in range would not
-    be noticed later. Readers check the ranges of each batch again.
+    be noticed later. Readers check the ranges of each batch.
 
     Args:
         folder: The store.
@@ -251,8 +286,7 @@ def open_store(folder: str | Path, **origin: object) -> dict[Split, TokenReader]
 
     Raises:
         FileNotFoundError: if there is no finished store, or an array is missing.
-        ValueError: if the store has another origin, or an array is damaged: another shape or type, a value out of
-            range, or another hash.
+        ValueError: if the store has another origin, or an array has another shape, type or hash.
     """
     description = read_description(folder)
     check_origin(description, folder, **origin)
@@ -294,7 +328,6 @@ class TokenReader:
 
     Attributes:
         views: Rows of each sample, V.
-        vector_reader: Reader of the vectors; None if the samples have none.
     """
 
     def __init__(self, folder: Path, split: Split, description: StoreDescription) -> None:
@@ -302,10 +335,10 @@ class TokenReader:
         self.split: Split = split
         self.description = description
         self.views = description.views(split)
-        self.vector_reader: VectorReader | None = None
-        if description.vectors is not None:
-            path, count = vectors_path(folder, split), description.samples[split]
-            self.vector_reader = VectorReader(path, count, description.vectors, hint=REMAKE_HINT)
+        pairs = sorted(description.replaced.get(split, ()))
+        self._replaced = np.array(pairs, np.int64).reshape(
+            -1, 2
+        )  # samples in rising order, and those that replace them
         self._arrays: tuple[Tokens, npt.NDArray[np.int64]] | None = None
 
     def __len__(self) -> int:
@@ -324,10 +357,10 @@ class TokenReader:
             Tokens (B, N) int64 in [0, codebook_size), labels (B,) int64 in [0, num_classes).
 
         Raises:
-            DataChangedError: if an array was truncated or changed after it was opened.
+            DataChangedError: if an array was truncated, or has values out of range.
         """
-        # Checked for each batch, since reading a truncated map would kill the process.
         tokens, labels = self.arrays()
+        # Checked for each batch, since reading a truncated map would kill the process.
         if not (has_all_bytes(tokens) and has_all_bytes(labels)):
             raise self._data_changed_error("a file was truncated")
         # take() gathers whole rows 1.3 times as fast as indexing; (B, N).
@@ -336,10 +369,20 @@ class TokenReader:
             raise self._data_changed_error(
                 f"tokens must be in [0, {self.description.codebook_size}), got {codes.max()}"
             )
-        if classes.view(np.uint64).max(initial=0) >= len(self.description.classes):  # in one pass, since -1 is 2^64 - 1
-            outside = int(classes[outside_range(classes, len(self.description.classes))][0])
-            raise self._data_changed_error(f"labels must be in [0, {len(self.description.classes)}), got {outside}")
+        num_classes = len(self.description.classes)
+        if classes.view(np.uint64).max(initial=0) >= num_classes:  # in one pass, since -1 is 2^64 - 1
+            outside = classes[(classes < 0) | (classes >= num_classes)]
+            raise self._data_changed_error(f"labels must be in [0, {num_classes}), got {outside[0]}")
         return codes.astype(np.int64), classes
+
+    def replacements(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Returns the samples whose tokens some samples have, (B,) int64; -1 for a sample that has its own."""
+        found = np.full(len(indices), -1)
+        if len(self._replaced):
+            place = self._replaced[:, 0].searchsorted(indices).clip(max=len(self._replaced) - 1)
+            is_replaced = self._replaced[place, 0] == indices
+            found[is_replaced] = self._replaced[place[is_replaced], 1]
+        return found
 
     def arrays(self) -> tuple[Tokens, npt.NDArray[np.int64]]:
         """Returns tokens (n V, N) and labels (n,), mapped into memory at first use in each process.
@@ -349,7 +392,12 @@ class TokenReader:
             ValueError: if a file cannot be read, or has another shape or type than the description states.
         """
         if self._arrays is None:
-            tokens, labels = (self._map(path) for path in array_paths(self.folder, self.split))
+            try:
+                tokens, labels = (map_array(path) for path in array_paths(self.folder, self.split))
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"token store {error.filename} does not exist; {REMAKE_HINT}") from error
+            except ValueError as error:
+                raise ValueError(f"token store {error}; {REMAKE_HINT}") from error
             found = (tokens.shape, tokens.dtype, labels.shape, labels.dtype)
             rows = (len(self) * self.views, self.description.num_tokens)
             expected = (rows, self.description.dtype, (len(self),), np.dtype(np.int64))
@@ -361,41 +409,17 @@ class TokenReader:
         return self._arrays
 
     def bad_arrays(self) -> Iterator[BadFile]:
-        """Yields the arrays with values out of range or another hash; reads all arrays completely.
+        """Yields the arrays whose files have another hash; reads both files completely.
 
         Raises:
             FileNotFoundError: if a file is missing.
             ValueError: if a file cannot be read, or has another shape or type than the description states.
         """
-        limits = (self.description.codebook_size, len(self.description.classes))
-        for path, array, limit in zip(array_paths(self.folder, self.split), self.arrays(), limits, strict=True):
-            # A value out of range says more than a wrong hash.
-            outside = _first_outside(array, limit)
-            if outside is not None:
-                row, value = outside
-                yield BadFile(path.name, f"values in [0, {limit})", f"{value} in row {row}", "out of range")
-                continue
-            yield from self._wrong_hash(path)
-        if self.vector_reader is not None:
-            self.vector_reader.array()
-            yield from self._wrong_hash(self.vector_reader.path)
-
-    def _wrong_hash(self, path: Path) -> Iterator[BadFile]:
-        expected = self.description.sha256[path.stem]
-        try:
-            actual = sha256_of(path)
-        except OSError as error:
-            raise ValueError(f"token store {path}: cannot be read ({error.strerror}); {REMAKE_HINT}") from error
-        if expected != actual:
-            yield BadFile(path.name, f"sha256 {expected[:12]}", f"sha256 {actual:.12}", "changed since it was made")
-
-    def _map(self, path: Path) -> npt.NDArray[Any]:
-        try:
-            return map_array(path)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"token store {path} does not exist; {REMAKE_HINT}") from error
-        except ValueError as error:
-            raise ValueError(f"token store {error}; {REMAKE_HINT}") from error
+        self.arrays()
+        for path in array_paths(self.folder, self.split):
+            expected, actual = self.description.sha256[path.stem], sha256_of(path)
+            if expected != actual:
+                yield BadFile(path.name, f"sha256 {expected[:12]}", f"sha256 {actual:.12}", "changed since it was made")
 
     def _data_changed_error(self, what: str) -> DataChangedError:
         return DataChangedError(
@@ -405,37 +429,6 @@ class TokenReader:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_arrays": None}  # each process maps the arrays itself
-
-
-def outside_range(values: npt.NDArray[Any], limit: int) -> npt.NDArray[np.bool_]:
-    """Returns a mask of the integers outside [0, limit).
-
-    Args:
-        values: Integers of any shape.
-        limit: Upper limit, exclusive.
-
-    Returns:
-        bool of the same shape, True outside the range.
-    """
-    return (values < 0) | (values >= limit)
-
-
-def _first_outside(array: npt.NDArray[Any], limit: int) -> tuple[int, int] | None:
-    """Returns the first row with a value outside [0, limit), and that value; None if there is none.
-
-    Args:
-        array: (n,) or (n, N) integers.
-        limit: Upper limit of the values, exclusive.
-    """
-    # In blocks: an array may be larger than the memory.
-    step = max(1, _BLOCK_VALUES // max(1, array[:1].size))
-    for start in range(0, len(array), step):
-        block = array[start : start + step]
-        if block.max() >= limit or block.min() < 0:
-            outside = outside_range(block, limit).reshape(len(block), -1)
-            row = int(outside.any(axis=1).argmax())
-            return start + row, int(block.reshape(len(block), -1)[row][outside[row]][0])
-    return None
 
 
 def _format_value(value: object) -> str:

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, cast
@@ -27,71 +28,35 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from maskgit_pl.checks import ImageSize, check_integer, height_width, pixels_text
-from maskgit_pl.data.augmentations import CENTER, Augmentations, build_augmentations
+from maskgit_pl.checks import ImageSize, height_width, pixels_text
+from maskgit_pl.data.augmentations import CENTER, build_augmentations
 from maskgit_pl.data.batches import Batch, ImageBatches, make_loader
-from maskgit_pl.data.manifest import ImageRange, Split, check_vectors, load_manifest, read_manifest_summary
+from maskgit_pl.data.manifest import ImageRange, Split, load_manifest, read_manifest_summary
 from maskgit_pl.data.order import Rows
 from maskgit_pl.data.reader import ShardReader
-from maskgit_pl.data.samples import check_budget
 from maskgit_pl.data.token_store import (
     DESCRIPTION_FILE,
     FORMAT,
     StoreDescription,
+    TokenizingConfig,
     Tokens,
     array_paths,
     is_complete,
-    outside_range,
     plain_description,
     read_description,
 )
-from maskgit_pl.data.vectors import vectors_path, write_vectors
 from maskgit_pl.files import parse_any_json, sha256_of, sync, write_atomically
+from maskgit_pl.processes import Bars, no_bars
 
-__all__ = ["Outcome", "Part", "StoreParts", "TokenizingConfig", "describe_store", "tokenize"]
+__all__ = ["Outcome", "Part", "StoreParts", "describe_store", "tokenize"]
+
+log = logging.getLogger(__name__)
 
 Outcome = Literal["found", "made", "incomplete"]
 
 
-@dataclass(frozen=True)
-class TokenizingConfig:
-    """The settings of the execution of ``tokenize``. The tokens do not depend on them.
-
-    Args:
-        batch_size: Number of images encoded at a time.
-        part_size: Number of images written to disk at a time; a killed process loses at most one part.
-        num_workers: Number of processes that decode images; 0 decodes in this process.
-        rank: Number of this process among those that share the work, in [0, world_size).
-        world_size: Number of processes that share the work; they need not run at the same time.
-        unreadable_budget: Fraction of unreadable images that may be replaced, in [0, 1]; see ``UnreadableImages``.
-
-    Raises:
-        ValueError: if a number is out of range.
-    """
-
-    batch_size: int = 256
-    part_size: int = 1024
-    num_workers: int = 0
-    rank: int = 0
-    world_size: int = 1
-    unreadable_budget: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "part_size", "world_size"):
-            check_integer(f"tokenize {name}", getattr(self, name), "[1, inf)")
-        check_integer("tokenize num_workers", self.num_workers, "[0, 1024]")
-        check_integer("tokenize rank", self.rank, f"[0, {self.world_size - 1}]")
-        check_budget(self.unreadable_budget)
-
-
 def describe_store(
-    path: str | Path,
-    *,
-    grid: tuple[int, int],
-    codebook_size: int,
-    tokenizer: str,
-    image_size: ImageSize,
-    **views: Any,
+    path: str | Path, *, grid: tuple[int, int], codebook_size: int, tokenizer: str, image_size: ImageSize, **views: Any
 ) -> StoreDescription:
     """Describes a token store of a data folder, for ``tokenize``.
 
@@ -109,21 +74,11 @@ def describe_store(
             crops.
     """
     summary = read_manifest_summary(path)
+    samples = cast("dict[Split, int]", dict(summary.samples))
     if views.get("crops", 1) > 1 and not views.get("augmentations"):
         _check_crops(summary.images, image_size)
-    samples = cast("dict[Split, int]", dict(summary.samples))
-    kind = summary.vectors
     return StoreDescription(
-        grid,
-        codebook_size,
-        image_size,
-        tokenizer,
-        summary.fingerprint,
-        summary.classes,
-        samples,
-        vector_dim=0 if kind is None else kind.dim,
-        vector_dtype="" if kind is None else kind.dtype,
-        **views,
+        grid, codebook_size, image_size, tokenizer, summary.fingerprint, summary.classes, samples, **views
     )
 
 
@@ -134,8 +89,9 @@ def tokenize(
     *,
     encode: Callable[[Tensor], Tensor],
     in_channels: int,
-    config: TokenizingConfig = TokenizingConfig(),  # frozen
-    on_rows: Callable[[Split, int, int], object] = lambda split, rows, total: None,
+    config: TokenizingConfig | None = None,
+    ranks: tuple[int, int] = (0, 1),
+    bars: Bars = no_bars,
 ) -> Outcome:
     """Makes the token store of a data folder, or resumes an interrupted one.
 
@@ -150,42 +106,51 @@ def tokenize(
         description: The store, as ``describe_store`` describes it for this data folder.
         encode: Maps images (B, in_channels, H, W) uint8 on the CPU to tokens (B, N) int64 on any device.
         in_channels: Channels of the images for ``encode``, 1 or 3.
-        config: Batches, processes and the budget of unreadable images.
-        on_rows: Called with the split, the number of rows that were just finished (first those of an earlier run), and
-            this rank's number of rows of that split.
+        config: Batches, workers and the budget of unreadable images.
+        ranks: Rank of this process among those that share the work, and their number; they need not run at the same
+            time.
+        bars: Shows the progress of each split.
 
     Returns:
         ``"found"`` if the store exists already; ``"made"`` if it is finished now; ``"incomplete"`` if this rank has
         finished its share and other ranks have not.
 
     Raises:
-        ValueError: if shards or vectors differ from the manifest.
+        ValueError: if shards differ from the manifest.
         DataBudgetError: if too many images are unreadable.
     """
     if is_complete(store, description):
+        log.info("%s exists already, made by this tokenizer from these data", store)
         return "found"
-    readers = {split: _open_split(path, split) for split in description.samples}
+    config, (rank, world_size) = config or TokenizingConfig(), ranks
+    readers = {split: ShardReader(load_manifest(path, split)) for split in description.samples}
     parts = StoreParts(store, description, part_size=config.part_size)
-    # Every world_size-th part, so that all ranks have equally many.
-    share = parts.parts()[config.rank :: config.world_size]
+    name = "" if world_size == 1 else f"rank {rank} of {world_size}: "
+    encoded_rows, start = 0, time.monotonic()
+    # 1. Every world_size-th part, so that all ranks have equally many; without those on disk.
+    share = parts.parts()[rank::world_size]
     for split, reader in readers.items():
-        reading = _PartReader(reader, description, in_channels, config)
         mirrors = description.mirrors_of(split)
-        # 1. The parts that are not on disk yet.
         own = [part for part in share if part.split == split]
         left = [part for part in own if not parts.is_done(part)]
-        total = _count_rows(own, mirrors)
-        on_rows(split, total - _count_rows(left, mirrors), total)
+        total, rows = (mirrors * sum(part.stop - part.start for part in some) for some in (own, left))
+        advance = bars(f"{name}tokens of {split}", total, done=total - rows, unit="images")
         # 2. Encode and write the parts.
-        for part, batches in reading.by_part(left):
-            encoded = []
+        for part, batches in _read_parts(reader, left, description, in_channels=in_channels, config=config):
+            columns = []
             for batch in batches:
-                columns = [_encode(batch.content, encode, mirrors), batch.labels]
-                encoded.append(columns if batch.vectors is None else [*columns, batch.vectors])
-                on_rows(split, mirrors * len(batch.labels), total)
-            parts.write(part, *(torch.cat(column).numpy() for column in zip(*encoded, strict=True)))
+                replaced = torch.stack([batch.index, batch.replacement], dim=1)[batch.replacement >= 0]
+                columns.append((_encode(batch.content, encode, mirrors), batch.labels, replaced))
+                advance(mirrors * len(batch.labels))
+            parts.write(part, *(torch.cat(column).numpy() for column in zip(*columns, strict=True)))
+        encoded_rows += rows
     # 3. Join the parts.
-    return "made" if parts.finish() else "incomplete"
+    is_made = parts.finish()
+    seconds = max(time.monotonic() - start, 1e-9)
+    log.info("%s: %s%d images in %.1f s, %.0f images/s", store, name, encoded_rows, seconds, encoded_rows / seconds)
+    if not is_made:
+        log.info("%s: the share of rank %d of %d is done; the last rank finishes", store, rank, world_size)
+    return "made" if is_made else "incomplete"
 
 
 class Part(NamedTuple):
@@ -207,18 +172,14 @@ class StoreParts:
             ``store.json`` is removed.
         description: Description of the store; parts of another description are removed.
         part_size: Number of samples in a part, at least 1; parts of another size are removed.
-
-    Raises:
-        ValueError: if ``part_size`` is not an integer of at least 1.
     """
 
     def __init__(self, folder: str | Path, description: StoreDescription, *, part_size: int) -> None:
-        check_integer("part_size", part_size, "[1, inf)")
         self.folder = Path(folder)
         self.description = description
         self.part_size = part_size
         # The name of the folder identifies what its parts belong to.
-        content = [_to_json(description), part_size]
+        content = [{"format": FORMAT, **plain_description(description)}, part_size]
         key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         self._parts = self.folder / f".parts-{key[:16]}"
         self._parts.mkdir(parents=True, exist_ok=True)
@@ -246,7 +207,7 @@ class StoreParts:
         part: Part,
         tokens: npt.NDArray[np.int64],
         labels: npt.NDArray[np.int64],
-        vectors: npt.NDArray[np.float32] | None = None,
+        replaced: npt.NDArray[np.int64] | None = None,
     ) -> None:
         """Writes a part.
 
@@ -254,23 +215,18 @@ class StoreParts:
             part: One of ``parts()``.
             tokens: (stop - start, mirrors, N) integers in [0, codebook_size).
             labels: (stop - start,) int64 in [0, num_classes).
-            vectors: (stop - start, C) float32, if the description has vectors.
+            replaced: (k, 2) int64, unreadable samples and those that are encoded in their place; None without any.
 
         Raises:
-            ValueError: if a shape is wrong, or a token or a label is out of range.
+            ValueError: if a token is out of range.
         """
-        shape = self._shape(part)
-        if tokens.shape != shape or labels.shape != shape[:1]:
-            raise ValueError(
-                f"tokens of {part} must be {shape} and labels {shape[:1]}, got {tokens.shape} and {labels.shape}"
-            )
-        self._check_ranges(tokens, labels)
-        self._check_vectors(part, vectors)
+        limit = self.description.codebook_size
+        if tokens.min() < 0 or tokens.max() >= limit:  # the smaller type would wrap it
+            raise ValueError(f"tokens must be in [0, {limit}), got {tokens.min()} to {tokens.max()}")
+        replaced = np.zeros((0, 2), np.int64) if replaced is None else replaced
         with self._replace_file(self._path(part)) as file:
-            np.save(file, tokens.astype(self.description.dtype), allow_pickle=False)
-            np.save(file, labels.astype(np.int64), allow_pickle=False)
-            if vectors is not None:  # float16 vectors come back to the same bits
-                np.save(file, vectors.astype(self.description.vector_dtype), allow_pickle=False)
+            for array in (tokens.astype(self.description.dtype), labels, replaced):
+                np.save(file, array, allow_pickle=False)
 
     def finish(self) -> bool:
         """Joins the parts into the store, if all are on disk.
@@ -278,7 +234,7 @@ class StoreParts:
         1. If a part is missing, return whether another process has finished the store.
         2. Join the parts of each split into its arrays.
         3. Write ``store.json`` with the hashes of the arrays.
-        4. Remove the parts, if the store is complete.
+        4. Remove the parts of the finished store.
 
         Two processes that join at the same time write the same bytes. The slower one may find the parts already
         removed; then the store must be complete.
@@ -290,20 +246,19 @@ class StoreParts:
             ValueError: if a part is damaged; it is removed, so that the next run makes it again.
         """
         try:
-            if not all(self.is_done(part) for part in self.parts()):  # 1.
-                return is_complete(self.folder, self.description)
-            for split in self.description.samples:  # 2.
-                self._join(split)
-            hashes = {path.stem: sha256_of(path) for path in self.description.files(self.folder)}
-            described = _to_json(self.description) | {"sha256": hashes}
-            with self._replace_file(self.folder / DESCRIPTION_FILE) as file:  # 3.
-                file.write((json.dumps(described, indent=1) + "\n").encode())
+            if all(self.is_done(part) for part in self.parts()):
+                replaced = {split: pairs for split in self.description.samples if (pairs := self._join(split))}  # 2.
+                hashes = {path.stem: sha256_of(path) for path in self.description.files(self.folder)}
+                content = {"format": FORMAT, **plain_description(self.description), "sha256": hashes}
+                content |= {"replaced": replaced} if replaced else {}
+                with self._replace_file(self.folder / DESCRIPTION_FILE) as file:  # 3.
+                    file.write((json.dumps(content, indent=1) + "\n").encode())
+            elif not is_complete(self.folder, self.description):  # 1.
+                return False
         except FileNotFoundError:
             if not is_complete(self.folder, self.description):
                 raise
-        finally:
-            if is_complete(self.folder, self.description):  # 4.
-                shutil.rmtree(self._parts, ignore_errors=True)
+        shutil.rmtree(self._parts, ignore_errors=True)  # 4.
         return True
 
     def _is_described(self) -> bool:
@@ -312,70 +267,38 @@ class StoreParts:
         except (FileNotFoundError, ValueError):
             return False
 
-    def _join(self, split: Split) -> None:
-        """Writes the arrays of a split, with the samples of one part in memory at a time."""
-        count, views = self.description.samples[split], self.description.views(split)
-        starts = [part.start for part in self.parts() if part.split == split and part.crop == 0]
+    def _join(self, split: Split) -> list[list[int]]:
+        """Writes the arrays of a split, with the tokens of one part in memory at a time; returns what was replaced."""
+        count, crops = self.description.samples[split], self.description.crops_of(split)
         tokens_path, labels_path = array_paths(self.folder, split)
+        labels, replaced = np.empty(count, np.int64), []
         with self._replace_file(tokens_path) as file:
-            _write_header(file, (count * views, self.description.num_tokens), self.description.dtype)
-            # (samples, crops, mirrors, N) in row-major order: view v of a sample is crop v // mirrors
-            for start in starts:
-                file.write(self._rows(split, start)[0].tobytes())
+            shape = count * self.description.views(split), self.description.num_tokens
+            header = {"descr": self.description.dtype.str, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for first in (part for part in self.parts() if part.split == split and part.crop == 0):
+                read = [self._read(first._replace(crop=crop)) for crop in range(crops)]
+                # (samples, crops, mirrors, N) in row-major order: view v of a sample is crop v // mirrors
+                file.write(np.stack([tokens for tokens, _, _ in read], axis=1).tobytes())
+                _, labels[first.start : first.stop], pairs = read[0]  # the same for all crops
+                replaced += pairs.tolist()
         with self._replace_file(labels_path) as file:
-            _write_header(file, (count,), np.dtype(np.int64))
-            for start in starts:
-                file.write(self._rows(split, start)[1].tobytes())
-        if self.description.vectors is not None:
-            blocks = (vectors for start in starts if (vectors := self._rows(split, start)[2]) is not None)
-            with self._replace_file(vectors_path(self.folder, split)) as file:
-                write_vectors(file, self.description.vectors, count, blocks)
+            np.save(file, labels, allow_pickle=False)
+        return replaced
 
-    def _rows(self, split: Split, start: int) -> _Rows:
-        """Returns tokens (samples, crops, mirrors, N), labels and vectors of a part's samples, for all crops."""
-        stop = min(start + self.part_size, self.description.samples[split])
-        parts = [Part(split, crop, start, stop) for crop in range(self.description.crops_of(split))]
-        read = [self._read(part) for part in parts]
-        return _Rows(np.stack([rows.tokens for rows in read], axis=1), *read[0][1:])
-
-    def _read(self, part: Part) -> _Rows:
+    def _read(self, part: Part) -> tuple[Tokens, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Returns tokens, labels, and pairs (k, 2) of replaced samples and their replacements."""
         path = self._path(part)
-        vectors = None
         try:
             with open(path, "rb") as file:
-                tokens, labels = np.load(file, allow_pickle=False), np.load(file, allow_pickle=False)
-                if self.description.vectors is not None:
-                    vectors = np.load(file, allow_pickle=False)
-            if tokens.shape != self._shape(part) or tokens.dtype != self.description.dtype:
-                raise ValueError(f"{self._shape(part)} expected, got {tokens.shape} of {tokens.dtype}")
-            if labels.shape != tokens.shape[:1] or labels.dtype != np.int64:
-                raise ValueError(f"{tokens.shape[:1]} labels expected, got {labels.shape} of {labels.dtype}")
-            self._check_ranges(tokens, labels)
-            self._check_vectors(part, vectors)
-        # A damaged part is removed, so that the same command makes it again.
+                tokens, labels, replaced = (np.load(file, allow_pickle=False) for _ in range(3))
         except (EOFError, ValueError) as error:
             path.unlink(missing_ok=True)
             raise ValueError(
                 f"token store {self.folder}: its part {path.name} is damaged ({error}) and was removed; "
                 "run the same command again to make it"
             ) from error
-        return _Rows(tokens, labels, vectors)
-
-    def _check_vectors(self, part: Part, vectors: npt.NDArray[Any] | None) -> None:
-        dim = self.description.vector_dim
-        expected = (part.stop - part.start, dim) if dim else None
-        found = None if vectors is None else vectors.shape
-        if found != expected:
-            raise ValueError(f"vectors of {part} must be {expected}, got {found}")
-
-    def _check_ranges(self, tokens: npt.NDArray[Any], labels: npt.NDArray[Any]) -> None:
-        ranges = (("tokens", tokens, self.description.codebook_size), ("labels", labels, len(self.description.classes)))
-        for name, values, limit in ranges:
-            if outside_range(values, limit).any():
-                raise ValueError(f"{name} must be in [0, {limit}), got {values.min()} to {values.max()}")
-
-    def _shape(self, part: Part) -> tuple[int, int, int]:
-        return part.stop - part.start, self.description.mirrors_of(part.split), self.description.num_tokens
+        return tokens, labels, replaced
 
     def _path(self, part: Part) -> Path:
         return self._parts / f"{part.split}-{part.crop}-{part.start:010d}.npy"
@@ -391,70 +314,31 @@ class StoreParts:
         sync(path.parent)  # the rename is on disk before any step that relies on it
 
 
-class _Rows(NamedTuple):
-    tokens: Tokens
-    labels: npt.NDArray[np.int64]
-    vectors: npt.NDArray[Any] | None
-
-
-def _write_header(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-    fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, fields)
-
-
-def _to_json(description: StoreDescription) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **plain_description(description)}))
-    return content
-
-
-def _open_split(path: str | Path, split: Split) -> ShardReader:
-    """Opens the shards of a split, after a check of its vectors, since the store gets hashes of what is read.
-
-    Raises:
-        ValueError: if shards or vectors differ from the manifest.
-    """
-    manifest = load_manifest(path, split)
-    if manifest.vectors is not None:
-        check_vectors(manifest)
-    return ShardReader(manifest)
-
-
-@dataclass(frozen=True)
-class _PartReader:
-    """A reader of the images of a split, in the batches in which they are encoded."""
-
-    reader: ShardReader
-    description: StoreDescription
-    in_channels: int
-    config: TokenizingConfig
-
-    def by_part(self, parts: Sequence[Part]) -> Iterator[tuple[Part, Iterator[Batch]]]:
-        """Yields each part with its batches, crop by crop. Consume the batches of a part before the next part."""
-        # One loader per crop and not per part: its workers keep decoding at the border between parts.
-        for crop in sorted({part.crop for part in parts}):
-            order = _PartOrder([part for part in parts if part.crop == crop], self.config.batch_size)
-            batches = self._batches(order, crop)
-            for part in order.parts:
-                yield part, islice(batches, len(order.batches(part)))
-
-    def _batches(self, order: _PartOrder, crop: int) -> Iterator[Batch]:
+def _read_parts(
+    reader: ShardReader,
+    parts: Sequence[Part],
+    description: StoreDescription,
+    *,
+    in_channels: int,
+    config: TokenizingConfig,
+) -> Iterator[tuple[Part, Iterator[Batch]]]:
+    """Yields each part with its batches, crop by crop. Consume the batches of a part before the next part."""
+    listed = description.augmentations
+    augmentations = build_augmentations(parse_any_json(listed, "augmentations") if listed else ["random_crop"])
+    # One loader per crop and not per part: its workers keep decoding at the border between parts.
+    for crop in sorted({part.crop for part in parts}):
+        order = _PartOrder([part for part in parts if part.crop == crop], config.batch_size)
         images = ImageBatches(
-            self.reader,
+            reader,
             _CropOrder(crop),
-            image_size=self.description.image_size,
-            in_channels=self.in_channels,
-            augmentations=_augmentations_of(self.description) if crop else CENTER,
-            vectors=self.reader.vector_reader,
+            image_size=description.image_size,
+            in_channels=in_channels,
+            augmentations=augmentations if crop else CENTER,
         )
-        return iter(
-            make_loader(
-                images,
-                order,
-                num_workers=self.config.num_workers,
-                pin_memory=torch.cuda.is_available(),
-                unreadable_budget=self.config.unreadable_budget,
-            )
-        )
+        workers, budget = config.num_workers or 0, config.unreadable_budget
+        batches = iter(make_loader(images, order, num_workers=workers, unreadable_budget=budget))
+        for part in order.parts:
+            yield part, islice(batches, len(order.batches(part)))
 
 
 class _CropOrder:
@@ -494,12 +378,6 @@ def _encode(images: Tensor, encode: Callable[[Tensor], Tensor], mirrors: int) ->
     return torch.stack([encode(view).cpu() for view in views], dim=1)
 
 
-def _augmentations_of(description: StoreDescription) -> Augmentations:
-    """Returns the augmentations of all crops after the central one."""
-    listed = description.augmentations
-    return build_augmentations(parse_any_json(listed, "augmentations") if listed else ["random_crop"])
-
-
 def _check_crops(images: ImageRange, image_size: ImageSize) -> None:
     """Checks that the images do not all have the shape of the crops, for which all crops would be equal."""
     (height, width), (rows, columns) = (images.height[0], images.width[0]), height_width(image_size)
@@ -509,7 +387,3 @@ def _check_crops(images: ImageRange, image_size: ImageSize) -> None:
             f"tokenize crops must be 1 if all images have the shape of the crops, got more for "
             f"{pixels_text((height, width))} pixels; shards made without --image-size keep images of other shapes"
         )
-
-
-def _count_rows(parts: Sequence[Part], mirrors: int) -> int:
-    return mirrors * sum(part.stop - part.start for part in parts)

@@ -96,7 +96,7 @@ def verify_shards(
 
 
 def verify_store(folder: str | Path) -> Verification:
-    """Compares shapes, ranges and hashes of all arrays of a token store with its ``store.json``.
+    """Compares shapes and hashes of all arrays of a token store with its ``store.json``.
 
     Args:
         folder: The store.
@@ -111,12 +111,11 @@ def verify_store(folder: str | Path) -> Verification:
         reader = TokenReader(Path(folder), split, description)
         try:
             tokens, labels = reader.arrays()
-            vectors = 0 if reader.vector_reader is None else reader.vector_reader.array().nbytes
             bad += reader.bad_arrays()
         except (FileNotFoundError, ValueError) as error:
             bad.append(BadFile(f"{split}-*.npy", "valid arrays", "an invalid array", str(error)))
             continue
-        rows, size = rows + len(tokens), size + tokens.nbytes + labels.nbytes + vectors
+        rows, size = rows + len(tokens), size + tokens.nbytes + labels.nbytes
     return Verification(f"{rows} rows, {size_text(size)}", tuple(bad))
 
 

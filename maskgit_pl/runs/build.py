@@ -21,7 +21,6 @@ from lightning.pytorch.profilers import PassThroughProfiler, Profiler
 from torch import Tensor
 
 from maskgit_pl.data import ShardData, split_batch
-from maskgit_pl.data.config import check_stream
 from maskgit_pl.errors import is_user_error
 from maskgit_pl.networks.weights import ZeroWeights
 from maskgit_pl.pipeline.pretrained import fingerprint, read_config
@@ -272,18 +271,12 @@ class StageRun:
         self.trainer = trainer
 
     def _fixed_settings(self) -> dict[str, Any]:
-        data = self.datamodule
-        # A fingerprint of the data: the run may find the same data in another folder.
-        if data.config.source == "stream":
-            identity = check_stream(data.stream, data.config.validation_samples).fingerprint
-        else:
-            identity = data.summary.fingerprint
         tokenizer = None
         if self.stage == "transformer":
             folder = Path(self.values.model.tokenizer)
             read_config(folder, "tokenizer")  # raises if it is not a tokenizer
             tokenizer = fingerprint(folder)
-        return fixed_settings(self.values.tree, data=identity, tokenizer=tokenizer)
+        return fixed_settings(self.values.tree, data=self.datamodule.fingerprint, tokenizer=tokenizer)
 
     def _check_resumes(self, checkpoint: Path) -> None:
         """Raises ValueError if a setting has changed that must not change when a run resumes."""

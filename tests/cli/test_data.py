@@ -244,7 +244,7 @@ def test_verify_prints_counts_or_one_table(tars, capsys):
     assert table[1][1:5] == ["20480", "bytes", "3072", "bytes"]
 
 
-def test_verify_of_a_token_store_names_file_row_and_rule(tmp_path, capsys):
+def test_verify_of_a_token_store_names_the_changed_file(tmp_path, capsys):
     description = StoreDescription((2, 2), 16, 8, "tokenizer", "data", ("a", "b"), {"train": 3, "val": 2})
     parts = StoreParts(tmp_path, description, part_size=8)
     for part in parts.parts():
@@ -252,10 +252,11 @@ def test_verify_of_a_token_store_names_file_row_and_rule(tmp_path, capsys):
         parts.write(part, np.zeros((count, 1, 4), np.int64), np.zeros(count, np.int64))
     parts.finish()
     assert call("verify", tmp_path) == 0
-    assert capsys.readouterr().out == f"{tmp_path}: 5 rows, 80 bytes: hashes and ranges agree with the description\n"
+    assert capsys.readouterr().out == f"{tmp_path}: 5 rows, 80 bytes: hashes agree with the description\n"
     np.save(tmp_path / "val-labels.npy", np.array([0, -1]))
     with pytest.raises(
-        ValueError, match=r"1 file differs from store.json\n.*\n *val-labels\.npy .*-1 in row 1 .*\nregenerate it"
+        ValueError,
+        match=r"1 file differs from store.json\n.*\n *val-labels\.npy .*changed since it was made\nregenerate it",
     ):
         call("verify", tmp_path)
     with pytest.raises(ValueError, match="--decode must be left out"):

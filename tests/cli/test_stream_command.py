@@ -84,7 +84,7 @@ def test_a_stage_trains_from_a_stream_and_goes_on(server, train, tmp_path, capsy
         (["--data", "nowhere"], "data nowhere: no such folder"),
         (
             ["--data.stream.urls=nowhere.tar"],
-            "stream nowhere.tar: must be a complete, uncompressed tar with samples, got FileNotFoundError",
+            "stream nowhere.tar: cannot be read: FileNotFoundError",
         ),
     ],
 )

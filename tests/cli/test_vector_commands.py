@@ -73,7 +73,6 @@ def run(place: Path) -> Path:
 
 @pytest.mark.slow  # 10 s
 def test_vectors_reach_the_exported_model_and_its_samples(place: Path, run: Path) -> None:
-    assert (run / "tokens" / "train-vectors.npy").read_bytes() == (place / "shards" / "train-vectors.npy").read_bytes()
     assert (run / "transformer" / "samples.png").is_file()
     assert load_transformer(run / "pretrained" / "transformer").network.config.condition_dim == DIM
     np.save(place / "wanted.npy", np.random.default_rng(1).normal(size=(5, DIM)))

@@ -127,22 +127,6 @@ def folder(tmp_path_factory) -> Path:
     return save_data(tmp_path_factory.mktemp("data"), {"train": samples, "val": samples})
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_batches_do_not_depend_on_workers_and_continue_at_any_step(folder, workers):
-    listed = ["random_resized_crop", "flip"]
-    options = {"image_size": 8, "in_channels": 1, "global_batch": 4, "max_batch_per_device": 4, "seed": 3}
-    module = ShardData(ShardDataConfig(str(folder), augmentations=listed, num_workers=workers, **options))
-    module.setup()
-    seen = [batch for batch, _ in zip(module.train_dataloader(), range(3), strict=False)]
-    dataset = module.batches("train", module._order(), augmentations=build_augmentations(listed))
-    for step, batch in enumerate(seen):
-        ranks = [dataset.__getitems__(range(4 * step + 2 * rank, 4 * step + 2 * rank + 2)) for rank in (1, 0)]
-        assert torch.equal(batch.content, torch.cat([ranks[1].content, ranks[0].content]))
-    validation = next(iter(module.val_dataloader())).content
-    centre = ImageBatches(ShardReader(load_manifest(folder, "val")), InOrder(COUNT), image_size=8, in_channels=1)
-    assert torch.equal(validation[:COUNT], centre.__getitems__(range(COUNT)).content)
-
-
 def encode(images: torch.Tensor) -> torch.Tensor:
     return images[:, 0, 0, :4].long()
 

@@ -1,13 +1,9 @@
 """The order of samples: each once per epoch, equal for all ranks and workers, each position independent of others."""
 
 import itertools
-import json
-import os
 import time
-from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -22,7 +18,6 @@ from maskgit_pl.data import (
     split_batch,
 )
 from maskgit_pl.data.batches import make_loader
-from maskgit_pl.data.manifest import INDEX_DTYPE, index_sha256
 from tests.conftest import save_uneven_shards
 
 NUM_TRAIN = 23
@@ -49,14 +44,13 @@ def uneven_data(folder: Path, **options) -> ShardData:
     return module
 
 
-@pytest.mark.parametrize(
-    ("sizes", "expected"),
-    [((128, 128, 1), (128, 1)), ((256, 32, 4), (32, 2)), ((96, 20, 2), (16, 3)), ((7, 4, 1), (1, 7))],
-)
-def test_split_batch_multiplies_to_the_global_batch(sizes, expected):
-    assert split_batch(*sizes) == expected
-    assert expected[0] * expected[1] * sizes[2] == sizes[0]
-    assert expected[0] <= sizes[1]
+def test_batch_that_ranks_cannot_share_is_refused_with_sizes_that_work():
+    assert [split_batch(*sizes) for sizes in ((256, 32, 4), (96, 20, 2), (7, 4, 1))] == [(32, 2), (16, 3), (1, 7)]
+    with pytest.raises(ValueError, match="use 99 or 102"):
+        split_batch(100, 8, 3)
+    for sizes, name in (((8, 0, 1), "max_batch_per_device"), ((2**40, 2**40, 1), "global_batch")):
+        with pytest.raises(ValueError, match=rf"data\.{name} must be an integer in \[1, 16777216\], got"):
+            split_batch(*sizes)
 
 
 @pytest.mark.parametrize("global_batch", [2**24, 2**24 - 3, 16_777_213 // 7 * 7, 720_720])
@@ -68,14 +62,6 @@ def test_split_batch_finds_the_largest_divisor_of_any_batch_at_once(global_batch
     assert per_device * accumulation == global_batch
     assert per_device <= max_per_device
     assert not any(global_batch % larger == 0 for larger in range(per_device + 1, min(max_per_device, 5000) + 1))
-
-
-def test_batch_that_ranks_cannot_share_is_refused_with_sizes_that_work():
-    with pytest.raises(ValueError, match="use 99 or 102"):
-        split_batch(100, 8, 3)
-    for sizes, name in (((8, 0, 1), "max_batch_per_device"), ((2**40, 2**40, 1), "global_batch")):
-        with pytest.raises(ValueError, match=rf"data\.{name} must be an integer in \[1, 16777216\], got"):
-            split_batch(*sizes)
 
 
 @pytest.mark.parametrize("max_cached", [0, 100])
@@ -92,26 +78,6 @@ def test_order_is_the_same_whether_held_or_not_and_whatever_the_cut():
     whole = direct(range(60)).index
     assert torch.equal(torch.cat([held(range(start, start + 7)).index for start in range(0, 56, 7)]), whole[:56])
     assert not torch.equal(ShuffledStream(NUM_TRAIN, 2)(range(60)).index, whole)
-
-
-@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (1, 4), (2, 2), (4, 1), (8, 1)])
-def test_every_step_is_the_same_set_for_any_ranks_and_accumulation(world_size, accumulation):
-    per_device = 8 // world_size // accumulation
-    ranks = [
-        list(
-            TrainBatchSampler(
-                NUM_TRAIN, per_device=per_device, accumulation=accumulation, world_size=world_size, rank=rank,
-                current_step=lambda: 4,
-            )
-        )
-        for rank in range(world_size)
-    ]  # fmt: skip
-    assert {len(batches) for batches in ranks} == {2 * accumulation}  # steps 4 and 5 of an epoch of 3
-    steps = [
-        [p for batches in ranks for micro in batches[s * accumulation : (s + 1) * accumulation] for p in micro]
-        for s in range(2)
-    ]
-    assert [sorted(step) for step in steps] == [list(range(32, 40)), list(range(40, 48))]
 
 
 def test_epochs_follow_on_without_gap_or_repeat():
@@ -207,26 +173,8 @@ def test_windows_depend_on_the_seed_and_not_on_what_was_asked_before():
 
 @pytest.mark.parametrize("window", [0, -1])
 def test_a_window_of_no_shards_is_refused(window, tmp_path):
-    with pytest.raises(ValueError, match=rf"data\.shuffle_window must be .*null.*got {window}"):
+    with pytest.raises(ValueError, match=rf"data\.shuffle_window must be an integer .*got {window}"):
         ShardData(ShardDataConfig(str(tmp_path), shuffle_window=window))
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")  # on fewer cores
-@pytest.mark.parametrize("window", [None, 2])
-def test_uneven_shards_end_each_epoch_at_once_on_every_rank(uneven, window):
-    module = uneven_data(uneven, shuffle_window=window)
-    dataset = module.batches("train", module._order())
-    seen: list[int] = []
-    for step, rank in ((0, 0), (0, 1), (9, 0), (9, 1)):  # an epoch is 9 steps of 12 on 108 samples
-        order = TrainBatchSampler(
-            108, per_device=2, accumulation=3, world_size=2, rank=rank, current_step=lambda s=step: s
-        )
-        batches = make_loader(dataset, order, num_workers=3)
-        made = list(batches)
-        assert len(made) == len(batches) == len(order) == 27
-        seen += [index for batch in made for index in batch.index.tolist()]
-    assert Counter(seen) == dict.fromkeys(range(108), 2)
 
 
 @pytest.mark.slow
@@ -270,43 +218,3 @@ def test_a_position_of_a_large_split_costs_the_same_anywhere(size, window):
     assert border.epoch.tolist() == [0, 0, 1, 1]
     assert torch.equal(border.index[2:], order(range(size, size + 2)).index)
     assert 0 <= border.index.min() <= border.index.max() < size
-
-
-def save_many(folder: Path, shards: int, each: int) -> None:
-    """Makes a data folder of ``shards * each`` samples whose tars are links to one small file."""
-    save_uneven_shards(folder, (1,))
-    manifest = json.loads((folder / "train.json").read_text())
-    (only,), (row,) = manifest["shards"], np.load(folder / "train.npy")
-    for number in range(1, shards):
-        os.link(folder / only["name"], folder / f"train-{number:06d}.tar")
-    named = [{**only, "name": f"train-{number:06d}.tar", "samples": each} for number in range(shards)]
-    rows = np.lib.format.open_memmap(folder / "train.npy", mode="w+", dtype=INDEX_DTYPE, shape=(shards * each,))
-    rows[:] = row
-    rows["shard"] = np.arange(shards, dtype=np.uint32).repeat(each)
-    manifest |= {"samples": shards * each, "shards": named, "index_sha256": index_sha256(rows)}
-    (folder / "train.json").write_text(json.dumps(manifest))
-
-
-def held_memory() -> float:
-    """Returns the memory of this process in MB, without the pages of mapped files, which the system may reclaim."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) / 1024
-
-
-@pytest.mark.slow  # 5 s
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux reports this memory")
-@pytest.mark.parametrize("window", [None, 64])
-def test_ten_million_samples_start_at_once_and_in_little_memory(tmp_path, window):
-    save_many(tmp_path, shards=1000, each=10_000)
-    before, start = held_memory(), time.process_time()
-    module = ShardData(
-        ShardDataConfig(str(tmp_path), image_size=8, in_channels=1, global_batch=256, shuffle_window=window)
-    )
-    module.setup()
-    order = TrainBatchSampler(10**7, per_device=256, current_step=lambda: 10**7 // 256 // 2)
-    batches = iter(make_loader(module.batches("train", module._order()), order, num_workers=0))
-    assert next(batches).content.shape == (256, 1, 8, 8)
-    ready, grown = time.process_time() - start, held_memory() - before
-    print(f"10^7 samples, window {window}: {ready:.2f} s to the first batch, {grown:.0f} MB more held")
-    assert ready < 10
-    assert grown < 40  # the numbers of all samples would take 80 MB

@@ -1,8 +1,5 @@
 """Making a token store from images: its rows, shared work of processes, and unreadable images."""
 
-import multiprocessing
-import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +16,14 @@ from maskgit_pl.data import (
     describe_store,
     tokenize,
 )
-from maskgit_pl.data.batches import ImageBatches
 from maskgit_pl.data.images import encode_png
 from maskgit_pl.data.index import index_shards
-from maskgit_pl.data.manifest import load_manifest
-from maskgit_pl.data.reader import ShardReader, find_shards
+from maskgit_pl.data.reader import find_shards
 from maskgit_pl.data.samples import Sample
 from maskgit_pl.data.token_store import open_store
 from maskgit_pl.data.tokenizing import Outcome
 from maskgit_pl.errors import DataBudgetError
+from maskgit_pl.processes import no_bars
 from tests.data_folders import save_data, write_split
 
 NUM_TRAIN, NUM_VAL = 23, 11
@@ -44,12 +40,12 @@ def top_row(images: torch.Tensor) -> torch.Tensor:
     return images[:, 0, 0].long()
 
 
-def make(folder: Path, store: Path, *, encode=top_row, on_rows=lambda *words: None, **options) -> Outcome:
+def make(folder: Path, store: Path, *, encode=top_row, ranks=(0, 1), bars=no_bars, **options) -> Outcome:
     """Makes a store; ``options`` are those of ``describe_store`` and of ``TokenizingConfig``."""
     views = {name: options.pop(name) for name in VIEWS if name in options}
     description = describe_store(folder, grid=(2, 2), codebook_size=256, tokenizer="me", image_size=4, **views)
-    config = TokenizingConfig(**{"batch_size": 4, "part_size": 6, **options})
-    return tokenize(folder, store, description, encode=encode, in_channels=1, config=config, on_rows=on_rows)
+    config = TokenizingConfig(**{"batch_size": 4, "part_size": 6, "unreadable_budget": 0.0, **options})
+    return tokenize(folder, store, description, encode=encode, in_channels=1, config=config, ranks=ranks, bars=bars)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +90,7 @@ def test_views_are_crops_each_followed_by_its_mirror_image(folder, views):
 
 @pytest.mark.slow
 def test_neither_ranks_nor_workers_nor_interruptions_change_a_byte(folder, views, tmp_path):
-    ranks = [make(folder, tmp_path / "ranks", crops=3, flip=True, rank=r, world_size=3) for r in (1, 2, 0)]
+    ranks = [make(folder, tmp_path / "ranks", crops=3, flip=True, ranks=(r, 3)) for r in (1, 2, 0)]
     assert ranks == ["incomplete", "incomplete", "made"]
     assert make(folder, tmp_path / "workers", crops=3, flip=True, num_workers=2) == "made"
     interrupted, calls = tmp_path / "interrupted", iter(range(1000))
@@ -116,43 +112,21 @@ def test_neither_ranks_nor_workers_nor_interruptions_change_a_byte(folder, views
         assert content(tmp_path / name) == expected
 
 
-@pytest.mark.slow
-def test_killed_processes_are_resumed_to_the_same_bytes(folder, views, tmp_path):
-    """Kills real processes after so many parts, at an arbitrary point of their work."""
-    options = {"crops": 3, "flip": True, "part_size": 1, "batch_size": 1}
-    assert make(folder, tmp_path / "whole", **options) == "made"
-    killed, store = 0, tmp_path / "store"
-    for parts_on_disk in (1, 9, 30, 50, 60, 70, 75, 79):  # of 80; the next is the join
-        process = multiprocessing.get_context("fork").Process(
-            target=make, args=(folder, store), kwargs=options | {"encode": slowly}
-        )
-        process.start()
-        while len(list(store.glob(".parts-*/*-?????????*[0-9].npy"))) < parts_on_disk and process.is_alive():
-            pass
-        process.kill()
-        process.join()
-        killed += process.exitcode == -signal.SIGKILL
-    assert killed == 8
-    assert not (store / "store.json").exists()
-    assert make(folder, store, **options) == "made"
-    assert content(store) == content(tmp_path / "whole")
-    assert {name: content(store)[name] for name in ("train-tokens.npy",)}.items() <= content(views).items()
-
-
-def slowly(images: torch.Tensor) -> torch.Tensor:
-    time.sleep(0.002)
-    return top_row(images)
-
-
 def test_earlier_rows_are_told_first_and_all_are_told(folder, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         make(folder, tmp_path, encode=lambda images: (_ for _ in ()).throw(KeyboardInterrupt))
-    make(folder, tmp_path, flip=True, rank=0, world_size=2)
-    told = []
-    make(folder, tmp_path, flip=True, on_rows=lambda *words: told.append(words))
-    assert told[0] == ("train", 2 * (6 + 6), 2 * NUM_TRAIN)  # parts 0 and 2 of 4
-    assert sum(rows for split, rows, _ in told if split == "train") == 2 * NUM_TRAIN
-    assert sum(rows for split, rows, _ in told if split == "val") == NUM_VAL
+    make(folder, tmp_path, flip=True, ranks=(0, 2))
+    told, new = [], {}
+
+    def bars(title, total, *, done=0, unit=""):
+        told.append((title, total, done, unit))
+        new[title] = []
+        return new[title].append
+
+    make(folder, tmp_path, flip=True, bars=bars)
+    assert told[0] == ("tokens of train", 2 * NUM_TRAIN, 2 * (6 + 6), "images")  # parts 0 and 2 of 4
+    assert sum(new["tokens of train"]) == 2 * NUM_TRAIN - told[0][2]
+    assert sum(new["tokens of val"]) == NUM_VAL - told[1][2]
 
 
 def test_an_epoch_shows_one_view_by_seed_sample_and_epoch_alone(folder, views):
@@ -197,16 +171,9 @@ def test_unreadable_images_are_replaced_as_in_training_with_their_labels(tmp_pat
     assert tokens.labels[[4, 5, 22]].tolist() == [6 % 3, 6 % 3, 0]
 
 
-def test_crops_of_a_store_are_those_of_the_images(folder, views):
-    reader = ShardReader(load_manifest(folder, "train"))
-    center = ImageBatches(reader, InOrder(NUM_TRAIN), image_size=4, in_channels=1)
-    tokens, _ = open_store(views, data=None)["train"].read(np.arange(NUM_TRAIN))
-    assert torch.equal(top_row(center.__getitems__(range(NUM_TRAIN)).content), torch.from_numpy(tokens))
-
-
-@pytest.mark.parametrize("options", [{"crops": 0}, {"batch_size": 0}, {"world_size": 0}, {"rank": 2, "world_size": 2}])
+@pytest.mark.parametrize("options", [{"crops": 0}, {"batch_size": 0}, {"part_size": 0}, {"num_workers": -1}])
 def test_numbers_out_of_range_are_refused(folder, tmp_path, options):
-    with pytest.raises(ValueError, match=rf"{next(iter(options))} must be an integer in .* got \d"):
+    with pytest.raises(ValueError, match=rf"{next(iter(options))} must be an integer in .* got -?\d"):
         make(folder, tmp_path / "store", **options)
     assert not (tmp_path / "store").exists()
 
