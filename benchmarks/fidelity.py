@@ -25,8 +25,9 @@ from torch_fidelity import calculate_metrics
 
 from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.data.manifest import read_manifest_summary
-from maskgit_pl.evaluation.distances import distances, inception_score, kernel_distance
+from maskgit_pl.evaluation.distances import inception_score, kernel_distance
 from maskgit_pl.evaluation.features import Extractor, ImageFeatures, extract, iter_image_batches
+from maskgit_pl.evaluation.metrics import ComparedImages, compute_metrics
 from maskgit_pl.evaluation.reference import Reference, iter_real_batches
 from maskgit_pl.networks.features import InceptionSpec
 from maskgit_pl.networks.inception import Inception
@@ -109,7 +110,8 @@ def measure_ours(generated: Tensor, real: Tensor, spec: InceptionSpec) -> dict[s
     """Returns the metrics of this project, with the random subsets and parts that torch-fidelity draws."""
     network = Extractor.create(spec)
     made, reference = (_extract(network, images) for images in (generated, real))
-    numbers = distances(made, Reference.from_features(reference))
+    labels = torch.zeros(len(generated), dtype=torch.int64)  # no metric here depends on classes
+    numbers = compute_metrics(ComparedImages(made, Reference.from_features(reference), labels))
     # torch-fidelity draws the parts of IS and the subsets of KID from generators with this seed.
     dealt = np.random.RandomState(_SEED).permutation(len(generated))
     drawn = np.random.RandomState(_SEED)

@@ -9,7 +9,7 @@ not part of the key.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from maskgit_pl.data import ShardData
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.distributed import describe_environment, device_name
+from maskgit_pl.evaluation.cache import digest_of, shorten_digest
 from maskgit_pl.evaluation.cas import classification_accuracy
 from maskgit_pl.evaluation.classifier import TrainingImages
-from maskgit_pl.evaluation.distances import Metrics
-from maskgit_pl.evaluation.features import digest_of, model_digests, shorten_digest
+from maskgit_pl.evaluation.distances import class_agreement
+from maskgit_pl.evaluation.features import Extractor, extract, iter_image_batches
 from maskgit_pl.evaluation.generation import (
     GeneratedImages,
     Task,
@@ -44,17 +45,27 @@ from maskgit_pl.evaluation.likelihood import (
     masked_nll,
     negative_elbo,
 )
-from maskgit_pl.evaluation.metric_names import NETWORK_METRICS, metric_name
-from maskgit_pl.evaluation.metrics import FeatureMetrics
-from maskgit_pl.evaluation.options import CASConfig, decoding_key
-from maskgit_pl.evaluation.reference import ReferenceOrigin, draw_order, read_real_vectors
+from maskgit_pl.evaluation.metrics import (
+    DEVIATION,
+    ComparedImages,
+    FeatureMetric,
+    Metrics,
+    choose_metrics,
+    compute_metrics,
+    known_metrics,
+    metric_name,
+)
+from maskgit_pl.evaluation.options import CLASSIFIER, CASConfig, decoding_key
+from maskgit_pl.evaluation.reference import Reference, ReferenceOrigin, draw_order, read_real_vectors
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.acceptance import Acceptance
+from maskgit_pl.pipeline.pretrained import fingerprint
 from maskgit_pl.processes import Bars, no_bars
 
 __all__ = [
     "EvaluatedModel",
     "Evaluator",
+    "FeatureMetrics",
     "collect_numbers",
 ]
 
@@ -63,8 +74,7 @@ _OWN_COLUMNS = ("model", "max_steps", "seed")  # fields of ``CASConfig`` that ha
 # Columns of a row of real images, in place of those of a model and a decoding.
 _NO_MODEL = {"model": REAL, "run": "", "mask_schedule": "", "parameters": None, "tokenizer": "", "transformer": ""}
 _NO_DECODING: dict[str, Any] = {"num_steps": None, "decoding": None}
-_DEVIATIONS = ("kid_deviation", "is_deviation")
-_OF_IMAGES = ("class_agreement", "diversity", "steps_taken", "seconds_per_image")  # values that belong to no network
+_REMARKS = ("run", "mask_schedule", "parameters", "reference_file")  # columns of models and networks outside the key
 _EDITED, _UNEDITED, _MASKED = "MaskGIT", "unedited", "masked"
 
 
@@ -93,15 +103,27 @@ class EvaluatedModel:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """The ledger columns that identify the model."""
-        pipe = self.pipe
-        networks: tuple[nn.Module, ...] = (pipe.tokenizer.network, pipe.transformer.network)
+        """The ledger columns that identify the model, with digests of all that determines its images."""
+        tokenizer, transformer = self.pipe.tokenizer, self.pipe.transformer
+        mask_schedule = transformer.mask_schedule
+        # The same weights can be read with another configuration, e.g. another mask schedule, and give other images.
+        config = {
+            "tokenizer": asdict(tokenizer.network.config),
+            "image_size": tokenizer.image_size,
+            "transformer": asdict(transformer.network.config),
+            "mask_schedule": repr(mask_schedule),
+            "class_names": list(transformer.class_names),
+            "dtype": str(next(transformer.network.parameters()).dtype),
+        }
+        networks: tuple[nn.Module, ...] = (tokenizer.network, transformer.network)
         return {
             "model": self.kind,
             "run": self.run,
-            "mask_schedule": "" if pipe.transformer.mask_schedule is None else repr(pipe.transformer.mask_schedule),
+            "mask_schedule": "" if mask_schedule is None else repr(mask_schedule),
             "parameters": sum(each.numel() for network in networks for each in network.parameters()),
-            **{name: shorten_digest(digest) for name, digest in model_digests(pipe, self.pretrained).items()},
+            "tokenizer": shorten_digest(tokenizer.fingerprint),
+            "transformer": shorten_digest(fingerprint(self.pretrained / "transformer")),
+            "config": shorten_digest(digest_of(config)),
         }
 
     def decoding_key(self, decoding: DecodingConfig) -> dict[str, Any]:
@@ -120,6 +142,79 @@ class EvaluatedModel:
         digests = {name: self.identity[name] for name in ("tokenizer", "transformer", "config")}
         key = [digests, self.decoding_key(decoding), num_images, seed]
         return self.folder / f"samples-{shorten_digest(digest_of(key))}.npz"
+
+
+@dataclass(frozen=True)
+class FeatureMetrics:
+    """A feature network with the real images that it compares with.
+
+    Args:
+        extractor: The network, on its device.
+        reference: Features or statistics of real images, with their origin: the val split or a file.
+        labels: (m,) int64: classes of the real images; None if unknown.
+    """
+
+    extractor: Extractor
+    reference: Reference
+    labels: Tensor | None = None
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The ledger columns that identify the network and its reference."""
+        features, origin = self.reference.features, self.reference.origin
+        assert origin is not None
+        return {
+            "network": self.extractor.label,
+            "judge": shorten_digest(self.extractor.digest),
+            "knows_classes": self.extractor.knows_classes,
+            "real_images": None if features is None else len(features),
+            "reference_file": origin.file,
+            "reference": shorten_digest(origin.digest),
+        }
+
+    @property
+    def accuracy(self) -> float | None:
+        """The accuracy of the data's classifier on the real images; None for other networks."""
+        features = self.reference.features
+        if features is None or features.logits is None or self.labels is None or self.extractor.label != CLASSIFIER:
+            return None
+        return class_agreement(features.logits.argmax(1), self.labels)
+
+    def choose(self, amount: Metrics = "all") -> dict[str, FeatureMetric]:
+        """Returns the metrics that the network and its reference allow, by name."""
+        real = self.reference.features
+        known = {
+            "logits": self.extractor.knows_classes,
+            "spatial": self.reference.spatial is not None,
+            "real_features": real is not None,
+            "real_logits": real is not None and real.logits is not None,
+            "real_labels": self.labels is not None,
+        }
+        return choose_metrics([name for name, is_known in known.items() if is_known], self.extractor.label, amount)
+
+    def __call__(
+        self,
+        read: Callable[[range], Tensor],
+        labels: Tensor,
+        *,
+        amount: Metrics = "all",
+        on_images: Callable[[int], object] = lambda count: None,
+    ) -> dict[str, float | None]:
+        """Computes the metrics of images; the ranks share the work.
+
+        Args:
+            read: Returns the (b, C, H, W) uint8 images of a range of rows.
+            labels: (n,) int64: requested classes of the images.
+            amount: See ``choose_metrics``.
+            on_images: Called after each batch with its number of images.
+
+        Returns:
+            Values by name, without the label of the network; see ``compute_metrics``.
+        """
+        batches = iter_image_batches(read, len(labels))
+        features = extract([self.extractor], batches, on_images=on_images)[self.extractor.label]
+        images = ComparedImages(features, self.reference, labels, self.labels)
+        return compute_metrics(images, self.choose(amount))
 
 
 class Evaluator:
@@ -177,7 +272,7 @@ class Evaluator:
             num_images: Number of images of all classes.
             seed: Seed of the first image.
             networks: Labels of the feature networks; None is all.
-            metrics: See ``distances``; a row with all metrics also serves a request for the fast ones.
+            metrics: ``"fast"`` leaves out the slow ones; a row with all metrics also serves a request for the fast.
             keep: True to keep the file of generated images for the next measurement.
             purpose: Remark in a new row; it is not part of the key.
 
@@ -226,7 +321,7 @@ class Evaluator:
         Args:
             num_images: Number of images, at most all of the train split.
             networks: Labels of the feature networks; None is all.
-            metrics: See ``distances``.
+            metrics: See ``measure_samples``.
 
         Returns:
             Rows by label of the network.
@@ -273,7 +368,7 @@ class Evaluator:
         """
         count = min(num_images, self.data.summary.samples["val"])
         keys = {**self._model_columns(model), "num_images": count, "seed": seed, "draws": draws}
-        row = self.ledger.find("likelihood", keys)
+        row = self._find("likelihood", keys)
         return row or self._add("likelihood", {**keys, **self._measure_nll(model, count, draws, seed)})
 
     def _measure_nll(self, model: EvaluatedModel, count: int, draws: int, seed: int) -> dict[str, float]:
@@ -317,7 +412,7 @@ class Evaluator:
             "classifier": config.model, "training_images": num_images, "training_steps": config.max_steps,
             "classifier_seed": config.seed, "training": training,
         }  # fmt: skip
-        row = self.ledger.find("cas", keys)
+        row = self._find("cas", keys)
         if row is not None:
             return row
         name = REAL if model is None else model.run
@@ -375,9 +470,13 @@ class Evaluator:
         rows: dict[str, Row | None] = {}
         for label in self.networks if networks is None else networks:
             # A row with the fast metrics must not answer a request for all of them.
-            having = self.networks[label].last_metric(keys["num_images"], metrics)
-            rows[label] = self.ledger.find(kind, {**keys, **self._network_columns(kind, label)}, having=having)
+            having = self.networks[label].choose(metrics)
+            rows[label] = self._find(kind, {**keys, **self._network_columns(kind, label)}, having)
         return rows
+
+    def _find(self, kind: str, columns: Mapping[str, Any], having: Collection[str] = ()) -> Row | None:
+        key = {name: value for name, value in columns.items() if name not in _REMARKS}
+        return self.ledger.find(kind, key, having=having)
 
     def _measure(
         self,
@@ -389,7 +488,7 @@ class Evaluator:
         metrics: Metrics = "all",
     ) -> Row:
         bar = self.bars(f"features of {label}", len(labels))
-        numbers = self.networks[label](read, len(labels), labels, metrics=metrics, on_images=bar)
+        numbers = self.networks[label](read, labels, amount=metrics, on_images=bar)
         return self._add(kind, {**keys, **self._network_columns(kind, label), **numbers})
 
     def _add(self, kind: str, row: Mapping[str, Any]) -> Row:
@@ -427,12 +526,16 @@ def collect_numbers(rows: Mapping[str, Row]) -> dict[str, float]:
     Args:
         rows: Rows by label of the network, see ``Evaluator.measure_samples``.
     """
+    # Values of images come before those of networks, and deviations last.
+    known = sorted(known_metrics().items(), key=lambda item: item[1].of_network)
+    names = [*(name for name, _ in known), *(f"{name}{DEVIATION}" for name, _ in known)]
+    of_images = {name for name, metric in known if not metric.of_network}
     found = {}
     for label, row in rows.items():
-        for name in (*_OF_IMAGES, *NETWORK_METRICS, *_DEVIATIONS):
+        for name in names:
             value = read_number(row, name)
             if value is not None:
-                found[name if name in _OF_IMAGES else metric_name(name, label)] = value
+                found[name if name.removesuffix(DEVIATION) in of_images else metric_name(name, label)] = value
     return found
 
 

@@ -15,9 +15,9 @@ from maskgit_pl.checks import ImageSize
 from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.distributed import find_device, parse_dtype
-from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
+from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, FeatureMetrics
+from maskgit_pl.evaluation.features import open_extractors
 from maskgit_pl.evaluation.ledger import Ledger
-from maskgit_pl.evaluation.metrics import FeatureMetrics, open_extractors
 from maskgit_pl.evaluation.reference import obtain_references, read_real_labels, read_references
 from maskgit_pl.evaluation.run_folders import RunFolders, data_name
 from maskgit_pl.pipeline import MaskGIT

@@ -6,9 +6,6 @@ them for the ``Evaluator``.
 
 from __future__ import annotations
 
-import json
-import logging
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,19 +23,17 @@ from maskgit_pl.data.batches import ImageBatches, make_loader
 from maskgit_pl.data.manifest import Split, load_manifest
 from maskgit_pl.data.order import Order
 from maskgit_pl.data.reader import ShardReader
-from maskgit_pl.distributed import on_all_ranks, rank_and_world
+from maskgit_pl.evaluation.cache import Arrays, cached, digest_of
 from maskgit_pl.evaluation.features import (
     BATCH_SIZE,
     Extractor,
     ImageFeatures,
-    digest_of,
     extract,
     iter_image_batches,
     iter_row_batches,
-    shorten_digest,
 )
 from maskgit_pl.evaluation.npz import ArrayFile, open_samples
-from maskgit_pl.files import sha256_of, write_atomically
+from maskgit_pl.files import sha256_of
 from maskgit_pl.pipeline import MaskGIT
 
 __all__ = [
@@ -53,9 +48,7 @@ __all__ = [
     "read_references",
 ]
 
-_FORMAT, _VERSION = "maskgit_pl.reference", 1
 _POOLED, _SPATIAL = 2048, 2023  # number of Inception's features that the statistics of ADM's files have
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -310,10 +303,6 @@ def _obtain(
 ) -> dict[str, Reference]:
     """Returns references from the folder, and computes the missing ones in one pass over the images.
 
-    1. Each rank reads the files of the folder.
-    2. A reference is missing if any rank could not read it; all ranks compute the missing ones together.
-    3. The first rank writes the new ones.
-
     Args:
         folder: Folder of the reference files; None for no files.
         key: Settings that determine the pixels of the images.
@@ -321,85 +310,37 @@ def _obtain(
         features: Extracts the features of all images with some of the networks.
         origin: Source of the images.
     """
+
+    def make(missing: Sequence[str]) -> dict[str, Arrays]:
+        made = features([by_name[name] for name in missing])
+        return {name: _to_arrays(Reference.from_features(made[by_name[name].label])) for name in missing}
+
+    by_name = {f"{key['split']}-{each.label}": each for each in extractors}
     # The weights are part of the key: another network with the same label has another file.
     keys = {
-        each.label: {**key, "network": each.label, "weights": each.digest, "knows_classes": each.knows_classes}
-        for each in extractors
+        name: {**key, "network": each.label, "weights": each.digest, "knows_classes": each.knows_classes}
+        for name, each in by_name.items()
     }
-    found: dict[str, Reference] = {}
-
-    def read() -> list[str]:
-        for label, own_key in keys.items():
-            if folder is not None and (reference := _read(_cache_path(folder, own_key), own_key)) is not None:
-                found[label] = reference
-        return list(found)
-
-    def write() -> None:
-        if folder is not None and rank_and_world()[0] == 0:
-            for label, reference in made.items():
-                _write(_cache_path(folder, keys[label]), keys[label], reference)
-
-    # 1.
-    readable = on_all_ranks(read)
-    # 2. A file may be readable on some ranks only; extraction is collective, so that all must agree on what is missing.
-    missing = [extractor for extractor in extractors if not all(extractor.label in labels for labels in readable)]
-    made = (
-        {label: Reference.from_features(extracted) for label, extracted in features(missing).items()} if missing else {}
-    )
-    # 3.
-    on_all_ranks(write)
-    return {label: replace(made.get(label) or found[label], origin=origin) for label in keys}
+    found = cached(folder, keys, make)
+    return {each.label: _from_arrays(each.label, found[name], origin) for name, each in by_name.items()}
 
 
-def _cache_path(folder: Path, key: Mapping[str, Any]) -> Path:
-    # The label is for people; the digest of the key makes the name unique.
-    network = re.sub("[^A-Za-z0-9_.]+", "-", key["network"])
-    return folder / f"{key['split']}-{network}-{shorten_digest(digest_of(key))}.npz"
-
-
-def _encode_key(key: Mapping[str, Any]) -> bytes:
-    return json.dumps({"format": _FORMAT, "version": _VERSION, **key}, sort_keys=True).encode()
-
-
-def _write(path: Path, key: Mapping[str, Any], reference: Reference) -> None:
+def _to_arrays(reference: Reference) -> Arrays:
     features = reference.features
-    assert features is not None  # only references with features are written
-    arrays: dict[str, Tensor] = {
-        "key": torch.frombuffer(bytearray(_encode_key(key)), dtype=torch.uint8),
-        "mu": reference.pooled.mean,
-        "sigma": reference.pooled.covariance,
-        "pooled": features.pooled,
-    }
+    assert features is not None
+    tensors = {"mu": reference.pooled.mean, "sigma": reference.pooled.covariance, "pooled": features.pooled}
     if reference.spatial is not None:
-        arrays |= {"mu_s": reference.spatial.mean, "sigma_s": reference.spatial.covariance}
+        tensors |= {"mu_s": reference.spatial.mean, "sigma_s": reference.spatial.covariance}
     if features.logits is not None:
-        arrays["logits"] = features.logits
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with write_atomically(path) as file:
-        np.savez(file, **cast("dict[str, Any]", {name: tensor.numpy() for name, tensor in arrays.items()}))
+        tensors["logits"] = features.logits
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
 
 
-def _read(path: Path, key: Mapping[str, Any]) -> Reference | None:
-    """Reads a reference file; returns None if it is missing, and warns if it is damaged or has another key."""
-    if not path.exists():
-        return None
-    try:
-        file = ArrayFile(path, thing="reference")
-        file.check()  # memory-mapped arrays have no other check
-        if bytes(file.read("key", (None,), kinds="uint8")) != _encode_key(key):
-            raise file.make_error("key", "it belongs to other images or another network")
-        pooled = _read_tensor(file, "pooled", (None, None))
-        logits = _read_tensor(file, "logits", (len(pooled), None)) if "logits" in file else None
-        spatial = _read_statistics(file, "_s", None) if "mu_s" in file else None
-        return Reference(
-            key["network"],
-            _read_statistics(file, "", pooled.shape[1]),
-            spatial,
-            ImageFeatures(key["network"], pooled.float(), None if logits is None else logits.float()),
-        )
-    except ValueError as error:
-        _log.warning("%s; it will be computed again", error)
-        return None
+def _from_arrays(label: str, arrays: Arrays, origin: ReferenceOrigin) -> Reference:
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    spatial = Statistics(tensors["mu_s"], tensors["sigma_s"]) if "mu_s" in tensors else None
+    features = ImageFeatures(label, tensors["pooled"], tensors.get("logits"))
+    return Reference(label, Statistics(tensors["mu"], tensors["sigma"]), spatial, features, origin)
 
 
 def _read_inception_statistics(file: ArrayFile) -> Reference | None:

@@ -4,7 +4,9 @@ import torch
 from torch import nn
 
 from maskgit_pl.evaluation.classifier import TrainingImages
-from maskgit_pl.evaluation.features import Extractor
+from maskgit_pl.evaluation.features import Extractor, ImageFeatures
+from maskgit_pl.evaluation.metrics import ComparedImages, compute_metrics
+from maskgit_pl.evaluation.reference import Reference
 from maskgit_pl.networks.feature_networks import FeatureOutput
 
 
@@ -32,6 +34,13 @@ def pictures(count: int, *, channels: int = 1, seed: int = 0, size: int = 8) -> 
     generator = torch.Generator().manual_seed(seed)
     brightness = torch.rand(count, 1, 1, 1, generator=generator)
     return (torch.rand(count, channels, size, size, generator=generator) * brightness * 256).to(torch.uint8)
+
+
+def distances(generated: ImageFeatures, reference: Reference) -> dict[str, float]:
+    """The values of all metrics of network features that the images allow."""
+    labels = torch.zeros(len(generated), dtype=torch.int64)
+    numbers = compute_metrics(ComparedImages(generated, reference, labels))
+    return {name: value for name, value in numbers.items() if value is not None and name != "class_agreement"}
 
 
 def in_memory(images: torch.Tensor, labels: torch.Tensor, class_names: tuple[str, ...]) -> TrainingImages:

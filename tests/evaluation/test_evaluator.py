@@ -11,18 +11,15 @@ import torch
 from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation import evaluator as module
-from maskgit_pl.evaluation import metrics as feature_metrics
 from maskgit_pl.evaluation.classifier import Accuracy
-from maskgit_pl.evaluation.distances import distances
-from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, collect_numbers
+from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, FeatureMetrics, collect_numbers
 from maskgit_pl.evaluation.features import extract
 from maskgit_pl.evaluation.ledger import Ledger, Row
-from maskgit_pl.evaluation.metrics import FeatureMetrics
 from maskgit_pl.evaluation.options import CASConfig
-from maskgit_pl.evaluation.reference import Reference, obtain_references, read_real_labels, read_references
+from maskgit_pl.evaluation.reference import obtain_references, read_real_labels, read_references
 from maskgit_pl.pipeline import MaskGIT
 from tests.conftest import save_tiny_pretrained, save_uneven_shards
-from tests.evaluation.feature_networks import few, pictures
+from tests.evaluation.feature_networks import distances, few, pictures
 
 DECODING = DecodingConfig(2)
 QUICK = CASConfig(model="small", width=4, max_steps=2, batch=6)
@@ -155,9 +152,8 @@ def test_a_row_is_reused_if_nothing_changed_and_measured_again_if_anything_chang
     folder: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "classification_accuracy", lambda *_, **__: Accuracy(0.5, 1.0, 24))
-    monkeypatch.setattr(
-        feature_metrics, "distances", lambda *_, **__: {"fid": 1.0, "precision": 1.0}
-    )  # keys do not depend on what comes out
+    # Keys do not depend on what comes out.
+    monkeypatch.setattr(module, "compute_metrics", lambda images, chosen: dict.fromkeys(chosen, 1.0))
     monkeypatch.setattr(module, "describe_environment", lambda: {"commit": None})
     decides = KINDS[kind][1]
 
@@ -185,12 +181,6 @@ def test_two_references_of_equal_size_give_two_rows_that_name_them(folder: Path,
     assert (first["split"], first["reference_file"], second["reference_file"]) == ("", "a.npz", "b.npz")
     val = measure("samples", Case(), folder, tmp_path)
     assert (val["split"], val["reference_file"]) == ("val", "")
-
-
-def test_a_reference_without_an_origin_is_refused() -> None:
-    features = extract([few()], [(pictures(6), torch.arange(6))])["classifier"]
-    with pytest.raises(ValueError, match="reference of classifier: origin must be given"):
-        FeatureMetrics(few(), Reference.from_features(features))
 
 
 def test_shipped_rows_of_another_classifier_or_reference_are_not_reused(folder: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from maskgit_pl.data.manifest import read_manifest_summary
-from maskgit_pl.evaluation.evaluation_report import describe_limit, find_limiting_stage, next_commands
+from maskgit_pl.evaluation.model_evaluation import describe_limit, find_limiting_stage, next_commands
 from maskgit_pl.evaluation.run_folders import describe_held_out
 
 
