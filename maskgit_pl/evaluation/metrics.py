@@ -45,7 +45,7 @@ __all__ = [
     "tuning_column",
 ]
 
-_ALWAYS_KNOWN = {"features", "labels"}
+_ALWAYS_KNOWN = ("features", "labels")
 _INPUTS = (*_ALWAYS_KNOWN, "logits", "spatial", "real_features", "real_logits", "real_labels")
 Metrics: TypeAlias = Literal["all", "fast"]
 DEVIATION = "_deviation"  # suffix of the column of a standard deviation
@@ -169,19 +169,6 @@ class ComparedImages:
     real_labels: Tensor | None = None
     _results: dict[Callable[..., Any], Any] = field(default_factory=dict, init=False, repr=False)
 
-    @property
-    def known(self) -> set[str]:
-        """The names of the attributes that have a value."""
-        real = self.reference.features
-        has = {
-            "logits": self.generated.logits is not None,
-            "spatial": self.generated.spatial is not None and self.reference.spatial is not None,
-            "real_features": real is not None,
-            "real_logits": real is not None and real.logits is not None,
-            "real_labels": self.real_labels is not None,
-        }
-        return {name for name, is_known in has.items() if is_known} | _ALWAYS_KNOWN
-
     @cached_property
     def features(self) -> Tensor:
         """The pooled features of the generated images, (n, D) float64."""
@@ -247,21 +234,19 @@ def choose_metrics(known: Collection[str], network: str, amount: Metrics = "all"
     }
 
 
-def compute_metrics(
-    images: ComparedImages, chosen: Mapping[str, FeatureMetric] | None = None
-) -> dict[str, float | None]:
+def compute_metrics(chosen: Mapping[str, FeatureMetric], images: ComparedImages) -> dict[str, float | None]:
     """Computes metrics.
 
     Args:
+        chosen: Metrics by name; see ``choose_metrics``.
         images: Generated and real images.
-        chosen: Metrics by name; None for all that the images allow.
 
     Returns:
         Values and deviations by name, such as ``kid`` and ``kid_deviation``; None if the images do not suffice or a
         value is non-finite.
     """
     numbers: dict[str, float | None] = {}
-    for name, metric in (chosen or choose_metrics(images.known, images.generated.label)).items():
+    for name, metric in chosen.items():
         value = metric.compute(images)
         value, deviation = value if isinstance(value, tuple) else (value, None)
         if value is not None and not math.isfinite(value):

@@ -6,7 +6,7 @@ them for the ``Evaluator``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -95,9 +95,9 @@ class ReferenceOrigin:
     file: str = ""
 
     @classmethod
-    def from_split(cls, data: ShardData, split: Split, *, num_images: int | None = None) -> ReferenceOrigin:
-        """Returns the origin of the first ``num_images`` images of a split; None is all of them."""
-        return cls(digest_of(_split_key(data, split, num_images)), split=split)
+    def from_split(cls, data: ShardData, split: Split) -> ReferenceOrigin:
+        """Returns the origin of the images of a split."""
+        return cls(digest_of(_split_key(data, split)), split=split)
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,6 @@ def obtain_references(
     extractors: Sequence[Extractor],
     *,
     split: Split = "val",
-    num_images: int | None = None,
     on_images: Callable[[int], object] = lambda count: None,
 ) -> dict[str, Reference]:
     """Returns the references of a split, read from ``folder`` if possible, else computed and written there.
@@ -215,7 +214,6 @@ def obtain_references(
         data: The real images.
         extractors: Networks with different labels.
         split: Split of the images.
-        num_images: Number of images from the beginning of the split; None is all.
         on_images: Called after each batch with its number of images, for a progress bar.
 
     Returns:
@@ -224,13 +222,9 @@ def obtain_references(
     Raises:
         ValueError: if there are fewer than two images, or the data are tokens.
     """
-
-    def features(missing: Sequence[Extractor]) -> dict[str, ImageFeatures]:
-        batches = iter_real_batches(data, split, num_images=num_images)
-        return extract(missing, ((batch.content, batch.position) for batch in batches), on_images=on_images)
-
-    origin = ReferenceOrigin.from_split(data, split, num_images=num_images)
-    return _obtain(folder, _split_key(data, split, num_images), extractors, features, origin)
+    batches = ((batch.content, batch.position) for batch in iter_real_batches(data, split))
+    found = _obtain(folder, _split_key(data, split), extractors, batches, on_images)
+    return {label: replace(each, origin=ReferenceOrigin.from_split(data, split)) for label, each in found.items()}
 
 
 def read_references(
@@ -271,11 +265,9 @@ def read_references(
                 )
         return {extractor.label: replace(statistics, origin=origin) for extractor in extractors}
     samples = open_samples(file)
-
-    def features(missing: Sequence[Extractor]) -> dict[str, ImageFeatures]:
-        return extract(missing, iter_image_batches(samples.read, len(samples)), on_images=on_images)
-
-    made = _obtain(folder, {"data": origin.digest, "split": "file"}, extractors, features, origin)
+    batches = iter_image_batches(samples.read, len(samples))
+    found = _obtain(folder, {"data": origin.digest, "split": "file"}, extractors, batches, on_images)
+    made = {label: replace(each, origin=origin) for label, each in found.items()}
     if statistics is None or "inception" not in made:
         return made
     # The published statistics take precedence over those of the images in the file.
@@ -283,12 +275,12 @@ def read_references(
     return {**made, "inception": replace(made["inception"], pooled=statistics.pooled, spatial=spatial)}
 
 
-def _split_key(data: ShardData, split: Split, num_images: int | None) -> dict[str, Any]:
+def _split_key(data: ShardData, split: Split) -> dict[str, Any]:
     """Returns the settings that determine the pixels of a split."""
     return {
         "data": data.summary.fingerprint,
         "split": split,
-        "num_images": num_images,
+        "num_images": None,  # all
         "image_size": plain_size(data.config.image_size),
         "in_channels": data.config.in_channels,
     }
@@ -298,22 +290,22 @@ def _obtain(
     folder: Path | None,
     key: Mapping[str, Any],
     extractors: Sequence[Extractor],
-    features: Callable[[Sequence[Extractor]], dict[str, ImageFeatures]],
-    origin: ReferenceOrigin,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    on_images: Callable[[int], object],
 ) -> dict[str, Reference]:
-    """Returns references from the folder, and computes the missing ones in one pass over the images.
+    """Returns references from the folder, and computes the missing ones in one pass over this rank's batches.
 
     Args:
         folder: Folder of the reference files; None for no files.
         key: Settings that determine the pixels of the images.
         extractors: Networks with different labels.
-        features: Extracts the features of all images with some of the networks.
-        origin: Source of the images.
+        batches: This rank's batches of all images; read only if a reference is missing.
+        on_images: Called after each batch with its number of images.
     """
 
     def make(missing: Sequence[str]) -> dict[str, Arrays]:
-        made = features([by_name[name] for name in missing])
-        return {name: _to_arrays(Reference.from_features(made[by_name[name].label])) for name in missing}
+        features = extract([by_name[name] for name in missing], batches, on_images=on_images)
+        return {name: _to_arrays(Reference.from_features(features[by_name[name].label])) for name in missing}
 
     by_name = {f"{key['split']}-{each.label}": each for each in extractors}
     # The weights are part of the key: another network with the same label has another file.
@@ -322,7 +314,7 @@ def _obtain(
         for name, each in by_name.items()
     }
     found = cached(folder, keys, make)
-    return {each.label: _from_arrays(each.label, found[name], origin) for name, each in by_name.items()}
+    return {each.label: _from_arrays(each.label, found[name]) for name, each in by_name.items()}
 
 
 def _to_arrays(reference: Reference) -> Arrays:
@@ -336,11 +328,11 @@ def _to_arrays(reference: Reference) -> Arrays:
     return {name: tensor.numpy() for name, tensor in tensors.items()}
 
 
-def _from_arrays(label: str, arrays: Arrays, origin: ReferenceOrigin) -> Reference:
+def _from_arrays(label: str, arrays: Arrays) -> Reference:
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     spatial = Statistics(tensors["mu_s"], tensors["sigma_s"]) if "mu_s" in tensors else None
     features = ImageFeatures(label, tensors["pooled"], tensors.get("logits"))
-    return Reference(label, Statistics(tensors["mu"], tensors["sigma"]), spatial, features, origin)
+    return Reference(label, Statistics(tensors["mu"], tensors["sigma"]), spatial, features)
 
 
 def _read_inception_statistics(file: ArrayFile) -> Reference | None:

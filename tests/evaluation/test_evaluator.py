@@ -34,7 +34,6 @@ class Case:
     judge_seed: int = 0
     knows_classes: bool = True
     reference: str = "val"
-    reference_images: int | None = None
     weights: int = 0
     config: str = ""
     decoding: DecodingConfig = DECODING
@@ -51,7 +50,6 @@ CHANGES: dict[str, list[Any]] = {  # by the part, what it may become
     "judge_seed": [1],
     "knows_classes": [False],
     "reference": ["train", "a.npz", "b.npz"],
-    "reference_images": [10],
     "weights": [1],
     "config": ["num_heads", "mask_schedule", "class_names"],
     "decoding": [DecodingConfig(3), DecodingConfig(2, "halton"), DecodingConfig(2, top_k=3)],
@@ -98,8 +96,7 @@ def measure(kind: str, case: Case, folder: Path, results: Path) -> Row:
     if case.reference.endswith(".npz"):  # of three channels
         found = read_references(folder / case.reference, [few(channels=3)])
     else:
-        how = {"split": case.reference, "num_images": case.reference_images}
-        found = obtain_references(folder / "kept", data, [judge], **how)
+        found = obtain_references(folder / "kept", data, [judge], split=case.reference)
     networks = {"classifier": FeatureMetrics(judge, found["classifier"])}
     evaluator = Evaluator(data, dataset=case.data, networks=networks, ledger=Ledger(results / "ledger.jsonl"))
     pretrained = folder / f"model-{case.weights}{case.config}"
@@ -134,7 +131,7 @@ def score_of_real(evaluator: Evaluator, model: EvaluatedModel, case: Case) -> Ro
     return evaluator.measure_cas(None, None, case.cas, num_images=case.num_images, seed=case.seed)
 
 
-JUDGED = ("data", "judge_seed", "knows_classes", "reference", "reference_images", "num_images")
+JUDGED = ("data", "judge_seed", "knows_classes", "reference", "num_images")
 MODEL = ("weights", "config", "seed")
 KINDS: dict[str, tuple[Callable[[Evaluator, EvaluatedModel, Case], Row], set[str]]] = {  # and what decides a row
     "samples": (samples, {*JUDGED, *MODEL, "decoding"}),
@@ -153,7 +150,7 @@ def test_a_row_is_reused_if_nothing_changed_and_measured_again_if_anything_chang
 ) -> None:
     monkeypatch.setattr(module, "classification_accuracy", lambda *_, **__: Accuracy(0.5, 1.0, 24))
     # Keys do not depend on what comes out.
-    monkeypatch.setattr(module, "compute_metrics", lambda images, chosen: dict.fromkeys(chosen, 1.0))
+    monkeypatch.setattr(module, "compute_metrics", lambda chosen, images: dict.fromkeys(chosen, 1.0))
     monkeypatch.setattr(module, "describe_environment", lambda: {"commit": None})
     decides = KINDS[kind][1]
 
@@ -186,7 +183,7 @@ def test_two_references_of_equal_size_give_two_rows_that_name_them(folder: Path,
 def test_shipped_rows_of_another_classifier_or_reference_are_not_reused(folder: Path, tmp_path: Path) -> None:
     """A ledger that comes with a run: as many images, the same names, other weights or other real images."""
     shipped = measure("samples", Case(judge_seed=1), folder, tmp_path)
-    other = measure("samples", Case(reference="train", reference_images=24), folder, tmp_path)
+    other = measure("samples", Case(reference="a.npz"), folder, tmp_path)
     own = measure("samples", Case(), folder, tmp_path)
     assert shipped["network"] == other["network"] == own["network"]
     assert shipped["real_images"] == other["real_images"] == own["real_images"] == 24

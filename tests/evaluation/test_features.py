@@ -86,8 +86,8 @@ def measured(folder: Path, shards: Path) -> dict[str, Any]:
     data, network = ShardData(ShardDataConfig(str(shards), image_size=8, in_channels=1)), few()
     found = extract([network], iter_image_batches(read, 23, batch_size=5))["classifier"]
     single = extract([network], iter_image_batches(read, 3, batch_size=5))["classifier"]  # the 2nd rank has none
-    reference = obtain_references(folder, data, [network], num_images=20)["classifier"]
-    again = obtain_references(folder, data, [network], num_images=20)["classifier"]
+    reference = obtain_references(folder, data, [network])["classifier"]
+    again = obtain_references(folder, data, [network])["classifier"]
     torch.manual_seed(0)
     tokenizer = SimpleNamespace(
         network=VQGAN(
