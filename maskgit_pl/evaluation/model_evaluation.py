@@ -6,7 +6,7 @@ An evaluation has three parts:
 2. It measures reconstructions, generated and real images, the likelihood and the classification accuracy score. Several
    processes under ``torchrun`` share the work, and the ledger keeps the rows.
 3. It reports: ``evaluation.json`` with everything that reproduces it, a table, pictures, and findings, which say which
-   stage of the model limits its images and which commands to run next.
+   stage of the model limits its images.
 """
 
 from __future__ import annotations
@@ -14,14 +14,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from maskgit_pl.checks import ImageSize, check_image_size, check_integer, pixels_text, plain_size
 from maskgit_pl.data.manifest import read_manifest_summary
@@ -34,7 +32,6 @@ from maskgit_pl.distributed import (
     process_group,
     rank_and_world,
 )
-from maskgit_pl.errors import printable
 from maskgit_pl.evaluation.cas import check_cas
 from maskgit_pl.evaluation.classifier import (
     Accuracy,
@@ -44,7 +41,7 @@ from maskgit_pl.evaluation.classifier import (
     obtain_classifier,
     provide_classifier,
 )
-from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, FeatureMetrics, collect_numbers
+from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, collect_numbers
 from maskgit_pl.evaluation.generation import GeneratedImages, delete_generated, num_candidates
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
 from maskgit_pl.evaluation.metrics import computed_metrics, format_value, metric_name, title
@@ -76,11 +73,10 @@ from maskgit_pl.evaluation.run_folders import (
     describe_held_out,
     find_run,
     find_tokenizer_folders,
-    read_run_recipe,
 )
 from maskgit_pl.evaluation.tokenizer_measurement import measure_tokenizer
 from maskgit_pl.evaluation.tokenizer_report import TokenizerReport, make_tokenizer_report
-from maskgit_pl.files import check_writable, read_json, write_text
+from maskgit_pl.files import check_writable, write_text
 from maskgit_pl.networks.feature_networks import check_model
 from maskgit_pl.networks.perceptual import LPIPS, load_lpips
 from maskgit_pl.pipeline.acceptance import Acceptance
@@ -98,12 +94,8 @@ __all__ = [
     "describe_limit",
     "evaluate",
     "evaluate_tokenizer",
-    "find_limiting_stage",
-    "next_commands",
     "train_classifier",
 ]
-
-_LimitingStage = Literal["tokenizer", "transformer", "neither"]
 
 _DRAWS = 4  # masks per image for likelihoods
 _ESTIMATES = ("masked_nll", "elbo_", "exact_")  # prefixes of likelihoods
@@ -111,8 +103,6 @@ _BITS = ("exact_bits_per_token", "elbo_bits_per_token")
 _SCORE = ("top1", "top5", "classifier", "training_images", "training_steps", "real_images")  # columns of a CAS
 _TOKENIZER_SHARE = 0.5  # of the FID of generated images
 _NEAR_REAL = 1.5  # times the FID of real images
-_MANY_CODES = 0.9  # fraction of the codes in use from which more codes can help
-_BUDGETS, _LONGEST = ("15m", "1h"), "1h"  # recipes of the transformer
 _SHOWN_OF_A_CLASS, _SHOWN_PAIRS, _ANIMATED = 8, 16, 4
 
 
@@ -170,7 +160,7 @@ def evaluate(
             **scores,
             "held_out": describe_held_out(folders.data, plan.evaluator.data.summary),
         }
-        report = Report({**content, "limiting_stage": describe_limit(content, folders.run)}, file)
+        report = Report({**content, "limiting_stage": describe_limit(content)}, file)
         generated = plan.generate(f"{plan.model.run}: pictures")  # the file of the measured images still exists
         if rank_and_world()[0] == 0:
             _write_pictures(plan, generated, folder=file.parent)
@@ -328,50 +318,40 @@ def _measure_cas(plan: _Evaluation, cas: CASConfig) -> dict[str, Row]:
 
 def _describe_protocol(plan: _Evaluation) -> dict[str, Any]:
     pipe, networks, negative = plan.model.pipe, plan.evaluator.networks, plan.model.pipe.negative_model
+    origins = [network.origin for network in networks.values()]
     protocol = {
         "num_images": plan.num_images,
         "num_steps": plan.decoding.num_steps,
         "seed": plan.options.seed,
         "data": plan.evaluator.data.summary.fingerprint,
         "split": "val",
-        "reference": _describe_reference(networks.values()),
+        "reference": ", ".join(dict.fromkeys(origin.file or f"{origin.split} split" for origin in origins)),
         "mask_schedule": repr(pipe.transformer.mask_schedule),
         "decoding": asdict(plan.decoding),
     }
     if negative is not None:
         protocol["negative_model"] = {"folder": str(negative.folder), "digest": negative.digest}
-    return {**protocol, "features": {label: _describe_network(network) for label, network in networks.items()}}
-
-
-def _describe_reference(networks: Iterable[FeatureMetrics]) -> str:
-    """Returns the name of the split or file that generated images were compared with."""
-    origins = [network.reference.origin for network in networks]
-    return ", ".join(dict.fromkeys(origin.file or f"{origin.split} split" for origin in origins if origin is not None))
-
-
-def _describe_network(network: FeatureMetrics) -> dict[str, Any]:
-    features, origin = network.reference.features, network.reference.origin
-    assert origin is not None
-    return {
-        "weights": network.extractor.digest,
-        "real_images": None if features is None else len(features),
-        "reference": origin.digest,
+    protocol["features"] = {
+        label: {
+            "weights": network.extractor.digest,
+            "real_images": network.columns["real_images"],
+            "reference": network.origin.digest,
+        }
+        for label, network in networks.items()
     }
+    return protocol
 
 
 def _describe_model(model: EvaluatedModel) -> dict[str, Any]:
-    def parameters(network: nn.Module) -> int:
-        return sum(parameter.numel() for parameter in network.parameters())
-
-    pipe = model.pipe
+    tokenizer, transformer = model.pipe.tokenizer, model.pipe.transformer
     return {
-        "image_size": plain_size(pipe.tokenizer.image_size),
-        "grid": list(pipe.tokenizer.grid),
-        "codebook_size": pipe.tokenizer.network.config.codebook_size,
-        "num_classes": len(pipe.class_names),
-        "tokenizer_parameters": parameters(pipe.tokenizer.network),
-        "transformer_parameters": parameters(pipe.transformer.network),
-        "tokenizer_fingerprint": pipe.tokenizer.fingerprint,
+        "image_size": plain_size(tokenizer.image_size),
+        "grid": list(tokenizer.grid),
+        "codebook_size": tokenizer.network.config.codebook_size,
+        "num_classes": len(model.pipe.class_names),
+        "tokenizer_parameters": sum(each.numel() for each in tokenizer.network.parameters()),
+        "transformer_parameters": sum(each.numel() for each in transformer.network.parameters()),
+        "tokenizer_fingerprint": tokenizer.fingerprint,
         "transformer_digest": model.identity["transformer"],
         "config_digest": model.identity["config"],
     }
@@ -382,9 +362,7 @@ def _describe_classifier(evaluator: Evaluator) -> dict[str, Any]:
     classifier = evaluator.networks.get(CLASSIFIER)
     if classifier is None or classifier.accuracy is None or classifier.labels is None:
         return {}
-    return {
-        "classifier": {"accuracy_on_real_images": classifier.accuracy, "real_images": len(classifier.labels)},
-    }
+    return {"classifier": {"accuracy_on_real_images": classifier.accuracy, "real_images": len(classifier.labels)}}
 
 
 def _describe_acceptance(plan: _Evaluation) -> dict[str, Any]:
@@ -393,14 +371,8 @@ def _describe_acceptance(plan: _Evaluation) -> dict[str, Any]:
     acceptance, networks = plan.accepted.acceptance, plan.evaluator.networks
     count = num_candidates(acceptance, plan.num_images, len(plan.model.pipe.class_names))
     judges = [label for label, network in networks.items() if network.extractor.digest == acceptance.digest]
-    described = {
-        "accept_rate": plan.num_images / count,
-        "num_candidates": count,
-        "classifier": acceptance.name,
-        "digest": acceptance.digest,
-        "also_judges": judges,
-    }
-    return {"acceptance": described}
+    described = {"accept_rate": plan.num_images / count, "num_candidates": count, "classifier": acceptance.name}
+    return {"acceptance": {**described, "digest": acceptance.digest, "also_judges": judges}}
 
 
 @dataclass(frozen=True)
@@ -449,10 +421,8 @@ class Report:
         return table
 
     def findings(self) -> list[str]:
-        """Returns sentences about the limiting stage, the next commands, and the images that were held out."""
-        limit = self.content["limiting_stage"]
-        commands = [f"    {command}" for command in limit.get("commands", [])]
-        return [limit["text"], *(["To improve it:", *commands] if commands else []), self.content["held_out"]["text"]]
+        """Returns sentences about the limiting stage and the images that were held out."""
+        return [self.content["limiting_stage"]["text"], self.content["held_out"]["text"]]
 
 
 def _add_model_rows(table: Table, report: Mapping[str, Any]) -> None:
@@ -493,16 +463,23 @@ def _acceptance_caption(acceptance: Mapping[str, Any]) -> str:
     return text
 
 
-def describe_limit(content: Mapping[str, Any], run: Path) -> dict[str, Any]:
-    """Describes the limiting stage in plain values, by the FID of the first feature network.
+def describe_limit(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Describes the stage that limits the images, in plain values, by the FID of the first feature network.
+
+    The tokenizer decodes the generated tokens, so its reconstruction FID is about the FID that a perfect transformer
+    would have. The rule, in this order:
+
+    1. ``neither`` if the FID is at most 1.5 times that of as many real images: it can hardly fall further.
+    2. ``tokenizer`` if the reconstruction FID is more than half of the FID: a better transformer can remove less than
+       half of it.
+    3. ``transformer`` otherwise.
 
     Args:
         content: Content of ``evaluation.json``.
-        run: Run folder.
 
     Returns:
         ``text``: one or two sentences. ``bits_per_token`` and ``uniform_bits_per_token`` (log2 K). Where the
-        reconstruction FID is known, ``stage``, ``reconstruction_share`` (a fraction of the FID) and ``commands``.
+        reconstruction FID is known, ``stage`` and ``reconstruction_share``, a fraction of the FID.
     """
     network = next(iter(content["protocol"]["features"]))
     bits = next(content["likelihood"][name] for name in _BITS if name in content["likelihood"])
@@ -514,89 +491,15 @@ def describe_limit(content: Mapping[str, Any], run: Path) -> dict[str, Any]:
         return {**described, "text": of_tokens}
     columns = content["samples"]["exported_guidance"], content["real_against_real"]
     fid, real = (column[metric_name("fid", network)] for column in columns)
-    stage = find_limiting_stage(fid, rebuilt, real)
-    return {
-        **described,
-        "stage": stage,
-        "reconstruction_share": rebuilt / fid,
-        "text": f"{_sentence(stage, fid, rebuilt, real)} {of_tokens}",
-        "commands": next_commands(stage, run, content),
-    }
-
-
-def find_limiting_stage(fid: float, reconstruction_fid: float, real_fid: float) -> _LimitingStage:
-    """Finds the stage that most of the FID of generated images comes from.
-
-    The tokenizer decodes the generated tokens, so its reconstruction FID is about the FID that a perfect transformer
-    would have. The rule, in this order:
-
-    1. ``neither`` if the FID is at most 1.5 times that of as many real images: it can hardly fall further.
-    2. ``tokenizer`` if the reconstruction FID is more than half of the FID: a better transformer can remove less than
-       half of it.
-    3. ``transformer`` otherwise.
-
-    Args:
-        fid: FID of generated images.
-        reconstruction_fid: FID of reconstructed val images in the same network.
-        real_fid: FID of as many real images as were generated, in the same network.
-    """
-    if fid <= _NEAR_REAL * real_fid:
-        return "neither"
-    return "tokenizer" if reconstruction_fid > _TOKENIZER_SHARE * fid else "transformer"
-
-
-def _sentence(stage: _LimitingStage, fid: float, rebuilt: float, real: float) -> str:
-    if stage == "neither":
-        return (
-            f"Neither stage limits: FID {fid:.2f} is close to {real:.2f}, that of as many real images; a larger "
-            "--num-images shows smaller differences."
-        )
-    share = f"reconstructed real images already have FID {rebuilt:.2f}, {rebuilt / fid:.0%} of {fid:.2f}"
-    return f"The {stage} limits: {share}."
-
-
-def next_commands(stage: _LimitingStage, run: Path, content: Mapping[str, Any]) -> list[str]:
-    """Returns the commands that improve the limiting stage in a new run.
-
-    A tokenizer gets four times as many codes if it uses at least 90 % of them, else twice as many steps. A transformer
-    gets the budget of an hour, after that twice as many steps.
-
-    Args:
-        stage: The limiting stage.
-        run: Run folder.
-        content: Content of ``evaluation.json``.
-
-    Returns:
-        The commands; none if neither stage limits, or the folder does not record its training.
-    """
-    if stage == "neither":
-        return []
-    file = run / stage / "environment.json"
-    steps = (read_run_recipe(run / stage / "config.yaml").get("trainer") or {}).get("max_steps")
-    record = read_json(file) if file.is_file() else {}
-    if steps is None or not {"recipe", "dataset", "data"} <= record.keys():
-        return []
-    recipes = [printable(name) for name in record["recipe"]]
-    dataset, data = printable(record["dataset"]), printable(record["data"])
-    if stage == "tokenizer" and content["reconstruction"]["codebook_usage"] >= _MANY_CODES:
-        more = [f"--model.network.codebook_size={4 * content['model']['codebook_size']}"]
-    elif stage == "tokenizer" or _LONGEST in recipes:
-        more = [f"--trainer.max_steps={2 * steps}"]
+    if fid <= _NEAR_REAL * real:
+        stage = "neither"
+        text = f"Neither stage limits: FID {fid:.2f} is close to {real:.2f}, that of as many real images; a larger "
+        text += "--num-images shows smaller differences."
     else:
-        recipes, more = [*(each for each in recipes if each not in _BUDGETS), _LONGEST], []
-    of_run = {
-        "--dataset": dataset,
-        "--data": None if data == f"data/shards/{dataset}" else data,
-        "--recipe": " ".join(recipes),
-        "--run": f"{run.resolve().name}-more",
-        "--tokenizer": f"{run}/pretrained/tokenizer" if stage == "transformer" else None,
-    }
-    words = [word for flag, text in of_run.items() if text for word in (flag, text)]
-    later = more if stage == "transformer" else []
-    commands = [["tokenize", *words, *later], ["train", "transformer", *words, *later]]
-    if stage == "tokenizer":
-        commands = [["train", "tokenizer", *words, *more], *commands]
-    return [shlex.join(["maskgit", *each]) for each in commands]
+        stage = "tokenizer" if rebuilt > _TOKENIZER_SHARE * fid else "transformer"
+        text = f"The {stage} limits: reconstructed real images already have FID {rebuilt:.2f}, {rebuilt / fid:.0%} of "
+        text += f"{fid:.2f}."
+    return {**described, "stage": stage, "reconstruction_share": rebuilt / fid, "text": f"{text} {of_tokens}"}
 
 
 def _write_pictures(plan: _Evaluation, generated: GeneratedImages, *, folder: Path) -> None:
