@@ -130,17 +130,16 @@ def _insert(index: dict[Hashable, list[Row]], columns: Sequence[str], row: Row) 
 
 
 def _values(columns: Sequence[str], row: Mapping[str, object]) -> Hashable:
-    return _freeze([row[name] for name in columns])
+    return tuple(_freeze(row[name]) for name in columns)
 
 
-def _freeze(value: object) -> Hashable:
+def _freeze(value: Any) -> Hashable:
     """Returns a plain value as a hashable one; tuples equal lists, and 1 equals 1.0."""
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return frozenset((name, _freeze(each)) for name, each in value.items())
     if isinstance(value, list | tuple):
         return tuple(map(_freeze, value))
-    assert isinstance(value, Hashable)
-    return value
+    return value  # type: ignore[no-any-return]  # a string, a number or None
 
 
 def _end_of_lines(stream: IO[bytes]) -> int:

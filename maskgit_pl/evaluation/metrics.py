@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from maskgit_pl.checks import check_choice, shorten
 from maskgit_pl.evaluation.options import CLASSIFIER
-from maskgit_pl.registry import Registry, nearest
+from maskgit_pl.registry import Registry
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -272,9 +272,8 @@ def tuning_column(metric: str) -> str:
     Raises:
         ValueError: if no such metric is computed from features.
     """
-    name, computed = _SHORT_NAMES.get(metric, metric), computed_metrics()
-    if name not in computed:
-        raise ValueError(f"metric must be computed from features, got {shorten(metric)}: {nearest(metric, computed)}")
+    computed = computed_metrics()
+    name = _SHORT_NAMES.get(check_choice("metric", metric, [*computed, *_SHORT_NAMES]), metric)
     return metric_name(name, CLASSIFIER) if computed[name].of_network else name
 
 

@@ -17,9 +17,10 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from rich.table import Table
 
 from maskgit_pl.checks import ImageSize, check_image_size, check_integer, pixels_text, plain_size
 from maskgit_pl.data.manifest import read_manifest_summary
@@ -84,9 +85,6 @@ from maskgit_pl.pipeline.card import refresh_card
 from maskgit_pl.pipeline.display import Recording
 from maskgit_pl.pipeline.grids import image_grid, reconstruction_grid, save_png
 from maskgit_pl.processes import Bars, local_rank, no_bars
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 __all__ = [
     "Report",
@@ -394,8 +392,6 @@ class Report:
 
     def table(self) -> Table:
         """Returns the most important values as a table for the terminal."""
-        from rich.table import Table
-
         protocol, samples, rebuilt = (self.content[name] for name in ("protocol", "samples", "reconstruction"))
         # One column per kind of samples, and a last one for real images.
         columns = [*samples.values(), self.content["real_against_real"]]
