@@ -187,12 +187,10 @@ class FeatureMetrics:
 
     def choose(self, amount: Metrics = "all") -> dict[str, FeatureMetric]:
         """Returns the metrics that the network and its reference allow, by name."""
-        real = self.reference.features
         known = {
             "logits": self.extractor.knows_classes,
             "spatial": self.reference.spatial is not None,
-            "real_features": real is not None,
-            "real_logits": real is not None and real.logits is not None,
+            "real_features": self.reference.features is not None,
             "real_labels": self.labels is not None,
         }
         return choose_metrics([name for name, is_known in known.items() if is_known], self.extractor.label, amount)

@@ -137,7 +137,7 @@ class FeatureCollector:
         All ranks must call it, and all get the same result.
 
         Raises:
-            ValueError: if no rank has an image, or an index occurs twice.
+            ValueError: if no rank has an image.
         """
         # A rank without images does not know the widths of the features; it takes those of another rank.
         widths_here = [None if part is None else part.shape[1] for part in self._outputs[0]] if self._outputs else None
@@ -150,9 +150,6 @@ class FeatureCollector:
             None if width is None else gather_rows(self._column(column, width), index)
             for column, width in enumerate(widths)
         )
-        # The gathered indices are sorted: equal neighbours mean that an image occurs twice.
-        if not gather_rows(index, index).diff().all():
-            raise ValueError(f"features of {self.extractor.label}: each image must occur once, got some several times")
         assert pooled is not None
         return ImageFeatures(self.extractor.label, pooled, logits, spatial)
 

@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 _ALWAYS_KNOWN = ("features", "labels")
-_INPUTS = (*_ALWAYS_KNOWN, "logits", "spatial", "real_features", "real_logits", "real_labels")
+_INPUTS = (*_ALWAYS_KNOWN, "logits", "spatial", "real_features", "real_labels")
 Metrics: TypeAlias = Literal["all", "fast"]
 DEVIATION = "_deviation"  # suffix of the column of a standard deviation
 Value: TypeAlias = float | tuple[float, float] | None
@@ -154,7 +154,7 @@ class ComparedImages:
     """Generated and real images in the features of one network, on the CPU: the input of a metric.
 
     The attributes that ``FeatureMetric.needs`` can name are ``features``, ``logits``, ``spatial``, ``labels``,
-    ``real_features``, ``real_logits`` and ``real_labels``.
+    ``real_features`` and ``real_labels``.
 
     Args:
         generated: Features of n generated images.
@@ -191,13 +191,6 @@ class ComparedImages:
         """The pooled features of the real images, (m, D) float64."""
         assert self.reference.features is not None
         return self.reference.features.pooled.double()
-
-    @property
-    def real_logits(self) -> Tensor:
-        """The logits of the real images, (m, K) float32."""
-        assert self.reference.features is not None
-        assert self.reference.features.logits is not None
-        return self.reference.features.logits
 
     def once(self, compute: Callable[[ComparedImages], _Result]) -> _Result:
         """Returns ``compute(self)``, which is called once for all metrics that come from the same computation."""

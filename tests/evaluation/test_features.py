@@ -64,14 +64,11 @@ def test_whole_batches_are_assigned_to_ranks_in_turn(monkeypatch) -> None:
     assert shares == [[range(5), range(10, 15), range(20, 23)], [range(5, 10), range(15, 20)]]
 
 
-def test_the_same_image_twice_and_no_image_at_all_are_refused() -> None:
-    batch = (IMAGES[:5], torch.arange(5))
-    with pytest.raises(ValueError, match=r"features of classifier: each image must occur once"):
-        extract([few()], [batch, batch])
+def test_no_image_at_all_and_two_networks_of_one_name_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one image"):
         extract([few()], [])
     with pytest.raises(ValueError, match="must have different labels"):
-        extract([few(), few(seed=1)], [batch])
+        extract([few(), few(seed=1)], [(IMAGES[:5], torch.arange(5))])
 
 
 def test_an_extractor_is_made_from_a_spec(monkeypatch) -> None:
