@@ -111,7 +111,7 @@ class Precision(_InManifolds):
     title = "precision"
 
     def compute(self, images: ComparedImages) -> float | None:
-        return images.once(_precision_recall)[0]
+        return images.once(precision_recall, images.features, images.real_features)[0]
 
 
 @metrics.register("recall")
@@ -121,7 +121,7 @@ class Recall(_InManifolds):
     title = "recall"
 
     def compute(self, images: ComparedImages) -> float | None:
-        return images.once(_precision_recall)[1]
+        return images.once(precision_recall, images.features, images.real_features)[1]
 
 
 @metrics.register("density")
@@ -131,7 +131,7 @@ class Density(_InManifolds):
     title = "density"
 
     def compute(self, images: ComparedImages) -> float | None:
-        return images.once(_density_coverage)[0]
+        return images.once(density_coverage, images.features, images.real_features)[0]
 
 
 @metrics.register("coverage")
@@ -141,7 +141,7 @@ class Coverage(_InManifolds):
     title = "coverage"
 
     def compute(self, images: ComparedImages) -> float | None:
-        return images.once(_density_coverage)[1]
+        return images.once(density_coverage, images.features, images.real_features)[1]
 
 
 @metrics.register("class_agreement")
@@ -171,17 +171,6 @@ class Diversity(FeatureMetric):
     def compute(self, images: ComparedImages) -> float | None:
         assert images.real_labels is not None
         return diversity(images.features, images.labels, images.real_features, images.real_labels)
-
-
-def _precision_recall(images: ComparedImages) -> tuple[float | None, float | None]:
-    fake, real = images.features, images.real_features
-    # With k neighbours there must be more than k images, since an image is not its own neighbour.
-    return precision_recall(fake, real) if min(len(fake), len(real)) > _PRECISION_NEIGHBOURS else (None, None)
-
-
-def _density_coverage(images: ComparedImages) -> tuple[float | None, float | None]:
-    fake, real = images.features, images.real_features
-    return density_coverage(fake, real) if len(real) > _DENSITY_NEIGHBOURS else (None, None)
 
 
 def frechet_distance(generated: Statistics, real: Statistics) -> float:
@@ -254,20 +243,22 @@ def inception_score(logits: Tensor, *, splits: int = _IS_SPLITS) -> tuple[float,
     return float(mean), float(deviation)
 
 
-def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float]:
+def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float] | tuple[None, None]:
     """Computes precision and recall: the fraction of generated images in the real manifold, and the reverse.
 
     The manifold of a set of images is a ball around each image, whose radius is the distance to the 3rd neighbour.
 
     Args:
-        generated: (n, D) float features, n > 3.
-        real: (m, D) float features, m > 3.
+        generated: (n, D) float features.
+        real: (m, D) float features.
 
     Returns:
-        Precision and recall, each in [0, 1].
+        Precision and recall, each in [0, 1]; None unless n > 3 and m > 3, since an image is not its own neighbour.
 
     Source: Kynkaanniemi et al., arXiv:1904.06991.
     """
+    if min(len(generated), len(real)) <= _PRECISION_NEIGHBOURS:
+        return None, None
     numbers = prc_features_to_metric(
         generated.double(),
         real.double(),
@@ -281,7 +272,7 @@ def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float]:
 
 def density_coverage(
     generated: Tensor, real: Tensor, *, num_neighbours: int = _DENSITY_NEIGHBOURS
-) -> tuple[float, float]:
+) -> tuple[float, float] | tuple[None, None]:
     """Computes density and coverage of generated images y around real images x.
 
     Each real image has an open ball B(x) whose radius is the distance to its k-th real neighbour::
@@ -293,14 +284,16 @@ def density_coverage(
 
     Args:
         generated: (n, D) float features.
-        real: (m, D) float features, m > k.
+        real: (m, D) float features.
         num_neighbours: k.
 
     Returns:
-        Density in [0, inf) and coverage in [0, 1].
+        Density in [0, inf) and coverage in [0, 1]; None unless m > k.
 
     Source: Naeem et al., arXiv:2002.09797, equations 5 and 6. The strict comparison is that of the authors' code.
     """
+    if len(real) <= num_neighbours:
+        return None, None
     generated, real = generated.double(), real.double()
     held, covered = 0, 0
     for block in torch.split(real, _ROWS):

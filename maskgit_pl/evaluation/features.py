@@ -259,11 +259,7 @@ def check_features(
         reference: File in the layout of ADM to compare with; None for the val split.
         classifier: Folder of the data's classifier; None for the one that all runs of the data share.
 
-    Raises:
-        FileExistsError: if the folder of the classifier holds something else.
-        FileNotFoundError: if there is no such file.
-        TypeError: if a network does not accept its arguments.
-        ValueError: if a network is unknown, its weights are missing, or their SHA-256 does not match.
+    Raises: see ``open_extractors``; FileNotFoundError if there is no reference file.
     """
     for each in features:
         if each != CLASSIFIER:

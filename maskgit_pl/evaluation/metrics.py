@@ -192,10 +192,10 @@ class ComparedImages:
         assert self.reference.features is not None
         return self.reference.features.pooled.double()
 
-    def once(self, compute: Callable[[ComparedImages], _Result]) -> _Result:
-        """Returns ``compute(self)``, which is called once for all metrics that come from the same computation."""
+    def once(self, compute: Callable[..., _Result], *arguments: Tensor) -> _Result:
+        """Returns ``compute(*arguments)``, which is called once for all metrics that come from it."""
         if compute not in self._results:
-            self._results[compute] = compute(self)
+            self._results[compute] = compute(*arguments)
         return self._results[compute]  # type: ignore[no-any-return]  # the results have several types
 
 

@@ -163,9 +163,7 @@ def open_evaluator(
         reference: File in the layout of ADM to compare with; None for the val split.
         bars: Progress bars.
 
-    Raises:
-        TypeError: if a network does not accept its arguments.
-        ValueError: if a network is unknown, its weights are missing, or their SHA-256 does not match.
+    Raises: see ``features.open_extractors``.
     """
     networks = open_networks(folders, data, features=features, reference=reference, device=pipe.device, bars=bars)
     return Evaluator(
