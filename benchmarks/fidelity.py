@@ -25,9 +25,9 @@ from torch_fidelity import calculate_metrics
 
 from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.data.manifest import read_manifest_summary
-from maskgit_pl.evaluation.distances import distances, inception_score, kernel_distance
+from maskgit_pl.evaluation.distances import frechet_distance, inception_score, kernel_distance, precision_recall
 from maskgit_pl.evaluation.features import Extractor, ImageFeatures, extract, iter_image_batches
-from maskgit_pl.evaluation.reference import Reference, iter_real_batches
+from maskgit_pl.evaluation.reference import Statistics, iter_real_batches
 from maskgit_pl.networks.features import InceptionSpec
 from maskgit_pl.networks.inception import Inception
 
@@ -109,7 +109,7 @@ def measure_ours(generated: Tensor, real: Tensor, spec: InceptionSpec) -> dict[s
     """Returns the metrics of this project, with the random subsets and parts that torch-fidelity draws."""
     network = Extractor.create(spec)
     made, reference = (_extract(network, images) for images in (generated, real))
-    numbers = distances(made, Reference.from_features(reference))
+    precision, recall = precision_recall(made.pooled, reference.pooled)
     # torch-fidelity draws the parts of IS and the subsets of KID from generators with this seed.
     dealt = np.random.RandomState(_SEED).permutation(len(generated))
     drawn = np.random.RandomState(_SEED)
@@ -118,11 +118,11 @@ def measure_ours(generated: Tensor, real: Tensor, spec: InceptionSpec) -> dict[s
     kid = kernel_distance(made.pooled[subsets[0]], reference.pooled[subsets[1]])[0]
     assert made.logits is not None
     return {
-        "FID": numbers["fid"],
+        "FID": frechet_distance(*(Statistics.from_features(each.pooled) for each in (made, reference))),
         "KID": kid,
         "IS": inception_score(_invert_permutation(made.logits[torch.from_numpy(dealt)]), splits=_SPLITS)[0],
-        "precision": numbers["precision"],
-        "recall": numbers["recall"],
+        "precision": precision,
+        "recall": recall,
     }
 
 

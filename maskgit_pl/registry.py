@@ -92,6 +92,11 @@ class Registry(Generic[T]):
         self._import_modules()
         return sorted({*self._factories, *self._plugins()})
 
+    def in_order(self) -> list[str]:
+        """Returns the same names: the built-in ones in the order of their registration, then the plug-ins, sorted."""
+        names = self.names()  # imports the built-in parts
+        return [*self._factories, *(name for name in names if name not in self._factories)]
+
     def origins(self) -> dict[str, str]:
         """Returns the package of each name: ``maskgit_pl``, or the one that announces it. No plug-in is loaded."""
         self._import_modules()

@@ -22,7 +22,6 @@ from maskgit_pl.evaluation.options import (
     Precision,
     Spec,
     TokenizerOptions,
-    TuningMetric,
     TuningOptions,
     default_training,
     describe_decoding,
@@ -197,7 +196,7 @@ def tune(
     *,
     data: Folder | None = None,
     trials: int = 40,
-    metric: TuningMetric = "fid",
+    metric: str = "fid",
     num_images: int = 500,
     out: Annotated[Path, Output("")] | None = None,
     dry_run: bool = False,
@@ -215,7 +214,8 @@ def tune(
         folder: Run folder (runs/NAME) or pretrained folder.
         data: Data folder (default: that of the training).
         trials: Maximum number of trials.
-        metric: fid or kid in the features of the data's own classifier, or agreement with it.
+        metric: fid, kid or another metric of `maskgit plugins metrics`, in the features of the data's own classifier,
+            or agreement with it.
         num_images: Images generated for each trial.
         out: Folder of the page, the figure and the ledger (default: RUN/tuning, and the ledger of RUN/evaluation).
         dry_run: Print the trials and exit.

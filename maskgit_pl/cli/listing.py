@@ -54,6 +54,7 @@ REGISTRIES = {  # module of each registry, by the name of the registry
     "feature_networks": "networks.features",
     "token_selectors": "decoding.selectors",
     "guidance_schedules": "decoding.guidance",
+    "metrics": "evaluation.metrics",
     "augmentations": "data.augmentations",
     "optimizers": "training.optimizers",
     "learning_rate_schedules": "training.learning_rates",

@@ -281,7 +281,7 @@ def _ablate_schedules(
 ) -> None:
     """Trains a transformer with each mask schedule and writes Table 3; checks all flags before hours of training."""
     from maskgit_pl.distributed import find_device
-    from maskgit_pl.evaluation.metrics import check_features
+    from maskgit_pl.evaluation.features import check_features
     from maskgit_pl.runs.resolve import merge_values
 
     find_device(report.device)

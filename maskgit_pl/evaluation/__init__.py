@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from maskgit_pl.evaluation.comparison import compare
     from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
     from maskgit_pl.evaluation.ledger import Ledger
+    from maskgit_pl.evaluation.metrics import ComparedImages, FeatureMetric
     from maskgit_pl.evaluation.model_evaluation import evaluate, evaluate_tokenizer, train_classifier
     from maskgit_pl.evaluation.options import (
         CASConfig,
@@ -29,10 +30,12 @@ if TYPE_CHECKING:
 __all__ = [
     "CASConfig",
     "ClassifierConfig",
+    "ComparedImages",
     "ComparisonOptions",
     "EvaluatedModel",
     "EvaluationOptions",
     "Evaluator",
+    "FeatureMetric",
     "Ledger",
     "TokenizerOptions",
     "TuningOptions",
@@ -49,10 +52,12 @@ __getattr__ = lazy_names(
     {
         "CASConfig": "options",
         "ClassifierConfig": "options",
+        "ComparedImages": "metrics",
         "ComparisonOptions": "options",
         "EvaluatedModel": "evaluator",
         "EvaluationOptions": "options",
         "Evaluator": "evaluator",
+        "FeatureMetric": "metrics",
         "Ledger": "ledger",
         "TokenizerOptions": "options",
         "TuningOptions": "options",

@@ -20,7 +20,7 @@ from maskgit_pl.decoding.selectors import Remasking, token_selectors
 from maskgit_pl.errors import markdown
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, collect_numbers
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
-from maskgit_pl.evaluation.metric_names import format_value, title
+from maskgit_pl.evaluation.metrics import format_value, title
 from maskgit_pl.evaluation.opening import (
     check_model_decoding,
     create_evaluated_model,

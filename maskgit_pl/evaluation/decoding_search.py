@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.errors import code_span, markdown, plain_label
-from maskgit_pl.evaluation.metric_names import direction, find_metric, format_value, is_better, title
+from maskgit_pl.evaluation.metrics import direction, find_metric, format_value, is_better, title
 from maskgit_pl.evaluation.options import Spec, choose_plot_steps, decoding_key, describe_decoding, with_steps
 from maskgit_pl.evaluation.pages import (
     LineEnd,

@@ -1,29 +1,29 @@
-"""Distances between generated and real images in the features of one network.
+"""The built-in metrics of generated images in the features of one network.
 
 torchmetrics computes the Frechet distance, the kernel distance and the inception score; torch-fidelity computes
-precision and recall; this file computes density and coverage. Everything runs in float64 on the CPU, with the same
-random subsets in every call and without communication between ranks. ``FeatureMetrics`` uses it.
+precision and recall; this file computes density, coverage, class agreement and diversity. Everything runs in float64 on
+the CPU, with the same random subsets in every call and without communication between ranks.
 """
 
 from __future__ import annotations
 
 import warnings
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pdist
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 from torchmetrics.image.fid import _compute_fid
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from maskgit_pl.evaluation.features import ImageFeatures
-from maskgit_pl.evaluation.reference import Reference, Statistics
+from maskgit_pl.evaluation.metrics import ComparedImages, FeatureMetric, metrics
+from maskgit_pl.evaluation.reference import Statistics
 
 __all__ = [
-    "Metrics",
+    "class_agreement",
     "density_coverage",
-    "distances",
+    "diversity",
     "frechet_distance",
     "inception_score",
     "kernel_distance",
@@ -34,8 +34,7 @@ __all__ = [
 # recall, k = 5 for density and coverage.
 _KID_SUBSETS, _KID_SUBSET_SIZE = 50, 1000
 _IS_SPLITS = 10
-PRECISION_NEIGHBOURS, _DENSITY_NEIGHBOURS = 3, 5
-Metrics: TypeAlias = Literal["all", "fast"]
+_PRECISION_NEIGHBOURS, _DENSITY_NEIGHBOURS = 3, 5
 _ROWS = 1000  # real images per block of pairwise distances; bounds the memory
 
 
@@ -50,47 +49,128 @@ class _PassThrough(nn.Module):
         return features
 
 
-def distances(generated: ImageFeatures, reference: Reference, *, metrics: Metrics = "all") -> dict[str, float]:
-    """Computes every metric that the inputs allow.
+@metrics.register("fid")
+class FID(FeatureMetric):
+    """The Frechet distance of pooled features."""
 
-    Args:
-        generated: Features of at least two generated images.
-        reference: Features or statistics of real images, from the same network.
-        metrics: ``"fast"`` leaves out the four metrics that need the neighbours of every image.
+    title = "FID"
 
-    Returns:
-        Values by name:
+    def compute(self, images: ComparedImages) -> float:
+        return frechet_distance(Statistics.from_features(images.features), images.reference.pooled)
 
-        - ``fid``: always.
-        - ``sfid``: if both have spatial features.
-        - ``is``, ``is_deviation``: if there are logits of at least 20 generated images.
-        - ``kid``, ``kid_deviation``: if the reference has features.
-        - ``precision``, ``recall``: if the reference has features and there are more than 3 images of each kind.
-        - ``density``, ``coverage``: if the reference has features of more than 5 images.
 
-    Raises:
-        ValueError: if the networks differ, or there are fewer than two generated images.
-    """
-    if generated.label != reference.label:
-        raise ValueError(
-            f"distances: both inputs must come from the same network, got {generated.label!r} and {reference.label!r}"
-        )
-    numbers = {"fid": frechet_distance(Statistics.from_features(generated.pooled), reference.pooled)}
-    if generated.spatial is not None and reference.spatial is not None:
-        numbers["sfid"] = frechet_distance(Statistics.from_features(generated.spatial), reference.spatial)
-    if generated.logits is not None and len(generated) >= 2 * _IS_SPLITS:  # each split has at least 2 images
-        numbers["is"], numbers["is_deviation"] = inception_score(generated.logits)
-    if reference.features is not None:
-        fake, real = generated.pooled.double(), reference.features.pooled.double()
-        numbers["kid"], numbers["kid_deviation"] = kernel_distance(fake, real)
-        if metrics == "fast":
-            return numbers
-        # With k neighbours there must be more than k images, since an image is not its own neighbour.
-        if min(len(fake), len(real)) > PRECISION_NEIGHBOURS:
-            numbers["precision"], numbers["recall"] = precision_recall(fake, real)
-        if len(real) > _DENSITY_NEIGHBOURS:
-            numbers["density"], numbers["coverage"] = density_coverage(fake, real)
-    return numbers
+@metrics.register("sfid")
+class SpatialFID(FeatureMetric):
+    """The Frechet distance of spatial features."""
+
+    title = "sFID"
+    needs = ("spatial",)
+
+    def compute(self, images: ComparedImages) -> float:
+        assert images.reference.spatial is not None
+        return frechet_distance(Statistics.from_features(images.spatial), images.reference.spatial)
+
+
+@metrics.register("kid")
+class KID(FeatureMetric):
+    """The kernel distance of pooled features."""
+
+    title = "KID x 1000"
+    factor = 1000
+    needs = ("real_features",)
+
+    def compute(self, images: ComparedImages) -> tuple[float, float]:
+        return kernel_distance(images.features, images.real_features)
+
+
+@metrics.register("is")
+class IS(FeatureMetric):
+    """The inception score of at least 20 images, so that each of its 10 splits has two."""
+
+    title = "IS"
+    higher_is_better = True
+    needs = ("logits",)
+
+    def compute(self, images: ComparedImages) -> tuple[float, float] | None:
+        return inception_score(images.logits) if len(images.logits) >= 2 * _IS_SPLITS else None
+
+
+class _InManifolds(FeatureMetric):
+    """A metric of nearest neighbours, whose values are fractions."""
+
+    digits = 3
+    higher_is_better = True
+    needs = ("real_features",)
+    is_fast = False
+
+
+@metrics.register("precision")
+class Precision(_InManifolds):
+    """The fraction of generated images in the manifold of the real ones, for more than 3 images of each kind."""
+
+    title = "precision"
+
+    def compute(self, images: ComparedImages) -> float | None:
+        return images.once(precision_recall, images.features, images.real_features)[0]
+
+
+@metrics.register("recall")
+class Recall(_InManifolds):
+    """The fraction of real images in the manifold of the generated ones, for more than 3 images of each kind."""
+
+    title = "recall"
+
+    def compute(self, images: ComparedImages) -> float | None:
+        return images.once(precision_recall, images.features, images.real_features)[1]
+
+
+@metrics.register("density")
+class Density(_InManifolds):
+    """The mean number of real images whose neighbourhood has a generated image, for more than 5 real images."""
+
+    title = "density"
+
+    def compute(self, images: ComparedImages) -> float | None:
+        return images.once(density_coverage, images.features, images.real_features)[0]
+
+
+@metrics.register("coverage")
+class Coverage(_InManifolds):
+    """The fraction of real images whose neighbourhood has a generated image, for more than 5 real images."""
+
+    title = "coverage"
+
+    def compute(self, images: ComparedImages) -> float | None:
+        return images.once(density_coverage, images.features, images.real_features)[1]
+
+
+@metrics.register("class_agreement")
+class ClassAgreement(FeatureMetric):
+    """The fraction of images that the classifier of the data assigns to the requested class."""
+
+    title = "class agreement %"
+    factor = 100
+    digits = 1
+    higher_is_better = True
+    of_network = False
+    needs = ("logits", "labels")
+
+    def compute(self, images: ComparedImages) -> float:
+        return class_agreement(images.logits.argmax(1), images.labels)
+
+
+@metrics.register("diversity")
+class Diversity(FeatureMetric):
+    """The diversity of generated images within their classes, relative to real images."""
+
+    title = "diversity"
+    higher_is_better = True
+    of_network = False
+    needs = ("logits", "labels", "real_features", "real_labels")
+
+    def compute(self, images: ComparedImages) -> float | None:
+        assert images.real_labels is not None
+        return diversity(images.features, images.labels, images.real_features, images.real_labels)
 
 
 def frechet_distance(generated: Statistics, real: Statistics) -> float:
@@ -103,16 +183,8 @@ def frechet_distance(generated: Statistics, real: Statistics) -> float:
     Returns:
         The distance, in [0, inf).
 
-    Raises:
-        ValueError: if the numbers of features differ.
-
     Source: Heusel et al., arXiv:1706.08500; for spatial features (sFID) Nash et al., arXiv:2103.03841.
     """
-    if generated.mean.shape != real.mean.shape:
-        raise ValueError(
-            "Frechet distance: both inputs must have the same number of features, got "
-            f"{len(generated.mean)} and {len(real.mean)}"
-        )
     # The public metric of torchmetrics takes images, not statistics, so its private function is called. The tests
     # compare it with closed forms.
     return float(_compute_fid(real.mean, real.covariance, generated.mean, generated.covariance))
@@ -171,24 +243,26 @@ def inception_score(logits: Tensor, *, splits: int = _IS_SPLITS) -> tuple[float,
     return float(mean), float(deviation)
 
 
-def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float]:
+def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float] | tuple[None, None]:
     """Computes precision and recall: the fraction of generated images in the real manifold, and the reverse.
 
     The manifold of a set of images is a ball around each image, whose radius is the distance to the 3rd neighbour.
 
     Args:
-        generated: (n, D) float features, n > 3.
-        real: (m, D) float features, m > 3.
+        generated: (n, D) float features.
+        real: (m, D) float features.
 
     Returns:
-        Precision and recall, each in [0, 1].
+        Precision and recall, each in [0, 1]; None unless n > 3 and m > 3, since an image is not its own neighbour.
 
     Source: Kynkaanniemi et al., arXiv:1904.06991.
     """
+    if min(len(generated), len(real)) <= _PRECISION_NEIGHBOURS:
+        return None, None
     numbers = prc_features_to_metric(
         generated.double(),
         real.double(),
-        prc_neighborhood=PRECISION_NEIGHBOURS,
+        prc_neighborhood=_PRECISION_NEIGHBOURS,
         prc_batch_size=_ROWS,
         save_cpu_ram=True,
         verbose=False,
@@ -198,7 +272,7 @@ def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float]:
 
 def density_coverage(
     generated: Tensor, real: Tensor, *, num_neighbours: int = _DENSITY_NEIGHBOURS
-) -> tuple[float, float]:
+) -> tuple[float, float] | tuple[None, None]:
     """Computes density and coverage of generated images y around real images x.
 
     Each real image has an open ball B(x) whose radius is the distance to its k-th real neighbour::
@@ -210,14 +284,16 @@ def density_coverage(
 
     Args:
         generated: (n, D) float features.
-        real: (m, D) float features, m > k.
+        real: (m, D) float features.
         num_neighbours: k.
 
     Returns:
-        Density in [0, inf) and coverage in [0, 1].
+        Density in [0, inf) and coverage in [0, 1]; None unless m > k.
 
     Source: Naeem et al., arXiv:2002.09797, equations 5 and 6. The strict comparison is that of the authors' code.
     """
+    if len(real) <= num_neighbours:
+        return None, None
     generated, real = generated.double(), real.double()
     held, covered = 0, 0
     for block in torch.split(real, _ROWS):
@@ -226,3 +302,50 @@ def density_coverage(
         inside = torch.cdist(block, generated) < radii  # (b, n)
         held, covered = held + int(inside.sum()), covered + int(inside.any(1).sum())
     return held / (num_neighbours * len(generated)), covered / len(real)
+
+
+def class_agreement(predicted: Tensor, requested: Tensor) -> float:
+    """Computes the fraction of images that the classifier assigns to the requested class.
+
+    Args:
+        predicted: (n,) int64: classes that the classifier predicts.
+        requested: (n,) int64: classes that the images were generated for.
+    """
+    return float((predicted == requested).double().mean())
+
+
+def diversity(
+    generated: Tensor, generated_labels: Tensor, real: Tensor, real_labels: Tensor, *, per_class: int = 100
+) -> float | None:
+    """Computes the diversity of generated images within their classes, relative to real images.
+
+    ::
+
+        diversity = mean over classes of d(generated) / mean over classes of d(real)
+
+    Here d is the mean pairwise distance of the features of a class. It is 1 for images as diverse as real ones, and 0
+    for images that are all equal. Both kinds take the same number of images of a class: the first ``per_class``, or
+    fewer if one kind has fewer. Classes with fewer than 2 images of either kind are left out.
+
+    Args:
+        generated: (n, D) float features of generated images.
+        generated_labels: (n,) int64: classes that the images were generated for.
+        real: (m, D) float features of real images.
+        real_labels: (m,) int64: classes of the real images.
+        per_class: Maximum number of images per class, >= 2.
+
+    Returns:
+        The ratio, in [0, inf); None if no class has 2 images of both kinds, or the real images of each class are equal.
+    """
+    pairs = []  # mean distances (generated, real) of each class
+    for label in sorted(set(generated_labels.tolist())):
+        ours, theirs = generated[generated_labels == label], real[real_labels == label]
+        # The mean distance of few images has more noise, so that both kinds take the same number.
+        count = min(len(ours), len(theirs), per_class)
+        if count >= 2:
+            pairs.append([pdist(images[:count].double()).mean() for images in (ours, theirs)])
+    if not pairs:
+        return None
+    # The ratio of the means, not the mean of the ratios: a class with very similar real images does not dominate.
+    of_generated, of_real = torch.tensor(pairs, dtype=torch.float64).mean(0).tolist()
+    return float(of_generated / of_real) if of_real > 0 else None

@@ -9,11 +9,12 @@ not part of the key.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +22,11 @@ from torch import Tensor, nn
 from maskgit_pl.data import ShardData
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.distributed import describe_environment, device_name
+from maskgit_pl.evaluation.cache import digest_of, shorten_digest
 from maskgit_pl.evaluation.cas import classification_accuracy
 from maskgit_pl.evaluation.classifier import TrainingImages
-from maskgit_pl.evaluation.distances import Metrics
-from maskgit_pl.evaluation.features import digest_of, model_digests, shorten_digest
+from maskgit_pl.evaluation.distances import class_agreement
+from maskgit_pl.evaluation.features import Extractor, extract, iter_image_batches
 from maskgit_pl.evaluation.generation import (
     GeneratedImages,
     Task,
@@ -44,17 +46,27 @@ from maskgit_pl.evaluation.likelihood import (
     masked_nll,
     negative_elbo,
 )
-from maskgit_pl.evaluation.metric_names import NETWORK_METRICS, metric_name
-from maskgit_pl.evaluation.metrics import FeatureMetrics
-from maskgit_pl.evaluation.options import CASConfig, decoding_key
-from maskgit_pl.evaluation.reference import ReferenceOrigin, draw_order, read_real_vectors
+from maskgit_pl.evaluation.metrics import (
+    DEVIATION,
+    ComparedImages,
+    FeatureMetric,
+    Metrics,
+    choose_metrics,
+    compute_metrics,
+    known_metrics,
+    metric_name,
+)
+from maskgit_pl.evaluation.options import CLASSIFIER, CASConfig, decoding_key
+from maskgit_pl.evaluation.reference import Reference, ReferenceOrigin, draw_order, read_real_vectors
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.acceptance import Acceptance
+from maskgit_pl.pipeline.pretrained import fingerprint
 from maskgit_pl.processes import Bars, no_bars
 
 __all__ = [
     "EvaluatedModel",
     "Evaluator",
+    "FeatureMetrics",
     "collect_numbers",
 ]
 
@@ -63,9 +75,7 @@ _OWN_COLUMNS = ("model", "max_steps", "seed")  # fields of ``CASConfig`` that ha
 # Columns of a row of real images, in place of those of a model and a decoding.
 _NO_MODEL = {"model": REAL, "run": "", "mask_schedule": "", "parameters": None, "tokenizer": "", "transformer": ""}
 _NO_DECODING: dict[str, Any] = {"num_steps": None, "decoding": None}
-_DEVIATIONS = ("kid_deviation", "is_deviation")
-_OF_IMAGES = ("class_agreement", "diversity", "steps_taken", "seconds_per_image")  # values that belong to no network
-_EDITED, _UNEDITED, _MASKED = "MaskGIT", "unedited", "masked"
+_REMARKS = ("run", "mask_schedule", "parameters", "reference_file")  # columns of models and networks outside the key
 
 
 @dataclass(frozen=True)
@@ -93,15 +103,27 @@ class EvaluatedModel:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """The ledger columns that identify the model."""
-        pipe = self.pipe
-        networks: tuple[nn.Module, ...] = (pipe.tokenizer.network, pipe.transformer.network)
+        """The ledger columns that identify the model, with digests of all that determines its images."""
+        tokenizer, transformer = self.pipe.tokenizer, self.pipe.transformer
+        mask_schedule = transformer.mask_schedule
+        # The same weights can be read with another configuration, e.g. another mask schedule, and give other images.
+        config = {
+            "tokenizer": asdict(tokenizer.network.config),
+            "image_size": tokenizer.image_size,
+            "transformer": asdict(transformer.network.config),
+            "mask_schedule": repr(mask_schedule),
+            "class_names": list(transformer.class_names),
+            "dtype": str(next(transformer.network.parameters()).dtype),
+        }
+        networks: tuple[nn.Module, ...] = (tokenizer.network, transformer.network)
         return {
             "model": self.kind,
             "run": self.run,
-            "mask_schedule": "" if pipe.transformer.mask_schedule is None else repr(pipe.transformer.mask_schedule),
+            "mask_schedule": "" if mask_schedule is None else repr(mask_schedule),
             "parameters": sum(each.numel() for network in networks for each in network.parameters()),
-            **{name: shorten_digest(digest) for name, digest in model_digests(pipe, self.pretrained).items()},
+            "tokenizer": shorten_digest(tokenizer.fingerprint),
+            "transformer": shorten_digest(fingerprint(self.pretrained / "transformer")),
+            "config": shorten_digest(digest_of(config)),
         }
 
     def decoding_key(self, decoding: DecodingConfig) -> dict[str, Any]:
@@ -120,6 +142,89 @@ class EvaluatedModel:
         digests = {name: self.identity[name] for name in ("tokenizer", "transformer", "config")}
         key = [digests, self.decoding_key(decoding), num_images, seed]
         return self.folder / f"samples-{shorten_digest(digest_of(key))}.npz"
+
+
+@dataclass(frozen=True)
+class FeatureMetrics:
+    """A feature network with the real images that it compares with.
+
+    Args:
+        extractor: The network, on its device.
+        reference: Features or statistics of real images, with their origin: the val split or a file.
+        labels: (m,) int64: classes of the real images; None if unknown.
+    """
+
+    extractor: Extractor
+    reference: Reference
+    labels: Tensor | None = None
+
+    @property
+    def origin(self) -> ReferenceOrigin:
+        """The source of the real images."""
+        assert self.reference.origin is not None
+        return self.reference.origin
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The ledger columns that identify the network and its reference."""
+        features = self.reference.features
+        return {
+            "network": self.extractor.label,
+            "judge": shorten_digest(self.extractor.digest),
+            "knows_classes": self.extractor.knows_classes,
+            "real_images": None if features is None else len(features),
+            "reference_file": self.origin.file,
+            "reference": shorten_digest(self.origin.digest),
+        }
+
+    @property
+    def accuracy(self) -> float | None:
+        """The accuracy of the data's classifier on the real images; None for other networks."""
+        features = self.reference.features
+        if features is None or features.logits is None or self.labels is None or self.extractor.label != CLASSIFIER:
+            return None
+        return class_agreement(features.logits.argmax(1), self.labels)
+
+    def choose(self, amount: Metrics = "all") -> dict[str, FeatureMetric]:
+        """Returns the metrics that the network and its reference allow, by name."""
+        known = {
+            "logits": self.extractor.knows_classes,
+            "spatial": self.reference.spatial is not None,
+            "real_features": self.reference.features is not None,
+            "real_labels": self.labels is not None,
+        }
+        return choose_metrics([name for name, is_known in known.items() if is_known], self.extractor.label, amount)
+
+    def measure(
+        self,
+        read: Callable[[range], Tensor],
+        labels: Tensor,
+        *,
+        amount: Metrics = "all",
+        on_images: Callable[[int], object] = lambda count: None,
+    ) -> dict[str, float | None]:
+        """Computes the metrics of images; the ranks share the work.
+
+        Args:
+            read: Returns the (b, C, H, W) uint8 images of a range of rows.
+            labels: (n,) int64: requested classes of the images.
+            amount: See ``choose_metrics``.
+            on_images: Called after each batch with its number of images.
+
+        Returns:
+            Values by name, without the label of the network; see ``compute_metrics``.
+        """
+        batches = iter_image_batches(read, len(labels))
+        features = extract([self.extractor], batches, on_images=on_images)[self.extractor.label]
+        return compute_metrics(self.choose(amount), ComparedImages(features, self.reference, labels, self.labels))
+
+
+class _Images(NamedTuple):
+    """Images to measure, with columns of their rows."""
+
+    read: Callable[[range], Tensor]
+    labels: Tensor
+    remarks: Mapping[str, Any] = MappingProxyType({})
 
 
 class Evaluator:
@@ -177,29 +282,27 @@ class Evaluator:
             num_images: Number of images of all classes.
             seed: Seed of the first image.
             networks: Labels of the feature networks; None is all.
-            metrics: See ``distances``; a row with all metrics also serves a request for the fast ones.
+            metrics: ``"fast"`` leaves out the slow ones; a row with all metrics also serves a request for the fast.
             keep: True to keep the file of generated images for the next measurement.
             purpose: Remark in a new row; it is not part of the key.
 
         Returns:
             Rows by label of the network.
         """
-        keys = self._key_columns(model, num_images, seed, decoding)
-        rows = self._find_rows("samples", keys, networks, metrics)
-        missing = [label for label, row in rows.items() if row is None]
-        # The images are generated once for all networks, and not at all if every network has a row.
-        if missing:
+
+        def generate() -> _Images:
             title = f"{model.run}: {num_images} images, T = {decoding.num_steps}"
-            generated = self.generate(model, decoding, num_images=num_images, seed=seed, title=title)
-            taken = {"steps_taken": generated.steps_taken, "seconds_per_image": generated.seconds_per_image}
-            remark = {} if purpose is None else {"purpose": purpose}
-            for label in missing:
-                rows[label] = self._measure(
-                    "samples", keys | remark | taken, label, generated.read, generated.labels, metrics
-                )
-            if not keep:
-                delete_generated(model.samples_file(decoding, num_images=num_images, seed=seed))
-        return {label: row for label, row in rows.items() if row is not None}
+            made = self.generate(model, decoding, num_images=num_images, seed=seed, title=title)
+            remarks: dict[str, Any] = {} if purpose is None else {"purpose": purpose}
+            remarks |= {"steps_taken": made.steps_taken, "seconds_per_image": made.seconds_per_image}
+            return _Images(made.read, made.labels, remarks)
+
+        before = self.num_measured
+        columns = self._columns(model, num_images, seed, decoding)
+        rows = self._measure("samples", columns, generate, networks, metrics)
+        if self.num_measured > before and not keep:
+            delete_generated(model.samples_file(decoding, num_images=num_images, seed=seed))
+        return rows
 
     def generate(
         self, model: EvaluatedModel, decoding: DecodingConfig, *, num_images: int, seed: int, title: str
@@ -219,26 +322,18 @@ class Evaluator:
     def measure_real(
         self, *, num_images: int, networks: Sequence[str] | None = None, metrics: Metrics = "all"
     ) -> dict[str, Row]:
-        """Measures random images of the train split instead of generated ones.
+        """Measures random images of the train split instead of generated ones; see ``measure_samples``.
 
-        Their distances are a floor: the value that perfect samples of this number would have.
-
-        Args:
-            num_images: Number of images, at most all of the train split.
-            networks: Labels of the feature networks; None is all.
-            metrics: See ``distances``.
-
-        Returns:
-            Rows by label of the network.
+        Their distances are a floor: the value that perfect samples of this number would have. If the split has fewer
+        than ``num_images``, all are measured.
         """
         count = min(num_images, self.data.summary.samples["train"])
-        keys = self._key_columns(None, count, 0, None)
-        rows = self._find_rows("samples", keys, networks, metrics)
-        for label, row in rows.items():
-            if row is None:
-                images, labels = self.read_real_images("train", count)
-                rows[label] = self._measure("samples", keys, label, _make_reader(images), labels, metrics)
-        return {label: row for label, row in rows.items() if row is not None}
+
+        def read() -> _Images:
+            images, labels = self.read_real_images("train", count)
+            return _Images(_make_reader(images), labels)
+
+        return self._measure("samples", self._columns(None, count, 0, None), read, networks, metrics)
 
     # Usually one entry per split: the networks of a measurement use the same images one after another.
     @lru_cache(maxsize=2)  # noqa: B019  # the cache keeps the evaluator alive, which a command needs to its end
@@ -272,9 +367,8 @@ class Evaluator:
             seed: Seed of the masks.
         """
         count = min(num_images, self.data.summary.samples["val"])
-        keys = {**self._model_columns(model), "num_images": count, "seed": seed, "draws": draws}
-        row = self.ledger.find("likelihood", keys)
-        return row or self._add("likelihood", {**keys, **self._measure_nll(model, count, draws, seed)})
+        columns = {**self._model_columns(model), "num_images": count, "seed": seed, "draws": draws}
+        return self._once("likelihood", columns, lambda: self._measure_nll(model, count, draws, seed))
 
     def _measure_nll(self, model: EvaluatedModel, count: int, draws: int, seed: int) -> dict[str, float]:
         transformer = model.pipe.transformer
@@ -310,29 +404,30 @@ class Evaluator:
             seed: Seed of the first generated image.
         """
         config = config.for_images(self.data.config.image_size)
+        name = REAL if model is None else model.run
+
+        def measure() -> dict[str, Any]:
+            source: TrainingImages | Tensor
+            if model is None or decoding is None:
+                # The same images as ``read_real_images``, by index: training reads them again in each epoch.
+                available = self.data.summary.samples["train"]
+                source = draw_order(available, num_images)(range(min(num_images, available))).index
+            else:
+                title = f"{name}: {num_images} images for CAS"
+                made = self.generate(model, decoding, num_images=num_images, seed=seed, title=title)
+                source = TrainingImages(made.read_at, made.shape, made.labels, self.data.class_names)
+            bar = self.bars(f"CAS: {config.model} on {name}", config.max_steps)
+            found = classification_accuracy(source, self.data, config, on_step=lambda: bar(1), device=str(self.device))
+            return {"top1": found.top1, "top5": found.top5, "real_images": found.images}
+
         # The remaining fields form one column, so that a new field of the configuration needs no new column.
         training = {name: value for name, value in asdict(config).items() if name not in _OWN_COLUMNS}
-        keys = {
-            **self._key_columns(model, num_images, seed, decoding),
+        columns = {
+            **self._columns(model, num_images, seed, decoding),
             "classifier": config.model, "training_images": num_images, "training_steps": config.max_steps,
             "classifier_seed": config.seed, "training": training,
         }  # fmt: skip
-        row = self.ledger.find("cas", keys)
-        if row is not None:
-            return row
-        name = REAL if model is None else model.run
-        source: TrainingImages | Tensor
-        if model is None or decoding is None:
-            # The same images as ``read_real_images``, by index: training reads them again in each epoch.
-            available = self.data.summary.samples["train"]
-            source = draw_order(available, num_images)(range(min(num_images, available))).index
-        else:
-            title = f"{name}: {num_images} images for CAS"
-            generated = self.generate(model, decoding, num_images=num_images, seed=seed, title=title)
-            source = TrainingImages(generated.read_at, generated.shape, generated.labels, self.data.class_names)
-        bar = self.bars(f"CAS: {config.model} on {name}", config.max_steps)
-        found = classification_accuracy(source, self.data, config, on_step=lambda: bar(1), device=str(self.device))
-        return self._add("cas", {**keys, "top1": found.top1, "top5": found.top5, "real_images": found.images})
+        return self._once("cas", columns, measure)
 
     def measure_editing(self, model: EvaluatedModel, task: Task, *, num_images: int, seed: int) -> list[Row]:
         """Measures val images in three versions: edited, with the hidden part grey, and unedited.
@@ -346,63 +441,72 @@ class Evaluator:
         Returns:
             A row for each version and network.
         """
-        decoding, count = model.pipe.decoding, min(num_images, self.data.summary.samples["val"])
+        count = min(num_images, self.data.summary.samples["val"])
+
+        def make(version: str) -> _Images:
+            originals, labels = self.read_real_images("val", count)
+            images = originals
+            if version == "MaskGIT":
+                options: dict[str, Any] = {"batch_size": self.batch_size, "seed": seed}
+                options["vectors"] = read_real_vectors(self.data, model.pipe, num_images=count)
+                bar = self.bars(f"{model.run}: {task}", count)
+                images = edit(task, model.pipe, originals, labels, on_images=bar, **options)
+            elif version == "masked":
+                images = hide_pixels(task, model.pipe.tokenizer, originals)
+            return _Images(_make_reader(images), labels)
+
+        columns = self._columns(model, count, seed, model.pipe.decoding) | {"task": task}
         rows: list[Row] = []
-        images: dict[str, Tensor] = {}
         # The masked and the unedited images are the worst and the best case, which the edited ones lie between.
-        for kind in (_EDITED, _MASKED, _UNEDITED):
-            keys = self._key_columns(model, count, seed, decoding) | {"task": task, "model": kind}
-            for label, row in self._find_rows("editing", keys).items():
-                if row is None:
-                    # The three versions are made together, when the first row is missing.
-                    images = images or self._edit(model, task, count, seed)
-                    labels = self.read_real_images("val", count)[1]
-                    row = self._measure("editing", keys, label, _make_reader(images[kind]), labels)
-                rows.append(row)
-        return rows
-
-    def _edit(self, model: EvaluatedModel, task: Task, count: int, seed: int) -> dict[str, Tensor]:
-        originals, labels = self.read_real_images("val", count)
-        options: dict[str, Any] = {"batch_size": self.batch_size, "on_images": self.bars(f"{model.run}: {task}", count)}
-        vectors = read_real_vectors(self.data, model.pipe, num_images=count)
-        edited = edit(task, model.pipe, originals, labels, vectors=vectors, seed=seed, **options)
-        return {_EDITED: edited, _MASKED: hide_pixels(task, model.pipe.tokenizer, originals), _UNEDITED: originals}
-
-    def _find_rows(
-        self, kind: str, keys: Mapping[str, Any], networks: Sequence[str] | None = None, metrics: Metrics = "all"
-    ) -> dict[str, Row | None]:
-        """Returns the row of each network in the ledger, or None if it is missing."""
-        rows: dict[str, Row | None] = {}
-        for label in self.networks if networks is None else networks:
-            # A row with the fast metrics must not answer a request for all of them.
-            having = self.networks[label].last_metric(keys["num_images"], metrics)
-            rows[label] = self.ledger.find(kind, {**keys, **self._network_columns(kind, label)}, having=having)
+        for version in ("MaskGIT", "masked", "unedited"):
+            rows += self._measure("editing", {**columns, "model": version}, partial(make, version)).values()
         return rows
 
     def _measure(
         self,
         kind: str,
-        keys: Mapping[str, Any],
-        label: str,
-        read: Callable[[range], Tensor],
-        labels: Tensor,
-        metrics: Metrics = "all",
-    ) -> Row:
-        bar = self.bars(f"features of {label}", len(labels))
-        numbers = self.networks[label](read, len(labels), labels, metrics=metrics, on_images=bar)
-        return self._add(kind, {**keys, **self._network_columns(kind, label), **numbers})
+        columns: Mapping[str, Any],
+        make: Callable[[], _Images],
+        networks: Sequence[str] | None = None,
+        amount: Metrics = "all",
+    ) -> dict[str, Row]:
+        """Returns the row of each network, and measures the missing ones on the same images.
+
+        Args:
+            kind: Kind of measurement in the ledger.
+            columns: Columns of model and decoding.
+            make: Makes the images; it is called once if any row is missing.
+            networks: Labels of the networks; None is all.
+            amount: See ``choose_metrics``.
+        """
+        images: _Images | None = None
+        rows: dict[str, Row] = {}
+        for label in self.networks if networks is None else networks:
+            network = self.networks[label]
+            own = {**columns, **network.columns}
+            if kind == "samples":  # the split is that of the reference; a file has none
+                own["split"] = network.origin.split
+            # A row with the fast metrics must not answer a request for all of them.
+            row = self._find(kind, own, network.choose(amount))
+            if row is None:
+                images = images or make()
+                bar = self.bars(f"features of {label}", len(images.labels))
+                numbers = network.measure(images.read, images.labels, amount=amount, on_images=bar)
+                row = self._add(kind, {**columns, **images.remarks, **own, **numbers})
+            rows[label] = row
+        return rows
+
+    def _once(self, kind: str, columns: Mapping[str, Any], measure: Callable[[], dict[str, Any]]) -> Row:
+        return self._find(kind, columns) or self._add(kind, {**columns, **measure()})
+
+    def _find(self, kind: str, columns: Mapping[str, Any], having: Collection[str] = ()) -> Row | None:
+        key = {name: value for name, value in columns.items() if name not in _REMARKS}
+        return self.ledger.find(kind, key, having=having)
 
     def _add(self, kind: str, row: Mapping[str, Any]) -> Row:
         self.num_measured += 1
         date = datetime.date.today().isoformat()
         return self.ledger.add(kind, {**row, "commit": self._commit, "date": date, "device": device_name(self.device)})
-
-    def _network_columns(self, kind: str, label: str) -> dict[str, Any]:
-        """Returns the columns of a network. For samples, the split is that of its reference; a file has none."""
-        network = self.networks[label]
-        assert network.reference.origin is not None
-        split = {"split": network.reference.origin.split} if kind == "samples" else {}
-        return {**network.columns, **split}
 
     def _model_columns(self, model: EvaluatedModel | None) -> dict[str, Any]:
         if model is None:
@@ -412,7 +516,7 @@ class Evaluator:
             of = model.identity
         return {**of, "dataset": self.dataset, "data": shorten_digest(self.data.summary.fingerprint), "split": "val"}
 
-    def _key_columns(
+    def _columns(
         self, model: EvaluatedModel | None, num_images: int, seed: int, decoding: DecodingConfig | None
     ) -> dict[str, Any]:
         columns = _NO_DECODING
@@ -427,12 +531,16 @@ def collect_numbers(rows: Mapping[str, Row]) -> dict[str, float]:
     Args:
         rows: Rows by label of the network, see ``Evaluator.measure_samples``.
     """
+    # Values of images come before those of networks, and deviations last.
+    known = sorted(known_metrics().items(), key=lambda item: item[1].of_network)
+    names = [*(name for name, _ in known), *(f"{name}{DEVIATION}" for name, _ in known)]
+    of_images = {name for name, metric in known if not metric.of_network}
     found = {}
     for label, row in rows.items():
-        for name in (*_OF_IMAGES, *NETWORK_METRICS, *_DEVIATIONS):
+        for name in names:
             value = read_number(row, name)
             if value is not None:
-                found[name if name in _OF_IMAGES else metric_name(name, label)] = value
+                found[name if name.removesuffix(DEVIATION) in of_images else metric_name(name, label)] = value
     return found
 
 

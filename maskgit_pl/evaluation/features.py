@@ -1,19 +1,14 @@
-"""Features of images, which the ranks extract together, and digests that identify models and settings.
+"""Feature networks, and the features of images, which the ranks extract together.
 
 The ranks share the batches of images, and every rank gets the features of all images. The last bits of a feature may
 depend on the other images of its batch. Batches are therefore cut by image index and not by rank: with the same number
 of threads, the features are bit-exact for any number of ranks.
-
-The SHA-256 digests are parts of the keys of the ledger and of reference files. ``metrics``, ``reference`` and
-``reconstruction`` use this file.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,27 +16,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from maskgit_pl.data import ShardData
 from maskgit_pl.distributed import gather_rows, on_all_ranks, own_rows
+from maskgit_pl.errors import printable
+from maskgit_pl.evaluation.classifier import check_named_classifier, provide_classifier
+from maskgit_pl.evaluation.options import CLASSIFIER, SMALL_TRAINING
 from maskgit_pl.networks.feature_networks import FeatureOutput, weights_digest
-from maskgit_pl.networks.features import FeatureNetworkSpec
-from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.pipeline.pretrained import fingerprint
+from maskgit_pl.networks.features import ClassifierSpec, FeatureNetworkSpec, parse_feature_network
+from maskgit_pl.processes import Bars, no_bars
 
 __all__ = [
     "BATCH_SIZE",
     "Extractor",
     "FeatureCollector",
     "ImageFeatures",
-    "digest_of",
+    "check_features",
     "extract",
     "iter_image_batches",
     "iter_row_batches",
-    "model_digests",
-    "shorten_digest",
+    "open_extractors",
 ]
 
 BATCH_SIZE = 50  # images; part of the result, see the module docstring
-_DIGITS = 16
 
 
 @dataclass(frozen=True)
@@ -141,7 +137,7 @@ class FeatureCollector:
         All ranks must call it, and all get the same result.
 
         Raises:
-            ValueError: if no rank has an image, or an index occurs twice.
+            ValueError: if no rank has an image.
         """
         # A rank without images does not know the widths of the features; it takes those of another rank.
         widths_here = [None if part is None else part.shape[1] for part in self._outputs[0]] if self._outputs else None
@@ -154,9 +150,6 @@ class FeatureCollector:
             None if width is None else gather_rows(self._column(column, width), index)
             for column, width in enumerate(widths)
         )
-        # The gathered indices are sorted: equal neighbours mean that an image occurs twice.
-        if not gather_rows(index, index).diff().all():
-            raise ValueError(f"features of {self.extractor.label}: each image must occur once, got some several times")
         assert pooled is not None
         return ImageFeatures(self.extractor.label, pooled, logits, spatial)
 
@@ -224,39 +217,58 @@ def iter_image_batches(
         yield read(rows), torch.arange(rows.start, rows.stop)
 
 
-def digest_of(values: Any) -> str:
-    """Returns the SHA-256 in hex of plain values; the order of mapping keys does not matter."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def shorten_digest(digest: str) -> str:
-    """Returns the first 16 hex digits (64 bits), which file names and ledger rows hold."""
-    return digest[:_DIGITS]
-
-
-def model_digests(pipe: MaskGIT, pretrained: Path) -> dict[str, str]:
-    """Returns the SHA-256 digests of everything that determines a model's images, except decoding and seed.
+def open_extractors(
+    classifier: Path,
+    data: ShardData,
+    *,
+    features: Sequence[str | dict[str, Any]],
+    device: torch.device | str,
+    bars: Bars = no_bars,
+    replaces: bool = False,
+) -> list[Extractor]:
+    """Opens feature networks, and trains the classifier of the data if it is missing.
 
     Args:
-        pipe: The model.
-        pretrained: Folder that the model was read from.
+        classifier: Folder of the classifier that ``classifier`` stands for.
+        data: The images that it is trained on.
+        features: Feature networks: names or mappings.
+        device: Device of the networks.
+        bars: Progress bars.
+        replaces: True to replace a classifier of other data in the folder.
 
-    Returns:
-        Digests in hex by name. ``tokenizer`` and ``transformer`` identify the weights; ``config`` identifies sizes,
-        mask schedule, classes and dtype.
+    Raises:
+        FileExistsError: if the folder of the classifier holds something else.
+        TypeError: if a network does not accept its arguments.
+        ValueError: if a network is unknown, its weights are missing, or their SHA-256 does not match.
     """
-    tokenizer, transformer = pipe.tokenizer, pipe.transformer
-    # The same weights can be read with another configuration, e.g. another mask schedule, and then give other images.
-    config = {
-        "tokenizer": asdict(tokenizer.network.config),
-        "image_size": tokenizer.image_size,
-        "transformer": asdict(transformer.network.config),
-        "mask_schedule": repr(transformer.mask_schedule),
-        "class_names": list(transformer.class_names),
-        "dtype": str(next(transformer.network.parameters()).dtype),
-    }
-    return {
-        "tokenizer": tokenizer.fingerprint,
-        "transformer": fingerprint(pretrained / "transformer"),
-        "config": digest_of(config),
-    }
+    # The training of the classifier takes minutes: all other networks are opened before.
+    others = [None if each == CLASSIFIER else _open(each, device=device) for each in features]
+    if CLASSIFIER in features:
+        train = bars("classifier: training", SMALL_TRAINING.max_steps)
+        provide_classifier(classifier, data, replaces=replaces, on_step=lambda: train(1))
+    return [each or Extractor.create(ClassifierSpec(str(classifier)), device=device) for each in others]
+
+
+def check_features(
+    features: Sequence[str | dict[str, Any]], reference: Path | None = None, *, classifier: Path | None = None
+) -> None:
+    """Checks the networks and the reference file of a measurement that comes after hours of training.
+
+    Args:
+        features: Feature networks: names or mappings. The classifier of the data may be missing.
+        reference: File in the layout of ADM to compare with; None for the val split.
+        classifier: Folder of the data's classifier; None for the one that all runs of the data share.
+
+    Raises: see ``open_extractors``; FileNotFoundError if there is no reference file.
+    """
+    for each in features:
+        if each != CLASSIFIER:
+            _open(each)
+    if classifier is not None and CLASSIFIER in features:
+        check_named_classifier(classifier)
+    if reference is not None and not reference.is_file():
+        raise FileNotFoundError(f"reference {printable(reference)}: no such file; name another one")
+
+
+def _open(feature: str | dict[str, Any], *, device: torch.device | str = "cpu") -> Extractor:
+    return Extractor.create(parse_feature_network(feature), device=device)

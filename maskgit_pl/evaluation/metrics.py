@@ -1,276 +1,313 @@
-"""Metrics of generated images in the features of one network, relative to real images.
+"""Metrics: the registry, the interface of a metric that is computed from features, and the formats of values.
 
-``Evaluator`` computes them with ``FeatureMetrics``. Class agreement and diversity come from the classifier of the data.
-``opening`` and ``tokenizer_measurement`` open the feature networks that a command names.
+A metric of network features carries the label of the network, as in ``fid/classifier``, because values of different
+networks are not comparable. The evaluator, results, reports, tables, figures and the tuner take their columns, titles
+and digits from the registry, so that a metric is one class in one file. ``distances`` holds the built-in ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import logging
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar
 
-import torch
-from torch import Tensor
+from maskgit_pl.checks import check_choice, shorten
+from maskgit_pl.evaluation.options import CLASSIFIER
+from maskgit_pl.registry import Registry
 
-from maskgit_pl.data import ShardData
-from maskgit_pl.errors import printable
-from maskgit_pl.evaluation.classifier import check_named_classifier, provide_classifier
-from maskgit_pl.evaluation.distances import PRECISION_NEIGHBOURS, Metrics, distances
-from maskgit_pl.evaluation.features import Extractor, ImageFeatures, extract, iter_image_batches, shorten_digest
-from maskgit_pl.evaluation.options import SMALL_TRAINING
-from maskgit_pl.evaluation.reference import Reference
-from maskgit_pl.networks.features import ClassifierSpec, FeatureNetworkSpec, parse_feature_network
-from maskgit_pl.processes import Bars, no_bars
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from maskgit_pl.evaluation.features import ImageFeatures
+    from maskgit_pl.evaluation.reference import Reference
 
 __all__ = [
-    "CLASSIFIER",
-    "FeatureMetrics",
-    "check_features",
-    "class_agreement",
-    "diversity",
-    "mean_pairwise_distance",
-    "open_extractors",
+    "DEVIATION",
+    "ComparedImages",
+    "FeatureMetric",
+    "Metric",
+    "Metrics",
+    "choose_metrics",
+    "compute_metrics",
+    "computed_metrics",
+    "direction",
+    "find_metric",
+    "format_value",
+    "is_better",
+    "is_fast",
+    "known_metrics",
+    "metric_name",
+    "metrics",
+    "title",
+    "tuning_column",
 ]
 
-CLASSIFIER = "classifier"  # label of the classifier of the data at hand
+_ALWAYS_KNOWN = ("features", "labels")
+_INPUTS = (*_ALWAYS_KNOWN, "logits", "spatial", "real_features", "real_labels")
+Metrics: TypeAlias = Literal["all", "fast"]
+DEVIATION = "_deviation"  # suffix of the column of a standard deviation
+Value: TypeAlias = float | tuple[float, float] | None
+_Result = TypeVar("_Result")
+_SHORT_NAMES = {"agreement": "class_agreement"}
+_log = logging.getLogger(__name__)
+
+
+class Metric:
+    """A metric: the format of its values in tables.
+
+    Attributes:
+        title: Heading of its column.
+        factor: Factor between the stored and the printed value.
+        digits: Decimals of the printed value.
+        higher_is_better: True if a higher value means better images.
+        of_network: True if the values depend on the feature network, so that its label is part of the column's name.
+    """
+
+    title: str
+    factor: float = 1
+    digits: int = 2
+    higher_is_better: bool = False
+    of_network: bool = False
+
+
+class FeatureMetric(Metric):
+    """A metric of generated images that is computed from their features. Plug-ins derive from it.
+
+    Attributes:
+        of_network: False for a metric that only the classifier of the data computes, because it predicts the classes
+            that were requested.
+        needs: Names of the attributes of ``ComparedImages`` that ``compute`` reads. The metric is left out where one of
+            them is unknown, such as ``real_features`` for a reference file with statistics only.
+        is_fast: False for a metric that takes much longer than the Frechet distance; a search leaves it out.
+    """
+
+    of_network: bool = True
+    needs: ClassVar[Sequence[str]] = ()
+    is_fast: ClassVar[bool] = True
+
+    def compute(self, images: ComparedImages) -> Value:
+        """Computes the metric. Every rank calls it with the same images, and must get the same result.
+
+        Args:
+            images: Generated and real images in the features of one network.
+
+        Returns:
+            The value, or the value and its standard deviation, which the column ``NAME_deviation`` records; None if the
+            images do not suffice.
+        """
+        raise NotImplementedError
+
+
+class _Recorded(Metric):
+    """A metric that a measurement records itself, such as the PSNR of reconstructions."""
+
+    def __init__(self, title: str, factor: float, digits: int, *, higher_is_better: bool) -> None:
+        self.title, self.factor, self.digits, self.higher_is_better = title, factor, digits, higher_is_better
+
+
+def _check_metric(name: str, metric: Metric) -> None:
+    if not isinstance(metric, Metric) or not isinstance(getattr(metric, "title", None), str):
+        raise ValueError(f"metric {name!r} must derive from FeatureMetric and have a title, got {shorten(metric)}")
+    for need in getattr(metric, "needs", ()):
+        check_choice(f"metric {name!r}: needs", need, _INPUTS)
+
+
+metrics: Registry[Metric] = Registry(
+    "metric", "maskgit_pl.metrics", check=_check_metric, modules=("maskgit_pl.evaluation.distances",)
+)
+
+
+def _record(name: str, title: str, *, factor: float = 1, digits: int = 2, higher_is_better: bool = False) -> None:
+    def create() -> Metric:
+        return _Recorded(title, factor, digits, higher_is_better=higher_is_better)
+
+    create.__doc__ = f"The column {title!r}, which a measurement records itself."
+    metrics.register(name)(create)
+
+
+# Of generated images.
+_record("steps_taken", "steps taken", digits=1)
+_record("seconds_per_image", "ms per image", factor=1000, digits=1)
+# Of reconstructions and tokens.
+_record("rfid", "reconstruction FID")
+_record("rfid_floor", "FID of real halves")
+_record("rkid", "reconstruction KID x 1000", factor=1000)
+_record("rkid_floor", "KID x 1000 of real halves", factor=1000)
+_record("lpips", "LPIPS")
+_record("psnr_db", "PSNR, dB", higher_is_better=True)
+_record("mean_psnr_db", "mean PSNR, dB", higher_is_better=True)
+_record("ssim", "SSIM", digits=3, higher_is_better=True)
+_record("codebook_usage", "codebook usage %", factor=100, digits=1, higher_is_better=True)
+_record("perplexity", "perplexity of codes", digits=1, higher_is_better=True)
+_record("bits_per_pixel", "bits per pixel", digits=3)
+_record("coded_bits_per_pixel", "entropy-coded bits per pixel", digits=3)
+_record("images_per_second", "images per second", digits=1, higher_is_better=True)
+_record("peak_memory_mb", "peak memory, MB", digits=0)
+_record("bits_per_token", "bits per token", digits=3)
 
 
 @dataclass(frozen=True)
-class FeatureMetrics:
-    """A feature network with the real images that it compares with.
+class ComparedImages:
+    """Generated and real images in the features of one network, on the CPU: the input of a metric.
+
+    The attributes that ``FeatureMetric.needs`` can name are ``features``, ``logits``, ``spatial``, ``labels``,
+    ``real_features`` and ``real_labels``.
 
     Args:
-        extractor: The network, on its device.
-        reference: Features or statistics of real images: the val split or a file.
-        labels: (m,) int64: classes of the real images; None if unknown.
-
-    Raises:
-        ValueError: if the reference has no origin.
+        generated: Features of n generated images.
+        reference: Features or statistics of m real images, from the same network.
+        labels: (n,) int64: requested classes.
+        real_labels: (m,) int64: classes of the real images; None if unknown.
     """
 
-    extractor: Extractor
+    generated: ImageFeatures
     reference: Reference
-    labels: Tensor | None = None
+    labels: Tensor
+    real_labels: Tensor | None = None
+    _results: dict[Callable[..., Any], Any] = field(default_factory=dict, init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        if self.reference.origin is None:
-            raise ValueError(
-                f"reference of {self.extractor.label}: origin must be given, because it is part of the ledger key"
-            )
-
-    @property
-    def columns(self) -> dict[str, Any]:
-        """The ledger columns that identify the network and its reference."""
-        features, origin = self.reference.features, self.reference.origin
-        assert origin is not None
-        return {
-            "network": self.extractor.label,
-            "judge": shorten_digest(self.extractor.digest),
-            "knows_classes": self.extractor.knows_classes,
-            "real_images": None if features is None else len(features),
-            "reference_file": origin.file,
-            "reference": shorten_digest(origin.digest),
-        }
+    @cached_property
+    def features(self) -> Tensor:
+        """The pooled features of the generated images, (n, D) float64."""
+        return self.generated.pooled.double()
 
     @property
-    def accuracy(self) -> float | None:
-        """The accuracy of the data's classifier on the real images; None for other networks."""
-        features = self.reference.features
-        if features is None or features.logits is None or self.labels is None or self.extractor.label != CLASSIFIER:
-            return None
-        return class_agreement(features.logits.argmax(1), self.labels)
+    def logits(self) -> Tensor:
+        """The logits of the generated images, (n, K) float32."""
+        assert self.generated.logits is not None
+        return self.generated.logits
 
-    def last_metric(self, num_images: int, metrics: Metrics) -> str:
-        """Returns the metric that is present only in a complete row, by which the ledger recognises one.
+    @property
+    def spatial(self) -> Tensor:
+        """The spatial features of the generated images, (n, S) float32."""
+        assert self.generated.spatial is not None
+        return self.generated.spatial
 
-        Args:
-            num_images: Number of generated images.
-            metrics: Metrics that the row must have.
-        """
-        features = self.reference.features
-        # Precision is the last metric; it is left out for few images and in a fast measurement.
-        few = features is None or min(num_images, len(features)) <= PRECISION_NEIGHBOURS
-        return "fid" if few or metrics == "fast" else "precision"
+    @cached_property
+    def real_features(self) -> Tensor:
+        """The pooled features of the real images, (m, D) float64."""
+        assert self.reference.features is not None
+        return self.reference.features.pooled.double()
 
-    def __call__(
-        self,
-        read: Callable[[range], Tensor],
-        count: int,
-        labels: Tensor | None = None,
-        *,
-        metrics: Metrics = "all",
-        on_images: Callable[[int], object] = lambda count: None,
-    ) -> dict[str, float]:
-        """Computes the metrics of images; the ranks share the work.
-
-        Args:
-            read: Returns the (b, C, H, W) uint8 images of a range of rows.
-            count: Number n of images.
-            labels: (n,) int64: requested classes; only the classifier of the data uses them.
-            metrics: See ``distances``.
-            on_images: Called after each batch with its number of images.
-
-        Returns:
-            Values by name, without the label of the network.
-        """
-        extractor = self.extractor
-        features = extract([extractor], iter_image_batches(read, count), on_images=on_images)[extractor.label]
-        numbers = distances(features, self.reference, metrics=metrics)
-        # Only the classifier of the data predicts the classes that were requested.
-        if labels is not None and extractor.label == CLASSIFIER and features.logits is not None:
-            numbers["class_agreement"] = class_agreement(features.logits.argmax(1), labels)
-            numbers |= self._diversity(features, labels)
-        return numbers
-
-    def _diversity(self, features: ImageFeatures, labels: Tensor) -> dict[str, float]:
-        """Returns the diversity; nothing if no real images are known or their classes have no distances."""
-        real = self.reference.features
-        if real is None or self.labels is None:
-            return {}
-        try:
-            return {"diversity": diversity(features.pooled, labels, real.pooled, self.labels)}
-        except ValueError:  # no class has 2 images of both kinds, or all real images of a class are equal
-            return {}
+    def once(self, compute: Callable[..., _Result], *arguments: Tensor) -> _Result:
+        """Returns ``compute(*arguments)``, which is called once for all metrics that come from it."""
+        if compute not in self._results:
+            self._results[compute] = compute(*arguments)
+        return self._results[compute]  # type: ignore[no-any-return]  # the results have several types
 
 
-def class_agreement(predicted: Tensor, requested: Tensor) -> float:
-    """Computes the fraction of images that the classifier assigns to the requested class.
+def known_metrics() -> dict[str, Metric]:
+    """Returns all metrics by name in the order of tables: the built-in ones, then plug-ins. Warns of broken ones."""
+    built = metrics.build_all()
+    return {name: built[name] for name in metrics.in_order() if name in built}
+
+
+def computed_metrics() -> dict[str, FeatureMetric]:
+    """Returns the metrics that are computed from features, by name in the order of tables."""
+    return {name: metric for name, metric in known_metrics().items() if isinstance(metric, FeatureMetric)}
+
+
+def choose_metrics(known: Collection[str], network: str, amount: Metrics = "all") -> dict[str, FeatureMetric]:
+    """Returns the metrics that can be computed in the features of a network, by name in the order of tables.
 
     Args:
-        predicted: (n,) int64: classes that the classifier predicts.
-        requested: (n,) int64: classes that the images were generated for.
+        known: Names of the attributes of ``ComparedImages`` that have a value.
+        network: Label of the network.
+        amount: ``"fast"`` leaves out the metrics that are not.
+    """
+    return {
+        name: metric
+        for name, metric in computed_metrics().items()
+        if set(metric.needs) <= {*_ALWAYS_KNOWN, *known}
+        and (metric.of_network or network == CLASSIFIER)
+        and (metric.is_fast or amount == "all")
+    }
+
+
+def compute_metrics(chosen: Mapping[str, FeatureMetric], images: ComparedImages) -> dict[str, float | None]:
+    """Computes metrics.
+
+    Args:
+        chosen: Metrics by name; see ``choose_metrics``.
+        images: Generated and real images.
 
     Returns:
-        The fraction, in [0, 1].
-
-    Raises:
-        ValueError: if the shapes differ, or there are no images.
+        Values and deviations by name, such as ``kid`` and ``kid_deviation``; None if the images do not suffice or a
+        value is non-finite.
     """
-    if predicted.shape != requested.shape or requested.numel() == 0:
-        raise ValueError(
-            "class agreement: predictions and requested classes must have the same shape (n,) with n >= 1, got "
-            f"{tuple(predicted.shape)} and {tuple(requested.shape)}"
-        )
-    return float((predicted == requested).double().mean())
+    numbers: dict[str, float | None] = {}
+    for name, metric in chosen.items():
+        value = metric.compute(images)
+        value, deviation = value if isinstance(value, tuple) else (value, None)
+        if value is not None and not math.isfinite(value):
+            _log.warning("%s in the features of %s is %s; it is left out", name, images.generated.label, value)
+            value = None
+        numbers[name] = None if value is None else float(value)
+        if value is not None and deviation is not None:
+            numbers[f"{name}{DEVIATION}"] = float(deviation)
+    return numbers
 
 
-def diversity(
-    generated: Tensor, generated_labels: Tensor, real: Tensor, real_labels: Tensor, *, per_class: int = 100
-) -> float:
-    """Computes the diversity of generated images within their classes, relative to real images.
+def metric_name(metric: str, network: str) -> str:
+    """Returns the name of a metric in a network's features: ``fid/classifier``."""
+    return f"{metric}/{network}"
 
-    ::
 
-        diversity = mean over classes of d(generated) / mean over classes of d(real)
-
-    Here d is the mean pairwise distance of the features of a class. It is 1 for images as diverse as real ones, and 0
-    for images that are all equal. Both kinds take the same number of images of a class: the first ``per_class``, or
-    fewer if one kind has fewer. Classes with fewer than 2 images of either kind are left out.
+def tuning_column(metric: str) -> str:
+    """Returns the column of a metric in the features of the data's classifier, such as ``fid/classifier``.
 
     Args:
-        generated: (n, D) float features of generated images.
-        generated_labels: (n,) int64: classes that the images were generated for.
-        real: (m, D) float features of real images.
-        real_labels: (m,) int64: classes of the real images.
-        per_class: Maximum number of images per class, >= 2.
+        metric: Name of a metric, or ``agreement`` for ``class_agreement``.
 
     Raises:
-        ValueError: if no class has 2 images of both kinds, or the real images of each class are equal.
+        ValueError: if no such metric is computed from features.
     """
-    pairs = []  # mean distances (generated, real) of each class
-    for label in sorted(set(generated_labels.tolist())):
-        ours, theirs = generated[generated_labels == label], real[real_labels == label]
-        # The mean distance of few images has more noise, so that both kinds take the same number.
-        count = min(len(ours), len(theirs), per_class)
-        if count >= 2:
-            pairs.append([mean_pairwise_distance(ours[:count]), mean_pairwise_distance(theirs[:count])])
-    if not pairs:
-        raise ValueError("diversity: at least one class must have 2 generated and 2 real images, got none")
-    # The ratio of the means, not the mean of the ratios: a class with very similar real images does not dominate.
-    of_generated, of_real = torch.tensor(pairs, dtype=torch.float64).mean(0).tolist()
-    if of_real == 0:
-        raise ValueError(
-            "diversity: the real images of at least one class must differ, got equal features in every class"
-        )
-    return float(of_generated / of_real)
+    computed = computed_metrics()
+    name = _SHORT_NAMES.get(check_choice("metric", metric, [*computed, *_SHORT_NAMES]), metric)
+    return metric_name(name, CLASSIFIER) if computed[name].of_network else name
 
 
-def mean_pairwise_distance(features: Tensor) -> float:
-    """Computes the mean L2 distance over all pairs of different rows.
+def is_fast(name: str) -> bool:
+    """Returns True if a fast measurement computes the metric of a column such as ``fid/classifier``."""
+    metric = find_metric(name)
+    return isinstance(metric, FeatureMetric) and metric.is_fast
+
+
+def find_metric(name: str) -> Metric:
+    """Returns the metric of a name such as ``fid/classifier`` or ``diversity``.
+
+    Raises:
+        ValueError: if no metric has the name.
+    """
+    return metrics.build(name.partition("/")[0])
+
+
+def title(name: str) -> str:
+    """Returns the column heading of a name, e.g. ``FID (classifier)`` for ``fid/classifier``."""
+    network = name.partition("/")[2]
+    return find_metric(name).title + (f" ({network})" if network else "")
+
+
+def format_value(name: str, value: float, *, more_digits: int = 0) -> str:
+    """Returns a value as text for a table.
 
     Args:
-        features: (n, D) float, n >= 2.
-
-    Raises:
-        ValueError: if there are fewer than two rows.
+        name: Name of the metric, such as ``kid/classifier``.
+        value: The value as it is stored, without the factor.
+        more_digits: Decimals beyond those of the metric.
     """
-    if len(features) < 2:
-        raise ValueError(f"mean pairwise distance: the number of rows must be >= 2, got {len(features)}")
-    return float(torch.nn.functional.pdist(features.double()).mean())
+    metric = find_metric(name)
+    return f"{value * metric.factor:.{metric.digits + more_digits}f}"
 
 
-def open_extractors(
-    classifier: Path,
-    data: ShardData,
-    *,
-    features: Sequence[str | dict[str, Any]],
-    device: torch.device | str,
-    bars: Bars = no_bars,
-    replaces: bool = False,
-) -> list[Extractor]:
-    """Opens feature networks, and trains the classifier of the data if it is missing.
-
-    Args:
-        classifier: Folder of the classifier that ``classifier`` stands for.
-        data: The images that it is trained on.
-        features: Feature networks: names or mappings.
-        device: Device of the networks.
-        bars: Progress bars.
-        replaces: True to replace a classifier of other data in the folder.
-
-    Raises:
-        FileExistsError: if the folder of the classifier holds something else.
-        TypeError: if a network does not accept its arguments.
-        ValueError: if a network is unknown, its weights are missing, or their SHA-256 does not match.
-    """
-    # "classifier" without a folder stands for the classifier of the data at hand.
-    judge = ClassifierSpec(str(classifier))
-    # Its training takes minutes: all other networks are opened before.
-    others = {place: Extractor.create(spec, device=device) for place, spec in _other_networks(features)}
-    if CLASSIFIER in features:
-        train = bars("classifier: training", SMALL_TRAINING.max_steps)
-        provide_classifier(classifier, data, replaces=replaces, on_step=lambda: train(1))
-    return [
-        others[place] if place in others else Extractor.create(judge, device=device) for place in range(len(features))
-    ]
+def is_better(name: str, value: float, other: float) -> bool:
+    """Returns True if ``value`` is better than ``other``."""
+    return value > other if find_metric(name).higher_is_better else value < other
 
 
-def check_features(
-    features: Sequence[str | dict[str, Any]], reference: Path | None = None, *, classifier: Path | None = None
-) -> None:
-    """Checks the networks and the reference file of a measurement that comes after hours of training.
-
-    Args:
-        features: Feature networks: names or mappings. The classifier of the data may be missing.
-        reference: File in the layout of ADM to compare with; None for the val split.
-        classifier: Folder of the data's classifier; None for the one that all runs of the data share.
-
-    Raises:
-        FileExistsError: if the folder of the classifier holds something else.
-        FileNotFoundError: if there is no such file.
-        TypeError: if a network does not accept its arguments.
-        ValueError: if a network is unknown, its weights are missing, or their SHA-256 does not match.
-    """
-    for _, spec in _other_networks(features):
-        Extractor.create(spec)
-    if classifier is not None and CLASSIFIER in features:
-        check_named_classifier(classifier)
-    if reference is not None and not reference.is_file():
-        raise FileNotFoundError(f"reference {printable(reference)}: no such file; name another one")
-
-
-def _other_networks(features: Sequence[str | dict[str, Any]]) -> list[tuple[int, FeatureNetworkSpec]]:
-    """Returns the place and the network of all features except the classifier of the data at hand."""
-    return [(place, parse_feature_network(spec)) for place, spec in enumerate(features) if spec != CLASSIFIER]
+def direction(name: str) -> str:
+    """Returns ``higher is better`` or ``lower is better``."""
+    return "higher is better" if find_metric(name).higher_is_better else "lower is better"

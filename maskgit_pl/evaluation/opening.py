@@ -15,9 +15,10 @@ from maskgit_pl.checks import ImageSize
 from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.distributed import find_device, parse_dtype
-from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
+from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, FeatureMetrics
+from maskgit_pl.evaluation.features import open_extractors
 from maskgit_pl.evaluation.ledger import Ledger
-from maskgit_pl.evaluation.metrics import FeatureMetrics, open_extractors
+from maskgit_pl.evaluation.options import CLASSIFIER
 from maskgit_pl.evaluation.reference import obtain_references, read_real_labels, read_references
 from maskgit_pl.evaluation.run_folders import RunFolders, data_name
 from maskgit_pl.pipeline import MaskGIT
@@ -46,13 +47,7 @@ def open_model(
     dtype: str | None = None,
     negative_model: Path | str | None = None,
 ) -> MaskGIT:
-    """Reads the model of a run.
-
-    Args:
-        folders: The run's folders.
-        device: See ``options.ModelOptions``, as for the other arguments.
-        dtype: Arithmetic of the transformer.
-        negative_model: Weaker model.
+    """Reads the model of a run; see ``options.ModelOptions`` for the arguments.
 
     Raises:
         FileNotFoundError: if the negative model does not exist.
@@ -68,6 +63,8 @@ def open_model(
 
 def open_data(folders: RunFolders, pipe: MaskGIT, *, num_workers: int = 0) -> ShardData:
     """Opens the real images that a model is compared with.
+
+    A model that needs vectors gets those of the val images: a generated image takes one of its class.
 
     Args:
         folders: The run's folders.
@@ -86,7 +83,7 @@ def open_data(folders: RunFolders, pipe: MaskGIT, *, num_workers: int = 0) -> Sh
 
 
 def give_val_vectors(pipe: MaskGIT, data: ShardData) -> None:
-    """Gives a model that needs vectors those of the val images: a generated image takes one of its class.
+    """Gives a model that needs vectors those of the val images.
 
     Raises:
         ValueError: if the data have no vectors.
@@ -96,14 +93,7 @@ def give_val_vectors(pipe: MaskGIT, data: ShardData) -> None:
 
 
 def open_images(folder: Path, image_size: ImageSize, in_channels: int, *, num_workers: int = 0) -> ShardData:
-    """Opens a data folder as images of one size.
-
-    Args:
-        folder: Data folder.
-        image_size: Side of square images, or (height, width), in pixels.
-        in_channels: Channels of the images, 1 or 3.
-        num_workers: Number of processes that read the images.
-    """
+    """Opens a data folder as images of one size: a side or (height, width) in pixels, and 1 or 3 channels."""
     config = ShardDataConfig(
         str(folder),
         image_size=image_size,
@@ -157,14 +147,14 @@ def open_evaluator(
     ledger: Ledger,
     *,
     batch_size: int,
-    features: Sequence[str | dict[str, Any]] = ("classifier",),
+    features: Sequence[str | dict[str, Any]] = (CLASSIFIER,),
     reference: Path | None = None,
     bars: Bars = no_bars,
 ) -> Evaluator:
     """Opens the evaluator of the runs of a data set, and trains the classifier of the data if it is missing.
 
     Args:
-        folders: Folders of the first run; they hold the classifier and the features of real images.
+        folders: Folders of the first run; see ``open_networks``.
         pipe: Model of the first run; the feature networks use its device.
         data: The real images.
         ledger: Ledger of the measurements.
@@ -173,14 +163,13 @@ def open_evaluator(
         reference: File in the layout of ADM to compare with; None for the val split.
         bars: Progress bars.
 
-    Raises:
-        TypeError: if a network does not accept its arguments.
-        ValueError: if a network is unknown, its weights are missing, or their SHA-256 does not match.
+    Raises: see ``features.open_extractors``.
     """
+    networks = open_networks(folders, data, features=features, reference=reference, device=pipe.device, bars=bars)
     return Evaluator(
         data,
         dataset=data_name(folders.data),
-        networks=open_networks(folders, data, features=features, reference=reference, device=pipe.device, bars=bars),
+        networks=networks,
         ledger=ledger,
         bars=bars,
         batch_size=batch_size,
@@ -197,18 +186,9 @@ def open_networks(
     device: torch.device | str,
     bars: Bars = no_bars,
 ) -> dict[str, FeatureMetrics]:
-    """Opens feature networks with the real images that they compare with; see ``open_evaluator``.
+    """Opens feature networks by label, with the real images that they compare with; see ``open_evaluator``.
 
-    Args:
-        folders: Folders of the classifier and of the features of real images.
-        data: The real images.
-        features: Feature networks: names or mappings.
-        reference: File in the layout of ADM to compare with; None for the val split.
-        device: Device of the networks.
-        bars: Progress bars.
-
-    Returns:
-        The networks by label.
+    ``folders`` name the folder of the classifier and that of the features of real images.
     """
     extractors = open_extractors(
         folders.classifier, data, features=features, device=device, bars=bars, replaces=folders.shares_classifier

@@ -17,6 +17,7 @@ from maskgit_pl.registry import describe
 
 __all__ = [
     "CAS_TRAINING",
+    "CLASSIFIER",
     "FEATURES",
     "PLOT_STEPS",
     "SMALL_TRAINING",
@@ -29,7 +30,6 @@ __all__ = [
     "Precision",
     "Spec",
     "TokenizerOptions",
-    "TuningMetric",
     "TuningOptions",
     "choose_plot_steps",
     "decoding_key",
@@ -44,9 +44,9 @@ Spec = str | dict[str, Any]  # name, or mapping with arguments, of a selector, a
 Dtype = Literal["auto", "float32", "bfloat16"]
 Precision = Literal["32-true", "bf16-mixed"]
 SearchMethod = Literal["random", "grid"]
-TuningMetric = Literal["fid", "kid", "agreement"]
 
-FEATURES: tuple[Spec, ...] = ("classifier", "lite0")
+CLASSIFIER = "classifier"  # label of the classifier of the data at hand
+FEATURES: tuple[Spec, ...] = (CLASSIFIER, "lite0")
 PLOT_STEPS = (2, 3, 4, 6, 8, 12, 16, 24)  # values of T in the curves of mask schedules
 _LEAST_IMAGES = 4  # each half of the real images needs two for a covariance
 _SMALL_IMAGES = 64  # pixels; smaller images do not need more than 18 layers

@@ -6,10 +6,7 @@ them for the ``Evaluator``.
 
 from __future__ import annotations
 
-import json
-import logging
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -26,19 +23,17 @@ from maskgit_pl.data.batches import ImageBatches, make_loader
 from maskgit_pl.data.manifest import Split, load_manifest
 from maskgit_pl.data.order import Order
 from maskgit_pl.data.reader import ShardReader
-from maskgit_pl.distributed import on_all_ranks, rank_and_world
+from maskgit_pl.evaluation.cache import Arrays, cached, digest_of
 from maskgit_pl.evaluation.features import (
     BATCH_SIZE,
     Extractor,
     ImageFeatures,
-    digest_of,
     extract,
     iter_image_batches,
     iter_row_batches,
-    shorten_digest,
 )
 from maskgit_pl.evaluation.npz import ArrayFile, open_samples
-from maskgit_pl.files import sha256_of, write_atomically
+from maskgit_pl.files import sha256_of
 from maskgit_pl.pipeline import MaskGIT
 
 __all__ = [
@@ -53,9 +48,7 @@ __all__ = [
     "read_references",
 ]
 
-_FORMAT, _VERSION = "maskgit_pl.reference", 1
 _POOLED, _SPATIAL = 2048, 2023  # number of Inception's features that the statistics of ADM's files have
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -102,9 +95,9 @@ class ReferenceOrigin:
     file: str = ""
 
     @classmethod
-    def from_split(cls, data: ShardData, split: Split, *, num_images: int | None = None) -> ReferenceOrigin:
-        """Returns the origin of the first ``num_images`` images of a split; None is all of them."""
-        return cls(digest_of(_split_key(data, split, num_images)), split=split)
+    def from_split(cls, data: ShardData, split: Split) -> ReferenceOrigin:
+        """Returns the origin of the images of a split."""
+        return cls(digest_of(_split_key(data, split)), split=split)
 
 
 @dataclass(frozen=True)
@@ -212,7 +205,6 @@ def obtain_references(
     extractors: Sequence[Extractor],
     *,
     split: Split = "val",
-    num_images: int | None = None,
     on_images: Callable[[int], object] = lambda count: None,
 ) -> dict[str, Reference]:
     """Returns the references of a split, read from ``folder`` if possible, else computed and written there.
@@ -222,7 +214,6 @@ def obtain_references(
         data: The real images.
         extractors: Networks with different labels.
         split: Split of the images.
-        num_images: Number of images from the beginning of the split; None is all.
         on_images: Called after each batch with its number of images, for a progress bar.
 
     Returns:
@@ -231,13 +222,9 @@ def obtain_references(
     Raises:
         ValueError: if there are fewer than two images, or the data are tokens.
     """
-
-    def features(missing: Sequence[Extractor]) -> dict[str, ImageFeatures]:
-        batches = iter_real_batches(data, split, num_images=num_images)
-        return extract(missing, ((batch.content, batch.position) for batch in batches), on_images=on_images)
-
-    origin = ReferenceOrigin.from_split(data, split, num_images=num_images)
-    return _obtain(folder, _split_key(data, split, num_images), extractors, features, origin)
+    batches = ((batch.content, batch.position) for batch in iter_real_batches(data, split))
+    found = _obtain(folder, _split_key(data, split), extractors, batches, on_images)
+    return {label: replace(each, origin=ReferenceOrigin.from_split(data, split)) for label, each in found.items()}
 
 
 def read_references(
@@ -278,11 +265,9 @@ def read_references(
                 )
         return {extractor.label: replace(statistics, origin=origin) for extractor in extractors}
     samples = open_samples(file)
-
-    def features(missing: Sequence[Extractor]) -> dict[str, ImageFeatures]:
-        return extract(missing, iter_image_batches(samples.read, len(samples)), on_images=on_images)
-
-    made = _obtain(folder, {"data": origin.digest, "split": "file"}, extractors, features, origin)
+    batches = iter_image_batches(samples.read, len(samples))
+    found = _obtain(folder, {"data": origin.digest, "split": "file"}, extractors, batches, on_images)
+    made = {label: replace(each, origin=origin) for label, each in found.items()}
     if statistics is None or "inception" not in made:
         return made
     # The published statistics take precedence over those of the images in the file.
@@ -290,12 +275,12 @@ def read_references(
     return {**made, "inception": replace(made["inception"], pooled=statistics.pooled, spatial=spatial)}
 
 
-def _split_key(data: ShardData, split: Split, num_images: int | None) -> dict[str, Any]:
+def _split_key(data: ShardData, split: Split) -> dict[str, Any]:
     """Returns the settings that determine the pixels of a split."""
     return {
         "data": data.summary.fingerprint,
         "split": split,
-        "num_images": num_images,
+        "num_images": None,  # all
         "image_size": plain_size(data.config.image_size),
         "in_channels": data.config.in_channels,
     }
@@ -305,101 +290,49 @@ def _obtain(
     folder: Path | None,
     key: Mapping[str, Any],
     extractors: Sequence[Extractor],
-    features: Callable[[Sequence[Extractor]], dict[str, ImageFeatures]],
-    origin: ReferenceOrigin,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    on_images: Callable[[int], object],
 ) -> dict[str, Reference]:
-    """Returns references from the folder, and computes the missing ones in one pass over the images.
-
-    1. Each rank reads the files of the folder.
-    2. A reference is missing if any rank could not read it; all ranks compute the missing ones together.
-    3. The first rank writes the new ones.
+    """Returns references from the folder, and computes the missing ones in one pass over this rank's batches.
 
     Args:
         folder: Folder of the reference files; None for no files.
         key: Settings that determine the pixels of the images.
         extractors: Networks with different labels.
-        features: Extracts the features of all images with some of the networks.
-        origin: Source of the images.
+        batches: This rank's batches of all images; read only if a reference is missing.
+        on_images: Called after each batch with its number of images.
     """
+
+    def make(missing: Sequence[str]) -> dict[str, Arrays]:
+        features = extract([by_name[name] for name in missing], batches, on_images=on_images)
+        return {name: _to_arrays(Reference.from_features(features[by_name[name].label])) for name in missing}
+
+    by_name = {f"{key['split']}-{each.label}": each for each in extractors}
     # The weights are part of the key: another network with the same label has another file.
     keys = {
-        each.label: {**key, "network": each.label, "weights": each.digest, "knows_classes": each.knows_classes}
-        for each in extractors
+        name: {**key, "network": each.label, "weights": each.digest, "knows_classes": each.knows_classes}
+        for name, each in by_name.items()
     }
-    found: dict[str, Reference] = {}
-
-    def read() -> list[str]:
-        for label, own_key in keys.items():
-            if folder is not None and (reference := _read(_cache_path(folder, own_key), own_key)) is not None:
-                found[label] = reference
-        return list(found)
-
-    def write() -> None:
-        if folder is not None and rank_and_world()[0] == 0:
-            for label, reference in made.items():
-                _write(_cache_path(folder, keys[label]), keys[label], reference)
-
-    # 1.
-    readable = on_all_ranks(read)
-    # 2. A file may be readable on some ranks only; extraction is collective, so that all must agree on what is missing.
-    missing = [extractor for extractor in extractors if not all(extractor.label in labels for labels in readable)]
-    made = (
-        {label: Reference.from_features(extracted) for label, extracted in features(missing).items()} if missing else {}
-    )
-    # 3.
-    on_all_ranks(write)
-    return {label: replace(made.get(label) or found[label], origin=origin) for label in keys}
+    found = cached(folder, keys, make)
+    return {each.label: _from_arrays(each.label, found[name]) for name, each in by_name.items()}
 
 
-def _cache_path(folder: Path, key: Mapping[str, Any]) -> Path:
-    # The label is for people; the digest of the key makes the name unique.
-    network = re.sub("[^A-Za-z0-9_.]+", "-", key["network"])
-    return folder / f"{key['split']}-{network}-{shorten_digest(digest_of(key))}.npz"
-
-
-def _encode_key(key: Mapping[str, Any]) -> bytes:
-    return json.dumps({"format": _FORMAT, "version": _VERSION, **key}, sort_keys=True).encode()
-
-
-def _write(path: Path, key: Mapping[str, Any], reference: Reference) -> None:
+def _to_arrays(reference: Reference) -> Arrays:
     features = reference.features
-    assert features is not None  # only references with features are written
-    arrays: dict[str, Tensor] = {
-        "key": torch.frombuffer(bytearray(_encode_key(key)), dtype=torch.uint8),
-        "mu": reference.pooled.mean,
-        "sigma": reference.pooled.covariance,
-        "pooled": features.pooled,
-    }
+    assert features is not None
+    tensors = {"mu": reference.pooled.mean, "sigma": reference.pooled.covariance, "pooled": features.pooled}
     if reference.spatial is not None:
-        arrays |= {"mu_s": reference.spatial.mean, "sigma_s": reference.spatial.covariance}
+        tensors |= {"mu_s": reference.spatial.mean, "sigma_s": reference.spatial.covariance}
     if features.logits is not None:
-        arrays["logits"] = features.logits
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with write_atomically(path) as file:
-        np.savez(file, **cast("dict[str, Any]", {name: tensor.numpy() for name, tensor in arrays.items()}))
+        tensors["logits"] = features.logits
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
 
 
-def _read(path: Path, key: Mapping[str, Any]) -> Reference | None:
-    """Reads a reference file; returns None if it is missing, and warns if it is damaged or has another key."""
-    if not path.exists():
-        return None
-    try:
-        file = ArrayFile(path, thing="reference")
-        file.check()  # memory-mapped arrays have no other check
-        if bytes(file.read("key", (None,), kinds="uint8")) != _encode_key(key):
-            raise file.make_error("key", "it belongs to other images or another network")
-        pooled = _read_tensor(file, "pooled", (None, None))
-        logits = _read_tensor(file, "logits", (len(pooled), None)) if "logits" in file else None
-        spatial = _read_statistics(file, "_s", None) if "mu_s" in file else None
-        return Reference(
-            key["network"],
-            _read_statistics(file, "", pooled.shape[1]),
-            spatial,
-            ImageFeatures(key["network"], pooled.float(), None if logits is None else logits.float()),
-        )
-    except ValueError as error:
-        _log.warning("%s; it will be computed again", error)
-        return None
+def _from_arrays(label: str, arrays: Arrays) -> Reference:
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    spatial = Statistics(tensors["mu_s"], tensors["sigma_s"]) if "mu_s" in tensors else None
+    features = ImageFeatures(label, tensors["pooled"], tensors.get("logits"))
+    return Reference(label, Statistics(tensors["mu"], tensors["sigma"]), spatial, features)
 
 
 def _read_inception_statistics(file: ArrayFile) -> Reference | None:

@@ -89,10 +89,8 @@ def find_run(run: Path | str, *, data: Path | None = None, classifier: Path | No
         FileNotFoundError: if the run or the data do not exist, or the run does not record its data.
     """
     pretrained = local_folder(run)
-    if pretrained in bundled_models().values():
-        return _folders(pretrained, Path("runs", pretrained.name), data, classifier)
-    # RUN/pretrained belongs to the run; any other pretrained folder stands for itself.
-    home = pretrained.parent if pretrained.name == "pretrained" else pretrained
+    is_bundled = pretrained in bundled_models().values()
+    home = Path("runs", pretrained.name) if is_bundled else _home(pretrained)
     return _folders(pretrained, home, data, classifier)
 
 
@@ -116,8 +114,7 @@ def find_tokenizer_folders(
     # RUN/tokenizer of a run holds the training; its config.yaml is no config.json.
     for pretrained in (path / "pretrained", path, path.parent if path.name == "tokenizer" else path):
         if (pretrained / "tokenizer" / "config.json").is_file():
-            home = pretrained.parent if pretrained.name == "pretrained" else pretrained
-            return _folders(pretrained, home, data, classifier)
+            return _folders(pretrained, _home(pretrained), data, classifier)
     if not path.is_dir():
         raise FileNotFoundError(f"tokenizer {path}: no such folder; name a run, or a folder that an importer wrote")
     raise FileNotFoundError(
@@ -126,19 +123,24 @@ def find_tokenizer_folders(
     )
 
 
+def _home(pretrained: Path) -> Path:
+    """Returns the run of RUN/pretrained; any other pretrained folder stands for itself."""
+    return pretrained.parent if pretrained.name == "pretrained" else pretrained
+
+
 def _folders(pretrained: Path, home: Path, data: Path | None, classifier: Path | None) -> RunFolders:
-    path = data or _find_data(home)
+    path = data or _find_data(pretrained, home)
     if not path.is_dir():
         raise FileNotFoundError(f"data {path}: no such folder; choose another with --data")
     real = home.absolute().parent / f"{path.absolute().name}-classifier"  # shared by all runs of the data
     return RunFolders(pretrained, home, path, classifier or real / "small", real)
 
 
-def _find_data(home: Path) -> Path:
-    """Returns the data folder in the run's ``config.yaml``.
+def _find_data(pretrained: Path, home: Path) -> Path:
+    """Returns the data folder that a run records, or ``data/shards/NAME`` for the name that an exported model has.
 
     Raises:
-        FileNotFoundError: if no stage records one.
+        FileNotFoundError: if neither is recorded, or the folder of that name does not exist.
     """
     # Both stages record the data; a run may have only one of them.
     for stage in ("transformer", "tokenizer"):
@@ -149,7 +151,22 @@ def _find_data(home: Path) -> Path:
             raise ValueError(f"{file}: data.path must be a string, got {shorten(path)}")
         if path:
             return Path(path)
-    raise FileNotFoundError(f"run {home} does not record the data that it was trained on; choose them with --data")
+    advice = "choose them with --data"
+    name = _recorded_name(pretrained / "config.json")
+    if name is not None:
+        path = Path("data/shards", name)
+        if path.is_dir():
+            return path
+        advice = f"it was {name}: make {path} (`maskgit data fetch` has public data sets), or {advice}"
+    raise FileNotFoundError(f"run {home} does not record the data folder that it was trained on; {advice}")
+
+
+def _recorded_name(file: Path) -> str | None:
+    """Returns the name of the data in the ``config.json`` of an exported model, or None."""
+    node: Any = read_json(file, max_bytes=_MAX_CONFIG_BYTES) if file.is_file() else {}
+    for key in ("run", "tokenizer", "settings", "data.path"):
+        node = node.get(key) if isinstance(node, dict) else None
+    return Path(node).name if isinstance(node, str) else None
 
 
 def read_run_recipe(file: Path) -> dict[str, Any]:

@@ -26,8 +26,7 @@ from maskgit_pl.data.manifest import load_manifest
 from maskgit_pl.data.reader import ShardReader
 from maskgit_pl.distributed import find_device, parse_dtype, peak_memory
 from maskgit_pl.evaluation.distances import frechet_distance, kernel_distance
-from maskgit_pl.evaluation.features import Extractor, FeatureCollector
-from maskgit_pl.evaluation.metrics import open_extractors
+from maskgit_pl.evaluation.features import Extractor, FeatureCollector, open_extractors
 from maskgit_pl.evaluation.opening import open_images
 from maskgit_pl.evaluation.options import TokenizerOptions
 from maskgit_pl.evaluation.reconstruction import ReconstructionMeter, psnr

@@ -15,8 +15,8 @@ from PIL import Image
 from maskgit_pl.checks import plain_size
 from maskgit_pl.distributed import default_device, describe_environment, device_name, parse_dtype
 from maskgit_pl.errors import markdown
-from maskgit_pl.evaluation.features import digest_of, shorten_digest
-from maskgit_pl.evaluation.metric_names import format_value, metric_name, title
+from maskgit_pl.evaluation.cache import digest_of, shorten_digest
+from maskgit_pl.evaluation.metrics import format_value, metric_name, title
 from maskgit_pl.evaluation.options import TokenizerOptions
 from maskgit_pl.evaluation.pages import image_to_png, markdown_table, paragraph
 from maskgit_pl.evaluation.reconstruction import psnr

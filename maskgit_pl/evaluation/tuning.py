@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 
-from maskgit_pl.checks import build_dataclass, check_choice, check_integer
+from maskgit_pl.checks import build_dataclass, check_integer
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.distributed import describe_environment
 from maskgit_pl.evaluation.comparison import list_selectors
@@ -25,6 +25,7 @@ from maskgit_pl.evaluation.decoding_search import (
 )
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, collect_numbers
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
+from maskgit_pl.evaluation.metrics import Metrics, is_fast, tuning_column
 from maskgit_pl.evaluation.opening import (
     can_guide,
     check_model_decoding,
@@ -35,7 +36,6 @@ from maskgit_pl.evaluation.opening import (
 )
 from maskgit_pl.evaluation.options import (
     Spec,
-    TuningMetric,
     TuningOptions,
     default_steps,
     describe_decoding,
@@ -55,7 +55,6 @@ from maskgit_pl.schedules import mask_schedules
 __all__ = ["plan_trials", "tune"]
 
 _MAX_TRIALS = 100_000  # far more than a search has time for; all are planned before the first one
-_METRIC_NAMES = {"fid": "fid/classifier", "kid": "kid/classifier", "agreement": "class_agreement"}
 _STEPS = (4, 6, 8, 12, 16)
 _log = logging.getLogger(__name__)
 
@@ -65,7 +64,7 @@ def tune(
     *,
     data: Path | None = None,
     trials: int = 40,
-    metric: TuningMetric = "fid",
+    metric: str = "fid",
     num_images: int = 500,
     out: Path | None = None,
     options: TuningOptions | None = None,
@@ -77,7 +76,8 @@ def tune(
         run: Run folder or pretrained folder.
         data: Data folder; None for the data that the run was trained on.
         trials: Maximum number of trials.
-        metric: ``fid`` or ``kid``, in the features of the data's own classifier, or ``agreement``.
+        metric: A metric of the registry, such as ``fid`` or ``kid``, in the features of the data's own classifier, or
+            ``agreement``.
         num_images: Number of images per trial, at least 2 per class.
         out: Folder of the page and the ledger; None for ``RUN/tuning`` and ``RUN/evaluation``.
         options: The search, the seed and other options; None for the defaults.
@@ -103,11 +103,18 @@ def tune(
     begun = _iter_first_trials(evaluator, model, options.seed)
     space = space.resume(begun, trials=trials, seed=options.seed, method=options.search)
 
+    amount: Metrics = "fast" if is_fast(name) else "all"
+
     def measure(decoding: DecodingConfig, num_images: int, seed: int, purpose: str) -> Mapping[str, float]:
         rows = evaluator.measure_samples(
-            model, decoding, num_images=num_images, seed=seed, metrics="fast", purpose=purpose
+            model, decoding, num_images=num_images, seed=seed, metrics=amount, purpose=purpose
         )
-        return collect_numbers(rows)
+        numbers = collect_numbers(rows)
+        if name not in numbers:
+            raise ValueError(
+                f"metric {metric} has no value for {num_images} images; raise --num-images, or choose another"
+            )
+        return numbers
 
     plan = SearchPlan(name, trials, count, options.seed, options.search, options.seconds, current=pipe.decoding)
     found = search(measure, space, plan, on_trial=_make_trial_callback(bars, trials, name))
@@ -138,7 +145,7 @@ def plan_trials(
     *,
     data: Path | None = None,
     trials: int = 40,
-    metric: TuningMetric = "fid",
+    metric: str = "fid",
     options: TuningOptions | None = None,
 ) -> list[DecodingConfig]:
     """Returns the decodings that ``tune`` would measure. See ``tune`` for arguments and errors."""
@@ -148,11 +155,11 @@ def plan_trials(
     return list(space.iter_trials(trials, seed=options.seed, method=options.search))
 
 
-def _check_search(metric: TuningMetric, trials: int, num_images: int = 2) -> str:
+def _check_search(metric: str, trials: int, num_images: int = 2) -> str:
     """Checks the metric and the numbers of trials and images, and returns the name of the metric in the ledger."""
     check_integer("trials", trials, f"[1, {_MAX_TRIALS}]")
     check_integer("num_images", num_images, "[2, inf)")
-    return _METRIC_NAMES[check_choice("metric", metric, _METRIC_NAMES)]
+    return tuning_column(metric)
 
 
 def _check_outputs(folders: RunFolders, out: Path | None) -> None:
@@ -259,7 +266,7 @@ def _write_page(evaluator: Evaluator, result: SearchResult, figure: ScheduleCurv
     found = {"class_agreement": network.accuracy}
 
     def real(num_images: int) -> dict[str, float]:
-        rows = evaluator.measure_real(num_images=num_images, metrics="fast")
+        rows = evaluator.measure_real(num_images=num_images, metrics="fast" if is_fast(result.metric) else "all")
         return collect_numbers(rows) | found | {"num_images": rows[network.extractor.label]["num_images"]}
 
     page = make_page(result, real(result.num_images), command=command, figure=figure)

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -111,10 +112,7 @@ class InceptionSpec:
                 f"feature network 'inception': no file {self.path}; download {_INCEPTION_URL} to that path, or "
                 f"set inception=PATH or {_INCEPTION_VARIABLE}=PATH; `--features lite0` needs no file"
             )
-
-        network = Inception()
-        load_weight_file(network, self.path, thing="feature network 'inception'", sha256=self.sha256)
-        return network
+        return load_weight_file(Inception, self.path, thing="feature network 'inception'", sha256=self.sha256)
 
 
 @feature_networks.register("timm")
@@ -158,8 +156,8 @@ class TimmSpec:
         """
         import timm
 
-        model = timm.create_model(self.model, pretrained=False)
-        load_weight_file(model, Path(self.weights), thing="feature network 'timm'")
+        create = partial(timm.create_model, self.model, pretrained=False)
+        model: nn.Module = load_weight_file(create, Path(self.weights), thing="feature network 'timm'")
         return _with_normalisation(model, self.size)
 
 

@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -50,6 +50,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HEADER_FLOATS = ("F16", "BF16", "F32", "F64")  # the same, as a safetensors header spells them
 _SHOWN = 3  # names in a message
 _LONGEST = 300  # letters of torch's own message, which names every tensor
+_Network = TypeVar("_Network", bound=nn.Module)
 _UNREADABLE = (  # errors of the loaders on a file that is damaged or hostile
     pickle.UnpicklingError,
     SafetensorError,
@@ -164,19 +165,28 @@ def read_weights(path: Path, *, thing: str, sha256: str = "") -> Mapping[str, Te
     return state
 
 
-def load_weight_file(network: nn.Module, path: Path, *, thing: str, sha256: str = "") -> None:
-    """Loads the weights of a file into a network.
+def load_weight_file(create: Callable[[], _Network], path: Path, *, thing: str, sha256: str = "") -> _Network:
+    """Returns a network with the weights of a file, which are compared with it before it takes memory.
 
     Args:
-        network: Network with the sizes of the weights.
+        create: Builds the network with the sizes of the weights.
         path: See ``read_weights``.
         thing: See ``read_weights``.
         sha256: See ``read_weights``.
 
     Raises:
-        ValueError: see ``read_weights`` and ``load_weights``.
+        ValueError: see ``read_weights``, ``check_fit`` and ``load_weights``.
     """
-    load_weights(network, read_weights(path, thing=thing, sha256=sha256), f"{thing} {path}")
+    weights, where = read_weights(path, thing=thing, sha256=sha256), f"{thing} {path}"
+    header = {
+        name: TensorInfo("F32" if tensor.is_floating_point() else str(tensor.dtype), tuple(tensor.shape))
+        for name, tensor in weights.items()
+    }
+    with skeletons():
+        check_fit(create(), header, f"weights {where}")
+    network = create()
+    load_weights(network, weights, where)
+    return network
 
 
 def load_weights(network: nn.Module, weights: Mapping[str, Tensor], where: Path | str, *, assign: bool = False) -> None:

@@ -4,7 +4,10 @@ import torch
 from torch import nn
 
 from maskgit_pl.evaluation.classifier import TrainingImages
-from maskgit_pl.evaluation.features import Extractor
+from maskgit_pl.evaluation.evaluator import FeatureMetrics
+from maskgit_pl.evaluation.features import Extractor, ImageFeatures
+from maskgit_pl.evaluation.metrics import ComparedImages, compute_metrics
+from maskgit_pl.evaluation.reference import Reference
 from maskgit_pl.networks.feature_networks import FeatureOutput
 
 
@@ -32,6 +35,14 @@ def pictures(count: int, *, channels: int = 1, seed: int = 0, size: int = 8) -> 
     generator = torch.Generator().manual_seed(seed)
     brightness = torch.rand(count, 1, 1, 1, generator=generator)
     return (torch.rand(count, channels, size, size, generator=generator) * brightness * 256).to(torch.uint8)
+
+
+def distances(generated: ImageFeatures, reference: Reference) -> dict[str, float]:
+    """The values of all metrics of network features that the images allow."""
+    network = FeatureMetrics(Extractor(generated.label, generated.logits is not None, nn.Identity()), reference)
+    labels = torch.zeros(len(generated), dtype=torch.int64)
+    numbers = compute_metrics(network.choose(), ComparedImages(generated, reference, labels))
+    return {name: value for name, value in numbers.items() if value is not None and name != "class_agreement"}
 
 
 def in_memory(images: torch.Tensor, labels: torch.Tensor, class_names: tuple[str, ...]) -> TrainingImages:

@@ -22,7 +22,7 @@ from maskgit_pl.evaluation.classifier import (
     obtain_classifier,
     provide_classifier,
 )
-from maskgit_pl.evaluation.metrics import check_features, open_extractors
+from maskgit_pl.evaluation.features import check_features, open_extractors
 from maskgit_pl.evaluation.options import ClassifierConfig
 from maskgit_pl.files import write_tensors
 from maskgit_pl.networks.feature_networks import load_classifier

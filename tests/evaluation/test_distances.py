@@ -11,8 +11,9 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 
 from maskgit_pl.evaluation import distances as module
 from maskgit_pl.evaluation.distances import (
+    class_agreement,
     density_coverage,
-    distances,
+    diversity,
     frechet_distance,
     inception_score,
     kernel_distance,
@@ -20,6 +21,7 @@ from maskgit_pl.evaluation.distances import (
 )
 from maskgit_pl.evaluation.features import ImageFeatures
 from maskgit_pl.evaluation.reference import Reference, Statistics
+from tests.evaluation.feature_networks import distances
 
 
 def normal(count: int, seed: int, *, width: int = 6, scale: float = 1.0, shift: float = 0.0) -> torch.Tensor:
@@ -76,14 +78,6 @@ def test_fewer_images_than_features_also_have_a_distance() -> None:
     theirs = fid_statistics_to_metric(fid_features_to_statistics(made), fid_features_to_statistics(real), False)
     ours = frechet_distance(Statistics.from_features(made), Statistics.from_features(real))
     assert ours == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
-
-
-def test_features_of_other_widths_are_refused() -> None:
-    with pytest.raises(ValueError, match="must have the same number of features, got 5 and 6"):
-        frechet_distance(Statistics.from_features(normal(9, 0, width=5)), Statistics.from_features(normal(9, 0)))
-    one, other = ImageFeatures("inception", normal(9, 0)), ImageFeatures("lite0", normal(9, 0))
-    with pytest.raises(ValueError, match="must come from the same network, got 'inception' and 'lite0'"):
-        distances(one, Reference.from_features(other))
 
 
 def test_kernel_distance_equals_that_of_torch_fidelity() -> None:
@@ -212,15 +206,15 @@ def test_every_possible_metric_is_returned() -> None:
     made = ImageFeatures("classifier", normal(20, 3), normal(20, 4), normal(20, 5, width=4))
     whole = distances(made, Reference.from_features(real))
     assert list(whole) == [
-        "fid", "sfid", "is", "is_deviation", "kid", "kid_deviation", "precision", "recall", "density", "coverage",
+        "fid", "sfid", "kid", "kid_deviation", "is", "is_deviation", "precision", "recall", "density", "coverage",
     ]  # fmt: skip
     assert all(type(value) is float and math.isfinite(value) for value in whole.values())
     assert distances(made, Reference.from_features(real)) == whole
-    assert "sfid" not in distances(replace(made, spatial=None), Reference.from_features(real))
+    assert "sfid" not in distances(made, Reference.from_features(replace(real, spatial=None)))
     assert "is" not in distances(replace(made, logits=None), Reference.from_features(real))
     three = ImageFeatures("classifier", normal(3, 3))
     assert set(distances(three, Reference.from_features(three))) == {"fid", "kid", "kid_deviation"}
-    assert set(distances(three, Reference.from_features(real))) == {
+    assert set(distances(three, Reference.from_features(replace(real, spatial=None)))) == {
         "fid",
         "kid",
         "kid_deviation",
@@ -283,3 +277,41 @@ def test_kid_of_equal_distributions_is_about_zero_for_any_number_of_images() -> 
     # a fid falls, which is why one stands beside a floor of as many images
     few, many, _ = (frechet_distance(Statistics.from_features(made), Statistics.from_features(real)) for made in sets)
     assert few > 3 * many
+
+
+def test_agreement_of_a_perfect_classifier_is_one() -> None:
+    requested = torch.tensor([0, 1, 2, 2])
+    assert class_agreement(requested, requested) == 1
+    assert class_agreement(torch.tensor([0, 1, 0, 0]), requested) == 0.5
+
+
+def test_diversity_of_real_images_is_one_and_of_identical_images_zero() -> None:
+    features = torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(60) % 3
+    assert diversity(features, labels, features, labels) == pytest.approx(1)
+    assert diversity(features * 2, labels, features, labels) == pytest.approx(2)
+    assert diversity(torch.ones(60, 5), labels, features, labels) == 0
+
+
+def test_diversity_is_within_classes_and_from_the_same_number_of_both() -> None:
+    labels = torch.tensor([0, 0, 1, 1])
+    apart = torch.tensor([[0.0], [1.0], [100.0], [101.0]])
+    assert diversity(apart, labels, apart * 2, labels) == pytest.approx(0.5)
+    many = torch.tensor([[0.0], [2.0], [500.0]])  # the third real image of class 0 has no generated one beside it
+    assert diversity(apart[:2], labels[:2], many, torch.zeros(3, dtype=torch.int64)) == pytest.approx(0.5)
+    assert diversity(many, torch.zeros(3, dtype=torch.int64), apart[:2], labels[:2]) == pytest.approx(2.0)
+
+
+def test_the_distance_within_a_class_is_over_all_pairs() -> None:
+    points, real = (
+        torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0]]),
+        torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, 0.0]]),
+    )
+    labels = torch.zeros(3, dtype=torch.int64)
+    assert diversity(points, labels, real, labels) == pytest.approx((10 / 3) / (2 / 3))
+
+
+def test_without_two_images_of_a_class_there_is_no_diversity() -> None:
+    one, labels = torch.zeros(2, 3), torch.tensor([0, 1])
+    assert diversity(one, labels, one, labels) is None
+    assert diversity(one, labels * 0, one, labels * 0) is None  # equal real images

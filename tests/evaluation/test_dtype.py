@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskgit_pl.evaluation.features import model_digests
-from maskgit_pl.evaluation.opening import open_model
+from maskgit_pl.evaluation.opening import create_evaluated_model, open_model
 from maskgit_pl.evaluation.options import EvaluationOptions
 from maskgit_pl.evaluation.run_folders import find_run
 
@@ -23,8 +22,10 @@ def test_the_transformer_is_cast_and_the_tokenizer_is_not(tiny_pretrained):
 @pytest.mark.parametrize("dtype", [None, "float32"])
 def test_only_bfloat16_changes_the_identity_of_a_model(tiny_pretrained, dtype):
     folders = find_run(tiny_pretrained, data=Path("data"))
-    plain = model_digests(open_model(folders, "cpu"), folders.pretrained)
-    assert model_digests(open_model(folders, "cpu", dtype=dtype), folders.pretrained) == plain
-    other = model_digests(open_model(folders, "cpu", dtype="bfloat16"), folders.pretrained)
+    plain, same, other = (
+        create_evaluated_model(folders, open_model(folders, "cpu", dtype=each)).identity
+        for each in (None, dtype, "bfloat16")
+    )
+    assert same == plain
     assert {name for name in plain if plain[name] != other[name]} == {"config"}
     assert json.dumps(other)

@@ -11,18 +11,15 @@ import torch
 from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation import evaluator as module
-from maskgit_pl.evaluation import metrics as feature_metrics
 from maskgit_pl.evaluation.classifier import Accuracy
-from maskgit_pl.evaluation.distances import distances
-from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, collect_numbers
+from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, FeatureMetrics, collect_numbers
 from maskgit_pl.evaluation.features import extract
 from maskgit_pl.evaluation.ledger import Ledger, Row
-from maskgit_pl.evaluation.metrics import FeatureMetrics
 from maskgit_pl.evaluation.options import CASConfig
-from maskgit_pl.evaluation.reference import Reference, obtain_references, read_real_labels, read_references
+from maskgit_pl.evaluation.reference import obtain_references, read_real_labels, read_references
 from maskgit_pl.pipeline import MaskGIT
 from tests.conftest import save_tiny_pretrained, save_uneven_shards
-from tests.evaluation.feature_networks import few, pictures
+from tests.evaluation.feature_networks import distances, few, pictures
 
 DECODING = DecodingConfig(2)
 QUICK = CASConfig(model="small", width=4, max_steps=2, batch=6)
@@ -37,7 +34,6 @@ class Case:
     judge_seed: int = 0
     knows_classes: bool = True
     reference: str = "val"
-    reference_images: int | None = None
     weights: int = 0
     config: str = ""
     decoding: DecodingConfig = DECODING
@@ -54,7 +50,6 @@ CHANGES: dict[str, list[Any]] = {  # by the part, what it may become
     "judge_seed": [1],
     "knows_classes": [False],
     "reference": ["train", "a.npz", "b.npz"],
-    "reference_images": [10],
     "weights": [1],
     "config": ["num_heads", "mask_schedule", "class_names"],
     "decoding": [DecodingConfig(3), DecodingConfig(2, "halton"), DecodingConfig(2, top_k=3)],
@@ -101,8 +96,7 @@ def measure(kind: str, case: Case, folder: Path, results: Path) -> Row:
     if case.reference.endswith(".npz"):  # of three channels
         found = read_references(folder / case.reference, [few(channels=3)])
     else:
-        how = {"split": case.reference, "num_images": case.reference_images}
-        found = obtain_references(folder / "kept", data, [judge], **how)
+        found = obtain_references(folder / "kept", data, [judge], split=case.reference)
     networks = {"classifier": FeatureMetrics(judge, found["classifier"])}
     evaluator = Evaluator(data, dataset=case.data, networks=networks, ledger=Ledger(results / "ledger.jsonl"))
     pretrained = folder / f"model-{case.weights}{case.config}"
@@ -137,7 +131,7 @@ def score_of_real(evaluator: Evaluator, model: EvaluatedModel, case: Case) -> Ro
     return evaluator.measure_cas(None, None, case.cas, num_images=case.num_images, seed=case.seed)
 
 
-JUDGED = ("data", "judge_seed", "knows_classes", "reference", "reference_images", "num_images")
+JUDGED = ("data", "judge_seed", "knows_classes", "reference", "num_images")
 MODEL = ("weights", "config", "seed")
 KINDS: dict[str, tuple[Callable[[Evaluator, EvaluatedModel, Case], Row], set[str]]] = {  # and what decides a row
     "samples": (samples, {*JUDGED, *MODEL, "decoding"}),
@@ -155,9 +149,8 @@ def test_a_row_is_reused_if_nothing_changed_and_measured_again_if_anything_chang
     folder: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "classification_accuracy", lambda *_, **__: Accuracy(0.5, 1.0, 24))
-    monkeypatch.setattr(
-        feature_metrics, "distances", lambda *_, **__: {"fid": 1.0, "precision": 1.0}
-    )  # keys do not depend on what comes out
+    # Keys do not depend on what comes out.
+    monkeypatch.setattr(module, "compute_metrics", lambda chosen, images: dict.fromkeys(chosen, 1.0))
     monkeypatch.setattr(module, "describe_environment", lambda: {"commit": None})
     decides = KINDS[kind][1]
 
@@ -187,16 +180,10 @@ def test_two_references_of_equal_size_give_two_rows_that_name_them(folder: Path,
     assert (val["split"], val["reference_file"]) == ("val", "")
 
 
-def test_a_reference_without_an_origin_is_refused() -> None:
-    features = extract([few()], [(pictures(6), torch.arange(6))])["classifier"]
-    with pytest.raises(ValueError, match="reference of classifier: origin must be given"):
-        FeatureMetrics(few(), Reference.from_features(features))
-
-
 def test_shipped_rows_of_another_classifier_or_reference_are_not_reused(folder: Path, tmp_path: Path) -> None:
     """A ledger that comes with a run: as many images, the same names, other weights or other real images."""
     shipped = measure("samples", Case(judge_seed=1), folder, tmp_path)
-    other = measure("samples", Case(reference="train", reference_images=24), folder, tmp_path)
+    other = measure("samples", Case(reference="a.npz"), folder, tmp_path)
     own = measure("samples", Case(), folder, tmp_path)
     assert shipped["network"] == other["network"] == own["network"]
     assert shipped["real_images"] == other["real_images"] == own["real_images"] == 24

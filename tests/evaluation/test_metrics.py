@@ -1,42 +1,114 @@
+"""The registry of metrics, and a metric of another package in everything that measures and prints."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
 import pytest
-import torch
+from rich.console import Console
 
-from maskgit_pl.evaluation.metrics import class_agreement, diversity, mean_pairwise_distance
+from maskgit_pl import evaluation
+from maskgit_pl.cli import main
+from maskgit_pl.evaluation import classifier
+from maskgit_pl.evaluation.metrics import (
+    FeatureMetric,
+    computed_metrics,
+    direction,
+    find_metric,
+    format_value,
+    is_better,
+    known_metrics,
+    metric_name,
+    metrics,
+    title,
+    tuning_column,
+)
+from maskgit_pl.evaluation.options import ClassifierConfig
+from tests.installed_packages import install
 
-
-def test_agreement_of_a_perfect_classifier_is_one() -> None:
-    requested = torch.tensor([0, 1, 2, 2])
-    assert class_agreement(requested, requested) == 1
-    assert class_agreement(torch.tensor([0, 1, 0, 0]), requested) == 0.5
-    with pytest.raises(ValueError, match="must have the same shape"):
-        class_agreement(requested, requested[:2])
-
-
-def test_mean_pairwise_distance_is_over_all_pairs() -> None:
-    points = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0]])
-    assert mean_pairwise_distance(points) == pytest.approx(10 / 3)
-    with pytest.raises(ValueError, match="number of rows must be >= 2, got"):
-        mean_pairwise_distance(points[:1])
-
-
-def test_diversity_of_real_images_is_one_and_of_identical_images_zero() -> None:
-    features = torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
-    labels = torch.arange(60) % 3
-    assert diversity(features, labels, features, labels) == pytest.approx(1)
-    assert diversity(features * 2, labels, features, labels) == pytest.approx(2)
-    assert diversity(torch.ones(60, 5), labels, features, labels) == 0
+PAGE = Path(__file__).parents[2] / "docs" / "plug-ins.md"
 
 
-def test_diversity_is_within_classes_and_from_the_same_number_of_both() -> None:
-    labels = torch.tensor([0, 0, 1, 1])
-    apart = torch.tensor([[0.0], [1.0], [100.0], [101.0]])
-    assert diversity(apart, labels, apart * 2, labels) == pytest.approx(0.5)
-    many = torch.tensor([[0.0], [2.0], [500.0]])  # the third real image of class 0 has no generated one beside it
-    assert diversity(apart[:2], labels[:2], many, torch.zeros(3, dtype=torch.int64)) == pytest.approx(0.5)
-    assert diversity(many, torch.zeros(3, dtype=torch.int64), apart[:2], labels[:2]) == pytest.approx(2.0)
+def test_names_become_titles_and_values_have_their_factor() -> None:
+    assert metric_name("kid", "lite0") == "kid/lite0"
+    assert title("kid/lite0") == "KID x 1000 (lite0)"
+    assert format_value("kid/lite0", 0.012345) == "12.35"
+    assert format_value("kid/lite0", 0.012345, more_digits=1) == "12.345"
+    assert title("fid/timm:resnet18") == "FID (timm:resnet18)"
+    assert title("class_agreement") == "class agreement %"
+    assert format_value("class_agreement", 0.75) == "75.0"
+    with pytest.raises(ValueError, match="unknown metric 'fdi': did you mean 'fid'"):
+        find_metric("fdi/lite0")
 
 
-def test_diversity_without_pairs_is_refused() -> None:
-    one, labels = torch.zeros(2, 3), torch.tensor([0, 1])
-    with pytest.raises(ValueError, match="2 generated and 2 real"):
-        diversity(one, labels, one, labels)
+@pytest.mark.parametrize("name", metrics.names())
+def test_every_metric_has_one_title_and_a_direction(name: str) -> None:
+    assert [metric.title for metric in known_metrics().values()].count(title(name)) == 1
+    assert is_better(name, 2.0, 1.0) == (direction(name) == "higher is better")
+    assert not is_better(name, 1.0, 1.0)
+
+
+def test_computed_metrics_have_the_order_of_tables_and_can_be_searched_for() -> None:
+    of_networks = ["fid", "sfid", "kid", "is", "precision", "recall", "density", "coverage"]
+    assert list(computed_metrics()) == [*of_networks, "class_agreement", "diversity"]
+    assert tuning_column("precision") == "precision/classifier"
+    assert tuning_column("agreement") == tuning_column("class_agreement") == "class_agreement"
+    with pytest.raises(ValueError, match=r"metric must be one of fid, .*, agreement, got 'psnr_db'"):
+        tuning_column("psnr_db")
+
+
+@pytest.mark.parametrize(
+    ("attributes", "match"),
+    [
+        ({}, "must derive from FeatureMetric and have a title"),
+        ({"title": "mine", "needs": ("pixels",)}, "needs must be one of .*real_features.*, got 'pixels'"),
+    ],
+)
+def test_a_metric_that_breaks_the_interface_is_named(attributes: dict, match: str, monkeypatch) -> None:
+    monkeypatch.setitem(metrics._factories, "mine", type("Mine", (FeatureMetric,), attributes))
+    with pytest.raises(ValueError, match=f"metric 'mine'.*{match}"):
+        metrics.build("mine")
+
+
+@pytest.fixture
+def run(tiny_pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run whose classifier is trained for a moment, and the metric of the documentation, installed."""
+    package = PAGE.read_text().split("## A metric")[1]
+    code = package.split("```python\n")[1].split("```")[0]
+    points = "[maskgit_pl.metrics]\nnearest = nearest_image:NearestImage\n"
+    install(tmp_path / "site", name="nearest-image", entry_points=points, modules={"nearest_image": code})
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_pretrained, tmp_path / "run" / "pretrained")
+    quick, plain = ClassifierConfig(width=4, max_steps=3, batch=20), classifier.obtain_classifier
+    monkeypatch.setattr(
+        classifier, "obtain_classifier", lambda *args, **options: plain(*args, **options | {"config": quick})
+    )
+    return tmp_path / "run"
+
+
+@pytest.mark.slow
+def test_a_metric_of_another_package_is_measured_printed_and_searched_for(run: Path, tiny_shards: Path, capsys) -> None:
+    options = evaluation.EvaluationOptions(num_steps=2, likelihood_images=4, device="cpu")
+    report = evaluation.evaluate(run, data=tiny_shards, num_images=6, features=["classifier"], options=options)
+    values = json.loads((run / "evaluation.json").read_text())["samples"]["exported_guidance"]
+    assert values["nearest/classifier"] > 0
+    console = Console(width=200, record=True)
+    console.print(report.table())
+    shown = rf"nearest real image \(classifier\) +│ +{values['nearest/classifier']:.3f} "
+    assert re.search(shown, console.export_text())
+    rows = evaluation.Ledger(run / "evaluation" / "ledger.jsonl").rows("samples")
+    assert values["nearest/classifier"] in [row["nearest"] for row in rows]
+
+    common = [str(run), "--data", str(tiny_shards), "--num-images", "6", "--device", "cpu"]
+    assert main(["table", "1", *common, "--features", "classifier", "--cas-model", "none", "--results", "res"]) == 0
+    page = next(Path("res").glob("*/table-1.md")).read_text()
+    assert "nearest real image" in page
+    assert main(["tune", *common, "--trials", "2", "--metric", "nearest"]) == 0
+    assert "nearest real image" in (run / "tuning" / "tuning.md").read_text()
+    capsys.readouterr()
+    assert main(["plugins", "metrics", "--json"]) == 0
+    assert {"kind": "metrics", "name": "nearest", "package": "nearest-image", "description": ""} in json.loads(
+        capsys.readouterr().out
+    )

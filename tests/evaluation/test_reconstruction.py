@@ -6,11 +6,10 @@ import torch
 from torchmetrics.image import StructuralSimilarityIndexMeasure
 
 from maskgit_pl.data import Batch
-from maskgit_pl.evaluation.distances import distances
 from maskgit_pl.evaluation.features import extract
 from maskgit_pl.evaluation.reconstruction import measure_reconstruction, psnr
 from maskgit_pl.evaluation.reference import Reference
-from tests.evaluation.feature_networks import few, pictures
+from tests.evaluation.feature_networks import distances, few, pictures
 
 
 def batch_of(images: torch.Tensor, valid: list[bool] | None = None, first: int = 0) -> Batch:

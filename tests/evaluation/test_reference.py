@@ -7,7 +7,6 @@ import torch
 
 from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.evaluation import reference as module
-from maskgit_pl.evaluation.distances import distances
 from maskgit_pl.evaluation.features import extract, iter_image_batches
 from maskgit_pl.evaluation.reference import (
     Reference,
@@ -16,7 +15,7 @@ from maskgit_pl.evaluation.reference import (
     obtain_references,
     read_references,
 )
-from tests.evaluation.feature_networks import few, pictures
+from tests.evaluation.feature_networks import distances, few, pictures
 from tests.evaluation.test_npz import Canary
 
 
@@ -62,12 +61,11 @@ def test_a_split_is_extracted_once_and_then_read(data: ShardData, tmp_path: Path
     torch.testing.assert_close(made.features.pooled, few()(batch.content).features)
 
 
-def test_other_weights_splits_and_counts_are_kept_apart(data: ShardData, tmp_path: Path) -> None:
+def test_other_weights_and_splits_are_kept_apart(data: ShardData, tmp_path: Path) -> None:
     obtain(tmp_path, data)
     assert obtain(tmp_path, data, seed=1)[1] == 24
     assert obtain(tmp_path, data, split="train")[1] == 60
-    assert obtain(tmp_path, data, num_images=10)[1] == 10
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(list(tmp_path.iterdir())) == 3
     assert obtain(tmp_path, data)[1] == 0
 
 
@@ -83,8 +81,8 @@ def test_networks_that_are_missing_share_one_pass(data: ShardData, tmp_path: Pat
     assert sum(seen) == 24
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "text", "foreign", "nan", "objects"])
-def test_a_damaged_or_foreign_file_is_computed_again(
+@pytest.mark.parametrize("damage", ["cut", "flipped", "text", "objects"])
+def test_a_damaged_file_is_computed_again(
     data: ShardData, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     made, _ = obtain(tmp_path, data)
@@ -99,12 +97,6 @@ def test_a_damaged_or_foreign_file_is_computed_again(
         file.write_bytes(content)
     elif damage == "text":
         file.write_text("nonsense")
-    elif damage == "foreign":
-        obtain(tmp_path / "other", data, seed=1)
-        file.write_bytes(next((tmp_path / "other").iterdir()).read_bytes())
-    elif damage == "nan":
-        kept["mu"][0] = np.nan
-        np.savez(file, **kept)
     else:
         np.savez(file, **{**kept, "sigma": np.array([Canary(tmp_path / "canary")], dtype=object)})
     with caplog.at_level(logging.WARNING, logger="maskgit_pl"):

@@ -37,3 +37,13 @@ def test_a_classifier_is_shared_unless_its_folder_is_named(tmp_path: Path, tiny_
     save_tiny_pretrained(tmp_path / "run" / "pretrained")
     assert find_run(tmp_path / "run", data=tiny_shards).shares_classifier
     assert not find_run(tmp_path / "run", data=tiny_shards, classifier=tmp_path / "judge").shares_classifier
+
+
+def test_a_model_of_the_package_takes_the_data_of_the_name_that_it_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="it was fashion-mnist: make data/shards/fashion-mnist"):
+        find_run("fashion-mnist-demo")
+    (tmp_path / "data" / "shards" / "fashion-mnist").mkdir(parents=True)
+    assert find_run("fashion-mnist-demo").data == Path("data/shards/fashion-mnist")

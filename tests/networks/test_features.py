@@ -1,6 +1,7 @@
 """Feature networks come from local files, are frozen, and let gradients reach the images."""
 
 import hashlib
+import time
 from importlib import metadata
 from pathlib import Path
 
@@ -63,6 +64,10 @@ def test_an_unknown_model_and_a_missing_file_are_refused(weights):
         feature_networks.build({"name": "timm", "model": MODEL, "weights": "none.pth"}).create()
     with pytest.raises(ValueError, match="do not fit"):
         feature_networks.build({"name": "timm", "model": "resnet18", "weights": str(weights)}).create()
+    start = time.process_time()
+    with pytest.raises(ValueError, match="do not fit"):  # 4 GB of weights, were it built
+        feature_networks.build({"name": "timm", "model": "vit_giant_patch14_224", "weights": str(weights)}).create()
+    assert time.process_time() - start < 10
 
 
 def test_lite0_says_what_to_install(monkeypatch):

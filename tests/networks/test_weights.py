@@ -39,7 +39,7 @@ def test_a_number_that_is_not_finite_is_refused_by_file_and_tensor(tmp_path, end
     else:
         torch.save(state, file)
     with pytest.raises(ValueError, match=rf"weights judge .*model\.{ending}: tensor '1\.running_var' must hold finite"):
-        load_weight_file(network(), file, thing="judge")
+        load_weight_file(network, file, thing="judge")
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])

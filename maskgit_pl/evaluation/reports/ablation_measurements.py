@@ -22,10 +22,10 @@ import torch
 from maskgit_pl.checks import ImageSize, as_image_size
 from maskgit_pl.distributed import default_device, describe_environment, device_name, find_device
 from maskgit_pl.errors import PreemptedError, describe_error, exit_code_of
+from maskgit_pl.evaluation.cache import digest_of, shorten_digest
 from maskgit_pl.evaluation.evaluator import Evaluator, collect_numbers
-from maskgit_pl.evaluation.features import digest_of, shorten_digest
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
-from maskgit_pl.evaluation.metric_names import metric_name
+from maskgit_pl.evaluation.metrics import metric_name
 from maskgit_pl.evaluation.opening import create_evaluated_model, open_images, open_model, open_networks
 from maskgit_pl.evaluation.options import describe_decoding, round_to_classes
 from maskgit_pl.evaluation.reconstruction import measure_reconstruction
@@ -322,7 +322,7 @@ class _Ablation:
             **row, "ablation": self.name, "plan": plan, "real": real, "protocol": protocol.to_row(),
             "dataset": self.evaluator.dataset,
         }  # fmt: skip
-        last = self.ledger.find("ablation", made)
+        last = self.ledger.find("ablation", {name: made[name] for name in ("ablation", "plan", "variant", "seed")})
         if last is None or any(last.get(name) != value for name, value in made.items() if name in ("numbers", "run")):
             self.ledger.add("ablation", made)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from maskgit_pl.errors import markdown, plain_label
 from maskgit_pl.evaluation.ledger import Row, read_number
-from maskgit_pl.evaluation.metric_names import METRICS, direction, find_metric, format_value, is_better, title
+from maskgit_pl.evaluation.metrics import direction, find_metric, format_value, is_better, title
 from maskgit_pl.evaluation.pages import Page, figure_to_png, heading, markdown_table, paragraph
 from maskgit_pl.evaluation.reports.options import AblationProtocol
 
@@ -197,7 +197,7 @@ def summarize(rows: Sequence[Row]) -> Summary:
 
 def _is_shown(name: str, first: str) -> bool:
     metric, _, network = name.partition("/")
-    return metric in _ORDER and metric in METRICS and (metric not in _OF_FIRST or network == first)
+    return metric in _ORDER and (metric not in _OF_FIRST or network == first)
 
 
 def _place(name: str, first: str) -> tuple[int, bool, str]:

@@ -22,7 +22,7 @@ from maskgit_pl.errors import code_span, markdown
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
 from maskgit_pl.evaluation.generation import Task, edit, hide_pixels
 from maskgit_pl.evaluation.ledger import FILE_NAME, REAL, Ledger, Row, has_column, read_number
-from maskgit_pl.evaluation.metric_names import NETWORK_METRICS, format_value, metric_name, title
+from maskgit_pl.evaluation.metrics import computed_metrics, format_value, metric_name, title
 from maskgit_pl.evaluation.opening import (
     check_data,
     create_evaluated_model,
@@ -84,7 +84,6 @@ TASKS: dict[Task, str] = {
     "outpaint-right": "outpainting, the right 50 %",
     "inpaint-centre": "inpainting, the centre 50 % x 50 %",
 }
-_METRICS = (*NETWORK_METRICS, "class_agreement")
 _NAMED_AFTER_NETWORK = ("fid", "sfid", "kid", "is")
 _SHOWN_DIGITS = 8
 _SHOWN_EDITS = 12
@@ -279,7 +278,7 @@ def _explain(rows: Sequence[Row]) -> list[str]:
 def _generation_lines(rows: Sequence[Row]) -> list[str]:
     network = str(rows[0]["network"])
     # A column is left out if no row has the metric, e.g. IS in a network that does not know the classes.
-    shown = [name for name in _METRICS if has_column(rows, name)]
+    shown = _shown_metrics(rows)
     headings = [markdown(title(metric_name(name, network) if name in _NAMED_AFTER_NETWORK else name)) for name in shown]
     # Real images come last, below the models.
     models = [row for row in rows if row["model"] != REAL] + [row for row in rows if row["model"] == REAL]
@@ -292,6 +291,11 @@ def _generation_lines(rows: Sequence[Row]) -> list[str]:
         ],
         left=2,
     )  # fmt: skip
+
+
+def _shown_metrics(rows: Sequence[Row]) -> list[str]:
+    """Returns the metrics that any row has; diversity is shown for variants of a model, not for models."""
+    return [name for name in computed_metrics() if name != "diversity" and has_column(rows, name)]
 
 
 def _cas_lines(rows: Sequence[Row]) -> list[str]:
@@ -347,7 +351,7 @@ def make_editing_page(rows: Sequence[Row], *, command: str) -> Page:
 
 
 def _editing_lines(rows: Sequence[Row]) -> list[str]:
-    shown = [name for name in _METRICS if has_column(rows, name)]
+    shown = _shown_metrics(rows)
     return markdown_table(
         ["result", "run", "network", *map(title, shown), "images", "steps"],
         [
@@ -449,7 +453,7 @@ def _flatten(result: ScheduleResult, networks: Sequence[str]) -> dict[str, objec
     flat: dict[str, object] = {"schedule": result.schedule, "run": result.run, "best_steps": result.best_steps}
     for network in networks:
         row = result.fresh[network]
-        flat |= {f"{name}/{network}": row[name] for name in _METRICS if has_column([row], name)}
+        flat |= {f"{name}/{network}": row[name] for name in _shown_metrics([row])}
     flat |= {name: cell for name, cell in result.likelihood.items() if "nll" in name or "elbo" in name}
     flat |= {f"fid/{networks[0]} at T = {steps}": value for steps, value in sorted(result.curve.items())}
     kept = ("num_images", "parameters", "commit", "date", "dataset", "data", "transformer", "tokenizer", "config",

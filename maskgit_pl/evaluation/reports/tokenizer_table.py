@@ -9,7 +9,7 @@ from typing import Any
 
 from maskgit_pl.errors import markdown
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
-from maskgit_pl.evaluation.metric_names import format_value, title
+from maskgit_pl.evaluation.metrics import format_value, title
 from maskgit_pl.evaluation.options import TokenizerOptions
 from maskgit_pl.evaluation.pages import Page, code_cell, heading, markdown_table, paragraph
 from maskgit_pl.evaluation.reports.options import ReportOptions

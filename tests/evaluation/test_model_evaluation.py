@@ -1,0 +1,63 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from maskgit_pl.data.manifest import read_manifest_summary
+from maskgit_pl.evaluation.model_evaluation import describe_limit
+from maskgit_pl.evaluation.run_folders import describe_held_out
+
+
+def report(fid: float = 0.64, rfid: float | None = 0.55, real: float = 0.1) -> dict[str, Any]:
+    return {
+        "protocol": {"features": {"classifier": {}, "lite0": {}}},
+        "reconstruction": {} if rfid is None else {"rfid/classifier": rfid},
+        "samples": {"exported_guidance": {"fid/classifier": fid}},
+        "real_against_real": {"fid/classifier": real},
+        "likelihood": {"elbo_bits_per_token": 5.15},
+        "model": {"codebook_size": 256},
+    }
+
+
+@pytest.mark.parametrize(
+    ("fid", "reconstruction_fid", "real_fid", "stage"),
+    [
+        (0.63, 0.55, 0.11, "tokenizer"),  # of the demo
+        (1.44, 0.55, 0.11, "transformer"),
+        (1.0, 0.5, 0.1, "transformer"),  # half of it is not more than half
+        (0.15, 0.14, 0.1, "neither"),
+        (0.2, 0.3, 0.1, "tokenizer"),  # generated images may be better than reconstructions
+    ],
+)
+def test_the_stage_that_most_of_the_fid_comes_from(
+    fid: float, reconstruction_fid: float, real_fid: float, stage: str
+) -> None:
+    assert describe_limit(report(fid, reconstruction_fid, real_fid))["stage"] == stage
+
+
+def test_bits_stand_beside_those_of_a_uniform_guess_with_or_without_a_reconstruction_fid() -> None:
+    known, unknown = describe_limit(report()), describe_limit(report(rfid=None))
+    assert known["reconstruction_share"] == pytest.approx(0.55 / 0.64)
+    assert (known["bits_per_token"], known["uniform_bits_per_token"]) == (5.15, 8)
+    assert known["text"].startswith("The tokenizer limits: reconstructed real images already have FID 0.55, 86% of")
+    assert "stage" not in unknown
+    assert unknown["text"] == "The transformer needs 5.15 bits per val token, a uniform guess 8.00."
+
+
+@pytest.mark.parametrize(
+    ("record", "source", "said"),
+    [
+        ({"source": {"kind": "idx"}}, "idx", "the official test set"),
+        ({"source": {"kind": "image folder"}}, "image folder", "about a tenth"),
+        ({"source": "odd"}, "unknown", "maskgit_pl did not choose"),
+        (None, "unknown", "--data"),
+    ],
+)
+def test_the_split_that_judges_is_named(tiny_shards: Path, tmp_path: Path, record: Any, source: str, said: str) -> None:
+    if record is not None:
+        (tmp_path / "made_from.json").write_text(json.dumps(record))
+    found = describe_held_out(tmp_path, read_manifest_summary(tiny_shards))
+    assert (found["images"], found["source"]) == (24, source)
+    assert found["text"].startswith("Held out: 24 images of the val split (29% of the data)")
+    assert said in found["text"]
