@@ -215,9 +215,9 @@ def _read_samples(urls: Iterable[str], labels: Labels) -> Iterator[Sample | Unre
                 if scan.damage or not (len(scan.rows) or scan.faults):
                     raise StreamError(f"stream {url}: must be a complete tar of samples: {scan.damage or 'no images'}")
                 for fault, found in faults.items():
-                    raise StreamError(f"stream {url}: {found.count} samples {fault} (first {found.first})")
+                    raise StreamError(f"stream {url}: {found.samples} samples {fault} (first {found.first})")
                 if unreadable is not None:
-                    yield from [UnreadableSample(f"{url}: {unreadable.first}")] * unreadable.count
+                    yield from [UnreadableSample(f"{url}: {unreadable.first}")] * unreadable.samples
                 for _, offset, size, label in scan.rows.tolist():
                     data = os.pread(file.fileno(), BLOCK + size, offset - BLOCK)  # after the header of the member
                     yield Sample(data[BLOCK:], "", label, member_label(url, data[:BLOCK], offset))
