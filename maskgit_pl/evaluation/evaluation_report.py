@@ -27,7 +27,6 @@ from maskgit_pl.evaluation.ledger import Row
 from maskgit_pl.evaluation.metric_names import NETWORK_METRICS, format_value, metric_name, title
 from maskgit_pl.evaluation.metrics import CLASSIFIER, FeatureMetrics
 from maskgit_pl.evaluation.pages import choose_classes
-from maskgit_pl.evaluation.reconstruction import Reconstruction
 from maskgit_pl.evaluation.run_folders import RunFolders, describe_held_out, read_run_recipe
 from maskgit_pl.files import read_json, write_text
 from maskgit_pl.pipeline import MaskGIT
@@ -70,7 +69,7 @@ class Measurements:
         seed: Seed of the first image.
         samples: Rows of the ledger by images (``exported_guidance``, ``without_guidance``, ``accepted``) and network.
         real: Rows of the same number of real images, by network.
-        reconstruction: Reconstruction error of the tokenizer.
+        reconstruction: Reconstruction error of the tokenizer by name.
         likelihood: Row of the likelihood.
         cas: Rows of the classification accuracy score by training images; empty if it was not measured.
         acceptance: Rejection sampling of the ``accepted`` images; None if there are none.
@@ -81,7 +80,7 @@ class Measurements:
     seed: int
     samples: Mapping[str, Mapping[str, Row]]
     real: Mapping[str, Row]
-    reconstruction: Reconstruction
+    reconstruction: Mapping[str, float]
     likelihood: Row
     cas: Mapping[str, Row] = field(default_factory=dict)
     acceptance: Acceptance | None = None
@@ -200,7 +199,7 @@ def make_report(
             **_describe_negative(pipe),
             "features": {label: _describe_network(network) for label, network in networks.items()},
         },
-        "reconstruction": measured.reconstruction.numbers(),
+        "reconstruction": dict(measured.reconstruction),
         "samples": {name: _collect_reported(rows) for name, rows in measured.samples.items()},
         "real_against_real": {**_collect_reported(measured.real), "images": floor["num_images"]},
         "likelihood": {

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from maskgit_pl.data import ShardData
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.distributed import describe_environment, device_name
-from maskgit_pl.evaluation.cas import classification_accuracy
-from maskgit_pl.evaluation.classifier import TrainingImages
+from maskgit_pl.evaluation.classifier import TrainingImages, classification_accuracy
 from maskgit_pl.evaluation.distances import Metrics
 from maskgit_pl.evaluation.features import digest_of, model_digests, shorten_digest
 from maskgit_pl.evaluation.generation import (

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from maskgit_pl.data import ShardData
 from maskgit_pl.errors import printable
-from maskgit_pl.evaluation.classifier import check_named_classifier, provide_classifier
+from maskgit_pl.evaluation.classifier import obtain_classifier, read_classifier_config
 from maskgit_pl.evaluation.distances import PRECISION_NEIGHBOURS, Metrics, distances
 from maskgit_pl.evaluation.features import Extractor, ImageFeatures, extract, iter_image_batches, shorten_digest
 from maskgit_pl.evaluation.options import SMALL_TRAINING
@@ -218,7 +218,6 @@ def open_extractors(
     features: Sequence[str | dict[str, Any]],
     device: torch.device | str,
     bars: Bars = no_bars,
-    replaces: bool = False,
 ) -> list[Extractor]:
     """Opens feature networks, and trains the classifier of the data if it is missing.
 
@@ -228,7 +227,6 @@ def open_extractors(
         features: Feature networks: names or mappings.
         device: Device of the networks.
         bars: Progress bars.
-        replaces: True to replace a classifier of other data in the folder.
 
     Raises:
         FileExistsError: if the folder of the classifier holds something else.
@@ -241,7 +239,7 @@ def open_extractors(
     others = {place: Extractor.create(spec, device=device) for place, spec in _other_networks(features)}
     if CLASSIFIER in features:
         train = bars("classifier: training", SMALL_TRAINING.max_steps)
-        provide_classifier(classifier, data, replaces=replaces, on_step=lambda: train(1))
+        obtain_classifier(classifier, data, on_step=lambda: train(1))
     return [
         others[place] if place in others else Extractor.create(judge, device=device) for place in range(len(features))
     ]
@@ -266,7 +264,7 @@ def check_features(
     for _, spec in _other_networks(features):
         Extractor.create(spec)
     if classifier is not None and CLASSIFIER in features:
-        check_named_classifier(classifier)
+        read_classifier_config(classifier)
     if reference is not None and not reference.is_file():
         raise FileNotFoundError(f"reference {printable(reference)}: no such file; name another one")
 

@@ -1,32 +1,19 @@
-"""The commands that measure one model: ``evaluate``, ``evaluate_tokenizer`` and ``train_classifier``.
+"""``evaluate``: measures a trained model, and writes ``evaluation.json``, pictures and ledger rows.
 
-1. ``evaluate`` measures a trained model, and writes ``evaluation.json``, pictures and ledger rows. Several processes
-   under ``torchrun`` share the work.
-2. ``evaluate_tokenizer`` measures a tokenizer without a transformer: reconstructions, codes, bits, speed and memory.
-3. ``train_classifier`` trains a classifier of a data folder, whose features measure generated images.
+Several processes under ``torchrun`` share the work.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from maskgit_pl.checks import ImageSize, check_image_size, check_integer, pixels_text
-from maskgit_pl.data.manifest import read_manifest_summary
+from maskgit_pl.checks import check_integer
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.distributed import barrier, default_device, find_device, process_group, rank_and_world
-from maskgit_pl.evaluation.cas import check_cas
-from maskgit_pl.evaluation.classifier import (
-    Accuracy,
-    check_classifier_folder,
-    is_trained,
-    measure_accuracy,
-    obtain_classifier,
-    provide_classifier,
-)
+from maskgit_pl.distributed import barrier, default_device, process_group, rank_and_world
+from maskgit_pl.evaluation.classifier import check_cas, obtain_classifier
 from maskgit_pl.evaluation.evaluation_report import Measurements, Report, make_report, write_pictures
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
 from maskgit_pl.evaluation.generation import delete_generated
@@ -36,36 +23,17 @@ from maskgit_pl.evaluation.opening import (
     create_evaluated_model,
     open_data,
     open_evaluator,
-    open_images,
     open_model,
 )
-from maskgit_pl.evaluation.options import (
-    FEATURES,
-    SMALL_TRAINING,
-    CASConfig,
-    ClassifierConfig,
-    EvaluationOptions,
-    Spec,
-    TokenizerOptions,
-    round_to_classes,
-)
-from maskgit_pl.evaluation.reconstruction import Reconstruction, measure_reconstruction
+from maskgit_pl.evaluation.options import FEATURES, CASConfig, EvaluationOptions, Spec, round_to_classes
+from maskgit_pl.evaluation.reconstruction import measure_reconstruction
 from maskgit_pl.evaluation.reference import iter_real_batches
-from maskgit_pl.evaluation.run_folders import (
-    RunFolders,
-    check_tokenizer_data,
-    find_run,
-    find_tokenizer_folders,
-)
-from maskgit_pl.evaluation.tokenizer_measurement import measure_tokenizer
-from maskgit_pl.evaluation.tokenizer_report import TokenizerReport, make_tokenizer_report
-from maskgit_pl.files import check_writable
-from maskgit_pl.networks.feature_networks import check_model
+from maskgit_pl.evaluation.run_folders import RunFolders, find_run
 from maskgit_pl.networks.perceptual import load_lpips
 from maskgit_pl.pipeline.acceptance import Acceptance
 from maskgit_pl.processes import Bars, local_rank, no_bars
 
-__all__ = ["TrainedClassifier", "evaluate", "evaluate_tokenizer", "train_classifier"]
+__all__ = ["evaluate"]
 
 _DRAWS = 4  # masks per image for likelihoods
 
@@ -141,7 +109,7 @@ def _open(
     features: Sequence[Spec],
     options: EvaluationOptions,
     bars: Bars,
-) -> tuple[Evaluator, EvaluatedModel, Reconstruction]:
+) -> tuple[Evaluator, EvaluatedModel, dict[str, float]]:
     """Opens model, data and evaluator, and measures the reconstruction, which has no ledger row."""
     rank, world_size = rank_and_world()
     device = options.device
@@ -183,7 +151,7 @@ def _measure(
     model: EvaluatedModel,
     decoding: DecodingConfig,
     num_images: int,
-    rebuilt: Reconstruction,
+    rebuilt: dict[str, float],
     cas: CASConfig | None,
     options: EvaluationOptions,
 ) -> Measurements:
@@ -224,120 +192,7 @@ def _open_acceptance(
     folder = options.accept_classifier
     if folder is None:
         folder = folders.classifier
-        provide_classifier(folder, evaluator.data, replaces=folders.shares_classifier)
+        obtain_classifier(folder, evaluator.data)
     acceptance = Acceptance.load(folder, options.accept_rate, device=model.pipe.device)
     acceptance.check_classes(model.pipe.class_names)
     return acceptance
-
-
-def evaluate_tokenizer(
-    folder: Path | str,
-    *,
-    data: Path | None = None,
-    features: Sequence[Spec] = ("classifier",),
-    out: Path | None = None,
-    options: TokenizerOptions | None = None,
-    bars: Bars = no_bars,
-) -> TokenizerReport:
-    """Measures a tokenizer, and writes ``tokenizer.json``, ``tokenizer.md``, a picture and a ledger row.
-
-    Args:
-        folder: Run folder, pretrained folder, or the folder of a tokenizer.
-        data: Data folder; None for the data that the run was trained on.
-        features: Feature networks: names or mappings, see ``networks.features.parse_feature_network``.
-        out: Path of the JSON file, beside which the others are written; None for ``RUN/tokenizer.json``.
-        options: Number of images, tiles and other options; None for the defaults.
-        bars: Progress bars.
-
-    Raises:
-        FileNotFoundError: if there is no tokenizer, or no data.
-        TypeError: if a feature network does not accept its arguments.
-        ValueError: if the data do not fit the tokenizer, a network is unknown, or a number is out of range.
-    """
-    options = options or TokenizerOptions()
-    folders = find_tokenizer_folders(folder, data=data, classifier=options.classifier)
-    check_tokenizer_data(folders, options)
-    file = out or folders.run / "tokenizer.json"
-    check_writable("out", file)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("evaluate-tokenizer must run in one process; start it without torchrun")
-    ledger = Ledger(folders.evaluation / FILE_NAME)  # a damaged file is found before minutes of measurement
-    check_writable("ledger", ledger.file)
-
-    measured = measure_tokenizer(folders, features, options, bars)
-    report = make_tokenizer_report(folders, measured, options, file)
-    report.save()
-    ledger.add("tokenizer", report.row())
-    return report
-
-
-@dataclass(frozen=True)
-class TrainedClassifier:
-    """A stored classifier.
-
-    Args:
-        folder: Folder of the classifier.
-        accuracy: Accuracy on the real val split.
-        is_reused: True if the folder already held it.
-        num_classes: Number of classes.
-    """
-
-    folder: Path
-    accuracy: Accuracy
-    is_reused: bool
-    num_classes: int
-
-
-def train_classifier(
-    data: Path | str,
-    *,
-    config: ClassifierConfig = SMALL_TRAINING,
-    image_size: ImageSize | None = None,
-    num_workers: int = 0,
-    device: str | None = None,
-    out: Path | None = None,
-    bars: Bars = no_bars,
-) -> TrainedClassifier:
-    """Trains a classifier on the train split of a data folder, stores it, and measures it on the val split.
-
-    A stored classifier of the same data and configuration is not trained again.
-
-    Args:
-        data: Data folder.
-        config: Network and training, such as ``default_training("resnet18")``.
-        image_size: Side of square images, or (height, width), in pixels; None for the size of the images, if all have
-            the same.
-        num_workers: Number of processes that read images.
-        device: Device such as ``cpu`` or ``cuda``; None for a GPU if there is one.
-        out: Folder of the classifier; None for ``runs/DATA-classifier/MODEL``.
-        bars: Progress bars.
-
-    Raises:
-        FileNotFoundError: if the data folder does not exist.
-        FileExistsError: if the folder holds another network.
-        ValueError: if ``image_size`` is None and the images have several sizes, the network is unknown, or the folder
-            cannot be written.
-    """
-    check_integer("num_workers", num_workers, "[0, inf)")
-    if image_size is not None:
-        check_image_size("image_size", image_size, "[1, inf)")
-    summary = read_manifest_summary(Path(data))
-    least, largest = zip(summary.images.height, summary.images.width, strict=True)
-    if image_size is None and least != largest:
-        raise ValueError(
-            f"image_size must be given for data {data}, whose images have {pixels_text(least)} to "
-            f"{pixels_text(largest)} pixels"
-        )
-
-    check_model(config.model)
-    place = find_device(device)
-    source = open_images(Path(data), image_size or least, summary.channels, num_workers=num_workers)
-    folder = out or Path("runs") / f"{Path(data).resolve().name}-classifier" / config.model
-    check_writable("out", folder, is_folder=True)
-    check_classifier_folder(folder)
-    is_reused = is_trained(folder, source, config)
-    advance = bars(f"training {config.model}", config.max_steps)
-    classifier = obtain_classifier(folder, source, config=config, on_step=lambda: advance(1), device=place)
-    on_images = bars("real images", source.summary.samples["val"])
-    accuracy = measure_accuracy(classifier.to(place), source, on_images=on_images)
-    return TrainedClassifier(folder, accuracy, is_reused, source.num_classes)

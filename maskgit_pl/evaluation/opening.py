@@ -210,9 +210,7 @@ def open_networks(
     Returns:
         The networks by label.
     """
-    extractors = open_extractors(
-        folders.classifier, data, features=features, device=device, bars=bars, replaces=folders.shares_classifier
-    )
+    extractors = open_extractors(folders.classifier, data, features=features, device=device, bars=bars)
     on_images = bars(f"real images: {', '.join(each.label for each in extractors)}", data.summary.samples["val"])
     if reference is not None:  # the classes of its images are unknown
         references = read_references(reference, extractors, folder=folders.references, on_images=on_images)

@@ -60,10 +60,7 @@ def forbid_generation(patch: pytest.MonkeyPatch) -> None:
         ("evaluate", "--data nowhere", "nowhere: no such folder"),
         ("evaluate", "--num-images 5", "--num-images must be >= 6 (2 per class), got 5"),
         ("evaluate", "--cas --cas-learning-rate nan", "--cas-learning-rate must be a finite number"),
-        ("evaluate-tokenizer", "--num-images 25", "must have >= 25 images, got 24"),
         ("evaluate-tokenizer", "--num-images 3", "--num-images must be an integer in [4, inf), got 3"),
-        ("evaluate-tokenizer", "--tile-overlap 3", "--tile-overlap must be given with tile"),
-        ("evaluate-tokenizer", "--tile 8 --tile-overlap 8", "--tile-overlap must be an integer in [0, 7], got 8"),
         ("evaluate-tokenizer", "--out x.txt", "--out must end in .json"),
         ("compare", "--num-steps 4,17", "--num-steps must be <= 16, the tokens per image, got 17"),
         ("compare", f"--out {__file__}", "--out must be a folder, got the file"),
@@ -549,9 +546,7 @@ def test_bfloat16_measures_other_numbers_in_a_row_of_its_own(run_folder: Path, t
     assert plain["settings"]["dtype"] == "float32"
 
 
-def test_larger_images_that_are_not_square_keep_their_size_in_tiles(
-    run_folder: Path, judge: Path, tmp_path: Path
-) -> None:
+def test_images_of_several_sizes_need_a_size_for_a_classifier(tmp_path: Path) -> None:
     for split, count in (("train", 4), ("val", 6)):
         (tmp_path / "images" / split / "Bag").mkdir(parents=True)
         for number in range(count):
@@ -560,13 +555,6 @@ def test_larger_images_that_are_not_square_keep_their_size_in_tiles(
     make_shards(open_source(tmp_path / "images"), tmp_path / "wide")
     with pytest.raises(ValueError, match="--image-size must be given for data"):
         call_command("train-classifier", "--data", tmp_path / "wide")
-    assert (
-        call_evaluate_tokenizer(judge, run_folder, "--data", tmp_path / "wide", "--tile", 8, "--tile-overlap", 2) == 0
-    )
-    content = json.loads((run_folder / "tokenizer.json").read_text())
-    assert content["protocol"]["tile_overlap"] == 2
-    assert content["numbers"]["bits_per_pixel"] > 1  # overlapping tiles cost more than 4 bits of 4 pixels
-    assert content["numbers"]["ssim"] < 1
 
 
 def test_a_ledger_that_cannot_take_the_row_is_found_before_and_loses_no_report(
@@ -575,7 +563,7 @@ def test_a_ledger_that_cannot_take_the_row_is_found_before_and_loses_no_report(
     file = run_folder / "evaluation" / "ledger.jsonl"
     file.parent.mkdir()
     file.write_text("{\n")
-    module = "maskgit_pl.evaluation.tokenizer_measurement.measure_tokenizer"
+    module = "maskgit_pl.evaluation.tokenizer.measure_tokenizer"
     with monkeypatch.context() as patch:
         patch.setattr(module, lambda *_, **__: pytest.fail("measured"))
         with pytest.raises(ValueError, match=r"ledger\.jsonl: line 1 .*remove the line"):

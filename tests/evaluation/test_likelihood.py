@@ -201,25 +201,6 @@ def test_an_estimate_is_a_mean_with_its_standard_error():
     assert ImageLikelihood(estimate, 4).bits_per_token.standard_error == pytest.approx(0.5 / math.sqrt(3) / math.log(2))
 
 
-@pytest.mark.parametrize(
-    ("tokens", "labels", "draws", "match"),
-    [
-        ((1, 3), 1, 1, r"tokens must be \(n, N\) with n >= 2"),
-        ((4, 3), 3, 1, r"labels \(n,\), got"),
-        ((4, 3), 4, 0, "draws must be >= 1, got 0"),
-    ],
-)
-def test_what_cannot_be_measured_is_refused(tokens, labels, draws, match):
-    with pytest.raises(ValueError, match=match):
-        negative_elbo(
-            Table(3, 2),
-            torch.zeros(tokens, dtype=torch.int64),
-            torch.zeros(labels, dtype=torch.int64),
-            mask_token_id=MASK,
-            draws=MaskDraws(draws),
-        )
-
-
 def test_the_val_split_becomes_tokens_with_its_labels(tiny_pretrained: Path, tiny_shards: Path):
     pipe = MaskGIT.from_pretrained(tiny_pretrained)
     data = ShardData(ShardDataConfig(str(tiny_shards), image_size=8, in_channels=1))
