@@ -27,7 +27,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import Dataset, Sampler
 
-from maskgit_pl.checks import ImageSize, as_image_size, check_image_size, check_integer, pixels_text
+from maskgit_pl.checks import ImageSize, as_image_size, pixels_text
 from maskgit_pl.data import Batch, ShardData, ShardDataConfig, ShuffledStream, flip
 from maskgit_pl.data.batches import make_loader
 from maskgit_pl.data.manifest import read_manifest_summary
@@ -136,7 +136,7 @@ def fit_classifier(
             with torch.autocast(place.type, torch.bfloat16, enabled=config.precision == "bf16-mixed"):
                 loss = F.cross_entropy(network(images.to(place)).logits, batch.labels.to(place))
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]  # torch: untyped
             optimizer.step()
             schedule.step()
             on_step()
@@ -394,9 +394,6 @@ def train_classifier(
         ValueError: if ``image_size`` is None and the images have several sizes, the network is unknown, or the folder
             cannot be written.
     """
-    check_integer("num_workers", num_workers, "[0, inf)")
-    if image_size is not None:
-        check_image_size("image_size", image_size, "[1, inf)")
     summary = read_manifest_summary(Path(data))
     least, largest = zip(summary.images.height, summary.images.width, strict=True)
     if image_size is None and least != largest:
@@ -409,7 +406,7 @@ def train_classifier(
     source = ShardData(
         ShardDataConfig(
             str(data),
-            image_size=image_size or least,
+            image_size=least if image_size is None else image_size,
             in_channels=summary.channels,
             validation_batch=_VALIDATION_BATCH,
             num_workers=num_workers,

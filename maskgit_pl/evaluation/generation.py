@@ -191,7 +191,6 @@ def generate_accepted(
     file: Path | str,
     acceptance: Acceptance,
     *,
-    on_scored: Callable[[int], object] = lambda count: None,
     on_start: Callable[[int, int], object] | None = None,
     on_images: Callable[[int], object] | None = None,
     on_step: StepCallback | None = None,
@@ -207,7 +206,6 @@ def generate_accepted(
         pipe: Model that generates the images.
         file: Path that ends in ``.npz``. ``num_images`` is the number of accepted images in it.
         acceptance: Classifier and acceptance rate.
-        on_scored: Called after each batch with its number of scored candidates.
         on_start: See ``generate_many``; it counts candidates.
         on_images: See ``generate_many``; it counts candidates.
         on_step: See ``generate_many``.
@@ -237,7 +235,7 @@ def generate_accepted(
     result = generate_many(pipe, candidates, on_start=on_start, on_images=on_images, on_step=on_step, **options)
     if result.missing_parts == 0:
         try:
-            _write_accepted(file, plan, open_samples(candidates), acceptance, on_scored)
+            _write_accepted(file, plan, open_samples(candidates), acceptance)
         except (ValueError, OSError):
             if not is_finished(file, plan):  # True if another process has written the file in the meantime
                 raise
@@ -265,16 +263,13 @@ def _candidates_file(file: Path) -> Path:
     return file.with_name(f"{file.stem}.candidates.npz")
 
 
-def _write_accepted(
-    file: Path, plan: BulkPlan, samples: SampleFile, acceptance: Acceptance, on_scored: Callable[[int], object]
-) -> None:
+def _write_accepted(file: Path, plan: BulkPlan, samples: SampleFile, acceptance: Acceptance) -> None:
     """Scores the candidates of a file, and writes the accepted ones."""
     assert samples.labels is not None  # generate_many writes them
     scores = []
     for first, labels in enumerate(torch.split(samples.labels, _SCORED_BATCH)):
         rows = range(first * _SCORED_BATCH, first * _SCORED_BATCH + len(labels))
         scores.append(acceptance.log_probs(samples.read(rows)[:, : plan.image[2]], labels))
-        on_scored(len(rows))
     log_probs = torch.cat(scores)
     counts = dict.fromkeys(plan.classes, plan.count // len(plan.classes))
     kept = acceptance.choose(log_probs, samples.labels, counts)

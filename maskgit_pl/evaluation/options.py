@@ -240,7 +240,7 @@ class ClassifierConfig:
         seed: Seed of weights, order and flips.
         model: ``"small"``, or the timm name of a network, e.g. ``resnet18``.
         flip_probability: Probability of a horizontal flip of a training image, in [0, 1]; use 0 for digits and letters.
-        precision: Precision of the Lightning trainer.
+        precision: Arithmetic of the training: float32, or bfloat16 by autocast.
 
     Raises:
         ValueError: if a number is out of range.
@@ -261,6 +261,7 @@ class ClassifierConfig:
         check_integer("batch size of the classifier", self.batch, "[2, inf)")  # BatchNorm requires two
         check_number("learning rate of the classifier", self.peak_rate, "(0, inf)")
         check_number("flip_probability", self.flip_probability, "[0, 1]")
+        check_choice("precision", self.precision, get_args(Precision))
 
 
 SMALL_TRAINING = ClassifierConfig()

@@ -615,8 +615,8 @@ def test_a_classifier_is_trained_once_and_its_accuracy_printed(tiny_shards, tmp_
         (("--learning-rate", "nan"), "learning rate of the classifier must be a finite number in (0, inf), got nan"),
         (("--batch-size", "1"), "batch size of the classifier must be an integer in [2, inf), got 1"),
         (("--flip-probability", "2"), "--flip-probability must be a number in [0, 1], got 2"),
-        (("--image-size", "0"), "--image-size must be an integer in [1, inf), got 0"),
-        (("--num-workers", "-1"), "--num-workers must be an integer in [0, inf), got -1"),
+        (("--image-size", "0"), "data.image_size must be an integer in [1, 8192], got 0"),
+        (("--num-workers", "-1"), "data.num_workers must be an integer in [0, 1024], got -1"),
         (("--out", __file__), "--out must be a folder, got the file"),
     ],
 )
