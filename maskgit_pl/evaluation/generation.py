@@ -221,11 +221,9 @@ def generate_accepted(
         FileExistsError: if the file was not written by this function.
     """
     file = Path(file)
-    acceptance.check_classes(pipe.class_names)
     bulk, decoding = read_options(BulkOptions, options, pipe.decoding)
     plan = make_plan(pipe, bulk, decoding)
-    if max(plan.classes) >= len(pipe.class_names):
-        raise ValueError("classes must not be None with accept_rate, which ranks by the class; name a class")
+    acceptance.check_classes(pipe.class_names, plan.classes)
     count = num_candidates(acceptance, bulk.num_images, len(plan.classes))
     candidates = _candidates_file(file)
     plan = replace(plan, accept_rate=acceptance.rate, classifier=acceptance.digest)

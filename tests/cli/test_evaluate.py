@@ -1,6 +1,5 @@
 import csv
 import json
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from maskgit_pl.cli import main
-from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.data.images import encode_png
 from maskgit_pl.data.sources.opening import open_source
 from maskgit_pl.data.writer import make_shards
@@ -20,7 +18,7 @@ from maskgit_pl.evaluation import evaluator
 from maskgit_pl.evaluation.ledger import Ledger, Row
 from maskgit_pl.networks.feature_networks import load_classifier
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.pipeline.pretrained import fingerprint, load_tokenizer, read_decoding, save_decoding
+from maskgit_pl.pipeline.pretrained import fingerprint, read_decoding, save_decoding
 from maskgit_pl.pipeline.sharing import bundled_models
 from tests.cli.commands import call_command
 from tests.conftest import CLASSES, save_tiny_pretrained
@@ -482,45 +480,6 @@ def call_evaluate_tokenizer(judge: Path, *words: object) -> int:
     return call_command("evaluate-tokenizer", "--device", "cpu", "--features", f"classifier={judge}", *words)
 
 
-def test_writes_all_numbers_a_page_a_picture_and_one_ledger_row(
-    run_folder: Path, tiny_shards: Path, judge: Path, capsys
-) -> None:
-    assert call_evaluate_tokenizer(judge, run_folder, "--data", tiny_shards) == 0
-    content = json.loads((run_folder / "tokenizer.json").read_text())
-    numbers = content["numbers"]
-    # The same images by hand.
-    data = ShardData(ShardDataConfig(str(tiny_shards), image_size=8, in_channels=1))
-    data.setup()
-    tokenizer = load_tokenizer(run_folder / "pretrained" / "tokenizer")
-    pixels = torch.cat([batch.content[batch.valid] for batch in data.val_dataloader()])
-    tokens = tokenizer.encode(pixels)
-    decoded = tokenizer.network.decode(tokens, tokenizer.grid).clamp(0, 1)
-    errors = (decoded - pixels / 255).double().square().flatten(1).mean(1)
-    assert numbers["psnr_db"] == pytest.approx(-10 * math.log10(errors.mean()), rel=1e-4)
-    assert numbers["mean_psnr_db"] == pytest.approx(float(-10 * errors.log10().mean()), rel=1e-4)
-    shares = tokens.flatten().bincount(minlength=16) / tokens.numel()
-    assert numbers["bits_per_pixel"] == pytest.approx(16 * 4 / 64)  # 16 tokens of 4 bits, 64 pixels
-    entropy = float(torch.special.entr(shares).sum()) / math.log(2)
-    assert numbers["coded_bits_per_pixel"] == pytest.approx(entropy * 16 / 64, rel=1e-4)
-    assert numbers["codebook_usage"] == pytest.approx(float((shares > 0).float().mean()))
-    assert {"rfid/classifier", "rfid_floor/classifier", "rkid/classifier", "rkid_floor/classifier"} <= numbers.keys()
-    assert numbers["images_per_second"] > 0
-    assert content["protocol"]["num_images"] == content["held_out"]["images"] == 24
-    assert list(content["psnr_db_per_class"]) == ["Ankle boot", "T-shirt", "Trouser"]
-    assert sum(content["psnr_db_per_class"].values()) / 3 == pytest.approx(numbers["mean_psnr_db"], rel=1e-4)
-    order = [each["psnr_db"] for each in content["worst"]]
-    assert order == sorted(order)
-    assert order[0] == pytest.approx(-10 * math.log10(errors.max()), rel=1e-4)
-    with Image.open(run_folder / "tokenizer-worst.png") as picture:
-        assert picture.height > 50
-    page = (run_folder / "tokenizer.md").read_text()
-    for text in ("| mean PSNR, dB |", "reconstruction FID (classifier)", "Trouser", "tokenizer-worst.png"):
-        assert text in page
-    (row,) = Ledger(run_folder / "evaluation" / "ledger.jsonl").rows("tokenizer")
-    assert row["numbers"] == numbers
-    assert "reconstruction FID (classifier)" in capsys.readouterr().out
-
-
 def test_an_exported_tokenizer_needs_no_transformer_and_prints_json(
     run_folder: Path, tiny_shards: Path, judge: Path, capsys
 ) -> None:
@@ -532,20 +491,6 @@ def test_an_exported_tokenizer_needs_no_transformer_and_prints_json(
     assert (run_folder / "tokenizer.json").is_file()
 
 
-def test_bfloat16_measures_other_numbers_in_a_row_of_its_own(run_folder: Path, tiny_shards: Path, judge: Path) -> None:
-    found = []
-    for dtype in ("float32", "bfloat16"):
-        call_evaluate_tokenizer(judge, run_folder, "--data", tiny_shards, "--dtype", dtype)
-        content = json.loads((run_folder / "tokenizer.json").read_text())
-        assert content["protocol"]["dtype"] == dtype
-        found.append(content["numbers"]["psnr_db"])
-    assert found[0] != found[1]
-    assert found[0] == pytest.approx(found[1], abs=0.5)
-    plain, rounded = Ledger(run_folder / "evaluation" / "ledger.jsonl").rows("tokenizer")
-    assert rounded["settings"] == {**plain["settings"], "dtype": "bfloat16"}
-    assert plain["settings"]["dtype"] == "float32"
-
-
 def test_images_of_several_sizes_need_a_size_for_a_classifier(tmp_path: Path) -> None:
     for split, count in (("train", 4), ("val", 6)):
         (tmp_path / "images" / split / "Bag").mkdir(parents=True)
@@ -555,32 +500,6 @@ def test_images_of_several_sizes_need_a_size_for_a_classifier(tmp_path: Path) ->
     make_shards(open_source(tmp_path / "images"), tmp_path / "wide")
     with pytest.raises(ValueError, match="--image-size must be given for data"):
         call_command("train-classifier", "--data", tmp_path / "wide")
-
-
-def test_a_ledger_that_cannot_take_the_row_is_found_before_and_loses_no_report(
-    run_folder: Path, tiny_shards: Path, judge: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = run_folder / "evaluation" / "ledger.jsonl"
-    file.parent.mkdir()
-    file.write_text("{\n")
-    module = "maskgit_pl.evaluation.tokenizer.measure_tokenizer"
-    with monkeypatch.context() as patch:
-        patch.setattr(module, lambda *_, **__: pytest.fail("measured"))
-        with pytest.raises(ValueError, match=r"ledger\.jsonl: line 1 .*remove the line"):
-            call_evaluate_tokenizer(judge, run_folder, "--data", tiny_shards)
-        file.unlink()
-        file.mkdir()
-        with pytest.raises(ValueError, match=r"ledger"):
-            call_evaluate_tokenizer(judge, run_folder, "--data", tiny_shards)
-    file.rmdir()
-
-    def full(*_: object) -> None:
-        raise OSError("no space left")
-
-    monkeypatch.setattr("maskgit_pl.evaluation.ledger.Ledger.add", full)
-    with pytest.raises(OSError, match="no space left"):
-        call_evaluate_tokenizer(judge, run_folder, "--data", tiny_shards)
-    assert (run_folder / "tokenizer.json").is_file()
 
 
 # train-classifier
