@@ -264,19 +264,21 @@ def obtain_classifier(
     data: ShardData,
     *,
     config: ClassifierConfig | None = None,
+    replaces: bool = False,
     on_step: Callable[[], object] = lambda: None,
     device: str | None = None,
 ) -> FrozenClassifier:
     """Returns the classifier of a data set that a folder holds; if the folder holds no model, trains and stores one.
 
-    A folder holds one classifier, which is never overwritten. With several ranks, the first one trains, and all read
-    the folder.
+    A folder that the user named is never overwritten. With several ranks, the first one trains, and all read the
+    folder.
 
     Args:
         folder: Folder of the classifier, e.g. ``runs/DATA-classifier/small``.
         data: The real images. A stored classifier must have their fingerprint, classes, image size and channels.
         config: Network and training, which a stored classifier must have, too; None for any, and to train the small
             network.
+        replaces: True to replace another classifier, as in a default folder; never another model.
         on_step: Called after each training step, for a progress bar.
         device: See ``fit_classifier``.
 
@@ -289,7 +291,7 @@ def obtain_classifier(
     """
 
     def train() -> None:
-        if rank_and_world()[0] == 0 and not _is_stored(folder, data, config):
+        if rank_and_world()[0] == 0 and not _is_stored(folder, data, config, replaces=replaces):
             training = config or SMALL_TRAINING
             _save(folder, fit_classifier(data, config=training, on_step=on_step, device=device), data, training)
 
@@ -298,24 +300,28 @@ def obtain_classifier(
     return load_classifier(folder)
 
 
-def read_classifier_config(folder: Path) -> dict[str, Any] | None:
+def read_classifier_config(folder: Path, *, replaces: bool = False) -> dict[str, Any] | None:
     """Reads the configuration of the classifier in a folder; None if one can be trained there.
+
+    Args:
+        folder: Folder of the classifier.
+        replaces: True if weights without a configuration, which a killed process leaves, may be replaced.
 
     Raises:
         FileExistsError: if the folder holds another model.
         ValueError: if the file is damaged.
     """
-    if not any((folder / name).exists() for name in (CONFIG_FILE, WEIGHT_FILE)):
+    file = folder / CONFIG_FILE
+    if not file.exists() and (replaces or not (folder / WEIGHT_FILE).exists()):
         return None
-    if all((folder / name).exists() for name in (CONFIG_FILE, WEIGHT_FILE)):
-        stored = read_json(folder / CONFIG_FILE, max_bytes=MAX_CONFIG_BYTES)
-        if stored.get("format") == FORMAT:
-            return stored
-    raise _another_model(folder)
+    stored = read_json(file, max_bytes=MAX_CONFIG_BYTES) if file.exists() else {}
+    if stored.get("format") != FORMAT:
+        raise _another_model(folder)
+    return stored
 
 
-def _is_stored(folder: Path, data: ShardData, config: ClassifierConfig | None) -> bool:
-    stored = read_classifier_config(folder)
+def _is_stored(folder: Path, data: ShardData, config: ClassifierConfig | None, *, replaces: bool) -> bool:
+    stored = read_classifier_config(folder, replaces=replaces)
     if stored is None:
         return False
     try:
@@ -323,19 +329,23 @@ def _is_stored(folder: Path, data: ShardData, config: ClassifierConfig | None) -
             return True
     except (KeyError, TypeError, ValueError):  # not written by this version
         pass
+    if replaces:
+        return False
     raise _another_model(folder)
 
 
 def _another_model(folder: Path) -> FileExistsError:
     return FileExistsError(
         f"classifier {folder} must hold a classifier of these data, classes, image size and settings, or no model, got "
-        f"another {CONFIG_FILE} or {WEIGHT_FILE}; name an empty folder, delete it if it may be trained again, or "
+        f"another {CONFIG_FILE} or {WEIGHT_FILE}; name an empty folder, or "
         f"measure with a classifier of other data as the feature network classifier={folder}"
     )
 
 
 def _save(folder: Path, classifier: FrozenClassifier, data: ShardData, config: ClassifierConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    # An old configuration is removed first and the new one is written last: it never describes other weights.
+    (folder / CONFIG_FILE).unlink(missing_ok=True)
     weights = {name: tensor.contiguous() for name, tensor in classifier.network.state_dict().items()}
     write_tensors(folder / WEIGHT_FILE, weights)
     write_text(folder / CONFIG_FILE, json.dumps(_describe(data, config), indent=2) + "\n")
@@ -385,7 +395,7 @@ def train_classifier(
             the same.
         num_workers: Number of processes that read images.
         device: Device such as ``cpu`` or ``cuda``; None for a GPU if there is one.
-        out: Folder of the classifier; None for ``runs/DATA-classifier/MODEL``.
+        out: Folder of the classifier, which must hold no other one; None for ``runs/DATA-classifier/MODEL``.
         bars: Progress bars.
 
     Raises:
@@ -416,9 +426,11 @@ def train_classifier(
     folder = out or Path("runs") / f"{Path(data).resolve().name}-classifier" / config.model
     check_writable("out", folder, is_folder=True)
 
-    is_reused = read_classifier_config(folder) is not None
+    is_reused = _is_stored(folder, source, config, replaces=out is None)
     advance = bars(f"training {config.model}", config.max_steps)
-    classifier = obtain_classifier(folder, source, config=config, on_step=lambda: advance(1), device=place)
+    classifier = obtain_classifier(
+        folder, source, config=config, replaces=out is None, on_step=lambda: advance(1), device=place
+    )
     on_images = bars("real images", source.summary.samples["val"])
     accuracy = measure_accuracy(classifier.to(place), source, on_images=on_images)
     return TrainedClassifier(folder, accuracy, is_reused, source.num_classes)

@@ -218,6 +218,7 @@ def open_extractors(
     features: Sequence[str | dict[str, Any]],
     device: torch.device | str,
     bars: Bars = no_bars,
+    replaces: bool = False,
 ) -> list[Extractor]:
     """Opens feature networks, and trains the classifier of the data if it is missing.
 
@@ -227,6 +228,7 @@ def open_extractors(
         features: Feature networks: names or mappings.
         device: Device of the networks.
         bars: Progress bars.
+        replaces: True to replace a classifier of other data in the folder.
 
     Raises:
         FileExistsError: if the folder of the classifier holds something else.
@@ -239,7 +241,7 @@ def open_extractors(
     others = {place: Extractor.create(spec, device=device) for place, spec in _other_networks(features)}
     if CLASSIFIER in features:
         train = bars("classifier: training", SMALL_TRAINING.max_steps)
-        obtain_classifier(classifier, data, on_step=lambda: train(1))
+        obtain_classifier(classifier, data, replaces=replaces, on_step=lambda: train(1))
     return [
         others[place] if place in others else Extractor.create(judge, device=device) for place in range(len(features))
     ]

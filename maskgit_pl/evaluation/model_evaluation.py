@@ -192,7 +192,7 @@ def _open_acceptance(
     folder = options.accept_classifier
     if folder is None:
         folder = folders.classifier
-        obtain_classifier(folder, evaluator.data)
+        obtain_classifier(folder, evaluator.data, replaces=folders.shares_classifier)
     acceptance = Acceptance.load(folder, options.accept_rate, device=model.pipe.device)
     acceptance.check_classes(model.pipe.class_names)
     return acceptance

@@ -210,7 +210,9 @@ def open_networks(
     Returns:
         The networks by label.
     """
-    extractors = open_extractors(folders.classifier, data, features=features, device=device, bars=bars)
+    extractors = open_extractors(
+        folders.classifier, data, features=features, device=device, bars=bars, replaces=folders.shares_classifier
+    )
     on_images = bars(f"real images: {', '.join(each.label for each in extractors)}", data.summary.samples["val"])
     if reference is not None:  # the classes of its images are unknown
         references = read_references(reference, extractors, folder=folders.references, on_images=on_images)

@@ -57,6 +57,11 @@ class RunFolders:
     references: Path
 
     @property
+    def shares_classifier(self) -> bool:
+        """Returns True if the classifier is the one that all runs of the data share; the user named no folder."""
+        return self.classifier == self.references / "small"
+
+    @property
     def evaluation(self) -> Path:
         """The folder of the ledger and of generated images."""
         return self.run / "evaluation"

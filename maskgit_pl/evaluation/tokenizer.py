@@ -184,7 +184,9 @@ def open_tokenizer(
     channels = tokenizer.network.config.in_channels
     data = open_images(folders.data, tokenizer.image_size, channels, num_workers=options.num_workers)
     data.warn_if_resized()
-    extractors = open_extractors(folders.classifier, data, features=features, device=device, bars=bars)
+    extractors = open_extractors(
+        folders.classifier, data, features=features, device=device, bars=bars, replaces=folders.shares_classifier
+    )
     return OpenedTokenizer(folders, options, tokenizer, data, extractors, lpips)
 
 

@@ -87,24 +87,42 @@ def test_a_stored_classifier_is_read_and_not_trained_again(data: ShardData, tmp_
     assert contents(tmp_path / "judge") == before
 
 
-@pytest.mark.parametrize(
-    "change", ["data", "class_names", "in_channels", "format", "training", "no training", "no weights", "no config"]
-)
-def test_a_folder_with_any_other_model_is_refused_and_kept(data: ShardData, tmp_path: Path, change: str) -> None:
-    obtain_classifier(tmp_path, data, config=MOMENT)
+CHANGES = ("data", "class_names", "in_channels", "training", "no training", "no config", "format")
+
+
+@pytest.fixture(params=CHANGES)
+def other(request: pytest.FixtureRequest, data: ShardData, tmp_path: Path) -> str:
+    """Fills the folder with another classifier or model, and returns its difference."""
+    change: str = request.param
+    obtain_classifier(tmp_path, data, config=replace(MOMENT, seed=5 if change == "training" else 0))
     file = tmp_path / "config.json"
     stored = json.loads(file.read_text())
     changes = {"data": {"data": "other"}, "class_names": {"class_names": ["a", "b", "c"]},
                "in_channels": {"network": {**stored["network"], "in_channels": 3}},
                "format": {"format": "maskgit_pl.tokenizer"}, "no training": {"training": None}}  # fmt: skip
-    if change.startswith("no ") and change != "no training":
-        (tmp_path / {"no weights": "model.safetensors", "no config": "config.json"}[change]).unlink()
-    else:
-        file.write_text(json.dumps({**stored, **changes.get(change, {})}))
-    before, config = contents(tmp_path), replace(MOMENT, seed=5) if change == "training" else None
+    file.write_text(json.dumps({**stored, **changes.get(change, {})}))
+    if change == "no config":
+        file.unlink()
+    return change
+
+
+def test_a_named_folder_with_any_other_model_is_refused_and_kept(data: ShardData, tmp_path: Path, other: str) -> None:
+    before = contents(tmp_path)
     with pytest.raises(FileExistsError, match=r"must hold a classifier of these data.*name an empty folder"):
-        obtain_classifier(tmp_path, data, config=config)
+        obtain_classifier(tmp_path, data, config=MOMENT if other == "training" else None)
     assert contents(tmp_path) == before
+
+
+def test_a_default_folder_gets_the_classifier_but_keeps_another_model(
+    data: ShardData, tmp_path: Path, other: str
+) -> None:
+    if other == "format":
+        with pytest.raises(FileExistsError, match="must hold a classifier of these data"):
+            obtain_classifier(tmp_path, data, config=MOMENT, replaces=True)
+    else:
+        obtain_classifier(tmp_path, data, config=MOMENT, replaces=True)
+        stored = json.loads((tmp_path / "config.json").read_text())
+        assert (stored["data"], stored["training"]["seed"]) == (data.summary.fingerprint, 0)
 
 
 def test_a_named_folder_is_checked_before_hours_of_training(tmp_path: Path) -> None:

@@ -31,3 +31,9 @@ def test_the_name_of_the_data_is_that_of_a_folder(tmp_path: Path, monkeypatch: p
     (tmp_path / "shoes" / "deep").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "shoes" / ("deep" if path == ".." else ""))
     assert data_name(Path(path)) == "shoes"
+
+
+def test_a_classifier_is_shared_unless_its_folder_is_named(tmp_path: Path, tiny_shards: Path) -> None:
+    save_tiny_pretrained(tmp_path / "run" / "pretrained")
+    assert find_run(tmp_path / "run", data=tiny_shards).shares_classifier
+    assert not find_run(tmp_path / "run", data=tiny_shards, classifier=tmp_path / "judge").shares_classifier
