@@ -15,9 +15,11 @@ import struct
 import tokenize
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -55,11 +57,7 @@ _MAX_MEMBERS = 100  # arrays per file
 # A compressed array may expand to 100 times the size of the file (images reach 10 times), or to 64 MiB.
 _MAX_RATIO = 100
 _ALWAYS_EXPANDED = 2**26
-_NAMES = {"u1": "uint8", "f": "float", "iu": "integer"}  # accepted kinds of numbers -> name in errors
-
-
-class _ArrayError(ValueError):
-    """An error whose message already names file and array."""
+_NAMES = {"uint8": "uint8", "f": "float", "iu": "integer"}  # accepted kinds of numbers -> name in errors
 
 
 class ArrayFile:
@@ -88,13 +86,13 @@ class ArrayFile:
     def __contains__(self, name: str) -> bool:
         return name in self._members
 
-    def read(self, name: str, shape: tuple[int | None, ...], *, kinds: Literal["u1", "f", "iu"]) -> npt.NDArray[Any]:
+    def read(self, name: str, shape: tuple[int | None, ...], *, kinds: str) -> npt.NDArray[Any]:
         """Reads an array; an uncompressed one is memory-mapped.
 
         Args:
             name: Name of the array, without ``.npy``.
             shape: Required shape; None stands for any size >= 1.
-            kinds: Accepted numbers: uint8, floats or integers of any precision.
+            kinds: Accepted numpy kinds, ``"f"`` or ``"iu"`` of any precision, or the dtype ``"uint8"``.
 
         Raises:
             ValueError: if the array is missing or damaged, or has another shape or dtype.
@@ -104,33 +102,41 @@ class ArrayFile:
             raise self.make_error(name, f"it is missing; the file holds {held}")
         info = self._members[name]
         self._check_expansion(name, info)
-        try:
-            with zipfile.ZipFile(self.path) as archive, archive.open(info) as member:
-                stream = io.BytesIO(member.read(_MAX_HEADER))  # the length that a header claims may be huge
-                version = np.lib.format.read_magic(stream)
-                found, is_fortran, dtype = _HEADERS[version](stream)
-                header = stream.tell()
-            wanted = f"({', '.join('n' if size is None else str(size) for size in shape)})"
-            if not _fits(found, shape):
-                raise self.make_error(name, f"the shape must be {wanted}, got {found}")
-            # Objects, which are pickled, records and text are of other kinds.
-            if dtype.kind not in kinds or (kinds == "u1" and dtype != np.uint8):
-                raise self.make_error(name, f"the dtype must be {_NAMES[kinds]}, got {dtype}")
-            if header + math.prod(found) * dtype.itemsize != info.file_size:
-                raise self.make_error(name, f"its size does not match its shape {found}; the file is damaged")
+        with self._naming(name), self._open(info) as member:
+            stream = io.BytesIO(member.read(_MAX_HEADER))  # the length that a header claims may be huge
+            found, is_fortran, dtype = _HEADERS[np.lib.format.read_magic(stream)](stream)
+            header = stream.tell()
+        if not _fits(found, shape):
+            wanted = ", ".join("n" if size is None else str(size) for size in shape)
+            raise self.make_error(name, f"the shape must be ({wanted}), got {found}")
+        # Objects, which are pickled, records and text are of other kinds.
+        if dtype != kinds if kinds == "uint8" else dtype.kind not in kinds:
+            raise self.make_error(name, f"the dtype must be {_NAMES[kinds]}, got {dtype}")
+        if header + math.prod(found) * dtype.itemsize != info.file_size:
+            raise self.make_error(name, f"its size does not match its shape {found}; the file is damaged")
+        with self._naming(name):
             if info.compress_type != zipfile.ZIP_STORED:
-                with zipfile.ZipFile(self.path) as archive, archive.open(info) as member:
+                with self._open(info) as member:
                     return np.lib.format.read_array(member, allow_pickle=False)
             # An uncompressed member is a plain .npy file within the zip file, so that its values can be mapped.
             return np.memmap(self.path, dtype, "r", self._offset(info) + header, found, "F" if is_fortran else "C")
-        except _ArrayError:
-            raise  # a ValueError too, but its message is complete
+
+    @contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
+        """Turns errors of damaged files into one that names file and array."""
+        try:
+            yield
         except _BROKEN as error:
             raise self.make_error(name, f"it cannot be read: {printable(error)}") from error
 
+    @contextmanager
+    def _open(self, info: zipfile.ZipInfo) -> Iterator[IO[bytes]]:
+        with zipfile.ZipFile(self.path) as archive, archive.open(info) as member:
+            yield member
+
     def make_error(self, name: str, why: str) -> ValueError:
         """Returns an error that names file and array."""
-        return _ArrayError(f"{self.thing} {printable(str(self.path))}: array {name!r}: {why}")
+        return ValueError(f"{self.thing} {printable(str(self.path))}: array {name!r}: {why}")
 
     def check(self) -> None:
         """Compares every array with its checksum.
@@ -206,7 +212,7 @@ def open_samples(file: ArrayFile | Path | str) -> SampleFile:
         ValueError: if there are no images, or an array has another shape or dtype than the layout.
     """
     arrays = file if isinstance(file, ArrayFile) else ArrayFile(file, thing="samples")
-    images = arrays.read("arr_0", (None, None, None, 3), kinds="u1")
+    images = arrays.read("arr_0", (None, None, None, 3), kinds="uint8")
     if "arr_1" not in arrays:
         return SampleFile(arrays.path, images, None)
     labels = torch.from_numpy(arrays.read("arr_1", (len(images),), kinds="iu").astype(np.int64))

@@ -386,7 +386,7 @@ def _read(path: Path, key: Mapping[str, Any]) -> Reference | None:
     try:
         file = ArrayFile(path, thing="reference")
         file.check()  # memory-mapped arrays have no other check
-        if bytes(file.read("key", (None,), kinds="u1")) != _encode_key(key):
+        if bytes(file.read("key", (None,), kinds="uint8")) != _encode_key(key):
             raise file.make_error("key", "it belongs to other images or another network")
         pooled = _read_tensor(file, "pooled", (None, None))
         logits = _read_tensor(file, "logits", (len(pooled), None)) if "logits" in file else None
