@@ -98,8 +98,8 @@ def evaluate_tokenizer(
     check_writable("out", file)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("evaluate-tokenizer must run in one process; start it without torchrun")
+    check_writable("ledger", folders.evaluation / FILE_NAME)
     ledger = Ledger(folders.evaluation / FILE_NAME)  # a damaged file is found before minutes of measurement
-    check_writable("ledger", ledger.file)
 
     report = measure_tokenizer(open_tokenizer(folders, features, options, bars), file, bars)
     report.save()
