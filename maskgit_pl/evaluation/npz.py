@@ -127,7 +127,8 @@ class ArrayFile:
         try:
             yield
         except _BROKEN as error:
-            raise self.make_error(name, f"it cannot be read: {printable(error)}") from error
+            reason = printable(error) or type(error).__name__  # Python's parser gives no text
+            raise self.make_error(name, f"it cannot be read: {reason}") from error
 
     @contextmanager
     def _open(self, info: zipfile.ZipInfo) -> Iterator[IO[bytes]]:
