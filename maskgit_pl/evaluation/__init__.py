@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 from maskgit_pl.registry import lazy_names
 
 if TYPE_CHECKING:
+    from maskgit_pl.evaluation.classifier import train_classifier
     from maskgit_pl.evaluation.comparison import compare
     from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
     from maskgit_pl.evaluation.ledger import Ledger
     from maskgit_pl.evaluation.metrics import ComparedImages, FeatureMetric
-    from maskgit_pl.evaluation.model_evaluation import evaluate, evaluate_tokenizer, train_classifier
+    from maskgit_pl.evaluation.model_evaluation import evaluate
     from maskgit_pl.evaluation.options import (
         CASConfig,
         ClassifierConfig,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         TokenizerOptions,
         TuningOptions,
     )
+    from maskgit_pl.evaluation.tokenizer import evaluate_tokenizer
     from maskgit_pl.evaluation.tuning import plan_trials, tune
 
 __all__ = [
@@ -63,9 +65,9 @@ __getattr__ = lazy_names(
         "TuningOptions": "options",
         "compare": "comparison",
         "evaluate": "model_evaluation",
-        "evaluate_tokenizer": "model_evaluation",
+        "evaluate_tokenizer": "tokenizer",
         "plan_trials": "tuning",
-        "train_classifier": "model_evaluation",
+        "train_classifier": "classifier",
         "tune": "tuning",
     },
 )

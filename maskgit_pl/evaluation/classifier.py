@@ -1,16 +1,19 @@
-"""Classifiers of a data set: the Lightning module, its training, its accuracy, and the folder that stores it.
+"""Classifiers of a data set: training, accuracy, the folder that stores one, and the classification accuracy score.
 
 For small images, features of a classifier of the same data set are more informative than those of an ImageNet
-classifier. Its folder holds the weights, the fingerprint of the data and the configuration. The small network takes
-half a minute on two CPU cores. Images are read on demand. ``metrics`` and ``train_classifier`` use it; ``cas`` trains
-the same module on other images.
+classifier; the small network takes half a minute on two CPU cores. ``metrics`` opens it with ``obtain_classifier``, and
+``maskgit train-classifier`` calls ``train_classifier``.
+
+The classification accuracy score (CAS) trains the same module on generated images, and tests it on real ones. It is low
+for a model whose images look good but cover only a part of each class. The same network, trained on the same number of
+real images, gives the upper limit.
+
+Source of CAS: Ravuri and Vinyals, arXiv:1905.10887; paper, Table 1.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,22 +22,19 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import LambdaCallback
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import Dataset, Sampler
 
-from maskgit_pl.checks import ImageSize, as_image_size
-from maskgit_pl.data import Batch, ShardData, ShuffledStream, flip
+from maskgit_pl.checks import ImageSize, as_image_size, pixels_text
+from maskgit_pl.data import Batch, ShardData, ShardDataConfig, ShuffledStream, flip
 from maskgit_pl.data.batches import make_loader
+from maskgit_pl.data.manifest import read_manifest_summary
 from maskgit_pl.data.order import Order, Rows
-from maskgit_pl.distributed import on_all_ranks, rank_and_world
-from maskgit_pl.evaluation.options import SMALL_TRAINING, ClassifierConfig
-from maskgit_pl.files import read_json, write_tensors, write_text
+from maskgit_pl.distributed import find_device, on_all_ranks, rank_and_world
+from maskgit_pl.evaluation.options import SMALL_TRAINING, CASConfig, ClassifierConfig
+from maskgit_pl.files import check_writable, read_json, write_tensors, write_text
 from maskgit_pl.networks.feature_networks import (
     CONFIG_FILE,
     FORMAT,
@@ -42,92 +42,32 @@ from maskgit_pl.networks.feature_networks import (
     SMALL,
     WEIGHT_FILE,
     ClassifierSizes,
-    FeatureOutput,
+    FrozenClassifier,
+    check_model,
     create_classifier,
     describe_classifier,
+    load_classifier,
 )
-from maskgit_pl.networks.weights import load_weights, read_tensors
-from maskgit_pl.processes import available_cores
-from maskgit_pl.training.stop_and_nonfinite import disable_sigterm_handler
+from maskgit_pl.processes import Bars, available_cores, no_bars
 
 __all__ = [
     "Accuracy",
-    "Classifier",
+    "TrainedClassifier",
     "TrainingImages",
-    "check_classifier_folder",
-    "check_named_classifier",
+    "check_cas",
+    "classification_accuracy",
     "count_hits",
     "fit_classifier",
-    "is_trained",
     "measure_accuracy",
     "obtain_classifier",
-    "provide_classifier",
+    "read_classifier_config",
+    "train_classifier",
 ]
 
 _TOP_CLASSES = 5  # k of the top-k accuracy
 _WARM_UP = 0.25  # fraction of the steps in which the learning rate rises
 _MIN_CYCLE_STEPS = 5  # torch divides by zero if the learning rate rises in a single step
-
-
-class Classifier(LightningModule):
-    """A Lightning module that trains a network of ``networks.feature_networks``.
-
-    Args:
-        in_channels: Channels that the network sees, 1 or 3.
-        image_size: Side of square images, or (height, width), in pixels.
-        num_classes: Number of classes.
-        config: Network and training.
-
-    Raises:
-        ValueError: if timm has no such network.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        image_size: ImageSize,
-        num_classes: int,
-        config: ClassifierConfig = SMALL_TRAINING,
-    ) -> None:
-        super().__init__()
-        self.config = config
-        self.network = create_classifier(
-            ClassifierSizes(in_channels, image_size, num_classes, config.model, config.width)
-        )
-
-    def forward(self, images: Tensor) -> FeatureOutput:
-        """Computes features (B, F) and logits (B, num_classes) of (B, C, H, W) uint8 images."""
-        output: FeatureOutput = self.network(images)
-        return output
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        images, config = batch.content, self.config
-        if config.flip_probability > 0:
-            images = flip(
-                images,
-                probability=config.flip_probability,
-                seed=config.seed,
-                index=batch.index,
-                epoch=batch.epoch,
-            )
-        return F.cross_entropy(self(images).logits, batch.labels)
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        config = self.config
-        optimizer = AdamW(self.parameters(), lr=config.peak_rate, weight_decay=config.weight_decay, fused=True)
-        # interval "step": the learning rate changes after every step, not after every epoch.
-        steps = max(config.max_steps, _MIN_CYCLE_STEPS)
-        schedule = OneCycleLR(optimizer, max_lr=config.peak_rate, total_steps=steps, pct_start=_WARM_UP)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    @torch.inference_mode()
-    def predict(self, images: Tensor, *, batch_size: int = 500) -> FeatureOutput:
-        """Computes features and logits of (n, C, H, W) uint8 images, in float32 on the CPU."""
-        self.eval()
-        outputs = [self(part.to(self.device)) for part in torch.split(images, batch_size)]
-        features = torch.cat([output.features for output in outputs]).float().cpu()
-        logits = torch.cat([output.logits for output in outputs]).float().cpu()
-        return FeatureOutput(features, logits)
+_VALIDATION_BATCH = 200  # images
 
 
 @dataclass(frozen=True)
@@ -139,9 +79,6 @@ class TrainingImages:
         shape: Shape (C, H, W) of an image.
         labels: (n,) int64, in [0, number of classes).
         class_names: Names of all classes, also of those without an image.
-
-    Raises:
-        ValueError: if the shape has not three numbers, there are no images, or a label is out of range.
     """
 
     read: Callable[[Tensor], Tensor]
@@ -149,87 +86,85 @@ class TrainingImages:
     labels: Tensor
     class_names: tuple[str, ...]
 
-    def __post_init__(self) -> None:
-        if len(self.shape) != 3:
-            raise ValueError(f"the shape of training images must be (C, H, W), got {self.shape}")
-        most = len(self.class_names) - 1
-        if not len(self.labels) or not 0 <= int(self.labels.min()) <= int(self.labels.max()) <= most:
-            raise ValueError(f"training images must be at least one, with labels in [0, {most}]")
-
 
 def fit_classifier(
     data: ShardData | TrainingImages,
     *,
     chosen: Tensor | None = None,
-    num_workers: int | None = None,
+    num_workers: int = 0,
     config: ClassifierConfig = SMALL_TRAINING,
     on_step: Callable[[], object] = lambda: None,
     device: str | None = None,
-) -> Classifier:
+) -> FrozenClassifier:
     """Trains a classifier; on the same machine, the result is bit-exact for equal data and configuration.
 
     Args:
         data: Real images, of which the train split is used, or other images.
         chosen: (n,) int64: indices of the samples of the train split to train on; None is all.
-        num_workers: Number of processes that read images; None for the setting of the data, or 0 for other images.
+        num_workers: Number of processes that read other images; real ones have the setting of the data.
         config: Network and training.
         on_step: Called after each training step, for a progress bar.
         device: Device such as cpu, cuda, cuda:1 or mps; None for a GPU if there is one.
 
     Returns:
-        The classifier on the CPU, in evaluation mode.
+        The classifier, on the CPU.
 
     Raises:
         ValueError: if timm has no such network.
     """
-    classifier = _create_classifier(data, config)
-    # Batch i covers positions [i * batch, (i + 1) * batch) of a stream that is shuffled in each epoch.
-    steps = [range(step * config.batch, (step + 1) * config.batch) for step in range(config.max_steps)]
-    default_workers = data.config.num_workers if isinstance(data, ShardData) else 0
-    batches = make_loader(
-        _training_batches(data, config.seed, chosen),
-        cast("Sampler[range]", steps),
-        num_workers=default_workers if num_workers is None else num_workers,
-        unreadable_budget=data.config.unreadable_budget if isinstance(data, ShardData) else 0.0,
-    )
-    with _quiet_lightning(), _set_threads(config.model):
-        trainer = Trainer(
-            max_steps=config.max_steps,
-            max_epochs=-1,
-            **_trainer_device(device),
-            precision=config.precision,
-            plugins=[LightningEnvironment()],  # one process, also below torchrun or Slurm
-            callbacks=[LambdaCallback(on_train_batch_end=lambda *_: on_step())],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-        )
-        disable_sigterm_handler(trainer)
-        trainer.fit(classifier, train_dataloaders=batches)  # without validation
-    return classifier.cpu().eval()
-
-
-def _create_classifier(data: ShardData | TrainingImages, config: ClassifierConfig) -> Classifier:
-    if isinstance(data, ShardData):
-        channels, size, classes = data.config.in_channels, data.config.image_size, data.num_classes
-    else:
-        channels, size, classes = data.shape[0], as_image_size(data.shape[1:]), len(data.class_names)
     # The seed determines the initial weights; fork_rng restores the caller's generator.
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        classifier = Classifier(channels, size, classes, config)
-    classifier.to(memory_format=torch.channels_last)
-    return classifier
+        network = create_classifier(_sizes(data, config))
+    place = torch.device(find_device(device))
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch: untyped overload
+    network.to(place)
+    optimizer = AdamW(network.parameters(), lr=config.peak_rate, weight_decay=config.weight_decay, fused=True)
+    cycle = max(config.max_steps, _MIN_CYCLE_STEPS)
+    schedule = OneCycleLR(optimizer, max_lr=config.peak_rate, total_steps=cycle, pct_start=_WARM_UP)
+    with _set_threads(config.model):
+        for batch in _training_batches(data, config, chosen, num_workers):
+            images = batch.content
+            if config.flip_probability > 0:
+                images = flip(
+                    images,
+                    probability=config.flip_probability,
+                    seed=config.seed,
+                    index=batch.index,
+                    epoch=batch.epoch,
+                )
+            with torch.autocast(place.type, torch.bfloat16, enabled=config.precision == "bf16-mixed"):
+                loss = F.cross_entropy(network(images.to(place)).logits, batch.labels.to(place))
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]  # torch: untyped
+            optimizer.step()
+            schedule.step()
+            on_step()
+    return FrozenClassifier(network.cpu(), data.class_names)
 
 
-def _training_batches(data: ShardData | TrainingImages, seed: int, chosen: Tensor | None) -> Dataset[Batch]:
+def _sizes(data: ShardData | TrainingImages, config: ClassifierConfig) -> ClassifierSizes:
+    if isinstance(data, ShardData):
+        channels, size = data.config.in_channels, data.config.image_size
+    else:
+        channels, size = data.shape[0], as_image_size(data.shape[1:])
+    return ClassifierSizes(channels, size, len(data.class_names), config.model, config.width)
+
+
+def _training_batches(
+    data: ShardData | TrainingImages, config: ClassifierConfig, chosen: Tensor | None, num_workers: int
+) -> Iterator[Batch]:
+    """Yields the batch of each step: positions of a stream of the samples that is shuffled in each epoch."""
+    source: Dataset[Batch]
+    budget = 0.0  # share of images that may be unreadable
     if isinstance(data, TrainingImages):
-        return _ImageBatches(data, ShuffledStream(len(data.labels), seed))
-    if chosen is None:
-        return data.batches("train", ShuffledStream(data.summary.samples["train"], seed))
-    return data.batches("train", _Selected(ShuffledStream(len(chosen), seed), chosen))
+        source = _ImageBatches(data, ShuffledStream(len(data.labels), config.seed))
+    else:
+        num_workers, budget = data.config.num_workers, data.config.unreadable_budget
+        stream = ShuffledStream(data.summary.samples["train"] if chosen is None else len(chosen), config.seed)
+        source = data.batches("train", stream if chosen is None else _Selected(stream, chosen))
+    steps = [range(step * config.batch, (step + 1) * config.batch) for step in range(config.max_steps)]
+    yield from make_loader(source, cast("Sampler[range]", steps), num_workers=num_workers, unreadable_budget=budget)
 
 
 class _ImageBatches(Dataset[Batch]):
@@ -256,27 +191,18 @@ class _Selected:
         return rows._replace(index=self.chosen[rows.index])
 
 
-def _trainer_device(name: str | None) -> dict[str, Any]:
-    """Returns the trainer arguments for one device."""
-    if name is None:
-        return {"devices": 1}  # Lightning chooses the accelerator
-    device = torch.device(name)
-    return {"accelerator": device.type, "devices": 1 if device.index is None else [device.index]}
-
-
 @contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Suppresses the trainer's messages about hardware and about loaders without workers, which are intended."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def _set_threads(model: str) -> Iterator[None]:
+    """Sets the number of CPU threads, which sums depend on in their last bits.
+
+    The layers of the small network are too small to gain from more than one thread.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if model == SMALL else available_cores())
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*does not have many workers.*")
-            warnings.filterwarnings("ignore", ".*LeafSpec.*")  # raised by Lightning's own code with torch 2.13
-            yield
+        yield
     finally:
-        logger.setLevel(level)
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
@@ -293,20 +219,10 @@ class Accuracy:
     top5: float
     images: int
 
-    @classmethod
-    def from_hits(cls, hits: Tensor, images: int) -> Accuracy:
-        """Computes the accuracy.
 
-        Args:
-            hits: (2,) int64: number of correct images, top-1 and top-5.
-            images: Number of classified images.
-        """
-        top1, top5 = (hits.double() / images).tolist()
-        return cls(top1, top5, images)
-
-
+@torch.inference_mode()
 def measure_accuracy(
-    classifier: Classifier, data: ShardData, *, on_images: Callable[[int], object] = lambda count: None
+    classifier: FrozenClassifier, data: ShardData, *, on_images: Callable[[int], object] = lambda count: None
 ) -> Accuracy:
     """Measures the accuracy of a classifier on the real val split.
 
@@ -315,15 +231,17 @@ def measure_accuracy(
         data: The real images.
         on_images: Called after each batch with its number of images.
     """
+    device = next(classifier.parameters()).device
     right, count = torch.zeros(2, dtype=torch.int64), 0  # top-1, top-5
-    with _set_threads(classifier.config.model):
+    with _set_threads(classifier.network.sizes.model):
         for batch in data.val_dataloader():
             images, labels = batch.content[batch.valid], batch.labels[batch.valid]
             if len(labels):
-                right += count_hits(classifier.predict(images).logits, labels)
+                right += count_hits(classifier(images.to(device)).logits.float().cpu(), labels)
             count += len(labels)
             on_images(len(labels))
-    return Accuracy.from_hits(right, count)
+    top1, top5 = (right.double() / count).tolist()
+    return Accuracy(top1, top5, count)
 
 
 def count_hits(logits: Tensor, labels: Tensor) -> Tensor:
@@ -341,160 +259,237 @@ def count_hits(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([hit[:, 0].sum(), hit.any(1).sum()])
 
 
-@contextmanager
-def _set_threads(model: str) -> Iterator[None]:
-    """Sets the number of CPU threads, which sums depend on in their last bits.
-
-    The layers of the small network are too small to gain from more than one thread.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if model == SMALL else available_cores())
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def obtain_classifier(
     folder: Path,
     data: ShardData,
     *,
-    config: ClassifierConfig = SMALL_TRAINING,
+    config: ClassifierConfig | None = None,
+    replaces: bool = False,
     on_step: Callable[[], object] = lambda: None,
     device: str | None = None,
-) -> Classifier:
-    """Returns the classifier of a data set, read from ``folder`` if possible, else trained and stored there.
+) -> FrozenClassifier:
+    """Returns the classifier of a data set that a folder holds; if the folder holds no model, trains and stores one.
 
-    With several ranks, the first one trains, and all read the same folder.
+    A folder that the user named is never overwritten. With several ranks, the first one trains, and all read the
+    folder.
 
     Args:
         folder: Folder of the classifier, e.g. ``runs/DATA-classifier/small``.
-        data: The real images. The stored classifier must match their fingerprint, image size and channels.
-        config: Network and training, which the stored classifier must match, too.
+        data: The real images. A stored classifier must have their fingerprint, classes, image size and channels.
+        config: Network and training, which a stored classifier must have, too; None for any, and to train the small
+            network.
+        replaces: True to replace another classifier, as in a default folder; never another model.
         on_step: Called after each training step, for a progress bar.
         device: See ``fit_classifier``.
 
     Returns:
-        The classifier on the CPU, in evaluation mode.
+        The classifier, on the CPU.
 
     Raises:
-        ValueError: if timm has no such network, or the stored weights are damaged.
+        FileExistsError: if the folder holds anything else.
+        ValueError: if timm has no such network, or a stored file is damaged.
     """
 
     def train() -> None:
-        # Training is short and not distributed; the other ranks wait for the first one.
-        if rank_and_world()[0] == 0 and not is_trained(folder, data, config):
-            classifier = fit_classifier(data, config=config, on_step=on_step, device=device)
-            _save(folder, classifier, _key(data, config))
+        if rank_and_world()[0] == 0 and not _is_stored(folder, data, config, replaces=replaces):
+            training = config or SMALL_TRAINING
+            _save(folder, fit_classifier(data, config=training, on_step=on_step, device=device), data, training)
 
     on_all_ranks(train)
-    # Every rank reads the file, also the one that has trained, so that all have the same weights.
-    classifier = _create_classifier(data, config)
-    load_weights(classifier.network, read_tensors(folder / WEIGHT_FILE), folder / WEIGHT_FILE)
-    return classifier.eval()
+    # Every rank reads the files, also the one that has trained, so that all have the same weights.
+    return load_classifier(folder)
 
 
-def provide_classifier(
-    folder: Path, data: ShardData, *, replaces: bool = False, on_step: Callable[[], object] = lambda: None
-) -> None:
-    """Trains the small classifier of a data set, unless the folder holds one, of any network and training.
-
-    With several ranks, the first one decides and trains.
+def read_classifier_config(folder: Path, *, replaces: bool = False) -> dict[str, Any] | None:
+    """Reads the configuration of the classifier in a folder; None if one can be trained there.
 
     Args:
         folder: Folder of the classifier.
-        data: The real images. The stored classifier must match their fingerprint, classes, image size and channels.
-        replaces: True to replace a classifier of other data, as in the folder that all runs of the data share.
-        on_step: Called after each training step, for a progress bar.
+        replaces: True if weights without a configuration, which a killed process leaves, may be replaced.
 
     Raises:
-        FileExistsError: if the folder holds another network, or a classifier of other data and not ``replaces``.
-        ValueError: if the stored weights are damaged.
+        FileExistsError: if the folder holds another model.
+        ValueError: if the file is damaged.
     """
-
-    def is_missing() -> bool:
-        if rank_and_world()[0] != 0 or _is_of(folder, data):
-            return False
-        _check_free(folder, replaces=replaces)
-        return True
-
-    if any(on_all_ranks(is_missing)):
-        obtain_classifier(folder, data, on_step=on_step)
+    file = folder / CONFIG_FILE
+    if not file.exists() and (replaces or not (folder / WEIGHT_FILE).exists()):
+        return None
+    stored = read_json(file, max_bytes=MAX_CONFIG_BYTES) if file.exists() else {}
+    if stored.get("format") != FORMAT:
+        raise _another_model(folder)
+    return stored
 
 
-def is_trained(folder: Path, data: ShardData, config: ClassifierConfig) -> bool:
-    """Returns True if ``folder`` holds the complete classifier of this data set and configuration."""
-    return _read_key(folder) == _key(data, config) and (folder / WEIGHT_FILE).is_file()
+def _is_stored(folder: Path, data: ShardData, config: ClassifierConfig | None, *, replaces: bool) -> bool:
+    stored = read_classifier_config(folder, replaces=replaces)
+    if stored is None:
+        return False
+    try:
+        if stored == _describe(data, config or ClassifierConfig(**stored["training"])):
+            return True
+    except (KeyError, TypeError, ValueError):  # not written by this version
+        pass
+    if replaces:
+        return False
+    raise _another_model(folder)
 
 
-def check_classifier_folder(folder: Path) -> None:
-    """Checks that what a classifier replaces in a folder, ``config.json`` and its weights, is of a classifier.
-
-    Raises:
-        FileExistsError: if it is of another network.
-    """
-    key = _read_key(folder)
-    if key is not None and key.get("format") != FORMAT:
-        raise FileExistsError(f"{folder / CONFIG_FILE} is not of a classifier; name another folder with --out")
+def _another_model(folder: Path) -> FileExistsError:
+    return FileExistsError(
+        f"classifier {folder} must hold a classifier of these data, classes, image size and settings, or no model, got "
+        f"another {CONFIG_FILE} or {WEIGHT_FILE}; name an empty folder, or "
+        f"measure with a classifier of other data as the feature network classifier={folder}"
+    )
 
 
-def check_named_classifier(folder: Path) -> None:
-    """Checks that a folder that the user named holds a classifier, or that one can be trained there.
-
-    Raises:
-        FileExistsError: if it holds something else.
-    """
-    key = _read_key(folder)
-    if key is None or key.get("format") != FORMAT:
-        _check_free(folder, replaces=False)
-
-
-def _save(folder: Path, classifier: Classifier, key: dict[str, Any]) -> None:
+def _save(folder: Path, classifier: FrozenClassifier, data: ShardData, config: ClassifierConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    # The key is written last, and an old one is removed first: a process that is killed in between leaves no key, and
-    # weights without a key are never read.
+    # An old configuration is removed first and the new one is written last: it never describes other weights.
     (folder / CONFIG_FILE).unlink(missing_ok=True)
-    weights = {name: tensor.cpu().contiguous() for name, tensor in classifier.network.state_dict().items()}
+    weights = {name: tensor.contiguous() for name, tensor in classifier.network.state_dict().items()}
     write_tensors(folder / WEIGHT_FILE, weights)
-    write_text(folder / CONFIG_FILE, json.dumps(key, indent=2) + "\n")
+    write_text(folder / CONFIG_FILE, json.dumps(_describe(data, config), indent=2) + "\n")
 
 
-def _key(data: ShardData, config: ClassifierConfig) -> dict[str, Any]:
+def _describe(data: ShardData, config: ClassifierConfig) -> dict[str, Any]:
     """Returns the content of ``config.json``: sizes of the network, classes, data and training."""
-    channels, size = data.config.in_channels, data.config.image_size
-    sizes = ClassifierSizes(channels, size, data.num_classes, config.model, config.width)
-    described = describe_classifier(sizes, data.class_names)
+    described = describe_classifier(_sizes(data, config), data.class_names)
     return {**described, "data": data.summary.fingerprint, "training": asdict(config)}
 
 
-def _read_key(folder: Path) -> Any:
-    try:
-        return read_json(folder / CONFIG_FILE, max_bytes=MAX_CONFIG_BYTES)
-    except (FileNotFoundError, ValueError):
-        # A damaged file is like a missing one: the classifier is trained again.
-        return None
+@dataclass(frozen=True)
+class TrainedClassifier:
+    """A stored classifier.
+
+    Args:
+        folder: Folder of the classifier.
+        accuracy: Accuracy on the real val split.
+        is_reused: True if the folder already held it.
+        num_classes: Number of classes.
+    """
+
+    folder: Path
+    accuracy: Accuracy
+    is_reused: bool
+    num_classes: int
 
 
-def _is_of(folder: Path, data: ShardData) -> bool:
-    """Returns True if a folder holds a complete classifier of a data set, of any network and training."""
-    key = _read_key(folder)
-    if key is None or not isinstance(key.get("network"), dict) or not (folder / WEIGHT_FILE).is_file():
-        return False
-    own, free = _key(data, SMALL_TRAINING), ("model", "width")
-    network = {**key["network"], **{name: own["network"][name] for name in free}}
-    return {**key, "network": network, "training": own["training"]} == own
+def train_classifier(
+    data: Path | str,
+    *,
+    config: ClassifierConfig = SMALL_TRAINING,
+    image_size: ImageSize | None = None,
+    num_workers: int = 0,
+    device: str | None = None,
+    out: Path | None = None,
+    bars: Bars = no_bars,
+) -> TrainedClassifier:
+    """Trains a classifier on the train split of a data folder, stores it, and measures it on the val split.
 
+    A stored classifier of the same data and configuration is not trained again.
 
-def _check_free(folder: Path, *, replaces: bool) -> None:
-    """Checks that a classifier can be trained into a folder without the loss of what somebody else put there."""
-    if replaces:
-        key = _read_key(folder)
-        is_free = key is None or key.get("format", FORMAT) == FORMAT
-    else:
-        is_free = not any((folder / name).exists() for name in (CONFIG_FILE, WEIGHT_FILE))
-    if not is_free:
-        raise FileExistsError(
-            f"classifier {folder} must hold a classifier of these data, classes and image size, or no model, got "
-            f"another {CONFIG_FILE} or {WEIGHT_FILE}; name an empty folder, or measure with a classifier of other data "
-            f"as the feature network classifier={folder}"
+    Args:
+        data: Data folder.
+        config: Network and training, such as ``default_training("resnet18")``.
+        image_size: Side of square images, or (height, width), in pixels; None for the size of the images, if all have
+            the same.
+        num_workers: Number of processes that read images.
+        device: Device such as ``cpu`` or ``cuda``; None for a GPU if there is one.
+        out: Folder of the classifier, which must hold no other one; None for ``runs/DATA-classifier/MODEL``.
+        bars: Progress bars.
+
+    Raises:
+        FileNotFoundError: if the data folder does not exist.
+        FileExistsError: if the folder holds another model.
+        ValueError: if ``image_size`` is None and the images have several sizes, the network is unknown, or the folder
+            cannot be written.
+    """
+    summary = read_manifest_summary(Path(data))
+    least, largest = zip(summary.images.height, summary.images.width, strict=True)
+    if image_size is None and least != largest:
+        raise ValueError(
+            f"image_size must be given for data {data}, whose images have {pixels_text(least)} to "
+            f"{pixels_text(largest)} pixels"
         )
+    check_model(config.model)
+    place = find_device(device)
+    source = ShardData(
+        ShardDataConfig(
+            str(data),
+            image_size=least if image_size is None else image_size,
+            in_channels=summary.channels,
+            validation_batch=_VALIDATION_BATCH,
+            num_workers=num_workers,
+        )
+    )
+    source.setup()
+    folder = out or Path("runs") / f"{Path(data).resolve().name}-classifier" / config.model
+    check_writable("out", folder, is_folder=True)
+
+    is_reused = _is_stored(folder, source, config, replaces=out is None)
+    advance = bars(f"training {config.model}", config.max_steps)
+    classifier = obtain_classifier(
+        folder, source, config=config, replaces=out is None, on_step=lambda: advance(1), device=place
+    )
+    on_images = bars("real images", source.summary.samples["val"])
+    accuracy = measure_accuracy(classifier.to(place), source, on_images=on_images)
+    return TrainedClassifier(folder, accuracy, is_reused, source.num_classes)
+
+
+def check_cas(config: CASConfig | None) -> None:
+    """Checks that the network of the score exists, before anything is generated. None leaves the score out.
+
+    Raises:
+        ValueError: if timm does not know the network.
+    """
+    if config is not None and config.model != "auto":
+        check_model(config.model)
+
+
+def classification_accuracy(
+    source: TrainingImages | Tensor,
+    data: ShardData,
+    config: CASConfig,
+    *,
+    on_step: Callable[[], object] = lambda: None,
+    device: str | None = None,
+) -> Accuracy:
+    """Trains a classifier on some images and measures its accuracy on the real val split: the CAS.
+
+    On the same machine, the result depends only on the images, their order, the data and ``config``. With several
+    ranks, the first one trains and all get its result. Images are read on demand, so that memory does not grow with
+    their number.
+
+    Args:
+        source: Generated images with the size and channels of the data; or (n,) int64 indices of real images in the
+            train split.
+        data: The real images.
+        config: Network and training.
+        on_step: Called after each training step.
+        device: See ``fit_classifier``.
+
+    Returns:
+        Accuracy on all images of the val split.
+
+    Raises:
+        ValueError: if the network is unknown.
+    """
+    images, chosen = (data, source) if isinstance(source, Tensor) else (source, None)
+
+    # Training is not distributed: the first rank trains, and an error on it is raised on all ranks.
+    def measure() -> Accuracy | None:
+        if rank_and_world()[0] != 0:
+            return None
+        classifier = fit_classifier(
+            images,
+            chosen=chosen,
+            num_workers=data.config.num_workers,
+            config=config,
+            on_step=on_step,
+            device=device,
+        )
+        return measure_accuracy(classifier.to(find_device(device)), data)
+
+    accuracy = on_all_ranks(measure)[0]
+    assert accuracy is not None  # the result of the first rank
+    return accuracy

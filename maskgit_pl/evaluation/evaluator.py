@@ -23,8 +23,7 @@ from maskgit_pl.data import ShardData
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.distributed import describe_environment, device_name
 from maskgit_pl.evaluation.cache import digest_of, shorten_digest
-from maskgit_pl.evaluation.cas import classification_accuracy
-from maskgit_pl.evaluation.classifier import TrainingImages
+from maskgit_pl.evaluation.classifier import TrainingImages, classification_accuracy
 from maskgit_pl.evaluation.distances import class_agreement
 from maskgit_pl.evaluation.features import Extractor, extract, iter_image_batches
 from maskgit_pl.evaluation.generation import (

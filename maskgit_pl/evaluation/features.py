@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from maskgit_pl.data import ShardData
 from maskgit_pl.distributed import gather_rows, on_all_ranks, own_rows
 from maskgit_pl.errors import printable
-from maskgit_pl.evaluation.classifier import check_named_classifier, provide_classifier
+from maskgit_pl.evaluation.classifier import obtain_classifier, read_classifier_config
 from maskgit_pl.evaluation.options import CLASSIFIER, SMALL_TRAINING
 from maskgit_pl.networks.feature_networks import FeatureOutput, weights_digest
 from maskgit_pl.networks.features import ClassifierSpec, FeatureNetworkSpec, parse_feature_network
@@ -245,7 +245,7 @@ def open_extractors(
     others = [None if each == CLASSIFIER else _open(each, device=device) for each in features]
     if CLASSIFIER in features:
         train = bars("classifier: training", SMALL_TRAINING.max_steps)
-        provide_classifier(classifier, data, replaces=replaces, on_step=lambda: train(1))
+        obtain_classifier(classifier, data, replaces=replaces, on_step=lambda: train(1))
     return [each or Extractor.create(ClassifierSpec(str(classifier)), device=device) for each in others]
 
 
@@ -265,7 +265,7 @@ def check_features(
         if each != CLASSIFIER:
             _open(each)
     if classifier is not None and CLASSIFIER in features:
-        check_named_classifier(classifier)
+        read_classifier_config(classifier)
     if reference is not None and not reference.is_file():
         raise FileNotFoundError(f"reference {printable(reference)}: no such file; name another one")
 

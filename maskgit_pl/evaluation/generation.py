@@ -13,11 +13,10 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, Unpack, cast
+from typing import Literal, Unpack
 
 import numpy as np
 import torch
@@ -39,7 +38,6 @@ from maskgit_pl.pipeline.bulk import (
     generate_many,
     is_finished,
     make_plan,
-    remove_samples,
     write_samples,
 )
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer
@@ -80,14 +78,14 @@ class GeneratedImages:
     """
 
     file: SampleFile
-    channels: Literal[1, 3]
+    channels: int
     labels: Tensor
     seconds_per_image: float | None
     steps_taken: float | None = None
 
     def read(self, rows: range) -> Tensor:
         """Returns the (b, C, H, W) uint8 images of a range of rows."""
-        return self.file.read(rows, channels=self.channels)
+        return self.file.read(rows)[:, : self.channels]
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -105,21 +103,15 @@ class GeneratedImages:
 
         Returns:
             (b, C, H, W) uint8.
-
-        Raises:
-            ValueError: if the file is shorter than before.
         """
         images = self.file.images
-        if not isinstance(images, np.memmap):  # a compressed file is in memory already
-            found = np.array(images[rows.numpy()])
-        else:
-            found = np.empty((len(rows), *images.shape[1:]), np.uint8)
-            with open(self.file.path, "rb", buffering=0) as file:
-                # The images lie one after another; each is read directly into its row of the result.
-                for place, row in zip(found, rows.tolist(), strict=True):
-                    file.seek(images.offset + row * place.nbytes)
-                    if file.readinto(place.data) != place.nbytes:
-                        raise ValueError(f"samples {self.file.path} must not be truncated while it is read")
+        assert isinstance(images, np.memmap)  # ``write_samples`` does not compress
+        found = np.empty((len(rows), *images.shape[1:]), np.uint8)
+        with open(self.file.path, "rb", buffering=0) as file:
+            # The images lie one after another; each is read directly into its row of the result.
+            for place, row in zip(found, rows.tolist(), strict=True):
+                file.seek(images.offset + row * place.nbytes)
+                file.readinto(place.data)
         return rearrange(torch.from_numpy(found), "b h w c -> b c h w")[:, : self.channels]
 
 
@@ -177,7 +169,7 @@ def generate_images(
     barrier()  # the last rank to finish has assembled the file from the parts
     samples = open_samples(file)
     assert samples.labels is not None  # generate_many writes them
-    channels = cast("Literal[1, 3]", pipe.tokenizer.network.config.in_channels)
+    channels = pipe.tokenizer.network.config.in_channels
     # Times and steps are those of images that this call made; images from an earlier call have none.
     if not result.made:
         return GeneratedImages(samples, channels, samples.labels, None)
@@ -199,7 +191,6 @@ def generate_accepted(
     file: Path | str,
     acceptance: Acceptance,
     *,
-    on_scored: Callable[[int], object] = lambda count: None,
     on_start: Callable[[int, int], object] | None = None,
     on_images: Callable[[int], object] | None = None,
     on_step: StepCallback | None = None,
@@ -215,7 +206,6 @@ def generate_accepted(
         pipe: Model that generates the images.
         file: Path that ends in ``.npz``. ``num_images`` is the number of accepted images in it.
         acceptance: Classifier and acceptance rate.
-        on_scored: Called after each batch with its number of scored candidates.
         on_start: See ``generate_many``; it counts candidates.
         on_images: See ``generate_many``; it counts candidates.
         on_step: See ``generate_many``.
@@ -231,28 +221,23 @@ def generate_accepted(
         FileExistsError: if the file was not written by this function.
     """
     file = Path(file)
-    acceptance.check_classes(pipe.class_names)
     bulk, decoding = read_options(BulkOptions, options, pipe.decoding)
     plan = make_plan(pipe, bulk, decoding)
-    if max(plan.classes) >= len(pipe.class_names):
-        raise ValueError("classes must not be None with accept_rate, which ranks by the class; name a class")
+    acceptance.check_classes(pipe.class_names, plan.classes)
     count = num_candidates(acceptance, bulk.num_images, len(plan.classes))
-    candidates, candidates_plan = _candidates_file(file), replace(plan, count=count)
+    candidates = _candidates_file(file)
     plan = replace(plan, accept_rate=acceptance.rate, classifier=acceptance.digest)
     if is_finished(file, plan):
-        remove_samples(candidates, candidates_plan)  # left by a run that was killed in step 3
         return BulkResult(file, 0, count, 0)
     options["num_images"] = count
     result = generate_many(pipe, candidates, on_start=on_start, on_images=on_images, on_step=on_step, **options)
     if result.missing_parts == 0:
         try:
-            samples = open_samples(candidates)
-            _write_accepted(file, plan, samples, acceptance, on_scored)
+            _write_accepted(file, plan, open_samples(candidates), acceptance)
         except (ValueError, OSError):
             if not is_finished(file, plan):  # True if another process has written the file in the meantime
                 raise
-        with suppress(FileNotFoundError):
-            candidates.unlink()
+        candidates.unlink(missing_ok=True)
     return replace(result, file=file)
 
 
@@ -276,23 +261,16 @@ def _candidates_file(file: Path) -> Path:
     return file.with_name(f"{file.stem}.candidates.npz")
 
 
-def _write_accepted(
-    file: Path, plan: BulkPlan, samples: SampleFile, acceptance: Acceptance, on_scored: Callable[[int], object]
-) -> None:
+def _write_accepted(file: Path, plan: BulkPlan, samples: SampleFile, acceptance: Acceptance) -> None:
     """Scores the candidates of a file, and writes the accepted ones."""
     assert samples.labels is not None  # generate_many writes them
-    channels = cast("Literal[1, 3]", plan.image[2])
     scores = []
-    for first in range(0, len(samples), _SCORED_BATCH):
-        rows = range(first, min(first + _SCORED_BATCH, len(samples)))
-        scores.append(
-            acceptance.log_probs(samples.read(rows, channels=channels), samples.labels[rows.start : rows.stop])
-        )
-        on_scored(len(rows))
+    for first, labels in enumerate(torch.split(samples.labels, _SCORED_BATCH)):
+        rows = range(first * _SCORED_BATCH, first * _SCORED_BATCH + len(labels))
+        scores.append(acceptance.log_probs(samples.read(rows)[:, : plan.image[2]], labels))
     log_probs = torch.cat(scores)
-    kept: Tensor = acceptance.choose(
-        log_probs, samples.labels, dict.fromkeys(plan.classes, plan.count // len(plan.classes))
-    )
+    counts = dict.fromkeys(plan.classes, plan.count // len(plan.classes))
+    kept = acceptance.choose(log_probs, samples.labels, counts)
     parts = (samples.images[part.numpy()] for part in torch.split(kept, _SCORED_BATCH))
     arrays = {"seeds": (plan.seed + kept).numpy(), "log_probs": log_probs[kept].numpy().astype(np.float32)}
     with write_atomically(file) as stream:
@@ -326,32 +304,36 @@ def edit(
         (n, C, H, W) uint8.
     """
     classes: list[int] = labels.tolist()
-    edited = []
+    mask, edited = make_hidden_mask(task, pipe.tokenizer), []
     sides, factor = height_width(pipe.tokenizer.image_size), pipe.tokenizer.network.config.downsampling_factor
     # Canvases are whole tokens. An image that does not fill its last tokens is inpainted in its right half.
     if task == "outpaint-right" and not any(side % factor for side in sides):
         # Outpainting extends an image, so that the right half is cut off first.
-        added = int(make_hidden_mask(task, pipe.tokenizer)[0].sum())
-        for row, (image, label) in enumerate(zip(images, classes, strict=True)):
+        added = int(mask[0].sum())
+        for row, label in enumerate(classes):
             own = None if vectors is None else vectors[row]
+            left = images[row, ..., :-added]
             edited.append(
-                pipe.outpaint(
-                    image[..., :-added], right=added, classes=[label], vectors=own, seed=seed + row, output_type="pt"
-                )
+                pipe.outpaint(left, right=added, classes=[label], vectors=own, seed=seed + row, output_type="pt")
             )
             on_images(1)
-        return torch.cat([torch.as_tensor(result) for result in edited])
-    known, mask = hide_pixels(task, pipe.tokenizer, images), make_hidden_mask(task, pipe.tokenizer)
-    # Image i has seed + i: each batch continues the seeds of the one before.
-    for first in range(0, len(images), batch_size):
-        rows = slice(first, first + batch_size)
-        edited.append(
-            pipe.inpaint(
-                list(known[rows]), mask, classes=classes[rows], seed=seed + first, batch_size=batch_size,
-                output_type="pt", vectors=None if vectors is None else vectors[rows],
+    else:
+        known = hide_pixels(task, pipe.tokenizer, images)
+        # Image i has seed + i: each batch continues the seeds of the one before.
+        for first in range(0, len(images), batch_size):
+            rows = slice(first, first + batch_size)
+            edited.append(
+                pipe.inpaint(
+                    list(known[rows]),
+                    mask,
+                    classes=classes[rows],
+                    vectors=None if vectors is None else vectors[rows],
+                    seed=seed + first,
+                    batch_size=batch_size,
+                    output_type="pt",
+                )
             )
-        )  # fmt: skip
-        on_images(len(classes[rows]))
+            on_images(len(classes[rows]))
     return torch.cat([torch.as_tensor(result) for result in edited])
 
 

@@ -143,12 +143,8 @@ def masked_nll(
     Returns:
         NLL in nats per masked token.
 
-    Raises:
-        ValueError: if there are fewer than two images, the number of labels differs, or a number is out of range.
-
     Source: paper, Table 3 ("NLL") and the training objective; the loss of the released code for the mean over rows.
     """
-    _check(tokens, labels, draws=draws.count, batch_size=batch_size)
     sampler = MaskSampler(mask_schedule, draws.seed)
 
     def mask(index: Tensor, draw: int) -> Tensor:
@@ -189,9 +185,9 @@ def negative_elbo(
     The t of the draws of an image are stratified.
 
     Args:
-        network: See ``masked_nll``.
-        tokens: (n, N) int64 in [0, K), on the network's device, n >= 2.
-        labels: (n,) int64, on the same device.
+        network: See ``masked_nll``, as for the other arguments.
+        tokens: (n, N) int64 in [0, K), n >= 2.
+        labels: (n,) int64.
         mask_token_id: Token id at masked positions.
         draws: Number of pairs (t, s) per image, and their seed. A multiple of N takes each t equally often.
         batch_size: Images per batch, the same on all ranks.
@@ -200,12 +196,8 @@ def negative_elbo(
     Returns:
         The bound, in nats per image.
 
-    Raises:
-        ValueError: see ``masked_nll``.
-
     Source: Uria et al., arXiv:1310.1757; Hoogeboom et al., arXiv:2110.02037, eq. 4 and 5.
     """
-    _check(tokens, labels, draws=draws.count, batch_size=batch_size)
     num_tokens = tokens.shape[1]
 
     def mask(index: Tensor, draw: int) -> Tensor:
@@ -240,11 +232,7 @@ def exact_nll(
 
     Returns:
         -log p(x | class) = sum over i of -log p(x_i | x_<i, class), in nats per image.
-
-    Raises:
-        ValueError: see ``masked_nll``.
     """
-    _check(tokens, labels, batch_size=batch_size)
 
     def nll(index: Tensor) -> Tensor:
         rows = tokens[index]
@@ -299,17 +287,6 @@ def encode_real_images(
         index.append(batch.position)
     whole = [gather_rows(torch.cat(rows), torch.cat(index)).to(pipe.device) for rows in (tokens, labels)]
     return whole[0], whole[1]
-
-
-def _check(tokens: Tensor, labels: Tensor, **numbers: int) -> None:
-    if tokens.ndim != 2 or len(tokens) < 2 or labels.shape != tokens.shape[:1]:
-        raise ValueError(
-            "likelihood: tokens must be (n, N) with n >= 2, and labels (n,), got "
-            f"{tuple(tokens.shape)} and {tuple(labels.shape)}"
-        )
-    for name, number in numbers.items():
-        if number < 1:
-            raise ValueError(f"likelihood {name} must be >= 1, got {number}")
 
 
 def _masked_row_nll(

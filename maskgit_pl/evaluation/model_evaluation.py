@@ -1,4 +1,4 @@
-"""``evaluate`` measures one model; ``evaluate_tokenizer`` and ``train_classifier`` are here too.
+"""``evaluate`` measures one model.
 
 An evaluation has three parts:
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,26 +21,16 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from maskgit_pl.checks import ImageSize, check_image_size, check_integer, pixels_text, plain_size
-from maskgit_pl.data.manifest import read_manifest_summary
+from maskgit_pl.checks import check_integer, plain_size
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.distributed import (
     barrier,
     default_device,
     describe_environment,
-    find_device,
     process_group,
     rank_and_world,
 )
-from maskgit_pl.evaluation.cas import check_cas
-from maskgit_pl.evaluation.classifier import (
-    Accuracy,
-    check_classifier_folder,
-    is_trained,
-    measure_accuracy,
-    obtain_classifier,
-    provide_classifier,
-)
+from maskgit_pl.evaluation.classifier import check_cas, obtain_classifier
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, collect_numbers
 from maskgit_pl.evaluation.generation import GeneratedImages, delete_generated, num_candidates
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
@@ -51,18 +40,14 @@ from maskgit_pl.evaluation.opening import (
     create_evaluated_model,
     open_data,
     open_evaluator,
-    open_images,
     open_model,
 )
 from maskgit_pl.evaluation.options import (
     CLASSIFIER,
     FEATURES,
-    SMALL_TRAINING,
     CASConfig,
-    ClassifierConfig,
     EvaluationOptions,
     Spec,
-    TokenizerOptions,
     round_to_classes,
 )
 from maskgit_pl.evaluation.pages import choose_classes
@@ -70,15 +55,10 @@ from maskgit_pl.evaluation.reconstruction import measure_reconstruction
 from maskgit_pl.evaluation.reference import iter_real_batches
 from maskgit_pl.evaluation.run_folders import (
     RunFolders,
-    check_tokenizer_data,
     describe_held_out,
     find_run,
-    find_tokenizer_folders,
 )
-from maskgit_pl.evaluation.tokenizer_measurement import measure_tokenizer
-from maskgit_pl.evaluation.tokenizer_report import TokenizerReport, make_tokenizer_report
-from maskgit_pl.files import check_writable, write_text
-from maskgit_pl.networks.feature_networks import check_model
+from maskgit_pl.files import write_text
 from maskgit_pl.networks.perceptual import LPIPS, load_lpips
 from maskgit_pl.pipeline.acceptance import Acceptance
 from maskgit_pl.pipeline.card import refresh_card
@@ -88,11 +68,8 @@ from maskgit_pl.processes import Bars, local_rank, no_bars
 
 __all__ = [
     "Report",
-    "TrainedClassifier",
     "describe_limit",
     "evaluate",
-    "evaluate_tokenizer",
-    "train_classifier",
 ]
 
 _DRAWS = 4  # masks per image for likelihoods
@@ -247,7 +224,7 @@ def _open_acceptance(folders: RunFolders, evaluator: Evaluator, options: Evaluat
     folder = options.accept_classifier
     if folder is None:
         folder = folders.classifier
-        provide_classifier(folder, evaluator.data, replaces=folders.shares_classifier)
+        obtain_classifier(folder, evaluator.data, replaces=folders.shares_classifier)
     acceptance = Acceptance.load(folder, rate, device=evaluator.device)
     acceptance.check_classes(evaluator.data.class_names)
     return acceptance
@@ -265,7 +242,7 @@ def _measure_reconstruction(plan: _Evaluation) -> dict[str, float]:
         references={label: network.reference for label, network in networks.items()},
         lpips=plan.lpips,
         on_images=plan.evaluator.bars("reconstructing", data.summary.samples["val"]),
-    ).numbers()
+    )
 
 
 def _measure_images(plan: _Evaluation) -> dict[str, Any]:
@@ -526,116 +503,3 @@ def _write_pictures(plan: _Evaluation, generated: GeneratedImages, *, folder: Pa
         steps, pipe.tokenizer.decode, pipe.tokenizer.grid, plan.decoding, captions, seeds, token_size=token_size
     )
     recording.save(folder / "decoding.gif")
-
-
-def evaluate_tokenizer(
-    folder: Path | str,
-    *,
-    data: Path | None = None,
-    features: Sequence[Spec] = ("classifier",),
-    out: Path | None = None,
-    options: TokenizerOptions | None = None,
-    bars: Bars = no_bars,
-) -> TokenizerReport:
-    """Measures a tokenizer, and writes ``tokenizer.json``, ``tokenizer.md``, a picture and a ledger row.
-
-    Args:
-        folder: Run folder, pretrained folder, or the folder of a tokenizer.
-        data: Data folder; None for the data that the run was trained on.
-        features: Feature networks: names or mappings, see ``networks.features.parse_feature_network``.
-        out: Path of the JSON file, beside which the others are written; None for ``RUN/tokenizer.json``.
-        options: Number of images, tiles and other options; None for the defaults.
-        bars: Progress bars.
-
-    Raises:
-        FileNotFoundError: if there is no tokenizer, or no data.
-        TypeError: if a feature network does not accept its arguments.
-        ValueError: if the data do not fit the tokenizer, a network is unknown, or a number is out of range.
-    """
-    options = options or TokenizerOptions()
-    folders = find_tokenizer_folders(folder, data=data, classifier=options.classifier)
-    check_tokenizer_data(folders, options)
-    file = out or folders.run / "tokenizer.json"
-    check_writable("out", file)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("evaluate-tokenizer must run in one process; start it without torchrun")
-    ledger = Ledger(folders.evaluation / FILE_NAME)  # a damaged file is found before minutes of measurement
-    check_writable("ledger", ledger.file)
-
-    measured = measure_tokenizer(folders, features, options, bars)
-    report = make_tokenizer_report(folders, measured, options, file)
-    report.save()
-    ledger.add("tokenizer", report.row())
-    return report
-
-
-@dataclass(frozen=True)
-class TrainedClassifier:
-    """A stored classifier.
-
-    Args:
-        folder: Folder of the classifier.
-        accuracy: Accuracy on the real val split.
-        is_reused: True if the folder already held it.
-        num_classes: Number of classes.
-    """
-
-    folder: Path
-    accuracy: Accuracy
-    is_reused: bool
-    num_classes: int
-
-
-def train_classifier(
-    data: Path | str,
-    *,
-    config: ClassifierConfig = SMALL_TRAINING,
-    image_size: ImageSize | None = None,
-    num_workers: int = 0,
-    device: str | None = None,
-    out: Path | None = None,
-    bars: Bars = no_bars,
-) -> TrainedClassifier:
-    """Trains a classifier on the train split of a data folder, stores it, and measures it on the val split.
-
-    A stored classifier of the same data and configuration is not trained again.
-
-    Args:
-        data: Data folder.
-        config: Network and training, such as ``default_training("resnet18")``.
-        image_size: Side of square images, or (height, width), in pixels; None for the size of the images, if all have
-            the same.
-        num_workers: Number of processes that read images.
-        device: Device such as ``cpu`` or ``cuda``; None for a GPU if there is one.
-        out: Folder of the classifier; None for ``runs/DATA-classifier/MODEL``.
-        bars: Progress bars.
-
-    Raises:
-        FileNotFoundError: if the data folder does not exist.
-        FileExistsError: if the folder holds another network.
-        ValueError: if ``image_size`` is None and the images have several sizes, the network is unknown, or the folder
-            cannot be written.
-    """
-    check_integer("num_workers", num_workers, "[0, inf)")
-    if image_size is not None:
-        check_image_size("image_size", image_size, "[1, inf)")
-    summary = read_manifest_summary(Path(data))
-    least, largest = zip(summary.images.height, summary.images.width, strict=True)
-    if image_size is None and least != largest:
-        raise ValueError(
-            f"image_size must be given for data {data}, whose images have {pixels_text(least)} to "
-            f"{pixels_text(largest)} pixels"
-        )
-
-    check_model(config.model)
-    place = find_device(device)
-    source = open_images(Path(data), image_size or least, summary.channels, num_workers=num_workers)
-    folder = out or Path("runs") / f"{Path(data).resolve().name}-classifier" / config.model
-    check_writable("out", folder, is_folder=True)
-    check_classifier_folder(folder)
-    is_reused = is_trained(folder, source, config)
-    advance = bars(f"training {config.model}", config.max_steps)
-    classifier = obtain_classifier(folder, source, config=config, on_step=lambda: advance(1), device=place)
-    on_images = bars("real images", source.summary.samples["val"])
-    accuracy = measure_accuracy(classifier.to(place), source, on_images=on_images)
-    return TrainedClassifier(folder, accuracy, is_reused, source.num_classes)

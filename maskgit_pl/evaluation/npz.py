@@ -15,9 +15,11 @@ import struct
 import tokenize
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +38,7 @@ _BROKEN = (
     OSError,
     EOFError,
     LookupError,
+    OverflowError,  # a size of more than 63 bits
     RuntimeError,  # an encrypted file; RecursionError is a subclass
     MemoryError,  # Python's parser, which numpy reads headers with
     tokenize.TokenError,  # numpy's second attempt, for headers of Python 2
@@ -57,30 +60,15 @@ _ALWAYS_EXPANDED = 2**26
 _NAMES = {"uint8": "uint8", "f": "float", "iu": "integer"}  # accepted kinds of numbers -> name in errors
 
 
-class _ArrayError(ValueError):
-    """An error whose message already names file and array."""
-
-
-@dataclass(frozen=True)
-class _Member:
-    """The place and type of an array in its file."""
-
-    info: zipfile.ZipInfo
-    shape: tuple[int, ...]
-    fortran: bool
-    dtype: np.dtype[Any]
-    header: int  # bytes before the values
-
-
 class ArrayFile:
-    """The arrays of an ``.npz`` file. Opening it checks all headers; objects are never unpickled.
+    """The arrays of an ``.npz`` file of a stranger; objects are never unpickled.
 
     Args:
         path: Path of the file.
         thing: Kind of the file for error messages, e.g. ``"reference"``.
 
     Raises:
-        ValueError: if the file is missing, damaged or not an ``.npz`` file, or holds anything but plain numbers.
+        ValueError: if the file is missing, damaged, not an ``.npz`` file, or holds more than 100 arrays.
     """
 
     def __init__(self, path: Path | str, *, thing: str) -> None:
@@ -89,29 +77,14 @@ class ArrayFile:
             raise ValueError(f"{thing} {path} must be an existing .npz file")
         try:
             with open(self.path, "rb") as stream, open_zip(stream, max_entries=_MAX_MEMBERS) as archive:
-                self._members = {
-                    info.filename.removesuffix(".npy"): self._member(archive, info) for info in archive.infolist()
-                }
+                self._members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
         except TooLargeDirectoryError as error:
             raise ValueError(f"{thing} {path} must have {error}; remove the arrays that are not needed") from error
-        except _ArrayError:
-            raise  # a ValueError too, but its message is complete
         except _BROKEN as error:
             raise ValueError(f"{thing} {path} is damaged or not an .npz file: {printable(error)}") from error
 
     def __contains__(self, name: str) -> bool:
         return name in self._members
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Returns the shape of an array.
-
-        Raises:
-            ValueError: if the array is missing.
-        """
-        if name not in self._members:
-            held = ", ".join(printable(each) for each in sorted(self._members)) or "nothing"
-            raise self.make_error(name, f"it is missing; the file holds {held}")
-        return self._members[name].shape
 
     def read(self, name: str, shape: tuple[int | None, ...], *, kinds: str) -> npt.NDArray[Any]:
         """Reads an array; an uncompressed one is memory-mapped.
@@ -119,31 +92,52 @@ class ArrayFile:
         Args:
             name: Name of the array, without ``.npy``.
             shape: Required shape; None stands for any size >= 1.
-            kinds: Accepted numpy kinds such as ``"f"`` or ``"iu"``, or the dtype ``"uint8"``.
+            kinds: Accepted numpy kinds, ``"f"`` or ``"iu"`` of any precision, or the dtype ``"uint8"``.
 
         Raises:
             ValueError: if the array is missing or damaged, or has another shape or dtype.
         """
-        found, member = self.shape(name), self._members.get(name)
-        assert member is not None
-        fits = len(found) == len(shape) and all(
-            size >= 1 if wanted is None else size == wanted for size, wanted in zip(found, shape, strict=True)
-        )
-        if not fits:
-            wanted = "(" + ", ".join("n" if size is None else str(size) for size in shape) + ")"
-            raise self.make_error(name, f"the shape must be {wanted}, got {found}")
-        # "f" and "iu" accept any precision of floats or integers, uint8 only itself.
-        if member.dtype != kinds if kinds == "uint8" else member.dtype.kind not in kinds:
-            raise self.make_error(name, f"the dtype must be {_NAMES[kinds]}, got {member.dtype}")
+        if name not in self._members:
+            held = ", ".join(printable(each) for each in sorted(self._members)) or "nothing"
+            raise self.make_error(name, f"it is missing; the file holds {held}")
+        info = self._members[name]
+        self._check_expansion(name, info)
+        with self._naming(name), self._open(info) as member:
+            stream = io.BytesIO(member.read(_MAX_HEADER))  # the length that a header claims may be huge
+            found, is_fortran, dtype = _HEADERS[np.lib.format.read_magic(stream)](stream)
+            header = stream.tell()
+        if not _fits(found, shape):
+            wanted = ", ".join("n" if size is None else str(size) for size in shape)
+            raise self.make_error(name, f"the shape must be ({wanted}), got {found}")
+        # Objects, which are pickled, records and text are of other kinds.
+        if dtype != kinds if kinds == "uint8" else dtype.kind not in kinds:
+            raise self.make_error(name, f"the dtype must be {_NAMES[kinds]}, got {dtype}")
+        if header + math.prod(found) * dtype.itemsize != info.file_size:
+            raise self.make_error(name, f"its size does not match its shape {found}; the file is damaged")
+        with self._naming(name):
+            if info.compress_type != zipfile.ZIP_STORED:
+                with self._open(info) as member:
+                    return np.lib.format.read_array(member, allow_pickle=False)
+            # An uncompressed member is a plain .npy file within the zip file, so that its values can be mapped.
+            return np.memmap(self.path, dtype, "r", self._offset(info) + header, found, "F" if is_fortran else "C")
+
+    @contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
+        """Turns errors of damaged files into one that names file and array."""
         try:
-            is_stored = member.info.compress_type == zipfile.ZIP_STORED
-            return self._map(member) if is_stored else self._decompress(member)
+            yield
         except _BROKEN as error:
-            raise self.make_error(name, f"it cannot be read: {error}") from error
+            reason = printable(error) or type(error).__name__  # Python's parser gives no text
+            raise self.make_error(name, f"it cannot be read: {reason}") from error
+
+    @contextmanager
+    def _open(self, info: zipfile.ZipInfo) -> Iterator[IO[bytes]]:
+        with zipfile.ZipFile(self.path) as archive, archive.open(info) as member:
+            yield member
 
     def make_error(self, name: str, why: str) -> ValueError:
         """Returns an error that names file and array."""
-        return _ArrayError(f"{self.thing} {printable(str(self.path))}: array {name!r}: {why}")
+        return ValueError(f"{self.thing} {printable(str(self.path))}: array {name!r}: {why}")
 
     def check(self) -> None:
         """Compares every array with its checksum.
@@ -158,26 +152,6 @@ class ArrayFile:
                 raise ValueError(f"{self.thing} {self.path}: damaged: {error}") from error
         if damaged is not None:
             raise self.make_error(damaged.removesuffix(".npy"), "it is damaged: the checksum differs")
-
-    def _member(self, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Member:
-        name = info.filename.removesuffix(".npy")
-        self._check_expansion(name, info)
-        with archive.open(info) as member:
-            # Only the header is read, and at most 64 KiB of it: the length that it claims may be huge.
-            stream = io.BytesIO(member.read(_MAX_HEADER))
-            version = np.lib.format.read_magic(stream)
-            if version not in _HEADERS:
-                raise self.make_error(name, f"the version of the .npy format must be 1.0 or 2.0, got {version}")
-            shape, fortran, dtype = _HEADERS[version](stream)
-            header = stream.tell()
-        # Reading an object array unpickles it, which can run any code. Records and subarrays are no plain numbers.
-        if dtype.hasobject or dtype.names is not None or dtype.subdtype is not None:
-            raise self.make_error(
-                name, "it must hold plain numbers, got objects, which may run code when they are read"
-            )
-        if header + math.prod(shape) * dtype.itemsize != info.file_size:
-            raise self.make_error(name, f"its size does not match its shape {shape}; the file is damaged")
-        return _Member(info, shape, fortran, dtype, header)
 
     def _check_expansion(self, name: str, info: zipfile.ZipInfo) -> None:
         """Checks that a member is stored or deflated, as numpy writes it, and that it is no decompression bomb."""
@@ -194,34 +168,20 @@ class ArrayFile:
                 "with np.savez",
             )
 
-    def _map(self, member: _Member) -> npt.NDArray[Any]:
-        # An uncompressed member is a plain .npy file within the zip file, so that its values can be mapped.
+    def _offset(self, info: zipfile.ZipInfo) -> int:
+        """Returns the number of bytes of the file before an uncompressed member."""
         with open(self.path, "rb") as file:
-            file.seek(member.info.header_offset)
+            file.seek(info.header_offset)
             local = file.read(_LOCAL_HEADER)
         # The name and the extra field follow the local header; their lengths may differ from the central directory's.
         name_length, extra_length = struct.unpack("<HH", local[26:30])
-        offset = member.info.header_offset + _LOCAL_HEADER + name_length + extra_length + member.header
-        if offset + math.prod(member.shape) * member.dtype.itemsize > self.path.stat().st_size:
-            raise EOFError("the file ends before the array")
-        order: Literal["C", "F"] = "F" if member.fortran else "C"
-        return np.memmap(self.path, member.dtype, "r", offset, member.shape, order)
+        return info.header_offset + _LOCAL_HEADER + int(name_length) + int(extra_length)
 
-    def _decompress(self, member: _Member) -> npt.NDArray[Any]:
-        order: Literal["C", "F"] = "F" if member.fortran else "C"
-        size = math.prod(member.shape) * member.dtype.itemsize
-        with zipfile.ZipFile(self.path) as archive, archive.open(member.info) as stream:
-            stream.read(member.header)
-            content = bytearray(size)  # bytes would make a read-only array
-            place = 0
-            while place < size:
-                part = stream.read(min(2**20, size - place))
-                if not part:
-                    raise EOFError("the file ends before the array")
-                content[place : place + len(part)] = part
-                place += len(part)
-            stream.read(1)  # zipfile compares the checksum at the end of the member
-        return np.frombuffer(content, member.dtype).reshape(member.shape, order=order)
+
+def _fits(found: tuple[int, ...], shape: tuple[int | None, ...]) -> bool:
+    return len(found) == len(shape) and all(
+        size >= 1 if wanted is None else size == wanted for size, wanted in zip(found, shape, strict=True)
+    )
 
 
 @dataclass(frozen=True)
@@ -241,27 +201,9 @@ class SampleFile:
     def __len__(self) -> int:
         return len(self.images)
 
-    def read(self, rows: range, *, channels: Literal[1, 3] = 3) -> Tensor:
-        """Reads images.
-
-        Args:
-            rows: Indices of the images, with step 1.
-            channels: 3, or 1 for grey images, whose three channels are equal.
-
-        Returns:
-            (b, channels, H, W) uint8.
-
-        Raises:
-            ValueError: if ``channels`` is 1 and an image is not grey.
-        """
-        images = rearrange(torch.from_numpy(np.array(self.images[rows.start : rows.stop])), "b h w c -> b c h w")
-        if channels == 3:
-            return images
-        if not (images == images[:, :1]).all():
-            raise ValueError(
-                f"samples {self.path} must be grey, got colour among images {rows.start} to {rows.stop - 1}"
-            )
-        return images[:, :1]
+    def read(self, rows: range) -> Tensor:
+        """Returns the (b, 3, H, W) uint8 images of a range of rows."""
+        return rearrange(torch.from_numpy(np.array(self.images[rows.start : rows.stop])), "b h w c -> b c h w")
 
 
 def open_samples(file: ArrayFile | Path | str) -> SampleFile:

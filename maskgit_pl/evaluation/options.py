@@ -19,6 +19,7 @@ __all__ = [
     "CAS_TRAINING",
     "CLASSIFIER",
     "FEATURES",
+    "LEAST_IMAGES",
     "PLOT_STEPS",
     "SMALL_TRAINING",
     "CASConfig",
@@ -48,7 +49,7 @@ SearchMethod = Literal["random", "grid"]
 CLASSIFIER = "classifier"  # label of the classifier of the data at hand
 FEATURES: tuple[Spec, ...] = (CLASSIFIER, "lite0")
 PLOT_STEPS = (2, 3, 4, 6, 8, 12, 16, 24)  # values of T in the curves of mask schedules
-_LEAST_IMAGES = 4  # each half of the real images needs two for a covariance
+LEAST_IMAGES = 4  # each half of the real images needs two for a covariance
 _SMALL_IMAGES = 64  # pixels; smaller images do not need more than 18 layers
 
 
@@ -207,45 +208,23 @@ class TokenizerOptions(MeasurementOptions):
     """Options of ``evaluate_tokenizer``.
 
     Args:
-        num_images: Number of random val images (default: all).
+        num_images: Number of random val images, at most all (default: all).
         dtype: Arithmetic of the tokenizer; auto: bfloat16 on devices with instructions for it, else float32 (default:
             that of the weights).
         lpips: Also measure LPIPS with vgg=FILE, alex=FILE or squeeze=FILE.
-        tile: Keep the size of each image, and reconstruct it from overlapping square tiles with a side of N pixels
-            (default: crop and resize the images as in training).
-        tile_overlap: Smallest overlap of two tiles in pixels (default: a quarter of --tile).
 
     Raises:
-        ValueError: if a number is out of range, or there is an overlap without a tile.
+        ValueError: if a number is out of range.
     """
 
     num_images: int | None = None
     dtype: Dtype | None = None
     lpips: str | None = None
-    tile: int | None = None
-    tile_overlap: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_images is not None:
-            check_integer("num_images", self.num_images, f"[{_LEAST_IMAGES}, inf)")
-        if self.tile is not None:
-            check_integer("tile", self.tile, "[1, 8192]")
-        if self.tile_overlap is not None:
-            if self.tile is None:
-                raise ValueError(f"tile_overlap must be given with tile, got only {self.tile_overlap}; give the tile")
-            check_integer("tile_overlap", self.tile_overlap, f"[0, {self.tile - 1}]")
-
-    @property
-    def least_images(self) -> int:
-        """The smallest number of val images."""
-        return max(_LEAST_IMAGES, self.num_images or 0)
-
-    @property
-    def overlap(self) -> int:
-        """The overlap of tiles, in pixels."""
-        assert self.tile is not None
-        return self.tile // 4 if self.tile_overlap is None else self.tile_overlap
+            check_integer("num_images", self.num_images, f"[{LEAST_IMAGES}, inf)")
 
 
 @dataclass(frozen=True)
@@ -261,7 +240,7 @@ class ClassifierConfig:
         seed: Seed of weights, order and flips.
         model: ``"small"``, or the timm name of a network, e.g. ``resnet18``.
         flip_probability: Probability of a horizontal flip of a training image, in [0, 1]; use 0 for digits and letters.
-        precision: Precision of the Lightning trainer.
+        precision: Arithmetic of the training: float32, or bfloat16 by autocast.
 
     Raises:
         ValueError: if a number is out of range.
@@ -282,6 +261,7 @@ class ClassifierConfig:
         check_integer("batch size of the classifier", self.batch, "[2, inf)")  # BatchNorm requires two
         check_number("learning rate of the classifier", self.peak_rate, "(0, inf)")
         check_number("flip_probability", self.flip_probability, "[0, 1]")
+        check_choice("precision", self.precision, get_args(Precision))
 
 
 SMALL_TRAINING = ClassifierConfig()

@@ -9,16 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maskgit_pl.checks import check_channels, check_image_size, height_width, pixels_text, shorten
-from maskgit_pl.data.manifest import DataSummary, read_manifest_summary
+from maskgit_pl.checks import shorten
+from maskgit_pl.data.manifest import DataSummary
 from maskgit_pl.data.writer import MAX_RECORD_BYTES, RECORD
-from maskgit_pl.evaluation.options import TokenizerOptions
 from maskgit_pl.files import read_json, read_yaml
 from maskgit_pl.pipeline.sharing import bundled_models, local_folder
 
 __all__ = [
     "RunFolders",
-    "check_tokenizer_data",
     "data_name",
     "describe_held_out",
     "find_run",
@@ -202,33 +200,3 @@ def describe_held_out(folder: Path, summary: DataSummary) -> dict[str, Any]:
         f"Held out: {images:,} images of the val split ({fraction:.0%} of the data), {_SOURCES.get(source, _UNKNOWN)}."
     )
     return {"split": "val", "images": images, "fraction": fraction, "source": source, "text": text}
-
-
-def check_tokenizer_data(folders: RunFolders, options: TokenizerOptions) -> DataSummary:
-    """Checks that a data folder fits a tokenizer, from JSON files only.
-
-    Raises:
-        FileNotFoundError: if there are no data.
-        ValueError: if there are too few val images, they are smaller than those of the tokenizer, or they have colours
-            that it does not take.
-    """
-    summary = read_manifest_summary(folders.data)
-    config = read_json(folders.pretrained / "tokenizer" / "config.json", max_bytes=_MAX_CONFIG_BYTES)
-    network = config.get("network")
-    name = f"tokenizer {folders.pretrained}"
-    channels = check_channels(f"{name}: in_channels", network.get("in_channels") if isinstance(network, dict) else None)
-    size = check_image_size(f"{name}: image_size", config.get("image_size"), "[1, 8192]")
-    where, images = f"data {folders.data}", summary.samples.get("val", 0)
-    least = options.least_images
-    if images < least:
-        raise ValueError(f"{where}: the val split must have >= {least} images, got {images}; lower --num-images")
-    if channels == 1 and summary.channels != 1:
-        raise ValueError(f"{where}: the images must be grey for this tokenizer, got colour; choose others with --data")
-    smallest = (summary.images.height[0], summary.images.width[0])
-    if options.tile is None and any(have < need for have, need in zip(smallest, height_width(size), strict=True)):
-        raise ValueError(
-            f"{where}: the images must have >= {pixels_text(size)} pixels, those of the tokenizer, got "
-            f"{pixels_text(smallest)}; choose larger images with --data, or give --tile to reconstruct them at their "
-            "own size"
-        )
-    return summary

@@ -71,11 +71,15 @@ class Acceptance:
         """The SHA-256 in hex of the layers and weights of the classifier."""
         return weights_digest(self.classifier)
 
-    def check_classes(self, class_names: Sequence[str]) -> None:
-        """Checks that the classes of the classifier are those of the model, in the same order.
+    def check_classes(self, class_names: Sequence[str], labels: Sequence[int] = ()) -> None:
+        """Checks that the classifier can rank images of a model.
+
+        Args:
+            class_names: Classes of the model, which must be those of the classifier, in the same order.
+            labels: Labels of the images, which must not be "no class".
 
         Raises:
-            ValueError: if they differ.
+            ValueError: if a class is not one of the classifier.
         """
         if tuple(class_names) != self.classifier.class_names:
             raise ValueError(
@@ -83,6 +87,8 @@ class Acceptance:
                 f"{list(self.classifier.class_names[:10])}; train one on the model's data with "
                 "`maskgit train-classifier --data DATA`"
             )
+        if any(label >= len(class_names) for label in labels):
+            raise ValueError("classes must not be None with accept_rate, which ranks by the class; name a class")
 
     def num_candidates(self, count: int) -> int:
         """Returns how many candidates of a class are generated to keep ``count`` of them."""
@@ -174,10 +180,8 @@ def choose_seeds(
     Raises:
         ValueError: if the classifier has other classes than the model, or a class is "no class" or unknown.
     """
-    acceptance.check_classes(pipe.class_names)
     labels = pipe.class_ids(classes)
-    if max(labels) >= len(pipe.class_names):
-        raise ValueError("classes must not be None with accept_rate, which ranks by the class; name a class")
+    acceptance.check_classes(pipe.class_names, labels)
     counts = Counter(labels)  # in the order of first appearance
     candidates = [label for label, count in counts.items() for _ in range(acceptance.num_candidates(count))]
     scores = []

@@ -18,7 +18,6 @@ import shutil
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -46,7 +45,6 @@ __all__ = [
     "generate_many",
     "is_finished",
     "make_plan",
-    "remove_samples",
     "write_samples",
 ]
 
@@ -331,19 +329,6 @@ def check_same(place: Path, known: Mapping[str, Any], plan: BulkPlan) -> None:
             f"{place} holds images of other settings: {', '.join(changed)}. Use the same settings, name another file, "
             "or delete it"
         )
-
-
-def remove_samples(file: Path, plan: BulkPlan) -> None:
-    """Removes the file and the parts of a plan. What belongs to another plan, or is no file of this package, stays."""
-    work = _Work(file, plan)
-    with suppress(OSError, ValueError):
-        if is_finished(file, plan):
-            file.unlink(missing_ok=True)
-    with suppress(OSError, ValueError):
-        known = _read_plan((work.folder / _PLAN).read_bytes())
-        if known is not None:
-            check_same(work.folder, known, plan)
-            shutil.rmtree(work.folder, ignore_errors=True)
 
 
 def write_samples(

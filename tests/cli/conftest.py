@@ -23,8 +23,7 @@ def run_folder(tiny_pretrained: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def quick_judge(monkeypatch: pytest.MonkeyPatch) -> None:
     """Classifiers are trained for a moment."""
-    plain = classifier.obtain_classifier
-    monkeypatch.setattr(classifier, "obtain_classifier", lambda *args, **options: plain(*args, config=QUICK, **options))
+    monkeypatch.setattr(classifier, "SMALL_TRAINING", QUICK)
 
 
 @pytest.fixture(scope="module")

@@ -88,7 +88,6 @@ def test_images_of_24_by_40_pixels_go_from_files_to_an_evaluation(tmp_path: Path
     assert (judge.in_channels, judge.image_size) == (3, (24, 40))
     assert json.loads((run / "evaluation.json").read_text())["model"]["image_size"] == [24, 40]
     maskgit("evaluate-tokenizer", run, "--data", shards, "--num-images", 8, "--features", "classifier")
-    maskgit("evaluate-tokenizer", run, "--data", shards, "--num-images", 8, "--features", "classifier", "--tile", 16)
     maskgit("data", "stats", shards, "--out", tmp_path / "sheet.png")
     maskgit("inspect", run, "--data", shards)
     maskgit("doctor", "tokenizer", "--recipe", "base", "--data", shards, *flags(TOKENIZER))

@@ -41,10 +41,7 @@ def test_other_names_are_refused() -> None:
 def run(tiny_pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run of its own, whose classifier is trained for a moment."""
     shutil.copytree(tiny_pretrained, tmp_path / "run" / "pretrained")
-    quick, plain = ClassifierConfig(width=4, max_steps=3, batch=20), classifier.obtain_classifier
-    monkeypatch.setattr(
-        classifier, "obtain_classifier", lambda *args, **options: plain(*args, **options | {"config": quick})
-    )
+    monkeypatch.setattr(classifier, "SMALL_TRAINING", ClassifierConfig(width=4, max_steps=3, batch=20))
     return tmp_path / "run"
 
 
@@ -75,12 +72,3 @@ def test_the_functions_return_numbers_write_files_and_share_a_ledger(run: Path, 
     rows = evaluation.Ledger(run / "evaluation" / "ledger.jsonl").rows("samples")
     assert fid in [row["fid"] for row in rows]
     assert len({row["judge"] for row in rows}) == 1
-
-
-def test_a_classifier_is_trained_once(tiny_shards: Path, tmp_path: Path) -> None:
-    config = ClassifierConfig(width=4, max_steps=3, batch=20)
-    first, again = (
-        evaluation.train_classifier(tiny_shards, config=config, device="cpu", out=tmp_path / "kept") for _ in range(2)
-    )
-    assert (first.is_reused, again.is_reused) == (False, True)
-    assert first.accuracy == again.accuracy

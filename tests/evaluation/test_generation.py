@@ -1,6 +1,6 @@
-"""Accepted images in a file: the best candidates, whoever makes them and whatever stops them."""
-
 import json
+import subprocess
+import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from maskgit_pl.evaluation.generation import (
+    GeneratedImages,
     Task,
     edit,
     generate_accepted,
@@ -18,6 +19,7 @@ from maskgit_pl.evaluation.generation import (
     make_hidden_mask,
     num_candidates,
 )
+from maskgit_pl.evaluation.npz import open_samples
 from maskgit_pl.networks.feature_networks import ClassifierSizes, FrozenClassifier, create_classifier
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.acceptance import Acceptance
@@ -46,11 +48,10 @@ def read(file: Path) -> dict[str, np.ndarray]:
 
 
 def test_the_file_holds_the_best_candidates_with_their_seeds(pipe, acceptance, tmp_path):
-    scored = []
-    result = generate_accepted(pipe, tmp_path / "best.npz", acceptance, on_scored=scored.append, **OPTIONS)
+    result = generate_accepted(pipe, tmp_path / "best.npz", acceptance, **OPTIONS)
     assert (result.made, result.missing_parts, result.file) == (24, 0, tmp_path / "best.npz")
     assert [path.name for path in tmp_path.iterdir()] == ["best.npz"]
-    assert sum(scored) == 24 == num_candidates(acceptance, 6, 3)
+    assert num_candidates(acceptance, 6, 3) == 24
     generate_many(pipe, tmp_path / "all.npz", **OPTIONS | {"num_images": 24})
     best, everything = read(tmp_path / "best.npz"), read(tmp_path / "all.npz")
     assert best["arr_1"].tolist() == [0, 0, 1, 1, 2, 2]
@@ -79,32 +80,6 @@ def test_a_second_call_does_nothing_and_another_rate_is_refused(pipe, acceptance
         generate_many(pipe, file, **OPTIONS)
 
 
-def test_candidates_that_a_killed_run_left_are_removed(pipe, acceptance, tmp_path):
-    file, candidates = tmp_path / "best.npz", tmp_path / "best.candidates.npz"
-    generate_accepted(pipe, file, acceptance, **OPTIONS)
-    generate_many(pipe, candidates, **OPTIONS | {"num_images": 24})
-    generate_accepted(pipe, file, acceptance, **OPTIONS)
-    assert [path.name for path in tmp_path.iterdir()] == ["best.npz"]
-    # A process that began late made some parts.
-    generate_many(pipe, candidates, **OPTIONS | {"num_images": 24}, world_size=2)
-    generate_accepted(pipe, file, acceptance, **OPTIONS)
-    assert [path.name for path in tmp_path.iterdir()] == ["best.npz"]
-
-
-def test_other_files_with_the_names_of_candidates_stay(pipe, acceptance, tmp_path):
-    file, candidates = tmp_path / "best.npz", tmp_path / "best.candidates.npz"
-    generate_accepted(pipe, file, acceptance, **OPTIONS)
-    generate_many(pipe, candidates, **OPTIONS | {"num_images": 3})
-    parts = tmp_path / "best.candidates.npz.parts"
-    parts.mkdir()
-    for content in (None, b"{}"):
-        if content is not None:
-            (parts / "plan.json").write_bytes(content)
-            candidates.write_bytes(content)
-        generate_accepted(pipe, file, acceptance, **OPTIONS)
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["best.candidates.npz", parts.name, "best.npz"]
-
-
 def test_processes_share_the_candidates(pipe, acceptance, tmp_path):
     generate_accepted(pipe, tmp_path / "one.npz", acceptance, **OPTIONS)
     results = [
@@ -127,6 +102,50 @@ def test_refuses_before_anything_is_generated(pipe, acceptance, tmp_path, change
     with pytest.raises(ValueError, match=message):
         generate_accepted(pipe, tmp_path / "best.npz", acceptance, **OPTIONS | changes)
     assert not list(tmp_path.iterdir())
+
+
+def as_generated(file: Path, channels: int) -> GeneratedImages:
+    samples = open_samples(file)
+    return GeneratedImages(samples, channels, samples.labels, None)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_generated_images_are_read_in_any_order(tmp_path: Path, channels: int) -> None:
+    pixels = torch.randint(0, 256, (9, channels, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    file = tmp_path / "a.npz"
+    np.savez(file, arr_0=pixels.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy(), arr_1=np.arange(9))
+    made = as_generated(file, channels)
+    assert made.shape == (channels, 8, 8)
+    order = torch.tensor([8, 0, 3, 3])
+    assert torch.equal(made.read_at(order), pixels[order])
+    assert torch.equal(made.read(range(2, 5)), pixels[2:5])
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
+    """Compares the peak memory of processes that read files of two sizes in random order."""
+    peaks = []
+    for count in (1000, 6000):
+        file = tmp_path / f"{count}.npz"
+        np.savez(file, arr_0=np.zeros((count, 64, 64, 3), np.uint8), arr_1=np.zeros(count, np.int64))
+        done = subprocess.run([sys.executable, "-c", READ, file], capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout))
+    assert peaks[1] - peaks[0] < 20_000  # kB; the images are 61 MB more
+
+
+READ = """
+import sys
+import torch
+from maskgit_pl.evaluation.generation import GeneratedImages
+from maskgit_pl.evaluation.npz import open_samples
+
+file = open_samples(sys.argv[1])
+images = GeneratedImages(file, 3, file.labels, None)
+for rows in torch.randperm(len(file)).split(64):
+    assert images.read_at(rows).shape == (len(rows), 3, 64, 64)
+(peak,) = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM:")]
+print(peak)  # not ru_maxrss, which starts from that of the parent
+"""
 
 
 TASKS = get_args(Task)

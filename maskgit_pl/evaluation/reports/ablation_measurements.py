@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -306,9 +306,15 @@ class _Ablation:
                 references={label: network.reference for label, network in evaluator.networks.items()},
                 on_images=self.bars(f"{run.folder.name}: reconstructing", data.summary.samples["val"]),
             )
-            numbers = {name: value for name, value in asdict(measured).items() if name in _OF_TOKENIZER}
+            numbers = {name: value for name, value in measured.items() if name in _OF_TOKENIZER}
             for label, network in evaluator.networks.items():
-                row = {**keys, **network.columns, **numbers, "rfid": measured.rfid[label], "run": run.folder.name}
+                row = {
+                    **keys,
+                    **network.columns,
+                    **numbers,
+                    "rfid": measured[metric_name("rfid", label)],
+                    "run": run.folder.name,
+                }
                 rows[label] = self.ledger.add("reconstruction", row)
         return _collect_reconstruction({label: row for label, row in rows.items() if row is not None})
 

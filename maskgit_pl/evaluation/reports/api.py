@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from maskgit_pl.checks import check_integer, shorten
-from maskgit_pl.evaluation.cas import check_cas
+from maskgit_pl.evaluation.classifier import check_cas
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
 from maskgit_pl.evaluation.options import CAS_TRAINING, CASConfig
 from maskgit_pl.evaluation.pages import Page, command_line

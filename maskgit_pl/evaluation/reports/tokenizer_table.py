@@ -13,9 +13,8 @@ from maskgit_pl.evaluation.metrics import format_value, title
 from maskgit_pl.evaluation.options import TokenizerOptions
 from maskgit_pl.evaluation.pages import Page, code_cell, heading, markdown_table, paragraph
 from maskgit_pl.evaluation.reports.options import ReportOptions
-from maskgit_pl.evaluation.run_folders import RunFolders, check_tokenizer_data, data_name, describe_held_out
-from maskgit_pl.evaluation.tokenizer_measurement import feature_digests, measure_tokenizer
-from maskgit_pl.evaluation.tokenizer_report import make_tokenizer_report, tokenizer_key
+from maskgit_pl.evaluation.run_folders import RunFolders, data_name, describe_held_out
+from maskgit_pl.evaluation.tokenizer import measure_tokenizer, open_tokenizer
 from maskgit_pl.processes import Bars
 
 __all__ = ["measure_tokenizers"]
@@ -36,20 +35,21 @@ def measure_tokenizers(folders: Sequence[RunFolders], options: ReportOptions, co
         ValueError: if the data do not fit a tokenizer, or a network is unknown.
     """
     ledger, rows = Ledger(options.results / FILE_NAME), []
-    summaries = [check_tokenizer_data(each, TokenizerOptions()) for each in folders]  # before the first measurement
-    for each, summary in zip(folders, summaries, strict=True):
-        count = min(options.num_images, summary.samples["val"])
-        own = TokenizerOptions(
-            batch_size=options.batch_size, device=options.device, num_workers=options.num_workers,
-            classifier=options.classifier, num_images=count,
-        )  # fmt: skip
-        key = tokenizer_key(each, summary.fingerprint, count, feature_digests(each, options.features, own, bars), own)
-        row = ledger.find("tokenizer", key)
+    own = TokenizerOptions(
+        batch_size=options.batch_size,
+        device=options.device,
+        num_workers=options.num_workers,
+        classifier=options.classifier,
+        num_images=options.num_images,
+    )
+    tokenizers = [open_tokenizer(each, options.features, own, bars) for each in folders]
+    for opened in tokenizers:
+        row = ledger.find("tokenizer", opened.key)
         if row is None:
-            measured = measure_tokenizer(each, options.features, own, bars)
-            row = ledger.add("tokenizer", make_tokenizer_report(each, measured, own, each.run / "tokenizer.json").row())
-        rows.append({**row, "run": each.run.name})
-    text = describe_held_out(folders[0].data, summaries[0])["text"]
+            row = ledger.add("tokenizer", measure_tokenizer(opened, options.results / "tokenizer.json", bars).row())
+        rows.append({**row, "run": opened.folders.run.name})
+    data = tokenizers[0].data
+    text = describe_held_out(folders[0].data, data.summary)["text"]
     return _make_page(rows, command, text, options.results / data_name(folders[0].data))
 
 
