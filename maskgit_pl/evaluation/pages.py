@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskgit_pl.errors import code_span, plain_label, printable
-from maskgit_pl.evaluation.ledger import format_csv
+from maskgit_pl.evaluation.ledger import format_csv, has_column
+from maskgit_pl.evaluation.metric_names import find_metric
 from maskgit_pl.files import write_atomically
 
 if TYPE_CHECKING:
@@ -33,7 +34,9 @@ __all__ = [
     "figure_to_png",
     "heading",
     "image_to_png",
+    "is_metric",
     "markdown_table",
+    "metrics_of",
     "name_lines",
     "paragraph",
     "plot_by_steps",
@@ -43,6 +46,17 @@ __all__ = [
     "terminal_word",
 ]
 
+_METRICS = (
+    "fid",
+    "sfid",
+    "kid",
+    "is",
+    "precision",
+    "recall",
+    "density",
+    "coverage",
+    "class_agreement",
+)  # in this order
 _SHOWN_CLASSES = 10
 _LABEL_HEIGHT = 0.047  # minimum distance of two labels at line ends, as a fraction of the axes' height
 _REAL = "#3a7d44"
@@ -96,6 +110,21 @@ def paragraph(*sentences: str) -> list[str]:
 def code_cell(text: str) -> str:
     """Returns a table cell with a text as code; an empty text gives an empty cell."""
     return code_span(text) if text else ""
+
+
+def metrics_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns the metrics that any row has: the usual ones in the order of tables, then others in that of the rows."""
+    names = dict.fromkeys([*_METRICS, *(name for row in rows for name in row)])
+    return [name for name in names if is_metric(name) and has_column(rows, name)]
+
+
+def is_metric(name: str) -> bool:
+    """Returns True if a name such as ``fid/classifier`` is that of a metric."""
+    try:
+        find_metric(name)
+    except (KeyError, ValueError):
+        return False
+    return True
 
 
 def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> list[str]:
