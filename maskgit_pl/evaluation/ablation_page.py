@@ -19,7 +19,7 @@ from maskgit_pl.evaluation.pages import Page, figure_to_png, heading, is_metric,
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["chance_of_separation", "compare", "make_ablation_page", "select_rows"]
+__all__ = ["chance_of_separation", "compare_seeds", "make_ablation_page", "select_rows"]
 
 # Metrics of tables and figures, in their order, before others; those of a network come once per network.
 _ORDER = ("rfid", "psnr_db", "ssim", "codebook_usage", "perplexity", "fid", "class_agreement", "diversity", "precision",
@@ -77,7 +77,9 @@ def make_ablation_page(name: str, rows: Sequence[Row]) -> Page:
     return Page(name, "\n".join(lines) + "\n", flat, pictures)
 
 
-def compare(name: str, values: Sequence[float], reference: Sequence[float]) -> Literal["better", "worse", "unclear"]:
+def compare_seeds(
+    name: str, values: Sequence[float], reference: Sequence[float]
+) -> Literal["better", "worse", "unclear"]:
     """Compares with a reference: better or worse only if the ranges of the seeds do not overlap.
 
     A single seed has no range, so that the verdict is always ``unclear``.
@@ -108,7 +110,7 @@ class _Summary:
     """The results of an ablation.
 
     Args:
-        protocol: What the variants share, see ``ablation``.
+        protocol: Everything that the variants share; see ``ablation``.
         rows: Rows of the ledger, sorted by variant and seed.
         metrics: Names of the metrics, in the order of tables and figures; the first one ranks the variants.
         compared: Those in which variants are compared.
@@ -267,7 +269,7 @@ def _difference(name: str, found: Values, reference: Values) -> str:
         return ""
     value = _mean(found[name]) - _mean(reference[name])
     sign = "+" if value >= 0 else ""
-    return f"{sign}{format_value(name, value)} {compare(name, found[name], reference[name])}"
+    return f"{sign}{format_value(name, value)} {compare_seeds(name, found[name], reference[name])}"
 
 
 def _conclude(summary: _Summary, reference: Values) -> list[str]:
@@ -276,7 +278,7 @@ def _conclude(summary: _Summary, reference: Values) -> list[str]:
     labels: dict[str, list[str]] = {"better": [], "worse": [], "unclear": []}
     for label, found in summary.values.items():
         if label != summary.protocol["reference"] and name in found and name in reference:
-            labels[compare(name, found[name], reference[name])].append(markdown(label))
+            labels[compare_seeds(name, found[name], reference[name])].append(markdown(label))
     words = {"better": "Helped", "worse": "Made it worse", "unclear": "No difference beyond the spread of the seeds"}
     lines = [f"- {words[verdict]}: {', '.join(each) or 'none'}." for verdict, each in labels.items()]
     return [f"By {markdown(title(name))} ({direction(name)}):", "", *lines]
@@ -366,7 +368,7 @@ def _draw_panel(axes: Axes, summary: _Summary, name: str) -> None:
     for place, (label, found) in enumerate(summary.values.items()):
         values = found.get(name)
         if values:
-            verdict = "reference" if label == label_of_reference else compare(name, values, reference or values)
+            verdict = "reference" if label == label_of_reference else compare_seeds(name, values, reference or values)
             low, high, mean = (value * factor for value in (min(values), max(values), _mean(values)))
             colour = _COLOURS[verdict]
             axes.plot([low, high], [place, place], color=colour, linewidth=2, alpha=0.6)

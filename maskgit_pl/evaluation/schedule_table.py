@@ -26,7 +26,7 @@ from maskgit_pl.evaluation.metrics import check_features
 from maskgit_pl.evaluation.options import PLOT_STEPS, ReportOptions, choose_plot_steps, with_steps
 from maskgit_pl.evaluation.pages import Page, command_line, heading, markdown_table, metrics_of, paragraph
 from maskgit_pl.evaluation.run_folders import read_run_recipe
-from maskgit_pl.evaluation.tables import NO_COLUMN, Runs, describe_provenance, make_page, open_models
+from maskgit_pl.evaluation.tables import NO_COLUMN, Runs, describe_provenance, finish_page, open_models
 from maskgit_pl.pipeline.pretrained import read_config
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.registry import describe
@@ -314,7 +314,7 @@ def make_schedule_page(samples: Sequence[Row], likelihoods: Sequence[Row], *, co
     lines += ["", *_schedule_lines(grouped, networks), "", *compare_with_paper(fids, networks[0], seeds), ""]
     lines += describe_provenance([row for each in results for row in each.fresh.values()])
     flat = [_flatten(name, each, networks) for name, group in grouped.items() for each in group]
-    return make_page("table-3", lines, flat, picture="figure-8.png")
+    return finish_page("table-3", lines, flat, picture="figure-8.png")
 
 
 def _schedule_lines(grouped: Mapping[str, Sequence[_ScheduleResult]], networks: Sequence[str]) -> list[str]:

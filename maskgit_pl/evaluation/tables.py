@@ -62,9 +62,9 @@ __all__ = [
     "Runs",
     "compare_tokenizers",
     "describe_provenance",
+    "finish_page",
     "make_editing_page",
     "make_generation_page",
-    "make_page",
     "open_models",
     "table_1",
     "table_2",
@@ -323,7 +323,7 @@ def make_generation_page(samples: Sequence[Row], cas: Sequence[Row], *, command:
     headings = ["model", "size", "FID (inception)", "IS (inception)", "precision", "recall", "parameters", "steps",
                 "CAS top-1", "CAS top-5"]  # fmt: skip
     lines += markdown_table(headings, _GENERATION)
-    return make_page("table-1", lines, [*samples, *cas], picture="table-1.png")
+    return finish_page("table-1", lines, [*samples, *cas], picture="table-1.png")
 
 
 def _generation_lines(rows: Sequence[Row], network: str) -> list[str]:
@@ -374,7 +374,7 @@ def make_editing_page(rows: Sequence[Row], *, command: str) -> Page:
         if own:
             published = ["published, Places2", "size", "FID (inception)", "IS (inception)"]
             lines += ["", f"## {name}", "", *_editing_lines(own), "", *markdown_table(published, _EDITING[task])]
-    return make_page("table-2", [*lines, "", *describe_provenance(rows)], rows, picture="table-2.png")
+    return finish_page("table-2", [*lines, "", *describe_provenance(rows)], rows, picture="table-2.png")
 
 
 def _editing_lines(rows: Sequence[Row]) -> list[str]:
@@ -390,7 +390,7 @@ def _editing_lines(rows: Sequence[Row]) -> list[str]:
     )  # fmt: skip
 
 
-def make_page(name: str, lines: Sequence[str], rows: Sequence[Mapping[str, Any]], *, picture: str) -> Page:
+def finish_page(name: str, lines: Sequence[str], rows: Sequence[Mapping[str, Any]], *, picture: str) -> Page:
     """Returns a page whose picture comes last."""
     shown = f"![{picture.removesuffix('.png')}]({picture})"
     return Page(name, "\n".join([*lines, "", shown, ""]), rows)
