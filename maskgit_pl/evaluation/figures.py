@@ -106,7 +106,8 @@ def figure_2(
         *paragraph(
             "For each model, the upper row shows the tokens after a step: masked ones are grey, and those of this step",
             "have an orange frame. The lower row shows the image that the tokenizer decodes from all tokens of the",
-            f"step, the masked ones as predicted. Class {markdown(rows[0]['class'])}, seed {options.seed}.",
+            "step. MaskGIT predicts the masked ones, too; those of an autoregressive model are code 0.",
+            f"Class {markdown(rows[0]['class'])}, seed {options.seed}.",
         ),
         "",
         *markdown_table(

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from maskgit_pl.distributed import find_device
 from maskgit_pl.errors import code_span, markdown
@@ -36,28 +36,19 @@ from maskgit_pl.runs.plan import plan_run
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.resolve import merge_values
 
-log = logging.getLogger(__name__)
-
 __all__ = ["SCHEDULES", "ablate_schedules", "compare_with_paper", "make_schedule_page", "table_3"]
 
+log = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
-class PublishedSchedule:
-    """A row of Table 3.
 
-    Args:
-        formula: gamma(r) as the table prints it; that of exp and log as in the released code.
-        best_steps: The T with the lowest FID.
-        fid: Frechet distance at that T.
-        inception_score: Inception score at that T.
-        nll: Masked negative log-likelihood, in nats per masked token.
-    """
+class PublishedSchedule(NamedTuple):
+    """A row of Table 3: gamma(r) as printed (exp and log as in the released code), and values at the best T."""
 
     formula: str
     best_steps: int
     fid: float
     inception_score: float
-    nll: float
+    nll: float  # in nats per masked token
 
 
 SCHEDULES = {  # paper, Table 3
