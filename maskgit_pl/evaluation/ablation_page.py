@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 from maskgit_pl.errors import markdown, plain_label
 from maskgit_pl.evaluation.ledger import Row
 from maskgit_pl.evaluation.metric_names import direction, find_metric, format_value, is_better, title
-from maskgit_pl.evaluation.pages import Page, figure_to_png, heading, is_metric, markdown_table, paragraph
+from maskgit_pl.evaluation.pages import Page, figure_to_png, format_seeds, heading, is_metric, markdown_table, paragraph
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -91,7 +92,7 @@ def compare_seeds(
     """
     if min(len(values), len(reference)) < 2 or (min(values) <= max(reference) and min(reference) <= max(values)):
         return "unclear"
-    return "better" if is_better(name, _mean(values), _mean(reference)) else "worse"
+    return "better" if is_better(name, fmean(values), fmean(reference)) else "worse"
 
 
 def chance_of_separation(seeds: int) -> float:
@@ -149,10 +150,6 @@ def _summarize(rows: Sequence[Row]) -> _Summary:
     return _Summary(protocol, rows, metrics, [name for name in metrics if name not in left_out], values)
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
 def _explain(summary: _Summary) -> list[str]:
     protocol = summary.protocol
     base = ", ".join(
@@ -187,12 +184,12 @@ def _explain(summary: _Summary) -> list[str]:
 
 
 def _result_lines(summary: _Summary) -> list[str]:
-    means = {label: {name: _mean(each) for name, each in found.items()} for label, found in summary.values.items()}
+    means = {label: {name: fmean(each) for name, each in found.items()} for label, found in summary.values.items()}
     rows = []
     for label in summary.protocol["variants"]:
         cells = []
         for name in summary.metrics:
-            cell = _cell(name, summary.values.get(label, {}).get(name, []))
+            cell = format_seeds(name, summary.values.get(label, {}).get(name, [])) or "failed"
             others = [found[name] for found in means.values() if name in found]
             best = (max if find_metric(name).higher_is_better else min)(others)
             is_best = name in summary.compared and len(others) > 1 and means.get(label, {}).get(name) == best
@@ -208,13 +205,6 @@ def _result_lines(summary: _Summary) -> list[str]:
     text += f" The best mean of each column is bold. {_directions(summary)}"
     headings = ["variant", *(markdown(title(name)) for name in summary.metrics)]
     return [*paragraph(text), "", *markdown_table(headings, rows)]
-
-
-def _cell(name: str, values: Sequence[float]) -> str:
-    if not values:
-        return "failed"
-    mean, low, high = (format_value(name, value) for value in (_mean(values), min(values), max(values)))
-    return mean if len(values) < 2 else f"{mean} ({low} to {high})"
 
 
 def _directions(summary: _Summary) -> str:
@@ -267,7 +257,7 @@ def _difference_lines(summary: _Summary) -> list[str]:
 def _difference(name: str, found: Values, reference: Values) -> str:
     if name not in found or name not in reference:
         return ""
-    value = _mean(found[name]) - _mean(reference[name])
+    value = fmean(found[name]) - fmean(reference[name])
     sign = "+" if value >= 0 else ""
     return f"{sign}{format_value(name, value)} {compare_seeds(name, found[name], reference[name])}"
 
@@ -361,7 +351,7 @@ def _draw_panel(axes: Axes, summary: _Summary, name: str) -> None:
     reference = summary.values.get(label_of_reference, {}).get(name, [])
     if reference:
         axes.axvline(
-            _mean(reference) * factor, color=_COLOURS["reference"], linewidth=1, linestyle=(0, (4, 3)), zorder=1
+            fmean(reference) * factor, color=_COLOURS["reference"], linewidth=1, linestyle=(0, (4, 3)), zorder=1
         )
     if len(reference) > 1:
         axes.axvspan(min(reference) * factor, max(reference) * factor, color=_COLOURS["reference"], alpha=0.12)
@@ -369,7 +359,7 @@ def _draw_panel(axes: Axes, summary: _Summary, name: str) -> None:
         values = found.get(name)
         if values:
             verdict = "reference" if label == label_of_reference else compare_seeds(name, values, reference or values)
-            low, high, mean = (value * factor for value in (min(values), max(values), _mean(values)))
+            low, high, mean = (value * factor for value in (min(values), max(values), fmean(values)))
             colour = _COLOURS[verdict]
             axes.plot([low, high], [place, place], color=colour, linewidth=2, alpha=0.6)
             axes.plot([value * factor for value in values], [place] * len(values), linestyle="", marker="|",

@@ -12,11 +12,12 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from maskgit_pl.errors import code_span, plain_label, printable
 from maskgit_pl.evaluation.ledger import format_csv, has_column
-from maskgit_pl.evaluation.metric_names import find_metric
+from maskgit_pl.evaluation.metric_names import find_metric, format_value
 from maskgit_pl.files import write_atomically
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ __all__ = [
     "code_cell",
     "command_line",
     "figure_to_png",
+    "format_seeds",
     "heading",
     "image_to_png",
     "is_metric",
@@ -125,6 +127,14 @@ def is_metric(name: str) -> bool:
     except (KeyError, ValueError):
         return False
     return True
+
+
+def format_seeds(name: str, values: Sequence[float]) -> str:
+    """Returns the value of one seed, or the mean and the range of several: ``2.10 (2.00 to 2.20)``; empty for none."""
+    if len(values) < 2:
+        return "".join(format_value(name, value) for value in values)
+    mean, low, high = (format_value(name, value) for value in (fmean(values), min(values), max(values)))
+    return f"{mean} ({low} to {high})"
 
 
 def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> list[str]:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from maskgit_pl.distributed import find_device
@@ -21,10 +22,9 @@ from maskgit_pl.errors import code_span, markdown
 from maskgit_pl.evaluation.evaluator import EvaluatedModel
 from maskgit_pl.evaluation.figures import draw_figure_8
 from maskgit_pl.evaluation.ledger import Row, has_column
-from maskgit_pl.evaluation.metric_names import format_value
 from maskgit_pl.evaluation.metrics import check_features
 from maskgit_pl.evaluation.options import PLOT_STEPS, ReportOptions, choose_plot_steps, with_steps
-from maskgit_pl.evaluation.pages import Page, command_line, heading, markdown_table, metrics_of, paragraph
+from maskgit_pl.evaluation.pages import Page, command_line, format_seeds, heading, markdown_table, metrics_of, paragraph
 from maskgit_pl.evaluation.run_folders import read_run_recipe
 from maskgit_pl.evaluation.tables import NO_COLUMN, Runs, describe_provenance, finish_page, open_models
 from maskgit_pl.pipeline.pretrained import read_config
@@ -272,7 +272,7 @@ def _in_order(schedules: Iterable[str]) -> list[str]:
 
 
 def _mean_curve(results: Sequence[_ScheduleResult]) -> dict[int, float]:
-    return {steps: sum(each.curve[steps] for each in results) / len(results) for steps in results[0].curve}
+    return {steps: fmean(each.curve[steps] for each in results) for steps in results[0].curve}
 
 
 def make_schedule_page(samples: Sequence[Row], likelihoods: Sequence[Row], *, command: str) -> Page:
@@ -301,7 +301,7 @@ def make_schedule_page(samples: Sequence[Row], likelihoods: Sequence[Row], *, co
         "models. The bound is the order-agnostic ELBO in bits per token, which is comparable for all schedules (lower",
         "is better).",
     )
-    fids = {name: _mean([each.fresh[networks[0]]["fid"] for each in group]) for name, group in grouped.items()}
+    fids = {name: fmean([each.fresh[networks[0]]["fid"] for each in group]) for name, group in grouped.items()}
     lines += ["", *_schedule_lines(grouped, networks), "", *compare_with_paper(fids, networks[0], seeds), ""]
     lines += describe_provenance([row for each in results for row in each.fresh.values()])
     flat = [_flatten(name, each, networks) for name, group in grouped.items() for each in group]
@@ -322,8 +322,8 @@ def _schedule_lines(grouped: Mapping[str, Sequence[_ScheduleResult]], networks: 
         paper = SCHEDULES.get(name)
         row = [code_span(name), "" if paper is None else paper.formula]
         row += [", ".join(map(str, sorted({each.best_steps for each in group})))]
-        row += [_spread([each.fresh[network] for each in group], "fid") for network in networks]
-        row += [_spread([each.fresh[network] for each in group], "is") for network in scored]
+        row += [_cell([each.fresh[network] for each in group], "fid") for network in networks]
+        row += [_cell([each.fresh[network] for each in group], "is") for network in scored]
         likelihoods = [each.likelihood for each in group]
         row += [_with_error(likelihoods, "masked_nll"), _with_error(likelihoods, "elbo_bits_per_token")]
         if paper is not None:
@@ -333,24 +333,15 @@ def _schedule_lines(grouped: Mapping[str, Sequence[_ScheduleResult]], networks: 
     return markdown_table(headings, cells, left=2)
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _spread(rows: Sequence[Row], name: str) -> str:
-    """Returns the value of one row, or the mean and the range of several."""
-    values = [float(row[name]) for row in rows if row.get(name) is not None]
-    if len(values) < 2:
-        return format_value(name, values[0]) if values else ""
-    low, high = (format_value(name, value) for value in (min(values), max(values)))
-    return f"{format_value(name, _mean(values))} ({low} to {high})"
+def _cell(rows: Sequence[Row], name: str) -> str:
+    return format_seeds(name, [float(row[name]) for row in rows if row.get(name) is not None])
 
 
 def _with_error(rows: Sequence[Row], name: str) -> str:
     """Returns the value of one row with its standard error, or the mean and the range of several."""
     values = [float(row[name]) for row in rows]
     if len(values) > 1:
-        return f"{_mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+        return f"{fmean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
     return f"{values[0]:.3f} ± {rows[0][f'{name}_error']:.3f}"
 
 

@@ -3,6 +3,7 @@ import io
 
 import pytest
 
+from maskgit_pl import evaluation
 from maskgit_pl.evaluation.ledger import REAL
 from maskgit_pl.evaluation.tables import make_editing_page, make_generation_page
 from tests.hostile_words import HOSTILE
@@ -47,6 +48,14 @@ def test_pages_name_the_reference_and_the_feature_networks() -> None:
             assert f"Reference: {changes.get('reference_file', 'the val split')} 01234567." in said
             assert "feature networks: lite0 fedcba98." in said
             assert "`run-a` tokenizer aaaaaaaa, transformer bbbbbbbb." in said
+
+
+def test_a_table_is_made_in_one_process_of_at_least_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="table 2 must have at least one run"):
+        evaluation.table_2([])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="table 3 must run in one process"):
+        evaluation.table_3(["runs/a"])
 
 
 def pages(word: str) -> list[str]:
