@@ -253,10 +253,8 @@ def _build(variant: Variant, base: Recipe, plan: Plan, shared: Mapping[str, Any]
             # The decoding of the base with the changes of the variant; another kind of model has its own.
             recipe = base if variant.recipe.kind == base.kind else variant.recipe
             recipe = recipe.with_overrides(variant.decoding)
-            model, network = (
-                resolve(recipe.kind, merge_values(replace(plan, recipe=recipe))).model,
-                run.model.config.network,
-            )
+            model = resolve(recipe.kind, merge_values(replace(plan, recipe=recipe))).model
+            network = run.model.config.network
             is_causal = isinstance(model, AutoregressiveConfig)
             decoding = model.decoding.to_config(network.num_tokens) if is_causal else model.decoding
             has_null = network.null_label is not None
