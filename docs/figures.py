@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from maskgit_pl import MaskGIT, MaskSampler, mask_schedules
-from maskgit_pl.evaluation.reports.schedule_ablation import count_known_tokens, draw_schedules
+from maskgit_pl.evaluation.figures import count_known_tokens, draw_schedules
 from maskgit_pl.pipeline.grids import image_grid, save_png
 
 FOLDER = Path(__file__).parent / "how-it-works"

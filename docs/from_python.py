@@ -10,7 +10,6 @@ from pathlib import Path
 from rich.console import Console
 
 from maskgit_pl import MaskGIT, evaluation, runs
-from maskgit_pl.evaluation import reports
 
 logging.basicConfig(level="INFO", format="%(message)s")
 data = Path(sys.argv[1])
@@ -39,7 +38,7 @@ found = evaluation.tune(run, data=data, trials=2, num_images=30, options=evaluat
 print(found.winner)
 
 # Table 1 of the paper for these weights. A second call measures nothing: results/ledger.jsonl has the numbers.
-options = reports.ReportOptions(data=data, num_images=30, features=["classifier"])
-page = reports.table_1([run], options, cas=None)
+options = evaluation.ReportOptions(data=data, num_images=30, features=["classifier"])
+page = evaluation.table_1([run], options, cas=None)
 print(page.markdown)
 print(*page.write(), sep="\n")

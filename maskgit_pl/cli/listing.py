@@ -296,7 +296,7 @@ def schedules(
         out: Also draw the mask ratio against progress.
         json: Print JSON, a list of objects, instead of the table.
     """
-    from maskgit_pl.evaluation.reports.schedule_ablation import count_known_tokens, draw_schedules
+    from maskgit_pl.evaluation.figures import count_known_tokens, draw_schedules
     from maskgit_pl.schedules import mask_schedules
 
     check_integer("num_tokens", num_tokens, "[1, inf)")

@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
+from maskgit_pl import evaluation
 from maskgit_pl.cli.arguments import Output, Word, flag_of
 from maskgit_pl.cli.flags import CasFlags, Features, Folder, Numbers, Runs, Seeds, print_rows
 from maskgit_pl.errors import printable
-from maskgit_pl.evaluation import reports
-from maskgit_pl.evaluation.options import FEATURES, PLOT_STEPS, choose_plot_steps
-from maskgit_pl.evaluation.pages import command_line
-from maskgit_pl.evaluation.reports.options import NUM_TOKENS, ReportOptions
+from maskgit_pl.evaluation.options import FEATURES, NUM_TOKENS, ReportOptions
 from maskgit_pl.processes import progress_bars
-from maskgit_pl.runs.ablation_plan import (
-    PAPER_SCHEDULES,
-    AblationConfig,
-    Budget,
-    Factor,
-    parse_budget,
-    parse_factor,
-    train_schedules,
-)
+from maskgit_pl.runs.ablation import PAPER_SCHEDULES, AblationConfig, Factor, Failure, parse_factor
 from maskgit_pl.runs.flag_values import parse_numbers, split_values
-from maskgit_pl.runs.plan import plan_run
-from maskgit_pl.runs.recipe import DEFAULT_DATASET, Recipe, Stage
+from maskgit_pl.runs.recipe import DEFAULT_DATASET, Stage
 
 if TYPE_CHECKING:
     from maskgit_pl.evaluation.pages import Page
@@ -50,6 +38,13 @@ def _split_sets(_: str, text: str) -> tuple[str, ...]:
 
 def _split_words(_: str, text: str) -> tuple[str, ...]:
     return tuple(shlex.split(text))
+
+
+def _parse_budget(flag: str, text: str) -> int:
+    unit, _, steps = text.partition("=")
+    if unit != "steps" or not steps.isdecimal():
+        raise ValueError(f"{flag} must be steps=N, got {text!r}")
+    return int(steps)
 
 
 @dataclass(frozen=True)
@@ -88,13 +83,13 @@ def table(
     """
     with progress_bars() as bars:
         if number == "tokenizers":
-            page = reports.compare_tokenizers(runs, report, bars=bars)
+            page = evaluation.compare_tokenizers(runs, report, bars=bars)
         elif number == "1":
-            page = reports.table_1(runs, report, cas=accuracy_score.config, cas_images=cas_images, bars=bars)
+            page = evaluation.table_1(runs, report, cas=accuracy_score.config, cas_images=cas_images, bars=bars)
         elif number == "2":
-            page = reports.table_2(runs, report, bars=bars)
+            page = evaluation.table_2(runs, report, bars=bars)
         else:
-            page = reports.table_3(runs, report, num_steps=num_steps, bars=bars)
+            page = evaluation.table_3(runs, report, num_steps=num_steps, bars=bars)
     _write_page(page, as_json=json)
 
 
@@ -118,38 +113,42 @@ class NetworkSizes:
 
 
 def figure(
-    number: Literal[4, 8],
+    number: Literal[2, 4, 8],
     runs: Runs = (),
     *,
+    class_name: str | None = None,
     num_steps: Numbers | None = None,
     num_tokens: Annotated[tuple[int, ...], Word("N,...", parse_numbers)] = NUM_TOKENS,
     json: bool = False,
     report: ReportFlags = ReportFlags(),
     transformer_of_figure_4: NetworkSizes = NetworkSizes(),
 ) -> None:
-    """Draws Figure 4 or 8 of the paper with our measurements.
+    """Draws Figure 2, 4 or 8 of the paper with our models and measurements.
 
-    4: time per image of autoregressive decoding and of MaskGIT against the number of tokens, with random weights; a run
-    sets the sizes of the networks. 8: mask schedules, and quality against the number of steps T, one run for each
-    schedule.
+    2: the decoding of each run step by step, such as that of an autoregressive one and of MaskGIT. 4: time per image of
+    autoregressive decoding and of MaskGIT against the number of tokens, with random weights; a run sets the sizes of
+    the networks. 8: mask schedules, and quality against the number of steps T, one run for each schedule and seed.
 
-    Example: maskgit figure 4 --num-tokens 16,64,256
+    Example: maskgit figure 2 runs/fashion-mnist-autoregressive runs/fashion-mnist-adaln --class-name Sneaker
 
     Args:
         number: Number of the figure in the paper.
         runs: Run folders (runs/NAME) or pretrained folders.
+        class_name: Name or index of the class of Figure 2 (default: the first class).
         num_steps: Decoding steps T of Figure 8 (default: 2,3,4,6,8,12,16,24, at most half the tokens).
         num_tokens: Tokens per image in Figure 4.
         json: Print JSON, a list of objects, instead of the page.
     """
     with progress_bars() as bars:
-        if number == 8:
-            page = reports.figure_8(runs, report, num_steps=num_steps, bars=bars)
+        if number == 2:
+            page = evaluation.figure_2(runs, report, class_name=class_name, bars=bars)
+        elif number == 8:
+            page = evaluation.table_3(runs, report, num_steps=num_steps, bars=bars)
         elif len(runs) > 1:
             raise ValueError(f"figure 4 must have at most one RUN, which sets the sizes, got {len(runs)}")
         else:
             sizes = {name: size for name, size in asdict(transformer_of_figure_4).items() if size is not None}
-            page = reports.figure_4(next(iter(runs), None), report, num_tokens=num_tokens, sizes=sizes, bars=bars)
+            page = evaluation.figure_4(next(iter(runs), None), report, num_tokens=num_tokens, sizes=sizes, bars=bars)
     _write_page(page, as_json=json)
 
 
@@ -162,13 +161,9 @@ class VariantFlags:
         recipes: Sets of recipes to compare, separated by semicolons; the first one is the base (default: that of
             --recipe).
         grid: Compare all combinations (default: change one key of the base at a time).
-        seeds: Training seeds of each variant.
         stage: Stage to train.
         stage_2: With --stage tokenizer: train a transformer on each tokenizer, and measure its images, too; flags in
             quotes override its recipe, such as --stage-2='--trainer.max_steps 200'.
-        budget: Training of each variant: steps (of its recipe), steps=N, or seconds=X of CPU or device, measured by a
-            pilot (default: steps).
-        pilot_steps: Steps of the pilot.
         name: Name of the page (default: ablation-KEY).
         page_only: Make the page from the ledger, and train and measure nothing.
     """
@@ -176,11 +171,8 @@ class VariantFlags:
     vary: Annotated[list[Factor], Word("KEY=A,B,...", parse_factor)] | None = None
     recipes: Annotated[tuple[str, ...], Word("'A;B;C D'", _split_sets)] = ("",)
     grid: bool = False
-    seeds: Seeds = AblationConfig.seeds
     stage: Stage = AblationConfig.stage
     stage_2: Annotated[tuple[str, ...], Word("'FLAGS'", _split_words, bare="")] | None = None
-    budget: Annotated[Budget, Word("UNIT[=N]", parse_budget)] | None = None
-    pilot_steps: int = AblationConfig.pilot_steps
     name: str | None = None
     page_only: bool = False
 
@@ -189,6 +181,8 @@ def ablation(
     *,
     schedules: Annotated[tuple[str, ...], Word("A,B,...", _split_names)] | None = None,
     num_steps: Numbers | None = None,
+    seeds: Seeds | None = None,
+    budget: Annotated[int, Word("steps=N", _parse_budget)] | None = None,
     recipe: str = "",
     dataset: str = DEFAULT_DATASET,
     cluster: str = "single",
@@ -200,66 +194,56 @@ def ablation(
 ) -> int:
     """Trains variants of a recipe on the same budget and compares them; by default, the schedules of Table 3.
 
-    Each variant is trained with several seeds and measured; one page compares them. Without --vary and --recipes: a
+    Each variant is trained with each seed and measured; one page compares them. Without --vary and --recipes: a
     transformer with each mask schedule of the paper, Table 3 and Figure 8. Finished runs and recorded measurements are
-    reused. Further flags override single recipe values of all variants, such as --trainer.max_steps 2000.
+    reused. Further flags override single recipe values of all variants, such as --model.network.depth 2.
 
     Example: maskgit ablation --vary model.network.depth=2,4,6 --vary decoding.guidance.scale=0,1,2 --seeds 0,1,2
 
     Args:
         schedules: Recipes to train, one for each mask schedule (default: exp,cubic,square,cosine,linear,sqrt,log).
         num_steps: Numbers of decoding steps of --schedules (default: 2,3,4,6,8,12,16,24, at most half the tokens).
+        seeds: Training seeds of each variant (default: 0,1) or schedule (default: that of the recipe).
+        budget: Training steps of each run, the same as --trainer.max_steps N (default: those of the recipe).
         recipe: Recipes of all variants; several in quotes.
         dataset: Name of the data set.
         cluster: Machines: a file of recipes/cluster.
         runs_folder: Folder of all runs.
         tokenizer: Pretrained tokenizer (default: the only one of the data set).
     """
-    shared: dict[str, Any] = {
-        "dataset": dataset,
-        "cluster": cluster,
-        "overrides": tuple(overrides),
-        "runs": runs_folder,
-        "data": report.data,
-        "tokenizer": tokenizer,
-    }
-    if variants.vary is None and variants.recipes == VariantFlags.recipes and not variants.page_only:
+    is_of_schedules = variants.vary is None and variants.recipes == VariantFlags.recipes
+    sets = tuple(schedules or PAPER_SCHEDULES) if is_of_schedules else variants.recipes
+    config = AblationConfig(
+        tuple(variants.vary or ()),
+        tuple(" ".join(f"{recipe} {names}".split()) for names in sets),
+        grid=variants.grid,
+        seeds=seeds if seeds is not None or is_of_schedules else AblationConfig.seeds,
+        stage=variants.stage,
+        stage_2=variants.stage_2,
+        dataset=dataset,
+        cluster=cluster,
+        overrides=(*overrides, *([] if budget is None else [f"--trainer.max_steps={budget}"])),
+        runs=runs_folder,
+        data=report.data,
+        tokenizer=tokenizer,
+    )
+    failures: list[Failure] = []
+    if variants.page_only:
+        page = evaluation.read_ablation(variants.name or config.name, report)
+    elif is_of_schedules:
         for field in fields(variants):
             if getattr(variants, field.name) != field.default:
-                raise ValueError(
-                    f"{flag_of(field.name)} must come with --vary or --recipes, got it without; see maskgit ablation "
-                    "--help"
-                )
-        _ablate_schedules(PAPER_SCHEDULES if schedules is None else schedules, recipe, num_steps, report, shared)
-        return 0
-    for name, value in {"schedules": schedules, "num_steps": num_steps}.items():
-        if value is not None:
-            raise ValueError(f"{flag_of(name)} must come with no --vary, got both; see maskgit ablation --help")
-    return _ablate_variants(variants, recipe, report, shared)
-
-
-def _ablate_variants(variants: VariantFlags, recipe: str, report: ReportFlags, shared: dict[str, Any]) -> int:
-    """Trains, measures and compares variants; returns the exit code of the first failure, or 0."""
-    config = None
-    if variants.vary is not None or variants.recipes != VariantFlags.recipes:
-        config = AblationConfig(
-            tuple(variants.vary or ()),
-            tuple(" ".join(f"{recipe} {names}".split()) for names in variants.recipes),
-            grid=variants.grid,
-            seeds=variants.seeds,
-            stage=variants.stage,
-            stage_2=variants.stage_2,
-            budget=variants.budget or Budget(),
-            pilot_steps=variants.pilot_steps,
-            **shared,
-        )
-    name = variants.name
-    if variants.page_only and config is not None:
-        name, config = name or config.name, None
-    if config is not None and len(config.seeds) == 1:
-        print("--seeds: with one seed, the spread is unknown, and no difference can be told from chance")
-    with progress_bars() as bars:
-        page, failures = reports.ablation(config, report, name=name, bars=bars)
+                raise ValueError(f"{flag_of(field.name)} must come with --vary or --recipes, got it without")
+        with progress_bars() as bars:
+            page, failures = evaluation.ablate_schedules(config, report, num_steps=num_steps, bars=bars)
+    else:
+        for name, value in {"schedules": schedules, "num_steps": num_steps}.items():
+            if value is not None:
+                raise ValueError(f"{flag_of(name)} must not be given with --vary or --recipes, got both")
+        if len(config.seeds or ()) == 1:
+            print("--seeds: with one seed, the spread is unknown, and no difference can be told from chance")
+        with progress_bars() as bars:
+            page, failures = evaluation.run_ablation(config, report, name=variants.name, bars=bars)
     _write_page(page)
     if not failures:
         return 0
@@ -270,43 +254,6 @@ def _ablate_variants(variants: VariantFlags, recipe: str, report: ReportFlags, s
         file=sys.stderr,
     )
     return failures[0].exit_code
-
-
-def _ablate_schedules(
-    schedules: Sequence[str],
-    recipe: str,
-    num_steps: Sequence[int] | None,
-    report: ReportFlags,
-    shared: dict[str, Any],
-) -> None:
-    """Trains a transformer with each mask schedule and writes Table 3; checks all flags before hours of training."""
-    from maskgit_pl.distributed import find_device
-    from maskgit_pl.evaluation.features import check_features
-    from maskgit_pl.runs.resolve import merge_values
-
-    find_device(report.device)
-    check_features(report.features, report.reference, classifier=report.classifier)
-    words = {name: shared[name] for name in ("dataset", "cluster", "overrides")}
-    first, *_ = [Recipe.read("transformer", names=f"{recipe} {name}", **words) for name in schedules]
-    where = {name: shared[name] for name in ("data", "tokenizer")}
-    plan = plan_run(first, run=shared["runs"] / str(first.run_name), **where)
-    # Classes and tokens limit the numbers of images and steps.
-    network = merge_values(plan)["model"]["network"]
-    report.check_classes(network["num_classes"])
-    choose_plot_steps(math.prod(network["grid"]), num_steps or PLOT_STEPS)
-
-    runs = train_schedules(schedules, names=recipe, **shared)
-    flags = {
-        "dataset": shared["dataset"],
-        "schedules": None if tuple(schedules) == PAPER_SCHEDULES else schedules,
-        "recipe": recipe or None,
-        "num_images": report.num_images,
-        "num_steps": num_steps,
-    }
-    command = " ".join([command_line(["maskgit ablation"], flags), shlex.join(shared["overrides"])]).rstrip()
-    with progress_bars() as bars:
-        page = reports.table_3(runs, report, num_steps=num_steps, command=command, bars=bars)
-    _write_page(page)
 
 
 def _write_page(page: Page, *, as_json: bool = False) -> None:

@@ -1,4 +1,11 @@
-"""Measures trained models: ``evaluate``, ``evaluate_tokenizer``, ``compare``, ``tune`` and ``train_classifier``.
+"""Measures trained models: ``evaluate``, ``evaluate_tokenizer``, ``compare``, ``tune``, tables, figures, ablations.
+
+::
+
+    from maskgit_pl import evaluation
+
+    page = evaluation.table_1(["runs/fashion-mnist-adaln"], evaluation.ReportOptions(num_images=2000))
+    page.write()                              # results/fashion-mnist/table-1.md, .csv and .png
 
 An ``Evaluator`` makes every measurement and keeps it in a ``Ledger``. It does not repeat a measurement that the ledger
 already holds. The public names are imported on first use: importing this package imports neither torch nor Lightning
@@ -12,9 +19,11 @@ from typing import TYPE_CHECKING
 from maskgit_pl.registry import lazy_names
 
 if TYPE_CHECKING:
+    from maskgit_pl.evaluation.ablation import read_ablation, run_ablation
     from maskgit_pl.evaluation.classifier import train_classifier
     from maskgit_pl.evaluation.comparison import compare
     from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
+    from maskgit_pl.evaluation.figures import figure_2
     from maskgit_pl.evaluation.ledger import Ledger
     from maskgit_pl.evaluation.metrics import ComparedImages, FeatureMetric
     from maskgit_pl.evaluation.model_evaluation import evaluate
@@ -23,9 +32,13 @@ if TYPE_CHECKING:
         ClassifierConfig,
         ComparisonOptions,
         EvaluationOptions,
+        ReportOptions,
         TokenizerOptions,
         TuningOptions,
     )
+    from maskgit_pl.evaluation.schedule_table import ablate_schedules, table_3
+    from maskgit_pl.evaluation.tables import compare_tokenizers, table_1, table_2
+    from maskgit_pl.evaluation.timing import figure_4
     from maskgit_pl.evaluation.tokenizer import evaluate_tokenizer
     from maskgit_pl.evaluation.tuning import plan_trials, tune
 
@@ -39,12 +52,22 @@ __all__ = [
     "Evaluator",
     "FeatureMetric",
     "Ledger",
+    "ReportOptions",
     "TokenizerOptions",
     "TuningOptions",
+    "ablate_schedules",
     "compare",
+    "compare_tokenizers",
     "evaluate",
     "evaluate_tokenizer",
+    "figure_2",
+    "figure_4",
     "plan_trials",
+    "read_ablation",
+    "run_ablation",
+    "table_1",
+    "table_2",
+    "table_3",
     "train_classifier",
     "tune",
 ]
@@ -61,12 +84,22 @@ __getattr__ = lazy_names(
         "Evaluator": "evaluator",
         "FeatureMetric": "metrics",
         "Ledger": "ledger",
+        "ReportOptions": "options",
         "TokenizerOptions": "options",
         "TuningOptions": "options",
+        "ablate_schedules": "schedule_table",
         "compare": "comparison",
+        "compare_tokenizers": "tables",
         "evaluate": "model_evaluation",
         "evaluate_tokenizer": "tokenizer",
+        "figure_2": "figures",
+        "figure_4": "timing",
         "plan_trials": "tuning",
+        "read_ablation": "ablation",
+        "run_ablation": "ablation",
+        "table_1": "tables",
+        "table_2": "tables",
+        "table_3": "schedule_table",
         "train_classifier": "classifier",
         "tune": "tuning",
     },

@@ -20,6 +20,7 @@ __all__ = [
     "CLASSIFIER",
     "FEATURES",
     "LEAST_IMAGES",
+    "NUM_TOKENS",
     "PLOT_STEPS",
     "SMALL_TRAINING",
     "CASConfig",
@@ -29,6 +30,7 @@ __all__ = [
     "MeasurementOptions",
     "ModelOptions",
     "Precision",
+    "ReportOptions",
     "Spec",
     "TokenizerOptions",
     "TuningOptions",
@@ -50,6 +52,7 @@ CLASSIFIER = "classifier"  # label of the classifier of the data at hand
 FEATURES: tuple[Spec, ...] = (CLASSIFIER, "lite0")
 PLOT_STEPS = (2, 3, 4, 6, 8, 12, 16, 24)  # values of T in the curves of mask schedules
 LEAST_IMAGES = 4  # each half of the real images needs two for a covariance
+NUM_TOKENS = (16, 64, 256, 1024)  # paper, Figure 4
 _SMALL_IMAGES = 64  # pixels; smaller images do not need more than 18 layers
 
 
@@ -185,6 +188,54 @@ class TuningOptions(ModelOptions):
             check_number("seconds", self.seconds, "(0, inf)")
         if self.plot_images is not None:
             check_integer("plot_images", self.plot_images, "[2, inf)")
+
+
+@dataclass(frozen=True)
+class ReportOptions(MeasurementOptions):
+    """Options of tables, figures and ablations.
+
+    Args:
+        data: Data folder (default: that of the training).
+        seed: Seed of the first image; image i has seed + i (default: 0).
+        num_images: Images generated for each row.
+        features: Feature networks: classifier, lite0, inception[=FILE], timm:MODEL=FILE, or mappings; the first one
+            ranks results.
+        reference: Statistics or images of ADM in a .npz file, in place of the val split.
+        results: Folder of the pages and the ledger, whose measurements are reused.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    data: Path | None = None
+    seed: int = 0
+    num_images: int = 1000
+    features: Sequence[Spec] = FEATURES
+    reference: Path | None = None
+    results: Path = Path("results")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer("num_images", self.num_images, "[2, inf)")
+        check_seed("seed", self.seed)
+
+    def check_classes(self, num_classes: int) -> None:
+        """Checks that there is at least one image for each class.
+
+        Raises:
+            ValueError: if there is not.
+        """
+        if self.num_images < num_classes:
+            raise ValueError(f"num_images must be >= {num_classes}, one per class, got {self.num_images}")
+
+    def flags(self) -> dict[str, object]:
+        """Returns the flags that determine the values of every table; None stands for a default."""
+        return {
+            "features": None if tuple(self.features) == FEATURES else self.features,
+            "num_images": self.num_images,
+            "seed": self.seed or None,
+            "reference": self.reference,
+        }
 
 
 def round_to_classes(num_images: int, num_classes: int, *, name: str = "num_images") -> int:

@@ -12,10 +12,12 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from maskgit_pl.errors import code_span, plain_label, printable
-from maskgit_pl.evaluation.ledger import format_csv
+from maskgit_pl.evaluation.ledger import format_csv, has_column
+from maskgit_pl.evaluation.metrics import computed_metrics, find_metric, format_value
 from maskgit_pl.files import write_atomically
 
 if TYPE_CHECKING:
@@ -31,9 +33,12 @@ __all__ = [
     "code_cell",
     "command_line",
     "figure_to_png",
+    "format_seeds",
     "heading",
     "image_to_png",
+    "is_metric",
     "markdown_table",
+    "metrics_of",
     "name_lines",
     "paragraph",
     "plot_by_steps",
@@ -96,6 +101,29 @@ def paragraph(*sentences: str) -> list[str]:
 def code_cell(text: str) -> str:
     """Returns a table cell with a text as code; an empty text gives an empty cell."""
     return code_span(text) if text else ""
+
+
+def metrics_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns the metrics that any row has: those of features in the order of tables, then others in that of rows."""
+    names = dict.fromkeys([*computed_metrics(), *(name for row in rows for name in row)])
+    return [name for name in names if is_metric(name) and has_column(rows, name)]
+
+
+def is_metric(name: str) -> bool:
+    """Returns True if a name such as ``fid/classifier`` is that of a metric."""
+    try:
+        find_metric(name)
+    except ValueError:
+        return False
+    return True
+
+
+def format_seeds(name: str, values: Sequence[float]) -> str:
+    """Returns the value of one seed, or the mean and the range of several: ``2.10 (2.00 to 2.20)``; empty for none."""
+    if len(values) < 2:
+        return "".join(format_value(name, value) for value in values)
+    mean, low, high = (format_value(name, value) for value in (fmean(values), min(values), max(values)))
+    return f"{mean} ({low} to {high})"
 
 
 def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> list[str]:

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 from maskgit_pl.registry import lazy_names
 
 if TYPE_CHECKING:
-    from maskgit_pl.runs.ablation_plan import train_schedules
     from maskgit_pl.runs.doctor import Machines, Preflight, preflight
     from maskgit_pl.runs.fitting import export, fit
     from maskgit_pl.runs.plan import Plan, plan_run
@@ -45,7 +44,6 @@ __all__ = [
     "preflight",
     "submit",
     "tokenize",
-    "train_schedules",
 ]
 
 __getattr__ = lazy_names(
@@ -67,6 +65,5 @@ __getattr__ = lazy_names(
         "preflight": "doctor",
         "submit": "slurm",
         "tokenize": "tokenizing",
-        "train_schedules": "ablation_plan",
     },
 )

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.errors import RunError, is_user_error, printable
-from maskgit_pl.evaluation.reports.schedule_ablation import count_known_tokens
+from maskgit_pl.evaluation.figures import count_known_tokens
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
 from maskgit_pl.web.markup import code, message, plot
 from maskgit_pl.web.settings import FormSettings

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from maskgit_pl.errors import markdown
-from maskgit_pl.evaluation.reports.schedule_ablation import draw_schedules
+from maskgit_pl.evaluation.figures import draw_schedules
 from maskgit_pl.pipeline.decoding_figures import select_steps
 from maskgit_pl.pipeline.display import Recording
 from maskgit_pl.schedules import mask_schedules

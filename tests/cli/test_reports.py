@@ -1,7 +1,6 @@
 import csv
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -10,15 +9,13 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
-import torch
 import yaml
 from PIL import Image
 
 from maskgit_pl.cli import main
 from maskgit_pl.evaluation import evaluator
 from maskgit_pl.evaluation.ledger import Ledger
-from maskgit_pl.evaluation.reports import ablation_measurements
-from maskgit_pl.runs import ablation_runs
+from maskgit_pl.runs import ablation
 from tests.cli.commands import call_command as call
 from tests.conftest import flags, save_tiny_pretrained
 
@@ -85,20 +82,17 @@ def test_the_training_of_cas_is_set_by_flags_and_kept_apart(
     assert "--cas-images 24 --cas-max-steps 3 --cas-batch-size 5 --cas-precision bf16-mixed" in page
 
 
-@pytest.mark.slow
-def test_figure_4_times_the_sizes_of_a_run_or_of_flags(runs: list[Path], tmp_path: Path) -> None:
+def test_figures_2_and_4_are_drawn_of_runs_and_of_sizes(runs: list[Path], tmp_path: Path) -> None:
+    call("figure", 2, *runs, "--results", tmp_path, "--class-name", "Trouser", "--seed", 3, "--device", "cpu")
+    page = (tmp_path / "figure-2.md").read_text()
+    assert f"maskgit figure 2 {runs[0]} {runs[1]} --class-name Trouser --seed 3" in page
+    assert "| MaskGIT | `shoes-cosine` | 4 |" in page
     how = ["--results", tmp_path, "--device", "cpu", "--num-tokens", "4"]
-    call("figure", 4, runs[0], *how)
     call("figure", 4, *how, "--depth", 1, "--embed-dim", 16, "--num-heads", 2, "--mlp-dim", 8, "--codebook-size", 32)
-    networks = {row["network"] for row in rows(tmp_path, "timing")}
-    assert networks == {
-        "1 layers x 16, MLP 32, 2 heads, 16 codes, 3 classes",
-        "1 layers x 16, MLP 8, 2 heads, 32 codes, 1000 classes",
+    assert {row["network"] for row in rows(tmp_path, "timing")} == {
+        "1 layers x 16, MLP 8, 2 heads, 32 codes, 1000 classes"
     }
-    page = (tmp_path / "figure-4.md").read_text()
-    assert "maskgit figure 4 --num-tokens 4 --depth 1 --embed-dim 16" in page
-    assert "--device cpu" in page
-    assert f"torch {torch.__version__}" in page
+    assert "maskgit figure 4 --num-tokens 4 --depth 1 --embed-dim 16" in (tmp_path / "figure-4.md").read_text()
 
 
 @pytest.mark.slow
@@ -169,7 +163,7 @@ def test_the_table_measures_each_tokenizer_once_and_writes_a_row_for_each(
     rows = list(csv.DictReader((folder / "tokenizers.csv").read_text().splitlines()))
     assert [row["run"] for row in rows] == ["one", "two"]
     assert rows[0]["psnr_db"] != rows[1]["psnr_db"]
-    module = "maskgit_pl.evaluation.reports.tokenizer_table.measure_tokenizer"
+    module = "maskgit_pl.evaluation.tokenizer_table.measure_tokenizer"
     monkeypatch.setattr(module, lambda *_, **__: pytest.fail("measured again"))
     assert call("table", *words) == 0
     assert (folder / "tokenizers.md").read_text() == page
@@ -180,8 +174,6 @@ def test_a_wrong_flag_is_refused_before_anything_is_measured(
     runs: list[Path], tiny_shards: Path, judge: Path, tmp_path: Path
 ) -> None:
     results, one = tmp_path / "results", runs[0]
-    shutil.copytree(one, one.with_name("again"))
-    again = one.with_name("again")
     for words, match in (
         (["table", 1], "table 1 must have at least one run"),
         (["table", 1, tmp_path / "nowhere"], "nowhere: no such folder"),
@@ -189,8 +181,9 @@ def test_a_wrong_flag_is_refused_before_anything_is_measured(
         (["table", 1, one, "--cas-batch-size", 1], "--cas-batch-size must be an integer in"),
         (["table", 1, one, "--cas-images", 0], "--cas-images must be an integer in"),
         (["table", 1, one, "--results", __file__], "--results must be a folder, got the file"),
-        (["table", 3, one, again], "the mask schedules of the runs must differ, got several with"),
         (["table", 3, *runs, "--num-steps", 12], "--num-steps must be <= 8, half the number of tokens, got only"),
+        (["figure", 2], "figure 2 must have at least one run"),
+        (["figure", 2, one, "--class-name", "Bag"], "class 'Bag'|unknown class"),
         (["figure", 4, *runs], "figure 4 must have at most one RUN"),
         (["figure", 4, "--depth", 0], "transformer depth must be an integer in"),
         (["figure", 4, "--embed-dim", 17], "embed_dim must be a multiple of num_heads"),
@@ -215,20 +208,40 @@ def words(tiny_shards: Path, judge: Path, tmp_path: Path) -> list[str]:
 
 @pytest.mark.trainings
 @pytest.mark.slow
-def test_an_ablation_of_schedules_trains_measures_and_goes_on(
-    words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_an_ablation_of_schedules_trains_each_seed_and_a_failure_does_not_end_the_others(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command, results = [*words, "--schedules", "cosine", "--num-steps", "2,4"], tmp_path / "results"
-    assert main(command) == 0
+    fail_training(monkeypatch, "transformer/square")
+    command, results = (
+        [*words, "--schedules", "cosine,square", "--num-steps", "2,4", "--seeds", "3,4"],
+        tmp_path / "results",
+    )
+    assert main(command) == 70
+    assert "2 runs failed, and the page has the others: square, seed 3: maskgit train: out" in capsys.readouterr().err
     page = (results / "shards" / "table-3.md").read_text()
-    assert "maskgit ablation --dataset shoes --schedules cosine" in page
-    assert page.count("shoes-") == page.count("`shoes-cosine` tokenizer") == 1  # where the weights are named
+    assert "maskgit ablation --dataset shoes --schedules cosine,square --seeds 3,4" in page
+    assert "models of its own from 2 seeds" in " ".join(page.split())
+    assert page.count("`shoes-cosine-seed3` tokenizer") == page.count("`shoes-cosine-seed4` tokenizer") == 1
     measured = rows(results, "samples")
-    assert {row["run"] for row in measured} == {"shoes-cosine", ""}
-    capfd.readouterr()
-    assert main(command) == 0
-    assert capfd.readouterr().out.count("finished at step-00000003; nothing to do") == 1
+    assert {row["run"] for row in measured} == {"shoes-cosine-seed3", "shoes-cosine-seed4", ""}
+    assert len({row["transformer"] for row in measured if row["run"]}) == 2
+    assert main(command) == 70
     assert rows(results, "samples") == measured
+    log = (tmp_path / "runs" / "shoes-cosine-seed3" / "train-transformer.log").read_text()
+    assert log.count("finished at step-00000003; nothing to do") == 1
+
+
+def fail_training(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+    """Lets the trainings fail that have a recipe or a flag."""
+    own, name = ablation.run_maskgit, word.rpartition("/")[2]
+
+    def run(command: list[str], output: IO[bytes]) -> tuple[int, bool]:
+        if command[0] == "train" and name in command:
+            output.write(b"maskgit train: out of memory\n")
+            return 70, False
+        return own(command, output)
+
+    monkeypatch.setattr(ablation, "run_maskgit", run)
 
 
 def start(words: list[str], file: Path) -> subprocess.Popen[bytes]:
@@ -305,45 +318,25 @@ def test_an_ablation_survives_kills_and_failures_and_is_not_repeated(words: list
 
 @pytest.mark.slow
 @pytest.mark.trainings
-def test_a_budget_of_seconds_is_divided_by_the_time_of_a_step_and_a_failure_does_not_end_the_others(
+def test_a_variant_that_fails_does_not_end_the_others_and_is_tried_again(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own = ablation_runs.run_maskgit
-
-    def fail(command: list[str], output: IO[bytes]) -> tuple[int, bool]:
-        if "--model.network.depth=2" in command:
-            output.write(b"maskgit train: out of memory\n")
-            return 70, False
-        return own(command, output)
-
-    monkeypatch.setattr(ablation_runs, "run_maskgit", fail)
-    words = [word for word in words if not word.startswith("--trainer.max_steps")]
-    command = [*words, "--vary", "model.network.depth=1,2", "--vary", "model.network.mlp_dim=64", "--seeds", "3",
-               "--budget", "seconds=0.5", "--pilot-steps", "20"]  # fmt: skip
-    assert main(command) == 70
-    assert "depth=2, pilot: maskgit train: out of memory" in capsys.readouterr().err
-    pilots = {row["variant"]: row["seconds_per_step"] for row in rows(tmp_path / "results", "pilot")}
-    assert set(pilots) == {"base", "mlp_dim=64"}
+    command = [*words, "--vary", "model.network.depth=1,2", "--vary", "model.ema_decay=0.5,0.6", "--seeds", "3",
+               "--budget", "steps=2"]  # fmt: skip
+    with monkeypatch.context() as patch:
+        fail_training(patch, "--model.network.depth=2")
+        assert main(command) == 70
+    assert "depth=2, seed 3: maskgit train: out of memory" in capsys.readouterr().err
+    page = next((tmp_path / "results" / "shards").glob("*.md"))
+    assert "- depth=2, seed 3: maskgit train: out of memory" in page.read_text()
     for row in rows(tmp_path / "results", "ablation"):
-        assert row["max_steps"] == max(1, round(0.5 / pilots[row["variant"]]))
-        assert row["planned_seconds"] == pytest.approx(row["max_steps"] * row["seconds_per_step"])
-        file = tmp_path / "runs" / "ablation" / row["run"] / "transformer" / "config.yaml"
-        config = yaml.safe_load(file.read_text())
-        assert config["trainer"]["max_steps"] == row["max_steps"]
-        assert config["cpu_threads"] >= 1
-        assert config["data"]["seed"] == 3
-    assert not list((tmp_path / "runs" / "ablation").glob("pilot-*"))
-    text = next((tmp_path / "results" / "shards").glob("*.md")).read_text()
-    assert "depth=2, seed 3: not trained or not measured" in text
-
-    # The pilot is not measured again, so that a repeated command has the same runs.
-    monkeypatch.setattr(ablation_runs, "run_maskgit", own)
-    monkeypatch.setattr(ablation_measurements.AblationRuns, "pilot", lambda *_: pytest.fail("measured again"))
-    before = rows(tmp_path / "results", "ablation")
-    assert main([word if word != "model.network.depth=1,2" else "model.network.depth=1" for word in command]) == 0
-    assert [row["run"] for row in rows(tmp_path / "results", "ablation")][: len(before)] == [
-        row["run"] for row in before
-    ]
+        assert row.get("failure") or (row["max_steps"], row["training_seconds"] > 0) == (2, True)
+    before = rows(tmp_path / "results", "samples")
+    assert main(command) == 0
+    assert "Failed or missing" not in page.read_text()
+    assert rows(tmp_path / "results", "samples")[: len(before)] == before
+    weights = {row["variant"]: row["weights"] for row in rows(tmp_path / "results", "ablation") if row.get("weights")}
+    assert (weights["base"] == weights["ema_decay=0.5"]) == ("| ema_decay=0.5 (the weights" in page.read_text())
 
 
 @pytest.mark.slow
@@ -369,14 +362,12 @@ def test_tokenizers_are_judged_by_their_reconstructions_and_their_transformers(
     ("given", "match"),
     [
         (("--grid",), "--grid must come with --vary or --recipes"),
-        (("--seeds", "0"), "--seeds must come with --vary or --recipes"),
-        (("--vary", "model.network.depth=2", "--schedules", "cosine"), "--schedules must come with no --vary"),
+        (("--vary", "model.network.depth=2", "--schedules", "cosine"), "--schedules must not be given with --vary"),
         (("--vary", "model.network.depth=2", "--seeds", "a"), "--seeds must be integers"),
         (("--vary", "model.network.depth=2", "--name", "../x"), "--name must be letters"),
         (("--vary", "model.network.dept=2"), "did you mean 'model.network.depth'"),
-        (("--vary", "model.network.depth=2", "--budget", "hours=2"), "--budget must be"),
+        (("--vary", "model.network.depth=2", "--budget", "hours=2"), "--budget must be steps=N"),
         (("--vary", "model.network.depth=2", "--num-images", "1"), "--num-images must be"),
-        (("--page-only",), "--name must be given, or the ablation"),
         (("--page-only", "--name", "x"), "ablation x: there must be at least one row"),
         (("--schedules", "square,cosin"), "recipe 'cosin'"),
         (("--features", "bogus"), "unknown feature network 'bogus'"),

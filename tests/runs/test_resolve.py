@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,8 +11,6 @@ import yaml
 
 from maskgit_pl import runs
 from maskgit_pl.runs import resolve
-from maskgit_pl.runs.ablation_plan import AblationConfig, Factor
-from maskgit_pl.runs.ablation_runs import AblationRuns
 from maskgit_pl.runs.build import build
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Recipe
@@ -93,27 +91,6 @@ def test_doctor_knows_the_width_of_pretrained_weights(tiny_pretrained, tmp_path)
         found = runs.preflight(recipe, run=tmp_path / "one", machines=runs.Machines(gpu="h100"), pretrained=given)
         (check,) = [check for check in found.checks if check.name == "strategy"]
         assert check.text == f"auto, {chosen}"
-
-
-def test_an_ablation_has_one_precision_on_each_device(bfloat16, tiny_shards, tiny_pretrained, tmp_path):
-    tiny = flags(yaml.safe_load((TINY / "transformer.yaml").read_text()))
-    ablation = AblationConfig(
-        factors=(Factor("model.network.embed_dim", ("192", "256")),),
-        data=tiny_shards,
-        tokenizer=tiny_pretrained / "tokenizer",
-        runs=tmp_path,
-        overrides=tiny,
-    )
-    digests = []
-    for exists in (True, False):
-        bfloat16(exists=exists)
-        opened = AblationRuns.open(ablation)
-        assert {each.recipe["trainer"]["precision"] for each in opened.variants} == {"32-true"}
-        assert "--trainer.precision=32-true" in opened.config.overrides  # the trainings get it, too
-        digests.append([each.digest for each in opened.variants])
-    assert digests[0] == digests[1]
-    given = replace(ablation, overrides=[*tiny, "--trainer.precision=bf16-mixed"])
-    assert {each.recipe["trainer"]["precision"] for each in AblationRuns.open(given).variants} == {"bf16-mixed"}
 
 
 def wide(**trainer: object) -> runs.Recipe:

@@ -1,7 +1,6 @@
 """Figure 4 of the paper: the decoding time per image of autoregressive decoding and MaskGIT over the number of tokens.
 
 The time does not depend on the values of the weights, so that random ones are used; the tokenizer is not timed.
-``api`` uses ``measure_figure_4``.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -26,31 +25,31 @@ from maskgit_pl.decoding import (
     decode_autoregressive,
     decode_classes,
 )
-from maskgit_pl.distributed import check_device, describe_environment, device_name
+from maskgit_pl.distributed import describe_environment, device_name, find_device
 from maskgit_pl.errors import markdown, plain_label
-from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
-from maskgit_pl.evaluation.pages import LineEnd, Page, figure_to_png, heading, markdown_table, name_lines, paragraph
-from maskgit_pl.evaluation.reports.options import NUM_TOKENS, ReportOptions
+from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
+from maskgit_pl.evaluation.options import NUM_TOKENS, ReportOptions
+from maskgit_pl.evaluation.pages import (
+    LineEnd,
+    Page,
+    command_line,
+    figure_to_png,
+    heading,
+    markdown_table,
+    name_lines,
+    paragraph,
+)
 from maskgit_pl.networks.backbone import Attention, AutoregressiveBackbone, BackboneConfig, build_config, create_network
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pipeline.pretrained import read_config
+from maskgit_pl.pipeline.sharing import local_folder
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.schedules import mask_schedules
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = [
-    "METHODS",
-    "SIZES",
-    "Method",
-    "Timing",
-    "make_timing_page",
-    "measure_figure_4",
-    "measure_timings",
-    "read_sizes",
-    "timing_of",
-]
+__all__ = ["METHODS", "SIZES", "Method", "figure_4", "make_timing_page", "measure_timings"]
 
 Method = Literal["MaskGIT", "autoregressive, KV cache", "autoregressive, no cache"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -61,6 +60,7 @@ SIZES = TransformerConfig(1024, 1000, (16, 16), embed_dim=256, depth=8, num_head
 # A point has at most 15 runs, and ends when another run would exceed 10 s in all; it has at least one run.
 _SECONDS, _MAX_RUNS = 10.0, 15
 _WARM_UP = 8  # steps before the clock starts
+_CSV = ("method", "num_tokens", "num_steps", "seconds", "least", "runs", "network", "device", "torch", "dtype", "kind")
 
 _COLOURS = {"MaskGIT": "#0d7d6c", "autoregressive, KV cache": "#d98b1f", "autoregressive, no cache": "#c0392b"}
 _TICKS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000]
@@ -76,80 +76,44 @@ _EXPLANATIONS = {  # by type of the device
 _OTHER_DEVICE = "The paper reports ratios of 30 to 64 on a GPU."
 
 
-def measure_figure_4(
-    folder: Path | None,
-    options: ReportOptions,
+def figure_4(
+    run: Path | str | None = None,
+    options: ReportOptions | None = None,
     *,
-    num_tokens: Sequence[int],
-    sizes: Mapping[str, Any],
-    command: str,
+    num_tokens: Sequence[int] = NUM_TOKENS,
+    sizes: Mapping[str, int] | None = None,
     bars: Bars = no_bars,
 ) -> Page:
-    """Measures Figure 4 with random weights; points in the ledger are not measured again.
+    """Makes Figure 4: the time per image over the number of tokens, for autoregressive decoding and MaskGIT.
 
     Args:
-        folder: Folder of the transformer whose sizes are timed; None for sizes that suit a CPU.
-        options: Folder of the results, and device.
+        run: Run folder or pretrained folder whose sizes are timed, with random weights; None for sizes that suit a CPU.
+        options: Folder of the results, and device; None for the defaults.
         num_tokens: Numbers N of tokens, all squares.
-        sizes: Sizes of the transformer by name, which replace those of the folder or the defaults.
-        command: Command that produces the page.
+        sizes: Sizes of the transformer, such as ``{"depth": 8}``, that replace those of the run or the defaults.
         bars: Progress bars.
 
     Raises:
+        FileNotFoundError: if the run does not exist.
         ValueError: if a size is out of range, a number of tokens is not a square, or the device does not exist.
     """
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    config = replace(SIZES if folder is None else read_sizes(folder), **sizes)
+    options, sizes = options or ReportOptions(), dict(sizes or {})
+    config: BackboneConfig = SIZES
+    if run is not None:
+        folder = local_folder(run) / "transformer"
+        config = build_config(read_config(folder, "transformer").get("network"), f"{folder / 'config.json'}: network")
     bar = bars("figure 4: points", len(METHODS) * len(num_tokens))
-    timings = measure_timings(
+    rows = measure_timings(
         Ledger(options.results / FILE_NAME),
-        sizes=config,
+        sizes=replace(config, **sizes),  # type: ignore[arg-type]  # fields of another backbone raise a TypeError
         num_tokens=num_tokens,
-        device=check_device(device),
+        device=find_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu")),
         on_point=lambda _: bar(1),
     )
-    return make_timing_page(timings, command=command, folder=options.results)
-
-
-def read_sizes(folder: Path) -> BackboneConfig:
-    """Reads the configuration of the network of a transformer from its folder.
-
-    Raises:
-        ValueError: if ``config.json`` is not that of a transformer.
-    """
-    config = read_config(folder, "transformer")
-    return build_config(config.get("network"), f"{folder / 'config.json'}: network")
-
-
-@dataclass(frozen=True)
-class Timing:
-    """The time per image of one method at one number of tokens.
-
-    Args:
-        method: Decoding method.
-        num_tokens: Number N of tokens.
-        num_steps: Number T of forward passes.
-        seconds: Median of the runs, in seconds.
-        least: Fastest run, in seconds.
-        runs: Number of runs.
-        network: Description of the sizes of the network.
-        device: Name of the GPU, or of the CPU with its number of threads.
-        torch: Version of torch.
-        dtype: Precision of weights and matrix products.
-        kind: Type of the device, such as ``cpu`` or ``cuda``.
-    """
-
-    method: Method
-    num_tokens: int
-    num_steps: int
-    seconds: float
-    least: float
-    runs: int
-    network: str
-    device: str
-    torch: str
-    dtype: str
-    kind: str
+    points = None if tuple(num_tokens) == NUM_TOKENS else num_tokens
+    words = ["maskgit figure 4", *([] if run is None else [run])]
+    command = command_line(words, {"num_tokens": points, **sizes, "device": options.device})
+    return replace(make_timing_page(rows, command=command), folder=options.results)
 
 
 def measure_timings(
@@ -158,8 +122,8 @@ def measure_timings(
     sizes: BackboneConfig = SIZES,
     num_tokens: Sequence[int] = NUM_TOKENS,
     device: torch.device | str = "cpu",
-    on_point: Callable[[Timing], object] = lambda timing: None,
-) -> list[Timing]:
+    on_point: Callable[[Row], object] = lambda row: None,
+) -> list[Row]:
     """Times each method at each number of tokens with batch size 1. Points in the ledger are not measured again.
 
     The methods take turns, so that a change in the speed of the machine affects all of them.
@@ -182,27 +146,19 @@ def measure_timings(
             raise ValueError(f"num_tokens must be squares, such as 16 or 256, got {count}")
     device = torch.device(device)
     _with_attention(sizes, "causal")  # raises if there is none
-    timings = []
+    rows = []
     for count in sorted(set(num_tokens)):
-        points = {method: _point_columns(method, count, sizes, device) for method in METHODS}
-        found = {method: ledger.find("timing", point) for method, point in points.items()}
-        missing = [method for method, row in found.items() if row is None]
+        keys = {method: _key_columns(method, count, sizes, device) for method in METHODS}
+        found = {method: row for method, key in keys.items() if (row := ledger.find("timing", key)) is not None}
+        for row in found.values():
+            on_point(row)
+        missing = [method for method in METHODS if method not in found]
         # Each point is written as soon as it is measured, so that a command that is stopped loses at most one.
         for method, seconds in _measure(missing, sizes, count, device) if missing else ():
-            found[method] = ledger.add("timing", {**points[method], **_summarize(seconds)})
-            on_point(timing_of(found[method]))
-        for method, row in found.items():
-            timings.append(timing_of(row))
-            if method not in missing:
-                on_point(timings[-1])
-    return timings
-
-
-def timing_of(row: Mapping[str, Any] | None) -> Timing:
-    """Returns the point of a ledger row."""
-    assert row is not None  # every row was found or added
-    values = {**row, "seconds": row["seconds_per_image"]}
-    return Timing(**{each.name: values[each.name] for each in fields(Timing)})
+            found[method] = ledger.add("timing", {**keys[method], **_summarize(seconds)})
+            on_point(found[method])
+        rows += [found[method] for method in METHODS]
+    return rows
 
 
 def _with_attention(config: BackboneConfig, attention: Attention) -> BackboneConfig:
@@ -232,16 +188,14 @@ def _describe(sizes: BackboneConfig) -> str:
     return ", ".join([sizes.backbone, *own, codes])
 
 
-def _point_columns(method: Method, num_tokens: int, sizes: BackboneConfig, device: torch.device) -> dict[str, Any]:
-    """Returns the ledger columns that identify a point."""
-    network = _describe(sizes)
-    # Everything that changes the time is part of the key: sizes, device, version of torch, precision.
+def _key_columns(method: Method, num_tokens: int, sizes: BackboneConfig, device: torch.device) -> dict[str, Any]:
+    """Returns the ledger columns that identify a point: everything that changes the time."""
     matmul = torch.get_float32_matmul_precision()
     return {
         "method": method,
         "num_tokens": num_tokens,
         "num_steps": _choose_steps(num_tokens) if method == "MaskGIT" else num_tokens,
-        "network": network,
+        "network": _describe(sizes),
         "device": device_name(device),
         "torch": torch.__version__,
         "dtype": "float32" if matmul == "highest" else f"float32, matmul precision {matmul}",
@@ -339,16 +293,15 @@ def _build_decoders(
     }
 
 
-def make_timing_page(timings: Sequence[Timing], *, command: str, folder: Path = Path()) -> Page:
+def make_timing_page(rows: Sequence[Row], *, command: str) -> Page:
     """Returns the page: an explanation, the figure, and a table with the ratios.
 
     Args:
-        timings: See ``measure_timings``.
+        rows: See ``measure_timings``.
         command: Command that produces the page.
-        folder: Folder of the page.
     """
-    first, lines = timings[0], _group_by_method(timings)
-    counts = sorted({timing.num_tokens for timing in timings})
+    first, lines = rows[0], _group_by_method(rows)
+    counts = list(lines["MaskGIT"])
     text = [
         *heading("Figure 4: decoding time of autoregressive decoding and MaskGIT", command),
         "![time per image over the number of tokens](figure-4.png)",
@@ -358,49 +311,47 @@ def make_timing_page(timings: Sequence[Timing], *, command: str, folder: Path = 
             "value is the median of n runs, in which the methods took turns. Both methods use the same network with",
             "random weights, autoregressive decoding with a causal attention mask. MaskGIT decodes with the cosine",
             "schedule, the most confident tokens first; its first step, of an all-masked image, is computed, too.",
-            f"Network: {markdown(first.network)}, {markdown(first.dtype)}. Machine:",
-            f"{markdown(first.device)}, torch {markdown(first.torch)}.",
+            f"Network: {markdown(first['network'])}, {markdown(first['dtype'])}. Machine:",
+            f"{markdown(first['device'])}, torch {markdown(first['torch'])}.",
         ),
         "",
     ]
-    rows = []
+    cells = []
     for count in counts:
-        here = [lines[method][count] for method in METHODS]
-        cells = [f"{_format_seconds(timing)} (n = {timing.runs})" for timing in here]
-        ratios = [_format_ratio(timing, lines) for timing in here[1:]]
-        rows.append([str(count), str(here[0].num_steps), *cells, *ratios])
+        times = [f"{_format_seconds(lines[method][count])} (n = {lines[method][count]['runs']})" for method in METHODS]
+        ratios = [_format_ratio(lines, method, count) for method in METHODS[1:]]
+        cells.append([str(count), str(lines["MaskGIT"][count]["num_steps"]), *times, *ratios])
     headings = ["N", "T of MaskGIT", *METHODS, "KV cache / MaskGIT", "no cache / MaskGIT"]
-    text += markdown_table(headings, rows, left=0)
-    largest = [_format_ratio(lines[method][counts[-1]], lines) for method in METHODS[1:]]
+    text += markdown_table(headings, cells, left=0)
+    cached, uncached = (_format_ratio(lines, method, counts[-1]) for method in METHODS[1:])
     conclusion = paragraph(
-        f"At N = {counts[-1]}, autoregressive decoding takes {largest[0]} times as long as MaskGIT with a cache, and",
-        f"{largest[1]} times without one. {_EXPLANATIONS.get(first.kind, _OTHER_DEVICE)}",
+        f"At N = {counts[-1]}, autoregressive decoding takes {cached} times as long as MaskGIT with a cache, and",
+        f"{uncached} times without one. {_EXPLANATIONS.get(first['kind'], _OTHER_DEVICE)}",
     )
-    values = [asdict(timing) for timing in timings]
-    return Page(
-        "figure-4", "\n".join([*text, "", *conclusion, ""]), values, {"figure-4.png": _draw_timings(timings)}, folder
-    )
+    values = [{name: row["seconds_per_image" if name == "seconds" else name] for name in _CSV} for row in rows]
+    return Page("figure-4", "\n".join([*text, "", *conclusion, ""]), values, {"figure-4.png": _draw_timings(rows)})
 
 
-def _format_seconds(timing: Timing) -> str:
-    return f"{timing.seconds:.3g} s" if timing.seconds >= 1 else f"{1000 * timing.seconds:.3g} ms"
+def _format_seconds(row: Row) -> str:
+    seconds = row["seconds_per_image"]
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
 
 
-def _format_ratio(timing: Timing, lines: dict[Method, dict[int, Timing]]) -> str:
+def _format_ratio(lines: Mapping[Method, Mapping[int, Row]], method: Method, count: int) -> str:
     """Returns the ratio of a time to MaskGIT's, with two digits."""
-    factor = timing.seconds / lines["MaskGIT"][timing.num_tokens].seconds
+    factor = lines[method][count]["seconds_per_image"] / lines["MaskGIT"][count]["seconds_per_image"]
     return f"{factor:.1f}" if factor < 9.95 else f"{factor:.0f}"
 
 
-def _group_by_method(timings: Sequence[Timing]) -> dict[Method, dict[int, Timing]]:
-    return {method: {timing.num_tokens: timing for timing in timings if timing.method == method} for method in METHODS}
+def _group_by_method(rows: Sequence[Row]) -> dict[Method, dict[int, Row]]:
+    return {method: {row["num_tokens"]: row for row in rows if row["method"] == method} for method in METHODS}
 
 
-def _draw_timings(timings: Sequence[Timing]) -> bytes:
+def _draw_timings(rows: Sequence[Row]) -> bytes:
     """Draws the seconds per image over the number of tokens, with a line per method and its ratios to MaskGIT.
 
     Args:
-        timings: See ``measure_timings``.
+        rows: See ``measure_timings``.
 
     Returns:
         A PNG.
@@ -413,58 +364,57 @@ def _draw_timings(timings: Sequence[Timing]) -> bytes:
     axes = page.subplots()
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    lines = _group_by_method(timings)
+    lines = _group_by_method(rows)
     for method, points in lines.items():
         axes.plot(
-            list(points), [timing.seconds for timing in points.values()], color=_COLOURS[method],
+            list(points), [row["seconds_per_image"] for row in points.values()], color=_COLOURS[method],
             linewidth=3 if method == "MaskGIT" else 1.8, marker="o", markersize=6 if method == "MaskGIT" else 4.5,
             zorder=3 if method == "MaskGIT" else 2,
         )  # fmt: skip
-    _format_axes(axes, timings)
+    _format_axes(axes, rows)
     _write_ratios(axes, lines)
     ends: dict[str, LineEnd] = {method: _line_end(method, points) for method, points in lines.items()}
     name_lines(page, axes, ends, least=0.09)
     return figure_to_png(page)
 
 
-def _line_end(method: Method, points: dict[int, Timing]) -> LineEnd:
+def _line_end(method: Method, points: Mapping[int, Row]) -> LineEnd:
     last = points[max(points)]
-    steps = sorted({point.num_steps for point in points.values()})
+    steps = sorted({row["num_steps"] for row in points.values()})
     label, _, cache = method.partition(", ")
     note = cache or f"T = {' and '.join(map(str, steps))}"
-    point = (last.num_tokens, last.seconds)
+    point = (last["num_tokens"], last["seconds_per_image"])
     return LineEnd(label, point, _COLOURS[method], bold=method == "MaskGIT", second_line=note)
 
 
-def _write_ratios(axes: Axes, lines: dict[Method, dict[int, Timing]]) -> None:
+def _write_ratios(axes: Axes, lines: Mapping[Method, Mapping[int, Row]]) -> None:
     """Writes the ratios to MaskGIT of the other methods, as two rows of numbers below the lines."""
     low, high = axes.get_ylim()
     # On a logarithmic axis, a strip of a given fraction needs a power of the range.
     axes.set_ylim(low * (low / high) ** _STRIP, high)  # room for the rows
     place = axes.get_xaxis_transform()
     for method, height in zip(METHODS[1:], (0.02, 0.075), strict=True):
-        for count, timing in lines[method].items():
+        for count in lines[method]:
             axes.text(
-                count, height, f"{_format_ratio(timing, lines)} x", transform=place, color=_COLOURS[method],
+                count, height, f"{_format_ratio(lines, method, count)} x", transform=place, color=_COLOURS[method],
                 fontsize=10.5, fontweight="bold", ha="center", va="bottom",
             )  # fmt: skip
     axes.text(0.012, 0.15, "time relative to MaskGIT", transform=axes.transAxes, color=_INK, fontsize=9, va="center")
 
 
-def _format_axes(axes: Axes, timings: Sequence[Timing]) -> None:
-    counts = sorted({timing.num_tokens for timing in timings})
-    seconds = [timing.seconds for timing in timings]
+def _format_axes(axes: Axes, rows: Sequence[Row]) -> None:
+    counts, first = sorted({row["num_tokens"] for row in rows}), rows[0]
+    seconds = [row["seconds_per_image"] for row in rows]
     axes.set_xticks(counts, [f"{count}\n{math.isqrt(count)} x {math.isqrt(count)}" for count in counts])
     shown = [tick for tick in _TICKS if min(seconds) / 2 <= tick <= max(seconds) * 2]
     axes.set_yticks(shown, [f"{tick:g} s" if tick >= 1 else f"{1000 * tick:g} ms" for tick in shown])
     axes.minorticks_off()
     axes.set_xlabel("tokens per image, N")
     axes.set_ylabel("transformer time per image")
-    first = timings[0]
     axes.set_title("Figure 4: autoregressive decoding and MaskGIT", fontsize=12, loc="left", pad=36)
     axes.annotate(
-        f"{plain_label(first.network)}; batch 1, {plain_label(first.dtype)}\n"
-        f"{plain_label(first.device)}, torch {plain_label(first.torch)}", (0, 1), (0, 5),
+        f"{plain_label(first['network'])}; batch 1, {plain_label(first['dtype'])}\n"
+        f"{plain_label(first['device'])}, torch {plain_label(first['torch'])}", (0, 1), (0, 5),
         xycoords="axes fraction", textcoords="offset points", fontsize=9, color=_INK, va="bottom", linespacing=1.4,
     )  # fmt: skip
     axes.grid(alpha=0.25)

@@ -1,0 +1,453 @@
+"""An ablation: trains each variant of a recipe with each seed, measures the runs, and makes the page of the rows.
+
+1. Build all variants, and open data and feature networks. Errors of the command are raised here.
+2. For each seed and each variant: train it, unless its run is finished, and measure it, unless the ledger has the rows.
+3. Add a row of the ablation to the ledger. An error of a variant becomes a row, too, and the other variants continue.
+
+The rows are enough to make the page again. ``runs.ablation`` plans and trains the variants.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from maskgit_pl.autoregressive import AutoregressiveConfig
+from maskgit_pl.checks import shorten
+from maskgit_pl.data.manifest import read_manifest_summary
+from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.distributed import describe_environment, device_name, find_device
+from maskgit_pl.errors import PreemptedError, describe_error, exit_code_of
+from maskgit_pl.evaluation.ablation_page import make_ablation_page, select_rows
+from maskgit_pl.evaluation.cache import digest_of, shorten_digest
+from maskgit_pl.evaluation.evaluator import Evaluator, collect_numbers
+from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
+from maskgit_pl.evaluation.metrics import metric_name
+from maskgit_pl.evaluation.opening import create_evaluated_model, open_images, open_model, open_networks
+from maskgit_pl.evaluation.options import ReportOptions, describe_decoding, round_to_classes
+from maskgit_pl.evaluation.pages import Page, command_line
+from maskgit_pl.evaluation.reconstruction import measure_reconstruction
+from maskgit_pl.evaluation.reference import iter_real_batches
+from maskgit_pl.evaluation.run_folders import RunFolders, data_name
+from maskgit_pl.files import check_writable
+from maskgit_pl.pipeline.pretrained import fingerprint, load_tokenizer, read_config
+from maskgit_pl.processes import Bars, no_bars
+from maskgit_pl.runs.ablation import AblationConfig, Failure, Variant, base_values, in_float32, plan_variants, train
+from maskgit_pl.runs.build import build_without_weights
+from maskgit_pl.runs.layers import flag_words, merge, remove_key
+from maskgit_pl.runs.plan import Plan, find_data, find_tokenizer
+from maskgit_pl.runs.recipe import Recipe
+from maskgit_pl.runs.resolve import merge_values
+from maskgit_pl.runs.settings import ResolvedRun, resolve
+from maskgit_pl.training.speed import read_training_time
+from maskgit_pl.training.token_model import TokenModel
+
+__all__ = ["AblationRuns", "BuiltVariant", "read_ablation", "run_ablation"]
+
+log = logging.getLogger(__name__)
+
+_FOLDER = "ablation"  # in the folder of all runs
+_NO_PART = (  # keys that do not affect the trained weights, and that of the seed
+    "model.decoding", "data.path", "data.token_store", "model.tokenizer", "checkpoint_every", "keep_last", "keep_every",
+    "hang_seconds", "trainer.val_check_interval", "trainer.limit_val_batches", "trainer.num_sanity_val_steps",
+    "trainer.log_every_n_steps", "data.validation_batch", "data.validation_samples", "data.seed", "model.seed",
+)  # fmt: skip
+_DRAWS = 4  # masks per image for likelihoods
+_OF_TOKENIZER = ("psnr_db", "ssim", "codebook_usage", "perplexity")
+
+
+def run_ablation(
+    config: AblationConfig, options: ReportOptions | None = None, *, name: str | None = None, bars: Bars = no_bars
+) -> tuple[Page, list[Failure]]:
+    """Runs an ablation: trains variants of a recipe with several seeds, measures and compares them.
+
+    Finished runs, and the measurements that the ledger holds, are reused.
+
+    Args:
+        config: The ablation.
+        options: Number of images, networks, folders and other options; None for the defaults. The data folder is that
+            of ``config``.
+        name: Name of the ablation, and of the files of its page; None for ``config.name``.
+        bars: Progress bars.
+
+    Returns:
+        The page, and the runs that failed.
+
+    Raises:
+        FileNotFoundError: if a recipe, the data or the tokenizer do not exist.
+        ValueError: if a value of a variant or an option is wrong.
+        PreemptedError: if a training is stopped by a signal. The same call resumes.
+    """
+    options, name = options or ReportOptions(), name or config.name
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", name):
+        raise ValueError(f"name must be letters, digits and ._- only, got {shorten(name)}")
+    check_writable("results", options.results, is_folder=True)
+    ablation = _Ablation(AblationRuns.open(config), options, name, bars)  # 1.
+    failures: list[Failure] = []
+    for seed in config.seeds or ():  # 2.
+        for place, variant in enumerate(ablation.runs.variants):
+            row: dict[str, Any] = {"place": place, "variant": variant.label, "seed": seed}
+            try:
+                row |= ablation.measure(variant, seed)
+            except (PreemptedError, KeyboardInterrupt):
+                raise
+            except Exception as error:  # a variant must not lose the others
+                log.error("%s", describe_error(error, f"ablation: variant {variant.label}").rstrip())
+                text = str(error) or type(error).__name__
+                failures.append(Failure(variant.label, seed, text, exit_code_of(error)))
+                row |= {"numbers": {}, "failure": text}
+            ablation.record(row)  # 3.
+    return read_ablation(name, options), failures
+
+
+def read_ablation(name: str, options: ReportOptions | None = None) -> Page:
+    """Returns the page of an ablation from the ledger, without training or measuring anything.
+
+    Args:
+        name: Name of the ablation.
+        options: Folder of the results; None for the default.
+
+    Raises:
+        ValueError: if the ledger has no row of the ablation.
+    """
+    results = (options or ReportOptions()).results
+    rows = select_rows(Ledger(results / FILE_NAME).rows("ablation"), name)
+    if not rows:
+        raise ValueError(f"ablation {name}: there must be at least one row, got none; run it first, or choose --name")
+    return replace(make_ablation_page(name, rows), folder=results / rows[-1]["dataset"])
+
+
+@dataclass(frozen=True)
+class BuiltVariant:
+    """A variant whose module could be built.
+
+    Args:
+        variant: The variant.
+        values: All its values.
+        digest: SHA-256 in hex of everything that determines its weights, except the seed.
+        decoding: Decoding of its images: that of the base with its own changes; None if it has no images.
+        parameters: Number of trained parameters, without averages.
+    """
+
+    variant: Variant
+    values: ResolvedRun
+    digest: str
+    decoding: DecodingConfig | None
+    parameters: int
+
+    @property
+    def label(self) -> str:
+        """The name of the variant in tables."""
+        return self.variant.label
+
+    @property
+    def key(self) -> str:
+        """The digest of everything that determines its images."""
+        return digest_of([self.digest, self.decoding and asdict(self.decoding)])
+
+
+@dataclass(frozen=True)
+class AblationRuns:
+    """The variants of an ablation and their runs. Made by ``open``.
+
+    Args:
+        config: The ablation.
+        variants: Variants without repetitions of the base.
+        reference: Index of the variant that the others are compared with: the base, if it is one of them.
+        base: Values that the base has for the varied keys, by their short name.
+        shards: Data folder.
+        tokenizer: Pretrained tokenizer folder, if all variants share one.
+        stage_2: Recipe of the transformers that are trained on tokenizers.
+    """
+
+    config: AblationConfig
+    variants: Sequence[BuiltVariant]
+    reference: int
+    base: Mapping[str, Any]
+    shards: Path
+    tokenizer: Path | None
+    stage_2: Recipe | None
+
+    @classmethod
+    def open(cls, config: AblationConfig) -> AblationRuns:
+        """Builds all variants, before any of them is trained.
+
+        Raises:
+            FileNotFoundError: if a recipe, the data or the tokenizer do not exist.
+            ValueError: if a value of a variant is wrong, or fewer than two are different.
+        """
+        planned = plan_variants(config)
+        base = planned[0].recipe
+        shards, tokenizer, stage_2 = find_data(base, config.data), None, None
+        if config.stage == "transformer":
+            folder = config.runs / str(base.run_name)
+            tokenizer = find_tokenizer(base, folder=folder, shards=shards, tokenizer=config.tokenizer)
+        if config.stage_2 is not None:
+            stage_2 = Recipe.read(
+                "transformer",
+                names=base.names,
+                dataset=config.dataset,
+                cluster=config.cluster,
+                overrides=config.stage_2,
+            )
+            stage_2 = in_float32(stage_2)
+        shared = {
+            "data": read_manifest_summary(shards).fingerprint,
+            "tokenizer": None if tokenizer is None else fingerprint(tokenizer),
+            "stage_2": None if stage_2 is None else stage_2.tree,
+        }
+        built = [
+            _build(each, base, Plan(each.recipe, shards, config.runs / _FOLDER / "variant", tokenizer), shared)
+            for each in planned
+        ]
+        variants, reference = _without_repetitions(built, is_grid=config.grid)
+        values = base_values(config, built[0].values.tree)
+        return cls(config, variants, reference, values, shards, tokenizer, stage_2)
+
+    def train(self, built: BuiltVariant, seed: int) -> Path:
+        """Trains a variant with one seed, and after a tokenizer also its transformer. Finished runs are not repeated.
+
+        Returns:
+            The run folder.
+
+        Raises:
+            TrainingError: if a training fails.
+            PreemptedError: if a training is stopped by a signal.
+        """
+        folder = self.folder_of(built, seed)
+        recipes = [built.variant.recipe, *([] if self.stage_2 is None else [self.stage_2])]
+        for recipe in recipes:
+            # Written at the end of a training; the name of the folder says that it had the same settings.
+            if not (folder / recipe.stage / "exported.json").is_file():
+                recipe = recipe.with_overrides([f"--data.seed={seed}"])
+                train(recipe, folder, data=self.shards, tokenizer=self.tokenizer)
+        return folder
+
+    def folder_of(self, built: BuiltVariant, seed: int) -> Path:
+        """Returns the folder of a run; its name contains a hash of everything that determines the weights."""
+        runs = self.config.runs / _FOLDER
+        ending = f"seed{seed}-{digest_of([built.digest, seed])[:12]}"
+        # Another ablation may have trained the same run under another label.
+        found = next(iter(sorted(runs.glob(f"*-{ending}"))), None)
+        words = re.sub(r"[^A-Za-z0-9_.]+", "-", built.variant.trained_label).strip("-")[:60]
+        return found or runs / f"{self.config.dataset}-{words}-{ending}"
+
+
+def _build(variant: Variant, base: Recipe, plan: Plan, shared: Mapping[str, Any]) -> BuiltVariant:
+    """Builds the module of a variant with weights of zero, which checks its values and those of its decoding.
+
+    Raises:
+        ValueError: if a value is wrong. The message names the variant.
+    """
+    try:
+        run = build_without_weights(plan)
+        decoding = None  # a transformer of stage 2 exports its own
+        if isinstance(run.model, TokenModel):
+            # The decoding of the base with the changes of the variant; another kind of model has its own.
+            recipe = base if variant.recipe.kind == base.kind else variant.recipe
+            recipe = recipe.with_overrides(variant.decoding)
+            model = resolve(recipe.kind, merge_values(replace(plan, recipe=recipe))).model
+            network = run.model.config.network
+            is_causal = isinstance(model, AutoregressiveConfig)
+            decoding = model.decoding.to_config(network.num_tokens) if is_causal else model.decoding
+            has_null = network.null_label is not None
+            decoding.check(network.num_tokens, is_autoregressive=is_causal, has_negative_class=has_null)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"variant {variant.label}: {error}") from error
+    tree = merge([run.values.tree])
+    for key in _NO_PART:
+        remove_key(tree, key)
+    parameters = sum(each.numel() for each in run.model.parameters() if each.requires_grad)
+    return BuiltVariant(variant, run.values, digest_of([tree, shared]), decoding, parameters)
+
+
+def _without_repetitions(built: Sequence[BuiltVariant], *, is_grid: bool) -> tuple[list[BuiltVariant], int]:
+    """Returns the variants without those that repeat the base, and the index of the reference.
+
+    The first one is the base. In a grid, it only tells which combination is the base.
+
+    Raises:
+        ValueError: if fewer than two variants are left, or two of them are the same.
+    """
+    base, *others = built
+    found = {} if is_grid else {base.key: base}
+    for each in others:
+        if each.key in found and found[each.key] is not base:
+            raise ValueError(
+                f"variants must be different, got {found[each.key].label} and {each.label}, which are the same"
+            )
+        found.setdefault(each.key, each)
+    variants = list(found.values())
+    if len(variants) < 2:
+        raise ValueError(f"an ablation must have at least two variants, got only {variants[0].label}; add a value")
+    return variants, list(found).index(base.key) if base.key in found else 0
+
+
+class _Ablation:
+    """The measurements of an ablation: its runs, its evaluator and its ledger."""
+
+    def __init__(self, runs: AblationRuns, options: ReportOptions, name: str, bars: Bars) -> None:
+        self.runs, self.options, self.name, self.bars = runs, options, name, bars
+        self.has_images = runs.config.stage == "transformer" or runs.stage_2 is not None
+        if runs.config.stage == "tokenizer" and options.reference is not None:
+            raise ValueError("--reference must not be given with --stage tokenizer, which compares with the val split")
+        self.device = find_device(options.device)
+        self.ledger = Ledger(options.results / FILE_NAME)
+        data = runs.variants[runs.reference].values.data
+        images = open_images(runs.shards, data.image_size, data.in_channels, num_workers=options.num_workers)
+        self.num_images = round_to_classes(options.num_images, images.num_classes)
+        self.evaluator = Evaluator(
+            images,
+            dataset=data_name(runs.shards),
+            networks=open_networks(
+                self._folders(runs.config.runs),
+                images,
+                features=options.features,
+                reference=options.reference,
+                device=self.device,
+                bars=bars,
+            ),
+            ledger=self.ledger,
+            bars=bars,
+            batch_size=options.batch_size,
+            device=self.device,
+        )
+        self.protocol = self._describe()
+
+    def _folders(self, run: Path) -> RunFolders:
+        # All runs of the data share its classifier, not only those of ablations.
+        real = self.runs.config.runs / f"{self.runs.shards.absolute().name}-classifier"
+        return RunFolders(run / "pretrained", run, self.runs.shards, self.options.classifier or real / "small", real)
+
+    def _describe(self) -> dict[str, Any]:
+        """Returns the column ``protocol`` of the rows: everything that the variants share, in plain values."""
+        config, runs = self.runs.config, self.runs
+        reference = runs.variants[runs.reference]
+        first, network = next(iter(self.evaluator.networks.items()))
+        origin, count = network.reference.origin, network.columns["real_images"]
+        assert origin is not None
+        of = origin.file or f"the {origin.split} split"
+        return {
+            "command": _describe_command(config, self.options, self.name),
+            "dataset": self.evaluator.dataset,
+            "stage": config.stage,
+            "variants": [each.label for each in runs.variants],
+            "reference": reference.label,
+            "base": dict(runs.base),
+            "seeds": list(config.seeds or ()),
+            "budget": f"steps={reference.values.trainer.max_steps}",
+            "num_images": self.num_images,
+            "first": first,
+            "compared": f"{count} real images of {of}" if count else f"the statistics of {of}",
+            "decoding": "" if reference.decoding is None else describe_decoding(reference.decoding),
+            "machine": _describe_machine(self.device),
+        }
+
+    def measure(self, built: BuiltVariant, seed: int) -> dict[str, Any]:
+        """Trains a variant with one seed, and returns the columns of its row."""
+        folder = self.runs.train(built, seed)
+        stage = self.runs.config.stage
+        numbers: dict[str, float] = {}
+        if stage == "tokenizer":
+            numbers |= self._measure_tokenizer(folder)
+        if self.has_images:
+            numbers |= self._measure_samples(folder, built, seed)
+        time = read_training_time(folder / stage)
+        return {
+            "run": folder.name,
+            "weights": shorten_digest(fingerprint(folder / "pretrained" / stage)),
+            "numbers": numbers,
+            "parameters": built.parameters,
+            "max_steps": built.values.trainer.max_steps,
+            "global_batch": str(built.values.data.global_batch),
+            "training_seconds": time and time.cost,
+            "kind": time and ("CPU" if time.is_cpu else "device"),
+            "device": time and time.device,
+        }
+
+    def _measure_samples(self, run: Path, built: BuiltVariant, seed: int) -> dict[str, float]:
+        """Measures generated images and the likelihood of real ones, with noise that differs between seeds."""
+        folders = self._folders(run)
+        model = create_evaluated_model(folders, open_model(folders, self.device))
+        first = self.options.seed + seed * self.num_images
+        decoding = built.decoding or model.pipe.decoding
+        rows = self.evaluator.measure_samples(model, decoding, num_images=self.num_images, seed=first)
+        likelihood = self.evaluator.measure_likelihood(model, num_images=2 * self.num_images, draws=_DRAWS, seed=seed)
+        kind = "exact" if model.pipe.transformer.mask_schedule is None else "elbo"
+        return {**collect_numbers(rows), "bits_per_token": float(likelihood[f"{kind}_bits_per_token"])}
+
+    def _measure_tokenizer(self, run: Path) -> dict[str, float]:
+        """Measures the reconstructions of the val split, with a ledger row for each network."""
+        folder, data, networks = run / "pretrained" / "tokenizer", self.evaluator.data, self.evaluator.networks
+        keys = {
+            "dataset": self.evaluator.dataset, "data": shorten_digest(data.summary.fingerprint), "split": "val",
+            "tokenizer": fingerprint(folder), "config": shorten_digest(digest_of(read_config(folder, "tokenizer"))),
+            "num_images": data.summary.samples["val"],
+        }  # fmt: skip
+        rows = {label: self.ledger.find("reconstruction", keys | each.columns) for label, each in networks.items()}
+        if None in rows.values():
+            tokenizer = load_tokenizer(folder)
+            tokenizer.network.to(self.device)
+            measured = measure_reconstruction(
+                tokenizer,
+                iter_real_batches(data, "val"),
+                extractors=[each.extractor for each in networks.values()],
+                references={label: each.reference for label, each in networks.items()},
+                on_images=self.bars(f"{run.name}: reconstructing", data.summary.samples["val"]),
+            )
+            numbers = {name: value for name, value in measured.items() if name in _OF_TOKENIZER}
+            for label, each in networks.items():
+                rfid = measured[metric_name("rfid", label)]
+                row = {**keys, **each.columns, **numbers, "rfid": rfid, "run": run.name}
+                rows[label] = self.ledger.add("reconstruction", row)
+        found: dict[str, float] = {}
+        for label, measurement in rows.items():
+            assert measurement is not None
+            found[metric_name("rfid", label)] = measurement["rfid"]
+            found |= {name: measurement[name] for name in _OF_TOKENIZER if measurement.get(name) is not None}
+        return found
+
+    def record(self, row: Mapping[str, Any]) -> None:
+        """Adds a row of the ablation to the ledger, unless its last row is the same."""
+        key = {name: value for name, value in self.protocol.items() if name not in ("command", "machine")}
+        real = collect_numbers(self.evaluator.measure_real(num_images=self.num_images)) if self.has_images else {}
+        made = {
+            **row, "ablation": self.name, "plan": shorten_digest(digest_of(key)), "real": real,
+            "protocol": self.protocol, "dataset": self.evaluator.dataset,
+        }  # fmt: skip
+        last = self.ledger.find("ablation", {name: made[name] for name in ("ablation", "plan", "variant", "seed")})
+        if last is None or any(last.get(name) != made.get(name) for name in ("numbers", "run")):
+            self.ledger.add("ablation", made)
+
+
+def _describe_command(config: AblationConfig, options: ReportOptions, name: str) -> str:
+    """Returns the command that repeats an ablation, for its page."""
+    words = ["maskgit ablation", *(f"--vary {shlex.quote(str(factor))}" for factor in config.factors)]
+    words += ["--grid"] if config.grid else []
+    if config.stage_2 is not None:
+        text = shlex.join(flag_words(config.stage_2))
+        words.append(f"--stage-2={shlex.quote(text)}" if text else "--stage-2")
+    flags = {
+        "recipes" if len(config.recipes) > 1 else "recipe": ";".join(config.recipes) or None,
+        "dataset": config.dataset,
+        "stage": None if config.stage == "transformer" else config.stage,
+        "seeds": config.seeds,
+        "name": None if name == config.name else name,
+        **options.flags(),
+    }
+    return " ".join([command_line(words, flags), shlex.join(flag_words(config.overrides))]).rstrip()
+
+
+def _describe_machine(device: str) -> str:
+    found = describe_environment()
+    names = [device_name(torch.device(device)), str(found["machine"]), f"{found['cpus']} CPUs"]
+    versions = [f"{name} {found[name]}" for name in ("maskgit_pl", "torch", "lightning", "python")]
+    commit = found["commit"]
+    return ", ".join([*names, *versions, *([f"commit {commit[:12]}"] if commit else [])])

@@ -1,0 +1,376 @@
+"""The page of an ablation, made from ledger rows: results, differences from the base, trainings and a figure.
+
+The results are the mean and the range over the seeds. A difference counts only if it exceeds the spread of the seeds.
+The figure has a panel per metric, with the mean, the range and the single seeds of each variant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import comb
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Literal
+
+from maskgit_pl.errors import markdown, plain_label
+from maskgit_pl.evaluation.ledger import Row
+from maskgit_pl.evaluation.metrics import direction, find_metric, format_value, is_better, title
+from maskgit_pl.evaluation.pages import Page, figure_to_png, format_seeds, heading, is_metric, markdown_table, paragraph
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["chance_of_separation", "compare_seeds", "make_ablation_page", "select_rows"]
+
+# Metrics of tables and figures, in their order, before others; those of a network come once per network.
+_ORDER = ("rfid", "psnr_db", "ssim", "codebook_usage", "perplexity", "fid", "class_agreement", "diversity", "precision",
+          "recall", "bits_per_token", "seconds_per_image")  # fmt: skip
+_NOT_SHOWN = ("sfid", "kid", "is", "density", "coverage", "steps_taken")  # the CSV has them
+_OF_FIRST = ("precision", "recall")  # shown only for the network that ranks the variants
+_COLUMNS = ("variant", "seed", "run", "parameters", "max_steps", "global_batch", "training_seconds", "kind", "device",
+            "failure")  # fmt: skip
+_PANELS = 6
+_FIGURE_COLUMNS = 3
+_LABEL = 34  # characters of a label
+_COLOURS = {"better": "#1b7837", "worse": "#b2182b", "unclear": "#555555", "reference": "#2166ac"}
+
+Values = Mapping[str, list[float]]  # values of all seeds by metric
+
+
+def select_rows(rows: Sequence[Row], name: str) -> list[Row]:
+    """Returns the rows of the newest ablation of a name, the last one of each variant and seed.
+
+    Args:
+        rows: Rows of the kind ``ablation``, in the order of the ledger.
+        name: Name of the ablation.
+
+    Returns:
+        Rows sorted by variant and seed.
+    """
+    own = [row for row in rows if row["ablation"] == name]
+    # A command with other variants, seeds or images has another plan; its rows are not mixed with these.
+    last = {(row["place"], row["seed"]): row for row in own if row["plan"] == own[-1]["plan"]}
+    return [last[key] for key in sorted(last)]
+
+
+def make_ablation_page(name: str, rows: Sequence[Row]) -> Page:
+    """Returns the page of an ablation.
+
+    Args:
+        name: Name of the ablation, and of the files of its page.
+        rows: Rows of ``select_rows``, at least one.
+    """
+    summary = _summarize(rows)
+    protocol, panels = summary.protocol, _choose_panels(summary)
+    lines = heading(f"Ablation: {markdown(name.removeprefix('ablation-'))}", protocol["command"])
+    lines += [*_explain(summary), ""]
+    if summary.values:
+        lines += ["## Results", "", *_result_lines(summary), ""]
+        lines += [f"![results]({name}.png)", ""] if panels else []
+        lines += [f"## Difference from {markdown(protocol['reference'])}", "", *_difference_lines(summary), ""]
+    lines += ["## Training", "", *_training_lines(summary), ""]
+    failed = _failure_lines(summary)
+    lines += ["## Failed or missing", "", *failed, ""] if failed else []
+    lines += paragraph(f"Measured on: {_long(protocol['machine'])}.")
+    # One column of the CSV per metric, unrounded.
+    flat = [{**{name: row.get(name) for name in _COLUMNS if name in row}, **row["numbers"]} for row in rows]
+    pictures = {f"{name}.png": _draw_ablation(summary, panels)} if panels else {}
+    return Page(name, "\n".join(lines) + "\n", flat, pictures)
+
+
+def compare_seeds(
+    name: str, values: Sequence[float], reference: Sequence[float]
+) -> Literal["better", "worse", "unclear"]:
+    """Compares with a reference: better or worse only if the ranges of the seeds do not overlap.
+
+    A single seed has no range, so that the verdict is always ``unclear``.
+
+    Args:
+        name: Name of the metric.
+        values: Values of the seeds.
+        reference: Values of the reference.
+    """
+    if min(len(values), len(reference)) < 2 or (min(values) <= max(reference) and min(reference) <= max(values)):
+        return "unclear"
+    return "better" if is_better(name, fmean(values), fmean(reference)) else "worse"
+
+
+def chance_of_separation(seeds: int) -> float:
+    """Returns the probability that the ranges of two equal variants are apart randomly.
+
+    Formula: 2 n! n! / (2 n)! for n seeds each, since all orders of the 2 n values are equally likely.
+
+    Args:
+        seeds: Number n of seeds of each variant, >= 1.
+    """
+    return 2 / comb(2 * seeds, seeds)
+
+
+@dataclass(frozen=True)
+class _Summary:
+    """The results of an ablation.
+
+    Args:
+        protocol: Everything that the variants share; see ``ablation``.
+        rows: Rows of the ledger, sorted by variant and seed.
+        metrics: Names of the metrics, in the order of tables and figures; the first one ranks the variants.
+        compared: Those in which variants are compared.
+        values: Values of all seeds by variant and metric; a variant without any result is missing.
+    """
+
+    protocol: Mapping[str, Any]
+    rows: Sequence[Row]
+    metrics: Sequence[str]
+    compared: Sequence[str]
+    values: Mapping[str, Values]
+
+
+def _summarize(rows: Sequence[Row]) -> _Summary:
+    protocol = rows[-1]["protocol"]
+
+    def place(name: str) -> tuple[int, bool, str]:
+        metric, _, network = name.partition("/")
+        return _ORDER.index(metric) if metric in _ORDER else len(_ORDER), network != protocol["first"], name
+
+    def is_shown(name: str) -> bool:
+        metric, _, network = name.partition("/")
+        is_of_other = metric in _OF_FIRST and network != protocol["first"]
+        return is_metric(name) and metric not in _NOT_SHOWN and not is_of_other
+
+    metrics = sorted({name for row in rows for name in row["numbers"] if is_shown(name)}, key=place)
+    values: dict[str, Values] = {}
+    for label in protocol["variants"]:
+        own = [row["numbers"] for row in rows if row["variant"] == label]
+        found = {name: [float(each[name]) for each in own if name in each] for name in metrics}
+        if any(found.values()):
+            values[label] = {name: each for name, each in found.items() if each}
+    # Times of a machine with other work are not compared, and bits per token not for tokenizers: a collapsed codebook
+    # needs the fewest bits.
+    left_out = ("seconds_per_image", *(["bits_per_token"] if protocol["stage"] == "tokenizer" else []))
+    return _Summary(protocol, rows, metrics, [name for name in metrics if name not in left_out], values)
+
+
+def _explain(summary: _Summary) -> list[str]:
+    protocol = summary.protocol
+    base = ", ".join(
+        f"{markdown(key)} {markdown('not set' if value is None else value)}" for key, value in protocol["base"].items()
+    )
+    seeds = ", ".join(map(str, protocol["seeds"]))
+    what = f"Each variant was trained with the seeds {seeds}" if len(protocol["seeds"]) > 1 else (
+        f"Each variant was trained with the seed {seeds} only, so that nothing is known about the spread"
+    )  # fmt: skip
+    is_same = len({row["max_steps"] for row in summary.rows if row.get("run")}) < 2
+    lines = paragraph(
+        f"{what} ({markdown(protocol['stage'])} on {markdown(protocol['dataset'])}), with the budget",
+        f"{markdown(protocol['budget'])} for each run.",
+        "All variants make the same number of steps, and may need different times." if is_same else "",
+        f"Base: {base}." if base else "",
+    )
+    if protocol["stage"] == "transformer":
+        lines += ["", *paragraph(
+            f"{protocol['num_images']} images of each run, evenly distributed over the classes, are compared with",
+            f"{markdown(protocol['compared'])}. Seeds differ in initial weights, order of the data, masks, and the",
+            f"noise of decoding; the variants of a seed share them. Decoding, unless it is varied: "
+            f"{_long(protocol['decoding'])}. Bits per token are the order-agnostic bound of the likelihood of real",
+            "images (the exact value of an autoregressive model), which depends neither on the mask schedule nor on",
+            "the decoding.",
+        )]  # fmt: skip
+    else:
+        lines += ["", *paragraph(
+            "The tokenizers reconstruct all images of the val split. Bits per token and FID of transformers are not",
+            "comparable between tokenizers with other codes.",
+        )]  # fmt: skip
+    return lines
+
+
+def _result_lines(summary: _Summary) -> list[str]:
+    means = {label: {name: fmean(each) for name, each in found.items()} for label, found in summary.values.items()}
+    rows = []
+    for label in summary.protocol["variants"]:
+        cells = []
+        for name in summary.metrics:
+            cell = format_seeds(name, summary.values.get(label, {}).get(name, [])) or "failed"
+            others = [found[name] for found in means.values() if name in found]
+            best = (max if find_metric(name).higher_is_better else min)(others)
+            is_best = name in summary.compared and len(others) > 1 and means.get(label, {}).get(name) == best
+            cells.append(f"**{cell}**" if is_best else cell)
+        rows.append([_mark(summary, label), *cells])
+    real = summary.rows[-1].get("real")
+    if real:
+        rows.append(
+            ["real images", *(format_value(name, real[name]) if name in real else "" for name in summary.metrics)]
+        )
+    several = len(summary.protocol["seeds"]) > 1
+    text = "Mean over the seeds, and the lowest and highest value." if several else "One seed, no spread."
+    text += f" The best mean of each column is bold. {_directions(summary)}"
+    headings = ["variant", *(markdown(title(name)) for name in summary.metrics)]
+    return [*paragraph(text), "", *markdown_table(headings, rows)]
+
+
+def _directions(summary: _Summary) -> str:
+    higher = [title(name) for name in summary.compared if find_metric(name).higher_is_better]
+    others = [title(name) for name in summary.metrics if name not in summary.compared]
+    text = f"Higher is better for {markdown(', '.join(higher))}; lower for the others." if higher else ""
+    return f"{text} Not compared: {markdown(', '.join(others))}." if others else text
+
+
+def _mark(summary: _Summary, label: str) -> str:
+    """Returns a label that tells the reference, and a training whose weights are those of the reference."""
+    reference = summary.protocol["reference"]
+    if label == reference:
+        return markdown(label) + ("" if label == "base" else " (reference)")
+    own, other = (
+        {row["seed"]: (row.get("weights"), row.get("run")) for row in summary.rows if row["variant"] == each}
+        for each in (label, reference)
+    )
+    # A variant that differs only in its decoding shares the run.
+    same = [
+        seed
+        for seed, (weights, run) in own.items()
+        if weights and seed in other and weights == other[seed][0] and run != other[seed][1]
+    ]
+    return markdown(label) + (f" (the weights are those of {markdown(reference)})" if same else "")
+
+
+def _difference_lines(summary: _Summary) -> list[str]:
+    protocol = summary.protocol
+    reference = summary.values.get(protocol["reference"])
+    if reference is None:
+        return ["The reference has no result."]
+    rows = [
+        [markdown(label), *(_difference(name, found, reference) for name in summary.compared)]
+        for label, found in summary.values.items()
+        if label != protocol["reference"]
+    ]
+    seeds = len(protocol["seeds"])
+    lines = paragraph(
+        "Difference of the means. `better` and `worse`: the ranges of the seeds do not overlap; `unclear`: they do.",
+        f"Two equal variants with {seeds} seeds each would differ randomly in {chance_of_separation(seeds):.0%} of the"
+        " comparisons of one metric."
+        if seeds > 1
+        else "With one seed, every difference is unclear.",
+    )
+    headings = ["variant", *(markdown(title(name)) for name in summary.compared)]
+    return [*lines, "", *markdown_table(headings, rows), "", *_conclude(summary, reference)]
+
+
+def _difference(name: str, found: Values, reference: Values) -> str:
+    if name not in found or name not in reference:
+        return ""
+    value = fmean(found[name]) - fmean(reference[name])
+    sign = "+" if value >= 0 else ""
+    return f"{sign}{format_value(name, value)} {compare_seeds(name, found[name], reference[name])}"
+
+
+def _conclude(summary: _Summary, reference: Values) -> list[str]:
+    """Returns sentences that sort the variants by the metric that ranks them, including what did not help."""
+    name = summary.metrics[0]
+    labels: dict[str, list[str]] = {"better": [], "worse": [], "unclear": []}
+    for label, found in summary.values.items():
+        if label != summary.protocol["reference"] and name in found and name in reference:
+            labels[compare_seeds(name, found[name], reference[name])].append(markdown(label))
+    words = {"better": "Helped", "worse": "Made it worse", "unclear": "No difference beyond the spread of the seeds"}
+    lines = [f"- {words[verdict]}: {', '.join(each) or 'none'}." for verdict, each in labels.items()]
+    return [f"By {markdown(title(name))} ({direction(name)}):", "", *lines]
+
+
+def _training_lines(summary: _Summary) -> list[str]:
+    # Variants that differ only in their decoding share a run, which has one line.
+    runs = {row["run"]: row for row in reversed(summary.rows) if row.get("run")}
+    trained = [row for row in summary.rows if row.get("run") and runs[row["run"]] is row]
+    rows = [
+        [markdown(row["variant"]), markdown(row["seed"]), f"{row['parameters'] / 1e6:.2f}M", f"{row['max_steps']}",
+         markdown(row["global_batch"]), "" if seconds is None else f"{seconds:.1f}"]
+        for row in trained for seconds in [row.get("training_seconds")]
+    ]  # fmt: skip
+    kinds = ", ".join(dict.fromkeys(str(row["kind"]) for row in trained if row.get("kind"))) or "not recorded"
+    devices = ", ".join(dict.fromkeys(str(row["device"]) for row in trained if row.get("device")))
+    text = f"Seconds are {markdown(kinds)} seconds of the training steps, without start-up and validation."
+    text += f" Trained on: {markdown(devices)}." if devices else ""
+    headings = ["variant", "seed", "parameters", "steps", "batch", "measured, s"]
+    return [*paragraph(text), "", *markdown_table(headings, rows)]
+
+
+def _failure_lines(summary: _Summary) -> list[str]:
+    protocol, found = summary.protocol, {(row["variant"], row["seed"]) for row in summary.rows}
+    failed = [(row["variant"], row["seed"], row["failure"]) for row in summary.rows if row.get("failure")]
+    failed += [
+        (label, seed, "not trained or not measured")
+        for label in protocol["variants"]
+        for seed in protocol["seeds"]
+        if (label, seed) not in found
+    ]
+    return [f"- {markdown(label)}, seed {seed}: {_long(text)}" for label, seed, text in failed]
+
+
+def _long(text: str) -> str:
+    """Returns a text as Markdown without a limit on its length; single words are limited."""
+    return " ".join(markdown(word) for word in text.split())
+
+
+def _choose_panels(summary: _Summary) -> list[str]:
+    """Returns the metrics of the panels: each kind once, in the first network."""
+    chosen: dict[str, str] = {}
+    for name in summary.compared:
+        chosen.setdefault(name.partition("/")[0], name)
+    return list(chosen.values())[:_PANELS]
+
+
+def _draw_ablation(summary: _Summary, metrics: Sequence[str]) -> bytes:
+    """Draws a panel for each metric, with one line per variant.
+
+    The colour tells whether a variant differs from the reference by more than the spread of the seeds.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    protocol, labels = summary.protocol, list(summary.values)
+    rows = -(-len(metrics) // _FIGURE_COLUMNS)
+    columns = min(_FIGURE_COLUMNS, len(metrics))
+    height = rows * (1.3 + 0.3 * len(labels)) + 0.6
+    page = Figure(figsize=(4.0 * columns + 2.0, height), layout="constrained")
+    panels = page.subplots(rows, columns, squeeze=False, sharey=True)
+    for axes, name in zip(panels.flat, metrics, strict=False):
+        _draw_panel(axes, summary, name)
+    for axes in list(panels.flat)[len(metrics) :]:
+        axes.set_visible(False)
+    for row in panels:
+        row[0].set_yticks(range(len(labels)), [_shorten(label) for label in labels], fontsize=9)
+        row[0].set_ylim(len(labels) - 0.4, -0.6)  # the first variant on top
+    seeds = f"seeds {', '.join(map(str, protocol['seeds']))}"
+    page.suptitle(plain_label(f"{protocol['dataset']}, budget {protocol['budget']}, {seeds}"), fontsize=11)
+    words = {"reference": f"reference: {_shorten(protocol['reference'])}", "better": "better", "worse": "worse",
+             "unclear": "ranges overlap"}  # fmt: skip
+    handles = [Line2D([], [], color=_COLOURS[key], marker="o", label=text) for key, text in words.items()]
+    page.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    return figure_to_png(page)
+
+
+def _draw_panel(axes: Axes, summary: _Summary, name: str) -> None:
+    factor, label_of_reference = find_metric(name).factor, summary.protocol["reference"]
+    reference = summary.values.get(label_of_reference, {}).get(name, [])
+    if reference:
+        axes.axvline(
+            fmean(reference) * factor, color=_COLOURS["reference"], linewidth=1, linestyle=(0, (4, 3)), zorder=1
+        )
+    if len(reference) > 1:
+        axes.axvspan(min(reference) * factor, max(reference) * factor, color=_COLOURS["reference"], alpha=0.12)
+    for place, (label, found) in enumerate(summary.values.items()):
+        values = found.get(name)
+        if values:
+            verdict = "reference" if label == label_of_reference else compare_seeds(name, values, reference or values)
+            low, high, mean = (value * factor for value in (min(values), max(values), fmean(values)))
+            colour = _COLOURS[verdict]
+            axes.plot([low, high], [place, place], color=colour, linewidth=2, alpha=0.6)
+            axes.plot([value * factor for value in values], [place] * len(values), linestyle="", marker="|",
+                      markersize=9, color=colour, alpha=0.7)  # fmt: skip
+            axes.plot([mean], [place], marker="o", markersize=6, color=colour, zorder=3)
+    axes.set_title(f"{plain_label(title(name))}\n{direction(name)}", fontsize=10, loc="left")
+    axes.grid(axis="x", alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.08)
+
+
+def _shorten(label: str) -> str:
+    plain = plain_label(label)
+    return plain if len(plain) <= _LABEL else plain[: _LABEL - 3] + "..."

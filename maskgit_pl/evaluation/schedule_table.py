@@ -1,0 +1,387 @@
+"""Table 3 and Figure 8 of the paper: mask schedules, with a model or several seeds for each.
+
+Each model is decoded at several T. A schedule is used in the training and in the decoding of its model.
+
+Source: Chang et al., MaskGIT, CVPR 2022, arXiv:2202.04200, Table 3 and Figure 8.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from maskgit_pl.distributed import find_device
+from maskgit_pl.errors import code_span, markdown
+from maskgit_pl.evaluation.evaluator import EvaluatedModel
+from maskgit_pl.evaluation.features import check_features
+from maskgit_pl.evaluation.figures import draw_figure_8
+from maskgit_pl.evaluation.ledger import Row, has_column
+from maskgit_pl.evaluation.options import PLOT_STEPS, ReportOptions, choose_plot_steps, with_steps
+from maskgit_pl.evaluation.pages import Page, command_line, format_seeds, heading, markdown_table, metrics_of, paragraph
+from maskgit_pl.evaluation.run_folders import read_run_recipe
+from maskgit_pl.evaluation.tables import NO_COLUMN, Runs, describe_provenance, finish_page, open_models
+from maskgit_pl.pipeline.pretrained import read_config
+from maskgit_pl.processes import Bars, no_bars
+from maskgit_pl.registry import describe
+from maskgit_pl.runs.ablation import PAPER_SCHEDULES, AblationConfig, Failure, TrainingError, train
+from maskgit_pl.runs.layers import flag_words, value_at
+from maskgit_pl.runs.plan import plan_run
+from maskgit_pl.runs.recipe import Recipe
+from maskgit_pl.runs.resolve import merge_values
+
+__all__ = ["SCHEDULES", "ablate_schedules", "compare_with_paper", "make_schedule_page", "table_3"]
+
+log = logging.getLogger(__name__)
+
+
+class PublishedSchedule(NamedTuple):
+    """A row of Table 3: gamma(r) as printed (exp and log as in the released code), and values at the best T."""
+
+    formula: str
+    best_steps: int
+    fid: float
+    inception_score: float
+    nll: float  # in nats per masked token
+
+
+SCHEDULES = {  # paper, Table 3
+    "exp": PublishedSchedule("1 - 2^(-log2(N) (1 - r))", 8, 7.89, 156.3, 4.83),
+    "cubic": PublishedSchedule("1 - r^3", 9, 7.26, 165.2, 4.63),
+    "square": PublishedSchedule("1 - r^2", 10, 6.35, 179.9, 4.38),
+    "cosine": PublishedSchedule("cos(pi r / 2)", 10, 6.06, 181.5, 4.22),
+    "linear": PublishedSchedule("1 - r", 16, 7.51, 113.2, 3.75),
+    "sqrt": PublishedSchedule("1 - r^0.5", 32, 12.33, 99.0, 3.34),
+    "log": PublishedSchedule("-log2(r) / log2(N)", 60, 29.17, 47.9, 3.08),
+}
+_DRAWS = 4  # masks per image for likelihoods
+_BUDGET = (  # settings that all runs of Table 3 must share
+    "trainer.max_steps",
+    "data.global_batch",
+    "model.network",
+    "model.optimizer.learning_rate",
+    "model.label_smoothing",
+)
+
+
+def ablate_schedules(
+    config: AblationConfig,
+    options: ReportOptions | None = None,
+    *,
+    num_steps: Sequence[int] | None = None,
+    bars: Bars = no_bars,
+) -> tuple[Page, list[Failure]]:
+    """Trains a transformer with each mask schedule and seed, and makes Table 3 and Figure 8 of them.
+
+    Finished runs are not trained again, and an error of one does not end the others. All recipes and options are
+    checked before the first run starts.
+
+    Args:
+        config: The schedules as ``recipes``, and what they share. Run ``DATASET-RECIPE`` has the seed of its recipe,
+            and ``DATASET-RECIPE-seedN`` that of ``seeds``.
+        options: See ``table_3``. The data folder is that of ``config``.
+        num_steps: See ``table_3``.
+        bars: Progress bars.
+
+    Returns:
+        The page, and the runs that failed.
+
+    Raises:
+        FileNotFoundError: if a recipe, the data or the tokenizer do not exist.
+        ValueError: if a recipe is invalid, or an option is out of range.
+        TrainingError: if all trainings fail.
+        PreemptedError: if a training is stopped by a signal. The same call resumes.
+    """
+    options = options or ReportOptions()
+    find_device(options.device)
+    check_features(options.features, options.reference, classifier=options.classifier)
+    read = {"dataset": config.dataset, "cluster": config.cluster}
+    recipes = {
+        names: Recipe.read("transformer", names=names, overrides=config.overrides, **read) for names in config.recipes
+    }
+    first, folders = recipes[config.recipes[0]], {"data": config.data, "tokenizer": config.tokenizer}
+    # Classes and tokens limit the numbers of images and steps.
+    plan = plan_run(first, run=config.runs / str(first.run_name), **folders)
+    network = merge_values(plan)["model"]["network"]
+    options.check_classes(network["num_classes"])
+    choose_plot_steps(math.prod(network["grid"]), num_steps or PLOT_STEPS)
+    runs: list[Path] = []
+    failures: list[Failure] = []
+    for names, recipe in recipes.items():
+        for seed in [None] if config.seeds is None else config.seeds:
+            folder = config.runs / f"{recipe.run_name}{'' if seed is None else f'-seed{seed}'}"
+            own = recipe if seed is None else recipe.with_overrides([f"--data.seed={seed}"])
+            try:
+                train(own, folder, **folders)
+                runs.append(folder)
+            except TrainingError as error:
+                log.error("ablation: schedule %s: %s", names, error)
+                failures.append(Failure(names, seed, str(error), error.exit_code))
+    if not runs:
+        raise TrainingError(failures[0].exit_code, f"ablation: all {len(failures)} runs failed: {failures[0]}")
+    flags = {
+        "dataset": config.dataset,
+        "schedules": None if config.recipes == PAPER_SCHEDULES else config.recipes,
+        "seeds": config.seeds,
+        **options.flags(),
+        "num_steps": num_steps,
+    }
+    command = f"{command_line(['maskgit ablation'], flags)} {shlex.join(flag_words(config.overrides))}".rstrip()
+    return table_3(runs, options, num_steps=num_steps, command=command, bars=bars), failures
+
+
+def table_3(
+    runs: Runs,
+    options: ReportOptions | None = None,
+    *,
+    num_steps: Sequence[int] | None = None,
+    command: str | None = None,
+    bars: Bars = no_bars,
+) -> Page:
+    """Makes Table 3 and Figure 8: mask schedules, with one run or several seeds for each.
+
+    ``ablate_schedules`` trains the runs. Each is measured in three steps:
+
+    1. Find the best T: the lowest FID in the first network, from the ``num_images`` images that begin at ``seed``.
+    2. Measure the best T again in all networks, on the next ``num_images`` images. The FIDs of step 1 are too low on
+       average, since their minimum is taken.
+    3. Measure the likelihood of ``2 * num_images`` real images.
+
+    Args:
+        runs: Run folders of models that differ only in their mask schedule and their seed.
+        options: Number of images, networks, folders and other options; None for the defaults.
+        num_steps: Numbers of steps; None for 2, 3, 4, 6, 8, 12, 16 and 24. Those above half the number of tokens are
+            left out.
+        command: Command that produces the page; None for ``maskgit table 3``.
+        bars: Progress bars.
+
+    Raises:
+        FileNotFoundError: if a run or the data do not exist.
+        ValueError: if the training budgets differ, no number of steps is left, a model is autoregressive, or for a
+            reason of ``table_1``.
+    """
+    options = options or ReportOptions()
+    opened = open_models("table 3", runs, options, bars)
+    evaluator, count, seed = opened.evaluator, options.num_images, options.seed
+    _check_budgets({each.run: _read_recipe(each) for each in opened.models})
+    names = {model.run: _read_schedule_name(model) for model in opened.models}
+    num_tokens = opened.models[0].pipe.transformer.network.config.num_tokens
+    steps = choose_plot_steps(num_tokens, num_steps or PLOT_STEPS)
+    first, *_ = evaluator.networks
+    samples: list[Row] = []
+    likelihoods: list[Row] = []
+    for model in opened.models:
+        # The exported decoding without guidance, which the paper does not use.
+        own = model.pipe.decoding_with(decoding=model.pipe.transformer.decoding, guidance_scale=0)
+        curve = {}
+        for number in steps:  # 1.
+            row = evaluator.measure_samples(
+                model, with_steps(own, number), num_images=count, seed=seed, networks=[first]
+            )[first]
+            curve[number] = row["fid"]
+            samples.append({**row, "schedule": names[model.run]})
+        best = with_steps(own, min(curve, key=lambda number: curve[number]))
+        fresh = evaluator.measure_samples(model, best, num_images=count, seed=seed + count)  # 2.
+        samples += [{**row, "schedule": names[model.run]} for row in fresh.values()]
+        likelihoods.append(evaluator.measure_likelihood(model, num_images=2 * count, draws=_DRAWS))  # 3.
+    floor = evaluator.measure_real(num_images=count, networks=[first])[first]
+    schedules = {names[model.run]: model.pipe.transformer.mask_schedule for model in opened.models}
+    picture = draw_figure_8(
+        {name: schedules[name] for name in _in_order(schedules)},  # type: ignore[misc]  # names are those of schedules
+        {name: _mean_curve(results) for name, results in _group_results(samples, likelihoods).items()},
+        num_tokens=num_tokens,
+        metric=f"fid/{first}",
+        num_images=count,
+        floor=float(floor["fid"]),
+        dataset=evaluator.dataset,
+    )
+    command = command or command_line(["maskgit table 3", *runs], {**options.flags(), "num_steps": num_steps})
+    page = make_schedule_page(samples, likelihoods, command=command)
+    return replace(page, folder=opened.folder, pictures={"figure-8.png": picture})
+
+
+def _read_recipe(model: EvaluatedModel) -> dict[str, Any]:
+    return read_run_recipe(model.folder.parent / "transformer" / "config.yaml")
+
+
+def _check_budgets(configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Checks that all runs had the same training budget, since schedules are comparable only then.
+
+    Args:
+        configs: Complete recipes by run; an empty one, such as that of a downloaded model, is ignored.
+
+    Raises:
+        ValueError: if a setting differs. The message names its values.
+    """
+    for key in _BUDGET:
+        values = {run: value_at(config, key) for run, config in configs.items() if config}
+        if len({repr(value) for value in values.values()}) > 1:
+            given = ", ".join(f"{run} {value}" for run, value in values.items())
+            raise ValueError(f"{key} must be the same in all runs, so that their schedules are comparable, got {given}")
+
+
+def _read_schedule_name(model: EvaluatedModel) -> str:
+    """Reads the registered name of a model's mask schedule; arguments are added in words.
+
+    Raises:
+        ValueError: if the model is autoregressive.
+    """
+    spec: Any = read_config(model.pretrained / "transformer", "transformer")["mask_schedule"]
+    if spec is None:
+        raise ValueError(
+            f"run {model.run}: the model must have a mask schedule, got an autoregressive one; leave the run out"
+        )
+    return describe(spec)
+
+
+@dataclass(frozen=True)
+class _ScheduleResult:
+    """The measurements of one run of Table 3: FID by T, rows at the best T by network, and row of likelihoods."""
+
+    curve: Mapping[int, float]
+    fresh: Mapping[str, Row]
+    likelihood: Row
+
+    @property
+    def best_steps(self) -> int:
+        return min(self.curve, key=lambda steps: self.curve[steps])
+
+
+def _group_results(samples: Sequence[Row], likelihoods: Sequence[Row]) -> dict[str, list[_ScheduleResult]]:
+    """Returns the results of each schedule, one per run, in the order of the paper's table."""
+    first = min(row["seed"] for row in samples)  # that of the curves
+    found: dict[str, list[_ScheduleResult]] = {}
+    for likelihood in likelihoods:
+        own = [row for row in samples if row["run"] == likelihood["run"]]
+        curve = {row["num_steps"]: float(row["fid"]) for row in own if row["seed"] == first}
+        fresh = {row["network"]: row for row in own if row["seed"] != first}
+        found.setdefault(own[0]["schedule"], []).append(_ScheduleResult(curve, fresh, likelihood))
+    return {name: found[name] for name in _in_order(found)}
+
+
+def _in_order(schedules: Iterable[str]) -> list[str]:
+    """Returns names of schedules in the order of the paper's table; those that it does not have come last."""
+    order = list(SCHEDULES)
+    return sorted(schedules, key=lambda name: order.index(name) if name in order else len(order))
+
+
+def _mean_curve(results: Sequence[_ScheduleResult]) -> dict[int, float]:
+    return {steps: fmean(each.curve[steps] for each in results) for steps in results[0].curve}
+
+
+def make_schedule_page(samples: Sequence[Row], likelihoods: Sequence[Row], *, command: str) -> Page:
+    """Returns the page of Table 3: mask schedules, each used in the training and the decoding of its model.
+
+    Args:
+        samples: Rows of samples with the name of the ``schedule``: for each run, those at every T with the first seed,
+            in the first network, and those at the best T with the second seed, in all networks.
+        likelihoods: Row of likelihoods of each run.
+        command: Command that produces the page.
+    """
+    grouped = _group_results(samples, likelihoods)
+    results = [each for group in grouped.values() for each in group]
+    networks = list(results[0].fresh)
+    any_row = results[0].fresh[networks[0]]
+    steps = ", ".join(map(str, sorted(results[0].curve)))
+    seeds = max(map(len, grouped.values()))
+    trained = "its own model" if seeds == 1 else f"models of its own from {seeds} seeds (mean, lowest to highest value)"
+    lines = heading("Table 3: mask schedules", command)
+    lines += paragraph(
+        f"Each schedule has {trained}, trained and decoded with this schedule. All models have the same training",
+        f"budget, and are decoded without guidance at T in {{{steps}}}. The best T has the lowest",
+        f"fid/{markdown(networks[0])}; the values next to it are measured again at this T, with other noise",
+        f"({any_row['num_images']} images). NLL is the mean negative log-likelihood per masked token in nats, under",
+        "the masks of the schedule, as in the paper. It falls if fewer tokens are masked, so that it does not compare",
+        "models. The bound is the order-agnostic ELBO in bits per token, which is comparable for all schedules (lower",
+        "is better).",
+    )
+    fids = {name: fmean([each.fresh[networks[0]]["fid"] for each in group]) for name, group in grouped.items()}
+    lines += ["", *_schedule_lines(grouped, networks), "", *compare_with_paper(fids, networks[0], seeds), ""]
+    lines += describe_provenance([row for each in results for row in each.fresh.values()])
+    flat = [_flatten(name, each, networks) for name, group in grouped.items() for each in group]
+    return finish_page("table-3", lines, flat, picture="figure-8.png")
+
+
+def _schedule_lines(grouped: Mapping[str, Sequence[_ScheduleResult]], networks: Sequence[str]) -> list[str]:
+    # IS has a column only for networks that know the classes.
+    scored = [
+        name
+        for name in networks
+        if has_column([each.fresh[name] for group in grouped.values() for each in group], "is")
+    ]
+    headings = ["schedule", "gamma(r)", "best T", *(f"FID ({markdown(name)})" for name in networks)]
+    headings += [*(f"IS ({markdown(name)})" for name in scored), "NLL", "bound, bits", "paper: T", "FID", "IS", "NLL"]
+    cells = []
+    for name, group in grouped.items():
+        paper = SCHEDULES.get(name)
+        row = [code_span(name), "" if paper is None else paper.formula]
+        row += [", ".join(map(str, sorted({each.best_steps for each in group})))]
+        row += [_cell([each.fresh[network] for each in group], "fid") for network in networks]
+        row += [_cell([each.fresh[network] for each in group], "is") for network in scored]
+        likelihoods = [each.likelihood for each in group]
+        row += [_with_error(likelihoods, "masked_nll"), _with_error(likelihoods, "elbo_bits_per_token")]
+        if paper is not None:
+            row += [str(paper.best_steps), f"{paper.fid:.2f}", f"{paper.inception_score:.1f}", f"{paper.nll:.2f}"]
+        # A schedule that the paper does not have gets empty cells in the paper's columns.
+        cells.append(row + [""] * (len(headings) - len(row)))
+    return markdown_table(headings, cells, left=2)
+
+
+def _cell(rows: Sequence[Row], name: str) -> str:
+    return format_seeds(name, [float(row[name]) for row in rows if row.get(name) is not None])
+
+
+def _with_error(rows: Sequence[Row], name: str) -> str:
+    """Returns the value of one row with its standard error, or the mean and the range of several."""
+    values = [float(row[name]) for row in rows]
+    if len(values) > 1:
+        return f"{fmean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+    return f"{values[0]:.3f} ± {rows[0][f'{name}_error']:.3f}"
+
+
+def compare_with_paper(fids: Mapping[str, float], network: str, seeds: int = 1) -> list[str]:
+    """Returns a paragraph that compares our order of the schedules with the paper's.
+
+    Args:
+        fids: Our FIDs by schedule.
+        network: Label of the network of the FIDs.
+        seeds: Number of trainings of each schedule.
+    """
+    paper = {name: row.fid for name, row in SCHEDULES.items() if name in fids}
+    if len(paper) < 2:
+        return ["Fewer than two schedules of the paper were measured, so that their order cannot be compared."]
+    ours = sorted(paper, key=lambda name: fids[name])
+    theirs = sorted(paper, key=lambda name: paper[name])
+    pairs = list(combinations(theirs, 2))  # (better, worse) in the paper
+    agreeing = sum(fids[better] < fids[worse] for better, worse in pairs)
+    verdict = "holds here" if ours == theirs else "does not hold here"
+    caution = (
+        "Each schedule has one training and one set of noise, so that small differences do not rank schedules."
+        if seeds == 1
+        else "The order is that of the means over the seeds."
+    )
+    return paragraph(
+        f"**The paper's order {verdict}.** By the paper's FID, the order is {' < '.join(theirs)}. By our",
+        f"fid/{markdown(network)}, it is {' < '.join(f'{name} {fids[name]:.2f}' for name in ours)}. {agreeing} of",
+        f"{len(pairs)} pairs are in the paper's order; a random order has half of them. {caution}",
+    )
+
+
+def _flatten(schedule: str, result: _ScheduleResult, networks: Sequence[str]) -> dict[str, object]:
+    """Returns the row of the CSV: values of all networks, likelihoods, and the FID at every T."""
+    first = result.fresh[networks[0]]
+    flat: dict[str, object] = {"schedule": schedule, "run": first["run"], "best_steps": result.best_steps}
+    for network in networks:
+        row = result.fresh[network]
+        flat |= {f"{name}/{network}": row[name] for name in metrics_of([row]) if name not in NO_COLUMN}
+    flat |= {name: cell for name, cell in result.likelihood.items() if "nll" in name or "elbo" in name}
+    flat |= {f"fid/{networks[0]} at T = {steps}": value for steps, value in sorted(result.curve.items())}
+    kept = ("num_images", "parameters", "commit", "date", "dataset", "data", "transformer", "tokenizer", "config",
+            "judge", "reference")  # fmt: skip
+    return flat | {name: first.get(name, "") for name in kept}

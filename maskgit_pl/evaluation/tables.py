@@ -1,0 +1,463 @@
+"""Tables 1 and 2 of the paper, our rows beside the published ones, and the table of tokenizers.
+
+A table opens its runs, measures what the ledger lacks, and gives the rows to a function that makes the page of them.
+Our rows have separate tables per feature network, because values of different networks, data or numbers of images are
+not comparable. Published Tables 1 and 3 are measured on ImageNet with 50,000 images, Table 2 on Places2, all with the
+features of Inception. ``schedule_table`` has Table 3.
+
+Source: Chang et al., MaskGIT, CVPR 2022, arXiv:2202.04200, Tables 1 to 3.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from maskgit_pl.checks import check_integer, pixels_text
+from maskgit_pl.errors import markdown
+from maskgit_pl.evaluation.classifier import check_cas
+from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
+from maskgit_pl.evaluation.generation import Task, edit, hide_pixels
+from maskgit_pl.evaluation.ledger import FILE_NAME, REAL, Ledger, Row, read_number
+from maskgit_pl.evaluation.metrics import format_value, metric_name, title
+from maskgit_pl.evaluation.opening import (
+    check_data,
+    create_evaluated_model,
+    give_val_vectors,
+    open_data,
+    open_evaluator,
+    open_model,
+)
+from maskgit_pl.evaluation.options import (
+    CAS_TRAINING,
+    CASConfig,
+    ReportOptions,
+)
+from maskgit_pl.evaluation.pages import (
+    Page,
+    choose_classes,
+    code_cell,
+    command_line,
+    heading,
+    image_to_png,
+    markdown_table,
+    metrics_of,
+    paragraph,
+)
+from maskgit_pl.evaluation.run_folders import find_run, find_tokenizer_folders
+from maskgit_pl.evaluation.tokenizer_table import measure_tokenizers
+from maskgit_pl.pipeline.grids import image_grid
+from maskgit_pl.processes import Bars, no_bars
+
+__all__ = [
+    "NO_COLUMN",
+    "OpenedModels",
+    "Runs",
+    "compare_tokenizers",
+    "describe_provenance",
+    "finish_page",
+    "make_editing_page",
+    "make_generation_page",
+    "open_models",
+    "table_1",
+    "table_2",
+]
+
+Runs = Sequence[Path | str]
+
+_GENERATION = (  # paper, Table 1
+    ("DCTransformer", "256", "36.51", "", "0.36", "0.67", "738M", ">1024", "", ""),
+    ("BigGAN-deep", "256", "6.95", "198.2", "0.87", "0.28", "160M", "1", "43.99", "67.89"),
+    ("Improved DDPM", "256", "12.26", "", "0.70", "0.62", "280M", "250", "", ""),
+    ("ADM", "256", "10.94", "101.0", "0.69", "0.63", "554M", "250", "", ""),
+    ("VQVAE-2", "256", "31.11", "~45", "0.36", "0.57", "13.5B", "5120", "54.83", "77.59"),
+    ("VQGAN", "256", "15.78", "78.3", "", "", "1.4B", "256", "", ""),
+    ("VQGAN* (autoregressive)", "256", "18.65", "80.4", "0.78", "0.26", "227M", "256", "53.10", "76.18"),
+    ("MaskGIT", "256", "6.18", "182.1", "0.80", "0.51", "227M", "8", "63.14", "84.45"),
+    ("BigGAN-deep", "512", "8.43", "232.5", "0.88", "0.29", "160M", "1", "44.02", "68.22"),
+    ("ADM", "512", "23.24", "58.06", "0.73", "0.60", "559M", "250", "", ""),
+    ("VQGAN* (autoregressive)", "512", "26.52", "66.8", "0.73", "0.31", "227M", "1024", "51.29", "74.24"),
+    ("MaskGIT", "512", "7.32", "156.0", "0.78", "0.50", "227M", "12", "63.43", "84.79"),
+    ("classifier trained on real images", *[""] * 7, "76.6", "93.1"),
+)
+_EDITING: dict[Task, tuple[tuple[str, ...], ...]] = {  # paper, Table 2
+    "outpaint-right": (
+        ("Boundless (from prior work)", "256", "35.02", "6.15"),
+        ("In&Out (from prior work)", "256", "23.57", "7.18"),
+        ("InfinityGAN", "256", "10.60", "5.57"),
+        ("Boundless, TFHub model", "256", "7.80", "5.99"),
+        ("MaskGIT", "512", "6.78", "11.69"),
+    ),
+    "inpaint-centre": (
+        ("DeepFill", "256", "11.51", "22.55"),
+        ("ICT (trained on a subset of Places2)", "256", "13.63", "17.70"),
+        ("HiFill", "512", "16.60", "19.93"),
+        ("CoModGAN", "512", "7.13", "21.82"),
+        ("MaskGIT", "512", "7.92", "22.95"),
+    ),
+}
+
+
+_TASKS: dict[Task, str] = {
+    "outpaint-right": "Outpainting, the right 50 %",
+    "inpaint-centre": "Inpainting, the centre 50 % x 50 %",
+}
+NO_COLUMN = ("diversity", "steps_taken", "seconds_per_image")  # metrics that Tables 1 and 2 do not show, or elsewhere
+_NAMED_AFTER_NETWORK = ("fid", "sfid", "kid", "is")
+_SHOWN_DIGITS = 8
+_SHOWN_EDITS = 12
+
+
+def table_1(
+    runs: Runs,
+    options: ReportOptions | None = None,
+    *,
+    cas: CASConfig | None = CAS_TRAINING,
+    cas_images: int | None = None,
+    bars: Bars = no_bars,
+) -> Page:
+    """Makes Table 1: class-conditional generation, with a row per model.
+
+    Args:
+        runs: Run folders or pretrained folders of the same data.
+        options: Number of images, networks, folders and other options; None for the defaults.
+        cas: Training of the classification accuracy score; None leaves the score out.
+        cas_images: Number of training images of the score; None for that of a row.
+        bars: Progress bars.
+
+    Raises:
+        FileNotFoundError: if a run or the data do not exist.
+        ValueError: if there is no run, the runs have different data or classes, or an option is out of range.
+    """
+    options = options or ReportOptions()
+    if cas_images is not None:
+        check_integer("cas_images", cas_images, "[1, inf)")
+    check_cas(cas)
+    opened = open_models("table 1", runs, options, bars)
+    evaluator, models, count, seed = opened.evaluator, opened.models, options.num_images, options.seed
+    rows = [
+        row
+        for model in models
+        for row in evaluator.measure_samples(model, model.pipe.decoding, num_images=count, seed=seed).values()
+    ]
+    rows += evaluator.measure_real(num_images=count).values()
+    scores = []
+    if cas is not None:
+        count = min(cas_images or count, evaluator.data.summary.samples["train"])
+        scores = [evaluator.measure_cas(each, each.pipe.decoding, cas, num_images=count, seed=seed) for each in models]
+        scores.append(evaluator.measure_cas(None, None, cas, num_images=count, seed=seed))
+    command = command_line(["maskgit table 1", *runs], {**options.flags(), **_cas_flags(cas, cas_images)})
+    page = make_generation_page(rows, scores, command=command)
+    sheet = image_to_png(_draw_samples(opened, seed))
+    return replace(page, folder=opened.folder, pictures={"table-1.png": sheet})
+
+
+def table_2(runs: Runs, options: ReportOptions | None = None, *, bars: Bars = no_bars) -> Page:
+    """Makes Table 2: outpainting and inpainting of val images. The picture shows the first model.
+
+    See ``table_1`` for arguments and errors.
+    """
+    options = options or ReportOptions()
+    opened = open_models("table 2", runs, options, bars)
+    rows = [
+        row
+        for model in opened.models
+        for task in _TASKS
+        for row in opened.evaluator.measure_editing(model, task, num_images=options.num_images, seed=options.seed)
+    ]
+    page = make_editing_page(rows, command=command_line(["maskgit table 2", *runs], options.flags()))
+    return replace(
+        page, folder=opened.folder, pictures={"table-2.png": image_to_png(_draw_edits(opened, options.seed))}
+    )
+
+
+def compare_tokenizers(runs: Runs, options: ReportOptions | None = None, *, bars: Bars = no_bars) -> Page:
+    """Makes the table of tokenizers, with a row for each.
+
+    Args:
+        runs: Run folders, pretrained folders or tokenizer folders.
+        options: Number of images, networks, folders and other options; None for the defaults.
+        bars: Progress bars.
+
+    Raises:
+        FileNotFoundError: if a tokenizer or the data do not exist.
+        ValueError: if there is no run, or the data do not fit a tokenizer.
+    """
+    options = options or ReportOptions()
+    _check_runs("table tokenizers", runs)
+    folders = [find_tokenizer_folders(run, data=options.data, classifier=options.classifier) for run in runs]
+    # All rows compare with the same real images.
+    folders = [replace(each, data=folders[0].data) for each in folders]
+    command = command_line(["maskgit table tokenizers", *runs], options.flags())
+    return measure_tokenizers(folders, options, command, bars)
+
+
+@dataclass(frozen=True)
+class OpenedModels:
+    """Models in the order of the runs, their evaluator on the data of the first run, and the folder of the page."""
+
+    evaluator: Evaluator
+    models: Sequence[EvaluatedModel]
+    folder: Path
+
+
+def open_models(task: str, runs: Runs, options: ReportOptions, bars: Bars) -> OpenedModels:
+    """Opens models, data and feature networks.
+
+    Raises:
+        ValueError: if the runs differ in classes or image size, a network is unknown, or there are too few images.
+    """
+    _check_runs(task, runs)
+    folders = [find_run(run, data=options.data, classifier=options.classifier) for run in runs]
+    models = [create_evaluated_model(each, open_model(each, options.device)) for each in folders]
+    first, pipe = folders[0], models[0].pipe
+    data = open_data(first, pipe, num_workers=options.num_workers)
+    # All rows of a table must compare with the same real images.
+    for model in models[1:]:
+        check_data(model.pipe, data)
+        give_val_vectors(model.pipe, data)
+        if model.pipe.tokenizer.image_size != data.config.image_size:
+            raise ValueError(
+                f"run {model.run}: the image size must be that of the first run, {pixels_text(data.config.image_size)} "
+                f"pixels, got {pixels_text(model.pipe.tokenizer.image_size)}; make a separate table for it"
+            )
+    options.check_classes(data.num_classes)
+    evaluator = open_evaluator(
+        first,
+        pipe,
+        data,
+        Ledger(options.results / FILE_NAME),
+        features=options.features,
+        reference=options.reference,
+        batch_size=options.batch_size,
+        bars=bars,
+    )
+    return OpenedModels(evaluator, models, options.results / evaluator.dataset)
+
+
+def _check_runs(task: str, runs: Runs) -> None:
+    if not runs:
+        raise ValueError(f"{task} must have at least one run, such as runs/fashion-mnist-adaln, got none")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"{task} must run in one process; start it without torchrun, or use `maskgit evaluate`")
+
+
+def _cas_flags(cas: CASConfig | None, num_images: int | None) -> dict[str, object]:
+    """Returns the flags that determine the classification accuracy score; None stands for a default."""
+    if cas is None:
+        return {"cas_model": "none"}
+    # Only what differs from the default is repeated on the page.
+    given = {name: value for name, value in vars(cas).items() if value != getattr(CAS_TRAINING, name)}
+    return {
+        "cas_model": given.get("model"),
+        "cas_images": num_images,
+        "cas_max_steps": given.get("max_steps"),
+        "cas_batch_size": given.get("batch"),
+        "cas_learning_rate": given.get("peak_rate"),
+        "cas_precision": given.get("precision"),
+    }
+
+
+def _draw_samples(opened: OpenedModels, seed: int) -> Image.Image:
+    """Draws a sheet with a row of real images, a row per model and a column per class."""
+    data, models = opened.evaluator.data, opened.models
+    classes = choose_classes(data.num_classes)
+    # 50 images per class on average contain one of each class almost certainly.
+    images, labels = opened.evaluator.read_real_images("val", 50 * data.num_classes)
+    rows = [torch.stack([_first_of(images, labels, label) for label in classes])]
+    rows += [torch.as_tensor(model.pipe.generate(classes, seed=seed, output_type="pt")) for model in models]
+    captions = ["real images", *(f"{model.kind}, T = {model.pipe.decoding.num_steps}" for model in models)]
+    names = [data.class_names[label] for label in classes]
+    return image_grid(torch.cat(rows), columns=len(classes), row_captions=captions, column_captions=names)
+
+
+def _first_of(images: Tensor, labels: Tensor, label: int) -> Tensor:
+    """Returns the first image of a class, or a black one if the class has none."""
+    found = (labels == label).nonzero()
+    return images[int(found[0])] if len(found) else torch.zeros_like(images[0])
+
+
+def _draw_edits(opened: OpenedModels, seed: int) -> Image.Image:
+    """Draws a sheet of val images, with the part that is given and the edit of each task by the first model."""
+    pipe = opened.models[0].pipe
+    images, labels = opened.evaluator.read_real_images("val", _SHOWN_EDITS)
+    shown, captions = [images], ["held out"]
+    for task in _TASKS:
+        shown += [hide_pixels(task, pipe.tokenizer, images), edit(task, pipe, images, labels, seed=seed)]
+        captions += ["given", task]
+    return image_grid(torch.cat(shown), columns=len(images), row_captions=captions)
+
+
+def make_generation_page(samples: Sequence[Row], cas: Sequence[Row], *, command: str) -> Page:
+    """Returns the page of Table 1: class-conditional generation.
+
+    Args:
+        samples: Rows of generated images and of real images.
+        cas: Rows of the classification accuracy score; empty leaves it out.
+        command: Command that produces the page.
+    """
+    counts = ", ".join(dict.fromkeys(_word(row, "num_images") for row in samples))
+    lines = heading("Table 1: class-conditional generation", command)
+    lines += paragraph(
+        f"{counts} images of each model, evenly distributed over the classes, are compared with",
+        f"{_describe_reference(samples)}. The last line of each table shows the same number of real training images",
+        "instead of generated ones: the value of a perfect model with this number of images. FID falls with the number",
+        "of images and depends on the network, so that it is only comparable for the same number of images, network",
+        "and data. KID has no such bias. IS is measured only in networks that know the classes.",
+    )
+    # One table per network, in the order in which the networks were measured.
+    for network in dict.fromkeys(row["network"] for row in samples):
+        own = [row for row in samples if row["network"] == network]
+        lines += ["", f"## In the features of {markdown(network)}", "", *_generation_lines(own, network)]
+    if cas:
+        lines += ["", "## Classification accuracy score", "", *_cas_lines(cas)]
+    lines += ["", *describe_provenance(samples), "", "## Published", ""]
+    lines += ["ImageNet, 50,000 images, Inception's features (arXiv:2202.04200, Table 1).", ""]
+    headings = ["model", "size", "FID (inception)", "IS (inception)", "precision", "recall", "parameters", "steps",
+                "CAS top-1", "CAS top-5"]  # fmt: skip
+    lines += markdown_table(headings, _GENERATION)
+    return finish_page("table-1", lines, [*samples, *cas], picture="table-1.png")
+
+
+def _generation_lines(rows: Sequence[Row], network: str) -> list[str]:
+    shown = [name for name in metrics_of(rows) if name not in NO_COLUMN]
+    headings = [markdown(title(metric_name(name, network) if name in _NAMED_AFTER_NETWORK else name)) for name in shown]
+    # Real images come last, below the models.
+    return markdown_table(
+        ["model", "run", *headings, "parameters", "steps", "ms per image"],
+        [
+            [_word(row, "model"), code_cell(row["run"]), *(_cell(row, name) for name in shown), _millions(row),
+             _word(row, "num_steps"), _cell(row, "seconds_per_image")]
+            for row in sorted(rows, key=lambda row: row["model"] == REAL)
+        ],
+        left=2,
+    )  # fmt: skip
+
+
+def _cas_lines(rows: Sequence[Row]) -> list[str]:
+    first = rows[0]
+    lines = paragraph(
+        f"A {_word(first, 'classifier')} was trained on {_word(first, 'training_images')} images of one kind for",
+        f"{_word(first, 'training_steps')} steps, and tested on the {_word(first, 'real_images')} real val images.",
+    )
+    cells = [
+        [f"{_word(row, 'model')} {code_cell(row['run'])}".strip(),
+         *(f"{100 * float(row[name]):.2f}" for name in ("top1", "top5"))] for row in rows
+    ]  # fmt: skip
+    return [*lines, "", *markdown_table(["trained on images of", "top-1 %", "top-5 %"], cells)]
+
+
+def make_editing_page(rows: Sequence[Row], *, command: str) -> Page:
+    """Returns the page of Table 2: outpainting and inpainting of val images.
+
+    Args:
+        rows: Rows of edited, masked and unedited images.
+        command: Command that produces the page.
+    """
+    lines = heading("Table 2: outpainting and inpainting", command)
+    lines += paragraph(
+        "Each val image is edited once: the model gets its class and its visible part, and generates the rest. The",
+        f"results are compared with {_describe_reference(rows)}. `unedited` shows the same images without a change,",
+        "and `masked` shows them with grey pixels in the part to generate: these are the best and the worst case. The",
+        "part to generate consists of whole tokens: the right half is rounded up and the centre is rounded down. Of",
+        "7 x 7 tokens, these are 4 columns, or 3 x 3 tokens.",
+    )
+    for task, name in _TASKS.items():
+        own = [row for row in rows if row["task"] == task]
+        if own:
+            published = ["published, Places2", "size", "FID (inception)", "IS (inception)"]
+            lines += ["", f"## {name}", "", *_editing_lines(own), "", *markdown_table(published, _EDITING[task])]
+    return finish_page("table-2", [*lines, "", *describe_provenance(rows)], rows, picture="table-2.png")
+
+
+def _editing_lines(rows: Sequence[Row]) -> list[str]:
+    shown = [name for name in metrics_of(rows) if name not in NO_COLUMN]
+    return markdown_table(
+        ["result", "run", "network", *map(title, shown), "images", "steps"],
+        [
+            [_word(row, "model"), code_cell(row["run"]), _word(row, "network"), *(_cell(row, name) for name in shown),
+             _word(row, "num_images"), _word(row, "num_steps")]
+            for row in rows
+        ],
+        left=3,
+    )  # fmt: skip
+
+
+def finish_page(name: str, lines: Sequence[str], rows: Sequence[Mapping[str, Any]], *, picture: str) -> Page:
+    """Returns a page whose picture comes last."""
+    shown = f"![{picture.removesuffix('.png')}]({picture})"
+    return Page(name, "\n".join([*lines, "", shown, ""]), rows)
+
+
+def _describe_reference(rows: Sequence[Row]) -> str:
+    """Returns the number and the source of the real images that the rows compare with."""
+    found = dict.fromkeys(
+        f"{_word(row, 'real_images')} real images of {_reference_name(row)}"
+        if row.get("real_images")
+        else f"the statistics of {_reference_name(row)}"
+        for row in rows
+    )
+    return " and ".join(found)
+
+
+def _reference_name(row: Mapping[str, Any]) -> str:
+    """Returns the name of the split or file that a row compares with."""
+    return markdown(row.get("reference_file") or f"the {row.get('split') or 'val'} split")
+
+
+def describe_provenance(rows: Sequence[Row]) -> list[str]:
+    """Returns two paragraphs: data, code and device of the rows; digests of references, networks and models."""
+    # Each value occurs once, although all rows repeat it.
+    facts = []
+    for name, column in (("data", "dataset"), ("data fingerprint", "data"), ("commit", "commit"), ("date", "date"),
+                         ("device", "device")):  # fmt: skip
+        values = dict.fromkeys(str(row.get(column) or "")[: 12 if column == "commit" else None] for row in rows)
+        facts.append(f"{name} {', '.join(markdown(value) for value in values if value)}")
+    compared = _join_names(rows, _reference_name, "reference")
+    networks = _join_names(rows, lambda row: _word(row, "network"), "judge")
+    models = dict.fromkeys(
+        f"{code_cell(row['run'])} tokenizer {_digest(row, 'tokenizer')}, transformer {_digest(row, 'transformer')}"
+        for row in rows
+        if row.get("run")
+    )
+    return [
+        *paragraph(f"Measured on: {'; '.join(facts)}. The ledger has every row with its decoding."),
+        "",
+        *paragraph(
+            f"First digits of SHA-256. Reference: {compared}. Weights of the feature networks: {networks}. Weights of",
+            f"the models: {'; '.join(models) or 'none'}.",
+        ),
+    ]
+
+
+def _join_names(rows: Sequence[Row], name: Callable[[Row], str], digest: str) -> str:
+    return ", ".join(dict.fromkeys(f"{name(row)} {_digest(row, digest)}" for row in rows))
+
+
+def _digest(row: Mapping[str, Any], name: str) -> str:
+    """Returns the first digits of a digest, which a row may lack."""
+    return markdown(str(row.get(name) or "")[:_SHOWN_DIGITS]) or "not recorded"
+
+
+def _cell(row: Mapping[str, Any], name: str) -> str:
+    """Returns a value as text, or an empty cell if the row has none."""
+    value = read_number(row, name)
+    return "" if value is None else format_value(name, value)
+
+
+def _word(row: Mapping[str, Any], name: str) -> str:
+    """Returns a word or count as Markdown, or an empty text if the row has none."""
+    value = row.get(name)
+    return "" if value is None else markdown(value)
+
+
+def _millions(row: Mapping[str, Any]) -> str:
+    value = read_number(row, "parameters")
+    return "" if value is None else f"{value / 1e6:.2f}M"

@@ -1,0 +1,170 @@
+import csv
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from maskgit_pl.errors import printable
+from maskgit_pl.evaluation.ablation_page import chance_of_separation, compare_seeds, make_ablation_page, select_rows
+from tests.hostile_words import HOSTILE
+from tests.test_errors import structure
+
+PROTOCOL = {
+    "command": "maskgit ablation --vary model.network.depth=2,6",
+    "dataset": "shoes",
+    "stage": "transformer",
+    "variants": ["base", "depth=2", "depth=6"],
+    "reference": "base",
+    "base": {"depth": 4},
+    "seeds": [0, 1],
+    "budget": "steps=400",
+    "num_images": 100,
+    "first": "classifier",
+    "compared": "500 real images of the val split",
+    "decoding": "T 8, confidence",
+    "machine": "a CPU, torch 2",
+}
+FIDS = {"base": (2.0, 2.2), "depth=2": (3.0, 3.4), "depth=6": (1.9, 2.1)}
+
+
+def row(
+    variant: str, seed: int, fid: float | None, protocol: Mapping[str, Any] = PROTOCOL, **columns: Any
+) -> dict[str, Any]:
+    numbers = {} if fid is None else {"fid/classifier": fid, "fid/lite0": 10 * fid, "precision/classifier": 0.7,
+               "precision/lite0": 0.6, "bits_per_token": fid + 2, "class_agreement": 0.5}  # fmt: skip
+    return {"ablation": "ablation-depth", "plan": "p", "variant": variant, "seed": seed, "numbers": numbers,
+            "place": protocol["variants"].index(variant), "protocol": protocol, "dataset": "shoes",
+            "run": f"run-{variant}-{seed}", "weights": f"{variant}-{seed}", "max_steps": 400, "global_batch": "64",
+            "training_seconds": 104.2, "kind": "CPU", "parameters": 850_000, "real": {"fid/classifier": 0.11},
+            **columns}  # fmt: skip
+
+
+def rows(**columns: Any) -> list[dict[str, Any]]:
+    return [row(variant, seed, fid, **columns) for variant, fids in FIDS.items() for seed, fid in enumerate(fids)]
+
+
+def cells(page: str, start: str, heading: str) -> list[str]:
+    """Returns the cells of the line of a section that starts in a way."""
+    section = page.split(f"## {heading}")[1].split("\n## ")[0]
+    (line,) = [line for line in section.splitlines() if line.startswith(f"| {start} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_page_has_mean_range_and_verdict_of_every_variant() -> None:
+    page = make_ablation_page("ablation-depth", rows()).markdown
+    assert "    maskgit ablation --vary model.network.depth=2,6" in page
+    assert cells(page, "base", "Results")[1] == "2.10 (2.00 to 2.20)"
+    assert cells(page, "depth=6", "Results")[1] == "**2.00 (1.90 to 2.10)**"
+    assert cells(page, "real images", "Results")[1] == "0.11"
+    assert cells(page, "depth=2", "Difference")[1] == "+1.10 worse"
+    assert cells(page, "depth=6", "Difference")[1] == "-0.10 unclear"
+    assert "- Helped: none." in page
+    assert "- Made it worse: depth=2." in page
+    assert "- No difference beyond the spread of the seeds: depth=6." in page
+    assert "precision (lite0)" not in page
+
+
+def test_a_training_whose_weights_are_those_of_the_base_is_flagged() -> None:
+    same = [each | {"weights": f"base-{each['seed']}"} if each["variant"] == "depth=2" else each for each in rows()]
+    page = make_ablation_page("x", same).markdown
+    assert "| depth=2 (the weights are those of base) |" in page
+    assert "| depth=6 |" in page
+    of_decoding = [each | {"run": f"run-base-{each['seed']}"} for each in same]
+    assert "(the weights" not in make_ablation_page("x", of_decoding).markdown  # one run, decoded in another way
+
+
+def test_the_training_table_has_each_run_once() -> None:
+    shared = [
+        each | {"run": "run-base-0"} if each["seed"] == 0 and each["variant"] == "depth=6" else each for each in rows()
+    ]
+    lines = make_ablation_page("x", shared).markdown.split("## Training")[1].splitlines()
+    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")][2:]
+    assert found[0] == ["base", "0", "0.85M", "400", "64", "104.2"]
+    assert [(each[0], each[1]) for each in found] == [
+        ("base", "0"), ("base", "1"), ("depth=2", "0"), ("depth=2", "1"), ("depth=6", "1")
+    ]  # fmt: skip
+
+
+def test_the_csv_has_every_run_unrounded_and_the_figure_can_be_read() -> None:
+    page = make_ablation_page("x", rows())
+    found = list(csv.DictReader(io.StringIO(page.csv)))
+    assert [(each["variant"], each["seed"], float(each["fid/classifier"])) for each in found] == [
+        (variant, str(seed), fid) for variant, fids in FIDS.items() for seed, fid in enumerate(fids)
+    ]
+    with Image.open(io.BytesIO(page.pictures["x.png"])) as picture:
+        assert picture.width > 1000
+        assert picture.height > 300
+
+
+def test_failed_and_missing_runs_are_listed_and_the_others_shown() -> None:
+    some = [each for each in rows() if each["variant"] != "depth=2"]
+    failed = {"failure": "model.network.depth must be >= 1, got 0", "run": None}
+    some.insert(2, row("depth=2", 0, None, **failed))
+    page = make_ablation_page("ablation-depth", some).markdown
+    assert cells(page, "depth=2", "Results")[1] == "failed"
+    assert "- depth=2, seed 0: model.network.depth must be &gt;= 1, got 0" in page
+    assert "- depth=2, seed 1: not trained or not measured" in page
+    nothing = make_ablation_page("x", [row("base", 0, None, **failed)])
+    assert nothing.pictures == {}
+    assert "## Results" not in nothing.markdown
+
+
+def test_one_seed_gives_no_verdict() -> None:
+    protocol = {**PROTOCOL, "seeds": [0]}
+    page = make_ablation_page("x", [row(name, 0, fid, protocol) for name, (fid, _) in FIDS.items()]).markdown
+    assert cells(page, "depth=2", "Difference")[1] == "+1.00 unclear"
+    assert "nothing is known about the spread" in page
+
+
+@pytest.mark.parametrize(("values", "reference", "verdict"), [
+    ((1.0, 1.2), (2.0, 2.2), "better"),
+    ((3.0, 3.2), (2.0, 2.2), "worse"),
+    ((1.0, 2.0), (2.0, 2.2), "unclear"),
+    ((2.2, 3.0), (2.0, 2.2), "unclear"),
+    ((1.0, 3.0), (2.0, 2.2), "unclear"),
+    ((1.0,), (2.0, 2.2), "unclear"),
+])  # fmt: skip
+def test_only_ranges_that_do_not_overlap_give_a_verdict(values: Any, reference: Any, verdict: str) -> None:
+    assert compare_seeds("fid/classifier", values, reference) == verdict
+    opposite = {"better": "worse", "worse": "better", "unclear": "unclear"}
+    assert compare_seeds("recall/classifier", values, reference) == opposite[verdict]  # higher is better
+
+
+def test_the_chance_of_separation_is_that_of_a_random_order() -> None:
+    assert [chance_of_separation(seeds) for seeds in (1, 2, 3)] == pytest.approx([1, 1 / 3, 1 / 10])
+
+
+def test_only_the_newest_plan_and_the_last_row_of_a_run_count() -> None:
+    old = [each | {"plan": "old"} for each in [*rows(), row("base", 2, 3.0)]]  # with a seed more
+    again = row("base", 0, 7.0)
+    chosen = select_rows([*old, *rows(), again, row("base", 0, 9.0) | {"ablation": "another"}], "ablation-depth")
+    assert len(chosen) == 6
+    assert chosen[0]["numbers"]["fid/classifier"] == 7.0
+    assert {each["plan"] for each in chosen} == {"p"}
+    assert [(each["variant"], each["seed"]) for each in chosen[:3]] == [("base", 0), ("base", 1), ("depth=2", 0)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("word", [word for word in HOSTILE if printable(word).strip()])
+def test_a_page_of_a_stranger_s_words_keeps_its_structure(word: str) -> None:
+    pages = []
+    for text in ("word", word):
+        strange = {"machine": text, "dataset": text, "decoding": text, "variants": ["base", text], "base": {text: text}}
+        protocol = {**PROTOCOL, **strange}
+        some = [
+            row("base", 0, 2.0, protocol),
+            row(text, 0, 3.0, protocol),
+            row(text, 1, None, protocol, failure=text),
+        ]
+        pages.append(structure(make_ablation_page("x", some).markdown))
+    assert pages[0] == pages[1]
+
+
+@pytest.mark.parametrize("numbers", [{"zzz": 1.0}, {"seconds_per_image": 1.0}])
+def test_a_page_without_compared_metrics_has_no_figure(numbers: dict[str, float]) -> None:
+    page = make_ablation_page("x", rows(numbers=numbers))
+    assert page.pictures == {}
+    assert "x.png" not in page.markdown
+    assert ("ms per image" in page.markdown) == ("seconds_per_image" in numbers)

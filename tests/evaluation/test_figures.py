@@ -1,0 +1,68 @@
+import io
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from maskgit_pl import evaluation
+from maskgit_pl.evaluation.figures import count_known_tokens, draw_figure_8, draw_schedules
+from maskgit_pl.schedules import mask_schedules
+
+
+def figure_8(curves: dict[str, dict[int, float]], *, floor: float | None = None, dataset: str = "shoes") -> Image.Image:
+    schedules = {name: mask_schedules.build(name if name in ("log", "arccos") else "cosine") for name in curves}
+    return Image.open(io.BytesIO(draw_figure_8(
+        schedules, curves, num_tokens=16, metric="fid/classifier", num_images=100, floor=floor, dataset=dataset
+    )))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["cosine", "log", "linear"])
+def test_the_number_of_known_tokens_rises_to_all(name: str) -> None:
+    known = count_known_tokens(mask_schedules.build(name), num_tokens=256, num_steps=8)
+    assert all(before < after for before, after in pairwise(known))
+    assert known[-1] == 256
+
+
+def test_counts_are_those_of_the_released_code() -> None:
+    known = count_known_tokens(mask_schedules.build("cosine"), num_tokens=256, num_steps=12)
+    assert 256 - known[7] == 127  # cos(pi / 3) is just under a half in float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("floor", [None, 0.1, 1.9])
+def test_figure_8_is_drawn_for_any_schedules_and_floor(floor: float | None) -> None:
+    curves = {
+        name: {2: start, 4: start / 2, 8: start / 1.5}
+        for name, start in (("cosine", 4.0), ("log", 30.0), ("arccos", 5.0))
+    }
+    picture = figure_8(curves, floor=floor)
+    assert picture.format == "PNG"
+    assert picture.width > 1.5 * picture.height
+
+
+@pytest.mark.slow
+def test_names_are_not_read_as_mathematics_and_all_are_drawn() -> None:
+    names = ["$x^{2$ $", "_hidden", "two\nlines" + 1000 * "x"]
+    assert figure_8({name: {2: 2.0, 4: 1.0} for name in names}, dataset="$\\frac$")
+    assert draw_schedules(dict.fromkeys(names[:2], mask_schedules.build("cosine")), num_tokens=16)
+
+
+def test_figure_2_has_the_steps_of_each_model(tiny_pretrained: Path, tiny_autoregressive: Path, tmp_path: Path) -> None:
+    options = evaluation.ReportOptions(results=tmp_path, device="cpu")
+    page = evaluation.figure_2([tiny_autoregressive, tiny_pretrained], options, class_name="Trouser")
+    known = {
+        model: [row["known"] for row in page.rows if row["model"] == model] for model in ("MaskGIT", "autoregressive")
+    }
+    assert known["autoregressive"] == list(range(1, 17))
+    assert known["MaskGIT"] == [1, 4, 9, 16]  # 16 tokens in 4 steps of 1 - r^2 masked ones
+    assert {row["class"] for row in page.rows} == {"Trouser"}
+    assert (
+        f"maskgit figure 2 {tiny_autoregressive} {tiny_pretrained} --class-name Trouser --device cpu" in page.markdown
+    )
+    files = page.write()
+    assert [file.name for file in files] == ["figure-2.md", "figure-2.csv", "figure-2.png"]
+    with Image.open(files[-1]) as picture:
+        assert picture.width > picture.height > 4 * 168  # four rows of panels, eight columns
+    with pytest.raises(ValueError, match="figure 2 must have at least one run"):
+        evaluation.figure_2([], options)

@@ -1,0 +1,163 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from maskgit_pl.errors import PreemptedError
+from maskgit_pl.runs import ablation
+from maskgit_pl.runs.ablation import (
+    AblationConfig,
+    Factor,
+    TrainingError,
+    base_values,
+    parse_factor,
+    plan_variants,
+    train,
+)
+from maskgit_pl.runs.recipe import Recipe
+
+DEPTH = Factor("model.network.depth", ("2", "6"))
+SCALE = Factor("model.decoding.guidance.scale", ("0", "2"))
+
+
+def plan(*factors: Factor, **options: Any) -> dict[str, Any]:
+    """Returns the planned variants by label."""
+    return {each.label: each for each in plan_variants(AblationConfig(factors, **options))}
+
+
+def test_one_factor_at_a_time_changes_one_key_of_the_base() -> None:
+    variants = plan(DEPTH, SCALE, overrides={"model.network.embed_dim": 64})
+    assert list(variants) == ["base", "depth=2", "depth=6", "guidance.scale=0", "guidance.scale=2"]
+    base = variants["base"].recipe.tree
+    for label, key, value in (("depth=2", "depth", 2), ("depth=6", "depth", 6)):
+        tree = variants[label].recipe.tree
+        assert tree["model"]["network"].pop(key) == value
+        assert tree["model"]["network"] == {
+            name: each for name, each in base["model"]["network"].items() if name != key
+        }
+        assert tree["model"]["decoding"] == base["model"]["decoding"]
+    assert {each.recipe.get("model.network.embed_dim") for each in variants.values()} == {64}
+    assert {each.recipe.get("trainer.precision") for each in variants.values()} == {"32-true"}  # and not auto
+
+
+def test_a_grid_has_every_combination() -> None:
+    variants = plan(DEPTH, SCALE, grid=True, recipes=("", "square"))
+    assert len(variants) == 1 + 2 * 2 * 2
+    triples = {
+        (each.recipe.names, each.recipe.get("model.network.depth"), each.decoding)
+        for label, each in variants.items()
+        if label != "base"
+    }
+    assert triples == {
+        (names, depth, (f"--model.decoding.guidance.scale={scale}",))
+        for names in ((), ("square",))
+        for depth in (2, 6)
+        for scale in (0, 2)
+    }
+
+
+def test_sets_of_recipes_are_variants_and_the_base_file_is_not_read_twice() -> None:
+    variants = plan(recipes=("base", "square", "square log"))
+    assert list(variants) == ["base", "recipe square", "recipe square log"]
+    assert variants["base"].recipe.names == ()
+    assert variants["recipe square log"].recipe.get("model.mask_schedule") == "log"
+
+
+def test_only_keys_of_the_decoding_need_no_training() -> None:
+    variants = plan(Factor("model.network", ("{depth: 2, embed_dim: 96}",)), SCALE)
+    assert variants["depth=2, embed_dim=96"].recipe.get("model.network.embed_dim") == 96
+    assert variants["depth=2, embed_dim=96"].decoding == ()
+    assert variants["guidance.scale=2"].recipe.tree == variants["base"].recipe.tree
+    assert variants["guidance.scale=2"].trained_label == "base"
+    assert variants["guidance.scale=2"].decoding == ("--model.decoding.guidance.scale=2",)
+
+
+def test_the_base_tells_its_values_of_the_varied_keys() -> None:
+    config = AblationConfig((Factor("model.network", ("{depth: 2, embed_dim: 96}",)), SCALE))
+    (base, *_) = plan_variants(config)
+    assert base_values(config, base.recipe.tree) == {"depth": 4, "embed_dim": 128, "guidance.scale": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "factor"),
+    [
+        ("model.network.depth=2,6", DEPTH),
+        ("--decoding.guidance.scale=0, 2", SCALE),
+        (
+            "model.mask_schedule=cosine,{name: pow, exponent: 3}",
+            ("model.mask_schedule", "cosine", "{name: pow, exponent: 3}"),
+        ),
+        ("model.optimizer.betas=[0.9, 0.96],[0.9, 0.99]", ("model.optimizer.betas", "[0.9, 0.96]", "[0.9, 0.99]")),
+    ],
+)
+def test_factors_are_parsed(text: str, factor: Any) -> None:
+    assert parse_factor("--vary", text) == (factor if isinstance(factor, Factor) else Factor(factor[0], factor[1:]))
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("model.network.depth", "--vary must be KEY=VALUE"),
+        ("=1", "--vary must be KEY=VALUE"),
+        ("model.network.depth=", "--vary must be KEY=VALUE"),
+    ],
+)
+def test_a_wrong_factor_is_refused(text: str, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        parse_factor("--vary", text)
+
+
+@pytest.mark.parametrize(("options", "match"), [
+    ({"factors": (DEPTH,), "seeds": (1, 1)}, "--seeds must be different"),
+    ({"factors": (DEPTH,), "seeds": ()}, "--seeds must be different"),
+    ({"factors": (Factor("data.seed", ("1",)),)}, "data.seed must not be set in an ablation: .*--seeds"),
+    ({"factors": (DEPTH,), "overrides": ["--data.seed=3"]}, "data.seed must not be set in an ablation"),
+    ({"factors": (Factor("data.image_size", ("8",)),)}, "data.image_size must be that of the base"),
+    ({"factors": (SCALE,), "stage": "tokenizer"}, "variant guidance.scale=0: .*decoding"),
+    ({"factors": (DEPTH,), "stage_2": ()}, "--stage-2 must come with --stage tokenizer"),
+])  # fmt: skip
+def test_a_wrong_ablation_is_refused(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        plan_variants(AblationConfig(**options))
+
+
+def test_a_wrong_key_or_value_is_answered_with_the_nearest_key() -> None:
+    with pytest.raises(ValueError, match=r"model\.network\.dept.*did you mean 'model\.network\.depth'"):
+        plan(Factor("model.network.dept", ("2",)))
+    with pytest.raises(ValueError, match=r"model\.network\.depth must be .*got 'deep'"):
+        plan(Factor("model.network.depth", ("deep",)))
+    with pytest.raises(FileNotFoundError, match="recipe 'squar'"):
+        plan(recipes=("", "squar"))
+
+
+def test_a_registered_object_is_labelled_like_a_call() -> None:
+    quantizers = Factor(
+        "model.network.quantizer", ("lfq", "{name: product, num_groups: 2, quantizer: {name: ema, decay: 0.9}}")
+    )
+    labels = list(plan(quantizers, stage="tokenizer"))
+    assert labels == ["base", "quantizer=lfq", "quantizer=product(num_groups=2, quantizer=ema(decay=0.9))"]
+
+
+def test_stage_2_is_trained_after_its_tokens_and_its_output_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[list[str]] = []
+    answers = iter([(0, False), (3, False), (0, False), (75, False), (0, True)])
+
+    def run(words: list[str], output: Any) -> tuple[int, bool]:
+        called.append(words)
+        output.write(b"maskgit: out of memory\n")
+        return next(answers)
+
+    monkeypatch.setattr(ablation, "run_maskgit", run)
+    recipe = Recipe.read("transformer", names="paper-256 square", dataset="shoes", overrides=["--trainer.max_steps=3"])
+    folder = tmp_path / "runs" / "shoes-square"
+    with pytest.raises(TrainingError, match=r"^maskgit: out of memory; log: .*train-transformer\.log$") as failed:
+        train(recipe, folder, tokenizer=tmp_path / "tokenizer")
+    assert failed.value.exit_code == 3
+    shared = ["--recipe", "paper-256 square", "--dataset", "shoes", "--run", "shoes-square", "--runs-folder",
+              str(tmp_path / "runs"), "--tokenizer", str(tmp_path / "tokenizer"), "--trainer.max_steps=3"]  # fmt: skip
+    assert called == [["tokenize", *shared], ["train", "transformer", "--cluster", "single", *shared]]
+    for _ in range(2):
+        with pytest.raises(PreemptedError, match="stopped by a signal; repeat the command to resume"):
+            train(recipe, folder)
