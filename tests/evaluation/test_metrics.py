@@ -10,7 +10,6 @@ from rich.console import Console
 
 from maskgit_pl import evaluation
 from maskgit_pl.cli import main
-from maskgit_pl.evaluation import classifier
 from maskgit_pl.evaluation.metrics import (
     FeatureMetric,
     computed_metrics,
@@ -72,7 +71,7 @@ def test_a_metric_that_breaks_the_interface_is_named(attributes: dict, match: st
 
 
 @pytest.fixture
-def run(tiny_pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def run(tiny_pretrained: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run whose classifier is trained for a moment, and the metric of the documentation, installed."""
     package = PAGE.read_text().split("## A metric")[1]
     code = package.split("```python\n")[1].split("```")[0]
@@ -81,10 +80,9 @@ def run(tiny_pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_pretrained, tmp_path / "run" / "pretrained")
-    quick, plain = ClassifierConfig(width=4, max_steps=3, batch=20), classifier.obtain_classifier
-    monkeypatch.setattr(
-        classifier, "obtain_classifier", lambda *args, **options: plain(*args, **options | {"config": quick})
-    )
+    quick = ClassifierConfig(width=4, max_steps=3, batch=20)
+    shared = tmp_path / f"{tiny_shards.name}-classifier" / "small"
+    evaluation.train_classifier(tiny_shards, config=quick, device="cpu", out=shared)
     return tmp_path / "run"
 
 
