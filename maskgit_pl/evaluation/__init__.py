@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         TokenizerOptions,
         TuningOptions,
     )
-    from maskgit_pl.evaluation.tuning import plan_trials, tune
+    from maskgit_pl.evaluation.tuning import tune
 
 __all__ = [
     "CASConfig",
@@ -39,7 +39,6 @@ __all__ = [
     "compare",
     "evaluate",
     "evaluate_tokenizer",
-    "plan_trials",
     "train_classifier",
     "tune",
 ]
@@ -59,7 +58,6 @@ __getattr__ = lazy_names(
         "compare": "comparison",
         "evaluate": "model_evaluation",
         "evaluate_tokenizer": "model_evaluation",
-        "plan_trials": "tuning",
         "train_classifier": "model_evaluation",
         "tune": "tuning",
     },
