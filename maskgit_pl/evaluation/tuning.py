@@ -2,7 +2,7 @@
 
 1. Measure the trials. Trial 0 is the model's current decoding; Optuna draws the others from ``SearchSpace``. The study
    is an SQLite file, so that the same command continues it.
-2. Measure the best trials, trial 0 and the current decoding again, with other noise and twice the number of images.
+2. Measure trial 0, the best trials and the current decoding again, with other noise and twice the number of images.
 3. The best of step 2 wins. Without the second measurement, the winner would be the trial with the luckiest noise.
 
 The figure shows the best decoding with every mask schedule, as a metric over the number of steps (paper, Figure 8,
@@ -41,7 +41,6 @@ from maskgit_pl.evaluation.opening import (
     open_model,
 )
 from maskgit_pl.evaluation.options import (
-    Spec,
     TuningMetric,
     TuningOptions,
     choose_plot_steps,
@@ -74,28 +73,26 @@ from maskgit_pl.pipeline.pretrained import save_decoding
 from maskgit_pl.pipeline.sharing import bundled_models
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.randomness import random_bits
-from maskgit_pl.schedules import MaskSchedule, mask_schedules
+from maskgit_pl.schedules import mask_schedules
 
 if TYPE_CHECKING:
     import optuna
     from rich.table import Table
 
 __all__ = [
-    "Curves",
     "Measure",
+    "ScheduleCurves",
     "Trial",
     "TuningResult",
     "draw_curves",
-    "find_schedule_trial",
     "make_page",
-    "name_schedules",
+    "measure_curves",
     "search",
     "tune",
 ]
 
 Measure: TypeAlias = Callable[[DecodingConfig, int, int, str], Mapping[str, float]]
 """Measures a decoding, given the number of images, the seed of the first one, and a remark for the ledger."""
-Curves: TypeAlias = Mapping[str, Mapping[int, float]]  # values by mask schedule and T
 
 _FINALISTS = 3  # trials of step 2, besides trial 0 and the current decoding
 _METRICS = {"fid": "fid/classifier", "kid": "kid/classifier", "agreement": "class_agreement"}
@@ -130,7 +127,7 @@ class TuningResult:
     Args:
         metric: Name of the metric of the search, such as ``fid/classifier``.
         trials: All trials, in order.
-        confirmed: Trial 0, the current decoding and the best trials, measured again with other noise.
+        confirmed: Trial 0, the best trials and the current decoding, measured again with other noise.
         num_images: Number of images of each trial; ``confirmed`` has twice as many.
         folder: Folder of the study, the page and the figure.
         has_figure: True if there is a figure.
@@ -252,18 +249,13 @@ def tune(
     command, real = _command(run, trials, metric, num_images, options), measure_real(evaluator, 2 * count)
     make_page(result, real, command=command).write()
     result = _save_decoding(folders, pipe, evaluator, result, options)
-    best = find_schedule_trial(result)
-    if options.plot and best is not None:
-        curves = _measure_curves(
-            measure, pipe, best.decoding, metric=name, num_images=count, seed=options.seed, bars=bars
-        )
+    curves = None
+    if options.plot:
         floor = measure_real(evaluator, count)[name]
-        picture = draw_curves(curves, name, num_images=count, floor=floor)
-        shared = describe_decoding(best.decoding, steps=False)
-        page = make_page(result, real, command=command, curves=curves, shared=shared)
-        replace(page, pictures={"tuning.png": picture}).write()
-        result = replace(result, has_figure=True)
-    return replace(result, num_measured=evaluator.num_measured)
+        curves = measure_curves(measure, pipe, result, seed=options.seed, floor=floor, bars=bars)
+    if curves is not None:
+        make_page(result, real, command=command, curves=curves).write()
+    return replace(result, has_figure=curves is not None, num_measured=evaluator.num_measured)
 
 
 def _check_model_folder(folder: Path) -> None:
@@ -389,13 +381,14 @@ def _read_trials(study: optuna.Study) -> list[Trial]:
 
 
 def _choose_finalists(trials: Sequence[Trial], metric: str, current: DecodingConfig) -> list[Trial]:
-    """Returns trial 0, the trial with the current decoding, and the best others, without equal decodings."""
-    first = [trials[0], *(trial for trial in trials if trial.decoding == current)]
+    """Returns trial 0, the best others, and the trial with the current decoding, without equal decodings."""
     chosen: list[Trial] = []
-    for trial in (*first, *_rank(trials, metric)):
-        if all(trial.decoding != other.decoding for other in chosen):
+    for trial in (trials[0], *_rank(trials, metric)):
+        if len(chosen) <= _FINALISTS and all(trial.decoding != other.decoding for other in chosen):
             chosen.append(trial)
-    return chosen[: _FINALISTS + (1 if trials[0].decoding == current else 2)]
+    if all(trial.decoding != current for trial in chosen):
+        chosen.append(next(trial for trial in trials if trial.decoding == current))
+    return chosen
 
 
 def _save_decoding(
@@ -431,17 +424,15 @@ def _command(run: Path | str, trials: int, metric: str, num_images: int, options
 
 
 def make_page(
-    result: TuningResult, real: Mapping[str, float], *, command: str, curves: Curves | None = None, shared: str = ""
+    result: TuningResult, real: Mapping[str, float], *, command: str, curves: ScheduleCurves | None = None
 ) -> Page:
     """Returns the page of a search.
 
     Args:
         result: The search.
-        real: Values of real training images, in the same number as the images of the second measurement; see
-            ``measure_real``.
+        real: Values of as many real training images as in the second measurement; see ``comparison.measure_real``.
         command: Command that produces the page.
-        curves: Values of the figure; None for no figure.
-        shared: Description of the decoding that all points of the figure share.
+        curves: Curves of the figure; None for no figure.
     """
     count, shown = result.num_images, _rank(result.trials, result.metric)[:_SHOWN_TRIALS]
     floor = [f"{title(name)} {format_value(name, real[name])}" for name in ("fid/classifier", "kid/classifier")]
@@ -459,10 +450,12 @@ def make_page(
     lines += markdown_table(result.headings(), result.iter_cells(result.confirmed, markdown, "**{}**"), left=2)
     lines += ["", *_explain_winner(result), "", f"## Best of {len(result.trials)} trials, {count} images each", ""]
     lines += markdown_table(result.headings(), result.iter_cells(shown, markdown), left=2)
+    pictures = {}
     if curves is not None:
-        lines += ["", *_describe_curves(curves, result, shared)]
+        lines += ["", *_describe_curves(result, curves)]
+        pictures["tuning.png"] = draw_curves(result, curves)
     rows = [{"trial": each.number, **each.numbers, "decoding": decoding_key(each.decoding)} for each in result.trials]
-    return Page("tuning", "\n".join(lines) + "\n", rows, folder=result.folder)
+    return Page("tuning", "\n".join(lines) + "\n", rows, pictures, folder=result.folder)
 
 
 def _explain_winner(result: TuningResult) -> list[str]:
@@ -474,76 +467,96 @@ def _explain_winner(result: TuningResult) -> list[str]:
     return [verdict, "", "```json", json.dumps(asdict(winner.decoding), indent=2), "```"]
 
 
-def _describe_curves(curves: Curves, result: TuningResult, shared: str) -> list[str]:
+@dataclass(frozen=True)
+class ScheduleCurves:
+    """The metric of a search for one decoding with each mask schedule, over the number of steps.
+
+    Args:
+        values: Values by schedule and T; the schedule of the training comes first.
+        decoding: Description of the decoding that all points share.
+        floor: Value of as many real images as each point has.
+    """
+
+    values: Mapping[str, Mapping[int, float]]
+    decoding: str
+    floor: float
+
+
+def measure_curves(
+    measure: Measure, pipe: MaskGIT, result: TuningResult, *, seed: int, floor: float, bars: Bars = no_bars
+) -> ScheduleCurves | None:
+    """Measures the best decoding of a search with each mask schedule at several numbers of steps.
+
+    Args:
+        measure: Measures a decoding.
+        pipe: The model.
+        result: The search.
+        seed: Seed of the first image of each point: the curves differ by the schedule, not by the noise.
+        floor: Value of real images.
+        bars: Progress bars.
+
+    Returns:
+        The curves, or None if no trial follows a mask schedule.
+    """
+    ranked = [result.winner, *_rank(result.trials, result.metric)]
+    best = next((trial.decoding for trial in ranked if _follows_schedule(trial.decoding)), None)
+    if best is None:
+        _log.info("no figure is drawn, because no trial follows a mask schedule")
+        return None
+    trained, built = pipe.transformer.schedule_for("tune"), mask_schedules.build_all()
+    # The schedule of the training may have arguments that no registered name has.
+    own = next((name for name, schedule in built.items() if schedule == trained), repr(trained))
+    specs = {f"{own} (trained)": None, **{name: name for name in sorted(built) if name != own}}
+    steps = choose_plot_steps(pipe.outline.num_tokens)
+    advance = bars("mask schedules", len(specs) * sum(steps))
+    values: dict[str, dict[int, float]] = {name: {} for name in specs}
+    for num_steps, (name, spec) in product(steps, specs.items()):
+        point = replace(with_steps(best, num_steps), mask_schedule=spec)
+        numbers = measure(point, result.num_images, seed, f"mask schedule {name}, {num_steps} steps")
+        values[name][num_steps] = numbers[result.metric]
+        advance(num_steps)
+    return ScheduleCurves(values, describe_decoding(replace(best, mask_schedule=None), steps=False), floor)
+
+
+def _follows_schedule(decoding: DecodingConfig) -> bool:
+    assert decoding.token_selector is not None  # the model is not autoregressive
+    return token_selectors.build(decoding.token_selector).follows_schedule
+
+
+def _describe_curves(result: TuningResult, curves: ScheduleCurves) -> list[str]:
+    """Returns the section of the figure, with a table of its points."""
     metric = result.metric
-    steps = list(next(iter(curves.values())))
+    steps = list(next(iter(curves.values.values())))
     lines = ["## Mask schedules", "", f"![{metric} against the number of steps for each mask schedule](tuning.png)", ""]
     lines += paragraph(
         f"{title(metric)} ({direction(metric)}) from {result.num_images} images per point, with the same noise for all",
-        f"points. The model is decoded with each schedule and {markdown(shared)}.",
+        f"points. The model is decoded with each schedule and {markdown(curves.decoding)}.",
     )
     rows = [
         [markdown(name), *(format_value(metric, line[number], more_digits=1) for number in steps)]
-        for name, line in curves.items()
+        for name, line in curves.values.items()
     ]
     return [*lines, "", *markdown_table(["mask schedule", *(f"T = {number}" for number in steps)], rows)]
 
 
-def find_schedule_trial(result: TuningResult) -> Trial | None:
-    """Returns the best trial whose selector follows a mask schedule, or None if there is no such trial."""
-    for trial in (result.winner, *_rank(result.trials, result.metric)):
-        selector = trial.decoding.token_selector
-        if selector is not None and token_selectors.build(selector).follows_schedule:
-            return trial
-    return None
-
-
-def name_schedules(trained: MaskSchedule) -> dict[str, Spec | None]:
-    """Returns the specs of all schedules by name; that of the training comes first, and has the spec None.
-
-    It may have arguments that no registered name has.
-    """
-    built = mask_schedules.build_all()
-    own = next((name for name, schedule in built.items() if schedule == trained), repr(trained))
-    return {f"{own} (trained)": None, **{name: name for name in sorted(built) if name != own}}
-
-
-def _measure_curves(
-    measure: Measure, pipe: MaskGIT, decoding: DecodingConfig, *, metric: str, num_images: int, seed: int, bars: Bars
-) -> Curves:
-    specs = name_schedules(pipe.transformer.schedule_for("tune"))
-    steps = choose_plot_steps(pipe.outline.num_tokens)
-    advance = bars("mask schedules", len(specs) * sum(steps))
-    curves: dict[str, dict[int, float]] = {name: {} for name in specs}
-    for num_steps, (name, spec) in product(steps, specs.items()):
-        # Same seed at every point: the curves differ by the schedule, not by the noise.
-        point = replace(with_steps(decoding, num_steps), mask_schedule=spec)
-        purpose = f"mask schedule {name}, {num_steps} steps"
-        curves[name][num_steps] = measure(point, num_images, seed, purpose)[metric]
-        advance(num_steps)
-    return curves
-
-
-def draw_curves(curves: Curves, metric: str, *, num_images: int, floor: float) -> bytes:
-    """Draws a metric over the number of steps as a PNG, with a line per mask schedule.
-
-    Args:
-        curves: Values by schedule and number of steps; the first schedule is emphasised.
-        metric: Name of the metric.
-        num_images: Number of images per point.
-        floor: Value of as many real images.
+def draw_curves(result: TuningResult, curves: ScheduleCurves) -> bytes:
+    """Draws a line per mask schedule as a PNG; that of the training is emphasised.
 
     Source: paper, Figure 8, right.
     """
     from matplotlib.figure import Figure
 
-    page = Figure(figsize=(8.4, 5.2), layout="constrained")
+    metric, page = result.metric, Figure(figsize=(8.4, 5.2), layout="constrained")
     axes = page.subplots()
-    colours = dict(zip(curves, cycle(_COLOURS), strict=False))
-    plot_by_steps(axes, curves, colours, front=next(iter(curves)))
-    plot_floor(axes, floor, f"real images: {format_value(metric, floor, more_digits=1)}")
-    axes.set_ylabel(f"{title(metric)} of {num_images} images ({direction(metric)})")
+    colours = dict(zip(curves.values, cycle(_COLOURS), strict=False))
+    trained, *_ = curves.values
+    plot_by_steps(axes, curves.values, colours, front=trained)
+    plot_floor(axes, curves.floor, f"real images: {format_value(metric, curves.floor, more_digits=1)}")
+    axes.set_ylabel(f"{title(metric)} of {result.num_images} images ({direction(metric)})")
     axes.set_title("one model, decoded with each mask schedule", fontsize=11, loc="left")
-    ends = {name: LineEnd(name, (max(line), line[max(line)]), colours[name]) for name, line in curves.items()}
+    ends = {
+        name: LineEnd(name, (max(line), line[max(line)]), colours[name], bold=name == trained)
+        for name, line in curves.values.items()
+    }
     name_lines(page, axes, ends)
     return figure_to_png(page)
