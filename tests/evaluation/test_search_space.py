@@ -21,6 +21,7 @@ def names(specs: list) -> set[str]:
     return {spec if isinstance(spec, str) else spec["name"] for spec in specs}
 
 
+@pytest.mark.slow
 def test_every_trial_can_be_decoded_and_all_parts_are_searched() -> None:
     drawn = draw(SPACE, 200)
     for decoding in drawn:
@@ -40,9 +41,9 @@ def test_every_trial_can_be_decoded_and_all_parts_are_searched() -> None:
 
 
 def test_free_numbers_of_tokens_are_positive_and_sum_to_all() -> None:
-    drawn = draw(replace(SPACE, schedules=("free",)), 100)
+    drawn = draw(replace(SPACE, schedules=("free",)), 60)
     lists = [each.tokens_per_step for each in drawn if each.tokens_per_step is not None]
-    assert len(set(lists)) > 20
+    assert len(set(lists)) > 10
     assert all(sum(tokens) == 49 and min(tokens) >= 1 for tokens in lists)
     assert not any(each.tokens_per_step for each in drawn if "entropy" in str(each.token_selector))
     assert _share_tokens(5, [0.1, 0.9, 0.5, 0.2, 0.7]) == (1, 1, 1, 1, 1)

@@ -76,6 +76,7 @@ def test_luck_of_the_first_measurement_does_not_win(study) -> None:
     assert result.winner.number == 0
 
 
+@pytest.mark.slow
 def test_a_search_that_was_stopped_continues_to_the_trials_of_one_that_was_not(study, tmp_path) -> None:
     def resume(measure: Measure, trials: int = 14) -> TuningResult:
         kept = tuning._open_study(tmp_path / "tuning/study.db", FID, {"seed": 3})
