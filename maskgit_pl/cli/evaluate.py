@@ -232,8 +232,7 @@ def tune(
         old = result.old_decoding_file
         kept = "" if old is None else f"; the previous settings are in {old.name}"
         print(f"{result.decoding_file}: new decoding settings of this model{kept}")
-    files = ["tuning.md", "tuning.csv", *(["tuning.png"] if result.has_figure else [])]
-    print(f"{result.folder}: {len(result.trials)} trials; {', '.join(files)}")
+    print(f"{result.folder}: {len(result.trials)} trials; tuning.md, .csv and study.db")
 
 
 def train_classifier(

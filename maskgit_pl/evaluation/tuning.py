@@ -79,17 +79,7 @@ if TYPE_CHECKING:
     import optuna
     from rich.table import Table
 
-__all__ = [
-    "Measure",
-    "ScheduleCurves",
-    "Trial",
-    "TuningResult",
-    "draw_curves",
-    "make_page",
-    "measure_curves",
-    "search",
-    "tune",
-]
+__all__ = ["ScheduleCurves", "Trial", "TuningResult", "draw_curves", "make_page", "measure_curves", "search", "tune"]
 
 Measure: TypeAlias = Callable[[DecodingConfig, int, int, str], Mapping[str, float]]
 """Measures a decoding, given the number of images, the seed of the first one, and a remark for the ledger."""
@@ -130,7 +120,6 @@ class TuningResult:
         confirmed: Trial 0, the best trials and the current decoding, measured again with other noise.
         num_images: Number of images of each trial; ``confirmed`` has twice as many.
         folder: Folder of the study, the page and the figure.
-        has_figure: True if there is a figure.
         decoding_file: Path of the written ``decoding.json``; None if the model already had the winning decoding.
         old_decoding_file: Path of the copy of the previous ``decoding.json``; None if there was none.
         num_measured: Number of new measurements, without those that the ledger already held.
@@ -141,7 +130,6 @@ class TuningResult:
     confirmed: tuple[Trial, ...]
     num_images: int
     folder: Path = Path()
-    has_figure: bool = False
     decoding_file: Path | None = None
     old_decoding_file: Path | None = None
     num_measured: int = 0
@@ -159,27 +147,26 @@ class TuningResult:
     def table(self) -> Table:
         """Returns the second measurement as a table for the terminal."""
         above = f"second measurement with other noise, {2 * self.num_images} images each"
-        return terminal_table(
-            above, self.headings(), self.iter_cells(self.confirmed, terminal_word, "[bold]{}[/]"), left=2
-        )
+        rows = self.iter_cells(self.confirmed, terminal_word, "[bold]{}[/]")
+        return terminal_table(above, self.headings, rows, left=2)
 
+    @property
+    def columns(self) -> list[str]:
+        """The names of the values in tables, with the metric of the search first."""
+        return list(dict.fromkeys((self.metric, *_COLUMNS)))
+
+    @property
     def headings(self) -> list[str]:
-        """Returns the headings of a table of trials."""
-        return ["trial", "decoding", *map(title, self._columns)]
+        """The headings of a table of trials."""
+        return ["trial", "decoding", *map(title, self.columns)]
 
     def iter_cells(self, trials: Sequence[Trial], word: Callable[[str], str], bold: str = "{}") -> Iterator[list[str]]:
         """Yields the cells of each trial; ``word`` escapes a text, and ``bold`` formats the cells of the winner."""
         for trial in trials:
-            numbers = trial.numbers
-            cells = [
-                format_value(name, numbers[name], more_digits=1) if name in numbers else "" for name in self._columns
-            ]
+            given = trial.numbers
+            cells = [format_value(name, given[name], more_digits=1) if name in given else "" for name in self.columns]
             form = bold if trial.number == self.winner.number else "{}"
             yield [form.format(cell) for cell in (str(trial.number), word(describe_decoding(trial.decoding)), *cells)]
-
-    @property
-    def _columns(self) -> list[str]:
-        return list(dict.fromkeys((self.metric, *_COLUMNS)))
 
 
 def _rank(trials: Sequence[Trial], metric: str) -> list[Trial]:
@@ -249,13 +236,11 @@ def tune(
     command, real = _command(run, trials, metric, num_images, options), measure_real(evaluator, 2 * count)
     make_page(result, real, command=command).write()
     result = _save_decoding(folders, pipe, evaluator, result, options)
-    curves = None
     if options.plot:
         floor = measure_real(evaluator, count)[name]
         curves = measure_curves(measure, pipe, result, seed=options.seed, floor=floor, bars=bars)
-    if curves is not None:
         make_page(result, real, command=command, curves=curves).write()
-    return replace(result, has_figure=curves is not None, num_measured=evaluator.num_measured)
+    return replace(result, num_measured=evaluator.num_measured)
 
 
 def _check_model_folder(folder: Path) -> None:
@@ -447,9 +432,9 @@ def make_page(
         f"have {' and '.join(floor)}.",
     )
     lines += ["", "## Second measurement", ""]
-    lines += markdown_table(result.headings(), result.iter_cells(result.confirmed, markdown, "**{}**"), left=2)
+    lines += markdown_table(result.headings, result.iter_cells(result.confirmed, markdown, "**{}**"), left=2)
     lines += ["", *_explain_winner(result), "", f"## Best of {len(result.trials)} trials, {count} images each", ""]
-    lines += markdown_table(result.headings(), result.iter_cells(shown, markdown), left=2)
+    lines += markdown_table(result.headings, result.iter_cells(shown, markdown), left=2)
     pictures = {}
     if curves is not None:
         lines += ["", *_describe_curves(result, curves)]
