@@ -424,7 +424,7 @@ def make_page(
     lines = heading("Search for a decoding", command)
     lines += paragraph(
         f"{len(result.trials)} trials of {count} images were compared by {result.metric} ({direction(result.metric)}),",
-        "all with the same noise. Trial 0 is the previous decoding of the model. Trial 0 and the best",
+        "all with the same noise. Trial 0 is the decoding that the search began with. It and the best",
         f"{len(result.confirmed) - 1} others were then measured again with other noise and {2 * count} images.",
         "The best of this second measurement wins. Distances are measured from the real val images, in the features of",
         "the data set's own classifier and not of Inception; the classifier is correct for",
@@ -447,7 +447,7 @@ def _explain_winner(result: TuningResult) -> list[str]:
     metric, winner = result.metric, result.winner
     before, after = result.before.numbers[metric], winner.numbers[metric]
     if winner.number == 0:
-        return [f"The previous decoding of the model is the best, with {metric} {before:.4g}. Nothing was changed."]
+        return [f"Trial 0 wins, with {metric} {before:.4g}: no other decoding is better."]
     verdict = f"Trial {winner.number} wins: {metric} was {before:.4g} and is now {after:.4g}. The new decoding is:"
     return [verdict, "", "```json", json.dumps(asdict(winner.decoding), indent=2), "```"]
 

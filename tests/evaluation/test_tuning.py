@@ -189,7 +189,7 @@ def test_the_page_names_the_winner_and_the_value_before() -> None:
     assert "| cosine (trained) | 3.000 | 2.000 |" in page.markdown
     assert list(page.pictures) == ["tuning.png"]
     page = make_page(replace(result, confirmed=(PLAIN,)), REAL, command="maskgit tune runs/x")
-    assert "Nothing was changed" in page.markdown
+    assert "Trial 0 wins, with fid/classifier 2: no other decoding is better." in page.markdown
     assert not page.pictures
 
 
