@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 WEB_STAMP := $(VENV)/.installed-web
+TUNE_STAMP := $(VENV)/.installed-tune
 TEST_WEB_STAMP := $(VENV)/.installed-test-web
 LOWEST := .venv-lowest
 
@@ -83,6 +84,10 @@ $(WEB_STAMP): $(STAMP)
 	$(BIN)/python $(INSTALL) --editable ".[web]"
 	@touch $@
 
+$(TUNE_STAMP): $(STAMP)
+	$(BIN)/python $(INSTALL) --editable ".[tune]"
+	@touch $@
+
 $(TEST_WEB_STAMP): $(DEV_STAMP)
 	$(BIN)/python $(INSTALL) --editable ".[dev,test-web]"
 	@touch $@
@@ -135,7 +140,7 @@ evaluate: $(STAMP) ## Evaluate RUN; write evaluation.json and pictures
 compare: $(STAMP) ## Evaluate every token selector on RUN at several numbers of steps, with the same noise: ARGS="--num-steps 4,8"
 	@$(BIN)/maskgit compare "runs/$(RUN)" --data "$(DATA)" $(ARGS)
 
-tune: $(STAMP) ## Search for better decoding settings of RUN and save them with its weights: ARGS="--trials 40"
+tune: $(TUNE_STAMP) ## Search for better decoding settings of RUN and save them with its weights: ARGS="--trials 40"
 	@$(BIN)/maskgit tune "runs/$(RUN)" --data "$(DATA)" $(ARGS)
 
 train-classifier: $(STAMP) ## Train a classifier on DATA, to evaluate generated images: ARGS="--model resnet18"

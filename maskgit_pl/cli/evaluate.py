@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from maskgit_pl import evaluation
 from maskgit_pl.cli.arguments import Output, Word
-from maskgit_pl.cli.flags import CasFlags, Device, Features, Folder, ImageSize, Numbers, Run, print_rows
+from maskgit_pl.cli.flags import CasFlags, Device, Features, Folder, ImageSize, Numbers, Run
 from maskgit_pl.evaluation.options import (
     FEATURES,
     ComparisonOptions,
@@ -24,7 +24,6 @@ from maskgit_pl.evaluation.options import (
     TokenizerOptions,
     TuningOptions,
     default_training,
-    describe_decoding,
 )
 from maskgit_pl.processes import progress_bars
 from maskgit_pl.runs.flag_values import parse_spec, parse_specs
@@ -199,52 +198,41 @@ def tune(
     metric: str = "fid",
     num_images: int = 500,
     out: Annotated[Path, Output("")] | None = None,
-    dry_run: bool = False,
     search: TuningFlags = TuningFlags(),
 ) -> None:
     """Searches for better decoding settings of a model.
 
     The search tries token selectors, temperatures, truncation, guidance, mask schedules and numbers of steps T on the
     val split, confirms the best settings with new noise, and writes decoding.json beside the weights, a page and a
-    figure. Every command uses decoding.json from then on. The same command resumes after a stop.
+    figure. Every command uses decoding.json from then on. The same command resumes after a stop. Requires the extra
+    tune: pip install 'maskgit_pl[tune]'.
 
     Example: maskgit tune runs/fashion-mnist-adaln --trials 40 --metric fid
 
     Args:
         folder: Run folder (runs/NAME) or pretrained folder.
         data: Data folder (default: that of the training).
-        trials: Maximum number of trials.
+        trials: Number of trials, with those of earlier calls.
         metric: fid, kid or another metric of `maskgit plugins metrics`, in the features of the data's own classifier,
             or agreement with it.
         num_images: Images generated for each trial.
-        out: Folder of the page, the figure and the ledger (default: RUN/tuning, and the ledger of RUN/evaluation).
-        dry_run: Print the trials and exit.
+        out: Folder of the study, the page, the figure and the ledger (default: RUN/tuning, and the ledger of
+            RUN/evaluation).
     """
-    from maskgit_pl.evaluation.decoding_search import FINALISTS, make_table
-
-    if dry_run:  # the same choices as in the search, without a measurement
-        planned = evaluation.plan_trials(folder, data=data, trials=trials, metric=metric, options=search)
-        rows = [{"trial": number, "decoding": describe_decoding(each)} for number, each in enumerate(planned)]
-        print_rows(rows, as_json=False)
-        # The second measurement has the model's own decoding and the best trials, with twice as many images.
-        total = (len(planned) + 2 * min(len(planned), FINALISTS + 1)) * num_images
-        print(f"{num_images} images for each trial, {total} images with the second measurement")
-        return
     with progress_bars() as bars:
         result = evaluation.tune(
             folder, data=data, trials=trials, metric=metric, num_images=num_images, out=out, options=search, bars=bars
         )
     from rich.console import Console
 
-    Console().print(make_table(result))
+    Console().print(result.table())
     if result.decoding_file is None:  # without a better trial, the files of the model stay as they are
         print(f"the current settings are the best of {len(result.trials)} trials; decoding.json is unchanged")
     else:
         old = result.old_decoding_file
         kept = "" if old is None else f"; the previous settings are in {old.name}"
         print(f"{result.decoding_file}: new decoding settings of this model{kept}")
-    files = ["tuning.md", "tuning.csv", *(["tuning.png"] if result.figure else [])]
-    print(f"{result.folder}: measured {result.num_measured} trials; {', '.join(files)}")
+    print(f"{result.folder}: {len(result.trials)} trials; tuning.md, .csv and study.db")
 
 
 def train_classifier(

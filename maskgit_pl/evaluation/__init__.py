@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from maskgit_pl.evaluation.tables import compare_tokenizers, table_1, table_2
     from maskgit_pl.evaluation.timing import figure_4
     from maskgit_pl.evaluation.tokenizer import evaluate_tokenizer
-    from maskgit_pl.evaluation.tuning import plan_trials, tune
+    from maskgit_pl.evaluation.tuning import tune
 
 __all__ = [
     "CASConfig",
@@ -62,7 +62,6 @@ __all__ = [
     "evaluate_tokenizer",
     "figure_2",
     "figure_4",
-    "plan_trials",
     "read_ablation",
     "run_ablation",
     "table_1",
@@ -94,7 +93,6 @@ __getattr__ = lazy_names(
         "evaluate_tokenizer": "tokenizer",
         "figure_2": "figures",
         "figure_4": "timing",
-        "plan_trials": "tuning",
         "read_ablation": "ablation",
         "run_ablation": "ablation",
         "table_1": "tables",

@@ -7,20 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from PIL import Image
 
-from maskgit_pl.checks import check_integer
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.selectors import Remasking, token_selectors
 from maskgit_pl.errors import markdown
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, collect_numbers
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
-from maskgit_pl.evaluation.metrics import format_value, title
+from maskgit_pl.evaluation.metrics import Metrics, format_value, title
 from maskgit_pl.evaluation.opening import (
     check_model_decoding,
     create_evaluated_model,
@@ -56,7 +55,6 @@ from maskgit_pl.registry import describe
 if TYPE_CHECKING:
     from rich.table import Table
 
-
 __all__ = [
     "Comparison",
     "MeasuredSelector",
@@ -64,14 +62,14 @@ __all__ = [
     "draw_selector_sheet",
     "label_selectors",
     "list_selectors",
+    "measure_real",
 ]
 
 _STEPS = (4, 8, 16, 32)
-_VARIANTS: dict[str, list[dict[str, Any]]] = {"remdm": [{"strategy": name} for name in get_args(Remasking)]}
 _SHEET_STEPS = 8
-_DISTANCES = ("fid/classifier", "kid/classifier")
+_FID = "fid/classifier"
+_DISTANCES = (_FID, "kid/classifier")
 _COLUMNS = ("class_agreement", *_DISTANCES, "diversity", "steps_taken", "seconds_per_image")
-_HEADINGS = ("T", "token selector", *map(title, _COLUMNS))
 
 
 @dataclass(frozen=True)
@@ -100,77 +98,81 @@ class Comparison:
 
     Args:
         results: The selectors at each number of steps.
+        real: Values of real training images instead of generated ones; ``class_agreement`` is the accuracy of the
+            classifier on the val images.
         num_images: Number of images per selector and number of steps.
         seed: Seed of the first image.
-        accuracy: Accuracy of the classifier on real images.
-        real: Values of real training images instead of generated ones.
-        counts: Number of real images: ``val`` for the distances, ``train`` for ``real``.
-        model: Ledger columns that identify model and classifier.
         folder: Folder of the page, the CSV and the sheet.
         num_measured: Number of rows that the ledger lacked.
     """
 
     results: tuple[MeasuredSelector, ...]
+    real: Mapping[str, float]
     num_images: int
     seed: int
-    accuracy: float
-    real: Mapping[str, float]
-    counts: Mapping[str, int]
-    model: Mapping[str, Any]
     folder: Path = Path()
     num_measured: int = 0
 
     @property
     def ordered(self) -> list[MeasuredSelector]:
         """The results sorted by number of steps, then by FID."""
-        return sorted(self.results, key=lambda each: (each.num_steps, each.numbers["fid/classifier"]))
+        return sorted(self.results, key=lambda row: (row.num_steps, row.numbers[_FID]))
 
     @property
     def sheet_steps(self) -> int:
         """The number of steps of the sheet of images: 8, or the closest one that was measured."""
-        return min((each.num_steps for each in self.results), key=lambda steps: (abs(steps - _SHEET_STEPS), steps))
+        return min((row.num_steps for row in self.results), key=lambda steps: (abs(steps - _SHEET_STEPS), steps))
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of the values on the page: those of the terminal's table, then those of other metrics."""
+        names = (name for row in self.results for name in row.numbers if "_deviation" not in name)
+        return list(dict.fromkeys((*_COLUMNS, *names)))
 
     def table(self) -> Table:
         """Returns a table for the terminal, with the lowest distances of each number of steps in bold."""
         above = f"{self.num_images} images each, seed {self.seed}, the same noise for all"
-        return terminal_table(above, _HEADINGS, self._iter_cells(terminal_word, "[bold]{}[/]"), left=2)
+        cells = self._iter_cells(_COLUMNS, terminal_word, "[bold]{}[/]")
+        return terminal_table(above, _headings(_COLUMNS), cells, left=2)
 
-    def page(self, command: str) -> Page:
-        """Returns the page: an explanation, a table of the distances, and a table of all values.
+    def page(self, command: str, introduction: Sequence[str]) -> Page:
+        """Returns the page: an introduction, a table of the distances, and a table of all values.
 
         Args:
             command: Command that produces the page.
+            introduction: Lines of Markdown.
         """
-        lines = [*heading("Comparison of token selectors", command), *self._explain(), ""]
+        lines = [*heading("Comparison of token selectors", command), *introduction, ""]
         lines += ["![one row per selector, one column per class](selectors.png)", ""]
         lines += [f"`selectors.png`: T = {self.sheet_steps}, one row per selector, one column per class and noise.", ""]
-        lines += ["## fid/classifier by number of steps T (lower is better)", "", *self._format_distances(), ""]
-        rows = [row for row in self._iter_cells(markdown, "**{}**") if row]
-        lines += ["## All metrics", "", *markdown_table(_HEADINGS, rows, left=2)]
+        lines += [f"## {_FID} by number of steps T (lower is better)", "", *self._format_distances(), ""]
+        rows = [row for row in self._iter_cells(self.columns, markdown, "**{}**") if row]
+        lines += ["## All metrics", "", *markdown_table(_headings(self.columns), rows, left=2)]
         values = [
             {
                 "selector": row.label,
                 "num_steps": row.num_steps,
-                **{name: row.numbers.get(name) for name in _COLUMNS},
+                **{name: row.numbers.get(name) for name in self.columns},
                 "decoding": decoding_key(row.decoding),
             }
             for row in self.ordered
         ]
         return Page("comparison", "\n".join(lines) + "\n", values, folder=self.folder)
 
-    def _iter_cells(self, word: Callable[[str], str], bold: str) -> Iterator[list[str]]:
+    def _iter_cells(self, columns: Sequence[str], word: Callable[[str], str], bold: str) -> Iterator[list[str]]:
         """Yields the cells of each row, an empty row after each number of steps, and the row of real images.
 
         Args:
+            columns: Names of the values.
             word: Escapes a text for the markup of the table.
             bold: Format of the lowest distance of each number of steps.
         """
         for steps, rows in groupby(self.ordered, key=lambda row: row.num_steps):
             for row in rows:
-                yield [str(steps), word(row.label), *(self._cell(row, name, bold) for name in _COLUMNS)]
+                yield [str(steps), word(row.label), *(self._cell(row, name, bold) for name in columns)]
             yield []
-        real = {"diversity": 1.0, **self.real, "class_agreement": self.accuracy}
-        yield ["", "real images", *(format_value(name, real[name]) if name in real else "" for name in _COLUMNS)]
+        real = {"diversity": 1.0, **self.real}
+        yield ["", "real images", *(format_value(name, real[name]) if name in real else "" for name in columns)]
 
     def _cell(self, row: MeasuredSelector, name: str, bold: str) -> str:
         """Returns a value as text; the lowest distance of its number of steps is bold."""
@@ -179,40 +181,21 @@ class Comparison:
         cell = format_value(name, row.numbers[name])
         if name not in _DISTANCES:
             return cell  # of the other values, higher or lower is not always better
-        least = min(each.numbers[name] for each in self.results if each.num_steps == row.num_steps)
+        least = min(other.numbers[name] for other in self.results if other.num_steps == row.num_steps)
         return bold.format(cell) if row.numbers[name] == least else cell
 
-    def _explain(self) -> list[str]:
-        count = self.num_images
-        model = {name: markdown(str(value)[:8]) for name, value in self.model.items()}
-        return paragraph(
-            f"{count} images per row, evenly distributed over the classes, seed {self.seed}. Image i of every row has",
-            "the same noise. FID and KID are the Frechet and the kernel distance from all",
-            f"{self.counts['val']} real val images, in the features of the data set's own classifier and not of",
-            f"Inception; only values from {count} images are comparable. The classifier is correct for",
-            f"{self.accuracy:.1%} of the real val images. The last line shows {self.counts['train']} real training",
-            "images instead of generated ones. The lowest distance of each T is bold. If the class agreement is above",
-            "that of real images, the generated images are more typical than real ones; their diversity is then low.",
-            f"The mask schedule is {self._describe_schedule()}. `ledger.jsonl` has",
-            "the decoding, commit and device of each row. First digits of the SHA-256 of the weights:",
-            f"tokenizer {model['tokenizer']}, transformer {model['transformer']}, classifier {model['judge']}.",
-            f"Times are wall-clock times on one machine ({markdown(self.model['device'])}).",
-        )
-
-    def _describe_schedule(self) -> str:
-        own = self.results[0].decoding.mask_schedule
-        trained = f"that of the training, {markdown(self.model['mask_schedule'])}"
-        return trained if own is None else f"{markdown(describe(own))} of decoding.json, not {trained}"
-
     def _format_distances(self) -> list[str]:
-        numbers = sorted({row.num_steps for row in self.results})
+        steps = sorted({row.num_steps for row in self.results})
         cells: dict[str, dict[int, str]] = {}
         for row in self.results:
-            cells.setdefault(row.label, {})[row.num_steps] = self._cell(row, "fid/classifier", "**{}**")
-        rows = [[markdown(label), *(own.get(number, "") for number in numbers)] for label, own in cells.items()]
-        floor = format_value("fid/classifier", self.real["fid/classifier"])
-        rows += [[f"real images, {self.counts['train']}", *[floor] * len(numbers)]]
-        return markdown_table(["token selector", *(f"T = {number}" for number in numbers)], rows)
+            cells.setdefault(row.label, {})[row.num_steps] = self._cell(row, _FID, "**{}**")
+        rows = [[markdown(label), *(line.get(number, "") for number in steps)] for label, line in cells.items()]
+        rows += [[f"real images, {self.real['num_images']}", *[format_value(_FID, self.real[_FID])] * len(steps)]]
+        return markdown_table(["token selector", *(f"T = {number}" for number in steps)], rows)
+
+
+def _headings(columns: Sequence[str]) -> list[str]:
+    return ["T", "token selector", *map(title, columns)]
 
 
 def compare(
@@ -245,85 +228,100 @@ def compare(
             number is out of range.
     """
     options = options or ComparisonOptions()
-    check_integer("num_images", num_images, "[1, inf)")
     folders = find_run(run, data=data, classifier=options.classifier)
     pipe = open_model(folders, options.device, dtype=options.dtype, negative_model=options.negative_model)
     pipe.outline.check_parallel("compare")
     # Few steps first, since they are fast: a command that is stopped early has complete comparisons.
     steps = sorted(num_steps or default_steps(pipe.outline.num_tokens, _STEPS))
     assert pipe.decoding.token_selector is not None  # the model is not autoregressive
-    work = _plan_decodings(pipe, label_selectors(selectors, pipe.decoding.token_selector), steps, options)
+    specs = label_selectors(selectors, pipe.decoding.token_selector)
+    base = pipe.decoding_with(guidance=options.guidance, guidance_scale=options.guidance_scale)
+    plan = [
+        (label, replace(with_steps(base, number), token_selector=spec))
+        for number, (label, spec) in product(steps, specs.items())
+    ]
+    for _, decoding in plan:  # all are checked before the first one is measured
+        check_model_decoding(pipe, decoding)
     images = open_data(folders, pipe, num_workers=options.num_workers)
     count = round_to_classes(num_images, images.num_classes)
     model = create_evaluated_model(folders, pipe, out)
     ledger = Ledger(model.folder / FILE_NAME)
     evaluator = open_evaluator(folders, pipe, images, ledger, batch_size=options.batch_size, bars=bars)
-    comparison = _measure(evaluator, model, work, num_images=count, seed=options.seed)
+    comparison, introduction = _measure(evaluator, model, plan, num_images=count, seed=options.seed)
     comparison = replace(comparison, folder=out or folders.run / "comparison")
     flags = {"num_images": num_images, "seed": options.seed, "selectors": selectors, "num_steps": num_steps}
     flags |= {name: getattr(options, name) for name in ("guidance", "guidance_scale", "negative_model")}
-    page = comparison.page(command_line(["maskgit compare", run], flags))
-    shown = {each.label: each.decoding for each in comparison.results if each.num_steps == comparison.sheet_steps}
-    advance = bars("sheet of images", len(shown))
+    page = comparison.page(command_line(["maskgit compare", run], flags), introduction)
+    shown = {row.label: row.decoding for row in comparison.results if row.num_steps == comparison.sheet_steps}
     # The ledger keeps no images: those of the sheet are generated for it.
+    advance = bars("sheet of images", len(shown))
     sheet = draw_selector_sheet(pipe, shown, seed=options.seed, on_row=lambda: advance(1))
     replace(page, pictures={"selectors.png": image_to_png(sheet)}).write()
     return comparison
 
 
-def _plan_decodings(
-    pipe: MaskGIT, variants: Mapping[str, Spec], steps: Sequence[int], options: ComparisonOptions
-) -> list[tuple[str, DecodingConfig]]:
-    base = pipe.decoding_with(guidance=options.guidance, guidance_scale=options.guidance_scale)
-    work = []
-    for number in steps:
-        for label, selector in variants.items():
-            decoding = replace(with_steps(base, number), token_selector=selector)
-            # All decodings are checked before the first one is measured.
-            check_model_decoding(pipe, decoding)
-            work.append((label, decoding))
-    return work
-
-
 def _measure(
     evaluator: Evaluator,
     model: EvaluatedModel,
-    work: Sequence[tuple[str, DecodingConfig]],
+    plan: Sequence[tuple[str, DecodingConfig]],
     *,
     num_images: int,
     seed: int,
-) -> Comparison:
-
-    real = evaluator.measure_real(num_images=num_images, metrics="fast")
+) -> tuple[Comparison, list[str]]:
+    """Measures each decoding, and returns the comparison and the introduction of its page."""
+    real = measure_real(evaluator, num_images)
     before, results = evaluator.num_measured, []
-    advance = evaluator.bars("token selectors", len(work))
-    for label, decoding in work:
+    advance = evaluator.bars("token selectors", len(plan))
+    for label, decoding in plan:
         rows = evaluator.measure_samples(
             model, decoding, num_images=num_images, seed=seed, metrics="fast", purpose=f"selector {label}"
         )
         results.append(MeasuredSelector(label, decoding, collect_numbers(rows)))
         advance(1)
-    (network,) = evaluator.networks.values()
-    assert network.accuracy is not None
+    count = evaluator.num_measured - before
+    comparison = Comparison(tuple(results), real, num_images, seed, num_measured=count)
     # The columns of model and classifier are the same in all rows; those of the last one are used.
-    columns = {**model.identity, **rows[network.extractor.label]}
-    return Comparison(
-        tuple(results),
-        num_images,
-        seed,
-        network.accuracy,
-        collect_numbers(real),
-        {"val": columns["real_images"], "train": real[network.extractor.label]["num_images"]},
-        columns,
-        num_measured=evaluator.num_measured - before,
+    (row,) = rows.values()
+    return comparison, _introduce(comparison, row)
+
+
+def _introduce(comparison: Comparison, row: Mapping[str, Any]) -> list[str]:
+    count, real, schedule = comparison.num_images, comparison.real, comparison.results[0].decoding.mask_schedule
+    used = trained = f"that of the training, {markdown(row['mask_schedule'])}"
+    if schedule is not None:
+        used = f"{markdown(describe(schedule))} of decoding.json, not {trained}"
+    digests = {name: markdown(row[name][:8]) for name in ("tokenizer", "transformer", "judge")}
+    return paragraph(
+        f"{count} images per row, evenly distributed over the classes, seed {comparison.seed}. Image i of every row",
+        f"has the same noise. FID and KID are the Frechet and the kernel distance from all {row['real_images']} real",
+        "val images, in the features of the data set's own classifier and not of Inception; only values from",
+        f"{count} images are comparable. The classifier is correct for {real['class_agreement']:.1%} of the real val",
+        f"images. The last line shows {real['num_images']} real training images instead of generated ones. The",
+        "lowest distance of each T is bold. If the class agreement is above that of real images, the generated images",
+        f"are more typical than real ones; their diversity is then low. The mask schedule is {used}. `ledger.jsonl`",
+        "has the decoding, commit and device of each row. First digits of the SHA-256 of the weights: tokenizer",
+        f"{digests['tokenizer']}, transformer {digests['transformer']}, classifier {digests['judge']}. Times are",
+        f"wall-clock times on one machine ({markdown(row['device'])}).",
     )
+
+
+def measure_real(evaluator: Evaluator, num_images: int, metrics: Metrics = "fast") -> dict[str, float]:
+    """Measures real training images, whose distances are a floor.
+
+    Returns:
+        Values by name, ``num_images``, and the accuracy of the classifier on the val images as ``class_agreement``.
+    """
+    ((label, row),) = evaluator.measure_real(num_images=num_images, metrics=metrics).items()
+    accuracy = evaluator.networks[label].accuracy
+    assert accuracy is not None  # the network is the classifier of the data
+    return {**collect_numbers({label: row}), "class_agreement": accuracy, "num_images": row["num_images"]}
 
 
 def label_selectors(wanted: Sequence[Spec] | None, own: Spec) -> dict[str, Spec]:
     """Returns the selectors to compare, by label.
 
-    A selector that is given by name takes the choice temperature of the model's own selector, if both have one. A
-    mapping is used as it is.
+    A selector that is given by name takes the choice temperature of the model's own selector, if both have one, so that
+    selectors are compared at equal randomness. A mapping is used as it is.
 
     Args:
         wanted: Names and mappings; None for ``list_selectors``.
@@ -335,17 +333,15 @@ def label_selectors(wanted: Sequence[Spec] | None, own: Spec) -> dict[str, Spec]
     """
     temperature = getattr(token_selectors.build(own), "choice_temperature", None)
     specs = list_selectors() if wanted is None else [(describe(spec), spec) for spec in wanted]
-    found: dict[str, Spec] = {}
+    labelled: dict[str, Spec] = {}
     for label, spec in specs:
-        if label in found:
+        if label in labelled:
             raise ValueError(f"token selectors must be different, got {label} twice")
-        # Selectors are comparable at equal randomness: a name takes the temperature of the model's own selector.
-        named = isinstance(spec, str) or wanted is None
         has_one = hasattr(token_selectors.build(spec), "choice_temperature")
-        if named and has_one and temperature is not None:
+        if has_one and temperature is not None and (isinstance(spec, str) or wanted is None):
             spec = {**({"name": spec} if isinstance(spec, str) else spec), "choice_temperature": temperature}
-        found[label] = spec
-    return found
+        labelled[label] = spec
+    return labelled
 
 
 def list_selectors() -> list[tuple[str, Spec]]:
@@ -355,9 +351,10 @@ def list_selectors() -> list[tuple[str, Spec]]:
     """
     specs: list[tuple[str, Spec]] = []
     for name in token_selectors.build_all():
-        for arguments in _VARIANTS.get(name, [{}]):
-            spec: Spec = {"name": name, **arguments} if arguments else name
-            specs.append((" ".join([name, *map(str, arguments.values())]), spec))
+        if name == "remdm":
+            specs += [(f"remdm {each}", {"name": "remdm", "strategy": each}) for each in get_args(Remasking)]
+        else:
+            specs.append((name, name))
     return specs
 
 

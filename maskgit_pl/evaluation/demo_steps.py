@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, Unpack
 
+from rich.console import Console
+
 from maskgit_pl.data.sources.making import convert_images, fetch_dataset
 from maskgit_pl.data.sources.public import public_datasets
 from maskgit_pl.errors import PreemptedError
@@ -33,10 +35,6 @@ _SHORT_RUN = "demo-short"
 _SHORT = ("--trainer.max_steps=60", "--trainer.val_check_interval=60", "--data.validation_samples=500")
 _FEATURES = "classifier"
 _NUM_IMAGES, _SHORT_NUM_IMAGES = 1000, 50
-# Of the default recipes, on 2 CPU cores.
-_TIMES = {"data": "1 minute", "tokenizer": "2 minutes", "tokens": "20 seconds", "transformer": "5 minutes"}
-_OWN_TIMES = {"tokenizer": "10 minutes", "tokens": "20 seconds", "transformer": "10 minutes"}
-_SHORT_TIMES = {"data": "1 minute", "tokenizer": "20 seconds", "tokens": "20 seconds", "transformer": "1 minute"}
 
 
 class DemoOptions(TypedDict, total=False):
@@ -75,7 +73,7 @@ class Step(NamedTuple):
     """A step of the demo.
 
     Attributes:
-        title: One line for people: what it does, and about how long.
+        title: One line for people: what it does.
         words: The command line after ``maskgit`` that does the same.
         work: Function that does it.
     """
@@ -118,9 +116,9 @@ def plan_demo(**options: Unpack[DemoOptions]) -> tuple[list[Step], Path]:
     usual = _RECIPE if dataset == DEFAULT_DATASET else f"{_RECIPE} {_BUDGET}"
     recipe = options.get("recipe") or usual
     flags = [*flag_words(options.get("overrides", ())), *(_SHORT if is_short else ())]
-    read = [Recipe.read(each, names=recipe, dataset=dataset, cluster=cluster, overrides=flags) for each in STAGES]
-    for each in read:
-        devices = each.get("trainer.devices")
+    read = [Recipe.read(stage, names=recipe, dataset=dataset, cluster=cluster, overrides=flags) for stage in STAGES]
+    for stage in read:
+        devices = stage.get("trainer.devices")
         if devices != 1 and not (isinstance(devices, list) and len(devices) == 1):
             raise ValueError(
                 f"trainer.devices must be 1 or a list of one index in the demo, got {devices!r}; for several "
@@ -135,36 +133,21 @@ def plan_demo(**options: Unpack[DemoOptions]) -> tuple[list[Step], Path]:
     common += ["--runs-folder", str(runs_folder), "--cluster", cluster]
     common += [word for flag, folder in given.items() if folder is not None for word in (f"--{flag}", str(folder))]
     common += flags
-    times = _SHORT_TIMES if is_short else _TIMES if dataset == DEFAULT_DATASET else _OWN_TIMES
-    times = times if recipe == usual else {}
-    stage_1 = Step(
-        _title("train the tokenizer (stage 1)", times.get("tokenizer")),
-        ["train", "tokenizer", *common],
-        partial(_train, read[0], folders),
-    )
-    tokens = Step(
-        _title("encode the images to tokens", times.get("tokens")),
-        ["tokenize", *common],
-        partial(_encode, read[1], folders),
-    )
-    stage_2 = Step(
-        _title("train the transformer (stage 2)", times.get("transformer")),
-        ["train", "transformer", *common],
-        partial(_train, read[1], folders),
-    )
     num_images = _SHORT_NUM_IMAGES if is_short else _NUM_IMAGES
     words = ["evaluate", str(run), "--data", str(data), "--features", _FEATURES, "--num-images", str(num_images)]
-    measured = Step(
-        _title("generate pictures and measure the model", "1 minute"),
-        words,
-        partial(_measure, run, data, num_images),
-    )
-    first = [] if given["tokenizer"] is not None else [stage_1]
-    made = _plan_data(dataset, options.get("images"), data, times.get("data"), lenient=options.get("lenient", False))
-    return [*made, *first, tokens, stage_2, measured], run
+    steps = _plan_data(dataset, options.get("images"), data, lenient=options.get("lenient", False))
+    if given["tokenizer"] is None:
+        work = partial(_train, read[0], folders)
+        steps.append(Step("train the tokenizer (stage 1)", ["train", "tokenizer", *common], work))
+    return [
+        *steps,
+        Step("encode the images to tokens", ["tokenize", *common], partial(_encode, read[1], folders)),
+        Step("train the transformer (stage 2)", ["train", "transformer", *common], partial(_train, read[1], folders)),
+        Step("generate pictures and measure the model", words, partial(_measure, run, data, num_images)),
+    ], run
 
 
-def _plan_data(dataset: str, images: str | Path | None, data: Path, time: str | None, *, lenient: bool) -> list[Step]:
+def _plan_data(dataset: str, images: str | Path | None, data: Path, *, lenient: bool) -> list[Step]:
     """Returns the step that makes the data folder; none if it is the user's own and exists."""
     if images is not None:
         words = ["data", "make", str(images), "--out", str(data), *(["--lenient"] if lenient else [])]
@@ -172,7 +155,7 @@ def _plan_data(dataset: str, images: str | Path | None, data: Path, time: str | 
         return [Step(f"write the images of {images} as shards", words, work)]
     datasets = public_datasets()
     if dataset in datasets:
-        title = _title(f"fetch {datasets[dataset].title}: {datasets[dataset].contents}", time)
+        title = f"fetch {datasets[dataset].title}: {datasets[dataset].contents}"
         return [Step(title, ["data", "fetch", dataset, "--out", str(data)], partial(fetch_dataset, dataset, data))]
     if not data.is_dir():
         raise ValueError(
@@ -180,10 +163,6 @@ def _plan_data(dataset: str, images: str | Path | None, data: Path, time: str | 
             f"be fetched with --dataset: {', '.join(datasets)}"
         )
     return []
-
-
-def _title(text: str, time: str | None) -> str:
-    return text if time is None else f"{text}, about {time} on 2 CPU cores"
 
 
 def _train(recipe: Recipe, folders: Mapping[str, Any]) -> None:
@@ -201,10 +180,7 @@ def _encode(recipe: Recipe, folders: Mapping[str, Any]) -> None:
 def _measure(run: Path, data: Path, num_images: int) -> None:
     with progress_bars() as bars:
         report = evaluate(run, data=data, num_images=num_images, features=[_FEATURES], bars=bars)
-    from rich.console import Console
-
     table = io.StringIO()
     Console(file=table, force_jupyter=False).print(report.table())
-    pictures = "samples.png, reconstructions.png and decoding.gif"
     log.info("%s", "\n".join([table.getvalue().rstrip("\n"), *report.findings()]))
-    log.info("%s: results; beside it %s", report.file, pictures)
+    log.info("%s: results; beside it samples.png, reconstructions.png and decoding.gif", report.file)

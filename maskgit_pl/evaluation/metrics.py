@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from maskgit_pl.checks import check_choice, shorten
+from maskgit_pl.errors import printable
 from maskgit_pl.evaluation.options import CLASSIFIER
 from maskgit_pl.registry import Registry
 
@@ -240,7 +241,14 @@ def compute_metrics(chosen: Mapping[str, FeatureMetric], images: ComparedImages)
     """
     numbers: dict[str, float | None] = {}
     for name, metric in chosen.items():
-        value = metric.compute(images)
+        try:
+            value = metric.compute(images)
+        except Exception as error:
+            if type(metric).__module__.startswith("maskgit_pl."):
+                raise
+            # A plug-in must not lose the values of the others, which may have taken hours.
+            _log.warning("metric %s raised %s: %s; it is left out", name, type(error).__name__, printable(error))
+            value = None
         value, deviation = value if isinstance(value, tuple) else (value, None)
         if value is not None and not math.isfinite(value):
             _log.warning("%s in the features of %s is %s; it is left out", name, images.generated.label, value)

@@ -46,7 +46,6 @@ __all__ = [
 Spec = str | dict[str, Any]  # name, or mapping with arguments, of a selector, a schedule or a feature network
 Dtype = Literal["auto", "float32", "bfloat16"]
 Precision = Literal["32-true", "bf16-mixed"]
-SearchMethod = Literal["random", "grid"]
 
 CLASSIFIER = "classifier"  # label of the classifier of the data at hand
 FEATURES: tuple[Spec, ...] = (CLASSIFIER, "lite0")
@@ -157,7 +156,6 @@ class TuningOptions(ModelOptions):
     In Python, None stands for all selectors or schedules, and an empty list of schedules keeps the model's own.
 
     Args:
-        search: Method of the search.
         num_steps: Numbers of decoding steps to try, or a range such as 4-16 (default: 4,6,8,12,16, at most the tokens
             per image).
         selectors: Token selectors to try: names, or mappings such as {name: remdm, strategy: loop}, whose arguments are
@@ -166,28 +164,21 @@ class TuningOptions(ModelOptions):
             pow (any exponent), or free (any number of tokens per step); own: only the model's (default: all).
         seconds: Start no further trial after this time (default: no limit).
         plot: Measure and draw the figure of mask schedules, which takes longer than the search (default: --plot).
-        plot_images: Images for each point of the figure (default: those of a trial).
 
     Raises:
         ValueError: if a number is out of range.
     """
 
-    search: SearchMethod = "random"
     num_steps: Sequence[int] | None = None
     selectors: Sequence[Spec] | None = None
     schedules: Sequence[Spec] | None = None
     seconds: float | None = None
     plot: bool = True
-    plot_images: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("search", self.search, get_args(SearchMethod))
-        check_integer("seed", self.seed, "[0, 2147483647]")
         if self.seconds is not None:
             check_number("seconds", self.seconds, "(0, inf)")
-        if self.plot_images is not None:
-            check_integer("plot_images", self.plot_images, "[2, inf)")
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,8 @@ _MAX_ROWS = 16  # of the table of ranks: with more ranks, a row is a node
 _SHARED_MEMORY = Path("/dev/shm")  # through which data workers send their batches
 _EXTRAS = {  # the module that shows that an optional extra is installed
     "diffusers": "diffusers", "export": "onnxruntime", "import-jax": "msgpack", "mlflow": "mlflow",
-    "parquet": "pyarrow", "quantizers": "vector_quantize_pytorch", "wandb": "wandb", "web": "gradio",
+    "parquet": "pyarrow", "quantizers": "vector_quantize_pytorch", "tune": "optuna",
+    "wandb": "wandb", "web": "gradio",
 }  # fmt: skip
 _STYLES = {"ok": "green", "warning": "yellow", "FAIL": "bold red"}
 

@@ -1,6 +1,11 @@
 import csv
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +74,11 @@ def forbid_generation(patch: pytest.MonkeyPatch) -> None:
         ("compare", "--guidance-scale -1", "scale must be a number in [0, 10000], got -1.0"),
         ("compare", "--guidance lineer", "did you mean 'linear'"),
         ("compare", "--batch-size 0", "--batch-size must be an integer in [1, inf), got 0"),
-        ("tune", "--trials 0", "--trials must be an integer in [1, 100000], got 0"),
-        ("tune", "--metric fdi --dry-run", "did you mean 'fid'"),
+        ("tune", "--trials 0", "--trials must be an integer in [1, inf), got 0"),
+        ("tune", "--metric fdi", "did you mean 'fid'"),
         ("tune", "--seconds nan", "--seconds must be a"),
-        ("tune", "--search bayes", "--search must be one of random, grid, got 'bayes'"),
         ("tune", "--schedules cosin", "did you mean 'cosine'"),
-        ("tune", "--plot-images 5", "--plot-images must be >= 6 (2 per class), got 5"),
+        ("tune", "--num-images 5", "--num-images must be >= 6 (2 per class), got 5"),
         ("tune", "--seed -1", "--seed must be an integer in [0, 2**32), got -1"),
         ("tune", "--negative-model nowhere", "negative_model nowhere must be a run"),
     ],
@@ -318,7 +322,7 @@ def test_a_search_writes_settings_that_the_model_follows_from_then_on(
 ) -> None:
     own = MaskGIT.from_pretrained(run_folder / "pretrained").decoding
     words = (run_folder, "--data", tiny_shards, "--num-images", 12, "--trials", 6, "--num-steps", "2-4")
-    assert call_tune(*words, "--plot-images", 6) == 0
+    assert call_tune(*words) == 0
     measured = samples(run_folder / "evaluation")
     confirmed = [line for line in measured if line["purpose"].startswith("confirmation")]
     assert len([line for line in measured if line["purpose"].startswith("trial")]) == 6
@@ -334,15 +338,21 @@ def test_a_search_writes_settings_that_the_model_follows_from_then_on(
     tuned = read_decoding(run_folder / "pretrained")
     assert tuned is not None
     assert MaskGIT.from_pretrained(run_folder / "pretrained").decoding == tuned != own
-    assert (run_folder / "tuning" / "tuning.md").read_text().startswith("# Search for a decoding\n")
+    page = (run_folder / "tuning" / "tuning.md").read_text()
+    assert page.startswith("# Search for a decoding\n")
     with Image.open(run_folder / "tuning" / "tuning.png") as picture:
         assert picture.width > 1000
     assert "decoding.json: new decoding settings of this model" in capsys.readouterr().out
+    # The same command finds all measurements, and comes to the same page.
+    assert call_tune(*words) == 0
+    assert samples(run_folder / "evaluation") == measured
+    assert (run_folder / "tuning" / "tuning.md").read_text() == page
+    assert "decoding.json is unchanged" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_judge")
-def test_schedules_are_searched_named_on_the_page_and_written(run_folder: Path, tiny_shards: Path) -> None:
+def test_free_schedules_are_searched_and_named_on_the_page(run_folder: Path, tiny_shards: Path) -> None:
     words = (run_folder, "--data", tiny_shards, "--num-images", 6, "--trials", 6, "--num-steps", 3, "--no-plot")
     assert call_tune(*words, "--schedules", "free", "--selectors", "confidence") == 0
     lists = [row["decoding"].get("tokens_per_step") for row in samples(run_folder / "evaluation")]
@@ -354,29 +364,30 @@ def test_schedules_are_searched_named_on_the_page_and_written(run_folder: Path, 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_judge")
-def test_a_search_that_was_stopped_goes_on_to_the_same_settings_and_another_one_measures_nothing(
-    run_folder: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_search_that_was_killed_goes_on_to_the_same_settings(
+    run_folder: Path, tiny_shards: Path, judge: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
     shutil.copytree(run_folder, other)
-    words = ("--data", tiny_shards, "--num-images", 12, "--trials", 6, "--num-steps", "2-4", "--no-plot")
+    words = ["--data", tiny_shards, "--num-images", 12, "--trials", 6, "--num-steps", "2-4", "--no-plot"]
+    words += ["--classifier", judge]
     call_tune(run_folder, *words)
-    with monkeypatch.context() as patch:
-        stop_after(2, patch)
-        with pytest.raises(IndexError):
-            call_tune(other, *words)
-    assert len(samples(other / "evaluation")) == 2
+    command = [sys.executable, "-m", "maskgit_pl", "tune", other, *words, "--device", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in the tests; other numbers of threads round differently
+    killed = subprocess.Popen([*map(str, command)], env=environment, stdout=subprocess.DEVNULL)
+    ledger, deadline = other / "evaluation" / "ledger.jsonl", time.monotonic() + 120
+    while not (ledger.is_file() and b"trial 2" in ledger.read_bytes()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    assert 3 <= len(samples(other / "evaluation")) < len(samples(run_folder / "evaluation"))
     call_tune(other, *words)
     measured = [samples(folder / "evaluation") for folder in (run_folder, other)]
-    for one, two in zip(*measured, strict=True):
-        for row in (one, two):
-            del row["seconds_per_image"], row["run"]
-        assert one == two
+    for row in (*measured[0], *measured[1]):
+        del row["seconds_per_image"], row["run"]
+    assert measured[0] == measured[1]
     settings = [(folder / "pretrained" / "decoding.json").read_text() for folder in (run_folder, other)]
-    assert settings[0] == settings[1]  # the search ends with another trial 0 than it began
-    forbid_generation(monkeypatch)
-    call_tune(other, *words)
-    assert (other / "pretrained" / "decoding.json").read_text() == settings[1]
+    assert settings[0] == settings[1]
 
 
 @pytest.mark.usefixtures("quick_judge")
@@ -388,18 +399,13 @@ def test_one_trial_is_the_model_s_own_and_changes_nothing(
     assert [path.name for path in run_folder.iterdir()] == ["pretrained"]
     assert not (run_folder / "pretrained" / "decoding.json").exists()
     assert "decoding.json is unchanged" in capsys.readouterr().out
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"ledger.jsonl", "tuning.csv", "tuning.md"}
-    assert "Nothing was changed" in (tmp_path / "out" / "tuning.md").read_text()
-
-
-@pytest.mark.slow
-def test_a_dry_run_prints_the_trials_and_touches_nothing(run_folder: Path, tiny_shards: Path, capsys) -> None:
-    words = ("--dry-run", "--trials", 5, "--search", "grid", "--schedules", "own")
-    assert call_tune(run_folder, "--data", tiny_shards, *words) == 0
-    out = capsys.readouterr().out
-    assert "6500 images with the second measurement" in out
-    assert "\n4      T " in out
-    assert [path.name for path in run_folder.iterdir()] == ["pretrained"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "ledger.jsonl",
+        "study.db",
+        "tuning.csv",
+        "tuning.md",
+    }
+    assert "Trial 0 wins" in (tmp_path / "out" / "tuning.md").read_text()
 
 
 @pytest.mark.slow
@@ -434,21 +440,13 @@ def test_a_search_with_a_negative_model_records_it_next_to_the_settings(
     assert (run_folder / "pretrained" / recorded()["folder"]).samefile(tmp_path / "moved/transformer")
 
 
-@pytest.mark.parametrize(
-    "place", ["pretrained/decoding.json", "pretrained/decoding.json.old", "evaluation/ledger.jsonl"]
-)
-def test_an_output_that_cannot_be_written_is_found_before_the_search(
-    run_folder: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch, place: str
+def test_a_decoding_that_cannot_be_written_is_found_before_the_search(
+    run_folder: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (run_folder / place).mkdir(parents=True)
+    (run_folder / "pretrained/decoding.json").mkdir()
     forbid_generation(monkeypatch)
-    words = (run_folder, "--data", tiny_shards, "--num-images", 6, "--trials", 2, "--no-plot")
-    with pytest.raises(ValueError, match="must be a file, got the folder"):
-        call_tune(*words)
-    (run_folder / place).rmdir()
-    (run_folder / "tuning").touch()
-    with pytest.raises(ValueError, match="RUN/tuning must be a folder, got the file"):
-        call_tune(*words)
+    with pytest.raises(ValueError, match=r"decoding\.json must be a file, got the folder"):
+        call_tune(run_folder, "--data", tiny_shards, "--num-images", 6)
 
 
 @pytest.mark.parametrize("by_path", [False, True])

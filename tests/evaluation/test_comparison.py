@@ -13,18 +13,27 @@ from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.evaluation.comparison import (
     Comparison,
     MeasuredSelector,
+    _introduce,
     draw_selector_sheet,
     label_selectors,
     list_selectors,
 )
+from maskgit_pl.evaluation.pages import Page
 from maskgit_pl.pipeline import MaskGIT
 from tests.evaluation.searching import numbers
 from tests.hostile_words import HOSTILE
 from tests.test_errors import structure
 
 OWN = {"name": "confidence", "choice_temperature": 9.0}
-DIGESTS = {"tokenizer": "aaaaaaaa1", "transformer": "bbbbbbbb1", "judge": "cccccccc1"}
-MODEL = DIGESTS | {"mask_schedule": "Cosine()", "device": "a machine"}
+REAL = {"fid/classifier": 0.5, "kid/classifier": 0.0, "class_agreement": 0.9, "num_images": 12}
+ROW = {
+    "tokenizer": "aaaaaaaa1",
+    "transformer": "bbbbbbbb1",
+    "judge": "cccccccc1",
+    "mask_schedule": "Cosine()",
+    "device": "a machine",
+    "real_images": 24,
+}
 
 
 def measured(label: str, steps: int, fid: float) -> MeasuredSelector:
@@ -37,9 +46,11 @@ ROWS = (
     measured("confidence", 4, 5.0),
     measured("random", 4, 4.0),
 )
-COMPARISON = Comparison(
-    ROWS, 12, 0, 0.9, {"fid/classifier": 0.5, "kid/classifier": 0.0}, {"val": 24, "train": 12}, MODEL
-)
+COMPARISON = Comparison(ROWS, REAL, 12, 0)
+
+
+def page_of(comparison: Comparison, command: str = "") -> Page:
+    return comparison.page(command, _introduce(comparison, ROW))
 
 
 def test_every_registered_selector_is_compared_and_remdm_with_each_strategy() -> None:
@@ -68,15 +79,18 @@ def test_unknown_and_repeated_selectors_are_refused() -> None:
 
 
 def test_tables_show_every_row_and_the_lowest_distance_of_each_t_in_bold() -> None:
-    page = COMPARISON.page("maskgit compare runs/x").markdown
+    page = page_of(COMPARISON, "maskgit compare runs/x").markdown
     assert "| confidence | 5.00 | **2.00** |" in page
     assert "| random | **4.00** | 3.00 |" in page
     assert "| real images, 12 | 0.50 | 0.50 |" in page
     assert "    maskgit compare runs/x\n" in page
     assert "tokenizer aaaaaaaa, transformer bbbbbbbb, classifier cccccccc." in page.replace("\n", " ")
     assert page.index("| 4 | random |") < page.index("| 4 | confidence |") < page.index("| 8 | confidence |")
-    read = list(csv.DictReader(io.StringIO(COMPARISON.page("").csv)))
+    read = list(csv.DictReader(io.StringIO(page_of(COMPARISON).csv)))
     assert (read[0]["num_steps"], read[0]["selector"], read[0]["fid/classifier"]) == ("4", "random", "4.0")
+    assert "| IS (classifier) |" not in page
+    other = replace(COMPARISON, results=(replace(ROWS[0], numbers={**ROWS[0].numbers, "is/classifier": 3.0}),))
+    assert "| IS (classifier) |" in page_of(other).markdown
     assert json.loads(read[0]["decoding"])["token_selector"] == "random"
     assert COMPARISON.table().row_count == 5
     stream = io.StringIO()
@@ -87,9 +101,9 @@ def test_tables_show_every_row_and_the_lowest_distance_of_each_t_in_bold() -> No
 def test_an_unknown_time_is_an_empty_cell() -> None:
     row = replace(ROWS[0], numbers={name: value for name, value in numbers(1.0).items() if "seconds" not in name})
     made = replace(COMPARISON, results=(row,))
-    assert "| 4.0 |  |" in made.page("").markdown
+    assert "| 4.0 |  |" in page_of(made).markdown
     assert made.table().row_count == 2
-    (read,) = csv.DictReader(io.StringIO(made.page("").csv))
+    (read,) = csv.DictReader(io.StringIO(page_of(made).csv))
     assert read["seconds_per_image"] == ""
 
 
@@ -99,7 +113,7 @@ def test_no_name_of_a_selector_becomes_markup(word: str) -> None:
     def page(name: str) -> list[str]:
         made = replace(COMPARISON, results=(replace(ROWS[0], label=name),))
         Console(file=io.StringIO()).print(made.table())
-        text = made.page(name).markdown
+        text = page_of(made, name).markdown
         assert all(line.isprintable() for line in text.split("\n"))
         return structure(text)
 

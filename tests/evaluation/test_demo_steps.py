@@ -43,12 +43,6 @@ def test_the_demo_has_the_steps_of_make() -> None:
         assert [word for word in words if word not in ("--runs-folder", "runs")] == wanted
 
 
-def test_steps_of_the_default_recipe_say_how_long_they_take() -> None:
-    for options in ({}, {"recipe": "adaln"}, {"dataset": "blue-marble", "recipe": "adaln 15m"}, {"short": True}):
-        assert all("about" in step.title for step in plan_demo(**options)[0][1:]), options
-    assert "about" not in plan_demo(recipe="cosine")[0][1].title
-
-
 def test_own_images_are_converted_and_trained_with_a_budget() -> None:
     found = commands(dataset="mine", images="photos", runs_folder="r", lenient=True)
     assert found[0] == ["data", "make", "photos", "--out", "data/shards/mine", "--lenient"]
