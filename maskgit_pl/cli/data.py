@@ -156,7 +156,7 @@ def verify(folder: Folder, *, decode: bool = False, num_workers: int | None = No
         found = verify_store(folder)
         if found.bad:
             raise ValueError(f"token store {folder}: {describe_bad_files(found.bad, DESCRIPTION_FILE)}\n{REMAKE_HINT}")
-        print(f"{folder}: {found.amount}: hashes and ranges agree with the description")
+        print(f"{folder}: {found.amount}: hashes agree with the description")
         return
     with named_bars("shards") as advance:
         found = verify_shards(

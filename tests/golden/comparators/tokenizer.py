@@ -159,7 +159,7 @@ def _compare_training(folder: Folder, file: str, network: VQGAN) -> Iterator[Com
     """Computes the losses of a training step, and the gradient of their sum."""
     arrays = folder.arrays(file)
     images = to_images(arrays["images"])
-    reconstruction, quantized = network(images)
+    reconstruction, quantized, _ = network(images)
     loss = reconstruction_loss(reconstruction, images, kind="l2") + quantized.loss
     made = {
         "train_quantized": nhwc(quantized.quantized),
