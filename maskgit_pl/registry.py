@@ -164,10 +164,13 @@ class Registry(Generic[T]):
         if isinstance(part, Mapping):
             return dict(part)
         self._import_modules()
-        for name, factory in self._factories.items():
-            if _needs_no_argument(factory) and factory() == part:
-                return name
         kind = type(part)
+        for name, factory in self._factories.items():
+            if factory is kind and not is_dataclass(part) and _needs_no_argument(factory):
+                return name
+            # A function such as ``linear`` makes an object of a class with arguments.
+            if is_dataclass(part) and _needs_no_argument(factory) and self._makes(factory, part):
+                return name
         names = [name for name, factory in self._factories.items() if factory is kind]
         names += [
             name
@@ -180,6 +183,13 @@ class Registry(Generic[T]):
                 "register a class of your own by @REGISTRY.register('NAME')"
             )
         return {"name": names[0], **{each.name: getattr(part, each.name) for each in fields(part)}}
+
+    def _makes(self, factory: Callable[..., T], part: T) -> bool:
+        """Returns True if a factory without arguments makes an object that equals a part."""
+        try:
+            return factory() == part
+        except Exception:  # of a plug-in, which is named when it is built
+            return False
 
     def build_all(self) -> dict[str, T]:
         """Builds all objects that require no argument, by name. Warns of plug-ins that fail, and leaves them out."""

@@ -12,7 +12,7 @@ from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.pretrained import load_tokenizer, save_tokenizer
-from maskgit_pl.schedules import Pow
+from maskgit_pl.schedules import MaskSchedule, Pow, mask_schedules
 from tests.conftest import save_tiny_pretrained
 
 
@@ -118,6 +118,22 @@ def test_a_mask_schedule_is_used_before_it_is_saved_and_after(pipe, tmp_path) ->
     again = MaskGIT.from_pretrained(tmp_path / "copy")
     assert again.transformer.mask_schedule == Pow(0.3)
     assert torch.equal(images(other, [0, 1, 2]), images(again, [0, 1, 2]))
+
+
+def test_a_registered_class_without_fields_is_saved_by_its_name(pipe, tmp_path, monkeypatch) -> None:
+    class Falling(MaskSchedule):
+        def __call__(self, progress: torch.Tensor, num_tokens: int) -> torch.Tensor:
+            return 1 - progress
+
+    monkeypatch.setitem(mask_schedules._factories, "falling", Falling)
+    MaskGIT(pipe.tokenizer, pipe.transformer, mask_schedule="falling").save_pretrained(tmp_path / "copy")
+    assert isinstance(MaskGIT.from_pretrained(tmp_path / "copy").transformer.mask_schedule, Falling)
+
+
+def test_an_autoregressive_model_takes_no_mask_schedule(tiny_autoregressive) -> None:
+    one = MaskGIT.from_pretrained(tiny_autoregressive)
+    with pytest.raises(ValueError, match="mask_schedule requires a model with bidirectional attention"):
+        MaskGIT(one.tokenizer, one.transformer, mask_schedule="cosine")
 
 
 def test_parts_may_be_objects(pipe) -> None:

@@ -32,7 +32,7 @@ from maskgit_pl.data.order import InOrder, Rows
 from maskgit_pl.data.samples import ALWAYS_ALLOWED, MAX_IN_A_ROW, Labels, Sample, UnreadableSample
 from maskgit_pl.data.scan import BAD_IMAGE, scan_shard
 from maskgit_pl.data.tar import BLOCK, member_label
-from maskgit_pl.errors import DataBudgetError
+from maskgit_pl.errors import DataBudgetError, printable
 from maskgit_pl.files import open_regular
 from maskgit_pl.randomness import permutation
 
@@ -232,7 +232,11 @@ def _open_shard(url: str) -> Iterator[Path]:
         yield Path(url)
         return
     with tempfile.TemporaryFile() as file:  # it has no name, so that nothing is left after a kill
-        with urllib.request.urlopen(url, timeout=_SILENT_SECONDS) as response:
+        try:
+            response = urllib.request.urlopen(url, timeout=_SILENT_SECONDS)
+        except ValueError as error:  # of an invalid address
+            raise StreamError(f"stream {printable(url)}: cannot be read: {error}") from error
+        with response:
             shutil.copyfileobj(response, file)
         file.flush()
         yield Path(f"/dev/fd/{file.fileno()}")

@@ -11,6 +11,7 @@ import torch
 
 from maskgit_pl.checks import CHANNELS, pixels_text
 from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.decoding.plan import check_parallel
 from maskgit_pl.errors import printable
 from maskgit_pl.networks import int8
 from maskgit_pl.pipeline.card import STAGES, RunOrigin, check_run, fingerprints, write_card
@@ -77,6 +78,7 @@ class MaskGIT(Editor):
         origin: RunOrigin | None = None,
     ) -> None:
         if mask_schedule is not None:
+            check_parallel("mask_schedule", is_autoregressive=transformer.mask_schedule is None)
             schedule = mask_schedules.build(mask_schedules.spec(mask_schedule))
             transformer = replace(transformer, mask_schedule=schedule)
         super().__init__(

@@ -216,7 +216,17 @@ class CheckpointedModule(LightningModule):
         Raises:
             ValueError: if the folder is incomplete, a file has changed, or it belongs to a module of another class.
         """
+        if Path(checkpoint_path).is_file():
+            raise ValueError(
+                f"checkpoint {checkpoint_path} must be a folder of the callback Checkpoints, got a file; build the "
+                "module, and resume with Trainer.fit(ckpt_path=...)"
+            )
         checkpoint = FolderCheckpointIO().load_checkpoint(checkpoint_path)
+        if _CONFIG not in checkpoint:
+            raise ValueError(
+                f"checkpoint {checkpoint_path} must hold a configuration, which on_save_checkpoint of "
+                "CheckpointedModule adds; build the module, and resume with Trainer.fit(ckpt_path=...)"
+            )
         config: Any = build_dataclass(cls.config_class, checkpoint[_CONFIG], f"checkpoint {checkpoint_path}")
         module = cls(config)
         module.load_state_dict(checkpoint["state_dict"])

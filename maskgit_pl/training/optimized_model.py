@@ -53,6 +53,7 @@ class TokenModelConfig:
     compiled: Compiled = "none"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "tokenizer", str(self.tokenizer))  # a Path is no plain value
         check_number("label_smoothing", self.label_smoothing, "[0, 1)")
         check_choice("loss_vocabulary", self.loss_vocabulary, get_args(LossVocabulary))
         check_number("ema_decay", self.ema_decay, "[0, 1)")

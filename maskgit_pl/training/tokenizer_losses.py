@@ -332,9 +332,10 @@ class TokenizerConfig:
             terms["perceptual"] = self.perceptual
         for spec in self.losses:
             term, name = tokenizer_losses.build(spec), str(spec["name"] if isinstance(spec, dict) else spec)
-            if name in terms:
-                name = f"{name}-{sum(each.partition('-')[0] == name for each in terms) + 1}"
-            terms[name] = term
+            number = 1
+            while (key := name if number == 1 else f"{name}-{number}") in terms:
+                number += 1
+            terms[key] = term
         return terms
 
     def _check_freeze(self) -> None:
@@ -390,8 +391,10 @@ class LossTerms:
         at_image, at_features = None, None
         for name, term in self.terms.items():
             loss = term(given, self.networks[name])
-            parts = torch.autograd.grad(term.weight * loss, leaves, allow_unused=True)
             metrics[name] = loss.detach()
+            if not loss.requires_grad:  # such as 0 before the step at which a term begins
+                continue
+            parts = torch.autograd.grad(term.weight * loss, leaves, allow_unused=True)
             if parts[0] is not None:
                 metrics[f"gradient/{name}"] = gradient_norm(parts[0])
                 at_image = parts[0] if at_image is None else at_image + parts[0]

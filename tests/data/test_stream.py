@@ -19,7 +19,8 @@ import torch
 
 from maskgit_pl.data import Batch, ShardData, ShardDataConfig, StreamConfig, StreamError
 from maskgit_pl.data.images import encode_png
-from maskgit_pl.data.stream import StreamBatches
+from maskgit_pl.data.samples import Labels
+from maskgit_pl.data.stream import StreamBatches, _read_samples
 from maskgit_pl.errors import DataBudgetError
 from tests.conftest import save_uneven_shards
 from tests.data_folders import save_data
@@ -322,6 +323,12 @@ def test_a_stream_without_its_urls_or_the_size_of_its_validation_is_refused():
 def test_a_setting_of_a_stream_out_of_range_is_refused(key, value):
     with pytest.raises(ValueError, match=rf"^data\.stream\.{key} must be .*, got {value}"):
         StreamConfig("x.tar", **{"samples": 1, key: value})
+
+
+@pytest.mark.parametrize("url", ["http://[::1/x.tar", "http://127.0.0.1/\u00e9.tar"])
+def test_an_address_that_is_none_is_refused_by_name(url):
+    with pytest.raises(StreamError, match=r"^stream http://.*: cannot be read: "):
+        next(_read_samples([url], Labels()))
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from torch import nn
 
 from maskgit_pl.errors import CannotWriteError
 from maskgit_pl.files import sha256_of, write_tensors
+from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.schedules import Pow
@@ -427,3 +428,18 @@ def test_a_module_is_built_from_a_checkpoint(tiny_shards, tiny_pretrained, tmp_p
     assert again.config == module.config
     assert again.state_dict().keys() == module.state_dict().keys()
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in module.state_dict().items())
+
+
+def test_what_holds_no_configuration_is_refused_in_one_line(tmp_path):
+    with pytest.raises(ValueError, match="must hold a configuration"):
+        MaskedTokenModel.load_from_checkpoint(save(tmp_path / "step-00000003"))
+    (tmp_path / "last.ckpt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"last\.ckpt must be a folder of the callback Checkpoints, got a file"):
+        MaskedTokenModel.load_from_checkpoint(tmp_path / "last.ckpt")
+
+
+def test_a_tokenizer_may_be_a_path(tiny_shards, tiny_pretrained, tmp_path):
+    config = masked_model(NETWORK, "").config
+    module = MaskedTokenModel(replace(config, tokenizer=tiny_pretrained / "tokenizer"))
+    fit(module, data(tiny_shards), steps=1, folder=tmp_path)
+    assert MaskedTokenModel.load_from_checkpoint(newest_checkpoint(tmp_path)).config == module.config

@@ -1,17 +1,26 @@
 """Stage 1 propagates the gradient of the plain sum for every choice of losses, and each choice runs in bf16-mixed."""
 
 import hashlib
+from dataclasses import dataclass
 from itertools import product
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 import torchvision
 
 from maskgit_pl import losses
 from maskgit_pl.data import Batch
 from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.training.tokenizer_losses import AdversarialConfig, AdversarialStep, PerceptualConfig
+from maskgit_pl.training.tokenizer_losses import (
+    AdversarialConfig,
+    AdversarialStep,
+    LossInputs,
+    PerceptualConfig,
+    TokenizerLoss,
+    tokenizer_losses,
+)
 from tests.installed_packages import install
 from tests.modules import tokenizer_model
 
@@ -193,6 +202,31 @@ def test_a_term_of_another_package_is_part_of_the_loss(site):
     (total + output.quantized.loss).backward()
     for name, parameter in module.network.named_parameters():
         torch.testing.assert_close(got[name], parameter.grad, rtol=1e-4, atol=1e-7, msg=name)
+
+
+@dataclass(frozen=True)
+class Late(TokenizerLoss):
+    """A term that begins at step 10, of images that hold a pool of 17 pixels."""
+
+    weight: float = 1.0
+    min_image_size = 17
+
+    def __call__(self, given: LossInputs, network: None) -> torch.Tensor:
+        if given.step < 10:
+            return torch.zeros(())
+        return F.avg_pool2d(given.reconstruction - given.images, 17).square().mean()
+
+
+def test_a_term_may_begin_late_and_need_large_images(monkeypatch):
+    monkeypatch.setitem(tokenizer_losses._factories, "late-term", Late)
+    module = module_of(losses=["late-term", {"name": "late-term", "weight": 2.0}, {"name": "late-term", "weight": 3.0}])
+    assert {name: term.weight for name, term in module.loss_terms.terms.items()} == {
+        "reconstruction": 1.0, "late-term": 1.0, "late-term-2": 2.0, "late-term-3": 3.0
+    }  # fmt: skip
+    first, later = module.replay_step(batch(), step=0), module.replay_step(batch(), step=10)
+    assert (first["late-term"], "gradient/late-term" in first) == (0, False)
+    assert later["late-term"] > 0
+    assert later["gradient/late-term-3"] > later["gradient/late-term"] > 0
 
 
 @pytest.mark.parametrize(

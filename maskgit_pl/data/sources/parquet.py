@@ -192,6 +192,12 @@ class ParquetFolder:
                     f"source {self.shown}:{printable(name)} must have a column {self.label_field!r}, got "
                     f"{_listed(schema.names)}; set it with --label-field"
                 )
+            label = schema.field(self.label_field).type
+            if label.num_fields:
+                raise ValueError(
+                    f"source {self.shown}:{printable(name)} must have class numbers or names in {self.label_field!r}, "
+                    f"got {label}"
+                )
             try:
                 metadata = parse_any_json((schema.metadata or {})[b"huggingface"], "metadata")
                 classes = tuple(map(str, metadata["info"]["features"][self.label_field]["names"]))

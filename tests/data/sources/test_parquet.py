@@ -135,6 +135,7 @@ def test_texts_are_class_names(tars, tmp_path, given, classes):
         ({"labels": [0, -1, 1]}, r"row 1: label must be in \[0, 3\), got -1"),
         ({"labels": [0, None, 1]}, "row 1: label must be a class, got nothing"),
         ({"labels": [0.5, 1, 2]}, "must hold class numbers or names, got double"),
+        ({"labels": [[0], [1], [2]]}, r"must have class numbers or names in 'label', got list<"),
         ({"labels": ["x" * 2**25] * 3}, "must hold class names of at most 16.8 MB, got more"),
         ({"names": ["a", "b"]}, "must have the class names of train-0"),
     ],
