@@ -26,7 +26,7 @@ from maskgit_pl.evaluation.classifier import check_cas
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
 from maskgit_pl.evaluation.generation import Task, edit, hide_pixels
 from maskgit_pl.evaluation.ledger import FILE_NAME, REAL, Ledger, Row, read_number
-from maskgit_pl.evaluation.metrics import format_value, metric_name, title
+from maskgit_pl.evaluation.metrics import metric_name, title
 from maskgit_pl.evaluation.opening import (
     check_data,
     create_evaluated_model,
@@ -35,11 +35,7 @@ from maskgit_pl.evaluation.opening import (
     open_evaluator,
     open_model,
 )
-from maskgit_pl.evaluation.options import (
-    CAS_TRAINING,
-    CASConfig,
-    ReportOptions,
-)
+from maskgit_pl.evaluation.options import CAS_TRAINING, CASConfig, ReportOptions, TokenizerOptions
 from maskgit_pl.evaluation.pages import (
     Page,
     choose_classes,
@@ -48,11 +44,12 @@ from maskgit_pl.evaluation.pages import (
     heading,
     image_to_png,
     markdown_table,
+    metric_cell,
     metrics_of,
     paragraph,
 )
-from maskgit_pl.evaluation.run_folders import find_run, find_tokenizer_folders
-from maskgit_pl.evaluation.tokenizer_table import measure_tokenizers
+from maskgit_pl.evaluation.run_folders import data_name, describe_held_out, find_run, find_tokenizer_folders
+from maskgit_pl.evaluation.tokenizer import OpenedTokenizer, measure_tokenizer, open_tokenizer
 from maskgit_pl.pipeline.grids import image_grid
 from maskgit_pl.processes import Bars, no_bars
 
@@ -65,6 +62,7 @@ __all__ = [
     "finish_page",
     "make_editing_page",
     "make_generation_page",
+    "measure_tokenizer_once",
     "open_models",
     "table_1",
     "table_2",
@@ -111,6 +109,7 @@ _TASKS: dict[Task, str] = {
 }
 NO_COLUMN = ("diversity", "steps_taken", "seconds_per_image")  # metrics that Tables 1 and 2 do not show, or elsewhere
 _NAMED_AFTER_NETWORK = ("fid", "sfid", "kid", "is")
+_OF_MACHINE = ("images_per_second", "peak_memory_mb")  # which only the CSV of tokenizers has
 _SHOWN_DIGITS = 8
 _SHOWN_EDITS = 12
 
@@ -193,10 +192,51 @@ def compare_tokenizers(runs: Runs, options: ReportOptions | None = None, *, bars
     options = options or ReportOptions()
     _check_runs("table tokenizers", runs)
     folders = [find_tokenizer_folders(run, data=options.data, classifier=options.classifier) for run in runs]
-    # All rows compare with the same real images.
-    folders = [replace(each, data=folders[0].data) for each in folders]
+    shared = folders[0].data  # all rows compare with the same real images
+    own = TokenizerOptions(
+        batch_size=options.batch_size,
+        device=options.device,
+        num_workers=options.num_workers,
+        classifier=options.classifier,
+        num_images=options.num_images,
+    )
+    tokenizers = [open_tokenizer(replace(each, data=shared), options.features, own, bars) for each in folders]
+    ledger = Ledger(options.results / FILE_NAME)
+    rows = [{**measure_tokenizer_once(ledger, each, bars), "run": each.folders.run.name} for each in tokenizers]
     command = command_line(["maskgit table tokenizers", *runs], options.flags())
-    return measure_tokenizers(folders, options, command, bars)
+    held_out = describe_held_out(shared, tokenizers[0].data.summary)["text"]
+    return _make_tokenizer_page(rows, command, held_out, options.results / data_name(shared))
+
+
+def measure_tokenizer_once(ledger: Ledger, opened: OpenedTokenizer, bars: Bars) -> Row:
+    """Returns the row of a tokenizer, which is measured if the ledger lacks it; see ``measure_tokenizer``."""
+    row = ledger.find("tokenizer", opened.key)
+    return row or ledger.add("tokenizer", measure_tokenizer(opened, Path("tokenizer.json"), bars).row())
+
+
+def _make_tokenizer_page(rows: Sequence[Row], command: str, held_out: str, folder: Path) -> Page:
+    """Returns the page of tokenizers, one row for each; ``held_out`` is a sentence about the images."""
+    names = [name for name in dict.fromkeys(name for row in rows for name in row["numbers"]) if name not in _OF_MACHINE]
+    lines = [
+        *heading("Tokenizers", command),
+        *paragraph(
+            held_out,
+            f"{rows[0]['num_images']} of them were measured. FID and KID of real halves compare one half of these real",
+            "images with the other. Values are comparable only for the same data, network and number of images.",
+        ),
+        "",
+        *markdown_table(
+            ["tokenizer", "codes", "quantizer", "parameters", *map(title, names)],
+            [
+                [code_cell(row["run"]), markdown(row["codes"]), markdown(row["quantizer"]), _millions(row),
+                 *(metric_cell(row["numbers"], name) for name in names)]
+                for row in rows
+            ],
+            left=3,
+        ),
+    ]  # fmt: skip
+    flat = [{**{key: value for key, value in row.items() if key != "numbers"}, **row["numbers"]} for row in rows]
+    return Page("tokenizers", "\n".join([*lines, ""]), flat, folder=folder)
 
 
 @dataclass(frozen=True)
@@ -333,8 +373,8 @@ def _generation_lines(rows: Sequence[Row], network: str) -> list[str]:
     return markdown_table(
         ["model", "run", *headings, "parameters", "steps", "ms per image"],
         [
-            [_word(row, "model"), code_cell(row["run"]), *(_cell(row, name) for name in shown), _millions(row),
-             _word(row, "num_steps"), _cell(row, "seconds_per_image")]
+            [_word(row, "model"), code_cell(row["run"]), *(metric_cell(row, name) for name in shown), _millions(row),
+             _word(row, "num_steps"), metric_cell(row, "seconds_per_image")]
             for row in sorted(rows, key=lambda row: row["model"] == REAL)
         ],
         left=2,
@@ -382,8 +422,8 @@ def _editing_lines(rows: Sequence[Row]) -> list[str]:
     return markdown_table(
         ["result", "run", "network", *map(title, shown), "images", "steps"],
         [
-            [_word(row, "model"), code_cell(row["run"]), _word(row, "network"), *(_cell(row, name) for name in shown),
-             _word(row, "num_images"), _word(row, "num_steps")]
+            [_word(row, "model"), code_cell(row["run"]), _word(row, "network"),
+             *(metric_cell(row, name) for name in shown), _word(row, "num_images"), _word(row, "num_steps")]
             for row in rows
         ],
         left=3,
@@ -444,12 +484,6 @@ def _join_names(rows: Sequence[Row], name: Callable[[Row], str], digest: str) ->
 def _digest(row: Mapping[str, Any], name: str) -> str:
     """Returns the first digits of a digest, which a row may lack."""
     return markdown(str(row.get(name) or "")[:_SHOWN_DIGITS]) or "not recorded"
-
-
-def _cell(row: Mapping[str, Any], name: str) -> str:
-    """Returns a value as text, or an empty cell if the row has none."""
-    value = read_number(row, name)
-    return "" if value is None else format_value(name, value)
 
 
 def _word(row: Mapping[str, Any], name: str) -> str:

@@ -163,7 +163,7 @@ def test_the_table_measures_each_tokenizer_once_and_writes_a_row_for_each(
     rows = list(csv.DictReader((folder / "tokenizers.csv").read_text().splitlines()))
     assert [row["run"] for row in rows] == ["one", "two"]
     assert rows[0]["psnr_db"] != rows[1]["psnr_db"]
-    module = "maskgit_pl.evaluation.tokenizer_table.measure_tokenizer"
+    module = "maskgit_pl.evaluation.tables.measure_tokenizer"
     monkeypatch.setattr(module, lambda *_, **__: pytest.fail("measured again"))
     assert call("table", *words) == 0
     assert (folder / "tokenizers.md").read_text() == page
