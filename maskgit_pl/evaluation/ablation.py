@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from maskgit_pl.evaluation.evaluator import Evaluator, collect_numbers
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
 from maskgit_pl.evaluation.opening import create_evaluated_model, open_images, open_model, open_networks
 from maskgit_pl.evaluation.options import ReportOptions, TokenizerOptions, describe_decoding, round_to_classes
-from maskgit_pl.evaluation.pages import Page, command_line
+from maskgit_pl.evaluation.pages import Page, typed_command
 from maskgit_pl.evaluation.run_folders import RunFolders, data_name
 from maskgit_pl.evaluation.tables import measure_tokenizer_once
 from maskgit_pl.evaluation.tokenizer import OpenedTokenizer
@@ -40,7 +39,7 @@ from maskgit_pl.pipeline.pretrained import fingerprint, load_tokenizer
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.runs.ablation import AblationConfig, Failure, Variant, base_values, in_float32, plan_variants, train
 from maskgit_pl.runs.build import build_without_weights
-from maskgit_pl.runs.layers import flag_words, merge, remove_key
+from maskgit_pl.runs.layers import merge, remove_key
 from maskgit_pl.runs.plan import Plan, find_data, find_tokenizer
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.resolve import merge_values
@@ -334,7 +333,7 @@ class _Ablation:
         assert origin is not None
         of = origin.file or f"the {origin.split} split"
         return {
-            "command": _describe_command(config, self.options, self.name),
+            "command": typed_command(),
             "dataset": self.evaluator.dataset,
             "stage": config.stage,
             "variants": [each.label for each in runs.variants],
@@ -404,24 +403,6 @@ class _Ablation:
         last = self.ledger.find("ablation", {name: made[name] for name in ("ablation", "plan", "variant", "seed")})
         if last is None or any(last.get(name) != made.get(name) for name in ("numbers", "run")):
             self.ledger.add("ablation", made)
-
-
-def _describe_command(config: AblationConfig, options: ReportOptions, name: str) -> str:
-    """Returns the command that repeats an ablation, for its page."""
-    words = ["maskgit ablation", *(f"--vary {shlex.quote(str(factor))}" for factor in config.factors)]
-    words += ["--grid"] if config.grid else []
-    if config.stage_2 is not None:
-        text = shlex.join(flag_words(config.stage_2))
-        words.append(f"--stage-2={shlex.quote(text)}" if text else "--stage-2")
-    flags = {
-        "recipes" if len(config.recipes) > 1 else "recipe": ";".join(config.recipes) or None,
-        "dataset": config.dataset,
-        "stage": None if config.stage == "transformer" else config.stage,
-        "seeds": config.seeds,
-        "name": None if name == config.name else name,
-        **options.flags(),
-    }
-    return " ".join([command_line(words, flags), shlex.join(flag_words(config.overrides))]).rstrip()
 
 
 def _describe_machine(device: str) -> str:

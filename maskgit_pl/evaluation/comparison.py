@@ -26,7 +26,6 @@ from maskgit_pl.evaluation.options import ComparisonOptions, Spec, default_steps
 from maskgit_pl.evaluation.pages import (
     Page,
     choose_classes,
-    command_line,
     heading,
     image_to_png,
     markdown_table,
@@ -119,9 +118,7 @@ def compare(
         row_captions=list(specs),
         column_captions=[pipe.class_names[label] for label in classes],
     )
-    flags = {"num_images": num_images, "seed": options.seed, "selectors": selectors, "num_steps": num_steps}
-    flags |= {name: getattr(options, name) for name in ("guidance", "guidance_scale", "negative_model")}
-    page = make_comparison_page(rows, real, command=command_line(["maskgit compare", run], flags), sheet_steps=shown)
+    page = make_comparison_page(rows, real, sheet_steps=shown)
     page = replace(page, folder=out or folders.run / "comparison", pictures={"selectors.png": image_to_png(sheet)})
     page.write()
     return page
@@ -137,20 +134,19 @@ def measure_real(evaluator: Evaluator, num_images: int, metrics: Metrics = "fast
     return {**row, "class_agreement": evaluator.networks[label].accuracy}
 
 
-def make_comparison_page(rows: Sequence[Row], real: Row, *, command: str, sheet_steps: int) -> Page:
+def make_comparison_page(rows: Sequence[Row], real: Row, *, sheet_steps: int) -> Page:
     """Returns the page of a comparison: an introduction, the FID of each selector over T, and a table of all values.
 
     Args:
         rows: Rows of samples with the label of the ``selector``.
         real: Row of ``measure_real``.
-        command: Command that produces the page.
         sheet_steps: Number of steps of the sheet of images.
     """
     first = rows[0]
     used = trained = f"that of the training, {markdown(first['mask_schedule'])}"
     if (schedule := first["decoding"].get("mask_schedule")) is not None:
         used = f"{markdown(describe(schedule))} of decoding.json, not {trained}"
-    lines = heading("Comparison of token selectors", command)
+    lines = heading("Comparison of token selectors")
     lines += paragraph(
         f"{first['num_images']} images per row, evenly distributed over the classes, seed {first['seed']}. Image i of",
         "every row has the same noise. FID and KID are the Frechet and the kernel distance from all",

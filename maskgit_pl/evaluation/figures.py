@@ -25,7 +25,6 @@ from maskgit_pl.evaluation.options import ReportOptions
 from maskgit_pl.evaluation.pages import (
     Page,
     code_cell,
-    command_line,
     figure_to_png,
     heading,
     image_to_png,
@@ -93,9 +92,8 @@ def figure_2(
             for number, step in enumerate(recording.steps, start=1)
         ]  # fmt: skip
         bar(1)
-    flags = {"class_name": class_name, "seed": options.seed or None, "device": options.device}
     lines = [
-        *heading("Figure 2: decoding step by step", command_line(["maskgit figure 2", *runs], flags)),
+        *heading("Figure 2: decoding step by step"),
         "![tokens and image of each step](figure-2.png)",
         "",
         *paragraph(
@@ -170,7 +168,7 @@ def draw_figure_8(
 def draw_curves(
     curves: Mapping[str, Mapping[int, float]], *, metric: str, num_images: int, floor: float, heading: str
 ) -> bytes:
-    """Draws the right panel of ``draw_figure_8`` alone. The first curve is emphasised."""
+    """Draws the right panel of ``draw_figure_8``. The first curve is emphasised."""
     from matplotlib.figure import Figure
 
     page = Figure(figsize=(8.4, 5.2), layout="constrained")

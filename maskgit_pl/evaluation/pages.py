@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-import json
 import shlex
+import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +26,6 @@ __all__ = [
     "Page",
     "choose_classes",
     "code_cell",
-    "command_line",
     "figure_to_png",
     "format_seeds",
     "heading",
@@ -37,6 +36,7 @@ __all__ = [
     "metrics_of",
     "paragraph",
     "terminal_table",
+    "typed_command",
 ]
 
 _SHOWN_CLASSES = 10
@@ -80,9 +80,17 @@ class Page:
         return [self.folder / name for name in self.contents]
 
 
-def heading(title: str, command: str) -> list[str]:
-    """Returns the first lines of a page: the title, and the command that produces the page."""
-    return [f"# {title}", "", f"    {printable(command, limit=None)}", ""]
+def typed_command() -> str:
+    """Returns the ``maskgit`` command of this process as it was typed; empty in another program."""
+    program = Path(sys.argv[0])
+    is_ours = program.stem == "maskgit" or program.parts[-2:] == ("maskgit_pl", "__main__.py")
+    return shlex.join(["maskgit", *sys.argv[1:]]) if is_ours else ""
+
+
+def heading(title: str, command: str | None = None) -> list[str]:
+    """Returns the first lines of a page: the title and the command that makes it, by default ``typed_command``."""
+    command = typed_command() if command is None else command
+    return [f"# {title}", "", *([f"    {printable(command, limit=None)}", ""] if command else [])]
 
 
 def paragraph(*sentences: str) -> list[str]:
@@ -151,27 +159,6 @@ def terminal_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[
     for row in rows:
         table.add_row(*row)
     return table
-
-
-def command_line(words: Sequence[object], flags: Mapping[str, object]) -> str:
-    """Returns a command line, which a page states to make itself reproducible.
-
-    Args:
-        words: The command and its positional arguments.
-        flags: Values by flag name with underscores. None is left out, a sequence becomes a comma-separated list, and a
-            mapping becomes JSON.
-    """
-    # Flags are written as they are typed, with hyphens and quotes.
-    given = {name.replace("_", "-"): value for name, value in flags.items() if value is not None}
-    return " ".join([*map(str, words), *(f"--{name} {shlex.quote(_word(value))}" for name, value in given.items())])
-
-
-def _word(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return json.dumps(value)
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return ",".join(map(_word, value))
-    return str(value.as_posix() if isinstance(value, Path) else value)
 
 
 def choose_classes(num_classes: int) -> list[int]:

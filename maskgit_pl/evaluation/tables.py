@@ -40,7 +40,6 @@ from maskgit_pl.evaluation.pages import (
     Page,
     choose_classes,
     code_cell,
-    command_line,
     heading,
     image_to_png,
     markdown_table,
@@ -152,8 +151,7 @@ def table_1(
         count = min(cas_images or count, evaluator.data.summary.samples["train"])
         scores = [evaluator.measure_cas(each, each.pipe.decoding, cas, num_images=count, seed=seed) for each in models]
         scores.append(evaluator.measure_cas(None, None, cas, num_images=count, seed=seed))
-    command = command_line(["maskgit table 1", *runs], {**options.flags(), **_cas_flags(cas, cas_images)})
-    page = make_generation_page(rows, scores, command=command)
+    page = make_generation_page(rows, scores)
     sheet = image_to_png(_draw_samples(opened, seed))
     return replace(page, folder=opened.folder, pictures={"table-1.png": sheet})
 
@@ -171,10 +169,8 @@ def table_2(runs: Runs, options: ReportOptions | None = None, *, bars: Bars = no
         for task in _TASKS
         for row in opened.evaluator.measure_editing(model, task, num_images=options.num_images, seed=options.seed)
     ]
-    page = make_editing_page(rows, command=command_line(["maskgit table 2", *runs], options.flags()))
-    return replace(
-        page, folder=opened.folder, pictures={"table-2.png": image_to_png(_draw_edits(opened, options.seed))}
-    )
+    sheet = image_to_png(_draw_edits(opened, options.seed))
+    return replace(make_editing_page(rows), folder=opened.folder, pictures={"table-2.png": sheet})
 
 
 def compare_tokenizers(runs: Runs, options: ReportOptions | None = None, *, bars: Bars = no_bars) -> Page:
@@ -203,9 +199,8 @@ def compare_tokenizers(runs: Runs, options: ReportOptions | None = None, *, bars
     tokenizers = [open_tokenizer(replace(each, data=shared), options.features, own, bars) for each in folders]
     ledger = Ledger(options.results / FILE_NAME)
     rows = [{**measure_tokenizer_once(ledger, each, bars), "run": each.folders.run.name} for each in tokenizers]
-    command = command_line(["maskgit table tokenizers", *runs], options.flags())
     held_out = describe_held_out(shared, tokenizers[0].data.summary)["text"]
-    return _make_tokenizer_page(rows, command, held_out, options.results / data_name(shared))
+    return _make_tokenizer_page(rows, held_out, options.results / data_name(shared))
 
 
 def measure_tokenizer_once(ledger: Ledger, opened: OpenedTokenizer, bars: Bars) -> Row:
@@ -214,11 +209,11 @@ def measure_tokenizer_once(ledger: Ledger, opened: OpenedTokenizer, bars: Bars) 
     return row or ledger.add("tokenizer", measure_tokenizer(opened, Path("tokenizer.json"), bars).row())
 
 
-def _make_tokenizer_page(rows: Sequence[Row], command: str, held_out: str, folder: Path) -> Page:
+def _make_tokenizer_page(rows: Sequence[Row], held_out: str, folder: Path) -> Page:
     """Returns the page of tokenizers, one row for each; ``held_out`` is a sentence about the images."""
     names = [name for name in dict.fromkeys(name for row in rows for name in row["numbers"]) if name not in _OF_MACHINE]
     lines = [
-        *heading("Tokenizers", command),
+        *heading("Tokenizers"),
         *paragraph(
             held_out,
             f"{rows[0]['num_images']} of them were measured. FID and KID of real halves compare one half of these real",
@@ -289,22 +284,6 @@ def _check_runs(task: str, runs: Runs) -> None:
         raise ValueError(f"{task} must run in one process; start it without torchrun, or use `maskgit evaluate`")
 
 
-def _cas_flags(cas: CASConfig | None, num_images: int | None) -> dict[str, object]:
-    """Returns the flags that determine the classification accuracy score; None stands for a default."""
-    if cas is None:
-        return {"cas_model": "none"}
-    # Only what differs from the default is repeated on the page.
-    given = {name: value for name, value in vars(cas).items() if value != getattr(CAS_TRAINING, name)}
-    return {
-        "cas_model": given.get("model"),
-        "cas_images": num_images,
-        "cas_max_steps": given.get("max_steps"),
-        "cas_batch_size": given.get("batch"),
-        "cas_learning_rate": given.get("peak_rate"),
-        "cas_precision": given.get("precision"),
-    }
-
-
 def _draw_samples(opened: OpenedModels, seed: int) -> Image.Image:
     """Draws a sheet with a row of real images, a row per model and a column per class."""
     data, models = opened.evaluator.data, opened.models
@@ -335,16 +314,15 @@ def _draw_edits(opened: OpenedModels, seed: int) -> Image.Image:
     return image_grid(torch.cat(shown), columns=len(images), row_captions=captions)
 
 
-def make_generation_page(samples: Sequence[Row], cas: Sequence[Row], *, command: str) -> Page:
+def make_generation_page(samples: Sequence[Row], cas: Sequence[Row]) -> Page:
     """Returns the page of Table 1: class-conditional generation.
 
     Args:
         samples: Rows of generated images and of real images.
         cas: Rows of the classification accuracy score; empty leaves it out.
-        command: Command that produces the page.
     """
     counts = ", ".join(dict.fromkeys(_word(row, "num_images") for row in samples))
-    lines = heading("Table 1: class-conditional generation", command)
+    lines = heading("Table 1: class-conditional generation")
     lines += paragraph(
         f"{counts} images of each model, evenly distributed over the classes, are compared with",
         f"{_describe_reference(samples)}. The last line of each table shows the same number of real training images",
@@ -394,14 +372,13 @@ def _cas_lines(rows: Sequence[Row]) -> list[str]:
     return [*lines, "", *markdown_table(["trained on images of", "top-1 %", "top-5 %"], cells)]
 
 
-def make_editing_page(rows: Sequence[Row], *, command: str) -> Page:
+def make_editing_page(rows: Sequence[Row]) -> Page:
     """Returns the page of Table 2: outpainting and inpainting of val images.
 
     Args:
         rows: Rows of edited, masked and unedited images.
-        command: Command that produces the page.
     """
-    lines = heading("Table 2: outpainting and inpainting", command)
+    lines = heading("Table 2: outpainting and inpainting")
     lines += paragraph(
         "Each val image is edited once: the model gets its class and its visible part, and generates the rest. The",
         f"results are compared with {_describe_reference(rows)}. `unedited` shows the same images without a change,",

@@ -29,7 +29,7 @@ from maskgit_pl.distributed import describe_environment, device_name, find_devic
 from maskgit_pl.errors import markdown, plain_label
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
 from maskgit_pl.evaluation.options import NUM_TOKENS, ReportOptions
-from maskgit_pl.evaluation.pages import Page, command_line, figure_to_png, heading, markdown_table, paragraph
+from maskgit_pl.evaluation.pages import Page, figure_to_png, heading, markdown_table, paragraph
 from maskgit_pl.networks.backbone import Attention, AutoregressiveBackbone, BackboneConfig, build_config, create_network
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pipeline.pretrained import read_config
@@ -94,10 +94,7 @@ def figure_4(
         device=find_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu")),
         bars=bars,
     )
-    points = None if tuple(num_tokens) == NUM_TOKENS else num_tokens
-    words = ["maskgit figure 4", *([] if run is None else [run])]
-    command = command_line(words, {"num_tokens": points, **sizes, "device": options.device})
-    return replace(make_timing_page(rows, command=command), folder=options.results)
+    return replace(make_timing_page(rows), folder=options.results)
 
 
 def measure_timings(
@@ -276,17 +273,16 @@ def _build_decoders(
     }
 
 
-def make_timing_page(rows: Sequence[Row], *, command: str) -> Page:
+def make_timing_page(rows: Sequence[Row]) -> Page:
     """Returns the page: an explanation, the figure, and a table with the ratios.
 
     Args:
         rows: See ``measure_timings``.
-        command: Command that produces the page.
     """
     first, lines = rows[0], _group_by_method(rows)
     counts = list(lines["MaskGIT"])
     text = [
-        *heading("Figure 4: decoding time of autoregressive decoding and MaskGIT", command),
+        *heading("Figure 4: decoding time of autoregressive decoding and MaskGIT"),
         "![time per image over the number of tokens](figure-4.png)",
         "",
         *paragraph(

@@ -58,7 +58,7 @@ from maskgit_pl.evaluation.options import (
     round_to_classes,
     with_steps,
 )
-from maskgit_pl.evaluation.pages import Page, command_line, heading, markdown_table, metric_cell, paragraph
+from maskgit_pl.evaluation.pages import Page, heading, markdown_table, metric_cell, paragraph
 from maskgit_pl.evaluation.run_folders import RunFolders, find_run
 from maskgit_pl.evaluation.search_space import SearchSpace, check_schedules, list_schedules
 from maskgit_pl.files import check_writable
@@ -204,8 +204,7 @@ def tune(
     key = _study_key(evaluator, model, space, num_images=count, seed=options.seed)
     study = _open_study(folder / "study.db", name, key)
     result = search(study, space, measure, metric=name, trials=trials, num_images=count, options=options, bars=bars)
-    command = _command(run, trials, metric, num_images, options)
-    page = replace(make_page(result, measure_real(evaluator, 2 * count, amount), command=command), folder=folder)
+    page = replace(make_page(result, measure_real(evaluator, 2 * count, amount)), folder=folder)
     # The page is written before the decoding, in case that the folder of the model is full by now.
     page.write()
     result = _save_decoding(folders, pipe, evaluator, result, options)
@@ -374,25 +373,16 @@ def _save_decoding(
     return replace(result, decoding_file=folders.pretrained / "decoding.json", old_decoding_file=old)
 
 
-def _command(run: Path | str, trials: int, metric: str, num_images: int, options: TuningOptions) -> str:
-    given = {"trials": trials, "metric": metric, "num_images": num_images, "seed": options.seed}
-    given |= {name: getattr(options, name) for name in ("seconds", "num_steps", "selectors", "negative_model")}
-    # An empty list has a word of its own on the command line.
-    given["schedules"] = "own" if options.schedules is not None and not options.schedules else options.schedules
-    return command_line(["maskgit tune", run], given)
-
-
-def make_page(result: TuningResult, real: Row, *, command: str) -> Page:
+def make_page(result: TuningResult, real: Row) -> Page:
     """Returns the page of a search.
 
     Args:
         result: The search.
         real: Row of as many real training images as in the second measurement; see ``comparison.measure_real``.
-        command: Command that produces the page.
     """
     count, shown = result.num_images, _rank(result.trials, result.metric)[:_SHOWN_TRIALS]
     floor = [f"{title(name)} {metric_cell(real, name)}" for name in ("fid", "kid")]
-    lines = heading("Search for a decoding", command)
+    lines = heading("Search for a decoding")
     lines += paragraph(
         f"{len(result.trials)} trials of {count} images were compared by {result.metric} ({direction(result.metric)}),",
         "all with the same noise. Trial 0 is the decoding that the search began with. It and the best",

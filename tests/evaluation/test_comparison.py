@@ -31,8 +31,8 @@ ROWS = [
 ]
 
 
-def page_of(rows: list[dict[str, Any]], command: str = "") -> Page:
-    return make_comparison_page(rows, REAL, command=command, sheet_steps=8)
+def page_of(rows: list[dict[str, Any]]) -> Page:
+    return make_comparison_page(rows, REAL, sheet_steps=8)
 
 
 def test_every_registered_selector_is_compared_and_remdm_with_each_strategy() -> None:
@@ -61,12 +61,11 @@ def test_unknown_and_repeated_selectors_are_refused() -> None:
 
 
 def test_tables_show_every_row_and_the_lowest_distance_of_each_t_in_bold() -> None:
-    made = page_of(ROWS, "maskgit compare runs/x")
+    made = page_of(ROWS)
     page = made.markdown
     assert "| confidence | 5.00 | **2.00** |" in page
     assert "| random | **4.00** | 3.00 |" in page
     assert "| real images, 12 | 0.50 | 0.50 |" in page
-    assert "    maskgit compare runs/x\n" in page
     assert "`x` tokenizer aaaaaaaa, transformer bbbbbbbb." in page.replace("\n", " ")
     assert page.index("| 4 | random |") < page.index("| 4 | confidence |") < page.index("| 8 | confidence |")
     read = list(csv.DictReader(io.StringIO(made.csv)))
@@ -92,7 +91,7 @@ def test_an_unknown_time_is_an_empty_cell() -> None:
 @pytest.mark.parametrize("word", [word for word in HOSTILE if word.strip()], ids=lambda word: ascii(word[:30]))
 def test_no_name_of_a_selector_becomes_markup(word: str) -> None:
     def page(name: str) -> list[str]:
-        text = page_of([measured(name, 8, 2.0)], name).markdown
+        text = page_of([measured(name, 8, 2.0)]).markdown
         assert all(line.isprintable() for line in text.split("\n"))
         return structure(text)
 

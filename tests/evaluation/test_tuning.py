@@ -163,7 +163,7 @@ def test_the_curves_are_those_of_the_best_decoding_that_follows_a_schedule() -> 
 def test_the_page_names_the_winner_and_the_value_before() -> None:
     other = Trial(7, DecodingConfig(8, "halton"), numbers(1.5))
     result = TuningResult(FID, (PLAIN, other), (PLAIN, other), 10)
-    plain = make_page(result, REAL, command="maskgit tune runs/x")
+    plain = make_page(result, REAL)
     page = add_curves(plain, result, CURVES, OWN, 0.5)
     assert "Trial 7 wins: fid/classifier was 2 and is now 1.5" in page.markdown
     assert "2 trials of 10 images were compared by fid/classifier (lower is better)" in page.markdown
@@ -172,14 +172,14 @@ def test_the_page_names_the_winner_and_the_value_before() -> None:
     assert '"token_selector": "halton"' in page.markdown
     assert "| cosine (trained) | 3.000 | 2.000 |" in page.markdown
     assert list(page.pictures) == ["tuning.png"]
-    page = make_page(replace(result, confirmed=(PLAIN,)), REAL, command="maskgit tune runs/x")
+    page = make_page(replace(result, confirmed=(PLAIN,)), REAL)
     assert "Trial 0 wins, with fid/classifier 2: no other decoding is better." in page.markdown
     assert not page.pictures
 
 
 def test_a_trial_without_a_time_has_an_empty_cell() -> None:
     timeless = replace(PLAIN, numbers={name: value for name, value in numbers(2.0).items() if "seconds" not in name})
-    page = make_page(TuningResult(FID, (timeless,), (timeless,), 10), REAL, command="maskgit tune")
+    page = make_page(TuningResult(FID, (timeless,), (timeless,), 10), REAL)
     assert "| **0.800** |  |" in page.markdown
 
 
@@ -192,7 +192,7 @@ def test_no_name_of_a_schedule_or_selector_becomes_markup(word: str, monkeypatch
         trials = Trial(0, DecodingConfig(8, name), numbers(2.0)), Trial(7, DecodingConfig(8, name), numbers(1.5))
         result = TuningResult(FID, trials, trials, 10)
         curves = {name: {2: 1.0}, "log": {2: 2.0}}
-        text = add_curves(make_page(result, REAL, command=name), result, curves, trials[0].decoding, 0.5).markdown
+        text = add_curves(make_page(result, REAL), result, curves, trials[0].decoding, 0.5).markdown
         assert all(line.isprintable() for line in text.split("\n"))
         return [each for each in structure(text) if each != "code_inline"]
 
