@@ -60,7 +60,7 @@ from maskgit_pl.evaluation.options import (
 )
 from maskgit_pl.evaluation.pages import Page, heading, markdown_table, metric_cell, paragraph
 from maskgit_pl.evaluation.run_folders import RunFolders, find_run
-from maskgit_pl.evaluation.search_space import SearchSpace, check_schedules, list_schedules
+from maskgit_pl.evaluation.search_space import SearchSpace, list_schedules
 from maskgit_pl.files import check_writable
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.card import refresh_card
@@ -240,7 +240,6 @@ def _make_space(pipe: MaskGIT, options: TuningOptions) -> SearchSpace:
         num_tokens,
         can_guide=can_guide(pipe),
     )
-    check_schedules(space.schedules)
     check_model_decoding(pipe, pipe.decoding)
     for selector, num_steps in product(space.selectors, space.num_steps):
         check_model_decoding(pipe, replace(with_steps(pipe.decoding, num_steps), token_selector=selector))
