@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -32,12 +33,17 @@ def command(file: Path) -> str:
 
 
 def page(name: str) -> Page:
-    said = command(PAGES[name] / f"{name}.md")
+    """Makes a page anew, with the command that it names."""
+    with patch("maskgit_pl.evaluation.pages.typed_command", return_value=command(PAGES[name] / f"{name}.md")):
+        return make_page(name)
+
+
+def make_page(name: str) -> Page:
     if name == "table-1":
         samples = rows("samples", num_images=2000)
-        return make_generation_page(sorted(samples, key=lambda row: row["model"] == REAL), rows("cas"), command=said)
+        return make_generation_page(sorted(samples, key=lambda row: row["model"] == REAL), rows("cas"))
     if name == "table-2":
-        return make_editing_page(rows("editing"), command=said)
+        return make_editing_page(rows("editing"))
     if name == "table-3":
         likelihoods = rows("likelihood")
         runs = [row["run"] for row in likelihoods]
@@ -46,10 +52,8 @@ def page(name: str) -> Page:
             for row in rows("samples", num_images=1000)
             if row["run"] in runs
         ]
-        return make_schedule_page(samples, likelihoods, command=said)
-    return make_timing_page(
-        sorted(rows("timing"), key=lambda row: (row["num_tokens"], METHODS.index(row["method"]))), command=said
-    )
+        return make_schedule_page(samples, likelihoods)
+    return make_timing_page(sorted(rows("timing"), key=lambda row: (row["num_tokens"], METHODS.index(row["method"]))))
 
 
 BY_TIME = ("ablation-sizes",)  # whose variants were trained for the same time; results/README.md tells how

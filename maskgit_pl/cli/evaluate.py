@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from maskgit_pl import evaluation
 from maskgit_pl.cli.arguments import Output, Word
-from maskgit_pl.cli.flags import CasFlags, Device, Features, Folder, ImageSize, Numbers, Run
+from maskgit_pl.cli.flags import CasFlags, Device, Features, Folder, ImageSize, Numbers, Run, print_page
 from maskgit_pl.evaluation.options import (
     FEATURES,
     ComparisonOptions,
@@ -164,7 +164,7 @@ def compare(
         out: Folder of the pages and the ledger (default: RUN/comparison, and the ledger of RUN/evaluation).
     """
     with progress_bars() as bars:
-        made = evaluation.compare(
+        page = evaluation.compare(
             folder,
             data=data,
             selectors=selectors,
@@ -174,11 +174,7 @@ def compare(
             options=measurement,
             bars=bars,
         )
-    from rich.console import Console
-
-    Console().print(made.table())
-    known = len(made.results) - made.num_measured
-    print(f"{made.folder}: measured {made.num_measured} rows, reused {known}; comparison.md, .csv and selectors.png")
+    print_page(page)
 
 
 @dataclass(frozen=True)
@@ -223,16 +219,14 @@ def tune(
         result = evaluation.tune(
             folder, data=data, trials=trials, metric=metric, num_images=num_images, out=out, options=search, bars=bars
         )
-    from rich.console import Console
-
-    Console().print(result.table())
+    assert result.page is not None
+    print_page(result.page)
     if result.decoding_file is None:  # without a better trial, the files of the model stay as they are
         print(f"the current settings are the best of {len(result.trials)} trials; decoding.json is unchanged")
     else:
         old = result.old_decoding_file
         kept = "" if old is None else f"; the previous settings are in {old.name}"
         print(f"{result.decoding_file}: new decoding settings of this model{kept}")
-    print(f"{result.folder}: {len(result.trials)} trials; tuning.md, .csv and study.db")
 
 
 def train_classifier(

@@ -19,6 +19,7 @@ from maskgit_pl.runs.flag_values import parse_features, parse_image_size, parse_
 from maskgit_pl.runs.recipe import DEFAULT_DATASET, Recipe, Stage
 
 if TYPE_CHECKING:
+    from maskgit_pl.evaluation.pages import Page
     from maskgit_pl.pipeline import MaskGIT
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "check_one_of",
     "make_folder",
     "print_json",
+    "print_page",
     "print_rows",
 ]
 
@@ -256,3 +258,14 @@ def print_rows(rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
     for line in cells:
         text = "  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
         print(text if len(text) <= limit else f"{text[: limit - 3]}...")
+
+
+def print_page(page: Page) -> None:
+    """Prints a page and the names of its files."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    console = Console()
+    # Rich draws tables on a terminal; a file gets the Markdown itself.
+    console.print(Markdown(page.markdown)) if console.is_terminal else print(page.markdown)
+    print(f"{page.folder}: {', '.join(page.contents)}")

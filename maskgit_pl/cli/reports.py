@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from maskgit_pl import evaluation
 from maskgit_pl.cli.arguments import Output, Word, flag_of
-from maskgit_pl.cli.flags import CasFlags, Features, Folder, Numbers, Runs, Seeds, print_rows
+from maskgit_pl.cli.flags import CasFlags, Features, Folder, Numbers, Runs, Seeds, print_page, print_rows
 from maskgit_pl.errors import printable
 from maskgit_pl.evaluation.options import FEATURES, NUM_TOKENS, ReportOptions
 from maskgit_pl.processes import progress_bars
@@ -257,15 +257,6 @@ def ablation(
 
 
 def _write_page(page: Page, *, as_json: bool = False) -> None:
-    """Writes a page to its folder, and prints the page and its files, or its rows as JSON."""
-    files = page.write()
-    if as_json:
-        print_rows(page.rows, as_json=True)
-        return
-    from rich.console import Console
-    from rich.markdown import Markdown
-
-    console = Console()
-    # Rich draws tables on a terminal; a file gets the Markdown itself.
-    console.print(Markdown(page.markdown)) if console.is_terminal else print(page.markdown)
-    print(f"{page.folder}: {', '.join(file.name for file in files)}")
+    """Writes a page to its folder, and prints it, or its rows as JSON."""
+    page.write()
+    print_rows(page.rows, as_json=True) if as_json else print_page(page)

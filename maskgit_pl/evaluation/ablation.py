@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,19 +28,18 @@ from maskgit_pl.evaluation.ablation_page import make_ablation_page, select_rows
 from maskgit_pl.evaluation.cache import digest_of, shorten_digest
 from maskgit_pl.evaluation.evaluator import Evaluator, collect_numbers
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
-from maskgit_pl.evaluation.metrics import metric_name
 from maskgit_pl.evaluation.opening import create_evaluated_model, open_images, open_model, open_networks
-from maskgit_pl.evaluation.options import ReportOptions, describe_decoding, round_to_classes
-from maskgit_pl.evaluation.pages import Page, command_line
-from maskgit_pl.evaluation.reconstruction import measure_reconstruction
-from maskgit_pl.evaluation.reference import iter_real_batches
+from maskgit_pl.evaluation.options import ReportOptions, TokenizerOptions, describe_decoding, round_to_classes
+from maskgit_pl.evaluation.pages import Page, typed_command
 from maskgit_pl.evaluation.run_folders import RunFolders, data_name
+from maskgit_pl.evaluation.tables import measure_tokenizer_once
+from maskgit_pl.evaluation.tokenizer import OpenedTokenizer
 from maskgit_pl.files import check_writable
-from maskgit_pl.pipeline.pretrained import fingerprint, load_tokenizer, read_config
+from maskgit_pl.pipeline.pretrained import fingerprint, load_tokenizer
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.runs.ablation import AblationConfig, Failure, Variant, base_values, in_float32, plan_variants, train
 from maskgit_pl.runs.build import build_without_weights
-from maskgit_pl.runs.layers import flag_words, merge, remove_key
+from maskgit_pl.runs.layers import merge, remove_key
 from maskgit_pl.runs.plan import Plan, find_data, find_tokenizer
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.resolve import merge_values
@@ -60,7 +58,7 @@ _NO_PART = (  # keys that do not affect the trained weights, and that of the see
     "trainer.log_every_n_steps", "data.validation_batch", "data.validation_samples", "data.seed", "model.seed",
 )  # fmt: skip
 _DRAWS = 4  # masks per image for likelihoods
-_OF_TOKENIZER = ("psnr_db", "ssim", "codebook_usage", "perplexity")
+_OF_TOKENIZER = ("rfid", "psnr_db", "ssim", "codebook_usage", "perplexity")
 
 
 def run_ablation(
@@ -335,7 +333,7 @@ class _Ablation:
         assert origin is not None
         of = origin.file or f"the {origin.split} split"
         return {
-            "command": _describe_command(config, self.options, self.name),
+            "command": typed_command(),
             "dataset": self.evaluator.dataset,
             "stage": config.stage,
             "variants": [each.label for each in runs.variants],
@@ -384,35 +382,15 @@ class _Ablation:
         return {**collect_numbers(rows), "bits_per_token": float(likelihood[f"{kind}_bits_per_token"])}
 
     def _measure_tokenizer(self, run: Path) -> dict[str, float]:
-        """Measures the reconstructions of the val split, with a ledger row for each network."""
-        folder, data, networks = run / "pretrained" / "tokenizer", self.evaluator.data, self.evaluator.networks
-        keys = {
-            "dataset": self.evaluator.dataset, "data": shorten_digest(data.summary.fingerprint), "split": "val",
-            "tokenizer": fingerprint(folder), "config": shorten_digest(digest_of(read_config(folder, "tokenizer"))),
-            "num_images": data.summary.samples["val"],
-        }  # fmt: skip
-        rows = {label: self.ledger.find("reconstruction", keys | each.columns) for label, each in networks.items()}
-        if None in rows.values():
-            tokenizer = load_tokenizer(folder)
-            tokenizer.network.to(self.device)
-            measured = measure_reconstruction(
-                tokenizer,
-                iter_real_batches(data, "val"),
-                extractors=[each.extractor for each in networks.values()],
-                references={label: each.reference for label, each in networks.items()},
-                on_images=self.bars(f"{run.name}: reconstructing", data.summary.samples["val"]),
-            )
-            numbers = {name: value for name, value in measured.items() if name in _OF_TOKENIZER}
-            for label, each in networks.items():
-                rfid = measured[metric_name("rfid", label)]
-                row = {**keys, **each.columns, **numbers, "rfid": rfid, "run": run.name}
-                rows[label] = self.ledger.add("reconstruction", row)
-        found: dict[str, float] = {}
-        for label, measurement in rows.items():
-            assert measurement is not None
-            found[metric_name("rfid", label)] = measurement["rfid"]
-            found |= {name: measurement[name] for name in _OF_TOKENIZER if measurement.get(name) is not None}
-        return found
+        """Measures the reconstructions of the val split, as ``maskgit table tokenizers`` does."""
+        folders, device = self._folders(run), self.device
+        tokenizer = load_tokenizer(folders.pretrained / "tokenizer")
+        tokenizer.network.to(device)
+        extractors = [each.extractor for each in self.evaluator.networks.values()]
+        options = TokenizerOptions(batch_size=self.options.batch_size, device=device)
+        opened = OpenedTokenizer(folders, options, tokenizer, self.evaluator.data, extractors, lpips=None)
+        numbers = measure_tokenizer_once(self.ledger, opened, self.bars)["numbers"]
+        return {name: value for name, value in numbers.items() if name.partition("/")[0] in _OF_TOKENIZER}
 
     def record(self, row: Mapping[str, Any]) -> None:
         """Adds a row of the ablation to the ledger, unless its last row is the same."""
@@ -425,24 +403,6 @@ class _Ablation:
         last = self.ledger.find("ablation", {name: made[name] for name in ("ablation", "plan", "variant", "seed")})
         if last is None or any(last.get(name) != made.get(name) for name in ("numbers", "run")):
             self.ledger.add("ablation", made)
-
-
-def _describe_command(config: AblationConfig, options: ReportOptions, name: str) -> str:
-    """Returns the command that repeats an ablation, for its page."""
-    words = ["maskgit ablation", *(f"--vary {shlex.quote(str(factor))}" for factor in config.factors)]
-    words += ["--grid"] if config.grid else []
-    if config.stage_2 is not None:
-        text = shlex.join(flag_words(config.stage_2))
-        words.append(f"--stage-2={shlex.quote(text)}" if text else "--stage-2")
-    flags = {
-        "recipes" if len(config.recipes) > 1 else "recipe": ";".join(config.recipes) or None,
-        "dataset": config.dataset,
-        "stage": None if config.stage == "transformer" else config.stage,
-        "seeds": config.seeds,
-        "name": None if name == config.name else name,
-        **options.flags(),
-    }
-    return " ".join([command_line(words, flags), shlex.join(flag_words(config.overrides))]).rstrip()
 
 
 def _describe_machine(device: str) -> str:

@@ -31,7 +31,6 @@ _COLUMNS = ("variant", "seed", "run", "parameters", "max_steps", "global_batch",
             "failure")  # fmt: skip
 _PANELS = 6
 _FIGURE_COLUMNS = 3
-_LABEL = 34  # characters of a label
 _COLOURS = {"better": "#1b7837", "worse": "#b2182b", "unclear": "#555555", "reference": "#2166ac"}
 
 Values = Mapping[str, list[float]]  # values of all seeds by metric
@@ -335,11 +334,11 @@ def _draw_ablation(summary: _Summary, metrics: Sequence[str]) -> bytes:
     for axes in list(panels.flat)[len(metrics) :]:
         axes.set_visible(False)
     for row in panels:
-        row[0].set_yticks(range(len(labels)), [_shorten(label) for label in labels], fontsize=9)
+        row[0].set_yticks(range(len(labels)), [plain_label(label) for label in labels], fontsize=9)
         row[0].set_ylim(len(labels) - 0.4, -0.6)  # the first variant on top
     seeds = f"seeds {', '.join(map(str, protocol['seeds']))}"
     page.suptitle(plain_label(f"{protocol['dataset']}, budget {protocol['budget']}, {seeds}"), fontsize=11)
-    words = {"reference": f"reference: {_shorten(protocol['reference'])}", "better": "better", "worse": "worse",
+    words = {"reference": f"reference: {plain_label(protocol['reference'])}", "better": "better", "worse": "worse",
              "unclear": "ranges overlap"}  # fmt: skip
     handles = [Line2D([], [], color=_COLOURS[key], marker="o", label=text) for key, text in words.items()]
     page.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
@@ -369,8 +368,3 @@ def _draw_panel(axes: Axes, summary: _Summary, name: str) -> None:
     axes.grid(axis="x", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.08)
-
-
-def _shorten(label: str) -> str:
-    plain = plain_label(label)
-    return plain if len(plain) <= _LABEL else plain[: _LABEL - 3] + "..."

@@ -1,7 +1,8 @@
 """Figures 2 and 8 of the paper, and the curves of mask schedules.
 
 Figure 2 shows the decoding of models step by step. The panels of Figure 8 are the mask ratio of each schedule, and the
-FID of its model over the number of steps T. ``timing`` has Figure 4. Loads no Lightning to draw schedules.
+FID of its model over the number of steps T; ``tune`` draws the second one of a single model. ``timing`` has Figure 4.
+Loads no Lightning to draw schedules.
 
 Source: Chang et al., MaskGIT, CVPR 2022, arXiv:2202.04200, Figures 2 and 8.
 """
@@ -19,20 +20,16 @@ from maskgit_pl.decoding import ParallelDecoder
 from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.distributed import find_device
 from maskgit_pl.errors import markdown, plain_label
+from maskgit_pl.evaluation.metrics import direction, find_metric, format_value, title
 from maskgit_pl.evaluation.options import ReportOptions
 from maskgit_pl.evaluation.pages import (
-    LineEnd,
     Page,
     code_cell,
-    command_line,
     figure_to_png,
     heading,
     image_to_png,
     markdown_table,
-    name_lines,
     paragraph,
-    plot_by_steps,
-    plot_floor,
 )
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.schedules import MaskSchedule
@@ -41,9 +38,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from PIL import Image
 
-    from maskgit_pl.pipeline.display import Recording
-
-__all__ = ["count_known_tokens", "draw_figure_8", "draw_schedules", "figure_2"]
+__all__ = ["count_known_tokens", "draw_curves", "draw_figure_8", "draw_schedules", "figure_2"]
 
 _COLOURS = {  # from schedules that decide late (concave) to those that decide early (convex)
     "exp": "#5b2a86",
@@ -55,9 +50,8 @@ _COLOURS = {  # from schedules that decide late (concave) to those that decide e
     "log": "#c0392b",
 }
 _OTHERS = ("#a0709f", "#6d9a5c", "#b3605b", "#8a7f4f")
+_REAL = "#3a7d44"
 _POINTS = 513  # points of a curve of mask ratios
-_TICKS = (0.5, 1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 300)
-_COLUMNS = 8  # steps of each model in Figure 2, as in the paper
 
 
 def figure_2(
@@ -98,81 +92,40 @@ def figure_2(
             for number, step in enumerate(recording.steps, start=1)
         ]  # fmt: skip
         bar(1)
-    flags = {"class_name": class_name, "seed": options.seed or None, "device": options.device}
     lines = [
-        *heading("Figure 2: decoding step by step", command_line(["maskgit figure 2", *runs], flags)),
+        *heading("Figure 2: decoding step by step"),
         "![tokens and image of each step](figure-2.png)",
         "",
         *paragraph(
-            "For each model, the upper row shows the tokens after a step: masked ones are grey, and those of this step",
-            "have an orange frame. The lower row shows the image that the tokenizer decodes from all tokens of the",
-            "step. MaskGIT predicts the masked ones, too; those of an autoregressive model are code 0.",
+            "For each model, the rows show the masked tokens before a step in grey, the confidence of the codes, the",
+            "tokens of the step in an orange frame, and the image that the tokenizer decodes from all tokens. MaskGIT",
+            "predicts the masked ones, too; those of an autoregressive model are code 0.",
             f"Class {markdown(rows[0]['class'])}, seed {options.seed}.",
         ),
         "",
         *markdown_table(
-            ["model", "run", "steps T", "tokens known after the steps shown"],
+            ["model", "run", "steps T"],
             [
-                [model, code_cell(Path(run).name), str(len(recording.steps)), ", ".join(_known_tokens(recording))]
+                [model, code_cell(Path(run).name), str(len(recording.steps))]
                 for run, (model, recording) in zip(runs, recordings, strict=True)
             ],
             left=2,
         ),
     ]
-    picture = image_to_png(draw_figure_2(recordings))
+    picture = image_to_png(_stack([each.filmstrip(f"{name}, {len(each.steps)} steps") for name, each in recordings]))
     return Page("figure-2", "\n".join([*lines, ""]), rows, {"figure-2.png": picture}, options.results)
 
 
-def draw_figure_2(recordings: Sequence[tuple[str, Recording]]) -> Image.Image:
-    """Draws two rows for each model: the tokens after a step, and the image of all tokens of the step.
-
-    Args:
-        recordings: Name of each model, and its decoding of one image.
-
-    Source: paper, Figure 2.
-    """
+def _stack(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Returns pictures below each other."""
     from PIL import Image
 
-    from maskgit_pl.pipeline import decoding_figures, grids  # which import Pillow, too
-
-    parts = []
-    for model, recording in recordings:
-        shown = _choose_steps(len(recording.steps))
-        images = [recording.images_at(number)[0] for number in shown]
-        tokens = [
-            decoding_figures.token_panel(recording.steps[number], 0, image, recording.token_pixels)
-            for number, image in zip(shown, images, strict=True)
-        ]
-        scale = grids.panel_scale(images[0], grids.PANEL_SIZE)
-        page = grids.lay_out(
-            [*tokens, *(grids.enlarge(image, scale) for image in images)],
-            rows=2,
-            columns=len(shown),
-            row_captions=["tokens", "image"],
-            column_captions=[f"step {number + 1}" for number in shown],
-        )
-        parts.append(grids.add_title(page, f"{model}, {len(recording.steps)} steps"))
-    sheet = Image.new("RGB", (max(part.width for part in parts), sum(part.height for part in parts)), grids.PAPER)
+    sheet = Image.new("RGB", (max(each.width for each in pictures), sum(each.height for each in pictures)), "white")
     top = 0
-    for part in parts:
-        sheet.paste(part, (0, top))
-        top += part.height
-    legend = [
-        (grids.swatch(fill=grids.MASKED), "masked tokens"),
-        (grids.swatch(frame=grids.NEW), "tokens of this step"),
-    ]
-    return grids.add_legend(sheet, legend)
-
-
-def _choose_steps(count: int) -> list[int]:
-    """Returns at most 8 steps of range(count), evenly spread with the first and the last."""
-    shown = min(count, _COLUMNS)
-    return [round(place * (count - 1) / max(1, shown - 1)) for place in range(shown)]
-
-
-def _known_tokens(recording: Recording) -> list[str]:
-    steps = [recording.steps[number] for number in _choose_steps(len(recording.steps))]
-    return [str(int(step.still_masked.logical_not().sum())) for step in steps]
+    for picture in pictures:
+        sheet.paste(picture, (0, top))
+        top += picture.height
+    return sheet
 
 
 def draw_figure_8(
@@ -182,18 +135,18 @@ def draw_figure_8(
     num_tokens: int,
     metric: str,
     num_images: int,
-    floor: float | None,
+    floor: float,
     dataset: str,
 ) -> bytes:
-    """Draws the mask schedules on the left, and the FID of the model of each over T on the right.
+    """Draws the mask schedules on the left, and a metric of the model of each over T on the right.
 
     Args:
         schedules: Schedules by name.
-        curves: FID by name and T; the lowest one of each schedule has a star.
+        curves: Values by name and T.
         num_tokens: Number N of tokens, which ``log`` and ``exp`` depend on.
         metric: Name of the metric, such as ``fid/classifier``.
         num_images: Number of images per point.
-        floor: Value of the same number of real images; None draws no line.
+        floor: Value of the same number of real images.
         dataset: Name of the data, for the title.
 
     Returns:
@@ -203,22 +156,25 @@ def draw_figure_8(
     """
     from matplotlib.figure import Figure
 
-    page = Figure(figsize=(12.6, 5.2), layout="constrained")
-    left, right = page.subplots(1, 2, gridspec_kw={"wspace": 0.14})
+    page = Figure(figsize=(13.4, 5.2), layout="constrained")
+    left, right = page.subplots(1, 2)
     _plot_ratios(left, schedules, num_tokens)
     left.legend(frameon=False, fontsize=9.5, loc="upper right", ncols=2)
-    colours = _choose_colours(schedules)
-    best = {name: min(curve, key=lambda steps: curve[steps]) for name, curve in curves.items()}
-    _plot_quality(right, curves, best, colours)
-    if floor is not None:
-        plot_floor(right, floor, f"real images: {floor:.2f}")
-    right.set_ylabel(f"{metric} of {num_images} images (lower is better)")
-    right.set_title(f"{plain_label(dataset)}: one model per schedule, star at the best T", fontsize=11, loc="left")
-    ends = {
-        name: LineEnd(f"{name}, best T = {best[name]}", (max(curve), curve[max(curve)]), colours[name])
-        for name, curve in curves.items()
-    }
-    name_lines(page, right, ends)
+    _plot_quality(right, curves, metric=metric, num_images=num_images, floor=floor)
+    right.set_title(f"{plain_label(dataset)}: one model per schedule", fontsize=11, loc="left")
+    return figure_to_png(page)
+
+
+def draw_curves(
+    curves: Mapping[str, Mapping[int, float]], *, metric: str, num_images: int, floor: float, heading: str
+) -> bytes:
+    """Draws the right panel of ``draw_figure_8``. The first curve is emphasised."""
+    from matplotlib.figure import Figure
+
+    page = Figure(figsize=(8.4, 5.2), layout="constrained")
+    axes = page.subplots()
+    _plot_quality(axes, curves, metric=metric, num_images=num_images, floor=floor, front=next(iter(curves)))
+    axes.set_title(heading, fontsize=11, loc="left")
     return figure_to_png(page)
 
 
@@ -277,18 +233,46 @@ def _plot_ratios(axes: Axes, schedules: Mapping[str, MaskSchedule], num_tokens: 
 
 
 def _plot_quality(
-    axes: Axes, curves: Mapping[str, Mapping[int, float]], best: Mapping[str, int], colours: Mapping[str, str]
+    axes: Axes,
+    curves: Mapping[str, Mapping[int, float]],
+    *,
+    metric: str,
+    num_images: int,
+    floor: float,
+    front: str | None = None,
 ) -> None:
-    plot_by_steps(axes, curves, colours)
-    values = [value for curve in curves.values() for value in curve.values()]
-    # The default ticks of a logarithmic axis are powers of ten, which are too few here.
-    if axes.get_yscale() == "log":
-        ticks = [tick for tick in _TICKS if min(values) / 1.3 <= tick <= max(values) * 1.3]
-        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.minorticks_off()
-    for name, steps in best.items():
-        axes.plot([steps], [curves[name][steps]], color=colours[name], marker="*", markersize=14,
+    """Plots a metric over T with a line per schedule, a star at its best T, and a dashed line for real images.
+
+    The vertical axis is logarithmic if the values span more than a factor of 4. The legend is in the order of the line
+    ends.
+    """
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    factor, choose = find_metric(metric).factor, max if find_metric(metric).higher_is_better else min
+    colours, values = _choose_colours(curves), [value for curve in curves.values() for value in curve.values()]
+    axes.set_xscale("log", base=2)
+    if min(values) > 0 and max(values) > 4 * min(values):  # a metric such as KID may be negative
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+    for name, curve in sorted(curves.items(), key=lambda item: -item[1][max(item[1])]):
+        best, is_front = choose(curve, key=lambda steps: curve[steps]), name == front
+        axes.plot(list(curve), [value * factor for value in curve.values()], color=colours[name], marker="o",
+                  linewidth=3 if is_front else 1.5, markersize=5.5 if is_front else 3.5, zorder=3 if is_front else 2,
+                  label=plain_label(f"{name}, best T = {best}"))  # fmt: skip
+        axes.plot([best], [curve[best] * factor], color=colours[name], marker="*", markersize=14,
                   markeredgecolor="white", zorder=5)  # fmt: skip
+    axes.axhline(floor * factor, color=_REAL, linestyle=(0, (4, 3)), linewidth=1.2, zorder=1,
+                 label=f"real images: {format_value(metric, floor)}")  # fmt: skip
+    steps = sorted({step for curve in curves.values() for step in curve})
+    axes.set_xticks(steps, [str(step) for step in steps])
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_locator(NullLocator())
+    axes.set_xlabel("decoding steps T")
+    axes.set_ylabel(f"{plain_label(title(metric))} of {num_images} images ({direction(metric)})")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def _choose_colours(names: Iterable[str]) -> dict[str, str]:

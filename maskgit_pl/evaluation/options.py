@@ -219,15 +219,6 @@ class ReportOptions(MeasurementOptions):
         if self.num_images < num_classes:
             raise ValueError(f"num_images must be >= {num_classes}, one per class, got {self.num_images}")
 
-    def flags(self) -> dict[str, object]:
-        """Returns the flags that determine the values of every table; None stands for a default."""
-        return {
-            "features": None if tuple(self.features) == FEATURES else self.features,
-            "num_images": self.num_images,
-            "seed": self.seed or None,
-            "reference": self.reference,
-        }
-
 
 def round_to_classes(num_images: int, num_classes: int, *, name: str = "num_images") -> int:
     """Returns ``num_images``, rounded down to a multiple of the number of classes.

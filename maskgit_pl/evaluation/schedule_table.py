@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -24,14 +23,14 @@ from maskgit_pl.evaluation.features import check_features
 from maskgit_pl.evaluation.figures import draw_figure_8
 from maskgit_pl.evaluation.ledger import Row, has_column
 from maskgit_pl.evaluation.options import PLOT_STEPS, ReportOptions, choose_plot_steps, with_steps
-from maskgit_pl.evaluation.pages import Page, command_line, format_seeds, heading, markdown_table, metrics_of, paragraph
+from maskgit_pl.evaluation.pages import Page, format_seeds, heading, markdown_table, metrics_of, paragraph
 from maskgit_pl.evaluation.run_folders import read_run_recipe
 from maskgit_pl.evaluation.tables import NO_COLUMN, Runs, describe_provenance, finish_page, open_models
 from maskgit_pl.pipeline.pretrained import read_config
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.registry import describe
-from maskgit_pl.runs.ablation import PAPER_SCHEDULES, AblationConfig, Failure, TrainingError, train
-from maskgit_pl.runs.layers import flag_words, value_at
+from maskgit_pl.runs.ablation import AblationConfig, Failure, TrainingError, train
+from maskgit_pl.runs.layers import value_at
 from maskgit_pl.runs.plan import plan_run
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.resolve import merge_values
@@ -125,15 +124,7 @@ def ablate_schedules(
                 failures.append(Failure(names, seed, str(error), error.exit_code))
     if not runs:
         raise TrainingError(failures[0].exit_code, f"ablation: all {len(failures)} runs failed: {failures[0]}")
-    flags = {
-        "dataset": config.dataset,
-        "schedules": None if config.recipes == PAPER_SCHEDULES else config.recipes,
-        "seeds": config.seeds,
-        **options.flags(),
-        "num_steps": num_steps,
-    }
-    command = f"{command_line(['maskgit ablation'], flags)} {shlex.join(flag_words(config.overrides))}".rstrip()
-    return table_3(runs, options, num_steps=num_steps, command=command, bars=bars), failures
+    return table_3(runs, options, num_steps=num_steps, bars=bars), failures
 
 
 def table_3(
@@ -141,7 +132,6 @@ def table_3(
     options: ReportOptions | None = None,
     *,
     num_steps: Sequence[int] | None = None,
-    command: str | None = None,
     bars: Bars = no_bars,
 ) -> Page:
     """Makes Table 3 and Figure 8: mask schedules, with one run or several seeds for each.
@@ -158,7 +148,6 @@ def table_3(
         options: Number of images, networks, folders and other options; None for the defaults.
         num_steps: Numbers of steps; None for 2, 3, 4, 6, 8, 12, 16 and 24. Those above half the number of tokens are
             left out.
-        command: Command that produces the page; None for ``maskgit table 3``.
         bars: Progress bars.
 
     Raises:
@@ -201,8 +190,7 @@ def table_3(
         floor=float(floor["fid"]),
         dataset=evaluator.dataset,
     )
-    command = command or command_line(["maskgit table 3", *runs], {**options.flags(), "num_steps": num_steps})
-    page = make_schedule_page(samples, likelihoods, command=command)
+    page = make_schedule_page(samples, likelihoods)
     return replace(page, folder=opened.folder, pictures={"figure-8.png": picture})
 
 
@@ -275,14 +263,13 @@ def _mean_curve(results: Sequence[_ScheduleResult]) -> dict[int, float]:
     return {steps: fmean(each.curve[steps] for each in results) for steps in results[0].curve}
 
 
-def make_schedule_page(samples: Sequence[Row], likelihoods: Sequence[Row], *, command: str) -> Page:
+def make_schedule_page(samples: Sequence[Row], likelihoods: Sequence[Row]) -> Page:
     """Returns the page of Table 3: mask schedules, each used in the training and the decoding of its model.
 
     Args:
         samples: Rows of samples with the name of the ``schedule``: for each run, those at every T with the first seed,
             in the first network, and those at the best T with the second seed, in all networks.
         likelihoods: Row of likelihoods of each run.
-        command: Command that produces the page.
     """
     grouped = _group_results(samples, likelihoods)
     results = [each for group in grouped.values() for each in group]
@@ -291,7 +278,7 @@ def make_schedule_page(samples: Sequence[Row], likelihoods: Sequence[Row], *, co
     steps = ", ".join(map(str, sorted(results[0].curve)))
     seeds = max(map(len, grouped.values()))
     trained = "its own model" if seeds == 1 else f"models of its own from {seeds} seeds (mean, lowest to highest value)"
-    lines = heading("Table 3: mask schedules", command)
+    lines = heading("Table 3: mask schedules")
     lines += paragraph(
         f"Each schedule has {trained}, trained and decoded with this schedule. All models have the same training",
         f"budget, and are decoded without guidance at T in {{{steps}}}. The best T has the lowest",

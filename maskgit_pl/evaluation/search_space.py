@@ -24,7 +24,7 @@ from maskgit_pl.schedules import mask_schedules
 if TYPE_CHECKING:
     import optuna
 
-__all__ = ["SearchSpace", "check_schedules", "list_schedules"]
+__all__ = ["SearchSpace", "list_schedules"]
 
 # Arguments that are searched for every selector that has them, on a logarithmic scale.
 _ARGUMENTS = {"choice_temperature": (1.0, 20.0), "gamma": (1.0, 60.0), "eta": (0.02, 0.5)}
@@ -46,6 +46,9 @@ class SearchSpace:
         codebook_size: Number K of codes.
         num_tokens: Number N of tokens.
         can_guide: True if guidance has something to move away from.
+
+    Raises:
+        ValueError: if a mask schedule is unknown, or does not accept its arguments.
     """
 
     start: DecodingConfig
@@ -55,6 +58,11 @@ class SearchSpace:
     codebook_size: int
     num_tokens: int
     can_guide: bool
+
+    def __post_init__(self) -> None:
+        for spec in self.schedules:
+            if spec not in (_POW, _FREE):
+                mask_schedules.build(spec)
 
     def draw(self, trial: optuna.trial.BaseTrial) -> DecodingConfig:
         """Returns the decoding of a trial, whose sampler makes the choices."""
@@ -139,10 +147,3 @@ def _share_tokens(num_tokens: int, weights: Sequence[float] | np.ndarray[Any, An
 def list_schedules() -> tuple[Spec, ...]:
     """Returns all mask schedules of a search: the registered ones, ``pow`` with any exponent, and ``free``."""
     return (*sorted({*mask_schedules.build_all(), _POW}), _FREE)
-
-
-def check_schedules(schedules: Sequence[Spec]) -> None:
-    """Checks names and arguments of the mask schedules of a search."""
-    for spec in schedules:
-        if spec not in (_POW, _FREE):
-            mask_schedules.build(spec)

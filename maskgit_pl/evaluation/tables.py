@@ -26,7 +26,7 @@ from maskgit_pl.evaluation.classifier import check_cas
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
 from maskgit_pl.evaluation.generation import Task, edit, hide_pixels
 from maskgit_pl.evaluation.ledger import FILE_NAME, REAL, Ledger, Row, read_number
-from maskgit_pl.evaluation.metrics import format_value, metric_name, title
+from maskgit_pl.evaluation.metrics import metric_name, title
 from maskgit_pl.evaluation.opening import (
     check_data,
     create_evaluated_model,
@@ -35,24 +35,20 @@ from maskgit_pl.evaluation.opening import (
     open_evaluator,
     open_model,
 )
-from maskgit_pl.evaluation.options import (
-    CAS_TRAINING,
-    CASConfig,
-    ReportOptions,
-)
+from maskgit_pl.evaluation.options import CAS_TRAINING, CASConfig, ReportOptions, TokenizerOptions
 from maskgit_pl.evaluation.pages import (
     Page,
     choose_classes,
     code_cell,
-    command_line,
     heading,
     image_to_png,
     markdown_table,
+    metric_cell,
     metrics_of,
     paragraph,
 )
-from maskgit_pl.evaluation.run_folders import find_run, find_tokenizer_folders
-from maskgit_pl.evaluation.tokenizer_table import measure_tokenizers
+from maskgit_pl.evaluation.run_folders import data_name, describe_held_out, find_run, find_tokenizer_folders
+from maskgit_pl.evaluation.tokenizer import OpenedTokenizer, measure_tokenizer, open_tokenizer
 from maskgit_pl.pipeline.grids import image_grid
 from maskgit_pl.processes import Bars, no_bars
 
@@ -65,6 +61,7 @@ __all__ = [
     "finish_page",
     "make_editing_page",
     "make_generation_page",
+    "measure_tokenizer_once",
     "open_models",
     "table_1",
     "table_2",
@@ -111,6 +108,7 @@ _TASKS: dict[Task, str] = {
 }
 NO_COLUMN = ("diversity", "steps_taken", "seconds_per_image")  # metrics that Tables 1 and 2 do not show, or elsewhere
 _NAMED_AFTER_NETWORK = ("fid", "sfid", "kid", "is")
+_OF_MACHINE = ("images_per_second", "peak_memory_mb")  # which only the CSV of tokenizers has
 _SHOWN_DIGITS = 8
 _SHOWN_EDITS = 12
 
@@ -153,8 +151,7 @@ def table_1(
         count = min(cas_images or count, evaluator.data.summary.samples["train"])
         scores = [evaluator.measure_cas(each, each.pipe.decoding, cas, num_images=count, seed=seed) for each in models]
         scores.append(evaluator.measure_cas(None, None, cas, num_images=count, seed=seed))
-    command = command_line(["maskgit table 1", *runs], {**options.flags(), **_cas_flags(cas, cas_images)})
-    page = make_generation_page(rows, scores, command=command)
+    page = make_generation_page(rows, scores)
     sheet = image_to_png(_draw_samples(opened, seed))
     return replace(page, folder=opened.folder, pictures={"table-1.png": sheet})
 
@@ -172,10 +169,8 @@ def table_2(runs: Runs, options: ReportOptions | None = None, *, bars: Bars = no
         for task in _TASKS
         for row in opened.evaluator.measure_editing(model, task, num_images=options.num_images, seed=options.seed)
     ]
-    page = make_editing_page(rows, command=command_line(["maskgit table 2", *runs], options.flags()))
-    return replace(
-        page, folder=opened.folder, pictures={"table-2.png": image_to_png(_draw_edits(opened, options.seed))}
-    )
+    sheet = image_to_png(_draw_edits(opened, options.seed))
+    return replace(make_editing_page(rows), folder=opened.folder, pictures={"table-2.png": sheet})
 
 
 def compare_tokenizers(runs: Runs, options: ReportOptions | None = None, *, bars: Bars = no_bars) -> Page:
@@ -193,10 +188,50 @@ def compare_tokenizers(runs: Runs, options: ReportOptions | None = None, *, bars
     options = options or ReportOptions()
     _check_runs("table tokenizers", runs)
     folders = [find_tokenizer_folders(run, data=options.data, classifier=options.classifier) for run in runs]
-    # All rows compare with the same real images.
-    folders = [replace(each, data=folders[0].data) for each in folders]
-    command = command_line(["maskgit table tokenizers", *runs], options.flags())
-    return measure_tokenizers(folders, options, command, bars)
+    shared = folders[0].data  # all rows compare with the same real images
+    own = TokenizerOptions(
+        batch_size=options.batch_size,
+        device=options.device,
+        num_workers=options.num_workers,
+        classifier=options.classifier,
+        num_images=options.num_images,
+    )
+    tokenizers = [open_tokenizer(replace(each, data=shared), options.features, own, bars) for each in folders]
+    ledger = Ledger(options.results / FILE_NAME)
+    rows = [{**measure_tokenizer_once(ledger, each, bars), "run": each.folders.run.name} for each in tokenizers]
+    held_out = describe_held_out(shared, tokenizers[0].data.summary)["text"]
+    return _make_tokenizer_page(rows, held_out, options.results / data_name(shared))
+
+
+def measure_tokenizer_once(ledger: Ledger, opened: OpenedTokenizer, bars: Bars) -> Row:
+    """Returns the row of a tokenizer, which is measured if the ledger lacks it; see ``measure_tokenizer``."""
+    row = ledger.find("tokenizer", opened.key)
+    return row or ledger.add("tokenizer", measure_tokenizer(opened, Path("tokenizer.json"), bars).row())
+
+
+def _make_tokenizer_page(rows: Sequence[Row], held_out: str, folder: Path) -> Page:
+    """Returns the page of tokenizers, one row for each; ``held_out`` is a sentence about the images."""
+    names = [name for name in dict.fromkeys(name for row in rows for name in row["numbers"]) if name not in _OF_MACHINE]
+    lines = [
+        *heading("Tokenizers"),
+        *paragraph(
+            held_out,
+            f"{rows[0]['num_images']} of them were measured. FID and KID of real halves compare one half of these real",
+            "images with the other. Values are comparable only for the same data, network and number of images.",
+        ),
+        "",
+        *markdown_table(
+            ["tokenizer", "codes", "quantizer", "parameters", *map(title, names)],
+            [
+                [code_cell(row["run"]), markdown(row["codes"]), markdown(row["quantizer"]), _millions(row),
+                 *(metric_cell(row["numbers"], name) for name in names)]
+                for row in rows
+            ],
+            left=3,
+        ),
+    ]  # fmt: skip
+    flat = [{**{key: value for key, value in row.items() if key != "numbers"}, **row["numbers"]} for row in rows]
+    return Page("tokenizers", "\n".join([*lines, ""]), flat, folder=folder)
 
 
 @dataclass(frozen=True)
@@ -249,22 +284,6 @@ def _check_runs(task: str, runs: Runs) -> None:
         raise ValueError(f"{task} must run in one process; start it without torchrun, or use `maskgit evaluate`")
 
 
-def _cas_flags(cas: CASConfig | None, num_images: int | None) -> dict[str, object]:
-    """Returns the flags that determine the classification accuracy score; None stands for a default."""
-    if cas is None:
-        return {"cas_model": "none"}
-    # Only what differs from the default is repeated on the page.
-    given = {name: value for name, value in vars(cas).items() if value != getattr(CAS_TRAINING, name)}
-    return {
-        "cas_model": given.get("model"),
-        "cas_images": num_images,
-        "cas_max_steps": given.get("max_steps"),
-        "cas_batch_size": given.get("batch"),
-        "cas_learning_rate": given.get("peak_rate"),
-        "cas_precision": given.get("precision"),
-    }
-
-
 def _draw_samples(opened: OpenedModels, seed: int) -> Image.Image:
     """Draws a sheet with a row of real images, a row per model and a column per class."""
     data, models = opened.evaluator.data, opened.models
@@ -295,16 +314,15 @@ def _draw_edits(opened: OpenedModels, seed: int) -> Image.Image:
     return image_grid(torch.cat(shown), columns=len(images), row_captions=captions)
 
 
-def make_generation_page(samples: Sequence[Row], cas: Sequence[Row], *, command: str) -> Page:
+def make_generation_page(samples: Sequence[Row], cas: Sequence[Row]) -> Page:
     """Returns the page of Table 1: class-conditional generation.
 
     Args:
         samples: Rows of generated images and of real images.
         cas: Rows of the classification accuracy score; empty leaves it out.
-        command: Command that produces the page.
     """
     counts = ", ".join(dict.fromkeys(_word(row, "num_images") for row in samples))
-    lines = heading("Table 1: class-conditional generation", command)
+    lines = heading("Table 1: class-conditional generation")
     lines += paragraph(
         f"{counts} images of each model, evenly distributed over the classes, are compared with",
         f"{_describe_reference(samples)}. The last line of each table shows the same number of real training images",
@@ -333,8 +351,8 @@ def _generation_lines(rows: Sequence[Row], network: str) -> list[str]:
     return markdown_table(
         ["model", "run", *headings, "parameters", "steps", "ms per image"],
         [
-            [_word(row, "model"), code_cell(row["run"]), *(_cell(row, name) for name in shown), _millions(row),
-             _word(row, "num_steps"), _cell(row, "seconds_per_image")]
+            [_word(row, "model"), code_cell(row["run"]), *(metric_cell(row, name) for name in shown), _millions(row),
+             _word(row, "num_steps"), metric_cell(row, "seconds_per_image")]
             for row in sorted(rows, key=lambda row: row["model"] == REAL)
         ],
         left=2,
@@ -354,14 +372,13 @@ def _cas_lines(rows: Sequence[Row]) -> list[str]:
     return [*lines, "", *markdown_table(["trained on images of", "top-1 %", "top-5 %"], cells)]
 
 
-def make_editing_page(rows: Sequence[Row], *, command: str) -> Page:
+def make_editing_page(rows: Sequence[Row]) -> Page:
     """Returns the page of Table 2: outpainting and inpainting of val images.
 
     Args:
         rows: Rows of edited, masked and unedited images.
-        command: Command that produces the page.
     """
-    lines = heading("Table 2: outpainting and inpainting", command)
+    lines = heading("Table 2: outpainting and inpainting")
     lines += paragraph(
         "Each val image is edited once: the model gets its class and its visible part, and generates the rest. The",
         f"results are compared with {_describe_reference(rows)}. `unedited` shows the same images without a change,",
@@ -382,8 +399,8 @@ def _editing_lines(rows: Sequence[Row]) -> list[str]:
     return markdown_table(
         ["result", "run", "network", *map(title, shown), "images", "steps"],
         [
-            [_word(row, "model"), code_cell(row["run"]), _word(row, "network"), *(_cell(row, name) for name in shown),
-             _word(row, "num_images"), _word(row, "num_steps")]
+            [_word(row, "model"), code_cell(row["run"]), _word(row, "network"),
+             *(metric_cell(row, name) for name in shown), _word(row, "num_images"), _word(row, "num_steps")]
             for row in rows
         ],
         left=3,
@@ -444,12 +461,6 @@ def _join_names(rows: Sequence[Row], name: Callable[[Row], str], digest: str) ->
 def _digest(row: Mapping[str, Any], name: str) -> str:
     """Returns the first digits of a digest, which a row may lack."""
     return markdown(str(row.get(name) or "")[:_SHOWN_DIGITS]) or "not recorded"
-
-
-def _cell(row: Mapping[str, Any], name: str) -> str:
-    """Returns a value as text, or an empty cell if the row has none."""
-    value = read_number(row, name)
-    return "" if value is None else format_value(name, value)
 
 
 def _word(row: Mapping[str, Any], name: str) -> str:

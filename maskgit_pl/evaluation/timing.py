@@ -13,7 +13,7 @@ from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -29,25 +29,13 @@ from maskgit_pl.distributed import describe_environment, device_name, find_devic
 from maskgit_pl.errors import markdown, plain_label
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
 from maskgit_pl.evaluation.options import NUM_TOKENS, ReportOptions
-from maskgit_pl.evaluation.pages import (
-    LineEnd,
-    Page,
-    command_line,
-    figure_to_png,
-    heading,
-    markdown_table,
-    name_lines,
-    paragraph,
-)
+from maskgit_pl.evaluation.pages import Page, figure_to_png, heading, markdown_table, paragraph
 from maskgit_pl.networks.backbone import Attention, AutoregressiveBackbone, BackboneConfig, build_config, create_network
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pipeline.pretrained import read_config
 from maskgit_pl.pipeline.sharing import local_folder
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.schedules import mask_schedules
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 __all__ = ["METHODS", "SIZES", "Method", "figure_4", "make_timing_page", "measure_timings"]
 
@@ -63,9 +51,6 @@ _WARM_UP = 8  # steps before the clock starts
 _CSV = ("method", "num_tokens", "num_steps", "seconds", "least", "runs", "network", "device", "torch", "dtype", "kind")
 
 _COLOURS = {"MaskGIT": "#0d7d6c", "autoregressive, KV cache": "#d98b1f", "autoregressive, no cache": "#c0392b"}
-_TICKS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000]
-_INK = "#444444"
-_STRIP = 0.2  # height of the strip of ratios, as a fraction of the axes' height
 _EXPLANATIONS = {  # by type of the device
     "cpu": "The paper reports ratios of 30 to 64 on a GPU, which computes all tokens of an image in about the time of "
     "one. On a CPU, as here, the time is proportional to the work, and a cache saves most of it.",
@@ -102,18 +87,14 @@ def figure_4(
     if run is not None:
         folder = local_folder(run) / "transformer"
         config = build_config(read_config(folder, "transformer").get("network"), f"{folder / 'config.json'}: network")
-    bar = bars("figure 4: points", len(METHODS) * len(num_tokens))
     rows = measure_timings(
         Ledger(options.results / FILE_NAME),
         sizes=replace(config, **sizes),  # type: ignore[arg-type]  # fields of another backbone raise a TypeError
         num_tokens=num_tokens,
         device=find_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu")),
-        on_point=lambda _: bar(1),
+        bars=bars,
     )
-    points = None if tuple(num_tokens) == NUM_TOKENS else num_tokens
-    words = ["maskgit figure 4", *([] if run is None else [run])]
-    command = command_line(words, {"num_tokens": points, **sizes, "device": options.device})
-    return replace(make_timing_page(rows, command=command), folder=options.results)
+    return replace(make_timing_page(rows), folder=options.results)
 
 
 def measure_timings(
@@ -122,7 +103,7 @@ def measure_timings(
     sizes: BackboneConfig = SIZES,
     num_tokens: Sequence[int] = NUM_TOKENS,
     device: torch.device | str = "cpu",
-    on_point: Callable[[Row], object] = lambda row: None,
+    bars: Bars = no_bars,
 ) -> list[Row]:
     """Times each method at each number of tokens with batch size 1. Points in the ledger are not measured again.
 
@@ -133,7 +114,7 @@ def measure_timings(
         sizes: Configuration of the networks; the grid is replaced at each point. Vectors are not timed.
         num_tokens: Numbers N of tokens, all squares.
         device: Device of the networks.
-        on_point: Called with each point, measured or from the ledger.
+        bars: Progress bars.
 
     Returns:
         The points, sorted by N and method.
@@ -146,17 +127,16 @@ def measure_timings(
             raise ValueError(f"num_tokens must be squares, such as 16 or 256, got {count}")
     device = torch.device(device)
     _with_attention(sizes, "causal")  # raises if there is none
-    rows = []
+    rows, advance = [], bars("figure 4: points", len(METHODS) * len(set(num_tokens)))
     for count in sorted(set(num_tokens)):
         keys = {method: _key_columns(method, count, sizes, device) for method in METHODS}
         found = {method: row for method, key in keys.items() if (row := ledger.find("timing", key)) is not None}
-        for row in found.values():
-            on_point(row)
+        advance(len(found))
         missing = [method for method in METHODS if method not in found]
         # Each point is written as soon as it is measured, so that a command that is stopped loses at most one.
         for method, seconds in _measure(missing, sizes, count, device) if missing else ():
             found[method] = ledger.add("timing", {**keys[method], **_summarize(seconds)})
-            on_point(found[method])
+            advance(1)
         rows += [found[method] for method in METHODS]
     return rows
 
@@ -293,17 +273,16 @@ def _build_decoders(
     }
 
 
-def make_timing_page(rows: Sequence[Row], *, command: str) -> Page:
+def make_timing_page(rows: Sequence[Row]) -> Page:
     """Returns the page: an explanation, the figure, and a table with the ratios.
 
     Args:
         rows: See ``measure_timings``.
-        command: Command that produces the page.
     """
     first, lines = rows[0], _group_by_method(rows)
     counts = list(lines["MaskGIT"])
     text = [
-        *heading("Figure 4: decoding time of autoregressive decoding and MaskGIT", command),
+        *heading("Figure 4: decoding time of autoregressive decoding and MaskGIT"),
         "![time per image over the number of tokens](figure-4.png)",
         "",
         *paragraph(
@@ -348,75 +327,38 @@ def _group_by_method(rows: Sequence[Row]) -> dict[Method, dict[int, Row]]:
 
 
 def _draw_timings(rows: Sequence[Row]) -> bytes:
-    """Draws the seconds per image over the number of tokens, with a line per method and its ratios to MaskGIT.
-
-    Args:
-        rows: See ``measure_timings``.
-
-    Returns:
-        A PNG.
+    """Draws the seconds per image over the number of tokens as a PNG, with a line per method.
 
     Source: paper, Figure 4.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, LogLocator
 
-    page = Figure(figsize=(8.8, 5.4), layout="constrained")
+    page, first = Figure(figsize=(8.8, 5.4), layout="constrained"), rows[0]
     axes = page.subplots()
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    lines = _group_by_method(rows)
-    for method, points in lines.items():
+    for method, points in _group_by_method(rows).items():
+        steps = " and ".join(map(str, sorted({row["num_steps"] for row in points.values()})))
+        is_front = method == "MaskGIT"
         axes.plot(
-            list(points), [row["seconds_per_image"] for row in points.values()], color=_COLOURS[method],
-            linewidth=3 if method == "MaskGIT" else 1.8, marker="o", markersize=6 if method == "MaskGIT" else 4.5,
-            zorder=3 if method == "MaskGIT" else 2,
+            list(points), [row["seconds_per_image"] for row in points.values()], color=_COLOURS[method], marker="o",
+            linewidth=3 if is_front else 1.8, zorder=3 if is_front else 2,
+            label=f"MaskGIT, T = {steps}" if is_front else method,
         )  # fmt: skip
-    _format_axes(axes, rows)
-    _write_ratios(axes, lines)
-    ends: dict[str, LineEnd] = {method: _line_end(method, points) for method, points in lines.items()}
-    name_lines(page, axes, ends, least=0.09)
-    return figure_to_png(page)
-
-
-def _line_end(method: Method, points: Mapping[int, Row]) -> LineEnd:
-    last = points[max(points)]
-    steps = sorted({row["num_steps"] for row in points.values()})
-    label, _, cache = method.partition(", ")
-    note = cache or f"T = {' and '.join(map(str, steps))}"
-    point = (last["num_tokens"], last["seconds_per_image"])
-    return LineEnd(label, point, _COLOURS[method], bold=method == "MaskGIT", second_line=note)
-
-
-def _write_ratios(axes: Axes, lines: Mapping[Method, Mapping[int, Row]]) -> None:
-    """Writes the ratios to MaskGIT of the other methods, as two rows of numbers below the lines."""
-    low, high = axes.get_ylim()
-    # On a logarithmic axis, a strip of a given fraction needs a power of the range.
-    axes.set_ylim(low * (low / high) ** _STRIP, high)  # room for the rows
-    place = axes.get_xaxis_transform()
-    for method, height in zip(METHODS[1:], (0.02, 0.075), strict=True):
-        for count in lines[method]:
-            axes.text(
-                count, height, f"{_format_ratio(lines, method, count)} x", transform=place, color=_COLOURS[method],
-                fontsize=10.5, fontweight="bold", ha="center", va="bottom",
-            )  # fmt: skip
-    axes.text(0.012, 0.15, "time relative to MaskGIT", transform=axes.transAxes, color=_INK, fontsize=9, va="center")
-
-
-def _format_axes(axes: Axes, rows: Sequence[Row]) -> None:
-    counts, first = sorted({row["num_tokens"] for row in rows}), rows[0]
-    seconds = [row["seconds_per_image"] for row in rows]
+    counts = sorted({row["num_tokens"] for row in rows})
     axes.set_xticks(counts, [f"{count}\n{math.isqrt(count)} x {math.isqrt(count)}" for count in counts])
-    shown = [tick for tick in _TICKS if min(seconds) / 2 <= tick <= max(seconds) * 2]
-    axes.set_yticks(shown, [f"{tick:g} s" if tick >= 1 else f"{1000 * tick:g} ms" for tick in shown])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axes.yaxis.set_major_formatter(EngFormatter("s"))
     axes.minorticks_off()
     axes.set_xlabel("tokens per image, N")
     axes.set_ylabel("transformer time per image")
-    axes.set_title("Figure 4: autoregressive decoding and MaskGIT", fontsize=12, loc="left", pad=36)
-    axes.annotate(
+    axes.set_title(
+        "Figure 4: autoregressive decoding and MaskGIT\n"
         f"{plain_label(first['network'])}; batch 1, {plain_label(first['dtype'])}\n"
-        f"{plain_label(first['device'])}, torch {plain_label(first['torch'])}", (0, 1), (0, 5),
-        xycoords="axes fraction", textcoords="offset points", fontsize=9, color=_INK, va="bottom", linespacing=1.4,
+        f"{plain_label(first['device'])}, torch {plain_label(first['torch'])}", fontsize=10, loc="left",
     )  # fmt: skip
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.06, y=0.1)
+    axes.legend(frameon=False)
+    return figure_to_png(page)

@@ -15,10 +15,10 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
-from itertools import cycle, product
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -30,7 +30,8 @@ from maskgit_pl.errors import markdown
 from maskgit_pl.evaluation.cache import digest_of, shorten_digest
 from maskgit_pl.evaluation.comparison import list_selectors, measure_real
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, collect_numbers
-from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
+from maskgit_pl.evaluation.figures import draw_curves
+from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
 from maskgit_pl.evaluation.metrics import (
     Metrics,
     direction,
@@ -57,22 +58,9 @@ from maskgit_pl.evaluation.options import (
     round_to_classes,
     with_steps,
 )
-from maskgit_pl.evaluation.pages import (
-    LineEnd,
-    Page,
-    command_line,
-    figure_to_png,
-    heading,
-    markdown_table,
-    name_lines,
-    paragraph,
-    plot_by_steps,
-    plot_floor,
-    terminal_table,
-    terminal_word,
-)
+from maskgit_pl.evaluation.pages import Page, heading, markdown_table, metric_cell, paragraph
 from maskgit_pl.evaluation.run_folders import RunFolders, find_run
-from maskgit_pl.evaluation.search_space import SearchSpace, check_schedules, list_schedules
+from maskgit_pl.evaluation.search_space import SearchSpace, list_schedules
 from maskgit_pl.files import check_writable
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.card import refresh_card
@@ -84,9 +72,8 @@ from maskgit_pl.schedules import mask_schedules
 
 if TYPE_CHECKING:
     import optuna
-    from rich.table import Table
 
-__all__ = ["ScheduleCurves", "Trial", "TuningResult", "draw_curves", "make_page", "measure_curves", "search", "tune"]
+__all__ = ["Trial", "TuningResult", "add_curves", "make_page", "measure_curves", "search", "tune"]
 
 Measure: TypeAlias = Callable[[DecodingConfig, int, int, str], Mapping[str, float]]
 """Measures a decoding, given the number of images, the seed of the first one, and a remark for the ledger."""
@@ -96,7 +83,6 @@ _STEPS = (4, 6, 8, 12, 16)
 _CONFIRMATION_OFFSET = 1_000_000  # between the seeds of steps 1 and 2, so that no image has the same noise
 _SHOWN_TRIALS = 10  # of the table of trials
 _COLUMNS = ("class_agreement", "fid/classifier", "kid/classifier", "diversity", "seconds_per_image")
-_COLOURS = ("#14427a", "#c58b3a", "#6d9a5c", "#a0709f", "#5aa0a3", "#b3605b", "#8a8a8a", "#9a8c4f", "#7f86c4")
 
 _log = logging.getLogger(__name__)
 
@@ -125,20 +111,18 @@ class TuningResult:
         trials: All trials, in order.
         confirmed: Trial 0, the best trials and the current decoding, measured again with other noise.
         num_images: Number of images of each trial; ``confirmed`` has twice as many.
-        folder: Folder of the study, the page and the figure.
+        page: The page of the search; None before it is made.
         decoding_file: Path of the written ``decoding.json``; None if the model already had the winning decoding.
         old_decoding_file: Path of the copy of the previous ``decoding.json``; None if there was none.
-        num_measured: Number of new measurements, without those that the ledger already held.
     """
 
     metric: str
     trials: tuple[Trial, ...]
     confirmed: tuple[Trial, ...]
     num_images: int
-    folder: Path = Path()
+    page: Page | None = None
     decoding_file: Path | None = None
     old_decoding_file: Path | None = None
-    num_measured: int = 0
 
     @property
     def before(self) -> Trial:
@@ -149,30 +133,6 @@ class TuningResult:
     def winner(self) -> Trial:
         """The best of ``confirmed``; a tie keeps the earlier one, which is the decoding that the search began with."""
         return _rank(self.confirmed, self.metric)[0]
-
-    def table(self) -> Table:
-        """Returns the second measurement as a table for the terminal."""
-        above = f"second measurement with other noise, {2 * self.num_images} images each"
-        rows = self.iter_cells(self.confirmed, terminal_word, "[bold]{}[/]")
-        return terminal_table(above, self.headings, rows, left=2)
-
-    @property
-    def columns(self) -> list[str]:
-        """The names of the values in tables, with the metric of the search first."""
-        return list(dict.fromkeys((self.metric, *_COLUMNS)))
-
-    @property
-    def headings(self) -> list[str]:
-        """The headings of a table of trials."""
-        return ["trial", "decoding", *map(title, self.columns)]
-
-    def iter_cells(self, trials: Sequence[Trial], word: Callable[[str], str], bold: str = "{}") -> Iterator[list[str]]:
-        """Yields the cells of each trial; ``word`` escapes a text, and ``bold`` formats the cells of the winner."""
-        for trial in trials:
-            given = trial.numbers
-            cells = [format_value(name, given[name], more_digits=1) if name in given else "" for name in self.columns]
-            form = bold if trial.number == self.winner.number else "{}"
-            yield [form.format(cell) for cell in (str(trial.number), word(describe_decoding(trial.decoding)), *cells)]
 
 
 def _rank(trials: Sequence[Trial], metric: str) -> list[Trial]:
@@ -244,16 +204,16 @@ def tune(
     key = _study_key(evaluator, model, space, num_images=count, seed=options.seed)
     study = _open_study(folder / "study.db", name, key)
     result = search(study, space, measure, metric=name, trials=trials, num_images=count, options=options, bars=bars)
-    result = replace(result, folder=folder)
+    page = replace(make_page(result, measure_real(evaluator, 2 * count, amount)), folder=folder)
     # The page is written before the decoding, in case that the folder of the model is full by now.
-    command, real = _command(run, trials, metric, num_images, options), measure_real(evaluator, 2 * count, amount)
-    make_page(result, real, command=command).write()
+    page.write()
     result = _save_decoding(folders, pipe, evaluator, result, options)
-    if options.plot:
-        floor = measure_real(evaluator, count, amount)[name]
-        curves = measure_curves(measure, pipe, result, seed=options.seed, floor=floor, bars=bars)
-        make_page(result, real, command=command, curves=curves).write()
-    return replace(result, num_measured=evaluator.num_measured)
+    if options.plot and (best := _best_that_follows_a_schedule(result)) is not None:
+        curves = measure_curves(measure, pipe, best, result, seed=options.seed, bars=bars)
+        floor = measure_real(evaluator, count, amount)[name.partition("/")[0]]
+        page = add_curves(page, result, curves, best, floor)
+        page.write()
+    return replace(result, page=page)
 
 
 def _check_model_folder(folder: Path) -> None:
@@ -280,7 +240,6 @@ def _make_space(pipe: MaskGIT, options: TuningOptions) -> SearchSpace:
         num_tokens,
         can_guide=can_guide(pipe),
     )
-    check_schedules(space.schedules)
     check_model_decoding(pipe, pipe.decoding)
     for selector, num_steps in product(space.selectors, space.num_steps):
         check_model_decoding(pipe, replace(with_steps(pipe.decoding, num_steps), token_selector=selector))
@@ -413,28 +372,16 @@ def _save_decoding(
     return replace(result, decoding_file=folders.pretrained / "decoding.json", old_decoding_file=old)
 
 
-def _command(run: Path | str, trials: int, metric: str, num_images: int, options: TuningOptions) -> str:
-    given = {"trials": trials, "metric": metric, "num_images": num_images, "seed": options.seed}
-    given |= {name: getattr(options, name) for name in ("seconds", "num_steps", "selectors", "negative_model")}
-    # An empty list has a word of its own on the command line.
-    given["schedules"] = "own" if options.schedules is not None and not options.schedules else options.schedules
-    return command_line(["maskgit tune", run], given)
-
-
-def make_page(
-    result: TuningResult, real: Mapping[str, float], *, command: str, curves: ScheduleCurves | None = None
-) -> Page:
+def make_page(result: TuningResult, real: Row) -> Page:
     """Returns the page of a search.
 
     Args:
         result: The search.
-        real: Values of as many real training images as in the second measurement; see ``comparison.measure_real``.
-        command: Command that produces the page.
-        curves: Curves of the figure; None for no figure.
+        real: Row of as many real training images as in the second measurement; see ``comparison.measure_real``.
     """
     count, shown = result.num_images, _rank(result.trials, result.metric)[:_SHOWN_TRIALS]
-    floor = [f"{title(name)} {format_value(name, real[name])}" for name in ("fid/classifier", "kid/classifier")]
-    lines = heading("Search for a decoding", command)
+    floor = [f"{title(name)} {metric_cell(real, name)}" for name in ("fid", "kid")]
+    lines = heading("Search for a decoding")
     lines += paragraph(
         f"{len(result.trials)} trials of {count} images were compared by {result.metric} ({direction(result.metric)}),",
         "all with the same noise. Trial 0 is the decoding that the search began with. It and the best",
@@ -444,16 +391,22 @@ def make_page(
         f"{real['class_agreement']:.1%} of these images. For comparison, {real['num_images']} real training images",
         f"have {' and '.join(floor)}.",
     )
-    lines += ["", "## Second measurement", ""]
-    lines += markdown_table(result.headings, result.iter_cells(result.confirmed, markdown, "**{}**"), left=2)
-    lines += ["", *_explain_winner(result), "", f"## Best of {len(result.trials)} trials, {count} images each", ""]
-    lines += markdown_table(result.headings, result.iter_cells(shown, markdown), left=2)
-    pictures = {}
-    if curves is not None:
-        lines += ["", *_describe_curves(result, curves)]
-        pictures["tuning.png"] = draw_curves(result, curves)
+    lines += ["", "## Second measurement", "", *_trial_table(result, result.confirmed), "", *_explain_winner(result)]
+    lines += ["", f"## Best of {len(result.trials)} trials, {count} images each", "", *_trial_table(result, shown)]
     rows = [{"trial": each.number, **each.numbers, "decoding": decoding_key(each.decoding)} for each in result.trials]
-    return Page("tuning", "\n".join(lines) + "\n", rows, pictures, folder=result.folder)
+    return Page("tuning", "\n".join([*lines, ""]), rows)
+
+
+def _trial_table(result: TuningResult, trials: Sequence[Trial]) -> list[str]:
+    """Returns a table of trials with the metric of the search first; the winner is bold."""
+    columns = list(dict.fromkeys((result.metric, *_COLUMNS)))
+    rows = []
+    for trial in trials:
+        cells = [str(trial.number), markdown(describe_decoding(trial.decoding))]
+        cells += [metric_cell(trial.numbers, name, more_digits=1) for name in columns]
+        is_winner = trial.number == result.winner.number
+        rows.append([f"**{cell}**" if cell and is_winner else cell for cell in cells])
+    return markdown_table(["trial", "decoding", *map(title, columns)], rows, left=2)
 
 
 def _explain_winner(result: TuningResult) -> list[str]:
@@ -465,96 +418,76 @@ def _explain_winner(result: TuningResult) -> list[str]:
     return [verdict, "", "```json", json.dumps(asdict(winner.decoding), indent=2), "```"]
 
 
-@dataclass(frozen=True)
-class ScheduleCurves:
-    """The metric of a search for one decoding with each mask schedule, over the number of steps.
-
-    Args:
-        values: Values by schedule and T; the schedule of the training comes first.
-        decoding: Description of the decoding that all points share.
-        floor: Value of as many real images as each point has.
-    """
-
-    values: Mapping[str, Mapping[int, float]]
-    decoding: str
-    floor: float
+def _best_that_follows_a_schedule(result: TuningResult) -> DecodingConfig | None:
+    """Returns the best decoding whose selector follows the mask schedule; None if there is none."""
+    for trial in (result.winner, *_rank(result.trials, result.metric)):
+        assert trial.decoding.token_selector is not None  # the model is not autoregressive
+        if token_selectors.build(trial.decoding.token_selector).follows_schedule:
+            return trial.decoding
+    _log.info("no figure is drawn, because no trial follows a mask schedule")
+    return None
 
 
 def measure_curves(
-    measure: Measure, pipe: MaskGIT, result: TuningResult, *, seed: int, floor: float, bars: Bars = no_bars
-) -> ScheduleCurves | None:
-    """Measures the best decoding of a search with each mask schedule at several numbers of steps.
+    measure: Measure, pipe: MaskGIT, best: DecodingConfig, result: TuningResult, *, seed: int, bars: Bars = no_bars
+) -> dict[str, dict[int, float]]:
+    """Measures a decoding with each mask schedule at several numbers of steps.
 
     Args:
         measure: Measures a decoding.
         pipe: The model.
-        result: The search.
+        best: The decoding.
+        result: The search, whose metric and number of images are used.
         seed: Seed of the first image of each point: the curves differ by the schedule, not by the noise.
-        floor: Value of real images.
         bars: Progress bars.
 
     Returns:
-        The curves, or None if no trial follows a mask schedule.
+        Values by schedule and T; the schedule of the training comes first.
     """
-    ranked = [result.winner, *_rank(result.trials, result.metric)]
-    best = next((trial.decoding for trial in ranked if _follows_schedule(trial.decoding)), None)
-    if best is None:
-        _log.info("no figure is drawn, because no trial follows a mask schedule")
-        return None
     trained, built = pipe.transformer.schedule_for("tune"), mask_schedules.build_all()
     # The schedule of the training may have arguments that no registered name has.
     own = next((name for name, schedule in built.items() if schedule == trained), repr(trained))
     specs = {f"{own} (trained)": None, **{name: name for name in sorted(built) if name != own}}
     steps = choose_plot_steps(pipe.outline.num_tokens)
     advance = bars("mask schedules", len(specs) * sum(steps))
-    values: dict[str, dict[int, float]] = {name: {} for name in specs}
+    curves: dict[str, dict[int, float]] = {name: {} for name in specs}
     for num_steps, (name, spec) in product(steps, specs.items()):
         point = replace(with_steps(best, num_steps), mask_schedule=spec)
         numbers = measure(point, result.num_images, seed, f"mask schedule {name}, {num_steps} steps")
-        values[name][num_steps] = numbers[result.metric]
+        curves[name][num_steps] = numbers[result.metric]
         advance(num_steps)
-    return ScheduleCurves(values, describe_decoding(replace(best, mask_schedule=None), steps=False), floor)
+    return curves
 
 
-def _follows_schedule(decoding: DecodingConfig) -> bool:
-    assert decoding.token_selector is not None  # the model is not autoregressive
-    return token_selectors.build(decoding.token_selector).follows_schedule
+def add_curves(
+    page: Page, result: TuningResult, curves: Mapping[str, Mapping[int, float]], best: DecodingConfig, floor: float
+) -> Page:
+    """Returns a page with a figure of mask schedules, and a table of its points.
 
-
-def _describe_curves(result: TuningResult, curves: ScheduleCurves) -> list[str]:
-    """Returns the section of the figure, with a table of its points."""
-    metric = result.metric
-    steps = list(next(iter(curves.values.values())))
-    lines = ["## Mask schedules", "", f"![{metric} against the number of steps for each mask schedule](tuning.png)", ""]
-    lines += paragraph(
-        f"{title(metric)} ({direction(metric)}) from {result.num_images} images per point, with the same noise for all",
-        f"points. The model is decoded with each schedule and {markdown(curves.decoding)}.",
-    )
-    rows = [
-        [markdown(name), *(format_value(metric, line[number], more_digits=1) for number in steps)]
-        for name, line in curves.values.items()
-    ]
-    return [*lines, "", *markdown_table(["mask schedule", *(f"T = {number}" for number in steps)], rows)]
-
-
-def draw_curves(result: TuningResult, curves: ScheduleCurves) -> bytes:
-    """Draws a line per mask schedule as a PNG; that of the training is emphasised.
-
-    Source: paper, Figure 8, right.
+    Args:
+        page: Page of a search.
+        result: The search.
+        curves: See ``measure_curves``.
+        best: The decoding of all points.
+        floor: Value of as many real images as each point has.
     """
-    from matplotlib.figure import Figure
-
-    metric, page = result.metric, Figure(figsize=(8.4, 5.2), layout="constrained")
-    axes = page.subplots()
-    colours = dict(zip(curves.values, cycle(_COLOURS), strict=False))
-    trained, *_ = curves.values
-    plot_by_steps(axes, curves.values, colours, front=trained)
-    plot_floor(axes, curves.floor, f"real images: {format_value(metric, curves.floor, more_digits=1)}")
-    axes.set_ylabel(f"{title(metric)} of {result.num_images} images ({direction(metric)})")
-    axes.set_title("one model, decoded with each mask schedule", fontsize=11, loc="left")
-    ends = {
-        name: LineEnd(name, (max(line), line[max(line)]), colours[name], bold=name == trained)
-        for name, line in curves.values.items()
-    }
-    name_lines(page, axes, ends)
-    return figure_to_png(page)
+    metric, count, steps = result.metric, result.num_images, list(next(iter(curves.values())))
+    shared = describe_decoding(replace(best, mask_schedule=None), steps=False)
+    rows = [
+        [markdown(name), *(format_value(metric, curve[number], more_digits=1) for number in steps)]
+        for name, curve in curves.items()
+    ]
+    lines = [
+        *["", "## Mask schedules", ""],
+        *[f"![{metric} against the number of steps for each mask schedule](tuning.png)", ""],
+        *paragraph(
+            f"{title(metric)} ({direction(metric)}) from {count} images per point, with the same noise for all points.",
+            f"The model is decoded with each schedule and {markdown(shared)}.",
+        ),
+        "",
+        *markdown_table(["mask schedule", *(f"T = {number}" for number in steps)], rows),
+    ]
+    figure = draw_curves(
+        curves, metric=metric, num_images=count, floor=floor, heading="one model, decoded with each mask schedule"
+    )
+    return replace(page, markdown=page.markdown + "\n".join([*lines, ""]), pictures={"tuning.png": figure})

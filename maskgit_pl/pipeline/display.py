@@ -119,9 +119,13 @@ class Recording:
             # More frames are shown for a shorter time each, so that the animation stays under ten seconds.
             save_gif(frames, path, milliseconds=max(_SHORTEST, min(_FRAME, _ANIMATION // len(frames))))
         elif path.suffix.lower() == ".png":
-            save_png(decoding_filmstrip(**self._shown("filmstrip"), title=self.title), path)
+            save_png(self.filmstrip(), path)
         else:
             raise ValueError(f"path must end with .gif (animation) or .png (filmstrip), got {str(path)!r}")
+
+    def filmstrip(self, title: str | None = None) -> Image.Image:
+        """Draws at most 12 steps of the first image below a head line, which is ``self.title`` by default."""
+        return decoding_filmstrip(**self._shown("filmstrip"), title=self.title if title is None else title)
 
     def _shown(self, kind: Literal["animation", "filmstrip"]) -> dict[str, Any]:
         """Returns the arguments of both figures: only the steps that they show are decoded."""

@@ -61,9 +61,6 @@ class Factor:
     key: str
     values: tuple[str, ...]
 
-    def __str__(self) -> str:
-        return f"{self.key}={','.join(self.values)}"
-
 
 def parse_factor(flag: str, text: str) -> Factor:
     """Parses a factor such as ``model.network.depth=2,4`` or ``model.network={depth: 2, embed_dim: 192},{depth: 4}``.

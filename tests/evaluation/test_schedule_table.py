@@ -25,7 +25,7 @@ def page(*runs: tuple[str, float, int], **words: Any) -> Page:
             samples.append(row("MaskGIT", "classifier", fid=value, seed=0, **{**own, "num_steps": steps}))
         samples.append(row("MaskGIT", "classifier", fid=fid, seed=100, **{"is": 6.0}, **{**own, "num_steps": best}))
         samples.append(row("MaskGIT", "lite0", fid=90.0, seed=100, **{**own, "num_steps": best}))
-    return make_schedule_page(samples, likelihoods, command="maskgit ablation")
+    return make_schedule_page(samples, likelihoods)
 
 
 def cells(text: str, start: str) -> list[str]:

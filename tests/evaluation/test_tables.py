@@ -23,7 +23,6 @@ def test_each_network_has_a_table_of_its_own() -> None:
          row("MaskGIT", "lite0", fid=77.7), row(REAL, "lite0", fid=66.6)],
         [{**row("MaskGIT", ""), "classifier": "resnet18", "training_images": 5000, "training_steps": 400,
           "top1": 0.8, "top5": 0.99}],
-        command="maskgit table 1 runs/a",
     )  # fmt: skip
     first, second = page.markdown.split("## In the features of ")[1:]
     assert "FID (classifier)" in first
@@ -31,7 +30,6 @@ def test_each_network_has_a_table_of_its_own() -> None:
     assert "77.70" not in first
     assert "IS" not in second.split("## ")[0]  # lite0 does not know the classes
     assert "80.00" in second
-    assert "    maskgit table 1 runs/a" in page.markdown
     read = list(csv.DictReader(io.StringIO(page.csv)))
     assert [each["fid"] for each in read] == ["1.234", "0.1", "77.7", "66.6", ""]
 
@@ -42,7 +40,7 @@ def test_pages_name_the_reference_and_the_feature_networks() -> None:
     file = {"split": "", "reference_file": "imagenet.npz", "real_images": None}
     for changes, compared in (({}, "500 real images of the val split"), (file, "the statistics of imagenet.npz")):
         tasks = [row("MaskGIT", "lite0", fid=1.0, task="outpaint-right", **{**digests, **changes})]
-        for page in (make_generation_page(tasks, [], command="x"), make_editing_page(tasks, command="x")):
+        for page in (make_generation_page(tasks, []), make_editing_page(tasks)):
             said = " ".join(page.markdown.split())
             assert f"compared with {compared}" in said
             assert f"Reference: {changes.get('reference_file', 'the val split')} 01234567." in said
@@ -63,7 +61,7 @@ def pages(word: str) -> list[str]:
     words = dict.fromkeys(("model", "run", "network", "commit", "dataset", "data", "split", "date", "device"), word)
     rows = [{**row("", ""), **words, "fid": 1.5, "task": task} for task in ("outpaint-right", "inpaint-centre")]
     cas = {**rows[0], "classifier": word, "training_images": 5, "training_steps": 4, "top1": 0.8, "top5": 0.9}
-    made = make_generation_page(rows, [cas], command=word), make_editing_page(rows, command=word)
+    made = make_generation_page(rows, [cas]), make_editing_page(rows)
     return [page.markdown for page in made]
 
 

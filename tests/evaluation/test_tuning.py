@@ -1,26 +1,15 @@
-import io
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import optuna
 import pytest
-from rich.console import Console
 
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation import tuning
 from maskgit_pl.evaluation.options import TuningOptions
 from maskgit_pl.evaluation.search_space import SearchSpace
-from maskgit_pl.evaluation.tuning import (
-    ScheduleCurves,
-    Trial,
-    TuningResult,
-    draw_curves,
-    make_page,
-    measure_curves,
-    search,
-    tune,
-)
+from maskgit_pl.evaluation.tuning import Trial, TuningResult, add_curves, make_page, measure_curves, search, tune
 from maskgit_pl.schedules import Pow, mask_schedules
 from tests.evaluation.searching import FID, OWN, SPACE, numbers
 from tests.hostile_words import HOSTILE
@@ -142,8 +131,8 @@ def test_invalid_options_are_refused_before_the_run_is_opened() -> None:
 
 PLAIN = Trial(0, OWN, numbers(2.0))
 ENTROPY = Trial(1, DecodingConfig(4, "entropy"), numbers(1.0))
-CURVES = ScheduleCurves({"cosine (trained)": {2: 3.0, 4: 2.0}, "log": {2: 40.0, 4: 2.01}}, "halton", 0.5)
-REAL = {FID: 0.5, "kid/classifier": 0.001, "class_agreement": 0.9, "num_images": 20}
+CURVES = {"cosine (trained)": {2: 3.0, 4: 2.0}, "log": {2: 40.0, 4: 2.01}}
+REAL = {"fid": 0.5, "kid": 0.001, "class_agreement": 0.9, "num_images": 20}
 
 
 def model(schedule: Any) -> Any:
@@ -156,62 +145,54 @@ def model(schedule: Any) -> Any:
 )
 def test_curves_have_each_schedule_at_each_number_of_steps_and_that_of_the_training_first(schedule, name) -> None:
     measure, points = Measure(), []
-    # A decoding that follows no schedule has no curves: the best that follows one is drawn.
-    result = TuningResult(FID, (PLAIN, ENTROPY), (PLAIN, ENTROPY), 10)
-    curves = measure_curves(
-        measure, model(schedule), result, seed=0, floor=0.5, bars=lambda title, total: points.append
-    )
-    assert list(curves.values) == [f"{name} (trained)", *sorted(set(mask_schedules.build_all()) - {name})]
-    assert all(list(line) == [2, 3, 4] for line in curves.values.values())
-    assert len(points) == len(measure.calls) == 3 * len(curves.values)
+    result = TuningResult(FID, (PLAIN,), (PLAIN,), 10)
+    curves = measure_curves(measure, model(schedule), OWN, result, seed=0, bars=lambda title, total: points.append)
+    assert list(curves) == [f"{name} (trained)", *sorted(set(mask_schedules.build_all()) - {name})]
+    assert all(list(line) == [2, 3, 4] for line in curves.values())
+    assert len(points) == len(measure.calls) == 3 * len(curves)
     assert {(call[0].mask_schedule, call[0].num_steps) for call in measure.calls} >= {(None, 2), ("linear", 4)}
     assert {call[0].token_selector for call in measure.calls} == {"confidence"}
 
 
-def test_without_a_selector_that_follows_schedules_there_are_no_curves() -> None:
-    result = TuningResult(FID, (ENTROPY,), (ENTROPY,), 10)
-    assert measure_curves(Measure(), model(Pow(2.0)), result, seed=0, floor=0.5) is None
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("metric", [FID, "kid/classifier", "class_agreement"])
-def test_the_figure_is_drawn_for_every_metric(metric: str) -> None:
-    assert draw_curves(TuningResult(metric, (PLAIN,), (PLAIN,), 10), CURVES).startswith(b"\x89PNG")
+def test_the_curves_are_those_of_the_best_decoding_that_follows_a_schedule() -> None:
+    found = tuning._best_that_follows_a_schedule(TuningResult(FID, (PLAIN, ENTROPY), (PLAIN, ENTROPY), 10))
+    assert found == OWN
+    assert tuning._best_that_follows_a_schedule(TuningResult(FID, (ENTROPY,), (ENTROPY,), 10)) is None
 
 
 def test_the_page_names_the_winner_and_the_value_before() -> None:
     other = Trial(7, DecodingConfig(8, "halton"), numbers(1.5))
     result = TuningResult(FID, (PLAIN, other), (PLAIN, other), 10)
-    page = make_page(result, REAL, command="maskgit tune runs/x", curves=CURVES)
+    plain = make_page(result, REAL)
+    page = add_curves(plain, result, CURVES, OWN, 0.5)
     assert "Trial 7 wins: fid/classifier was 2 and is now 1.5" in page.markdown
     assert "2 trials of 10 images were compared by fid/classifier (lower is better)" in page.markdown
-    assert "have FID (classifier) 0.50 and KID x 1000 (classifier) 1.00." in page.markdown.replace("\n", " ")
+    assert "have FID 0.50 and KID x 1000 1.00." in page.markdown.replace("\n", " ")
     assert "| trial | decoding | FID (classifier) | class agreement % |" in page.markdown
     assert '"token_selector": "halton"' in page.markdown
     assert "| cosine (trained) | 3.000 | 2.000 |" in page.markdown
     assert list(page.pictures) == ["tuning.png"]
-    page = make_page(replace(result, confirmed=(PLAIN,)), REAL, command="maskgit tune runs/x")
+    page = make_page(replace(result, confirmed=(PLAIN,)), REAL)
     assert "Trial 0 wins, with fid/classifier 2: no other decoding is better." in page.markdown
     assert not page.pictures
 
 
-def test_the_table_shows_the_second_measurement_also_without_times() -> None:
+def test_a_trial_without_a_time_has_an_empty_cell() -> None:
     timeless = replace(PLAIN, numbers={name: value for name, value in numbers(2.0).items() if "seconds" not in name})
-    stream = io.StringIO()
-    Console(file=stream, width=200).print(TuningResult(FID, (timeless,), (timeless,), 10).table())
-    assert "20 images each" in stream.getvalue()
-    assert "2.000" in stream.getvalue()
+    page = make_page(TuningResult(FID, (timeless,), (timeless,), 10), REAL)
+    assert "| **0.800** |  |" in page.markdown
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("word", [word for word in HOSTILE if word.strip()], ids=lambda word: ascii(word[:30]))
 def test_no_name_of_a_schedule_or_selector_becomes_markup(word: str, monkeypatch) -> None:
-    monkeypatch.setattr(tuning, "draw_curves", lambda *_: b"")
+    monkeypatch.setattr(tuning, "draw_curves", lambda *_, **__: b"")
 
     def page(name: str) -> list[str]:
         trials = Trial(0, DecodingConfig(8, name), numbers(2.0)), Trial(7, DecodingConfig(8, name), numbers(1.5))
-        curves = ScheduleCurves({name: {2: 1.0}, "log": {2: 2.0}}, name, 0.5)
-        text = make_page(TuningResult(FID, trials, trials, 10), REAL, command=name, curves=curves).markdown
+        result = TuningResult(FID, trials, trials, 10)
+        curves = {name: {2: 1.0}, "log": {2: 2.0}}
+        text = add_curves(make_page(result, REAL), result, curves, trials[0].decoding, 0.5).markdown
         assert all(line.isprintable() for line in text.split("\n"))
         return [each for each in structure(text) if each != "code_inline"]
 
