@@ -30,12 +30,18 @@ from maskgit_pl.evaluation.cache import digest_of, shorten_digest
 from maskgit_pl.evaluation.evaluator import Evaluator, collect_numbers
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
 from maskgit_pl.evaluation.metrics import metric_name
-from maskgit_pl.evaluation.opening import create_evaluated_model, open_images, open_model, open_networks
+from maskgit_pl.evaluation.opening import (
+    RunFolders,
+    create_evaluated_model,
+    data_name,
+    open_images,
+    open_model,
+    open_networks,
+)
 from maskgit_pl.evaluation.options import ReportOptions, describe_decoding, round_to_classes
 from maskgit_pl.evaluation.pages import Page, command_line
 from maskgit_pl.evaluation.reconstruction import measure_reconstruction
 from maskgit_pl.evaluation.reference import iter_real_batches
-from maskgit_pl.evaluation.run_folders import RunFolders, data_name
 from maskgit_pl.files import check_writable
 from maskgit_pl.pipeline.pretrained import fingerprint, load_tokenizer, read_config
 from maskgit_pl.processes import Bars, no_bars

@@ -23,6 +23,7 @@ from maskgit_pl.evaluation.metrics import Metrics, format_value, title
 from maskgit_pl.evaluation.opening import (
     check_model_decoding,
     create_evaluated_model,
+    find_run,
     open_data,
     open_evaluator,
     open_model,
@@ -46,7 +47,6 @@ from maskgit_pl.evaluation.pages import (
     terminal_table,
     terminal_word,
 )
-from maskgit_pl.evaluation.run_folders import find_run
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.grids import image_grid
 from maskgit_pl.processes import Bars, no_bars

@@ -36,8 +36,11 @@ from maskgit_pl.evaluation.generation import GeneratedImages, delete_generated, 
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
 from maskgit_pl.evaluation.metrics import computed_metrics, format_value, metric_name, title
 from maskgit_pl.evaluation.opening import (
+    RunFolders,
     check_model_decoding,
     create_evaluated_model,
+    describe_held_out,
+    find_run,
     open_data,
     open_evaluator,
     open_model,
@@ -53,11 +56,6 @@ from maskgit_pl.evaluation.options import (
 from maskgit_pl.evaluation.pages import choose_classes
 from maskgit_pl.evaluation.reconstruction import measure_reconstruction
 from maskgit_pl.evaluation.reference import iter_real_batches
-from maskgit_pl.evaluation.run_folders import (
-    RunFolders,
-    describe_held_out,
-    find_run,
-)
 from maskgit_pl.files import write_text
 from maskgit_pl.networks.perceptual import LPIPS, load_lpips
 from maskgit_pl.pipeline.acceptance import Acceptance

@@ -30,6 +30,8 @@ from maskgit_pl.evaluation.metrics import format_value, metric_name, title
 from maskgit_pl.evaluation.opening import (
     check_data,
     create_evaluated_model,
+    find_run,
+    find_tokenizer_folders,
     give_val_vectors,
     open_data,
     open_evaluator,
@@ -51,7 +53,6 @@ from maskgit_pl.evaluation.pages import (
     metrics_of,
     paragraph,
 )
-from maskgit_pl.evaluation.run_folders import find_run, find_tokenizer_folders
 from maskgit_pl.evaluation.tokenizer_table import measure_tokenizers
 from maskgit_pl.pipeline.grids import image_grid
 from maskgit_pl.processes import Bars, no_bars

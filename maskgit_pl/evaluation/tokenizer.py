@@ -39,17 +39,17 @@ from maskgit_pl.evaluation.distances import frechet_distance, kernel_distance
 from maskgit_pl.evaluation.features import Extractor, FeatureCollector, open_extractors
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
 from maskgit_pl.evaluation.metrics import format_value, metric_name, title
-from maskgit_pl.evaluation.opening import open_images
-from maskgit_pl.evaluation.options import LEAST_IMAGES, Spec, TokenizerOptions
-from maskgit_pl.evaluation.pages import image_to_png, markdown_table, paragraph, terminal_table
-from maskgit_pl.evaluation.reconstruction import ReconstructionMeter, psnr
-from maskgit_pl.evaluation.reference import Statistics, iter_real_batches
-from maskgit_pl.evaluation.run_folders import (
+from maskgit_pl.evaluation.opening import (
     RunFolders,
     data_name,
     describe_held_out,
     find_tokenizer_folders,
+    open_images,
 )
+from maskgit_pl.evaluation.options import LEAST_IMAGES, Spec, TokenizerOptions
+from maskgit_pl.evaluation.pages import image_to_png, markdown_table, paragraph, terminal_table
+from maskgit_pl.evaluation.reconstruction import ReconstructionMeter, psnr
+from maskgit_pl.evaluation.reference import Statistics, iter_real_batches
 from maskgit_pl.files import check_writable, write_atomically, write_text
 from maskgit_pl.networks.perceptual import LPIPS, load_lpips
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer, images_at_once

@@ -10,9 +10,9 @@ from typing import Any
 from maskgit_pl.errors import markdown
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
 from maskgit_pl.evaluation.metrics import format_value, title
+from maskgit_pl.evaluation.opening import RunFolders, data_name, describe_held_out
 from maskgit_pl.evaluation.options import ReportOptions, TokenizerOptions
 from maskgit_pl.evaluation.pages import Page, code_cell, heading, markdown_table, paragraph
-from maskgit_pl.evaluation.run_folders import RunFolders, data_name, describe_held_out
 from maskgit_pl.evaluation.tokenizer import measure_tokenizer, open_tokenizer
 from maskgit_pl.processes import Bars
 

@@ -41,9 +41,11 @@ from maskgit_pl.evaluation.metrics import (
     tuning_column,
 )
 from maskgit_pl.evaluation.opening import (
+    RunFolders,
     can_guide,
     check_model_decoding,
     create_evaluated_model,
+    find_run,
     open_data,
     open_evaluator,
     open_model,
@@ -71,7 +73,6 @@ from maskgit_pl.evaluation.pages import (
     terminal_table,
     terminal_word,
 )
-from maskgit_pl.evaluation.run_folders import RunFolders, find_run
 from maskgit_pl.evaluation.search_space import SearchSpace, check_schedules, list_schedules
 from maskgit_pl.files import check_writable
 from maskgit_pl.pipeline import MaskGIT

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskgit_pl.evaluation.opening import create_evaluated_model, open_model
+from maskgit_pl.evaluation.opening import create_evaluated_model, find_run, open_model
 from maskgit_pl.evaluation.options import EvaluationOptions
-from maskgit_pl.evaluation.run_folders import find_run
 
 
 def test_the_transformer_is_cast_and_the_tokenizer_is_not(tiny_pretrained):
