@@ -9,6 +9,7 @@ not part of the key.
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache, partial
@@ -37,8 +38,6 @@ from maskgit_pl.evaluation.generation import (
 )
 from maskgit_pl.evaluation.ledger import REAL, Ledger, Row, read_number
 from maskgit_pl.evaluation.likelihood import (
-    ImageLikelihood,
-    MaskDraws,
     bind_conditions,
     encode_real_images,
     exact_nll,
@@ -57,6 +56,7 @@ from maskgit_pl.evaluation.metrics import (
 )
 from maskgit_pl.evaluation.options import CLASSIFIER, CASConfig, decoding_key
 from maskgit_pl.evaluation.reference import Reference, ReferenceOrigin, draw_order, read_real_vectors
+from maskgit_pl.masking import MaskSampler
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.acceptance import Acceptance
 from maskgit_pl.pipeline.pretrained import fingerprint
@@ -373,16 +373,16 @@ class Evaluator:
         transformer = model.pipe.transformer
         tokens, labels = encode_real_images(model.pipe, self.data, limit=count, batch_size=self.batch_size)
         bar = self.bars(f"{model.run}: likelihood", (1 if transformer.mask_schedule is None else 2) * count)
+        options: dict[str, Any] = {"batch_size": self.batch_size, "on_images": bar}
         if transformer.mask_schedule is None:
-            exact = exact_nll(transformer.network, tokens, labels, batch_size=self.batch_size, on_images=bar)
-            return _in_bits("exact", exact)
-        options: dict[str, Any] = {"draws": MaskDraws(draws, seed), "batch_size": self.batch_size, "on_images": bar}
-        options["mask_token_id"] = transformer.network.config.mask_token_id
+            return _in_bits("exact", exact_nll(transformer.network, tokens, labels, **options), tokens.shape[1])
+        options |= {"draws": draws, "mask_token_id": transformer.network.config.mask_token_id}
         vectors = read_real_vectors(self.data, model.pipe, num_images=count)
         network, conditions = bind_conditions(transformer.network, labels, vectors)
-        part = masked_nll(network, tokens, conditions, mask_schedule=transformer.mask_schedule, **options)
-        bound = negative_elbo(network, tokens, conditions, **options)
-        return {"masked_nll": part.mean, "masked_nll_error": part.standard_error, **_in_bits("elbo", bound)}
+        sampler = MaskSampler(transformer.mask_schedule, seed)
+        part = masked_nll(network, tokens, conditions, sampler=sampler, **options)
+        bound = negative_elbo(network, tokens, conditions, seed=seed, **options)
+        return {**_estimate("masked_nll", part), **_in_bits("elbo", bound, tokens.shape[1])}
 
     def measure_cas(
         self,
@@ -543,11 +543,16 @@ def collect_numbers(rows: Mapping[str, Row]) -> dict[str, float]:
     return found
 
 
-def _in_bits(name: str, found: ImageLikelihood) -> dict[str, float]:
-    numbers: dict[str, float] = {}
-    for unit, estimate in (("bits_per_token", found.bits_per_token), ("bits_per_image", found.bits_per_image)):
-        numbers |= {f"{name}_{unit}": estimate.mean, f"{name}_{unit}_error": estimate.standard_error}
-    return numbers
+def _estimate(name: str, values: Tensor, factor: float = 1) -> dict[str, float]:
+    """Returns the mean of (n,) float64 values of images, n >= 2, and its standard error, times a factor."""
+    error = float(values.std()) / math.sqrt(len(values))
+    return {name: factor * float(values.mean()), f"{name}_error": factor * error}
+
+
+def _in_bits(name: str, nats: Tensor, num_tokens: int) -> dict[str, float]:
+    """Returns the estimates of (n,) float64 likelihoods per token, which a uniform guess has log2(K) of, and image."""
+    per_token = _estimate(f"{name}_bits_per_token", nats, 1 / (math.log(2) * num_tokens))
+    return per_token | _estimate(f"{name}_bits_per_image", nats, 1 / math.log(2))
 
 
 def _make_reader(images: Tensor) -> Callable[[range], Tensor]:
