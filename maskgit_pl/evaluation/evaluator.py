@@ -49,8 +49,8 @@ from maskgit_pl.evaluation.metrics import (
     ComparedImages,
     FeatureMetric,
     Metrics,
-    choose_metrics,
     compute_metrics,
+    computed_metrics,
     known_metrics,
     metric_name,
 )
@@ -185,37 +185,22 @@ class FeatureMetrics:
         return class_agreement(features.logits.argmax(1), self.labels)
 
     def choose(self, amount: Metrics = "all") -> dict[str, FeatureMetric]:
-        """Returns the metrics that the network and its reference allow, by name."""
+        """Returns the metrics that can be computed, by name; ``"fast"`` leaves out the slow ones."""
         known = {
+            "features": True,
+            "labels": True,
             "logits": self.extractor.knows_classes,
             "spatial": self.reference.spatial is not None,
             "real_features": self.reference.features is not None,
             "real_labels": self.labels is not None,
         }
-        return choose_metrics([name for name, is_known in known.items() if is_known], self.extractor.label, amount)
-
-    def measure(
-        self,
-        read: Callable[[range], Tensor],
-        labels: Tensor,
-        *,
-        amount: Metrics = "all",
-        on_images: Callable[[int], object] = lambda count: None,
-    ) -> dict[str, float | None]:
-        """Computes the metrics of images; the ranks share the work.
-
-        Args:
-            read: Returns the (b, C, H, W) uint8 images of a range of rows.
-            labels: (n,) int64: requested classes of the images.
-            amount: See ``choose_metrics``.
-            on_images: Called after each batch with its number of images.
-
-        Returns:
-            Values by name, without the label of the network; see ``compute_metrics``.
-        """
-        batches = iter_image_batches(read, len(labels))
-        features = extract([self.extractor], batches, on_images=on_images)[self.extractor.label]
-        return compute_metrics(self.choose(amount), ComparedImages(features, self.reference, labels, self.labels))
+        return {
+            name: metric
+            for name, metric in computed_metrics().items()
+            if all(known[need] for need in metric.needs)
+            and (metric.of_network or self.extractor.label == CLASSIFIER)
+            and (metric.is_fast or amount == "all")
+        }
 
 
 class _Images(NamedTuple):
@@ -476,7 +461,7 @@ class Evaluator:
             columns: Columns of model and decoding.
             make: Makes the images; it is called once if any row is missing.
             networks: Labels of the networks; None is all.
-            amount: See ``choose_metrics``.
+            amount: See ``FeatureMetrics.choose``.
         """
         images: _Images | None = None
         rows: dict[str, Row] = {}
@@ -486,12 +471,15 @@ class Evaluator:
             if kind == "samples":  # the split is that of the reference; a file has none
                 own["split"] = network.origin.split
             # A row with the fast metrics must not answer a request for all of them.
-            row = self._find(kind, own, network.choose(amount))
+            chosen = network.choose(amount)
+            row = self._find(kind, own, chosen)
             if row is None:
                 images = images or make()
+                batches = iter_image_batches(images.read, len(images.labels))
                 bar = self.bars(f"features of {label}", len(images.labels))
-                numbers = network.measure(images.read, images.labels, amount=amount, on_images=bar)
-                row = self._add(kind, {**columns, **images.remarks, **own, **numbers})
+                (features,) = extract([network.extractor], batches, on_images=bar).values()
+                compared = ComparedImages(features, network.reference, images.labels, network.labels)
+                row = self._add(kind, {**columns, **images.remarks, **own, **compute_metrics(chosen, compared)})
             rows[label] = row
         return rows
 

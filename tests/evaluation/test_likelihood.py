@@ -211,11 +211,10 @@ def measured(folder: Path, shards: Path) -> list[Tensor]:
     data = ShardData(ShardDataConfig(str(shards), image_size=8, in_channels=1))
     tokens, labels = encode_real_images(pipe, data, limit=23, batch_size=4)
     network = pipe.transformer.network
+    sampler = MaskSampler(pipe.transformer.mask_schedule, 0)
     options = {"mask_token_id": network.config.mask_token_id, "draws": 2, "batch_size": 5}
     return [
-        masked_nll(
-            network.forward_masked, tokens, labels, sampler=MaskSampler(pipe.transformer.mask_schedule, 0), **options
-        ),
+        masked_nll(network.forward_masked, tokens, labels, sampler=sampler, **options),
         negative_elbo(network.forward_masked, tokens, labels, **options),
         exact_nll(network, tokens, labels, batch_size=5),
     ]
