@@ -111,20 +111,20 @@ def find_run(run: Path | str, *, data: Path | None = None, classifier: Path | No
         FileNotFoundError: if the run or the data do not exist, or the run does not record its data.
     """
     pretrained = local_folder(run)
-    is_bundled = pretrained in bundled_models().values()
-    home = Path("runs", pretrained.name) if is_bundled else _home(pretrained)
-    return _folders(pretrained, home, data, classifier)
+    if pretrained in bundled_models().values():
+        return _folders(pretrained, Path("runs", pretrained.name), data, classifier)
+    return _folders(pretrained, _home(pretrained), data, classifier)
 
 
 def find_tokenizer_folders(
     folder: Path | str, *, data: Path | None = None, classifier: Path | None = None
 ) -> RunFolders:
-    """Finds the folders of a tokenizer, which needs no transformer beside it.
+    """Finds the folders of a tokenizer, which needs no transformer beside it; see ``find_run``.
 
     Args:
         folder: Run folder, pretrained folder, or the folder of the tokenizer itself.
-        data: See ``find_run``.
-        classifier: See ``find_run``.
+        data: Data folder; None for the data that the run was trained on.
+        classifier: Folder of the data's classifier; None for the one that all runs of the data share.
 
     Returns:
         The folders; ``pretrained / "tokenizer"`` is the tokenizer.
@@ -137,11 +137,10 @@ def find_tokenizer_folders(
     for pretrained in (path / "pretrained", path, path.parent if path.name == "tokenizer" else path):
         if (pretrained / "tokenizer" / "config.json").is_file():
             return _folders(pretrained, _home(pretrained), data, classifier)
-    if not path.is_dir():
-        raise FileNotFoundError(f"tokenizer {path}: no such folder; name a run, or a folder that an importer wrote")
     raise FileNotFoundError(
-        f"tokenizer {path}: no tokenizer there; `maskgit train tokenizer` writes RUN/pretrained/tokenizer at its end, "
-        "and `maskgit export RUN --stage tokenizer --out DIR` from a checkpoint"
+        f"tokenizer {path}: no tokenizer there; name a run, or a folder that an importer wrote. `maskgit train "
+        "tokenizer` writes RUN/pretrained/tokenizer at its end, and `maskgit export RUN --stage tokenizer --out DIR` "
+        "from a checkpoint"
     )
 
 
@@ -159,11 +158,7 @@ def _folders(pretrained: Path, home: Path, data: Path | None, classifier: Path |
 
 
 def _find_data(pretrained: Path, home: Path) -> Path:
-    """Returns the data folder that a run records, or ``data/shards/NAME`` for the name that an exported model has.
-
-    Raises:
-        FileNotFoundError: if neither is recorded, or the folder of that name does not exist.
-    """
+    """Returns the data folder that a run records, or ``data/shards/NAME`` for the name that an exported model has."""
     # Both stages record the data; a run may have only one of them.
     for stage in ("transformer", "tokenizer"):
         data = read_run_recipe(home / stage / "config.yaml").get("data") or {}
@@ -194,11 +189,7 @@ def read_run_recipe(file: Path) -> dict[str, Any]:
 
 
 def describe_held_out(folder: Path, summary: DataSummary) -> dict[str, Any]:
-    """Describes the val split of a data folder in plain values.
-
-    Args:
-        folder: Data folder.
-        summary: Its summary.
+    """Describes the val split of a data folder, which has this summary, in plain values.
 
     Returns:
         ``split``, ``images``, ``fraction`` (of train and val together), ``source`` (``idx``, ``image folder``, ... or
@@ -242,11 +233,6 @@ def open_data(folders: RunFolders, pipe: MaskGIT, *, num_workers: int = 0) -> Sh
 
     A model that needs vectors gets those of the val images: a generated image takes one of its class.
 
-    Args:
-        folders: The run's folders.
-        pipe: The model.
-        num_workers: Number of processes that read the images.
-
     Raises:
         ValueError: if the classes of the data are not the model's, or it needs vectors that the data do not have.
     """
@@ -259,11 +245,7 @@ def open_data(folders: RunFolders, pipe: MaskGIT, *, num_workers: int = 0) -> Sh
 
 
 def give_val_vectors(pipe: MaskGIT, data: ShardData) -> None:
-    """Gives a model that needs vectors those of the val images.
-
-    Raises:
-        ValueError: if the data have no vectors.
-    """
+    """Gives a model that needs vectors those of the val images."""
     if pipe.transformer.network.config.condition_dim:
         pipe.vector_pool = data.vector_pool("val")
 
@@ -283,11 +265,7 @@ def open_images(folder: Path, image_size: ImageSize, in_channels: int, *, num_wo
 
 
 def check_data(pipe: MaskGIT, data: ShardData) -> None:
-    """Checks that the classes of the data are those of the model.
-
-    Raises:
-        ValueError: if they differ. The message names both.
-    """
+    """Checks that the classes of the data are those of the model."""
     if data.class_names != pipe.class_names:
         raise ValueError(
             f"data {data.config.path}: the classes must be the model's {list(pipe.class_names[:10])}, "
@@ -341,11 +319,10 @@ def open_evaluator(
 
     Raises: see ``features.open_extractors``.
     """
-    networks = open_networks(folders, data, features=features, reference=reference, device=pipe.device, bars=bars)
     return Evaluator(
         data,
         dataset=data_name(folders.data),
-        networks=networks,
+        networks=open_networks(folders, data, features=features, reference=reference, device=pipe.device, bars=bars),
         ledger=ledger,
         bars=bars,
         batch_size=batch_size,
