@@ -456,12 +456,7 @@ class Evaluator:
     ) -> dict[str, Row]:
         """Returns the row of each network, and measures the missing ones on the same images.
 
-        Args:
-            kind: Kind of measurement in the ledger.
-            columns: Columns of model and decoding.
-            make: Makes the images; it is called once if any row is missing.
-            networks: Labels of the networks; None is all.
-            amount: See ``FeatureMetrics.choose``.
+        ``make`` makes the images; it is called once if any row is missing. ``columns`` are those of model and decoding.
         """
         images: _Images | None = None
         rows: dict[str, Row] = {}

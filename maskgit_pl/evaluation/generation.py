@@ -93,16 +93,10 @@ class GeneratedImages:
         return (self.channels, *self.file.images.shape[1:3])
 
     def read_at(self, rows: Tensor) -> Tensor:
-        """Reads the images of some rows.
+        """Returns the (b, C, H, W) uint8 images of (b,) int64 rows, in any order.
 
         It reads the file instead of its memory map, because pages of a map count as memory of this process until the
         system evicts them.
-
-        Args:
-            rows: (b,) int64, in any order.
-
-        Returns:
-            (b, C, H, W) uint8.
         """
         images = self.file.images
         assert isinstance(images, np.memmap)  # ``write_samples`` does not compress
@@ -347,10 +341,6 @@ def make_hidden_mask(task: Task, tokenizer: PretrainedTokenizer) -> Tensor:
 
     The mask consists of whole tokens. The right half is rounded up, and the centre down to a size that can be centred:
     of 7 x 7 tokens, these are 4 columns, or 3 x 3 tokens.
-
-    Args:
-        task: The task.
-        tokenizer: Tokenizer whose token grid is used.
 
     Returns:
         (H, W) bool, True for pixels to generate.

@@ -245,16 +245,9 @@ def _masked_row_nll(
 
 @torch.inference_mode()
 def _map_images(values_of: Callable[[Tensor], Tensor], count: int, *, batch_size: int, on_images: OnImages) -> Tensor:
-    """Computes the values of all images; the ranks share the batches.
+    """Computes the (count,) float64 values of all images, the same on all ranks, which share the batches.
 
-    Args:
-        values_of: (B,) int64 indices of the images of a batch -> (B,) float64 values.
-        count: Number n of images.
-        batch_size: Images per batch.
-        on_images: Called after each batch of this rank with its number of images.
-
-    Returns:
-        (n,) float64, the same on all ranks.
+    ``values_of`` maps (B,) int64 indices of images to (B,) float64 values.
     """
     batches = [torch.arange(rows.start, rows.stop) for rows in iter_row_batches(count, batch_size=batch_size)]
     values = [torch.empty(0, dtype=torch.float64)]

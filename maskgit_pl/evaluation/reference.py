@@ -125,11 +125,9 @@ class Reference:
 
 
 def draw_order(available: int, count: int) -> Order:
-    """Returns an order whose first ``count`` positions are random samples, the same in every call.
+    """Returns an order whose first ``count`` of all positions are random samples, the same in every call.
 
-    Args:
-        available: Number of samples of the split.
-        count: Number of samples to draw. If it is not less than ``available``, the samples keep their own order.
+    If ``count`` is not less than ``available``, the number of samples of the split, they keep their own order.
     """
     return InOrder(available) if count >= available else ShuffledStream(available, seed=0)
 
@@ -207,7 +205,7 @@ def obtain_references(
         References by label of the network, the same on every rank.
 
     Raises:
-        ValueError: if there are fewer than two images, or the data are tokens.
+        ValueError: if there are fewer than two images.
     """
     batches = ((batch.content, batch.position) for batch in iter_real_batches(data, split))
     found = _obtain(folder, _split_key(data, split), extractors, batches, on_images)
@@ -227,12 +225,12 @@ def read_references(
 
     Args:
         path: Path such as ``VIRTUAL_imagenet256_labeled.npz``.
-        extractors: Networks with different labels.
-        folder: Folder that keeps the features of the file's images, see ``obtain_references``; None keeps nothing.
-        on_images: Called after each batch with its number of images, for a progress bar.
+        extractors: See ``obtain_references``.
+        folder: Folder that keeps the features of the file's images; None keeps nothing.
+        on_images: See ``obtain_references``.
 
     Returns:
-        References by label of the network, the same on every rank.
+        See ``obtain_references``.
 
     Raises:
         ValueError: if the file is missing, damaged or has another layout, or lacks the arrays that a network needs.
@@ -282,12 +280,7 @@ def _obtain(
 ) -> dict[str, Reference]:
     """Returns references from the folder, and computes the missing ones in one pass over this rank's batches.
 
-    Args:
-        folder: Folder of the reference files; None for no files.
-        key: Settings that determine the pixels of the images.
-        extractors: Networks with different labels.
-        batches: This rank's batches of all images; read only if a reference is missing.
-        on_images: Called after each batch with its number of images.
+    ``key`` holds the settings that determine the pixels of the images.
     """
 
     def make(missing: Sequence[str]) -> dict[str, Arrays]:
