@@ -251,8 +251,8 @@ def _measure_images(plan: _Evaluation) -> dict[str, Any]:
     real = evaluator.measure_real(num_images=plan.num_images)
     floor = next(iter(real.values()))
     numbers = {name: collect_numbers(rows) for name, rows in samples.items()}
-    for each in numbers.values():
-        each.pop("steps_taken", None)
+    for values in numbers.values():
+        values.pop("steps_taken", None)
     return {"samples": numbers, "real_against_real": {**collect_numbers(real), "images": floor["num_images"]}}
 
 
