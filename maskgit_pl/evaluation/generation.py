@@ -129,7 +129,7 @@ def generate_images(
         num_images: Number of images of all ranks.
         seed: Seed of the first image; image i has ``seed + i``.
         batch_size: Images per batch.
-        acceptance: Rejection sampling; None for all images. Times and ``on_images`` then count all candidates.
+        acceptance: Rejection sampling; None for all images. Times and ``on_images`` count all candidates.
         on_images: Called first with the number of images that this rank found, then after each batch with its number.
 
     Raises:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -96,10 +95,8 @@ def evaluate_tokenizer(
     folders = find_tokenizer_folders(folder, data=data, classifier=options.classifier)
     file = out or folders.run / "tokenizer.json"
     check_writable("out", file)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("evaluate-tokenizer must run in one process; start it without torchrun")
     check_writable("ledger", folders.evaluation / FILE_NAME)
-    ledger = Ledger(folders.evaluation / FILE_NAME)  # a damaged file is found before minutes of measurement
+    ledger = Ledger(folders.evaluation / FILE_NAME)
 
     report = measure_tokenizer(open_tokenizer(folders, features, options, bars), file, bars)
     report.save()
@@ -165,16 +162,7 @@ def open_tokenizer(
 ) -> OpenedTokenizer:
     """Opens a tokenizer, the data and the feature networks; trains the classifier of the data if it is missing.
 
-    Args:
-        folders: Folders of the tokenizer and of the data.
-        features: Feature networks: names or mappings.
-        options: Number of images and other options.
-        bars: Progress bars.
-
-    Raises:
-        FileNotFoundError: if there are no data.
-        TypeError: if a feature network does not accept its arguments.
-        ValueError: if the data do not fit the tokenizer, a network is unknown, or a weight file is missing.
+    Raises: see ``evaluate_tokenizer``.
     """
     device = find_device(options.device)
     tokenizer = load_tokenizer(folders.pretrained / "tokenizer")
@@ -227,13 +215,7 @@ class _Pair:
 
 
 def measure_tokenizer(opened: OpenedTokenizer, file: Path, bars: Bars) -> TokenizerReport:
-    """Measures a tokenizer on random val images, the same in every call.
-
-    Args:
-        opened: The tokenizer, the data and the feature networks.
-        file: Path of the JSON file of the report, which is not written.
-        bars: Progress bars.
-    """
+    """Measures a tokenizer on random val images, the same in every call; does not write the report to ``file``."""
     tokenizer, data, count = opened.tokenizer, opened.data, opened.num_images
     device = next(tokenizer.network.parameters()).device
     meter = ReconstructionMeter(tokenizer, opened.extractors, opened.lpips)

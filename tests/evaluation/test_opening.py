@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.data.manifest import read_manifest_summary
@@ -10,10 +11,12 @@ from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.opening import (
     check_data,
     check_model_decoding,
+    create_evaluated_model,
     data_name,
     describe_held_out,
     find_run,
     open_data,
+    open_model,
 )
 from maskgit_pl.pipeline import MaskGIT
 from tests.conftest import save_tiny_pretrained
@@ -115,3 +118,14 @@ def test_the_split_that_judges_is_named(tiny_shards: Path, tmp_path: Path, recor
     assert (found["images"], found["source"]) == (24, source)
     assert found["text"].startswith("Held out: 24 images of the val split (29% of the data)")
     assert said in found["text"]
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
+def test_a_model_in_bfloat16_has_other_rows_and_the_same_tokenizer(tiny_pretrained: Path, dtype: Any) -> None:
+    folders = find_run(tiny_pretrained, data=Path("data"))
+    plain, cast = (create_evaluated_model(folders, open_model(folders, "cpu", dtype=each)) for each in (None, dtype))
+    assert next(cast.pipe.tokenizer.network.parameters()).dtype == torch.float32
+    expected = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    assert next(cast.pipe.transformer.network.parameters()).dtype == expected
+    changed = {name for name in plain.identity if plain.identity[name] != cast.identity[name]}
+    assert changed == ({"config"} if dtype == "bfloat16" else set())
