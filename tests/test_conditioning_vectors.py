@@ -304,4 +304,4 @@ def test_likelihoods_use_the_vector_of_each_image(network, batch) -> None:
     torch.testing.assert_close(predictor(tokens[rows], conditions[rows], mask), expected)
     bound = negative_elbo(predictor, tokens, conditions, mask_token_id=16)
     other, conditions = bind_conditions(network, labels, -vectors)
-    assert negative_elbo(other, tokens, conditions, mask_token_id=16).nats.mean != bound.nats.mean
+    assert negative_elbo(other, tokens, conditions, mask_token_id=16).mean() != bound.mean()

@@ -196,7 +196,7 @@ def _open_acceptance(
     """Reads the classifier of rejection sampling; returns None without ``--accept-rate``."""
     if accept_rate is None:
         return None
-    from maskgit_pl.evaluation.run_folders import find_run
+    from maskgit_pl.evaluation.opening import find_run
     from maskgit_pl.pipeline.acceptance import Acceptance
 
     if classifier is None:

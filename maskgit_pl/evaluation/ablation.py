@@ -28,10 +28,16 @@ from maskgit_pl.evaluation.ablation_page import make_ablation_page, select_rows
 from maskgit_pl.evaluation.cache import digest_of, shorten_digest
 from maskgit_pl.evaluation.evaluator import Evaluator, collect_numbers
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
-from maskgit_pl.evaluation.opening import create_evaluated_model, open_images, open_model, open_networks
+from maskgit_pl.evaluation.opening import (
+    RunFolders,
+    create_evaluated_model,
+    data_name,
+    open_images,
+    open_model,
+    open_networks,
+)
 from maskgit_pl.evaluation.options import ReportOptions, TokenizerOptions, describe_decoding, round_to_classes
 from maskgit_pl.evaluation.pages import Page, typed_command
-from maskgit_pl.evaluation.run_folders import RunFolders, data_name
 from maskgit_pl.evaluation.tables import measure_tokenizer_once
 from maskgit_pl.evaluation.tokenizer import OpenedTokenizer
 from maskgit_pl.files import check_writable

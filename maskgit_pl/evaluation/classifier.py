@@ -224,13 +224,7 @@ class Accuracy:
 def measure_accuracy(
     classifier: FrozenClassifier, data: ShardData, *, on_images: Callable[[int], object] = lambda count: None
 ) -> Accuracy:
-    """Measures the accuracy of a classifier on the real val split.
-
-    Args:
-        classifier: The classifier, on its device.
-        data: The real images.
-        on_images: Called after each batch with its number of images.
-    """
+    """Measures the accuracy of a classifier, on its device, on the real val split."""
     device = next(classifier.parameters()).device
     right, count = torch.zeros(2, dtype=torch.int64), 0  # top-1, top-5
     with _set_threads(classifier.network.sizes.model):
@@ -247,12 +241,8 @@ def measure_accuracy(
 def count_hits(logits: Tensor, labels: Tensor) -> Tensor:
     """Counts the images whose label is the most likely class, and whose label is among the 5 most likely ones.
 
-    Args:
-        logits: (n, C) float.
-        labels: (n,) int64.
-
     Returns:
-        (2,) int64.
+        (2,) int64 for (n, C) float logits and (n,) int64 labels.
     """
     # (n, k) bool: entry (i, j) is True if the label of image i is its j-th most likely class.
     hit = logits.topk(min(_TOP_CLASSES, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
@@ -480,13 +470,9 @@ def classification_accuracy(
     def measure() -> Accuracy | None:
         if rank_and_world()[0] != 0:
             return None
+        workers = data.config.num_workers
         classifier = fit_classifier(
-            images,
-            chosen=chosen,
-            num_workers=data.config.num_workers,
-            config=config,
-            on_step=on_step,
-            device=device,
+            images, chosen=chosen, num_workers=workers, config=config, on_step=on_step, device=device
         )
         return measure_accuracy(classifier.to(find_device(device)), data)
 

@@ -18,6 +18,7 @@ from maskgit_pl.evaluation.metrics import Metrics, title
 from maskgit_pl.evaluation.opening import (
     check_model_decoding,
     create_evaluated_model,
+    find_run,
     open_data,
     open_evaluator,
     open_model,
@@ -33,7 +34,6 @@ from maskgit_pl.evaluation.pages import (
     metrics_of,
     paragraph,
 )
-from maskgit_pl.evaluation.run_folders import find_run
 from maskgit_pl.evaluation.tables import describe_provenance
 from maskgit_pl.pipeline.grids import image_grid
 from maskgit_pl.processes import Bars, no_bars

@@ -9,6 +9,7 @@ not part of the key.
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache, partial
@@ -37,8 +38,6 @@ from maskgit_pl.evaluation.generation import (
 )
 from maskgit_pl.evaluation.ledger import REAL, Ledger, Row, read_number
 from maskgit_pl.evaluation.likelihood import (
-    ImageLikelihood,
-    MaskDraws,
     bind_conditions,
     encode_real_images,
     exact_nll,
@@ -50,13 +49,14 @@ from maskgit_pl.evaluation.metrics import (
     ComparedImages,
     FeatureMetric,
     Metrics,
-    choose_metrics,
     compute_metrics,
+    computed_metrics,
     known_metrics,
     metric_name,
 )
 from maskgit_pl.evaluation.options import CLASSIFIER, CASConfig, decoding_key
 from maskgit_pl.evaluation.reference import Reference, ReferenceOrigin, draw_order, read_real_vectors
+from maskgit_pl.masking import MaskSampler
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.acceptance import Acceptance
 from maskgit_pl.pipeline.pretrained import fingerprint
@@ -185,37 +185,22 @@ class FeatureMetrics:
         return class_agreement(features.logits.argmax(1), self.labels)
 
     def choose(self, amount: Metrics = "all") -> dict[str, FeatureMetric]:
-        """Returns the metrics that the network and its reference allow, by name."""
+        """Returns the metrics that can be computed, by name; ``"fast"`` leaves out the slow ones."""
         known = {
+            "features": True,
+            "labels": True,
             "logits": self.extractor.knows_classes,
             "spatial": self.reference.spatial is not None,
             "real_features": self.reference.features is not None,
             "real_labels": self.labels is not None,
         }
-        return choose_metrics([name for name, is_known in known.items() if is_known], self.extractor.label, amount)
-
-    def measure(
-        self,
-        read: Callable[[range], Tensor],
-        labels: Tensor,
-        *,
-        amount: Metrics = "all",
-        on_images: Callable[[int], object] = lambda count: None,
-    ) -> dict[str, float | None]:
-        """Computes the metrics of images; the ranks share the work.
-
-        Args:
-            read: Returns the (b, C, H, W) uint8 images of a range of rows.
-            labels: (n,) int64: requested classes of the images.
-            amount: See ``choose_metrics``.
-            on_images: Called after each batch with its number of images.
-
-        Returns:
-            Values by name, without the label of the network; see ``compute_metrics``.
-        """
-        batches = iter_image_batches(read, len(labels))
-        features = extract([self.extractor], batches, on_images=on_images)[self.extractor.label]
-        return compute_metrics(self.choose(amount), ComparedImages(features, self.reference, labels, self.labels))
+        return {
+            name: metric
+            for name, metric in computed_metrics().items()
+            if all(known[need] for need in metric.needs)
+            and (metric.of_network or self.extractor.label == CLASSIFIER)
+            and (metric.is_fast or amount == "all")
+        }
 
 
 class _Images(NamedTuple):
@@ -373,16 +358,16 @@ class Evaluator:
         transformer = model.pipe.transformer
         tokens, labels = encode_real_images(model.pipe, self.data, limit=count, batch_size=self.batch_size)
         bar = self.bars(f"{model.run}: likelihood", (1 if transformer.mask_schedule is None else 2) * count)
+        options: dict[str, Any] = {"batch_size": self.batch_size, "on_images": bar}
         if transformer.mask_schedule is None:
-            exact = exact_nll(transformer.network, tokens, labels, batch_size=self.batch_size, on_images=bar)
-            return _in_bits("exact", exact)
-        options: dict[str, Any] = {"draws": MaskDraws(draws, seed), "batch_size": self.batch_size, "on_images": bar}
-        options["mask_token_id"] = transformer.network.config.mask_token_id
+            return _in_bits("exact", exact_nll(transformer.network, tokens, labels, **options), tokens.shape[1])
+        options |= {"draws": draws, "mask_token_id": transformer.network.config.mask_token_id}
         vectors = read_real_vectors(self.data, model.pipe, num_images=count)
         network, conditions = bind_conditions(transformer.network, labels, vectors)
-        part = masked_nll(network, tokens, conditions, mask_schedule=transformer.mask_schedule, **options)
-        bound = negative_elbo(network, tokens, conditions, **options)
-        return {"masked_nll": part.mean, "masked_nll_error": part.standard_error, **_in_bits("elbo", bound)}
+        sampler = MaskSampler(transformer.mask_schedule, seed)
+        part = masked_nll(network, tokens, conditions, sampler=sampler, **options)
+        bound = negative_elbo(network, tokens, conditions, seed=seed, **options)
+        return {**_estimate("masked_nll", part), **_in_bits("elbo", bound, tokens.shape[1])}
 
     def measure_cas(
         self,
@@ -471,12 +456,7 @@ class Evaluator:
     ) -> dict[str, Row]:
         """Returns the row of each network, and measures the missing ones on the same images.
 
-        Args:
-            kind: Kind of measurement in the ledger.
-            columns: Columns of model and decoding.
-            make: Makes the images; it is called once if any row is missing.
-            networks: Labels of the networks; None is all.
-            amount: See ``choose_metrics``.
+        ``make`` makes the images; it is called once if any row is missing. ``columns`` are those of model and decoding.
         """
         images: _Images | None = None
         rows: dict[str, Row] = {}
@@ -486,12 +466,15 @@ class Evaluator:
             if kind == "samples":  # the split is that of the reference; a file has none
                 own["split"] = network.origin.split
             # A row with the fast metrics must not answer a request for all of them.
-            row = self._find(kind, own, network.choose(amount))
+            chosen = network.choose(amount)
+            row = self._find(kind, own, chosen)
             if row is None:
                 images = images or make()
+                batches = iter_image_batches(images.read, len(images.labels))
                 bar = self.bars(f"features of {label}", len(images.labels))
-                numbers = network.measure(images.read, images.labels, amount=amount, on_images=bar)
-                row = self._add(kind, {**columns, **images.remarks, **own, **numbers})
+                (features,) = extract([network.extractor], batches, on_images=bar).values()
+                compared = ComparedImages(features, network.reference, images.labels, network.labels)
+                row = self._add(kind, {**columns, **images.remarks, **own, **compute_metrics(chosen, compared)})
             rows[label] = row
         return rows
 
@@ -543,11 +526,16 @@ def collect_numbers(rows: Mapping[str, Row]) -> dict[str, float]:
     return found
 
 
-def _in_bits(name: str, found: ImageLikelihood) -> dict[str, float]:
-    numbers: dict[str, float] = {}
-    for unit, estimate in (("bits_per_token", found.bits_per_token), ("bits_per_image", found.bits_per_image)):
-        numbers |= {f"{name}_{unit}": estimate.mean, f"{name}_{unit}_error": estimate.standard_error}
-    return numbers
+def _estimate(name: str, values: Tensor, factor: float = 1) -> dict[str, float]:
+    """Returns the mean of (n,) float64 values of images, n >= 2, and its standard error, times a factor."""
+    error = float(values.std()) / math.sqrt(len(values))
+    return {name: factor * float(values.mean()), f"{name}_error": factor * error}
+
+
+def _in_bits(name: str, nats: Tensor, num_tokens: int) -> dict[str, float]:
+    """Returns the estimates of (n,) float64 likelihoods per token, which a uniform guess has log2(K) of, and image."""
+    per_token = _estimate(f"{name}_bits_per_token", nats, 1 / (math.log(2) * num_tokens))
+    return per_token | _estimate(f"{name}_bits_per_image", nats, 1 / math.log(2))
 
 
 def _make_reader(images: Tensor) -> Callable[[range], Tensor]:

@@ -57,11 +57,7 @@ class Extractor:
 
     @classmethod
     def create(cls, spec: FeatureNetworkSpec, *, device: torch.device | str = "cpu") -> Extractor:
-        """Loads a network.
-
-        Args:
-            spec: Result of ``parse_feature_network``.
-            device: Device of the network.
+        """Loads a network that ``parse_feature_network`` has found.
 
         Raises:
             ValueError: if the weights are missing, or their SHA-256 does not match.
@@ -121,12 +117,7 @@ class FeatureCollector:
         self._index: list[Tensor] = []
 
     def add(self, images: Tensor, index: Tensor) -> None:
-        """Extracts the features of a batch.
-
-        Args:
-            images: (b, C, H, W) uint8.
-            index: (b,) int64: indices of the images among all images.
-        """
+        """Extracts the features of (b, C, H, W) uint8 images, whose indices among all images are (b,) int64."""
         output = self.extractor(images)
         self._outputs.append((output.features, output.logits if self.extractor.knows_classes else None, output.spatial))
         self._index.append(index.cpu())
@@ -192,12 +183,7 @@ def extract(
 
 
 def iter_row_batches(count: int, *, batch_size: int = BATCH_SIZE) -> Iterator[range]:
-    """Yields the row ranges of this rank's batches; whole batches are assigned to the ranks in turn.
-
-    Args:
-        count: Number of all rows.
-        batch_size: Rows per batch.
-    """
+    """Yields the row ranges of this rank's batches of ``count`` rows; the ranks take whole batches in turn."""
     # Batch i belongs to rank i mod world_size; the last batch may be smaller.
     for number in own_rows(-(-count // batch_size)):
         yield range(number * batch_size, min((number + 1) * batch_size, count))
@@ -206,12 +192,9 @@ def iter_row_batches(count: int, *, batch_size: int = BATCH_SIZE) -> Iterator[ra
 def iter_image_batches(
     read: Callable[[range], Tensor], count: int, *, batch_size: int = BATCH_SIZE
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields this rank's batches of images, with the (b,) int64 indices of the images.
+    """Yields this rank's batches of ``count`` images, with the (b,) int64 indices of the images.
 
-    Args:
-        read: Returns the (b, C, H, W) uint8 images of a range of rows.
-        count: Number of all images.
-        batch_size: Images per batch.
+    ``read`` returns the (b, C, H, W) uint8 images of a range of rows.
     """
     for rows in iter_row_batches(count, batch_size=batch_size):
         yield read(rows), torch.arange(rows.start, rows.stop)

@@ -93,16 +93,10 @@ class GeneratedImages:
         return (self.channels, *self.file.images.shape[1:3])
 
     def read_at(self, rows: Tensor) -> Tensor:
-        """Reads the images of some rows.
+        """Returns the (b, C, H, W) uint8 images of (b,) int64 rows, in any order.
 
         It reads the file instead of its memory map, because pages of a map count as memory of this process until the
         system evicts them.
-
-        Args:
-            rows: (b,) int64, in any order.
-
-        Returns:
-            (b, C, H, W) uint8.
         """
         images = self.file.images
         assert isinstance(images, np.memmap)  # ``write_samples`` does not compress
@@ -135,7 +129,7 @@ def generate_images(
         num_images: Number of images of all ranks.
         seed: Seed of the first image; image i has ``seed + i``.
         batch_size: Images per batch.
-        acceptance: Rejection sampling; None for all images. Times and ``on_images`` then count all candidates.
+        acceptance: Rejection sampling; None for all images. Times and ``on_images`` count all candidates.
         on_images: Called first with the number of images that this rank found, then after each batch with its number.
 
     Raises:
@@ -347,10 +341,6 @@ def make_hidden_mask(task: Task, tokenizer: PretrainedTokenizer) -> Tensor:
 
     The mask consists of whole tokens. The right half is rounded up, and the centre down to a size that can be centred:
     of 7 x 7 tokens, these are 4 columns, or 3 x 3 tokens.
-
-    Args:
-        task: The task.
-        tokenizer: Tokenizer whose token grid is used.
 
     Returns:
         (H, W) bool, True for pixels to generate.

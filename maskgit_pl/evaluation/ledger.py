@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from filelock import lock_descriptor
 
@@ -27,7 +27,6 @@ Row: TypeAlias = dict[str, Any]
 
 FILE_NAME = "ledger.jsonl"
 REAL = "real images"  # value of the column "model" in a row of real images
-_BLOCK = 65_536  # bytes
 _log = logging.getLogger(__name__)
 
 
@@ -100,7 +99,8 @@ class Ledger:
             # The lock keeps lines of several commands apart; closing the file releases it. Some file systems have none.
             with suppress(OSError):
                 lock_descriptor(stream.fileno())
-            stream.truncate(_end_of_lines(stream))
+            stream.seek(0)
+            stream.truncate(stream.read().rfind(b"\n") + 1)  # without an incomplete last line
             stream.write(line)
             # A measurement may have taken hours: it must survive a crash of the machine.
             stream.flush()
@@ -140,18 +140,6 @@ def _freeze(value: Any) -> Hashable:
     if isinstance(value, list | tuple):
         return tuple(map(_freeze, value))
     return value  # type: ignore[no-any-return]  # a string, a number or None
-
-
-def _end_of_lines(stream: IO[bytes]) -> int:
-    """Returns the size of a file without an incomplete last line."""
-    start = stream.seek(0, os.SEEK_END)
-    while start > 0:
-        size, start = start, max(0, start - _BLOCK)
-        stream.seek(start)
-        newline = stream.read(size - start).rfind(b"\n")
-        if newline >= 0:
-            return start + newline + 1
-    return 0
 
 
 def read_number(row: Mapping[str, Any], name: str) -> float | None:

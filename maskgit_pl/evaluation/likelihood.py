@@ -1,15 +1,13 @@
 """Likelihoods of the tokens of real images: the paper's masked NLL, the order-agnostic bound, and the exact NLL.
 
-The value of an image is a float64 number that depends only on the image, its index and the seed. The ranks share the
-batches, whose contents do not depend on the number of ranks, and gather the values in the order of the images: results
-are bit-exact for any number of ranks. ``Evaluator.measure_likelihood`` uses it.
+Each function returns one float64 value per image, which depends only on the image, its index and the seed. The ranks
+share the batches, whose contents do not depend on the number of ranks, and gather the values in the order of the
+images: results are bit-exact for any number of ranks. ``Evaluator.measure_likelihood`` uses it.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -25,12 +23,8 @@ from maskgit_pl.networks.backbone import Backbone
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.grids import to_unit_range
 from maskgit_pl.randomness import random_bits
-from maskgit_pl.schedules import MaskSchedule
 
 __all__ = [
-    "Estimate",
-    "ImageLikelihood",
-    "MaskDraws",
     "bind_conditions",
     "encode_real_images",
     "exact_nll",
@@ -44,80 +38,17 @@ OnImages: TypeAlias = Callable[[int], object]
 _WORDS = 2**32  # number of values of a random 32-bit word
 
 
-@dataclass(frozen=True)
-class MaskDraws:
-    """The number of random masks per image, and their seed.
-
-    Args:
-        count: Masks per image, >= 1.
-        seed: Seed of the masks, in [0, 2**32).
-    """
-
-    count: int = 4
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over images with its standard error.
-
-    Args:
-        mean: Mean of the values of the images.
-        standard_error: Standard deviation of the values, divided by the square root of their number. It covers the
-            choice of images and of masks.
-    """
-
-    mean: float
-    standard_error: float
-
-    @classmethod
-    def from_values(cls, values: Tensor) -> Estimate:
-        """Computes mean and standard error.
-
-        Args:
-            values: (n,) float64: a value for each image, n >= 2.
-        """
-        return cls(float(values.mean()), float(values.std()) / math.sqrt(len(values)))
-
-    def scale(self, factor: float) -> Estimate:
-        """Returns the estimate multiplied by a factor, e.g. to change its unit."""
-        return Estimate(factor * self.mean, abs(factor) * self.standard_error)
-
-
-@dataclass(frozen=True)
-class ImageLikelihood:
-    """The negative log-likelihood of the tokens of images, exact or as an upper bound; lower is better.
-
-    Args:
-        nats: NLL per image, in nats.
-        num_tokens: Number N of tokens per image.
-    """
-
-    nats: Estimate
-    num_tokens: int
-
-    @property
-    def bits_per_image(self) -> Estimate:
-        """The NLL per image in bits: the length of an optimal code of its tokens."""
-        return self.nats.scale(1 / math.log(2))
-
-    @property
-    def bits_per_token(self) -> Estimate:
-        """The NLL per token in bits; a uniform distribution over K codes has log2(K)."""
-        return self.nats.scale(1 / (math.log(2) * self.num_tokens))
-
-
 def masked_nll(
     network: MaskedPredictor,
     tokens: Tensor,
     labels: Tensor,
     *,
-    mask_schedule: MaskSchedule,
+    sampler: MaskSampler,
     mask_token_id: int,
-    draws: MaskDraws = MaskDraws(),  # frozen
+    draws: int = 4,
     batch_size: int = 100,
     on_images: OnImages = lambda count: None,
-) -> Estimate:
+) -> Tensor:
     """Computes the masked negative log-likelihood in nats per masked token.
 
     ::
@@ -132,34 +63,30 @@ def masked_nll(
     Args:
         network: ``(tokens (B, N), labels (B,), mask (B, N) bool) -> logits (masked tokens, K)``, image after image,
             such as ``MaskedTransformer.forward_masked`` in evaluation mode.
-        tokens: (n, N) int64 in [0, K), on the network's device, n >= 2.
+        tokens: (n, N) int64 in [0, K), on the network's device.
         labels: (n,) int64, on the same device.
-        mask_schedule: The schedule gamma of the model.
+        sampler: Sampler of masks with the schedule gamma of the model and a seed.
         mask_token_id: Token id at masked positions.
-        draws: Number of masks per image, and their seed.
+        draws: Masks per image.
         batch_size: Images per batch, the same on all ranks.
         on_images: Called after each batch of this rank with its number of images.
 
     Returns:
-        NLL in nats per masked token.
+        (n,) float64: NLL of each image in nats per masked token.
 
     Source: paper, Table 3 ("NLL") and the training objective; the loss of the released code for the mean over rows.
     """
-    sampler = MaskSampler(mask_schedule, draws.seed)
 
     def mask(index: Tensor, draw: int) -> Tensor:
         # The sampler stratifies r over the positions of a global batch. Here the draws of one image form that batch,
         # and each draw is an epoch, so that its mask differs.
         draw_of_row = torch.full_like(index, draw)
-        position = index * draws.count + draw_of_row
-        return sampler.mask(
-            tokens.shape[1], index=index, epoch=draw_of_row, position=position, global_batch=draws.count
-        )
+        position = index * draws + draw_of_row
+        return sampler.mask(tokens.shape[1], index=index, epoch=draw_of_row, position=position, global_batch=draws)
 
-    values = _masked_row_nll(
-        network, tokens, labels, mask, mask_token_id, draws=draws.count, batch_size=batch_size, on_images=on_images
+    return _masked_row_nll(
+        network, tokens, labels, mask, mask_token_id, draws=draws, batch_size=batch_size, on_images=on_images
     )
-    return Estimate.from_values(values)
 
 
 def negative_elbo(
@@ -168,10 +95,11 @@ def negative_elbo(
     labels: Tensor,
     *,
     mask_token_id: int,
-    draws: MaskDraws = MaskDraws(),  # frozen
+    draws: int = 4,
+    seed: int = 0,
     batch_size: int = 100,
     on_images: OnImages = lambda count: None,
-) -> ImageLikelihood:
+) -> Tensor:
     """Computes the order-agnostic bound, an upper bound of -log p(x | class) in nats per image.
 
     It is the likelihood of a model that decides one token after another in a random order s::
@@ -186,30 +114,30 @@ def negative_elbo(
 
     Args:
         network: See ``masked_nll``, as for the other arguments.
-        tokens: (n, N) int64 in [0, K), n >= 2.
+        tokens: (n, N) int64 in [0, K).
         labels: (n,) int64.
         mask_token_id: Token id at masked positions.
-        draws: Number of pairs (t, s) per image, and their seed. A multiple of N takes each t equally often.
-        batch_size: Images per batch, the same on all ranks.
-        on_images: Called after each batch of this rank with its number of images.
+        draws: Pairs (t, s) per image. A multiple of N takes each t equally often.
+        seed: Seed of the pairs, in [0, 2**32).
+        batch_size: Images per batch.
+        on_images: Called after each batch.
 
     Returns:
-        The bound, in nats per image.
+        (n,) float64: the bound of each image, in nats.
 
     Source: Uria et al., arXiv:1310.1757; Hoogeboom et al., arXiv:2110.02037, eq. 4 and 5.
     """
     num_tokens = tokens.shape[1]
 
     def mask(index: Tensor, draw: int) -> Tensor:
-        word = random_bits("likelihood/masked", seed=draws.seed, index=index, epoch=draw)[:, 0]
+        word = random_bits("likelihood/masked", seed=seed, index=index, epoch=draw)[:, 0]
         # Draw j of J takes u in [j / J, (j + 1) / J), and m = 1 + floor(u N). Integers have no rounding errors.
-        count = 1 + (draw * _WORDS + word) * num_tokens // (draws.count * _WORDS)  # (B,) in [1, N]
-        return random_mask(count, num_tokens, seed=draws.seed, index=index, epoch=draw)
+        count = 1 + (draw * _WORDS + word) * num_tokens // (draws * _WORDS)  # (B,) in [1, N]
+        return random_mask(count, num_tokens, seed=seed, index=index, epoch=draw)
 
-    values = _masked_row_nll(
-        network, tokens, labels, mask, mask_token_id, draws=draws.count, batch_size=batch_size, on_images=on_images
+    return num_tokens * _masked_row_nll(
+        network, tokens, labels, mask, mask_token_id, draws=draws, batch_size=batch_size, on_images=on_images
     )
-    return ImageLikelihood(Estimate.from_values(num_tokens * values), num_tokens)
 
 
 def exact_nll(
@@ -219,19 +147,19 @@ def exact_nll(
     *,
     batch_size: int = 100,
     on_images: OnImages = lambda count: None,
-) -> ImageLikelihood:
+) -> Tensor:
     """Computes the exact negative log-likelihood of a network that predicts each token from those before it.
 
     Args:
         network: ``(tokens (B, N), labels (B,)) -> logits (B, N, K)``; the logits of token i depend only on the class
             and on tokens before i.
-        tokens: (n, N) int64 in [0, K), on the network's device, n >= 2.
+        tokens: (n, N) int64 in [0, K), on the network's device.
         labels: (n,) int64, on the same device.
         batch_size: Images per batch, the same on all ranks.
         on_images: Called after each batch of this rank with its number of images.
 
     Returns:
-        -log p(x | class) = sum over i of -log p(x_i | x_<i, class), in nats per image.
+        (n,) float64: -log p(x | class) = sum over i of -log p(x_i | x_<i, class) of each image, in nats.
     """
 
     def nll(index: Tensor) -> Tensor:
@@ -239,8 +167,7 @@ def exact_nll(
         logits = network(rows, labels[index])  # (B, N, K); cross_entropy wants the classes in dimension 1
         return F.cross_entropy(logits.float().transpose(1, 2), rows, reduction="none").cpu().double().sum(1)
 
-    values = _map_images(nll, len(tokens), batch_size=batch_size, on_images=on_images)
-    return ImageLikelihood(Estimate.from_values(values), tokens.shape[1])
+    return _map_images(nll, len(tokens), batch_size=batch_size, on_images=on_images)
 
 
 def bind_conditions(network: Backbone, labels: Tensor, vectors: Tensor | None) -> tuple[MaskedPredictor, Tensor]:
@@ -318,16 +245,9 @@ def _masked_row_nll(
 
 @torch.inference_mode()
 def _map_images(values_of: Callable[[Tensor], Tensor], count: int, *, batch_size: int, on_images: OnImages) -> Tensor:
-    """Computes the values of all images; the ranks share the batches.
+    """Computes the (count,) float64 values of all images, the same on all ranks, which share the batches.
 
-    Args:
-        values_of: (B,) int64 indices of the images of a batch -> (B,) float64 values.
-        count: Number n of images.
-        batch_size: Images per batch.
-        on_images: Called after each batch of this rank with its number of images.
-
-    Returns:
-        (n,) float64, the same on all ranks.
+    ``values_of`` maps (B,) int64 indices of images to (B,) float64 values.
     """
     batches = [torch.arange(rows.start, rows.stop) for rows in iter_row_batches(count, batch_size=batch_size)]
     values = [torch.empty(0, dtype=torch.float64)]

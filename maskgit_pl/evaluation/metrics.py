@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar
@@ -31,7 +31,6 @@ __all__ = [
     "FeatureMetric",
     "Metric",
     "Metrics",
-    "choose_metrics",
     "compute_metrics",
     "computed_metrics",
     "direction",
@@ -46,8 +45,7 @@ __all__ = [
     "tuning_column",
 ]
 
-_ALWAYS_KNOWN = ("features", "labels")
-_INPUTS = (*_ALWAYS_KNOWN, "logits", "spatial", "real_features", "real_labels")
+_INPUTS = ("features", "labels", "logits", "spatial", "real_features", "real_labels")
 Metrics: TypeAlias = Literal["all", "fast"]
 DEVIATION = "_deviation"  # suffix of the column of a standard deviation
 Value: TypeAlias = float | tuple[float, float] | None
@@ -102,13 +100,6 @@ class FeatureMetric(Metric):
         raise NotImplementedError
 
 
-class _Recorded(Metric):
-    """A metric that a measurement records itself, such as the PSNR of reconstructions."""
-
-    def __init__(self, title: str, factor: float, digits: int, *, higher_is_better: bool) -> None:
-        self.title, self.factor, self.digits, self.higher_is_better = title, factor, digits, higher_is_better
-
-
 def _check_metric(name: str, metric: Metric) -> None:
     if not isinstance(metric, Metric) or not isinstance(getattr(metric, "title", None), str):
         raise ValueError(f"metric {name!r} must derive from FeatureMetric and have a title, got {shorten(metric)}")
@@ -122,8 +113,12 @@ metrics: Registry[Metric] = Registry(
 
 
 def _record(name: str, title: str, *, factor: float = 1, digits: int = 2, higher_is_better: bool = False) -> None:
+    """Registers the format of a column that a measurement records itself, such as the PSNR of reconstructions."""
+
     def create() -> Metric:
-        return _Recorded(title, factor, digits, higher_is_better=higher_is_better)
+        metric = Metric()
+        metric.title, metric.factor, metric.digits, metric.higher_is_better = title, factor, digits, higher_is_better
+        return metric
 
     create.__doc__ = f"The column {title!r}, which a measurement records itself."
     metrics.register(name)(create)
@@ -211,28 +206,11 @@ def computed_metrics() -> dict[str, FeatureMetric]:
     return {name: metric for name, metric in known_metrics().items() if isinstance(metric, FeatureMetric)}
 
 
-def choose_metrics(known: Collection[str], network: str, amount: Metrics = "all") -> dict[str, FeatureMetric]:
-    """Returns the metrics that can be computed in the features of a network, by name in the order of tables.
-
-    Args:
-        known: Names of the attributes of ``ComparedImages`` that have a value.
-        network: Label of the network.
-        amount: ``"fast"`` leaves out the metrics that are not.
-    """
-    return {
-        name: metric
-        for name, metric in computed_metrics().items()
-        if set(metric.needs) <= {*_ALWAYS_KNOWN, *known}
-        and (metric.of_network or network == CLASSIFIER)
-        and (metric.is_fast or amount == "all")
-    }
-
-
 def compute_metrics(chosen: Mapping[str, FeatureMetric], images: ComparedImages) -> dict[str, float | None]:
     """Computes metrics.
 
     Args:
-        chosen: Metrics by name; see ``choose_metrics``.
+        chosen: Metrics by name.
         images: Generated and real images.
 
     Returns:

@@ -36,8 +36,11 @@ from maskgit_pl.evaluation.generation import GeneratedImages, delete_generated, 
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
 from maskgit_pl.evaluation.metrics import computed_metrics, format_value, metric_name, title
 from maskgit_pl.evaluation.opening import (
+    RunFolders,
     check_model_decoding,
     create_evaluated_model,
+    describe_held_out,
+    find_run,
     open_data,
     open_evaluator,
     open_model,
@@ -53,11 +56,6 @@ from maskgit_pl.evaluation.options import (
 from maskgit_pl.evaluation.pages import choose_classes
 from maskgit_pl.evaluation.reconstruction import measure_reconstruction
 from maskgit_pl.evaluation.reference import iter_real_batches
-from maskgit_pl.evaluation.run_folders import (
-    RunFolders,
-    describe_held_out,
-    find_run,
-)
 from maskgit_pl.files import write_text
 from maskgit_pl.networks.perceptual import LPIPS, load_lpips
 from maskgit_pl.pipeline.acceptance import Acceptance
@@ -73,7 +71,7 @@ __all__ = [
 ]
 
 _DRAWS = 4  # masks per image for likelihoods
-_ESTIMATES = ("masked_nll", "elbo_", "exact_")  # prefixes of likelihoods
+_LIKELIHOOD = ("num_images", "draws", "masked_nll", "elbo_", "exact_")  # beginnings of the columns of the report
 _BITS = ("exact_bits_per_token", "elbo_bits_per_token")
 _SCORE = ("top1", "top5", "classifier", "training_images", "training_steps", "real_images")  # columns of a CAS
 _TOKENIZER_SHARE = 0.5  # of the FID of generated images
@@ -184,7 +182,6 @@ def _open(
     pipe = open_model(folders, device, dtype=options.dtype, negative_model=options.negative_model)
     decoding = pipe.decoding_with(num_steps=options.num_steps)
     check_model_decoding(pipe, decoding)
-    _check_acceptance(options, num_images, len(pipe.class_names))
     data = open_data(folders, pipe, num_workers=options.num_workers)
     round_to_classes(num_images, data.num_classes, name="num_images")
     lpips = None if options.lpips is None else load_lpips(options.lpips, device=pipe.device)
@@ -200,33 +197,24 @@ def _open(
     )
     barrier()  # every rank has read the ledger before the first one writes to it
     model = create_evaluated_model(folders, pipe)
-    accepted = None
-    if options.accept_rate is not None:
-        acceptance = _open_acceptance(folders, evaluator, options, options.accept_rate)
-        accepted = replace(model, acceptance=acceptance)
+    acceptance = _open_acceptance(folders, evaluator, options, num_images)
+    accepted = None if acceptance is None else replace(model, acceptance=acceptance)
     return _Evaluation(evaluator, model, accepted, decoding, num_images, options, lpips)
 
 
-def _check_acceptance(options: EvaluationOptions, num_images: int, num_classes: int) -> None:
-    if options.accept_classifier is not None and not (options.accept_classifier / "config.json").is_file():
-        raise FileNotFoundError(
-            f"accept_classifier {options.accept_classifier}: no classifier there; `maskgit train-classifier --data "
-            "DATA` trains one"
-        )
-    if options.accept_rate is not None and num_images % num_classes:
-        raise ValueError(
-            f"num_images must be a multiple of {num_classes}, the number of classes, with accept_rate, got {num_images}"
-        )
-
-
-def _open_acceptance(folders: RunFolders, evaluator: Evaluator, options: EvaluationOptions, rate: float) -> Acceptance:
+def _open_acceptance(
+    folders: RunFolders, evaluator: Evaluator, options: EvaluationOptions, num_images: int
+) -> Acceptance | None:
     """Reads the classifier that accepts images; that of the data is trained if it is missing."""
+    if options.accept_rate is None:
+        return None
     folder = options.accept_classifier
     if folder is None:
         folder = folders.classifier
         obtain_classifier(folder, evaluator.data, replaces=folders.shares_classifier)
-    acceptance = Acceptance.load(folder, rate, device=evaluator.device)
+    acceptance = Acceptance.load(folder, options.accept_rate, device=evaluator.device)
     acceptance.check_classes(evaluator.data.class_names)
+    num_candidates(acceptance, num_images, evaluator.data.num_classes)  # refuses an uneven number
     return acceptance
 
 
@@ -262,20 +250,15 @@ def _measure_images(plan: _Evaluation) -> dict[str, Any]:
     }
     real = evaluator.measure_real(num_images=plan.num_images)
     floor = next(iter(real.values()))
-    return {
-        "samples": {name: _collect_reported(rows) for name, rows in samples.items()},
-        "real_against_real": {**_collect_reported(real), "images": floor["num_images"]},
-    }
-
-
-def _collect_reported(rows: Mapping[str, Row]) -> dict[str, float]:
-    return {name: value for name, value in collect_numbers(rows).items() if name != "steps_taken"}
+    numbers = {name: collect_numbers(rows) for name, rows in samples.items()}
+    for values in numbers.values():
+        values.pop("steps_taken", None)
+    return {"samples": numbers, "real_against_real": {**collect_numbers(real), "images": floor["num_images"]}}
 
 
 def _measure_likelihood(plan: _Evaluation) -> dict[str, Any]:
     row = plan.evaluator.measure_likelihood(plan.model, num_images=plan.options.likelihood_images, draws=_DRAWS)
-    kept = ("num_images", "draws")
-    return {name: value for name, value in row.items() if name.startswith(_ESTIMATES) or name in kept}
+    return {name: value for name, value in row.items() if name.startswith(_LIKELIHOOD)}
 
 
 def _measure_cas(plan: _Evaluation, cas: CASConfig) -> dict[str, Row]:

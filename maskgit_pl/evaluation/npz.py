@@ -12,14 +12,12 @@ from __future__ import annotations
 import io
 import math
 import struct
-import tokenize
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,25 +26,10 @@ from einops import rearrange
 from torch import Tensor
 
 from maskgit_pl.errors import printable
-from maskgit_pl.files import TooLargeDirectoryError, open_zip, size_text
+from maskgit_pl.files import open_zip, size_text
 
 __all__ = ["ArrayFile", "SampleFile", "open_samples"]
 
-# Exceptions that reading a damaged file may raise.
-_BROKEN = (
-    ValueError,
-    OSError,
-    EOFError,
-    LookupError,
-    OverflowError,  # a size of more than 63 bits
-    RuntimeError,  # an encrypted file; RecursionError is a subclass
-    MemoryError,  # Python's parser, which numpy reads headers with
-    tokenize.TokenError,  # numpy's second attempt, for headers of Python 2
-    SyntaxError,
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-)
 _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
@@ -75,16 +58,19 @@ class ArrayFile:
         self.path, self.thing = Path(path), thing
         if not self.path.is_file():
             raise ValueError(f"{thing} {path} must be an existing .npz file")
-        try:
-            with open(self.path, "rb") as stream, open_zip(stream, max_entries=_MAX_MEMBERS) as archive:
-                self._members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-        except TooLargeDirectoryError as error:
-            raise ValueError(f"{thing} {path} must have {error}; remove the arrays that are not needed") from error
-        except _BROKEN as error:
-            raise ValueError(f"{thing} {path} is damaged or not an .npz file: {printable(error)}") from error
+        with (
+            _refusing(f"{thing} {path} cannot be read as an .npz file"),
+            open(self.path, "rb") as stream,
+            open_zip(stream, max_entries=_MAX_MEMBERS) as archive,
+        ):
+            self._members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
 
     def __contains__(self, name: str) -> bool:
         return name in self._members
+
+    def make_error(self, name: str, why: str) -> ValueError:
+        """Returns an error that names file and array."""
+        return ValueError(f"{self.thing} {printable(str(self.path))}: array {name!r}: {why}")
 
     def read(self, name: str, shape: tuple[int | None, ...], *, kinds: str) -> npt.NDArray[Any]:
         """Reads an array; an uncompressed one is memory-mapped.
@@ -102,11 +88,13 @@ class ArrayFile:
             raise self.make_error(name, f"it is missing; the file holds {held}")
         info = self._members[name]
         self._check_expansion(name, info)
-        with self._naming(name), self._open(info) as member:
+        unreadable = f"{self.thing} {printable(str(self.path))}: array {name!r}: it cannot be read"
+        with _refusing(unreadable), zipfile.ZipFile(self.path) as archive, archive.open(info) as member:
             stream = io.BytesIO(member.read(_MAX_HEADER))  # the length that a header claims may be huge
             found, is_fortran, dtype = _HEADERS[np.lib.format.read_magic(stream)](stream)
             header = stream.tell()
-        if not _fits(found, shape):
+        fits = (size >= 1 if wanted is None else size == wanted for size, wanted in zip(found, shape, strict=False))
+        if len(found) != len(shape) or not all(fits):
             wanted = ", ".join("n" if size is None else str(size) for size in shape)
             raise self.make_error(name, f"the shape must be ({wanted}), got {found}")
         # Objects, which are pickled, records and text are of other kinds.
@@ -114,54 +102,20 @@ class ArrayFile:
             raise self.make_error(name, f"the dtype must be {_NAMES[kinds]}, got {dtype}")
         if header + math.prod(found) * dtype.itemsize != info.file_size:
             raise self.make_error(name, f"its size does not match its shape {found}; the file is damaged")
-        with self._naming(name):
-            if info.compress_type != zipfile.ZIP_STORED:
-                with self._open(info) as member:
-                    return np.lib.format.read_array(member, allow_pickle=False)
-            # An uncompressed member is a plain .npy file within the zip file, so that its values can be mapped.
-            return np.memmap(self.path, dtype, "r", self._offset(info) + header, found, "F" if is_fortran else "C")
-
-    @contextmanager
-    def _naming(self, name: str) -> Iterator[None]:
-        """Turns errors of damaged files into one that names file and array."""
-        try:
-            yield
-        except _BROKEN as error:
-            reason = printable(error) or type(error).__name__  # Python's parser gives no text
-            raise self.make_error(name, f"it cannot be read: {reason}") from error
-
-    @contextmanager
-    def _open(self, info: zipfile.ZipInfo) -> Iterator[IO[bytes]]:
-        with zipfile.ZipFile(self.path) as archive, archive.open(info) as member:
-            yield member
-
-    def make_error(self, name: str, why: str) -> ValueError:
-        """Returns an error that names file and array."""
-        return ValueError(f"{self.thing} {printable(str(self.path))}: array {name!r}: {why}")
-
-    def check(self) -> None:
-        """Compares every array with its checksum.
-
-        Raises:
-            ValueError: if an array is damaged.
-        """
-        with zipfile.ZipFile(self.path) as archive:
-            try:
-                damaged = archive.testzip()
-            except _BROKEN as error:
-                raise ValueError(f"{self.thing} {self.path}: damaged: {error}") from error
-        if damaged is not None:
-            raise self.make_error(damaged.removesuffix(".npy"), "it is damaged: the checksum differs")
+        with _refusing(unreadable):
+            if info.compress_type == zipfile.ZIP_STORED:
+                # The member is a plain .npy file within the zip file, so that its values can be mapped.
+                return np.memmap(self.path, dtype, "r", self._offset(info) + header, found, "F" if is_fortran else "C")
+            with zipfile.ZipFile(self.path) as archive, archive.open(info) as member:
+                return np.lib.format.read_array(member, allow_pickle=False)
 
     def _check_expansion(self, name: str, info: zipfile.ZipInfo) -> None:
         """Checks that a member is stored or deflated, as numpy writes it, and that it is no decompression bomb."""
-        if info.compress_type == zipfile.ZIP_STORED:
-            return
-        if info.compress_type != zipfile.ZIP_DEFLATED:
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise self.make_error(name, f"it must be stored or deflated, got compression type {info.compress_type}")
         # The size in the directory may be false, but zipfile never reads more than it.
         most = max(_ALWAYS_EXPANDED, _MAX_RATIO * self.path.stat().st_size)
-        if info.file_size > most:
+        if info.compress_type == zipfile.ZIP_DEFLATED and info.file_size > most:
             raise self.make_error(
                 name,
                 f"it must expand to at most {size_text(most)}, got {size_text(info.file_size)}; save it uncompressed, "
@@ -178,10 +132,14 @@ class ArrayFile:
         return info.header_offset + _LOCAL_HEADER + int(name_length) + int(extra_length)
 
 
-def _fits(found: tuple[int, ...], shape: tuple[int | None, ...]) -> bool:
-    return len(found) == len(shape) and all(
-        size >= 1 if wanted is None else size == wanted for size, wanted in zip(found, shape, strict=True)
-    )
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Turns any error of zipfile, zlib or numpy, which a damaged file may raise, into a ``ValueError`` of one line."""
+    try:
+        yield
+    except Exception as error:
+        # Python's parser, which numpy reads headers with, gives no text for some.
+        raise ValueError(f"{what}: {printable(error) or type(error).__name__}") from error
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
-"""Opens the parts of a run that a measurement needs: model, data, and the feature networks of the data.
+"""Finds the folders of a run to measure, and opens its model, its data, and the feature networks of the data.
 
-``evaluate``, ``compare``, ``tune`` and the reports use it.
+All commands that measure models use it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 
 from maskgit_pl.checks import ImageSize
 from maskgit_pl.data import ShardData, ShardDataConfig
+from maskgit_pl.data.manifest import DataSummary
+from maskgit_pl.data.writer import MAX_RECORD_BYTES, RECORD
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.distributed import find_device, parse_dtype
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, FeatureMetrics
@@ -20,24 +23,188 @@ from maskgit_pl.evaluation.features import open_extractors
 from maskgit_pl.evaluation.ledger import Ledger
 from maskgit_pl.evaluation.options import CLASSIFIER
 from maskgit_pl.evaluation.reference import obtain_references, read_real_labels, read_references
-from maskgit_pl.evaluation.run_folders import RunFolders, data_name
+from maskgit_pl.files import read_json, read_yaml
 from maskgit_pl.pipeline import MaskGIT
+from maskgit_pl.pipeline.sharing import bundled_models, local_folder
 from maskgit_pl.processes import Bars, no_bars
 
 __all__ = [
+    "RunFolders",
     "can_guide",
     "check_data",
     "check_model_decoding",
     "create_evaluated_model",
+    "data_name",
+    "describe_held_out",
+    "find_run",
+    "find_tokenizer_folders",
     "give_val_vectors",
     "open_data",
     "open_evaluator",
     "open_images",
     "open_model",
     "open_networks",
+    "read_run_recipe",
 ]
 
 _VALIDATION_BATCH = 200  # images
+_MAX_CONFIG_BYTES = 8_000_000
+_ADVICE = (
+    "to judge on an official test set, put its images into test/ beside train/, or give a data folder whose val split "
+    "it is with --data"
+)
+_SOURCES = {  # kind of source in the data folder's record -> origin of its val split
+    "idx": "the official test set of the IDX files",
+    "emoji": "pictures of the emoji that `maskgit data fetch` holds out",
+    "blue marble": "tiles of the blocks that `maskgit data fetch` holds out",
+    "image folder": f"those in val/ or test/ of the image folder if it has one, else about a tenth of all; {_ADVICE}",
+    "parquet": "those of its validation or test files if it has them, else about a tenth of all",
+}
+_UNKNOWN = f"the val shards, which maskgit_pl did not choose; {_ADVICE}"
+
+
+@dataclass(frozen=True)
+class RunFolders:
+    """The folders of a run to measure.
+
+    Args:
+        pretrained: Folder with ``tokenizer/`` and ``transformer/``.
+        run: Run folder; the pretrained folder itself if it belongs to no run.
+        data: Data folder.
+        classifier: Folder of the data's classifier.
+        references: Folder of features of real images, which all runs of the same data share.
+    """
+
+    pretrained: Path
+    run: Path
+    data: Path
+    classifier: Path
+    references: Path
+
+    @property
+    def shares_classifier(self) -> bool:
+        """Returns True if the classifier is the one that all runs of the data share; the user named no folder."""
+        return self.classifier == self.references / "small"
+
+    @property
+    def evaluation(self) -> Path:
+        """The folder of the ledger and of generated images."""
+        return self.run / "evaluation"
+
+
+def data_name(data: Path) -> str:
+    """Returns the name of a data folder for ledgers and pages, which is also that of a folder of results."""
+    # The paths . and .. have a name only once they are resolved.
+    return data.name if data.name not in ("", "..") else data.resolve().name
+
+
+def find_run(run: Path | str, *, data: Path | None = None, classifier: Path | None = None) -> RunFolders:
+    """Finds the folders of a run.
+
+    Args:
+        run: Run folder, pretrained folder, or the name of a model in the package, whose results are written to
+            ``runs/NAME``.
+        data: Data folder; None for the data that the run was trained on.
+        classifier: Folder of the data's classifier; None for the one that all runs of the data share.
+
+    Raises:
+        FileNotFoundError: if the run or the data do not exist, or the run does not record its data.
+    """
+    pretrained = local_folder(run)
+    if pretrained in bundled_models().values():
+        return _folders(pretrained, Path("runs", pretrained.name), data, classifier)
+    return _folders(pretrained, _home(pretrained), data, classifier)
+
+
+def find_tokenizer_folders(
+    folder: Path | str, *, data: Path | None = None, classifier: Path | None = None
+) -> RunFolders:
+    """Finds the folders of a tokenizer, which needs no transformer beside it; see ``find_run``.
+
+    Args:
+        folder: Run folder, pretrained folder, or the folder of the tokenizer itself.
+        data: Data folder; None for the data that the run was trained on.
+        classifier: Folder of the data's classifier; None for the one that all runs of the data share.
+
+    Returns:
+        The folders; ``pretrained / "tokenizer"`` is the tokenizer.
+
+    Raises:
+        FileNotFoundError: if there is no tokenizer, or for a reason of ``find_run``.
+    """
+    path = Path(folder)
+    # RUN/tokenizer of a run holds the training; its config.yaml is no config.json.
+    for pretrained in (path / "pretrained", path, path.parent if path.name == "tokenizer" else path):
+        if (pretrained / "tokenizer" / "config.json").is_file():
+            return _folders(pretrained, _home(pretrained), data, classifier)
+    raise FileNotFoundError(
+        f"tokenizer {path}: no tokenizer there; name a run, or a folder that an importer wrote. `maskgit train "
+        "tokenizer` writes RUN/pretrained/tokenizer at its end, and `maskgit export RUN --stage tokenizer --out DIR` "
+        "from a checkpoint"
+    )
+
+
+def _home(pretrained: Path) -> Path:
+    """Returns the run of RUN/pretrained; any other pretrained folder stands for itself."""
+    return pretrained.parent if pretrained.name == "pretrained" else pretrained
+
+
+def _folders(pretrained: Path, home: Path, data: Path | None, classifier: Path | None) -> RunFolders:
+    path = data or _find_data(pretrained, home)
+    if not path.is_dir():
+        raise FileNotFoundError(f"data {path}: no such folder; choose another with --data")
+    real = home.absolute().parent / f"{path.absolute().name}-classifier"  # shared by all runs of the data
+    return RunFolders(pretrained, home, path, classifier or real / "small", real)
+
+
+def _find_data(pretrained: Path, home: Path) -> Path:
+    """Returns the data folder that a run records, or ``data/shards/NAME`` for the name that an exported model has."""
+    # Both stages record the data; a run may have only one of them.
+    for stage in ("transformer", "tokenizer"):
+        data = read_run_recipe(home / stage / "config.yaml").get("data") or {}
+        path = data.get("path") if isinstance(data, dict) else data
+        if path:
+            return Path(path)
+    advice = "choose them with --data"
+    name = _recorded_name(pretrained / "config.json")
+    if name is not None:
+        path = Path("data/shards", name)
+        if path.is_dir():
+            return path
+        advice = f"it was {name}: make {path} (`maskgit data fetch` has public data sets), or {advice}"
+    raise FileNotFoundError(f"run {home} does not record the data folder that it was trained on; {advice}")
+
+
+def _recorded_name(file: Path) -> str | None:
+    """Returns the name of the data in the ``config.json`` of an exported model, or None."""
+    node: Any = read_json(file, max_bytes=_MAX_CONFIG_BYTES) if file.is_file() else {}
+    for key in ("run", "tokenizer", "settings", "data.path"):
+        node = node.get(key) if isinstance(node, dict) else None
+    return Path(node).name if isinstance(node, str) else None
+
+
+def read_run_recipe(file: Path) -> dict[str, Any]:
+    """Reads the ``config.yaml`` of a run as plain values; a missing file gives an empty mapping."""
+    return read_yaml(file) if file.is_file() else {}
+
+
+def describe_held_out(folder: Path, summary: DataSummary) -> dict[str, Any]:
+    """Describes the val split of a data folder, which has this summary, in plain values.
+
+    Returns:
+        ``split``, ``images``, ``fraction`` (of train and val together), ``source`` (``idx``, ``image folder``, ... or
+        ``unknown``), and ``text``, a sentence.
+    """
+    record = read_json(folder / RECORD, max_bytes=MAX_RECORD_BYTES) if (folder / RECORD).is_file() else {}
+    made_from = record.get("source") if isinstance(record, dict) else None
+    kind = made_from.get("kind") if isinstance(made_from, dict) else None
+    source = kind if kind in _SOURCES else "unknown"
+    images = summary.samples["val"]
+    fraction = images / sum(summary.samples.values())
+    text = (
+        f"Held out: {images:,} images of the val split ({fraction:.0%} of the data), {_SOURCES.get(source, _UNKNOWN)}."
+    )
+    return {"split": "val", "images": images, "fraction": fraction, "source": source, "text": text}
 
 
 def open_model(
@@ -66,11 +233,6 @@ def open_data(folders: RunFolders, pipe: MaskGIT, *, num_workers: int = 0) -> Sh
 
     A model that needs vectors gets those of the val images: a generated image takes one of its class.
 
-    Args:
-        folders: The run's folders.
-        pipe: The model.
-        num_workers: Number of processes that read the images.
-
     Raises:
         ValueError: if the classes of the data are not the model's, or it needs vectors that the data do not have.
     """
@@ -83,11 +245,7 @@ def open_data(folders: RunFolders, pipe: MaskGIT, *, num_workers: int = 0) -> Sh
 
 
 def give_val_vectors(pipe: MaskGIT, data: ShardData) -> None:
-    """Gives a model that needs vectors those of the val images.
-
-    Raises:
-        ValueError: if the data have no vectors.
-    """
+    """Gives a model that needs vectors those of the val images."""
     if pipe.transformer.network.config.condition_dim:
         pipe.vector_pool = data.vector_pool("val")
 
@@ -107,11 +265,7 @@ def open_images(folder: Path, image_size: ImageSize, in_channels: int, *, num_wo
 
 
 def check_data(pipe: MaskGIT, data: ShardData) -> None:
-    """Checks that the classes of the data are those of the model.
-
-    Raises:
-        ValueError: if they differ. The message names both.
-    """
+    """Checks that the classes of the data are those of the model."""
     if data.class_names != pipe.class_names:
         raise ValueError(
             f"data {data.config.path}: the classes must be the model's {list(pipe.class_names[:10])}, "
@@ -165,11 +319,10 @@ def open_evaluator(
 
     Raises: see ``features.open_extractors``.
     """
-    networks = open_networks(folders, data, features=features, reference=reference, device=pipe.device, bars=bars)
     return Evaluator(
         data,
         dataset=data_name(folders.data),
-        networks=networks,
+        networks=open_networks(folders, data, features=features, reference=reference, device=pipe.device, bars=bars),
         ledger=ledger,
         bars=bars,
         batch_size=batch_size,

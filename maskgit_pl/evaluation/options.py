@@ -1,6 +1,6 @@
 """The options that measurements share, classifier configurations, and decodings in measurements. Imports no torch.
 
-All commands that measure models use it. ``run_folders`` finds what the options are applied to.
+All commands that measure models use it. ``opening`` opens what the options are applied to.
 """
 
 from __future__ import annotations

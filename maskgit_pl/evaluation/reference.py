@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
 from maskgit_pl.checks import plain_size
 from maskgit_pl.data import Batch, InOrder, ShardData, ShuffledStream
-from maskgit_pl.data.batches import ImageBatches, make_loader
+from maskgit_pl.data.batches import make_loader
 from maskgit_pl.data.manifest import Split, load_manifest
 from maskgit_pl.data.order import Order
 from maskgit_pl.data.reader import ShardReader
@@ -120,24 +119,15 @@ class Reference:
 
     @classmethod
     def from_features(cls, features: ImageFeatures) -> Reference:
-        """Returns the reference of images; the spatial features are kept as statistics only.
-
-        Args:
-            features: Features of at least two images.
-
-        Raises:
-            ValueError: if there are fewer than two images.
-        """
+        """Returns the reference of at least two images; the spatial features are kept as statistics only."""
         spatial = None if features.spatial is None else Statistics.from_features(features.spatial)
         return cls(features.label, Statistics.from_features(features.pooled), spatial, replace(features, spatial=None))
 
 
 def draw_order(available: int, count: int) -> Order:
-    """Returns an order whose first ``count`` positions are random samples, the same in every call.
+    """Returns an order whose first ``count`` of all positions are random samples, the same in every call.
 
-    Args:
-        available: Number of samples of the split.
-        count: Number of samples to draw. If it is not less than ``available``, the samples keep their own order.
+    If ``count`` is not less than ``available``, the number of samples of the split, they keep their own order.
     """
     return InOrder(available) if count >= available else ShuffledStream(available, seed=0)
 
@@ -158,15 +148,10 @@ def iter_real_batches(
         num_images: Maximum number of images of all ranks; None is all.
         shuffled: True for images drawn at random, see ``draw_order``; False for the first ones.
         batch_size: Images per batch.
-
-    Raises:
-        ValueError: if the data are tokens.
     """
     available = data.summary.samples[split]
     count = available if num_images is None else min(num_images, available)
     dataset = data.batches(split, draw_order(available, count) if shuffled else InOrder(available))
-    if not isinstance(dataset, ImageBatches):
-        raise ValueError(f"data {data.config.path} must be images to measure distances, got tokens")
     yield from make_loader(
         dataset,
         cast("Sampler[range]", list(iter_row_batches(count, batch_size=batch_size))),  # a loader takes any iterable
@@ -220,7 +205,7 @@ def obtain_references(
         References by label of the network, the same on every rank.
 
     Raises:
-        ValueError: if there are fewer than two images, or the data are tokens.
+        ValueError: if there are fewer than two images.
     """
     batches = ((batch.content, batch.position) for batch in iter_real_batches(data, split))
     found = _obtain(folder, _split_key(data, split), extractors, batches, on_images)
@@ -240,12 +225,12 @@ def read_references(
 
     Args:
         path: Path such as ``VIRTUAL_imagenet256_labeled.npz``.
-        extractors: Networks with different labels.
-        folder: Folder that keeps the features of the file's images, see ``obtain_references``; None keeps nothing.
-        on_images: Called after each batch with its number of images, for a progress bar.
+        extractors: See ``obtain_references``.
+        folder: Folder that keeps the features of the file's images; None keeps nothing.
+        on_images: See ``obtain_references``.
 
     Returns:
-        References by label of the network, the same on every rank.
+        See ``obtain_references``.
 
     Raises:
         ValueError: if the file is missing, damaged or has another layout, or lacks the arrays that a network needs.
@@ -295,12 +280,7 @@ def _obtain(
 ) -> dict[str, Reference]:
     """Returns references from the folder, and computes the missing ones in one pass over this rank's batches.
 
-    Args:
-        folder: Folder of the reference files; None for no files.
-        key: Settings that determine the pixels of the images.
-        extractors: Networks with different labels.
-        batches: This rank's batches of all images; read only if a reference is missing.
-        on_images: Called after each batch with its number of images.
+    ``key`` holds the settings that determine the pixels of the images.
     """
 
     def make(missing: Sequence[str]) -> dict[str, Arrays]:
@@ -342,22 +322,14 @@ def _read_inception_statistics(file: ArrayFile) -> Reference | None:
     return Reference("inception", _read_statistics(file, "", _POOLED), spatial, None)
 
 
-def _read_statistics(file: ArrayFile, suffix: str, width: int | None) -> Statistics:
-    mean = _read_tensor(file, f"mu{suffix}", (width,))
-    covariance = _read_tensor(file, f"sigma{suffix}", (len(mean), len(mean)))
+def _read_statistics(file: ArrayFile, suffix: str, width: int) -> Statistics:
+    arrays = {f"mu{suffix}": file.read(f"mu{suffix}", (width,), kinds="f")}
+    arrays[f"sigma{suffix}"] = file.read(f"sigma{suffix}", (width, width), kinds="f")
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise file.make_error(name, "all values must be finite")
+    mean, covariance = (torch.from_numpy(np.array(array, np.float64)) for array in arrays.values())
     # A tolerance, because files may hold float32 statistics.
     if not torch.allclose(covariance, covariance.T, rtol=1e-3, atol=1e-6) or bool((covariance.diagonal() < 0).any()):
         raise file.make_error(f"sigma{suffix}", "it must be a covariance: symmetric, with a diagonal >= 0")
     return Statistics(mean, covariance)
-
-
-def _read_tensor(file: ArrayFile, name: str, shape: tuple[int | None, ...]) -> Tensor:
-    """Reads a copy of an array of floating-point numbers as float64.
-
-    Raises:
-        ValueError: see ``ArrayFile.read``; also if a value is non-finite.
-    """
-    array: npt.NDArray[np.float64] = np.array(file.read(name, shape, kinds="f"), dtype=np.float64)
-    if not np.isfinite(array).all():
-        raise file.make_error(name, "all values must be finite")
-    return torch.from_numpy(array)

@@ -22,9 +22,9 @@ from maskgit_pl.evaluation.evaluator import EvaluatedModel
 from maskgit_pl.evaluation.features import check_features
 from maskgit_pl.evaluation.figures import draw_figure_8
 from maskgit_pl.evaluation.ledger import Row, has_column
+from maskgit_pl.evaluation.opening import read_run_recipe
 from maskgit_pl.evaluation.options import PLOT_STEPS, ReportOptions, choose_plot_steps, with_steps
 from maskgit_pl.evaluation.pages import Page, format_seeds, heading, markdown_table, metrics_of, paragraph
-from maskgit_pl.evaluation.run_folders import read_run_recipe
 from maskgit_pl.evaluation.tables import NO_COLUMN, Runs, describe_provenance, finish_page, open_models
 from maskgit_pl.pipeline.pretrained import read_config
 from maskgit_pl.processes import Bars, no_bars

@@ -30,6 +30,10 @@ from maskgit_pl.evaluation.metrics import metric_name, title
 from maskgit_pl.evaluation.opening import (
     check_data,
     create_evaluated_model,
+    data_name,
+    describe_held_out,
+    find_run,
+    find_tokenizer_folders,
     give_val_vectors,
     open_data,
     open_evaluator,
@@ -47,7 +51,6 @@ from maskgit_pl.evaluation.pages import (
     metrics_of,
     paragraph,
 )
-from maskgit_pl.evaluation.run_folders import data_name, describe_held_out, find_run, find_tokenizer_folders
 from maskgit_pl.evaluation.tokenizer import OpenedTokenizer, measure_tokenizer, open_tokenizer
 from maskgit_pl.pipeline.grids import image_grid
 from maskgit_pl.processes import Bars, no_bars

@@ -11,7 +11,6 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -39,17 +38,17 @@ from maskgit_pl.evaluation.distances import frechet_distance, kernel_distance
 from maskgit_pl.evaluation.features import Extractor, FeatureCollector, open_extractors
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
 from maskgit_pl.evaluation.metrics import format_value, metric_name, title
-from maskgit_pl.evaluation.opening import open_images
-from maskgit_pl.evaluation.options import LEAST_IMAGES, Spec, TokenizerOptions
-from maskgit_pl.evaluation.pages import image_to_png, markdown_table, paragraph, terminal_table
-from maskgit_pl.evaluation.reconstruction import ReconstructionMeter, psnr
-from maskgit_pl.evaluation.reference import Statistics, iter_real_batches
-from maskgit_pl.evaluation.run_folders import (
+from maskgit_pl.evaluation.opening import (
     RunFolders,
     data_name,
     describe_held_out,
     find_tokenizer_folders,
+    open_images,
 )
+from maskgit_pl.evaluation.options import LEAST_IMAGES, Spec, TokenizerOptions
+from maskgit_pl.evaluation.pages import image_to_png, markdown_table, paragraph, terminal_table
+from maskgit_pl.evaluation.reconstruction import ReconstructionMeter, psnr
+from maskgit_pl.evaluation.reference import Statistics, iter_real_batches
 from maskgit_pl.files import check_writable, write_atomically, write_text
 from maskgit_pl.networks.perceptual import LPIPS, load_lpips
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer, images_at_once
@@ -96,10 +95,8 @@ def evaluate_tokenizer(
     folders = find_tokenizer_folders(folder, data=data, classifier=options.classifier)
     file = out or folders.run / "tokenizer.json"
     check_writable("out", file)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("evaluate-tokenizer must run in one process; start it without torchrun")
     check_writable("ledger", folders.evaluation / FILE_NAME)
-    ledger = Ledger(folders.evaluation / FILE_NAME)  # a damaged file is found before minutes of measurement
+    ledger = Ledger(folders.evaluation / FILE_NAME)
 
     report = measure_tokenizer(open_tokenizer(folders, features, options, bars), file, bars)
     report.save()
@@ -165,16 +162,7 @@ def open_tokenizer(
 ) -> OpenedTokenizer:
     """Opens a tokenizer, the data and the feature networks; trains the classifier of the data if it is missing.
 
-    Args:
-        folders: Folders of the tokenizer and of the data.
-        features: Feature networks: names or mappings.
-        options: Number of images and other options.
-        bars: Progress bars.
-
-    Raises:
-        FileNotFoundError: if there are no data.
-        TypeError: if a feature network does not accept its arguments.
-        ValueError: if the data do not fit the tokenizer, a network is unknown, or a weight file is missing.
+    Raises: see ``evaluate_tokenizer``.
     """
     device = find_device(options.device)
     tokenizer = load_tokenizer(folders.pretrained / "tokenizer")
@@ -227,13 +215,7 @@ class _Pair:
 
 
 def measure_tokenizer(opened: OpenedTokenizer, file: Path, bars: Bars) -> TokenizerReport:
-    """Measures a tokenizer on random val images, the same in every call.
-
-    Args:
-        opened: The tokenizer, the data and the feature networks.
-        file: Path of the JSON file of the report, which is not written.
-        bars: Progress bars.
-    """
+    """Measures a tokenizer on random val images, the same in every call; does not write the report to ``file``."""
     tokenizer, data, count = opened.tokenizer, opened.data, opened.num_images
     device = next(tokenizer.network.parameters()).device
     meter = ReconstructionMeter(tokenizer, opened.extractors, opened.lpips)

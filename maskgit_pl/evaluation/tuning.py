@@ -42,9 +42,11 @@ from maskgit_pl.evaluation.metrics import (
     tuning_column,
 )
 from maskgit_pl.evaluation.opening import (
+    RunFolders,
     can_guide,
     check_model_decoding,
     create_evaluated_model,
+    find_run,
     open_data,
     open_evaluator,
     open_model,
@@ -59,7 +61,6 @@ from maskgit_pl.evaluation.options import (
     with_steps,
 )
 from maskgit_pl.evaluation.pages import Page, heading, markdown_table, metric_cell, paragraph
-from maskgit_pl.evaluation.run_folders import RunFolders, find_run
 from maskgit_pl.evaluation.search_space import SearchSpace, list_schedules
 from maskgit_pl.files import check_writable
 from maskgit_pl.pipeline import MaskGIT

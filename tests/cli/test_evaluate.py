@@ -55,7 +55,6 @@ def forbid_generation(patch: pytest.MonkeyPatch) -> None:
     ("command", "words", "said"),
     [
         ("evaluate", "--accept-rate 0", "--accept-rate must be a number in"),
-        ("evaluate", "--accept-rate 0.5 --num-images 13", "--num-images must be a multiple of 3"),
         ("evaluate", "--accept-classifier runs/x", "--accept-classifier must be given with accept_rate"),
         ("evaluate", "--features clasifier", "unknown feature network 'clasifier'"),
         ("evaluate", "--features lite0,classifier,lite0", "--features must name each network once, got lite0 twice"),
@@ -105,8 +104,8 @@ def test_data_and_tokenizers_that_do_not_exist_or_fit_are_named(
     for words, said in (
         (["evaluate", run_folder], "choose them with --data"),
         (["evaluate-tokenizer", run_folder], "choose them with --data"),
-        (["evaluate-tokenizer", tmp_path / "nowhere"], "nowhere: no such folder"),
-        (["evaluate-tokenizer", tmp_path / "empty"], "no tokenizer there; `maskgit train tokenizer`"),
+        (["evaluate-tokenizer", tmp_path / "nowhere"], "nowhere: no tokenizer there"),
+        (["evaluate-tokenizer", tmp_path / "empty"], "no tokenizer there; name a run"),
         (["evaluate-tokenizer", large, "--data", tiny_shards], "must have >= 16 x 16 pixels, those of the tokenizer"),
         (["train-classifier", "--data", tmp_path / "none"], "none"),
     ):

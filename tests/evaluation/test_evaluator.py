@@ -1,4 +1,5 @@
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -271,6 +272,19 @@ def test_new_measurements_are_counted_and_a_second_evaluator_measures_nothing(fo
     evaluator, model = opened(folder, Ledger(tmp_path / "ledger.jsonl", reuse=False))
     evaluator.measure_samples(model, DECODING, num_images=6, seed=0)
     assert evaluator.num_measured == 1
+
+
+def test_likelihoods_are_means_with_standard_errors_in_bits() -> None:
+    nats = math.log(2) * torch.tensor([4.0, 12.0, 20.0], dtype=torch.float64)
+    error = 8 / math.sqrt(3)
+    assert module._in_bits("elbo", nats, 4) == pytest.approx(
+        {
+            "elbo_bits_per_token": 3,
+            "elbo_bits_per_token_error": error / 4,
+            "elbo_bits_per_image": 12,
+            "elbo_bits_per_image_error": error,
+        }
+    )
 
 
 def test_of_several_ranks_one_writes(folder: Path, tmp_path: Path) -> None:

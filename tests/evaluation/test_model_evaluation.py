@@ -1,12 +1,8 @@
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from maskgit_pl.data.manifest import read_manifest_summary
 from maskgit_pl.evaluation.model_evaluation import describe_limit
-from maskgit_pl.evaluation.run_folders import describe_held_out
 
 
 def report(fid: float = 0.64, rfid: float | None = 0.55, real: float = 0.1) -> dict[str, Any]:
@@ -43,21 +39,3 @@ def test_bits_stand_beside_those_of_a_uniform_guess_with_or_without_a_reconstruc
     assert known["text"].startswith("The tokenizer limits: reconstructed real images already have FID 0.55, 86% of")
     assert "stage" not in unknown
     assert unknown["text"] == "The transformer needs 5.15 bits per val token, a uniform guess 8.00."
-
-
-@pytest.mark.parametrize(
-    ("record", "source", "said"),
-    [
-        ({"source": {"kind": "idx"}}, "idx", "the official test set"),
-        ({"source": {"kind": "image folder"}}, "image folder", "about a tenth"),
-        ({"source": "odd"}, "unknown", "maskgit_pl did not choose"),
-        (None, "unknown", "--data"),
-    ],
-)
-def test_the_split_that_judges_is_named(tiny_shards: Path, tmp_path: Path, record: Any, source: str, said: str) -> None:
-    if record is not None:
-        (tmp_path / "made_from.json").write_text(json.dumps(record))
-    found = describe_held_out(tmp_path, read_manifest_summary(tiny_shards))
-    assert (found["images"], found["source"]) == (24, source)
-    assert found["text"].startswith("Held out: 24 images of the val split (29% of the data)")
-    assert said in found["text"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from maskgit_pl.evaluation.npz import ArrayFile, open_samples
+from maskgit_pl.evaluation.npz import open_samples
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 4, 5, 3), dtype=np.uint8)
 SAVE = {"stored": np.savez, "compressed": np.savez_compressed}
@@ -111,10 +111,10 @@ def hostile() -> Iterator[tuple[str, bytes, str]]:
             npz(array_header((1, 1, 1, 3)) + bytes(3), compression=compression),
             "must be stored or deflated",
         )
-    yield "many arrays", npz(*[array_header((3,)) + bytes(3)] * 101), "must have at most 100 entries, got 101"
+    yield "many arrays", npz(*[array_header((3,)) + bytes(3)] * 101), "at most 100 entries, got 101"
     yield "name", npz(array_header((3,)) + bytes(3), name="\x1b[31m\n"), r"holds \\x1b\[31m\\n"
-    yield "text", b"nonsense", r"is damaged or not an \.npz file"
-    yield "empty", b"", r"is damaged or not an \.npz file"
+    yield "text", b"nonsense", r"cannot be read as an \.npz file"
+    yield "empty", b"", r"cannot be read as an \.npz file"
     yield "no array", npz(b"hello", name="readme.txt"), r"the file holds readme\.txt"
 
 
@@ -160,12 +160,6 @@ def test_of_two_arrays_with_one_name_the_last_one_is_read(tmp_path: Path) -> Non
     assert open_samples(tmp_path / "samples.npz").images.ravel().tolist() == [2, 2, 2]
 
 
-def test_a_missing_file_and_a_damaged_number_are_found(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"must be an existing \.npz file"):
         open_samples(tmp_path / "none.npz")
-    np.savez(tmp_path / "samples.npz", IMAGES)
-    content = bytearray((tmp_path / "samples.npz").read_bytes())
-    content[300] ^= 1
-    (tmp_path / "samples.npz").write_bytes(content)
-    with pytest.raises(ValueError, match="damaged"):
-        ArrayFile(tmp_path / "samples.npz", thing="samples").check()

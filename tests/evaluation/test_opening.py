@@ -1,11 +1,23 @@
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from maskgit_pl.data import ShardData, ShardDataConfig
+from maskgit_pl.data.manifest import read_manifest_summary
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.evaluation.opening import check_data, check_model_decoding, open_data
-from maskgit_pl.evaluation.run_folders import find_run
+from maskgit_pl.evaluation.opening import (
+    check_data,
+    check_model_decoding,
+    create_evaluated_model,
+    data_name,
+    describe_held_out,
+    find_run,
+    open_data,
+    open_model,
+)
 from maskgit_pl.pipeline import MaskGIT
 from tests.conftest import save_tiny_pretrained
 
@@ -50,3 +62,70 @@ def test_real_images_that_are_all_resized_are_named_once(tmp_path, tiny_shards, 
     open_data(find_run(tmp_path / "run", data=tiny_shards), MaskGIT.from_pretrained(pretrained))
     said = f"data {tiny_shards}: images of 8 x 8 pixels are enlarged to 16 x 16, which adds no detail"
     assert [line.startswith(said) for line in caplog.messages] == [True] * count
+
+
+@pytest.mark.slow
+def test_a_run_records_its_data(tmp_path: Path, tiny_shards: Path) -> None:
+    save_tiny_pretrained(tmp_path / "run" / "pretrained")
+    with pytest.raises(FileNotFoundError, match="choose them with --data"):
+        find_run(tmp_path / "run")
+    config = tmp_path / "run" / "transformer" / "config.yaml"
+    config.parent.mkdir()
+    config.write_text(f"data:\n  path: {tiny_shards}\n")
+    found = find_run(tmp_path / "run")
+    assert (found.run, found.data) == (tmp_path / "run", tiny_shards)
+    assert found.classifier == tmp_path / f"{tiny_shards.name}-classifier" / "small"
+    assert found.evaluation == tmp_path / "run" / "evaluation"
+    assert find_run(tmp_path / "run", data=tiny_shards, classifier=tmp_path).classifier == tmp_path
+
+
+@pytest.mark.parametrize("path", [".", "..", "../shoes", "/somewhere/shoes"])
+def test_the_name_of_the_data_is_that_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    (tmp_path / "shoes" / "deep").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "shoes" / ("deep" if path == ".." else ""))
+    assert data_name(Path(path)) == "shoes"
+
+
+def test_a_classifier_is_shared_unless_its_folder_is_named(tmp_path: Path, tiny_shards: Path) -> None:
+    save_tiny_pretrained(tmp_path / "run" / "pretrained")
+    assert find_run(tmp_path / "run", data=tiny_shards).shares_classifier
+    assert not find_run(tmp_path / "run", data=tiny_shards, classifier=tmp_path / "judge").shares_classifier
+
+
+def test_a_model_of_the_package_takes_the_data_of_the_name_that_it_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="it was fashion-mnist: make data/shards/fashion-mnist"):
+        find_run("fashion-mnist-demo")
+    (tmp_path / "data" / "shards" / "fashion-mnist").mkdir(parents=True)
+    assert find_run("fashion-mnist-demo").data == Path("data/shards/fashion-mnist")
+
+
+@pytest.mark.parametrize(
+    ("record", "source", "said"),
+    [
+        ({"source": {"kind": "idx"}}, "idx", "the official test set"),
+        ({"source": {"kind": "image folder"}}, "image folder", "about a tenth"),
+        ({"source": "odd"}, "unknown", "maskgit_pl did not choose"),
+        (None, "unknown", "--data"),
+    ],
+)
+def test_the_split_that_judges_is_named(tiny_shards: Path, tmp_path: Path, record: Any, source: str, said: str) -> None:
+    if record is not None:
+        (tmp_path / "made_from.json").write_text(json.dumps(record))
+    found = describe_held_out(tmp_path, read_manifest_summary(tiny_shards))
+    assert (found["images"], found["source"]) == (24, source)
+    assert found["text"].startswith("Held out: 24 images of the val split (29% of the data)")
+    assert said in found["text"]
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
+def test_a_model_in_bfloat16_has_other_rows_and_the_same_tokenizer(tiny_pretrained: Path, dtype: Any) -> None:
+    folders = find_run(tiny_pretrained, data=Path("data"))
+    plain, cast = (create_evaluated_model(folders, open_model(folders, "cpu", dtype=each)) for each in (None, dtype))
+    assert next(cast.pipe.tokenizer.network.parameters()).dtype == torch.float32
+    expected = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    assert next(cast.pipe.transformer.network.parameters()).dtype == expected
+    changed = {name for name in plain.identity if plain.identity[name] != cast.identity[name]}
+    assert changed == ({"config"} if dtype == "bfloat16" else set())

@@ -15,7 +15,7 @@ import torch
 
 from maskgit_pl.cli import main
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.evaluation.run_folders import find_run
+from maskgit_pl.evaluation.opening import find_run
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pipeline import MaskGIT, sharing
 from maskgit_pl.pipeline.pretrained import read_decoding, save_decoding
