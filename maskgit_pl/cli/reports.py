@@ -229,6 +229,8 @@ def ablation(
     )
     failures: list[Failure] = []
     if variants.page_only:
+        if is_of_schedules and variants.name is None:
+            raise ValueError("--page-only must come with --vary, --recipes or --name, which name the ablation")
         page = evaluation.read_ablation(variants.name or config.name, report)
     elif is_of_schedules:
         for field in fields(variants):

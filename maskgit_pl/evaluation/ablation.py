@@ -407,7 +407,7 @@ class _Ablation:
             "protocol": self.protocol, "dataset": self.evaluator.dataset,
         }  # fmt: skip
         last = self.ledger.find("ablation", {name: made[name] for name in ("ablation", "plan", "variant", "seed")})
-        if last is None or any(last.get(name) != made.get(name) for name in ("numbers", "run")):
+        if last is None or any(last.get(name) != made.get(name) for name in ("numbers", "run", "failure")):
             self.ledger.add("ablation", made)
 
 

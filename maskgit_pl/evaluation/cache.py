@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 from zipfile import BadZipFile
@@ -35,7 +35,11 @@ def shorten_digest(digest: str) -> str:
 
 
 def cached(
-    folder: Path | None, keys: Mapping[str, Mapping[str, Any]], make: Callable[[Sequence[str]], dict[str, Arrays]]
+    folder: Path | None,
+    keys: Mapping[str, Mapping[str, Any]],
+    make: Callable[[Sequence[str]], dict[str, Arrays]],
+    *,
+    required: Collection[str] = (),
 ) -> dict[str, Arrays]:
     """Returns arrays that are read from files if possible, else made and written.
 
@@ -47,6 +51,7 @@ def cached(
         folder: Folder of the files, which several caches may share; None for no files.
         keys: Plain values that determine the arrays, by name. Name and digest of the values make the file name.
         make: Makes the arrays of some of the names.
+        required: Names of arrays that every file must hold.
 
     Returns:
         Arrays by name, the same on every rank.
@@ -57,7 +62,7 @@ def cached(
         if folder is not None
     }
     # 1.
-    found = {name: arrays for name, file in files.items() if (arrays := _read(file)) is not None}
+    found = {name: arrays for name, file in files.items() if (arrays := _read(file, required)) is not None}
     readable = on_all_ranks(lambda: list(found))
     # 2.
     missing = [name for name in keys if not all(name in names for names in readable)]
@@ -76,13 +81,15 @@ def cached(
     return {name: made[name] if name in made else found[name] for name in keys}
 
 
-def _read(file: Path) -> Arrays | None:
-    """Returns the arrays of a file, or None with a warning if it is damaged."""
+def _read(file: Path, required: Collection[str]) -> Arrays | None:
+    """Returns the arrays of a file, or None with a warning if it is damaged or lacks a required one."""
     if not file.exists():
         return None
     try:
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+            if not set(required) <= set(arrays.files):
+                raise ValueError(f"it must hold {', '.join(required)}, got {', '.join(arrays.files)}")
             return dict(arrays)
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
+    except (OSError, ValueError, EOFError, RuntimeError, BadZipFile) as error:  # RuntimeError: flags of zip members
         _log.warning("%s is damaged (%s); it will be computed again", file, error)
         return None

@@ -467,6 +467,9 @@ class Evaluator:
                 own["split"] = network.origin.split
             # A row with the fast metrics must not answer a request for all of them.
             chosen = network.choose(amount)
+            for name in chosen:
+                if name in own:
+                    raise ValueError(f"metric {name!r}: the name must not be that of another column; rename the metric")
             row = self._find(kind, own, chosen)
             if row is None:
                 images = images or make()

@@ -166,7 +166,7 @@ def draw_figure_8(
 
 
 def draw_curves(
-    curves: Mapping[str, Mapping[int, float]], *, metric: str, num_images: int, floor: float, heading: str
+    curves: Mapping[str, Mapping[int, float]], *, metric: str, num_images: int, floor: float | None, heading: str
 ) -> bytes:
     """Draws the right panel of ``draw_figure_8``. The first curve is emphasised."""
     from matplotlib.figure import Figure
@@ -238,7 +238,7 @@ def _plot_quality(
     *,
     metric: str,
     num_images: int,
-    floor: float,
+    floor: float | None,
     front: str | None = None,
 ) -> None:
     """Plots a metric over T with a line per schedule, a star at its best T, and a dashed line for real images.
@@ -262,7 +262,8 @@ def _plot_quality(
                   label=plain_label(f"{name}, best T = {best}"))  # fmt: skip
         axes.plot([best], [curve[best] * factor], color=colours[name], marker="*", markersize=14,
                   markeredgecolor="white", zorder=5)  # fmt: skip
-    axes.axhline(floor * factor, color=_REAL, linestyle=(0, (4, 3)), linewidth=1.2, zorder=1,
+    if floor is not None:
+        axes.axhline(floor * factor, color=_REAL, linestyle=(0, (4, 3)), linewidth=1.2, zorder=1,
                  label=f"real images: {format_value(metric, floor)}")  # fmt: skip
     steps = sorted({step for curve in curves.values() for step in curve})
     axes.set_xticks(steps, [str(step) for step in steps])

@@ -215,25 +215,27 @@ def compute_metrics(chosen: Mapping[str, FeatureMetric], images: ComparedImages)
 
     Returns:
         Values and deviations by name, such as ``kid`` and ``kid_deviation``; None if the images do not suffice or a
-        value is non-finite.
+        value is non-finite. A metric of a plug-in that raises an error is left out.
     """
     numbers: dict[str, float | None] = {}
     for name, metric in chosen.items():
         try:
-            value = metric.compute(images)
+            computed = metric.compute(images)
+            value, deviation = computed if isinstance(computed, tuple) else (computed, None)
+            found = [None if number is None else float(number) for number in (value, deviation)]
         except Exception as error:
             if type(metric).__module__.startswith("maskgit_pl."):
                 raise
-            # A plug-in must not lose the values of the others, which may have taken hours.
+            # A plug-in must not lose the values of the others, which may have taken hours. A row without its column is
+            # measured again.
             _log.warning("metric %s raised %s: %s; it is left out", name, type(error).__name__, printable(error))
-            value = None
-        value, deviation = value if isinstance(value, tuple) else (value, None)
-        if value is not None and not math.isfinite(value):
-            _log.warning("%s in the features of %s is %s; it is left out", name, images.generated.label, value)
-            value = None
-        numbers[name] = None if value is None else float(value)
-        if value is not None and deviation is not None:
-            numbers[f"{name}{DEVIATION}"] = float(deviation)
+            continue
+        for column, number in zip((name, f"{name}{DEVIATION}"), found, strict=True):
+            if number is not None and not math.isfinite(number):
+                _log.warning("%s in the features of %s is %s; it is left out", column, images.generated.label, number)
+                number = None
+            if number is not None or column == name:
+                numbers[column] = number
     return numbers
 
 

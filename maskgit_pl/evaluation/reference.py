@@ -293,7 +293,7 @@ def _obtain(
         name: {**key, "network": each.label, "weights": each.digest, "knows_classes": each.knows_classes}
         for name, each in by_name.items()
     }
-    found = cached(folder, keys, make)
+    found = cached(folder, keys, make, required=("mu", "sigma", "pooled"))
     return {each.label: _from_arrays(each.label, found[name]) for name, each in by_name.items()}
 
 

@@ -34,6 +34,7 @@ from maskgit_pl.runs.layers import value_at
 from maskgit_pl.runs.plan import plan_run
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.resolve import merge_values
+from maskgit_pl.schedules import MaskSchedule
 
 __all__ = ["SCHEDULES", "ablate_schedules", "compare_with_paper", "make_schedule_page", "table_3"]
 
@@ -158,14 +159,20 @@ def table_3(
     options = options or ReportOptions()
     opened = open_models("table 3", runs, options, bars)
     evaluator, count, seed = opened.evaluator, options.num_images, options.seed
-    _check_budgets({each.run: _read_recipe(each) for each in opened.models})
-    names = {model.run: _read_schedule_name(model) for model in opened.models}
+    # Two runs may have the same name, and the rows of a run that was renamed have its old one.
+    runs_seen = [model.run for model in opened.models]
+    labels = [run if runs_seen.count(run) == 1 else f"{run} ({place})" for place, run in enumerate(runs_seen, start=1)]
+    _check_budgets({label: _read_recipe(each) for label, each in zip(labels, opened.models, strict=True)})
+    schedules: dict[str, MaskSchedule] = {}
     num_tokens = opened.models[0].pipe.transformer.network.config.num_tokens
     steps = choose_plot_steps(num_tokens, num_steps or PLOT_STEPS)
     first, *_ = evaluator.networks
     samples: list[Row] = []
     likelihoods: list[Row] = []
-    for model in opened.models:
+    for label, model in zip(labels, opened.models, strict=True):
+        marks = {"run": label, "schedule": _read_schedule_name(model)}
+        assert model.pipe.transformer.mask_schedule is not None
+        schedules[marks["schedule"]] = model.pipe.transformer.mask_schedule
         # The exported decoding without guidance, which the paper does not use.
         own = model.pipe.decoding_with(decoding=model.pipe.transformer.decoding, guidance_scale=0)
         curve = {}
@@ -174,15 +181,15 @@ def table_3(
                 model, with_steps(own, number), num_images=count, seed=seed, networks=[first]
             )[first]
             curve[number] = row["fid"]
-            samples.append({**row, "schedule": names[model.run]})
+            samples.append({**row, **marks})
         best = with_steps(own, min(curve, key=lambda number: curve[number]))
         fresh = evaluator.measure_samples(model, best, num_images=count, seed=seed + count)  # 2.
-        samples += [{**row, "schedule": names[model.run]} for row in fresh.values()]
-        likelihoods.append(evaluator.measure_likelihood(model, num_images=2 * count, draws=_DRAWS))  # 3.
+        samples += [{**row, **marks} for row in fresh.values()]
+        likelihood = evaluator.measure_likelihood(model, num_images=2 * count, draws=_DRAWS)  # 3.
+        likelihoods.append({**likelihood, **marks})
     floor = evaluator.measure_real(num_images=count, networks=[first])[first]
-    schedules = {names[model.run]: model.pipe.transformer.mask_schedule for model in opened.models}
     picture = draw_figure_8(
-        {name: schedules[name] for name in _in_order(schedules)},  # type: ignore[misc]  # names are those of schedules
+        {name: schedules[name] for name in _in_order(schedules)},
         {name: _mean_curve(results) for name, results in _group_results(samples, likelihoods).items()},
         num_tokens=num_tokens,
         metric=f"fid/{first}",

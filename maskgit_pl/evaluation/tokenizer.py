@@ -3,7 +3,7 @@
 The report has reconstructions, codes, bits per pixel, speed and memory: ``tokenizer.json``, ``tokenizer.md``, a picture
 of the worst reconstructions, and a row of the ledger. Originals and reconstructions go through the feature networks in
 the same pass over the val images, so that any random choice of images has its own reference. The table of tokenizers
-in ``reports`` uses the same functions.
+in ``tables`` uses the same functions.
 """
 
 from __future__ import annotations

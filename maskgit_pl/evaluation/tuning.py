@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from maskgit_pl.checks import check_integer
 from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.decoding.guidance import guidance_schedules
 from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.distributed import describe_environment
-from maskgit_pl.errors import markdown
+from maskgit_pl.errors import markdown, printable
 from maskgit_pl.evaluation.cache import digest_of, shorten_digest
 from maskgit_pl.evaluation.comparison import list_selectors, measure_real
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, collect_numbers
@@ -211,7 +212,7 @@ def tune(
     result = _save_decoding(folders, pipe, evaluator, result, options)
     if options.plot and (best := _best_that_follows_a_schedule(result)) is not None:
         curves = measure_curves(measure, pipe, best, result, seed=options.seed, bars=bars)
-        floor = measure_real(evaluator, count, amount)[name.partition("/")[0]]
+        floor = measure_real(evaluator, count, amount).get(name.partition("/")[0])
         page = add_curves(page, result, curves, best, floor)
         page.write()
     return replace(result, page=page)
@@ -257,7 +258,7 @@ def _study_key(
         "negative_model": None if negative is None else negative.digest,
         "data": evaluator.data.summary.fingerprint,
         "classifier": [network.extractor.digest for network in evaluator.networks.values()],
-        "space": [space.selectors, space.num_steps, space.schedules],
+        "space": [space.selectors, space.num_steps, space.schedules, guidance_schedules.names()],
         "num_images": num_images,
         "seed": seed,
     }
@@ -266,15 +267,21 @@ def _study_key(
 def _open_study(file: Path, metric: str, key: Mapping[str, Any]) -> optuna.Study:
     """Opens the study of a metric and a key in an SQLite file, which holds one for each of them."""
     import optuna
+    from sqlalchemy import URL
+    from sqlalchemy.exc import SQLAlchemyError
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     file.parent.mkdir(parents=True, exist_ok=True)
-    return optuna.create_study(
-        storage=f"sqlite:///{file}",
-        study_name=f"{metric} {shorten_digest(digest_of(key))}",
-        direction="maximize" if find_metric(metric).higher_is_better else "minimize",
-        load_if_exists=True,
-    )
+    try:
+        return optuna.create_study(
+            storage=URL.create("sqlite", database=str(file)).render_as_string(),  # a path may hold ``?`` and ``%``
+            study_name=f"{metric} {shorten_digest(digest_of(key))}",
+            direction="maximize" if find_metric(metric).higher_is_better else "minimize",
+            load_if_exists=True,
+        )
+    except SQLAlchemyError as error:
+        reason = printable(str(error).partition("\n")[0])
+        raise ValueError(f"study {file} cannot be opened: {reason}; move it away, or choose another --out") from error
 
 
 def search(
@@ -461,7 +468,11 @@ def measure_curves(
 
 
 def add_curves(
-    page: Page, result: TuningResult, curves: Mapping[str, Mapping[int, float]], best: DecodingConfig, floor: float
+    page: Page,
+    result: TuningResult,
+    curves: Mapping[str, Mapping[int, float]],
+    best: DecodingConfig,
+    floor: float | None,
 ) -> Page:
     """Returns a page with a figure of mask schedules, and a table of its points.
 
@@ -470,7 +481,7 @@ def add_curves(
         result: The search.
         curves: See ``measure_curves``.
         best: The decoding of all points.
-        floor: Value of as many real images as each point has.
+        floor: Value of as many real images as each point has; None if they have none.
     """
     metric, count, steps = result.metric, result.num_images, list(next(iter(curves.values())))
     shared = describe_decoding(replace(best, mask_schedule=None), steps=False)

@@ -23,5 +23,23 @@ def test_only_what_the_folder_lacks_is_made(tmp_path: Path) -> None:
     assert asked == [list(keys), list(keys), ["val-lite0"]]
 
 
+def test_a_damaged_or_other_file_is_made_again(tmp_path: Path, caplog) -> None:
+    def make(names: Sequence[str]) -> dict[str, Arrays]:
+        return {name: {"a": np.arange(3)} for name in names}
+
+    cached(tmp_path, {"x": {}}, make)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    method = whole.index(b"PK\x01\x02") + 10  # of compression, in the directory: none that zipfile knows
+    for damaged in (b"", whole[:-30], whole[:method] + b"\x63" + whole[method + 1 :]):
+        file.write_bytes(damaged)
+        caplog.clear()
+        assert cached(tmp_path, {"x": {}}, make)["x"]["a"].tolist() == [0, 1, 2]
+        assert "is damaged" in caplog.text
+        assert file.read_bytes() == whole
+    cached(tmp_path, {"x": {}}, make, required=("a", "b"))
+    assert "it must hold a, b, got a" in caplog.text
+
+
 def test_the_order_of_keys_does_not_change_a_digest() -> None:
     assert digest_of({"a": 1, "b": [2, 3]}) == digest_of({"b": (2, 3), "a": 1}) != digest_of({"a": 1, "b": [3, 2]})

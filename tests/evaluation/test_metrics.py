@@ -6,12 +6,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from maskgit_pl import evaluation
 from maskgit_pl.cli import main
+from maskgit_pl.evaluation.features import ImageFeatures
 from maskgit_pl.evaluation.metrics import (
+    ComparedImages,
     FeatureMetric,
+    compute_metrics,
     computed_metrics,
     direction,
     find_metric,
@@ -24,6 +28,7 @@ from maskgit_pl.evaluation.metrics import (
     tuning_column,
 )
 from maskgit_pl.evaluation.options import ClassifierConfig
+from maskgit_pl.evaluation.reference import Reference
 from tests.installed_packages import install
 
 PAGE = Path(__file__).parents[2] / "docs" / "plug-ins.md"
@@ -68,6 +73,37 @@ def test_a_metric_that_breaks_the_interface_is_named(attributes: dict, match: st
     monkeypatch.setitem(metrics._factories, "mine", type("Mine", (FeatureMetric,), attributes))
     with pytest.raises(ValueError, match=f"metric 'mine'.*{match}"):
         metrics.build("mine")
+
+
+def compared() -> ComparedImages:
+    features = ImageFeatures("lite0", torch.randn(8, 4), None)
+    return ComparedImages(features, Reference.from_features(features), torch.zeros(8, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    "value", ["high", (1.0,), (1.0, "x"), [1.0], torch.ones(2), 1j, {}, ValueError("broken")], ids=repr
+)
+def test_a_metric_of_another_package_that_fails_is_left_out_and_loses_no_other(value: object, caplog) -> None:
+    class Mine(FeatureMetric):
+        title = "mine"
+
+        def compute(self, images: ComparedImages) -> object:
+            if isinstance(value, Exception):
+                raise value
+            return value
+
+    found = compute_metrics({"mine": Mine(), "fid": computed_metrics()["fid"]}, compared())
+    assert list(found) == ["fid"]
+    assert "metric mine raised" in caplog.text
+
+
+@pytest.mark.parametrize(("value", "columns"), [
+    (None, {"mine": None}), (float("nan"), {"mine": None}), ((1.0, float("nan")), {"mine": 1.0}),
+    ((1.0, 0.5), {"mine": 1.0, "mine_deviation": 0.5}),
+])  # fmt: skip
+def test_a_metric_has_a_value_and_perhaps_a_deviation(value: object, columns: dict) -> None:
+    made = type("Mine", (FeatureMetric,), {"title": "mine", "compute": lambda self, images: value})()
+    assert compute_metrics({"mine": made}, compared()) == columns
 
 
 @pytest.fixture

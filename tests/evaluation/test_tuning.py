@@ -113,6 +113,15 @@ def test_a_time_limit_ends_the_trials_but_not_the_second_measurement(study) -> N
     assert result.winner == result.before
 
 
+def test_the_study_is_the_file_of_its_path_and_a_damaged_one_is_named(tmp_path) -> None:
+    file = tmp_path / "odd?%41" / "study.db"
+    tuning._open_study(file, FID, {})
+    assert file.is_file()
+    file.write_bytes(b"no database" * 100)
+    with pytest.raises(ValueError, match=r"study .*study\.db cannot be opened: .*not a database; move it away"):
+        tuning._open_study(file, FID, {})
+
+
 def test_a_missing_optuna_is_named(monkeypatch) -> None:
     monkeypatch.setattr(tuning, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"tune requires the package optuna: pip install 'maskgit_pl\[tune\]'"):
