@@ -163,7 +163,7 @@ def _find_data(pretrained: Path, home: Path) -> Path:
     for stage in ("transformer", "tokenizer"):
         data = read_run_recipe(home / stage / "config.yaml").get("data") or {}
         path = data.get("path") if isinstance(data, dict) else data
-        if path:
+        if path and isinstance(path, str):
             return Path(path)
     advice = "choose them with --data"
     name = _recorded_name(pretrained / "config.json")
