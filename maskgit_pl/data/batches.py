@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from maskgit_pl.checks import ImageSize, height_width
 from maskgit_pl.data.augmentations import CENTER, Augmentations
-from maskgit_pl.data.images import Place, UnreadableImageError, decode_image, load_image_into
+from maskgit_pl.data.images import Place, UnreadableImageError, decode_image, fit_image
 from maskgit_pl.data.order import EvalBatchSampler, Order, Rows, TrainBatchSampler
 from maskgit_pl.data.reader import ShardReader
 from maskgit_pl.data.samples import MAX_IN_A_ROW, Unreadable, UnreadableImages
@@ -225,16 +225,18 @@ class ImageBatches(Dataset[Batch]):
         Args:
             place: (in_channels, H, W) uint8, the row to fill.
             index: Number of the sample in its split.
-            crop: Place of the crop; see ``load_image_into``.
+            crop: Place of the crop.
         """
         count = len(self.reader)
         max_skipped = min(MAX_IN_A_ROW, count)
         for num_skipped in range(max_skipped):
             number = (index + num_skipped) % count
+            data = self.reader.read(number)
             try:
-                load_image_into(place, self.reader.read(number), crop=crop, name=f"sample {number}")
+                image = decode_image(data, channels=self.in_channels, name=f"sample {number}", reuse_memory=True)
             except UnreadableImageError:
                 continue
+            place.copy_(fit_image(image, image_size=self.image_size, crop=crop))
             return num_skipped
         place.zero_()
         return max_skipped

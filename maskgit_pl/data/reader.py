@@ -49,7 +49,6 @@ _VAL, _TEST, _TRAIN = r"val|valid|validation", r"test", r"train|training"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 _MAX_OPEN = 64  # shards open at a time, far below the usual limit of 1,024 files per process
-_MAX_LISTED = 20  # samples named in an error
 
 
 def locate_shards(place: str) -> tuple[Path, list[Path]]:
@@ -214,14 +213,10 @@ class ShardReader:
 
     Args:
         manifest: The split.
-
-    Attributes:
-        vector_reader: Reader of the vectors; None if the samples have none.
     """
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
-        self.vector_reader = None if manifest.vectors is None else manifest.vector_reader()
         self._index: npt.NDArray[np.void] | None = None
         self._files: OrderedDict[int, int] = OrderedDict()  # shard number -> descriptor, most recently used last
 
@@ -233,7 +228,7 @@ class ShardReader:
         """The rows of the index, (n,) INDEX_DTYPE, mapped into memory at first use in each process.
 
         Raises:
-            ValueError: if a label is not in [0, num_classes). The message names the samples.
+            ValueError: if a label is not in [0, num_classes). The message names the first sample.
             DataChangedError: if the file was truncated after it was mapped.
         """
         if self._index is None:
@@ -297,12 +292,11 @@ class ShardReader:
         if not len(labels) or 0 <= labels.min() <= labels.max() < classes:
             return
         wrong = np.flatnonzero((labels < 0) | (labels >= classes))
-        names = [f"{self._name(*row.item()[:2])}: {row['label']}" for row in rows[wrong[:_MAX_LISTED]]]
-        listed = "\n  ".join(names + [f"... and {len(wrong) - len(names)} more"] * (len(wrong) > len(names)))
+        first = rows[wrong[0]]
         raise ValueError(
-            f"data {self.manifest.folder}, split {self.manifest.split}: labels must be in [0, {classes}), "
-            f"got others in {len(wrong)} samples:\n  {listed}\n"
-            f"correct them and regenerate the index with `maskgit data index {self.manifest.folder}`"
+            f"data {self.manifest.folder}, split {self.manifest.split}: labels must be in [0, {classes}), got "
+            f"{first['label']} in {self._name(*first.item()[:2])}, the first of {len(wrong)}; correct them and "
+            f"regenerate the index with `maskgit data index {self.manifest.folder}`"
         )
 
     def close(self) -> None:

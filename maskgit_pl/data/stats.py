@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,6 @@ from maskgit_pl.data.reader import ShardReader
 
 __all__ = [
     "DataStatistics",
-    "DuplicatePair",
     "Duplicates",
     "find_duplicates",
     "images_of_classes",
@@ -111,13 +110,6 @@ def images_of_classes(manifest: Manifest, labels: list[int], *, each: int) -> It
     reader.close()
 
 
-class DuplicatePair(NamedTuple):
-    """An image and the first one that it equals, by their names."""
-
-    first: str
-    repeated: str
-
-
 @dataclass(frozen=True)
 class Duplicates:
     """Images that equal an earlier one. Train comes before val.
@@ -128,7 +120,7 @@ class Duplicates:
         repeated: Number of images of each split that equal an earlier one of the same split.
         val_in_train: Number of val images that equal a train image.
         other_label: Number of images that equal an earlier one of another class.
-        pairs: The first five of them.
+        pairs: Names of the first five of them, each after that of the image which it equals.
     """
 
     compared: Literal["bytes", "pixels"]
@@ -136,7 +128,7 @@ class Duplicates:
     repeated: dict[Split, int]
     val_in_train: int
     other_label: int
-    pairs: tuple[DuplicatePair, ...]
+    pairs: tuple[tuple[str, str], ...]
 
     @property
     def share_of_val(self) -> float:
@@ -170,7 +162,7 @@ def find_duplicates(
     )
     first: dict[bytes, tuple[Split, int]] = {}  # digest -> split and number of the first image
     repeated: dict[Split, int] = dict.fromkeys(readers, 0)
-    val_in_train, other_label, pairs = 0, 0, list[DuplicatePair]()
+    val_in_train, other_label, pairs = 0, 0, list[tuple[str, str]]()
     for split, reader in readers.items():
         is_candidate = np.isin(reader.index["size"], lengths[counts > 1]) | (compare == "pixels")
         for place in range(len(reader)):
@@ -184,7 +176,7 @@ def find_duplicates(
             val_in_train += original != split
             other_label += int(readers[original].index["label"][number] != reader.index["label"][place])
             if len(pairs) < _MAX_PAIRS:
-                pairs.append(DuplicatePair(readers[original].name(number), reader.name(place)))
+                pairs.append((readers[original].name(number), reader.name(place)))
     for reader in readers.values():
         reader.close()
     images = {split: len(reader) for split, reader in readers.items()}

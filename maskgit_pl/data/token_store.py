@@ -56,7 +56,6 @@ __all__ = [
     "augmentations_text",
     "check_origin",
     "is_complete",
-    "is_store",
     "open_store",
     "plain_description",
     "read_description",
@@ -204,11 +203,6 @@ class StoreDescription:
     def views(self, split: Split) -> int:
         """Returns the number of rows of each sample, V. View v is crop v // mirrors, mirrored if v % mirrors is 1."""
         return self.crops_of(split) * self.mirrors_of(split)
-
-
-def is_store(folder: str | Path) -> bool:
-    """Returns whether a folder is a finished token store."""
-    return (Path(folder) / DESCRIPTION_FILE).exists()
 
 
 def read_description(folder: str | Path) -> StoreDescription:
@@ -392,20 +386,12 @@ class TokenReader:
             ValueError: if a file cannot be read, or has another shape or type than the description states.
         """
         if self._arrays is None:
-            try:
-                tokens, labels = (map_array(path) for path in array_paths(self.folder, self.split))
-            except FileNotFoundError as error:
-                raise FileNotFoundError(f"token store {error.filename} does not exist; {REMAKE_HINT}") from error
-            except ValueError as error:
-                raise ValueError(f"token store {error}; {REMAKE_HINT}") from error
-            found = (tokens.shape, tokens.dtype, labels.shape, labels.dtype)
-            rows = (len(self) * self.views, self.description.num_tokens)
-            expected = (rows, self.description.dtype, (len(self),), np.dtype(np.int64))
-            if found != expected:
-                raise ValueError(
-                    f"token store {self.folder}, {self.split}: {expected} expected, got {found}; {REMAKE_HINT}"
-                )
-            self._arrays = tokens, labels
+            paths, rows = array_paths(self.folder, self.split), len(self) * self.views
+            shape, dtype = (rows, self.description.num_tokens), self.description.dtype
+            self._arrays = (
+                map_array("token store", paths[0], shape, dtype, hint=REMAKE_HINT),
+                map_array("token store", paths[1], (len(self),), np.dtype(np.int64), hint=REMAKE_HINT),
+            )
         return self._arrays
 
     def bad_arrays(self) -> Iterator[BadFile]:

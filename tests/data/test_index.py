@@ -1,7 +1,6 @@
 import io
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -132,17 +131,6 @@ def test_workers_make_no_difference(tars, tmp_path):
     index_shards(tmp_path, {"train": shards[:3], "val": shards[3:]}, workers=2)
     assert content(tmp_path) == alone
     assert set(alone) == {"train.json", "train.npy", "val.json", "val.npy"}
-
-
-def test_an_index_is_on_disk_before_the_manifest_that_makes_it_valid(tars, tmp_path, monkeypatch):
-    path, calls = tars.write(tmp_path / "x.tar", tars.samples(3)), []
-    spy_on_disk(monkeypatch, lambda name, path: calls.append((name, re.sub(r"\.[0-9a-f]{32}\.partial", "", path.name))))
-    index_one(path)
-    in_folder = ("sync", tmp_path.name)
-    assert calls == [
-        *[("sync", ".train.npy"), ("rename", "train.npy"), in_folder],
-        *[("sync", ".train.json"), ("rename", "train.json")],
-    ]
 
 
 @pytest.mark.parametrize("number", range(5))
