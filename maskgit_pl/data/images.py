@@ -252,15 +252,7 @@ def crop_to_shape(image: Tensor, *, image_size: ImageSize, crop: tuple[float, fl
 
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resizes an image.
-
-    Args:
-        image: (C, h, w) uint8.
-        size: Height and width of the result.
-
-    Returns:
-        (C, H, W) uint8.
-    """
+    """Resizes an image (C, h, w) uint8 to a height and width."""
     import torch
 
     # The layout of decoded images; the other layout takes twice as long.

@@ -10,7 +10,6 @@ Used by ``maskgit data index``, the data modules, ``tokenize``, ``stats`` and th
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections import OrderedDict
@@ -42,8 +41,7 @@ __all__ = [
 MAX_NAMES = 1_000_000
 _MAX_PATTERN = 4096  # characters
 _MAX_CHARACTERS = 2**28  # of all names together; no name is longer than its pattern
-_INTEGERS = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?")
-_LETTERS = re.compile(r"([A-Za-z])\.\.([A-Za-z])(?:\.\.-?(\d+))?")
+_RANGE = re.compile(r"(-?\d+|[A-Za-z])\.\.(-?\d+|[A-Za-z])(?:\.\.-?\d+)?")
 
 _VAL, _TEST, _TRAIN = r"val|valid|validation", r"test", r"train|training"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
@@ -200,12 +198,22 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def most_names(pattern: str) -> int:
-    """Returns an upper bound of the names of a pattern: the product of the choices of all braces, nested ones too."""
+    """Returns an upper bound of the names of a pattern: the product of the choices of all braces, nested ones too.
+
+    The step of a range is not counted; braces without a range or a comma have one choice, themselves.
+    """
     most, rest = 1, re.sub(r"\\.", "", pattern)
     while choices := re.findall(r"\{([^{}]*)\}", rest):
-        most *= math.prod(map(_count_choices, choices))
+        for choice in choices:
+            ends = _RANGE.fullmatch(choice)
+            first, last = map(_order_of, ends.groups()) if ends else (0, choice.count(","))
+            most *= abs(last - first) + 1
         rest = re.sub(r"\{[^{}]*\}", "_", rest)
     return most
+
+
+def _order_of(end: str) -> int:
+    return ord(end) if end.isalpha() else int(end)
 
 
 class ShardReader:
@@ -241,14 +249,7 @@ class ShardReader:
         return self._index
 
     def labels(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Returns the labels of samples.
-
-        Args:
-            indices: (B,) int64 in [0, len(self)).
-
-        Returns:
-            (B,) int64 in [0, num_classes).
-        """
+        """Returns the labels, (B,) int64 in [0, num_classes), of samples, (B,) int64 in [0, len(self))."""
         labels: npt.NDArray[np.int64] = self.index["label"][indices].astype(np.int64)
         return labels
 
@@ -299,11 +300,6 @@ class ShardReader:
             f"regenerate the index with `maskgit data index {self.manifest.folder}`"
         )
 
-    def close(self) -> None:
-        """Closes every file; the next read opens its file again."""
-        while self._files:
-            os.close(self._files.popitem()[1])
-
     def _pread(self, number: int, size: int, offset: int) -> bytes:
         try:
             return os.pread(self._file(number), size, offset)
@@ -329,21 +325,11 @@ class ShardReader:
         return {**self.__dict__, "_index": None, "_files": OrderedDict()}
 
     def __del__(self) -> None:
-        self.close()
+        for descriptor in self._files.values():
+            os.close(descriptor)
 
 
 def _find_named(folder: Path, shards: Iterable[Path], words: str) -> list[Path]:
     """Returns the shards whose path inside the folder contains one of the words, not as a part of another word."""
     pattern = re.compile(rf"(?<![a-z])({words})(?![a-z])")
     return [shard for shard in shards if pattern.search(shard.relative_to(folder).as_posix().lower())]
-
-
-def _count_choices(inner: str) -> int:
-    """Returns the number of choices in a pair of braces: of a range, of a list, or 1 (then the braces are literal)."""
-    if match := _INTEGERS.fullmatch(inner):
-        first, last = int(match[1]), int(match[2])
-    elif match := _LETTERS.fullmatch(inner):
-        first, last = ord(match[1]), ord(match[2])
-    else:
-        return inner.count(",") + 1
-    return abs(last - first) // (int(match[3] or 1) or 1) + 1

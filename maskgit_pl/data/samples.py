@@ -134,13 +134,9 @@ def read_sample(read: Callable[[], bytes], *, label: int, name: str) -> Sample |
 
 
 def is_val(digest: bytes, fraction: float) -> bool:
-    """Returns whether a sample belongs to the val split.
+    """Returns True for a fraction of the samples, in (0, 1), which are val.
 
-    The hash of its name decides, so adding samples never moves others between splits.
-
-    Args:
-        digest: Hash of the sample's name, at least 8 bytes.
-        fraction: Fraction of the samples that are val, in (0, 1).
+    The hash of the sample's name, at least 8 bytes, decides, so adding samples never moves others between splits.
     """
     # The last 8 bytes as a uniform integer in [0, 2^64).
     return int.from_bytes(digest[-8:], "big") < math.ceil(fraction * 2**64)

@@ -95,19 +95,12 @@ def statistics_as_json(statistics: DataStatistics, duplicates: Duplicates | None
 
 
 def images_of_classes(manifest: Manifest, labels: list[int], *, each: int) -> Iterator[list[tuple[bytes, str]]]:
-    """Yields, for each label, the bytes and names of its first images.
-
-    Args:
-        manifest: The split.
-        labels: Labels in [0, num_classes).
-        each: Maximum number of images per label.
-    """
+    """Yields, for each of the labels, the bytes and names of its first images, at most ``each``."""
     reader = ShardReader(manifest)
     of_sample = np.asarray(reader.index["label"])
     for label in labels:
         chosen = np.flatnonzero(of_sample == label)[:each].tolist()
         yield [(reader.read(index), reader.name(index)) for index in chosen]
-    reader.close()
 
 
 @dataclass(frozen=True)
@@ -177,8 +170,6 @@ def find_duplicates(
             other_label += int(readers[original].index["label"][number] != reader.index["label"][place])
             if len(pairs) < _MAX_PAIRS:
                 pairs.append((readers[original].name(number), reader.name(place)))
-    for reader in readers.values():
-        reader.close()
     images = {split: len(reader) for split, reader in readers.items()}
     return Duplicates(compare, images, repeated, val_in_train, other_label, tuple(pairs))
 
@@ -189,7 +180,6 @@ def _medians(manifest: Manifest) -> tuple[int, int]:
     reader = ShardReader(manifest)
     indices = np.unique(np.linspace(0, len(reader) - 1, min(_HEADERS, len(reader))).round().astype(int)).tolist()
     headers = [parse_image_header(reader.read(index), name=reader.name(index)) for index in indices]
-    reader.close()
     medians = np.median([(header.height, header.width) for header in headers], axis=0)
     height, width = medians.round().astype(int).tolist()
     return height, width

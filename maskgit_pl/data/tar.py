@@ -98,13 +98,7 @@ def parse_header(block: bytes) -> tuple[str, int] | None:
 
 
 def member_label(shard: str, block: bytes, offset: int) -> str:
-    """Returns ``SHARD:MEMBER`` in printable characters; ``SHARD:byte OFFSET`` if there is no header.
-
-    Args:
-        shard: Name of the tar.
-        block: Header of the member: the block before its payload.
-        offset: Position of the payload.
-    """
+    """Returns ``SHARD:MEMBER`` for the header before a payload, printable; ``SHARD:byte OFFSET`` if it is no header."""
     header = parse_header(block)
     return f"{shard}:byte {offset}" if header is None else f"{shard}:{printable(header[0])}"
 

@@ -1,12 +1,8 @@
 import json
-import logging
 import shutil
-import warnings
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from torch import nn
 
 from maskgit_pl.data import ShardData, ShardDataConfig, describe_store, flip, tokenize
 from maskgit_pl.data.images import encode_png
@@ -107,66 +103,6 @@ def test_the_share_of_mirrored_images_is_the_probability(probability, least, mos
 
 def test_unit_range_maps_0_and_255_to_the_ends():
     assert to_unit_range(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [0.0, 1.0]
-
-
-class Recorder(LightningModule):
-    """A module that trains one weight and records the positions of every step."""
-
-    def __init__(self, save_at: int | None = None, path: str = "") -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(()))
-        self.seen: list[int] = []
-        self.save_at, self.path = save_at, path
-
-    def training_step(self, batch, batch_idx):
-        self.seen += batch.position.tolist()
-        return self.weight * batch.content.float().mean()
-
-    def validation_step(self, batch, batch_idx):
-        assert batch.epoch.sum() == 0
-
-    def on_train_batch_end(self, outputs, batch, batch_idx):
-        if self.trainer.global_step == self.save_at and not self.trainer.fit_loop._should_accumulate():
-            self.trainer.save_checkpoint(self.path)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=1e-3)
-
-
-def fit(
-    folder, steps: int, *, accumulation: int = 1, num_workers: int = 0, resume=None, save_at=None, path=""
-) -> list[int]:
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    module = Recorder(save_at, str(path))
-    trainer = Trainer(
-        max_steps=steps, max_epochs=-1, accumulate_grad_batches=accumulation, accelerator="cpu", logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        use_distributed_sampler=False, num_sanity_val_steps=0, log_every_n_steps=1,
-    )  # fmt: skip
-    loaders = data(folder, max_batch_per_device=8 // accumulation, num_workers=num_workers)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r".*does not have many workers|.*srun|.*LeafSpec")
-        trainer.fit(module, datamodule=loaders, ckpt_path=resume, weights_only=True if resume else None)
-    return module.seen
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_training_walks_the_stream_across_epochs(folder, accumulation, num_workers):
-    assert fit(folder, 8, accumulation=accumulation, num_workers=num_workers) == list(range(64))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("num_workers", "accumulation"), [(0, 1), (0, 2), (2, 1)])
-@pytest.mark.parametrize("stop", [2, 3, 4])  # within an epoch of 3 steps, on its boundary, just after it
-def test_resumed_training_goes_on_at_the_next_position(folder, tmp_path, stop, num_workers, accumulation):
-    path = tmp_path / "last.ckpt"
-    options = {"num_workers": num_workers, "accumulation": accumulation}
-    first = fit(folder, stop, save_at=stop, path=path, **options)
-    second = fit(folder, 11, resume=str(path), **options)
-    assert first == list(range(stop * 8))
-    assert second == list(range(stop * 8, 88))
 
 
 @pytest.mark.parametrize(

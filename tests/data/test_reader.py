@@ -93,7 +93,7 @@ def test_patterns_have_no_more_names_than_their_bound():
     assert 500 < refused < 4_500
 
 
-@pytest.mark.parametrize(("pattern", "most"), [("a{x,y}{3..1}", 6), ("{a..c}", 3), ("{00..12..4}", 4), (r"\{a,b}", 1)])
+@pytest.mark.parametrize(("pattern", "most"), [("a{x,y}{3..1}", 6), ("{a..c}", 3), ("{Y..b}", 10), (r"\{a,b}", 1)])
 def test_the_bound_is_exact_for_ranges_and_lists(pattern, most):
     assert most_names(pattern) == most
 

@@ -241,19 +241,10 @@ def test_a_missing_or_truncated_array_is_found_before_it_is_read(shards: Path, t
         load_manifest(folder, "train")
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("vector_dim", 0, "train-vectors.npy must be"),
-        ("vector_dtype", "float64", "train-vectors.npy must be"),
-        ("vector_dim", DIM + 1, "train-vectors.npy must be"),
-    ],
-)
-def test_a_manifest_of_other_vectors_is_refused(
-    shards: Path, tmp_path: Path, key: str, value: object, message: str
-) -> None:
+@pytest.mark.parametrize(("key", "value"), [("vector_dim", 0), ("vector_dim", DIM + 1), ("vector_dtype", "float64")])
+def test_a_manifest_of_other_vectors_is_refused(shards: Path, tmp_path: Path, key: str, value: object) -> None:
     folder = copy(shards, tmp_path / "shards")
     content = json.loads((folder / "train.json").read_text())
     (folder / "train.json").write_text(json.dumps(content | {key: value}))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"train-vectors\.npy must be"):
         load_manifest(folder, "train")
