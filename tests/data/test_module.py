@@ -5,34 +5,15 @@ import pytest
 import torch
 
 from maskgit_pl.data import ShardData, ShardDataConfig, describe_store, flip, tokenize
-from maskgit_pl.data.images import encode_png
-from maskgit_pl.data.index import index_shards
-from maskgit_pl.data.reader import find_shards
-from maskgit_pl.data.samples import Sample
 from maskgit_pl.pipeline.grids import to_unit_range
-from tests.data_folders import write_split
+from tests.data_folders import save_wide_images, top_row, wide_image
 
 NUM_TRAIN, NUM_VAL = 23, 11
 
 
-def image(number: int) -> torch.Tensor:
-    """Returns (1, 4, 6) uint8, wider than high, so that crops differ."""
-    return (number * 7 + torch.arange(24).reshape(1, 4, 6)).to(torch.uint8)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data")
-    for split, count in (("train", NUM_TRAIN), ("val", NUM_VAL)):
-        samples = (Sample(encode_png(image(n)), "png", n % 3, f"{n}") for n in range(count))
-        write_split(samples, path, split, shard_size=9)
-    index_shards(path, {split: find_shards(path, f"{split}-*.tar") for split in ("train", "val")})
-    return path
-
-
-def top_row(images: torch.Tensor) -> torch.Tensor:
-    """Encodes images as a tokenizer of four codes would: by their first row."""
-    return images[:, 0, 0].long()
+    return save_wide_images(tmp_path_factory.mktemp("data"), {"train": NUM_TRAIN, "val": NUM_VAL})
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +42,7 @@ def test_images_labels_and_ids_belong_together(folder, num_workers):
     for batch in batches:
         assert batch.content.dtype == torch.uint8
         for content, label, index in zip(batch.content, batch.labels, batch.index.tolist(), strict=True):
-            assert torch.equal(content, image(index)[:, :, 1:5])
+            assert torch.equal(content, wide_image(index)[:, :, 2:6])
             assert label == index % 3
 
 
