@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from maskgit_pl.checks import check_integer
 from maskgit_pl.randomness import permutation
 
 __all__ = [
@@ -52,11 +51,8 @@ def split_batch(global_batch: int, max_per_device: int, world_size: int) -> tupl
         (per_device, accumulation) with per_device * accumulation * world_size = global_batch.
 
     Raises:
-        ValueError: if a size is out of range, or the batch cannot be divided evenly among the ranks; the message names
-            the nearest sizes that can.
+        ValueError: if the batch cannot be divided evenly among the ranks. The message names the nearest sizes that can.
     """
-    check_integer("data.global_batch", global_batch, BATCH_SIZE_RANGE)
-    check_integer("data.max_batch_per_device", max_per_device, BATCH_SIZE_RANGE)
     if global_batch % world_size:
         below = global_batch // world_size * world_size
         choices = " or ".join(str(size) for size in (below, below + world_size) if size)

@@ -41,8 +41,8 @@ class Images(Dataset):
 
 
 def data(kind: str = "tensor", *, crop: str = "random", validation: bool = False, **options: int) -> IndexedDataModule:
-    samples = IndexedDataset(Images(kind), image_size=4, in_channels=1, crop=crop)
-    held_out = replace(samples, crop="center") if validation else None
+    samples = IndexedDataset(Images(kind), image_size=4, in_channels=1, augmentations=[f"{crop}_crop"])
+    held_out = replace(samples, augmentations=None) if validation else None
     return IndexedDataModule(samples, held_out, **{"global_batch": 8, "seed": 5, **options})
 
 
