@@ -367,7 +367,7 @@ def _faults(manifest: Manifest) -> Iterator[str]:
     rows, end = manifest.index(check=True), 0
     if manifest.vectors is not None:
         try:
-            manifest.vector_reader().array()
+            _ = manifest.vector_reader().array  # checks the file
         except (FileNotFoundError, ValueError) as error:
             yield str(error)
     for shard in manifest.shards:

@@ -15,7 +15,8 @@ import io
 import mmap
 import os
 from collections.abc import Mapping
-from functools import lru_cache
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -126,6 +127,7 @@ def copy_vectors(file: IO[bytes], tars: Mapping[Path, npt.NDArray[np.int64]], ki
     return digest.hexdigest()
 
 
+@dataclass(eq=False)
 class VectorReader:
     """A reader of the vectors of a split: one gather from a memory-mapped array for each batch.
 
@@ -136,24 +138,21 @@ class VectorReader:
         hint: The way to make the array again, for error messages.
     """
 
-    def __init__(self, path: Path, count: int, kind: VectorKind, *, hint: str) -> None:
-        self.path = path
-        self.count = count
-        self.kind = kind
-        self.hint = hint
-        self._array: npt.NDArray[Any] | None = None
+    path: Path
+    count: int
+    kind: VectorKind
+    _: KW_ONLY
+    hint: str
 
+    @cached_property
     def array(self) -> npt.NDArray[Any]:
-        """Returns the array (n, C), mapped into memory at first use in each process.
+        """The array (n, C), mapped into memory at first use in each process.
 
         Raises:
             FileNotFoundError: if the file is missing.
             ValueError: if it cannot be read, or has another shape or type.
         """
-        if self._array is None:
-            shape = (self.count, self.kind.dim)
-            self._array = map_array("vectors", self.path, shape, np.dtype(self.kind.dtype), hint=self.hint)
-        return self._array
+        return map_array("vectors", self.path, (self.count, self.kind.dim), np.dtype(self.kind.dtype), hint=self.hint)
 
     def read(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Reads the vectors of samples.
@@ -167,7 +166,7 @@ class VectorReader:
         Raises:
             DataChangedError: if the array was truncated or changed after it was opened.
         """
-        array = self.array()
+        array = self.array
         # Checked for each batch, since reading a truncated map would kill the process.
         if not has_all_bytes(array):
             raise DataChangedError(f"vectors {self.path}: the file was truncated while it was in use; {self.hint}")
@@ -177,7 +176,8 @@ class VectorReader:
         return values
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_array": None}  # each process maps the array itself
+        # Each process maps the array itself.
+        return {name: value for name, value in self.__dict__.items() if name != "array"}
 
 
 def map_array(name: str, path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], *, hint: str) -> npt.NDArray[Any]:
