@@ -110,7 +110,7 @@ def verify_store(folder: str | Path) -> Verification:
     for split in description.samples:
         reader = TokenReader(Path(folder), split, description)
         try:
-            tokens, labels = reader.arrays()
+            tokens, labels = reader.arrays
             bad += reader.bad_arrays()
         except (FileNotFoundError, ValueError) as error:
             bad.append(BadFile(f"{split}-*.npy", "valid arrays", "an invalid array", str(error)))
